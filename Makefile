@@ -1,0 +1,33 @@
+# make demo    install, then run the main job on real captioned pictures (IMAGES=folder: on your own)
+# make test    install, then lint, types and tests (at most 8 minutes on 2 cores)
+# make test-all  the long tests too: many kills, side environments
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= demo-data
+BIN = $(VENV)/bin
+EXTRAS = test$(shell $(PYTHON) -c 'import sys; print(",img2dataset" if sys.version_info < (3, 13) else "")')
+
+.PHONY: demo test test-all lint install clean
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python -m demo.run --out $(OUT) $(if $(IMAGES),--images "$(IMAGES)")
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m "not long"
+
+test-all: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) demo-data build *.egg-info

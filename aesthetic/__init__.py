@@ -1,0 +1,51 @@
+"""Taste as a number: embedding spaces, heads that score in them, and fitting heads to ratings.
+
+>>> from aesthetic import load_head
+>>> load_head("laion-v2").scale
+(1.0, 10.0)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aesthetic.fit import fit_head
+    from aesthetic.heads import Head, HeadError, list_heads, load_head, save_head
+    from aesthetic.published import import_head
+    from aesthetic.ratings import read_ratings
+    from aesthetic.space import Space, SpaceMismatch
+
+__all__ = [
+    "Head",
+    "HeadError",
+    "Space",
+    "SpaceMismatch",
+    "fit_head",
+    "import_head",
+    "list_heads",
+    "load_head",
+    "read_ratings",
+    "save_head",
+]
+
+_HOME = {
+    "Head": "heads",
+    "HeadError": "heads",
+    "Space": "space",
+    "SpaceMismatch": "space",
+    "fit_head": "fit",
+    "import_head": "published",
+    "list_heads": "heads",
+    "load_head": "heads",
+    "read_ratings": "ratings",
+    "save_head": "heads",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module that holds `name` on first use: `import aesthetic` alone costs nothing."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'aesthetic' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"aesthetic.{_HOME[name]}"), name)

@@ -1,0 +1,436 @@
+"""A head: vector of one space -> number with a scale. Loading, saving and applying.
+
+On disk a head is a folder of three files. `head.safetensors` holds the weights (float32), `head.json` says everything
+else and is the authority on the weights' names, shapes and sha256, `MODEL_CARD.md` is written from it for people. A
+head that someone else made is read without trusting it: no file is a program, and a file that does not agree with
+head.json is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from aesthetic.space import Space, SpaceError
+
+FORMAT = "tastemaker-head/1"
+SHIPPED = Path(__file__).parent / "shipped"
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
+_MAX_JSON = 4 << 20  # bytes of head.json
+_MAX_WEIGHTS = 64 << 20  # bytes of head.safetensors; the largest head known (768-1024-128-64-16-1) has 3.7 MB
+_MAX_HEADER = 64 << 10  # bytes of the header of head.safetensors; ours are below 2 KB
+_MAX_LAYERS = 16
+_CHUNK = 16384  # rows converted to float32 at a time
+_UNIT = 0.01  # how far from 1 the norm of a vector of an l2 space may lie; float16 rounding moves it by less than 0.001
+_PROBES = "space.probes"
+
+Layer = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+
+
+class HeadError(Exception):
+    """A head, a file of one, or input to one is not usable; the message names it and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Head:
+    """Affine maps with ReLU between them, from the vectors of one space to one number.
+
+    A head without a non-linearity is one layer. `card` is JSON for people and for `heads show`: `about`, `licence`,
+    `source`, `data`, `metrics`, `quantiles`, `thresholds`, `limits`, all optional. Scores may leave `scale`: it is the
+    scale of the ratings that the head was fitted to, and nothing clips.
+    """
+
+    name: str
+    task: str  # "aesthetic", "nsfw", or whatever the ratings were about
+    space: Space
+    scale: tuple[float, float]  # lowest and highest possible rating
+    layers: tuple[Layer, ...]  # (weight (out, in), bias (out,)) float32, the last with out = 1
+    card: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what could not be applied or written: raises HeadError."""
+        if not _NAME.fullmatch(self.name):
+            raise HeadError(f"{self.name!r} cannot name a head: use letters, digits and . _ + - (up to 100)")
+        if not self.task:
+            raise HeadError(f"{self.name}: the task is empty")
+        low, high = self.scale
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise HeadError(
+                f"{self.name}: scale is {low} to {high}; it must be two finite numbers, the lower one first"
+            )
+        if not 1 <= len(self.layers) <= _MAX_LAYERS:
+            raise HeadError(f"{self.name}: {len(self.layers)} layers; a head has 1 to {_MAX_LAYERS}")
+        width = self.space.dim
+        for i, (weight, bias) in enumerate(self.layers):
+            if weight.dtype != np.float32 or bias.dtype != np.float32:
+                raise HeadError(f"{self.name}: layer {i} is {weight.dtype} and {bias.dtype}; both must be float32")
+            if weight.ndim != 2 or weight.shape[1] != width or bias.shape != weight.shape[:1]:
+                raise HeadError(f"{self.name}: layer {i} is {weight.shape} and {bias.shape}, its input has {width}")
+            if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+                raise HeadError(f"{self.name}: layer {i} holds values that are not finite")
+            width = weight.shape[0]
+        if width != 1:
+            raise HeadError(f"{self.name}: the last layer gives {width} numbers; a head gives one")
+
+    @property
+    def affine(self) -> bool:
+        """Whether the score is a weighted sum of the vector and a constant."""
+        return len(self.layers) == 1
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits that change with anything that a score depends on or is recorded with: not with the card."""
+        what = hashlib.sha256()
+        space = [self.space.encoder, self.space.norm, self.space.fingerprint]
+        what.update(json.dumps([FORMAT, self.name, self.task, *map(float, self.scale), *space]).encode())
+        for weight, bias in self.layers:
+            what.update(json.dumps(weight.shape).encode())
+            what.update(weight.tobytes() + bias.tobytes())
+        return what.hexdigest()[:16]
+
+    def __call__(self, vectors: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """Score vectors (n, dim) of any float type -> (n,) float32, in the units of `scale`.
+
+        A row with a NaN scores NaN. Raises HeadError where the dimension is wrong, or where the space's vectors have
+        unit norm and these have not. It cannot see whether they come from the right encoder: compare spaces first
+        (`aesthetic.space.require_same`).
+        """
+        vectors = np.asanyarray(vectors)
+        if vectors.ndim != 2 or vectors.shape[1] != self.space.dim:
+            raise HeadError(f"{self.name} takes vectors of shape (n, {self.space.dim}), not {vectors.shape}")
+        if not np.issubdtype(vectors.dtype, np.floating):
+            raise HeadError(f"{self.name} takes vectors of a float type, not {vectors.dtype}")
+        scores = np.empty(len(vectors), np.float32)
+        for start in range(0, len(vectors), _CHUNK):
+            chunk = np.asarray(vectors[start : start + _CHUNK], np.float32)
+            if self.space.norm == "l2":
+                self._check_norm(chunk, start)
+            scores[start : start + len(chunk)] = self._apply(chunk)
+        return scores
+
+    def _check_norm(self, chunk: npt.NDArray[np.float32], start: int) -> None:
+        norms = np.sqrt(np.einsum("ij,ij->i", chunk, chunk))
+        wrong = np.abs(norms - 1) > _UNIT  # False for NaN: such a row scores NaN
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise HeadError(
+                f"{self.name} takes unit vectors; row {start + row} has norm {norms[row]:.4g}: divide by it"
+            )
+
+    def _apply(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        for weight, bias in self.layers[:-1]:
+            x = np.maximum(x @ weight.T + bias, 0)
+        weight, bias = self.layers[-1]
+        return x @ weight[0] + bias[0]
+
+
+def save_head(head: Head, folder: Path | str) -> Path:
+    """Write a head as a folder; the same head gives the same bytes. Returns the folder.
+
+    Each file appears whole or not at all; head.json comes after the weights, and names their sha256, so a writer that
+    was killed in between leaves a head that is refused, never one that mixes two.
+    """
+    from safetensors.numpy import save
+
+    folder = Path(folder)
+    tensors = {}
+    for i, (weight, bias) in enumerate(head.layers):
+        tensors[f"layers.{i}.weight"] = np.ascontiguousarray(weight)
+        tensors[f"layers.{i}.bias"] = np.ascontiguousarray(bias)
+    if head.space.probes is not None:
+        tensors[_PROBES] = np.ascontiguousarray(head.space.probes, np.float32)
+    weights = save(tensors)
+    about = {
+        "format": FORMAT,
+        "name": head.name,
+        "task": head.task,
+        "scale": [float(v) for v in head.scale],
+        "space": {
+            "encoder": head.space.encoder,
+            "dim": head.space.dim,
+            "norm": head.space.norm,
+            "details": head.space.details,
+            "fingerprint": head.space.fingerprint,
+            "probes": None if head.space.probes is None else len(head.space.probes),
+        },
+        "layers": [head.space.dim, *(len(bias) for _, bias in head.layers)],
+        "activation": None if head.affine else "relu",
+        "card": head.card,
+        "sha256": {"head.safetensors": hashlib.sha256(weights).hexdigest()},
+    }
+    try:
+        text = json.dumps(about, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as e:
+        raise HeadError(f"{head.name}: its card or space cannot be written as JSON: {e}") from e
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "head.safetensors", weights)
+    _write(folder / "head.json", text.encode())
+    _write(folder / "MODEL_CARD.md", model_card(head).encode())
+    return folder
+
+
+def _write(path: Path, data: bytes) -> None:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(scratch, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def heads_folder() -> Path:
+    """Where imported heads lie: the folder that TASTEMAKER_HEADS names, else ~/.cache/tastemaker/heads."""
+    return Path(os.environ.get("TASTEMAKER_HEADS") or "~/.cache/tastemaker/heads").expanduser()
+
+
+def list_heads() -> list[str]:
+    """The names that `load_head` knows here: the shipped heads, then the imported ones."""
+    shipped = _names_in(SHIPPED)
+    return shipped + [name for name in _names_in(heads_folder()) if name not in shipped]
+
+
+def _names_in(folder: Path) -> list[str]:
+    return sorted(p.parent.name for p in folder.glob("*/head.json"))
+
+
+def load_head(name_or_folder: str | Path) -> Head:
+    """A head by the name of a shipped or an imported one, or by its folder; a shipped name goes before a folder's.
+
+    Raises HeadError where there is no such head (with the nearest name) or where its files do not agree.
+    """
+    return read_head(find_head(name_or_folder))
+
+
+def find_head(name_or_folder: str | Path) -> Path:
+    """The folder of a head; raises HeadError where there is none."""
+    text = str(name_or_folder)
+    if isinstance(name_or_folder, str) and _NAME.fullmatch(text):
+        for place in (SHIPPED / text, heads_folder() / text):
+            if (place / "head.json").is_file():
+                return place
+    folder = Path(name_or_folder).expanduser()
+    if (folder / "head.json").is_file():
+        return folder
+    if folder.is_dir():
+        raise HeadError(f"{folder} is a folder without head.json: not a head")
+    if folder.is_file():
+        raise HeadError(
+            f"{folder} is a file; a head is a folder. A published .pth file: tastemaker heads import {folder}"
+        )
+    from aesthetic.published import how_to_get
+
+    if hint := how_to_get(text):
+        raise HeadError(f"{text} is not here yet. {hint}")
+    names = list_heads()
+    near = difflib.get_close_matches(text, names, n=1)
+    raise HeadError(
+        f"no head {text}: neither a folder nor a name."
+        + (f" Did you mean {near[0]}?" if near else "")
+        + f" Known: {', '.join(names)}"
+    )
+
+
+def read_head(folder: Path) -> Head:
+    """Read a head's folder; raises HeadError where a file is missing, damaged, or not what head.json says."""
+    path = folder / "head.json"
+    about = _json(_read(path, _MAX_JSON), str(path))
+    if about.get("format") != FORMAT:
+        raise HeadError(f"{path}: format is {about.get('format')!r}; this version reads {FORMAT!r}")
+    try:
+        space = about["space"]
+        sizes = [int(v) for v in about["layers"]]
+        low, high = (float(v) for v in about["scale"])
+        probes = None if space["probes"] is None else int(space["probes"])
+        sha256 = about["sha256"]["head.safetensors"]
+        name, task, card = str(about["name"]), str(about["task"]), dict(about["card"])
+        dim, details = int(space["dim"]), dict(space["details"])
+        encoder, norm, fingerprint = str(space["encoder"]), str(space["norm"]), space["fingerprint"]
+        relu = {"relu": True, None: False}[about["activation"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise HeadError(f"{path}: a field is missing or of the wrong type: {type(e).__name__} {e}") from e
+    layers = len(sizes) - 1
+    if not 1 <= layers <= _MAX_LAYERS or min(sizes) < 1 or sizes[0] != dim or relu != (layers > 1):
+        raise HeadError(
+            f"{path}: layers {sizes} with activation {about['activation']} do not make a head for {dim} numbers"
+        )
+    expected: dict[str, tuple[int, ...]] = {}
+    for i in range(layers):
+        expected[f"layers.{i}.weight"] = (sizes[i + 1], sizes[i])
+        expected[f"layers.{i}.bias"] = (sizes[i + 1],)
+    if probes is not None:
+        if probes < 1:
+            raise HeadError(f"{path}: {probes} probes")
+        expected[_PROBES] = (probes, dim)
+    tensors = _tensors(folder / "head.safetensors", expected, sha256)
+    try:
+        its_space = Space(encoder=encoder, dim=dim, norm=norm, probes=tensors.get(_PROBES), details=details)
+    except SpaceError as e:
+        raise HeadError(f"{path}: its space is not one: {e}") from e
+    if its_space.fingerprint != fingerprint:
+        raise HeadError(f"{path}: its space is {its_space.fingerprint}, not {fingerprint} as written: edited by hand?")
+    return Head(
+        name=name,
+        task=task,
+        space=its_space,
+        scale=(low, high),
+        layers=tuple((tensors[f"layers.{i}.weight"], tensors[f"layers.{i}.bias"]) for i in range(layers)),
+        card=card,
+    )
+
+
+def _read(path: Path, limit: int) -> bytes:
+    try:
+        with open(path, "rb") as f:
+            data = f.read(limit + 1)
+    except OSError as e:
+        raise HeadError(f"{path}: {e.strerror or e}") from e
+    if len(data) > limit:
+        raise HeadError(f"{path}: more than {limit:,} bytes; no head is that large")
+    return data
+
+
+def _json(data: bytes, what: str) -> dict[str, Any]:
+    """A JSON object in which no key occurs twice (parsers differ in which of the two they believe)."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(items)) != len(items):
+            raise ValueError("a key occurs twice")
+        return dict(items)
+
+    try:
+        value = json.loads(data, object_pairs_hook=pairs)
+    except (ValueError, RecursionError) as e:
+        raise HeadError(f"{what}: not a JSON object: {e}") from e
+    if not isinstance(value, dict):
+        raise HeadError(f"{what}: not a JSON object")
+    return value
+
+
+def _tensors(path: Path, expected: dict[str, tuple[int, ...]], sha256: Any) -> dict[str, npt.NDArray[np.float32]]:
+    """The tensors of a safetensors file; it must have that sha256 and hold exactly the expected ones, as float32."""
+    data = _read(path, _MAX_WEIGHTS)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise HeadError(f"{path} is not the file that head.json describes (sha256): written in part, or edited")
+    if len(data) < 8:
+        raise HeadError(f"{path}: ends inside its header")
+    (length,) = struct.unpack("<Q", data[:8])
+    if length > min(_MAX_HEADER, len(data) - 8):
+        raise HeadError(f"{path}: claims a header of {length:,} bytes")
+    header = _json(data[8 : 8 + length], f"{path}, header")
+    header.pop("__metadata__", None)
+    if unknown := sorted(header.keys() ^ expected.keys()):
+        raise HeadError(f"{path}: tensors missing or unknown: {', '.join(unknown)}")
+    claims = sorted(_claim(path, name, header[name], shape) for name, shape in expected.items())
+    end = 0
+    for start, stop, name in claims:
+        if start != end:
+            raise HeadError(f"{path}: {name} starts at {start}, expected {end}: overlap or gap")
+        end = stop
+    body = memoryview(data)[8 + length :]
+    if end != len(body):
+        raise HeadError(f"{path}: {len(body):,} bytes of tensors, {end:,} expected")
+    return {n: np.frombuffer(body[a:b], "<f4").reshape(expected[n]).astype(np.float32) for a, b, n in claims}
+
+
+def _claim(path: Path, name: str, entry: Any, shape: tuple[int, ...]) -> tuple[int, int, str]:
+    """(start, stop, name) of a tensor's bytes, once its header entry is found to say what head.json says."""
+    size = 4 * math.prod(shape)
+    match entry:
+        case {"dtype": "F32", "shape": [*dims], "data_offsets": [int(start), int(stop)]} if (
+            tuple(dims) == shape and start >= 0 and stop - start == size
+        ):
+            return start, stop, name
+    raise HeadError(f"{path}: {name} is not float32 of shape {shape}: {str(entry)[:200]}")
+
+
+# The model card ------------------------------------------------------------------------------------------------------
+
+_SECTIONS = {
+    "data": "Data",
+    "metrics": "How good it is",
+    "quantiles": "Quantiles of its scores",
+    "thresholds": "Thresholds in use",
+    "limits": "Limits",
+    "source": "Source",
+}
+
+
+def model_card(head: Head) -> str:
+    """MODEL_CARD.md, written from what head.json says."""
+    return "\n".join(_card_lines(head))
+
+
+def _card_lines(head: Head) -> Iterator[str]:
+    card = head.card
+    if "licence" in card:
+        yield from ("---", f"license: {str(card['licence']).lower()}", "---", "")
+    yield from (f"# {head.name}", "")
+    if "about" in card:
+        yield from (str(card["about"]), "")
+    kind = "affine" if head.affine else "ReLU network " + "-".join(str(len(b)) for _, b in head.layers)
+    norm = "unit norm" if head.space.norm == "l2" else f"norm {head.space.norm}"
+    yield from (
+        f"- scores: {head.task}, on a scale of {head.scale[0]:g} to {head.scale[1]:g} (not clipped)",
+        f"- reads: vectors of `{head.space.encoder}`, {head.space.dim} numbers, {norm}",
+        f"- space: `{head.space.fingerprint}`" + (" (declared, no probes)" if head.space.probes is None else ""),
+        f"- kind: {kind}",
+    )
+    if "licence" in card:
+        yield f"- licence: {card['licence']}"
+    yield ""
+    for key, title in _SECTIONS.items():
+        if key in card:
+            yield from (f"## {title}", "", *_section(card[key]), "")
+    yield from (
+        "## Use",
+        "",
+        "    from aesthetic import load_head",
+        f'    scores = load_head("{head.name}")(vectors)  # or this folder\'s path; (n, {head.space.dim}) -> (n,)',
+        "",
+    )
+
+
+def _section(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        yield from ("| | |", "|---|---|")
+        yield from (f"| {key} | {_cell(value[key])} |" for key in sorted(value, key=_by_number))
+    elif isinstance(value, list):
+        yield from (f"- {_cell(v)}" for v in value)
+    else:
+        yield _cell(value)
+
+
+def _by_number(key: str) -> tuple[float, str]:
+    """Orders "10%" after "5%", and words before both; head.json sorts keys as text."""
+    number = re.search(r"\d+(\.\d+)?", key)
+    return (float(number[0]) if number else -1.0, key)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict) and value.keys() == {"value", "low", "high"}:
+        return f"{_cell(value['value'])} [{_cell(value['low'])}, {_cell(value['high'])}]"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_cell(value[k])}" for k in sorted(value, key=_by_number))
+    if isinstance(value, list):
+        return ", ".join(_cell(v) for v in value)
+    return str(value)

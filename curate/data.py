@@ -1,0 +1,122 @@
+"""A data folder: where each file of each stage lies. Everything that a run knows is under it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from curate.ledger import shard_name
+from curate.store import UserError, local_path, output_digests, read_json
+
+if TYPE_CHECKING:
+    import duckdb
+
+    from curate.source import Plan
+
+
+@dataclass(frozen=True)
+class Data:
+    """The paths of one data folder; opens nothing by itself."""
+
+    root: Path
+
+    # fetched/: img2dataset's layout
+
+    def tar(self, shard: int) -> Path:
+        return self.root / "fetched" / f"{shard_name(shard)}.tar"
+
+    def table(self, shard: int) -> Path:
+        return self.root / "fetched" / f"{shard_name(shard)}.parquet"
+
+    def fetched_record(self, shard: int) -> Path:
+        return self.root / "fetched" / f"{shard_name(shard)}_stats.json"
+
+    def starts(self, shard: int) -> Path:
+        """A byte for each time that the shard was begun; gone once it is committed."""
+        return self.root / "fetched" / f".{shard_name(shard)}.starts"
+
+    # embedded/: clip-retrieval's layout
+
+    def image_vectors(self, shard: int) -> Path:
+        return self.root / "embedded" / "img_emb" / f"img_emb_{shard_name(shard)}.npy"
+
+    def text_vectors(self, shard: int) -> Path:
+        return self.root / "embedded" / "text_emb" / f"text_emb_{shard_name(shard)}.npy"
+
+    def metadata(self, shard: int) -> Path:
+        return self.root / "embedded" / "metadata" / f"metadata_{shard_name(shard)}.parquet"
+
+    def embedded_record(self, shard: int) -> Path:
+        return self.root / "embedded" / "stats" / f"{shard_name(shard)}.json"
+
+    @property
+    def space(self) -> Path:
+        return self.root / "embedded" / "space.json"
+
+    # scored/COLUMN/
+
+    def scores(self, column: str, shard: int) -> Path:
+        return self.root / "scored" / column / f"{shard_name(shard)}.parquet"
+
+    def scores_record(self, column: str, shard: int) -> Path:
+        return self.root / "scored" / column / f"{shard_name(shard)}.json"
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.yaml"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The shard plan; UserError where the folder has none."""
+        from curate.source import load_plan
+
+        plan = load_plan(self.root)
+        if plan is None:
+            raise UserError(
+                f"{self.root} is not a data folder: it has no plan. "
+                f"`tastemaker curate LIST --out {self.root}` makes one."
+            )
+        return plan
+
+    @cached_property
+    def ledger(self) -> duckdb.DuckDBPyRelation:
+        """One DuckDB relation over all tables, a line per row of the list: `.df()`, `.filter(...)`."""
+        from curate.view import open_ledger
+
+        return open_ledger(self.root).table("ledger")
+
+    def fetched_digests(self, shard: int) -> dict[str, str] | None:
+        """The sha256 of a fetched shard's files, from its record; None where it is not committed."""
+        record = read_json(self.fetched_record(shard))
+        return output_digests(record) if record and "outputs" in record else None
+
+    def records(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Every record under the folder: what each stage says that it wrote."""
+        patterns = (
+            "fetched/*_stats.json",
+            "embedded/stats/*.json",
+            "scored/*/*.json",
+            "selected/*.json",
+            "shards/*/manifest.json",
+        )
+        for pattern in patterns:
+            for path in sorted(self.root.glob(pattern)):
+                record = read_json(path)
+                yield path, record if isinstance(record, dict) else {}
+
+
+def open_data(path: str | Path) -> Data:
+    """Open an existing data folder. UserError where there is none."""
+    root = local_path(str(path))
+    if not (root / "plan").is_dir():
+        raise UserError(
+            f"{root} is not a data folder (no plan/ in it). `tastemaker curate LIST --out {root}` makes one."
+        )
+    return Data(root)

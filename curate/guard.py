@@ -1,0 +1,463 @@
+"""Whom we may contact, and who asked us not to.
+
+A list of URLs is somebody else's text, and the machine that fetches it sits inside somebody's network. So a connection
+is made only to globally routable addresses; what a name resolves to is checked once and the connection goes to exactly
+the checked addresses, so that a second, different answer of the name server changes nothing; and every redirect passes
+the same checks. Opt-outs are the other half: `X-Robots-Tag` headers and robots.txt (RFC 9309).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import errno
+import re
+import socket
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import Any, Generic, TypeVar
+
+from aiohttp.abc import AbstractResolver, ResolveResult
+from protego import Protego
+from yarl import URL
+
+from curate.ledger import Reason, RowError
+from curate.store import UserError
+
+PRODUCT_TOKEN = "tastemaker"
+"""The name under which robots.txt and X-Robots-Tag can address us."""
+
+MAX_URL = 8000
+"""Characters; RFC 9110 section 4.1 asks everybody to support at least 8000 octets."""
+
+
+class Settled(RowError):
+    """A row's error that trying again in this run would not change, whatever its reason."""
+
+
+# ------------------------------------------------------------------------------------------------------- addresses
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """A private network and the one port of it that may be contacted."""
+
+    network: IPv4Network | IPv6Network
+    port: int
+
+
+_ALLOW = re.compile(r"(?:\[(?P<v6>[0-9a-fA-F:.]+)\]|(?P<v4>[0-9.]+))(?P<prefix>/\d{1,3})?:(?P<port>\d{1,5})")
+
+
+def parse_allow(entries: Iterable[str]) -> tuple[Allowed, ...]:
+    """Read `fetch.allow`: "network:port" strings such as "127.0.0.0/8:8123" or "[::1]/128:8123".
+
+    Raises:
+        UserError: an entry is not of that form; the message quotes it.
+    """
+    allowed = []
+    for entry in entries:
+        match = _ALLOW.fullmatch(entry)
+        port = int(match["port"]) if match else 0
+        if not match or not 1 <= port <= 65535:
+            raise UserError(
+                f"fetch.allow: {entry!r} is not a network and a port; write it like 127.0.0.0/8:8123 or [::1]/128:8123"
+            )
+        try:
+            network = ip_network((match["v6"] or match["v4"]) + (match["prefix"] or ""))
+        except ValueError as e:
+            raise UserError(f"fetch.allow: {entry!r}: {e}") from e
+        allowed.append(Allowed(network, port))
+    return tuple(allowed)
+
+
+# IANA's special-purpose registry, as far as it is not for everybody. Python's own tables (`is_global`) are asked too,
+# but they differ by version and miss what stands here with a remark.
+_REFUSED_V4 = [
+    ip_network(n)
+    for n in (
+        "0.0.0.0/8",
+        "10.0.0.0/8",
+        "100.64.0.0/10",  # carrier-grade NAT; Alibaba's metadata service
+        "127.0.0.0/8",
+        "168.63.129.16/32",  # Azure's host service: a public address that never leaves the machine's host
+        "169.254.0.0/16",  # link-local; most clouds' metadata services
+        "172.16.0.0/12",
+        "192.0.0.0/24",  # protocol assignments; Oracle's metadata service; parts count as global to Python
+        "192.0.2.0/24",
+        "192.88.99.0/24",  # 6to4 relays; global to Python
+        "192.168.0.0/16",
+        "198.18.0.0/15",
+        "198.51.100.0/24",
+        "203.0.113.0/24",
+        "224.0.0.0/4",  # multicast; global to Python
+        "240.0.0.0/4",
+    )
+]
+# Everything outside 2000::/3 is refused as a whole: loopback, link- and site-local, unique local (AWS's fd00:ec2::254),
+# multicast, IPv4-mapped and -compatible, and NAT64 (64:ff9b::/96 and 64:ff9b:1::/48), which embed IPv4 addresses.
+_GLOBAL_UNICAST = IPv6Network("2000::/3")
+_REFUSED_V6 = [
+    ip_network(n)
+    for n in (
+        "2001::/23",  # protocol assignments, among them Teredo, which embeds IPv4 addresses
+        "2001:db8::/32",
+        "2002::/16",  # 6to4: embeds IPv4 addresses; global to Python
+        "3ffe::/16",
+        "3fff::/20",
+    )
+]
+
+# Ports where an HTTP request does harm: the WHATWG Fetch standard's list of bad ports, which browsers refuse, and
+# those of Ray (6379, 8265, 10001), which runs code for whoever reaches it, also where a node has a public address.
+_REFUSED_PORTS = frozenset(
+    {1, 7, 9, 11, 13, 15, 17, 19, 20, 21, 22, 23, 25, 37, 42, 43, 53, 69, 77, 79, 87, 95, 101, 102, 103, 104, 109}
+    | {110, 111, 113, 115, 117, 119, 123, 135, 137, 139, 143, 161, 179, 389, 427, 465, 512, 513, 514, 515, 526, 530}
+    | {531, 532, 540, 548, 554, 556, 563, 587, 601, 636, 989, 990, 993, 995, 1719, 1720, 1723, 2049, 3659, 4045}
+    | {4190, 5060, 5061, 6000, 6566, 6665, 6666, 6667, 6668, 6669, 6679, 6697, 10080}
+    | {6379, 8265, 10001}
+)
+
+
+def check_address(ip: str, port: int, allow: tuple[Allowed, ...]) -> None:
+    """Refuse to contact an address that is not globally routable, or a port that HTTP has no business with.
+
+    `allow` opens exactly its networks at exactly their ports. An IPv4 address in IPv6 clothes is never opened by a
+    rule for the IPv4 network.
+
+    Raises:
+        RowError: blocked_address.
+    """
+    address = ip_address(ip)
+    if any(port == a.port and address in a.network for a in allow):
+        return
+    if port in _REFUSED_PORTS:
+        raise RowError(Reason.BLOCKED_ADDRESS, f"port {port} is not for HTTP")
+    if isinstance(address, IPv4Address):
+        public = address.is_global and not any(address in n for n in _REFUSED_V4)
+    else:
+        public = (
+            address.is_global
+            and address.scope_id is None
+            and address in _GLOBAL_UNICAST
+            and not any(address in n for n in _REFUSED_V6)
+        )
+    if not public:
+        raise RowError(Reason.BLOCKED_ADDRESS, f"{ip} is not a public address")
+
+
+def guarded_socket(allow: tuple[Allowed, ...]) -> Callable[[tuple[Any, ...]], socket.socket]:
+    """A socket factory for aiohttp that has the last word on the address, whichever way it was come by.
+
+    URL and resolver were checked before; this stands where nothing can pass by. It raises PermissionError, because
+    aiohttp handles only OSError there.
+    """
+
+    def open_socket(info: tuple[Any, ...]) -> socket.socket:
+        family, kind, protocol, _, address = info
+        try:
+            check_address(address[0], address[1], allow)
+        except RowError as e:
+            raise PermissionError(errno.EACCES, e.detail) from e
+        return socket.socket(family, kind, protocol)
+
+    return open_socket
+
+
+# ------------------------------------------------------------------------------------------------------------ URLs
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_SENT_AS_IS = re.compile(r"[!#$%&'()*+,\-./0-9:;=?@A-Z\[\]_a-z~]*")  # what RFC 3986 lets stand in a URL
+_HOST = re.compile(r"(?:[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\.?")
+_AUTHORITY = re.compile(r"(?:[^:/?#]*:)?//([^/?#]*)")
+_ENDS_IN_A_NUMBER = re.compile(r"(?:^|\.)(?:\d+|0x[0-9a-f]*)\.?$")  # WHATWG: then the whole host is an IPv4 address
+
+
+def parse_url(text: str, allow: tuple[Allowed, ...], base: URL | None = None) -> URL:
+    """Read a URL (or, with `base`, a redirect's Location) and refuse what must not be requested.
+
+    The result has an http or https scheme, a plain ASCII host (IDNA-encoded) or a canonical address that may be
+    contacted, no user information and no fragment. Path and query go out exactly as written where RFC 3986 lets
+    them: signed URLs break when they are normalised.
+
+    Raises:
+        RowError: bad_url, or blocked_address where the host is an address that may not be contacted.
+    """
+    text = text.strip(" ")
+    if not text:
+        raise RowError(Reason.BAD_URL, "empty")
+    if len(text) > MAX_URL:
+        raise RowError(Reason.BAD_URL, f"{len(text)} characters, more than {MAX_URL}")
+    if _CONTROL.search(text):
+        raise RowError(Reason.BAD_URL, "control characters")
+    try:
+        url = _joined(base, URL(text))
+        host, port = url.raw_host or "", url.port or 0
+    except ValueError as e:  # UnicodeError is one
+        raise RowError(Reason.BAD_URL, str(e)) from e
+    if url.scheme not in ("http", "https"):
+        raise RowError(Reason.BAD_URL, f"scheme {url.scheme[:20]!r}: only http and https are fetched")
+    authority = _AUTHORITY.match(text)
+    if authority and "@" in authority[1]:
+        raise RowError(Reason.BAD_URL, "a user name before the host")
+    if authority and "[" in authority[1] and ":" not in host:
+        raise RowError(Reason.BAD_URL, "brackets without an address")
+    if not host or not port:
+        raise RowError(Reason.BAD_URL, "port 0" if host else "no host")
+    if ":" in host or _ENDS_IN_A_NUMBER.search(host):
+        check_address(_canonical(host), port, allow)
+    elif len(host) > 253 or not _HOST.fullmatch(host):
+        raise RowError(Reason.BAD_URL, f"host {host[:80]!r}")
+    if _SENT_AS_IS.fullmatch(text):
+        exact = _joined(base, URL(text, encoded=True))
+        if exact.raw_authority == url.raw_authority and exact.raw_path.startswith("/") and "/." not in exact.raw_path:
+            return exact
+    return url
+
+
+def _joined(base: URL | None, url: URL) -> URL:
+    return (base.join(url) if base is not None else url).with_fragment(None)
+
+
+def _canonical(host: str) -> str:
+    """An address as host, in its one canonical spelling; resolvers read others too (127.1, 0x7f.1, 2130706433)."""
+    try:
+        address = ip_address(host)
+    except ValueError as e:
+        raise RowError(Reason.BAD_URL, f"host {host[:80]!r}: an address in an odd form") from e
+    if isinstance(address, IPv6Address) and address.scope_id is not None:
+        raise RowError(Reason.BAD_URL, f"host {host[:80]!r}: an address with a zone")
+    return host
+
+
+# ------------------------------------------------------------------------------------------------ shared, kept work
+
+T = TypeVar("T")
+
+
+class Shared(Generic[T]):
+    """One computation per key for all who ask at once, its outcome kept for a time; the oldest are forgotten first.
+
+    A RowError is an outcome like any other, and everybody gets a copy of their own. Other exceptions are not kept.
+    `keep` gives the seconds for which an outcome holds.
+    """
+
+    def __init__(
+        self, compute: Callable[[str], Awaitable[T]], keep: Callable[[T | RowError], float], size: int
+    ) -> None:
+        self._compute, self._keep, self._size = compute, keep, size
+        self._running: dict[str, asyncio.Task[T | RowError]] = {}
+        self._kept: OrderedDict[str, tuple[float, T | RowError]] = OrderedDict()
+
+    async def get(self, key: str) -> T:
+        """The outcome for a key: kept, under way, or computed now. A caller who is cancelled stops nobody else."""
+        until, outcome = self._kept.get(key, (0.0, None))
+        if outcome is None or until <= asyncio.get_running_loop().time():
+            task = self._running.get(key)
+            if task is None:
+                task = self._running[key] = asyncio.create_task(self._run(key))
+                task.add_done_callback(lambda t: t.cancelled() or t.exception())  # seen, also where all have left
+            outcome = await asyncio.shield(task)
+        if isinstance(outcome, RowError):
+            raise copy.copy(outcome)
+        return outcome
+
+    async def _run(self, key: str) -> T | RowError:
+        outcome: T | RowError
+        try:
+            try:
+                outcome = await self._compute(key)
+            except RowError as e:
+                outcome = e.with_traceback(None)
+            self._kept[key] = (asyncio.get_running_loop().time() + self._keep(outcome), outcome)
+            self._kept.move_to_end(key)
+            while len(self._kept) > self._size:
+                self._kept.popitem(last=False)
+            return outcome
+        finally:
+            del self._running[key]
+
+    async def close(self) -> None:
+        """Stop what is under way."""
+        tasks = list(self._running.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- names
+
+Lookup = Callable[[str], Awaitable[list[str]]]
+"""A host name to its addresses as text; raises socket.gaierror where there are none."""
+
+_DNS_THREADS = 64  # look-ups at once; a stalled name server holds a thread for up to half a minute
+_DNS_KEPT = 300.0  # seconds; getaddrinfo does not tell a record's own time to live
+_DNS_KEPT_NO_NAME = 60.0
+_DNS_KEPT_FAILURE = 5.0
+_DNS_SIZE = 100_000  # names kept
+_NO_SUCH_NAME = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", None), getattr(socket, "EAI_ADDRFAMILY", None)}
+
+
+class GuardedResolver(AbstractResolver):
+    """Names to addresses for aiohttp, which then connects to exactly what this returns.
+
+    A host is refused when any one of its addresses may not be contacted. Answers are kept and look-ups shared; every
+    answer is checked again each time it is used, for the port at hand.
+
+    Raises (from `resolve`):
+        RowError: dns (a `Settled` one where the name does not exist) or blocked_address.
+    """
+
+    def __init__(self, allow: tuple[Allowed, ...], lookup: Lookup | None = None) -> None:
+        self._allow = allow
+        self._threads = ThreadPoolExecutor(_DNS_THREADS, "dns")
+        self._lookup = lookup or self._ask_the_system
+        self._shared = Shared(self._addresses, self._keep, _DNS_SIZE)
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        addresses = await self._shared.get(host)
+        for address in addresses:
+            try:
+                check_address(address, port, self._allow)
+            except RowError as e:
+                raise RowError(e.reason, f"{host}: {e.detail}") from e
+        return [
+            ResolveResult(
+                hostname=host,
+                host=address,
+                port=port,
+                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
+                proto=0,
+                flags=socket.AI_NUMERICHOST,
+            )
+            for address in addresses
+        ]
+
+    async def close(self) -> None:
+        await self._shared.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _addresses(self, host: str) -> list[str]:
+        try:
+            addresses = await self._lookup(host)
+        except socket.gaierror as e:
+            kind = Settled if e.errno in _NO_SUCH_NAME else RowError
+            raise kind(Reason.DNS, f"{host}: {e.strerror or e}") from e
+        except UnicodeError as e:  # the system's own IDNA encoder, on a label that it finds odd
+            raise Settled(Reason.DNS, f"{host}: {e}") from e
+        if not addresses:
+            raise Settled(Reason.DNS, f"{host}: no address")
+        return addresses
+
+    async def _ask_the_system(self, host: str) -> list[str]:
+        answers = await asyncio.get_running_loop().run_in_executor(
+            self._threads,
+            lambda: socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG),
+        )
+        return [str(address[0]) for *_, address in answers]
+
+    @staticmethod
+    def _keep(outcome: list[str] | RowError) -> float:
+        if isinstance(outcome, Settled):
+            return _DNS_KEPT_NO_NAME
+        return _DNS_KEPT_FAILURE if isinstance(outcome, RowError) else _DNS_KEPT
+
+
+# -------------------------------------------------------------------------------------------------------- opt-outs
+
+SIGNALS = ("x-robots-tag", "robots-txt")
+"""The opt-out signals that `fetch.respect` can name."""
+
+_REFUSALS = {"noai", "noimageai", "noindex", "noimageindex", "none"}
+_AGENT = re.compile(r"[a-z][a-z0-9_.*+/-]*|\*")
+_WITH_VALUE = {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"}
+
+
+def robots_tag_refusal(headers: Iterable[str]) -> str | None:
+    """The directive in the values of all X-Robots-Tag headers of one answer that asks us to stay away, or None.
+
+    A value is a comma list; `agent:` before a directive makes it and what follows it in that header a matter of
+    that agent alone (several agents may follow each other). Case does not matter. These count: noai, noimageai,
+    noindex, noimageindex, none.
+    """
+    for header in headers:
+        ours = True
+        for item in header.lower().split(","):
+            name, colon, rest = (part.strip() for part in item.partition(":"))
+            # A date may hold both commas and colons; none of its pieces looks like an agent's name.
+            while colon and name not in _REFUSALS | _WITH_VALUE and _AGENT.fullmatch(name):
+                ours = name == "*" or name.partition("/")[0] == PRODUCT_TOKEN
+                name, colon, rest = (part.strip() for part in rest.partition(":"))
+            if ours and name in _REFUSALS:
+                return name
+    return None
+
+
+ROBOTS_MAX_BYTES = 500 * 1024
+"""RFC 9309 section 2.5: read at least 500 kibibytes. The rest is not read."""
+
+_ROBOTS_KEPT = 86_400.0  # seconds: RFC 9309 section 2.4 asks for no more than a day
+_ROBOTS_KEPT_FAILURE = 300.0
+_ROBOTS_SIZE = 20_000  # origins kept
+
+
+def robots_rules(body: bytes) -> Protego:
+    """Read a robots.txt: the rules that RFC 9309 gives to our product token, else those for everybody.
+
+    Choosing the group is done here to the letter of section 2.2.1: a whole token counts, a version after it does
+    not, and records of other kinds (Crawl-delay, Sitemap) end no group. Protego does the patterns.
+    """
+    ours: list[str] = []
+    everybodys: list[str] = []
+    named = in_rules = False
+    agents: list[str] = []
+    for line in re.split(r"\r\n|\r|\n", body.decode("utf-8-sig", errors="replace")):
+        line = line.partition("#")[0].strip()
+        field, _, value = line.partition(":") if ":" in line else line.partition(" ")
+        field, value = field.strip().lower(), value.strip().lower()
+        if field in ("user-agent", "useragent", "user agent"):
+            if in_rules:
+                agents, in_rules = [], False
+            token = re.match(r"[a-z_-]+|\*", value)
+            agents.append(token[0] if token else "")
+            named = named or agents[-1] == PRODUCT_TOKEN
+        elif field == "allow" or field.startswith(("dis", "dias")):
+            in_rules = True
+            if PRODUCT_TOKEN in agents:
+                ours.append(line)
+            if "*" in agents:
+                everybodys.append(line)
+    return Protego.parse("\n".join(["user-agent: *", *(ours if named else everybodys)]))
+
+
+class Robots:
+    """robots.txt, read once per origin and shared by all its rows.
+
+    `read` fetches one: its bytes, or None where the origin has none (any 4xx). What it raises ends every row of that
+    origin for a while: 5xx is a complete disallow (RFC 9309 section 2.3.1.4), a dead host keeps its own reason.
+    """
+
+    def __init__(self, read: Callable[[URL], Awaitable[bytes | None]]) -> None:
+        self._read = read
+        self._shared = Shared(
+            self._rules, lambda o: _ROBOTS_KEPT_FAILURE if isinstance(o, RowError) else _ROBOTS_KEPT, _ROBOTS_SIZE
+        )
+
+    async def check(self, url: URL) -> None:
+        """Raises RowError: opted_out where the rules disallow this URL, or what `read` raised."""
+        rules = await self._shared.get(str(url.origin()))
+        if not rules.can_fetch(str(url), PRODUCT_TOKEN):
+            raise Settled(Reason.OPTED_OUT, f"robots.txt of {url.origin()} disallows it")
+
+    async def close(self) -> None:
+        await self._shared.close()
+
+    async def _rules(self, origin: str) -> Protego:
+        body = await self._read(URL(origin).with_path("/robots.txt"))
+        # Half a megabyte of rules takes a good part of a second to read: not on the event loop.
+        return await asyncio.to_thread(robots_rules, body or b"")

@@ -1,0 +1,637 @@
+"""Bytes from anywhere -> an upright sRGB picture -> resized, encoded.
+
+What is decoded is decided from the header: seven formats by their first bytes, a size that the configuration allows.
+A picture comes out whole or not at all: a truncated or corrupt file ends its row as `decode_error`. Nothing but pixels
+goes into the output: no EXIF, GPS, XMP, comments, profiles or trailing bytes.
+
+The bulk, JPEG, is decoded by libjpeg-turbo at a half, a quarter or an eighth where that leaves enough pixels, then
+shrunk by area averaging. Decoders, resizers and encoders release the GIL, so `process` is called from threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import math
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    ExifTags,
+    GifImagePlugin,
+    Image,
+    ImageCms,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+from PIL.TiffImagePlugin import IFDRational
+
+from curate.ledger import Reason, RowError
+from curate.store import UserError
+
+cv2.setNumThreads(1)  # one picture, one core: callers bring the threads
+
+MAX_PIXELS = 64_000_000
+"""Pixels that a picture may have (8,000 x 8,000): 192 MB as RGB. Cameras end near 60 million."""
+
+MODES = ("no", "keep_ratio", "keep_ratio_largest", "center_crop")
+_MAX_SIDE = {"jpg": 65_500, "webp": 16_383, "png": 65_535}  # what the encoders take, pixels
+_QUALITY = {"jpg": (1, 100, 95), "webp": (1, 100, 95), "png": (0, 9, 6)}  # lowest, highest, default
+
+_PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "PNG": PngImagePlugin.PngImageFile,
+    "WEBP": WebPImagePlugin.WebPImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+    "AVIF": AvifImagePlugin.AvifImageFile,
+}
+_EXTENSION = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+
+# What the decoders raise on hostile bytes. MemoryError is not among them: it says something about the machine.
+_HOSTILE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    ArithmeticError,
+    AttributeError,
+    RuntimeError,
+    AssertionError,
+    struct.error,
+    zlib.error,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImagesConfig:
+    """How pictures are stored. Sizes are pixels; modes and `only_if_bigger` mean what they mean in img2dataset.
+
+    `keep_original` leaves the bytes as they came where they already are what would be written: in the format asked
+    for, not to be resized, upright, 8-bit sRGB without alpha, one frame, and nothing in the file beside the picture.
+    A file with EXIF, XMP, comments or trailing bytes is therefore re-encoded; with `exif` metadata may stay.
+    """
+
+    size: int = 512
+    mode: str = "keep_ratio"
+    """no; keep_ratio: short side to `size`; keep_ratio_largest: long side; center_crop: short side, then the square."""
+    only_if_bigger: bool = True
+    """Never enlarge: a picture whose side is at most `size` stays as it is, uncropped too (as in img2dataset)."""
+    format: str = "jpg"  # jpg | webp | png
+    quality: int | None = None  # jpg and webp 1-100, 95 unless given; png: compression level 0-9, 6 unless given
+    keep_original: bool = False
+    exif: bool = False  # EXIF as a JSON string in the ledger; it may hold places and names
+    max_pixels: int = MAX_PIXELS  # more are refused from the header; also bounds what an enlargement may make
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UserError(f"images.mode is {self.mode!r}; it can be {', '.join(MODES)}.")
+        if self.format not in _QUALITY:
+            raise UserError(f"images.format is {self.format!r}; it can be {', '.join(_QUALITY)}.")
+        for name in ("size", "max_pixels"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"images.{name} is {value!r}; it must be a whole number of pixels above 0.")
+        lowest, highest, _ = _QUALITY[self.format]
+        if self.quality is not None and not (isinstance(self.quality, int) and lowest <= self.quality <= highest):
+            meaning = "the compression level" if self.format == "png" else "the quality"
+            raise UserError(
+                f"images.quality is {self.quality!r}; for {self.format} it is {meaning}, {lowest} to {highest}."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One picture as it is stored, and what is known of its original."""
+
+    data: bytes
+    extension: str  # jpg | webp | png
+    width: int  # pixels as stored
+    height: int
+    original_width: int  # pixels upright, before resizing
+    original_height: int
+    sha256: str  # hex, of the original bytes
+    phash: str  # 16 hex digits, of the stored pixels: see perceptual_hash
+    exif: str | None  # JSON object of strings; None unless asked for
+
+
+def process(data: bytes, config: ImagesConfig) -> Picture:
+    """Turn the bytes of an image file into the picture to store; the same bytes give the same picture.
+
+    Raises RowError: not_an_image, too_many_pixels (both before anything is decoded) or decode_error.
+    """
+    opened = _open(data, config.max_pixels)
+    fitted = _fitted(*opened.size, config)
+    _check_result(opened, fitted or opened.size, config)
+    image = _upright(opened, data, least=fitted or opened.size)
+    pixels = image.pixels
+    fitted = _fitted(image.width, image.height, config)
+    if fitted:
+        pixels = _resize(pixels, fitted)
+        if config.mode == "center_crop":
+            pixels = _center(pixels, config.size)
+    height, width = pixels.shape[:2]
+    as_it_came = (
+        config.keep_original
+        and _EXTENSION.get(opened.format or "") == config.format
+        and (width, height) == (image.width, image.height)
+        and image.plain
+        and _is_bare(data, config.format, metadata=config.exif)
+    )
+    return Picture(
+        data=data if as_it_came else _encode(pixels, config),
+        extension=config.format,
+        width=width,
+        height=height,
+        original_width=image.width,
+        original_height=image.height,
+        sha256=hashlib.sha256(data).hexdigest(),
+        phash=perceptual_hash(pixels),
+        exif=_exif_json(opened) if config.exif else None,
+    )
+
+
+def decode(data: bytes, min_side: int | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The upright sRGB pixels of an image file: (height, width, 3) uint8, transparency over white, first frame.
+
+    With `min_side` a large JPEG may come at a half, a quarter or an eighth of its size, which is much faster; its
+    short side then still has at least min_side pixels. Raises RowError as `process` does.
+    """
+    opened = _open(data, max_pixels)
+    width, height = opened.size
+    scale = 1.0 if min_side is None else min(1.0, min_side / min(width, height))
+    return _upright(opened, data, least=(math.ceil(width * scale), math.ceil(height * scale))).pixels
+
+
+def probe(data: bytes) -> tuple[str, int, int]:
+    """(format, width, height) from the header alone, sides as stored, before orientation.
+
+    Formats are JPEG, PNG, WEBP, GIF, BMP, TIFF and AVIF. Raises RowError: not_an_image; decode_error where a file
+    begins like one of these and its header is broken; too_many_pixels only where the decoder itself says so.
+    """
+    opened = _open(data, None)
+    return str(opened.format), *opened.size
+
+
+def perceptual_hash(image: np.ndarray) -> str:
+    """The 64-bit DCT hash of an image array, (h, w, 3) or (h, w) uint8, as 16 hex digits.
+
+    Near-duplicates differ in few bits. The DCT hash of Zauner, "Implementation and Benchmarking of Perceptual Image
+    Hash Functions" (2010): luma at 32 x 32, the 8 x 8 lowest frequencies without the zeroth row and column, one bit
+    each: above their median or not. Coefficients are rounded, so that flat pictures do not hash their rounding noise.
+    """
+    luma = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    small = cv2.resize(luma, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float64)
+    low = np.rint(_DCT @ small @ _DCT.T)
+    median = np.sort(low, axis=None)[31:33].mean()
+    return np.packbits(low > median).tobytes().hex()
+
+
+_DCT = np.sqrt(2 / 32) * np.cos(np.pi / 32 * np.outer(np.arange(1, 9), np.arange(32) + 0.5))
+"""Rows 1 to 8 of the orthonormal DCT-II of length 32."""
+
+
+# ------------------------------------------------------------------------------------------------------ the header
+
+
+def _open(data: bytes, max_pixels: int | None) -> ImageFile.ImageFile:
+    """The file's header, parsed, and its size checked; nothing is decoded yet.
+
+    The plugin is called directly: `Image.open` adds a global limit on pixels, and tries formats we do not take.
+    """
+    name = _sniff(data)
+    if name is None:
+        begins = f"it begins with {data[:16]!r}" if data else "it is empty"
+        raise RowError(Reason.NOT_AN_IMAGE, f"not one of {', '.join(_PLUGINS)}: {begins}")
+    if max_pixels is not None and name == "WEBP":  # opening a WebP allocates its canvas
+        _check_size(_webp_size(data), max_pixels)
+    with _hostile():
+        opened = _PLUGINS[name](io.BytesIO(data))
+    if max_pixels is not None:
+        _check_size(opened.size, max_pixels)
+    if name == "JPEG" and opened.info.get("progressive"):
+        # A few megabytes can hold thousands of scans, each of which costs a pass over all pixels. Encoders write ~10.
+        scans = sum(marker == 0xDA for marker, _, _ in _jpeg_segments(data))
+        if scans > 100:
+            raise RowError(Reason.DECODE_ERROR, f"{scans} scans; at most 100 are decoded", original_size=opened.size)
+    return opened
+
+
+def _sniff(data: bytes) -> str | None:
+    """Which format the first bytes say; what the server or the name said is not asked."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "TIFF"
+    if data.startswith(b"BM") and int.from_bytes(data[14:18], "little") in (12, 16, 40, 52, 56, 64, 108, 124):
+        return "BMP"  # two letters alone would take any text that begins with BM
+    if data[4:8] == b"ftyp":
+        brands = data[8 : min(int.from_bytes(data[:4], "big"), 256)]
+        if b"avif" in brands or b"avis" in brands:
+            return "AVIF"
+    return None
+
+
+@contextlib.contextmanager
+def _hostile(size: tuple[int, int] | None = None) -> Iterator[None]:
+    """Around calls of decoders only: what they raise is the file's fault."""
+    try:
+        yield
+    except Image.DecompressionBombError as e:
+        raise RowError(Reason.TOO_MANY_PIXELS, str(e), original_size=size) from e
+    except _HOSTILE as e:
+        raise RowError(Reason.DECODE_ERROR, f"{type(e).__name__}: {e}"[:300], original_size=size) from e
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise RowError(Reason.DECODE_ERROR, f"the header says {width} x {height} pixels")
+    if width * height > max_pixels or max(size) > 65_535:
+        detail = f"{width} x {height} pixels; at most {max_pixels:,} are decoded, and 65,535 a side"
+        raise RowError(Reason.TOO_MANY_PIXELS, detail, original_size=size)
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of a WebP's canvas from its first chunk (RFC 9649); (1, 1) where that says nothing."""
+    head = data[12:30].ljust(18, b"\0")
+    if head.startswith(b"VP8X"):
+        return 1 + int.from_bytes(head[12:15], "little"), 1 + int.from_bytes(head[15:18], "little")
+    if head.startswith(b"VP8L"):
+        bits = int.from_bytes(head[9:13], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if head.startswith(b"VP8 "):
+        return int.from_bytes(head[14:16], "little") & 0x3FFF, int.from_bytes(head[16:18], "little") & 0x3FFF
+    return 1, 1
+
+
+def _check_result(opened: ImageFile.ImageFile, size: tuple[int, int], config: ImagesConfig) -> None:
+    """Refuse what cannot be made or written: 1 x 4,000 pixels enlarged to a short side of 512 are a billion."""
+    side = config.size if config.mode == "center_crop" and size != opened.size else max(size)
+    if size[0] * size[1] > config.max_pixels or side > _MAX_SIDE[config.format]:
+        detail = f"{size[0]} x {size[1]} pixels would have to be made and written as {config.format}"
+        raise RowError(Reason.TOO_MANY_PIXELS, detail, original_size=opened.size)
+
+
+# -------------------------------------------------------------------------------------------------------- decoding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Upright:
+    pixels: np.ndarray  # (h, w, 3) uint8, perhaps fewer than the original has
+    width: int  # of the original, upright
+    height: int
+    plain: bool  # the file holds these very pixels: 8-bit sRGB, upright, no alpha
+
+
+def _upright(opened: ImageFile.ImageFile, data: bytes, least: tuple[int, int]) -> _Upright:
+    """Decode. `least` is the size that the caller needs, (width, height) as stored; there will be no fewer pixels."""
+    size = opened.size
+    profile = opened.info.get("icc_profile") or None
+    with _hostile(size):
+        if opened.format == "JPEG" and _turbo_takes(data):
+            pixels = _decode_jpeg(opened, data, least)
+            deep = alpha = False
+        else:
+            opened.load()
+            size = opened.size  # a TIFF turns itself upright while it loads
+            alpha = opened.has_transparency_data
+            deep = opened.format == "PNG" and data[24] > 8  # bits per sample
+            pixels = np.asarray(_to_srgb(_to_8_bits(opened, deep), profile))
+    turn = _orientation(opened)
+    sides = size[::-1] if turn >= 5 else size
+    plain = turn == 1 and not alpha and not deep and opened.mode in ("1", "L", "P", "RGB") and _says_srgb(profile)
+    return _Upright(pixels=_turned(pixels, turn), width=sides[0], height=sides[1], plain=plain)
+
+
+def _decode_jpeg(opened: ImageFile.ImageFile, data: bytes, least: tuple[int, int]) -> np.ndarray:
+    """A JPEG's sRGB pixels as stored, at 1/1, 1/2, 1/4 or 1/8 of its size.
+
+    The reduced picture keeps 1.25 times the pixels that are needed, or exactly these: what is left to the area filter
+    is then no fraction near 1, which it does badly. Only these four scales have fast code in libjpeg-turbo.
+    """
+    width, height = opened.size
+
+    def fits(k: int) -> bool:
+        reduced = -(-width // k), -(-height // k)
+        return (width, height) == (least[0] * k, least[1] * k) or all(
+            r >= 1.25 * need for r, need in zip(reduced, least, strict=True)
+        )
+
+    k = next((k for k in (8, 4, 2) if fits(k)), 1)
+    profile = opened.info.get("icc_profile") or None
+    colours = "CMYK" if opened.mode == "CMYK" else "RGB"
+    if profile and opened.mode == "L":
+        colours = "GRAY"
+    pixels = _libjpeg(data, colours, -(-width // k), -(-height // k))
+    if pixels.shape[:2] != (-(-height // k), -(-width // k)):
+        raise ValueError("two decoders read two sizes from its header")
+    # A last row or column that stands for less than half a pixel would shift the picture.
+    pixels = pixels[: max(least[1], round(height / k)), : max(least[0], round(width / k))]
+    if colours == "CMYK" and "adobe" in opened.info:
+        pixels = 255 - pixels  # Adobe's files hold 255 - ink, others ink (libjpeg.txt, "Special color spaces")
+    if colours == "RGB" and _says_srgb(profile):
+        return pixels
+    mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[colours]
+    image = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if mode == "L" else pixels), mode)
+    return np.asarray(_to_srgb(image, profile))
+
+
+def _turbo_takes(data: bytes) -> bool:
+    """Whether TurboJPEG knows a JPEG's chroma subsampling; Pillow takes the few odd ones, whole and less strictly."""
+    try:
+        simplejpeg.decode_jpeg_header(data, strict=False)
+    except ValueError as e:
+        return "Could not determine subsampling" not in str(e)
+    return True
+
+
+def _libjpeg(data: bytes, colours: str, width: int, height: int) -> np.ndarray:
+    """Decode strictly: libjpeg fills what is missing or corrupt with grey and only warns; here a warning is an error.
+
+    Two warnings are let pass, since all pixels are there: a missing end marker, and bytes just before it.
+    """
+    try:
+        return simplejpeg.decode_jpeg(data, colours, min_width=width, min_height=height)
+    except ValueError as e:
+        if "Premature end of JPEG file" in str(e):  # with the marker added, a picture that was cut off still warns
+            return simplejpeg.decode_jpeg(data + b"\xff\xd9", colours, min_width=width, min_height=height)
+        extra = re.search(r"(\d+) extraneous bytes before marker 0xd9", str(e))
+        if extra and int(extra[1]) <= 64:  # more are a picture's lost data
+            return simplejpeg.decode_jpeg(data, colours, min_width=width, min_height=height, strict=False)
+        raise
+
+
+def _to_8_bits(image: Image.Image, deep: bool) -> Image.Image:
+    """Wider samples brought to 0..255 (Pillow's own conversion clips them); other images as they are."""
+    transparent = image.info.get("transparency")
+    if image.mode.startswith("I;16"):
+        wide = np.asarray(image).astype(np.uint16, copy=False)
+        bits, white_is_0 = 16, False
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            bits, white_is_0 = image.tag_v2.get(258, (16,))[0], image.tag_v2.get(262) == 0
+        levels = cv2.convertScaleAbs(wide, alpha=255 / (2**bits - 1))
+        if white_is_0:
+            levels = 255 - levels
+        if isinstance(transparent, int):
+            levels[wide == transparent] = 255
+        return Image.fromarray(levels)
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 1):  # false for NaN too
+            raise ValueError("float samples outside 0..1: what is white is not known")
+        return Image.fromarray(cv2.convertScaleAbs(values, alpha=255))
+    if image.mode == "I":
+        raise ValueError("32-bit integer samples: what is white is not known")
+    if deep and isinstance(transparent, tuple):  # Pillow keeps the high bytes of the samples, but not of this colour
+        image = image.copy()
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+    return image
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """An 8-bit image of any mode as RGB: its ICC profile applied, its alpha over white."""
+    alpha = None
+    if image.has_transparency_data:
+        grey = image.mode in ("1", "L", "LA")
+        image = image.convert("LA" if grey else "RGBA")
+        alpha = image.getchannel("A")
+        image = image.convert("L" if grey else "RGB")
+    elif image.mode not in ("L", "RGB", "CMYK", "LAB"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    transform = _transform(profile, image.mode)
+    image = image.convert("RGB") if transform is None else transform.apply(image)
+    if alpha is None:
+        return image
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=alpha)
+    return white
+
+
+@functools.lru_cache(maxsize=32)
+def _transform(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """What brings an image of this mode and ICC profile to sRGB.
+
+    None where it already is, or where the profile is broken or of another colour space: then the pixels stay.
+    """
+    if mode == "LAB":
+        source = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
+    elif profile is None or _says_srgb(profile):
+        return None
+    else:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        except OSError:
+            return None
+    try:
+        return ImageCms.buildTransform(
+            source,
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGB",
+            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except ImageCms.PyCMSError:
+        return None
+
+
+@functools.lru_cache(maxsize=32)
+def _says_srgb(profile: bytes | None) -> bool:
+    """Whether pixels are sRGB as they are: no profile, or one that calls itself sRGB ("c2" is a tiny one)."""
+    if profile is None:
+        return True
+    try:
+        name = ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(profile))).strip().lower()
+    except (OSError, ImageCms.PyCMSError):
+        return False
+    return name in ("srgb", "c2", "srgb built-in") or name.startswith("srgb iec61966")
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; 1 where there is none. Only after the pixel check: a PNG's EXIF may lie behind its
+    pixels, and is read by loading them."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except _HOSTILE:
+        return 1  # broken metadata do not make a broken picture
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Pixels stored under an EXIF orientation, upright (CIPA DC-008, tag 274)."""
+    match orientation:
+        case 2:
+            return cv2.flip(pixels, 1)
+        case 3:
+            return cv2.rotate(pixels, cv2.ROTATE_180)
+        case 4:
+            return cv2.flip(pixels, 0)
+        case 5:
+            return cv2.transpose(pixels)
+        case 6:
+            return cv2.rotate(pixels, cv2.ROTATE_90_CLOCKWISE)
+        case 7:
+            return cv2.rotate(cv2.transpose(pixels), cv2.ROTATE_180)
+        case 8:
+            return cv2.rotate(pixels, cv2.ROTATE_90_COUNTERCLOCKWISE)
+        case _:
+            return np.ascontiguousarray(pixels)
+
+
+# ------------------------------------------------------------------------------------------------------ resizing
+
+
+def _fitted(width: int, height: int, config: ImagesConfig) -> tuple[int, int] | None:
+    """The (width, height) to resize to, before any crop, or None where the picture stays as it is.
+
+    img2dataset's sizes: scale = size / side, each side rounded half to even; but never less than one pixel.
+    """
+    if config.mode == "no":
+        return None
+    side = max(width, height) if config.mode == "keep_ratio_largest" else min(width, height)
+    if config.only_if_bigger and side <= config.size:
+        return None
+    scale = config.size / side
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    height, width = pixels.shape[:2]
+    if (width, height) == size:
+        return pixels
+    shrinks = size[0] * size[1] < width * height
+    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LANCZOS4)
+
+
+def _center(pixels: np.ndarray, side: int) -> np.ndarray:
+    height, width = pixels.shape[:2]
+    top, left = (height - side) // 2, (width - side) // 2
+    return np.ascontiguousarray(pixels[top : top + side, left : left + side])
+
+
+# ------------------------------------------------------------------------------------------------------- encoding
+
+
+def _encode(pixels: np.ndarray, config: ImagesConfig) -> bytes:
+    quality = _QUALITY[config.format][2] if config.quality is None else config.quality
+    if config.format == "jpg":
+        return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", "420")
+    flag = cv2.IMWRITE_WEBP_QUALITY if config.format == "webp" else cv2.IMWRITE_PNG_COMPRESSION
+    _, encoded = cv2.imencode(f".{config.format}", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [flag, quality])
+    return encoded.tobytes()
+
+
+def _is_bare(data: bytes, extension: str, metadata: bool) -> bool:
+    """Whether a file holds one picture and what belongs to its pixels, and nothing else; with `metadata`, metadata too.
+
+    Told by the parts that may be there, not by those that may not: what is not known is taken for something else.
+    """
+    if extension == "jpg":
+        end = 0
+        for marker, start, end in _jpeg_segments(data):
+            body = data[start : start + 12]
+            extra = 0xE0 <= marker <= 0xEF or marker == 0xFE
+            ours = body.startswith((b"ICC_PROFILE\0", b"Adobe")) or (body.startswith(b"JFIF\0") and end - start == 14)
+            if extra and not ours and not metadata:
+                return False
+        return end == len(data) and data.endswith(b"\xff\xd9")
+    own, more = (_PNG_OWN, _PNG_MORE) if extension == "png" else (_WEBP_OWN, _WEBP_MORE)
+    chunks = list(_chunks(data, extension))
+    known = all(name in own or (metadata and name in more) for name, _ in chunks)
+    return known and bool(chunks) and chunks[-1][1] == len(data)
+
+
+_PNG_OWN = {b"IHDR", b"PLTE", b"IDAT", b"IEND", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"sBIT", b"pHYs", b"bKGD"}
+_PNG_MORE = {b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"tIME"}
+_WEBP_OWN, _WEBP_MORE = {b"VP8 ", b"VP8L", b"VP8X", b"ICCP"}, {b"EXIF", b"XMP "}
+
+
+def _chunks(data: bytes, extension: str) -> Iterator[tuple[bytes, int]]:
+    """(name, end) of each chunk of a PNG, up to IEND, or of a WebP."""
+    at = 8 if extension == "png" else 12
+    while at + 8 <= len(data):
+        if extension == "png":
+            name, length = data[at + 4 : at + 8], int.from_bytes(data[at : at + 4], "big")
+            at += 12 + length
+        else:
+            name, length = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+            at += 8 + length + length % 2
+        yield name, at
+        if name == b"IEND":
+            return
+
+
+_NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """(marker, start of body, end) of each segment of a JPEG, up to its end marker; stops where the file is broken.
+
+    The end of a scan's segment (marker 0xDA) is that of its entropy-coded data.
+    """
+    at = 2
+    while (found := _NEXT_MARKER.match(data, at)) is not None:
+        marker, start = data[at + 1], at + 4
+        if marker == 0xD9:
+            yield marker, at + 2, at + 2
+            return
+        at += 2 + int.from_bytes(data[at + 2 : start], "big")
+        if marker == 0xDA:
+            found = _NEXT_MARKER.search(data, at)
+            at = found.start() if found else len(data)
+        yield marker, start, at
+
+
+def _exif_json(opened: ImageFile.ImageFile) -> str:
+    """EXIF as img2dataset keeps it: a JSON object of strings under names such as "Image Make", "GPS GPSLatitude".
+
+    Rationals are written a/b, lists in brackets; binary blobs and values above 1,000 characters are left out.
+    """
+    found: dict[str, str] = {}
+    with contextlib.suppress(*_HOSTILE):  # what can be read of broken metadata is kept
+        exif = opened.getexif()
+        for prefix, ifd, names in (
+            ("Image", dict(exif), ExifTags.TAGS),
+            ("EXIF", exif.get_ifd(ExifTags.IFD.Exif), ExifTags.TAGS),
+            ("GPS", exif.get_ifd(ExifTags.IFD.GPSInfo), ExifTags.GPSTAGS),
+        ):
+            for tag, value in ifd.items():
+                text = _exif_text(value)
+                if text is not None and len(text) <= 1000:
+                    found[f"{prefix} {names.get(tag, f'Tag {tag:#06x}')}"] = text
+    return json.dumps(found, sort_keys=True)
+
+
+def _exif_text(value: object) -> str | None:
+    if isinstance(value, bytes):
+        text = value.rstrip(b"\0").decode("ascii", errors="replace")
+        return text if text.isprintable() and "\ufffd" not in text else None
+    if isinstance(value, IFDRational):
+        return f"{value.numerator}/{value.denominator}"
+    if isinstance(value, tuple):
+        return f"[{', '.join(str(_exif_text(v)) for v in value)}]"
+    return str(value).strip().strip("\0")

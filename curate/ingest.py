@@ -1,0 +1,269 @@
+"""The fetch and images stages of one shard: rows of the plan -> `fetched/NNNNN.tar`, `.parquet`, `_stats.json`.
+
+Rows are fetched and decoded in whatever order the web answers; finished images go to a scratch file beside the shard,
+so memory does not grow with a slow row, and are copied into the tar in the order of the list when all are there.
+
+A row whose decoding kills the process would be tried again for ever by whoever restarts the process. So a shard notes
+its starts, and from the third on each image is decoded in a child process that may die: its row ends as `crashed`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from curate import engine_img2dataset
+from curate.data import Data
+from curate.fetch import FetchConfig, Fetcher
+from curate.images import ImagesConfig, Picture, process
+from curate.isolated import IsolatedDecoder
+from curate.ledger import FETCHED_COLUMNS, Reason, RowError, Status, fetched_schema, make_key
+from curate.shards import TarWriter, image_member, index_tar, read_range
+from curate.source import Row, SourceShard
+from curate.store import atomic, check_space, commit, scratch_path, uncommit
+
+TRUSTED_STARTS = 2
+"""How often a shard is begun with decoding in the worker itself; after that each decode may die alone."""
+
+Report = Callable[[str, str, str], None]
+"""report(stage, outcome, host) is called for every row as it ends."""
+
+Decode = Callable[[bytes], Awaitable[Picture]]
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a worker fetches with, the same for all its shards."""
+
+    fetch: FetchConfig
+    images: ImagesConfig
+    fetcher: Fetcher
+    threads: Executor  # decoders
+    slots: asyncio.Semaphore  # local files read ahead of the decoders; the fetcher bounds what it downloads
+    report: Report
+
+
+@dataclass
+class Ended:
+    """The rows of a shard that have ended: their facts, and where the images among them lie in the scratch file."""
+
+    scratch: BinaryIO
+    facts: dict[int, dict[str, Any]] = field(default_factory=dict)
+    places: dict[int, tuple[str, tuple[int, int]]] = field(default_factory=dict)  # extension, (offset, size)
+
+    def add(self, number: int, facts: dict[str, Any], image: bytes | None, extension: str = "") -> None:
+        """Note that a row ended."""
+        if image is not None:
+            offset = self.scratch.seek(0, os.SEEK_END)
+            self.scratch.write(image)
+            self.places[number] = extension, (offset, len(image))
+        self.facts[number] = facts
+
+
+async def ingest_shard(data: Data, shard: int, means: Means, config: str, retry: bool = False) -> dict[str, Any]:
+    """Fetch, decode and commit one shard; returns its record, which carries the hash `config`.
+
+    With `retry`, rows that succeeded or failed for good keep what they have, and only the others are fetched.
+    Raises DiskFull where the disk has no room, and whatever is our own error; a row's error ends only the row.
+    """
+    check_space(data.root)
+    began = time.time()
+    source = data.plan.read(shard)
+    starts = _note_start(data, shard)
+    isolate = starts > TRUSTED_STARTS
+    with _scratch(data, shard) as scratch:
+        ended = Ended(scratch)
+        if retry:
+            _keep_settled(data, shard, ended)
+        if means.fetch.engine == "img2dataset" and not source.local:
+            await asyncio.to_thread(_by_img2dataset, data, shard, source, means, ended)
+        else:
+            await _by_ourselves(source, means, ended, isolate)
+        facts = {"starts": starts, "isolated": isolate}
+        record = await asyncio.to_thread(_commit, data, shard, source.table, ended, config, began, facts)
+    data.starts(shard).unlink(missing_ok=True)
+    return record
+
+
+def _note_start(data: Data, shard: int) -> int:
+    """Note on disk that the shard is begun; returns how often it has been, this time included."""
+    path = data.starts(shard)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as f:
+        f.write(b".")
+        return f.tell()
+
+
+@contextmanager
+def _scratch(data: Data, shard: int) -> Iterator[BinaryIO]:
+    path = scratch_path(data.tar(shard))
+    try:
+        with open(path, "w+b") as f:
+            yield f
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _keep_settled(data: Data, shard: int, ended: Ended) -> None:
+    """Take over the rows of a fetched shard that a retry keeps: all but the failures that may pass."""
+    index = index_tar(data.tar(shard))
+    with open(data.tar(shard), "rb") as tar:
+        for number, row in enumerate(pq.read_table(data.table(shard)).to_pylist()):
+            facts = {name: row[name] for name, _ in FETCHED_COLUMNS}
+            if facts["status"] == Status.SUCCESS:
+                found = image_member(index[facts["key"]])
+                assert found is not None, f"{facts['key']} has no image in {data.tar(shard)}"
+                ended.add(number, facts, read_range(tar, found[1]), found[0])
+            elif not Reason(facts["reason"]).passing:
+                ended.add(number, facts, None)
+
+
+# ------------------------------------------------------------------------------------------------------------- rows
+
+
+async def _by_ourselves(source: SourceShard, means: Means, ended: Ended, isolate: bool) -> None:
+    """Fetch and decode the rows that have not ended, all at once; the fetcher knows how many at a time."""
+    isolated = IsolatedDecoder(means.images) if isolate else None
+    loop = asyncio.get_running_loop()
+
+    async def decode(body: bytes) -> Picture:
+        if isolated is not None:
+            return await isolated.decode(body)
+        return await loop.run_in_executor(means.threads, process, body, means.images)
+
+    async def one(number: int, row: Row) -> None:
+        facts, picture = await _attempt(row, means, decode)
+        if picture is None:
+            ended.add(number, facts, None)
+        else:
+            ended.add(number, facts, picture.data, picture.extension)
+        means.report("fetch", facts["reason"] or Status.SUCCESS, _host(row.url))
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for number, row in enumerate(source.rows()):
+                if number not in ended.facts:
+                    group.create_task(one(number, row))
+    finally:
+        if isolated is not None:
+            isolated.close()
+
+
+def _by_img2dataset(data: Data, shard: int, source: SourceShard, means: Means, ended: Ended) -> None:
+    """Have img2dataset do it."""
+    rows = source.rows()
+    waiting = [(number, row.url) for number, row in enumerate(rows) if number not in ended.facts]
+    folder = scratch_path(data.tar(shard))
+    for number, facts, image, extension in engine_img2dataset.download(waiting, means.fetch, means.images, folder):
+        ended.add(number, facts, image, extension)
+        means.report("fetch", facts["reason"] or Status.SUCCESS, _host(rows[number].url))
+
+
+async def _attempt(row: Row, means: Means, decode: Decode) -> tuple[dict[str, Any], Picture | None]:
+    """One row's facts and, where all went well, its picture. Never raises for what the row did."""
+    facts: dict[str, Any] = {name: None for name, _ in FETCHED_COLUMNS}
+    try:
+        if row.failure is not None:
+            raise row.failure
+        if row.place is not None:
+            async with means.slots:
+                body = await asyncio.to_thread(row.place.read)
+                facts["bytes"] = len(body)
+                picture = await decode(body)
+        else:
+            async with means.fetcher.body(row.url or "") as answer:
+                facts |= {"final_url": answer.final_url, "http_status": answer.http_status, "bytes": len(answer.data)}
+                picture = await decode(answer.data)
+    except RowError as e:
+        width, height = e.original_size or (None, None)
+        failed = {
+            "status": e.reason.status.value,
+            "reason": e.reason.value,
+            "error_message": e.detail,
+            "original_width": width,
+            "original_height": height,
+            "final_url": facts["final_url"] or e.final_url,
+            "http_status": facts["http_status"] or e.http_status,
+        }
+        return facts | failed, None
+    good = {
+        "status": Status.SUCCESS.value,
+        "width": picture.width,
+        "height": picture.height,
+        "original_width": picture.original_width,
+        "original_height": picture.original_height,
+        "exif": picture.exif,
+        "sha256": picture.sha256,
+        "phash": picture.phash,
+    }
+    return facts | good, picture
+
+
+def _host(url: str | None) -> str:
+    """The host of a URL, for people to see; empty where it has none that can be read."""
+    try:
+        return urlsplit(url or "").hostname or ""
+    except ValueError:
+        return ""
+
+
+# ----------------------------------------------------------------------------------------------------------- commit
+
+
+def _commit(
+    data: Data, shard: int, table: pa.Table, ended: Ended, config: str, began: float, extra: dict[str, Any]
+) -> dict[str, Any]:
+    """Write tar, table and record, in the order of the list."""
+    ordered = [ended.facts[number] for number in range(table.num_rows)]
+    for number, facts in enumerate(ordered):
+        facts["key"] = make_key(shard, number, data.plan.shard_size)
+    for name, kind in FETCHED_COLUMNS:
+        table = table.append_column(name, pa.array([facts[name] for facts in ordered], kind))
+    table = table.cast(fetched_schema(data.plan.carried))
+
+    uncommit(data.fetched_record(shard))
+    with atomic(data.tar(shard)) as f:
+        tar = TarWriter(f)
+        number = 0
+        for batch in table.to_batches(max_chunksize=1000):
+            for row in batch.to_pylist():
+                if number in ended.places:
+                    extension, place = ended.places[number]
+                    tar.add_sample(row["key"], read_range(ended.scratch, place), extension, row["caption"], row)
+                number += 1
+        tar.close()
+    with atomic(data.table(shard)) as f:
+        pq.write_table(table, f, compression="zstd")
+
+    done = time.time()
+    statuses = Counter(facts["status"] for facts in ordered)
+    return commit(
+        data.root,
+        data.fetched_record(shard),
+        config=config,
+        inputs={"plan": data.plan.shard_digest(shard)},
+        outputs=[data.tar(shard), data.table(shard)],
+        facts={
+            # img2dataset's names
+            "count": len(ordered),
+            "successes": statuses[Status.SUCCESS],
+            "failed_to_download": statuses[Status.FAILED_TO_DOWNLOAD],
+            "failed_to_resize": statuses[Status.FAILED_TO_RESIZE],
+            "duration": round(done - began, 3),
+            "start_time": began,
+            "end_time": done,
+            "status_dict": dict(Counter(facts["reason"] or Status.SUCCESS.value for facts in ordered)),
+            **extra,
+        },
+    )

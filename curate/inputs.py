@@ -1,0 +1,154 @@
+"""What a LIST argument means: the files it stands for, found, copied where they are remote, and told apart later."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from curate.folders import ImagesInput, MetadataInput, TarInput, images_below, is_image, metadata_files
+from curate.lists import KNOWN_FORMATS, Input, list_format, open_list
+from curate.store import DiskFull, UserError
+
+
+@dataclass(frozen=True)
+class Found:
+    """The files that a LIST argument stands for."""
+
+    name: str  # as it was given; absolute where it is on this machine
+    kind: str  # list, tars, images or imagefolder
+    files: list[Path]  # list files, tars, tables of an imagefolder, or the one folder of images
+    base: Path | None = None  # what the places of images are relative to; None for lists
+    remote: bool = False
+
+    def open(self, file: Path, url: str, caption: str | None) -> Input:
+        """One of the files as an input. Raises UserError where it cannot be read."""
+        if self.base is None:
+            return open_list(file, url, caption)
+        if self.kind == "tars":
+            return TarInput(file, self.base, url, caption)
+        if self.kind == "images":
+            return ImagesInput(file, caption)
+        return MetadataInput(file, self.base, url, caption)
+
+
+def is_remote(name: str) -> bool:
+    """Whether a LIST argument is not on this machine's file system."""
+    return "://" in name and not name.startswith("file://")
+
+
+def find(name: str, copies: Path) -> Found:
+    """The files of a LIST argument: a file, a folder, a glob, or a URL, whose files are copied into `copies`."""
+    if is_remote(name):
+        return Found(name, "list", _copy_remote(name, copies), remote=True)
+    path = Path(name.removeprefix("file://")).expanduser().absolute()
+    if path.is_dir():
+        return _find_in_folder(path)
+    files = [path]
+    if not path.exists():  # a name with brackets that is there is no pattern
+        files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+    if not files:
+        raise UserError(f"{name}: there is no such file or folder.")
+    if all(_is_tar(p.name) for p in files):
+        base = Path(os.path.commonpath([p.parent for p in files]))
+        return Found(str(path), "tars", files, base)
+    if all(is_image(p.name) for p in files):
+        raise UserError(f"{name}: is an image. Give the folder that it lies in.")
+    _one_format(name, [p.name for p in files])
+    return Found(str(path), "list", files)
+
+
+def _find_in_folder(folder: Path) -> Found:
+    here = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith((".", "_")))
+    if tables := metadata_files(folder):
+        return Found(str(folder), "imagefolder", tables, folder)
+    if tars := [p for p in here if _is_tar(p.name)]:
+        return Found(str(folder), "tars", tars, folder)
+    lists = [p for p in here if list_format(p.name) and not p.name.endswith("_stats.json")]
+    image = next(images_below(folder), None)
+    if image is None:
+        if not lists:
+            raise UserError(f"{folder}: holds neither a list nor images. Lists are {KNOWN_FORMATS}.")
+        _one_format(str(folder), [p.name for p in lists])
+        return Found(str(folder), "list", lists)
+    stems = {p.stem for p in here if is_image(p.name)}
+    lists = [p for p in lists if p.stem not in stems and list_format(p.name) != "txt"]  # beside an image: about it
+    if lists:
+        raise UserError(f"{folder}: holds a list ({lists[0].name}) and images ({image}). Give the one that is meant.")
+    return Found(str(folder), "images", [folder], folder)
+
+
+def _is_tar(name: str) -> bool:
+    return name.lower().endswith(".tar")
+
+
+def _one_format(name: str, files: list[str]) -> None:
+    formats = {list_format(f): f for f in files}
+    if None in formats:
+        raise UserError(f"{name}: {formats[None]} is not a list that can be read. Lists are {KNOWN_FORMATS}.")
+    if len(formats) > 1:
+        raise UserError(f"{name}: lists of several formats ({', '.join(sorted(formats.values()))}). Give one of them.")
+
+
+def _copy_remote(url: str, copies: Path) -> list[Path]:
+    """Copy the files of a remote list, in the order of their names."""
+    import fsspec
+
+    web = url.startswith(("http://", "https://"))
+    # each file system has error types of its own: botocore's, aiohttp's, huggingface_hub's, a missing package's
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+        if web:  # one file: a ? in its address is no pattern, and the web has no folders
+            paths = [path]
+        elif glob.has_magic(path):
+            paths = [p for p in fs.glob(path) if fs.isfile(p)]
+        elif fs.isdir(path):
+            paths = [p for p in fs.ls(path, detail=False) if list_format(p) and not Path(p).name.startswith((".", "_"))]
+        else:
+            paths = [path]
+    except Exception as e:
+        raise _remote_error(url, e) from e
+    names = {p: Path(urlsplit(p).path if web else p).name for p in sorted(paths)}
+    if not names:
+        raise UserError(f"{url}: no list is there. Lists are {KNOWN_FORMATS}.")
+    _one_format(url, list(names.values()))
+    copies.mkdir(parents=True, exist_ok=True)
+    copied = [copies / f"list-{number:05d}-{name}" for number, name in enumerate(names.values())]
+    for path, copy in zip(names, copied, strict=True):
+        try:
+            fs.get_file(path, str(copy))
+        except Exception as e:
+            if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DiskFull(f"no space left while copying {path}") from e
+            raise _remote_error(path, e) from e
+    return copied
+
+
+def _remote_error(url: str, e: Exception) -> UserError:
+    if isinstance(e, ImportError):
+        return UserError(f"{url}: {e}. `pip install 'tastemaker[remote]'` brings what it needs.")
+    return UserError(f"{url}: cannot be read: {type(e).__name__}: {e}")
+
+
+def stat(kind: str, path: Path) -> dict[str, Any]:
+    """What tells cheaply whether an input is still the same: path, bytes in all, and the newest change."""
+    paths = [path]
+    if kind == "tars":
+        paths += [p for p in [path.with_suffix(".parquet")] if p.exists()]
+    elif kind != "list":
+        folder = path if kind == "images" else path.parent
+        for name in images_below(folder):
+            paths += [p for p in (folder / name, (folder / name).with_suffix(".txt")) if p.exists()]
+    try:
+        stats = [p.stat() for p in paths if kind != "images" or p != path]
+    except OSError as e:
+        raise UserError(f"{e.filename}: cannot be read: {e.strerror}") from e
+    return {
+        "path": str(path),
+        "size": sum(s.st_size for s in stats),
+        "mtime_ns": max((s.st_mtime_ns for s in stats), default=0),
+    }

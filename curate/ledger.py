@@ -1,0 +1,143 @@
+"""The row: what every line of the input list becomes, and the words for it.
+
+Every row of the list has exactly one line in the ledger, and on that line one `status` (img2dataset's three words) and,
+where there is no image, one `reason` from a closed list. The columns below are those of `fetched/NNNNN.parquet`: first
+the list's own (`url`, `caption`, then what it carries), then img2dataset's under their names, then ours.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import pyarrow as pa
+
+
+class Status(StrEnum):
+    """What became of a row; img2dataset's words, so that its readers count right."""
+
+    SUCCESS = "success"
+    FAILED_TO_DOWNLOAD = "failed_to_download"
+    FAILED_TO_RESIZE = "failed_to_resize"
+
+
+class Reason(StrEnum):
+    """Why a row has no image. Closed: a new reason is a change of format."""
+
+    DNS = "dns"
+    CONNECT = "connect"
+    TLS = "tls"
+    TIMEOUT = "timeout"
+    HTTP_4XX = "http_4xx"
+    HTTP_404 = "http_404"
+    HTTP_429 = "http_429"
+    HTTP_5XX = "http_5xx"
+    PROTOCOL = "protocol"
+    TOO_LARGE = "too_large"
+    TOO_MANY_REDIRECTS = "too_many_redirects"
+    BLOCKED_ADDRESS = "blocked_address"
+    BAD_URL = "bad_url"
+    OPTED_OUT = "opted_out"
+    DENIED = "denied"
+    NOT_AN_IMAGE = "not_an_image"
+    DECODE_ERROR = "decode_error"
+    TOO_MANY_PIXELS = "too_many_pixels"
+    HASH_MISMATCH = "hash_mismatch"
+    CRASHED = "crashed"
+
+    @property
+    def status(self) -> Status:
+        """The img2dataset word that a row with this reason carries."""
+        return Status.FAILED_TO_RESIZE if self in _OF_THE_IMAGE else Status.FAILED_TO_DOWNLOAD
+
+    @property
+    def passing(self) -> bool:
+        """Whether trying again later may succeed: what `tastemaker retry` fetches again."""
+        return self in _PASSING
+
+
+_OF_THE_IMAGE = {Reason.NOT_AN_IMAGE, Reason.DECODE_ERROR, Reason.TOO_MANY_PIXELS, Reason.CRASHED}
+_PASSING = {Reason.DNS, Reason.CONNECT, Reason.TLS, Reason.TIMEOUT, Reason.HTTP_429, Reason.HTTP_5XX, Reason.PROTOCOL}
+
+
+class RowError(Exception):
+    """A row has no image, for this reason. It ends one row, never a run.
+
+    `detail` is for people (it lands in `error_message`); it is never parsed. `final_url` and `http_status` are set
+    where a server answered, `original_size` (width, height) where a header could be read.
+    """
+
+    def __init__(
+        self,
+        reason: Reason,
+        detail: str = "",
+        *,
+        final_url: str | None = None,
+        http_status: int | None = None,
+        original_size: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+        self.final_url = final_url
+        self.http_status = http_status
+        self.original_size = original_size
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else str(self.reason)
+
+
+URL_COLUMNS = [("url", pa.string()), ("caption", pa.string())]
+"""The list's own two columns, under img2dataset's names; what else it carries follows them."""
+
+FETCHED_COLUMNS = [
+    ("key", pa.string()),
+    ("status", pa.string()),
+    ("error_message", pa.string()),
+    ("width", pa.int32()),  # pixels as stored
+    ("height", pa.int32()),
+    ("original_width", pa.int32()),  # pixels upright, before resizing
+    ("original_height", pa.int32()),
+    ("exif", pa.string()),  # JSON; null unless images.exif
+    ("sha256", pa.string()),  # hex, of the original bytes
+    ("reason", pa.string()),
+    ("final_url", pa.string()),  # after redirects
+    ("http_status", pa.int32()),
+    ("bytes", pa.int64()),  # length of the original body
+    ("phash", pa.string()),  # 16 hex digits
+]
+"""What the fetch and images stages add: img2dataset's columns under their names, then ours."""
+
+EMBEDDED_COLUMNS = [("similarity", pa.float32())]
+"""What the embed stage adds: the cosine of image and caption, null where there is no caption."""
+
+RESERVED = {name for name, _ in URL_COLUMNS + FETCHED_COLUMNS}
+"""Names that a carried column may not have: they would be two columns of one name in `fetched/NNNNN.parquet`."""
+
+
+def fetched_schema(carried: pa.Schema) -> pa.Schema:
+    """The schema of `fetched/NNNNN.parquet` for a list that carries these extra columns."""
+    return pa.schema(URL_COLUMNS + [(f.name, f.type) for f in carried] + FETCHED_COLUMNS)
+
+
+def key_width(shard_size: int, shard_digits: int = 5) -> int:
+    """How many digits a key has: those of the shard number and those of a row number below shard_size."""
+    return shard_digits + row_digits(shard_size)
+
+
+def row_digits(shard_size: int) -> int:
+    """Digits of a row number; img2dataset's ceil(log10(shard_size)), so that its keys and ours agree."""
+    return len(str(shard_size - 1)) if shard_size > 1 else 0
+
+
+def make_key(shard: int, row: int, shard_size: int, shard_digits: int = 5) -> str:
+    """The name of a row: shard number and row number, zero-padded, without a dot (webdataset cuts keys at dots).
+
+    >>> make_key(1, 5, 10000)
+    '000010005'
+    """
+    return f"{shard * 10 ** row_digits(shard_size) + row:0{key_width(shard_size, shard_digits)}d}"
+
+
+def shard_name(shard: int) -> str:
+    """How files of a shard are called: five digits, more where five do not suffice."""
+    return f"{shard:05d}"

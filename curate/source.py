@@ -1,0 +1,464 @@
+"""The source: a list of URLs, or a folder of images, cut once into the shards that everything after works on.
+
+The plan lies in `plan/`: `shards.parquet` says for each shard which rows of which file it is, `plan.json` (written
+last) what it was made of. The same list and settings give the same plan; a plan that is there is never made anew.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from curate.folders import PLACE_COLUMNS
+from curate.inputs import Found, find, is_remote, stat
+from curate.ledger import URL_COLUMNS, Reason, RowError
+from curate.lists import ParquetInput, open_parquet, parquet_batches
+from curate.store import UserError, atomic, digest, read_json, sha256_file, write_json
+from curate.survey import Survey, columns_of, survey_list
+
+_VERSION = 1
+_LARGEST_GROUP = 2_000_000
+"""Rows; a parquet file with a larger row group is cut anew: each of its shards would decode the whole group."""
+
+_WRITTEN_GROUP = 100_000
+"""Rows; the row groups of what is cut here hold a shard each, but no more than this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """What of the list is used (recipe: `source`)."""
+
+    url: str = "url"  # column; the default also finds URL and image_url
+    caption: str | None = "caption"  # column; the default also finds TEXT, text and alt; None: no captions
+    shard_size: int = 10_000  # rows per shard, img2dataset's number
+    where: str | None = None  # SQL condition on the list's own columns; other rows are not part of the list
+    columns: tuple[str, ...] | None = None  # columns that are carried along; None: all others
+
+    def __post_init__(self) -> None:
+        if isinstance(self.columns, str):
+            raise UserError(f"source.columns: a list of names is needed, such as [{self.columns}]")
+        if self.columns is not None:
+            object.__setattr__(self, "columns", tuple(self.columns))
+        if isinstance(self.shard_size, bool) or not isinstance(self.shard_size, int) or self.shard_size < 1:
+            raise UserError(f"source.shard_size: {self.shard_size!r} is no number of rows; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Which rows a shard is: `rows` rows of `file` (absolute, or relative to the data folder) from `offset` on."""
+
+    shard: int
+    file: str
+    offset: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a plan would be, for `--dry-run`."""
+
+    kind: str  # list, tars, images or imagefolder
+    inputs: int  # files of the list, tars, or folders
+    listed_rows: int  # rows of the list, after `where`
+    total_rows: int  # of these, the rows that `limit` leaves
+    shard_count: int
+    url: str | None  # the columns as the (first) list calls them
+    caption: str | None
+    carried: pa.Schema
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an image's bytes lie on this machine."""
+
+    path: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """The bytes. Raises UserError where they are gone: the folder is not the one that was planned."""
+        try:
+            with open(self.path, "rb") as f:
+                f.seek(self.offset)
+                data = f.read(self.size)
+        except OSError as e:
+            raise UserError(f"{self.path}: cannot be read any more: {e.strerror}") from e
+        if len(data) != self.size:
+            raise UserError(f"{self.path}: is shorter than when the plan was made. {_ANEW}")
+        return data
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the list: to be fetched from `url` where neither a place nor a failure is given."""
+
+    url: str | None
+    caption: str | None
+    place: Place | None = None  # where the bytes are already
+    failure: RowError | None = None  # what the row came with instead of bytes
+
+
+@dataclass(frozen=True)
+class SourceShard:
+    """The rows of one shard."""
+
+    shard: int
+    table: pa.Table  # url, caption, and the carried columns
+    digest: str  # `Plan.shard_digest`
+    places: pa.Table | None = None  # PLACE_COLUMNS, for folders of images
+    base: Path | None = None
+
+    @property
+    def local(self) -> bool:
+        """Whether nothing of this shard is to be fetched."""
+        return self.places is not None
+
+    def rows(self) -> list[Row]:
+        """The rows one by one, in the order of the table."""
+        urls, captions = (self.table.column(name).to_pylist() for name in ("url", "caption"))
+        if self.places is None or self.base is None:
+            return [Row(url, caption) for url, caption in zip(urls, captions, strict=True)]
+        rows = []
+        for url, caption, at in zip(urls, captions, self.places.to_pylist(), strict=True):
+            if at["@reason"] is None:
+                rows.append(Row(url, caption, place=Place(self.base / at["@path"], at["@offset"], at["@size"])))
+            else:
+                rows.append(Row(url, caption, failure=RowError(Reason(at["@reason"]), at["@error"] or "")))
+        return rows
+
+
+_ANEW = "Give another --out to start anew."
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The shards of a data folder, and their rows."""
+
+    root: Path
+    shards: list[ShardPlan] = field(repr=False)
+    carried: pa.Schema
+    total_rows: int  # rows of all shards
+    listed_rows: int  # rows of the list after `where`, before `limit`
+    facts: Mapping[str, Any] = field(repr=False)  # what plan.json holds
+
+    @property
+    def list(self) -> str:
+        """The list as it was given."""
+        return self.facts["list"]
+
+    @property
+    def shard_size(self) -> int:
+        """Rows per shard, which decides how many digits a key has."""
+        return self.facts["source"]["source.shard_size"]
+
+    @property
+    def digest(self) -> str:
+        """A short name of the whole plan: what the list holds, and how it is cut."""
+        facts = self.facts
+        parts = [facts["identities"][name] for name in sorted(facts["made_of"], key=facts["made_of"].__getitem__)]
+        return digest([parts, self.shard_size, self._columns(), self.total_rows])
+
+    def shard_digest(self, shard: int) -> str:
+        """A short name of what one shard holds; other shards and other files of the list do not change it."""
+        s = self.shards[shard]
+        return digest([self.facts["identities"][s.file], s.offset, s.rows, self._columns()])
+
+    def _columns(self) -> Sequence[str]:
+        return [f"{f.name}:{f.type}" for f in self.carried]
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of a shard's rows: url, caption, and the carried ones."""
+        return pa.schema([*URL_COLUMNS, *self.carried])
+
+    def read(self, shard: int) -> SourceShard:
+        """The rows of a shard; of its file, only the row groups that it lies in are read.
+
+        Raises UserError where the list has changed since the plan was made.
+        """
+        s = self.shards[shard]
+        fact = self.facts["inputs"][self.facts["made_of"][s.file]]
+        url, caption = "url", "caption"
+        if s.file not in self.facts["cut"]:  # the list itself, under its own names
+            url, caption = fact["url"], fact["caption"]
+        self._require_unchanged(s.file, fact)
+        local = self.facts["base"] is not None
+        extra = pa.schema(PLACE_COLUMNS if local else [])
+        wanted = [n for n in (url, caption, *self.carried.names, *extra.names) if n]
+        batches = [
+            columns_of(batch, url, caption, self.schema, extra)
+            for batch in _read_slice(self.root / s.file, s.offset, s.rows, wanted)
+        ]
+        table = pa.Table.from_batches(batches, pa.schema([*self.schema, *extra]))
+        if table.num_rows != s.rows:
+            raise UserError(f"{s.file}: has fewer rows than when the plan was made. {_ANEW}")
+        rows = table.select(self.schema.names)
+        if not local:
+            return SourceShard(shard, rows, self.shard_digest(shard))
+        return SourceShard(shard, rows, self.shard_digest(shard), table.select(extra.names), Path(self.facts["base"]))
+
+    def _require_unchanged(self, file: str, fact: Mapping[str, Any]) -> None:
+        if self.facts["remote"] or (file in self.facts["cut"] and self.facts["kind"] != "tars"):
+            return  # everything is in plan/, or Place.read finds out image by image
+        now = stat(self.facts["kind"], Path(fact["path"]))
+        if any(now[k] != fact[k] for k in now):
+            raise UserError(
+                f"{fact['path']}: has changed since the plan was made. If its content is the same, the command that "
+                f"made the plan takes it up again; if not, it is another list. {_ANEW}"
+            )
+
+    def check(self) -> None:
+        """Read what the plan wrote again. Raises UserError where it is not what was written."""
+        for name, sha256 in self.facts["cut"].items():
+            path = self.root / name
+            if not path.exists() or sha256_file(path) != sha256:
+                raise UserError(
+                    f"{path}: is damaged. Remove {self.root / 'plan'}; the command that made it makes it again."
+                )
+
+
+def _read_slice(path: Path, offset: int, rows: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    metadata = open_parquet(path).metadata
+    groups: list[int] = []
+    first = start = 0
+    for number in range(metadata.num_row_groups):
+        end = start + metadata.row_group(number).num_rows
+        if start < offset + rows and end > offset:
+            if not groups:
+                first = start
+            groups.append(number)
+        start = end
+    skip = offset - first
+    for batch in parquet_batches(path, columns, groups):
+        part = batch.slice(min(skip, batch.num_rows), rows)
+        skip -= batch.num_rows - part.num_rows if skip > 0 else 0
+        rows -= part.num_rows
+        if part.num_rows:
+            yield part
+        if rows <= 0:
+            return
+
+
+# ------------------------------------------------------------------------------------------------------ making a plan
+
+
+def inspect(list_path: str, config: SourceConfig, limit: int | None = None) -> Totals:
+    """What `make_plan` would make. Writes nothing (a remote list is copied to a temporary folder)."""
+    with tempfile.TemporaryDirectory() as scratch:
+        found = find(list_path, Path(scratch))
+        survey = survey_list(found, config, limit)
+    return Totals(
+        kind=found.kind,
+        inputs=len(survey.inputs),
+        listed_rows=survey.listed_rows,
+        total_rows=sum(survey.kept),
+        shard_count=sum(-(-kept // config.shard_size) for kept in survey.kept),
+        url=survey.inputs[0].url,
+        caption=survey.inputs[0].caption,
+        carried=survey.carried,
+    )
+
+
+def make_plan(list_path: str, root: Path, config: SourceConfig, limit: int | None = None) -> Plan:
+    """The plan of a list, made in `root/plan` where there is none yet.
+
+    `limit` takes that many rows, spread over the whole list and always the same ones, in the list's order. Raises
+    UserError, and leaves nothing behind, where the list or the configuration is at fault; and where `root` holds the
+    plan of another list or other settings. A remote list is copied once, and not looked at again.
+    """
+    existing = load_plan(root)
+    if existing is not None:
+        return _same_plan(existing, list_path, config, limit)
+    folder = root / "plan"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its plan was whole
+    try:
+        found = find(list_path, folder)
+        survey = survey_list(found, config, limit)
+        facts, shards = _write_lists(root, found, survey, config.shard_size)
+        facts |= {"source": _settings(config, limit)}
+        _write_plan(root, facts, shards)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return _loaded(root, facts, shards)
+
+
+def load_plan(root: Path) -> Plan | None:
+    """The plan that `root` holds, or None. Raises UserError where it is damaged or of another version."""
+    facts = read_json(root / "plan" / "plan.json")
+    if facts is None:
+        return None
+    if facts.get("version") != _VERSION:
+        raise UserError(f"{root / 'plan'}: made by another version ({facts.get('version')}). {_ANEW}")
+    file = root / "plan" / "shards.parquet"
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        data = b""
+    if hashlib.sha256(data).hexdigest() != facts["shards_sha256"]:
+        raise UserError(f"{file}: is damaged. Remove {root / 'plan'}; the command that made it makes it again.")
+    table = pq.read_table(pa.BufferReader(data))
+    shards = [ShardPlan(*row) for row in zip(*(table.column(n).to_pylist() for n in _SHARDS.names), strict=True)]
+    return _loaded(root, facts, shards)
+
+
+_SHARDS = pa.schema([("shard", pa.int64()), ("file", pa.string()), ("offset", pa.int64()), ("rows", pa.int64())])
+
+
+def _loaded(root: Path, facts: dict[str, Any], shards: list[ShardPlan]) -> Plan:
+    carried = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(facts["carried_schema"])))
+    return Plan(root, shards, carried, facts["total_rows"], facts["listed_rows"], facts)
+
+
+def _settings(config: SourceConfig, limit: int | None) -> dict[str, Any]:
+    settings = {f"source.{k}": v for k, v in asdict(config).items()}
+    return json.loads(json.dumps({**settings, "--limit": limit}))  # as it will be read again: tuples are lists
+
+
+def _write_plan(root: Path, facts: dict[str, Any], shards: list[ShardPlan]) -> None:
+    """Write the plan's two files; from the second one on it is there."""
+    file = root / "plan" / "shards.parquet"
+    columns = zip(*((s.shard, s.file, s.offset, s.rows) for s in shards), strict=True)
+    with atomic(file) as f:
+        pq.write_table(pa.table([list(c) for c in columns], schema=_SHARDS), f)
+    facts["shards_sha256"] = sha256_file(file)
+    write_json(root / "plan" / "plan.json", facts)
+
+
+def _write_lists(root: Path, found: Found, survey: Survey, shard_size: int) -> tuple[dict[str, Any], list[ShardPlan]]:
+    """Cut what cannot be used where it lies; returns what plan.json says of it, and the shards."""
+    shards: list[ShardPlan] = []
+    inputs: list[dict[str, Any]] = []
+    identities: dict[str, str] = {}  # of each file that shards refer to: what it holds, whoever wrote it
+    made_of: dict[str, int] = {}  # and which input it is or comes from
+    cut: dict[str, str] = {}  # and the sha256 of those that were written here
+    for number, (source, kept) in enumerate(zip(survey.inputs, survey.kept, strict=True)):
+        before = stat(found.kind, source.path)
+        content = source.digest()
+        identity: list[Any] = [content, source.url, source.caption]
+        if isinstance(source, ParquetInput) and source.largest_group <= _LARGEST_GROUP and not survey.filtered:
+            file = str(source.path.relative_to(root) if found.remote else source.path)
+        else:
+            file = f"plan/{number:05d}.parquet"
+            if survey.predicate is not None:
+                identity.append(survey.predicate.condition)
+            if survey.threshold is not None:
+                identity += [number, survey.threshold]
+            if kept:
+                _cut(root / file, number, survey, shard_size)
+                cut[file] = sha256_file(root / file)
+            if found.remote:
+                source.path.unlink()
+        if not found.remote and stat(found.kind, source.path) != before:
+            raise UserError(f"{source.path}: changed while it was read. Run the same command again.")
+        inputs.append({**before, "sha256": content, "url": source.url, "caption": source.caption})
+        identities[file], made_of[file] = digest(identity), number
+        for offset in range(0, kept, shard_size):
+            shards.append(ShardPlan(len(shards), file, offset, min(shard_size, kept - offset)))
+    facts = {
+        "version": _VERSION,
+        "list": found.name,
+        "remote": found.remote,
+        "kind": found.kind,
+        "base": str(found.base) if found.base else None,
+        "inputs": inputs,
+        "listed_rows": survey.listed_rows,
+        "total_rows": sum(survey.kept),
+        "carried": {f.name: str(f.type) for f in survey.carried},
+        "carried_schema": base64.b64encode(survey.carried.serialize()).decode(),
+        "identities": identities,
+        "made_of": made_of,
+        "cut": cut,
+    }
+    return facts, shards
+
+
+def _cut(path: Path, number: int, survey: Survey, shard_size: int) -> None:
+    """Write the rows of one input that belong to the plan, a row group per shard."""
+    source = survey.inputs[number]
+    schema = pa.schema([*URL_COLUMNS, *survey.carried])
+    extra = pa.schema(PLACE_COLUMNS if source.local else [])
+    group = min(shard_size, _WRITTEN_GROUP)
+    held: list[pa.RecordBatch] = []
+    with atomic(path) as f, pq.ParquetWriter(f, pa.schema([*schema, *extra]), compression="zstd") as writer:
+        for batch in survey.kept_rows(number):
+            held.append(columns_of(batch, source.url or "url", source.caption, schema, extra))
+            rows = sum(b.num_rows for b in held)
+            if rows >= group:
+                table = pa.Table.from_batches(held)
+                whole = rows - rows % group
+                writer.write_table(table.slice(0, whole), row_group_size=group)
+                held = table.slice(whole).combine_chunks().to_batches()
+        if held:
+            writer.write_table(pa.Table.from_batches(held), row_group_size=group)
+
+
+# ------------------------------------------------------------------------------------------------- a plan that is there
+
+
+def _same_plan(plan: Plan, list_path: str, config: SourceConfig, limit: int | None) -> Plan:
+    """The plan that is there, if it is that of this list and these settings. Raises UserError saying what differs."""
+    old, new = plan.facts["source"], _settings(config, limit)
+    differences = [f"{k} was {old.get(k)!r} and is {new[k]!r} now" for k in new if old.get(k) != new[k]]
+    moved: dict[int, dict[str, Any]] = {}
+    found = None
+    if plan.facts["remote"] or is_remote(list_path):
+        if list_path != plan.list:
+            differences.append(f"the list was {plan.list} and is {list_path} now")
+    else:
+        found = find(list_path, plan.root / "plan")
+        differences += _compare(plan, found, config, moved)
+    if differences:
+        raise UserError(f"{plan.root} was made from something else: {'; '.join(differences)}. {_ANEW}")
+    if found is None or not moved:
+        return plan
+    return _follow(plan, found, moved)
+
+
+def _compare(plan: Plan, found: Found, config: SourceConfig, moved: dict[int, dict[str, Any]]) -> Iterator[str]:
+    """What differs; fills `moved` with the inputs whose content is the same, but not their path or time."""
+    inputs = plan.facts["inputs"]
+    if found.kind != plan.facts["kind"] or len(found.files) != len(inputs):
+        yield (
+            f"the list was {plan.list} ({len(inputs)} inputs of kind {plan.facts['kind']}) and is {found.name} now "
+            f"({len(found.files)} of kind {found.kind})"
+        )
+        return
+    for number, (file, fact) in enumerate(zip(found.files, inputs, strict=True)):
+        now = stat(found.kind, file)
+        if all(now[k] == fact[k] for k in now):
+            continue
+        here = f"{file} is not the list that was planned ({fact['path']})" if now["path"] != fact["path"] else str(file)
+        if now["size"] != fact["size"]:
+            yield f"{here}: it had {fact['size']:,} bytes and has {now['size']:,} now"
+            continue
+        same = sha256_file(file) if found.base is None else found.open(file, config.url, config.caption).digest()
+        if same != fact["sha256"]:
+            yield f"{here}: the size is the same, the content is not"
+        else:
+            moved[number] = now
+
+
+def _follow(plan: Plan, found: Found, moved: Mapping[int, dict[str, Any]]) -> Plan:
+    """The plan, written anew with the paths and times of inputs that moved or were touched."""
+    facts = json.loads(json.dumps(dict(plan.facts)))
+    paths = {}
+    for number, now in moved.items():
+        paths[facts["inputs"][number]["path"]] = now["path"]
+        facts["inputs"][number] |= now
+    for table in ("identities", "made_of"):
+        facts[table] = {paths.get(name, name): value for name, value in facts[table].items()}
+    facts |= {"list": found.name, "base": str(found.base) if found.base else None}
+    shards = [ShardPlan(s.shard, paths.get(s.file, s.file), s.offset, s.rows) for s in plan.shards]
+    _write_plan(plan.root, facts, shards)
+    return _loaded(plan.root, facts, shards)

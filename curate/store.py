@@ -1,0 +1,210 @@
+"""Where bytes live: files that are whole or absent, records that say what was done, and one owner at a time.
+
+A file appears under its final name only when it is whole: it is written beside it under a hidden name of its own,
+flushed to the disk and renamed. A stage writes the record of a shard last; the record names the sha256 of every file
+that it wrote and of every file that it read, so a shard is done exactly when its record still matches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+class UserError(Exception):
+    """Bad input, a bad recipe, or a machine that lacks something: the message names it and what to do (exit code 2)."""
+
+
+class DiskFull(Exception):
+    """The disk is full, or so nearly full that going on would fill it; what is committed stays valid."""
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that appears under `path` only if the block ends well, whole and flushed to the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = scratch_path(path)
+    try:
+        with open(scratch, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(scratch, path)
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"no space left while writing {path}") from e
+        raise
+    finally:
+        scratch.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def scratch_path(path: Path) -> Path:
+    """A hidden name beside `path` that no other process uses and no `*.tar` glob finds."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def sweep(root: Path) -> None:
+    """Remove scratch files that killed processes left under `root`. Only the owner of the folder's lock may call it."""
+    for scratch in root.rglob(".*.tmp"):
+        scratch.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON with sorted keys, atomically: the same value gives the same bytes."""
+    with atomic(path) as f:
+        f.write((json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in a file, or None where there is no such file or it is not JSON (a torn disk, a foreign file)."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file's bytes, in hex."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """A short name for a JSON value: the first 16 hex digits of the sha256 of its canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------------------- records
+
+
+def commit(
+    root: Path,
+    record: Path,
+    *,
+    config: str,
+    inputs: Mapping[str, str],
+    outputs: list[Path],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write the record that makes a shard done, last of all its files.
+
+    `config` is the hash of the part of the recipe that the stage reads, `inputs` maps names to sha256, `outputs` are
+    the files just written, `facts` what else is worth knowing (counts, times). Paths are kept relative to `root`.
+    """
+    written = {str(p.relative_to(root)): {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in outputs}
+    value = {**facts, "config": config, "inputs": dict(inputs), "outputs": written}
+    write_json(record, {**value, "self": record_digest(value)})
+    return value
+
+
+def record_digest(value: Mapping[str, Any]) -> str:
+    """The digest that a record carries of itself (key `self`), so that a changed byte in it is found as well."""
+    return digest({k: v for k, v in value.items() if k != "self"})
+
+
+def uncommit(record: Path) -> None:
+    """Take a record back before its files are replaced, so that a half-replaced shard is never taken for done."""
+    record.unlink(missing_ok=True)
+
+
+def is_done(root: Path, record: Path, *, config: str, inputs: Mapping[str, str]) -> bool:
+    """Whether a shard's record still matches: same configuration, same inputs, every file there at its size.
+
+    Bytes are not read again here (that is `tastemaker verify`), so asking costs a few stats per shard.
+    """
+    value = read_json(record)
+    if not isinstance(value, dict) or value.get("config") != config or value.get("inputs") != dict(inputs):
+        return False
+    return outputs_present(root, value)
+
+
+def outputs_present(root: Path, value: Mapping[str, Any]) -> bool:
+    """Whether every file that a record names is there at the size that it names."""
+    for name, fact in value.get("outputs", {}).items():
+        try:
+            if (root / name).stat().st_size != fact["bytes"]:
+                return False
+        except FileNotFoundError:
+            return False
+    return True
+
+
+def output_digests(value: Mapping[str, Any]) -> dict[str, str]:
+    """The files that a record names, each with its sha256: what the next stage notes as its inputs."""
+    return {name: fact["sha256"] for name, fact in value["outputs"].items()}
+
+
+# ------------------------------------------------------------------------------------------------------------ owner
+
+
+class Lock:
+    """One run at a time on a data folder. The kernel frees it when its owner dies, however it dies."""
+
+    def __init__(self, root: Path) -> None:
+        self.path = root / ".lock"
+        self._fd: int | None = None
+
+    def __enter__(self) -> Lock:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.read(fd, 200).decode(errors="replace").strip() or "another process"
+            os.close(fd)
+            raise UserError(
+                f"{self.path.parent} is in use by {owner}. Wait for it, stop it, or give another --out."
+            ) from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        self._fd = fd
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+# ------------------------------------------------------------------------------------------------------------- disk
+
+RESERVE = 64 << 20
+"""Bytes that are left free: room to write the records and logs that say why a run stopped."""
+
+
+def check_space(root: Path, needed: int = 0) -> None:
+    """Raise DiskFull where `needed` bytes would not fit beside the reserve."""
+    free = shutil.disk_usage(root).free
+    if free < needed + RESERVE:
+        raise DiskFull(
+            f"{root} has {free / 1e6:,.0f} MB free, and {(needed + RESERVE) / 1e6:,.0f} MB are needed. "
+            "Free some space and run the same command again: it goes on where it stopped."
+        )
+
+
+def local_path(text: str) -> Path:
+    """A data folder's path. Object stores are refused until they are tested (renames there are not atomic)."""
+    if "://" in text and not text.startswith("file://"):
+        raise UserError(
+            f"{text}: a data folder must be on a local or shared file system; object stores are not supported yet."
+        )
+    return Path(text.removeprefix("file://")).expanduser().absolute()

@@ -1,0 +1,178 @@
+"""Which rows of a list belong to its plan, found before anything is written: columns, types, `where`, `limit`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from curate.folders import PLACE_COLUMNS
+from curate.inputs import Found
+from curate.ledger import RESERVED
+from curate.lists import Input, as_type, common_type, describe
+from curate.predicate import Predicate
+from curate.store import UserError
+
+if TYPE_CHECKING:
+    from curate.source import SourceConfig
+
+_SEED = 0x7461737465  # of the order in which --limit takes rows; a change gives other rows to everyone
+
+
+@dataclass
+class Survey:
+    """What a list is, found before anything is written."""
+
+    inputs: list[Input]
+    union: pa.Schema  # the columns of all inputs, under the list's names
+    carried: pa.Schema
+    predicate: Predicate | None = None
+    listed_rows: int = 0
+    kept: list[int] = field(default_factory=list)  # rows per input, after where and limit
+    threshold: int | None = None  # of the spread numbers; rows above it are beyond the limit
+
+    @property
+    def filtered(self) -> bool:
+        return self.predicate is not None or self.threshold is not None
+
+    def mask(self, batch: pa.RecordBatch) -> np.ndarray:
+        """Which rows `where` keeps."""
+        if self.predicate is None:
+            return np.ones(batch.num_rows, dtype=bool)
+        fields = [f for f in self.union if f.name in self.predicate.columns]
+        table = pa.table({f.name: column(batch, f.name, f.type) for f in fields})
+        return self.predicate.mask(table, batch.num_rows)
+
+    def kept_rows(self, number: int) -> Iterator[pa.RecordBatch]:
+        """The rows of one input that belong to the plan, in order."""
+        source = self.inputs[number]
+        wanted = {n for n in (source.url, source.caption) if n} | set(self.carried.names)
+        if self.predicate is not None:
+            wanted |= set(self.predicate.columns)
+        start = 0
+        for batch in source.batches(sorted(wanted)):
+            count = batch.num_rows
+            if self.threshold is not None:
+                batch = batch.filter(pa.array(spread(number, start, count) <= np.uint64(self.threshold)))
+            if self.predicate is not None and batch.num_rows:
+                batch = batch.filter(pa.array(self.mask(batch)))
+            start += count
+            if batch.num_rows:
+                yield batch
+
+
+def survey_list(found: Found, config: SourceConfig, limit: int | None) -> Survey:
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit}: it must be at least 1")
+    inputs = [found.open(file, config.url, config.caption) for file in found.files]
+    if not sum(source.rows for source in inputs):
+        raise UserError(f"{found.name}: has no rows.")
+    for source in inputs:
+        if source.url is None and source.rows:
+            columns = describe(source.schema.names, "url")
+            raise UserError(f"{source.path}: there is no column of URLs. Name it as source.url. {columns}")
+    union = _union(inputs)
+    survey = Survey(inputs, union, _carried(found, inputs, union, config))
+    if config.where is not None:
+        survey.predicate = Predicate(config.where, union, "source.where")
+    best, owner = np.empty(0, np.uint64), np.empty(0, np.int64)
+    survey.kept = [0] * len(inputs)
+    for number, source in enumerate(inputs):
+        start = 0
+        for mask in _masks(survey, source):
+            listed = int(mask.sum())
+            survey.kept[number] += listed
+            if limit is not None and listed:
+                best = np.concatenate([best, spread(number, start, len(mask))[mask]])
+                owner = np.concatenate([owner, np.full(listed, number)])
+                if len(best) > limit:  # the rows with the smallest numbers stay, whatever part of the list they are in
+                    smallest = np.argpartition(best, limit - 1)[:limit]
+                    best, owner = best[smallest], owner[smallest]
+            start += len(mask)
+    survey.listed_rows = sum(survey.kept)
+    if not survey.listed_rows:
+        raise UserError(f"source.where: {config.where} keeps none of the {sum(s.rows for s in inputs):,} rows.")
+    if limit is not None and limit < survey.listed_rows:
+        survey.threshold = int(best.max())
+        survey.kept = np.bincount(owner, minlength=len(inputs)).tolist()
+    return survey
+
+
+def _masks(survey: Survey, source: Input) -> Iterator[np.ndarray]:
+    """What `where` keeps of an input, in pieces; without `where` no row is read."""
+    if survey.predicate is not None:
+        wanted = set(survey.predicate.columns) | {source.url or "url"}  # at least one: a batch needs a length
+        for batch in source.batches(sorted(wanted)):
+            yield survey.mask(batch)
+        return
+    for start in range(0, source.rows, 1 << 20):
+        yield np.ones(min(1 << 20, source.rows - start), dtype=bool)
+
+
+def spread(number: int, start: int, count: int) -> np.ndarray:
+    """A number for each of `count` rows of an input: without pattern, and never twice (splitmix64's mixing)."""
+    x = np.arange(start, start + count, dtype=np.uint64) + np.array([(number << 40) + _SEED], dtype=np.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return x ^ (x >> np.uint64(31))
+
+
+def _union(inputs: list[Input]) -> pa.Schema:
+    """The columns of all files of the list, in order of appearance, each in the type that fits all of them."""
+    kinds: dict[str, pa.DataType] = {}
+    for source in inputs:
+        for f in source.schema:
+            kind = common_type(kinds[f.name], f.type) if f.name in kinds else f.type
+            if kind is None:
+                raise UserError(
+                    f"{source.path}: column {f.name!r} is {f.type} here and {kinds[f.name]} in other files."
+                )
+            kinds[f.name] = kind
+        for role, name in (("url", source.url), ("caption", source.caption)):
+            if name and pa.types.is_nested(source.schema.field(name).type):
+                raise UserError(
+                    f"{source.path}: column {name!r} ({role}) holds {source.schema.field(name).type}, not text."
+                )
+    return pa.schema([(n, pa.string() if pa.types.is_null(k) else k) for n, k in kinds.items()])
+
+
+def _carried(found: Found, inputs: list[Input], union: pa.Schema, config: SourceConfig) -> pa.Schema:
+    own = {n for source in inputs for n in (source.url, source.caption) if n}
+    if config.caption is None:
+        own.add("caption")
+    if config.columns is None:
+        # what pandas calls an index that has no name, in parquet and in csv: no column of the list
+        names = [n for n in union.names if n not in own and n and not n.startswith("__index_level_")]
+    else:
+        names = [n for n in dict.fromkeys(config.columns) if n not in own]
+    for name in names:
+        if name not in union.names:
+            raise UserError(
+                f"{found.name}: there is no column {name!r} (source.columns). {describe(union.names, name)}"
+            )
+    taken = [n for n in names if n in RESERVED or n in dict(PLACE_COLUMNS)]
+    if taken:
+        rest = ", ".join(n for n in names if n not in taken)
+        raise UserError(
+            f"{found.name}: the column {taken[0]!r} has a name that the results need. Rename it, or leave it out: "
+            f"source.columns: [{rest}]"
+        )
+    return pa.schema([union.field(n) for n in names])
+
+
+def columns_of(
+    batch: pa.RecordBatch, url: str, caption: str | None, schema: pa.Schema, extra: pa.Schema
+) -> pa.RecordBatch:
+    """A batch of a list as our columns, in their types; null where this file of the list has no such column."""
+    origin = {"url": url, "caption": caption}
+    arrays = [column(batch, origin.get(f.name, f.name), f.type) for f in [*schema, *extra]]
+    return pa.RecordBatch.from_arrays(arrays, schema=pa.schema([*schema, *extra]))
+
+
+def column(batch: pa.RecordBatch, name: str | None, kind: pa.DataType) -> pa.Array:
+    if name is None or name not in batch.schema.names:
+        return pa.nulls(batch.num_rows, kind)
+    return as_type(batch.column(name), kind)

@@ -1,0 +1,347 @@
+"""The ledger as one DuckDB view over all tables of a data folder; nothing is stored twice.
+
+Whoever writes a recipe writes SQL, and recipes are shared. So DuckDB itself may touch no file at all here: external
+access is off and the configuration locked before any view is made, and the tables reach it as pyarrow datasets that
+we open. There is nothing in SQL that reads another file or writes one, whatever statements a later DuckDB allows.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from curate.ledger import EMBEDDED_COLUMNS, FETCHED_COLUMNS, URL_COLUMNS, Status
+from curate.store import UserError, digest, output_digests, read_json, sha256_file
+
+OURS = [name for name, _ in URL_COLUMNS + FETCHED_COLUMNS]
+"""The columns of `fetched/` that are ours; every other one is the list's, under `source`."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of a data folder: `fetched`, `embedded` or `scored/COLUMN`, in files that are committed shards."""
+
+    name: str
+    column: str | None  # what it adds to the ledger; None for `fetched`
+    key: str  # its key column
+    shards: tuple[str, ...]
+    files: tuple[Path, ...]
+    records: tuple[Path, ...]
+
+
+def tables(root: Path) -> list[Table]:
+    """The tables that a data folder holds, `fetched` first. A shard without its record is not there yet.
+
+    Raises UserError where nothing is fetched.
+    """
+    fetched = _table(root, "fetched", None, "{}.parquet", "{}_stats.json")
+    if fetched is None:
+        raise UserError(f"{root} holds no fetched shard. `tastemaker fetch LIST --out {root}` makes them.")
+    found = [fetched]
+    if embedded := _table(root, "embedded", "similarity", "metadata/metadata_{}.parquet", "stats/{}.json"):
+        names = pq.read_schema(embedded.files[0]).names
+        if "similarity" in names:
+            found.append(embedded if "key" in names else _with_key(embedded, "image_path"))
+    taken = {n.lower() for n in OURS} | {"similarity", "source"}
+    for folder in sorted((root / "scored").glob("*")) if (root / "scored").is_dir() else []:
+        if table := _table(root, f"scored/{folder.name}", folder.name, "{}.parquet", "{}.json"):
+            if folder.name.lower() in taken:
+                raise UserError(f"{folder}: the ledger has a column {folder.name} already (SQL ignores case)")
+            taken.add(folder.name.lower())
+            found.append(table)
+    return found
+
+
+def _with_key(t: Table, key: str) -> Table:
+    return Table(t.name, t.column, key, t.shards, t.files, t.records)
+
+
+def _table(root: Path, name: str, column: str | None, file: str, record: str) -> Table | None:
+    before, after = (root / name / record).parent, record.rpartition("/")[2]
+    ending = after.removeprefix("{}")
+    found = [p.name.removesuffix(ending) for p in before.glob("*" + ending)]
+    shards = [s for s in found if s.isdigit() and (root / name / file.format(s)).is_file()]
+    shards.sort(key=lambda s: (len(s), s))  # six digits come after five
+    if not shards:
+        return None
+    files = tuple(root / name / file.format(s) for s in shards)
+    return Table(name, column, "key", tuple(shards), files, tuple(root / name / record.format(s) for s in shards))
+
+
+# ------------------------------------------------------------------------------------------------------------ opening
+
+
+def connect(root: Path | None = None, memory_limit: str | None = None) -> duckdb.DuckDBPyConnection:
+    """An in-memory database that can read and write no file. It may spill under `root`, into a folder of its own."""
+    config: dict[str, Any] = {"enable_external_access": False, "python_enable_replacements": False}
+    if root is not None:
+        config["temp_directory"] = str(root / f".spill-{os.getpid()}-{secrets.token_hex(4)}")
+    if memory_limit is not None:
+        config["memory_limit"] = memory_limit
+    con = duckdb.connect(":memory:", config=config)
+    con.execute("SET enable_progress_bar = false")
+    con.execute("SET lock_configuration = true")
+    return con
+
+
+def open_ledger(
+    root: Path, needed: set[str] | None = None, *, memory_limit: str | None = None
+) -> duckdb.DuckDBPyConnection:
+    """A connection with the view `ledger`, a line per row of the list, and `verdicts` (selection, key, verdict).
+
+    Columns: `key`, the other columns of `fetched/` that are ours, `source` (a STRUCT of the list's own columns),
+    `similarity` and one for each score; null where a row has no image. Where the list has two columns that differ in
+    case only, the second is called NAME_1. With `needed` (names as rules write them: `similarity`, `source.WIDTH`),
+    only these tables are joined and only these fields are in `source`: joining costs seconds at ten million rows.
+
+    `_fetched` is the same without scores, so without joins. `_aligned` holds the rows with an image alone and joins by
+    position: its column `aligned` is TRUE where the keys agree, as they do by the data folder's contract. That takes
+    half the time of the join by key.
+    Raises UserError where nothing is fetched.
+    """
+    root = Path(root).resolve()
+    found = tables(root)
+    con = connect(root, memory_limit)
+    wanted = None if needed is None else {n.lower() for n in needed}
+    joined = [t for t in found[1:] if wanted is None or str(t.column).lower() in wanted]
+    for i, table in enumerate([found[0], *joined]):
+        con.register(f"_table{i}", ds.dataset([str(p) for p in table.files], format="parquet"))
+    columns, source = fetched_columns(pq.read_schema(found[0].files[0]))
+    fields = [(name, c) for name, c in source.items() if wanted is None or f"source.{name}".lower() in wanted]
+    con.execute(f"CREATE VIEW ledger AS {_join(columns, fields, joined, by_position=False)}")
+    con.execute(f"CREATE VIEW _fetched AS {_join(columns, fields, [], by_position=False)}")
+    con.execute(f"CREATE VIEW _aligned AS {_join(columns, fields, joined, by_position=True)}")
+    _verdicts(con, root)
+    return con
+
+
+def fetched_columns(schema: pa.Schema) -> tuple[dict[str, int | None], dict[str, int]]:
+    """Where columns lie in `fetched/NNNNN.parquet`: ours (None: a folder of img2dataset's lacks it), and the list's."""
+    places = {name: i for i, name in enumerate(schema.names)}
+    columns = {name: places.get(name) for name in ["key", *(n for n in OURS if n != "key")]}
+    source: dict[str, int] = {}
+    seen: set[str] = set()
+    for name, i in places.items():
+        if name not in columns:
+            unique, n = name, 0
+            while unique.lower() in seen:
+                n += 1
+                unique = f"{name}_{n}"
+            seen.add(unique.lower())
+            source[unique] = i
+    return columns, source
+
+
+def _join(
+    columns: Mapping[str, int | None], fields: Sequence[tuple[str, int]], joined: Sequence[Table], *, by_position: bool
+) -> str:
+    """The SELECT behind a view. Positions, not names: DuckDB takes `WIDTH` and `width` for one name."""
+    types = ledger_types()
+    values = {n: f"f.c{i}" if i is not None else f"CAST(NULL AS {types[n]})" for n, i in columns.items()}
+    items = [f"{value} AS {quote(name)}" for name, value in values.items()]
+    if fields:
+        packed = ", ".join(f"{quote(name)} := f.c{i}" for name, i in fields)
+        items.append(f"struct_pack({packed}) AS source")
+    items += [f"t{i}.{quote(str(t.column))}" for i, t in enumerate(joined, 1)]
+    count = 1 + max([i for i in columns.values() if i is not None] + [i for _, i in fields])
+    fetched = f"_table0 AS f({', '.join(f'c{i}' for i in range(count))})"
+    if by_position:
+        same = [f"t{i}.{quote(t.key)} = {values['key']}" for i, t in enumerate(joined, 1)]
+        items.append(f"({' AND '.join(same) or 'true'}) AS aligned")
+        fetched = f"(SELECT * FROM {fetched} WHERE {values['status']} = '{Status.SUCCESS}') AS f"
+        joins = "".join(f" POSITIONAL JOIN _table{i} AS t{i}" for i in range(1, len(joined) + 1))
+    else:
+        joins = "".join(
+            f" LEFT JOIN _table{i} AS t{i} ON t{i}.{quote(t.key)} = {values['key']}" for i, t in enumerate(joined, 1)
+        )
+    return f"SELECT {', '.join(items)} FROM {fetched}{joins}"
+
+
+def _verdicts(con: duckdb.DuckDBPyConnection, root: Path) -> None:
+    parts = []
+    for i, path in enumerate(sorted((root / "selected").glob("[!.]*.parquet"))):
+        con.register(f"_selected{i}", ds.dataset(str(path), format="parquet"))
+        parts.append(
+            f"SELECT {literal(path.stem)} AS selection, key, CAST(verdict AS VARCHAR) AS verdict FROM _selected{i}"
+        )
+    nothing = "SELECT '' AS selection, '' AS key, '' AS verdict WHERE false"
+    con.execute(f"CREATE VIEW verdicts AS {' UNION ALL '.join(parts) or nothing}")
+
+
+def quote(name: str) -> str:
+    """A name as an SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def literal(text: str) -> str:
+    """A text as an SQL literal."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def batches(con: duckdb.DuckDBPyConnection, sql: str, size: int = 1 << 18) -> Iterator[pa.RecordBatch]:
+    """The rows of a SELECT as they come, without holding them all; the name of the method differs between DuckDBs."""
+    relation = con.sql(sql)
+    new = getattr(relation, "to_arrow_reader", None)
+    return iter(new(size) if new else relation.fetch_arrow_reader(size))
+
+
+# -------------------------------------------------------------------------------------------------------------- types
+
+
+def ledger_types() -> dict[str, str]:
+    """The ledger's own columns and their DuckDB types, whatever the list and the heads are; scores are FLOAT."""
+    return dict(_own_types())
+
+
+@functools.cache
+def _own_types() -> tuple[tuple[str, str], ...]:
+    own = URL_COLUMNS + FETCHED_COLUMNS + EMBEDDED_COLUMNS
+    return tuple(zip([n for n, _ in own], sql_types([t for _, t in own]), strict=True))
+
+
+def source_types(carried: pa.Schema) -> dict[str, str]:
+    """The list's own columns (a plan's `carried`) as fields of `source`, with their DuckDB types."""
+    _, places = fetched_columns(carried)
+    return dict(zip(places, sql_types([carried.types[i] for i in places.values()]), strict=True))
+
+
+def types_there(root: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """(columns of the ledger, fields of `source`) that a data folder has now, with their DuckDB types."""
+    found = tables(root)
+    own = {n: t for n, t in ledger_types().items() if n in OURS}
+    scores = {str(t.column): pq.read_schema(t.files[0]).field(str(t.column)).type for t in found[1:]}
+    types = dict(zip(scores, sql_types(list(scores.values())), strict=True))
+    return own | types, source_types(pq.read_schema(found[0].files[0]))
+
+
+def sql_types(kinds: Sequence[pa.DataType]) -> list[str]:
+    """What DuckDB calls Arrow types."""
+    if not kinds:
+        return []
+    with duckdb.connect(":memory:") as con:
+        con.register("t", pa.table([pa.array([], k) for k in kinds], names=[f"c{i}" for i in range(len(kinds))]))
+        return [row[0] for row in con.execute("SELECT column_type FROM (DESCRIBE t)").fetchall()]
+
+
+# ---------------------------------------------------------------------------------------------------------- freshness
+
+
+def table_digests(found: Sequence[Table]) -> dict[str, str]:
+    """One short digest per table over the sha256 of its files: what a stage that reads whole tables notes as inputs."""
+    digests = {}
+    for table in found:
+        files = {}
+        for path, record in zip(table.files, table.records, strict=True):
+            value = read_json(record)
+            whole = isinstance(value, dict) and "outputs" in value  # img2dataset's own records name no files
+            files[path.name] = output_digests(value) if whole else sha256_file(path)
+        digests[table.name] = digest(files)
+    return digests
+
+
+def check_current(root: Path, found: Sequence[Table]) -> None:
+    """Raise UserError where a table lacks a shard that has images, or was made from files that have changed since.
+
+    `found` starts with `fetched`. Such rows would count as rows without a value, and nobody would notice.
+    """
+    made: dict[str, str] = {}
+    with_images = []
+    for shard, record in zip(found[0].shards, found[0].records, strict=True):
+        value = read_json(record) or {}
+        made |= output_digests(value) if "outputs" in value else {}
+        if value.get("successes", 1):
+            with_images.append(shard)
+    for path in sorted((root / "embedded" / "stats").glob("*.json")):  # scores are made from these
+        value = read_json(path) or {}
+        made |= output_digests(value) if "outputs" in value else {}
+    for table in found[1:]:
+        again = f"tastemaker {'embed' if table.name == 'embedded' else 'score'} {root}"
+        missing = [s for s in with_images if s not in table.shards]
+        if missing:
+            raise UserError(
+                f"{table.name} lacks {len(missing):,} of {len(with_images):,} fetched shards "
+                f"(the first is {missing[0]}). `{again}` makes them."
+            )
+        for shard, record in zip(table.shards, table.records, strict=True):
+            inputs = (read_json(record) or {}).get("inputs", {})
+            if stale := next((n for n, sha in inputs.items() if made.get(n, sha) != sha), None):
+                raise UserError(f"{table.name}/{shard} was made from an older {stale}. `{again}` makes it anew.")
+
+
+def is_current(root: Path, found: Sequence[Table]) -> bool:
+    """Whether check_current has nothing to say."""
+    try:
+        check_current(root, found)
+    except UserError:
+        return False
+    return True
+
+
+# -------------------------------------------------------------------------------------------------------------- query
+
+
+def query(root: Path, sql: str) -> pd.DataFrame:
+    """The rows of one SELECT over `ledger` and `verdicts`. Raises UserError for other statements and for SQL errors."""
+    try:
+        statements = duckdb.extract_statements(sql)
+    except duckdb.Error as e:
+        raise UserError(f"not SQL that DuckDB understands: {short(e)}") from None
+    if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+        raise UserError(
+            "a query is one SELECT statement over `ledger` (or `verdicts`); nothing here can be changed by SQL"
+        )
+    con = open_ledger(root, _mentioned(root, sql))
+    try:
+        return con.execute(sql).df()
+    except duckdb.Error as e:
+        raise UserError(short(e)) from None
+    finally:
+        con.close()
+
+
+def _mentioned(root: Path, sql: str) -> set[str] | None:
+    """The columns whose names occur in a query; None (all) where it may mean columns that it doesn't name."""
+    with connect() as con:
+        row = con.execute("SELECT json_serialize_sql(?)", [sql]).fetchone()
+    tree = json.loads(row[0]) if row else {"error": True}
+    nodes = list(walk(tree))
+    aliases = {"ledger"} | {str(n["alias"]).lower() for n in nodes if n.get("type") == "BASE_TABLE"}
+    whole = any(
+        n.get("class") == "STAR"
+        or n.get("type") == "SHOW_REF"
+        or (n.get("class") == "COLUMN_REF" and n["column_names"][-1].lower() in aliases | {"source"})
+        for n in nodes
+    )
+    if tree["error"] or whole:
+        return None
+    columns, source = types_there(root)
+    text = sql.lower().replace('""', '"')
+    return {n for n in columns if n.lower() in text} | {f"source.{n}" for n in source if n.lower() in text}
+
+
+def walk(tree: Any) -> Iterator[dict[str, Any]]:
+    """Every JSON object inside a JSON value, outermost first."""
+    if isinstance(tree, dict):
+        yield tree
+        for value in tree.values():
+            yield from walk(value)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from walk(value)
+
+
+def short(error: Exception) -> str:
+    """DuckDB's message without the picture of the line that follows it."""
+    return str(error).split("\n\nLINE")[0].strip()

@@ -1,0 +1,132 @@
+"""One worker of each kind: what it keeps open between shards. Ray holds them in actors; a notebook just calls them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from aesthetic.heads import Head, load_head
+from aesthetic.space import Space, require_same
+from curate.data import Data
+from curate.detectors import load_detector
+from curate.embed import EmbedConfig, embed_shard
+from curate.encoders import load_encoder
+from curate.fetch import FetchConfig, Fetcher
+from curate.images import ImagesConfig
+from curate.ingest import Means, Report, ingest_shard
+from curate.score import Column, head_inputs, is_detector, score_shard
+from curate.store import is_done
+
+
+def ignore(stage: str, outcome: str, host: str) -> None:
+    """The report of a worker that nobody watches."""
+
+
+class FetchWorker:
+    """Fetches shards, several at a time on one event loop: the slow tail of one does not idle the worker."""
+
+    def __init__(
+        self,
+        data: Data,
+        fetch: FetchConfig,
+        images: ImagesConfig,
+        config: str,
+        report: Report = ignore,
+        threads: int = 0,
+    ) -> None:
+        self.data, self.config = data, config
+        count = threads or os.cpu_count() or 1
+        self._means = Means(
+            fetch=fetch,
+            images=images,
+            fetcher=Fetcher(fetch),
+            threads=ThreadPoolExecutor(count, thread_name_prefix="decode"),
+            slots=asyncio.Semaphore(4 * count),
+            report=report,
+        )
+
+    async def run(self, shard: int, retry: bool = False) -> None:
+        """Fetch one shard unless it is done; with `retry`, fetch again what failed for reasons that may pass."""
+        done = fetch_done(self.data, shard, self.config)
+        if not done or retry:
+            await ingest_shard(self.data, shard, self._means, self.config, retry=done)
+
+    async def close(self) -> None:
+        """Close connections and threads."""
+        await self._means.fetcher.close()
+        self._means.threads.shutdown(cancel_futures=True)
+
+
+class EmbedWorker:
+    """Embeds and scores fetched shards. Models are loaded once, and heads refused here if they read another space."""
+
+    def __init__(
+        self,
+        data: Data,
+        embed: EmbedConfig,
+        score: Mapping[str, str],
+        config: str,
+        report: Report = ignore,
+        threads: int = 0,
+    ) -> None:
+        self.data, self.config, self.report = data, config, report
+        count = threads or os.cpu_count() or 1
+        self.encoder = load_encoder(embed.encoder, weights=embed.weights, precision=embed.precision, threads=count)
+        self.detectors = {
+            column: load_detector(name, threads=count) for column, name in score.items() if is_detector(name)
+        }
+        space = self.encoder.space()
+        self.heads = load_heads(score, space)
+        claim_space(data, space)
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="decode")
+
+    def run(self, shard: int) -> None:
+        """Embed and score one fetched shard; what is done is left alone."""
+        embed_shard(
+            self.data,
+            shard,
+            encoder=self.encoder,
+            config=self.config,
+            detectors=self.detectors,
+            threads=self._threads,
+            report=self.report,
+        )
+        for column, head in self.heads.items():
+            score_shard(self.data, shard, column, head)
+
+
+def load_heads(score: Mapping[str, str], space: Space) -> dict[str, Head]:
+    """The heads among a recipe's `score` part, by column; SpaceMismatch where one reads another space."""
+    heads = {column: load_head(name) for column, name in score.items() if not is_detector(name)}
+    for column, head in heads.items():
+        require_same(head.space, space, f"the head {head.name} (column {column})")
+    return heads
+
+
+def claim_space(data: Data, space: Space) -> None:
+    """Note the space of a data folder's vectors; SpaceMismatch where it already holds vectors of another one."""
+    if data.space.exists():
+        require_same(Space.load(data.space), space, f"{data.root / 'embedded'}")
+    else:
+        data.space.parent.mkdir(parents=True, exist_ok=True)
+        space.save(data.space)
+
+
+def fetch_done(data: Data, shard: int, config: str) -> bool:
+    """Whether a shard is fetched with this configuration from this list."""
+    inputs = {"plan": data.plan.shard_digest(shard)}
+    return is_done(data.root, data.fetched_record(shard), config=config, inputs=inputs)
+
+
+def embed_done(data: Data, shard: int, config: str, columns: Mapping[str, Column]) -> bool:
+    """Whether a fetched shard is embedded and has every column. Loads no model."""
+    inputs = data.fetched_digests(shard)
+    if inputs is None or not is_done(data.root, data.embedded_record(shard), config=config, inputs=inputs):
+        return False
+    vectors = head_inputs(data, shard) or {}
+    return all(
+        is_done(data.root, data.scores_record(name, shard), config=c.config, inputs=inputs if c.pixels else vectors)
+        for name, c in columns.items()
+    )

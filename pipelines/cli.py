@@ -1,0 +1,412 @@
+"""The command line. Thin: it parses, calls, prints, and turns exceptions into exit codes.
+
+Exit codes: 0 done (failed rows are data), 1 our error, 2 bad input or recipe, 3 nothing kept, 130 interrupted.
+Help, query, select, status and recipe start neither Ray nor torch, so imports here stay light.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """\
+  tastemaker curate laion.parquet --out data --limit 1000     a list to curated shards
+  tastemaker select data --name stricter --set select.rules.beautiful='laion_v2 >= 5.5'
+  tastemaker pack data --name stricter                        the chosen images as shards
+  tastemaker query data "select reason, count(*) from ledger group by all"
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every command with its options."""
+    parser = argparse.ArgumentParser(
+        prog="tastemaker",
+        description="Curate image-text data by taste: URL lists to scored, filtered webdataset shards.",
+        epilog=f"examples:\n{EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and end")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        p = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        p.set_defaults(run=run)
+        p.add_argument("--verbose", action="store_true", help="show tracebacks and libraries' warnings")
+        p.add_argument("--json", action="store_true", help="make the last line machine-readable")
+        return p
+
+    def recipe_options(p: argparse.ArgumentParser) -> None:
+        p.add_argument(
+            "--recipe",
+            metavar="R",
+            help="a shipped recipe or a YAML file (default: DATA's own, else laion-aesthetics-5)",
+        )
+        p.add_argument(
+            "--set", action="append", default=[], metavar="A.B=C", help="lay a value over the recipe (repeatable)"
+        )
+
+    def job_options(p: argparse.ArgumentParser) -> None:
+        recipe_options(p)
+        p.add_argument(
+            "--ray-address",
+            metavar="ADDRESS",
+            help="run on this Ray cluster (`auto` finds it); default: Ray in this process",
+        )
+        p.add_argument(
+            "--restart-from",
+            choices=("source", "fetch", "images", "embed"),
+            help="make this stage and those after it again",
+        )
+
+    for name, run, text in (
+        ("curate", _curate, "turn a list of image URLs (or a folder of images or shards) into curated shards"),
+        ("fetch", _curate, "only download and resize"),
+    ):
+        p = command(name, run, text)
+        p.add_argument("list", metavar="LIST", help="file, folder, glob or URL of a list; a folder of images or shards")
+        p.add_argument("--out", required=True, metavar="DATA", help="the data folder")
+        p.add_argument("--limit", type=_positive, metavar="N", help="only N rows, spread over the whole list")
+        p.add_argument("--dry-run", action="store_true", help="print what would run; contact nothing but the list")
+        job_options(p)
+
+    p = command("embed", _resume, "embed and score what is fetched")
+    p.add_argument("data", metavar="DATA")
+    job_options(p)
+    p = command("retry", _resume, "fetch again what failed for passing reasons, and only that")
+    p.add_argument("data", metavar="DATA")
+    job_options(p)
+
+    p = command("score", _score, "apply a head to the vectors that are there")
+    p.add_argument("data", metavar="DATA")
+    p.add_argument(
+        "--head",
+        action="append",
+        default=[],
+        metavar="COLUMN=HEAD",
+        help="a new column from a head, by name or folder (repeatable)",
+    )
+    recipe_options(p)
+
+    p = command("select", _select, "apply rules to the ledger: a verdict per row, no image opened")
+    p.add_argument("data", metavar="DATA")
+    p.add_argument("--name", help="the selection's name (default: the recipe's)")
+    p.add_argument(
+        "--uids", metavar="FILE.npy", help="keep the rows of a DataComp subset file instead of applying rules"
+    )
+    p.add_argument("--write-uids", metavar="FILE.npy", help="also write what is kept as a DataComp subset file")
+    recipe_options(p)
+
+    p = command("pack", _pack, "copy the chosen images into even, shuffled shards")
+    p.add_argument("data", metavar="DATA")
+    p.add_argument("--name", help="the selection's name (default: the recipe's)")
+    recipe_options(p)
+
+    p = command("status", _status, "say where a run stands")
+    p.add_argument("data", metavar="DATA")
+    p = command("verify", _verify, "read every file again and compare it with the records")
+    p.add_argument("data", metavar="DATA")
+    p.add_argument(
+        "--repair",
+        action="store_true",
+        help="take back the records of damaged shards, so that the same command makes them again",
+    )
+    p = command("query", _query, "ask the whole ledger, as one table")
+    p.add_argument("data", metavar="DATA")
+    p.add_argument("sql", metavar="SQL", help="one SELECT over `ledger`; the list's own columns are source.NAME")
+
+    p = command("fit", _fit, "train a head from ratings")
+    p.add_argument("ratings", metavar="RATINGS", help="csv, tsv or parquet: key, path or image, and score")
+    p.add_argument("--data", metavar="DATA", help="the data folder whose vectors the ratings are joined to, by key")
+    p.add_argument("--images", metavar="FOLDER", help="or a folder of images, embedded with --encoder")
+    p.add_argument("--encoder", default="bundled")
+    p.add_argument(
+        "--group",
+        metavar="COLUMN",
+        help="rows of one group never straddle training and test (photographer, prompt, theme)",
+    )
+    p.add_argument(
+        "--scale", nargs=2, type=float, metavar=("LO", "HI"), help="the rating scale (default: the range of the scores)"
+    )
+    p.add_argument("--out", required=True, metavar="HEAD")
+
+    p = command("heads", _heads, "list, show or import heads")
+    p.add_argument("action", nargs="?", default="list", choices=("list", "show", "import"))
+    p.add_argument(
+        "head", nargs="?", metavar="HEAD", help="a head's name or folder; for import a file, or a published head's name"
+    )
+    p.add_argument("--out", metavar="FOLDER", help="where an imported head goes (default: its name)")
+
+    p = command("recipe", _recipe, "print a recipe, resolved; without a name, list them")
+    p.add_argument("name", nargs="?")
+    p.add_argument("--set", action="append", default=[], metavar="A.B=C")
+    command("doctor", _doctor, "say what this machine has, and what is missing")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text.replace("_", "").replace(",", ""))
+    if value < 1:
+        raise argparse.ArgumentTypeError("at least 1 is expected")
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse and run; returns the exit code."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.version:
+        from importlib.metadata import version
+
+        print(version("tastemaker"))
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 2
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        _complain("interrupted; run the same command again to go on")
+        return 130
+    except Exception as e:
+        if args.verbose:
+            raise
+        return _explain(e)
+
+
+def _explain(error: Exception) -> int:
+    """Print what went wrong in one paragraph; returns the exit code that it means."""
+    from aesthetic.heads import HeadError
+    from aesthetic.space import SpaceMismatch
+    from curate.select import NothingKept
+    from curate.store import DiskFull, UserError
+
+    if isinstance(error, UserError | HeadError | SpaceMismatch):
+        _complain(str(error))
+        return 2
+    if isinstance(error, NothingKept):
+        _complain(str(error))
+        return 3
+    if isinstance(error, DiskFull):
+        _complain(str(error))
+        return 1
+    _complain(
+        f"{type(error).__name__}: {error}\n(--verbose shows where; this is an error of tastemaker's, not of your list)"
+    )
+    return 1
+
+
+def _complain(text: str) -> None:
+    print(f"tastemaker: {text}", file=sys.stderr)
+
+
+def _end(args: argparse.Namespace, facts: dict[str, Any], paths: dict[str, Any], next: str) -> int:
+    """How every command ends: the paths it wrote, the next command to type, JSON where asked for."""
+    if paths:
+        print("    ".join(f"{name}  {path}" for name, path in paths.items()))
+    if next:
+        print(f"next: {next}")
+    if args.json:
+        print(json.dumps({**facts, "paths": {k: str(v) for k, v in paths.items()}}, default=str))
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------- commands
+
+
+def _curate(args: argparse.Namespace) -> int:
+    from curate.store import local_path
+    from pipelines import curate
+    from pipelines.recipe import DEFAULT, load_recipe, to_yaml
+
+    stages = ("fetch",) if args.command == "fetch" else ("fetch", "embed", "select", "pack")
+    recipe = load_recipe(args.recipe or DEFAULT, args.set)
+    request = curate.Request(
+        list=args.list,
+        root=local_path(args.out),
+        recipe=recipe,
+        limit=args.limit,
+        address=args.ray_address,
+        stages=stages,
+        restart_from=args.restart_from,
+    )
+    if args.dry_run:
+        facts = curate.dry_run(request)
+        print(to_yaml(recipe))
+        rows = f"rows {facts['rows']:,} of {facts['listed_rows']:,} listed"
+        print(f"{rows} · shards {facts['shards']:,} · stages {', '.join(stages)}")
+        return _end(args, facts, {}, f"tastemaker {args.command} {args.list} --out {args.out}")
+    outcome = curate.run(request)
+    return _end(args, outcome.facts, outcome.paths, outcome.next)
+
+
+def _resume(args: argparse.Namespace) -> int:
+    """embed and retry: the main job on what a data folder already plans."""
+    from curate.data import open_data
+    from pipelines import curate
+
+    data = open_data(args.data)
+    recipe = curate.recipe_of(data, args.recipe, args.set)
+    retry = args.command == "retry"
+    outcome = curate.resume(data, recipe, retry=retry, address=args.ray_address, restart_from=args.restart_from)
+    return _end(args, outcome.facts, outcome.paths, outcome.next)
+
+
+def _score(args: argparse.Namespace) -> int:
+    from curate.data import open_data
+    from curate.store import UserError
+    from pipelines import curate
+
+    data = open_data(args.data)
+    recipe = curate.recipe_of(data, args.recipe, args.set)
+    score = dict(recipe.score) if not args.head else {}
+    for item in args.head:
+        column, equals, head = item.partition("=")
+        if not equals or not column.isidentifier():
+            raise UserError(f"--head {item}: expected COLUMN=HEAD, for example --head taste=taste.head")
+        score[column] = head
+    facts = curate.score(data, score, print)
+    name = next(iter(score), "aesthetic")
+    return _end(
+        args,
+        facts,
+        {"scored": data.root / "scored"},
+        f"tastemaker select {data.root} --name mine --set select.rules.{name}='top({name}, 0.1)'",
+    )
+
+
+def _select(args: argparse.Namespace) -> int:
+    from curate.data import open_data
+    from pipelines import curate
+
+    data = open_data(args.data)
+    recipe = curate.recipe_of(data, args.recipe, args.set, select=args.name)
+    facts = curate.select_only(data, recipe, print, uids=args.uids, write_uids=args.write_uids)
+    name = recipe.select.name
+    return _end(
+        args,
+        facts,
+        {"selected": data.root / "selected" / f"{name}.parquet"},
+        f"tastemaker pack {data.root} --name {name}",
+    )
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from curate.data import open_data
+    from pipelines import curate
+
+    data = open_data(args.data)
+    recipe = curate.recipe_of(data, args.recipe, args.set, select=args.name)
+    outcome = curate.pack_only(data, recipe)
+    return _end(args, outcome.facts, outcome.paths, outcome.next)
+
+
+def _status(args: argparse.Namespace) -> int:
+    from curate.data import open_data
+    from pipelines import curate
+
+    data = open_data(args.data)
+    facts, following = curate.status(data, print)
+    return _end(args, facts, {}, following)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from curate.data import open_data
+    from curate.store import Lock
+    from curate.verify import repair, verify
+
+    data = open_data(args.data)
+    checked, damages = 0, []
+    for found in verify(data):
+        checked += 1
+        if found is not None:
+            damages.append(found)
+            print(f"damaged  {found.path}: {found.what}")
+    print(f"{checked:,} files checked, {len(damages):,} damaged")
+    facts = {"checked": checked, "damaged": [str(d.path) for d in damages]}
+    if damages and args.repair:
+        with Lock(data.root):
+            repair(damages)
+        _end(args, facts, {}, "the command that made this folder, again: it makes the damaged shards anew")
+        return 1
+    if damages:
+        _end(args, facts, {}, f"tastemaker verify {data.root} --repair")
+        return 1
+    return _end(args, facts, {}, "")
+
+
+def _query(args: argparse.Namespace) -> int:
+    from curate.data import open_data
+    from curate.view import query
+
+    frame = query(open_data(args.data).root, args.sql)
+    if args.json:
+        print(frame.to_json(orient="records"))
+    else:
+        print(frame.to_string(index=False, max_rows=200, max_colwidth=60))
+    return 0
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from curate.data import open_data
+    from pipelines.fit import fit
+
+    fitted = fit(
+        Path(args.ratings),
+        data=open_data(args.data) if args.data else None,
+        images=Path(args.images) if args.images else None,
+        encoder=args.encoder,
+        group=args.group,
+        scale=tuple(args.scale) if args.scale else None,
+        out=Path(args.out),
+    )
+    print(fitted.text)
+    following = f"tastemaker score {args.data or 'DATA'} --head {Path(args.out).stem}={args.out}"
+    return _end(args, fitted.report, {"head": args.out}, following)
+
+
+def _heads(args: argparse.Namespace) -> int:
+    from aesthetic.heads import heads_folder, list_heads, load_head, model_card, save_head
+    from aesthetic.published import fetch_head, import_head
+    from curate.detectors import DETECTORS
+    from curate.store import UserError
+
+    if args.action != "list" and not args.head:
+        raise UserError(f"tastemaker heads {args.action} HEAD: which one?")
+    if args.action == "show":
+        print(model_card(load_head(args.head)))
+    elif args.action == "import":
+        head = import_head(args.head) if Path(args.head).exists() else fetch_head(args.head)
+        folder = save_head(head, args.out or heads_folder() / head.name)
+        return _end(args, {"head": head.name}, {"head": folder}, f"--set score.COLUMN={folder}")
+    else:
+        for name in list_heads():
+            head = load_head(name)
+            print(f"{name:20} {head.task:10} scale {head.scale[0]:g} to {head.scale[1]:g}   reads {head.space.encoder}")
+        for name, scale in DETECTORS.items():
+            print(f"{name:20} {'detector':10} scale {scale[0]:g} to {scale[1]:g}   reads pixels")
+    return 0
+
+
+def _recipe(args: argparse.Namespace) -> int:
+    from pipelines.recipe import load_recipe, recipe_text, shipped, to_yaml
+
+    if args.name is None:
+        for name in shipped():
+            print(f"{name:20} {recipe_text(name).splitlines()[0].lstrip('# ')}")
+    else:
+        print(to_yaml(load_recipe(args.name, args.set)), end="")
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from pipelines.doctor import examine
+
+    return 0 if examine(print) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

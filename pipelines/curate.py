@@ -1,0 +1,417 @@
+"""The main job: a list -> plan -> fetch, embed and score (Ray) -> select -> pack -> report.
+
+Everything that can be refused is refused before the first URL: the recipe, its rules against the columns that there
+will be, heads and weights, changes that would alter finished shards, the disk.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from curate.data import Data
+from curate.ledger import Reason, Status
+from curate.score import Column, columns_of
+from curate.source import inspect, make_plan
+from curate.store import Lock, UserError, atomic, check_space, read_json, sweep, uncommit
+from pipelines.progress import clock
+from pipelines.recipe import DEFAULT, Recipe, load_recipe, parse_recipe, to_yaml
+
+if TYPE_CHECKING:
+    from curate.select import Selection
+
+Say = Callable[[str], None]
+"""Shows a line to whoever started the run."""
+
+STAGES = ("source", "fetch", "images", "embed")
+"""The stages whose files a changed recipe would alter; what comes after them asks nothing."""
+
+
+@dataclass
+class Outcome:
+    """What a run did: for the summary on the terminal and for `--json`."""
+
+    paths: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    next: str = ""
+
+
+# ---------------------------------------------------------------------------------------------- what is asked of DATA
+
+
+def stored_recipe(data: Data) -> Recipe | None:
+    """The recipe that a data folder was made with."""
+    if not data.recipe.exists():
+        return None
+    return parse_recipe(data.recipe.read_text(), what=str(data.recipe))
+
+
+def store_recipe(data: Data, recipe: Recipe) -> None:
+    """Write the resolved recipe beside the data, with a hash per stage as comments."""
+    hashes = "".join(f"# {stage}: {value}\n" for stage, value in recipe.stage_hashes().items())
+    with atomic(data.recipe) as f:
+        f.write(
+            (
+                "# what was asked for, resolved; a hash per stage over the keys that its files depend on\n"
+                + hashes
+                + to_yaml(recipe)
+            ).encode()
+        )
+
+
+def refuse_changes(data: Data, recipe: Recipe, restart_from: str | None = None) -> None:
+    """UserError where the recipe would alter shards that are finished, naming keys and both values.
+
+    With `restart_from`, the records of that stage and of those after it are taken back first, so that they run again.
+    """
+    stored = stored_recipe(data)
+    if stored is None:
+        return
+    if restart_from is not None:
+        forget_from(data, restart_from)
+    kept = STAGES[: STAGES.index(restart_from)] if restart_from else STAGES
+    ours, theirs = recipe.identity(), stored.identity()
+    changed = [
+        f"  {stage}.{key}: {theirs[stage][key]!r} there, {ours[stage][key]!r} asked for"
+        for stage in kept
+        for key in ours[stage]
+        if ours[stage][key] != theirs[stage][key] and _holds(data, stage)
+    ]
+    if changed:
+        first = next(stage for stage in kept if any(line.startswith(f"  {stage}.") for line in changed))
+        raise UserError(
+            f"{data.root} holds shards made with other settings:\n" + "\n".join(changed) + "\n"
+            f"Give another --out, or `--restart-from {first}` to make them again on purpose."
+        )
+
+
+def _holds(data: Data, stage: str) -> bool:
+    """Whether the data folder holds anything that a change of this stage would alter."""
+    if stage == "source":
+        return (data.root / "plan" / "plan.json").exists()
+    where = "embedded/stats/*.json" if stage == "embed" else "fetched/*_stats.json"
+    return next(data.root.glob(where), None) is not None
+
+
+def forget_from(data: Data, stage: str) -> None:
+    """Take back the records of a stage and of those after it. Files stay until they are replaced."""
+    if stage in ("source", "fetch", "images"):
+        for record in data.root.glob("fetched/*_stats.json"):
+            uncommit(record)
+    for pattern in ("embedded/stats/*.json", "scored/*/*.json"):
+        for record in data.root.glob(pattern):
+            uncommit(record)
+    data.space.unlink(missing_ok=True)
+    if stage == "source":
+        shutil.rmtree(data.root / "plan", ignore_errors=True)
+        for folder in ("fetched", "embedded", "scored"):  # shards of another list must not linger beside the new ones
+            shutil.rmtree(data.root / folder, ignore_errors=True)
+
+
+def check_selection(recipe: Recipe, carried: pa.Schema, columns: Mapping[str, Column]) -> None:
+    """UserError where a rule names a column that there will not be, or a threshold outside its head's scale."""
+    from curate.select import check_rules
+    from curate.view import ledger_types, source_types
+
+    types = {**ledger_types(), **dict.fromkeys(columns, "FLOAT")}
+    scales = {name: c.scale for name, c in columns.items()}
+    check_rules(recipe.select.rules, types, source_types(carried), scales)
+
+
+# ------------------------------------------------------------------------------------------------------------ the run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the command line asks of the main job."""
+
+    list: str
+    root: Path
+    recipe: Recipe
+    limit: int | None = None
+    address: str | None = None
+    stages: tuple[str, ...] = ("fetch", "embed", "select", "pack")
+    restart_from: str | None = None
+
+
+def dry_run(request: Request) -> dict[str, Any]:
+    """What would run, contacting nothing but the list."""
+    columns = columns_of(request.recipe.score, request.recipe.embed.encoder)
+    found = inspect(request.list, request.recipe.source, request.limit)
+    check_selection(request.recipe, found.carried, columns)
+    return {
+        "rows": found.total_rows,
+        "listed_rows": found.listed_rows,
+        "shards": found.shard_count,
+        "carried": found.carried.names,
+        "stages": list(request.stages),
+    }
+
+
+def run(request: Request, say: Say = print) -> Outcome:
+    """The whole job under the data folder's lock; what is done already is left alone.
+
+    Raises UserError before anything starts, DiskFull, NothingKept, or the cause of what went wrong in a worker.
+    """
+    recipe, data = request.recipe, Data(request.root)
+    columns = columns_of(recipe.score, recipe.embed.encoder)
+    with Lock(data.root):
+        sweep(data.root)
+        refuse_changes(data, recipe, request.restart_from)
+        plan = make_plan(request.list, data.root, recipe.source, request.limit)
+        check_selection(recipe, plan.carried, columns)
+        store_recipe(data, recipe)
+        return _go_on(data, recipe, columns, request.stages, request.address, say)
+
+
+def resume(
+    data: Data,
+    recipe: Recipe,
+    *,
+    retry: bool = False,
+    address: str | None = None,
+    restart_from: str | None = None,
+    say: Say = print,
+) -> Outcome:
+    """The main job on the plan that a data folder has; `retry` fetches again what failed for passing reasons."""
+    columns = columns_of(recipe.score, recipe.embed.encoder)
+    with Lock(data.root):
+        sweep(data.root)
+        refuse_changes(data, recipe, restart_from)
+        check_selection(recipe, data.plan.carried, columns)
+        store_recipe(data, recipe)
+        stages = ("fetch", "embed", "select", "pack") if retry else ("embed", "select", "pack")
+        return _go_on(data, recipe, columns, stages, address, say, retry=retry)
+
+
+def _go_on(
+    data: Data,
+    recipe: Recipe,
+    columns: dict[str, Column],
+    stages: tuple[str, ...],
+    address: str | None,
+    say: Say,
+    retry: bool = False,
+) -> Outcome:
+    plan = data.plan
+    say(headline(recipe))
+    outcome = Outcome(facts={"rows": plan.total_rows, "shards": len(plan.shards)})
+    elapsed = _run_stages(data, recipe, columns, stages, address, say, retry)
+    if "select" not in stages:
+        outcome.paths["fetched"] = str(data.root / "fetched")
+        outcome.next = f"tastemaker embed {data.root}"
+        return outcome
+    selection = _select(data, recipe, columns, say)
+    outcome.facts |= {"kept": selection.kept, "funnel": selection.funnel}
+    _pack(data, recipe, outcome)
+    if plan.listed_rows > plan.total_rows:
+        say(projection(data, plan.listed_rows, plan.total_rows, selection.kept, elapsed))
+    return outcome
+
+
+def _run_stages(
+    data: Data,
+    recipe: Recipe,
+    columns: dict[str, Column],
+    stages: tuple[str, ...],
+    address: str | None,
+    say: Say,
+    retry: bool,
+) -> float:
+    """Fetch, embed and score what is missing, with Ray; returns the seconds that it took (0 where all was done)."""
+    from curate.workers import embed_done, fetch_done
+
+    plan = data.plan
+    fetch, embed = "fetch" in stages, "embed" in stages
+    fetch_hash, embed_hash = recipe.hashes()
+
+    def wanted(shard: int) -> bool:
+        fetched = fetch_done(data, shard, fetch_hash)
+        if not fetched:
+            return fetch
+        return (retry and _may_pass(data, shard)) or (embed and not embed_done(data, shard, embed_hash, columns))
+
+    todo = [s for s in plan.shards if wanted(s.shard)]
+    if not todo:
+        return 0.0
+    if embed:
+        from curate.encoders import check_available
+
+        check_available(recipe.embed.encoder, recipe.embed.weights)
+    rows = sum(s.rows for s in todo)
+    check_space(data.root, estimate_bytes(recipe, rows) if fetch else 0)
+    if len(todo) < len(plan.shards):
+        say(f"{len(plan.shards) - len(todo):,} of {len(plan.shards):,} shards are done already")
+    from pipelines.jobs import Job, run_job
+
+    began = time.monotonic()
+    run_job(Job(data, recipe, fetch=fetch, embed=embed, retry=retry), [s.shard for s in todo], rows, address=address)
+    return time.monotonic() - began
+
+
+def _may_pass(data: Data, shard: int) -> bool:
+    """Whether a fetched shard has rows that failed for a reason that may pass."""
+    reasons = (read_json(data.fetched_record(shard)) or {}).get("status_dict", {})
+    return any(reason != Status.SUCCESS and Reason(reason).passing for reason in reasons)
+
+
+def _select(data: Data, recipe: Recipe, columns: dict[str, Column], say: Say) -> Selection:
+    from curate.select import funnel_text, select
+
+    selection = select(data.root, recipe.select, {name: c.scale for name, c in columns.items()})
+    say(funnel_text(selection))
+    return selection
+
+
+def _pack(data: Data, recipe: Recipe, outcome: Outcome) -> None:
+    from curate.pack import pack
+    from curate.report import contact_sheet, score_charts
+
+    name = recipe.select.name
+    pack(data.root, name, recipe.pack)
+    score_charts(data.root, name)
+    outcome.paths |= {"shards": f"{data.root}/shards/{name}/", "look": str(contact_sheet(data.root, name))}
+    outcome.next = f"tastemaker select {data.root} --name stricter --set select.rules.RULE='SQL'"
+
+
+# ------------------------------------------------------------------------------------------- one stage alone, no Ray
+
+
+def recipe_of(data: Data, name: str | None, settings: Sequence[str], select: str | None = None) -> Recipe:
+    """The recipe that a data folder was made with, or another one, with settings laid over it."""
+    if name is None and data.recipe.exists():
+        recipe = parse_recipe(data.recipe.read_text(), settings, what=str(data.recipe))
+    else:
+        recipe = load_recipe(name or DEFAULT, settings)
+    return recipe if select is None else replace(recipe, select=replace(recipe.select, name=select))
+
+
+def score(data: Data, heads: Mapping[str, str], say: Say) -> dict[str, Any]:
+    """Apply heads to the vectors that are there. UserError for a detector: it needs pixels, so `embed` runs it."""
+    from aesthetic.space import Space
+    from curate.score import is_detector, score_shard
+    from curate.workers import load_heads
+
+    if not data.space.exists():
+        raise UserError(f"{data.root} holds no vectors yet. `tastemaker embed {data.root}` makes them.")
+    pixels = [column for column, name in heads.items() if is_detector(name)]
+    if pixels:
+        say(f"{', '.join(pixels)}: a detector needs pixels; `tastemaker embed {data.root}` runs it")
+    loaded = load_heads(heads, Space.load(data.space))
+    with Lock(data.root):
+        shards = [s.shard for s in data.plan.shards if data.embedded_record(s.shard).exists()]
+        fresh = {
+            column: sum(score_shard(data, shard, column, head) for shard in shards) for column, head in loaded.items()
+        }
+    for column, count in fresh.items():
+        say(f"{column}: {count:,} of {len(shards):,} shards scored{'' if count else ' (all were)'}")
+    return {"shards": len(shards), "scored": fresh}
+
+
+def select_only(data: Data, recipe: Recipe, say: Say, *, uids: str | None, write_uids: str | None) -> dict[str, Any]:
+    """Rules over the ledger, in seconds, with every column that it holds now."""
+    from curate import select as selecting
+    from curate.view import types_there
+
+    name = recipe.select.name
+    with Lock(data.root):
+        if uids is not None:
+            selection = selecting.select_uids(data.root, name, Path(uids))
+        else:
+            scales = scales_there(data)
+            selecting.check_rules(recipe.select.rules, *types_there(data.root), scales)
+            selection = selecting.select(data.root, recipe.select, scales)
+        say(selecting.funnel_text(selection))
+        if write_uids is not None:
+            selecting.write_uids(data.root, name, Path(write_uids))
+    return {"kept": selection.kept, "funnel": selection.funnel}
+
+
+def scales_there(data: Data) -> dict[str, tuple[float, float]]:
+    """The scale of each score column that a data folder holds, from its records."""
+    scales = {}
+    for folder in sorted((data.root / "scored").glob("*")):
+        record = read_json(next(folder.glob("*.json"), folder / "none.json"))
+        if record and "scale" in record:
+            scales[folder.name] = (float(record["scale"][0]), float(record["scale"][1]))
+    return scales
+
+
+def pack_only(data: Data, recipe: Recipe) -> Outcome:
+    """The chosen images of a selection as shards, with their sheet."""
+    outcome = Outcome()
+    with Lock(data.root):
+        _pack(data, recipe, outcome)
+    return outcome
+
+
+def status(data: Data, say: Say) -> tuple[dict[str, Any], str]:
+    """Where a run stands: shards per stage, outcomes, selections; and the next command."""
+    plan = data.plan
+    records = {s.shard: read_json(data.fetched_record(s.shard)) for s in plan.shards}
+    fetched = {shard: r for shard, r in records.items() if r}
+    embedded = sum(data.embedded_record(shard).exists() for shard in fetched)
+    outcomes = Counter[str]()
+    for record in fetched.values():
+        outcomes.update(record.get("status_dict", {}))
+    total, shards = sum(outcomes.values()), len(plan.shards)
+    say(f"rows      {plan.total_rows:,} in {shards:,} shards of {plan.list}")
+    good = f"   {outcomes[Status.SUCCESS] / total:.1%} ok" if total else ""
+    say(f"fetched   {len(fetched):,}/{shards:,} shards{good}")
+    failures = [(reason, n) for reason, n in outcomes.most_common() if reason != Status.SUCCESS]
+    if failures:
+        say("          " + " · ".join(f"{reason} {n:,}" for reason, n in failures))
+    say(f"embedded  {embedded:,}/{shards:,} shards")
+    for folder in sorted((data.root / "scored").glob("*")):
+        say(f"scored    {len(list(folder.glob('*.json'))):,}/{shards:,} shards   {folder.name}")
+    for path in sorted((data.root / "selected").glob("*.json")):
+        packed = (data.root / "shards" / path.stem / "manifest.json").exists()
+        say(f"selected  {path.stem}: {(read_json(path) or {}).get('kept', 0):,} kept{', packed' if packed else ''}")
+    facts = {
+        "rows": plan.total_rows,
+        "shards": shards,
+        "fetched": len(fetched),
+        "embedded": embedded,
+        "outcomes": outcomes,
+    }
+    if len(fetched) < shards:
+        return facts, "the same curate command goes on where it stopped"
+    if any(Reason(reason).passing for reason, _ in failures):
+        return facts, f"tastemaker retry {data.root}"
+    return facts, ""
+
+
+# ---------------------------------------------------------------------------------------------------- words and sums
+
+
+def headline(recipe: Recipe) -> str:
+    """One line: what this run is made of."""
+    parts = [f"recipe {recipe.select.name}", recipe.embed.encoder.removeprefix("open_clip:")]
+    if recipe.score:
+        parts.append("scores " + ", ".join(recipe.score))
+    return " · ".join(parts)
+
+
+def estimate_bytes(recipe: Recipe, rows: int) -> int:
+    """Roughly what a run will write: images of about 1.1 bits a pixel (quality 95), half of them twice, and vectors."""
+    side = recipe.images.size if recipe.images.mode != "no" else 1024
+    image = int(side * side * 1.33 * 0.14)
+    return rows * (int(image * 1.5) + 2 * 2 * 1664)
+
+
+def projection(data: Data, listed: int, taken: int, kept: int, elapsed: float) -> str:
+    """What the whole list would take, from the rows that were taken: time, size, and kept rows with a 95% interval."""
+    share = kept / taken
+    half = 1.96 * (share * (1 - share) / taken) ** 0.5
+    size = sum(p.stat().st_size for p in (data.root / "fetched").glob("*.tar")) / taken * listed
+    hours = f"about {clock(elapsed / taken * listed)} here, " if elapsed else ""
+    return (
+        f"whole list: {listed:,} rows, {hours}{size / 1e9:,.1f} GB, {share * listed:,.0f} ± {half * listed:,.0f} kept"
+    )

@@ -1,0 +1,53 @@
+"""`tastemaker doctor`: what this machine has for the job, and what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+NEEDED = ("ray", "torch", "open_clip_torch", "onnxruntime", "duckdb", "pyarrow", "aiohttp", "pillow", "webdataset")
+
+
+def examine(say: Callable[[str], None]) -> bool:
+    """Print a line per finding; returns whether the main job can run here."""
+    good = True
+    say(f"ok       Python {sys.version.split()[0]}, {os.cpu_count()} cores")
+    for name in NEEDED:
+        try:
+            say(f"ok       {name} {version(name)}")
+        except PackageNotFoundError:
+            good = False
+            say(f"missing  {name}: pip install tastemaker")
+    gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    say(
+        f"ok       {gpus} NVIDIA GPU{'s' if gpus != 1 else ''}"
+        if gpus
+        else "note     no NVIDIA GPU: encoders run on the CPU"
+    )
+    free = shutil.disk_usage(Path.cwd()).free
+    say(f"{'ok' if free > 5e9 else 'note'}       {free / 1e9:,.0f} GB free here")
+    if importlib.util.find_spec("img2dataset") is None:
+        why = (
+            "it cannot be imported on Python 3.13"
+            if sys.version_info >= (3, 13)
+            else "pip install 'tastemaker[img2dataset]'"
+        )
+        say(f"note     img2dataset, the second download engine, is not installed ({why})")
+    good &= _ray_is_closed(say)
+    return good
+
+
+def _ray_is_closed(say: Callable[[str], None]) -> bool:
+    """Whoever reaches an open Ray cluster runs code on it, so one without token authentication is pointed out."""
+    address = os.environ.get("RAY_ADDRESS")
+    if address and os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        mode = os.environ["RAY_AUTH_MODE"]
+        say(f"warning  RAY_ADDRESS={address} with RAY_AUTH_MODE={mode}: anyone who reaches it can run code")
+        return False
+    say("ok       Ray starts in this process, on the loopback interface, without a dashboard")
+    return True

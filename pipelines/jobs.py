@@ -1,0 +1,255 @@
+"""The Ray job: shard rows through two actor pools, fetch and embed. No pixels go through the object store.
+
+A row is a shard number; its files lie in the data folder, which every node must see. What is done is skipped inside
+the workers, so a lost worker's shards simply run again. A row of the list never raises here: an exception is an error
+of ours, and ends the job with its cause.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from curate.data import Data
+from curate.store import UserError
+from pipelines.progress import Board, Meter, Screen, Terminal
+from pipelines.recipe import Recipe
+
+OBJECT_STORE = 200_000_000
+"""Bytes; only shard numbers and counts pass through it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one run of the pools does; plain values, because Ray carries it to the workers."""
+
+    data: Data
+    recipe: Recipe
+    fetch: bool = True
+    embed: bool = True
+    retry: bool = False
+    threads: int = 0  # decode threads of each worker; 0: one per core
+
+
+def _meter(board: Any) -> Meter:
+    return Meter(lambda counts, hosts: board.add.remote(counts, hosts))
+
+
+class FetchActor:
+    """A FetchWorker in an actor; `async` is the only form in which Ray Data lets two shards overlap."""
+
+    def __init__(self, job: Job, board: str) -> None:
+        import ray
+
+        from curate.workers import FetchWorker
+
+        _quiet(job.data, "fetch")
+        self._job = job
+        self._meter = _meter(ray.get_actor(board))
+        self._worker = FetchWorker(
+            job.data, job.recipe.fetch, job.recipe.images, job.recipe.hashes()[0], self._meter, job.threads
+        )
+
+    async def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        await self._worker.run(int(row["shard"]), retry=self._job.retry)
+        self._meter.flush()
+        return row
+
+
+class EmbedActor:
+    """An EmbedWorker in an actor."""
+
+    def __init__(self, job: Job, board: str) -> None:
+        import ray
+
+        from curate.workers import EmbedWorker
+
+        _quiet(job.data, "embed")
+        self._meter = _meter(ray.get_actor(board))
+        self._worker = EmbedWorker(
+            job.data, job.recipe.embed, job.recipe.score, job.recipe.hashes()[1], self._meter, job.threads
+        )
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        self._worker.run(int(row["shard"]))
+        self._meter.flush()
+        return row
+
+
+def _quiet(data: Data, stage: str) -> None:
+    """Send a worker's log records to the data folder."""
+    handler = logging.FileHandler(data.logs / f"{stage}.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+
+
+@dataclass(frozen=True)
+class Pools:
+    """How many workers, and what each asks of Ray."""
+
+    fetch: int
+    embed: int
+    gpus: float  # of an embed worker
+    cpus: float  # what a machine of our own must offer, so that both pools run at once
+
+
+def size_pools(recipe: Recipe, cpus: int, gpus: int) -> Pools:
+    """Pools for so many CPUs and GPUs: an embed worker per GPU, else one in all; a fetch worker per four cores."""
+    r = recipe.ray
+    fetch = r.fetch_workers or max(1, cpus // 4)
+    embed = r.embed_workers or max(1, gpus)
+    each = r.embed_gpus or (1.0 if gpus else 0.0)
+    return Pools(fetch=fetch, embed=embed, gpus=each, cpus=fetch * r.fetch_cpus + embed * r.embed_cpus)
+
+
+def run_job(job: Job, shards: Sequence[int], rows: int, *, address: str | None = None) -> Screen:
+    """Run the pools over these shards (`rows` rows in all). Raises the cause of what went wrong in a worker."""
+    with Terminal(job.data.logs / "ray.log") as out:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if address is None:
+            # the switch by which Ray keeps to the loopback interface (it is off on Windows and macOS by default);
+            # `_node_ip_address="127.0.0.1"` alone is resolved back to an address that others reach
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        import ray
+
+        screen = Screen(out, rows)
+        screen.say("starting Ray ..." if address is None else f"joining the cluster at {address} ...")
+        pools = _start_ray(job, address)
+        try:
+            _run_waves(job, shards, pools, screen)
+        except Exception as e:
+            raise cause_of(e) from None
+        finally:
+            ray.shutdown()
+    return screen
+
+
+def _start_ray(job: Job, address: str | None) -> Pools:
+    import ray
+
+    if address is not None:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        total = ray.cluster_resources()
+        _check_nodes(job.data)
+        return size_pools(job.recipe, int(total.get("CPU", 1)), int(total.get("GPU", 0)))
+    gpus = _local_gpus()
+    pools = size_pools(job.recipe, os.cpu_count() or 1, gpus)
+    ray.init(
+        num_cpus=int(pools.cpus) + 1,
+        num_gpus=gpus,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
+    return pools
+
+
+def _local_gpus() -> int:
+    """CUDA devices of this machine, without importing torch."""
+    from pathlib import Path
+
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if Path("/proc/driver/nvidia/gpus").exists() else 0
+
+
+def _check_nodes(data: Data) -> None:
+    """Have every node of the cluster read a nonce from the data folder; a node that cannot is refused by name."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nonce = secrets.token_hex(8)
+    path = data.root / ".nonce"
+    path.write_text(nonce)
+
+    @ray.remote(num_cpus=0)
+    def look(file: str) -> str | None:
+        try:
+            with open(file) as f:
+                return f.read()
+        except OSError:
+            return None
+
+    try:
+        for node in ray.nodes():
+            if node["Alive"]:
+                strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                if ray.get(look.options(scheduling_strategy=strategy).remote(str(path))) != nonce:
+                    raise UserError(
+                        f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}) does not see {data.root}. "
+                        "Put --out on a file system that all nodes share."
+                    )
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _run_waves(job: Job, shards: Sequence[int], pools: Pools, screen: Screen) -> None:
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.max_errored_blocks = 0  # a row's error is data already; any other stops the job
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    name = f"tastemaker-{os.getpid()}-{secrets.token_hex(4)}"
+    board: Any = ray.remote(Board).options(name=name, num_cpus=0).remote()
+    stop = threading.Event()
+    drawing = threading.Thread(target=_draw, args=(board, screen, stop), daemon=True)
+    drawing.start()
+    r = job.recipe.ray
+    try:
+        waves = iter(shards)
+        while wave := list(islice(waves, r.wave)):
+            # one block per shard: Ray's default packs 200 blocks, and a block comes out only when it is complete
+            ds: Any = ray.data.from_items([{"shard": shard} for shard in wave], override_num_blocks=len(wave))
+            if job.fetch:
+                ds = ds.map(
+                    FetchActor,
+                    fn_constructor_args=(job, name),
+                    compute=ActorPoolStrategy(
+                        size=min(pools.fetch, len(wave)),
+                        max_tasks_in_flight_per_actor=2,
+                        max_concurrent_calls_per_actor=2,
+                    ),
+                    num_cpus=r.fetch_cpus,
+                )
+            if job.embed:
+                ds = ds.map(
+                    EmbedActor,
+                    fn_constructor_args=(job, name),
+                    compute=ActorPoolStrategy(size=min(pools.embed, len(wave))),
+                    num_cpus=r.embed_cpus,
+                    num_gpus=pools.gpus or None,
+                )
+            for _ in ds.iter_rows():
+                pass
+    finally:
+        stop.set()
+        drawing.join(timeout=5)
+        counts, hosts = ray.get(board.read.remote(), timeout=5)
+        screen.draw(counts, hosts, end=True)
+
+
+def _draw(board: Any, screen: Screen, stop: threading.Event) -> None:
+    import ray
+
+    while not stop.wait(0.5):
+        screen.draw(*ray.get(board.read.remote()))
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The exception that a worker raised, out of Ray's wrapping; Ray's own where there is none inside."""
+    from ray.exceptions import RayError
+
+    seen: BaseException | None = error
+    while seen is not None:
+        inner = getattr(seen, "cause", None) or seen.__cause__
+        if not isinstance(seen, RayError):
+            return seen
+        seen = inner if isinstance(inner, BaseException) else None
+    return error

@@ -1,0 +1,180 @@
+"""What people see while a job runs: workers count, one small actor adds up, the terminal draws from that."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import IO, Any
+
+Counts = dict[tuple[str, str], int]
+"""(stage, outcome) -> rows."""
+
+EARLY = 500
+"""Rows after which a failure rate over one half is said at once: the list, the network or the resolver is broken."""
+
+
+class Meter:
+    """Counts rows in a worker and hands them on once a second, from a thread of its own."""
+
+    def __init__(self, send: Callable[[Counts, dict[str, int]], None]) -> None:
+        self._send = send
+        self._lock = threading.Lock()
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._hosts: Counter[str] = Counter()
+        threading.Thread(target=self._loop, daemon=True, name="meter").start()
+
+    def __call__(self, stage: str, outcome: str, host: str) -> None:
+        with self._lock:
+            self._counts[stage, outcome] += 1
+            if outcome != "success" and host:
+                self._hosts[host] += 1
+
+    def flush(self) -> None:
+        """Hand on what has been counted since the last time."""
+        with self._lock:
+            counts, hosts = dict(self._counts), dict(self._hosts.most_common(20))
+            self._counts.clear()
+            self._hosts.clear()
+        if counts:
+            self._send(counts, hosts)
+
+    def _loop(self) -> None:
+        while True:
+            time.sleep(1)
+            self.flush()
+
+
+class Board:
+    """Adds up what the meters send. Lives in an actor, so that workers on any node reach it."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._hosts: Counter[str] = Counter()
+
+    def add(self, counts: Counts, hosts: dict[str, int]) -> None:
+        self._counts.update(counts)
+        self._hosts.update(hosts)
+        if len(self._hosts) > 2000:  # the web has many hosts, and only the worst are shown
+            self._hosts = Counter(dict(self._hosts.most_common(1000)))
+
+    def read(self) -> tuple[Counts, list[tuple[str, int]]]:
+        return dict(self._counts), self._hosts.most_common(3)
+
+
+class Screen:
+    """Draws the progress line: rewritten in place on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, out: IO[str], total: int) -> None:
+        self._out = out
+        self._total = total
+        self._began = self._last = time.monotonic()
+        self._moments: dict[str, tuple[float, float]] = {}
+        self._live = out.isatty()
+        self._warned = False
+        self.seen: Counts = {}
+
+    def draw(self, counts: Counts, hosts: list[tuple[str, int]], end: bool = False) -> None:
+        """Show the counts so far."""
+        self.seen = counts
+        now = time.monotonic()
+        self._warn_early(counts, hosts)
+        if not end and not self._live and now - self._last < 10:
+            return
+        self._last = now
+        line = self._line(counts, now, end)
+        if self._live:
+            width = os.get_terminal_size(self._out.fileno()).columns
+            self._out.write("\r" + line[: width - 1].ljust(width - 1) + ("\n" if end else ""))
+        else:
+            self._out.write(line + "\n")
+        self._out.flush()
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the progress line."""
+        if self._live:
+            self._out.write("\r\033[K")
+        self._out.write(text + "\n")
+        self._out.flush()
+
+    def _line(self, counts: Counts, now: float, end: bool) -> str:
+        fetched = sum(n for (stage, _), n in counts.items() if stage == "fetch")
+        good = counts.get(("fetch", "success"), 0)
+        embedded = counts.get(("embed", "success"), 0)
+        parts = []
+        if fetched or not embedded:
+            share = f"  {good / fetched:.1%} ok" if fetched else ""
+            rate = self._rate("fetch", fetched, now)
+            parts.append(f"fetch  {fetched:,}/{self._total:,}  {rate:,.0f} rows/s{share}")
+        if embedded or not end:
+            parts.append(f"embed  {embedded:,}  {self._rate('embed', embedded, now):,.0f} img/s")
+        elapsed = now - self._began
+        if end:
+            parts.append(f"{clock(elapsed)}")
+        elif 0 < fetched < self._total:
+            parts.append(f"eta {clock(elapsed * (self._total - fetched) / fetched)}")
+        return "     ".join(parts)
+
+    def _rate(self, stage: str, count: int, now: float) -> float:
+        """Rows a second between the first and the last change that was seen."""
+        first, _ = self._moments.get(stage, (now, 0))
+        if count and stage not in self._moments:
+            self._moments[stage] = (max(self._began, now - 1.0), count)
+            first = self._moments[stage][0]
+        return count / max(now - first, 1e-3) if count else 0.0
+
+    def _warn_early(self, counts: Counts, hosts: list[tuple[str, int]]) -> None:
+        outcomes = Counter({outcome: n for (stage, outcome), n in counts.items() if stage == "fetch"})
+        rows = outcomes.total()
+        failed = rows - outcomes["success"]
+        if self._warned or rows < min(EARLY, self._total):
+            return
+        self._warned = True
+        if failed > rows / 2:
+            del outcomes["success"]
+            reasons = " · ".join(f"{reason} {n}" for reason, n in outcomes.most_common(3))
+            worst = " · ".join(f"{host} {n}" for host, n in hosts)
+            self.say(f"warning: {failed / rows:.0%} of the first {rows:,} rows failed: {reasons}    hosts: {worst}")
+
+
+def clock(seconds: float) -> str:
+    """A duration as people say it.
+
+    >>> clock(8), clock(100), clock(7300)
+    ('8 s', '1 min 40 s', '2 h 1 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+class Terminal:
+    """Our own stream, while libraries' go to a log file; Ray's C++ parts write to the descriptors themselves."""
+
+    def __init__(self, log: Any) -> None:
+        self._log = log
+
+    def __enter__(self) -> IO[str]:
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._saved = [os.dup(1), os.dup(2)]
+        with open(self._log, "ab") as f:
+            os.dup2(f.fileno(), 1)
+            os.dup2(f.fileno(), 2)
+        self._ours = os.fdopen(os.dup(self._saved[1]), "w", buffering=1)
+        return self._ours
+
+    def __exit__(self, *_: object) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for fd, saved in enumerate(self._saved, 1):
+            os.dup2(saved, fd)
+            os.close(saved)
+        self._ours.close()

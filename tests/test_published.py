@@ -1,0 +1,296 @@
+"""Published heads: the real files score as published, and files that are programs never run."""
+
+import hashlib
+import http.server
+import io
+import pickle
+import threading
+import zipfile
+from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aesthetic.heads import SHIPPED, HeadError, load_head, save_head
+from aesthetic.published import PUBLISHED, _build, _download, collapse, fetch_head, import_head, read_checkpoint
+
+DATA = Path(__file__).parents[2] / "shared" / "data" / "heads"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the published files are not here")
+
+GOLDEN = {
+    "laion-v1-b32": "-1.47 .27 1.99 3.61 5.09 6.39 7.67 8.92 9.92 11.01",
+    "laion-v1-l14": "-2.46 -.14 1.90 3.58 5.10 6.47 7.79 9.05 10.23 11.30",
+    "laion-v2": "1.66 2.36 3.07 3.67 4.24 4.70 5.07 5.37 5.58 5.75",
+}
+
+
+def examples(name):
+    folder = DATA / ("vit_b_32_ratings" if name.endswith("b32") else "vit_l_14_ratings")
+    return np.concatenate([np.load(folder / f"rating{i}.npy") for i in range(10)])
+
+
+def published(name):
+    return next(p for p in PUBLISHED if p.name == name)
+
+
+@needs_data
+@pytest.mark.parametrize("name", GOLDEN)
+def test_scores_are_the_published_ones(name):
+    expected = np.array(GOLDEN[name].split(), float)
+    for head in (import_head(DATA / published(name).file), load_head(name)):
+        np.testing.assert_allclose(head(examples(name)), expected, atol=0.006)
+        assert head.affine
+
+
+@needs_data
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_shipped_heads_are_the_published_files_converted(name, tmp_path):
+    """Tensors and texts, bit for bit; the collapsed v2 may differ in last bits where another BLAS multiplied it out."""
+    save_head(import_head(DATA / published(name).file), tmp_path)
+    if name == "laion-v2":
+        ours, shipped = load_head(tmp_path), load_head(name)
+        np.testing.assert_allclose(ours.layers[0][0], shipped.layers[0][0], atol=1e-6)
+        assert (ours.card, ours.scale, ours.space.fingerprint) == (
+            shipped.card,
+            shipped.scale,
+            shipped.space.fingerprint,
+        )
+    else:
+        for file in ("head.safetensors", "head.json", "MODEL_CARD.md"):
+            assert (tmp_path / file).read_bytes() == (SHIPPED / name / file).read_bytes()
+
+
+@needs_data
+def test_reading_without_torch_gives_what_torch_gives():
+    import torch
+
+    for file in sorted(DATA.glob("*.pth")):
+        ours = read_checkpoint(file.read_bytes(), file.name)
+        theirs = torch.load(file, map_location="cpu", weights_only=True)
+        assert list(ours) == list(theirs)
+        assert all(np.array_equal(ours[k], theirs[k].numpy()) for k in ours)
+
+
+@needs_data
+def test_the_relu_head_agrees_with_torch(tmp_path):
+    import torch
+
+    known = published("laion-v2-relu")
+    head = load_head(save_head(import_head(DATA / known.file), tmp_path / "relu"))
+    assert not head.affine
+    state = torch.load(DATA / known.file, map_location="cpu", weights_only=True)
+    x = torch.from_numpy(examples("laion-v2-relu"))
+    for i in (0, 3, 6, 9):
+        x = torch.relu(torch.nn.functional.linear(x, state[f"layers.{i}.weight"], state[f"layers.{i}.bias"]))
+    x = torch.nn.functional.linear(x, state["layers.11.weight"], state["layers.11.bias"])
+    np.testing.assert_allclose(head(examples("laion-v2-relu")), x[:, 0].numpy(), atol=1e-5)
+
+
+@needs_data
+def test_a_published_file_is_known_by_its_content_not_by_its_name(tmp_path):
+    (tmp_path / "download.bin").write_bytes((DATA / "sa_0_4_vit_b_32_linear.pth").read_bytes())
+    assert import_head(tmp_path / "download.bin").name == "laion-v1-b32"
+    assert import_head(tmp_path / "download.bin", "mine").name == "mine"
+
+
+def test_collapse_is_exact_and_refuses_what_it_cannot_do():
+    rng = np.random.default_rng(0)
+    layers = tuple(
+        ((rng.standard_normal((b, a)) / a).astype(np.float32), rng.standard_normal(b).astype(np.float32))
+        for a, b in ((768, 64), (64, 16), (16, 1))
+    )
+    weight, bias = collapse(layers)
+    x = rng.standard_normal((5, 768))
+    chained = x
+    for w, b in layers:
+        chained = chained @ w.T + b
+    np.testing.assert_allclose(x @ weight.T + bias, chained, atol=1e-4)
+    huge = ((layers[0][0] * 1e6, layers[0][1] * 1e6), *layers[1:])
+    with pytest.raises(HeadError, match="differ by"):
+        collapse(huge)
+
+
+# Files that torch itself writes, and files that nobody should open ---------------------------------------------------
+
+
+def test_other_float_types_and_todays_torch_files_are_read():
+    import torch
+
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        value = torch.randn(3, 5).to(dtype)
+        file = io.BytesIO()
+        torch.save(OrderedDict(weight=value, bias=torch.randn(3)), file)
+        ours = read_checkpoint(file.getvalue(), "x.pth")
+        assert np.array_equal(ours["weight"], value.float().numpy())
+
+
+class Canary:
+    """A pickle that would write a file; what a hostile checkpoint would do worse."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+def checkpoint(program, storages=(), compression=zipfile.ZIP_STORED, **more):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", program)
+        for i, numbers in enumerate(storages):
+            archive.writestr(f"archive/data/{i}", np.asarray(numbers, np.float32).tobytes())
+        archive.writestr("archive/version", "3\n")
+        for name, data in more.items():
+            archive.writestr(name, data)
+    return file.getvalue()
+
+
+def state(shape=(1, 4), stride=None, offset=0, length=4, key="0", kind="FloatStorage"):
+    """The pickle of an OrderedDict with one tensor, assembled by hand in protocol 2."""
+    stride = stride or (shape[1], 1)
+
+    def number(v):
+        return b"J" + int(v).to_bytes(4, "little", signed=True)
+
+    def text(v):
+        return b"X" + len(v).to_bytes(4, "little") + v.encode()
+
+    storage = b"(" + text("storage") + f"ctorch\n{kind}\n".encode() + text(key) + text("cpu") + number(length) + b"tQ"
+    ordered = b"ccollections\nOrderedDict\n)R"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + number(offset)
+    tensor += number(shape[0]) + number(shape[1]) + b"\x86" + number(stride[0]) + number(stride[1]) + b"\x86"
+    tensor += b"\x89" + ordered + b"tR"
+    return b"\x80\x02" + ordered + text("weight") + tensor + b"s."
+
+
+def test_the_hand_made_checkpoint_is_good_before_it_is_spoilt():
+    tensors = read_checkpoint(checkpoint(state(), [[1, 2, 3, 4]]), "x")
+    assert tensors["weight"].tolist() == [[1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("where", ["alone", "in a dict"])
+def test_a_hostile_pickle_never_runs(tmp_path, protocol, where):
+    import os
+
+    mark = tmp_path / "ran"
+    for canary in (
+        Canary(os.system, f"touch {mark}"),
+        Canary(eval, f"open({str(mark)!r}, 'w')"),
+        Canary(exec, f"open({str(mark)!r}, 'w')"),
+        Canary(open, str(mark), "w"),
+    ):
+        program = OrderedDict(weight=canary) if where == "in a dict" else canary
+        data = checkpoint(pickle.dumps(program, protocol))
+        with pytest.raises(HeadError, match="refused"):
+            read_checkpoint(data, "evil.pth")
+        (tmp_path / "evil.pth").write_bytes(data)
+        with pytest.raises(HeadError, match="none of the published heads"):
+            import_head(tmp_path / "evil.pth")
+        assert not mark.exists()
+    pickle.loads(pickle.dumps(Canary(eval, f"open({str(mark)!r}, 'w')")))
+    assert mark.exists()  # the canary is alive
+
+
+def test_the_unpickler_refuses_on_its_own(tmp_path):
+    """The scan comes first; this is what stands behind it."""
+    from aesthetic.published import _Restricted
+
+    mark = tmp_path / "ran"
+    for protocol in (0, 2, 4):
+        with pytest.raises(HeadError, match="nothing was run"):
+            _Restricted(io.BytesIO(pickle.dumps(Canary(eval, f"open({str(mark)!r}, 'w')"), protocol))).load()
+    assert not mark.exists()
+
+
+FOUR = [[1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "not a whole checkpoint"),
+        (b"not a zip", "not a whole checkpoint"),
+        (checkpoint(state(), FOUR)[:-30], "not a whole checkpoint"),
+        (checkpoint(state(), FOUR)[50:], "not a whole checkpoint"),
+        (checkpoint(state()[:-9], FOUR), "damaged"),
+        (checkpoint(b""), "damaged"),
+        (checkpoint(pickle.dumps([1], 2)), "uses EMPTY_LIST"),
+        (checkpoint(b"\x80\x02K\x01."), "not a state dict"),
+        (checkpoint(b"\x80\x02)R."), "does not hold a state dict"),
+        (checkpoint(b"\x80\x02" + b"(" * (70 << 10)), "a pickle of"),
+        (checkpoint(state(), FOUR, zipfile.ZIP_DEFLATED), "compressed"),
+        (checkpoint(state(), FOUR, **{"archive/code.py": "x"}), "does not belong"),
+        (checkpoint(state(), FOUR, **{"archive/../../x": "x"}), "does not belong"),
+        (checkpoint(state(), FOUR, **{"other/version": "3"}), "several folders"),
+        (checkpoint(state(), FOUR, **{"archive/byteorder": "big"}), "little-endian"),
+        (checkpoint(state(), []), "is missing"),
+        (checkpoint(state(key="../x"), FOUR), "is missing"),
+        (checkpoint(state(), [[1, 2]]), "not 4 numbers long"),
+        (checkpoint(state(length=10**9), FOUR), "not 1000000000 numbers long"),
+        (checkpoint(state(shape=(1, 5)), FOUR), "beyond its storage"),
+        (checkpoint(state(shape=(2**30, 2**30)), FOUR), "beyond its storage"),
+        (checkpoint(state(offset=1), FOUR), "beyond its storage"),
+        (checkpoint(state(offset=-1), FOUR), "beyond its storage"),
+        (checkpoint(state(shape=(-1, 4)), FOUR), "not described"),
+        (checkpoint(state(shape=(2**20, 2**20), stride=(0, 0)), FOUR), "not contiguous"),
+        (checkpoint(state(kind="LongStorage"), FOUR), "torch.LongStorage: refused"),
+        (checkpoint(state(key="9999"), FOUR), "is missing"),
+        (bytes(17 << 20), "more than"),
+    ],
+)
+def test_a_file_that_is_no_plain_checkpoint_is_refused(data, message):
+    with pytest.raises(HeadError, match=message):
+        read_checkpoint(data, "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": np.zeros((1, 768), np.float32)}, "of another shape: weight"),
+        ({"weight": np.full((1, 512), np.nan, np.float32)}, "not finite"),
+        ({"bias": np.full(1, np.inf, np.float32)}, "not finite"),
+        ({"more": np.zeros(1, np.float32)}, "unknown or of another shape: more"),
+    ],
+)
+def test_tensors_that_are_not_the_published_ones_are_refused(change, message):
+    tensors = {"weight": np.zeros((1, 512), np.float32), "bias": np.zeros(1, np.float32)}
+    known = published("laion-v1-b32")
+    assert _build(known, tensors, "x").affine
+    with pytest.raises(HeadError, match=message):
+        _build(known, tensors | change, "x")
+
+
+def test_fetching_takes_the_known_bytes_only_and_says_what_to_do():
+    data = checkpoint(state(), FOUR)
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = {"/good.pth": data, "/other.pth": data + b"x"}.get(self.path)
+            self.send_response(200 if body else 404)
+            self.end_headers()
+            self.wfile.write(body or b"")
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    known = replace(published("laion-v1-b32"), sha256=hashlib.sha256(data).hexdigest())
+    try:
+        assert _download(replace(known, url=f"{address}/good.pth")) == data
+        with pytest.raises(HeadError, match="not the published file"):
+            _download(replace(known, url=f"{address}/other.pth"))
+        with pytest.raises(HeadError, match=r"404.*tastemaker heads import"):
+            _download(replace(known, url=f"{address}/absent.pth"))
+    finally:
+        server.shutdown()
+        server.server_close()
+    with pytest.raises(HeadError, match=r"could not be fetched.*tastemaker heads import good.pth"):
+        _download(replace(known, url=f"{address}/good.pth"))
+    with pytest.raises(HeadError, match="no published head"):
+        fetch_head("laion-v9")

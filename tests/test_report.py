@@ -1,0 +1,203 @@
+"""The contact sheet and the histograms, from a small data folder of real photographs."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from curate.ledger import Reason, Status, fetched_schema, make_key
+from curate.report import KEPT, SHARDS, _Facts, _picture, _printable, _spread, contact_sheet, score_charts
+from curate.select import SelectConfig, select
+from curate.shards import TarWriter
+from curate.store import UserError, write_json
+
+SIZE = 10  # rows of a shard
+RULES = {
+    "large": "least(original_width, original_height) >= 110",  # rows 0 to 19
+    "safe": "open_nsfw < 0.2 or aesthetic >= 6",  # rows 21, 22, 31, 32, ... 52
+    "once": "first_of(phash)",  # rows 28 and 29, which repeat row 26
+    "beautiful": "top(aesthetic, 0.7) and aesthetic >= 4.0",  # what is left of 30 to 39
+}
+
+
+def crops(n: int) -> list[bytes]:
+    """Different parts of two real photographs, as JPEG."""
+    dice = np.random.default_rng(0)
+    photos = load_sample_images().images
+    found = []
+    for i in range(n):
+        photo = photos[i % len(photos)]
+        top, left = dice.integers(0, 200), dice.integers(0, 300)
+        buffer = io.BytesIO()
+        Image.fromarray(photo[top : top + 200, left : left + 240]).save(buffer, "JPEG")
+        found.append(buffer.getvalue())
+    return found
+
+
+def make_data(root: Path, rows: int, rules: dict[str, str] = RULES) -> Path:
+    """A data folder in which row i has the aesthetic score i/10, and every seventh row was not fetched."""
+    photos = crops(12)
+    carried = pa.schema([("WIDTH", pa.int32()), ("TEXT", pa.string())])
+    for shard in range(-(-rows // SIZE)):
+        table: list[dict[str, Any]] = []
+        tar = io.BytesIO()
+        writer = TarWriter(tar)
+        scores: list[dict[str, Any]] = []
+        for i in range(shard * SIZE, min(rows, (shard + 1) * SIZE)):
+            key = make_key(shard, i % SIZE, SIZE)
+            row: dict[str, Any] = {"key": key, "url": f"http://example.com/{i}.jpg", "caption": f"Tür {i}", "WIDTH": 7}
+            table.append(row)
+            if i % 7 == 6:
+                row |= {"status": Reason.HTTP_404.status.value, "reason": Reason.HTTP_404.value}
+                continue
+            row |= {"status": Status.SUCCESS.value, "width": 240, "height": 200}
+            row |= {"original_width": 100 + i, "original_height": 90 + i}
+            row["phash"] = f"{26 if i in (28, 29) else i:016x}"
+            writer.add_sample(key, photos[i % len(photos)], "jpg", row["caption"], {"key": key})
+            scores.append({"key": key, "aesthetic": i / 10, "open_nsfw": {1: 0.9, 2: 0.3}.get(i % 10, 0.1)})
+        writer.close()
+        stem = f"{shard:05d}"
+        (root / "fetched").mkdir(parents=True, exist_ok=True)
+        (root / "fetched" / f"{stem}.tar").write_bytes(tar.getvalue())
+        pq.write_table(pa.Table.from_pylist(table, fetched_schema(carried)), root / "fetched" / f"{stem}.parquet")
+        write_json(root / "fetched" / f"{stem}_stats.json", {"successes": len(scores)})
+        for column, facts in (("aesthetic", {"task": "aesthetic"}), ("open_nsfw", {"detector": "open-nsfw"})):
+            (root / "scored" / column).mkdir(parents=True, exist_ok=True)
+            schema = pa.schema([("key", pa.string()), (column, pa.float32())])
+            pq.write_table(pa.Table.from_pylist(scores, schema), root / "scored" / column / f"{stem}.parquet")
+            write_json(root / "scored" / column / f"{stem}.json", facts)
+    select(root, SelectConfig(name="mine", rules=rules), {})
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("report") / "data", 120)
+
+
+def test_sheet_is_the_same_each_time_and_shows_everything(data: Path) -> None:
+    sheet = contact_sheet(data, "mine")
+    assert sheet == data / "report" / "mine" / "sheet.png"
+    first = sheet.read_bytes()
+    assert contact_sheet(data, "mine", "aesthetic").read_bytes() == first
+    with Image.open(io.BytesIO(first)) as image:
+        assert image.width == 2480 and image.height > 2500  # 6 rows kept, 4 rules, what was not fetched
+        colours = image.getcolors(1 << 24)
+    assert colours is not None and len(colours) > 20_000  # photographs are on it, not only letters
+
+
+def test_kept_images_are_shown_at_even_quantiles_worst_first(data: Path) -> None:
+    facts = _Facts(data, "mine")
+    assert facts.default_column() == "aesthetic"
+    tiles = facts.kept_tiles("aesthetic")
+    values = [float(t.value) for t in tiles]
+    assert len(tiles) == KEPT and values == sorted(values)
+    assert values[0] == 4.0 and values[-1] == 11.9  # the extremes are among them
+    assert max(np.diff(values)) <= 0.45
+
+
+def test_rejected_images_show_the_value_that_rejected_them_narrow_misses_first(data: Path) -> None:
+    facts = _Facts(data, "mine")
+    large = facts.rejected_tiles("large")
+    assert large[0].value == "119 x 109" and large[-1].value == "100 x 90"
+    assert [t.value for t in facts.rejected_tiles("once")] == [f"{26:016x}"] * 2
+    assert [float(t.value) for t in facts.rejected_tiles("beautiful")][:2] == [3.9, 3.8]
+
+
+def test_a_width_in_the_list_is_not_our_width(data: Path) -> None:
+    facts = _Facts(data, "mine")
+    facts.rules.append(("stored", "least(width, height) > 300 and caption <> 'original_width'"))
+    assert facts.columns_of(facts.rules[-1][1]) == ["width", "height", "caption"]
+    assert facts.db.sql("select distinct width, height from candidate").fetchall() == [(240, 200)]
+
+
+def test_what_is_unsafe_is_blurred(data: Path) -> None:
+    facts = _Facts(data, "mine")
+    safe = facts.rejected_tiles("safe")
+    assert {t.key[-1] for t in safe} == {"1", "2"} and all(t.blurred for t in safe)  # at 0.3 too: the rule rejects it
+    kept = facts.kept_tiles("aesthetic")
+    assert {t.key[-1] for t in kept if t.blurred} == {"1"}  # 0.9, though kept
+    assert any(t.key[-1] == "2" for t in kept)
+    assert not any(t.blurred for t in facts.rejected_tiles("once"))
+    photo = crops(1)[0]
+    clear, blurred = _picture(photo, False), _picture(photo, True)
+    assert clear is not None and blurred is not None
+    assert _sharpness(blurred) < _sharpness(clear) / 20
+
+
+def test_a_detector_is_known_by_its_record_whatever_its_column_is_called(tmp_path: Path) -> None:
+    root = make_data(tmp_path / "data", 20)
+    for shard in range(2):
+        write_json(root / "scored" / "aesthetic" / f"{shard:05d}.json", {"task": "nsfw"})
+    assert sorted(_Facts(root, "mine").unsafe) == ["aesthetic", "open_nsfw"]
+
+
+def test_a_long_list_costs_few_tars(tmp_path: Path) -> None:
+    root = make_data(tmp_path / "data", SIZE * (SHARDS + 15))
+    facts = _Facts(root, "mine")
+    used = {t.shard for t in facts.kept_tiles("aesthetic")} | {t.shard for t in facts.kept_tiles(None)}
+    assert used <= set(facts.picked) and len(facts.picked) == SHARDS
+    assert facts.picked[0] == "00000" and facts.picked[-1] == f"{SHARDS + 14:05d}"
+    for tar in (root / "fetched").glob("*.tar"):
+        if tar.stem not in facts.picked:
+            tar.unlink()  # nobody misses them
+    contact_sheet(root, "mine", "aesthetic")
+
+
+def test_sheets_of_nothing(tmp_path: Path) -> None:
+    assert contact_sheet(make_data(tmp_path / "none", 20), "mine").is_file()  # nothing kept
+    assert contact_sheet(make_data(tmp_path / "all", 20, {}), "mine").is_file()  # nothing rejected
+
+
+def test_a_picture_that_cannot_be_decoded_has_its_place(tmp_path: Path) -> None:
+    root = make_data(tmp_path / "data", 8)
+    tar = root / "fetched" / "00000.tar"
+    damaged = tar.read_bytes().replace(b"\xff\xd8\xff\xe0", b"\x00\x00\x00\x00", 1)
+    tar.write_bytes(damaged)
+    assert contact_sheet(root, "mine", "aesthetic").is_file()
+
+
+def test_histograms_count_every_score_and_mark_the_cuts(data: Path) -> None:
+    facts = _Facts(data, "mine")
+    everything, kept, lo, hi = facts.histogram("aesthetic")
+    assert sum(everything) == facts.selection.fetched and sum(kept) == facts.selection.kept
+    assert (lo, round(hi, 3)) == (0.0, 11.9)
+    assert everything[0] == 2 and kept[0] == 0  # 0.0 and 0.1
+    cuts = {words: at for at, words in facts.cuts("aesthetic")}
+    assert cuts[">= 4.0"] == 4.0 and cuts[">= 6"] == 6.0 and 3.3 < cuts["best 70%"] < 3.9
+    assert facts.cuts("open_nsfw") == [(0.2, "< 0.2")]
+    path = score_charts(data, "mine")
+    assert path is not None
+    first = path.read_bytes()
+    score_charts(data, "mine")
+    assert path.read_bytes() == first
+
+
+def test_errors_name_what_is_missing(data: Path) -> None:
+    with pytest.raises(UserError, match="no selection other"):
+        contact_sheet(data, "other")
+    with pytest.raises(UserError, match=r"no scores called 'laion_v2'. It has: aesthetic, open_nsfw"):
+        contact_sheet(data, "mine", "laion_v2")
+
+
+def test_letters_that_the_font_lacks() -> None:
+    assert _printable("Crème brûlée × 2 — ≥ 3\tweiß …") == "Creme brulee x 2 - >= 3 weiss ..."
+    assert _printable("茶碗 bowl 🍵") == "bowl"
+
+
+def test_spread() -> None:
+    assert _spread(0, 5) == [] and _spread(3, 5) == [0, 1, 2]
+    assert _spread(100, 4) == [0, 33, 66, 99]
+
+
+def _sharpness(image: Image.Image) -> float:
+    grey = np.asarray(image.convert("L"), np.float64)
+    return float(np.abs(np.diff(grey, 2, axis=0)).mean() + np.abs(np.diff(grey, 2, axis=1)).mean())

@@ -1,0 +1,83 @@
+"""The tars that we write and read: deterministic, USTAR, and never trusted."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from curate.shards import CorruptShard, TarWriter, index_tar, read_images, read_range
+
+
+def written(samples: list[tuple[str, bytes, str | None]]) -> bytes:
+    file = io.BytesIO()
+    tar = TarWriter(file)
+    for key, image, caption in samples:
+        tar.add_sample(key, image, "jpg", caption, {"key": key, "url": "http://x/ü", "width": 3})
+    tar.close()
+    return file.getvalue()
+
+
+SAMPLES: list[tuple[str, bytes, str | None]] = [
+    ("000000000", b"\xff\xd8" + b"a" * 700, "a cat"),
+    ("000000002", b"\xff\xd8b", None),
+    ("000000003", b"", "NUL \x00 and 漢字"),
+]
+
+
+def test_python_reads_what_we_write(tmp_path: Path) -> None:
+    path = tmp_path / "00000.tar"
+    path.write_bytes(written(SAMPLES))
+    with tarfile.open(path) as tar:
+        members = tar.getmembers()
+        assert [m.name for m in members] == [
+            *("000000000.jpg", "000000000.json", "000000000.txt"),
+            *("000000002.jpg", "000000002.json"),
+            *("000000003.jpg", "000000003.json", "000000003.txt"),
+        ]
+        assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in members} == {(0, 0, 0, "", "")}
+        caption = tar.extractfile("000000003.txt")
+        assert caption is not None and caption.read().decode() == "NUL \x00 and 漢字"
+    assert path.stat().st_size % tarfile.RECORDSIZE == 0
+    assert [(k, e, d) for k, e, d in read_images(path)] == [(k, "jpg", d) for k, d, _ in SAMPLES]
+
+
+def test_the_same_samples_give_the_same_bytes() -> None:
+    assert written(SAMPLES) == written(list(SAMPLES))
+
+
+def test_a_tar_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    whole = written(SAMPLES)
+    path = tmp_path / "cut.tar"
+    last = max(o + s for m in _index(tmp_path, whole).values() for o, s in m.values())
+    for length in [100, 512, 1024, 1700, 2048, 3000, last, last + 100, last + 512]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(CorruptShard, match=r"cut\.tar"):
+            index_tar(path)
+
+
+def _index(folder: Path, data: bytes) -> dict[str, dict[str, tuple[int, int]]]:
+    path = folder / "whole.tar"
+    path.write_bytes(data)
+    return index_tar(path)
+
+
+def test_members_are_ranges_and_links_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "hostile.tar"
+    with tarfile.open(path, "w") as tar:
+        link = tarfile.TarInfo("000.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        for name in ("../../evil.jpg", "a.b.jpg", "001.JPG", "noextension"):
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            tar.addfile(info, io.BytesIO(b"abc"))
+    index = index_tar(path)
+    assert "000" not in index
+    assert index["001"] == {"jpg": index["001"]["jpg"]}
+    assert index["a"].keys() == {"b.jpg"}  # webdataset's rule: a key ends at the first dot
+    with open(path, "rb") as f:
+        assert read_range(f, index["001"]["jpg"]) == b"abc"
+    assert not (tmp_path.parent.parent / "evil.jpg").exists()
