@@ -66,9 +66,9 @@ def embed_shard(
     table = table.filter(pa.compute.equal(table["status"], Status.SUCCESS.value)).drop_columns(["status"])
     keys = table["key"].to_pylist()
 
-    # one pass over the pixels; the batch is the smallest that any model asks for, so one cut serves all
+    # one pass over the pixels, in batches that do not depend on what else is wanted (detectors cut them as they like)
     models: dict[str, Any] = {"": encoder, **wanted} if embed else dict(wanted)
-    size = min(m.batch_size for m in models.values())
+    size = encoder.batch_size
     results: dict[str, list[np.ndarray]] = {name: [] for name in models}
     for batch in _prepared(data, shard, keys, models, size, threads):
         for name, model in models.items():

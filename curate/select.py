@@ -592,8 +592,8 @@ def _quantiles(con: duckdb.DuckDBPyConnection, column: str) -> dict[str, float]:
 def _failures(con: duckdb.DuckDBPyConnection) -> tuple[np.ndarray, dict[str, int]]:
     """Keys of the rows without an image, and how many there are for each reason, the commonest first."""
     con.execute(
-        "CREATE TEMP TABLE failed AS SELECT CAST(\"key\" AS UBIGINT) AS k, coalesce(reason, status, 'unknown') AS reason "
-        f"FROM _fetched WHERE status IS DISTINCT FROM '{Status.SUCCESS}'"
+        'CREATE TEMP TABLE failed AS SELECT CAST("key" AS UBIGINT) AS k, '
+        f"coalesce(reason, status, 'unknown') AS reason FROM _fetched WHERE status IS DISTINCT FROM '{Status.SUCCESS}'"
     )
     keys = con.execute("SELECT k FROM failed").fetchnumpy()["k"]
     reasons = con.execute("SELECT reason, count(*) AS n FROM failed GROUP BY 1 ORDER BY n DESC, 1").fetchall()

@@ -14,16 +14,18 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import duckdb
-import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from curate.ledger import EMBEDDED_COLUMNS, FETCHED_COLUMNS, URL_COLUMNS, Status
 from curate.store import UserError, digest, output_digests, read_json, sha256_file
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 OURS = [name for name, _ in URL_COLUMNS + FETCHED_COLUMNS]
 """The columns of `fetched/` that are ours; every other one is the list's, under `source`."""

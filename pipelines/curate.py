@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from curate import engine_img2dataset
 from curate.data import Data
 from curate.ledger import Reason, Status
 from curate.score import Column, columns_of
@@ -162,6 +163,9 @@ def run(request: Request, say: Say = print) -> Outcome:
     """
     recipe, data = request.recipe, Data(request.root)
     columns = columns_of(recipe.score, recipe.embed.encoder)
+    if recipe.fetch.engine == "img2dataset":
+        engine_img2dataset.require()
+        say("warning: img2dataset checks no addresses and reads no robots.txt; keep it off private networks")
     with Lock(data.root):
         sweep(data.root)
         refuse_changes(data, recipe, request.restart_from)
@@ -202,6 +206,8 @@ def _go_on(
 ) -> Outcome:
     plan = data.plan
     say(headline(recipe))
+    if recipe.fetch.allow:
+        say(f"warning: private addresses are open to this list: {', '.join(recipe.fetch.allow)} (fetch.allow)")
     outcome = Outcome(facts={"rows": plan.total_rows, "shards": len(plan.shards)})
     elapsed = _run_stages(data, recipe, columns, stages, address, say, retry)
     if "select" not in stages:

@@ -72,7 +72,7 @@ class Screen:
         self._out = out
         self._total = total
         self._began = self._last = time.monotonic()
-        self._moments: dict[str, tuple[float, float]] = {}
+        self._spans: dict[str, tuple[float, float, int]] = {}
         self._live = out.isatty()
         self._warned = False
         self.seen: Counts = {}
@@ -119,12 +119,14 @@ class Screen:
         return "     ".join(parts)
 
     def _rate(self, stage: str, count: int, now: float) -> float:
-        """Rows a second between the first and the last change that was seen."""
-        first, _ = self._moments.get(stage, (now, 0))
-        if count and stage not in self._moments:
-            self._moments[stage] = (max(self._began, now - 1.0), count)
-            first = self._moments[stage][0]
-        return count / max(now - first, 1e-3) if count else 0.0
+        """Rows a second, from when the stage's first rows were seen to when its last ones were."""
+        if not count:
+            return 0.0
+        first, last, seen = self._spans.get(stage, (max(self._began, now - 1.0), now, 0))
+        if count != seen:
+            last = now
+        self._spans[stage] = first, last, count
+        return count / max(last - first, 1e-3)
 
     def _warn_early(self, counts: Counts, hosts: list[tuple[str, int]]) -> None:
         outcomes = Counter({outcome: n for (stage, outcome), n in counts.items() if stage == "fetch"})
