@@ -7,6 +7,7 @@ uid/gid 0, in the order given. Reading never extracts to disk: regular files onl
 from __future__ import annotations
 
 import json
+import mmap
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any, BinaryIO
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 _BLOCK = 512
+_ZEROS = bytes(_BLOCK)
+_REGULAR = (b"0", b"\0")
+_PLAIN = (*_REGULAR, b"1", b"2", b"3", b"4", b"5", b"6")  # and links, devices, folders: passed over
 
 
 class CorruptShard(Exception):
@@ -64,30 +68,69 @@ def sample_json(facts: dict[str, Any]) -> bytes:
 def index_tar(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     """Where each member lies: key -> {extension: (offset, size)}, in the tar's order.
 
-    Raises CorruptShard where the tar ends inside a member or without its end marker (a cut at a member boundary is
-    found by the marker; only a digest finds a changed byte).
+    Raises CorruptShard where a header is damaged, or the tar ends inside a member or without its end marker (a cut at
+    a member boundary is found by the marker; only a digest finds a changed byte in a member).
     """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, place in _members(path):
+        folder, _, base = name.rpartition("/")
+        stem, dot, extension = base.partition(".")  # webdataset's rule: a key ends at the first dot
+        if dot and stem:
+            key = f"{folder}/{stem}" if folder else stem
+            samples.setdefault(key, {})[extension.lower()] = place
+    return samples
+
+
+def _members(path: Path) -> list[tuple[str, tuple[int, int]]]:
+    """The regular files of a tar with their places. Plain headers are read here, ten times as fast as by tarfile."""
     size = path.stat().st_size
+    if size < 2 * _BLOCK:
+        raise CorruptShard(f"{path}: the end of the archive is missing")
+    found: list[tuple[str, tuple[int, int]]] = []
+    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as tar:
+        at = 0
+        while at + _BLOCK <= size:
+            head = tar[at : at + _BLOCK]
+            if head == _ZEROS:
+                if size < at + 2 * _BLOCK:
+                    break
+                return found
+            kind = head[156:157]
+            if kind not in _PLAIN or head[124] & 0x80:  # long names, sparse files, sizes past octal
+                return _members_by_tarfile(path)
+            try:
+                length, checksum = int(head[124:136].strip(b" \0") or b"0", 8), int(head[148:156].strip(b" \0"), 8)
+            except ValueError:
+                checksum = -1
+            if checksum != sum(head) - sum(head[148:156]) + 8 * 32:  # the checksum counts its own field as blanks
+                raise CorruptShard(f"{path}: the header at byte {at:,} is damaged")
+            name = head[:100].split(b"\0", 1)[0]
+            if head[257:262] == b"ustar" and head[345]:
+                name = head[345:500].split(b"\0", 1)[0] + b"/" + name
+            if at + _BLOCK + length > size:
+                raise CorruptShard(f"{path}: ends inside {name.decode(errors='replace')}")
+            if kind in _REGULAR:
+                found.append((name.decode(errors="replace"), (at + _BLOCK, length)))
+            at += _BLOCK + length + -length % _BLOCK
+    raise CorruptShard(f"{path}: the end of the archive is missing")
+
+
+def _members_by_tarfile(path: Path) -> list[tuple[str, tuple[int, int]]]:
+    found = []
+    end, size = 0, path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
-            end = 0
             for member in tar:
                 end = member.offset_data + member.size
                 if end > size:
                     raise CorruptShard(f"{path}: ends inside {member.name}")
-                if not member.isfile():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, dot, extension = base.partition(".")  # webdataset's rule: a key ends at the first dot
-                if dot and stem:
-                    key = f"{folder}/{stem}" if folder else stem
-                    samples.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
+                if member.isreg() and not member.issparse():
+                    found.append((member.name, (member.offset_data, member.size)))
     except tarfile.TarError as e:
         raise CorruptShard(f"{path}: {e}") from e
     if size < end + 2 * _BLOCK:
         raise CorruptShard(f"{path}: the end of the archive is missing")
-    return samples
+    return found
 
 
 def image_member(members: dict[str, tuple[int, int]]) -> tuple[str, tuple[int, int]] | None:

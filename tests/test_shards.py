@@ -81,3 +81,37 @@ def test_members_are_ranges_and_links_are_passed_over(tmp_path: Path) -> None:
     with open(path, "rb") as f:
         assert read_range(f, index["001"]["jpg"]) == b"abc"
     assert not (tmp_path.parent.parent / "evil.jpg").exists()
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tars_of_others_read_as_tarfile_reads_them(tmp_path: Path, form: int) -> None:
+    path = tmp_path / "others.tar"
+    names = ["000.jpg", "folder/" * 14 + "001.jpg", "ü.txt"] + (
+        ["x" * 120 + ".png"] if form != tarfile.USTAR_FORMAT else []
+    )
+    with tarfile.open(path, "w", format=form) as tar:
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for number, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size = 600 * number + 1
+            info.mtime, info.uname = 1e9 + 0.5, "bigdata"
+            tar.addfile(info, io.BytesIO(bytes([number]) * info.size))
+    found = [place for members in index_tar(path).values() for place in members.values()]
+    with tarfile.open(path) as tar:
+        assert found == [(m.offset_data, m.size) for m in tar if m.isfile()]
+        assert ["/".join((n.rpartition("/")[0], "x")) for n in index_tar(path)] == [
+            "/".join((m.name.rpartition("/")[0], "x")) for m in tar if m.isfile()
+        ]
+
+
+def test_a_flipped_bit_in_a_header_is_found(tmp_path: Path) -> None:
+    whole = bytearray(written(SAMPLES))
+    path = tmp_path / "flipped.tar"
+    for at in (0, 50, 100, 124, 130, 148, 257, 400):
+        flipped = bytearray(whole)
+        flipped[at] ^= 4
+        path.write_bytes(flipped)
+        with pytest.raises(CorruptShard, match=r"flipped\.tar"):
+            index_tar(path)
