@@ -1,0 +1,1 @@
+"""Training on curated shards. A library: it runs without Ray."""
