@@ -39,20 +39,26 @@ class EmbedConfig:
     embeddings: str | None = None  # a clip-retrieval folder of this encoder's vectors, taken in place of the stage
 
 
+_DETECTED_AT_ONCE = 32  # pictures of a batch where only detectors run
+
+
 def embed_shard(
     data: Data,
     shard: int,
     *,
-    encoder: Encoder,
+    encoder: Encoder | None,
     config: str,
     detectors: Mapping[str, Detector],
     threads: Executor,
     report: Report,
 ) -> None:
-    """Embed one fetched shard and run the detectors (column -> detector) on it; what is done is left alone."""
+    """Embed one fetched shard and run the detectors (column -> detector) on it; what is done is left alone.
+
+    Without an encoder only the detectors run: the vectors are imported (curate.imported).
+    """
     inputs = data.fetched_digests(shard)
     assert inputs is not None, f"shard {shard} is embedded before it is fetched"
-    embed = not is_done(data.root, data.embedded_record(shard), config=config, inputs=inputs)
+    embed = encoder is not None and not is_done(data.root, data.embedded_record(shard), config=config, inputs=inputs)
     wanted = {
         column: d
         for column, d in detectors.items()
@@ -62,13 +68,12 @@ def embed_shard(
         return
     check_space(data.root)
     began = time.time()
-    table = pq.read_table(data.table(shard), columns=["key", "caption", "status"])
-    table = table.filter(pa.compute.equal(table["status"], Status.SUCCESS.value)).drop_columns(["status"])
+    table = pictures_of(data, shard)
     keys = table["key"].to_pylist()
 
     # one pass over the pixels, in batches that do not depend on what else is wanted (detectors cut them as they like)
     models: dict[str, Any] = {"": encoder, **wanted} if embed else dict(wanted)
-    size = encoder.batch_size
+    size = encoder.batch_size if encoder is not None else _DETECTED_AT_ONCE
     results: dict[str, list[np.ndarray]] = {name: [] for name in models}
     for batch in _prepared(data, shard, keys, models, size, threads):
         for name, model in models.items():
@@ -89,8 +94,17 @@ def embed_shard(
             facts={"detector": detector.name, "scale": list(detector.scale)},
         )
     if embed:
+        assert encoder is not None
         images = _stacked(results[""], (0, encoder.dim))
-        _write_vectors(data, shard, table, images, encoder, config, inputs, began)
+        texts = _caption_vectors(table["caption"].to_pylist(), encoder)
+        facts = {"batch_halved": encoder.halved}
+        write_vectors(data, shard, table, images, texts, config=config, inputs=inputs, facts=facts, began=began)
+
+
+def pictures_of(data: Data, shard: int) -> pa.Table:
+    """Key and caption of a fetched shard's pictures: the rows with status success, in the order of the ledger."""
+    table = pq.read_table(data.table(shard), columns=["key", "caption", "status"])
+    return table.filter(pa.compute.equal(table["status"], Status.SUCCESS.value)).drop_columns(["status"])
 
 
 def _stacked(parts: list[np.ndarray], empty: tuple[int, ...]) -> np.ndarray:
@@ -117,51 +131,63 @@ def _prepared(
     assert not ahead and next(stored, None) is None, f"{data.tar(shard)} holds more images than its table"
 
 
-def _write_vectors(
+def _caption_vectors(captions: list[str | None], encoder: Encoder) -> np.ndarray:
+    """The captions' vectors: (n, dim) float32, zeros where there is no caption."""
+    texts = np.zeros((len(captions), encoder.dim), np.float32)
+    told = [i for i, caption in enumerate(captions) if _says_something(caption)]
+    for start in range(0, len(told), encoder.batch_size):
+        part = told[start : start + encoder.batch_size]
+        texts[part] = encoder.encode_texts([captions[i] or "" for i in part])
+    return texts
+
+
+def _says_something(caption: str | None) -> bool:
+    return caption is not None and bool(caption.strip())
+
+
+def write_vectors(
     data: Data,
     shard: int,
     table: pa.Table,
     images: np.ndarray,
-    encoder: Encoder,
+    texts: np.ndarray | None,
+    *,
     config: str,
     inputs: dict[str, str],
+    facts: dict[str, Any],
     began: float,
 ) -> None:
-    captions = table["caption"].to_pylist()
-    texts = np.zeros((len(captions), encoder.dim), np.float32)
-    told = [i for i, caption in enumerate(captions) if caption is not None and caption.strip()]
-    for start in range(0, len(told), encoder.batch_size):
-        part = told[start : start + encoder.batch_size]
-        texts[part] = encoder.encode_texts([captions[i] for i in part])
-    cosines = np.einsum("nd,nd->n", images, texts)
-    similarity = pa.array(
-        [float(cosines[i]) if has else None for i, has in enumerate(np.any(texts, axis=1))], pa.float32()
-    )
-    for name, vectors in (("image", images), ("text", texts)):
+    """Write and commit one shard of `embedded/`: unit vectors (n, dim) of the pictures in `table`, and of captions.
+
+    Rows of `texts` that are zero, and those of empty captions, have no similarity; without `texts` none has.
+    """
+    told = np.array([_says_something(caption) for caption in table["caption"].to_pylist()], bool)
+    if texts is None:
+        cosines, told = np.zeros(len(images), np.float32), np.zeros(len(images), bool)
+    else:
+        texts = np.where(told[:, None], texts, 0)
+        cosines, told = np.einsum("nd,nd->n", images, texts), texts.any(axis=1)
+    similarity = pa.array(cosines.astype(np.float32), mask=~told)
+    stored = {data.image_vectors(shard): images} | ({data.text_vectors(shard): texts} if texts is not None else {})
+    for path, vectors in stored.items():
         if not np.isfinite(vectors).all():
             bad = table["key"][int(np.argmin(np.isfinite(vectors).all(axis=1)))]
-            raise ValueError(f"{encoder.name} gave a {name} vector that is not finite, for {bad}")
+            raise ValueError(f"{path.name}: the vector of {bad} is not finite")
 
     uncommit(data.embedded_record(shard))
-    with atomic(data.image_vectors(shard)) as f:
-        np.save(f, images.astype(np.float16))
-    with atomic(data.text_vectors(shard)) as f:
-        np.save(f, texts.astype(np.float16))
+    data.text_vectors(shard).unlink(missing_ok=True)  # of a run that had them
+    for path, vectors in stored.items():
+        with atomic(path) as f:
+            np.save(f, vectors.astype(np.float16))
     with atomic(data.metadata(shard)) as f:
         # image_path is clip-retrieval's name for the key
         metadata = table.add_column(0, "image_path", table["key"]).append_column("similarity", similarity)
         pq.write_table(metadata, f, compression="zstd")
-    ended = time.time()
     commit(
         data.root,
         data.embedded_record(shard),
         config=config,
         inputs=inputs,
-        outputs=[data.image_vectors(shard), data.text_vectors(shard), data.metadata(shard)],
-        facts={
-            "sample_count": len(captions),  # clip-retrieval's names
-            "start_time": began,
-            "end_time": ended,
-            "batch_halved": bool(getattr(encoder, "halved", False)),
-        },
+        outputs=[*stored, data.metadata(shard)],
+        facts={"sample_count": len(images), "start_time": began, "end_time": time.time(), **facts},  # clip-retrieval's
     )

@@ -15,9 +15,11 @@ from curate.embed import EmbedConfig, embed_shard
 from curate.encoders import load_encoder
 from curate.fetch import FetchConfig, Fetcher
 from curate.images import ImagesConfig
+from curate.imported import Imported, import_shard, open_folder
 from curate.ingest import Means, Report, ingest_shard
+from curate.ledger import Status
 from curate.score import Column, head_inputs, is_detector, score_shard
-from curate.store import is_done
+from curate.store import UserError, is_done
 
 
 def ignore(stage: str, outcome: str, host: str) -> None:
@@ -73,21 +75,34 @@ class EmbedWorker:
     ) -> None:
         self.data, self.config, self.report = data, config, report
         count = threads or os.cpu_count() or 1
-        self.encoder = load_encoder(embed.encoder, weights=embed.weights, precision=embed.precision, threads=count)
+        self.imported = Imported(open_folder(embed)) if embed.embeddings is not None else None
+        space = self.imported.folder.space if self.imported is not None else None
+        self.encoder = None
+        if space is None:
+            self.encoder = load_encoder(embed.encoder, weights=embed.weights, precision=embed.precision, threads=count)
+            space = self.encoder.space()
+        if self.imported is not None and self.imported.folder.dim != space.dim:
+            raise UserError(
+                f"embed.embeddings: {embed.embeddings} holds {self.imported.folder.dim} numbers a row, and the vectors "
+                f"of {embed.encoder} have {space.dim}: it was made by another encoder"
+            )
         self.detectors = {
             column: load_detector(name, threads=count) for column, name in score.items() if is_detector(name)
         }
-        space = self.encoder.space()
         self.heads = load_heads(score, space)
         claim_space(data, space)
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="decode")
 
     def run(self, shard: int) -> None:
         """Embed and score one fetched shard; what is done is left alone."""
+        if self.imported is not None:
+            taken = import_shard(self.data, shard, self.imported, self.encoder, self.config)
+            for _ in range(taken if not self.detectors else 0):  # a detector's pass over the pixels reports them
+                self.report("embed", Status.SUCCESS, "")
         embed_shard(
             self.data,
             shard,
-            encoder=self.encoder,
+            encoder=self.encoder if self.imported is None else None,
             config=self.config,
             detectors=self.detectors,
             threads=self._threads,

@@ -234,38 +234,38 @@ def _run_stages(
     """Fetch, embed and score what is missing, with Ray; returns the seconds that it took (0 where all was done)."""
     from curate.workers import embed_done, fetch_done
 
-    plan = data.plan
     fetch, embed = "fetch" in stages, "embed" in stages
     fetch_hash, embed_hash = recipe.hashes()
-
-    def wanted(shard: int) -> bool:
-        fetched = fetch_done(data, shard, fetch_hash)
-        if not fetched:
-            return fetch
-        return (retry and _may_pass(data, shard)) or (embed and not embed_done(data, shard, embed_hash, columns))
-
-    todo = [s for s in plan.shards if wanted(s.shard)]
-    if not todo:
+    shards, rows, images = [], 0, 0
+    for s in data.plan.shards:
+        fetched = fetch_done(data, s.shard, fetch_hash)
+        waiting = _may_pass(data, s.shard) if fetched and retry else 0 if fetched else s.rows
+        if (waiting and fetch) or (fetched and embed and not embed_done(data, s.shard, embed_hash, columns)):
+            shards.append(s.shard)
+            rows += waiting
+            images += read_json(data.fetched_record(s.shard))["successes"] if fetched else 0
+    if not shards:
         return 0.0
     if embed:
         from curate.encoders import check_available
+        from curate.imported import open_folder
 
-        check_available(recipe.embed.encoder, recipe.embed.weights)
-    rows = sum(s.rows for s in todo)
-    check_space(data.root, estimate_bytes(recipe, rows) if fetch else 0)
-    if len(todo) < len(plan.shards):
-        say(f"{len(plan.shards) - len(todo):,} of {len(plan.shards):,} shards are done already")
-    from pipelines.jobs import Job, run_job
+        if recipe.embed.embeddings is None or open_folder(recipe.embed).space is None:
+            check_available(recipe.embed.encoder, recipe.embed.weights)
+    check_space(data.root, estimate_bytes(recipe, rows))
+    if len(shards) < len(data.plan.shards):
+        say(f"{len(data.plan.shards) - len(shards):,} of {len(data.plan.shards):,} shards are done already")
+    from pipelines.jobs import Job, Work, run_job
 
     began = time.monotonic()
-    run_job(Job(data, recipe, fetch=fetch, embed=embed, retry=retry), [s.shard for s in todo], rows, address=address)
+    run_job(Job(data, recipe, fetch=fetch, embed=embed, retry=retry), Work(shards, rows, images), address=address)
     return time.monotonic() - began
 
 
-def _may_pass(data: Data, shard: int) -> bool:
-    """Whether a fetched shard has rows that failed for a reason that may pass."""
-    reasons = (read_json(data.fetched_record(shard)) or {}).get("status_dict", {})
-    return any(reason != Status.SUCCESS and Reason(reason).passing for reason in reasons)
+def _may_pass(data: Data, shard: int) -> int:
+    """How many rows of a fetched shard failed for a reason that may pass."""
+    outcomes = (read_json(data.fetched_record(shard)) or {}).get("status_dict", {})
+    return sum(n for reason, n in outcomes.items() if reason != Status.SUCCESS and Reason(reason).passing)
 
 
 def _select(data: Data, recipe: Recipe, columns: dict[str, Column], say: Say) -> Selection:

@@ -7,6 +7,7 @@ of ours, and ends the job with its cause.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -35,6 +36,15 @@ class Job:
     embed: bool = True
     retry: bool = False
     threads: int = 0  # decode threads of each worker; 0: one per core
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is left to do: shards, the rows among them to fetch, and the images fetched before and yet to embed."""
+
+    shards: Sequence[int]
+    rows: int
+    images: int
 
 
 def _meter(board: Any) -> Meter:
@@ -108,8 +118,8 @@ def size_pools(recipe: Recipe, cpus: int, gpus: int) -> Pools:
     return Pools(fetch=fetch, embed=embed, gpus=each, cpus=fetch * r.fetch_cpus + embed * r.embed_cpus)
 
 
-def run_job(job: Job, shards: Sequence[int], rows: int, *, address: str | None = None) -> Screen:
-    """Run the pools over these shards (`rows` rows in all). Raises the cause of what went wrong in a worker."""
+def run_job(job: Job, work: Work, *, address: str | None = None) -> Screen:
+    """Run the pools over what is left to do. Raises the cause of what went wrong in a worker."""
     with Terminal(job.data.logs / "ray.log") as out:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         if address is None:
@@ -118,11 +128,11 @@ def run_job(job: Job, shards: Sequence[int], rows: int, *, address: str | None =
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         import ray
 
-        screen = Screen(out, rows)
+        screen = Screen(out, work.rows, work.images, job.embed)
         screen.say("starting Ray ..." if address is None else f"joining the cluster at {address} ...")
         pools = _start_ray(job, address)
         try:
-            _run_waves(job, shards, pools, screen)
+            _run_waves(job, work.shards, pools, screen)
         except Exception as e:
             raise cause_of(e) from None
         finally:
@@ -191,6 +201,7 @@ def _check_nodes(data: Data) -> None:
 def _run_waves(job: Job, shards: Sequence[int], pools: Pools, screen: Screen) -> None:
     import ray
     from ray.data import ActorPoolStrategy, DataContext
+    from ray.exceptions import RayError
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -231,8 +242,9 @@ def _run_waves(job: Job, shards: Sequence[int], pools: Pools, screen: Screen) ->
     finally:
         stop.set()
         drawing.join(timeout=5)
-        counts, hosts = ray.get(board.read.remote(), timeout=5)
-        screen.draw(counts, hosts, end=True)
+        with contextlib.suppress(RayError):  # what ended the job is told, not what its end broke
+            counts, hosts = ray.get(board.read.remote(), timeout=5)
+            screen.draw(counts, hosts, end=True)
 
 
 def _draw(board: Any, screen: Screen, stop: threading.Event) -> None:

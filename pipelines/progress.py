@@ -68,9 +68,11 @@ class Board:
 class Screen:
     """Draws the progress line: rewritten in place on a terminal, a line every ten seconds elsewhere."""
 
-    def __init__(self, out: IO[str], total: int) -> None:
+    def __init__(self, out: IO[str], rows: int, images: int, embeds: bool) -> None:
         self._out = out
-        self._total = total
+        self._rows = rows  # to fetch
+        self._images = images  # fetched before, to embed
+        self._embeds = embeds
         self._began = self._last = time.monotonic()
         self._spans: dict[str, tuple[float, float, int]] = {}
         self._live = out.isatty()
@@ -104,18 +106,22 @@ class Screen:
         fetched = sum(n for (stage, _), n in counts.items() if stage == "fetch")
         good = counts.get(("fetch", "success"), 0)
         embedded = counts.get(("embed", "success"), 0)
-        parts = []
-        if fetched or not embedded:
+        parts, left = [], []
+        elapsed = now - self._began
+        if self._rows:
             share = f"  {good / fetched:.1%} ok" if fetched else ""
             rate = self._rate("fetch", fetched, now)
-            parts.append(f"fetch  {fetched:,}/{self._total:,}  {rate:,.0f} rows/s{share}")
-        if embedded or not end:
-            parts.append(f"embed  {embedded:,}  {self._rate('embed', embedded, now):,.0f} img/s")
-        elapsed = now - self._began
+            parts.append(f"fetch  {fetched:,}/{self._rows:,}  {rate:,.0f} rows/s{share}")
+            left.append((self._rows - fetched) / rate if rate else None)
+        if self._embeds:
+            images = self._images + (round(self._rows * good / fetched) if fetched else self._rows)
+            rate = self._rate("embed", embedded, now)
+            parts.append(f"embed  {embedded:,}/{images:,}  {rate:,.0f} img/s")
+            left.append((images - embedded) / rate if rate else None)
         if end:
-            parts.append(f"{clock(elapsed)}")
-        elif 0 < fetched < self._total:
-            parts.append(f"eta {clock(elapsed * (self._total - fetched) / fetched)}")
+            parts.append(clock(elapsed))
+        elif known := [seconds for seconds in left if seconds is not None]:
+            parts.append(f"eta {clock(max(known))}")
         return "     ".join(parts)
 
     def _rate(self, stage: str, count: int, now: float) -> float:
@@ -132,7 +138,7 @@ class Screen:
         outcomes = Counter({outcome: n for (stage, outcome), n in counts.items() if stage == "fetch"})
         rows = outcomes.total()
         failed = rows - outcomes["success"]
-        if self._warned or rows < min(EARLY, self._total):
+        if self._warned or not rows or rows < min(EARLY, self._rows):
             return
         self._warned = True
         if failed > rows / 2:
