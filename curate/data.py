@@ -52,9 +52,17 @@ class Data:
     def embedded_record(self, shard: int) -> Path:
         return self.root / "embedded" / "stats" / f"{shard_name(shard)}.json"
 
+    def embed_starts(self, shard: int) -> Path:
+        """A byte for each time that this run began to embed the shard; swept away as scratch when the next run begins."""
+        return self.root / "embedded" / f".{shard_name(shard)}.starts.tmp"
+
     @property
     def space(self) -> Path:
         return self.root / "embedded" / "space.json"
+
+    @property
+    def space_record(self) -> Path:
+        return self.root / "embedded" / "stats" / "space.json"
 
     # scored/COLUMN/
 
@@ -107,7 +115,7 @@ class Data:
             "shards/*/manifest.json",
         )
         for pattern in patterns:
-            for path in sorted(self.root.glob(pattern)):
+            for path in sorted(p for p in self.root.glob(pattern) if not p.parent.name.startswith(".")):
                 record = read_json(path)
                 yield path, record if isinstance(record, dict) else {}
 

@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 
 from curate.data import Data
 from curate.detectors import Detector
-from curate.encoders import Encoder
+from curate.encoders import Encoder, check_settings
 from curate.images import decode
-from curate.ingest import Report
+from curate.ingest import Report, note_start
 from curate.ledger import Status
 from curate.score import write_scores
 from curate.shards import read_images
@@ -38,6 +38,13 @@ class EmbedConfig:
     precision: str | None = None  # fp32, bf16 or fp16; default: fp32 on CPU and MPS, fp16 on CUDA
     embeddings: str | None = None  # a clip-retrieval folder of this encoder's vectors, taken in place of the stage
 
+    def __post_init__(self) -> None:
+        check_settings(self.encoder, self.weights, self.precision)
+
+
+STARTS = 3
+"""How often a run begins to embed a shard. Its pictures have been decoded before: what ends the process each time is
+no single picture, and whoever restarts it would do so for ever."""
 
 _DETECTED_AT_ONCE = 32  # pictures of a batch where only detectors run
 
@@ -67,6 +74,11 @@ def embed_shard(
     if not embed and not wanted:
         return
     check_space(data.root)
+    if (starts := note_start(data.embed_starts(shard))) > STARTS:
+        raise RuntimeError(
+            f"embedding shard {shard:05d} has ended its process {starts - 1} times: out of memory, or a crash in a "
+            f"library. {data.logs / 'embed.log'} or the system's log may say why; all that is done stays done."
+        )
     began = time.time()
     table = pictures_of(data, shard)
     keys = table["key"].to_pylist()
@@ -99,6 +111,7 @@ def embed_shard(
         texts = _caption_vectors(table["caption"].to_pylist(), encoder)
         facts = {"batch_halved": encoder.halved}
         write_vectors(data, shard, table, images, texts, config=config, inputs=inputs, facts=facts, began=began)
+    data.embed_starts(shard).unlink(missing_ok=True)
 
 
 def pictures_of(data: Data, shard: int) -> pa.Table:
@@ -161,13 +174,12 @@ def write_vectors(
 
     Rows of `texts` that are zero, and those of empty captions, have no similarity; without `texts` none has.
     """
-    told = np.array([_says_something(caption) for caption in table["caption"].to_pylist()], bool)
-    if texts is None:
-        cosines, told = np.zeros(len(images), np.float32), np.zeros(len(images), bool)
-    else:
-        texts = np.where(told[:, None], texts, 0)
-        cosines, told = np.einsum("nd,nd->n", images, texts), texts.any(axis=1)
-    similarity = pa.array(cosines.astype(np.float32), mask=~told)
+    similarity = pa.nulls(len(images), pa.float32())
+    if texts is not None:
+        told = np.array([_says_something(caption) for caption in table["caption"].to_pylist()], bool)
+        texts = np.where(told[:, None], texts, np.float32(0))
+        cosines = np.einsum("nd,nd->n", images, texts)
+        similarity = pa.array(cosines, pa.float32(), mask=~texts.any(axis=1))
     stored = {data.image_vectors(shard): images} | ({data.text_vectors(shard): texts} if texts is not None else {})
     for path, vectors in stored.items():
         if not np.isfinite(vectors).all():

@@ -67,16 +67,9 @@ def load_encoder(
     Raises UserError where there is no such encoder, where an architecture disagrees with its weights, and, within
     seconds, where weights can't be had.
     """
-    if weights is not None and not Path(weights).is_file():
-        raise UserError(f"embed.weights: there is no file {weights}")
-    if precision is not None and precision not in PRECISIONS:
-        raise UserError(f"embed.precision: {precision!r} is none of {', '.join(PRECISIONS)}")
+    _check_file(weights)
+    check_settings(name, weights, precision, device)
     if name == "bundled":
-        if weights is not None or device not in (None, "cpu") or precision not in (None, "fp32"):
-            raise UserError(
-                "the encoder bundled has its own weights and runs on the CPU in fp32: leave out weights, "
-                "device and precision, or name an open_clip encoder"
-            )
         return BundledEncoder(threads or cpus())
     kind, _, spec = name.partition(":")
     architecture, _, pretrained = spec.partition("/")
@@ -88,11 +81,28 @@ def load_encoder(
     return OpenClipEncoder(architecture, pretrained, weights, device, precision, threads)
 
 
+def check_settings(name: str, weights: str | None, precision: str | None, device: str | None = None) -> None:
+    """UserError where an encoder can't run with these settings; looks at no file."""
+    if precision is not None and precision not in PRECISIONS:
+        raise UserError(f"embed.precision: {precision!r} is none of {', '.join(PRECISIONS)}")
+    if name == "bundled" and (weights is not None or device not in (None, "cpu") or precision not in (None, "fp32")):
+        raise UserError(
+            "the encoder bundled has its own weights and runs on the CPU in fp32: leave out weights, "
+            "device and precision, or name an open_clip encoder"
+        )
+
+
+def _check_file(weights: str | None) -> None:
+    if weights is not None and not Path(weights).is_file():
+        raise UserError(f"embed.weights: there is no file {weights}")
+
+
 def check_available(name: str, weights: str | None = None) -> None:
     """Make sure that an encoder's weights can be had, and fetch them where they are not here yet. Loads no model.
 
     Raises UserError as load_encoder does.
     """
+    _check_file(weights)
     kind, _, spec = name.partition(":")
     architecture, _, pretrained = spec.partition("/")
     if kind == "open_clip":

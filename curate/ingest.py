@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
@@ -31,7 +32,7 @@ from curate.isolated import IsolatedDecoder
 from curate.ledger import FETCHED_COLUMNS, Reason, RowError, Status, fetched_schema, make_key
 from curate.shards import TarWriter, image_member, index_tar, read_range
 from curate.source import Row, SourceShard
-from curate.store import atomic, check_space, commit, scratch_path, uncommit
+from curate.store import atomic, check_space, commit, scratch_path, told, uncommit
 
 TRUSTED_STARTS = 2
 """How often a shard is begun with decoding in the worker itself; after that each decode may die alone."""
@@ -80,7 +81,7 @@ async def ingest_shard(data: Data, shard: int, means: Means, config: str, retry:
     check_space(data.root)
     began = time.time()
     source = data.plan.read(shard)
-    starts = _note_start(data, shard)
+    starts = note_start(data.starts(shard))
     isolate = starts > TRUSTED_STARTS
     with _scratch(data, shard) as scratch:
         ended = Ended(scratch)
@@ -96,13 +97,15 @@ async def ingest_shard(data: Data, shard: int, means: Means, config: str, retry:
     return record
 
 
-def _note_start(data: Data, shard: int) -> int:
-    """Note on disk that the shard is begun; returns how often it has been, this time included."""
-    path = data.starts(shard)
+def note_start(path: Path) -> int:
+    """Note on disk that a shard is begun, a byte each time; returns how often it has been, this time included."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as f:
-        f.write(b".")
-        return f.tell()
+    try:
+        with open(path, "ab") as f:
+            f.write(b".")
+            return f.tell()
+    except OSError as e:
+        raise told(e, path.parent) from e
 
 
 @contextmanager
@@ -111,6 +114,8 @@ def _scratch(data: Data, shard: int) -> Iterator[BinaryIO]:
     try:
         with open(path, "w+b") as f:
             yield f
+    except OSError as e:
+        raise told(e, path.parent) from e
     finally:
         path.unlink(missing_ok=True)
 
@@ -155,6 +160,8 @@ async def _by_ourselves(source: SourceShard, means: Means, ended: Ended, isolate
             for number, row in enumerate(source.rows()):
                 if number not in ended.facts:
                     group.create_task(one(number, row))
+    except ExceptionGroup as e:
+        raise e.exceptions[0] from None  # an error of ours, or a full disk; a row's own error never comes here
     finally:
         if isolated is not None:
             isolated.close()
@@ -232,8 +239,7 @@ def _commit(
         table = table.append_column(name, pa.array([facts[name] for facts in ordered], kind))
     table = table.cast(fetched_schema(data.plan.carried))
 
-    uncommit(data.fetched_record(shard))
-    with atomic(data.tar(shard)) as f:
+    with atomic(data.tar(shard)) as f, atomic(data.table(shard)) as g:
         tar = TarWriter(f)
         number = 0
         for batch in table.to_batches(max_chunksize=1000):
@@ -243,8 +249,9 @@ def _commit(
                     tar.add_sample(row["key"], read_range(ended.scratch, place), extension, row["caption"], row)
                 number += 1
         tar.close()
-    with atomic(data.table(shard)) as f:
-        pq.write_table(table, f, compression="zstd")
+        pq.write_table(table, g, compression="zstd")
+        # as late as can be: a retry that is killed before this line has changed nothing
+        uncommit(data.fetched_record(shard))
 
     done = time.time()
     statuses = Counter(facts["status"] for facts in ordered)

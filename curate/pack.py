@@ -62,6 +62,10 @@ class PackConfig:
     shard_size: int = 10000  # samples per shard at most; shards are even
     seed: int = 0  # of the order of samples
 
+    def __post_init__(self) -> None:
+        if self.shard_size < 1:
+            raise UserError(f"pack.shard_size is {self.shard_size}: at least 1 is expected")
+
 
 @dataclass(frozen=True)
 class _Chosen:
@@ -86,8 +90,6 @@ def pack(
     other data than is there now, CorruptShard where an image is not in its tar, DiskFull.
     """
     root = Path(root)
-    if config.shard_size < 1:
-        raise UserError(f"pack.shard_size is {config.shard_size}: at least 1 is expected")
     selection = load_selection(root, name)
     there = tables(root)
     _check_selection(root, name, there)
@@ -360,7 +362,7 @@ def _card(facts: Mapping[str, Any], selection: Selection, schema: pa.Schema) -> 
         f"# {facts['name']}",
         "",
         f"{count:,} images in {facts['shards']:,} webdataset shards, chosen from a list of {total:,} rows.",
-        "A sample is `KEY.jpg` (or its kind), `KEY.json` (the row) and, where there is one, `KEY.txt` (the caption).",
+        "A sample is `KEY.jpg` (or its kind), `KEY.json` (the row) and `KEY.txt` (the caption, or nothing).",
         "`NNNNN.parquet` holds the rows of `NNNNN.tar` in the same order, `sizes.json` the samples per shard,",
         "`manifest.json` the sha256 of every file, the recipe and what each number was made by.",
         "",

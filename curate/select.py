@@ -78,6 +78,9 @@ class SelectConfig:
     name: str = "default"
     rules: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        _check_name(self.name)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RuleCount:

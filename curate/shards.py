@@ -40,11 +40,14 @@ class TarWriter:
         self._length += _BLOCK + len(data) + padding
 
     def add_sample(self, key: str, image: bytes, extension: str, caption: str | None, facts: dict[str, Any]) -> None:
-        """Append one sample: image, JSON, and caption where there is one, in img2dataset's order."""
+        """Append one sample: image, JSON, caption, in img2dataset's order.
+
+        A caption that is null is an empty file, as img2dataset writes it: readers want samples of one kind (Hugging
+        Face's refuses others, open_clip's drops them and then counts wrong).
+        """
         self.add(f"{key}.{extension}", image)
         self.add(f"{key}.json", sample_json(facts))
-        if caption is not None:
-            self.add(f"{key}.txt", caption.encode())
+        self.add(f"{key}.txt", (caption or "").encode())
 
     def close(self) -> None:
         """Two zero blocks, then zeros up to tar's record size of 10,240 bytes."""

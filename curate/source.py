@@ -23,7 +23,7 @@ from curate.folders import PLACE_COLUMNS
 from curate.inputs import Found, find, is_remote, stat
 from curate.ledger import URL_COLUMNS, Reason, RowError
 from curate.lists import ParquetInput, open_parquet, parquet_batches
-from curate.store import UserError, atomic, digest, read_json, sha256_file, write_json
+from curate.store import UserError, atomic, digest, read_json, record_digest, sha256_file, write_json
 from curate.survey import Survey, columns_of, survey_list
 
 _VERSION = 1
@@ -138,6 +138,7 @@ class SourceShard:
 
 
 _ANEW = "Give another --out to start anew."
+_AGAIN = "the command that made it makes it again."
 
 
 @dataclass(frozen=True)
@@ -222,9 +223,7 @@ class Plan:
         for name, sha256 in self.facts["cut"].items():
             path = self.root / name
             if not path.exists() or sha256_file(path) != sha256:
-                raise UserError(
-                    f"{path}: is damaged. Remove {self.root / 'plan'}; the command that made it makes it again."
-                )
+                raise UserError(f"{path}: is damaged. Remove {self.root / 'plan'}; {_AGAIN}")
 
 
 def _read_slice(path: Path, offset: int, rows: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -300,14 +299,16 @@ def load_plan(root: Path) -> Plan | None:
         return None
     if facts.get("version") != _VERSION:
         raise UserError(f"{root / 'plan'}: made by another version ({facts.get('version')}). {_ANEW}")
+    if facts.get("self") != record_digest(facts):
+        raise UserError(f"{root / 'plan' / 'plan.json'}: is damaged. Remove {root / 'plan'}; {_AGAIN}")
     file = root / "plan" / "shards.parquet"
     try:
         data = file.read_bytes()
     except FileNotFoundError:
         data = b""
     if hashlib.sha256(data).hexdigest() != facts["shards_sha256"]:
-        raise UserError(f"{file}: is damaged. Remove {root / 'plan'}; the command that made it makes it again.")
-    table = pq.read_table(pa.BufferReader(data))
+        raise UserError(f"{file}: is damaged. Remove {root / 'plan'}; {_AGAIN}")
+    table = pq.ParquetFile(pa.BufferReader(data)).read()  # read_table would import pandas
     shards = [ShardPlan(*row) for row in zip(*(table.column(n).to_pylist() for n in _SHARDS.names), strict=True)]
     return _loaded(root, facts, shards)
 
@@ -332,7 +333,7 @@ def _write_plan(root: Path, facts: dict[str, Any], shards: list[ShardPlan]) -> N
     with atomic(file) as f:
         pq.write_table(pa.table([list(c) for c in columns], schema=_SHARDS), f)
     facts["shards_sha256"] = sha256_file(file)
-    write_json(root / "plan" / "plan.json", facts)
+    write_json(root / "plan" / "plan.json", {**facts, "self": record_digest(facts)})
 
 
 def _write_lists(root: Path, found: Found, survey: Survey, shard_size: int) -> tuple[dict[str, Any], list[ShardPlan]]:

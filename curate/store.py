@@ -16,6 +16,7 @@ import os
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,12 +42,17 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
             os.fsync(f.fileno())
         os.replace(scratch, path)
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(f"no space left while writing {path}") from e
-        raise
+        raise told(e, path.parent) from e
     finally:
         scratch.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def told(error: OSError, folder: Path) -> Exception:
+    """DiskFull, saying where and what to do, in place of an error that means just that; other errors as they are."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(f"{folder} is full. {_AGAIN}")
+    return error
 
 
 def scratch_path(path: Path) -> Path:
@@ -55,9 +61,15 @@ def scratch_path(path: Path) -> Path:
 
 
 def sweep(root: Path) -> None:
-    """Remove scratch files that killed processes left under `root`. Only the owner of the folder's lock may call it."""
-    for scratch in root.rglob(".*.tmp"):
-        scratch.unlink(missing_ok=True)
+    """Remove the scratch files and folders that killed processes left under `root`.
+
+    Only the owner of the folder's lock may call it.
+    """
+    for scratch in list(root.rglob(".*.tmp")):
+        if scratch.is_dir():
+            shutil.rmtree(scratch, ignore_errors=True)
+        else:
+            scratch.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -71,7 +83,12 @@ def _sync_folder(folder: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON with sorted keys, atomically: the same value gives the same bytes."""
     with atomic(path) as f:
-        f.write((json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+        f.write(json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """A value as `write_json` writes it."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:
@@ -174,9 +191,17 @@ class Lock:
             raise UserError(
                 f"{self.path.parent} is in use by {owner}. Wait for it, stop it, or give another --out."
             ) from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         self._fd = fd
+        try:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            _await_workers(self.path.parent)
+        except OSError as e:
+            self.__exit__()
+            raise told(e, self.path.parent) from e
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -185,10 +210,36 @@ class Lock:
             self._fd = None
 
 
+_LEAVING = 30.0  # seconds that workers of a dead run are waited for; 2 s is what they took on a busy machine
+
+
+def attend(root: Path) -> None:
+    """Called once in a worker's process: until that process ends, no other run begins in the folder.
+
+    The lock is its driver's. Where a driver is killed, its workers go on for a second or two, and would write beside
+    those of the next run.
+    """
+    fcntl.flock(os.open(root / ".workers", os.O_RDWR | os.O_CREAT, 0o644), fcntl.LOCK_SH)
+
+
+def _await_workers(root: Path) -> None:
+    """Wait until the workers of a run that was killed are gone."""
+    with open(root / ".workers", "ab") as f:
+        for _ in range(round(_LEAVING / 0.1)):
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                time.sleep(0.1)
+    raise UserError(f"{root}: workers of a run that was killed are still at work there. Stop them, or wait for them.")
+
+
 # ------------------------------------------------------------------------------------------------------------- disk
 
 RESERVE = 64 << 20
 """Bytes that are left free: room to write the records and logs that say why a run stopped."""
+
+_AGAIN = "Free some space and run the same command again: it goes on where it stopped."
 
 
 def check_space(root: Path, needed: int = 0) -> None:
@@ -196,8 +247,7 @@ def check_space(root: Path, needed: int = 0) -> None:
     free = shutil.disk_usage(root).free
     if free < needed + RESERVE:
         raise DiskFull(
-            f"{root} has {free / 1e6:,.0f} MB free, and {(needed + RESERVE) / 1e6:,.0f} MB are needed. "
-            "Free some space and run the same command again: it goes on where it stopped."
+            f"{root} has {free / 1e6:,.0f} MB free, and {(needed + RESERVE) / 1e6:,.0f} MB are needed. {_AGAIN}"
         )
 
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import duckdb
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from curate.ledger import EMBEDDED_COLUMNS, FETCHED_COLUMNS, URL_COLUMNS, Status
@@ -113,6 +112,8 @@ def open_ledger(
     half the time of the join by key.
     Raises UserError where nothing is fetched.
     """
+    import pyarrow.dataset as ds  # slow: it brings pandas
+
     root = Path(root).resolve()
     found = tables(root)
     con = connect(root, memory_limit)
@@ -172,6 +173,8 @@ def _join(
 
 
 def _verdicts(con: duckdb.DuckDBPyConnection, root: Path) -> None:
+    import pyarrow.dataset as ds
+
     parts = []
     for i, path in enumerate(sorted((root / "selected").glob("[!.]*.parquet"))):
         con.register(f"_selected{i}", ds.dataset(str(path), format="parquet"))

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from aesthetic.heads import Head, load_head
 from aesthetic.space import Space, require_same
+from curate import engine_img2dataset
 from curate.data import Data
 from curate.detectors import load_detector
 from curate.embed import EmbedConfig, embed_shard
@@ -17,9 +18,9 @@ from curate.fetch import FetchConfig, Fetcher
 from curate.images import ImagesConfig
 from curate.imported import Imported, import_shard, open_folder
 from curate.ingest import Means, Report, ingest_shard
-from curate.ledger import Status
+from curate.ledger import Reason, Status
 from curate.score import Column, head_inputs, is_detector, score_shard
-from curate.store import UserError, is_done
+from curate.store import UserError, commit, is_done, read_json
 
 
 def ignore(stage: str, outcome: str, host: str) -> None:
@@ -38,6 +39,8 @@ class FetchWorker:
         report: Report = ignore,
         threads: int = 0,
     ) -> None:
+        if fetch.engine == "img2dataset":
+            engine_img2dataset.require(images)
         self.data, self.config = data, config
         count = threads or os.cpu_count() or 1
         self._means = Means(
@@ -52,7 +55,7 @@ class FetchWorker:
     async def run(self, shard: int, retry: bool = False) -> None:
         """Fetch one shard unless it is done; with `retry`, fetch again what failed for reasons that may pass."""
         done = fetch_done(self.data, shard, self.config)
-        if not done or retry:
+        if not done or (retry and may_pass(self.data, shard)):
             await ingest_shard(self.data, shard, self._means, self.config, retry=done)
 
     async def close(self) -> None:
@@ -122,11 +125,17 @@ def load_heads(score: Mapping[str, str], space: Space) -> dict[str, Head]:
 
 def claim_space(data: Data, space: Space) -> None:
     """Note the space of a data folder's vectors; SpaceMismatch where it already holds vectors of another one."""
-    if data.space.exists():
+    if space_known(data):
         require_same(Space.load(data.space), space, f"{data.root / 'embedded'}")
     else:
         data.space.parent.mkdir(parents=True, exist_ok=True)
         space.save(data.space)
+        commit(data.root, data.space_record, config="", inputs={}, outputs=[data.space], facts={})
+
+
+def space_known(data: Data) -> bool:
+    """Whether the space of a data folder's vectors is noted."""
+    return is_done(data.root, data.space_record, config="", inputs={})
 
 
 def fetch_done(data: Data, shard: int, config: str) -> bool:
@@ -135,10 +144,18 @@ def fetch_done(data: Data, shard: int, config: str) -> bool:
     return is_done(data.root, data.fetched_record(shard), config=config, inputs=inputs)
 
 
+def may_pass(data: Data, shard: int) -> int:
+    """How many rows of a fetched shard failed for a reason that may pass."""
+    outcomes = (read_json(data.fetched_record(shard)) or {}).get("status_dict", {})
+    return sum(n for reason, n in outcomes.items() if reason != Status.SUCCESS and Reason(reason).passing)
+
+
 def embed_done(data: Data, shard: int, config: str, columns: Mapping[str, Column]) -> bool:
     """Whether a fetched shard is embedded and has every column. Loads no model."""
     inputs = data.fetched_digests(shard)
-    if inputs is None or not is_done(data.root, data.embedded_record(shard), config=config, inputs=inputs):
+    if inputs is None or not space_known(data):
+        return False
+    if not is_done(data.root, data.embedded_record(shard), config=config, inputs=inputs):
         return False
     vectors = head_inputs(data, shard) or {}
     return all(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -166,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a batch system's way to ask for an end
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -180,11 +182,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _explain(error: Exception) -> int:
     """Print what went wrong in one paragraph; returns the exit code that it means."""
     from aesthetic.heads import HeadError
-    from aesthetic.space import SpaceMismatch
+    from aesthetic.space import SpaceError
     from curate.select import NothingKept
     from curate.store import DiskFull, UserError
 
-    if isinstance(error, UserError | HeadError | SpaceMismatch):
+    if isinstance(error, UserError | HeadError | SpaceError):
         _complain(str(error))
         return 2
     if isinstance(error, NothingKept):
@@ -314,28 +316,35 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from curate import verify
     from curate.data import open_data
     from curate.store import Lock
-    from curate.verify import repair, verify
 
     data = open_data(args.data)
-    checked, damages = 0, []
-    for found in verify(data):
+    checked = 0
+    damages: list[verify.Damage] = []
+    for found in verify.verify(data):
         checked += 1
         if found is not None:
             damages.append(found)
-            print(f"damaged  {found.path}: {found.what}")
-    print(f"{checked:,} files checked, {len(damages):,} damaged")
-    facts = {"checked": checked, "damaged": [str(d.path) for d in damages]}
-    if damages and args.repair:
+            print(f"damaged  {found.path}: {found.what}\n         to repair it, {found.repair}")
+    print(f"{len(damages):,} of {checked:,} files are damaged" if damages else f"{checked:,} files, none damaged")
+    if strays := verify.strays(data):
+        print(f"{len(strays):,} files of no finished shard, {strays[0]} the first: a killed run's, left alone")
+    if not any(d.record.parent.name == "plan" for d in damages):
+        for stage, shards in verify.unfinished(data).items():
+            print(f"{len(shards):,} shards are not {stage} yet, {shards[0]:05d} the first")
+    facts = {"checked": checked, "damaged": [str(d.path) for d in damages], "strays": [str(p) for p in strays]}
+    if not damages:
+        return _end(args, facts, {}, "")
+    following = [f"tastemaker verify {data.root} --repair"]
+    if args.repair:
+        following = verify.remedies(data, damages)
         with Lock(data.root):
-            repair(damages)
-        _end(args, facts, {}, "the command that made this folder, again: it makes the damaged shards anew")
-        return 1
-    if damages:
-        _end(args, facts, {}, f"tastemaker verify {data.root} --repair")
-        return 1
-    return _end(args, facts, {}, "")
+            verify.repair(damages)
+        print(f"{len({d.record for d in damages}):,} records taken back; the stages make these files again")
+    _end(args, facts, {}, "\n      ".join(following))
+    return 1
 
 
 def _query(args: argparse.Namespace) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,13 +71,11 @@ def store_recipe(data: Data, recipe: Recipe) -> None:
 def refuse_changes(data: Data, recipe: Recipe, restart_from: str | None = None) -> None:
     """UserError where the recipe would alter shards that are finished, naming keys and both values.
 
-    With `restart_from`, the records of that stage and of those after it are taken back first, so that they run again.
+    Stages from `restart_from` on may differ: they are about to be made again.
     """
     stored = stored_recipe(data)
     if stored is None:
         return
-    if restart_from is not None:
-        forget_from(data, restart_from)
     kept = STAGES[: STAGES.index(restart_from)] if restart_from else STAGES
     ours, theirs = recipe.identity(), stored.identity()
     changed = [
@@ -101,8 +100,13 @@ def _holds(data: Data, stage: str) -> bool:
     return next(data.root.glob(where), None) is not None
 
 
-def forget_from(data: Data, stage: str) -> None:
-    """Take back the records of a stage and of those after it. Files stay until they are replaced."""
+def restart(data: Data, recipe: Recipe, stage: str, stages: Sequence[str]) -> None:
+    """Take back the records of a stage and of those after it. Files stay until they are replaced.
+
+    UserError, and nothing is taken back, where what the stages need is not there.
+    """
+    if "embed" in stages:
+        _check_encoder(recipe)
     if stage in ("source", "fetch", "images"):
         for record in data.root.glob("fetched/*_stats.json"):
             uncommit(record)
@@ -114,6 +118,13 @@ def forget_from(data: Data, stage: str) -> None:
         shutil.rmtree(data.root / "plan", ignore_errors=True)
         for folder in ("fetched", "embedded", "scored"):  # shards of another list must not linger beside the new ones
             shutil.rmtree(data.root / folder, ignore_errors=True)
+
+
+def check_engine(recipe: Recipe, say: Say) -> None:
+    """UserError where the download engine that is asked for cannot be used here."""
+    if recipe.fetch.engine == "img2dataset":
+        engine_img2dataset.require(recipe.images)
+        say("warning: img2dataset checks no addresses and reads no robots.txt; keep it off private networks")
 
 
 def check_selection(recipe: Recipe, carried: pa.Schema, columns: Mapping[str, Column]) -> None:
@@ -163,16 +174,34 @@ def run(request: Request, say: Say = print) -> Outcome:
     """
     recipe, data = request.recipe, Data(request.root)
     columns = columns_of(recipe.score, recipe.embed.encoder)
-    if recipe.fetch.engine == "img2dataset":
-        engine_img2dataset.require()
-        say("warning: img2dataset checks no addresses and reads no robots.txt; keep it off private networks")
-    with Lock(data.root):
+    check_engine(recipe, say)
+    new = not data.root.exists()
+    with Lock(data.root), _nothing_left_behind(data, new):
         sweep(data.root)
         refuse_changes(data, recipe, request.restart_from)
-        plan = make_plan(request.list, data.root, recipe.source, request.limit)
-        check_selection(recipe, plan.carried, columns)
+        if request.restart_from == "source":  # the new list is read before the shards of the old one go
+            carried = inspect(request.list, recipe.source, request.limit).carried
+        else:
+            carried = make_plan(request.list, data.root, recipe.source, request.limit).carried
+        check_selection(recipe, carried, columns)
+        if request.restart_from is not None:
+            restart(data, recipe, request.restart_from, request.stages)
+        make_plan(request.list, data.root, recipe.source, request.limit)
         store_recipe(data, recipe)
         return _go_on(data, recipe, columns, request.stages, request.address, say)
+
+
+@contextmanager
+def _nothing_left_behind(data: Data, new: bool) -> Iterator[None]:
+    """Where input or recipe is refused before a job began, a data folder is as it was, and a new one is not there."""
+    planned = (data.root / "plan" / "plan.json").exists()
+    try:
+        yield
+    except UserError:
+        if not planned and not data.logs.exists():
+            shutil.rmtree(data.root if new else data.root / "plan", ignore_errors=True)
+            data.recipe.unlink(missing_ok=True)
+        raise
 
 
 def resume(
@@ -185,13 +214,20 @@ def resume(
     say: Say = print,
 ) -> Outcome:
     """The main job on the plan that a data folder has; `retry` fetches again what failed for passing reasons."""
+    if restart_from not in (None, "embed"):
+        again = f"tastemaker curate {data.plan.list} --out {data.root} --restart-from {restart_from}"
+        raise UserError(f"--restart-from {restart_from} needs the list: `{again}`")
     columns = columns_of(recipe.score, recipe.embed.encoder)
+    if retry:
+        check_engine(recipe, say)
     with Lock(data.root):
         sweep(data.root)
         refuse_changes(data, recipe, restart_from)
         check_selection(recipe, data.plan.carried, columns)
-        store_recipe(data, recipe)
         stages = ("fetch", "embed", "select", "pack") if retry else ("embed", "select", "pack")
+        if restart_from is not None:
+            restart(data, recipe, restart_from, stages)
+        store_recipe(data, recipe)
         return _go_on(data, recipe, columns, stages, address, say, retry=retry)
 
 
@@ -232,14 +268,14 @@ def _run_stages(
     retry: bool,
 ) -> float:
     """Fetch, embed and score what is missing, with Ray; returns the seconds that it took (0 where all was done)."""
-    from curate.workers import embed_done, fetch_done
+    from curate.workers import embed_done, fetch_done, may_pass
 
     fetch, embed = "fetch" in stages, "embed" in stages
     fetch_hash, embed_hash = recipe.hashes()
     shards, rows, images = [], 0, 0
     for s in data.plan.shards:
         fetched = fetch_done(data, s.shard, fetch_hash)
-        waiting = _may_pass(data, s.shard) if fetched and retry else 0 if fetched else s.rows
+        waiting = may_pass(data, s.shard) if fetched and retry else 0 if fetched else s.rows
         if (waiting and fetch) or (fetched and embed and not embed_done(data, s.shard, embed_hash, columns)):
             shards.append(s.shard)
             rows += waiting
@@ -247,11 +283,7 @@ def _run_stages(
     if not shards:
         return 0.0
     if embed:
-        from curate.encoders import check_available
-        from curate.imported import open_folder
-
-        if recipe.embed.embeddings is None or open_folder(recipe.embed).space is None:
-            check_available(recipe.embed.encoder, recipe.embed.weights)
+        _check_encoder(recipe)
     check_space(data.root, estimate_bytes(recipe, rows))
     if len(shards) < len(data.plan.shards):
         say(f"{len(data.plan.shards) - len(shards):,} of {len(data.plan.shards):,} shards are done already")
@@ -262,10 +294,13 @@ def _run_stages(
     return time.monotonic() - began
 
 
-def _may_pass(data: Data, shard: int) -> int:
-    """How many rows of a fetched shard failed for a reason that may pass."""
-    outcomes = (read_json(data.fetched_record(shard)) or {}).get("status_dict", {})
-    return sum(n for reason, n in outcomes.items() if reason != Status.SUCCESS and Reason(reason).passing)
+def _check_encoder(recipe: Recipe) -> None:
+    """UserError where the vectors cannot be had: neither the encoder's weights nor a folder of them."""
+    from curate.encoders import check_available
+    from curate.imported import open_folder
+
+    if recipe.embed.embeddings is None or open_folder(recipe.embed).space is None:
+        check_available(recipe.embed.encoder, recipe.embed.weights)
 
 
 def _select(data: Data, recipe: Recipe, columns: dict[str, Column], say: Say) -> Selection:
@@ -282,8 +317,11 @@ def _pack(data: Data, recipe: Recipe, outcome: Outcome) -> None:
 
     name = recipe.select.name
     pack(data.root, name, recipe.pack)
-    score_charts(data.root, name)
-    outcome.paths |= {"shards": f"{data.root}/shards/{name}/", "look": str(contact_sheet(data.root, name))}
+    folder, sheet = data.root / "shards" / name, data.root / "report" / name / "sheet.png"
+    if not sheet.exists() or sheet.stat().st_mtime < (folder / "manifest.json").stat().st_mtime:
+        score_charts(data.root, name)
+        contact_sheet(data.root, name)
+    outcome.paths |= {"shards": f"{folder}/", "look": str(sheet)}
     outcome.next = f"tastemaker select {data.root} --name stricter --set select.rules.RULE='SQL'"
 
 

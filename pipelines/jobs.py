@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import secrets
+import signal
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from itertools import islice
 from typing import Any
 
 from curate.data import Data
-from curate.store import UserError
+from curate.store import UserError, attend
 from pipelines.progress import Board, Meter, Screen, Terminal
 from pipelines.recipe import Recipe
 
@@ -35,7 +37,6 @@ class Job:
     fetch: bool = True
     embed: bool = True
     retry: bool = False
-    threads: int = 0  # decode threads of each worker; 0: one per core
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,17 @@ def _meter(board: Any) -> Meter:
 class FetchActor:
     """A FetchWorker in an actor; `async` is the only form in which Ray Data lets two shards overlap."""
 
-    def __init__(self, job: Job, board: str) -> None:
+    def __init__(self, job: Job, board: str, threads: int) -> None:
         import ray
 
         from curate.workers import FetchWorker
 
+        attend(job.data.root)
         _quiet(job.data, "fetch")
         self._job = job
         self._meter = _meter(ray.get_actor(board))
         self._worker = FetchWorker(
-            job.data, job.recipe.fetch, job.recipe.images, job.recipe.hashes()[0], self._meter, job.threads
+            job.data, job.recipe.fetch, job.recipe.images, job.recipe.hashes()[0], self._meter, threads
         )
 
     async def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -75,15 +77,16 @@ class FetchActor:
 class EmbedActor:
     """An EmbedWorker in an actor."""
 
-    def __init__(self, job: Job, board: str) -> None:
+    def __init__(self, job: Job, board: str, threads: int) -> None:
         import ray
 
         from curate.workers import EmbedWorker
 
+        attend(job.data.root)
         _quiet(job.data, "embed")
         self._meter = _meter(ray.get_actor(board))
         self._worker = EmbedWorker(
-            job.data, job.recipe.embed, job.recipe.score, job.recipe.hashes()[1], self._meter, job.threads
+            job.data, job.recipe.embed, job.recipe.score, job.recipe.hashes()[1], self._meter, threads
         )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -101,21 +104,37 @@ def _quiet(data: Data, stage: str) -> None:
 
 @dataclass(frozen=True)
 class Pools:
-    """How many workers, and what each asks of Ray."""
+    """How many workers of each kind, the CPUs and GPUs that Ray sets aside for each, and the threads of each."""
 
     fetch: int
     embed: int
-    gpus: float  # of an embed worker
-    cpus: float  # what a machine of our own must offer, so that both pools run at once
+    fetch_cpus: float
+    embed_cpus: float
+    embed_gpus: float
+    fetch_threads: int
+    embed_threads: int
 
 
-def size_pools(recipe: Recipe, cpus: int, gpus: int) -> Pools:
-    """Pools for so many CPUs and GPUs: an embed worker per GPU, else one in all; a fetch worker per four cores."""
+def size_pools(recipe: Recipe, cpus: int, gpus: int, nodes: int = 0) -> Pools:
+    """Pools for so many CPUs and GPUs, where the recipe does not say.
+
+    An embed worker per GPU, else one per node; a fetch worker per two cores where GPUs embed, else per four (then
+    embedding takes the most time); embed workers share the cores that fetching leaves. On a machine of our own
+    (`nodes` 0) both kinds may use every core: fetching waits for the web, and ends first.
+    """
     r = recipe.ray
-    fetch = r.fetch_workers or max(1, cpus // 4)
-    embed = r.embed_workers or max(1, gpus)
-    each = r.embed_gpus or (1.0 if gpus else 0.0)
-    return Pools(fetch=fetch, embed=embed, gpus=each, cpus=fetch * r.fetch_cpus + embed * r.embed_cpus)
+    fetch = r.fetch_workers or max(1, cpus // (2 if gpus else 4))
+    embed = r.embed_workers or gpus or max(1, nodes)
+    embed_cpus = r.embed_cpus or float(max(1, int(cpus - fetch * r.fetch_cpus) // embed))
+    return Pools(
+        fetch=fetch,
+        embed=embed,
+        fetch_cpus=r.fetch_cpus,
+        embed_cpus=embed_cpus,
+        embed_gpus=r.embed_gpus or (1.0 if gpus else 0.0),
+        fetch_threads=max(1, int(r.fetch_cpus) if nodes else cpus // fetch),
+        embed_threads=max(1, int(embed_cpus) if nodes else cpus // embed),
+    )
 
 
 def run_job(job: Job, work: Work, *, address: str | None = None) -> Screen:
@@ -130,7 +149,10 @@ def run_job(job: Job, work: Work, *, address: str | None = None) -> Screen:
 
         screen = Screen(out, work.rows, work.images, job.embed)
         screen.say("starting Ray ..." if address is None else f"joining the cluster at {address} ...")
+        asked_to_end = signal.getsignal(signal.SIGTERM)
         pools = _start_ray(job, address)
+        if callable(asked_to_end):  # Ray has put its own in place, which ends with a code that says nothing
+            signal.signal(signal.SIGTERM, asked_to_end)
         try:
             _run_waves(job, work.shards, pools, screen)
         except Exception as e:
@@ -147,11 +169,12 @@ def _start_ray(job: Job, address: str | None) -> Pools:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         total = ray.cluster_resources()
         _check_nodes(job.data)
-        return size_pools(job.recipe, int(total.get("CPU", 1)), int(total.get("GPU", 0)))
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        return size_pools(job.recipe, int(total.get("CPU", 1)), int(total.get("GPU", 0)), nodes)
     gpus = _local_gpus()
     pools = size_pools(job.recipe, os.cpu_count() or 1, gpus)
     ray.init(
-        num_cpus=int(pools.cpus) + 1,
+        num_cpus=math.ceil(pools.fetch * pools.fetch_cpus + pools.embed * pools.embed_cpus),  # so that both run at once
         num_gpus=gpus,
         include_dashboard=False,
         object_store_memory=OBJECT_STORE,
@@ -221,21 +244,21 @@ def _run_waves(job: Job, shards: Sequence[int], pools: Pools, screen: Screen) ->
             if job.fetch:
                 ds = ds.map(
                     FetchActor,
-                    fn_constructor_args=(job, name),
+                    fn_constructor_args=(job, name, pools.fetch_threads),
                     compute=ActorPoolStrategy(
                         size=min(pools.fetch, len(wave)),
                         max_tasks_in_flight_per_actor=2,
                         max_concurrent_calls_per_actor=2,
                     ),
-                    num_cpus=r.fetch_cpus,
+                    num_cpus=pools.fetch_cpus,
                 )
             if job.embed:
                 ds = ds.map(
                     EmbedActor,
-                    fn_constructor_args=(job, name),
+                    fn_constructor_args=(job, name, pools.embed_threads),
                     compute=ActorPoolStrategy(size=min(pools.embed, len(wave))),
-                    num_cpus=r.embed_cpus,
-                    num_gpus=pools.gpus or None,
+                    num_cpus=pools.embed_cpus,
+                    num_gpus=pools.embed_gpus or None,
                 )
             for _ in ds.iter_rows():
                 pass

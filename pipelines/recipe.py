@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import re
@@ -18,6 +19,7 @@ import yaml
 from curate.embed import EmbedConfig
 from curate.fetch import FetchConfig
 from curate.images import ImagesConfig
+from curate.ledger import EMBEDDED_COLUMNS, RESERVED
 from curate.pack import PackConfig
 from curate.select import SelectConfig
 from curate.source import SourceConfig
@@ -29,14 +31,21 @@ _RECIPES = resources.files("pipelines") / "recipes"
 
 @dataclass(frozen=True, kw_only=True)
 class RayConfig:
-    """What Ray gives the workers. Zero workers means: as many as the machine or cluster can carry."""
+    """What Ray gives the workers. Zero means: what the machine or cluster can carry."""
 
     fetch_workers: int = 0
     fetch_cpus: float = 1
     embed_workers: int = 0
-    embed_cpus: float = 1
+    embed_cpus: float = 0  # of a worker; decoding for a GPU takes many
     embed_gpus: float = 0  # 1 where the machine has CUDA, unless set
     wave: int = 1000  # shards submitted at a time
+
+    def __post_init__(self) -> None:
+        for key in ("fetch_workers", "fetch_cpus", "embed_workers", "embed_cpus", "embed_gpus"):
+            if not getattr(self, key) >= 0:
+                raise UserError(f"ray.{key}: {getattr(self, key)} must be at least 0")
+        if self.wave < 1:
+            raise UserError(f"ray.wave: {self.wave} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +60,15 @@ class Recipe:
     select: SelectConfig = field(default_factory=SelectConfig)
     pack: PackConfig = field(default_factory=PackConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+
+    def __post_init__(self) -> None:
+        seen = {name.lower(): name for name in (*RESERVED, *(n for n, _ in EMBEDDED_COLUMNS), "source")}
+        for column in self.score:  # it will name a folder, and a column in SQL
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", column):
+                raise UserError(f"score.{column}: a column's name is letters, digits and _, not starting with a digit")
+            if column.lower() in seen:
+                raise UserError(f"score.{column}: there is a column {seen[column.lower()]} (SQL ignores case)")
+            seen[column.lower()] = column
 
     def stage_hashes(self) -> dict[str, str]:
         """A hash per stage over the keys that its files depend on; speed and patience are not among them."""
@@ -82,13 +100,16 @@ def shipped() -> list[str]:
 def recipe_text(name: str) -> str:
     """The text of a shipped recipe or of a recipe file; UserError where there is neither."""
     if name in shipped():
-        return (_RECIPES / f"{name}.yaml").read_text()
+        return (_RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
     path = Path(name).expanduser()
-    if path.is_file():
-        return path.read_text()
-    raise UserError(
-        f"no recipe {name!r}: it is neither a file nor one of {', '.join(shipped())}{_nearest(name, shipped())}"
-    )
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(
+            f"no recipe {name!r}: it is neither a file nor one of {', '.join(shipped())}{_nearest(name, shipped())}"
+        ) from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{name} can't be read as a recipe: {e}") from None
 
 
 def load_recipe(name: str = DEFAULT, settings: Sequence[str] = ()) -> Recipe:
@@ -99,7 +120,7 @@ def load_recipe(name: str = DEFAULT, settings: Sequence[str] = ()) -> Recipe:
 def parse_recipe(text: str, settings: Sequence[str] = (), what: str = "recipe") -> Recipe:
     """As load_recipe, from YAML text."""
     try:
-        tree = yaml.safe_load(text) or {}
+        tree = _yaml(text) or {}
     except yaml.YAMLError as e:
         raise UserError(f"{what} is not valid YAML: {e}") from None
     if not isinstance(tree, dict):
@@ -109,25 +130,73 @@ def parse_recipe(text: str, settings: Sequence[str] = (), what: str = "recipe") 
     return _build(Recipe, tree, "")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain values: only true and false are booleans (`mode: no`), and 1e-3 is a number. No key twice."""
+
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise yaml.MarkedYAMLError(problem=f"{min(twice)} is there twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what both YAML 1.1 and _Loader read back as it was: a text that either takes for a number is quoted."""
+
+    yaml_implicit_resolvers = copy.deepcopy(yaml.SafeDumper.yaml_implicit_resolvers)
+
+
+_FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+for _tag, _form, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)", list("-+0123456789")),
+    ("float", _FLOAT, list("-+.0123456789")),
+):
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_form})$"), _first)
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)  # a SafeLoader: it makes plain values only
+
+
 def _lay_over(tree: dict[str, Any], setting: str) -> None:
+    """Put one `a.b=c` into the tree. A key that holds text takes it as it is written, SQL with its quotes; others YAML.
+
+    An empty value is null; in `select.rules` and `score` it takes the name away.
+    """
     path, equals, text = setting.partition("=")
     names = path.strip().split(".")
     if not equals or not all(names):
         raise UserError(f"--set {setting}: expected KEY.KEY=VALUE, for example --set images.size=256")
     for name in names[:-1]:
-        tree = tree.setdefault(name, {})
+        if tree.get(name) is None:
+            tree[name] = {}
+        tree = tree[name]
         if not isinstance(tree, dict):
             raise UserError(f"--set {setting}: {name} is a value, not a group of keys")
+    holds_text, may_go = _text_at(names)
     try:
-        value = yaml.safe_load(text)
+        value = text.strip() if holds_text and text.strip() not in ("", "~", "null") else _yaml(text)
     except yaml.YAMLError:
-        value = text  # an SQL rule may be no YAML
-    if len(names) > 1 and names[-2] == "rules" and value is not None:
-        value = text
-    if value is None and len(names) > 1 and names[-2] in ("rules", "score"):
-        tree.pop(names[-1], None)  # `--set select.rules.large=` takes the rule away
+        raise UserError(f"--set {setting}: {text!r} is not valid YAML") from None
+    if value is None and may_go:
+        tree.pop(names[-1], None)
     else:
         tree[names[-1]] = value
+
+
+def _text_at(names: Sequence[str]) -> tuple[bool, bool]:
+    """Whether the key at this path holds text, and whether it is an entry that can be taken away."""
+    kind: Any = Recipe
+    for i, name in enumerate(names):
+        if typing.get_origin(kind) is dict:
+            return i == len(names) - 1, i == len(names) - 1
+        kind = typing.get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+    return str in (kind, *(typing.get_args(kind) if isinstance(kind, types.UnionType) else ())), False
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
@@ -140,17 +209,10 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in choices:
             return None
         return _build(next(c for c in choices if c is not type(None)), value, where)
-    if origin is typing.Literal:
-        words = typing.get_args(kind)
-        if value is False and "no" in words:
-            value = "no"  # YAML 1.1 reads a bare `no` as false
-        if value not in words:
-            raise UserError(f"{where}: {value!r} is none of {', '.join(map(str, words))}{_nearest(str(value), words)}")
-        return value
     if origin is tuple:
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list | tuple):
-            raise UserError(f"{where}: a list is expected, not {value!r}")
+            raise UserError(f"{where}: a list is expected ([] for none), not {value!r}")
         return tuple(_build(typing.get_args(kind)[0], v, where) for v in values)
     if origin is dict:
         if not isinstance(value or {}, Mapping):
@@ -173,19 +235,27 @@ def _build_part(kind: Any, value: Any, where: str) -> Any:
     return kind(**{k: _build(hints[k], v, f"{where}.{k}" if where else k) for k, v in value.items()})
 
 
+_WORDS = {str: "text", bool: "true or false", float: "a number", int: "a whole number"}
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
 def _scalar(kind: type, value: Any, where: str) -> Any:
-    if kind is str and isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is str and isinstance(value, str):
+        return value
     if kind is bool and isinstance(value, bool):
         return value
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+    if kind is float and number:
         return float(value)
-    if kind is int and not isinstance(value, bool):
-        if isinstance(value, int):
-            return value
-        if isinstance(value, str) and (size := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B", value)):
-            return int(float(size[1]) * {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[size[2]])
-    raise UserError(f"{where}: {kind.__name__} is expected, not {value!r}")
+    if kind is int and number and value == value // 1:  # 32e6 is a whole number too
+        return int(value)
+    if kind is int and isinstance(value, str):
+        size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?|[KMGT]i)B", value)
+        if size and float(size[1]) * _UNITS[size[2]] % 1 == 0:
+            return int(float(size[1]) * _UNITS[size[2]])
+        raise UserError(f"{where}: a whole number or a size such as 32MB is expected, not {value!r}")
+    hint = "; put it in quotes" if kind is str and number else ""
+    raise UserError(f"{where}: {_WORDS[kind]} is expected, not {value!r}{hint}")
 
 
 def _nearest(word: str, words: Sequence[str]) -> str:
@@ -208,4 +278,4 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe as YAML, readable again by load_recipe."""
-    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(to_dict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

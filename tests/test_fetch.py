@@ -653,7 +653,12 @@ def test_tls(certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) ->
         secure = Server()
         encrypted = await asyncio.start_server(secure, "127.0.0.1", 0, ssl=context)
         port = encrypted.sockets[0].getsockname()[1]
-        silent = await asyncio.start_server(lambda r, w: asyncio.sleep(3), "127.0.0.1", 0)
+
+        async def say_nothing(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await asyncio.sleep(3)
+            writer.close()  # named here: Python 3.13 closes a connection whose writer nobody holds
+
+        silent = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
         silent_port = silent.sockets[0].getsockname()[1]
         deaf = await asyncio.start_server(lambda r, w: w.write(reply(400)), "127.0.0.1", 0)  # speaks no TLS
         deaf_port = deaf.sockets[0].getsockname()[1]

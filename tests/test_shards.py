@@ -34,10 +34,12 @@ def test_python_reads_what_we_write(tmp_path: Path) -> None:
         members = tar.getmembers()
         assert [m.name for m in members] == [
             *("000000000.jpg", "000000000.json", "000000000.txt"),
-            *("000000002.jpg", "000000002.json"),
+            *("000000002.jpg", "000000002.json", "000000002.txt"),
             *("000000003.jpg", "000000003.json", "000000003.txt"),
         ]
         assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in members} == {(0, 0, 0, "", "")}
+        none = tar.extractfile("000000002.txt")
+        assert none is not None and none.read() == b""
         caption = tar.extractfile("000000003.txt")
         assert caption is not None and caption.read().decode() == "NUL \x00 and 漢字"
     assert path.stat().st_size % tarfile.RECORDSIZE == 0

@@ -68,5 +68,5 @@ class Samples(Sequence[Sample]):
         if found is None or "json" not in members:
             raise CorruptShard(f"{tar}: {key} lacks its image or its JSON")
         with open(tar, "rb") as f:
-            caption = read_range(f, members["txt"]).decode() if "txt" in members else None
+            caption = read_range(f, members["txt"]).decode() or None if "txt" in members else None
             return Sample(key, read_range(f, found[1]), found[0], caption, json.loads(read_range(f, members["json"])))

@@ -1,0 +1,133 @@
+"""How near the embed stage comes to what its models and decoders can do here: `python -m bench.embed`.
+
+Pictures of 683 x 512 are fetched from a folder into a shard; then, in turns, the whole stage runs over the shard, and
+its parts run alone: the models over prepared arrays, decoding and preprocessing in threads. All are bound by the CPU,
+so the stage can at best take the sum of what its parts take: the ceiling. The best of several rounds counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from curate.data import Data
+from curate.embed import EmbedConfig
+from curate.fetch import FetchConfig
+from curate.images import ImagesConfig, decode
+from curate.shards import read_images
+from curate.source import SourceConfig, make_plan
+from curate.workers import EmbedWorker, FetchWorker
+
+SCORES = {"open_nsfw": "open-nsfw"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.embed", description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=256, help="pictures (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of which the best counts (default: %(default)s)")
+    parser.add_argument("--encoder", default="bundled")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON, last")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        data = make_shard(Path(scratch), options.count)
+        rates = measure(data, options.encoder, options.rounds)
+    for name, rate in rates.items():
+        print(f"{name:34} {rate:8.2f}" if name.startswith("ratio") else f"{name:34} {rate:8.1f} images/s")
+    if options.json:
+        print(json.dumps(rates))
+
+
+def make_shard(root: Path, count: int) -> Data:
+    """Parts of scikit-learn's photographs, each another, as a fetched shard."""
+    from sklearn.datasets import load_sample_image
+
+    photos = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
+    dice = np.random.default_rng(0)
+    (root / "pictures").mkdir()
+    for i in range(count):
+        left, top = dice.integers(0, 200), dice.integers(0, 80)
+        part = photos[i % 2].crop((left, top, left + 440, top + 330)).resize((683, 512), Image.Resampling.LANCZOS)
+        part.save(root / "pictures" / f"{i:05d}.jpg", quality=95)
+        (root / "pictures" / f"{i:05d}.txt").write_text(f"part {i} of a photograph")
+    make_plan(str(root / "pictures"), root / "data", SourceConfig(), None)
+    data = Data(root / "data")
+
+    async def fetch() -> None:
+        worker = FetchWorker(data, FetchConfig(), ImagesConfig(), "c")
+        await worker.run(0)
+        await worker.close()
+
+    asyncio.run(fetch())
+    return data
+
+
+def measure(data: Data, encoder: str, rounds: int) -> dict[str, float]:
+    """Images per second of the stage, of its parts, and of what the parts would allow together."""
+    config = EmbedConfig(encoder=encoder)
+    both, plain = EmbedWorker(data, config, SCORES, "c"), EmbedWorker(data, config, {}, "c")
+    assert both.encoder is not None and plain.encoder is not None
+    model, detector = both.encoder, both.detectors["open_nsfw"]
+    files = [file for _, _, file in read_images(data.tar(0))]
+    pixels = [decode(file) for file in files[:64]]
+    prepared = np.stack([model.preprocess(p) for p in pixels])
+    detected = np.stack([detector.preprocess(p) for p in pixels])
+    captions = ["part of a photograph"] * len(files)
+
+    def stage(worker: EmbedWorker) -> None:
+        for folder in ("embedded/stats", "scored"):
+            shutil.rmtree(data.root / folder, ignore_errors=True)
+        worker.run(0)
+
+    def decode_and(*models: Any) -> None:
+        def one(file: bytes) -> None:
+            picture = decode(file)
+            for each in models:
+                each.preprocess(picture)
+
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            list(threads.map(one, files))
+
+    def texts() -> None:
+        for start in range(0, len(captions), model.batch_size):
+            model.encode_texts(captions[start : start + model.batch_size])
+
+    tasks: dict[str, tuple[int, Callable[[], object]]] = {
+        "stage, encoder": (len(files), lambda: stage(plain)),
+        "stage, encoder and detector": (len(files), lambda: stage(both)),
+        "encoder's model alone": (len(prepared), lambda: model.encode_prepared(prepared)),
+        "detector's model alone": (len(detected), lambda: detector.score_prepared(detected)),
+        "texts alone": (len(captions), texts),
+        "decode, prepare for encoder": (len(files), lambda: decode_and(model)),
+        "decode, prepare for both": (len(files), lambda: decode_and(model, detector)),
+    }
+    rates = {name: max(count / _seconds(task) for _ in range(rounds)) for name, (count, task) in tasks.items()}
+    vectors = 1 / rates["encoder's model alone"] + 1 / rates["texts alone"]
+    rates["ceiling, encoder"] = 1 / (vectors + 1 / rates["decode, prepare for encoder"])
+    rates["ceiling, encoder and detector"] = 1 / (
+        vectors + 1 / rates["detector's model alone"] + 1 / rates["decode, prepare for both"]
+    )
+    for what in ("encoder", "encoder and detector"):
+        rates[f"ratio, {what}"] = rates[f"stage, {what}"] / rates[f"ceiling, {what}"]
+    return rates
+
+
+def _seconds(task: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    task()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""A data folder that the real stages made, without Ray: 40 rows over HTTP, 4 of them failing, in 3 shards.
+
+The pictures are parts of scikit-learn's two photographs and the probe images; the encoder is the bundled one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from aesthetic.space import probe_files
+from curate.data import Data
+from curate.embed import EmbedConfig
+from curate.fetch import FetchConfig
+from curate.images import ImagesConfig
+from curate.pack import PackConfig, pack
+from curate.select import SelectConfig, select
+from curate.source import SourceConfig, make_plan
+from curate.workers import EmbedWorker, FetchWorker
+from demo.web import Route, Web
+
+SELECTION = "all"
+SHARD_SIZE = 15  # rows of the list per shard: keys have two digits for the row
+PACKED = 13  # samples per packed shard at most
+IMAGES = ImagesConfig(size=96)
+BUNDLED = EmbedConfig(encoder="bundled")
+SCORE = {"aesthetic": "bundled-aesthetic", "open_nsfw": "open-nsfw"}
+
+
+def pictures() -> list[bytes]:
+    """36 pictures as files: 20 JPEG parts of two photographs, and the 16 probes (JPEG and PNG)."""
+    from sklearn.datasets import load_sample_image
+
+    files = []
+    for name in ("china.jpg", "flower.jpg"):
+        photo = load_sample_image(name)  # (427, 640, 3) uint8
+        for i in range(10):
+            top, left = 20 * i, 35 * i
+            data = io.BytesIO()
+            Image.fromarray(np.ascontiguousarray(photo[top : top + 200, left : left + 240])).save(data, "JPEG")
+            files.append(data.getvalue())
+    return files + probe_files()
+
+
+def make_real_data(root: Path) -> Data:
+    """List, plan, fetch, embed, score, select and pack under `root`; returns the data folder."""
+    routes: dict[str | tuple[int, str], Route] = {
+        f"/{i}": Route(body=file, content_type="image/jpeg") for i, file in enumerate(pictures())
+    }
+    routes["/page"] = Route(body=b"<!doctype html><p>gone", content_type="text/html")
+    with Web(routes) as web:
+        paths = [*(f"/{i}" for i in range(36)), "/page", "/no", "/page?2", "/no?2"]
+        order = np.random.default_rng(0).permutation(len(paths))
+        rows = {
+            "url": [web.url(0, paths[i]) for i in order],
+            "caption": [None if i % 4 == 1 else f"picture {i}, naïve “ö”" for i in order],
+            "WIDTH": pa.array([200 + int(i) for i in order], pa.int32()),
+            "uid": [f"{int(i) * 0x9E3779B97F4A7C15:032x}"[-32:] for i in order],
+        }
+        pq.write_table(pa.table(rows), root / "list.parquet")
+        make_plan(str(root / "list.parquet"), root / "data", SourceConfig(shard_size=SHARD_SIZE), None)
+        data = Data(root / "data")
+        fetch = FetchConfig(allow=(f"127.0.0.0/8:{web.port}",), retries=0, respect=())
+        fetch_all(data, fetch)
+    embed_all(data, BUNDLED, SCORE)
+    select(data.root, SelectConfig(name=SELECTION, rules={"seen": "width > 0"}), {})
+    pack(data.root, SELECTION, PackConfig(shard_size=PACKED))
+    return data
+
+
+def fetch_all(data: Data, config: FetchConfig | None = None) -> None:
+    """Fetch and decode every shard, as the job's workers do."""
+
+    async def run() -> None:
+        worker = FetchWorker(data, config or FetchConfig(), IMAGES, "c")
+        try:
+            await asyncio.gather(*(worker.run(s.shard) for s in data.plan.shards))
+        finally:
+            await worker.close()
+
+    asyncio.run(run())
+
+
+def embed_all(data: Data, config: EmbedConfig, score: dict[str, str]) -> None:
+    """Embed and score every shard, as the job's workers do."""
+    worker = EmbedWorker(data, config, score, "c")
+    for s in data.plan.shards:
+        worker.run(s.shard)

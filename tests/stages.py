@@ -1,0 +1,118 @@
+"""The stages of the main job one after another, in this process: what `tastemaker curate` does, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from curate.data import Data
+from curate.pack import pack
+from curate.score import columns_of
+from curate.select import Selection, select
+from curate.source import make_plan
+from curate.workers import EmbedWorker, FetchWorker
+from demo.web import Route, Web
+from pipelines.curate import store_recipe
+from pipelines.recipe import Recipe, load_recipe
+from tests.small_web import picture
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server with pictures and whatever else a test adds, its list, and a recipe that may ask it."""
+
+    web: Web
+    urls: list[str]
+    recipe: Recipe
+    settings: list[str]  # what the recipe has over `bundled`
+
+    def write_list(self, path: Path) -> Path:
+        """Write the list as tab-separated values; no parquet, so that the plan holds a copy of it."""
+        captions = [f"picture {i}, “naïve”" if i % 7 else "" for i in range(len(self.urls))]
+        lines = ["url\tcaption", *(f"{url}\t{caption}" for url, caption in zip(self.urls, captions, strict=True))]
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    def requests(self) -> dict[str, int]:
+        """How often each path was asked for so far, whichever host; robots.txt aside."""
+        counts = self.web.counts().requests
+        return {path: n for (_, path), n in counts.items() if path != "/robots.txt"}
+
+
+@contextlib.contextmanager
+def serving(count: int, others: Mapping[str, Route], shard_size: int) -> Iterator[Served]:
+    """Serve `count` pictures and the other routes, which are spread among them in the list."""
+    routes: dict[str | tuple[int, str], Route] = {}
+    paths = []
+    for number in range(count):
+        name, data, _ = picture(number)
+        paths.append(f"/{name}")
+        routes[paths[-1]] = Route(body=data, content_type=f"image/{name.rpartition('.')[2]}")
+    for number, (path, route) in enumerate(others.items()):
+        routes[path] = route
+        paths.insert(number * (count + len(others)) // len(others), path)
+    with Web(routes, hosts=3) as web:
+        settings = [
+            f"source.shard_size={shard_size}",
+            f'fetch.allow=["127.0.0.0/8:{web.port}"]',
+            "fetch.retries=0",
+            "images.size=128",
+            "pack.shard_size=8",
+        ]
+        urls = [web.url(i, path) for i, path in enumerate(paths)]
+        yield Served(web, urls, load_recipe("bundled", settings), settings)
+
+
+def run_stages(listed: Path | str, data: Data, recipe: Recipe) -> Selection:
+    """Plan, fetch, embed, score, select and pack what is not done yet."""
+    make_plan(str(listed), data.root, recipe.source)
+    store_recipe(data, recipe)
+    fetch_shards(data, recipe)
+    embed_shards(data, recipe)
+    return choose(data, recipe)
+
+
+def fetch_shards(data: Data, recipe: Recipe, *, retry: bool = False) -> None:
+    """The fetch and images stages of all shards."""
+
+    async def run() -> None:
+        worker = FetchWorker(data, recipe.fetch, recipe.images, recipe.hashes()[0], threads=2)
+        try:
+            await asyncio.gather(*(worker.run(s.shard, retry=retry) for s in data.plan.shards))
+        finally:
+            await worker.close()
+
+    asyncio.run(run())
+
+
+def embed_shards(data: Data, recipe: Recipe) -> None:
+    """The embed and score stages of all shards."""
+    worker = EmbedWorker(data, recipe.embed, recipe.score, recipe.hashes()[1], threads=2)
+    for s in data.plan.shards:
+        worker.run(s.shard)
+
+
+def choose(data: Data, recipe: Recipe) -> Selection:
+    """Select and pack."""
+    scales = {name: c.scale for name, c in columns_of(recipe.score).items()}
+    selection = select(data.root, recipe.select, scales)
+    pack(data.root, recipe.select.name, recipe.pack)
+    return selection
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Every file that a rerun must give back to the byte: all but records, which hold times, and logs."""
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and not is_record(path, root) and path.name != ".lock" and "logs" not in path.parts
+    }
+
+
+def is_record(path: Path, root: Path) -> bool:
+    """Whether a file is the record of a shard, which says when it was made."""
+    stage = path.relative_to(root).parts[0]
+    return path.suffix == ".json" and (stage == "fetched" or "stats" in path.parts)

@@ -1,0 +1,278 @@
+"""What others' readers see in a data folder that the real stages made. docs/formats.md holds the snippets run here."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+import pytest
+
+from curate.data import Data
+from curate.ledger import FETCHED_COLUMNS
+from curate.store import read_json
+from tests.conftest import ROOT
+from tests.real_data import PACKED, SELECTION
+
+SIDE = Path(__file__).parent / "side"
+IMG2DATASET = {  # its columns and their types, as its own runs write them
+    **{name: pa.string() for name in ("url", "caption", "key", "status", "error_message", "exif", "sha256")},
+    **{name: pa.int32() for name in ("width", "height", "original_width", "original_height")},
+}
+
+
+Side = Callable[[str, str, str], dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def side(tmp_path_factory: pytest.TempPathFactory) -> Side:
+    """side(script, argument, package): a script's JSON, run where this version of a package hides the installed one."""
+    folders: dict[str, Path] = {}
+
+    def install(package: str) -> Path:
+        if package not in folders:
+            folder = tmp_path_factory.mktemp("side")
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries=1"]
+            command += ["--no-deps", "--target", str(folder), package]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+            if done.returncode:
+                pytest.skip(f"{package} cannot be installed here: {done.stderr.strip()[-300:]}")
+            folders[package] = folder
+        return folders[package]
+
+    def run(script: str, argument: str, package: str) -> dict[str, Any]:
+        environment = {**os.environ, "PYTHONPATH": str(install(package))}
+        command = [sys.executable, str(SIDE / script), argument]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def fetched(real_data: Data) -> pd.DataFrame:
+    """The rows that have an image, in the order of the list."""
+    table = pads.dataset([str(real_data.table(s.shard)) for s in real_data.plan.shards]).to_table().to_pandas()
+    return table[table.status == "success"].reset_index(drop=True)
+
+
+@pytest.fixture(scope="module")
+def packed(real_data: Data) -> Path:
+    return real_data.root / "shards" / SELECTION
+
+
+def tars(folder: Path) -> list[str]:
+    return sorted(str(p) for p in folder.glob("*.tar"))
+
+
+# ------------------------------------------------------------------------------------------------------- webdataset
+
+
+@pytest.mark.parametrize("kind", ["fetched", f"shards/{SELECTION}"])
+def test_webdataset(real_data: Data, fetched: pd.DataFrame, kind: str) -> None:
+    import webdataset
+
+    folder = real_data.root / kind
+    dataset = webdataset.WebDataset(tars(folder), shardshuffle=False).decode("pil")
+    samples = list(dataset)
+    rows = pads.dataset(sorted(map(str, folder.glob("*.parquet")))).to_table().to_pylist()
+    rows = [row for row in rows if row["status"] == "success"]
+    assert [s["__key__"] for s in samples] == [row["key"] for row in rows] and len(rows) == len(fetched) == 36
+    for sample, row in zip(samples, rows, strict=True):
+        assert set(sample) - {"__key__", "__url__", "__local_path__"} == {"jpg", "json", "txt"}
+        assert sample["jpg"].mode == "RGB" and sample["jpg"].size == (row["width"], row["height"])
+        assert sample["txt"] == (row["caption"] or "")
+        assert sample["json"] == row  # every column, the list's own and the scores included
+    if kind != "fetched":
+        assert {"WIDTH", "uid", "similarity", "aesthetic", "open_nsfw"} <= set(rows[0])
+
+
+def test_webdataset_by_braces(packed: Path) -> None:
+    import webdataset
+
+    count = len(tars(packed))
+    dataset = webdataset.WebDataset(f"{packed}/{{00000..{count - 1:05d}}}.tar", shardshuffle=False)
+    pairs = list(dataset.decode("pil").to_tuple("jpg", "txt"))
+    assert len(pairs) == 36 and all(isinstance(text, str) for _, text in pairs)
+
+
+@pytest.mark.parametrize("version", ["0.2.86", "1.0.2"])
+def test_other_versions_of_webdataset(real_data: Data, fetched: pd.DataFrame, side: Side, version: str) -> None:
+    seen = side("read_webdataset.py", str(real_data.root), f"webdataset=={version}")
+    assert seen.pop("version") == version
+    expected = {r.key: [r.width, r.height, r.caption or "", r.key] for r in fetched.itertuples()}
+    assert seen == {"fetched": expected, f"shards/{SELECTION}": expected}
+
+
+# -------------------------------------------------------------------------------------------------------- open_clip
+
+
+def test_open_clip(packed: Path, side: Side) -> None:
+    shards = f"{packed}/{{00000..{len(tars(packed)) - 1:05d}}}.tar"
+    seen = side("read_open_clip.py", shards, "webdataset==0.2.86")
+    assert seen["size"] == [36, 3] and seen["num_samples"] == 36  # by sizes.json
+    assert seen["shapes"] == [[4, 3, 32, 32]]
+    captions = pads.dataset(sorted(map(str, packed.glob("*.parquet")))).to_table(["caption"])["caption"].to_pylist()
+    assert seen["valid"] == [caption or "" for caption in captions]
+    assert sorted(seen["train"]) == sorted(seen["valid"])  # one epoch: each sample once
+
+
+def test_sizes_are_even_and_right(packed: Path) -> None:
+    sizes = json.loads((packed / "sizes.json").read_text())
+    assert sizes == {f"{i:05d}.tar": 12 for i in range(3)} and PACKED >= 12
+    for name, size in sizes.items():
+        assert pq.read_metadata((packed / name).with_suffix(".parquet")).num_rows == size
+
+
+# --------------------------------------------------------------------------------------------------------- datasets
+
+
+@pytest.mark.parametrize("kind", ["fetched", f"shards/{SELECTION}"])
+def test_hugging_face_datasets(real_data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from datasets import load_dataset
+
+    folder = real_data.root / kind
+    rows = pads.dataset(sorted(map(str, folder.glob("*.parquet")))).to_table().to_pylist()
+    rows = [row for row in rows if row["status"] == "success"]
+    files = {"train": tars(folder)}
+    stored = load_dataset("webdataset", data_files=files, split="train", cache_dir=str(tmp_path))
+    streamed = load_dataset("webdataset", data_files=files, split="train", streaming=True)
+    for dataset in (stored, streamed):
+        count = 0
+        for sample, row in zip(dataset, rows, strict=True):
+            assert sample["__key__"] == row["key"] and sample["txt"] == (row["caption"] or "")
+            assert sample["jpg"].size == (row["width"], row["height"])
+            assert sample["json"] == row
+            count += 1
+        assert count == 36
+
+
+def test_hugging_face_datasets_with_the_tables_own_types(packed: Path) -> None:
+    """A column that is null in the first five samples: `datasets` would take it for one that always is."""
+    from datasets import Features, Image, Value, load_dataset
+
+    row = Features.from_arrow_schema(pq.read_schema(packed / "00000.parquet"))
+    text = Value("string")
+    features = Features({"jpg": Image(), "json": dict(row), "txt": text, "__key__": text, "__url__": text})
+    files = str(packed / "*.tar")
+    dataset = load_dataset("webdataset", data_files=files, features=features, split="train", streaming=True)
+    assert sum(1 for sample in dataset if sample["json"]["uid"]) == 36
+
+
+# ---------------------------------------------------------------------------------------------------- tables, counts
+
+
+def test_tables_have_the_columns_of_img2dataset(real_data: Data) -> None:
+    for s in real_data.plan.shards:
+        schema = pq.read_schema(real_data.table(s.shard))
+        assert {name: schema.field(name).type for name in IMG2DATASET} == IMG2DATASET
+        assert schema.names[:2] == ["url", "caption"] and schema.names[-14:] == [name for name, _ in FETCHED_COLUMNS]
+        assert pd.read_parquet(real_data.table(s.shard)).key.is_monotonic_increasing
+
+
+def test_duckdb_reads_all_tables_together(real_data: Data) -> None:
+    root = real_data.root
+    joined = duckdb.sql(
+        f"""SELECT f.status, f.reason, a.aesthetic, m.similarity, f.caption
+            FROM '{root}/fetched/*.parquet' f
+            LEFT JOIN '{root}/embedded/metadata/*.parquet' m USING (key)
+            LEFT JOIN '{root}/scored/aesthetic/*.parquet' a USING (key)"""
+    ).df()
+    assert len(joined) == 40 and joined.status.value_counts().to_dict() == {
+        "success": 36,
+        "failed_to_download": 2,
+        "failed_to_resize": 2,
+    }
+    good = joined.status == "success"
+    assert (joined.aesthetic.notna() == good).all() and (
+        joined.similarity.notna() == (good & joined.caption.notna())
+    ).all()
+    assert joined.reason[~good].value_counts().to_dict() == {"http_404": 2, "not_an_image": 2}
+
+
+def test_counts_are_read_by_img2dataset(real_data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    logger = pytest.importorskip("img2dataset.logger", reason="the extra img2dataset is not installed")
+    process = logger.LoggerProcess(
+        str(real_data.root / "fetched"), enable_wandb=False, wandb_project="", config_parameters={}
+    )
+    process.q.put("stop")
+    process.run()  # in this process; it would sum the counts of a run that is going on
+    told = capsys.readouterr().out
+    assert "failed to parse" not in told and "logger error" not in told
+    last = [line for line in told.splitlines() if line.startswith("total")][-1]
+    assert re.search(
+        r"success: 0.900 - failed to download: 0.050 - failed to resize: 0.050 - .* - count: 40", " ".join(last.split())
+    )
+    done = {int(Path(x).name.split("_")[0]) for x in glob.glob(f"{real_data.root}/fetched/*.json")}
+    assert done == {0, 1, 2}  # what its incremental mode takes for finished
+
+
+def test_counts_add_up(real_data: Data, fetched: pd.DataFrame) -> None:
+    """`successes` is what DataComp's resharder sums over `*_stats.json`, before it looks for `uid` in each JSON."""
+    records = [read_json(Path(p)) for p in sorted(glob.glob(f"{real_data.root}/fetched/*_stats.json"))]
+    assert sum(r["successes"] for r in records) == len(fetched)
+    for r, s in zip(records, real_data.plan.shards, strict=True):
+        assert r["count"] == s.rows == r["successes"] + r["failed_to_download"] + r["failed_to_resize"]
+        assert r["count"] == sum(r["status_dict"].values()) and r["status_dict"]["success"] == r["successes"]
+        assert r["end_time"] >= r["start_time"] and r["duration"] == pytest.approx(
+            r["end_time"] - r["start_time"], abs=0.01
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- embeddings
+
+
+def test_embeddings_in_the_layout_of_clip_retrieval(real_data: Data, fetched: pd.DataFrame) -> None:
+    embedded = real_data.root / "embedded"
+    parts = {kind: sorted((embedded / kind).iterdir()) for kind in ("img_emb", "text_emb", "metadata")}
+    names = ["00000", "00001", "00002"]
+    assert [p.name for p in parts["img_emb"]] == [f"img_emb_{n}.npy" for n in names]
+    assert [p.name for p in parts["text_emb"]] == [f"text_emb_{n}.npy" for n in names]
+    assert [p.name for p in parts["metadata"]] == [f"metadata_{n}.parquet" for n in names]
+    images = np.concatenate([np.load(p, mmap_mode="r") for p in parts["img_emb"]])
+    texts = np.concatenate([np.load(p, mmap_mode="r") for p in parts["text_emb"]])
+    metadata = pd.concat([pd.read_parquet(p) for p in parts["metadata"]], ignore_index=True)
+    assert images.dtype == texts.dtype == np.float16 and images.shape == texts.shape == (36, 1664)
+    assert np.abs(np.linalg.norm(images.astype(np.float32), axis=1) - 1).max() < 1e-3
+    assert metadata.image_path.tolist() == metadata.key.tolist() == fetched.key.tolist()
+    told = metadata.caption.notna().to_numpy()
+    assert (texts.any(axis=1) == told).all() and (metadata.similarity.notna() == told).all()
+    cosines = np.einsum("nd,nd->n", images.astype(np.float32), texts.astype(np.float32))
+    assert np.abs(cosines - metadata.similarity.fillna(0)).max() < 1e-3
+    for part in parts["img_emb"]:
+        stats = read_json(embedded / "stats" / f"{part.stem.removeprefix('img_emb_')}.json")
+        assert stats["sample_count"] == len(np.load(part, mmap_mode="r"))
+
+
+def test_embeddings_through_clip_retrievals_own_reader(real_data: Data, fetched: pd.DataFrame, side: Side) -> None:
+    seen = side("read_embeddings.py", str(real_data.root), "embedding-reader==1.8.1")
+    vectors = np.concatenate([np.load(real_data.image_vectors(s.shard)) for s in real_data.plan.shards])
+    assert (seen["count"], seen["dimension"]) == vectors.shape
+    assert seen["keys"] == fetched.key.tolist()
+    assert seen["captions"] == [c if c is not None else None for c in fetched.caption]
+    assert 0.999 < seen["norms"][0] <= seen["norms"][1] < 1.001
+    assert seen["sum"] == pytest.approx(float(vectors.astype(np.float64).sum()))
+
+
+# --------------------------------------------------------------------------------------------------------- the page
+
+
+def test_the_page_names_every_column(real_data: Data, packed: Path) -> None:
+    page = (ROOT / "docs" / "formats.md").read_text()
+    columns = set(pq.read_schema(real_data.table(0)).names) | set(pq.read_schema(real_data.metadata(0)).names)
+    own = {"WIDTH", "uid"}  # of the list
+    assert [c for c in sorted(columns - own) if f"`{c}`" not in page] == []

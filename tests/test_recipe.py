@@ -1,0 +1,270 @@
+"""Recipes: what is read, what is refused and in which words, and which hashes a key changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import yaml
+
+from curate.data import Data
+from curate.score import columns_of
+from curate.store import UserError
+from pipelines import curate
+from pipelines.recipe import (
+    DEFAULT,
+    Recipe,
+    load_recipe,
+    parse_recipe,
+    recipe_text,
+    shipped,
+    to_dict,
+    to_yaml,
+)
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_shipped_recipes_are_these() -> None:
+    assert shipped() == ["bundled", "datacomp-basic", "everything", "laion-aesthetics-5", "sd2-base"]
+    assert DEFAULT in shipped()
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_shipped_recipe_is_whole(name: str) -> None:
+    """Its heads exist and read its encoder's vectors, its rules bind to the columns that there will be."""
+    recipe = load_recipe(name)
+    assert recipe.select.name == name
+    assert recipe_text(name).startswith("# ")
+    columns = columns_of(recipe.score, recipe.embed.encoder)
+    curate.check_selection(recipe, pa.schema([]), columns)
+    assert parse_recipe(to_yaml(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("imgaes: {size: 3}", "unknown key imgaes (did you mean images?). Known here: source, fetch, images"),
+        ("images: {sise: 3}", "unknown key images.sise (did you mean size?). Known here: size, mode"),
+        ("images: 512", "images: a mapping of keys is expected, not 512"),
+        ("images: {size: big}", "images.size: a whole number or a size such as 32MB is expected, not 'big'"),
+        ("images: {size: 12.5}", "images.size: a whole number is expected, not 12.5"),
+        ("images: {size: true}", "images.size: a whole number is expected, not True"),
+        ("images: {exif: 1}", "images.exif: true or false is expected, not 1"),
+        ("images: {exif: 'true'}", "images.exif: true or false is expected, not 'true'"),
+        ("images: {mode: resize}", "images.mode is 'resize'; it can be no, keep_ratio"),
+        ("fetch: {timeout: soon}", "fetch.timeout: a number is expected, not 'soon'"),
+        ("fetch: {timeout: .nan}", "fetch.timeout: nan must be more than 0 seconds"),
+        ("fetch: {respect: robot}", "fetch.respect: 'robot' is not one of"),
+        ("fetch: {respect: null}", "fetch.respect: a list is expected ([] for none), not None"),
+        ("fetch: {respect: [3]}", "fetch.respect: text is expected, not 3; put it in quotes"),
+        ("fetch: {max_bytes: 32mb}", "fetch.max_bytes: a whole number or a size such as 32MB is expected"),
+        ("fetch: {max_bytes: 0.5B}", "fetch.max_bytes: a whole number or a size such as 32MB is expected"),
+        ("fetch: {allow: [10.0.0.0]}", "fetch.allow"),
+        ("score: [laion-v2]", "score: a mapping of names is expected, not ['laion-v2']"),
+        ("score: {../../x: laion-v2}", "score.../../x: a column's name is letters, digits and _"),
+        ("score: {Width: laion-v2}", "score.Width: there is a column width (SQL ignores case)"),
+        ("score: {similarity: laion-v2}", "score.similarity: there is a column similarity"),
+        ("score: {taste: a, Taste: b}", "score.Taste: there is a column taste (SQL ignores case)"),
+        ("select: {rules: {large: true}}", "select.rules.large: text is expected, not True"),
+        ("select: {rules: {large: [a]}}", "select.rules.large: text is expected, not ['a']"),
+        ("select: {rules: {large: a > 1, large: a > 2}}", "large is there twice"),
+        ("select: {name: a/b}", "'a/b' can't be a selection's name"),
+        ("select: {name: 1.10}", "select.name: text is expected, not 1.1; put it in quotes"),
+        ("embed: {precision: fp8}", "embed.precision"),
+        ("pack: {shard_size: 0}", "pack.shard_size"),
+        ("source: {shard_size: 0}", "source.shard_size"),
+        ("ray: {wave: 0}", "ray.wave: 0 must be at least 1"),
+        ("ray: {embed_gpus: -1}", "ray.embed_gpus: -1.0 must be at least 0"),
+        ("- a\n- b", "is not a recipe"),
+        ("just words", "is not a recipe"),
+        ("a: [", "is not valid YAML"),
+        ("? [a]\n: b", "not valid YAML"),
+        ("x: !!python/object/apply:os.system [ls]", "not valid YAML"),
+    ],
+)
+def test_what_is_wrong_is_named(text: str, words: str) -> None:
+    with pytest.raises(UserError) as e:
+        parse_recipe(text)
+    assert words in str(e.value)
+
+
+def test_a_recipe_that_is_not_there() -> None:
+    with pytest.raises(UserError, match=r"no recipe 'bundld'.*did you mean bundled\?"):
+        load_recipe("bundld")
+
+
+def test_a_recipe_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"r\.yaml can't be read as a recipe"):
+        load_recipe(str(tmp_path / "r.yaml"))
+    with pytest.raises(UserError, match="can't be read as a recipe"):
+        load_recipe(str(tmp_path))
+
+
+def at(recipe: Recipe, path: str) -> Any:
+    """The value of a key."""
+    value: Any = to_dict(recipe)
+    for name in path.split("."):
+        value = value[name]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("setting", "path", "value"),
+    [
+        ("images.size=256", "images.size", 256),
+        ("images.mode=no", "images.mode", "no"),
+        ("images.quality=", "images.quality", None),
+        ("fetch.timeout=7", "fetch.timeout", 7.0),
+        ("fetch.timeout=1e1", "fetch.timeout", 10.0),
+        ("fetch.max_bytes=32MB", "fetch.max_bytes", 32_000_000),
+        ("fetch.max_bytes=1.5 kB", "fetch.max_bytes", 1500),
+        ("fetch.max_bytes=4MiB", "fetch.max_bytes", 4 << 20),
+        ("fetch.max_bytes=32e6", "fetch.max_bytes", 32_000_000),
+        ("source.shard_size=10_000", "source.shard_size", 10_000),
+        ("fetch.respect=[]", "fetch.respect", []),
+        ("fetch.respect=robots-txt", "fetch.respect", ["robots-txt"]),
+        ('fetch.allow=["127.0.0.0/8:8790", "10.0.0.1/32:80"]', "fetch.allow", ["127.0.0.0/8:8790", "10.0.0.1/32:80"]),
+        ("fetch.user_agent=me: (x)", "fetch.user_agent", "me: (x)"),
+        ("source.caption=null", "source.caption", None),
+        ("source.url=5", "source.url", "5"),
+        ("source.where=punsafe < 0.1 AND lang = 'en'", "source.where", "punsafe < 0.1 AND lang = 'en'"),
+        ("source.columns=[uid, 'WIDTH']", "source.columns", ["uid", "WIDTH"]),
+        ("select.name=2024", "select.name", "2024"),
+        ("select.rules.words=source.\"a b\" = 'it''s: #1'", "select.rules.words", "source.\"a b\" = 'it''s: #1'"),
+        ("select.rules.large= aesthetic >= 5 ", "select.rules.large", "aesthetic >= 5"),
+        ("select.rules.off=true", "select.rules.off", "true"),
+        ("score.taste=heads/taste.head", "score.taste", "heads/taste.head"),
+        ("select.rules={}", "select.rules", {}),
+        ("ray.embed_gpus=0.5", "ray.embed_gpus", 0.5),
+    ],
+)
+def test_a_setting_is_laid_over(setting: str, path: str, value: Any) -> None:
+    recipe = load_recipe("bundled", [setting])
+    assert at(recipe, path) == value
+    assert type(at(recipe, path)) is type(value)
+    assert parse_recipe(to_yaml(recipe)) == recipe
+    assert parse_recipe(yaml.safe_dump(yaml.safe_load(to_yaml(recipe)))) == recipe  # what others' YAML reads, too
+
+
+def test_a_rule_or_a_score_is_taken_away_and_order_stays() -> None:
+    names = list(load_recipe("bundled").select.rules)
+    recipe = load_recipe("bundled", ["select.rules.safe=", "score.open_nsfw=", "select.rules.large=width > 1"])
+    assert list(recipe.select.rules) == [n for n in names if n != "safe"]
+    assert list(recipe.score) == ["aesthetic"]
+    assert list(load_recipe("bundled", ["select.rules.absent="]).select.rules) == names
+    more = load_recipe("bundled", ["select.rules.large=", "select.rules.large=width > 1"])
+    assert list(more.select.rules) == [n for n in names if n != "large"] + ["large"]
+
+
+def test_settings_reach_stages_that_the_recipe_does_not_name() -> None:
+    assert parse_recipe("select:\npack: null", ["select.rules.x=true", "fetch.retries=0"]).select.rules == {"x": "true"}
+    assert parse_recipe("", ["pack.seed=3"]).pack.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("images", "--set images: expected KEY.KEY=VALUE"),
+        ("images.=3", "expected KEY.KEY=VALUE"),
+        ("=3", "expected KEY.KEY=VALUE"),
+        ("select.name.x=3", "name is a value, not a group of keys"),
+        ("images.size=[", "'[' is not valid YAML"),
+        ("image.size=3", "unknown key image (did you mean images?)"),
+        ("images.siz=3", "unknown key images.siz (did you mean size?)"),
+        ("images=3", "images: a mapping of keys is expected, not 3"),
+        ("select.rules.a.b=x > 1", "select.rules.a: text is expected"),
+    ],
+)
+def test_a_setting_that_is_wrong_is_named(setting: str, words: str) -> None:
+    with pytest.raises(UserError) as e:
+        load_recipe("bundled", [setting])
+    assert words in str(e.value)
+
+
+def test_text_that_looks_like_something_else_comes_back_as_text() -> None:
+    names = ["no", "on", "5", "1e5", "1.10", "null", "true", "2024-01-01", "0x10", "12:30", "naïve ☃", "a: b", "~"]
+    recipe = dataclasses.replace(
+        load_recipe("bundled"),
+        select=dataclasses.replace(load_recipe("bundled").select, rules={n: n for n in names}),
+    )
+    assert parse_recipe(to_yaml(recipe)) == recipe
+
+
+def test_hashes_change_only_for_keys_that_change_files() -> None:
+    base = load_recipe(DEFAULT)
+    hashes = base.stage_hashes()
+    assert set(hashes) == {"source", "fetch", "images", "embed"}
+
+    def changed(*settings: str) -> set[str]:
+        other = load_recipe(DEFAULT, settings).stage_hashes()
+        return {stage for stage in hashes if other[stage] != hashes[stage]}
+
+    for same in (
+        "fetch.timeout=3",
+        "fetch.retries=9",
+        "fetch.concurrency=9",
+        "fetch.per_host=1",
+        "fetch.max_redirects=1",
+        "fetch.user_agent=x",
+        "embed.weights=w.pt",
+        "score.taste=laion-v2",
+        "select.name=x",
+        "select.rules.x=true",
+        "pack.shard_size=7",
+        "pack.seed=7",
+        "ray.wave=7",
+        "ray.fetch_workers=2",
+    ):
+        assert changed(same) == set(), same
+    for setting in (
+        "fetch.engine=img2dataset",
+        "fetch.max_bytes=9MB",
+        "fetch.respect=[]",
+        "fetch.allow=['[::1]/128:80']",
+    ):
+        assert changed(setting) == {"fetch"}, setting
+    for f in dataclasses.fields(base.images):
+        value = {"mode": "no", "format": "webp", "quality": 90}.get(f.name, 99 if f.type == "int" else None)
+        if value is None:
+            value = "false" if getattr(base.images, f.name) else "true"
+        assert changed(f"images.{f.name}={value}") == {"images"}, f.name
+    for setting in ("embed.encoder=open_clip:a/b", "embed.precision=fp32", "embed.embeddings=folder"):
+        assert changed(setting) == {"embed"}, setting
+    for setting in ("source.url=u", "source.caption=", "source.shard_size=7", "source.where=true", "source.columns=[]"):
+        assert changed(setting) == {"source"}, setting
+    assert changed("images.size=99", "embed.encoder=x") == {"images", "embed"}
+
+
+def test_a_recipe_in_data_loads_again(tmp_path: Path) -> None:
+    data = Data(tmp_path)
+    recipe = load_recipe("bundled", ["fetch.max_bytes=3MB", "select.rules.x=source.\"q\" <> 'a: #'", "images.mode=no"])
+    curate.store_recipe(data, recipe)
+    assert curate.stored_recipe(data) == recipe
+    assert load_recipe(str(data.recipe)) == recipe
+    assert curate.recipe_of(data, None, ["pack.seed=4"]).pack.seed == 4
+    text = data.recipe.read_text()
+    for stage, value in recipe.stage_hashes().items():
+        assert f"# {stage}: {value}\n" in text
+
+
+def test_the_reference_names_every_key() -> None:
+    """docs/recipes.md has a table per stage, and in it a line for each key with the default that the code has."""
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    for stage in dataclasses.fields(Recipe):
+        part = re.search(rf"^### `{stage.name}`.*?(?=^##|\Z)", text, re.M | re.S)
+        assert part, f"docs/recipes.md has no section ### `{stage.name}`"
+        kind = getattr(Recipe(), stage.name)
+        for f in dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else []:
+            line = re.search(rf"^\| `{f.name}` \|[^|]*\| `?([^|`]*)`? \|", part[0], re.M)
+            assert line, f"docs/recipes.md: {stage.name}.{f.name} has no line"
+            default = to_dict(Recipe())[stage.name][f.name]
+            told = line[1] if isinstance(default, str) else yaml.safe_load(line[1])
+            assert told == default, f"docs/recipes.md: {stage.name}.{f.name} is {default!r}, told {told!r}"
+    for name in shipped():
+        assert f"`{name}`" in text
