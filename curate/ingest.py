@@ -92,9 +92,7 @@ async def ingest_shard(data: Data, shard: int, means: Means, config: str, retry:
         else:
             await _by_ourselves(source, means, ended, isolate)
         facts = {"starts": starts, "isolated": isolate}
-        record = await asyncio.to_thread(_commit, data, shard, source.table, ended, config, began, facts)
-    data.starts(shard).unlink(missing_ok=True)
-    return record
+        return await asyncio.to_thread(_commit, data, shard, source.table, ended, config, began, facts)
 
 
 def note_start(path: Path) -> int:
@@ -253,6 +251,7 @@ def _commit(
         # as late as can be: a retry that is killed before this line has changed nothing
         uncommit(data.fetched_record(shard))
 
+    data.starts(shard).unlink(missing_ok=True)  # all is decoded; after the record, a kill would leave it for ever
     done = time.time()
     statuses = Counter(facts["status"] for facts in ordered)
     return commit(

@@ -25,7 +25,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from curate.ledger import FETCHED_COLUMNS, URL_COLUMNS, shard_name
-from curate.select import KEPT, NothingKept, Selection, load_selection
+from curate.rules import KEPT
+from curate.select import NothingKept, Selection, load_selection
 from curate.shards import CorruptShard, TarWriter, image_member, index_tar, read_range
 from curate.store import (
     UserError,

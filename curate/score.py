@@ -18,6 +18,7 @@ from aesthetic.heads import Head, load_head
 from aesthetic.space import SpaceMismatch
 from curate.data import Data
 from curate.detectors import DETECTORS
+from curate.encoders import canonical_name
 from curate.store import atomic, commit, digest, is_done, output_digests, read_json, uncommit
 
 
@@ -41,15 +42,16 @@ def columns_of(score: Mapping[str, str], encoder: str | None = None) -> dict[str
     Raises HeadError where there is no such head, and SpaceMismatch where one reads vectors of another encoder.
     """
     columns = {}
+    reads = None if encoder is None else canonical_name(encoder)
     for name, source in score.items():
         if is_detector(source):
             columns[name] = Column(digest(source), DETECTORS[source], True)
             continue
         head = load_head(source)
-        if encoder is not None and head.space.encoder != encoder:
+        if reads is not None and head.space.encoder != reads:
             raise SpaceMismatch(
                 f"score.{name}: the head {source} reads vectors of {head.space.encoder}, "
-                f"but embed.encoder is {encoder}. A head works in its own space only."
+                f"but embed.encoder is {reads}. A head works in its own space only."
             )
         columns[name] = Column(head.digest, head.scale, False)
     return columns

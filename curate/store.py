@@ -65,11 +65,22 @@ def sweep(root: Path) -> None:
 
     Only the owner of the folder's lock may call it.
     """
-    for scratch in list(root.rglob(".*.tmp")):
+    for scratch in [*root.rglob(".*.tmp"), *(p for p in root.glob(".spill-*") if not _runs(int(p.name.split("-")[1])))]:
         if scratch.is_dir():
             shutil.rmtree(scratch, ignore_errors=True)
         else:
             scratch.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of this machine is alive: a query, which takes no lock, may be spilling."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _sync_folder(folder: Path) -> None:

@@ -176,7 +176,8 @@ def _verdicts(con: duckdb.DuckDBPyConnection, root: Path) -> None:
     import pyarrow.dataset as ds
 
     parts = []
-    for i, path in enumerate(sorted((root / "selected").glob("[!.]*.parquet"))):
+    found = [p for p in (root / "selected").glob("[!.]*.parquet") if p.with_suffix(".json").exists()]
+    for i, path in enumerate(sorted(found)):
         con.register(f"_selected{i}", ds.dataset(str(path), format="parquet"))
         parts.append(
             f"SELECT {literal(path.stem)} AS selection, key, CAST(verdict AS VARCHAR) AS verdict FROM _selected{i}"

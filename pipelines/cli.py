@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aesthetic.heads import Head
 
 EXAMPLES = """\
   tastemaker curate laion.parquet --out data --limit 1000     a list to curated shards
@@ -169,21 +174,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a batch system's way to ask for an end
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         _complain("interrupted; run the same command again to go on")
         return 130
+    except BrokenPipeError:  # `tastemaker heads | head -1`: whoever read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as e:
         if args.verbose:
-            raise
+            traceback.print_exc()
         return _explain(e)
 
 
 def _explain(error: Exception) -> int:
     """Print what went wrong in one paragraph; returns the exit code that it means."""
+    from pyarrow import ArrowInvalid
+
     from aesthetic.heads import HeadError
     from aesthetic.space import SpaceError
     from curate.select import NothingKept
+    from curate.shards import CorruptShard
     from curate.store import DiskFull, UserError
 
     if isinstance(error, UserError | HeadError | SpaceError):
@@ -194,6 +207,9 @@ def _explain(error: Exception) -> int:
         return 3
     if isinstance(error, DiskFull):
         _complain(str(error))
+        return 1
+    if isinstance(error, CorruptShard | ArrowInvalid):
+        _complain(f"{error}\n`tastemaker verify DATA` finds damaged files, and says what repairs them")
         return 1
     _complain(
         f"{type(error).__name__}: {error}\n(--verbose shows where; this is an error of tastemaker's, not of your list)"
@@ -329,11 +345,12 @@ def _verify(args: argparse.Namespace) -> int:
             damages.append(found)
             print(f"damaged  {found.path}: {found.what}\n         to repair it, {found.repair}")
     print(f"{len(damages):,} of {checked:,} files are damaged" if damages else f"{checked:,} files, none damaged")
-    if strays := verify.strays(data):
-        print(f"{len(strays):,} files of no finished shard, {strays[0]} the first: a killed run's, left alone")
+    strays = verify.strays(data)
+    if strays and not any(d.path == d.record for d in damages):  # else they may be a damaged record's
+        print(f"files that no record names: {len(strays):,} ({strays[0]} is one), left by a run that was killed")
     if not any(d.record.parent.name == "plan" for d in damages):
         for stage, shards in verify.unfinished(data).items():
-            print(f"{len(shards):,} shards are not {stage} yet, {shards[0]:05d} the first")
+            print(f"shards that are not {stage} yet: {len(shards):,} ({shards[0]:05d} is one)")
     facts = {"checked": checked, "damaged": [str(d.path) for d in damages], "strays": [str(p) for p in strays]}
     if not damages:
         return _end(args, facts, {}, "")
@@ -342,7 +359,7 @@ def _verify(args: argparse.Namespace) -> int:
         following = verify.remedies(data, damages)
         with Lock(data.root):
             verify.repair(damages)
-        print(f"{len({d.record for d in damages}):,} records taken back; the stages make these files again")
+        print(f"{len({d.record for d in damages}):,} records taken back")
     _end(args, facts, {}, "\n      ".join(following))
     return 1
 
@@ -386,35 +403,50 @@ def _heads(args: argparse.Namespace) -> int:
     if args.action != "list" and not args.head:
         raise UserError(f"tastemaker heads {args.action} HEAD: which one?")
     if args.action == "show":
-        print(model_card(load_head(args.head)))
-    elif args.action == "import":
+        head = load_head(args.head)
+        print(model_card(head))
+        return _end(args, {**_about(head), "card": head.card}, {}, "")
+    if args.action == "import":
         head = import_head(args.head) if Path(args.head).exists() else fetch_head(args.head)
         folder = save_head(head, args.out or heads_folder() / head.name)
         return _end(args, {"head": head.name}, {"head": folder}, f"--set score.COLUMN={folder}")
-    else:
-        for name in list_heads():
-            head = load_head(name)
-            print(f"{name:20} {head.task:10} scale {head.scale[0]:g} to {head.scale[1]:g}   reads {head.space.encoder}")
-        for name, scale in DETECTORS.items():
-            print(f"{name:20} {'detector':10} scale {scale[0]:g} to {scale[1]:g}   reads pixels")
-    return 0
+    known = {name: _about(load_head(name)) for name in list_heads()}
+    known |= {n: {"name": n, "task": "detector", "scale": s, "reads": "pixels"} for n, s in DETECTORS.items()}
+    for name, about in known.items():
+        low, high = about["scale"]
+        print(f"{name:20} {about['task']:10} scale {low:g} to {high:g}   reads {about['reads']}")
+    return _end(args, {"heads": list(known.values())}, {}, "")
+
+
+def _about(head: Head) -> dict[str, Any]:
+    return {"name": head.name, "task": head.task, "scale": head.scale, "reads": head.space.encoder}
 
 
 def _recipe(args: argparse.Namespace) -> int:
-    from pipelines.recipe import load_recipe, recipe_text, shipped, to_yaml
+    from pipelines.recipe import load_recipe, recipe_text, shipped, to_dict, to_yaml
 
     if args.name is None:
-        for name in shipped():
-            print(f"{name:20} {recipe_text(name).splitlines()[0].lstrip('# ')}")
-    else:
-        print(to_yaml(load_recipe(args.name, args.set)), end="")
-    return 0
+        about = {name: recipe_text(name).splitlines()[0].lstrip("# ") for name in shipped()}
+        for name, line in about.items():
+            print(f"{name:20} {line}")
+        return _end(args, {"recipes": about}, {}, "")
+    recipe = load_recipe(args.name, args.set)
+    print(to_yaml(recipe), end="")
+    return _end(args, to_dict(recipe), {}, "")
 
 
 def _doctor(args: argparse.Namespace) -> int:
     from pipelines.doctor import examine
 
-    return 0 if examine(print) else 1
+    findings: list[str] = []
+
+    def say(line: str) -> None:
+        findings.append(line)
+        print(line)
+
+    good = examine(say)
+    _end(args, {"ready": good, "findings": findings}, {}, "")
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def check_engine(recipe: Recipe, say: Say) -> None:
 
 def check_selection(recipe: Recipe, carried: pa.Schema, columns: Mapping[str, Column]) -> None:
     """UserError where a rule names a column that there will not be, or a threshold outside its head's scale."""
-    from curate.select import check_rules
+    from curate.rules import check_rules
     from curate.view import ledger_types, source_types
 
     types = {**ledger_types(), **dict.fromkeys(columns, "FLOAT")}
@@ -361,20 +361,17 @@ def score(data: Data, heads: Mapping[str, str], say: Say) -> dict[str, Any]:
 
 def select_only(data: Data, recipe: Recipe, say: Say, *, uids: str | None, write_uids: str | None) -> dict[str, Any]:
     """Rules over the ledger, in seconds, with every column that it holds now."""
-    from curate import select as selecting
-    from curate.view import types_there
-
+    from curate import uids as subsets
+    from curate.select import funnel_text, select
     name = recipe.select.name
     with Lock(data.root):
         if uids is not None:
-            selection = selecting.select_uids(data.root, name, Path(uids))
+            selection = subsets.select_uids(data.root, name, Path(uids))
         else:
-            scales = scales_there(data)
-            selecting.check_rules(recipe.select.rules, *types_there(data.root), scales)
-            selection = selecting.select(data.root, recipe.select, scales)
-        say(selecting.funnel_text(selection))
+            selection = select(data.root, recipe.select, scales_there(data))
+        say(funnel_text(selection))
         if write_uids is not None:
-            selecting.write_uids(data.root, name, Path(write_uids))
+            subsets.write_uids(data.root, name, Path(write_uids))
     return {"kept": selection.kept, "funnel": selection.funnel}
 
 

@@ -7,22 +7,16 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-NEEDED = ("ray", "torch", "open_clip_torch", "onnxruntime", "duckdb", "pyarrow", "aiohttp", "pillow", "webdataset")
+from packaging.requirements import Requirement
 
 
 def examine(say: Callable[[str], None]) -> bool:
     """Print a line per finding; returns whether the main job can run here."""
-    good = True
     say(f"ok       Python {sys.version.split()[0]}, {os.cpu_count()} cores")
-    for name in NEEDED:
-        try:
-            say(f"ok       {name} {version(name)}")
-        except PackageNotFoundError:
-            good = False
-            say(f"missing  {name}: pip install tastemaker")
+    good = _packages(say)
     gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
     say(
         f"ok       {gpus} NVIDIA GPU{'s' if gpus != 1 else ''}"
@@ -39,6 +33,29 @@ def examine(say: Callable[[str], None]) -> bool:
         )
         say(f"note     img2dataset, the second download engine, is not installed ({why})")
     good &= _ray_is_closed(say)
+    return good
+
+
+def _packages(say: Callable[[str], None]) -> bool:
+    """Whether the packages that tastemaker requires are here, in versions that will do."""
+    try:
+        needed = [Requirement(text) for text in requires("tastemaker") or []]
+    except PackageNotFoundError:
+        say("note     tastemaker runs from its folder and is not installed, so its packages were not checked")
+        return True
+    good = True
+    for package in needed:
+        if package.marker is not None and not package.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = version(package.name)
+        except PackageNotFoundError:
+            found = "none"
+        if found != "none" and package.specifier.contains(found, prereleases=True):
+            say(f"ok       {package.name} {found}")
+        else:
+            good = False
+            say(f"missing  {package.name}{package.specifier} (here: {found}): install tastemaker again")
     return good
 
 

@@ -11,10 +11,12 @@ import contextlib
 import logging
 import math
 import os
+import pickle
 import secrets
 import signal
 import threading
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -52,6 +54,26 @@ def _meter(board: Any) -> Meter:
     return Meter(lambda counts, hosts: board.add.remote(counts, hosts))
 
 
+@contextlib.contextmanager
+def _telling(board: Any) -> Iterator[None]:
+    """Have the board keep the error that ends a worker: Ray's own report of it is text, in wrappings that vary."""
+    import ray
+
+    try:
+        yield
+    except Exception as e:
+        told = e
+        while isinstance(told, ExceptionGroup):  # rows of a shard are tasks of a group
+            told = told.exceptions[0]
+        told.add_note(f"In a worker:\n{traceback.format_exc()}")
+        try:
+            pickle.loads(pickle.dumps(told))
+        except Exception:  # whatever a class of exceptions does when it is copied
+            told = RuntimeError(f"{type(told).__name__}: {told}")
+        ray.get(board.fail.remote(told))
+        raise
+
+
 class FetchActor:
     """A FetchWorker in an actor; `async` is the only form in which Ray Data lets two shards overlap."""
 
@@ -62,14 +84,16 @@ class FetchActor:
 
         attend(job.data.root)
         _quiet(job.data, "fetch")
-        self._job = job
-        self._meter = _meter(ray.get_actor(board))
-        self._worker = FetchWorker(
-            job.data, job.recipe.fetch, job.recipe.images, job.recipe.hashes()[0], self._meter, threads
-        )
+        self._job, self._board = job, ray.get_actor(board)
+        self._meter = _meter(self._board)
+        with _telling(self._board):
+            self._worker = FetchWorker(
+                job.data, job.recipe.fetch, job.recipe.images, job.recipe.hashes()[0], self._meter, threads
+            )
 
     async def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        await self._worker.run(int(row["shard"]), retry=self._job.retry)
+        with _telling(self._board):
+            await self._worker.run(int(row["shard"]), retry=self._job.retry)
         self._meter.flush()
         return row
 
@@ -84,13 +108,16 @@ class EmbedActor:
 
         attend(job.data.root)
         _quiet(job.data, "embed")
-        self._meter = _meter(ray.get_actor(board))
-        self._worker = EmbedWorker(
-            job.data, job.recipe.embed, job.recipe.score, job.recipe.hashes()[1], self._meter, threads
-        )
+        self._board = ray.get_actor(board)
+        self._meter = _meter(self._board)
+        with _telling(self._board):
+            self._worker = EmbedWorker(
+                job.data, job.recipe.embed, job.recipe.score, job.recipe.hashes()[1], self._meter, threads
+            )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        self._worker.run(int(row["shard"]))
+        with _telling(self._board):
+            self._worker.run(int(row["shard"]))
         self._meter.flush()
         return row
 
@@ -155,8 +182,6 @@ def run_job(job: Job, work: Work, *, address: str | None = None) -> Screen:
             signal.signal(signal.SIGTERM, asked_to_end)
         try:
             _run_waves(job, work.shards, pools, screen)
-        except Exception as e:
-            raise cause_of(e) from None
         finally:
             ray.shutdown()
     return screen
@@ -262,6 +287,9 @@ def _run_waves(job: Job, shards: Sequence[int], pools: Pools, screen: Screen) ->
                 )
             for _ in ds.iter_rows():
                 pass
+    except Exception as e:
+        traceback.print_exc()  # into the log: Ray's account of it
+        raise _failure(board) or e from None
     finally:
         stop.set()
         drawing.join(timeout=5)
@@ -277,14 +305,12 @@ def _draw(board: Any, screen: Screen, stop: threading.Event) -> None:
         screen.draw(*ray.get(board.read.remote()))
 
 
-def cause_of(error: BaseException) -> BaseException:
-    """The exception that a worker raised, out of Ray's wrapping; Ray's own where there is none inside."""
+def _failure(board: Any) -> Exception | None:
+    """What went wrong in a worker, as it was raised there; None where it was no worker's error."""
+    import ray
     from ray.exceptions import RayError
 
-    seen: BaseException | None = error
-    while seen is not None:
-        inner = getattr(seen, "cause", None) or seen.__cause__
-        if not isinstance(seen, RayError):
-            return seen
-        seen = inner if isinstance(inner, BaseException) else None
-    return error
+    try:
+        return ray.get(board.failure.remote(), timeout=5)
+    except RayError:
+        return None

@@ -54,6 +54,15 @@ class Board:
     def __init__(self) -> None:
         self._counts: Counter[tuple[str, str]] = Counter()
         self._hosts: Counter[str] = Counter()
+        self._failure: Exception | None = None
+
+    def fail(self, error: Exception) -> None:
+        """Keep what went wrong in a worker; the first error is the cause of those after it."""
+        self._failure = self._failure or error
+
+    def failure(self) -> Exception | None:
+        """What went wrong in a worker, as it was raised there."""
+        return self._failure
 
     def add(self, counts: Counts, hosts: dict[str, int]) -> None:
         self._counts.update(counts)

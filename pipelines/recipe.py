@@ -34,10 +34,10 @@ class RayConfig:
     """What Ray gives the workers. Zero means: what the machine or cluster can carry."""
 
     fetch_workers: int = 0
-    fetch_cpus: float = 1
+    fetch_cpus: float = 1.0
     embed_workers: int = 0
-    embed_cpus: float = 0  # of a worker; decoding for a GPU takes many
-    embed_gpus: float = 0  # 1 where the machine has CUDA, unless set
+    embed_cpus: float = 0.0  # of a worker; decoding for a GPU takes many
+    embed_gpus: float = 0.0  # 1 where the machine has CUDA, unless set
     wave: int = 1000  # shards submitted at a time
 
     def __post_init__(self) -> None:

@@ -25,7 +25,7 @@ from curate.source import SourceConfig, make_plan
 from curate.workers import EmbedWorker, FetchWorker
 from demo.web import Route, Web
 
-SELECTION = "all"
+SELECTION = "bundled"  # as the snippets of docs/formats.md call it
 SHARD_SIZE = 15  # rows of the list per shard: keys have two digits for the row
 PACKED = 13  # samples per packed shard at most
 IMAGES = ImagesConfig(size=96)

@@ -40,7 +40,7 @@ from demo.web import Route, Web
 ROOT = Path(__file__).parents[1]
 HOSTS = 6
 MAX_BYTES = 400_000  # of `settings`; every picture is smaller, one failing row's body is not
-TIMEOUT = 5.0  # seconds, of `settings`
+TIMEOUT = 6.0  # seconds, of `settings` where a row is to time out; its answer takes longer
 FATAL = b"this picture kills whoever decodes it"
 """In a comment of the JPEG that `fatal_picture` makes; harmless unless `FAULT` is at work."""
 
@@ -86,13 +86,13 @@ class SmallWeb:
         pq.write_table(pa.table(columns), path)
         return path
 
-    def settings(self, shard_size: int) -> list[str]:
+    def settings(self, shard_size: int, timeout: float = 60) -> list[str]:
         """`--set` values: this server may be asked, and nothing is tried twice (each answer is for good)."""
         return [
             f"source.shard_size={shard_size}",
             f'fetch.allow=["127.0.0.0/8:{self.web.port}"]',
             "fetch.retries=0",
-            f"fetch.timeout={TIMEOUT}",
+            f"fetch.timeout={timeout}",
             f"fetch.max_bytes={MAX_BYTES}",
             "images.size=256",
             "pack.shard_size=8",
@@ -185,7 +185,7 @@ _ELSEWHERE = [
 
 def _failing_routes() -> list[tuple[Reason, str, Route]]:
     jpeg = picture(0)[1]
-    as_jpeg = {"content_type": "image/jpeg"}
+    as_jpeg: dict[str, Any] = {"content_type": "image/jpeg"}
     return [
         (Reason.TIMEOUT, "/slow.jpg", Route(body=jpeg, delay=4 * TIMEOUT, **as_jpeg)),
         (Reason.HTTP_404, "/no.jpg", Route(status=404, body=_HTML, content_type="text/html")),
@@ -315,11 +315,12 @@ class Watch:
 
 
 class Run:
-    """`tastemaker curate` in a process group of its own, as a terminal starts it, and what it does to its data folder."""
+    """`tastemaker curate` in a process group of its own, as a terminal starts it, and what its data folder sees."""
 
     def __init__(self, listed: Path, root: Path, settings: Sequence[str], **environment: str) -> None:
         self.root, self.said = root, root.with_name(f"{root.name}.said")
-        self._watch, self._events = Watch(root), iter(())
+        self._watch = Watch(root)
+        self._events: Iterator[str] = iter(())
         command = [sys.executable, "-m", "pipelines.cli", "curate", str(listed), "--out", str(root)]
         command += ["--recipe", "bundled", *(word for setting in settings for word in ("--set", setting))]
         paths = [environment.pop("PYTHONPATH", ""), str(ROOT)]
@@ -378,7 +379,7 @@ def gone(processes: Sequence[psutil.Process], timeout: float = 10) -> list[str]:
     return [n for n in names if not n.startswith(("ray::DashboardAgent", "ray::RuntimeEnvAgent"))]
 
 
-# ------------------------------------------------------------------------------------------------- what a run left behind
+# ----------------------------------------------------------------------------------------------- what a run left behind
 
 _CLOCKS = {"start_time", "end_time", "duration", "starts", "isolated", "batch_halved", "self"}
 """What the records of shards say about the run and not about the data."""
@@ -392,7 +393,7 @@ def digests(root: Path) -> dict[str, str]:
         if name in (".lock", ".workers") or name.startswith("logs/"):
             continue
         data = path.read_bytes()
-        if name.startswith("fetched/") and name.endswith("_stats.json") or name.startswith("embedded/stats/"):
+        if (name.startswith("fetched/") and name.endswith("_stats.json")) or name.startswith("embedded/stats/"):
             record = {k: v for k, v in json.loads(data).items() if k not in _CLOCKS}
             data = json.dumps(record, sort_keys=True).encode()
         found[name] = hashlib.sha256(data).hexdigest()

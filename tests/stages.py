@@ -104,11 +104,11 @@ def choose(data: Data, recipe: Recipe) -> Selection:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """Every file that a rerun must give back to the byte: all but records, which hold times, and logs."""
+    """Every file that a rerun must give back to the byte: all but records, which hold times, logs and hidden files."""
     return {
         str(path.relative_to(root)): path.read_bytes()
         for path in sorted(root.rglob("*"))
-        if path.is_file() and not is_record(path, root) and path.name != ".lock" and "logs" not in path.parts
+        if path.is_file() and not is_record(path, root) and not path.name.startswith(".") and "logs" not in path.parts
     }
 
 

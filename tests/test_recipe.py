@@ -39,7 +39,7 @@ def test_a_shipped_recipe_is_whole(name: str) -> None:
     """Its heads exist and read its encoder's vectors, its rules bind to the columns that there will be."""
     recipe = load_recipe(name)
     assert recipe.select.name == name
-    assert recipe_text(name).startswith("# ")
+    assert re.match(r"# [^\n]{30,115}\.\n", recipe_text(name))  # what `tastemaker recipe` says about it
     columns = columns_of(recipe.score, recipe.embed.encoder)
     curate.check_selection(recipe, pa.schema([]), columns)
     assert parse_recipe(to_yaml(recipe)) == recipe

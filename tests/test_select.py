@@ -23,19 +23,10 @@ from small_data import (
 )
 
 from curate.ledger import make_key
-from curate.select import (
-    UID,
-    SelectConfig,
-    Selection,
-    check_rules,
-    funnel_text,
-    load_selection,
-    read_uids,
-    select,
-    select_uids,
-    write_uids,
-)
+from curate.rules import check_rules
+from curate.select import SelectConfig, Selection, funnel_text, load_selection, select
 from curate.store import UserError
+from curate.uids import UID, read_uids, select_uids, write_uids
 from curate.view import ledger_types, open_ledger, query, source_types, types_there
 
 SCALES = {"laion_v2": (1.0, 10.0)}

@@ -1,0 +1,408 @@
+"""The command line: exit codes, messages, what it imports, and the loop of rating, fitting, scoring and selecting."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from real_data import BUNDLED, SCORE, embed_all, fetch_all
+from small_web import small_web
+
+from curate.data import Data
+from curate.source import SourceConfig, make_plan
+from pipelines import curate
+from pipelines.cli import build_parser, main
+from pipelines.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = list(build_parser()._subparsers._group_actions[0].choices)  # type: ignore[union-attr, arg-type]
+
+
+def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "pipelines.cli", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def data(real_data: Data, tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """A copy of the real data folder that may be changed, with the recipe that made it."""
+    copy = Data(tmp_path_factory.mktemp("cli") / "data")
+    shutil.copytree(real_data.root, copy.root)
+    settings = [f"source.shard_size={copy.plan.shard_size}", "images.size=96"]
+    settings += [f"select.rules.{name}=" for name in load_recipe("bundled").select.rules]
+    curate.store_recipe(copy, load_recipe("bundled", [*settings, "select.rules.seen=width > 0"]))
+    return copy
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Path:
+    """A list of one URL that nobody answers."""
+    path = tmp_path / "list.csv"
+    path.write_text("url,caption\nhttp://127.0.0.1:9/a.jpg,a dog\n")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------- light and quick
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["curate", "--help"], ["recipe"], ["recipe", "bundled"], ["status"], ["query"], ["select"]]
+)
+def test_light_commands_load_neither_torch_nor_ray(words: list[str], data: Data) -> None:
+    if words[0] in ("status", "query", "select") and len(words) == 1:
+        words = [words[0], str(data.root), *(["select count(*) from ledger"] if words[0] == "query" else [])]
+    code = f"""
+import sys
+from pipelines.cli import main
+try:
+    main({words!r})
+except SystemExit as e:
+    assert not e.code
+heavy = {{"torch", "ray", "open_clip", "onnxruntime", "transformers", "sklearn", "matplotlib"}} & sys.modules.keys()
+assert not heavy, heavy
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    assert time.monotonic() - began < 10  # a quiet machine takes 0.1 to 1.5 s
+
+
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert {"curate", "fetch", "embed", "score", "select", "pack", "retry", "status", "query"} < set(COMMANDS)
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as e:
+            main([command, "--help"])
+        assert e.value.code == 0
+        out = capsys.readouterr().out
+        assert f"usage: tastemaker {command}" in out and "--verbose" in out and "--json" in out
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^ +{command} ", out, re.M) for command in COMMANDS)
+
+
+def test_no_command_at_all_shows_help_and_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "usage: tastemaker" in capsys.readouterr().out
+
+
+def test_whoever_has_read_enough_is_no_error() -> None:
+    shell = f"{sys.executable} -m pipelines.cli recipe bundled | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("source:")
+
+
+# ------------------------------------------------------------------------------------------------------ bad input: 2
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["curate", "nowhere.parquet"], r"nowhere\.parquet: there is no such file or folder"),
+        (["curate", "empty.csv"], r"empty\.csv: is empty"),
+        (["curate", "header.csv"], r"header\.csv: has no rows"),
+        (["curate", "nourl.csv"], r"no column of URLs.*source\.url.*Columns: caption, foo"),
+        (["curate", "junk.parquet"], r"junk\.parquet"),
+        (["curate", "list.csv", "--set", "source.url=link"], "link"),
+        (["curate", "list.csv", "--set", "source.where=lang = 'en'"], r"source\.where.*'lang'"),
+        (["curate", "list.csv", "--recipe", "bundld"], r"no recipe 'bundld'.*did you mean bundled"),
+        (["curate", "list.csv", "--set", "images.sise=3"], r"unknown key images\.sise \(did you mean size\?\)"),
+        (["curate", "list.csv", "--set", "select.rules.x=sim > 1"], "rule x .*no column sim"),
+        (["curate", "list.csv", "--set", "select.rules.x=similarty > 0"], "Did you mean similarity"),
+        (["curate", "list.csv", "--set", "select.rules.x=WIDTH > 0"], "rule x"),
+        (["curate", "list.csv", "--set", "select.rules.x=aesthetic > 50"], "aesthetic goes from 1 to 7, and 50"),
+        (["curate", "list.csv", "--set", "select.rules.x=1 +"], "rule x .*syntax"),
+        (["curate", "list.csv", "--set", "score.l=laion-v2"], "laion-v2 reads vectors of open_clip:ViT-L-14-quick"),
+        (["curate", "list.csv", "--set", "score.l=laion-v3"], "no head laion-v3.*Did you mean laion-v2"),
+        (["curate", "list.csv", "--set", "embed.encoder=clip"], "no encoder 'clip'|embed.encoder is clip"),
+        (["curate", "list.csv", "--set", "fetch.engine=curl"], "fetch.engine: 'curl'"),
+        (["curate", "list.csv", "--set", "select.name=a/b"], "can't be a selection's name"),
+        (["fetch", "nowhere.parquet"], "no such file"),
+    ],
+)
+def test_bad_input_is_named_and_nothing_is_written(
+    words: list[str], told: str, tmp_path: Path, listed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.csv").touch()
+    (tmp_path / "header.csv").write_text("url,caption\n")
+    (tmp_path / "nourl.csv").write_text("caption,foo\na,b\n")
+    (tmp_path / "junk.parquet").write_bytes(b"PAR1 no parquet at all")
+    before = sorted(tmp_path.iterdir())
+    recipe = [] if "--recipe" in words else ["--recipe", "bundled"]
+    code = main([words[0], str(tmp_path / words[1]), *words[2:], *recipe, "--out", str(tmp_path / "data")])
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert re.search(told, err, re.S), err
+    assert err.startswith("tastemaker: ") and "Traceback" not in err and "next:" not in out
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "select", "pack", "score", "embed", "retry", "query"])
+def test_a_folder_that_is_no_data_folder(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, str(tmp_path), *(["select 1"] if command == "query" else [])]) == 2
+    assert f"{tmp_path} is not a data folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_object_store_is_refused(listed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["curate", str(listed), "--out", "s3://bucket/data"]) == 2
+    assert "object stores are not supported yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["select", "--set", "select.rules.x=foo > 1"], "rule x .*no column foo"),
+        (["select", "--set", "select.rules.x=aesthetic >= 9"], "aesthetic goes from 1 to 7, and 9 is outside"),
+        (["select", "--set", "select.rules.x=open_nsfw < 20"], "open_nsfw goes from 0 to 1"),
+        (["select", "--name", "../x"], "can't be a selection's name"),
+        (["pack", "--name", "unknown"], "no selection unknown.*There are"),
+        (["score", "--head", "taste"], "expected COLUMN=HEAD"),
+        (["score", "--head", "taste=nothing"], "no head nothing"),
+        (["score", "--head", "taste=laion-v2"], "laion-v2.*bundled|bundled.*laion-v2"),
+        (["score", "--head", "width=bundled-aesthetic"], "width"),
+        (["query", "select nothing from ledger"], "nothing"),
+        (["query", "drop view ledger"], "one SELECT"),
+        (["query", "select * from '/etc/passwd'"], "passwd"),
+        (["embed", "--restart-from", "fetch"], "--restart-from fetch needs the list"),
+    ],
+)
+def test_a_wrong_question_about_data(
+    words: list[str], told: str, data: Data, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main([words[0], str(data.root), *words[1:]])
+    out, err = capsys.readouterr()
+    assert code == 2, err
+    assert re.search(told, err, re.S), err
+    assert "Traceback" not in err
+    assert not (data.root / "scored" / "width").exists()
+
+
+def test_without_weights_two_ways_on_before_the_first_url(tmp_path: Path) -> None:
+    with small_web(4, failing=()) as web:
+        listed = web.write_list(tmp_path / "list.parquet")
+        settings = [word for s in web.settings(10) for word in ("--set", s)]
+        done = run("curate", listed, "--out", tmp_path / "data", *settings)
+        assert done.returncode == 2, done.stderr
+        assert "open_clip:ViT-L-14-quickgelu/openai are not on this machine" in done.stderr
+        assert "embed.weights: FILE" in done.stderr and "--recipe bundled" in done.stderr
+        assert web.web.counts().requests.total() == 0
+    assert not (tmp_path / "data").exists()
+
+
+def test_weights_that_are_not_where_they_should_be(
+    listed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["curate", str(listed), "--out", str(tmp_path / "data"), "--set", f"embed.weights={tmp_path / 'no.pt'}"]
+    assert main(words) == 2
+    assert "embed.weights: there is no file" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+
+
+def test_verbose_shows_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(tmp_path), "--verbose"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err and err.splitlines()[-1].startswith("tastemaker: ")
+
+
+def test_an_error_of_ours_is_1_and_says_so(data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A table that was replaced by a folder: nothing that a user does by mistake."""
+    copy = tmp_path / "data"
+    shutil.copytree(data.root, copy)
+    path = copy / "scored" / "aesthetic" / "00000.parquet"
+    path.unlink()
+    path.mkdir()
+    assert main(["verify", str(copy)]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+
+
+# ------------------------------------------------------------------------------------------------------------ dry run
+
+
+def test_a_dry_run_contacts_nothing_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with small_web(12, failing=()) as web:
+        listed = web.write_list(tmp_path / "list.parquet")
+        words = ["curate", str(listed), "--out", str(tmp_path / "data"), "--recipe", "bundled", "--dry-run"]
+        words += [word for s in web.settings(5) for word in ("--set", s)]
+        assert main([*words, "--json"]) == 0
+        assert main([*words, "--limit", "7"]) == 0
+        assert web.web.counts().requests.total() == 0
+    out = capsys.readouterr().out
+    assert "select:\n  name: bundled" in out and "shard_size: 5" in out
+    assert "rows 12 of 12 listed · shards 3 · stages fetch, embed, select, pack" in out
+    assert "rows 7 of 12 listed · shards 2" in out
+    facts = json.loads(next(line for line in out.splitlines() if line.startswith("{")))
+    assert facts["rows"] == 12 and facts["carried"] == ["WIDTH", "LICENSE"]
+    assert not (tmp_path / "data").exists()
+
+
+# ------------------------------------------------------------------------------------------------- what the answers are
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["status", "DATA"],
+        ["verify", "DATA"],
+        ["select", "DATA", "--name", "answers"],
+        ["pack", "DATA", "--name", "answers"],
+        ["score", "DATA"],
+        ["query", "DATA", "select reason, count(*) n from ledger group by all"],
+        ["heads"],
+        ["heads", "show", "bundled-aesthetic"],
+        ["recipe"],
+        ["recipe", "everything"],
+        ["doctor"],
+    ],
+)
+def test_jsons_last_line_parses(words: list[str], data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main([str(data.root) if w == "DATA" else w for w in words] + ["--json"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])
+
+
+def test_status_and_query_agree(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["status", str(data.root), "--json"])
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    main(
+        [
+            "query",
+            str(data.root),
+            "select coalesce(reason, 'success') as r, count(*) n from ledger group by all",
+            "--json",
+        ]
+    )
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {row["r"]: row["n"] for row in found} == facts["outcomes"]
+    assert (facts["rows"], facts["shards"], facts["fetched"], facts["embedded"]) == (40, 3, 3, 3)
+
+
+def test_a_selection_that_keeps_nothing_is_3(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["select", str(data.root), "--name", "none", "--set", "select.rules.x=similarity > 0.9"]) in (0, 3)
+    out = capsys.readouterr().out
+    assert re.search(r"^kept +0 ", out, re.M)
+    assert main(["pack", str(data.root), "--name", "none"]) == 3
+    err = capsys.readouterr().err
+    assert "x" in err and "Traceback" not in err
+    assert not (data.root / "shards" / "none").exists()
+
+
+def test_select_and_pack_under_a_new_name(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["select", str(data.root), "--name", "stricter", "--set", "select.rules.best=top(aesthetic, 0.25)"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert f"next: tastemaker pack {data.root} --name stricter" in out
+    assert re.search(r"^best +27 .*best 25% of aesthetic   \(median", out, re.M), out
+    assert main(["pack", str(data.root), "--name", "stricter"]) == 0
+    packed = pq.read_table(data.root / "shards" / "stricter" / "00000.parquet")
+    assert packed.num_rows == 9
+    assert (data.root / "report" / "stricter" / "sheet.png").exists()
+
+
+# ------------------------------------------------------------------------------------------- ratings to a selection
+
+
+def test_the_loop(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Photographs with ratings: fit -> score -> select -> pack. 60 of OASIS, every fifth."""
+    rated = list(csv.DictReader((shared / "oasis" / "ratings.csv").open()))[::5][:60]
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for row in rated:
+        shutil.copy(shared / "oasis" / row["image"], folder / Path(row["image"]).name)
+    data = Data(tmp_path / "data")
+    make_plan(str(folder), data.root, SourceConfig(shard_size=25))
+    fetch_all(data)
+    embed_all(data, BUNDLED, {"aesthetic": SCORE["aesthetic"]})
+    settings = ["source.shard_size=25", "images.size=96", "select.rules={}", "score.open_nsfw="]
+    curate.store_recipe(data, load_recipe("bundled", settings))
+
+    assert main(["query", str(data.root), "select key, url from ledger", "--json"]) == 0
+    keys = {Path(r["url"]).name: r["key"] for r in json.loads(capsys.readouterr().out)}
+    assert len(keys) == 60
+    names = next(iter(rated)).keys() if False else list(rated[0])
+    score = next(n for n in ("mean", "score", "beauty", "rating") if n in names)
+    lines = [f"{keys[Path(r['image']).name]},{r[score]},{r['theme']}" for r in rated]
+    (tmp_path / "ratings.csv").write_text("key,score,theme\n" + "\n".join([*lines, "999999999,4,nowhere"]) + "\n")
+
+    head = tmp_path / "taste.head"
+    fit = ["fit", str(tmp_path / "ratings.csv"), "--data", str(data.root), "--group", "theme", "--out", str(head)]
+    assert main([*fit, "--scale", "1", "7", "--json"]) == 0
+    out = capsys.readouterr().out
+    report = json.loads(out.splitlines()[-1])
+    assert report["n"] == 60 and "61 ratings, 60 joined (1 listed in" in out
+    assert "999999999" in (head / "unjoined.csv").read_text()
+    assert report["spearman"]["value"] > 0  # few ratings: only the sign is asked for
+
+    assert main(["score", str(data.root), "--head", f"taste={head}"]) == 0
+    assert "taste: 3 of 3 shards scored" in capsys.readouterr().out
+    assert main(["score", str(data.root), "--head", f"taste={head}"]) == 0
+    assert "taste: 0 of 3 shards scored (all were)" in capsys.readouterr().out
+
+    mine = ["select", str(data.root), "--name", "mine", "--set", "select.rules.nice=top(taste, 0.25)", "--json"]
+    assert main(mine) == 0
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert facts["kept"] == 15 and sum(facts["funnel"].values()) == 60
+    assert main(["pack", str(data.root), "--name", "mine"]) == 0
+    packed = pq.read_table(data.root / "shards" / "mine" / "00000.parquet")
+    assert packed.num_rows == 15
+    by_key = {keys[Path(r["image"]).name]: float(r[score]) for r in rated}
+    mean = np.mean(list(by_key.values()))
+    kept = capsys.readouterr() and pq.read_table(data.root / "selected" / "mine.parquet").to_pylist()
+    assert np.mean([by_key[r["key"]] for r in kept if r["verdict"] == "kept"]) > mean  # it learned from these
+
+    assert main(["heads", "show", str(head)]) == 0
+    assert "taste" in capsys.readouterr().out
+
+
+def test_fit_from_a_folder_of_images(real_data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from real_data import pictures
+
+    for i, picture in enumerate(pictures()[:12]):
+        (tmp_path / f"{i}.jpg").write_bytes(picture)
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    rows = [f"{i}.jpg,{i % 7 + 1}" for i in range(12)] + ["broken.jpg,3", "absent.jpg,4"]
+    (tmp_path / "ratings.tsv").write_text("image\tscore\n" + "\n".join(r.replace(",", "\t") for r in rows))
+    out = tmp_path / "h.head"
+    words = ["fit", str(tmp_path / "ratings.tsv"), "--images", str(tmp_path), "--out", str(out)]
+    assert main(words) == 0
+    assert "14 ratings, 12 joined (2 listed in" in capsys.readouterr().out
+    assert (out / "head.json").exists()
+    (tmp_path / "none.csv").write_text("key,score\nx,1\ny,2\n")
+    assert main(["fit", str(tmp_path / "none.csv"), "--data", str(real_data.root), "--out", str(out)]) == 2
+    assert "none of its 2 keys is in" in capsys.readouterr().err
+    assert main(["fit", str(tmp_path / "none.csv"), "--out", str(out)]) == 2
+
+
+def test_heads_are_listed_shown_and_imported(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TASTEMAKER_HEADS", str(tmp_path / "heads"))
+    published = next((shared / "heads").rglob("sac+logos+ava1-l14-linearMSE*"))
+    assert main(["heads", "import", str(published)]) == 0
+    out = capsys.readouterr().out
+    folder = re.search(r"^head  (.*)$", out, re.M)
+    assert folder and (Path(folder[1]) / "head.json").exists()
+    assert main(["heads"]) == 0
+    listed = capsys.readouterr().out
+    assert "laion-v2" in listed and "open-nsfw" in listed
+    assert main(["heads", "show"]) == 2
+    assert main(["heads", "show", "laion-v9"]) == 2
+    assert "Did you mean" in capsys.readouterr().err
+    (tmp_path / "bad.pth").write_bytes(b"\x80\x04cos\nsystem\n")
+    assert main(["heads", "import", str(tmp_path / "bad.pth")]) == 2

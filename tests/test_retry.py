@@ -1,0 +1,364 @@
+"""`tastemaker retry` fetches what failed for passing reasons, and only that; `--restart-from` redoes on purpose."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from curate import verify
+from curate.data import Data
+from curate.shards import index_tar, read_images
+from curate.store import is_done
+from curate.workers import embed_done, fetch_done
+from demo.web import Route
+from pipelines import cli
+from pipelines.curate import restart
+from pipelines.recipe import Recipe, load_recipe
+from tests.small_web import picture
+from tests.stages import Served, choose, contents, embed_shards, fetch_shards, run_stages, serving
+
+ROOT = Path(__file__).parents[1]
+SHARD_SIZE, PICTURES = 12, 30  # three shards; the middle one has nothing that may pass
+
+
+def flaky(number: int, *first: Route, **then: Any) -> Route:
+    """A picture that is answered after other answers."""
+    name, data, _ = picture(number)
+    return Route(body=data, content_type=f"image/{name.rpartition('.')[2]}", first=first, **then)
+
+
+def others() -> dict[str, Route]:
+    """Two rows of each shard that fail at first."""
+    return {
+        "/flaky.jpg": flaky(40, Route(status=503)),
+        "/busy.jpg": flaky(41, Route(status=429)),
+        "/no.jpg": Route(status=404),
+        "/page.jpg": Route(body=b"<!doctype html>", content_type="image/jpeg"),
+        "/cut.jpg": flaky(44, flaky(44, drop=True)),
+        "/down.jpg": Route(status=503),
+    }
+
+
+WAITING = {"/flaky.jpg": 1, "/busy.jpg": 1, "/cut.jpg": 1, "/down.jpg": 1}
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    with serving(PICTURES, others(), SHARD_SIZE) as served:
+        yield served
+
+
+def rows(data: Data, shard: int) -> list[dict[str, Any]]:
+    return pq.read_table(data.table(shard)).to_pylist()
+
+
+def outcomes(data: Data) -> dict[str, str | None]:
+    """path -> reason of the rows that are not plain pictures."""
+    found = {"/" + r["url"].split("/", 3)[3]: r["reason"] for s in range(3) for r in rows(data, s)}
+    return {path: found[path] for path in others()}
+
+
+def inodes(data: Data, shard: int) -> dict[str, int]:
+    """Which files there are of a shard; another number is another file."""
+    found = (p for stage in ("fetched", "embedded", "scored") for p in (data.root / stage).rglob(f"*{shard:05d}*"))
+    return {str(p): p.stat().st_ino for p in found}
+
+
+def asked(served: Served, before: dict[str, int]) -> dict[str, int]:
+    """What was asked for since."""
+    return dict(Counter(served.requests()) - Counter(before))
+
+
+# -------------------------------------------------------------------------------------------------------------- retry
+
+
+def test_retry_asks_for_what_may_pass_and_keeps_the_rest(served: Served, tmp_path: Path) -> None:
+    listed = served.write_list(tmp_path / "list.tsv")
+    data, recipe = Data(tmp_path / "data"), served.recipe
+    first = run_stages(listed, data, recipe)
+    assert set(served.requests().values()) == {1}
+    assert outcomes(data) == {
+        "/flaky.jpg": "http_5xx",
+        "/busy.jpg": "http_429",
+        "/no.jpg": "http_404",
+        "/page.jpg": "not_an_image",
+        "/cut.jpg": "protocol",
+        "/down.jpg": "http_5xx",
+    }
+    before = served.requests()
+    then = {shard: (rows(data, shard), dict(_images(data, shard)), inodes(data, shard)) for shard in range(3)}
+
+    fetch_shards(data, recipe, retry=True)
+    embed_shards(data, recipe)
+    second = choose(data, recipe)
+
+    assert asked(served, before) == WAITING
+    now = outcomes(data)
+    assert [path for path in now if now[path] is None] == ["/flaky.jpg", "/busy.jpg", "/cut.jpg"]
+    assert now["/down.jpg"] == "http_5xx"
+    for shard, (old_rows, old_images, old_inodes) in then.items():
+        keys = [r["key"] for r in rows(data, shard) if r["status"] == "success"]
+        assert list(index_tar(data.tar(shard))) == keys == sorted(keys)  # in the list's order
+        for old, new in zip(old_rows, rows(data, shard), strict=True):
+            assert old == new or old["url"].endswith(tuple(WAITING))
+        assert old_images.items() <= dict(_images(data, shard)).items()
+        changed = {path for path, inode in inodes(data, shard).items() if inode != old_inodes[path]}
+        assert changed == (set() if shard == 1 else set(old_inodes))
+    assert second.fetched == first.fetched + 3 and second.not_fetched != first.not_fetched
+    assert list(verify.verify(data)) and not any(verify.verify(data))
+
+    # what a first run would have given, had the web been well
+    fresh = Data(tmp_path / "fresh")
+    run_stages(listed, fresh, recipe)
+    assert contents(fresh.root) == contents(data.root)
+
+    # and again: one server is still down, and its shard comes out the same
+    before = served.requests()
+    then_inodes = {shard: inodes(data, shard) for shard in range(3)}
+    fetch_shards(data, recipe, retry=True)
+    assert asked(served, before) == {"/down.jpg": 1}
+    assert contents(fresh.root) == contents(data.root)
+    assert inodes(data, 0) == then_inodes[0] and inodes(data, 1) == then_inodes[1]
+    assert all(embed_done(data, shard, recipe.hashes()[1], {}) for shard in range(3))
+
+
+def _images(data: Data, shard: int) -> Iterator[tuple[str, bytes]]:
+    yield from ((key, image) for key, _, image in read_images(data.tar(shard)))
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from curate.data import Data
+from pipelines.recipe import load_recipe
+from tests.stages import fetch_shards
+fetch_shards(Data(Path(sys.argv[1])), load_recipe("bundled", sys.argv[2:]), retry=True)
+"""
+
+
+def test_a_retry_that_is_killed_has_changed_nothing(tmp_path: Path) -> None:
+    slow = {"/flaky.jpg": flaky(40, Route(status=503)), "/stuck.jpg": flaky(41, Route(status=503), delay=8.0)}
+    with serving(10, slow, shard_size=6) as served:
+        data = Data(tmp_path / "data")
+        recipe = load_recipe("bundled", [*served.settings, "select.rules="])
+        run_stages(served.write_list(tmp_path / "list.tsv"), data, recipe)
+        before, then = served.requests(), contents(data.root)
+        command = [sys.executable, "-c", KILLED, str(data.root), *served.settings]
+        with subprocess.Popen(command, cwd=ROOT) as process:
+            _wait_for(lambda: asked(served, before).keys() == slow.keys())
+            record = data.fetched_record(0)
+            _wait_for(lambda: b'"http_5xx"' not in record.read_bytes() if record.exists() else False)
+            process.send_signal(signal.SIGKILL)  # the first shard is through, the second waits
+        assert all(fetch_done(data, shard, recipe.hashes()[0]) for shard in range(2))
+        now = contents(data.root)
+        assert {name for name in then if now[name] != then[name]} == {"fetched/00000.tar", "fetched/00000.parquet"}
+        assert not any(verify.verify(data))
+        assert not embed_done(data, 0, recipe.hashes()[1], {}) and embed_done(data, 1, recipe.hashes()[1], {})
+
+        before = served.requests()
+        fetch_shards(data, replace(recipe, fetch=replace(recipe.fetch, timeout=20)), retry=True)
+        assert asked(served, before) == {"/stuck.jpg": 1}  # what the killed retry had got is not asked for again
+        assert [r["reason"] for shard in range(2) for r in rows(data, shard)] == [None] * 12
+
+
+def _wait_for(condition: Any, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+def test_the_command_with_ray(served: Served, tmp_path: Path) -> None:
+    data, recipe = Data(tmp_path / "data"), served.recipe
+    run_stages(served.write_list(tmp_path / "list.tsv"), data, recipe)
+    before, untouched = served.requests(), inodes(data, 1)
+    done = tastemaker("retry", data.root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert asked(served, before) == WAITING
+    assert inodes(data, 1) == untouched
+    fresh = Data(tmp_path / "fresh")
+    run_stages(tmp_path / "list.tsv", fresh, recipe)
+    ours, theirs = contents(data.root), contents(fresh.root)
+    assert {n for n in theirs if theirs[n] != ours.get(n)} == set()
+    assert all(name.startswith("report/") for name in ours.keys() - theirs.keys())
+    assert "kept" in done.stdout and "1 of 3 shards are done already" in done.stdout
+
+
+def tastemaker(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own."""
+    command = [sys.executable, "-m", "pipelines.cli", *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=170)
+
+
+def _settings(served: Served) -> list[str]:
+    return [word for setting in served.settings for word in ("--set", setting)]
+
+
+# ------------------------------------------------------------------------------------------- refused changes, restart
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Served, Path]]:
+    """A finished data folder with nothing to retry, its list beside it; for reading only."""
+    root = tmp_path_factory.mktemp("restart")
+    with serving(20, {"/no.jpg": Route(status=404)}, shard_size=9) as served:
+        run_stages(served.write_list(root / "list.tsv"), Data(root / "data"), served.recipe)
+        yield served, root / "data"
+
+
+@pytest.fixture
+def copy(made: tuple[Served, Path], tmp_path: Path) -> Data:
+    shutil.copytree(made[1], tmp_path / "data")
+    return Data(tmp_path / "data")
+
+
+def everything(root: Path) -> dict[str, bytes]:
+    """All files, records too."""
+    hidden = (".lock", ".workers")
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file() and p.name not in hidden}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["images.size=64"], ["images.size: 128 there, 64 asked for", "--restart-from images"]),
+        (
+            ["images.quality=80", "fetch.max_bytes=1MB"],
+            [
+                "fetch.max_bytes: 32000000 there, 1000000 asked for",
+                "images.quality: 95 there, 80 asked for",
+                "--restart-from fetch",
+            ],
+        ),
+        (["source.shard_size=5"], ["source.shard_size: 9 there, 5 asked for", "--restart-from source"]),
+        (
+            ["embed.encoder=open_clip:ViT-B-32/openai", "score=", "select.rules="],
+            ["embed.encoder: 'bundled' there, 'open_clip:ViT-B-32/openai' asked for", "--restart-from embed"],
+        ),
+    ],
+)
+def test_a_change_that_would_alter_finished_shards_is_refused(
+    made: tuple[Served, Path], copy: Data, capsys: pytest.CaptureFixture[str], settings: list[str], words: list[str]
+) -> None:
+    served, finished = made
+    before, requests = everything(copy.root), served.requests()
+    command = ["curate", str(finished.parent / "list.tsv"), "--out", str(copy.root), "--recipe", "bundled"]
+    changed = [word for setting in settings for word in ("--set", setting)]
+    assert cli.main([*command, *_settings(served), *changed]) == 2
+    told = capsys.readouterr().err
+    assert all(word in told for word in words), told
+    assert everything(copy.root) == before and served.requests() == requests
+    if not settings[0].startswith("source"):
+        assert cli.main(["retry", str(copy.root), *changed]) == 2
+        assert everything(copy.root) == before
+
+
+def test_other_changes_ask_nothing_and_contact_nobody(
+    made: tuple[Served, Path], copy: Data, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served, finished = made
+    requests, fetched = served.requests(), {s: inodes(copy, s) for s in range(3)}
+    command = ["curate", str(finished.parent / "list.tsv"), "--out", str(copy.root), "--recipe", "bundled"]
+    command += _settings(served)
+    for setting in ("select.rules.beautiful=top(aesthetic, 0.9)", "pack.shard_size=3", "fetch.timeout=7"):
+        command += ["--set", setting]
+        assert cli.main(command) == 0, capsys.readouterr().err
+    assert cli.main(["score", str(copy.root), "--head", "again=bundled-aesthetic"]) == 0
+    assert cli.main(["retry", str(copy.root)]) == 0  # a 404 does not pass: nothing to do, not even to start Ray
+    assert "starting Ray" not in capsys.readouterr().out
+    assert served.requests() == requests
+    now = {s: {p: i for p, i in inodes(copy, s).items() if "/again/" not in p} for s in range(3)}
+    assert now == fetched
+    assert "top(aesthetic, 0.9)" in copy.recipe.read_text()
+    assert len(list((copy.root / "shards" / "bundled").glob("*.tar"))) > 1
+
+
+def test_a_restart_that_cannot_be_done_takes_nothing_back(
+    made: tuple[Served, Path], copy: Data, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    served, finished = made
+    before = everything(copy.root)
+    listed, out = (
+        str(finished.parent / "list.tsv"),
+        ["--out", str(copy.root), "--recipe", "bundled", *_settings(served)],
+    )
+    refused = {
+        "images.size: 128 there, 64 asked for": [listed, "--restart-from", "embed", "--set", "images.size=64"],
+        "nowhere.tsv": [str(tmp_path / "nowhere.tsv"), "--restart-from", "source"],
+        "nosuch": [listed, "--restart-from", "images", "--set", "select.rules.odd=nosuch > 1"],
+        "bundled-aesthetic reads vectors of bundled": [
+            *(listed, "--restart-from", "embed", "--set", "embed.encoder=open_clip:ViT-B-32/openai")
+        ],
+        "embed.weights: there is no file": [
+            *(listed, "--restart-from", "embed", "--set", f"embed.weights={tmp_path}/no.pt", "--set", "score="),
+            *("--set", "embed.encoder=open_clip:ViT-B-32/openai", "--set", "select.rules="),
+        ],
+    }
+    for words, arguments in refused.items():
+        assert cli.main(["curate", *arguments[:1], *out, *arguments[1:]]) == 2
+        told = capsys.readouterr().err
+        assert words in told, told
+        assert everything(copy.root) == before, words
+    for command in ("embed", "retry"):
+        assert cli.main([command, str(copy.root), "--restart-from", "images"]) == 2
+        told = capsys.readouterr().err
+        assert f"tastemaker curate {copy.plan.list} --out {copy.root} --restart-from images" in told
+        assert everything(copy.root) == before
+
+
+@pytest.mark.long
+def test_restart_from_images_gives_what_a_fresh_folder_gives(
+    made: tuple[Served, Path], copy: Data, tmp_path: Path
+) -> None:
+    served, finished = made
+    listed = finished.parent / "list.tsv"
+    command = ["curate", listed, "--out", copy.root, "--recipe", "bundled", *_settings(served)]
+    before = served.requests()
+    done = tastemaker(*command, "--set", "images.size=96", "--restart-from", "images")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(asked(served, before).values()) == {1} and len(asked(served, before)) == 21
+    other = Data(tmp_path / "fresh")
+    run_stages(listed, other, load_recipe("bundled", [*served.settings, "images.size=96"]))
+    ours, theirs = contents(copy.root), contents(other.root)
+    assert {n for n in theirs if theirs[n] != ours.get(n)} == set()
+    assert all(name.startswith("report/") for name in ours.keys() - theirs.keys())
+    assert not any(verify.verify(copy))
+
+
+def test_a_restart_that_is_killed_is_taken_up_by_the_old_recipe_too(
+    made: tuple[Served, Path], copy: Data, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served, finished = made
+    before, recipe = contents(copy.root), served.recipe
+    restart(copy, recipe, "images", ("fetch", "embed"))  # as far as a killed run came
+    assert not any(fetch_done(copy, s, recipe.hashes()[0]) for s in range(3))
+    run_stages(finished.parent / "list.tsv", copy, recipe)
+    assert contents(copy.root) == before
+    assert is_done(copy.root, copy.space_record, config="", inputs={})
+
+
+@pytest.mark.long
+def test_restart_from_source_leaves_no_shard_of_the_old_list(
+    made: tuple[Served, Path], copy: Data, tmp_path: Path
+) -> None:
+    served, finished = made
+    recipe: Recipe = load_recipe("bundled", [*served.settings, "source.shard_size=30"])
+    restart(copy, recipe, "source", ("fetch", "embed"))
+    run_stages(finished.parent / "list.tsv", copy, recipe)
+    fresh = Data(tmp_path / "fresh")
+    run_stages(finished.parent / "list.tsv", fresh, recipe)
+    assert contents(fresh.root) == contents(copy.root)
+    assert [p.name for p in (copy.root / "fetched").glob("*.tar")] == ["00000.tar"]
