@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from curate.encoders import RowByRow, cache_name, cached, cpus
+from curate.onnx import RowByRow, cache_name, cached, cpus
 from curate.store import UserError, sha256_file
 
 if TYPE_CHECKING:

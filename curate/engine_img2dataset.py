@@ -127,7 +127,9 @@ def _run(options: dict[str, Any], folder: Path) -> None:
             child.stdin.flush()
         except BrokenPipeError:
             pass  # it ended at once; its words say why
-        child.wait()  # with its stdin open: it ends when that closes, so it cannot outlive us
+        # with its stdin open: it ends when that closes, so it cannot outlive us; nor shall its children outlive it
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        os.killpg(child.pid, signal.SIGKILL)
     # its record, written last; without it a shard has failed, though it ends with 0
     if child.returncode or not (folder / "out" / "00000_stats.json").exists():
         last = words.read_text(errors="replace").strip()[-800:]

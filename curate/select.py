@@ -353,7 +353,8 @@ def load_selection(root: Path, name: str) -> Selection:
 def funnel_text(selection: Selection) -> str:
     """The funnel as a table: rows, not fetched with reasons, each rule with counts and condition, and what is kept."""
     width = max(12, *(len(r.name) for r in selection.rules)) if selection.rules else 12
-    reasons = " · ".join(f"{reason} {n:,}" for reason, n in list(selection.not_fetched.items())[:5])
+    commonest = sorted(selection.not_fetched.items(), key=lambda item: (-item[1], item[0]))[:5]
+    reasons = " · ".join(f"{reason} {n:,}" for reason, n in commonest)
 
     def line(name: str, rows: str, rejected: str, alone: str, share: str, note: str = "") -> str:
         return f"{name:<{width}}{rows:>12}{rejected:>12}{alone:>12}{share:>8}   {note}".rstrip()

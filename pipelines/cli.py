@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -283,9 +284,10 @@ def _score(args: argparse.Namespace) -> int:
     score = dict(recipe.score) if not args.head else {}
     for item in args.head:
         column, equals, head = item.partition("=")
-        if not equals or not column.isidentifier():
+        if not equals:
             raise UserError(f"--head {item}: expected COLUMN=HEAD, for example --head taste=taste.head")
         score[column] = head
+    score = replace(recipe, score=score).score  # a recipe knows which names a column may have
     facts = curate.score(data, score, print)
     name = next(iter(score), "aesthetic")
     return _end(

@@ -150,15 +150,15 @@ def test_bundled_has_no_settings() -> None:
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from curate import encoders
+    from curate import onnx
 
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TASTEMAKER_CACHE", str(tmp_path / "file" / "folder"))
     with pytest.raises(UserError, match="TASTEMAKER_CACHE"):
-        encoders.cached("x.onnx", lambda: b"x")
+        onnx.cached("x.onnx", lambda: b"x")
     monkeypatch.setenv("TASTEMAKER_CACHE", str(tmp_path / "folder"))
-    assert encoders.cached("x.onnx", lambda: b"x").read_bytes() == b"x"
-    assert encoders.cached("x.onnx", lambda: pytest.fail("made twice")).read_bytes() == b"x"
+    assert onnx.cached("x.onnx", lambda: b"x").read_bytes() == b"x"
+    assert onnx.cached("x.onnx", lambda: pytest.fail("made twice")).read_bytes() == b"x"
 
 
 @pytest.mark.long
@@ -382,10 +382,10 @@ def test_out_of_reach_the_two_ways_on_are_told_at_once(
 ) -> None:
     import huggingface_hub.constants
 
-    from curate import encoders
+    from curate import openclip
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(encoders, "_HUB_PATIENCE", 0.5)
+    monkeypatch.setattr(openclip, "_HUB_PATIENCE", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
         for address in ("127.0.0.1:9", f"127.0.0.1:{silent.getsockname()[1]}"):
             monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://{address}")
