@@ -173,21 +173,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 2
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a batch system's way to ask for an end
+    asked: list[int] = []
+
+    def end(number: int, frame: object) -> None:
+        asked.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, end)
+    signal.signal(signal.SIGTERM, end)  # how a batch system asks for an end
     try:
         code = args.run(args)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        _complain("interrupted; run the same command again to go on")
-        return 130
+        return _interrupted()
     except BrokenPipeError:  # `tastemaker heads | head -1`: whoever read has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as e:
+        if asked:  # DuckDB, for one, makes an error of its own of it
+            return _interrupted()
         if args.verbose:
             traceback.print_exc()
         return _explain(e)
+
+
+def _interrupted() -> int:
+    _complain("interrupted; run the same command again to go on")
+    return 130
 
 
 def _explain(error: Exception) -> int:

@@ -70,10 +70,10 @@ def outcomes(data: Data) -> dict[str, str | None]:
     return {path: found[path] for path in others()}
 
 
-def inodes(data: Data, shard: int) -> dict[str, int]:
-    """Which files there are of a shard; another number is another file."""
+def written(data: Data, shard: int) -> dict[str, int]:
+    """When each file of a shard was written, ns; another time is another file."""
     found = (p for stage in ("fetched", "embedded", "scored") for p in (data.root / stage).rglob(f"*{shard:05d}*"))
-    return {str(p): p.stat().st_ino for p in found}
+    return {str(p): p.stat().st_mtime_ns for p in found}
 
 
 def asked(served: Served, before: dict[str, int]) -> dict[str, int]:
@@ -98,7 +98,7 @@ def test_retry_asks_for_what_may_pass_and_keeps_the_rest(served: Served, tmp_pat
         "/down.jpg": "http_5xx",
     }
     before = served.requests()
-    then = {shard: (rows(data, shard), dict(_images(data, shard)), inodes(data, shard)) for shard in range(3)}
+    then = {shard: (rows(data, shard), dict(_images(data, shard)), written(data, shard)) for shard in range(3)}
 
     fetch_shards(data, recipe, retry=True)
     embed_shards(data, recipe)
@@ -108,14 +108,14 @@ def test_retry_asks_for_what_may_pass_and_keeps_the_rest(served: Served, tmp_pat
     now = outcomes(data)
     assert [path for path in now if now[path] is None] == ["/flaky.jpg", "/busy.jpg", "/cut.jpg"]
     assert now["/down.jpg"] == "http_5xx"
-    for shard, (old_rows, old_images, old_inodes) in then.items():
+    for shard, (old_rows, old_images, old_times) in then.items():
         keys = [r["key"] for r in rows(data, shard) if r["status"] == "success"]
         assert list(index_tar(data.tar(shard))) == keys == sorted(keys)  # in the list's order
         for old, new in zip(old_rows, rows(data, shard), strict=True):
             assert old == new or old["url"].endswith(tuple(WAITING))
         assert old_images.items() <= dict(_images(data, shard)).items()
-        changed = {path for path, inode in inodes(data, shard).items() if inode != old_inodes[path]}
-        assert changed == (set() if shard == 1 else set(old_inodes))
+        changed = {path for path, when in written(data, shard).items() if when != old_times[path]}
+        assert changed == (set() if shard == 1 else set(old_times))
     assert second.fetched == first.fetched + 3 and second.not_fetched != first.not_fetched
     assert list(verify.verify(data)) and not any(verify.verify(data))
 
@@ -126,11 +126,11 @@ def test_retry_asks_for_what_may_pass_and_keeps_the_rest(served: Served, tmp_pat
 
     # and again: one server is still down, and its shard comes out the same
     before = served.requests()
-    then_inodes = {shard: inodes(data, shard) for shard in range(3)}
+    then_times = {shard: written(data, shard) for shard in range(3)}
     fetch_shards(data, recipe, retry=True)
     assert asked(served, before) == {"/down.jpg": 1}
     assert contents(fresh.root) == contents(data.root)
-    assert inodes(data, 0) == then_inodes[0] and inodes(data, 1) == then_inodes[1]
+    assert written(data, 0) == then_times[0] and written(data, 1) == then_times[1]
     assert all(embed_done(data, shard, recipe.hashes()[1], {}) for shard in range(3))
 
 
@@ -183,11 +183,11 @@ def _wait_for(condition: Any, seconds: float = 60) -> None:
 def test_the_command_with_ray(served: Served, tmp_path: Path) -> None:
     data, recipe = Data(tmp_path / "data"), served.recipe
     run_stages(served.write_list(tmp_path / "list.tsv"), data, recipe)
-    before, untouched = served.requests(), inodes(data, 1)
+    before, untouched = served.requests(), written(data, 1)
     done = tastemaker("retry", data.root)
     assert done.returncode == 0, done.stdout + done.stderr
     assert asked(served, before) == WAITING
-    assert inodes(data, 1) == untouched
+    assert written(data, 1) == untouched
     fresh = Data(tmp_path / "fresh")
     run_stages(tmp_path / "list.tsv", fresh, recipe)
     ours, theirs = contents(data.root), contents(fresh.root)
@@ -270,7 +270,7 @@ def test_other_changes_ask_nothing_and_contact_nobody(
     made: tuple[Served, Path], copy: Data, capsys: pytest.CaptureFixture[str]
 ) -> None:
     served, finished = made
-    requests, fetched = served.requests(), {s: inodes(copy, s) for s in range(3)}
+    requests, fetched = served.requests(), {s: written(copy, s) for s in range(3)}
     command = ["curate", str(finished.parent / "list.tsv"), "--out", str(copy.root), "--recipe", "bundled"]
     command += _settings(served)
     for setting in ("select.rules.beautiful=top(aesthetic, 0.9)", "pack.shard_size=3", "fetch.timeout=7"):
@@ -280,7 +280,7 @@ def test_other_changes_ask_nothing_and_contact_nobody(
     assert cli.main(["retry", str(copy.root)]) == 0  # a 404 does not pass: nothing to do, not even to start Ray
     assert "starting Ray" not in capsys.readouterr().out
     assert served.requests() == requests
-    now = {s: {p: i for p, i in inodes(copy, s).items() if "/again/" not in p} for s in range(3)}
+    now = {s: {p: i for p, i in written(copy, s).items() if "/again/" not in p} for s in range(3)}
     assert now == fetched
     assert "top(aesthetic, 0.9)" in copy.recipe.read_text()
     assert len(list((copy.root / "shards" / "bundled").glob("*.tar"))) > 1
