@@ -363,6 +363,7 @@ def select_only(data: Data, recipe: Recipe, say: Say, *, uids: str | None, write
     """Rules over the ledger, in seconds, with every column that it holds now."""
     from curate import uids as subsets
     from curate.select import funnel_text, select
+
     name = recipe.select.name
     with Lock(data.root):
         if uids is not None:

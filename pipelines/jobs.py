@@ -14,6 +14,7 @@ import os
 import pickle
 import secrets
 import signal
+import socket
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
@@ -177,10 +178,10 @@ def run_job(job: Job, work: Work, *, address: str | None = None) -> Screen:
         screen = Screen(out, work.rows, work.images, job.embed)
         screen.say("starting Ray ..." if address is None else f"joining the cluster at {address} ...")
         asked_to_end = signal.getsignal(signal.SIGTERM)
-        pools = _start_ray(job, address)
-        if callable(asked_to_end):  # Ray has put its own in place, which ends with a code that says nothing
-            signal.signal(signal.SIGTERM, asked_to_end)
         try:
+            pools = _start_ray(job, address)
+            if callable(asked_to_end):  # Ray has put its own in place, which ends with a code that says nothing
+                signal.signal(signal.SIGTERM, asked_to_end)
             _run_waves(job, work.shards, pools, screen)
         finally:
             ray.shutdown()
@@ -191,7 +192,7 @@ def _start_ray(job: Job, address: str | None) -> Pools:
     import ray
 
     if address is not None:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        _join(address)
         total = ray.cluster_resources()
         _check_nodes(job.data)
         nodes = sum(node["Alive"] for node in ray.nodes())
@@ -207,6 +208,24 @@ def _start_ray(job: Job, address: str | None) -> Pools:
         logging_level=logging.WARNING,
     )
     return pools
+
+
+def _join(address: str) -> None:
+    """Become a driver of the cluster at an address. UserError where there is none, or it does not let us in."""
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        if port.isdigit():  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), 5).close()
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    except (OSError, AuthenticationError) as e:
+        what = str(e).strip().splitlines() or [type(e).__name__]
+        raise UserError(
+            f"--ray-address {address}: {what[0]}. `ray start --head` prints a cluster's address; "
+            "where the cluster asks for a token, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH must hold it here too."
+        ) from None
 
 
 def _local_gpus() -> int:

@@ -93,12 +93,12 @@ class Screen:
         self.seen = counts
         now = time.monotonic()
         self._warn_early(counts, hosts)
+        line = self._line(counts, now, end)  # each time, shown or not: rates need to see when rows come
         if not end and not self._live and now - self._last < 10:
             return
         self._last = now
-        line = self._line(counts, now, end)
         if self._live:
-            width = os.get_terminal_size(self._out.fileno()).columns
+            width = os.get_terminal_size(self._out.fileno()).columns or 80  # 0 where the terminal does not say
             self._out.write("\r" + line[: width - 1].ljust(width - 1) + ("\n" if end else ""))
         else:
             self._out.write(line + "\n")
@@ -153,8 +153,8 @@ class Screen:
         if failed > rows / 2:
             del outcomes["success"]
             reasons = " · ".join(f"{reason} {n}" for reason, n in outcomes.most_common(3))
-            worst = " · ".join(f"{host} {n}" for host, n in hosts)
-            self.say(f"warning: {failed / rows:.0%} of the first {rows:,} rows failed: {reasons}    hosts: {worst}")
+            worst = "    hosts: " + " · ".join(f"{host} {n}" for host, n in hosts) if hosts else ""
+            self.say(f"warning: {failed / rows:.0%} of the first {rows:,} rows failed: {reasons}{worst}")
 
 
 def clock(seconds: float) -> str:

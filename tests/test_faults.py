@@ -226,7 +226,7 @@ def test_a_query_is_interrupted_too(slow: tuple[SmallWeb, Path, dict[str, str]])
     endless = "select count(*) from ledger, range(100000000) a, range(1000) b where (a.range * b.range) % 7 = 3"
     command = [sys.executable, "-m", "pipelines.cli", "query", str(data), endless]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        time.sleep(4)  # nothing on the outside says when DuckDB is at work; before that, any moment is as good
+        time.sleep(4)  # nothing on the outside says when DuckDB is at work
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130 and process.stderr is not None
         assert process.stderr.read() == "tastemaker: interrupted; run the same command again to go on\n"

@@ -9,9 +9,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from aesthetic.space import Space
 
 from aesthetic.heads import Head, HeadError, list_heads, load_head, save_head
+from aesthetic.space import Space
 
 DIM = 24
 

@@ -104,9 +104,8 @@ DRIVER_KILLS = {
 """The stage in which the driver is killed, and the file event that it is killed at."""
 
 
-@pytest.mark.parametrize(
-    "stage", [s if s == "embed" else pytest.param(s, marks=pytest.mark.long) for s in DRIVER_KILLS]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("stage", DRIVER_KILLS)
 def test_driver_killed_with_ray(slow: tuple[SmallWeb, Path, dict[str, str]], tmp_path: Path, stage: str) -> None:
     web, listed, reference = slow
     first = Run(listed, tmp_path / "data", web.settings(15))
