@@ -133,7 +133,7 @@ def parse_recipe(text: str, settings: Sequence[str] = (), what: str = "recipe") 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's plain values: only true and false are booleans (`mode: no`), and 1e-3 is a number. No key twice."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own way: a class variable, filled below
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
