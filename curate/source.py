@@ -308,7 +308,8 @@ def load_plan(root: Path) -> Plan | None:
         data = b""
     if hashlib.sha256(data).hexdigest() != facts["shards_sha256"]:
         raise UserError(f"{file}: is damaged. Remove {root / 'plan'}; {_AGAIN}")
-    table = pq.ParquetFile(pa.BufferReader(data)).read()  # read_table would import pandas
+    # small, so without pyarrow's threads (which may abort a short process as it ends), or pandas, as read_table has it
+    table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
     shards = [ShardPlan(*row) for row in zip(*(table.column(n).to_pylist() for n in _SHARDS.names), strict=True)]
     return _loaded(root, facts, shards)
 
