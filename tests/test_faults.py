@@ -192,7 +192,7 @@ def test_two_commands_on_one_folder(slow: tuple[SmallWeb, Path, dict[str, str]],
 @pytest.mark.parametrize(
     ("number", "event"),
     [
-        (signal.SIGINT, "fetched/.*.starts"),
+        pytest.param(signal.SIGINT, "fetched/.*.starts", marks=pytest.mark.long),
         pytest.param(signal.SIGINT, "embedded/stats/0*.json", marks=pytest.mark.long),
         pytest.param(signal.SIGINT, "shards/.bundled.new/*", marks=pytest.mark.long),
         pytest.param(signal.SIGTERM, "fetched/.*.starts", marks=pytest.mark.long),
@@ -288,6 +288,7 @@ def test_a_full_disk_stops_the_run_and_is_resumed_from(
 # ------------------------------------------------------------------------------------------------------ the second time
 
 
+@pytest.mark.long
 def test_the_second_run_does_nothing(slow: tuple[SmallWeb, Path, dict[str, str]], tmp_path: Path) -> None:
     small, listed, reference = slow
     child = start_here(listed, tmp_path / "data", small.settings(15))

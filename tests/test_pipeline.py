@@ -162,6 +162,7 @@ def test_another_size_is_refused_and_nothing_changes(done: Done) -> None:
     assert before == {p: p.stat().st_mtime_ns for p in done.data.rglob("*.*") if not p.name.startswith(".")}
 
 
+@pytest.mark.long
 def test_a_sample_of_a_bad_list(web: SmallWeb, tmp_path: Path) -> None:
     """Most rows fail: that is said with reasons and hosts. And --limit says what the whole list would be."""
     good = [w for w in web.rows if w.reason is None][:16]

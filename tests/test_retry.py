@@ -148,6 +148,7 @@ fetch_shards(Data(Path(sys.argv[1])), load_recipe("bundled", sys.argv[2:]), retr
 """
 
 
+@pytest.mark.long
 def test_a_retry_that_is_killed_has_changed_nothing(tmp_path: Path) -> None:
     slow = {"/flaky.jpg": flaky(40, Route(status=503)), "/stuck.jpg": flaky(41, Route(status=503), delay=8.0)}
     with serving(10, slow, shard_size=6) as served:
