@@ -86,11 +86,9 @@ class Screen:
         self._spans: dict[str, tuple[float, float, int]] = {}
         self._live = out.isatty()
         self._warned = False
-        self.seen: Counts = {}
 
     def draw(self, counts: Counts, hosts: list[tuple[str, int]], end: bool = False) -> None:
         """Show the counts so far."""
-        self.seen = counts
         now = time.monotonic()
         self._warn_early(counts, hosts)
         line = self._line(counts, now, end)  # each time, shown or not: rates need to see when rows come
