@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -310,7 +311,13 @@ def query(root: Path, sql: str) -> pd.DataFrame:
         )
     con = open_ledger(root, _mentioned(root, sql))
     try:
-        return con.execute(sql).df()
+        with ThreadPoolExecutor(1) as beside:  # DuckDB sees Ctrl-C only in a thread that works, and this one may not
+            answer = beside.submit(lambda: con.execute(sql).df())
+            try:
+                return answer.result()
+            except BaseException:
+                con.interrupt()
+                raise
     except duckdb.Error as e:
         raise UserError(short(e)) from None
     finally:

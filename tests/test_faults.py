@@ -228,7 +228,10 @@ def test_a_query_is_interrupted_too(slow: tuple[SmallWeb, Path, dict[str, str]])
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         time.sleep(4)  # nothing on the outside says when DuckDB is at work
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 130 and process.stderr is not None
+        try:
+            assert process.wait(10) == 130 and process.stderr is not None
+        finally:
+            process.kill()
         assert process.stderr.read() == "tastemaker: interrupted; run the same command again to go on\n"
 
 
