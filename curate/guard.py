@@ -1,9 +1,9 @@
-"""Whom we may contact, and who asked us not to.
+"""Whom we may contact.
 
 A list of URLs is somebody else's text, and the machine that fetches it sits inside somebody's network. So a connection
 is made only to globally routable addresses; what a name resolves to is checked once and the connection goes to exactly
 the checked addresses, so that a second, different answer of the name server changes nothing; and every redirect passes
-the same checks. Opt-outs are the other half: `X-Robots-Tag` headers and robots.txt (RFC 9309).
+the same checks. Who asked us to stay away is the matter of `curate.optouts`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,10 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from typing import Any, Generic, TypeVar
 
 from aiohttp.abc import AbstractResolver, ResolveResult
-from protego import Protego
 from yarl import URL
 
 from curate.ledger import Reason, RowError
 from curate.store import UserError
-
-PRODUCT_TOKEN = "tastemaker"
-"""The name under which robots.txt and X-Robots-Tag can address us."""
 
 MAX_URL = 8000
 """Characters; RFC 9110 section 4.1 asks everybody to support at least 8000 octets."""
@@ -111,6 +107,10 @@ _REFUSED_V6 = [
     )
 ]
 
+# ISATAP (RFC 5214 section 6.1): under any prefix, an interface identifier of these upper 32 bits, but for the two bits
+# of the mask, carries an IPv4 address.
+_ISATAP, _ISATAP_MASK = 0x00005EFE, 0xFCFFFFFF
+
 # Ports where an HTTP request does harm: the WHATWG Fetch standard's list of bad ports, which browsers refuse, and
 # those of Ray (6379, 8265, 10001), which runs code for whoever reaches it, also where a node has a public address.
 _REFUSED_PORTS = frozenset(
@@ -144,6 +144,7 @@ def check_address(ip: str, port: int, allow: tuple[Allowed, ...]) -> None:
             and address.scope_id is None
             and address in _GLOBAL_UNICAST
             and not any(address in n for n in _REFUSED_V6)
+            and int(address) >> 32 & _ISATAP_MASK != _ISATAP
         )
     if not public:
         raise RowError(Reason.BLOCKED_ADDRESS, f"{ip} is not a public address")
@@ -196,7 +197,7 @@ def parse_url(text: str, allow: tuple[Allowed, ...], base: URL | None = None) ->
     try:
         url = _joined(base, URL(text))
         host, port = url.raw_host or "", url.port or 0
-    except ValueError as e:  # UnicodeError is one
+    except (ValueError, IndexError) as e:  # UnicodeError is one; yarl stumbles over http://[]@/
         raise RowError(Reason.BAD_URL, str(e)) from e
     if url.scheme not in ("http", "https"):
         raise RowError(Reason.BAD_URL, f"scheme {url.scheme[:20]!r}: only http and https are fetched")
@@ -301,18 +302,30 @@ _DNS_SIZE = 100_000  # names kept
 _NO_SUCH_NAME = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", None), getattr(socket, "EAI_ADDRFAMILY", None)}
 
 
+@dataclass(frozen=True)
+class _Addresses:
+    addresses: tuple[str, ...]
+    seconds: float  # that finding them took
+
+
 class GuardedResolver(AbstractResolver):
     """Names to addresses for aiohttp, which then connects to exactly what this returns.
 
-    A host is refused when any one of its addresses may not be contacted. Answers are kept and look-ups shared; every
-    answer is checked again each time it is used, for the port at hand.
+    A host is refused when any one of its addresses may not be contacted. Answers are kept and look-ups shared, 64 of
+    them at a time; every answer is checked again each time it is used, for the port at hand.
 
-    Raises (from `resolve`):
+    Args:
+        allow: private addresses that may be contacted.
+        timeout: seconds for one look-up, not counting its wait for others.
+        lookup: what is asked in place of the system.
+
+    Raises (from `resolve` and `ahead`):
         RowError: dns (a `Settled` one where the name does not exist) or blocked_address.
     """
 
-    def __init__(self, allow: tuple[Allowed, ...], lookup: Lookup | None = None) -> None:
-        self._allow = allow
+    def __init__(self, allow: tuple[Allowed, ...], timeout: float, lookup: Lookup | None = None) -> None:
+        self._allow, self._timeout = allow, timeout
+        self._places = asyncio.Semaphore(_DNS_THREADS)
         self._threads = ThreadPoolExecutor(_DNS_THREADS, "dns")
         self._lookup = lookup or self._ask_the_system
         self._shared = Shared(self._addresses, self._keep, _DNS_SIZE)
@@ -320,7 +333,7 @@ class GuardedResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        addresses = await self._shared.get(host)
+        addresses = (await self._shared.get(host)).addresses
         for address in addresses:
             try:
                 check_address(address, port, self._allow)
@@ -338,13 +351,28 @@ class GuardedResolver(AbstractResolver):
             for address in addresses
         ]
 
+    async def ahead(self, host: str) -> float:
+        """Have a name's addresses at hand. Returns the seconds of a look-up that this call waited for, 0 for most."""
+        if ":" in host or _ENDS_IN_A_NUMBER.search(host):
+            return 0.0
+        began = asyncio.get_running_loop().time()
+        names = await self._shared.get(host)
+        return min(asyncio.get_running_loop().time() - began, names.seconds)
+
     async def close(self) -> None:
+        """Stop what is under way."""
         await self._shared.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _addresses(self, host: str) -> list[str]:
+    async def _addresses(self, host: str) -> _Addresses:
+        clock = asyncio.get_running_loop().time
         try:
-            addresses = await self._lookup(host)
+            async with self._places:
+                began = clock()
+                async with asyncio.timeout(self._timeout):
+                    addresses = await self._lookup(host)
+        except TimeoutError:
+            raise RowError(Reason.DNS, f"{host}: no answer within {self._timeout:g} s") from None
         except socket.gaierror as e:
             kind = Settled if e.errno in _NO_SUCH_NAME else RowError
             raise kind(Reason.DNS, f"{host}: {e.strerror or e}") from e
@@ -352,7 +380,7 @@ class GuardedResolver(AbstractResolver):
             raise Settled(Reason.DNS, f"{host}: {e}") from e
         if not addresses:
             raise Settled(Reason.DNS, f"{host}: no address")
-        return addresses
+        return _Addresses(tuple(addresses), clock() - began)
 
     async def _ask_the_system(self, host: str) -> list[str]:
         answers = await asyncio.get_running_loop().run_in_executor(
@@ -362,102 +390,7 @@ class GuardedResolver(AbstractResolver):
         return [str(address[0]) for *_, address in answers]
 
     @staticmethod
-    def _keep(outcome: list[str] | RowError) -> float:
+    def _keep(outcome: _Addresses | RowError) -> float:
         if isinstance(outcome, Settled):
             return _DNS_KEPT_NO_NAME
         return _DNS_KEPT_FAILURE if isinstance(outcome, RowError) else _DNS_KEPT
-
-
-# -------------------------------------------------------------------------------------------------------- opt-outs
-
-SIGNALS = ("x-robots-tag", "robots-txt")
-"""The opt-out signals that `fetch.respect` can name."""
-
-_REFUSALS = {"noai", "noimageai", "noindex", "noimageindex", "none"}
-_AGENT = re.compile(r"[a-z][a-z0-9_.*+/-]*|\*")
-_WITH_VALUE = {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"}
-
-
-def robots_tag_refusal(headers: Iterable[str]) -> str | None:
-    """The directive in the values of all X-Robots-Tag headers of one answer that asks us to stay away, or None.
-
-    A value is a comma list; `agent:` before a directive makes it and what follows it in that header a matter of
-    that agent alone (several agents may follow each other). Case does not matter. These count: noai, noimageai,
-    noindex, noimageindex, none.
-    """
-    for header in headers:
-        ours = True
-        for item in header.lower().split(","):
-            name, colon, rest = (part.strip() for part in item.partition(":"))
-            # A date may hold both commas and colons; none of its pieces looks like an agent's name.
-            while colon and name not in _REFUSALS | _WITH_VALUE and _AGENT.fullmatch(name):
-                ours = name == "*" or name.partition("/")[0] == PRODUCT_TOKEN
-                name, colon, rest = (part.strip() for part in rest.partition(":"))
-            if ours and name in _REFUSALS:
-                return name
-    return None
-
-
-ROBOTS_MAX_BYTES = 500 * 1024
-"""RFC 9309 section 2.5: read at least 500 kibibytes. The rest is not read."""
-
-_ROBOTS_KEPT = 86_400.0  # seconds: RFC 9309 section 2.4 asks for no more than a day
-_ROBOTS_KEPT_FAILURE = 300.0
-_ROBOTS_SIZE = 20_000  # origins kept
-
-
-def robots_rules(body: bytes) -> Protego:
-    """Read a robots.txt: the rules that RFC 9309 gives to our product token, else those for everybody.
-
-    Choosing the group is done here to the letter of section 2.2.1: a whole token counts, a version after it does
-    not, and records of other kinds (Crawl-delay, Sitemap) end no group. Protego does the patterns.
-    """
-    ours: list[str] = []
-    everybodys: list[str] = []
-    named = in_rules = False
-    agents: list[str] = []
-    for line in re.split(r"\r\n|\r|\n", body.decode("utf-8-sig", errors="replace")):
-        line = line.partition("#")[0].strip()
-        field, _, value = line.partition(":") if ":" in line else line.partition(" ")
-        field, value = field.strip().lower(), value.strip().lower()
-        if field in ("user-agent", "useragent", "user agent"):
-            if in_rules:
-                agents, in_rules = [], False
-            token = re.match(r"[a-z_-]+|\*", value)
-            agents.append(token[0] if token else "")
-            named = named or agents[-1] == PRODUCT_TOKEN
-        elif field == "allow" or field.startswith(("dis", "dias")):
-            in_rules = True
-            if PRODUCT_TOKEN in agents:
-                ours.append(line)
-            if "*" in agents:
-                everybodys.append(line)
-    return Protego.parse("\n".join(["user-agent: *", *(ours if named else everybodys)]))
-
-
-class Robots:
-    """robots.txt, read once per origin and shared by all its rows.
-
-    `read` fetches one: its bytes, or None where the origin has none (any 4xx). What it raises ends every row of that
-    origin for a while: 5xx is a complete disallow (RFC 9309 section 2.3.1.4), a dead host keeps its own reason.
-    """
-
-    def __init__(self, read: Callable[[URL], Awaitable[bytes | None]]) -> None:
-        self._read = read
-        self._shared = Shared(
-            self._rules, lambda o: _ROBOTS_KEPT_FAILURE if isinstance(o, RowError) else _ROBOTS_KEPT, _ROBOTS_SIZE
-        )
-
-    async def check(self, url: URL) -> None:
-        """Raises RowError: opted_out where the rules disallow this URL, or what `read` raised."""
-        rules = await self._shared.get(str(url.origin()))
-        if not rules.can_fetch(str(url), PRODUCT_TOKEN):
-            raise Settled(Reason.OPTED_OUT, f"robots.txt of {url.origin()} disallows it")
-
-    async def close(self) -> None:
-        await self._shared.close()
-
-    async def _rules(self, origin: str) -> Protego:
-        body = await self._read(URL(origin).with_path("/robots.txt"))
-        # Half a megabyte of rules takes a good part of a second to read: not on the event loop.
-        return await asyncio.to_thread(robots_rules, body or b"")
