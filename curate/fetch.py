@@ -5,10 +5,10 @@
     await fetcher.close()
 
 What holds for every request, also those for robots.txt and for each hop of a redirect: the address was checked and the
-connection goes to the checked address (`curate.guard`), at most `per_host` requests are open to one host and
-`concurrency` in all, no cookies, no proxy from the environment, no credentials. No answer can take longer than
-`timeout` or hold more than `max_bytes`, counted after decompression; so a worker's bodies in flight need less than
-concurrency x max_bytes, and for honest lists a hundredth of that.
+connection goes to the checked address (`curate.guard`), one registered domain gets so many requests at a time and a
+second (`curate.budget`), and there are `concurrency` in all; no cookies, no proxy from the environment, no credentials.
+No answer can take longer than `timeout` or hold more than `max_bytes`, counted after decompression; all bodies in
+memory share `MEMORY` bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import functools
 import random
 import ssl
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -31,23 +31,32 @@ from aiohttp.http_exceptions import HttpProcessingError
 from multidict import CIMultiDictProxy
 from yarl import URL
 
-from curate import guard
+from curate import budget, guard, optouts
+from curate.deny import Deny
 from curate.ledger import Reason, RowError
+from curate.memory import Hold, Memory
 from curate.store import UserError
 
 ENGINES = ("native", "img2dataset")
 
+MEMORY = 128_000_000
+"""Bytes of bodies, arriving or waiting for a decoder, that a fetcher holds; one may go `max_bytes` beyond."""
+
+SECOND_PASS = 5.0
+"""Seconds, or up to half as many more, before the last attempt: what is down for a moment is up again by then."""
+
 _FOLLOWED = {301, 302, 303, 307, 308}
-_BACKOFF = 0.5  # seconds before the second attempt, on average; doubles with each one
+_BACKOFF = 0.5  # seconds before an attempt that is not the last, on average; doubles with each one
+_OF_THE_DOMAIN = {Reason.CONNECT, Reason.TLS, Reason.TIMEOUT, Reason.HTTP_429}  # and 503; others are one URL's affair
 _PATIENCE = 30.0  # seconds of Retry-After that are waited for; beyond, the row is left to `tastemaker retry`
-_LONGEST_BAN = 3600.0  # seconds for which a Retry-After keeps us away from a host
-_OF_THE_HOST = {Reason.DNS, Reason.CONNECT, Reason.TLS, Reason.TIMEOUT}
-_HELD = 256_000_000  # bytes of bodies that wait for a decoder before nothing new is asked for
-_STRIKES = 20  # failures in a row, with no answer of another kind between, after which a host is left alone
-_REST = 60.0  # seconds for which it is
+_PAUSE = 1.0  # seconds that a domain is left alone after a 429 that names no time
+_LONGEST_BAN = 3600.0  # seconds for which a Retry-After keeps us away from a domain
 _IDLE = 5.0  # seconds that an unused connection is kept; lists are wide, and each one is a file descriptor
-_HOSTS_KEPT = 10_000  # hosts remembered before the idle ones are forgotten
 _FIELD = 16_384  # bytes of one header field
+_STEP = 65_536  # bytes that a body is first given; doubled as it grows
+_PIECE = 1_000_000  # bytes that are decompressed at a time
+_AHEAD = 24  # bodies that may wait for decoders before fewer requests are made at a time, and the fewest requests
+_SLOW, _SLOW_AFTER = 1000.0, 5.0  # bytes per second that a body must bring, on the average of more than so many seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,32 +70,38 @@ class FetchConfig:
     engine: str = "native"  # or img2dataset: its downloader in place of ours (no address guard, no robots.txt)
     timeout: float = 20.0  # seconds for one attempt: names, TLS, redirects and body; waiting for a turn not counted
     concurrency: int = 256  # requests in flight per worker
-    per_host: int = 4  # requests in flight per host name
+    per_domain: int = 6  # requests in flight per registered domain (example.co.uk), of all workers together
+    rate: float = 50.0  # requests started per second and registered domain, of all workers together; 0: any number
     max_bytes: int = 32_000_000  # of one body, after decompression
     max_redirects: int = 5
     retries: int = 2  # attempts after the first, for reasons that may pass
     user_agent: str = "tastemaker/0.1.0 (dataset curation; robots.txt token: tastemaker)"
-    respect: tuple[str, ...] = guard.SIGNALS  # opt-out signals that are honoured
+    respect: tuple[str, ...] = ("x-robots-tag", "robots-txt", "tdm-reservation")  # opt-out signals that are honoured
+    verify: str | None = None  # a column of the list: md5, sha256 or sha512 of the original bytes, in hex
+    deny: tuple[str, ...] = ()  # files of URLs, domains and hashes that are never fetched, decoded or stored
     allow: tuple[str, ...] = ()  # private "network:port" pairs that may be contacted, such as 127.0.0.0/8:8123
 
     def __post_init__(self) -> None:
-        for key in ("respect", "allow"):
+        for key in ("respect", "allow", "deny"):
             value = getattr(self, key)
             if isinstance(value, str):
                 raise UserError(f"fetch.{key}: {value!r} must be a list")
             object.__setattr__(self, key, tuple(value))
         if self.engine not in ENGINES:
             raise UserError(f"fetch.engine: {self.engine!r} is not one of {', '.join(ENGINES)}")
-        for key, least in (("concurrency", 1), ("per_host", 1), ("max_bytes", 1), ("max_redirects", 0), ("retries", 0)):
-            if getattr(self, key) < least:
-                raise UserError(f"fetch.{key}: {getattr(self, key)} must be at least {least}")
+        for least, keys in (1, ("concurrency", "per_domain", "max_bytes")), (0, ("rate", "max_redirects", "retries")):
+            for key in keys:
+                if not getattr(self, key) >= least:
+                    raise UserError(f"fetch.{key}: {getattr(self, key)} must be at least {least}")
         if not self.timeout > 0:
             raise UserError(f"fetch.timeout: {self.timeout} must be more than 0 seconds")
         if not self.user_agent.isascii() or not self.user_agent.isprintable() or not self.user_agent.strip():
             raise UserError(f"fetch.user_agent: {self.user_agent!r} must be printable ASCII and not empty")
         for signal in self.respect:
-            if signal not in guard.SIGNALS:
-                raise UserError(f"fetch.respect: {signal!r} is not one of {', '.join(guard.SIGNALS)}")
+            if signal not in optouts.SIGNALS:
+                raise UserError(f"fetch.respect: {signal!r} is not one of {', '.join(optouts.SIGNALS)}")
+        if self.engine == "img2dataset" and (self.verify or self.deny):
+            raise UserError("fetch.verify and fetch.deny need fetch.engine=native: img2dataset knows neither")
         guard.parse_allow(self.allow)
 
 
@@ -97,69 +112,7 @@ class Body:
     data: bytes
     final_url: str  # after redirects
     http_status: int  # 200 or 203
-
-
-# ----------------------------------------------------------------------------------------------------------- hosts
-
-
-class _Host:
-    def __init__(self, per_host: int) -> None:
-        self.turns = asyncio.Semaphore(per_host)
-        self.users = 0  # rows that wait or are served
-        self.strikes = 0
-        self.not_before = 0.0  # loop time; what Retry-After asked for
-        self.closed_until = 0.0  # loop time; until then rows end with `last` and nothing is sent
-        self.last: RowError | None = None
-
-
-class Hosts:
-    """Turns at hosts: never more than `per_host` requests at one time, pauses where a host asks for them, and a rest
-    for one that only fails. Keyed by host name. One object may serve several fetchers on one event loop.
-    """
-
-    def __init__(self, per_host: int) -> None:
-        self._per_host = per_host
-        self._hosts: dict[str, _Host] = {}
-
-    @contextlib.asynccontextmanager
-    async def turn(self, name: str) -> AsyncIterator[None]:
-        """Wait for a turn at a host and hold it. Raises guard.Settled while the host is left alone."""
-        clock = asyncio.get_running_loop().time
-        host = self._hosts.get(name)
-        if host is None:
-            self._forget_idle(clock())
-            host = self._hosts[name] = _Host(self._per_host)
-        host.users += 1
-        try:
-            async with host.turns:
-                while (wait := host.not_before - clock()) > 0 and host.closed_until <= clock():
-                    await asyncio.sleep(wait)
-                if host.last is not None and host.closed_until > clock():
-                    raise guard.Settled(host.last.reason, host.last.detail)  # the same words, whoever came first
-                yield
-        finally:
-            host.users -= 1
-
-    def answered(self, name: str) -> None:
-        """A host gave an answer that counts as one, be it a refusal."""
-        self._hosts[name].strikes = 0
-
-    def failed(self, name: str, error: RowError, retry_after: float | None) -> None:
-        """A host failed in a way that may pass; `retry_after` is what it asked for, in seconds."""
-        host, now = self._hosts[name], asyncio.get_running_loop().time()
-        if error.reason in _OF_THE_HOST:  # not what one URL of it answers: that must not depend on its neighbours
-            host.strikes += 1
-        host.last = error.with_traceback(None)
-        if retry_after is not None and retry_after > _PATIENCE:
-            host.closed_until = now + min(retry_after, _LONGEST_BAN)
-        elif retry_after is not None:
-            host.not_before = max(host.not_before, now + retry_after)
-        if host.strikes >= _STRIKES:
-            host.closed_until = max(host.closed_until, now + _REST)
-
-    def _forget_idle(self, now: float) -> None:
-        if len(self._hosts) >= _HOSTS_KEPT:
-            self._hosts = {n: h for n, h in self._hosts.items() if h.users or max(h.not_before, h.closed_until) > now}
+    opt_out: str | None = None  # opt-out headers that were seen on the way and are not in `respect`
 
 
 # --------------------------------------------------------------------------------------------------------- fetching
@@ -171,6 +124,9 @@ class _Answer:
     status: int
     headers: CIMultiDictProxy[str]
     data: bytes
+    seen: dict[str, str]  # opt-out headers, of this hop and those before
+    hold: Hold  # the memory of `data`; to be released
+    seconds: float  # it took
 
 
 @dataclass(frozen=True)
@@ -186,28 +142,42 @@ T = TypeVar("T")
 
 
 class Fetcher:
-    """Fetches URLs on one event loop. Any number of `get` may wait at once: rows that wait for a busy host hold
+    """Fetches URLs on one event loop. Any number of `get` may wait at once: rows that wait for a busy domain hold
     none of the `concurrency` places.
 
     Args:
         config: the limits.
         lookup: resolves host names in place of the system; what it answers is checked all the same.
-        hosts: the turns at hosts, to share them with other fetchers; by default this fetcher's own.
+        exchange: the budget of requests per domain, where it is shared with others; by default this fetcher's own.
+        deny: URLs and domains that are not asked for, also where a redirect leads there.
     """
 
-    def __init__(self, config: FetchConfig, *, lookup: guard.Lookup | None = None, hosts: Hosts | None = None) -> None:
+    def __init__(
+        self,
+        config: FetchConfig,
+        *,
+        lookup: guard.Lookup | None = None,
+        exchange: budget.Exchange | None = None,
+        deny: Deny | None = None,
+    ) -> None:
         self._config = config
         self._allow = guard.parse_allow(config.allow)
-        self._hosts = hosts or Hosts(config.per_host)
-        self._places = asyncio.Semaphore(config.concurrency)
-        self._resolver = guard.GuardedResolver(self._allow, lookup)
-        self._robots = guard.Robots(self._read_robots)
+        self._turns = budget.Turns(
+            config.concurrency,
+            config.per_domain,
+            config.rate,
+            exchange or budget.local(budget.Budget(config.per_domain)),
+        )
+        self._memory = Memory(max(MEMORY, config.max_bytes))
+        self._resolver = guard.GuardedResolver(self._allow, config.timeout, lookup)
+        self._robots = optouts.Robots(self._read_robots)
+        self._tdmrep = optouts.TdmRep(self._read_tdmrep)
+        self._deny = deny or Deny.load(())
         self._image = _Errand(config.max_bytes, False, frozenset(config.respect))
-        self._rules = _Errand(guard.ROBOTS_MAX_BYTES, True, frozenset())
+        self._rules = _Errand(optouts.ROBOTS_MAX_BYTES, True, frozenset())
         self._opened: aiohttp.ClientSession | None = None
-        self._held = 0  # bytes of bodies that are not used up yet
-        self._room = asyncio.Event()
-        self._room.set()
+        self._bodies = 0  # that wait for a decoder or are with one
+        self._width = config.concurrency  # requests at a time, as long as bodies are used as fast as they come
 
     async def get(self, url: str) -> Body:
         """Fetch one URL.
@@ -215,34 +185,47 @@ class Fetcher:
         Raises:
             RowError: why there is no body; `final_url` and `http_status` are set where a server answered.
         """
-        parsed = guard.parse_url(url, self._allow)
-        answer = await self._persist(lambda: self._follow(parsed, self._image))
-        return Body(answer.data, str(answer.url), answer.status)
+        async with self.body(url) as body:
+            return body
 
     @contextlib.asynccontextmanager
     async def body(self, url: str) -> AsyncIterator[Body]:
-        """As `get`, counting the body as held until the block ends: while too much is held, nothing new is asked for.
+        """As `get`, counting the body as held until the block ends: while much is held, nothing new is asked for.
 
-        So a web that is faster than the decoders does not fill the memory. Rows that wait for a host's turn hold
-        nothing.
+        So a web that is faster than the decoders does not fill the memory.
         """
-        answer = await self.get(url)
-        self._hold(len(answer.data))
+        parsed = guard.parse_url(url, self._allow)
         try:
-            yield answer
+            answer = await self._persist(lambda: self._follow(parsed, self._image))
+            self._bodies += 1
+            try:
+                yield Body(answer.data, str(answer.url), answer.status, _words(answer.seen))
+            finally:
+                self._bodies -= 1
+                answer.hold.release()
         finally:
-            self._hold(-len(answer.data))
+            self._pace()
 
-    def _hold(self, size: int) -> None:
-        self._held += size
-        if self._held < _HELD:
-            self._room.set()
+    def _pace(self) -> None:
+        """Ask no faster than bodies are used: with fewer requests at a time, more of them find an open connection, and
+        bodies are still in the processor's cache when they are decoded."""
+        if self._bodies > _AHEAD:
+            by = -1 if self._width > _AHEAD else 0
         else:
-            self._room.clear()
+            by = min(2, self._config.concurrency - self._width) if self._bodies < _AHEAD // 4 else 0
+        if by:
+            self._width += by
+            self._turns.widen(by)
+
+    async def settle(self) -> None:
+        """Give back what the budget lent and no row needs now."""
+        await self._turns.give_back()
 
     async def close(self) -> None:
         """Drop all connections. Rows still under way end with an error; wait for them first."""
         await self._robots.close()
+        await self._tdmrep.close()
+        await self._turns.close()
         if self._opened is not None:
             await self._opened.close()
         await self._resolver.close()
@@ -273,150 +256,234 @@ class Fetcher:
         return self._opened
 
     async def _persist(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Try, and try again for reasons that may pass."""
-        for n in range(self._config.retries + 1):
+        """Try, and try again for reasons that may pass: soon after, and the last time in a second pass."""
+        retries = self._config.retries
+        for n in range(retries + 1):
             try:
                 return await attempt()
             except guard.Settled:
                 raise
             except RowError as e:
-                if not e.reason.passing or n == self._config.retries:
+                if not e.reason.passing or n == retries:
                     raise
-            await asyncio.sleep(_BACKOFF * 2**n * random.uniform(0.5, 1.5))
+            if n < retries - 1:
+                await asyncio.sleep(_BACKOFF * 2**n * random.uniform(0.5, 1.5))
+            else:
+                await asyncio.sleep(SECOND_PASS * random.uniform(1.0, 1.5))
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     async def _follow(self, url: URL, errand: _Errand) -> _Answer:
         """One attempt: the URL and its redirects, each hop checked like the first.
 
-        Turns come before places, so that a row which waits for a busy host takes nothing from the others.
+        Names are looked up before a row waits for its turn, so that no place is spent on waiting for a name server.
         """
         left = self._config.timeout
-        clock = asyncio.get_running_loop().time
-        for _ in range(self._config.max_redirects + 1):
-            if "robots-txt" in errand.signals:
-                await self._robots.check(url)
-            async with self._hosts.turn(url.raw_host or ""), self._places:
-                await self._room.wait()
-                start = clock()
-                answer = await self._exchange(url, left, errand)
-                left -= clock() - start
-            if answer.status not in _FOLLOWED:
-                return answer
-            location = answer.headers.get("Location")
-            try:
+        seen: dict[str, str] = {}
+        answer: _Answer | None = None
+        try:
+            for _ in range(self._config.max_redirects + 1):
+                self._deny.url(url)
+                if "robots-txt" in errand.signals:
+                    await self._robots.check(url)
+                if "tdmrep-json" in errand.signals:
+                    await self._tdmrep.check(url)
+                left -= await self._resolver.ahead(url.raw_host or "")
+                async with self._turns.turn(budget.registered_domain(url.raw_host or "")) as turn:
+                    await self._memory.room()
+                    answer = await self._exchange(url, left, errand, seen, turn)
+                left -= answer.seconds
+                if answer.status not in _FOLLOWED:
+                    return answer
+                answer.hold.release()
+                location = answer.headers.get("Location")
                 if not location:
                     raise RowError(Reason.PROTOCOL, f"{answer.status} without a Location")
                 url = guard.parse_url(location, self._allow, base=url)
-            except RowError as e:
-                raise RowError(
-                    e.reason, f"redirect: {e.detail}", final_url=str(answer.url), http_status=answer.status
-                ) from e
-        raise RowError(
-            Reason.TOO_MANY_REDIRECTS,
-            f"more than {self._config.max_redirects}",
-            final_url=str(answer.url),
-            http_status=answer.status,
-        )
+            raise RowError(Reason.TOO_MANY_REDIRECTS, f"more than {self._config.max_redirects}")
+        except RowError as e:
+            e.opt_out = _words(seen)
+            if answer is not None and e.http_status is None:  # what led there
+                e.final_url, e.http_status = str(answer.url), answer.status
+                e.detail = f"redirect: {e.detail}"
+            raise
 
-    async def _exchange(self, url: URL, seconds: float, errand: _Errand) -> _Answer:
-        """One request and its answer, and what it says about the host."""
-        name, status, retry_after = url.raw_host or "", None, None
+    async def _exchange(
+        self, url: URL, seconds: float, errand: _Errand, seen: dict[str, str], turn: budget.Turn
+    ) -> _Answer:
+        """One request and its answer, and what it says about the domain."""
+        status, retry_after = None, None
+        hold = self._memory.hold()
         try:
             try:
-                async with asyncio.timeout(seconds), self._session.get(url, allow_redirects=False) as response:
+                async with asyncio.timeout(seconds) as limit, self._session.get(url, allow_redirects=False) as response:
                     status = response.status
                     retry_after = _retry_after(response.headers.get("Retry-After"))
-                    data = await _read(response, errand)
-                    answer = _Answer(url, status, response.headers, data)
+                    seen |= optouts.read_headers(response.headers)
+                    room = _Room(hold, errand.max_bytes + 1, limit, seconds)
+                    data = await _read(response, errand, seen, room)
+                    turn.answered()
+                    return _Answer(url, status, response.headers, data, seen, hold, seconds - _left(limit))
             except (aiohttp.ClientError, HttpProcessingError, OSError) as e:  # TimeoutError is an OSError
                 raise _as_row_error(e) from e
         except RowError as e:
+            hold.release()
             if status is not None:
                 e.final_url, e.http_status = str(url), status
-            if e.reason.passing:
-                asked = retry_after if e.reason in (Reason.HTTP_429, Reason.HTTP_5XX) else None
-                self._hosts.failed(name, e, asked)
-                if asked is not None and asked > _PATIENCE:
-                    raise guard.Settled(
-                        e.reason,
-                        f"{e.detail}; asked to wait {asked:.0f} s",
-                        final_url=e.final_url,
-                        http_status=e.http_status,
-                    ) from e
+            if e.reason in _OF_THE_DOMAIN or status == 503:
+                turn.failed(e)
             elif status is not None:
-                self._hosts.answered(name)
+                turn.answered()
+            self._keep_away(e, retry_after, turn)
             raise
-        self._hosts.answered(name)
-        return answer
+        except BaseException:
+            hold.release()
+            raise
+
+    def _keep_away(self, error: RowError, retry_after: float | None, turn: budget.Turn) -> None:
+        """What a 429 or 5xx asks for. Raises Settled where that is to wait for too long."""
+        if error.reason is Reason.HTTP_429 and retry_after is None:
+            retry_after = _PAUSE
+        if retry_after is None or error.reason not in (Reason.HTTP_429, Reason.HTTP_5XX):
+            return
+        if retry_after <= _PATIENCE:
+            turn.rest(retry_after)
+            return
+        settled = guard.Settled(
+            error.reason,
+            f"{error.detail}; asked to wait {retry_after:.0f} s",
+            final_url=error.final_url,
+            http_status=error.http_status,
+        )
+        turn.give_up(settled, min(retry_after, _LONGEST_BAN))
+        raise settled from error
+
+    async def _read_rules(self, url: URL) -> bytes:
+        answer = await self._persist(lambda: self._follow(url, self._rules))
+        answer.hold.release()
+        return answer.data
+
+    async def _read_tdmrep(self, url: URL) -> bytes | None:
+        """The bytes of a tdmrep.json, None where there is none."""
+        try:
+            return await self._read_rules(url)
+        except RowError as e:
+            if 300 <= (e.http_status or 0) < 500:
+                return None
+            raise
 
     async def _read_robots(self, url: URL) -> bytes | None:
-        """The bytes of a robots.txt, None where there is none; see guard.Robots for what the errors mean."""
+        """The bytes of a robots.txt, None where there is none; see optouts.Robots for what the errors mean."""
         try:
-            return (await self._persist(lambda: self._follow(url, self._rules))).data
+            return await self._read_rules(url)
         except RowError as e:
             status = e.http_status or 0
-            if e.reason is not Reason.BLOCKED_ADDRESS and 300 <= status < 500:
-                return None  # RFC 9309 section 2.3.1.3: unavailable, also after too many redirects
+            unavailable = 300 <= status < 500 and status != 429  # which asks for less, not for more
+            if e.reason is Reason.DENIED or (e.reason is not Reason.BLOCKED_ADDRESS and unavailable):
+                return None  # RFC 9309 section 2.3.1.3, also after too many redirects
             detail = f"{url}: {e.detail}"
-            if e.reason is Reason.HTTP_5XX and status:
-                raise guard.Settled(Reason.OPTED_OUT, f"{detail}, which means: keep out") from e
+            if e.reason is Reason.HTTP_5XX:
+                detail += ", which means: keep out"  # section 2.3.1.4; but only for now
             raise guard.Settled(e.reason, detail) from e
 
 
 @functools.cache
 def _tls() -> ssl.SSLContext:
     """One for all: building it reads every root certificate, some 50 ms."""
-    return ssl.create_default_context()
+    context = ssl.create_default_context()
+    context.hostname_checks_common_name = False  # nobody else takes it for a name any more (RFC 9525)
+    return context
 
 
-async def _read(response: aiohttp.ClientResponse, errand: _Errand) -> bytes:
+class _Room:
+    """Memory and time for the body of an answer. While it waits for memory, its time stands still."""
+
+    def __init__(self, hold: Hold, most: int, limit: asyncio.Timeout, seconds: float) -> None:
+        self._hold, self._most, self._limit, self._seconds = hold, most, limit, seconds
+
+    def elapsed(self) -> float:
+        return self._seconds - _left(self._limit)
+
+    async def grow(self, size: int) -> None:
+        """Have room for so many bytes, if there is to be more than there is."""
+        if size <= self._hold.size:
+            return
+        size = min(max(size, 2 * self._hold.size, _STEP), self._most)
+        if self._hold.grow_now(size):
+            return
+        left = _left(self._limit)
+        self._limit.reschedule(None)
+        await self._hold.grow(size)
+        self._limit.reschedule(asyncio.get_running_loop().time() + left)
+
+
+def _left(limit: asyncio.Timeout) -> float:
+    return (limit.when() or 0.0) - asyncio.get_running_loop().time()
+
+
+async def _read(response: aiohttp.ClientResponse, errand: _Errand, seen: Mapping[str, str], room: _Room) -> bytes:
     """The body of an answer that has one to give, b"" for a redirect; RowError for all other answers."""
     status = response.status
     if status not in _FOLLOWED and status not in (200, 203):
         raise RowError(_REASONS.get(status) or _REASONS.get(status // 100) or Reason.PROTOCOL, f"status {status}")
-    if "x-robots-tag" in errand.signals:
-        directive = guard.robots_tag_refusal(response.headers.getall("X-Robots-Tag", ()))
-        if directive:
-            raise RowError(Reason.OPTED_OUT, f"X-Robots-Tag: {directive}")
+    for signal, says in seen.items():
+        if signal in errand.signals:
+            raise RowError(Reason.OPTED_OUT, f"{signal}: {says}")
     if status in _FOLLOWED:
         return b""
-    limit = errand.max_bytes
-    if response.content_length is not None and response.content_length > limit and not errand.cut:
-        raise RowError(Reason.TOO_LARGE, f"{response.content_length} bytes declared, more than {limit}")
+    limit, declared = errand.max_bytes, response.content_length
+    if declared is not None and declared > limit and not errand.cut:
+        raise RowError(Reason.TOO_LARGE, f"{declared} bytes declared, more than {limit}")
     encoding = ",".join(response.headers.getall("Content-Encoding", ())).strip().lower()
     inflate = _Inflate(encoding) if encoding not in ("", "identity") else None
-    body = bytearray()
-    received = 0
+    pieces: list[bytes] = []
+    received = size = 0
     async for chunk in response.content.iter_any():
         received += len(chunk)
-        body += chunk if inflate is None else inflate(chunk, limit + 1 - len(body))
-        if len(body) > limit or received > limit:
-            if errand.cut:
-                return bytes(body[:limit])
+        while chunk:
+            if inflate is None:
+                piece, chunk = chunk, b""
+            else:  # in a thread, and little by little: a few bytes can be a great many
+                piece, chunk = await asyncio.to_thread(inflate, chunk)
+            size += len(piece)
+            if size > limit:
+                if errand.cut:
+                    return b"".join([*pieces, piece])[:limit]
+                raise RowError(Reason.TOO_LARGE, f"more than {limit} bytes")
+            await room.grow(size)  # as it comes: a length that is only promised takes nothing from others
+            pieces.append(piece)
+        if received > limit and not errand.cut:
             raise RowError(Reason.TOO_LARGE, f"more than {limit} bytes")
+        if (elapsed := room.elapsed()) > _SLOW_AFTER and received < _SLOW * elapsed:
+            raise RowError(Reason.TIMEOUT, f"{received} bytes in {elapsed:.0f} s")
     if inflate is not None and not inflate.complete:
         raise RowError(Reason.PROTOCOL, f"{encoding} body cut short")
-    return bytes(body)
+    return b"".join(pieces)
+
+
+def _words(seen: Mapping[str, str]) -> str | None:
+    return "; ".join(f"{signal}: {says}" for signal, says in seen.items()) or None
 
 
 _REASONS = {404: Reason.HTTP_404, 429: Reason.HTTP_429, 4: Reason.HTTP_4XX, 5: Reason.HTTP_5XX}
 
 
 class _Inflate:
-    """Decompresses a body that came compressed although we asked for none, never past a given size."""
+    """Decompresses a body that came compressed although we asked for none, never much at a time."""
 
     def __init__(self, encoding: str) -> None:
         if encoding not in ("gzip", "x-gzip", "deflate"):
             raise RowError(Reason.PROTOCOL, f"Content-Encoding {encoding[:40]!r} was not asked for")
         self._stream = zlib.decompressobj(31) if encoding != "deflate" else None
 
-    def __call__(self, chunk: bytes, limit: int) -> bytes:
+    def __call__(self, chunk: bytes) -> tuple[bytes, bytes]:
+        """(some bytes, what is left of the chunk)."""
         if self._stream is None:  # "deflate" is zlib's format by the book and bare deflate by custom
             self._stream = zlib.decompressobj(15 if chunk[0] & 0x0F == 8 else -15)
         try:
-            return self._stream.decompress(chunk, limit)
+            piece = self._stream.decompress(chunk, _PIECE)
         except zlib.error as e:
             raise RowError(Reason.PROTOCOL, f"broken compression: {e}") from e
+        return piece, self._stream.unconsumed_tail
 
     @property
     def complete(self) -> bool:
@@ -448,6 +515,8 @@ def _as_row_error(error: Exception) -> RowError:
         return RowError(Reason.TLS, detail)
     if isinstance(error, TimeoutError) or (isinstance(error, OSError) and error.errno == errno.ETIMEDOUT):
         return RowError(Reason.TIMEOUT, "no whole answer in time")
+    if isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.message, str):
+        return RowError(Reason.PROTOCOL, "the head was cut short")
     if isinstance(error, aiohttp.InvalidURL):
         return RowError(Reason.BAD_URL, detail)
     if isinstance(error, (OSError, aiohttp.ClientConnectionError)):

@@ -10,7 +10,8 @@ its starts, and from the third on each image is decoded in a child process that 
 from __future__ import annotations
 
 import asyncio
-import os
+import hashlib
+import re
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
@@ -19,20 +20,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curate import engine_img2dataset
 from curate.data import Data
+from curate.deny import Deny
 from curate.fetch import FetchConfig, Fetcher
+from curate.hashes import verify_hash
 from curate.images import ImagesConfig, Picture, process
 from curate.isolated import IsolatedDecoder
 from curate.ledger import FETCHED_COLUMNS, Reason, RowError, Status, fetched_schema, make_key
 from curate.shards import TarWriter, image_member, index_tar, read_range
 from curate.source import Row, SourceShard
-from curate.store import atomic, check_space, commit, scratch_path, told, uncommit
+from curate.store import UserError, atomic, check_space, commit, scratch_path, told, uncommit
 
 TRUSTED_STARTS = 2
 """How often a shard is begun with decoding in the worker itself; after that each decode may die alone."""
@@ -41,6 +43,7 @@ Report = Callable[[str, str, str], None]
 """report(stage, outcome, host) is called for every row as it ends."""
 
 Decode = Callable[[bytes], Awaitable[Picture]]
+"""The picture in the bytes of an image file, or RowError."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Means:
     fetch: FetchConfig
     images: ImagesConfig
     fetcher: Fetcher
+    deny: Deny
     threads: Executor  # decoders
     slots: asyncio.Semaphore  # local files read ahead of the decoders; the fetcher bounds what it downloads
     report: Report
@@ -62,13 +66,14 @@ class Ended:
     scratch: BinaryIO
     facts: dict[int, dict[str, Any]] = field(default_factory=dict)
     places: dict[int, tuple[str, tuple[int, int]]] = field(default_factory=dict)  # extension, (offset, size)
+    length: int = 0  # bytes of the scratch file
 
     def add(self, number: int, facts: dict[str, Any], image: bytes | None, extension: str = "") -> None:
         """Note that a row ended."""
         if image is not None:
-            offset = self.scratch.seek(0, os.SEEK_END)
             self.scratch.write(image)
-            self.places[number] = extension, (offset, len(image))
+            self.places[number] = extension, (self.length, len(image))
+            self.length += len(image)
         self.facts[number] = facts
 
 
@@ -91,8 +96,23 @@ async def ingest_shard(data: Data, shard: int, means: Means, config: str, retry:
             await asyncio.to_thread(_by_img2dataset, data, shard, source, means, ended)
         else:
             await _by_ourselves(source, means, ended, isolate)
-        facts = {"starts": starts, "isolated": isolate}
+        facts = {"starts": starts, "isolated": isolate, "denied_by": means.deny.digest if means.deny else None}
         return await asyncio.to_thread(_commit, data, shard, source.table, ended, config, began, facts)
+
+
+def check_verify(fetch: FetchConfig, schema: pa.Schema) -> None:
+    """UserError where `fetch.verify` names no column of text that the list carries."""
+    if fetch.verify is None:
+        return
+    if fetch.verify not in schema.names:
+        carried = [n for n in schema.names if n not in ("url", "caption")]
+        raise UserError(
+            f"fetch.verify: no column {fetch.verify!r} is carried; carried are: {', '.join(carried) or 'none'}. "
+            "source.columns says which columns of the list are"
+        )
+    kind = schema.field(fetch.verify).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise UserError(f"fetch.verify: column {fetch.verify} holds {kind}, not digests as text")
 
 
 def note_start(path: Path) -> int:
@@ -139,13 +159,23 @@ async def _by_ourselves(source: SourceShard, means: Means, ended: Ended, isolate
     """Fetch and decode the rows that have not ended, all at once; the fetcher knows how many at a time."""
     isolated = IsolatedDecoder(means.images) if isolate else None
     loop = asyncio.get_running_loop()
+    check_verify(means.fetch, source.table.schema)
+    hashes = source.table.column(means.fetch.verify).to_pylist() if means.fetch.verify else None
 
-    async def decode(body: bytes) -> Picture:
-        if isolated is not None:
-            return await isolated.decode(body)
-        return await loop.run_in_executor(means.threads, process, body, means.images)
+    def examine(body: bytes, expected: str | None) -> Picture | None:
+        """In a thread: what is denied or not what the list means is not even decoded."""
+        if means.deny or expected:
+            sha256 = hashlib.sha256(body).digest()
+            means.deny.body(body, sha256)
+            verify_hash(body, expected, sha256)
+        return None if isolated is not None else process(body, means.images)
 
     async def one(number: int, row: Row) -> None:
+        async def decode(body: bytes) -> Picture:
+            expected = hashes[number] if hashes else None
+            picture = await loop.run_in_executor(means.threads, examine, body, expected)
+            return picture or await isolated.decode(body)  # type: ignore[union-attr]
+
         facts, picture = await _attempt(row, means, decode)
         if picture is None:
             ended.add(number, facts, None)
@@ -189,6 +219,7 @@ async def _attempt(row: Row, means: Means, decode: Decode) -> tuple[dict[str, An
         else:
             async with means.fetcher.body(row.url or "") as answer:
                 facts |= {"final_url": answer.final_url, "http_status": answer.http_status, "bytes": len(answer.data)}
+                facts["opt_out"] = answer.opt_out
                 picture = await decode(answer.data)
     except RowError as e:
         width, height = e.original_size or (None, None)
@@ -200,6 +231,7 @@ async def _attempt(row: Row, means: Means, decode: Decode) -> tuple[dict[str, An
             "original_height": height,
             "final_url": facts["final_url"] or e.final_url,
             "http_status": facts["http_status"] or e.http_status,
+            "opt_out": facts["opt_out"] or e.opt_out,
         }
         return facts | failed, None
     good = {
@@ -215,12 +247,13 @@ async def _attempt(row: Row, means: Means, decode: Decode) -> tuple[dict[str, An
     return facts | good, picture
 
 
+_HOST = re.compile(r"(?i)https?://(?:[^/?#]*@)?(\[[^\]/?#]*\]|[^/?#:]*)")
+
+
 def _host(url: str | None) -> str:
     """The host of a URL, for people to see; empty where it has none that can be read."""
-    try:
-        return urlsplit(url or "").hostname or ""
-    except ValueError:
-        return ""
+    found = _HOST.match(url or "")
+    return found[1].lower() if found else ""
 
 
 # ----------------------------------------------------------------------------------------------------------- commit

@@ -63,7 +63,8 @@ class RowError(Exception):
     """A row has no image, for this reason. It ends one row, never a run.
 
     `detail` is for people (it lands in `error_message`); it is never parsed. `final_url` and `http_status` are set
-    where a server answered, `original_size` (width, height) where a header could be read.
+    where a server answered, `original_size` (width, height) where a header could be read, `opt_out` where a server's
+    headers asked us to stay away.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class RowError(Exception):
         final_url: str | None = None,
         http_status: int | None = None,
         original_size: tuple[int, int] | None = None,
+        opt_out: str | None = None,
     ) -> None:
         super().__init__(reason, detail)
         self.reason = reason
@@ -81,6 +83,7 @@ class RowError(Exception):
         self.final_url = final_url
         self.http_status = http_status
         self.original_size = original_size
+        self.opt_out = opt_out
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else str(self.reason)
@@ -104,6 +107,7 @@ FETCHED_COLUMNS = [
     ("http_status", pa.int32()),
     ("bytes", pa.int64()),  # length of the original body
     ("phash", pa.string()),  # 16 hex digits
+    ("opt_out", pa.string()),  # opt-out headers that were seen, respected or not: "x-robots-tag: noai"
 ]
 """What the fetch and images stages add: img2dataset's columns under their names, then ours."""
 

@@ -10,7 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from aesthetic.heads import Head, load_head
 from aesthetic.space import Space, require_same
 from curate import engine_img2dataset
+from curate.budget import Exchange
 from curate.data import Data
+from curate.deny import Deny
 from curate.detectors import load_detector
 from curate.embed import EmbedConfig, embed_shard
 from curate.encoders import load_encoder
@@ -28,7 +30,10 @@ def ignore(stage: str, outcome: str, host: str) -> None:
 
 
 class FetchWorker:
-    """Fetches shards, several at a time on one event loop: the slow tail of one does not idle the worker."""
+    """Fetches shards, several at a time on one event loop: the slow tail of one does not idle the worker.
+
+    `exchange` asks the budget of requests per domain that several workers share; without it, this one has its own.
+    """
 
     def __init__(
         self,
@@ -38,15 +43,18 @@ class FetchWorker:
         config: str,
         report: Report = ignore,
         threads: int = 0,
+        exchange: Exchange | None = None,
     ) -> None:
         if fetch.engine == "img2dataset":
             engine_img2dataset.require(images)
         self.data, self.config = data, config
         count = threads or os.cpu_count() or 1
+        deny = Deny.load(fetch.deny)
         self._means = Means(
             fetch=fetch,
             images=images,
-            fetcher=Fetcher(fetch),
+            fetcher=Fetcher(fetch, exchange=exchange, deny=deny),
+            deny=deny,
             threads=ThreadPoolExecutor(count, thread_name_prefix="decode"),
             slots=asyncio.Semaphore(4 * count),
             report=report,
@@ -56,7 +64,10 @@ class FetchWorker:
         """Fetch one shard unless it is done; with `retry`, fetch again what failed for reasons that may pass."""
         done = fetch_done(self.data, shard, self.config)
         if not done or (retry and may_pass(self.data, shard)):
-            await ingest_shard(self.data, shard, self._means, self.config, retry=done)
+            try:
+                await ingest_shard(self.data, shard, self._means, self.config, retry=done)
+            finally:
+                await self._means.fetcher.settle()
 
     async def close(self) -> None:
         """Close connections and threads."""

@@ -25,7 +25,7 @@ from demo.pictures import Picture, pictures
 from demo.web import Route, Web, address
 
 PORT = 8790  # not any free one: the URLs are part of the list, and another list would start anew
-HOSTS = 50  # one host would measure fetch.per_host, not the fetcher
+HOSTS = 50  # one host would measure fetch.per_domain, not the fetcher
 FAILING = 0.003  # the share of each way to fail
 RECIPE = "bundled"
 SHARD_SIZE = 200  # rows; small, so that fetching and embedding overlap

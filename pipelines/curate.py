@@ -19,6 +19,8 @@ import pyarrow as pa
 
 from curate import engine_img2dataset
 from curate.data import Data
+from curate.deny import Deny
+from curate.ingest import check_verify
 from curate.ledger import Reason, Status
 from curate.score import Column, columns_of
 from curate.source import inspect, make_plan
@@ -125,6 +127,7 @@ def check_engine(recipe: Recipe, say: Say) -> None:
     if recipe.fetch.engine == "img2dataset":
         engine_img2dataset.require(recipe.images)
         say("warning: img2dataset checks no addresses and reads no robots.txt; keep it off private networks")
+    Deny.load(recipe.fetch.deny)  # UserError for what cannot be read
 
 
 def check_selection(recipe: Recipe, carried: pa.Schema, columns: Mapping[str, Column]) -> None:
@@ -158,6 +161,7 @@ def dry_run(request: Request) -> dict[str, Any]:
     columns = columns_of(request.recipe.score, request.recipe.embed.encoder)
     found = inspect(request.list, request.recipe.source, request.limit)
     check_selection(request.recipe, found.carried, columns)
+    check_verify(request.recipe.fetch, found.carried)
     return {
         "rows": found.total_rows,
         "listed_rows": found.listed_rows,
@@ -246,6 +250,7 @@ def _go_on(
         say(f"warning: private addresses are open to this list: {', '.join(recipe.fetch.allow)} (fetch.allow)")
     outcome = Outcome(facts={"rows": plan.total_rows, "shards": len(plan.shards)})
     elapsed = _run_stages(data, recipe, columns, stages, address, say, retry)
+    _name_repeats(data, outcome, say)
     if "select" not in stages:
         outcome.paths["fetched"] = str(data.root / "fetched")
         outcome.next = f"tastemaker embed {data.root}"
@@ -256,6 +261,19 @@ def _go_on(
     if plan.listed_rows > plan.total_rows:
         say(projection(data, plan.listed_rows, plan.total_rows, selection.kept, elapsed))
     return outcome
+
+
+def _name_repeats(data: Data, outcome: Outcome, say: Say) -> None:
+    """Say which bytes came from many URLs: most are placeholders."""
+    from curate.repeats import repeats
+
+    found = repeats(data.root)
+    if found:
+        outcome.facts["repeated"] = [{"sha256": r.sha256, "urls": r.urls, "url": r.url} for r in found[:100]]
+        say(f"the same bytes from many URLs, {len(found):,} times ({sum(r.urls for r in found):,} rows): placeholders?")
+        for repeat in found[:3]:
+            say(f"    {repeat}")
+        say("    the rule first_of(sha256) keeps one of each; their sha256 in a list of fetch.deny keeps none")
 
 
 def _run_stages(

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from curate.budget import Budget, Message, Reply
 from curate.data import Data
 from curate.store import UserError, attend
 from pipelines.progress import Board, Meter, Screen, Terminal
@@ -87,9 +88,16 @@ class FetchActor:
         _quiet(job.data, "fetch")
         self._job, self._board = job, ray.get_actor(board)
         self._meter = _meter(self._board)
+        budget: Any = ray.get_actor(_budget_of(board))
+        me = secrets.token_hex(8)
+
+        async def exchange(message: Message) -> Reply:
+            return await budget.exchange.remote(me, message)
+
+        recipe = job.recipe
         with _telling(self._board):
             self._worker = FetchWorker(
-                job.data, job.recipe.fetch, job.recipe.images, job.recipe.hashes()[0], self._meter, threads
+                job.data, recipe.fetch, recipe.images, recipe.hashes()[0], self._meter, threads, exchange
             )
 
     async def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -121,6 +129,11 @@ class EmbedActor:
             self._worker.run(int(row["shard"]))
         self._meter.flush()
         return row
+
+
+def _budget_of(board: str) -> str:
+    """The name of the actor that lends the fetch workers of a job their turns at web sites."""
+    return f"{board}-budget"
 
 
 def _quiet(data: Data, stage: str) -> None:
@@ -276,6 +289,8 @@ def _run_waves(job: Job, shards: Sequence[int], pools: Pools, screen: Screen) ->
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     name = f"tastemaker-{os.getpid()}-{secrets.token_hex(4)}"
     board: Any = ray.remote(Board).options(name=name, num_cpus=0).remote()
+    per_domain = job.recipe.fetch.per_domain
+    budget = ray.remote(Budget).options(name=_budget_of(name), num_cpus=0).remote(per_domain)  # lives as long as this
     stop = threading.Event()
     drawing = threading.Thread(target=_draw, args=(board, screen, stop), daemon=True)
     drawing.start()
@@ -310,6 +325,7 @@ def _run_waves(job: Job, shards: Sequence[int], pools: Pools, screen: Screen) ->
         traceback.print_exc()  # into the log: Ray's account of it
         raise _failure(board) or e from None
     finally:
+        del budget
         stop.set()
         drawing.join(timeout=5)
         with contextlib.suppress(RayError):  # what ended the job is told, not what its end broke

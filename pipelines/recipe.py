@@ -82,7 +82,7 @@ class Recipe:
     def identity(self) -> dict[str, dict[str, Any]]:
         """The keys of each stage that decide what its files hold."""
         whole = to_dict(self)
-        fetch = {k: whole["fetch"][k] for k in ("engine", "max_bytes", "respect", "allow")}
+        fetch = {k: whole["fetch"][k] for k in ("engine", "max_bytes", "respect", "allow", "verify")}
         embed = {k: whole["embed"][k] for k in ("encoder", "precision", "embeddings")}
         return {
             "source": whole["source"],

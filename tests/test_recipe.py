@@ -209,7 +209,7 @@ def test_hashes_change_only_for_keys_that_change_files() -> None:
         "fetch.timeout=3",
         "fetch.retries=9",
         "fetch.concurrency=9",
-        "fetch.per_host=1",
+        "fetch.per_domain=1",
         "fetch.max_redirects=1",
         "fetch.user_agent=x",
         "embed.weights=w.pt",

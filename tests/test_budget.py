@@ -1,0 +1,219 @@
+"""What a domain is asked, whoever asks: counted where requests would arrive, with several workers and one budget."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import random
+import time
+from collections import Counter, defaultdict
+
+import pytest
+
+from curate import budget
+from curate.budget import Budget, Exchange, Message, Reply, Turns, local, registered_domain
+from curate.guard import Settled
+from curate.ledger import Reason, RowError
+
+
+@pytest.mark.parametrize(
+    ("host", "domain"),
+    [
+        ("i.pinimg.com", "pinimg.com"),
+        ("pinimg.com", "pinimg.com"),
+        ("a.b.example.co.uk", "example.co.uk"),
+        ("shop-a.myshopify.com", "shop-a.myshopify.com"),  # each shop is its own site: the private section says so
+        ("d1.cloudfront.net", "d1.cloudfront.net"),
+        ("co.uk", "co.uk"),
+        ("localhost", "localhost"),
+        ("x.y.test", "y.test"),
+        ("www.example.com.", "example.com"),
+        ("127.1.0.1", "127.1.0.1"),
+        ("2606:4700::1111", "2606:4700::1111"),
+        ("www.xn--bcher-kva.example", "xn--bcher-kva.example"),
+    ],
+)
+def test_whom_a_host_belongs_to(host: str, domain: str) -> None:
+    assert registered_domain(host) == domain
+
+
+class Counting:
+    """Domains as they would see it: how many at once, and when each request began."""
+
+    def __init__(self) -> None:
+        self.busy: Counter[str] = Counter()
+        self.busiest: Counter[str] = Counter()
+        self.began: dict[str, list[float]] = defaultdict(list)
+
+    @contextlib.contextmanager
+    def request(self, domain: str):
+        self.busy[domain] += 1
+        self.busiest[domain] = max(self.busiest[domain], self.busy[domain])
+        self.began[domain].append(time.monotonic())
+        try:
+            yield
+        finally:
+            self.busy[domain] -= 1
+
+    def most_within(self, domain: str, seconds: float) -> int:
+        began = sorted(self.began[domain])
+        return max(sum(t <= u < t + seconds for u in began) for t in began)
+
+
+def far(shared: Budget, worker: str, dice: random.Random) -> Exchange:
+    """A budget behind a network: every message takes some milliseconds, there and back."""
+
+    async def exchange(message: Message) -> Reply:
+        await asyncio.sleep(dice.uniform(0, 0.01))
+        reply = shared.exchange(worker, message)
+        await asyncio.sleep(dice.uniform(0, 0.01))
+        return reply
+
+    return exchange
+
+
+@pytest.mark.parametrize("workers", [1, 4, 7])
+def test_the_limits_hold_for_all_workers_together(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that fail, are cancelled, come late or take long; domains with one row and with hundreds."""
+    monkeypatch.setattr(budget, "_WARM", 0.1)  # so that slots are given back and asked for again all the time
+    dice = random.Random(workers)
+    seen = Counting()
+
+    async def row(turns: Turns, domain: str) -> None:
+        await asyncio.sleep(dice.uniform(0, 0.5))
+        with contextlib.suppress(ValueError):
+            async with turns.turn(domain) as turn:
+                turn.answered()
+                with seen.request(domain):
+                    await asyncio.sleep(dice.uniform(0, 0.02))
+                    if dice.random() < 0.1:
+                        raise ValueError("a row that fails")
+
+    async def main() -> None:
+        shared = Budget(4)
+        all_turns = [Turns(20, 4, 200.0, far(shared, f"w{i}", dice)) for i in range(workers)]
+        rows = ["big.test"] * 150 + [f"{i % 10}.test" for i in range(100)] + [f"once{i}.test" for i in range(100)]
+        dice.shuffle(rows)
+        tasks = [asyncio.create_task(row(all_turns[i % workers], d)) for i, d in enumerate(rows)]
+        for task in dice.sample(tasks, 40):
+            await asyncio.sleep(0.002)
+            task.cancel()
+        async with asyncio.timeout(30):
+            await asyncio.gather(*tasks, return_exceptions=True)
+        assert seen.busiest["big.test"] == 4 and max(seen.busiest.values()) == 4
+        for domain in seen.began:
+            assert seen.most_within(domain, 0.25) <= 4 + 0.25 * 200
+        if workers > 1:
+            assert time.monotonic() - seen.began["big.test"][0] > 0.4  # 120 and more at 200 a second
+        for turns in all_turns:
+            await turns.close()
+        leftover = shared.exchange("asker", Message(wanted={"big.test": 4, "0.test": 4}))
+        assert Counter(d for d, _ in leftover.granted) == {"big.test": 4, "0.test": 4}  # no slot was lost, none made
+
+    asyncio.run(main())
+
+
+def test_a_worker_that_is_gone_loses_its_slots_and_one_that_waits_gets_a_share() -> None:
+    now = [0.0]
+    shared = Budget(4, clock=lambda: now[0])
+    assert len(shared.exchange("a", Message(wanted={"x.test": 4})).granted) == 4
+    assert shared.exchange("b", Message(wanted={"x.test": 4})) == Reply()
+    assert shared.exchange("a", Message()).called == ["x.test"]
+    shared.exchange("a", Message(returned=[("x.test", 3.0)], wanted={"x.test": 9}))
+    assert shared.exchange("b", Message()).granted == [("x.test", 3.0)]  # with the rest that the slot needs
+    now[0] = budget.LEASE / 2
+    assert shared.exchange("b", Message()).granted == []
+    now[0] = budget.LEASE + 1  # a is not heard of
+    assert len(shared.exchange("b", Message()).granted) == 3
+    now[0] += 1
+    assert shared.exchange("a", Message(returned=[("x.test", 0.0)] * 3)) == Reply()  # it is back: these are lent to b
+    assert shared.exchange("c", Message(wanted={"x.test": 1})).granted == []
+
+
+def test_a_domain_that_asks_for_a_rest_gets_it_from_all() -> None:
+    now = [0.0]
+    shared = Budget(2, clock=lambda: now[0])
+    for worker in "ab":
+        shared.exchange(worker, Message(wanted={"x.test": 1}))
+    shared.exchange("a", Message(resting={"x.test": 20.0}))
+    now[0] = 5.0
+    assert shared.exchange("b", Message()).resting == {"x.test": 15.0}
+    assert shared.exchange("b", Message()).resting == {}  # said once
+    shared.exchange("b", Message(returned=[("x.test", 0.0)]))
+    assert shared.exchange("c", Message(wanted={"x.test": 1})).resting == {"x.test": 15.0}
+
+
+def test_what_is_idle_is_forgotten() -> None:
+    now = [0.0]
+    shared = Budget(2, clock=lambda: now[0])
+    for i in range(1000):
+        shared.exchange("a", Message(wanted={f"{i}.test": 1}))
+        shared.exchange("a", Message(returned=[(f"{i}.test", 0.0)]))
+    assert not shared._domains
+
+
+def test_open_connections_come_first_and_the_next_row_of_a_domain_follows_at_once() -> None:
+    order: list[str] = []
+
+    async def row(turns: Turns, domain: str) -> None:
+        async with turns.turn(domain):
+            order.append(domain)
+            await asyncio.sleep(0.001)
+
+    async def main() -> None:
+        turns = Turns(1, 4, 0.0, local(Budget(4)))
+        await asyncio.gather(*(row(turns, f"{i % 5}.test") for i in range(25)))
+        await turns.close()
+
+    asyncio.run(main())
+    assert sum(a != b for a, b in itertools.pairwise(order)) == 4
+
+
+def test_a_domain_is_given_up_after_its_trial_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "REST", 0.2)
+    tried: list[float] = []
+
+    async def row(turns: Turns, domain: str) -> str:
+        try:
+            async with turns.turn(domain) as turn:
+                if domain == "good.test":
+                    turn.answered()
+                    return "ok"
+                tried.append(time.monotonic())
+                turn.failed(RowError(Reason.CONNECT, "refused"))
+                return "failed"
+        except Settled as e:
+            return f"{e.reason} {e.detail}"
+
+    async def main() -> None:
+        turns = Turns(10, 3, 0.0, local(Budget(3)))
+        outcomes = Counter(await asyncio.gather(*(row(turns, f"{d}.test") for d in ("bad", "good") * 50)))
+        await turns.close()
+        assert outcomes["ok"] == 50
+        assert outcomes["failed"] == len(tried) <= budget.STRIKES + 3
+        assert outcomes["connect refused"] == 50 - len(tried)
+        assert max(b - a for a, b in itertools.pairwise(tried)) > 0.14
+
+    asyncio.run(main())
+
+
+def test_a_budget_that_is_gone_ends_every_row() -> None:
+    async def broken(message: Message) -> Reply:
+        raise ConnectionError("the actor died")
+
+    async def main() -> None:
+        turns = Turns(10, 3, 0.0, broken)
+
+        async def row() -> None:
+            async with turns.turn("x.test"):
+                pass
+
+        async with asyncio.timeout(5):
+            outcomes = await asyncio.gather(row(), row(), return_exceptions=True)
+            assert [str(e) for e in outcomes] == ["the actor died"] * 2
+            with pytest.raises(ConnectionError):
+                await row()
+        await turns.close()
+
+    asyncio.run(main())
