@@ -232,6 +232,95 @@ def test_a_jpeg_cut_off_and_closed_again_is_no_picture() -> None:
             assert np.array_equal(decode(complete), decode(whole))
 
 
+@pytest.mark.parametrize("name", ["jpg", "progressive"])
+def test_a_jpeg_that_lacks_only_its_end_marker_is_whole(name: str) -> None:
+    data = encoded(photograph(), name)
+    assert data.endswith(b"\xff\xd9")
+    assert np.array_equal(decode(data[:-2]), decode(data))
+    assert refused(data[:-20]).reason is Reason.DECODE_ERROR
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "YCbCr", "CMYK", "RGBA"])
+def test_a_tiff_of_many_jpegs_is_taken_while_each_is_whole(mode: str) -> None:
+    picture = Image.fromarray(photograph()).convert(mode)
+    data = encoded(picture, "tiff_jpeg", quality=90)
+    tags = Image.open(io.BytesIO(data)).tag_v2
+    assert len(tags[273]) > 1 and 427 % tags[278]  # the last strip is shorter
+    assert psnr(decode(data), decode(encoded(picture, "tiff"))) > 25
+    for start, length in zip(tags[273], tags[279], strict=True):
+        middle = start + length // 2
+        assert refused(patched(data, middle, b"\xff\xd9")).reason is Reason.DECODE_ERROR
+
+
+def jpeg_tiles(picture: Image.Image, side: int, width: int, height: int) -> bytes:
+    """A TIFF of the picture's JPEG tiles, which share their tables; width and height are what its header says."""
+    corners = itertools.product(range(0, picture.height, side), range(0, picture.width, side))
+    parts = [encoded(picture.crop((x, y, x + side, y + side)), "jpg", streamtype=2) for y, x in corners]
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[256], tags[257], tags[258], tags[259], tags[262], tags[277] = width, height, (8, 8, 8), 7, 6, 3
+    tags[322], tags[323] = side, side
+    tags[530] = (2, 2)
+    tags[347] = encoded(picture, "jpg", streamtype=1)
+    tags[325] = tuple(map(len, parts))
+    starts = list(itertools.accumulate(map(len, parts), initial=8))
+    tags[324] = tuple(starts[:-1])
+    at = starts[-1] + starts[-1] % 2
+    body = b"".join(parts).ljust(at - 8, b"\0")
+    return b"II*\0" + struct.pack("<I", at) + body + tags.tobytes(at)
+
+
+def test_a_tiff_of_jpeg_tiles_is_taken_while_they_cover_it() -> None:
+    picture = Image.fromarray(photograph())
+    data = jpeg_tiles(picture, 64, 640, 427)
+    assert psnr(decode(data), photograph()) > 25
+    for width, height in ((640, 449), (641, 427), (640, 384)):
+        assert "cover the picture" in refused(jpeg_tiles(picture, 64, width, height)).detail
+    progressive = data.replace(b"\xff\xc0", b"\xff\xc2")
+    assert refused(progressive).detail.endswith("not sequential")
+
+
+def test_a_tiff_of_planes_is_taken_while_it_has_them_all() -> None:
+    picture = photograph(64, 48)
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[256], tags[257], tags[258], tags[259], tags[262], tags[277] = 64, 48, (8, 8, 8), 1, 2, 3
+    tags[278], tags[284] = 48, 2
+    planes = picture.transpose(2, 0, 1).tobytes()
+    for present in (3, 2):
+        tags[273] = tuple(64 * 48 * n for n in range(present))  # tobytes adds where they begin
+        tags[279] = (64 * 48,) * present
+        data = b"II*\0\x08\0\0\0" + tags.tobytes(8) + planes
+        if present == 3:
+            assert np.array_equal(decode(data), picture)
+        else:
+            assert "do not cover" in refused(data).detail
+
+
+def test_a_gif_whose_first_frame_is_small_is_taken_only_where_it_is_nearly_all_or_the_rest_is_transparent() -> None:
+    def frame(width: int, height: int, **more: object) -> bytes:
+        data = encoded(Image.fromarray(photograph(width, height)).quantize(64), "gif", **more)
+        return patched(data, 6, struct.pack("<HH", 100, 100))
+
+    assert decode(frame(90, 95)).shape == (100, 100, 3)
+    assert "90 x 89 of 100 x 100" in refused(frame(90, 89)).detail
+    cropped = decode(frame(50, 60, transparency=0))
+    assert cropped.shape == (100, 100, 3) and cropped[60:].min() == 255 and cropped[:, 50:].min() == 255
+    assert "49 x 60 of 100 x 100" in refused(frame(49, 60, transparency=0)).detail
+
+
+def test_a_webp_whose_pixels_run_out_is_no_picture_though_more_follows() -> None:
+    exif = Image.Exif()
+    exif[0x010F] = "Maker" * 2000
+    whole = encoded(photograph(), "webp", exif=exif)
+    at = whole.index(b"VP8 ", 20)
+    length = int.from_bytes(whole[at + 4 : at + 8], "little")
+    pixels, rest = whole[at + 8 : at + 8 + length], whole[at + 8 + length + length % 2 :]
+    short = pixels[: len(pixels) // 2 * 2 - 2000]  # the decoder would read on into what follows
+    cut = whole[:at] + b"VP8 " + struct.pack("<I", len(short)) + short + rest
+    cut = cut[:4] + struct.pack("<I", len(cut) - 8) + cut[8:]
+    assert decode(whole).shape == (427, 640, 3) and probe(cut) == ("WEBP", 640, 427)
+    assert refused(cut).reason is Reason.DECODE_ERROR
+
+
 def test_odd_chroma_subsampling() -> None:
     data = encoded(photograph(160, 120), "jpg", subsampling="4:4:4")
     at = data.index(b"\xff\xc0") + 11
@@ -536,6 +625,14 @@ def test_reduced_decoding_is_close_to_full_decoding() -> None:
             got = decode(process(data, ImagesConfig(size=size, format="png")).data)
             ratios.append(psnr(got, cv2.resize(full, got.shape[1::-1], interpolation=cv2.INTER_AREA)))
     assert np.mean(ratios) >= 38
+
+
+@pytest.mark.parametrize("ratio", [1.3, 1.7, 2.3, 2.6, 3.4, 5.1, 7.7])
+def test_shrinking_is_averaging_over_areas(ratio: float) -> None:
+    for which in (0, 1):
+        picture = photograph(640, 427, which)
+        got = decode(process(encoded(picture), ImagesConfig(size=round(427 / ratio), format="png")).data)
+        assert psnr(got, cv2.resize(picture, got.shape[1::-1], interpolation=cv2.INTER_AREA)) >= 42
 
 
 def test_reduced_decoding_never_goes_below_what_is_needed() -> None:

@@ -266,7 +266,7 @@ def test_pixels_agree(runs: Runs) -> None:
         elif names[key] == f"/{ROTATED:02d}.jpg":
             assert psnr(np.rot90(theirs[key], -1), image) > 35
         else:
-            assert psnr(theirs[key], image) > 40, names[key]  # dB; two encoders' rounding at quality 95
+            assert psnr(theirs[key], image) > 37, names[key]  # dB; two resizers, two encoders at quality 95
     assert all(np.array_equal(theirs[key], image) for key, image in engine.items())  # the engine is it
 
 
