@@ -1,0 +1,47 @@
+"""The fetcher's mechanisms, each switched off from outside: no option of the product does it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from curate import guard
+
+OFF = ("cache", "coalescing", "ahead")
+"""Kept DNS answers; one look-up for all who ask for a name at once; looking up before a request takes its place."""
+
+
+def switch_off(name: str) -> None:
+    """In this process, make curate do without a mechanism; "" switches off none."""
+    if name == "cache":
+        guard._DNS_KEPT = 0.0
+    elif name == "coalescing":
+        begin = guard.GuardedResolver.__init__
+
+        def init(self: guard.GuardedResolver, *more: Any, **named: Any) -> None:
+            begin(self, *more, **named)
+            self._shared.__class__ = _Each
+
+        guard.GuardedResolver.__init__ = init  # type: ignore[method-assign]
+    elif name == "ahead":
+        assert hasattr(guard.GuardedResolver, "ahead"), "the look-ahead has another name now"
+
+        async def nothing(self: guard.GuardedResolver, host: str) -> float:
+            return 0.0
+
+        guard.GuardedResolver.ahead = nothing  # type: ignore[method-assign]
+    elif name:
+        raise ValueError(f"{name!r} is not one of {', '.join(OFF)}")
+
+
+class _Each(guard.Shared[Any]):
+    """Everybody looks up for himself, unless an answer is kept."""
+
+    async def get(self, key: str) -> Any:
+        self._running.pop(key, None)
+        return await super().get(key)
+
+    async def _run(self, key: str) -> Any:
+        try:
+            return await super()._run(key)
+        except KeyError:  # another one for the same key was done first
+            return self._kept[key][1]

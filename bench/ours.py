@@ -1,0 +1,78 @@
+"""Our contender: the fetch stage as a worker of `tastemaker curate` runs it, in a process of its own.
+
+    python -m bench.ours LIST FOLDER JSON      JSON: {"fetch": {...}, "images": {...}, "shard_size": 1000}
+
+Plan, fetch, decode, and commit tar, table and record, shard by shard, two at a time as the Ray job does. Prints a line
+of JSON at the end: the CPU seconds from the plan on, when the first shard began and the last ended, and what became of
+the rows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bench import mechanisms, names
+from curate.data import Data
+from curate.fetch import FetchConfig
+from curate.images import ImagesConfig
+from curate.source import SourceConfig, make_plan
+from curate.store import read_json
+from curate.workers import FetchWorker, ignore
+
+AT_ONCE = 2  # shards that a worker has under way, as in pipelines.jobs
+
+
+async def fetch(data: Data, options: dict[str, Any]) -> dict[str, Any]:
+    """Fetch all shards."""
+    ends: list[tuple[float, str, str]] = []
+
+    def note(stage: str, outcome: str, host: str) -> None:
+        ends.append((time.time(), outcome, host))
+
+    report = note if options.get("ends") else ignore
+    worker = FetchWorker(data, FetchConfig(**options["fetch"]), ImagesConfig(**options["images"]), "bench", report)
+    slots = asyncio.Semaphore(AT_ONCE)
+
+    async def one(shard: int) -> None:
+        async with slots:
+            await worker.run(shard)
+
+    async with asyncio.TaskGroup() as group:
+        for shard in range(len(data.plan.shards)):
+            group.create_task(one(shard))
+    await worker.close()
+    records = [read_json(data.fetched_record(n)) or {} for n in range(len(data.plan.shards))]
+    return {
+        "began": min(r["start_time"] for r in records),
+        "ended": max(r["end_time"] for r in records),
+        "shard_ends": [r["end_time"] for r in records],
+        "outcomes": _sum(r["status_dict"] for r in records),
+        "ends": ends,
+    }
+
+
+def _sum(counts: Any) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for each in counts:
+        for name, n in each.items():
+            total[name] = total.get(name, 0) + n
+    return total
+
+
+def main() -> None:
+    names.install()
+    listed, folder, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    mechanisms.switch_off(options.get("without", ""))
+    before = time.process_time()
+    make_plan(listed, folder, SourceConfig(shard_size=options["shard_size"]))
+    facts = asyncio.run(fetch(Data(folder), options))
+    print(json.dumps(facts | {"cpu": time.process_time() - before}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
