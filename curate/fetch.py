@@ -54,7 +54,7 @@ _LONGEST_BAN = 3600.0  # seconds for which a Retry-After keeps us away from a do
 _IDLE = 5.0  # seconds that an unused connection is kept; lists are wide, and each one is a file descriptor
 _FIELD = 16_384  # bytes of one header field
 _STEP = 65_536  # bytes that a body is first given; doubled as it grows
-_PIECE = 1_000_000  # bytes that are decompressed at a time
+_PIECE = 262_144  # bytes that are decompressed at a time
 _AHEAD = 24  # bodies that may wait for decoders before fewer requests are made at a time, and the fewest requests
 _SLOW, _SLOW_AFTER = 1000.0, 5.0  # bytes per second that a body must bring, on the average of more than so many seconds
 
@@ -443,6 +443,7 @@ async def _read(response: aiohttp.ClientResponse, errand: _Errand, seen: Mapping
             if inflate is None:
                 piece, chunk = chunk, b""
             else:  # in a thread, and little by little: a few bytes can be a great many
+                await room.grow(min(size + _PIECE, limit))
                 piece, chunk = await asyncio.to_thread(inflate, chunk)
             size += len(piece)
             if size > limit:

@@ -197,6 +197,7 @@ def test_a_wrong_question_about_data(
     assert not (data.root / "scored" / "width").exists()
 
 
+@pytest.mark.long
 def test_without_weights_two_ways_on_before_the_first_url(tmp_path: Path) -> None:
     with small_web(4, failing=()) as web:
         listed = web.write_list(tmp_path / "list.parquet")

@@ -181,6 +181,7 @@ def _wait_for(condition: Any, seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.long
 def test_the_command_with_ray(served: Served, tmp_path: Path) -> None:
     data, recipe = Data(tmp_path / "data"), served.recipe
     run_stages(served.write_list(tmp_path / "list.tsv"), data, recipe)
