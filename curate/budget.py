@@ -29,7 +29,9 @@ LEASE = 15.0
 """Seconds after which the slots of a worker that is not heard of are lent to others."""
 
 _POLL = 0.1  # seconds between two questions of a worker that waits for slots
-_WARM = 5.0  # seconds that an unused connection is kept; domains with one come first
+WARM = 5.0
+"""Seconds that an unused connection is kept (each one is a file descriptor); domains with one come first."""
+
 _KEPT = 10_000  # domains remembered for their failures
 STRIKES = 10
 """Failures in a row, with no answer between, after which a domain is left alone for `REST`; then one request tries."""
@@ -370,7 +372,7 @@ class Turns:
         if not site.waiting:
             if not site.leaving:
                 site.leaving = True
-                asyncio.get_running_loop().call_later(_WARM / 10, self._leave, domain, site)
+                asyncio.get_running_loop().call_later(WARM / 10, self._leave, domain, site)
             self._ask(domain, site, 0)
             return
         site.idle.sort(reverse=True)
@@ -405,7 +407,7 @@ class Turns:
         now = self.now()
         site.busy -= 1
         self._places += 1
-        site.warm_until = now + _WARM
+        site.warm_until = now + WARM
         site.idle.append(started + self._interval)
         if site.called:
             site.called -= 1

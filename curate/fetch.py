@@ -48,10 +48,10 @@ SECOND_PASS = 5.0
 _FOLLOWED = {301, 302, 303, 307, 308}
 _BACKOFF = 0.5  # seconds before an attempt that is not the last, on average; doubles with each one
 _OF_THE_DOMAIN = {Reason.CONNECT, Reason.TLS, Reason.TIMEOUT, Reason.HTTP_429}  # and 503; others are one URL's affair
+_UNREACHABLE = {Reason.BLOCKED_ADDRESS, Reason.DNS, Reason.CONNECT, Reason.TLS, Reason.TIMEOUT}
 _PATIENCE = 30.0  # seconds of Retry-After that are waited for; beyond, the row is left to `tastemaker retry`
 _PAUSE = 1.0  # seconds that a domain is left alone after a 429 that names no time
 _LONGEST_BAN = 3600.0  # seconds for which a Retry-After keeps us away from a domain
-_IDLE = 5.0  # seconds that an unused connection is kept; lists are wide, and each one is a file descriptor
 _FIELD = 16_384  # bytes of one header field
 _STEP = 65_536  # bytes that a body is first given; doubled as it grows
 _PIECE = 262_144  # bytes that are decompressed at a time
@@ -240,7 +240,7 @@ class Fetcher:
                     use_dns_cache=False,  # the resolver has one that checks
                     socket_factory=guard.guarded_socket(self._allow),
                     limit=0,  # turns and places are counted here
-                    keepalive_timeout=_IDLE,
+                    keepalive_timeout=budget.WARM,
                 ),
                 headers={
                     "User-Agent": self._config.user_agent,
@@ -378,7 +378,7 @@ class Fetcher:
         except RowError as e:
             status = e.http_status or 0
             unavailable = 300 <= status < 500 and status != 429  # which asks for less, not for more
-            if e.reason is Reason.DENIED or (e.reason is not Reason.BLOCKED_ADDRESS and unavailable):
+            if e.reason is Reason.DENIED or (e.reason not in _UNREACHABLE and unavailable):
                 return None  # RFC 9309 section 2.3.1.3, also after too many redirects
             detail = f"{url}: {e.detail}"
             if e.reason is Reason.HTTP_5XX:
@@ -437,6 +437,7 @@ async def _read(response: aiohttp.ClientResponse, errand: _Errand, seen: Mapping
     inflate = _Inflate(encoding) if encoding not in ("", "identity") else None
     pieces: list[bytes] = []
     received = size = 0
+    began = room.elapsed()  # an answer may be long in coming; then it must come
     async for chunk in response.content.iter_any():
         received += len(chunk)
         while chunk:
@@ -454,7 +455,7 @@ async def _read(response: aiohttp.ClientResponse, errand: _Errand, seen: Mapping
             pieces.append(piece)
         if received > limit and not errand.cut:
             raise RowError(Reason.TOO_LARGE, f"more than {limit} bytes")
-        if (elapsed := room.elapsed()) > _SLOW_AFTER and received < _SLOW * elapsed:
+        if (elapsed := room.elapsed() - began) > _SLOW_AFTER and received < _SLOW * elapsed:
             raise RowError(Reason.TIMEOUT, f"{received} bytes in {elapsed:.0f} s")
     if inflate is not None and not inflate.complete:
         raise RowError(Reason.PROTOCOL, f"{encoding} body cut short")

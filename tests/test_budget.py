@@ -76,7 +76,7 @@ def far(shared: Budget, worker: str, dice: random.Random) -> Exchange:
 @pytest.mark.parametrize("workers", [1, 4, 7])
 def test_the_limits_hold_for_all_workers_together(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that fail, are cancelled, come late or take long; domains with one row and with hundreds."""
-    monkeypatch.setattr(budget, "_WARM", 0.1)  # so that slots are given back and asked for again all the time
+    monkeypatch.setattr(budget, "WARM", 0.1)  # so that slots are given back and asked for again all the time
     dice = random.Random(workers)
     seen = Counting()
 

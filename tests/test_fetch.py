@@ -555,6 +555,31 @@ def test_slow_answers_end_in_time_and_harm_nobody() -> None:
     asyncio.run(main())
 
 
+def test_a_body_may_be_long_in_coming_but_must_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch_module, "_SLOW_AFTER", 0.2)
+    monkeypatch.setattr(fetch_module, "_SLOW", 1e5)
+
+    async def late(writer: asyncio.StreamWriter, _: str) -> None:
+        await asyncio.sleep(0.6)
+        writer.write(reply(200, PIXELS))
+
+    async def drips(writer: asyncio.StreamWriter, _: str) -> None:
+        writer.write(bare(b"", "Content-Length: 1000"))
+        while True:
+            writer.write(b"x")
+            await asyncio.sleep(0.05)
+
+    async def main() -> None:
+        async with running(respect=()) as (server, root, fetcher):
+            server["/late"], server["/drips"] = late, drips
+            assert (await fetcher.get(root + "late")).data == PIXELS
+            began = time.monotonic()
+            assert (await failure(fetcher, root + "drips")).reason is Reason.TIMEOUT
+            assert time.monotonic() - began < 1
+
+    asyncio.run(main())
+
+
 def test_the_deadline_spans_redirects_and_names() -> None:
     async def stalls(host: str) -> list[str]:
         if host == "stall.test":
@@ -771,6 +796,8 @@ async def _status_of_robots(page: Any, **config: Any) -> tuple[str, Server]:
         ({"/robots.txt": reply(301, b"", "Location: /r"), "/r": robots("User-agent: *\nDisallow: /")}, "opted_out"),
         ({"/robots.txt": reply(301, b"", "Location: /robots.txt")}, "ok"),
         ({"/robots.txt": reply(301, b"", "Location: http://127.0.0.1:1/")}, "blocked_address"),
+        ({"/robots.txt": reply(301, b"", "Location: http://nowhere.invalid/")}, "dns"),
+        ({"/robots.txt": reply(301, b"", "Location: /r"), "/r": drop(30)}, "timeout"),
         (b"", "connect"),
         (b"HELLO\r\n\r\n", "protocol"),
         (drop(30), "timeout"),
