@@ -3,8 +3,8 @@
     python -m bench.limit PICTURES THREADS SIZE QUALITY NUMBERS_FILE
 
 Nothing of the product is used. No list, no network, no colour profile, no transparency, no file is written: nobody can
-use this, and nobody who does the same work in Python can be much faster. Like the product it keeps 1.25 times the
-pixels that it needs when it decodes a JPEG at a half, a quarter or an eighth, and it refuses pictures that are cut off.
+use this, and nobody who does the same work in Python can be much faster. Like the product it decodes a JPEG at a half,
+a quarter or an eighth where that leaves enough pixels, and it refuses pictures that are cut off.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def one(data: bytes, size: int, quality: int) -> tuple[bytes, str, str]:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         scale = size / min(width, height)
         target = (round(width * scale), round(height * scale)) if scale < 1 else (width, height)
-        enough = min(width, height) / (1.25 * size)
+        enough = min(width, height) / size
         by = 8 if enough >= 8 else 4 if enough >= 4 else 2 if enough >= 2 else 1
         pixels = simplejpeg.decode_jpeg(data, "RGB", min_width=-(-width // by), min_height=-(-height // by))
         order = "RGB"
@@ -50,7 +50,7 @@ def one(data: bytes, size: int, quality: int) -> tuple[bytes, str, str]:
         order = "BGR"
     if pixels.shape[1::-1] != target:
         # OpenCV averages areas fast where the ratio is whole, so first to a multiple: 50 dB from its slow way
-        multiple = math.ceil(pixels.shape[0] / target[1] / 1.25)
+        multiple = math.ceil(pixels.shape[0] / target[1] / (1.25 if pixels.shape[0] == height else 1.6))
         pixels = cv2.resize(pixels, (target[0] * multiple, target[1] * multiple), interpolation=cv2.INTER_LINEAR)
         if multiple > 1:
             pixels = cv2.resize(pixels, target, interpolation=cv2.INTER_AREA)

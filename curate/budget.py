@@ -16,7 +16,7 @@ import contextlib
 import random
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 
@@ -223,10 +223,24 @@ class _Site:
 
 
 class Turn:
-    """A request's time at a domain; what comes of it decides about the next ones."""
+    """A request's time at a domain; what comes of it decides about the next ones.
 
-    def __init__(self, turns: Turns, domain: str, site: _Site, started: float) -> None:
-        self._turns, self._domain, self._site, self.started = turns, domain, site, started
+    `async with turns.turn(domain) as turn` waits for a slot of the domain and a place, and holds them for the block. It
+    raises Settled while the domain is given up, and what asking the budget raised.
+    """
+
+    def __init__(self, turns: Turns, domain: str) -> None:
+        self._turns, self._domain = turns, domain
+        self._site: _Site
+        self.started = 0.0
+
+    async def __aenter__(self) -> Turn:
+        self._site = await self._turns.wait(self._domain)
+        self.started = self._turns.now()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._turns.done(self._domain, self._site, self.started)
 
     def answered(self) -> None:
         """The domain gave an answer that counts as one, be it a refusal."""
@@ -281,17 +295,14 @@ class Turns:
         self._closing = False
         self._telling: list[asyncio.Future[None]] = []  # who waits until the budget has the message
 
-    @staticmethod
-    def now() -> float:
-        """The event loop's clock."""
-        return asyncio.get_running_loop().time()
+    now = staticmethod(time.monotonic)  # the event loop's clock
 
-    @contextlib.asynccontextmanager
-    async def turn(self, domain: str) -> AsyncIterator[Turn]:
-        """Wait for a slot of the domain and a place, and hold them.
+    def turn(self, domain: str) -> Turn:
+        """A turn at the domain, to be waited for."""
+        return Turn(self, domain)
 
-        Raises Settled while the domain is given up, and what asking the budget raised.
-        """
+    async def wait(self, domain: str) -> _Site:
+        """See Turn."""
         if self._trading is None:
             self._trading = asyncio.create_task(self._trade())
         site = self._sites.get(domain)
@@ -305,13 +316,9 @@ class Turns:
             await ticket
         except asyncio.CancelledError:
             if ticket.done() and not ticket.cancelled() and ticket.exception() is None:
-                self._done(domain, site, self.now())
+                self.done(domain, site, self.now())
             raise
-        started = self.now()
-        try:
-            yield Turn(self, domain, site, started)
-        finally:
-            self._done(domain, site, started)
+        return site
 
     def widen(self, by: int) -> None:
         """More places, or, with a negative number, fewer, as they become free."""
@@ -403,7 +410,8 @@ class Turns:
             at = max(site.idle[-1], open_at)
             site.timer = asyncio.get_running_loop().call_at(at, self._serve, domain, site)
 
-    def _done(self, domain: str, site: _Site, started: float) -> None:
+    def done(self, domain: str, site: _Site, started: float) -> None:
+        """A turn that began then is over."""
         now = self.now()
         site.busy -= 1
         self._places += 1

@@ -14,13 +14,13 @@ memory share `MEMORY` bytes.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import functools
 import random
 import ssl
+import time
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -141,6 +141,22 @@ class _Errand:
 T = TypeVar("T")
 
 
+class Loan:
+    """A body in use, for `async with`. While much is held, nothing new is asked for, so a web that is faster than the
+    decoders does not fill the memory."""
+
+    def __init__(self, fetcher: Fetcher, url: str) -> None:
+        self._fetcher, self._url = fetcher, url
+        self._answer: _Answer
+
+    async def __aenter__(self) -> Body:
+        self._answer = answer = await self._fetcher.borrow(self._url)
+        return Body(answer.data, str(answer.url), answer.status, _words(answer.seen))
+
+    async def __aexit__(self, *_: object) -> None:
+        self._fetcher.give_back(self._answer)
+
+
 class Fetcher:
     """Fetches URLs on one event loop. Any number of `get` may wait at once: rows that wait for a busy domain hold
     none of the `concurrency` places.
@@ -188,23 +204,26 @@ class Fetcher:
         async with self.body(url) as body:
             return body
 
-    @contextlib.asynccontextmanager
-    async def body(self, url: str) -> AsyncIterator[Body]:
-        """As `get`, counting the body as held until the block ends: while much is held, nothing new is asked for.
+    def body(self, url: str) -> Loan:
+        """As `get`, for `async with`: the body counts as held until the block ends."""
+        return Loan(self, url)
 
-        So a web that is faster than the decoders does not fill the memory.
-        """
-        parsed = guard.parse_url(url, self._allow)
+    async def borrow(self, url: str) -> _Answer:
+        """See Loan."""
         try:
+            parsed = guard.parse_url(url, self._allow)
             answer = await self._persist(lambda: self._follow(parsed, self._image))
-            self._bodies += 1
-            try:
-                yield Body(answer.data, str(answer.url), answer.status, _words(answer.seen))
-            finally:
-                self._bodies -= 1
-                answer.hold.release()
-        finally:
+        except BaseException:
             self._pace()
+            raise
+        self._bodies += 1
+        return answer
+
+    def give_back(self, answer: _Answer) -> None:
+        """See Loan."""
+        self._bodies -= 1
+        answer.hold.release()
+        self._pace()
 
     def _pace(self) -> None:
         """Ask no faster than bodies are used: with fewer requests at a time, more of them find an open connection, and
@@ -413,11 +432,11 @@ class _Room:
         left = _left(self._limit)
         self._limit.reschedule(None)
         await self._hold.grow(size)
-        self._limit.reschedule(asyncio.get_running_loop().time() + left)
+        self._limit.reschedule(time.monotonic() + left)
 
 
 def _left(limit: asyncio.Timeout) -> float:
-    return (limit.when() or 0.0) - asyncio.get_running_loop().time()
+    return (limit.when() or 0.0) - time.monotonic()
 
 
 async def _read(response: aiohttp.ClientResponse, errand: _Errand, seen: Mapping[str, str], room: _Room) -> bytes:

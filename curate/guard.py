@@ -13,6 +13,7 @@ import copy
 import errno
 import re
 import socket
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -256,7 +257,7 @@ class Shared(Generic[T]):
     async def get(self, key: str) -> T:
         """The outcome for a key: kept, under way, or computed now. A caller who is cancelled stops nobody else."""
         until, outcome = self._kept.get(key, (0.0, None))
-        if outcome is None or until <= asyncio.get_running_loop().time():
+        if outcome is None or until <= time.monotonic():
             task = self._running.get(key)
             if task is None:
                 task = self._running[key] = asyncio.create_task(self._run(key))
@@ -273,7 +274,7 @@ class Shared(Generic[T]):
                 outcome = await self._compute(key)
             except RowError as e:
                 outcome = e.with_traceback(None)
-            self._kept[key] = (asyncio.get_running_loop().time() + self._keep(outcome), outcome)
+            self._kept[key] = (time.monotonic() + self._keep(outcome), outcome)
             self._kept.move_to_end(key)
             while len(self._kept) > self._size:
                 self._kept.popitem(last=False)
@@ -355,9 +356,9 @@ class GuardedResolver(AbstractResolver):
         """Have a name's addresses at hand. Returns the seconds of a look-up that this call waited for, 0 for most."""
         if ":" in host or _ENDS_IN_A_NUMBER.search(host):
             return 0.0
-        began = asyncio.get_running_loop().time()
+        began = time.monotonic()
         names = await self._shared.get(host)
-        return min(asyncio.get_running_loop().time() - began, names.seconds)
+        return min(time.monotonic() - began, names.seconds)
 
     async def close(self) -> None:
         """Stop what is under way."""
@@ -365,10 +366,9 @@ class GuardedResolver(AbstractResolver):
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _addresses(self, host: str) -> _Addresses:
-        clock = asyncio.get_running_loop().time
         try:
             async with self._places:
-                began = clock()
+                began = time.monotonic()
                 async with asyncio.timeout(self._timeout):
                     addresses = await self._lookup(host)
         except TimeoutError:
@@ -380,7 +380,7 @@ class GuardedResolver(AbstractResolver):
             raise Settled(Reason.DNS, f"{host}: {e}") from e
         if not addresses:
             raise Settled(Reason.DNS, f"{host}: no address")
-        return _Addresses(tuple(addresses), clock() - began)
+        return _Addresses(tuple(addresses), time.monotonic() - began)
 
     async def _ask_the_system(self, host: str) -> list[str]:
         answers = await asyncio.get_running_loop().run_in_executor(

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import simplejpeg
 from PIL import (
     AvifImagePlugin,
@@ -144,7 +145,7 @@ def process(data: bytes, config: ImagesConfig) -> Picture:
     pixels = image.pixels
     fitted = _fitted(image.width, image.height, config)
     if fitted:
-        pixels = _resize(pixels, fitted)
+        pixels = _resize(pixels, fitted, reduced=pixels.shape[:2] != (image.height, image.width))
         if config.mode == "center_crop":
             pixels = _center(pixels, config.size)
     height, width = pixels.shape[:2]
@@ -334,18 +335,11 @@ def _upright(opened: ImageFile.ImageFile, data: bytes, least: tuple[int, int]) -
 def _decode_jpeg(opened: ImageFile.ImageFile, data: bytes, least: tuple[int, int]) -> np.ndarray:
     """A JPEG's sRGB pixels as stored, at 1/1, 1/2, 1/4 or 1/8 of its size.
 
-    The reduced picture keeps 1.25 times the pixels that are needed, or exactly these: what is left to the area filter
-    is then no fraction near 1, which it does badly. Only these four scales have fast code in libjpeg-turbo.
+    Only these four scales have fast code in libjpeg-turbo.
     """
     width, height = opened.size
 
-    def fits(k: int) -> bool:
-        reduced = -(-width // k), -(-height // k)
-        return (width, height) == (least[0] * k, least[1] * k) or all(
-            r >= 1.25 * need for r, need in zip(reduced, least, strict=True)
-        )
-
-    k = next((k for k in (8, 4, 2) if fits(k)), 1)
+    k = next((k for k in (8, 4, 2) if -(-width // k) >= least[0] and -(-height // k) >= least[1]), 1)
     profile = opened.info.get("icc_profile") or None
     colours = "CMYK" if opened.mode == "CMYK" else "RGB"
     if profile and opened.mode == "L":
@@ -532,19 +526,33 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> np.ndarray:
         grey = image.mode in ("1", "L", "LA")
         image = _as(image, "LA" if grey else "RGBA")
         if _transform(profile, "L" if grey else "RGB") is None and not grey:
-            return _over_white(np.asarray(image))
+            return _over_white(_in_fours(image))
         alpha = np.asarray(image.getchannel("A"))
         image = image.convert("L" if grey else "RGB")
     elif image.mode not in ("L", "RGB", "CMYK", "LAB"):
         image = image.convert("L" if image.mode == "1" else "RGB")
     transform = _transform(profile, image.mode)
-    pixels = np.asarray(_as(image, "RGB") if transform is None else transform.apply(image))
+    if transform is not None:
+        image = transform.apply(image)
+    pixels = cv2.cvtColor(_in_fours(_as(image, "RGB")), cv2.COLOR_RGBA2RGB)
     return pixels if alpha is None else _over_white(np.dstack([pixels, alpha]))
 
 
 def _as(image: Image.Image, mode: str) -> Image.Image:
     """In a mode; no copy where it has that already."""
     return image if image.mode == mode else image.convert(mode)
+
+
+def _in_fours(image: Image.Image) -> np.ndarray:
+    """The pixels of an RGB or RGBA image as Pillow holds them, (h, w, 4) uint8: not copied, as np.asarray would, twice.
+
+    A picture above 16 MB lies in several pieces, and is copied.
+    """
+    try:
+        held = pa.array(image)
+    except ValueError:
+        return np.asarray(image.convert("RGBA"))
+    return held.flatten().to_numpy().reshape(image.height, image.width, 4)
 
 
 def _over_white(rgba: np.ndarray) -> np.ndarray:
@@ -642,22 +650,21 @@ def _fitted(width: int, height: int, config: ImagesConfig) -> tuple[int, int] | 
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Enlarged by Lanczos, shrunk by area averaging.
+def _resize(pixels: np.ndarray, size: tuple[int, int], reduced: bool) -> np.ndarray:
+    """Enlarged by Lanczos, shrunk by area averaging; `reduced` pixels were already averaged by a decoder.
 
-    OpenCV's averaging is fast only where each pixel stands for a whole number of pixels. So a picture is first brought
-    to a multiple of its size to be, between 1.25 times smaller and 1.6 times larger than it is, and then averaged: half
-    the time, and 50 dB from the slow way. What shrinks by less than 1.25 goes the slow way: there is little of it.
+    OpenCV's averaging is fast only where each pixel stands for a whole number of pixels. So a picture is first brought,
+    bilinearly, to a multiple of its size to be that is at most 1.25 times smaller than it is, and then averaged: half
+    the time, and 50 dB from the slow way. Averaged pixels bear 1.6 times: they hold no detail that this would alias.
     """
     height, width = pixels.shape[:2]
     if (width, height) == size:
         return pixels
     if size[0] * size[1] >= width * height:
         return cv2.resize(pixels, size, interpolation=cv2.INTER_LANCZOS4)
-    times = math.ceil(max(width / size[0], height / size[1]) / 1.25)
-    if times > 1:
-        pixels = cv2.resize(pixels, (times * size[0], times * size[1]), interpolation=cv2.INTER_LINEAR)
-    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    times = math.ceil(max(width / size[0], height / size[1]) / (1.6 if reduced else 1.25))
+    pixels = cv2.resize(pixels, (times * size[0], times * size[1]), interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA) if times > 1 else pixels
 
 
 def _center(pixels: np.ndarray, side: int) -> np.ndarray:

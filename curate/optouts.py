@@ -136,7 +136,7 @@ class Robots:
 
     async def check(self, url: URL) -> None:
         """Raises RowError: opted_out where the rules disallow this URL, or what `read` raised."""
-        rules = await self._shared.get(str(url.origin()))
+        rules = await self._shared.get(f"{url.scheme}://{url.host_port_subcomponent}")
         if rules is not _NO_RULES and not rules.can_fetch(str(url), PRODUCT_TOKEN):
             raise Settled(Reason.OPTED_OUT, f"robots.txt of {url.origin()} disallows it")
 
@@ -237,7 +237,7 @@ class TdmRep:
     async def check(self, url: URL) -> None:
         """Raises RowError: opted_out where the file of the URL's origin reserves it."""
         try:
-            reserves = await self._shared.get(str(url.origin()))
+            reserves = await self._shared.get(f"{url.scheme}://{url.host_port_subcomponent}")
         except RowError:
             return
         if reserves(url):
