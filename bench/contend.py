@@ -109,12 +109,10 @@ class Lists:
         self.count = count
         self.port = server.https if scheme == "https" else server.http
         dice = random.Random(f"{kind} {count}")
-        by_kind: dict[str, list[int]] = {}
-        for number, entry in enumerate(pictures.entries(bench.pictures)):
-            by_kind.setdefault(entry.kind, []).append(number)
+        by_kind = pictures.by_kind(bench.pictures)
         kinds = list(pictures.MIX) if kind == "mixed" else [kind]
-        drawn = dice.choices(kinds, [pictures.MIX[k] for k in kinds], k=count)
-        turn = {k: shuffled(by_kind[k], dice) for k in kinds}
+        drawn = dice.choices(kinds, [pictures.MIX.get(k, 1) for k in kinds], k=count)
+        turn = {k: shuffled([*by_kind[k]], dice) for k in kinds}
         urls, self.numbers = [], []
         for row, one in enumerate(drawn):
             number = turn[one][row % len(turn[one])]
@@ -123,7 +121,7 @@ class Lists:
             if not web.fate(path).error:
                 self.numbers.append(number)
         self.good = len(self.numbers)
-        self.path = bench.folder / f"{kind}-{scheme}-{count}.parquet"
+        self.path = bench.folder / f"{kind.replace(' ', '-')}-{scheme}-{count}.parquet"
         write(self.path, urls)
 
 

@@ -33,6 +33,7 @@ VARIANTS = {
     "mixed, https, no reuse": ("mixed", "https", True),
     "photographs, http": ("photo", "http", False),
     "photographs, https": ("photo", "https", False),
+    "large photographs, http": ("large photo", "http", False),
     "PNG, http": ("png", "http", False),
 }
 """What is on the list, the scheme, and whether the server closes after each answer."""
@@ -140,7 +141,7 @@ def _machine(peer: str) -> dict[str, str]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.fetch", description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=3000, help="rows of the list (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=6000, help="rows of the list (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of which the medians count (default: %(default)s)")
     parser.add_argument("--variants", type=lambda s: s.split(";"), default=list(VARIANTS), help="; between them")
     parser.add_argument("--size", type=int, default=256, help="short side, pixels (default: %(default)s)")

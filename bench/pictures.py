@@ -25,6 +25,9 @@ VERSION = 1  # counted up when pictures are made otherwise
 LONG_SIDES = {400: 14, 500: 16, 640: 17, 800: 15, 1024: 14, 1200: 9, 1600: 7, 2048: 4, 3000: 2, 4000: 2}
 """Pixels of the long side, and how many in a hundred photographs have it."""
 
+LARGE = 1024
+"""Pixels of the long side from which on a photograph is a large one: what lists that are filtered by size hold."""
+
 COUNTS = {"photo": 480, "png": 120, "webp": 60}
 MIX = {"photo": 84, "png": 10, "webp": 6}
 """How many different pictures of each kind there are, and how many in a hundred rows of a mixed list show one."""
@@ -73,16 +76,26 @@ def entries(pictures: Path) -> list[Entry]:
     return [Entry(*e) for e in json.loads(index_path(pictures).read_text())]
 
 
+def by_kind(pictures: Path) -> dict[str, dict[int, tuple[int, int]]]:
+    """The numbers of the pictures of each kind with their (width, height); large photographs are a kind once more."""
+    found, data = entries(pictures), pictures.read_bytes()
+    kinds: dict[str, dict[int, tuple[int, int]]] = {}
+    for number, e in enumerate(found):
+        size = Image.open(io.BytesIO(data[e.offset : e.offset + e.size])).size
+        kinds.setdefault(e.kind, {})[number] = size
+        if e.kind == "photo" and max(size) >= LARGE:
+            kinds.setdefault("large photo", {})[number] = size
+    return kinds
+
+
 def describe(pictures: Path) -> str:
     """The mix in a line."""
-    found, data = entries(pictures), pictures.read_bytes()
+    found, kinds = entries(pictures), by_kind(pictures)
     parts = []
-    for kind, count in COUNTS.items():
-        of_kind = [e for e in found if e.kind == kind]
-        sizes = [Image.open(io.BytesIO(data[e.offset : e.offset + e.size])).size for e in of_kind]
-        pixels = np.mean([w * h for w, h in sizes]) / 1e6
-        bytes_ = np.mean([e.size for e in of_kind]) / 1000
-        parts.append(f"{count} {kind} ({pixels:.2f} megapixels, {bytes_:.0f} kB in the mean)")
+    for kind in ("photo", "large photo", "png", "webp"):
+        pixels = np.mean([w * h for w, h in kinds[kind].values()]) / 1e6
+        bytes_ = np.mean([found[n].size for n in kinds[kind]]) / 1000
+        parts.append(f"{len(kinds[kind])} {kind} ({pixels:.2f} megapixels, {bytes_:.0f} kB in the mean)")
     return ", ".join(parts)
 
 

@@ -17,6 +17,7 @@ import functools
 import json
 import math
 import mmap
+import os
 import socket
 import ssl
 import subprocess
@@ -228,6 +229,7 @@ def main() -> None:
     parser.add_argument("--close", action="store_true")
     options = parser.parse_args()
     threading.stack_size(512 * 1024)
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # a server elsewhere would not push clients aside
     server = _Server(options.pictures, options.close)
     for port, tls in ((options.http, None), (options.https, _contexts(options.certificates))):
         threading.Thread(target=server.accept, args=(_listener(port), tls), daemon=True).start()
