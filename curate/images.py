@@ -340,6 +340,8 @@ def _decode_jpeg(opened: ImageFile.ImageFile, data: bytes, least: tuple[int, int
     width, height = opened.size
 
     k = next((k for k in (8, 4, 2) if -(-width // k) >= least[0] and -(-height // k) >= least[1]), 1)
+    if k >= 4 and opened.info.get("progressive"):
+        data = _coarse(data)
     profile = opened.info.get("icc_profile") or None
     colours = "CMYK" if opened.mode == "CMYK" else "RGB"
     if profile and opened.mode == "L":
@@ -409,6 +411,36 @@ def _libjpeg(data: bytes, colours: str, width: int, height: int) -> np.ndarray:
         raise
 
 
+def _coarse(data: bytes) -> bytes:
+    """A progressive JPEG without the scans that at a quarter of its size, or less, make next to no difference.
+
+    What is left out: high frequencies, and the lower bits of the others. Most of the time goes into these: at a quarter
+    decoding takes a third of it then, and the pixels are 40 to 50 dB from those of all scans. A file in which something
+    is missing stays as it is, for the decoder to complain.
+    """
+    kept, at, marker = [data[:2]], 2, 0
+    for marker, start, end in _jpeg_segments(data):
+        needed = True
+        if marker == 0xDA:
+            first, _, bits = _scan(data, start)[1]
+            needed = first == 0 or (first <= _COARSE and bits >> 4 == 0)
+        if needed:
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept) if marker == 0xD9 and _has_all_scans(data) else data
+
+
+_COARSE = 4
+"""The last coefficient, in zigzag order, of the 2 x 2 lowest frequencies."""
+
+
+def _scan(data: bytes, start: int) -> tuple[bytes, bytes]:
+    """Of a scan's header, the components' numbers; first and last coefficient, and bits done and left (T.81, B.2.3)."""
+    head = data[start : start + 12].ljust(12, b"\xff")
+    behind = 1 + 2 * min(head[0], 4)
+    return head[1:behind:2], head[behind : behind + 3]
+
+
 def _has_all_scans(data: bytes) -> bool:
     """Whether a JPEG's scans bring all 64 coefficients of every component to their last bit (ITU-T T.81, G.1.1.1).
 
@@ -419,11 +451,9 @@ def _has_all_scans(data: bytes) -> bool:
         if marker in (0xC0, 0xC1, 0xC2):  # the frames that libjpeg-turbo decodes, arithmetic coding aside
             missing = {(component, k) for component in data[start + 6 : end : 3] for k in range(64)}
         elif marker == 0xDA and missing:
-            head = data[start : start + 12].ljust(12, b"\xff")
-            behind = 1 + 2 * min(head[0], 4)  # the components; then first and last coefficient, bits done and left
-            first, last, bits = head[behind : behind + 3]
+            components, (first, last, bits) = _scan(data, start)
             if bits & 15 == 0:
-                missing -= {(component, k) for component in head[1:behind:2] for k in range(first, last + 1)}
+                missing -= {(component, k) for component in components for k in range(first, last + 1)}
     return missing == set()
 
 

@@ -225,11 +225,30 @@ def test_a_jpeg_cut_off_and_closed_again_is_no_picture() -> None:
         whole = encoded(photograph(), name)
         end = b"\xff\xd9"
         assert refused(whole[: len(whole) // 2] + end).reason is Reason.DECODE_ERROR
-        assert refused(whole[:-100] + end, ImagesConfig(size=64)).reason is Reason.DECODE_ERROR
+        assert refused(whole[:-100] + end, ImagesConfig(size=200)).reason is Reason.DECODE_ERROR
         middle = len(whole) // 2
         assert refused(whole[:middle] + bytes(300) + whole[middle + 300 :]).reason is Reason.DECODE_ERROR
         for complete in (whole[:-2], whole[:-1], whole[:-2] + b"\0\0" + end, whole + b"trailing" * 1000):
             assert np.array_equal(decode(complete), decode(whole))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_progressive_jpeg_at_a_quarter_or_less_does_without_its_fine_scans(which: int) -> None:
+    whole = encoded(photograph(which=which), "progressive")
+    shrunk = {size: process(whole, ImagesConfig(size=size, format="png")) for size in (40, 60, 100)}
+    for size, picture in shrunk.items():  # at an eighth and two quarters
+        reference = cv2.resize(decode(whole), (picture.width, picture.height), interpolation=cv2.INTER_AREA)
+        assert psnr(decode(picture.data), reference) > 30, size  # with all scans it is 0 to 0.4 dB more
+    scans = [at for at in range(len(whole)) if whole.startswith(b"\xff\xda", at)]
+    for size, picture in shrunk.items():
+        config = ImagesConfig(size=size, format="png")
+        # what is in the last scan makes no difference, that it is there does; the first ones are needed
+        damaged = process(whole[:-300] + bytes(200) + whole[-100:], config)
+        assert damaged.phash == picture.phash and damaged.data == picture.data
+        for scan in scans[1:]:
+            assert refused(whole[: scan + 40], config).reason is Reason.DECODE_ERROR
+        at = scans[0] + 400
+        assert refused(whole[:at] + bytes(100) + whole[at + 100 :], config).reason is Reason.DECODE_ERROR
 
 
 @pytest.mark.parametrize("name", ["jpg", "progressive"])
