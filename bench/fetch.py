@@ -150,9 +150,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--peer",
         type=lambda s: tuple(map(int, s.split("x"))),
-        default=(2, 64),
+        default=(2, 128),
         metavar="PROCESSESxTHREADS",
-        help="img2dataset's best settings, as --tune finds them (default: 2x64)",
+        help="img2dataset's best settings, as --tune finds them (default: 2x128)",
     )
     parser.add_argument("--cache", type=Path, default=_cache(), help="folder of the pictures (default: %(default)s)")
     parser.add_argument("--photos", type=Path, help="a folder of photographs of some 500 pixels, to be among them")

@@ -56,6 +56,7 @@ _FIELD = 16_384  # bytes of one header field
 _STEP = 65_536  # bytes that a body is first given; doubled as it grows
 _PIECE = 262_144  # bytes that are decompressed at a time
 _AHEAD = 24  # bodies that may wait for decoders before fewer requests are made at a time, and the fewest requests
+_LATE = 0.5  # seconds after which a request under way leaves its place to another
 _SLOW, _SLOW_AFTER = 1000.0, 5.0  # bytes per second that a body must bring, on the average of more than so many seconds
 
 
@@ -194,6 +195,7 @@ class Fetcher:
         self._opened: aiohttp.ClientSession | None = None
         self._bodies = 0  # that wait for a decoder or are with one
         self._width = config.concurrency  # requests at a time, as long as bodies are used as fast as they come
+        self._late = 0  # requests under way beside these
 
     async def get(self, url: str) -> Body:
         """Fetch one URL.
@@ -231,10 +233,17 @@ class Fetcher:
         if self._bodies > _AHEAD:
             by = -1 if self._width > _AHEAD else 0
         else:
-            by = min(2, self._config.concurrency - self._width) if self._bodies < _AHEAD // 4 else 0
+            by = min(2, self._config.concurrency - self._width - self._late) if self._bodies < _AHEAD // 4 else 0
         if by:
             self._width += by
             self._turns.widen(by)
+
+    def _step_aside(self, stood_aside: asyncio.Event) -> None:
+        """Leave the place of a request that takes long to another: few places are soon full of such."""
+        if self._width + self._late < self._config.concurrency:
+            self._late += 1
+            self._turns.widen(1)
+            stood_aside.set()
 
     async def settle(self) -> None:
         """Give back what the budget lent and no row needs now."""
@@ -332,6 +341,8 @@ class Fetcher:
         """One request and its answer, and what it says about the domain."""
         status, retry_after = None, None
         hold = self._memory.hold()
+        stood_aside = asyncio.Event()
+        late = asyncio.get_running_loop().call_later(_LATE, self._step_aside, stood_aside)
         try:
             try:
                 async with asyncio.timeout(seconds) as limit, self._session.get(url, allow_redirects=False) as response:
@@ -357,6 +368,11 @@ class Fetcher:
         except BaseException:
             hold.release()
             raise
+        finally:
+            late.cancel()
+            if stood_aside.is_set():
+                self._late -= 1
+                self._turns.widen(-1)
 
     def _keep_away(self, error: RowError, retry_after: float | None, turn: budget.Turn) -> None:
         """What a 429 or 5xx asks for. Raises Settled where that is to wait for too long."""
