@@ -233,6 +233,7 @@ class Turn:
         self._turns, self._domain = turns, domain
         self._site: _Site
         self.started = 0.0
+        self.aside = False  # it takes long, and another has its place
 
     async def __aenter__(self) -> Turn:
         self._site = await self._turns.wait(self._domain)

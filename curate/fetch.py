@@ -238,12 +238,12 @@ class Fetcher:
             self._width += by
             self._turns.widen(by)
 
-    def _step_aside(self, stood_aside: asyncio.Event) -> None:
+    def _step_aside(self, turn: budget.Turn) -> None:
         """Leave the place of a request that takes long to another: few places are soon full of such."""
         if self._width + self._late < self._config.concurrency:
             self._late += 1
             self._turns.widen(1)
-            stood_aside.set()
+            turn.aside = True
 
     async def settle(self) -> None:
         """Give back what the budget lent and no row needs now."""
@@ -341,8 +341,7 @@ class Fetcher:
         """One request and its answer, and what it says about the domain."""
         status, retry_after = None, None
         hold = self._memory.hold()
-        stood_aside = asyncio.Event()
-        late = asyncio.get_running_loop().call_later(_LATE, self._step_aside, stood_aside)
+        late = asyncio.get_running_loop().call_later(_LATE, self._step_aside, turn)
         try:
             try:
                 async with asyncio.timeout(seconds) as limit, self._session.get(url, allow_redirects=False) as response:
@@ -370,7 +369,7 @@ class Fetcher:
             raise
         finally:
             late.cancel()
-            if stood_aside.is_set():
+            if turn.aside:
                 self._late -= 1
                 self._turns.widen(-1)
 

@@ -123,6 +123,10 @@ def robots_rules(body: bytes) -> Protego:
 _NO_RULES = Protego.parse("")
 
 
+def _origin(url: URL) -> str:
+    return f"{url.scheme}://{url.host_port_subcomponent}"  # as str(url.origin()), which builds another URL
+
+
 class Robots:
     """robots.txt, read once per origin and shared by all its rows.
 
@@ -136,7 +140,7 @@ class Robots:
 
     async def check(self, url: URL) -> None:
         """Raises RowError: opted_out where the rules disallow this URL, or what `read` raised."""
-        rules = await self._shared.get(f"{url.scheme}://{url.host_port_subcomponent}")
+        rules = await self._shared.get(_origin(url))
         if rules is not _NO_RULES and not rules.can_fetch(str(url), PRODUCT_TOKEN):
             raise Settled(Reason.OPTED_OUT, f"robots.txt of {url.origin()} disallows it")
 
@@ -237,7 +241,7 @@ class TdmRep:
     async def check(self, url: URL) -> None:
         """Raises RowError: opted_out where the file of the URL's origin reserves it."""
         try:
-            reserves = await self._shared.get(f"{url.scheme}://{url.host_port_subcomponent}")
+            reserves = await self._shared.get(_origin(url))
         except RowError:
             return
         if reserves(url):
