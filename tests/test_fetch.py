@@ -765,12 +765,10 @@ def test_robots_txt_is_asked_for_once_per_origin() -> None:
     asyncio.run(main())
 
 
-async def _status_of_robots(page: Any, **config: Any) -> tuple[str, Server]:
+async def outcome_of(page: Any, file: str = "/robots.txt", **config: Any) -> tuple[str, Server]:
+    """What becomes of a picture whose server has this page as that file, or, in a dict, these pages."""
     async with running(**config) as (server, root, fetcher):
-        if isinstance(page, dict):
-            server.pages |= page
-        else:
-            server["/robots.txt"] = page
+        server.pages |= page if isinstance(page, dict) else {file: page}
         try:
             await fetcher.get(root + "x.jpg")
         except RowError as e:
@@ -804,11 +802,11 @@ async def _status_of_robots(page: Any, **config: Any) -> tuple[str, Server]:
     ],
 )
 def test_robots_txt_answers(page: Any, outcome: str) -> None:
-    assert asyncio.run(_status_of_robots(page, timeout=1.0))[0] == outcome
+    assert asyncio.run(outcome_of(page, timeout=1.0))[0] == outcome
 
 
 def test_robots_txt_is_not_asked_for_where_it_is_not_respected() -> None:
-    outcome, server = asyncio.run(_status_of_robots(robots("User-agent: *\nDisallow: /"), respect=["x-robots-tag"]))
+    outcome, server = asyncio.run(outcome_of(robots("User-agent: *\nDisallow: /"), respect=["x-robots-tag"]))
     assert outcome == "ok" and server.asked == [("a.test", "/x.jpg")]
 
 

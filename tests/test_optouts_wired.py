@@ -14,7 +14,7 @@ import pytest
 from curate import optouts
 from curate.fetch import FetchConfig
 from curate.ledger import Reason, RowError
-from tests.test_fetch import PIXELS, Server, bare, drop, failure, reply, robots, running
+from tests.test_fetch import PIXELS, bare, drop, failure, outcome_of, reply, robots, running
 
 FILE = "/.well-known/tdmrep.json"
 ALL_RESERVED = json.dumps([{"location": "/", "tdm-reservation": 1}]).encode()
@@ -121,17 +121,6 @@ def test_tdmrep_json_is_asked_for_once_per_origin() -> None:
     asyncio.run(main())
 
 
-async def _outcome(page: Any, **config: Any) -> tuple[str, Server]:
-    async with running(**config) as (server, root, fetcher):
-        for path, answer in page.items() if isinstance(page, dict) else [(FILE, page)]:
-            server[path] = answer
-        try:
-            await fetcher.get(root + "x.jpg")
-        except RowError as e:
-            return e.reason.value, server
-        return "ok", server
-
-
 @pytest.mark.parametrize(
     ("page", "outcome"),
     [
@@ -156,14 +145,14 @@ async def _outcome(page: Any, **config: Any) -> tuple[str, Server]:
 )
 def test_tdmrep_json_answers(page: Any, outcome: str) -> None:
     """By TDMRep an origin that fails to give the file says nothing."""
-    found, server = asyncio.run(_outcome(page, timeout=1.0, respect=["tdmrep-json"]))
+    found, server = asyncio.run(outcome_of(page, FILE, timeout=1.0, respect=["tdmrep-json"]))
     assert (found, server.count("/x.jpg")) == (outcome, int(outcome == "ok"))
     assert server.count(FILE) >= 1
 
 
 def test_files_are_asked_for_only_where_they_are_respected_and_needed() -> None:
     page = {FILE: reply(200, ALL_RESERVED), "/robots.txt": robots("User-agent: *\nDisallow: /")}
-    outcome, server = asyncio.run(_outcome({FILE: page[FILE]}))
+    outcome, server = asyncio.run(outcome_of({FILE: page[FILE]}))
     assert outcome == "ok" and server.count(FILE) == 0
-    outcome, server = asyncio.run(_outcome(page, respect=optouts.SIGNALS))
+    outcome, server = asyncio.run(outcome_of(page, respect=optouts.SIGNALS))
     assert outcome == "opted_out" and server.asked == [("a.test", "/robots.txt")]
