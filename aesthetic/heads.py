@@ -39,6 +39,8 @@ _CHUNK = 16384  # rows converted to float32 at a time
 _UNIT = 0.01  # how far from 1 the norm of a vector of an l2 space may lie; float16 rounding moves it by less than 0.001
 _PROBES = "space.probes"
 
+LINKS = ("identity", "sigmoid")
+
 Layer = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
 
@@ -48,11 +50,13 @@ class HeadError(Exception):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Head:
-    """Affine maps with ReLU between them, from the vectors of one space to one number.
+    """Affine maps with ReLU between them, from the vectors of one space to one number, and a link at the end.
 
-    A head without a non-linearity is one layer. `card` is JSON for people and for `heads show`: `about`, `licence`,
-    `source`, `data`, `metrics`, `quantiles`, `thresholds`, `limits`, all optional. Scores may leave `scale`: it is the
-    scale of the ratings that the head was fitted to, and nothing clips.
+    A head without a non-linearity is one layer. `link` says what becomes of the last layer's number z: "identity"
+    leaves it, "sigmoid" gives 1 / (1 + exp(-z)), the probability of a logistic classifier. `card` is JSON for people
+    and for `heads show`: `about`, `licence`, `source`, `data`, `metrics`, `quantiles`, `thresholds`, `limits`, all
+    optional. Scores of the identity may leave `scale`: it is the scale of the ratings that the head was fitted to, and
+    nothing clips. A sigmoid's scale is 0 to 1.
     """
 
     name: str
@@ -60,6 +64,7 @@ class Head:
     space: Space
     scale: tuple[float, float]  # lowest and highest possible rating
     layers: tuple[Layer, ...]  # (weight (out, in), bias (out,)) float32, the last with out = 1
+    link: str = "identity"  # or "sigmoid"
     card: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -73,6 +78,10 @@ class Head:
             raise HeadError(
                 f"{self.name}: scale is {low} to {high}; it must be two finite numbers, the lower one first"
             )
+        if self.link not in LINKS:
+            raise HeadError(f"{self.name}: the link is {self.link!r}; it is one of {', '.join(LINKS)}")
+        if self.link == "sigmoid" and (low, high) != (0, 1):
+            raise HeadError(f"{self.name}: scale is {low:g} to {high:g}; a sigmoid's scores are on a scale of 0 to 1")
         if not 1 <= len(self.layers) <= _MAX_LAYERS:
             raise HeadError(f"{self.name}: {len(self.layers)} layers; a head has 1 to {_MAX_LAYERS}")
         width = self.space.dim
@@ -89,7 +98,7 @@ class Head:
 
     @property
     def affine(self) -> bool:
-        """Whether the score is a weighted sum of the vector and a constant."""
+        """Whether the number that the link gets is a weighted sum of the vector and a constant."""
         return len(self.layers) == 1
 
     @cached_property
@@ -97,7 +106,8 @@ class Head:
         """16 hex digits that change with anything that a score depends on or is recorded with: not with the card."""
         what = hashlib.sha256()
         space = [self.space.encoder, self.space.norm, self.space.fingerprint]
-        what.update(json.dumps([FORMAT, self.name, self.task, *map(float, self.scale), *space]).encode())
+        link = [] if self.link == "identity" else [self.link]  # heads from before there were links keep their digest
+        what.update(json.dumps([FORMAT, self.name, self.task, *map(float, self.scale), *space, *link]).encode())
         for weight, bias in self.layers:
             what.update(json.dumps(weight.shape).encode())
             what.update(weight.tobytes() + bias.tobytes())
@@ -136,7 +146,10 @@ class Head:
         for weight, bias in self.layers[:-1]:
             x = np.maximum(x @ weight.T + bias, 0)
         weight, bias = self.layers[-1]
-        return x @ weight[0] + bias[0]
+        z = x @ weight[0] + bias[0]
+        if self.link == "sigmoid":
+            return np.exp(-np.logaddexp(np.float32(0), -z))  # 1 / (1 + exp(-z)), where exp(-z) may be beyond float32
+        return z
 
 
 def save_head(head: Head, folder: Path | str) -> Path:
@@ -170,6 +183,7 @@ def save_head(head: Head, folder: Path | str) -> Path:
         },
         "layers": [head.space.dim, *(len(bias) for _, bias in head.layers)],
         "activation": None if head.affine else "relu",
+        **({} if head.link == "identity" else {"link": head.link}),
         "card": head.card,
         "sha256": {"head.safetensors": hashlib.sha256(weights).hexdigest()},
     }
@@ -264,6 +278,7 @@ def read_head(folder: Path) -> Head:
         dim, details = int(space["dim"]), dict(space["details"])
         encoder, norm, fingerprint = str(space["encoder"]), str(space["norm"]), space["fingerprint"]
         relu = {"relu": True, None: False}[about["activation"]]
+        link = str(about.get("link", "identity"))
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise HeadError(f"{path}: a field is missing or of the wrong type: {type(e).__name__} {e}") from e
     layers = len(sizes) - 1
@@ -292,6 +307,7 @@ def read_head(folder: Path) -> Head:
         space=its_space,
         scale=(low, high),
         layers=tuple((tensors[f"layers.{i}.weight"], tensors[f"layers.{i}.bias"]) for i in range(layers)),
+        link=link,
         card=card,
     )
 
@@ -386,9 +402,11 @@ def _card_lines(head: Head) -> Iterator[str]:
     if "about" in card:
         yield from (str(card["about"]), "")
     kind = "affine" if head.affine else "ReLU network " + "-".join(str(len(b)) for _, b in head.layers)
+    kind += "" if head.link == "identity" else f", then a {head.link}"
+    clipped = " (not clipped)" if head.link == "identity" else ""
     norm = "unit norm" if head.space.norm == "l2" else f"norm {head.space.norm}"
     yield from (
-        f"- scores: {head.task}, on a scale of {head.scale[0]:g} to {head.scale[1]:g} (not clipped)",
+        f"- scores: {head.task}, on a scale of {head.scale[0]:g} to {head.scale[1]:g}{clipped}",
         f"- reads: vectors of `{head.space.encoder}`, {head.space.dim} numbers, {norm}",
         f"- space: `{head.space.fingerprint}`" + (" (declared, no probes)" if head.space.probes is None else ""),
         f"- kind: {kind}",

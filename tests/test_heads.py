@@ -98,6 +98,33 @@ def test_a_head_comes_back_as_it_was(tmp_path, sizes, probes):
     assert "few images" in text
 
 
+def test_a_sigmoid_at_the_end_gives_probabilities(tmp_path):
+    plain, classifier = make_head(), make_head(link="sigmoid", scale=(0.0, 1.0))
+    x = unit(50)
+    np.testing.assert_allclose(classifier(x), 1 / (1 + np.exp(-plain(x).astype(np.float64))), atol=1e-6)
+    x[1, 5] = np.nan
+    assert np.isnan(classifier(x)).sum() == 1
+    with np.errstate(all="raise", under="ignore"):
+        for sign in (-1, 1):
+            steep = make_head(link="sigmoid", scale=(0, 1), layers=((sign * 1e6 * unit(1), np.zeros(1, np.float32)),))
+            assert steep(unit(1)).tolist() == [max(sign, 0)]
+
+    again = load_head(save_head(classifier, tmp_path))
+    assert again.link == "sigmoid"
+    assert again.digest == classifier.digest
+    text = (tmp_path / "MODEL_CARD.md").read_text()
+    assert "then a sigmoid" in text
+    assert "not clipped" not in text
+
+
+def test_heads_from_before_there_were_links_are_read_and_keep_their_digest(tmp_path):
+    head = make_head()
+    about = json.loads((save_head(head, tmp_path) / "head.json").read_text())
+    assert "link" not in about
+    assert load_head(tmp_path).link == "identity"
+    assert make_head(scale=(0.0, 1.0)).digest != make_head(scale=(0.0, 1.0), link="sigmoid").digest
+
+
 def test_safetensors_reads_our_files_too(tmp_path):
     from safetensors.numpy import load_file
 
@@ -130,6 +157,8 @@ def test_the_digest_changes_with_what_a_score_depends_on():
         ({"layers": ((np.zeros((1, 5), np.float32), np.zeros(1, np.float32)),)}, f"its input has {DIM}"),
         ({"layers": ((np.zeros((1, DIM)), np.zeros(1)),)}, "must be float32"),
         ({"layers": ((np.full((1, DIM), np.nan, np.float32), np.zeros(1, np.float32)),)}, "not finite"),
+        ({"link": "softplus"}, "the link is 'softplus'; it is one of identity, sigmoid"),
+        ({"link": "sigmoid"}, "scale is 1 to 7; a sigmoid's scores are on a scale of 0 to 1"),
     ],
 )
 def test_a_head_that_makes_no_sense_cannot_be_built(change, message):
@@ -220,6 +249,8 @@ def test_a_changed_byte_is_found(tmp_path):
         ({"activation": "relu"}, "do not make a head"),
         ({"name": "../../x"}, "cannot name a head"),
         ({"sha256": {}}, "missing or of the wrong type"),
+        ({"link": "exp"}, "the link is 'exp'"),
+        ({"link": None}, "the link is 'None'"),
     ],
 )
 def test_a_head_json_that_makes_no_sense_is_refused(tmp_path, change, message):
