@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import struct
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,8 +36,9 @@ _MAX_JSON = 4 << 20  # bytes of head.json
 _MAX_WEIGHTS = 64 << 20  # bytes of head.safetensors; the largest head known (768-1024-128-64-16-1) has 3.7 MB
 _MAX_HEADER = 64 << 10  # bytes of the header of head.safetensors; ours are below 2 KB
 _MAX_LAYERS = 16
+_COLUMNS = 100  # of a terminal, for `describe`
 _CHUNK = 16384  # rows converted to float32 at a time
-_UNIT = 0.01  # how far from 1 the norm of a vector of an l2 space may lie; float16 rounding moves it by less than 0.001
+_UNIT = 0.01  # how far a vector's norm may lie from what it should be, as a share; float16 moves it by less than 0.001
 _PROBES = "space.probes"
 
 LINKS = ("identity", "sigmoid")
@@ -116,9 +118,9 @@ class Head:
     def __call__(self, vectors: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """Score vectors (n, dim) of any float type -> (n,) float32, in the units of `scale`.
 
-        A row with a NaN scores NaN. Raises HeadError where the dimension is wrong, or where the space's vectors have
-        unit norm and these have not. It cannot see whether they come from the right encoder: compare spaces first
-        (`aesthetic.space.require_same`).
+        A row with a NaN scores NaN. Raises HeadError where the dimension is wrong, or where a row has another norm than
+        the space's vectors (1 for "l2", the square root of dim for "l2_sqrt_d"). It cannot see whether they come from
+        the right encoder: compare spaces first (`aesthetic.space.require_same`).
         """
         vectors = np.asanyarray(vectors)
         if vectors.ndim != 2 or vectors.shape[1] != self.space.dim:
@@ -128,18 +130,21 @@ class Head:
         scores = np.empty(len(vectors), np.float32)
         for start in range(0, len(vectors), _CHUNK):
             chunk = np.asarray(vectors[start : start + _CHUNK], np.float32)
-            if self.space.norm == "l2":
-                self._check_norm(chunk, start)
+            self._check_norm(chunk, start)
             scores[start : start + len(chunk)] = self._apply(chunk)
         return scores
 
     def _check_norm(self, chunk: npt.NDArray[np.float32], start: int) -> None:
+        length = {"l2": 1.0, "l2_sqrt_d": math.sqrt(self.space.dim)}.get(self.space.norm)
+        if length is None:
+            return
         norms = np.sqrt(np.einsum("ij,ij->i", chunk, chunk))
-        wrong = np.abs(norms - 1) > _UNIT  # False for NaN: such a row scores NaN
+        wrong = np.abs(norms / np.float32(length) - 1) > _UNIT  # False for NaN: such a row scores NaN
         if wrong.any():
             row = int(wrong.argmax())
+            takes = "unit vectors" if length == 1 else f"vectors of norm {length:.4g} ({self.space.norm})"
             raise HeadError(
-                f"{self.name} takes unit vectors; row {start + row} has norm {norms[row]:.4g}: divide by it"
+                f"{self.name} takes {takes}; row {start + row} has norm {norms[row]:.4g}: scale the rows to that"
             )
 
     def _apply(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -147,9 +152,10 @@ class Head:
             x = np.maximum(x @ weight.T + bias, 0)
         weight, bias = self.layers[-1]
         z = x @ weight[0] + bias[0]
-        if self.link == "sigmoid":
+        if self.link == "identity":
+            return z
+        with np.errstate(invalid="ignore"):  # a NaN stays one
             return np.exp(-np.logaddexp(np.float32(0), -z))  # 1 / (1 + exp(-z)), where exp(-z) may be beyond float32
-        return z
 
 
 def save_head(head: Head, folder: Path | str) -> Path:
@@ -345,28 +351,42 @@ def _tensors(path: Path, expected: dict[str, tuple[int, ...]], sha256: Any) -> d
     data = _read(path, _MAX_WEIGHTS)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise HeadError(f"{path} is not the file that head.json describes (sha256): written in part, or edited")
-    if len(data) < 8:
-        raise HeadError(f"{path}: ends inside its header")
-    (length,) = struct.unpack("<Q", data[:8])
-    if length > min(_MAX_HEADER, len(data) - 8):
-        raise HeadError(f"{path}: claims a header of {length:,} bytes")
-    header = _json(data[8 : 8 + length], f"{path}, header")
-    header.pop("__metadata__", None)
+    return unpack(data, str(path), expected)
+
+
+def unpack(data: bytes, what: str, expected: dict[str, tuple[int, ...]]) -> dict[str, npt.NDArray[np.float32]]:
+    """The tensors in the bytes of a safetensors file, which must hold exactly the expected ones, as float32.
+
+    Raises HeadError, beginning with `what`, where it does not: nothing is built of what its header claims before that
+    agrees with `expected` and with the bytes that are there.
+    """
+    header, body = safetensors_header(data, what)
     if unknown := sorted(header.keys() ^ expected.keys()):
-        raise HeadError(f"{path}: tensors missing or unknown: {', '.join(unknown)}")
-    claims = sorted(_claim(path, name, header[name], shape) for name, shape in expected.items())
+        raise HeadError(f"{what}: tensors missing or unknown: {', '.join(unknown)}")
+    claims = sorted(_claim(what, name, header[name], shape) for name, shape in expected.items())
     end = 0
     for start, stop, name in claims:
         if start != end:
-            raise HeadError(f"{path}: {name} starts at {start}, expected {end}: overlap or gap")
+            raise HeadError(f"{what}: {name} starts at {start}, expected {end}: overlap or gap")
         end = stop
-    body = memoryview(data)[8 + length :]
     if end != len(body):
-        raise HeadError(f"{path}: {len(body):,} bytes of tensors, {end:,} expected")
+        raise HeadError(f"{what}: {len(body):,} bytes of tensors, {end:,} expected")
     return {n: np.frombuffer(body[a:b], "<f4").reshape(expected[n]).astype(np.float32) for a, b, n in claims}
 
 
-def _claim(path: Path, name: str, entry: Any, shape: tuple[int, ...]) -> tuple[int, int, str]:
+def safetensors_header(data: bytes, what: str) -> tuple[dict[str, Any], memoryview]:
+    """What a safetensors file claims of each tensor, unchecked, and the bytes behind; HeadError where it is none."""
+    if len(data) < 8:
+        raise HeadError(f"{what}: ends inside its header")
+    (length,) = struct.unpack("<Q", data[:8])
+    if length > min(_MAX_HEADER, len(data) - 8):
+        raise HeadError(f"{what}: claims a header of {length:,} bytes")
+    header = _json(data[8 : 8 + length], f"{what}, header")
+    header.pop("__metadata__", None)
+    return header, memoryview(data)[8 + length :]
+
+
+def _claim(what: str, name: str, entry: Any, shape: tuple[int, ...]) -> tuple[int, int, str]:
     """(start, stop, name) of a tensor's bytes, once its header entry is found to say what head.json says."""
     size = 4 * math.prod(shape)
     match entry:
@@ -374,10 +394,10 @@ def _claim(path: Path, name: str, entry: Any, shape: tuple[int, ...]) -> tuple[i
             tuple(dims) == shape and start >= 0 and stop - start == size
         ):
             return start, stop, name
-    raise HeadError(f"{path}: {name} is not float32 of shape {shape}: {str(entry)[:200]}")
+    raise HeadError(f"{what}: {name} is not float32 of shape {shape}: {str(entry)[:200]}")
 
 
-# The model card ------------------------------------------------------------------------------------------------------
+# What people read ----------------------------------------------------------------------------------------------------
 
 _SECTIONS = {
     "data": "Data",
@@ -401,18 +421,7 @@ def _card_lines(head: Head) -> Iterator[str]:
     yield from (f"# {head.name}", "")
     if "about" in card:
         yield from (str(card["about"]), "")
-    kind = "affine" if head.affine else "ReLU network " + "-".join(str(len(b)) for _, b in head.layers)
-    kind += "" if head.link == "identity" else f", then a {head.link}"
-    clipped = " (not clipped)" if head.link == "identity" else ""
-    norm = "unit norm" if head.space.norm == "l2" else f"norm {head.space.norm}"
-    yield from (
-        f"- scores: {head.task}, on a scale of {head.scale[0]:g} to {head.scale[1]:g}{clipped}",
-        f"- reads: vectors of `{head.space.encoder}`, {head.space.dim} numbers, {norm}",
-        f"- space: `{head.space.fingerprint}`" + (" (declared, no probes)" if head.space.probes is None else ""),
-        f"- kind: {kind}",
-    )
-    if "licence" in card:
-        yield f"- licence: {card['licence']}"
+    yield from (f"- {key}: {value}" for key, value in _facts(head).items())
     yield ""
     for key, title in _SECTIONS.items():
         if key in card:
@@ -423,6 +432,60 @@ def _card_lines(head: Head) -> Iterator[str]:
         "    from aesthetic import load_head",
         f'    scores = load_head("{head.name}")(vectors)  # or this folder\'s path; (n, {head.space.dim}) -> (n,)',
         "",
+    )
+
+
+def _facts(head: Head) -> dict[str, str]:
+    kind = "affine" if head.affine else "ReLU network " + "-".join(str(len(b)) for _, b in head.layers)
+    kind += "" if head.link == "identity" else f", then a {head.link}"
+    clipped = " (not clipped)" if head.link == "identity" else ""
+    norm = "unit norm" if head.space.norm == "l2" else f"norm {head.space.norm}"
+    declared = " (declared, no probes)" if head.space.probes is None else ""
+    facts = {
+        "scores": f"{head.task}, on a scale of {head.scale[0]:g} to {head.scale[1]:g}{clipped}",
+        "reads": f"vectors of `{head.space.encoder}`, {head.space.dim} numbers, {norm}",
+        "space": f"`{head.space.fingerprint}`{declared}",
+        "kind": kind,
+    }
+    return facts | ({"licence": str(head.card["licence"])} if "licence" in head.card else {})
+
+
+def describe(head: Head) -> str:
+    """What the model card says, as plain text for a terminal; what a head should tell and its card lacks is said too.
+
+    >>> describe(load_head("laion-v2")).splitlines()[0]
+    'laion-v2'
+    """
+    lacking = {
+        "metrics": "not measured, as far as its card says: look at its best and worst pictures before you trust it",
+        "quantiles": "not known: rules of the form top(COLUMN, 0.1) need none",
+    }
+    lines = [head.name, *_wrapped(str(head.card.get("about", "")), ""), ""]
+    for key, fact in _facts(head).items():
+        lines += _wrapped(fact.replace("`", ""), "", f"{key:10}")
+    for key in ("metrics", "quantiles", "thresholds", "limits", "data", "source"):
+        if (value := head.card.get(key, lacking.get(key))) is None:
+            continue
+        lines += ["", _SECTIONS[key]]
+        if isinstance(value, dict):
+            width = min(24, max(map(len, value), default=0)) + 2
+            # what was measured with an interval goes first
+            for name in sorted(value, key=lambda n: (not isinstance(value[n], dict), _by_number(n))):
+                lines += _wrapped(_cell(value[name]), "  ", f"{name:{width}}")
+        else:
+            for item in value if isinstance(value, list) else [value]:
+                lines += _wrapped(_cell(item), "  ", "- " if isinstance(value, list) else "")
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, indent: str, head: str = "") -> list[str]:
+    return textwrap.wrap(
+        text,
+        _COLUMNS,
+        initial_indent=indent + head,
+        subsequent_indent=indent + " " * len(head),
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 
