@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import struct
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,9 +36,12 @@ _MAX_JSON = 4 << 20  # bytes of head.json
 _MAX_WEIGHTS = 64 << 20  # bytes of head.safetensors; the largest head known (768-1024-128-64-16-1) has 3.7 MB
 _MAX_HEADER = 64 << 10  # bytes of the header of head.safetensors; ours are below 2 KB
 _MAX_LAYERS = 16
+_COLUMNS = 100  # of a terminal, for `describe`
 _CHUNK = 16384  # rows converted to float32 at a time
-_UNIT = 0.01  # how far from 1 the norm of a vector of an l2 space may lie; float16 rounding moves it by less than 0.001
+_UNIT = 0.01  # how far a vector's norm may lie from what it should be, as a share; float16 moves it by less than 0.001
 _PROBES = "space.probes"
+
+LINKS = ("identity", "sigmoid")
 
 Layer = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
@@ -48,11 +52,13 @@ class HeadError(Exception):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Head:
-    """Affine maps with ReLU between them, from the vectors of one space to one number.
+    """Affine maps with ReLU between them, from the vectors of one space to one number, and a link at the end.
 
-    A head without a non-linearity is one layer. `card` is JSON for people and for `heads show`: `about`, `licence`,
-    `source`, `data`, `metrics`, `quantiles`, `thresholds`, `limits`, all optional. Scores may leave `scale`: it is the
-    scale of the ratings that the head was fitted to, and nothing clips.
+    A head without a non-linearity is one layer. `link` says what becomes of the last layer's number z: "identity"
+    leaves it, "sigmoid" gives 1 / (1 + exp(-z)), the probability of a logistic classifier. `card` is JSON for people
+    and for `heads show`: `about`, `licence`, `source`, `data`, `metrics`, `quantiles`, `thresholds`, `limits`, all
+    optional. Scores of the identity may leave `scale`: it is the scale of the ratings that the head was fitted to, and
+    nothing clips. A sigmoid's scale is 0 to 1.
     """
 
     name: str
@@ -60,6 +66,7 @@ class Head:
     space: Space
     scale: tuple[float, float]  # lowest and highest possible rating
     layers: tuple[Layer, ...]  # (weight (out, in), bias (out,)) float32, the last with out = 1
+    link: str = "identity"  # or "sigmoid"
     card: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -73,6 +80,10 @@ class Head:
             raise HeadError(
                 f"{self.name}: scale is {low} to {high}; it must be two finite numbers, the lower one first"
             )
+        if self.link not in LINKS:
+            raise HeadError(f"{self.name}: the link is {self.link!r}; it is one of {', '.join(LINKS)}")
+        if self.link == "sigmoid" and (low, high) != (0, 1):
+            raise HeadError(f"{self.name}: scale is {low:g} to {high:g}; a sigmoid's scores are on a scale of 0 to 1")
         if not 1 <= len(self.layers) <= _MAX_LAYERS:
             raise HeadError(f"{self.name}: {len(self.layers)} layers; a head has 1 to {_MAX_LAYERS}")
         width = self.space.dim
@@ -89,7 +100,7 @@ class Head:
 
     @property
     def affine(self) -> bool:
-        """Whether the score is a weighted sum of the vector and a constant."""
+        """Whether the number that the link gets is a weighted sum of the vector and a constant."""
         return len(self.layers) == 1
 
     @cached_property
@@ -97,7 +108,8 @@ class Head:
         """16 hex digits that change with anything that a score depends on or is recorded with: not with the card."""
         what = hashlib.sha256()
         space = [self.space.encoder, self.space.norm, self.space.fingerprint]
-        what.update(json.dumps([FORMAT, self.name, self.task, *map(float, self.scale), *space]).encode())
+        link = [] if self.link == "identity" else [self.link]  # heads from before there were links keep their digest
+        what.update(json.dumps([FORMAT, self.name, self.task, *map(float, self.scale), *space, *link]).encode())
         for weight, bias in self.layers:
             what.update(json.dumps(weight.shape).encode())
             what.update(weight.tobytes() + bias.tobytes())
@@ -106,9 +118,9 @@ class Head:
     def __call__(self, vectors: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """Score vectors (n, dim) of any float type -> (n,) float32, in the units of `scale`.
 
-        A row with a NaN scores NaN. Raises HeadError where the dimension is wrong, or where the space's vectors have
-        unit norm and these have not. It cannot see whether they come from the right encoder: compare spaces first
-        (`aesthetic.space.require_same`).
+        A row with a NaN scores NaN. Raises HeadError where the dimension is wrong, or where a row has another norm than
+        the space's vectors (1 for "l2", the square root of dim for "l2_sqrt_d"). It cannot see whether they come from
+        the right encoder: compare spaces first (`aesthetic.space.require_same`).
         """
         vectors = np.asanyarray(vectors)
         if vectors.ndim != 2 or vectors.shape[1] != self.space.dim:
@@ -118,25 +130,32 @@ class Head:
         scores = np.empty(len(vectors), np.float32)
         for start in range(0, len(vectors), _CHUNK):
             chunk = np.asarray(vectors[start : start + _CHUNK], np.float32)
-            if self.space.norm == "l2":
-                self._check_norm(chunk, start)
+            self._check_norm(chunk, start)
             scores[start : start + len(chunk)] = self._apply(chunk)
         return scores
 
     def _check_norm(self, chunk: npt.NDArray[np.float32], start: int) -> None:
+        length = {"l2": 1.0, "l2_sqrt_d": math.sqrt(self.space.dim)}.get(self.space.norm)
+        if length is None:
+            return
         norms = np.sqrt(np.einsum("ij,ij->i", chunk, chunk))
-        wrong = np.abs(norms - 1) > _UNIT  # False for NaN: such a row scores NaN
+        wrong = np.abs(norms / np.float32(length) - 1) > _UNIT  # False for NaN: such a row scores NaN
         if wrong.any():
             row = int(wrong.argmax())
+            takes = "unit vectors" if length == 1 else f"vectors of norm {length:.4g} ({self.space.norm})"
             raise HeadError(
-                f"{self.name} takes unit vectors; row {start + row} has norm {norms[row]:.4g}: divide by it"
+                f"{self.name} takes {takes}; row {start + row} has norm {norms[row]:.4g}: scale the rows to that"
             )
 
     def _apply(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         for weight, bias in self.layers[:-1]:
             x = np.maximum(x @ weight.T + bias, 0)
         weight, bias = self.layers[-1]
-        return x @ weight[0] + bias[0]
+        z = x @ weight[0] + bias[0]
+        if self.link == "identity":
+            return z
+        with np.errstate(invalid="ignore"):  # a NaN stays one
+            return np.exp(-np.logaddexp(np.float32(0), -z))  # 1 / (1 + exp(-z)), where exp(-z) may be beyond float32
 
 
 def save_head(head: Head, folder: Path | str) -> Path:
@@ -170,6 +189,7 @@ def save_head(head: Head, folder: Path | str) -> Path:
         },
         "layers": [head.space.dim, *(len(bias) for _, bias in head.layers)],
         "activation": None if head.affine else "relu",
+        **({} if head.link == "identity" else {"link": head.link}),
         "card": head.card,
         "sha256": {"head.safetensors": hashlib.sha256(weights).hexdigest()},
     }
@@ -264,6 +284,7 @@ def read_head(folder: Path) -> Head:
         dim, details = int(space["dim"]), dict(space["details"])
         encoder, norm, fingerprint = str(space["encoder"]), str(space["norm"]), space["fingerprint"]
         relu = {"relu": True, None: False}[about["activation"]]
+        link = str(about.get("link", "identity"))
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise HeadError(f"{path}: a field is missing or of the wrong type: {type(e).__name__} {e}") from e
     layers = len(sizes) - 1
@@ -292,6 +313,7 @@ def read_head(folder: Path) -> Head:
         space=its_space,
         scale=(low, high),
         layers=tuple((tensors[f"layers.{i}.weight"], tensors[f"layers.{i}.bias"]) for i in range(layers)),
+        link=link,
         card=card,
     )
 
@@ -329,28 +351,42 @@ def _tensors(path: Path, expected: dict[str, tuple[int, ...]], sha256: Any) -> d
     data = _read(path, _MAX_WEIGHTS)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise HeadError(f"{path} is not the file that head.json describes (sha256): written in part, or edited")
-    if len(data) < 8:
-        raise HeadError(f"{path}: ends inside its header")
-    (length,) = struct.unpack("<Q", data[:8])
-    if length > min(_MAX_HEADER, len(data) - 8):
-        raise HeadError(f"{path}: claims a header of {length:,} bytes")
-    header = _json(data[8 : 8 + length], f"{path}, header")
-    header.pop("__metadata__", None)
+    return unpack(data, str(path), expected)
+
+
+def unpack(data: bytes, what: str, expected: dict[str, tuple[int, ...]]) -> dict[str, npt.NDArray[np.float32]]:
+    """The tensors in the bytes of a safetensors file, which must hold exactly the expected ones, as float32.
+
+    Raises HeadError, beginning with `what`, where it does not: nothing is built of what its header claims before that
+    agrees with `expected` and with the bytes that are there.
+    """
+    header, body = safetensors_header(data, what)
     if unknown := sorted(header.keys() ^ expected.keys()):
-        raise HeadError(f"{path}: tensors missing or unknown: {', '.join(unknown)}")
-    claims = sorted(_claim(path, name, header[name], shape) for name, shape in expected.items())
+        raise HeadError(f"{what}: tensors missing or unknown: {', '.join(unknown)}")
+    claims = sorted(_claim(what, name, header[name], shape) for name, shape in expected.items())
     end = 0
     for start, stop, name in claims:
         if start != end:
-            raise HeadError(f"{path}: {name} starts at {start}, expected {end}: overlap or gap")
+            raise HeadError(f"{what}: {name} starts at {start}, expected {end}: overlap or gap")
         end = stop
-    body = memoryview(data)[8 + length :]
     if end != len(body):
-        raise HeadError(f"{path}: {len(body):,} bytes of tensors, {end:,} expected")
+        raise HeadError(f"{what}: {len(body):,} bytes of tensors, {end:,} expected")
     return {n: np.frombuffer(body[a:b], "<f4").reshape(expected[n]).astype(np.float32) for a, b, n in claims}
 
 
-def _claim(path: Path, name: str, entry: Any, shape: tuple[int, ...]) -> tuple[int, int, str]:
+def safetensors_header(data: bytes, what: str) -> tuple[dict[str, Any], memoryview]:
+    """What a safetensors file claims of each tensor, unchecked, and the bytes behind; HeadError where it is none."""
+    if len(data) < 8:
+        raise HeadError(f"{what}: ends inside its header")
+    (length,) = struct.unpack("<Q", data[:8])
+    if length > min(_MAX_HEADER, len(data) - 8):
+        raise HeadError(f"{what}: claims a header of {length:,} bytes")
+    header = _json(data[8 : 8 + length], f"{what}, header")
+    header.pop("__metadata__", None)
+    return header, memoryview(data)[8 + length :]
+
+
+def _claim(what: str, name: str, entry: Any, shape: tuple[int, ...]) -> tuple[int, int, str]:
     """(start, stop, name) of a tensor's bytes, once its header entry is found to say what head.json says."""
     size = 4 * math.prod(shape)
     match entry:
@@ -358,10 +394,10 @@ def _claim(path: Path, name: str, entry: Any, shape: tuple[int, ...]) -> tuple[i
             tuple(dims) == shape and start >= 0 and stop - start == size
         ):
             return start, stop, name
-    raise HeadError(f"{path}: {name} is not float32 of shape {shape}: {str(entry)[:200]}")
+    raise HeadError(f"{what}: {name} is not float32 of shape {shape}: {str(entry)[:200]}")
 
 
-# The model card ------------------------------------------------------------------------------------------------------
+# What people read ----------------------------------------------------------------------------------------------------
 
 _SECTIONS = {
     "data": "Data",
@@ -385,16 +421,7 @@ def _card_lines(head: Head) -> Iterator[str]:
     yield from (f"# {head.name}", "")
     if "about" in card:
         yield from (str(card["about"]), "")
-    kind = "affine" if head.affine else "ReLU network " + "-".join(str(len(b)) for _, b in head.layers)
-    norm = "unit norm" if head.space.norm == "l2" else f"norm {head.space.norm}"
-    yield from (
-        f"- scores: {head.task}, on a scale of {head.scale[0]:g} to {head.scale[1]:g} (not clipped)",
-        f"- reads: vectors of `{head.space.encoder}`, {head.space.dim} numbers, {norm}",
-        f"- space: `{head.space.fingerprint}`" + (" (declared, no probes)" if head.space.probes is None else ""),
-        f"- kind: {kind}",
-    )
-    if "licence" in card:
-        yield f"- licence: {card['licence']}"
+    yield from (f"- {key}: {value}" for key, value in _facts(head).items())
     yield ""
     for key, title in _SECTIONS.items():
         if key in card:
@@ -405,6 +432,60 @@ def _card_lines(head: Head) -> Iterator[str]:
         "    from aesthetic import load_head",
         f'    scores = load_head("{head.name}")(vectors)  # or this folder\'s path; (n, {head.space.dim}) -> (n,)',
         "",
+    )
+
+
+def _facts(head: Head) -> dict[str, str]:
+    kind = "affine" if head.affine else "ReLU network " + "-".join(str(len(b)) for _, b in head.layers)
+    kind += "" if head.link == "identity" else f", then a {head.link}"
+    clipped = " (not clipped)" if head.link == "identity" else ""
+    norm = "unit norm" if head.space.norm == "l2" else f"norm {head.space.norm}"
+    declared = " (declared, no probes)" if head.space.probes is None else ""
+    facts = {
+        "scores": f"{head.task}, on a scale of {head.scale[0]:g} to {head.scale[1]:g}{clipped}",
+        "reads": f"vectors of `{head.space.encoder}`, {head.space.dim} numbers, {norm}",
+        "space": f"`{head.space.fingerprint}`{declared}",
+        "kind": kind,
+    }
+    return facts | ({"licence": str(head.card["licence"])} if "licence" in head.card else {})
+
+
+def describe(head: Head) -> str:
+    """What the model card says, as plain text for a terminal; what a head should tell and its card lacks is said too.
+
+    >>> describe(load_head("laion-v2")).splitlines()[0]
+    'laion-v2'
+    """
+    lacking = {
+        "metrics": "not measured, as far as its card says: look at its best and worst pictures before you trust it",
+        "quantiles": "not known: rules of the form top(COLUMN, 0.1) need none",
+    }
+    lines = [head.name, *_wrapped(str(head.card.get("about", "")), ""), ""]
+    for key, fact in _facts(head).items():
+        lines += _wrapped(fact.replace("`", ""), "", f"{key:10}")
+    for key in ("metrics", "quantiles", "thresholds", "limits", "data", "source"):
+        if (value := head.card.get(key, lacking.get(key))) is None:
+            continue
+        lines += ["", _SECTIONS[key]]
+        if isinstance(value, dict):
+            width = min(24, max(map(len, value), default=0)) + 2
+            # what was measured with an interval goes first
+            for name in sorted(value, key=lambda n: (not isinstance(value[n], dict), _by_number(n))):
+                lines += _wrapped(_cell(value[name]), "  ", f"{name:{width}}")
+        else:
+            for item in value if isinstance(value, list) else [value]:
+                lines += _wrapped(_cell(item), "  ", "- " if isinstance(value, list) else "")
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, indent: str, head: str = "") -> list[str]:
+    return textwrap.wrap(
+        text,
+        _COLUMNS,
+        initial_indent=indent + head,
+        subsequent_indent=indent + " " * len(head),
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 

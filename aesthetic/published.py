@@ -1,13 +1,15 @@
 """Heads that others trained and published, imported without running anything that is in their files.
 
-A `.pth` is a zip with a pickle, and a pickle is a program. A file is taken only where its sha256 is one of those below;
-even then its pickle is first scanned for anything but tensors, and read by an unpickler that knows four names, without
-torch. What comes out is checked against the architecture that was published, and collapsed to one affine map where the
-layers have no non-linearity between them (LAION's v2 "MLP" has none: 927,969 numbers say what 769 say).
+A `.pth` is a zip with a pickle, and a pickle is a program: it is first scanned for anything but tensors, and read by an
+unpickler that knows four names, without torch. A file whose sha256 is one of those below must hold the architecture
+that was published, and is collapsed to one affine map where its layers have no non-linearity between them (LAION's v2
+"MLP" has none: 927,969 numbers say what 769 say). Of other files a single linear layer is taken, where whoever imports
+it says which encoder's vectors it reads: the file does not know.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import math
@@ -27,13 +29,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from aesthetic.heads import Head, HeadError, Layer
+from aesthetic.heads import Head, HeadError, Layer, safetensors_header, unpack
 from aesthetic.space import Space
 
 _MAX_FILE = 16 << 20  # bytes of a .pth; the largest published one has 3.7 MB
 _MAX_UNPACKED = 64 << 20  # bytes of what is in it
 _MAX_PICKLE = 64 << 10  # bytes of data.pkl; the published ones have 1.3 KB
 _TIMEOUT = 30.0  # seconds without a byte from the server
+_KERAS_FILES = ("saved_model.pb", "keras_metadata.pb", "model.weights.h5")
+_NO_ZIP = (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError)
 _COLLAPSE_TOLERANCE = 1e-5  # largest difference between the layers and the one map made of them, on unit vectors
 
 _V1 = "https://github.com/LAION-AI/aesthetic-predictor/raw/main/"
@@ -222,22 +226,154 @@ PUBLISHED: tuple[Published, ...] = (
 )
 
 
-def import_head(path: str | Path, name: str | None = None) -> Head:
-    """A head from a published `.pth` file; `save_head` then writes it, and the `.pth` is not needed again.
+KERAS = {
+    "905520bb0336accc73ee282c605d926aef90cf14248889d44b9cee50eef71f8a": "LAION's CLIP NSFW head on ViT-L/14",
+    "78715ab9d64485167e8c9ade3b8e6761a17a16c24d114bd47431ac1dab46462b": "LAION's CLIP NSFW head on ViT-B/32",
+}
+"""Published files that are Keras models, by sha256: known, and refused."""
 
-    The file is known by its sha256, whatever it is called. Raises HeadError where it is none of the published ones
-    (what encoder it reads can't be told from such a file, and a guess would give plausible nonsense).
+_SAC = "sac_public_2022_06_29_vit_{}_linear.pth"
+_DECLARE = {_SAC.format("l_14"): _L14, _SAC.format("b_32"): _B32, _SAC.format("b_16"): _B16}
+"""Crowson and Pressman's ridge heads (simulacra-aesthetic-models) by file name: which encoder each reads. No digest of
+theirs was published, so a name is good for a hint only."""
+
+NORMS = ("l2", "l2_sqrt_d")
+
+
+def import_head(
+    path: str | Path,
+    name: str | None = None,
+    *,
+    encoder: str | None = None,
+    norm: str = "l2",
+    scale: tuple[float, float] | None = None,
+    task: str = "aesthetic",
+) -> Head:
+    """A head from a file of weights; `save_head` then writes it, and that file is not needed again.
+
+    A published head is known by its sha256, whatever the file is called, and takes no more than `path` and `name`. Any
+    other file (torch's zip format, or safetensors) must hold one linear layer, a weight of shape (1, d) and a bias of
+    shape (1,), and be declared: `encoder` by its canonical name, the `scale` of its ratings, and the `norm` of the
+    vectors it was fitted to. "l2" are unit vectors; "l2_sqrt_d" are unit vectors times the square root of d, a factor
+    that is multiplied into the weight, so that the head reads unit vectors too.
+
+    Raises HeadError where the file is neither or is a program, before anything in it is built.
     """
     path = Path(path).expanduser()
     data = _read(path)
     sha256 = hashlib.sha256(data).hexdigest()
+    _refuse_keras(path, data, sha256)
     known = next((p for p in PUBLISHED if p.sha256 == sha256), None)
-    if known is None:
+    if known is not None:
+        if encoder is not None or scale is not None or norm != "l2":
+            raise HeadError(f"{path} is {known.name}, a published head: its encoder, norm and scale are known")
+        return _build(known, read_checkpoint(data, str(path)), name or known.name)
+    if encoder is None:
         raise HeadError(
-            f"{path} is none of the published heads (its sha256 is {sha256}). "
-            f"Known files: {', '.join(p.file for p in PUBLISHED)}. A page saved from a browser is a common cause."
+            f"{path} is none of the published heads (its sha256 is {sha256}). Known files: "
+            f"{', '.join(p.file for p in PUBLISHED)}; a page saved from a browser is a common cause. If it is a single "
+            "linear layer and you know which vectors it reads, say so: tastemaker heads import "
+            f"{path} {_how_to_declare(path)}"
         )
-    return _build(known, read_checkpoint(data, str(path)), name or known.name)
+    return _declared(path, data, sha256, name or path.stem, encoder, norm, scale, task)
+
+
+def _how_to_declare(path: Path) -> str:
+    if path.name in _DECLARE:
+        return f"--encoder {_DECLARE[path.name]} --norm l2_sqrt_d --scale 1 10"
+    return (
+        f"--encoder ENCODER --norm l2 --scale LO HI (ENCODER such as {_L14}; --norm l2_sqrt_d where it was fitted to "
+        "vectors of norm sqrt(d))"
+    )
+
+
+def _declared(
+    path: Path,
+    data: bytes,
+    sha256: str,
+    name: str,
+    encoder: str,
+    norm: str,
+    scale: tuple[float, float] | None,
+    task: str,
+) -> Head:
+    """The head in a file of one linear layer, of which the encoder, norm and scale are what somebody says they are."""
+    if norm not in NORMS:
+        raise HeadError(f"{path}: the norm is {norm!r}; it is one of {', '.join(NORMS)}")
+    if scale is None:
+        raise HeadError(f"{path}: on which scale are its ratings? --scale LO HI, such as --scale 1 10")
+    if any(name == p.name for p in PUBLISHED):
+        raise HeadError(f"{path}: {name} is the name of a published head, and this is another file: rename it")
+    weight, bias = _linear(data, str(path))
+    done = "values unchanged"
+    if norm == "l2_sqrt_d":
+        weight = (weight * math.sqrt(weight.shape[1])).astype(np.float32)
+        done = "its weight multiplied by sqrt(d): it was fitted to vectors of that norm, and now reads unit vectors"
+    return Head(
+        name=name,
+        task=task,
+        space=Space(encoder=encoder, dim=weight.shape[1], norm="l2"),
+        scale=scale,
+        layers=((weight, bias),),
+        card={
+            "about": f"A linear head from the file {path.name}.",
+            "source": f"{path.name}, sha256 {sha256}; {done}",
+            "limits": [
+                "Encoder, norm and scale are as declared at the import: the file does not say which vectors it reads, "
+                "and those of another encoder of the same dimension would give plausible numbers.",
+            ],
+        },
+    )
+
+
+def _linear(data: bytes, what: str) -> Layer:
+    """The one linear layer in a file: weight (1, d) and bias (1,), float32."""
+    if data[8:9] == b"{":  # safetensors: the length of a header, and the header
+        header, _ = safetensors_header(data, what)
+        claimed = {key: entry.get("shape") if isinstance(entry, dict) else None for key, entry in header.items()}
+        weight, bias, dim = _names_of_linear(claimed, what)
+        tensors = unpack(data, what, {weight: (1, dim), bias: (1,)})
+    else:
+        tensors = read_checkpoint(data, what)
+        weight, bias, _ = _names_of_linear({key: list(value.shape) for key, value in tensors.items()}, what)
+    _require_finite(tensors, what)
+    return tensors[weight], tensors[bias]
+
+
+def _names_of_linear(shapes: dict[str, Any], what: str) -> tuple[str, str, int]:
+    """(name of the weight, name of the bias, d) where shapes by name are those of one linear layer."""
+    match sorted(shapes.items()):
+        case [(bias, [1]), (weight, [1, int(dim)])] if dim >= 1 and _twins(weight, bias):
+            return weight, bias, dim
+    told = ", ".join(f"{key} {shape}" for key, shape in list(shapes.items())[:12])
+    raise HeadError(
+        f"{what}: not a single linear layer, which is a weight [1, d] and a bias [1]; it holds {told or 'no tensors'}"
+    )
+
+
+def _twins(weight: str, bias: str) -> bool:
+    """Whether two tensors are called as those of one module are."""
+    return weight.endswith("weight") and weight.removesuffix("weight") == bias.removesuffix("bias")
+
+
+def _require_finite(tensors: dict[str, npt.NDArray[np.float32]], what: str) -> None:
+    for key, value in tensors.items():
+        if not np.isfinite(value).all():
+            raise HeadError(f"{what}: {key} holds values that are not finite")
+
+
+def _refuse_keras(path: Path, data: bytes, sha256: str) -> None:
+    """HeadError where a file is a Keras model, which is a graph for TensorFlow to run and not a list of layers."""
+    names: list[str] = []
+    with contextlib.suppress(*_NO_ZIP), zipfile.ZipFile(io.BytesIO(data)) as archive:
+        names = [n.rpartition("/")[2] for n in archive.namelist()]
+    if sha256 in KERAS or data.startswith(b"\x89HDF") or any(n in _KERAS_FILES for n in names):
+        which = f", {KERAS[sha256]}" if sha256 in KERAS else ""
+        raise HeadError(
+            f"{path} is a Keras model{which}: a program for TensorFlow, which is not run here, and which can't be "
+            "reproduced exactly without it. Instead: `tastemaker fit` on labels of your own, `tastemaker heads prompt` "
+            "(zero-shot, from words), or the detector open-nsfw, which is built in."
+        )
 
 
 def fetch_head(name: str) -> Head:
@@ -247,7 +383,7 @@ def fetch_head(name: str) -> Head:
     """
     known = next((p for p in PUBLISHED if p.name == name), None)
     if known is None:
-        raise HeadError(f"{name} is no published head. Known: {', '.join(p.name for p in PUBLISHED)}")
+        raise HeadError(f"{name} is no file here, and no published head. Known: {', '.join(p.name for p in PUBLISHED)}")
     return _build(known, read_checkpoint(_download(known), known.url), name)
 
 
@@ -292,9 +428,7 @@ def _build(known: Published, tensors: dict[str, npt.NDArray[np.float32]], name: 
         raise HeadError(
             f"{known.name}: not the published architecture; missing, unknown or of another shape: {', '.join(odd)}"
         )
-    for key, value in tensors.items():
-        if not np.isfinite(value).all():
-            raise HeadError(f"{known.name}: {key} holds values that are not finite")
+    _require_finite(tensors, known.name)
     layers = tuple((tensors[f"{p}weight"], tensors[f"{p}bias"]) for p in known.layers)
     return Head(
         name=name,
@@ -396,7 +530,7 @@ def _members(data: bytes, what: str) -> dict[str, bytes]:
             if sum(e.file_size for e in entries) > _MAX_UNPACKED:
                 raise HeadError(f"{what}: more than {_MAX_UNPACKED:,} bytes unpacked")
             members = {e.filename.partition("/")[2]: archive.read(e) for e in entries}
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as e:
+    except _NO_ZIP as e:
         raise HeadError(f"{what}: not a whole checkpoint in torch's zip format: {e}") from e
     if "data.pkl" not in members:
         raise HeadError(f"{what}: a zip without data.pkl, not a checkpoint")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -141,12 +143,30 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--out", required=True, metavar="HEAD")
 
-    p = command("heads", _heads, "list, show or import heads")
-    p.add_argument("action", nargs="?", default="list", choices=("list", "show", "import"))
+    p = command("heads", _heads, "list and show heads, import one, or make one from words")
+    p.add_argument("action", nargs="?", default="list", choices=tuple(_HEADS))
     p.add_argument(
-        "head", nargs="?", metavar="HEAD", help="a head's name or folder; for import a file, or a published head's name"
+        "head",
+        nargs="?",
+        metavar="HEAD",
+        help="show: a head's name or folder; import: a file, or a published head's name; prompt: the new head's name",
     )
-    p.add_argument("--out", metavar="FOLDER", help="where an imported head goes (default: its name)")
+    p.add_argument("--out", metavar="FOLDER", help="import, prompt: where the head goes (default: kept under its name)")
+    p.add_argument(
+        "--encoder",
+        metavar="E",
+        help="import: which vectors a file that is no published head reads; prompt: who reads the prompts",
+    )
+    p.add_argument("--task", metavar="WORD", help="import, prompt: what the scores are about (aesthetic, nsfw, ...)")
+    p.add_argument(
+        "--norm",
+        choices=("l2", "l2_sqrt_d"),
+        help="import: the norm of the vectors that such a file was fitted to, 1 (the default) or sqrt(d)",
+    )
+    p.add_argument("--scale", nargs=2, type=float, metavar=("LO", "HI"), help="import: the scale of its ratings")
+    p.add_argument("--weights", metavar="FILE", help="prompt: a local copy of the encoder's weights")
+    p.add_argument("--wanted", action="append", metavar="PROMPT", help="prompt: what scores high (repeatable)")
+    p.add_argument("--against", action="append", metavar="PROMPT", help="prompt: what scores low (repeatable)")
 
     p = command("recipe", _recipe, "print a recipe, resolved; without a name, list them")
     p.add_argument("name", nargs="?")
@@ -424,31 +444,168 @@ def _fit(args: argparse.Namespace) -> int:
 
 
 def _heads(args: argparse.Namespace) -> int:
-    from aesthetic.heads import heads_folder, list_heads, load_head, model_card, save_head
+    from curate.store import UserError
+
+    run, takes = _HEADS[args.action]
+    every = {option for _, options in _HEADS.values() for option in options}
+    if odd := sorted(option for option in every - set(takes) if getattr(args, option) is not None):
+        raise UserError(f"tastemaker heads {args.action} takes no --{odd[0]}")
+    if args.action != "list" and not args.head:
+        raise UserError(f"tastemaker heads {args.action} HEAD: which one? `tastemaker heads` lists those that are here")
+    return run(args)
+
+
+def _heads_list(args: argparse.Namespace) -> int:
+    from aesthetic.heads import HeadError, list_heads, load_head
+    from aesthetic.published import PUBLISHED
+    from curate.detectors import DETECTORS
+
+    known: dict[str, dict[str, Any]] = {}
+    for name in list_heads():
+        try:
+            known[name] = _about(load_head(name))
+        except HeadError as e:  # one that is damaged hides no other
+            known[name] = {"name": name, "error": str(e)}
+    known |= {n: {"name": n, "task": "detector", "scale": s, "reads": "pixels"} for n, s in DETECTORS.items()}
+    width = max(map(len, known)) + 2
+    print(f"{'HEAD':{width}}{'SCORES':12}{'SCALE':12}{'READS VECTORS OF':37}HOW GOOD")
+    for name, about in known.items():
+        if "error" in about:
+            print(f"{name:{width}}damaged: {about['error']}")
+            continue
+        low, high = about["scale"]
+        scale = f"{low:g} to {high:g}"
+        line = f"{name:{width}}{about['task']:12}{scale:12}{about['reads']:37}{about.get('how_good') or ''}"
+        print(line.rstrip())
+    absent = [p.name for p in PUBLISHED if p.name not in known]
+    if absent:
+        print(f"published, not here: {', '.join(absent)} (`tastemaker heads import NAME` fetches one)")
+    return _end(args, {"heads": list(known.values()), "published": absent}, {}, "tastemaker heads show HEAD")
+
+
+def _heads_show(args: argparse.Namespace) -> int:
+    from aesthetic.heads import describe, find_head, load_head
+    from curate.detectors import DETECTORS, Detector
+
+    if args.head in DETECTORS:
+        low, high = DETECTORS[args.head]
+        about = {"name": args.head, "task": "detector", "scale": (low, high), "reads": "pixels"}
+        told = inspect.getdoc(next(d for d in Detector.__subclasses__() if d.name == args.head))
+        print(f"{args.head}, a detector: it reads pixels, and its scores are {low:g} to {high:g}\n{told}\n")
+        return _end(args, about, {}, f"tastemaker embed DATA --set score.{args.head.replace('-', '_')}={args.head}")
+    head, folder = load_head(args.head), find_head(args.head)
+    print(describe(head) + "\n")
+    following = f"tastemaker score DATA --head {_column(head)}={args.head}"
+    return _end(args, {**_about(head), "card": head.card}, {"head": folder}, following)
+
+
+def _heads_import(args: argparse.Namespace) -> int:
     from aesthetic.published import fetch_head, import_head
+    from curate.store import UserError
+
+    if not Path(args.head).exists():
+        if args.encoder or args.norm or args.scale:
+            raise UserError(f"there is no file {args.head}")
+        return _keep(args, fetch_head(args.head))
+    head = import_head(
+        args.head,
+        encoder=None if args.encoder is None else _encoder_name(args.encoder),
+        norm=args.norm or "l2",
+        scale=tuple(args.scale) if args.scale else None,
+        task=args.task or "aesthetic",
+    )
+    if args.encoder is not None:
+        _require_free(head.name, args.out)
+    return _keep(args, head)
+
+
+def _heads_prompt(args: argparse.Namespace) -> int:
+    from aesthetic.prompts import prompt_head
+    from curate.encoders import load_encoder
+    from curate.store import UserError
+
+    if not (args.encoder and args.wanted and args.against):
+        raise UserError(
+            f"tastemaker heads prompt {args.head} needs an encoder and prompts for both sides, such as "
+            '--encoder bundled --wanted "a photo of a cat" --against "a photo"'
+        )
+    _require_free(args.head, args.out)
+    encoder = load_encoder(args.encoder, weights=args.weights, precision="fp32")
+    head = prompt_head(
+        encoder.encode_texts,
+        encoder.space(),
+        args.wanted,
+        args.against,
+        name=args.head,
+        task=args.task or "prompts",
+    )
+    return _keep(args, head)
+
+
+_HEADS: dict[str, tuple[Callable[[argparse.Namespace], int], tuple[str, ...]]] = {
+    "list": (_heads_list, ()),
+    "show": (_heads_show, ()),
+    "import": (_heads_import, ("out", "encoder", "task", "norm", "scale")),
+    "prompt": (_heads_prompt, ("out", "encoder", "task", "weights", "wanted", "against")),
+}
+"""What `tastemaker heads` does, and the options that each takes."""
+
+
+def _encoder_name(name: str) -> str:
+    """The canonical name of an encoder that somebody says a head reads; needs no weights."""
+    from curate.encoders import canonical_name
+    from curate.store import UserError
+
+    kind, _, spec = name.partition(":")
+    if name != "bundled" and not (kind == "open_clip" and all(spec.partition("/"))):
+        raise UserError(
+            f"--encoder {name}: no encoder is called that; there are bundled and open_clip:ARCH/PRETRAINED, "
+            "such as open_clip:ViT-L-14-quickgelu/openai"
+        )
+    return canonical_name(name)
+
+
+def _require_free(name: str, out: str | None) -> None:
+    """UserError where a head that goes by its name would never be found: one that is built in goes before it."""
+    from aesthetic.heads import SHIPPED
     from curate.detectors import DETECTORS
     from curate.store import UserError
 
-    if args.action != "list" and not args.head:
-        raise UserError(f"tastemaker heads {args.action} HEAD: which one?")
-    if args.action == "show":
-        head = load_head(args.head)
-        print(model_card(head))
-        return _end(args, {**_about(head), "card": head.card}, {}, "")
-    if args.action == "import":
-        head = import_head(args.head) if Path(args.head).exists() else fetch_head(args.head)
-        folder = save_head(head, args.out or heads_folder() / head.name)
-        return _end(args, {"head": head.name}, {"head": folder}, f"--set score.COLUMN={folder}")
-    known = {name: _about(load_head(name)) for name in list_heads()}
-    known |= {n: {"name": n, "task": "detector", "scale": s, "reads": "pixels"} for n, s in DETECTORS.items()}
-    for name, about in known.items():
-        low, high = about["scale"]
-        print(f"{name:20} {about['task']:10} scale {low:g} to {high:g}   reads {about['reads']}")
-    return _end(args, {"heads": list(known.values())}, {}, "")
+    if out is None and (name in DETECTORS or (SHIPPED / name / "head.json").exists()):
+        raise UserError(f"{name} is the name of one that is built in: choose another, or a folder with --out")
+
+
+def _keep(args: argparse.Namespace, head: Head) -> int:
+    """Save a new head, and say what it is."""
+    from aesthetic.heads import describe, heads_folder, save_head
+
+    folder = save_head(head, args.out or heads_folder() / head.name)
+    print(describe(head) + "\n")
+    following = f"tastemaker score DATA --head {_column(head)}={folder if args.out else head.name}"
+    return _end(args, _about(head), {"head": folder}, following)
+
+
+def _column(head: Head) -> str:
+    """A name for a head's scores: what a column of SQL may be called."""
+    name = re.sub(r"\W", "_", head.name, flags=re.ASCII).lower()
+    return f"_{name}" if name[0].isdigit() else name
 
 
 def _about(head: Head) -> dict[str, Any]:
-    return {"name": head.name, "task": head.task, "scale": head.scale, "reads": head.space.encoder}
+    metrics = head.card.get("metrics")
+    measured = metrics if isinstance(metrics, dict) else {}
+    how_good = None
+    for key, word in (("auroc", "AUROC"), ("spearman", "Spearman")):
+        match measured.get(key):
+            case {"value": float(value), "low": float(low), "high": float(high)}:
+                how_good = f"{word} {value:.2f} [{low:.2f}, {high:.2f}]"
+    return {
+        "name": head.name,
+        "task": head.task,
+        "scale": head.scale,
+        "reads": head.space.encoder,
+        "how_good": how_good,
+    }
 
 
 def _recipe(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from aesthetic.heads import Head, HeadError, list_heads, load_head, save_head
+from aesthetic.heads import Head, HeadError, describe, list_heads, load_head, save_head
 from aesthetic.space import Space
 
 DIM = 24
@@ -69,6 +69,19 @@ def test_vectors_that_cannot_be_scored_are_refused(vectors, message):
         make_head()(vectors)
 
 
+def test_a_head_of_longer_vectors_refuses_unit_ones():
+    """Simulacra's heads as they were fitted: on unit vectors they would give 6.5 to 7.1 for everything."""
+    head = make_head(space=Space(encoder="test", dim=DIM, norm="l2_sqrt_d"))
+    x = unit(5)
+    long = x * np.float32(DIM**0.5)
+    (w, b) = head.layers[0]
+    np.testing.assert_allclose(head(long), long @ w[0] + b[0], atol=1e-5)
+    with pytest.raises(HeadError, match=r"takes vectors of norm 4\.899 \(l2_sqrt_d\); row 0 has norm 1"):
+        head(x)
+    any_norm = make_head(space=Space(encoder="test", dim=DIM, norm="none"))
+    assert np.isfinite(any_norm(3 * x)).all()
+
+
 def test_a_row_with_nan_scores_nan_and_harms_no_other():
     x = unit(3)
     x[1, 5] = np.nan
@@ -96,6 +109,41 @@ def test_a_head_comes_back_as_it_was(tmp_path, sizes, probes):
     assert "license: mit" in text
     assert "scale of 1 to 7" in text
     assert "few images" in text
+
+
+def test_a_sigmoid_at_the_end_gives_probabilities(tmp_path):
+    plain, classifier = make_head(), make_head(link="sigmoid", scale=(0.0, 1.0))
+    x = unit(50)
+    np.testing.assert_allclose(classifier(x), 1 / (1 + np.exp(-plain(x).astype(np.float64))), atol=1e-6)
+    x[1, 5] = np.nan
+    assert np.isnan(classifier(x)).sum() == 1
+    with np.errstate(all="raise", under="ignore"):
+        for sign in (-1, 1):
+            steep = make_head(link="sigmoid", scale=(0, 1), layers=((sign * 1e6 * unit(1), np.zeros(1, np.float32)),))
+            assert steep(unit(1)).tolist() == [max(sign, 0)]
+
+    again = load_head(save_head(classifier, tmp_path))
+    assert again.link == "sigmoid"
+    assert again.digest == classifier.digest
+    text = (tmp_path / "MODEL_CARD.md").read_text()
+    assert "then a sigmoid" in text
+    assert "not clipped" not in text
+
+
+DIGESTS = {  # computed before there were links
+    "laion-v1-b32": "4e194ead59cecd60",
+    "laion-v1-l14": "d8b2731ea3a08ed4",
+    "laion-v2": "fcc1a7f81dd4e7b3",
+}
+
+
+def test_heads_from_before_there_were_links_are_read_and_keep_their_digest(tmp_path):
+    head = make_head()
+    about = json.loads((save_head(head, tmp_path) / "head.json").read_text())
+    assert "link" not in about
+    assert load_head(tmp_path).link == "identity"
+    assert make_head(scale=(0.0, 1.0)).digest != make_head(scale=(0.0, 1.0), link="sigmoid").digest
+    assert {name: load_head(name).digest for name in DIGESTS} == DIGESTS
 
 
 def test_safetensors_reads_our_files_too(tmp_path):
@@ -130,6 +178,8 @@ def test_the_digest_changes_with_what_a_score_depends_on():
         ({"layers": ((np.zeros((1, 5), np.float32), np.zeros(1, np.float32)),)}, f"its input has {DIM}"),
         ({"layers": ((np.zeros((1, DIM)), np.zeros(1)),)}, "must be float32"),
         ({"layers": ((np.full((1, DIM), np.nan, np.float32), np.zeros(1, np.float32)),)}, "not finite"),
+        ({"link": "softplus"}, "the link is 'softplus'; it is one of identity, sigmoid"),
+        ({"link": "sigmoid"}, "scale is 1 to 7; a sigmoid's scores are on a scale of 0 to 1"),
     ],
 )
 def test_a_head_that_makes_no_sense_cannot_be_built(change, message):
@@ -198,6 +248,28 @@ def put_weights(folder, weights):
     (folder / "head.json").write_text(json.dumps(about))
 
 
+def test_what_people_read_says_how_good_it_is_and_what_is_not_known():
+    card = {
+        "about": "Beauty. " * 40,
+        "metrics": {"spearman": {"value": 0.6, "low": 0.5, "high": 0.7}, "n": 317},
+        "quantiles": {"of": "somewhere", "5%": 3.1, "50%": 4.7, "99%": 5.8},
+        "thresholds": {">= 5": "some recipe"},
+        "limits": ["few images " * 20, "no drawings"],
+    }
+    text = describe(make_head(card=card))
+    assert max(map(len, text.splitlines())) <= 100
+    for told in ("scale of 1 to 7", "0.6 [0.5, 0.7]", "some recipe", "- few images", "- no drawings", "test"):
+        assert told in text
+    places = [text.index(told) for told in ("spearman", "n    ", "5%", "50%", "99%", ">= 5", "- few")]
+    assert places == sorted(places)
+    assert "`" not in text
+    bare = describe(make_head())
+    assert "not measured" in bare
+    assert "top(COLUMN, 0.1)" in bare
+    for name in list_heads():
+        assert max(map(len, describe(load_head(name)).splitlines())) <= 200  # addresses are not broken
+
+
 def test_a_changed_byte_is_found(tmp_path):
     save_head(make_head(), tmp_path)
     data = bytearray((tmp_path / "head.safetensors").read_bytes())
@@ -220,6 +292,8 @@ def test_a_changed_byte_is_found(tmp_path):
         ({"activation": "relu"}, "do not make a head"),
         ({"name": "../../x"}, "cannot name a head"),
         ({"sha256": {}}, "missing or of the wrong type"),
+        ({"link": "exp"}, "the link is 'exp'"),
+        ({"link": None}, "the link is 'None'"),
     ],
 )
 def test_a_head_json_that_makes_no_sense_is_refused(tmp_path, change, message):

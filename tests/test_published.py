@@ -3,7 +3,9 @@
 import hashlib
 import http.server
 import io
+import json
 import pickle
+import struct
 import threading
 import zipfile
 from collections import OrderedDict
@@ -13,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aesthetic import published as module
 from aesthetic.heads import SHIPPED, HeadError, load_head, save_head
 from aesthetic.published import PUBLISHED, _build, _download, collapse, fetch_head, import_head, read_checkpoint
+from pipelines.cli import main
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "heads"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the published files are not here")
@@ -112,6 +116,214 @@ def test_collapse_is_exact_and_refuses_what_it_cannot_do():
         collapse(huge)
 
 
+# Files that are no published head: one linear layer, and somebody who knows what it reads -----------------------------
+
+L14 = "open_clip:ViT-L-14-quickgelu/openai"
+SAC = "sac_public_2022_06_29_vit_l_14_linear.pth"
+
+
+def unit(n, dim=768, seed=0):
+    x = np.random.default_rng(seed).standard_normal((n, dim))
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def linear(dim=768, seed=0, prefix="linear."):
+    """Tensors of a ridge head as simulacra's are: for vectors of norm sqrt(d), scores about 6 with a spread of 2."""
+    weight = np.random.default_rng(seed).standard_normal((1, dim)).astype(np.float32) * np.float32(2 / dim**0.5)
+    return OrderedDict({f"{prefix}weight": weight, f"{prefix}bias": np.array([6.0], np.float32)})
+
+
+def saved_by_torch(path, tensors):
+    import torch
+
+    torch.save(OrderedDict((k, torch.from_numpy(v)) for k, v in tensors.items()), path)
+    return path
+
+
+def saved_as_safetensors(path, tensors):
+    from safetensors.numpy import save_file
+
+    save_file(dict(tensors), path)
+    return path
+
+
+def test_simulacras_ridge_scores_unit_vectors_as_it_scores_theirs(tmp_path):
+    import torch
+
+    tensors = linear()
+    path = saved_by_torch(tmp_path / SAC, tensors)
+    head = import_head(path, encoder=L14, norm="l2_sqrt_d", scale=(1, 10))
+    module = torch.nn.Linear(768, 1)
+    module.load_state_dict({k.removeprefix("linear."): torch.from_numpy(v) for k, v in tensors.items()})
+    x = np.concatenate([unit(500), examples("laion-v2")]) if DATA.is_dir() else unit(500)
+    with torch.inference_mode():
+        theirs = module(torch.nn.functional.normalize(torch.from_numpy(x), dim=-1) * 768**0.5)[:, 0].numpy()
+    np.testing.assert_allclose(head(x), theirs, atol=1e-5)
+    assert np.ptp(theirs) > 5  # what is compared varies
+    with pytest.raises(HeadError, match="takes unit vectors"):
+        head(x * np.float32(768**0.5))
+    assert (head.space.encoder, head.space.norm, head.space.probes) == (L14, "l2", None)
+    assert (head.name, head.scale, head.task) == (SAC.removesuffix(".pth"), (1, 10), "aesthetic")
+    assert "sqrt(d)" in head.card["source"] and hashlib.sha256(path.read_bytes()).hexdigest() in head.card["source"]
+    assert load_head(save_head(head, tmp_path / "head")).digest == head.digest
+
+
+@pytest.mark.parametrize("save", [saved_by_torch, saved_as_safetensors])
+@pytest.mark.parametrize("prefix", ["", "linear.", "model.head.0."])
+def test_one_linear_layer_is_taken_whatever_it_is_called(tmp_path, save, prefix):
+    tensors = linear(48, prefix=prefix)
+    path = save(tmp_path / "taste.file", tensors)
+    head = import_head(path, "mine", encoder="bundled", scale=(0, 5), task="sharpness")
+    x = unit(20, 48)
+    np.testing.assert_allclose(head(x), x @ tensors[f"{prefix}weight"][0] + 6, atol=1e-5)
+    assert (head.name, head.task, head.scale) == ("mine", "sharpness", (0, 5))
+    assert "values unchanged" in head.card["source"]
+
+
+def test_what_must_be_declared_is_told(tmp_path):
+    path = saved_by_torch(tmp_path / SAC, linear())
+    told = r"none of the published heads.*--encoder open_clip:ViT-L-14-quickgelu/openai --norm l2_sqrt_d --scale 1 10"
+    with pytest.raises(HeadError, match=told):
+        import_head(path)
+    with pytest.raises(HeadError, match=r"--encoder ENCODER --norm l2 --scale LO HI"):
+        import_head(saved_by_torch(tmp_path / "other.pth", linear()))
+    with pytest.raises(HeadError, match="--scale LO HI"):
+        import_head(path, encoder=L14)
+    with pytest.raises(HeadError, match="scale"):
+        import_head(path, encoder=L14, scale=(10, 1))
+    with pytest.raises(HeadError, match="one of l2, l2_sqrt_d"):
+        import_head(path, encoder=L14, scale=(1, 10), norm="none")
+    with pytest.raises(HeadError, match="laion-v2 is the name of a published head"):
+        import_head(path, "laion-v2", encoder=L14, scale=(1, 10))
+
+
+@needs_data
+def test_what_is_known_of_a_published_head_cannot_be_declared_otherwise():
+    for declared in ({"encoder": L14}, {"scale": (0, 5)}, {"norm": "l2_sqrt_d"}):
+        with pytest.raises(HeadError, match="is laion-v1-b32, a published head: its encoder"):
+            import_head(DATA / published("laion-v1-b32").file, **declared)
+
+
+WEIGHT, BIAS = np.zeros((1, 4), np.float32), np.zeros(1, np.float32)
+
+
+@pytest.mark.parametrize("save", [saved_by_torch, saved_as_safetensors])
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"weight": WEIGHT}, r"it holds weight \[1, 4\]"),
+        ({"weight": WEIGHT, "bias": BIAS, "more": BIAS}, "not a single linear layer"),
+        ({"0.weight": WEIGHT, "1.bias": BIAS}, "not a single linear layer"),
+        ({"weight": WEIGHT.T.copy(), "bias": BIAS}, r"weight \[4, 1\]"),
+        ({"weight": WEIGHT[0], "bias": BIAS}, "not a single linear layer"),
+        ({"weight": np.zeros((2, 4), np.float32), "bias": np.zeros(2, np.float32)}, "not a single linear layer"),
+        ({"weight": WEIGHT, "bias": np.zeros((1, 1), np.float32)}, "not a single linear layer"),
+        ({"weight": np.full((1, 4), np.nan, np.float32), "bias": BIAS}, "weight holds values that are not finite"),
+        ({"weight": WEIGHT, "bias": np.full(1, np.inf, np.float32)}, "bias holds values that are not finite"),
+    ],
+)
+def test_what_is_not_one_linear_layer_is_refused(tmp_path, save, tensors, message):
+    path = save(tmp_path / "x.file", OrderedDict(tensors))
+    with pytest.raises(HeadError, match=message):
+        import_head(path, encoder=L14, scale=(1, 10))
+
+
+def container(header, body):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def entry(shape, start, stop, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+GOOD = {"weight": entry([1, 4], 0, 16), "bias": entry([1], 16, 20)}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (container(GOOD, bytes(20)), None),
+        (struct.pack("<Q", 1 << 60) + b"{}", "claims a header"),
+        (struct.pack("<Q", 200 << 10) + b"{" + b" " * (200 << 10), "claims a header"),
+        (container(b"{" * 5000, bytes(20)), "not a JSON object"),
+        (container(b'{"weight": 1, "weight": 2}', bytes(20)), "twice"),
+        (container(GOOD, bytes(19)), "bytes of tensors"),
+        (container(GOOD, bytes(21)), "bytes of tensors"),
+        (container({}, b""), "it holds no tensors"),
+        (container(GOOD | {"weight": 7}, bytes(20)), "weight None"),
+        (container(GOOD | {"weight": entry([1, "4"], 0, 16)}, bytes(20)), "not a single linear layer"),
+        (container(GOOD | {"weight": entry([1, 0], 0, 0)}, bytes(20)), "not a single linear layer"),
+        (container(GOOD | {"weight": entry([1, -4], 0, 16)}, bytes(20)), "not a single linear layer"),
+        (container(GOOD | {"weight": entry([1, 10**12], 0, 16)}, bytes(20)), "weight is not float32"),
+        (container(GOOD | {"weight": entry([1, 10**12], 0, 4 * 10**12)}, bytes(20)), "overlap or gap"),
+        (container(GOOD | {"weight": entry([1, 4], 0, 8, "F16")}, bytes(20)), "weight is not float32"),
+        (container(GOOD | {"bias": entry([1], 0, 4)}, bytes(20)), "overlap or gap"),
+        (bytes(17 << 20), "more than"),
+    ],
+)
+def test_a_safetensors_file_is_believed_no_more_than_a_pickle(tmp_path, data, message):
+    (tmp_path / "x.safetensors").write_bytes(data)
+    if message is None:
+        assert import_head(tmp_path / "x.safetensors", encoder=L14, scale=(1, 10)).space.dim == 4
+        return
+    with pytest.raises(HeadError, match=message):
+        import_head(tmp_path / "x.safetensors", encoder=L14, scale=(1, 10))
+
+
+@pytest.mark.parametrize("member", ["clip_nsfw/saved_model.pb", "keras_metadata.pb", "model.weights.h5"])
+def test_keras_models_are_known_and_refused(tmp_path, member, monkeypatch):
+    path = tmp_path / "nsfw.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(member, b"\x08\x01")
+    for declared in ({}, {"encoder": L14, "scale": (0, 1)}):
+        with pytest.raises(HeadError, match=r"is a Keras model: a program.*heads prompt.*open-nsfw"):
+            import_head(path, **declared)
+    assert len(module.KERAS) == 2
+    monkeypatch.setitem(module.KERAS, hashlib.sha256(path.read_bytes()).hexdigest(), "LAION's CLIP NSFW head on X")
+    with pytest.raises(HeadError, match="is a Keras model, LAION's CLIP NSFW head on X: a program"):
+        import_head(path)
+
+
+def test_from_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TASTEMAKER_HEADS", str(tmp_path / "heads"))
+    path = saved_by_torch(tmp_path / SAC, linear())
+    assert main(["heads", "import", str(path)]) == 2
+    assert "--norm l2_sqrt_d --scale 1 10" in capsys.readouterr().err
+    words = ["--norm", "l2_sqrt_d", "--scale", "1", "10"]
+    assert main(["heads", "import", str(path), "--encoder", "ViT-L-14", *words]) == 2
+    assert "open_clip:ARCH/PRETRAINED" in capsys.readouterr().err
+    assert main(["heads", "import", str(path), "--encoder", "open_clip:ViT-L-14-quickgelu/OpenAI", *words]) == 0
+    out = capsys.readouterr().out
+    assert L14 in out  # by its canonical name
+    assert "not measured" in out
+    name = SAC.removesuffix(".pth")
+    assert load_head(name).scale == (1, 10)
+    assert main(["heads"]) == 0
+    assert name in capsys.readouterr().out
+    assert main(["heads", "show", name]) == 0
+    out = capsys.readouterr().out
+    assert "Encoder, norm and scale are as declared" in out
+    assert f"next: tastemaker score DATA --head {name}={name}" in out
+    assert main(["heads", "show", "open-nsfw"]) == 0
+    assert "it reads pixels" in capsys.readouterr().out
+    assert main(["heads", "show", name, "--norm", "l2"]) == 2
+    assert "heads show takes no --norm" in capsys.readouterr().err
+    assert main(["heads", "import", "nothing.pth"]) == 2
+    assert "no file here, and no published head" in capsys.readouterr().err
+    assert main(["heads", "import", "nothing.pth", "--encoder", L14]) == 2
+    assert "there is no file nothing.pth" in capsys.readouterr().err
+
+
+def test_a_damaged_head_hides_no_other_in_the_list(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TASTEMAKER_HEADS", str(tmp_path))
+    save_head(import_head(saved_by_torch(tmp_path / "a.pth", linear()), encoder=L14, scale=(1, 10)), tmp_path / "a")
+    (tmp_path / "a" / "head.safetensors").write_bytes(b"")
+    assert main(["heads"]) == 0
+    out = capsys.readouterr().out
+    assert "a " in out and "damaged" in out and "laion-v2" in out
+
+
 # Files that torch itself writes, and files that nobody should open ---------------------------------------------------
 
 
@@ -190,6 +402,8 @@ def test_a_hostile_pickle_never_runs(tmp_path, protocol, where):
         (tmp_path / "evil.pth").write_bytes(data)
         with pytest.raises(HeadError, match="none of the published heads"):
             import_head(tmp_path / "evil.pth")
+        with pytest.raises(HeadError, match="refused"):
+            import_head(tmp_path / "evil.pth", encoder=L14, scale=(1, 10))
         assert not mark.exists()
     pickle.loads(pickle.dumps(Canary(eval, f"open({str(mark)!r}, 'w')")))
     assert mark.exists()  # the canary is alive
