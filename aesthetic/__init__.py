@@ -11,34 +11,46 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from aesthetic.classify import fit_classifier
+    from aesthetic.compare import fit_comparisons
+    from aesthetic.examples import Examples
     from aesthetic.fit import fit_head
     from aesthetic.heads import Head, HeadError, list_heads, load_head, save_head
+    from aesthetic.prompts import prompt_head
     from aesthetic.published import import_head
     from aesthetic.ratings import read_ratings
     from aesthetic.space import Space, SpaceMismatch
 
 __all__ = [
+    "Examples",
     "Head",
     "HeadError",
     "Space",
     "SpaceMismatch",
+    "fit_classifier",
+    "fit_comparisons",
     "fit_head",
     "import_head",
     "list_heads",
     "load_head",
+    "prompt_head",
     "read_ratings",
     "save_head",
 ]
 
 _HOME = {
+    "Examples": "examples",
     "Head": "heads",
     "HeadError": "heads",
     "Space": "space",
     "SpaceMismatch": "space",
+    "fit_classifier": "classify",
+    "fit_comparisons": "compare",
     "fit_head": "fit",
     "import_head": "published",
     "list_heads": "heads",
     "load_head": "heads",
+    "prompt_head": "prompts",
     "read_ratings": "ratings",
     "save_head": "heads",
 }

@@ -1,217 +1,337 @@
-"""Ratings + vectors -> a head, by ridge regression in closed form.
+"""Ratings + vectors -> a head, and how good it is.
 
-There is no seed, no learning rate and no early stopping to choose, and the same ratings in any order give the same
-head. The one number to choose, the penalty, is chosen by cross-validation; how good the head is comes from a second
-cross-validation around that one, so no rating is predicted by a head that has seen it or its group.
+A head is a ridge in closed form. Its one number to choose, the penalty, is chosen by cross-validation inside the rows
+it is fitted to. How good it is comes from rows that it has not seen: with up to 3,000 images from a second
+cross-validation around that one, in which each group is predicted by a head that knows nothing of it, and with more
+from a test set that is held back by hash, looked at once, and never fitted to. Every other predictor of the report
+(baselines, a network) learns from and predicts the same rows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from aesthetic.evaluate import interval, pearson, rows_of, spearman
-from aesthetic.heads import Head, HeadError
+from aesthetic import baselines, evaluate
+from aesthetic.chunks import Map, thread_map
+from aesthetic.examples import Examples, Prepared, calm, prepare
+from aesthetic.heads import Head, HeadError, Layer
+from aesthetic.network import apply_network, fit_network
+from aesthetic.ridge import Fitted, Ridge
+from aesthetic.sources import Scales, fit_scales
 from aesthetic.space import Space
+from aesthetic.splits import TEST, Round, first_groups, rounds_of
 
 Array = npt.NDArray[np.float64]
-
-PENALTIES = tuple(float(v) for v in np.logspace(-6, 2, 33))
-"""Penalties per unit of weight: the loss is mean squared error + penalty * |w|^2, so they suit any number of rows.
-Vectors of unit norm have a variance of at most 1, so the grid reaches from no shrinkage to nothing but the mean."""
+Ints = npt.NDArray[np.int64]
 
 QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
-_MIN_GROUPS = 3
+CURVE = (1 / 8, 1 / 4, 1 / 2)
 
 
 @dataclass(frozen=True)
-class Path:
-    """Ridge solutions for every penalty at once; `predict` gives one column a penalty."""
+class Fit:
+    """A head, the report on it, and what it predicted for rows that it had not seen.
 
-    centre: Array  # (d,) weighted mean of the vectors
-    mean: float  # weighted mean of the scores
-    basis: Array  # (d, k): directions in which the penalised problem falls apart
-    coordinates: Array  # (k, penalties)
-
-    def predict(self, x: Array) -> Array:
-        """Scores (n, penalties) of vectors (n, d)."""
-        return ((x - self.centre) @ self.basis) @ self.coordinates + self.mean
-
-    def solution(self, i: int) -> tuple[Array, float]:
-        """Weights (d,) and constant for the penalty number i."""
-        weights = self.basis @ self.coordinates[:, i]
-        return weights, self.mean - float(self.centre @ weights)
-
-
-def ridge_path(x: Array, y: Array, weights: Array, penalties: Sequence[float]) -> Path:
-    """Minimise sum(weights * (y - x w - b)^2) / sum(weights) + penalty * |w|^2, exactly, for every penalty.
-
-    One eigendecomposition serves them all: of the covariance (d, d), or where there are fewer rows than columns of the
-    kernel (n, n), whose solution is the same. scikit-learn's Ridge has alpha = penalty * sum(weights).
+    report: JSON; docs/taste.md says what each number is. held_out: (n,) in the order of the examples, NaN where a row
+    was for fitting only. rated: (n,) the scores, on the reference's scale where there are several sources.
+    penalty: of the ridge or the logistic regression; None for a network and for comparisons.
     """
-    share = weights / weights.sum()
-    centre, mean = share @ x, float(share @ y)
-    root = np.sqrt(share)
-    a = root[:, None] * (x - centre)
-    r = root * (y - mean)
-    lam = np.asarray(penalties)[None, :]
-    n, d = a.shape
-    if n < d:
-        values, vectors = np.linalg.eigh(a @ a.T)
-        basis, moments = a.T @ vectors, vectors.T @ r
-    else:
-        values, basis = np.linalg.eigh(a.T @ a)
-        moments = basis.T @ (a.T @ r)
-    return Path(centre, mean, basis, moments[:, None] / (np.maximum(values, 0)[:, None] + lam))
+
+    head: Head
+    report: dict[str, Any]
+    held_out: Array
+    rated: Array
+    penalty: float | None
 
 
-def fold_of_groups(groups: Sequence[Any], folds: int) -> npt.NDArray[np.int64]:
-    """The fold of each row, whole groups together: larger groups first, ties by hash, each to the smallest fold.
-
-    Depends on the groups' names and sizes alone, not on the order of rows.
-    """
-    rows = rows_of(groups)
-    order = sorted(rows, key=lambda g: (-len(rows[g]), hashlib.sha256(g.encode()).digest()))
-    sizes = [0] * folds
-    fold = np.empty(sum(map(len, rows.values())), np.int64)
-    for group in order:
-        target = sizes.index(min(sizes))
-        fold[rows[group]] = target
-        sizes[target] += len(rows[group])
-    return fold
-
-
+@calm
 def fit_head(
-    vectors: npt.ArrayLike,
-    scores: npt.ArrayLike,
-    groups: Sequence[Any] | npt.NDArray[Any],
+    examples: Examples,
     space: Space,
     *,
     name: str,
     scale: tuple[float, float],
     task: str = "aesthetic",
-    weights: npt.ArrayLike | None = None,
-    folds: int = 5,
+    network: bool = False,
+    prompts: npt.NDArray[Any] | None = None,
     card: dict[str, Any] | None = None,
-) -> tuple[Head, dict[str, Any]]:
-    """Fit an affine head to ratings, and measure it on ratings that it has not seen.
+    map: Map = thread_map,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Fit:
+    """Fit a head to ratings, and measure it on ratings that it has not seen.
 
-    vectors (n, d) of `space`; scores (n,) within `scale`; groups (n,): rows that belong together (a photographer, a
-    prompt, a theme, copies of one image) and are never on both sides of a split; weights (n,) positive, such as numbers
-    of votes. The report, whose metrics also stand in the head's card, is JSON:
+    scale: lowest and highest possible rating; with several sources, that of the one with most votes, to which the
+    others are brought. network: try a network as well, and take it if it is better than the ridge beyond doubt (the
+    lower end of the paired difference's 95% interval is above 0). prompts: (d,) a direction of the space from text
+    prompts, as a baseline that was not trained. map: where sums over rows are made. tell: called with what is going on.
 
-    n, groups, folds; penalty (the head's) and penalty_at_edge (whether the grid ended there);
-    spearman, pearson {value, low, high} with a cluster-bootstrap 95% interval; rmse and rmse_of_mean (what guessing the
-    mean of the training folds would have), in the ratings' units; quantiles of the held-out predictions.
-
-    Raises HeadError where the input does not fit together, or has fewer than three groups.
+    Raises HeadError where the input does not fit together, has fewer than 10 rows or fewer than 3 groups.
     """
-    x, y, w, names = _checked(vectors, scores, groups, weights, space, name, scale)
-    folds = min(folds, len(set(names)))
-    if folds < _MIN_GROUPS:
-        raise HeadError(
-            f"{name}: the ratings have {len(set(names))} groups; at least {_MIN_GROUPS} are needed to measure the head "
-            f"on groups that it has not seen. Without groups, give each image its own."
-        )
-    fold = fold_of_groups(names, folds)
-    held_out, guess = _nested(x, y, w, fold, folds)
-    errors = _errors_by_penalty(x, y, w, fold, range(folds))
-    best = int(np.argmin(errors))
-    weight, bias = ridge_path(x, y, w, PENALTIES).solution(best)
-    share = w / w.sum()
-    report: dict[str, Any] = {
-        "n": len(y),
-        "groups": len(set(names)),
-        "folds": folds,
-        "penalty": PENALTIES[best],
-        "penalty_at_edge": best in (0, len(PENALTIES) - 1),
-        "spearman": _with_interval(held_out, y, names, spearman),
-        "pearson": _with_interval(held_out, y, names, pearson),
-        "rmse": math.sqrt(share @ (held_out - y) ** 2),
-        "rmse_of_mean": math.sqrt(share @ (guess - y) ** 2),
-        "quantiles": {f"{q:.0%}": float(v) for q, v in zip(QUANTILES, np.quantile(held_out, QUANTILES), strict=True)},
-    }
-    metrics = {k: v for k, v in report.items() if k != "quantiles"}
+    data = prepare(examples, space, name, scale)
+    fold, rounds = rounds_of(data.groups, name)
+    final = frozenset(int(f) for f in np.unique(fold)) - {TEST}
+    tell(f"{len(data.y):,} ratings in {data.groups.count:,} groups; fitting")
+    ridges = _ridges(data, fold, map)
+
+    held_out, rated = np.full(len(data.y), np.nan), np.full(len(data.y), np.nan)
+    constant, curve = np.full(len(data.y), np.nan), {f: np.full(len(data.y), np.nan) for f in CURVE}
+    others: dict[str, Array] = {}
+    columns = baselines.usable(data.metadata)
+    for r in rounds:
+        ridge, y = ridges(r.folds)
+        fitted = ridge.fit(r.folds)
+        rated[r.test] = y[r.test]
+        held_out[r.test] = fitted(data.x[r.test])
+        constant[r.test] = data.w[r.train] @ y[r.train] / data.w[r.train].sum()
+        for what, predicted in _others(data, y, columns, network, r):
+            others.setdefault(what, np.full(len(data.y), np.nan))[r.test] = predicted
+        for share, predicted in curve.items():
+            predicted[r.test] = _with_less(data, y, fitted.penalty, share, r)
+    if prompts is not None:
+        others["prompts"] = np.where(np.isfinite(held_out), data.x.astype(np.float64) @ prompts, np.nan)
+
+    ridge, y = ridges(final)
+    best = ridge.fit(final)
+    tested = np.isfinite(held_out)
+    rated[~tested] = y[~tested]
+    tell(f"measuring on {int(tested.sum()):,} images not seen")
+    report = _report(data, tested, rated, held_out, constant, others, rounds)
+    report |= {"penalty": best.penalty, "penalty_at_edge": best.at_edge}
+    layers: tuple[Layer, ...] = ((best.weights.astype(np.float32)[None, :], np.array([best.constant], np.float32)),)
+    if network and (report["network"]["difference"]["low"] or 0) > 0:
+        rows = np.flatnonzero(fold != TEST)
+        layers = fit_network(data.x[rows], y[rows], data.w[rows])
+        held_out = others["network"]
+        report |= _measured(data, tested, rated, held_out)
+        report |= {"penalty": None, "penalty_at_edge": False}
+    report["kind"] = "affine" if len(layers) == 1 else "network"
+    if scales := ridges.scales(final):
+        report["sources"] = {
+            s: {"n": data.sources.count(s), "offset": scales.offset[s], "factor": scales.factor[s]}
+            for s in sorted(set(data.sources))
+        }
+    report["learning_curve"] = _curve(data, tested, rated, curve, held_out, rounds)
+    report["verdict"] = verdict(report)
     head = Head(
         name=name,
         task=task,
         space=space,
         scale=(float(scale[0]), float(scale[1])),
-        layers=((weight.astype(np.float32)[None, :], np.array([bias], np.float32)),),
-        card={
-            **(card or {}),
-            "metrics": {
-                **metrics,
-                "how": "nested cross-validation by group; intervals: 95%, groups resampled 1,000 times",
-            },
-            "quantiles": {"of": f"held-out predictions of the {len(y):,} rated images", **report["quantiles"]},
-        },
+        layers=layers,
+        card={**(card or {}), **_card(report)},
     )
-    return head, report
+    return Fit(head, report, data.as_given(held_out), data.as_given(rated), report["penalty"])
 
 
-def _checked(
-    vectors: npt.ArrayLike,
-    scores: npt.ArrayLike,
-    groups: Sequence[Any] | npt.NDArray[Any],
-    weights: npt.ArrayLike | None,
-    space: Space,
-    name: str,
-    scale: tuple[float, float],
-) -> tuple[Array, Array, Array, list[str]]:
-    """The input as float64, its rows sorted by what is in them: their order as given then changes no bit of it."""
-    given = np.asarray(vectors)
-    x = given.astype(np.float64)
-    y = np.asarray(scores, np.float64)
-    w = np.ones(len(y)) if weights is None else np.asarray(weights, np.float64)
-    if x.ndim != 2 or x.shape[1] != space.dim:
-        raise HeadError(f"{name}: vectors of shape {x.shape}; {space.encoder} gives (n, {space.dim})")
-    if not len(x) == len(y) == len(groups) == len(w):
-        raise HeadError(f"{name}: {len(x)} vectors, {len(y)} scores, {len(groups)} groups and {len(w)} weights")
-    if not np.isfinite(x).all():
-        raise HeadError(f"{name}: the vector of row {int((~np.isfinite(x)).any(1).argmax())} is not finite")
-    wrong = ~((y >= scale[0]) & (y <= scale[1]))  # also where NaN
-    if wrong.any():
-        row = int(wrong.argmax())
-        raise HeadError(f"{name}: the score of row {row} is {y[row]:g}, outside the scale {scale[0]:g} to {scale[1]:g}")
-    if not (np.isfinite(w) & (w > 0)).all():
-        raise HeadError(f"{name}: a weight is not a positive number; leave out the rows that shall not count")
-    if len(y) and np.ptp(y) == 0:
-        raise HeadError(f"{name}: every score is {y[0]:g}; there is nothing to learn")
-    names = [str(g) for g in groups]
-    order = sorted(range(len(y)), key=lambda i: (names[i], y[i], w[i], hashlib.sha256(x[i].tobytes()).digest()))
-    return x[order], y[order], w[order], [names[i] for i in order]
+# Splits and what is fitted on them -----------------------------------------------------------------------------------
 
 
-def _nested(x: Array, y: Array, w: Array, fold: npt.NDArray[np.int64], folds: int) -> tuple[Array, Array]:
-    """Each row's prediction by a head whose fit and penalty know nothing of the row's fold; and the mean as a guess."""
-    predicted, guess = np.empty(len(y)), np.empty(len(y))
-    for held in range(folds):
-        train, test = fold != held, fold == held
-        errors = _errors_by_penalty(x[train], y[train], w[train], fold[train], [f for f in range(folds) if f != held])
-        path = ridge_path(x[train], y[train], w[train], PENALTIES)
-        predicted[test] = path.predict(x[test])[:, np.argmin(errors)]
-        guess[test] = path.mean
-    return predicted, guess
+class _ridges:
+    """The ridge of some folds and the scores it is fitted to; with several sources scores depend on the folds."""
+
+    def __init__(self, data: Prepared, fold: Ints, map: Map) -> None:
+        self.data, self.fold, self.map = data, fold, map
+        self.several = len(set(data.sources)) > 1
+        self.one = None if self.several else self._of(data.y, fold != TEST)
+
+    def _of(self, y: Array, rows: npt.NDArray[np.bool_]) -> Ridge:
+        return Ridge(self.data.x[rows], y[rows], self.data.w[rows], self.fold[rows], self.map)
+
+    def scales(self, folds: frozenset[int]) -> Scales | None:
+        """How the sources' scales go together, by the rows of these folds."""
+        if not self.several:
+            return None
+        rows = np.flatnonzero(np.isin(self.fold, sorted(folds)))
+        d = self.data
+        missing = set(d.sources) - {d.sources[i] for i in rows}
+        if missing:
+            raise HeadError(
+                f"the ratings of {', '.join(sorted(missing))} lie in one fold: too few groups to tell their scale. "
+                f"Leave the source out, or rate more of it."
+            )
+        return fit_scales(d.x[rows], d.y[rows], d.w[rows], [d.sources[i] for i in rows], self.fold[rows], self.map)
+
+    def __call__(self, folds: frozenset[int]) -> tuple[Ridge, Array]:
+        if self.one is not None:
+            return self.one, self.data.y
+        scales = self.scales(folds)
+        assert scales is not None
+        y = scales.to_reference(self.data.y, self.data.sources)
+        return self._of(y, np.isin(self.fold, sorted(folds))), y
 
 
-def _errors_by_penalty(x: Array, y: Array, w: Array, fold: npt.NDArray[np.int64], folds: Sequence[int]) -> Array:
-    """The weighted squared error of each penalty, summed over the folds, each predicted from the others."""
-    errors = np.zeros(len(PENALTIES))
-    for held in folds:
-        train, test = fold != held, fold == held
-        predicted = ridge_path(x[train], y[train], w[train], PENALTIES).predict(x[test])
-        errors += w[test] @ (predicted - y[test, None]) ** 2
-    return errors
+def _others(
+    data: Prepared, y: Array, columns: dict[str, npt.NDArray[Any]], network: bool, r: Round
+) -> Iterator[tuple[str, Array]]:
+    """Every other predictor's predictions for the rows of a round."""
+    yield "nearest", baselines.nearest(data.x, y, data.w, r.train, r.test)
+    if columns:
+        yield "metadata", baselines.from_metadata(columns, y, data.w, r.train, r.test)
+    if network:
+        layers = fit_network(data.x[r.train], y[r.train], data.w[r.train])
+        yield "network", apply_network(layers, data.x[r.test])
 
 
-def _with_interval(predicted: Array, rated: Array, groups: Sequence[str], statistic: Any) -> dict[str, float | None]:
-    low, high = interval(predicted, rated, groups, statistic)
-    values = {"value": statistic(predicted, rated), "low": low, "high": high}
-    return {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
+def _with_less(data: Prepared, y: Array, penalty: float, share: float, r: Round) -> Array:
+    """What a ridge on a share of the groups predicts. Its prior stays: the penalty per weight grows as rows go."""
+    from aesthetic.ridge import ridge_path
+
+    rows = r.train[first_groups([data.groups.names[i] for i in r.train], share)]
+    if len(rows) < 5:
+        return np.full(len(r.test), np.nan)
+    part = data.w[rows].sum() / data.w[r.train].sum()
+    weights, constant = ridge_path(data.x[rows], y[rows], data.w[rows]).solution(penalty / part)
+    return Fitted(weights, constant, penalty)(data.x[r.test])
+
+
+# The report ----------------------------------------------------------------------------------------------------------
+
+
+def _measured(data: Prepared, tested: npt.NDArray[np.bool_], rated: Array, predicted: Array) -> dict[str, Any]:
+    """What is said of a predictor: statistics with intervals, noise, calibration, quantiles."""
+    names = [data.groups.names[i] for i in np.flatnonzero(tested)]
+    x, y = predicted[tested], rated[tested]
+    found: dict[str, Any] = {"metrics": evaluate.estimate(evaluate.rating_statistics(x, y), names)}
+    found["calibration"] = evaluate.calibration_table(x, y, names)
+    found["quantiles"] = {f"{q:.0%}": float(v) for q, v in zip(QUANTILES, np.quantile(x, QUANTILES), strict=True)}
+    share = evaluate.reliability(data.y[tested], data.votes[tested], data.sd[tested])
+    correlation = found["metrics"]["pearson"]["value"] or 0.0
+    if share is not None and len(set(data.sources)) == 1:
+        worth = evaluate.worth_of(correlation, data.y[tested], data.votes[tested], data.sd[tested])
+        worth = None if worth is None or math.isinf(worth) else worth
+        found["noise"] = {"reliability": share, "ceiling": math.sqrt(share), "worth_raters": worth}
+    else:
+        found["noise"] = None
+    return found
+
+
+def _report(
+    data: Prepared,
+    tested: npt.NDArray[np.bool_],
+    rated: Array,
+    held_out: Array,
+    constant: Array,
+    others: dict[str, Array],
+    rounds: list[Round],
+) -> dict[str, Any]:
+    names = [data.groups.names[i] for i in np.flatnonzero(tested)]
+    y, x = rated[tested], held_out[tested]
+    head = evaluate.spearman_of(x, y)
+    compared: dict[str, evaluate.Statistic] = {"constant_rmse": evaluate.rmse_of(constant[tested], y)}
+    for what, predicted in others.items():
+        other = evaluate.spearman_of(predicted[tested], y)
+        compared[f"{what}_spearman"] = other
+        better = (other, head) if what == "network" else (head, other)
+        compared[f"{what}_difference"] = evaluate.difference(*better)
+    found = evaluate.estimate(compared, names)
+    ids = sorted(data.ids[i] for i in np.flatnonzero(tested))
+    report: dict[str, Any] = {
+        "n": len(data.y),
+        "groups": data.groups.count,
+        "groups_given": data.groups.given,
+        "near_duplicates_joined": data.groups.joined,
+        "how": f"nested cross-validation in {len(rounds)} folds by group" if len(rounds) > 1 else "held-back test set",
+        "tested": int(tested.sum()),
+        "tested_groups": len(set(names)),
+        "test_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
+        "baselines": {
+            "constant": {"rmse": found["constant_rmse"]},
+            **{
+                what: {"spearman": found[f"{what}_spearman"], "difference": found[f"{what}_difference"]}
+                for what in others
+                if what != "network"
+            },
+        },
+    }
+    if "network" in others:
+        report["network"] = {"spearman": found["network_spearman"], "difference": found["network_difference"]}
+    return report | _measured(data, tested, rated, held_out)
+
+
+def _curve(
+    data: Prepared,
+    tested: npt.NDArray[np.bool_],
+    rated: Array,
+    curve: dict[float, Array],
+    held_out: Array,
+    rounds: list[Round],
+) -> list[dict[str, Any]]:
+    """Spearman against the number of images learnt from."""
+    names = [data.groups.names[i] for i in np.flatnonzero(tested)]
+    learnt = float(np.mean([len(r.train) for r in rounds]))
+    points = []
+    for share, predicted in {**curve, 1.0: held_out}.items():
+        known = np.isfinite(predicted[tested])
+        if not known.all():
+            continue
+        statistic = evaluate.spearman_of(predicted[tested], rated[tested])
+        found = evaluate.estimate({"spearman": statistic}, names, draws=300)["spearman"]
+        points.append({"n": round(learnt * share), **found})
+    return points
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """One sentence on what a head is good for."""
+    spearman = report["metrics"]["spearman"]
+    value, low = spearman["value"], spearman["low"]
+    if value is None or low is None:
+        return "too few groups to say how good it is"
+    if low <= 0:
+        return "not shown to be better than chance: rate more before you filter with it"
+    metadata = report["baselines"].get("metadata")
+    if metadata and (metadata["spearman"]["low"] or 0) > 0 and (metadata["difference"]["low"] or 0) <= 0:
+        return (
+            f"metadata alone, without the pictures, does about as well (Spearman {metadata['spearman']['value']:.2f}): "
+            f"suspect a leak, and give --group the column that tells it"
+        )
+    if value < 0.4:
+        return "orders images roughly: good for dropping the worst, not for choosing the best"
+    slope = report["metrics"]["slope"]
+    calibrated = slope["low"] is not None and 0.9 <= slope["value"] <= 1.1
+    if (report["metrics"]["pearson"]["low"] or 0) >= 0.85 and calibrated:
+        return "good for ranking and for absolute cuts"
+    return "good for ranking, not for absolute cuts"
+
+
+def to_halve(report: dict[str, Any]) -> int | None:
+    """About how many more ratings would halve the interval: three times as many again (it goes with 1 / sqrt(n))."""
+    return None if report["tested"] >= 5000 else 3 * int(report["tested"])
+
+
+def _card(report: dict[str, Any]) -> dict[str, Any]:
+    """The report as sections of a model card."""
+    of = f"held-out predictions of the {report['tested']:,} tested images"
+    facts = (
+        "how",
+        "n",
+        "groups",
+        "tested",
+        "tested_groups",
+        "near_duplicates_joined",
+        "test_sha256",
+        "penalty",
+        "kind",
+    )
+    card: dict[str, Any] = {
+        "verdict": report["verdict"],
+        "metrics": {
+            **report["metrics"],
+            **{k: report[k] for k in facts},
+            "intervals": "95%: whole groups drawn 1,000 times, bias-corrected and accelerated",
+        },
+        "baselines": report["baselines"],
+        "calibration": report["calibration"],
+        "learning_curve": report["learning_curve"],
+        "quantiles": {"of": of, **report["quantiles"]},
+    }
+    for optional in ("noise", "sources", "network"):
+        if report.get(optional):
+            card[optional] = report[optional]
+    return card

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from aesthetic.chunks import blocks, thread_map
 from aesthetic.space import Space, SpaceError
 
 FORMAT = "tastemaker-head/1"
@@ -37,7 +38,7 @@ _MAX_WEIGHTS = 64 << 20  # bytes of head.safetensors; the largest head known (76
 _MAX_HEADER = 64 << 10  # bytes of the header of head.safetensors; ours are below 2 KB
 _MAX_LAYERS = 16
 _COLUMNS = 100  # of a terminal, for `describe`
-_CHUNK = 16384  # rows converted to float32 at a time
+_CHUNK = 16384  # rows that a thread takes at a time
 _UNIT = 0.01  # how far a vector's norm may lie from what it should be, as a share; float16 moves it by less than 0.001
 _PROBES = "space.probes"
 
@@ -128,23 +129,29 @@ class Head:
         if not np.issubdtype(vectors.dtype, np.floating):
             raise HeadError(f"{self.name} takes vectors of a float type, not {vectors.dtype}")
         scores = np.empty(len(vectors), np.float32)
-        for start in range(0, len(vectors), _CHUNK):
-            chunk = np.asarray(vectors[start : start + _CHUNK], np.float32)
-            self._check_norm(chunk, start)
-            scores[start : start + len(chunk)] = self._apply(chunk)
+
+        def score(start: int) -> None:
+            for place, x, squares in blocks(vectors[start : start + _CHUNK]):
+                first = start + place
+                self._check_norms(squares, first)
+                scores[first : first + len(x)] = self._apply(x)
+
+        starts = range(0, len(vectors), _CHUNK)
+        for _ in thread_map(score, starts) if len(starts) > 2 else map(score, starts):
+            pass
         return scores
 
-    def _check_norm(self, chunk: npt.NDArray[np.float32], start: int) -> None:
+    def _check_norms(self, squares: npt.NDArray[np.float32], first: int) -> None:
         length = {"l2": 1.0, "l2_sqrt_d": math.sqrt(self.space.dim)}.get(self.space.norm)
         if length is None:
             return
-        norms = np.sqrt(np.einsum("ij,ij->i", chunk, chunk))
+        norms = np.sqrt(squares)
         wrong = np.abs(norms / np.float32(length) - 1) > _UNIT  # False for NaN: such a row scores NaN
         if wrong.any():
             row = int(wrong.argmax())
             takes = "unit vectors" if length == 1 else f"vectors of norm {length:.4g} ({self.space.norm})"
             raise HeadError(
-                f"{self.name} takes {takes}; row {start + row} has norm {norms[row]:.4g}: scale the rows to that"
+                f"{self.name} takes {takes}; row {first + row} has norm {norms[row]:.4g}: scale the rows to that"
             )
 
     def _apply(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -401,9 +408,18 @@ def _claim(what: str, name: str, entry: Any, shape: tuple[int, ...]) -> tuple[in
 
 _SECTIONS = {
     "data": "Data",
+    "ratings": "Ratings it was fitted to",
+    "verdict": "Verdict",
     "metrics": "How good it is",
+    "baselines": "What it was compared with",
+    "network": "A network, tried beside it",
+    "noise": "The ratings' own noise",
+    "sources": "Scales of the sources",
+    "calibration": "Calibration",
+    "learning_curve": "Learning curve",
     "quantiles": "Quantiles of its scores",
     "thresholds": "Thresholds in use",
+    "unit": "Unit",
     "limits": "Limits",
     "source": "Source",
 }
@@ -463,7 +479,18 @@ def describe(head: Head) -> str:
     lines = [head.name, *_wrapped(str(head.card.get("about", "")), ""), ""]
     for key, fact in _facts(head).items():
         lines += _wrapped(fact.replace("`", ""), "", f"{key:10}")
-    for key in ("metrics", "quantiles", "thresholds", "limits", "data", "source"):
+    for key in (
+        "verdict",
+        "metrics",
+        "baselines",
+        "noise",
+        "quantiles",
+        "thresholds",
+        "unit",
+        "limits",
+        "data",
+        "source",
+    ):
         if (value := head.card.get(key, lacking.get(key))) is None:
             continue
         lines += ["", _SECTIONS[key]]
@@ -493,6 +520,10 @@ def _section(value: Any) -> Iterator[str]:
     if isinstance(value, dict):
         yield from ("| | |", "|---|---|")
         yield from (f"| {key} | {_cell(value[key])} |" for key in sorted(value, key=_by_number))
+    elif isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+        columns = sorted(set().union(*value))
+        yield from (f"| {' | '.join(columns)} |", "|" + "---|" * len(columns))
+        yield from (f"| {' | '.join(_cell(row.get(c)) for c in columns)} |" for row in value)
     elif isinstance(value, list):
         yield from (f"- {_cell(v)}" for v in value)
     else:
@@ -506,9 +537,13 @@ def _by_number(key: str) -> tuple[float, str]:
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return "unknown"
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict) and value.keys() == {"value", "low", "high"}:
+        if value["low"] is None:
+            return _cell(value["value"])
         return f"{_cell(value['value'])} [{_cell(value['low'])}, {_cell(value['high'])}]"
     if isinstance(value, dict):
         return ", ".join(f"{k} {_cell(value[k])}" for k in sorted(value, key=_by_number))

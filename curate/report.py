@@ -1,7 +1,8 @@
 """Pictures of what a selection did: a contact sheet of what was kept and what each rule rejected, and score histograms.
 
 Images are read from a few shards only, so a sheet takes seconds however long the list is. What a detector or a rule
-calls unsafe is shown as a blur that no one can undo. The same data folder gives the same bytes.
+calls unsafe is shown as a blur that no one can undo. The same data folder gives the same bytes. `sheet` draws a contact
+sheet of any images at hand.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
@@ -106,6 +109,36 @@ def score_charts(root: Path, name: str) -> Path | None:
         page.heading(_GREEN, column, "", both)
         page.histogram(*facts.histogram(column), facts.cuts(column))
     return page.save(root / "report" / name / "scores.png")
+
+
+class Shown(NamedTuple):
+    """A picture of a sheet of one's own; `caption` is one line or two, with a newline between them."""
+
+    image: Image.Image | npt.NDArray[np.uint8] | None  # RGB, of any size; None where it cannot be decoded
+    caption: str
+    blurred: bool = False  # what is called unsafe is shown as a blur that no one can undo
+
+
+def sheet(path: Path, title: str, rows: Sequence[tuple[str, Sequence[Shown]]]) -> Path:
+    """Draw a contact sheet of pictures at hand: for each row its title line, then its pictures, five abreast.
+
+    A row without pictures is left out. The same pictures and words give the same bytes.
+    """
+    rows = [(words, shown) for words, shown in rows if shown]
+    page = _Page(200 + sum(100 + 220 * -(-len(shown) // 5) for _, shown in rows))
+    page.text(_MARGIN, page.y, title, 24, room=_WIDTH - 2 * _MARGIN)
+    page.y += 36
+    for i, (words, shown) in enumerate(rows):
+        page.heading(_tint(i), words, "", "")
+        tiles, pictures = [], {}
+        for j, (image, caption, blurred) in enumerate(shown):
+            value, _, more = caption.partition("\n")
+            tiles.append(Tile(key=str(j), shard="", value=value, caption=more, blurred=blurred))
+            if isinstance(image, np.ndarray):
+                image = Image.fromarray(image)
+            pictures[str(j)] = None if image is None else _small(image, 224 * _SCALE, blurred)
+        page.tiles(tiles, pictures, per_row=5, ratio=0.75)
+    return page.save(path)
 
 
 class _Facts:
@@ -303,12 +336,16 @@ def _read_pictures(root: Path, tiles: Iterable[Tile]) -> dict[str, Image.Image |
 
 
 def _picture(data: bytes, blurred: bool) -> Image.Image | None:
-    """An image no larger than a tile needs; a blurred one keeps 7 x 7 values of itself and no more."""
     side = 160 * _SCALE
     try:
-        image = Image.fromarray(decode(data, side))
+        return _small(Image.fromarray(decode(data, side)), side, blurred)
     except RowError:  # a folder that others made may hold what cannot be decoded
         return None
+
+
+def _small(image: Image.Image, side: int, blurred: bool) -> Image.Image:
+    """An image no larger than a tile needs; a blurred one keeps 7 x 7 values of itself and no more."""
+    image = image.convert("RGB")  # a copy
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     if blurred:
         image = image.resize((7, 7), Image.Resampling.BOX).resize(image.size, Image.Resampling.BICUBIC)

@@ -128,20 +128,36 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("data", metavar="DATA")
     p.add_argument("sql", metavar="SQL", help="one SELECT over `ledger`; the list's own columns are source.NAME")
 
-    p = command("fit", _fit, "train a head from ratings")
-    p.add_argument("ratings", metavar="RATINGS", help="csv, tsv or parquet: key, path or image, and score")
-    p.add_argument("--data", metavar="DATA", help="the data folder whose vectors the ratings are joined to, by key")
+    p = command("fit", _fit, "train a head from ratings, labels or comparisons")
+    p.add_argument(
+        "ratings",
+        nargs="+",
+        metavar="RATINGS",
+        help="csv, tsv, parquet or AVA.txt: an image (key, path, url or sha256) and its score, label or votes; "
+        "or winner and loser. Several files are several sources, each on its own scale",
+    )
+    p.add_argument("--out", required=True, metavar="HEAD", help="the head's folder")
+    p.add_argument("--data", metavar="DATA", help="the data folder that holds the images and their vectors")
     p.add_argument("--images", metavar="FOLDER", help="or a folder of images, embedded with --encoder")
-    p.add_argument("--encoder", default="bundled")
+    p.add_argument("--encoder", default="bundled", metavar="E", help="bundled (default) or open_clip:ARCH/PRETRAINED")
+    p.add_argument("--key", metavar="COLUMN", help="the column that names the image (default: a usual name)")
+    p.add_argument("--score", metavar="COLUMN", help="the column of the score or label (default: a usual name)")
     p.add_argument(
         "--group",
         metavar="COLUMN",
-        help="rows of one group never straddle training and test (photographer, prompt, theme)",
+        help="images of one group never straddle training and test (photographer, prompt, theme)",
     )
+    p.add_argument("--positive", metavar="VALUE", help="the label that counts as 1, where labels are words")
     p.add_argument(
         "--scale", nargs=2, type=float, metavar=("LO", "HI"), help="the rating scale (default: the range of the scores)"
     )
-    p.add_argument("--out", required=True, metavar="HEAD")
+    p.add_argument("--task", metavar="WORD", help="what the score is about: aesthetic (default), nsfw, ...")
+    p.add_argument(
+        "--prevalence", type=float, metavar="SHARE", help="positives where a classifier will be used (default 0.01)"
+    )
+    p.add_argument("--network", action="store_true", help="try a small network too; taken only if it beats ridge")
+    p.add_argument("--suggest", type=_positive, default=0, metavar="N", help="name N images to rate next")
+    p.add_argument("--ray-address", metavar="ADDRESS", help="sum over the rows on this Ray cluster")
 
     p = command("heads", _heads, "list and show heads, import one, or make one from words")
     p.add_argument("action", nargs="?", default="list", choices=tuple(_HEADS))
@@ -426,21 +442,34 @@ def _query(args: argparse.Namespace) -> int:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    from curate.data import open_data
-    from pipelines.fit import fit
+    from pipelines.fit import Request, fit
 
-    fitted = fit(
-        Path(args.ratings),
-        data=open_data(args.data) if args.data else None,
+    request = Request(
+        ratings=[Path(r) for r in args.ratings],
+        out=Path(args.out),
+        data=args.data,
         images=Path(args.images) if args.images else None,
         encoder=args.encoder,
+        key=args.key,
+        score=args.score,
         group=args.group,
+        positive=args.positive,
         scale=tuple(args.scale) if args.scale else None,
-        out=Path(args.out),
+        task=args.task,
+        prevalence=args.prevalence,
+        network=args.network,
+        suggest=args.suggest,
+        address=args.ray_address,
     )
-    print(fitted.text)
-    following = f"tastemaker score {args.data or 'DATA'} --head {Path(args.out).stem}={args.out}"
-    return _end(args, fitted.report, {"head": args.out}, following)
+    outcome = fit(request, _aside)
+    print(outcome.text)
+    following = f"tastemaker score {args.data or 'DATA'} --head {request.out.stem}={args.out}"
+    return _end(args, outcome.report, dict(outcome.paths), following)
+
+
+def _aside(line: str) -> None:
+    """What is going on, for those who watch; not part of what a command prints."""
+    print(line, file=sys.stderr)
 
 
 def _heads(args: argparse.Namespace) -> int:

@@ -1,126 +1,411 @@
-"""`tastemaker fit`: ratings joined to vectors -> a head. The vectors come from a data folder or a folder of images."""
+"""`tastemaker fit`: ratings, labels or comparisons joined to images -> a head, its report and its pictures."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aesthetic.space import Space
-from curate.data import Data
 from curate.store import UserError, sha256_file
+from pipelines.pool import DataPool, FolderPool, Pool
 
 if TYPE_CHECKING:
     import pandas as pd
 
-BATCH = 32
+    from aesthetic.chunks import Map
+    from aesthetic.fit import Fit
+    from aesthetic.ratings import Ratings
+
+WANTED, AGAINST = "a beautiful photograph", "an ugly photograph"
+"""The prompts of the zero-shot baseline for ratings of beauty (after CLIP-IQA, Wang, Chan and Loy 2023)."""
+
+SHOWN = 10  # of the best, worst and most wrong
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What `tastemaker fit` was asked."""
+
+    ratings: Sequence[Path]
+    out: Path
+    data: str | None = None
+    images: Path | None = None
+    encoder: str = "bundled"
+    key: str | None = None  # columns of the rating files
+    score: str | None = None
+    group: str | None = None
+    positive: str | None = None
+    scale: tuple[float, float] | None = None
+    task: str | None = None
+    prevalence: float | None = None
+    network: bool = False
+    suggest: int = 0
+    address: str | None = None
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """A head's folder, how good it is, and the ratings that found no image."""
+class Outcome:
+    """A head's folder, how good it is, and what else was written."""
 
     head: Path
     report: dict[str, Any]
-    unjoined: int
-
-    @property
-    def text(self) -> str:
-        """The numbers that matter, in two lines."""
-        r, s = self.report, self.report["spearman"]
-        missing = f" ({self.unjoined:,} listed in {self.head / 'unjoined.csv'})" if self.unjoined else ""
-        interval = f" [{s['low']:.2f}, {s['high']:.2f}]" if s["low"] is not None else ""
-        return (
-            f"{r['n'] + self.unjoined:,} ratings, {r['n']:,} joined{missing} · {r['groups']:,} groups\n"
-            f"Spearman {s['value']:.2f}{interval} on images it had not seen · "
-            f"RMSE {r['rmse']:.2f}, {r['rmse_of_mean']:.2f} for guessing the mean"
-        )
+    text: str
+    paths: dict[str, Path] = field(default_factory=dict)
 
 
-def fit(
-    ratings: Path,
-    *,
-    data: Data | None,
-    images: Path | None,
-    encoder: str,
-    group: str | None,
-    scale: tuple[float, float] | None,
-    out: Path,
-) -> Fitted:
-    """Fit a head to ratings and save it under `out`.
+def fit(request: Request, say: Say = lambda line: None) -> Outcome:
+    """Fit a head and write it, its report and its pictures under `request.out`.
 
-    Without a group column each image is a group of its own, so copies of one image may straddle training and test:
-    give one where images belong together. Raises UserError where nothing joins, HeadError where the ratings don't fit.
+    Raises UserError where nothing joins, HeadError where the ratings make no sense or are too few.
     """
-    from aesthetic.fit import fit_head
     from aesthetic.heads import save_head
     from aesthetic.ratings import read_ratings
 
-    if (data is None) == (images is None):
-        raise UserError("fit needs vectors: either --data DATA (joined by key), or --images FOLDER (joined by path)")
-    table = read_ratings(ratings, group=group)
-    vectors, found, space = _of_data(data, table) if data else _of_folder(images or Path(), table, encoder)
-    if not found.any():
-        place = data.root if data else images
-        raise UserError(f"{ratings}: none of its {len(table):,} keys is in {place}; the first is {table['key'][0]!r}")
-    joined = table[found]
-    scores = joined["score"].to_numpy()
-    head, report = fit_head(
-        vectors,
-        scores,
-        (joined["group"] if "group" in joined else joined["key"]).to_list(),
-        space,
-        name=out.stem,
-        scale=scale or (float(scores.min()), float(scores.max())),
-        weights=joined["n"].to_numpy() if "n" in joined else None,
-        card={"ratings": {"rows": len(table), "sha256": sha256_file(ratings)}},
+    if (request.data is None) == (request.images is None):
+        raise UserError("fit needs images: either --data DATA (their vectors are there), or --images FOLDER")
+    ratings = read_ratings(
+        *request.ratings,
+        image=request.key,
+        score=request.score,
+        group=request.group,
+        positive=request.positive,
     )
-    save_head(head, out)
-    if not found.all():
-        table[~found].to_csv(out / "unjoined.csv", index=False)
-    return Fitted(out, report, int((~found).sum()))
+    pool: Pool = DataPool(request.data) if request.data else FolderPool(request.images or Path(), request.encoder, say)
+    columns = ["winner", "loser"] if ratings.kind == "pairs" else ["image"]
+    candidates = pool.candidates(ratings.by)
+    rows, reasons = {}, {}
+    for column in columns:
+        rows[column], reasons[column] = _join(ratings, column, candidates)
+    wanted = np.unique(np.concatenate([r[r >= 0] for r in rows.values()]))
+    if not len(wanted):
+        first = ratings.table[columns[0]].iloc[0]
+        raise UserError(f"none of the {len(ratings.table):,} images rated is in {pool.root}; the first is {first!r}")
+    vectors, there = pool.vectors(wanted)
+    place = np.full(len(candidates), -1)
+    place[wanted[there]] = np.arange(int(there.sum()))
+    for column in columns:
+        found = rows[column] >= 0
+        gone = found & (place[rows[column]] < 0)
+        reasons[column] = [pool.absent if g else why for g, why in zip(gone, reasons[column], strict=True)]
+        rows[column] = np.where(found & ~gone, place[rows[column]], -1)
+    joined = np.logical_and.reduce([rows[c] >= 0 for c in columns])
+    if not joined.any():
+        raise UserError(f"none of the images rated in {pool.root} has a vector: {pool.absent}")
+    facts = pool.facts(wanted[there])
+    fitted = _fitted(request, ratings, joined, rows, vectors, facts, pool, say)
+
+    out = request.out
+    save_head(fitted.head, out)
+    (out / "report.json").write_text(json.dumps(fitted.report, indent=2, sort_keys=True) + "\n")
+    paths = {"head": out} | _pictures(out, ratings, fitted, pool, wanted[there], rows, joined)
+    if not joined.all():
+        left = ratings.table[~joined].copy()
+        left["why"] = [
+            " and ".join(sorted({reasons[c][i] for c in columns if reasons[c][i]})) for i in np.flatnonzero(~joined)
+        ]
+        left.to_csv(out / "unjoined.csv", index=False)
+    if request.suggest:
+        paths |= _suggest(request, fitted, pool, wanted, vectors, say)
+    return Outcome(out, fitted.report, _text(request, ratings, fitted, joined), paths)
 
 
-def _of_data(data: Data, table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, Space]:
-    """Vectors of the rated keys of a data folder, in the order of the ratings, and which ratings they are."""
-    import pyarrow.parquet as pq
+def _join(ratings: Ratings, column: str, candidates: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
+    """The image of each row, -1 and why where there is none; each source by the way in which it names images."""
+    from aesthetic.ratings import join
 
-    if not data.space.exists():
-        raise UserError(f"{data.root} holds no vectors yet. `tastemaker embed {data.root}` makes them.")
-    row = {key: i for i, key in enumerate(table["key"])}
-    taken: dict[int, np.ndarray] = {}
-    for shard in data.plan.shards:
-        if not data.metadata(shard.shard).exists():
-            continue
-        stored = np.load(data.image_vectors(shard.shard), mmap_mode="r", allow_pickle=False)
-        for i, key in enumerate(pq.read_table(data.metadata(shard.shard), columns=["key"])["key"].to_pylist()):
-            if key in row:
-                taken[row[key]] = stored[i].astype(np.float32)
-    return _ordered(taken, len(table), Space.load(data.space))
+    table = ratings.table
+    rows, reasons = np.full(len(table), -1), np.full(len(table), "", object)
+    sources = table["source"].fillna("").to_numpy() if "source" in table else np.full(len(table), "")
+    for source in np.unique(sources):
+        of = np.flatnonzero(sources == source)
+        rows[of], reasons[of] = join(table[column].iloc[of].to_list(), ratings.by, candidates)
+    return rows, reasons.tolist()
 
 
-def _of_folder(folder: Path, table: pd.DataFrame, encoder: str) -> tuple[np.ndarray, np.ndarray, Space]:
-    """Vectors of the rated files of a folder, in the order of the ratings, and which ratings they are."""
-    from curate.encoders import load_encoder
-    from curate.images import decode
-    from curate.ledger import RowError
+def _fitted(
+    request: Request,
+    ratings: Ratings,
+    joined: np.ndarray,
+    rows: dict[str, np.ndarray],
+    vectors: np.ndarray,
+    facts: pd.DataFrame,
+    pool: Pool,
+    say: Say,
+) -> Fit:
+    from aesthetic.classify import PREVALENCE, fit_classifier
+    from aesthetic.compare import fit_comparisons
+    from aesthetic.examples import Examples
+    from aesthetic.fit import fit_head
 
-    model = load_encoder(encoder)
-    taken: dict[int, np.ndarray] = {}
-    for start in range(0, len(table), BATCH):
-        pixels = {}
-        for i, key in enumerate(table["key"][start : start + BATCH], start):
-            try:
-                pixels[i] = decode((folder / key).read_bytes())
-            except (OSError, RowError):
-                continue  # not there, or no picture: it is listed as unjoined
-        if pixels:
-            taken |= dict(zip(pixels, model.encode_images(list(pixels.values())), strict=True))
-    return _ordered(taken, len(table), model.space())
+    table = ratings.table[joined]
+    files = [{"file": p.name, "sha256": sha256_file(p)} for p in request.ratings]
+    common: dict[str, Any] = {
+        "name": request.out.stem,
+        "card": {"ratings": {"rows": len(ratings.table), "joined": int(joined.sum()), "files": files}},
+        "tell": say,
+    }
+    if request.task:
+        common["task"] = request.task
+    if ratings.kind == "pairs":
+        return fit_comparisons(
+            vectors,
+            rows["winner"][joined],
+            rows["loser"][joined],
+            pool.space,
+            ids=facts["key"].to_list(),
+            groups=_groups_of_pairs(table, rows, joined, len(facts)),
+            votes=_column(table, "n"),
+            sha256=_known(facts, "sha256"),
+            phash=_known(facts, "phash"),
+            prompts=_prompts(pool, say),
+            **common,
+        )
+    of = facts.iloc[rows["image"][joined]]
+    ours = {"image", "score", "n", "sd", "group", "source"}
+    metadata = {str(c): table[c].to_list() for c in table.columns if c not in ours}
+    metadata |= {c: of[c].to_list() for c in ("width", "height", "domain") if c in of}
+    examples = Examples(
+        vectors=vectors[rows["image"][joined]],
+        scores=table["score"].to_numpy(np.float64),
+        ids=of["key"].to_list(),
+        groups=table["group"].to_list() if "group" in table else None,
+        votes=_column(table, "n"),
+        sd=_column(table, "sd"),
+        sources=table["source"].to_list() if "source" in table else None,
+        metadata=metadata,
+        sha256=_known(of, "sha256"),
+        phash=_known(of, "phash"),
+    )
+    if ratings.kind == "labels":
+        return fit_classifier(examples, pool.space, prevalence=request.prevalence or PREVALENCE, **common)
+    return fit_head(
+        examples,
+        pool.space,
+        scale=request.scale or ratings.scale or _range(table),
+        network=request.network,
+        prompts=_prompts(pool, say),
+        map=_map(request.address),
+        **common,
+    )
 
 
-def _ordered(taken: dict[int, np.ndarray], count: int, space: Space) -> tuple[np.ndarray, np.ndarray, Space]:
-    found = np.array([i in taken for i in range(count)])
-    return np.array([taken[i] for i in sorted(taken)], np.float32), found, space
+def _range(table: pd.DataFrame) -> tuple[float, float]:
+    """The range of the scores; of several sources that of the one with the most ratings."""
+    if "source" in table and table["source"].nunique() > 1:
+        weights = (table["n"] if "n" in table else table["score"] * 0 + 1).groupby(table["source"]).sum()
+        table = table[table["source"] == max(weights.index, key=lambda s: (weights[s], s))]
+    return float(table["score"].min()), float(table["score"].max())
+
+
+def _column(table: pd.DataFrame, name: str) -> np.ndarray | None:
+    """A column of numbers; votes that are not known count once where others are."""
+    if name not in table or not table[name].notna().any():
+        return None
+    values = table[name].to_numpy(np.float64)
+    return np.where(np.isfinite(values), values, 1.0) if name == "n" else values
+
+
+def _known(facts: pd.DataFrame, name: str) -> list[str | None] | None:
+    if name not in facts:
+        return None
+    return [v if isinstance(v, str) and v else None for v in facts[name]]
+
+
+def _groups_of_pairs(
+    table: pd.DataFrame, rows: dict[str, np.ndarray], joined: np.ndarray, images: int
+) -> list[str] | None:
+    """A group for each image, from the groups of the comparisons that it is in: the first by name."""
+    if "group" not in table:
+        return None
+    of: dict[int, str] = {}
+    for column in ("winner", "loser"):
+        for image, group in zip(rows[column][joined], table["group"], strict=True):
+            of[int(image)] = min(of.get(int(image), str(group)), str(group))
+    return [of.get(i, f"image {i}") for i in range(images)]
+
+
+def _prompts(pool: Pool, say: Say) -> np.ndarray | None:
+    """The zero-shot baseline's direction; None, and a line that says why, where there is no text encoder to ask."""
+    try:
+        wanted, against = pool.encode_texts([WANTED, AGAINST])
+    except UserError as e:
+        say(f"no zero-shot baseline: {str(e).splitlines()[0]}")
+        return None
+    return np.asarray(wanted - against, np.float64)
+
+
+def _map(address: str | None) -> Map:
+    """Where sums over rows are made: in threads here, or as Ray tasks."""
+    from aesthetic.chunks import thread_map
+
+    if address is None:
+        return thread_map
+    from pipelines.jobs import ray_map
+
+    return partial(ray_map, address)
+
+
+# What is written beside the head -------------------------------------------------------------------------------------
+
+
+def _pictures(
+    out: Path,
+    ratings: Ratings,
+    fitted: Fit,
+    pool: Pool,
+    wanted: np.ndarray,
+    rows: dict[str, np.ndarray],
+    joined: np.ndarray,
+) -> dict[str, Path]:
+    from aesthetic import pictures
+    from curate.report import Shown, sheet
+
+    report = fitted.report
+    if ratings.kind == "pairs":
+        return {}
+    seen = np.isfinite(fitted.held_out)
+    predicted, rated = fitted.held_out[seen], fitted.rated[seen]
+    table = ratings.table[joined]
+    listed = table.assign(rated=fitted.rated, predicted=fitted.held_out)
+    listed.to_csv(out / "held_out.csv", index=False)
+    labels = ratings.kind == "labels"
+    metric = report["metrics"]["auroc" if labels else "spearman"]
+    title = f"{fitted.head.name}: {'AUROC' if labels else 'Spearman'} {_interval(metric)}"
+    if not labels:
+        pictures.scatter(out / "scatter.png", predicted, rated, fitted.head.scale, title=title)
+        ceiling = report["noise"]["ceiling"] if report["noise"] else None
+        if len(report["learning_curve"]) > 1:
+            pictures.learning_curve(out / "learning_curve.png", report["learning_curve"], ceiling, title=title)
+    pictures.reliability(out / "calibration.png", report["calibration"], title=title, probability=labels)
+
+    images = wanted[rows["image"][joined]][seen]
+    by_head, error = np.argsort(-predicted, kind="stable"), np.abs(predicted - rated)
+    chosen = {
+        "rated best by the head": by_head[:SHOWN],
+        "rated worst by the head": by_head[::-1][:SHOWN],
+        "most wrong": np.argsort(-error, kind="stable")[:SHOWN],
+    }
+    sections = [
+        (what, [(images[i], f"{predicted[i]:.2f}, people {rated[i]:.2f}") for i in places])
+        for what, places in chosen.items()
+    ]
+    loaded = pool.pictures(sorted({int(i) for _, tiles in sections for i, _ in tiles}))
+    unsafe = fitted.head.task == "nsfw"  # all are blurred then: what is wrong may be either way
+    sheet(
+        out / "extremes.png",
+        title,
+        [(what, [Shown(loaded[int(i)], words, unsafe) for i, words in tiles]) for what, tiles in sections],
+    )
+    return {"look": out / "extremes.png"}
+
+
+def _suggest(
+    request: Request, fitted: Fit, pool: Pool, rated: np.ndarray, vectors: np.ndarray, say: Say
+) -> dict[str, Path]:
+    """The images whose ratings would teach the head most: a csv to fill in, and a sheet to look at."""
+    import pandas as pd
+
+    from aesthetic.suggest import suggest
+    from curate.report import Shown, sheet
+
+    if fitted.penalty is None:
+        raise UserError("--suggest is for affine heads fitted to ratings or labels, not for networks and comparisons")
+    others = np.setdiff1d(np.arange(pool.count), rated)
+    if not len(others):
+        raise UserError(f"--suggest: every image of {pool.root} is rated already")
+    say(f"choosing {request.suggest} of {len(others):,} images not rated")
+    candidates, there = pool.vectors(others)
+    others = others[there]
+    weights, relevance = np.ones(len(vectors)), None
+    if fitted.head.link == "sigmoid":  # a label of an image at p tells p (1 - p) of what a rating would
+        weights, relevance = _information(fitted.head(vectors)), _information(fitted.head(candidates))
+    chosen = others[suggest(vectors, weights, candidates, fitted.penalty, request.suggest, relevance=relevance)]
+    facts = pool.facts(chosen)
+    scores = fitted.head(pool.vectors(chosen)[0])
+    pd.DataFrame({"image": facts["key"], "score": "", "predicted": np.round(scores, 3)}).to_csv(
+        request.out / "suggest.csv", index=False
+    )
+    loaded = pool.pictures(chosen.tolist())
+    unsafe = fitted.head.task == "nsfw"
+    tiles = [Shown(loaded[int(i)], f"{scores[n]:.2f}\n{facts['key'].iloc[n]}", unsafe) for n, i in enumerate(chosen)]
+    sheet(request.out / "suggest.png", "rate these next", [("most is learnt from these", tiles)])
+    return {"rate next": request.out / "suggest.csv", "look at them": request.out / "suggest.png"}
+
+
+def _information(p: np.ndarray) -> np.ndarray:
+    """Fisher's, of a label about its log-odds."""
+    return np.maximum(p.astype(np.float64) * (1 - p), 1e-6)
+
+
+# What the terminal shows ---------------------------------------------------------------------------------------------
+
+
+def _interval(estimate: dict[str, Any], digits: int = 2) -> str:
+    if estimate["value"] is None:
+        return "unknown"
+    value = f"{estimate['value']:.{digits}f}"
+    return (
+        value if estimate["low"] is None else f"{value} [{estimate['low']:.{digits}f}, {estimate['high']:.{digits}f}]"
+    )
+
+
+def _text(request: Request, ratings: Ratings, fitted: Fit, joined: np.ndarray) -> str:
+    """Five lines: what was used; how good; against what; worth how many raters; a verdict."""
+    from aesthetic.fit import to_halve
+
+    r = fitted.report
+    total, used = len(joined), int(joined.sum())
+    missing = f" ({total - used:,} listed in {request.out / 'unjoined.csv'})" if used < total else ""
+    what = {"scores": "ratings", "labels": "labels", "pairs": "comparisons"}[ratings.kind]
+    groups = f"{r['groups']:,} groups" + ("" if r["groups_given"] else ", each image its own")
+    copies = f", {r['near_duplicates_joined']:,} near-duplicates kept together" if r["near_duplicates_joined"] else ""
+    lines = [f"{total:,} {what}, {used:,} joined{missing} · {groups}{copies}"]
+    m, baselines = r["metrics"], r["baselines"]
+    if ratings.kind == "pairs":
+        lines.append(f"picks the preferred image in {_interval(m['accuracy'])} of {r['tested']:,} comparisons not seen")
+        named = {k: v["accuracy"]["value"] for k, v in baselines.items()}
+    elif ratings.kind == "labels":
+        recall = _interval(m["recall_at_1%_clean_loss"])
+        lines.append(f"AUROC {_interval(m['auroc'])} on images it had not seen · finds {recall} at 1% clean loss")
+        named = {k: v["auroc"]["value"] for k, v in baselines.items()}
+    else:
+        lines.append(f"Spearman {_interval(m['spearman'])} on images it had not seen")
+        named = {k: v["spearman"]["value"] for k, v in baselines.items() if k != "constant"}
+    told = " · ".join(
+        f"{_NAMED.get(k, k)} {v:.2f}" if v is not None else f"{_NAMED.get(k, k)} none" for k, v in named.items()
+    )
+    if ratings.kind == "scores":
+        guess = baselines["constant"]["rmse"]["value"]
+        told += f" · RMSE {m['rmse']['value']:.2f}, {guess:.2f} for guessing the mean"
+    lines.append(f"baselines: {told}")
+    if ratings.kind == "scores":
+        lines.append(_worth(r))
+    elif ratings.kind == "labels":
+        missed = m["missed_per_million_at_1%_clean_loss"]
+        lines.append(f"at {r['prevalence']:.1%} positives misses {_interval(missed, 0)} per million")
+    more = to_halve(r)
+    lines.append(r["verdict"] + (f"; about {more:,} more {what} would halve the interval" if more else ""))
+    return "\n".join(lines)
+
+
+_NAMED = {"nearest": "10 nearest", "prompts": "zero-shot", "metadata": "metadata only", "constant": "a coin"}
+
+
+def _worth(report: dict[str, Any]) -> str:
+    noise = report["noise"]
+    if noise is None:
+        return "worth how many raters: unknown, without the number (n) and spread (sd) of the ratings of each image"
+    raters = noise["worth_raters"]
+    told = "more raters than were asked" if raters is None or math.isinf(raters) else _raters(raters)
+    return f"worth {told} · no head can correlate more than {noise['ceiling']:.2f} with these ratings"
+
+
+def _raters(count: float) -> str:
+    return f"{count:.1f} raters" if count < 10 else f"{count:.0f} raters"

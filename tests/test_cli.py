@@ -351,7 +351,7 @@ def test_the_loop(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     report = json.loads(out.splitlines()[-1])
     assert report["n"] == 60 and "61 ratings, 60 joined (1 listed in" in out
     assert "999999999" in (head / "unjoined.csv").read_text()
-    assert report["spearman"]["value"] > 0  # few ratings: only the sign is asked for
+    assert report["metrics"]["spearman"]["value"] > 0  # few ratings: only the sign is asked for
 
     assert main(["score", str(data.root), "--head", f"taste={head}"]) == 0
     assert "taste: 3 of 3 shards scored" in capsys.readouterr().out
@@ -389,7 +389,7 @@ def test_fit_from_a_folder_of_images(real_data: Data, tmp_path: Path, capsys: py
     assert (out / "head.json").exists()
     (tmp_path / "none.csv").write_text("key,score\nx,1\ny,2\n")
     assert main(["fit", str(tmp_path / "none.csv"), "--data", str(real_data.root), "--out", str(out)]) == 2
-    assert "none of its 2 keys is in" in capsys.readouterr().err
+    assert "none of the 2 images rated is in" in capsys.readouterr().err
     assert main(["fit", str(tmp_path / "none.csv"), "--out", str(out)]) == 2
 
 

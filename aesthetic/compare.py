@@ -1,0 +1,194 @@
+"""Comparisons + vectors -> a head: which of two images is better, as people chose (Bradley and Terry 1952)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from aesthetic import evaluate
+from aesthetic.examples import calm
+from aesthetic.fit import QUANTILES, Fit
+from aesthetic.heads import Head, HeadError
+from aesthetic.logistic import Logistic, platt
+from aesthetic.space import Space
+from aesthetic.splits import FOLDS, folds_of, groups_of
+
+Array = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+FEW = 30
+_ALL = frozenset({0})  # folds, where there are none
+
+
+@calm
+def fit_comparisons(
+    vectors: npt.NDArray[Any],
+    winners: npt.ArrayLike,
+    losers: npt.ArrayLike,
+    space: Space,
+    *,
+    name: str,
+    ids: Sequence[str],
+    groups: Sequence[str] | None = None,
+    votes: npt.ArrayLike | None = None,
+    sha256: Sequence[str | None] | None = None,
+    phash: Sequence[str | None] | None = None,
+    task: str = "preference",
+    prompts: npt.NDArray[Any] | None = None,
+    card: dict[str, Any] | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Fit:
+    """Fit a head to comparisons: the log-odds that one image is preferred are the difference of their scores.
+
+    vectors: (m, d) of the images; winners, losers: (k,) rows of them; ids, groups, sha256, phash: of the images, as in
+    Examples; votes: (k,) how often a comparison counts (a tie is two, each way, of half a vote). A score has the unit
+    of log-odds and is 0 for the mean image: 1 more means preferred in 73% of comparisons.
+
+    Measured on comparisons of which the head has seen neither image: with five folds of images, those whose two images
+    lie in the fold that is left out. Comparisons within a group (a prompt) are all used; of those between groups drawn
+    at random about a fifth can be tested. Raises HeadError where fewer than 30 can.
+    """
+    x = np.asarray(vectors)
+    if x.ndim != 2 or x.shape[1] != space.dim:
+        raise HeadError(f"{name}: vectors of shape {x.shape}; {space.encoder} gives (n, {space.dim})")
+    win, lose = np.asarray(winners, np.int64), np.asarray(losers, np.int64)
+    w = np.ones(len(win)) if votes is None else np.asarray(votes, np.float64)
+    if not len(win) == len(lose) == len(w):
+        raise HeadError(f"{name}: {len(win)} winners, {len(lose)} losers and {len(w)} votes")
+    if (win == lose).any():
+        raise HeadError(f"{name}: an image is compared with itself: {ids[int(win[(win == lose).argmax()])]}")
+    if not np.isfinite(x).all() or not (np.isfinite(w) & (w > 0)).all():
+        raise HeadError(f"{name}: a vector or a number of votes is not finite, or not positive")
+    order = np.array(sorted(range(len(win)), key=lambda i: (ids[int(win[i])], ids[int(lose[i])], w[i])), np.int64)
+    win, lose, w = win[order], lose[order], w[order]
+    of = groups_of(ids, groups, vectors=x if space.norm == "l2" else None, sha256=sha256, phash=phash)
+    fold = folds_of(of.names, min(FOLDS, of.count))
+    difference = x[win].astype(np.float64) - x[lose].astype(np.float64)
+    pair_fold = np.where(fold[win] == fold[lose], fold[win], -1)
+    tested = pair_fold >= 0
+    if tested.sum() < FEW or len(set(pair_fold[tested])) < 2:
+        raise HeadError(
+            f"{name}: {len(win)} comparisons, of which {int(tested.sum())} can be tested on images not seen; at least "
+            f"{FEW} are needed. Compare more images, or images of one group (a prompt) with each other."
+        )
+    tell(f"{len(win):,} comparisons of {len(x):,} images in {of.count:,} groups; fitting")
+
+    odds = np.full(len(win), np.nan)
+    for held in sorted(set(pair_fold[tested])):
+        train = (fold[win] != held) & (fold[lose] != held)
+        linear = _chosen(difference[train], w[train], fold[win][train], fold[lose][train])
+        odds[pair_fold == held] = difference[pair_fold == held] @ linear
+    slope, _ = platt(odds[tested], np.ones(int(tested.sum())), w[tested], constant=False)
+    final = _chosen(difference, w, fold[win], fold[lose])
+    centre = x.astype(np.float64).mean(0)
+    scores = (x.astype(np.float64) - centre) @ final
+    reach = float(max(1, math.ceil(2 * np.abs(scores).max())))
+    report = _report(x, win, lose, w, odds, tested, of, ids, prompts)
+    report |= {"calibration_slope": slope}
+    report["quantiles"] = {f"{q:.0%}": float(v) for q, v in zip(QUANTILES, np.quantile(scores, QUANTILES), strict=True)}
+    report["verdict"] = verdict(report)
+    facts = ("how", "n", "images", "groups", "tested", "test_sha256", "near_duplicates_joined", "calibration_slope")
+    head = Head(
+        name=name,
+        task=task,
+        space=space,
+        scale=(-reach, reach),
+        layers=((final.astype(np.float32)[None, :], np.array([-centre @ final], np.float32)),),
+        card={
+            **(card or {}),
+            "verdict": report["verdict"],
+            "metrics": {**report["metrics"], **{k: report[k] for k in facts}},
+            "baselines": report["baselines"],
+            "quantiles": {"of": f"scores of the {len(x):,} compared images", **report["quantiles"]},
+            "unit": "log-odds: a difference of 1 means preferred in 73% of comparisons; 0 is the mean compared image",
+        },
+    )
+    held_out = np.full(len(win), np.nan)
+    held_out[order] = odds
+    return Fit(head, report, held_out, np.ones(len(win)), None)
+
+
+def _chosen(difference: Array, w: Array, fold_win: Ints, fold_lose: Ints) -> Array:
+    """Direction (d,) by penalised logistic regression; the penalty by comparisons of images that were left out."""
+    same = np.where(fold_win == fold_lose, fold_win, -1)
+    model = Logistic(difference, np.ones(len(w)), w, np.zeros(len(w), np.int64), compared=True)
+    odds = np.full((len(w), len(model.path(_ALL))), np.nan)
+    for held in sorted(set(same[same >= 0])):
+        train = (fold_win != held) & (fold_lose != held)
+        if train.sum() < 5:
+            continue
+        inner = Logistic(
+            difference[train], np.ones(int(train.sum())), w[train], np.zeros(int(train.sum()), np.int64), compared=True
+        )
+        for i, linear in enumerate(inner.path(_ALL)):
+            odds[same == held, i] = difference[same == held] @ inner.unturned(linear).weights
+    best = model.best(odds) if np.isfinite(odds).any() else len(odds[0]) // 2
+    return model.unturned(model.path(_ALL)[best]).weights
+
+
+def accuracy_of(odds: Array, votes: Array) -> evaluate.Statistic:
+    """The share of comparisons whose winner has the higher score; equal scores count half."""
+    right = np.where(odds > 0, 1.0, np.where(odds == 0, 0.5, 0.0)) * votes
+    return lambda w: float(w @ right / (w @ votes))
+
+
+def _report(
+    x: npt.NDArray[Any],
+    win: Ints,
+    lose: Ints,
+    w: Array,
+    odds: Array,
+    tested: npt.NDArray[np.bool_],
+    of: Any,
+    ids: Sequence[str],
+    prompts: npt.NDArray[Any] | None,
+) -> dict[str, Any]:
+    clusters = [of.names[i] for i in win[tested]]
+    head = accuracy_of(odds[tested], w[tested])
+    likely = -np.logaddexp(0, -odds[tested])
+    statistics: dict[str, evaluate.Statistic] = {
+        "accuracy": head,
+        "log_loss": lambda r: float(-(r * w[tested]) @ likely / (r @ w[tested])),
+    }
+    if prompts is not None:
+        other = accuracy_of(
+            (x[win[tested]].astype(np.float64) - x[lose[tested]].astype(np.float64)) @ prompts, w[tested]
+        )
+        statistics |= {"prompts_accuracy": other, "prompts_difference": evaluate.difference(head, other)}
+    found = evaluate.estimate(statistics, clusters)
+    listed = "\n".join(f"{ids[a]}\t{ids[b]}" for a, b in zip(win[tested], lose[tested], strict=True))
+    return {
+        "n": len(win),
+        "images": len(x),
+        "groups": of.count,
+        "groups_given": of.given,
+        "near_duplicates_joined": of.joined,
+        "how": "nested cross-validation by group; both images of a tested comparison are new",
+        "tested": int(tested.sum()),
+        "test_sha256": hashlib.sha256(listed.encode()).hexdigest(),
+        "kind": "affine",
+        "metrics": {k: found[k] for k in ("accuracy", "log_loss")},
+        "baselines": {"constant": {"accuracy": {"value": 0.5, "low": None, "high": None}}}
+        | (
+            {"prompts": {"accuracy": found["prompts_accuracy"], "difference": found["prompts_difference"]}}
+            if prompts is not None
+            else {}
+        ),
+    }
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """One sentence on what the head is good for."""
+    accuracy = report["metrics"]["accuracy"]
+    if accuracy["low"] is None:
+        return "too few groups to say how good it is"
+    if accuracy["low"] <= 0.5:
+        return "not shown to be better than chance: compare more before you filter with it"
+    if accuracy["value"] < 0.6:
+        return "orders images roughly: good for dropping the worst, not for choosing the best"
+    return "good for ranking; its scores have no absolute meaning"

@@ -1,0 +1,77 @@
+"""Ratings from several sources, each on a scale of its own, brought to one scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from aesthetic.chunks import Map, thread_map
+from aesthetic.ridge import PENALTIES, Ridge
+
+Array = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+_ROUNDS = 4
+_ENOUGH = 30  # rows from which a source's own slope is believed
+
+
+@dataclass(frozen=True)
+class Scales:
+    """score = offset + factor * score on the reference's scale, for each source."""
+
+    reference: str
+    offset: dict[str, float]
+    factor: dict[str, float]
+
+    def to_reference(self, y: Array, sources: Sequence[str]) -> Array:
+        """Scores on the reference's scale."""
+        offset = np.array([self.offset[s] for s in sources])
+        return (y - offset) / np.array([self.factor[s] for s in sources])
+
+
+def fit_scales(
+    x: npt.NDArray[Any], y: Array, w: Array, sources: Sequence[str], fold: Ints, map: Map = thread_map
+) -> Scales:
+    """Offset and factor of each source under one taste: y = offset_s + factor_s * (x . w).
+
+    The direction w comes from differences within sources alone, so that one source's better images are not taken for
+    its generous raters; factors come from how steeply a source's scores rise with predictions made without them (in
+    folds), offsets from where its mean image lies along w. The reference, with offset 0 and factor 1, is the source
+    with the most weight. A source of fewer than 30 images keeps the factor that its spread suggests.
+    """
+    names = sorted(set(sources))
+    rows = {s: np.flatnonzero(np.asarray(sources) == s) for s in names}
+    weight = {s: float(w[r].sum()) for s, r in rows.items()}
+    reference = max(names, key=lambda s: (weight[s], s))
+    mean_y = {s: float(w[r] @ y[r] / weight[s]) for s, r in rows.items()}
+    mean_x = {s: w[r] @ x[r].astype(np.float64) / weight[s] for s, r in rows.items()}
+    spread = {s: float(np.sqrt(w[r] @ (y[r] - mean_y[s]) ** 2 / weight[s])) or 1.0 for s, r in rows.items()}
+    factor = {s: spread[s] / spread[reference] for s in names}
+    centred, rise = x.astype(np.float64), np.empty(len(y))
+    for s, r in rows.items():
+        centred[r] -= mean_x[s]
+        rise[r] = y[r] - mean_y[s]
+    for _ in range(_ROUNDS):
+        scaled = rise / np.array([factor[s] for s in sources])
+        ridge = Ridge(centred, scaled, w, fold, map)
+        penalty = PENALTIES[int(np.argmin(ridge.errors(ridge.folds)))]
+        predicted = np.empty(len(y))
+        for held in ridge.folds:
+            test = fold == held
+            predicted[test] = ridge.path(ridge.folds - {held}).predict(centred[test], [penalty])[:, 0]
+        slope = {s: float((w[r] * predicted[r]) @ rise[r] / (w[r] @ predicted[r] ** 2)) for s, r in rows.items()}
+        if not slope[reference] > 0:
+            break  # nothing was learnt: spreads are all that is known
+        for s in names:
+            if len(rows[s]) >= _ENOUGH and slope[s] > 0:
+                factor[s] = slope[s] / slope[reference]
+        factor[reference] = 1.0
+    direction, _ = ridge.path(ridge.folds).solution(penalty)
+    height = {s: mean_y[reference] + float((mean_x[s] - mean_x[reference]) @ direction) for s in names}
+    offset = {s: mean_y[s] - factor[s] * height[s] for s in names}
+    offset[reference] = 0.0
+    return Scales(reference, offset, factor)

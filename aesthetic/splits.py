@@ -1,0 +1,227 @@
+"""Which ratings belong together, and which of them a head may see: groups, folds and the test set.
+
+Two photographs by one photographer, two pictures of one prompt or two copies of one file tell more about each other
+than about taste. They form a group, and a group is never on both sides of a split. Which side it is on follows from a
+hash of its name alone: other ratings that come later change nothing for those that are there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from aesthetic.heads import HeadError
+
+Ints = npt.NDArray[np.int64]
+
+NEAR_COSINE = 0.95
+"""From this cosine on two pictures count as near-duplicates. Ours: crops, resizes and re-encodings of a photograph lie
+above it in CLIP's spaces and in the bundled one; too many pairs only make a split a little coarser."""
+
+NEAR_BITS = 4
+"""Up to this many of 64 bits two perceptual hashes may differ. Ours, likewise."""
+
+TEST_SHARE = 0.2
+FOLDS = 5
+TEST = -1  # the fold of the test set
+NESTED_UP_TO = 3000
+"""Images up to which each is predicted by nested cross-validation. With more, a fifth of them is a test set: its
+interval is narrow by then (half-width of Spearman's about .05 for 600 images)."""
+
+_MIN_GROUPS = 3
+_FEW_GROUPS = 50  # below this folds are dealt evenly, because hashing could leave one nearly empty
+_FILTER_DIMS = 64
+_BLOCK = 2048
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The group of each row, and how it came about."""
+
+    names: list[str]
+    given: bool  # by whoever rated; otherwise each row is its own, but for near-duplicates
+    joined: int  # near-duplicate pairs that lay in different groups
+
+    @property
+    def count(self) -> int:
+        return len(set(self.names))
+
+
+def groups_of(
+    ids: Sequence[str],
+    groups: Sequence[str] | None = None,
+    *,
+    vectors: npt.NDArray[Any] | None = None,
+    sha256: Sequence[str | None] | None = None,
+    phash: Sequence[str | None] | None = None,
+) -> Groups:
+    """Groups as given, or one for each id; then groups that share a near-duplicate become one (union-find).
+
+    Near-duplicates are equal files (sha256), perceptual hashes (16 hex digits) within NEAR_BITS, and vectors (n, d) of
+    unit norm with a cosine of at least NEAR_COSINE. A group of several has the name whose hash is the smallest.
+    """
+    names, group = np.unique(np.asarray(ids if groups is None else groups, str), return_inverse=True)
+    pairs = [_equal(sha256), _near_hashes(phash)]
+    if vectors is not None:
+        pairs.append(near_duplicates(vectors))
+    linked = group[np.concatenate([p.reshape(-1, 2) for p in pairs])]
+    linked = linked[linked[:, 0] != linked[:, 1]]
+    component = _components(len(names), linked)
+    order = np.argsort([_digest(n) for n in names], kind="stable")
+    name_of: dict[int, str] = {}
+    for i in order:
+        name_of.setdefault(int(component[i]), str(names[i]))
+    return Groups([name_of[int(component[g])] for g in group], groups is not None, len(np.unique(linked, axis=0)))
+
+
+def _components(count: int, links: Ints) -> Ints:
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    graph = coo_array((np.ones(len(links), np.int8), (links[:, 0], links[:, 1])), shape=(count, count))
+    return np.asarray(connected_components(graph, directed=False)[1], np.int64)
+
+
+def _equal(values: Sequence[str | None] | None) -> Ints:
+    """Neighbours in each run of equal values; None equals nothing."""
+    if values is None:
+        return np.zeros((0, 2), np.int64)
+    last: dict[str, int] = {}
+    pairs = []
+    for i, value in enumerate(values):
+        if value is not None:
+            if value in last:
+                pairs.append((last[value], i))
+            last[value] = i
+    return np.array(pairs, np.int64).reshape(-1, 2)
+
+
+def _near_hashes(hashes: Sequence[str | None] | None) -> Ints:
+    """Pairs of hashes that differ in at most NEAR_BITS bits: they agree in one of NEAR_BITS + 1 bands."""
+    told = [(i, int(h, 16)) for i, h in enumerate(hashes or ()) if h and int(h, 16) != 0]  # 0: a flat picture
+    if not told:
+        return np.zeros((0, 2), np.int64)
+    rows = np.array([i for i, _ in told], np.int64)
+    bits = np.array([h for _, h in told], np.uint64)
+    edges = [64 * b // (NEAR_BITS + 1) for b in range(NEAR_BITS + 2)]
+    found = []
+    for low, high in pairwise(edges):
+        band = (bits >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
+        order = np.argsort(band, kind="stable")
+        for run in np.split(order, np.flatnonzero(np.diff(band[order])) + 1):
+            for start in range(0, len(run) if len(run) > 1 else 0, _BLOCK):
+                part = run[start : start + _BLOCK]
+                differ = np.bitwise_count(bits[part][:, None] ^ bits[run][None, :])
+                a, b = np.nonzero(differ <= NEAR_BITS)
+                found.append(np.stack([part[a], run[b]], 1)[part[a] < run[b]])
+    return rows[np.unique(np.concatenate(found), axis=0)] if found else np.zeros((0, 2), np.int64)
+
+
+def near_duplicates(vectors: npt.NDArray[Any], cosine: float = NEAR_COSINE) -> Ints:
+    """All pairs (i < j) of unit vectors (n, d) with at least this cosine: (pairs, 2).
+
+    Exact. A projection onto directions at right angles shortens distances only, so most pairs are ruled out by the 64
+    directions in which the vectors differ most, and rows that lie too far apart along the first are never compared.
+    """
+    x = np.ascontiguousarray(vectors, np.float32)
+    n, d = x.shape
+    if n < 2:
+        return np.zeros((0, 2), np.int64)
+    radius2 = 2 - 2 * cosine + 1e-4
+    sample = x[:: max(1, n // 10_000)].astype(np.float64)
+    sample = sample - sample.mean(0)
+    k = min(_FILTER_DIMS, d)
+    directions = np.linalg.eigh(sample.T @ sample)[1][:, ::-1][:, :k].astype(np.float32)
+    p = x @ directions
+    order = np.argsort(p[:, 0], kind="stable")
+    p = p[order]
+    lengths = np.einsum("ij,ij->i", p, p)
+    found = []
+    for i in range(0, n, _BLOCK):
+        a = slice(i, min(i + _BLOCK, n))
+        reach = p[a.stop - 1, 0] + np.sqrt(radius2)
+        for j in range(i, n, _BLOCK):
+            if p[j, 0] > reach:
+                break
+            b = slice(j, min(j + _BLOCK, n))
+            nearness = p[a] @ p[b].T - lengths[a, None] / 2 - lengths[None, b] / 2  # -distance^2 / 2
+            rows, columns = np.nonzero(nearness >= -radius2 / 2)
+            rows, columns = order[rows + i], order[columns + j]
+            keep = rows < columns if i == j else rows != columns
+            rows, columns = rows[keep], columns[keep]
+            for s in range(0, len(rows), _BLOCK * 8):
+                r, c = rows[s : s + _BLOCK * 8], columns[s : s + _BLOCK * 8]
+                near = np.einsum("ij,ij->i", x[r], x[c]) >= cosine
+                found.append(np.stack([np.minimum(r, c)[near], np.maximum(r, c)[near]], 1))
+    return np.unique(np.concatenate(found), axis=0) if found else np.zeros((0, 2), np.int64)
+
+
+def _digest(name: str, salt: str = "") -> int:
+    return int.from_bytes(hashlib.sha256(f"{salt}\0{name}".encode()).digest()[:8], "big")
+
+
+def in_test_set(groups: Sequence[str], share: float = TEST_SHARE) -> npt.NDArray[np.bool_]:
+    """Which rows are for testing only: those of the groups whose hash lies in the first `share` of all hashes."""
+    chosen = {g: _digest(g, "test") < share * 2.0**64 for g in set(groups)}
+    return np.array([chosen[g] for g in groups], bool)
+
+
+def folds_of(groups: Sequence[str], folds: int) -> Ints:
+    """The fold of each row, whole groups together, by the hash of the group's name.
+
+    With fewer than 50 groups they are dealt: larger groups first, ties by hash, each to the smallest fold. Either way
+    the order of rows does not matter.
+    """
+    sizes: dict[str, int] = {}
+    for g in groups:
+        sizes[g] = sizes.get(g, 0) + 1
+    if len(sizes) >= _FEW_GROUPS:
+        fold = {g: _digest(g, "fold") * folds >> 64 for g in sizes}
+    else:
+        fold, filled = {}, [0] * folds
+        for g in sorted(sizes, key=lambda g: (-sizes[g], _digest(g, "fold"))):
+            fold[g] = filled.index(min(filled))
+            filled[fold[g]] += sizes[g]
+    return np.array([fold[g] for g in groups], np.int64)
+
+
+def first_groups(groups: Sequence[str], share: float) -> npt.NDArray[np.bool_]:
+    """Rows of a share of the groups, the smaller share within the larger: for learning curves."""
+    chosen = {g: _digest(g, "curve") < share * 2.0**64 for g in set(groups)}
+    return np.array([chosen[g] for g in groups], bool)
+
+
+@dataclass(frozen=True)
+class Round:
+    """Rows to learn from and rows to predict."""
+
+    folds: frozenset[int]  # those learnt from
+    train: Ints
+    test: Ints
+
+
+def rounds_of(groups: Groups, name: str) -> tuple[Ints, list[Round]]:
+    """The fold of each row (TEST: held back), and the rounds of learning and predicting.
+
+    Up to NESTED_UP_TO rows each fold is predicted once from the others; with more the test set is, from the rest.
+    Raises HeadError where there are fewer than three groups.
+    """
+    if groups.count < _MIN_GROUPS:
+        raise HeadError(
+            f"{name}: the ratings have {groups.count} groups; at least {_MIN_GROUPS} are needed to measure a head on "
+            f"groups that it has not seen. Without a group column each image is one, and near-duplicates share one."
+        )
+    fold = folds_of(groups.names, min(FOLDS, groups.count))
+    held_back = in_test_set(groups.names)
+    if len(fold) > NESTED_UP_TO and groups.count >= 2 * _FEW_GROUPS and held_back.any():
+        fold[held_back] = TEST
+    folds = frozenset(int(f) for f in np.unique(fold)) - {TEST}
+    if TEST in fold:
+        return fold, [Round(folds, np.flatnonzero(fold != TEST), np.flatnonzero(fold == TEST))]
+    return fold, [Round(folds - {f}, np.flatnonzero(fold != f), np.flatnonzero(fold == f)) for f in sorted(folds)]

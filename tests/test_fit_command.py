@@ -1,0 +1,137 @@
+"""`tastemaker fit` from end to end: ratings, labels and comparisons of real pictures, in a folder or a data folder."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image, ImageFilter
+
+from aesthetic.heads import load_head
+from pipelines.cli import main
+
+COUNT = 60
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pictures that are sharp and bright, or blurred and dark: how much is in `light`."""
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    light = rng.random(COUNT)
+    for i in range(COUNT):
+        coarse = rng.integers(0, 255, (12, 16, 3)).astype(np.uint8)
+        image = Image.fromarray(coarse).resize((320, 240), Image.Resampling.NEAREST)
+        image = image.filter(ImageFilter.GaussianBlur(float(12 * (1 - light[i]))))
+        image = Image.fromarray((np.asarray(image) * (0.2 + 0.8 * light[i])).astype(np.uint8))
+        (root / "sub").mkdir(exist_ok=True)
+        image.save(root / ("sub" if i % 2 else ".") / f"{i:02d}.png")
+    Image.open(root / "00.png").save(root / "copy.jpg", quality=95)
+    (root / "broken.jpg").write_bytes(b"no picture")
+    return root, light
+
+
+def names(count=COUNT):
+    return [f"{'sub/' if i % 2 else ''}{i:02d}.png" for i in range(count)]
+
+
+def run(capsys, *words):
+    code = main([str(w) for w in words])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_from_a_folder_of_pictures_to_a_head_in_one_command(folder, tmp_path, capsys):
+    root, light = folder
+    table = pd.DataFrame({"image": names(), "score": np.round(1 + 9 * light, 2), "n": 20, "sd": 1.5})
+    table.loc[COUNT] = ["copy.jpg", 1 + 9 * light[0], 20, 1.5]
+    table.loc[COUNT + 1] = ["broken.jpg", 5, 20, 1.5]
+    table.loc[COUNT + 2] = ["absent.jpg", 5, 20, 1.5]
+    table.to_csv(tmp_path / "r.csv", index=False)
+    out = tmp_path / "light.head"
+    code, text, _ = run(capsys, "fit", tmp_path / "r.csv", "--images", root, "--out", out, "--scale", 1, 10, "--json")
+    assert code == 0, text
+    report = json.loads(text.splitlines()[-1])
+    lines = text.splitlines()
+    assert lines[0].startswith(f"{COUNT + 3} ratings, {COUNT + 1} joined (2 listed in {out / 'unjoined.csv'}) · ")
+    assert "near-duplicates kept together" in lines[0]
+    assert lines[1].startswith("Spearman 0.")
+    assert "zero-shot" in lines[2] and "10 nearest" in lines[2] and "guessing the mean" in lines[2]
+    assert lines[3].startswith("worth ")
+    assert "about 183 more ratings would halve the interval" in lines[4]
+    assert report["metrics"]["spearman"]["value"] > 0.5
+    left = pd.read_csv(out / "unjoined.csv").set_index("image")["why"]
+    assert left["absent.jpg"] == "not found"
+    assert "decoded" in left["broken.jpg"]
+    for picture in ("scatter.png", "calibration.png", "learning_curve.png", "extremes.png"):
+        with Image.open(out / picture) as image:
+            assert image.width > 600
+    held_out = pd.read_csv(out / "held_out.csv")
+    assert held_out["predicted"].notna().all() and len(held_out) == COUNT + 1
+    assert load_head(out).card["verdict"] == report["verdict"]
+
+
+def test_what_to_rate_next_is_listed_and_shown(folder, tmp_path, capsys):
+    root, light = folder
+    pd.DataFrame({"path": names(40), "rating": light[:40]}).to_csv(tmp_path / "r.csv", index=False)
+    out = tmp_path / "h.head"
+    code, text, _ = run(capsys, "fit", tmp_path / "r.csv", "--images", root, "--out", out, "--suggest", 5)
+    assert code == 0
+    assert "suggest.csv" in text
+    listed = pd.read_csv(out / "suggest.csv")
+    assert len(listed) == 5
+    assert set(listed["image"]) <= set(names()[40:])  # neither a rated one, nor the copy of one, nor the broken one
+    with Image.open(out / "suggest.png") as sheet:
+        assert sheet.width > 600
+    assert "worth how many raters: unknown" in text
+
+
+def test_labels_make_a_classifier(folder, tmp_path, capsys):
+    root, light = folder
+    dark = np.where(light < 0.5, "dark", "bright")
+    pd.DataFrame({"file": names(), "label": dark}).iloc[:50].to_csv(tmp_path / "l.csv", index=False)
+    out = tmp_path / "dark.head"
+    words = ["fit", tmp_path / "l.csv", "--images", root, "--out", out]
+    code, _, told = run(capsys, *words)
+    assert code == 2 and "positive" in told and "bright" in told
+    code, text, told = run(
+        capsys, *words, "--positive", "dark", "--prevalence", 0.2, "--task", "darkness", "--suggest", 1
+    )
+    assert code == 0, told
+    assert "AUROC 0.9" in text or "AUROC 1.0" in text
+    assert "at 20.0% positives misses" in text
+    head = load_head(out)
+    assert (head.task, head.link, head.scale) == ("darkness", "sigmoid", (0.0, 1.0))
+
+
+def test_comparisons_make_a_head(folder, tmp_path, capsys):
+    root, light = folder
+    rng = np.random.default_rng(1)
+    a, b = rng.integers(0, COUNT, (2, 600))
+    a, b = a[a != b], b[a != b]
+    first = light[a] > light[b]
+    of = np.array(names())
+    pairs = pd.DataFrame({"winner": of[np.where(first, a, b)], "loser": of[np.where(first, b, a)]})
+    pairs.loc[len(pairs)] = ["absent.png", names()[0]]
+    pairs.to_csv(tmp_path / "p.csv", index=False)
+    out = tmp_path / "p.head"
+    code, text, _ = run(capsys, "fit", tmp_path / "p.csv", "--images", root, "--out", out)
+    assert code == 0, text
+    assert f"{len(pairs)} comparisons, {len(pairs) - 1} joined (1 listed" in text
+    assert "picks the preferred image in 0." in text
+
+
+def test_what_cannot_be_fitted_is_said_and_nothing_is_written(folder, tmp_path, capsys):
+    root, _ = folder
+    (tmp_path / "none.csv").write_text("key,score\nx,1\ny,2\n")
+    out = tmp_path / "h.head"
+    for words, message in (
+        (("--images", root), "none of the 2 images rated is in"),
+        ((), "either --data DATA"),
+        (("--images", root / "nowhere"), "there is no such folder"),
+        (("--images", tmp_path), "there is no image in it"),
+    ):
+        code, _, told = run(capsys, "fit", tmp_path / "none.csv", "--out", out, *words)
+        assert code == 2 and message in told
+    assert not Path(out).exists()
