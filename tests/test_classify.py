@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
+from small_ratings import examples, space, unit
 
 from aesthetic.classify import fit_classifier
 from aesthetic.heads import HeadError, load_head, save_head
 from aesthetic.logistic import PENALTIES, Logistic, platt
 from aesthetic.splits import NESTED_UP_TO
-from tests.small_ratings import examples, space, unit
 
 
 def labelled(n=400, dim=32, rate=0.3, strength=12.0, seed=0):

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_ratings import SCALE, examples, make, space, unit
 
 from aesthetic.evaluate import spearman
 from aesthetic.fit import fit_head, to_halve
 from aesthetic.heads import HeadError, load_head, save_head
 from aesthetic.space import require_same
 from aesthetic.splits import NESTED_UP_TO
-from tests.small_ratings import SCALE, examples, make, space, unit
 
 OASIS = Path(__file__).parents[2] / "shared" / "data" / "oasis"
 

@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 import pytest
 from sklearn.linear_model import Ridge as Oracle
+from small_ratings import make
 
 from aesthetic.chunks import thread_map
 from aesthetic.ridge import CHUNK, PENALTIES, Moments, Ridge, path_of, ridge_path
-from tests.small_ratings import make
 
 
 @pytest.mark.parametrize(("n", "dim"), [(240, 32), (60, 100)])

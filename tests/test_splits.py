@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from small_ratings import unit
 
 from aesthetic.heads import HeadError
 from aesthetic.splits import (
@@ -16,7 +17,6 @@ from aesthetic.splits import (
     near_duplicates,
     rounds_of,
 )
-from tests.small_ratings import unit
 
 
 def brute(x, cosine):
