@@ -16,7 +16,7 @@ Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 NEIGHBOURS = 10
-_NEIGHBOURS_FROM = 20_000  # rated images among which neighbours are looked for; more change little and cost much
+_NEIGHBOURS_FROM = 10_000  # rated images among which neighbours are looked for; more change little and cost much
 _WORDS_AT_MOST = 0.5  # a column with more different words than this share of the rows names rows, not kinds of them
 
 

@@ -53,6 +53,7 @@ def fit_classifier(
     """
     if not 0 < prevalence < 1:
         raise HeadError(f"{name}: a prevalence of {prevalence:g}; it is a share between 0 and 1, such as 0.01")
+    tell("looking for near-duplicates")
     data = prepare(examples, space, name, (0.0, 1.0))
     if not np.isin(data.y, (0.0, 1.0)).all():
         raise HeadError(f"{name}: labels are 0 or 1, not {data.y[~np.isin(data.y, (0.0, 1.0))][0]:g}")

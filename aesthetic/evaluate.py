@@ -265,6 +265,15 @@ def estimate(
     acceleration from leaving out groups, or for more than 200 of them blocks of groups). The same data and seed give
     the same interval in any order of groups. No interval with fewer than two groups, or where most draws have no value.
     """
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, user_api="blas"):  # a thousand dot products: waking a second thread costs more than each
+        return _estimates(statistics, groups, draws, seed, level)
+
+
+def _estimates(
+    statistics: Mapping[str, Statistic], groups: Sequence[Any] | npt.NDArray[Any], draws: int, seed: int, level: float
+) -> dict[str, Estimate]:
     names, group = np.unique(np.asarray([str(g) for g in groups]), return_inverse=True)
     count = len(names)
     ones = np.ones(len(group))

@@ -74,6 +74,7 @@ def fit_head(
 
     Raises HeadError where the input does not fit together, has fewer than 10 rows or fewer than 3 groups.
     """
+    tell("looking for near-duplicates")
     data = prepare(examples, space, name, scale)
     fold, rounds = rounds_of(data.groups, name)
     final = frozenset(int(f) for f in np.unique(fold)) - {TEST}

@@ -36,8 +36,9 @@ interval is narrow by then (half-width of Spearman's about .05 for 600 images)."
 
 _MIN_GROUPS = 3
 _FEW_GROUPS = 50  # below this folds are dealt evenly, because hashing could leave one nearly empty
-_FILTER_DIMS = 64
+_FILTER_DIMS = 32
 _BLOCK = 2048
+_MANY = 0.01  # share of a block's pairs from which one product of matrices is quicker than so many of rows
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _near_hashes(hashes: Sequence[str | None] | None) -> Ints:
 def near_duplicates(vectors: npt.NDArray[Any], cosine: float = NEAR_COSINE) -> Ints:
     """All pairs (i < j) of unit vectors (n, d) with at least this cosine: (pairs, 2).
 
-    Exact. A projection onto directions at right angles shortens distances only, so most pairs are ruled out by the 64
+    Exact. A projection onto directions at right angles shortens distances only, so most pairs are ruled out by the 32
     directions in which the vectors differ most, and rows that lie too far apart along the first are never compared.
     """
     x = np.ascontiguousarray(vectors, np.float32)
@@ -140,8 +141,9 @@ def near_duplicates(vectors: npt.NDArray[Any], cosine: float = NEAR_COSINE) -> I
     directions = np.linalg.eigh(sample.T @ sample)[1][:, ::-1][:, :k].astype(np.float32)
     p = x @ directions
     order = np.argsort(p[:, 0], kind="stable")
-    p = p[order]
-    lengths = np.einsum("ij,ij->i", p, p)
+    x, p = x[order], p[order]
+    halves, ones = -np.einsum("ij,ij->i", p, p)[:, None] / 2, np.ones((n, 1), np.float32)
+    left, right = np.hstack([p, halves, ones]), np.hstack([p, ones, halves])  # their product is -distance^2 / 2
     found = []
     for i in range(0, n, _BLOCK):
         a = slice(i, min(i + _BLOCK, n))
@@ -150,16 +152,15 @@ def near_duplicates(vectors: npt.NDArray[Any], cosine: float = NEAR_COSINE) -> I
             if p[j, 0] > reach:
                 break
             b = slice(j, min(j + _BLOCK, n))
-            nearness = p[a] @ p[b].T - lengths[a, None] / 2 - lengths[None, b] / 2  # -distance^2 / 2
-            rows, columns = np.nonzero(nearness >= -radius2 / 2)
-            rows, columns = order[rows + i], order[columns + j]
-            keep = rows < columns if i == j else rows != columns
-            rows, columns = rows[keep], columns[keep]
-            for s in range(0, len(rows), _BLOCK * 8):
-                r, c = rows[s : s + _BLOCK * 8], columns[s : s + _BLOCK * 8]
-                near = np.einsum("ij,ij->i", x[r], x[c]) >= cosine
-                found.append(np.stack([np.minimum(r, c)[near], np.maximum(r, c)[near]], 1))
-    return np.unique(np.concatenate(found), axis=0) if found else np.zeros((0, 2), np.int64)
+            near = np.flatnonzero(left[a] @ right[b].T >= -radius2 / 2)
+            if len(near) > _MANY * (a.stop - i) * (b.stop - j):
+                near = np.flatnonzero(x[a] @ x[b].T >= cosine - 1e-5)
+            rows, columns = np.divmod(near, b.stop - j)
+            rows, columns = rows + i, columns + j
+            rows, columns = rows[rows < columns], columns[rows < columns]
+            close = np.einsum("ij,ij->i", x[rows], x[columns]) >= cosine
+            found.append(np.sort(np.stack([order[rows[close]], order[columns[close]]], 1), axis=1))
+    return np.unique(np.concatenate(found), axis=0)
 
 
 def _digest(name: str, salt: str = "") -> int:

@@ -114,7 +114,7 @@ def _write_fetched(data: Data, shard: int, count: int, files: list[bytes]) -> li
     with atomic(data.tar(shard)) as f:
         out = TarWriter(f)
         for row in range(count):
-            file = files[row % len(files)]
+            file = files[(row + 137 * shard) % len(files)]  # no rated image is a copy of another
             facts = {
                 "url": f"http://example.com/{shard * SHARD + row}.jpg",
                 "caption": f"picture {shard * SHARD + row}",

@@ -1,5 +1,6 @@
 """Ridge: scikit-learn's answer, from one decomposition, whatever the order of rows or number of workers."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -89,3 +90,23 @@ def test_a_linear_truth_is_recovered():
     ridge = Ridge(x.astype(np.float16), y, np.ones(len(y)), np.arange(len(y)) % 5)
     fitted = ridge.fit(ridge.folds)
     assert fitted.weights @ truth / np.linalg.norm(fitted.weights) / np.linalg.norm(truth) >= 0.999
+
+
+@pytest.mark.long
+def test_ray_tasks_give_the_bits_of_threads():
+    """Real Ray: four workers, and two, against threads here."""
+    import ray
+
+    from pipelines.jobs import ray_map
+
+    x, y, _ = make(3 * CHUNK + 17, 8)
+    w, fold = np.ones(len(y)), np.arange(len(y)) % 2
+    here = Ridge(x, y, w, fold).fit(frozenset({0, 1}))
+    for workers in (4, 2):
+        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
+        try:
+            there = Ridge(x, y, w, fold, functools.partial(ray_map, "auto")).fit(frozenset({0, 1}))
+        finally:
+            ray.shutdown()
+        assert np.array_equal(here.weights, there.weights)
+        assert here.constant == there.constant
