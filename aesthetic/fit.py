@@ -325,7 +325,7 @@ def _card(report: dict[str, Any]) -> dict[str, Any]:
         "metrics": {
             **report["metrics"],
             **{k: report[k] for k in facts},
-            "intervals": "95%: whole groups drawn 1,000 times, bias-corrected and accelerated",
+            "intervals": "95%: whole groups drawn 1,000 times",
         },
         "baselines": report["baselines"],
         "calibration": report["calibration"],

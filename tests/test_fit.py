@@ -206,7 +206,7 @@ def test_the_shipped_bundled_head_is_what_its_script_makes(tmp_path):
     x, _, _ = make(100, made.space.dim)
     np.testing.assert_allclose(made(x), shipped(x), atol=0.01)
     found = shipped.card["metrics"]["spearman"]["value"]
-    assert 0.58 < found < 0.66  # above 0.70 a theme would have leaked into its own prediction
+    assert 0.55 < found < 0.66  # other folds move it by 0.03; above 0.70 a theme would have leaked
     assert made.card["metrics"]["spearman"]["value"] == pytest.approx(found, abs=0.01)
 
 
