@@ -24,7 +24,7 @@ from aesthetic.examples import Examples, Prepared, calm, prepare
 from aesthetic.heads import Head, HeadError, Layer
 from aesthetic.network import apply_network, fit_network
 from aesthetic.ridge import Fitted, Ridge
-from aesthetic.sources import Scales, fit_scales
+from aesthetic.sources import Scales, fit_scales, reference_of
 from aesthetic.space import Space
 from aesthetic.splits import TEST, Round, first_groups, rounds_of
 
@@ -67,7 +67,7 @@ def fit_head(
 ) -> Fit:
     """Fit a head to ratings, and measure it on ratings that it has not seen.
 
-    scale: lowest and highest possible rating; with several sources, that of the one with most votes, to which the
+    scale: lowest and highest possible rating; with several sources, that of the one with most images, to which the
     others are brought. network: try a network as well, and take it if it is better than the ridge beyond doubt (the
     lower end of the paired difference's 95% interval is above 0). prompts: (d,) a direction of the space from text
     prompts, as a baseline that was not trained. map: where sums over rows are made. tell: called with what is going on.
@@ -140,6 +140,7 @@ class _ridges:
     def __init__(self, data: Prepared, fold: Ints, map: Map) -> None:
         self.data, self.fold, self.map = data, fold, map
         self.several = len(set(data.sources)) > 1
+        self.reference = reference_of(data.sources)  # of all, so that every fold's scale is the same
         self.one = None if self.several else self._of(data.y, fold != TEST)
 
     def _of(self, y: Array, rows: npt.NDArray[np.bool_]) -> Ridge:
@@ -157,7 +158,8 @@ class _ridges:
                 f"the ratings of {', '.join(sorted(missing))} lie in one fold: too few groups to tell their scale. "
                 f"Leave the source out, or rate more of it."
             )
-        return fit_scales(d.x[rows], d.y[rows], d.w[rows], [d.sources[i] for i in rows], self.fold[rows], self.map)
+        sources = [d.sources[i] for i in rows]
+        return fit_scales(d.x[rows], d.y[rows], d.w[rows], sources, self.fold[rows], self.reference, self.map)
 
     def __call__(self, folds: frozenset[int]) -> tuple[Ridge, Array]:
         if self.one is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 _ROUNDS = 4
-_ENOUGH = 30  # rows from which a source's own slope is believed
+_SPREADS = 0.2
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,19 @@ class Scales:
         return (y - offset) / np.array([self.factor[s] for s in sources])
 
 
+def reference_of(sources: Sequence[str]) -> str:
+    """The source to whose scale the others are brought: that of the most images, of equals the last by name."""
+    return max(set(sources), key=lambda s: (list(sources).count(s), s))
+
+
 def fit_scales(
-    x: npt.NDArray[Any], y: Array, w: Array, sources: Sequence[str], fold: Ints, map: Map = thread_map
+    x: npt.NDArray[Any],
+    y: Array,
+    w: Array,
+    sources: Sequence[str],
+    fold: Ints,
+    reference: str,
+    map: Map = thread_map,
 ) -> Scales:
     """Offset and factor of each source under one taste: y = offset_s + factor_s * (x . w).
 
@@ -46,7 +58,6 @@ def fit_scales(
     names = sorted(set(sources))
     rows = {s: np.flatnonzero(np.asarray(sources) == s) for s in names}
     weight = {s: float(w[r].sum()) for s, r in rows.items()}
-    reference = max(names, key=lambda s: (weight[s], s))
     mean_y = {s: float(w[r] @ y[r] / weight[s]) for s, r in rows.items()}
     mean_x = {s: w[r] @ x[r].astype(np.float64) / weight[s] for s, r in rows.items()}
     spread = {s: float(np.sqrt(w[r] @ (y[r] - mean_y[s]) ** 2 / weight[s])) or 1.0 for s, r in rows.items()}
@@ -63,13 +74,18 @@ def fit_scales(
         for held in ridge.folds:
             test = fold == held
             predicted[test] = ridge.path(ridge.folds - {held}).predict(centred[test], [penalty])[:, 0]
-        slope = {s: float((w[r] * predicted[r]) @ rise[r] / (w[r] @ predicted[r] ** 2)) for s, r in rows.items()}
-        if not slope[reference] > 0:
-            break  # nothing was learnt: spreads are all that is known
+        slope, doubt = {}, {}
+        for s, r in rows.items():
+            slope[s] = float((w[r] * predicted[r]) @ rise[r] / (w[r] @ predicted[r] ** 2))
+            share = float((w[r] * predicted[r]) @ rise[r]) ** 2 / float(
+                (w[r] @ predicted[r] ** 2) * (w[r] @ rise[r] ** 2)
+            )
+            doubt[s] = (1 / max(share, 1e-9) - 1) / len(r)  # squared standard error of log(slope)
         for s in names:
-            if len(rows[s]) >= _ENOUGH and slope[s] > 0:
-                factor[s] = slope[s] / slope[reference]
-        factor[reference] = 1.0
+            if s != reference and slope[s] > 0 and slope[reference] > 0:
+                told = math.log(slope[s] / slope[reference] * spread[reference] / spread[s])
+                trust = _SPREADS**2 / (_SPREADS**2 + doubt[s] + doubt[reference])
+                factor[s] = spread[s] / spread[reference] * math.exp(trust * told)
     direction, _ = ridge.path(ridge.folds).solution(penalty)
     height = {s: mean_y[reference] + float((mean_x[s] - mean_x[reference]) @ direction) for s in names}
     offset = {s: mean_y[s] - factor[s] * height[s] for s in names}

@@ -197,10 +197,11 @@ def _fitted(
 
 
 def _range(table: pd.DataFrame) -> tuple[float, float]:
-    """The range of the scores; of several sources that of the one with the most ratings."""
-    if "source" in table and table["source"].nunique() > 1:
-        weights = (table["n"] if "n" in table else table["score"] * 0 + 1).groupby(table["source"]).sum()
-        table = table[table["source"] == max(weights.index, key=lambda s: (weights[s], s))]
+    """The range of the scores; of several sources that of the one to whose scale they are brought."""
+    from aesthetic.sources import reference_of
+
+    if "source" in table:
+        table = table[table["source"] == reference_of(table["source"].to_list())]
     return float(table["score"].min()), float(table["score"].max())
 
 

@@ -165,6 +165,17 @@ def test_sources_on_other_scales_come_to_one():
     assert np.abs(made.rated - truth).mean() < 0.5
 
 
+def test_two_sources_of_equal_size_share_one_scale_in_every_fold():
+    """Were the reference another in some folds, scales would mix, and how good the head is would be made up."""
+    x, y, _ = make(317, noise=2.0)
+    source = ["a" if i % 2 else "b" for i in range(317)]
+    percent = np.where(np.arange(317) % 2, y, 14 * y - 10)
+    one = value(fit(x, y).report)
+    made = fit(x, percent, sources=source, scale=(-100.0, 200.0)).report
+    assert value(made) == pytest.approx(one, abs=0.07)
+    assert made["sources"]["a"]["factor"] == pytest.approx(1 / 14, rel=0.15)
+
+
 def test_prompts_are_a_baseline_that_was_not_trained():
     x, y, groups = make(300)
     report = fit(x, y, groups, prompts=np.linalg.lstsq(x, y - y.mean(), rcond=None)[0]).report
