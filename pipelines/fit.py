@@ -206,11 +206,11 @@ def _range(table: pd.DataFrame) -> tuple[float, float]:
 
 
 def _column(table: pd.DataFrame, name: str) -> np.ndarray | None:
-    """A column of numbers; votes that are not known count once where others are."""
+    """A column of numbers; where only some votes are known, the others count as the middle one of these."""
     if name not in table or not table[name].notna().any():
         return None
     values = table[name].to_numpy(np.float64)
-    return np.where(np.isfinite(values), values, 1.0) if name == "n" else values
+    return np.where(np.isfinite(values), values, np.nanmedian(values)) if name == "n" else values
 
 
 def _known(facts: pd.DataFrame, name: str) -> list[str | None] | None:
