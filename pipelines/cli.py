@@ -139,7 +139,10 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, metavar="HEAD", help="the head's folder")
     p.add_argument("--data", metavar="DATA", help="the data folder that holds the images and their vectors")
     p.add_argument("--images", metavar="FOLDER", help="or a folder of images, embedded with --encoder")
-    p.add_argument("--encoder", default="bundled", metavar="E", help="bundled (default) or open_clip:ARCH/PRETRAINED")
+    p.add_argument(
+        "--embeddings", metavar="FOLDER", help="or vectors as clip-retrieval stores them, made with --encoder"
+    )
+    p.add_argument("--encoder", metavar="E", help="bundled (default for --images) or open_clip:ARCH/PRETRAINED")
     p.add_argument("--key", metavar="COLUMN", help="the column that names the image (default: a usual name)")
     p.add_argument("--score", metavar="COLUMN", help="the column of the score or label (default: a usual name)")
     p.add_argument(
@@ -449,6 +452,7 @@ def _fit(args: argparse.Namespace) -> int:
         out=Path(args.out),
         data=args.data,
         images=Path(args.images) if args.images else None,
+        embeddings=Path(args.embeddings) if args.embeddings else None,
         encoder=args.encoder,
         key=args.key,
         score=args.score,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from curate.store import UserError, sha256_file
-from pipelines.pool import DataPool, FolderPool, Pool
+from pipelines.pool import DataPool, FolderPool, Pool, VectorsPool
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,7 +37,8 @@ class Request:
     out: Path
     data: str | None = None
     images: Path | None = None
-    encoder: str = "bundled"
+    embeddings: Path | None = None
+    encoder: str | None = None
     key: str | None = None  # columns of the rating files
     score: str | None = None
     group: str | None = None
@@ -68,8 +69,12 @@ def fit(request: Request, say: Say = lambda line: None) -> Outcome:
     from aesthetic.heads import save_head
     from aesthetic.ratings import read_ratings
 
-    if (request.data is None) == (request.images is None):
-        raise UserError("fit needs images: either --data DATA (their vectors are there), or --images FOLDER")
+    pool = _pool(request, say) if len(_places(request)) == 1 else None
+    if pool is None:
+        raise UserError(
+            "fit needs images, from one place: --data DATA (their vectors are there), --embeddings FOLDER (vectors as "
+            "clip-retrieval stores them), or --images FOLDER"
+        )
     ratings = read_ratings(
         *request.ratings,
         image=request.key,
@@ -77,7 +82,6 @@ def fit(request: Request, say: Say = lambda line: None) -> Outcome:
         group=request.group,
         positive=request.positive,
     )
-    pool: Pool = DataPool(request.data) if request.data else FolderPool(request.images or Path(), request.encoder, say)
     columns = ["winner", "loser"] if ratings.kind == "pairs" else ["image"]
     candidates = pool.candidates(ratings.by)
     rows, reasons = {}, {}
@@ -114,6 +118,18 @@ def fit(request: Request, say: Say = lambda line: None) -> Outcome:
     if request.suggest:
         paths |= _suggest(request, fitted, pool, wanted, vectors, say)
     return Outcome(out, fitted.report, _text(request, ratings, fitted, joined), paths)
+
+
+def _places(request: Request) -> list[str | Path]:
+    return [p for p in (request.data, request.images, request.embeddings) if p is not None]
+
+
+def _pool(request: Request, say: Say) -> Pool:
+    if request.data is not None:
+        return DataPool(request.data)
+    if request.embeddings is not None:
+        return VectorsPool(request.embeddings, request.encoder)
+    return FolderPool(request.images or Path(), request.encoder or "bundled", say)
 
 
 def _join(ratings: Ratings, column: str, candidates: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
@@ -298,6 +314,8 @@ def _pictures(
         for what, places in chosen.items()
     ]
     loaded = pool.pictures(sorted({int(i) for _, tiles in sections for i, _ in tiles}))
+    if not any(loaded.values()):  # vectors without their pictures
+        return {"look": out / "calibration.png"}
     unsafe = fitted.head.task == "nsfw"  # all are blurred then: what is wrong may be either way
     sheet(
         out / "extremes.png",

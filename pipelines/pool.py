@@ -1,4 +1,5 @@
-"""The images that ratings can be joined to, with their vectors: those of a data folder, or of a folder of pictures."""
+"""The images that ratings can be joined to, with their vectors: of a data folder, of vectors as clip-retrieval stores
+them, or of a folder of pictures."""
 
 from __future__ import annotations
 
@@ -133,6 +134,68 @@ class DataPool:
         asked = recipe_of(self.data, None, ()).embed
         encoder = load_encoder(asked.encoder, asked.weights)
         require_same(self.space, encoder.space(), str(self.data.space))
+        return encoder.encode_texts(texts)
+
+
+class VectorsPool:
+    """A clip-retrieval folder: img_emb/*.npy, metadata/*.parquet. Its pictures are shown where they are files here."""
+
+    absent = "no vector"
+
+    def __init__(self, root: Path, encoder: str | None) -> None:
+        import pandas as pd
+        import pyarrow.parquet as pq
+
+        from curate.embed import EmbedConfig
+        from curate.encoders import canonical_name
+        from curate.imported import open_folder
+
+        described = root / "space.json"
+        if encoder is None and not described.exists():
+            raise UserError(
+                f"--embeddings {root} does not say which encoder made its vectors (it has no space.json): say it with "
+                f"--encoder, such as open_clip:ViT-L-14-quickgelu/openai"
+            )
+        name = encoder or Space.load(described).encoder
+        folder = open_folder(EmbedConfig(encoder=name, embeddings=str(root)))
+        self.root, self.parts = root, folder.parts
+        self.space = folder.space or Space(encoder=canonical_name(name), dim=folder.dim)
+        wanted = ["image_path", "url", "sha256", "phash", "original_width", "original_height"]
+        tables = []
+        for number, part in enumerate(self.parts):
+            there = [c for c in wanted if c in pq.read_schema(part.metadata).names]
+            table = pq.read_table(part.metadata, columns=there).to_pandas()
+            tables.append(table.assign(part=number, row=np.arange(len(table))))
+        self.table = pd.concat(tables, ignore_index=True).rename(
+            columns={"image_path": "key", "original_width": "width", "original_height": "height"}
+        )
+        self.count = len(self.table)
+
+    def candidates(self, by: str) -> pd.DataFrame:
+        named = self.table[[c for c in ("key", "url", "sha256") if c in self.table]]
+        return named.assign(path=named["key"])
+
+    def vectors(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        out = np.empty((len(images), self.space.dim), np.float16)
+        for number, part in self.table.iloc[images].reset_index(drop=True).groupby("part"):
+            stored = np.load(self.parts[int(number)].images, mmap_mode="r", allow_pickle=False)
+            out[part.index.to_numpy()] = stored[part["row"].to_numpy()]
+        return out, np.ones(len(images), bool)
+
+    def facts(self, images: np.ndarray) -> pd.DataFrame:
+        table = self.table.iloc[images].reset_index(drop=True)
+        return table.assign(domain=[_domain_of(u) for u in table["url"]]) if "url" in table else table
+
+    def pictures(self, images: Sequence[int]) -> dict[int, Any]:
+        files = {int(i): Path(str(self.table["key"].iloc[i])) for i in images}
+        return {i: _thumbnail(f.read_bytes()) if f.is_file() else None for i, f in files.items()}
+
+    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
+        from aesthetic.space import require_same
+        from curate.encoders import load_encoder
+
+        encoder = load_encoder(self.space.encoder)
+        require_same(self.space, encoder.space(), str(self.root))
         return encoder.encode_texts(texts)
 
 

@@ -128,10 +128,47 @@ def test_what_cannot_be_fitted_is_said_and_nothing_is_written(folder, tmp_path, 
     out = tmp_path / "h.head"
     for words, message in (
         (("--images", root), "none of the 2 images rated is in"),
-        ((), "either --data DATA"),
+        ((), "from one place: --data DATA"),
+        (("--images", root, "--data", "x"), "from one place"),
         (("--images", root / "nowhere"), "there is no such folder"),
         (("--images", tmp_path), "there is no image in it"),
     ):
         code, _, told = run(capsys, "fit", tmp_path / "none.csv", "--out", out, *words)
         assert code == 2 and message in told
     assert not Path(out).exists()
+
+
+def test_vectors_as_clip_retrieval_stores_them(tmp_path, capsys):
+    """No picture at hand: by key in a folder that says its space, by path in one whose encoder must be told."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from aesthetic.space import require_same
+    from curate.encoders import load_encoder
+
+    space = load_encoder("bundled").space()
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((200, space.dim)).astype(np.float32)
+    x[:, 0] *= 20
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    folder = tmp_path / "vectors"
+    for part, rows in enumerate((range(120), range(120, 200))):
+        (folder / "img_emb").mkdir(parents=True, exist_ok=True)
+        (folder / "metadata").mkdir(exist_ok=True)
+        np.save(folder / "img_emb" / f"img_emb_{part}.npy", x[rows].astype(np.float16))
+        paths = [f"/elsewhere/{i:05d}.jpg" for i in rows]
+        pq.write_table(pa.table({"image_path": paths}), folder / "metadata" / f"metadata_{part}.parquet")
+    named = pd.DataFrame({"image": [f"{i:05d}" for i in range(150)], "score": 5 + 4 * x[:150, 0]})
+    named.to_csv(tmp_path / "r.csv", index=False)
+    out = tmp_path / "v.head"
+    words = ["fit", tmp_path / "r.csv", "--embeddings", folder, "--out", out]
+    code, _, told = run(capsys, *words)
+    assert code == 2 and "--encoder" in told
+    space.save(folder / "space.json")
+    code, text, told = run(capsys, *words, "--suggest", 2)
+    assert code == 0, told
+    assert text.startswith("150 ratings, 150 joined") and "zero-shot" in text
+    head = load_head(out)
+    require_same(head.space, space)
+    assert np.corrcoef(head(x), x[:, 0])[0, 1] > 0.9
+    assert set(pd.read_csv(out / "suggest.csv")["image"]) <= {f"/elsewhere/{i:05d}.jpg" for i in range(150, 200)}
