@@ -383,6 +383,9 @@ def _of_votes(file: RatingFile, votes: pd.DataFrame, by: By, scale: tuple[float,
     table = table.assign(score=np.clip(mean, low, high), n=n, sd=np.sqrt(variance))
     table = table.iloc[np.argsort(first)].reset_index(drop=True)
     front = [c for c in _COLUMNS["scores"] if c in table]
+    lowest, highest = float(np.min(low)), float(np.max(high))
+    if scale is None and lowest < highest and ("source" not in table or table["source"].nunique() == 1):
+        scale = lowest, highest  # means reach less far than votes
     return Ratings("scores", table[[*front, *table.columns.drop(front)]], by, scale)
 
 

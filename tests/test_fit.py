@@ -129,14 +129,14 @@ def test_few_ratings_still_get_an_answer(n):
 
 def test_a_network_is_taken_only_where_it_wins():
     rng = np.random.default_rng(0)
-    x = unit(rng.standard_normal((1500, 8)))
-    bent = 4 + 4 * np.abs(x[:, 0]) + 0.1 * rng.standard_normal(1500)
+    x = unit(rng.standard_normal((600, 8)))
+    bent = 4 + 4 * np.abs(x[:, 0]) + 0.1 * rng.standard_normal(600)
     won = fit(x, bent, dim=8, network=True, scale=(3.0, 9.0))
     assert won.report["kind"] == "network"
     assert value(won.report) > 0.8
     assert spearman(won.head(x), bent) > 0.8
     assert won.report["network"]["difference"]["low"] > 0
-    x, y, groups = make(300, dim=8)
+    x, y, groups = make(150, dim=8)
     lost = fit(x, y, groups, dim=8, network=True)
     assert lost.report["kind"] == "affine"
     assert "network" in lost.report
