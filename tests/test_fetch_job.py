@@ -131,6 +131,7 @@ def test_a_moment_of_silence_costs_no_row(tmp_path: Path) -> None:
     assert table["status"].to_pylist() == ["success"] * 24
 
 
+@pytest.mark.long
 def test_four_workers_keep_a_domains_limits_together(tmp_path: Path) -> None:
     """By the server's own count: at no time more than `per_domain`, and no more than `rate` a second; in order."""
     count = 160

@@ -127,6 +127,7 @@ def test_few_ratings_still_get_an_answer(n):
     assert to_halve(report) == 3 * n
 
 
+@pytest.mark.long
 def test_a_network_is_taken_only_where_it_wins():
     rng = np.random.default_rng(0)
     x = unit(rng.standard_normal((600, 8)))

@@ -119,6 +119,7 @@ def error_after(rows, pool, target, penalty):
     return np.mean((path.predict(pool[2000:], [penalty])[:, 0] - target[2000:]) ** 2)
 
 
+@pytest.mark.long
 def test_suggested_ratings_teach_more_than_random_ones():
     chosen, chance = [], []
     for seed in range(40):
