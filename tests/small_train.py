@@ -10,7 +10,7 @@ import numpy as np
 
 from train.data import Pictures, Stream, open_samples, split
 from train.loop import LoopConfig, held_out, train
-from train.model import PRESETS, new_model, tokenize
+from train.model import PRESETS, add_lora, load_model, new_model, tokenize
 from train.tasks import Denoise
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
@@ -30,12 +30,18 @@ def make_pictures(folder: Path, count: int = 64) -> Path:
     return folder
 
 
-def small_run(folder: Path, out: Path, world: Any = None, objective: str = "flow", **settings: Any) -> Any:
-    """Training of the debug model on such a folder: the generator of records."""
+def small_run(
+    folder: Path, out: Path, world: Any = None, objective: str = "flow", start: Path | None = None, **settings: Any
+) -> Any:
+    """Training of the debug model on such a folder, or of a LoRA on the model `start`: the generator of records."""
     config = LoopConfig(**{"steps": 10, "batch": 8, "lr": 2e-3, "log_every": 1, "ema": 0.99, **settings})
     samples = open_samples(folder)
     captions = [samples.facts(i)["caption"] or "" for i in range(len(samples))]
-    pipeline = new_model("debug", captions, objective)
+    if start is None:
+        pipeline = new_model("debug", captions, objective)
+    else:
+        pipeline = load_model(start)
+        add_lora(pipeline)
     examples = Pictures(samples, lambda c: tokenize(pipeline, c), PRESETS["debug"].size)
     rank, ranks = (world.rank, world.size) if world else (0, 1)
     chosen, kept_apart = split(samples, 0.2)

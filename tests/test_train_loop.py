@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from curate.store import UserError
 from tests.conftest import ROOT
 from tests.small_train import make_pictures, small_run
 from train import checkpoint
-from train.data import Pictures, Stream, open_samples
-from train.loop import Diverged, Ema, LoopConfig, learning_rate, line
-from train.model import load_model, new_model, tokenize
-from train.tasks import Denoise
+from train.data import Pictures, Stream, batches_of, open_samples, split
+from train.loop import Diverged, Ema, LoopConfig, held_out, learning_rate, line, train
+from train.model import PRESETS, encode_images, load_model, new_model, tokenize
+from train.tasks import Denoise, Reconstruct, draw, fit_scale, psnr
 from train.world import Distributed
 
 
@@ -138,10 +139,41 @@ def test_a_run_learns_and_leaves_what_it_promises(pictures: Path, tmp_path: Path
     assert torch.equal(first, state["mean"][0]) and not torch.equal(first, state["raw"][0])
 
 
+def test_a_lora_is_trained_and_checkpointed_on_top_of_a_model(pictures: Path, tmp_path: Path) -> None:
+    first = list(small_run(pictures, tmp_path / "base", steps=2))[-1]["held_out"]["ema"]
+    base = tmp_path / "base" / "checkpoints" / "000002" / "pipeline"
+    records = list(small_run(pictures, tmp_path / "lora", start=base, steps=30, log_every=15))
+    assert records[-1]["held_out"]["ema"] < first - 0.05 and records[1]["loss"] < records[0]["loss"]
+    saved = tmp_path / "lora" / "checkpoints" / "000030"
+    assert sorted(p.name for p in saved.iterdir()) == ["lora", "record.json", "trainer.pt"]
+    plain, dressed = load_model(base), load_model(base)
+    dressed.load_lora_weights(saved / "lora")
+    one, other = (np.array(draw(p, ["a red disc"], [0], steps=4)[0]) for p in (plain, dressed))
+    assert not np.array_equal(one, other)
+
+
+def test_an_autoencoder_learns_to_reproduce_by_the_same_loop(pictures: Path, tmp_path: Path) -> None:
+    samples = open_samples(pictures)
+    small = replace(PRESETS["debug"], vae=(16, 16), factor=2, latents=4)
+    pipeline = new_model(small, ["a red disc"] * 4)
+    examples = Pictures(samples, lambda c: tokenize(pipeline, c), 16)
+    chosen, apart = split(samples, 0.2)
+    config = LoopConfig(steps=60, batch=16, lr=3e-3, ema=0.9, log_every=30, warmup=10)
+    task = Reconstruct(pipeline)
+    records = list(train(task, Stream(examples, chosen, batch=16), config, tmp_path, held=held_out(examples, apart)))
+    assert psnr(records[-1]["held_out"]["ema"]) > 15
+    assert records[-1]["loss"] < 0.6 * records[0]["loss"]
+    batch = next(batches_of(examples, chosen, 32))
+    scale = fit_scale(pipeline, batch)
+    assert encode_images(pipeline.vae, batch.images).std().item() == pytest.approx(1, abs=1e-4) and scale > 0
+    saved = type(pipeline.vae).from_pretrained(tmp_path / "checkpoints" / "000060" / "vae")
+    assert torch.equal(next(saved.parameters()), next(pipeline.vae.parameters()))  # the average, in both
+
+
 def test_the_best_is_kept_beside_the_last(tmp_path: Path) -> None:
     def fill(path: Path) -> None:
-        path.mkdir()
-        (path / "weights").write_bytes(b"x" * 100)
+        (path / "pipeline").mkdir()
+        (path / "pipeline" / "weights").write_bytes(b"x" * 100)
 
     for step, loss in ((1, 0.5), (2, 0.2), (3, 0.3), (4, 0.4), (5, 0.6)):
         checkpoint.save(tmp_path, step, fill, {"step": step}, {"config": {}, "held_out": {"ema": loss}}, keep=2)

@@ -14,6 +14,7 @@ import torch
 from curate.store import UserError
 from train.model import (
     PRESETS,
+    add_lora,
     check_size,
     default_size,
     encode_images,
@@ -21,6 +22,7 @@ from train.model import (
     new_model,
     parameters,
     pixel_vae,
+    save_lora,
     tokenize,
 )
 from train.objective import NAMES
@@ -137,3 +139,22 @@ def test_what_is_no_model_is_refused_with_what_to_do(tmp_path: Path) -> None:
 def test_a_hub_that_does_not_have_it_or_cannot_be_reached_is_told_with_the_ways_on() -> None:
     with pytest.raises(UserError, match=r"(?s)neither a folder.*hf download no-such-owner/no-such-model.*HF_ENDPOINT"):
         load_model("no-such-owner/no-such-model")
+
+
+def test_a_lora_goes_to_disk_and_back(pipeline: Any, tmp_path: Path) -> None:
+    """Random matrices stand in for trained ones here; tests of the loop train some."""
+    before = np.array(draw(pipeline, ["a red star"], [7], steps=4)[0])
+    made = new_model("debug", CAPTIONS)
+    add_lora(made, rank=2)
+    assert np.array_equal(before, np.array(draw(made, ["a red star"], [7], steps=4)[0]))  # nothing yet
+    trained = [p for p in made.unet.parameters() if p.requires_grad]
+    assert 0 < sum(p.numel() for p in trained) < 0.05 * parameters([made.unet])
+    with torch.no_grad():
+        for p in trained:
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    with_lora = np.array(draw(made, ["a red star"], [7], steps=4)[0])
+    save_lora(made, tmp_path)
+    other = new_model("debug", CAPTIONS)
+    other.load_lora_weights(tmp_path)
+    assert not np.array_equal(with_lora, before)
+    assert np.array_equal(with_lora, np.array(draw(other, ["a red star"], [7], steps=4)[0]))

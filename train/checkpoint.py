@@ -1,6 +1,7 @@
 """Checkpoints that are whole or absent: a folder is written under a hidden name, flushed to the disk and renamed.
 
 MODEL/checkpoints/000400/pipeline/     the averaged weights, as any diffusers client loads them
+                                       (of a LoRA: lora/; of an autoencoder: vae/)
                          trainer.pt    raw and averaged weights, optimizer, cursor: what training goes on from
                          record.json   step, held-out loss, configuration; the length of every file
 """
@@ -21,7 +22,7 @@ from curate.store import UserError, check_space, read_json, scratch_path, told, 
 def save(
     folder: Path,
     step: int,
-    write_pipeline: Callable[[Path], None],
+    write_weights: Callable[[Path], None],
     state: Mapping[str, Any],
     facts: Mapping[str, Any],
     *,
@@ -29,15 +30,15 @@ def save(
 ) -> Path:
     """Write the checkpoint of a step, then remove all but the last `keep` and the best.
 
-    The best has the lowest `facts["held_out"]["ema"]`. `write_pipeline` fills the folder that it is given. Raises
-    DiskFull; what was there before stays.
+    The best has the lowest `facts["held_out"]["ema"]`. `write_weights` adds to the folder that it is given.
+    Raises DiskFull; what was there before stays.
     """
     path = folder / "checkpoints" / f"{step:06d}"
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = scratch_path(path)
     try:
         scratch.mkdir()
-        write_pipeline(scratch / "pipeline")
+        write_weights(scratch)
         torch.save(dict(state), scratch / "trainer.pt")
         files = {str(p.relative_to(scratch)): p.stat().st_size for p in sorted(scratch.rglob("*")) if p.is_file()}
         write_json(scratch / "record.json", {**facts, "step": step, "files": files})

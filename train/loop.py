@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from curate.store import UserError, atomic, check_space, write_json
 from train import checkpoint
 from train.data import Batch, Examples, Ints, Stream, batches_of
-from train.model import no_bars
 from train.tasks import Task, part_of
 from train.world import World
 
@@ -97,6 +96,12 @@ class Ema:
         decay = min(self._decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.mean, [p.detach().float() for p in self._raw], 1 - decay)
 
+    @torch.no_grad()
+    def settle(self) -> None:
+        """From now on the modules hold the average."""
+        for p, mean in zip(self._raw, self.mean, strict=True):
+            p.copy_(mean)
+
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Within, the modules hold the average."""
@@ -136,7 +141,6 @@ def train(
     held: _Held | None = None,
     prompts: Sequence[str] = (),
     seeds: Sequence[int] = (0, 1, 2, 3),
-    write_pipeline: Callable[[Path], None] | None = None,
     identity: dict[str, Any] | None = None,
     world: World | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -147,12 +151,13 @@ def train(
         stream: this rank's batches; made with the same batch, seed and world.
         held: what loss is measured on, raw and averaged, at fixed noise and times.
         prompts: drawn with each of `seeds`, into `folder/samples/000400.png`; () where the task draws without any.
-        write_pipeline: fills the checkpoint's pipeline folder; by default the task's pipeline writes itself.
         identity: what else must be the same for a run to go on (model, data), by name.
 
     Yields records of logged steps: step, loss (mean since the last record), lr, grad_norm, img_s, tflop_s, mfu (None
     where the device's peak is not known), data_wait (share of time), memory_gb, eta_s, epoch, micro_batch; and held_out
     {raw, ema}, samples and checkpoint where they are due. The same lines are in `folder/log.jsonl`.
+
+    When the last step is done, the task's modules hold the averaged weights.
 
     Raises UserError for a folder trained with other settings, DiskFull before the first step where checkpoints would
     not fit, Diverged.
@@ -162,7 +167,6 @@ def train(
     device = trained[0].device
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=device.type == "cuda")
     ema = Ema(trained, config.ema)
-    write_pipeline = write_pipeline or (lambda path: _write_pipeline(task, path))
     facts = {"config": {**config.identity(), **(identity or {})}}
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -215,13 +219,14 @@ def train(
                     known = {**facts, "held_out": record.get("held_out")}
                     state |= {"raw": [p.detach().clone() for p in trained], "mean": list(ema.mean)}
                     with ema.applied():
-                        path = checkpoint.save(folder, step, write_pipeline, state, known, keep=config.keep)
+                        path = checkpoint.save(folder, step, task.save, state, known, keep=config.keep)
                     record["checkpoint"] = str(path)
             if record or last or step % config.log_every == 0:
                 record = {**meter.record(task, batch, step, norm), **record}
                 record |= {"epoch": cursor[0], "micro_batch": micro, "lr": learning_rate(config, step - 1)}
                 log.write(record)
                 yield record
+        ema.settle()
     finally:
         batches.close()
         log.close()
@@ -329,11 +334,6 @@ def _look(
     with atomic(path) as f:
         picture.save(f, "PNG")
     return str(path)
-
-
-def _write_pipeline(task: Task, path: Path) -> None:
-    with no_bars():
-        task.pipeline.save_pretrained(path)
 
 
 def _diverged(folder: Path, step: int, batch: Batch, loss: float, norm: float, rank: int) -> Diverged:

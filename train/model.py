@@ -52,9 +52,9 @@ PRESETS = {
         size=16, latents=3, factor=1, unet=(16, 32), attends=(False, True), heads=2,
         text=32, text_layers=1, tokens=16, vocabulary=1000, lr=2e-3, batch=16, steps=200,
     ),
-    # a CPU, minutes: 8 x 8 latents, about 0.1 GFLOP an image and pass
+    # a CPU, minutes: pixels, for an autoencoder would not be good before the minutes are over
     "tiny": Preset(
-        size=32, latents=4, factor=4, vae=(16, 32, 64), unet=(64, 128), attends=(True, True),
+        size=32, latents=3, factor=1, unet=(8, 32, 64, 128), attends=(False, False, True, True),
         text=64, text_layers=2, tokens=16, vocabulary=2000, lr=2e-3, batch=32, steps=1000,
     ),
     # a GPU, ten minutes
@@ -202,8 +202,8 @@ def load_model(name: str | Path) -> Any:
     try:
         with no_bars():
             pipeline = StableDiffusionPipeline.from_pretrained(
-                str(name), safety_checker=None, requires_safety_checker=False
-            ).to(torch.float32)
+                str(name), dtype=torch.float32, safety_checker=None, requires_safety_checker=False
+            )
     except (OSError, ValueError, TypeError, KeyError) as e:
         if here:
             raise UserError(f"{name} could not be loaded: {e}") from e
@@ -218,6 +218,40 @@ def load_model(name: str | Path) -> Any:
     if missing:
         raise UserError(f"{name} is no whole text-to-image pipeline: {', '.join(missing)} missing")
     return pipeline
+
+
+LORA = ("to_q", "to_k", "to_v", "to_out.0")
+"""What a LoRA changes: the projections of every attention layer, as diffusers' own LoRA training does."""
+
+
+def add_lora(pipeline: Any, rank: int = 8, seed: int = 0) -> None:
+    """Freeze the UNet and add low-rank matrices beside its attention projections, which alone are trained then.
+
+    Hu et al. 2021 (arXiv 2106.09685): W + B A with A random and B zero, so that nothing changes at first; scale 1.
+    """
+    from peft import LoraConfig
+
+    pipeline.unet.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline.unet.add_adapter(
+            LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(LORA))
+        )
+
+
+def has_lora(pipeline: Any) -> bool:
+    """Whether the UNet carries low-rank matrices."""
+    return bool(getattr(pipeline.unet, "peft_config", None))
+
+
+def save_lora(pipeline: Any, folder: Path) -> None:
+    """Write the LoRA in diffusers' format; `pipeline.load_lora_weights(folder)` puts it on any pipeline of its kind."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
 
 
 @contextlib.contextmanager

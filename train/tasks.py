@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from train.data import Batch
-from train.model import encode_images
+from train.model import encode_images, has_lora, no_bars, save_lora
 from train.objective import TIMES, Objective, objective_of
 
 HELD_OUT_TIMES = tuple(TIMES * (2 * k + 1) // 16 for k in range(8))
@@ -34,7 +35,6 @@ _HELD_OUT = 2**32  # no step has this number
 class Task(Protocol):
     """What the loop trains."""
 
-    pipeline: Any
     modules: dict[str, nn.Module]  # what may be trained; of these, the parameters that require gradients are
 
     def losses(self, batch: Batch, seed: int, step: int) -> Tensor:
@@ -49,9 +49,13 @@ class Task(Protocol):
         """A picture of what has been learnt so far."""
         ...
 
+    def save(self, folder: Path) -> None:
+        """Write what has been learnt into a folder of its own inside this one, as diffusers clients read it."""
+        ...
+
 
 class Denoise:
-    """Training of a text-to-image pipeline: UNet and, where `text` says so, its text encoder.
+    """Training of a text-to-image pipeline: UNet and, where `text` says so, its text encoder; or its LoRA alone.
 
     The autoencoder is never trained here and runs without gradients, in fp32; with precomputed latents it does not run.
     """
@@ -60,7 +64,7 @@ class Denoise:
         self.pipeline = pipeline
         self.objective: Objective = objective_of(pipeline.scheduler, gamma)
         pipeline.vae.requires_grad_(False).eval()
-        pipeline.text_encoder.requires_grad_(text)
+        pipeline.text_encoder.requires_grad_(text and not has_lora(pipeline))
         self.modules = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
 
     def losses(self, batch: Batch, seed: int, step: int) -> Tensor:
@@ -96,7 +100,15 @@ class Denoise:
 
     def look(self, prompts: Sequence[str], seeds: Sequence[int]) -> Image.Image:
         """Fixed prompts x fixed seeds: a row for each prompt."""
-        return grid(draw(self.pipeline, prompts, seeds), len(seeds))
+        return grid(draw(self.pipeline, prompts or [""], seeds), len(seeds))
+
+    def save(self, folder: Path) -> None:
+        """`pipeline/`; of a LoRA `lora/`, which goes on top of the pipeline that training began with."""
+        with no_bars():
+            if has_lora(self.pipeline):
+                save_lora(self.pipeline, folder / "lora")
+            else:
+                self.pipeline.save_pretrained(folder / "pipeline")
 
 
 class Reconstruct:
@@ -133,6 +145,10 @@ class Reconstruct:
             both = torch.cat([self._seen, self._back(self._seen)])
         pixels = ((both + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
         return grid([Image.fromarray(p) for p in pixels], len(self._seen))
+
+    def save(self, folder: Path) -> None:
+        """`vae/`: an AutoencoderKL."""
+        self.pipeline.vae.save_pretrained(folder / "vae")
 
 
 def psnr(mean_squared_error: float) -> float:
