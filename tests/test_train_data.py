@@ -173,9 +173,22 @@ def test_pictures_come_scaled_cut_and_centred() -> None:
 
 def test_values_lie_between_minus_one_and_one(pictures: Path) -> None:
     examples = Pictures(open_samples(pictures), letters, 16)
-    image = examples.image(0)
+    key, image, tokens = examples.load(0)
+    assert key == "000.png" and tokens[0] == len("a red disc")
     assert image.shape == (3, 16, 16) and image.dtype == torch.float32
     assert image.max() == 1 and -1 <= image.min() < -0.5
+
+
+def test_a_picture_that_cannot_be_read_is_named(pictures: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(pictures, folder)
+    (folder / "007.png").write_bytes((folder / "007.png").read_bytes()[:60])
+    samples = open_samples(folder)
+    with pytest.raises(UserError, match=r"the picture 007\.png can't be read"):
+        split(samples)
+    with pytest.raises(UserError, match=r"the picture 007\.png can't be read"):
+        for _ in zip(range(7), Stream(Pictures(samples, letters, 16), np.arange(50), batch=8).batches(), strict=False):
+            pass
 
 
 def test_pictures_of_several_shapes_go_into_buckets(tmp_path: Path) -> None:

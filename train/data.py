@@ -27,6 +27,7 @@ from torch import Tensor
 
 from aesthetic.splits import groups_of
 from curate.images import decode, perceptual_hash, probe
+from curate.ledger import RowError
 from curate.shards import IMAGE_EXTENSIONS, CorruptShard, image_member, index_tar, read_range
 from curate.store import UserError, digest, outputs_present, read_json
 
@@ -73,51 +74,60 @@ class Numbered(Sequence[Sample]):
         return self.sample(number)
 
 
+@dataclass(frozen=True)
+class _Index:
+    """Where the samples of one tar lie, in about 100 bytes each: shuffled reading needs all tars' at hand."""
+
+    keys: npt.NDArray[np.str_]
+    extensions: npt.NDArray[np.str_]
+    places: Ints  # (n, 3, 2): offset and size of image, JSON and caption; a size of -1: there is none
+
+    @staticmethod
+    def of(tar: Path) -> _Index:
+        """Of the samples that have an image."""
+        none = (0, -1)
+        found = [(key, image_member(members), members) for key, members in index_tar(tar).items()]
+        rows = [(k, image, m) for k, image, m in found if image]
+        places = [[image[1], m.get("json", none), m.get("txt", none)] for _, image, m in rows]
+        keys, extensions = [k for k, _, _ in rows], [image[0] for _, image, _ in rows]
+        return _Index(np.array(keys, str), np.array(extensions, str), np.array(places, np.int64).reshape(-1, 3, 2))
+
+
 class Tars(Numbered):
     """The samples of a folder of tars, in the order of their names, as webdataset and img2dataset write them."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._indexed = lru_cache(maxsize=64)(self._index)
-        self._open(sorted(self.folder.glob("*.tar")), None)
-
-    def _open(self, tars: list[Path], sizes: list[int] | None) -> None:
-        self._tars = tars
-        self._ends = list(accumulate(sizes if sizes is not None else [len(self._index(t)) for t in tars]))
-
-    @staticmethod
-    def _index(tar: Path) -> list[tuple[str, dict[str, tuple[int, int]]]]:
-        """(key, members) of each sample that has an image."""
-        return [(key, members) for key, members in index_tar(tar).items() if image_member(members)]
+        tars = sorted(self.folder.glob("*.tar"))
+        self._index = lru_cache(maxsize=None)(_Index.of)
+        self._tars, self._ends = tars, list(accumulate(len(self._index(t).keys) for t in tars))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def _find(self, number: int) -> tuple[Path, str, dict[str, tuple[int, int]]]:
+    def _read(self, number: int, image: bool) -> tuple[str, str, bytes, dict[str, Any]]:
+        """(key, extension, image bytes if asked for, facts)."""
         shard = bisect_right(self._ends, number)
         tar = self._tars[shard]
-        samples, within = self._indexed(tar), number - (self._ends[shard - 1] if shard else 0)
-        if within >= len(samples):
+        index, row = self._index(tar), number - (self._ends[shard - 1] if shard else 0)
+        if row >= len(index.keys):
             raise CorruptShard(f"{tar}: a sample lacks its image")
-        return tar, *samples[within]
-
-    def sample(self, number: int) -> Sample:
-        tar, key, members = self._find(number)
-        found = image_member(members)
-        assert found is not None
-        facts = self.facts(number)
+        key, (at, json_at, text_at) = str(index.keys[row]), index.places[row].tolist()
         with open(tar, "rb") as f:
-            return Sample(key, read_range(f, found[1]), found[0], facts["caption"], facts)
-
-    def facts(self, number: int) -> dict[str, Any]:
-        tar, key, members = self._find(number)
-        with open(tar, "rb") as f:
-            facts = json.loads(read_range(f, members["json"])) if "json" in members else {"key": key}
+            data = read_range(f, at) if image else b""
+            facts = json.loads(read_range(f, json_at)) if json_at[1] >= 0 else {"key": key}
             if not isinstance(facts, dict):
                 raise CorruptShard(f"{tar}: the JSON of {key} is no object")
-            if "txt" in members:
-                facts["caption"] = read_range(f, members["txt"]).decode(errors="replace").strip() or None
-        return {"caption": None, **facts}
+            if text_at[1] >= 0:
+                facts["caption"] = read_range(f, text_at).decode(errors="replace").strip() or None
+        return key, str(index.extensions[row]), data, {"caption": None, **facts}
+
+    def sample(self, number: int) -> Sample:
+        key, extension, data, facts = self._read(number, image=True)
+        return Sample(key, data, extension, facts["caption"], facts)
+
+    def facts(self, number: int) -> dict[str, Any]:
+        return self._read(number, image=False)[3]
 
 
 class Samples(Tars):
@@ -135,8 +145,9 @@ class Samples(Tars):
             raise UserError(
                 f"{self.folder}: a file is missing or cut; `tastemaker verify` on its data folder says which."
             )
-        self._indexed = lru_cache(maxsize=64)(self._index)
-        self._open([self.folder / name for name in sorted(sizes)], [sizes[name] for name in sorted(sizes)])
+        self._index = lru_cache(maxsize=None)(_Index.of)
+        self._tars = [self.folder / name for name in sorted(sizes)]
+        self._ends = list(accumulate(sizes[tar.name] for tar in self._tars))
 
 
 class Images(Numbered):
@@ -229,9 +240,9 @@ class Examples(Protocol):
     bucket: Ints  # (n,): examples of one bucket have one shape
 
     def __len__(self) -> int: ...
-    def key(self, number: int) -> str: ...
-    def image(self, number: int) -> Tensor: ...
-    def tokens(self, number: int, dropped: bool) -> Tensor: ...
+    def load(self, number: int, dropped: bool = False) -> tuple[str, Tensor, Tensor]:
+        """(key, image or latents, tokens: of '' where the caption is dropped)."""
+        ...
 
 
 class Pictures:
@@ -268,18 +279,20 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def key(self, number: int) -> str:
-        return str(self.samples.facts(number).get("key", number))
+    def load(self, number: int, dropped: bool = False) -> tuple[str, Tensor, Tensor]:
+        """(key, (3, h, w) float32 in [-1, 1], tokens)."""
+        sample, (height, width) = self.samples[number], self.shapes[self.bucket[number]]
+        pixels = torch.from_numpy(fitted(decoded(sample, 2 * max(height, width)), height, width))
+        tokens = self._tokenize("" if dropped else sample.caption or "")
+        return sample.key, pixels.permute(2, 0, 1).float().div_(127.5).sub_(1), tokens
 
-    def image(self, number: int) -> Tensor:
-        """(3, h, w) float32 in [-1, 1]."""
-        height, width = self.shapes[self.bucket[number]]
-        pixels = decode(self.samples[number].image, min_side=2 * max(height, width))
-        return torch.from_numpy(fitted(pixels, height, width)).permute(2, 0, 1).float().div_(127.5).sub_(1)
 
-    def tokens(self, number: int, dropped: bool) -> Tensor:
-        caption = None if dropped else self.samples.facts(number)["caption"]
-        return self._tokenize(caption or "")
+def decoded(sample: Sample, min_side: int) -> npt.NDArray[np.uint8]:
+    """(h, w, 3), its short side at least `min_side` where the file has that. Raises UserError naming the sample."""
+    try:
+        return decode(sample.image, min_side=min_side)
+    except RowError as e:
+        raise UserError(f"the picture {sample.key} can't be read ({e}). Remove it, or curate the folder first.") from e
 
 
 def fitted(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
@@ -350,7 +363,7 @@ def split(samples: Numbered, share: float = 0.1, most: int = 256) -> tuple[Ints,
 
 def _identity(samples: Numbered, number: int) -> tuple[str, str | None, str | None]:
     facts = samples.facts(number)
-    phash = facts.get("phash") or perceptual_hash(decode(samples[number].image, min_side=32))
+    phash = facts.get("phash") or perceptual_hash(decoded(samples[number], 32))
     return str(facts.get("key", number)), facts.get("sha256"), phash
 
 
@@ -452,16 +465,13 @@ class Stream:
         numbers = [int(plan[position, slot]) for slot in slots]
         dropped = np.random.default_rng([self._seed, epoch, position, 1]).random(self._batch) < self._drop
         after = (epoch, position + 1) if position + 1 < len(plan) else (epoch + 1, 0)
-        return Batch(
-            keys=[self._examples.key(n) for n in numbers],
-            slots=slots,
-            images=torch.stack([self._examples.image(n) for n in numbers]),
-            latent=self._examples.latent,
-            tokens=torch.stack(
-                [self._examples.tokens(n, bool(dropped[s])) for n, s in zip(numbers, slots, strict=True)]
-            ),
-            cursor=after,
-        )
+        loaded = [self._examples.load(n, bool(dropped[s])) for n, s in zip(numbers, slots, strict=True)]
+        return _batch(loaded, slots, self._examples.latent, after)
+
+
+def _batch(loaded: list[tuple[str, Tensor, Tensor]], slots: list[int], latent: bool, cursor: tuple[int, int]) -> Batch:
+    keys, images, tokens = zip(*loaded, strict=True)
+    return Batch(list(keys), slots, torch.stack(images), latent, torch.stack(tokens), cursor)
 
 
 def batches_of(examples: Examples, numbers: Ints, size: int) -> Iterator[Batch]:
@@ -470,11 +480,4 @@ def batches_of(examples: Examples, numbers: Ints, size: int) -> Iterator[Batch]:
         members = numbers[examples.bucket[numbers] == bucket]
         for start in range(0, len(members), size):
             part = [int(n) for n in members[start : start + size]]
-            yield Batch(
-                keys=[examples.key(n) for n in part],
-                slots=part,
-                images=torch.stack([examples.image(n) for n in part]),
-                latent=examples.latent,
-                tokens=torch.stack([examples.tokens(n, False) for n in part]),
-                cursor=(0, 0),
-            )
+            yield _batch([examples.load(n) for n in part], part, examples.latent, (0, 0))

@@ -130,20 +130,9 @@ class Latents:
         shard = bisect_right(self._ends, number)
         return self._names[shard], number - (self._ends[shard - 1] if shard else 0)
 
-    def key(self, number: int) -> str:
+    def load(self, number: int, dropped: bool = False) -> tuple[str, Tensor, Tensor]:
+        """(key, (c, h, w) float32, tokens)."""
         name, row = self._find(number)
-        return str(self._keys(name)[row])
-
-    def image(self, number: int) -> Tensor:
-        """(c, h, w) float32."""
-        name, row = self._find(number)
-        latents: Tensor = self._opened(name).get_slice("latents")[row]
-        return latents.float()
-
-    def tokens(self, number: int, dropped: bool) -> Tensor:
-        """(length,) int64."""
-        if dropped:
-            return self._empty
-        name, row = self._find(number)
-        tokens: Tensor = self._opened(name).get_slice("tokens")[row]
-        return tokens.long()
+        opened = self._opened(name)
+        tokens: Tensor = self._empty if dropped else opened.get_slice("tokens")[row].long()
+        return str(self._keys(name)[row]), opened.get_slice("latents")[row].float(), tokens
