@@ -6,6 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
-from curate.store import UserError
+from curate.store import DiskFull, UserError
 from tests.conftest import ROOT
 from tests.small_train import make_pictures, small_run
 from train import checkpoint
@@ -299,6 +300,44 @@ def test_the_learning_rate_is_a_function_of_the_step() -> None:
     assert rates[55] == pytest.approx(0.5)
     constant = LoopConfig(steps=100, batch=8, lr=1.0, warmup=10, schedule="constant")
     assert learning_rate(constant, 99) == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 120 MB of its own, or a skip where none may be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120m", "tmpfs", disk]).returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_disk_too_small_for_checkpoints_is_told_before_the_first_step(pictures: Path, small_disk: Path) -> None:
+    (small_disk / "ballast").write_bytes(bytes(40 << 20))
+    with pytest.raises(DiskFull, match=r"has \d+ MB free, and \d+ MB are needed"):
+        next(small_run(pictures, small_disk / "model"))
+    assert not list((small_disk / "model").iterdir())
+
+
+def test_a_disk_that_fills_up_leaves_whole_checkpoints_to_go_on_from(
+    pictures: Path, tmp_path: Path, small_disk: Path
+) -> None:
+    settings = {"steps": 6, "save_every": 2}
+    list(small_run(pictures, tmp_path / "whole", **settings))
+    records = small_run(pictures, small_disk / "model", **settings)
+    while next(records)["step"] < 3:
+        pass
+    ballast = small_disk / "ballast"
+    with open(ballast, "wb") as f:
+        os.posix_fallocate(f.fileno(), 0, shutil.disk_usage(small_disk).free - 1_000_000)
+    with pytest.raises(DiskFull, match="goes on where it stopped"):
+        list(records)
+    assert list(checkpoint.checkpoints(small_disk / "model")) == [2]
+    assert [p.name for p in (small_disk / "model" / "checkpoints").iterdir()] == ["000002"]
+    ballast.unlink()
+    list(small_run(pictures, small_disk / "model", **settings))
+    assert losses(small_disk / "model") == losses(tmp_path / "whole")
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:

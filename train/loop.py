@@ -165,7 +165,8 @@ def train(
     world = world or World()
     trained = [p for m in task.modules.values() for p in m.parameters() if p.requires_grad]
     device = trained[0].device
-    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=device.type == "cuda")
+    fused = device.type in ("cpu", "cuda")  # one pass over each tensor
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     ema = Ema(trained, config.ema)
     facts = {"config": {**config.identity(), **(identity or {})}}
 
