@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from curate.store import UserError
-from train.objective import NAMES, eps, flow, new_scheduler, objective_of, v
+from train.objective import eps, flow, new_scheduler, objective_of, v
 
 X0 = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 NOISE = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(1))
@@ -41,10 +41,10 @@ def test_min_snr_is_its_formula_and_survives_zero_snr() -> None:
     assert float(eps(X0, NOISE, T, new_scheduler("v").alphas_cumprod).weight[-1]) == 1  # 0 / 0 is 1 there
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_perfect_network_is_sampled_to_the_clean_image(name: str) -> None:
+@pytest.mark.parametrize(("name", "shift"), [("flow", 1.0), ("flow", 3.0), ("v", 1.0), ("eps", 1.0)])
+def test_a_perfect_network_is_sampled_to_the_clean_image(name: str, shift: float) -> None:
     """With the true target at every step the saved scheduler must land on x0: flow in particular."""
-    scheduler = new_scheduler(name)
+    scheduler = new_scheduler(name, shift)
     objective = objective_of(scheduler)
     scheduler.set_timesteps(20)
     x = NOISE * scheduler.init_noise_sigma
@@ -76,6 +76,9 @@ def test_times_are_drawn_as_told() -> None:
     assert flows.min() > 0 and flows.max() < 1000
     logit = np.log(flows / (1000 - flows))
     assert abs(logit.mean()) < 0.05 and abs(logit.std() - 1) < 0.05
+    far = objective_of(new_scheduler("flow", shift=3.0))
+    shifted = np.array([far.draw(rng) for _ in range(4000)])
+    assert abs(np.log(shifted / (1000 - shifted)).mean() - np.log(3)) < 0.05
     steps = np.array([other.draw(rng) for _ in range(4000)])
     assert (steps == steps.astype(int)).all() and steps.min() < 5 and steps.max() > 994 and abs(steps.mean() - 500) < 20
 

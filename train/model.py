@@ -40,6 +40,7 @@ class Preset:
     text_layers: int
     tokens: int  # of a prompt at most, with start and end
     vocabulary: int  # of the tokenizer at most: 514 bytes and marks, the rest learnt from the captions
+    shift: float = 1.0  # of flow's times towards noise: for many pixels or latents
     lr: float  # AdamW's, which this model is known to take
     batch: int
     steps: int
@@ -55,7 +56,7 @@ PRESETS = {
     # a CPU, minutes: pixels, for an autoencoder would not be good before the minutes are over
     "tiny": Preset(
         size=32, latents=3, factor=1, unet=(8, 32, 64, 128), attends=(False, False, True, True),
-        text=64, text_layers=2, tokens=16, vocabulary=2000, lr=2e-3, batch=32, steps=1000,
+        text=64, text_layers=2, tokens=16, vocabulary=2000, shift=3.0, lr=2e-3, batch=32, steps=1000,
     ),
     # a GPU, ten minutes
     "small-64": Preset(
@@ -114,7 +115,7 @@ def new_model(preset: Preset | str, captions: Iterable[str], objective: str = "f
             norm_num_groups=math.gcd(32, p.unet[0] // 2), **p.more,
         )  # fmt: skip
     return StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=new_scheduler(objective),
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=new_scheduler(objective, p.shift),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
