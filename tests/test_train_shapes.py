@@ -1,17 +1,13 @@
-"""The closed world of examples/shapes.py, and whether prompts steer what is drawn in it."""
+"""The closed world of examples/shapes.py and its judge."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from examples.shapes import BACKGROUNDS, COLOURS, SHAPES, UNSEEN, accuracy, caption, judge, kinds, make, picture
-from tests.conftest import ROOT
 from train.data import open_samples
 
 
@@ -42,16 +38,3 @@ def test_the_set_is_what_img2dataset_would_have_fetched(tmp_path: Path) -> None:
     same = np.mean([samples.facts(i)["caption"] == shuffled.facts(i)["caption"] for i in range(512)])
     assert same < 0.05 and samples[3].image == shuffled[3].image
     assert caption("orange", "star", "teal") == "an orange star on a teal background"
-
-
-@pytest.mark.long
-def test_prompts_steer_what_is_drawn_and_shuffled_captions_do_not(tmp_path: Path) -> None:
-    """Minutes: the whole example, twice. What it reaches on a quiet machine is in docs; this is the floor."""
-    found = {}
-    for name, more in (("told", []), ("shuffled", ["--shuffle", "--steps", "200"])):
-        command = [sys.executable, "-m", "examples.shapes", str(tmp_path / name), *more]
-        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        seen = next(text for text in said.splitlines() if text.startswith("seen pairs"))
-        found[name] = {k: float(v) for k, v in re.findall(r"(\w+) (\d\.\d+)", seen)}
-    assert found["told"]["colour"] >= 0.9 and found["told"]["background"] >= 0.95 and found["told"]["shape"] >= 0.45
-    assert found["shuffled"]["colour"] < 0.3 and found["shuffled"]["background"] < 0.55
