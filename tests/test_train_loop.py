@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +21,6 @@ import torch
 from PIL import Image
 
 from curate.store import DiskFull, UserError
-from tests.conftest import ROOT
 from tests.small_train import make_pictures, small_run
 from train import checkpoint
 from train.data import Pictures, Stream, batches_of, open_samples, split
@@ -345,32 +343,3 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     for settings in wrong:
         with pytest.raises(UserError, match=r"train\." + next(iter(settings))):
             LoopConfig(**{"steps": 1, "batch": 1, **settings})
-
-
-OOM = """
-import resource, sys, torch
-from pathlib import Path
-torch.set_num_threads(1)
-from tests.small_train import small_run
-records = small_run(Path(sys.argv[1]), Path(sys.argv[2]), steps=4, batch=1024)
-import diffusers, transformers
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[3]), -1))
-for record in records:
-    print(record["micro_batch"], record["loss"], flush=True)
-"""
-
-
-@pytest.mark.long
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space")
-def test_the_micro_batch_is_halved_when_memory_runs_out(pictures: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    said = []
-    for name, room in (("free", 64 << 30), ("tight", 1200 << 20)):
-        command = [sys.executable, "-c", OOM, str(pictures), str(tmp_path / name), str(room)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        said.append([[float(x) for x in text.split()] for text in done.stdout.splitlines()])
-    free, tight = np.array(said)
-    assert (free[:, 0] == 1024).all() and (tight[:, 0] < 1024).all()
-    assert np.allclose(free[:, 1], tight[:, 1], atol=1e-4)

@@ -281,7 +281,8 @@ def _gradients(
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether memory ran out, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    said = ("DefaultCPUAllocator", "could not create a primitive", "could not create a memory")  # the last two: oneDNN
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 def _autocast(device: torch.device) -> torch.autocast:
