@@ -1,16 +1,39 @@
-"""Training reads what pack wrote."""
+"""Training reads what pack wrote, and folders of tars and images; each rank meets its share in an order that two
+integers describe."""
 
 from __future__ import annotations
 
+import io
+import itertools
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
+import cv2
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from curate.pack import PackConfig, pack
 from curate.select import SelectConfig, select
+from curate.shards import TarWriter
 from curate.store import UserError
 from tests.small_data import make_data
-from train.data import Samples
+from tests.small_train import make_pictures
+from train.data import (
+    Images,
+    Pictures,
+    Samples,
+    Stream,
+    Tars,
+    batches_of,
+    fitted,
+    open_samples,
+    split,
+    weights_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +68,217 @@ def test_a_folder_that_is_not_whole_is_refused(root: Path, tmp_path: Path) -> No
             Samples(root / "shards" / "all")
     finally:
         tar.write_bytes(whole)
+
+
+# -------------------------------------------------------------------------------------------- the three kinds of folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pictures(tmp_path_factory.mktemp("pictures"), 50)
+
+
+def write_tars(folder: Path, source: Path, facts: Any = lambda i: {}) -> Path:
+    """The pictures of a folder as two tars, as img2dataset lays them out."""
+    folder.mkdir()
+    names = sorted(source.glob("*.png"))
+    for shard in range(2):
+        with open(folder / f"{shard:05d}.tar", "wb") as f:
+            out = TarWriter(f)
+            for i, name in list(enumerate(names))[shard * 25 : shard * 25 + 25]:
+                caption = name.with_suffix(".txt").read_text()
+                known = {"key": f"{i:09d}", "width": 24, "height": 24, "caption": caption, **facts(i)}
+                out.add_sample(f"{i:09d}", name.read_bytes(), "png", caption, known)
+            out.close()
+    return folder
+
+
+def test_tars_and_images_are_read_alike(pictures: Path, tmp_path: Path) -> None:
+    tars, images = open_samples(write_tars(tmp_path / "tars", pictures)), open_samples(pictures)
+    assert isinstance(tars, Tars) and isinstance(images, Images) and len(tars) == len(images) == 50
+    for one, other in zip(tars, images, strict=True):
+        assert one.image == other.image and one.caption == other.caption and one.caption
+        assert (one.extension, other.extension) == ("png", "png")
+    assert tars[49].key == "000000049" and images[49].key == "049.png"
+
+
+def test_the_kind_of_a_folder_is_told(root: Path, pictures: Path) -> None:
+    assert type(open_samples(root / "shards" / "all")) is Samples
+    assert type(open_samples(root / "fetched")) is Tars
+    with pytest.raises(UserError, match=r"Did you mean .*shards/all\?"):
+        open_samples(root)
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_captions_of_an_image_folder_may_stand_in_one_file(pictures: Path, tmp_path: Path, form: str) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(pictures, folder, ignore=shutil.ignore_patterns("*.txt"))
+    rows = [{"file_name": p.name, "text": f"picture, {p.stem}"} for p in folder.glob("*.png")]
+    if form == "csv":
+        lines = ["file_name,text", *(f'{r["file_name"]},"{r["text"]}"' for r in rows)]
+    else:
+        lines = [json.dumps(r) for r in rows]
+    (folder / f"metadata.{form}").write_text("\n".join(lines))
+    assert [s.caption for s in open_samples(folder)][:2] == ["picture, 000", "picture, 001"]
+
+
+def test_a_webdataset_without_json_is_read_too(pictures: Path, tmp_path: Path) -> None:
+    with open(tmp_path / "a.tar", "wb") as f:
+        out = TarWriter(f)
+        for name in sorted(pictures.glob("*.png"))[:10]:
+            out.add(f"{name.stem}.png", name.read_bytes())
+            out.add(f"{name.stem}.txt", b"a disc")
+        out.add("readme.md", b"no picture")
+        out.close()
+    samples = open_samples(tmp_path)
+    assert len(samples) == 10 and {s.caption for s in samples} == {"a disc"}
+
+
+def test_folders_that_cannot_be_trained_on_are_refused_with_what_to_do(pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no folder"):
+        open_samples(tmp_path / "absent")
+    with pytest.raises(UserError, match="neither tars nor images"):
+        open_samples(tmp_path)
+    few = tmp_path / "few"
+    few.mkdir()
+    for name in sorted(pictures.iterdir())[:6]:
+        shutil.copy(name, few)
+    with pytest.raises(UserError, match="holds 3 pictures: too few to train on, at least 8"):
+        open_samples(few)
+    silent = tmp_path / "silent"
+    shutil.copytree(pictures, silent, ignore=shutil.ignore_patterns("*.txt"))
+    with pytest.raises(UserError, match=r"none of the 50 pictures .* has a caption"):
+        open_samples(silent)
+    broken = write_tars(tmp_path / "broken", pictures)
+    tar = broken / "00001.tar"
+    tar.write_bytes(tar.read_bytes()[:-20000])
+    with pytest.raises(UserError, match=r"00001.tar.*Remove or replace"):
+        open_samples(broken)
+
+
+# --------------------------------------------------------------------------------------------------- pictures and split
+
+
+def letters(captions: list[str]) -> torch.Tensor:
+    """Stands in for a tokenizer: the length of each caption, and its first letters."""
+    return torch.tensor([[len(c), *(ord(x) for x in c[:9].ljust(9))] for c in captions])
+
+
+def test_pictures_come_scaled_cut_and_centred() -> None:
+    wide = np.zeros((10, 40, 3), np.uint8)
+    wide[:, 15:25] = 255
+    assert (fitted(wide, 10, 10) == 255).all()
+    assert fitted(wide, 20, 20).shape == (20, 20, 3) and fitted(wide.swapaxes(0, 1), 4, 8).shape == (4, 8, 3)
+
+
+def test_values_lie_between_minus_one_and_one(pictures: Path) -> None:
+    examples = Pictures(open_samples(pictures), letters, 16)
+    key, image, tokens = examples.load(0)
+    assert key == "000.png" and tokens[0] == len("a red disc")
+    assert image.shape == (3, 16, 16) and image.dtype == torch.float32
+    assert image.max() == 1 and -1 <= image.min() < -0.5
+
+
+def test_a_picture_that_cannot_be_read_is_named(pictures: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(pictures, folder)
+    (folder / "007.png").write_bytes((folder / "007.png").read_bytes()[:60])
+    samples = open_samples(folder)
+    with pytest.raises(UserError, match=r"the picture 007\.png can't be read"):
+        split(samples)
+    with pytest.raises(UserError, match=r"the picture 007\.png can't be read"):
+        for _ in zip(range(7), Stream(Pictures(samples, letters, 16), np.arange(50), batch=8).batches(), strict=False):
+            pass
+
+
+def test_pictures_of_several_shapes_go_into_buckets(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        height, width = [(32, 32), (32, 64), (64, 32), (32, 600)][3 if i == 0 else i % 3]
+        cv2.imwrite(str(tmp_path / f"{i:02d}.png"), rng.integers(0, 255, (height, width, 3), np.uint8))
+        (tmp_path / f"{i:02d}.txt").write_text("noise")
+    examples = Pictures(open_samples(tmp_path), letters, 64, buckets=True, step=16, least=4)
+    assert sorted(examples.shapes) == [(48, 96), (64, 64), (96, 48)]
+    assert examples.shapes[examples.bucket[0]] == (48, 96)  # the longest goes with the nearest that has company
+    stream = Stream(examples, np.arange(60), batch=4)
+    for batch in itertools.islice(stream.batches(), len(stream.plan(0))):
+        assert batch.images.shape[0] == 4  # one shape, or stacking had failed
+    assert {int(n) for n in stream.plan(0).ravel()} == set(range(60))
+
+
+def test_no_near_duplicate_of_what_is_held_out_is_trained_on(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        coarse = cv2.resize(rng.integers(0, 255, (8, 8, 3), np.uint8), (64, 64), interpolation=cv2.INTER_CUBIC)
+        for copy, quality in enumerate((95, 70, 95)):
+            data = io.BytesIO()
+            Image.fromarray(cv2.resize(coarse, (48, 48)) if copy == 2 else coarse).save(data, "JPEG", quality=quality)
+            (tmp_path / f"{i:02d}-{copy}.jpg").write_bytes(data.getvalue())
+            (tmp_path / f"{i:02d}-{copy}.txt").write_text("noise")
+    samples = open_samples(tmp_path)
+    chosen, held = split(samples, 0.2)
+    scenes = [{samples.facts(int(i))["key"][:2] for i in part} for part in (chosen, held)]
+    assert not scenes[0] & scenes[1] and 12 <= len(held) <= 24
+    assert sorted([*chosen, *held]) == list(range(120))
+    again = split(samples, 0.2)
+    assert np.array_equal(again[0], chosen) and len(split(samples, 0.005)[1]) == 0
+
+
+# --------------------------------------------------------------------------------------------------------- the stream
+
+
+def test_a_stream_goes_on_exactly_where_its_cursor_says(pictures: Path) -> None:
+    examples = Pictures(open_samples(pictures), letters, 16)
+    stream = Stream(examples, np.arange(50), batch=8, seed=3)
+    batches = list(itertools.islice(stream.batches(), 20))
+    assert [b.cursor for b in batches[:8]] == [(0, 1), (0, 2), (0, 3), (0, 4), (0, 5), (0, 6), (1, 0), (1, 1)]
+    for start in (1, 6, 7, 13):
+        rest = Stream(examples, np.arange(50), batch=8, seed=3, workers=4).batches(batches[start - 1].cursor)
+        for one, other in zip(batches[start:], rest, strict=False):
+            assert one.keys == other.keys and one.cursor == other.cursor
+            assert torch.equal(one.tokens, other.tokens) and torch.equal(one.images, other.images)
+    assert {k for b in batches[:7] for k in b.keys} == {f"{i:03d}.png" for i in range(50)}
+    assert batches[0].keys != batches[7].keys
+    other = next(Stream(examples, np.arange(50), batch=8, seed=4).batches())
+    assert other.keys != batches[0].keys
+
+
+def test_ranks_share_the_batches_that_one_would_see(pictures: Path) -> None:
+    examples = Pictures(open_samples(pictures), letters, 16)
+    one = Stream(examples, np.arange(50), batch=12).batches()
+    ranks = [Stream(examples, np.arange(50), batch=12, rank=r, ranks=3).batches() for r in range(3)]
+    for _ in range(10):
+        whole, parts = next(one), [next(r) for r in ranks]
+        for part in parts:
+            assert [whole.keys[s] for s in part.slots] == part.keys and part.cursor == whole.cursor
+            assert torch.equal(whole.tokens[part.slots], part.tokens)
+        assert sorted(s for p in parts for s in p.slots) == list(range(12))
+    with pytest.raises(UserError, match="a batch of 10 can't be shared evenly by 3"):
+        Stream(examples, np.arange(50), batch=10, ranks=3)
+
+
+def test_a_tenth_of_captions_is_dropped(pictures: Path) -> None:
+    examples = Pictures(open_samples(pictures), letters, 16)
+    drawn = itertools.islice(Stream(examples, np.arange(50), batch=50).batches(), 40)
+    share = np.mean([float((b.tokens[:, 0] == 0).float().mean()) for b in drawn])
+    assert abs(share - 0.1) < 0.03  # 2,000 captions: four standard deviations
+    kept = next(Stream(examples, np.arange(50), batch=50, drop=0).batches())
+    assert (kept.tokens[:, 0] > 0).all()
+    held = list(batches_of(examples, np.arange(20), 8))
+    assert [len(b.keys) for b in held] == [8, 8, 4] and all((b.tokens[:, 0] > 0).all() for b in held)
+
+
+def test_pictures_of_a_higher_score_come_more_often(pictures: Path, tmp_path: Path) -> None:
+    def facts(i: int) -> dict[str, Any]:
+        return {"taste": None if i == 7 else 1 + i % 3}
+
+    samples = open_samples(write_tars(tmp_path / "tars", pictures, facts))
+    weights = weights_of(samples, "taste")
+    stream = Stream(Pictures(samples, letters, 16), np.arange(50), batch=10, weights=weights)
+    counts = np.bincount(np.concatenate([stream.plan(epoch).ravel() for epoch in range(200)]), minlength=50)
+    expected = weights / weights.sum() * counts.sum()
+    assert counts[7] == 0 and np.allclose(counts, expected, rtol=0.2)
+    each = [np.bincount(stream.plan(e).ravel(), minlength=50) - weights / weights.sum() * 50 for e in range(9)]
+    assert np.abs(each).max() < 1  # as often as its share says, rounded up or down
+    with pytest.raises(UserError, match="has a number 'tastes'; there are height, taste, width"):
+        weights_of(samples, "tastes")

@@ -1,18 +1,40 @@
-"""Curated shards as a sequence of samples, checked against their manifest before the first one is read."""
+"""Captioned pictures to train on: packed shards, folders of tars (webdataset, img2dataset), folders of images.
+
+`open_samples` gives any of them as a sequence of samples; `Pictures` prepares them for a model; `split` sets some
+aside; `Stream` is the endless order in which one rank meets its share, known by two integers.
+"""
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
-from curate.shards import CorruptShard, image_member, index_tar, read_range
-from curate.store import UserError, outputs_present, read_json
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from aesthetic.splits import groups_of
+from curate.images import decode, perceptual_hash, probe
+from curate.ledger import RowError
+from curate.shards import IMAGE_EXTENSIONS, CorruptShard, image_member, index_tar, read_range
+from curate.store import UserError, digest, outputs_present, read_json
+
+Ints = npt.NDArray[np.int64]
+
+LEAST = 8
+"""Pictures below which training is refused: fewer can't be split, nor fill a batch."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +48,90 @@ class Sample:
     facts: dict[str, Any]
 
 
-class Samples(Sequence[Sample]):
-    """The samples of `shards/NAME`, in the order in which they were packed; any one can be had by its number.
+class Numbered(Sequence[Sample]):
+    """A sequence of samples that are read when asked for; `facts` reads what is known of each without its image."""
+
+    folder: Path
+
+    def sample(self, number: int) -> Sample:
+        raise NotImplementedError
+
+    def facts(self, number: int) -> dict[str, Any]:
+        """What is known of one sample beside its pixels; `caption` among it."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, number: int) -> Sample: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Sample]: ...
+    def __getitem__(self, number: int | slice) -> Sample | list[Sample]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        if number < 0:
+            number += len(self)
+        if not 0 <= number < len(self):
+            raise IndexError(f"sample {number} of {len(self)}")
+        return self.sample(number)
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Where the samples of one tar lie, in about 100 bytes each: shuffled reading needs all tars' at hand."""
+
+    keys: npt.NDArray[np.str_]
+    extensions: npt.NDArray[np.str_]
+    places: Ints  # (n, 3, 2): offset and size of image, JSON and caption; a size of -1: there is none
+
+    @staticmethod
+    def of(tar: Path) -> _Index:
+        """Of the samples that have an image."""
+        none = (0, -1)
+        found = [(key, image_member(members), members) for key, members in index_tar(tar).items()]
+        rows = [(k, image, m) for k, image, m in found if image]
+        places = [[image[1], m.get("json", none), m.get("txt", none)] for _, image, m in rows]
+        keys, extensions = [k for k, _, _ in rows], [image[0] for _, image, _ in rows]
+        return _Index(np.array(keys, str), np.array(extensions, str), np.array(places, np.int64).reshape(-1, 3, 2))
+
+
+class Tars(Numbered):
+    """The samples of a folder of tars, in the order of their names, as webdataset and img2dataset write them."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        tars = sorted(self.folder.glob("*.tar"))
+        self._index = lru_cache(maxsize=None)(_Index.of)
+        self._tars, self._ends = tars, list(accumulate(len(self._index(t).keys) for t in tars))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def _read(self, number: int, image: bool) -> tuple[str, str, bytes, dict[str, Any]]:
+        """(key, extension, image bytes if asked for, facts)."""
+        shard = bisect_right(self._ends, number)
+        tar = self._tars[shard]
+        index, row = self._index(tar), number - (self._ends[shard - 1] if shard else 0)
+        if row >= len(index.keys):
+            raise CorruptShard(f"{tar}: a sample lacks its image")
+        key, (at, json_at, text_at) = str(index.keys[row]), index.places[row].tolist()
+        with open(tar, "rb") as f:
+            data = read_range(f, at) if image else b""
+            facts = json.loads(read_range(f, json_at)) if json_at[1] >= 0 else {"key": key}
+            if not isinstance(facts, dict):
+                raise CorruptShard(f"{tar}: the JSON of {key} is no object")
+            if text_at[1] >= 0:
+                facts["caption"] = read_range(f, text_at).decode(errors="replace").strip() or None
+        return key, str(index.extensions[row]), data, {"caption": None, **facts}
+
+    def sample(self, number: int) -> Sample:
+        key, extension, data, facts = self._read(number, image=True)
+        return Sample(key, data, extension, facts["caption"], facts)
+
+    def facts(self, number: int) -> dict[str, Any]:
+        return self._read(number, image=False)[3]
+
+
+class Samples(Tars):
+    """The samples of `shards/NAME`, in the order in which they were packed.
 
     Raises UserError where the folder is no packed selection or a file of it is missing or of another length.
     """
@@ -41,32 +145,339 @@ class Samples(Sequence[Sample]):
             raise UserError(
                 f"{self.folder}: a file is missing or cut; `tastemaker verify` on its data folder says which."
             )
+        self._index = lru_cache(maxsize=None)(_Index.of)
         self._tars = [self.folder / name for name in sorted(sizes)]
         self._ends = list(accumulate(sizes[tar.name] for tar in self._tars))
-        self._indexed = lru_cache(maxsize=64)(lambda tar: list(index_tar(tar).items()))
+
+
+class Images(Numbered):
+    """The image files under a folder. Captions: `metadata.csv` or `metadata.jsonl` (file_name, text), or NAME.txt."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._told = self._metadata()
+        names = (p for p in sorted(self.folder.rglob("*")) if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
+        self._names = [str(p.relative_to(self.folder)) for p in names]
+
+    def _metadata(self) -> dict[str, dict[str, Any]]:
+        """Hugging Face's imagefolder: file name -> its row."""
+        rows: list[dict[str, Any]] = []
+        if (path := self.folder / "metadata.csv").is_file():
+            with open(path, newline="") as f:
+                rows = list(csv.DictReader(f))
+        elif (path := self.folder / "metadata.jsonl").is_file():
+            rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        return {str(row["file_name"]): row for row in rows if row.get("file_name")}
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return len(self._names)
 
-    @overload
-    def __getitem__(self, number: int) -> Sample: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Sample]: ...
-    def __getitem__(self, number: int | slice) -> Sample | list[Sample]:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
-        if number < 0:
-            number += len(self)
-        if not 0 <= number < len(self):
-            raise IndexError(f"sample {number} of {len(self)}")
-        shard = bisect_right(self._ends, number)
-        tar = self._tars[shard]
-        samples = self._indexed(tar)
-        first = self._ends[shard - 1] if shard else 0
-        key, members = samples[number - first]
-        found = image_member(members)
-        if found is None or "json" not in members:
-            raise CorruptShard(f"{tar}: {key} lacks its image or its JSON")
-        with open(tar, "rb") as f:
-            caption = read_range(f, members["txt"]).decode() or None if "txt" in members else None
-            return Sample(key, read_range(f, found[1]), found[0], caption, json.loads(read_range(f, members["json"])))
+    def sample(self, number: int) -> Sample:
+        name, facts = self._names[number], self.facts(number)
+        data = (self.folder / name).read_bytes()
+        return Sample(name, data, Path(name).suffix.lower().lstrip("."), facts["caption"], facts)
+
+    def facts(self, number: int) -> dict[str, Any]:
+        name = self._names[number]
+        row = self._told.get(name, {})
+        caption = row.get("text") or row.get("caption")
+        beside = (self.folder / name).with_suffix(".txt")
+        if caption is None and beside.is_file():
+            caption = beside.read_text(errors="replace").strip() or None
+        return {**row, "key": name, "caption": caption}
+
+
+def open_samples(folder: str | Path) -> Numbered:
+    """The captioned pictures of a folder, whatever of the three kinds it is.
+
+    Raises UserError where there is no such folder, no picture in it, too few, or none with a caption.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder. A folder of packed shards, of tars or of images is expected.")
+    kind: type[Numbered] = Images
+    if (folder / "manifest.json").is_file():
+        kind = Samples
+    elif any(folder.glob("*.tar")):
+        kind = Tars
+    try:
+        samples = kind(folder)  # type: ignore[call-arg]
+    except CorruptShard as e:
+        raise UserError(f"{e}. Remove or replace that file.") from e
+    if not len(samples):
+        inner = sorted(folder.glob("shards/*/manifest.json"))
+        hint = f" Did you mean {inner[0].parent}?" if inner else ""
+        raise UserError(f"{folder} holds neither tars nor images.{hint}")
+    if len(samples) < LEAST:
+        raise UserError(f"{folder} holds {len(samples)} pictures: too few to train on, at least {LEAST} are needed")
+    if not any(samples.facts(i)["caption"] for i in range(len(samples))):
+        raise UserError(
+            f"none of the {len(samples)} pictures in {folder} has a caption. Captions are NAME.txt beside NAME.jpg, "
+            f"or a column `text` of metadata.csv or metadata.jsonl beside `file_name`."
+        )
+    return samples
+
+
+# ----------------------------------------------------------------------------------------------- ready for the model
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a step."""
+
+    keys: list[str]
+    slots: list[int]  # the place of each sample in the whole batch, over all ranks
+    images: Tensor  # (n, 3, h, w) float32 in [-1, 1]; or latents, (n, c, h / f, w / f)
+    latent: bool  # which of the two
+    tokens: Tensor  # (n, length) int64
+    cursor: tuple[int, int]  # (epoch, position) of the batch that comes after this one
+
+
+class Examples(Protocol):
+    """What a stream takes its batches from."""
+
+    latent: bool
+    bucket: Ints  # (n,): examples of one bucket have one shape
+
+    def __len__(self) -> int: ...
+    def load(self, number: int, dropped: bool = False) -> tuple[str, Tensor, Tensor]:
+        """(key, image or latents, tokens: of '' where the caption is dropped)."""
+        ...
+
+
+class Pictures:
+    """Samples decoded, scaled and cut to the model's size, their captions as token ids.
+
+    With `buckets` pictures keep about their aspect ratio: each goes to the nearest of diffusers' ladder of shapes with
+    about size * size pixels; shapes that fewer than `least` pictures have are given up. Without, all are square.
+    What is cut off is cut evenly on both sides.
+
+    Args:
+        samples: what `open_samples` gave.
+        tokenize: captions -> (n, length) int64.
+        size: pixels of a side; a multiple of `step`.
+    """
+
+    latent = False
+
+    def __init__(
+        self,
+        samples: Numbered,
+        tokenize: Callable[[list[str]], Tensor],
+        size: int,
+        *,
+        buckets: bool = False,
+        step: int = 8,
+        least: int = 1,
+    ) -> None:
+        self.samples = samples
+        self._tokenize = lru_cache(maxsize=4096)(lambda caption: tokenize([caption])[0])
+        self.shapes, self.bucket = [(size, size)], np.zeros(len(samples), np.int64)
+        if buckets:
+            self.shapes, self.bucket = _buckets([_shape(samples, i) for i in range(len(samples))], size, step, least)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def load(self, number: int, dropped: bool = False) -> tuple[str, Tensor, Tensor]:
+        """(key, (3, h, w) float32 in [-1, 1], tokens)."""
+        sample, (height, width) = self.samples[number], self.shapes[self.bucket[number]]
+        pixels = torch.from_numpy(fitted(decoded(sample, 2 * max(height, width)), height, width))
+        tokens = self._tokenize("" if dropped else sample.caption or "")
+        return sample.key, pixels.permute(2, 0, 1).float().div_(127.5).sub_(1), tokens
+
+
+def decoded(sample: Sample, min_side: int) -> npt.NDArray[np.uint8]:
+    """(h, w, 3), its short side at least `min_side` where the file has that. Raises UserError naming the sample."""
+    try:
+        return decode(sample.image, min_side=min_side)
+    except RowError as e:
+        raise UserError(f"the picture {sample.key} can't be read ({e}). Remove it, or curate the folder first.") from e
+
+
+def fitted(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
+    """(h, w, 3) scaled so that it just covers height x width, and the middle of it cut out."""
+    scale = max(height / pixels.shape[0], width / pixels.shape[1])
+    size = max(width, round(pixels.shape[1] * scale)), max(height, round(pixels.shape[0] * scale))
+    if size != (pixels.shape[1], pixels.shape[0]):
+        pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)  # type: ignore[assignment]
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    return np.ascontiguousarray(pixels[top : top + height, left : left + width])
+
+
+def _shape(samples: Numbered, number: int) -> tuple[int, int]:
+    facts = samples.facts(number)
+    if facts.get("width") and facts.get("height"):
+        return int(facts["height"]), int(facts["width"])
+    _, width, height = probe(samples[number].image)
+    return height, width
+
+
+def _buckets(shapes: list[tuple[int, int]], size: int, step: int, least: int) -> tuple[list[tuple[int, int]], Ints]:
+    """The shapes in use and the shape of each picture: the nearest in log aspect ratio that enough others share."""
+    from diffusers.training_utils import generate_aspect_ratio_buckets
+
+    ladder = generate_aspect_ratio_buckets(size, divisibility=step)
+    aspect = np.log([h / w for h, w in shapes])
+    while True:
+        far = np.abs(aspect[:, None] - np.log([h / w for h, w in ladder])[None])
+        nearest = far.argmin(1)
+        counts = np.bincount(nearest, minlength=len(ladder))
+        rare = [i for i in np.argsort(counts, kind="stable") if counts[i] < least]
+        if not rare or len(ladder) == 1:
+            used = np.flatnonzero(counts)
+            return [ladder[i] for i in used], np.searchsorted(used, nearest).astype(np.int64)
+        del ladder[int(rare[0])]
+
+
+# ------------------------------------------------------------------------------------------------------------- split
+
+
+def split(samples: Numbered, share: float = 0.1, most: int = 256) -> tuple[Ints, Ints]:
+    """(numbers to train on, numbers held out): no picture is held out of which a near-duplicate is trained on.
+
+    Near-duplicates are equal files and perceptual hashes within 4 of 64 bits; hashes are the column `phash` where there
+    is one, and computed otherwise. Which groups are held out follows from hashes of their keys: the same pictures give
+    the same split. At most `share` of the pictures and `most` of them; none where that is less than one.
+    """
+    count = min(most, int(share * len(samples)))
+    numbers = np.arange(len(samples))
+    if not count:
+        return numbers, numbers[:0]
+    with ThreadPoolExecutor() as pool:
+        told = list(pool.map(lambda i: _identity(samples, i), range(len(samples))))
+    keys, sha256, phash = zip(*told, strict=True)
+    groups = np.array(groups_of(keys, sha256=sha256, phash=phash).names)
+    names, sizes = np.unique(groups, return_counts=True)
+    held: set[str] = set()
+    room = count
+    for i in sorted(range(len(names)), key=lambda i: digest(["held out", str(names[i])])):
+        if sizes[i] <= room:
+            held.add(str(names[i]))
+            room -= int(sizes[i])
+        if not room:
+            break
+    out = np.isin(groups, list(held))
+    return numbers[~out], numbers[out]
+
+
+def _identity(samples: Numbered, number: int) -> tuple[str, str | None, str | None]:
+    facts = samples.facts(number)
+    phash = facts.get("phash") or perceptual_hash(decoded(samples[number], 32))
+    return str(facts.get("key", number)), facts.get("sha256"), phash
+
+
+def weights_of(samples: Numbered, column: str) -> npt.NDArray[np.float64]:
+    """How often each picture is drawn, (n,): in proportion to its score; without a score never.
+
+    Raises UserError where no picture has the column, or a score is negative.
+    """
+    told = [samples.facts(i).get(column) for i in range(len(samples))]
+    found = np.array([math.nan if s is None or s == "" else float(s) for s in told])
+    if np.isnan(found).all():
+        known = sorted(k for k, v in samples.facts(0).items() if isinstance(v, int | float))
+        raise UserError(
+            f"no picture in {samples.folder} has a number {column!r}; there are {', '.join(known) or 'none'}"
+        )
+    if (found < 0).any() or not np.nansum(found):
+        raise UserError(f"{column} goes down to {np.nanmin(found)}: as weights of sampling, scores must be positive")
+    return np.nan_to_num(found)
+
+
+# ------------------------------------------------------------------------------------------------------------ stream
+
+
+class Stream:
+    """The endless order of batches, and one rank's share of it.
+
+    An epoch is a seeded permutation of the chosen numbers, dealt into whole batches of one bucket each, in a seeded
+    order; the last batch of a bucket is filled up from its beginning. With `weights` each number comes as often in an
+    epoch as its share says, rounded up or down at random (systematic resampling). Rank r of n takes places r, r + n,
+    r + 2n ... of each batch: however many ranks there are, all of them together see the same batches.
+
+    Everything random is a function of (seed, epoch, position, place): the cursor is all there is to save.
+
+    Args:
+        examples: where pictures and tokens come from.
+        numbers: which of them.
+        batch: samples per step over all ranks; a multiple of the number of ranks.
+        drop: share of captions replaced by '', for classifier-free guidance (Ho and Salimans 2022).
+        workers: threads that read and decode.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        numbers: Ints,
+        *,
+        batch: int,
+        seed: int = 0,
+        drop: float = 0.1,
+        weights: npt.NDArray[np.float64] | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+        workers: int = 2,
+    ) -> None:
+        if batch < 1 or batch % ranks:
+            raise UserError(f"a batch of {batch} can't be shared evenly by {ranks} workers")
+        if not len(numbers):
+            raise UserError("there is no picture to train on")
+        self._examples, self._numbers, self._batch, self._seed, self._drop = examples, numbers, batch, seed, drop
+        self._weights = None if weights is None else weights[numbers] / weights[numbers].sum()
+        self._rank, self._ranks, self._workers = rank, ranks, max(1, workers)
+        self._plan = lru_cache(maxsize=2)(self.plan)
+
+    def plan(self, epoch: int) -> Ints:
+        """The batches of an epoch: (batches, batch) numbers."""
+        rng = np.random.default_rng([self._seed, epoch])
+        drawn = self._numbers
+        if self._weights is not None:
+            ends = np.cumsum(self._weights) * len(drawn)
+            until = np.floor(np.concatenate([[0.0], ends + rng.random()])).astype(np.int64)
+            drawn = np.repeat(drawn, until[1:] - until[:-1])
+        drawn = rng.permutation(drawn)
+        buckets = self._examples.bucket[drawn]
+        rows = []
+        for bucket in np.unique(buckets):
+            members = drawn[buckets == bucket]
+            rows.append(np.resize(members, (math.ceil(len(members) / self._batch), self._batch)))
+        return rng.permutation(np.concatenate(rows))
+
+    def batches(self, cursor: tuple[int, int] = (0, 0)) -> Generator[Batch]:
+        """This rank's share of every batch from the cursor (epoch, position) on, without end."""
+        epoch, position = cursor
+        with ThreadPoolExecutor(self._workers, thread_name_prefix="batches") as pool:
+            ahead: deque[Future[Batch]] = deque()
+            try:
+                while True:
+                    while len(ahead) < self._workers + 1:
+                        ahead.append(pool.submit(self._load, epoch, position))
+                        position += 1
+                        if position == len(self._plan(epoch)):
+                            epoch, position = epoch + 1, 0
+                    yield ahead.popleft().result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _load(self, epoch: int, position: int) -> Batch:
+        plan = self._plan(epoch)
+        slots = list(range(self._rank, self._batch, self._ranks))
+        numbers = [int(plan[position, slot]) for slot in slots]
+        dropped = np.random.default_rng([self._seed, epoch, position, 1]).random(self._batch) < self._drop
+        after = (epoch, position + 1) if position + 1 < len(plan) else (epoch + 1, 0)
+        loaded = [self._examples.load(n, bool(dropped[s])) for n, s in zip(numbers, slots, strict=True)]
+        return _batch(loaded, slots, self._examples.latent, after)
+
+
+def _batch(loaded: list[tuple[str, Tensor, Tensor]], slots: list[int], latent: bool, cursor: tuple[int, int]) -> Batch:
+    keys, images, tokens = zip(*loaded, strict=True)
+    return Batch(list(keys), slots, torch.stack(images), latent, torch.stack(tokens), cursor)
+
+
+def batches_of(examples: Examples, numbers: Ints, size: int) -> Iterator[Batch]:
+    """All of the numbers once, in order, captions kept: for held-out loss and precomputing. One bucket per batch."""
+    for bucket in np.unique(examples.bucket[numbers]):
+        members = numbers[examples.bucket[numbers] == bucket]
+        for start in range(0, len(members), size):
+            part = [int(n) for n in members[start : start + size]]
+            yield _batch([examples.load(n) for n in part], part, examples.latent, (0, 0))

@@ -1,0 +1,50 @@
+"""Small real pictures to train on, and the smallest model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from train.data import Pictures, Stream, open_samples, split
+from train.loop import LoopConfig, held_out, train
+from train.model import PRESETS, add_lora, load_model, new_model, tokenize
+from train.tasks import Denoise
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
+
+
+def make_pictures(folder: Path, count: int = 64) -> Path:
+    """A folder of PNG files, 24 x 24, discs of four colours, each with its caption beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        name = list(COLOURS)[i % 4]
+        picture = np.full((24, 24, 3), 255, np.uint8)
+        centre = [int(c) for c in rng.integers(4, 20, 2)]
+        cv2.circle(picture, centre, int(rng.integers(3, 8)), COLOURS[name], -1)
+        cv2.imwrite(str(folder / f"{i:03d}.png"), picture[:, :, ::-1])
+        (folder / f"{i:03d}.txt").write_text(f"a {name} disc")
+    return folder
+
+
+def small_run(
+    folder: Path, out: Path, world: Any = None, objective: str = "flow", start: Path | None = None, **settings: Any
+) -> Any:
+    """Training of the debug model on such a folder, or of a LoRA on the model `start`: the generator of records."""
+    config = LoopConfig(**{"steps": 10, "batch": 8, "lr": 2e-3, "log_every": 1, "ema": 0.99, **settings})
+    samples = open_samples(folder)
+    captions = [samples.facts(i)["caption"] or "" for i in range(len(samples))]
+    if start is None:
+        pipeline = new_model("debug", captions, objective)
+    else:
+        pipeline = load_model(start)
+        add_lora(pipeline)
+    examples = Pictures(samples, lambda c: tokenize(pipeline, c), PRESETS["debug"].size)
+    rank, ranks = (world.rank, world.size) if world else (0, 1)
+    chosen, kept_apart = split(samples, 0.2)
+    stream = Stream(examples, chosen, batch=config.batch, rank=rank, ranks=ranks)
+    held = held_out(examples, kept_apart)
+    return train(Denoise(pipeline), stream, config, out, held=held, prompts=["a red disc"], seeds=[0, 1], world=world)

@@ -1,0 +1,70 @@
+"""Precomputed latents are what training would compute, and know what they were made with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from curate.store import UserError
+from tests.small_train import make_pictures
+from train.data import Numbered, Pictures, Stream, open_samples
+from train.latents import Latents, precompute
+from train.model import PRESETS, new_model, tokenize
+from train.tasks import Denoise
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Numbered:
+    return open_samples(make_pictures(tmp_path_factory.mktemp("pictures"), 50))
+
+
+@pytest.fixture(scope="module")
+def pipeline(samples: Numbered) -> Any:
+    small = replace(PRESETS["debug"], vae=(16, 16), factor=2, latents=4)
+    return new_model(small, [str(s.caption) for s in samples])
+
+
+def test_the_loss_from_latents_is_that_from_pictures(pipeline: Any, samples: Numbered, tmp_path: Path) -> None:
+    pictures = Pictures(samples, lambda c: tokenize(pipeline, c), 16)
+    latents = precompute(pipeline, pictures, np.arange(50), tmp_path / "latents", shard_size=20)
+    assert sorted(p.name for p in (tmp_path / "latents").glob("*.safetensors")) == [
+        f"{i:05d}.safetensors" for i in range(3)
+    ]
+    assert len(latents) == 50
+    task = Denoise(pipeline)
+    one, other = (Stream(e, np.arange(50), batch=8, seed=1).batches() for e in (pictures, latents))
+    for step in range(4):
+        a, b = next(one), next(other)
+        assert a.keys == b.keys and torch.equal(a.tokens, b.tokens) and not a.latent and b.latent
+        assert b.images.shape == (8, 4, 8, 8)
+        assert torch.allclose(task.losses(a, 0, step), task.losses(b, 0, step), rtol=2e-3)
+
+
+def test_they_are_made_once_and_again_when_something_changed(pipeline: Any, samples: Numbered, tmp_path: Path) -> None:
+    pictures = Pictures(samples, lambda c: tokenize(pipeline, c), 16)
+
+    def written() -> int:
+        precompute(pipeline, pictures, np.arange(20), tmp_path)
+        return (tmp_path / "00000.safetensors").stat().st_mtime_ns
+
+    first = written()
+    assert written() == first
+    with torch.no_grad():
+        pipeline.vae.encoder.conv_in.weight.mul_(1.01)
+    assert written() > first
+
+
+def test_a_folder_that_is_not_whole_is_refused(pipeline: Any, samples: Numbered, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no precomputed latents"):
+        Latents(tmp_path)
+    pictures = Pictures(samples, lambda c: tokenize(pipeline, c), 16)
+    precompute(pipeline, pictures, np.arange(20), tmp_path)
+    path = tmp_path / "00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"00000\.safetensors is missing or cut"):
+        Latents(tmp_path)

@@ -1,0 +1,345 @@
+"""The loop: the same numbers as diffusers' own, through kills, over ranks and however a batch is cut."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from curate.store import DiskFull, UserError
+from tests.small_train import make_pictures, small_run
+from train import checkpoint
+from train.data import Pictures, Stream, batches_of, open_samples, split
+from train.loop import Diverged, Ema, LoopConfig, held_out, learning_rate, line, train
+from train.model import PRESETS, encode_images, load_model, new_model, tokenize
+from train.tasks import Denoise, Reconstruct, draw, fit_scale, psnr
+from train.world import Distributed
+
+
+def run(pictures: Path, out: Path, said: Any, settings: dict[str, Any]) -> None:
+    """In a process of its own: train, and send each step's number when it is done."""
+    torch.set_num_threads(1)
+    for record in small_run(pictures, out, **settings):
+        said.send(record["step"])
+
+
+def start(processes: Any, pictures: Path, out: Path, **settings: Any) -> tuple[Any, Any]:
+    """(process, the end of a pipe on which its steps arrive)."""
+    here, there = processes.Pipe(duplex=False)
+    process = processes.Process(target=run, args=(pictures, out, there, settings))
+    process.start()
+    there.close()
+    return process, here
+
+
+def steps(said: Any) -> Iterator[int]:
+    with contextlib.suppress(EOFError):
+        while True:
+            yield said.recv()
+
+
+@pytest.fixture(scope="module")
+def processes() -> Any:
+    """Clean processes that need not import torch and diffusers again."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            "tests.small_train",
+            "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+            "transformers.models.clip",
+        ]
+    )
+    return context
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    records = [json.loads(text) for text in (folder / "log.jsonl").read_text().splitlines()]
+    return [(r["step"], r["loss"]) for r in records]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    there = checkpoint.checkpoints(folder)
+    state = torch.load(there[max(there)] / "trainer.pt", weights_only=True)
+    return {f"{k}{i}": t for k in ("raw", "mean") for i, t in enumerate(state[k])}
+
+
+@pytest.mark.parametrize("objective", ["flow", "v", "eps"])
+def test_the_loss_is_that_of_a_loop_written_by_hand_with_diffusers(pictures: Path, objective: str) -> None:
+    from diffusers import DDPMScheduler
+
+    samples = open_samples(pictures)
+    pipeline = new_model("debug", ["a red disc"] * 4, objective)
+    examples = Pictures(samples, lambda c: tokenize(pipeline, c), 16)
+    batch = next(Stream(examples, np.arange(len(samples)), batch=8).batches())
+    task = Denoise(pipeline)
+    ours = task.losses(batch, seed=3, step=5)
+
+    rngs = [np.random.default_rng([3, 5, slot]) for slot in range(8)]
+    t = torch.tensor([task.objective.draw(r) for r in rngs], dtype=torch.float32)
+    noise = torch.from_numpy(np.stack([r.standard_normal((3, 16, 16), dtype=np.float32) for r in rngs]))
+    with torch.no_grad():
+        latents = pipeline.vae.encode(batch.images).latent_dist.mean * pipeline.vae.config.scaling_factor
+    if objective == "flow":
+        sigma = (t / 1000).view(-1, 1, 1, 1)
+        x_t, target = sigma * noise + (1 - sigma) * latents, noise - latents
+    else:
+        scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        x_t = scheduler.add_noise(latents, noise, t.long())
+        target = noise if objective == "eps" else scheduler.get_velocity(latents, noise, t.long())
+    states = pipeline.text_encoder(batch.tokens, return_dict=False)[0]
+    said = pipeline.unet(x_t, t.long() if objective != "flow" else t, states).sample
+    theirs = torch.nn.functional.mse_loss(said.float(), target.float(), reduction="mean")
+    assert abs(ours.mean().item() - theirs.item()) < 1e-6
+    ours.mean().backward()
+    mine = pipeline.unet.conv_in.weight.grad.clone()
+    pipeline.unet.zero_grad()
+    theirs.backward()
+    assert torch.allclose(mine, pipeline.unet.conv_in.weight.grad, atol=1e-6)
+
+
+def test_a_run_learns_and_leaves_what_it_promises(pictures: Path, tmp_path: Path) -> None:
+    settings = {"steps": 45, "batch": 16, "log_every": 15, "save_every": 15, "keep": 1}
+    records = list(small_run(pictures, tmp_path, **settings))
+    assert [r["step"] for r in records] == [15, 30, 45]
+    held = [r["held_out"]["ema"] for r in records]
+    assert records[-1]["loss"] < 0.6 * records[0]["loss"] and held[-1] < 0.7 * held[0]
+    for r in records:
+        assert r["img_s"] > 0 and r["tflop_s"] > 0 and 0 <= r["data_wait"] < 1 and r["memory_gb"] > 0.1
+        assert r["mfu"] is None and Image.open(r["samples"]).size == (32, 16)
+    assert records[-1]["eta_s"] == 0 and records[-1]["epoch"] == 45 * 16 // 64  # 52 pictures fill 4 batches
+    said = line(records[-1])
+    assert said.startswith("step 45/45  loss ") and "img/s" in said and "data-wait" in said and "\n" not in said
+    assert [json.loads(t) for t in (tmp_path / "log.jsonl").read_text().splitlines()] == records
+    assert list(checkpoint.checkpoints(tmp_path)) == [45] and checkpoint.best(tmp_path) is not None
+    # the pipeline holds the average, not the raw weights
+    state = torch.load(tmp_path / "checkpoints" / "000045" / "trainer.pt", weights_only=True)
+    unet = load_model(tmp_path / "checkpoints" / "000045" / "pipeline").unet
+    first = next(unet.parameters())
+    assert torch.equal(first, state["mean"][0]) and not torch.equal(first, state["raw"][0])
+
+
+def test_a_lora_is_trained_and_checkpointed_on_top_of_a_model(pictures: Path, tmp_path: Path) -> None:
+    first = list(small_run(pictures, tmp_path / "base", steps=2))[-1]["held_out"]["ema"]
+    base = tmp_path / "base" / "checkpoints" / "000002" / "pipeline"
+    records = list(small_run(pictures, tmp_path / "lora", start=base, steps=30, log_every=15))
+    assert records[-1]["held_out"]["ema"] < first - 0.05 and records[1]["loss"] < records[0]["loss"]
+    saved = tmp_path / "lora" / "checkpoints" / "000030"
+    assert sorted(p.name for p in saved.iterdir()) == ["lora", "record.json", "trainer.pt"]
+    plain, dressed = load_model(base), load_model(base)
+    dressed.load_lora_weights(saved / "lora")
+    one, other = (np.array(draw(p, ["a red disc"], [0], steps=4)[0]) for p in (plain, dressed))
+    assert not np.array_equal(one, other)
+
+
+def test_an_autoencoder_learns_to_reproduce_by_the_same_loop(pictures: Path, tmp_path: Path) -> None:
+    samples = open_samples(pictures)
+    small = replace(PRESETS["debug"], vae=(16, 16), factor=2, latents=4)
+    pipeline = new_model(small, ["a red disc"] * 4)
+    examples = Pictures(samples, lambda c: tokenize(pipeline, c), 16)
+    chosen, apart = split(samples, 0.2)
+    config = LoopConfig(steps=60, batch=16, lr=3e-3, ema=0.9, log_every=30, warmup=10)
+    task = Reconstruct(pipeline)
+    records = list(train(task, Stream(examples, chosen, batch=16), config, tmp_path, held=held_out(examples, apart)))
+    assert psnr(records[-1]["held_out"]["ema"]) > 15
+    assert records[-1]["loss"] < 0.6 * records[0]["loss"]
+    batch = next(batches_of(examples, chosen, 32))
+    scale = fit_scale(pipeline, batch)
+    assert encode_images(pipeline.vae, batch.images).std().item() == pytest.approx(1, abs=1e-4) and scale > 0
+    saved = type(pipeline.vae).from_pretrained(tmp_path / "checkpoints" / "000060" / "vae")
+    assert torch.equal(next(saved.parameters()), next(pipeline.vae.parameters()))  # the average, in both
+
+
+def test_the_best_is_kept_beside_the_last(tmp_path: Path) -> None:
+    def fill(path: Path) -> None:
+        (path / "pipeline").mkdir()
+        (path / "pipeline" / "weights").write_bytes(b"x" * 100)
+
+    for step, loss in ((1, 0.5), (2, 0.2), (3, 0.3), (4, 0.4), (5, 0.6)):
+        checkpoint.save(tmp_path, step, fill, {"step": step}, {"config": {}, "held_out": {"ema": loss}}, keep=2)
+    assert list(checkpoint.checkpoints(tmp_path)) == [2, 4, 5]
+    assert checkpoint.best(tmp_path) == tmp_path / "checkpoints" / "000002"
+    (tmp_path / "checkpoints" / "000005" / "pipeline" / "weights").write_bytes(b"x")  # cut
+    assert list(checkpoint.checkpoints(tmp_path)) == [2, 4]
+    state = checkpoint.load_state(tmp_path, {})
+    assert state is not None and state["step"] == 4
+
+
+def test_other_settings_do_not_go_on_with_a_run(pictures: Path, tmp_path: Path) -> None:
+    list(small_run(pictures, tmp_path, steps=2))
+    with pytest.raises(UserError, match=r"trained otherwise \(lr: 0.002 then, 0.01 now\)"):
+        list(small_run(pictures, tmp_path, steps=2, lr=0.01))
+
+
+@pytest.mark.parametrize("half", [10, pytest.param(50, marks=pytest.mark.long)])
+def test_half_a_run_a_kill_and_the_other_half_are_one_run_bit_for_bit(
+    half: int, pictures: Path, tmp_path: Path, processes: Any
+) -> None:
+    """Killed between two checkpoints, so that some steps are done twice."""
+    settings = {"steps": 2 * half, "batch": 4, "save_every": half}
+    whole, _ = start(processes, pictures, tmp_path / "whole", **settings)
+    process, said = start(processes, pictures, tmp_path / "killed", **settings)
+    for step in steps(said):
+        if step == half + 4:
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert list(checkpoint.checkpoints(tmp_path / "killed")) == [half]
+    assert losses(tmp_path / "killed")[-1][0] >= half + 4
+    process, said = start(processes, pictures, tmp_path / "killed", **settings)
+    assert next(steps(said)) == half + 1
+    process.join()
+    whole.join()
+    assert whole.exitcode == process.exitcode == 0
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 2 * half
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.long
+def test_a_run_that_is_killed_anywhere_always_goes_on(pictures: Path, tmp_path: Path, processes: Any) -> None:
+    """Checkpoints at every second step, kills at random times until the run is through; the same curve in the end."""
+    settings = {"steps": 60, "batch": 4, "save_every": 2}
+    whole, _ = start(processes, pictures, tmp_path / "whole", **settings)
+    whole.join()
+    rng = np.random.default_rng(0)
+    for _attempt in range(60):
+        process, said = start(processes, pictures, tmp_path / "killed", **settings)
+        next(steps(said), None)
+        time.sleep(float(rng.uniform(0, 4)))
+        process.kill()
+        process.join()
+        for path in (tmp_path / "killed" / "checkpoints").glob("[0-9]*"):
+            load_model(path / "pipeline")
+        if 60 in checkpoint.checkpoints(tmp_path / "killed"):
+            break
+    assert _attempt > 2
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_micro_batches_change_nothing(pictures: Path, tmp_path: Path) -> None:
+    one = [r["loss"] for r in small_run(pictures, tmp_path / "a", steps=4)]
+    other = [r["loss"] for r in small_run(pictures, tmp_path / "b", steps=4, micro_batch=3, checkpointing=True)]
+    assert np.allclose(one, other, atol=1e-5)
+
+
+def rank(rank: int, store: Path, pictures: Path, out: Path) -> None:
+    """One of two workers."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    list(small_run(pictures, out, world=Distributed(), steps=6, batch=16))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_workers_make_the_model_that_one_makes_with_the_doubled_batch(
+    pictures: Path, tmp_path: Path, processes: Any
+) -> None:
+    arguments = (tmp_path / "store", pictures, tmp_path / "two")
+    ranks = [processes.Process(target=rank, args=(r, *arguments)) for r in range(2)]
+    for process in ranks:
+        process.start()
+    list(small_run(pictures, tmp_path / "one", steps=6, batch=16))
+    for process in ranks:
+        process.join()
+    assert [p.exitcode for p in ranks] == [0, 0]
+    assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=1e-5)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert max(float((one[k] - two[k]).abs().max()) for k in one) < 1e-5
+
+
+def test_a_run_that_diverges_stops_with_the_keys_of_its_batch(pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"Samples \d\d\d.png") as told:
+        list(small_run(pictures, tmp_path, steps=50, lr=1e30, warmup=0, clip=1e30))
+    step = int(str(told.value).split()[1].strip(":"))
+    keys = json.loads((tmp_path / "diverged-0.json").read_text())["keys"]
+    assert len(keys) == 8 and all((pictures / k).is_file() for k in keys)
+    assert [s for s, _ in losses(tmp_path)] == list(range(1, step))  # and none after
+
+
+def test_the_average_warms_up() -> None:
+    p = torch.nn.Parameter(torch.zeros(3))
+    ema = Ema([p], 0.9)
+    mean = np.zeros(3)
+    for step in range(1, 200):
+        with torch.no_grad():
+            p += 1
+        ema.update(step)
+        mean += (1 - min(0.9, (1 + step) / (10 + step))) * (step - mean)
+    assert np.allclose(ema.mean[0].numpy(), mean, rtol=1e-5) and not np.allclose(mean, 199)
+    with ema.applied():
+        assert np.allclose(p.detach().numpy(), mean, rtol=1e-5)
+    assert float(p.detach()[0]) == 199
+
+
+def test_the_learning_rate_is_a_function_of_the_step() -> None:
+    config = LoopConfig(steps=100, batch=8, lr=1.0, warmup=10)
+    rates = [learning_rate(config, s) for s in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(1) and rates[99] < 0.001
+    assert rates[55] == pytest.approx(0.5)
+    constant = LoopConfig(steps=100, batch=8, lr=1.0, warmup=10, schedule="constant")
+    assert learning_rate(constant, 99) == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 120 MB of its own, or a skip where none may be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120m", "tmpfs", disk]).returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_disk_too_small_for_checkpoints_is_told_before_the_first_step(pictures: Path, small_disk: Path) -> None:
+    (small_disk / "ballast").write_bytes(bytes(40 << 20))
+    with pytest.raises(DiskFull, match=r"has \d+ MB free, and \d+ MB are needed"):
+        next(small_run(pictures, small_disk / "model"))
+    assert not list((small_disk / "model").iterdir())
+
+
+def test_a_disk_that_fills_up_leaves_whole_checkpoints_to_go_on_from(
+    pictures: Path, tmp_path: Path, small_disk: Path
+) -> None:
+    settings = {"steps": 6, "save_every": 2}
+    list(small_run(pictures, tmp_path / "whole", **settings))
+    records = small_run(pictures, small_disk / "model", **settings)
+    while next(records)["step"] < 3:
+        pass
+    ballast = small_disk / "ballast"
+    with open(ballast, "wb") as f:
+        os.posix_fallocate(f.fileno(), 0, shutil.disk_usage(small_disk).free - 1_000_000)
+    with pytest.raises(DiskFull, match="goes on where it stopped"):
+        list(records)
+    assert list(checkpoint.checkpoints(small_disk / "model")) == [2]
+    assert [p.name for p in (small_disk / "model" / "checkpoints").iterdir()] == ["000002"]
+    ballast.unlink()
+    list(small_run(pictures, small_disk / "model", **settings))
+    assert losses(small_disk / "model") == losses(tmp_path / "whole")
+
+
+def test_settings_that_make_no_sense_are_refused() -> None:
+    wrong: list[dict[str, Any]] = [{"steps": 0}, {"batch": 0}, {"schedule": "linear"}, {"ema": 1.0}, {"lr": 0.0}]
+    for settings in wrong:
+        with pytest.raises(UserError, match=r"train\." + next(iter(settings))):
+            LoopConfig(**{"steps": 1, "batch": 1, **settings})

@@ -1,0 +1,128 @@
+"""Checkpoints that are whole or absent: a folder is written under a hidden name, flushed to the disk and renamed.
+
+MODEL/checkpoints/000400/pipeline/     the averaged weights, as any diffusers client loads them
+                                       (of a LoRA: lora/; of an autoencoder: vae/)
+                         trainer.pt    raw and averaged weights, optimizer, cursor: what training goes on from
+                         record.json   step, held-out loss, configuration; the length of every file
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from curate.store import UserError, check_space, read_json, scratch_path, told, write_json
+
+
+def save(
+    folder: Path,
+    step: int,
+    write_weights: Callable[[Path], None],
+    state: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    *,
+    keep: int = 2,
+) -> Path:
+    """Write the checkpoint of a step, then remove all but the last `keep` and the best.
+
+    The best has the lowest `facts["held_out"]["ema"]`. `write_weights` adds to the folder that it is given.
+    Raises DiskFull; what was there before stays.
+    """
+    path = folder / "checkpoints" / f"{step:06d}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = scratch_path(path)
+    try:
+        scratch.mkdir()
+        write_weights(scratch)
+        torch.save(dict(state), scratch / "trainer.pt")
+        files = {str(p.relative_to(scratch)): p.stat().st_size for p in sorted(scratch.rglob("*")) if p.is_file()}
+        write_json(scratch / "record.json", {**facts, "step": step, "files": files})
+        for part in [*scratch.rglob("*"), scratch]:
+            _flush(part)
+        if path.exists():
+            _remove(path)
+        scratch.rename(path)
+        _flush(path.parent)
+    except OSError as e:
+        raise told(e, folder) from e
+    except Exception as e:  # torch and safetensors wrap a full disk in errors of their own
+        check_space(folder)
+        raise e
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    _prune(folder, keep)
+    return path
+
+
+def _flush(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _remove(path: Path) -> None:
+    """Out of sight at once, then gone."""
+    scratch = scratch_path(path)
+    path.rename(scratch)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """The whole checkpoints of a model, by step."""
+    found = {}
+    for path in sorted((folder / "checkpoints").glob("[0-9]*")):
+        record = read_json(path / "record.json")
+        if isinstance(record, dict) and all(
+            (path / name).is_file() and (path / name).stat().st_size == size for name, size in record["files"].items()
+        ):
+            found[int(record["step"])] = path
+    return dict(sorted(found.items()))
+
+
+def best(folder: Path) -> Path | None:
+    """The checkpoint with the lowest held-out loss of the averaged weights; the last one where none was measured."""
+    there = checkpoints(folder)
+    measured = {s: (read_json(p / "record.json").get("held_out") or {}).get("ema") for s, p in there.items()}
+    known = {s: float(loss) for s, loss in measured.items() if loss is not None}
+    chosen = min(known, key=lambda s: known[s]) if known else max(there, default=None)
+    return None if chosen is None else there[chosen]
+
+
+def _prune(folder: Path, keep: int) -> None:
+    for leftover in (folder / "checkpoints").glob(".*.tmp"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    there = checkpoints(folder)
+    kept = {*list(there)[-max(1, keep) :]}
+    good = best(folder)
+    for step, path in there.items():
+        if step not in kept and path != good:
+            _remove(path)
+
+
+def load_state(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the last whole checkpoint holds for going on, or None where there is none.
+
+    Raises UserError where it was made with another configuration, naming what differs.
+    """
+    there = checkpoints(folder)
+    if not there:
+        return None
+    path = there[max(there)]
+    then = read_json(path / "record.json")["config"]
+    other = [
+        f"{k}: {then.get(k)} then, {config.get(k)} now" for k in {**then, **config} if then.get(k) != config.get(k)
+    ]
+    if other:
+        raise UserError(
+            f"{folder} holds a model that was trained otherwise ({'; '.join(other)}). "
+            f"Give the same settings to go on with it, or another --out."
+        )
+    state: dict[str, Any] = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
+    return state

@@ -1,0 +1,311 @@
+"""A text-to-image model as a diffusers StableDiffusionPipeline: built small from a preset, or loaded to go on with.
+
+UNet2DConditionModel + CLIPTextModel + AutoencoderKL + CLIPTokenizer. What `save_pretrained` writes, any diffusers
+client loads. Presets name models, not machines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from curate.store import UserError
+from train.objective import new_scheduler
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A model by its numbers."""
+
+    size: int  # pixels of a side
+    latents: int  # channels of what is denoised
+    factor: int  # pixels of a side per latent; 1: the pixels themselves, held in an AutoencoderKL
+    vae: tuple[int, ...] = ()  # channels of the autoencoder, finest first: one more than halvings; (): `pixel_vae`
+    unet: tuple[int, ...]  # channels of the UNet, finest first
+    attends: tuple[bool, ...]  # which of its levels look at the text
+    layers: int = 1  # residual blocks per level
+    heads: int = 4
+    text: int  # width of the text encoder
+    text_layers: int
+    tokens: int  # of a prompt at most, with start and end
+    vocabulary: int  # of the tokenizer at most: 514 bytes and marks, the rest learnt from the captions
+    shift: float = 1.0  # of flow's times towards noise: for many pixels or latents
+    lr: float  # AdamW's, which this model is known to take
+    batch: int
+    steps: int
+    more: dict[str, Any] = field(default_factory=dict)  # of the UNet's configuration
+
+
+PRESETS = {
+    # seconds: what tests and a first try need
+    "debug": Preset(
+        size=16, latents=3, factor=1, unet=(16, 32), attends=(False, True), heads=2,
+        text=32, text_layers=1, tokens=16, vocabulary=1000, lr=2e-3, batch=16, steps=200,
+    ),
+    # a CPU, minutes: pixels, for an autoencoder would not be good before the minutes are over
+    "tiny": Preset(
+        size=32, latents=3, factor=1, unet=(8, 32, 64, 128), attends=(False, False, True, True),
+        text=64, text_layers=2, tokens=16, vocabulary=2000, shift=3.0, lr=2e-3, batch=32, steps=1000,
+    ),
+    # a GPU, ten minutes
+    "small-64": Preset(
+        size=64, latents=4, factor=4, vae=(64, 128, 128), unet=(192, 384, 384), attends=(True, True, True), layers=2,
+        heads=6, text=384, text_layers=4, tokens=32, vocabulary=8192, lr=5e-4, batch=256, steps=5000,
+    ),
+    # a GPU, an hour
+    "base-128": Preset(
+        size=128, latents=4, factor=8, vae=(64, 128, 256, 256), unet=(256, 512, 768), attends=(True, True, True),
+        layers=2, heads=8, text=384, text_layers=6, tokens=48, vocabulary=16384, lr=3e-4, batch=512, steps=20000,
+    ),
+    # Stable Diffusion 1.5 by its published configuration: 860 M + 123 M + 84 M parameters
+    "sd15": Preset(
+        size=512, latents=4, factor=8, vae=(128, 256, 512, 512), unet=(320, 640, 1280, 1280),
+        attends=(True, True, True, False), layers=2, heads=8, text=768, text_layers=12, tokens=77, vocabulary=49408,
+        lr=1e-4, batch=2048, steps=500_000,
+    ),
+}  # fmt: skip
+
+
+def new_model(preset: Preset | str, captions: Iterable[str], objective: str = "flow", seed: int = 0) -> Any:
+    """A StableDiffusionPipeline of random weights, its tokenizer trained on the captions; the same for the same seed.
+
+    Where the preset has an autoencoder of its own, it is random too and must be trained first (`tasks.Reconstruct`).
+    """
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    p = PRESETS[preset] if isinstance(preset, str) else preset
+    tokenizer = train_tokenizer(captions, p.vocabulary, p.tokens)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer), hidden_size=p.text, intermediate_size=4 * p.text, projection_dim=p.text,
+                num_hidden_layers=p.text_layers, num_attention_heads=max(1, p.text // 64),
+                max_position_embeddings=p.tokens, bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            )
+        )  # fmt: skip
+        if p.vae:
+            vae = AutoencoderKL(
+                block_out_channels=p.vae, layers_per_block=1 if p.size < 512 else 2, latent_channels=p.latents,
+                down_block_types=("DownEncoderBlock2D",) * len(p.vae),
+                up_block_types=("UpDecoderBlock2D",) * len(p.vae),
+                norm_num_groups=math.gcd(32, p.vae[0] // 2), sample_size=p.size,
+                mid_block_add_attention=p.size >= 512, scaling_factor=0.18215 if p.size >= 512 else 1.0,
+            )  # fmt: skip
+        else:
+            vae = pixel_vae(p.size)
+        unet = UNet2DConditionModel(
+            sample_size=p.size // p.factor, in_channels=p.latents, out_channels=p.latents, block_out_channels=p.unet,
+            down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in p.attends],
+            up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(p.attends)],
+            layers_per_block=p.layers, cross_attention_dim=p.text, attention_head_dim=p.heads,
+            norm_num_groups=math.gcd(32, p.unet[0] // 2), **p.more,
+        )  # fmt: skip
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=new_scheduler(objective, p.shift),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def train_tokenizer(captions: Iterable[str], vocabulary: int, tokens: int) -> Any:
+    """A CLIPTokenizer whose byte-pair merges come from these captions.
+
+    Laid out as CLIP's own: 256 bytes, the same bytes at a word's end, merges, start and end. So any text can be written
+    in it, also in words that no caption had.
+
+    Args:
+        vocabulary: entries at most (at least 514).
+        tokens: the length that prompts are cut or padded to, start and end included.
+    """
+    from tokenizers import pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    basis = [*letters, *(c + "</w>" for c in letters)]
+    marks = [START, END]
+    # a tokenizer without merges brings CLIP's normalizer and word pattern, so that training and use cut words alike
+    empty = CLIPTokenizer(vocab={t: i for i, t in enumerate([*basis, *marks])}, merges=[])
+    trainer = trainers.BpeTrainer(
+        vocab_size=max(0, vocabulary - len(marks)), initial_alphabet=letters, end_of_word_suffix="</w>",
+        min_frequency=2, show_progress=False,
+    )  # fmt: skip
+    learner = copy.deepcopy(empty.backend_tokenizer)
+    learner.train_from_iterator(captions, trainer)
+    merges = _merges(learner)[: max(0, vocabulary - len(basis) - len(marks))]
+    vocab = {t: i for i, t in enumerate(dict.fromkeys([*basis, *(a + b for a, b in merges), *marks]))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=tokens)
+
+
+def _merges(tokenizer: Any) -> list[Any]:
+    return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+
+def pixel_vae(size: int) -> Any:
+    """An AutoencoderKL that changes nothing: latents are the pixels, and decode(encode(x)) is x within fp32's rounding.
+
+    So a model of pixels is a StableDiffusionPipeline like any other. Each value is carried as the pair (x, -x): their
+    mean is 0, they are so small beside the epsilon of GroupNorm that it only multiplies by a constant, and
+    silu(x) - silu(-x) = x. (The same with a patch transform, several pixels a latent, can't be had in this class: the
+    decoder repeats pixels and convolves, and no convolution after that can make a row of +1, -1, +1, -1.) fp32 and
+    bf16 only: the small values vanish in fp16.
+    """
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(
+        block_out_channels=(6,), layers_per_block=1, latent_channels=3, norm_num_groups=1, sample_size=size,
+        down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+        mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.0,
+    )  # fmt: skip
+    tiny = 1e-7
+    pair = torch.cat([torch.eye(3), -torch.eye(3)])
+    with torch.no_grad():
+        for module in vae.modules():
+            if type(module).__name__ == "ResnetBlock2D":  # x + 0
+                module.conv2.weight.zero_()
+                module.conv2.bias.zero_()
+        for part, out in ((vae.encoder, 6), (vae.decoder, 3)):
+            for conv in (part.conv_in, part.conv_out):
+                conv.weight.zero_()
+                conv.bias.zero_()
+            part.conv_in.weight[:, :, 1, 1] = tiny * pair
+            part.conv_norm_out.weight.fill_(part.conv_norm_out.eps**0.5 / tiny)
+            part.conv_out.weight[:3, :, 1, 1] = pair.T
+            part.conv_out.bias[3:out] = -30.0  # log variance of the latents: as good as none
+    return vae.requires_grad_(False)
+
+
+def load_model(name: str | Path) -> Any:
+    """The StableDiffusionPipeline in a folder, or under a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5.
+
+    Weights are fp32. Raises UserError, saying what to do, where there is none or the hub can't be reached.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    folder = Path(name)
+    here = folder.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") != 1
+    if here and not (folder / "model_index.json").is_file():
+        inner = sorted(folder.glob("checkpoints/*/pipeline")) if folder.is_dir() else []
+        hint = f" Did you mean {inner[-1]}?" if inner else " A folder with model_index.json is expected, or a hub id."
+        raise UserError(f"{name} holds no diffusers pipeline.{hint}")
+    try:
+        with no_bars():
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                str(name), dtype=torch.float32, safety_checker=None, requires_safety_checker=False
+            )
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        if here:
+            raise UserError(f"{name} could not be loaded: {e}") from e
+        raise UserError(
+            f"the model {name} is neither a folder here nor could it be had from the Hugging Face hub "
+            f"({str(e).splitlines()[0]}). Where the hub is blocked, download it elsewhere (`hf download {name}`) and "
+            f"give the folder, or set HF_ENDPOINT to a mirror."
+        ) from e
+    missing = [
+        n for n in ("vae", "text_encoder", "tokenizer", "unet", "scheduler") if getattr(pipeline, n, None) is None
+    ]
+    if missing:
+        raise UserError(f"{name} is no whole text-to-image pipeline: {', '.join(missing)} missing")
+    return pipeline
+
+
+LORA = ("to_q", "to_k", "to_v", "to_out.0")
+"""What a LoRA changes: the projections of every attention layer, as diffusers' own LoRA training does."""
+
+
+def add_lora(pipeline: Any, rank: int = 8, seed: int = 0) -> None:
+    """Freeze the UNet and add low-rank matrices beside its attention projections, which alone are trained then.
+
+    Hu et al. 2021 (arXiv 2106.09685): W + B A with A random and B zero, so that nothing changes at first; scale 1.
+    """
+    from peft import LoraConfig
+
+    pipeline.unet.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline.unet.add_adapter(
+            LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(LORA))
+        )
+
+
+def has_lora(pipeline: Any) -> bool:
+    """Whether the UNet carries low-rank matrices."""
+    return bool(getattr(pipeline.unet, "peft_config", None))
+
+
+def save_lora(pipeline: Any, folder: Path) -> None:
+    """Write the LoRA in diffusers' format; `pipeline.load_lora_weights(folder)` puts it on any pipeline of its kind."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+
+
+@contextlib.contextmanager
+def no_bars() -> Iterator[None]:
+    """Without the progress bars that diffusers and transformers draw while they load and save."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    were = [(log, log.is_progress_bar_enabled()) for log in (diffusers_logging, transformers_logging)]
+    for log, _ in were:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, was in were:
+            if was:
+                log.enable_progress_bar()
+
+
+def size_step(pipeline: Any) -> int:
+    """Image sides must be multiples of this: the autoencoder's factor times the UNet's."""
+    return pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+
+
+def default_size(pipeline: Any) -> int:
+    """The side in pixels that the pipeline draws without being told."""
+    return int(pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
+
+
+def check_size(pipeline: Any, size: int) -> None:
+    """Raise UserError where images of this side do not fit the model."""
+    step = size_step(pipeline)
+    if size < step or size % step:
+        near = max(step, round(size / step) * step)
+        raise UserError(f"size {size} does not fit this model: sides are multiples of {step}. {near} would do.")
+
+
+def tokenize(pipeline: Any, captions: list[str]) -> torch.Tensor:
+    """(n, tokens) int64, padded and cut as the pipeline itself does with prompts."""
+    tokens = pipeline.tokenizer(
+        captions, padding="max_length", max_length=pipeline.tokenizer.model_max_length, truncation=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    return tokens.input_ids
+
+
+@torch.no_grad()
+def encode_images(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Latents (n, c, h, w) of pixels (n, 3, H, W) in [-1, 1]: the mean of the posterior times the scaling factor."""
+    latents: torch.Tensor = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+    return latents
+
+
+def parameters(modules: Iterable[nn.Module]) -> int:
+    """How many numbers the modules hold."""
+    return sum(p.numel() for m in modules for p in m.parameters())

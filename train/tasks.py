@@ -1,0 +1,219 @@
+"""What is learnt: to remove noise (the model itself), or to reproduce an image through few latents (its autoencoder).
+
+A task turns a batch into one loss per sample; the loop knows nothing else of it. Everything random in it is a function
+of (seed, step, slot of the sample), drawn on the CPU: the same on every device, for any number of ranks and however a
+batch is cut into micro-batches. There is no random state to save.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from train.data import Batch
+from train.model import encode_images, has_lora, no_bars, save_lora
+from train.objective import TIMES, Objective, objective_of
+
+HELD_OUT_TIMES = tuple(TIMES * (2 * k + 1) // 16 for k in range(8))
+"""The eight times at which held-out loss is measured: the middles of eighths."""
+
+KL_WEIGHT = 1e-6
+"""Of the autoencoder's KL term, per pixel value: as Rombach et al. 2022 (latent diffusion) train theirs."""
+
+_HELD_OUT = 2**32  # no step has this number
+
+
+class Task(Protocol):
+    """What the loop trains."""
+
+    modules: dict[str, nn.Module]  # what may be trained; of these, the parameters that require gradients are
+
+    def losses(self, batch: Batch, seed: int, step: int) -> Tensor:
+        """The loss of each sample, (n,) float32, with gradients."""
+        ...
+
+    def held_out(self, batch: Batch, seed: int) -> Tensor:
+        """The loss of each sample at fixed noise, (n,) float32: comparable between steps and runs."""
+        ...
+
+    def look(self, prompts: Sequence[str], seeds: Sequence[int]) -> Image.Image:
+        """A picture of what has been learnt so far."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write what has been learnt into a folder of its own inside this one, as diffusers clients read it."""
+        ...
+
+
+class Denoise:
+    """Training of a text-to-image pipeline: UNet and, where `text` says so, its text encoder; or its LoRA alone.
+
+    The autoencoder is never trained here and runs without gradients, in fp32; with precomputed latents it does not run.
+    """
+
+    def __init__(self, pipeline: Any, *, text: bool = True, gamma: float | None = None) -> None:
+        self.pipeline = pipeline
+        self.objective: Objective = objective_of(pipeline.scheduler, gamma)
+        pipeline.vae.requires_grad_(False).eval()
+        pipeline.text_encoder.requires_grad_(text and not has_lora(pipeline))
+        self.modules = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+
+    def losses(self, batch: Batch, seed: int, step: int) -> Tensor:
+        """Mean squared error of each sample at a random time, weighted by the objective."""
+        x0 = self._latents(batch)
+        rngs = [np.random.default_rng([seed, step, slot]) for slot in batch.slots]
+        t = torch.tensor([self.objective.draw(rng) for rng in rngs], dtype=torch.float32)
+        return self._error(x0, _normal(rngs, x0), t.to(x0.device), self._text(batch))
+
+    def held_out(self, batch: Batch, seed: int) -> Tensor:
+        """Mean squared error of each sample, averaged over the eight times of HELD_OUT_TIMES."""
+        x0, text = self._latents(batch), self._text(batch)
+        noise = _normal([np.random.default_rng([seed, _HELD_OUT, slot]) for slot in batch.slots], x0)
+        times = (torch.full((len(x0),), float(t), device=x0.device) for t in HELD_OUT_TIMES)
+        return torch.stack([self._error(x0, noise, t, text) for t in times]).mean(0)
+
+    def _error(self, x0: Tensor, noise: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        x_t, target, weight = self.objective.noised(x0, noise, t)
+        said = self.pipeline.unet(x_t, t, text, return_dict=False)[0]
+        return weight * F.mse_loss(said.float(), target, reduction="none").mean((1, 2, 3))
+
+    def _latents(self, batch: Batch) -> Tensor:
+        device = self.pipeline.unet.device
+        images = batch.images.to(device, torch.float32, non_blocking=True)
+        if batch.latent:
+            return images
+        with torch.autocast(device.type, enabled=False):
+            return encode_images(self.pipeline.vae, images)
+
+    def _text(self, batch: Batch) -> Tensor:
+        states: Tensor = self.pipeline.text_encoder(batch.tokens.to(self.pipeline.unet.device))[0]
+        return states
+
+    def look(self, prompts: Sequence[str], seeds: Sequence[int]) -> Image.Image:
+        """Fixed prompts x fixed seeds: a row for each prompt."""
+        return grid(draw(self.pipeline, prompts or [""], seeds), len(seeds))
+
+    def save(self, folder: Path) -> None:
+        """`pipeline/`; of a LoRA `lora/`, which goes on top of the pipeline that training began with."""
+        with no_bars():
+            if has_lora(self.pipeline):
+                save_lora(self.pipeline, folder / "lora")
+            else:
+                self.pipeline.save_pretrained(folder / "pipeline")
+
+
+class Reconstruct:
+    """Training of a pipeline's autoencoder: L1 between image and reconstruction, and a little KL."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+        self.modules = {"vae": pipeline.vae.requires_grad_(True)}
+        self._seen: Tensor | None = None  # some pictures, to look at
+
+    def losses(self, batch: Batch, seed: int, step: int) -> Tensor:
+        """Mean absolute error of each sample in [-1, 1] units, plus KL_WEIGHT times its KL per pixel value."""
+        x = batch.images.to(self.pipeline.vae.device)
+        self._seen = x[:8] if self._seen is None else self._seen
+        posterior = self.pipeline.vae.encode(x).latent_dist
+        noise = _normal([np.random.default_rng([seed, step, slot]) for slot in batch.slots], posterior.mean)
+        back = self.pipeline.vae.decode(posterior.mean + posterior.std * noise, return_dict=False)[0].float()
+        return (back - x).abs().mean((1, 2, 3)) + KL_WEIGHT * posterior.kl().float() / x[0].numel()
+
+    def held_out(self, batch: Batch, seed: int) -> Tensor:
+        """Mean squared error of each sample's reconstruction from the mean of its latents, in [-1, 1] units."""
+        x = batch.images.to(self.pipeline.vae.device)
+        return F.mse_loss(self._back(x), x, reduction="none").mean((1, 2, 3))
+
+    def _back(self, x: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        back: Tensor = vae.decode(vae.encode(x).latent_dist.mode(), return_dict=False)[0].float()
+        return back.clamp(-1, 1)
+
+    def look(self, prompts: Sequence[str], seeds: Sequence[int]) -> Image.Image:
+        """Pictures of the first batch, and their reconstructions below."""
+        assert self._seen is not None
+        with torch.no_grad():
+            both = torch.cat([self._seen, self._back(self._seen)])
+        pixels = ((both + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+        return grid([Image.fromarray(p) for p in pixels], len(self._seen))
+
+    def save(self, folder: Path) -> None:
+        """`vae/`: an AutoencoderKL."""
+        self.pipeline.vae.save_pretrained(folder / "vae")
+
+
+def psnr(mean_squared_error: float) -> float:
+    """Peak signal to noise, in dB, of a mean squared error in [-1, 1] units (a range of 2)."""
+    return float(10 * np.log10(4 / max(mean_squared_error, 1e-12)))
+
+
+@torch.no_grad()
+def fit_scale(pipeline: Any, batch: Batch) -> float:
+    """Set, and return, the scaling factor that gives latents unit variance (Rombach et al. 2022)."""
+    std = float(pipeline.vae.encode(batch.images.to(pipeline.vae.device)).latent_dist.mode().std())
+    pipeline.vae.register_to_config(scaling_factor=1 / max(std, 1e-6))
+    return float(pipeline.vae.config.scaling_factor)
+
+
+def _normal(rngs: list[np.random.Generator], like: Tensor) -> Tensor:
+    """Standard normal noise of the shape of `like`, a row from each generator."""
+    rows = [rng.standard_normal(like.shape[1:], dtype=np.float32) for rng in rngs]
+    return torch.from_numpy(np.stack(rows)).to(like.device)
+
+
+def part_of(batch: Batch, start: int, stop: int) -> Batch:
+    """Some samples of a batch."""
+    rows = slice(start, stop)
+    return replace(
+        batch, keys=batch.keys[rows], slots=batch.slots[rows], images=batch.images[rows], tokens=batch.tokens[rows]
+    )
+
+
+def draw(
+    pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], *, steps: int = 20, guidance: float = 3.0
+) -> list[Image.Image]:
+    """One picture for each prompt and seed, prompts first; noise comes from the CPU, the same on every device."""
+    asked = [(p, s) for p in prompts for s in seeds]
+    with _evaluating(pipeline):
+        pictures = []
+        for start in range(0, len(asked), 32):
+            part = asked[start : start + 32]
+            pictures += pipeline(
+                [p for p, _ in part], num_inference_steps=steps, guidance_scale=guidance,
+                generator=[torch.Generator().manual_seed(s) for _, s in part],
+            ).images  # fmt: skip
+    return pictures
+
+
+@contextlib.contextmanager
+def _evaluating(pipeline: Any) -> Iterator[None]:
+    """Without gradients, dropout and progress bars."""
+    modules = [pipeline.unet, pipeline.text_encoder, pipeline.vae]
+    were = [m.training for m in modules]
+    pipeline.set_progress_bar_config(disable=True)
+    for m in modules:
+        m.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m, was in zip(modules, were, strict=True):
+            m.train(was)
+
+
+def grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures of one size in rows of `columns`."""
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * width, i // columns * height))
+    return sheet
