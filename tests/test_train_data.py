@@ -191,6 +191,7 @@ def test_a_picture_that_cannot_be_read_is_named(pictures: Path, tmp_path: Path) 
             pass
 
 
+@pytest.mark.long
 def test_pictures_of_several_shapes_go_into_buckets(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for i in range(60):

@@ -138,6 +138,7 @@ def test_a_run_learns_and_leaves_what_it_promises(pictures: Path, tmp_path: Path
     assert torch.equal(first, state["mean"][0]) and not torch.equal(first, state["raw"][0])
 
 
+@pytest.mark.long
 def test_a_lora_is_trained_and_checkpointed_on_top_of_a_model(pictures: Path, tmp_path: Path) -> None:
     first = list(small_run(pictures, tmp_path / "base", steps=2))[-1]["held_out"]["ema"]
     base = tmp_path / "base" / "checkpoints" / "000002" / "pipeline"
@@ -237,6 +238,7 @@ def test_a_run_that_is_killed_anywhere_always_goes_on(pictures: Path, tmp_path: 
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_micro_batches_change_nothing(pictures: Path, tmp_path: Path) -> None:
     one = [r["loss"] for r in small_run(pictures, tmp_path / "a", steps=4)]
     other = [r["loss"] for r in small_run(pictures, tmp_path / "b", steps=4, micro_batch=3, checkpointing=True)]
@@ -318,6 +320,7 @@ def test_a_disk_too_small_for_checkpoints_is_told_before_the_first_step(pictures
     assert not list((small_disk / "model").iterdir())
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_up_leaves_whole_checkpoints_to_go_on_from(
     pictures: Path, tmp_path: Path, small_disk: Path
 ) -> None:

@@ -6,11 +6,13 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from examples.shapes import BACKGROUNDS, COLOURS, SHAPES, UNSEEN, accuracy, caption, judge, kinds, make, picture
 from train.data import open_samples
 
 
+@pytest.mark.long
 def test_the_judge_is_right_on_real_pictures_and_at_chance_on_shuffled_ones() -> None:
     rng = np.random.default_rng(5)
     every = (kinds(seen=True) + kinds(seen=False)) * 2

@@ -164,7 +164,7 @@ def pixel_vae(size: int) -> Any:
     """
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL(
+    vae: Any = AutoencoderKL(
         block_out_channels=(6,), layers_per_block=1, latent_channels=3, norm_num_groups=1, sample_size=size,
         down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
         mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.0,
