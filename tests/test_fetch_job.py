@@ -121,6 +121,7 @@ def test_placeholders_are_named(tmp_path: Path) -> None:
         assert "30 URLs of 3 hosts gave one picture of 80 x 64" in str(found)
 
 
+@pytest.mark.long
 def test_a_moment_of_silence_costs_no_row(tmp_path: Path) -> None:
     """All hosts answer 503 at first; the second pass comes when they have recovered."""
     down = Route(status=503, body=b"down")

@@ -67,6 +67,7 @@ def test_the_order_of_rows_changes_nothing(sources):
     assert np.array_equal(first.held_out[order], second.held_out)
 
 
+@pytest.mark.long
 def test_many_ratings_have_a_test_set_that_the_head_never_sees():
     x, y, _ = make(NESTED_UP_TO + 500, noise=1.0)
     made = fit(x, y)
@@ -95,6 +96,7 @@ def test_what_only_the_group_tells_is_not_counted_as_skill():
     assert (value(copies) or 0) < 0.4
 
 
+@pytest.mark.long
 def test_metadata_alone_exposes_a_leak():
     """Scores that go with the photographer, vectors that tell who it is, and a split that knows nothing of it."""
     rng = np.random.default_rng(1)

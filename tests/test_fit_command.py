@@ -72,6 +72,7 @@ def test_from_a_folder_of_pictures_to_a_head_in_one_command(folder, tmp_path, ca
     assert load_head(out).card["verdict"] == report["verdict"]
 
 
+@pytest.mark.long
 def test_what_to_rate_next_is_listed_and_shown(folder, tmp_path, capsys):
     root, light = folder
     pd.DataFrame({"path": names(40), "rating": light[:40]}).to_csv(tmp_path / "r.csv", index=False)
@@ -105,6 +106,7 @@ def test_labels_make_a_classifier(folder, tmp_path, capsys):
     assert (head.task, head.link, head.scale) == ("darkness", "sigmoid", (0.0, 1.0))
 
 
+@pytest.mark.long
 def test_comparisons_make_a_head(folder, tmp_path, capsys):
     root, light = folder
     rng = np.random.default_rng(1)

@@ -54,6 +54,7 @@ def killed_and_again(small: tuple[SmallWeb, Path, dict[str, str], int], root: Pa
     same_as(reference, root)
 
 
+@pytest.mark.long
 def test_killed_at_a_few_file_events(small: tuple[SmallWeb, Path, dict[str, str], int], tmp_path: Path) -> None:
     events = small[3]
     assert events >= 60

@@ -24,6 +24,7 @@ def brute(x, cosine):
     return set(zip(a.tolist(), b.tolist(), strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("n", "dim", "spread"), [(300, 16, 0), (3000, 96, 0), (3000, 96, 1)])
 def test_near_duplicates_are_all_pairs_above_the_cosine(n, dim, spread):
     """In a cone, as CLIP's vectors form; equally wide everywhere, or like them in some directions more than others."""

@@ -90,6 +90,7 @@ def test_of_near_copies_one_is_suggested_and_of_equal_images_the_first():
     assert which[near].tolist() == which[alike].tolist()
 
 
+@pytest.mark.long
 def test_a_large_memory_mapped_pool_is_looked_at_in_places(tmp_path):
     rated, m, d = images(40, 128, 1).astype(np.float16), 5 * CONSIDERED, 128
     pool = images(m, d, 2).astype(np.float16)

@@ -152,6 +152,7 @@ def test_a_lora_is_trained_and_checkpointed_on_top_of_a_model(pictures: Path, tm
     assert not np.array_equal(one, other)
 
 
+@pytest.mark.long
 def test_an_autoencoder_learns_to_reproduce_by_the_same_loop(pictures: Path, tmp_path: Path) -> None:
     samples = open_samples(pictures)
     small = replace(PRESETS["debug"], vae=(16, 16), factor=2, latents=4)
@@ -191,7 +192,8 @@ def test_other_settings_do_not_go_on_with_a_run(pictures: Path, tmp_path: Path) 
         list(small_run(pictures, tmp_path, steps=2, lr=0.01))
 
 
-@pytest.mark.parametrize("half", [10, pytest.param(50, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("half", [10, 50])
 def test_half_a_run_a_kill_and_the_other_half_are_one_run_bit_for_bit(
     half: int, pictures: Path, tmp_path: Path, processes: Any
 ) -> None:

@@ -47,6 +47,7 @@ def pipeline() -> Any:
     return new_model("debug", CAPTIONS)
 
 
+@pytest.mark.long
 def test_a_saved_pipeline_draws_the_same_in_a_clean_process(pipeline: Any, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     pipeline.save_pretrained(tmp_path / "model")
