@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import secrets
 import struct
 import textwrap
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aesthetic.chunks import blocks, thread_map
+from aesthetic.files import write_whole
 from aesthetic.space import Space, SpaceError
 
 FORMAT = "tastemaker-head/1"
@@ -51,6 +51,33 @@ class HeadError(Exception):
     """A head, a file of one, or input to one is not usable; the message names it and what to do."""
 
 
+def check_name(name: str) -> None:
+    """Raise HeadError where a head cannot be called so."""
+    if not _NAME.fullmatch(name):
+        raise HeadError(f"{name!r} cannot name a head: use letters, digits and . _ + - (up to 100)")
+
+
+def check_scale(what: str, scale: tuple[float, float]) -> None:
+    """Raise HeadError, beginning with `what`, where these are not the lowest and the highest rating of a scale."""
+    low, high = scale
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise HeadError(f"{what}: scale is {low} to {high}; it must be two finite numbers, the lower one first")
+
+
+def check_norms(name: str, space: Space, squares: npt.NDArray[np.floating], first: int = 0) -> None:
+    """Raise HeadError where rows of these squared lengths (n,), the first of them row `first`, have another norm than
+    the space's vectors: 1 for "l2", the square root of dim for "l2_sqrt_d". A NaN is let pass."""
+    length = {"l2": 1.0, "l2_sqrt_d": math.sqrt(space.dim)}.get(space.norm)
+    if length is None:
+        return
+    norms = np.sqrt(squares)
+    wrong = np.abs(norms / np.float32(length) - 1) > _UNIT
+    if wrong.any():
+        row = int(wrong.argmax())
+        takes = "unit vectors" if length == 1 else f"vectors of norm {length:.4g} ({space.norm})"
+        raise HeadError(f"{name} takes {takes}; row {first + row} has norm {norms[row]:.4g}: scale the rows to that")
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Head:
     """Affine maps with ReLU between them, from the vectors of one space to one number, and a link at the end.
@@ -72,15 +99,11 @@ class Head:
 
     def __post_init__(self) -> None:
         """Refuse what could not be applied or written: raises HeadError."""
-        if not _NAME.fullmatch(self.name):
-            raise HeadError(f"{self.name!r} cannot name a head: use letters, digits and . _ + - (up to 100)")
+        check_name(self.name)
         if not self.task:
             raise HeadError(f"{self.name}: the task is empty")
+        check_scale(self.name, self.scale)
         low, high = self.scale
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise HeadError(
-                f"{self.name}: scale is {low} to {high}; it must be two finite numbers, the lower one first"
-            )
         if self.link not in LINKS:
             raise HeadError(f"{self.name}: the link is {self.link!r}; it is one of {', '.join(LINKS)}")
         if self.link == "sigmoid" and (low, high) != (0, 1):
@@ -133,26 +156,13 @@ class Head:
         def score(start: int) -> None:
             for place, x, squares in blocks(vectors[start : start + _CHUNK]):
                 first = start + place
-                self._check_norms(squares, first)
+                check_norms(self.name, self.space, squares, first)
                 scores[first : first + len(x)] = self._apply(x)
 
         starts = range(0, len(vectors), _CHUNK)
         for _ in thread_map(score, starts) if len(starts) > 2 else map(score, starts):
             pass
         return scores
-
-    def _check_norms(self, squares: npt.NDArray[np.float32], first: int) -> None:
-        length = {"l2": 1.0, "l2_sqrt_d": math.sqrt(self.space.dim)}.get(self.space.norm)
-        if length is None:
-            return
-        norms = np.sqrt(squares)
-        wrong = np.abs(norms / np.float32(length) - 1) > _UNIT  # False for NaN: such a row scores NaN
-        if wrong.any():
-            row = int(wrong.argmax())
-            takes = "unit vectors" if length == 1 else f"vectors of norm {length:.4g} ({self.space.norm})"
-            raise HeadError(
-                f"{self.name} takes {takes}; row {first + row} has norm {norms[row]:.4g}: scale the rows to that"
-            )
 
     def _apply(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         for weight, bias in self.layers[:-1]:
@@ -205,22 +215,10 @@ def save_head(head: Head, folder: Path | str) -> Path:
     except (TypeError, ValueError) as e:
         raise HeadError(f"{head.name}: its card or space cannot be written as JSON: {e}") from e
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "head.safetensors", weights)
-    _write(folder / "head.json", text.encode())
-    _write(folder / "MODEL_CARD.md", model_card(head).encode())
+    write_whole(folder / "head.safetensors", weights)
+    write_whole(folder / "head.json", text.encode())
+    write_whole(folder / "MODEL_CARD.md", model_card(head).encode())
     return folder
-
-
-def _write(path: Path, data: bytes) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with open(scratch, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def heads_folder() -> Path:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from aesthetic.heads import HeadError, _write
+from aesthetic.files import write_whole
+from aesthetic.heads import HeadError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -228,7 +229,7 @@ def _figure(path: Path | str, title: str, width: float, height: float) -> Iterat
         buffer = BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    _write(Path(path), buffer.getvalue())
+    write_whole(Path(path), buffer.getvalue())
 
 
 def _greens() -> Any:

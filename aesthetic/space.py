@@ -13,13 +13,13 @@ import dataclasses
 import hashlib
 import importlib.resources
 import json
-import os
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from aesthetic.files import write_whole
 
 MIN_COSINE = 0.9995
 """How far the same probe may turn between two spaces that are the same. Devices and libraries round fp32 to within
@@ -98,16 +98,8 @@ class Space:
             "details": self.details,
             "probes": probes,
         }
-        path = Path(path)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-        try:
-            with open(scratch, "w", encoding="utf-8") as f:
-                f.write(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        write_whole(Path(path), text.encode())
 
     @classmethod
     def load(cls, path: Path) -> Space:

@@ -45,7 +45,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         raise told(e, path.parent) from e
     finally:
         scratch.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync(path.parent)
 
 
 def told(error: OSError, folder: Path) -> Exception:
@@ -83,8 +83,9 @@ def _runs(process: int) -> bool:
     return True
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file's bytes, or a folder's names, to the disk."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

@@ -8,7 +8,6 @@ MODEL/checkpoints/000400/pipeline/     the averaged weights, as any diffusers cl
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from curate.store import UserError, check_space, read_json, scratch_path, told, write_json
+from curate.store import UserError, check_space, read_json, scratch_path, sync, told, write_json
 
 
 def save(
@@ -43,11 +42,11 @@ def save(
         files = {str(p.relative_to(scratch)): p.stat().st_size for p in sorted(scratch.rglob("*")) if p.is_file()}
         write_json(scratch / "record.json", {**facts, "step": step, "files": files})
         for part in [*scratch.rglob("*"), scratch]:
-            _flush(part)
+            sync(part)
         if path.exists():
             _remove(path)
         scratch.rename(path)
-        _flush(path.parent)
+        sync(path.parent)
     except OSError as e:
         raise told(e, folder) from e
     except Exception as e:  # torch and safetensors wrap a full disk in errors of their own
@@ -57,14 +56,6 @@ def save(
         shutil.rmtree(scratch, ignore_errors=True)
     _prune(folder, keep)
     return path
-
-
-def _flush(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _remove(path: Path) -> None:
