@@ -20,6 +20,14 @@ _NEIGHBOURS_FROM = 10_000  # rated images among which neighbours are looked for;
 _WORDS_AT_MOST = 0.5  # a column with more different words than this share of the rows names rows, not kinds of them
 
 
+def of_round(
+    x: npt.NDArray[Any], y: Array, w: Array, columns: Mapping[str, npt.NDArray[Any]], train: Ints, test: Ints
+) -> dict[str, Array]:
+    """Each baseline's predictions of the rows `test`; columns: what is `usable` of the metadata."""
+    predicted = {"nearest": nearest(x, y, w, train, test)}
+    return predicted | ({"metadata": from_metadata(columns, y, w, train, test)} if columns else {})
+
+
 def nearest(x: npt.NDArray[Any], y: Array, w: Array, train: Ints, test: Ints) -> Array:
     """The weighted mean rating of the 10 most similar rated images, by cosine."""
     step = -(-len(train) // _NEIGHBOURS_FROM)

@@ -7,7 +7,6 @@ missed per million at a stated prevalence, and whether a probability means what 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +15,9 @@ import numpy.typing as npt
 
 from aesthetic import baselines, evaluate
 from aesthetic.examples import Examples, Prepared, calm, prepare
-from aesthetic.fit import QUANTILES, Fit
 from aesthetic.heads import Head, HeadError
 from aesthetic.logistic import PENALTIES, Linear, Logistic, platt
+from aesthetic.reports import Fit, card_of, facts_of, leak, quantiles_of
 from aesthetic.space import Space
 from aesthetic.splits import TEST, Round, rounds_of
 
@@ -82,10 +81,7 @@ def fit_classifier(
         linear, plain, penalty = _of_round(model, r, nested=len(rounds) > 1)
         held_out[r.test] = _probability(linear(data.x[r.test]))
         raw[r.test] = _probability(plain(data.x[r.test]))
-        predictions = {"nearest": baselines.nearest(data.x, data.y, data.w, r.train, r.test)}
-        if columns:
-            predictions["metadata"] = baselines.from_metadata(columns, data.y, data.w, r.train, r.test)
-        for what, predicted in predictions.items():
+        for what, predicted in baselines.of_round(data.x, data.y, data.w, columns, r.train, r.test).items():
             others.setdefault(what, np.full(len(data.y), np.nan))[r.test] = predicted
     if prompts is not None:
         others["prompts"] = np.where(np.isfinite(held_out), data.x.astype(np.float64) @ prompts, np.nan)
@@ -162,18 +158,9 @@ def _report(
             recall["low"], recall["high"] = lowest, 1.0
             missed = found[f"missed_per_million_at_{loss:.0%}_clean_loss"]
             missed["low"], missed["high"] = 0.0, prevalence * 1e6 * (1 - lowest)
-    ids = sorted(data.ids[i] for i in rows)
-    report: dict[str, Any] = {
-        "n": len(data.y),
+    report = facts_of(data, tested, rounds) | {
         "positives": int(data.y.sum()),
-        "groups": data.groups.count,
-        "groups_given": data.groups.given,
-        "near_duplicates_joined": data.groups.joined,
-        "how": f"nested cross-validation in {len(rounds)} folds by group" if len(rounds) > 1 else "held-back test set",
-        "tested": len(rows),
         "tested_positives": positives,
-        "tested_groups": len(set(names)),
-        "test_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
         "prevalence": prevalence,
         "kind": "affine",
         "baselines": {
@@ -183,7 +170,7 @@ def _report(
         "metrics": found,
         "thresholds": {f"{loss:.0%}": evaluate.threshold_of(p, y, loss) for loss in evaluate.CLEAN_LOSSES},
         "calibration": evaluate.calibration_table(p, y, names),
-        "quantiles": {f"{q:.0%}": float(v) for q, v in zip(QUANTILES, np.quantile(p, QUANTILES), strict=True)},
+        "quantiles": quantiles_of(p),
     }
     return report | {"verdict": verdict(report)}
 
@@ -199,12 +186,8 @@ def verdict(report: dict[str, Any]) -> str:
         return "too few groups to say how good it is"
     if auroc["low"] <= 0.5:
         return "not shown to be better than chance: label more before you filter with it"
-    metadata = report["baselines"].get("metadata")
-    if metadata and (metadata["auroc"]["low"] or 0) > 0.5 and (metadata["difference"]["low"] or 0) <= 0:
-        return (
-            f"metadata alone, without the pictures, does about as well (AUROC {metadata['auroc']['value']:.2f}): "
-            f"suspect a leak, and give --group the column that tells it"
-        )
+    if leaking := leak(report, "auroc", 0.5, "AUROC"):
+        return leaking
     recall, threshold = report["metrics"]["recall_at_1%_clean_loss"], report["thresholds"]["1%"]
     missed = report["metrics"]["missed_per_million_at_1%_clean_loss"]["value"]
     told = (
@@ -217,16 +200,9 @@ def verdict(report: dict[str, Any]) -> str:
 
 
 def _card(report: dict[str, Any]) -> dict[str, Any]:
-    facts = ("how", "n", "positives", "groups", "tested", "tested_positives", "tested_groups", "near_duplicates_joined")
-    return {
-        "verdict": report["verdict"],
-        "metrics": {
-            **report["metrics"],
-            **{k: report[k] for k in (*facts, "test_sha256", "prevalence")},
-            "intervals": "95%: whole groups drawn 1,000 times",
-        },
-        "baselines": report["baselines"],
-        "calibration": report["calibration"],
-        "thresholds": {f"< {v:.4g}": f"loses {k} of clean images" for k, v in report["thresholds"].items()},
-        "quantiles": {"of": f"held-out probabilities of the {report['tested']:,} tested images", **report["quantiles"]},
-    }
+    facts = (
+        *("how", "n", "positives", "groups", "tested", "tested_positives", "tested_groups", "near_duplicates_joined"),
+        *("test_sha256", "prevalence"),
+    )
+    thresholds = {f"< {v:.4g}": f"loses {k} of clean images" for k, v in report["thresholds"].items()}
+    return card_of(report, facts, "probabilities") | {"thresholds": thresholds}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from aesthetic import evaluate
+from aesthetic.chunks import blocks
 from aesthetic.examples import calm
-from aesthetic.fit import QUANTILES, Fit
-from aesthetic.heads import Head, HeadError
+from aesthetic.heads import Head, HeadError, check_name, check_norms
 from aesthetic.logistic import Logistic, platt
+from aesthetic.reports import Fit, quantiles_of, sha256_of
 from aesthetic.space import Space
 from aesthetic.splits import FOLDS, folds_of, groups_of
 
@@ -34,7 +34,7 @@ def fit_comparisons(
     *,
     name: str,
     ids: Sequence[str],
-    groups: Sequence[str] | None = None,
+    groups: Sequence[Any] | None = None,
     votes: npt.ArrayLike | None = None,
     sha256: Sequence[str | None] | None = None,
     phash: Sequence[str | None] | None = None,
@@ -56,6 +56,7 @@ def fit_comparisons(
     x = np.asarray(vectors)
     if x.ndim != 2 or x.shape[1] != space.dim:
         raise HeadError(f"{name}: vectors of shape {x.shape}; {space.encoder} gives (n, {space.dim})")
+    check_name(name)
     win, lose = np.asarray(winners, np.int64), np.asarray(losers, np.int64)
     w = np.ones(len(win)) if votes is None else np.asarray(votes, np.float64)
     if not len(win) == len(lose) == len(w):
@@ -64,6 +65,8 @@ def fit_comparisons(
         raise HeadError(f"{name}: an image is compared with itself: {ids[int(win[(win == lose).argmax()])]}")
     if not np.isfinite(x).all() or not (np.isfinite(w) & (w > 0)).all():
         raise HeadError(f"{name}: a vector or a number of votes is not finite, or not positive")
+    for place, _, squares in blocks(x):
+        check_norms(name, space, squares, place)
     order = np.array(sorted(range(len(win)), key=lambda i: (ids[int(win[i])], ids[int(lose[i])], w[i])), np.int64)
     win, lose, w = win[order], lose[order], w[order]
     of = groups_of(ids, groups, vectors=x if space.norm == "l2" else None, sha256=sha256, phash=phash)
@@ -90,7 +93,7 @@ def fit_comparisons(
     reach = float(max(1, math.ceil(2 * np.abs(scores).max())))
     report = _report(x, win, lose, w, odds, tested, of, ids, prompts)
     report |= {"calibration_slope": slope}
-    report["quantiles"] = {f"{q:.0%}": float(v) for q, v in zip(QUANTILES, np.quantile(scores, QUANTILES), strict=True)}
+    report["quantiles"] = quantiles_of(scores)
     report["verdict"] = verdict(report)
     facts = ("how", "n", "images", "groups", "tested", "test_sha256", "near_duplicates_joined", "calibration_slope")
     head = Head(
@@ -161,7 +164,6 @@ def _report(
         )
         statistics |= {"prompts_accuracy": other, "prompts_difference": evaluate.difference(head, other)}
     found = evaluate.estimate(statistics, clusters)
-    listed = "\n".join(f"{ids[a]}\t{ids[b]}" for a, b in zip(win[tested], lose[tested], strict=True))
     return {
         "n": len(win),
         "images": len(x),
@@ -170,7 +172,7 @@ def _report(
         "near_duplicates_joined": of.joined,
         "how": "nested cross-validation by group; both images of a tested comparison are new",
         "tested": int(tested.sum()),
-        "test_sha256": hashlib.sha256(listed.encode()).hexdigest(),
+        "test_sha256": sha256_of(f"{ids[a]}\t{ids[b]}" for a, b in zip(win[tested], lose[tested], strict=True)),
         "kind": "affine",
         "metrics": {k: found[k] for k in ("accuracy", "log_loss")},
         "baselines": {"constant": {"accuracy": {"value": 0.5, "low": None, "high": None}}}

@@ -11,7 +11,8 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from aesthetic.heads import HeadError
+from aesthetic.chunks import blocks
+from aesthetic.heads import HeadError, check_name, check_norms, check_scale
 from aesthetic.space import Space
 from aesthetic.splits import Groups, groups_of
 
@@ -34,7 +35,7 @@ class Examples:
     scores: (n,), in the ratings' units; for labels 0 or 1.
     ids: (n,) what the images are called; by default a digest of the vector.
     groups: (n,) what belongs together (a photographer, a prompt, a theme) and is never on both sides of a split; by
-        default each image is its own group. Near-duplicates join their groups either way.
+        default, and where it is None or NaN, each image is its own group. Near-duplicates join their groups either way.
     votes: (n,) how many people rated it, for its weight. sd: (n,) the sample standard deviation of theirs.
     sources: (n,) where the rating is from; each source has a scale of its own.
     metadata: what else is known of each image, by name: numbers or words. Never learnt from: it shows leaks.
@@ -113,6 +114,9 @@ def prepare(examples: Examples, space: Space, name: str, scale: tuple[float, flo
     if x.ndim != 2 or x.shape[1] != space.dim:
         raise HeadError(f"{name}: vectors of shape {x.shape}; {space.encoder} gives (n, {space.dim})")
     n = len(x)
+    check_name(name)
+    if scale is not None:
+        check_scale(name, scale)
     if not np.issubdtype(x.dtype, np.floating):
         raise HeadError(f"{name}: vectors are of a float type, not {x.dtype}")
     y = np.asarray(examples.scores, np.float64)
@@ -126,6 +130,8 @@ def prepare(examples: Examples, space: Space, name: str, scale: tuple[float, flo
     finite = np.isfinite(x).all(1)
     if not finite.all():
         raise HeadError(f"{name}: the vector of row {int((~finite).argmax())} is not finite")
+    for place, _, squares in blocks(x):
+        check_norms(name, space, squares, place)
     if examples.votes is not None and not (np.isfinite(votes) & (votes > 0)).all():
         raise HeadError(f"{name}: a number of votes is not positive; leave out the rows that shall not count")
     w = np.ones(n) if examples.votes is None else weights_of(votes, sd, y)
@@ -151,7 +157,7 @@ def prepare(examples: Examples, space: Space, name: str, scale: tuple[float, flo
     x = x[order]
     groups = groups_of(
         ids,
-        None if examples.groups is None else [str(examples.groups[i]) for i in order],
+        sort(examples.groups),
         vectors=x if space.norm == "l2" else None,
         sha256=sort(examples.sha256),
         phash=sort(examples.phash),

@@ -9,10 +9,8 @@ from a test set that is held back by hash, looked at once, and never fitted to. 
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,8 @@ from aesthetic.chunks import Map, thread_map
 from aesthetic.examples import Examples, Prepared, calm, prepare
 from aesthetic.heads import Head, HeadError, Layer
 from aesthetic.network import apply_network, fit_network
-from aesthetic.ridge import Fitted, Ridge
+from aesthetic.reports import Fit, card_of, facts_of, leak, quantiles_of
+from aesthetic.ridge import Fitted, Ridge, ridge_path
 from aesthetic.sources import Scales, fit_scales, reference_of
 from aesthetic.space import Space
 from aesthetic.splits import TEST, Round, first_groups, rounds_of
@@ -31,24 +30,7 @@ from aesthetic.splits import TEST, Round, first_groups, rounds_of
 Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 CURVE = (1 / 8, 1 / 4, 1 / 2)
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A head, the report on it, and what it predicted for rows that it had not seen.
-
-    report: JSON; docs/taste.md says what each number is. held_out: (n,) in the order of the examples, NaN where a row
-    was for fitting only. rated: (n,) the scores, on the reference's scale where there are several sources.
-    penalty: of the ridge or the logistic regression; None for a network and for comparisons.
-    """
-
-    head: Head
-    report: dict[str, Any]
-    held_out: Array
-    rated: Array
-    penalty: float | None
 
 
 @calm
@@ -76,36 +58,46 @@ def fit_head(
     """
     tell("looking for near-duplicates")
     data = prepare(examples, space, name, scale)
+    for source in sorted(set(data.sources)):
+        scores = data.y[[s == source for s in data.sources]]
+        if np.ptp(scores) == 0:
+            raise HeadError(f"{name}: every score of the source {source} is {scores[0]:g}; leave it out")
     fold, rounds = rounds_of(data.groups, name)
     final = frozenset(int(f) for f in np.unique(fold)) - {TEST}
     tell(f"{len(data.y):,} ratings in {data.groups.count:,} groups; fitting")
-    ridges = _ridges(data, fold, map)
+    ridges = _Ridges(data, fold, map)
 
     held_out, rated = np.full(len(data.y), np.nan), np.full(len(data.y), np.nan)
     constant, curve = np.full(len(data.y), np.nan), {f: np.full(len(data.y), np.nan) for f in CURVE}
     others: dict[str, Array] = {}
+    layers: tuple[Layer, ...]
     columns = baselines.usable(data.metadata)
     for r in rounds:
-        ridge, y = ridges(r.folds)
+        ridge, y, _ = ridges(r.folds)
         fitted = ridge.fit(r.folds)
         rated[r.test] = y[r.test]
         held_out[r.test] = fitted(data.x[r.test])
         constant[r.test] = data.w[r.train] @ y[r.train] / data.w[r.train].sum()
-        for what, predicted in _others(data, y, columns, network, r):
+        predictions = baselines.of_round(data.x, y, data.w, columns, r.train, r.test)
+        if network:
+            layers = fit_network(data.x[r.train], y[r.train], data.w[r.train])
+            predictions["network"] = apply_network(layers, data.x[r.test])
+        for what, predicted in predictions.items():
             others.setdefault(what, np.full(len(data.y), np.nan))[r.test] = predicted
         for share, predicted in curve.items():
             predicted[r.test] = _with_less(data, y, fitted.penalty, share, r)
     if prompts is not None:
         others["prompts"] = np.where(np.isfinite(held_out), data.x.astype(np.float64) @ prompts, np.nan)
 
-    ridge, y = ridges(final)
+    if len(rounds) > 1:  # the only round learns from the same folds
+        ridge, y, scales = ridges(final)
     best = ridge.fit(final)
     tested = np.isfinite(held_out)
     rated[~tested] = y[~tested]
     tell(f"measuring on {int(tested.sum()):,} images not seen")
     report = _report(data, tested, rated, held_out, constant, others, rounds)
     report |= {"penalty": best.penalty, "penalty_at_edge": best.at_edge}
-    layers: tuple[Layer, ...] = ((best.weights.astype(np.float32)[None, :], np.array([best.constant], np.float32)),)
+    layers = ((best.weights.astype(np.float32)[None, :], np.array([best.constant], np.float32)),)
     if network and (report["network"]["difference"]["low"] or 0) > 0:
         rows = np.flatnonzero(fold != TEST)
         layers = fit_network(data.x[rows], y[rows], data.w[rows])
@@ -113,7 +105,7 @@ def fit_head(
         report |= _measured(data, tested, rated, held_out)
         report |= {"penalty": None, "penalty_at_edge": False}
     report["kind"] = "affine" if len(layers) == 1 else "network"
-    if scales := ridges.scales(final):
+    if scales:
         report["sources"] = {
             s: {"n": data.sources.count(s), "offset": scales.offset[s], "factor": scales.factor[s]}
             for s in sorted(set(data.sources))
@@ -134,58 +126,36 @@ def fit_head(
 # Splits and what is fitted on them -----------------------------------------------------------------------------------
 
 
-class _ridges:
+class _Ridges:
     """The ridge of some folds and the scores it is fitted to; with several sources scores depend on the folds."""
 
     def __init__(self, data: Prepared, fold: Ints, map: Map) -> None:
         self.data, self.fold, self.map = data, fold, map
-        self.several = len(set(data.sources)) > 1
         self.reference = reference_of(data.sources)  # of all, so that every fold's scale is the same
-        self.one = None if self.several else self._of(data.y, fold != TEST)
+        self.one = self._of(data.y, fold != TEST) if len(set(data.sources)) == 1 else None
 
     def _of(self, y: Array, rows: npt.NDArray[np.bool_]) -> Ridge:
         return Ridge(self.data.x[rows], y[rows], self.data.w[rows], self.fold[rows], self.map)
 
-    def scales(self, folds: frozenset[int]) -> Scales | None:
-        """How the sources' scales go together, by the rows of these folds."""
-        if not self.several:
-            return None
-        rows = np.flatnonzero(np.isin(self.fold, sorted(folds)))
+    def __call__(self, folds: frozenset[int]) -> tuple[Ridge, Array, Scales | None]:
+        """The ridge, the scores (n,), and by which scales they came to the reference's where there are several."""
         d = self.data
-        missing = set(d.sources) - {d.sources[i] for i in rows}
-        if missing:
+        if self.one is not None:
+            return self.one, d.y, None
+        rows = np.isin(self.fold, sorted(folds))
+        sources = [d.sources[i] for i in np.flatnonzero(rows)]
+        if missing := set(d.sources) - set(sources):
             raise HeadError(
                 f"the ratings of {', '.join(sorted(missing))} lie in one fold: too few groups to tell their scale. "
                 f"Leave the source out, or rate more of it."
             )
-        sources = [d.sources[i] for i in rows]
-        return fit_scales(d.x[rows], d.y[rows], d.w[rows], sources, self.fold[rows], self.reference, self.map)
-
-    def __call__(self, folds: frozenset[int]) -> tuple[Ridge, Array]:
-        if self.one is not None:
-            return self.one, self.data.y
-        scales = self.scales(folds)
-        assert scales is not None
-        y = scales.to_reference(self.data.y, self.data.sources)
-        return self._of(y, np.isin(self.fold, sorted(folds))), y
-
-
-def _others(
-    data: Prepared, y: Array, columns: dict[str, npt.NDArray[Any]], network: bool, r: Round
-) -> Iterator[tuple[str, Array]]:
-    """Every other predictor's predictions for the rows of a round."""
-    yield "nearest", baselines.nearest(data.x, y, data.w, r.train, r.test)
-    if columns:
-        yield "metadata", baselines.from_metadata(columns, y, data.w, r.train, r.test)
-    if network:
-        layers = fit_network(data.x[r.train], y[r.train], data.w[r.train])
-        yield "network", apply_network(layers, data.x[r.test])
+        scales = fit_scales(d.x[rows], d.y[rows], d.w[rows], sources, self.fold[rows], self.reference, self.map)
+        y = scales.to_reference(d.y, d.sources)
+        return self._of(y, rows), y, scales
 
 
 def _with_less(data: Prepared, y: Array, penalty: float, share: float, r: Round) -> Array:
     """What a ridge on a share of the groups predicts. Its prior stays: the penalty per weight grows as rows go."""
-    from aesthetic.ridge import ridge_path
-
     rows = r.train[first_groups([data.groups.names[i] for i in r.train], share)]
     if len(rows) < 5:
         return np.full(len(r.test), np.nan)
@@ -203,7 +173,7 @@ def _measured(data: Prepared, tested: npt.NDArray[np.bool_], rated: Array, predi
     x, y = predicted[tested], rated[tested]
     found: dict[str, Any] = {"metrics": evaluate.estimate(evaluate.rating_statistics(x, y), names)}
     found["calibration"] = evaluate.calibration_table(x, y, names)
-    found["quantiles"] = {f"{q:.0%}": float(v) for q, v in zip(QUANTILES, np.quantile(x, QUANTILES), strict=True)}
+    found["quantiles"] = quantiles_of(x)
     share = evaluate.reliability(data.y[tested], data.votes[tested], data.sd[tested])
     correlation = found["metrics"]["pearson"]["value"] or 0.0
     if share is not None and len(set(data.sources)) == 1:
@@ -234,16 +204,7 @@ def _report(
         better = (other, head) if what == "network" else (head, other)
         compared[f"{what}_difference"] = evaluate.difference(*better)
     found = evaluate.estimate(compared, names)
-    ids = sorted(data.ids[i] for i in np.flatnonzero(tested))
-    report: dict[str, Any] = {
-        "n": len(data.y),
-        "groups": data.groups.count,
-        "groups_given": data.groups.given,
-        "near_duplicates_joined": data.groups.joined,
-        "how": f"nested cross-validation in {len(rounds)} folds by group" if len(rounds) > 1 else "held-back test set",
-        "tested": int(tested.sum()),
-        "tested_groups": len(set(names)),
-        "test_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
+    report = facts_of(data, tested, rounds) | {
         "baselines": {
             "constant": {"rmse": found["constant_rmse"]},
             **{
@@ -288,12 +249,8 @@ def verdict(report: dict[str, Any]) -> str:
         return "too few groups to say how good it is"
     if low <= 0:
         return "not shown to be better than chance: rate more before you filter with it"
-    metadata = report["baselines"].get("metadata")
-    if metadata and (metadata["spearman"]["low"] or 0) > 0 and (metadata["difference"]["low"] or 0) <= 0:
-        return (
-            f"metadata alone, without the pictures, does about as well (Spearman {metadata['spearman']['value']:.2f}): "
-            f"suspect a leak, and give --group the column that tells it"
-        )
+    if leaking := leak(report, "spearman", 0.0, "Spearman"):
+        return leaking
     if value < 0.4:
         return "orders images roughly: good for dropping the worst, not for choosing the best"
     slope = report["metrics"]["slope"]
@@ -309,8 +266,6 @@ def to_halve(report: dict[str, Any]) -> int | None:
 
 
 def _card(report: dict[str, Any]) -> dict[str, Any]:
-    """The report as sections of a model card."""
-    of = f"held-out predictions of the {report['tested']:,} tested images"
     facts = (
         "how",
         "n",
@@ -322,18 +277,7 @@ def _card(report: dict[str, Any]) -> dict[str, Any]:
         "penalty",
         "kind",
     )
-    card: dict[str, Any] = {
-        "verdict": report["verdict"],
-        "metrics": {
-            **report["metrics"],
-            **{k: report[k] for k in facts},
-            "intervals": "95%: whole groups drawn 1,000 times",
-        },
-        "baselines": report["baselines"],
-        "calibration": report["calibration"],
-        "learning_curve": report["learning_curve"],
-        "quantiles": {"of": of, **report["quantiles"]},
-    }
+    card = card_of(report, facts, "predictions") | {"learning_curve": report["learning_curve"]}
     for optional in ("noise", "sources", "network"):
         if report.get(optional):
             card[optional] = report[optional]

@@ -52,8 +52,8 @@ def fit_scales(
 
     The direction w comes from differences within sources alone, so that one source's better images are not taken for
     its generous raters; factors come from how steeply a source's scores rise with predictions made without them (in
-    folds), offsets from where its mean image lies along w. The reference, with offset 0 and factor 1, is the source
-    with the most weight. A source of fewer than 30 images keeps the factor that its spread suggests.
+    folds), offsets from where its mean image lies along w. The reference, with offset 0 and factor 1, is the one
+    named `reference`. A source of few images, or of one score for all, keeps about the factor that its spread suggests.
     """
     names = sorted(set(sources))
     rows = {s: np.flatnonzero(np.asarray(sources) == s) for s in names}
@@ -76,10 +76,9 @@ def fit_scales(
             predicted[test] = ridge.path(ridge.folds - {held}).predict(centred[test], [penalty])[:, 0]
         slope, doubt = {}, {}
         for s, r in rows.items():
-            slope[s] = float((w[r] * predicted[r]) @ rise[r] / (w[r] @ predicted[r] ** 2))
-            share = float((w[r] * predicted[r]) @ rise[r]) ** 2 / float(
-                (w[r] @ predicted[r] ** 2) * (w[r] @ rise[r] ** 2)
-            )
+            slope[s] = float((w[r] * predicted[r]) @ rise[r] / max(w[r] @ predicted[r] ** 2, 1e-300))
+            most = float((w[r] @ predicted[r] ** 2) * (w[r] @ rise[r] ** 2))
+            share = float((w[r] * predicted[r]) @ rise[r]) ** 2 / most if most > 0 else 0.0
             doubt[s] = (1 / max(share, 1e-9) - 1) / len(r)  # squared standard error of log(slope)
         for s in names:
             if s != reference and slope[s] > 0 and slope[reference] > 0:

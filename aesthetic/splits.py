@@ -56,7 +56,7 @@ class Groups:
 
 def groups_of(
     ids: Sequence[str],
-    groups: Sequence[str] | None = None,
+    groups: Sequence[Any] | None = None,
     *,
     vectors: npt.NDArray[Any] | None = None,
     sha256: Sequence[str | None] | None = None,
@@ -64,10 +64,12 @@ def groups_of(
 ) -> Groups:
     """Groups as given, or one for each id; then groups that share a near-duplicate become one (union-find).
 
-    Near-duplicates are equal files (sha256), perceptual hashes (16 hex digits) within NEAR_BITS, and vectors (n, d) of
-    unit norm with a cosine of at least NEAR_COSINE. A group of several has the name whose hash is the smallest.
+    A group that is None or NaN is its image's own. Near-duplicates are equal files (sha256), perceptual hashes (16 hex
+    digits) within NEAR_BITS, and vectors (n, d) of unit norm with a cosine of at least NEAR_COSINE. A group of several
+    has the name whose hash is the smallest.
     """
-    names, group = np.unique(np.asarray(ids if groups is None else groups, str), return_inverse=True)
+    each = ids if groups is None else [_group(g, i) for g, i in zip(groups, ids, strict=True)]
+    names, group = np.unique(np.asarray(each, str), return_inverse=True)
     pairs = [_equal(sha256), _near_hashes(phash)]
     if vectors is not None:
         pairs.append(near_duplicates(vectors))
@@ -79,6 +81,10 @@ def groups_of(
     for i in order:
         name_of.setdefault(int(component[i]), str(names[i]))
     return Groups([name_of[int(component[g])] for g in group], groups is not None, len(np.unique(linked, axis=0)))
+
+
+def _group(group: Any, image: str) -> str:
+    return f"image {image}" if group is None or group != group else str(group)
 
 
 def _components(count: int, links: Ints) -> Ints:

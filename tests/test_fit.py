@@ -13,6 +13,7 @@ from small_ratings import SCALE, examples, make, space, unit
 from aesthetic.evaluate import spearman
 from aesthetic.fit import fit_head, to_halve
 from aesthetic.heads import HeadError, load_head, save_head
+from aesthetic.sources import fit_scales
 from aesthetic.space import require_same
 from aesthetic.splits import NESTED_UP_TO
 
@@ -179,6 +180,15 @@ def test_two_sources_of_equal_size_share_one_scale_in_every_fold():
     assert made["sources"]["a"]["factor"] == pytest.approx(1 / 14, rel=0.15)
 
 
+def test_a_source_that_gave_one_score_to_all_takes_the_factor_of_its_spread():
+    x, y, _ = make(100)
+    source, fold = ["a", "b"] * 50, np.arange(100) // 2 % 5
+    y[1::2] = 5
+    scales = fit_scales(x, y, np.ones(100), source, fold, "a")
+    assert scales.factor == {"a": 1.0, "b": pytest.approx(1 / np.std(y[::2]))}
+    assert np.isfinite(scales.to_reference(y, source)).all()
+
+
 def test_prompts_are_a_baseline_that_was_not_trained():
     x, y, groups = make(300)
     report = fit(x, y, groups, prompts=np.linalg.lstsq(x, y - y.mean(), rcond=None)[0]).report
@@ -198,6 +208,9 @@ def test_prompts_are_a_baseline_that_was_not_trained():
         ({"votes": np.zeros(240)}, "a number of votes is not positive"),
         ({"metadata": {"width": [1]}}, "240 vectors and 1 width"),
         ({"x": np.full((240, 32), np.inf, np.float32)}, "row 0 is not finite"),
+        ({"x": np.full((240, 32), 1.0, np.float32)}, "unit vectors; row 0 has norm 5.657"),
+        ({"sources": ["a"] * 239 + ["b"]}, "every score of the source b is"),
+        ({"scale": (7.0, 1.0)}, "two finite numbers, the lower one first"),
     ],
 )
 def test_ratings_that_cannot_be_fitted_are_refused(change, message):

@@ -56,6 +56,13 @@ def test_copies_join_their_groups_whatever_tells_that_they_are_copies():
     assert given.names[0] == given.names[5] == "p"
 
 
+def test_images_without_a_group_are_no_group_together():
+    """As where one of two rating files has a column of groups."""
+    got = groups_of(list("abcde"), ["p", "p", None, float("nan"), None])
+    assert (got.count, got.given) == (4, True)
+    assert got.names[0] == got.names[1]
+
+
 def test_flat_pictures_are_no_copies_of_each_other():
     assert groups_of(["a", "b"], phash=["0" * 16, "0" * 16]).count == 2
 
