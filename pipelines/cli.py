@@ -467,7 +467,7 @@ def _fit(args: argparse.Namespace) -> int:
     )
     outcome = fit(request, _aside)
     print(outcome.text)
-    following = f"tastemaker score {args.data or 'DATA'} --head {request.out.stem}={args.out}"
+    following = f"tastemaker score {args.data or 'DATA'} --head {_column(request.out.stem)}={args.out}"
     return _end(args, outcome.report, dict(outcome.paths), following)
 
 
@@ -528,7 +528,7 @@ def _heads_show(args: argparse.Namespace) -> int:
         return _end(args, about, {}, f"tastemaker embed DATA --set score.{args.head.replace('-', '_')}={args.head}")
     head, folder = load_head(args.head), find_head(args.head)
     print(describe(head) + "\n")
-    following = f"tastemaker score DATA --head {_column(head)}={args.head}"
+    following = f"tastemaker score DATA --head {_column(head.name)}={args.head}"
     return _end(args, {**_about(head), "card": head.card}, {"head": folder}, following)
 
 
@@ -614,13 +614,13 @@ def _keep(args: argparse.Namespace, head: Head) -> int:
 
     folder = save_head(head, args.out or heads_folder() / head.name)
     print(describe(head) + "\n")
-    following = f"tastemaker score DATA --head {_column(head)}={folder if args.out else head.name}"
+    following = f"tastemaker score DATA --head {_column(head.name)}={folder if args.out else head.name}"
     return _end(args, _about(head), {"head": folder}, following)
 
 
-def _column(head: Head) -> str:
-    """A name for a head's scores: what a column of SQL may be called."""
-    name = re.sub(r"\W", "_", head.name, flags=re.ASCII).lower()
+def _column(head: str) -> str:
+    """A name for the scores of a head of this name: what a column of SQL may be called."""
+    name = re.sub(r"\W", "_", head, flags=re.ASCII).lower()
     return f"_{name}" if name[0].isdigit() else name
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import math
+import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curate.store import UserError, sha256_file
+from curate.store import UserError, sha256_file, write_json
 from pipelines.pool import DataPool, FolderPool, Pool, VectorsPool
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from aesthetic.chunks import Map
-    from aesthetic.fit import Fit
-    from aesthetic.ratings import Ratings
+    from aesthetic.ratings import Kind, Ratings
+    from aesthetic.reports import Fit
 
 WANTED, AGAINST = "a beautiful photograph", "an ugly photograph"
 """The prompts of the zero-shot baseline for ratings of beauty (after CLIP-IQA, Wang, Chan and Loy 2023)."""
@@ -64,17 +63,13 @@ class Outcome:
 def fit(request: Request, say: Say = lambda line: None) -> Outcome:
     """Fit a head and write it, its report and its pictures under `request.out`.
 
-    Raises UserError where nothing joins, HeadError where the ratings make no sense or are too few.
+    Raises UserError where the request makes no sense, asks what the ratings are not for, or nothing joins; HeadError
+    where the ratings make no sense or are too few. Nothing is written then.
     """
     from aesthetic.heads import save_head
     from aesthetic.ratings import read_ratings
 
-    pool = _pool(request, say) if len(_places(request)) == 1 else None
-    if pool is None:
-        raise UserError(
-            "fit needs images, from one place: --data DATA (their vectors are there), --embeddings FOLDER (vectors as "
-            "clip-retrieval stores them), or --images FOLDER"
-        )
+    _check(request)
     ratings = read_ratings(
         *request.ratings,
         image=request.key,
@@ -82,6 +77,8 @@ def fit(request: Request, say: Say = lambda line: None) -> Outcome:
         group=request.group,
         positive=request.positive,
     )
+    _check_kind(request, ratings.kind)
+    pool = _pool(request, say)
     columns = ["winner", "loser"] if ratings.kind == "pairs" else ["image"]
     candidates = pool.candidates(ratings.by)
     rows, reasons = {}, {}
@@ -91,6 +88,9 @@ def fit(request: Request, say: Say = lambda line: None) -> Outcome:
     if not len(wanted):
         first = ratings.table[columns[0]].iloc[0]
         raise UserError(f"none of the {len(ratings.table):,} images rated is in {pool.root}; the first is {first!r}")
+    others = np.setdiff1d(np.arange(pool.count), wanted)
+    if request.suggest and not len(others):
+        raise UserError(f"--suggest: every image of {pool.root} is rated already")
     vectors, there = pool.vectors(wanted)
     place = np.full(len(candidates), -1)
     place[wanted[there]] = np.arange(int(there.sum()))
@@ -107,8 +107,9 @@ def fit(request: Request, say: Say = lambda line: None) -> Outcome:
 
     out = request.out
     save_head(fitted.head, out)
-    (out / "report.json").write_text(json.dumps(fitted.report, indent=2, sort_keys=True) + "\n")
+    write_json(out / "report.json", fitted.report)
     paths = {"head": out} | _pictures(out, ratings, fitted, pool, wanted[there], rows, joined)
+    (out / "unjoined.csv").unlink(missing_ok=True)  # of another fit
     if not joined.all():
         left = ratings.table[~joined].copy()
         left["why"] = [
@@ -116,12 +117,63 @@ def fit(request: Request, say: Say = lambda line: None) -> Outcome:
         ]
         left.to_csv(out / "unjoined.csv", index=False)
     if request.suggest:
-        paths |= _suggest(request, fitted, pool, wanted, vectors, say)
+        paths |= _suggest(request, fitted, pool, others, vectors, say)
     return Outcome(out, fitted.report, _text(request, ratings, fitted, joined), paths)
 
 
-def _places(request: Request) -> list[str | Path]:
-    return [p for p in (request.data, request.images, request.embeddings) if p is not None]
+def _check(request: Request) -> None:
+    """Raise UserError for what is wrong with the request itself: before a file is read."""
+    from aesthetic.heads import HeadError, check_name, check_scale
+
+    if sum(place is not None for place in (request.data, request.images, request.embeddings)) != 1:
+        raise UserError(
+            "fit needs images, from one place: --data DATA (their vectors are there), --embeddings FOLDER (vectors as "
+            "clip-retrieval stores them), or --images FOLDER"
+        )
+    if request.data is not None and request.encoder is not None:
+        raise UserError(f"--encoder: {request.data} says itself which encoder made its vectors; leave the option out")
+    try:
+        check_name(request.out.stem)
+    except HeadError as e:
+        raise UserError(f"--out {request.out}: a head has the name of its folder, and {e}") from None
+    if request.out.exists() and not request.out.is_dir():
+        raise UserError(f"--out {request.out} is a file; a head is a folder: give another name")
+    if request.scale is not None:
+        check_scale("--scale", request.scale)
+    if request.prevalence is not None and not 0 < request.prevalence < 1:
+        raise UserError(f"--prevalence {request.prevalence:g}: it is a share between 0 and 1, such as 0.01")
+    if request.suggest and request.network:
+        raise UserError("--suggest asks what would teach a straight line most, and --network may fit another: not both")
+    if request.suggest and _filled_in(request.out / "suggest.csv"):
+        raise UserError(
+            f"{request.out / 'suggest.csv'} has scores filled in, and --suggest would write over it: move it elsewhere"
+        )
+
+
+def _filled_in(suggested: Path) -> bool:
+    if not suggested.is_file():
+        return False
+    with open(suggested, newline="", encoding="utf-8-sig", errors="replace") as f:
+        return any((row.get("score") or "").strip() for row in csv.DictReader(f))
+
+
+_HOLD = {"scores": "scores", "labels": "labels (each 0 or 1)", "pairs": "comparisons (a winner and a loser)"}
+
+
+def _check_kind(request: Request, kind: Kind) -> None:
+    """Raise UserError for an option that these ratings have no use for."""
+    for option, given, kinds in (
+        ("--scale", request.scale is not None, ("scores",)),
+        ("--network", request.network, ("scores",)),
+        ("--ray-address", request.address is not None, ("scores",)),
+        ("--prevalence", request.prevalence is not None, ("labels",)),
+        ("--suggest", request.suggest > 0, ("scores", "labels")),
+    ):
+        if given and kind not in kinds:
+            raise UserError(
+                f"{option} is for {' and '.join(kinds)}, and {', '.join(p.name for p in request.ratings)} "
+                f"{'hold' if len(request.ratings) > 1 else 'holds'} {_HOLD[kind]}: leave the option out"
+            )
 
 
 def _pool(request: Request, say: Say) -> Pool:
@@ -184,7 +236,7 @@ def _fitted(
             **common,
         )
     of = facts.iloc[rows["image"][joined]]
-    ours = {"image", "score", "n", "sd", "group", "source"}
+    ours = {"image", "score", "n", "sd", "group", "source"} | {"predicted"}  # suggest.csv's, of an earlier head
     metadata = {str(c): table[c].to_list() for c in table.columns if c not in ours}
     metadata |= {c: of[c].to_list() for c in ("width", "height", "domain") if c in of}
     examples = Examples(
@@ -200,7 +252,8 @@ def _fitted(
         phash=_known(of, "phash"),
     )
     if ratings.kind == "labels":
-        return fit_classifier(examples, pool.space, prevalence=request.prevalence or PREVALENCE, **common)
+        prevalence = PREVALENCE if request.prevalence is None else request.prevalence
+        return fit_classifier(examples, pool.space, prevalence=prevalence, **common)
     return fit_head(
         examples,
         pool.space,
@@ -237,15 +290,16 @@ def _known(facts: pd.DataFrame, name: str) -> list[str | None] | None:
 
 def _groups_of_pairs(
     table: pd.DataFrame, rows: dict[str, np.ndarray], joined: np.ndarray, images: int
-) -> list[str] | None:
-    """A group for each image, from the groups of the comparisons that it is in: the first by name."""
+) -> list[str | None] | None:
+    """A group for each image, from the groups of the comparisons that it is in, if they have any: the first by name."""
     if "group" not in table:
         return None
     of: dict[int, str] = {}
     for column in ("winner", "loser"):
         for image, group in zip(rows[column][joined], table["group"], strict=True):
-            of[int(image)] = min(of.get(int(image), str(group)), str(group))
-    return [of.get(i, f"image {i}") for i in range(images)]
+            if isinstance(group, str):
+                of[int(image)] = min(of.get(int(image), group), group)
+    return [of.get(i) for i in range(images)]
 
 
 def _prompts(pool: Pool, say: Say) -> np.ndarray | None:
@@ -326,26 +380,26 @@ def _pictures(
 
 
 def _suggest(
-    request: Request, fitted: Fit, pool: Pool, rated: np.ndarray, vectors: np.ndarray, say: Say
+    request: Request, fitted: Fit, pool: Pool, others: np.ndarray, vectors: np.ndarray, say: Say
 ) -> dict[str, Path]:
-    """The images whose ratings would teach the head most: a csv to fill in, and a sheet to look at."""
+    """Those of the `others`, the images not rated, that would teach the head most: a csv to fill in, and a sheet."""
     import pandas as pd
 
     from aesthetic.suggest import suggest
     from curate.report import Shown, sheet
 
-    if fitted.penalty is None:
-        raise UserError("--suggest is for affine heads fitted to ratings or labels, not for networks and comparisons")
-    others = np.setdiff1d(np.arange(pool.count), rated)
-    if not len(others):
-        raise UserError(f"--suggest: every image of {pool.root} is rated already")
+    assert fitted.penalty is not None  # see _check and _check_kind
     say(f"choosing {request.suggest} of {len(others):,} images not rated")
     candidates, there = pool.vectors(others)
-    others = others[there]
+    finite = np.isfinite(candidates).all(1)
+    others, candidates = others[there][finite], candidates[finite]
     weights, relevance = np.ones(len(vectors)), None
     if fitted.head.link == "sigmoid":  # a label of an image at p tells p (1 - p) of what a rating would
         weights, relevance = _information(fitted.head(vectors)), _information(fitted.head(candidates))
     chosen = others[suggest(vectors, weights, candidates, fitted.penalty, request.suggest, relevance=relevance)]
+    if not len(chosen):
+        say(f"nothing to suggest: what is not rated is a copy of what is, or {pool.absent}")
+        return {}
     facts = pool.facts(chosen)
     scores = fitted.head(pool.vectors(chosen)[0])
     pd.DataFrame({"image": facts["key"], "score": "", "predicted": np.round(scores, 3)}).to_csv(
@@ -422,7 +476,7 @@ def _worth(report: dict[str, Any]) -> str:
     if noise is None:
         return "worth how many raters: unknown, without the number (n) and spread (sd) of the ratings of each image"
     raters = noise["worth_raters"]
-    told = "more raters than were asked" if raters is None or math.isinf(raters) else _raters(raters)
+    told = "more raters than were asked" if raters is None else _raters(raters)
     return f"worth {told} · no head can correlate more than {noise['ceiling']:.2f} with these ratings"
 
 

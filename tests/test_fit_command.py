@@ -10,6 +10,7 @@ from PIL import Image, ImageFilter
 
 from aesthetic.heads import load_head
 from pipelines.cli import main
+from pipelines.fit import _groups_of_pairs
 
 COUNT = 60
 
@@ -140,6 +141,67 @@ def test_what_cannot_be_fitted_is_said_and_nothing_is_written(folder, tmp_path, 
     assert not Path(out).exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--prevalence", 0), "--prevalence 0: it is a share between 0 and 1"),
+        (("--prevalence", "nan"), "--prevalence nan: it is a share"),
+        (("--scale", 10, 1), "--scale: scale is 10.0 to 1.0"),
+        (("--suggest", 2, "--network"), "--suggest asks what would teach a straight line most"),
+        (("--data", "x", "--encoder", "bundled"), "--encoder: x says itself"),
+        (("--out", "a head"), "'a head' cannot name a head"),
+    ],
+)
+def test_a_mistake_in_the_request_is_told_before_a_file_is_read(words, message, tmp_path, capsys):
+    places = () if "--data" in words else ("--images", tmp_path / "nowhere")
+    code, _, told = run(capsys, "fit", tmp_path / "nothing.csv", "--out", tmp_path / "h.head", *places, *words)
+    assert code == 2 and message in told
+
+
+SCORES, LABELS, PAIRS = "image,score\na,1\nb,2\n", "image,label\na,1\nb,0\n", "winner,loser\na,b\nb,c\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        (SCORES, ("--prevalence", 0.1), "--prevalence is for labels, and r.csv holds scores"),
+        (LABELS, ("--network",), "--network is for scores, and r.csv holds labels (each 0 or 1)"),
+        (LABELS, ("--scale", 0, 1), "--scale is for scores"),
+        (PAIRS, ("--ray-address", "auto"), "--ray-address is for scores, and r.csv holds comparisons"),
+        (PAIRS, ("--suggest", 1), "--suggest is for scores and labels, and r.csv holds comparisons"),
+        ("image,score\na,1\nb,two\n", (), "line 3: score is 'two', not a number"),
+    ],
+)
+def test_a_mistake_about_the_ratings_is_told_before_an_image_is_looked_for(text, words, message, tmp_path, capsys):
+    (tmp_path / "r.csv").write_text(text)
+    places = ("--images", tmp_path / "nowhere", "--out", tmp_path / "h.head")
+    code, _, told = run(capsys, "fit", tmp_path / "r.csv", *places, *words)
+    assert code == 2 and message in told
+    assert not (tmp_path / "h.head").exists()
+
+
+def test_a_head_and_scores_that_were_filled_in_are_not_written_over(tmp_path, capsys):
+    out = tmp_path / "h.head"
+    words = ["fit", tmp_path / "r.csv", "--images", tmp_path, "--out", out, "--suggest", 3]
+    out.write_text("a file")
+    code, _, told = run(capsys, *words)
+    assert code == 2 and "is a file; a head is a folder" in told
+    out.unlink()
+    out.mkdir()
+    (out / "suggest.csv").write_text("image,score,predicted\na,,1\nb,4,2\n")
+    code, _, told = run(capsys, *words)
+    assert code == 2 and "has scores filled in" in told
+    (out / "suggest.csv").write_text("image,score,predicted\na,,1\nb,,2\n")
+    code, _, told = run(capsys, *words)
+    assert code == 2 and "r.csv: no such file" in told
+
+
+def test_images_compared_without_a_group_are_groups_of_their_own():
+    table = pd.DataFrame({"group": ["p", None, float("nan")]})
+    rows = {"winner": np.array([0, 2, 3]), "loser": np.array([1, 3, 4])}
+    assert _groups_of_pairs(table, rows, np.ones(3, bool), 5) == ["p", "p", None, None, None]
+
+
 def test_vectors_as_clip_retrieval_stores_them(tmp_path, capsys):
     """No picture at hand: by key in a folder that says its space, by path in one whose encoder must be told."""
     import pyarrow as pa
@@ -161,16 +223,28 @@ def test_vectors_as_clip_retrieval_stores_them(tmp_path, capsys):
         paths = [f"/elsewhere/{i:05d}.jpg" for i in rows]
         pq.write_table(pa.table({"image_path": paths}), folder / "metadata" / f"metadata_{part}.parquet")
     named = pd.DataFrame({"image": [f"{i:05d}" for i in range(150)], "score": 5 + 4 * x[:150, 0]})
+    named["predicted"] = named["score"]  # as suggest.csv has it
     named.to_csv(tmp_path / "r.csv", index=False)
-    out = tmp_path / "v.head"
+    out = tmp_path / "v-1.head"
     words = ["fit", tmp_path / "r.csv", "--embeddings", folder, "--out", out]
     code, _, told = run(capsys, *words)
     assert code == 2 and "--encoder" in told
     space.save(folder / "space.json")
+    out.mkdir()
+    (out / "unjoined.csv").write_text("of a fit before")
     code, text, told = run(capsys, *words, "--suggest", 2)
     assert code == 0, told
+    assert not (out / "unjoined.csv").exists()
+    assert "--head v_1=" in text
+    assert "metadata" not in json.loads((out / "report.json").read_text())["baselines"]
     assert text.startswith("150 ratings, 150 joined") and "zero-shot" in text
     head = load_head(out)
     require_same(head.space, space)
     assert np.corrcoef(head(x), x[:, 0])[0, 1] > 0.9
     assert set(pd.read_csv(out / "suggest.csv")["image"]) <= {f"/elsewhere/{i:05d}.jpg" for i in range(150, 200)}
+
+    everything = pd.DataFrame({"image": [f"{i:05d}" for i in range(200)], "score": 5 + 4 * x[:, 0]})
+    everything.to_csv(tmp_path / "r.csv", index=False)
+    code, _, told = run(capsys, *words[:-1], tmp_path / "w.head", "--suggest", 2)
+    assert code == 2 and "every image of" in told
+    assert not (tmp_path / "w.head").exists()
