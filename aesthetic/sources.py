@@ -76,9 +76,10 @@ def fit_scales(
             predicted[test] = ridge.path(ridge.folds - {held}).predict(centred[test], [penalty])[:, 0]
         slope, doubt = {}, {}
         for s, r in rows.items():
-            slope[s] = float((w[r] * predicted[r]) @ rise[r] / max(w[r] @ predicted[r] ** 2, 1e-300))
-            most = float((w[r] @ predicted[r] ** 2) * (w[r] @ rise[r] ** 2))
-            share = float((w[r] * predicted[r]) @ rise[r]) ** 2 / most if most > 0 else 0.0
+            both, square = float((w[r] * predicted[r]) @ rise[r]), float(w[r] @ predicted[r] ** 2)
+            most = square * float(w[r] @ rise[r] ** 2)
+            slope[s] = both / square if square > 0 else 0.0
+            share = both**2 / most if most > 0 else 0.0
             doubt[s] = (1 / max(share, 1e-9) - 1) / len(r)  # squared standard error of log(slope)
         for s in names:
             if s != reference and slope[s] > 0 and slope[reference] > 0:

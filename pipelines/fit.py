@@ -122,7 +122,7 @@ def fit(request: Request, say: Say = lambda line: None) -> Outcome:
 
 
 def _check(request: Request) -> None:
-    """Raise UserError for what is wrong with the request itself: before a file is read."""
+    """Raise UserError (HeadError for a scale) for what is wrong with the request itself: before a file is read."""
     from aesthetic.heads import HeadError, check_name, check_scale
 
     if sum(place is not None for place in (request.data, request.images, request.embeddings)) != 1:
