@@ -28,6 +28,7 @@ EXAMPLES = """\
   tastemaker select data --name stricter --set select.rules.beautiful='laion_v2 >= 5.5'
   tastemaker pack data --name stricter                        the chosen images as shards
   tastemaker query data "select reason, count(*) from ledger group by all"
+  tastemaker train data/shards/stricter --out model           a diffusion model of these
 """
 
 

@@ -339,9 +339,7 @@ def _surveyed(request: Request, samples: Numbered, settings: dict[str, Any], ter
     if readable < LEAST:
         raise UserError(f"{readable} pictures in {samples.folder} can be read: at least {LEAST} are needed")
     if settings["batch"] > len(chosen):
-        raise UserError(
-            f"a batch of {settings['batch']} is more than the {len(chosen)} pictures to train on: --batch N"
-        )
+        raise UserError(f"--batch {settings['batch']} is more than the {len(chosen)} pictures to train on")
     if request.weight_by and not weights_of(samples, request.weight_by)[chosen].sum() > 0:
         raise UserError(f"no picture to train on has a {request.weight_by} above 0")
     told = {
