@@ -324,8 +324,9 @@ class RayWorkers:
         (folder / "made.json").unlink(missing_ok=True)
         shards = shards_of(m.pictures, m.encoded)
         missing = [i for i, part in enumerate(shards) if not is_made(folder, i, part, made)]
-        for count in self._listen(lambda: self._encode(made, missing)):
-            tell(count)
+        if missing:
+            for count in self._listen(lambda: self._encode(made, missing)):
+                tell(count)
         finish(m.pipeline, folder, made, shards, text)
 
     def _encode(self, made: dict[str, Any], missing: Sequence[int]) -> None:
@@ -335,11 +336,11 @@ class RayWorkers:
         context = DataContext.get_current()
         context.enable_progress_bars = False
         context.max_errored_blocks = 0
-        rows: Any = ray.data.from_items([{"shard": i} for i in missing], override_num_blocks=max(1, len(missing)))
+        rows: Any = ray.data.from_items([{"shard": i} for i in missing], override_num_blocks=len(missing))
         rows = rows.map(
             Encoder,
             fn_constructor_args=(self._plan, self._name, made),
-            compute=ActorPoolStrategy(size=min(self._workers, max(1, len(missing)))),
+            compute=ActorPoolStrategy(size=min(self._workers, len(missing))),
             num_cpus=self._cpus,
             num_gpus=1 if self._gpu else None,
         )
