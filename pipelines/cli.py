@@ -28,6 +28,7 @@ EXAMPLES = """\
   tastemaker select data --name stricter --set select.rules.beautiful='laion_v2 >= 5.5'
   tastemaker pack data --name stricter                        the chosen images as shards
   tastemaker query data "select reason, count(*) from ledger group by all"
+  tastemaker train data/shards/stricter --out model           a diffusion model of these
 """
 
 
@@ -186,6 +187,43 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--weights", metavar="FILE", help="prompt: a local copy of the encoder's weights")
     p.add_argument("--wanted", action="append", metavar="PROMPT", help="prompt: what scores high (repeatable)")
     p.add_argument("--against", action="append", metavar="PROMPT", help="prompt: what scores low (repeatable)")
+
+    p = command("train", _train, "train a text-to-image diffusion model on captioned pictures")
+    p.add_argument(
+        "shards",
+        metavar="SHARDS",
+        help="a folder of packed shards, of img2dataset's or webdataset's tars, or of images",
+    )
+    p.add_argument("--out", required=True, metavar="MODEL", help="the model's folder, which diffusers loads when done")
+    p.add_argument(
+        "--preset",
+        metavar="P",
+        help="a new model: debug, tiny (default without a GPU), small-64 (default with one), base-128, sd15",
+    )
+    p.add_argument("--from", dest="start", metavar="MODEL", help="go on with a diffusers folder, or a hub id")
+    p.add_argument(
+        "--lora", nargs="?", type=_positive, const=8, metavar="RANK", help="train only a LoRA on it (default rank 8)"
+    )
+    p.add_argument("--objective", metavar="O", help="of a new model: flow (default), v or eps")
+    p.add_argument("--steps", type=_positive, metavar="N", help="default: the preset's; 1000 with --from")
+    p.add_argument("--batch", type=_positive, metavar="N", help="pictures a step, over all workers")
+    p.add_argument("--lr", type=float, metavar="X", help="highest learning rate of AdamW")
+    p.add_argument("--size", type=_positive, metavar="PX", help="side of the pictures (default: the model's own)")
+    p.add_argument("--buckets", action="store_true", help="keep pictures' aspect ratios: several shapes of one area")
+    p.add_argument("--weight-by", metavar="COLUMN", help="draw pictures in proportion to this score")
+    p.add_argument("--workers", type=_positive, metavar="N", help="default: one per GPU, or one")
+    p.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="drawn as training goes on, a line each (default: 4 captions)"
+    )
+    p.add_argument(
+        "--save-every", type=_positive, metavar="N", help="steps between checkpoints (default: a fifth of all)"
+    )
+    p.add_argument("--look-every", type=_positive, metavar="N", help="steps between pictures (default: at checkpoints)")
+    p.add_argument("--micro-batch", type=_positive, metavar="N", help="pictures at a time on a worker, to save memory")
+    p.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, a third slower")
+    p.add_argument("--compile", action="store_true", help="torch.compile: minutes at first, then faster on GPUs")
+    p.add_argument("--seed", type=int, default=0, metavar="N")
+    p.add_argument("--ray-address", metavar="ADDRESS", help="train on this Ray cluster (`auto` finds it)")
 
     p = command("recipe", _recipe, "print a recipe, resolved; without a name, list them")
     p.add_argument("name", nargs="?")
@@ -469,6 +507,19 @@ def _fit(args: argparse.Namespace) -> int:
     print(outcome.text)
     following = f"tastemaker score {args.data or 'DATA'} --head {_column(request.out.stem)}={args.out}"
     return _end(args, outcome.report, dict(outcome.paths), following)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from curate.store import local_path
+    from pipelines.train import Request, run
+
+    same = ("preset", "start", "lora", "objective", "steps", "batch", "lr", "size", "buckets", "weight_by", "workers")
+    same += ("prompts", "save_every", "look_every", "micro_batch", "checkpointing", "compile", "seed")
+    given = {name: getattr(args, name) for name in same}
+    request = Request(data=Path(args.shards), out=local_path(args.out), address=args.ray_address, **given)
+    outcome = run(request)
+    print(outcome.text)
+    return _end(args, outcome.facts, dict(outcome.paths), outcome.next)
 
 
 def _aside(line: str) -> None:

@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from curate.budget import Budget, Message, Reply
@@ -58,7 +59,7 @@ def _meter(board: Any) -> Meter:
 
 
 @contextlib.contextmanager
-def _telling(board: Any) -> Iterator[None]:
+def telling(board: Any) -> Iterator[None]:
     """Have the board keep the error that ends a worker: Ray's own report of it is text, in wrappings that vary."""
     import ray
 
@@ -86,7 +87,7 @@ class FetchActor:
         from curate.workers import FetchWorker
 
         attend(job.data.root)
-        _quiet(job.data, "fetch")
+        quiet(job.data.logs, "fetch")
         self._job, self._board = job, ray.get_actor(board)
         self._meter = _meter(self._board)
         budget: Any = ray.get_actor(_budget_of(board))
@@ -96,13 +97,13 @@ class FetchActor:
             return await budget.exchange.remote(me, message)
 
         recipe = job.recipe
-        with _telling(self._board):
+        with telling(self._board):
             self._worker = FetchWorker(
                 job.data, recipe.fetch, recipe.images, recipe.hashes()[0], self._meter, threads, exchange
             )
 
     async def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        with _telling(self._board):
+        with telling(self._board):
             await self._worker.run(int(row["shard"]), retry=self._job.retry)
         self._meter.flush()
         return row
@@ -117,16 +118,16 @@ class EmbedActor:
         from curate.workers import EmbedWorker
 
         attend(job.data.root)
-        _quiet(job.data, "embed")
+        quiet(job.data.logs, "embed")
         self._board = ray.get_actor(board)
         self._meter = _meter(self._board)
-        with _telling(self._board):
+        with telling(self._board):
             self._worker = EmbedWorker(
                 job.data, job.recipe.embed, job.recipe.score, job.recipe.hashes()[1], self._meter, threads
             )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        with _telling(self._board):
+        with telling(self._board):
             self._worker.run(int(row["shard"]))
         self._meter.flush()
         return row
@@ -137,9 +138,9 @@ def _budget_of(board: str) -> str:
     return f"{board}-budget"
 
 
-def _quiet(data: Data, stage: str) -> None:
-    """Send a worker's log records to the data folder."""
-    handler = logging.FileHandler(data.logs / f"{stage}.log")
+def quiet(logs: Path, stage: str) -> None:
+    """Send a worker's log records to a file in that folder."""
+    handler = logging.FileHandler(logs / f"{stage}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
 
@@ -206,12 +207,12 @@ def _start_ray(job: Job, address: str | None) -> Pools:
     import ray
 
     if address is not None:
-        _join(address)
+        join(address)
         total = ray.cluster_resources()
-        _check_nodes(job.data)
+        check_nodes(job.data.root)
         nodes = sum(node["Alive"] for node in ray.nodes())
         return size_pools(job.recipe, int(total.get("CPU", 1)), int(total.get("GPU", 0)), nodes)
-    gpus = _local_gpus()
+    gpus = local_gpus()
     pools = size_pools(job.recipe, os.cpu_count() or 1, gpus)
     ray.init(
         num_cpus=math.ceil(pools.fetch * pools.fetch_cpus + pools.embed * pools.embed_cpus),  # so that both run at once
@@ -224,7 +225,7 @@ def _start_ray(job: Job, address: str | None) -> Pools:
     return pools
 
 
-def _join(address: str) -> None:
+def join(address: str) -> None:
     """Become a driver of the cluster at an address. UserError where there is none, or it does not let us in."""
     import ray
     from ray.exceptions import AuthenticationError
@@ -248,7 +249,7 @@ def ray_map(address: str, function: Callable[[Any], Any], items: Iterable[Any]) 
     from threadpoolctl import threadpool_limits
 
     if not ray.is_initialized():
-        _join(address)
+        join(address)
 
     def once(item: Any) -> Any:
         with threadpool_limits(1, user_api="blas"):  # the same bits as on another number of cores
@@ -265,20 +266,18 @@ def ray_map(address: str, function: Callable[[Any], Any], items: Iterable[Any]) 
         yield ray.get(ahead.popleft())
 
 
-def _local_gpus() -> int:
+def local_gpus() -> int:
     """CUDA devices of this machine, without importing torch."""
-    from pathlib import Path
-
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if Path("/proc/driver/nvidia/gpus").exists() else 0
 
 
-def _check_nodes(data: Data) -> None:
-    """Have every node of the cluster read a nonce from the data folder; a node that cannot is refused by name."""
+def check_nodes(root: Path) -> None:
+    """Have every node of the cluster read a nonce from a folder; a node that cannot is refused by name."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nonce = secrets.token_hex(8)
-    path = data.root / ".nonce"
+    path = root / ".nonce"
     path.write_text(nonce)
 
     @ray.remote(num_cpus=0)
@@ -295,7 +294,7 @@ def _check_nodes(data: Data) -> None:
                 strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                 if ray.get(look.options(scheduling_strategy=strategy).remote(str(path))) != nonce:
                     raise UserError(
-                        f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}) does not see {data.root}. "
+                        f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}) does not see {root}. "
                         "Put --out on a file system that all nodes share."
                     )
     finally:

@@ -155,6 +155,35 @@ class Screen:
             self.say(f"warning: {failed / rows:.0%} of the first {rows:,} rows failed: {reasons}{worst}")
 
 
+class Count:
+    """One line about work of known length: how much is done, how fast, how long it still takes."""
+
+    def __init__(self, out: IO[str], what: str, total: int, unit: str = "img/s") -> None:
+        self._out, self._what, self._total, self._unit = out, what, total, unit
+        self._began = self._last = time.monotonic()
+        self._done, self._live = 0, out.isatty()
+
+    def __call__(self, more: int) -> None:
+        """So many more are done."""
+        self._done += more
+        now = time.monotonic()
+        if now - self._last < (0.2 if self._live else 10):
+            return
+        self._last = now
+        rate = self._done / (now - self._began)
+        left = clock((self._total - self._done) / rate) if rate else "unknown"
+        text = f"{self._what}  {self._done:,}/{self._total:,}  {rate:,.0f} {self._unit}  eta {left}"
+        self._out.write(f"\r\033[K{text}" if self._live else f"{text}\n")
+        self._out.flush()
+
+    def end(self, more: str = "") -> None:
+        """The last line: all of it, and how long it took."""
+        seconds = time.monotonic() - self._began
+        start = "\r\033[K" if self._live else ""
+        self._out.write(f"{start}{self._what}  {self._done:,} in {clock(seconds)}{more}\n")
+        self._out.flush()
+
+
 def clock(seconds: float) -> str:
     """A duration as people say it.
 

@@ -32,6 +32,7 @@ from train.data import (
     fitted,
     open_samples,
     split,
+    survey,
     weights_of,
 )
 
@@ -189,6 +190,18 @@ def test_a_picture_that_cannot_be_read_is_named(pictures: Path, tmp_path: Path) 
     with pytest.raises(UserError, match=r"the picture 007\.png can't be read"):
         for _ in zip(range(7), Stream(Pictures(samples, letters, 16), np.arange(50), batch=8).batches(), strict=False):
             pass
+
+
+def test_a_survey_finds_what_cannot_be_read_and_leaves_it_out(pictures: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(pictures, folder)
+    (folder / "007.png").write_bytes((folder / "007.png").read_bytes()[:60])
+    samples, told = open_samples(folder), []
+    known = survey(samples, told.append)
+    assert sum(told) == 50 and list(known.unreadable) == [7] and known.keys[7] == "007.png"
+    chosen, held = split(samples, 0.2, known=known)
+    assert sorted([*chosen, *held]) == [i for i in range(50) if i != 7]
+    Pictures(samples, letters, 16, buckets=True)  # whose shapes are told by the pictures' headers
 
 
 @pytest.mark.long

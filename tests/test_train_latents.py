@@ -32,7 +32,7 @@ def pipeline(samples: Numbered) -> Any:
 def test_the_loss_from_latents_is_that_from_pictures(pipeline: Any, samples: Numbered, tmp_path: Path) -> None:
     pictures = Pictures(samples, lambda c: tokenize(pipeline, c), 16)
     latents = precompute(pipeline, pictures, np.arange(50), tmp_path / "latents", shard_size=20)
-    assert sorted(p.name for p in (tmp_path / "latents").glob("*.safetensors")) == [
+    assert sorted(p.name for p in (tmp_path / "latents").glob("0*.safetensors")) == [
         f"{i:05d}.safetensors" for i in range(3)
     ]
     assert len(latents) == 50
@@ -43,6 +43,38 @@ def test_the_loss_from_latents_is_that_from_pictures(pipeline: Any, samples: Num
         assert a.keys == b.keys and torch.equal(a.tokens, b.tokens) and not a.latent and b.latent
         assert b.images.shape == (8, 4, 8, 8)
         assert torch.allclose(task.losses(a, 0, step), task.losses(b, 0, step), rtol=2e-3)
+
+
+def test_what_a_frozen_text_encoder_says_is_kept_too(pipeline: Any, samples: Numbered, tmp_path: Path) -> None:
+    pictures = Pictures(samples, lambda c: tokenize(pipeline, c), 16)
+    numbers = np.arange(3, 50, 2)
+    latents = precompute(pipeline, pictures, numbers, tmp_path, text=True)
+    assert len(latents) == len(numbers)
+    task = Denoise(pipeline, text=False)
+    one, other = (Stream(e, numbers, batch=8, seed=1, drop=0.5).batches() for e in (pictures, latents))
+    for step in range(3):
+        a, b = next(one), next(other)
+        assert a.keys == b.keys and b.tokens.shape == (8, 16, 32)
+        assert torch.allclose(task.losses(a, 0, step), task.losses(b, 0, step), rtol=2e-3)
+    with pytest.raises(IndexError, match="picture 2 has no latents"):
+        latents.load(2)
+
+
+def test_a_shard_that_is_there_is_not_made_again(pipeline: Any, samples: Numbered, tmp_path: Path) -> None:
+    pictures = Pictures(samples, lambda c: tokenize(pipeline, c), 16)
+    told: list[int] = []
+
+    def written() -> list[int]:
+        precompute(pipeline, pictures, np.arange(50), tmp_path, shard_size=20, tell=told.append)
+        assert sum(told) == 50
+        return [(tmp_path / f"{i:05d}.safetensors").stat().st_mtime_ns for i in range(3)]
+
+    before = written()
+    (tmp_path / "made.json").unlink()  # killed before the end, in the middle of the second
+    (tmp_path / "00001.json").unlink()
+    told.clear()
+    after = written()
+    assert [b == a for b, a in zip(before, after, strict=True)] == [True, False, True]
 
 
 def test_they_are_made_once_and_again_when_something_changed(pipeline: Any, samples: Numbered, tmp_path: Path) -> None:

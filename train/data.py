@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol, overload
@@ -60,6 +60,18 @@ class Numbered(Sequence[Sample]):
         """What is known of one sample beside its pixels; `caption` among it."""
         raise NotImplementedError
 
+    def files(self) -> list[Path]:
+        """The files that hold the pictures."""
+        raise NotImplementedError
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short name for what is in the folder: keys, captions, and the length of each file."""
+        told = [self.facts(i) for i in range(len(self))]
+        named = [[str(f.get("key", i)), f["caption"]] for i, f in enumerate(told)]
+        manifest = read_json(self.folder / "manifest.json") or {}
+        return digest([named, [[p.name, p.stat().st_size] for p in self.files()], manifest.get("outputs")])
+
     @overload
     def __getitem__(self, number: int) -> Sample: ...
     @overload
@@ -104,6 +116,9 @@ class Tars(Numbered):
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
+
+    def files(self) -> list[Path]:
+        return self._tars
 
     def _read(self, number: int, image: bool) -> tuple[str, str, bytes, dict[str, Any]]:
         """(key, extension, image bytes if asked for, facts)."""
@@ -172,6 +187,9 @@ class Images(Numbered):
     def __len__(self) -> int:
         return len(self._names)
 
+    def files(self) -> list[Path]:
+        return [self.folder / name for name in self._names]
+
     def sample(self, number: int) -> Sample:
         name, facts = self._names[number], self.facts(number)
         data = (self.folder / name).read_bytes()
@@ -229,7 +247,7 @@ class Batch:
     slots: list[int]  # the place of each sample in the whole batch, over all ranks
     images: Tensor  # (n, 3, h, w) float32 in [-1, 1]; or latents, (n, c, h / f, w / f)
     latent: bool  # which of the two
-    tokens: Tensor  # (n, length) int64
+    tokens: Tensor  # (n, length) int64; or what a frozen text encoder makes of them, (n, length, width) float32
     cursor: tuple[int, int]  # (epoch, position) of the batch that comes after this one
 
 
@@ -241,7 +259,7 @@ class Examples(Protocol):
 
     def __len__(self) -> int: ...
     def load(self, number: int, dropped: bool = False) -> tuple[str, Tensor, Tensor]:
-        """(key, image or latents, tokens: of '' where the caption is dropped)."""
+        """(key, image or latents, tokens or the text encoder's states: of '' where the caption is dropped)."""
         ...
 
 
@@ -292,7 +310,11 @@ def decoded(sample: Sample, min_side: int) -> npt.NDArray[np.uint8]:
     try:
         return decode(sample.image, min_side=min_side)
     except RowError as e:
-        raise UserError(f"the picture {sample.key} can't be read ({e}). Remove it, or curate the folder first.") from e
+        raise _cannot_be_read(sample.key, str(e)) from e
+
+
+def _cannot_be_read(key: str, why: str) -> UserError:
+    return UserError(f"the picture {key} can't be read ({why}). Remove it, or curate the folder first.")
 
 
 def fitted(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
@@ -309,7 +331,10 @@ def _shape(samples: Numbered, number: int) -> tuple[int, int]:
     facts = samples.facts(number)
     if facts.get("width") and facts.get("height"):
         return int(facts["height"]), int(facts["width"])
-    _, width, height = probe(samples[number].image)
+    try:
+        _, width, height = probe(samples[number].image)
+    except RowError:  # whoever reads it is told; it is in no one's way here
+        return 1, 1
     return height, width
 
 
@@ -333,20 +358,56 @@ def _buckets(shapes: list[tuple[int, int]], size: int, step: int, least: int) ->
 # ------------------------------------------------------------------------------------------------------------- split
 
 
-def split(samples: Numbered, share: float = 0.1, most: int = 256) -> tuple[Ints, Ints]:
+@dataclass(frozen=True)
+class Survey:
+    """What one look at every picture tells: by what its copies are known, and which can't be read."""
+
+    keys: list[str]
+    sha256: list[str | None]
+    phash: list[str | None]
+    unreadable: dict[int, str]  # number -> why
+
+
+def survey(samples: Numbered, tell: Callable[[int], None] = lambda count: None) -> Survey:
+    """Look at every picture, small where its format allows that. `tell` hears how many more are done."""
+
+    def look(number: int) -> tuple[str, str | None, str | None, str | None]:
+        """(key, sha256, perceptual hash, why it can't be read)."""
+        facts = samples.facts(number)
+        key, sha256 = str(facts.get("key", number)), facts.get("sha256")
+        try:
+            pixels = decode(samples[number].image, min_side=32)
+            return key, sha256, facts.get("phash") or perceptual_hash(pixels), None
+        except RowError as e:
+            return key, sha256, None, str(e)
+
+    found = []
+    with ThreadPoolExecutor() as pool:
+        for one in pool.map(look, range(len(samples))):
+            found.append(one)
+            tell(1)
+    keys, sha256, phash, why = (list(column) for column in zip(*found, strict=True))
+    return Survey(keys, sha256, phash, {i: reason for i, reason in enumerate(why) if reason is not None})
+
+
+def split(samples: Numbered, share: float = 0.1, most: int = 256, known: Survey | None = None) -> tuple[Ints, Ints]:
     """(numbers to train on, numbers held out): no picture is held out of which a near-duplicate is trained on.
 
     Near-duplicates are equal files and perceptual hashes within 4 of 64 bits; hashes are the column `phash` where there
     is one, and computed otherwise. Which groups are held out follows from hashes of their keys: the same pictures give
     the same split. At most `share` of the pictures and `most` of them; none where that is less than one.
+
+    Pictures that `known` says can't be read are in neither. Without it, the first such picture raises UserError.
     """
-    count = min(most, int(share * len(samples)))
-    numbers = np.arange(len(samples))
+    if known is None:
+        known = survey(samples)
+        for number, why in known.unreadable.items():
+            raise _cannot_be_read(known.keys[number], why)
+    numbers = np.array([i for i in range(len(samples)) if i not in known.unreadable], np.int64)
+    count = min(most, int(share * len(numbers)))
     if not count:
         return numbers, numbers[:0]
-    with ThreadPoolExecutor() as pool:
-        told = list(pool.map(lambda i: _identity(samples, i), range(len(samples))))
-    keys, sha256, phash = zip(*told, strict=True)
+    keys, sha256, phash = ([told[i] for i in numbers] for told in (known.keys, known.sha256, known.phash))
     groups = np.array(groups_of(keys, sha256=sha256, phash=phash).names)
     names, sizes = np.unique(groups, return_counts=True)
     held: set[str] = set()
@@ -361,19 +422,12 @@ def split(samples: Numbered, share: float = 0.1, most: int = 256) -> tuple[Ints,
     return numbers[~out], numbers[out]
 
 
-def _identity(samples: Numbered, number: int) -> tuple[str, str | None, str | None]:
-    facts = samples.facts(number)
-    phash = facts.get("phash") or perceptual_hash(decoded(samples[number], 32))
-    return str(facts.get("key", number)), facts.get("sha256"), phash
-
-
 def weights_of(samples: Numbered, column: str) -> npt.NDArray[np.float64]:
     """How often each picture is drawn, (n,): in proportion to its score; without a score never.
 
     Raises UserError where no picture has the column, or a score is negative.
     """
-    told = [samples.facts(i).get(column) for i in range(len(samples))]
-    found = np.array([math.nan if s is None or s == "" else float(s) for s in told])
+    found = np.array([_number(samples.facts(i).get(column)) for i in range(len(samples))])
     if np.isnan(found).all():
         known = sorted(k for k, v in samples.facts(0).items() if isinstance(v, int | float))
         raise UserError(
@@ -382,6 +436,14 @@ def weights_of(samples: Numbered, column: str) -> npt.NDArray[np.float64]:
     if (found < 0).any() or not np.nansum(found):
         raise UserError(f"{column} goes down to {np.nanmin(found)}: as weights of sampling, scores must be positive")
     return np.nan_to_num(found)
+
+
+def _number(value: Any) -> float:
+    """A score as the ledger or a csv file has it; NaN where there is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 # ------------------------------------------------------------------------------------------------------------ stream

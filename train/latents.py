@@ -1,7 +1,9 @@
 """Latents and token ids computed once: for a model whose autoencoder is frozen, most of the work of reading a picture.
 
-    LATENTS/00000.safetensors    latents (n, c, h, w) float16, tokens (n, length) int32; one shape per file
-            00000.json           keys
+    LATENTS/00000.safetensors    latents (n, c, h, w) float16; tokens (n, length) int32, or where the text encoder is
+                                 frozen too what it makes of them, text (n, length, width) float16; one shape per file
+            00000.json           the pictures' numbers and keys, what the file was made with; written after it
+            empty.safetensors    tokens or text of '', which takes the place of dropped captions
             made.json            what they were made from and with, the length of every file; written last
 
 A shard is a function of the pictures' numbers alone, so a Ray stage can write them side by side and `finish` once.
@@ -10,93 +12,160 @@ A shard is a function of the pictures' numbers alone, so a Ray stage can write t
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
-from torch import Tensor
+from safetensors.torch import load, save
+from torch import Tensor, nn
 
 from curate.ledger import shard_name
 from curate.store import UserError, atomic, check_space, digest, read_json, write_json
-from train.data import Ints, Numbered, Pictures, batches_of
+from train.data import Ints, Pictures
 from train.model import encode_images, tokenize
 
-_FORMAT = 1
+_FORMAT = 2
+
+Tell = Callable[[int], None]
+"""Hears how many more pictures are done."""
 
 
-def made_from(pipeline: Any, samples: Numbered, size: int, buckets: bool = False) -> dict[str, Any]:
-    """What latents depend on, as digests: the autoencoder and its scale, the tokenizer, the pictures, their size."""
-    weights = hashlib.sha256()
-    for name, tensor in sorted(pipeline.vae.state_dict().items()):
-        weights.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    manifest = read_json(samples.folder / "manifest.json") or {}
-    keys = [str(samples.facts(i).get("key", i)) for i in range(len(samples))]
+def weights_digest(module: nn.Module) -> str:
+    """A short name for a module's weights."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
+def made_from(pipeline: Any, examples: Pictures, numbers: Ints, text: bool = False) -> dict[str, Any]:
+    """What latents depend on: autoencoder and its scale, tokenizer, text encoder where used, pictures, their shapes."""
     return {
         "format": _FORMAT,
-        "vae": digest([weights.hexdigest(), pipeline.vae.config.scaling_factor]),
+        "vae": digest([weights_digest(pipeline.vae), pipeline.vae.config.scaling_factor]),
         "tokenizer": digest([pipeline.tokenizer.get_vocab(), pipeline.tokenizer.model_max_length]),
-        "pictures": digest([manifest.get("outputs"), keys]),
-        "size": size,
-        "buckets": buckets,
+        "text_encoder": weights_digest(pipeline.text_encoder) if text else None,
+        "pictures": examples.samples.fingerprint,
+        "shapes": digest([examples.shapes, examples.bucket[numbers].tolist()]),
+        "numbers": digest(numbers.tolist()),
     }
 
 
-def shards_of(examples: Pictures, numbers: Ints, shard_size: int = 4096) -> list[Ints]:
+def shards_of(examples: Pictures, numbers: Ints, shard_size: int = 1024) -> list[Ints]:
     """The numbers of each shard: in order, one shape per shard."""
     parts = [numbers[examples.bucket[numbers] == b] for b in np.unique(examples.bucket[numbers])]
     return [part[i : i + shard_size] for part in parts for i in range(0, len(part), shard_size)]
 
 
-def write_shard(pipeline: Any, examples: Pictures, numbers: Ints, folder: Path, shard: int, batch: int = 32) -> None:
-    """Encode the pictures of one shard and write its two files, each whole or absent."""
-    latents, tokens, keys = [], [], []
-    for part in batches_of(examples, numbers, batch):
-        latents.append(encode_images(pipeline.vae, part.images.to(pipeline.vae.device)).half().cpu())
-        tokens.append(part.tokens.int())
-        keys += part.keys
-    check_space(folder, 2 * sum(x.numel() * x.element_size() for x in latents))
-    write_json(folder / f"{shard_name(shard)}.json", keys)
-    with atomic(folder / f"{shard_name(shard)}.safetensors") as f:
-        f.write(save({"latents": torch.cat(latents), "tokens": torch.cat(tokens)}))
+def bytes_of(pipeline: Any, examples: Pictures, numbers: Ints, text: bool = False) -> int:
+    """How much room the latents of these pictures take, without the little that files need for their headers."""
+    factor, channels = pipeline.vae_scale_factor**2, pipeline.vae.config.latent_channels
+    areas = np.array([h * w for h, w in examples.shapes])[examples.bucket[numbers]]
+    words = pipeline.tokenizer.model_max_length * (pipeline.text_encoder.config.hidden_size if text else 2)
+    return int(2 * (areas.sum() * channels // factor + words * len(numbers)))
 
 
-def finish(pipeline: Any, folder: Path, made: dict[str, Any], shards: Sequence[Ints]) -> None:
-    """Write the record that makes the folder whole."""
-    empty = tokenize(pipeline, [""])[0].tolist()
+def is_made(folder: Path, shard: int, numbers: Ints, made: dict[str, Any]) -> bool:
+    """Whether a shard of these pictures is there, whole and made with the same."""
+    told, path = read_json(folder / f"{shard_name(shard)}.json"), folder / f"{shard_name(shard)}.safetensors"
+    same = told and told["made"] == digest(made) and told["numbers"] == numbers.tolist()
+    return bool(same and path.is_file() and path.stat().st_size == told["bytes"])
+
+
+@torch.no_grad()
+def write_shard(
+    pipeline: Any,
+    examples: Pictures,
+    numbers: Ints,
+    folder: Path,
+    shard: int,
+    made: dict[str, Any],
+    *,
+    text: bool = False,
+    batch: int = 32,
+    threads: int = 2,
+    tell: Tell = lambda count: None,
+) -> None:
+    """Encode the pictures of one shard and write its two files, each whole or absent, the record last."""
+    parts = [numbers[i : i + batch].tolist() for i in range(0, len(numbers), batch)]
+    keys: list[str] = []
+    latents, words = [], []
+    with ThreadPoolExecutor(threads) as pool:
+        ahead = pool.map(examples.load, parts[0])
+        for following in [*parts[1:], []]:  # is read while the part before it is encoded
+            loaded, ahead = list(ahead), pool.map(examples.load, following)
+            images, tokens = (torch.stack([x[i] for x in loaded]) for i in (1, 2))
+            keys += [x[0] for x in loaded]
+            latents.append(encode_images(pipeline.vae, images.to(pipeline.vae.device)).half().cpu())
+            words.append(_states(pipeline, tokens) if text else tokens.int())
+            tell(len(loaded))
+    stored = {"latents": torch.cat(latents), "text" if text else "tokens": torch.cat(words)}
+    data = save(stored)
+    check_space(folder, len(data))
+    path = folder / f"{shard_name(shard)}.safetensors"
+    path.with_suffix(".json").unlink(missing_ok=True)
+    with atomic(path) as f:
+        f.write(data)
+    told = {"made": digest(made), "numbers": numbers.tolist(), "keys": keys, "bytes": len(data)}
+    write_json(path.with_suffix(".json"), told)
+
+
+def _states(pipeline: Any, tokens: Tensor) -> Tensor:
+    states: Tensor = pipeline.text_encoder(tokens.to(pipeline.text_encoder.device))[0]
+    return states.half().cpu()
+
+
+@torch.no_grad()
+def finish(pipeline: Any, folder: Path, made: dict[str, Any], shards: Sequence[Ints], text: bool = False) -> None:
+    """Write what takes the place of dropped captions, and the record that makes the folder whole."""
+    tokens = tokenize(pipeline, [""])
+    with atomic(folder / "empty.safetensors") as f:
+        f.write(save({"text": _states(pipeline, tokens)[0]} if text else {"tokens": tokens[0].int()}))
     names = [f"{shard_name(i)}.safetensors" for i in range(len(shards))]
     sizes = {name: [len(part), (folder / name).stat().st_size] for name, part in zip(names, shards, strict=True)}
-    write_json(folder / "made.json", {**made, "empty": empty, "shards": sizes})
+    write_json(folder / "made.json", {**made, "shards": sizes})
 
 
-def precompute(pipeline: Any, examples: Pictures, numbers: Ints, folder: Path, shard_size: int = 4096) -> Latents:
-    """Write the latents of these pictures, unless they are there already, made with the same; returns them.
+def precompute(
+    pipeline: Any,
+    examples: Pictures,
+    numbers: Ints,
+    folder: Path,
+    shard_size: int = 1024,
+    *,
+    text: bool = False,
+    threads: int = 2,
+    tell: Tell = lambda count: None,
+) -> Latents:
+    """Write the latents of these pictures, as far as they are not there already, made with the same; returns them.
 
     What a caption's tokens are dropped for, '', is kept too. Latents are the mean of the autoencoder's posterior, as
-    training without this step takes them, rounded to float16.
+    training without this step takes them, rounded to float16. With `text` the states of the text encoder take the
+    place of token ids: for a text encoder that is not trained. Raises DiskFull before anything is computed.
     """
-    size = examples.shapes[0]
-    made = made_from(pipeline, examples.samples, int(np.sqrt(size[0] * size[1])), len(examples.shapes) > 1)
-    made["numbers"] = digest(numbers.tolist())
+    made = made_from(pipeline, examples, numbers, text)
     there = read_json(folder / "made.json")
     if there is None or {k: there.get(k) for k in made} != made:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "made.json").unlink(missing_ok=True)
         shards = shards_of(examples, numbers, shard_size)
-        for i, part in enumerate(shards):
-            write_shard(pipeline, examples, part, folder, i)
-        finish(pipeline, folder, made, shards)
+        missing = [i for i, part in enumerate(shards) if not is_made(folder, i, part, made)]
+        check_space(folder, sum(bytes_of(pipeline, examples, shards[i], text) for i in missing))
+        tell(sum(map(len, shards)) - sum(len(shards[i]) for i in missing))
+        for i in missing:
+            write_shard(pipeline, examples, shards[i], folder, i, made, text=text, threads=threads, tell=tell)
+        finish(pipeline, folder, made, shards, text)
     return Latents(folder)
 
 
 class Latents:
-    """Precomputed latents as examples for a stream, read by memory map.
+    """Precomputed latents as examples for a stream, read by memory map, under the numbers that the pictures have.
 
     Raises UserError where the folder is not whole.
     """
@@ -113,26 +182,34 @@ class Latents:
             if not path.is_file() or path.stat().st_size != length:
                 raise UserError(f"{path} is missing or cut. Remove {folder} and precompute again.")
         self.made: dict[str, Any] = made
-        self._names = sorted(made["shards"])
-        counts = [made["shards"][n][0] for n in self._names]
-        self._ends = list(accumulate(counts))
-        self._empty = torch.tensor(made["empty"])
-        self._opened = lru_cache(maxsize=None)(lambda name: safe_open(self.folder / name, "pt"))
-        self._keys = lru_cache(maxsize=None)(lambda name: read_json((self.folder / name).with_suffix(".json")))
-        shapes = [tuple(self._opened(n).get_slice("latents").get_shape()[1:]) for n in self._names]
+        names = sorted(made["shards"])
+        counts = [made["shards"][n][0] for n in names]
+        records = [read_json((self.folder / n).with_suffix(".json")) for n in names]
+        self._keys = [r["keys"] for r in records]
+        self._opened = lru_cache(maxsize=None)(lambda shard: safe_open(self.folder / names[shard], "pt"))
+        self._words = "text" if made["text_encoder"] else "tokens"
+        self._empty = self._typed(load((self.folder / "empty.safetensors").read_bytes())[self._words])
+        shapes = [tuple(self._opened(i).get_slice("latents").get_shape()[1:]) for i in range(len(names))]
         kinds = sorted(set(shapes))
-        self.bucket = np.repeat(np.array([kinds.index(s) for s in shapes], np.int64), counts)
+        numbers = np.concatenate([np.array(r["numbers"], np.int64) for r in records])
+        places = [(i, row) for i, count in enumerate(counts) for row in range(count)]
+        self._count = len(numbers)
+        self._place = np.full((numbers.max() + 1, 2), -1, np.int64)  # (shard, row)
+        self._place[numbers] = places
+        self.bucket = np.full(numbers.max() + 1, -1, np.int64)
+        self.bucket[numbers] = np.repeat([kinds.index(s) for s in shapes], counts)
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self._count
 
-    def _find(self, number: int) -> tuple[str, int]:
-        shard = bisect_right(self._ends, number)
-        return self._names[shard], number - (self._ends[shard - 1] if shard else 0)
+    def _typed(self, words: Tensor) -> Tensor:
+        return words.float() if self._words == "text" else words.long()
 
     def load(self, number: int, dropped: bool = False) -> tuple[str, Tensor, Tensor]:
-        """(key, (c, h, w) float32, tokens)."""
-        name, row = self._find(number)
-        opened = self._opened(name)
-        tokens: Tensor = self._empty if dropped else opened.get_slice("tokens")[row].long()
-        return str(self._keys(name)[row]), opened.get_slice("latents")[row].float(), tokens
+        """(key, (c, h, w) float32, tokens, or the text encoder's states (length, width) float32)."""
+        shard, row = self._place[number].tolist()
+        if shard < 0:
+            raise IndexError(f"picture {number} has no latents in {self.folder}")
+        opened = self._opened(shard)
+        words = self._empty if dropped else self._typed(opened.get_slice(self._words)[row])
+        return str(self._keys[shard][row]), opened.get_slice("latents")[row].float(), words

@@ -95,6 +95,8 @@ class Denoise:
             return encode_images(self.pipeline.vae, images)
 
     def _text(self, batch: Batch) -> Tensor:
+        if batch.tokens.is_floating_point():  # precomputed: the text encoder is frozen
+            return batch.tokens.to(self.pipeline.unet.device)
         states: Tensor = self.pipeline.text_encoder(batch.tokens.to(self.pipeline.unet.device))[0]
         return states
 

@@ -1,0 +1,86 @@
+"""A finished model's folder: what diffusers loads at the top of it, and a model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from curate.store import atomic, read_json, scratch_path, write_json
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def is_released(folder: Path) -> bool:
+    """Whether a folder holds a finished model, or LoRA."""
+    return (folder / "model_index.json").is_file() or (folder / LORA_FILE).is_file()
+
+
+def release(checkpoint: Path, folder: Path, facts: Mapping[str, Any]) -> None:
+    """Copy the weights of a checkpoint to the top of a folder, beside a model card.
+
+    The file by which diffusers knows a model comes last, so that a model is whole or absent. `facts` is what
+    `train.json` holds: settings, data, made_with, result.
+    """
+    (folder / "model_index.json").unlink(missing_ok=True)
+    with atomic(folder / "README.md") as f:
+        f.write(card(facts).encode())
+    lora = checkpoint / "lora" / LORA_FILE
+    if lora.is_file():
+        with atomic(folder / LORA_FILE) as f, open(lora, "rb") as weights:
+            shutil.copyfileobj(weights, f)
+        return
+    for part in sorted(p for p in (checkpoint / "pipeline").iterdir() if p.is_dir()):
+        scratch = scratch_path(folder / part.name)
+        shutil.copytree(part, scratch)
+        shutil.rmtree(folder / part.name, ignore_errors=True)
+        scratch.rename(folder / part.name)
+    write_json(folder / "model_index.json", read_json(checkpoint / "pipeline" / "model_index.json"))
+
+
+def how_to_draw(folder: Path | str, facts: Mapping[str, Any]) -> list[str]:
+    """Lines of Python that draw a picture with the model."""
+    base = facts["settings"]["from"] if facts["settings"]["lora"] else folder
+    lines = [
+        "from diffusers import StableDiffusionPipeline",
+        f'p = StableDiffusionPipeline.from_pretrained("{base}")',
+        f'p({json.dumps(facts["prompts"][0], ensure_ascii=False)}).images[0].save("picture.png")',
+    ]
+    if facts["settings"]["lora"]:
+        lines.insert(2, f'p.load_lora_weights("{folder}")')
+    return lines
+
+
+def card(facts: Mapping[str, Any]) -> str:
+    """A model card as the Hugging Face hub reads it: a YAML header, then what a reader wants to know."""
+    settings, data, result = facts["settings"], facts["data"], facts["result"]
+    base, lora = settings["from"], settings["lora"]
+    named = base if base and not Path(base).exists() else None  # a folder of somebody's is no name on the hub
+    header = ["library_name: diffusers", "pipeline_tag: text-to-image"]
+    header += ["tags:", *(f"- {t}" for t in ("text-to-image", "diffusers", "tastemaker", *(["lora"] if lora else [])))]
+    if named:
+        header.append(f"base_model: {named}")
+    if lora:
+        what = f"A LoRA of rank {lora} on {named or Path(base).name}"
+    elif base:
+        what = f"A text-to-image model, trained further from {named or Path(base).name}"
+    else:
+        what = f"A text-to-image model ({settings['preset']}, {settings['objective']}), trained from scratch"
+    held = result["held_out"]
+    lines = [
+        f"{what}, with `tastemaker train`.",
+        "",
+        f"- data: {data['trained_on']:,} captioned pictures of `{Path(data['folder']).name}`"
+        + (f", manifest sha256 `{data['manifest_sha256']}`" if data["manifest_sha256"] else "")
+        + f"; {data['held_out']:,} more held out, no near-duplicates of these among them",
+        f"- training: {settings['steps']:,} steps of {settings['batch']} pictures, {facts['size']} px, AdamW at "
+        f"{settings['lr']:g}, seed {settings['seed']}"
+        + (f"; pictures drawn in proportion to `{settings['weight_by']}`" if settings["weight_by"] else ""),
+        "- weights: the running average of those of the steps (EMA)",
+        *([f"- held-out loss: {held['ema']:.4f} (of the raw weights {held['raw']:.4f})"] if held else []),
+        "- made with: " + ", ".join(f"{k} {v}" for k, v in facts["made_with"].items()),
+    ]
+    code = ["```python", *how_to_draw("MODEL", facts), "```"]
+    return "\n".join(["---", *header, "---", "", *lines, "", *code, ""])
