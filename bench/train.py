@@ -134,6 +134,7 @@ def in_turn(contenders: dict[str, Turn], rounds: int) -> dict[str, list[float]]:
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(rounds + 1):
         for name in list(contenders)[:: 1 if i % 2 else -1]:
+            time.sleep(0.3)  # until workers of the one before have filled their queues
             seconds = contenders[name]()
             if i:
                 taken[name].append(seconds)
