@@ -217,13 +217,18 @@ def make(folder: Path, out: Path, preset: str, minutes: float) -> dict[str, Any]
         return summary(home, settings)
 
     if p.vae:
+        if config.compile:  # the loop compiles what it calls by itself; of an autoencoder these are its two halves
+            pipeline.vae.encoder.compile()
+            pipeline.vae.decoder.compile()
         kept = Kept(pictures)
         report["autoencoder"] = run(Reconstruct(pipeline), kept, out / "autoencoder", 0.25)
         report["psnr_db"] = psnr(report["autoencoder"]["held_out"][-1]["ema"])
-        report["scale"] = fit_scale(pipeline, next(batches_of(kept, chosen, 512)))
+        with torch.compiler.set_stance("force_eager"):  # not compiled again for other shapes
+            report["scale"] = fit_scale(pipeline, next(batches_of(kept, chosen, 512)))
         print(f"autoencoder: PSNR of held-out pictures {report['psnr_db']:.1f} dB")
         shutil.copyfile(sorted((out / "autoencoder" / "samples").glob("*.png"))[-1], out / "autoencoder.png")
-    latents = precompute(pipeline, pictures, np.arange(len(samples)), out / "latents")
+    with torch.compiler.set_stance("force_eager"):
+        latents = precompute(pipeline, pictures, np.arange(len(samples)), out / "latents")
     report["model"] = run(Denoise(pipeline), latents, out / "model", 0.8)
     report["seconds"] = round(time.perf_counter() - began)
 

@@ -1,13 +1,13 @@
 """A model of one's own from 32 pictures: a LoRA on a small model, and what it changes, drawn and measured.
 
-    python -m examples.shapes RUN                                     # the model to begin with: shapes, no faces
-    python -m examples.lora pictures SMILEYS                         # 32 pictures to learn, 16 others to measure with
-    tastemaker train SMILEYS/learn --out SMILEY --from BASE --lora   # BASE: RUN/model/checkpoints/*/pipeline
+    python -m examples.shapes RUN                # the model to begin with: shapes, no faces
+    python -m examples.lora pictures SMILEYS     # 32 pictures to learn, 16 others to measure with
+    tastemaker train SMILEYS/learn --out SMILEY --from BASE --lora --steps 300 --lr 2e-3
     python -m examples.lora compare BASE SMILEY SMILEYS/others before-after.png
 
-The last command draws the same prompts from the same noise without and with the LoRA (a row each) and prints how often
-a picture is a yellow disc on the background that was asked for, and the loss on pictures that were not learnt from.
-For a model and pictures of your own, give prompts of your own:
+BASE is RUN/model/checkpoints/*/pipeline. The last command draws the same prompts from the same noise without and with
+the LoRA (a row each) and prints how often a picture is a yellow disc on the background that was asked for, and the loss
+on pictures that were not learnt from. For a model and pictures of your own, give prompts of your own:
 
     python -m examples.lora compare stable-diffusion-v1-5/stable-diffusion-v1-5 MINE FOLDER out.png "a photo of my dog"
 """
