@@ -6,6 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -24,9 +25,9 @@ from curate.store import DiskFull, UserError
 from tests.small_train import make_pictures, small_run
 from train import checkpoint
 from train.data import Pictures, Stream, batches_of, open_samples, split
-from train.loop import Diverged, Ema, LoopConfig, held_out, learning_rate, line, train
+from train.loop import Diverged, Ema, LoopConfig, held_out, learning_rate, line, train, training_flops
 from train.model import PRESETS, encode_images, load_model, new_model, tokenize
-from train.tasks import Denoise, Reconstruct, draw, fit_scale, psnr
+from train.tasks import Denoise, Reconstruct, draw, fit_scale, part_of, psnr
 from train.world import Distributed
 
 
@@ -302,6 +303,111 @@ def test_the_learning_rate_is_a_function_of_the_step() -> None:
     assert rates[55] == pytest.approx(0.5)
     constant = LoopConfig(steps=100, batch=8, lr=1.0, warmup=10, schedule="constant")
     assert learning_rate(constant, 99) == 1
+
+
+def test_speed_waiting_and_time_left_are_what_a_clock_beside_the_loop_says(pictures: Path, tmp_path: Path) -> None:
+    class SlowDisk(Pictures):
+        def load(self, number: int, dropped: bool = False) -> Any:
+            time.sleep(0.01)
+            return super().load(number, dropped)
+
+    class Clocked(Stream):
+        waited = 0.0
+
+        def batches(self, cursor: tuple[int, int] = (0, 0)) -> Any:
+            source = super().batches(cursor)
+            while True:
+                before = time.perf_counter()
+                batch = next(source)
+                self.waited += time.perf_counter() - before
+                yield batch
+
+    samples = open_samples(pictures)
+    pipeline = new_model("debug", ["a red disc"] * 4)
+    examples = SlowDisk(samples, lambda c: tokenize(pipeline, c), 16)
+    stream = Clocked(examples, np.arange(len(samples)), batch=8, workers=1)
+    began = time.perf_counter()
+    records = train(Denoise(pipeline), stream, LoopConfig(steps=9, batch=8, log_every=3), tmp_path)
+    next(records)
+    time.sleep(0.5)  # the caller's time is not the loop's
+    resumed, waited = time.perf_counter(), stream.waited
+    record = next(records)
+    now = time.perf_counter()
+    assert record["step"] == 6 and record["img_s"] == pytest.approx(24 / (now - resumed), rel=0.1)
+    assert record["data_wait"] == pytest.approx((stream.waited - waited) / (now - resumed), abs=0.05)
+    assert "WARNING: training waits for data" in line({**record, "data_wait": 0.11})
+    assert "WARNING" not in line({**record, "data_wait": 0.09})
+    assert record["eta_s"] == pytest.approx((now - began) / 2, rel=0.1)  # with the caller's time
+    status = dict(t.split(":", 1) for t in Path("/proc/self/status").read_text().splitlines())
+    assert record["memory_gb"] == pytest.approx(int(status["VmHWM"].split()[0]) * 1024 / 1e9, rel=0.02)
+    records.close()
+
+
+def test_flops_are_those_of_the_layers_and_a_frozen_autoencoder_counts_once(pictures: Path) -> None:
+    """Beside a count by hand: multiply-adds of convolutions and linear layers; attention's products are left out."""
+    samples = open_samples(pictures)
+    pipeline = new_model("debug", ["a red disc"] * 4)
+    examples = Pictures(samples, lambda c: tokenize(pipeline, c), 16)
+    batch = next(Stream(examples, np.arange(len(samples)), batch=8).batches())
+    latents = replace(batch, images=encode_images(pipeline.vae, batch.images), latent=True)
+    config, task = LoopConfig(steps=1, batch=8), Denoise(pipeline)
+    from_pixels, from_latents = (training_flops(task, b, config) for b in (batch, latents))
+    assert all(p.grad is None for m in task.modules.values() for p in m.parameters())
+
+    counted = {"trained": 0, "frozen": 0}
+
+    def count(kind: str) -> Any:
+        def hook(layer: Any, inputs: Any, out: torch.Tensor) -> None:
+            counted[kind] += 2 * out.numel() * layer.weight[0].numel()
+
+        return hook
+
+    for kind, modules in (("trained", [pipeline.unet, pipeline.text_encoder]), ("frozen", [pipeline.vae])):
+        for layer in (x for m in modules for x in m.modules() if isinstance(x, torch.nn.Conv2d | torch.nn.Linear)):
+            layer.register_forward_hook(count(kind))
+    with torch.no_grad():
+        task.losses(part_of(batch, 0, 1), 0, 0)
+    assert from_pixels - from_latents == counted["frozen"] > 0
+    assert 0.95 < from_latents / (3 * counted["trained"]) < 1.15
+    pipeline.unet.enable_gradient_checkpointing()
+    assert training_flops(task, latents, replace(config, checkpointing=True)) == pytest.approx(from_latents, rel=0.1)
+
+
+def run_in_little_memory(pictures: Path, out: Path, said: Any, megabytes: int, settings: dict[str, Any]) -> None:
+    """In a process of its own: train with so much more memory than a small batch leaves in use."""
+    torch.set_num_threads(1)
+    list(small_run(pictures, out / "small", steps=1))
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (megabytes << 20), -1))
+    for record in small_run(pictures, out / "whole", **settings):
+        said.send((record["step"], record["loss"], record["grad_norm"], record["micro_batch"]))
+    said.close()
+
+
+@pytest.mark.long
+def test_where_memory_runs_out_the_micro_batch_is_halved_and_the_update_is_the_same(
+    pictures: Path, tmp_path: Path, processes: Any
+) -> None:
+    settings = {"steps": 3, "batch": 512, "save_every": 3}
+    here, there = processes.Pipe(duplex=False)
+    arguments = (pictures, tmp_path / "little", there, LITTLE, settings)
+    process = processes.Process(target=run_in_little_memory, args=arguments)
+    process.start()
+    there.close()
+    told = list(steps(here))
+    process.join()
+    assert process.exitcode == 0
+    enough = list(small_run(pictures, tmp_path / "enough", **settings))
+    assert [r["micro_batch"] for r in enough] == [512] * 3
+    assert [t[3] for t in told] == [told[0][3]] * 3 and told[0][3] in (64, 128, 256)  # found once, then kept
+    for (_, loss, norm, _), record in zip(told, enough, strict=True):
+        assert loss == pytest.approx(record["loss"], rel=1e-5) and norm == pytest.approx(record["grad_norm"], rel=1e-4)
+    one, two = weights(tmp_path / "little" / "whole"), weights(tmp_path / "enough")
+    assert max(float((one[k] - two[k]).abs().max()) for k in one) < 1e-4
+
+
+LITTLE = 400
+"""Megabytes in which 512 samples do not fit and 64 do."""
 
 
 @pytest.fixture

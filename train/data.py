@@ -318,13 +318,15 @@ def _cannot_be_read(key: str, why: str) -> UserError:
 
 
 def fitted(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
-    """(h, w, 3) scaled so that it just covers height x width, and the middle of it cut out."""
+    """(h, w, 3): the middle of it, as much as has the shape of height x width, cut out and then scaled to that."""
     scale = max(height / pixels.shape[0], width / pixels.shape[1])
-    size = max(width, round(pixels.shape[1] * scale)), max(height, round(pixels.shape[0] * scale))
-    if size != (pixels.shape[1], pixels.shape[0]):
-        pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)  # type: ignore[assignment]
-    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
-    return np.ascontiguousarray(pixels[top : top + height, left : left + width])
+    rows, columns = round(height / scale), round(width / scale)
+    top, left = (pixels.shape[0] - rows) // 2, (pixels.shape[1] - columns) // 2
+    pixels = pixels[top : top + rows, left : left + columns]
+    if (rows, columns) != (height, width):
+        how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+        pixels = cv2.resize(pixels, (width, height), interpolation=how)  # type: ignore[assignment]
+    return np.ascontiguousarray(pixels)
 
 
 def _shape(samples: Numbered, number: int) -> tuple[int, int]:

@@ -155,7 +155,8 @@ def train(
 
     Yields records of logged steps: step, loss (mean since the last record), lr, grad_norm, img_s, tflop_s, mfu (None
     where the device's peak is not known), data_wait (share of time), memory_gb, eta_s, epoch, micro_batch; and held_out
-    {raw, ema}, samples and checkpoint where they are due. The same lines are in `folder/log.jsonl`.
+    {raw, ema}, samples and checkpoint where they are due. What is done aside (these three, and what the caller does
+    between records) counts in eta_s alone. The same lines are in `folder/log.jsonl`.
 
     When the last step is done, the task's modules hold the averaged weights.
 
@@ -226,7 +227,8 @@ def train(
                 record = {**meter.record(task, batch, step, norm), **record}
                 record |= {"epoch": cursor[0], "micro_batch": micro, "lr": learning_rate(config, step - 1)}
                 log.write(record)
-                yield record
+                with meter.aside():
+                    yield record
         ema.settle()
     finally:
         batches.close()
@@ -265,7 +267,7 @@ def _gradients(
                 part.backward()
                 total += part.detach()
             return total, micro
-        except RuntimeError as e:
+        except (RuntimeError, MemoryError) as e:
             if not out_of_memory(e):
                 raise
             if micro == 1:
@@ -279,10 +281,10 @@ def _gradients(
         micro = max(1, min(micro, len(batch.keys)) // 2)
 
 
-def out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """Whether memory ran out, on a GPU or on the CPU."""
     said = ("DefaultCPUAllocator", "could not create a primitive", "could not create a memory")  # the last two: oneDNN
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in said)
 
 
 def _autocast(device: torch.device) -> torch.autocast:
@@ -354,14 +356,19 @@ PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 12
 """Dense bf16 FLOP/s by part of the device's name, from the makers' data sheets: what MFU is a share of."""
 
 
+WAITS = 0.1
+"""Share of time spent waiting for data from which on `line` warns."""
+
+
 class _Meter:
-    """Times, speed and memory since the last record."""
+    """Times, speed and memory since the last record; the first one counts from when the first batch is there."""
 
     def __init__(self, config: LoopConfig, device: torch.device) -> None:
         self._config, self._device = config, device
         self._flops: float | None = None  # of one sample's training
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self._peak = next((v for k, v in PEAK.items() if k in name), None)
+        self._began, self._done = time.perf_counter(), 0  # steps, of this process
         self._start()
 
     def _start(self) -> None:
@@ -372,6 +379,8 @@ class _Meter:
         before = time.perf_counter()
         batch = take()
         self._wait += time.perf_counter() - before
+        if not self._done:
+            self._start()
         return batch
 
     @contextlib.contextmanager
@@ -383,11 +392,13 @@ class _Meter:
 
     def stepped(self, loss: float) -> None:
         self._losses.append(loss)
+        self._done += 1
 
     def record(self, task: Task, batch: Batch, step: int, norm: Tensor) -> dict[str, Any]:
-        seconds, steps = time.perf_counter() - self._since, len(self._losses)
+        now, steps = time.perf_counter(), len(self._losses)
+        seconds = now - self._since
         if self._flops is None:
-            self._flops = _flops(task, batch, self._config.seed, self._device)
+            self._flops = training_flops(task, batch, self._config)
         images = steps * self._config.batch / seconds
         done = {
             "step": step,
@@ -399,19 +410,29 @@ class _Meter:
             "mfu": images * self._flops / self._peak if self._peak else None,
             "data_wait": self._wait / seconds,
             "memory_gb": _memory(self._device),
-            "eta_s": (self._config.steps - step) * seconds / steps,
+            # at the pace of this process so far, with checkpoints, pictures and whatever else took its time
+            "eta_s": (self._config.steps - step) * (now - self._began) / self._done,
         }
         self._start()
         return done
 
 
-def _flops(task: Task, batch: Batch, seed: int, device: torch.device) -> float:
-    """Floating-point operations of training on one sample: three times its forward pass (forward 1, backward 2)."""
+def training_flops(task: Task, batch: Batch, config: LoopConfig) -> float:
+    """Floating-point operations of training on one sample: a forward and a backward pass, counted as they are done.
+
+    What checkpointing computes a second time is not counted, as usual for MFU (Chowdhery et al. 2022, PaLM).
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, _autocast(device):
-        task.losses(part_of(batch, 0, 1), seed, 0)
-    return 3.0 * counter.get_total_flops()
+    device = next(p.device for m in task.modules.values() for p in m.parameters())
+    trained = [p for m in task.modules.values() for p in m.parameters() if p.requires_grad]
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        with _autocast(device):
+            loss = task.losses(part_of(batch, 0, 1), config.seed, 0).sum()
+        forward = counter.get_total_flops()
+        torch.autograd.grad(loss, trained, allow_unused=True)
+        backward = counter.get_total_flops() - forward
+    return forward + backward * (2 / 3 if config.checkpointing else 1)  # 2 forward passes' worth of its 3
 
 
 def _memory(device: torch.device) -> float:
@@ -429,6 +450,8 @@ def line(record: dict[str, Any]) -> str:
         f"step {record['step']}/{record['steps']}  loss {record['loss']:.4f}  {record['img_s']:.0f} img/s  {speed}  "
         f"data-wait {record['data_wait']:.0%}  {record['memory_gb']:.1f} GB  eta {minutes}:{seconds:02d}"
     )
+    if record["data_wait"] > WAITS:
+        text += "  WARNING: training waits for data. Latents computed once, or more loader workers, would help."
     if found := record.get("held_out"):
         text += f"  held-out {found['raw']:.4f} (EMA {found['ema']:.4f})"
     if "samples" in record:
