@@ -87,12 +87,14 @@ def run(request: Request) -> Outcome:
     if request.weight_by:
         weights_of(samples, request.weight_by)
     settings = _settings(request, samples)
-    before = _same_or_none(request.out, settings)
+    before = _before(request.out, settings)
     if before and before.get("finished") and is_released(request.out):
         return _outcome(request, before)
     there = {p.name for p in request.out.iterdir()} if request.out.is_dir() else None
     with Lock(request.out), Terminal(request.out / "logs" / "train.log") as terminal:
         sweep(request.out)
+        if before is None:
+            shutil.rmtree(request.out / "start", ignore_errors=True)
         facts = before or {"settings": settings, "started": _now()}
         write_json(request.out / "train.json", facts)
         try:
@@ -202,19 +204,23 @@ def _further_lr(start: str, lora: bool) -> float:
     return rate if lora else rate / 10
 
 
-def _same_or_none(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """What MODEL says of itself where it was asked for the same; None where there is no model. UserError otherwise."""
+def _before(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What MODEL says of itself, where the same was asked; None where nothing was learnt yet. UserError otherwise."""
     before: dict[str, Any] | None = read_json(out / "train.json")
     if before is None:
         return None
     then = before["settings"]
-    other = [f"{k}: {then.get(k)} then, {v} now" for k, v in settings.items() if then.get(k) != v]
-    if other:
-        raise UserError(
-            f"{out} holds a model that was trained otherwise ({'; '.join(other)}). Give the same settings to go on "
-            f"with it, another --out for another model, or --from {out} to begin with what it has learnt."
-        )
-    return before
+    other = [f"{k}: {then.get(k)} then, {v} now" for k, v in settings.items() if then.get(k) != v and k != "data"]
+    if then["data"] != settings["data"]:
+        other.append("its pictures or captions were not those that are there now")
+    if not other:
+        return before
+    if not (any(out.glob("checkpoints/*")) or any(out.glob("vae-training/*")) or is_released(out)):
+        return None
+    raise UserError(
+        f"{out} holds a model that was trained otherwise ({'; '.join(other)}). Give the same settings to go on "
+        f"with it, another --out for another model, or --from {out} to begin with what it has learnt."
+    )
 
 
 def _undo(out: Path, there: set[str] | None) -> None:
@@ -251,7 +257,7 @@ def _prepared(
     alone = request.address is None and (request.workers or _gpus()) <= 1
     materials = Materials(plan, device_here() if alone else _cpu(), pipeline)
     _check_room(plan, materials)
-    trainers = Here(materials) if alone else RayWorkers(materials, request.workers, request.address, say)
+    trainers: Trainers = Here(materials) if alone else RayWorkers(materials, request.workers, request.address, say)
     facts |= {"data": _data_facts(samples, materials, told), "made_with": _versions(), "by": trainers.about}
     facts |= {"size": plan.size, "prompts": list(plan.prompts)}
     write_json(request.out / "train.json", facts)

@@ -251,6 +251,7 @@ class RayWorkers:
         import ray
 
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")  # torch on a cold disk takes its minute
         if address is not None:
             join(address)
             check_nodes(self._plan.out)

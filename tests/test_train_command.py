@@ -52,7 +52,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model after eight steps; what was printed is in printed.txt and said.txt."""
+    """A model after eight steps; what was printed is in printed.txt."""
     out = tmp_path_factory.mktemp("models") / "discs"
     with open(out.parent / "printed.txt", "w") as printed, contextlib.redirect_stdout(printed):
         assert main(["train", str(pictures), "--out", str(out), *DEBUG, "--steps", "8", "--json"]) == 0
@@ -156,17 +156,11 @@ def refusals(pictures: Path, trained: Path, tmp: Path) -> Iterator[tuple[list[An
     yield [pictures, "--from", pictures], "holds no diffusers pipeline"
     yield [pictures, "--from", tmp / "lora"], "is a LoRA: give --from the model"
     yield [pictures, "--from", trained, "--size", 17], "sides are multiples of 2"
-    yield [pictures, "--from", "nobody/nothing"], "neither a folder here nor could it be had"
 
 
 def test_what_cannot_be_trained_is_said_and_nothing_is_written(
-    pictures: Path,
-    trained: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    pictures: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no network from tests
     out = tmp_path / "model"
     for words, message in refusals(pictures, trained, tmp_path):
         code = main(["train", *map(str, words), "--out", str(out)])
@@ -348,8 +342,8 @@ def test_a_worker_that_is_killed_is_replaced(
     pictures: Path, tmp_path: Path, whom: Callable[[list[psutil.Process]], list[psutil.Process]]
 ) -> None:
     """The losses are in the end those of a run that nobody killed."""
-    runs = {name: train(pictures, "--out", tmp_path / name, *LONG, "--workers", 2) for name in ("whole", "killed")[:1]}
-    assert runs["whole"].wait() == 0, runs["whole"].communicate()
+    whole = train(pictures, "--out", tmp_path / "whole", *LONG, "--workers", 2)
+    assert whole.wait() == 0, whole.communicate()
     process = train(pictures, "--out", tmp_path / "killed", *LONG, "--workers", 2)
     wait_for_step(tmp_path / "killed", 45, process)
     for worker in whom(workers_of(process)):
