@@ -1,9 +1,9 @@
 """A model of emoji, clip art and stamps from nothing, on one GPU in minutes: from packages to a grid of pictures.
 
-    python -m examples.clipart collect FOLDER                      # where npm and apt-get are: about 8,000 pictures
+    python -m examples.clipart collect FOLDER                      # where npm and apt-get are: 8,084 pictures
     python -m examples.clipart train FOLDER OUT [--minutes 9]      # where the GPU is: the preset small-64
 
-`collect` writes an image folder of 64 x 64 pictures with captions (about 25 MB). `train` trains the preset's
+`collect` writes an image folder of 64 x 64 pictures with captions (11 MB). `train` trains the preset's
 autoencoder and then the model, as many steps as fit into the minutes, and writes into OUT: report.json (img/s, MFU,
 memory, PSNR, held-out loss, times), curve.png, grid.png (PROMPTS, a row each), autoencoder.png, and the model in
 model/checkpoints. Killed, it goes on when typed again. `--preset debug --minutes 1` tries it on a CPU.
