@@ -211,7 +211,7 @@ def train(
             last = step == config.steps
             saves = last or _due(config.save_every, step)
             record: dict[str, Any] = {}
-            with meter.aside():
+            with meter.aside(), torch.compiler.set_stance("force_eager"):  # not compiled again for other shapes
                 if held is not None and (saves or _due(config.held_out_every, step)):
                     record["held_out"] = _measure(task, held, config, micro, device, ema)
                 if world.rank == 0 and (saves or _due(config.look_every, step)):
