@@ -58,14 +58,16 @@ def card(facts: Mapping[str, Any]) -> str:
     settings, data, result = facts["settings"], facts["data"], facts["result"]
     base, lora = settings["from"], settings["lora"]
     named = base if base and not Path(base).exists() else None  # a folder of somebody's is no name on the hub
+    if base and not named:
+        base = Path(base).name
     header = ["library_name: diffusers", "pipeline_tag: text-to-image"]
     header += ["tags:", *(f"- {t}" for t in ("text-to-image", "diffusers", "tastemaker", *(["lora"] if lora else [])))]
     if named:
         header.append(f"base_model: {named}")
     if lora:
-        what = f"A LoRA of rank {lora} on {named or Path(base).name}"
+        what = f"A LoRA of rank {lora} on {base}"
     elif base:
-        what = f"A text-to-image model, trained further from {named or Path(base).name}"
+        what = f"A text-to-image model, trained further from {base}"
     else:
         what = f"A text-to-image model ({settings['preset']}, {settings['objective']}), trained from scratch"
     held = result["held_out"]
@@ -82,5 +84,5 @@ def card(facts: Mapping[str, Any]) -> str:
         *([f"- held-out loss: {held['ema']:.4f} (of the raw weights {held['raw']:.4f})"] if held else []),
         "- made with: " + ", ".join(f"{k} {v}" for k, v in facts["made_with"].items()),
     ]
-    code = ["```python", *how_to_draw("MODEL", facts), "```"]
+    code = ["```python", *how_to_draw("MODEL", {**facts, "settings": {**settings, "from": base}}), "```"]
     return "\n".join(["---", *header, "---", "", *lines, "", *code, ""])
