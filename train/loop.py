@@ -10,6 +10,7 @@ It goes on from the last whole checkpoint in the folder. On a CPU the losses of 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import resource
@@ -276,6 +277,7 @@ def _gradients(
                 ) from e
         for p in trained:  # outside of the except block, which holds on to the tensors of the failed pass
             p.grad = None
+        gc.collect()  # what cycles of the failed pass hold on to
         if device.type == "cuda":
             torch.cuda.empty_cache()
         micro = max(1, min(micro, len(batch.keys)) // 2)
