@@ -11,7 +11,7 @@ import copy
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Preset:
     vae: tuple[int, ...] = ()  # channels of the autoencoder, finest first: one more than halvings; (): `pixel_vae`
     unet: tuple[int, ...]  # channels of the UNet, finest first
     attends: tuple[bool, ...]  # which of its levels look at the text
-    layers: int = 1  # residual blocks per level
+    layers: int | tuple[int, ...] = 1  # residual blocks per level (one more on the way up)
     heads: int = 4
     text: int  # width of the text encoder
     text_layers: int
@@ -44,7 +44,7 @@ class Preset:
     lr: float  # AdamW's, which this model is known to take
     batch: int
     steps: int
-    more: dict[str, Any] = field(default_factory=dict)  # of the UNet's configuration
+    pooled: bool = True  # the text reaches every block, pooled and added to the time (Saharia et al. 2022, Imagen)
 
 
 PRESETS = {
@@ -55,8 +55,8 @@ PRESETS = {
     ),
     # a CPU, minutes: pixels, for an autoencoder would not be good before the minutes are over
     "tiny": Preset(
-        size=32, latents=3, factor=1, unet=(8, 32, 64, 128), attends=(False, False, True, True),
-        text=64, text_layers=2, tokens=16, vocabulary=2000, shift=3.0, lr=2e-3, batch=32, steps=1000,
+        size=32, latents=3, factor=1, unet=(24, 24, 64, 128), attends=(False, False, True, True), layers=(0, 0, 1, 1),
+        text=64, text_layers=2, tokens=16, vocabulary=2000, shift=6.0, lr=2e-3, batch=32, steps=1000,
     ),
     # a GPU, ten minutes
     "small-64": Preset(
@@ -72,7 +72,7 @@ PRESETS = {
     "sd15": Preset(
         size=512, latents=4, factor=8, vae=(128, 256, 512, 512), unet=(320, 640, 1280, 1280),
         attends=(True, True, True, False), layers=2, heads=8, text=768, text_layers=12, tokens=77, vocabulary=49408,
-        lr=1e-4, batch=2048, steps=500_000,
+        pooled=False, lr=1e-4, batch=2048, steps=500_000,
     ),
 }  # fmt: skip
 
@@ -107,12 +107,13 @@ def new_model(preset: Preset | str, captions: Iterable[str], objective: str = "f
             )  # fmt: skip
         else:
             vae = pixel_vae(p.size)
+        pooled = {"addition_embed_type": "text", "addition_embed_type_num_heads": p.heads} if p.pooled else {}
         unet = UNet2DConditionModel(
             sample_size=p.size // p.factor, in_channels=p.latents, out_channels=p.latents, block_out_channels=p.unet,
             down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in p.attends],
             up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(p.attends)],
             layers_per_block=p.layers, cross_attention_dim=p.text, attention_head_dim=p.heads,
-            norm_num_groups=math.gcd(32, p.unet[0] // 2), **p.more,
+            norm_num_groups=math.gcd(32, p.unet[0] // 2), **pooled,
         )  # fmt: skip
     return StableDiffusionPipeline(
         vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=new_scheduler(objective, p.shift),
