@@ -513,8 +513,10 @@ def _train(args: argparse.Namespace) -> int:
     from curate.store import local_path
     from pipelines.train import Request, run
 
-    same = ("preset", "start", "lora", "objective", "steps", "batch", "lr", "size", "buckets", "weight_by", "workers")
-    same += ("prompts", "save_every", "look_every", "micro_batch", "checkpointing", "compile", "seed")
+    same = (
+        *("preset", "start", "lora", "objective", "steps", "batch", "lr", "size", "buckets", "weight_by", "workers"),
+        *("prompts", "save_every", "look_every", "micro_batch", "checkpointing", "compile", "seed"),
+    )
     given = {name: getattr(args, name) for name in same}
     request = Request(data=Path(args.shards), out=local_path(args.out), address=args.ray_address, **given)
     outcome = run(request)

@@ -99,8 +99,8 @@ def write_shard(
         ahead = pool.map(examples.load, parts[0])
         for following in [*parts[1:], []]:  # is read while the part before it is encoded
             loaded, ahead = list(ahead), pool.map(examples.load, following)
-            images, tokens = (torch.stack([x[i] for x in loaded]) for i in (1, 2))
-            keys += [x[0] for x in loaded]
+            images, tokens = torch.stack([x[1] for x in loaded]), torch.stack([x[2] for x in loaded])
+            keys += [str(x[0]) for x in loaded]
             latents.append(encode_images(pipeline.vae, images.to(pipeline.vae.device)).half().cpu())
             words.append(_states(pipeline, tokens) if text else tokens.int())
             tell(len(loaded))
