@@ -177,10 +177,11 @@ class Count:
         self._out.flush()
 
     def end(self, more: str = "") -> None:
-        """The last line: all of it, and how long it took."""
+        """The last line: all of it, and how long it took, or that there was nothing left to do."""
         seconds = time.monotonic() - self._began
         start = "\r\033[K" if self._live else ""
-        self._out.write(f"{start}{self._what}  {self._done:,} in {clock(seconds)}{more}\n")
+        done = f"{self._done:,} in {clock(seconds)}" if self._done else f"{self._total:,}, made before"
+        self._out.write(f"{start}{self._what}  {done}{more}\n")
         self._out.flush()
 
 

@@ -290,7 +290,7 @@ def _carried_out(
     for record in trainers.records("model"):
         say(line(record))
     facts["result"] = _result(plan)
-    facts |= {"finished": _now(), "seconds": round(facts.get("seconds", 0) + time.monotonic() - began)}
+    facts |= {"finished": _now(), "seconds": round(time.monotonic() - began)}
     _release(plan, facts)
     return _outcome(request, facts)
 
@@ -560,7 +560,7 @@ def _release(plan: Plan, facts: dict[str, Any]) -> None:
 def _outcome(request: Request, facts: dict[str, Any]) -> Outcome:
     result, out = facts["result"], request.out
     held, best = result["held_out"], result.get("best")
-    text = f"trained {result['step']:,} steps in {clock(facts['seconds'])}"
+    text = f"trained {result['step']:,} steps, the last run in {clock(facts['seconds'])}"
     if held:
         text += f" · held-out loss {held['ema']:.4f}"
         if best and best["step"] != result["step"]:

@@ -92,7 +92,7 @@ def test_a_folder_of_pictures_becomes_a_model(pictures: Path, trained: Path) -> 
     assert (trained / "model_index.json").is_file() and load_model(trained).unet.config.sample_size == 16
     facts = json.loads((trained / "train.json").read_text())
     printed = (trained.parent / "printed.txt").read_text().splitlines()
-    assert printed[0].startswith("trained 8 steps in ") and "held-out loss" in printed[0]
+    assert printed[0].startswith("trained 8 steps, ") and "held-out loss" in printed[0]
     assert printed[2].startswith("next: python -c ")
     assert json.loads(printed[-1])["result"] == facts["result"] and facts["result"]["step"] == 8
     assert facts["data"] | {"folder": "", "manifest_sha256": None} == {
@@ -115,7 +115,7 @@ def test_the_same_command_again_finds_all_done_and_another_is_refused(
     before = {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file()}
     words = ["train", str(pictures), "--out", str(trained), *DEBUG, "--steps"]
     assert main([*words, "8"]) == 0
-    assert capsys.readouterr().out.splitlines()[0].startswith("trained 8 steps in ")
+    assert capsys.readouterr().out.splitlines()[0].startswith("trained 8 steps, ")
     assert main([*words, "9", "--lr", "0.01"]) == 2
     said = capsys.readouterr().err
     assert "(steps: 8 then, 9 now; lr: 0.002 then, 0.01 now)" in said and f"--from {trained}" in said
