@@ -55,7 +55,7 @@ PRESETS = {
     ),
     # a CPU, minutes: pixels, for an autoencoder would not be good before the minutes are over
     "tiny": Preset(
-        size=32, latents=3, factor=1, unet=(24, 24, 64, 128), attends=(False, False, True, True), layers=(0, 0, 1, 1),
+        size=32, latents=3, factor=1, unet=(16, 16, 32, 64), attends=(False, False, True, True), layers=(0, 0, 1, 1),
         text=64, text_layers=2, tokens=16, vocabulary=2000, shift=6.0, lr=2e-3, batch=32, steps=1000,
     ),
     # a GPU, ten minutes
