@@ -1,6 +1,6 @@
 """A closed world of captioned shapes, a model trained on it, and an independent judge: do prompts steer the pictures?
 
-    python examples/shapes.py FOLDER [--steps 700] [--shuffle]
+    python examples/shapes.py FOLDER [--steps 650] [--shuffle]
 
 Writes 512 pictures like "a red star on a teal background" (8 colours, 6 shapes, 3 backgrounds; 6 of the 48 pairs of
 colour and shape are never among them) as img2dataset would have fetched them, trains the preset `tiny` on them, draws
@@ -118,8 +118,9 @@ def judge(image: np.ndarray) -> tuple[str, str, str]:
     """(colour, shape, background) of a picture, (h, w, 3) uint8, by its pixels alone: no network, nothing learnt.
 
     The background is the one nearest to the median of the border. Pixels nearer to some colour than to it are the
-    shape; the colour is the one nearest to the median of those. The shape is the one whose mask, at any of several
-    sizes around the shape's middle, overlaps most (intersection over union).
+    shape; the colour is the one nearest to the median of those. The shape is that of the mask, among those of all
+    shapes at several sizes and places, which leaves the least squared error when it is filled with the colour that
+    suits it best: the likeliest one where what is drawn badly is noise.
     """
     size = image.shape[0]
     pixels = image.astype(np.float64)
@@ -132,10 +133,10 @@ def judge(image: np.ndarray) -> tuple[str, str, str]:
     if not inside.any():
         return "none", "none", background
     colour = _nearest(np.median(pixels[inside], axis=0), COLOURS)
-    cover = np.clip(far / np.linalg.norm(np.array(COLOURS[colour]) - ground), 0, 1)
     shapes, templates = _templates(size)
-    overlap = np.minimum(cover, templates).sum((1, 2)) / np.maximum(cover, templates).sum((1, 2))
-    return colour, shapes[int(overlap.argmax())], background
+    flat = templates.reshape(len(templates), -1)
+    explained = ((flat @ (pixels - ground).reshape(-1, 3)) ** 2).sum(1) / (flat**2).sum(1)
+    return colour, shapes[int(explained.argmax())], background
 
 
 def _nearest(value: np.ndarray, named: dict[str, tuple[int, int, int]]) -> str:
@@ -168,7 +169,7 @@ def main() -> None:
     """Make the set, train, draw, judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=650)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=PRESETS["tiny"].lr)
     parser.add_argument("--guidance", type=float, default=3.0)

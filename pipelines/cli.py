@@ -222,6 +222,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--micro-batch", type=_positive, metavar="N", help="pictures at a time on a worker, to save memory")
     p.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, a third slower")
     p.add_argument("--compile", action="store_true", help="torch.compile: minutes at first, then faster on GPUs")
+    p.add_argument("--tensorboard", action="store_true", help="write MODEL/tensorboard too (extra `tensorboard`)")
     p.add_argument("--seed", type=int, default=0, metavar="N")
     p.add_argument("--ray-address", metavar="ADDRESS", help="train on this Ray cluster (`auto` finds it)")
 
@@ -515,7 +516,8 @@ def _train(args: argparse.Namespace) -> int:
 
     same = (
         *("preset", "start", "lora", "objective", "steps", "batch", "lr", "size", "buckets", "weight_by", "workers"),
-        *("prompts", "save_every", "look_every", "micro_batch", "checkpointing", "compile", "seed"),
+        *("prompts", "save_every", "look_every", "micro_batch", "checkpointing", "compile", "tensorboard"),
+        "seed",
     )
     given = {name: getattr(args, name) for name in same}
     request = Request(data=Path(args.shards), out=local_path(args.out), address=args.ray_address, **given)

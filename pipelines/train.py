@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -60,6 +61,7 @@ class Request:
     micro_batch: int | None = None
     checkpointing: bool = False
     compile: bool = False
+    tensorboard: bool = False
     seed: int = 0
     address: str | None = None
 
@@ -127,6 +129,8 @@ def _check(request: Request) -> None:
         others = sorted(p.name for p in request.out.iterdir() if p.name not in ours and not p.name.endswith(".tmp"))
         if others:
             raise UserError(f"{request.out} holds something else ({others[0]}): give a folder of its own with --out")
+    if request.tensorboard and find_spec("tensorboard") is None:
+        raise UserError("--tensorboard: it is not installed here: `pip install 'tastemaker[tensorboard]'`")
     if request.lr is not None and not request.lr > 0:
         raise UserError(f"--lr {request.lr}: a number above 0 is expected")
     if request.workers and request.batch and request.batch % request.workers:
@@ -270,6 +274,7 @@ def _carried_out(
     request: Request, facts: dict[str, Any], materials: Materials, trainers: Trainers, terminal: IO[str]
 ) -> Outcome:
     """All stages, as far as they are not done yet."""
+    from train.board import on_board
     from train.loop import line
     from train.tasks import psnr
 
@@ -287,7 +292,8 @@ def _carried_out(
         trainers.latents(count)
         size = sum(p.stat().st_size for p in plan.latents_folder.iterdir())
         count.end(f", {size / 1e6:,.1f} MB in {plan.latents_folder}")
-    for record in trainers.records("model"):
+    records = trainers.records("model")
+    for record in on_board(records, plan.out) if request.tensorboard else records:
         say(line(record))
     facts["result"] = _result(plan)
     facts |= {"finished": _now(), "seconds": round(time.monotonic() - began)}

@@ -21,6 +21,8 @@ def test_the_judge_is_right_on_real_pictures_and_at_chance_on_shuffled_ones() ->
     assert right["colour"] == right["background"] == 1 and right["shape"] > 0.99
     noisy = [np.clip(p + rng.normal(0, 20, p.shape), 0, 255).astype(np.uint8) for p in pictures]
     assert min(accuracy(noisy, every).values()) > 0.9
+    drowned = [np.clip(p + rng.normal(0, 60, p.shape), 0, 255).astype(np.uint8) for p in pictures]
+    assert accuracy(drowned, every)["shape"] > 0.95  # noise is not taken for another shape
     chance = accuracy(pictures, [every[i] for i in rng.permutation(len(every))])
     assert abs(chance["colour"] - 1 / 8) < 0.06 and abs(chance["shape"] - 1 / 6) < 0.07
     assert judge(np.full((32, 32, 3), 255, np.uint8)) == ("none", "none", "white")
