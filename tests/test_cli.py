@@ -374,6 +374,7 @@ def test_the_loop(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "taste" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_fit_from_a_folder_of_images(real_data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from real_data import pictures
 
