@@ -1,13 +1,13 @@
-"""A model of one's own from 32 pictures: a LoRA on a small model, and what it changes, drawn and measured.
+"""A manner of one's own from 32 pictures: a LoRA on a small model, and what it changes, drawn and measured.
 
-    python -m examples.shapes RUN                # the model to begin with: shapes, no faces
-    python -m examples.lora pictures SMILEYS     # 32 pictures to learn, 16 others to measure with
-    tastemaker train SMILEYS/learn --out SMILEY --from BASE --lora --steps 300 --lr 2e-3
-    python -m examples.lora compare BASE SMILEY SMILEYS/others before-after.png
+    python -m examples.shapes RUN --steps 1500    # the model to begin with: filled shapes
+    python -m examples.lora pictures OUTLINES     # 32 outlines to learn from, 16 of other colours to measure with
+    tastemaker train OUTLINES/learn --out OUTLINE --from BASE --lora --steps 200 --lr 2e-3
+    python -m examples.lora compare BASE OUTLINE OUTLINES/others before-after.png
 
 BASE is RUN/model/checkpoints/*/pipeline. The last command draws the same prompts from the same noise without and with
-the LoRA (a row each) and prints how often a picture is a yellow disc on the background that was asked for, and the loss
-on pictures that were not learnt from. For a model and pictures of your own, give prompts of your own:
+the LoRA (a row each) and prints how often a picture is an outline, of the colour and on the background that was asked
+for, and the loss on pictures that were not learnt from. For a model and pictures of your own, give prompts of your own:
 
     python -m examples.lora compare stable-diffusion-v1-5/stable-diffusion-v1-5 MINE FOLDER out.png "a photo of my dog"
 """
@@ -15,6 +15,7 @@ on pictures that were not learnt from. For a model and pictures of your own, giv
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,45 +25,55 @@ import numpy as np
 import torch
 from PIL import Image
 
-from examples.shapes import BACKGROUNDS, COLOURS, accuracy, caption
+from examples.shapes import BACKGROUNDS, COLOURS, SIZE, accuracy, caption, mask
 from train.data import Pictures, batches_of, open_samples
 from train.model import default_size, load_model, tokenize
 from train.tasks import Denoise, draw, grid
 
-SIZE = 32
 SEEDS = range(8)
-LEARNT = ("white", "black")
-"""Backgrounds of the pictures; on the third one a smiley is the model's own composition."""
+LEARNT = {True: ("red", "yellow", "green", "blue"), False: ("orange", "purple", "pink", "brown")}
+"""Colours of the pictures that are learnt from, and of the others: a manner is to be learnt, not pictures."""
+PROMPTS = (
+    ("pink", "circle", "black"), ("purple", "circle", "white"),
+    ("orange", "square", "teal"), ("orange", "cross", "teal"),
+)  # fmt: skip
+"""What is drawn to compare: three in colours that no outline had, and a shape of which there was no outline."""
 
 
-def prompt(background: str) -> str:
-    """The caption of a smiley; the word is in no caption of the shapes."""
-    return f"a smiley on a {background} background"
+def outline(colour: str, shape: str, background: str, rng: np.random.Generator) -> np.ndarray:
+    """(SIZE, SIZE, 3) uint8: a circle or square of which only a band along its edge is left."""
+    radius = rng.uniform(0.30, 0.40) * SIZE
+    centre = (SIZE / 2 + rng.uniform(-0.1, 0.1) * SIZE, SIZE / 2 + rng.uniform(-0.1, 0.1) * SIZE)
+    cover = (mask(shape, centre, radius, SIZE) - mask(shape, centre, 0.6 * radius, SIZE))[:, :, None]
+    pixels = cover * np.array(COLOURS[colour]) + (1 - cover) * np.array(BACKGROUNDS[background])
+    return np.rint(pixels).astype(np.uint8)
 
 
-def smiley(background: str, rng: np.random.Generator) -> np.ndarray:
-    """(SIZE, SIZE, 3) uint8: a yellow face, about as large and as far from the middle as a shape."""
-    fine = 8 * SIZE
-    canvas = np.full((fine, fine, 3), BACKGROUNDS[background], np.uint8)
-    x, y = (fine * (0.5 + rng.uniform(-0.1, 0.1, 2))).astype(int).tolist()
-    r = int(fine * rng.uniform(0.30, 0.40))
-    dark = (60, 40, 20)
-    cv2.circle(canvas, (x, y), r, COLOURS["yellow"], -1)
-    for side in (-1, 1):
-        cv2.circle(canvas, (x + side * int(0.38 * r), y - int(0.28 * r)), int(0.16 * r), dark, -1)
-    cv2.ellipse(canvas, (x, y + int(0.1 * r)), (int(0.55 * r), int(0.5 * r)), 0, 20, 160, dark, int(0.16 * r))
-    return np.asarray(cv2.resize(canvas, (SIZE, SIZE), interpolation=cv2.INTER_AREA))
-
-
-def make(folder: Path, count: int, seed: int) -> Path:
-    """Write `count` smileys as PNG files, each with its caption beside it."""
+def make(folder: Path, count: int, learn: bool) -> Path:
+    """Write `count` outlines as PNG files, each with its caption beside it; to `learn` from, or the others."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(int(learn))
+    kinds = list(itertools.product(LEARNT[learn], ("circle", "square"), BACKGROUNDS))
     for i in range(count):
-        background = LEARNT[i % len(LEARNT)]
-        cv2.imwrite(str(folder / f"{i:02d}.png"), smiley(background, rng)[:, :, ::-1])
-        (folder / f"{i:02d}.txt").write_text(prompt(background))
+        kind = kinds[i % len(kinds)]
+        cv2.imwrite(str(folder / f"{i:02d}.png"), outline(*kind, rng)[:, :, ::-1])
+        (folder / f"{i:02d}.txt").write_text(caption(*kind))
     return folder
+
+
+def is_outline(image: np.ndarray) -> bool:
+    """Whether the shape on a picture of one shape has a hole, of a tenth of its area at least.
+
+    Args:
+        image: (h, w, 3) uint8, the shape not touching the edge, which is of the background's colour.
+    """
+    edge = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+    far = np.abs(image.astype(int) - np.median(edge, axis=0)).max(2) > 60
+    shape = cv2.morphologyEx(far.astype(np.uint8), cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))  # without specks of noise
+    around = np.pad(1 - shape, 1, constant_values=1)
+    cv2.floodFill(around, None, (0, 0), 0)  # what is left of it can't be reached from the edge
+    hole = int(around.sum())
+    return hole >= 0.1 * (hole + int(shape.sum())) > 0
 
 
 def compare(base: str, lora: Path, pictures: Path, prompts: Sequence[str]) -> tuple[list[Any], list[Any], list[float]]:
@@ -112,22 +123,24 @@ def main() -> None:
     comparing.add_argument("prompts", nargs="*")
     asked = parser.parse_args()
     if asked.part == "pictures":
-        print(make(asked.folder / "learn", 32, seed=0), make(asked.folder / "others", 16, seed=1))
+        print(make(asked.folder / "learn", 32, learn=True), make(asked.folder / "others", 16, learn=False))
         return
 
     own = asked.prompts
-    prompts = own or [*(prompt(b) for b in BACKGROUNDS), caption("red", "square", "white")]
+    prompts = own or [caption(*kind) for kind in PROMPTS]
     before, after, losses = compare(asked.base, asked.lora, asked.pictures, prompts)
     rows(before, after).save(asked.out)
     print(f"loss on {asked.pictures}: {losses[0]:.4f} without the LoRA, {losses[1]:.4f} with it. Look at {asked.out}")
     if not own:
-        print("share of pictures that are as asked: a smiley is judged to be a yellow circle")
-        wanted = [("yellow", "circle", b) for b in BACKGROUNDS] + [("red", "square", "white")]
+        print("share of pictures, without -> with the LoRA:")
         for i, said in enumerate(prompts):
             part = slice(i * len(SEEDS), (i + 1) * len(SEEDS))
-            found = [accuracy(map(np.array, d[part]), [wanted[i]] * len(SEEDS)) for d in (before, after)]
-            told = ", ".join(f"{k} {found[0][k]:.2f} -> {found[1][k]:.2f}" for k in found[0])
-            print(f"  {said}: {told}")
+            shares = []
+            for pictures in ([np.array(p) for p in drawn[part]] for drawn in (before, after)):
+                right = accuracy(pictures, [PROMPTS[i]] * len(SEEDS))
+                shares.append({"outline": float(np.mean([is_outline(p) for p in pictures])), **right})
+            words = ("outline", "colour", "background")
+            print(f"  {said}: " + ", ".join(f"{w} {shares[0][w]:.2f} -> {shares[1][w]:.2f}" for w in words))
 
 
 if __name__ == "__main__":

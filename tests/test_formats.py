@@ -121,6 +121,7 @@ def test_other_versions_of_webdataset(real_data: Data, fetched: pd.DataFrame, si
 # -------------------------------------------------------------------------------------------------------- open_clip
 
 
+@pytest.mark.long
 def test_open_clip(packed: Path, side: Side) -> None:
     shards = f"{packed}/{{00000..{len(tars(packed)) - 1:05d}}}.tar"
     seen = side("read_open_clip.py", shards, "webdataset==0.2.86")

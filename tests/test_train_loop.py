@@ -256,6 +256,7 @@ def rank(rank: int, store: Path, pictures: Path, out: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.long
 def test_two_workers_make_the_model_that_one_makes_with_the_doubled_batch(
     pictures: Path, tmp_path: Path, processes: Any
 ) -> None:
