@@ -73,7 +73,7 @@ def fit_head(
     layers: tuple[Layer, ...]
     columns = baselines.usable(data.metadata)
     for r in rounds:
-        ridge, y, _ = ridges(r.folds)
+        ridge, y, scales = ridges(r.folds)
         fitted = ridge.fit(r.folds)
         rated[r.test] = y[r.test]
         held_out[r.test] = fitted(data.x[r.test])
