@@ -68,7 +68,6 @@ def test_the_order_of_rows_changes_nothing(sources):
     assert np.array_equal(first.held_out[order], second.held_out)
 
 
-@pytest.mark.long
 def test_many_ratings_have_a_test_set_that_the_head_never_sees():
     x, y, _ = make(NESTED_UP_TO + 500, noise=1.0)
     made = fit(x, y)
