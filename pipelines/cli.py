@@ -226,6 +226,16 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, metavar="N")
     p.add_argument("--ray-address", metavar="ADDRESS", help="train on this Ray cluster (`auto` finds it)")
 
+    p = command("serve", _serve, "draw with a model on a page in the browser")
+    p.add_argument("model", metavar="MODEL", help="a diffusers folder of the Stable Diffusion type, or a hub id")
+    p.add_argument("--out", default="samples", metavar="OUT", help="where pictures go (default samples/)")
+    p.add_argument("--host", default="127.0.0.1", help="another address than this machine's own needs a token")
+    p.add_argument("--port", type=int, default=7860, metavar="N", help="default 7860; 0: any that is free")
+    p.add_argument("--token", metavar="T", help="what people must know to draw (default: one is made where needed)")
+    p.add_argument("--lora", action="append", default=[], metavar="PATH[:W]", help="lay a LoRA on it (repeatable)")
+    p.add_argument("--batch", type=_positive, default=1, metavar="N", help="pictures of one job drawn at once")
+    p.add_argument("--show-flagged", action="store_true", help="leave what the NSFW detector flags as it is, unblurred")
+
     p = command("recipe", _recipe, "print a recipe, resolved; without a name, list them")
     p.add_argument("name", nargs="?")
     p.add_argument("--set", action="append", default=[], metavar="A.B=C")
@@ -524,6 +534,24 @@ def _train(args: argparse.Namespace) -> int:
     outcome = run(request)
     print(outcome.text)
     return _end(args, outcome.facts, dict(outcome.paths), outcome.next)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from curate.store import local_path
+    from pipelines.serve import Request, run
+
+    request = Request(
+        model=args.model,
+        out=local_path(args.out),
+        host=args.host,
+        port=args.port,
+        token=args.token,
+        loras=tuple(args.lora),
+        batch=args.batch,
+        show_flagged=args.show_flagged,
+    )
+    run(request)
+    return _end(args, {}, {"pictures": request.out}, "")
 
 
 def _aside(line: str) -> None:
