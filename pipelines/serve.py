@@ -23,7 +23,7 @@ MIN_TOKEN = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class Asked:
     """What `tastemaker serve` was asked."""
 
     model: str
@@ -31,31 +31,40 @@ class Request:
     host: str = "127.0.0.1"
     port: int = 7860
     token: str | None = None
-    loras: tuple[str, ...] = ()
+    lora: tuple[str, ...] = ()
     batch: int = 1
+    upscaler: Path | None = None
+    faces: Path | None = None
     show_flagged: bool = False
 
 
-def run(request: Request) -> None:
+def run(asked: Asked) -> None:
     """Serve until Ctrl-C or SIGTERM. Raises UserError before the model loads where something does not fit."""
-    token = request.token
+    token = asked.token
     if token is not None and (len(token) < MIN_TOKEN or not (token.isascii() and token.isprintable()) or " " in token):
         raise UserError(f"--token: {MIN_TOKEN} characters at least, of ASCII, without spaces")
-    if not 0 <= request.port <= 65535:
-        raise UserError(f"--port {request.port}: 0 to 65535 are there")
+    if not 0 <= asked.port <= 65535:
+        raise UserError(f"--port {asked.port}: 0 to 65535 are there")
     from train.about import look
+    from train.lora import check_lora, parse_lora
 
-    about = look(request.model)
-    _check_writable(request.out)
+    about = look(asked.model)
+    loras = [parse_lora(text) for text in asked.lora]
+    for lora in loras:
+        check_lora(about, lora)
+    for name, path in (("upscaler", asked.upscaler), ("faces", asked.faces)):
+        if path is not None and not path.is_file():
+            raise UserError(f"--{name} {path}: there is no such file of weights")
+    _check_writable(asked.out)
     from train.serve import LOOPBACK, listen, new_app
     from train.serve import run as serve
 
-    at = listen(request.host, request.port)
+    at = listen(asked.host, asked.port)
     try:
         local = ipaddress.ip_address(at.getsockname()[0].partition("%")[0]).is_loopback
         if not local and token is None:
             token = secrets.token_urlsafe(24)
-        with Terminal(request.out / "logs" / "serve.log") as terminal:
+        with Terminal(asked.out / "logs" / "serve.log") as terminal:
 
             def say(line: str) -> None:
                 terminal.write(f"{time.strftime('%H:%M:%S')}  {line}\n")
@@ -63,18 +72,21 @@ def run(request: Request) -> None:
             from train.sample import Artist
             from train.studio import Studio
 
-            say(f"loading {request.model}")
-            artist = Artist(about, batch=request.batch, blur=not request.show_flagged)
+            say(f"loading {asked.model}")
+            artist = Artist(
+                about, loras=loras, upscaler=asked.upscaler, faces=asked.faces, batch=asked.batch,
+                blur=not asked.show_flagged,
+            )  # fmt: skip
             say(str(artist))
-            studio = Studio(artist, request.out, say=say, fault=traceback.print_exception)
+            studio = Studio(artist, asked.out, say=say, fault=traceback.print_exception)
 
             def ready() -> None:
-                say(f"draw at {url(request.host, at)}   (Ctrl-C ends; pictures go to {request.out})")
+                say(f"draw at {url(asked.host, at)}   (Ctrl-C ends; pictures go to {asked.out})")
                 if token is not None:
                     say(f"token: {token}")
 
             with contextlib.suppress(KeyboardInterrupt):  # how it is meant to end
-                serve(new_app(studio, None if token else LOOPBACK | {request.host.lower()}, token), studio, at, ready)
+                serve(new_app(studio, None if token else LOOPBACK | {asked.host.lower()}, token), studio, at, ready)
             say("ended")
     finally:
         at.close()

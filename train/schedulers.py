@@ -63,6 +63,17 @@ def is_flow(config: dict[str, Any]) -> bool:
     return config.get("prediction_type") == "flow_prediction"
 
 
+def share_of_steps(strength: float, config: dict[str, Any]) -> float:
+    """The strength at which a flow model whose times are shifted towards noise adds as much noise as one without shift
+    at this strength; other models: this strength.
+
+    With a shift k the share u of the steps begins at noise k u / (1 + (k - 1) u), as in Esser et al. 2024 (arXiv
+    2403.03206, equation 23); this is its inverse.
+    """
+    shift = float(config.get("flow_shift", 1.0)) if is_flow(config) else 1.0
+    return round(strength / (shift - strength * (shift - 1)), 4)
+
+
 def _takes_flow(name: str) -> bool:
     import diffusers
 

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from train.gate import MAX_BODY
-from train.sample import STRENGTH, STRENGTH_MASK, STRENGTH_UPSCALE
+from train.sample import STRENGTH, STRENGTH_MASK
 from train.turns import State
 
 MAX_STEPS = 150
@@ -108,7 +108,6 @@ class Defaults(BaseModel):
     scheduler: str
     strength: float = STRENGTH
     strength_mask: float = STRENGTH_MASK
-    strength_upscale: float = STRENGTH_UPSCALE
 
 
 class Limits(BaseModel):
