@@ -56,8 +56,7 @@ def run(asked: Asked) -> None:
         if path is not None and not path.is_file():
             raise UserError(f"--{name} {path}: there is no such file of weights")
     _check_writable(asked.out)
-    from train.serve import LOOPBACK, listen, new_app
-    from train.serve import run as serve
+    from train.serve import LOOPBACK, Server, listen, new_app
 
     at = listen(asked.host, asked.port)
     try:
@@ -86,7 +85,8 @@ def run(asked: Asked) -> None:
                     say(f"token: {token}")
 
             with contextlib.suppress(KeyboardInterrupt):  # how it is meant to end
-                serve(new_app(studio, None if token else LOOPBACK | {asked.host.lower()}, token), studio, at, ready)
+                app = new_app(studio, None if token else LOOPBACK | {asked.host.lower()}, token)
+                Server(app, studio, ready).run(sockets=[at])
             say("ended")
     finally:
         at.close()

@@ -1,7 +1,8 @@
 """A page to draw on, and the JSON API behind it: one model, one thread that draws, people served in turn.
 
->>> app = new_app(Studio(Artist("model"), Path("samples")))    # an ASGI app
->>> run(app, studio, listen("127.0.0.1", 7860))                # until Ctrl-C
+>>> studio = Studio(Artist("model"), Path("samples"))
+>>> app = new_app(studio)                                               # an ASGI app
+>>> Server(app, studio).run(sockets=[listen("127.0.0.1", 7860)])        # until Ctrl-C
 
 gate: what is refused first;  wire: what is said in JSON;  studio: jobs and pictures;  turns: whose job is next.
 """
@@ -101,31 +102,35 @@ def listen(host: str, port: int) -> socket.socket:
     return taken
 
 
-def run(app: Gate, studio: Studio, at: socket.socket, ready: Callable[[], None] = lambda: None) -> None:
-    """Serve until SIGINT or SIGTERM. What is being drawn ends at its next step, what waits is dropped.
+class Server(uvicorn.Server):
+    """uvicorn around the app. `run(sockets=[listen(...)])` serves until SIGINT or SIGTERM, or `should_exit`.
 
-    The signal is raised again at the end, as uvicorn does: KeyboardInterrupt, in the main thread.
+    What is being drawn ends at its next step then, what waits is dropped. The signal is raised once more at the end.
+
+    Args:
+        ready: called when the server answers.
     """
 
-    class Server(uvicorn.Server):
-        async def main_loop(self) -> None:
-            ready()
-            await super().main_loop()
-            studio.turns.stop()  # ends the streams of events too, for which it would wait
+    def __init__(self, app: Gate, studio: Studio, ready: Callable[[], None] = lambda: None) -> None:
+        config = uvicorn.Config(
+            app,
+            http=Protocol,
+            ws="none",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,  # anybody could say that he is somebody else
+            limit_concurrency=MOST_CONNECTIONS,
+            timeout_graceful_shutdown=2,
+        )
+        super().__init__(config)
+        self._studio, self._ready = studio, ready
 
-    config = uvicorn.Config(
-        app,
-        http=Protocol,
-        ws="none",
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,  # anybody could say that he is somebody else
-        limit_concurrency=MOST_CONNECTIONS,
-        timeout_graceful_shutdown=2,
-    )
-    Server(config).run(sockets=[at])
+    async def main_loop(self) -> None:
+        self._ready()
+        await super().main_loop()
+        self._studio.turns.stop()  # ends the streams of events too, for which it would wait
 
 
 # ------------------------------------------------------------------------------------------------------------- routes
