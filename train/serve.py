@@ -30,7 +30,7 @@ from train.gate import Gate, Protocol, problem
 from train.sample import versions
 from train.studio import Studio, facts_in
 from train.turns import Full, Job
-from train.wire import ERRORS, Ask, Jobs, JobView, ModelView, Pictures
+from train.wire import ERRORS, ERRORS_OF_FILES, Ask, Jobs, JobView, ModelView, Pictures
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 """Names of this machine to itself: what a server without a token answers to."""
@@ -204,14 +204,14 @@ def cancel(job: TheJob, studio: TheStudio, client: Client) -> JobView:
     return studio.views([job], client)[0]
 
 
-@api.get("/jobs/{id}/events", response_class=EventSourceResponse)
+@api.get("/jobs/{id}/events", response_class=EventSourceResponse, responses=ERRORS_OF_FILES)
 async def events(job: TheJob, studio: TheStudio, client: Client) -> AsyncIterator[JobView]:
     """Server-sent events: the job each time that it changes, until it is over."""
     async for views in studio.changes(lambda: [job], client):
         yield views[0]
 
 
-@api.get("/events", response_class=EventSourceResponse)
+@api.get("/events", response_class=EventSourceResponse, responses=ERRORS_OF_FILES)
 async def my_events(studio: TheStudio, client: Client) -> AsyncIterator[Jobs]:
     """Server-sent events: one's jobs that wait or are drawn, and how these end, until all are over."""
     before = {j.id for j in studio.turns.jobs() if j.is_over}
@@ -233,7 +233,11 @@ def images(
     return studio.history(before, limit)
 
 
-@api.get("/images/{name}.png", response_class=FileResponse, responses={200: {"content": {"image/png": {}}}})
+@api.get(
+    "/images/{name}.png",
+    response_class=FileResponse,
+    responses={**ERRORS_OF_FILES, 200: {"content": {"image/png": {}}, "description": "the file"}},
+)
 def image(name: Annotated[str, fastapi.Path(pattern="^[0-9]{6,12}$")], studio: TheStudio) -> FileResponse:
     """A picture's file, with all facts in it."""
     path = studio.out / f"{name}.png"

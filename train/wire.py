@@ -155,3 +155,12 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     )
 }
 """What each address may answer beside what it is for."""
+
+ERRORS_OF_FILES: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": error["description"],
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
+    }
+    for status, error in ERRORS.items()
+}
+"""The same, of addresses whose answer is no JSON: else FastAPI describes errors in the kind of the answer."""
