@@ -231,7 +231,7 @@ class Artist:
                     images = self._drawn(part, steps)
                 except _out_of_memory() as e:
                     self._save_memory(part, e)
-                    steps.to(began)
+                    steps.done = began
                     continue
                 group = group[len(part) :]
                 for request, image in zip(part, images, strict=True):
