@@ -26,7 +26,7 @@ from curate.store import DiskFull, UserError
 from train.picture import CHUNK, png, save_numbered
 from train.sample import SEEDS, UNSAFE, Artist, Drawn, Request
 from train.schedulers import SCHEDULERS, scheduler_name
-from train.turns import Job, Turns
+from train.turns import Job, OnStep, Turns
 from train.wire import MAX_INPUT, MAX_TIMES, Ask, Defaults, JobView, Limits, Link, ModelView, Picture, Pictures
 
 _NUMBERED = re.compile(r"[0-9]{6,12}\.png")
@@ -123,11 +123,17 @@ class Studio:
 
     # ------------------------------------------------------------------------------------------------ drawing
 
-    def _draw(self, requests: Sequence[Request], on_step: Callable[[int, int], None]) -> Iterator[Link]:
-        for drawn in self.artist.draw(requests, on_step):
+    def _draw(self, job: Job, on_step: OnStep) -> Iterator[Link]:
+        job.note = self._unread(job.requests[0])
+        for drawn in self.artist.draw(job.requests, on_step):
             path = save_numbered(png(drawn.image, drawn.facts), self.out)
             self._say(line_of(path, drawn))
             yield _link(path)
+
+    def _unread(self, request: Request) -> str:
+        """What of the prompts is beyond what the model reads, in words. (Tokenizers are for one thread at a time.)"""
+        ends = [end for text in (request.prompt, request.negative) if (end := self.artist.unread(text))]
+        return "; ".join(f"the model does not read so far: {end!r}" for end in ends)
 
     def _explain(self, error: Exception) -> str:
         text = explained(error)
@@ -166,6 +172,7 @@ class Studio:
                 of=job.of,
                 pictures=list(job.pictures),
                 error=job.error,
+                note=job.note,
                 asked=job.asked,
                 at=job.at,
                 mine=job.client == client,

@@ -50,7 +50,8 @@ class Job:
     step: int = 0
     of: int = 0
     pictures: list[Any] = field(default_factory=list)  # what `draw` yielded
-    error: str = ""
+    error: str = ""  # why it failed
+    note: str = ""  # what else there is to know
     at: float = field(default_factory=time.time)  # when it was asked for, seconds since 1970
     ended: float | None = None
     unwanted: bool = False  # cancelled while being drawn: seen at the next step
@@ -68,14 +69,14 @@ class Turns:
     """The queue, and the thread that draws.
 
     Args:
-        draw: what the thread does with a job's requests; yields something for each picture that is finished.
+        draw: what the thread does with a job; yields something for each picture that is finished.
         explain: an exception of `draw` in words for the person whose job it was.
         on_change: called, from whichever thread it was, after anything changed. It must be quick.
     """
 
     def __init__(
         self,
-        draw: Callable[[Sequence[Any], OnStep], Iterator[Any]],
+        draw: Callable[[Job, OnStep], Iterator[Any]],
         explain: Callable[[Exception], str],
         on_change: Callable[[], None],
     ) -> None:
@@ -191,7 +192,7 @@ class Turns:
             self._on_change()
 
         try:
-            for picture in self._draw(job.requests, on_step):
+            for picture in self._draw(job, on_step):
                 job.pictures.append(picture)
                 self._on_change()
         except Cancelled:

@@ -91,7 +91,7 @@ async function update(all) {
   if (links.some((link) => !pictures.has(link.name))) {
     await load();
     const newest = links.filter((link) => pictures.has(link.name)).sort((a, b) => b.name - a.name)[0];
-    if (newest) show(pictures.get(newest.name));
+    if (newest) show(pictures.get(newest.name), all.find((job) => job.pictures.includes(newest)).note);
   }
 }
 
@@ -180,8 +180,10 @@ function thumbnail(picture) {
   return item;
 }
 
-function show(picture) {
+function show(picture, note = "") {
   shown = picture;
+  $("note").hidden = !note;
+  $("note").textContent = note;
   const { facts } = picture;
   const image = $("shown");
   image.onload = () => image.classList.toggle("small", image.naturalWidth < 160);
