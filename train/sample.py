@@ -271,7 +271,9 @@ class Artist:
     def _run(
         self, pipeline: Any, group: Sequence[Request], noise: Sequence[torch.Generator], steps: _Steps, **more: Any
     ) -> list[Image.Image]:
-        """One call of a diffusers pipeline."""
+        """One call of a diffusers pipeline. FloatingPointError where what it computes is not finite."""
+        import numpy as np
+
         one, began = group[0], steps.done
         planned = len(group) * int(one.steps * more.get("strength", 1))
         pipeline.scheduler = new_scheduler(str(one.scheduler), self.about.scheduler)
@@ -281,12 +283,15 @@ class Artist:
             return {}
 
         try:
-            images: list[Image.Image] = pipeline(
+            drawn = pipeline(
                 [r.prompt for r in group], negative_prompt=[r.negative for r in group], num_inference_steps=one.steps,
-                guidance_scale=one.guidance, generator=list(noise), callback_on_step_end=tell, **more,
+                guidance_scale=one.guidance, generator=list(noise), callback_on_step_end=tell, output_type="np", **more,
             ).images  # fmt: skip
         finally:
             self._text.maybe_free_model_hooks()
+        if not np.isfinite(drawn).all():  # which as pixels would be black
+            raise FloatingPointError(f"{self.about.name} computed values that are no numbers, and so no picture")
+        images: list[Image.Image] = pipeline.image_processor.numpy_to_pil(drawn)
         return images
 
     @property
