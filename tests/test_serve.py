@@ -17,6 +17,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from curate.store import UserError
+from pipelines.cli import main
 from tests.small_serve import SEEN, Served, finished, serving, small_artist
 from train import gate, turns
 from train.picture import read_facts
@@ -427,3 +428,26 @@ def test_a_damaged_file_in_the_folder_is_passed_over(served: Served, client: htt
     Image.new("RGB", (8, 8)).save(served.studio.out / "900000.png", pnginfo=info)
     assert "900000" not in [p["name"] for p in client.get("/api/images").json()["pictures"]]
     refused(client.get("/api/images/900000.png"), 404)
+
+
+def test_what_is_wrong_is_said_before_the_model_loads(
+    artist: Artist, tmp_path: Path, served: Served, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = artist.about.folder
+    busy = served.url.rpartition(":")[2]
+    (tmp_path / "file").write_text("")
+    out = ["--out", str(tmp_path / "new")]
+    cases = [
+        ([str(tmp_path / "nothing"), *out], "no diffusers pipeline"),
+        ([str(model), *out, "--port", busy], "in use"),
+        ([str(model), *out, "--port", "99999"], "65535"),
+        ([str(model), *out, "--token", "short"], "16 characters"),
+        ([str(model), *out, "--host", "no.such.name.invalid"], "no such address"),
+        ([str(model), *out, "--lora", str(tmp_path / "none")], "LoRA"),
+        ([str(model), *out, "--upscaler", str(tmp_path / "none")], "no such file"),
+        ([str(model), "--out", str(tmp_path / "file")], "a file is there"),
+    ]
+    for words, said in cases:
+        assert main(["serve", *words]) == 2, words
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "new").exists(), words

@@ -17,7 +17,6 @@ from typing import Any
 import httpx
 import pytest
 
-from pipelines.cli import main
 from tests.small_serve import Served, finished, serving, small_artist
 from train.picture import read_facts
 
@@ -145,25 +144,3 @@ def test_elsewhere_it_makes_a_token_and_prints_it(model: Path, tmp_path: Path) -
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=20)
     assert process.returncode == 0
-
-
-def test_what_is_wrong_is_said_before_the_model_loads(
-    model: Path, tmp_path: Path, served: Served, capsys: pytest.CaptureFixture[str]
-) -> None:
-    busy = served.url.rpartition(":")[2]
-    (tmp_path / "file").write_text("")
-    out = ["--out", str(tmp_path / "new")]
-    cases = [
-        ([str(tmp_path / "nothing"), *out], "no diffusers pipeline"),
-        ([str(model), *out, "--port", busy], "in use"),
-        ([str(model), *out, "--port", "99999"], "65535"),
-        ([str(model), *out, "--token", "short"], "16 characters"),
-        ([str(model), *out, "--host", "no.such.name.invalid"], "no such address"),
-        ([str(model), *out, "--lora", str(tmp_path / "none")], "LoRA"),
-        ([str(model), *out, "--upscaler", str(tmp_path / "none")], "no such file"),
-        ([str(model), "--out", str(tmp_path / "file")], "a file is there"),
-    ]
-    for words, said in cases:
-        assert main(["serve", *words]) == 2, words
-        assert said in capsys.readouterr().err
-        assert not (tmp_path / "new").exists(), words
