@@ -426,3 +426,24 @@ def test_the_digest_is_that_of_the_weights_wherever_they_lie(models: dict[str, P
 def test_the_end_of_a_prompt_that_is_not_read_is_known(artists: dict[str, Artist]) -> None:
     assert artists["pixels"].unread("a red disc") == ""
     assert artists["pixels"].unread("a red disc " * 5 + "and a blue disc").endswith("a blue disc")
+
+
+def test_a_model_for_inpainting_is_used_as_one(
+    models: dict[str, Path], photo: Image.Image, mask: Image.Image, tmp_path: Path
+) -> None:
+    from diffusers import UNet2DConditionModel
+
+    shutil.copytree(models["latents"], tmp_path / "m")
+    unet: Any = UNet2DConditionModel.from_config(
+        {**UNet2DConditionModel.load_config(models["latents"] / "unet"), "in_channels": 9}
+    )
+    unet.save_pretrained(tmp_path / "m" / "unet")
+    artist, r = Artist(tmp_path / "m"), Request("a red disc", seed=7, steps=3, image=photo, mask=mask)
+    (drawn,) = draw(artist, r)
+    theirs = bare(artist, "Inpaint")(
+        "a red disc", image=photo, mask_image=mask, strength=1.0, width=16, height=16,
+        num_inference_steps=3, guidance_scale=7.5, generator=noise(7),
+    )  # fmt: skip
+    assert same(drawn.image, theirs.images[0])
+    with pytest.raises(UserError, match="is an inpainting model"):
+        artist.check(replace(r, mask=None))
