@@ -205,7 +205,7 @@ def test_the_command_draws_what_a_clean_process_with_diffusers_draws(models: dic
 def test_a_batch_changes_pictures_by_rounding_at_most(artists: dict[str, Artist], scheduler: str) -> None:
     """Stochastic schedulers too: all noise is a picture's own."""
     artist = artists["latents"]
-    requests = [Request(WORDS[i % 2], seed=i, steps=3, scheduler=scheduler) for i in range(3)]
+    requests = [Request(WORDS[i % 2], seed=i, steps=4, scheduler=scheduler) for i in range(3)]
     single = draw(artist, *requests)
     (alone,) = draw(artist, requests[2])
     assert same(alone.image, single[2].image) and not same(single[0].image, single[2].image)
@@ -384,6 +384,14 @@ def test_a_shifted_flow_enlarges_with_as_much_noise() -> None:
     u = share_of_steps(0.3, flow)
     assert 6 * u / (1 + 5 * u) == pytest.approx(0.3, abs=1e-3)
     assert share_of_steps(0.3, {**flow, "flow_shift": 1.0}) == share_of_steps(0.3, {}) == 0.3
+
+
+def test_too_few_or_many_steps_for_a_scheduler_are_refused(models: dict[str, Path]) -> None:
+    about = look(models["latents"])
+    settled(about, Request("a", scheduler="PNDM", steps=4))
+    for name, steps in (("PNDM", 3), ("LCM", 999)):
+        with pytest.raises(UserError, match=rf"{name}Scheduler can't draw in {steps} steps"):
+            settled(about, Request("a", scheduler=name, steps=steps))
 
 
 def test_schedulers_go_by_diffusers_names_and_flow_by_three_of_them() -> None:
