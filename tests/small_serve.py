@@ -1,0 +1,77 @@
+"""A real server with a real, very small model, in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from tests.small_train import COLOURS
+from train.model import new_model, no_bars
+from train.sample import Artist
+from train.serve import LOOPBACK, Server, listen, new_app
+from train.studio import Studio
+
+SEEN = {"prompt": "a red disc", "steps": 2}
+
+
+def small_artist(folder: Path) -> Artist:
+    """The debug model, 16 px, untrained: what it draws is noise that depends on prompt and seed."""
+    torch.set_num_threads(1)
+    with no_bars():
+        new_model("debug", [f"a {c} disc" for c in COLOURS]).save_pretrained(folder)
+    return Artist(folder)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that runs, and what is behind it."""
+
+    url: str
+    studio: Studio
+    said: list[str]
+    faults: list[Exception]
+
+    @contextlib.contextmanager
+    def client(self) -> Iterator[httpx.Client]:
+        """A client that is known by a cookie of its own, as a browser is after it has seen the page."""
+        with httpx.Client(base_url=self.url, timeout=60) as client:
+            client.get("/")
+            yield client
+
+
+@contextlib.contextmanager
+def serving(artist: Artist, out: Path, token: str | None = None) -> Iterator[Served]:
+    """A server on a free port of this machine."""
+    said: list[str] = []
+    faults: list[Exception] = []
+    out.mkdir(parents=True, exist_ok=True)
+    studio = Studio(artist, out, say=said.append, fault=faults.append)
+    at = listen("127.0.0.1", 0)
+    ready = threading.Event()
+    server = Server(new_app(studio, None if token else LOOPBACK, token), studio, ready.set)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [at]})
+    thread.start()
+    try:
+        assert ready.wait(30)
+        yield Served(f"http://127.0.0.1:{at.getsockname()[1]}", studio, said, faults)
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def finished(client: httpx.Client, job: dict[str, Any], seconds: float = 60) -> dict[str, Any]:
+    """A job when it is over."""
+    deadline = time.monotonic() + seconds
+    while (view := client.get(f"/api/jobs/{job['id']}").json())["state"] in ("queued", "drawing"):
+        assert time.monotonic() < deadline, view
+        time.sleep(0.02)
+    return dict(view)

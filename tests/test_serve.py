@@ -1,0 +1,453 @@
+"""The page's server: pictures, turns, cancelling, what is refused, and that it lives on."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image, PngImagePlugin
+
+from curate.store import UserError
+from pipelines.cli import main
+from tests.small_serve import SEEN, Served, finished, serving, small_artist
+from train import gate, turns
+from train.picture import read_facts
+from train.sample import Artist
+from train.serve import listen
+from train.turns import Full, Job, Turns
+
+TOKEN = "a-token-of-tests-0123456789"
+
+
+@pytest.fixture(scope="module")
+def artist(tmp_path_factory: pytest.TempPathFactory) -> Artist:
+    return small_artist(tmp_path_factory.mktemp("model") / "debug")
+
+
+@pytest.fixture(scope="module")
+def served(artist: Artist, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(artist, tmp_path_factory.mktemp("served") / "samples") as served:
+        yield served
+        assert not served.faults
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[httpx.Client]:
+    with served.client() as client:
+        yield client
+
+
+def png(size: tuple[int, int] = (16, 16), colour: Any = (200, 30, 30), mode: str = "RGB") -> str:
+    data = io.BytesIO()
+    Image.new(mode, size, colour).save(data, "PNG")
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def opened(client: httpx.Client, link: dict[str, Any]) -> Image.Image:
+    response = client.get(link["url"])
+    assert response.status_code == 200 and response.headers["content-type"] == "image/png"
+    return Image.open(io.BytesIO(response.content))
+
+
+def refused(response: httpx.Response, status: int) -> str:
+    """The message of an error, after its shape was checked."""
+    assert response.status_code == status, response.text
+    answer = response.json()
+    assert set(answer) == {"error", "hint"} and answer["error"]
+    return str(answer["error"])
+
+
+# --------------------------------------------------------------------------------------------------------- drawing
+
+
+def test_a_picture_is_drawn_kept_and_described(served: Served, client: httpx.Client) -> None:
+    asked = client.post("/api/jobs", json={**SEEN, "seed": 5, "number": 2, "negative": "blue"})
+    assert asked.status_code == 202 and asked.json()["state"] == "queued" and asked.json()["mine"]
+    job = finished(client, asked.json())
+    assert job["state"] == "done" and job["step"] == job["of"] == 4
+    assert [json.loads(opened(client, p).info["tastemaker"])["seed"] for p in job["pictures"]] == [5, 6]
+    facts = read_facts(served.studio.out / f"{job['pictures'][0]['name']}.png")
+    assert (facts["prompt"], facts["negative"], facts["steps"]) == ("a red disc", "blue", 2)
+    newest = client.get("/api/images", params={"limit": 1}).json()
+    assert newest["more"] and newest["pictures"][0] == {**job["pictures"][1], "facts": {**facts, "seed": 6}} | {
+        "facts": newest["pictures"][0]["facts"]
+    }
+    older = client.get("/api/images", params={"before": int(newest["pictures"][0]["name"])}).json()
+    assert older["pictures"][0]["name"] == job["pictures"][0]["name"]
+    assert "'a red disc', seed 5" in "\n".join(served.said)
+
+
+def test_the_same_request_draws_what_the_library_draws(served: Served, client: httpx.Client, artist: Artist) -> None:
+    from train.sample import Request
+
+    job = finished(client, client.post("/api/jobs", json={**SEEN, "seed": 9, "guidance": 2.0}).json())
+    (drawn,) = artist.draw([Request("a red disc", seed=9, steps=2, guidance=2.0)])
+    assert opened(client, job["pictures"][0]).tobytes() == drawn.image.tobytes()
+
+
+def test_pictures_are_begun_with_redrawn_in_part_and_enlarged(client: httpx.Client) -> None:
+    mask = png(mode="L", colour=0)
+    for more, size in (
+        ({"image": png(), "strength": 0.5}, (16, 16)),
+        ({"image": png(), "mask": mask}, (16, 16)),
+        ({"image": png(), "upscale": 2, "strength": 0.5}, (32, 32)),
+    ):
+        job = finished(client, client.post("/api/jobs", json={**SEEN, **more}).json())
+        assert job["state"] == "done", job
+        picture = opened(client, job["pictures"][0])
+        assert picture.size == size
+        if "mask" in more:  # all black: nothing is drawn anew
+            assert picture.getpixel((8, 8)) == (200, 30, 30)
+
+
+def test_what_the_model_does_not_read_is_said(client: httpx.Client) -> None:
+    job = finished(client, client.post("/api/jobs", json={**SEEN, "prompt": "a red disc " * 9}).json())
+    assert "does not read" in job["note"] and "disc" in job["note"]
+
+
+def test_progress_comes_as_events_and_ends(client: httpx.Client) -> None:
+    job = client.post("/api/jobs", json={**SEEN, "steps": 20}).json()
+    with client.stream("GET", f"/api/jobs/{job['id']}/events") as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        events = [json.loads(line[5:]) for line in response.iter_lines() if line.startswith("data:")]
+    assert events[-1]["state"] == "done" and len(events[-1]["pictures"]) == 1
+    assert [e["step"] for e in events] == sorted(e["step"] for e in events) and len(events) >= 2
+    with client.stream("GET", "/api/events") as response:  # nothing of this client's is under way
+        assert [json.loads(line[5:]) for line in response.iter_lines() if line.startswith("data:")] == [
+            {"jobs": [], "more": False}
+        ]
+
+
+def test_a_drawing_is_cancelled_in_its_midst_and_one_that_waits_at_once(served: Served, client: httpx.Client) -> None:
+    long = client.post("/api/jobs", json={**SEEN, "steps": 150, "number": 16}).json()
+    waiting = client.post("/api/jobs", json=SEEN).json()
+    assert client.delete(f"/api/jobs/{waiting['id']}").json()["state"] == "cancelled"
+    while client.get(f"/api/jobs/{long['id']}").json()["step"] < 3:
+        time.sleep(0.01)
+    with served.client() as other:
+        assert "somebody else" in refused(other.delete(f"/api/jobs/{long['id']}"), 403)
+    client.delete(f"/api/jobs/{long['id']}")
+    view = finished(client, long, 10)
+    assert view["state"] == "cancelled" and view["step"] < view["of"]
+    assert finished(client, client.post("/api/jobs", json=SEEN).json())["state"] == "done"
+
+
+def test_a_failing_model_fails_its_job_alone(served: Served, client: httpx.Client, monkeypatch: Any) -> None:
+    """The unet of the real pipeline is broken for one job: what comes then are real exceptions of torch."""
+    import torch
+
+    weight = served.studio.artist._text.unet.conv_in.weight
+    whole = weight.data
+    for broken in (torch.zeros(1), whole * float("nan")):
+        weight.data = broken
+        job = finished(client, client.post("/api/jobs", json=SEEN).json())
+        weight.data = whole
+        assert job["state"] == "failed" and job["error"] and not job["pictures"]
+        assert served.faults.pop() is not None
+    assert finished(client, client.post("/api/jobs", json=SEEN).json())["state"] == "done"
+
+
+def test_history_survives_a_restart_and_foreign_files_are_no_part_of_it(artist: Artist, tmp_path: Path) -> None:
+    with serving(artist, tmp_path) as served, served.client() as client:
+        job = finished(client, client.post("/api/jobs", json={**SEEN, "seed": 1}).json())
+        client.post("/api/jobs", json={**SEEN, "steps": 150, "number": 16})
+        watched: list[str] = []
+        mine = {"cookies": dict(client.cookies), "timeout": 30}
+        events = threading.Thread(target=lambda: watched.append(httpx.get(f"{served.url}/api/events", **mine).text))
+        events.start()
+        while served.studio.turns.jobs()[0].step < 3:
+            time.sleep(0.01)
+        began = time.monotonic()
+    assert time.monotonic() - began < 5  # it ends although somebody watches and something is drawn
+    events.join()
+    assert '"state":"drawing"' in watched[0]
+    Image.new("RGB", (8, 8)).save(tmp_path / "000777.png")  # somebody's, without facts
+    (tmp_path / "000778.png").write_bytes(b"no picture")
+    (tmp_path / "secret.png").write_bytes((tmp_path / f"{job['pictures'][0]['name']}.png").read_bytes())
+    with serving(artist, tmp_path) as served, served.client() as client:
+        assert client.get("/api/images").json()["pictures"][-1]["name"] == job["pictures"][0]["name"]
+        assert client.get("/api/jobs").json() == {"jobs": [], "more": False}
+        assert "before a restart" in refused(client.get(f"/api/jobs/{job['id']}"), 404)
+        for path in ("000777.png", "000778.png", "secret.png", "%2e%2e/secret.png", "..%2f000000.png", "000000.PNG"):
+            assert client.get(f"/api/images/{path}").status_code in (404, 422), path
+
+
+# ------------------------------------------------------------------------------------------------------------ turns
+
+
+def test_people_are_served_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queue itself, with a drawing that only notes whose it is."""
+    drawn: list[str] = []
+    go = threading.Event()
+
+    def draw(job: Job, on_step: Any) -> Iterator[int]:
+        go.wait(10)
+        drawn.extend(job.requests)
+        yield 0
+
+    queue = Turns(draw, str, lambda: None)
+    jobs = [queue.submit(Job([name], name[0], {})) for name in ("a1", "a2", "a3", "a4", "b1", "b2", "c1")]
+    assert [queue.positions()[j.id] for j in jobs] == [0, 3, 5, 6, 1, 4, 2]
+    queue.cancel(jobs[1])
+    queue.start()
+    go.set()
+    deadline = time.monotonic() + 10
+    while not all(j.is_over for j in jobs) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert drawn == ["a1", "b1", "c1", "a3", "b2", "a4"] and jobs[1].state == "cancelled"
+    assert all(j.requests == () for j in jobs)  # the pictures that came with them are freed
+    monkeypatch.setattr(turns, "REMEMBERED", 2)
+    queue.cancel(queue.submit(Job([], "a", {})))
+    assert len(queue.jobs()) in (2, 3)  # it may have been drawn before it was cancelled
+    queue.close()
+    with pytest.raises(Full):
+        queue.submit(Job([], "a", {}))
+
+
+def test_the_queue_is_bounded_for_one_and_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "MOST_OF_ONE", 2)
+    monkeypatch.setattr(turns, "MOST_WAITING", 3)
+    monkeypatch.setattr(turns, "MOST_BYTES", 100)
+    queue = Turns(lambda job, on_step: iter(()), str, lambda: None)  # it does not draw: it is not started
+    queue.submit(Job([], "a", {}))
+    with pytest.raises(Full, match="room"):
+        queue.submit(Job([], "b", {}, bytes=101))
+    queue.submit(Job([], "a", {}))
+    with pytest.raises(Full) as own:
+        queue.submit(Job([], "a", {}))
+    queue.submit(Job([], "b", {}))
+    with pytest.raises(Full) as whole:
+        queue.submit(Job([], "b", {}))
+    assert own.value.own and not whole.value.own
+
+
+def test_a_full_queue_is_said_with_when_to_try_again(
+    served: Served, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = client.post("/api/jobs", json={**SEEN, "steps": 150, "number": 16}).json()
+    monkeypatch.setattr(turns, "MOST_WAITING", 0)
+    full = client.post("/api/jobs", json=SEEN)
+    assert "full" in refused(full, 503) and full.headers["retry-after"]
+    client.delete(f"/api/jobs/{long['id']}")
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+
+def bomb() -> str:
+    """A PNG of 40 kB that says 30,000 x 30,000."""
+    data = bytearray(base64.b64decode(png()))
+    data[16:24] = (30_000).to_bytes(4, "big") * 2
+    import zlib
+
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return base64.b64encode(bytes(data)).decode()
+
+
+WRONG: list[tuple[Any, str]] = [
+    ({}, "prompt"),
+    ({"prompt": 7}, "prompt"),
+    ({"prompt": "x" * 3000}, "prompt"),
+    ({"prompt": "a\x00b"}, "character"),
+    ({"prompt": "x", "steps": "7"}, "steps"),
+    ({"prompt": "x", "steps": 0}, "steps"),
+    ({"prompt": "x", "steps": True}, "steps"),
+    ({"prompt": "x", "steps": 10**30}, "steps"),
+    ({"prompt": "x", "number": 17}, "number"),
+    ({"prompt": "x", "seed": -1}, "seed"),
+    ({"prompt": "x", "seed": 2**32 - 1, "number": 2}, "seed"),
+    ({"prompt": "x", "width": 17, "height": 16}, "multiples"),
+    ({"prompt": "x", "width": 16}, "both"),
+    ({"prompt": "x", "width": 4096, "height": 4096}, "pixels"),
+    ({"prompt": "x", "scheduler": "../../etc/passwd"}, "scheduler"),
+    ({"prompt": "x", "scheduler": "FlowMatchEulerDiscrete"}, "scheduler"),
+    ({"prompt": "x", "colour": "red"}, "colour"),
+    ({"prompt": "x", "strength": 0.5}, "strength"),
+    ({"prompt": "x", "mask": png()}, "mask"),
+    ({"prompt": "x", "image": "/etc/passwd"}, "base64"),
+    ({"prompt": "x", "image": base64.b64encode(b"GIF89a").decode()}, "read"),
+    ({"prompt": "x", "image": bomb()}, "pixels"),
+    ({"prompt": "x", "image": png(), "mask": png((8, 8))}, "size"),
+    ({"prompt": "x", "image": png((1200, 1200)), "upscale": 4}, "pixels"),
+    ([], "body"),
+    ("x", "body"),
+]
+
+
+def test_what_cannot_be_is_refused_in_words(served: Served, client: httpx.Client) -> None:
+    before = len(client.get("/api/jobs").json()["jobs"])
+    for wrong, word in WRONG:
+        assert word in refused(client.post("/api/jobs", json=wrong), 422).lower(), wrong
+    json_type = {"content-type": "application/json"}
+    for text, status in (
+        (b'{"prompt": "x", "guidance": NaN}', 422),
+        (b'{"prompt": "x", "guidance": 1e999}', 422),
+        (b'{"prompt": "\\ud800"}', 422),
+        (b'{"prompt": "x"', 422),
+        (b"\xff\xfe\x00", 400),
+        (b'{"prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400),
+        (b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", 400),
+        (b"", 422),
+        (b"null", 422),
+    ):
+        refused(client.post("/api/jobs", content=text, headers=json_type), status)
+    refused(client.post("/api/jobs", content=b"prompt=x", headers={"content-type": "text/plain"}), 415)
+    refused(client.post("/api/jobs", data={"prompt": "x"}), 415)
+    refused(client.get("/api/nothing"), 404)
+    refused(client.put("/api/jobs", json={}), 405)
+    refused(client.get("/api/jobs/0123456789abcdef"), 404)
+    refused(client.get("/api/images", params={"limit": 1000}), 422)
+    assert len(client.get("/api/jobs").json()["jobs"]) == before and not served.faults
+
+
+def test_other_sites_are_refused(served: Served, client: httpx.Client) -> None:
+    here = served.url.removeprefix("http://")
+    for headers in (
+        {"host": "evil.example"},
+        {"host": "127.0.0.1.evil.example:7860"},
+        {"origin": "https://evil.example"},
+        {"origin": "null"},
+        {"origin": f"http://{here}.evil.example"},
+        {"origin": "http://localhost:1"},
+        {"sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "same-site", "sec-fetch-mode": "cors"},
+    ):
+        refused(client.post("/api/jobs", json=SEEN, headers=headers), 403)
+    refused(client.get("/api/images", headers={"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}), 403)
+    refused(client.get("/api/jobs", headers={"host": "evil.example"}), 403)
+    link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+    page = client.get("/", headers=link)
+    assert page.status_code == 200 and "access-control-allow-origin" not in page.headers
+    assert "frame-ancestors 'none'" in page.headers["content-security-policy"]
+    assert page.headers["x-content-type-options"] == "nosniff"
+    own = {"origin": served.url, "sec-fetch-site": "same-origin"}
+    assert finished(client, client.post("/api/jobs", json=SEEN, headers=own).json())["state"] == "done"
+
+
+def test_large_many_and_slow_requests_end(served: Served, client: httpx.Client, monkeypatch: Any) -> None:
+    assert client.get("/", headers={f"x-{i}": "y" for i in range(200)}).status_code == 431
+    json_type = {"content-type": "application/json"}
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(gate.MAX_BODY // 65536 + 2):
+            yield b" " * 65536
+
+    said = {**json_type, "content-length": str(10**12)}
+    port = int(served.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)) as raw:  # it says so, and sends nothing
+        head = "".join(f"{k}: {v}\r\n" for k, v in {"host": "localhost", **said}.items())
+        raw.sendall(f"POST /api/jobs HTTP/1.1\r\n{head}\r\n".encode())
+        assert raw.recv(100).startswith(b"HTTP/1.1 413")
+    refused(client.post("/api/jobs", content=endless(), headers=json_type), 413)
+    monkeypatch.setattr(gate, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(gate, "BODY_SECONDS", 0.2)
+    for begun, end in (
+        (b"", b""),
+        (b"GET / HTTP/1.1\r\nhost: loc", b""),
+        (b"POST /api/jobs HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+         b"content-length: 9\r\n\r\n{", b"HTTP/1.1 408"),
+        (b"\x16\x03\x01 no http \r\n\r\n", b"HTTP/1.1 400"),
+        (b"GET / HTTP/1.1\r\n" + b"x: y\r\n" * 20_000 + b"\r\n", b"HTTP/1.1 400"),
+        (b"GET / HTTP/1.1\r\n\r\n", b"HTTP/1.1 400"),
+        (b"GET /api/images/../../../etc/passwd HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n",
+         b"HTTP/1.1 404"),
+    ):  # fmt: skip
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as raw:
+            raw.sendall(begun)
+            answer = b""
+            try:
+                while part := raw.recv(65536):
+                    answer += part
+                    if answer and end != b"HTTP/1.1 404":
+                        break
+            except ConnectionResetError:
+                pass
+            assert answer.startswith(end) and bool(answer) == bool(end), (begun[:60], answer[:200])
+    monkeypatch.undo()
+    assert served.studio.turns is not None and client.get("/api/model").status_code == 200
+
+
+def test_elsewhere_a_token_is_needed(artist: Artist, tmp_path: Path) -> None:
+    with serving(artist, tmp_path, TOKEN) as served, httpx.Client(base_url=served.url) as client:
+        for headers in (
+            {},
+            {"authorization": "Bearer wrong"},
+            {"cookie": f"{gate.COOKIE}={TOKEN}"},
+            {"authorization": TOKEN},
+        ):
+            refused(client.get("/api/jobs", headers=headers), 401)
+            refused(client.post("/api/jobs", json=SEEN, headers=headers), 401)
+            refused(client.get("/api/openapi.json", headers=headers), 401)
+        form = client.get("/")
+        assert form.status_code == 401 and "password" in form.text and "<script" not in form.text
+        assert client.get("/style.css").status_code == 200
+        assert client.get("/app.js").status_code == 401
+        assert client.post("/login", data={"token": "wrong"}).status_code == 401
+        assert (
+            client.post("/login", data={"token": TOKEN}, headers={"origin": "https://evil.example"}).status_code == 403
+        )
+        entered = client.post("/login", data={"token": TOKEN})
+        assert entered.status_code == 303 and TOKEN not in entered.headers["set-cookie"]
+        assert all(word in entered.headers["set-cookie"] for word in ("HttpOnly", "SameSite=strict"))
+        assert client.get("/").status_code == 200 and client.get("/api/jobs").status_code == 200
+        bearer = httpx.get(f"{served.url}/api/openapi.json", headers={"authorization": f"Bearer {TOKEN}"})
+        assert bearer.json()["security"] == [{"token": []}]
+
+
+def test_prompts_are_never_markup(client: httpx.Client) -> None:
+    """They are in the page as text alone: by the scripts' source, and as JSON that nothing takes for HTML."""
+    for name in ("app.js", "brush.js"):
+        source = client.get(f"/{name}").text
+        for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "http://", "https://"):
+            assert way not in source, (name, way)
+    job = finished(client, client.post("/api/jobs", json={**SEEN, "prompt": "<script>alert(1)</script>"}).json())
+    answer = client.get(f"/api/jobs/{job['id']}")
+    assert answer.headers["content-type"] == "application/json"
+    assert job["asked"]["prompt"] == "<script>alert(1)</script>"
+
+
+def test_a_busy_port_and_a_strange_host_are_said(served: Served) -> None:
+    with pytest.raises(UserError, match="in use"):
+        listen("127.0.0.1", int(served.url.rpartition(":")[2]))
+    with pytest.raises(UserError, match="no such address"):
+        listen("no.such.name.invalid", 0)
+
+
+def test_a_damaged_file_in_the_folder_is_passed_over(served: Served, client: httpx.Client) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("tastemaker", "[1, 2]")
+    Image.new("RGB", (8, 8)).save(served.studio.out / "900000.png", pnginfo=info)
+    assert "900000" not in [p["name"] for p in client.get("/api/images").json()["pictures"]]
+    refused(client.get("/api/images/900000.png"), 404)
+
+
+def test_what_is_wrong_is_said_before_the_model_loads(
+    artist: Artist, tmp_path: Path, served: Served, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = artist.about.folder
+    busy = served.url.rpartition(":")[2]
+    (tmp_path / "file").write_text("")
+    out = ["--out", str(tmp_path / "new")]
+    cases = [
+        ([str(tmp_path / "nothing"), *out], "no diffusers pipeline"),
+        ([str(model), *out, "--port", busy], "in use"),
+        ([str(model), *out, "--port", "99999"], "65535"),
+        ([str(model), *out, "--token", "short"], "16 characters"),
+        ([str(model), *out, "--host", "no.such.name.invalid"], "no such address"),
+        ([str(model), *out, "--lora", str(tmp_path / "none")], "LoRA"),
+        ([str(model), *out, "--upscaler", str(tmp_path / "none")], "no such file"),
+        ([str(model), "--out", str(tmp_path / "file")], "a file is there"),
+    ]
+    for words, said in cases:
+        assert main(["serve", *words]) == 2, words
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "new").exists(), words

@@ -1,0 +1,216 @@
+"""The page in a real browser: Chromium, without a window, driven by Playwright."""
+
+from __future__ import annotations
+
+import base64
+import io
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.small_serve import Served, serving, small_artist
+from train.picture import read_facts
+
+pytestmark = pytest.mark.long
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra `test`)")
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
+    with sync.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("page")
+    with serving(small_artist(folder / "debug"), folder / "samples") as served:
+        yield served
+
+
+@pytest.fixture
+def page(browser: Any, served: Served) -> Iterator[Any]:
+    """The page, open; whatever its console complains of fails the test."""
+    context = browser.new_context(viewport={"width": 1400, "height": 900})
+    page = context.new_page()
+    wrong: list[str] = []
+    page.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda e: wrong.append(str(e)))
+    open_page(page, served)
+    page.locator("#steps").fill("2")
+    yield page
+    context.close()
+    assert not [w for w in wrong if "status of 422" not in w]  # which a test asks for
+
+
+def open_page(page: Any, served: Served) -> None:
+    page.goto(served.url)
+    page.wait_for_selector("body[data-ready]")
+
+
+def newest(served: Served) -> dict[str, Any]:
+    return read_facts(max(served.studio.out.glob("*.png")))
+
+
+def draw(page: Any, words: str) -> None:
+    """Ask by the keyboard, and wait until it is drawn and shown."""
+    page.fill("#prompt", words)
+    page.keyboard.press("Control+Enter")
+    page.locator("#caption", has_text=words).wait_for()
+    page.locator("#queue li").first.wait_for(state="detached")
+
+
+def drop(page: Any, size: tuple[int, int], colour: str) -> None:
+    """A picture file is dropped onto the page."""
+    data = io.BytesIO()
+    Image.new("RGB", size, colour).save(data, "PNG")
+    text = base64.b64encode(data.getvalue()).decode()
+    transfer = page.evaluate_handle(
+        """(text) => {
+            const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([bytes], "dropped.png", { type: "image/png" }));
+            return transfer;
+        }""",
+        text,
+    )
+    page.dispatch_event("#well", "drop", {"dataTransfer": transfer})
+    page.locator("#begin").wait_for()
+
+
+def test_words_become_a_picture_by_the_keyboard_alone(page: Any, served: Served) -> None:
+    draw(page, "<b>a red disc</b>")
+    assert page.locator("#caption").inner_text() == "<b>a red disc</b>"  # text, not markup
+    assert newest(served)["prompt"] == "<b>a red disc</b>" and newest(served)["steps"] == 2
+    assert page.locator("#shown").evaluate("image => image.naturalWidth") == 16
+    assert page.locator("#history li").count() == len(list(served.studio.out.glob("*.png")))
+    with page.expect_download() as download:
+        page.click("#download")
+    assert read_facts(download.value.path())["prompt"] == "<b>a red disc</b>"
+
+
+def test_settings_of_an_earlier_picture_draw_it_again(page: Any, served: Served) -> None:
+    draw(page, "one of many")
+    first = max(served.studio.out.glob("*.png"))
+    draw(page, "another")
+    page.locator("#history button").nth(1).click()
+    page.click("#reuse")
+    assert page.locator("#prompt").input_value() == "one of many"
+    page.click("#draw")
+    page.locator("#caption", has_text="one of many").wait_for()
+    page.locator("#queue li").first.wait_for(state="detached")
+    again = max(served.studio.out.glob("*.png"))
+    assert again != first and Image.open(again).tobytes() == Image.open(first).tobytes()
+
+
+def test_a_dropped_picture_is_begun_with_and_painted_in(page: Any, served: Served) -> None:
+    drop(page, (48, 48), "#2040e0")
+    draw(page, "changed a little")
+    facts = newest(served)
+    assert facts["image"] and not facts["mask"] and facts["strength"] == 0.8
+    page.click("#paint")
+    box = page.locator("#mask").bounding_box()
+    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    side = min(box["width"], box["height"])
+    page.locator("#brush-size").fill("0.3")
+    page.mouse.move(middle[0] - 0.3 * side, middle[1] + 0.3 * side)
+    page.mouse.down()
+    page.mouse.move(middle[0] + 0.3 * side, middle[1] + 0.3 * side, steps=5)
+    page.mouse.up()
+    page.click("#invert")
+    page.click("#undo")
+    page.click("#painted")
+    draw(page, "painted in")
+    facts = newest(served)
+    assert facts["image"] and facts["mask"] and facts["strength"] == 1
+    picture = Image.open(max(served.studio.out.glob("*.png")))
+    assert picture.getpixel((8, 2)) == (0x20, 0x40, 0xE0)  # not painted: as it was
+    assert picture.getpixel((8, 13)) != (0x20, 0x40, 0xE0)
+    page.click("#remove")
+    draw(page, "from nothing")
+    assert newest(served)["image"] is None
+
+
+def test_a_result_is_enlarged_and_used_as_input(page: Any, served: Served) -> None:
+    draw(page, "small")
+    page.click("#enlarge")
+    page.locator("#details", has_text="enlarged 2×").wait_for()
+    assert Image.open(max(served.studio.out.glob("*.png"))).size == (32, 32)
+    page.locator("#history button").nth(1).click()
+    page.click("#again")
+    page.locator("#begin").wait_for()
+    draw(page, "begun with the small one")
+    assert newest(served)["image"]
+
+
+def test_the_queue_is_shown_cancelled_and_found_again_after_a_reload(page: Any, served: Served) -> None:
+    page.locator("#steps").fill("150")
+    page.locator("#number").fill("16")
+    for words in ("the long one", "the next", "the last"):
+        page.fill("#prompt", words)
+        page.click("#draw")
+        page.locator("#queue b", has_text=words).wait_for()
+    assert page.locator("#progress").is_visible()
+    page.locator("#queue li", has_text="next").nth(0).wait_for()
+    page.get_by_label("Cancel the next").click()
+    page.locator("#queue b", has_text="the next").wait_for(state="detached")
+    page.fill("#prompt", "words that stay")
+    page.reload()
+    page.wait_for_selector("body[data-ready]")
+    assert page.locator("#prompt").input_value() == "words that stay"
+    assert page.locator("#steps").input_value() == "150"
+    page.locator("#queue b", has_text="the last").wait_for()
+    page.get_by_label("Cancel the last").click()
+    page.get_by_label("Cancel the long one").click()
+    page.locator("#queue li").first.wait_for(state="detached")
+    assert {job.state for job in served.studio.turns.jobs()} <= {"done", "cancelled"}
+
+
+def test_errors_are_said_beside_the_button(page: Any) -> None:
+    for name in ("width", "height"):
+        page.locator(f"#{name}").fill("4096")
+    page.fill("#prompt", "too large")
+    with page.expect_response(lambda r: r.url.endswith("/api/jobs") and r.status == 422):
+        page.keyboard.press("Control+Enter")
+    page.locator("#error", has_text="pixels").wait_for()
+
+
+def test_what_is_flagged_is_said_with_its_score(page: Any, served: Served) -> None:
+    """A file whose facts say so: no picture that the detector flags is kept in this repository."""
+    from train.picture import png, save_numbered
+
+    facts = {**newest(served), "prompt": "flagged one"}
+    facts["nsfw"] = {"score": 0.93, "threshold": 0.2, "flagged": True, "blurred": True}
+    save_numbered(png(Image.new("RGB", (16, 16), "grey"), facts), served.studio.out)
+    page.reload()
+    page.wait_for_selector("body[data-ready]")
+    assert "0.93" in page.locator("#flag").inner_text() and "blurred" in page.locator("#flag").inner_text()
+    assert page.locator("#history em").first.inner_text() == "flagged"
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_narrow_and_wide_windows(page: Any, served: Served, tmp_path: Path, width: int, scheme: str) -> None:
+    draw(page, "a red disc")
+    drop(page, (32, 16), "#e08020")
+    page.set_viewport_size({"width": width, "height": 844})
+    page.emulate_media(color_scheme=scheme)
+    page.screenshot(path=tmp_path / "page.png", full_page=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for name in ("#draw", "#shown", "#steps", "#history", "#enlarge"):
+        box = page.locator(name).bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= width, name
+    unnamed = page.locator("input:visible, textarea:visible, select:visible").evaluate_all(
+        "all => all.filter((e) => !e.labels.length).map((e) => e.id)"
+    )
+    assert unnamed == []

@@ -1,0 +1,258 @@
+"""A model that several people draw with: what they ask for becomes jobs, what is drawn becomes files in a folder.
+
+The history is that folder: pictures are numbered, and each says in itself how it was drawn. So it survives restarts and
+takes no memory. What waits is kept in memory, and is lost with the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import re
+import secrets
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from curate.images import decode
+from curate.ledger import RowError
+from curate.store import DiskFull, UserError
+from train.picture import CHUNK, png, save_numbered
+from train.sample import SEEDS, UNSAFE, Artist, Drawn, Request
+from train.schedulers import SCHEDULERS, scheduler_name
+from train.turns import Job, OnStep, Turns
+from train.wire import MAX_INPUT, MAX_TIMES, Ask, Defaults, JobView, Limits, Link, ModelView, Picture, Pictures
+
+_NUMBERED = re.compile(r"[0-9]{6,12}\.png")
+_SETTINGS = ("steps", "guidance", "width", "height", "scheduler", "strength")
+_decoding = threading.Semaphore(2)  # pictures at a time: one of MAX_INPUT takes 48 MB
+
+
+class Studio:
+    """A model, a folder of pictures, and the people who draw.
+
+    Args:
+        out: where pictures go; those that are there are the history.
+        say: told, in a line each, what was drawn and what failed.
+        fault: told of exceptions that are nobody's fault but ours, with their traceback.
+    """
+
+    def __init__(
+        self,
+        artist: Artist,
+        out: Path,
+        *,
+        say: Callable[[str], None] = lambda line: None,
+        fault: Callable[[Exception], None] = lambda error: None,
+    ) -> None:
+        self.artist, self.out, self._say, self._fault = artist, out, say, fault
+        self.turns = Turns(self._draw, self._explain, self._changed)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._change = asyncio.Event()  # set at the next change, and then replaced
+
+    # ------------------------------------------------------------------------------------------------- asking
+
+    def job(self, ask: Ask, client: str) -> Job:
+        """What somebody asks for. Raises UserError where it can't be drawn with this model."""
+        seed = secrets.randbelow(SEEDS - ask.number) if ask.seed is None else ask.seed
+        if seed + ask.number > SEEDS:
+            raise UserError(f"seed {seed} and the {ask.number - 1} after it: the highest is {SEEDS - 1}")
+        image, mask = _picture("image", ask.image), _picture("mask", ask.mask)
+        given = {name: value for name in _SETTINGS if (value := getattr(ask, name)) is not None}
+        request = Request(
+            ask.prompt, ask.negative, seed=seed, image=image, mask=mask and mask.convert("L"), upscale=ask.upscale,
+            **given,
+        )  # fmt: skip
+        request = self.artist.check(request)
+        self._check_pixels(request)
+        return Job(
+            [replace(request, seed=seed + i) for i in range(ask.number)],
+            client,
+            ask.model_dump(exclude={"image", "mask"}) | {"seed": seed, "image": bool(image), "mask": bool(mask)},
+            bytes=sum(3 * p.width * p.height for p in (image, mask) if p),
+        )
+
+    def _check_pixels(self, request: Request) -> None:
+        """Refuse what would take too much memory, or time."""
+        width, height = request.width or 0, request.height or 0
+        if request.enlarges and request.image is not None:
+            width, height = request.image.size
+        elif width * height > self.limits.pixels:
+            raise UserError(
+                f"{width} x {height} are {width * height:,} pixels: this server draws {self.limits.pixels:,} at most"
+            )
+        if width * height * request.upscale**2 > MAX_INPUT:
+            raise UserError(
+                f"{width} x {height} enlarged {request.upscale} times are more than {MAX_INPUT:,} pixels, the most here"
+            )
+
+    @property
+    def limits(self) -> Limits:
+        """What is refused above."""
+        width, height = self.artist.about.size
+        return Limits(pixels=MAX_TIMES * width * height)
+
+    def model(self) -> ModelView:
+        """What pictures are drawn with, and what may be asked."""
+        about = self.artist.about
+        own = scheduler_name(None, about.scheduler)
+        schedulers = {own}
+        for name in SCHEDULERS:
+            with contextlib.suppress(UserError):  # it can't do what this model needs
+                schedulers.add(scheduler_name(name, about.scheduler))
+        width, height = about.size
+        return ModelView(
+            name=Path(about.name).name,
+            device=self.artist.device.type,
+            step=about.step,
+            schedulers=sorted(schedulers),
+            inpaints_only=about.inpaints_only,
+            unsafe_from=UNSAFE,
+            blurs=self.artist.blur,
+            defaults=Defaults(
+                width=width, height=height, steps=Request("").steps, guidance=about.guidance, scheduler=own
+            ),
+            limits=self.limits,
+        )
+
+    # ------------------------------------------------------------------------------------------------ drawing
+
+    def _draw(self, job: Job, on_step: OnStep) -> Iterator[Link]:
+        job.note = self._unread(job.requests[0])
+        for drawn in self.artist.draw(job.requests, on_step):
+            path = save_numbered(png(drawn.image, drawn.facts), self.out)
+            self._say(line_of(path, drawn))
+            yield _link(path)
+
+    def _unread(self, request: Request) -> str:
+        """What of the prompts is beyond what the model reads, in words. (Tokenizers are for one thread at a time.)"""
+        ends = [end for text in (request.prompt, request.negative) if (end := self.artist.unread(text))]
+        return "; ".join(f"the model does not read so far: {end!r}" for end in ends)
+
+    def _explain(self, error: Exception) -> str:
+        text = explained(error)
+        self._say(f"a drawing failed: {text}")
+        if not isinstance(error, UserError):
+            self._fault(error)
+        return text
+
+    # ------------------------------------------------------------------------------------------------ looking
+
+    def history(self, before: int | None, limit: int) -> Pictures:
+        """Pictures in the folder that say how they were drawn, newest first, of numbers below `before`."""
+        names = [p.name for p in self.out.iterdir() if _NUMBERED.fullmatch(p.name)]
+        found: list[Picture] = []
+        for name in sorted(names, key=lambda name: int(name[:-4]), reverse=True):
+            if before is not None and int(name[:-4]) >= before:
+                continue
+            if len(found) == limit:
+                return Pictures(pictures=found, more=True)
+            with contextlib.suppress(FileNotFoundError):
+                path = self.out / name
+                if (facts := facts_in(path)) is not None:
+                    link = _link(path)
+                    found.append(Picture(name=link.name, url=link.url, facts=facts))
+        return Pictures(pictures=found, more=False)
+
+    def views(self, jobs: Sequence[Job], client: str) -> list[JobView]:
+        """Jobs as somebody may see them."""
+        positions = self.turns.positions()
+        return [
+            JobView(
+                id=job.id,
+                state=job.state,
+                position=positions.get(job.id, 0) if job.state == "queued" else None,
+                step=job.step,
+                of=job.of,
+                pictures=list(job.pictures),
+                error=job.error,
+                note=job.note,
+                asked=job.asked,
+                at=job.at,
+                mine=job.client == client,
+            )
+            for job in jobs
+        ]
+
+    async def changes(self, jobs: Callable[[], list[Job]], client: str) -> AsyncIterator[list[JobView]]:
+        """Jobs each time that they change, until all are over or the server ends."""
+        self._loop = asyncio.get_running_loop()
+        last: list[JobView] | None = None
+        while True:
+            change = self._change  # taken before looking, so that none is missed
+            views = self.views(jobs(), client)
+            if views != last:
+                yield views
+                last = views
+            if all(view.state in ("done", "failed", "cancelled") for view in views) or self.turns.closed:
+                return
+            await change.wait()
+            await asyncio.sleep(0.05)  # quick models change more often than anybody looks
+
+    def _changed(self) -> None:
+        """From any thread: wake those who look."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody looks any more
+                self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        change, self._change = self._change, asyncio.Event()
+        change.set()
+
+
+def explained(error: Exception) -> str:
+    """What went wrong in a drawing, for the person who asked for it."""
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return "memory ran out: ask for a smaller size, or fewer pictures at once"
+    if isinstance(error, FloatingPointError):
+        return f"the model drew no picture: {error}"
+    if isinstance(error, UserError | DiskFull):
+        return str(error)
+    return f"{type(error).__name__}: {error} (the server's log says where)"
+
+
+def line_of(path: Path, drawn: Drawn) -> str:
+    """A picture in a line, for the terminal."""
+    words = " ".join(drawn.request.prompt.split())
+    what = words if len(words) <= 60 else words[:59] + "…"
+    note = ""
+    if drawn.flagged:
+        shown = "blurred" if drawn.facts["nsfw"]["blurred"] else "shown as it is"
+        note = f"  flagged as not safe for work: {drawn.nsfw:.2f} of 1, {shown}"
+    return f"{path}  {what!r}, seed {drawn.request.seed}{note}"
+
+
+def facts_in(path: Path) -> dict[str, Any] | None:
+    """What a PNG says of how it was drawn, without decoding it; None where there is none, or it does not say."""
+    try:
+        with Image.open(path) as image:
+            facts = json.loads(image.info[CHUNK])
+    except (OSError, SyntaxError, ValueError, KeyError, Image.DecompressionBombError):
+        return None
+    return facts if isinstance(facts, dict) else None
+
+
+def _link(path: Path) -> Link:
+    """A picture's address; another one when the file is another, so that browsers may keep what they have."""
+    return Link(name=path.stem, url=f"/api/images/{path.stem}.png?v={path.stat().st_mtime_ns:x}")
+
+
+def _picture(name: str, text: str | None) -> Image.Image | None:
+    """A picture out of base64, upright, in sRGB, over white where it is transparent."""
+    if text is None:
+        return None
+    try:
+        data = base64.b64decode(text, validate=True)
+    except ValueError as e:
+        raise UserError(f"{name}: this is no base64 ({e})") from e
+    try:
+        with _decoding:
+            return Image.fromarray(decode(data, max_pixels=MAX_INPUT))
+    except RowError as e:
+        raise UserError(f"{name}: the picture can't be read: {e.detail or e.reason.value}") from e
