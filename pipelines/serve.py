@@ -56,7 +56,7 @@ def run(asked: Asked) -> None:
         if path is not None and not path.is_file():
             raise UserError(f"--{name} {path}: there is no such file of weights")
     _check_writable(asked.out)
-    from train.serve import LOOPBACK, Server, listen, new_app
+    from train.serve.app import LOOPBACK, Server, listen, new_app
 
     at = listen(asked.host, asked.port)
     try:
@@ -69,7 +69,7 @@ def run(asked: Asked) -> None:
                 terminal.write(f"{time.strftime('%H:%M:%S')}  {line}\n")
 
             from train.sample import Artist
-            from train.studio import Studio
+            from train.serve.studio import Studio
 
             say(f"loading {asked.model}")
             artist = Artist(

@@ -16,8 +16,8 @@ import torch
 from tests.small_train import COLOURS
 from train.model import new_model, no_bars
 from train.sample import Artist
-from train.serve import LOOPBACK, Server, listen, new_app
-from train.studio import Studio
+from train.serve.app import LOOPBACK, Server, listen, new_app
+from train.serve.studio import Studio
 
 SEEN = {"prompt": "a red disc", "steps": 2}
 

@@ -19,11 +19,11 @@ from PIL import Image, PngImagePlugin
 from curate.store import UserError
 from pipelines.cli import main
 from tests.small_serve import SEEN, Served, finished, serving, small_artist
-from train import gate, turns
 from train.picture import read_facts
 from train.sample import Artist
-from train.serve import listen
-from train.turns import Full, Job, Turns
+from train.serve import gate, turns
+from train.serve.app import listen
+from train.serve.turns import Full, Job, Turns
 
 TOKEN = "a-token-of-tests-0123456789"
 

@@ -1,11 +1,4 @@
-"""A page to draw on, and the JSON API behind it: one model, one thread that draws, people served in turn.
-
->>> studio = Studio(Artist("model"), Path("samples"))
->>> app = new_app(studio)                                               # an ASGI app
->>> Server(app, studio).run(sockets=[listen("127.0.0.1", 7860)])        # until Ctrl-C
-
-gate: what is refused first;  wire: what is said in JSON;  studio: jobs and pictures;  turns: whose job is next.
-"""
+"""The routes of the page and of the JSON API, what errors look like, and the server around them."""
 
 from __future__ import annotations
 
@@ -26,11 +19,11 @@ from fastapi.responses import FileResponse, JSONResponse
 from fastapi.sse import EventSourceResponse
 
 from curate.store import UserError
-from train.gate import Gate, Protocol, problem
 from train.sample import versions
-from train.studio import Studio, facts_in
-from train.turns import Full, Job
-from train.wire import ERRORS, ERRORS_OF_FILES, Ask, Jobs, JobView, ModelView, Pictures
+from train.serve.gate import Gate, Protocol, problem
+from train.serve.studio import Studio, facts_in
+from train.serve.turns import Full, Job
+from train.serve.wire import ERRORS, ERRORS_OF_FILES, Ask, Jobs, JobView, ModelView, Pictures
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 """Names of this machine to itself: what a server without a token answers to."""
@@ -71,7 +64,7 @@ def new_app(studio: Studio, hosts: frozenset[str] | None = LOOPBACK, token: str 
     )
     app.state.studio = studio
     app.include_router(api, responses=ERRORS)
-    folder = resources.files("train") / "page"
+    folder = resources.files("train.serve") / "page"
     for path, (file, kind) in PAGE.items():
         app.get(path, include_in_schema=False)(_shows((folder / file).read_bytes(), kind))
     for error, handler in _HANDLERS.items():

@@ -26,8 +26,8 @@ from curate.store import DiskFull, UserError
 from train.picture import CHUNK, png, save_numbered
 from train.sample import SEEDS, UNSAFE, Artist, Drawn, Request
 from train.schedulers import SCHEDULERS, scheduler_name
-from train.turns import Job, OnStep, Turns
-from train.wire import MAX_INPUT, MAX_TIMES, Ask, Defaults, JobView, Limits, Link, ModelView, Picture, Pictures
+from train.serve.turns import Job, OnStep, Turns
+from train.serve.wire import MAX_INPUT, MAX_TIMES, Ask, Defaults, JobView, Limits, Link, ModelView, Picture, Pictures
 
 _NUMBERED = re.compile(r"[0-9]{6,12}\.png")
 _SETTINGS = ("steps", "guidance", "width", "height", "scheduler", "strength")

@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from train.gate import MAX_BODY
 from train.sample import STRENGTH, STRENGTH_MASK
-from train.turns import State
+from train.serve.gate import MAX_BODY
+from train.serve.turns import State
 
 MAX_STEPS = 150
 MAX_NUMBER = 16  # pictures of one job
