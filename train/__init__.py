@@ -1,5 +1,25 @@
-"""Training a text-to-image model on curated shards. A library: it runs without Ray.
+"""Training a text-to-image model on curated shards, and drawing with it. A library: it runs without Ray.
 
 data: pictures and their order; model: diffusers pipelines, built or loaded; objective: flow, v and eps; tasks: what a
 batch's loss is; loop: the steps; checkpoint: what a run goes on from; latents: computed once; world: several processes.
+sample: pictures from a model;  about: what its folder says;  schedulers, devices, upscale, picture: what sample needs.
+
+from train import load_model, sample
+load_model("model")                                                         # a diffusers StableDiffusionPipeline
+next(sample.Artist("model").draw([sample.Request("a fox", seed=7)])).image  # a PIL image
 """
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["load_model", "sample"]
+
+
+def __getattr__(name: str) -> Any:
+    # on demand: a command line that answers at once must not load torch
+    if name == "load_model":
+        from train.model import load_model
+
+        return load_model
+    raise AttributeError(f"module 'train' has no attribute {name!r}")

@@ -188,10 +188,10 @@ def pixel_vae(size: int) -> Any:
     return vae.requires_grad_(False)
 
 
-def load_model(name: str | Path) -> Any:
+def load_model(name: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     """The StableDiffusionPipeline in a folder, or under a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5.
 
-    Weights are fp32. Raises UserError, saying what to do, where there is none or the hub can't be reached.
+    Weights are of type `dtype`. Raises UserError, saying what to do, where there is none or the hub can't be reached.
     """
     from diffusers import StableDiffusionPipeline
 
@@ -204,7 +204,7 @@ def load_model(name: str | Path) -> Any:
     try:
         with no_bars():
             pipeline = StableDiffusionPipeline.from_pretrained(
-                str(name), dtype=torch.float32, safety_checker=None, requires_safety_checker=False
+                str(name), dtype=dtype, safety_checker=None, requires_safety_checker=False
             )
     except (OSError, ValueError, TypeError, KeyError) as e:
         if here:

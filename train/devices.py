@@ -1,0 +1,152 @@
+"""Where a model draws: device, precision, and what is done to save memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from train.about import About
+
+
+def device_here() -> torch.device:
+    """The GPU where there is one (`cuda` is also torch's name for AMD's, `mps` Apple's), else the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def precision(device: torch.device, about: About) -> torch.dtype:
+    """bf16 on GPUs that compute in it, fp16 on other CUDA devices; fp32 on the CPU, on MPS, where fp16 gives black
+    pictures, and for models of pixels, which are small and whose exact autoencoder needs it."""
+    import torch
+
+    if device.type != "cuda" or about.of_pixels:
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that may still be taken on a device, None where it does not say."""
+    import torch
+
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return None
+    sizes = dict(line.split()[:2] for line in meminfo.read_text().splitlines())
+    return int(sizes["MemAvailable:"]) * 1024
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What saves memory."""
+
+    vae_slicing: bool = False  # pictures of a batch are decoded one after the other
+    vae_tiling: bool = False  # large ones in overlapping tiles
+    attention_slicing: bool = False  # one head after the other
+    offload: bool = False  # only the part at work is on the GPU
+
+    def __str__(self) -> str:
+        named = {
+            "VAE slicing": self.vae_slicing, "VAE tiling": self.vae_tiling,
+            "attention slicing": self.attention_slicing, "offload to the CPU": self.offload,
+        }  # fmt: skip
+        return " + ".join(name for name, on in named.items() if on) or "nothing saved"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What drawing takes, estimated from a model's configurations."""
+
+    weights: int  # bytes
+    largest_part: int  # bytes
+    vae: int  # channels of the autoencoder's finest level
+    unet: int  # channels of the UNet's finest level
+    heads: int  # of attention at the UNet's finest level, 0 where there is none
+    factor: int  # pixels of a side per latent
+    item: int  # bytes of a number: 4, or 2 in half precision
+
+    def peak(self, width: int, height: int, batch: int, measures: Measures, *, fused: bool) -> int:
+        """The most bytes held at one time while `batch` pictures of `width` x `height` pixels are drawn.
+
+        Counted are weights and the maps that the two large parts hold at their finest level: six for the autoencoder
+        (its last residual block: input, norm, activation, result, shortcut, workspace of a convolution), twelve for
+        the UNet (those, and what it keeps for the way up), for two pictures each because of guidance. Where attention
+        is not `fused`, a matrix over all pairs of latents for each head comes on top, or for one where it is sliced. A
+        fifth is added for what allocators lose.
+        """
+        pixels, latents = width * height, width * height // self.factor**2
+        seen = min(pixels, TILE * TILE) if measures.vae_tiling else pixels
+        vae = 6 * seen * self.vae * (1 if measures.vae_slicing else batch)
+        unet = 12 * latents * self.unet * 2 * batch
+        if not fused and self.heads:
+            unet += latents**2 * (1 if measures.attention_slicing else self.heads * 2 * batch)
+        weights = self.largest_part if measures.offload else self.weights
+        return weights + int(1.2 * self.item * max(vae, unet))
+
+
+TILE = 512
+"""Pixels of a side above which the autoencoder works in tiles, where it is told to: diffusers' own for
+Stable Diffusion (`AutoencoderKL.tile_sample_min_size` is the size that it was trained at)."""
+
+
+def cost_of(about: About, sizes: Sequence[int], item: int) -> Cost:
+    """The cost of a model; `sizes`: bytes of its parts in memory."""
+    heads = about.unet.get("num_attention_heads") or about.unet["attention_head_dim"]
+    attends = "Attn" in about.unet["down_block_types"][0]
+    return Cost(
+        weights=sum(sizes),
+        largest_part=max(sizes),
+        vae=about.vae["block_out_channels"][0],
+        unet=about.unet["block_out_channels"][0],
+        heads=(heads if isinstance(heads, int) else heads[0]) if attends else 0,
+        factor=about.factor,
+        item=item,
+    )
+
+
+def choose(free: int | None, cost: Cost, width: int, height: int, batch: int, *, kind: str) -> Measures:
+    """The gentlest measures with which drawing fits into nine tenths of `free` bytes; all there are where none does.
+
+    None free: unknown, nothing is saved. Slicing attention helps on MPS only: elsewhere PyTorch's attention is fused
+    and needs no matrix of all pairs, and slices would take more memory and time than that. Offload is for GPUs.
+
+    Args:
+        kind: of the device: "cuda", "mps" or "cpu".
+    """
+    ladder = [Measures(), Measures(vae_slicing=True), Measures(vae_slicing=True, vae_tiling=True)]
+    if kind == "mps":
+        ladder += [Measures(True, True, attention_slicing=True)]
+    if kind != "cpu":
+        ladder += [Measures(True, True, attention_slicing=kind == "mps", offload=True)]
+    if free is None:
+        return ladder[0]
+    room = 0.9 * free
+    for measures in ladder:
+        if cost.peak(width, height, batch, measures, fused=kind != "mps") <= room:
+            return measures
+    return ladder[-1]
+
+
+def apply(measures: Measures, pipeline: Any, device: torch.device) -> None:
+    """Do so on a pipeline, which is on `device` afterwards, or comes there part by part."""
+    vae = pipeline.vae
+    (vae.enable_slicing if measures.vae_slicing else vae.disable_slicing)()
+    (vae.enable_tiling if measures.vae_tiling else vae.disable_tiling)()
+    if measures.attention_slicing:
+        pipeline.enable_attention_slicing("max")
+    if measures.offload:
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.to(device)
