@@ -57,7 +57,8 @@ class Request:
     model: str
     data: Path
     out: Path
-    prompts: int | Path = PROMPTS
+    count: int = PROMPTS  # captions to draw
+    prompts: Path | None = None  # drawn in their place: the lines of a file
     encoder: str = "bundled"
     heads: tuple[str, ...] | None = None
     seed: int = 0
@@ -123,9 +124,9 @@ def _check_out(out: Path) -> None:
             raise UserError(f"{out} holds something else ({others[0]}): give a folder of its own with --out")
 
 
-def _prompts(asked: int | Path) -> list[str] | None:
+def _prompts(asked: Path | None) -> list[str] | None:
     """The different lines of a file of prompts."""
-    if isinstance(asked, int):
+    if asked is None:
         return None
     if not asked.is_file():
         raise UserError(f"--prompts {asked}: neither a number nor a file")
@@ -200,7 +201,7 @@ def _asked(
             "fingerprint": samples.fingerprint,
             "manifest_sha256": sha256_file(manifest) if manifest.is_file() else None,
         },
-        "prompts": request.prompts if prompts is None else prompts,
+        "prompts": request.count if prompts is None else prompts,
         "encoder": canonical_name(request.encoder),
         "heads": {head.name: head.digest for head in heads},
         "seed": request.seed,
@@ -304,7 +305,7 @@ class _Evaluation:
         self.unseen: Unseen = unseen(self.model.folder, self.samples, count)
         count.end()
         pool = in_order(self.samples, self.unseen.numbers)
-        wanted = len(self._given) if self._given else int(self.request.prompts)  # type: ignore[call-overload]
+        wanted = len(self._given) if self._given else self.request.count
         captioned = captions_of(self.samples, pool, wanted)
         self.prompts = self._given or [self._caption(i) for i in captioned]
         if len(self.prompts) < LEAST:
@@ -393,9 +394,7 @@ class _Evaluation:
                 least=settings.get("batch", 1),
             )
             each = losses(pipeline, pictures, chosen, seed=seed, tell=count)
-            columns = {"mean": each.astype(float).mean(1)} | {
-                str(t): each[:, i] for i, t in enumerate(HELD_OUT_TIMES)
-            }
+            columns = {"mean": each.astype(float).mean(1)} | {str(t): each[:, i] for i, t in enumerate(HELD_OUT_TIMES)}
             estimates = estimate({k: mean_of(v) for k, v in columns.items()}, range(len(each)), seed=self.request.seed)
             found[name] = {**estimates.pop("mean"), "pictures": len(each), "by_time": estimates}
         count.end()
@@ -512,7 +511,9 @@ class _Evaluation:
             said = self.encoder.encode_texts([f"A photo depicts {p}" for p in self.prompts])
             score: dict[str, Any] = {"model": name, "drawn": mean(clip_score(drawn["vectors"], said), seed)}
             if len(captions) == n:
-                told = said if not self._given else self.encoder.encode_texts([f"A photo depicts {c}" for c in captions])
+                told = (
+                    said if not self._given else self.encoder.encode_texts([f"A photo depicts {c}" for c in captions])
+                )
                 score["real"] = mean(clip_score(real["vectors"][:n], told), seed)
             figures["clip_score"] = score
         return figures
@@ -681,10 +682,10 @@ def _lines(facts: dict[str, Any]) -> Iterator[Line]:
     figures = facts["figures"]
     if loss := figures.get("held_out_loss"):
         held, other = loss["held_out"], loss.get("training")
-        beside = [f"as many training pictures {_number(other)}"] if other else []
+        with_it = [f"as many training pictures {_number(other)}"] if other else []
         if (then := loss["at_the_end_of_training"]) is not None:
-            beside.append(f"at the end of training {then:.4f}")
-        yield Line(f"held-out loss ({loss['objective']})", *_value(held, 4), " · ".join(beside))
+            with_it.append(f"at the end of training {then:.4f}")
+        yield Line(f"held-out loss ({loss['objective']})", *_value(held, 4), " · ".join(with_it))
         for t, found in held["by_time"].items():
             yield Line(f"  at time {t}", *_value(found, 4), _number(other["by_time"][t]) if other else "")
     retrieval = figures["retrieval"]
@@ -778,9 +779,7 @@ def _readme(facts: dict[str, Any]) -> str:
         pictures += ["", "![the nearest training pictures](nearest.png)"]
     notes = [f"- {note}" for note in _notes(facts)]
     made = ", ".join(f"{k} {v}" for k, v in facts["made_with"].items())
-    return "\n".join(
-        ["# Evaluation", "", *about, "", *table, "", *notes, "", *pictures, "", f"Made with {made}.", ""]
-    )
+    return "\n".join(["# Evaluation", "", *about, "", *table, "", *notes, "", *pictures, "", f"Made with {made}.", ""])
 
 
 def _outcome(request: Request, facts: dict[str, Any]) -> Outcome:
