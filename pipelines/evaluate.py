@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from curate.store import Lock, UserError, atomic, read_json, sha256_file, sweep, write_json
+from pipelines.figures import readme, table
 from pipelines.progress import Count, Terminal, clock
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from curate.encoders import Encoder
     from train.about import About
     from train.data import Ints, Numbered
-    from train.evaluate import Nearest, Unseen
+    from train.evaluate import InDomain, Nearest, Unseen
     from train.sample import Artist, Lora
     from train.sample import Request as Asked
 
@@ -74,16 +75,6 @@ class Outcome:
     facts: dict[str, Any]
     next: str
     paths: dict[str, Path] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Line:
-    """A figure as people read it."""
-
-    what: str
-    value: str
-    interval: str = ""
-    beside: str = ""
 
 
 def run(request: Request) -> Outcome:
@@ -260,7 +251,7 @@ class _Evaluation:
         figures: dict[str, Any] = {"held_out_loss": self._loss()}
         self._draw()
         drawn, real, training = self._look()
-        figures |= self._fidelity(drawn, real)
+        figures |= self._fidelity(drawn, real, training)
         figures["scores"] = self._scores(drawn, real)
         figures["nsfw"] = self._nsfw(drawn, real)
         figures["memorisation"], near = self._memorised(drawn, real, training)
@@ -270,7 +261,7 @@ class _Evaluation:
             self._nearest_sheet(*near)
         facts = self._facts(asked, figures, round(time.monotonic() - began))
         with atomic(self.out / "README.md") as f:
-            f.write(_readme(facts).encode())
+            f.write(readme(facts).encode())
         write_json(self.out / "evaluation.json", facts)
         return facts
 
@@ -490,33 +481,58 @@ class _Evaluation:
 
     # figures
 
-    def _fidelity(self, drawn: dict[str, Any], real: dict[str, Any]) -> dict[str, Any]:
+    def _fidelity(self, drawn: dict[str, Any], real: dict[str, Any], training: dict[str, Any] | None) -> dict[str, Any]:
         """Retrieval of captions by drawn pictures, and by real ones; CLIPScore where the encoder is that CLIP."""
         from train.evaluate import clip_score, clip_score_of, mean, retrieval
 
-        seed, n = self.request.seed, len(self.prompts)
-        words = self.encoder.encode_texts(self.prompts)
-        found: dict[str, Any] = {"space": self.encoder.name, "drawn": retrieval(drawn["vectors"], words, seed=seed)}
-        captions, own = [self._caption(i) for i in self.captioned], words
-        if len(captions) == n:
-            if self._given:
-                own = self.encoder.encode_texts(captions)
-            found["real"] = retrieval(real["vectors"][:n], own, seed=seed)
-        else:
-            self.left_out["retrieval of real pictures"] = (
-                f"{len(captions)} different captions among real pictures, and {n} prompts: not comparable"
+        seed, n, encoder = self.request.seed, len(self.prompts), self.encoder
+        captions = [self._caption(i) for i in self.captioned]
+        real_too = len(captions) == n
+        if not real_too:
+            self.left_out["retrieval with real pictures"] = (
+                f"{n} prompts, and {len(captions)} different captions among real pictures: not comparable"
             )
-        figures: dict[str, Any] = {"retrieval": found}
-        if name := clip_score_of(self.encoder.name):
-            said = self.encoder.encode_texts([f"A photo depicts {p}" for p in self.prompts])
-            score: dict[str, Any] = {"model": name, "drawn": mean(clip_score(drawn["vectors"], said), seed)}
-            if len(captions) == n:
-                told = (
-                    said if not self._given else self.encoder.encode_texts([f"A photo depicts {c}" for c in captions])
-                )
-                score["real"] = mean(clip_score(real["vectors"][:n], told), seed)
-            figures["clip_score"] = score
+
+        def both(vectors: Any, words: Any) -> dict[str, Any]:
+            """Retrieval in a space to which `vectors` and `words` bring what the encoder gives."""
+            said = words(encoder.encode_texts(self.prompts))
+            found = {"drawn": retrieval(vectors(drawn["vectors"]), said, seed=seed)}
+            if real_too:
+                own = words(encoder.encode_texts(captions)) if self._given else said
+                found["real"] = retrieval(vectors(real["vectors"][:n]), own, seed=seed)
+            return found
+
+        figures: dict[str, Any] = {"retrieval": {"space": encoder.name, **both(lambda x: x, lambda x: x)}}
+        if (fitted := self._in_domain(training)) is not None:
+            space, pictures = fitted
+            found = both(space.pictures, space.texts)
+            figures["retrieval_in_domain"] = {"space": "in-domain", "fitted_to": pictures, **found}
+        if name := clip_score_of(encoder.name):
+
+            def score(vectors: Any, words: list[str]) -> Any:
+                said = encoder.encode_texts([f"A photo depicts {w}" for w in words])
+                return mean(clip_score(vectors, said), seed)
+
+            figures["clip_score"] = {"model": name, "drawn": score(drawn["vectors"], self.prompts)}
+            if real_too:
+                figures["clip_score"]["real"] = score(real["vectors"][:n], captions)
         return figures
+
+    def _in_domain(self, training: dict[str, Any] | None) -> tuple[InDomain, int] | None:
+        """A space fitted to the training pictures, and how many these are."""
+        from train.evaluate import LEAST_FITTED, MOST_FITTED, InDomain
+
+        samples, words = self.unseen.training, []
+        if samples is not None:
+            words = [str(samples.facts(int(i))["caption"] or "").strip() for i in self.training]
+        told = [i for i, text in enumerate(words) if text][:MOST_FITTED]
+        if training is None or len(told) < LEAST_FITTED:
+            self.left_out["retrieval in the in-domain space"] = (
+                f"{len(told)} captioned training pictures at hand: at least {LEAST_FITTED} are needed"
+            )
+            return None
+        texts = self.encoder.encode_texts([words[i] for i in told])
+        return InDomain(training["vectors"][told], texts), len(told)
 
     def _scores(self, drawn: dict[str, Any], real: dict[str, Any]) -> dict[str, Any] | None:
         """Each head's mean on drawn and on real pictures: those of the same captions, where these were drawn."""
@@ -626,7 +642,7 @@ class _Evaluation:
                 real = [self._fitted(self.samples, self.captioned[i]) for i in some]
                 unsafe = self._unsafe(real)
                 rows.append(("real", [_shown(p, "", "", u) for p, u in zip(real, unsafe, strict=True)]))
-        sheet(self.out / "sheet.png", f"{Path(self.request.model).name}: drawn for captions it has not seen", rows)
+        sheet(self.out / "sheet.png", f"{Path(self.request.model).name}: what was asked for, and what was drawn", rows)
 
     def _nearest_sheet(self, ours: Nearest, theirs: Nearest) -> None:
         """`nearest.png`: the drawn pictures nearest to training pictures, then real ones that were not trained on."""
@@ -677,115 +693,10 @@ def _shown(picture: npt.NDArray[np.uint8], line: str, more: str, blurred: bool) 
 # ---------------------------------------------------------------------------------------------------------- its result
 
 
-def _lines(facts: dict[str, Any]) -> Iterator[Line]:
-    """Every figure: what, value, interval, and what stands beside it."""
-    figures = facts["figures"]
-    if loss := figures.get("held_out_loss"):
-        held, other = loss["held_out"], loss.get("training")
-        with_it = [f"as many training pictures {_number(other)}"] if other else []
-        if (then := loss["at_the_end_of_training"]) is not None:
-            with_it.append(f"at the end of training {then:.4f}")
-        yield Line(f"held-out loss ({loss['objective']})", *_value(held, 4), " · ".join(with_it))
-        for t, found in held["by_time"].items():
-            yield Line(f"  at time {t}", *_value(found, 4), _number(other["by_time"][t]) if other else "")
-    retrieval = figures["retrieval"]
-    ours, real = retrieval["drawn"], retrieval.get("real")
-    among = f"of {ours['captions']:,} captions, {retrieval['space']} space"
-    for key in ours:
-        if key == "captions":
-            continue
-        what = f"mean similarity, {retrieval['space']} space"
-        if key != "similarity":
-            what = f"R@{key.rpartition('_')[2]} {among}"
-        beside = f"shuffled captions {_number(ours[key]['shuffled'])}"
-        yield Line(what, *_value(ours[key]), beside + (f" · real pictures {_number(real[key])}" if real else ""))
-    if score := figures.get("clip_score"):
-        beside = f"real pictures {_number(score['real'])}" if "real" in score else ""
-        yield Line(f"CLIPScore ({score['model']}), 0 to 2.5", *_value(score["drawn"]), beside)
-    for name, found in figures.get("scores", {}).items():
-        beside = f"real pictures {_number(found['real'])} · difference {_number(found['difference'])}"
-        yield Line(f"{name}, {found['scale'][0]:g} to {found['scale'][1]:g}", *_value(found["drawn"]), beside)
-    nsfw = figures["nsfw"]
-    beside = f"real pictures {_number(nsfw['real'])}"
-    yield Line(f"share with {nsfw['detector']} >= {nsfw['threshold']:g}", *_value(nsfw["drawn"]), beside)
-    if found := figures.get("memorisation"):
-        yield from _memorisation_lines(found)
-    if found := figures.get("kid"):
-        floor, ceiling = found["real_against_real"], found["noise_against_real"]
-        beside = f"real against real {_spread(floor)} · noise against real {_spread(ceiling)}"
-        value, sd = _spread(found["drawn"]).split(" ", 1)
-        yield Line(f"KID, {found['features']}, subsets of {floor['subset']}", value, sd, beside)
-    if found := figures.get("frechet"):
-        yield Line(f"Frechet distance, {found['features']}", f"{found['value']:.3f}", "", "no FID: other features")
-
-
-def _memorisation_lines(found: dict[str, Any]) -> Iterator[Line]:
-    of = f" of {found['of_training']:,}" if "of_training" in found else ""
-    among = f"{found['training']:,}{of} training pictures"
-    beside = f"real pictures that were not trained on {found['median_real']:.3f}"
-    yield Line(f"cosine to the nearest of {among}", f"{found['median']:.3f}", "median", beside)
-    if close := found["close"]:
-        beside = f"expected {close['expected']:.0%}: closer (cosine above {found['border']:.3f}) than 95% of real ones"
-        yield Line("share close to a training picture", *_value(close), beside)
-    beside = f"{found['copies_real']} of {found['pictures_real']:,} real pictures"
-    yield Line("near-duplicates of training pictures", f"{found['copies']} of {found['pictures']:,}", "", beside)
-
-
-def _notes(facts: dict[str, Any]) -> Iterator[str]:
-    """What has to be said of the figures."""
-    figures = facts["figures"]
-    if figures.get("kid", {}).get("circular"):
-        yield (
-            "KID is circular here: the pictures were chosen by scores in the space whose features it compares. A model "
-            "that has learnt the chooser's preferences gets a better figure than it deserves."
-        )
-    if figures["retrieval"]["space"] == "bundled":
-        yield (
-            "The bundled space is not CLIP: it knows things, hardly colours, counts and places. What it can tell on "
-            "these captions is what real pictures get."
-        )
-    for what, why in facts["left_out"].items():
-        yield f"left out: {what} ({why})"
-
-
-def _value(found: dict[str, Any], digits: int = 3) -> tuple[str, str]:
-    interval = "" if found["low"] is None else f"{found['low']:.{digits}f} to {found['high']:.{digits}f}"
-    return f"{found['value']:.{digits}f}", interval
-
-
-def _number(found: dict[str, Any]) -> str:
-    value, interval = _value(found)
-    return f"{value} [{interval.replace(' to ', ', ')}]" if interval else value
-
-
-def _spread(found: dict[str, Any]) -> str:
-    return f"{found['mean']:.4f} ± {found['sd']:.4f}"
-
-
-def _table(facts: dict[str, Any]) -> str:
-    lines = list(_lines(facts))
-    first, second, third = (max(len(getattr(x, n)) for x in lines) + 2 for n in ("what", "value", "interval"))
-    head = f"{'':{first}}{'VALUE':{second}}{'95% INTERVAL':{max(third, 14)}}BESIDE IT"
-    rows = [f"{x.what:{first}}{x.value:{second}}{x.interval:{max(third, 14)}}{x.beside}".rstrip() for x in lines]
-    return "\n".join([*facts["about"], "", head, *rows, "", *_notes(facts)])
-
-
-def _readme(facts: dict[str, Any]) -> str:
-    about = [f"- {' '.join(text.split())}" for text in facts["about"]]
-    table = ["| | value | 95% interval | beside it |", "|---|---|---|---|"]
-    table += [f"| {x.what} | {x.value} | {x.interval} | {x.beside} |" for x in _lines(facts)]
-    pictures = ["![drawn and real pictures](sheet.png)"]
-    if "memorisation" in facts["figures"]:
-        pictures += ["", "![the nearest training pictures](nearest.png)"]
-    notes = [f"- {note}" for note in _notes(facts)]
-    made = ", ".join(f"{k} {v}" for k, v in facts["made_with"].items())
-    return "\n".join(["# Evaluation", "", *about, "", *table, "", *notes, "", *pictures, "", f"Made with {made}.", ""])
-
-
 def _outcome(request: Request, facts: dict[str, Any]) -> Outcome:
     out = request.out
     paths = {"evaluation": out / "evaluation.json", "pictures": out / "sheet.png"}
     if "memorisation" in facts["figures"]:
         paths["nearest"] = out / "nearest.png"
-    text = f"{_table(facts)}\nevaluated in {clock(facts['seconds'])}"
+    text = f"{table(facts)}\nevaluated in {clock(facts['seconds'])}"
     return Outcome(text, facts, f"tastemaker sample {request.model} PROMPT", paths)
