@@ -125,18 +125,29 @@ def choose(free: int | None, cost: Cost, width: int, height: int, batch: int, *,
     Args:
         kind: of the device: "cuda", "mps" or "cpu".
     """
+    ladder = _ladder(kind)
+    if free is None:
+        return ladder[0]
+    for measures in ladder:
+        if cost.peak(width, height, batch, measures, fused=kind != "mps") <= 0.9 * free:
+            return measures
+    return ladder[-1]
+
+
+def stricter(measures: Measures, kind: str) -> Measures | None:
+    """What saves more memory than these measures on a device of this kind, or None."""
+    ladder = _ladder(kind)
+    after = ladder[ladder.index(measures) + 1 :]
+    return after[0] if after else None
+
+
+def _ladder(kind: str) -> list[Measures]:
     ladder = [Measures(), Measures(vae_slicing=True), Measures(vae_slicing=True, vae_tiling=True)]
     if kind == "mps":
         ladder += [Measures(True, True, attention_slicing=True)]
     if kind != "cpu":
         ladder += [Measures(True, True, attention_slicing=kind == "mps", offload=True)]
-    if free is None:
-        return ladder[0]
-    room = 0.9 * free
-    for measures in ladder:
-        if cost.peak(width, height, batch, measures, fused=kind != "mps") <= room:
-            return measures
-    return ladder[-1]
+    return ladder
 
 
 def apply(measures: Measures, pipeline: Any, device: torch.device) -> None:

@@ -23,10 +23,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curate.store import UserError
+from curate.store import UserError, sha256_file
+from train import devices
 from train.about import About, look
+from train.lora import Lora, add_loras, check_lora
 from train.picture import pixels_digest
 from train.schedulers import new_scheduler, scheduler_name
+from train.upscale import Network, by_tiles, restore_faces, tile_boxes
 
 if TYPE_CHECKING:
     import torch
@@ -109,23 +112,19 @@ class Drawn:
     facts: dict[str, Any]  # what its PNG carries (`train.picture.png`)
 
 
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank matrices to lay over a model: a file of safetensors, or the folder of one."""
+def settled(about: About, request: Request, *, upscaler: bool = False) -> Request:
+    """The request with everything filled in that suits the model. Raises UserError where the two do not fit.
 
-    path: Path
-    weight: float = 1.0
-
-
-def settled(about: About, request: Request) -> Request:
-    """The request with everything filled in that suits the model. Raises UserError where the two do not fit."""
+    With an `upscaler` what it enlarges is left as it is, unless a strength is asked for.
+    """
     r = request
     if about.inpaints_only and r.mask is None:
         raise UserError(f"{about.name} is an inpainting model: it draws into an image, where a mask says so")
     name = scheduler_name(r.scheduler, about.scheduler)
     strength = r.strength
     if strength is None and (r.image is not None or r.upscale > 1):
-        strength = STRENGTH_MASK if r.mask is not None else STRENGTH if r.upscale == 1 else STRENGTH_UPSCALE
+        enlarging = 0.0 if upscaler else STRENGTH_UPSCALE
+        strength = STRENGTH_MASK if r.mask is not None else STRENGTH if r.upscale == 1 else enlarging
     if strength is not None and int(r.steps * strength) < 1 and not (r.upscale > 1 and strength == 0):
         least = f"at least {math.ceil(1 / strength)} steps" if strength else "a strength above 0"
         raise UserError(f"of {r.steps} steps strength {strength:g} leaves none: {least} would do")
@@ -153,38 +152,50 @@ class Artist:
         model: About | str | Path,
         *,
         loras: Sequence[Lora] = (),
+        upscaler: Path | None = None,
+        faces: Path | None = None,
         batch: int = 1,
         size: tuple[int, int] | None = None,
         blur: bool = True,
         device: torch.device | None = None,
     ) -> None:
-        """Load a model. Raises UserError where it, or a LoRA, can't be loaded.
+        """Load a model. Raises UserError where it, a LoRA or other weights can't be loaded.
 
         Args:
+            upscaler: weights that enlarge (ESRGAN and its like), in place of Lanczos.
+            faces: weights that restore faces (GFPGAN), applied to every picture.
             batch: pictures that are drawn at once at most.
             size: (width, height) in pixels of the largest that will be drawn; memory is saved as these need it.
             blur: pictures that the NSFW detector flags.
         """
+        from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+
         from curate.detectors import load_detector
-        from train import devices
-        from train.model import load_model
+        from train.model import load_model, parameters
 
         self.about = model if isinstance(model, About) else look(model)
-        self.batch, self.blur = batch, blur
+        self.loras, self.batch, self.blur = tuple(loras), batch, blur
+        for lora in self.loras:
+            check_lora(self.about, lora)
         self.device = device or devices.device_here()
+        self.upscaler = Network(upscaler, "SR", self.device) if upscaler else None
+        self.faces = Network(faces, "FaceSR", self.device) if faces else None
+        self._others = {"upscaler": upscaler, "faces": faces}
         self.dtype = devices.precision(self.device, self.about)
-        pipeline = load_model(self.about.folder, self.dtype)
-        pipeline.set_progress_bar_config(disable=True)
-        for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-            module.requires_grad_(False).eval()
-        sizes = [sum(p.numel() * p.element_size() for p in m.parameters())
-                 for m in (pipeline.unet, pipeline.vae, pipeline.text_encoder)]  # fmt: skip
+        self._text = _quiet(load_model(self.about.folder, self.dtype))
+        add_loras(self._text, self.loras)
+        parts = (self._text.unet, self._text.vae, self._text.text_encoder)
+        for part in parts:
+            part.requires_grad_(False).eval()
+        sizes = [parameters([part]) * self.dtype.itemsize for part in parts]
         cost = devices.cost_of(self.about, sizes, self.dtype.itemsize)
-        self.measures = devices.choose(
-            devices.free_memory(self.device), cost, *(size or self.about.size), batch, kind=self.device.type
+        free = devices.free_memory(self.device)
+        self.measures = devices.choose(free, cost, *(size or self.about.size), batch, kind=self.device.type)
+        devices.apply(self.measures, self._text, self.device)
+        same = {**self._text.components, "requires_safety_checker": False}
+        self._image, self._mask = (
+            _quiet(kind(**same)) for kind in (StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline)
         )
-        devices.apply(self.measures, pipeline, self.device)
-        self._text = pipeline
         self._detector = load_detector("open-nsfw")
 
     def __str__(self) -> str:
@@ -193,50 +204,128 @@ class Artist:
 
     def check(self, request: Request) -> Request:
         """The request with nothing left open (see `settled`). Raises UserError where it does not fit the model."""
-        return settled(self.about, request)
+        return settled(self.about, request, upscaler=self.upscaler is not None)
+
+    def unread(self, text: str) -> str:
+        """The end of a prompt that is beyond what the text encoder reads; "" where it reads all."""
+        tokenizer = self._text.tokenizer
+        ids = tokenizer(text, truncation=False, verbose=False).input_ids
+        return str(tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1])).strip()
 
     def draw(self, requests: Iterable[Request], on_step: OnStep | None = None) -> Iterator[Drawn]:
         """Draw pictures, in this order; each comes when its batch is finished.
 
-        Raises UserError before the first is begun where one does not fit.
+        Raises UserError before the first is begun where one does not fit, and later where memory does not suffice.
         """
         checked = [self.check(r) for r in requests]
-        steps = _Steps(on_step, sum(map(_work, checked)))
+        steps = _Steps(on_step, sum(self._work(r) for r in checked))
         for _, alike in groupby(checked, _key):
             group = list(alike)
-            for start in range(0, len(group), self.batch):
-                part = group[start : start + self.batch]
-                for request, image in zip(part, self._drawn(part, steps), strict=True):
+            while group:
+                part = group[: self.batch]
+                try:
+                    began = steps.done
+                    images = self._drawn(part, steps)
+                except _out_of_memory() as e:
+                    self._save_memory(part, e)
+                    steps.to(began)
+                    continue
+                group = group[len(part) :]
+                for request, image in zip(part, images, strict=True):
                     yield self._finished(request, image)
 
+    def _work(self, r: Request) -> int:
+        """Steps that a request takes."""
+        redrawn = int(r.steps * (r.strength or 0))
+        if r.upscale == 1:
+            return r.steps if r.image is None else redrawn
+        assert r.width and r.height
+        boxes = tile_boxes(r.width * r.upscale, r.height * r.upscale, self.about.size, self._overlap)
+        return (0 if r.enlarges else r.steps) + redrawn * len(boxes)
+
     def _drawn(self, group: Sequence[Request], steps: _Steps) -> list[Image.Image]:
-        """Pictures of requests that differ in prompts and seeds alone."""
+        """Pictures of requests that differ in prompts, seeds and images alone."""
         one = group[0]
-        return self._run(
-            self._text, group, [generator(r.seed) for r in group], one.steps, steps, width=one.width, height=one.height
-        )
+        noise = [generator(r.seed) for r in group]
+        size = {"width": one.width, "height": one.height}
+        begin = [_fitted(r.image, r) for r in group if r.image is not None]
+        if one.enlarges:
+            images = begin
+        elif one.mask is not None:
+            masks = [_fitted(r.mask.convert("L"), r) for r in group if r.mask is not None]
+            with _as_plain(self._text.unet, self.about):
+                images = self._run(
+                    self._mask, group, noise, steps, image=begin, mask_image=masks, strength=one.strength, **size
+                )
+        elif begin:
+            images = self._run(self._image, group, noise, steps, image=begin, strength=one.strength)
+        else:
+            images = self._run(self._text, group, noise, steps, **size)
+        if one.upscale > 1:
+            images = [self._enlarged(r, image, steps) for r, image in zip(group, images, strict=True)]
+        return [restore_faces(image, self.faces)[0] if self.faces else image for image in images]
 
     def _run(
-        self, pipeline: Any, group: Sequence[Request], generators: Sequence[torch.Generator], planned: int,
-        steps: _Steps, **more: Any,
-    ) -> list[Image.Image]:  # fmt: skip
+        self, pipeline: Any, group: Sequence[Request], noise: Sequence[torch.Generator], steps: _Steps, **more: Any
+    ) -> list[Image.Image]:
         """One call of a diffusers pipeline."""
-        one = group[0]
+        one, began = group[0], steps.done
+        planned = len(group) * int(one.steps * more.get("strength", 1))
         pipeline.scheduler = new_scheduler(str(one.scheduler), self.about.scheduler)
-        began = steps.done
 
         def tell(pipeline: Any, i: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
-            steps.to(began + len(group) * planned * (i + 1) // pipeline.num_timesteps)
+            steps.to(began + planned * (i + 1) // pipeline.num_timesteps)
             return {}
 
         try:
             images: list[Image.Image] = pipeline(
                 [r.prompt for r in group], negative_prompt=[r.negative for r in group], num_inference_steps=one.steps,
-                guidance_scale=one.guidance, generator=list(generators), callback_on_step_end=tell, **more,
+                guidance_scale=one.guidance, generator=list(noise), callback_on_step_end=tell, **more,
             ).images  # fmt: skip
         finally:
             self._text.maybe_free_model_hooks()
         return images
+
+    @property
+    def _overlap(self) -> int:
+        """Pixels by which tiles overlap when a picture is enlarged: an eighth of the model's size, 64 of 512."""
+        return max(8, min(self.about.size) // 8)
+
+    def _enlarged(self, r: Request, image: Image.Image, steps: _Steps) -> Image.Image:
+        """Enlarged by Lanczos or the upscaler; then image-to-image in tiles as large as the model draws, so that things
+        keep the size that it knows. All noise comes from one generator, tile after tile."""
+        from PIL.Image import Resampling
+
+        width, height = image.width * r.upscale, image.height * r.upscale
+        if self.upscaler:
+            image = by_tiles(image, (256, 256), 16, self.upscaler, self.upscaler.scale)
+        image = image.resize((width, height), Resampling.LANCZOS)
+        if not r.strength:
+            return image
+        noise = generator(r.seed)
+
+        def redraw(tile: Image.Image) -> Image.Image:
+            return self._run(self._image, [r], [noise], steps, image=[tile], strength=r.strength)[0]
+
+        return by_tiles(image, self.about.size, self._overlap, redraw)
+
+    def _save_memory(self, part: Sequence[Request], error: Exception) -> None:
+        """After memory ran out: fewer at once, then stricter measures. UserError where there are none left."""
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        stricter = devices.stricter(self.measures, self.device.type)
+        if len(part) > 1:
+            self.batch = (len(part) + 1) // 2
+        elif stricter is not None:
+            self.measures = stricter
+            devices.apply(stricter, self._text, self.device)
+        else:
+            raise UserError(
+                f"{part[0].width} x {part[0].height} pixels need more memory than {self.device.type} has, also with "
+                f"{self.measures}: draw a smaller picture"
+            ) from error
 
     def _finished(self, request: Request, image: Image.Image) -> Drawn:
         """Looked at, blurred where that is asked, with its facts."""
@@ -255,6 +344,11 @@ class Artist:
     def _facts(self) -> dict[str, Any]:
         """What is the same for all pictures."""
         return {
+            "loras": [{"name": str(x.path), "weight": x.weight, "sha256": sha256_file(x.file)} for x in self.loras],
+            **{
+                name: None if path is None else {"name": str(path), "sha256": sha256_file(path)}
+                for name, path in self._others.items()
+            },
             "model": {"name": self.about.name, "sha256": self.about.digest},
             "data_manifest_sha256": self.about.manifest,
             "device": self.device.type,
@@ -270,15 +364,48 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def _quiet(pipeline: Any) -> Any:
+    """Without a progress bar of its own."""
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def _key(r: Request) -> tuple[Any, ...]:
     """What pictures of one batch have in common."""
     kind = (r.image is not None, r.mask is not None)
     return r.steps, r.guidance, r.width, r.height, r.scheduler, r.strength, r.upscale, kind
 
 
-def _work(r: Request) -> int:
-    """Steps of a request."""
-    return r.steps
+def _fitted(image: Image.Image, r: Request) -> Image.Image:
+    """Scaled and cut to the size that is drawn, in the middle; as it is where it has that size or is enlarged."""
+    from PIL import ImageOps
+    from PIL.Image import Resampling
+
+    assert r.width and r.height
+    if image.size == (r.width, r.height):
+        return image
+    sharp = image.mode == "L"  # a mask
+    return ImageOps.fit(image, (r.width, r.height), Resampling.NEAREST if sharp else Resampling.LANCZOS)
+
+
+@contextlib.contextmanager
+def _as_plain(unet: Any, about: About) -> Iterator[None]:
+    """StableDiffusionInpaintPipeline tells a plain UNet by its four input channels, and uses the number for nothing
+    else. Those of models with latents of other sizes, pixels among them, say four while it runs."""
+    channels = unet.config.in_channels
+    if not about.inpaints_only:
+        unet.register_to_config(in_channels=4)
+    try:
+        yield
+    finally:
+        unet.register_to_config(in_channels=channels)
+
+
+def _out_of_memory() -> type[Exception]:
+    """What a GPU without memory raises."""
+    import torch
+
+    return torch.OutOfMemoryError
 
 
 class _Steps:
