@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 from curate.store import Lock, UserError, atomic, read_json, sha256_file, sweep, write_json
 from pipelines.figures import readme, table
 from pipelines.progress import Count, Terminal, clock
+from pipelines.train import undo
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,10 +98,17 @@ def run(request: Request) -> Outcome:
     asked = _asked(request, model, samples, prompts, heads)
     if (done := _before(request.out, asked)) is not None:
         return _outcome(request, done)
+    there = {p.name for p in request.out.iterdir()} if request.out.is_dir() else None
     with Lock(request.out), Terminal(request.out / "logs" / "evaluate.log") as terminal:
         sweep(request.out)
+        evaluation = _Evaluation(request, model, samples, prompts, heads, terminal)
+        try:
+            evaluation.prepare()
+        except Exception:
+            undo(request.out, there)
+            raise
         write_json(request.out / "evaluation.json", {"asked": asked})
-        return _outcome(request, _Evaluation(request, model, samples, prompts, heads, terminal).carried_out(asked))
+        return _outcome(request, evaluation.carried_out(asked))
 
 
 # ---------------------------------------------------------------------------------------- before anything is written
@@ -241,11 +249,14 @@ class _Evaluation:
         self.left_out: dict[str, str] = {}  # figure -> why it is not given
         self._given = prompts
 
-    def carried_out(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """Everything, in the order in which it can fail: `evaluation.json`."""
-        began = time.monotonic()
+    def prepare(self) -> None:
+        """All that can be refused: what is measured on, and what looks at it."""
         self._choose()
         self._load_eyes()
+
+    def carried_out(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Everything else: `evaluation.json`."""
+        began = time.monotonic()
         for text in self._headline():
             self.terminal.write(text + "\n")
         figures: dict[str, Any] = {"held_out_loss": self._loss()}
@@ -256,7 +267,7 @@ class _Evaluation:
         figures["nsfw"] = self._nsfw(drawn, real)
         figures["memorisation"], near = self._memorised(drawn, real, training)
         figures |= self._distances(drawn, real)
-        self._sheet(figures, drawn)
+        self._sheet(drawn)
         if near is not None:
             self._nearest_sheet(*near)
         facts = self._facts(asked, figures, round(time.monotonic() - began))
@@ -625,7 +636,7 @@ class _Evaluation:
 
     # sheets
 
-    def _sheet(self, figures: dict[str, Any], drawn: dict[str, Any]) -> None:
+    def _sheet(self, drawn: dict[str, Any]) -> None:
         """`sheet.png`: drawn pictures in rows of five, below them the real ones with the same captions."""
         from curate.report import sheet
         from train.sample import UNSAFE

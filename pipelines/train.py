@@ -103,7 +103,7 @@ def run(request: Request) -> Outcome:
             materials, trainers = _prepared(request, settings, facts, samples, prompts, terminal)
         except (UserError, DiskFull):
             if before is None:
-                _undo(request.out, there)
+                undo(request.out, there)
             raise
         try:
             return _carried_out(request, facts, materials, trainers, terminal)
@@ -227,7 +227,7 @@ def _before(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     )
 
 
-def _undo(out: Path, there: set[str] | None) -> None:
+def undo(out: Path, there: set[str] | None) -> None:
     """Where a request is refused before its first step, its folder is as it was, and a new one is not there."""
     for path in out.iterdir():
         if path.name not in (there or ()):
