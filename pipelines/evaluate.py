@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -49,7 +49,7 @@ LEAST = 8
 BATCH = 8
 """Pictures drawn at once, cut at fixed places: in another batch a picture may be rounded otherwise."""
 
-SHEET, NEAREST, NEAREST_REAL = 20, 10, 3  # pictures on the sheets
+SHEET, NEAREST, NEAREST_REAL = 20, 8, 3  # pictures on the sheets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ def run(request: Request) -> Outcome:
     Raises UserError before the model is loaded where model, data, prompts, encoder, heads or folder do not fit.
     """
     _check_out(request.out)
-    prompts = _prompts(request.prompts)
+    prompts = _prompts(request)
     model = _Model.of(request.model)
     heads = _heads(request)
     from curate.encoders import check_available
@@ -123,8 +123,11 @@ def _check_out(out: Path) -> None:
             raise UserError(f"{out} holds something else ({others[0]}): give a folder of its own with --out")
 
 
-def _prompts(asked: Path | None) -> list[str] | None:
+def _prompts(request: Request) -> list[str] | None:
     """The different lines of a file of prompts."""
+    asked = request.prompts
+    if asked is None and request.count < LEAST:
+        raise UserError(f"--prompts {request.count}: at least {LEAST} are needed to tell anything")
     if asked is None:
         return None
     if not asked.is_file():
@@ -301,11 +304,16 @@ class _Evaluation:
         """Held-out and training pictures, and what is drawn."""
         import numpy as np
 
-        from train.evaluate import captions_of, in_order, unseen
+        from train.evaluate import captions_of, in_order, record_of, unseen
 
-        count = Count(self.terminal, "pictures", len(self.samples))
-        self.unseen: Unseen = unseen(self.model.folder, self.samples, count)
-        count.end()
+        _, known = record_of(self.model.folder) or (None, None)
+        others = known and known["settings"]["data"] != self.samples.fingerprint
+        if others or known is None:  # otherwise the training run looked at all of them
+            count = Count(self.terminal, "pictures", len(self.samples) + (known["data"]["pictures"] if known else 0))
+            self.unseen: Unseen = unseen(self.model.folder, self.samples, count)
+            count.end()
+        else:
+            self.unseen = unseen(self.model.folder, self.samples)
         pool = in_order(self.samples, self.unseen.numbers)
         wanted = len(self._given) if self._given else self.request.count
         captioned = captions_of(self.samples, pool, wanted)
@@ -427,15 +435,16 @@ class _Evaluation:
         ]
         batches = [range(start, min(start + BATCH, len(asked))) for start in range(0, len(asked), BATCH)]
         missing = [batch for batch in batches if not all(self._is_drawn(i, asked[i]) for i in batch)]
-        count = Count(self.terminal, "drawn", sum(map(len, missing)) or len(asked))
+        steps = r.steps * (sum(map(len, missing)) or len(asked))
+        count = Count(self.terminal, "steps of drawing", steps, "steps/s")
         if missing:
             artist: Artist = Artist(self.model.about, loras=self.model.loras, batch=BATCH, blur=False)
+            self.terminal.write(f"draws on {artist}\n")
             for batch in missing:
-                for i, drawn in zip(batch, artist.draw([asked[i] for i in batch]), strict=True):
+                for i, drawn in zip(batch, artist.draw([asked[i] for i in batch], _growth(count)), strict=True):
                     with atomic(self._sample(i)) as f:
                         f.write(png(drawn.image, drawn.facts))
-                    count(1)
-        count.end()
+        count.end(f", {len(asked)} pictures in {self._sample(0).parent}")
 
     def _sample(self, number: int) -> Path:
         return self.out / "samples" / f"{number:06d}.png"
@@ -609,7 +618,7 @@ class _Evaluation:
         few = f"{len(ours):,} drawn and {len(theirs):,} real pictures: at least"
         figures: dict[str, Any] = {}
         if min(len(ours), len(theirs)) >= LEAST_KID:
-            subset = min(SUBSET, len(ours), len(theirs) // 2)
+            subset = min(SUBSET, len(ours) // 2, len(theirs) // 2)
             rng, (width, height) = np.random.default_rng(seed), self.model.about.size
             noise = (rng.integers(0, 256, (height, width, 3), np.uint8) for _ in range(subset))
             nothing = self._features(look(noise, {"vectors": self.features}))
@@ -687,6 +696,18 @@ class _Evaluation:
 
         scores = self.detector.score_prepared(np.stack([self.detector.preprocess(p) for p in pictures]))
         return [bool(score >= UNSAFE) for score in scores]
+
+
+def _growth(count: Callable[[int], None]) -> Callable[[int, int], None]:
+    """`on_step` of one call of `Artist.draw`, for a count that wants to hear how many more are done."""
+    done = 0
+
+    def on_step(now: int, of: int) -> None:
+        nonlocal done
+        count(now - done)
+        done = now
+
+    return on_step
 
 
 def _shown(picture: npt.NDArray[np.uint8], line: str, more: str, blurred: bool) -> Any:

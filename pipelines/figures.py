@@ -22,7 +22,7 @@ def _lines(facts: dict[str, Any]) -> Iterator[Line]:
     figures = facts["figures"]
     if loss := figures.get("held_out_loss"):
         held, other = loss["held_out"], loss.get("training")
-        with_it = [f"as many training pictures {_number(other)}"] if other else []
+        with_it = [f"training pictures {_number(other)}"] if other else []
         if (then := loss["at_the_end_of_training"]) is not None:
             with_it.append(f"at the end of training {then:.4f}")
         yield Line(f"held-out loss ({loss['objective']})", *_value(held, 4), " · ".join(with_it))
@@ -32,13 +32,13 @@ def _lines(facts: dict[str, Any]) -> Iterator[Line]:
     if found := figures.get("retrieval_in_domain"):
         yield from _retrieval_lines(found)
     if score := figures.get("clip_score"):
-        beside = f"real pictures {_number(score['real'])}" if "real" in score else ""
+        beside = f"real {_number(score['real'])}" if "real" in score else ""
         yield Line(f"CLIPScore ({score['model']}), 0 to 2.5", *_value(score["drawn"]), beside)
     for name, found in figures.get("scores", {}).items():
-        beside = f"real pictures {_number(found['real'])} · difference {_number(found['difference'])}"
+        beside = f"real {_number(found['real'])} · difference {_number(found['difference'])}"
         yield Line(f"{name}, {found['scale'][0]:g} to {found['scale'][1]:g}", *_value(found["drawn"]), beside)
     nsfw = figures["nsfw"]
-    beside = f"real pictures {_number(nsfw['real'])}"
+    beside = f"real {_number(nsfw['real'])}"
     yield Line(f"share with {nsfw['detector']} >= {nsfw['threshold']:g}", *_value(nsfw["drawn"]), beside)
     if found := figures.get("memorisation"):
         yield from _memorisation_lines(found)
@@ -55,20 +55,20 @@ def _retrieval_lines(found: dict[str, Any]) -> Iterator[Line]:
     ours, real = found["drawn"], found.get("real")
     for key in (k for k in ours if k != "captions"):
         what = "similarity" if key == "similarity" else f"R@{key.rpartition('_')[2]} of {ours['captions']:,} captions"
-        beside = f"shuffled captions {_number(ours[key]['shuffled'])}"
-        beside += f" · real pictures {_number(real[key])}" if real else ""
+        beside = f"shuffled {_number(ours[key]['shuffled'])}"
+        beside += f" · real {_number(real[key])}" if real else ""
         yield Line(f"{what}, {found['space']} space", *_value(ours[key]), beside)
 
 
 def _memorisation_lines(found: dict[str, Any]) -> Iterator[Line]:
     of = f" of {found['of_training']:,}" if "of_training" in found else ""
     among = f"{found['training']:,}{of} training pictures"
-    beside = f"real pictures that were not trained on {found['median_real']:.3f}"
+    beside = f"real, not trained on {found['median_real']:.3f}"
     yield Line(f"cosine to the nearest of {among}", f"{found['median']:.3f}", "median", beside)
     if close := found["close"]:
-        beside = f"expected {close['expected']:.0%}: closer (cosine above {found['border']:.3f}) than 95% of real ones"
+        beside = f"expected {close['expected']:.0%}: nearer (cosine above {found['border']:.3f}) than 95% of real ones"
         yield Line("share close to a training picture", *_value(close), beside)
-    beside = f"{found['copies_real']} of {found['pictures_real']:,} real pictures"
+    beside = f"real, not trained on {found['copies_real']} of {found['pictures_real']:,}"
     yield Line("near-duplicates of training pictures", f"{found['copies']} of {found['pictures']:,}", "", beside)
 
 

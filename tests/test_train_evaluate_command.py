@@ -41,7 +41,7 @@ def discs(folder: Path, count: int, seed: int = 0) -> Path:
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
-    return discs(tmp_path_factory.mktemp("evaluate") / "discs", 20)
+    return discs(tmp_path_factory.mktemp("evaluate") / "discs", 10)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_a_model_of_which_nothing_is_known_is_measured_and_what_is_left_out_is_s
     assert told["figures"] == facts["figures"]
     assert "it may have seen these pictures" in said and "held-out loss (flow)" in said
     loss = facts["figures"]["held_out_loss"]["held_out"]
-    assert loss["low"] < loss["value"] < loss["high"] and len(loss["by_time"]) == 8 and loss["pictures"] == 20
+    assert loss["low"] < loss["value"] < loss["high"] and len(loss["by_time"]) == 8 and loss["pictures"] == 10
     assert np.mean([t["value"] for t in loss["by_time"].values()]) == pytest.approx(loss["value"], rel=1e-5)
     found = facts["figures"]["retrieval"]
     assert found["space"] == "bundled" and found["drawn"]["captions"] == found["real"]["captions"] == 8
@@ -103,6 +103,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
         (tmp_path / "none", pictures, [], "none holds no diffusers pipeline"),
         (broken, pictures, [], "unet"),
         (untrained, tmp_path / "nothing", [], "is no folder"),
+        (untrained, pictures, ["--prompts", "3"], "--prompts 3: at least 8"),
         (untrained, pictures, ["--prompts", str(short)], "2 different prompts"),
         (untrained, pictures, ["--prompts", str(tmp_path / "absent.txt")], "neither a number nor a file"),
         (untrained, pictures, ["--encoder", "clap"], "no encoder"),

@@ -184,7 +184,7 @@ def losses(
     task = Denoise(pipeline, gamma=GAMMA if name == "eps" else None)  # weighted as train weights it
     device = pipeline.unet.device
     place = {int(n): i for i, n in enumerate(numbers)}
-    size, found = 32, np.full((len(numbers), 8), np.nan, np.float32)
+    size, found = 16, np.full((len(numbers), 8), np.nan, np.float32)
     with evaluating(pipeline):
         while np.isnan(left := found[:, 0]).any():
             try:
@@ -408,20 +408,21 @@ def memorised(drawn: Nearest, held: Nearest, seed: int = 0) -> dict[str, Any]:
     """Whether drawn pictures lie closer to training pictures than real ones do that were not trained on.
 
     `close`: the share of drawn pictures whose nearest training picture is nearer, by cosine, than that of CLOSE of the
-    real ones (`border`); 1 - CLOSE is expected. None with fewer than LEAST_CLOSE real ones. `median`, `median_real`:
-    cosine to the nearest. `copies`, `copies_real`: how many are near-duplicates by perceptual hash, in at most
-    NEAR_BITS bits; of real ones none is left where they were chosen so.
+    real ones (`border`); 1 - CLOSE is expected. Its interval is the bootstrap's, of both sides, and at least Wilson's:
+    where no picture is close, the bootstrap knows no other. None with fewer than LEAST_CLOSE real ones. `median`,
+    `median_real`: cosine to the nearest. `copies`, `copies_real`: how many are near-duplicates by perceptual hash, in
+    at most NEAR_BITS bits; of real ones none is left where they were chosen so.
     """
     ours, real = drawn.cosines[:, 0], held.cosines[:, 0]
     both = np.concatenate([ours, real])
     mine = np.arange(len(both)) < len(ours)
 
-    def share(w: Array) -> float:
+    def share_of(w: Array) -> float:
         times = w.astype(np.int64)
         if not (times[mine].any() and times[~mine].any()):
             return float("nan")
-        border = np.quantile(np.repeat(real, times[~mine]), CLOSE)
-        return float(np.repeat(ours > border, times[mine]).mean())
+        beyond = np.quantile(np.repeat(real, times[~mine]), CLOSE)
+        return float(np.repeat(ours > beyond, times[mine]).mean())
 
     found: dict[str, Any] = {
         "median": float(np.median(ours)),
@@ -434,6 +435,10 @@ def memorised(drawn: Nearest, held: Nearest, seed: int = 0) -> dict[str, Any]:
         "border": None,
     }
     if len(real) >= LEAST_CLOSE:
-        found["close"] = {**estimate({"close": share}, range(len(both)), seed=seed)["close"], "expected": 1 - CLOSE}
-        found["border"] = float(np.quantile(real, CLOSE))
+        border = float(np.quantile(real, CLOSE))
+        both_drawn, alone = estimate({"": share_of}, range(len(both)), seed=seed)[""], share(ours > border)
+        low = np.nanmin(np.array([both_drawn["low"], alone["low"]], float))  # None, where there is none, becomes NaN
+        high = np.nanmax(np.array([both_drawn["high"], alone["high"]], float))
+        found["close"] = {"value": alone["value"], "low": float(low), "high": float(high), "expected": 1 - CLOSE}
+        found["border"] = border
     return found
