@@ -523,10 +523,11 @@ class _Evaluation:
             return found
 
         figures: dict[str, Any] = {"retrieval": {"space": encoder.name, **both(lambda x: x, lambda x: x)}}
-        if (fitted := self._in_domain(training)) is not None:
+        if (fitted := self._in_domain(real, training)) is not None:
             space, pictures = fitted
             found = both(space.pictures, space.texts)
-            figures["retrieval_in_domain"] = {"space": "in-domain", "fitted_to": pictures, **found}
+            on = "other real pictures" if training is None else "training pictures"
+            figures["retrieval_in_domain"] = {"space": "in-domain", "fitted_to": pictures, "fitted_on": on, **found}
         if name := clip_score_of(encoder.name):
 
             def score(vectors: Any, words: list[str]) -> Any:
@@ -538,21 +539,25 @@ class _Evaluation:
                 figures["clip_score"]["real"] = score(real["vectors"][:n], captions)
         return figures
 
-    def _in_domain(self, training: dict[str, Any] | None) -> tuple[InDomain, int] | None:
-        """A space fitted to the training pictures, and how many these are."""
+    def _in_domain(self, real: dict[str, Any], training: dict[str, Any] | None) -> tuple[InDomain, int] | None:
+        """A space fitted to the training pictures, or to real ones that nothing else is told of; and to how many."""
         from train.evaluate import LEAST_FITTED, MOST_FITTED, InDomain
 
-        samples, words = self.unseen.training, []
-        if samples is not None:
-            words = [str(samples.facts(int(i))["caption"] or "").strip() for i in self.training]
+        samples, numbers, vectors = (
+            self.samples,
+            self.real[len(self.captioned) :],
+            real["vectors"][len(self.captioned) :],
+        )
+        if training is not None and self.unseen.training is not None:
+            samples, numbers, vectors = self.unseen.training, self.training, training["vectors"]
+        words = [str(samples.facts(int(i))["caption"] or "").strip() for i in numbers]
         told = [i for i, text in enumerate(words) if text][:MOST_FITTED]
-        if training is None or len(told) < LEAST_FITTED:
+        if len(told) < LEAST_FITTED:
             self.left_out["retrieval in the in-domain space"] = (
-                f"{len(told)} captioned training pictures at hand: at least {LEAST_FITTED} are needed"
+                f"{len(told)} captioned pictures beside those that are measured on: {LEAST_FITTED} are needed"
             )
             return None
-        texts = self.encoder.encode_texts([words[i] for i in told])
-        return InDomain(training["vectors"][told], texts), len(told)
+        return InDomain(vectors[told], self.encoder.encode_texts([words[i] for i in told])), len(told)
 
     def _scores(self, drawn: dict[str, Any], real: dict[str, Any]) -> dict[str, Any] | None:
         """Each head's mean on drawn and on real pictures: those of the same captions, where these were drawn."""

@@ -83,13 +83,13 @@ def _notes(facts: dict[str, Any]) -> Iterator[str]:
     for found in (figures["retrieval"], figures.get("retrieval_in_domain")):
         if found and _says_nothing(found):
             yield (
-                f"Real pictures find their captions in the {found['space']} space no more often than chance: it can't "
-                f"tell these captions apart, and what it says of drawn pictures says nothing."
+                f"In the {found['space']} space real pictures find their captions no more often than by chance: it "
+                f"can't tell these captions apart, and so tells nothing of drawn pictures either."
             )
     if found := figures.get("retrieval_in_domain"):
         yield (
-            f"in-domain: a linear map from pictures to captions, fitted to {found['fitted_to']:,} training pictures; "
-            f"its figures compare with no other data's."
+            f"in-domain: a linear map from pictures to captions, fitted to {found['fitted_to']:,} "
+            f"{found['fitted_on']}; its figures compare with no other data's."
         )
     for what, why in facts["left_out"].items():
         yield f"left out: {what} ({why})"

@@ -319,19 +319,20 @@ def _dealt(rng: np.random.Generator, n: int) -> Ints:
 
 
 LEAST_FITTED, MOST_FITTED = 100, 5000
-"""Captioned training pictures that `InDomain` is fitted to, at least and at most. Ours."""
+"""Captioned pictures that `InDomain` is fitted to, at least and at most. Ours."""
 
 
 class InDomain:
     """A space of captions for pictures of one kind: what images and texts of an encoder have in common in these.
 
     A ridge regression from pictures' vectors to their captions', its strength chosen by leave-one-out, is fitted to
-    training pictures. It tells apart what an encoder sees but has no words for (the bundled one, that is no CLIP, sees
-    colours). It knows no more than these captions say, and its figures compare with no others.
+    real pictures, others than those that it judges. It tells apart what an encoder sees but has no words for: the
+    bundled one, which is no CLIP, sees colours. It knows no more than these captions say, and its figures compare with
+    no others.
     """
 
     def __init__(self, pictures: Vectors, texts: Vectors) -> None:
-        """Fit it to unit vectors (n, d) of training pictures and of their captions, in the same order."""
+        """Fit it to unit vectors (n, d) of real pictures and of their captions, in the same order."""
         from sklearn.linear_model import RidgeCV
 
         self._used = np.asarray(texts).any(axis=0)  # the bundled encoder's texts have no features
