@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from pipelines.cli import main
+from tests.tiny_clip import add_architectures, make_weights
 from train.model import new_model
 
 COLOURS = {
@@ -203,3 +204,18 @@ def test_prompts_of_ones_own_other_pictures_and_a_lora_are_measured_too(
     with_lora = evaluation(tmp_path / "b")
     assert "with its LoRA" in with_lora["about"][0] and "+" in with_lora["asked"]["model"]["sha256"]
     assert with_lora["pictures"]["training"] == 54
+
+
+@pytest.mark.long
+def test_another_encoder_looks_and_kid_keeps_its_own_features(untrained: Path, tmp_path: Path) -> None:
+    data = discs(tmp_path / "many", 110)
+    add_architectures(tmp_path)
+    make_weights(tmp_path / "toy.pt")
+    words = ["--encoder", f"open_clip:toy/{tmp_path / 'toy.pt'}", "--prompts", "60", "--steps", "1"]
+    assert main(["evaluate", str(untrained), str(data), *words, "--out", str(tmp_path / "out")]) == 0
+    facts = evaluation(tmp_path / "out")
+    assert facts["figures"]["retrieval"]["space"].startswith("open_clip:toy/sha256-")
+    assert "no head that comes with tastemaker" in facts["left_out"]["scores"]
+    kid = facts["figures"]["kid"]
+    assert kid["features"] == "EfficientNet-lite0" and kid["drawn"]["subset"] == 30 and not kid["circular"]
+    assert abs(kid["real_against_real"]["mean"]) < 3 * kid["real_against_real"]["sd"] < kid["drawn"]["mean"]
