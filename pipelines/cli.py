@@ -29,6 +29,7 @@ EXAMPLES = """\
   tastemaker pack data --name stricter                        the chosen images as shards
   tastemaker query data "select reason, count(*) from ledger group by all"
   tastemaker train data/shards/stricter --out model           a diffusion model of these
+  tastemaker sample model "a red fox in the snow" --n 4       pictures from it
 """
 
 
@@ -225,6 +226,31 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--tensorboard", action="store_true", help="write MODEL/tensorboard too (extra `tensorboard`)")
     p.add_argument("--seed", type=int, default=0, metavar="N")
     p.add_argument("--ray-address", metavar="ADDRESS", help="train on this Ray cluster (`auto` finds it)")
+
+    p = command("sample", _sample, "draw pictures with a model: from words, from a picture, into one, or enlarged")
+    p.add_argument("model", nargs="?", metavar="MODEL", help="a diffusers folder (Stable Diffusion type) or hub id")
+    p.add_argument("prompt", nargs="*", metavar="PROMPT")
+    p.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt on each line")
+    p.add_argument("--out", default="samples", metavar="FOLDER", help="pictures get its next free numbers")
+    p.add_argument("--again", type=Path, metavar="FILE.png", help="draw this picture again: it says how it was drawn")
+    p.add_argument("--negative", metavar="TEXT", help="what should not be in it")
+    p.add_argument("--steps", type=int, metavar="N", help="default: 30")
+    p.add_argument("--guidance", type=float, metavar="X", help="how closely to keep to the prompt (7.5, or 3)")
+    p.add_argument("--seed", type=int, metavar="N", help="of the first picture; the next has one more (default: any)")
+    p.add_argument("--n", type=int, metavar="N", help="pictures of each prompt (default: 1)")
+    p.add_argument("--batch", type=int, metavar="N", help="pictures drawn at once (default: 1)")
+    p.add_argument("--width", type=int, metavar="PX", help="default: the model's own size, or that of --image")
+    p.add_argument("--height", type=int, metavar="PX")
+    p.add_argument("--scheduler", metavar="NAME", help="a class of diffusers, such as EulerAncestralDiscrete")
+    p.add_argument("--image", type=Path, metavar="FILE", help="begin with this picture")
+    p.add_argument("--strength", type=float, metavar="X", help="how much of it is drawn anew, 0 to 1 (default: 0.8)")
+    p.add_argument("--mask", type=Path, metavar="FILE", help="draw only where this is white; of the picture's size")
+    p.add_argument("--upscale", type=int, metavar="N", help="enlarge the result, or --image, so many times (2 to 4)")
+    p.add_argument("--upscaler", type=Path, metavar="FILE", help="with ESRGAN-type weights (extra `upscale`)")
+    p.add_argument("--faces", type=Path, metavar="FILE", help="restore faces with GFPGAN's weights (extra `upscale`)")
+    p.add_argument("--lora", action="append", default=[], metavar="PATH[:WEIGHT]", help="repeatable")
+    p.add_argument("--grid", action="store_true", help="all pictures in one file, too")
+    p.add_argument("--show-flagged", action="store_true", help="do not blur what the NSFW detector flags")
 
     p = command("evaluate", _evaluate, "measure a model beside chance, real pictures and noise")
     p.add_argument("model", metavar="MODEL", help="a folder that train made, a diffusers folder, a LoRA, or a hub id")
@@ -542,6 +568,21 @@ def _train(args: argparse.Namespace) -> int:
     request = Request(data=Path(args.shards), out=local_path(args.out), address=args.ray_address, **given)
     outcome = run(request)
     print(outcome.text)
+    return _end(args, outcome.facts, dict(outcome.paths), outcome.next)
+
+
+def _sample(args: argparse.Namespace) -> int:
+    from curate.store import local_path
+    from pipelines.sample import Asked, run
+
+    same = (
+        *("model", "prompts", "again", "negative", "steps", "guidance", "seed", "n", "batch", "width", "height"),
+        *("scheduler", "image", "strength", "mask", "upscale", "upscaler", "faces", "grid", "show_flagged"),
+    )
+    given = {name: getattr(args, name) for name in same}
+    # relative, so that pictures do not tell where somebody's folders lie
+    out = local_path(args.out) if "://" in args.out else Path(args.out).expanduser()
+    outcome = run(Asked(prompt=tuple(args.prompt), lora=tuple(args.lora), out=out, **given), sys.stdout, sys.stderr)
     return _end(args, outcome.facts, dict(outcome.paths), outcome.next)
 
 

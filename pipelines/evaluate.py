@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from train.about import About
     from train.data import Ints, Numbered
     from train.evaluate import InDomain, Nearest, Unseen
-    from train.sample import Artist, Lora
+    from train.lora import Lora
+    from train.sample import Artist
     from train.sample import Request as Asked
 
 PROMPTS = 128
@@ -150,24 +151,25 @@ class _Model:
     @staticmethod
     def of(name: str) -> _Model:
         from train.about import look
+        from train.lora import Lora, check_lora
         from train.release import LORA_FILE
-        from train.sample import Lora
 
         folder = Path(name)
         if (folder / LORA_FILE).is_file() and not (folder / "model_index.json").is_file():
             base = ((read_json(folder / "train.json") or {}).get("settings") or {}).get("from")
             if not base:
                 raise UserError(f"{folder} is a LoRA without a train.json that names the model it belongs to")
-            return _Model(look(base), (Lora(folder),), folder)
+            lora = Lora(folder)
+            about = look(base)
+            check_lora(about, lora)
+            return _Model(about, (lora,), folder)
         about = look(name)
         return _Model(about, (), about.folder)
 
     @cached_property
     def digest(self) -> str:
         """The sha256 of the model; with a LoRA, both."""
-        from train.release import LORA_FILE
-
-        return "+".join([self.about.digest, *(sha256_file(lora.path / LORA_FILE) for lora in self.loras)])
+        return "+".join([self.about.digest, *(sha256_file(lora.file) for lora in self.loras)])
 
 
 def _heads(request: Request) -> list[Head]:
@@ -414,11 +416,11 @@ class _Evaluation:
 
     def _pipeline(self) -> Any:
         """The model as it was trained: in fp32."""
+        from train.lora import add_loras
         from train.model import load_model
 
         pipeline = load_model(self.model.about.folder)
-        for lora in self.model.loras:
-            pipeline.load_lora_weights(str(lora.path))
+        add_loras(pipeline, self.model.loras)
         return pipeline.to(self.device)
 
     # drawing

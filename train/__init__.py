@@ -3,6 +3,7 @@
 data: pictures and their order; model: diffusers pipelines, built or loaded; objective: flow, v and eps; tasks: what a
 batch's loss is; loop: the steps; checkpoint: what a run goes on from; latents: computed once; world: several processes.
 sample: pictures from a model;  about: what its folder says;  schedulers, devices, upscale, picture: what sample needs.
+evaluate: how good a model is, beside what chance and real pictures give;  distances: between sets of pictures.
 
 from train import load_model, sample
 load_model("model")                                                         # a diffusers StableDiffusionPipeline

@@ -62,7 +62,7 @@ class Measures:
             "VAE slicing": self.vae_slicing, "VAE tiling": self.vae_tiling,
             "attention slicing": self.attention_slicing, "offload to the CPU": self.offload,
         }  # fmt: skip
-        return " + ".join(name for name, on in named.items() if on) or "nothing saved"
+        return " + ".join(name for name, on in named.items() if on) or "nothing more"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,15 @@ def png(image: Image.Image, facts: Mapping[str, Any]) -> bytes:
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", parameters(facts))
     info.add_text(CHUNK, json.dumps(facts, sort_keys=True))
+    data = io.BytesIO()
+    image.save(data, "PNG", pnginfo=info)
+    return data.getvalue()
+
+
+def sheet(image: Image.Image, names: Sequence[str]) -> bytes:
+    """A PNG file of several pictures, with their names in it."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text(CHUNK, json.dumps({"pictures": list(names)}))
     data = io.BytesIO()
     image.save(data, "PNG", pnginfo=info)
     return data.getvalue()

@@ -17,6 +17,7 @@ import contextlib
 import math
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -28,7 +29,7 @@ from train import devices
 from train.about import About, look
 from train.lora import Lora, add_loras, check_lora
 from train.picture import pixels_digest
-from train.schedulers import new_scheduler, scheduler_name
+from train.schedulers import new_scheduler, scheduler_name, share_of_steps
 from train.upscale import Network, by_tiles, restore_faces, tile_boxes
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def settled(about: About, request: Request, *, upscaler: bool = False) -> Reques
     name = scheduler_name(r.scheduler, about.scheduler)
     strength = r.strength
     if strength is None and (r.image is not None or r.upscale > 1):
-        enlarging = 0.0 if upscaler else STRENGTH_UPSCALE
+        enlarging = 0.0 if upscaler else max(1 / r.steps, share_of_steps(STRENGTH_UPSCALE, about.scheduler))
         strength = STRENGTH_MASK if r.mask is not None else STRENGTH if r.upscale == 1 else enlarging
     if strength is not None and int(r.steps * strength) < 1 and not (r.upscale > 1 and strength == 0):
         least = f"at least {math.ceil(1 / strength)} steps" if strength else "a strength above 0"
@@ -192,6 +193,7 @@ class Artist:
         free = devices.free_memory(self.device)
         self.measures = devices.choose(free, cost, *(size or self.about.size), batch, kind=self.device.type)
         devices.apply(self.measures, self._text, self.device)
+        self._digest = ThreadPoolExecutor(1).submit(lambda: self.about.digest)  # reads all weights once more
         same = {**self._text.components, "requires_safety_checker": False}
         self._image, self._mask = (
             _quiet(kind(**same)) for kind in (StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline)
@@ -200,7 +202,8 @@ class Artist:
 
     def __str__(self) -> str:
         """Device, precision and measures, in a line."""
-        return f"{self.device.type}, {str(self.dtype).removeprefix('torch.')}, {self.measures}"
+        memory = "memory suffices" if self.measures == devices.Measures() else f"memory saved by {self.measures}"
+        return f"{self.device.type} · {str(self.dtype).removeprefix('torch.')} · {memory}"
 
     def check(self, request: Request) -> Request:
         """The request with nothing left open (see `settled`). Raises UserError where it does not fit the model."""
@@ -228,7 +231,7 @@ class Artist:
                     images = self._drawn(part, steps)
                 except _out_of_memory() as e:
                     self._save_memory(part, e)
-                    steps.to(began)
+                    steps.done = began
                     continue
                 group = group[len(part) :]
                 for request, image in zip(part, images, strict=True):
@@ -349,7 +352,7 @@ class Artist:
                 name: None if path is None else {"name": str(path), "sha256": sha256_file(path)}
                 for name, path in self._others.items()
             },
-            "model": {"name": self.about.name, "sha256": self.about.digest},
+            "model": {"name": self.about.name, "sha256": self._digest.result()},
             "data_manifest_sha256": self.about.manifest,
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from typing import Any
 
 from curate.store import UserError
@@ -12,15 +11,18 @@ SCHEDULERS = (
     "DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler",
     "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler",
-    "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler", "TCDScheduler", "UniPCMultistepScheduler",
+    "LMSDiscreteScheduler", "PNDMScheduler", "TCDScheduler", "UniPCMultistepScheduler",
 )  # fmt: skip
 """Those that work in StableDiffusionPipeline and draw all their noise from a picture's own generator."""
+
+FLOW = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler")
+"""Those that draw with models of rectified flow. (DEIS takes their settings too, and leaves noise in the picture.)"""
 
 _OTHERS = {
     "DPMSolverSDEScheduler": "its noise does not come from a picture's own seed; "
     "DPMSolverMultistep and EulerAncestralDiscrete are near to it",
     "FlowMatchEulerDiscreteScheduler": "it does not work in StableDiffusionPipeline; "
-    "flow models are drawn with DPMSolverMultistep, UniPCMultistep, ...",
+    "flow models are drawn with DPMSolverMultistep or UniPCMultistep",
 }
 
 
@@ -38,15 +40,14 @@ def scheduler_name(asked: str | None, config: dict[str, Any]) -> str:
         for other, why in _OTHERS.items():
             if _plain(asked) == _plain(other):
                 raise UserError(f"the scheduler {other} can't be used here: {why}")
-        near = difflib.get_close_matches(_plain(asked), known, n=3, cutoff=0.5) or list(known)
+        begin = len(_plain(asked))  # "euler" is near to EulerDiscrete
+        near = [n for n in known if difflib.SequenceMatcher(None, _plain(asked), n[: begin + 1]).ratio() > 0.7]
+        near = [known[n] for n in near][:4]
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(SCHEDULERS)}"
+        raise UserError(f"there is no scheduler {asked!r}: {hint}")
+    if is_flow(config) and name not in (own, *FLOW):
         raise UserError(
-            f"there is no scheduler {asked!r}: {'did you mean ' if len(near) < len(known) else 'there are '}"
-            f"{', '.join(known[n] for n in near)}?"
-        )
-    if is_flow(config) and name != own and not _takes_flow(name):
-        able = ", ".join(n for n in SCHEDULERS if _takes_flow(n))
-        raise UserError(
-            f"the model predicts flow (velocities), and {name} knows nothing of them. Those that do: {able}"
+            f"the model predicts flow (velocities), and {name} can't draw with them. Those that can: {', '.join(FLOW)}"
         )
     return name
 
@@ -63,10 +64,15 @@ def is_flow(config: dict[str, Any]) -> bool:
     return config.get("prediction_type") == "flow_prediction"
 
 
-def _takes_flow(name: str) -> bool:
-    import diffusers
+def share_of_steps(strength: float, config: dict[str, Any]) -> float:
+    """The strength at which a flow model whose times are shifted towards noise adds as much noise as one without shift
+    at this strength; other models: this strength.
 
-    return "use_flow_sigmas" in inspect.signature(getattr(diffusers, name).__init__).parameters
+    With a shift k the share u of the steps begins at noise k u / (1 + (k - 1) u), as in Esser et al. 2024 (arXiv
+    2403.03206, equation 23); this is its inverse.
+    """
+    shift = float(config.get("flow_shift", 1.0)) if is_flow(config) else 1.0
+    return round(strength / (shift - strength * (shift - 1)), 4)
 
 
 def _plain(name: str) -> str:
