@@ -62,6 +62,7 @@ def test_a_picture_is_drawn_again_from_its_file_alone(
     assert (tmp_path / "000000.png").read_bytes() == before.read_bytes()
 
 
+@pytest.mark.long
 def test_what_differs_from_then_is_said(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     new_model("debug", ["a red disc", "a blue disc on white"] * 4, seed=1).save_pretrained(tmp_path / "other")
     words = ["sample", str(tmp_path / "other"), "--again", str(drawn / "000001.png"), "--out", str(tmp_path / "o")]
@@ -70,6 +71,7 @@ def test_what_differs_from_then_is_said(drawn: Path, tmp_path: Path, capsys: pyt
     assert "the model is not the one that" in told.err and "not the same picture as" in told.out
 
 
+@pytest.mark.long
 def test_flagged_pictures_are_said_plainly_and_kept_where_asked(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

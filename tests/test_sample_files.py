@@ -128,7 +128,7 @@ def test_esrgan_weights_enlarge_alone_and_in_tiles(tmp_path: Path) -> None:
     ours = Network(tmp_path / "x2.pth", "SR")
     assert (ours.name, ours.scale) == ("ESRGAN", 2)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 48, 3), np.uint8))
-    x = torch.from_numpy(np.asarray(image)).permute(2, 0, 1)[None] / 255
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
     with torch.no_grad():
         theirs = (net(x)[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     assert (np.asarray(ours(image)) == theirs).all()

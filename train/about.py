@@ -47,8 +47,8 @@ class About:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) in pixels that it draws without being told."""
-        sample = self.unet["sample_size"]
+        """(width, height) in pixels that it draws without being told; of 64 latents where it does not say."""
+        sample = self.unet.get("sample_size") or 64
         height, width = (sample, sample) if isinstance(sample, int) else sample
         return width * self.factor, height * self.factor
 

@@ -80,15 +80,15 @@ class Cost:
     def peak(self, width: int, height: int, batch: int, measures: Measures, *, fused: bool) -> int:
         """The most bytes held at one time while `batch` pictures of `width` x `height` pixels are drawn.
 
-        Counted are weights and the maps that the two large parts hold at their finest level: six for the autoencoder
-        (its last residual block: input, norm, activation, result, shortcut, workspace of a convolution), twelve for
-        the UNet (those, and what it keeps for the way up), for two pictures each because of guidance. Where attention
-        is not `fused`, a matrix over all pairs of latents for each head comes on top, or for one where it is sliced. A
-        fifth is added for what allocators lose.
+        Counted are weights and the maps that the two large parts hold at their finest level: twelve for each (input,
+        norm, activation, result, shortcut and workspace of a residual block, at twice the width: so wide is what comes
+        up from the level below). The UNet does two pictures for one, because of guidance. Where attention is not
+        `fused`, a matrix over all pairs of latents for each head comes on top, or for one where it is sliced. A fifth
+        is added for what allocators lose.
         """
         pixels, latents = width * height, width * height // self.factor**2
         seen = min(pixels, TILE * TILE) if measures.vae_tiling else pixels
-        vae = 6 * seen * self.vae * (1 if measures.vae_slicing else batch)
+        vae = 12 * seen * self.vae * (1 if measures.vae_slicing else batch)
         unet = 12 * latents * self.unet * 2 * batch
         if not fused and self.heads:
             unet += latents**2 * (1 if measures.attention_slicing else self.heads * 2 * batch)

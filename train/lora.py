@@ -68,13 +68,19 @@ def check_lora(about: About, lora: Lora) -> None:
 
 def add_loras(pipeline: Any, loras: Sequence[Lora]) -> None:
     """Lay LoRAs over a pipeline, all at once, each with its weight. UserError where diffusers can't."""
+    from diffusers.utils import set_weights_and_activate_adapters
+
     for number, lora in enumerate(loras):
         try:
             pipeline.load_lora_weights(lora.file.parent, weight_name=lora.file.name, adapter_name=f"lora_{number}")
         except (ValueError, RuntimeError, KeyError) as e:
             raise UserError(f"the LoRA {lora.path} does not fit the model: {str(e).splitlines()[0]}") from e
-    if loras:
-        pipeline.set_adapters([f"lora_{n}" for n in range(len(loras))], [lora.weight for lora in loras])
+    weights = {f"lora_{number}": lora.weight for number, lora in enumerate(loras)}
+    for module in (pipeline.unet, pipeline.text_encoder):
+        # not pipeline.set_adapters, which fails where a UNet's levels have their own numbers of layers (`tiny` has)
+        there = {name: weight for name, weight in weights.items() if name in getattr(module, "peft_config", {})}
+        if there:
+            set_weights_and_activate_adapters(module, list(there), list(there.values()))
 
 
 def parse_lora(text: str) -> Lora:

@@ -29,7 +29,7 @@ from train import devices
 from train.about import About, look
 from train.lora import Lora, add_loras, check_lora
 from train.picture import pixels_digest
-from train.schedulers import new_scheduler, scheduler_name, share_of_steps
+from train.schedulers import check_steps, new_scheduler, scheduler_name, share_of_steps
 from train.upscale import Network, by_tiles, restore_faces, tile_boxes
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ def settled(about: About, request: Request, *, upscaler: bool = False) -> Reques
     if about.inpaints_only and r.mask is None:
         raise UserError(f"{about.name} is an inpainting model: it draws into an image, where a mask says so")
     name = scheduler_name(r.scheduler, about.scheduler)
+    check_steps(name, about.scheduler, r.steps)
     strength = r.strength
     if strength is None and (r.image is not None or r.upscale > 1):
         enlarging = 0.0 if upscaler else max(1 / r.steps, share_of_steps(STRENGTH_UPSCALE, about.scheduler))
@@ -243,7 +244,7 @@ class Artist:
         if r.upscale == 1:
             return r.steps if r.image is None else redrawn
         assert r.width and r.height
-        boxes = tile_boxes(r.width * r.upscale, r.height * r.upscale, self.about.size, self._overlap)
+        boxes = tile_boxes(r.width * r.upscale, r.height * r.upscale, *self._tiles)
         return (0 if r.enlarges else r.steps) + redrawn * len(boxes)
 
     def _drawn(self, group: Sequence[Request], steps: _Steps) -> list[Image.Image]:
@@ -251,7 +252,7 @@ class Artist:
         one = group[0]
         noise = [generator(r.seed) for r in group]
         size = {"width": one.width, "height": one.height}
-        begin = [_fitted(r.image, r) for r in group if r.image is not None]
+        begin = [_fitted(r.image.convert("RGB"), r) for r in group if r.image is not None]
         if one.enlarges:
             images = begin
         elif one.mask is not None:
@@ -290,9 +291,11 @@ class Artist:
         return images
 
     @property
-    def _overlap(self) -> int:
-        """Pixels by which tiles overlap when a picture is enlarged: an eighth of the model's size, 64 of 512."""
-        return max(8, min(self.about.size) // 8)
+    def _tiles(self) -> tuple[tuple[int, int], int]:
+        """How a picture that is enlarged is cut: (width, height) of the tiles, as the model draws, and the pixels by
+        which they overlap: an eighth, 64 of 512."""
+        width, height = (max(self.about.step, side - side % self.about.step) for side in self.about.size)
+        return (width, height), max(8, min(width, height) // 8)
 
     def _enlarged(self, r: Request, image: Image.Image, steps: _Steps) -> Image.Image:
         """Enlarged by Lanczos or the upscaler; then image-to-image in tiles as large as the model draws, so that things
@@ -310,7 +313,7 @@ class Artist:
         def redraw(tile: Image.Image) -> Image.Image:
             return self._run(self._image, [r], [noise], steps, image=[tile], strength=r.strength)[0]
 
-        return by_tiles(image, self.about.size, self._overlap, redraw)
+        return by_tiles(image, *self._tiles, redraw)
 
     def _save_memory(self, part: Sequence[Request], error: Exception) -> None:
         """After memory ran out: fewer at once, then stricter measures. UserError where there are none left."""

@@ -59,6 +59,14 @@ def new_scheduler(name: str, config: dict[str, Any]) -> Any:
     return getattr(diffusers, name).from_config(config)
 
 
+def check_steps(name: str, config: dict[str, Any], steps: int) -> None:
+    """Raise UserError where a scheduler can't do so many, or so few: PNDM needs four, LCM has fifty at most."""
+    try:
+        new_scheduler(name, config).set_timesteps(steps)
+    except ValueError as e:
+        raise UserError(f"{name} can't draw in {steps} steps: give another number, or another scheduler ({e})") from e
+
+
 def is_flow(config: dict[str, Any]) -> bool:
     """Whether a model whose scheduler_config.json this is predicts velocities of rectified flow."""
     return config.get("prediction_type") == "flow_prediction"
