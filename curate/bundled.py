@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 _CLASSES = 10  # ImageNet classes whose names make a picture's vector, the most probable ones
 _CAPTIONS = ("{}", "a photo of a {}", "a picture of {}")  # of every tenth class name: their mean is texts' middle
 _VISION, _WORDS, _FEATURES = "efficientnet-lite0", 384, 1280
+FEATURES = slice(_WORDS, None)
+"""Where in a picture's vector the vision model's features are. Its words come before them."""
+
 _SIDE = 224  # pixels, the vision model's input
 _CROP = 224 / 256  # the part of the short side that the model sees
 

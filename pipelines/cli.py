@@ -264,6 +264,25 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--lora", action="append", default=[], metavar="PATH[:WEIGHT]", help="repeatable")
     p.add_argument("--show-flagged", action="store_true", help="do not blur what the NSFW detector flags")
 
+    p = command("evaluate", _evaluate, "measure a model beside chance, real pictures and noise")
+    p.add_argument("model", metavar="MODEL", help="a folder that train made, a diffusers folder, a LoRA, or a hub id")
+    p.add_argument(
+        "shards",
+        metavar="SHARDS",
+        help="the captioned pictures that it was trained on (those held out count) or others",
+    )
+    p.add_argument("--out", metavar="DIR", help="default: MODEL/evaluation")
+    p.add_argument(
+        "--prompts", metavar="N|FILE", help="draw N captions (default 128), or the lines of a file, without real ones"
+    )
+    p.add_argument("--encoder", metavar="E", default="bundled", help="bundled (default) or open_clip:ARCH/PRETRAINED")
+    p.add_argument(
+        "--heads", nargs="+", metavar="HEAD", help="default: those of this encoder that come with tastemaker"
+    )
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the first picture; the next ones count on")
+    p.add_argument("--guidance", type=float, metavar="X", help="default: what suits the model, as in sample")
+    p.add_argument("--steps", type=_positive, default=30, metavar="N", help="of drawing (default 30)")
+
     p = command("recipe", _recipe, "print a recipe, resolved; without a name, list them")
     p.add_argument("name", nargs="?")
     p.add_argument("--set", action="append", default=[], metavar="A.B=C")
@@ -587,6 +606,30 @@ def _serve(args: argparse.Namespace) -> int:
     asked = Asked(out=local_path(args.out), lora=tuple(args.lora), **{name: getattr(args, name) for name in same})
     run(asked)
     return _end(args, {}, {"pictures": asked.out}, "")
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from curate.store import UserError, local_path
+    from pipelines.evaluate import PROMPTS, Request, run
+
+    if args.out is None and not Path(args.model).is_dir():
+        raise UserError(f"{args.model} is no folder here: say with --out where its evaluation goes")
+    number = args.prompts is None or args.prompts.isdigit()
+    request = Request(
+        model=args.model,
+        data=Path(args.shards),
+        out=local_path(args.out) if args.out else Path(args.model) / "evaluation",
+        count=int(args.prompts or PROMPTS) if number else PROMPTS,
+        prompts=None if number else Path(args.prompts),
+        encoder=args.encoder,
+        heads=tuple(args.heads) if args.heads else None,
+        seed=args.seed,
+        steps=args.steps,
+        guidance=args.guidance,
+    )
+    outcome = run(request)
+    print(outcome.text)
+    return _end(args, outcome.facts, dict(outcome.paths), outcome.next)
 
 
 def _aside(line: str) -> None:

@@ -25,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from curate.store import DiskFull, Lock, UserError, check_space, read_json, scratch_path, sweep, write_json
 from pipelines.progress import Count, Terminal, clock
-from train.release import LORA_FILE, how_to_draw, is_released, release
+from train.release import LORA_FILE, is_released, release
 
 if TYPE_CHECKING:
     from pipelines.trainers import Materials, Plan, Trainers
@@ -103,7 +103,7 @@ def run(request: Request) -> Outcome:
             materials, trainers = _prepared(request, settings, facts, samples, prompts, terminal)
         except (UserError, DiskFull):
             if before is None:
-                _undo(request.out, there)
+                undo(request.out, there)
             raise
         try:
             return _carried_out(request, facts, materials, trainers, terminal)
@@ -227,7 +227,7 @@ def _before(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     )
 
 
-def _undo(out: Path, there: set[str] | None) -> None:
+def undo(out: Path, there: set[str] | None) -> None:
     """Where a request is refused before its first step, its folder is as it was, and a new one is not there."""
     for path in out.iterdir():
         if path.name not in (there or ()):
@@ -575,4 +575,6 @@ def _outcome(request: Request, facts: dict[str, Any]) -> Outcome:
         text += f" · autoencoder {decibel:.1f} dB"
     pictures = sorted((out / "samples").glob("*.png"))
     paths = {"model": out, **({"pictures": pictures[-1]} if pictures else {}), "card": out / "README.md"}
-    return Outcome(text, facts, f"python -c {shlex.quote('; '.join(how_to_draw(out, facts)))}", paths)
+    model, lora = (facts["settings"]["from"], ["--lora", out]) if facts["settings"]["lora"] else (out, [])
+    following = shlex.join(map(str, ["tastemaker", "sample", model, facts["prompts"][0], *lora]))
+    return Outcome(text, facts, following, paths)

@@ -93,7 +93,7 @@ def test_a_folder_of_pictures_becomes_a_model(pictures: Path, trained: Path) -> 
     facts = json.loads((trained / "train.json").read_text())
     printed = (trained.parent / "printed.txt").read_text().splitlines()
     assert printed[0].startswith("trained 8 steps, ") and "held-out loss" in printed[0]
-    assert printed[2].startswith("next: python -c ")
+    assert printed[2].startswith("next: tastemaker sample ")
     assert json.loads(printed[-1])["result"] == facts["result"] and facts["result"]["step"] == 8
     assert facts["data"] | {"folder": "", "manifest_sha256": None} == {
         "folder": "", "manifest_sha256": None, "pictures": 61, "trained_on": 54, "held_out": 6, "unreadable": 1,

@@ -4,6 +4,7 @@ data: pictures and their order; model: diffusers pipelines, built or loaded; obj
 batch's loss is; loop: the steps; checkpoint: what a run goes on from; latents: computed once; world: several processes.
 sample: pictures from a model;  about: what its folder says;  schedulers, devices, upscale, picture: what sample needs.
 serve: a page to draw on.
+evaluate: how good a model is, beside what chance and real pictures give;  distances: between sets of pictures.
 
 from train import load_model, sample
 load_model("model")                                                         # a diffusers StableDiffusionPipeline

@@ -262,7 +262,7 @@ def _gradients(
         try:
             total = torch.zeros((), device=device)
             for start in range(0, len(batch.keys), micro):
-                with _autocast(device):
+                with autocast(device):
                     losses = task.losses(part_of(batch, start, start + micro), config.seed, step)
                 part = losses.sum() / config.batch
                 part.backward()
@@ -289,7 +289,7 @@ def out_of_memory(error: RuntimeError | MemoryError) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in said)
 
 
-def _autocast(device: torch.device) -> torch.autocast:
+def autocast(device: torch.device) -> torch.autocast:
     """bf16 on CUDA, fp32 elsewhere; weights and their updates are always fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
@@ -315,7 +315,7 @@ def _measure(
     def mean() -> float:
         found = []
         for batch in batches_of(held.examples, held.numbers, micro):
-            with _autocast(device):
+            with autocast(device):
                 found.append(task.held_out(batch, config.seed).float().cpu())
         return float(torch.cat(found).mean())
 
@@ -335,7 +335,7 @@ def _look(
     task: Task, ema: Ema, folder: Path, step: int, prompts: Sequence[str], seeds: Sequence[int], device: torch.device
 ) -> str:
     path = folder / "samples" / f"{step:06d}.png"
-    with ema.applied(), _autocast(device):
+    with ema.applied(), autocast(device):
         picture = task.look(prompts, seeds)
     with atomic(path) as f:
         picture.save(f, "PNG")
@@ -429,7 +429,7 @@ def training_flops(task: Task, batch: Batch, config: LoopConfig) -> float:
     device = next(p.device for m in task.modules.values() for p in m.parameters())
     trained = [p for m in task.modules.values() for p in m.parameters() if p.requires_grad]
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-        with _autocast(device):
+        with autocast(device):
             loss = task.losses(part_of(batch, 0, 1), config.seed, 0).sum()
         forward = counter.get_total_flops()
         torch.autograd.grad(loss, trained, allow_unused=True)

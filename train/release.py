@@ -40,19 +40,6 @@ def release(checkpoint: Path, folder: Path, facts: Mapping[str, Any]) -> None:
     write_json(folder / "model_index.json", read_json(checkpoint / "pipeline" / "model_index.json"))
 
 
-def how_to_draw(folder: Path | str, facts: Mapping[str, Any]) -> list[str]:
-    """Lines of Python that draw a picture with the model."""
-    base = facts["settings"]["from"] if facts["settings"]["lora"] else folder
-    lines = [
-        "from diffusers import StableDiffusionPipeline",
-        f'p = StableDiffusionPipeline.from_pretrained("{base}")',
-        f'p({json.dumps(facts["prompts"][0], ensure_ascii=False)}).images[0].save("picture.png")',
-    ]
-    if facts["settings"]["lora"]:
-        lines.insert(2, f'p.load_lora_weights("{folder}")')
-    return lines
-
-
 def card(facts: Mapping[str, Any]) -> str:
     """A model card as the Hugging Face hub reads it: a YAML header, then what a reader wants to know."""
     settings, data, result = facts["settings"], facts["data"], facts["result"]
@@ -84,5 +71,17 @@ def card(facts: Mapping[str, Any]) -> str:
         *([f"- held-out loss: {held['ema']:.4f} (of the raw weights {held['raw']:.4f})"] if held else []),
         "- made with: " + ", ".join(f"{k} {v}" for k, v in facts["made_with"].items()),
     ]
-    code = ["```python", *how_to_draw("MODEL", {**facts, "settings": {**settings, "from": base}}), "```"]
+    code = ["```python", *_how_to_draw(facts["prompts"][0], base if lora else None), "```"]
     return "\n".join(["---", *header, "---", "", *lines, "", *code, ""])
+
+
+def _how_to_draw(prompt: str, base: str | None) -> list[str]:
+    """Lines of Python that draw a picture with the model, or with the LoRA on its base."""
+    lines = [
+        "from diffusers import StableDiffusionPipeline",
+        f'p = StableDiffusionPipeline.from_pretrained("{base or "MODEL"}")',
+        f'p({json.dumps(prompt, ensure_ascii=False)}).images[0].save("picture.png")',
+    ]
+    if base:
+        lines.insert(2, 'p.load_lora_weights("MODEL")')
+    return lines

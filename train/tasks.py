@@ -77,10 +77,14 @@ class Denoise:
 
     def held_out(self, batch: Batch, seed: int) -> Tensor:
         """Mean squared error of each sample, averaged over the eight times of HELD_OUT_TIMES."""
+        return self.held_out_by_time(batch, seed).mean(0)
+
+    def held_out_by_time(self, batch: Batch, seed: int) -> Tensor:
+        """The same before it is averaged, (8, n)."""
         x0, text = self._latents(batch), self._text(batch)
         _, noise = (x.to(x0.device) for x in _draws(seed, _HELD_OUT, batch.slots, x0.shape[1:]))
         times = (torch.full((len(x0),), float(t), device=x0.device) for t in HELD_OUT_TIMES)
-        return torch.stack([self._error(x0, noise, t, text) for t in times]).mean(0)
+        return torch.stack([self._error(x0, noise, t, text) for t in times])
 
     def _error(self, x0: Tensor, noise: Tensor, t: Tensor, text: Tensor) -> Tensor:
         x_t, target, weight = self.objective.noised(x0, noise, t)
@@ -221,7 +225,7 @@ def draw(
 ) -> list[Image.Image]:
     """One picture for each prompt and seed, prompts first; noise comes from the CPU, the same on every device."""
     asked = [(p, s) for p in prompts for s in seeds]
-    with _evaluating(pipeline):
+    with evaluating(pipeline):
         pictures = []
         for start in range(0, len(asked), 32):
             part = asked[start : start + 32]
@@ -233,7 +237,7 @@ def draw(
 
 
 @contextlib.contextmanager
-def _evaluating(pipeline: Any) -> Iterator[None]:
+def evaluating(pipeline: Any) -> Iterator[None]:
     """Without gradients, dropout and progress bars."""
     modules = [pipeline.unet, pipeline.text_encoder, pipeline.vae]
     were = [m.training for m in modules]

@@ -1,0 +1,137 @@
+"""The figures of an evaluation as people read them: a table on the terminal, and a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Line:
+    """A figure as people read it."""
+
+    what: str
+    value: str
+    interval: str = ""
+    beside: str = ""
+
+
+def _lines(facts: dict[str, Any]) -> Iterator[Line]:
+    """Every figure: what, value, interval, and what stands beside it."""
+    figures = facts["figures"]
+    if loss := figures.get("held_out_loss"):
+        held, other = loss["held_out"], loss.get("training")
+        with_it = [f"training pictures {_number(other)}"] if other else []
+        if (then := loss["at_the_end_of_training"]) is not None:
+            with_it.append(f"at the end of training {then:.4f}")
+        yield Line(f"held-out loss ({loss['objective']})", *_value(held, 4), " · ".join(with_it))
+        for t, found in held["by_time"].items():
+            yield Line(f"  at time {t}", *_value(found, 4), _number(other["by_time"][t]) if other else "")
+    yield from _retrieval_lines(figures["retrieval"])
+    if found := figures.get("retrieval_in_domain"):
+        yield from _retrieval_lines(found)
+    if score := figures.get("clip_score"):
+        beside = f"real {_number(score['real'])}" if "real" in score else ""
+        yield Line(f"CLIPScore ({score['model']}), 0 to 2.5", *_value(score["drawn"]), beside)
+    for name, found in figures.get("scores", {}).items():
+        beside = f"real {_number(found['real'])} · difference {_number(found['difference'])}"
+        yield Line(f"{name}, {found['scale'][0]:g} to {found['scale'][1]:g}", *_value(found["drawn"]), beside)
+    nsfw = figures["nsfw"]
+    beside = f"real {_number(nsfw['real'])}"
+    yield Line(f"share with {nsfw['detector']} >= {nsfw['threshold']:g}", *_value(nsfw["drawn"]), beside)
+    if found := figures.get("memorisation"):
+        yield from _memorisation_lines(found)
+    if found := figures.get("kid"):
+        floor, ceiling = found["real_against_real"], found["noise_against_real"]
+        beside = f"real against real {_spread(floor)} · noise against real {_spread(ceiling)}"
+        value, sd = _spread(found["drawn"]).split(" ", 1)
+        yield Line(f"KID, {found['features']}, subsets of {floor['subset']}", value, sd, beside)
+    if found := figures.get("frechet"):
+        yield Line(f"Frechet distance, {found['features']}", f"{found['value']:.3f}", "", "no FID: other features")
+
+
+def _retrieval_lines(found: dict[str, Any]) -> Iterator[Line]:
+    ours, real = found["drawn"], found.get("real")
+    for key in (k for k in ours if k != "captions"):
+        what = "similarity" if key == "similarity" else f"R@{key.rpartition('_')[2]} of {ours['captions']:,} captions"
+        beside = f"shuffled {_number(ours[key]['shuffled'])}"
+        beside += f" · real {_number(real[key])}" if real else ""
+        yield Line(f"{what}, {found['space']} space", *_value(ours[key]), beside)
+
+
+def _memorisation_lines(found: dict[str, Any]) -> Iterator[Line]:
+    of = f" of {found['of_training']:,}" if "of_training" in found else ""
+    among = f"{found['training']:,}{of} training pictures"
+    beside = f"real, not trained on {found['median_real']:.3f}"
+    yield Line(f"cosine to the nearest of {among}", f"{found['median']:.3f}", "median", beside)
+    if close := found["close"]:
+        beside = f"expected {close['expected']:.0%}: nearer (cosine above {found['border']:.3f}) than 95% of real ones"
+        yield Line("share close to a training picture", *_value(close), beside)
+    beside = f"real, not trained on {found['copies_real']} of {found['pictures_real']:,}"
+    yield Line("near-duplicates of training pictures", f"{found['copies']} of {found['pictures']:,}", "", beside)
+
+
+def _notes(facts: dict[str, Any]) -> Iterator[str]:
+    """What has to be said of the figures."""
+    figures = facts["figures"]
+    if figures.get("kid", {}).get("circular"):
+        yield (
+            "KID is circular here: the pictures were chosen by scores in the space whose features it compares. A model "
+            "that has learnt the chooser's preferences gets a better figure than it deserves."
+        )
+    for found in (figures["retrieval"], figures.get("retrieval_in_domain")):
+        if found and _says_nothing(found):
+            yield (
+                f"In the {found['space']} space real pictures find their captions no more often than by chance: it "
+                f"can't tell these captions apart, and so tells nothing of drawn pictures either."
+            )
+    if found := figures.get("retrieval_in_domain"):
+        yield (
+            f"in-domain: a linear map from pictures to captions, fitted to {found['fitted_to']:,} "
+            f"{found['fitted_on']}; its figures compare with no other data's."
+        )
+    for what, why in facts["left_out"].items():
+        yield f"left out: {what} ({why})"
+
+
+def _says_nothing(found: dict[str, Any]) -> bool:
+    """Whether real pictures find their captions no more often than shuffled ones do."""
+    real = found.get("real", {}).get("recall_at_1")
+    return bool(real and real["value"] <= real["shuffled"]["high"])
+
+
+def _value(found: dict[str, Any], digits: int = 3) -> tuple[str, str]:
+    interval = "" if found["low"] is None else f"{found['low']:.{digits}f} to {found['high']:.{digits}f}"
+    return f"{found['value']:.{digits}f}", interval
+
+
+def _number(found: dict[str, Any]) -> str:
+    value, interval = _value(found)
+    return f"{value} [{interval.replace(' to ', ', ')}]" if interval else value
+
+
+def _spread(found: dict[str, Any]) -> str:
+    return f"{found['mean']:.4f} ± {found['sd']:.4f}"
+
+
+def table(facts: dict[str, Any]) -> str:
+    """What an `evaluation.json` says, for a terminal."""
+    lines = list(_lines(facts))
+    first, second, third = (max(len(getattr(x, n)) for x in lines) + 2 for n in ("what", "value", "interval"))
+    head = f"{'':{first}}{'VALUE':{second}}{'95% INTERVAL':{max(third, 14)}}BESIDE IT"
+    rows = [f"{x.what:{first}}{x.value:{second}}{x.interval:{max(third, 14)}}{x.beside}".rstrip() for x in lines]
+    return "\n".join([*facts["about"], "", head, *rows, "", *_notes(facts)])
+
+
+def readme(facts: dict[str, Any]) -> str:
+    """The same as a page of Markdown, which shows the sheets beside it."""
+    about = [f"- {' '.join(text.split())}" for text in facts["about"]]
+    table = ["| | value | 95% interval | beside it |", "|---|---|---|---|"]
+    table += [f"| {x.what} | {x.value} | {x.interval} | {x.beside} |" for x in _lines(facts)]
+    pictures = ["![drawn and real pictures](sheet.png)"]
+    if "memorisation" in facts["figures"]:
+        pictures += ["", "![the nearest training pictures](nearest.png)"]
+    notes = [f"- {note}" for note in _notes(facts)]
+    made = ", ".join(f"{k} {v}" for k, v in facts["made_with"].items())
+    return "\n".join(["# Evaluation", "", *about, "", *table, "", *notes, "", *pictures, "", f"Made with {made}.", ""])
