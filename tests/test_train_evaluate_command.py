@@ -125,8 +125,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A model that has learnt colours, and its pictures."""
     folder = tmp_path_factory.mktemp("trained")
-    data = discs(folder / "discs", 900)
-    words = ["train", str(data), "--out", str(folder / "model"), "--preset", "debug", "--steps", "400"]
+    data = discs(folder / "discs", 1500)
+    words = ["train", str(data), "--out", str(folder / "model"), "--preset", "debug", "--steps", "600"]
     assert main(words) == 0
     return folder / "model", data
 
@@ -193,7 +193,7 @@ def test_prompts_of_ones_own_other_pictures_and_a_lora_are_measured_too(
     words = ["--steps", "3", "--prompts", str(prompts)]
     assert main(["evaluate", str(model), str(others), *words, "--out", str(tmp_path / "a")]) == 0
     facts = evaluation(tmp_path / "a")
-    assert facts["pictures"]["drawn"] == 9 and facts["pictures"]["training"] == 810
+    assert facts["pictures"]["drawn"] == 9 and facts["pictures"]["training"] > 1000
     assert "other pictures than the model was trained on" in facts["about"][1]
     assert facts["figures"]["retrieval"]["real"]["captions"] == 9
     score = facts["figures"]["scores"]["bundled-aesthetic"]
