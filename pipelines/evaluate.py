@@ -306,7 +306,8 @@ class _Evaluation:
         """Held-out and training pictures, and what is drawn."""
         import numpy as np
 
-        from train.evaluate import captions_of, in_order, record_of, unseen
+        from train.about import record_of
+        from train.evaluate import captions_of, in_order, unseen
 
         _, known = record_of(self.model.folder) or (None, None)
         others = known and known["settings"]["data"] != self.samples.fingerprint

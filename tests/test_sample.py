@@ -440,6 +440,14 @@ def test_the_digest_is_that_of_the_weights_wherever_they_lie(models: dict[str, P
     assert look(tmp_path / "m").digest != look(models["pixels"]).digest
 
 
+def test_a_model_goes_by_its_bare_name_too(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pipeline").symlink_to(models["pixels"])
+    monkeypatch.chdir(tmp_path)
+    assert look("pipeline").digest == look(models["pixels"]).digest
+
+
 def test_the_end_of_a_prompt_that_is_not_read_is_known(artists: dict[str, Artist]) -> None:
     assert artists["pixels"].unread("a red disc") == ""
     assert artists["pixels"].unread("a red disc " * 5 + "and a blue disc").endswith("a blue disc")

@@ -110,9 +110,21 @@ def look(name: str | Path) -> About:
         read_json(folder / part / f"{'scheduler_' if part == 'scheduler' else ''}config.json")
         for part in ("unet", "vae", "scheduler")
     )
-    top = folder.parents[2] if folder.name == "pipeline" else folder  # of a checkpoint of `tastemaker train`
-    trained = read_json(top / "train.json")
-    return About(str(name), folder, unet, vae, scheduler, trained if _is_ours(trained) else None)
+    record = record_of(folder)
+    return About(str(name), folder, unet, vae, scheduler, record[1] if record else None)
+
+
+def record_of(model: str | Path) -> tuple[Path, dict[str, Any]] | None:
+    """The folder of a model that was trained here, and its train.json; also for MODEL/checkpoints/NUMBER/pipeline."""
+    folder = Path(model).expanduser().absolute()
+    places = [folder]
+    if len(folder.parents) > 2 and folder.parents[1].name == "checkpoints":
+        places.append(folder.parents[2])
+    for place in places:
+        facts = read_json(place / "train.json")
+        if isinstance(facts, dict) and isinstance(facts.get("settings"), dict):
+            return place, facts
+    return None
 
 
 def find_folder(name: str | Path) -> Path:
@@ -181,7 +193,3 @@ def _is_whole(folder: Path, part: str, entry: Any) -> bool:
     if part == "scheduler":
         return isinstance(read_json(folder / part / "scheduler_config.json"), dict)
     return isinstance(read_json(folder / part / "config.json"), dict) and bool(weights_of(folder / part))
-
-
-def _is_ours(trained: Any) -> bool:
-    return isinstance(trained, dict) and isinstance(trained.get("settings"), dict)

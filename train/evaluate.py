@@ -22,6 +22,7 @@ from curate.detectors import Detector
 from curate.encoders import Encoder
 from curate.images import perceptual_hash
 from curate.store import UserError, digest, read_json
+from train.about import record_of
 from train.data import Examples, Ints, Numbered, Survey, batches_of, open_samples, split, survey
 from train.loop import autocast, out_of_memory
 
@@ -55,19 +56,6 @@ class Unseen:
     trained_on: Ints  # of `training`
     facts: dict[str, Any] | None  # the model's train.json
     about: str  # what is known, in a sentence
-
-
-def record_of(model: str | Path) -> tuple[Path, dict[str, Any]] | None:
-    """The folder of a model that was trained here, and its train.json; also for MODEL/checkpoints/NUMBER/pipeline."""
-    folder = Path(model).absolute()
-    places = [folder]
-    if len(folder.parents) > 2 and folder.parents[1].name == "checkpoints":
-        places.append(folder.parents[2])
-    for place in places:
-        facts = read_json(place / "train.json")
-        if isinstance(facts, dict) and "settings" in facts:
-            return place, facts
-    return None
 
 
 def unseen(model: str | Path, samples: Numbered, tell: Tell = lambda count: None) -> Unseen:
