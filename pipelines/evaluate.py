@@ -439,7 +439,7 @@ class _Evaluation:
         batches = [range(start, min(start + BATCH, len(asked))) for start in range(0, len(asked), BATCH)]
         missing = [batch for batch in batches if not all(self._is_drawn(i, asked[i]) for i in batch)]
         steps = r.steps * (sum(map(len, missing)) or len(asked))
-        count = Count(self.terminal, "steps of drawing", steps, "steps/s")
+        count = Count(self.terminal, "steps of drawing", steps, "steps")
         if missing:
             artist: Artist = Artist(self.model.about, loras=self.model.loras, batch=BATCH, blur=False)
             self.terminal.write(f"draws on {artist}\n")

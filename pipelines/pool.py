@@ -16,6 +16,7 @@ import numpy as np
 
 from aesthetic.space import Space
 from curate.store import UserError
+from pipelines.progress import clock, speed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -268,7 +269,7 @@ class FolderPool:
                     if shown:
                         left = (len(images) - done - 1) / rate
                         print(
-                            f"\rembed  {done + 1:,}/{len(images):,}  {rate:.0f} img/s  eta {left:.0f} s ",
+                            f"\rembed  {done + 1:,}/{len(images):,}  {speed(rate, 'img')}  eta {clock(left)} ",
                             end="",
                             file=sys.stderr,
                         )

@@ -118,12 +118,12 @@ class Screen:
         if self._rows:
             share = f"  {good / fetched:.1%} ok" if fetched else ""
             rate = self._rate("fetch", fetched, now)
-            parts.append(f"fetch  {fetched:,}/{self._rows:,}  {rate:,.0f} rows/s{share}")
+            parts.append(f"fetch  {fetched:,}/{self._rows:,}  {speed(rate, 'rows')}{share}")
             left.append((self._rows - fetched) / rate if rate else None)
         if self._embeds:
             images = self._images + (round(self._rows * good / fetched) if fetched else self._rows)
             rate = self._rate("embed", embedded, now)
-            parts.append(f"embed  {embedded:,}/{images:,}  {rate:,.0f} img/s")
+            parts.append(f"embed  {embedded:,}/{images:,}  {speed(rate, 'img')}")
             left.append((images - embedded) / rate if rate else None)
         if end:
             parts.append(clock(elapsed))
@@ -158,7 +158,7 @@ class Screen:
 class Count:
     """One line about work of known length: how much is done, how fast, how long it still takes."""
 
-    def __init__(self, out: IO[str], what: str, total: int, unit: str = "img/s") -> None:
+    def __init__(self, out: IO[str], what: str, total: int, unit: str = "img") -> None:
         self._out, self._what, self._total, self._unit = out, what, total, unit
         self._began = self._last = time.monotonic()
         self._done, self._live = 0, out.isatty()
@@ -172,7 +172,7 @@ class Count:
         self._last = now
         rate = self._done / (now - self._began)
         left = clock((self._total - self._done) / rate) if rate else "unknown"
-        text = f"{self._what}  {self._done:,}/{self._total:,}  {rate:,.0f} {self._unit}  eta {left}"
+        text = f"{self._what}  {self._done:,}/{self._total:,}  {speed(rate, self._unit)}  eta {left}"
         self._out.write(f"\r\033[K{text}" if self._live else f"{text}\n")
         self._out.flush()
 
@@ -197,6 +197,17 @@ def clock(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def speed(rate: float, unit: str) -> str:
+    """A rate per second as people say it; of slow work, how long one takes.
+
+    >>> speed(1234.5, "img"), speed(5.0, "rows"), speed(0.015, "steps"), speed(0.0, "img")
+    ('1,234 img/s', '5 rows/s', '66.7 s/step', '0 img/s')
+    """
+    if 0 < rate < 1:
+        return f"{1 / rate:.1f} s/{unit.removesuffix('s')}"
+    return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"
 
 
 class Terminal:

@@ -273,7 +273,7 @@ def _drawn(
 
     def tell(now: int, of: int) -> None:
         nonlocal count, done
-        count = count or Count(aside, "steps", of, "steps/s")
+        count = count or Count(aside, "steps", of, "steps")
         count(now - done)
         done = now
 

@@ -447,9 +447,10 @@ def _memory(device: torch.device) -> float:
 def line(record: dict[str, Any]) -> str:
     """A record in one line."""
     speed = f"MFU {record['mfu']:.0%}" if record["mfu"] is not None else f"{record['tflop_s'] * 1000:.0f} GFLOP/s"
+    rate = f"{record['img_s']:.{0 if record['img_s'] >= 10 else 2}f}"
     minutes, seconds = divmod(round(record["eta_s"]), 60)
     text = (
-        f"step {record['step']}/{record['steps']}  loss {record['loss']:.4f}  {record['img_s']:.0f} img/s  {speed}  "
+        f"step {record['step']}/{record['steps']}  loss {record['loss']:.4f}  {rate} img/s  {speed}  "
         f"data-wait {record['data_wait']:.0%}  {record['memory_gb']:.1f} GB  eta {minutes}:{seconds:02d}"
     )
     if record["data_wait"] > WAITS:
