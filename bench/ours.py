@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pandas  # noqa: F401  pyarrow does so at its first array, and importing is left out of all figures
+
 from bench import mechanisms, names
 from curate.data import Data
 from curate.fetch import FetchConfig
