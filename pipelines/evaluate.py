@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -21,7 +21,8 @@ from typing import IO, TYPE_CHECKING, Any
 from curate.store import Lock, UserError, atomic, read_json, sha256_file, sweep, write_json
 from pipelines.figures import readme, table
 from pipelines.progress import Count, Terminal, clock
-from pipelines.train import undo
+from pipelines.prompts import read_prompts
+from pipelines.train import Outcome, undo
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,16 +68,6 @@ class Request:
     seed: int = 0
     steps: int = 30
     guidance: float | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """An evaluation's folder, and what is in it."""
-
-    text: str
-    facts: dict[str, Any]
-    next: str
-    paths: dict[str, Path] = field(default_factory=dict)
 
 
 def run(request: Request) -> Outcome:
@@ -133,8 +124,7 @@ def _prompts(request: Request) -> list[str] | None:
         return None
     if not asked.is_file():
         raise UserError(f"--prompts {asked}: neither a number nor a file")
-    lines = (line.strip() for line in asked.read_text(errors="replace").splitlines())
-    found = list(dict.fromkeys(line for line in lines if line))
+    found = list(dict.fromkeys(read_prompts(asked)))
     if len(found) < LEAST:
         raise UserError(f"--prompts {asked} holds {len(found)} different prompts: at least {LEAST}, a line each")
     return found

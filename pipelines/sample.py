@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from curate.store import UserError, check_space, sha256_file
 from pipelines.progress import Count
+from pipelines.prompts import read_prompts
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -143,12 +144,7 @@ def _prompts(asked: Asked) -> list[str]:
         if asked.image and (asked.upscale or 1) > 1:
             return [""]  # an enlargement needs no words
         raise UserError('what is to be drawn? tastemaker sample MODEL "a red fox in the snow", or --prompts FILE')
-    if not asked.prompts.is_file():
-        raise UserError(f"--prompts {asked.prompts}: there is no such file")
-    lines = [line.strip() for line in asked.prompts.read_text(errors="replace").splitlines() if line.strip()]
-    if not lines:
-        raise UserError(f"--prompts {asked.prompts} is empty: a prompt on each line is expected")
-    return [*asked.prompt, *lines]
+    return [*asked.prompt, *read_prompts(asked.prompts)]
 
 
 def _requests(asked: Asked) -> list[Request]:

@@ -25,6 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from curate.store import DiskFull, Lock, UserError, check_space, read_json, scratch_path, sweep, write_json
 from pipelines.progress import Count, Terminal, clock
+from pipelines.prompts import read_prompts
 from train.release import LORA_FILE, is_released, release
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A model's folder, and what came of it."""
+    """What became of a run about a model: of training one, or of evaluating one."""
 
     text: str
     facts: dict[str, Any]
@@ -82,7 +83,7 @@ def run(request: Request) -> Outcome:
     Raises UserError before anything is written where data, options or folder do not fit; DiskFull; Diverged.
     """
     _check(request)
-    prompts = _prompts(request.prompts)
+    prompts = tuple(read_prompts(request.prompts)) if request.prompts else ()
     from train.data import open_samples, weights_of
 
     samples = open_samples(request.data)
@@ -135,17 +136,6 @@ def _check(request: Request) -> None:
         raise UserError(f"--lr {request.lr}: a number above 0 is expected")
     if request.workers and request.batch and request.batch % request.workers:
         raise UserError(f"--batch {request.batch} can't be shared evenly by {request.workers} workers")
-
-
-def _prompts(path: Path | None) -> tuple[str, ...]:
-    if path is None:
-        return ()
-    if not path.is_file():
-        raise UserError(f"--prompts {path}: there is no such file")
-    lines = tuple(line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip())
-    if not lines:
-        raise UserError(f"--prompts {path} is empty: a prompt on each line is expected")
-    return lines
 
 
 def _settings(request: Request, samples: Numbered) -> dict[str, Any]:
