@@ -31,7 +31,8 @@ def memory(bench: Bench, scale: float) -> dict[str, Any]:
         found = _last(used)
         peaks, begin = [], found["began"]
         for end in sorted(found["shard_ends"]):
-            peaks.append(max((mb for at, mb in used.memory if begin <= at <= end), default=0.0))
+            if samples := [mb for at, mb in used.memory if begin <= at <= end]:  # none: two ended at once
+                peaks.append(max(samples))
             begin = end
         assert found["outcomes"] == {"success": count}, found["outcomes"]
         per_second = count / (found["ended"] - found["began"])

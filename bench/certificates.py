@@ -19,13 +19,14 @@ def make(folder: Path, names: Sequence[str]) -> tuple[Path, list[tuple[list[str]
     folder.mkdir(parents=True, exist_ok=True)
     root = folder / "root.pem"
     key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    _openssl(
-        folder, "req", "-x509", *key, "-keyout", "root.key", "-out", "root.pem", "-subj", "/CN=bench", "-days", "30"
-    )
+    root_only = ["-subj", "/CN=bench", "-addext", "keyUsage=critical,keyCertSign,cRLSign"]  # Python 3.13 asks for it
+    _openssl(folder, "req", "-x509", *key, "-keyout", "root.key", "-out", "root.pem", *root_only, "-days", "30")
     groups = []
     for at in range(0, len(names), PER_CERTIFICATE):
         group, stem = list(names[at : at + PER_CERTIFICATE]), f"leaf{at:05d}"
-        (folder / "extensions").write_text(f"subjectAltName={','.join(f'DNS:{n}' for n in group)}\n")
+        (folder / "extensions").write_text(
+            f"subjectAltName={','.join(f'DNS:{n}' for n in group)}\nauthorityKeyIdentifier=keyid\n"
+        )
         _openssl(folder, "req", *key, "-keyout", f"{stem}.key", "-out", "request", "-subj", f"/CN={group[0]}")
         sign = ["-CA", "root.pem", "-CAkey", "root.key", "-CAcreateserial", "-extfile", "extensions", "-days", "30"]
         _openssl(folder, "x509", "-req", "-in", "request", "-out", f"{stem}.crt", *sign)
