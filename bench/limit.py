@@ -56,6 +56,8 @@ def one(data: bytes, size: int, quality: int) -> tuple[bytes, str, str]:
             pixels = cv2.resize(pixels, target, interpolation=cv2.INTER_AREA)
     encoded = simplejpeg.encode_jpeg(pixels, quality, order, "420")
     luma = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY if order == "RGB" else cv2.COLOR_BGR2GRAY)
+    between = [32 * math.ceil(side / 32 / 1.25) for side in luma.shape[::-1]]  # as above
+    luma = cv2.resize(luma, between, interpolation=cv2.INTER_LINEAR)
     tiny = cv2.resize(luma, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
     low = COSINES @ tiny @ TURNED
     bits = np.packbits(low > np.median(low)).tobytes().hex()

@@ -42,6 +42,15 @@ from PIL import (
 from PIL.TiffImagePlugin import IFDRational
 
 from curate.ledger import Reason, RowError
+from curate.segments import (
+    chunks,
+    has_all_scans,
+    is_bare,
+    jpeg_segments,
+    png_inflated,
+    webp_size,
+    without_fine_scans,
+)
 from curate.store import UserError
 
 cv2.setNumThreads(1)  # one picture, one core: callers bring the threads
@@ -154,7 +163,7 @@ def process(data: bytes, config: ImagesConfig) -> Picture:
         and _EXTENSION.get(opened.format or "") == config.format
         and (width, height) == (image.width, image.height)
         and image.plain
-        and _is_bare(data, config.format, metadata=config.exif)
+        and is_bare(data, config.format, metadata=config.exif)
     )
     return Picture(
         data=data if as_it_came else _encode(pixels, config),
@@ -165,7 +174,7 @@ def process(data: bytes, config: ImagesConfig) -> Picture:
         original_height=image.height,
         sha256=hashlib.sha256(data).hexdigest(),
         phash=perceptual_hash(pixels),
-        exif=_exif_json(opened) if config.exif else None,
+        exif=_exif_json(image.opened) if config.exif else None,
     )
 
 
@@ -199,7 +208,7 @@ def perceptual_hash(image: np.ndarray) -> str:
     each: above their median or not. Coefficients are rounded, so that flat pictures do not hash their rounding noise.
     """
     luma = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    small = cv2.resize(luma, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float64)
+    small = _resize(luma, (32, 32), reduced=False).astype(np.float64)
     low = np.rint(_DCT @ small @ _DCT.T)
     median = np.sort(low, axis=None)[31:33].mean()
     return np.packbits(low > median).tobytes().hex()
@@ -222,7 +231,7 @@ def _open(data: bytes, max_pixels: int | None) -> ImageFile.ImageFile:
         begins = f"it begins with {data[:16]!r}" if data else "it is empty"
         raise RowError(Reason.NOT_AN_IMAGE, f"not one of {', '.join(_PLUGINS)}: {begins}")
     if max_pixels is not None and name == "WEBP":  # opening a WebP allocates its canvas
-        _check_size(_webp_size(data), max_pixels)
+        _check_size(webp_size(data), max_pixels)
     with _hostile():
         opened = _PLUGINS[name](io.BytesIO(data))
     if max_pixels is not None:
@@ -230,7 +239,7 @@ def _open(data: bytes, max_pixels: int | None) -> ImageFile.ImageFile:
     if name == "JPEG" and opened.info.get("progressive"):
         # A few megabytes can hold thousands of scans, each of which costs a pass over all pixels. Encoders write ~10.
         scans = data.count(b"\xff\xda")  # quick, and no fewer than there are
-        if scans > 100 and (scans := sum(marker == 0xDA for marker, _, _ in _jpeg_segments(data))) > 100:
+        if scans > 100 and (scans := sum(marker == 0xDA for marker, _, _ in jpeg_segments(data))) > 100:
             raise RowError(Reason.DECODE_ERROR, f"{scans} scans; at most 100 are decoded", original_size=opened.size)
     return opened
 
@@ -276,19 +285,6 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         raise RowError(Reason.TOO_MANY_PIXELS, detail, original_size=size)
 
 
-def _webp_size(data: bytes) -> tuple[int, int]:
-    """(width, height) of a WebP's canvas from its first chunk (RFC 9649); (1, 1) where that says nothing."""
-    head = data[12:30].ljust(18, b"\0")
-    if head.startswith(b"VP8X"):
-        return 1 + int.from_bytes(head[12:15], "little"), 1 + int.from_bytes(head[15:18], "little")
-    if head.startswith(b"VP8L"):
-        bits = int.from_bytes(head[9:13], "little")
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    if head.startswith(b"VP8 "):
-        return int.from_bytes(head[14:16], "little") & 0x3FFF, int.from_bytes(head[16:18], "little") & 0x3FFF
-    return 1, 1
-
-
 def _check_result(opened: ImageFile.ImageFile, size: tuple[int, int], config: ImagesConfig) -> None:
     """Refuse what cannot be made or written: 1 x 4,000 pixels enlarged to a short side of 512 are a billion."""
     side = config.size if config.mode == "center_crop" and size != opened.size else max(size)
@@ -306,6 +302,7 @@ class _Upright:
     width: int  # of the original, upright
     height: int
     plain: bool  # the file holds these very pixels: 8-bit sRGB, upright, no alpha
+    opened: ImageFile.ImageFile  # as far as it was read
 
 
 def _upright(opened: ImageFile.ImageFile, data: bytes, least: tuple[int, int]) -> _Upright:
@@ -321,6 +318,8 @@ def _upright(opened: ImageFile.ImageFile, data: bytes, least: tuple[int, int]) -
             pixels = still if _says_srgb(profile) else _to_srgb(Image.fromarray(still), profile)
         else:
             _check_covered(opened, data)
+            if opened.format == "PNG" and (inflated := png_inflated(data)) is not None:
+                opened = PngImagePlugin.PngImageFile(io.BytesIO(inflated))  # half of a PNG's time is inflating
             opened.load()
             size = opened.size  # a TIFF turns itself upright while it loads
             alpha = opened.has_transparency_data
@@ -329,7 +328,7 @@ def _upright(opened: ImageFile.ImageFile, data: bytes, least: tuple[int, int]) -
     turn = _orientation(opened)
     sides = size[::-1] if turn >= 5 else size
     plain = turn == 1 and not alpha and not deep and opened.mode in ("1", "L", "P", "RGB") and _says_srgb(profile)
-    return _Upright(pixels=_turned(pixels, turn), width=sides[0], height=sides[1], plain=plain)
+    return _Upright(pixels=_turned(pixels, turn), width=sides[0], height=sides[1], plain=plain, opened=opened)
 
 
 def _decode_jpeg(opened: ImageFile.ImageFile, data: bytes, least: tuple[int, int]) -> np.ndarray:
@@ -341,7 +340,7 @@ def _decode_jpeg(opened: ImageFile.ImageFile, data: bytes, least: tuple[int, int
 
     k = next((k for k in (8, 4, 2) if -(-width // k) >= least[0] and -(-height // k) >= least[1]), 1)
     if k >= 4 and opened.info.get("progressive"):
-        data = _coarse(data)
+        data = without_fine_scans(data)
     profile = opened.info.get("icc_profile") or None
     colours = "CMYK" if opened.mode == "CMYK" else "RGB"
     if profile and opened.mode == "L":
@@ -369,7 +368,7 @@ def _decode_webp(opened: ImageFile.ImageFile, data: bytes) -> np.ndarray | None:
     if opened.mode != "RGB" or getattr(opened, "n_frames", 1) != 1:
         return None
     start = 12
-    for name, end in _chunks(data, "webp"):
+    for name, end in chunks(data, "webp"):
         if name in (b"VP8 ", b"VP8L"):
             chunk = data[start:end]
             break
@@ -402,59 +401,13 @@ def _libjpeg(data: bytes, colours: str, width: int, height: int) -> np.ndarray:
     try:
         return simplejpeg.decode_jpeg(data, colours, min_width=width, min_height=height)
     except ValueError as e:
-        if "Premature end of JPEG file" in str(e) and _has_all_scans(data):
+        if "Premature end of JPEG file" in str(e) and has_all_scans(data):
             data += b"\xff\xd9"  # with the marker added, a picture that was cut off still warns
             return simplejpeg.decode_jpeg(data, colours, min_width=width, min_height=height)
         extra = re.search(r"(\d+) extraneous bytes before marker 0xd9", str(e))
         if extra and int(extra[1]) <= 64:  # more are a picture's lost data
             return simplejpeg.decode_jpeg(data, colours, min_width=width, min_height=height, strict=False)
         raise
-
-
-def _coarse(data: bytes) -> bytes:
-    """A progressive JPEG without the scans that at a quarter of its size, or less, make next to no difference.
-
-    What is left out: high frequencies, and the lower bits of the others. Most of the time goes into these: at a quarter
-    decoding takes a third of it then, and the pixels are 40 to 50 dB from those of all scans. A file in which something
-    is missing stays as it is, for the decoder to complain.
-    """
-    kept, at, marker = [data[:2]], 2, 0
-    for marker, start, end in _jpeg_segments(data):
-        needed = True
-        if marker == 0xDA:
-            first, _, bits = _scan(data, start)[1]
-            needed = first == 0 or (first <= _COARSE and bits >> 4 == 0)
-        if needed:
-            kept.append(data[at:end])
-        at = end
-    return b"".join(kept) if marker == 0xD9 and _has_all_scans(data) else data
-
-
-_COARSE = 4
-"""The last coefficient, in zigzag order, of the 2 x 2 lowest frequencies."""
-
-
-def _scan(data: bytes, start: int) -> tuple[bytes, bytes]:
-    """Of a scan's header, the components' numbers; first and last coefficient, and bits done and left (T.81, B.2.3)."""
-    head = data[start : start + 12].ljust(12, b"\xff")
-    behind = 1 + 2 * min(head[0], 4)
-    return head[1:behind:2], head[behind : behind + 3]
-
-
-def _has_all_scans(data: bytes) -> bool:
-    """Whether a JPEG's scans bring all 64 coefficients of every component to their last bit (ITU-T T.81, G.1.1.1).
-
-    Only the headers are read: the last scan may itself be cut off.
-    """
-    missing: set[tuple[int, int]] | None = None  # (component, coefficient)
-    for marker, start, end in _jpeg_segments(data):
-        if marker in (0xC0, 0xC1, 0xC2):  # the frames that libjpeg-turbo decodes, arithmetic coding aside
-            missing = {(component, k) for component in data[start + 6 : end : 3] for k in range(64)}
-        elif marker == 0xDA and missing:
-            components, (first, last, bits) = _scan(data, start)
-            if bits & 15 == 0:
-                missing -= {(component, k) for component in components for k in range(first, last + 1)}
-    return missing == set()
 
 
 def _check_covered(opened: ImageFile.ImageFile, data: bytes) -> None:
@@ -508,7 +461,7 @@ def _check_tiff_jpegs(tags: TiffImagePlugin.ImageFileDirectory_v2, data: bytes, 
         if not part.startswith(b"\xff\xd8"):
             raise ValueError(f"strip or tile {n} is not a JPEG")
         part = tables + part[2:] if tables else part
-        if not any(marker in (0xC0, 0xC1) for marker, _, _ in _jpeg_segments(part)):
+        if not any(marker in (0xC0, 0xC1) for marker, _, _ in jpeg_segments(part)):
             raise ValueError("a JPEG in a TIFF that is not sequential")  # others may have any number of scans
         found_height, found_width, colours, _ = simplejpeg.decode_jpeg_header(part)
         least = down if tiled else min(down, height - n % rows * down)
@@ -554,9 +507,9 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> np.ndarray:
     alpha = None
     if image.has_transparency_data:
         grey = image.mode in ("1", "L", "LA")
+        if _transform(profile, "L" if grey else "RGB") is None:
+            return _over_white(_in_fours(_as(image, "RGBA")))
         image = _as(image, "LA" if grey else "RGBA")
-        if _transform(profile, "L" if grey else "RGB") is None and not grey:
-            return _over_white(_in_fours(image))
         alpha = np.asarray(image.getchannel("A"))
         image = image.convert("L" if grey else "RGB")
     elif image.mode not in ("L", "RGB", "CMYK", "LAB"):
@@ -692,9 +645,10 @@ def _resize(pixels: np.ndarray, size: tuple[int, int], reduced: bool) -> np.ndar
         return pixels
     if size[0] * size[1] >= width * height:
         return cv2.resize(pixels, size, interpolation=cv2.INTER_LANCZOS4)
-    times = math.ceil(max(width / size[0], height / size[1]) / (1.6 if reduced else 1.25))
-    pixels = cv2.resize(pixels, (times * size[0], times * size[1]), interpolation=cv2.INTER_LINEAR)
-    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA) if times > 1 else pixels
+    least = 1.6 if reduced else 1.25
+    between = (math.ceil(width / size[0] / least) * size[0], math.ceil(height / size[1] / least) * size[1])
+    pixels = cv2.resize(pixels, between, interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA) if between != size else pixels
 
 
 def _center(pixels: np.ndarray, side: int) -> np.ndarray:
@@ -713,67 +667,6 @@ def _encode(pixels: np.ndarray, config: ImagesConfig) -> bytes:
     flag = cv2.IMWRITE_WEBP_QUALITY if config.format == "webp" else cv2.IMWRITE_PNG_COMPRESSION
     _, encoded = cv2.imencode(f".{config.format}", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [flag, quality])
     return encoded.tobytes()
-
-
-def _is_bare(data: bytes, extension: str, metadata: bool) -> bool:
-    """Whether a file holds one picture and what belongs to its pixels, and nothing else; with `metadata`, metadata too.
-
-    Told by the parts that may be there, not by those that may not: what is not known is taken for something else.
-    """
-    if extension == "jpg":
-        end = 0
-        for marker, start, end in _jpeg_segments(data):
-            body = data[start : start + 12]
-            extra = 0xE0 <= marker <= 0xEF or marker == 0xFE
-            ours = body.startswith((b"ICC_PROFILE\0", b"Adobe")) or (body.startswith(b"JFIF\0") and end - start == 14)
-            if extra and not ours and not metadata:
-                return False
-        return end == len(data) and data.endswith(b"\xff\xd9")
-    own, more = (_PNG_OWN, _PNG_MORE) if extension == "png" else (_WEBP_OWN, _WEBP_MORE)
-    chunks = list(_chunks(data, extension))
-    known = all(name in own or (metadata and name in more) for name, _ in chunks)
-    return known and bool(chunks) and chunks[-1][1] == len(data)
-
-
-_PNG_OWN = {b"IHDR", b"PLTE", b"IDAT", b"IEND", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"sBIT", b"pHYs", b"bKGD"}
-_PNG_MORE = {b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"tIME"}
-_WEBP_OWN, _WEBP_MORE = {b"VP8 ", b"VP8L", b"VP8X", b"ICCP"}, {b"EXIF", b"XMP "}
-
-
-def _chunks(data: bytes, extension: str) -> Iterator[tuple[bytes, int]]:
-    """(name, end) of each chunk of a PNG, up to IEND, or of a WebP."""
-    at = 8 if extension == "png" else 12
-    while at + 8 <= len(data):
-        if extension == "png":
-            name, length = data[at + 4 : at + 8], int.from_bytes(data[at : at + 4], "big")
-            at += 12 + length
-        else:
-            name, length = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
-            at += 8 + length + length % 2
-        yield name, at
-        if name == b"IEND":
-            return
-
-
-_NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
-
-
-def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """(marker, start of body, end) of each segment of a JPEG, up to its end marker; stops where the file is broken.
-
-    The end of a scan's segment (marker 0xDA) is that of its entropy-coded data.
-    """
-    at = 2
-    while (found := _NEXT_MARKER.match(data, at)) is not None:
-        marker, start = data[at + 1], at + 4
-        if marker == 0xD9:
-            yield marker, at + 2, at + 2
-            return
-        at += 2 + int.from_bytes(data[at + 2 : start], "big")
-        if marker == 0xDA:
-            found = _NEXT_MARKER.search(data, at)
-            at = found.start() if found else len(data)
-        yield marker, start, at
 
 
 def _exif_json(opened: ImageFile.ImageFile) -> str:

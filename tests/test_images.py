@@ -817,6 +817,9 @@ def test_the_perceptual_hash_sees_through_size_and_quality_and_not_more() -> Non
     flat = [perceptual_hash(np.full((h, w, 3), v, np.uint8)) for h, w, v in ((64, 64, 0), (65, 31, 127), (9, 9, 255))]
     assert set(flat) == {"0" * 16}
     assert perceptual_hash(photograph()[..., 0]) != "0" * 16
+    strip = np.zeros((4, 60_000, 3), np.uint8)
+    strip[:, ::2] = 255  # averages to grey; and neither side is brought to the other's length on the way
+    assert perceptual_hash(strip) == perceptual_hash(np.full((4, 4, 3), 127, np.uint8))
 
 
 @pytest.mark.parametrize(
