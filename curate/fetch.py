@@ -6,17 +6,19 @@
 
 What holds for every request, also those for robots.txt and for each hop of a redirect: the address was checked and the
 connection goes to the checked address (`curate.guard`), one registered domain gets so many requests at a time and a
-second (`curate.budget`), and there are `concurrency` in all; no cookies, no proxy from the environment, no credentials.
-No answer can take longer than `timeout` or hold more than `max_bytes`, counted after decompression; all bodies in
-memory share `MEMORY` bytes.
+second (`curate.budget`), and there are `concurrency` in all, beside as many that take long; no cookies, no proxy from
+the environment, no credentials. No answer can take longer than `timeout` or hold more than `max_bytes`, counted after
+decompression; all bodies in memory share `MEMORY` bytes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import functools
 import random
+import resource
 import ssl
 import time
 import zlib
@@ -57,6 +59,8 @@ _STEP = 65_536  # bytes that a body is first given; doubled as it grows
 _PIECE = 262_144  # bytes that are decompressed at a time
 _AHEAD = 24  # bodies that may wait for decoders before fewer requests are made at a time, and the fewest requests
 _LATE = 0.5  # seconds after which a request under way leaves its place to another
+_FILES = 256  # open ones that are no connections
+_KEPT_PER_SECOND = 4000  # connections: twice the answers that come, as aiohttp keeps some for twice the time
 _SLOW, _SLOW_AFTER = 1000.0, 5.0  # bytes per second that a body must bring, on the average of more than so many seconds
 
 
@@ -70,7 +74,7 @@ class FetchConfig:
 
     engine: str = "native"  # or img2dataset: its downloader in place of ours (no address guard, no robots.txt)
     timeout: float = 20.0  # seconds for one attempt: names, TLS, redirects and body; waiting for a turn not counted
-    concurrency: int = 256  # requests in flight per worker
+    concurrency: int = 256  # requests in flight per worker; up to as many again may take more than half a second
     per_domain: int = 6  # requests in flight per registered domain (example.co.uk), of all workers together
     rate: float = 50.0  # requests started per second and registered domain, of all workers together; 0: any number
     max_bytes: int = 32_000_000  # of one body, after decompression
@@ -167,6 +171,9 @@ class Fetcher:
         lookup: resolves host names in place of the system; what it answers is checked all the same.
         exchange: the budget of requests per domain, where it is shared with others; by default this fetcher's own.
         deny: URLs and domains that are not asked for, also where a redirect leads there.
+
+    Raises:
+        UserError: this process may not open as many files as there are requests.
     """
 
     def __init__(
@@ -192,6 +199,7 @@ class Fetcher:
         self._deny = deny or Deny.load(())
         self._image = _Errand(config.max_bytes, False, frozenset(config.respect))
         self._rules = _Errand(optouts.ROBOTS_MAX_BYTES, True, frozenset())
+        self._keep_for = _keep_for(config.concurrency)
         self._opened: aiohttp.ClientSession | None = None
         self._bodies = 0  # that wait for a decoder or are with one
         self._width = config.concurrency  # requests at a time, as long as bodies are used as fast as they come
@@ -233,14 +241,15 @@ class Fetcher:
         if self._bodies > _AHEAD:
             by = -1 if self._width > _AHEAD else 0
         else:
-            by = min(2, self._config.concurrency - self._width - self._late) if self._bodies < _AHEAD // 4 else 0
+            by = min(2, self._config.concurrency - self._width) if self._bodies < _AHEAD // 4 else 0
         if by:
             self._width += by
             self._turns.widen(by)
 
     def _step_aside(self, turn: budget.Turn) -> None:
-        """Leave the place of a request that takes long to another: few places are soon full of such."""
-        if self._width + self._late < self._config.concurrency:
+        """Leave the place of a request that takes long to another: hosts that drip shall not slow the others. Where
+        it is memory that all wait for, more requests would only take more of it."""
+        if self._late < self._config.concurrency and self._memory.ample:
             self._late += 1
             self._turns.widen(1)
             turn.aside = True
@@ -268,7 +277,7 @@ class Fetcher:
                     use_dns_cache=False,  # the resolver has one that checks
                     socket_factory=guard.guarded_socket(self._allow),
                     limit=0,  # turns and places are counted here
-                    keepalive_timeout=budget.WARM,
+                    keepalive_timeout=self._keep_for,
                 ),
                 headers={
                     "User-Agent": self._config.user_agent,
@@ -539,6 +548,29 @@ def _retry_after(value: str | None) -> float | None:
         return None
     when = when if when.tzinfo is not None else when.replace(tzinfo=UTC)
     return max(0.0, (when - datetime.now(UTC)).total_seconds())
+
+
+def _keep_for(concurrency: int) -> float:
+    """Seconds for which unused connections are kept: `budget.WARM`, or less where so many files can't be open at once.
+
+    A list of many domains soon fills the 1,024 that most systems begin with. Most allow more to who asks for it.
+    """
+    busy = 2 * concurrency + _FILES
+    wanted = busy + int(_KEPT_PER_SECOND * budget.WARM)
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY:
+        return budget.WARM
+    more = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+    if files < more:
+        with contextlib.suppress(ValueError, OSError):  # macOS says "any number", and may refuse this one
+            resource.setrlimit(resource.RLIMIT_NOFILE, (more, most))
+            files = more
+    if files <= busy:
+        raise UserError(
+            f"fetch.concurrency: {concurrency} requests at a time, and as many that take long, need {busy} open files, "
+            f"and this process may have {files}: raise `ulimit -n` or lower fetch.concurrency"
+        )
+    return min(budget.WARM, (files - busy) / _KEPT_PER_SECOND)
 
 
 def _as_row_error(error: Exception) -> RowError:

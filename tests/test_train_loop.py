@@ -143,9 +143,9 @@ def test_a_run_learns_and_leaves_what_it_promises(pictures: Path, tmp_path: Path
 def test_a_lora_is_trained_and_checkpointed_on_top_of_a_model(pictures: Path, tmp_path: Path) -> None:
     first = list(small_run(pictures, tmp_path / "base", steps=2))[-1]["held_out"]["ema"]
     base = tmp_path / "base" / "checkpoints" / "000002" / "pipeline"
-    records = list(small_run(pictures, tmp_path / "lora", start=base, steps=30, log_every=15))
+    records = list(small_run(pictures, tmp_path / "lora", start=base, steps=60, log_every=30))
     assert records[-1]["held_out"]["ema"] < first - 0.05 and records[1]["loss"] < records[0]["loss"]
-    saved = tmp_path / "lora" / "checkpoints" / "000030"
+    saved = tmp_path / "lora" / "checkpoints" / "000060"
     assert sorted(p.name for p in saved.iterdir()) == ["lora", "record.json", "trainer.pt"]
     plain, dressed = load_model(base), load_model(base)
     dressed.load_lora_weights(saved / "lora")

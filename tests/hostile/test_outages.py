@@ -161,7 +161,7 @@ def test_an_outage_of_five_seconds_costs_no_row(server: Hostile, tmp_path: Path,
 
 # ------------------------------------------------------------------------------------------------- dripping hosts (N11)
 
-GOOD = 1000
+GOOD = 4000
 
 
 def fetch_beside(
@@ -201,7 +201,7 @@ def fetch_beside(
 @pytest.mark.long
 @pytest.mark.parametrize("rows", [1, 16], ids=["a row each", "16 rows each"])
 def test_64_hosts_that_drip_leave_the_others_their_rate(server: Hostile, rows: int) -> None:
-    """A thousand good rows of 250 hosts, alone and beside 64 hosts that send a byte a second; in turn, twice."""
+    """Four thousand good rows of 250 hosts, alone and beside 64 hosts that send a byte a second; in turn, twice."""
     clean, beside = [], []
     for _ in range(2):
         for drips, times in ((0, clean), (64 * rows, beside)):
