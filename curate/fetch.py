@@ -6,9 +6,9 @@
 
 What holds for every request, also those for robots.txt and for each hop of a redirect: the address was checked and the
 connection goes to the checked address (`curate.guard`), one registered domain gets so many requests at a time and a
-second (`curate.budget`), and there are `concurrency` in all, beside as many that take long; no cookies, no proxy from
-the environment, no credentials. No answer can take longer than `timeout` or hold more than `max_bytes`, counted after
-decompression; all bodies in memory share `MEMORY` bytes.
+second (`curate.budget`), and there are `concurrency` in all; no cookies, no proxy from the environment, no credentials.
+No answer can take longer than `timeout` or hold more than `max_bytes`, counted after decompression; all bodies in
+memory share `MEMORY` bytes.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _STEP = 65_536  # bytes that a body is first given; doubled as it grows
 _PIECE = 262_144  # bytes that are decompressed at a time
 _AHEAD = 24  # bodies that may wait for decoders before fewer requests are made at a time, and the fewest requests
 _LATE = 0.5  # seconds after which a request under way leaves its place to another
-_FILES = 256  # open ones that are no connections
+_FILES = 512  # open ones that are no requests under way: others, and to spare
 _KEPT_PER_SECOND = 4000  # connections: twice the answers that come, as aiohttp keeps some for twice the time
 _SLOW, _SLOW_AFTER = 1000.0, 5.0  # bytes per second that a body must bring, on the average of more than so many seconds
 
@@ -74,7 +74,7 @@ class FetchConfig:
 
     engine: str = "native"  # or img2dataset: its downloader in place of ours (no address guard, no robots.txt)
     timeout: float = 20.0  # seconds for one attempt: names, TLS, redirects and body; waiting for a turn not counted
-    concurrency: int = 256  # requests in flight per worker; up to as many again may take more than half a second
+    concurrency: int = 256  # requests in flight per worker
     per_domain: int = 6  # requests in flight per registered domain (example.co.uk), of all workers together
     rate: float = 50.0  # requests started per second and registered domain, of all workers together; 0: any number
     max_bytes: int = 32_000_000  # of one body, after decompression
@@ -241,15 +241,14 @@ class Fetcher:
         if self._bodies > _AHEAD:
             by = -1 if self._width > _AHEAD else 0
         else:
-            by = min(2, self._config.concurrency - self._width) if self._bodies < _AHEAD // 4 else 0
+            by = min(2, self._config.concurrency - self._width - self._late) if self._bodies < _AHEAD // 4 else 0
         if by:
             self._width += by
             self._turns.widen(by)
 
     def _step_aside(self, turn: budget.Turn) -> None:
-        """Leave the place of a request that takes long to another: hosts that drip shall not slow the others. Where
-        it is memory that all wait for, more requests would only take more of it."""
-        if self._late < self._config.concurrency and self._memory.ample:
+        """Leave the place of a request that takes long to another: few places are soon full of such."""
+        if self._width + self._late < self._config.concurrency:
             self._late += 1
             self._turns.widen(1)
             turn.aside = True
@@ -555,7 +554,7 @@ def _keep_for(concurrency: int) -> float:
 
     A list of many domains soon fills the 1,024 that most systems begin with. Most allow more to who asks for it.
     """
-    busy = 2 * concurrency + _FILES
+    busy = concurrency + _FILES
     wanted = busy + int(_KEPT_PER_SECOND * budget.WARM)
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files == resource.RLIM_INFINITY:
@@ -567,7 +566,7 @@ def _keep_for(concurrency: int) -> float:
             files = more
     if files <= busy:
         raise UserError(
-            f"fetch.concurrency: {concurrency} requests at a time, and as many that take long, need {busy} open files, "
+            f"fetch.concurrency: {concurrency} requests at a time need {busy} open files, "
             f"and this process may have {files}: raise `ulimit -n` or lower fetch.concurrency"
         )
     return min(budget.WARM, (files - busy) / _KEPT_PER_SECOND)

@@ -25,13 +25,8 @@ class Memory:
         """Room for one body, none so far."""
         return Hold(self, next(self._ages))
 
-    @property
-    def ample(self) -> bool:
-        """Whether less than half is used: then a body that is asked for will hardly wait when it comes."""
-        return self._room.is_set()
-
     async def room(self) -> None:
-        """Wait until it is ample."""
+        """Wait until less than half is used: then a body that is asked for will hardly wait when it comes."""
         await self._room.wait()
 
     def take_now(self, hold: Hold, size: int) -> bool:

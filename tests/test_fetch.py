@@ -998,27 +998,6 @@ def test_requests_that_take_long_do_not_keep_the_places_that_slow_decoders_left(
     asyncio.run(main())
 
 
-def test_requests_that_take_long_leave_their_places_to_as_many_others() -> None:
-    async def main() -> None:
-        async with asyncio.timeout(15), running(concurrency=3, timeout=4.0, respect=()) as (server, root, fetcher):
-            for n in range(9):
-                server[f"//h{n}.test/hang"] = drop(30)
-            roots = [root.replace("a.test", f"h{n}.test") for n in range(9)]
-            hanging = [asyncio.create_task(failure(fetcher, at + "hang")) for at in roots[:3]]
-            await asyncio.sleep(0.1)
-            async with asyncio.timeout(2):  # before one of them has timed out
-                assert (await fetcher.get(root + "x")).data == PIXELS
-            hanging += [asyncio.create_task(failure(fetcher, at + "hang")) for at in roots[3:]]
-            await asyncio.sleep(1.5)
-            assert server.count("/hang") == 6
-            for row in hanging:
-                row.cancel()
-            await asyncio.gather(*hanging, return_exceptions=True)
-            assert (await fetcher.get(root + "y")).data == PIXELS
-
-    asyncio.run(main())
-
-
 def test_no_place_is_lost_on_any_way_out() -> None:
     async def main() -> None:
         async with asyncio.timeout(10), running(concurrency=1, timeout=0.2) as (server, root, fetcher):
