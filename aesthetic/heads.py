@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aesthetic.chunks import blocks, thread_map
+from aesthetic.errors import UserError
 from aesthetic.files import write_whole
 from aesthetic.space import Space, SpaceError
 
@@ -47,7 +48,7 @@ LINKS = ("identity", "sigmoid")
 Layer = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
 
-class HeadError(Exception):
+class HeadError(UserError):
     """A head, a file of one, or input to one is not usable; the message names it and what to do."""
 
 

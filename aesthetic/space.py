@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from aesthetic.errors import UserError
 from aesthetic.files import write_whole
 
 MIN_COSINE = 0.9995
@@ -28,7 +29,7 @@ MIN_COSINE = 0.9995
 _FORMAT = "space/1"
 
 
-class SpaceError(Exception):
+class SpaceError(UserError):
     """A space that is not one: a file that cannot be read, probes of another shape than announced."""
 
 

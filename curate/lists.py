@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -24,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from aesthetic.untrusted import clean as clean
 from curate.store import UserError, sha256_file
 
 BATCH = 65_536
@@ -32,7 +32,6 @@ BATCH = 65_536
 _TEXT_FORMATS = ("csv", "tsv", "json", "jsonl", "ndjson", "txt")
 URL_NAMES = ("url", "image_url")
 CAPTION_NAMES = ("caption", "text", "alt")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _CHUNK = 1 << 20  # characters of a JSON array that are read at a time
 _LONGEST_OBJECT = 64 << 20  # characters; a JSON object that is still open after that many is taken for a broken one
 
@@ -137,11 +136,6 @@ def _valid(binary: pa.Array) -> pa.Array:
         return binary.cast(pa.string())  # checks UTF-8; nearly every list passes
     except pa.ArrowInvalid:
         return pa.array([v if v is None else v.decode("utf-8", "replace") for v in binary.to_pylist()], pa.string())
-
-
-def clean(text: str) -> str:
-    """A str that UTF-8 can encode."""
-    return _SURROGATE.sub("\ufffd", text)
 
 
 # ----------------------------------------------------------------------------------------------------------- inputs

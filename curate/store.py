@@ -21,9 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-
-class UserError(Exception):
-    """Bad input, a bad recipe, or a machine that lacks something: the message names it and what to do (exit code 2)."""
+from aesthetic.errors import UserError as UserError
 
 
 class DiskFull(Exception):

@@ -356,13 +356,11 @@ def _explain(error: Exception) -> int:
     """Print what went wrong in one paragraph; returns the exit code that it means."""
     from pyarrow import ArrowInvalid
 
-    from aesthetic.heads import HeadError
-    from aesthetic.space import SpaceError
     from curate.select import NothingKept
     from curate.shards import CorruptShard
     from curate.store import DiskFull, UserError
 
-    if isinstance(error, UserError | HeadError | SpaceError):
+    if isinstance(error, UserError):
         _complain(str(error))
         return 2
     if isinstance(error, NothingKept):

@@ -1,0 +1,208 @@
+"""Files and text that others made: read within bounds, decoded where that is certain, parsed, and shown safely.
+
+Whatever a user names, or a list or a folder brings along, comes in through here: a fifo, a device, a folder, a link
+that leads nowhere, a file of 100 GB, JSON nested 100,000 deep and text of another encoding each end in a UserError
+that names the file, or in a value that says what was not certain.
+"""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import json
+import math
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from aesthetic.errors import UserError
+
+LARGEST_TEXT = 16 << 20
+"""Bytes that a text file read whole (a caption, a card, a configuration, a file of prompts) may have by default."""
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+def open_regular(path: str | Path, limit: int | None = None) -> BinaryIO:
+    """Open a regular file to read its bytes; links are followed.
+
+    Raises UserError, at once, for what is absent, no regular file (a folder, a fifo, a device such as /dev/zero, a
+    dangling or circular link), not to be read, or longer than `limit` bytes.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # non-blocking: a fifo without a writer hangs
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: {_why(path, e)}") from e
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{path}: is {_kind(found.st_mode)}, not a file")
+        if limit is not None and found.st_size > limit:
+            raise UserError(f"{path}: has {found.st_size:,} bytes; at most {limit:,} are expected in such a file")
+        return os.fdopen(fd, "rb")
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def check_regular(path: str | Path, limit: int | None = None) -> int:
+    """The size in bytes of a file that a library is about to open by its path; raises what `open_regular` raises."""
+    with open_regular(path, limit) as f:
+        return os.fstat(f.fileno()).st_size
+
+
+def read_bytes(path: str | Path, limit: int = LARGEST_TEXT) -> bytes:
+    """The bytes of a file; raises what `open_regular` raises, also where the file grows past `limit` meanwhile."""
+    with open_regular(path, limit) as f:
+        try:
+            data = f.read(limit + 1)
+        except OSError as e:
+            raise UserError(f"{path}: cannot be read: {e.strerror or e}") from e
+    if len(data) > limit:
+        raise UserError(f"{path}: has more than {limit:,} bytes, which is more than such a file should have")
+    return data
+
+
+def _why(path: str | Path, e: Exception) -> str:
+    if isinstance(e, ValueError):
+        return "no file can be called so"
+    assert isinstance(e, OSError)
+    if e.errno == errno.ENOENT:
+        return "is a link to a file that is not there" if os.path.islink(path) else "there is no such file"
+    if e.errno == errno.ELOOP:
+        return "is a link that leads back to itself"
+    if e.errno == errno.ENXIO:
+        return "is a socket or a pipe, not a file"
+    return f"cannot be read: {e.strerror or e}"
+
+
+def _kind(mode: int) -> str:
+    for test, kind in (
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+    ):
+        if test(mode):
+            return kind
+    return "no regular file"
+
+
+# -------------------------------------------------------------------------------------------------------------- text
+
+
+@dataclass(frozen=True)
+class Text:
+    """Bytes as text. `certain` is False where they are neither UTF-8 nor marked: then no byte is made up, and bytes
+    that are not UTF-8 are U+FFFD in `text`."""
+
+    text: str
+    encoding: str  # utf-8, utf-16-le, utf-16-be, utf-32-le, utf-32-be
+    certain: bool
+
+
+_MARKS = (  # the 32-bit ones first: their marks begin with those of 16 bits
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+
+
+def marked_encoding(head: bytes) -> tuple[str, int] | None:
+    """The encoding that a byte order mark at the beginning says (Unicode 16, 23.8), and the mark's length in bytes."""
+    return next(((name, len(mark)) for mark, name in _MARKS if head.startswith(mark)), None)
+
+
+def decode_text(data: bytes) -> Text:
+    """Bytes as text: by their byte order mark, which is not part of the text, else as UTF-8.
+
+    Other encodings cannot be told from each other with certainty, so they are not guessed: `certain` is False.
+    """
+    encoding, start = marked_encoding(data[:4]) or ("utf-8", 0)
+    try:
+        return Text(data[start:].decode(encoding), encoding, True)
+    except UnicodeDecodeError:
+        return Text(data[start:].decode(encoding, "replace"), encoding, False)
+
+
+def read_text(path: str | Path, limit: int = LARGEST_TEXT) -> str:
+    """The text of a file that must be text: UnicodeDecodeError becomes a UserError that says how to convert it."""
+    found = decode_text(read_bytes(path, limit))
+    if not found.certain:
+        raise UserError(f"{path}: is not UTF-8. Convert it: `iconv -f WINDOWS-1252 -t UTF-8` (or whatever it is)")
+    return found.text
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def clean(text: str) -> str:
+    """A str that UTF-8 can encode: lone surrogates become U+FFFD."""
+    return _SURROGATE.sub("\ufffd", text)
+
+
+# -------------------------------------------------------------------------------------------------------------- JSON
+
+
+def parse_json(data: bytes | str, what: str) -> Any:
+    """A JSON value; strings in it can be encoded (no lone surrogates), numbers are finite.
+
+    Raises UserError, naming `what`, for what is not JSON, not UTF-8 (or marked otherwise), nested too deep for this
+    interpreter, or holds a number that no float or 4,300-digit integer can be.
+    """
+    if isinstance(data, bytes):
+        found = decode_text(data)
+        if not found.certain:
+            raise UserError(f"{what}: not JSON: it is not UTF-8")
+        data = found.text
+    try:
+        return _cleaned(json.loads(data, parse_constant=_no_number, parse_float=_finite))
+    except RecursionError:
+        raise UserError(f"{what}: not read: it is nested too deep") from None
+    except ValueError as e:  # JSONDecodeError, an integer of too many digits, NaN
+        raise UserError(f"{what}: not JSON: {e}") from e
+
+
+def read_json_file(path: str | Path, limit: int = LARGEST_TEXT) -> Any:
+    """The JSON value in a file; raises what `read_bytes` and `parse_json` raise."""
+    return parse_json(read_bytes(path, limit), str(path))
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON's")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return value
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, list):
+        return [_cleaned(v) for v in value]
+    if isinstance(value, dict):
+        return {clean(k): _cleaned(v) for k, v in value.items()}
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------ to be shown
+
+# C0 and C1 controls, DEL, and what changes the direction of what follows (Unicode Bidi_Control) or splits lines
+_UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: object, most: int | None = None) -> str:
+    """Foreign text for a terminal or a log: on one line, controls as escapes, at most `most` characters."""
+    shown = _UNSHOWN.sub(lambda m: m[0].encode("unicode_escape", "surrogatepass").decode(), str(text))
+    return shown if most is None or len(shown) <= most else shown[: most - 1] + "…"
