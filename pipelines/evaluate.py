@@ -300,9 +300,10 @@ class _Evaluation:
         from train.evaluate import captions_of, in_order, unseen
 
         _, known = record_of(self.model.folder) or (None, None)
-        others = known and known["settings"]["data"] != self.samples.fingerprint
+        others = known and known["settings"].get("data") != self.samples.fingerprint
         if others or known is None:  # otherwise the training run looked at all of them
-            count = Count(self.terminal, "pictures", len(self.samples) + (known["data"]["pictures"] if known else 0))
+            more = known["data"].get("pictures", 0) if known and known.get("data") else 0
+            count = Count(self.terminal, "pictures", len(self.samples) + more)
             self.unseen: Unseen = unseen(self.model.folder, self.samples, count)
             count.end()
         else:
@@ -411,7 +412,7 @@ class _Evaluation:
         from train.model import load_model
 
         pipeline = load_model(self.model.about.folder)
-        add_loras(pipeline, self.model.loras)
+        add_loras(pipeline, self.model.loras, self.model.about.name)
         return pipeline.to(self.device)
 
     # drawing
@@ -444,11 +445,12 @@ class _Evaluation:
 
     def _is_drawn(self, number: int, asked: Asked) -> bool:
         """Whether this very picture is there."""
-        from train.picture import read_facts
+        from train.picture import check_facts, read_facts
         from train.sample import facts_of, settled
 
         try:
             facts = read_facts(self._sample(number))
+            check_facts(facts, self._sample(number))
         except UserError:
             return False
         wanted = facts_of(settled(self.model.about, asked))

@@ -109,6 +109,7 @@ def test_a_picture_that_cannot_be_read_is_told(tmp_path: Path) -> None:
 
 def test_without_spandrel_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "spandrel", None)
+    (tmp_path / "x.pth").write_bytes(b"weights")
     with pytest.raises(UserError, match=r"pip install 'tastemaker\[upscale\]'"):
         Network(tmp_path / "x.pth", "SR")
 
