@@ -29,6 +29,8 @@ Array = npt.NDArray[np.float64]
 
 AVA_COLUMNS = ("index", "image_id", *map(str, range(1, 11)), "tag1", "tag2", "challenge")
 POSITIVE = float(np.finfo(np.float64).tiny)  # the lowest number above 0
+EMPTY = ("", "nan", "na", "n/a", "null")
+"""How a cell without a number is written, by spreadsheets, pandas and R."""
 
 _WHOLE = re.compile(r"-?[0-9]{1,18}")
 _BLOCK = 64 << 20  # bytes that Arrow parses at a time; no row may be longer
@@ -40,6 +42,7 @@ class RatingFile:
 
     path: Path
     table: pa.Table
+    rows: npt.NDArray[np.int64] | None = None  # where the table's rows stand in the file, if some are left out
 
     @classmethod
     def read(cls, path: Path) -> RatingFile:
@@ -59,12 +62,20 @@ class RatingFile:
                 table = table.set_column(i, field.name, pc.cast(table[field.name], pa.string()))
         return cls(path, table)
 
+    def filled(self, columns: Iterable[str], words: bool = False) -> RatingFile:
+        """The file without the rows in which all of these columns are empty; words: NA and nan are no empty cells."""
+        there = np.zeros(len(self.table), bool)
+        for column in columns:
+            there |= ~np.isin(self.words(column), [""] if words else EMPTY)
+        return self if there.all() else RatingFile(self.path, self.table.filter(there), np.flatnonzero(there))
+
     def error(self, row: int, message: str) -> HeadError:
         """What is wrong with a row, and where it is."""
         return HeadError(f"{self.path}, {self.place(row)}: {message}")
 
     def place(self, row: int) -> str:
         """What to call a row (from 0) in a message: its line, the last one where it has several."""
+        row = row if self.rows is None else int(self.rows[row])
         if self.path.suffix.lower() == ".parquet":
             return f"row {row}"
         with open(self.path, newline="", encoding="utf-8-sig") as f:
@@ -123,7 +134,7 @@ class RatingFile:
             values = np.array([_float(v) for v in cells.to_pylist()])
         wrong = ~(np.isfinite(values) & (values >= low))
         if may_be_empty and wrong.any():
-            wrong &= ~np.isin(self.words(column), ["", "nan"])
+            wrong &= ~np.isin(self.words(column), EMPTY)
         if wrong.any():
             row = int(wrong.argmax())
             raise self.error(row, f"{column} is {cells[row].as_py()!r}, not {wanted}")
