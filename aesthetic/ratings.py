@@ -194,6 +194,8 @@ def _aside(file: RatingFile, ratings: Ratings, column: str | None) -> tuple[str,
     found = forms_of(column or prefixes[0], further, scores, prefixes)
     if column and ratings.scale is None:  # else the votes are what was read
         found = [f"{bins[0]} to {bins[-1]}" for bins in histograms] + found
+        if (sd := file.find(SD_NAMES)) and sd not in found and "sd" not in table:
+            found.append(sd)
     return tuple(found)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aesthetic.untrusted import printable
-from curate.encoders import check_available
+from curate.encoders import check_available, check_named
 from curate.store import UserError, digest, read_json, sha256_file, write_json
 from pipelines.pool import DataPool, FolderPool, Pool, VectorsPool
 
@@ -162,7 +162,9 @@ def _check(request: Request) -> None:
         raise UserError(
             f"--out {request.out} holds something else ({printable(others[0], 80)}): give a folder of its own"
         )
-    if request.data is None:
+    if request.encoder is not None:
+        check_named(request.encoder)
+    if request.images is not None:
         check_available(request.encoder or "bundled")
     if request.scale is not None:
         check_scale("--scale", request.scale)
