@@ -82,7 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
         p.add_argument("list", metavar="LIST", help="file, folder, glob or URL of a list; a folder of images or shards")
         p.add_argument("--out", required=True, metavar="DATA", help="the data folder")
         p.add_argument("--limit", type=_positive, metavar="N", help="only N rows, spread over the whole list")
-        p.add_argument("--dry-run", action="store_true", help="print what would run; contact nothing but the list")
+        p.add_argument(
+            "--dry-run", action="store_true", help="print what would run, or why it would not; fetch nothing"
+        )
         job_options(p)
 
     p = command("embed", _resume, "embed and score what is fetched")
@@ -397,15 +399,17 @@ def _end(args: argparse.Namespace, facts: dict[str, Any], paths: dict[str, Any],
 
 
 def _curate(args: argparse.Namespace) -> int:
+    from curate.data import Data
     from curate.store import local_path
     from pipelines import curate
-    from pipelines.recipe import DEFAULT, load_recipe, to_yaml
+    from pipelines.recipe import to_yaml
 
     stages = ("fetch",) if args.command == "fetch" else ("fetch", "embed", "select", "pack")
-    recipe = load_recipe(args.recipe or DEFAULT, args.set)
+    root = local_path(args.out)
+    recipe = curate.recipe_of(Data(root), args.recipe, args.set)
     request = curate.Request(
         list=args.list,
-        root=local_path(args.out),
+        root=root,
         recipe=recipe,
         limit=args.limit,
         address=args.ray_address,
@@ -417,7 +421,12 @@ def _curate(args: argparse.Namespace) -> int:
         print(to_yaml(recipe))
         rows = f"rows {facts['rows']:,} of {facts['listed_rows']:,} listed"
         print(f"{rows} · shards {facts['shards']:,} · stages {', '.join(stages)}")
-        return _end(args, facts, {}, f"tastemaker {args.command} {args.list} --out {args.out}")
+        words = [args.command, args.list, "--out", args.out]
+        for option in ("recipe", "limit", "ray_address", "restart_from"):
+            if getattr(args, option) is not None:
+                words += [f"--{option.replace('_', '-')}", getattr(args, option)]
+        words += [word for setting in args.set for word in ("--set", setting)]
+        return _end(args, facts, {}, curate.command(*words))
     outcome = curate.run(request)
     return _end(args, outcome.facts, outcome.paths, outcome.next)
 
@@ -454,7 +463,7 @@ def _score(args: argparse.Namespace) -> int:
         args,
         facts,
         {"scored": data.root / "scored"},
-        f"tastemaker select {data.root} --name mine --set select.rules.{name}='top({name}, 0.1)'",
+        curate.command("select", data.root, "--name", "mine", "--set", f"select.rules.{name}=top({name}, 0.1)"),
     )
 
 
@@ -470,7 +479,7 @@ def _select(args: argparse.Namespace) -> int:
         args,
         facts,
         {"selected": data.root / "selected" / f"{name}.parquet"},
-        f"tastemaker pack {data.root} --name {name}",
+        curate.command("pack", data.root, "--name", name),
     )
 
 
