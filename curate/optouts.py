@@ -139,13 +139,14 @@ class Rules:
             wanted = np.array(prefixes, np.uint64)
             at = np.minimum(np.searchsorted(self._hashes, wanted), len(self._hashes) - 1)
             if len(matching := self._ranks[at[self._hashes[at] == wanted]]):
-                rank, refused = divmod(int(matching.max()), 2)
+                best = int(matching.max())
+                rank, refused = best // 2, best % 2 == 1
         for wild_rank, wild_refused, pattern in self._wild:
             if wild_rank < rank:
                 break
             if _matches(pattern, path):
                 return wild_refused
-        return bool(refused)
+        return refused
 
 
 def _hash(text: str) -> int:
