@@ -10,7 +10,6 @@ import base64
 import hashlib
 import io
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,6 +23,7 @@ from curate.folders import PLACE_COLUMNS
 from curate.inputs import Found, find, is_remote, stat
 from curate.ledger import URL_COLUMNS, Reason, RowError
 from curate.lists import ParquetInput, open_parquet, parquet_batches
+from curate.ours import clear
 from curate.store import UserError, atomic, digest, read_json, record_digest, sha256_file, write_json
 from curate.survey import Survey, columns_of, survey_list
 
@@ -306,7 +306,7 @@ def make_plan(list_path: str, root: Path, config: SourceConfig, limit: int | Non
         existing = _same_plan(existing, list_path, config)
         return _grown(existing, list_path, config, limit) if _grows(existing, limit) else existing
     folder = root / "plan"
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its plan was whole
+    clear_plan(root)  # of a run that was killed before its plan was whole
     try:
         found = find(list_path, folder)
         survey = survey_list(found, config, limit)
@@ -314,9 +314,14 @@ def make_plan(list_path: str, root: Path, config: SourceConfig, limit: int | Non
         facts |= {"source": _settings(config, limit)}
         _write_plan(root, facts, shards)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        clear_plan(root)
         raise
     return _loaded(root, facts, shards)
+
+
+def clear_plan(root: Path) -> None:
+    """Remove the plan that `root` holds, whole or not; what somebody else has put beside it stays."""
+    clear(root / "plan", r"plan\.json|shards(-[0-9a-f]{8})?\.parquet|\d{5,}(-\d{5,})?\.parquet|list-\d{5,}-.*")
 
 
 def load_plan(root: Path) -> Plan | None:

@@ -308,7 +308,7 @@ def test_the_command_that_a_dry_run_ends_with_is_the_one_that_was_asked_about(
 def test_data_is_curated_by_its_own_recipe(
     data: Data, real_data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without --recipe; and a recipe.yaml where no data are is nobody's."""
+    """Without --recipe. And a recipe.yaml where no data are is somebody else's."""
     words = ["curate", real_data.plan.list, "--out", str(data.root)]
     assert main([*words, "--dry-run", "--json"]) == 0
     out = capsys.readouterr().out
@@ -320,8 +320,8 @@ def test_data_is_curated_by_its_own_recipe(
     assert "--limit 3 is fewer" in capsys.readouterr().err
     (tmp_path / "recipe.yaml").write_text("select: {name: theirs}\n")
     command = ["curate", real_data.plan.list, "--out", str(tmp_path), "--recipe", "everything", "--dry-run"]
-    assert main(command) == 0
-    assert "name: everything" in capsys.readouterr().out
+    assert main(command) == 2
+    assert "holds something else (recipe.yaml)" in capsys.readouterr().err
 
 
 def test_a_dry_run_finds_a_full_disk(listed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
