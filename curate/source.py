@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,6 +22,7 @@ from curate.folders import PLACE_COLUMNS
 from curate.inputs import Found, find, is_remote, stat
 from curate.ledger import URL_COLUMNS, Reason, RowError
 from curate.lists import ParquetInput, open_parquet, parquet_batches
+from curate.ours import clear
 from curate.store import UserError, atomic, digest, read_json, record_digest, sha256_file, write_json
 from curate.survey import Survey, columns_of, survey_list
 
@@ -279,7 +279,7 @@ def make_plan(list_path: str, root: Path, config: SourceConfig, limit: int | Non
     if existing is not None:
         return _same_plan(existing, list_path, config, limit)
     folder = root / "plan"
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its plan was whole
+    clear_plan(root)  # of a run that was killed before its plan was whole
     try:
         found = find(list_path, folder)
         survey = survey_list(found, config, limit)
@@ -287,9 +287,14 @@ def make_plan(list_path: str, root: Path, config: SourceConfig, limit: int | Non
         facts |= {"source": _settings(config, limit)}
         _write_plan(root, facts, shards)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        clear_plan(root)
         raise
     return _loaded(root, facts, shards)
+
+
+def clear_plan(root: Path) -> None:
+    """Remove the plan that `root` holds, whole or not; what somebody else has put beside it stays."""
+    clear(root / "plan", r"plan\.json|shards\.parquet|\d{5,}\.parquet|list-\d{5,}-.*")
 
 
 def load_plan(root: Path) -> Plan | None:

@@ -6,7 +6,6 @@ will be, heads and weights, changes that would alter finished shards, the disk.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,8 +21,9 @@ from curate.data import Data
 from curate.deny import Deny
 from curate.ingest import check_verify
 from curate.ledger import Reason, Status
+from curate.ours import RECIPE_HEADER, Taken, check_free, taken
 from curate.score import Column, columns_of
-from curate.source import inspect, make_plan
+from curate.source import clear_plan, inspect, make_plan
 from curate.store import Lock, UserError, atomic, check_space, read_json, sweep, uncommit
 from pipelines.progress import clock
 from pipelines.recipe import DEFAULT, Recipe, load_recipe, parse_recipe, to_yaml
@@ -63,9 +63,7 @@ def store_recipe(data: Data, recipe: Recipe) -> None:
     with atomic(data.recipe) as f:
         f.write(
             (
-                "# what was asked for, resolved; a hash per stage over the keys that its files depend on\n"
-                + hashes
-                + to_yaml(recipe)
+                f"{RECIPE_HEADER}; a hash per stage over the keys that its files depend on\n" + hashes + to_yaml(recipe)
             ).encode()
         )
 
@@ -117,9 +115,8 @@ def restart(data: Data, recipe: Recipe, stage: str, stages: Sequence[str]) -> No
             uncommit(record)
     data.space.unlink(missing_ok=True)
     if stage == "source":
-        shutil.rmtree(data.root / "plan", ignore_errors=True)
-        for folder in ("fetched", "embedded", "scored"):  # shards of another list must not linger beside the new ones
-            shutil.rmtree(data.root / folder, ignore_errors=True)
+        clear_plan(data.root)
+        data.clear_shards()  # those of another list must not linger beside the new ones
 
 
 def check_engine(recipe: Recipe, say: Say) -> None:
@@ -158,6 +155,7 @@ class Request:
 
 def dry_run(request: Request) -> dict[str, Any]:
     """What would run, contacting nothing but the list."""
+    check_free(request.root, "data")
     columns = columns_of(request.recipe.score, request.recipe.embed.encoder)
     found = inspect(request.list, request.recipe.source, request.limit)
     check_selection(request.recipe, found.carried, columns)
@@ -177,10 +175,10 @@ def run(request: Request, say: Say = print) -> Outcome:
     Raises UserError before anything starts, DiskFull, NothingKept, or the cause of what went wrong in a worker.
     """
     recipe, data = request.recipe, Data(request.root)
+    check_free(data.root, "data")
     columns = columns_of(recipe.score, recipe.embed.encoder)
     check_engine(recipe, say)
-    new = not data.root.exists()
-    with Lock(data.root), _nothing_left_behind(data, new):
+    with taken(data.root, "data", replaces=["recipe.yaml"]) as folder, _nothing_left_behind(data, folder):
         sweep(data.root)
         refuse_changes(data, recipe, request.restart_from)
         if request.restart_from == "source":  # the new list is read before the shards of the old one go
@@ -196,15 +194,15 @@ def run(request: Request, say: Say = print) -> Outcome:
 
 
 @contextmanager
-def _nothing_left_behind(data: Data, new: bool) -> Iterator[None]:
+def _nothing_left_behind(data: Data, folder: Taken) -> Iterator[None]:
     """Where input or recipe is refused before a job began, a data folder is as it was, and a new one is not there."""
     planned = (data.root / "plan" / "plan.json").exists()
     try:
         yield
     except UserError:
         if not planned and not data.logs.exists():
-            shutil.rmtree(data.root if new else data.root / "plan", ignore_errors=True)
-            data.recipe.unlink(missing_ok=True)
+            clear_plan(data.root)
+            folder.undo(["recipe.yaml"])
         raise
 
 
@@ -408,6 +406,7 @@ def pack_only(data: Data, recipe: Recipe) -> Outcome:
     """The chosen images of a selection as shards, with their sheet."""
     outcome = Outcome()
     with Lock(data.root):
+        sweep(data.root)
         _pack(data, recipe, outcome)
     return outcome
 

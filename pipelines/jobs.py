@@ -8,6 +8,7 @@ of ours, and ends the job with its cause.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import math
 import os
@@ -26,9 +27,10 @@ from typing import Any
 
 from curate.budget import Budget, Message, Reply
 from curate.data import Data
-from curate.store import UserError, attend
+from curate.store import UserError, atomic, attend, open_log, scratch_path
 from pipelines.progress import Board, Meter, Screen, Terminal
 from pipelines.recipe import Recipe
+from pipelines.terminal import LogFormatter
 
 OBJECT_STORE = 200_000_000
 """Bytes; only shard numbers and counts pass through it."""
@@ -140,8 +142,8 @@ def _budget_of(board: str) -> str:
 
 def quiet(logs: Path, stage: str) -> None:
     """Send a worker's log records to a file in that folder."""
-    handler = logging.FileHandler(logs / f"{stage}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
+    handler = logging.StreamHandler(io.TextIOWrapper(open_log(logs / f"{stage}.log"), "utf-8", "backslashreplace"))
+    handler.setFormatter(LogFormatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
 
 
@@ -277,13 +279,14 @@ def check_nodes(root: Path) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nonce = secrets.token_hex(8)
-    path = root / ".nonce"
-    path.write_text(nonce)
+    path = scratch_path(root / "nonce")
+    with atomic(path) as f:
+        f.write(nonce.encode())
 
     @ray.remote(num_cpus=0)
     def look(file: str) -> str | None:
         try:
-            with open(file) as f:
+            with open(file, encoding="ascii") as f:
                 return f.read()
         except OSError:
             return None

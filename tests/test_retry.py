@@ -229,7 +229,7 @@ def copy(made: tuple[Served, Path], tmp_path: Path) -> Data:
 
 def everything(root: Path) -> dict[str, bytes]:
     """All files, records too."""
-    hidden = (".lock", ".workers")
+    hidden = (".lock", ".workers", ".tastemaker")
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file() and p.name not in hidden}
 
 
