@@ -5,11 +5,12 @@ Rows are written as DuckDB gives them, so a table larger than the memory goes th
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import io
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 from aesthetic.untrusted import printable
 from curate.store import UserError, atomic
 from curate.view import Answer
+from pipelines.terminal import Control
 
 SHOWN, WIDTH = 200, 60
 """Rows that a terminal is shown, and characters of a value."""
@@ -34,16 +36,39 @@ def show(root: Path, sql: str, out: IO[str], *, as_json: bool = False) -> str:
     no NaN and no infinity: they are null.
     """
     with Answer(root, sql) as found:
-        if as_json:
-            out.write("[")
-            for i, record in enumerate(_json_rows(found)):
-                out.write(f"{', ' if i else ''}{record}")
-            out.write("]\n")
-            return ""
-        if out.isatty():
+        if out.isatty() and not as_json:
             return _table(found, out)
-        _write_csv(found, out)
+        data = _Data(out)
+        try:
+            if as_json:
+                data.write("[")
+                for i, record in enumerate(_json_rows(found)):
+                    data.write(f"{', ' if i else ''}{record}")
+                data.write("]\n")
+            else:
+                _write_csv(found, data)
+        except _NobodyReads:
+            pass
         return ""
+
+
+class _NobodyReads(Exception):
+    """Whoever read has enough: `tastemaker query ... | head -1`."""
+
+
+class _Data:
+    """A stream for rows: as they are, in UTF-8; a terminal sees controls as escapes all the same."""
+
+    def __init__(self, out: IO[str]) -> None:
+        self._out = out
+        self._kind = str if out.isatty() else Control
+        with contextlib.suppress(AttributeError):
+            out.reconfigure(encoding="utf-8")  # type: ignore[attr-defined]
+
+    def write(self, text: str) -> int:
+        if getattr(self._out, "lost", None) is not None:
+            raise _NobodyReads
+        return self._out.write(self._kind(text))
 
 
 def write(root: Path, sql: str, file: Path) -> int:
@@ -75,14 +100,23 @@ def _csv_file(found: Answer, f: Any) -> int:
     return rows
 
 
-def _write_csv(found: Answer, out: IO[str]) -> int:
-    lines = csv.writer(out, lineterminator="\n")
-    lines.writerow(found.columns)
+def _write_csv(found: Answer, out: Any) -> int:
+    out.write(",".join(map(_quoted, found.columns)) + "\n")
     rows = 0
     for batch in found.batches():
-        lines.writerows(zip(*([_text(v) for v in values] for values in _columns(batch)), strict=True))
+        for values in zip(*_columns(batch), strict=True):
+            out.write(",".join(map(_quoted, map(_text, values))) + "\n")
         rows += batch.num_rows
     return rows
+
+
+_IN_QUOTES = re.compile('[",\\r\\n]')
+
+
+def _quoted(value: Any) -> str:
+    """A value of a CSV line; Python's own writer leaves a lone carriage return bare, and readers end the line there."""
+    text = "" if value is None else str(value)
+    return '"' + text.replace('"', '""') + '"' if _IN_QUOTES.search(text) else text
 
 
 def _parquet_file(found: Answer, f: Any) -> int:

@@ -29,6 +29,7 @@ LONG = (
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = make_data(tmp_path_factory.mktemp("query") / "data")
     (root / "plan").mkdir()
+    (root / ".tastemaker").write_text("tastemaker data\n")
     return root
 
 
@@ -46,6 +47,8 @@ def test_whole_into_a_pipe(data: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert rows[1 + 20 * 2][2] == "0.1" and rows[1 + 20 * 3][2] == ""  # float32 as it is written; null
     assert rows[1 + 20 * 25][3] == "nan"
     assert json.loads(rows[1][4])["WIDTH"] == 1000
+    assert main(["query", str(data), "SELECT 'a' || chr(27) || '[2J' || chr(13) || 'ö' AS e"]) == 0
+    assert capsys.readouterr().out == 'e\n"a\x1b[2J\rö"\n'  # data, not to be looked at
 
 
 def test_a_terminal_is_told_what_is_missing(data: Path) -> None:
