@@ -134,6 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = command("query", _query, "ask the whole ledger, as one table")
     p.add_argument("data", metavar="DATA")
     p.add_argument("sql", metavar="SQL", help="one SELECT over `ledger`; the list's own columns are source.NAME")
+    p.add_argument("--out", type=Path, metavar="FILE", help="write all rows to a new .csv, .parquet or .jsonl")
 
     p = command("fit", _fit, "train a head from ratings, labels or comparisons")
     p.add_argument(
@@ -542,13 +543,15 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _query(args: argparse.Namespace) -> int:
     from curate.data import open_data
-    from curate.view import query
+    from pipelines.query import show, write
 
-    frame = query(open_data(args.data).root, args.sql)
-    if args.json:
-        print(frame.to_json(orient="records"))
-    else:
-        print(frame.to_string(index=False, max_rows=200, max_colwidth=60))
+    root = open_data(args.data).root
+    if args.out is not None:
+        rows = write(root, args.sql, args.out)
+        print(f"{rows:,} rows")
+        return _end(args, {"rows": rows}, {"written": args.out}, "")
+    if told := show(root, args.sql, sys.stdout, as_json=args.json):
+        print(told)
     return 0
 
 
