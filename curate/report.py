@@ -27,8 +27,9 @@ from curate.images import decode
 from curate.ledger import FETCHED_COLUMNS, URL_COLUMNS, RowError, Status
 from curate.select import load_selection
 from curate.shards import CorruptShard, image_member, index_tar, read_range
+from curate.sql import connect, literal, quote
 from curate.store import UserError, atomic, read_json
-from curate.view import OURS, Table, connect, literal, quote, tables
+from curate.view import OURS, Table, tables
 
 BLURRED_FROM = 0.5
 """Images that a detector or head of unsafe images scores this or more are blurred, whatever the rules say."""
@@ -117,6 +118,14 @@ class Shown(NamedTuple):
     image: Image.Image | npt.NDArray[np.uint8] | None  # RGB, of any size; None where it cannot be decoded
     caption: str
     blurred: bool = False  # what is called unsafe is shown as a blur that no one can undo
+
+
+def enlarged(picture: Image.Image | npt.NDArray[np.uint8], caption: str, blurred: bool = False) -> Shown:
+    """A picture of a sheet; a small one, as small models draw them, is shown large, pixel by pixel."""
+    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    times = max(1, 224 // max(image.size))
+    large = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+    return Shown(large, caption, blurred)
 
 
 def sheet(path: Path, title: str, rows: Sequence[tuple[str, Sequence[Shown]]]) -> Path:

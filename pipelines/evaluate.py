@@ -18,16 +18,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from curate.store import Lock, UserError, atomic, read_json, sha256_file, sweep, write_json
+from curate.ours import check_free, taken
+from curate.store import UserError, atomic, read_json, sha256_file, sweep, write_json
 from pipelines.figures import readme, table
 from pipelines.progress import Count, Terminal, clock
 from pipelines.prompts import read_prompts
-from pipelines.train import Outcome, undo
+from pipelines.train import Outcome
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    from PIL import Image
 
     from aesthetic.heads import Head
     from curate.encoders import Encoder
@@ -75,7 +75,7 @@ def run(request: Request) -> Outcome:
 
     Raises UserError before the model is loaded where model, data, prompts, encoder, heads or folder do not fit.
     """
-    _check_out(request.out)
+    check_free(request.out, "evaluation")
     prompts = _prompts(request)
     model = _Model.of(request.model)
     heads = _heads(request)
@@ -90,29 +90,24 @@ def run(request: Request) -> Outcome:
     asked = _asked(request, model, samples, prompts, heads)
     if (done := _before(request.out, asked)) is not None:
         return _outcome(request, done)
-    there = {p.name for p in request.out.iterdir()} if request.out.is_dir() else None
-    with Lock(request.out), Terminal(request.out / "logs" / "evaluate.log") as terminal:
+    with (
+        taken(request.out, "evaluation") as folder,
+        Terminal(request.out / "logs" / "evaluate.log") as terminal,
+    ):
         sweep(request.out)
+        if (done := _before(request.out, asked)) is not None:  # again: another run may have been at work until now
+            return _outcome(request, done)
         evaluation = _Evaluation(request, model, samples, prompts, heads, terminal)
         try:
             evaluation.prepare()
         except Exception:
-            undo(request.out, there)
+            folder.undo(["logs"])
             raise
         write_json(request.out / "evaluation.json", {"asked": asked})
         return _outcome(request, evaluation.carried_out(asked))
 
 
 # ---------------------------------------------------------------------------------------- before anything is written
-
-
-def _check_out(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; --out names a folder")
-    if out.is_dir() and read_json(out / "evaluation.json") is None:
-        ours = (".lock", ".workers", "logs")
-        if others := sorted(p.name for p in out.iterdir() if p.name not in ours and not p.name.endswith(".tmp")):
-            raise UserError(f"{out} holds something else ({others[0]}): give a folder of its own with --out")
 
 
 def _prompts(request: Request) -> list[str] | None:
@@ -709,15 +704,10 @@ def _growth(count: Callable[[int], None]) -> Callable[[int, int], None]:
 
 
 def _shown(picture: npt.NDArray[np.uint8], line: str, more: str, blurred: bool) -> Any:
-    """A tile; small pictures are shown large, pixel by pixel."""
-    from PIL import Image
+    """A tile of a sheet."""
+    from curate.report import enlarged
 
-    from curate.report import Shown
-
-    image: Image.Image = Image.fromarray(picture)
-    times = max(1, 224 // max(image.size))
-    large = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
-    return Shown(large, f"{line}\n{more}", bool(blurred))
+    return enlarged(picture, f"{line}\n{more}", bool(blurred))
 
 
 # ---------------------------------------------------------------------------------------------------------- its result
