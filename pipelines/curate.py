@@ -107,7 +107,7 @@ def restart(data: Data, recipe: Recipe, stage: str, stages: Sequence[str]) -> No
     UserError, and nothing is taken back, where what the stages need is not there.
     """
     if "embed" in stages:
-        _has_encoder(recipe)
+        has_encoder(recipe)
     if stage in ("source", "fetch", "images"):
         for record in data.root.glob("fetched/*_stats.json"):
             uncommit(record)
@@ -171,7 +171,7 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
         rows = left.rows + found.total_rows - data.plan.total_rows
         work = bool(left.shards or rows)
     if work:
-        if "embed" in request.stages and not _has_encoder(recipe):
+        if "embed" in request.stages and not has_encoder(recipe):
             say(f"the weights of {recipe.embed.encoder} are not on this machine; the run fetches them first")
         if request.address is not None:
             reach(request.address)
@@ -201,7 +201,7 @@ def run(request: Request, say: Say = print) -> Outcome:
     columns = columns_of(recipe.score, recipe.embed.encoder)
     check_engine(recipe, say)
     if "embed" in request.stages and not (data.root / "plan" / "plan.json").exists():
-        _has_encoder(recipe)  # before a long list is read; where a plan is there, all may be embedded
+        has_encoder(recipe)  # before a long list is read; where a plan is there, all may be embedded
     with taken(data.root, "data", replaces=["recipe.yaml"]) as folder, _nothing_left_behind(data, folder):
         sweep(data.root)
         refuse_changes(data, recipe, request.restart_from)
@@ -361,7 +361,7 @@ def _images_left(data: Data, shard: int, config: str) -> int:
     return read_json(data.fetched_record(shard))["successes"] if some is None else len(some)
 
 
-def _has_encoder(recipe: Recipe) -> bool:
+def has_encoder(recipe: Recipe) -> bool:
     """Whether the vectors can be made at once; UserError where neither the encoder's weights nor a folder of them can
     be had."""
     from curate.encoders import check_available
@@ -376,7 +376,7 @@ def _fetch_encoder(recipe: Recipe, say: Say) -> None:
     """Have the encoder's weights here, before workers ask for them all at once."""
     from curate.encoders import fetch_weights
 
-    if not _has_encoder(recipe):
+    if not has_encoder(recipe):
         say(f"fetching the weights of {recipe.embed.encoder} ...")
         fetch_weights(recipe.embed.encoder, recipe.embed.weights)
 
