@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from aesthetic.untrusted import printable
 from curate import engine_img2dataset
 from curate.data import Data
 from curate.deny import Deny
@@ -180,7 +181,9 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
         "rows": found.total_rows,
         "listed_rows": found.listed_rows,
         "shards": found.shard_count,
+        "columns": found.columns,
         "carried": found.carried.names,
+        "warnings": found.warnings,
         "stages": list(request.stages),
         "rows_to_fetch": rows,
     }
@@ -269,10 +272,13 @@ def _go_on(
     retry: bool = False,
 ) -> Outcome:
     plan = data.plan
-    say(headline(recipe))
+    say(" · ".join([headline(recipe), *columns_taken(plan.columns)]))
+    for warning in plan.warnings:
+        say(f"warning: {warning}")
     if recipe.fetch.allow:
         say(f"warning: private addresses are open to this list: {', '.join(recipe.fetch.allow)} (fetch.allow)")
-    outcome = Outcome(facts={"rows": plan.total_rows, "shards": len(plan.shards)})
+    facts = {"columns": plan.columns, "warnings": plan.warnings}
+    outcome = Outcome(facts={"rows": plan.total_rows, "shards": len(plan.shards), **facts})
     before = _images(data) if retry else 0
     screen = _run_stages(data, recipe, columns, stages, address, say, retry)
     if retry and screen is not None:
@@ -543,6 +549,11 @@ def headline(recipe: Recipe) -> str:
         level = recipe.images.level
         parts.append(f"{recipe.images.format}, {'compression' if recipe.images.format == 'png' else 'quality'} {level}")
     return " · ".join(parts)
+
+
+def columns_taken(columns: Mapping[str, str | None]) -> list[str]:
+    """Which columns of a list are URL and caption, in words; nothing for folders of pictures."""
+    return [f"{role} from {printable(name, 80)}" if name else f"no {role}" for role, name in columns.items()]
 
 
 def estimate_bytes(recipe: Recipe, rows: int) -> int:
