@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from aesthetic.untrusted import printable
 from curate import engine_img2dataset
 from curate.data import Data
 from curate.deny import Deny
@@ -229,7 +230,9 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
         "rows": found.total_rows,
         "listed_rows": found.listed_rows,
         "shards": found.shard_count,
+        "columns": found.columns,
         "carried": found.carried.names,
+        "warnings": found.warnings,
         "stages": list(request.stages),
         "rows_to_fetch": rows,
     }
@@ -326,10 +329,13 @@ def _go_on(
     retry: bool = False,
 ) -> Outcome:
     plan = data.plan
-    say(headline(recipe))
+    say(" · ".join([headline(recipe), *columns_taken(plan.columns)]))
+    for warning in plan.warnings:
+        say(f"warning: {warning}")
     if recipe.fetch.allow:
         say(f"warning: private addresses are open to this list: {', '.join(recipe.fetch.allow)} (fetch.allow)")
-    outcome = Outcome(facts={"rows": plan.total_rows, "shards": len(plan.shards)})
+    facts = {"columns": plan.columns, "warnings": plan.warnings}
+    outcome = Outcome(facts={"rows": plan.total_rows, "shards": len(plan.shards), **facts})
     elapsed = _run_stages(data, recipe, columns, stages, address, say, retry)
     _name_repeats(data, outcome, say)
     if "select" not in stages:
@@ -573,6 +579,11 @@ def headline(recipe: Recipe) -> str:
         level = recipe.images.level
         parts.append(f"{recipe.images.format}, {'compression' if recipe.images.format == 'png' else 'quality'} {level}")
     return " · ".join(parts)
+
+
+def columns_taken(columns: Mapping[str, str | None]) -> list[str]:
+    """Which columns of a list are URL and caption, in words; nothing for folders of pictures."""
+    return [f"{role} from {printable(name, 80)}" if name else f"no {role}" for role, name in columns.items()]
 
 
 def estimate_bytes(recipe: Recipe, rows: int) -> int:
