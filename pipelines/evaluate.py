@@ -23,7 +23,7 @@ from curate.store import UserError, atomic, read_json, sha256_file, sweep, write
 from pipelines.figures import meaning, readme, table
 from pipelines.progress import Count, Terminal, clock
 from pipelines.prompts import read_prompts
-from pipelines.train import Outcome
+from pipelines.train import Outcome, check_data
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,6 +75,7 @@ def run(request: Request) -> Outcome:
 
     Raises UserError before the model is loaded where model, data, prompts, encoder, heads or folder do not fit.
     """
+    check_data(request.data)
     check_free(request.out, "evaluation")
     prompts = _prompts(request)
     model = _Model.of(request.model)

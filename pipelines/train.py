@@ -135,6 +135,7 @@ def _check(request: Request) -> None:
         raise UserError("--lora changes a model that is there already: say which with --from")
     if request.objective and request.start:
         raise UserError("--objective is for new models: one to go on with (--from) has its own")
+    check_data(request.data)
     check_free(request.out, "model")
     if request.tensorboard and find_spec("tensorboard") is None:
         raise UserError("--tensorboard: it is not installed here: `pip install 'tastemaker[tensorboard]'`")
@@ -142,6 +143,12 @@ def _check(request: Request) -> None:
         raise UserError(f"--lr {request.lr}: a number above 0 is expected")
     if request.workers and request.batch and request.batch % request.workers:
         raise UserError(f"--batch {request.batch} can't be shared evenly by {request.workers} workers")
+
+
+def check_data(folder: Path) -> None:
+    """Raise UserError where there is nothing, before torch is loaded to look into it."""
+    if not folder.exists():
+        raise UserError(f"{folder} is no folder. A folder of packed shards, of tars or of images is expected.")
 
 
 def _check_start(request: Request) -> None:

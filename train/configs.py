@@ -161,7 +161,15 @@ class Scheduler(_Config):
     flow_shift: Annotated[Number, Field(gt=0, le=1000)] | None = 1.0
     solver_order: Annotated[int, Field(ge=1, le=3)] = 2
     original_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 50
-    trained_betas: Annotated[list[Number], Field(max_length=100_000)] | None = None
+    trained_betas: Annotated[list[Share], Field(max_length=100_000)] | None = None
+
+    @model_validator(mode="after")
+    def _one_each(self) -> Scheduler:
+        if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
+            raise ValueError(
+                f"trained_betas are {len(self.trained_betas)}, and num_train_timesteps {self.num_train_timesteps}"
+            )
+        return self
 
 
 class TrainedOn(_Config):
