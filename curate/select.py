@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curate.ledger import Status
-from curate.rules import KEPT, NOT_FETCHED, NUMBER, Computed, Rule, check_rules
+from curate.ledger import FETCHED_COLUMNS, URL_COLUMNS, Status
+from curate.rules import KEPT, NOT_FETCHED, NUMBER, Computed, Rule, check_rules, read_rules
 from curate.sql import Bounds, quote, short, too_much
 from curate.store import UserError, atomic, commit, digest, is_done, read_json, uncommit
 from curate.view import (
@@ -48,6 +48,9 @@ LEVELS = {
 """The quantiles that are noted for each score, linearly interpolated."""
 
 FORMAT = 1  # of selected/NAME.parquet and .json; part of what makes a selection stale
+
+
+_LEDGER = {"similarity"} | {n for n, _ in URL_COLUMNS + FETCHED_COLUMNS}
 
 
 class NothingKept(Exception):
@@ -387,9 +390,9 @@ def _share(count: int, rows: int) -> str:
 
 def _note(rule: RuleCount, quantiles: Mapping[str, Mapping[str, float]]) -> str:
     """A rule's condition in words, with where its score lies and how many rows had no value."""
-    best = re.fullmatch(r"\s*top\(\s*([\w.\"]+)\s*,\s*([\d.eE-]+)\s*\)\s*", rule.condition)
-    note = f"best {100 * float(best[2]):g}% of {best[1]}" if best else rule.condition
-    named = [c for c in quantiles if re.search(rf"(?<![\w.]){re.escape(c)}(?!\w)", rule.condition)]
+    said = read_rules({rule.name: rule.condition}, _LEDGER | set(quantiles))[rule.name]
+    note = f"best {100 * said.best[1]:g}% of {said.best[0]}" if said and said.best else rule.condition
+    named = [c for c in quantiles if said and c in said.columns]
     if len(named) == 1:
         q = quantiles[named[0]]
         note += f"   (median {q['median']:.3g}, 90% {q['90%']:.3g})"
