@@ -170,9 +170,8 @@ class _Facts:
         shards = self.fetched_table.shards
         self.picked = [shards[i] for i in _spread(len(shards), SHARDS)]
         self._candidates()
-        self.blur = " or ".join(
-            [*(f"coalesce({quote(c)} >= {BLURRED_FROM}, false)" for c in self.unsafe), *self._fails()]
-        )
+        plain = [f"coalesce({quote(c)} >= {BLURRED_FROM}, false)" for c in self.unsafe]
+        self.blur = " or ".join([*plain, *self._fails()]) or "false"
 
     def default_column(self) -> str | None:
         """The score by which the sheet is ordered unless told: the last one that a rule names, else any that is there.
