@@ -232,17 +232,17 @@ class Plan:
         extra = [(stored_extra(n), k) for n, k in (PLACE_COLUMNS if local else FAILURES if fact.get("broken") else ())]
         schema = pa.schema([*self.schema, *extra])
         if s.file in self.facts["cut"]:
-            batches = [
+            batches = (
                 pa.RecordBatch.from_arrays([column(batch, f.name, f.type) for f in schema], schema=schema)
                 for batch in _read_slice(self.root / s.file, s.offset, s.rows, schema.names)
-            ]
+            )
         else:  # the list itself, under its own names
             url, caption = fact["url"], fact["caption"]
             wanted = [n for n in (url, caption, *self.carried.names) if n]
-            batches = [
+            batches = (
                 columns_of(batch, url, caption, self.carried)
                 for batch in _read_slice(self.root / s.file, s.offset, s.rows, wanted)
-            ]
+            )
         table = pa.Table.from_batches(batches, schema)
         if table.num_rows != s.rows:
             raise UserError(f"{s.file}: has fewer rows than when the plan was made. {_ANEW}")
@@ -270,6 +270,10 @@ class Plan:
                 raise UserError(f"{path}: is damaged. Remove {self.root / 'plan'}; {_AGAIN}")
 
 
+_MOST_HELD = 512 << 20
+"""Bytes of the text of a shard; beyond them, long texts are null."""
+
+
 def _read_slice(path: Path, offset: int, rows: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     metadata = open_parquet(path).metadata
     groups: list[int] = []
@@ -281,15 +285,7 @@ def _read_slice(path: Path, offset: int, rows: int, columns: Sequence[str]) -> I
                 first = start
             groups.append(number)
         start = end
-    skip = offset - first
-    for batch in parquet_batches(path, columns, groups):
-        part = batch.slice(min(skip, batch.num_rows), rows)
-        skip -= batch.num_rows - part.num_rows if skip > 0 else 0
-        rows -= part.num_rows
-        if part.num_rows:
-            yield part
-        if rows <= 0:
-            return
+    yield from parquet_batches(path, columns, groups, offset - first, rows, _MOST_HELD)
 
 
 # ------------------------------------------------------------------------------------------------------ making a plan
@@ -492,9 +488,10 @@ def _cut(path: Path, number: int, survey: Survey, shard_size: int) -> None:
         for batch in survey.kept_rows(number):
             held.append(columns_of(batch, source.url or "url", source.caption, survey.carried, extra))
             rows = sum(b.num_rows for b in held)
-            if rows >= group:
+            many = sum(b.nbytes for b in held) > _MOST_HELD
+            if rows >= group or many:
                 table = pa.Table.from_batches(held)
-                whole = rows - rows % group
+                whole = rows if many else rows - rows % group
                 writer.write_table(table.slice(0, whole), row_group_size=group)
                 held = table.slice(whole).combine_chunks().to_batches()
         if held:

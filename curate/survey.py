@@ -107,6 +107,9 @@ def survey_list(found: Found, config: SourceConfig, limit: int | None) -> Survey
     survey = Survey(inputs, union, _carried(found, inputs, union, config), captions_unwanted=config.caption is None)
     if config.where is not None:
         survey.predicate = Predicate(config.where, union, "source.where")
+    used = [*survey.carried.names, *(survey.predicate.columns if survey.predicate else ())]
+    for source in inputs:
+        source.check_sizes([n for n in (source.url, source.caption, *used) if n])
     best, owner = np.empty(0, np.uint64), np.empty(0, np.int64)
     survey.kept = [0] * len(inputs)
     for number, source in enumerate(inputs):
