@@ -199,6 +199,19 @@ def _cleaned(value: Any) -> Any:
     return value
 
 
+def caption_of(value: Any) -> str | None:
+    """The caption in a JSON value: a text as it is, a number as its text (2020 may be one, as in a CSV), of a list the
+    first that is not blank; None where there is none, also for true, false, objects and blank text.
+
+    A list holds several captions of one picture (COCO, Flickr30k): one of them is taken, always the same.
+    """
+    if isinstance(value, list):
+        return next((found for v in value if not isinstance(v, list) and (found := caption_of(v)) is not None), None)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value) if isinstance(value, int) or math.isfinite(value) else None
+    return clean(value) if isinstance(value, str) and value.strip() else None
+
+
 # ------------------------------------------------------------------------------------------------------ to be shown
 
 # C0 and C1 controls, DEL, and what changes the direction of what follows (Unicode Bidi_Control) or splits lines
