@@ -23,10 +23,10 @@ METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 TEXT_EXTENSIONS = ("txt", "caption")
 """Of files beside a picture that hold its caption: NAME.txt, NAME.caption, NAME.jpg.txt, in this order."""
 
-UNREAD_EXTENSIONS = frozenset(
-    "heic heif hif jxl jp2 j2k jpx jpf psd svg svgz ico tga exr hdr dds pbm pgm ppm pnm pcx wmf emf "
-    "cr2 cr3 nef nrw arw dng raf orf rw2 pef srw".split()
-)
+_CAMERAS = ("cr2", "cr3", "nef", "nrw", "arw", "dng", "raf", "orf", "rw2", "pef", "srw")
+_OTHERS = ("heic", "heif", "hif", "jxl", "jp2", "j2k", "jpx", "jpf", "psd", "svg", "svgz", "ico", "tga", "exr", "hdr")
+_BITMAPS = ("dds", "pbm", "pgm", "ppm", "pnm", "pcx", "wmf", "emf")
+UNREAD_EXTENSIONS = frozenset((*_CAMERAS, *_OTHERS, *_BITMAPS))
 """Of pictures in formats that are not read. They are counted and named: nobody is to miss them."""
 
 _ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".zip", ".7z", ".rar")
