@@ -80,7 +80,7 @@ def scatter(
         if ends.shape[1] != len(x):
             raise HeadError(f"{path}: {ends.shape[1]} intervals for {len(x)} predictions")
     start, end = _span([*scale, x.min(), x.max(), y.min(), y.max()])
-    with _figure(path, title, 6.2, 6.2) as figure:
+    with drawing(path, title, 6.2, 6.2) as figure:
         grid = figure.add_gridspec(2, 2, width_ratios=(6, 1), height_ratios=(1, 6), wspace=0.02, hspace=0.02)
         axes = figure.add_subplot(grid[1, 0])
         above, beside = figure.add_subplot(grid[0, 0], sharex=axes), figure.add_subplot(grid[1, 1], sharey=axes)
@@ -136,7 +136,7 @@ def reliability(path: Path | str, bins: Sequence[dict[str, Any]], *, title: str,
     low, high = (_ends([b[name] for b in bins], observed) for name in ("low", "high"))
     counts = [int(b["n"]) for b in bins]
     start, end = _span([*predicted, *low, *high], *((0, 1) if probability else (None, None)))
-    with _figure(path, title, 6.2, 6.6) as figure:
+    with drawing(path, title, 6.2, 6.6) as figure:
         axes, below = figure.subplots(2, 1, height_ratios=(4, 1))
         names = ("predicted probability", "observed share") if probability else ("mean prediction", "mean rating")
         if probability and np.median(predicted) < 0.1:  # what is rare would lie in one corner
@@ -195,7 +195,7 @@ def learning_curve(
         raise HeadError(f"{path}: no point of the learning curve has a value and at least one rating")
     n, value = _numbers(path, "n", [p["n"] for p in known]), _numbers(path, "value", [p["value"] for p in known])
     low, high = (_ends([p[name] for p in known], value) for name in ("low", "high"))
-    with _figure(path, title, 6.2, 4.2) as figure:
+    with drawing(path, title, 6.2, 4.2) as figure:
         axes = figure.subplots()
         axes.set_xscale("log")
         axes.set(xlim=(n[0] / _ROOM, n[-1] * _ROOM), xlabel="ratings in training", ylabel=f"{measure}, held out")
@@ -216,7 +216,7 @@ def learning_curve(
 
 
 @contextmanager
-def _figure(path: Path | str, title: str, width: float, height: float) -> Iterator[Figure]:
+def drawing(path: Path | str, title: str, width: float, height: float) -> Iterator[Figure]:
     """A figure in our style, which is written under `path` when the block ends well."""
     from matplotlib import style
     from matplotlib.figure import Figure

@@ -119,6 +119,14 @@ class Shown(NamedTuple):
     blurred: bool = False  # what is called unsafe is shown as a blur that no one can undo
 
 
+def enlarged(picture: Image.Image | npt.NDArray[np.uint8], caption: str, blurred: bool = False) -> Shown:
+    """A picture of a sheet; a small one, as small models draw them, is shown large, pixel by pixel."""
+    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    times = max(1, 224 // max(image.size))
+    large = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+    return Shown(large, caption, blurred)
+
+
 def sheet(path: Path, title: str, rows: Sequence[tuple[str, Sequence[Shown]]]) -> Path:
     """Draw a contact sheet of pictures at hand: for each row its title line, then its pictures, five abreast.
 

@@ -27,7 +27,6 @@ from pipelines.train import Outcome, undo
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    from PIL import Image
 
     from aesthetic.heads import Head
     from curate.encoders import Encoder
@@ -709,15 +708,10 @@ def _growth(count: Callable[[int], None]) -> Callable[[int, int], None]:
 
 
 def _shown(picture: npt.NDArray[np.uint8], line: str, more: str, blurred: bool) -> Any:
-    """A tile; small pictures are shown large, pixel by pixel."""
-    from PIL import Image
+    """A tile of a sheet."""
+    from curate.report import enlarged
 
-    from curate.report import Shown
-
-    image: Image.Image = Image.fromarray(picture)
-    times = max(1, 224 // max(image.size))
-    large = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
-    return Shown(large, f"{line}\n{more}", bool(blurred))
+    return enlarged(picture, f"{line}\n{more}", bool(blurred))
 
 
 # ---------------------------------------------------------------------------------------------------------- its result

@@ -11,11 +11,14 @@ MODEL/model_index.json unet/ ...    the finished pipeline (of a LoRA: pytorch_lo
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import shlex
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -26,6 +29,7 @@ from typing import IO, TYPE_CHECKING, Any
 from curate.store import DiskFull, Lock, UserError, check_space, read_json, scratch_path, sweep, write_json
 from pipelines.progress import Count, Terminal, clock
 from pipelines.prompts import read_prompts
+from train.devices import FreeCores
 from train.release import LORA_FILE, is_released, release
 
 if TYPE_CHECKING:
@@ -82,6 +86,7 @@ def run(request: Request) -> Outcome:
 
     Raises UserError before anything is written where data, options or folder do not fit; DiskFull; Diverged.
     """
+    free = FreeCores()
     _check(request)
     prompts = tuple(read_prompts(request.prompts)) if request.prompts else ()
     from train.data import open_samples, weights_of
@@ -101,7 +106,7 @@ def run(request: Request) -> Outcome:
         facts = before or {"settings": settings, "started": _now()}
         write_json(request.out / "train.json", facts)
         try:
-            materials, trainers = _prepared(request, settings, facts, samples, prompts, terminal)
+            materials, trainers = _prepared(request, settings, facts, samples, prompts, free, terminal)
         except (UserError, DiskFull):
             if before is None:
                 undo(request.out, there)
@@ -235,6 +240,7 @@ def _prepared(
     facts: dict[str, Any],
     samples: Numbered,
     prompts: tuple[str, ...],
+    free: FreeCores,
     terminal: IO[str],
 ) -> tuple[Materials, Trainers]:
     """All that can be refused, and all that is done once; adds to `facts` what is known then."""
@@ -249,9 +255,11 @@ def _prepared(
         _write_start(settings, samples, told, request.out)
     plan = _plan(request, settings, samples, told, prompts, pipeline)
     alone = request.address is None and (request.workers or _gpus()) <= 1
-    materials = Materials(plan, device_here() if alone else _cpu(), pipeline)
+    device = device_here() if alone else _cpu()
+    by = f"cpu, {_set_threads(facts, free)}" if alone and device.type == "cpu" else str(device)
+    materials = Materials(plan, device, pipeline)
     _check_room(plan, materials)
-    trainers: Trainers = Here(materials) if alone else RayWorkers(materials, request.workers, request.address, say)
+    trainers: Trainers = Here(materials, by) if alone else RayWorkers(materials, request.workers, request.address, say)
     facts |= {"data": _data_facts(samples, materials, told), "made_with": _versions(), "by": trainers.about}
     facts |= {"size": plan.size, "prompts": list(plan.prompts)}
     write_json(request.out / "train.json", facts)
@@ -265,6 +273,7 @@ def _carried_out(
 ) -> Outcome:
     """All stages, as far as they are not done yet."""
     from train.board import on_board
+    from train.curve import draw_loss
     from train.loop import line
     from train.tasks import psnr
 
@@ -273,22 +282,76 @@ def _carried_out(
 
     plan, began = materials.plan, time.monotonic()
     if plan.vae and not (plan.vae_folder / "vae").is_dir():
-        for record in trainers.records("autoencoder"):
-            found = record.get("held_out")
-            say("autoencoder " + line(record) + (f"  PSNR {psnr(found['ema']):.1f} dB" if found else ""))
+        with _ending_after_a_step(terminal, plan.vae_folder) as stop:
+            for record in trainers.records("autoencoder", stop):
+                found = record.get("held_out")
+                say("autoencoder " + line(record) + (f"  PSNR {psnr(found['ema']):.1f} dB" if found else ""))
         _settle_vae(materials)
     if plan.latents:
         count = Count(terminal, "latents", len(materials.encoded))
         trainers.latents(count)
         size = sum(p.stat().st_size for p in plan.latents_folder.iterdir())
         count.end(f", {size / 1e6:,.1f} MB in {plan.latents_folder}")
-    records = trainers.records("model")
-    for record in on_board(records, plan.out) if request.tensorboard else records:
-        say(line(record))
+    with _ending_after_a_step(terminal, plan.out) as stop:
+        records = trainers.records("model", stop)
+        for record in on_board(records, plan.out) if request.tensorboard else records:
+            say(line(record))
+            if "checkpoint" in record:
+                draw_loss(plan.out)
     facts["result"] = _result(plan)
     facts |= {"finished": _now(), "seconds": round(time.monotonic() - began)}
     _release(plan, facts)
     return _outcome(request, facts)
+
+
+@contextlib.contextmanager
+def _ending_after_a_step(terminal: IO[str], folder: Path) -> Iterator[Callable[[], bool]]:
+    """Within, the first Ctrl-C or SIGTERM ends training after its step, with a checkpoint; the second ends it at once.
+
+    What it gives says whether that was asked for; then KeyboardInterrupt is raised in the end. Says from where training
+    goes on, if it does.
+    """
+    from train import checkpoint
+
+    if there := checkpoint.checkpoints(folder):
+        terminal.write(f"goes on from step {max(there):,}, {there[max(there)]}\n")
+    asked: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        os.write(terminal.fileno(), b"\nending after this step, with a checkpoint; once more: at once\n")
+
+    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    were = [signal.signal(s, note) for s in signals]
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for s, was in zip(signals, were, strict=True):
+            signal.signal(s, was)
+    if asked:
+        raise KeyboardInterrupt
+
+
+def _set_threads(facts: dict[str, Any], free: FreeCores) -> str:
+    """Choose how many threads compute, by what others leave free; returns that in words.
+
+    A run that goes on keeps the number that it began with: it changes the last bits of sums. OMP_NUM_THREADS is obeyed.
+    """
+    import torch
+
+    count = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:
+        began = facts.get("threads")
+        facts["threads"] = int(began) if began else min(count, free())
+        torch.set_num_threads(facts["threads"])
+        if facts["threads"] < count:
+            why = "as when it began" if began else "others are busy"
+            count, cores = facts["threads"], count
+            return f"{count} thread{'s' * (count > 1)} of {cores} ({why}; OMP_NUM_THREADS sets another number)"
+        count = facts["threads"]
+    return f"{count} thread{'s' * (count > 1)}"
 
 
 def _cpu() -> Any:
@@ -565,6 +628,8 @@ def _outcome(request: Request, facts: dict[str, Any]) -> Outcome:
         text += f" · autoencoder {decibel:.1f} dB"
     pictures = sorted((out / "samples").glob("*.png"))
     paths = {"model": out, **({"pictures": pictures[-1]} if pictures else {}), "card": out / "README.md"}
+    if (out / "loss.png").is_file():
+        paths["loss"] = out / "loss.png"
     model, lora = (facts["settings"]["from"], ["--lora", out]) if facts["settings"]["lora"] else (out, [])
     following = shlex.join(map(str, ["tastemaker", "sample", model, facts["prompts"][0], *lora]))
     return Outcome(text, facts, following, paths)

@@ -23,7 +23,7 @@ import torch
 
 from curate.store import UserError, attend, read_json
 from pipelines.jobs import OBJECT_STORE, check_nodes, join, quiet, telling
-from train.data import Ints, Pictures, Stream, open_samples, weights_of
+from train.data import Ints, Pictures, Stream, decoded, fitted, open_samples, weights_of
 from train.latents import Latents, finish, is_made, made_from, precompute, shards_of, write_shard
 from train.loop import LoopConfig, held_out, train
 from train.model import add_lora, load_model, size_step, tokenize
@@ -34,6 +34,8 @@ RESTARTS = 8
 """Times that Ray starts all workers again after it lost one; then the driver ends, and the same command goes on."""
 
 Record = dict[str, Any]
+Stop = Callable[[], bool]
+"""Whether training is to end after this step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,22 +103,34 @@ class Materials:
 
         self.pipeline.vae = AutoencoderKL.from_pretrained(self.plan.vae_folder / "vae").to(self.device)
 
-    def autoencoder(self, world: World) -> Iterator[Record]:
+    def autoencoder(self, world: World, stop: Stop) -> Iterator[Record]:
         """Train the autoencoder."""
         assert self.plan.vae is not None
-        return self._train(Reconstruct(self.pipeline), self.pictures, self.plan.vae, self.plan.vae_folder, world)
+        return self._train(Reconstruct(self.pipeline), self.pictures, self.plan.vae, self.plan.vae_folder, world, stop)
 
-    def model(self, world: World) -> Iterator[Record]:
+    def model(self, world: World, stop: Stop) -> Iterator[Record]:
         """Train the model, or its LoRA."""
         plan = self.plan
         if plan.lora:
             add_lora(self.pipeline, plan.lora, plan.loop.seed)
         examples = Latents(plan.latents_folder) if plan.latents else self.pictures
-        return self._train(
-            Denoise(self.pipeline, text=plan.text, gamma=plan.gamma), examples, plan.loop, plan.out, world
-        )
+        real = self._real() if world.rank == 0 else {}
+        task = Denoise(self.pipeline, text=plan.text, gamma=plan.gamma, real=real)
+        return self._train(task, examples, plan.loop, plan.out, world, stop)
 
-    def _train(self, task: Any, examples: Any, config: LoopConfig, folder: Path, world: World) -> Iterator[Record]:
+    def _real(self) -> dict[str, Any]:
+        """The held-out picture of each prompt that is the caption of one, as the model would draw it."""
+        found: dict[str, Any] = {}
+        for number in self.held:
+            caption = self.samples.facts(int(number))["caption"]
+            if caption in self.plan.prompts and caption not in found:
+                side = self.plan.size
+                found[caption] = fitted(decoded(self.samples[int(number)], side), side, side)
+        return found
+
+    def _train(
+        self, task: Any, examples: Any, config: LoopConfig, folder: Path, world: World, stop: Stop
+    ) -> Iterator[Record]:
         plan = self.plan
         weights = weights_of(self.samples, plan.weight_by) if plan.weight_by else None
         stream = Stream(
@@ -138,6 +152,7 @@ class Materials:
             prompts=plan.prompts,
             identity=plan.identity,
             world=world,
+            stop=stop,
         )
 
 
@@ -158,8 +173,8 @@ class Trainers(Protocol):
 
     about: str  # who that is, in a few words
 
-    def records(self, stage: str) -> Iterator[Record]:
-        """Train `autoencoder` or `model` to the end; records as `train.loop.train` yields them."""
+    def records(self, stage: str, stop: Stop) -> Iterator[Record]:
+        """Train `autoencoder` or `model` to the end, or until `stop`; records as `train.loop.train` yields them."""
         ...
 
     def latents(self, tell: Callable[[int], None]) -> None:
@@ -174,15 +189,15 @@ class Trainers(Protocol):
 class Here:
     """This process, alone and without Ray."""
 
-    def __init__(self, materials: Materials) -> None:
-        self._materials, self.about = materials, str(materials.device)
+    def __init__(self, materials: Materials, about: str) -> None:
+        self._materials, self.about = materials, about
 
     def close(self) -> None:
         """Nothing was started."""
 
-    def records(self, stage: str) -> Iterator[Record]:
-        run: Callable[[World], Iterator[Record]] = getattr(self._materials, stage)
-        return run(World())
+    def records(self, stage: str, stop: Stop) -> Iterator[Record]:
+        run: Callable[[World, Stop], Iterator[Record]] = getattr(self._materials, stage)
+        return run(World(), stop)
 
     def latents(self, tell: Callable[[int], None]) -> None:
         m = self._materials
@@ -199,6 +214,7 @@ class Post:
     def __init__(self) -> None:
         self._letters: list[Any] = []
         self._failure: Exception | None = None
+        self._stopping = False
 
     def put(self, letter: Any) -> None:
         self._letters.append(letter)
@@ -206,6 +222,14 @@ class Post:
     def fail(self, error: Exception) -> None:
         """Keep what went wrong; the first error is the cause of those after it."""
         self._failure = self._failure or error
+
+    def stop(self) -> None:
+        """Ask the first worker to end after its step."""
+        self._stopping = True
+
+    def stopping(self) -> bool:
+        """Whether it is asked to."""
+        return self._stopping
 
     def take(self) -> tuple[list[Any], Exception | None]:
         """Letters since the last time, and what went wrong."""
@@ -283,7 +307,7 @@ class RayWorkers:
         self._cpus = max(1, int(min(r.get("CPU", 1) for r in able)) // math.ceil(self._workers / len(able)))
         self.about = f"{self._workers} workers with {'a GPU' if self._gpu else f'{self._cpus} cores'} each"
 
-    def records(self, stage: str) -> Iterator[Record]:
+    def records(self, stage: str, stop: Stop) -> Iterator[Record]:
         """Train with Ray Train's TorchTrainer."""
         plan, name = self._plan, self._name
 
@@ -305,9 +329,11 @@ class RayWorkers:
             ).fit()
 
         started = False
-        for letter in self._listen(job):
+        for letter in self._listen(job, stop):
             if letter != STARTED:
                 yield letter
+                if "stopped" in letter:
+                    return  # the other workers end with Ray
             elif started:
                 self._say("a worker was lost: all go on from the last checkpoint")
             else:
@@ -350,7 +376,7 @@ class RayWorkers:
     def _resources(self) -> dict[str, float]:
         return {"CPU": self._cpus, **({"GPU": 1} if self._gpu else {})}
 
-    def _listen(self, job: Callable[[], None]) -> Iterator[Any]:
+    def _listen(self, job: Callable[[], None], stop: Stop = lambda: False) -> Iterator[Any]:
         """Do a job in a thread, and yield what its workers send meanwhile. Raises what ends it.
 
         In a thread, because Ray Train takes Ctrl-C for itself in the main one.
@@ -371,6 +397,8 @@ class RayWorkers:
         while alive:
             thread.join(0.3)
             alive = thread.is_alive()
+            if stop():
+                self._post.stop.remote()
             letters, failure = ray.get(self._post.take.remote())
             yield from letters
             if failure is not None:
@@ -393,13 +421,29 @@ def _worker(plan: Plan, stage: str, name: str) -> None:
     with telling(post):
         try:
             materials = Materials(plan, torch.device(ray.train.torch.get_device()))
-            for record in getattr(materials, stage)(world):
+            for record in getattr(materials, stage)(world, _asked(post)):
                 if world.rank == 0:
                     ray.get(post.put.remote(record))
         except RuntimeError as e:  # where a worker died, the others can't add up: no error of ours, Ray starts anew
             broken = e
     if broken is not None:
         raise broken
+
+
+def _asked(post: Any) -> Stop:
+    """Whether the driver wants an end, asked once a second at most."""
+    import ray
+
+    last = time.monotonic()
+
+    def stop() -> bool:
+        nonlocal last
+        if time.monotonic() - last < 1:
+            return False
+        last = time.monotonic()
+        return bool(ray.get(post.stopping.remote()))
+
+    return stop
 
 
 class Encoder:

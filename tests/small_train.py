@@ -31,7 +31,13 @@ def make_pictures(folder: Path, count: int = 64) -> Path:
 
 
 def small_run(
-    folder: Path, out: Path, world: Any = None, objective: str = "flow", start: Path | None = None, **settings: Any
+    folder: Path,
+    out: Path,
+    world: Any = None,
+    objective: str = "flow",
+    start: Path | None = None,
+    stop: Any = None,
+    **settings: Any,
 ) -> Any:
     """Training of the debug model on such a folder, or of a LoRA on the model `start`: the generator of records."""
     config = LoopConfig(**{"steps": 10, "batch": 8, "lr": 2e-3, "log_every": 1, "ema": 0.99, **settings})
@@ -47,4 +53,5 @@ def small_run(
     chosen, kept_apart = split(samples, 0.2)
     stream = Stream(examples, chosen, batch=config.batch, rank=rank, ranks=ranks)
     held = held_out(examples, kept_apart)
-    return train(Denoise(pipeline), stream, config, out, held=held, prompts=["a red disc"], seeds=[0, 1], world=world)
+    task, more = Denoise(pipeline), {"stop": stop} if stop else {}
+    return train(task, stream, config, out, held=held, prompts=["a red disc"], seeds=[0, 1], world=world, **more)

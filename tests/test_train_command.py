@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from PIL import Image
 
 from pipelines.cli import main
 from tests.small_train import make_pictures
@@ -103,6 +104,7 @@ def test_a_folder_of_pictures_becomes_a_model(pictures: Path, trained: Path) -> 
     assert facts["settings"]["lr"] == PRESETS["debug"].lr and facts["settings"]["objective"] == "flow"
     assert [s for s, _ in losses(trained)] == list(range(1, 9))
     assert len(facts["prompts"]) == 4 and (trained / "samples" / "000008.png").is_file()
+    assert Image.open(trained / "loss.png").size == (1050, 630)
     assert (trained / "latents" / "made.json").is_file()  # each picture is seen twice and more
     card = (trained / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: diffusers\n") and "54 captioned pictures of `discs`" in card
@@ -296,7 +298,9 @@ def test_a_killed_run_goes_on_when_the_command_is_typed_again(pictures: Path, un
 
 
 @pytest.mark.long
-def test_ctrl_c_leaves_whole_checkpoints_and_says_how_to_go_on(pictures: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on_from_it(
+    pictures: Path, unkilled: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "model"
     process = train(pictures, "--out", out, *LONG)
     wait_for_step(out, 45, process)
@@ -304,8 +308,14 @@ def test_ctrl_c_leaves_whole_checkpoints_and_says_how_to_go_on(pictures: Path, t
     _, said = process.communicate()
     assert process.returncode == 130 and "run the same command again to go on" in said
     there = checkpoint.checkpoints(out)
-    assert [p.name for p in (out / "checkpoints").iterdir()] == [f"{s:06d}" for s in there]
-    load_model(there[40] / "pipeline")
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [f"{s:06d}" for s in there]
+    last = max(there)
+    assert 40 in there and last >= 45 and f"step {last}/120" in said
+    load_model(there[last] / "pipeline")
+    process = train(pictures, "--out", out, *LONG)
+    _, said = process.communicate()
+    assert process.returncode == 0 and f"goes on from step {last}, {there[last]}" in said
+    assert all(torch.equal(a, b) for a, b in zip(weights(out), weights(unkilled), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------- Ray
@@ -327,6 +337,19 @@ def test_two_workers_make_the_model_that_one_makes(pictures: Path, tmp_path: Pat
     apart = torch.cat([(a - b).flatten() for a, b in zip(one, two, strict=True)])
     assert float(apart.square().mean().sqrt()) < 1e-5 and float(apart.abs().max()) < 1e-4
     assert load_model(tmp_path / "two").unet.config.sample_size == 16
+
+
+@pytest.mark.long
+def test_ctrl_c_saves_a_checkpoint_with_two_workers_too(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    words = [*DEBUG, "--steps", "5000", "--save-every", "5000", "--workers", 2]
+    process = train(pictures, "--out", out, *words)
+    wait_for_step(out, 100, process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130, said
+    there = checkpoint.checkpoints(out)
+    assert len(there) == 1 and max(there) >= 100 and losses(out)[-1][0] == max(there)
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:

@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,6 +26,7 @@ from curate.store import DiskFull, UserError
 from tests.small_train import make_pictures, small_run
 from train import checkpoint
 from train.data import Pictures, Stream, batches_of, open_samples, split
+from train.devices import FreeCores
 from train.loop import Diverged, Ema, LoopConfig, held_out, learning_rate, line, train, training_flops
 from train.model import PRESETS, encode_images, load_model, new_model, tokenize
 from train.tasks import Denoise, Reconstruct, draw, fit_scale, part_of, psnr
@@ -126,7 +128,7 @@ def test_a_run_learns_and_leaves_what_it_promises(pictures: Path, tmp_path: Path
     assert records[-1]["loss"] < 0.6 * records[0]["loss"] and held[-1] < 0.7 * held[0]
     for r in records:
         assert r["img_s"] > 0 and r["tflop_s"] > 0 and 0 <= r["data_wait"] < 1 and r["memory_gb"] > 0.1
-        assert r["mfu"] is None and Image.open(r["samples"]).size == (32, 16)
+        assert r["mfu"] is None and Image.open(r["samples"]).width == 2480  # a sheet, with labels
     assert records[-1]["eta_s"] == 0 and records[-1]["epoch"] == 45 * 16 // 64  # 52 pictures fill 4 batches
     said = line(records[-1])
     assert said.startswith("step 45/45  loss ") and "img/s" in said and "data-wait" in said and "\n" not in said
@@ -137,6 +139,41 @@ def test_a_run_learns_and_leaves_what_it_promises(pictures: Path, tmp_path: Path
     unet = load_model(tmp_path / "checkpoints" / "000045" / "pipeline").unet
     first = next(unet.parameters())
     assert torch.equal(first, state["mean"][0]) and not torch.equal(first, state["raw"][0])
+
+
+def test_a_run_that_is_stopped_saves_where_it_is_and_goes_on_to_the_same_bits(pictures: Path, tmp_path: Path) -> None:
+    whole = [r["loss"] for r in small_run(pictures, tmp_path / "whole", steps=6)]
+    asked = iter([False, False, True])
+    records = list(small_run(pictures, tmp_path / "stopped", steps=6, stop=lambda: next(asked)))
+    assert [r["step"] for r in records] == [1, 2, 3] and records[-1]["stopped"]
+    assert list(checkpoint.checkpoints(tmp_path / "stopped")) == [3]
+    assert "samples" not in records[-1] and "held_out" not in records[-1]  # whoever stops a run does not want to wait
+    rest = list(small_run(pictures, tmp_path / "stopped", steps=6))
+    assert [r["loss"] for r in records + rest] == whole
+
+
+def test_what_is_drawn_is_shown_large_beside_the_real_picture_of_the_caption(tmp_path: Path) -> None:
+    real = np.full((16, 16, 3), (255, 0, 0), np.uint8)
+    task = Denoise(new_model("debug", ["a red disc"]), real={"a red disc": real})
+    rows = task.look(["a red disc", "no such thing"], [0, 1])
+    assert [(words, [s.caption for s in shown]) for words, shown in rows] == [
+        ("a red disc", ["real, held out", "generated, seed 0", "generated, seed 1"]),
+        ("no such thing", ["generated, seed 0", "generated, seed 1"]),
+    ]
+    sizes = {s.image.size for _, shown in rows for s in shown}
+    assert sizes == {(224, 224)} and rows[0][1][0].image.getpixel((100, 100)) == (255, 0, 0)
+
+
+def test_threads_are_chosen_by_what_others_leave_free() -> None:
+    free = FreeCores()
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    time.sleep(0.6)
+    found = free()
+    for p in others:
+        p.kill()
+        p.wait()
+    assert found == 1
+    assert FreeCores()() == len(os.sched_getaffinity(0))  # too soon to tell: all
 
 
 @pytest.mark.long

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,37 @@ def device_here() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+class FreeCores:
+    """How many cores of this machine others leave free, measured between its making and the question.
+
+    Threads of one pool wait for each other at every operation: two on a core that they share with another program
+    are many times slower than one.
+    """
+
+    def __init__(self) -> None:
+        self._before = _busy(), time.monotonic(), time.process_time()
+
+    def __call__(self) -> int:
+        """At least 1, at most as many as this process may use."""
+        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        busy, since, own = self._before
+        seconds = time.monotonic() - since
+        if busy is None or (now := _busy()) is None or seconds < 0.2:
+            return allowed
+        others = (now - busy - (time.process_time() - own)) / seconds
+        return max(1, min(allowed, round((os.cpu_count() or 1) - others)))
+
+
+def _busy() -> float | None:
+    """Seconds that all cores have worked since the machine started; None where that is not told (not Linux)."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    except OSError:
+        return None
+    user, nice, system, _, _, irq, softirq, steal = map(int, fields[:8])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def precision(device: torch.device, about: About) -> torch.dtype:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curate.report import sheet
 from curate.store import UserError, atomic, check_space, write_json
 from train import checkpoint
 from train.data import Batch, Examples, Ints, Stream, batches_of
@@ -144,6 +145,7 @@ def train(
     seeds: Sequence[int] = (0, 1, 2, 3),
     identity: dict[str, Any] | None = None,
     world: World | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict[str, Any]]:
     """Train up to `config.steps`, from the last whole checkpoint in `folder` on.
 
@@ -153,11 +155,13 @@ def train(
         held: what loss is measured on, raw and averaged, at fixed noise and times.
         prompts: drawn with each of `seeds`, into `folder/samples/000400.png`; () where the task draws without any.
         identity: what else must be the same for a run to go on (model, data), by name.
+        stop: asked after each step, of the first rank; where it says True, a checkpoint is saved and the run ends.
 
     Yields records of logged steps: step, loss (mean since the last record), lr, grad_norm, img_s, tflop_s, mfu (None
     where the device's peak is not known), data_wait (share of time), memory_gb, eta_s, epoch, micro_batch; and held_out
     {raw, ema}, samples and checkpoint where they are due. What is done aside (these three, and what the caller does
-    between records) counts in eta_s alone. The same lines are in `folder/log.jsonl`.
+    between records) counts in eta_s alone. The last record of a run that was stopped has `stopped`, True. The lines are
+    in `folder/log.jsonl` too.
 
     When the last step is done, the task's modules hold the averaged weights.
 
@@ -210,12 +214,16 @@ def train(
             meter.stepped(value)
 
             last = step == config.steps
-            saves = last or _due(config.save_every, step)
             record: dict[str, Any] = {}
+            if not last and world.rank == 0 and stop():
+                record["stopped"] = True
+            saves = last or _due(config.save_every, step)
             with meter.aside(), torch.compiler.set_stance("force_eager"):  # not compiled again for other shapes
-                if held is not None and (saves or _due(config.held_out_every, step)):
+                if record:
+                    saves = True  # and nothing else: whoever stops a run does not want to wait
+                elif held is not None and (saves or _due(config.held_out_every, step)):
                     record["held_out"] = _measure(task, held, config, micro, device, ema)
-                if world.rank == 0 and (saves or _due(config.look_every, step)):
+                if world.rank == 0 and "stopped" not in record and (saves or _due(config.look_every, step)):
                     record["samples"] = _look(task, ema, folder, step, prompts, seeds, device)
                 if world.rank == 0 and saves:
                     state = {"step": step, "cursor": list(cursor), "optimizer": optimizer.state_dict()}
@@ -230,6 +238,8 @@ def train(
                 log.write(record)
                 with meter.aside():
                     yield record
+                if "stopped" in record:
+                    return
         ema.settle()
     finally:
         batches.close()
@@ -334,12 +344,9 @@ def _measure(
 def _look(
     task: Task, ema: Ema, folder: Path, step: int, prompts: Sequence[str], seeds: Sequence[int], device: torch.device
 ) -> str:
-    path = folder / "samples" / f"{step:06d}.png"
     with ema.applied(), autocast(device):
-        picture = task.look(prompts, seeds)
-    with atomic(path) as f:
-        picture.save(f, "PNG")
-    return str(path)
+        rows = task.look(prompts, seeds)
+    return str(sheet(folder / "samples" / f"{step:06d}.png", f"after {step:,} steps", rows))
 
 
 def _diverged(folder: Path, step: int, batch: Batch, loss: float, norm: float, rank: int) -> Diverged:

@@ -8,18 +8,20 @@ batch is cut into micro-batches. There is no random state to save.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from curate.report import Shown, enlarged
 from train.data import Batch
 from train.model import encode_images, has_lora, no_bars, save_lora
 from train.objective import TIMES, Objective, objective_of
@@ -46,8 +48,8 @@ class Task(Protocol):
         """The loss of each sample at fixed noise, (n,) float32: comparable between steps and runs."""
         ...
 
-    def look(self, prompts: Sequence[str], seeds: Sequence[int]) -> Image.Image:
-        """A picture of what has been learnt so far."""
+    def look(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, list[Shown]]]:
+        """Pictures of what has been learnt so far: rows of a sheet, each with its title."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -59,10 +61,18 @@ class Denoise:
     """Training of a text-to-image pipeline: UNet and, where `text` says so, its text encoder; or its LoRA alone.
 
     The autoencoder is never trained here and runs without gradients, in fp32; with precomputed latents it does not run.
+    `real` holds a picture, (h, w, 3) uint8, for prompts that are captions of one: it is shown beside what is drawn.
     """
 
-    def __init__(self, pipeline: Any, *, text: bool = True, gamma: float | None = None) -> None:
-        self.pipeline = pipeline
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        text: bool = True,
+        gamma: float | None = None,
+        real: Mapping[str, npt.NDArray[np.uint8]] | None = None,
+    ) -> None:
+        self.pipeline, self._real = pipeline, real or {}
         self.objective: Objective = objective_of(pipeline.scheduler, gamma)
         pipeline.vae.requires_grad_(False).eval()
         pipeline.text_encoder.requires_grad_(text and not has_lora(pipeline))
@@ -105,9 +115,15 @@ class Denoise:
         states: Tensor = self.pipeline.text_encoder(batch.tokens.to(self.pipeline.unet.device))[0]
         return states
 
-    def look(self, prompts: Sequence[str], seeds: Sequence[int]) -> Image.Image:
-        """Fixed prompts x fixed seeds: a row for each prompt."""
-        return grid(draw(self.pipeline, prompts or [""], seeds), len(seeds))
+    def look(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, list[Shown]]]:
+        """A row for each prompt: the real picture of that caption where it is known, then one for each seed."""
+        prompts = prompts or [""]
+        drawn = iter(draw(self.pipeline, prompts, seeds))
+        rows = []
+        for prompt in prompts:
+            real = [enlarged(self._real[prompt], "real, held out")] if prompt in self._real else []
+            rows.append((prompt, real + [enlarged(next(drawn), f"generated, seed {s}") for s in seeds]))
+        return rows
 
     def save(self, folder: Path) -> None:
         """`pipeline/`; of a LoRA `lora/`, which goes on top of the pipeline that training began with."""
@@ -130,7 +146,7 @@ class Reconstruct:
     def losses(self, batch: Batch, seed: int, step: int) -> Tensor:
         """Mean absolute error of each sample in [-1, 1] units, plus KL_WEIGHT times its KL per pixel value."""
         x = batch.images.to(self.pipeline.vae.device)
-        self._seen = x[:8] if self._seen is None else self._seen
+        self._seen = x[:5] if self._seen is None else self._seen
         posterior = self.pipeline.vae.encode(x).latent_dist
         _, noise = self._drawn(seed, step, batch.slots, posterior.mean)
         back = self.pipeline.vae.decode(posterior.mean + posterior.std * noise, return_dict=False)[0].float()
@@ -146,13 +162,14 @@ class Reconstruct:
         back: Tensor = vae.decode(vae.encode(x).latent_dist.mode(), return_dict=False)[0].float()
         return back.clamp(-1, 1)
 
-    def look(self, prompts: Sequence[str], seeds: Sequence[int]) -> Image.Image:
+    def look(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, list[Shown]]]:
         """Pictures of the first batch, and their reconstructions below."""
         assert self._seen is not None
         with torch.no_grad():
             both = torch.cat([self._seen, self._back(self._seen)])
         pixels = ((both + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-        return grid([Image.fromarray(p) for p in pixels], len(self._seen))
+        shown = [enlarged(p, str(i % len(self._seen) + 1)) for i, p in enumerate(pixels)]
+        return [("pictures", shown[: len(self._seen)]), ("their reconstructions", shown[len(self._seen) :])]
 
     def save(self, folder: Path) -> None:
         """`vae/`: an AutoencoderKL."""
