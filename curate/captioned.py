@@ -170,6 +170,10 @@ class Numbered(Sequence[Sample]):
         """The name of one sample: its key in a tar, its path in a folder."""
         raise NotImplementedError
 
+    def path(self, number: int) -> str:
+        """What one may call its image: the path in a folder, KEY.jpg in a tar."""
+        return self.key(number)
+
     def image(self, number: int) -> bytes:
         """The bytes of one image. Raises RowError where these can't be had though the rest of the folder can."""
         raise NotImplementedError
@@ -390,7 +394,7 @@ class Tars(Numbered):
         return self._tars
 
     def _aside(self) -> list[str]:
-        return [*_tars_aside(self._listing), *self._about.lines()]
+        return [*tars_aside(self._listing), *self._about.lines()]
 
     def _at(self, number: int) -> tuple[Path, _Index, int]:
         """(tar, its index, row in it)."""
@@ -404,6 +408,10 @@ class Tars(Numbered):
     def key(self, number: int) -> str:
         _, index, row = self._at(number)
         return str(index.keys[row])
+
+    def path(self, number: int) -> str:
+        _, index, row = self._at(number)
+        return f"{index.keys[row]}.{index.extensions[row]}"
 
     def extension(self, number: int) -> str:
         _, index, row = self._at(number)
@@ -448,8 +456,8 @@ def tars_of(listing: Listing) -> list[Path]:
     return [listing.folder / t for t in own or listing.tars]
 
 
-def _tars_aside(listing: Listing | None) -> list[str]:
-    """What lies beside tars and is not read."""
+def tars_aside(listing: Listing | None) -> list[str]:
+    """What lies in a folder of tars and is not read, in sentences."""
     if listing is None:
         return []
     notes, taken = listing.notes(), len(tars_of(listing))
@@ -779,7 +787,21 @@ class Tables(Numbered):
         return {**facts, "key": self.key(number), "caption": caption_of(facts[caption]) if caption else None}
 
 
+def read_place(path: Path, offset: int, size: int | None) -> bytes:
+    """The bytes of an image where a plan says they are: a range of a file, or a row of a parquet file.
+
+    Raises RowError and UserError as `read_image` and `ParquetImages.read` do.
+    """
+    if size is None:
+        return parquet_images(path).read(offset)
+    return read_image(path, offset, size)
+
+
 # -------------------------------------------------------------------------------------------------------------- folders
+
+
+class NothingRead(UserError):
+    """A folder without a picture that is read."""
 
 
 def refuse_data_folder(folder: Path) -> None:
@@ -838,15 +860,15 @@ def open_folder(folder: str | Path) -> Numbered:
             case "parquet":
                 found = Tables(folder, parquet_with_images(listing), listing)
             case _:
-                raise UserError(nothing_in(listing))
+                raise NothingRead(nothing_in(listing))
     except CorruptShard as e:
         raise UserError(f"{e}. Remove or replace that file.") from e
     if not len(found):
-        raise UserError(f"{folder} holds neither tars nor images. {' '.join(found.notes())}".strip())
+        raise NothingRead(f"{folder}: holds neither tars nor images that are read. {' '.join(found.notes())}".strip())
     return found
 
 
-def nothing_in(listing: Listing) -> str:
+def nothing_in(listing: Listing, what: str = "neither tars nor images") -> str:
     """What to say of a folder in which there is no picture that is read."""
     told = "; ".join(listing.notes())
-    return f"{listing.folder} holds neither tars nor images" + (f" that are read: {told}" if told else "")
+    return f"{listing.folder}: holds {what}" + (f" that are read: {told}" if told else "")

@@ -29,7 +29,7 @@ _BITMAPS = ("dds", "pbm", "pgm", "ppm", "pnm", "pcx", "wmf", "emf")
 UNREAD_EXTENSIONS = frozenset((*_CAMERAS, *_OTHERS, *_BITMAPS))
 """Of pictures in formats that are not read. They are counted and named: nobody is to miss them."""
 
-_ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".zip", ".7z", ".rar")
+ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".zip", ".7z", ".rar")
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Listing:
 def first_three(names: Iterable[str]) -> str:
     """Up to three names, as they may be shown, and whether there are more."""
     names = list(names)
-    return ", ".join(printable(n, 120) for n in names[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(printable(n, 240) for n in names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def look(folder: Path) -> Listing:
@@ -149,7 +149,7 @@ def _look_in(found: Listing, here: str, names: list[str]) -> list[tuple[list[str
             images.append(name)
         elif stem and ending in UNREAD_EXTENSIONS:
             found.unread[ending] += 1
-        elif name.lower().endswith(_ARCHIVES):
+        elif name.lower().endswith(ARCHIVES):
             found.archives.append(prefix + name)
             continue
         elif stem and ending == "tar":

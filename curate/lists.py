@@ -141,6 +141,11 @@ def _valid(binary: pa.Array) -> pa.Array:
 # ----------------------------------------------------------------------------------------------------------- inputs
 
 
+class Notes:
+    def sentences(self) -> list[str]:
+        return []
+
+
 class Input:
     """One file of the list (or one tar, or one folder of images): its columns, and its rows as a stream.
 
@@ -155,6 +160,7 @@ class Input:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.notes: Any = Notes()
 
     def digest(self) -> str:
         """A sha256 that names what is in this input."""

@@ -92,6 +92,8 @@ def run(request: Request) -> Outcome:
     there = {p.name for p in request.out.iterdir()} if request.out.is_dir() else None
     with Lock(request.out), Terminal(request.out / "logs" / "evaluate.log") as terminal:
         sweep(request.out)
+        for note in samples.notes():
+            terminal.write(f"{samples.folder}: {note}\n")
         evaluation = _Evaluation(request, model, samples, prompts, heads, terminal)
         try:
             evaluation.prepare()
