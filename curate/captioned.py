@@ -164,7 +164,6 @@ class Numbered(Sequence[Sample]):
 
     folder: Path
     troubles: Troubles
-    _silent = 0  # without a caption
 
     def key(self, number: int) -> str:
         """The name of one sample: its key in a tar, its path in a folder."""
@@ -197,10 +196,7 @@ class Numbered(Sequence[Sample]):
 
     def notes(self) -> list[str]:
         """What of the folder is not read, or not as one might think, in sentences; whole after `fingerprint`."""
-        notes = [*self._aside(), *self.troubles.sentences()]
-        if self._silent:
-            notes.append(f"{self._silent:,} of {len(self):,} pictures have no caption")
-        return notes
+        return [*self._aside(), *self.troubles.sentences()]
 
     def _aside(self) -> list[str]:
         """What of the folder is left aside."""
@@ -215,7 +211,6 @@ class Numbered(Sequence[Sample]):
         told = [self.facts(i) for i in range(len(self))]
         self.troubles.refuse_many("json", len(self), str(self.folder))
         named_ = [[str(f.get("key", i)), f["caption"]] for i, f in enumerate(told)]
-        self._silent = sum(caption is None for _, caption in named_)
         manifest = read_json(self.folder / "manifest.json")
         outputs = manifest.get("outputs") if isinstance(manifest, dict) else None
         return digest([named_, [[p.name, p.stat().st_size] for p in self.files()], outputs])

@@ -586,7 +586,7 @@ def _data_facts(samples: Numbered, materials: Materials, told: dict[str, Any]) -
         "trained_on": len(materials.chosen),
         "held_out": len(materials.held),
         "unreadable": len(told["unreadable"]),
-        "notes": samples.notes(),
+        **({"notes": notes} if (notes := samples.notes()) else {}),
     }
 
 
