@@ -21,7 +21,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO, ClassVar, overload
 
@@ -32,7 +32,7 @@ import pyarrow as pa
 from aesthetic.untrusted import caption_of, decode_text, open_regular, parse_json, printable, read_bytes
 from curate.ledger import Reason, RowError
 from curate.listing import TEXT_EXTENSIONS, UNREAD_EXTENSIONS, Listing, first_three, look
-from curate.lists import CAPTION_NAMES, named, open_list, open_parquet, parquet_batches
+from curate.lists import CAPTION_NAMES, NOTED, Notes, named, open_list, open_parquet, parquet_batches
 from curate.shards import (
     IMAGE_EXTENSIONS,
     CorruptShard,
@@ -59,7 +59,7 @@ _MOST_IMAGES = 16  # of one key in a tar, in the mean; with more its names were 
 # ----------------------------------------------------------------------------------------------------- what was wrong
 
 
-class Troubles:
+class Troubles(Notes):
     """What of a folder's samples could not be taken as it is: each once, counted by kind, the first three named."""
 
     _KINDS: ClassVar = {
@@ -75,25 +75,25 @@ class Troubles:
     }
 
     def __init__(self) -> None:
-        self._found: dict[str, dict[str, str]] = {}
+        super().__init__()
         self.said: list[str] = []  # sentences about the folder as a whole
-        self.counts: Counter[str] = Counter()
+        self._seen: set[tuple[str, str]] = set()
 
-    def add(self, kind: str, name: str, why: str = "") -> None:
-        """Note one of a kind: encoding, size, json, metadata, absent, names. `name` tells it from the others."""
-        found = self._found.setdefault(kind, {})
-        if name not in found:
-            found[name] = why if len(found) < 4 else ""
-            self.counts[kind] += 1
+    def add(self, kind: str, where: str, why: str = "") -> None:
+        """Note one of a kind, named in full by `why` where `where` does not; samples are read more than once."""
+        if (kind, where) not in self._seen:
+            self._seen.add((kind, where))
+            super().add(kind, why or where)
 
     def sentences(self) -> list[str]:
         """All of them, a sentence for each kind."""
-        return [*self.said, *(self._sentence(kind) for kind in self._KINDS if kind in self._found)]
+        return [*self.said, *(self._sentence(kind) for kind in sorted(self.counts))]
 
     def _sentence(self, kind: str) -> str:
-        what, way_out = self._KINDS[kind]
-        first = first_three([why or name for name, why in islice(self._found[kind].items(), 4)])
-        return f"{self.counts[kind]:,} {what}: {first}" + (f". {way_out}" if way_out else "")
+        what, way_out = self._KINDS.get(kind) or (NOTED[kind], "")
+        first = ", ".join(printable(name, 240) for name in self.first[kind])
+        more = ", ..." if self.counts[kind] > len(self.first[kind]) else ""
+        return f"{self.counts[kind]:,} {what}: {first}{more}" + (f". {way_out}" if way_out else "")
 
     def refuse_many(self, kind: str, of: int, what: str) -> None:
         """UserError where more than a hundredth of `of` rows or samples are of a kind."""

@@ -91,6 +91,7 @@ class SamplesInput(RowsInput):
     def find_out(self) -> None:
         """Go through all rows once; raises UserError where the JSON of too many can't be read."""
         self.scan()
+        self.note_captions()
         self.troubles.refuse_many("json", self.rows, str(self.path))
         self.make_text("url", "caption")
 

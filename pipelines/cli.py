@@ -416,7 +416,10 @@ def _curate(args: argparse.Namespace) -> int:
         facts = curate.dry_run(request)
         print(to_yaml(recipe))
         rows = f"rows {facts['rows']:,} of {facts['listed_rows']:,} listed"
-        print(f"{rows} · shards {facts['shards']:,} · stages {', '.join(stages)}")
+        parts = [rows, f"shards {facts['shards']:,}", f"stages {', '.join(stages)}"]
+        print(" · ".join([*parts, *curate.columns_taken(facts["columns"])]))
+        for warning in facts["warnings"]:
+            print(f"warning: {warning}")
         return _end(args, facts, {}, f"tastemaker {args.command} {args.list} --out {args.out}")
     outcome = curate.run(request)
     return _end(args, outcome.facts, outcome.paths, outcome.next)

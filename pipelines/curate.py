@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from aesthetic.untrusted import printable
 from curate import engine_img2dataset
 from curate.data import Data
 from curate.deny import Deny
@@ -166,7 +167,9 @@ def dry_run(request: Request) -> dict[str, Any]:
         "rows": found.total_rows,
         "listed_rows": found.listed_rows,
         "shards": found.shard_count,
+        "columns": found.columns,
         "carried": found.carried.names,
+        "warnings": found.warnings,
         "stages": list(request.stages),
     }
 
@@ -188,6 +191,7 @@ def run(request: Request, say: Say = print) -> Outcome:
         else:
             carried = make_plan(request.list, data.root, recipe.source, request.limit).carried
         check_selection(recipe, carried, columns)
+        check_verify(recipe.fetch, carried)
         if request.restart_from is not None:
             restart(data, recipe, request.restart_from, request.stages)
         make_plan(request.list, data.root, recipe.source, request.limit)
@@ -245,10 +249,13 @@ def _go_on(
     retry: bool = False,
 ) -> Outcome:
     plan = data.plan
-    say(headline(recipe))
+    say(" · ".join([headline(recipe), *columns_taken(plan.columns)]))
+    for warning in plan.warnings:
+        say(f"warning: {warning}")
     if recipe.fetch.allow:
         say(f"warning: private addresses are open to this list: {', '.join(recipe.fetch.allow)} (fetch.allow)")
-    outcome = Outcome(facts={"rows": plan.total_rows, "shards": len(plan.shards)})
+    facts = {"columns": plan.columns, "warnings": plan.warnings}
+    outcome = Outcome(facts={"rows": plan.total_rows, "shards": len(plan.shards), **facts})
     elapsed = _run_stages(data, recipe, columns, stages, address, say, retry)
     _name_repeats(data, outcome, say)
     if "select" not in stages:
@@ -457,6 +464,11 @@ def headline(recipe: Recipe) -> str:
     if recipe.score:
         parts.append("scores " + ", ".join(recipe.score))
     return " · ".join(parts)
+
+
+def columns_taken(columns: Mapping[str, str | None]) -> list[str]:
+    """Which columns of a list are URL and caption, in words; nothing for folders of pictures."""
+    return [f"{role} from {printable(name, 80)}" if name else f"no {role}" for role, name in columns.items()]
 
 
 def estimate_bytes(recipe: Recipe, rows: int) -> int:
