@@ -666,7 +666,7 @@ class ParquetImages:
         self._kept: OrderedDict[int, bytes | str | None] = OrderedDict()
         self._held = 0
         self._rows: Iterator[pa.RecordBatch] | None = None
-        self._at = -1  # the row that comes next
+        self._group, self._at = -1, -1  # whose rows these are, and the row that comes next
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -688,10 +688,10 @@ class ParquetImages:
     def _go_to(self, row: int) -> bytes | str | None:
         group = bisect_right(self._ends, row)
         start = self._ends[group - 1] if group else 0
-        if self._rows is None or not start <= self._at <= row:
+        if self._rows is None or group != self._group or self._at > row:
             self._check(group)
             self._rows = self._file.iter_batches(1, row_groups=[group], columns=[self.column])
-            self._at = start
+            self._group, self._at = group, start
         try:
             while True:
                 value = self._value(next(self._rows).column(0)[0])

@@ -274,10 +274,12 @@ def weights_of(samples: Numbered, column: str) -> npt.NDArray[np.float64]:
             f"{column} is no finite number in {len(wrong):,} of {len(values):,} pictures ({first}): to weight by it, "
             f"correct these, or leave them empty (such pictures are not drawn)"
         )
-    if (found < 0).any() or not np.nansum(found):
-        raise UserError(f"{column} goes down to {np.nanmin(found)}: as weights of sampling, scores must be positive")
     weights = np.nan_to_num(found)
     with np.errstate(over="ignore"):
+        if (found < 0).any() or not weights.sum():
+            raise UserError(
+                f"{column} goes down to {np.nanmin(found)}: as weights of sampling, scores must be positive"
+            )
         return weights if np.isfinite(weights.sum()) else weights / weights.max()
 
 
