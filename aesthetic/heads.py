@@ -29,6 +29,7 @@ from aesthetic.chunks import blocks, thread_map
 from aesthetic.errors import UserError
 from aesthetic.files import write_whole
 from aesthetic.space import Space, SpaceError
+from aesthetic.untrusted import printable, read_json_file
 
 FORMAT = "tastemaker-head/1"
 SHIPPED = Path(__file__).parent / "shipped"
@@ -220,6 +221,21 @@ def save_head(head: Head, folder: Path | str) -> Path:
     write_whole(folder / "head.json", text.encode())
     write_whole(folder / "MODEL_CARD.md", model_card(head).encode())
     return folder
+
+
+def check_free(folder: Path) -> None:
+    """Raise HeadError where a folder holds something else than a head, before one is written to it."""
+    if folder.exists() and not folder.is_dir():
+        raise HeadError(f"{folder} is a file; a head is a folder: give another name")
+    others = sorted(os.listdir(folder)) if folder.is_dir() else []
+    if not others:
+        return
+    try:
+        about = read_json_file(folder / "head.json", _MAX_JSON)
+    except UserError:
+        about = None
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise HeadError(f"{folder} holds something else ({printable(others[0], 80)}): give a folder of its own")
 
 
 def heads_folder() -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curate.ledger import shard_name
+from curate.ours import clear, kind_of
 from curate.store import UserError, local_path, output_digests, read_json
 
 if TYPE_CHECKING:
@@ -72,6 +73,19 @@ class Data:
     def scores_record(self, column: str, shard: int) -> Path:
         return self.root / "scored" / column / f"{shard_name(shard)}.json"
 
+    def clear_shards(self) -> None:
+        """Remove what the stages from fetch to score wrote; what somebody else has put beside it stays."""
+        embedded, scored = self.root / "embedded", self.root / "scored"
+        clear(self.root / "fetched", r"\d{5,}(\.tar|\.parquet|_stats\.json)|\.\d{5,}\.starts")
+        clear(embedded / "img_emb", r"img_emb_\d{5,}\.npy")
+        clear(embedded / "text_emb", r"text_emb_\d{5,}\.npy")
+        clear(embedded / "metadata", r"metadata_\d{5,}\.parquet")
+        clear(embedded / "stats", r"\d{5,}\.json|space\.json")
+        clear(embedded, r"space\.json")
+        for column in scored.iterdir() if scored.is_dir() else ():
+            clear(column, r"\d{5,}\.(parquet|json)")
+        clear(scored, "")
+
     @property
     def recipe(self) -> Path:
         return self.root / "recipe.yaml"
@@ -123,7 +137,7 @@ class Data:
 def open_data(path: str | Path) -> Data:
     """Open an existing data folder. UserError where there is none."""
     root = local_path(str(path))
-    if not (root / "plan").is_dir():
+    if not (root / "plan").is_dir() or kind_of(root) != "data":
         raise UserError(
             f"{root} is not a data folder (no plan/ in it). `tastemaker curate LIST --out {root}` makes one."
         )

@@ -1,7 +1,7 @@
 """List files: one file of any kind as a stream of typed columns, read in pieces however long it is.
 
 Text is made text by one rule, wherever it comes from. A byte order mark says the encoding, else it is UTF-8; a value
-that is not is null, counted and named, as is one of more than a megabyte. A lone surrogate in JSON becomes U+FFFD, NUL
+that is not is null, counted and named, as is one of more than 4 MB. A lone surrogate in JSON becomes U+FFFD, NUL
 stays, null stays null. A number that is not finite is null (JSON has none, and SQL takes NaN for the largest number).
 
 A line that is broken is a row with a failure; more than one in a hundred are an error.
@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aesthetic.tables import kind_of, table_shape
-from aesthetic.untrusted import caption_of, marked_encoding, open_regular, printable
+from aesthetic.untrusted import caption_of, decode_text, marked_encoding, open_regular, printable
 from aesthetic.untrusted import clean as clean
 from curate.ledger import Reason
 from curate.lines import Broken, Table, as_utf8, head_of, is_quoted, numbered_lines, shown, unreadable
@@ -47,7 +47,7 @@ CAPTION_NAMES = (
 )
 """What others call the column (LAION, DataComp, COYO, CC12M, WIT, Unsplash, DiffusionDB, Recap ...), best first."""
 
-LONGEST_VALUE = 1 << 20
+LONGEST_VALUE = 4 << 20
 """Bytes of one text; a longer one is null."""
 
 MOST_COLUMNS = 2_000
@@ -206,14 +206,12 @@ def _valid(binary: pa.Array, notes: Notes | None = None, name: str = "", row: in
 
 
 def _decoded(value: bytes | None, notes: Notes | None, name: str, row: int) -> str | None:
-    if value is None:
-        return None
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        if notes is not None:
-            notes.add("not_utf8", f"row {row:,}: {name} {shown(value[:60])}")
-        return None
+    found = decode_text(value) if value is not None else None
+    if found is None or found.certain:
+        return found.text if found else None
+    if notes is not None:
+        notes.add("not_utf8", f"row {row:,}: {name} {shown(value[:60])}")  # type: ignore[index]
+    return None
 
 
 class Notes:
@@ -240,7 +238,7 @@ class Notes:
 NOTED = {
     "broken": "lines are broken, and rows without a picture (bad_line)",
     "not_utf8": "values are not UTF-8, and null (`iconv -f WINDOWS-1252 -t UTF-8`, or whatever it is, mends it)",
-    "too_long": "values are longer than a megabyte, and null",
+    "too_long": "values are longer than 4 MB, and null",
     "no_caption": "captions are neither text nor a list of texts, and null",
 }
 
@@ -491,15 +489,14 @@ class RowsInput(Input):
                 shown_ = "" if kind == "too_long" else " " + shown(value[:60].encode("utf-8", "surrogateescape"))
                 self.notes.add(kind, f"row {self.rows:,}: {name}{shown_}")
         elif value not in ([], {}) and caption_of(value) is None:
-            self._odd[name].add(
-                "no_caption", f"row {self.rows:,}: {printable(json.dumps(value, ensure_ascii=False, default=str), 60)}"
-            )
+            said = json.dumps(value, ensure_ascii=False, default=str)
+            self._odd[name].add("no_caption", f"row {self.rows:,}: {printable(said, 60)}")
 
     def note_captions(self) -> None:
         """Take note of captions that are neither text nor a list of texts."""
-        if self.caption in self._odd:
-            self.notes.counts += self._odd[self.caption].counts
-            self.notes.first |= self._odd[self.caption].first
+        if (odd := self._odd.get(self.caption or "")) is not None:
+            self.notes.counts += odd.counts
+            self.notes.first |= odd.first
         del self._odd
 
     def make_text(self, *names: str | None) -> None:

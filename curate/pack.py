@@ -12,6 +12,8 @@ import hashlib
 import itertools
 import json
 import math
+import os
+import re
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping
@@ -28,25 +30,27 @@ from curate.ledger import RESERVED, list_name, shard_name, stored_name
 from curate.rules import KEPT
 from curate.select import NothingKept, Selection, load_selection
 from curate.shards import CorruptShard, TarWriter, image_member, index_tar, read_range
+from curate.sql import batches, quote
 from curate.store import (
     UserError,
     atomic,
     check_space,
     digest,
     is_done,
+    is_scratch,
+    left_over,
     read_json,
     record_digest,
+    scratch_path,
     sha256_file,
     write_json,
 )
 from curate.view import (
     Table,
-    batches,
     check_current,
     fetched_columns,
     is_current,
     open_ledger,
-    quote,
     table_digests,
     tables,
 )
@@ -106,9 +110,11 @@ def pack(
     if is_done(root, folder / "manifest.json", config=identity, inputs=inputs):
         return read_json(folder / "manifest.json")
 
-    building, old = folder.with_name(f".{name}.new"), folder.with_name(f".{name}.old")
-    for leftover in (building, old):  # of a process that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+    _check_folder(folder)
+    for leftover in left_over(folder.parent):  # of a process that was killed
+        if leftover.name.startswith(f".{name}.") and leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+    building, old = scratch_path(folder), scratch_path(folder)
     building.mkdir(parents=True)
     try:
         chosen = _choose(root, name, config, found)
@@ -126,6 +132,25 @@ def pack(
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return manifest
+
+
+def _check_folder(folder: Path) -> None:
+    """UserError where the folder of packed shards, which is replaced as a whole, holds a file that we did not pack."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(
+            f"{folder} is a link or a file; shards are packed into a folder of that name: move it elsewhere"
+        )
+    if not folder.is_dir():
+        return
+    record = read_json(folder / "manifest.json")
+    packed = (folder / "sizes.json").is_file() if record is None else "self" in record
+    ours = re.compile(r"manifest\.json|sizes\.json|README\.md|\d{5,}\.(tar|parquet)" if packed else "")
+    others = sorted(n for n in os.listdir(folder) if not (ours.fullmatch(n) or is_scratch(n)))
+    if others:
+        raise UserError(
+            f"{folder} holds {others[0]}, which was not packed, and would be replaced as a whole: "
+            "move it elsewhere, or give another --name"
+        )
 
 
 def _check_selection(root: Path, name: str, found: list[Table]) -> None:

@@ -13,9 +13,11 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -34,7 +36,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = scratch_path(path)
     try:
-        with open(scratch, "wb") as f:
+        with open(scratch, "xb") as f:  # x: never through a link, never over a file
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -58,23 +60,46 @@ def scratch_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
-def sweep(root: Path) -> None:
-    """Remove the scratch files and folders that killed processes left under `root`.
+_SCRATCH = re.compile(r"\..+\.(\d{1,10})-[0-9a-f]{8}\.tmp|\.spill-(\d{1,10})-[0-9a-f]{8}|\.\d{5,}\.starts\.tmp", re.S)
 
-    Only the owner of the folder's lock may call it.
+
+def is_scratch(name: str) -> bool:
+    """Whether something has a name that only `scratch_path`, a query that spills or `Data.embed_starts` gives."""
+    return _SCRATCH.fullmatch(name) is not None
+
+
+def sweep(root: Path) -> None:
+    """Remove the scratch files and folders that killed processes left under `root`, which must be a folder of ours.
+
+    Only the owner of the folder's lock may call it. What a process that lives has is left to it.
     """
-    for scratch in [*root.rglob(".*.tmp"), *(p for p in root.glob(".spill-*") if not _runs(int(p.name.split("-")[1])))]:
-        if scratch.is_dir():
+    for scratch in left_over(root):
+        if scratch.is_dir() and not scratch.is_symlink():
             shutil.rmtree(scratch, ignore_errors=True)
         else:
             scratch.unlink(missing_ok=True)
+
+
+def left_over(root: Path) -> list[Path]:
+    """The scratch files and folders under `root` whose processes are gone; links to folders are not followed."""
+    found = []
+    for folder, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            if (match := _SCRATCH.fullmatch(name)) is None:
+                continue
+            process = int(match[1] or match[2] or 0)
+            # our own number is that of a process before us: in a container it is always the same one
+            if process == 0 or not _runs(process) or (match[1] and process == os.getpid()):
+                found.append(Path(folder, name))
+        folders[:] = [name for name in folders if not is_scratch(name)]
+    return found
 
 
 def _runs(process: int) -> bool:
     """Whether a process of this machine is alive: a query, which takes no lock, may be spilling."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass
@@ -191,28 +216,42 @@ class Lock:
         self._fd: int | None = None
 
     def __enter__(self) -> Lock:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        root = self.path.parent
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            owner = os.read(fd, 200).decode(errors="replace").strip() or "another process"
-            os.close(fd)
-            raise UserError(
-                f"{self.path.parent} is in use by {owner}. Wait for it, stop it, or give another --out."
-            ) from None
+            root.mkdir(parents=True, exist_ok=True)
+            fd = self._held()
+        except OSError as e:
+            raise cannot_write(root, e) from e
         self._fd = fd
         try:
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-            _await_workers(self.path.parent)
+            _await_workers(root)
         except OSError as e:
             self.__exit__()
-            raise told(e, self.path.parent) from e
+            raise told(e, root) from e
         except BaseException:
             self.__exit__()
             raise
         return self
+
+    def _held(self) -> int:
+        """The descriptor of the lock file that lies there, locked."""
+        while True:
+            fd = open_own(self.path, os.O_RDWR)
+            try:
+                if not _flock(fd, fcntl.LOCK_EX, self.path.parent):
+                    owner = os.read(fd, 200).decode(errors="replace").strip() or "another process"
+                    raise UserError(
+                        f"{self.path.parent} is in use by {owner}. Wait for it, stop it, or give another --out."
+                    )
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(fd), os.lstat(self.path)):
+                        return fd
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)  # its owner took the file away with its folder: what is locked is no longer the lock
 
     def __exit__(self, *_: object) -> None:
         if self._fd is not None:
@@ -229,19 +268,72 @@ def attend(root: Path) -> None:
     The lock is its driver's. Where a driver is killed, its workers go on for a second or two, and would write beside
     those of the next run.
     """
-    fcntl.flock(os.open(root / ".workers", os.O_RDWR | os.O_CREAT, 0o644), fcntl.LOCK_SH)
+    _flock(open_own(root / ".workers", os.O_RDWR), fcntl.LOCK_SH, root, wait=True)
 
 
 def _await_workers(root: Path) -> None:
     """Wait until the workers of a run that was killed are gone."""
-    with open(root / ".workers", "ab") as f:
+    fd = open_own(root / ".workers", os.O_RDWR)
+    try:
         for _ in range(round(_LEAVING / 0.1)):
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _flock(fd, fcntl.LOCK_EX, root):
                 return
-            except BlockingIOError:
-                time.sleep(0.1)
+            time.sleep(0.1)
+    finally:
+        os.close(fd)
     raise UserError(f"{root}: workers of a run that was killed are still at work there. Stop them, or wait for them.")
+
+
+def _flock(fd: int, kind: int, root: Path, wait: bool = False) -> bool:
+    """Lock a file; False where another process has it. UserError where the file system knows no such locks."""
+    try:
+        fcntl.flock(fd, kind if wait else kind | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError as e:
+        raise UserError(
+            f"{root} is on a file system that cannot lock files ({e.strerror}), so nothing would keep two runs apart. "
+            "Give a folder on a local disk, or mount it with locks (NFS: version 4, or a lock manager that runs)."
+        ) from e
+
+
+def open_own(path: Path, flags: int) -> int:
+    """Open a file that we write to where it lies, made where it is missing; a link is never followed.
+
+    Raises UserError where a link or anything else but a regular file lies there, OSError as os.open does.
+    """
+    try:
+        fd = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    except OSError as e:
+        if e.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EISDIR):
+            raise UserError(f"{path} is a link, or no file: remove it, it would be written to") from e
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise UserError(f"{path} is no regular file: remove it, it would be written to")
+    return fd
+
+
+def open_log(path: Path) -> BinaryIO:
+    """Open a log to write at its end, its folder made where it is missing. UserError where either is a link."""
+    if path.parent.is_symlink():
+        raise UserError(f"{path.parent} is a link: remove it, logs would be written where it leads")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        return os.fdopen(open_own(path, os.O_WRONLY | os.O_APPEND), "ab")
+    except OSError as e:
+        raise cannot_write(path, e) from e
+
+
+def cannot_write(path: Path, error: OSError) -> Exception:
+    """What to raise where a folder or file that a run needs cannot be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return told(error, path)
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
+                       errno.ENOENT, errno.ELOOP):  # fmt: skip
+        return UserError(f"{path} cannot be written: {error.strerror}")
+    return error
 
 
 # ------------------------------------------------------------------------------------------------------------- disk
@@ -267,4 +359,7 @@ def local_path(text: str) -> Path:
         raise UserError(
             f"{text}: a data folder must be on a local or shared file system; object stores are not supported yet."
         )
-    return Path(text.removeprefix("file://")).expanduser().absolute()
+    try:
+        return Path(text.removeprefix("file://")).expanduser().absolute()
+    except RuntimeError as e:
+        raise UserError(f"{text}: there is no such home folder") from e

@@ -1,13 +1,13 @@
 """The command line. Thin: it parses, calls, prints, and turns exceptions into exit codes.
 
-Exit codes: 0 done (failed rows are data), 1 our error, 2 bad input or recipe, 3 nothing kept, 130 interrupted.
+Exit codes: 0 done (failed rows are data), 1 an error of ours, no room, or what was printed is lost, 2 bad input or
+recipe, or a machine that lacks something, 3 nothing kept, 130 interrupted.
 Help, query, select, status and recipe start neither Ray nor torch, so imports here stay light.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import inspect
 import json
 import os
@@ -19,6 +19,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from pipelines.faults import find_home, told
+from pipelines.terminal import Shown, open_descriptors, safe_streams
 
 if TYPE_CHECKING:
     from aesthetic.heads import Head
@@ -82,7 +85,9 @@ def build_parser() -> argparse.ArgumentParser:
         p.add_argument("list", metavar="LIST", help="file, folder, glob or URL of a list; a folder of images or shards")
         p.add_argument("--out", required=True, metavar="DATA", help="the data folder")
         p.add_argument("--limit", type=_positive, metavar="N", help="only N rows, spread over the whole list")
-        p.add_argument("--dry-run", action="store_true", help="print what would run; contact nothing but the list")
+        p.add_argument(
+            "--dry-run", action="store_true", help="print what would run, or why it would not; fetch nothing"
+        )
         job_options(p)
 
     p = command("embed", _resume, "embed and score what is fetched")
@@ -129,6 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = command("query", _query, "ask the whole ledger, as one table")
     p.add_argument("data", metavar="DATA")
     p.add_argument("sql", metavar="SQL", help="one SELECT over `ledger`; the list's own columns are source.NAME")
+    p.add_argument("--out", type=Path, metavar="FILE", help="write all rows to a new .csv, .parquet or .jsonl")
 
     p = command("fit", _fit, "train a head from ratings, labels or comparisons")
     p.add_argument(
@@ -299,6 +305,14 @@ def _positive(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse and run; returns the exit code."""
+    with safe_streams() as (out, err):
+        try:
+            return _all_told(_run(argv), out, err)
+        except SystemExit as e:  # argparse: help was shown, or arguments are wrong
+            raise SystemExit(_all_told(e.code if isinstance(e.code, int) else 0, out, err)) from None
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.version:
@@ -318,20 +332,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)  # how a batch system asks for an end
     try:
-        code = args.run(args)
-        sys.stdout.flush()
+        code: int = args.run(args)
         return code
     except KeyboardInterrupt:
         return _interrupted()
-    except BrokenPipeError:  # `tastemaker heads | head -1`: whoever read has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as e:
         if asked:  # DuckDB, for one, makes an error of its own of it
             return _interrupted()
         if args.verbose:
             traceback.print_exc()
         return _explain(e)
+
+
+def _all_told(code: int, out: Shown, err: Shown) -> int:
+    """The exit code, once all is written: 1 where work was done and what it printed is lost.
+
+    A reader who has left, as in `tastemaker heads | head -1`, has lost nothing.
+    """
+    out.flush()
+    err.flush()
+    if lost := out.missed or err.missed:
+        _complain(f"what was printed could not be written: {lost.strerror}")
+        return code or 1
+    return code
 
 
 def _interrupted() -> int:
@@ -345,37 +368,22 @@ def script() -> NoReturn:
     On a busy machine about one in a hundred short processes that read parquet in threads is aborted there, by pyarrow
     26's thread pool, when all is written and said; the exit code must be ours.
     """
-    code = main()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(BrokenPipeError):
-            stream.flush()
+    open_descriptors()
+    find_home()
+    try:
+        code = main()
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else 1
+    except KeyboardInterrupt:  # before there was anything to interrupt
+        code = 130
     os._exit(code)
 
 
 def _explain(error: Exception) -> int:
     """Print what went wrong in one paragraph; returns the exit code that it means."""
-    from pyarrow import ArrowInvalid
-
-    from curate.select import NothingKept
-    from curate.shards import CorruptShard
-    from curate.store import DiskFull, UserError
-
-    if isinstance(error, UserError):
-        _complain(str(error))
-        return 2
-    if isinstance(error, NothingKept):
-        _complain(str(error))
-        return 3
-    if isinstance(error, DiskFull):
-        _complain(str(error))
-        return 1
-    if isinstance(error, CorruptShard | ArrowInvalid):
-        _complain(f"{error}\n`tastemaker verify DATA` finds damaged files, and says what repairs them")
-        return 1
-    _complain(
-        f"{type(error).__name__}: {error}\n(--verbose shows where; this is an error of tastemaker's, not of your list)"
-    )
-    return 1
+    code, text = told(error)
+    _complain(text)
+    return code
 
 
 def _complain(text: str) -> None:
@@ -397,15 +405,17 @@ def _end(args: argparse.Namespace, facts: dict[str, Any], paths: dict[str, Any],
 
 
 def _curate(args: argparse.Namespace) -> int:
+    from curate.data import Data
     from curate.store import local_path
     from pipelines import curate
-    from pipelines.recipe import DEFAULT, load_recipe, to_yaml
+    from pipelines.recipe import to_yaml
 
     stages = ("fetch",) if args.command == "fetch" else ("fetch", "embed", "select", "pack")
-    recipe = load_recipe(args.recipe or DEFAULT, args.set)
+    root = local_path(args.out)
+    recipe = curate.recipe_of(Data(root), args.recipe, args.set)
     request = curate.Request(
         list=args.list,
-        root=local_path(args.out),
+        root=root,
         recipe=recipe,
         limit=args.limit,
         address=args.ray_address,
@@ -420,7 +430,12 @@ def _curate(args: argparse.Namespace) -> int:
         print(" · ".join([*parts, *curate.columns_taken(facts["columns"])]))
         for warning in facts["warnings"]:
             print(f"warning: {warning}")
-        return _end(args, facts, {}, f"tastemaker {args.command} {args.list} --out {args.out}")
+        words = [args.command, args.list, "--out", args.out]
+        for option in ("recipe", "limit", "ray_address", "restart_from"):
+            if getattr(args, option) is not None:
+                words += [f"--{option.replace('_', '-')}", getattr(args, option)]
+        words += [word for setting in args.set for word in ("--set", setting)]
+        return _end(args, facts, {}, curate.command(*words))
     outcome = curate.run(request)
     return _end(args, outcome.facts, outcome.paths, outcome.next)
 
@@ -457,7 +472,7 @@ def _score(args: argparse.Namespace) -> int:
         args,
         facts,
         {"scored": data.root / "scored"},
-        f"tastemaker select {data.root} --name mine --set select.rules.{name}='top({name}, 0.1)'",
+        curate.command("select", data.root, "--name", "mine", "--set", f"select.rules.{name}=top({name}, 0.1)"),
     )
 
 
@@ -473,7 +488,7 @@ def _select(args: argparse.Namespace) -> int:
         args,
         facts,
         {"selected": data.root / "selected" / f"{name}.parquet"},
-        f"tastemaker pack {data.root} --name {name}",
+        curate.command("pack", data.root, "--name", name),
     )
 
 
@@ -531,13 +546,15 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _query(args: argparse.Namespace) -> int:
     from curate.data import open_data
-    from curate.view import query
+    from pipelines.query import show, write
 
-    frame = query(open_data(args.data).root, args.sql)
-    if args.json:
-        print(frame.to_json(orient="records"))
-    else:
-        print(frame.to_string(index=False, max_rows=200, max_colwidth=60))
+    root = open_data(args.data).root
+    if args.out is not None:
+        rows = write(root, args.sql, args.out)
+        print(f"{rows:,} rows")
+        return _end(args, {"rows": rows}, {"written": args.out}, "")
+    if told := show(root, args.sql, sys.stdout, as_json=args.json):
+        print(told)
     return 0
 
 
@@ -639,6 +656,7 @@ def _aside(line: str) -> None:
 
 
 def _heads(args: argparse.Namespace) -> int:
+    from aesthetic.heads import check_free
     from curate.store import UserError
 
     run, takes = _HEADS[args.action]
@@ -647,6 +665,8 @@ def _heads(args: argparse.Namespace) -> int:
         raise UserError(f"tastemaker heads {args.action} takes no --{odd[0]}")
     if args.action != "list" and not args.head:
         raise UserError(f"tastemaker heads {args.action} HEAD: which one? `tastemaker heads` lists those that are here")
+    if args.out is not None:
+        check_free(Path(args.out))
     return run(args)
 
 

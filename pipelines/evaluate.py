@@ -18,11 +18,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from curate.store import Lock, UserError, atomic, read_json, sha256_file, sweep, write_json
+from curate.ours import check_free, taken
+from curate.store import UserError, atomic, read_json, sha256_file, sweep, write_json
 from pipelines.figures import readme, table
 from pipelines.progress import Count, Terminal, clock
 from pipelines.prompts import read_prompts
-from pipelines.train import Outcome, undo
+from pipelines.train import Outcome
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,7 +75,7 @@ def run(request: Request) -> Outcome:
 
     Raises UserError before the model is loaded where model, data, prompts, encoder, heads or folder do not fit.
     """
-    _check_out(request.out)
+    check_free(request.out, "evaluation")
     prompts = _prompts(request)
     model = _Model.of(request.model)
     heads = _heads(request)
@@ -89,31 +90,26 @@ def run(request: Request) -> Outcome:
     asked = _asked(request, model, samples, prompts, heads)
     if (done := _before(request.out, asked)) is not None:
         return _outcome(request, done)
-    there = {p.name for p in request.out.iterdir()} if request.out.is_dir() else None
-    with Lock(request.out), Terminal(request.out / "logs" / "evaluate.log") as terminal:
+    with (
+        taken(request.out, "evaluation") as folder,
+        Terminal(request.out / "logs" / "evaluate.log") as terminal,
+    ):
         sweep(request.out)
+        if (done := _before(request.out, asked)) is not None:  # again: another run may have been at work until now
+            return _outcome(request, done)
         for note in samples.notes():
             terminal.write(f"{samples.folder}: {note}\n")
         evaluation = _Evaluation(request, model, samples, prompts, heads, terminal)
         try:
             evaluation.prepare()
         except Exception:
-            undo(request.out, there)
+            folder.undo(["logs"])
             raise
         write_json(request.out / "evaluation.json", {"asked": asked})
         return _outcome(request, evaluation.carried_out(asked))
 
 
 # ---------------------------------------------------------------------------------------- before anything is written
-
-
-def _check_out(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; --out names a folder")
-    if out.is_dir() and read_json(out / "evaluation.json") is None:
-        ours = (".lock", ".workers", "logs")
-        if others := sorted(p.name for p in out.iterdir() if p.name not in ours and not p.name.endswith(".tmp")):
-            raise UserError(f"{out} holds something else ({others[0]}): give a folder of its own with --out")
 
 
 def _prompts(request: Request) -> list[str] | None:

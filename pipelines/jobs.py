@@ -8,6 +8,7 @@ of ours, and ends the job with its cause.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import math
 import os
@@ -26,9 +27,10 @@ from typing import Any
 
 from curate.budget import Budget, Message, Reply
 from curate.data import Data
-from curate.store import UserError, attend
+from curate.store import UserError, atomic, attend, open_log, scratch_path
 from pipelines.progress import Board, Meter, Screen, Terminal
 from pipelines.recipe import Recipe
+from pipelines.terminal import LogFormatter
 
 OBJECT_STORE = 200_000_000
 """Bytes; only shard numbers and counts pass through it."""
@@ -140,8 +142,8 @@ def _budget_of(board: str) -> str:
 
 def quiet(logs: Path, stage: str) -> None:
     """Send a worker's log records to a file in that folder."""
-    handler = logging.FileHandler(logs / f"{stage}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
+    handler = logging.StreamHandler(io.TextIOWrapper(open_log(logs / f"{stage}.log"), "utf-8", "backslashreplace"))
+    handler.setFormatter(LogFormatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
 
 
@@ -225,22 +227,35 @@ def _start_ray(job: Job, address: str | None) -> Pools:
     return pools
 
 
+def reach(address: str) -> None:
+    """UserError where nothing answers at a cluster's address: Ray itself would try for minutes. Starts nothing."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():  # `auto`, or nonsense that Ray names
+        return
+    try:
+        socket.create_connection((host, int(port)), 5).close()
+    except (OSError, OverflowError) as e:
+        raise _unreachable(address, e) from None
+
+
+def _unreachable(address: str, error: Exception) -> UserError:
+    what = str(error).strip().splitlines() or [type(error).__name__]
+    return UserError(
+        f"--ray-address {address}: {what[0]}. `ray start --head` prints a cluster's address; "
+        "where the cluster asks for a token, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH must hold it here too."
+    )
+
+
 def join(address: str) -> None:
     """Become a driver of the cluster at an address. UserError where there is none, or it does not let us in."""
     import ray
     from ray.exceptions import AuthenticationError
 
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    reach(address)
     try:
-        if port.isdigit():  # Ray itself would try for minutes
-            socket.create_connection((host, int(port)), 5).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, AuthenticationError) as e:
-        what = str(e).strip().splitlines() or [type(e).__name__]
-        raise UserError(
-            f"--ray-address {address}: {what[0]}. `ray start --head` prints a cluster's address; "
-            "where the cluster asks for a token, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH must hold it here too."
-        ) from None
+        raise _unreachable(address, e) from None
 
 
 def ray_map(address: str, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
@@ -277,13 +292,14 @@ def check_nodes(root: Path) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nonce = secrets.token_hex(8)
-    path = root / ".nonce"
-    path.write_text(nonce)
+    path = scratch_path(root / "nonce")
+    with atomic(path) as f:
+        f.write(nonce.encode())
 
     @ray.remote(num_cpus=0)
     def look(file: str) -> str | None:
         try:
-            with open(file) as f:
+            with open(file, encoding="ascii") as f:
                 return f.read()
         except OSError:
             return None

@@ -17,6 +17,7 @@ import numpy as np
 from aesthetic.space import Space
 from curate.store import UserError
 from pipelines.progress import clock, speed
+from pipelines.terminal import CLEAR, RETURN
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -282,13 +283,14 @@ class FolderPool:
                     rate = (done + 1) / (time.monotonic() - began)
                     if shown:
                         left = (len(images) - done - 1) / rate
+                        print(RETURN, end="", file=sys.stderr)
                         print(
-                            f"\rembed  {done + 1:,}/{len(images):,}  {speed(rate, 'img')}  eta {clock(left)} ",
+                            f"embed  {done + 1:,}/{len(images):,}  {speed(rate, 'img')}  eta {clock(left)} ",
                             end="",
                             file=sys.stderr,
                         )
         if images:
-            print("\r\033[K" if shown else "", end="", file=sys.stderr)
+            print(CLEAR if shown else "", end="", file=sys.stderr)
             self._say(f"embedded {len(images):,} images in {time.monotonic() - began:.0f} s with {encoder.name}")
 
     def _prepare(self, image: int, encoder: Encoder) -> tuple[np.ndarray, dict[str, Any]] | None:

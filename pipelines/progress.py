@@ -8,7 +8,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import IO, Any
+from pathlib import Path
+from typing import IO
+
+from curate.store import open_log
+from pipelines.terminal import CLEAR, RETURN, Shown, text_stream
 
 Counts = dict[tuple[str, str], int]
 """(stage, outcome) -> rows."""
@@ -96,8 +100,9 @@ class Screen:
             return
         self._last = now
         if self._live:
-            width = os.get_terminal_size(self._out.fileno()).columns or 80  # 0 where the terminal does not say
-            self._out.write("\r" + line[: width - 1].ljust(width - 1) + ("\n" if end else ""))
+            width = _columns(self._out)
+            self._out.write(RETURN)
+            self._out.write(line[: width - 1].ljust(width - 1) + ("\n" if end else ""))
         else:
             self._out.write(line + "\n")
         self._out.flush()
@@ -105,7 +110,7 @@ class Screen:
     def say(self, text: str) -> None:
         """A line of its own, above the progress line."""
         if self._live:
-            self._out.write("\r\033[K")
+            self._out.write(CLEAR)
         self._out.write(text + "\n")
         self._out.flush()
 
@@ -173,16 +178,25 @@ class Count:
         rate = self._done / (now - self._began)
         left = clock((self._total - self._done) / rate) if rate else "unknown"
         text = f"{self._what}  {self._done:,}/{self._total:,}  {speed(rate, self._unit)}  eta {left}"
-        self._out.write(f"\r\033[K{text}" if self._live else f"{text}\n")
+        self._out.write(CLEAR if self._live else "")
+        self._out.write(text if self._live else f"{text}\n")
         self._out.flush()
 
     def end(self, more: str = "") -> None:
         """The last line: all of it, and how long it took, or that there was nothing left to do."""
         seconds = time.monotonic() - self._began
-        start = "\r\033[K" if self._live else ""
+        self._out.write(CLEAR if self._live else "")
         done = f"{self._done:,} in {clock(seconds)}" if self._done else f"{self._total:,}, made before"
-        self._out.write(f"{start}{self._what}  {done}{more}\n")
+        self._out.write(f"{self._what}  {done}{more}\n")
         self._out.flush()
+
+
+def _columns(out: IO[str]) -> int:
+    """How wide the terminal is; 80 where it does not say, or is gone."""
+    try:
+        return os.get_terminal_size(out.fileno()).columns or 80
+    except OSError:
+        return 80
 
 
 def clock(seconds: float) -> str:
@@ -213,19 +227,21 @@ def speed(rate: float, unit: str) -> str:
 class Terminal:
     """Our own stream, while libraries' go to a log file; Ray's C++ parts write to the descriptors themselves."""
 
-    def __init__(self, log: Any) -> None:
+    def __init__(self, log: Path) -> None:
         self._log = log
 
     def __enter__(self) -> IO[str]:
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self._saved = [os.dup(1), os.dup(2)]
-        with open(self._log, "ab") as f:
+        with open_log(self._log) as f:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            self._saved = [os.dup(1), os.dup(2)]
             os.dup2(f.fileno(), 1)
             os.dup2(f.fileno(), 2)
-        self._ours = os.fdopen(os.dup(self._saved[1]), "w", buffering=1)
-        return self._ours
+        self._lost = [(s, s.lost) for s in (sys.stdout, sys.stderr) if isinstance(s, Shown)]
+        for stream, _ in self._lost:
+            stream.lost = None  # the log can be written, whatever became of the terminal
+        self._ours = text_stream(os.dup(self._saved[1]), sys.stderr)
+        return self._ours  # type: ignore[return-value]
 
     def __exit__(self, *_: object) -> None:
         sys.stdout.flush()
@@ -233,4 +249,8 @@ class Terminal:
         for fd, saved in enumerate(self._saved, 1):
             os.dup2(saved, fd)
             os.close(saved)
+        for stream, lost in self._lost:
+            stream.lost = lost
         self._ours.close()
+        if isinstance(sys.stderr, Shown):  # the same descriptor: what was lost here counts there
+            sys.stderr.lost = sys.stderr.lost or self._ours.lost

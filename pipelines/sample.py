@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 from curate.store import UserError, check_space, sha256_file
 from pipelines.progress import Count
 from pipelines.prompts import read_prompts
+from pipelines.terminal import CLEAR
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -281,7 +282,7 @@ def _drawn(
         path = save_numbered(png(drawn.image, drawn.facts), asked.out)
         finished.append((path, drawn))
         if aside.isatty():
-            aside.write("\r\033[K")
+            aside.write(CLEAR)
         out.write(f"{path}  seed {drawn.request.seed}{_judged(drawn)}\n")
         out.flush()
     if count:

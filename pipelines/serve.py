@@ -15,7 +15,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from curate.store import UserError, atomic, check_space
+from curate.store import UserError, atomic, check_space, scratch_path
 from pipelines.progress import Terminal
 
 MIN_TOKEN = 16
@@ -103,7 +103,7 @@ def _check_writable(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder}: a file is there, a folder for pictures is expected")
     there = folder.is_dir()
-    probe = folder / ".probe"
+    probe = scratch_path(folder / "probe")  # a name that nobody else has: it is removed
     try:
         with atomic(probe):
             pass

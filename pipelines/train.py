@@ -26,7 +26,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from curate.store import DiskFull, Lock, UserError, check_space, read_json, scratch_path, sweep, write_json
+from curate.ours import check_free, taken
+from curate.store import DiskFull, UserError, check_space, read_json, scratch_path, sweep, write_json
 from pipelines.progress import Count, Terminal, clock
 from pipelines.prompts import read_prompts
 from train.devices import FreeCores
@@ -98,9 +99,14 @@ def run(request: Request) -> Outcome:
     before = _before(request.out, settings)
     if before and before.get("finished") and is_released(request.out):
         return _outcome(request, before)
-    there = {p.name for p in request.out.iterdir()} if request.out.is_dir() else None
-    with Lock(request.out), Terminal(request.out / "logs" / "train.log") as terminal:
+    with (
+        taken(request.out, "model", replaces=["train.json", "data.json"]) as folder,
+        Terminal(request.out / "logs" / "train.log") as terminal,
+    ):
         sweep(request.out)
+        before = _before(request.out, settings)  # again: another run may have been at work until now
+        if before and before.get("finished") and is_released(request.out):
+            return _outcome(request, before)
         if before is None:
             shutil.rmtree(request.out / "start", ignore_errors=True)
         facts = before or {"settings": settings, "started": _now()}
@@ -109,7 +115,7 @@ def run(request: Request) -> Outcome:
             materials, trainers = _prepared(request, settings, facts, samples, prompts, free, terminal)
         except (UserError, DiskFull):
             if before is None:
-                undo(request.out, there)
+                folder.undo(["train.json", "data.json", "start", "logs"])
             raise
         try:
             return _carried_out(request, facts, materials, trainers, terminal)
@@ -128,13 +134,7 @@ def _check(request: Request) -> None:
         raise UserError("--lora changes a model that is there already: say which with --from")
     if request.objective and request.start:
         raise UserError("--objective is for new models: one to go on with (--from) has its own")
-    if request.out.exists() and not request.out.is_dir():
-        raise UserError(f"{request.out} is a file; --out names a folder")
-    if request.out.is_dir() and read_json(request.out / "train.json") is None:
-        ours = (".lock", ".workers", "logs", "train.json")
-        others = sorted(p.name for p in request.out.iterdir() if p.name not in ours and not p.name.endswith(".tmp"))
-        if others:
-            raise UserError(f"{request.out} holds something else ({others[0]}): give a folder of its own with --out")
+    check_free(request.out, "model")
     if request.tensorboard and find_spec("tensorboard") is None:
         raise UserError("--tensorboard: it is not installed here: `pip install 'tastemaker[tensorboard]'`")
     if request.lr is not None and not request.lr > 0:
@@ -220,15 +220,6 @@ def _before(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         f"{out} holds a model that was trained otherwise ({'; '.join(other)}). Give the same settings to go on "
         f"with it, another --out for another model, or --from {out} to begin with what it has learnt."
     )
-
-
-def undo(out: Path, there: set[str] | None) -> None:
-    """Where a request is refused before its first step, its folder is as it was, and a new one is not there."""
-    for path in out.iterdir():
-        if path.name not in (there or ()):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if there is None:
-        out.rmdir()
 
 
 # ------------------------------------------------------------------------------------------------------------ the run

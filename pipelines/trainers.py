@@ -28,7 +28,7 @@ from train.latents import Latents, finish, is_made, made_from, precompute, shard
 from train.loop import LoopConfig, held_out, train
 from train.model import add_lora, load_model, size_step, tokenize
 from train.tasks import Denoise, Reconstruct
-from train.world import Distributed, World
+from train.world import Distributed, PeerLost, World
 
 RESTARTS = 8
 """Times that Ray starts all workers again after it lost one; then the driver ends, and the same command goes on."""
@@ -328,8 +328,20 @@ class RayWorkers:
                 torch_config=TorchConfig(backend="nccl" if self._gpu else "gloo"),
             ).fit()
 
+        def fit() -> None:
+            from ray.train.v2.api.exceptions import WorkerGroupError
+
+            try:
+                job()
+            except WorkerGroupError as e:
+                last = next((str(f).strip().splitlines()[-1:] for f in e.worker_failures.values()), [])
+                raise UserError(
+                    f"workers were lost {RESTARTS + 1} times, at last with: {''.join(last) or 'no word'}\n"
+                    f"The same command goes on from the last checkpoint; {plan.out / 'logs'} says more."
+                ) from e
+
         started = False
-        for letter in self._listen(job, stop):
+        for letter in self._listen(fit, stop):
             if letter != STARTED:
                 yield letter
                 if "stopped" in letter:
@@ -415,7 +427,8 @@ def _worker(plan: Plan, stage: str, name: str) -> None:
     attend(plan.out)
     quiet(plan.out / "logs", stage)
     post: Any = ray.get_actor(name)
-    world, broken = Distributed(), None
+    world = Distributed()
+    broken: Exception | None = None
     if world.rank == 0:
         ray.get(post.put.remote(STARTED))
     with telling(post):
@@ -424,7 +437,7 @@ def _worker(plan: Plan, stage: str, name: str) -> None:
             for record in getattr(materials, stage)(world, _asked(post)):
                 if world.rank == 0:
                     ray.get(post.put.remote(record))
-        except RuntimeError as e:  # where a worker died, the others can't add up: no error of ours, Ray starts anew
+        except (PeerLost, torch.distributed.DistError) as e:  # no error of ours: Ray starts all of them anew
             broken = e
     if broken is not None:
         raise broken

@@ -390,7 +390,7 @@ def digests(root: Path) -> dict[str, str]:
     found = {}
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         name = str(path.relative_to(root))
-        if name in (".lock", ".workers") or name.startswith("logs/"):
+        if name in (".lock", ".workers", ".tastemaker") or name.startswith("logs/"):
             continue
         data = path.read_bytes()
         if (name.startswith("fetched/") and name.endswith("_stats.json")) or name.startswith("embedded/stats/"):
@@ -405,4 +405,4 @@ def same_as(reference: dict[str, str], root: Path) -> None:
     now = digests(root)
     differing = sorted(n for n in now.keys() | reference.keys() if now.get(n) != reference.get(n))
     assert not differing
-    assert {p.name for p in root.rglob(".*")} <= {".lock", ".workers"}  # folders too
+    assert {p.name for p in root.rglob(".*")} <= {".lock", ".workers", ".tastemaker"}  # folders too

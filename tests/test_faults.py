@@ -313,15 +313,17 @@ def test_the_second_run_does_nothing(slow: tuple[SmallWeb, Path, dict[str, str]]
 
 
 def test_sweeping_takes_scratch_only(tmp_path: Path) -> None:
-    data = Data(tmp_path)
+    data, gone = Data(tmp_path), 2**22 + 1  # more than any process's number
     kept = [data.tar(0), data.starts(0), data.table(0)]
+    kept += [tmp_path / name for name in (".notes.tmp", ".x.12-ab.tmp", ".spill-over", "fetched/.00000.tar.tmp")]
+    kept.append(tmp_path / "fetched" / f".00000.tar.{os.getppid()}-01234567.tmp")  # of a process that lives
+    kept.append(tmp_path / f".spill-{os.getpid()}-01234567" / "x")  # of a query at work
     scratch = [
-        tmp_path / "fetched" / ".00000.tar.1-a.tmp",
+        tmp_path / "fetched" / f".00000.tar.{gone}-01234567.tmp",
         data.embed_starts(0),
-        tmp_path / f".spill-{2**22 + 1}-a" / "x",
+        tmp_path / f".spill-{gone}-01234567" / "x",
     ]
-    kept.append(tmp_path / f".spill-{os.getpid()}-a" / "x")  # of a query at work
-    for path in (*kept, *scratch, tmp_path / "fetched" / ".00000.tar.2-b.tmp" / "out" / "00000.tar"):
+    for path in (*kept, *scratch, tmp_path / "fetched" / f".00000.tar.{gone}-89abcdef.tmp" / "out" / "00000.tar"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
     sweep(tmp_path)

@@ -162,7 +162,7 @@ def test_a_broken_line_is_a_row_of_the_ledger(tmp_path: Path) -> None:
         make_plan(str(path), data.root, served.recipe.source)
         fetch_shards(data, served.recipe)
         served.web.counts()
-    rows = pq.read_table(data.table(0)).to_pylist()
+    rows = [row for s in data.plan.shards for row in pq.read_table(data.table(s.shard)).to_pylist()]
     assert [r["status"] for r in rows[:4]] == ["success", "success", "failed_to_download", "failed_to_download"]
     assert (
         rows[2]["reason"] == "bad_line" and rows[2]["error_message"].startswith("line 4: 3 fields") and len(rows) == 120
@@ -195,7 +195,7 @@ def test_what_is_not_utf8_is_null_and_told(tmp_path: Path) -> None:
     good = numbered(200)
     text = ("url,caption\n" + good).encode() + b"http://a.test/x,caf\xe9 \x93cr\xe8me\x94\nhttp://\xe9/,x\n"
     plan = plan_of(write(tmp_path / "l.csv", text))
-    rows = plan.read(0).rows()
+    rows = [row for s in plan.shards for row in plan.read(s.shard).rows()]
     assert rows[200].caption is None and rows[200].url == "http://a.test/x" and rows[200].failure is None
     assert failures(plan) == {201: r"row 202: the URL is not UTF-8: http://\xe9/"}
     assert any(

@@ -193,7 +193,8 @@ def test_a_missing_image_is_named_and_old_shards_stay(data: Path) -> None:
 
 
 def test_what_a_killed_process_left_is_swept(data: Path) -> None:
-    for name in (".s.new", ".s.old"):
+    gone = 2**22 + 1  # more than any process's number
+    for name in (f".s.{gone}-0123abcd.tmp", f".s.{gone}-4567cdef.tmp"):
         (data / "shards" / name).mkdir(parents=True)
         (data / "shards" / name / "00000.tar").write_bytes(b"half")
     pack(data, "s", PackConfig())

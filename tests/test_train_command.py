@@ -378,3 +378,24 @@ def test_a_worker_that_is_killed_is_replaced(
     assert process.returncode == 0, said
     assert "a worker was lost: all go on from the last checkpoint" in said
     assert np.allclose(losses(tmp_path / "killed"), losses(tmp_path / "whole"), atol=1e-6)
+
+
+@pytest.mark.long
+def test_an_error_of_a_worker_is_no_lost_worker(pictures: Path, tmp_path: Path) -> None:
+    """Weights of another shape are a RuntimeError of torch's: it is told at once, and not tried nine times."""
+    out = tmp_path / "model"
+    process = train(pictures, "--out", out, *LONG, "--workers", 2)
+    wait_for_step(out, 45, process)
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    there = checkpoint.checkpoints(out)
+    folder = there[max(there)]
+    state = torch.load(folder / "trainer.pt", weights_only=True)
+    state["raw"][0] = torch.zeros(3)
+    torch.save(state, folder / "trainer.pt")
+    record = json.loads((folder / "record.json").read_text())
+    record["files"]["trainer.pt"] = (folder / "trainer.pt").stat().st_size
+    (folder / "record.json").write_text(json.dumps(record))
+    again = train(pictures, "--out", out, *LONG, "--workers", 2)
+    _, said = again.communicate(timeout=300)
+    assert again.returncode == 1 and "a worker was lost" not in said, said

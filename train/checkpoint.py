@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from curate.store import UserError, check_space, read_json, scratch_path, sync, told, write_json
+from curate.store import UserError, check_space, read_json, scratch_path, sweep, sync, told, write_json
 
 
 def save(
@@ -87,8 +87,7 @@ def best(folder: Path) -> Path | None:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    for leftover in (folder / "checkpoints").glob(".*.tmp"):  # of a process that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+    sweep(folder / "checkpoints")  # what a process that was killed has left
     there = checkpoints(folder)
     kept = {*list(there)[-max(1, keep) :]}
     good = best(folder)

@@ -1,0 +1,118 @@
+"""What an exception means to whoever typed the command: a paragraph, and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import tempfile
+from pathlib import Path
+
+from aesthetic.errors import UserError
+
+_GOES_ON = "What is done stays done; the same command goes on where it stopped."
+
+# what libraries written in C++ raise, as plain RuntimeErrors, where an allocation or a thread is refused
+_NO_MEMORY = ("can't allocate memory", "bad_alloc", "std::bad_alloc", "out of memory", "can't start new thread",
+              "Resource temporarily unavailable", "Cannot allocate memory")  # fmt: skip
+
+# errors about a path that whoever typed the command can put right
+_ABOUT_PATHS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
+    *(errno.ENAMETOOLONG, errno.ETXTBSY, errno.ENXIO, errno.ENODEV),
+}
+
+
+def told(error: BaseException) -> tuple[int, str]:
+    """(exit code, paragraph) for what ended a command."""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if _lacks_memory(error):  # first of all: there may be none to import anything with
+        return 1, f"this needs more memory than there is{_limit(resource.RLIMIT_AS, 'ulimit -v', 1024)}. {_GOES_ON}"
+    if isinstance(error, OSError) and (known := _of_the_system(error)):
+        return known
+    from curate.select import NothingKept
+    from curate.store import DiskFull
+
+    if isinstance(error, NothingKept):
+        return 3, str(error)
+    if isinstance(error, DiskFull):
+        return 1, str(error)
+    if _is_damage(error):
+        return 1, f"{error}\n`tastemaker verify DATA` finds damaged files, and says what repairs them"
+    if isinstance(error, RecursionError):
+        return 1, "something is nested too deep to be read (--verbose shows where)"
+    return 1, (
+        f"{type(error).__name__}: {error}\n"
+        "(--verbose shows where; that it ends like this is an error of tastemaker's: please report it)"
+    )
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    names = {c.__name__ for c in type(error).__mro__}  # of libraries that may not be loaded
+    if names & {"MemoryError", "ArrowMemoryError", "OutOfMemoryError"}:
+        return True
+    if "OutOfMemoryException" in names:  # DuckDB's own limit says more than we could
+        return "failed to allocate" in str(error).lower() and "limit" not in str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def _of_the_system(error: OSError) -> tuple[int, str] | None:
+    """What the operating system refused."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        limit = _limit(resource.RLIMIT_NOFILE, "ulimit -n")
+        return 1, f"more files are open than may be{limit}: `ulimit -n 4096` allows more. {_GOES_ON}"
+    if error.errno in (errno.ENOMEM, errno.EAGAIN):
+        return 1, f"the system refuses more memory or processes ({error.strerror}). {_GOES_ON}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return 1, f"{error.filename or 'a disk'} is full. Free some space and run the same command again."
+    if error.filename is None:
+        return None
+    where = error.filename if error.filename2 is None else f"{error.filename} and {error.filename2}"
+    where = where.decode(errors="replace") if isinstance(where, bytes) else where
+    if error.errno in _ABOUT_PATHS:
+        return 2, f"{where}: {error.strerror} (--verbose shows what for)"
+    if error.errno in (errno.EIO, errno.ESTALE):
+        return 1, f"{where}: {error.strerror}: the disk, or the server that it is on, fails. {_GOES_ON}"
+    return None
+
+
+def _is_damage(error: BaseException) -> bool:
+    from curate.shards import CorruptShard
+
+    return isinstance(error, CorruptShard) or any(c.__name__ == "ArrowInvalid" for c in type(error).__mro__)
+
+
+def _limit(kind: int, name: str, unit: int = 1) -> str:
+    """The limit of this process in words, where there is one."""
+    soft, _ = resource.getrlimit(kind)
+    return "" if soft == resource.RLIM_INFINITY else f" ({name} is {soft // unit:,})"
+
+
+def find_home() -> None:
+    """Have HOME and USER say something where the system knows neither, as in a container with a user of no name.
+
+    Caches of ours and of libraries lie in the home folder; here it is a private one for temporary files.
+    """
+    import getpass
+
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = f"user-{os.getuid()}"
+    if os.environ.get("HOME"):
+        return
+    os.environ.pop("HOME", None)  # empty is not absent
+    with contextlib.suppress(RuntimeError):
+        Path.home()
+        return
+    home = Path(tempfile.gettempdir(), f"tastemaker-{os.getuid()}")
+    with contextlib.suppress(OSError):
+        home.mkdir(mode=0o700)
+    try:
+        found = home.lstat()
+        private = found.st_uid == os.getuid() and found.st_mode & 0o170077 == 0o040000
+    except OSError:
+        private = False
+    os.environ["HOME"] = str(home) if private else tempfile.mkdtemp(prefix="tastemaker-")
