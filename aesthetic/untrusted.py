@@ -151,8 +151,10 @@ def clean(text: str) -> str:
 # -------------------------------------------------------------------------------------------------------------- JSON
 
 
-def parse_json(data: bytes | str, what: str) -> Any:
+def parse_json(data: bytes | str, what: str, *, finite: bool = True) -> Any:
     """A JSON value; strings in it can be encoded (no lone surrogates), numbers are finite.
+
+    With `finite=False` NaN, Infinity and 1e400 are floats, as Python and those who write by it have them.
 
     Raises UserError, naming `what`, for what is not JSON, not UTF-8 (or marked otherwise), nested too deep for this
     interpreter, or holds a number that no float or 4,300-digit integer can be.
@@ -163,7 +165,8 @@ def parse_json(data: bytes | str, what: str) -> Any:
             raise UserError(f"{what}: not JSON: it is not UTF-8")
         data = found.text
     try:
-        return _cleaned(json.loads(data, parse_constant=_no_number, parse_float=_finite))
+        strict: dict[str, Any] = {"parse_constant": _no_number, "parse_float": _finite} if finite else {}
+        return _cleaned(json.loads(data, **strict))
     except RecursionError:
         raise UserError(f"{what}: not read: it is nested too deep") from None
     except ValueError as e:  # JSONDecodeError, an integer of too many digits, NaN

@@ -231,12 +231,12 @@ class Notes:
     def sentences(self) -> list[str]:
         """A sentence for each kind that there is."""
         return [
-            f"{count:,} {_NOTED[kind]}. The first: {'; '.join(self.first[kind])}"
+            f"{count:,} {NOTED[kind]}. The first: {'; '.join(self.first[kind])}"
             for kind, count in sorted(self.counts.items())
         ]
 
 
-_NOTED = {
+NOTED = {
     "broken": "lines are broken, and rows without a picture (bad_line)",
     "not_utf8": "values are not UTF-8, and null (`iconv -f WINDOWS-1252 -t UTF-8`, or whatever it is, mends it)",
     "too_long": "values are longer than 4 MB, and null",

@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from curate.captioned import read_place
 from curate.folders import PLACE_COLUMNS
 from curate.inputs import Found, find, is_remote, stat
 from curate.ledger import URL_COLUMNS, Reason, RowError, stored_schema
@@ -72,7 +73,7 @@ class ShardPlan:
 class Totals:
     """What a plan would be, for `--dry-run`."""
 
-    kind: str  # list, tars, images or imagefolder
+    kind: str  # list, tars, images, imagefolder or parquet
     inputs: int  # files of the list, tars, or folders
     listed_rows: int  # rows of the list, after `where`
     total_rows: int  # of these, the rows that `limit` leaves
@@ -98,17 +99,15 @@ class Place:
 
     path: Path
     offset: int
-    size: int
+    size: int | None  # None: `offset` is a row of a parquet file
 
     def read(self) -> bytes:
-        """The bytes. Raises UserError where they are gone: the folder is not the one that was planned."""
-        try:
-            with open(self.path, "rb") as f:
-                f.seek(self.offset)
-                data = f.read(self.size)
-        except OSError as e:
-            raise UserError(f"{self.path}: cannot be read any more: {e.strerror}") from e
-        if len(data) != self.size:
+        """The bytes. Raises UserError where they are gone: the folder is not the one that was planned.
+
+        RowError where they are too many, or where a row of a parquet file holds none.
+        """
+        data = read_place(self.path, self.offset, self.size)
+        if self.size is not None and len(data) != self.size:
             raise UserError(f"{self.path}: is shorter than when the plan was made. {_ANEW}")
         return data
 
@@ -253,7 +252,7 @@ class Plan:
         return SourceShard(shard, rows, self.shard_digest(shard), failures=beside)
 
     def _require_unchanged(self, file: str, fact: Mapping[str, Any]) -> None:
-        if self.facts["remote"] or (file in self.facts["cut"] and self.facts["kind"] != "tars"):
+        if self.facts["remote"] or (file in self.facts["cut"] and self.facts["kind"] not in ("tars", "parquet")):
             return  # everything is in plan/, or Place.read finds out image by image
         now = stat(self.facts["kind"], Path(fact["path"]))
         if any(now[k] != fact[k] for k in now):

@@ -36,6 +36,7 @@ class Survey:
     listed_rows: int = 0
     kept: list[int] = field(default_factory=list)  # rows per input, after where and limit
     captions_unwanted: bool = False  # source.caption is null
+    notes: list[str] = field(default_factory=list)  # what of a folder is not read
     threshold: int | None = None  # of the spread numbers; rows above it are beyond the limit
     planned: int | None = None  # and those up to this one are in the plan that grows
 
@@ -45,7 +46,7 @@ class Survey:
 
     def warnings(self) -> list[str]:
         """What a run says before it begins: of rows and values that are not taken as they are, and missing captions."""
-        said = [f"{s.path}: {sentence}" for s in self.inputs for sentence in s.notes.sentences()]
+        said = [*self.notes, *(f"{s.path}: {sentence}" for s in self.inputs for sentence in s.notes.sentences())]
         without = [s for s in self.inputs if s.caption is None and not s.local and s.rows]
         if without and not self.captions_unwanted:
             texts = [f.name for f in without[0].schema if pa.types.is_string(f.type) and f.name != without[0].url]
@@ -105,6 +106,7 @@ def survey_list(found: Found, config: SourceConfig, limit: int | None) -> Survey
             raise UserError(f"{source.path}: there is no column of URLs. Name it as source.url. {columns}")
     union = _union(inputs)
     survey = Survey(inputs, union, _carried(found, inputs, union, config), captions_unwanted=config.caption is None)
+    survey.notes = [f"{found.name}: {note}" for note in found.notes]
     if config.where is not None:
         survey.predicate = Predicate(config.where, union, "source.where")
     used = [*survey.carried.names, *(survey.predicate.columns if survey.predicate else ())]
