@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from curate.captioned import (
     image_column,
@@ -43,7 +43,9 @@ class Found:
     def open(self, file: Path, url: str, caption: str | None) -> Input:
         """One of the files as an input. Raises UserError where it cannot be read."""
         if self.base is None:
-            return open_list(file, url, caption)
+            source = open_list(file, url, caption)
+            source.set_constants(self._partition(file))
+            return source
         if self.kind == "tars":
             return TarInput(file, self.base, url, caption, self._image)
         if self.kind == "images":
@@ -51,6 +53,12 @@ class Found:
         if self.kind == "parquet":
             return ParquetImagesInput(file, self.base, url, caption)
         return MetadataInput(file, self.base, url, caption)
+
+    def _partition(self, file: Path) -> dict[str, str | None]:
+        """What the folders of a file say of all its rows, as Hive and Spark name them: lang=en/part-0.parquet."""
+        parts = [] if self.remote else file.parent.parts[len(Path(_before_pattern(self.name)).parts) :]
+        named = (part.partition("=") for part in parts)
+        return {unquote(k): None if v == _NO_VALUE else unquote(v) for k, equals, v in named if k and equals}
 
     @cached_property
     def _image(self) -> str | None:
@@ -63,6 +71,14 @@ class Found:
             if found.images:
                 return found.image
         return None
+
+
+_NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
+
+
+def _before_pattern(name: str) -> str:
+    """The folders of a glob pattern before the first that is one; the whole name where it is none."""
+    return name.split("*")[0].split("?")[0].split("[")[0].rpartition("/")[0] if not os.path.exists(name) else name
 
 
 def is_remote(name: str) -> bool:
@@ -111,8 +127,15 @@ def _find_in_folder(folder: Path) -> Found:
             return Found(str(folder), kind, tars_of(listing), folder, notes=notes)
         case "parquet":
             return Found(str(folder), kind, parquet_with_images(listing), folder, notes=notes)
-    own = [name for name in listing.lists if "/" not in name]
+    lists = [name for name in listing.lists if not _no_list(name)]
+    own = [name for name in lists if "/" not in name]
     if kind is None:
+        if own and len(own) < len(lists):
+            notes = [
+                *notes,
+                f"{len(lists) - len(own):,} lists in folders below are passed over: give one of those folders",
+            ]
+        own = own or lists  # as Spark and the Hugging Face hub lay them out
         if not own:
             raise UserError(f"{nothing_in(listing, 'neither a list nor images')}. Lists are {KNOWN_FORMATS}.")
         _one_format(str(folder), own)
@@ -125,6 +148,15 @@ def _find_in_folder(folder: Path) -> Found:
             f"(A table about these images is called metadata.csv, and says which by a column file_name.)"
         )
     return Found(str(folder), "images", [folder], folder, listing=listing, notes=notes)
+
+
+_ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "croissant.json", "config.json")
+
+
+def _no_list(name: str) -> bool:
+    """Whether a file is about a data set (the hub's, Spark's, Delta's), and no part of it."""
+    *folders, file = name.split("/")
+    return file in _ABOUT or file.lower() in ("readme.txt", "license.txt") or any(f.startswith("_") for f in folders)
 
 
 def _is_tar(name: str) -> bool:
@@ -152,7 +184,7 @@ def _copy_remote(url: str, copies: Path) -> list[Path]:
         elif glob.has_magic(path):
             paths = [p for p in fs.glob(path) if fs.isfile(p)]
         elif fs.isdir(path):
-            paths = [p for p in fs.ls(path, detail=False) if list_format(p) and not Path(p).name.startswith((".", "_"))]
+            paths = _lists(path, fs.ls(path, detail=False)) or _lists(path, fs.find(path))
         else:
             paths = [path]
     except Exception as e:
@@ -171,6 +203,13 @@ def _copy_remote(url: str, copies: Path) -> list[Path]:
                 raise DiskFull(f"no space left while copying {path}") from e
             raise _remote_error(path, e) from e
     return copied
+
+
+def _lists(folder: str, paths: list[str]) -> list[str]:
+    """The lists among the files of a remote folder."""
+    below = {p: p.removeprefix(folder.rstrip("/")).lstrip("/") for p in paths}
+    hidden = {p for p, name in below.items() if any(part.startswith((".", "_")) for part in name.split("/"))}
+    return [p for p, name in below.items() if list_format(p) and p not in hidden and not _no_list(name)]
 
 
 def _remote_error(url: str, e: Exception) -> UserError:

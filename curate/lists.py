@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -263,6 +263,7 @@ class Input:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.constants: dict[str, str | None] = {}
         self.notes = Notes()
 
     def digest(self) -> str:
@@ -272,6 +273,16 @@ class Input:
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """All rows in order, at most BATCH at a time, with at least the named columns in `schema`'s types."""
         raise NotImplementedError
+
+    def set_constants(self, constants: Mapping[str, str | None]) -> None:
+        """Add columns that hold one text in every row, and that the file does not have."""
+        self.constants = {n: v for n, v in constants.items() if n not in self.schema.names}
+        self.schema = pa.schema([*self.schema, *((n, pa.string()) for n in self.constants)])
+
+    def whole_batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """As `batches`, with the constants."""
+        for batch in self.batches(columns):
+            yield with_constants(batch, self.constants)
 
     def check_sizes(self, columns: Sequence[str]) -> None:
         """UserError where reading these columns would take more memory than any list needs."""
@@ -292,6 +303,13 @@ class Input:
             raise UserError(f"{self.path}: {count:,} of {self.rows:,} lines are broken, which is too many. {first}")
         if count:
             self.extra = FAILURES
+
+
+def with_constants(batch: pa.RecordBatch, constants: Mapping[str, str | None]) -> pa.RecordBatch:
+    """A batch with columns that hold one text in every row."""
+    for name, value in constants.items():
+        batch = batch.append_column(name, pa.array([value] * batch.num_rows, pa.string()))
+    return batch
 
 
 def _failures(rows: int, broken: dict[int, Broken]) -> list[pa.Array]:

@@ -23,7 +23,7 @@ from curate.captioned import read_place
 from curate.folders import PLACE_COLUMNS
 from curate.inputs import Found, find, is_remote, stat
 from curate.ledger import URL_COLUMNS, Reason, RowError, stored_schema
-from curate.lists import FAILURES, ParquetInput, open_parquet, parquet_batches
+from curate.lists import FAILURES, ParquetInput, open_parquet, parquet_batches, with_constants
 from curate.ours import clear
 from curate.store import UserError, atomic, digest, read_json, record_digest, sha256_file, write_json
 from curate.survey import Survey, column, columns_of, stored_extra, survey_list
@@ -239,7 +239,7 @@ class Plan:
             url, caption = fact["url"], fact["caption"]
             wanted = [n for n in (url, caption, *self.carried.names) if n]
             batches = (
-                columns_of(batch, url, caption, self.carried)
+                columns_of(with_constants(batch, fact.get("constants", {})), url, caption, self.carried)
                 for batch in _read_slice(self.root / s.file, s.offset, s.rows, wanted)
             )
         table = pa.Table.from_batches(batches, schema)
@@ -435,7 +435,7 @@ def _write_lists(root: Path, found: Found, survey: Survey, shard_size: int) -> t
     for number, (source, kept) in enumerate(zip(survey.inputs, survey.kept, strict=True)):
         before = stat(found.kind, source.path)
         content = source.digest()
-        identity: list[Any] = [content, source.url, source.caption]
+        identity: list[Any] = [content, source.url, source.caption, *([source.constants] if source.constants else [])]
         if isinstance(source, ParquetInput) and source.largest_group <= _LARGEST_GROUP and not survey.filtered:
             file = str(source.path.relative_to(root) if found.remote else source.path)
         else:
@@ -452,7 +452,10 @@ def _write_lists(root: Path, found: Found, survey: Survey, shard_size: int) -> t
         if not found.remote and stat(found.kind, source.path) != before:
             raise UserError(f"{source.path}: changed while it was read. Run the same command again.")
         broken = {"broken": n} if (n := source.notes.counts["broken"]) else {}
-        inputs.append({**before, "sha256": content, "url": source.url, "caption": source.caption, **broken})
+        constants = {"constants": source.constants} if source.constants else {}
+        inputs.append(
+            {**before, "sha256": content, "url": source.url, "caption": source.caption, **broken, **constants}
+        )
         identities[file], made_of[file] = digest(identity), number
         for offset in range(0, kept, shard_size):
             shards.append(ShardPlan(len(shards), file, offset, min(shard_size, kept - offset)))

@@ -79,7 +79,7 @@ class Survey:
         if self.predicate is not None:
             wanted |= set(self.predicate.columns)
         start = 0
-        for batch in source.batches(sorted(wanted)):
+        for batch in source.whole_batches(sorted(wanted)):
             count = batch.num_rows
             if self.threshold is not None or self.planned is not None:
                 place = spread(number, start, count)
@@ -139,7 +139,7 @@ def _masks(survey: Survey, source: Input) -> Iterator[np.ndarray]:
     """What `where` keeps of an input, in pieces; without `where` no row is read."""
     if survey.predicate is not None:
         wanted = set(survey.predicate.columns) | {source.url or "url"}  # at least one: a batch needs a length
-        for batch in source.batches(sorted(wanted)):
+        for batch in source.whole_batches(sorted(wanted)):
             yield survey.mask(batch)
         return
     for start in range(0, source.rows, 1 << 20):
