@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from aesthetic.untrusted import check_regular
 from curate.captioned import (
     image_column,
     kind_of_folder,
@@ -91,13 +92,15 @@ def find(name: str, copies: Path) -> Found:
     if is_remote(name):
         return Found(name, "list", _copy_remote(name, copies), remote=True)
     path = Path(name.removeprefix("file://")).expanduser().absolute()
-    if path.is_dir():
+    if os.path.isdir(path):
         return _find_in_folder(path)
     files = [path]
-    if not path.exists():  # a name with brackets that is there is no pattern
+    if not os.path.lexists(path):  # a name with brackets that is there is no pattern
         files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
     if not files:
         raise UserError(f"{name}: there is no such file or folder.")
+    for file in files:
+        check_regular(file)
     if all(_is_tar(p.name) for p in files):
         return Found(str(path), "tars", files, _common(files))
     if all(is_image(p.name) or p.name.rpartition(".")[2].lower() in UNREAD_EXTENSIONS for p in files):

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from aesthetic.tables import kind_of, table_shape
 from aesthetic.untrusted import caption_of, decode_text, marked_encoding, open_regular, printable
 from aesthetic.untrusted import clean as clean
+from curate.fit import fit, fit_type
 from curate.ledger import Reason
 from curate.lines import Broken, Table, as_utf8, head_of, is_quoted, numbered_lines, shown, unreadable
 from curate.pages import page_sizes
@@ -149,7 +150,7 @@ def plain_type(t: pa.DataType) -> pa.DataType:
         return pa.string()
     if pa.types.is_large_binary(t) or pa.types.is_binary_view(t):
         return pa.binary()
-    return pa.float32() if pa.types.is_float16(t) else t
+    return pa.float32() if pa.types.is_float16(t) else fit_type(t)
 
 
 def plain(column: pa.Array) -> pa.Array:
@@ -158,6 +159,8 @@ def plain(column: pa.Array) -> pa.Array:
         return plain(column.storage)
     if pa.types.is_dictionary(column.type):
         return plain(column.dictionary_decode())
+    if pa.types.is_temporal(column.type) or pa.types.is_nested(column.type) or pa.types.is_decimal256(column.type):
+        return fit(column)
     column = column.cast(plain_type(column.type))
     if pa.types.is_string(column.type):
         return _valid(column.cast(pa.binary()))
