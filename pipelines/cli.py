@@ -716,15 +716,18 @@ def _heads_show(args: argparse.Namespace) -> int:
 
 def _heads_import(args: argparse.Namespace) -> int:
     from aesthetic.published import fetch_head, import_head
+    from curate.encoders import canonical_name, check_named
     from curate.store import UserError
 
     if not Path(args.head).exists():
         if args.encoder or args.norm or args.scale:
             raise UserError(f"there is no file {args.head}")
         return _keep(args, fetch_head(args.head))
+    if args.encoder is not None:
+        check_named(args.encoder)
     head = import_head(
         args.head,
-        encoder=None if args.encoder is None else _encoder_name(args.encoder),
+        encoder=None if args.encoder is None else canonical_name(args.encoder),
         norm=args.norm or "l2",
         scale=tuple(args.scale) if args.scale else None,
         task=args.task or "aesthetic",
@@ -764,20 +767,6 @@ _HEADS: dict[str, tuple[Callable[[argparse.Namespace], int], tuple[str, ...]]] =
     "prompt": (_heads_prompt, ("out", "encoder", "task", "weights", "wanted", "against")),
 }
 """What `tastemaker heads` does, and the options that each takes."""
-
-
-def _encoder_name(name: str) -> str:
-    """The canonical name of an encoder that somebody says a head reads; needs no weights."""
-    from curate.encoders import canonical_name
-    from curate.store import UserError
-
-    kind, _, spec = name.partition(":")
-    if name != "bundled" and not (kind == "open_clip" and all(spec.partition("/"))):
-        raise UserError(
-            f"--encoder {name}: no encoder is called that; there are bundled and open_clip:ARCH/PRETRAINED, "
-            "such as open_clip:ViT-L-14-quickgelu/openai"
-        )
-    return canonical_name(name)
 
 
 def _require_free(name: str, out: str | None) -> None:
