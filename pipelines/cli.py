@@ -739,7 +739,7 @@ def _heads_import(args: argparse.Namespace) -> int:
 
 def _heads_prompt(args: argparse.Namespace) -> int:
     from aesthetic.prompts import prompt_head
-    from curate.encoders import load_encoder
+    from curate.encoders import check_available, load_encoder
     from curate.store import UserError
 
     if not (args.encoder and args.wanted and args.against):
@@ -748,6 +748,7 @@ def _heads_prompt(args: argparse.Namespace) -> int:
             '--encoder bundled --wanted "a photo of a cat" --against "a photo"'
         )
     _require_free(args.head, args.out)
+    check_available(args.encoder, args.weights)
     encoder = load_encoder(args.encoder, weights=args.weights, precision="fp32")
     head = prompt_head(
         encoder.encode_texts,
@@ -781,9 +782,11 @@ def _require_free(name: str, out: str | None) -> None:
 
 def _keep(args: argparse.Namespace, head: Head) -> int:
     """Save a new head, and say what it is."""
-    from aesthetic.heads import describe, heads_folder, save_head
+    from aesthetic.heads import check_replaces, describe, heads_folder, save_head
 
-    folder = save_head(head, args.out or heads_folder() / head.name)
+    folder = Path(args.out or heads_folder() / head.name)
+    check_replaces(folder, head)
+    save_head(head, folder)
     print(describe(head) + "\n")
     following = f"tastemaker score DATA --head {_column(head.name)}={folder if args.out else head.name}"
     return _end(args, _about(head), {"head": folder}, following)
