@@ -311,8 +311,8 @@ def read_head(folder: Path) -> Head:
     path = folder / "head.json"
     about = _json(_read(path, _MAX_JSON), str(path))
     if about.get("format") != FORMAT:
-        told = printable(repr(about.get("format")), 60)
-        raise HeadError(f"{path}: format is {told}; this version reads {FORMAT!r}")
+        other = printable(repr(about.get("format")), 60)
+        raise HeadError(f"{path}: format is {other}; this version reads {FORMAT!r}")
     told = _checked(about, path)
     space, sizes, probes, dim = told.space, told.layers, told.space.probes, told.space.dim
     sha256 = told.sha256.weights

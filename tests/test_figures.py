@@ -68,8 +68,8 @@ FACTS = {
 
 SHORT = (
     "In short: prompts steer it (R@5 0.27, chance 0.05, real pictures 1.00); its pictures are at a KID of 1.87 from "
-    "real ones, where noise is at 6.77; they are no nearer to training pictures than real ones are; its loss is clearly "
-    "lower on training pictures, which is how learning by heart begins."
+    "real ones, where noise is at 6.77; they are no nearer to training pictures than real ones are; its loss is "
+    "clearly lower on training pictures, which is how learning by heart begins."
 )
 
 
