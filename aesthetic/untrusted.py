@@ -151,10 +151,11 @@ def clean(text: str) -> str:
 # -------------------------------------------------------------------------------------------------------------- JSON
 
 
-def parse_json(data: bytes | str, what: str, *, finite: bool = True) -> Any:
+def parse_json(data: bytes | str, what: str, *, finite: bool = True, unique: bool = False) -> Any:
     """A JSON value; strings in it can be encoded (no lone surrogates), numbers are finite.
 
-    With `finite=False` NaN, Infinity and 1e400 are floats, as Python and those who write by it have them.
+    finite: where False, NaN, Infinity and 1e400 are floats, as Python and those who write by it have them.
+    unique: refuse an object in which a key occurs twice (parsers differ in which of the two they believe).
 
     Raises UserError, naming `what`, for what is not JSON, not UTF-8 (or marked otherwise), nested too deep for this
     interpreter, or holds a number that no float or 4,300-digit integer can be.
@@ -166,7 +167,7 @@ def parse_json(data: bytes | str, what: str, *, finite: bool = True) -> Any:
         data = found.text
     try:
         strict: dict[str, Any] = {"parse_constant": _no_number, "parse_float": _finite} if finite else {}
-        return _cleaned(json.loads(data, **strict))
+        return _cleaned(json.loads(data, object_pairs_hook=_once if unique else None, **strict))
     except RecursionError:
         raise UserError(f"{what}: not read: it is nested too deep") from None
     except ValueError as e:  # JSONDecodeError, an integer of too many digits, NaN
@@ -176,6 +177,12 @@ def parse_json(data: bytes | str, what: str, *, finite: bool = True) -> Any:
 def read_json_file(path: str | Path, limit: int = LARGEST_TEXT) -> Any:
     """The JSON value in a file; raises what `read_bytes` and `parse_json` raise."""
     return parse_json(read_bytes(path, limit), str(path))
+
+
+def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(items)) != len(items):
+        raise ValueError("a key occurs twice")
+    return dict(items)
 
 
 def _no_number(text: str) -> float:

@@ -118,6 +118,16 @@ def canonical_name(name: str) -> str:
     return name_by_tag(architecture, pretrained)
 
 
+def check_named(name: str) -> None:
+    """UserError where no encoder can be called so; looks for no weights and loads no library."""
+    kind, _, spec = name.partition(":")
+    if name != "bundled" and not (kind == "open_clip" and all(spec.partition("/"))):
+        raise UserError(
+            f"--encoder {name}: no encoder is called that; there are bundled and open_clip:ARCH/PRETRAINED, "
+            "such as open_clip:ViT-L-14-quickgelu/openai"
+        )
+
+
 def name_by_tag(architecture: str, tag: str) -> str:
     return f"open_clip:{architecture}/{tag.lower().replace('-', '_')}"  # as open_clip reads it
 

@@ -99,6 +99,8 @@ async def ingest_shard(data: Data, shard: int, means: Means, config: str, retry:
         else:
             await _by_ourselves(source, means, ended, isolate)
         facts = {"starts": starts, "isolated": isolate, "denied_by": means.deny.digest if means.deny else None}
+        if means.deny.hashes is not None:
+            facts["denied_hashes"] = means.deny.hashes
         return await asyncio.to_thread(_commit, data, shard, source.table, ended, config, began, facts)
 
 

@@ -716,15 +716,18 @@ def _heads_show(args: argparse.Namespace) -> int:
 
 def _heads_import(args: argparse.Namespace) -> int:
     from aesthetic.published import fetch_head, import_head
+    from curate.encoders import canonical_name, check_named
     from curate.store import UserError
 
     if not Path(args.head).exists():
         if args.encoder or args.norm or args.scale:
             raise UserError(f"there is no file {args.head}")
         return _keep(args, fetch_head(args.head))
+    if args.encoder is not None:
+        check_named(args.encoder)
     head = import_head(
         args.head,
-        encoder=None if args.encoder is None else _encoder_name(args.encoder),
+        encoder=None if args.encoder is None else canonical_name(args.encoder),
         norm=args.norm or "l2",
         scale=tuple(args.scale) if args.scale else None,
         task=args.task or "aesthetic",
@@ -736,7 +739,7 @@ def _heads_import(args: argparse.Namespace) -> int:
 
 def _heads_prompt(args: argparse.Namespace) -> int:
     from aesthetic.prompts import prompt_head
-    from curate.encoders import load_encoder
+    from curate.encoders import check_available, load_encoder
     from curate.store import UserError
 
     if not (args.encoder and args.wanted and args.against):
@@ -745,6 +748,7 @@ def _heads_prompt(args: argparse.Namespace) -> int:
             '--encoder bundled --wanted "a photo of a cat" --against "a photo"'
         )
     _require_free(args.head, args.out)
+    check_available(args.encoder, args.weights)
     encoder = load_encoder(args.encoder, weights=args.weights, precision="fp32")
     head = prompt_head(
         encoder.encode_texts,
@@ -766,20 +770,6 @@ _HEADS: dict[str, tuple[Callable[[argparse.Namespace], int], tuple[str, ...]]] =
 """What `tastemaker heads` does, and the options that each takes."""
 
 
-def _encoder_name(name: str) -> str:
-    """The canonical name of an encoder that somebody says a head reads; needs no weights."""
-    from curate.encoders import canonical_name
-    from curate.store import UserError
-
-    kind, _, spec = name.partition(":")
-    if name != "bundled" and not (kind == "open_clip" and all(spec.partition("/"))):
-        raise UserError(
-            f"--encoder {name}: no encoder is called that; there are bundled and open_clip:ARCH/PRETRAINED, "
-            "such as open_clip:ViT-L-14-quickgelu/openai"
-        )
-    return canonical_name(name)
-
-
 def _require_free(name: str, out: str | None) -> None:
     """UserError where a head that goes by its name would never be found: one that is built in goes before it."""
     from aesthetic.heads import SHIPPED
@@ -792,9 +782,11 @@ def _require_free(name: str, out: str | None) -> None:
 
 def _keep(args: argparse.Namespace, head: Head) -> int:
     """Save a new head, and say what it is."""
-    from aesthetic.heads import describe, heads_folder, save_head
+    from aesthetic.heads import check_replaces, describe, heads_folder, save_head
 
-    folder = save_head(head, args.out or heads_folder() / head.name)
+    folder = Path(args.out or heads_folder() / head.name)
+    check_replaces(folder, head)
+    save_head(head, folder)
     print(describe(head) + "\n")
     following = f"tastemaker score DATA --head {_column(head.name)}={folder if args.out else head.name}"
     return _end(args, _about(head), {"head": folder}, following)

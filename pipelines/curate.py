@@ -27,6 +27,7 @@ from curate.ours import RECIPE_HEADER, Taken, check_free, taken
 from curate.score import Column, columns_of
 from curate.source import clear_plan, inspect, load_plan, make_plan
 from curate.store import Lock, UserError, atomic, check_space, read_json, sweep, uncommit
+from curate.verify import again
 from pipelines.jobs import Job, Work, reach, run_job
 from pipelines.progress import clock
 from pipelines.recipe import DEFAULT, Recipe, load_recipe, parse_recipe, read_recipe, to_yaml
@@ -126,8 +127,54 @@ def check_engine(recipe: Recipe, say: Say) -> None:
     """UserError where the download engine that is asked for cannot be used here."""
     if recipe.fetch.engine == "img2dataset":
         engine_img2dataset.require(recipe.images)
+        if recipe.fetch.deny:
+            raise UserError(
+                "fetch.deny: img2dataset heeds no deny-list, so what is denied would be fetched. "
+                "`--set fetch.engine=native`, or `--set fetch.deny=[]`"
+            )
         say("warning: img2dataset checks no addresses and reads no robots.txt; keep it off private networks")
-    Deny.load(recipe.fetch.deny)  # UserError for what cannot be read
+
+
+def refuse_denied(data: Data, recipe: Recipe, restart_from: str | None = None) -> None:
+    """UserError where a deny-list cannot be read, or names images that the data folder holds already.
+
+    Such a list would be obeyed for what is fetched from now on, and its owner would think for all.
+    """
+    deny = Deny.load(recipe.fetch.deny)
+    if not deny or not data.root.is_dir():
+        return
+    from curate.denied import held
+
+    found = held(data.root, deny, fetched=restart_from in (None, "embed"))
+    if not found:
+        return
+    there = []
+    if found.images:
+        keys = ", ".join(found.keys) + (", ..." if found.images > len(found.keys) else "")
+        there.append(f"{found.images:,} images of fetched/ (key {keys}; {_in_shards(found.shards)})")
+    there += [f"{count:,} images of shards/{name}" for name, count in found.packs.items()]
+    if found.unknown:
+        there.append(
+            f"perhaps images of fetched/ ({_in_shards(found.unknown)}): its md5, sha1 or sha512 can't be compared with "
+            "what was fetched without them, because originals are not kept"
+        )
+    there += [f"perhaps images of shards/{name}, for the same reason" for name in found.unknown_packs]
+    root = shlex.quote(str(data.root))
+    steps = [f"  rm -r {root}/shards/{name} {root}/report/{name}" for name in [*found.packs, *found.unknown_packs]]
+    if found.images or found.unknown:
+        files = [str(Path(f).absolute()) for f in recipe.fetch.deny]
+        denied = shlex.quote(f"fetch.deny=[{', '.join(files)}]")
+        steps.append(f"  {again(data)} --set {denied} --restart-from fetch")
+    raise UserError(
+        f"fetch.deny names what {data.root} holds already: {'; '.join(there)}.\n"
+        "A list that is given later takes nothing away, so nothing is done. Give another --out, or be rid of them:\n"
+        + "\n".join(steps)
+    )
+
+
+def _in_shards(shards: Sequence[str]) -> str:
+    named = ", ".join(shards[:3]) + (f" and {len(shards) - 3:,} more" if len(shards) > 3 else "")
+    return f"shard{'s' if len(shards) > 1 else ''} {named}"
 
 
 def check_selection(recipe: Recipe, carried: pa.Schema, columns: Mapping[str, Column]) -> None:
@@ -162,6 +209,7 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
     check_free(data.root, "data")
     columns = columns_of(recipe.score, recipe.embed.encoder)
     check_engine(recipe, say)
+    refuse_denied(data, recipe, request.restart_from)
     refuse_changes(data, recipe, request.restart_from)
     anew = request.restart_from == "source"
     found = inspect(request.list, recipe.source, request.limit, None if anew else data.root)
@@ -200,10 +248,11 @@ def run(request: Request, say: Say = print) -> Outcome:
 
     Raises UserError before anything starts, DiskFull, NothingKept, or the cause of what went wrong in a worker.
     """
-    recipe, data = request.recipe, Data(request.root)
+    recipe, data = _found_from_anywhere(request.recipe), Data(request.root)
     check_free(data.root, "data")
     columns = columns_of(recipe.score, recipe.embed.encoder)
     check_engine(recipe, say)
+    refuse_denied(data, recipe, request.restart_from)
     if "embed" in request.stages and not (data.root / "plan" / "plan.json").exists():
         _has_encoder(recipe)  # before a long list is read; where a plan is there, all may be embedded
     with taken(data.root, "data", replaces=["recipe.yaml"]) as folder, _nothing_left_behind(data, folder):
@@ -221,6 +270,12 @@ def run(request: Request, say: Say = print) -> Outcome:
         make_plan(request.list, data.root, recipe.source, request.limit)
         store_recipe(data, recipe)
         return _go_on(data, recipe, columns, request.stages, request.address, say)
+
+
+def _found_from_anywhere(recipe: Recipe) -> Recipe:
+    """The recipe with whole paths of deny-lists: later commands may be given in another folder."""
+    deny = tuple(str(Path(f).expanduser().absolute()) for f in recipe.fetch.deny)
+    return replace(recipe, fetch=replace(recipe.fetch, deny=deny))
 
 
 @contextmanager
@@ -252,6 +307,7 @@ def resume(
     columns = columns_of(recipe.score, recipe.embed.encoder)
     if retry:
         check_engine(recipe, say)
+    refuse_denied(data, recipe)
     with Lock(data.root):
         sweep(data.root)
         refuse_changes(data, recipe, restart_from)
@@ -438,6 +494,7 @@ def select_only(data: Data, recipe: Recipe, say: Say, *, uids: str | None, write
     from curate.select import funnel_text, select
 
     name = recipe.select.name
+    refuse_denied(data, recipe)
     with Lock(data.root):
         if uids is not None:
             selection = subsets.select_uids(data.root, name, Path(uids))
@@ -462,6 +519,7 @@ def scales_there(data: Data) -> dict[str, tuple[float, float]]:
 def pack_only(data: Data, recipe: Recipe) -> Outcome:
     """The chosen images of a selection as shards, with their sheet."""
     outcome = Outcome()
+    refuse_denied(data, recipe)
     with Lock(data.root):
         sweep(data.root)
         _pack(data, recipe, outcome)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
@@ -14,12 +15,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from curate import verify
 from curate.data import Data
+from curate.denied import _Look
+from curate.deny import Deny
 from curate.shards import index_tar, read_images
+from curate.sql import connect
 from curate.store import is_done
 from curate.workers import embed_done, fetch_done
 from demo.web import Route
@@ -142,6 +147,8 @@ KILLED = """
 import sys
 from pathlib import Path
 from curate.data import Data
+from curate.denied import _Look
+from curate.deny import Deny
 from pipelines.recipe import load_recipe
 from tests.stages import fetch_shards
 fetch_shards(Data(Path(sys.argv[1])), load_recipe("bundled", sys.argv[2:]), retry=True)
@@ -369,3 +376,84 @@ def test_restart_from_source_leaves_no_shard_of_the_old_list(
     run_stages(finished.parent / "list.tsv", fresh, recipe)
     assert contents(fresh.root) == contents(copy.root)
     assert [p.name for p in (copy.root / "fetched").glob("*.tar")] == ["00000.tar"]
+
+
+# --------------------------------------------------------------------------------------- a deny-list that comes later
+
+
+def test_a_deny_list_given_later_names_what_is_there(
+    made: tuple[Served, Path], copy: Data, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """By URL, in another spelling, by domain, by the sha256 of bytes or of a URL, by md5: every command refuses."""
+    served, finished = made
+    before, requests = everything(copy.root), served.requests()
+    good = [r for shard in range(3) for r in rows(copy, shard) if r["status"] == "success"]
+    packed = pq.read_table(sorted((copy.root / "shards" / "bundled").glob("*.parquet")))["key"].to_pylist()
+    row = next(r for r in good if r["key"] in packed)
+    host = row["url"].split("/")[2].partition(":")[0]
+    of_host = [r["key"] for r in good if r["url"].split("/")[2].startswith(host)]
+    denied = tmp_path / "denied.txt"
+
+    def run(*words: str) -> str:
+        code = cli.main([*words, "--set", f"fetch.deny=[{denied}]"])
+        told = capsys.readouterr()
+        assert code == (2 if told.err else 0), told.err
+        assert everything(copy.root) == before or not told.err
+        assert row["url"] not in told.err
+        return told.err
+
+    retry = ("retry", str(copy.root))
+    for entry, keys in {
+        row["url"]: [row["key"]],
+        row["url"].replace("http://", "HTTP://") + "#part": [row["key"]],
+        host: of_host,
+        row["sha256"]: [r["key"] for r in good if r["sha256"] == row["sha256"]],
+        hashlib.sha256(row["final_url"].encode()).hexdigest(): [row["key"]],
+    }.items():
+        denied.write_text(f"# not these\n{entry}\nother.example\n")
+        told = run(*retry)
+        assert f"{len(keys):,} images of fetched/ (key {', '.join(keys[:3])}" in told, told
+        count = len(set(keys) & set(packed))
+        assert f"; {count} images of shards/bundled.\n" in told
+        assert f"  rm -r {copy.root}/shards/bundled {copy.root}/report/bundled\n" in told
+        assert f"--set 'fetch.deny=[{denied}]' --restart-from fetch" in told
+    denied.write_text(row["url"])
+    listed = str(finished.parent / "list.tsv")
+    curate = ["curate", listed, "--out", str(copy.root), "--recipe", "bundled", *_settings(served)]
+    for words in (
+        *(curate, [*curate, "--dry-run"], ["fetch", *curate[1:]], ["embed", str(copy.root)]),
+        *(["select", str(copy.root)], ["pack", str(copy.root)]),
+    ):
+        assert "1 images of fetched/" in run(*words), words
+    told = run(*curate, "--restart-from", "fetch")  # the pack would stay until the very end, or for ever
+    assert "images of fetched/" not in told and "holds already: 1 images of shards/bundled.\n" in told
+    denied.write_text("0" * 32)
+    told = run(*retry)
+    assert "perhaps images of fetched/ (shards 00000, 00001, 00002): its md5" in told
+    assert "perhaps images of shards/bundled" in told
+
+    denied.write_text("https://elsewhere.example/a.jpg\nelsewhere.example\n" + "0" * 64)
+    assert not run(*retry) and served.requests() == requests
+
+
+def test_odd_urls_are_found_as_plain_ones_are(tmp_path: Path) -> None:
+    urls = [
+        *("http://a.example/x.jpg", "http://A.example:80/x.jpg#y", " http://a.example/x.jpg ", "http://b.example/é?"),
+        *("http://c.example/a/../x.jpg", "http://d.example/x.jpg?", "http://sub.e.example/1", "no url", "/a/file.jpg"),
+        *("http://192.168.0.1/x", "http://f.example/a,b", None),
+    ]
+    path = tmp_path / "t.parquet"
+    names = ["url", "sha256", "key"]
+    keys = [str(i) for i in range(len(urls))]
+    pq.write_table(pa.table([pa.array(urls), pa.array(["no digest", None] * 6), pa.array(keys)], names=names), path)
+    listed = [
+        "http://a.example/x.jpg",
+        "http://b.example/%C3%A9?",
+        "http://c.example/x.jpg",
+        "e.example",
+        "192.168.0.1",
+    ]
+    (tmp_path / "deny.txt").write_text("\n".join([*listed, "http://d.example/x.jpg"]))
+    deny = Deny.load([tmp_path / "deny.txt"])
+    with connect() as con:
+        assert list(_Look(con, deny).denied([path])) == [["0", "1", "2", "3", "4", "5", "6", "9"]]
