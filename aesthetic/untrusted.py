@@ -151,11 +151,11 @@ def clean(text: str) -> str:
 # -------------------------------------------------------------------------------------------------------------- JSON
 
 
-def parse_json(data: bytes | str, what: str, *, unique: bool = False, infinite: bool = False) -> Any:
+def parse_json(data: bytes | str, what: str, *, finite: bool = True, unique: bool = False) -> Any:
     """A JSON value; strings in it can be encoded (no lone surrogates), numbers are finite.
 
+    finite: where False, NaN, Infinity and 1e400 are floats, as Python and those who write by it have them.
     unique: refuse an object in which a key occurs twice (parsers differ in which of the two they believe).
-    infinite: read Infinity, -Infinity and NaN as well, which Python's json writes and JSON has not.
 
     Raises UserError, naming `what`, for what is not JSON, not UTF-8 (or marked otherwise), nested too deep for this
     interpreter, or holds a number that no float or 4,300-digit integer can be.
@@ -166,21 +166,17 @@ def parse_json(data: bytes | str, what: str, *, unique: bool = False, infinite: 
             raise UserError(f"{what}: not JSON: it is not UTF-8")
         data = found.text
     try:
-        return _cleaned(
-            json.loads(
-                data, object_pairs_hook=_once if unique else None,
-                parse_constant=None if infinite else _no_number, parse_float=_finite,
-            )
-        )  # fmt: skip
+        strict: dict[str, Any] = {"parse_constant": _no_number, "parse_float": _finite} if finite else {}
+        return _cleaned(json.loads(data, object_pairs_hook=_once if unique else None, **strict))
     except RecursionError:
         raise UserError(f"{what}: not read: it is nested too deep") from None
     except ValueError as e:  # JSONDecodeError, an integer of too many digits, NaN
         raise UserError(f"{what}: not JSON: {e}") from e
 
 
-def read_json_file(path: str | Path, limit: int = LARGEST_TEXT, *, infinite: bool = False) -> Any:
+def read_json_file(path: str | Path, limit: int = LARGEST_TEXT, *, finite: bool = True) -> Any:
     """The JSON value in a file; raises what `read_bytes` and `parse_json` raise."""
-    return parse_json(read_bytes(path, limit), str(path), infinite=infinite)
+    return parse_json(read_bytes(path, limit), str(path), finite=finite)
 
 
 def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -97,7 +97,8 @@ def test_foreign_text_is_shown_on_one_line_without_controls():
     assert printable("x" * 50, 10) == "x" * 9 + "…"
 
 
-def test_numbers_that_json_has_not_are_read_where_that_is_asked():
+def test_numbers_that_json_has_not_are_read_from_a_file_where_that_is_asked(tmp_path):
+    (tmp_path / "x.json").write_text("[-Infinity, 1]")
     with pytest.raises(UserError, match="-Infinity is no number"):
-        parse_json("[-Infinity]", "x")
-    assert parse_json("[-Infinity, 1]", "x", infinite=True) == [-math.inf, 1]
+        read_json_file(tmp_path / "x.json")
+    assert read_json_file(tmp_path / "x.json", finite=False) == [-math.inf, 1]

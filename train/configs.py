@@ -200,7 +200,7 @@ _T = TypeVar("_T", bound=_Config)
 
 def read_config(schema: type[_T], path: Path) -> tuple[_T, dict[str, Any]]:
     """A JSON file as its schema says, and as it is. Raises UserError, naming the file and what in it can't be."""
-    raw = read_json_file(path, infinite=True)
+    raw = read_json_file(path, finite=False)
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a JSON object is expected")
     try:
