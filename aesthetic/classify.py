@@ -17,7 +17,7 @@ from aesthetic import baselines, evaluate
 from aesthetic.examples import Examples, Prepared, calm, prepare
 from aesthetic.heads import Head, HeadError
 from aesthetic.logistic import PENALTIES, Linear, Logistic, platt
-from aesthetic.reports import Fit, card_of, facts_of, leak, quantiles_of
+from aesthetic.reports import Fit, card_of, doubt, facts_of, leak, quantiles_of, unsure
 from aesthetic.space import Space
 from aesthetic.splits import TEST, Round, rounds_of
 
@@ -25,6 +25,7 @@ Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 FEW = 10
+ROUGHLY = 0.7  # the lower end of AUROC's interval from which a head is of use for sorting. Ours, a round number
 PREVALENCE = 0.01
 """Positives among images as they come, where nobody says otherwise: about what is assumed of unfiltered web lists."""
 
@@ -37,6 +38,7 @@ def fit_classifier(
     name: str,
     task: str = "label",
     prevalence: float = PREVALENCE,
+    positive: str = "positives",
     prompts: npt.NDArray[Any] | None = None,
     card: dict[str, Any] | None = None,
     tell: Callable[[str], None] = lambda line: None,
@@ -46,7 +48,8 @@ def fit_classifier(
     Penalised logistic regression, the penalty chosen by log-loss inside the rows it is fitted to. Up to 3,000 images
     are predicted in nested cross-validation, and the calibration (Platt's) is made on the inner folds' predictions;
     with more, a test set is held back by hash, and one fold serves calibration alone. prevalence: the share of
-    positives where the head will be used, for what it would miss. prompts: (d,) a direction from text prompts.
+    positives where the head will be used, for what it would miss. positive: what the label 1 means, for the verdict.
+    prompts: (d,) a direction from text prompts.
 
     Raises HeadError where the input does not fit together, or there are fewer than 10 images of either label.
     """
@@ -56,12 +59,7 @@ def fit_classifier(
     data = prepare(examples, space, name, (0.0, 1.0))
     if not np.isin(data.y, (0.0, 1.0)).all():
         raise HeadError(f"{name}: labels are 0 or 1, not {data.y[~np.isin(data.y, (0.0, 1.0))][0]:g}")
-    positives = int(data.y.sum())
-    if min(positives, len(data.y) - positives) < FEW:
-        raise HeadError(
-            f"{name}: {positives} positive and {len(data.y) - positives} negative labels; "
-            f"at least {FEW} of each are needed"
-        )
+    positives = check_labels(data.y, name)
     fold, rounds = rounds_of(data.groups, name)
     for r in rounds:
         for without in r.folds:  # the inner folds learn from this little
@@ -91,6 +89,7 @@ def fit_classifier(
     tested = np.isfinite(held_out)
     tell(f"measuring on {int(tested.sum()):,} images not seen")
     report = _report(data, tested, held_out, raw, others, rounds, prevalence) | {"penalty": penalty}
+    report["verdict"] = verdict(report, task, positive)
     head = Head(
         name=name,
         task=task,
@@ -98,9 +97,20 @@ def fit_classifier(
         scale=(0.0, 1.0),
         layers=((linear.weights.astype(np.float32)[None, :], np.array([linear.constant], np.float32)),),
         link="sigmoid",
-        card={**(card or {}), **_card(report)},
+        card={**(card or {}), **_card(report, task)},
     )
     return Fit(head, report, data.as_given(held_out), data.as_given(data.y), penalty)
+
+
+def check_labels(labels: Array, name: str) -> int:
+    """How many are positive; raises HeadError where there are too few of either label."""
+    positives = int(labels.sum())
+    if min(positives, len(labels) - positives) < FEW:
+        raise HeadError(
+            f"{name}: {positives} positive and {len(labels) - positives} negative labels; "
+            f"at least {FEW} of each are needed"
+        )
+    return positives
 
 
 def _of_round(model: Logistic, r: Round, *, nested: bool) -> tuple[Linear, Linear, float]:
@@ -158,7 +168,7 @@ def _report(
             recall["low"], recall["high"] = lowest, 1.0
             missed = found[f"missed_per_million_at_{loss:.0%}_clean_loss"]
             missed["low"], missed["high"] = 0.0, prevalence * 1e6 * (1 - lowest)
-    report = facts_of(data, tested, rounds) | {
+    return facts_of(data, tested, rounds) | {
         "positives": int(data.y.sum()),
         "tested_positives": positives,
         "prevalence": prevalence,
@@ -172,37 +182,39 @@ def _report(
         "calibration": evaluate.calibration_table(p, y, names),
         "quantiles": quantiles_of(p),
     }
-    return report | {"verdict": verdict(report)}
 
 
 def _missed(recall: evaluate.Statistic, prevalence: float) -> evaluate.Statistic:
     return lambda w: prevalence * 1e6 * (1 - recall(w))
 
 
-def verdict(report: dict[str, Any]) -> str:
-    """One sentence on what a classifier is good for."""
+def verdict(report: dict[str, Any], task: str = "nsfw", positive: str = "positives") -> str:
+    """One sentence on what a classifier is good for, in the words of its task."""
     auroc = report["metrics"]["auroc"]
-    if auroc["low"] is None:
-        return "too few groups to say how good it is"
-    if auroc["low"] <= 0.5:
-        return "not shown to be better than chance: label more before you filter with it"
-    if leaking := leak(report, "auroc", 0.5, "AUROC"):
-        return leaking
+    if told := doubt(auroc, 0.5, "label") or leak(report, "auroc", 0.5, "AUROC"):
+        return told
+    if auroc["low"] < ROUGHLY:
+        return unsure(auroc, "label")
     recall, threshold = report["metrics"]["recall_at_1%_clean_loss"], report["thresholds"]["1%"]
     missed = report["metrics"]["missed_per_million_at_1%_clean_loss"]["value"]
-    told = (
-        f"< {threshold:.3g} loses 1% of clean images, "
-        f"and misses {missed:,.0f} per million at {report['prevalence']:.1%}"
-    )
-    if (recall["low"] or 0) >= 0.9:
+    good = (recall["low"] or 0) >= 0.9
+    if task == "nsfw":
+        told = (
+            f"< {threshold:.3g} loses 1% of clean images, "
+            f"and misses {missed:,.0f} per million at {report['prevalence']:.1%}"
+        )
+    else:
+        told = f">= {threshold:.3g} finds {recall['value']:.0%} of the {positive}, and 1% of the other images"
+    if good:
         return f"good for filtering: {told}"
     return f"good for sorting what people will look at, not as the only filter: {told}"
 
 
-def _card(report: dict[str, Any]) -> dict[str, Any]:
+def _card(report: dict[str, Any], task: str) -> dict[str, Any]:
     facts = (
         *("how", "n", "positives", "groups", "tested", "tested_positives", "tested_groups", "near_duplicates_joined"),
         *("test_sha256", "prevalence"),
     )
-    thresholds = {f"< {v:.4g}": f"loses {k} of clean images" for k, v in report["thresholds"].items()}
+    told = ("<", "loses {} of clean images") if task == "nsfw" else (">=", "takes in {} of the other images")
+    thresholds = {f"{told[0]} {v:.4g}": told[1].format(k) for k, v in report["thresholds"].items()}
     return card_of(report, facts, "probabilities") | {"thresholds": thresholds}

@@ -14,7 +14,7 @@ from aesthetic.chunks import blocks
 from aesthetic.examples import calm
 from aesthetic.heads import Head, HeadError, check_name, check_norms
 from aesthetic.logistic import Logistic, platt
-from aesthetic.reports import Fit, quantiles_of, sha256_of
+from aesthetic.reports import Fit, doubt, quantiles_of, sha256_of, unsure
 from aesthetic.space import Space
 from aesthetic.splits import FOLDS, folds_of, groups_of
 
@@ -22,6 +22,9 @@ Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 FEW = 30
+ROUGHLY, WELL = 0.55, 0.6
+"""The lower ends of the interval of what is picked rightly from which a head orders roughly, and well. Ours."""
+
 _ALL = frozenset({0})  # folds, where there are none
 
 
@@ -74,11 +77,7 @@ def fit_comparisons(
     difference = x[win].astype(np.float64) - x[lose].astype(np.float64)
     pair_fold = np.where(fold[win] == fold[lose], fold[win], -1)
     tested = pair_fold >= 0
-    if tested.sum() < FEW or len(set(pair_fold[tested])) < 2:
-        raise HeadError(
-            f"{name}: {len(win)} comparisons, of which {int(tested.sum())} can be tested on images not seen; at least "
-            f"{FEW} are needed. Compare more images, or images of one group (a prompt) with each other."
-        )
+    _require_tested(pair_fold, name)
     tell(f"{len(win):,} comparisons of {len(x):,} images in {of.count:,} groups; fitting")
 
     odds = np.full(len(win), np.nan)
@@ -114,6 +113,32 @@ def fit_comparisons(
     held_out = np.full(len(win), np.nan)
     held_out[order] = odds
     return Fit(head, report, held_out, np.ones(len(win)), None)
+
+
+def check_comparisons(
+    winners: npt.ArrayLike, losers: npt.ArrayLike, ids: Sequence[str], groups: Sequence[Any] | None, name: str
+) -> None:
+    """Raise HeadError, with how many are needed, where so few comparisons can be tested that `fit_comparisons` would.
+
+    It needs no vectors, and knows of no near-duplicates: with these it may be a few more or less.
+    """
+    of = groups_of(ids, groups)
+    fold = folds_of(of.names, min(FOLDS, of.count))
+    win, lose = fold[np.asarray(winners, np.int64)], fold[np.asarray(losers, np.int64)]
+    _require_tested(np.where(win == lose, win, -1), name)
+
+
+def _require_tested(pair_fold: Ints, name: str) -> None:
+    tested = int((pair_fold >= 0).sum())
+    if tested >= FEW and len(set(pair_fold[pair_fold >= 0])) >= 2:
+        return
+    share = max(tested / max(1, len(pair_fold)), 1 / FOLDS)
+    enough = math.ceil(1.25 * FEW / share)  # hashes deal unevenly
+    raise HeadError(
+        f"{name}: {len(pair_fold):,} comparisons, of which {tested:,} can be tested on images not seen; at least {FEW} "
+        f"are needed. About {max(enough, len(pair_fold) + 1):,} comparisons of these images would do, or {FEW} of "
+        f"images within groups (--group: a prompt, a theme), where all can be tested."
+    )
 
 
 def _chosen(difference: Array, w: Array, fold_win: Ints, fold_lose: Ints) -> Array:
@@ -185,12 +210,12 @@ def _report(
 
 
 def verdict(report: dict[str, Any]) -> str:
-    """One sentence on what the head is good for."""
+    """One sentence on what the head is good for: what the lower end of its interval promises."""
     accuracy = report["metrics"]["accuracy"]
-    if accuracy["low"] is None:
-        return "too few groups to say how good it is"
-    if accuracy["low"] <= 0.5:
-        return "not shown to be better than chance: compare more before you filter with it"
-    if accuracy["value"] < 0.6:
+    if told := doubt(accuracy, 0.5, "compare"):
+        return told
+    if accuracy["low"] < ROUGHLY:
+        return unsure(accuracy, "compare")
+    if accuracy["low"] < WELL:
         return "orders images roughly: good for dropping the worst, not for choosing the best"
     return "good for ranking; its scores have no absolute meaning"

@@ -105,6 +105,15 @@ def calm(fit: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
+def check_scores(scores: Array, name: str) -> None:
+    """Raise HeadError where there are too few scores to fit a head to, or all are the same."""
+    n = len(scores)
+    if n and np.ptp(scores) == 0:
+        raise HeadError(f"{name}: every score is {scores[0]:g}; there is nothing to learn")
+    if n < FEW:
+        raise HeadError(f"{name}: {n} ratings; at least {FEW} are needed to fit a head, and 30 to say how good it is")
+
+
 def prepare(examples: Examples, space: Space, name: str, scale: tuple[float, float] | None) -> Prepared:
     """Check and sort. Raises HeadError, naming the row, where parts do not fit together or a value makes no sense.
 
@@ -141,10 +150,7 @@ def prepare(examples: Examples, space: Space, name: str, scale: tuple[float, flo
     if wrong.any():
         row = int(wrong.argmax())
         raise HeadError(f"{name}: the score of row {row} is {y[row]:g}, outside the scale {low:g} to {high:g}")
-    if n and np.ptp(y) == 0:
-        raise HeadError(f"{name}: every score is {y[0]:g}; there is nothing to learn")
-    if n < FEW:
-        raise HeadError(f"{name}: {n} ratings; at least {FEW} are needed to fit a head, and 30 to say how good it is")
+    check_scores(y, name)
 
     given = None if examples.ids is None else [str(v) for v in examples.ids]
     ids = given or [hashlib.sha256(np.ascontiguousarray(row).tobytes()).hexdigest() for row in x]

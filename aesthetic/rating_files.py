@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from aesthetic.errors import UserError
 from aesthetic.heads import HeadError
+from aesthetic.tables import HEAD, TableShape, kind_of, table_shape
+from aesthetic.untrusted import LARGEST_TEXT, check_regular, decode_text, open_regular, read_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +33,11 @@ Array = npt.NDArray[np.float64]
 
 AVA_COLUMNS = ("index", "image_id", *map(str, range(1, 11)), "tag1", "tag2", "challenge")
 POSITIVE = float(np.finfo(np.float64).tiny)  # the lowest number above 0
+EMPTY = ("", "nan", "na", "n/a", "null")
+"""How a cell without a number is written, by spreadsheets, pandas and R."""
+
+LARGEST = 4 << 30  # bytes of a rating file, and of what is in it: 100 million votes
+_TOO_LARGE = "more than ratings take; leave out columns and rows that say nothing of them"
 
 _WHOLE = re.compile(r"-?[0-9]{1,18}")
 _BLOCK = 64 << 20  # bytes that Arrow parses at a time; no row may be longer
@@ -40,24 +49,43 @@ class RatingFile:
 
     path: Path
     table: pa.Table
+    shape: TableShape | None = None  # how a text is written: of .csv and .tsv
+    rows: npt.NDArray[np.int64] | None = None  # where the table's rows stand in the file, if some are left out
 
     @classmethod
     def read(cls, path: Path) -> RatingFile:
         """Parse a file by its suffix, without columns of bytes or nested values.
 
-        Raises HeadError where it is not what its name says, or a row is too long or too short.
+        The encoding of a text is that of its byte order mark, else UTF-8; its delimiter may be another than its suffix
+        says, where it shows that. Raises HeadError where it is no regular file, too large, not what its name says, or a
+        row is too long or too short.
         """
         kind = path.suffix.lower()
         parse = {".csv": _parse_csv, ".tsv": _parse_csv, ".parquet": _parse_parquet, ".txt": _parse_ava}.get(kind)
         if parse is None:
             raise HeadError(f"{path}: a rating file is .csv, .tsv or .parquet, or AVA's .txt")
-        if not path.is_file():
-            raise HeadError(f"{path}: no such file")
-        table = parse(path)
+        try:
+            check_regular(path, LARGEST)
+            with open_regular(path) as f:
+                head = f.read(HEAD)
+            found = kind_of(head)
+            if found and not (kind == ".parquet" and head.startswith(b"PAR1")):
+                raise UserError(f"{path}: is {found}" + (": unpack it with `gunzip`" if "gzip" in found else ""))
+            shape = table_shape(head, "\t" if kind == ".tsv" else ",", str(path)) if parse is _parse_csv else None
+        except UserError as e:
+            raise HeadError(str(e)) from None
+        table = parse(path, shape)
         for i, field in enumerate(table.schema):
             if pa.types.is_dictionary(field.type) or pa.types.is_large_string(field.type):
                 table = table.set_column(i, field.name, pc.cast(table[field.name], pa.string()))
-        return cls(path, table)
+        return cls(path, table, shape)
+
+    def filled(self, columns: Iterable[str], words: bool = False) -> RatingFile:
+        """The file without the rows in which all of these columns are empty; words: NA and nan are no empty cells."""
+        there = np.zeros(len(self.table), bool)
+        for column in columns:
+            there |= ~np.isin(self.words(column), [""] if words else EMPTY)
+        return self if there.all() else replace(self, table=self.table.filter(there), rows=np.flatnonzero(there))
 
     def error(self, row: int, message: str) -> HeadError:
         """What is wrong with a row, and where it is."""
@@ -65,16 +93,17 @@ class RatingFile:
 
     def place(self, row: int) -> str:
         """What to call a row (from 0) in a message: its line, the last one where it has several."""
-        if self.path.suffix.lower() == ".parquet":
+        row = row if self.rows is None else int(self.rows[row])
+        if self.shape is not None:
+            lines = (line for line, fields in _lines(self.path, self.shape) if fields)
+        elif self.path.suffix.lower() == ".txt":
+            lines = (i for i, line in enumerate(_ava_text(self.path).splitlines(), 1) if line.strip())
+        else:
             return f"row {row}"
-        with open(self.path, newline="", encoding="utf-8-sig") as f:
-            if self.path.suffix.lower() == ".txt":
-                lines = (i for i, line in enumerate(f, 1) if line.strip())
-            else:
-                reader = csv.reader(f, delimiter=_delimiter(self.path))
-                next(reader)
-                lines = (reader.line_num for fields in reader if fields)
+        try:
             return f"line {next(line for i, line in enumerate(lines) if i == row)}"
+        except csv.Error:  # a field longer than Python's reader takes
+            return f"row {row + 1} below the header"
 
     def find(self, names: Iterable[str]) -> str | None:
         """The first of the names that is a column, in upper or lower case."""
@@ -117,27 +146,37 @@ class RatingFile:
         """A column as finite numbers of at least `low`, NaN where a cell may be empty; raises HeadError for others."""
         cells = self.table[column]
         try:
-            trimmed = pc.utf8_trim_whitespace(cells) if pa.types.is_string(cells.type) else cells
-            values = pc.cast(trimmed, pa.float64(), safe=False).to_numpy()
+            values = pc.cast(self._trimmed(cells), pa.float64(), safe=False).to_numpy()
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-            values = np.array([_float(v) for v in cells.to_pylist()])
+            values = np.array([_float(v) for v in self._trimmed(cells).to_pylist()])
         wrong = ~(np.isfinite(values) & (values >= low))
         if may_be_empty and wrong.any():
-            wrong &= ~np.isin(self.words(column), ["", "nan"])
+            wrong &= ~np.isin(self.words(column), EMPTY)
         if wrong.any():
             row = int(wrong.argmax())
             raise self.error(row, f"{column} is {cells[row].as_py()!r}, not {wanted}")
         return values
 
+    def _trimmed(self, cells: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Text without the white space around it; numbers with a decimal comma, where no comma parts cells, with a
+        point."""
+        if not pa.types.is_string(cells.type):
+            return cells
+        cells = pc.utf8_trim_whitespace(cells)
+        if self.shape is None or self.shape.delimiter == ",":
+            return cells
+        comma = pc.fill_null(pc.match_substring_regex(cells, r"^[+-]?\d*,\d+$"), False)
+        return pc.if_else(comma, pc.replace_substring(cells, ",", "."), cells)
+
     def values(self, column: str) -> pd.Series:
         """A column of no known role; of CSV as numbers where every filled cell is one. What is empty is missing."""
         cells = self.table[column]
-        if self.path.suffix.lower() in (".csv", ".tsv"):
+        if self.shape is not None:
             cells = pc.if_else(pc.equal(pc.utf8_trim_whitespace(cells), ""), None, cells)
             if not pc.any(pc.match_substring_regex(cells, r"^\s*[+-]?0\d")).as_py():  # 007 is a name
                 for number in (pa.int64(), pa.float64()):
                     try:
-                        return pc.cast(pc.utf8_trim_whitespace(cells), number).to_pandas()
+                        return pc.cast(self._trimmed(cells), number).to_pandas()
                     except pa.ArrowInvalid:
                         continue
         return cells.to_pandas()
@@ -156,69 +195,114 @@ def _float(value: Any) -> float:
         return float("nan")
 
 
-def _delimiter(path: Path) -> str:
-    return "\t" if path.suffix.lower() == ".tsv" else ","
-
-
-def _parse_parquet(path: Path) -> pa.Table:
+def _parse_parquet(path: Path, shape: TableShape | None) -> pa.Table:
     import pyarrow.parquet as pq
     from pyarrow import types
 
     try:
-        with pq.ParquetFile(path) as file:
-            names = [
-                f.name
-                for f in file.schema_arrow
-                if not (types.is_nested(f.type) or types.is_binary(f.type) or types.is_large_binary(f.type))
+        schema = pq.read_schema(path)
+        names = [
+            f.name
+            for f in schema
+            if not (types.is_nested(f.type) or types.is_binary(f.type) or types.is_large_binary(f.type))
+        ]
+        # texts as indices into a dictionary, as they mostly lie there: a few kilobytes can stand for terabytes
+        texts = [
+            n for n in names if types.is_string(schema.field(n).type) or types.is_large_string(schema.field(n).type)
+        ]
+        with pq.ParquetFile(path, read_dictionary=texts) as file:
+            about = file.metadata
+            parts = [
+                about.row_group(g).column(c) for g in range(about.num_row_groups) for c in range(about.num_columns)
             ]
-            return file.read(names)
-    except (pa.ArrowException, OSError) as e:
+            size = max(sum(p.total_uncompressed_size for p in parts), 8 * about.num_rows * len(names))
+            if size > LARGEST:
+                raise HeadError(f"{path}: {about.num_rows:,} rows in {size:,} bytes: {_TOO_LARGE}")
+            table = file.read(names)
+        if sum(_length(chunk) for column in table.columns for chunk in column.chunks) > LARGEST:
+            raise HeadError(f"{path}: {_TOO_LARGE}")
+        table.validate(full=True)  # that texts are UTF-8, for one
+        return table
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as e:
         raise HeadError(f"{path}: not a parquet file that can be read: {e}") from e
 
 
-def _parse_csv(path: Path) -> pa.Table:
+def _length(values: pa.Array) -> int:
+    """The bytes of the values of an array, of texts in a dictionary as if each were written out."""
+    if not pa.types.is_dictionary(values.type) or not (
+        pa.types.is_string(values.type.value_type) or pa.types.is_large_string(values.type.value_type)
+    ):
+        return int(values.nbytes)
+    lengths = pc.cast(pc.binary_length(values.dictionary), pa.int64())
+    return pc.sum(lengths.take(values.indices)).as_py() or 0
+
+
+def _parse_csv(path: Path, shape: TableShape | None) -> pa.Table:
     from pyarrow.csv import ConvertOptions, ParseOptions, ReadOptions, read_csv
 
-    delimiter = _delimiter(path)
+    assert shape is not None
+    names = list(shape.names)
+    if len(set(names)) != len(names):
+        raise HeadError(f"{path}: a column name occurs twice: {', '.join(names)}")
     try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            names = [name.strip() for name in next(csv.reader(f, delimiter=delimiter, strict=True), [])]
-        if len(set(names)) != len(names):
-            raise HeadError(f"{path}: a column name occurs twice: {', '.join(names)}")
-        if not names:
-            return pa.table({})
-        return read_csv(
-            path,
-            read_options=ReadOptions(column_names=names, skip_rows_after_names=1, block_size=_BLOCK),
-            parse_options=ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            convert_options=ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
-        )
-    except (UnicodeDecodeError, csv.Error, pa.ArrowInvalid) as e:
-        raise _csv_error(path, e) from e
+        with open_regular(path, LARGEST) as f:
+            f.seek(shape.start)
+            table = read_csv(
+                f if shape.encoding == "utf-8" else io.BytesIO(f.read().decode(shape.encoding).encode()),
+                read_options=ReadOptions(column_names=names, skip_rows_after_names=1, block_size=_BLOCK),
+                parse_options=ParseOptions(delimiter=shape.delimiter, newlines_in_values=True),
+                convert_options=ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
+            )
+    except (UnicodeError, pa.ArrowInvalid) as e:
+        raise _csv_error(path, shape, e) from e
+    if shape.delimiter == "\t":
+        for name in names:
+            swallowed = pc.match_substring_regex(table[name], r"(?s)\t.*\n|\n.*\t")
+            if pc.any(swallowed).as_py():
+                place = RatingFile(path, table, shape).place(int(pc.index(swallowed, True).as_py()))
+                raise HeadError(f"{path}, up to {place}: a quotation mark that is not closed takes lines for one field")
+    return table
 
 
-def _csv_error(path: Path, error: Exception) -> HeadError:
+def _lines(path: Path, shape: TableShape) -> Iterator[tuple[int, list[str]]]:
+    """The rows below the header as Python's reader parses them: the number of the last line of each, and its fields."""
+    with open_regular(path, LARGEST) as f:
+        before = f.read(shape.start).decode(shape.encoding, "replace")
+        above = before.count("\n") or before.count("\r")
+        text = io.TextIOWrapper(f, shape.encoding, "replace", newline="")
+        reader = csv.reader(text, delimiter=shape.delimiter, strict=True)
+        next(reader, None)
+        for fields in reader:
+            yield above + reader.line_num, fields
+
+
+def _csv_error(path: Path, shape: TableShape, error: Exception) -> HeadError:
     """What is wrong with a CSV that Arrow cannot parse, and where: Python's reader counts lines."""
+    names = shape.names
     try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            reader = csv.reader(f, delimiter=_delimiter(path), strict=True)
-            names = next(reader, [])
-            for row in reader:
-                if row and len(row) != len(names):
-                    return HeadError(f"{path}, line {reader.line_num}: {len(row)} fields, the header has {len(names)}")
-    except (UnicodeDecodeError, csv.Error) as e:
+        for line, fields in _lines(path, shape):
+            if fields and len(fields) != len(names):
+                return HeadError(f"{path}, line {line}: {len(fields)} fields, the header has {len(names)}")
+    except csv.Error as e:
         error = e
-    return HeadError(f"{path}: not {path.suffix[1:].upper()} in UTF-8: {error}")
+    if isinstance(error, UnicodeError) or "UTF8" in str(error):
+        return HeadError(f"{path}: is not UTF-8. Convert it: `iconv -f WINDOWS-1252 -t UTF-8` (or whatever it is)")
+    return HeadError(f"{path}: not {path.suffix[1:].upper()} that can be read: {error}")
 
 
-def _parse_ava(path: Path) -> pa.Table:
+def _ava_text(path: Path) -> str:
+    return decode_text(read_bytes(path, LARGEST_TEXT * 64)).text
+
+
+def _parse_ava(path: Path, shape: TableShape | None) -> pa.Table:
     import pandas as pd
 
     try:
-        table = pd.read_csv(path, sep=r"\s+", header=None, dtype=np.int64, quoting=csv.QUOTE_NONE)
+        text = io.StringIO(_ava_text(path))
+        table = pd.read_csv(text, sep=r"\s+", header=None, dtype=np.int64, quoting=csv.QUOTE_NONE)
     except pd.errors.EmptyDataError:
         raise HeadError(f"{path}: no ratings in it") from None
-    except ValueError as e:  # text, or lines of unequal length
+    except (ValueError, OverflowError) as e:  # text, or lines of unequal length
         raise _ava_error(path) from e
     if table.shape[1] != len(AVA_COLUMNS):
         raise _ava_error(path)
@@ -233,9 +317,8 @@ def _ava_error(path: Path) -> HeadError:
         f"a line of AVA.txt is {len(AVA_COLUMNS)} whole numbers: index, image id, votes 1 to 10, two tags, challenge. "
         "Other ratings go into a .csv with a header"
     )
-    with open(path, encoding="utf-8-sig", errors="replace") as f:
-        for i, line in enumerate(f, 1):
-            fields = line.split()
-            if fields and (len(fields) != len(AVA_COLUMNS) or not all(_WHOLE.fullmatch(v) for v in fields)):
-                return HeadError(f"{path}, line {i}: {line.strip()[:80]!r}; {need}")
+    for i, line in enumerate(_ava_text(path).splitlines(), 1):
+        fields = line.split()
+        if fields and (len(fields) != len(AVA_COLUMNS) or not all(_WHOLE.fullmatch(v) for v in fields)):
+            return HeadError(f"{path}, line {i}: {line.strip()[:80]!r}; {need}")
     return HeadError(f"{path}: {need}")

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from aesthetic.forms import forms_of
 from aesthetic.heads import HeadError
 from aesthetic.join import join
 from aesthetic.raters import without_raters
@@ -50,7 +51,9 @@ _COLUMNS = {  # of the rating table, in order
     "labels": ("image", "score", "n", "sd", "group", "source"),
     "pairs": ("winner", "loser", "n", "group", "source"),
 }
-_BIN = re.compile(r"((?:(?:score|rating|vote|count|star|bin|hist|histogram|c)s?[_. -]?)?)0*([1-9]\d*)", re.IGNORECASE)
+_BIN = re.compile(
+    r"((?:(?:score|rating|vote|count|star|bin|hist|histogram|c)s?[_. -]?)?)0{0,9}([1-9]\d{0,3})", re.IGNORECASE
+)
 _MIN_BINS = 3
 _SHARES = 0.02  # how far from 1 the shares of a histogram may sum: rounded to two digits, ten of them are mostly nearer
 _SAME_MEAN = 0.01  # of the width of the scale: how far a mean may lie from that of the histogram beside it
@@ -69,14 +72,15 @@ class Ratings:
 
     What only some of several files say is missing (NaN, None) in the rows of the others. Every further column of a file
     follows under its own name: numbers where every filled cell is one, otherwise text; empty cells are missing. Only
-    what tells the score again is left out (the bins of a histogram, and the score beside it), and columns of bytes or
-    nested values.
+    the bins of a histogram and the score beside it are left out, and columns of bytes or nested values.
     """
 
     kind: Kind
     table: pd.DataFrame
     by: By  # what identifies an image: a key, path, name or id; a URL; the sha256 of its file. For pairs: "image"
     scale: tuple[float, float] | None  # lowest and highest possible score, where the file itself says so
+    aside: tuple[str, ...] = ()  # further columns that tell the score again, and are no metadata: see `forms_of`
+    unrated: int = 0  # rows without a score, which are not in the table
 
 
 def read_ratings(
@@ -106,7 +110,9 @@ def read_ratings(
     labels     a column label, or a score column of 0 and 1 (false and true, no and yes) and nothing else. `positive` is
                the value that counts as 1 where labels are other words.
     scores     a number an image; n and sd from columns called so, or like the score: beauty_sd or beauty_std beside
-               beauty_mean.
+               beauty_mean. Where the file has another column of scores too, only the latter.
+
+    Rows whose score, label, choice or votes are empty (also NA or nan) are left out and counted.
 
     AVA.txt (Murray, Marchesotti and Perronnin 2012) has 15 whole numbers a line: index, image_id, votes 1 to 10, two
     tags, challenge. The challenge is the group unless another is given: photographs of a challenge were taken for it
@@ -148,22 +154,64 @@ def read_ratings(
         table=table[[*first, *table.columns.drop(first)]],
         by=parts[0].by if len({part.by for part in parts}) == 1 else "image",
         scale=parts[0].scale if len({part.scale for part in parts}) == 1 else None,
+        aside=tuple(dict.fromkeys(name for part in parts for name in part.aside)),
+        unrated=sum(part.unrated for part in parts),
     )
 
 
 def _read(path: Path, image: str | None, score: str | None, group: str | None, positive: str | None) -> Ratings:
-    file = RatingFile.read(path)
+    whole = RatingFile.read(path)
     if group is None and path.suffix.lower() == ".txt":
         group = "challenge"
+    sides = _sides(whole) if image is None and positive is None else None
+    if sides is None and image is None:
+        whole.choose("image", None, IMAGE_NAMES)  # without which nothing else is worth saying
+    told = _told_in(whole, sides, score, positive)
+    file = whole.filled(told, words=positive is not None) if told else whole
+    unrated = len(whole.table) - len(file.table)
+    if unrated and not len(file.table):
+        raise HeadError(f"{path}: no {told[0]} is filled in")
     roles = {
         "group": file.choose("group", group, ()) if group is not None else file.find(["group"]),
         "source": file.find(["source"]),
     }
     data = {role: file.text(column) for role, column in roles.items() if column is not None}
     used = {column for column in roles.values() if column is not None}
-    if image is None and positive is None and (sides := _sides(file)):
-        return _pairs(file, sides, score, data, used)
-    return _scores(file, image, score, positive, data, used)
+    if sides:
+        return replace(_pairs(file, sides, score, data, used), unrated=unrated)
+    ratings = _scores(file, image, score, positive, data, used)
+    return replace(ratings, unrated=unrated, aside=_aside(file, ratings, _score_column(file, score, positive)))
+
+
+def _aside(file: RatingFile, ratings: Ratings, column: str | None) -> tuple[str, ...]:
+    """What tells the score again: further columns of the table, and what was not even read because of a named score."""
+    table, histograms = ratings.table, _histograms(file)
+    further = {str(c): table[c] for c in table.columns if c not in _COLUMNS["scores"]}
+    scores = None if ratings.kind == "labels" else table["score"].to_numpy(np.float64)
+    if scores is not None and "source" in table:  # on scales of their own: within the largest
+        scores = np.where(table["source"] == table["source"].mode()[0], scores, np.nan)
+    prefixes = [_BIN.fullmatch(bins[0])[1] for bins in histograms]  # type: ignore[index]
+    found = forms_of(column or prefixes[0], further, scores, prefixes)
+    if column and ratings.scale is None:  # else the votes are what was read
+        found = [f"{bins[0]} to {bins[-1]}" for bins in histograms] + found
+        if (sd := file.find(SD_NAMES)) and sd not in found and "sd" not in table:
+            found.append(sd)
+    return tuple(found)
+
+
+def _told_in(file: RatingFile, sides: tuple[str, str] | None, score: str | None, positive: str | None) -> list[str]:
+    """The columns that hold a row's judgement; none where a file has no place for one that is missing."""
+    if sides:
+        return [] if sides[0].lower() == "winner" else [file.choose("choice", score, CHOICE_NAMES)]
+    column = _score_column(file, score, positive)
+    bins = [c for family in _histograms(file) for c in family] if score is None and positive is None else []
+    return ([column] if column else []) + bins
+
+
+def _score_column(file: RatingFile, score: str | None, positive: str | None) -> str | None:
+    if score is not None:
+        return file.choose("score", score, ())
+    return (file.find(SCORE_NAMES) if positive is None else None) or file.find([LABEL_NAME])
 
 
 def _ratings(
@@ -205,8 +253,7 @@ def _scores(
     keys = [data[k] for k in ("source", "image") if k in data]
     again = pd.DataFrame(dict(enumerate(keys))).duplicated().to_numpy()
 
-    column = file.choose("score", score, ()) if score is not None else None
-    column = column or (file.find(SCORE_NAMES) if positive is None else None) or file.find([LABEL_NAME])
+    column = _score_column(file, score, positive)
     rater = file.find(RATER_NAMES) if column and again.any() else None
     histograms = _histograms(file)
     used |= {image, *(c for bins in histograms for c in bins)} | ({column} if column else set())
@@ -233,8 +280,9 @@ def _scores(
         data["n"] = file.numbers(n, "a number of votes", low=POSITIVE)
         used.add(n)
     if (sd := file.find([*(f"{base}_{name}" for name in SD_NAMES), *SD_NAMES])) and sd not in used:
-        data["sd"] = file.numbers(sd, "a spread of votes", low=0, may_be_empty=True)
-        used.add(sd)
+        if sd.lower() not in SD_NAMES or column == (file.find(SCORE_NAMES) or column):
+            data["sd"] = file.numbers(sd, "a spread of votes", low=0, may_be_empty=True)
+        used.add(sd)  # else it is that of another score, in other units
     scale = (0.0, 1.0) if kind == "labels" else None
     return _ratings(file, kind, data, _further(file, kind, used), by, scale)
 
@@ -266,11 +314,16 @@ def _judgements(file: RatingFile, column: str, positive: str | None) -> tuple[Ar
         raise file.error(
             row,
             f"{column} is {file.table[column][row].as_py()!r}; labels are 0 and 1, false and true, or no and yes. Say "
-            f"which of other values counts as 1 (positive). Values: {_some(seen)}",
+            f"which of other values counts as 1: --positive {_quoted(seen[0])} (`positive` in Python). "
+            f"Values: {_some(seen)}",
         )
     if not other.any() and (column.lower() == LABEL_NAME or 0 < yes.sum() < len(yes)):
         return yes.astype(np.float64), "labels"
     return file.numbers(column), "scores"
+
+
+def _quoted(value: str) -> str:
+    return value if re.fullmatch(r"[\w.-]+", value) else repr(value)
 
 
 def _some(values: list[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,29 @@ def sha256_of(lines: Iterable[str]) -> str:
 def quantiles_of(scores: Array) -> dict[str, float]:
     """The scores below which these shares of the images lie, for rules that keep the best tenth."""
     return {f"{q:.0%}": float(v) for q, v in zip(QUANTILES, np.quantile(scores, QUANTILES), strict=True)}
+
+
+def doubt(estimate: Mapping[str, float | None], chance: float, more: str) -> str | None:
+    """The verdict where the interval of a head's figure does not lie above chance; None where it does."""
+    low, high = estimate["low"], estimate["high"]
+    if low is None or high is None:
+        return "too few groups to say how good it is"
+    if high < chance:
+        return (
+            f"worse than chance ({low:.2f} to {high:.2f}): it orders images the wrong way round. Are high and low, or "
+            f"the two labels, mixed up, or are images joined to others' ratings?"
+        )
+    if low <= chance:
+        return f"not shown to be better than chance: {more} more before you filter with it"
+    return None
+
+
+def unsure(estimate: Mapping[str, float | None], more: str) -> str:
+    """The verdict where the interval lies above chance, but begins so near to it that nothing else can be promised."""
+    return (
+        f"better than chance, but how much is open ({estimate['low']:.2f} to {estimate['high']:.2f}): {more} more "
+        f"before you choose with it"
+    )
 
 
 def leak(report: dict[str, Any], metric: str, chance: float, name: str) -> str | None:

@@ -286,6 +286,7 @@ class Turns:
         self._places, self._per_domain, self._exchange = places, per_domain, exchange
         self._interval = per_domain / rate if rate else 0.0
         self._sites: dict[str, _Site] = {}
+        self._full = _KEPT  # domains from which on some are forgotten
         self._ready: deque[str] = deque()  # domains that wait for a place
         self._more: deque[str] = deque()  # those among them that have a request under way already
         self._unmet: set[str] = set()  # domains that wait for slots
@@ -451,13 +452,14 @@ class Turns:
 
     def _forget_failures(self) -> None:
         """Forget domains that nobody waits for, where there are too many."""
-        if len(self._sites) >= _KEPT:
+        if len(self._sites) >= self._full:
             now = self.now()
             kept = {d: s for d, s in self._sites.items() if s.waiting or s.busy or s.ready or s.given_up_until > now}
             for domain, site in self._sites.items():
                 if domain not in kept:
                     self._return(domain, site)
             self._sites = kept
+            self._full = max(_KEPT, 2 * len(kept))  # looked through again only when as many more have come
 
     # ---------------------------------------------------------------------------------------- with the budget
 

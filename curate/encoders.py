@@ -78,20 +78,30 @@ def _check_file(weights: str | None) -> None:
         raise UserError(f"embed.weights: there is no file {weights}")
 
 
-def check_available(name: str, weights: str | None = None) -> None:
-    """Make sure that an encoder's weights can be had, and fetch them where they are not here yet. Loads no model.
+def check_available(name: str, weights: str | None = None) -> bool:
+    """Whether an encoder's weights are on this machine; loads no model and no library, and fetches nothing.
 
-    Raises UserError as load_encoder does.
+    Raises UserError as load_encoder does, also where weights that are not here can't be fetched.
     """
     _check_file(weights)
     kind, _, spec = name.partition(":")
     architecture, _, pretrained = spec.partition("/")
-    if kind == "open_clip":
+    if kind == "open_clip" and architecture and pretrained:
+        from curate.openclip import check_weights
+
+        return check_weights(architecture, pretrained, weights)
+    if name != "bundled":
+        load_encoder(name)  # which says what names there are
+    return True
+
+
+def fetch_weights(name: str, weights: str | None = None) -> None:
+    """Have an encoder's weights on this machine. Raises UserError as check_available does."""
+    if not check_available(name, weights):
         from curate.openclip import find_weights
 
+        architecture, _, pretrained = name.partition(":")[2].partition("/")
         find_weights(architecture, pretrained, weights)
-    elif name != "bundled":
-        load_encoder(name)
 
 
 def canonical_name(name: str) -> str:
@@ -106,6 +116,16 @@ def canonical_name(name: str) -> str:
     if Path(pretrained).is_file():
         return name_by_digest(architecture, sha256_file(Path(pretrained)))
     return name_by_tag(architecture, pretrained)
+
+
+def check_named(name: str) -> None:
+    """UserError where no encoder can be called so; looks for no weights and loads no library."""
+    kind, _, spec = name.partition(":")
+    if name != "bundled" and not (kind == "open_clip" and all(spec.partition("/"))):
+        raise UserError(
+            f"--encoder {name}: no encoder is called that; there are bundled and open_clip:ARCH/PRETRAINED, "
+            "such as open_clip:ViT-L-14-quickgelu/openai"
+        )
 
 
 def name_by_tag(architecture: str, tag: str) -> str:

@@ -475,8 +475,8 @@ async def _read(response: aiohttp.ClientResponse, errand: _Errand, seen: Mapping
     limit, declared = errand.max_bytes, response.content_length
     if declared is not None and declared > limit and not errand.cut:
         raise RowError(Reason.TOO_LARGE, f"{declared} bytes declared, more than {limit}")
-    encoding = ",".join(response.headers.getall("Content-Encoding", ())).strip().lower()
-    inflate = _Inflate(encoding) if encoding not in ("", "identity") else None
+    encoding = _coding(response.headers)
+    inflate = _Inflate(encoding) if encoding else None
     pieces: list[bytes] = []
     received = size = 0
     began = room.elapsed()  # an answer may be long in coming; then it must come
@@ -511,12 +511,30 @@ def _words(seen: Mapping[str, str]) -> str | None:
 _REASONS = {404: Reason.HTTP_404, 429: Reason.HTTP_429, 4: Reason.HTTP_4XX, 5: Reason.HTTP_5XX}
 
 
+_CODINGS = {  # IANA's HTTP Content Coding Registry, but for identity
+    *("aes128gcm", "br", "compress", "x-compress", "dcb", "dcz", "deflate", "exi", "gzip", "x-gzip", "pack200-gzip"),
+    "zstd",
+}
+
+
+def _coding(headers: CIMultiDictProxy[str]) -> str:
+    """How the body is encoded: gzip, x-gzip or deflate; "" where it is not, be it that the header names no coding.
+
+    `none`, `UTF-8` and `binary` stand there on the web: browsers take such a body as it is.
+    """
+    named = [c.strip().lower() for c in ",".join(headers.getall("Content-Encoding", ())).split(",")]
+    codings = [c for c in named if c in _CODINGS]
+    if not codings:
+        return ""
+    if codings not in (["gzip"], ["x-gzip"], ["deflate"]):
+        raise guard.Settled(Reason.PROTOCOL, f"Content-Encoding {', '.join(codings)[:40]!r} was not asked for")
+    return codings[0]
+
+
 class _Inflate:
     """Decompresses a body that came compressed although we asked for none, never much at a time."""
 
     def __init__(self, encoding: str) -> None:
-        if encoding not in ("gzip", "x-gzip", "deflate"):
-            raise RowError(Reason.PROTOCOL, f"Content-Encoding {encoding[:40]!r} was not asked for")
         self._stream = zlib.decompressobj(31) if encoding != "deflate" else None
 
     def __call__(self, chunk: bytes) -> tuple[bytes, bytes]:

@@ -244,13 +244,19 @@ class Shared(Generic[T]):
     """One computation per key for all who ask at once, its outcome kept for a time; the oldest are forgotten first.
 
     A RowError is an outcome like any other, and everybody gets a copy of their own. Other exceptions are not kept.
-    `keep` gives the seconds for which an outcome holds.
+    `keep` gives the seconds for which an outcome holds; `size` is the most that all outcomes may weigh together, each
+    one what `weight` says (1).
     """
 
     def __init__(
-        self, compute: Callable[[str], Awaitable[T]], keep: Callable[[T | RowError], float], size: int
+        self,
+        compute: Callable[[str], Awaitable[T]],
+        keep: Callable[[T | RowError], float],
+        size: int,
+        weight: Callable[[T | RowError], int] = lambda outcome: 1,
     ) -> None:
-        self._compute, self._keep, self._size = compute, keep, size
+        self._compute, self._keep, self._size, self._weight = compute, keep, size, weight
+        self._weighs = 0
         self._running: dict[str, asyncio.Task[T | RowError]] = {}
         self._kept: OrderedDict[str, tuple[float, T | RowError]] = OrderedDict()
 
@@ -274,10 +280,12 @@ class Shared(Generic[T]):
                 outcome = await self._compute(key)
             except RowError as e:
                 outcome = e.with_traceback(None)
+            if key in self._kept:
+                self._weighs -= self._weight(self._kept.pop(key)[1])
             self._kept[key] = (time.monotonic() + self._keep(outcome), outcome)
-            self._kept.move_to_end(key)
-            while len(self._kept) > self._size:
-                self._kept.popitem(last=False)
+            self._weighs += self._weight(outcome)
+            while self._weighs > self._size and len(self._kept) > 1:
+                self._weighs -= self._weight(self._kept.popitem(last=False)[1][1])
             return outcome
         finally:
             del self._running[key]

@@ -126,6 +126,11 @@ class ImagesConfig:
                 f"images.quality is {self.quality!r}; for {self.format} it is {meaning}, {lowest} to {highest}."
             )
 
+    @property
+    def level(self) -> int:
+        """The quality, or for png the compression level, that is used."""
+        return _QUALITY[self.format][2] if self.quality is None else self.quality
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Picture:
@@ -661,7 +666,7 @@ def _center(pixels: np.ndarray, side: int) -> np.ndarray:
 
 
 def _encode(pixels: np.ndarray, config: ImagesConfig) -> bytes:
-    quality = _QUALITY[config.format][2] if config.quality is None else config.quality
+    quality = config.level
     if config.format == "jpg":
         return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", "420")
     flag = cv2.IMWRITE_WEBP_QUALITY if config.format == "webp" else cv2.IMWRITE_PNG_COMPRESSION

@@ -5,16 +5,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import importlib
+import importlib.util
+import json
 import logging
 import pickle
 import ssl
+import sys
 import tempfile
 import urllib.error
 import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -144,22 +150,54 @@ class _Weights:
     published: dict[str, Any]  # open_clip's entry for the tag, with its preprocessing; empty for a file of one's own
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Meant:
+    """Which weights a name means; `file` is None where they are published and not on this machine."""
+
+    name: str
+    file: Path | None
+    quick_gelu: bool
+    published: dict[str, Any]
+
+
 def find_weights(architecture: str, pretrained: str, weights: str | None) -> _Weights:
     """Settle which weights are meant and get them; UserError before anything large is loaded."""
-    import open_clip
+    meant = _meant(architecture, pretrained, weights)
+    file = meant.file or _download(meant.name, meant.published)
+    return _Weights(
+        name=meant.name,
+        file=file,
+        sha256=sha256_file(file),
+        quick_gelu=meant.quick_gelu,
+        published=meant.published,
+    )
 
-    config = open_clip.get_model_config(architecture)
-    if config is None or ":" in architecture:
-        near = difflib.get_close_matches(architecture, open_clip.list_models(), 3)
+
+def check_weights(architecture: str, pretrained: str, weights: str | None) -> bool:
+    """Whether the weights are on this machine; UserError where they are not and can't be fetched. Loads no library."""
+    meant = _meant(architecture, pretrained, weights)
+    if meant.file is None:
+        _require_reachable(meant.name, meant.published)
+        return False
+    _require_weights(meant.file)
+    return True
+
+
+def _meant(architecture: str, pretrained: str, weights: str | None) -> _Meant:
+    """Settle which weights are meant; UserError where there are none such, or the architecture is not theirs."""
+    tables = _tables()
+    config = _config(architecture)
+    if config is None:
+        near = difflib.get_close_matches(architecture, _architectures(), 3)
         raise UserError(f"open_clip has no architecture {architecture}; near: {', '.join(near) or 'none'}")
     quick_gelu = bool(config.get("quick_gelu", False))
-    published = open_clip.get_pretrained_cfg(architecture, pretrained)
+    published = tables.get_pretrained_cfg(architecture, pretrained)
     if published:
         tag = pretrained.lower().replace("-", "_")  # as open_clip reads it
         _require_activation(architecture, quick_gelu, tag, published)
+        file = Path(weights) if weights is not None else _in_cache(published)
         name = name_by_tag(architecture, pretrained)
-        file = Path(weights) if weights is not None else _from_hub(name, published)
-        return _Weights(name=name, file=file, sha256=sha256_file(file), quick_gelu=quick_gelu, published=published)
+        return _Meant(name=name, file=file, quick_gelu=quick_gelu, published=published)
 
     by_digest = pretrained.startswith("sha256-")
     own = weights if by_digest else pretrained
@@ -169,10 +207,10 @@ def find_weights(architecture: str, pretrained: str, weights: str | None) -> _We
             raise UserError(f"embed.weights: {own} has the sha256 {sha256[:12]}…, not {pretrained}")
         _require_published_activation(architecture, quick_gelu, sha256)
         name = name_by_digest(architecture, sha256)
-        return _Weights(name=name, file=Path(own), sha256=sha256, quick_gelu=quick_gelu, published={})
+        return _Meant(name=name, file=Path(own), quick_gelu=quick_gelu, published={})
 
-    elsewhere = open_clip.list_pretrained_models_by_tag(pretrained)
-    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    elsewhere = tables.list_pretrained_models_by_tag(pretrained)
+    tags = tables.list_pretrained_tags_by_model(architecture)
     hint = f"; it has {', '.join(tags)}" if tags else ""
     if elsewhere:
         near = difflib.get_close_matches(architecture, elsewhere, 3, cutoff=0)
@@ -180,17 +218,72 @@ def find_weights(architecture: str, pretrained: str, weights: str | None) -> _We
     raise UserError(f"{architecture} has no published weights called {pretrained}, nor is that a file{hint}")
 
 
+# What open_clip says of architectures and weights, also where it is not loaded: `import open_clip` takes four seconds
+# for torch's sake, and a name that is wrong is refused within one. Where it is, somebody may have added to it.
+
+
+def _tables() -> ModuleType:
+    """open_clip's module `pretrained`: its table of published weights."""
+    return importlib.import_module("open_clip.pretrained") if "open_clip" in sys.modules else _tables_alone()
+
+
+@cache
+def _tables_alone() -> ModuleType:
+    package = ModuleType("_open_clip_tables")
+    package.__path__ = [str(_folder())]
+    there = sys.modules.get("safetensors.torch")
+    sys.modules[package.__name__] = package
+    sys.modules["safetensors.torch"] = None  # type: ignore[assignment]  # it can do without, and this one needs torch
+    try:
+        return importlib.import_module(f"{package.__name__}.pretrained")
+    finally:
+        del sys.modules["safetensors.torch"]
+        if there is not None:
+            sys.modules["safetensors.torch"] = there
+
+
+def _folder() -> Path:
+    """Where open_clip lies; imports nothing."""
+    found = importlib.util.find_spec("open_clip")
+    if found is None or not found.submodule_search_locations:
+        raise UserError("open_clip is not installed: `pip install open_clip_torch`, or `--recipe bundled`")
+    return Path(found.submodule_search_locations[0])
+
+
+def _architectures() -> list[str]:
+    if "open_clip" in sys.modules:
+        return sys.modules["open_clip"].list_models()
+    return sorted(path.stem for path in (_folder() / "model_configs").glob("*.json"))
+
+
+def _config(architecture: str) -> dict[str, Any] | None:
+    """open_clip's configuration of an architecture; None where it has none of that name."""
+    if architecture not in _architectures():
+        return None
+    if "open_clip" in sys.modules:
+        return sys.modules["open_clip"].get_model_config(architecture)
+    config = json.loads((_folder() / "model_configs" / f"{architecture}.json").read_text())
+    return config if all(key in config for key in ("embed_dim", "vision_cfg", "text_cfg")) else None
+
+
+def _require_weights(file: Path) -> None:
+    """UserError where a file can't hold weights: a page of a web site, or a pointer to a large file of git's."""
+    with open(file, "rb") as f:
+        head = f.read(10)
+    safetensors = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < file.stat().st_size
+    if not (safetensors or head.startswith((b"PK", b"\x80"))):  # torch's two formats
+        raise UserError(f"{file} holds no weights: it begins with {head!r}, and is neither safetensors nor torch's")
+
+
 def _require_activation(architecture: str, quick_gelu: bool, tag: str, published: dict[str, Any]) -> None:
     """Refuse an architecture whose activation is not that of its weights, where there is one that agrees.
 
     open_clip warns and goes on: vectors come out, and on OpenAI's weights scores move by a point of ten.
     """
-    import open_clip
-
     if bool(published.get("quick_gelu", False)) == quick_gelu:
         return
     right = architecture.removesuffix("-quickgelu") if quick_gelu else f"{architecture}-quickgelu"
-    if right == architecture or open_clip.get_model_config(right) is None:
+    if right == architecture or _config(right) is None:
         return  # the only one there is (roberta-ViT-B-32): its own configuration says what it was trained with
     has, wants = ("QuickGELU", "GELU") if quick_gelu else ("GELU", "QuickGELU")
     raise UserError(
@@ -201,47 +294,63 @@ def _require_activation(architecture: str, quick_gelu: bool, tag: str, published
 
 def _require_published_activation(architecture: str, quick_gelu: bool, sha256: str) -> None:
     """The same refusal for a file of weights whose digest stands in open_clip's list of addresses (OpenAI's do)."""
-    import open_clip
-
-    for _, tag in open_clip.list_pretrained():
+    tables = _tables()
+    for _, tag in tables.list_pretrained():
         for known in {architecture, architecture.removesuffix("-quickgelu")}:
-            published = open_clip.get_pretrained_cfg(known, tag)
+            published = tables.get_pretrained_cfg(known, tag)
             if sha256 in published.get("url", ""):
                 _require_activation(architecture, quick_gelu, tag, published)
 
 
-def _from_hub(name: str, published: dict[str, Any]) -> Path:
-    """Published weights: from the local cache of the hub's client, else downloaded."""
+def _place(published: dict[str, Any]) -> tuple[str, list[str]]:
+    """The hub's repository of published weights, empty where they are elsewhere, and the files that they may be in."""
+    constants = importlib.import_module(f"{_tables().__package__}.constants")
+    repository, _, file = published.get("hf_hub", "").rpartition("/")
+    return repository, [file] if file else [constants.HF_SAFE_WEIGHTS_NAME, constants.HF_WEIGHTS_NAME]
+
+
+def _in_cache(published: dict[str, Any]) -> Path | None:
+    """Published weights in the local cache of the hub's client."""
     import huggingface_hub
-    import huggingface_hub.constants
-    from open_clip import constants
+
+    repository, files = _place(published)
+    for candidate in files if repository else []:
+        local = huggingface_hub.try_to_load_from_cache(repository, candidate)
+        if isinstance(local, str):
+            return Path(local)
+    return None
+
+
+def _missing(name: str, published: dict[str, Any], why: str) -> UserError:
+    repository, files = _place(published)
+    where = f"{files[0]} of the hub's repository {repository}" if repository else published.get("url", "")
+    return UserError(
+        f"the weights of {name} are not on this machine, and {why}. Two ways on: get {where} on another machine "
+        "and give the file as `embed.weights: FILE`; or use `--recipe bundled`, whose encoder needs no download."
+    )
+
+
+def _require_reachable(name: str, published: dict[str, Any]) -> None:
+    """UserError where published weights can't be fetched from here."""
+    from huggingface_hub import constants
+
+    repository, _ = _place(published)
+    server = constants.ENDPOINT if repository else published.get("url", "")
+    if repository and constants.HF_HUB_OFFLINE:
+        raise _missing(name, published, "HF_HUB_OFFLINE is set")
+    if not _answers(server):  # the hub's client itself would try for minutes
+        raise _missing(name, published, f"{server} does not answer")
+
+
+def _download(name: str, published: dict[str, Any]) -> Path:
+    """Fetch published weights."""
+    _require_reachable(name, published)
     from open_clip.pretrained import download_pretrained
 
-    repository, _, file = published.get("hf_hub", "").rpartition("/")
-    where = published.get("url", "")
-    if repository:
-        files = [constants.HF_SAFE_WEIGHTS_NAME, constants.HF_WEIGHTS_NAME] if not file else [file]
-        for candidate in files:
-            local = huggingface_hub.try_to_load_from_cache(repository, candidate)
-            if isinstance(local, str):
-                return Path(local)
-        where = f"{files[0]} of the hub's repository {repository}"
-
-    def missing(why: str) -> UserError:
-        return UserError(
-            f"the weights of {name} are not on this machine, and {why}. Two ways on: get {where} on another machine "
-            "and give the file as `embed.weights: FILE`; or use `--recipe bundled`, whose encoder needs no download."
-        )
-
-    server = huggingface_hub.constants.ENDPOINT if repository else where
-    if repository and huggingface_hub.constants.HF_HUB_OFFLINE:
-        raise missing("HF_HUB_OFFLINE is set")
-    if not _answers(server):  # the hub's client itself would try for minutes
-        raise missing(f"{server} does not answer")
     try:
         return Path(download_pretrained(published))
     except OSError as e:
-        raise missing(f"they could not be downloaded ({e})") from e
+        raise _missing(name, published, f"they could not be downloaded ({e})") from e
 
 
 def _answers(url: str) -> bool:

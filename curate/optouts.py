@@ -8,17 +8,18 @@ a licence: nobody here could accept one.
 from __future__ import annotations
 
 import asyncio
-import json
 import re
+import sys
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
+import numpy as np
 from multidict import CIMultiDictProxy
-from protego import Protego
 from yarl import URL
 
+from aesthetic.errors import UserError
+from aesthetic.untrusted import parse_json
 from curate.guard import Settled, Shared
 from curate.ledger import Reason, RowError
 
@@ -35,7 +36,8 @@ Read = Callable[[URL], Awaitable[bytes | None]]
 
 _REFUSALS = {"noai", "noimageai", "noml", "noindex", "noimageindex", "none"}
 _AGENT = re.compile(r"[a-z][a-z0-9_.*+/-]*|\*")
-_WITH_VALUE = {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"}
+_NAMES = _REFUSALS | {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"}
+_LONGEST = 2048  # characters of all X-Robots-Tag headers of an answer; nobody who means it needs as many
 
 
 def read_headers(headers: CIMultiDictProxy[str]) -> dict[str, str]:
@@ -62,14 +64,17 @@ def robots_tag_refusal(headers: Iterable[str]) -> str | None:
 
     A value is a comma list; `agent:` before a directive makes it and what follows it in that header a matter of
     that agent alone (several agents may follow each other). Case does not matter. These count: noai, noimageai,
-    noml, noindex, noimageindex, none.
+    noml, noindex, noimageindex, none. Headers that are too long to be meant are taken for a refusal, not read.
     """
+    headers = list(headers)
+    if sum(map(len, headers)) > _LONGEST:
+        return f"more than {_LONGEST} characters"
     for header in headers:
         ours = True
         for item in header.lower().split(","):
             name, colon, rest = (part.strip() for part in item.partition(":"))
             # A date may hold both commas and colons; none of its pieces looks like an agent's name.
-            while colon and name not in _REFUSALS | _WITH_VALUE and _AGENT.fullmatch(name):
+            while colon and name not in _NAMES and _AGENT.fullmatch(name):
                 ours = name == "*" or name.partition("/")[0] == PRODUCT_TOKEN
                 name, colon, rest = (part.strip() for part in rest.partition(":"))
             if ours and name in _REFUSALS:
@@ -77,140 +82,107 @@ def robots_tag_refusal(headers: Iterable[str]) -> str | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------------- robots.txt
+# ------------------------------------------------------------------------------------------------------ rules of paths
 
-ROBOTS_MAX_BYTES = 500 * 1024
-"""RFC 9309 section 2.5: read at least 500 kibibytes. The rest is not read."""
+DEAREST = 100_000_000
+"""Characters of a path times characters of patterns with wildcards, above which a path counts as refused: to compare
+that many could take a second, and no site means it."""
 
-_KEPT = 86_400.0  # seconds: RFC 9309 section 2.4 asks for no more than a day
-_KEPT_FAILURE = 300.0
-_ORIGINS = 20_000  # remembered
-
-
-def _kept(outcome: object) -> float:
-    return _KEPT_FAILURE if isinstance(outcome, RowError) else _KEPT
+_CHEAP = 1_000_000  # of the same; more is compared in a thread
 
 
-def robots_rules(body: bytes) -> Protego:
-    """Read a robots.txt: the rules that RFC 9309 gives to our product token, else those for everybody.
+class Rules:
+    """Which of a file's rules decides about a path: the one of highest rank among those whose pattern matches.
 
-    Choosing the group is done here to the letter of section 2.2.1: a whole token counts, a version after it does
-    not, and records of other kinds (Crawl-delay, Sitemap) end no group. Protego does the patterns.
-    """
-    ours: list[str] = []
-    everybodys: list[str] = []
-    named = in_rules = False
-    agents: list[str] = []
-    for line in re.split(r"\r\n|\r|\n", body.decode("utf-8-sig", errors="replace")):
-        line = line.partition("#")[0].strip()
-        field, _, value = line.partition(":") if ":" in line else line.partition(" ")
-        field, value = field.strip().lower(), value.strip().lower()
-        if field in ("user-agent", "useragent", "user agent"):
-            if in_rules:
-                agents, in_rules = [], False
-            token = re.match(r"[a-z_-]+|\*", value)
-            agents.append(token[0] if token else "")
-            named = named or agents[-1] == PRODUCT_TOKEN
-        elif field == "allow" or field.startswith(("dis", "dias")):
-            in_rules = True
-            if PRODUCT_TOKEN in agents:
-                ours.append(line)
-            if "*" in agents:
-                everybodys.append(line)
-    return Protego.parse("\n".join(["user-agent: *", *(ours if named else everybodys)]))
+    A pattern matches from the start of a path, minding case; `*` is anything, `$` at the end the end, percent-encoding
+    is made equal. Half a megabyte of rules, the most that is read of a file, takes less than 1.5 MB, and a decision
+    less than a tenth of a second whatever they are: of a plain pattern only a hash is kept, and patterns with
+    wildcards are compared in a number of steps that is known beforehand.
 
-
-_NO_RULES = Protego.parse("")
-
-
-def _origin(url: URL) -> str:
-    return f"{url.scheme}://{url.host_port_subcomponent}"  # as str(url.origin()), which builds another URL
-
-
-class Robots:
-    """robots.txt, read once per origin and shared by all its rows.
-
-    `read` fetches one; None means any 4xx. What it raises ends every row of that origin for a while, with its own
-    reason: 5xx is a complete disallow (RFC 9309 section 2.3.1.4), but one that may pass.
+    Args:
+        rules: (pattern, rank, whether what it matches is refused). Of equal patterns the highest rank counts.
     """
 
-    def __init__(self, read: Read) -> None:
-        self._read = read
-        self._shared = Shared(self._rules, _kept, _ORIGINS)
+    def __init__(self, rules: Iterable[tuple[str, int, bool]]) -> None:
+        plain: dict[str, tuple[int, bool]] = {}
+        wild: dict[str, tuple[int, bool]] = {}
+        for pattern, rank, refused in rules:
+            kind = wild if "*" in pattern or pattern.endswith("$") else plain
+            pattern = _normal(pattern) if kind is wild else _comparable(pattern)
+            if pattern not in kind or kind[pattern][0] < rank:
+                kind[pattern] = rank, refused
+        self._lengths = sorted({len(p) for p in plain})
+        found = sorted((_hash(p), rank, refused) for p, (rank, refused) in plain.items())
+        self._hashes = np.array([h for h, _, _ in found], np.uint64)
+        self._ranks = np.array([2 * rank + refused for _, rank, refused in found], np.int64)
+        self._wild = sorted(((rank, refused, p) for p, (rank, refused) in wild.items()), reverse=True)
+        self._wild_size = sum(map(len, wild))
+        self.size = sys.getsizeof(self) + 16 * len(found) + sum(120 + len(p) for _, _, p in self._wild)  # bytes
 
-    async def check(self, url: URL) -> None:
-        """Raises RowError: opted_out where the rules disallow this URL, or what `read` raised."""
-        rules = await self._shared.get(_origin(url))
-        if rules is not _NO_RULES and not rules.can_fetch(str(url), PRODUCT_TOKEN):
-            raise Settled(Reason.OPTED_OUT, f"robots.txt of {url.origin()} disallows it")
+    def __bool__(self) -> bool:
+        return bool(self._lengths or self._wild)
 
-    async def close(self) -> None:
-        await self._shared.close()
+    def is_cheap(self, path: str) -> bool:
+        """Whether a decision takes so few steps that nobody notices."""
+        return self._wild_size * len(path) <= _CHEAP
 
-    async def _rules(self, origin: str) -> Protego:
-        body = await self._read(URL(origin).with_path("/robots.txt"))
-        # Half a megabyte of rules takes a good part of a second to read: not on the event loop.
-        return await asyncio.to_thread(robots_rules, body) if body else _NO_RULES
+    def refuse(self, path: str) -> bool:
+        """Whether the rule that decides refuses a path, with its query; False where no rule matches it."""
+        path = _comparable(path)
+        if not self.is_cheap(path):
+            comparable = sum(len(p) for _, _, p in self._wild if _least(p) <= len(path))
+            if comparable * len(path) > DEAREST:
+                return True
+        rank, refused = -1, False
+        prefixes = [_hash(path[:n]) for n in self._lengths if n <= len(path)]
+        if prefixes:
+            wanted = np.array(prefixes, np.uint64)
+            at = np.minimum(np.searchsorted(self._hashes, wanted), len(self._hashes) - 1)
+            if len(matching := self._ranks[at[self._hashes[at] == wanted]]):
+                best = int(matching.max())
+                rank, refused = best // 2, best % 2 == 1
+        for wild_rank, wild_refused, pattern in self._wild:
+            if wild_rank < rank:
+                break
+            if _matches(pattern, path):
+                return wild_refused
+        return refused
 
 
-# ---------------------------------------------------------------------------------------------------- tdmrep.json
+def _hash(text: str) -> int:
+    return hash(text) & 0xFFFF_FFFF_FFFF_FFFF  # siphash with a key of this process: nobody can make two meet
 
 
-@dataclass(frozen=True)
-class _Rule:
-    pieces: tuple[str, ...]  # of the location, between its asterisks
-    ends: bool  # the location ends with $
-    reserved: bool
+def _least(pattern: str) -> int:
+    """Characters that a path must have to match."""
+    return len(pattern) - pattern.count("*") - pattern.endswith("$")
 
-    def matches(self, path: str) -> bool:
-        first, *others = self.pieces
-        if not path.startswith(first):
+
+def _matches(pattern: str, path: str) -> bool:
+    """Whether a pattern with wildcards matches; from left to right, so in no more steps than the path is long."""
+    if _least(pattern) > len(path):
+        return False
+    ends = pattern.endswith("$")
+    first, *others = pattern.removesuffix("$").split("*")
+    if not path.startswith(first):
+        return False
+    at = len(first)
+    last = others.pop() if others else None
+    for piece in others:
+        found = path.find(piece, at)
+        if found < 0:
             return False
-        at = len(first)
-        last = others.pop() if others else None
-        for piece in others:
-            found = path.find(piece, at)
-            if found < 0:
-                return False
-            at = found + len(piece)
-        if last is None:
-            return not self.ends or len(path) == at
-        return len(path) - len(last) >= at and path.endswith(last) if self.ends else path.find(last, at) >= 0
-
-
-def tdmrep_reserves(body: bytes) -> Callable[[URL], bool]:
-    """Read a tdmrep.json: a function that tells whether it reserves the rights in a URL of its origin.
-
-    The first rule whose `location` matches path and query decides; where its `tdm-reservation` is not 1 (the number,
-    or the text as headers have it), nothing is reserved. Locations match as paths in robots.txt do: from the start,
-    with `*` for anything and `$` at the end for the end, minding case, percent-encoding made equal. A file that is not
-    a JSON array is an error, and an error means unset; a rule that is no object with a location is passed over.
-    """
-    try:
-        entries = json.loads(body.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        entries = None
-    rules = [rule for entry in entries if (rule := _rule(entry))] if isinstance(entries, list) else []
-
-    def reserves(url: URL) -> bool:
-        path = _comparable(url.raw_path_qs)
-        return next((rule.reserved for rule in rules if rule.matches(path)), False)
-
-    return reserves
-
-
-def _rule(entry: Any) -> _Rule | None:
-    location = entry.get("location") if isinstance(entry, dict) else None
-    if not isinstance(location, str) or not location:
-        return None
-    value = entry.get("tdm-reservation")
-    pieces = tuple(_comparable(piece) for piece in re.split(r"\*+", location.removesuffix("$")))
-    return _Rule(pieces, location.endswith("$"), value in (1, "1") and value is not True)
+        at = found + len(piece)
+    if last is None:
+        return not ends or len(path) == at
+    return len(path) - len(last) >= at and path.endswith(last) if ends else path.find(last, at) >= 0
 
 
 _ESCAPE = re.compile("%[0-9a-fA-F]{2}")
 _UNRESERVED = re.compile(r"[A-Za-z0-9._~-]")  # RFC 3986 section 2.3
 _PLAIN = "".join(c for c in map(chr, range(33, 127)) if c not in "$*")
+_AS_IT_IS = re.compile("[!#&-)+-~]*")  # most paths: nothing to encode, no escape
+_STARS = re.compile(r"\*+")
 
 
 def _comparable(text: str) -> str:
@@ -218,6 +190,8 @@ def _comparable(text: str) -> str:
 
     A bare `*` or `$` becomes an escape: a pattern that means the character has to write it so.
     """
+    if _AS_IT_IS.fullmatch(text):
+        return text
 
     def one(escape: re.Match[str]) -> str:
         character = chr(int(escape[0][1:], 16))
@@ -226,8 +200,151 @@ def _comparable(text: str) -> str:
     return _ESCAPE.sub(one, quote(text, safe=_PLAIN, errors="replace"))
 
 
+def _normal(pattern: str) -> str:
+    """A pattern with wildcards in that spelling."""
+    ends = "$" if pattern.endswith("$") else ""
+    return "*".join(map(_comparable, _STARS.split(pattern.removesuffix("$")))) + ends
+
+
+MOST_RULES = 64_000_000
+"""Bytes of rules that are remembered, of all origins together; the oldest are forgotten first, and read again."""
+
+_KEPT = 86_400.0  # seconds: RFC 9309 section 2.4 asks for no more than a day
+_KEPT_FAILURE = 300.0
+_ENTRY = 600  # bytes that remembering any origin takes
+
+
+def _kept(outcome: object) -> float:
+    return _KEPT_FAILURE if isinstance(outcome, RowError) else _KEPT
+
+
+def _weight(outcome: object) -> int:
+    return _ENTRY + (outcome.size if isinstance(outcome, Rules) else 0)
+
+
+class _OfOrigins:
+    """A file of rules, read once per origin and shared by all its rows.
+
+    Files are parsed one at a time, in a thread: half a megabyte takes a tenth of a second, and a list can name any
+    number of hosts that send as much.
+    """
+
+    def __init__(self, path: str, read: Read, parse: Callable[[bytes], Rules]) -> None:
+        self._path, self._read, self._parse = path, read, parse
+        self._shared = Shared(self._rules, _kept, MOST_RULES, _weight)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rules")
+
+    async def refuse(self, url: URL) -> bool:
+        """Whether the rules refuse a URL; raises the RowError that reading them ended with."""
+        rules = await self._shared.get(f"{url.scheme}://{url.host_port_subcomponent}")
+        if not rules:
+            return False
+        path = url.raw_path_qs
+        if rules.is_cheap(path):
+            return rules.refuse(path)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, rules.refuse, path)
+
+    async def close(self) -> None:
+        await self._shared.close()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _rules(self, origin: str) -> Rules:
+        body = await self._read(URL(origin).with_path(self._path))
+        if not body:
+            return _NO_RULES
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._parse, body)
+
+
+_NO_RULES = Rules([])
+
+
+# ------------------------------------------------------------------------------------------------------- robots.txt
+
+ROBOTS_MAX_BYTES = 500 * 1024
+"""RFC 9309 section 2.5: read at least 500 kibibytes. The rest is not read."""
+
+# as generous as crawlers are: without a colon, and misspelt
+_RULE_LINE = re.compile(
+    r"(?:^|[\r\n])[ \t]*(?P<field>user[- ]?agent|allow|disallow|dissallow|dissalow|disalow|diasllow|disallaw)"
+    r"(?:[ \t]*:|[ \t])[ \t]*(?P<value>[^#\r\n]*)",
+    re.IGNORECASE,
+)
+
+
+def robots_rules(body: bytes) -> Rules:
+    """Read a robots.txt: the rules that RFC 9309 gives to our product token, else those for everybody.
+
+    The group is chosen to the letter of section 2.2.1: a whole token counts, a version after it does not, and records
+    of other kinds (Crawl-delay, Sitemap) end no group. Of the rules that match, the longest decides, and of two of one
+    length the one that allows (section 2.2.2); robots.txt itself is always allowed.
+    """
+    ours: list[tuple[str, int, bool]] = []
+    everybodys: list[tuple[str, int, bool]] = []
+    named = in_rules = False
+    agents: list[str] = []
+    for line in _RULE_LINE.finditer(body.decode("utf-8-sig", errors="replace")):
+        field, value = line["field"].lower(), line["value"].strip()
+        if field.startswith("user"):
+            if in_rules:
+                agents, in_rules = [], False
+            token = re.match(r"[a-z_-]+|\*", value.lower())
+            agents.append(token[0] if token else "")
+            named = named or agents[-1] == PRODUCT_TOKEN
+            continue
+        in_rules = True
+        rule = value, 2 * len(value) + (field == "allow"), field != "allow"
+        if PRODUCT_TOKEN in agents and value:
+            ours.append(rule)
+        if "*" in agents and value:
+            everybodys.append(rule)
+    always = "/robots.txt", sys.maxsize // 4, False
+    return Rules([*(ours if named else everybodys), always])
+
+
+class Robots:
+    """robots.txt of every origin.
+
+    `read` fetches one; None means any 4xx. What it raises ends every row of that origin for a while, with its own
+    reason: 5xx is a complete disallow (RFC 9309 section 2.3.1.4), but one that may pass.
+    """
+
+    def __init__(self, read: Read) -> None:
+        self._files = _OfOrigins("/robots.txt", read, robots_rules)
+
+    async def check(self, url: URL) -> None:
+        """Raises RowError: opted_out where the rules disallow this URL, or what `read` raised."""
+        if await self._files.refuse(url):
+            raise Settled(Reason.OPTED_OUT, f"robots.txt of {url.origin()} disallows it")
+
+    async def close(self) -> None:
+        await self._files.close()
+
+
+# ---------------------------------------------------------------------------------------------------- tdmrep.json
+
+
+def tdmrep_rules(body: bytes) -> Rules:
+    """Read a tdmrep.json: a rule refuses where it reserves the rights in what it matches.
+
+    The first rule whose `location` matches path and query decides; where its `tdm-reservation` is not 1 (the number,
+    or the text as headers have it), nothing is reserved. Locations match as paths in robots.txt do. A file that is not
+    a JSON array is an error, and an error means unset; a rule that is no object with a location is passed over.
+    """
+    try:
+        entries = parse_json(body, "tdmrep.json")
+    except UserError:
+        entries = None
+    rules = []
+    for i, entry in enumerate(entries if isinstance(entries, list) else ()):
+        location = entry.get("location") if isinstance(entry, dict) else None
+        if isinstance(location, str) and location:
+            value = entry.get("tdm-reservation")
+            rules.append((location, len(entries) - i, value in (1, "1") and value is not True))
+    return Rules(rules)
+
+
 class TdmRep:
-    """/.well-known/tdmrep.json, read once per origin and shared by all its rows.
+    """/.well-known/tdmrep.json of every origin.
 
     `read` fetches one. By TDMRep an origin that has none, or fails to give it, has said nothing: what `read` raises
     ends no row. A header may say more than the file but not take it back, though TDMRep lets it: who is reserved in
@@ -235,21 +352,16 @@ class TdmRep:
     """
 
     def __init__(self, read: Read) -> None:
-        self._read = read
-        self._shared = Shared(self._rules, _kept, _ORIGINS)
+        self._files = _OfOrigins("/.well-known/tdmrep.json", read, tdmrep_rules)
 
     async def check(self, url: URL) -> None:
         """Raises RowError: opted_out where the file of the URL's origin reserves it."""
         try:
-            reserves = await self._shared.get(_origin(url))
+            reserved = await self._files.refuse(url)
         except RowError:
             return
-        if reserves(url):
+        if reserved:
             raise Settled(Reason.OPTED_OUT, f"tdmrep.json of {url.origin()} reserves it")
 
     async def close(self) -> None:
-        await self._shared.close()
-
-    async def _rules(self, origin: str) -> Callable[[URL], bool]:
-        body = await self._read(URL(origin).with_path("/.well-known/tdmrep.json"))
-        return await asyncio.to_thread(tdmrep_reserves, body or b"[]")
+        await self._files.close()

@@ -31,6 +31,7 @@ from curate.ledger import FETCHED_COLUMNS, URL_COLUMNS, shard_name
 from curate.rules import KEPT
 from curate.select import NothingKept, Selection, load_selection
 from curate.shards import CorruptShard, TarWriter, image_member, index_tar, read_range
+from curate.sql import batches, quote
 from curate.store import (
     UserError,
     atomic,
@@ -47,12 +48,10 @@ from curate.store import (
 )
 from curate.view import (
     Table,
-    batches,
     check_current,
     fetched_columns,
     is_current,
     open_ledger,
-    quote,
     table_digests,
     tables,
 )

@@ -1,24 +1,20 @@
 """A condition on the list's own columns: `source.where`, in DuckDB's SQL, decided row by row.
 
-DuckDB sees one batch of rows at a time and nothing else: external access is off, and what would make the answer
-depend on other rows or on the moment (subqueries, aggregates, random(), now()) is refused.
+DuckDB sees one batch of rows at a time and nothing else (curate.sql), and what would make the answer depend on other
+rows or on the moment (subqueries, aggregates, random(), now()) is refused.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
-from typing import Any
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 
 from curate.lists import describe
+from curate.sql import Bounds, connect, parse, unstable_functions, walk
 from curate.store import UserError
-
-_MEMORY = "256MB"  # for one batch
 
 
 class Predicate:
@@ -27,19 +23,14 @@ class Predicate:
     def __init__(self, condition: str, schema: pa.Schema, name: str) -> None:
         """`name` is the key of the recipe that the condition comes from. Raises UserError where it is not usable."""
         self.condition, self._name = condition, name
-        self._connection = duckdb.connect(
-            config={
-                "enable_external_access": "false",
-                "memory_limit": _MEMORY,
-                "lock_configuration": "true",
-            }
-        )
+        self._connection = connect()
+        self._bounds = Bounds(self._connection)
         self._check(schema)
         # the empty table says what DuckDB objects to: first as a condition (no aggregates there), then as it is used
         empty = schema.empty_table().select(self.columns) if self.columns else _rows(0)
         try:
             self._connection.register("list", empty)
-            self._connection.execute(f"SELECT 1 FROM list WHERE (\n{condition}\n)")
+            self._bounds.first(f"SELECT 1 FROM list WHERE (\n{condition}\n)")
             self._ask(empty)
         except duckdb.Error as e:
             raise self._error(e, schema) from e
@@ -57,7 +48,9 @@ class Predicate:
         self._connection.register("list", table)
         query = f"SELECT coalesce(CAST((\n{self.condition}\n) AS BOOLEAN), false) AS keep FROM list"
         try:
-            keep = self._connection.sql(query).to_arrow_table().column("keep")
+            keep = self._bounds.run(lambda: self._connection.sql(query).to_arrow_table().column("keep"))
+        except UserError as e:  # too much memory or time
+            raise self._refused(str(e)) from None
         finally:
             self._connection.unregister("list")
         return keep.to_numpy()
@@ -66,15 +59,17 @@ class Predicate:
         if not self.condition.strip():
             raise self._refused("is empty; write null for no condition.")
         statement = f"SELECT 1 FROM list WHERE (\n{self.condition}\n)"
-        row = self._connection.execute("SELECT json_serialize_sql(?)", [statement]).fetchone()
-        parsed = json.loads(row[0]) if row else {}
-        if parsed.get("error"):
+        parsed = parse(statement)
+        if parsed["error"]:
             raise self._refused(parsed["error_message"])
         node = parsed["statements"][0]["node"]
         rest = [node.get(part) for part in ("modifiers", "group_expressions", "having", "qualify")]
         if node["type"] != "SELECT_NODE" or any(rest) or len(parsed["statements"]) > 1:
             raise self._refused("one condition is needed, and nothing after it.")
-        parts = list(_walk(node["where_clause"]))
+        try:
+            parts = list(walk(node["where_clause"]))
+        except RecursionError:
+            raise self._refused("it is nested too deep.") from None
         if any(p.get("class") == "SUBQUERY" for p in parts):
             raise self._refused("a subquery; each row is decided by itself.")
         self._refuse_moods({p["function_name"] for p in parts if p.get("class") == "FUNCTION"})
@@ -86,9 +81,7 @@ class Predicate:
         self.columns = [n for n in schema.names if n in wanted]
 
     def _refuse_moods(self, functions: set[str]) -> None:
-        query = "SELECT function_name FROM duckdb_functions() WHERE stability <> 'CONSISTENT'"
-        moody = functions & {name for (name,) in self._connection.execute(query).fetchall()}
-        if moody:
+        if moody := functions & unstable_functions():
             raise self._refused(
                 f"{min(moody)}() gives another answer each time. "
                 "For a part of the list use --limit, or a hash: hash(url) % 10 = 0."
@@ -107,13 +100,3 @@ class Predicate:
 
 def _rows(count: int) -> pa.Table:
     return pa.table({"@": pa.nulls(count)})  # for a condition that names no column
-
-
-def _walk(value: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(value, dict):
-        yield value
-        for part in value.values():
-            yield from _walk(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _walk(part)

@@ -27,8 +27,9 @@ from curate.images import decode
 from curate.ledger import FETCHED_COLUMNS, URL_COLUMNS, RowError, Status
 from curate.select import load_selection
 from curate.shards import CorruptShard, image_member, index_tar, read_range
+from curate.sql import connect, literal, quote
 from curate.store import UserError, atomic, read_json
-from curate.view import OURS, Table, connect, literal, quote, tables
+from curate.view import OURS, Table, tables
 
 BLURRED_FROM = 0.5
 """Images that a detector or head of unsafe images scores this or more are blurred, whatever the rules say."""

@@ -9,17 +9,26 @@ from __future__ import annotations
 
 import copy
 import difflib
-import functools
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import duckdb
 
+from curate.sql import (
+    Bounds,
+    arguments,
+    connect,
+    parse_condition,
+    print_expression,
+    quote,
+    references,
+    short,
+    unstable_functions,
+    walk,
+)
 from curate.store import UserError
-from curate.view import connect, quote, short, walk
 
 KEPT = "kept"
 NOT_FETCHED = "not_fetched"
@@ -76,8 +85,8 @@ def check_rules(
     """
     names = _Names(columns, source_columns)
     checked: list[Rule] = []
-    with connect() as con:
-        unstable = _unstable_functions()
+    bounds = Bounds(connect())
+    try:
         place = 0
         for name, condition in rules.items():
             if not isinstance(name, str) or not name.strip() or not name.isprintable():
@@ -86,19 +95,13 @@ def check_rules(
                 raise UserError(f"a rule can't be called {name}: that is a verdict of its own. Choose another name.")
             if not isinstance(condition, str):
                 raise UserError(f"rule {name}: an SQL condition in quotes is expected, not {condition!r}")
-            rule = _understand(con, name, condition, names, scales, unstable, place)
+            rule = _understand(bounds, name, condition, names, scales, place)
             place += len(rule.computed)
             checked.append(rule)
-        _check_types(con, checked, columns, source_columns)
+        _check_types(bounds, checked, columns, source_columns)
+    finally:
+        bounds.close()
     return checked
-
-
-@functools.cache
-def _unstable_functions() -> frozenset[str]:
-    """DuckDB's functions that need not give the same value each time: random, now and the like."""
-    with connect() as con:
-        sql = "SELECT function_name FROM duckdb_functions() WHERE stability <> 'CONSISTENT'"
-        return frozenset(row[0] for row in con.execute(sql).fetchall())
 
 
 class _Names:
@@ -147,12 +150,11 @@ class _Names:
 
 
 def _understand(
-    con: duckdb.DuckDBPyConnection,
+    bounds: Bounds,
     name: str,
     condition: str,
     names: _Names,
     scales: Mapping[str, tuple[float, float]],
-    unstable: frozenset[str],
     place: int,
 ) -> Rule:
     """One rule as a tree, its columns found, `top` and `first_of` taken out, and the rest as SQL again.
@@ -163,98 +165,43 @@ def _understand(
     def wrong(what: str) -> UserError:
         return UserError(f"rule {name} ({condition}): {what}")
 
-    tree = _serialize(con, "SELECT " + condition)
-    if tree["error"] and tree["error_type"] == "parser":
-        raise wrong(str(tree["error_message"]))
-    node = tree["statements"][0]["node"] if len(tree.get("statements", [])) == 1 else {}
-    plain: dict[str, Any] = {
-        "modifiers": [],
-        "group_expressions": [],
-        "where_clause": None,
-        "having": None,
-        "qualify": None,
-        "sample": None,
-    }
-    if (
-        node.get("type") != "SELECT_NODE"
-        or len(node["select_list"]) != 1
-        or node["from_table"]["type"] != "EMPTY"
-        or node["cte_map"]["map"]
-        or any(node[k] != v for k, v in plain.items())
-    ):
-        raise wrong("one condition is expected, without SELECT, FROM, commas or anything after it")
-    expression = node["select_list"][0]
+    try:
+        expression = parse_condition(condition)
+    except UserError as e:
+        raise wrong(str(e)) from None
 
     columns: dict[str, None] = {}
     computed: list[Computed] = []
     try:
-        for part in list(_references(expression, frozenset())):
+        for part in list(references(expression)):
             kind = part["class"]
             if kind == "COLUMN_REF":
                 columns[names.find(part["column_names"])] = None
             elif kind not in _EXPRESSIONS:
                 raise UserError(f"a rule can't hold {_REFUSED.get(kind, kind.lower())}")
             elif kind == "FUNCTION" and part["function_name"].lower() in ("top", "first_of"):
-                computed.append(_computed(con, part, names, place + len(computed)))
-            elif kind == "FUNCTION" and part["function_name"].lower() in unstable:
+                computed.append(_computed(bounds, part, names, place + len(computed)))
+            elif kind == "FUNCTION" and part["function_name"].lower() in unstable_functions():
                 raise UserError(f"{part['function_name']}() gives another value each time, and a selection may not")
             else:
-                _check_scale(con, part, scales)
+                _check_scale(bounds, part, scales)
     except UserError as e:
         raise wrong(str(e)) from None
+    except RecursionError:
+        raise wrong("it is nested too deep") from None
     if expression.get("alias"):
         raise wrong(f"what does {expression['alias']!r} at its end mean? One condition is expected")
-    return Rule(name, condition, _print(con, expression), tuple(columns), tuple(computed))
+    return Rule(name, condition, print_expression(expression), tuple(columns), tuple(computed))
 
 
-def _serialize(con: duckdb.DuckDBPyConnection, sql: str) -> dict[str, Any]:
-    row = con.execute("SELECT json_serialize_sql(?)", [sql]).fetchone()
-    assert row is not None
-    return json.loads(row[0])
-
-
-def _print(con: duckdb.DuckDBPyConnection, expression: dict[str, Any]) -> str:
-    """An expression's tree as SQL."""
-    tree = _serialize(con, "SELECT 1")
-    tree["statements"][0]["node"]["select_list"] = [expression]
-    row = con.execute("SELECT json_deserialize_sql(CAST(? AS JSON))", [json.dumps(tree)]).fetchone()
-    assert row is not None
-    return row[0].removeprefix("SELECT ")
-
-
-def _references(node: Any, bound: frozenset[str]) -> Iterator[dict[str, Any]]:
-    """Every expression inside a tree, but for a lambda's own parameters, which are no columns."""
-    if isinstance(node, list):
-        for item in node:
-            yield from _references(item, bound)
-        return
-    if not isinstance(node, dict):
-        return
-    if node.get("class") == "LAMBDA":
-        bound |= {n["column_names"][0] for n in walk(node["lhs"]) if n.get("class") == "COLUMN_REF"}
-    if node.get("class") == "COLUMN_REF" and node["column_names"][0] in bound:
-        return
-    if "class" in node:
-        yield node
-    for value in node.values():
-        yield from _references(value, bound)
-
-
-def _arguments(function: dict[str, Any]) -> list[dict[str, Any]]:
-    """A function's arguments; DuckDB 2 keeps them under another name than DuckDB 1."""
-    if "children" in function:
-        return function["children"]
-    return [a["expression"] for a in function["arguments"]]
-
-
-def _computed(con: duckdb.DuckDBPyConnection, function: dict[str, Any], names: _Names, number: int) -> Computed:
+def _computed(bounds: Bounds, function: dict[str, Any], names: _Names, number: int) -> Computed:
     """Understand a `top` or `first_of` and leave a column in its place."""
     kind: Literal["top", "first_of"] = "top" if function["function_name"].lower() == "top" else "first_of"
     usage = "top(COLUMN, FRACTION), for example top(similarity, 0.3)" if kind == "top" else "first_of(COLUMN)"
-    arguments = _arguments(function)
-    if len(arguments) != (2 if kind == "top" else 1) or arguments[0].get("class") != "COLUMN_REF":
+    given = arguments(function)
+    if len(given) != (2 if kind == "top" else 1) or given[0].get("class") != "COLUMN_REF":
         raise UserError(f"{kind} is written {usage}")
-    reference = copy.deepcopy(arguments[0])
+    reference = copy.deepcopy(given[0])
     if len(reference["column_names"]) > (2 if reference["column_names"][0].lower() == "source" else 1):
         raise UserError(f"{kind} takes a whole column, not a part of one")
     column = names.find(reference["column_names"])
@@ -262,7 +209,7 @@ def _computed(con: duckdb.DuckDBPyConnection, function: dict[str, Any], names: _
     if kind == "top":
         if not NUMBER.fullmatch(names.type_of(column)):
             raise UserError(f"top({column}, ...) needs numbers, and {column} is {names.type_of(column)}")
-        value = _constant(con, arguments[1])
+        value = _constant(bounds, given[1])
         if value is None or not 0 < value <= 1:
             raise UserError(f"the fraction in {usage} must be above 0 and at most 1")
         fraction = value
@@ -273,19 +220,19 @@ def _computed(con: duckdb.DuckDBPyConnection, function: dict[str, Any], names: _
     return result
 
 
-def _constant(con: duckdb.DuckDBPyConnection, expression: dict[str, Any]) -> float | None:
+def _constant(bounds: Bounds, expression: dict[str, Any]) -> float | None:
     """The number that an expression without columns is; None where it names columns or is no number."""
     if any(n.get("class") in ("COLUMN_REF", "SUBQUERY", "WINDOW", "PARAMETER", "STAR") for n in walk(expression)):
         return None
     try:
-        row = con.execute(f"SELECT TRY_CAST({_print(con, expression)} AS DOUBLE)").fetchone()
+        row = bounds.first(f"SELECT TRY_CAST({print_expression(expression)} AS DOUBLE)")
     except duckdb.Error:
         return None  # what is wrong with it is said when the whole rule is bound
     return None if row is None or row[0] is None else float(row[0])
 
 
 def _check_scale(
-    con: duckdb.DuckDBPyConnection,
+    bounds: Bounds,
     expression: dict[str, Any],
     scales: Mapping[str, tuple[float, float]],
 ) -> None:
@@ -301,7 +248,7 @@ def _check_scale(
         if one.get("class") != "COLUMN_REF" or len(one["column_names"]) != 1:
             continue
         column = next((c for c in scales if c.lower() == one["column_names"][0].lower()), None)
-        value = _constant(con, other) if column is not None else None
+        value = _constant(bounds, other) if column is not None else None
         if column is not None and value is not None and not scales[column][0] <= value <= scales[column][1]:
             low, high = scales[column]
             raise UserError(
@@ -309,21 +256,17 @@ def _check_scale(
             )
 
 
-def _check_types(
-    con: duckdb.DuckDBPyConnection, rules: Sequence[Rule], columns: Mapping[str, str], source: Mapping[str, str]
-) -> None:
+def _check_types(bounds: Bounds, rules: Sequence[Rule], columns: Mapping[str, str], source: Mapping[str, str]) -> None:
     """Bind every rule to an empty ledger: functions exist, types fit, the result is a boolean."""
     parts = [f"{quote(n)} {t}" for n, t in columns.items()]
     if source:
         parts.append("source STRUCT(" + ", ".join(f"{quote(n)} {t}" for n, t in source.items()) + ")")
     parts += [f"{quote(c.place)} BOOLEAN" for r in rules for c in r.computed]
-    con.execute(f"CREATE TABLE ledger ({', '.join(parts)})")
+    bounds.con.execute(f"CREATE TABLE ledger ({', '.join(parts)})")
     for rule in rules:
         try:
             # beside a column, so that an aggregate is refused too
-            row = con.execute(
-                f'SELECT column_type FROM (DESCRIBE SELECT ({rule.sql}) AS c, "key" FROM ledger)'
-            ).fetchone()
+            row = bounds.first(f'SELECT column_type FROM (DESCRIBE SELECT ({rule.sql}) AS c, "key" FROM ledger)')
         except duckdb.Error as e:
             raise UserError(f"rule {rule.name} ({rule.condition}): {short(e)}") from None
         assert row is not None

@@ -21,13 +21,12 @@ import pyarrow.parquet as pq
 
 from curate.ledger import Status
 from curate.rules import KEPT, NOT_FETCHED, NUMBER, Computed, Rule, check_rules
+from curate.sql import Bounds, quote, short, too_much
 from curate.store import UserError, atomic, commit, digest, is_done, read_json, uncommit
 from curate.view import (
     check_current,
     is_current,
     open_ledger,
-    quote,
-    short,
     table_digests,
     tables,
     types_there,
@@ -126,15 +125,20 @@ def select(root: Path, config: SelectConfig, scales: Mapping[str, tuple[float, f
     if is_done(root, record, config=key, inputs=inputs):
         return load_selection(root, config.name)
 
-    con = open_ledger(root, used | set(scores))
+    types = {**columns, **{f"source.{n}": t for n, t in source.items()}}
+    numbers = sorted(c for c in used if NUMBER.fullmatch(types[c]) and c not in scores)
+    bounds = Bounds(con := open_ledger(root, used | set(scores)))
+
+    def read() -> tuple[np.ndarray, list[np.ndarray], dict[str, dict[str, float]]]:
+        _load_rows(con, used | set(scores))
+        keys, states = _states(con, rules, types)
+        return keys, states, {c: q for c in [*scores, *numbers] if (q := _quantiles(con, c))}
+
     try:
-        _load_rows(con, used | set(scores), types := {**columns, **{f"source.{n}": t for n, t in source.items()}})
-        fetched_keys, states = _states(con, rules, types)
-        numbers = sorted(c for c in used if NUMBER.fullmatch(types[c]))
-        quantiles = {c: q for c in [*scores, *(n for n in numbers if n not in scores)] if (q := _quantiles(con, c))}
-        failed, not_fetched = failures(con)
+        fetched_keys, states, quantiles = bounds.run(read)
+        failed, not_fetched = bounds.run(lambda: failures(con))
     finally:
-        con.close()
+        bounds.close()
 
     fetched = len(fetched_keys)
     verdicts = np.full(fetched, len(rules) + 1, np.int16)  # i: the i-th rule, counted from one; the last: kept
@@ -180,7 +184,7 @@ def as_value(column: str) -> str:
     return f"source.{quote(column[7:])}" if column.startswith("source.") else quote(column)
 
 
-def _load_rows(con: duckdb.DuckDBPyConnection, columns: set[str], types: Mapping[str, str]) -> None:
+def _load_rows(con: duckdb.DuckDBPyConnection, columns: set[str]) -> None:
     """The table `rows`: every fetched row with the columns that are needed, and its key as the number `#key`."""
     ours = sorted(c for c in columns if not c.startswith("source."))
     items = ['CAST("key" AS UBIGINT) AS "#key"', *(quote(c) for c in ours)]
@@ -206,12 +210,20 @@ def _states(
     inner = f"(SELECT {', '.join(['*', *computed])} FROM rows)"
     try:
         found = con.execute(f"SELECT {', '.join([quote('#key'), *items])} FROM {inner}").fetchnumpy()
+    except duckdb.InterruptException:
+        raise
     except duckdb.Error as e:
         for rule, item in zip(rules, items, strict=True):  # say which rule it was
             try:
                 con.execute(f"SELECT max(s) FROM (SELECT {item.rpartition(' AS ')[0]} AS s FROM {inner})")
+            except duckdb.OutOfMemoryException:
+                raise UserError(f"rule {rule.name} ({rule.condition}) {too_much()}") from None
+            except duckdb.InterruptException:
+                raise
             except duckdb.Error as e2:
                 raise UserError(f"rule {rule.name} ({rule.condition}) fails on a row: {short(e2)}") from None
+        if isinstance(e, duckdb.OutOfMemoryException):
+            raise
         raise UserError(f"the rules fail on a row: {short(e)}") from None
     return np.asarray(found["#key"]), [np.asarray(found[f"s{i}"]) for i in range(len(rules))]
 

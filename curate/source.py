@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ _LARGEST_GROUP = 2_000_000
 _WRITTEN_GROUP = 100_000
 """Rows; the row groups of what is cut here hold a shard each, but no more than this."""
 
+_SHARDS_AT_LEAST, _SMALLEST_SHARD = 8, 32
+"""A list that is not long has shards of fewer rows than `source.shard_size`: a run that is stopped loses little, and
+embedding begins while the rest is fetched. Below a batch of an encoder's (32 on a CPU) that would only cost."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
@@ -40,7 +45,7 @@ class SourceConfig:
 
     url: str = "url"  # column; the default also finds URL and image_url
     caption: str | None = "caption"  # column; the default also finds TEXT, text and alt; None: no captions
-    shard_size: int = 10_000  # rows per shard, img2dataset's number
+    shard_size: int = 10_000  # rows per shard at most, img2dataset's number; a short list has eight smaller ones
     where: str | None = None  # SQL condition on the list's own columns; other rows are not part of the list
     columns: tuple[str, ...] | None = None  # columns that are carried along; None: all others
 
@@ -159,14 +164,20 @@ class Plan:
 
     @property
     def shard_size(self) -> int:
-        """Rows per shard, which decides how many digits a key has."""
+        """Rows per shard at most, which decides how many digits a key has."""
         return self.facts["source"]["source.shard_size"]
+
+    @property
+    def limit(self) -> int | None:
+        """The `--limit` that it was made with, or has grown to."""
+        return self.facts["source"]["--limit"]
 
     @property
     def digest(self) -> str:
         """A short name of the whole plan: what the list holds, and how it is cut."""
         facts = self.facts
-        parts = [facts["identities"][name] for name in sorted(facts["made_of"], key=facts["made_of"].__getitem__)]
+        files = sorted((number, name) for name, number in facts["made_of"].items())
+        parts = [facts["identities"][name] for _, name in files]
         return digest([parts, self.shard_size, self._columns(), self.total_rows])
 
     def shard_digest(self, shard: int) -> str:
@@ -251,17 +262,30 @@ def _read_slice(path: Path, offset: int, rows: int, columns: Sequence[str]) -> I
 # ------------------------------------------------------------------------------------------------------ making a plan
 
 
-def inspect(list_path: str, config: SourceConfig, limit: int | None = None) -> Totals:
-    """What `make_plan` would make. Writes nothing (a remote list is copied to a temporary folder)."""
+def inspect(list_path: str, config: SourceConfig, limit: int | None = None, root: Path | None = None) -> Totals:
+    """What `make_plan` would make, in `root` where one is given. Writes nothing; a remote list is copied elsewhere.
+
+    Raises UserError as make_plan does.
+    """
+    plan = load_plan(root) if root is not None else None
+    if plan is not None:
+        remote = plan.facts["remote"] or is_remote(list_path)
+        _require_same(plan, list_path, None if remote else find(list_path, plan.root), config)
+        if not _grows(plan, limit):
+            first = plan.facts["inputs"][0]
+            counts = (len(plan.facts["inputs"]), plan.listed_rows, plan.total_rows, len(plan.shards))
+            return Totals(plan.facts["kind"], *counts, first["url"], first["caption"], plan.carried)
     with tempfile.TemporaryDirectory() as scratch:
         found = find(list_path, Path(scratch))
         survey = survey_list(found, config, limit)
+        fresh = survey if plan is None else _more(plan, found, config, survey)
+    size = _rows_a_shard(config, sum(fresh.kept))
     return Totals(
         kind=found.kind,
         inputs=len(survey.inputs),
         listed_rows=survey.listed_rows,
         total_rows=sum(survey.kept),
-        shard_count=sum(-(-kept // config.shard_size) for kept in survey.kept),
+        shard_count=(len(plan.shards) if plan else 0) + sum(-(-kept // size) for kept in fresh.kept),
         url=survey.inputs[0].url,
         caption=survey.inputs[0].caption,
         carried=survey.carried,
@@ -271,19 +295,22 @@ def inspect(list_path: str, config: SourceConfig, limit: int | None = None) -> T
 def make_plan(list_path: str, root: Path, config: SourceConfig, limit: int | None = None) -> Plan:
     """The plan of a list, made in `root/plan` where there is none yet.
 
-    `limit` takes that many rows, spread over the whole list and always the same ones, in the list's order. Raises
-    UserError, and leaves nothing behind, where the list or the configuration is at fault; and where `root` holds the
-    plan of another list or other settings. A remote list is copied once, and not looked at again.
+    `limit` takes that many rows, spread over the whole list and always the same ones, in the list's order. A plan that
+    is there grows where `limit` now asks for more rows: its shards stay, and shards of the other rows follow them.
+    Raises UserError, and leaves nothing behind, where the list or the configuration is at fault; and where `root` holds
+    the plan of another list, other settings or more rows. A remote list is copied once, and looked at again only to
+    grow.
     """
     existing = load_plan(root)
     if existing is not None:
-        return _same_plan(existing, list_path, config, limit)
+        existing = _same_plan(existing, list_path, config)
+        return _grown(existing, list_path, config, limit) if _grows(existing, limit) else existing
     folder = root / "plan"
     clear_plan(root)  # of a run that was killed before its plan was whole
     try:
         found = find(list_path, folder)
         survey = survey_list(found, config, limit)
-        facts, shards = _write_lists(root, found, survey, config.shard_size)
+        facts, shards = _write_lists(root, found, survey, _rows_a_shard(config, sum(survey.kept)))
         facts |= {"source": _settings(config, limit)}
         _write_plan(root, facts, shards)
     except BaseException:
@@ -294,7 +321,7 @@ def make_plan(list_path: str, root: Path, config: SourceConfig, limit: int | Non
 
 def clear_plan(root: Path) -> None:
     """Remove the plan that `root` holds, whole or not; what somebody else has put beside it stays."""
-    clear(root / "plan", r"plan\.json|shards\.parquet|\d{5,}\.parquet|list-\d{5,}-.*")
+    clear(root / "plan", r"plan\.json|shards(-[0-9a-f]{8})?\.parquet|\d{5,}(-\d{5,})?\.parquet|list-\d{5,}-.*")
 
 
 def load_plan(root: Path) -> Plan | None:
@@ -306,10 +333,12 @@ def load_plan(root: Path) -> Plan | None:
         raise UserError(f"{root / 'plan'}: made by another version ({facts.get('version')}). {_ANEW}")
     if facts.get("self") != record_digest(facts):
         raise UserError(f"{root / 'plan' / 'plan.json'}: is damaged. Remove {root / 'plan'}; {_AGAIN}")
-    file = root / "plan" / "shards.parquet"
+    file = root / _shards_file(facts)
     try:
         data = file.read_bytes()
     except FileNotFoundError:
+        if read_json(root / "plan" / "plan.json") != facts:  # it has grown between the two readings
+            return load_plan(root)
         data = b""
     if hashlib.sha256(data).hexdigest() != facts["shards_sha256"]:
         raise UserError(f"{file}: is damaged. Remove {root / 'plan'}; {_AGAIN}")
@@ -332,14 +361,30 @@ def _settings(config: SourceConfig, limit: int | None) -> dict[str, Any]:
     return json.loads(json.dumps({**settings, "--limit": limit}))  # as it will be read again: tuples are lists
 
 
-def _write_plan(root: Path, facts: dict[str, Any], shards: list[ShardPlan]) -> None:
-    """Write the plan's two files; from the second one on it is there."""
-    file = root / "plan" / "shards.parquet"
+def _shards_file(facts: Mapping[str, Any]) -> str:
+    """The table of shards of a plan, relative to its root; one that was written anew has its digest in its name."""
+    return facts.get("shards", "plan/shards.parquet")
+
+
+def _write_plan(root: Path, facts: dict[str, Any], shards: list[ShardPlan], instead: str | None = None) -> None:
+    """Write the plan's two files; from the second one on it is there, `instead` of one with that table of shards."""
     columns = zip(*((s.shard, s.file, s.offset, s.rows) for s in shards), strict=True)
-    with atomic(file) as f:
-        pq.write_table(pa.table([list(c) for c in columns], schema=_SHARDS), f)
-    facts["shards_sha256"] = sha256_file(file)
+    data = io.BytesIO()
+    pq.write_table(pa.table([list(c) for c in columns], schema=_SHARDS), data)
+    facts["shards_sha256"] = hashlib.sha256(data.getvalue()).hexdigest()
+    if instead is not None:  # a kill between the two files leaves the old plan whole
+        facts["shards"] = f"plan/shards-{facts['shards_sha256'][:8]}.parquet"
+    with atomic(root / _shards_file(facts)) as f:
+        f.write(data.getbuffer())
+    facts = {k: v for k, v in facts.items() if k != "self"}
     write_json(root / "plan" / "plan.json", {**facts, "self": record_digest(facts)})
+    if instead is not None and instead != facts["shards"]:
+        (root / instead).unlink(missing_ok=True)
+
+
+def _rows_a_shard(config: SourceConfig, rows: int) -> int:
+    """How many rows the shards of so many have: `shard_size`, or less, for a list that would have but a few shards."""
+    return min(config.shard_size, max(_SMALLEST_SHARD, -(-rows // _SHARDS_AT_LEAST)))
 
 
 def _write_lists(root: Path, found: Found, survey: Survey, shard_size: int) -> tuple[dict[str, Any], list[ShardPlan]]:
@@ -413,23 +458,79 @@ def _cut(path: Path, number: int, survey: Survey, shard_size: int) -> None:
 # ------------------------------------------------------------------------------------------------- a plan that is there
 
 
-def _same_plan(plan: Plan, list_path: str, config: SourceConfig, limit: int | None) -> Plan:
+def _same_plan(plan: Plan, list_path: str, config: SourceConfig) -> Plan:
     """The plan that is there, if it is that of this list and these settings. Raises UserError saying what differs."""
-    old, new = plan.facts["source"], _settings(config, limit)
+    local = not (plan.facts["remote"] or is_remote(list_path))
+    found = find(list_path, plan.root / "plan") if local else None
+    moved = _require_same(plan, list_path, found, config)
+    return _follow(plan, found, moved) if found is not None and moved else plan
+
+
+def _require_same(plan: Plan, list_path: str, found: Found | None, config: SourceConfig) -> dict[int, dict[str, Any]]:
+    """The inputs whose content is the same, but not their path or time. UserError where anything else differs."""
+    old, new = plan.facts["source"], _settings(config, plan.limit)
     differences = [f"{k} was {old.get(k)!r} and is {new[k]!r} now" for k in new if old.get(k) != new[k]]
     moved: dict[int, dict[str, Any]] = {}
-    found = None
-    if plan.facts["remote"] or is_remote(list_path):
-        if list_path != plan.list:
-            differences.append(f"the list was {plan.list} and is {list_path} now")
-    else:
-        found = find(list_path, plan.root / "plan")
+    if found is not None:
         differences += _compare(plan, found, config, moved)
+    elif list_path != plan.list:
+        differences.append(f"the list was {plan.list} and is {list_path} now")
     if differences:
         raise UserError(f"{plan.root} was made from something else: {'; '.join(differences)}. {_ANEW}")
-    if found is None or not moved:
-        return plan
-    return _follow(plan, found, moved)
+    return moved
+
+
+def _grows(plan: Plan, limit: int | None) -> bool:
+    """Whether a limit asks for more rows than the plan has. UserError where it asks for fewer."""
+    wanted = plan.listed_rows if limit is None else min(limit, plan.listed_rows)
+    if wanted < plan.total_rows:
+        raise UserError(
+            f"{plan.root} holds {plan.total_rows:,} rows of the list, and --limit {limit} is fewer. Leave --limit out "
+            f"for the whole list, give {plan.total_rows} or more, or another --out."
+        )
+    return wanted > plan.total_rows
+
+
+def _more(plan: Plan, found: Found, config: SourceConfig, survey: Survey) -> Survey:
+    """What a larger limit adds to a plan: the survey without the rows that are planned."""
+    before = survey_list(found, config, plan.limit)
+    if sum(before.kept) != plan.total_rows:
+        raise UserError(f"{found.name}: has changed since the plan was made. {_ANEW}")
+    kept = [now - then for now, then in zip(survey.kept, before.kept, strict=True)]
+    return replace(survey, kept=kept, planned=before.threshold)
+
+
+def _grown(plan: Plan, list_path: str, config: SourceConfig, limit: int | None) -> Plan:
+    """The plan with the rows that a larger limit adds, cut into files and shards of their own."""
+    facts = json.loads(json.dumps(dict(plan.facts)))
+    shards, made = list(plan.shards), list[Path]()
+    with tempfile.TemporaryDirectory(dir=plan.root / "plan", prefix=".", suffix=".tmp") as scratch:
+        found = find(list_path, Path(scratch))
+        survey = _more(plan, found, config, survey_list(found, config, limit))
+        size = _rows_a_shard(config, sum(survey.kept))
+        try:
+            for number, (source, kept) in enumerate(zip(survey.inputs, survey.kept, strict=True)):
+                if found.remote and sha256_file(source.path) != facts["inputs"][number]["sha256"]:
+                    raise UserError(f"{list_path}: has changed since the plan was made. {_ANEW}")
+                if not kept:
+                    continue
+                file = f"plan/{number:05d}-{len(plan.shards):05d}.parquet"
+                made.append(plan.root / file)
+                _cut(made[-1], number, survey, size)
+                facts["cut"][file] = sha256_file(made[-1])
+                identity = [facts["inputs"][number]["sha256"], source.url, source.caption, config.where, number]
+                facts["identities"][file] = digest([*identity, survey.planned, survey.threshold])
+                facts["made_of"][file] = number
+                for offset in range(0, kept, size):
+                    shards.append(ShardPlan(len(shards), file, offset, min(size, kept - offset)))
+            _require_same(plan, list_path, None if found.remote else found, config)  # nor did it change meanwhile
+        except BaseException:
+            for path in made:
+                path.unlink(missing_ok=True)
+            raise
+    facts |= {"total_rows": plan.total_rows + sum(survey.kept), "source": _settings(config, limit)}
+    _write_plan(plan.root, facts, shards, instead=_shards_file(plan.facts))
+    return _loaded(plan.root, facts, shards)
 
 
 def _compare(plan: Plan, found: Found, config: SourceConfig, moved: dict[int, dict[str, Any]]) -> Iterator[str]:
@@ -467,5 +568,5 @@ def _follow(plan: Plan, found: Found, moved: Mapping[int, dict[str, Any]]) -> Pl
         facts[table] = {paths.get(name, name): value for name, value in facts[table].items()}
     facts |= {"list": found.name, "base": str(found.base) if found.base else None}
     shards = [ShardPlan(s.shard, paths.get(s.file, s.file), s.offset, s.rows) for s in plan.shards]
-    _write_plan(plan.root, facts, shards)
+    _write_plan(plan.root, facts, shards, instead=_shards_file(plan.facts))
     return _loaded(plan.root, facts, shards)

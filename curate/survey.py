@@ -33,10 +33,11 @@ class Survey:
     listed_rows: int = 0
     kept: list[int] = field(default_factory=list)  # rows per input, after where and limit
     threshold: int | None = None  # of the spread numbers; rows above it are beyond the limit
+    planned: int | None = None  # and those up to this one are in the plan that grows
 
     @property
     def filtered(self) -> bool:
-        return self.predicate is not None or self.threshold is not None
+        return self.predicate is not None or self.threshold is not None or self.planned is not None
 
     def mask(self, batch: pa.RecordBatch) -> np.ndarray:
         """Which rows `where` keeps."""
@@ -55,8 +56,12 @@ class Survey:
         start = 0
         for batch in source.batches(sorted(wanted)):
             count = batch.num_rows
-            if self.threshold is not None:
-                batch = batch.filter(pa.array(spread(number, start, count) <= np.uint64(self.threshold)))
+            if self.threshold is not None or self.planned is not None:
+                place = spread(number, start, count)
+                wanted_rows = np.ones(count, bool) if self.threshold is None else place <= np.uint64(self.threshold)
+                if self.planned is not None:
+                    wanted_rows &= place > np.uint64(self.planned)
+                batch = batch.filter(pa.array(wanted_rows))
             if self.predicate is not None and batch.num_rows:
                 batch = batch.filter(pa.array(self.mask(batch)))
             start += count

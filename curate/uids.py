@@ -21,8 +21,9 @@ from curate.select import (
     record_path,
     write_selection,
 )
+from curate.sql import batches
 from curate.store import UserError, atomic, digest, is_done, sha256_file
-from curate.view import batches, open_ledger, table_digests, tables, types_there
+from curate.view import open_ledger, table_digests, tables, types_there
 
 UID = np.dtype("u8,u8")
 """A 128-bit uid as DataComp's subset files hold it: its high half, then its low half."""

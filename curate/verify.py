@@ -142,7 +142,7 @@ def _records(data: Data) -> Iterator[tuple[Path, dict[str, Any]]]:
 def _outputs(value: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The files that a record names, each with its sha256 and, but for the plan's, its size."""
     if "shards_sha256" in value:  # the plan
-        files = {"plan/shards.parquet": value["shards_sha256"], **value["cut"]}
+        files = {value.get("shards", "plan/shards.parquet"): value["shards_sha256"], **value["cut"]}
         return {name: {"sha256": sha256} for name, sha256 in files.items()}
     return value.get("outputs", {})
 

@@ -1,31 +1,28 @@
 """The ledger as one DuckDB view over all tables of a data folder; nothing is stored twice.
 
-Whoever writes a recipe writes SQL, and recipes are shared. So DuckDB itself may touch no file at all here: external
-access is off and the configuration locked before any view is made, and the tables reach it as pyarrow datasets that
-we open. There is nothing in SQL that reads another file or writes one, whatever statements a later DuckDB allows.
+DuckDB itself may touch no file (curate.sql): the tables reach it as pyarrow datasets that we open.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-import os
-import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curate.ledger import EMBEDDED_COLUMNS, FETCHED_COLUMNS, URL_COLUMNS, Status
+from curate.sql import Bounds, check_one_select, connect, literal, parse, quote, reader, short, walk
 from curate.store import UserError, digest, output_digests, read_json, sha256_file
 
 if TYPE_CHECKING:
     import pandas as pd
+
+T = TypeVar("T")
 
 OURS = [name for name, _ in URL_COLUMNS + FETCHED_COLUMNS]
 """The columns of `fetched/` that are ours; every other one is the list's, under `source`."""
@@ -83,19 +80,6 @@ def _table(root: Path, name: str, column: str | None, file: str, record: str) ->
 
 
 # ------------------------------------------------------------------------------------------------------------ opening
-
-
-def connect(root: Path | None = None, memory_limit: str | None = None) -> duckdb.DuckDBPyConnection:
-    """An in-memory database that can read and write no file. It may spill under `root`, into a folder of its own."""
-    config: dict[str, Any] = {"enable_external_access": False, "python_enable_replacements": False}
-    if root is not None:
-        config["temp_directory"] = str(root / f".spill-{os.getpid()}-{secrets.token_hex(4)}")
-    if memory_limit is not None:
-        config["memory_limit"] = memory_limit
-    con = duckdb.connect(":memory:", config=config)
-    con.execute("SET enable_progress_bar = false")
-    con.execute("SET lock_configuration = true")
-    return con
 
 
 def open_ledger(
@@ -185,23 +169,6 @@ def _verdicts(con: duckdb.DuckDBPyConnection, root: Path) -> None:
         )
     nothing = "SELECT '' AS selection, '' AS key, '' AS verdict WHERE false"
     con.execute(f"CREATE VIEW verdicts AS {' UNION ALL '.join(parts) or nothing}")
-
-
-def quote(name: str) -> str:
-    """A name as an SQL identifier."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def literal(text: str) -> str:
-    """A text as an SQL literal."""
-    return "'" + text.replace("'", "''") + "'"
-
-
-def batches(con: duckdb.DuckDBPyConnection, sql: str, size: int = 1 << 18) -> Iterator[pa.RecordBatch]:
-    """The rows of a SELECT as they come, without holding them all; the name of the method differs between DuckDBs."""
-    relation = con.sql(sql)
-    new = getattr(relation, "to_arrow_reader", None)
-    return iter(new(size) if new else relation.fetch_arrow_reader(size))
 
 
 # -------------------------------------------------------------------------------------------------------------- types
@@ -299,36 +266,74 @@ def is_current(root: Path, found: Sequence[Table]) -> bool:
 # -------------------------------------------------------------------------------------------------------------- query
 
 
+class Answer:
+    """The rows of one SELECT over `ledger` and `verdicts`, as they come: nothing holds them all.
+
+    `columns` are their names, made different where SQL gives one name twice.
+    """
+
+    def __init__(self, root: Path, sql: str) -> None:
+        """Raises UserError for other statements, for SQL errors, and where nothing is fetched."""
+        check_one_select(sql)
+        self._con = open_ledger(root, _mentioned(root, sql))
+        self._bounds = Bounds(self._con)
+        try:
+            self._rows = self._run(lambda: reader(self._con, sql, 1 << 14))
+        except BaseException:
+            self._bounds.close()
+            raise
+        self.columns = _different(self._rows.schema.names)
+        self.schema = pa.schema([f.with_name(n) for f, n in zip(self._rows.schema, self.columns, strict=True)])
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bounds.close()
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The rows. UserError where a row has an error of SQL's, or where they take too much memory or time."""
+        while (batch := self._run(self._next)) is not None:
+            yield pa.RecordBatch.from_arrays(batch.columns, schema=self.schema)
+
+    def _next(self) -> pa.RecordBatch | None:
+        try:
+            return self._rows.read_next_batch()
+        except StopIteration:
+            return None
+        except (OSError, pa.ArrowException) as e:  # what pyarrow makes of an error of DuckDB's in mid-stream
+            if "Out of Memory Error" in str(e):
+                raise MemoryError from None
+            raise duckdb.Error(str(e)) from None
+
+    def _run(self, work: Callable[[], T]) -> T:
+        try:
+            return self._bounds.run(work)
+        except duckdb.Error as e:
+            raise UserError(short(e)) from None
+
+
 def query(root: Path, sql: str) -> pd.DataFrame:
-    """The rows of one SELECT over `ledger` and `verdicts`. Raises UserError for other statements and for SQL errors."""
-    try:
-        statements = duckdb.extract_statements(sql)
-    except duckdb.Error as e:
-        raise UserError(f"not SQL that DuckDB understands: {short(e)}") from None
-    if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
-        raise UserError(
-            "a query is one SELECT statement over `ledger` (or `verdicts`); nothing here can be changed by SQL"
-        )
-    con = open_ledger(root, _mentioned(root, sql))
-    try:
-        with ThreadPoolExecutor(1) as beside:  # DuckDB sees Ctrl-C only in a thread that works, and this one may not
-            answer = beside.submit(lambda: con.execute(sql).df())
-            try:
-                return answer.result()
-            except BaseException:
-                con.interrupt()
-                raise
-    except duckdb.Error as e:
-        raise UserError(short(e)) from None
-    finally:
-        con.close()
+    """The rows of one SELECT over `ledger` and `verdicts`, all at once. Raises what `Answer` does."""
+    with Answer(root, sql) as answer:
+        return pa.Table.from_batches(answer.batches(), answer.schema).to_pandas()
+
+
+def _different(names: Sequence[str]) -> list[str]:
+    """The names, with _1, _2 and so on after those that were there before."""
+    found: list[str] = []
+    for name in names:
+        unique, n = name, 0
+        while unique in found:
+            n += 1
+            unique = f"{name}_{n}"
+        found.append(unique)
+    return found
 
 
 def _mentioned(root: Path, sql: str) -> set[str] | None:
     """The columns whose names occur in a query; None (all) where it may mean columns that it doesn't name."""
-    with connect() as con:
-        row = con.execute("SELECT json_serialize_sql(?)", [sql]).fetchone()
-    tree = json.loads(row[0]) if row else {"error": True}
+    tree = parse(sql)
     nodes = list(walk(tree))
     aliases = {"ledger"} | {str(n["alias"]).lower() for n in nodes if n.get("type") == "BASE_TABLE"}
     whole = any(
@@ -342,19 +347,3 @@ def _mentioned(root: Path, sql: str) -> set[str] | None:
     columns, source = types_there(root)
     text = sql.lower().replace('""', '"')
     return {n for n in columns if n.lower() in text} | {f"source.{n}" for n in source if n.lower() in text}
-
-
-def walk(tree: Any) -> Iterator[dict[str, Any]]:
-    """Every JSON object inside a JSON value, outermost first."""
-    if isinstance(tree, dict):
-        yield tree
-        for value in tree.values():
-            yield from walk(value)
-    elif isinstance(tree, list):
-        for value in tree:
-            yield from walk(value)
-
-
-def short(error: Exception) -> str:
-    """DuckDB's message without the picture of the line that follows it."""
-    return str(error).split("\n\nLINE")[0].strip()

@@ -85,7 +85,9 @@ def build_parser() -> argparse.ArgumentParser:
         p.add_argument("list", metavar="LIST", help="file, folder, glob or URL of a list; a folder of images or shards")
         p.add_argument("--out", required=True, metavar="DATA", help="the data folder")
         p.add_argument("--limit", type=_positive, metavar="N", help="only N rows, spread over the whole list")
-        p.add_argument("--dry-run", action="store_true", help="print what would run; contact nothing but the list")
+        p.add_argument(
+            "--dry-run", action="store_true", help="print what would run, or why it would not; fetch nothing"
+        )
         job_options(p)
 
     p = command("embed", _resume, "embed and score what is fetched")
@@ -132,6 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = command("query", _query, "ask the whole ledger, as one table")
     p.add_argument("data", metavar="DATA")
     p.add_argument("sql", metavar="SQL", help="one SELECT over `ledger`; the list's own columns are source.NAME")
+    p.add_argument("--out", type=Path, metavar="FILE", help="write all rows to a new .csv, .parquet or .jsonl")
 
     p = command("fit", _fit, "train a head from ratings, labels or comparisons")
     p.add_argument(
@@ -403,15 +406,17 @@ def _end(args: argparse.Namespace, facts: dict[str, Any], paths: dict[str, Any],
 
 
 def _curate(args: argparse.Namespace) -> int:
+    from curate.data import Data
     from curate.store import local_path
     from pipelines import curate
-    from pipelines.recipe import DEFAULT, load_recipe, to_yaml
+    from pipelines.recipe import to_yaml
 
     stages = ("fetch",) if args.command == "fetch" else ("fetch", "embed", "select", "pack")
-    recipe = load_recipe(args.recipe or DEFAULT, args.set)
+    root = local_path(args.out)
+    recipe = curate.recipe_of(Data(root), args.recipe, args.set)
     request = curate.Request(
         list=args.list,
-        root=local_path(args.out),
+        root=root,
         recipe=recipe,
         limit=args.limit,
         address=args.ray_address,
@@ -423,7 +428,12 @@ def _curate(args: argparse.Namespace) -> int:
         print(to_yaml(recipe))
         rows = f"rows {facts['rows']:,} of {facts['listed_rows']:,} listed"
         print(f"{rows} · shards {facts['shards']:,} · stages {', '.join(stages)}")
-        return _end(args, facts, {}, f"tastemaker {args.command} {args.list} --out {args.out}")
+        words = [args.command, args.list, "--out", args.out]
+        for option in ("recipe", "limit", "ray_address", "restart_from"):
+            if getattr(args, option) is not None:
+                words += [f"--{option.replace('_', '-')}", getattr(args, option)]
+        words += [word for setting in args.set for word in ("--set", setting)]
+        return _end(args, facts, {}, curate.command(*words))
     outcome = curate.run(request)
     return _end(args, outcome.facts, outcome.paths, outcome.next)
 
@@ -460,7 +470,7 @@ def _score(args: argparse.Namespace) -> int:
         args,
         facts,
         {"scored": data.root / "scored"},
-        f"tastemaker select {data.root} --name mine --set select.rules.{name}='top({name}, 0.1)'",
+        curate.command("select", data.root, "--name", "mine", "--set", f"select.rules.{name}=top({name}, 0.1)"),
     )
 
 
@@ -476,7 +486,7 @@ def _select(args: argparse.Namespace) -> int:
         args,
         facts,
         {"selected": data.root / "selected" / f"{name}.parquet"},
-        f"tastemaker pack {data.root} --name {name}",
+        curate.command("pack", data.root, "--name", name),
     )
 
 
@@ -534,13 +544,15 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _query(args: argparse.Namespace) -> int:
     from curate.data import open_data
-    from curate.view import query
+    from pipelines.query import show, write
 
-    frame = query(open_data(args.data).root, args.sql)
-    if args.json:
-        print(frame.to_json(orient="records"))
-    else:
-        print(frame.to_string(index=False, max_rows=200, max_colwidth=60))
+    root = open_data(args.data).root
+    if args.out is not None:
+        rows = write(root, args.sql, args.out)
+        print(f"{rows:,} rows")
+        return _end(args, {"rows": rows}, {"written": args.out}, "")
+    if told := show(root, args.sql, sys.stdout, as_json=args.json):
+        print(told)
     return 0
 
 
@@ -702,15 +714,18 @@ def _heads_show(args: argparse.Namespace) -> int:
 
 def _heads_import(args: argparse.Namespace) -> int:
     from aesthetic.published import fetch_head, import_head
+    from curate.encoders import canonical_name, check_named
     from curate.store import UserError
 
     if not Path(args.head).exists():
         if args.encoder or args.norm or args.scale:
             raise UserError(f"there is no file {args.head}")
         return _keep(args, fetch_head(args.head))
+    if args.encoder is not None:
+        check_named(args.encoder)
     head = import_head(
         args.head,
-        encoder=None if args.encoder is None else _encoder_name(args.encoder),
+        encoder=None if args.encoder is None else canonical_name(args.encoder),
         norm=args.norm or "l2",
         scale=tuple(args.scale) if args.scale else None,
         task=args.task or "aesthetic",
@@ -750,20 +765,6 @@ _HEADS: dict[str, tuple[Callable[[argparse.Namespace], int], tuple[str, ...]]] =
     "prompt": (_heads_prompt, ("out", "encoder", "task", "weights", "wanted", "against")),
 }
 """What `tastemaker heads` does, and the options that each takes."""
-
-
-def _encoder_name(name: str) -> str:
-    """The canonical name of an encoder that somebody says a head reads; needs no weights."""
-    from curate.encoders import canonical_name
-    from curate.store import UserError
-
-    kind, _, spec = name.partition(":")
-    if name != "bundled" and not (kind == "open_clip" and all(spec.partition("/"))):
-        raise UserError(
-            f"--encoder {name}: no encoder is called that; there are bundled and open_clip:ARCH/PRETRAINED, "
-            "such as open_clip:ViT-L-14-quickgelu/openai"
-        )
-    return canonical_name(name)
 
 
 def _require_free(name: str, out: str | None) -> None:

@@ -6,6 +6,7 @@ will be, heads and weights, changes that would alter finished shards, the disk.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,10 +24,11 @@ from curate.ingest import check_verify
 from curate.ledger import Reason, Status
 from curate.ours import RECIPE_HEADER, Taken, check_free, taken
 from curate.score import Column, columns_of
-from curate.source import clear_plan, inspect, make_plan
+from curate.source import clear_plan, inspect, load_plan, make_plan
 from curate.store import Lock, UserError, atomic, check_space, read_json, sweep, uncommit
+from pipelines.jobs import Job, Work, reach, run_job
 from pipelines.progress import clock
-from pipelines.recipe import DEFAULT, Recipe, load_recipe, parse_recipe, to_yaml
+from pipelines.recipe import DEFAULT, Recipe, load_recipe, parse_recipe, read_recipe, to_yaml
 
 if TYPE_CHECKING:
     from curate.select import Selection
@@ -54,7 +56,7 @@ def stored_recipe(data: Data) -> Recipe | None:
     """The recipe that a data folder was made with."""
     if not data.recipe.exists():
         return None
-    return parse_recipe(data.recipe.read_text(), what=str(data.recipe))
+    return parse_recipe(read_recipe(data.recipe), what=str(data.recipe))
 
 
 def store_recipe(data: Data, recipe: Recipe) -> None:
@@ -106,7 +108,7 @@ def restart(data: Data, recipe: Recipe, stage: str, stages: Sequence[str]) -> No
     UserError, and nothing is taken back, where what the stages need is not there.
     """
     if "embed" in stages:
-        _check_encoder(recipe)
+        _has_encoder(recipe)
     if stage in ("source", "fetch", "images"):
         for record in data.root.glob("fetched/*_stats.json"):
             uncommit(record)
@@ -153,20 +155,41 @@ class Request:
     restart_from: str | None = None
 
 
-def dry_run(request: Request) -> dict[str, Any]:
-    """What would run, contacting nothing but the list."""
-    check_free(request.root, "data")
-    columns = columns_of(request.recipe.score, request.recipe.embed.encoder)
-    found = inspect(request.list, request.recipe.source, request.limit)
-    check_selection(request.recipe, found.carried, columns)
-    check_verify(request.recipe.fetch, found.carried)
+def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
+    """What would run. Raises what `run` would raise before its first URL; fetches and writes nothing."""
+    recipe, data = request.recipe, Data(request.root)
+    check_free(data.root, "data")
+    columns = columns_of(recipe.score, recipe.embed.encoder)
+    check_engine(recipe, say)
+    refuse_changes(data, recipe, request.restart_from)
+    anew = request.restart_from == "source"
+    found = inspect(request.list, recipe.source, request.limit, None if anew else data.root)
+    check_selection(recipe, found.carried, columns)
+    check_verify(recipe.fetch, found.carried)
+    rows, work = found.total_rows, True
+    if load_plan(data.root) is not None and request.restart_from is None:
+        left = left_to_do(data, recipe, columns, request.stages)
+        rows = left.rows + found.total_rows - data.plan.total_rows
+        work = bool(left.shards or rows)
+    if work:
+        if "embed" in request.stages and not _has_encoder(recipe):
+            say(f"the weights of {recipe.embed.encoder} are not on this machine; the run fetches them first")
+        if request.address is not None:
+            reach(request.address)
+        check_space(_there(data.root), estimate_bytes(recipe, rows))
     return {
         "rows": found.total_rows,
         "listed_rows": found.listed_rows,
         "shards": found.shard_count,
         "carried": found.carried.names,
         "stages": list(request.stages),
+        "rows_to_fetch": rows,
     }
+
+
+def _there(path: Path) -> Path:
+    """The path, or the first folder above it that is there."""
+    return path if path.exists() else _there(path.parent)
 
 
 def run(request: Request, say: Say = print) -> Outcome:
@@ -178,14 +201,18 @@ def run(request: Request, say: Say = print) -> Outcome:
     check_free(data.root, "data")
     columns = columns_of(recipe.score, recipe.embed.encoder)
     check_engine(recipe, say)
+    if "embed" in request.stages and not (data.root / "plan" / "plan.json").exists():
+        _has_encoder(recipe)  # before a long list is read; where a plan is there, all may be embedded
     with taken(data.root, "data", replaces=["recipe.yaml"]) as folder, _nothing_left_behind(data, folder):
         sweep(data.root)
         refuse_changes(data, recipe, request.restart_from)
-        if request.restart_from == "source":  # the new list is read before the shards of the old one go
-            carried = inspect(request.list, recipe.source, request.limit).carried
+        anew = request.restart_from == "source"  # the new list is read before the shards of the old one go
+        if anew or load_plan(data.root) is not None:  # nor does a plan grow before all is checked
+            carried = inspect(request.list, recipe.source, request.limit, None if anew else data.root).carried
         else:
             carried = make_plan(request.list, data.root, recipe.source, request.limit).carried
         check_selection(recipe, carried, columns)
+        check_verify(recipe.fetch, carried)
         if request.restart_from is not None:
             restart(data, recipe, request.restart_from, request.stages)
         make_plan(request.list, data.root, recipe.source, request.limit)
@@ -217,7 +244,7 @@ def resume(
 ) -> Outcome:
     """The main job on the plan that a data folder has; `retry` fetches again what failed for passing reasons."""
     if restart_from not in (None, "embed"):
-        again = f"tastemaker curate {data.plan.list} --out {data.root} --restart-from {restart_from}"
+        again = command("curate", data.plan.list, "--out", data.root, "--restart-from", restart_from)
         raise UserError(f"--restart-from {restart_from} needs the list: `{again}`")
     columns = columns_of(recipe.score, recipe.embed.encoder)
     if retry:
@@ -251,7 +278,7 @@ def _go_on(
     _name_repeats(data, outcome, say)
     if "select" not in stages:
         outcome.paths["fetched"] = str(data.root / "fetched")
-        outcome.next = f"tastemaker embed {data.root}"
+        outcome.next = command("embed", data.root)
         return outcome
     selection = _select(data, recipe, columns, say)
     outcome.facts |= {"kept": selection.kept, "funnel": selection.funnel}
@@ -284,6 +311,26 @@ def _run_stages(
     retry: bool,
 ) -> float:
     """Fetch, embed and score what is missing, with Ray; returns the seconds that it took (0 where all was done)."""
+    fetch, embed = "fetch" in stages, "embed" in stages
+    left = left_to_do(data, recipe, columns, stages, retry)
+    if not left.shards:
+        return 0.0
+    if address is not None:
+        reach(address)
+    check_space(data.root, estimate_bytes(recipe, left.rows))
+    if embed:
+        _fetch_encoder(recipe, say)
+    if len(left.shards) < len(data.plan.shards):
+        say(f"{len(data.plan.shards) - len(left.shards):,} of {len(data.plan.shards):,} shards are done already")
+    began = time.monotonic()
+    run_job(Job(data, recipe, fetch=fetch, embed=embed, retry=retry), left, address=address)
+    return time.monotonic() - began
+
+
+def left_to_do(
+    data: Data, recipe: Recipe, columns: Mapping[str, Column], stages: Sequence[str], retry: bool = False
+) -> Work:
+    """The shards that are not fetched, embedded and scored, as far as these stages do that."""
     from curate.workers import embed_done, fetch_done, may_pass
 
     fetch, embed = "fetch" in stages, "embed" in stages
@@ -292,31 +339,32 @@ def _run_stages(
     for s in data.plan.shards:
         fetched = fetch_done(data, s.shard, fetch_hash)
         waiting = may_pass(data, s.shard) if fetched and retry else 0 if fetched else s.rows
-        if (waiting and fetch) or (fetched and embed and not embed_done(data, s.shard, embed_hash, columns)):
+        unembedded = fetched and embed and not embed_done(data, s.shard, embed_hash, columns)
+        if (waiting and fetch) or unembedded:
             shards.append(s.shard)
             rows += waiting
-            images += read_json(data.fetched_record(s.shard))["successes"] if fetched else 0
-    if not shards:
-        return 0.0
-    if embed:
-        _check_encoder(recipe)
-    check_space(data.root, estimate_bytes(recipe, rows))
-    if len(shards) < len(data.plan.shards):
-        say(f"{len(data.plan.shards) - len(shards):,} of {len(data.plan.shards):,} shards are done already")
-    from pipelines.jobs import Job, Work, run_job
-
-    began = time.monotonic()
-    run_job(Job(data, recipe, fetch=fetch, embed=embed, retry=retry), Work(shards, rows, images), address=address)
-    return time.monotonic() - began
+            images += read_json(data.fetched_record(s.shard))["successes"] if unembedded else 0
+    return Work(shards, rows, images)
 
 
-def _check_encoder(recipe: Recipe) -> None:
-    """UserError where the vectors cannot be had: neither the encoder's weights nor a folder of them."""
+def _has_encoder(recipe: Recipe) -> bool:
+    """Whether the vectors can be made at once; UserError where neither the encoder's weights nor a folder of them can
+    be had."""
     from curate.encoders import check_available
     from curate.imported import open_folder
 
-    if recipe.embed.embeddings is None or open_folder(recipe.embed).space is None:
-        check_available(recipe.embed.encoder, recipe.embed.weights)
+    if recipe.embed.embeddings is not None and open_folder(recipe.embed).space is not None:
+        return True
+    return check_available(recipe.embed.encoder, recipe.embed.weights)
+
+
+def _fetch_encoder(recipe: Recipe, say: Say) -> None:
+    """Have the encoder's weights here, before workers ask for them all at once."""
+    from curate.encoders import fetch_weights
+
+    if not _has_encoder(recipe):
+        say(f"fetching the weights of {recipe.embed.encoder} ...")
+        fetch_weights(recipe.embed.encoder, recipe.embed.weights)
 
 
 def _select(data: Data, recipe: Recipe, columns: dict[str, Column], say: Say) -> Selection:
@@ -338,16 +386,19 @@ def _pack(data: Data, recipe: Recipe, outcome: Outcome) -> None:
         score_charts(data.root, name)
         contact_sheet(data.root, name)
     outcome.paths |= {"shards": f"{folder}/", "look": str(sheet)}
-    outcome.next = f"tastemaker select {data.root} --name stricter --set select.rules.RULE='SQL'"
+    outcome.next = f"{command('select', data.root, '--name', 'stricter')} --set select.rules.RULE='SQL'"
 
 
 # ------------------------------------------------------------------------------------------- one stage alone, no Ray
 
 
 def recipe_of(data: Data, name: str | None, settings: Sequence[str], select: str | None = None) -> Recipe:
-    """The recipe that a data folder was made with, or another one, with settings laid over it."""
-    if name is None and data.recipe.exists():
-        recipe = parse_recipe(data.recipe.read_text(), settings, what=str(data.recipe))
+    """The recipe that a data folder was made with, or another one, with settings laid over it.
+
+    A recipe.yaml where no plan is belongs to somebody else.
+    """
+    if name is None and data.recipe.exists() and (data.root / "plan" / "plan.json").exists():
+        recipe = parse_recipe(read_recipe(data.recipe), settings, what=str(data.recipe))
     else:
         recipe = load_recipe(name or DEFAULT, settings)
     return recipe if select is None else replace(recipe, select=replace(recipe.select, name=select))
@@ -450,11 +501,19 @@ def status(data: Data, say: Say) -> tuple[dict[str, Any], str]:
 # ---------------------------------------------------------------------------------------------------- words and sums
 
 
+def command(*words: object) -> str:
+    """A command to type, quoted as a shell reads it."""
+    return shlex.join(["tastemaker", *map(str, words)])
+
+
 def headline(recipe: Recipe) -> str:
     """One line: what this run is made of."""
     parts = [f"recipe {recipe.select.name}", recipe.embed.encoder.removeprefix("open_clip:")]
     if recipe.score:
         parts.append("scores " + ", ".join(recipe.score))
+    if recipe.images.format != "jpg":
+        level = recipe.images.level
+        parts.append(f"{recipe.images.format}, {'compression' if recipe.images.format == 'png' else 'quality'} {level}")
     return " · ".join(parts)
 
 

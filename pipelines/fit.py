@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import re
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curate.store import UserError, sha256_file, write_json
+from aesthetic.untrusted import printable
+from curate.encoders import check_available, check_named
+from curate.store import UserError, digest, read_json, sha256_file, write_json
 from pipelines.pool import DataPool, FolderPool, Pool, VectorsPool
 
 if TYPE_CHECKING:
@@ -25,6 +30,15 @@ WANTED, AGAINST = "a beautiful photograph", "an ugly photograph"
 """The prompts of the zero-shot baseline for ratings of beauty (after CLIP-IQA, Wang, Chan and Loy 2023)."""
 
 SHOWN = 10  # of the best, worst and most wrong
+
+WRITTEN = (
+    *("head.json", "head.safetensors", "MODEL_CARD.md", "report.json", "held_out.csv", "unjoined.csv", "scatter.png"),
+    *("learning_curve.png", "calibration.png", "extremes.png", "suggest.csv", "suggest.png"),
+)
+"""The files of a head's folder."""
+
+_UNSAFE = re.compile("nsfw|unsafe|porn|hentai|nud|explicit|sexual", re.IGNORECASE)  # what a label may say of images
+PREDICTED = "predicted"  # the column of suggest.csv that an earlier head wrote
 Say = Callable[[str], None]
 
 
@@ -63,8 +77,8 @@ class Outcome:
 def fit(request: Request, say: Say = lambda line: None) -> Outcome:
     """Fit a head and write it, its report and its pictures under `request.out`.
 
-    Raises UserError where the request makes no sense, asks what the ratings are not for, or nothing joins; HeadError
-    where the ratings make no sense or are too few. Nothing is written then.
+    Raises UserError where the request makes no sense, asks what the ratings are not for, `request.out` holds another
+    head, or nothing joins; HeadError where the ratings make no sense or are too few. Nothing is written then.
     """
     from aesthetic.heads import save_head
     from aesthetic.ratings import read_ratings
@@ -78,6 +92,7 @@ def fit(request: Request, say: Say = lambda line: None) -> Outcome:
         positive=request.positive,
     )
     _check_kind(request, ratings.kind)
+    _check_out(request, say)
     pool = _pool(request, say)
     columns = ["winner", "loser"] if ratings.kind == "pairs" else ["image"]
     candidates = pool.candidates(ratings.by)
@@ -88,6 +103,7 @@ def fit(request: Request, say: Say = lambda line: None) -> Outcome:
     if not len(wanted):
         first = ratings.table[columns[0]].iloc[0]
         raise UserError(f"none of the {len(ratings.table):,} images rated is in {pool.root}; the first is {first!r}")
+    _check_enough(request, ratings, rows, candidates)
     others = np.setdiff1d(np.arange(pool.count), wanted)
     if request.suggest and not len(others):
         raise UserError(f"--suggest: every image of {pool.root} is rated already")
@@ -104,11 +120,15 @@ def fit(request: Request, say: Say = lambda line: None) -> Outcome:
         raise UserError(f"none of the images rated in {pool.root} has a vector: {pool.absent}")
     facts = pool.facts(wanted[there])
     fitted = _fitted(request, ratings, joined, rows, vectors, facts, pool, say)
+    fitted.report["asked"] = _asked(request)
+    if aside := _aside(ratings):
+        fitted.report["left_aside"] = aside
 
     out = request.out
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "report.json", fitted.report)  # first: by it the same command, killed here, knows its own head
     save_head(fitted.head, out)
-    write_json(out / "report.json", fitted.report)
-    paths = {"head": out} | _pictures(out, ratings, fitted, pool, wanted[there], rows, joined)
+    paths = {"head": out} | _pictures(request, ratings, fitted, pool, wanted[there], rows, joined)
     (out / "unjoined.csv").unlink(missing_ok=True)  # of another fit
     if not joined.all():
         left = ratings.table[~joined].copy()
@@ -138,6 +158,14 @@ def _check(request: Request) -> None:
         raise UserError(f"--out {request.out}: a head has the name of its folder, and {e}") from None
     if request.out.exists() and not request.out.is_dir():
         raise UserError(f"--out {request.out} is a file; a head is a folder: give another name")
+    if others := sorted(_names(request.out) - set(WRITTEN)):
+        raise UserError(
+            f"--out {request.out} holds something else ({printable(others[0], 80)}): give a folder of its own"
+        )
+    if request.encoder is not None:
+        check_named(request.encoder)
+    if request.images is not None:
+        check_available(request.encoder or "bundled")
     if request.scale is not None:
         check_scale("--scale", request.scale)
     if request.prevalence is not None and not 0 < request.prevalence < 1:
@@ -150,11 +178,72 @@ def _check(request: Request) -> None:
         )
 
 
+def _names(folder: Path) -> set[str]:
+    if not folder.is_dir():
+        return set()
+    return {p.name for p in folder.iterdir() if not p.name.startswith(".")}  # the others: what a killed run left
+
+
+def _asked(request: Request) -> str:
+    """A digest of what a head depends on, but for what is in the ratings: more of them are to make it anew."""
+    places = [request.data, request.images, request.embeddings, *request.ratings]
+    same = ("encoder", "key", "score", "group", "positive", "scale", "task", "prevalence", "network")
+    return digest({"places": [p and str(Path(p).absolute()) for p in places], **{k: getattr(request, k) for k in same}})
+
+
+def _check_out(request: Request, say: Say) -> None:
+    """Raise UserError where a head of another command is there, or no file can be written."""
+    out = request.out
+    if (out / "head.json").exists():
+        report = read_json(out / "report.json")
+        if not isinstance(report, dict) or report.get("asked") != _asked(request):
+            raise UserError(
+                f"--out {out} holds a head already, and not of this command: give another name, or remove that folder"
+            )
+        say(f"{out} holds a head of this command, which the new one will replace")
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as e:
+        raise UserError(f"--out {out} cannot be written: {e.strerror or e}") from e
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _check_enough(request: Request, ratings: Ratings, rows: dict[str, np.ndarray], candidates: pd.DataFrame) -> None:
+    """Raise HeadError where what is joined is too little to fit to: before an image is embedded."""
+    from aesthetic.classify import check_labels
+    from aesthetic.compare import check_comparisons
+    from aesthetic.examples import check_scores
+
+    joined = np.logical_and.reduce([r >= 0 for r in rows.values()])
+    table, name = ratings.table[joined], request.out.stem
+    if ratings.kind == "pairs":
+        images, places = np.unique([rows["winner"][joined], rows["loser"][joined]], return_inverse=True)
+        win, lose = places.reshape(2, -1)
+        named = candidates["key" if "key" in candidates else candidates.columns[0]]
+        ids = [str(v) for v in named.iloc[images]]
+        groups = _groups_of_pairs(table, {"winner": win, "loser": lose}, np.ones(len(win), bool), len(images))
+        check_comparisons(win, lose, ids, groups, name)
+    else:
+        scores = table["score"].to_numpy(np.float64)
+        check_scores(scores, name)
+        if ratings.kind == "labels":
+            check_labels(scores, name)
+
+
 def _filled_in(suggested: Path) -> bool:
     if not suggested.is_file():
         return False
     with open(suggested, newline="", encoding="utf-8-sig", errors="replace") as f:
-        return any((row.get("score") or "").strip() for row in csv.DictReader(f))
+        try:
+            return any((row.get("score") or "").strip() for row in csv.DictReader(f))
+        except csv.Error:  # somebody's, at any rate
+            return True
 
 
 _HOLD = {"scores": "scores", "labels": "labels (each 0 or 1)", "pairs": "comparisons (a winner and a loser)"}
@@ -236,7 +325,7 @@ def _fitted(
             **common,
         )
     of = facts.iloc[rows["image"][joined]]
-    ours = {"image", "score", "n", "sd", "group", "source"} | {"predicted"}  # suggest.csv's, of an earlier head
+    ours = {"image", "score", "n", "sd", "group", "source", *ratings.aside, PREDICTED}
     metadata = {str(c): table[c].to_list() for c in table.columns if c not in ours}
     metadata |= {c: of[c].to_list() for c in ("width", "height", "domain") if c in of}
     examples = Examples(
@@ -253,7 +342,8 @@ def _fitted(
     )
     if ratings.kind == "labels":
         prevalence = PREVALENCE if request.prevalence is None else request.prevalence
-        return fit_classifier(examples, pool.space, prevalence=prevalence, **common)
+        positive = f"{request.positive!r}" if request.positive else "positives"
+        return fit_classifier(examples, pool.space, prevalence=prevalence, positive=positive, **common)
     return fit_head(
         examples,
         pool.space,
@@ -263,6 +353,10 @@ def _fitted(
         map=_map(request.address),
         **common,
     )
+
+
+def _aside(ratings: Ratings) -> list[str]:
+    return [name for name in ratings.aside if name != PREDICTED]
 
 
 def _range(table: pd.DataFrame) -> tuple[float, float]:
@@ -327,7 +421,7 @@ def _map(address: str | None) -> Map:
 
 
 def _pictures(
-    out: Path,
+    request: Request,
     ratings: Ratings,
     fitted: Fit,
     pool: Pool,
@@ -338,7 +432,7 @@ def _pictures(
     from aesthetic import pictures
     from curate.report import Shown, sheet
 
-    report = fitted.report
+    out, report = request.out, fitted.report
     if ratings.kind == "pairs":
         return {}
     seen = np.isfinite(fitted.held_out)
@@ -358,19 +452,22 @@ def _pictures(
 
     images = wanted[rows["image"][joined]][seen]
     by_head, error = np.argsort(-predicted, kind="stable"), np.abs(predicted - rated)
+    best, worst, words = "rated best by the head", "rated worst by the head", "{:.2f}, people {:.2f}"
+    if labels:
+        positive = printable(request.positive or "positive", 20)
+        best, worst, words = f"surest of {positive}", f"surest of not {positive}", "{:.2f}, labelled {:.0f}"
     chosen = {
-        "rated best by the head": by_head[:SHOWN],
-        "rated worst by the head": by_head[::-1][:SHOWN],
+        best: by_head[:SHOWN],
+        worst: by_head[::-1][:SHOWN],
         "most wrong": np.argsort(-error, kind="stable")[:SHOWN],
     }
     sections = [
-        (what, [(images[i], f"{predicted[i]:.2f}, people {rated[i]:.2f}") for i in places])
-        for what, places in chosen.items()
+        (what, [(images[i], words.format(predicted[i], rated[i])) for i in places]) for what, places in chosen.items()
     ]
     loaded = pool.pictures(sorted({int(i) for _, tiles in sections for i, _ in tiles}))
     if not any(loaded.values()):  # vectors without their pictures
         return {"look": out / "calibration.png"}
-    unsafe = fitted.head.task == "nsfw"  # all are blurred then: what is wrong may be either way
+    unsafe = _unsafe(request, fitted)  # all are blurred then: what is wrong may be either way
     sheet(
         out / "extremes.png",
         title,
@@ -402,14 +499,19 @@ def _suggest(
         return {}
     facts = pool.facts(chosen)
     scores = fitted.head(pool.vectors(chosen)[0])
-    pd.DataFrame({"image": facts["key"], "score": "", "predicted": np.round(scores, 3)}).to_csv(
+    pd.DataFrame({"image": facts["key"], "score": "", PREDICTED: np.round(scores, 3)}).to_csv(
         request.out / "suggest.csv", index=False
     )
     loaded = pool.pictures(chosen.tolist())
-    unsafe = fitted.head.task == "nsfw"
+    unsafe = _unsafe(request, fitted)
     tiles = [Shown(loaded[int(i)], f"{scores[n]:.2f}\n{facts['key'].iloc[n]}", unsafe) for n, i in enumerate(chosen)]
     sheet(request.out / "suggest.png", "rate these next", [("most is learnt from these", tiles)])
     return {"rate next": request.out / "suggest.csv", "look at them": request.out / "suggest.png"}
+
+
+def _unsafe(request: Request, fitted: Fit) -> bool:
+    """Whether the images may be unsafe to look at: what they are rated or labelled for says so."""
+    return bool(_UNSAFE.search(f"{fitted.head.task} {request.positive or ''}"))
 
 
 def _information(p: np.ndarray) -> np.ndarray:
@@ -430,7 +532,7 @@ def _interval(estimate: dict[str, Any], digits: int = 2) -> str:
 
 
 def _text(request: Request, ratings: Ratings, fitted: Fit, joined: np.ndarray) -> str:
-    """Five lines: what was used; how good; against what; worth how many raters; a verdict."""
+    """Five lines or more: what was used, and what not; how good; against what; worth how many raters; a verdict."""
     from aesthetic.fit import to_halve
 
     r = fitted.report
@@ -440,13 +542,22 @@ def _text(request: Request, ratings: Ratings, fitted: Fit, joined: np.ndarray) -
     groups = f"{r['groups']:,} groups" + ("" if r["groups_given"] else ", each image its own")
     copies = f", {r['near_duplicates_joined']:,} near-duplicates kept together" if r["near_duplicates_joined"] else ""
     lines = [f"{total:,} {what}, {used:,} joined{missing} · {groups}{copies}"]
+    if ratings.unrated:
+        lines.append(f"left out: {ratings.unrated:,} without a {'choice' if ratings.kind == 'pairs' else 'score'}")
+    if aside := _aside(ratings):
+        lines.append(f"left aside, as it tells the score again: {', '.join(printable(name, 60) for name in aside)}")
     m, baselines = r["metrics"], r["baselines"]
     if ratings.kind == "pairs":
         lines.append(f"picks the preferred image in {_interval(m['accuracy'])} of {r['tested']:,} comparisons not seen")
         named = {k: v["accuracy"]["value"] for k, v in baselines.items()}
     elif ratings.kind == "labels":
         recall = _interval(m["recall_at_1%_clean_loss"])
-        lines.append(f"AUROC {_interval(m['auroc'])} on images it had not seen · finds {recall} at 1% clean loss")
+        nsfw = fitted.head.task == "nsfw"
+        positive = printable(repr(request.positive), 40) if request.positive else "positives"
+        lost = "1% of clean images are lost" if nsfw else "1% of the other images are taken in"
+        lines.append(
+            f"AUROC {_interval(m['auroc'])} on images it had not seen · finds {recall} of the {positive} where {lost}"
+        )
         named = {k: v["auroc"]["value"] for k, v in baselines.items()}
     else:
         lines.append(f"Spearman {_interval(m['spearman'])} on images it had not seen")
@@ -462,7 +573,7 @@ def _text(request: Request, ratings: Ratings, fitted: Fit, joined: np.ndarray) -
         lines.append(_worth(r))
     elif ratings.kind == "labels":
         missed = m["missed_per_million_at_1%_clean_loss"]
-        lines.append(f"at {r['prevalence']:.1%} positives misses {_interval(missed, 0)} per million")
+        lines.append(f"where {r['prevalence']:.1%} are {positive}, misses {_interval(missed, 0)} per million images")
     more = to_halve(r)
     lines.append(r["verdict"] + (f"; about {more:,} more {what} would halve the interval" if more else ""))
     return "\n".join(lines)

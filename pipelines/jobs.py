@@ -227,22 +227,35 @@ def _start_ray(job: Job, address: str | None) -> Pools:
     return pools
 
 
+def reach(address: str) -> None:
+    """UserError where nothing answers at a cluster's address: Ray itself would try for minutes. Starts nothing."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():  # `auto`, or nonsense that Ray names
+        return
+    try:
+        socket.create_connection((host, int(port)), 5).close()
+    except (OSError, OverflowError) as e:
+        raise _unreachable(address, e) from None
+
+
+def _unreachable(address: str, error: Exception) -> UserError:
+    what = str(error).strip().splitlines() or [type(error).__name__]
+    return UserError(
+        f"--ray-address {address}: {what[0]}. `ray start --head` prints a cluster's address; "
+        "where the cluster asks for a token, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH must hold it here too."
+    )
+
+
 def join(address: str) -> None:
     """Become a driver of the cluster at an address. UserError where there is none, or it does not let us in."""
     import ray
     from ray.exceptions import AuthenticationError
 
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    reach(address)
     try:
-        if port.isdigit():  # Ray itself would try for minutes
-            socket.create_connection((host, int(port)), 5).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, AuthenticationError) as e:
-        what = str(e).strip().splitlines() or [type(e).__name__]
-        raise UserError(
-            f"--ray-address {address}: {what[0]}. `ray start --head` prints a cluster's address; "
-            "where the cluster asks for a token, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH must hold it here too."
-        ) from None
+        raise _unreachable(address, e) from None
 
 
 def ray_map(address: str, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:

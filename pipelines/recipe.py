@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import os
 import re
 import types
 import typing
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -16,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from aesthetic.untrusted import clean, printable, read_text
 from curate.embed import EmbedConfig
 from curate.fetch import FetchConfig
 from curate.images import ImagesConfig
@@ -27,6 +30,11 @@ from curate.store import UserError, digest
 
 DEFAULT = "laion-aesthetics-5"
 _RECIPES = resources.files("pipelines") / "recipes"
+
+LARGEST = 1 << 18
+"""Bytes of a recipe file, which holds a few dozen lines."""
+
+_DEEPEST = 20  # lists and mappings in each other; a recipe needs four
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +52,8 @@ class RayConfig:
         for key in ("fetch_workers", "fetch_cpus", "embed_workers", "embed_cpus", "embed_gpus"):
             if not getattr(self, key) >= 0:
                 raise UserError(f"ray.{key}: {getattr(self, key)} must be at least 0")
+            if getattr(self, key) > 1_000_000:
+                raise UserError(f"ray.{key}: {getattr(self, key)} is more than any cluster has")
         if self.wave < 1:
             raise UserError(f"ray.wave: {self.wave} must be at least 1")
 
@@ -101,15 +111,24 @@ def recipe_text(name: str) -> str:
     """The text of a shipped recipe or of a recipe file; UserError where there is neither."""
     if name in shipped():
         return (_RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
-    path = Path(name).expanduser()
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+        path = Path(name).expanduser()
+    except RuntimeError as e:  # ~nobody
+        raise UserError(f"--recipe {printable(name, 200)}: {e}") from None
+    if not os.path.lexists(path):
         raise UserError(
-            f"no recipe {name!r}: it is neither a file nor one of {', '.join(shipped())}{_nearest(name, shipped())}"
-        ) from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{name} can't be read as a recipe: {e}") from None
+            f"no recipe {printable(name, 200)!r}: it is neither a file nor one of {', '.join(shipped())}"
+            f"{_nearest(name, shipped())}"
+        )
+    return read_recipe(path)
+
+
+def read_recipe(path: Path) -> str:
+    """The text of a recipe file; UserError where it is none."""
+    try:
+        return read_text(path, LARGEST)
+    except UserError as e:
+        raise UserError(f"{path} can't be read as a recipe: {e}") from None
 
 
 def load_recipe(name: str = DEFAULT, settings: Sequence[str] = ()) -> Recipe:
@@ -119,15 +138,41 @@ def load_recipe(name: str = DEFAULT, settings: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(text: str, settings: Sequence[str] = (), what: str = "recipe") -> Recipe:
     """As load_recipe, from YAML text."""
-    try:
-        tree = _yaml(text) or {}
-    except yaml.YAMLError as e:
-        raise UserError(f"{what} is not valid YAML: {e}") from None
+    tree = _yaml(text, f"{what} is not valid YAML") or {}
     if not isinstance(tree, dict):
         raise UserError(f"{what} is not a recipe: a mapping of stages is expected, as `tastemaker recipe` prints")
+    own = copy.deepcopy(tree)
     for setting in settings:
         _lay_over(tree, setting)
-    return _build(Recipe, tree, "")
+    _leave_quality(own, tree, settings)
+    try:
+        return _build(Recipe, tree, "")
+    except UserError as e:
+        if settings and not _fails(own, str(e)):
+            raise
+        raise UserError(f"{what}: {e}") from None
+
+
+def _fails(tree: dict[str, Any], how: str) -> bool:
+    """Whether a recipe is refused with these words by itself, whatever is laid over it."""
+    try:
+        _build(Recipe, tree, "")
+    except UserError as e:
+        return str(e) == how
+    return False
+
+
+def _leave_quality(own: dict[str, Any], tree: dict[str, Any], settings: Sequence[str]) -> None:
+    """Where `--set` names another kind of format and no quality, the recipe's quality does not go with it.
+
+    It is 1 to 100 for jpg and webp, and a compression level of 0 to 9 for png: what holds is the format's default.
+    """
+    named = {setting.partition("=")[0].strip() for setting in settings}
+    before, now = own.get("images"), tree.get("images")
+    if "images.format" in named and "images.quality" not in named and isinstance(now, dict):
+        was = before.get("format", "jpg") if isinstance(before, dict) else "jpg"
+        if (was == "png") != (now.get("format") == "png"):
+            now.pop("quality", None)
 
 
 class _Loader(yaml.SafeLoader):
@@ -136,8 +181,8 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own way: a class variable, filled below
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := {key for key in keys if keys.count(key) > 1}:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [key for key, count in keys.items() if count > 1]:
             raise yaml.MarkedYAMLError(problem=f"{min(twice)} is there twice", problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
 
@@ -159,8 +204,40 @@ for _tag, _form, _first in (
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_form})$"), _first)
 
 
-def _yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)  # a SafeLoader: it makes plain values only
+def _yaml(text: str, what: str) -> Any:
+    """The value of YAML text, in time and memory that its length bounds; UserError, beginning with `what`, for none."""
+    if len(text) > LARGEST:
+        raise UserError(f"{what}: it is longer than {LARGEST:,} characters")
+    try:
+        _require_plain(text)
+        return yaml.load(text, _Loader)  # a SafeLoader: it makes plain values only
+    except yaml.YAMLError as e:
+        raise UserError(f"{what}: {e}") from None
+    except (ValueError, KeyError, AttributeError) as e:  # `!!int abc`, `!!bool abc`, `!!timestamp abc`, 5,000 digits
+        why = f": {printable(e, 200)}" if isinstance(e, ValueError) else ""
+        raise UserError(f"{what}: a value is not what its tag (such as !!int) says{why}") from None
+
+
+def _require_plain(text: str) -> None:
+    """YAMLError where lists and mappings lie too deep for the loader, or one is used in several places: a hundred
+    bytes of those can stand for a billion values."""
+    depth, groups = 0, set[str]()
+    for event in yaml.parse(text, _Loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if event.anchor is not None:
+                groups.add(event.anchor)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        elif isinstance(event, yaml.AliasEvent) and event.anchor in groups:
+            problem = f"*{event.anchor} stands for a list or a mapping: write that out, in a recipe it has one place"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=_mark(event))
+        if depth > _DEEPEST:
+            raise yaml.MarkedYAMLError(problem="nested too deep for a recipe", problem_mark=_mark(event))
+
+
+def _mark(event: Any) -> Any:  # PyYAML's types know two classes of marks
+    return event.start_mark
 
 
 def _lay_over(tree: dict[str, Any], setting: str) -> None:
@@ -169,20 +246,18 @@ def _lay_over(tree: dict[str, Any], setting: str) -> None:
     An empty value is null; in `select.rules` and `score` it takes the name away.
     """
     path, equals, text = setting.partition("=")
-    names = path.strip().split(".")
+    names, shown = path.strip().split("."), printable(setting, 200)
     if not equals or not all(names):
-        raise UserError(f"--set {setting}: expected KEY.KEY=VALUE, for example --set images.size=256")
+        raise UserError(f"--set {shown}: expected KEY.KEY=VALUE, for example --set images.size=256")
     for name in names[:-1]:
         if tree.get(name) is None:
             tree[name] = {}
         tree = tree[name]
         if not isinstance(tree, dict):
-            raise UserError(f"--set {setting}: {name} is a value, not a group of keys")
+            raise UserError(f"--set {shown}: {printable(name, 200)} is a value, not a group of keys")
     holds_text, may_go = _text_at(names)
-    try:
-        value = text.strip() if holds_text and text.strip() not in ("", "~", "null") else _yaml(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {setting}: {text!r} is not valid YAML") from None
+    plain = holds_text and text.strip() not in ("", "~", "null")
+    value = text.strip() if plain else _yaml(text, f"--set {shown}: the value is not valid YAML")
     if value is None and may_go:
         tree.pop(names[-1], None)
     else:
@@ -212,36 +287,49 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list | tuple):
-            raise UserError(f"{where}: a list is expected ([] for none), not {value!r}")
+            raise UserError(f"{where}: a list is expected ([] for none), not {_shown(value)}")
         return tuple(_build(typing.get_args(kind)[0], v, where) for v in values)
     if origin is dict:
         if not isinstance(value or {}, Mapping):
-            raise UserError(f"{where}: a mapping of names is expected, not {value!r}")
-        inner = typing.get_args(kind)[1]
-        return {str(k): _build(inner, v, f"{where}.{k}") for k, v in (value or {}).items()}
+            raise UserError(f"{where}: a mapping of names is expected, not {_shown(value)}")
+        inner, found = typing.get_args(kind)[1], dict[str, Any]()
+        for k, v in (value or {}).items():
+            name = f"{where}.{printable(k, 200)}"
+            found[_scalar(str, str(k), name)] = _build(inner, v, name)
+        return found
     return _scalar(kind, value, where)
 
 
 def _build_part(kind: Any, value: Any, where: str) -> Any:
     value = {} if value is None else value
     if not isinstance(value, Mapping):
-        raise UserError(f"{where or 'recipe'}: a mapping of keys is expected, not {value!r}")
+        raise UserError(f"{where or 'recipe'}: a mapping of keys is expected, not {_shown(value)}")
     hints = typing.get_type_hints(kind)
     names = [f.name for f in dataclasses.fields(kind)]
     for key in value:
         if key not in names:
-            full = f"{where}.{key}" if where else str(key)
+            full = printable(f"{where}.{key}" if where else key, 200)
             raise UserError(f"unknown key {full}{_nearest(str(key), names)}. Known here: {', '.join(names)}")
     return kind(**{k: _build(hints[k], v, f"{where}.{k}" if where else k) for k, v in value.items()})
 
 
+_LARGEST_NUMBER = 2**63
 _WORDS = {str: "text", bool: "true or false", float: "a number", int: "a whole number"}
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
+def _shown(value: Any) -> str:
+    """A value of a recipe for a message about it."""
+    return printable(repr(value), 200)
+
+
 def _scalar(kind: type, value: Any, where: str) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and value not in (0, 1) and not abs(value) < _LARGEST_NUMBER and value == value:
+        raise UserError(f"{where}: {_shown(value)} is too large a number")
     if kind is str and isinstance(value, str):
+        if clean(value) != value:
+            raise UserError(f"{where}: {_shown(value)} is no text: UTF-8 can't hold half of a surrogate pair")
         return value
     if kind is bool and isinstance(value, bool):
         return value
@@ -250,12 +338,12 @@ def _scalar(kind: type, value: Any, where: str) -> Any:
     if kind is int and number and value == value // 1:  # 32e6 is a whole number too
         return int(value)
     if kind is int and isinstance(value, str):
-        size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?|[KMGT]i)B", value)
+        size = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([kMGT]?|[KMGT]i)B", value)
         if size and float(size[1]) * _UNITS[size[2]] % 1 == 0:
             return int(float(size[1]) * _UNITS[size[2]])
-        raise UserError(f"{where}: a whole number or a size such as 32MB is expected, not {value!r}")
+        raise UserError(f"{where}: a whole number or a size such as 32MB is expected, not {_shown(value)}")
     hint = "; put it in quotes" if kind is str and number else ""
-    raise UserError(f"{where}: {_WORDS[kind]} is expected, not {value!r}{hint}")
+    raise UserError(f"{where}: {_WORDS[kind]} is expected, not {_shown(value)}{hint}")
 
 
 def _nearest(word: str, words: Sequence[str]) -> str:

@@ -217,3 +217,27 @@ def test_a_budget_that_is_gone_ends_every_row() -> None:
         await turns.close()
 
     asyncio.run(main())
+
+
+def test_many_domains_that_all_wait_are_looked_through_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look-through is as long as the list of domains, and keeps the event loop from everybody."""
+    monkeypatch.setattr(budget, "_KEPT", 500)
+    seen: list[object] = []
+
+    async def row(turns: Turns, domain: str) -> None:
+        if not seen or seen[-1] is not turns._sites:
+            seen.append(turns._sites)  # a look-through leaves another dict
+        async with turns.turn(domain) as turn:
+            turn.answered()
+
+    async def main() -> None:
+        turns = Turns(256, 6, 0.0, local(Budget(6)))
+        await asyncio.gather(*(row(turns, f"{i}.example") for i in range(4000)))
+        assert len(seen) <= 5
+        assert turns._full <= 8000  # and what is not waited for is forgotten as before
+        for i in range(9000):
+            await row(turns, f"new{i}.example")
+        assert len(turns._sites) <= 8000
+        await turns.close()
+
+    asyncio.run(main())

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -137,6 +138,9 @@ def test_whoever_has_read_enough_is_no_error() -> None:
         (["curate", "list.csv", "--set", "fetch.engine=curl"], "fetch.engine: 'curl'"),
         (["curate", "list.csv", "--set", "select.name=a/b"], "can't be a selection's name"),
         (["fetch", "nowhere.parquet"], "no such file"),
+        (["curate", "list.csv", "--set", "fetch.verify=md5"], "fetch.verify.*md5"),
+        (["curate", "list.csv", "--set", "fetch.deny=[no.txt]"], r"no\.txt"),
+        (["curate", "list.csv", "--ray-address", "127.0.0.1:9"], "--ray-address 127.0.0.1:9: .*Connection refused"),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_written(
@@ -148,12 +152,14 @@ def test_bad_input_is_named_and_nothing_is_written(
     (tmp_path / "junk.parquet").write_bytes(b"PAR1 no parquet at all")
     before = sorted(tmp_path.iterdir())
     recipe = [] if "--recipe" in words else ["--recipe", "bundled"]
-    code = main([words[0], str(tmp_path / words[1]), *words[2:], *recipe, "--out", str(tmp_path / "data")])
-    out, err = capsys.readouterr()
-    assert code == 2
-    assert re.search(told, err, re.S), err
-    assert err.startswith("tastemaker: ") and "Traceback" not in err and "next:" not in out
-    assert sorted(tmp_path.iterdir()) == before
+    words = [words[0], str(tmp_path / words[1]), *words[2:], *recipe, "--out", str(tmp_path / "data")]
+    for dry in ([], ["--dry-run"]):  # which accepts nothing that the run refuses
+        code = main([*words, *dry])
+        out, err = capsys.readouterr()
+        assert code == 2
+        assert re.search(told, err, re.S), err
+        assert err.startswith("tastemaker: ") and "Traceback" not in err and "next:" not in out
+        assert sorted(tmp_path.iterdir()) == before or ("--ray-address" in words and not dry)
 
 
 @pytest.mark.parametrize("command", ["status", "verify", "select", "pack", "score", "embed", "retry", "query"])
@@ -197,17 +203,45 @@ def test_a_wrong_question_about_data(
     assert not (data.root / "scored" / "width").exists()
 
 
-@pytest.mark.long
-def test_without_weights_two_ways_on_before_the_first_url(tmp_path: Path) -> None:
-    with small_web(4, failing=()) as web:
-        listed = web.write_list(tmp_path / "list.parquet")
-        settings = [word for s in web.settings(10) for word in ("--set", s)]
-        done = run("curate", listed, "--out", tmp_path / "data", *settings)
-        assert done.returncode == 2, done.stderr
-        assert "open_clip:ViT-L-14-quickgelu/openai are not on this machine" in done.stderr
-        assert "embed.weights: FILE" in done.stderr and "--recipe bundled" in done.stderr
-        assert web.web.counts().requests.total() == 0
-    assert not (tmp_path / "data").exists()
+REFUSED = [
+    ([], "open_clip:ViT-L-14-quickgelu/openai are not on this machine.*embed.weights: FILE.*--recipe bundled"),
+    (["--dry-run"], "open_clip:ViT-L-14-quickgelu/openai are not on this machine"),
+    (["--set", "embed.encoder=open_clip:ViT-L-14/openai", "--set", "score={}"], "write open_clip:ViT-L-14-quickgelu"),
+    (
+        ["--set", "embed.encoder=open_clip:ViT-L-15/openai", "--set", "score={}"],
+        "no architecture ViT-L-15; near: ViT-L",
+    ),
+    (
+        ["--set", "embed.encoder=open_clip:ViT-L-14/own", "--set", "score={}"],
+        "no published weights called own.*it has o",
+    ),
+    (["--set", "embed.weights=list.csv"], r"list\.csv holds no weights: it begins with"),
+]
+
+
+def test_an_encoder_that_cannot_be_had_is_refused_before_anything_is_loaded(listed: Path) -> None:
+    code = f"""
+import contextlib, io, json, sys
+from pipelines.cli import main
+told = []
+for words, _ in {REFUSED!r}:
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(err):
+        status = main(["curate", "list.csv", "--out", "data", *words])
+    told.append((status, err.getvalue()))
+heavy = {{"torch", "ray", "open_clip", "onnxruntime", "transformers"}} & sys.modules.keys()
+print(json.dumps([told, sorted(heavy)]))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(listed.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=listed.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    told, heavy = json.loads(done.stdout)
+    assert heavy == []
+    for (status, err), (words, expected) in zip(told, REFUSED, strict=True):
+        assert status == 2 and re.search(expected, err, re.S), (words, err)
+    assert [p.name for p in listed.parent.iterdir()] == ["list.csv"]
 
 
 def test_weights_that_are_not_where_they_should_be(
@@ -255,6 +289,45 @@ def test_a_dry_run_contacts_nothing_and_writes_nothing(tmp_path: Path, capsys: p
     facts = json.loads(next(line for line in out.splitlines() if line.startswith("{")))
     assert facts["rows"] == 12 and facts["carried"] == ["WIDTH", "LICENSE"]
     assert not (tmp_path / "data").exists()
+
+
+def test_the_command_that_a_dry_run_ends_with_is_the_one_that_was_asked_about(
+    tmp_path: Path, listed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "a list.csv"
+    listed.rename(copy)
+    words = ["fetch", str(copy), "--out", str(tmp_path / "my data"), "--recipe", "bundled", "--limit", "7"]
+    words += ["--set", "select.rules.x=caption != 'it''s $HOME'", "--set", "fetch.retries=0"]
+    assert main([*words, "--dry-run"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    given = shlex.split(line.removeprefix("next: tastemaker "))
+    options = vars(build_parser().parse_args(words))
+    assert vars(build_parser().parse_args(given)) == options
+
+
+def test_data_is_curated_by_its_own_recipe(
+    data: Data, real_data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without --recipe. And a recipe.yaml where no data are is somebody else's."""
+    words = ["curate", real_data.plan.list, "--out", str(data.root)]
+    assert main([*words, "--dry-run", "--json"]) == 0
+    out = capsys.readouterr().out
+    facts = json.loads(out.splitlines()[-1])
+    assert "seen: width > 0" in out and facts["shards"] == len(real_data.plan.shards)
+    assert main([*words, "--dry-run", "--set", "images.size=97"]) == 2
+    assert "images.size: 96 there, 97 asked for" in capsys.readouterr().err
+    assert main([*words, "--dry-run", "--limit", "3"]) == 2
+    assert "--limit 3 is fewer" in capsys.readouterr().err
+    (tmp_path / "recipe.yaml").write_text("select: {name: theirs}\n")
+    command = ["curate", real_data.plan.list, "--out", str(tmp_path), "--recipe", "everything", "--dry-run"]
+    assert main(command) == 2
+    assert "holds something else (recipe.yaml)" in capsys.readouterr().err
+
+
+def test_a_dry_run_finds_a_full_disk(listed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["curate", str(listed), "--out", str(tmp_path / "a" / "b"), "--recipe", "bundled", "--dry-run"]
+    assert main([*words, "--set", "images.size=1000000000"]) == 1
+    assert "MB are needed" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------- what the answers are

@@ -459,8 +459,14 @@ def test_compression_that_nobody_asked_for() -> None:
             server["/z"] = reply(200, zlib.compress(PIXELS), "Content-Encoding: deflate")
             server["/d"] = reply(200, bare_deflate.compress(PIXELS) + bare_deflate.flush(), "Content-Encoding: deflate")
             server["/i"] = reply(200, PIXELS, "Content-Encoding: identity")
-            for path in "gzdi":
+            words = ("none", "UTF-8", "binary", "identity, utf-8", "")  # no codings: browsers take the body as it is
+            for i, word in enumerate(words):
+                server[f"/{i}"] = reply(200, PIXELS, f"Content-Encoding: {word}")
+            for path in "gzdi01234":
                 assert (await fetcher.get(root + path)).data == PIXELS
+            server["/br"] = reply(200, b"abc", "Content-Encoding: br")
+            error = await failure(fetcher, root + "br")
+            assert isinstance(error, guard.Settled) and server.count("/br") == 1  # the same again would not help
 
     asyncio.run(main())
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from small_ratings import SCALE, examples, make, space, unit
 
+from aesthetic import classify
 from aesthetic.evaluate import spearman
-from aesthetic.fit import fit_head, to_halve
+from aesthetic.fit import fit_head, to_halve, verdict
 from aesthetic.heads import HeadError, load_head, save_head
 from aesthetic.sources import fit_scales
 from aesthetic.space import require_same
@@ -118,6 +119,44 @@ def test_noise_is_reported_as_noise():
     assert abs(value(report)) < 0.25
     assert report["metrics"]["spearman"]["low"] < 0.1
     assert "chance" in report["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "told"),
+    [
+        (0.58, 0.44, 0.69, "good for ranking, not for absolute cuts"),
+        (0.49, 0.03, 0.78, "better than chance, but how much is open (0.03 to 0.78): rate more"),
+        (0.45, 0.3, 0.58, "orders images roughly"),
+        (0.2, -0.1, 0.4, "not shown to be better than chance"),
+        (-0.4, -0.6, -0.2, "worse than chance (-0.60 to -0.20): it orders images the wrong way round"),
+        (None, None, None, "too few groups"),
+    ],
+)
+def test_a_verdict_promises_no_more_than_the_interval(value, low, high, told):
+    of = {"value": value, "low": low, "high": high}
+    report = {"metrics": {"spearman": of, "slope": of, "pearson": of}, "baselines": {}}
+    assert verdict(report).startswith(told)
+    half = {k: v and (1 + v) / 2 for k, v in of.items()}  # a share of pairs that are in the right order
+    other = classify.verdict(
+        {
+            "metrics": {
+                "auroc": half,
+                "recall_at_1%_clean_loss": {"value": 0.93, "low": 0.5},
+                "missed_per_million_at_1%_clean_loss": {"value": 700.0},
+            },
+            "thresholds": {"1%": 0.25},
+            "prevalence": 0.01,
+            "baselines": {},
+        },
+        "cats",
+        "'cat'",
+    )
+    if low and low >= 0.4:
+        assert other.endswith(": >= 0.25 finds 93% of the 'cat', and 1% of the other images")
+    elif low is None or low < 0:
+        assert other[:14] == told[:14]
+    else:
+        assert other.startswith("better than chance, but how much is open (0.")
 
 
 @pytest.mark.parametrize("n", [10, 30, 300])

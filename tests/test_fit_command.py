@@ -1,6 +1,7 @@
 """`tastemaker fit` from end to end: ratings, labels and comparisons of real pictures, in a folder or a data folder."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from aesthetic.heads import load_head
+from aesthetic.space import Space
 from pipelines.cli import main
 from pipelines.fit import _groups_of_pairs
 
@@ -102,7 +104,8 @@ def test_labels_make_a_classifier(folder, tmp_path, capsys):
     )
     assert code == 0, told
     assert "AUROC 0.9" in text or "AUROC 1.0" in text
-    assert "at 20.0% positives misses" in text
+    assert "of the 'dark' where 1% of the other images are taken in" in text
+    assert "where 20.0% are 'dark', misses" in text and "clean" not in text
     head = load_head(out)
     assert (head.task, head.link, head.scale) == ("darkness", "sigmoid", (0.0, 1.0))
 
@@ -193,7 +196,59 @@ def test_a_head_and_scores_that_were_filled_in_are_not_written_over(tmp_path, ca
     assert code == 2 and "has scores filled in" in told
     (out / "suggest.csv").write_text("image,score,predicted\na,,1\nb,,2\n")
     code, _, told = run(capsys, *words)
-    assert code == 2 and "r.csv: no such file" in told
+    assert code == 2 and "r.csv: there is no such file" in told
+
+
+def test_a_head_is_made_anew_by_its_own_command_alone(tmp_path, capsys):
+    """More ratings in the same file: yes. Another command, another's folder, a folder that is not a head's: no."""
+    x = np.random.default_rng(0).standard_normal((60, 16)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    vectors_folder(tmp_path / "v", x, Space(encoder="test", dim=16, norm="l2"))
+    table = pd.DataFrame({"image": [f"{i:05d}" for i in range(60)], "score": x[:, 0], "mos": x[:, 0] * 2})
+    out = tmp_path / "h.head"
+    words = ["fit", tmp_path / "r.csv", "--embeddings", tmp_path / "v", "--out", out]
+    table[:50].to_csv(tmp_path / "r.csv", index=False)
+    code, text, _ = run(capsys, *words)
+    assert code == 0 and "left aside, as it tells the score again: mos" in text
+    first = (out / "head.json").read_bytes()
+    table.assign(score=[None] * 3 + list(table["score"][3:])).to_csv(tmp_path / "r.csv", index=False)
+    code, text, told = run(capsys, *words)
+    assert code == 0 and "57 ratings, 57 joined" in text and "left out: 3 without a score" in text
+    assert f"{out} holds a head of this command, which the new one will replace" in told
+    assert (out / "head.json").read_bytes() != first
+    there = {p.name: p.read_bytes() for p in out.iterdir()}
+    for other, message in (
+        (["--scale", "-50", "50"], "holds a head already, and not of this command"),
+        (["--out", tmp_path / "v"], "holds something else (img_emb): give a folder of its own"),
+        (["--out", "/proc/h.head"], "/proc/h.head cannot be written"),
+        (["--encoder", "nosuch"], "--encoder nosuch: no encoder is called that"),
+    ):
+        code, _, told = run(capsys, *words, *other)
+        assert code == 2 and message in told, told
+    (out / "report.json").unlink()
+    code, _, told = run(capsys, *words)
+    assert code == 2 and "holds a head already" in told
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {n: d for n, d in there.items() if n != "report.json"}
+
+
+def test_too_few_are_told_before_an_image_is_embedded(tmp_path, capsys):
+    for i in range(40):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:02d}.png")
+    rng = np.random.default_rng(0)
+    pairs = [f"{a:02d},{b:02d}" for a, b in rng.integers(0, 40, (100, 2)) if a != b]
+    for text, message in (
+        (
+            "winner,loser\n" + "\n".join(pairs),
+            r"(9\d|100) comparisons, of which [12]\d can .* at least 30 .* About \d\d\d compar",
+        ),
+        ("image,score\n01,1\n02,2\n", "2 ratings; at least 10 are needed"),
+        ("image,score\n" + "".join(f"{i:02d},3\n" for i in range(20)), "every score is 3"),
+        ("image,label\n" + "".join(f"{i:02d},{int(i < 5)}\n" for i in range(40)), "5 positive and 35 negative labels"),
+    ):
+        (tmp_path / "r.csv").write_text(text)
+        code, _, told = run(capsys, "fit", tmp_path / "r.csv", "--images", tmp_path, "--out", tmp_path / "h.head")
+        assert code == 2 and re.search(message, told), told
+        assert "embedded" not in told and not (tmp_path / "h.head").exists()
 
 
 def test_images_compared_without_a_group_are_groups_of_their_own():
@@ -202,11 +257,23 @@ def test_images_compared_without_a_group_are_groups_of_their_own():
     assert _groups_of_pairs(table, rows, np.ones(3, bool), 5) == ["p", "p", None, None, None]
 
 
-def test_vectors_as_clip_retrieval_stores_them(tmp_path, capsys):
-    """No picture at hand: by key in a folder that says its space, by path in one whose encoder must be told."""
+def vectors_folder(folder, x, space=None):
+    """Vectors as clip-retrieval stores them, in two partitions."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    for part, rows in enumerate(np.array_split(np.arange(len(x)), [len(x) * 3 // 5])):
+        (folder / "img_emb").mkdir(parents=True, exist_ok=True)
+        (folder / "metadata").mkdir(exist_ok=True)
+        np.save(folder / "img_emb" / f"img_emb_{part}.npy", x[rows].astype(np.float16))
+        paths = [f"/elsewhere/{i:05d}.jpg" for i in rows]
+        pq.write_table(pa.table({"image_path": paths}), folder / "metadata" / f"metadata_{part}.parquet")
+    if space is not None:
+        space.save(folder / "space.json")
+
+
+def test_vectors_as_clip_retrieval_stores_them(tmp_path, capsys):
+    """No picture at hand: by key in a folder that says its space, by path in one whose encoder must be told."""
     from aesthetic.space import require_same
     from curate.encoders import load_encoder
 
@@ -216,12 +283,7 @@ def test_vectors_as_clip_retrieval_stores_them(tmp_path, capsys):
     x[:, 0] *= 20
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     folder = tmp_path / "vectors"
-    for part, rows in enumerate((range(120), range(120, 200))):
-        (folder / "img_emb").mkdir(parents=True, exist_ok=True)
-        (folder / "metadata").mkdir(exist_ok=True)
-        np.save(folder / "img_emb" / f"img_emb_{part}.npy", x[rows].astype(np.float16))
-        paths = [f"/elsewhere/{i:05d}.jpg" for i in rows]
-        pq.write_table(pa.table({"image_path": paths}), folder / "metadata" / f"metadata_{part}.parquet")
+    vectors_folder(folder, x)
     named = pd.DataFrame({"image": [f"{i:05d}" for i in range(150)], "score": 5 + 4 * x[:150, 0]})
     named["predicted"] = named["score"]  # as suggest.csv has it
     named.to_csv(tmp_path / "r.csv", index=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import tracemalloc
 from collections import Counter
 from typing import Any
 
@@ -76,6 +77,8 @@ def test_x_robots_tag_truth_table(directive: str, place: str) -> None:
         (["noaix, xnoai, no-ai, index"], None),
         ([",,:,: noai"], None),
         (["Some Bot: nofollow, noai"], "noai"),
+        (["a:" * 1024], None),
+        (["a:" * 512, "b," * 513], "more than 2048 characters"),  # which would take the event loop 0.1 s
     ],
 )
 def test_x_robots_tag(lines: list[str], refused: str | None) -> None:
@@ -200,14 +203,66 @@ ROBOTS = [
 @pytest.mark.parametrize(("text", "path", "allowed"), ROBOTS)
 def test_robots_txt(text: str, path: str, allowed: bool) -> None:
     rules = optouts.robots_rules(text.encode())
-    assert rules.can_fetch(str(guard.parse_url("https://example.com" + path, ())), optouts.PRODUCT_TOKEN) is allowed
+    assert rules.refuse(guard.parse_url("https://example.com" + path, ()).raw_path_qs) is not allowed
 
 
 @pytest.mark.parametrize(
     "body", [b"\xff\xfe\x00", b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 100, b"User-agent: *\n\xc3"]
 )
 def test_robots_txt_that_is_none(body: bytes) -> None:
-    assert optouts.robots_rules(body).can_fetch("https://example.com/a", optouts.PRODUCT_TOKEN)
+    assert not optouts.robots_rules(body).refuse("/a")
+
+
+HOSTILE = {
+    "plain": "".join(f"Disallow: /{i:x}\n" for i in range(40_000)),
+    "wild": "".join(f"Disallow: /*{i:x}*b\n" for i in range(40_000)),
+    "long": "".join(f"Disallow: /{'ab' * 500}{i}\n" for i in range(600)),
+    "spaces": "Disallow" + " " * 500_000,
+    "lengths": "".join(f"Disallow: /{'a' * i}\n" for i in range(1, 990)),
+    "stars": ("Disallow: /" + "*a" * 4000 + "b\n") * 100,
+    "agents": "User-agent: *\n" * 50_000,
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_half_a_megabyte_of_rules_is_kept_in_few_bytes_and_decides_in_few_steps(kind: str) -> None:
+    """The event loop and the memory of a fetcher are everybody's."""
+    body = ("User-agent: *\n" + HOSTILE[kind]).encode()[: optouts.ROBOTS_MAX_BYTES]
+    tracemalloc.start()
+    try:
+        rules = optouts.robots_rules(body)
+        kept, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 6_000_000 and most < 40_000_000 and rules.size > kept / 4 - 1000
+    start = time.process_time()
+    for path in ("/a", "/" + "a" * 7900, "/" + "ab" * 3900):
+        rules.refuse(path)
+    assert time.process_time() - start < 1.0  # 0.1 s is what it takes
+
+
+def test_a_path_that_would_take_seconds_to_compare_is_refused() -> None:
+    rules = optouts.robots_rules(b"User-agent: *\n" + b"".join(b"Disallow: /*%dx*\n" % i for i in range(30_000)))
+    assert not rules.refuse("/photo.jpg") and rules.refuse("/" + "a" * 7900)
+
+
+def test_rules_of_many_origins_are_remembered_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: Counter[str] = Counter()
+    body = ("User-agent: *\n" + HOSTILE["wild"]).encode()[:100_000]
+
+    async def read(url: URL) -> bytes | None:
+        asked[str(url.host)] += 1
+        return body if str(url.host).startswith("large") else b"User-agent: *\nDisallow: /x"
+
+    async def main() -> None:
+        robots = optouts.Robots(read)
+        for host in ("small0", *(f"large{i}" for i in range(6)), "large5", "large0", "small0"):
+            await robots.check(URL(f"https://{host}/a.jpg"))
+        await robots.close()
+
+    monkeypatch.setattr(optouts, "MOST_RULES", 3 * optouts.robots_rules(body).size)
+    asyncio.run(main())
+    assert asked == Counter({f"large{i}": 1 for i in range(1, 6)} | {"large0": 2, "small0": 2})
 
 
 # ------------------------------------------------------------------------------------------------------- tdmrep.json
@@ -285,16 +340,15 @@ SITE = json.dumps(
     ],
 )
 def test_tdmrep_json(body: bytes, path: str, reserved: bool) -> None:
-    assert optouts.tdmrep_reserves(body)(guard.parse_url("https://example.com" + path, ())) is reserved
+    assert optouts.tdmrep_rules(body).refuse(guard.parse_url("https://example.com" + path, ()).raw_path_qs) is reserved
 
 
 @pytest.mark.parametrize("location", ["/" + "*" * 400_000 + "b", "/" + "*a" * 200_000 + "b$", "/" + "a*" * 200_000])
 def test_patterns_take_no_time(location: str) -> None:
     """None of this may keep the event loop from its other hosts."""
-    reserves = optouts.tdmrep_reserves(rules((location, 1)))
-    url = guard.parse_url("https://example.com/" + "a" * 7000, ())
+    reserved = optouts.tdmrep_rules(rules((location, 1)))
     start = time.process_time()
-    assert not reserves(url)
+    assert not reserved.refuse("/" + "a" * 7000)
     assert time.process_time() - start < 0.2
 
 

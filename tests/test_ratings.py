@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from aesthetic.forms import forms_of
 from aesthetic.heads import HeadError
 from aesthetic.join import join
 from aesthetic.raters import without_raters
@@ -107,8 +108,8 @@ def test_whole_numbers_of_a_parquet_name_images_without_a_point(tmp_path):
         ("image,score\na,1\n", {"group": "theme"}, r"no column 'theme'. Columns: image, score$"),
         ("photo,score\na,1\n", {}, r"no column for the image .*Columns: photo, score"),
         ("image,score\na,1\nb,good\n", {}, "line 3: score is 'good'"),
-        ("image,score\n'a',1\nb,\n", {}, "line 3: score is ''"),
-        ("image,score\na,nan\n", {}, "line 2: score is 'nan'"),
+        ("image,score\na,\n\nb,x\n", {}, "line 4: score is 'x'"),
+        ("image,score\na,nan\nb,\nc,NA\n", {}, "no score is filled in"),
         ("image,score\na,1e999\n", {}, "line 2: score is '1e999'"),
         ('image,score\n"a\nb",1\nc,x\n', {}, "line 4: score is 'x'"),
         ("image,score\n\n\na,1\n\nc,x\n", {}, "line 6: score is 'x'"),
@@ -123,7 +124,7 @@ def test_whole_numbers_of_a_parquet_name_images_without_a_point(tmp_path):
         ("sha256,score\nabc,1\n", {}, "line 2: sha256 is 'abc', not a sha256"),
         ("image,score,score\n", {}, "occurs twice"),
         ("image,score\n", {}, "no ratings"),
-        ("", {}, "Columns: none"),
+        ("", {}, "is empty; a header line"),
         ("image,path,score\na,b,1\n", {"image": "path"}, "has a column 'image' of its own; rename"),
         ("image,beauty,score\na,1,2\n", {"score": "beauty"}, "has a column 'score' of its own; rename"),
     ],
@@ -137,8 +138,8 @@ def test_a_mistake_in_a_parquet_file_is_named_by_its_row(tmp_path):
     pd.DataFrame({"image": ["a", None], "score": [1.0, 2.0]}).to_parquet(tmp_path / "r.parquet")
     with pytest.raises(HeadError, match="row 1: image is empty"):
         read_ratings(tmp_path / "r.parquet")
-    pd.DataFrame({"image": ["a", "b"], "score": [1.0, None]}).to_parquet(tmp_path / "r.parquet")
-    with pytest.raises(HeadError, match="row 1: score is "):
+    pd.DataFrame({"image": ["a", "b", "c"], "score": [1.0, None, 1e999]}).to_parquet(tmp_path / "r.parquet")
+    with pytest.raises(HeadError, match="row 2: score is inf"):
         read_ratings(tmp_path / "r.parquet")
 
 
@@ -258,6 +259,131 @@ def test_text_that_is_not_ava_is_refused(tmp_path):
     for text, message in [("image,score\na,1\n", "line 1: .*15 whole numbers"), ("\n", "no ratings")]:
         with pytest.raises(HeadError, match=message):
             read_ratings(write(tmp_path, text, "r.txt"))
+
+
+# Other forms of the score, and rows without one ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("score", "aside", "metadata"),
+    [
+        (
+            "MOS",
+            ["c_total", "SD", "MOS_zscore", "mosNorm", "quality.score", "vote count"],
+            ["camera", "year", "colour"],
+        ),
+        ("aestheticScore_mean", ["aestheticScore_std", "qualityScore_mean", "lightPreference_mean"], ["semantic"]),
+        ("beauty_mean", ["beauty_n", "valence_mean", "valence_n", "valence_SD", "arousal_mean"], ["theme", "n_faces"]),
+        ("label", ["label_id", "label_name"], ["category", "width"]),
+    ],
+)
+def test_columns_called_after_judging_are_forms_of_the_score(score, aside, metadata):
+    few = pd.Series([1, 2])
+    assert forms_of(score, dict.fromkeys((*aside, *metadata), few), None, ["c"]) == aside
+
+
+def test_numbers_that_go_with_the_score_are_a_form_of_it(tmp_path):
+    """KonIQ: a mean opinion score, its votes and spread, a z-score; whatever it is called, and a rank, upside down."""
+    rng = np.random.default_rng(0)
+    votes = rng.multinomial(100, [0.1, 0.2, 0.4, 0.2, 0.1], 60)
+    mos = votes @ np.arange(1, 6) / 100
+    koniq = pd.DataFrame({"image_name": [f"{i}.jpg" for i in range(60)]})
+    koniq[[f"c{k}" for k in range(1, 6)]] = votes
+    koniq = koniq.assign(c_total=100, MOS=mos, SD=0.9, MOS_zscore=mos * 21 + rng.normal(0, 0.1, 60), place=-mos)
+    koniq = koniq.assign(width=rng.integers(300, 900, 60), near=mos + rng.normal(0, 1, 60))
+    koniq.to_csv(tmp_path / "r.csv", index=False)
+    got = read_ratings(tmp_path / "r.csv")
+    assert got.aside == ("c_total", "MOS_zscore", "place") and got.scale == (1.0, 5.0)
+    got = read_ratings(tmp_path / "r.csv", score="MOS_zscore")
+    assert got.aside == ("c1 to c5", "c_total", "MOS", "place", "SD")
+    assert "sd" not in got.table  # that of the MOS, in other units
+    koniq.assign(label=(mos > 3).astype(int), bright=mos > 3).drop(columns="MOS").to_csv(
+        tmp_path / "r.csv", index=False
+    )
+    assert "bright" not in read_ratings(tmp_path / "r.csv", score="label").aside  # of labels it may be the leak itself
+
+
+@pytest.mark.parametrize(
+    ("text", "asked", "rows"),
+    [
+        ("image,score,group\na,,\nb,2,x\nc,NA,\nd,4,y\n", {}, {"b": 2, "d": 4}),
+        ("image,label\na,cat\nb,\nc,na\n", {"positive": "cat"}, {"a": 1, "c": 0}),
+        ("image,rater,score\na,x,1\na,y,\na,z,3\nb,x,\n", {}, {"a": 2}),
+        ("image,1,2,3\na,,,\nb,0,0,4\n", {}, {"b": 3}),
+    ],
+)
+def test_rows_without_a_score_are_left_out_and_counted(tmp_path, text, asked, rows):
+    got = read_ratings(write(tmp_path, text), **asked)
+    assert dict(zip(got.table["image"], got.table["score"], strict=True)) == rows
+    assert got.unrated == 2 if len(text.splitlines()) > 4 else 1
+    got = read_ratings(write(tmp_path, "left,right,choice\na,b,a\nc,d,\n"))
+    assert (got.kind, len(got.table), got.unrated) == ("pairs", 1, 1)
+    with pytest.raises(HeadError, match="line 4: score is 'x'"):
+        read_ratings(write(tmp_path, "image,score\na,\nb,2\nc,x\n"))
+
+
+# What files may look like -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("r.csv", b"image;score;width\na;7,5;1024\nb;-5;,5\n"),
+        ("r.csv", b"\xef\xbb\xbfimage\tscore\twidth\r\na\t7.5\t1024\r\nb\t-5\t.5\r\n"),
+        ("r.tsv", "image;score;width\na;7,5;1024\nb;-5;0,5\n".encode("utf-16")),
+        ("r.csv", "sep=;\r\nimage;score;width\r\na;7,5;1024\r\nb;-5;0,5\r\n".encode("utf-8-sig")),
+        ("r.csv", b'sep=,\nimage,score,width\n"a",7.5,1024\nb,-5,0.5\n'),
+    ],
+)
+def test_tables_of_other_countries_and_programs_are_read(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    got = read_ratings(tmp_path / name)
+    assert columns(got.table) == {"image": ["a", "b"], "score": [7.5, -5.0], "width": [1024.0, 0.5]}
+
+
+def test_a_mistake_in_such_a_table_has_its_line(tmp_path):
+    (tmp_path / "r.csv").write_bytes("sep=;\nimage;score\na;7,5\nb;gut\n".encode("utf-16"))
+    with pytest.raises(HeadError, match="line 4: score is 'gut'"):
+        read_ratings(tmp_path / "r.csv")
+    (tmp_path / "r.tsv").write_text('image\tscore\na\t1\n"b\t2\nc"\t3\n')
+    with pytest.raises(HeadError, match=r"up to line 4: a quotation mark that is not closed"):
+        read_ratings(tmp_path / "r.tsv")
+    (tmp_path / "r.csv").write_text('image,score\na,"7,5"\n')
+    with pytest.raises(HeadError, match="line 2: score is '7,5'"):
+        read_ratings(tmp_path / "r.csv")
+
+
+def test_hostile_rating_files_are_named(tmp_path, monkeypatch):
+    import os
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    os.mkfifo(tmp_path / "fifo.csv")
+    (tmp_path / "zero.csv").symlink_to("/dev/zero")
+    (tmp_path / "gone.parquet").symlink_to("nowhere")
+    (tmp_path / "round.txt").symlink_to("round.txt")
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "zip.csv").write_bytes(b"PK\x03\x04" + bytes(50))
+    (tmp_path / "packed.csv").write_bytes(b"\x1f\x8b\x08" + bytes(50))
+    (tmp_path / "binary.csv").write_bytes(b"image,score\n" + bytes(range(256)) * 9)
+    (tmp_path / "long.csv").write_text(f"image,score\na,{'9' * 5000}\n")
+    (tmp_path / "high.csv").write_text("image,score\na,1e400\n")
+    (tmp_path / "bins.csv").write_text(f"image,c{'1' * 5000},score\na,1,x\n")
+    (tmp_path / "digits.txt").write_text(AVA + "4 9 0 0 4 8 41 56 10 3 4 0 0 0 " + "9" * 5000)
+    lone = pa.array([b"\xed\xa0\x80", b"b"]).view(pa.string())
+    pq.write_table(pa.table({"image": lone, "score": [1.0, 2.0]}), tmp_path / "lone.parquet")
+    monkeypatch.setattr("aesthetic.rating_files.LARGEST", 10 << 20)
+    for name, text in (("bomb", pa.string()), ("category", pa.dictionary(pa.int32(), pa.string()))):
+        image = pa.DictionaryArray.from_arrays(np.zeros(3000, np.int32), ["x" * 5000]).cast(text)  # 15 MB
+        pq.write_table(pa.table({"image": image, "score": np.ones(3000)}), tmp_path / f"{name}.parquet")
+        assert (tmp_path / f"{name}.parquet").stat().st_size < 20_000
+    pq.write_table(pa.table({"image": pa.nulls(10 << 20, pa.int8())}), tmp_path / "rows.parquet")
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert len(names) == 16
+    for name in names:
+        with pytest.raises(HeadError, match=re.escape(str(tmp_path / name))):
+            read_ratings(tmp_path / name)
 
 
 # One row a vote ------------------------------------------------------------------------------------------------------
@@ -525,7 +651,7 @@ def test_votes_for_a_pair_are_halved_by_a_tie(tmp_path):
     [
         ("image_a,image_b,choice\np,q,c\n", "line 2: choice is 'c'; it must be a, b, tie, or the id"),
         ("image_1,image_2,choice\np,q,0\n", "line 2: choice is '0'; it must be 1, 2, tie, or the id"),
-        ("image_a,image_b,choice\np,q,\n", "line 2: choice is empty"),
+        ("image_a,image_b,choice\np,q,\n", "no choice is filled in"),
         ("image_1,image_2,choice\n2,1,1\n", "line 2: choice is '1': a side, or the image .* Write image_1 or image_2"),
         ("image_a,image_b,choice\np,q,a\np,p,a\n", "line 3: 'p' is compared with itself"),
         ("winner,loser\np,p\n", "line 2: 'p' is compared with itself"),

@@ -17,6 +17,7 @@ from curate.store import UserError
 from pipelines import curate
 from pipelines.recipe import (
     DEFAULT,
+    LARGEST,
     Recipe,
     load_recipe,
     parse_recipe,
@@ -85,12 +86,53 @@ def test_a_shipped_recipe_is_whole(name: str) -> None:
         ("a: [", "is not valid YAML"),
         ("? [a]\n: b", "not valid YAML"),
         ("x: !!python/object/apply:os.system [ls]", "not valid YAML"),
+        ("[" * 5000, "nested too deep"),
+        ("{a: " * 3000 + "}" * 3000, "nested too deep"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nsource: {columns: [*b, *b]}", "*a stands for a list or a mapping"),
+        ("select: &a {rules: *a}", "*a stands for a list or a mapping"),
+        ("images: {size: " + "9" * 5000 + "}", "4300 digits"),
+        ("images: {size: " + "9" * 400 + "}", "is too large a number"),
+        ("fetch: {timeout: " + "9" * 400 + "}", "is too large a number"),
+        ("fetch: {timeout: 1e400}", "fetch.timeout: inf is too large a number"),
+        ("images: {size: !!int abc}", "not what its tag"),
+        ("images: {exif: !!bool abc}", "not what its tag"),
+        ("select: {name: !!timestamp abc}", "not what its tag"),
+        ("select: {rules: {a: \"caption = '\\ud800'\"}}", "select.rules.a"),
+        ('"\\ud800": 1', "unknown key \\ud800"),
+        ("score: {1: a, '1': b}", "1 is there twice"),
+        ("ray: {fetch_workers: 1e7}", "ray.fetch_workers: 10000000 is more than any cluster has"),
+        ("# " + "x" * LARGEST, "it is longer than 262,144 characters"),
+        ("score: {" + ", ".join(f"a{i}: b" for i in range(20_000)) + "}", "no error in quadratic time"),
     ],
 )
 def test_what_is_wrong_is_named(text: str, words: str) -> None:
+    if words == "no error in quadratic time":
+        assert len(parse_recipe(text).score) == 20_000
+        return
     with pytest.raises(UserError) as e:
-        parse_recipe(text)
-    assert words in str(e.value)
+        parse_recipe(text, what="mine.yaml")
+    assert words in str(e.value) and str(e.value).startswith("mine.yaml")
+    str(e.value).encode()
+    with pytest.raises(UserError, match=r"mine\.yaml"):  # a setting that has nothing to do with it changes no word
+        parse_recipe(text, ["fetch.retries=3"], what="mine.yaml")
+
+
+def test_an_alias_of_a_value_is_one() -> None:
+    text = "select: {rules: {a: &words length(caption) > 5, b: *words}}"
+    assert parse_recipe(text).select.rules == {"a": "length(caption) > 5", "b": "length(caption) > 5"}
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_any_format_can_be_laid_over_a_shipped_recipe(name: str) -> None:
+    """The recipe's quality is jpg's: with png, the compression level that holds is png's default."""
+    for format, level in (("jpg", 95), ("webp", 95), ("png", 6)):
+        assert load_recipe(name, [f"images.format={format}"]).images.level == level
+    assert load_recipe(name, ["images.format=png", "images.quality=9"]).images.level == 9
+    with pytest.raises(UserError, match=r"images\.quality is 95; for png it is the compression level, 0 to 9"):
+        load_recipe(name, ["images.quality=95", "images.format=png"])
+    mine = "images: {format: png, quality: 4}"
+    assert parse_recipe(mine, ["images.format=webp"]).images.level == 95
+    assert parse_recipe(mine, ["images.format=png"]).images.level == 4
 
 
 def test_a_recipe_that_is_not_there() -> None:
@@ -174,7 +216,11 @@ def test_settings_reach_stages_that_the_recipe_does_not_name() -> None:
         ("images.=3", "expected KEY.KEY=VALUE"),
         ("=3", "expected KEY.KEY=VALUE"),
         ("select.name.x=3", "name is a value, not a group of keys"),
-        ("images.size=[", "'[' is not valid YAML"),
+        ("images.size=[", "--set images.size=[: the value is not valid YAML"),
+        ("images.size=" + "[" * 5000, "nested too deep"),
+        ("images.exif=!!bool x", "not what its tag"),
+        ("select.name=\udcff", "select.name: '\\udcff' is no text"),
+        ("select.rules.\ud800=true", "select.rules.\\ud800"),
         ("image.size=3", "unknown key image (did you mean images?)"),
         ("images.siz=3", "unknown key images.siz (did you mean size?)"),
         ("images=3", "images: a mapping of keys is expected, not 3"),

@@ -262,6 +262,8 @@ def test_a_change_that_would_alter_finished_shards_is_refused(
     assert cli.main([*command, *_settings(served), *changed]) == 2
     told = capsys.readouterr().err
     assert all(word in told for word in words), told
+    assert cli.main([*command, *_settings(served), *changed, "--dry-run"]) == 2
+    assert capsys.readouterr().err == told
     assert everything(copy.root) == before and served.requests() == requests
     if not settings[0].startswith("source"):
         assert cli.main(["retry", str(copy.root), *changed]) == 2
@@ -278,6 +280,9 @@ def test_other_changes_ask_nothing_and_contact_nobody(
     for setting in ("select.rules.beautiful=top(aesthetic, 0.9)", "pack.shard_size=3", "fetch.timeout=7"):
         command += ["--set", setting]
         assert cli.main(command) == 0, capsys.readouterr().err
+    assert cli.main([*command[:4], "--dry-run", "--json"]) == 0  # by DATA's own recipe, as that is now
+    assert '"rows_to_fetch": 0' in capsys.readouterr().out
+    assert cli.main(command[:4]) == 0
     assert cli.main(["score", str(copy.root), "--head", "again=bundled-aesthetic"]) == 0
     assert cli.main(["retry", str(copy.root)]) == 0  # a 404 does not pass: nothing to do, not even to start Ray
     assert "starting Ray" not in capsys.readouterr().out

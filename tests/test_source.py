@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from curate import source
 from curate.folders import reason_of
 from curate.ledger import Reason
 from curate.lists import BATCH
@@ -125,16 +127,16 @@ def test_parquet_is_used_where_it_lies(tmp_path: Path) -> None:
 def test_only_the_row_groups_of_a_shard_are_read(tmp_path: Path) -> None:
     n = 4000
     path = parquet(tmp_path / "list.parquet", {"url": [f"http://x.test/{i}" * 5 for i in range(n)]}, group=1000)
-    plan = make_plan(str(path), tmp_path / "data", SourceConfig(shard_size=1500))
+    plan = make_plan(str(path), tmp_path / "data", SourceConfig())
     data, column = bytearray(path.read_bytes()), pq.ParquetFile(path).metadata.row_group(3).column(0)
     start = column.dictionary_page_offset or column.data_page_offset
     data[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
     stat = path.stat()
     path.write_bytes(data)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert plan.read(0).table.num_rows == plan.read(1).table.num_rows == 1500  # the broken group is not theirs
+    assert [plan.read(shard).table.num_rows for shard in range(6)] == [500] * 6  # the broken group is not theirs
     with pytest.raises(UserError, match=r"list\.parquet: cannot be read"):
-        plan.read(2)
+        plan.read(6)
 
 
 def test_laion_names_and_types(tmp_path: Path) -> None:
@@ -201,15 +203,15 @@ def test_long_json_is_read_in_pieces(tmp_path: Path) -> None:
     n = 30_000
     rows = [{"url": f"http://x.test/{i}", "caption": "word " * 20} for i in range(n)]
     plan = make_plan(str(write(tmp_path / "l.json", json.dumps(rows))), tmp_path / "data", SourceConfig())
-    assert plan.total_rows == n and plan.read(2).table.column("url")[9999].as_py() == f"http://x.test/{n - 1}"
+    assert plan.total_rows == n and plan.read(7).table.column("url")[-1].as_py() == f"http://x.test/{n - 1}"
 
 
 def test_long_csv_is_read_in_pieces(tmp_path: Path) -> None:
     n = BATCH + 10
     text = "url,caption\n" + "".join(f'http://x.test/{i},"line\n{"word " * 30}"\n' for i in range(n))
-    plan = make_plan(str(write(tmp_path / "l.csv.gz", text)), tmp_path / "data", SourceConfig(shard_size=n - 5))
-    assert [s.rows for s in plan.shards] == [n - 5, 5]
-    assert plan.read(1).table.column("url").to_pylist()[-1] == f"http://x.test/{n - 1}"
+    plan = make_plan(str(write(tmp_path / "l.csv.gz", text)), tmp_path / "data", SourceConfig())
+    assert [s.rows for s in plan.shards] == [-(-n // 8)] * 7 + [n - 7 * -(-n // 8)]
+    assert plan.read(7).table.column("url").to_pylist()[-1] == f"http://x.test/{n - 1}"
 
 
 def test_columns_are_chosen(tmp_path: Path) -> None:
@@ -292,6 +294,9 @@ def test_remote_lists_are_copied_once(tmp_path: Path, web: tuple[str, Path]) -> 
         assert all_rows(plan) == ROWS
     cut = make_plan(f"{url}/l.parquet", tmp_path / "cut", SourceConfig(where="n > 3"))
     assert cut.total_rows == 21 and not list((tmp_path / "cut/plan").glob("list-*"))
+    plan = grown(f"{url}/l.csv.gz", tmp_path / "grown", SourceConfig(), 5, 20, None)
+    assert sorted(all_rows(plan), key=lambda r: r["n"]) == ROWS
+    assert not list((tmp_path / "grown/plan").glob("*list-*"))
     (folder / "l.parquet").unlink()
     again = make_plan(f"{url}/l.parquet?download=true", tmp_path / "l.par", SourceConfig(shard_size=10))
     assert all_rows(again) == ROWS
@@ -366,8 +371,8 @@ def test_the_same_list_gives_the_same_plan(tmp_path: Path) -> None:
 
 def test_real_list(shared: Path, tmp_path: Path) -> None:
     path = shared / "urls" / "urls_10000.parquet"
-    plan = make_plan(str(path), tmp_path / "data", SourceConfig(shard_size=3000))
-    assert [s.rows for s in plan.shards] == [3000, 3000, 3000, 1000] and len(plan.carried) == 0
+    plan = make_plan(str(path), tmp_path / "data", SourceConfig(shard_size=1200))
+    assert [s.rows for s in plan.shards] == [1200] * 8 + [400] and len(plan.carried) == 0
     table = pq.read_table(path)
     assert [r["url"] for r in all_rows(plan)] == table.column("URL").to_pylist()
     assert [r["caption"] for r in all_rows(plan)] == table.column("TEXT").to_pylist()
@@ -393,8 +398,10 @@ def test_a_plan_is_made_once(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=what):
             make_plan(str(path), root, changed)
-    with pytest.raises(UserError, match="--limit was None and is 3 now"):
+    with pytest.raises(UserError, match=f"holds {len(ROWS)} rows of the list, and --limit 3 is fewer"):
         make_plan(str(path), root, config, limit=3)
+    assert make_plan(str(path), root, config, limit=len(ROWS)).digest == plan.digest  # all of them, said otherwise
+    assert before == {p: p.stat().st_mtime_ns for p in root.rglob("*")}
     other = as_parquet(tmp_path / "other" / "l.parquet", group=3)
     with pytest.raises(UserError, match=r"other/l\.parquet is not the list that was planned.*bytes"):
         make_plan(str(other), root, config)
@@ -402,6 +409,77 @@ def test_a_plan_is_made_once(tmp_path: Path) -> None:
         write(tmp_path / "two" / f"{name}.txt", "u")
     with pytest.raises(UserError, match=r"\(1 inputs of kind list\) and is .*two now \(2 of kind list\)"):
         make_plan(str(tmp_path / "two"), root, config)
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "shards"),
+    [(20, 10_000, [20]), (100, 10_000, [32, 32, 32, 4]), (1000, 10_000, [125] * 8), (1000, 50, [50] * 20)],
+)
+def test_a_short_list_has_eight_shards(tmp_path: Path, rows: int, size: int, shards: list[int]) -> None:
+    path = parquet(tmp_path / "l.parquet", {"url": [f"http://x.test/{i}" for i in range(rows)]})
+    plan = make_plan(str(path), tmp_path / "data", SourceConfig(shard_size=size))
+    assert [s.rows for s in plan.shards] == shards
+    assert inspect(str(path), SourceConfig(shard_size=size)).shard_count == len(shards)
+
+
+def test_long_lists_have_shards_of_the_size_that_is_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "l.txt", "\n".join(f"http://x.test/{i}" for i in range(80_001)))
+    assert [s.rows for s in make_plan(str(path), tmp_path / "data", SourceConfig()).shards] == [10_000] * 8 + [1]
+
+
+def grown(lists: str, root: Path, config: SourceConfig, *limits: int | None) -> Plan:
+    """A plan that was made with the first limit, and grown to the others; checked at each step."""
+    plan = make_plan(lists, root, config, limits[0])
+    for limit in limits[1:]:
+        before = [(s, plan.shard_digest(s.shard), plan.read(s.shard).table) for s in plan.shards]
+        told = inspect(lists, config, limit, root)
+        plan = make_plan(lists, root, config, limit)
+        assert (told.total_rows, told.shard_count) == (plan.total_rows, len(plan.shards))
+        for shard, digest, table in before:  # what is fetched stays what it was
+            assert plan.shards[shard.shard] == shard and plan.shard_digest(shard.shard) == digest
+            assert plan.read(shard.shard).table.equals(table)
+        again = load_plan(root)
+        assert again is not None and again.digest == plan.digest and again.shards == plan.shards
+        again.check()
+        assert sum(s.rows for s in plan.shards) == plan.total_rows == len(all_rows(plan))
+        assert len(list((root / "plan").glob("shards*.parquet"))) == 1
+    return plan
+
+
+@pytest.mark.parametrize("where", [None, "n % 3 = 0"])
+def test_a_trial_grows_to_the_whole_list(tmp_path: Path, where: str | None) -> None:
+    for name, n in (("a", 700), ("b", 1), ("c", 500)):
+        parquet(tmp_path / "lists" / f"{name}.parquet", {"url": [f"{name}{i}" for i in range(n)], "n": list(range(n))})
+    lists, config = str(tmp_path / "lists"), SourceConfig(shard_size=40, where=where)
+    plan = grown(lists, tmp_path / "data", config, 50, 120, 121, None)
+    whole = make_plan(lists, tmp_path / "whole", config)
+    assert sorted(r["url"] for r in all_rows(plan)) == sorted(r["url"] for r in all_rows(whole))  # each row once
+    assert plan.total_rows == plan.listed_rows == whole.total_rows and plan.digest != whole.digest
+    with pytest.raises(UserError, match=f"holds {plan.total_rows:,} rows of the list, and --limit 120 is fewer"):
+        make_plan(lists, tmp_path / "data", config, 120)
+    with pytest.raises(UserError, match=r"source\.shard_size was 40 and is 41 now"):
+        inspect(lists, replace(config, shard_size=41), None, tmp_path / "data")
+
+
+def test_a_plan_that_cannot_grow_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = parquet(tmp_path / "l.parquet", {"url": [f"http://x.test/{i}" for i in range(300)]})
+    root, config = tmp_path / "data", SourceConfig()
+    plan = make_plan(str(path), root, config, 100)
+
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("write_json", "_write_plan"):  # a kill between the plan's two files, and before them
+        with monkeypatch.context() as patch:
+            patch.setattr(source, name, stop)
+            with pytest.raises(KeyboardInterrupt):
+                make_plan(str(path), root, config)
+        again = load_plan(root)
+        assert again is not None and again.shards == plan.shards and len(all_rows(again)) == 100
+    assert len(all_rows(make_plan(str(path), root, config))) == 300
+    other = parquet(tmp_path / "m.parquet", {"url": [f"http://y.test/{i}" for i in range(300)]})
+    with pytest.raises(UserError, match="not the list that was planned"):
+        make_plan(str(other), root, config)
 
 
 def test_a_touched_or_moved_list_is_the_same_list(tmp_path: Path) -> None:

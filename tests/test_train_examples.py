@@ -104,7 +104,7 @@ def test_clip_art_trains_an_autoencoder_and_a_model_reports_both_and_goes_on(
 
 @pytest.mark.long
 def test_clip_art_needs_neither_ray_nor_a_database_nor_open_clip(tmp_path: Path) -> None:
-    absent = ("ray", "duckdb", "open_clip", "webdataset", "aiohttp", "publicsuffixlist", "protego", "onnxruntime")
+    absent = ("ray", "duckdb", "open_clip", "webdataset", "aiohttp", "publicsuffixlist", "onnxruntime")
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
         "from examples import clipart; from pathlib import Path\n"
