@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,10 @@ from aesthetic.chunks import blocks, thread_map
 from aesthetic.errors import UserError
 from aesthetic.files import write_whole
 from aesthetic.space import Space, SpaceError
-from aesthetic.untrusted import printable, read_json_file
+from aesthetic.untrusted import parse_json, printable, read_bytes, read_json_file
+
+if TYPE_CHECKING:
+    from aesthetic.head_json import HeadFields
 
 FORMAT = "tastemaker-head/1"
 SHIPPED = Path(__file__).parent / "shipped"
@@ -39,6 +42,7 @@ _MAX_JSON = 4 << 20  # bytes of head.json
 _MAX_WEIGHTS = 64 << 20  # bytes of head.safetensors; the largest head known (768-1024-128-64-16-1) has 3.7 MB
 _MAX_HEADER = 64 << 10  # bytes of the header of head.safetensors; ours are below 2 KB
 _MAX_LAYERS = 16
+_MAX_DEPTH = 30  # of what a card may nest; ours nest four deep
 _COLUMNS = 100  # of a terminal, for `describe`
 _CHUNK = 16384  # rows that a thread takes at a time
 _UNIT = 0.01  # how far a vector's norm may lie from what it should be, as a share; float16 moves it by less than 0.001
@@ -238,6 +242,18 @@ def check_free(folder: Path) -> None:
         raise HeadError(f"{folder} holds something else ({printable(others[0], 80)}): give a folder of its own")
 
 
+def check_replaces(folder: Path, head: Head) -> None:
+    """Raise HeadError where a folder holds another head, which `save_head` would write over; a damaged one is none."""
+    if not os.path.exists(folder / "head.json"):
+        return
+    try:
+        there = read_head(folder)
+    except HeadError:
+        return
+    if there.digest != head.digest or there.card != json.loads(json.dumps(head.card)):
+        raise HeadError(f"{folder} holds another head already: give another name, or remove that folder")
+
+
 def heads_folder() -> Path:
     """Where imported heads lie: the folder that TASTEMAKER_HEADS names, else ~/.cache/tastemaker/heads."""
     return Path(os.environ.get("TASTEMAKER_HEADS") or "~/.cache/tastemaker/heads").expanduser()
@@ -266,14 +282,14 @@ def find_head(name_or_folder: str | Path) -> Path:
     text = str(name_or_folder)
     if isinstance(name_or_folder, str) and _NAME.fullmatch(text):
         for place in (SHIPPED / text, heads_folder() / text):
-            if (place / "head.json").is_file():
+            if os.path.isfile(place / "head.json"):
                 return place
-    folder = Path(name_or_folder).expanduser()
-    if (folder / "head.json").is_file():
+    folder = Path(os.path.expanduser(name_or_folder))
+    if os.path.isfile(folder / "head.json"):  # unlike Path's, it takes any text for a path
         return folder
-    if folder.is_dir():
+    if os.path.isdir(folder):
         raise HeadError(f"{folder} is a folder without head.json: not a head")
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise HeadError(
             f"{folder} is a file; a head is a folder. A published .pth file: tastemaker heads import {folder}"
         )
@@ -284,7 +300,7 @@ def find_head(name_or_folder: str | Path) -> Path:
     names = list_heads()
     near = difflib.get_close_matches(text, names, n=1)
     raise HeadError(
-        f"no head {text}: neither a folder nor a name."
+        f"no head {printable(text, 200)}: neither a folder nor a name."
         + (f" Did you mean {near[0]}?" if near else "")
         + f" Known: {', '.join(names)}"
     )
@@ -295,74 +311,86 @@ def read_head(folder: Path) -> Head:
     path = folder / "head.json"
     about = _json(_read(path, _MAX_JSON), str(path))
     if about.get("format") != FORMAT:
-        raise HeadError(f"{path}: format is {about.get('format')!r}; this version reads {FORMAT!r}")
-    try:
-        space = about["space"]
-        sizes = [int(v) for v in about["layers"]]
-        low, high = (float(v) for v in about["scale"])
-        probes = None if space["probes"] is None else int(space["probes"])
-        sha256 = about["sha256"]["head.safetensors"]
-        name, task, card = str(about["name"]), str(about["task"]), dict(about["card"])
-        dim, details = int(space["dim"]), dict(space["details"])
-        encoder, norm, fingerprint = str(space["encoder"]), str(space["norm"]), space["fingerprint"]
-        relu = {"relu": True, None: False}[about["activation"]]
-        link = str(about.get("link", "identity"))
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise HeadError(f"{path}: a field is missing or of the wrong type: {type(e).__name__} {e}") from e
+        other = printable(repr(about.get("format")), 60)
+        raise HeadError(f"{path}: format is {other}; this version reads {FORMAT!r}")
+    told = _checked(about, path)
+    space, sizes, probes, dim = told.space, told.layers, told.space.probes, told.space.dim
+    sha256 = told.sha256.weights
     layers = len(sizes) - 1
-    if not 1 <= layers <= _MAX_LAYERS or min(sizes) < 1 or sizes[0] != dim or relu != (layers > 1):
+    if (
+        not 1 <= layers <= _MAX_LAYERS
+        or min(sizes) < 1
+        or sizes[0] != dim
+        or (told.activation is not None) != (layers > 1)
+    ):
         raise HeadError(
-            f"{path}: layers {sizes} with activation {about['activation']} do not make a head for {dim} numbers"
+            f"{path}: layers {sizes} with activation {told.activation} do not make a head for {dim} numbers"
         )
     expected: dict[str, tuple[int, ...]] = {}
     for i in range(layers):
         expected[f"layers.{i}.weight"] = (sizes[i + 1], sizes[i])
         expected[f"layers.{i}.bias"] = (sizes[i + 1],)
     if probes is not None:
-        if probes < 1:
-            raise HeadError(f"{path}: {probes} probes")
         expected[_PROBES] = (probes, dim)
     tensors = _tensors(folder / "head.safetensors", expected, sha256)
     try:
-        its_space = Space(encoder=encoder, dim=dim, norm=norm, probes=tensors.get(_PROBES), details=details)
+        its_space = Space(
+            encoder=space.encoder, dim=dim, norm=space.norm, probes=tensors.get(_PROBES), details=space.details
+        )
     except SpaceError as e:
         raise HeadError(f"{path}: its space is not one: {e}") from e
-    if its_space.fingerprint != fingerprint:
-        raise HeadError(f"{path}: its space is {its_space.fingerprint}, not {fingerprint} as written: edited by hand?")
+    if its_space.fingerprint != space.fingerprint:
+        raise HeadError(
+            f"{path}: its space is {its_space.fingerprint}, not {space.fingerprint} as written: edited by hand?"
+        )
     return Head(
-        name=name,
-        task=task,
+        name=told.name,
+        task=told.task,
         space=its_space,
-        scale=(low, high),
+        scale=(told.scale[0], told.scale[1]),
         layers=tuple((tensors[f"layers.{i}.weight"], tensors[f"layers.{i}.bias"]) for i in range(layers)),
-        link=link,
-        card=card,
+        link=told.link,
+        card=told.card,
     )
+
+
+def _checked(about: dict[str, Any], path: Path) -> HeadFields:
+    """What head.json says, by its schema; raises HeadError naming the field that does not fit."""
+    from pydantic import ValidationError
+
+    from aesthetic.head_json import HeadFields, wrong_field
+
+    try:
+        told = HeadFields.model_validate(about)
+    except ValidationError as e:
+        raise HeadError(f"{path}: a field is missing or of the wrong type: {wrong_field(e)}") from e
+    if _depth(told.card) > _MAX_DEPTH or _depth(told.space.details) > _MAX_DEPTH:
+        raise HeadError(f"{path}: its card or space is nested more than {_MAX_DEPTH} deep")
+    return told
+
+
+def _depth(value: Any) -> int:
+    """How deep lists and objects of a JSON value are nested."""
+    level, depth = [value], 0
+    while level := [v for v in level if isinstance(v, dict | list)]:
+        depth += 1
+        level = [w for v in level for w in (v.values() if isinstance(v, dict) else v)]
+    return depth
 
 
 def _read(path: Path, limit: int) -> bytes:
     try:
-        with open(path, "rb") as f:
-            data = f.read(limit + 1)
-    except OSError as e:
-        raise HeadError(f"{path}: {e.strerror or e}") from e
-    if len(data) > limit:
-        raise HeadError(f"{path}: more than {limit:,} bytes; no head is that large")
-    return data
+        return read_bytes(path, limit)
+    except UserError as e:
+        raise HeadError(str(e)) from e
 
 
 def _json(data: bytes, what: str) -> dict[str, Any]:
-    """A JSON object in which no key occurs twice (parsers differ in which of the two they believe)."""
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(items)) != len(items):
-            raise ValueError("a key occurs twice")
-        return dict(items)
-
+    """A JSON object in which no key occurs twice."""
     try:
-        value = json.loads(data, object_pairs_hook=pairs)
-    except (ValueError, RecursionError) as e:
-        raise HeadError(f"{what}: not a JSON object: {e}") from e
+        value = parse_json(data, what, unique=True)
+    except UserError as e:
+        raise HeadError(re.sub(": not (JSON|read):", ": not a JSON object:", str(e))) from e
     if not isinstance(value, dict):
         raise HeadError(f"{what}: not a JSON object")
     return value

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import io
 import math
+import os
 import pickle
 import pickletools
 import re
-import urllib.error
+import struct
 import urllib.request
 import zipfile
 from collections import OrderedDict
@@ -29,15 +31,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from aesthetic.errors import UserError
 from aesthetic.heads import Head, HeadError, Layer, safetensors_header, unpack
 from aesthetic.space import Space
+from aesthetic.untrusted import read_bytes
 
 _MAX_FILE = 16 << 20  # bytes of a .pth; the largest published one has 3.7 MB
 _MAX_UNPACKED = 64 << 20  # bytes of what is in it
 _MAX_PICKLE = 64 << 10  # bytes of data.pkl; the published ones have 1.3 KB
 _TIMEOUT = 30.0  # seconds without a byte from the server
 _KERAS_FILES = ("saved_model.pb", "keras_metadata.pb", "model.weights.h5")
-_NO_ZIP = (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError)
+_NO_ZIP = (
+    *(zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError, OSError, OverflowError, KeyError),
+    struct.error,
+)
+_NO_PICKLE = (
+    *(pickle.UnpicklingError, TypeError, ValueError, AttributeError, KeyError, IndexError, EOFError, MemoryError),
+    *(RecursionError, OverflowError, ImportError),
+)
 _COLLAPSE_TOLERANCE = 1e-5  # largest difference between the layers and the one map made of them, on unit vectors
 
 _V1 = "https://github.com/LAION-AI/aesthetic-predictor/raw/main/"
@@ -259,7 +270,7 @@ def import_head(
 
     Raises HeadError where the file is neither or is a program, before anything in it is built.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     data = _read(path)
     sha256 = hashlib.sha256(data).hexdigest()
     _refuse_keras(path, data, sha256)
@@ -396,7 +407,7 @@ def _download(known: Published) -> bytes:
     try:
         with urllib.request.urlopen(known.url, timeout=_TIMEOUT) as response:
             data = response.read(_MAX_FILE + 1)
-    except (OSError, urllib.error.URLError) as e:
+    except (OSError, http.client.HTTPException) as e:
         raise HeadError(f"{known.name} could not be fetched ({e}). {known.by_hand}") from e
     if hashlib.sha256(data).hexdigest() != known.sha256:
         raise HeadError(
@@ -407,13 +418,9 @@ def _download(known: Published) -> bytes:
 
 def _read(path: Path) -> bytes:
     try:
-        with open(path, "rb") as f:
-            data = f.read(_MAX_FILE + 1)
-    except OSError as e:
-        raise HeadError(f"{path}: {e.strerror or e}") from e
-    if len(data) > _MAX_FILE:
-        raise HeadError(f"{path}: more than {_MAX_FILE:,} bytes; no published head is that large")
-    return data
+        return read_bytes(path, _MAX_FILE)
+    except UserError as e:
+        raise HeadError(str(e)) from e
 
 
 def _build(known: Published, tensors: dict[str, npt.NDArray[np.float32]], name: str) -> Head:
@@ -506,13 +513,14 @@ def read_checkpoint(data: bytes, what: str) -> dict[str, npt.NDArray[np.float32]
         loaded = _Restricted(io.BytesIO(program)).load()
     except HeadError as e:
         raise HeadError(f"{what}: {e}") from e
-    except (pickle.UnpicklingError, TypeError, ValueError, AttributeError, KeyError, IndexError, EOFError) as e:
+    except _NO_PICKLE as e:
         raise HeadError(f"{what}: its pickle does not hold a state dict: {type(e).__name__} {e}") from e
     if not isinstance(loaded, OrderedDict) or not all(
-        isinstance(k, str) and isinstance(v, _Tensor) for k, v in loaded.items()
+        isinstance(k, str) and isinstance(v, _Tensor)
+        for k, v in dict.items(loaded)  # BUILD may hide its own `items`
     ):
         raise HeadError(f"{what}: not a state dict (an OrderedDict of tensors)")
-    return {key: _materialise(tensor, members, f"{what}: {key}") for key, tensor in loaded.items()}
+    return {key: _materialise(tensor, members, f"{what}: {key}") for key, tensor in dict.items(loaded)}
 
 
 def _members(data: bytes, what: str) -> dict[str, bytes]:
@@ -551,7 +559,9 @@ def _scan(program: bytes, what: str) -> None:
                 raise HeadError(
                     f"{what}: its pickle asks for {str(argument).replace(' ', '.')}: refused, nothing was run"
                 )
-    except ValueError as e:
+            if opcode.name.endswith("BINPUT") and isinstance(argument, int) and argument > len(program):
+                raise HeadError(f"{what}: its pickle counts {argument:,} things, which would take all memory: refused")
+    except (ValueError, OverflowError, MemoryError) as e:
         raise HeadError(f"{what}: its pickle is damaged: {e}") from e
 
 
@@ -571,7 +581,7 @@ class _Restricted(pickle.Unpickler):
         match pid:
             case ("storage", str(kind), str(key), str(), int(length)) if kind in _STORAGES:
                 return _Storage(key, kind, length)
-        raise HeadError(f"its pickle refers to {str(pid)[:100]}, which is no storage")
+        raise HeadError("its pickle refers to something that is no storage")
 
 
 def _note_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> _Tensor:

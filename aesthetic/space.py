@@ -8,7 +8,6 @@ same where dimension and norm agree and every one of those probes points the sam
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
 import hashlib
 import importlib.resources
@@ -21,6 +20,7 @@ import numpy as np
 
 from aesthetic.errors import UserError
 from aesthetic.files import write_whole
+from aesthetic.untrusted import read_json_file
 
 MIN_COSINE = 0.9995
 """How far the same probe may turn between two spaces that are the same. Devices and libraries round fp32 to within
@@ -60,12 +60,12 @@ class Space:
             raise SpaceError(f"{self.encoder}: a space of {self.dim} dimensions")
         try:  # as a file would give them back, so that saved and fresh ones compare
             object.__setattr__(self, "details", json.loads(json.dumps(self.details)))
-        except (TypeError, ValueError) as e:
+        except (TypeError, ValueError, RecursionError) as e:
             raise SpaceError(f"{self.encoder}: details that JSON cannot hold: {e}") from e
         if self.probes is None:
             return
         probes = np.ascontiguousarray(self.probes, dtype=np.float32)
-        if probes.ndim != 2 or probes.shape[1] != self.dim:
+        if probes.ndim != 2 or probes.shape[1] != self.dim or not len(probes):
             raise SpaceError(f"{self.encoder}: probes of shape {probes.shape}, not (16, {self.dim})")
         if not np.isfinite(probes).all():
             raise SpaceError(f"{self.encoder}: a probe vector holds NaN or infinity")
@@ -106,7 +106,10 @@ class Space:
     def load(cls, path: Path) -> Space:
         """Read what `save` wrote. Raises SpaceError, naming the file, where it holds something else."""
         try:
-            value = json.loads(Path(path).read_bytes())
+            value = read_json_file(path)
+        except UserError as e:
+            raise SpaceError(f"{e}: it should be the description of a space") from e
+        try:
             if value["format"] != _FORMAT:
                 raise SpaceError(f"{path}: format {value['format']!r}; this version reads {_FORMAT!r}")
             probes = None
@@ -120,7 +123,7 @@ class Space:
                 probes=probes,
                 details=dict(value["details"]),
             )
-        except (ValueError, KeyError, TypeError, binascii.Error) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
             raise SpaceError(f"{path} is not the description of a space: {e!r}") from e
 
 

@@ -151,8 +151,10 @@ def clean(text: str) -> str:
 # -------------------------------------------------------------------------------------------------------------- JSON
 
 
-def parse_json(data: bytes | str, what: str) -> Any:
+def parse_json(data: bytes | str, what: str, *, unique: bool = False) -> Any:
     """A JSON value; strings in it can be encoded (no lone surrogates), numbers are finite.
+
+    unique: refuse an object in which a key occurs twice (parsers differ in which of the two they believe).
 
     Raises UserError, naming `what`, for what is not JSON, not UTF-8 (or marked otherwise), nested too deep for this
     interpreter, or holds a number that no float or 4,300-digit integer can be.
@@ -163,7 +165,11 @@ def parse_json(data: bytes | str, what: str) -> Any:
             raise UserError(f"{what}: not JSON: it is not UTF-8")
         data = found.text
     try:
-        return _cleaned(json.loads(data, parse_constant=_no_number, parse_float=_finite))
+        return _cleaned(
+            json.loads(
+                data, object_pairs_hook=_once if unique else None, parse_constant=_no_number, parse_float=_finite
+            )
+        )
     except RecursionError:
         raise UserError(f"{what}: not read: it is nested too deep") from None
     except ValueError as e:  # JSONDecodeError, an integer of too many digits, NaN
@@ -173,6 +179,12 @@ def parse_json(data: bytes | str, what: str) -> Any:
 def read_json_file(path: str | Path, limit: int = LARGEST_TEXT) -> Any:
     """The JSON value in a file; raises what `read_bytes` and `parse_json` raise."""
     return parse_json(read_bytes(path, limit), str(path))
+
+
+def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(items)) != len(items):
+        raise ValueError("a key occurs twice")
+    return dict(items)
 
 
 def _no_number(text: str) -> float:

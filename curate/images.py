@@ -195,13 +195,14 @@ def decode(data: bytes, min_side: int | None = None, max_pixels: int = MAX_PIXEL
     return _upright(opened, data, least=(math.ceil(width * scale), math.ceil(height * scale))).pixels
 
 
-def probe(data: bytes) -> tuple[str, int, int]:
+def probe(data: bytes, max_pixels: int | None = None) -> tuple[str, int, int]:
     """(format, width, height) from the header alone, sides as stored, before orientation.
 
     Formats are JPEG, PNG, WEBP, GIF, BMP, TIFF and AVIF. Raises RowError: not_an_image; decode_error where a file
-    begins like one of these and its header is broken; too_many_pixels only where the decoder itself says so.
+    begins like one of these and its header is broken; too_many_pixels where it says more than `max_pixels`, or where
+    the decoder itself says so.
     """
-    opened = _open(data, None)
+    opened = _open(data, max_pixels)
     return str(opened.format), *opened.size
 
 

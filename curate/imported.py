@@ -20,12 +20,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aesthetic.space import Space
+from aesthetic.untrusted import check_regular
+from aesthetic.vectors import open_vectors
 from curate.data import Data
-from curate.embed import EmbedConfig, pictures_of, write_vectors
+from curate.embed import EmbedConfig, pictures_of, recovered, write_vectors
 from curate.encoders import Encoder, unit
 from curate.images import decode
 from curate.shards import IMAGE_EXTENSIONS, image_member, index_tar, read_range
-from curate.store import UserError, check_space, is_done
+from curate.store import UserError, check_space, is_done, recommit
 
 MIN_COSINE = 0.98
 """The least that the median of those pictures' cosines may be. Single pictures move further when they are stored anew
@@ -75,9 +77,7 @@ def open_folder(config: EmbedConfig) -> Folder:
     parts = []
     dims = {}
     for number in sorted(images):
-        part = Part(images[number], texts.get(number), metadata[number], pq.read_metadata(metadata[number]).num_rows)
-        if "image_path" not in pq.read_schema(part.metadata).names:
-            raise UserError(f"embed.embeddings: {part.metadata} has no column image_path")
+        part = Part(images[number], texts.get(number), metadata[number], _rows(metadata[number]))
         for path in filter(None, (part.images, part.texts)):
             vectors = _vectors(path)
             if len(vectors) != part.rows:
@@ -107,18 +107,29 @@ def _numbered(root: Path, kind: str, ending: str) -> dict[int, Path]:
     return {int(match[1]): path for match, path in found if match}
 
 
+def _rows(metadata: Path) -> int:
+    """How many rows a partition's metadata has; UserError where it cannot be read, or has no names."""
+    try:
+        check_regular(metadata)
+        about = pq.read_metadata(metadata)
+        schema = about.schema.to_arrow_schema()
+    except UserError as e:
+        raise UserError(f"embed.embeddings: {e}") from e
+    except (pa.ArrowException, OSError, ValueError) as e:
+        raise UserError(f"embed.embeddings: {metadata} is not a parquet file that can be read: {e}") from e
+    if "image_path" not in schema.names:
+        raise UserError(f"embed.embeddings: {metadata} has no column image_path")
+    if pa.types.is_nested(kind := schema.field("image_path").type):
+        raise UserError(f"embed.embeddings: {metadata}: image_path is {kind}; names are expected")
+    return int(about.num_rows)
+
+
 def _vectors(path: Path) -> np.ndarray:
     """The rows of a file, mapped, not read."""
     try:
-        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as e:
-        raise UserError(f"embed.embeddings: {path} cannot be read: {e}") from e
-    if vectors.ndim != 2 or vectors.dtype not in (np.float16, np.float32):
-        raise UserError(
-            f"embed.embeddings: {path} holds {vectors.dtype} of shape {vectors.shape}; rows of float16 or float32 "
-            "are expected"
-        )
-    return vectors
+        return open_vectors(path)
+    except UserError as e:
+        raise UserError(f"embed.embeddings: {e}") from e
 
 
 class Imported:
@@ -190,12 +201,16 @@ class Imported:
 
 def _names_in(metadata: Path) -> Iterator[np.ndarray]:
     """Marks of the names in `image_path`: keys, or paths that end in one."""
-    with pq.ParquetFile(metadata) as file:
-        for batch in file.iter_batches(columns=["image_path"], batch_size=1 << 16):
-            paths = batch.column(0).cast(pa.string())
-            if paths.null_count:
-                raise UserError(f"embed.embeddings: {metadata} has a row without image_path")
-            yield _marks(pc.replace_substring_regex(_last(paths), _IMAGE_ENDING, ""))
+    try:
+        with pq.ParquetFile(metadata) as file:
+            for batch in file.iter_batches(columns=["image_path"], batch_size=1 << 16):
+                paths = batch.column(0).cast(pa.string())
+                if paths.null_count:
+                    raise UserError(f"embed.embeddings: {metadata} has a row without image_path")
+                paths.validate(full=True)
+                yield _marks(pc.replace_substring_regex(_last(paths), _IMAGE_ENDING, ""))
+    except (pa.ArrowException, OSError) as e:
+        raise UserError(f"embed.embeddings: {metadata} is not a parquet file that can be read: {e}") from e
 
 
 def _last(paths: pa.Array) -> pa.Array:
@@ -234,6 +249,9 @@ def import_shard(data: Data, shard: int, imported: Imported, encoder: Encoder | 
     inputs = data.fetched_digests(shard)
     assert inputs is not None, f"shard {shard} is embedded before it is fetched"
     if is_done(data.root, data.embedded_record(shard), config=config, inputs=inputs):
+        return 0
+    if recovered(data, shard, data.embedded_record(shard), config) == set():
+        recommit(data.root, data.embedded_record(shard), inputs)
         return 0
     check_space(data.root)
     began = time.time()

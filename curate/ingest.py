@@ -14,7 +14,7 @@ import hashlib
 import re
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,10 +31,21 @@ from curate.fetch import FetchConfig, Fetcher
 from curate.hashes import verify_hash
 from curate.images import ImagesConfig, Picture, process
 from curate.isolated import IsolatedDecoder
-from curate.ledger import FETCHED_COLUMNS, Reason, RowError, Status, fetched_schema, make_key
+from curate.ledger import FETCHED_COLUMNS, Reason, RowError, Status, fetched_schema, make_key, stored_name
+from curate.lists import listed
 from curate.shards import TarWriter, image_member, index_tar, read_range
 from curate.source import Row, SourceShard
-from curate.store import UserError, atomic, check_space, commit, scratch_path, told, uncommit
+from curate.store import (
+    UserError,
+    atomic,
+    check_space,
+    commit,
+    output_digests,
+    read_json,
+    scratch_path,
+    told,
+    uncommit,
+)
 
 TRUSTED_STARTS = 2
 """How often a shard is begun with decoding in the worker itself; after that each decode may die alone."""
@@ -80,37 +91,73 @@ class Ended:
 async def ingest_shard(data: Data, shard: int, means: Means, config: str, retry: bool = False) -> dict[str, Any]:
     """Fetch, decode and commit one shard; returns its record, which carries the hash `config`.
 
-    With `retry`, rows that succeeded or failed for good keep what they have, and only the others are fetched.
+    With `retry`, rows that succeeded or failed for good keep what they have, and only the others are fetched; the
+    record says what of that came of it (`retries`).
     Raises DiskFull where the disk has no room, and whatever is our own error; a row's error ends only the row.
     """
     check_space(data.root)
+    check_verify(means.fetch, data.plan.carried)
     began = time.time()
     source = data.plan.read(shard)
     starts = note_start(data.starts(shard))
     isolate = starts > TRUSTED_STARTS
     with _scratch(data, shard) as scratch:
         ended = Ended(scratch)
+        before = read_json(data.fetched_record(shard)) if retry else None
         if retry:
             _keep_settled(data, shard, ended)
+        tried = [number for number in range(source.table.num_rows) if number not in ended.facts]
         if means.fetch.engine == "img2dataset" and not source.local:
             await asyncio.to_thread(_by_img2dataset, data, shard, source, means, ended)
         else:
             await _by_ourselves(source, means, ended, isolate)
-        facts = {"starts": starts, "isolated": isolate, "denied_by": means.deny.digest if means.deny else None}
+        facts: dict[str, Any] = {
+            "starts": starts,
+            "isolated": isolate,
+            "denied_by": means.deny.digest if means.deny else None,
+        }
+        if before is not None:
+            came = [n for n in tried if ended.facts[n]["status"] == Status.SUCCESS]
+            keys = [make_key(shard, number, data.plan.shard_size) for number in came]
+            facts["retries"] = _retries(before, len(tried), keys)
+        if means.deny.hashes is not None:
+            facts["denied_hashes"] = means.deny.hashes
         return await asyncio.to_thread(_commit, data, shard, source.table, ended, config, began, facts)
 
 
-def check_verify(fetch: FetchConfig, schema: pa.Schema) -> None:
+_REMEMBERED = 10  # retries in a record; embedding needs those since it last ran
+
+
+def _retries(before: dict[str, Any], tried: int, recovered: list[str]) -> list[dict[str, Any]]:
+    """What the record says of a shard's retries, the last one last: the files before it (their sha256), how many rows
+    it tried, and the keys of those that have an image now. All other images are the same, byte for byte."""
+    this = {"files": output_digests(before), "tried": tried, "recovered": recovered}
+    return [*before.get("retries", []), this][-_REMEMBERED:]
+
+
+def recovered_since(data: Data, shard: int, files: Mapping[str, str]) -> list[str] | None:
+    """Keys of the images that retries added to a fetched shard since its files had these sha256.
+
+    None where retries alone do not lead from those files to those of now.
+    """
+    record = read_json(data.fetched_record(shard)) or {}
+    retries = record.get("retries", [])
+    for number, retry in enumerate(retries):
+        if retry["files"] == dict(files):
+            return [key for later in retries[number:] for key in later["recovered"]]
+    return None
+
+
+def check_verify(fetch: FetchConfig, carried: pa.Schema) -> None:
     """UserError where `fetch.verify` names no column of text that the list carries."""
     if fetch.verify is None:
         return
-    if fetch.verify not in schema.names:
-        carried = [n for n in schema.names if n not in ("url", "caption")]
+    if fetch.verify not in carried.names:
         raise UserError(
-            f"fetch.verify: no column {fetch.verify!r} is carried; carried are: {', '.join(carried) or 'none'}. "
+            f"fetch.verify: no column {fetch.verify!r} is carried; carried are: {listed(carried.names)}. "
             "source.columns says which columns of the list are"
         )
-    kind = schema.field(fetch.verify).type
+    kind = carried.field(fetch.verify).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise UserError(f"fetch.verify: column {fetch.verify} holds {kind}, not digests as text")
 
@@ -159,8 +206,7 @@ async def _by_ourselves(source: SourceShard, means: Means, ended: Ended, isolate
     """Fetch and decode the rows that have not ended, all at once; the fetcher knows how many at a time."""
     isolated = IsolatedDecoder(means.images) if isolate else None
     loop = asyncio.get_running_loop()
-    check_verify(means.fetch, source.table.schema)
-    hashes = source.table.column(means.fetch.verify).to_pylist() if means.fetch.verify else None
+    hashes = source.table.column(stored_name(means.fetch.verify)).to_pylist() if means.fetch.verify else None
 
     def examine(body: bytes, expected: str | None) -> Picture | None:
         """In a thread: what is denied or not what the list means is not even decoded."""
@@ -198,6 +244,10 @@ async def _by_ourselves(source: SourceShard, means: Means, ended: Ended, isolate
 def _by_img2dataset(data: Data, shard: int, source: SourceShard, means: Means, ended: Ended) -> None:
     """Have img2dataset do it."""
     rows = source.rows()
+    for number, row in enumerate(rows):
+        if row.failure is not None and number not in ended.facts:
+            ended.add(number, {name: None for name, _ in FETCHED_COLUMNS} | _failed(row.failure), None)
+            means.report("fetch", row.failure.reason, "")
     waiting = [(number, row.url) for number, row in enumerate(rows) if number not in ended.facts]
     folder = scratch_path(data.tar(shard))
     for number, facts, image, extension in engine_img2dataset.download(waiting, means.fetch, means.images, folder):
@@ -222,18 +272,8 @@ async def _attempt(row: Row, means: Means, decode: Decode) -> tuple[dict[str, An
                 facts["opt_out"] = answer.opt_out
                 picture = await decode(answer.data)
     except RowError as e:
-        width, height = e.original_size or (None, None)
-        failed = {
-            "status": e.reason.status.value,
-            "reason": e.reason.value,
-            "error_message": e.detail,
-            "original_width": width,
-            "original_height": height,
-            "final_url": facts["final_url"] or e.final_url,
-            "http_status": facts["http_status"] or e.http_status,
-            "opt_out": facts["opt_out"] or e.opt_out,
-        }
-        return facts | failed, None
+        failed = _failed(e)
+        return facts | failed | {name: facts[name] or failed[name] for name in _OF_AN_ANSWER}, None
     good = {
         "status": Status.SUCCESS.value,
         "width": picture.width,
@@ -245,6 +285,23 @@ async def _attempt(row: Row, means: Means, decode: Decode) -> tuple[dict[str, An
         "phash": picture.phash,
     }
     return facts | good, picture
+
+
+_OF_AN_ANSWER = ("final_url", "http_status", "opt_out")
+
+
+def _failed(e: RowError) -> dict[str, Any]:
+    width, height = e.original_size or (None, None)
+    return {
+        "status": e.reason.status.value,
+        "reason": e.reason.value,
+        "error_message": e.detail,
+        "original_width": width,
+        "original_height": height,
+        "final_url": e.final_url,
+        "http_status": e.http_status,
+        "opt_out": e.opt_out,
+    }
 
 
 _HOST = re.compile(r"(?i)https?://(?:[^/?#]*@)?(\[[^\]/?#]*\]|[^/?#:]*)")

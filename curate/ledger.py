@@ -7,6 +7,7 @@ the list's own (`url`, `caption`, then what it carries), then img2dataset's unde
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from enum import StrEnum
 
 import pyarrow as pa
@@ -36,6 +37,7 @@ class Reason(StrEnum):
     TOO_MANY_REDIRECTS = "too_many_redirects"
     BLOCKED_ADDRESS = "blocked_address"
     BAD_URL = "bad_url"
+    BAD_LINE = "bad_line"
     OPTED_OUT = "opted_out"
     DENIED = "denied"
     NOT_AN_IMAGE = "not_an_image"
@@ -115,12 +117,33 @@ EMBEDDED_COLUMNS = [("similarity", pa.float32())]
 """What the embed stage adds: the cosine of image and caption, null where there is no caption."""
 
 RESERVED = {name for name, _ in URL_COLUMNS + FETCHED_COLUMNS}
-"""Names that a carried column may not have: they would be two columns of one name in `fetched/NNNNN.parquet`."""
+"""Names of ours, which a column of the list cannot have in `fetched/NNNNN.parquet`."""
+
+_SOURCE = "source."
+
+
+def stored_name(name: str, taken: Collection[str] = RESERVED) -> str:
+    """What a column of the list is called in our files: its own name, or source.NAME where that is taken.
+
+    >>> stored_name("WIDTH"), stored_name("width"), stored_name("source.width")
+    ('WIDTH', 'source.width', 'source.source.width')
+    """
+    return _SOURCE + name if name in taken or name.startswith((_SOURCE, "@")) else name
+
+
+def list_name(stored: str) -> str:
+    """What the list calls a column of our files that is not ours: the reverse of `stored_name`."""
+    return stored.removeprefix(_SOURCE)
+
+
+def stored_schema(carried: pa.Schema) -> pa.Schema:
+    """The columns that a list carries, under the names that they have in our files."""
+    return pa.schema([(stored_name(f.name), f.type) for f in carried])
 
 
 def fetched_schema(carried: pa.Schema) -> pa.Schema:
     """The schema of `fetched/NNNNN.parquet` for a list that carries these extra columns."""
-    return pa.schema(URL_COLUMNS + [(f.name, f.type) for f in carried] + FETCHED_COLUMNS)
+    return pa.schema(URL_COLUMNS + list(stored_schema(carried)) + FETCHED_COLUMNS)
 
 
 def key_width(shard_size: int, shard_digits: int = 5) -> int:

@@ -1,37 +1,61 @@
 """List files: one file of any kind as a stream of typed columns, read in pieces however long it is.
 
-Text is made text by one rule, wherever it comes from: bytes that are not UTF-8 and lone surrogates become U+FFFD, NUL
+Text is made text by one rule, wherever it comes from. A byte order mark says the encoding, else it is UTF-8; a value
+that is not is null, counted and named, as is one of more than 4 MB. A lone surrogate in JSON becomes U+FFFD, NUL
 stays, null stays null. A number that is not finite is null (JSON has none, and SQL takes NaN for the largest number).
+
+A line that is broken is a row with a failure; more than one in a hundred are an error.
 """
 
 from __future__ import annotations
 
-import csv
+import codecs
 import difflib
-import gzip
 import hashlib
-import io
 import json
 import math
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from aesthetic.tables import kind_of, table_shape
+from aesthetic.untrusted import caption_of, decode_text, marked_encoding, open_regular, printable
 from aesthetic.untrusted import clean as clean
+from curate.ledger import Reason
+from curate.lines import Broken, Table, as_utf8, head_of, is_quoted, numbered_lines, shown, unreadable
 from curate.store import UserError, sha256_file
 
 BATCH = 65_536
 """Rows that are held at a time."""
 
 _TEXT_FORMATS = ("csv", "tsv", "json", "jsonl", "ndjson", "txt")
-URL_NAMES = ("url", "image_url")
-CAPTION_NAMES = ("caption", "text", "alt")
+URL_NAMES = ("url", "image_url", "imageurl", "img_url", "image_link", "photo_image_url", "original_url", "originalurl")
+CAPTION_NAMES = (
+    *("caption", "text", "alt", "alt_text", "alttext", "image_caption", "img_caption", "image_text", "captions"),
+    *("description", "image_description", "ai_description", "photo_description", "caption_reference_description"),
+    *("eng_text", "eng_caption", "en_text", "en_caption", "text_en", "caption_en", "english_caption", "top_caption"),
+    *("raw_caption", "original_caption", "long_caption", "short_caption", "re_caption", "recaption", "blip_caption"),
+    *("generated_caption", "synthetic_caption", "title", "prompt", "sentence", "sentences"),
+)
+"""What others call the column (LAION, DataComp, COYO, CC12M, WIT, Unsplash, DiffusionDB, Recap ...), best first."""
+
+LONGEST_VALUE = 4 << 20
+"""Bytes of one text; a longer one is null."""
+
+MOST_COLUMNS = 2_000
+"""Of a table of text; more are the sign of another delimiter, or of no list."""
+
+FAILURES = (("\0reason", pa.string()), ("\0error", pa.string()))
+"""What a row of a list with broken lines has beside the list's columns, whose names hold no NUL."""
+
 _CHUNK = 1 << 20  # characters of a JSON array that are read at a time
 _LONGEST_OBJECT = 64 << 20  # characters; a JSON object that is still open after that many is taken for a broken one
 
@@ -55,10 +79,20 @@ KNOWN_FORMATS = ".parquet, or .csv, .tsv, .json, .jsonl, .ndjson, .txt, each als
 
 
 def named(names: Sequence[str], wanted: str, aliases: Sequence[str]) -> str | None:
-    """The wanted name where it is there, else the first that is one of the aliases in small or capital letters."""
+    """The wanted name where it is there, else the first that is one of the aliases.
+
+    Small and capital letters, white space around it, and -, blank or nothing in place of _ make no difference.
+    """
     if wanted in names:
         return wanted
-    return next((n for alias in aliases for n in names if n.lower() == alias), None)
+    folded: dict[str, str] = {}
+    for name in names:
+        folded.setdefault(_folded(name), name)
+    return next((folded[_folded(alias)] for alias in (wanted, *aliases) if _folded(alias) in folded), None)
+
+
+def _folded(name: str) -> str:
+    return re.sub(r"[\s_\-\ufeff]+", "", name).lower()
 
 
 def _find(names: Sequence[str], wanted: str, default: str, aliases: Sequence[str], where: str) -> str | None:
@@ -71,10 +105,19 @@ def _find(names: Sequence[str], wanted: str, default: str, aliases: Sequence[str
 def describe(names: Iterable[str], wanted: str | None = None) -> str:
     """A sentence that lists the columns that are there, after the one that is nearest to the wanted name."""
     names = list(names)
-    folded = {n.lower(): n for n in names}
+    folded = {n.lower(): n for n in names[:_SHOWN]}
     near = difflib.get_close_matches(wanted.lower(), folded, 1) if wanted else []
-    hint = f"Did you mean {folded[near[0]]!r}? " if near else ""
-    return f"{hint}Columns: {', '.join(names) or 'none'}."
+    hint = f"Did you mean {printable(folded[near[0]], 80)!r}? " if near else ""
+    return f"{hint}Columns: {listed(names)}."
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names of columns in a sentence, as many as one wants to read."""
+    rest = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return (", ".join(printable(n, 80) for n in names[:_SHOWN]) or "none") + rest
+
+
+_SHOWN = 40  # names of columns in a message
 
 
 def common_type(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
@@ -128,14 +171,76 @@ def as_type(column: pa.Array, wanted: pa.DataType) -> pa.Array:
         return column
     if pa.types.is_string(wanted) and pa.types.is_binary(column.type):
         return _valid(column)
+    if pa.types.is_string(wanted) and is_texts(column.type):
+        return _first_texts(column)
     return column.cast(wanted, safe=not pa.types.is_floating(wanted))  # 2**53 + 1 rounds where others have fractions
 
 
-def _valid(binary: pa.Array) -> pa.Array:
+def is_texts(t: pa.DataType) -> bool:
+    """Whether a column holds lists of texts, as captions sometimes are."""
+    return (pa.types.is_list(t) or pa.types.is_large_list(t)) and plain_type(t.value_type) == pa.string()
+
+
+def _first_texts(column: pa.Array) -> pa.Array:
+    """Of lists of texts, the first that is not blank: `caption_of`, a column at a time."""
+    texts = plain(column.flatten())
+    filled = pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(texts), ""), False)
+    rows, firsts = np.unique(pc.list_parent_indices(column).filter(filled).to_numpy(), return_index=True)
+    places = np.full(len(column), -1)
+    places[rows] = firsts
+    return texts.filter(filled).take(pa.array(places, mask=places < 0))
+
+
+def _valid(binary: pa.Array, notes: Notes | None = None, name: str = "", row: int = 0) -> pa.Array:
+    """Bytes as text; null, and noted, what is not UTF-8 or too long. `row` is the number of the first value."""
+    if len(binary) and (pc.max(pc.binary_length(binary)).as_py() or 0) > LONGEST_VALUE:
+        long = pc.fill_null(pc.greater(pc.binary_length(binary), LONGEST_VALUE), False)
+        if notes is not None:
+            for i in pc.indices_nonzero(long).to_pylist():
+                notes.add("too_long", f"row {row + i + 1:,}: {name}")
+        binary = pc.if_else(long, pa.scalar(None, binary.type), binary)
     try:
         return binary.cast(pa.string())  # checks UTF-8; nearly every list passes
     except pa.ArrowInvalid:
-        return pa.array([v if v is None else v.decode("utf-8", "replace") for v in binary.to_pylist()], pa.string())
+        return pa.array([_decoded(v, notes, name, row + i + 1) for i, v in enumerate(binary.to_pylist())], pa.string())
+
+
+def _decoded(value: bytes | None, notes: Notes | None, name: str, row: int) -> str | None:
+    found = decode_text(value) if value is not None else None
+    if found is None or found.certain:
+        return found.text if found else None
+    if notes is not None:
+        notes.add("not_utf8", f"row {row:,}: {name} {shown(value[:60])}")  # type: ignore[index]
+    return None
+
+
+class Notes:
+    """What of a list could not be taken as it is: how often, and the first three of each kind by name."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.first: defaultdict[str, list[str]] = defaultdict(list)
+
+    def add(self, kind: str, where: str) -> None:
+        """Count one; `where` says which."""
+        self.counts[kind] += 1
+        if len(self.first[kind]) < 3:
+            self.first[kind].append(where)
+
+    def sentences(self) -> list[str]:
+        """A sentence for each kind that there is."""
+        return [
+            f"{count:,} {_NOTED[kind]}. The first: {'; '.join(self.first[kind])}"
+            for kind, count in sorted(self.counts.items())
+        ]
+
+
+_NOTED = {
+    "broken": "lines are broken, and rows without a picture (bad_line)",
+    "not_utf8": "values are not UTF-8, and null (`iconv -f WINDOWS-1252 -t UTF-8`, or whatever it is, mends it)",
+    "too_long": "values are longer than 4 MB, and null",
+    "no_caption": "captions are neither text nor a list of texts, and null",
+}
 
 
 # ----------------------------------------------------------------------------------------------------------- inputs
@@ -152,9 +257,12 @@ class Input:
     schema: pa.Schema
     rows: int
     local = False
+    extra: tuple[tuple[str, pa.DataType], ...] = ()
+    """Columns of ours that every batch has, beside those of the list."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.notes = Notes()
 
     def digest(self) -> str:
         """A sha256 that names what is in this input."""
@@ -166,13 +274,29 @@ class Input:
 
     def resolve(self, names: Sequence[str], url: str, caption: str | None) -> None:
         """Find the two columns among the names, which must differ from each other."""
-        twice = sorted({n for n in names if list(names).count(n) > 1})
-        if twice:
-            raise UserError(f"{self.path}: two columns are called {twice[0]!r}. Rename one of them.")
+        if twice := sorted(n for n, count in Counter(names).items() if count > 1):
+            raise UserError(f"{self.path}: two columns are called {printable(twice[0], 80)!r}. Rename one of them.")
         self.url = _find(names, url, "url", URL_NAMES, str(self.path))
         self.caption = None
         if caption is not None:
             self.caption = _find(names, caption, "caption", CAPTION_NAMES, str(self.path))
+
+    def check_broken(self) -> None:
+        """Take note of broken lines: a few are rows with a failure, more than one in a hundred raise UserError."""
+        count, first = self.notes.counts["broken"], "; ".join(self.notes.first["broken"])
+        if count * 100 > self.rows:
+            raise UserError(f"{self.path}: {count:,} of {self.rows:,} lines are broken, which is too many. {first}")
+        if count:
+            self.extra = FAILURES
+
+
+def _failures(rows: int, broken: dict[int, Broken]) -> list[pa.Array]:
+    """FAILURES for some rows."""
+    reasons: list[str | None] = [None] * rows
+    errors: list[str | None] = [None] * rows
+    for row, what in broken.items():
+        reasons[row], errors[row] = Reason.BAD_LINE.value, str(what)
+    return [pa.array(reasons, pa.string()), pa.array(errors, pa.string())]
 
 
 class ParquetInput(Input):
@@ -194,10 +318,14 @@ class ParquetInput(Input):
 
 def open_parquet(path: Path) -> pq.ParquetFile:
     """A parquet file whose column chunks are read in pieces: a row group may be larger than the memory."""
+    with open_regular(path) as f:
+        head = f.read(512)
+    if not head.startswith(b"PAR1") and (kind := kind_of(head)):
+        raise UserError(f"{path}: is {kind}")
     try:
         return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
     except (pa.ArrowException, OSError) as e:
-        raise _unreadable(path, e) from e
+        raise unreadable(path, e) from e
 
 
 def parquet_batches(path: Path, columns: Sequence[str], groups: list[int] | None = None) -> Iterator[pa.RecordBatch]:
@@ -209,78 +337,83 @@ def parquet_batches(path: Path, columns: Sequence[str], groups: list[int] | None
             arrays = [plain(batch.column(n)) for n in names]
             yield pa.RecordBatch.from_arrays(arrays, names=names) if names else batch
     except (pa.ArrowException, OSError) as e:
-        raise _unreadable(path, e) from e
+        raise unreadable(path, e) from e
 
 
 class CsvInput(Input):
-    """A csv or tsv file with a header line.
+    """A csv or tsv file with a header line; whatever delimits its fields, and however it is encoded.
 
-    Quoting is csv's, also in tsv. A column is integers, decimal numbers or true/false where every value is written
-    so that nothing is lost (007 and 1e400 stay text); an empty field is null. The url and caption columns are text.
+    A column is integers, decimal numbers or true/false where every value is written so that nothing is lost (007 and
+    1e400 stay text); an empty field is null. The url and caption columns are text.
     """
 
     def __init__(self, path: Path, delimiter: str, url: str, caption: str | None) -> None:
         super().__init__(path)
-        self._delimiter = delimiter
-        self._names = self._header()
+        shape = table_shape(head_of(path), delimiter, str(path))
+        self._names = [n.replace("\0", "") for n in shape.names]
+        self._check_header()
         self.resolve(self._names, url, caption)
+        place = self._names.index(self.url) if self.url else None
+        self._table = Table(path, shape, is_quoted(path, shape, usual=shape.delimiter != "\t"), place)
         possible = {n: [k for k in _WRITTEN_AS if n not in (self.url, self.caption)] for n in self._names}
         filled = set()
         self.rows = 0
-        for batch in self._strings(self._names):
+        for batch, broken in self._strings(self._names, self.notes):
             self.rows += batch.num_rows
+            for what in broken.values():
+                self.notes.add("broken", str(what))
             for name in self._names:
                 values = batch.column(name).drop_null()
                 if len(values):
                     filled.add(name)
                     possible[name] = [k for k in possible[name] if _is_written_as(k, values)]
+        self.check_broken()
         kinds = {n: possible[n][0] if possible[n] and n in filled else pa.string() for n in self._names}
         self.schema = pa.schema(list(kinds.items()))
 
-    def _header(self) -> list[str]:
-        # read here and not by Arrow, whose errors do not tell a file without rows from one without anything
-        with open_text(self.path) as f:
-            try:
-                text = io.TextIOWrapper(f, "utf-8-sig", "replace", newline="")
-                names = next(line for line in csv.reader(text, delimiter=self._delimiter) if line)
-            except StopIteration:
-                raise UserError(f"{self.path}: is empty; a header line with the column names is needed.") from None
-            except (csv.Error, OSError, EOFError) as e:
-                raise _unreadable(self.path, e) from e
-        if any(n.startswith(("http://", "https://")) for n in names):
+    def _check_header(self) -> None:
+        if any(n.startswith(("http://", "https://", "//")) for n in self._names):
             raise UserError(f"{self.path}: has no header line with the column names; its first line is a row. Add one.")
-        return names
+        if any("\ufffd" in n for n in self._names):
+            raise UserError(
+                f"{self.path}: the header is not UTF-8. Convert the list: `iconv -f WINDOWS-1252 -t UTF-8` "
+                "(or whatever it is)"
+            )
+        if len(self._names) > MOST_COLUMNS:
+            raise UserError(
+                f"{self.path}: the header has {len(self._names):,} columns; at most {MOST_COLUMNS:,} are read"
+            )
 
-    def _strings(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        try:
-            # bytes, not text: one that is not UTF-8 is ours to replace
-            with open_text(self.path) as f:
-                reader = pa_csv.open_csv(
-                    f,
-                    read_options=pa_csv.ReadOptions(block_size=8 << 20, column_names=self._names, skip_rows=0),
-                    parse_options=pa_csv.ParseOptions(delimiter=self._delimiter, newlines_in_values=True),
-                    convert_options=pa_csv.ConvertOptions(
-                        column_types=dict.fromkeys(self._names, pa.binary()),
-                        include_columns=list(columns),
-                        null_values=[""],
-                        strings_can_be_null=True,
-                    ),
-                )
-                header = 1  # as the names are given, Arrow takes the header for the first row
-                for batch in reader:
-                    rows = batch.slice(header)
-                    header = 0
-                    for start in range(0, rows.num_rows, BATCH):
-                        part = rows.slice(start, BATCH)
-                        yield pa.RecordBatch.from_arrays([_valid(c) for c in part.columns], names=part.schema.names)
-        except (pa.ArrowException, OSError, EOFError) as e:
-            raise _unreadable(self.path, e) from e
+    def _strings(
+        self, columns: Sequence[str], notes: Notes | None = None
+    ) -> Iterator[tuple[pa.RecordBatch, dict[int, Broken]]]:
+        """The rows as text, and those of them that are broken."""
+        start = 0
+        for records in self._table.records([self._names.index(n) for n in columns]):
+            arrays = [
+                _valid(c, notes if n != self.url else None, n, start)
+                for n, c in zip(columns, records.columns, strict=True)
+            ]
+            broken = records.broken
+            if self.url in columns:
+                at = list(columns).index(str(self.url))
+                if arrays[at].null_count > records.columns[at].null_count:  # a URL that is no text names nothing
+                    lost = pc.and_(pc.is_null(arrays[at]), pc.is_valid(records.columns[at]))
+                    for row in pc.indices_nonzero(lost).to_pylist():
+                        why = f"row {start + row + 1:,}: the URL is not UTF-8"
+                        broken[row] = Broken(None, f"{why}: {shown(records.columns[at][row].as_py())}")
+            whole = pa.RecordBatch.from_arrays(arrays, names=list(columns))
+            for first in range(0, records.rows, BATCH):
+                part = {r - first: b for r, b in broken.items() if first <= r < first + BATCH} if broken else {}
+                yield whole.slice(first, BATCH), part
+            start += records.rows
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        wanted = [n for n in self._names if n in columns]
-        for batch in self._strings(wanted):
+        wanted = [n for n in self._names if n in columns or n == self.url]
+        for batch, broken in self._strings(wanted):
             arrays = [_parse(batch.column(n), self.schema.field(n).type) for n in wanted]
-            yield pa.RecordBatch.from_arrays(arrays, names=wanted)
+            extra = _failures(batch.num_rows, broken) if self.extra else []
+            yield pa.RecordBatch.from_arrays([*arrays, *extra], names=[*wanted, *(n for n, _ in self.extra)])
 
 
 _NOT_A_NUMBER = "^([Nn]a[Nn]|NAN)$"
@@ -311,10 +444,7 @@ def _parse(values: pa.Array, kind: pa.DataType) -> pa.Array:
 class RowsInput(Input):
     """Rows that come as dicts: from JSON, text lines, tars and folders. They are gone through once for the types."""
 
-    extra: tuple[tuple[str, pa.DataType], ...] = ()
-    """Columns of ours that every dict has, beside those of the list."""
-
-    def objects(self) -> Iterator[dict[str, Any]]:
+    def objects(self) -> Iterator[dict[str, Any] | Broken]:
         """The rows in order; called more than once."""
         raise NotImplementedError
 
@@ -327,19 +457,47 @@ class RowsInput(Input):
         ours = {name for name, _ in self.extra}
         kinds: dict[str, set[type]] = {}
         content = hashlib.sha256()
+        self._odd: defaultdict[str, Notes] = defaultdict(Notes)  # by column: what could be no caption
         self.rows = 0
         for row in self.objects():
             self.rows += 1
-            content.update(json.dumps(row, default=str).encode() + b"\n")
+            if isinstance(row, Broken):
+                self.notes.add("broken", str(row))
+                continue
+            if self.local:
+                content.update(json.dumps(row, default=str).encode() + b"\n")
             for name, value in row.items():
                 if name not in ours:
                     seen = kinds.setdefault(name, set())
                     if value is not None:
                         seen.add(_kind(value))
+                        if not isinstance(value, int | float) or isinstance(value, bool):
+                            self._note(name, value)
+            if len(kinds) > MOST_COLUMNS:
+                raise UserError(
+                    f"{self.path}: has more than {MOST_COLUMNS:,} columns. The first: {listed(list(kinds))}"
+                )
         self.content = content.hexdigest()
         self.schema = pa.schema(
             [(n, _ARROW.get(frozenset(k), pa.null() if not k else pa.string())) for n, k in kinds.items()]
         )
+
+    def _note(self, name: str, value: Any) -> None:
+        if isinstance(value, str):
+            if _value(value, pa.string()) is None:
+                kind = "too_long" if len(value) > LONGEST_VALUE else "not_utf8"
+                shown_ = "" if kind == "too_long" else " " + shown(value[:60].encode("utf-8", "surrogateescape"))
+                self.notes.add(kind, f"row {self.rows:,}: {name}{shown_}")
+        elif value not in ([], {}) and caption_of(value) is None:
+            said = json.dumps(value, ensure_ascii=False, default=str)
+            self._odd[name].add("no_caption", f"row {self.rows:,}: {printable(said, 60)}")
+
+    def note_captions(self) -> None:
+        """Take note of captions that are neither text nor a list of texts."""
+        if (odd := self._odd.get(self.caption or "")) is not None:
+            self.notes.counts += odd.counts
+            self.notes.first |= odd.first
+        del self._odd
 
     def make_text(self, *names: str | None) -> None:
         """Take these columns for text, whatever they hold."""
@@ -347,11 +505,21 @@ class RowsInput(Input):
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         fields = [f for f in self.schema if f.name in columns]
-        schema = pa.schema([*fields, *self.extra])
         rows = self.objects()
         while chunk := list(islice(rows, 8192)):
-            arrays = [pa.array([_value(r.get(f.name), f.type) for r in chunk], f.type) for f in schema]
-            yield pa.RecordBatch.from_arrays(arrays, schema=schema)
+            found = [{} if isinstance(r, Broken) else r for r in chunk]
+            arrays = [pa.array(self._values(found, f), f.type) for f in fields]
+            if self.extra == FAILURES:
+                arrays += _failures(len(chunk), {i: r for i, r in enumerate(chunk) if isinstance(r, Broken)})
+            else:
+                arrays += [pa.array([r.get(name) for r in found], kind) for name, kind in self.extra]
+            yield pa.RecordBatch.from_arrays(arrays, schema=pa.schema([*fields, *self.extra]))
+
+    def _values(self, rows: list[dict[str, Any]], f: pa.Field) -> list[Any]:
+        values = (r.get(f.name) for r in rows)
+        if f.name == self.caption:
+            values = (v if v is None or isinstance(v, str) else caption_of(v) for v in values)
+        return [_value(v, f.type) for v in values]
 
 
 _ARROW = {
@@ -373,7 +541,15 @@ def _value(value: Any, wanted: pa.DataType) -> Any:
         return None
     if not pa.types.is_string(wanted):
         return float(value) if pa.types.is_floating(wanted) else value
-    return clean(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    if not text.isascii() and _NO_UTF8.search(text):
+        return None
+    if len(text) * 4 > LONGEST_VALUE and len(text.encode("utf-8", "replace")) > LONGEST_VALUE:
+        return None
+    return clean(text)
+
+
+_NO_UTF8 = re.compile("[\udc80-\udcff]")  # what bytes that are none become while JSON is read
 
 
 class JsonInput(RowsInput):
@@ -382,35 +558,36 @@ class JsonInput(RowsInput):
     def __init__(self, path: Path, lines: bool, url: str, caption: str | None) -> None:
         super().__init__(path)
         self._lines = lines
+        self._encoding, self._start = marked_encoding(head_of(path)[:4]) or ("utf-8", 0)
         self.scan()
+        self.check_broken()
         self.resolve(self.schema.names, url, caption)
+        self.note_captions()
         self.make_text(self.url, self.caption)
 
-    def objects(self) -> Iterator[dict[str, Any]]:
-        try:
-            with open_text(self.path) as f:
-                text = io.TextIOWrapper(f, "utf-8-sig", "replace")
-                for place, item in self._numbered_lines(text) if self._lines else self._items(text):
-                    if not isinstance(item, dict):
-                        raise UserError(
-                            f"{self.path}, {place}: an object {{...}} is needed, not {json.dumps(item)[:60]}"
-                        )
-                    yield item
-        except (OSError, EOFError) as e:
-            raise _unreadable(self.path, e) from e
+    def objects(self) -> Iterator[dict[str, Any] | Broken]:
+        for item in self._numbered_lines() if self._lines else self._items():
+            yield item if isinstance(item, Broken) else _clean_names(item)
 
-    def _numbered_lines(self, text: IO[str]) -> Iterator[tuple[str, Any]]:
-        for number, line in enumerate(text, 1):
-            if line.strip():
-                try:
-                    yield f"line {number}", json.loads(line)
-                except ValueError as e:
-                    raise UserError(f"{self.path}, line {number}: not JSON: {e}") from e
+    def _numbered_lines(self) -> Iterator[dict[str, Any] | Broken]:
+        for number, line in numbered_lines(self.path, self._encoding, self._start):
+            if isinstance(line, Broken):
+                yield line
+                continue
+            try:
+                item = json.loads(_escaped(line))
+            except RecursionError:
+                yield Broken(number, f"nested too deep: {shown(line)}")
+            except ValueError as e:
+                yield Broken(number, f"not JSON: {printable(e, 100)}: {shown(line)}")
+            else:
+                yield item if isinstance(item, dict) else Broken(number, f"no object {{...}}: {shown(line)}")
 
-    def _items(self, text: IO[str]) -> Iterator[tuple[str, Any]]:
+    def _items(self) -> Iterator[dict[str, Any]]:
         """The items of an array, of which only a piece is in memory."""
+        pieces = _characters(self.path, self._encoding, self._start)
         decoder = json.JSONDecoder()
-        buffer, at, items = text.read(_CHUNK), 0, 0
+        buffer, at, items = next(pieces, ""), 0, 0
         at = _after_space(buffer, 0)
         if buffer[at : at + 1] != "[":
             raise UserError(f"{self.path}: an array [{{...}}, ...] is needed. One object a line? Name it .jsonl")
@@ -427,13 +604,42 @@ class JsonInput(RowsInput):
                     start = _after_space(buffer, at + 1)
                 item, end = decoder.raw_decode(buffer, start)
             except json.JSONDecodeError as e:
-                more = text.read(_CHUNK) if len(buffer) - at < _LONGEST_OBJECT else ""
+                more = next(pieces, "") if len(buffer) - at < _LONGEST_OBJECT else ""
                 if not more:
                     raise UserError(f"{self.path}, item {items + 1}: not JSON, or cut short: {e.msg}") from e
                 buffer, at = buffer[at:] + more, 0
                 continue
+            except (RecursionError, ValueError) as e:  # a number of too many digits
+                why = "nested too deep" if isinstance(e, RecursionError) else f"not JSON: {printable(e, 100)}"
+                raise UserError(f"{self.path}, item {items + 1}: {why}") from e
             items, at = items + 1, end
-            yield f"item {items}", item
+            if not isinstance(item, dict):
+                said = printable(json.dumps(item), 60)
+                raise UserError(f"{self.path}, item {items}: an object {{...}} is needed, not {said}")
+            yield item
+
+
+def _escaped(line: bytes) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError:
+        return line.decode("utf-8", "surrogateescape")
+
+
+def _characters(path: Path, encoding: str, start: int) -> Iterator[str]:
+    """A file's text, a piece at a time; bytes that are none are escaped as surrogates."""
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    for data in as_utf8(path, encoding, start):
+        for at in range(0, len(data), _CHUNK):
+            yield decoder.decode(data[at : at + _CHUNK])
+    yield decoder.decode(b"", final=True)
+
+
+def _clean_names(item: dict[str, Any]) -> dict[str, Any]:
+    """An object whose names can be columns: no lone surrogates, no NUL."""
+    if all(n.isascii() and "\0" not in n for n in item):
+        return item
+    return {clean(n).replace("\0", ""): v for n, v in item.items()}
 
 
 def _after_space(text: str, at: int) -> int:
@@ -448,25 +654,27 @@ class TxtInput(RowsInput):
     def __init__(self, path: Path, url: str, caption: str | None) -> None:
         super().__init__(path)
         self.resolve(["url"], url, caption)
+        head = head_of(path)
+        self._encoding, self._start = marked_encoding(head[:4]) or ("utf-8", 0)
+        first = next((line for line in head.splitlines() if line.strip()), b"")
+        if b"\t" in first.strip():
+            raise UserError(f"{path}: is a table, not a URL a line. Name it .tsv, with a header line of column names.")
         self.scan()
+        self.check_broken()
         self.schema = pa.schema([("url", pa.string())])
 
-    def objects(self) -> Iterator[dict[str, Any]]:
-        try:
-            with open_text(self.path) as f:
-                for line in io.TextIOWrapper(f, "utf-8-sig", "replace", newline="\n"):
-                    if url := line.strip():
-                        yield {"url": url}
-        except (OSError, EOFError) as e:
-            raise _unreadable(self.path, e) from e
-
-
-def open_text(path: Path) -> IO[bytes]:
-    """The bytes of a text list, unpacked where the name ends in .gz."""
-    try:
-        return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
-    except OSError as e:
-        raise _unreadable(path, e) from e
+    def objects(self) -> Iterator[dict[str, Any] | Broken]:
+        for number, line in numbered_lines(self.path, self._encoding, self._start):
+            if isinstance(line, Broken):
+                yield line
+                continue
+            try:
+                url = line.decode().strip()
+            except UnicodeDecodeError:
+                yield Broken(number, f"not UTF-8: {shown(line)}")
+            else:
+                if url:
+                    yield {"url": url}
 
 
 def open_list(path: Path, url: str, caption: str | None) -> Input:
@@ -485,8 +693,3 @@ def open_list(path: Path, url: str, caption: str | None) -> Input:
         case "txt":
             return TxtInput(path, url, caption)
     raise UserError(f"{path}: not a list that can be read: {KNOWN_FORMATS}.")
-
-
-def _unreadable(path: Path, e: BaseException) -> UserError:
-    reason = (str(e).splitlines() or [type(e).__name__])[0]
-    return UserError(f"{path}: cannot be read: {reason[:300]}")

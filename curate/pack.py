@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aesthetic.untrusted import markdown, markdown_code
-from curate.ledger import FETCHED_COLUMNS, URL_COLUMNS, shard_name
+from curate.ledger import RESERVED, list_name, shard_name, stored_name
 from curate.rules import KEPT
 from curate.select import NothingKept, Selection, load_selection
 from curate.shards import CorruptShard, TarWriter, image_member, index_tar, read_range
@@ -301,10 +301,12 @@ def _tables_in_order(
 ) -> Generator[pa.Table, None, None]:
     """The ledger's rows in the packed order, a table for each shard. DuckDB sorts, and spills what does not fit."""
     fetched = pq.read_schema(found[0].files[0])
-    ours = {n for n, _ in URL_COLUMNS + FETCHED_COLUMNS}
-    source = [n for n in fetched.names if n not in ours]
     scores = [str(t.column) for t in found[1:]]
-    schema = pa.schema([*fetched, *(pa.field(n, pa.float32()) for n in scores)])
+    taken = RESERVED | set(scores)
+    # a list may have a column that is called like a score
+    fields = [f if f.name in RESERVED else f.with_name(stored_name(list_name(f.name), taken)) for f in fetched]
+    source = [f.name for f in fields if f.name not in RESERVED]
+    schema = pa.schema([*fields, *(pa.field(n, pa.float32()) for n in scores)])
     con = open_ledger(root, {*scores, *(f"source.{n}" for n in fetched_columns(fetched)[1])}, memory_limit=_MEMORY)
     try:
         con.register("_order", pa.table({"key": keys, "place": pa.array(np.arange(len(keys)))}))
@@ -340,6 +342,7 @@ def _facts(
 ) -> dict[str, Any]:
     """What the manifest says beside files and digests."""
     space = read_json(root / "embedded" / "space.json") or {}
+    hashes = {(read_json(r) or {}).get("denied_hashes") for r in found[0].records}
     recipe = (root / "recipe.yaml").read_text() if (root / "recipe.yaml").exists() else None
     return {
         "name": selection.name,
@@ -353,6 +356,7 @@ def _facts(
         "left_out": left_out,  # tables that were not complete
         "recipe": recipe,
         "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest() if recipe is not None else None,
+        **({"denied_hashes": hashes.pop()} if len(hashes) == 1 and hashes != {None} else {}),
     }
 
 

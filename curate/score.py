@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from aesthetic.heads import Head, load_head
 from aesthetic.space import SpaceMismatch
+from aesthetic.vectors import open_vectors
 from curate.data import Data
 from curate.detectors import DETECTORS, detector_digest
 from curate.encoders import canonical_name
@@ -74,7 +75,7 @@ def score_shard(data: Data, shard: int, column: str, head: Head) -> bool:
     record = data.scores_record(column, shard)
     if is_done(data.root, record, config=head.digest, inputs=inputs):
         return False
-    vectors = np.load(data.image_vectors(shard), mmap_mode="r", allow_pickle=False)
+    vectors = open_vectors(data.image_vectors(shard))
     keys = pq.read_table(data.metadata(shard), columns=["key"])["key"]
     facts = {"head": head.name, "task": head.task, "scale": list(head.scale), "space": head.space.fingerprint}
     write_scores(data, shard, column, keys, head(vectors), config=head.digest, inputs=inputs, facts=facts)

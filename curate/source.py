@@ -21,11 +21,11 @@ import pyarrow.parquet as pq
 
 from curate.folders import PLACE_COLUMNS
 from curate.inputs import Found, find, is_remote, stat
-from curate.ledger import URL_COLUMNS, Reason, RowError
-from curate.lists import ParquetInput, open_parquet, parquet_batches
+from curate.ledger import URL_COLUMNS, Reason, RowError, stored_schema
+from curate.lists import FAILURES, ParquetInput, open_parquet, parquet_batches
 from curate.ours import clear
 from curate.store import UserError, atomic, digest, read_json, record_digest, sha256_file, write_json
-from curate.survey import Survey, columns_of, survey_list
+from curate.survey import Survey, column, columns_of, stored_extra, survey_list
 
 _VERSION = 1
 _LARGEST_GROUP = 2_000_000
@@ -43,8 +43,8 @@ embedding begins while the rest is fetched. Below a batch of an encoder's (32 on
 class SourceConfig:
     """What of the list is used (recipe: `source`)."""
 
-    url: str = "url"  # column; the default also finds URL and image_url
-    caption: str | None = "caption"  # column; the default also finds TEXT, text and alt; None: no captions
+    url: str = "url"  # column; the default also finds the usual names, `lists.URL_NAMES`
+    caption: str | None = "caption"  # column; the default also finds `lists.CAPTION_NAMES`; None: no captions
     shard_size: int = 10_000  # rows per shard at most, img2dataset's number; a short list has eight smaller ones
     where: str | None = None  # SQL condition on the list's own columns; other rows are not part of the list
     columns: tuple[str, ...] | None = None  # columns that are carried along; None: all others
@@ -80,6 +80,16 @@ class Totals:
     url: str | None  # the columns as the (first) list calls them
     caption: str | None
     carried: pa.Schema
+    warnings: list[str]  # what a run says before it begins
+
+    @property
+    def columns(self) -> dict[str, str | None]:
+        """As `Plan.columns`."""
+        return _columns(self.kind, self.url, self.caption)
+
+
+def _columns(kind: str, url: str | None, caption: str | None) -> dict[str, str | None]:
+    return {"url": url, "caption": caption} if kind == "list" else {}
 
 
 @dataclass(frozen=True)
@@ -118,10 +128,11 @@ class SourceShard:
     """The rows of one shard."""
 
     shard: int
-    table: pa.Table  # url, caption, and the carried columns
+    table: pa.Table  # url, caption, and the carried columns, under the names that they are stored by
     digest: str  # `Plan.shard_digest`
     places: pa.Table | None = None  # PLACE_COLUMNS, for folders of images
     base: Path | None = None
+    failures: pa.Table | None = None  # @reason, @error, for lists with broken lines
 
     @property
     def local(self) -> bool:
@@ -131,6 +142,12 @@ class SourceShard:
     def rows(self) -> list[Row]:
         """The rows one by one, in the order of the table."""
         urls, captions = (self.table.column(name).to_pylist() for name in ("url", "caption"))
+        if self.failures is not None:
+            told = [
+                RowError(Reason(at["@reason"]), at["@error"]) if at["@reason"] else None
+                for at in self.failures.to_pylist()
+            ]
+            return [Row(u, c, failure=failure) for u, c, failure in zip(urls, captions, told, strict=True)]
         if self.places is None or self.base is None:
             return [Row(url, caption) for url, caption in zip(urls, captions, strict=True)]
         rows = []
@@ -163,6 +180,16 @@ class Plan:
         return self.facts["list"]
 
     @property
+    def columns(self) -> dict[str, str | None]:
+        """What the (first) list calls the columns of URLs and captions; {} for folders of pictures."""
+        return _columns(self.facts["kind"], **{role: self.facts["inputs"][0][role] for role in ("url", "caption")})
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What a run says of the list before it begins."""
+        return self.facts.get("warnings", [])
+
+    @property
     def shard_size(self) -> int:
         """Rows per shard at most, which decides how many digits a key has."""
         return self.facts["source"]["source.shard_size"]
@@ -190,8 +217,8 @@ class Plan:
 
     @property
     def schema(self) -> pa.Schema:
-        """The columns of a shard's rows: url, caption, and the carried ones."""
-        return pa.schema([*URL_COLUMNS, *self.carried])
+        """The columns of a shard's rows: url, caption, and the carried ones under the names that they are stored by."""
+        return pa.schema([*URL_COLUMNS, *stored_schema(self.carried)])
 
     def read(self, shard: int) -> SourceShard:
         """The rows of a shard; of its file, only the row groups that it lies in are read.
@@ -200,24 +227,30 @@ class Plan:
         """
         s = self.shards[shard]
         fact = self.facts["inputs"][self.facts["made_of"][s.file]]
-        url, caption = "url", "caption"
-        if s.file not in self.facts["cut"]:  # the list itself, under its own names
-            url, caption = fact["url"], fact["caption"]
         self._require_unchanged(s.file, fact)
         local = self.facts["base"] is not None
-        extra = pa.schema(PLACE_COLUMNS if local else [])
-        wanted = [n for n in (url, caption, *self.carried.names, *extra.names) if n]
-        batches = [
-            columns_of(batch, url, caption, self.schema, extra)
-            for batch in _read_slice(self.root / s.file, s.offset, s.rows, wanted)
-        ]
-        table = pa.Table.from_batches(batches, pa.schema([*self.schema, *extra]))
+        extra = [(stored_extra(n), k) for n, k in (PLACE_COLUMNS if local else FAILURES if fact.get("broken") else ())]
+        schema = pa.schema([*self.schema, *extra])
+        if s.file in self.facts["cut"]:
+            batches = [
+                pa.RecordBatch.from_arrays([column(batch, f.name, f.type) for f in schema], schema=schema)
+                for batch in _read_slice(self.root / s.file, s.offset, s.rows, schema.names)
+            ]
+        else:  # the list itself, under its own names
+            url, caption = fact["url"], fact["caption"]
+            wanted = [n for n in (url, caption, *self.carried.names) if n]
+            batches = [
+                columns_of(batch, url, caption, self.carried)
+                for batch in _read_slice(self.root / s.file, s.offset, s.rows, wanted)
+            ]
+        table = pa.Table.from_batches(batches, schema)
         if table.num_rows != s.rows:
             raise UserError(f"{s.file}: has fewer rows than when the plan was made. {_ANEW}")
         rows = table.select(self.schema.names)
-        if not local:
-            return SourceShard(shard, rows, self.shard_digest(shard))
-        return SourceShard(shard, rows, self.shard_digest(shard), table.select(extra.names), Path(self.facts["base"]))
+        beside = table.select([name for name, _ in extra]) if extra else None
+        if local:
+            return SourceShard(shard, rows, self.shard_digest(shard), beside, Path(self.facts["base"]))
+        return SourceShard(shard, rows, self.shard_digest(shard), failures=beside)
 
     def _require_unchanged(self, file: str, fact: Mapping[str, Any]) -> None:
         if self.facts["remote"] or (file in self.facts["cut"] and self.facts["kind"] != "tars"):
@@ -273,8 +306,17 @@ def inspect(list_path: str, config: SourceConfig, limit: int | None = None, root
         _require_same(plan, list_path, None if remote else find(list_path, plan.root), config)
         if not _grows(plan, limit):
             first = plan.facts["inputs"][0]
-            counts = (len(plan.facts["inputs"]), plan.listed_rows, plan.total_rows, len(plan.shards))
-            return Totals(plan.facts["kind"], *counts, first["url"], first["caption"], plan.carried)
+            return Totals(
+                kind=plan.facts["kind"],
+                inputs=len(plan.facts["inputs"]),
+                listed_rows=plan.listed_rows,
+                total_rows=plan.total_rows,
+                shard_count=len(plan.shards),
+                url=first["url"],
+                caption=first["caption"],
+                carried=plan.carried,
+                warnings=list(plan.warnings),
+            )
     with tempfile.TemporaryDirectory() as scratch:
         found = find(list_path, Path(scratch))
         survey = survey_list(found, config, limit)
@@ -289,6 +331,7 @@ def inspect(list_path: str, config: SourceConfig, limit: int | None = None, root
         url=survey.inputs[0].url,
         caption=survey.inputs[0].caption,
         carried=survey.carried,
+        warnings=survey.warnings(),
     )
 
 
@@ -413,7 +456,8 @@ def _write_lists(root: Path, found: Found, survey: Survey, shard_size: int) -> t
                 source.path.unlink()
         if not found.remote and stat(found.kind, source.path) != before:
             raise UserError(f"{source.path}: changed while it was read. Run the same command again.")
-        inputs.append({**before, "sha256": content, "url": source.url, "caption": source.caption})
+        broken = {"broken": n} if (n := source.notes.counts["broken"]) else {}
+        inputs.append({**before, "sha256": content, "url": source.url, "caption": source.caption, **broken})
         identities[file], made_of[file] = digest(identity), number
         for offset in range(0, kept, shard_size):
             shards.append(ShardPlan(len(shards), file, offset, min(shard_size, kept - offset)))
@@ -431,6 +475,7 @@ def _write_lists(root: Path, found: Found, survey: Survey, shard_size: int) -> t
         "identities": identities,
         "made_of": made_of,
         "cut": cut,
+        "warnings": survey.warnings(),
     }
     return facts, shards
 
@@ -438,13 +483,14 @@ def _write_lists(root: Path, found: Found, survey: Survey, shard_size: int) -> t
 def _cut(path: Path, number: int, survey: Survey, shard_size: int) -> None:
     """Write the rows of one input that belong to the plan, a row group per shard."""
     source = survey.inputs[number]
-    schema = pa.schema([*URL_COLUMNS, *survey.carried])
-    extra = pa.schema(PLACE_COLUMNS if source.local else [])
+    extra = source.extra or (PLACE_COLUMNS if source.local else ())
+    beside = [(stored_extra(name), kind) for name, kind in extra]
+    schema = pa.schema([*URL_COLUMNS, *stored_schema(survey.carried), *beside])
     group = min(shard_size, _WRITTEN_GROUP)
     held: list[pa.RecordBatch] = []
-    with atomic(path) as f, pq.ParquetWriter(f, pa.schema([*schema, *extra]), compression="zstd") as writer:
+    with atomic(path) as f, pq.ParquetWriter(f, schema, compression="zstd") as writer:
         for batch in survey.kept_rows(number):
-            held.append(columns_of(batch, source.url or "url", source.caption, schema, extra))
+            held.append(columns_of(batch, source.url or "url", source.caption, survey.carried, extra))
             rows = sum(b.num_rows for b in held)
             if rows >= group:
                 table = pa.Table.from_batches(held)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,13 +11,16 @@ import pyarrow as pa
 
 from curate.folders import PLACE_COLUMNS
 from curate.inputs import Found
-from curate.ledger import RESERVED
-from curate.lists import Input, as_type, common_type, describe
+from curate.ledger import stored_name
+from curate.lists import FAILURES, Input, as_type, common_type, describe, is_texts, listed
 from curate.predicate import Predicate
 from curate.store import UserError
 
 if TYPE_CHECKING:
     from curate.source import SourceConfig
+
+MOST_CARRIED = 1_000
+"""Columns that can be carried: each is a column of every table, and a field of every sample's JSON."""
 
 _SEED = 0x7461737465  # of the order in which --limit takes rows; a change gives other rows to everyone
 
@@ -32,6 +35,7 @@ class Survey:
     predicate: Predicate | None = None
     listed_rows: int = 0
     kept: list[int] = field(default_factory=list)  # rows per input, after where and limit
+    captions_unwanted: bool = False  # source.caption is null
     threshold: int | None = None  # of the spread numbers; rows above it are beyond the limit
     planned: int | None = None  # and those up to this one are in the plan that grows
 
@@ -39,13 +43,33 @@ class Survey:
     def filtered(self) -> bool:
         return self.predicate is not None or self.threshold is not None or self.planned is not None
 
+    def warnings(self) -> list[str]:
+        """What a run says before it begins: of rows and values that are not taken as they are, and missing captions."""
+        said = [f"{s.path}: {sentence}" for s in self.inputs for sentence in s.notes.sentences()]
+        without = [s for s in self.inputs if s.caption is None and not s.local and s.rows]
+        if without and not self.captions_unwanted:
+            texts = [f.name for f in without[0].schema if pa.types.is_string(f.type) and f.name != without[0].url]
+            candidates = (
+                f"Columns of text: {listed(texts)}. `--set source.caption=NAME` takes one"
+                if texts
+                else ("It has no other column of text")
+            )
+            of = f" ({len(without):,} of {len(self.inputs):,} files)" if len(self.inputs) > 1 else ""
+            said.append(
+                f"{without[0].path}{of}: no column of captions was found, so all captions are null. {candidates}"
+            )
+        return said
+
     def mask(self, batch: pa.RecordBatch) -> np.ndarray:
-        """Which rows `where` keeps."""
+        """Which rows `where` keeps: those for which it is true, and broken lines, which nothing can be said of."""
         if self.predicate is None:
             return np.ones(batch.num_rows, dtype=bool)
         fields = [f for f in self.union if f.name in self.predicate.columns]
         table = pa.table({f.name: column(batch, f.name, f.type) for f in fields})
-        return self.predicate.mask(table, batch.num_rows)
+        kept = self.predicate.mask(table, batch.num_rows)
+        if FAILURES[0][0] in batch.schema.names:
+            kept = kept | batch.column(FAILURES[0][0]).is_valid().to_numpy(zero_copy_only=False)
+        return kept
 
     def kept_rows(self, number: int) -> Iterator[pa.RecordBatch]:
         """The rows of one input that belong to the plan, in order."""
@@ -80,7 +104,7 @@ def survey_list(found: Found, config: SourceConfig, limit: int | None) -> Survey
             columns = describe(source.schema.names, "url")
             raise UserError(f"{source.path}: there is no column of URLs. Name it as source.url. {columns}")
     union = _union(inputs)
-    survey = Survey(inputs, union, _carried(found, inputs, union, config))
+    survey = Survey(inputs, union, _carried(found, inputs, union, config), captions_unwanted=config.caption is None)
     if config.where is not None:
         survey.predicate = Predicate(config.where, union, "source.where")
     best, owner = np.empty(0, np.uint64), np.empty(0, np.int64)
@@ -130,14 +154,13 @@ def _union(inputs: list[Input]) -> pa.Schema:
     kinds: dict[str, pa.DataType] = {}
     for source in inputs:
         for f in source.schema:
-            kind = common_type(kinds[f.name], f.type) if f.name in kinds else f.type
+            here = pa.string() if f.name == source.caption and is_texts(f.type) else f.type
+            kind = common_type(kinds[f.name], here) if f.name in kinds else here
             if kind is None:
-                raise UserError(
-                    f"{source.path}: column {f.name!r} is {f.type} here and {kinds[f.name]} in other files."
-                )
+                raise UserError(f"{source.path}: column {f.name!r} is {here} here and {kinds[f.name]} in other files.")
             kinds[f.name] = kind
         for role, name in (("url", source.url), ("caption", source.caption)):
-            if name and pa.types.is_nested(source.schema.field(name).type):
+            if name and pa.types.is_nested(source.schema.field(name).type) and kinds[name] != pa.string():
                 raise UserError(
                     f"{source.path}: column {name!r} ({role}) holds {source.schema.field(name).type}, not text."
                 )
@@ -158,23 +181,37 @@ def _carried(found: Found, inputs: list[Input], union: pa.Schema, config: Source
             raise UserError(
                 f"{found.name}: there is no column {name!r} (source.columns). {describe(union.names, name)}"
             )
-    taken = [n for n in names if n in RESERVED or n in dict(PLACE_COLUMNS)]
-    if taken:
-        rest = ", ".join(n for n in names if n not in taken)
+    if found.base is not None and (taken := [n for n in names if n in dict(PLACE_COLUMNS)]):
+        raise UserError(f"{found.name}: the column {taken[0]!r} has a name that is needed here. Rename it.")
+    if len(names) > MOST_CARRIED:
         raise UserError(
-            f"{found.name}: the column {taken[0]!r} has a name that the results need. Rename it, or leave it out: "
-            f"source.columns: [{rest}]"
+            f"{found.name}: {len(names):,} columns would be carried with each row; at most {MOST_CARRIED:,} can be. "
+            f"Name those that matter in source.columns: {listed(names)}"
         )
     return pa.schema([union.field(n) for n in names])
 
 
 def columns_of(
-    batch: pa.RecordBatch, url: str, caption: str | None, schema: pa.Schema, extra: pa.Schema
+    batch: pa.RecordBatch,
+    url: str,
+    caption: str | None,
+    carried: pa.Schema,
+    extra: Sequence[tuple[str, pa.DataType]] = (),
 ) -> pa.RecordBatch:
-    """A batch of a list as our columns, in their types; null where this file of the list has no such column."""
-    origin = {"url": url, "caption": caption}
-    arrays = [column(batch, origin.get(f.name, f.name), f.type) for f in [*schema, *extra]]
-    return pa.RecordBatch.from_arrays(arrays, schema=pa.schema([*schema, *extra]))
+    """A batch of a list as our columns, in their types and under the names that we store them by.
+
+    Null where this file of the list has no such column. `extra` are the input's own columns beside the list's.
+    """
+    wanted = [(url, "url", pa.string()), (caption, "caption", pa.string())]
+    wanted += [(f.name, stored_name(f.name), f.type) for f in carried]
+    wanted += [(name, stored_extra(name), kind) for name, kind in extra]
+    arrays = [column(batch, name, kind) for name, _, kind in wanted]
+    return pa.RecordBatch.from_arrays(arrays, schema=pa.schema([(stored, kind) for _, stored, kind in wanted]))
+
+
+def stored_extra(name: str) -> str:
+    """What a column of ours beside the list's is called in a file of the plan: the list has none that begins with @."""
+    return name.replace("\0", "@")
 
 
 def column(batch: pa.RecordBatch, name: str | None, kind: pa.DataType) -> pa.Array:

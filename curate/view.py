@@ -15,7 +15,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curate.ledger import EMBEDDED_COLUMNS, FETCHED_COLUMNS, URL_COLUMNS, Status
+from curate.ledger import EMBEDDED_COLUMNS, FETCHED_COLUMNS, URL_COLUMNS, Status, list_name
 from curate.sql import Bounds, check_one_select, connect, literal, parse, quote, reader, short, walk
 from curate.store import UserError, digest, output_digests, read_json, sha256_file
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 OURS = [name for name, _ in URL_COLUMNS + FETCHED_COLUMNS]
-"""The columns of `fetched/` that are ours; every other one is the list's, under `source`."""
+"""The columns of `fetched/` that are ours; every other one is the list's, under `source` (`ledger.stored_name`)."""
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,18 @@ def fetched_columns(schema: pa.Schema) -> tuple[dict[str, int | None], dict[str,
     seen: set[str] = set()
     for name, i in places.items():
         if name not in columns:
-            unique, n = name, 0
-            while unique.lower() in seen:
-                n += 1
-                unique = f"{name}_{n}"
-            seen.add(unique.lower())
-            source[unique] = i
+            source[_unique(list_name(name), seen)] = i
     return columns, source
+
+
+def _unique(name: str, seen: set[str]) -> str:
+    """A name that no other has in any case; it is added to those that were seen."""
+    unique, n = name, 0
+    while unique.lower() in seen:
+        n += 1
+        unique = f"{name}_{n}"
+    seen.add(unique.lower())
+    return unique
 
 
 def _join(
@@ -187,8 +192,8 @@ def _own_types() -> tuple[tuple[str, str], ...]:
 
 def source_types(carried: pa.Schema) -> dict[str, str]:
     """The list's own columns (a plan's `carried`) as fields of `source`, with their DuckDB types."""
-    _, places = fetched_columns(carried)
-    return dict(zip(places, sql_types([carried.types[i] for i in places.values()]), strict=True))
+    seen: set[str] = set()
+    return dict(zip([_unique(n, seen) for n in carried.names], sql_types(carried.types), strict=True))
 
 
 def types_there(root: Path) -> tuple[dict[str, str], dict[str, str]]:
@@ -197,7 +202,9 @@ def types_there(root: Path) -> tuple[dict[str, str], dict[str, str]]:
     own = {n: t for n, t in ledger_types().items() if n in OURS}
     scores = {str(t.column): pq.read_schema(t.files[0]).field(str(t.column)).type for t in found[1:]}
     types = dict(zip(scores, sql_types(list(scores.values())), strict=True))
-    return own | types, source_types(pq.read_schema(found[0].files[0]))
+    fetched = pq.read_schema(found[0].files[0])
+    source = fetched_columns(fetched)[1]
+    return own | types, dict(zip(source, sql_types([fetched.types[i] for i in source.values()]), strict=True))
 
 
 def sql_types(kinds: Sequence[pa.DataType]) -> list[str]:

@@ -427,7 +427,10 @@ def _curate(args: argparse.Namespace) -> int:
         facts = curate.dry_run(request)
         print(to_yaml(recipe))
         rows = f"rows {facts['rows']:,} of {facts['listed_rows']:,} listed"
-        print(f"{rows} · shards {facts['shards']:,} · stages {', '.join(stages)}")
+        parts = [rows, f"shards {facts['shards']:,}", f"stages {', '.join(stages)}"]
+        print(" · ".join([*parts, *curate.columns_taken(facts["columns"])]))
+        for warning in facts["warnings"]:
+            print(f"warning: {warning}")
         words = [args.command, args.list, "--out", args.out]
         for option in ("recipe", "limit", "ray_address", "restart_from"):
             if getattr(args, option) is not None:
@@ -737,7 +740,7 @@ def _heads_import(args: argparse.Namespace) -> int:
 
 def _heads_prompt(args: argparse.Namespace) -> int:
     from aesthetic.prompts import prompt_head
-    from curate.encoders import load_encoder
+    from curate.encoders import check_available, load_encoder
     from curate.store import UserError
 
     if not (args.encoder and args.wanted and args.against):
@@ -746,6 +749,7 @@ def _heads_prompt(args: argparse.Namespace) -> int:
             '--encoder bundled --wanted "a photo of a cat" --against "a photo"'
         )
     _require_free(args.head, args.out)
+    check_available(args.encoder, args.weights)
     encoder = load_encoder(args.encoder, weights=args.weights, precision="fp32")
     head = prompt_head(
         encoder.encode_texts,
@@ -779,9 +783,11 @@ def _require_free(name: str, out: str | None) -> None:
 
 def _keep(args: argparse.Namespace, head: Head) -> int:
     """Save a new head, and say what it is."""
-    from aesthetic.heads import describe, heads_folder, save_head
+    from aesthetic.heads import check_replaces, describe, heads_folder, save_head
 
-    folder = save_head(head, args.out or heads_folder() / head.name)
+    folder = Path(args.out or heads_folder() / head.name)
+    check_replaces(folder, head)
+    save_head(head, folder)
     print(describe(head) + "\n")
     following = f"tastemaker score DATA --head {_column(head.name)}={folder if args.out else head.name}"
     return _end(args, _about(head), {"head": folder}, following)

@@ -7,7 +7,6 @@ will be, heads and weights, changes that would alter finished shards, the disk.
 from __future__ import annotations
 
 import shlex
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from aesthetic.untrusted import printable
 from curate import engine_img2dataset
 from curate.data import Data
 from curate.deny import Deny
@@ -26,8 +26,9 @@ from curate.ours import RECIPE_HEADER, Taken, check_free, taken
 from curate.score import Column, columns_of
 from curate.source import clear_plan, inspect, load_plan, make_plan
 from curate.store import Lock, UserError, atomic, check_space, read_json, sweep, uncommit
+from curate.verify import again
 from pipelines.jobs import Job, Work, reach, run_job
-from pipelines.progress import clock
+from pipelines.progress import Screen, clock
 from pipelines.recipe import DEFAULT, Recipe, load_recipe, parse_recipe, read_recipe, to_yaml
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def restart(data: Data, recipe: Recipe, stage: str, stages: Sequence[str]) -> No
     UserError, and nothing is taken back, where what the stages need is not there.
     """
     if "embed" in stages:
-        _has_encoder(recipe)
+        has_encoder(recipe)
     if stage in ("source", "fetch", "images"):
         for record in data.root.glob("fetched/*_stats.json"):
             uncommit(record)
@@ -125,8 +126,54 @@ def check_engine(recipe: Recipe, say: Say) -> None:
     """UserError where the download engine that is asked for cannot be used here."""
     if recipe.fetch.engine == "img2dataset":
         engine_img2dataset.require(recipe.images)
+        if recipe.fetch.deny:
+            raise UserError(
+                "fetch.deny: img2dataset heeds no deny-list, so what is denied would be fetched. "
+                "`--set fetch.engine=native`, or `--set fetch.deny=[]`"
+            )
         say("warning: img2dataset checks no addresses and reads no robots.txt; keep it off private networks")
-    Deny.load(recipe.fetch.deny)  # UserError for what cannot be read
+
+
+def refuse_denied(data: Data, recipe: Recipe, restart_from: str | None = None) -> None:
+    """UserError where a deny-list cannot be read, or names images that the data folder holds already.
+
+    Such a list would be obeyed for what is fetched from now on, and its owner would think for all.
+    """
+    deny = Deny.load(recipe.fetch.deny)
+    if not deny or not data.root.is_dir():
+        return
+    from curate.denied import held
+
+    found = held(data.root, deny, fetched=restart_from in (None, "embed"))
+    if not found:
+        return
+    there = []
+    if found.images:
+        keys = ", ".join(found.keys) + (", ..." if found.images > len(found.keys) else "")
+        there.append(f"{found.images:,} images of fetched/ (key {keys}; {_in_shards(found.shards)})")
+    there += [f"{count:,} images of shards/{name}" for name, count in found.packs.items()]
+    if found.unknown:
+        there.append(
+            f"perhaps images of fetched/ ({_in_shards(found.unknown)}): its md5, sha1 or sha512 can't be compared with "
+            "what was fetched without them, because originals are not kept"
+        )
+    there += [f"perhaps images of shards/{name}, for the same reason" for name in found.unknown_packs]
+    root = shlex.quote(str(data.root))
+    steps = [f"  rm -r {root}/shards/{name} {root}/report/{name}" for name in [*found.packs, *found.unknown_packs]]
+    if found.images or found.unknown:
+        files = [str(Path(f).absolute()) for f in recipe.fetch.deny]
+        denied = shlex.quote(f"fetch.deny=[{', '.join(files)}]")
+        steps.append(f"  {again(data)} --set {denied} --restart-from fetch")
+    raise UserError(
+        f"fetch.deny names what {data.root} holds already: {'; '.join(there)}.\n"
+        "A list that is given later takes nothing away, so nothing is done. Give another --out, or be rid of them:\n"
+        + "\n".join(steps)
+    )
+
+
+def _in_shards(shards: Sequence[str]) -> str:
+    named = ", ".join(shards[:3]) + (f" and {len(shards) - 3:,} more" if len(shards) > 3 else "")
+    return f"shard{'s' if len(shards) > 1 else ''} {named}"
 
 
 def check_selection(recipe: Recipe, carried: pa.Schema, columns: Mapping[str, Column]) -> None:
@@ -161,6 +208,7 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
     check_free(data.root, "data")
     columns = columns_of(recipe.score, recipe.embed.encoder)
     check_engine(recipe, say)
+    refuse_denied(data, recipe, request.restart_from)
     refuse_changes(data, recipe, request.restart_from)
     anew = request.restart_from == "source"
     found = inspect(request.list, recipe.source, request.limit, None if anew else data.root)
@@ -172,7 +220,7 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
         rows = left.rows + found.total_rows - data.plan.total_rows
         work = bool(left.shards or rows)
     if work:
-        if "embed" in request.stages and not _has_encoder(recipe):
+        if "embed" in request.stages and not has_encoder(recipe):
             say(f"the weights of {recipe.embed.encoder} are not on this machine; the run fetches them first")
         if request.address is not None:
             reach(request.address)
@@ -181,7 +229,9 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
         "rows": found.total_rows,
         "listed_rows": found.listed_rows,
         "shards": found.shard_count,
+        "columns": found.columns,
         "carried": found.carried.names,
+        "warnings": found.warnings,
         "stages": list(request.stages),
         "rows_to_fetch": rows,
     }
@@ -197,12 +247,13 @@ def run(request: Request, say: Say = print) -> Outcome:
 
     Raises UserError before anything starts, DiskFull, NothingKept, or the cause of what went wrong in a worker.
     """
-    recipe, data = request.recipe, Data(request.root)
+    recipe, data = _found_from_anywhere(request.recipe), Data(request.root)
     check_free(data.root, "data")
     columns = columns_of(recipe.score, recipe.embed.encoder)
     check_engine(recipe, say)
+    refuse_denied(data, recipe, request.restart_from)
     if "embed" in request.stages and not (data.root / "plan" / "plan.json").exists():
-        _has_encoder(recipe)  # before a long list is read; where a plan is there, all may be embedded
+        has_encoder(recipe)  # before a long list is read; where a plan is there, all may be embedded
     with taken(data.root, "data", replaces=["recipe.yaml"]) as folder, _nothing_left_behind(data, folder):
         sweep(data.root)
         refuse_changes(data, recipe, request.restart_from)
@@ -218,6 +269,12 @@ def run(request: Request, say: Say = print) -> Outcome:
         make_plan(request.list, data.root, recipe.source, request.limit)
         store_recipe(data, recipe)
         return _go_on(data, recipe, columns, request.stages, request.address, say)
+
+
+def _found_from_anywhere(recipe: Recipe) -> Recipe:
+    """The recipe with whole paths of deny-lists: later commands may be given in another folder."""
+    deny = tuple(str(Path(f).expanduser().absolute()) for f in recipe.fetch.deny)
+    return replace(recipe, fetch=replace(recipe.fetch, deny=deny))
 
 
 @contextmanager
@@ -249,6 +306,7 @@ def resume(
     columns = columns_of(recipe.score, recipe.embed.encoder)
     if retry:
         check_engine(recipe, say)
+    refuse_denied(data, recipe)
     with Lock(data.root):
         sweep(data.root)
         refuse_changes(data, recipe, restart_from)
@@ -270,11 +328,18 @@ def _go_on(
     retry: bool = False,
 ) -> Outcome:
     plan = data.plan
-    say(headline(recipe))
+    say(" · ".join([headline(recipe), *columns_taken(plan.columns)]))
+    for warning in plan.warnings:
+        say(f"warning: {warning}")
     if recipe.fetch.allow:
         say(f"warning: private addresses are open to this list: {', '.join(recipe.fetch.allow)} (fetch.allow)")
-    outcome = Outcome(facts={"rows": plan.total_rows, "shards": len(plan.shards)})
-    elapsed = _run_stages(data, recipe, columns, stages, address, say, retry)
+    facts = {"columns": plan.columns, "warnings": plan.warnings}
+    outcome = Outcome(facts={"rows": plan.total_rows, "shards": len(plan.shards), **facts})
+    before = _images(data) if retry else 0
+    screen = _run_stages(data, recipe, columns, stages, address, say, retry)
+    if retry and screen is not None:
+        outcome.facts["recovered"] = _images(data) - before
+        say(f"retry  {outcome.facts['recovered']:,} more images")
     _name_repeats(data, outcome, say)
     if "select" not in stages:
         outcome.paths["fetched"] = str(data.root / "fetched")
@@ -284,7 +349,7 @@ def _go_on(
     outcome.facts |= {"kept": selection.kept, "funnel": selection.funnel}
     _pack(data, recipe, outcome)
     if plan.listed_rows > plan.total_rows:
-        say(projection(data, plan.listed_rows, plan.total_rows, selection.kept, elapsed))
+        say(projection(data, plan.listed_rows, plan.total_rows, selection.kept, screen))
     return outcome
 
 
@@ -309,12 +374,12 @@ def _run_stages(
     address: str | None,
     say: Say,
     retry: bool,
-) -> float:
-    """Fetch, embed and score what is missing, with Ray; returns the seconds that it took (0 where all was done)."""
+) -> Screen | None:
+    """Fetch, embed and score what is missing, with Ray; returns what was seen of it (None where all was done)."""
     fetch, embed = "fetch" in stages, "embed" in stages
     left = left_to_do(data, recipe, columns, stages, retry)
     if not left.shards:
-        return 0.0
+        return None
     if address is not None:
         reach(address)
     check_space(data.root, estimate_bytes(recipe, left.rows))
@@ -322,9 +387,12 @@ def _run_stages(
         _fetch_encoder(recipe, say)
     if len(left.shards) < len(data.plan.shards):
         say(f"{len(data.plan.shards) - len(left.shards):,} of {len(data.plan.shards):,} shards are done already")
-    began = time.monotonic()
-    run_job(Job(data, recipe, fetch=fetch, embed=embed, retry=retry), left, address=address)
-    return time.monotonic() - began
+    return run_job(Job(data, recipe, fetch=fetch, embed=embed, retry=retry), left, address=address)
+
+
+def _images(data: Data) -> int:
+    """How many images are fetched."""
+    return sum((read_json(data.fetched_record(s.shard)) or {}).get("successes", 0) for s in data.plan.shards)
 
 
 def left_to_do(
@@ -343,11 +411,19 @@ def left_to_do(
         if (waiting and fetch) or unembedded:
             shards.append(s.shard)
             rows += waiting
-            images += read_json(data.fetched_record(s.shard))["successes"] if unembedded else 0
+            images += _images_left(data, s.shard, embed_hash) if unembedded else 0
     return Work(shards, rows, images)
 
 
-def _has_encoder(recipe: Recipe) -> bool:
+def _images_left(data: Data, shard: int, config: str) -> int:
+    """How many images of a fetched shard are to be embedded: after a retry, those that it recovered."""
+    from curate.embed import recovered
+
+    some = recovered(data, shard, data.embedded_record(shard), config)
+    return read_json(data.fetched_record(shard))["successes"] if some is None else len(some)
+
+
+def has_encoder(recipe: Recipe) -> bool:
     """Whether the vectors can be made at once; UserError where neither the encoder's weights nor a folder of them can
     be had."""
     from curate.encoders import check_available
@@ -362,7 +438,7 @@ def _fetch_encoder(recipe: Recipe, say: Say) -> None:
     """Have the encoder's weights here, before workers ask for them all at once."""
     from curate.encoders import fetch_weights
 
-    if not _has_encoder(recipe):
+    if not has_encoder(recipe):
         say(f"fetching the weights of {recipe.embed.encoder} ...")
         fetch_weights(recipe.embed.encoder, recipe.embed.weights)
 
@@ -432,6 +508,7 @@ def select_only(data: Data, recipe: Recipe, say: Say, *, uids: str | None, write
     from curate.select import funnel_text, select
 
     name = recipe.select.name
+    refuse_denied(data, recipe)
     with Lock(data.root):
         if uids is not None:
             selection = subsets.select_uids(data.root, name, Path(uids))
@@ -456,6 +533,7 @@ def scales_there(data: Data) -> dict[str, tuple[float, float]]:
 def pack_only(data: Data, recipe: Recipe) -> Outcome:
     """The chosen images of a selection as shards, with their sheet."""
     outcome = Outcome()
+    refuse_denied(data, recipe)
     with Lock(data.root):
         sweep(data.root)
         _pack(data, recipe, outcome)
@@ -493,9 +571,23 @@ def status(data: Data, say: Say) -> tuple[dict[str, Any], str]:
     }
     if len(fetched) < shards:
         return facts, "the same curate command goes on where it stopped"
-    if any(Reason(reason).passing for reason, _ in failures):
-        return facts, f"tastemaker retry {data.root}"
+    waiting = sum(n for reason, n in failures if Reason(reason).passing)
+    vain = _tried_in_vain(data, fetched)
+    facts["may_pass"], facts["tried_in_vain"] = waiting, vain
+    if waiting > vain:
+        return facts, command("retry", data.root)
+    if waiting:
+        again = command("retry", data.root)
+        say(f"          the last retry had none of these {waiting:,} rows back; `{again}` tries once more")
     return facts, ""
+
+
+def _tried_in_vain(data: Data, fetched: Mapping[int, dict[str, Any]]) -> int:
+    """How many rows failed for reasons that may pass in shards whose last retry recovered nothing."""
+    from curate.workers import may_pass
+
+    last = {shard: record["retries"][-1] for shard, record in fetched.items() if record.get("retries")}
+    return sum(may_pass(data, shard) for shard, retry in last.items() if not retry["recovered"])
 
 
 # ---------------------------------------------------------------------------------------------------- words and sums
@@ -517,6 +609,11 @@ def headline(recipe: Recipe) -> str:
     return " · ".join(parts)
 
 
+def columns_taken(columns: Mapping[str, str | None]) -> list[str]:
+    """Which columns of a list are URL and caption, in words; nothing for folders of pictures."""
+    return [f"{role} from {printable(name, 80)}" if name else f"no {role}" for role, name in columns.items()]
+
+
 def estimate_bytes(recipe: Recipe, rows: int) -> int:
     """Roughly what a run will write: images of about 1.1 bits a pixel (quality 95), half of them twice, and vectors."""
     side = recipe.images.size if recipe.images.mode != "no" else 1024
@@ -524,12 +621,11 @@ def estimate_bytes(recipe: Recipe, rows: int) -> int:
     return rows * (int(image * 1.5) + 2 * 2 * 1664)
 
 
-def projection(data: Data, listed: int, taken: int, kept: int, elapsed: float) -> str:
+def projection(data: Data, listed: int, taken: int, kept: int, screen: Screen | None) -> str:
     """What the whole list would take, from the rows that were taken: time, size, and kept rows with a 95% interval."""
     share = kept / taken
     half = 1.96 * (share * (1 - share) / taken) ** 0.5
     size = sum(p.stat().st_size for p in (data.root / "fetched").glob("*.tar")) / taken * listed
-    hours = f"about {clock(elapsed / taken * listed)} here, " if elapsed else ""
-    return (
-        f"whole list: {listed:,} rows, {hours}{size / 1e9:,.1f} GB, {share * listed:,.0f} ± {half * listed:,.0f} kept"
-    )
+    seconds = screen.whole(listed, round(_images(data) / taken * listed)) if screen is not None else None
+    time = f"about {clock(seconds)} here, " if seconds is not None else ""
+    return f"whole list: {listed:,} rows, {time}{size / 1e9:,.1f} GB, {share * listed:,.0f} ± {half * listed:,.0f} kept"

@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from curate.ours import check_free, taken
 from curate.store import UserError, atomic, read_json, sha256_file, sweep, write_json
-from pipelines.figures import readme, table
+from pipelines.figures import meaning, readme, table
 from pipelines.progress import Count, Terminal, clock
 from pipelines.prompts import read_prompts
 from pipelines.train import Outcome
@@ -718,5 +718,5 @@ def _outcome(request: Request, facts: dict[str, Any]) -> Outcome:
     paths = {"evaluation": out / "evaluation.json", "pictures": out / "sheet.png"}
     if "memorisation" in facts["figures"]:
         paths["nearest"] = out / "nearest.png"
-    text = f"{table(facts)}\nevaluated in {clock(facts['seconds'])}"
+    text = f"{table(facts)}\nevaluated in {clock(facts['seconds'])}\n{meaning(facts)}"
     return Outcome(text, facts, f"tastemaker sample {request.model} PROMPT", paths)

@@ -20,30 +20,14 @@ class Line:
 
 
 def _lines(facts: dict[str, Any]) -> Iterator[Line]:
-    """Every figure: what, value, interval, and what stands beside it."""
+    """Every figure, those first that say most of a model: what, value, interval, and what stands beside it."""
     figures = facts["figures"]
-    if loss := figures.get("held_out_loss"):
-        held, other = loss["held_out"], loss.get("training")
-        with_it = [f"training pictures {_number(other)}"] if other else []
-        if (then := loss["at_the_end_of_training"]) is not None:
-            with_it.append(f"at the end of training {then:.4f}")
-        yield Line(f"held-out loss ({loss['objective']})", *_value(held, 4), " · ".join(with_it))
-        for t, found in held["by_time"].items():
-            yield Line(f"  at time {t}", *_value(found, 4), _number(other["by_time"][t]) if other else "")
-    yield from _retrieval_lines(figures["retrieval"])
     if found := figures.get("retrieval_in_domain"):
         yield from _retrieval_lines(found)
+    yield from _retrieval_lines(figures["retrieval"])
     if score := figures.get("clip_score"):
         beside = f"real {_number(score['real'])}" if "real" in score else ""
         yield Line(f"CLIPScore ({score['model']}), 0 to 2.5", *_value(score["drawn"]), beside)
-    for name, found in figures.get("scores", {}).items():
-        beside = f"real {_number(found['real'])} · difference {_number(found['difference'])}"
-        yield Line(f"{name}, {found['scale'][0]:g} to {found['scale'][1]:g}", *_value(found["drawn"]), beside)
-    nsfw = figures["nsfw"]
-    beside = f"real {_number(nsfw['real'])}"
-    yield Line(f"share with {nsfw['detector']} >= {nsfw['threshold']:g}", *_value(nsfw["drawn"]), beside)
-    if found := figures.get("memorisation"):
-        yield from _memorisation_lines(found)
     if found := figures.get("kid"):
         floor, ceiling = found["real_against_real"], found["noise_against_real"]
         beside = f"real against real {_spread(floor)} · noise against real {_spread(ceiling)}"
@@ -51,6 +35,68 @@ def _lines(facts: dict[str, Any]) -> Iterator[Line]:
         yield Line(f"KID, {found['features']}, subsets of {floor['subset']}", value, sd, beside)
     if found := figures.get("frechet"):
         yield Line(f"Frechet distance, {found['features']}", f"{found['value']:.3f}", "", "no FID: other features")
+    if found := figures.get("memorisation"):
+        yield from _memorisation_lines(found)
+    loss = figures.get("held_out_loss")
+    if loss:
+        other = loss.get("training")
+        with_it = [f"training pictures {_number(other)}"] if other else []
+        if (then := loss["at_the_end_of_training"]) is not None:
+            with_it.append(f"at the end of training {then:.4f}")
+        yield Line(f"held-out loss ({loss['objective']})", *_value(loss["held_out"], 4), " · ".join(with_it))
+    for name, found in figures.get("scores", {}).items():
+        beside = f"real {_number(found['real'])} · difference {_number(found['difference'])}"
+        yield Line(f"{name}, {found['scale'][0]:g} to {found['scale'][1]:g}", *_value(found["drawn"]), beside)
+    nsfw = figures["nsfw"]
+    beside = f"real {_number(nsfw['real'])}"
+    yield Line(f"share with {nsfw['detector']} >= {nsfw['threshold']:g}", *_value(nsfw["drawn"]), beside)
+    if loss:
+        for t, found in loss["held_out"]["by_time"].items():
+            beside = _number(loss["training"]["by_time"][t]) if loss.get("training") else ""
+            yield Line(f"held-out loss at time {t}", *_value(found, 4), beside)
+
+
+def meaning(facts: dict[str, Any]) -> str:
+    """What the figures mean, in a sentence: whether prompts steer the model, how near its pictures are to real ones,
+    and whether it has learnt pictures by heart."""
+    figures = facts["figures"]
+    told = [_steered(figures)]
+    if kid := figures.get("kid"):
+        floor, noise = kid["real_against_real"], kid["noise_against_real"]["mean"]
+        if kid["drawn"]["mean"] <= floor["mean"] + 2 * floor["sd"]:
+            told.append("KID cannot tell its pictures from real ones")
+        else:
+            told.append(
+                f"its pictures are at a KID of {kid['drawn']['mean']:.2f} from real ones, where noise is at {noise:.2f}"
+            )
+    if found := figures.get("memorisation"):
+        close = found["close"]
+        if found["copies"] > found["copies_real"] or (close and close["low"] > close["expected"]):
+            told.append("some of them are nearly training pictures (look at nearest.png)")
+        elif close:
+            told.append("they are no nearer to training pictures than real ones are")
+    loss = figures.get("held_out_loss") or {}
+    least, most = loss.get("held_out", {}).get("low"), loss.get("training", {}).get("high")
+    if least is not None and most is not None and most < least:
+        told.append("its loss is clearly lower on training pictures, which is how learning by heart begins")
+    return f"In short: {'; '.join(told)}."
+
+
+def _steered(figures: dict[str, Any]) -> str:
+    """Whether drawn pictures find their captions: in the space that tells real ones apart, in-domain if both do."""
+    spaces = [found for name in ("retrieval_in_domain", "retrieval") if (found := figures.get(name))]
+    found = next((f for f in spaces if not _says_nothing(f)), None)
+    if found is None:
+        return "whether prompts steer it cannot be told with these captions"
+    key = "recall_at_5" if "recall_at_5" in found["drawn"] else "recall_at_1"
+    ours = found["drawn"][key]
+    beside = f"chance {ours['shuffled']['value']:.2f}"
+    if "real" in found:
+        beside += f", real pictures {found['real'][key]['value']:.2f}"
+    told = f"R@{key.rpartition('_')[2]} {ours['value']:.2f}, {beside}"
+    if ours["low"] > ours["shuffled"]["high"]:
+        return f"prompts steer it ({told})"
+    return f"nothing shows that prompts steer it ({told})"
 
 
 def _retrieval_lines(found: dict[str, Any]) -> Iterator[Line]:
@@ -136,4 +182,21 @@ def readme(facts: dict[str, Any]) -> str:
         pictures += ["", "![the nearest training pictures](nearest.png)"]
     notes = [f"- {markdown(note)}" for note in _notes(facts)]
     made = ", ".join(f"{k} {v}" for k, v in facts["made_with"].items())
-    return "\n".join(["# Evaluation", "", *about, "", *table, "", *notes, "", *pictures, "", f"Made with {made}.", ""])
+    return "\n".join(
+        [
+            "# Evaluation",
+            "",
+            meaning(facts),
+            "",
+            *about,
+            "",
+            *table,
+            "",
+            *notes,
+            "",
+            *pictures,
+            "",
+            f"Made with {made}.",
+            "",
+        ]
+    )

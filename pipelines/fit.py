@@ -108,6 +108,9 @@ def fit(request: Request, say: Say = lambda line: None) -> Outcome:
     if request.suggest and not len(others):
         raise UserError(f"--suggest: every image of {pool.root} is rated already")
     vectors, there = pool.vectors(wanted)
+    if not (finite := np.isfinite(vectors).all(1)).all():
+        say(f"{int((~finite).sum()):,} of {len(finite):,} vectors hold NaN or infinity, and are left out")
+        there[there], vectors = finite, vectors[finite]
     place = np.full(len(candidates), -1)
     place[wanted[there]] = np.arange(int(there.sum()))
     for column in columns:
@@ -379,7 +382,8 @@ def _column(table: pd.DataFrame, name: str) -> np.ndarray | None:
 def _known(facts: pd.DataFrame, name: str) -> list[str | None] | None:
     if name not in facts:
         return None
-    return [v if isinstance(v, str) and v else None for v in facts[name]]
+    form = re.compile("[0-9a-fA-F]{16}" if name == "phash" else ".+", re.DOTALL)  # of vectors' metadata, by others
+    return [v if isinstance(v, str) and form.fullmatch(v) else None for v in facts[name]]
 
 
 def _groups_of_pairs(

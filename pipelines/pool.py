@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from aesthetic.space import Space
+from aesthetic.vectors import open_vectors
 from curate.store import UserError
 from pipelines.progress import clock, speed
 from pipelines.terminal import CLEAR, RETURN
@@ -92,7 +93,7 @@ class DataPool:
         wanted = self.index.iloc[images]
         out = np.empty((len(images), self.space.dim), np.float16)
         for shard, part in wanted.reset_index(drop=True).groupby("shard"):
-            stored = np.load(self.data.image_vectors(int(shard)), mmap_mode="r", allow_pickle=False)
+            stored = open_vectors(self.data.image_vectors(int(shard)))
             out[part.index.to_numpy()] = stored[part["row"].to_numpy()]
         return out, np.ones(len(images), bool)
 
@@ -146,6 +147,7 @@ class VectorsPool:
 
     def __init__(self, root: Path, encoder: str | None) -> None:
         import pandas as pd
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         from curate.embed import EmbedConfig
@@ -166,7 +168,15 @@ class VectorsPool:
         tables = []
         for number, part in enumerate(self.parts):
             there = [c for c in wanted if c in pq.read_schema(part.metadata).names]
-            table = pq.read_table(part.metadata, columns=there).to_pandas()
+            try:
+                table = pq.read_table(part.metadata, columns=there)
+                for i, name in enumerate(there[:4]):  # names, whatever their type
+                    if name in wanted[:4]:
+                        table = table.set_column(i, name, table[name].cast(pa.string()))
+                table.validate(full=True)
+            except (pa.ArrowException, OSError) as e:
+                raise UserError(f"{part.metadata} is not a parquet file that can be read: {e}") from e
+            table = table.to_pandas()
             tables.append(table.assign(part=number, row=np.arange(len(table))))
         self.table = pd.concat(tables, ignore_index=True).rename(
             columns={"image_path": "key", "original_width": "width", "original_height": "height"}
@@ -180,8 +190,13 @@ class VectorsPool:
     def vectors(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         out = np.empty((len(images), self.space.dim), np.float16)
         for number, part in self.table.iloc[images].reset_index(drop=True).groupby("part"):
-            stored = np.load(self.parts[int(number)].images, mmap_mode="r", allow_pickle=False)
-            out[part.index.to_numpy()] = stored[part["row"].to_numpy()]
+            path, rows = self.parts[int(number)].images, part["row"].to_numpy()
+            taken = open_vectors(path)[rows].astype(np.float32)
+            lengths = np.linalg.norm(taken, axis=1)
+            if (long := np.abs(lengths - 1) > 0.01).any():  # not so of NaN: such a row is left out
+                row = int(long.argmax())
+                raise UserError(f"{path}: row {rows[row]:,} has the length {lengths[row]:.4g}, not 1")
+            out[part.index.to_numpy()] = taken
         return out, np.ones(len(images), bool)
 
     def facts(self, images: np.ndarray) -> pd.DataFrame:

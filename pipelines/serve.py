@@ -19,7 +19,7 @@ from curate.store import UserError, atomic, check_space, scratch_path
 from pipelines.progress import Terminal
 
 MIN_TOKEN = 16
-"""Characters of a token that somebody chose: whoever reaches the port may guess as often as he likes."""
+"""Characters of a token that somebody chose: whoever reaches the port may guess, a few a second."""
 
 
 @dataclass(frozen=True, kw_only=True)

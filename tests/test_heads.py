@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -10,8 +11,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from aesthetic.heads import Head, HeadError, describe, list_heads, load_head, save_head
-from aesthetic.space import Space
+from aesthetic.errors import UserError
+from aesthetic.heads import Head, HeadError, check_replaces, describe, list_heads, load_head, model_card, save_head
+from aesthetic.space import Space, SpaceError
 
 DIM = 24
 
@@ -293,7 +295,7 @@ def test_a_changed_byte_is_found(tmp_path):
         ({"name": "../../x"}, "cannot name a head"),
         ({"sha256": {}}, "missing or of the wrong type"),
         ({"link": "exp"}, "the link is 'exp'"),
-        ({"link": None}, "the link is 'None'"),
+        ({"link": None}, "wrong type: link"),
     ],
 )
 def test_a_head_json_that_makes_no_sense_is_refused(tmp_path, change, message):
@@ -345,3 +347,88 @@ def test_importing_the_package_is_light():
     code = "import aesthetic, aesthetic.heads, sys; aesthetic.load_head('laion-v2'); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "pandas", "scipy", "sklearn", "pyarrow", "safetensors", "cv2", "onnxruntime"} & set(loaded)
+
+
+WEIRD = [
+    *(None, True, 0, -1, 10**30, 10**400, 1e308, float("inf"), "", "x", "~nobody", "\ud800", [], [1], {}, {"a": 1}),
+    *([[]], [{"a": 1}, 2], {"value": 1, "low": None, "high": 2}, "9" * 5000),
+]
+
+
+def places(value, above=()):
+    yield above
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from places(value[key], (*above, key))
+
+
+def changed(value, place, to):
+    if not place:
+        return to
+    value = json.loads(json.dumps(value))
+    at = value
+    for key in place[:-1]:
+        at = at[key]
+    at[place[-1]] = to
+    return value
+
+
+def use(folder):
+    """All that is done with a head that was read."""
+    head = load_head(folder)
+    assert json.dumps([describe(head), model_card(head), head.digest, head.card], allow_nan=False).encode()
+    with np.errstate(over="ignore", invalid="ignore"):
+        head(unit(2))
+
+
+@pytest.mark.parametrize("step", [17, pytest.param(1, marks=pytest.mark.long)])
+def test_whatever_a_head_json_or_a_space_holds_is_read_or_refused(tmp_path, step):
+    """Each field in turn replaced by each of the values above: every 17th of these, or all."""
+    card = {"metrics": {"spearman": {"value": 0.5, "low": 0.4, "high": 0.6}}, "limits": ["a"], "about": "b"}
+    path = save_head(make_head(card=card), tmp_path / "h") / "head.json"
+    make_head().space.save(tmp_path / "space.json")
+    head, space = json.loads(path.read_text()), json.loads((tmp_path / "space.json").read_text())
+    refused = 0
+    for file, value, read in ((path, head, use), (tmp_path / "space.json", space, Space.load)):
+        changes = [(place, to) for place in places(value) for to in WEIRD]
+        for place, to in changes[::step]:
+            file.write_text(json.dumps(changed(value, place, to)))
+            try:
+                read(file.parent if read is use else file)
+            except UserError as e:
+                refused += 1
+                assert str(tmp_path) in str(e) or isinstance(e, HeadError | SpaceError), e
+    assert refused * step > 400
+
+
+def test_nesting_of_any_depth_is_refused(tmp_path):
+    path = save_head(make_head(card={"limits": []}), tmp_path / "h") / "head.json"
+    inside = path.read_text().replace('"limits": []', f'"limits": {"[" * 500}{"]" * 500}')
+    for deep in ("[" * 100_000, '{"card":' + "[" * 100_000, inside):
+        path.write_text(deep)
+        with pytest.raises(HeadError, match=r"head\.json"):
+            use(tmp_path / "h")
+    (tmp_path / "space.json").write_text("[" * 100_000)
+    with pytest.raises(SpaceError, match="nested too deep"):
+        Space.load(tmp_path / "space.json")
+
+
+def test_what_is_no_file_is_no_head(tmp_path):
+    folder = save_head(make_head(), tmp_path / "h")
+    (folder / "head.safetensors").unlink()
+    os.mkfifo(folder / "head.safetensors")  # who opens it waits for ever
+    with pytest.raises(HeadError, match="is a pipe, not a file"):
+        load_head(folder)
+    for name in ("~nobody/x", "a\0b", "x" * 5000, tmp_path / "nowhere"):
+        with pytest.raises(HeadError, match="no head"):
+            load_head(name)
+
+
+def test_another_head_is_not_written_over(tmp_path):
+    folder = save_head(make_head(), tmp_path / "h")
+    check_replaces(folder, make_head())
+    check_replaces(tmp_path / "free", make_head())
+    for other in (make_head(card={"about": "another"}), make_head(scale=(0.0, 7.0))):
+        with pytest.raises(HeadError, match="holds another head already"):
+            check_replaces(folder, other)
+    (folder / "head.safetensors").write_bytes(b"cut")
+    check_replaces(folder, make_head())  # a damaged one can be made anew

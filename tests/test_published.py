@@ -259,7 +259,7 @@ GOOD = {"weight": entry([1, 4], 0, 16), "bias": entry([1], 16, 20)}
         (container(GOOD | {"weight": entry([1, 10**12], 0, 4 * 10**12)}, bytes(20)), "overlap or gap"),
         (container(GOOD | {"weight": entry([1, 4], 0, 8, "F16")}, bytes(20)), "weight is not float32"),
         (container(GOOD | {"bias": entry([1], 0, 4)}, bytes(20)), "overlap or gap"),
-        (bytes(17 << 20), "more than"),
+        (bytes(17 << 20), "at most 16,777,216"),
     ],
 )
 def test_a_safetensors_file_is_believed_no_more_than_a_pickle(tmp_path, data, message):
@@ -435,6 +435,8 @@ FOUR = [[1, 2, 3, 4]]
         (checkpoint(pickle.dumps([1], 2)), "uses EMPTY_LIST"),
         (checkpoint(b"\x80\x02K\x01."), "not a state dict"),
         (checkpoint(b"\x80\x02)R."), "does not hold a state dict"),
+        (checkpoint(b"\x80\x02)" + b"\x85" * 60_000 + b"Q."), "no storage"),
+        (checkpoint(b"\x80\x02)r\xff\xff\xff\x7f."), "would take all memory"),
         (checkpoint(b"\x80\x02" + b"(" * (70 << 10)), "a pickle of"),
         (checkpoint(state(), FOUR, zipfile.ZIP_DEFLATED), "compressed"),
         (checkpoint(state(), FOUR, **{"archive/code.py": "x"}), "does not belong"),
@@ -457,8 +459,13 @@ FOUR = [[1, 2, 3, 4]]
     ],
 )
 def test_a_file_that_is_no_plain_checkpoint_is_refused(data, message):
+    """Among them a tuple nested 60,000 deep, and one that would make a memo of 16 GB."""
     with pytest.raises(HeadError, match=message):
         read_checkpoint(data, "x.pth")
+
+
+def test_a_pickle_that_hides_the_items_of_its_dictionary_is_read_as_one():
+    assert read_checkpoint(checkpoint(b"\x80\x02ccollections\nOrderedDict\n)R}X\x05\0\0\0itemsK\x01sb."), "x.pth") == {}
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
+import os
+import shutil
 import socket
 import threading
 import time
@@ -23,6 +26,7 @@ from train.picture import read_facts
 from train.sample import Artist
 from train.serve import gate, turns
 from train.serve.app import listen
+from train.serve.guesses import Guesses
 from train.serve.turns import Full, Job, Turns
 
 TOKEN = "a-token-of-tests-0123456789"
@@ -230,6 +234,38 @@ def test_the_queue_is_bounded_for_one_and_for_all(monkeypatch: pytest.MonkeyPatc
     assert own.value.own and not whole.value.own
 
 
+def test_one_address_cannot_take_all_places(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever drops his cookie is somebody new each time, but comes from where he came."""
+    queue = Turns(lambda job, on_step: iter(()), str, lambda: None)  # not started
+    for n in range(turns.MOST_WAITING):
+        try:
+            queue.submit(Job([], f"cookie {n}", {}, address="1.2.3.4"))
+        except Full as e:
+            assert e.own and "address" in str(e) and n == turns.OF_ADDRESS * turns.MOST_WAITING
+            break
+    else:
+        raise AssertionError("it took all")
+    queue.submit(Job([], "somebody", {}, address="5.6.7.8"))
+    large = int(turns.OF_ADDRESS * turns.MOST_BYTES) + 1
+    with pytest.raises(Full, match="address"):
+        queue.check_room("a", "9.9.9.9", large)
+    queue.check_room("a", "9.9.9.9", large - 1)
+    assert gate.address_of({"client": ("2001:db8::1", 1)}) == gate.address_of({"client": ("2001:db8::9:9", 1)})
+    assert gate.address_of({"client": ("::ffff:10.0.0.1", 1)}) == gate.address_of({"client": ("10.0.0.1", 2)})
+    long = {**SEEN, "steps": 150, "number": 16}
+    monkeypatch.setattr(turns, "MOST_WAITING", 4)
+    codes, ids = [], []
+    for _ in range(6):
+        with served.client() as client:  # a new cookie
+            asked = client.post("/api/jobs", json=long)
+            codes.append(asked.status_code)
+            ids += [(client, asked.json()["id"])] if asked.status_code == 202 else []
+    monkeypatch.undo()
+    assert codes[0] == 202 and codes[-1] == 429
+    for job in served.studio.turns.jobs():
+        served.studio.turns.cancel(job)
+
+
 def test_a_full_queue_is_said_with_when_to_try_again(
     served: Served, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,7 +331,7 @@ def test_what_cannot_be_is_refused_in_words(served: Served, client: httpx.Client
         (b'{"prompt": "x"', 422),
         (b"\xff\xfe\x00", 400),
         (b'{"prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400),
-        (b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", 400),
+        (b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", 422),
         (b"", 422),
         (b"null", 422),
     ):
@@ -307,6 +343,76 @@ def test_what_cannot_be_is_refused_in_words(served: Served, client: httpx.Client
     refused(client.get("/api/jobs/0123456789abcdef"), 404)
     refused(client.get("/api/images", params={"limit": 1000}), 422)
     assert len(client.get("/api/jobs").json()["jobs"]) == before and not served.faults
+
+
+NUMBERS: list[tuple[str, str]] = [
+    ('"seed": ' + "9" * 5000, "seed"),
+    ('"seed": -' + "9" * 400, "seed"),
+    ('"seed": 1e400', "seed"),
+    ('"seed": 7.0', "seed"),
+    ('"seed": true', "seed"),
+    ('"steps": NaN', "steps"),
+    ('"steps": 1e3', "steps"),
+    ('"number": false', "number"),
+    ('"upscale": true', "upscale"),
+    ('"width": 99999999999999999999, "height": 16', "width"),
+    ('"guidance": true', "guidance"),
+    ('"guidance": -Infinity', "guidance"),
+    ('"guidance": 1e400', "guidance"),
+    ('"guidance": ' + "9" * 5000, "guidance"),
+    ('"strength": "0.5"', "strength"),
+    ('"strength": NaN', "strength"),
+    ('"image": 7', "image"),
+    ('"mask": ["a"]', "mask"),
+    ('"image": "\\u0000picture 0"', "image"),
+]
+
+
+def test_numbers_that_cannot_be_are_refused_by_name(client: httpx.Client) -> None:
+    for text, field in NUMBERS:
+        body = b'{"prompt": "x", %s}' % text.encode()
+        said = refused(client.post("/api/jobs", content=body, headers={"content-type": "application/json"}), 422)
+        assert said.startswith(f"{field}: "), (text[:40], said)
+
+
+def test_pictures_are_taken_however_base64_is_written_in_json(client: httpx.Client) -> None:
+    """PHP escapes slashes, .NET signs; both are JSON."""
+    data = io.BytesIO()
+    Image.effect_noise((64, 64), 90).convert("RGB").save(data, "PNG")
+    picture = base64.b64encode(data.getvalue()).decode()
+    assert "/" in picture and "+" in picture and len(picture) > 2000
+    for written in (picture, picture.replace("/", r"\/"), picture.replace("+", r"\u002B").replace("=", r"\u003D")):
+        text = json.dumps({**SEEN, "width": 16, "height": 16, "image": "HERE"}).replace("HERE", written)
+        asked = client.post("/api/jobs", content=text.encode(), headers={"content-type": "application/json"})
+        assert asked.status_code == 202, asked.text
+        assert finished(client, asked.json())["state"] == "done"
+
+
+def test_large_bodies_hold_nobody_up(served: Served, client: httpx.Client) -> None:
+    """What is no picture is refused by its size, before it is parsed; the long form is in test_serve_hostile.py."""
+    took: list[float] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        with served.client() as other:
+            while not stop.wait(0.05):
+                began = time.monotonic()
+                assert other.get("/api/model").status_code == 200
+                took.append(time.monotonic() - began)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    json_type = {"content-type": "application/json"}
+    most = gate.MAX_BODY - 100
+    for body in (
+        b'{"prompt": [' + b"1," * (most // 2) + b"1]}",
+        b'{"prompt": ["' + b'","' * (most // 3) + b'"]}',
+        b'{"prompt": "x", "image": "' + b"A" * (most // 4 * 4) + b'"}',
+    ):
+        assert client.post("/api/jobs", content=body, headers=json_type).status_code in (413, 422)
+    stop.set()
+    watcher.join()
+    assert max(took) < 1, took
 
 
 def test_other_sites_are_refused(served: Served, client: httpx.Client) -> None:
@@ -403,6 +509,86 @@ def test_elsewhere_a_token_is_needed(artist: Artist, tmp_path: Path) -> None:
         assert bearer.json()["security"] == [{"token": []}]
 
 
+def test_wrong_tokens_are_looked_at_slowly_and_the_right_one_at_once() -> None:
+    now = 0.0
+    guesses = Guesses(lambda: now)
+    waits = [guesses.take("a") for _ in range(100)]
+    assert waits[:10] == [0.0] * 10 and waits[10] == pytest.approx(0.2) and waits[58] == pytest.approx(9.8)
+    assert waits[60:] == [None] * 40  # beyond ten seconds none is looked at
+    assert guesses.take("b") == 0.0  # a newcomer waits for nobody
+    others = [guesses.take(f"{i}") for i in range(1000) for _ in range(5)]
+    assert guesses.take("c") == 0.0 and None in others  # of all together a few a second, beside each one's first
+    now = 60.0
+    assert guesses.take("a") == 0.0
+    guesses.right("a", taken=True)
+    assert guesses.is_known("a") and not guesses.is_known("b")
+
+
+def test_a_guesser_is_slowed_and_locks_nobody_out(artist: Artist, tmp_path: Path) -> None:
+    with serving(artist, tmp_path, TOKEN) as served, httpx.Client(base_url=served.url) as holder:
+        right = {"authorization": f"Bearer {TOKEN}"}
+        assert holder.get("/api/jobs", headers=right).status_code == 200
+        codes: list[int] = []
+        end = time.monotonic() + 1.2
+
+        def guess(n: int) -> None:
+            with httpx.Client(base_url=served.url, timeout=30) as client:
+                while time.monotonic() < end:
+                    wrong = {"authorization": f"Bearer {n} {len(codes)}"}
+                    codes.append(client.get("/api/jobs", headers=wrong).status_code)
+                    codes.append(client.post("/login", data={"token": f"{n}"}).status_code)
+
+        guessers = [threading.Thread(target=guess, args=(n,)) for n in range(4)]
+        for thread in guessers:
+            thread.start()
+        while time.monotonic() < end:
+            began = time.monotonic()
+            assert holder.get("/api/jobs", headers=right).status_code == 200
+            assert time.monotonic() - began < 0.5
+            time.sleep(0.1)
+        for thread in guessers:
+            thread.join()
+        assert set(codes) == {401} and 10 <= len(codes) < 40
+        many = "&".join(f"a{i}=1" for i in range(99))
+        form = {"content-type": "application/x-www-form-urlencoded"}
+        refused(holder.post("/login", content=many, headers=form), 400)
+
+
+def test_half_open_and_slow_connections_shut_nobody_out(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "MOST_CONNECTIONS", 20)
+    port = int(served.url.rpartition(":")[2])
+    post = b"POST /api/jobs HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{"
+    for begun in (b"", b"GET / HTTP/1.1\r\nhost: loc", post, b"GET /app.js HTTP/1.1\r\nhost: localhost\r\n\r\n" * 9):
+        held = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
+        try:
+            for raw in held:
+                with contextlib.suppress(OSError):
+                    raw.sendall(begun)
+            began = time.monotonic()
+            assert httpx.get(f"{served.url}/api/model").status_code == 200
+            assert time.monotonic() - began < 5 < gate.HEAD_SECONDS
+        finally:
+            for raw in held:
+                raw.close()
+
+
+def test_bodies_in_crumbs_and_answers_that_are_not_taken_end(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = int(served.url.rpartition(":")[2])
+    head = b"POST /api/jobs HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as raw:
+        raw.sendall(head + b"transfer-encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 2000)
+        assert raw.recv(100).startswith(b"HTTP/1.1 400")
+    monkeypatch.setattr(gate, "WRITE_SECONDS", 0.2)
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as raw:
+        raw.sendall(b"GET /app.js HTTP/1.1\r\nhost: localhost\r\n\r\n" * 2000)  # some 30 MB
+        time.sleep(1.5)
+        taken = 0
+        with contextlib.suppress(ConnectionResetError):
+            while part := raw.recv(1 << 20):
+                taken += len(part)
+        assert taken < 2000 * 15_000
+
+
 def test_prompts_are_never_markup(client: httpx.Client) -> None:
     """They are in the page as text alone: by the scripts' source, and as JSON that nothing takes for HTML."""
     for name in ("app.js", "brush.js"):
@@ -428,6 +614,55 @@ def test_a_damaged_file_in_the_folder_is_passed_over(served: Served, client: htt
     Image.new("RGB", (8, 8)).save(served.studio.out / "900000.png", pnginfo=info)
     assert "900000" not in [p["name"] for p in client.get("/api/images").json()["pictures"]]
     refused(client.get("/api/images/900000.png"), 404)
+
+
+def test_hostile_files_and_a_lost_folder_do_not_break_the_history(artist: Artist, tmp_path: Path) -> None:
+    out = tmp_path / "samples"
+
+    def file(number: int, text: str, zipped: bool = False) -> None:
+        info = PngImagePlugin.PngInfo()
+        info.add_text("tastemaker", text, zip=zipped)
+        Image.new("RGB", (8, 8)).save(out / f"{number:06d}.png", pnginfo=info)
+
+    with serving(artist, out) as served, served.client() as client:
+        job = finished(client, client.post("/api/jobs", json={**SEEN, "seed": 1}).json())
+        own = read_facts(out / "000000.png")
+        os.mkfifo(out / "900000.png")
+        file(900001, "[" * 100_000)
+        file(900002, '{"prompt": "x", "nested": ' + "[" * 400 + "]" * 400 + "}")
+        file(900003, '{"prompt": "\\ud800", "seed": 1}')
+        file(900004, '{"prompt": "x", "seed": ' + "9" * 4000 + "}")
+        file(900005, '{"prompt": "x", "seed": ' + "9" * 5000 + "}")
+        file(900006, '{"prompt": "x", "guidance": 1e400}')
+        file(900007, json.dumps({**own, "nsfw": {"flagged": True, "score": "x"}}))
+        file(900008, json.dumps({**own, "scheduler": 7}))
+        file(900009, " " * 900_000, zipped=True)
+        (out / "900010.png").mkdir()
+        (out / "900011.png").symlink_to("/dev/zero")
+        (out / "900012.png").symlink_to("900012.png")
+        (out / "900013.png").symlink_to("nowhere")
+        file(900014, json.dumps(own))
+        listed = client.get("/api/images")
+        assert listed.status_code == 200
+        assert [p["name"] for p in listed.json()["pictures"]] == ["900014", "900003", "000000"]
+        assert listed.json()["pictures"][1]["facts"]["prompt"] == "\ufffd"
+        for number in (0, 1, 2, 10, 11, 12, 13):
+            refused(client.get(f"/api/images/{900000 + number}.png"), 404)
+        out.rename(tmp_path / "away")
+        gone = client.get("/api/images")
+        assert "moved or removed" in refused(gone, 503) and gone.headers["retry-after"]
+        assert client.get("/").status_code == 200
+        out.write_text("a file")
+        assert "a file is in its place" in refused(client.get("/api/images"), 503)
+        job = finished(client, client.post("/api/jobs", json=SEEN).json())
+        assert job["state"] == "failed" and str(out) in job["error"]
+        out.unlink()
+        assert finished(client, client.post("/api/jobs", json=SEEN).json())["state"] == "done"
+        assert len(client.get("/api/images").json()["pictures"]) == 1  # made anew
+        shutil.rmtree(out)
+        (tmp_path / "away").rename(out)
+        assert len(client.get("/api/images").json()["pictures"]) == 3
+    assert not served.faults
 
 
 def test_what_is_wrong_is_said_before_the_model_loads(

@@ -154,7 +154,7 @@ def test_laion_names_and_types(tmp_path: Path) -> None:
     assert table.schema.equals(plan.schema)
     assert table.to_pydict() == {
         "url": ["http://a.test/1", None, "http://a.test/3"],
-        "caption": ["ok", "bad \ufffd\ufffd\ufffd\ufffd", None],
+        "caption": ["ok", None, None],
         "WIDTH": [512.0, None, None],
         "LANGUAGE": ["en", "de", "en"],
         "boxes": [[[0.1, 0.2]], [], None],
@@ -183,7 +183,7 @@ def test_csv_keeps_what_a_number_would_lose(tmp_path: Path) -> None:
     assert [str(f.type) for f in plan.carried] == [
         *("string", "int64", "string", "double", "bool", "string", "string", "double")
     ]
-    assert all_rows(plan)[0]["caption"] == "007" and all_rows(plan)[1]["caption"] == "caf\ufffd"
+    assert all_rows(plan)[0]["caption"] == "007" and all_rows(plan)[1]["caption"] is None
     assert [r["id"] for r in all_rows(plan)] == ["007", "8"]
     assert all_rows(plan)[0]["hash"] == -(2**63) and all_rows(plan)[0]["nan"] is None
     assert all_rows(plan)[0]["big"] == "18446744073709551615" and all_rows(plan)[0]["flag"] is True
@@ -706,16 +706,13 @@ def test_wrong_columns(tmp_path: Path) -> None:
         r"no column 'width' \(source.columns\). Did you mean 'Widht'",
         SourceConfig(url="link", columns=("width",)),
     )
-    path = parquet(tmp_path / "r.parquet", {"url": ["a"], "status": ["b"], "ok": [1]})
-    refused(path, r"column 'status' has a name that the results need.*source.columns: \[ok\]")
-    assert inspect(str(path), SourceConfig(columns=("ok",))).carried.names == ["ok"]
     twice = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["url", "x", "x"])
     pq.write_table(twice, tmp_path / "t.parquet")
     refused(tmp_path / "t.parquet", "two columns are called 'x'")
     refused(write(tmp_path / "t.csv", "url,x,x\na,1,2\n"), "two columns are called 'x'")
     refused(write(tmp_path / "h.tsv", "http://a.test/1\ta cat\n"), "no header line")
-    path = parquet(tmp_path / "n.parquet", {"url": ["a"], "caption": [["one", "two"]]})
-    refused(path, r"column 'caption' \(caption\) holds list")
+    path = parquet(tmp_path / "n.parquet", {"url": ["a"], "caption": [{"en": "one"}]})
+    refused(path, r"column 'caption' \(caption\) holds struct")
     for name, values in (("a", [[1]]), ("b", ["x"])):
         parquet(tmp_path / "kinds" / f"{name}.parquet", {"url": ["u"], "x": values})
     refused(tmp_path / "kinds", r"b\.parquet: column 'x' is string here and list<.*> in other files")
@@ -727,14 +724,18 @@ def test_wrong_columns(tmp_path: Path) -> None:
         ("l.parquet", b"PAR1 nonsense", "cannot be read"),
         ("l.csv", b"", "is empty"),
         ("l.csv", b"url,caption\n", "has no rows"),
-        ("l.csv", b"url,caption\na,b\na,b,c\n", "cannot be read.*Expected 2 columns, got 3"),
+        (
+            "l.csv",
+            b"url,caption\na,b\na,b,c\n",
+            "1 of 2 lines are broken, which is too many. line 3: 3 fields, where the header has 2: a,b,c",
+        ),
         ("l.txt", b"\n\n", "has no rows"),
         ("l.json", b"[]", "has no rows"),
         ("l.json", b'{"url": "a"}', "an array .* is needed"),
         ("l.json", b'[{"url": "a"}, {"url": ', "item 2: not JSON, or cut short"),
         ("l.json", b'[{"url": "a"} {"url": "b"}]', "item 2: .*a comma"),
         ("l.json", b'["a"]', "item 1: an object"),
-        ("l.jsonl", b'{"url": "a"}\n{"url"\n', "line 2: not JSON"),
+        ("l.jsonl", b'{"url": "a"}\n{"url"\n', "1 of 2 lines are broken, which is too many. line 2: not JSON"),
         ("l.xlsx", b"PK", "l.xlsx is not a list that can be read"),
         ("l.png", picture("PNG"), "is an image. Give the folder"),
         ("l.tar", b"not a tar" * 200, r"l\.tar: cannot be read"),
@@ -751,8 +752,8 @@ def test_broken_archives(tmp_path: Path) -> None:
     for name in ("l.csv.gz", "l.jsonl.gz"):
         (tmp_path / name).write_bytes(whole[: len(whole) // 2])
         refused(tmp_path / name, "cannot be read|not JSON")
-        (tmp_path / name).write_bytes(b"url\nno gzip\n")
-        refused(tmp_path / name, "cannot be read")
+        (tmp_path / name).write_bytes(whole[:200] + b"no gzip" + whole[207:])
+        refused(tmp_path / name, "cannot be read|not JSON")
     tar = write_tar(tmp_path / "t" / "0.tar", {"a": {"jpg": picture(), "json": b"{"}})
     refused(tar, r"0\.tar, a\.json: not JSON")
     tar.write_bytes(tar.read_bytes()[:600])

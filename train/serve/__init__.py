@@ -4,6 +4,7 @@
 >>> app = new_app(studio)                                               # an ASGI app
 >>> Server(app, studio).run(sockets=[listen("127.0.0.1", 7860)])        # until Ctrl-C
 
-app: routes, errors, the server;  gate: what is refused first;  wire: what is said in JSON;  studio: jobs and pictures;
-turns: whose job is next;  page/: what the browser gets.
+app: routes, errors, the server;  gate: what is refused first;  guesses: tokens that are wrong;  wire: what is said in
+JSON;  body: requests, read within bounds;  studio: jobs and pictures;  turns: whose job is next;  page/: what the
+browser gets.
 """

@@ -7,7 +7,7 @@ import errno
 import re
 import secrets
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib import resources
 from typing import Annotated, Any
 
@@ -20,15 +20,14 @@ from fastapi.sse import EventSourceResponse
 
 from curate.store import UserError
 from train.sample import versions
-from train.serve.gate import Gate, Protocol, problem
-from train.serve.studio import Studio, facts_in
+from train.serve.gate import MAX_HEAD, Gate, Protocol, address_of, problem
+from train.serve.studio import FolderGone, Studio, facts_in
 from train.serve.turns import Full, Job
 from train.serve.wire import ERRORS, ERRORS_OF_FILES, Ask, Jobs, JobView, ModelView, Pictures
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 """Names of this machine to itself: what a server without a token answers to."""
 
-MOST_CONNECTIONS = 512
 CLIENT = "tastemaker_client"
 """The cookie by which a browser's jobs are told from others'."""
 
@@ -51,7 +50,7 @@ def new_app(studio: Studio, hosts: frozenset[str] | None = LOOPBACK, token: str 
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         studio.turns.start()
         yield
-        studio.turns.close()
+        studio.close()
 
     app = FastAPI(
         title="Tastemaker",
@@ -69,8 +68,9 @@ def new_app(studio: Studio, hosts: frozenset[str] | None = LOOPBACK, token: str 
         app.get(path, include_in_schema=False)(_shows((folder / file).read_bytes(), kind))
     for error, handler in _HANDLERS.items():
         app.add_exception_handler(error, handler)
+    description = app.openapi()
+    description["components"]["schemas"]["Ask"] = Ask.model_json_schema()
     if token is not None:
-        description = app.openapi()
         description["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         description["security"] = [{"token": []}]
     return Gate(app, hosts, token, (folder / "sign-in.html").read_text("utf-8"))
@@ -114,8 +114,8 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             proxy_headers=False,  # anybody could say that he is somebody else
-            limit_concurrency=MOST_CONNECTIONS,
-            timeout_graceful_shutdown=2,
+            h11_max_incomplete_event_size=MAX_HEAD,
+            timeout_graceful_shutdown=1,
         )
         super().__init__(config)
         self._studio, self._ready = studio, ready
@@ -129,48 +129,53 @@ class Server(uvicorn.Server):
 # ------------------------------------------------------------------------------------------------------------- routes
 
 
-def _studio(request: Request) -> Studio:
+async def _studio(request: Request) -> Studio:
     studio: Studio = request.app.state.studio
     return studio
 
 
-def client_of(request: Request) -> str:
+async def client_of(request: Request) -> str:
     """Who asks: a browser by its cookie, anybody else by address."""
     known = request.cookies.get(CLIENT, "")
     if re.fullmatch(r"[0-9a-f]{32}", known):
         return known
-    return request.client.host if request.client else ""
+    return address_of(request.scope)
 
 
 TheStudio = Annotated[Studio, Depends(_studio)]
 Client = Annotated[str, Depends(client_of)]
 
 
-def _job(id: Annotated[str, fastapi.Path(pattern="^[0-9a-f]{16}$")], studio: TheStudio) -> Job:
+async def _job(id: Annotated[str, fastapi.Path(pattern="^[0-9a-f]{16}$")], studio: TheStudio) -> Job:
     if job := studio.turns.get(id):
         return job
     raise HTTPException(404, f"there is no job {id}, or no longer: it may be of before a restart")
 
 
 TheJob = Annotated[Job, Depends(_job)]
+ASKED = {"required": True, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Ask"}}}}
+"""The body of a request to draw, for the description: it is parsed by `train.serve.body`, off the event loop."""
 api = APIRouter(prefix="/api")
 
 
+# What is quick is answered on the event loop itself: so it waits for none of the threads that read files.
+
+
 @api.get("/model")
-def model(studio: TheStudio) -> ModelView:
+async def model(studio: TheStudio) -> ModelView:
     """What pictures are drawn with, and what may be asked."""
     return studio.model()
 
 
-@api.post("/jobs", status_code=202)
-def ask(ask: Ask, studio: TheStudio, client: Client) -> JobView:
+@api.post("/jobs", status_code=202, openapi_extra={"requestBody": ASKED})
+async def ask(request: Request, studio: TheStudio, client: Client) -> JobView:
     """Ask for pictures. The answer comes at once, the pictures when it is their turn."""
-    job = studio.turns.submit(studio.job(ask, client))
+    job = await studio.ask(await request.body(), client, address_of(request.scope))
     return studio.views([job], client)[0]
 
 
 @api.get("/jobs")
-def jobs(
+async def jobs(
     studio: TheStudio,
     client: Client,
     mine: bool = False,
@@ -183,13 +188,13 @@ def jobs(
 
 
 @api.get("/jobs/{id}")
-def job(job: TheJob, studio: TheStudio, client: Client) -> JobView:
+async def job(job: TheJob, studio: TheStudio, client: Client) -> JobView:
     """How far a job is."""
     return studio.views([job], client)[0]
 
 
 @api.delete("/jobs/{id}")
-def cancel(job: TheJob, studio: TheStudio, client: Client) -> JobView:
+async def cancel(job: TheJob, studio: TheStudio, client: Client) -> JobView:
     """End a job of one's own, waiting or being drawn. Pictures that are finished stay."""
     if job.client != client:
         raise HTTPException(403, "this job is somebody else's")
@@ -239,10 +244,10 @@ def image(name: Annotated[str, fastapi.Path(pattern="^[0-9]{6,12}$")], studio: T
     return FileResponse(path, headers={"cache-control": "private, max-age=31536000"})
 
 
-def _shows(data: bytes, kind: str) -> Callable[[Request], Response]:
+def _shows(data: bytes, kind: str) -> Callable[[Request], Awaitable[Response]]:
     """A file of the page. With the page itself a browser gets the cookie that tells its jobs from others'."""
 
-    def show(request: Request) -> Response:
+    async def show(request: Request) -> Response:
         response = Response(data, media_type=kind, headers={"cache-control": "no-cache"})
         if kind.startswith("text/html") and CLIENT not in request.cookies:
             response.set_cookie(CLIENT, secrets.token_hex(16), max_age=365 * 86400, httponly=True, samesite="strict")
@@ -254,26 +259,30 @@ def _shows(data: bytes, kind: str) -> Callable[[Request], Response]:
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
-def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
     said = [f"{'.'.join(str(part) for part in e['loc'][1:]) or 'body'}: {e['msg']}" for e in error.errors()]
     more = f" (and {len(said) - 5} more)" if len(said) > 5 else ""
     return problem(422, ("; ".join(said[:5]) + more)[:1000], "GET /api/openapi.json says what can be asked")
 
 
-def _impossible(request: Request, error: UserError) -> JSONResponse:
+async def _impossible(request: Request, error: UserError) -> JSONResponse:
     return problem(422, str(error))
 
 
-def _full(request: Request, error: Full) -> JSONResponse:
+async def _full(request: Request, error: Full) -> JSONResponse:
     hint = "cancel some, or wait" if error.own else "try again in a while"
     return problem(429 if error.own else 503, str(error), hint, {"retry-after": "10"})
 
 
-def _http(request: Request, error: StarletteHTTPException) -> JSONResponse:
+async def _gone(request: Request, error: FolderGone) -> JSONResponse:
+    return problem(503, str(error), "put it back, or draw: then it is made anew", {"retry-after": "10"})
+
+
+async def _http(request: Request, error: StarletteHTTPException) -> JSONResponse:
     return problem(error.status_code, str(error.detail), headers=error.headers)
 
 
-def _ours(request: Request, error: Exception) -> JSONResponse:
+async def _ours(request: Request, error: Exception) -> JSONResponse:
     return problem(500, f"an error of the server's own: {type(error).__name__}", "its log says where")
 
 
@@ -281,6 +290,7 @@ _HANDLERS: dict[type[Exception], Any] = {
     RequestValidationError: _invalid,
     UserError: _impossible,
     Full: _full,
+    FolderGone: _gone,
     StarletteHTTPException: _http,
     Exception: _ours,
 }

@@ -10,24 +10,35 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import ipaddress
 import secrets
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import h11
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from train.serve.guesses import Guesses
+
 MAX_HEADERS = 100
+MAX_HEAD = 16 << 10  # bytes of a request's line and headers
 MAX_BODY = 24 << 20
 """Bytes of one request: two pictures of 8 MB in base64, and room."""
+SMALL_BODY = 64 << 10
 MAX_READING = 256 << 20
-"""Bytes of all the requests that are being read at once."""
+"""Bytes of all the requests above SMALL_BODY that are read at once; those from one address may be half of it."""
 BODY_SECONDS = 60.0
 HEAD_SECONDS = 10.0  # from the first byte, or from connecting, to the end of the headers
+WRITE_SECONDS = 30.0  # in which a client takes 64 kB of an answer
+MOST_CONNECTIONS = 384  # and as many again that are being answered
+CHUNKS, CHUNK_BYTES = 200, 1000
+"""A body in chunks has so many at most, and then one for each so many bytes: each costs as much time as a request."""
 
 COOKIE = "tastemaker_token"
 OPEN = ("/style.css", "/icon.svg")
@@ -71,7 +82,8 @@ class Gate:
 
     def __init__(self, app: ASGIApp, hosts: frozenset[str] | None, token: str | None, sign_in: str) -> None:
         self._app, self._hosts, self._token, self._sign_in = app, hosts, token, sign_in
-        self._reading = 0
+        self._reading: Counter[str] = Counter()  # bytes, by address
+        self._guesses = Guesses()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -106,7 +118,7 @@ class Gate:
         _check_site(headers, method, path)
         if self._token is not None and path == "/login" and method == "POST":
             return await self._log_in(scope, receive)
-        if not self._is_known(scope) and path not in OPEN:
+        if path not in OPEN and not await self._is_known(scope):
             if path == "/" and method == "GET":
                 return self._form(401, "")
             raise Refused(
@@ -118,7 +130,8 @@ class Gate:
         if method in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
             return None
-        body = await self._body(headers, receive)
+        address = address_of(scope)
+        body = await self._body(headers, receive, address)
         if method in ("POST", "PUT", "PATCH"):
             _check_type(headers, "application/json")
         ended = False
@@ -133,7 +146,7 @@ class Gate:
         try:
             await self._app(scope, again, send)
         finally:
-            self._reading -= len(body)
+            self._read(address, -len(body))
         return None
 
     def _check_host(self, headers: Headers) -> None:
@@ -148,22 +161,43 @@ class Gate:
                 f"it answers to {', '.join(sorted(self._hosts))}; for another name start it with --host and a token",
             )
 
-    def _is_known(self, scope: Scope) -> bool:
+    async def _is_known(self, scope: Scope) -> bool:
         if self._token is None:
             return True
         connection = HTTPConnection(scope)
         scheme, _, given = connection.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and _same(given.strip(), self._token):
+        bearer = given.strip() if scheme.lower() == "bearer" else ""
+        kept = connection.cookies.get(COOKIE, "")
+        if not bearer and not kept:
+            return False
+        right = _same(bearer, self._token) | _same(kept, cookie(self._token))
+        return await self._looked_at(scope, right)
+
+    async def _looked_at(self, scope: Scope, right: bool) -> bool:
+        """What came of a token, when its time has come. Refused where too many guesses wait."""
+        address = address_of(scope)
+        if right and self._guesses.is_known(address):
+            self._guesses.right(address, taken=False)
             return True
-        return _same(connection.cookies.get(COOKIE, ""), cookie(self._token))
+        wait = self._guesses.take(address)
+        if wait is None:
+            raise Refused(429, "too many wrong tokens came from your address", "wait a little", {"retry-after": "15"})
+        await asyncio.sleep(wait)
+        if right:
+            self._guesses.right(address, taken=True)
+        return right
 
     async def _log_in(self, scope: Scope, receive: Receive) -> Response:
         headers = Headers(scope=scope)
-        body = await self._body(headers, receive, most=10_000)
-        self._reading -= len(body)
+        address = address_of(scope)
+        body = await self._body(headers, receive, address, most=10_000)
+        self._read(address, -len(body))
         _check_type(headers, "application/x-www-form-urlencoded")
-        given = parse_qs(body.decode("utf-8", "replace"), max_num_fields=10).get("token", [""])[0]
-        if self._token is None or not _same(given.strip(), self._token):
+        try:
+            given = parse_qs(body.decode("utf-8", "replace"), max_num_fields=10).get("token", [""])[0]
+        except ValueError as e:
+            raise Refused(400, f"this is no sign-in: {e}") from None
+        if self._token is None or not await self._looked_at(scope, _same(given.strip(), self._token)):
             return self._form(401, "That is not the token. It is printed where the server was started.")
         answer = RedirectResponse("/", 303)
         answer.set_cookie(COOKIE, cookie(self._token), max_age=30 * 86400, httponly=True, samesite="strict")
@@ -172,7 +206,7 @@ class Gate:
     def _form(self, status: int, note: str) -> Response:
         return HTMLResponse(self._sign_in.replace("{note}", note), status)
 
-    async def _body(self, headers: Headers, receive: Receive, most: int = MAX_BODY) -> bytes:
+    async def _body(self, headers: Headers, receive: Receive, address: str, most: int = MAX_BODY) -> bytes:
         """All bytes of a request, which count as being read until the caller takes them off again.
 
         Counted as they come, whatever `Content-Length` says.
@@ -190,20 +224,42 @@ class Gate:
                     if message["type"] == "http.disconnect":
                         raise Refused(400, "the request ended before its end")
                     part = message.get("body", b"")
-                    self._reading += len(part)
+                    self._read(address, len(part))
                     body += part
                     more = message.get("more_body", False)
                     if len(body) > most:
                         raise too_large
-                    if self._reading > MAX_READING:
+                    if len(body) > SMALL_BODY and self._much_is_read(address):
                         raise Refused(503, "too much is being sent at once", "try again shortly", {"retry-after": "5"})
         except TimeoutError:
-            self._reading -= len(body)
+            self._read(address, -len(body))
             raise Refused(408, f"the request did not arrive within {BODY_SECONDS:.0f} seconds") from None
         except BaseException:
-            self._reading -= len(body)
+            self._read(address, -len(body))
             raise
         return bytes(body)
+
+    def _read(self, address: str, bytes: int) -> None:
+        self._reading[address] += bytes
+        if not self._reading[address]:
+            del self._reading[address]
+
+    def _much_is_read(self, address: str) -> bool:
+        return self._reading.total() > MAX_READING or self._reading[address] > MAX_READING / 2
+
+
+def address_of(scope: Scope) -> str:
+    """From where a request comes: of IPv6 the /64, which is one customer's. Behind a proxy all have the proxy's."""
+    host = (scope.get("client") or ("",))[0]
+    try:
+        found = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return str(host)
+    if isinstance(found, ipaddress.IPv6Address):
+        if found.ipv4_mapped is not None:
+            return str(found.ipv4_mapped)
+        return str(ipaddress.IPv6Network((found, 64), strict=False))
+    return str(found)
 
 
 def cookie(token: str) -> str:
@@ -241,13 +297,44 @@ def _hostname(host: str) -> str:
         return ""
 
 
+class _Parser(h11.Connection):
+    """h11's, where a body in crumbs is no request."""
+
+    chunks = bytes = 0
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self.chunks = self.bytes = 0
+        elif isinstance(event, h11.Data):
+            self.chunks += event.chunk_start
+            self.bytes += len(event.data)
+            if self.chunks > CHUNKS + self.bytes // CHUNK_BYTES:
+                raise h11.RemoteProtocolError("the body comes in too small chunks")
+        return event
+
+
 class Protocol(H11Protocol):
-    """uvicorn's HTTP/1.1, where a connection has HEAD_SECONDS to bring a whole head; else it is closed."""
+    """uvicorn's HTTP/1.1, where who is slow is closed: a connection has HEAD_SECONDS to bring a whole head, and
+    WRITE_SECONDS to take what it asked for.
+
+    Where MOST_CONNECTIONS are there and one more comes, one makes room for it that waits for its client: of the address
+    that has the most of these, the one that has been there longest.
+    """
 
     _deadline: asyncio.TimerHandle | None = None
+    _write_deadline: asyncio.TimerHandle | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.conn = _Parser(h11.SERVER, MAX_HEAD)
+        self._since = self.loop.time()
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self.address = address_of({"client": self.client})
+        if len(self.connections) > MOST_CONNECTIONS:
+            self._make_room()
         self._wait()
 
     def data_received(self, data: bytes) -> None:
@@ -257,6 +344,37 @@ class Protocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._stop()
+        self.resume_writing()
+
+    def on_response_complete(self) -> None:
+        self._since = self.loop.time()
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._write_deadline is None:
+            self._write_deadline = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._write_deadline is not None:
+            self._write_deadline.cancel()
+            self._write_deadline = None
+
+    @property
+    def waits_for_client(self) -> bool:
+        """Whether it is the client's turn: to ask, to send the rest of a request, or to take the answer."""
+        asked = self.cycle
+        return asked is None or asked.response_complete or asked.response_started or asked.more_body
+
+    def _make_room(self) -> None:
+        idle = [c for c in self.connections if isinstance(c, Protocol) and c is not self and c.waits_for_client]
+        if not idle and len(self.connections) <= 2 * MOST_CONNECTIONS:
+            return
+        counts = Counter(c.address for c in idle)
+        leaves = min(idle, key=lambda c: (-counts[c.address], c._since), default=self)
+        self.connections.discard(leaves)  # at once: more may come before it has gone
+        leaves.transport.abort()
 
     def _wait(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:

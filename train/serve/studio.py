@@ -7,31 +7,52 @@ takes no memory. What waits is kept in memory, and is lost with the process.
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import json
+import io
+import os
 import re
 import secrets
-import threading
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from pydantic import ValidationError
+from pydantic_core import PydanticSerializationError
 
+from aesthetic.untrusted import open_regular, parse_json
 from curate.images import decode
 from curate.ledger import RowError
 from curate.store import DiskFull, UserError
 from train.picture import CHUNK, png, save_numbered
 from train.sample import SEEDS, UNSAFE, Artist, Drawn, Request
 from train.schedulers import SCHEDULERS, scheduler_name
+from train.serve.body import Asked, Line, read_ask, unread
 from train.serve.turns import Job, OnStep, Turns
-from train.serve.wire import MAX_INPUT, MAX_TIMES, Ask, Defaults, JobView, Limits, Link, ModelView, Picture, Pictures
+from train.serve.wire import (
+    MAX_INPUT,
+    MAX_TIMES,
+    Defaults,
+    Facts,
+    JobView,
+    Limits,
+    Link,
+    ModelView,
+    Picture,
+    Pictures,
+)
 
 _NUMBERED = re.compile(r"[0-9]{6,12}\.png")
 _SETTINGS = ("steps", "guidance", "width", "height", "scheduler", "strength")
-_decoding = threading.Semaphore(2)  # pictures at a time: one of MAX_INPUT takes 48 MB
+_HEAD = 1 << 20
+"""Bytes at the beginning of a picture's file that are read for its facts, which stand before the pixels."""
+_MOST_FACTS = 256 << 10  # two prompts of 10,000 characters, each an escape, take 120 kB
+
+
+class FolderGone(Exception):
+    """The folder of pictures is not there, or no longer a folder."""
 
 
 class Studio:
@@ -53,17 +74,37 @@ class Studio:
     ) -> None:
         self.artist, self.out, self._say, self._fault = artist, out, say, fault
         self.turns = Turns(self._draw, self._explain, self._changed)
+        self._reading = Line("reading", 2)
+        self._opening = Line("opening", 2)  # pictures: while one of MAX_INPUT is decoded it may take some 200 MB
         self._loop: asyncio.AbstractEventLoop | None = None
         self._change = asyncio.Event()  # set at the next change, and then replaced
 
+    def close(self) -> None:
+        """Begin nothing more, and wait a second for the step that is being drawn."""
+        self._reading.close()
+        self._opening.close()
+        self.turns.close()
+
     # ------------------------------------------------------------------------------------------------- asking
 
-    def job(self, ask: Ask, client: str) -> Job:
-        """What somebody asks for. Raises UserError where it can't be drawn with this model."""
+    async def ask(self, body: bytes, client: str, address: str) -> Job:
+        """Let somebody's request, as it came, wait for its turn.
+
+        Raises what `read_ask` raises, Full, or UserError where it can't be drawn with this model.
+        """
+        asked = await self._reading.do(client, lambda: read_ask(body))
+        if not asked.pictures:
+            return self.turns.submit(self.job(asked, client, address))
+        self.turns.check_room(client, address, asked.room)
+        return self.turns.submit(await self._opening.do(client, lambda: self.job(asked, client, address)))
+
+    def job(self, asked: Asked, client: str, address: str = "") -> Job:
+        """What somebody asks for, its pictures decoded. Raises UserError where it can't be drawn with this model."""
+        ask = asked.ask
         seed = secrets.randbelow(SEEDS - ask.number) if ask.seed is None else ask.seed
         if seed + ask.number > SEEDS:
             raise UserError(f"seed {seed} and the {ask.number - 1} after it: the highest is {SEEDS - 1}")
-        image, mask = _picture("image", ask.image), _picture("mask", ask.mask)
+        image, mask = (_picture(name, asked.pictures.get(name)) for name in ("image", "mask"))
         given = {name: value for name in _SETTINGS if (value := getattr(ask, name)) is not None}
         request = Request(
             ask.prompt, ask.negative, seed=seed, image=image, mask=mask and mask.convert("L"), upscale=ask.upscale,
@@ -75,7 +116,8 @@ class Studio:
             [replace(request, seed=seed + i) for i in range(ask.number)],
             client,
             ask.model_dump(exclude={"image", "mask"}) | {"seed": seed, "image": bool(image), "mask": bool(mask)},
-            bytes=sum(3 * p.width * p.height for p in (image, mask) if p),
+            bytes=asked.room,
+            address=address,
         )
 
     def _check_pixels(self, request: Request) -> None:
@@ -124,6 +166,10 @@ class Studio:
     # ------------------------------------------------------------------------------------------------ drawing
 
     def _draw(self, job: Job, on_step: OnStep) -> Iterator[Link]:
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"the folder of pictures, {self.out}, can't be had: {e.strerror}") from e
         job.note = self._unread(job.requests[0])
         for drawn in self.artist.draw(job.requests, on_step):
             path = save_numbered(png(drawn.image, drawn.facts), self.out)
@@ -145,8 +191,18 @@ class Studio:
     # ------------------------------------------------------------------------------------------------ looking
 
     def history(self, before: int | None, limit: int) -> Pictures:
-        """Pictures in the folder that say how they were drawn, newest first, of numbers below `before`."""
-        names = [p.name for p in self.out.iterdir() if _NUMBERED.fullmatch(p.name)]
+        """Pictures in the folder that say how they were drawn, newest first, of numbers below `before`.
+
+        Raises FolderGone.
+        """
+        try:
+            names = [name for name in os.listdir(self.out) if _NUMBERED.fullmatch(name)]
+        except FileNotFoundError:
+            raise FolderGone(f"the folder of pictures, {self.out}, is not there: it was moved or removed") from None
+        except NotADirectoryError:
+            raise FolderGone(f"the folder of pictures, {self.out}, is no folder: a file is in its place") from None
+        except OSError as e:
+            raise FolderGone(f"the folder of pictures, {self.out}, can't be read: {e.strerror}") from e
         found: list[Picture] = []
         for name in sorted(names, key=lambda name: int(name[:-4]), reverse=True):
             if before is not None and int(name[:-4]) >= before:
@@ -229,11 +285,22 @@ def line_of(path: Path, drawn: Drawn) -> str:
 
 
 def facts_in(path: Path) -> dict[str, Any] | None:
-    """What a PNG says of how it was drawn, without decoding it; None where there is none, or it does not say."""
+    """What a PNG says of how it was drawn, without decoding it; None where there is none, or it does not say, or what
+    it says can't be."""
     try:
-        with Image.open(path) as image:
-            facts = json.loads(image.info[CHUNK])
-    except (OSError, SyntaxError, ValueError, KeyError, Image.DecompressionBombError):
+        with open_regular(path) as f:
+            head = f.read(_HEAD)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # nothing is decoded
+            with Image.open(io.BytesIO(head), formats=["PNG"]) as image:
+                text = image.info[CHUNK]
+        if len(text) > _MOST_FACTS:
+            return None
+        facts = parse_json(text, path.name)
+        Facts.model_validate(facts).model_dump_json()  # the page and the wire can take it
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, Image.DecompressionBombError):
+        return None
+    except (UserError, ValidationError, PydanticSerializationError, RecursionError):
         return None
     return facts if isinstance(facts, dict) else None
 
@@ -243,16 +310,11 @@ def _link(path: Path) -> Link:
     return Link(name=path.stem, url=f"/api/images/{path.stem}.png?v={path.stat().st_mtime_ns:x}")
 
 
-def _picture(name: str, text: str | None) -> Image.Image | None:
-    """A picture out of base64, upright, in sRGB, over white where it is transparent."""
-    if text is None:
+def _picture(name: str, data: bytes | None) -> Image.Image | None:
+    """A picture out of its file, upright, in sRGB, over white where it is transparent."""
+    if data is None:
         return None
     try:
-        data = base64.b64decode(text, validate=True)
-    except ValueError as e:
-        raise UserError(f"{name}: this is no base64 ({e})") from e
-    try:
-        with _decoding:
-            return Image.fromarray(decode(data, max_pixels=MAX_INPUT))
+        return Image.fromarray(decode(data, max_pixels=MAX_INPUT))
     except RowError as e:
-        raise UserError(f"{name}: the picture can't be read: {e.detail or e.reason.value}") from e
+        raise unread(name, e) from e

@@ -21,6 +21,9 @@ MOST_OF_ONE = 50
 """Jobs that wait: of all people, and of one."""
 MOST_BYTES = 256 << 20
 """Of the pictures that waiting jobs bring with them, as pixels."""
+OF_ADDRESS = 0.75
+"""The share of both that jobs from one address may have: whoever drops his cookie is another person each time, but
+comes from the same address."""
 REMEMBERED = 500
 """Jobs that are over and can still be asked for; the pictures themselves are files."""
 
@@ -45,6 +48,7 @@ class Job:
     client: str
     asked: dict[str, Any]  # the same for people: prompt and settings, without pictures
     bytes: int = 0
+    address: str = ""  # from where it was asked; many clients may share one
     id: str = field(default_factory=lambda: secrets.token_hex(8))  # never one of an earlier run's
     state: State = "queued"
     step: int = 0
@@ -105,7 +109,7 @@ class Turns:
             self._lock.notify_all()
         self._on_change()
 
-    def close(self, seconds: float = 2.0) -> None:
+    def close(self, seconds: float = 1.0) -> None:
         """Stop, and wait so long at most for the step that is being drawn."""
         self.stop()
         if self._thread.is_alive():
@@ -119,20 +123,33 @@ class Turns:
     def submit(self, job: Job) -> Job:
         """Let a job wait for its turn. Raises Full."""
         with self._lock:
-            waiting = [j for jobs in self._waiting.values() for j in jobs]
-            if self._closed:
-                raise Full("the server is being stopped")
-            if len(self._waiting.get(job.client, ())) >= MOST_OF_ONE:
-                raise Full(f"{MOST_OF_ONE} of your jobs are waiting already", own=True)
-            if len(waiting) >= MOST_WAITING:
-                raise Full(f"the queue is full: {MOST_WAITING} jobs are waiting")
-            if sum(j.bytes for j in waiting) + job.bytes > MOST_BYTES:
-                raise Full("the queue is full: the pictures that wait with their jobs take all the room there is")
+            self._check_room(job.client, job.address, job.bytes)
             self._jobs[job.id] = job
             self._waiting.setdefault(job.client, deque()).append(job)
             self._lock.notify_all()
         self._on_change()
         return job
+
+    def check_room(self, client: str, address: str, bytes: int) -> None:
+        """Raise Full where a job with pictures of so many bytes could not wait, before they are decoded."""
+        with self._lock:
+            self._check_room(client, address, bytes)
+
+    def _check_room(self, client: str, address: str, bytes: int) -> None:
+        waiting = [j for jobs in self._waiting.values() for j in jobs]
+        near = [j for j in waiting if j.address == address]
+        if self._closed:
+            raise Full("the server is being stopped")
+        if len(self._waiting.get(client, ())) >= MOST_OF_ONE:
+            raise Full(f"{MOST_OF_ONE} of your jobs are waiting already", own=True)
+        if len(waiting) >= MOST_WAITING:
+            raise Full(f"the queue is full: {MOST_WAITING} jobs are waiting")
+        if len(near) >= OF_ADDRESS * MOST_WAITING:
+            raise Full(f"{len(near)} jobs from your address are waiting already", own=True)
+        if sum(j.bytes for j in waiting) + bytes > MOST_BYTES:
+            raise Full("the queue is full: the pictures that wait with their jobs take all the room there is")
+        if sum(j.bytes for j in near) + bytes > OF_ADDRESS * MOST_BYTES:
+            raise Full("the pictures that wait with jobs from your address take all the room there is", own=True)
 
     def cancel(self, job: Job) -> None:
         """End a job that waits, at once, or is drawn, at its next step; one that is over stays as it is.

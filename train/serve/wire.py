@@ -56,6 +56,35 @@ class Ask(BaseModel):
         return text
 
 
+class Facts(BaseModel):
+    """What a picture's file says of itself, as far as it is looked at here; other programs write such files too."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    prompt: str = Field("", max_length=20_000)
+    negative: str = Field("", max_length=20_000)
+    seed: int = Field(0, ge=0, lt=2**32)
+    steps: int = Field(1, ge=1, le=1000)
+    guidance: float = Field(1, ge=0, le=100, allow_inf_nan=False)
+    width: int = Field(8, ge=1, le=10**6)
+    height: int = Field(8, ge=1, le=10**6)
+    scheduler: str = Field("", max_length=100)
+    strength: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    upscale: int = Field(1, ge=1, le=100)
+    nsfw: Nsfw | None = None
+
+
+class Nsfw(BaseModel):
+    """What the detector said of a picture."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    flagged: bool
+    blurred: bool
+    score: float = Field(allow_inf_nan=False)
+    threshold: float = Field(allow_inf_nan=False)
+
+
 class Link(BaseModel):
     """A picture's file."""
 
@@ -149,10 +178,10 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (413, "too large"),
         (415, "not JSON"),
         (422, "something in it can't be"),
-        (429, "too many of yours are waiting"),
+        (429, "too many of yours are waiting, or too many wrong tokens came from your address"),
         (431, "too many headers"),
         (500, "an error of the server's own; its log says more"),
-        (503, "the queue is full"),
+        (503, "the queue is full, or the folder of pictures is not there"),
     )
 }
 """What each address may answer beside what it is for."""
