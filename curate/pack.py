@@ -341,6 +341,7 @@ def _facts(
 ) -> dict[str, Any]:
     """What the manifest says beside files and digests."""
     space = read_json(root / "embedded" / "space.json") or {}
+    hashes = {(read_json(r) or {}).get("denied_hashes") for r in found[0].records}
     recipe = (root / "recipe.yaml").read_text() if (root / "recipe.yaml").exists() else None
     return {
         "name": selection.name,
@@ -354,6 +355,7 @@ def _facts(
         "left_out": left_out,  # tables that were not complete
         "recipe": recipe,
         "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest() if recipe is not None else None,
+        **({"denied_hashes": hashes.pop()} if len(hashes) == 1 and hashes != {None} else {}),
     }
 
 
