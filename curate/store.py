@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -173,6 +174,14 @@ def record_digest(value: Mapping[str, Any]) -> str:
     return digest({k: v for k, v in value.items() if k != "self"})
 
 
+def recommit(root: Path, record: Path, inputs: Mapping[str, str]) -> None:
+    """Write a record again for other inputs from which the same files would come."""
+    value = read_json(record)
+    facts = {k: v for k, v in value.items() if k not in ("config", "inputs", "outputs", "self")}
+    outputs = [root / name for name in value["outputs"]]
+    commit(root, record, config=value["config"], inputs=inputs, outputs=outputs, facts=facts)
+
+
 def uncommit(record: Path) -> None:
     """Take a record back before its files are replaced, so that a half-replaced shard is never taken for done."""
     record.unlink(missing_ok=True)
@@ -218,7 +227,6 @@ class Lock:
     def __enter__(self) -> Lock:
         root = self.path.parent
         try:
-            root.mkdir(parents=True, exist_ok=True)
             fd = self._held()
         except OSError as e:
             raise cannot_write(root, e) from e
@@ -237,8 +245,14 @@ class Lock:
 
     def _held(self) -> int:
         """The descriptor of the lock file that lies there, locked."""
-        while True:
-            fd = open_own(self.path, os.O_RDWR)
+        for attempt in itertools.count():
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                fd = open_own(self.path, os.O_RDWR)
+            except FileNotFoundError:  # its owner took the folder away just now
+                if attempt == 100:
+                    raise
+                continue
             try:
                 if not _flock(fd, fcntl.LOCK_EX, self.path.parent):
                     owner = os.read(fd, 200).decode(errors="replace").strip() or "another process"
@@ -252,6 +266,7 @@ class Lock:
                 os.close(fd)
                 raise
             os.close(fd)  # its owner took the file away with its folder: what is locked is no longer the lock
+        raise AssertionError
 
     def __exit__(self, *_: object) -> None:
         if self._fd is not None:

@@ -87,10 +87,12 @@ def remedies(data: Data, damages: Sequence[Damage]) -> list[str]:
             others.append(f"tastemaker pack {root} --name {name}")
         else:
             main = True
-    return ([_main(data, root)] if main else []) + others
+    return ([again(data)] if main else []) + others
 
 
-def _main(data: Data, root: str) -> str:
+def again(data: Data) -> str:
+    """The command that made the data folder, which goes on where it stopped."""
+    root = shlex.quote(str(data.root))
     path, plan = next(_records(data))
     if not path.exists() or not _whole(path, plan):
         plan = {}  # its words may be wrong
@@ -98,7 +100,7 @@ def _main(data: Data, root: str) -> str:
     limit = (plan.get("source") or {}).get("--limit")
     parts = [f"tastemaker {command} {shlex.quote(str(plan.get('list', 'LIST')))} --out {root}"]
     if data.recipe.exists():
-        parts.append(f"--recipe {root}/{data.recipe.name}")
+        parts.append(f"--recipe {shlex.quote(str(data.recipe))}")
     if limit is not None:
         parts.append(f"--limit {limit}")
     return " ".join(parts)

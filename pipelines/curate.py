@@ -6,8 +6,8 @@ will be, heads and weights, changes that would alter finished shards, the disk.
 
 from __future__ import annotations
 
+import re
 import shlex
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,8 +27,9 @@ from curate.ours import RECIPE_HEADER, Taken, check_free, taken
 from curate.score import Column, columns_of
 from curate.source import clear_plan, inspect, load_plan, make_plan
 from curate.store import Lock, UserError, atomic, check_space, read_json, sweep, uncommit
+from curate.verify import again
 from pipelines.jobs import Job, Work, reach, run_job
-from pipelines.progress import clock
+from pipelines.progress import Screen, clock
 from pipelines.recipe import DEFAULT, Recipe, load_recipe, parse_recipe, read_recipe, to_yaml
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def restart(data: Data, recipe: Recipe, stage: str, stages: Sequence[str]) -> No
     UserError, and nothing is taken back, where what the stages need is not there.
     """
     if "embed" in stages:
-        _has_encoder(recipe)
+        has_encoder(recipe)
     if stage in ("source", "fetch", "images"):
         for record in data.root.glob("fetched/*_stats.json"):
             uncommit(record)
@@ -126,8 +127,54 @@ def check_engine(recipe: Recipe, say: Say) -> None:
     """UserError where the download engine that is asked for cannot be used here."""
     if recipe.fetch.engine == "img2dataset":
         engine_img2dataset.require(recipe.images)
+        if recipe.fetch.deny:
+            raise UserError(
+                "fetch.deny: img2dataset heeds no deny-list, so what is denied would be fetched. "
+                "`--set fetch.engine=native`, or `--set fetch.deny=[]`"
+            )
         say("warning: img2dataset checks no addresses and reads no robots.txt; keep it off private networks")
-    Deny.load(recipe.fetch.deny)  # UserError for what cannot be read
+
+
+def refuse_denied(data: Data, recipe: Recipe, restart_from: str | None = None) -> None:
+    """UserError where a deny-list cannot be read, or names images that the data folder holds already.
+
+    Such a list would be obeyed for what is fetched from now on, and its owner would think for all.
+    """
+    deny = Deny.load(recipe.fetch.deny)
+    if not deny or not data.root.is_dir():
+        return
+    from curate.denied import held
+
+    found = held(data.root, deny, fetched=restart_from in (None, "embed"))
+    if not found:
+        return
+    there = []
+    if found.images:
+        keys = ", ".join(found.keys) + (", ..." if found.images > len(found.keys) else "")
+        there.append(f"{found.images:,} images of fetched/ (key {keys}; {_in_shards(found.shards)})")
+    there += [f"{count:,} images of shards/{name}" for name, count in found.packs.items()]
+    if found.unknown:
+        there.append(
+            f"perhaps images of fetched/ ({_in_shards(found.unknown)}): its md5, sha1 or sha512 can't be compared with "
+            "what was fetched without them, because originals are not kept"
+        )
+    there += [f"perhaps images of shards/{name}, for the same reason" for name in found.unknown_packs]
+    root = shlex.quote(str(data.root))
+    steps = [f"  rm -r {root}/shards/{name} {root}/report/{name}" for name in [*found.packs, *found.unknown_packs]]
+    if found.images or found.unknown:
+        files = [str(Path(f).absolute()) for f in recipe.fetch.deny]
+        denied = shlex.quote(f"fetch.deny=[{', '.join(files)}]")
+        steps.append(f"  {again(data)} --set {denied} --restart-from fetch")
+    raise UserError(
+        f"fetch.deny names what {data.root} holds already: {'; '.join(there)}.\n"
+        "A list that is given later takes nothing away, so nothing is done. Give another --out, or be rid of them:\n"
+        + "\n".join(steps)
+    )
+
+
+def _in_shards(shards: Sequence[str]) -> str:
+    named = ", ".join(shards[:3]) + (f" and {len(shards) - 3:,} more" if len(shards) > 3 else "")
+    return f"shard{'s' if len(shards) > 1 else ''} {named}"
 
 
 def check_selection(recipe: Recipe, carried: pa.Schema, columns: Mapping[str, Column]) -> None:
@@ -162,6 +209,7 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
     check_free(data.root, "data")
     columns = columns_of(recipe.score, recipe.embed.encoder)
     check_engine(recipe, say)
+    refuse_denied(data, recipe, request.restart_from)
     refuse_changes(data, recipe, request.restart_from)
     anew = request.restart_from == "source"
     found = inspect(request.list, recipe.source, request.limit, None if anew else data.root)
@@ -173,7 +221,7 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
         rows = left.rows + found.total_rows - data.plan.total_rows
         work = bool(left.shards or rows)
     if work:
-        if "embed" in request.stages and not _has_encoder(recipe):
+        if "embed" in request.stages and not has_encoder(recipe):
             say(f"the weights of {recipe.embed.encoder} are not on this machine; the run fetches them first")
         if request.address is not None:
             reach(request.address)
@@ -200,12 +248,13 @@ def run(request: Request, say: Say = print) -> Outcome:
 
     Raises UserError before anything starts, DiskFull, NothingKept, or the cause of what went wrong in a worker.
     """
-    recipe, data = request.recipe, Data(request.root)
+    recipe, data = _found_from_anywhere(request.recipe), Data(request.root)
     check_free(data.root, "data")
     columns = columns_of(recipe.score, recipe.embed.encoder)
     check_engine(recipe, say)
+    refuse_denied(data, recipe, request.restart_from)
     if "embed" in request.stages and not (data.root / "plan" / "plan.json").exists():
-        _has_encoder(recipe)  # before a long list is read; where a plan is there, all may be embedded
+        has_encoder(recipe)  # before a long list is read; where a plan is there, all may be embedded
     with taken(data.root, "data", replaces=["recipe.yaml"]) as folder, _nothing_left_behind(data, folder):
         sweep(data.root)
         refuse_changes(data, recipe, request.restart_from)
@@ -221,6 +270,12 @@ def run(request: Request, say: Say = print) -> Outcome:
         make_plan(request.list, data.root, recipe.source, request.limit)
         store_recipe(data, recipe)
         return _go_on(data, recipe, columns, request.stages, request.address, say)
+
+
+def _found_from_anywhere(recipe: Recipe) -> Recipe:
+    """The recipe with whole paths of deny-lists: later commands may be given in another folder."""
+    deny = tuple(str(Path(f).expanduser().absolute()) for f in recipe.fetch.deny)
+    return replace(recipe, fetch=replace(recipe.fetch, deny=deny))
 
 
 @contextmanager
@@ -252,6 +307,7 @@ def resume(
     columns = columns_of(recipe.score, recipe.embed.encoder)
     if retry:
         check_engine(recipe, say)
+    refuse_denied(data, recipe)
     with Lock(data.root):
         sweep(data.root)
         refuse_changes(data, recipe, restart_from)
@@ -280,7 +336,11 @@ def _go_on(
         say(f"warning: private addresses are open to this list: {', '.join(recipe.fetch.allow)} (fetch.allow)")
     facts = {"columns": plan.columns, "warnings": plan.warnings}
     outcome = Outcome(facts={"rows": plan.total_rows, "shards": len(plan.shards), **facts})
-    elapsed = _run_stages(data, recipe, columns, stages, address, say, retry)
+    before = _images(data) if retry else 0
+    screen = _run_stages(data, recipe, columns, stages, address, say, retry)
+    if retry and screen is not None:
+        outcome.facts["recovered"] = _images(data) - before
+        say(f"retry  {outcome.facts['recovered']:,} more images")
     _name_repeats(data, outcome, say)
     if "select" not in stages:
         outcome.paths["fetched"] = str(data.root / "fetched")
@@ -290,7 +350,7 @@ def _go_on(
     outcome.facts |= {"kept": selection.kept, "funnel": selection.funnel}
     _pack(data, recipe, outcome)
     if plan.listed_rows > plan.total_rows:
-        say(projection(data, plan.listed_rows, plan.total_rows, selection.kept, elapsed))
+        say(projection(data, plan.listed_rows, plan.total_rows, selection.kept, screen))
     return outcome
 
 
@@ -315,12 +375,12 @@ def _run_stages(
     address: str | None,
     say: Say,
     retry: bool,
-) -> float:
-    """Fetch, embed and score what is missing, with Ray; returns the seconds that it took (0 where all was done)."""
+) -> Screen | None:
+    """Fetch, embed and score what is missing, with Ray; returns what was seen of it (None where all was done)."""
     fetch, embed = "fetch" in stages, "embed" in stages
     left = left_to_do(data, recipe, columns, stages, retry)
     if not left.shards:
-        return 0.0
+        return None
     if address is not None:
         reach(address)
     check_space(data.root, estimate_bytes(recipe, left.rows))
@@ -328,9 +388,12 @@ def _run_stages(
         _fetch_encoder(recipe, say)
     if len(left.shards) < len(data.plan.shards):
         say(f"{len(data.plan.shards) - len(left.shards):,} of {len(data.plan.shards):,} shards are done already")
-    began = time.monotonic()
-    run_job(Job(data, recipe, fetch=fetch, embed=embed, retry=retry), left, address=address)
-    return time.monotonic() - began
+    return run_job(Job(data, recipe, fetch=fetch, embed=embed, retry=retry), left, address=address)
+
+
+def _images(data: Data) -> int:
+    """How many images are fetched."""
+    return sum((read_json(data.fetched_record(s.shard)) or {}).get("successes", 0) for s in data.plan.shards)
 
 
 def left_to_do(
@@ -349,11 +412,19 @@ def left_to_do(
         if (waiting and fetch) or unembedded:
             shards.append(s.shard)
             rows += waiting
-            images += read_json(data.fetched_record(s.shard))["successes"] if unembedded else 0
+            images += _images_left(data, s.shard, embed_hash) if unembedded else 0
     return Work(shards, rows, images)
 
 
-def _has_encoder(recipe: Recipe) -> bool:
+def _images_left(data: Data, shard: int, config: str) -> int:
+    """How many images of a fetched shard are to be embedded: after a retry, those that it recovered."""
+    from curate.embed import recovered
+
+    some = recovered(data, shard, data.embedded_record(shard), config)
+    return read_json(data.fetched_record(shard))["successes"] if some is None else len(some)
+
+
+def has_encoder(recipe: Recipe) -> bool:
     """Whether the vectors can be made at once; UserError where neither the encoder's weights nor a folder of them can
     be had."""
     from curate.encoders import check_available
@@ -368,22 +439,58 @@ def _fetch_encoder(recipe: Recipe, say: Say) -> None:
     """Have the encoder's weights here, before workers ask for them all at once."""
     from curate.encoders import fetch_weights
 
-    if not _has_encoder(recipe):
+    if not has_encoder(recipe):
         say(f"fetching the weights of {recipe.embed.encoder} ...")
         fetch_weights(recipe.embed.encoder, recipe.embed.weights)
 
 
 def _select(data: Data, recipe: Recipe, columns: dict[str, Column], say: Say) -> Selection:
-    from curate.select import funnel_text, select
+    from curate.select import remembered, select
 
+    name = recipe.select.name
+    try:
+        before = remembered(data.root, name)
+    except UserError:  # of a subset file that is gone
+        before = ({}, Path())
+    if before is not None and before != (recipe.select.rules, None):
+        say(f"the selection {name} was made by other rules; it is made anew by the recipe's")
     selection = select(data.root, recipe.select, {name: c.scale for name, c in columns.items()})
-    say(funnel_text(selection))
+    show_selection(selection, say)
     return selection
+
+
+def show_selection(selection: Selection, say: Say) -> None:
+    """The funnel, and what is odd about it."""
+    from curate.select import funnel_text
+
+    say(funnel_text(selection))
+    for warning in selection.warnings:
+        say(f"warning: {warning}")
+
+
+def _stricter(data: Data, selection: Selection) -> str:
+    """A command that selects less than a run did, or trains on it where nothing shows how."""
+    from curate.rules import read_rules
+    from curate.sql import plain_name
+
+    conditions = {r.name: r.condition for r in selection.rules}
+    for rule, said in reversed(read_rules(conditions, selection.quantiles).items()):
+        if (
+            said
+            and said.best
+            and not (data.root / "selected" / "stricter.json").exists()
+            and re.fullmatch(r"\w+", rule)
+        ):
+            column, fraction = said.best
+            setting = f"select.rules.{rule}=top({plain_name(column)}, {fraction / 2:g})"
+            return command("select", data.root, "--name", "stricter", "--set", setting)
+    return command("train", data.root / "shards" / selection.name, "--out", "model")
 
 
 def _pack(data: Data, recipe: Recipe, outcome: Outcome) -> None:
     from curate.pack import pack
     from curate.report import contact_sheet, score_charts
+    from curate.select import load_selection
 
     name = recipe.select.name
     pack(data.root, name, recipe.pack)
@@ -392,7 +499,7 @@ def _pack(data: Data, recipe: Recipe, outcome: Outcome) -> None:
         score_charts(data.root, name)
         contact_sheet(data.root, name)
     outcome.paths |= {"shards": f"{folder}/", "look": str(sheet)}
-    outcome.next = f"{command('select', data.root, '--name', 'stricter')} --set select.rules.RULE='SQL'"
+    outcome.next = _stricter(data, load_selection(data.root, name))
 
 
 # ------------------------------------------------------------------------------------------- one stage alone, no Ray
@@ -432,18 +539,32 @@ def score(data: Data, heads: Mapping[str, str], say: Say) -> dict[str, Any]:
     return {"shards": len(shards), "scored": fresh}
 
 
-def select_only(data: Data, recipe: Recipe, say: Say, *, uids: str | None, write_uids: str | None) -> dict[str, Any]:
-    """Rules over the ledger, in seconds, with every column that it holds now."""
-    from curate import uids as subsets
-    from curate.select import funnel_text, select
+def select_only(
+    data: Data, recipe: Recipe, say: Say, *, uids: str | None, write_uids: str | None, given: bool = True
+) -> dict[str, Any]:
+    """Rules over the ledger, in seconds, with every column that it holds now.
 
+    Where no rules are `given`, a selection that was made before is made again by what it was made by then.
+    """
+    from curate import uids as subsets
+    from curate.select import remembered, select
+
+    if not given and (before := remembered(data.root, recipe.select.name)) is not None:
+        rules, file = before
+        if file is not None:
+            uids = str(file)
+            say(f"made again from {file}, as before")
+        elif rules != recipe.select.rules:
+            say(f"by the rules that {recipe.select.name} was made by (the recipe's: --recipe {_quoted(data.recipe)})")
+        recipe = replace(recipe, select=replace(recipe.select, rules=rules))
     name = recipe.select.name
+    refuse_denied(data, recipe)
     with Lock(data.root):
         if uids is not None:
             selection = subsets.select_uids(data.root, name, Path(uids))
         else:
             selection = select(data.root, recipe.select, scales_there(data))
-        say(funnel_text(selection))
+        show_selection(selection, say)
         if write_uids is not None:
             subsets.write_uids(data.root, name, Path(write_uids))
     return {"kept": selection.kept, "funnel": selection.funnel}
@@ -462,6 +583,7 @@ def scales_there(data: Data) -> dict[str, tuple[float, float]]:
 def pack_only(data: Data, recipe: Recipe) -> Outcome:
     """The chosen images of a selection as shards, with their sheet."""
     outcome = Outcome()
+    refuse_denied(data, recipe)
     with Lock(data.root):
         sweep(data.root)
         _pack(data, recipe, outcome)
@@ -487,24 +609,90 @@ def status(data: Data, say: Say) -> tuple[dict[str, Any], str]:
     say(f"embedded  {embedded:,}/{shards:,} shards")
     for folder in sorted((data.root / "scored").glob("*")):
         say(f"scored    {len(list(folder.glob('*.json'))):,}/{shards:,} shards   {folder.name}")
-    for path in sorted((data.root / "selected").glob("*.json")):
-        packed = (data.root / "shards" / path.stem / "manifest.json").exists()
-        say(f"selected  {path.stem}: {(read_json(path) or {}).get('kept', 0):,} kept{', packed' if packed else ''}")
-    facts = {
+    selections = selections_there(data)
+    for name, facts in selections.items():
+        words = [f"{facts['kept']:,} kept", *facts["stale"]]
+        if facts["packed"]:
+            words.append("packed" if facts["packed"] == "now" else "packed before it was made anew")
+        say(f"selected  {name}: {', '.join(words)}")
+    found = {
         "rows": plan.total_rows,
         "shards": shards,
         "fetched": len(fetched),
         "embedded": embedded,
         "outcomes": outcomes,
+        "selected": selections,
     }
+    try:
+        recipe = stored_recipe(data)
+        if recipe is not None:
+            refuse_denied(data, recipe)
+    except UserError as e:
+        say(f"denied    {e}")
+        return found, ""
     if len(fetched) < shards:
-        return facts, "the same curate command goes on where it stopped"
-    if any(Reason(reason).passing for reason, _ in failures):
-        return facts, f"tastemaker retry {data.root}"
-    return facts, ""
+        return found, again(data)
+    if embedded < sum(1 for r in fetched.values() if r.get("successes", 1)):
+        return found, command("embed", data.root)
+    waiting = sum(n for reason, n in failures if Reason(reason).passing)
+    vain = _tried_in_vain(data, fetched)
+    found["may_pass"], found["tried_in_vain"] = waiting, vain
+    if waiting > vain:
+        return found, command("retry", data.root)
+    if waiting:
+        once_more = command("retry", data.root)
+        say(f"          the last retry had none of these {waiting:,} rows back; `{once_more}` tries once more")
+    for name, facts in selections.items():
+        if facts["stale"]:
+            return found, command("select", data.root, "--name", name)
+        if facts["kept"] and facts["packed"] != "now":
+            return found, command("pack", data.root, "--name", name)
+    return found, ""
+
+
+def selections_there(data: Data) -> dict[str, dict[str, Any]]:
+    """Each selection: rows kept, why it is `stale` (nothing: it is not), and whether it is `packed`: "now", an "older"
+    state of it, or None."""
+    from curate.select import changed_since, remembered
+    from curate.view import table_digests, tables
+
+    recipe, found = stored_recipe(data), dict[str, dict[str, Any]]()
+    records = sorted((data.root / "selected").glob("[!.]*.json"))
+    now = table_digests(tables(data.root)) if records else {}
+    for path in records:
+        name, record = path.stem, read_json(path)
+        if not isinstance(record, dict) or "kept" not in record:
+            continue
+        changed = changed_since(data.root, name, now)
+        stale = [f"stale: {', '.join(changed)} changed since"] if changed else []
+        try:
+            before = remembered(data.root, name)
+        except UserError:
+            before = None
+        if recipe is not None and name == recipe.select.name and before != (recipe.select.rules, None):
+            stale.append("by other rules than recipe.yaml's")
+        manifest = read_json(data.root / "shards" / name / "manifest.json")
+        made = record.get("outputs", {}).get(f"selected/{name}.parquet", {}).get("sha256")
+        packed = None
+        if isinstance(manifest, dict):
+            packed = "now" if manifest.get("inputs", {}).get("selected") == made else "older"
+        found[name] = {"kept": record["kept"], "stale": stale, "packed": packed}
+    return found
+
+
+def _tried_in_vain(data: Data, fetched: Mapping[int, dict[str, Any]]) -> int:
+    """How many rows failed for reasons that may pass in shards whose last retry recovered nothing."""
+    from curate.workers import may_pass
+
+    last = {shard: record["retries"][-1] for shard, record in fetched.items() if record.get("retries")}
+    return sum(may_pass(data, shard) for shard, retry in last.items() if not retry["recovered"])
 
 
 # ---------------------------------------------------------------------------------------------------- words and sums
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
 
 
 def command(*words: object) -> str:
@@ -535,12 +723,11 @@ def estimate_bytes(recipe: Recipe, rows: int) -> int:
     return rows * (int(image * 1.5) + 2 * 2 * 1664)
 
 
-def projection(data: Data, listed: int, taken: int, kept: int, elapsed: float) -> str:
+def projection(data: Data, listed: int, taken: int, kept: int, screen: Screen | None) -> str:
     """What the whole list would take, from the rows that were taken: time, size, and kept rows with a 95% interval."""
     share = kept / taken
     half = 1.96 * (share * (1 - share) / taken) ** 0.5
     size = sum(p.stat().st_size for p in (data.root / "fetched").glob("*.tar")) / taken * listed
-    hours = f"about {clock(elapsed / taken * listed)} here, " if elapsed else ""
-    return (
-        f"whole list: {listed:,} rows, {hours}{size / 1e9:,.1f} GB, {share * listed:,.0f} ± {half * listed:,.0f} kept"
-    )
+    seconds = screen.whole(listed, round(_images(data) / taken * listed)) if screen is not None else None
+    time = f"about {clock(seconds)} here, " if seconds is not None else ""
+    return f"whole list: {listed:,} rows, {time}{size / 1e9:,.1f} GB, {share * listed:,.0f} ± {half * listed:,.0f} kept"

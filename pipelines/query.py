@@ -105,7 +105,8 @@ def _write_csv(found: Answer, out: Any) -> int:
     rows = 0
     for batch in found.batches():
         for values in zip(*_columns(batch), strict=True):
-            out.write(",".join(map(_quoted, map(_text, values))) + "\n")
+            # a lone empty value in quotes: an empty line is no row to most readers
+            out.write((",".join(map(_quoted, map(_text, values))) or '""') + "\n")
         rows += batch.num_rows
     return rows
 

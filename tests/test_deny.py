@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import os
@@ -185,6 +186,55 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="deny-list") as e:
             Deny.load([tmp_path / name])
         assert str(tmp_path / name) in str(e.value)
+
+
+def test_files_that_are_no_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("curate.deny._AT_LEAST", 2 << 20)
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "long.txt").write_bytes(b"example.com\n" + b"a" * 70_000)
+    (tmp_path / "bomb.txt").write_bytes(gzip.compress(bytes(1 << 20)))  # told by its bytes, not by its name
+    (tmp_path / "blank.gz").write_bytes(gzip.compress(b"\n" * (3 << 20), 1))
+    (tmp_path / "rubbish").write_bytes(os.urandom(5000))
+    (tmp_path / "half.txt").write_bytes(codecs.BOM_UTF16_LE + b"e\0x\0a\0m\0p\0l\0e\0.\0c\0o\0m\0\n\0\0\xd8")
+    for name, says in {
+        "fifo": "a pipe",
+        "folder": "a folder",
+        "dangling": "not there",
+        "round": "back to itself",
+        "long.txt": "line 2: longer than 65,536 bytes",
+        "bomb.txt": "line 1: longer",
+        "blank.gz": "decompresses to more than",
+        "rubbish": "line 1",
+        "half.txt": "line 2: not utf-16-le",
+    }.items():
+        with pytest.raises(UserError, match=says) as e:
+            Deny.load([tmp_path / name])
+        assert str(e.value).startswith(f"deny-list {tmp_path / name}")
+    with pytest.raises(UserError, match="a device"):
+        Deny.load(["/dev/zero"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_encodings_and_line_ends(tmp_path: Path, encoding: str, end: str) -> None:
+    lines = ["example.com", "# ü", "https://bücher.example/ü", "", *(f"h{n}.example" for n in range(40_000)), "0" * 64]
+    text = end.join(lines)
+    mark = codecs.BOM_UTF16_BE if encoding == "utf-16-be" else b""
+    (tmp_path / "a.txt").write_bytes(mark + text.encode(encoding))
+    assert Deny.load([tmp_path / "a.txt"]).digest == listing(tmp_path, *lines).digest
+    (tmp_path / "b.txt").write_bytes(mark + f"{text}{end}not this{end}".encode(encoding))
+    with pytest.raises(UserError, match=f"b.txt, line {len(lines) + 1}: not an http"):
+        Deny.load([tmp_path / "b.txt"])
+
+
+def test_wrong_lines_are_counted_and_the_first_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"line 2: and 4 lines in all \(the first are 2, 4, 5\): not an http"):
+        listing(tmp_path, "example.com", "||a^", "b.example", "*.c", "localhost", "d.example", "x y")
+    with pytest.raises(UserError, match=r"and 1,000 or more lines in all"):
+        listing(tmp_path, *["no"] * 1500)
 
 
 def test_what_most_lines_look_like_is_read_as_all_lines_are() -> None:

@@ -49,6 +49,10 @@ def test_whole_into_a_pipe(data: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert json.loads(rows[1][4])["WIDTH"] == 1000
     assert main(["query", str(data), "SELECT 'a' || chr(27) || '[2J' || chr(13) || 'ö' AS e"]) == 0
     assert capsys.readouterr().out == 'e\n"a\x1b[2J\rö"\n'  # data, not to be looked at
+    assert (
+        main(["query", str(data), "SELECT source.n AS n FROM ledger WHERE key < '0000002' UNION ALL SELECT NULL"]) == 0
+    )
+    assert sorted(capsys.readouterr().out.split("\n")) == ["", '""', "0", "1", "n"]
 
 
 def test_a_terminal_is_told_what_is_missing(data: Path) -> None:
