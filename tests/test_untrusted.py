@@ -12,6 +12,8 @@ import pytest
 from aesthetic.errors import UserError
 from aesthetic.untrusted import (
     decode_text,
+    markdown,
+    markdown_code,
     open_regular,
     parse_json,
     printable,
@@ -102,3 +104,11 @@ def test_numbers_that_json_has_not_are_read_from_a_file_where_that_is_asked(tmp_
     with pytest.raises(UserError, match="-Infinity is no number"):
         read_json_file(tmp_path / "x.json")
     assert read_json_file(tmp_path / "x.json", finite=False) == [-math.inf, 1]
+
+
+def test_foreign_text_in_markdown_stays_text() -> None:
+    assert markdown("a|b `c` <img src=x> ![p](http://x) [l][m]\n# h") == (
+        "a\\|b \\`c\\` &lt;img src=x> ![p]\\(http://x) [l]\\[m]\\\\n# h"
+    )
+    assert markdown("0.49 [0.03, 0.78] is ± 1") == "0.49 [0.03, 0.78] is ± 1"
+    assert markdown_code("a`b|c\x1b[2J\n") == "`a'b\\|c\\x1b[2J\\n`"
