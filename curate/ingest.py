@@ -98,7 +98,10 @@ async def ingest_shard(data: Data, shard: int, means: Means, config: str, retry:
             await asyncio.to_thread(_by_img2dataset, data, shard, source, means, ended)
         else:
             await _by_ourselves(source, means, ended, isolate)
-        facts = {"starts": starts, "isolated": isolate, "denied_by": means.deny.digest if means.deny else None}
+        facts: dict[str, Any] = {"starts": starts, "isolated": isolate}
+        facts["denied_by"] = means.deny.digest if means.deny else None
+        if source.notes:
+            facts["notes"] = list(source.notes)
         if means.deny.hashes is not None:
             facts["denied_hashes"] = means.deny.hashes
         return await asyncio.to_thread(_commit, data, shard, source.table, ended, config, began, facts)

@@ -337,6 +337,7 @@ def _go_on(
     facts = {"columns": plan.columns, "warnings": plan.warnings}
     outcome = Outcome(facts={"rows": plan.total_rows, "shards": len(plan.shards), **facts})
     elapsed = _run_stages(data, recipe, columns, stages, address, say, retry)
+    _name_notes(data, outcome, say)
     _name_repeats(data, outcome, say)
     if "select" not in stages:
         outcome.paths["fetched"] = str(data.root / "fetched")
@@ -348,6 +349,18 @@ def _go_on(
     if plan.listed_rows > plan.total_rows:
         say(projection(data, plan.listed_rows, plan.total_rows, selection.kept, elapsed))
     return outcome
+
+
+def _name_notes(data: Data, outcome: Outcome, say: Say) -> None:
+    """Say which values of the list could not be taken as they are; a list that is used where it lies is read late."""
+    records = {s.shard: read_json(data.fetched_record(s.shard)) or {} for s in data.plan.shards}
+    notes = [f"shard {shard}: {note}" for shard, record in records.items() for note in record.get("notes", [])]
+    if notes:
+        outcome.facts["notes"] = notes[:100]
+        for note in notes[:3]:
+            say(f"warning: {note}")
+        if len(notes) > 3:
+            say(f"    and in {len(notes) - 3:,} more shards")
 
 
 def _name_repeats(data: Data, outcome: Outcome, say: Say) -> None:
