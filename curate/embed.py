@@ -2,7 +2,8 @@
 
 Files are clip-retrieval's: `img_emb/img_emb_NNNNN.npy` and `text_emb/...` hold fp16 unit rows, exactly one for each
 fetched image, in ledger order; a missing caption is a row of zeros and a null similarity. Batches are cut at fixed
-rows of the shard, so the same shard gives the same bytes whoever computes it.
+rows of the shard, so the same shard gives the same bytes whoever computes it. After a retry only the images that it
+recovered go through the models, in batches of their own; the rows of the others stay as they are.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,11 +24,11 @@ from curate.data import Data
 from curate.detectors import Detector, detector_digest
 from curate.encoders import Encoder, check_settings
 from curate.images import decode
-from curate.ingest import Report, note_start
+from curate.ingest import Report, note_start, recovered_since
 from curate.ledger import Status
 from curate.score import write_scores
 from curate.shards import read_images
-from curate.store import atomic, check_space, commit, is_done, uncommit
+from curate.store import atomic, check_space, commit, is_done, outputs_present, read_json, recommit, uncommit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +67,16 @@ def embed_shard(
     """
     inputs = data.fetched_digests(shard)
     assert inputs is not None, f"shard {shard} is embedded before it is fetched"
-    embed = encoder is not None and not is_done(data.root, data.embedded_record(shard), config=config, inputs=inputs)
-    wanted = {
-        column: d
-        for column, d in detectors.items()
-        if not is_done(data.root, data.scores_record(column, shard), config=detector_digest(d.name), inputs=inputs)
-    }
-    if not embed and not wanted:
+    records = {column: data.scores_record(column, shard) for column in detectors} | {"": data.embedded_record(shard)}
+    configs = {column: detector_digest(d.name) for column, d in detectors.items()} | {"": config}
+    models: dict[str, Any] = {**detectors} if encoder is None else {"": encoder, **detectors}
+    for name in list(models):
+        if is_done(data.root, records[name], config=configs[name], inputs=inputs):
+            del models[name]
+        elif recovered(data, shard, records[name], configs[name]) == set():  # a retry that changed nothing but reasons
+            recommit(data.root, records[name], inputs)
+            del models[name]
+    if not models:
         return
     check_space(data.root)
     if (starts := note_start(data.embed_starts(shard))) > STARTS:
@@ -81,10 +86,12 @@ def embed_shard(
         )
     began = time.time()
     table = pictures_of(data, shard)
-    keys = table["key"].to_pylist()
+    added = [recovered(data, shard, records[name], configs[name]) for name in models]
+    some = None if None in added else set[str]().union(*(keys for keys in added if keys is not None))
+    fresh = table if some is None else table.filter(pa.compute.is_in(table["key"], pa.array(sorted(some))))
+    keys = fresh["key"].to_pylist()
 
     # one pass over the pixels, in batches that do not depend on what else is wanted (detectors cut them as they like)
-    models: dict[str, Any] = {"": encoder, **wanted} if embed else dict(wanted)
     size = encoder.batch_size if encoder is not None else _DETECTED_AT_ONCE
     results: dict[str, list[np.ndarray]] = {name: [] for name in models}
     for batch in _prepared(data, shard, keys, models, size, threads):
@@ -94,24 +101,66 @@ def embed_shard(
         for _ in batch[next(iter(models))]:
             report("embed", Status.SUCCESS, "")
 
-    for column, detector in wanted.items():
-        write_scores(
+    def whole(values: Any, file: Path, column: str | None = None) -> list[Any]:
+        """A value for each picture of the shard: those just made, and for the others what the file holds."""
+        there = {} if some is None else _values(data, shard, file, column)
+        there.update(zip(keys, values, strict=True))
+        return [there[key] for key in table["key"].to_pylist()]
+
+    for column, detector in models.items():
+        if column != "":
+            scores = whole(_stacked(results[column], (0,)), data.scores(column, shard), column)
+            write_scores(
+                data,
+                shard,
+                column,
+                table["key"],
+                np.array(scores, np.float32),
+                config=configs[column],
+                inputs=inputs,
+                facts={"detector": detector.name, "scale": list(detector.scale)},
+            )
+    if "" in models:
+        assert encoder is not None
+        images, captions = _stacked(results[""], (0, encoder.dim)), fresh["caption"].to_pylist()
+        texts = _caption_vectors(captions, encoder)
+        similarity = whole(_similarity(captions, images, texts).to_pylist(), data.metadata(shard), "similarity")
+        images, texts = (
+            np.array(whole(vectors, file), np.float32).reshape(-1, encoder.dim)
+            for vectors, file in ((images, data.image_vectors(shard)), (texts, data.text_vectors(shard)))
+        )
+        write_vectors(
             data,
             shard,
-            column,
-            table["key"],
-            _stacked(results[column], (0,)),
-            config=detector_digest(detector.name),
+            table,
+            images,
+            texts,
+            pa.array(similarity, pa.float32()),
+            config=config,
             inputs=inputs,
-            facts={"detector": detector.name, "scale": list(detector.scale)},
+            facts={"batch_halved": encoder.halved},
+            began=began,
         )
-    if embed:
-        assert encoder is not None
-        images = _stacked(results[""], (0, encoder.dim))
-        texts = _caption_vectors(table["caption"].to_pylist(), encoder)
-        facts = {"batch_halved": encoder.halved}
-        write_vectors(data, shard, table, images, texts, config=config, inputs=inputs, facts=facts, began=began)
     data.embed_starts(shard).unlink(missing_ok=True)
+
+
+def recovered(data: Data, shard: int, record: Path, config: str) -> set[str] | None:
+    """Keys of the pictures that retries added since this record of vectors or scores was written; the others are the
+    same. None where it is another configuration's, or its pictures are others."""
+    value = read_json(record)
+    if not isinstance(value, dict) or value.get("config") != config or not outputs_present(data.root, value):
+        return None
+    keys = recovered_since(data, shard, value["inputs"])
+    return None if keys is None else set(keys)
+
+
+def _values(data: Data, shard: int, file: Path, column: str | None) -> dict[str, Any]:
+    """key -> what a file of the shard holds: rows of vectors, or a column of a table."""
+    if column is not None:
+        table = pq.read_table(file, columns=["key", column])
+        return dict(zip(table["key"].to_pylist(), table[column].to_pylist(), strict=True))
+    keys = pq.read_table(data.metadata(shard), columns=["key"])["key"].to_pylist()
+    return dict(zip(keys, np.load(file, allow_pickle=False).astype(np.float32), strict=True))
 
 
 def pictures_of(data: Data, shard: int) -> pa.Table:
@@ -134,7 +183,8 @@ def _prepared(
         return {name: model.preprocess(pixels) for name, model in models.items()}
 
     ahead: deque[Future[dict[str, np.ndarray]]] = deque()
-    stored = read_images(data.tar(shard))
+    wanted = set(keys)
+    stored = (image for image in read_images(data.tar(shard)) if image[0] in wanted)
     for start in range(0, len(keys), size):
         count = min(size, len(keys) - start)
         while len(ahead) < 3 * size and (item := next(stored, None)) is not None:
@@ -158,12 +208,25 @@ def _says_something(caption: str | None) -> bool:
     return caption is not None and bool(caption.strip())
 
 
+def _told(captions: list[str | None]) -> np.ndarray:
+    return np.array([_says_something(caption) for caption in captions], bool)
+
+
+def _similarity(captions: list[str | None], images: np.ndarray, texts: np.ndarray | None) -> pa.Array:
+    """The cosine of each picture and its caption; null where there is no caption, or its vector is zeros."""
+    if texts is None:
+        return pa.nulls(len(images), pa.float32())
+    texts = np.where(_told(captions)[:, None], texts, np.float32(0))
+    return pa.array(np.einsum("nd,nd->n", images, texts), pa.float32(), mask=~texts.any(axis=1))
+
+
 def write_vectors(
     data: Data,
     shard: int,
     table: pa.Table,
     images: np.ndarray,
     texts: np.ndarray | None,
+    similarity: pa.Array | None = None,
     *,
     config: str,
     inputs: dict[str, str],
@@ -174,12 +237,11 @@ def write_vectors(
 
     Rows of `texts` that are zero, and those of empty captions, have no similarity; without `texts` none has.
     """
-    similarity = pa.nulls(len(images), pa.float32())
+    captions = table["caption"].to_pylist()
     if texts is not None:
-        told = np.array([_says_something(caption) for caption in table["caption"].to_pylist()], bool)
-        texts = np.where(told[:, None], texts, np.float32(0))
-        cosines = np.einsum("nd,nd->n", images, texts)
-        similarity = pa.array(cosines, pa.float32(), mask=~texts.any(axis=1))
+        texts = np.where(_told(captions)[:, None], texts, np.float32(0))
+    if similarity is None:
+        similarity = _similarity(captions, images, texts)
     stored = {data.image_vectors(shard): images} | ({data.text_vectors(shard): texts} if texts is not None else {})
     for path, vectors in stored.items():
         if not np.isfinite(vectors).all():

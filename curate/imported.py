@@ -23,11 +23,11 @@ from aesthetic.space import Space
 from aesthetic.untrusted import check_regular
 from aesthetic.vectors import open_vectors
 from curate.data import Data
-from curate.embed import EmbedConfig, pictures_of, write_vectors
+from curate.embed import EmbedConfig, pictures_of, recovered, write_vectors
 from curate.encoders import Encoder, unit
 from curate.images import decode
 from curate.shards import IMAGE_EXTENSIONS, image_member, index_tar, read_range
-from curate.store import UserError, check_space, is_done
+from curate.store import UserError, check_space, is_done, recommit
 
 MIN_COSINE = 0.98
 """The least that the median of those pictures' cosines may be. Single pictures move further when they are stored anew
@@ -249,6 +249,9 @@ def import_shard(data: Data, shard: int, imported: Imported, encoder: Encoder | 
     inputs = data.fetched_digests(shard)
     assert inputs is not None, f"shard {shard} is embedded before it is fetched"
     if is_done(data.root, data.embedded_record(shard), config=config, inputs=inputs):
+        return 0
+    if recovered(data, shard, data.embedded_record(shard), config) == set():
+        recommit(data.root, data.embedded_record(shard), inputs)
         return 0
     check_space(data.root)
     began = time.time()

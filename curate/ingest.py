@@ -14,7 +14,7 @@ import hashlib
 import re
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,7 +35,17 @@ from curate.ledger import FETCHED_COLUMNS, Reason, RowError, Status, fetched_sch
 from curate.lists import listed
 from curate.shards import TarWriter, image_member, index_tar, read_range
 from curate.source import Row, SourceShard
-from curate.store import UserError, atomic, check_space, commit, scratch_path, told, uncommit
+from curate.store import (
+    UserError,
+    atomic,
+    check_space,
+    commit,
+    output_digests,
+    read_json,
+    scratch_path,
+    told,
+    uncommit,
+)
 
 TRUSTED_STARTS = 2
 """How often a shard is begun with decoding in the worker itself; after that each decode may die alone."""
@@ -81,7 +91,8 @@ class Ended:
 async def ingest_shard(data: Data, shard: int, means: Means, config: str, retry: bool = False) -> dict[str, Any]:
     """Fetch, decode and commit one shard; returns its record, which carries the hash `config`.
 
-    With `retry`, rows that succeeded or failed for good keep what they have, and only the others are fetched.
+    With `retry`, rows that succeeded or failed for good keep what they have, and only the others are fetched; the
+    record says what of that came of it (`retries`).
     Raises DiskFull where the disk has no room, and whatever is our own error; a row's error ends only the row.
     """
     check_space(data.root)
@@ -92,19 +103,51 @@ async def ingest_shard(data: Data, shard: int, means: Means, config: str, retry:
     isolate = starts > TRUSTED_STARTS
     with _scratch(data, shard) as scratch:
         ended = Ended(scratch)
+        before = read_json(data.fetched_record(shard)) if retry else None
         if retry:
             _keep_settled(data, shard, ended)
+        tried = [number for number in range(source.table.num_rows) if number not in ended.facts]
         if means.fetch.engine == "img2dataset" and not source.local:
             await asyncio.to_thread(_by_img2dataset, data, shard, source, means, ended)
         else:
             await _by_ourselves(source, means, ended, isolate)
-        facts: dict[str, Any] = {"starts": starts, "isolated": isolate}
-        facts["denied_by"] = means.deny.digest if means.deny else None
+        facts: dict[str, Any] = {
+            "starts": starts,
+            "isolated": isolate,
+            "denied_by": means.deny.digest if means.deny else None,
+        }
+        if before is not None:
+            came = [n for n in tried if ended.facts[n]["status"] == Status.SUCCESS]
+            keys = [make_key(shard, number, data.plan.shard_size) for number in came]
+            facts["retries"] = _retries(before, len(tried), keys)
         if source.notes:
             facts["notes"] = list(source.notes)
         if means.deny.hashes is not None:
             facts["denied_hashes"] = means.deny.hashes
         return await asyncio.to_thread(_commit, data, shard, source.table, ended, config, began, facts)
+
+
+_REMEMBERED = 10  # retries in a record; embedding needs those since it last ran
+
+
+def _retries(before: dict[str, Any], tried: int, recovered: list[str]) -> list[dict[str, Any]]:
+    """What the record says of a shard's retries, the last one last: the files before it (their sha256), how many rows
+    it tried, and the keys of those that have an image now. All other images are the same, byte for byte."""
+    this = {"files": output_digests(before), "tried": tried, "recovered": recovered}
+    return [*before.get("retries", []), this][-_REMEMBERED:]
+
+
+def recovered_since(data: Data, shard: int, files: Mapping[str, str]) -> list[str] | None:
+    """Keys of the images that retries added to a fetched shard since its files had these sha256.
+
+    None where retries alone do not lead from those files to those of now.
+    """
+    record = read_json(data.fetched_record(shard)) or {}
+    retries = record.get("retries", [])
+    for number, retry in enumerate(retries):
+        if retry["files"] == dict(files):
+            return [key for later in retries[number:] for key in later["recovered"]]
+    return None
 
 
 def check_verify(fetch: FetchConfig, carried: pa.Schema) -> None:

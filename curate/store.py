@@ -173,6 +173,14 @@ def record_digest(value: Mapping[str, Any]) -> str:
     return digest({k: v for k, v in value.items() if k != "self"})
 
 
+def recommit(root: Path, record: Path, inputs: Mapping[str, str]) -> None:
+    """Write a record again for other inputs from which the same files would come."""
+    value = read_json(record)
+    facts = {k: v for k, v in value.items() if k not in ("config", "inputs", "outputs", "self")}
+    outputs = [root / name for name in value["outputs"]]
+    commit(root, record, config=value["config"], inputs=inputs, outputs=outputs, facts=facts)
+
+
 def uncommit(record: Path) -> None:
     """Take a record back before its files are replaced, so that a half-replaced shard is never taken for done."""
     record.unlink(missing_ok=True)

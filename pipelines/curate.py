@@ -7,7 +7,6 @@ will be, heads and weights, changes that would alter finished shards, the disk.
 from __future__ import annotations
 
 import shlex
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from curate.source import clear_plan, inspect, load_plan, make_plan
 from curate.store import Lock, UserError, atomic, check_space, read_json, sweep, uncommit
 from curate.verify import again
 from pipelines.jobs import Job, Work, reach, run_job
-from pipelines.progress import clock
+from pipelines.progress import Screen, clock
 from pipelines.recipe import DEFAULT, Recipe, load_recipe, parse_recipe, read_recipe, to_yaml
 
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ def restart(data: Data, recipe: Recipe, stage: str, stages: Sequence[str]) -> No
     UserError, and nothing is taken back, where what the stages need is not there.
     """
     if "embed" in stages:
-        _has_encoder(recipe)
+        has_encoder(recipe)
     if stage in ("source", "fetch", "images"):
         for record in data.root.glob("fetched/*_stats.json"):
             uncommit(record)
@@ -221,7 +220,7 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
         rows = left.rows + found.total_rows - data.plan.total_rows
         work = bool(left.shards or rows)
     if work:
-        if "embed" in request.stages and not _has_encoder(recipe):
+        if "embed" in request.stages and not has_encoder(recipe):
             say(f"the weights of {recipe.embed.encoder} are not on this machine; the run fetches them first")
         if request.address is not None:
             reach(request.address)
@@ -254,7 +253,7 @@ def run(request: Request, say: Say = print) -> Outcome:
     check_engine(recipe, say)
     refuse_denied(data, recipe, request.restart_from)
     if "embed" in request.stages and not (data.root / "plan" / "plan.json").exists():
-        _has_encoder(recipe)  # before a long list is read; where a plan is there, all may be embedded
+        has_encoder(recipe)  # before a long list is read; where a plan is there, all may be embedded
     with taken(data.root, "data", replaces=["recipe.yaml"]) as folder, _nothing_left_behind(data, folder):
         sweep(data.root)
         refuse_changes(data, recipe, request.restart_from)
@@ -336,7 +335,11 @@ def _go_on(
         say(f"warning: private addresses are open to this list: {', '.join(recipe.fetch.allow)} (fetch.allow)")
     facts = {"columns": plan.columns, "warnings": plan.warnings}
     outcome = Outcome(facts={"rows": plan.total_rows, "shards": len(plan.shards), **facts})
-    elapsed = _run_stages(data, recipe, columns, stages, address, say, retry)
+    before = _images(data) if retry else 0
+    screen = _run_stages(data, recipe, columns, stages, address, say, retry)
+    if retry and screen is not None:
+        outcome.facts["recovered"] = _images(data) - before
+        say(f"retry  {outcome.facts['recovered']:,} more images")
     _name_notes(data, outcome, say)
     _name_repeats(data, outcome, say)
     if "select" not in stages:
@@ -347,7 +350,7 @@ def _go_on(
     outcome.facts |= {"kept": selection.kept, "funnel": selection.funnel}
     _pack(data, recipe, outcome)
     if plan.listed_rows > plan.total_rows:
-        say(projection(data, plan.listed_rows, plan.total_rows, selection.kept, elapsed))
+        say(projection(data, plan.listed_rows, plan.total_rows, selection.kept, screen))
     return outcome
 
 
@@ -384,12 +387,12 @@ def _run_stages(
     address: str | None,
     say: Say,
     retry: bool,
-) -> float:
-    """Fetch, embed and score what is missing, with Ray; returns the seconds that it took (0 where all was done)."""
+) -> Screen | None:
+    """Fetch, embed and score what is missing, with Ray; returns what was seen of it (None where all was done)."""
     fetch, embed = "fetch" in stages, "embed" in stages
     left = left_to_do(data, recipe, columns, stages, retry)
     if not left.shards:
-        return 0.0
+        return None
     if address is not None:
         reach(address)
     check_space(data.root, estimate_bytes(recipe, left.rows))
@@ -397,9 +400,12 @@ def _run_stages(
         _fetch_encoder(recipe, say)
     if len(left.shards) < len(data.plan.shards):
         say(f"{len(data.plan.shards) - len(left.shards):,} of {len(data.plan.shards):,} shards are done already")
-    began = time.monotonic()
-    run_job(Job(data, recipe, fetch=fetch, embed=embed, retry=retry), left, address=address)
-    return time.monotonic() - began
+    return run_job(Job(data, recipe, fetch=fetch, embed=embed, retry=retry), left, address=address)
+
+
+def _images(data: Data) -> int:
+    """How many images are fetched."""
+    return sum((read_json(data.fetched_record(s.shard)) or {}).get("successes", 0) for s in data.plan.shards)
 
 
 def left_to_do(
@@ -418,11 +424,19 @@ def left_to_do(
         if (waiting and fetch) or unembedded:
             shards.append(s.shard)
             rows += waiting
-            images += read_json(data.fetched_record(s.shard))["successes"] if unembedded else 0
+            images += _images_left(data, s.shard, embed_hash) if unembedded else 0
     return Work(shards, rows, images)
 
 
-def _has_encoder(recipe: Recipe) -> bool:
+def _images_left(data: Data, shard: int, config: str) -> int:
+    """How many images of a fetched shard are to be embedded: after a retry, those that it recovered."""
+    from curate.embed import recovered
+
+    some = recovered(data, shard, data.embedded_record(shard), config)
+    return read_json(data.fetched_record(shard))["successes"] if some is None else len(some)
+
+
+def has_encoder(recipe: Recipe) -> bool:
     """Whether the vectors can be made at once; UserError where neither the encoder's weights nor a folder of them can
     be had."""
     from curate.encoders import check_available
@@ -437,7 +451,7 @@ def _fetch_encoder(recipe: Recipe, say: Say) -> None:
     """Have the encoder's weights here, before workers ask for them all at once."""
     from curate.encoders import fetch_weights
 
-    if not _has_encoder(recipe):
+    if not has_encoder(recipe):
         say(f"fetching the weights of {recipe.embed.encoder} ...")
         fetch_weights(recipe.embed.encoder, recipe.embed.weights)
 
@@ -570,9 +584,23 @@ def status(data: Data, say: Say) -> tuple[dict[str, Any], str]:
     }
     if len(fetched) < shards:
         return facts, "the same curate command goes on where it stopped"
-    if any(Reason(reason).passing for reason, _ in failures):
-        return facts, f"tastemaker retry {data.root}"
+    waiting = sum(n for reason, n in failures if Reason(reason).passing)
+    vain = _tried_in_vain(data, fetched)
+    facts["may_pass"], facts["tried_in_vain"] = waiting, vain
+    if waiting > vain:
+        return facts, command("retry", data.root)
+    if waiting:
+        again = command("retry", data.root)
+        say(f"          the last retry had none of these {waiting:,} rows back; `{again}` tries once more")
     return facts, ""
+
+
+def _tried_in_vain(data: Data, fetched: Mapping[int, dict[str, Any]]) -> int:
+    """How many rows failed for reasons that may pass in shards whose last retry recovered nothing."""
+    from curate.workers import may_pass
+
+    last = {shard: record["retries"][-1] for shard, record in fetched.items() if record.get("retries")}
+    return sum(may_pass(data, shard) for shard, retry in last.items() if not retry["recovered"])
 
 
 # ---------------------------------------------------------------------------------------------------- words and sums
@@ -606,12 +634,11 @@ def estimate_bytes(recipe: Recipe, rows: int) -> int:
     return rows * (int(image * 1.5) + 2 * 2 * 1664)
 
 
-def projection(data: Data, listed: int, taken: int, kept: int, elapsed: float) -> str:
+def projection(data: Data, listed: int, taken: int, kept: int, screen: Screen | None) -> str:
     """What the whole list would take, from the rows that were taken: time, size, and kept rows with a 95% interval."""
     share = kept / taken
     half = 1.96 * (share * (1 - share) / taken) ** 0.5
     size = sum(p.stat().st_size for p in (data.root / "fetched").glob("*.tar")) / taken * listed
-    hours = f"about {clock(elapsed / taken * listed)} here, " if elapsed else ""
-    return (
-        f"whole list: {listed:,} rows, {hours}{size / 1e9:,.1f} GB, {share * listed:,.0f} ± {half * listed:,.0f} kept"
-    )
+    seconds = screen.whole(listed, round(_images(data) / taken * listed)) if screen is not None else None
+    time = f"about {clock(seconds)} here, " if seconds is not None else ""
+    return f"whole list: {listed:,} rows, {time}{size / 1e9:,.1f} GB, {share * listed:,.0f} ± {half * listed:,.0f} kept"

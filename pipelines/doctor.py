@@ -33,7 +33,46 @@ def examine(say: Callable[[str], None]) -> bool:
         )
         say(f"note     img2dataset, the second download engine, is not installed ({why})")
     good &= _ray_is_closed(say)
+    good &= _recipes(say)
     return good
+
+
+def _recipes(say: Callable[[str], None]) -> bool:
+    """Say of each shipped recipe whether it can run here; returns whether one can. Asks the hub whether it answers."""
+    from curate.score import columns_of
+    from curate.store import UserError
+    from pipelines.curate import has_encoder
+    from pipelines.recipe import DEFAULT, load_recipe, shipped
+
+    able, why = list[str](), dict[str, str]()
+    known: dict[str, bool | UserError] = {}
+    for name in sorted(shipped(), key=lambda name: name != DEFAULT):
+        recipe = load_recipe(name)
+        try:
+            columns_of(recipe.score, recipe.embed.encoder)
+            encoder = recipe.embed.encoder
+            if encoder not in known:  # where nothing answers, finding that out takes seconds
+                try:
+                    known[encoder] = has_encoder(recipe)
+                except UserError as e:
+                    known[encoder] = e
+            found = known[encoder]
+            if isinstance(found, UserError):
+                raise found
+        except UserError as e:
+            why[name] = str(e).split(". Two ways on", 1)[0]
+            continue
+        able.append(name)
+        default = " (the default)" if name == DEFAULT else ""
+        say(f"ok       recipe {name}{default}{'' if found else ': the first run fetches its weights from the hub'}")
+    for name, reason in why.items():
+        default = " (the default)" if name == DEFAULT else ""
+        say(f"note     recipe {name}{default} cannot run: {reason}")
+    if not able:
+        say("missing  no recipe can run here")
+    elif DEFAULT in why:
+        say(f"note     run with `--recipe {able[0]}`, or give a copy of the weights: `--set embed.weights=FILE`")
+    return bool(able)
 
 
 def _packages(say: Callable[[str], None]) -> bool:

@@ -182,6 +182,14 @@ def size_pools(recipe: Recipe, cpus: int, gpus: int, nodes: int = 0) -> Pools:
     )
 
 
+def shards_together(rows: int) -> int:
+    """How many shards of so many rows a fetch worker has under way: two large ones, or as many rows of small ones.
+
+    The last rows of a shard are slow (a dead host takes a minute to be given up); meanwhile others are fetched.
+    """
+    return max(2, min(16, 20_000 // rows))
+
+
 def run_job(job: Job, work: Work, *, address: str | None = None) -> Screen:
     """Run the pools over what is left to do. Raises the cause of what went wrong in a worker."""
     with Terminal(job.data.logs / "ray.log") as out:
@@ -192,7 +200,8 @@ def run_job(job: Job, work: Work, *, address: str | None = None) -> Screen:
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         import ray
 
-        screen = Screen(out, work.rows, work.images, job.embed)
+        largest = max(job.data.plan.shards[shard].rows for shard in work.shards)
+        screen = Screen(out, work.rows, work.images, job.embed, largest)
         screen.say("starting Ray ..." if address is None else f"joining the cluster at {address} ...")
         asked_to_end = signal.getsignal(signal.SIGTERM)
         try:
@@ -337,6 +346,7 @@ def _run_waves(job: Job, shards: Sequence[int], pools: Pools, screen: Screen) ->
     try:
         waves = iter(shards)
         while wave := list(islice(waves, r.wave)):
+            together = shards_together(max(job.data.plan.shards[shard].rows for shard in wave))
             # one block per shard: Ray's default packs 200 blocks, and a block comes out only when it is complete
             ds: Any = ray.data.from_items([{"shard": shard} for shard in wave], override_num_blocks=len(wave))
             if job.fetch:
@@ -345,8 +355,8 @@ def _run_waves(job: Job, shards: Sequence[int], pools: Pools, screen: Screen) ->
                     fn_constructor_args=(job, name, pools.fetch_threads),
                     compute=ActorPoolStrategy(
                         size=min(pools.fetch, len(wave)),
-                        max_tasks_in_flight_per_actor=2,
-                        max_concurrent_calls_per_actor=2,
+                        max_tasks_in_flight_per_actor=together,
+                        max_concurrent_calls_per_actor=together,
                     ),
                     num_cpus=pools.fetch_cpus,
                 )

@@ -81,13 +81,14 @@ class Board:
 class Screen:
     """Draws the progress line: rewritten in place on a terminal, a line every ten seconds elsewhere."""
 
-    def __init__(self, out: IO[str], rows: int, images: int, embeds: bool) -> None:
+    def __init__(self, out: IO[str], rows: int, images: int, embeds: bool, shard: int = 0) -> None:
         self._out = out
+        self._shard = shard  # rows of one: its images are embedded when all of it is fetched
         self._rows = rows  # to fetch
         self._images = images  # fetched before, to embed
         self._embeds = embeds
         self._began = self._last = time.monotonic()
-        self._spans: dict[str, tuple[float, float, int]] = {}
+        self._seen: dict[str, list[tuple[float, int]]] = {}
         self._live = out.isatty()
         self._warned = False
 
@@ -118,33 +119,58 @@ class Screen:
         fetched = sum(n for (stage, _), n in counts.items() if stage == "fetch")
         good = counts.get(("fetch", "success"), 0)
         embedded = counts.get(("embed", "success"), 0)
-        parts, left = [], []
-        elapsed = now - self._began
+        parts, eta = [], ""
+        fetching = 0.0  # seconds until all is fetched
         if self._rows:
             share = f"  {good / fetched:.1%} ok" if fetched else ""
             rate = self._rate("fetch", fetched, now)
             parts.append(f"fetch  {fetched:,}/{self._rows:,}  {speed(rate, 'rows')}{share}")
-            left.append((self._rows - fetched) / rate if rate else None)
+            fetching = (self._rows - fetched) / rate if rate else 0.0
+            eta = clock(fetching) if rate else ""
         if self._embeds:
             images = self._images + (round(self._rows * good / fetched) if fetched else self._rows)
             rate = self._rate("embed", embedded, now)
             parts.append(f"embed  {embedded:,}/{images:,}  {speed(rate, 'img')}")
-            left.append((images - embedded) / rate if rate else None)
+            left = max(0, images - embedded)
+            if rate:  # both at once, and then the images of the shard that was fetched last
+                last = min(left, self._shard) if fetching else 0
+                eta = clock(max(left / rate, fetching + last / rate)) if eta or not self._rows else ""
+            elif left and eta:
+                eta += " + embedding"
         if end:
-            parts.append(clock(elapsed))
-        elif known := [seconds for seconds in left if seconds is not None]:
-            parts.append(f"eta {clock(max(known))}")
+            parts.append(clock(now - self._began))
+        elif eta:
+            parts.append(f"eta {eta}")
         return "     ".join(parts)
 
     def _rate(self, stage: str, count: int, now: float) -> float:
         """Rows a second, from when the stage's first rows were seen to when its last ones were."""
         if not count:
             return 0.0
-        first, last, seen = self._spans.get(stage, (max(self._began, now - 1.0), now, 0))
-        if count != seen:
-            last = now
-        self._spans[stage] = first, last, count
-        return count / max(last - first, 1e-3)
+        seen = self._seen.setdefault(stage, [(max(self._began, now - 1.0), 0)])
+        if count != seen[-1][1]:
+            seen.append((now, count))
+            if len(seen) > 4000:  # of a long run; the first and the last say the rate
+                del seen[1:-1:2]
+        return count / max(seen[-1][0] - seen[0][0], 1e-3)
+
+    def whole(self, rows: int, images: int) -> float | None:
+        """Seconds that so many rows and images would take here: start-up and the slow last rows once, the rest by the
+        rates that this run had. None where it saw nothing of a stage."""
+        if "fetch" not in self._seen or (self._embeds and images and "embed" not in self._seen):
+            return None
+        began = self._seen["fetch"][0][0]
+        seconds = self._stretched("fetch", rows)
+        if self._embeds and images:
+            seconds = max(seconds, self._seen["embed"][0][0] - began + self._stretched("embed", images))
+        return began - self._began + seconds
+
+    def _stretched(self, stage: str, count: int) -> float:
+        """Seconds of a stage for so many: the time of its first nine tenths to scale, and that of the others as it was;
+        those wait for slow servers, of which there are not more at a time in a longer list."""
+        seen = self._seen[stage]
+        most = next(at for at, done in seen if done >= 0.9 * seen[-1][1]), 0.9 * seen[-1][1]
+        return (most[0] - seen[0][0]) / most[1] * count + (seen[-1][0] - most[0])
 
     def _warn_early(self, counts: Counts, hosts: list[tuple[str, int]]) -> None:
         outcomes = Counter({outcome: n for (stage, outcome), n in counts.items() if stage == "fetch"})

@@ -88,11 +88,17 @@ def fetch_shards(data: Data, recipe: Recipe, *, retry: bool = False) -> None:
     asyncio.run(run())
 
 
-def embed_shards(data: Data, recipe: Recipe) -> None:
-    """The embed and score stages of all shards."""
-    worker = EmbedWorker(data, recipe.embed, recipe.score, recipe.hashes()[1], threads=2)
+def embed_shards(data: Data, recipe: Recipe) -> int:
+    """The embed and score stages of all shards; returns how many pictures went through the models."""
+    seen: list[str] = []
+
+    def report(stage: str, outcome: str, host: str) -> None:
+        seen.append(stage)
+
+    worker = EmbedWorker(data, recipe.embed, recipe.score, recipe.hashes()[1], report, threads=2)
     for s in data.plan.shards:
         worker.run(s.shard)
+    return len(seen)
 
 
 def choose(data: Data, recipe: Recipe) -> Selection:

@@ -117,6 +117,43 @@ def test_time_left_is_by_the_slower_stage(monkeypatch: pytest.MonkeyPatch) -> No
     assert last.endswith("eta 2 min 50 s")  # 850 images at 5 a second
 
 
+def test_time_left_counts_embedding_before_it_has_begun_and_when_all_is_fetched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    out = io.StringIO()
+    screen = Screen(out, 1000, 0, True, shard=125)
+
+    def line(good: int, embedded: int) -> str:
+        now[0] += 10
+        screen.draw(counts(good, 0, embedded), [])
+        return out.getvalue().splitlines()[-1]
+
+    assert line(0, 0).endswith("0 img/s")  # nothing is known yet
+    line(10, 0)
+    assert line(110, 0).endswith("eta 1 min 29 s + embedding")  # 890 rows at 10 a second
+    line(210, 1)
+    assert line(310, 201).endswith("eta 1 min 16 s")  # 690 rows at 10 a second, then a shard of 125 images at 18
+    assert line(1000, 401).endswith("eta 31 s")
+    assert line(1000, 600).endswith("eta 21 s")
+
+
+def test_a_trial_is_projected_without_its_start_and_its_slow_last_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    screen = Screen(io.StringIO(), 100, 0, True)
+    now[0] += 20  # Ray starts, models are loaded
+    for tenth in range(1, 10):
+        now[0] += 1
+        screen.draw(counts(10 * tenth, 0, 10 * tenth), [])
+    now[0] += 30  # a server that does not answer
+    screen.draw(counts(100, 0, 100), [], end=True)
+    whole = screen.whole(10_000, 10_000)
+    assert whole is not None and 1000 <= whole <= 1000 + 20 + 1 + 30 + 1  # ten rows a second; not 59 s a hundred
+    assert Screen(io.StringIO(), 100, 0, True).whole(10_000, 10_000) is None
+
+
 @pytest.mark.parametrize(("rows", "at"), [(10_000, EARLY), (30, 30)])
 def test_a_broken_list_is_said_at_once_and_once(rows: int, at: int) -> None:
     out = io.StringIO()
