@@ -207,6 +207,10 @@ def test_what_is_not_utf8_is_null_and_told(tmp_path: Path) -> None:
         r"1 values are not UTF-8" in w and r"row 201: caption caf\xe9 \x93cr" in w and "iconv" in w
         for w in plan.warnings
     )
+    odd = ("url,caption\n" + good).encode() + b"http://a.test/x,\xe9,\xe9\nhttp://a.test/y,\xe9\n"
+    assert failures(plan_of(write(tmp_path / "m.csv", odd))) == {
+        200: r"line 202: 3 fields, where the header has 2: http://a.test/x,\xe9,\xe9"
+    }
     lines_ = b'{"url": "u", "caption": "caf\xe9", "x": "ok \\ud800"}\n{"url": "v", "caption": "caf\xc3\xa9", "x": 1}\n'
     plan = plan_of(write(tmp_path / "l.jsonl", lines_))
     assert plan.read(0).table.to_pylist() == [
