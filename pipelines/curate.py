@@ -210,6 +210,8 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
     check_engine(recipe, say)
     refuse_denied(data, recipe, request.restart_from)
     refuse_changes(data, recipe, request.restart_from)
+    if "embed" in request.stages and load_plan(data.root) is None:
+        has_encoder(recipe)  # as in `run`
     anew = request.restart_from == "source"
     found = inspect(request.list, recipe.source, request.limit, None if anew else data.root)
     check_selection(recipe, found.carried, columns)
@@ -272,9 +274,11 @@ def run(request: Request, say: Say = print) -> Outcome:
 
 
 def _found_from_anywhere(recipe: Recipe) -> Recipe:
-    """The recipe with whole paths of deny-lists: later commands may be given in another folder."""
+    """The recipe with whole paths of deny-lists and weights: later commands may be given in another folder."""
     deny = tuple(str(Path(f).expanduser().absolute()) for f in recipe.fetch.deny)
-    return replace(recipe, fetch=replace(recipe.fetch, deny=deny))
+    weights = recipe.embed.weights and str(Path(recipe.embed.weights).expanduser().absolute())
+    fetch, embed = replace(recipe.fetch, deny=deny), replace(recipe.embed, weights=weights)
+    return replace(recipe, fetch=fetch, embed=embed)
 
 
 @contextmanager
@@ -578,7 +582,8 @@ def status(data: Data, say: Say) -> tuple[dict[str, Any], str]:
         return facts, command("retry", data.root)
     if waiting:
         again = command("retry", data.root)
-        say(f"          the last retry had none of these {waiting:,} rows back; `{again}` tries once more")
+        failed = f"{waiting:,} rows that failed for passing reasons"
+        say(f"retry     the last one had back none of {failed}; `{again}` tries anew")
     return facts, ""
 
 
