@@ -151,9 +151,10 @@ def clean(text: str) -> str:
 # -------------------------------------------------------------------------------------------------------------- JSON
 
 
-def parse_json(data: bytes | str, what: str, *, unique: bool = False) -> Any:
+def parse_json(data: bytes | str, what: str, *, finite: bool = True, unique: bool = False) -> Any:
     """A JSON value; strings in it can be encoded (no lone surrogates), numbers are finite.
 
+    finite: where False, NaN, Infinity and 1e400 are floats, as Python and those who write by it have them.
     unique: refuse an object in which a key occurs twice (parsers differ in which of the two they believe).
 
     Raises UserError, naming `what`, for what is not JSON, not UTF-8 (or marked otherwise), nested too deep for this
@@ -165,11 +166,8 @@ def parse_json(data: bytes | str, what: str, *, unique: bool = False) -> Any:
             raise UserError(f"{what}: not JSON: it is not UTF-8")
         data = found.text
     try:
-        return _cleaned(
-            json.loads(
-                data, object_pairs_hook=_once if unique else None, parse_constant=_no_number, parse_float=_finite
-            )
-        )
+        strict: dict[str, Any] = {"parse_constant": _no_number, "parse_float": _finite} if finite else {}
+        return _cleaned(json.loads(data, object_pairs_hook=_once if unique else None, **strict))
     except RecursionError:
         raise UserError(f"{what}: not read: it is nested too deep") from None
     except ValueError as e:  # JSONDecodeError, an integer of too many digits, NaN

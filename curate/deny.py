@@ -246,7 +246,7 @@ def _entry(line: bytes) -> bytes:
     """The digest that stands for a line. ValueError, IndexError or RowError where it is no entry."""
     if line.isalnum() and len(line) in _DIGITS:
         return binascii.unhexlify(line)
-    if _PLAIN.fullmatch(line):
+    if _PLAIN.fullmatch(line) and b"&amp;" not in line.lower():
         return digest(line, "sha256")
     text = line.decode()
     return digest((_listed_url(text) if "://" in text else _listed_host(text)).encode(), "sha256")

@@ -1,38 +1,51 @@
-"""Folders that hold images already: tar shards, plain images, Hugging Face's imagefolder.
+"""Folders that hold images already, as inputs of a plan: tar shards, plain images, imagefolders, parquet with images.
 
 Each row names the place of its bytes instead of something to fetch, or the failure that it came with: the rows of
-img2dataset's parquet that have no image are rows of ours, so that the accounts still add up.
+img2dataset's parquet that have no image are rows of ours, so that the accounts still add up. What is an image, a
+caption and a key is curate.captioned's to say.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from aesthetic.untrusted import caption_of
+from curate.captioned import (
+    Beside,
+    Members,
+    TarNotes,
+    Troubles,
+    below,
+    image_column,
+    read_json_member,
+    read_text_member,
+    tar_samples,
+    text_member,
+)
 from curate.ledger import EMBEDDED_COLUMNS, FETCHED_COLUMNS, Reason, Status
+from curate.listing import Listing, first_three, look
 from curate.lists import (
     CAPTION_NAMES,
     URL_NAMES,
     Input,
     RowsInput,
     clean,
-    list_format,
     named,
     open_list,
     open_parquet,
+    parquet_batches,
 )
-from curate.shards import IMAGE_EXTENSIONS, CorruptShard, image_member, index_tar, read_range
+from curate.shards import CorruptShard, image_member
 from curate.store import UserError, digest
 
 PLACE_COLUMNS = (
     ("@path", pa.string()),  # of the file that holds the bytes, relative to the plan's base
-    ("@offset", pa.int64()),
+    ("@offset", pa.int64()),  # of the first byte; in a parquet file the number of the row
     ("@size", pa.int64()),
     ("@status", pa.string()),  # these three are set, and those above null, where the row came with a failure
     ("@reason", pa.string()),
@@ -40,13 +53,14 @@ PLACE_COLUMNS = (
 )
 """What a row of an image folder has beside the list's columns."""
 
-METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-
 _RESULTS = {name for name, _ in FETCHED_COLUMNS + EMBEDDED_COLUMNS}
 """Columns of a former run, img2dataset's or ours: results, which this run finds out anew."""
 
+_MOST_NAMES = 500
+"""Different names in the JSON of samples that become columns; what more there are is left out, and that is said."""
 
-def _place(path: str, offset: int, size: int) -> dict[str, Any]:
+
+def _place(path: str, offset: int, size: int | None) -> dict[str, Any]:
     return {"@path": path, "@offset": offset, "@size": size, "@status": None, "@reason": None, "@error": None}
 
 
@@ -55,207 +69,339 @@ def _failure(reason: Reason, error: str) -> dict[str, Any]:
     return {**place, "@status": reason.status.value, "@reason": reason.value, "@error": error}
 
 
-class TarInput(RowsInput):
-    """A tar of samples (webdataset, img2dataset), and the parquet that img2dataset writes beside it."""
+def _came_with(row: dict[str, Any]) -> dict[str, Any]:
+    """The failure that a row of img2dataset's parquet came with."""
+    error = str(row.get("error_message") or "")
+    return _failure(reason_of(error, row.get("status"), row.get("reason")), error)
+
+
+class SamplesInput(RowsInput):
+    """Rows that are samples: what is known of each becomes its columns, and each has a place or a failure."""
 
     local = True
     extra = PLACE_COLUMNS
 
-    def __init__(self, path: Path, base: Path, url: str, caption: str | None) -> None:
+    def __init__(self, path: Path, url: str, caption: str | None) -> None:
         super().__init__(path)
-        self._base, self._names = base, (url, caption)
-        self.scan()
+        self.notes = self.troubles = Troubles()
+        self._wanted = url, caption
+        self._names: set[str] = set()
         self.url, self.caption = "url", "caption"
+
+    def find_out(self) -> None:
+        """Go through all rows once; raises UserError where the JSON of too many can't be read."""
+        self.scan()
+        self.note_captions()
+        self.troubles.refuse_many("json", self.rows, str(self.path))
         self.make_text("url", "caption")
+
+    def row(self, facts: dict[str, Any], caption: str | None, place: dict[str, Any], name: str) -> dict[str, Any]:
+        """A row from what is known of a sample; `caption` is that of a file of its own, `name` stands for its URL."""
+        url, text = named(list(facts), self._wanted[0], URL_NAMES), None
+        found = facts.get(url) if url else None
+        result: dict[str, Any] = {"url": found if isinstance(found, str) and found else name, "caption": None}
+        if self._wanted[1] is not None:
+            text = named(list(facts), self._wanted[1], CAPTION_NAMES)
+            result["caption"] = caption or (caption_of(facts[text]) if text else None)
+        for key, value in facts.items():
+            if key in (url, text, "url", "caption") or key in _RESULTS or key in place:
+                continue
+            if len(self._names) < _MOST_NAMES:
+                self._names.add(key)
+            if key in self._names:
+                result[clean(key)] = value
+            else:
+                self.troubles.add("names", key)
+        return result | place
+
+
+def _merged(row: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+    """The row of a parquet and the JSON of the same sample, which has the last word."""
+    return row | {k: v for k, v in told.items() if v is not None or k not in row}
+
+
+class TarInput(SamplesInput):
+    """A tar of samples (webdataset, img2dataset), and the parquet that img2dataset writes beside it.
+
+    `image` says which image of a sample is meant, as in `tar_samples`.
+    """
+
+    def __init__(self, path: Path, base: Path, url: str, caption: str | None, image: str | None = None) -> None:
+        super().__init__(path, url, caption)
+        self._base = base
+        try:
+            self._found = tar_samples(path, image)
+        except (CorruptShard, OSError) as e:
+            raise UserError(f"{path}: cannot be read: {e}") from e
+        self._beside = _img2dataset_rows(path.with_suffix(".parquet"))
+        index = self._found.samples
+        lost = [k for k, row in self._beside.items() if k not in index and row["status"] == Status.SUCCESS]
+        if lost:
+            raise UserError(
+                f"{path.with_suffix('.parquet')} has {len(lost)} rows of status success, {lost[0]} the first, "
+                f"that {path.name} has no sample for. The tar is not whole, or the two do not belong together."
+            )
+        self.find_out()
+        about = TarNotes()
+        about.add(self._found)
+        self.troubles.said += about.lines()
 
     def digest(self) -> str:
         # every caption, JSON and place was read for it, the pixels were not: a shard may hold gigabytes
         return digest([self.content, self.path.stat().st_size])
 
     def objects(self) -> Iterator[dict[str, Any]]:
-        try:
-            index = index_tar(self.path)
-        except (CorruptShard, OSError) as e:
-            raise UserError(f"{self.path}: cannot be read: {e}") from e
-        beside = _beside(self.path)
-        lost = [k for k, row in beside.items() if k not in index and row["status"] == Status.SUCCESS]
-        if lost:
-            raise UserError(
-                f"{self.path.with_suffix('.parquet')} has {len(lost)} rows of status success, {lost[0]} the first, "
-                f"that {self.path.name} has no sample for. The tar is not whole, or the two do not belong together."
-            )
+        index = self._found.samples
         # img2dataset writes both in the same order, so failed rows fall where they were
         with open(self.path, "rb") as tar:
-            for key in [*beside, *(k for k in index if k not in beside)]:
-                yield self._row(tar, key, index.get(key), beside.get(key, {}))
+            for key in [*self._beside, *(k for k in index if k not in self._beside)]:
+                yield self._sample(tar, key, index.get(key), self._beside.get(key, {}))
 
-    def _row(self, tar: BinaryIO, key: str, members: dict[str, tuple[int, int]] | None, row: dict) -> dict[str, Any]:
-        facts = dict(row)
+    def _sample(self, tar: BinaryIO, key: str, members: Members | None, row: dict[str, Any]) -> dict[str, Any]:
+        image = image_member(members, self._found.image) if members else None
+        where = f"{self.path}, {key}"
+        facts, caption = row, None
         if members and "json" in members:
-            told = self._json(tar, key, members["json"])
-            facts |= {k: v for k, v in told.items() if v is not None or k not in facts}
-        found = image_member(members) if members else None
-        if found:
-            place = _place(self.path.relative_to(self._base).as_posix(), *found[1])
+            facts = _merged(row, read_json_member(tar, members["json"], f"{where}.json", self.troubles))
+        if members and self._wanted[1] is not None and (at := text_member(members, image[0] if image else "")):
+            caption = read_text_member(tar, at, f"{where}.txt", self.troubles)
+        if image:
+            place = _place(self.path.relative_to(self._base).as_posix(), *image[1])
         elif members:
-            place = _failure(Reason.NOT_AN_IMAGE, "the sample has no image among its members")
+            place = _failure(Reason.NOT_AN_IMAGE, self._why_none(members))
         else:
-            error = row.get("error_message") or ""
-            place = _failure(reason_of(str(error), row.get("status"), row.get("reason")), str(error))
-        url = named(list(facts), self._names[0], URL_NAMES)
-        result = {"url": facts.get(url) if url else f"{self.path.name}/{key}", "caption": None}
-        caption = None
-        if self._names[1] is not None:
-            caption = named(list(facts), self._names[1], CAPTION_NAMES)
-            text = _text(read_range(tar, members["txt"])) if members and "txt" in members else None
-            result["caption"] = text or (facts.get(caption) if caption else None)
-        for name, value in facts.items():
-            if name in place:
-                raise UserError(f"{self.path}, {key}.json: the name {name!r} is taken for something else here.")
-            if name not in (url, caption, "url", "caption") and name not in _RESULTS:
-                result[clean(name)] = value
-        return result | place
+            place = _came_with(row)
+        return self.row(facts, caption, place, f"{self.path.name}/{key}")
 
-    def _json(self, tar: BinaryIO, key: str, place: tuple[int, int]) -> dict[str, Any]:
-        try:
-            value = json.loads(read_range(tar, place).decode("utf-8", "replace"))
-        except ValueError as e:
-            raise UserError(f"{self.path}, {key}.json: not JSON: {e}") from e
-        if not isinstance(value, dict):
-            raise UserError(f"{self.path}, {key}.json: an object {{...}} is needed, not a {type(value).__name__}.")
-        return value
+    def _why_none(self, members: Members) -> str:
+        if self._found.images and self._found.image and any(image_member(members, kind) for kind in self._found.images):
+            return f"the sample has no image {self._found.image}.jpg among its members, as others have"
+        return "the sample has no image among its members"
 
 
-def _beside(tar: Path) -> dict[str, dict[str, Any]]:
-    """The rows of img2dataset's parquet beside a tar, by key; empty where there is none."""
-    path = tar.with_suffix(".parquet")
-    if not path.exists():
+def _img2dataset_rows(table: Path) -> dict[str, dict[str, Any]]:
+    """The rows of img2dataset's parquet beside a tar or a folder, by key; empty where there is none."""
+    if not table.exists():
         return {}
-    file = open_parquet(path)
-    if not {"key", "status"} <= set(file.schema_arrow.names):
+    names = open_parquet(table).schema_arrow.names
+    if not {"key", "status"} <= set(names):
         return {}  # some other table
-    return {str(row["key"]): row for row in file.read().to_pylist()}
+    return {str(row["key"]): row for batch in parquet_batches(table, names) for row in batch.to_pylist()}
 
 
-class ImagesInput(RowsInput):
-    """All images below a folder, sorted by path; the caption of a.jpg is in a.txt."""
+class ImagesInput(SamplesInput):
+    """All images below a folder, in the order of their paths, with what files beside them tell.
+
+    Where img2dataset wrote them (`output_format=files`: 00000/KEY.jpg, and 00000.parquet beside the folder), the rows
+    of its parquet that have no image are rows here too.
+    """
+
+    def __init__(self, path: Path, url: str, caption: str | None, listing: Listing | None = None) -> None:
+        super().__init__(path, url, caption)
+        listing = listing or look(path)
+        self._images, self._beside = listing.images, Beside(listing, self.troubles)
+        self._tables = {folder: _img2dataset_rows(path / f"{folder}.parquet") for folder in tabled_folders(listing)}
+        self.find_out()
+
+    def digest(self) -> str:
+        times = [(self.path / name).stat().st_mtime_ns for name in self._images]
+        return digest([self.content, times])
+
+    def objects(self) -> Iterator[dict[str, Any]]:
+        in_tables: dict[str, dict[str, str]] = {folder: {} for folder in self._tables}
+        for name in self._images:
+            folder, key = _folder_and_key(name)
+            if key in self._tables.get(folder, ()):
+                in_tables[folder].setdefault(key, name)
+        done: set[str] = set()
+        for name in self._images:
+            folder, key = _folder_and_key(name)
+            if folder in in_tables and folder not in done:
+                done.add(folder)
+                yield from self._table(folder, in_tables[folder])
+            if in_tables.get(folder, {}).get(key) != name:
+                yield self._image(name, {})
+        for folder in sorted(self._tables.keys() - done):
+            yield from self._table(folder, {})
+
+    def _table(self, folder: str, names: dict[str, str]) -> Iterator[dict[str, Any]]:
+        for key, row in self._tables[folder].items():
+            if key in names:
+                yield self._image(names[key], row)
+            elif row["status"] == Status.SUCCESS:
+                place = _failure(Reason.NOT_AN_IMAGE, f"{folder}.parquet says success, but there is no such image")
+                yield self.row(row, None, place, f"{folder}/{key}")
+            else:
+                yield self.row(row, None, _came_with(row), f"{folder}/{key}")
+
+    def _image(self, name: str, row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            size = (self.path / name).stat().st_size
+        except OSError as e:
+            raise UserError(f"{self.path / name}: cannot be read: {e.strerror}") from e
+        caption = self._beside.caption(name) if self._wanted[1] is not None else None
+        return self.row(_merged(row, self._beside.facts(name)), caption, _place(name, 0, size), name)
+
+
+def _folder_and_key(name: str) -> tuple[str, str]:
+    folder, _, base = name.rpartition("/")
+    return folder, base.rpartition(".")[0]
+
+
+def tabled_folders(listing: Listing) -> list[str]:
+    """The folders of images that img2dataset wrote: those beside which its parquet of the same name lies."""
+    folders = {name.rpartition("/")[0] for name in listing.images}
+    tables = {name.removesuffix(".parquet") for name in listing.lists if name.endswith(".parquet")}
+    return sorted(f for f in folders & tables if _is_img2datasets(listing.folder / f"{f}.parquet"))
+
+
+def _is_img2datasets(table: Path) -> bool:
+    return {"key", "status"} <= set(open_parquet(table).schema_arrow.names)
+
+
+class MetadataInput(Input):
+    """Hugging Face's imagefolder: a table whose column file_name says where each image lies, below its own folder.
+
+    A row whose file is not there is a row without an image; where a row has no caption, a file beside its image may.
+    """
 
     local = True
     extra = PLACE_COLUMNS
 
-    def __init__(self, path: Path, caption: str | None) -> None:
-        super().__init__(path)
-        self._with_captions = caption is not None
-        self.scan()
-        self.url, self.caption = "url", "caption"
-        self.make_text("url", "caption")
-
-    def digest(self) -> str:
-        times = [(self.path / name).stat().st_mtime_ns for name in images_below(self.path)]
-        return digest([self.content, times])
-
-    def objects(self) -> Iterator[dict[str, Any]]:
-        for name in images_below(self.path):
-            file = self.path / name
-            text = file.with_suffix(".txt")
-            caption = _text(text.read_bytes()) if self._with_captions and text.exists() else None
-            yield {"url": name, "caption": caption, **_place(name, 0, file.stat().st_size)}
-
-
-class MetadataInput(Input):
-    """Hugging Face's imagefolder: a table whose column file_name says where each image lies, below its own folder."""
-
-    local = True
-
     def __init__(self, path: Path, base: Path, url: str, caption: str | None) -> None:
         super().__init__(path)
+        self.notes = self.troubles = Troubles()
         self._base = base
         self._table = open_list(path, url, caption)
-        self.caption = self._table.caption
-        if "file_name" not in self._table.schema.names:
-            raise UserError(
-                f"{path}: there is no column 'file_name'. Its columns: {', '.join(self._table.schema.names)}."
-            )
-        self._url = self._table.url
-        self.url = self._url or "url"
+        names = self._table.schema.names
+        if "file_name" not in names:
+            raise UserError(f"{path}: there is no column 'file_name'. Its columns: {', '.join(names)}.")
+        listing = look(path.parent)
+        self._beside = Beside(listing, self.troubles)
+        self._with_captions, self._caption, self._url = caption is not None, self._table.caption, self._table.url
+        self.url, self.caption = self._url or "url", self._caption
         fields = [f for f in self._table.schema if f.name != "file_name"]
+        if self._with_captions and self._caption is None and self._beside.any():
+            self.caption = "caption"
+            fields = [*(f for f in fields if f.name != "caption"), pa.field("caption", pa.string())]
         self.schema = pa.schema(fields if self._url else [("url", pa.string()), *fields])
         self.rows = self._table.rows
-        sizes = [
-            batch.column("@size").to_pylist() for batch in self.batches([])
-        ]  # finds every image, or says which not
-        self._content = [self._table.digest(), *sizes]
+        self._named: set[str] = set()
+        self._filled: list[str] = []  # captions that came from files beside the images
+        # finds every image
+        sizes = [b.column("@size").to_pylist() for b in self.batches([self.caption] if self.caption else [])]
+        if self.rows and not any(size is not None for part in sizes for size in part):
+            raise UserError(f"{path}: none of its rows names an image. {' '.join(self.troubles.sentences())}")
+        self._content: list[Any] = [self._table.digest(), *sizes, *([self._filled] if self._filled else [])]
+        self.troubles.said += self._table.notes.sentences()
+        if left := [name for name in listing.images if name not in self._named]:
+            self.troubles.said.append(f"{len(left):,} images are in no row, and left out: {first_three(left)}")
 
     def digest(self) -> str:
         return digest(self._content)
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         line = 0
-        for batch in self._table.batches([*columns, "file_name"]):
-            names = batch.column("file_name").cast(pa.string()).to_pylist()
-            places = [self._find(name, line + i) for i, name in enumerate(names, 1)]
+        self._filled = []
+        wanted = {*columns, "file_name", *([self._caption] if self._caption else [])}
+        for batch in self._table.batches([n for n in self._table.schema.names if n in wanted]):
+            arrays = {n: batch.column(n) for n in batch.schema.names}
+            broken = arrays.pop("\0error", pa.nulls(batch.num_rows)).to_pylist()
+            reasons = arrays.pop("\0reason", pa.nulls(batch.num_rows)).to_pylist()
+            names = arrays.pop("file_name").cast(pa.string()).to_pylist()
+            found = [self._find(name, line + i) if not broken[i - 1] else "" for i, name in enumerate(names, 1)]
+            places = [
+                _failure(Reason(reason), why) if why else self._place(file, line + i)
+                for i, (file, why, reason) in enumerate(zip(found, broken, reasons, strict=True), 1)
+            ]
             line += len(names)
-            arrays = {n: batch.column(n) for n in batch.schema.names if n != "file_name"}
             if not self._url:
-                arrays["url"] = pa.array([p["@path"] for p in places], pa.string())
+                urls = [p["@path"] or name for p, name in zip(places, names, strict=True)]
+                arrays["url"] = pa.array(urls, pa.string())
+            if self.caption and self.caption in columns and self._with_captions:
+                arrays[self.caption] = self._captions(arrays.get(self.caption), found)
             for name, kind in PLACE_COLUMNS:
                 arrays[name] = pa.array([p[name] for p in places], kind)
             yield pa.RecordBatch.from_pydict(arrays)
 
-    def _find(self, name: str | None, line: int) -> dict[str, Any]:
-        where = f"{self.path}, row {line}: file_name {name!r}"
-        if not name:
-            raise UserError(f"{where} is empty.")
-        outside = ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute()
-        if outside or PureWindowsPath(name).drive or "\\" in name or "\0" in name:
-            raise UserError(f"{where} is refused: it must be a path below the folder of the table.")
-        file = self.path.parent / name
-        if not file.is_file():
-            raise UserError(f"{where} is not there.")
-        return _place(file.relative_to(self._base).as_posix(), 0, file.stat().st_size)
+    def _captions(self, told: pa.Array | None, files: list[str]) -> pa.Array:
+        """Those of the table, and where it has none, those of files beside the images."""
+        if told is not None and (not pa.types.is_string(told.type) or not told.null_count):
+            return told
+        captions = told.to_pylist() if told is not None else [None] * len(files)
+        for i, file in enumerate(files):
+            if captions[i] is None and file and (caption := self._beside.any_caption(file)):
+                captions[i] = caption
+                self._filled.append(caption)
+        return pa.array(captions, pa.string())
 
-
-def images_below(folder: Path) -> Iterator[str]:
-    """The images below a folder as relative paths, sorted; hidden files and folders are passed over."""
-    for name in sorted(_walk(folder)):
+    def _find(self, name: str | None, line: int) -> str:
+        """The path of a row's image below the table's folder; empty, and noted, where there is none."""
+        where = f"row {line}: file_name {name!r}"
         try:
-            name.encode()
-        except UnicodeEncodeError as e:
-            raise UserError(f"{folder}: the file name {name!r} is not UTF-8. Rename it.") from e
-        yield name
+            file = below(name)
+        except ValueError as e:
+            self.troubles.add("metadata", where, f"{where} {e}")
+            return ""
+        if not (self.path.parent / file).is_file():
+            self.troubles.add("absent", where, f"{where} is not there")
+            return ""
+        self._named.add(file)
+        return file
+
+    def _place(self, file: str, line: int) -> dict[str, Any]:
+        if not file:
+            return _failure(Reason.NOT_AN_IMAGE, f"row {line} of {self.path.name} names no file that is there")
+        path = self.path.parent / file
+        return _place(path.relative_to(self._base).as_posix(), 0, path.stat().st_size)
 
 
-def _walk(folder: Path) -> Iterator[str]:
-    for here, folders, files in os.walk(folder):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        for file in files:
-            if is_image(file):
-                yield (Path(here) / file).relative_to(folder).as_posix()
+class ParquetImagesInput(Input):
+    """A parquet file that holds the images themselves: Hugging Face's, and img2dataset's `output_format=parquet`."""
 
+    local = True
+    extra = PLACE_COLUMNS
 
-def is_image(name: str) -> bool:
-    """Whether a file is called like an image."""
-    return not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and "." in name
+    def __init__(self, path: Path, base: Path, url: str, caption: str | None) -> None:
+        super().__init__(path)
+        self._base = base
+        self._table = open_list(path, url, caption)
+        self._image = image_column(open_parquet(path).schema_arrow)
+        self._url = self._table.url
+        self.url, self.caption = self._url or "url", self._table.caption
+        fields = [f for f in self._table.schema if f.name != self._image and f.name not in _RESULTS - {"url"}]
+        self.schema = pa.schema(fields if self._url else [("url", pa.string()), *fields])
+        self.rows = self._table.rows
 
+    def digest(self) -> str:
+        # of the footer, which says where each piece of each column lies: a file may hold gigabytes of images
+        with open(self.path, "rb") as f:
+            f.seek(-8, 2)
+            size = f.tell() + 8
+            f.seek(-min(size, 8 + int.from_bytes(f.read(4), "little")), 2)
+            return digest([f.read().hex(), size])
 
-def metadata_files(folder: Path) -> list[Path]:
-    """The tables of an imagefolder: in the folder itself, or else in the folders right below it (its splits)."""
-    for pattern in ("{}", "*/{}"):
-        found = sorted(p for name in METADATA_FILES for p in folder.glob(pattern.format(name)))
-        if any(_has_file_names(p) for p in found):
-            return found
-    return []
-
-
-def _has_file_names(path: Path) -> bool:
-    if list_format(path.name) == "parquet":
-        return "file_name" in open_parquet(path).schema_arrow.names
-    with open(path, "rb") as f:
-        return b"file_name" in f.readline(1 << 16)
-
-
-def _text(data: bytes) -> str | None:
-    return data.decode("utf-8-sig", "replace").strip() or None
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        row = 0
+        results = [n for n in ("status", "error_message", "reason") if n in self._table.schema.names]
+        names = [n for n in self._table.schema.names if n != self._image and (n in columns or n in results)]
+        path = self.path.relative_to(self._base).as_posix()
+        for batch in parquet_batches(self.path, names):
+            arrays = {n: batch.column(n) for n in names}
+            came = [arrays[n].to_pylist() if n in arrays else [None] * batch.num_rows for n in ("status", *results)]
+            failed = "status" in results
+            places = [
+                _came_with(dict(zip(("status", *results), told, strict=True)))
+                if failed and told[0] not in (None, Status.SUCCESS)
+                else _place(path, row + i, None)
+                for i, told in enumerate(zip(*came, strict=True))
+            ]
+            if not self._url:
+                arrays["url"] = pa.array([f"{path}/{row + i}" for i in range(batch.num_rows)], pa.string())
+            row += batch.num_rows
+            for name, kind in PLACE_COLUMNS:
+                arrays[name] = pa.array([p[name] for p in places], kind)
+            yield pa.RecordBatch.from_pydict(arrays)
 
 
 # --------------------------------------------------------------------------------------------- others' error messages

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any, Generic, TypeVar
+from urllib.parse import quote
 
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
@@ -172,7 +173,12 @@ def guarded_socket(allow: tuple[Allowed, ...]) -> Callable[[tuple[Any, ...]], so
 # ------------------------------------------------------------------------------------------------------------ URLs
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_AROUND = "".join(map(chr, [*range(0x21), *range(0x7F, 0xA1), 0x200B, 0x2028, 0x2029, 0x3000, 0xFEFF]))
+"""Controls, white space and byte order marks: a browser strips the first 33 around a URL, and nobody means the rest."""
+_REMOVED = str.maketrans("", "", "\t\n\r")
+_AMPERSAND = re.compile(r"&(?:amp|#0*38|#x0*26);", re.IGNORECASE)
 _SENT_AS_IS = re.compile(r"[!#$%&'()*+,\-./0-9:;=?@A-Z\[\]_a-z~]*")  # what RFC 3986 lets stand in a URL
+_NOT_SENT = re.compile(r"[^!#$%&'()*+,\-./0-9:;=?@A-Z\[\]_a-z~\ud800-\udfff]+")
 _HOST = re.compile(r"(?:[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\.?")
 _AUTHORITY = re.compile(r"(?:[^:/?#]*:)?//([^/?#]*)")
 _ENDS_IN_A_NUMBER = re.compile(r"(?:^|\.)(?:\d+|0x[0-9a-f]*)\.?$")  # WHATWG: then the whole host is an IPv4 address
@@ -183,12 +189,12 @@ def parse_url(text: str, allow: tuple[Allowed, ...], base: URL | None = None) ->
 
     The result has an http or https scheme, a plain ASCII host (IDNA-encoded) or a canonical address that may be
     contacted, no user information and no fragment. Path and query go out exactly as written where RFC 3986 lets
-    them: signed URLs break when they are normalised.
+    them: signed URLs break when they are normalised. Else it is what a browser makes of the text (`_as_in_a_page`).
 
     Raises:
         RowError: bad_url, or blocked_address where the host is an address that may not be contacted.
     """
-    text = text.strip(" ")
+    text = _as_in_a_page(text, base is None)
     if not text:
         raise RowError(Reason.BAD_URL, "empty")
     if len(text) > MAX_URL:
@@ -218,6 +224,29 @@ def parse_url(text: str, allow: tuple[Allowed, ...], base: URL | None = None) ->
         if exact.raw_authority == url.raw_authority and exact.raw_path.startswith("/") and "/." not in exact.raw_path:
             return exact
     return url
+
+
+def _as_in_a_page(text: str, listed: bool) -> str:
+    """A URL as a browser reads it (WHATWG URL, 4.4): without controls and white space around it, without tabs and line
+    ends, with slashes for backslashes, and what may not stand in it percent-encoded as UTF-8.
+
+    Of a list (and not of a redirect) come pieces of HTML too: //host/path, which is taken for http, and &amp; for &.
+    """
+    text = text.strip(_AROUND).translate(_REMOVED)
+    if listed:
+        text = _AMPERSAND.sub("&", text)
+    before, question, query = text.partition("?")
+    before, fragment, rest = before.partition("#") if "#" in before else (before, "", "")
+    if re.match(r"(?:https?:)?[/\\]", before, re.IGNORECASE) or not listed:
+        before = before.replace("\\", "/")
+    if listed and before.startswith("//"):
+        before = f"http:{before}"
+    scheme = re.match(r"(?:[a-z][a-z0-9+.-]*:)?//[^/]*", before, re.IGNORECASE)
+    host, path = (scheme[0], before[scheme.end() :]) if scheme else ("", before)
+    whole = path + fragment + rest + question + query
+    if (listed and not host) or _CONTROL.search(whole):
+        return host + whole
+    return host + _NOT_SENT.sub(lambda m: quote(m[0], safe=""), whole)
 
 
 def _joined(base: URL | None, url: URL) -> URL:

@@ -295,7 +295,7 @@ def _names(data: Data, shard: int, keys: list[str]) -> list[str]:
         if path.endswith(".tar"):
             if path not in named:
                 index = index_tar(source.base / path)
-                named[path] = {m[1][0]: key for key, found in index.items() if (m := image_member(found))}
+                named[path] = {at: key for key, found in index.items() for at, _ in found.values()}
             path = named[path][place["@offset"]]
         names.append(path)
     return pc.replace_substring_regex(_last(pa.array(names, pa.string())), _IMAGE_ENDING, "").to_pylist()

@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,10 @@ import pyarrow.parquet as pq
 from aesthetic.tables import kind_of, table_shape
 from aesthetic.untrusted import caption_of, decode_text, marked_encoding, open_regular, printable
 from aesthetic.untrusted import clean as clean
+from curate.fit import fit, fit_type
 from curate.ledger import Reason
 from curate.lines import Broken, Table, as_utf8, head_of, is_quoted, numbered_lines, shown, unreadable
+from curate.pages import page_sizes
 from curate.store import UserError, sha256_file
 
 BATCH = 65_536
@@ -148,7 +150,7 @@ def plain_type(t: pa.DataType) -> pa.DataType:
         return pa.string()
     if pa.types.is_large_binary(t) or pa.types.is_binary_view(t):
         return pa.binary()
-    return pa.float32() if pa.types.is_float16(t) else t
+    return pa.float32() if pa.types.is_float16(t) else fit_type(t)
 
 
 def plain(column: pa.Array) -> pa.Array:
@@ -157,6 +159,8 @@ def plain(column: pa.Array) -> pa.Array:
         return plain(column.storage)
     if pa.types.is_dictionary(column.type):
         return plain(column.dictionary_decode())
+    if pa.types.is_temporal(column.type) or pa.types.is_nested(column.type) or pa.types.is_decimal256(column.type):
+        return fit(column)
     column = column.cast(plain_type(column.type))
     if pa.types.is_string(column.type):
         return _valid(column.cast(pa.binary()))
@@ -230,12 +234,12 @@ class Notes:
     def sentences(self) -> list[str]:
         """A sentence for each kind that there is."""
         return [
-            f"{count:,} {_NOTED[kind]}. The first: {'; '.join(self.first[kind])}"
+            f"{count:,} {NOTED[kind]}. The first: {'; '.join(self.first[kind])}"
             for kind, count in sorted(self.counts.items())
         ]
 
 
-_NOTED = {
+NOTED = {
     "broken": "lines are broken, and rows without a picture (bad_line)",
     "not_utf8": "values are not UTF-8, and null (`iconv -f WINDOWS-1252 -t UTF-8`, or whatever it is, mends it)",
     "too_long": "values are longer than 4 MB, and null",
@@ -262,6 +266,7 @@ class Input:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.constants: dict[str, str | None] = {}
         self.notes = Notes()
 
     def digest(self) -> str:
@@ -271,6 +276,19 @@ class Input:
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """All rows in order, at most BATCH at a time, with at least the named columns in `schema`'s types."""
         raise NotImplementedError
+
+    def set_constants(self, constants: Mapping[str, str | None]) -> None:
+        """Add columns that hold one text in every row, and that the file does not have."""
+        self.constants = {n: v for n, v in constants.items() if n not in self.schema.names}
+        self.schema = pa.schema([*self.schema, *((n, pa.string()) for n in self.constants)])
+
+    def whole_batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """As `batches`, with the constants."""
+        for batch in self.batches(columns):
+            yield with_constants(batch, self.constants)
+
+    def check_sizes(self, columns: Sequence[str]) -> None:
+        """UserError where reading these columns would take more memory than any list needs."""
 
     def resolve(self, names: Sequence[str], url: str, caption: str | None) -> None:
         """Find the two columns among the names, which must differ from each other."""
@@ -288,6 +306,13 @@ class Input:
             raise UserError(f"{self.path}: {count:,} of {self.rows:,} lines are broken, which is too many. {first}")
         if count:
             self.extra = FAILURES
+
+
+def with_constants(batch: pa.RecordBatch, constants: Mapping[str, str | None]) -> pa.RecordBatch:
+    """A batch with columns that hold one text in every row."""
+    for name, value in constants.items():
+        batch = batch.append_column(name, pa.array([value] * batch.num_rows, pa.string()))
+    return batch
 
 
 def _failures(rows: int, broken: dict[int, Broken]) -> list[pa.Array]:
@@ -315,6 +340,9 @@ class ParquetInput(Input):
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         yield from parquet_batches(self.path, columns)
 
+    def check_sizes(self, columns: Sequence[str]) -> None:
+        check_pages(self.path, columns)
+
 
 def open_parquet(path: Path) -> pq.ParquetFile:
     """A parquet file whose column chunks are read in pieces: a row group may be larger than the memory."""
@@ -328,16 +356,98 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         raise unreadable(path, e) from e
 
 
-def parquet_batches(path: Path, columns: Sequence[str], groups: list[int] | None = None) -> Iterator[pa.RecordBatch]:
-    """The rows of some row groups (default: all), with the named columns that the file has, plain."""
+LARGEST_PAGE = 256 << 20
+"""Bytes that a page of a parquet file may unpack to, of the columns that are read; they have one megabyte or so."""
+
+_MOST_IN_A_ROW = 100_000  # values that a nested column may hold in each row, on average, of a row group
+
+
+def check_pages(path: Path, columns: Sequence[str]) -> None:
+    """UserError where a page of these columns unpacks to more than LARGEST_PAGE, or rows hold values without end."""
     file = open_parquet(path)
-    names = [n for n in file.schema_arrow.names if n in columns]
+    metadata = file.metadata
+    wanted = set(columns)
+    with open_regular(path) as f:
+        for g in range(metadata.num_row_groups):
+            group = metadata.row_group(g)
+            for c in range(group.num_columns):
+                column = group.column(c)
+                name = column.path_in_schema
+                if name not in wanted and not any(name.startswith(f"{n}.") for n in wanted):
+                    continue
+                try:
+                    largest = max(page_sizes(f.fileno(), column), default=0)
+                except (ValueError, OSError) as e:
+                    raise UserError(f"{path}: cannot be read: row group {g}, column {printable(name, 80)}: {e}") from e
+                if largest > LARGEST_PAGE or column.num_values > _MOST_IN_A_ROW * max(group.num_rows, 100):
+                    much = f"a page of {largest:,} bytes" if largest > LARGEST_PAGE else f"{column.num_values:,} values"
+                    raise UserError(
+                        f"{path}: column {printable(name, 80)!r} is too large to read: {much} in row group {g}. "
+                        "Leave it out: name the columns that matter in source.columns"
+                    )
+
+
+def parquet_batches(
+    path: Path,
+    columns: Sequence[str],
+    groups: list[int] | None = None,
+    start: int = 0,
+    rows: int | None = None,
+    most: int | None = None,
+) -> Iterator[pa.RecordBatch]:
+    """Rows of some row groups (default: all), with the named columns that the file has, plain.
+
+    `rows` rows from `start` on, counted from the first of these groups. Texts come as dictionaries and are spelt out a
+    few rows at a time where they are long: a text of a megabyte that a hundred thousand rows share takes a kilobyte of
+    the file. Once they have taken `most` bytes, those of more than _LONG_THEN are null.
+    """
+    schema = open_parquet(path).schema_arrow
+    names = [n for n in schema.names if n in columns]
+    texts = [n for n in names if _is_text(schema.field(n).type)]
     try:
-        for batch in file.iter_batches(BATCH, row_groups=groups, columns=names):
-            arrays = [plain(batch.column(n)) for n in names]
-            yield pa.RecordBatch.from_arrays(arrays, names=names) if names else batch
+        file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, read_dictionary=texts)
+        left, longest, taken = rows, LONGEST_VALUE, 0
+        for whole in file.iter_batches(BATCH, row_groups=groups, columns=names):
+            batch = whole.slice(min(start, whole.num_rows), left)
+            start = max(0, start - whole.num_rows)
+            left = left if left is None else left - batch.num_rows
+            at = 0
+            while at < batch.num_rows:
+                arrays = [_without_long(batch.column(n), longest) for n in names]
+                step = max(1, _SPELT_OUT // max(*(_longest(a) for a in arrays), 0, 1))
+                part = [plain(a.slice(at, step)) for a in arrays]
+                at += step
+                yield pa.RecordBatch.from_arrays(part, names=names) if names else batch.slice(at - step, step)
+                taken += sum(a.nbytes for a in part)
+                if most is not None and taken > most:
+                    longest = _LONG_THEN
+            if left == 0:
+                return
     except (pa.ArrowException, OSError) as e:
         raise unreadable(path, e) from e
+
+
+_LONG_THEN = 64 << 10
+_SPELT_OUT = 256 << 20  # bytes
+
+
+def _is_text(t: pa.DataType) -> bool:
+    return pa.types.is_string(t) or pa.types.is_binary(t) or pa.types.is_large_string(t) or pa.types.is_large_binary(t)
+
+
+def _longest(column: pa.Array) -> int:
+    if pa.types.is_dictionary(column.type) and _is_text(column.type.value_type) and len(column.dictionary):
+        return pc.max(pc.binary_length(column.dictionary)).as_py() or 0
+    return 0
+
+
+def _without_long(column: pa.Array, longest: int) -> pa.Array:
+    """A column of a dictionary without texts that are longer than so many bytes."""
+    if _longest(column) <= longest:
+        return column
+    texts = column.dictionary
+    short = pc.if_else(pc.greater(pc.binary_length(texts), longest), pa.scalar(None, texts.type), texts)
+    return pa.DictionaryArray.from_arrays(column.indices, short)
 
 
 class CsvInput(Input):

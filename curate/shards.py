@@ -13,7 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+from aesthetic.untrusted import clean, open_regular
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jfif", "jpe")
+"""Of the formats that are read, in the order in which one of several images of a sample is taken."""
+
 _LONGEST_HEADER = 65_536  # bytes of a long name or extended header
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
@@ -89,18 +93,34 @@ def index_tar(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     a member boundary is found by the marker; only a digest finds a changed byte in a member).
     """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
-    for name, place in _members(path):
-        folder, _, base = name.rpartition("/")
-        stem, dot, extension = base.partition(".")  # webdataset's rule: a key ends at the first dot
-        if dot and stem:
-            key = f"{folder}/{stem}" if folder else stem
-            samples.setdefault(key, {})[extension.lower()] = place
+    for name, place in tar_members(path):
+        key, extension = key_of(name)
+        if key:
+            samples.setdefault(key, {})[extension] = place
     return samples
 
 
-def _members(path: Path) -> list[tuple[str, tuple[int, int]]]:
-    """The regular files of a tar with their places. Plain headers are read here, ten times as fast as by tarfile."""
+def key_of(name: str) -> tuple[str, str]:
+    """(key, extension in small letters) of a member: webdataset's rule is that a key ends at its name's first dot.
+
+    Both are empty for what belongs to no sample: names without a dot, hidden ones.
+    """
+    folder, _, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    if not dot or not stem:
+        return "", ""
+    return f"{folder}/{stem}" if folder else stem, extension.lower()
+
+
+def tar_members(path: Path) -> list[tuple[str, tuple[int, int]]]:
+    """The regular files of a tar with their places. Plain headers are read here, ten times as fast as by tarfile.
+
+    Raises CorruptShard as `index_tar` does.
+    """
     size = path.stat().st_size
+    with open_regular(path) as f:  # a pipe of that name would be waited for, for ever
+        if packed := _packed(f.read(_BLOCK)):
+            raise CorruptShard(f"{path}: is compressed by {packed}, and tars are read by place. Unpack it first")
     if size < 2 * _BLOCK:
         raise CorruptShard(f"{path}: the end of the archive is missing")
     found: list[tuple[str, tuple[int, int]]] = []
@@ -118,8 +138,9 @@ def _members(path: Path) -> list[tuple[str, tuple[int, int]]]:
             try:
                 length, checksum = int(head[124:136].strip(b" \0") or b"0", 8), int(head[148:156].strip(b" \0"), 8)
             except ValueError:
-                checksum = -1
-            if checksum != sum(head) - sum(head[148:156]) + 8 * 32:  # the checksum counts its own field as blanks
+                length = checksum = -1
+            # the checksum counts its own field as blanks; a negative length would lead in circles
+            if length < 0 or checksum != sum(head) - sum(head[148:156]) + 8 * 32:
                 raise CorruptShard(f"{path}: the header at byte {at:,} is damaged")
             name = head[:100].split(b"\0", 1)[0]
             if head[257:262] == b"ustar" and head[345]:
@@ -130,6 +151,12 @@ def _members(path: Path) -> list[tuple[str, tuple[int, int]]]:
                 found.append((name.decode(errors="replace"), (at + _BLOCK, length)))
             at += _BLOCK + length + -length % _BLOCK
     raise CorruptShard(f"{path}: the end of the archive is missing")
+
+
+def _packed(head: bytes) -> str | None:
+    """What a file that is called a tar was compressed by, if it was."""
+    marks = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
+    return next((name for mark, name in marks.items() if head.startswith(mark)), None)
 
 
 class _Bounded(tarfile.TarInfo):
@@ -151,17 +178,21 @@ def _members_by_tarfile(path: Path) -> list[tuple[str, tuple[int, int]]]:
                 if end > size or member.size < 0:
                     raise CorruptShard(f"{path}: ends inside {member.name}")
                 if member.isreg() and not member.issparse():
-                    found.append((member.name, (member.offset_data, member.size)))
-    except tarfile.TarError as e:
+                    found.append((clean(member.name), (member.offset_data, member.size)))
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as e:
         raise CorruptShard(f"{path}: {e}") from e
     if size < end + 2 * _BLOCK:
         raise CorruptShard(f"{path}: the end of the archive is missing")
     return found
 
 
-def image_member(members: dict[str, tuple[int, int]]) -> tuple[str, tuple[int, int]] | None:
-    """The image among a sample's members: (extension, (offset, size)), or None."""
-    return next(((e, members[e]) for e in IMAGE_EXTENSIONS if e in members), None)
+def image_member(members: dict[str, tuple[int, int]], name: str = "") -> tuple[str, tuple[int, int]] | None:
+    """The image among a sample's members: (extension, (offset, size)), or None.
+
+    `name` is what stands before the extension where samples have several images: `input` of KEY.input.jpg.
+    """
+    dotted = f"{name}." if name else ""
+    return next(((e, members[dotted + e]) for e in IMAGE_EXTENSIONS if dotted + e in members), None)
 
 
 def read_range(file: BinaryIO, place: tuple[int, int]) -> bytes:

@@ -19,10 +19,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from curate.captioned import read_place
 from curate.folders import PLACE_COLUMNS
 from curate.inputs import Found, find, is_remote, stat
 from curate.ledger import URL_COLUMNS, Reason, RowError, stored_schema
-from curate.lists import FAILURES, ParquetInput, open_parquet, parquet_batches
+from curate.lists import FAILURES, ParquetInput, open_parquet, parquet_batches, with_constants
 from curate.ours import clear
 from curate.store import UserError, atomic, digest, read_json, record_digest, sha256_file, write_json
 from curate.survey import Survey, column, columns_of, stored_extra, survey_list
@@ -72,7 +73,7 @@ class ShardPlan:
 class Totals:
     """What a plan would be, for `--dry-run`."""
 
-    kind: str  # list, tars, images or imagefolder
+    kind: str  # list, tars, images, imagefolder or parquet
     inputs: int  # files of the list, tars, or folders
     listed_rows: int  # rows of the list, after `where`
     total_rows: int  # of these, the rows that `limit` leaves
@@ -98,17 +99,15 @@ class Place:
 
     path: Path
     offset: int
-    size: int
+    size: int | None  # None: `offset` is a row of a parquet file
 
     def read(self) -> bytes:
-        """The bytes. Raises UserError where they are gone: the folder is not the one that was planned."""
-        try:
-            with open(self.path, "rb") as f:
-                f.seek(self.offset)
-                data = f.read(self.size)
-        except OSError as e:
-            raise UserError(f"{self.path}: cannot be read any more: {e.strerror}") from e
-        if len(data) != self.size:
+        """The bytes. Raises UserError where they are gone: the folder is not the one that was planned.
+
+        RowError where they are too many, or where a row of a parquet file holds none.
+        """
+        data = read_place(self.path, self.offset, self.size)
+        if self.size is not None and len(data) != self.size:
             raise UserError(f"{self.path}: is shorter than when the plan was made. {_ANEW}")
         return data
 
@@ -232,17 +231,17 @@ class Plan:
         extra = [(stored_extra(n), k) for n, k in (PLACE_COLUMNS if local else FAILURES if fact.get("broken") else ())]
         schema = pa.schema([*self.schema, *extra])
         if s.file in self.facts["cut"]:
-            batches = [
+            batches = (
                 pa.RecordBatch.from_arrays([column(batch, f.name, f.type) for f in schema], schema=schema)
                 for batch in _read_slice(self.root / s.file, s.offset, s.rows, schema.names)
-            ]
+            )
         else:  # the list itself, under its own names
             url, caption = fact["url"], fact["caption"]
             wanted = [n for n in (url, caption, *self.carried.names) if n]
-            batches = [
-                columns_of(batch, url, caption, self.carried)
+            batches = (
+                columns_of(with_constants(batch, fact.get("constants", {})), url, caption, self.carried)
                 for batch in _read_slice(self.root / s.file, s.offset, s.rows, wanted)
-            ]
+            )
         table = pa.Table.from_batches(batches, schema)
         if table.num_rows != s.rows:
             raise UserError(f"{s.file}: has fewer rows than when the plan was made. {_ANEW}")
@@ -253,7 +252,7 @@ class Plan:
         return SourceShard(shard, rows, self.shard_digest(shard), failures=beside)
 
     def _require_unchanged(self, file: str, fact: Mapping[str, Any]) -> None:
-        if self.facts["remote"] or (file in self.facts["cut"] and self.facts["kind"] != "tars"):
+        if self.facts["remote"] or (file in self.facts["cut"] and self.facts["kind"] not in ("tars", "parquet")):
             return  # everything is in plan/, or Place.read finds out image by image
         now = stat(self.facts["kind"], Path(fact["path"]))
         if any(now[k] != fact[k] for k in now):
@@ -270,6 +269,10 @@ class Plan:
                 raise UserError(f"{path}: is damaged. Remove {self.root / 'plan'}; {_AGAIN}")
 
 
+_MOST_HELD = 512 << 20
+"""Bytes of the text of a shard; beyond them, long texts are null."""
+
+
 def _read_slice(path: Path, offset: int, rows: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     metadata = open_parquet(path).metadata
     groups: list[int] = []
@@ -281,15 +284,7 @@ def _read_slice(path: Path, offset: int, rows: int, columns: Sequence[str]) -> I
                 first = start
             groups.append(number)
         start = end
-    skip = offset - first
-    for batch in parquet_batches(path, columns, groups):
-        part = batch.slice(min(skip, batch.num_rows), rows)
-        skip -= batch.num_rows - part.num_rows if skip > 0 else 0
-        rows -= part.num_rows
-        if part.num_rows:
-            yield part
-        if rows <= 0:
-            return
+    yield from parquet_batches(path, columns, groups, offset - first, rows, _MOST_HELD)
 
 
 # ------------------------------------------------------------------------------------------------------ making a plan
@@ -440,7 +435,7 @@ def _write_lists(root: Path, found: Found, survey: Survey, shard_size: int) -> t
     for number, (source, kept) in enumerate(zip(survey.inputs, survey.kept, strict=True)):
         before = stat(found.kind, source.path)
         content = source.digest()
-        identity: list[Any] = [content, source.url, source.caption]
+        identity: list[Any] = [content, source.url, source.caption, *([source.constants] if source.constants else [])]
         if isinstance(source, ParquetInput) and source.largest_group <= _LARGEST_GROUP and not survey.filtered:
             file = str(source.path.relative_to(root) if found.remote else source.path)
         else:
@@ -457,7 +452,10 @@ def _write_lists(root: Path, found: Found, survey: Survey, shard_size: int) -> t
         if not found.remote and stat(found.kind, source.path) != before:
             raise UserError(f"{source.path}: changed while it was read. Run the same command again.")
         broken = {"broken": n} if (n := source.notes.counts["broken"]) else {}
-        inputs.append({**before, "sha256": content, "url": source.url, "caption": source.caption, **broken})
+        constants = {"constants": source.constants} if source.constants else {}
+        inputs.append(
+            {**before, "sha256": content, "url": source.url, "caption": source.caption, **broken, **constants}
+        )
         identities[file], made_of[file] = digest(identity), number
         for offset in range(0, kept, shard_size):
             shards.append(ShardPlan(len(shards), file, offset, min(shard_size, kept - offset)))
@@ -492,9 +490,10 @@ def _cut(path: Path, number: int, survey: Survey, shard_size: int) -> None:
         for batch in survey.kept_rows(number):
             held.append(columns_of(batch, source.url or "url", source.caption, survey.carried, extra))
             rows = sum(b.num_rows for b in held)
-            if rows >= group:
+            many = sum(b.nbytes for b in held) > _MOST_HELD
+            if rows >= group or many:
                 table = pa.Table.from_batches(held)
-                whole = rows - rows % group
+                whole = rows if many else rows - rows % group
                 writer.write_table(table.slice(0, whole), row_group_size=group)
                 held = table.slice(whole).combine_chunks().to_batches()
         if held:

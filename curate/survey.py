@@ -36,6 +36,7 @@ class Survey:
     listed_rows: int = 0
     kept: list[int] = field(default_factory=list)  # rows per input, after where and limit
     captions_unwanted: bool = False  # source.caption is null
+    notes: list[str] = field(default_factory=list)  # what of a folder is not read
     threshold: int | None = None  # of the spread numbers; rows above it are beyond the limit
     planned: int | None = None  # and those up to this one are in the plan that grows
 
@@ -45,7 +46,7 @@ class Survey:
 
     def warnings(self) -> list[str]:
         """What a run says before it begins: of rows and values that are not taken as they are, and missing captions."""
-        said = [f"{s.path}: {sentence}" for s in self.inputs for sentence in s.notes.sentences()]
+        said = [*self.notes, *(f"{s.path}: {sentence}" for s in self.inputs for sentence in s.notes.sentences())]
         without = [s for s in self.inputs if s.caption is None and not s.local and s.rows]
         if without and not self.captions_unwanted:
             texts = [f.name for f in without[0].schema if pa.types.is_string(f.type) and f.name != without[0].url]
@@ -78,7 +79,7 @@ class Survey:
         if self.predicate is not None:
             wanted |= set(self.predicate.columns)
         start = 0
-        for batch in source.batches(sorted(wanted)):
+        for batch in source.whole_batches(sorted(wanted)):
             count = batch.num_rows
             if self.threshold is not None or self.planned is not None:
                 place = spread(number, start, count)
@@ -105,8 +106,12 @@ def survey_list(found: Found, config: SourceConfig, limit: int | None) -> Survey
             raise UserError(f"{source.path}: there is no column of URLs. Name it as source.url. {columns}")
     union = _union(inputs)
     survey = Survey(inputs, union, _carried(found, inputs, union, config), captions_unwanted=config.caption is None)
+    survey.notes = [f"{found.name}: {note}" for note in found.notes]
     if config.where is not None:
         survey.predicate = Predicate(config.where, union, "source.where")
+    used = [*survey.carried.names, *(survey.predicate.columns if survey.predicate else ())]
+    for source in inputs:
+        source.check_sizes([n for n in (source.url, source.caption, *used) if n])
     best, owner = np.empty(0, np.uint64), np.empty(0, np.int64)
     survey.kept = [0] * len(inputs)
     for number, source in enumerate(inputs):
@@ -134,7 +139,7 @@ def _masks(survey: Survey, source: Input) -> Iterator[np.ndarray]:
     """What `where` keeps of an input, in pieces; without `where` no row is read."""
     if survey.predicate is not None:
         wanted = set(survey.predicate.columns) | {source.url or "url"}  # at least one: a batch needs a length
-        for batch in source.batches(sorted(wanted)):
+        for batch in source.whole_batches(sorted(wanted)):
             yield survey.mask(batch)
         return
     for start in range(0, source.rows, 1 << 20):

@@ -97,6 +97,8 @@ def run(request: Request) -> Outcome:
         sweep(request.out)
         if (done := _before(request.out, asked)) is not None:  # again: another run may have been at work until now
             return _outcome(request, done)
+        for note in samples.notes():
+            terminal.write(f"{samples.folder}: {note}\n")
         evaluation = _Evaluation(request, model, samples, prompts, heads, terminal)
         try:
             evaluation.prepare()

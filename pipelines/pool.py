@@ -217,20 +217,25 @@ class VectorsPool:
 
 
 class FolderPool:
-    """The pictures under a folder, embedded when they are asked for."""
+    """The pictures of a folder (of images, of tars, of parquet), embedded when they are asked for."""
 
     absent = "not a picture that can be decoded"
 
     def __init__(self, root: Path, encoder: str, say: Callable[[str], None]) -> None:
-        from curate.folders import images_below
+        from curate.captioned import NothingRead, open_folder
 
         self.root, self._name, self._say = root, encoder, say
         if not root.is_dir():
             raise UserError(f"--images {root}: there is no such folder")
-        self.files = [root / name for name in images_below(root)]
-        if not self.files:
-            raise UserError(f"--images {root}: there is no image in it")
-        self.count = len(self.files)
+        try:
+            self.samples = open_folder(root)
+        except NothingRead as e:
+            raise UserError(f"--images {root}: there is no image in it that is read ({e})") from e
+        except UserError as e:
+            raise UserError(f"--images {e}") from e
+        for note in self.samples.notes():
+            say(f"{root}: {note}")
+        self.count = len(self.samples)
         self._known: dict[int, tuple[np.ndarray, dict[str, Any]] | None] = {}
 
     @cached_property
@@ -246,13 +251,22 @@ class FolderPool:
     def candidates(self, by: str) -> pd.DataFrame:
         import pandas as pd
 
-        from curate.store import sha256_file
-
         if by == "url":
             raise UserError(f"the ratings name URLs, and {self.root} is a folder of images: name files, or use --data")
-        names = [p.relative_to(self.root).as_posix() for p in self.files]
-        table = pd.DataFrame({"key": names, "path": names})
-        return table.assign(sha256=[sha256_file(p) for p in self.files]) if by == "sha256" else table
+        names = [self.samples.key(i) for i in range(self.count)]
+        paths = [self.samples.path(i) for i in range(self.count)]
+        table = pd.DataFrame({"key": names, "path": paths})
+        return table.assign(sha256=[self._sha256(i) for i in range(self.count)]) if by == "sha256" else table
+
+    def _sha256(self, image: int) -> str | None:
+        import hashlib
+
+        from curate.ledger import RowError
+
+        try:
+            return hashlib.sha256(self.samples.image(image)).hexdigest()
+        except RowError:
+            return None
 
     def vectors(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         todo = [int(i) for i in images if int(i) not in self._known]
@@ -271,7 +285,7 @@ class FolderPool:
             todo = iter(images)
             for done in range(len(images)):
                 while len(ahead) < 3 * size and (i := next(todo, None)) is not None:
-                    ahead.append((i, threads.submit(self._prepare, self.files[i], encoder)))
+                    ahead.append((i, threads.submit(self._prepare, i, encoder)))
                 i, future = ahead.popleft()
                 if (prepared := future.result()) is None:
                     self._known[i] = None
@@ -294,8 +308,7 @@ class FolderPool:
             print(CLEAR if shown else "", end="", file=sys.stderr)
             self._say(f"embedded {len(images):,} images in {time.monotonic() - began:.0f} s with {encoder.name}")
 
-    @staticmethod
-    def _prepare(path: Path, encoder: Encoder) -> tuple[np.ndarray, dict[str, Any]] | None:
+    def _prepare(self, image: int, encoder: Encoder) -> tuple[np.ndarray, dict[str, Any]] | None:
         """A picture as the encoder's input, and what copies of it are known by; None where it is none."""
         import hashlib
 
@@ -303,9 +316,9 @@ class FolderPool:
         from curate.ledger import RowError
 
         try:
-            data = path.read_bytes()
+            data = self.samples.image(image)
             pixels = decode(data)
-        except (OSError, RowError):
+        except RowError:
             return None
         facts = {"sha256": hashlib.sha256(data).hexdigest(), "phash": perceptual_hash(pixels)}
         return encoder.preprocess(pixels), facts | {"width": pixels.shape[1], "height": pixels.shape[0]}
@@ -313,12 +326,20 @@ class FolderPool:
     def facts(self, images: np.ndarray) -> pd.DataFrame:
         import pandas as pd
 
-        names = [self.files[int(i)].relative_to(self.root).as_posix() for i in images]
+        names = [self.samples.key(int(i)) for i in images]
         known = [(self._known.get(int(i)) or (None, {}))[1] for i in images]
         return pd.DataFrame([{"key": n, **k} for n, k in zip(names, known, strict=True)])
 
     def pictures(self, images: Sequence[int]) -> dict[int, Any]:
-        return {int(i): _thumbnail(self.files[int(i)].read_bytes()) for i in images}
+        return {int(i): self._thumbnail(int(i)) for i in images}
+
+    def _thumbnail(self, image: int) -> Any:
+        from curate.ledger import RowError
+
+        try:
+            return _thumbnail(self.samples.image(image))
+        except RowError:
+            return None
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         return self._encoder.encode_texts(texts)

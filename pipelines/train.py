@@ -240,6 +240,8 @@ def _prepared(
     def say(text: str) -> None:
         terminal.write(text + "\n")
 
+    for note in samples.notes():
+        say(f"{samples.folder}: {note}")
     pipeline = _loaded(settings) if settings["from"] else None
     told = _surveyed(request, samples, settings, terminal)
     if pipeline is None:
@@ -575,6 +577,7 @@ def _data_facts(samples: Numbered, materials: Materials, told: dict[str, Any]) -
         "trained_on": len(materials.chosen),
         "held_out": len(materials.held),
         "unreadable": len(told["unreadable"]),
+        **({"notes": notes} if (notes := samples.notes()) else {}),
     }
 
 

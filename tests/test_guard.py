@@ -77,7 +77,7 @@ def test_a_wrong_allow_is_an_error_that_quotes_it(entry: str) -> None:
 
 
 BAD_URLS = [
-    *["", " ", "example.com/a.jpg", "/a.jpg", "//example.com/a.jpg", "file:///etc/passwd", "FILE:///etc/passwd"],
+    *["", " ", "example.com/a.jpg", "/a.jpg", "file:///etc/passwd", "FILE:///etc/passwd"],
     *["ftp://example.com/a", "data:image/png;base64,AAAA", "gopher://example.com", "javascript:alert(1)"],
     *[
         "jar:http://example.com!/",
@@ -99,8 +99,15 @@ BAD_URLS = [
     *["http://2130706433/", "http://0x7f000001/", "http://0x7f.1/", "http://127.1/", "http://0177.0.0.1/"],
     *["http://127.0.0.1./", "http://127.0.0.01/", "http://017700000001/", "http://1.2.3.4.5/", "http://0x/"],
     *["http://%31%32%37.0.0.1/", "http://127.0.0.1%00.example.com/", "http://ex%61mple.com/", "http://exa mple.com/"],
-    *["http://example.com\\@127.0.0.1/", "http://127.0.0.1\\@example.com/", "http://\\127.0.0.1/", "http://a\\b.com/"],
-    *["http://exa\nmple.com/", "http://example.com/a\r\nX: y", "\x00http://example.com/", "http://example.com/\x7f"],
+    *[
+        "http://\\127.0.0.1/",
+        "\\\\",
+        "//",
+        "///a",
+        "http://exa\x01mple.com/",
+        "http://example.com/\x01a",
+        "ftp:\\\\a.com\\b",
+    ],
     *["http://ex\u200bample.com/", "http://[::1", "http://[::1%25lo]/", "http://[v1.a]/", "http://a..b/", "http://.a/"],
     *["http://-a.com/", "http://" + "a" * 64 + ".com/", "http://" + "a." * 130 + "com/", "http://example.com:0/"],
     *["http://example.com:99999/", "http://example.com:port/", "http://example.com/" + "a" * 8000],
@@ -127,7 +134,8 @@ def test_bad_urls(url: str) -> None:
         *["http://127.0.0.1/", "http://[::1]/", "http://[::ffff:127.0.0.1]/", "http://１２７.０.０.１/"],
         *["http://127。0。0。1/", "http://①②⑦.⓪.⓪.①/", "https://169.254.169.254/latest/meta-data/"],
         *["http://[fd00:ec2::254]/", "http://0.0.0.0:80/", "http://127.0.0.1:8265/api/jobs/", "http://1.1.1.1:6379/"],
-        *["http://[0:0:0:0:0:0:0:1]/", "HTTP://127.0.0.1/"],
+        *["http://[0:0:0:0:0:0:0:1]/", "HTTP://127.0.0.1/", "http://127.0.0.1\\@example.com/", "//127.0.0.1/a"],
+        *["http:\\\\127.0.0.1\\a", "\ufeffhttp://127.0.0.1/", "http://127.0.\t0.1/", "\\\\127.0.0.1/", "/\\127.0.0.1/"],
     ],
 )
 def test_urls_with_addresses_that_may_not_be_contacted(url: str) -> None:
@@ -152,6 +160,21 @@ def test_urls_with_addresses_that_may_not_be_contacted(url: str) -> None:
         ("https://a_b.example.com./x", "https://a_b.example.com./x"),
         ("https://example.com/a/../b", "https://example.com/b"),
         ("http://1.1.1.1:8080/#@127.0.0.1/", "http://1.1.1.1:8080/"),
+        # what a browser makes of it
+        ("\ufeff https://example.com/a.jpg\r\n", "https://example.com/a.jpg"),
+        ("\x00\xa0https://example.com/a.jpg\u3000", "https://example.com/a.jpg"),
+        ("https://exam\nple.com/a\r\n\tb.jpg", "https://example.com/ab.jpg"),
+        ("//example.com/a.jpg", "http://example.com/a.jpg"),
+        ("https://example.com/a?b=1&amp;c=2&AMP;d&#38;e&#x26;f&copy=1", "https://example.com/a?b=1&c=2&d&e&f&copy=1"),
+        ("https:\\\\example.com\\a\\b.jpg?c\\d", "https://example.com/a/b.jpg?c%5Cd"),
+        ("http://example.com\\@127.0.0.1/", "http://example.com/@127.0.0.1/"),
+        (
+            'https://example.com/a b|c^"<é>.jpg?s=%zz %7e',
+            "https://example.com/a%20b%7Cc%5E%22%3C%C3%A9%3E.jpg?s=%zz%20%7e",
+        ),
+        ("https://example.com/a{1}`.jpg#f r", "https://example.com/a%7B1%7D%60.jpg"),
+        ("https://example.com/./a/%2e%2e/b/../c.jpg", "https://example.com/c.jpg"),
+        ("HTTPS://EXAMPLE.com:0443/A", "https://example.com/A"),
     ],
 )
 def test_good_urls_go_out_as_written(text: str, sent: str) -> None:
@@ -166,6 +189,9 @@ def test_good_urls_go_out_as_written(text: str, sent: str) -> None:
         ("//other.example/x", "https://other.example/x"),
         ("?q", "https://example.com/d/a.jpg?q"),
         ("http://other.example/", "http://other.example/"),
+        (" b c.jpg\r\n", "https://example.com/d/b%20c.jpg"),
+        ("\\\\other.example\\x", "https://other.example/x"),
+        ("/x?a&amp;b", "https://example.com/x?a&amp;b"),
     ],
 )
 def test_redirect_targets(location: str, target: str) -> None:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import bz2
 import dataclasses
+import decimal
 import gzip
 import json
 import lzma
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -391,3 +396,152 @@ def test_a_digest_of_the_list_is_compared_whether_or_not_it_is_carried(tmp_path:
         fetch_shards(data, recipe)
     rows = pq.read_table(data.table(0)).to_pylist()
     assert [r["reason"] for r in rows] == [None, "hash_mismatch"] and rows[0]["source.sha256"] == rows[0]["sha256"]
+
+
+# ----------------------------------------------------------------------------------------------------- folders of lists
+
+
+def test_lists_in_folders_below(tmp_path: Path) -> None:
+    """Hive's partitions are columns; the hub's data/train-00000-of-00001.parquet is a list."""
+    for lang, year in (("en", "2020"), ("d%C3%A9", "__HIVE_DEFAULT_PARTITION__")):
+        for file in ("hive/lang={}/year={}/part-0.parquet", "text/lang={}/year={}/part-0.csv"):
+            path = tmp_path / file.format(lang, year)
+            path.parent.mkdir(parents=True)
+            table = pa.table({"url": [f"http://{len(lang)}"], "caption": ["x"], "n": [1]})
+            if path.suffix == ".csv":
+                path.write_text(f"url,caption,n\nhttp://{len(lang)},x,1\n")
+            else:
+                pq.write_table(table, path)
+    for name in ("hive", "text", "hive/**/*.parquet", "text/lang=*/*/*.csv"):
+        plan = make_plan(str(tmp_path / name), tmp_path / f"p-{name[:4]}{len(name)}", SourceConfig())
+        rows = [row for s in plan.shards for row in plan.read(s.shard).table.to_pylist()]
+        assert {(r["url"], r["lang"], r["year"]) for r in rows} == {
+            ("http://2", "en", "2020"),
+            ("http://7", "dé", None),
+        }
+    some = inspect(str(tmp_path / "hive"), SourceConfig(where="lang = 'en' AND n = 1"))
+    assert (some.total_rows, some.carried.names) == (1, ["n", "lang", "year"])
+    hub = tmp_path / "hub"
+    (hub / "data").mkdir(parents=True)
+    (hub / "_delta_log").mkdir()
+    write(hub / "dataset_infos.json", "{}")
+    write(hub / "README.md", "hello")
+    write(hub / "_delta_log" / "0.json", "{}")
+    pq.write_table(pa.table({"url": ["http://a"]}), hub / "data" / "train-00000-of-00001.parquet")
+    assert inspect(str(hub), SourceConfig()).total_rows == 1
+
+
+def test_what_is_no_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.csv")
+    (tmp_path / "dangling.csv").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "circle.csv").symlink_to(tmp_path / "circle.csv")
+    (tmp_path / "zero.csv").symlink_to("/dev/zero")
+    for name, match in {
+        "fifo.csv": "is a pipe",
+        "dangling.csv": "a link to a file that is not there",
+        "circle.csv": "a link that leads back to itself",
+        "zero.csv": "is a device",
+        "x" * 5000: "no such file",
+        "nul\0.csv": "no such file",
+    }.items():
+        with pytest.raises(UserError, match=match):
+            inspect(str(tmp_path / name), SourceConfig())
+
+
+# ---------------------------------------------------------------------------------------------- parquet as it may come
+
+
+def test_values_that_cannot_be_said_are_null(tmp_path: Path) -> None:
+    def of(number: int, t: pa.DataType) -> pa.Array:
+        return pa.array([number, 5], pa.int32() if t.bit_width == 32 else pa.int64()).view(t)
+
+    odd = {
+        "ms": of(10**15, pa.timestamp("ms")),
+        "us": of(-(2**62), pa.timestamp("us")),
+        "never": of(-(2**63), pa.timestamp("ns")),
+        "day": of(2**30, pa.date32()),
+        "time": of(10**9, pa.time32("ms")),
+        "nan": pa.array([[float("nan"), 1.0], [2.0]]),
+        "inf": pa.array([{"a": float("inf")}, {"a": 1.0}]),
+        "moments": pa.array([[10**15], [5]], pa.list_(pa.int64())).cast(pa.list_(pa.timestamp("ms"))),
+    }
+    columns = {
+        **odd,
+        "url": ["ftp://a", "ftp://b"],
+        "zone": pa.array([0, 5], pa.timestamp("us", "Mars/Phobos")),
+        "digits": pa.array([decimal.Decimal("1.50"), None], pa.decimal256(60, 2)),
+        "map": pa.array([[("a", 1)], None], pa.map_(pa.string(), pa.int32())),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "l.parquet")
+    data = Data(tmp_path / "data")
+    plan = make_plan(str(tmp_path / "l.parquet"), data.root, SourceConfig())
+    rows = plan.read(0).table.to_pylist()
+    json.dumps(rows, default=str, allow_nan=False)
+    nulls = [rows[0][name] for name in odd]
+    assert nulls == [None, None, None, None, None, [None, 1.0], {"a": None}, None]
+    assert all(rows[1][name] is not None for name in odd) and rows[1]["day"].isoformat() == "1970-01-06"
+    assert rows[0]["digits"] == "1.50" and rows[0]["map"] == [("a", 1)] and str(rows[0]["zone"].tzinfo) == "UTC"
+    fetch_shards(data, load_recipe("bundled", ["fetch.retries=0"]))
+    assert len(query(data.root, "SELECT source FROM ledger")) == 2
+
+
+_MEASURED = """
+import re, sys
+from pathlib import Path
+from curate.source import SourceConfig, make_plan
+from curate.store import UserError
+try:
+    plan = make_plan(sys.argv[1], Path(sys.argv[2]), SourceConfig())
+    said = str(plan.read(0).table.column("caption").null_count)
+except UserError as e:
+    said = str(e)
+print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1], said)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("shared", r"^\d+$"),
+        ("page", "is too large to read: a page of"),
+        ("values", "is too large to read: .* values"),
+        ("gz", "unpacks to more than 500 times its size"),
+        ("line", "lines are broken"),
+    ],
+)
+def test_bombs_are_measured(tmp_path: Path, name: str, match: str) -> None:
+    """A few kilobytes that would take gigabytes: refused, or read within one."""
+    path = tmp_path / (f"l.{'csv.gz' if name in ('gz', 'line') else 'parquet'}")
+    if name == "shared":  # a text of a megabyte in each of 100,000 rows
+        texts = pa.DictionaryArray.from_arrays(pa.array([0] * 100_000, pa.int32()), pa.array(["x" * (1 << 20)]))
+        table = pa.table({"url": ["http://a"] * 100_000, "caption": texts})
+        pq.write_table(table, path, compression="zstd", dictionary_pagesize_limit=8 << 20)
+    elif name == "page":
+        table = pa.table({"url": ["http://a"], "caption": ["x" * (1 << 30)]})
+        pq.write_table(table, path, compression="zstd", use_dictionary=False, write_statistics=False)
+    elif name == "values":
+        zeros = pa.ListArray.from_arrays([0, 50_000_000], pa.nulls(50_000_000, pa.int64()))
+        pq.write_table(pa.table({"url": ["http://a"], "caption": ["x"], "x": zeros}), path, compression="zstd")
+    else:
+        with gzip.open(path, "wb", 9) as f:
+            f.write(b"url,caption\nu,x\n")
+            for _ in range(1 << 9 if name == "gz" else 100):
+                f.write((b"\n" if name == "gz" else b"x") * (1 << 20))
+    assert path.stat().st_size < 3 << 20
+    command = [sys.executable, "-c", _MEASURED, str(path), str(tmp_path / "data")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    kilobytes, said = done.stdout.strip().split(" ", 1)
+    assert int(kilobytes) < 1_100_000
+    assert re.search(match, said)
+
+
+def test_a_list_has_not_columns_without_end(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"url": ["u"], **{f"c{i}": [i] for i in range(1200)}}), tmp_path / "l.parquet")
+    with pytest.raises(UserError, match=r"1,200 columns would be carried.*source.columns: c0, .* and 1,160 more"):
+        inspect(str(tmp_path / "l.parquet"), SourceConfig())
+    assert inspect(str(tmp_path / "l.parquet"), SourceConfig(columns=("c7",))).carried.names == ["c7"]
+    pq.write_table(pa.table({}), tmp_path / "none.parquet")
+    with pytest.raises(UserError, match="has no rows"):
+        inspect(str(tmp_path / "none.parquet"), SourceConfig())

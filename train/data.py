@@ -1,23 +1,21 @@
-"""Captioned pictures to train on: packed shards, folders of tars (webdataset, img2dataset), folders of images.
+"""Captioned pictures to train on.
 
-`open_samples` gives any of them as a sequence of samples; `Pictures` prepares them for a model; `split` sets some
-aside; `Stream` is the endless order in which one rank meets its share, known by two integers.
+`open_samples` gives a folder of them as a sequence of samples (curate.captioned says of which kinds it may be);
+`Pictures` prepares them for a model; `split` sets some aside; `Stream` is the endless order in which one rank meets its
+share, known by two integers.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import math
-from bisect import bisect_right
+import re
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import accumulate
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -26,10 +24,14 @@ import torch
 from torch import Tensor
 
 from aesthetic.splits import groups_of
+from aesthetic.untrusted import printable
+from curate.captioned import Images as Images
+from curate.captioned import Numbered, Sample, open_folder
+from curate.captioned import Samples as Samples
+from curate.captioned import Tars as Tars
 from curate.images import decode, perceptual_hash, probe
 from curate.ledger import RowError
-from curate.shards import IMAGE_EXTENSIONS, CorruptShard, image_member, index_tar, read_range
-from curate.store import UserError, digest, outputs_present, read_json
+from curate.store import UserError, digest
 
 Ints = npt.NDArray[np.int64]
 
@@ -37,201 +39,19 @@ LEAST = 8
 """Pictures below which training is refused: fewer can't be split, nor fill a batch."""
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One image with its caption and what the ledger knows of it (sizes, scores, the list's own columns)."""
-
-    key: str
-    image: bytes
-    extension: str  # of the image's format: jpg, webp or png
-    caption: str | None
-    facts: dict[str, Any]
-
-
-class Numbered(Sequence[Sample]):
-    """A sequence of samples that are read when asked for; `facts` reads what is known of each without its image."""
-
-    folder: Path
-
-    def sample(self, number: int) -> Sample:
-        raise NotImplementedError
-
-    def facts(self, number: int) -> dict[str, Any]:
-        """What is known of one sample beside its pixels; `caption` among it."""
-        raise NotImplementedError
-
-    def files(self) -> list[Path]:
-        """The files that hold the pictures."""
-        raise NotImplementedError
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A short name for what is in the folder: keys, captions, and the length of each file."""
-        told = [self.facts(i) for i in range(len(self))]
-        named = [[str(f.get("key", i)), f["caption"]] for i, f in enumerate(told)]
-        manifest = read_json(self.folder / "manifest.json") or {}
-        return digest([named, [[p.name, p.stat().st_size] for p in self.files()], manifest.get("outputs")])
-
-    @overload
-    def __getitem__(self, number: int) -> Sample: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Sample]: ...
-    def __getitem__(self, number: int | slice) -> Sample | list[Sample]:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
-        if number < 0:
-            number += len(self)
-        if not 0 <= number < len(self):
-            raise IndexError(f"sample {number} of {len(self)}")
-        return self.sample(number)
-
-
-@dataclass(frozen=True)
-class _Index:
-    """Where the samples of one tar lie, in about 100 bytes each: shuffled reading needs all tars' at hand."""
-
-    keys: npt.NDArray[np.str_]
-    extensions: npt.NDArray[np.str_]
-    places: Ints  # (n, 3, 2): offset and size of image, JSON and caption; a size of -1: there is none
-
-    @staticmethod
-    def of(tar: Path) -> _Index:
-        """Of the samples that have an image."""
-        none = (0, -1)
-        found = [(key, image_member(members), members) for key, members in index_tar(tar).items()]
-        rows = [(k, image, m) for k, image, m in found if image]
-        places = [[image[1], m.get("json", none), m.get("txt", none)] for _, image, m in rows]
-        keys, extensions = [k for k, _, _ in rows], [image[0] for _, image, _ in rows]
-        return _Index(np.array(keys, str), np.array(extensions, str), np.array(places, np.int64).reshape(-1, 3, 2))
-
-
-class Tars(Numbered):
-    """The samples of a folder of tars, in the order of their names, as webdataset and img2dataset write them."""
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        tars = sorted(self.folder.glob("*.tar"))
-        self._index = lru_cache(maxsize=None)(_Index.of)
-        self._tars, self._ends = tars, list(accumulate(len(self._index(t).keys) for t in tars))
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def files(self) -> list[Path]:
-        return self._tars
-
-    def _read(self, number: int, image: bool) -> tuple[str, str, bytes, dict[str, Any]]:
-        """(key, extension, image bytes if asked for, facts)."""
-        shard = bisect_right(self._ends, number)
-        tar = self._tars[shard]
-        index, row = self._index(tar), number - (self._ends[shard - 1] if shard else 0)
-        if row >= len(index.keys):
-            raise CorruptShard(f"{tar}: a sample lacks its image")
-        key, (at, json_at, text_at) = str(index.keys[row]), index.places[row].tolist()
-        with open(tar, "rb") as f:
-            data = read_range(f, at) if image else b""
-            facts = json.loads(read_range(f, json_at)) if json_at[1] >= 0 else {"key": key}
-            if not isinstance(facts, dict):
-                raise CorruptShard(f"{tar}: the JSON of {key} is no object")
-            if text_at[1] >= 0:
-                facts["caption"] = read_range(f, text_at).decode(errors="replace").strip() or None
-        return key, str(index.extensions[row]), data, {"caption": None, **facts}
-
-    def sample(self, number: int) -> Sample:
-        key, extension, data, facts = self._read(number, image=True)
-        return Sample(key, data, extension, facts["caption"], facts)
-
-    def facts(self, number: int) -> dict[str, Any]:
-        return self._read(number, image=False)[3]
-
-
-class Samples(Tars):
-    """The samples of `shards/NAME`, in the order in which they were packed.
-
-    Raises UserError where the folder is no packed selection or a file of it is missing or of another length.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        manifest, sizes = read_json(self.folder / "manifest.json"), read_json(self.folder / "sizes.json")
-        if not manifest or not sizes:
-            raise UserError(f"{self.folder} holds no packed shards. `tastemaker pack DATA --name NAME` makes them.")
-        if not outputs_present(self.folder.absolute().parents[1], manifest):
-            raise UserError(
-                f"{self.folder}: a file is missing or cut; `tastemaker verify` on its data folder says which."
-            )
-        self._index = lru_cache(maxsize=None)(_Index.of)
-        self._tars = [self.folder / name for name in sorted(sizes)]
-        self._ends = list(accumulate(sizes[tar.name] for tar in self._tars))
-
-
-class Images(Numbered):
-    """The image files under a folder. Captions: `metadata.csv` or `metadata.jsonl` (file_name, text), or NAME.txt."""
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self._told = self._metadata()
-        names = (p for p in sorted(self.folder.rglob("*")) if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
-        self._names = [str(p.relative_to(self.folder)) for p in names]
-
-    def _metadata(self) -> dict[str, dict[str, Any]]:
-        """Hugging Face's imagefolder: file name -> its row."""
-        rows: list[dict[str, Any]] = []
-        if (path := self.folder / "metadata.csv").is_file():
-            with open(path, newline="") as f:
-                rows = list(csv.DictReader(f))
-        elif (path := self.folder / "metadata.jsonl").is_file():
-            rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        return {str(row["file_name"]): row for row in rows if row.get("file_name")}
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def files(self) -> list[Path]:
-        return [self.folder / name for name in self._names]
-
-    def sample(self, number: int) -> Sample:
-        name, facts = self._names[number], self.facts(number)
-        data = (self.folder / name).read_bytes()
-        return Sample(name, data, Path(name).suffix.lower().lstrip("."), facts["caption"], facts)
-
-    def facts(self, number: int) -> dict[str, Any]:
-        name = self._names[number]
-        row = self._told.get(name, {})
-        caption = row.get("text") or row.get("caption")
-        beside = (self.folder / name).with_suffix(".txt")
-        if caption is None and beside.is_file():
-            caption = beside.read_text(errors="replace").strip() or None
-        return {**row, "key": name, "caption": caption}
-
-
 def open_samples(folder: str | Path) -> Numbered:
-    """The captioned pictures of a folder, whatever of the three kinds it is.
+    """The captioned pictures of a folder, whatever of the kinds it is that curate.captioned reads.
 
     Raises UserError where there is no such folder, no picture in it, too few, or none with a caption.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder. A folder of packed shards, of tars or of images is expected.")
-    kind: type[Numbered] = Images
-    if (folder / "manifest.json").is_file():
-        kind = Samples
-    elif any(folder.glob("*.tar")):
-        kind = Tars
-    try:
-        samples = kind(folder)  # type: ignore[call-arg]
-    except CorruptShard as e:
-        raise UserError(f"{e}. Remove or replace that file.") from e
-    if not len(samples):
-        inner = sorted(folder.glob("shards/*/manifest.json"))
-        hint = f" Did you mean {inner[0].parent}?" if inner else ""
-        raise UserError(f"{folder} holds neither tars nor images.{hint}")
+    samples = open_folder(folder)
     if len(samples) < LEAST:
         raise UserError(f"{folder} holds {len(samples)} pictures: too few to train on, at least {LEAST} are needed")
     if not any(samples.facts(i)["caption"] for i in range(len(samples))):
+        samples.troubles.refuse_many("json", len(samples), str(folder))
         raise UserError(
             f"none of the {len(samples)} pictures in {folder} has a caption. Captions are NAME.txt beside NAME.jpg, "
-            f"or a column `text` of metadata.csv or metadata.jsonl beside `file_name`."
+            f"or a column `text` of metadata.csv or metadata.jsonl beside `file_name`. " + " ".join(samples.notes())
         )
     return samples
 
@@ -299,7 +119,11 @@ class Pictures:
 
     def load(self, number: int, dropped: bool = False) -> tuple[str, Tensor, Tensor]:
         """(key, (3, h, w) float32 in [-1, 1], tokens)."""
-        sample, (height, width) = self.samples[number], self.shapes[self.bucket[number]]
+        height, width = self.shapes[self.bucket[number]]
+        try:
+            sample = self.samples[number]
+        except RowError as e:
+            raise _cannot_be_read(self.samples.key(number), str(e)) from e
         pixels = torch.from_numpy(fitted(decoded(sample, 2 * max(height, width)), height, width))
         tokens = self._tokenize("" if dropped else sample.caption or "")
         return sample.key, pixels.permute(2, 0, 1).float().div_(127.5).sub_(1), tokens
@@ -331,10 +155,11 @@ def fitted(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArra
 
 def _shape(samples: Numbered, number: int) -> tuple[int, int]:
     facts = samples.facts(number)
-    if facts.get("width") and facts.get("height"):
-        return int(facts["height"]), int(facts["width"])
+    told = [_number(facts.get(name)) for name in ("height", "width")]
+    if all(1 <= side <= 65_535 for side in told):  # what a file or a list says of itself may be anything
+        return int(told[0]), int(told[1])
     try:
-        _, width, height = probe(samples[number].image)
+        _, width, height = probe(samples.image(number))
     except RowError:  # whoever reads it is told; it is in no one's way here
         return 1, 1
     return height, width
@@ -376,10 +201,10 @@ def survey(samples: Numbered, tell: Callable[[int], None] = lambda count: None) 
     def look(number: int) -> tuple[str, str | None, str | None, str | None]:
         """(key, sha256, perceptual hash, why it can't be read)."""
         facts = samples.facts(number)
-        key, sha256 = str(facts.get("key", number)), facts.get("sha256")
+        key, sha256 = str(facts.get("key", number)), _hexadecimal(facts.get("sha256"), 64)
         try:
-            pixels = decode(samples[number].image, min_side=32)
-            return key, sha256, facts.get("phash") or perceptual_hash(pixels), None
+            pixels = decode(samples.image(number), min_side=32)
+            return key, sha256, _hexadecimal(facts.get("phash"), 16) or perceptual_hash(pixels), None
         except RowError as e:
             return key, sha256, None, str(e)
 
@@ -390,6 +215,11 @@ def survey(samples: Numbered, tell: Callable[[int], None] = lambda count: None) 
             tell(1)
     keys, sha256, phash, why = (list(column) for column in zip(*found, strict=True))
     return Survey(keys, sha256, phash, {i: reason for i, reason in enumerate(why) if reason is not None})
+
+
+def _hexadecimal(value: Any, digits: int) -> str | None:
+    """A hash as lists and shards have it; None for what is none."""
+    return value if isinstance(value, str) and re.fullmatch(f"[0-9a-fA-F]{{{digits}}}", value) else None
 
 
 def split(samples: Numbered, share: float = 0.1, most: int = 256, known: Survey | None = None) -> tuple[Ints, Ints]:
@@ -427,24 +257,37 @@ def split(samples: Numbered, share: float = 0.1, most: int = 256, known: Survey 
 def weights_of(samples: Numbered, column: str) -> npt.NDArray[np.float64]:
     """How often each picture is drawn, (n,): in proportion to its score; without a score never.
 
-    Raises UserError where no picture has the column, or a score is negative.
+    Raises UserError where no picture has the column, or a score is negative or no finite number.
     """
-    found = np.array([_number(samples.facts(i).get(column)) for i in range(len(samples))])
-    if np.isnan(found).all():
+    values: list[Any] = [samples.facts(i).get(column) for i in range(len(samples))]
+    found = np.array([_number(value) for value in values])
+    wrong = [i for i in range(len(values)) if values[i] not in (None, "") and not math.isfinite(found[i])]
+    wrong = [i for i in wrong if not (isinstance(values[i], float) and math.isnan(values[i]))]  # one way to say none
+    if len(wrong) == len(values) or (np.isnan(found).all() and not wrong):
         known = sorted(k for k, v in samples.facts(0).items() if isinstance(v, int | float))
         raise UserError(
             f"no picture in {samples.folder} has a number {column!r}; there are {', '.join(known) or 'none'}"
         )
-    if (found < 0).any() or not np.nansum(found):
-        raise UserError(f"{column} goes down to {np.nanmin(found)}: as weights of sampling, scores must be positive")
-    return np.nan_to_num(found)
+    if wrong:
+        first = ", ".join(f"{printable(samples.key(i), 80)}: {printable(repr(values[i]), 40)}" for i in wrong[:3])
+        raise UserError(
+            f"{column} is no finite number in {len(wrong):,} of {len(values):,} pictures ({first}): to weight by it, "
+            f"correct these, or leave them empty (such pictures are not drawn)"
+        )
+    weights = np.nan_to_num(found)
+    with np.errstate(over="ignore"):
+        if (found < 0).any() or not weights.sum():
+            raise UserError(
+                f"{column} goes down to {np.nanmin(found)}: as weights of sampling, scores must be positive"
+            )
+        return weights if np.isfinite(weights.sum()) else weights / weights.max()
 
 
 def _number(value: Any) -> float:
     """A score as the ledger or a csv file has it; NaN where there is none."""
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
 
 
