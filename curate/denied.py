@@ -115,7 +115,8 @@ class _Look:
         con.register("_batch", table)
         con.execute(
             "CREATE OR REPLACE TEMP TABLE batch AS SELECT row_number() OVER () AS n, key, "
-            "CAST(sha256 AS VARCHAR) AS s, [CAST(url AS VARCHAR), CAST(final_url AS VARCHAR)] AS us FROM _batch"
+            "CAST(sha256 AS VARCHAR) AS s, "
+            "[CAST(url AS VARCHAR), nullif(CAST(final_url AS VARCHAR), CAST(url AS VARCHAR))] AS us FROM _batch"
         )
         con.execute(
             f"CREATE OR REPLACE TEMP TABLE named AS SELECT n, u, {PLAIN_SQL} AS plain, split_part(u, '/', 3) AS host "

@@ -33,7 +33,7 @@ def repeats(root: Path) -> list[Repeat]:
     Placeholders pass every check of a picture, and may score well. The rule `first_of(sha256)` keeps one of each; the
     hashes in a deny-list (`fetch.deny`) keep none.
     """
-    with open_ledger(root, set()) as con:
+    with open_ledger(root, set(), memory_limit="2GB") as con:  # and as much of the disk as it takes
         found = con.execute(
             # by a short hash first: at ten million rows a table of all digests would take gigabytes
             f"""

@@ -7,7 +7,6 @@ sheet of any images at hand.
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -25,14 +25,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 from curate.images import decode
 from curate.ledger import FETCHED_COLUMNS, URL_COLUMNS, RowError, Status
+from curate.rules import check_rules, read_rules
 from curate.select import load_selection
 from curate.shards import CorruptShard, image_member, index_tar, read_range
 from curate.sql import connect, literal, quote
 from curate.store import UserError, atomic, read_json
-from curate.view import OURS, Table, tables
+from curate.view import OURS, Table, fetched_columns, tables, types_there
 
 BLURRED_FROM = 0.5
-"""Images that a detector or head of unsafe images scores this or more are blurred, whatever the rules say."""
+"""Images that a detector or head of unsafe images scores this or more are blurred, whatever the rules say; so is what a
+rule on such a score rejects."""
 
 SHARDS = 20
 """Pictures come from at most this many shards, spread over the list: a tar has to be read to its end to find one."""
@@ -84,7 +86,7 @@ def contact_sheet(root: Path, name: str, column: str | None = None) -> Path:
         page.tiles(kept, pictures, per_row=8, ratio=0.75)
     for i, rule in enumerate(facts.selection.rules):
         if tiles := rejected.get(rule.name):
-            aside = "narrow misses first" if facts.numbers_of(rule.condition) else ""
+            aside = "narrow misses first" if facts.numbers_of(rule.name) else ""
             page.heading(_tint(i), rule.name, f"{rule.rejected:,} rejected", rule.condition, aside)
             page.tiles(tiles, pictures, per_row=REJECTED, ratio=0.75)
     if reasons := facts.selection.not_fetched:
@@ -159,12 +161,17 @@ class _Facts:
         self.fetched_table, *others = tables(root)
         self.score_tables = {str(t.column): t for t in others}
         self.unsafe = [c for c, t in self.score_tables.items() if _tells_unsafe(c, t)]
+        self.columns, self.source = types_there(root)
+        known = [*self.columns, *(f"source.{n}" for n in self.source)]
+        self.said = read_rules(dict(self.rules), known)
         self.db = connect()
         chosen = ds.dataset(str(root / "selected" / f"{name}.parquet"), format="parquet")
         self.db.register("chosen", chosen)
         shards = self.fetched_table.shards
         self.picked = [shards[i] for i in _spread(len(shards), SHARDS)]
         self._candidates()
+        plain = [f"coalesce({quote(c)} >= {BLURRED_FROM}, false)" for c in self.unsafe]
+        self.blur = " or ".join([*plain, *self._fails()]) or "false"
 
     def default_column(self) -> str | None:
         """The score by which the sheet is ordered unless told: the last one that a rule names, else any that is there.
@@ -172,12 +179,13 @@ class _Facts:
         How unsafe an image is, is no order of beauty; None where there is no other score.
         """
         good = [c for c in self.score_tables if c not in self.unsafe]
-        named = [c for _, condition in self.rules for c in self.columns_of(condition) if c in good]
+        named = [c for rule, _ in self.rules for c in self.columns_of(rule) if c in good]
         return next(reversed(named), next(reversed(good), None))
 
     def _candidates(self) -> None:
         """The table `candidate`: the images of the picked shards, with their shard, verdict and scores."""
         parts = []
+        fields = self._fields()
         for shard, path in zip(self.fetched_table.shards, self.fetched_table.files, strict=True):
             if shard in self.picked:
                 there = [n for n in pq.read_schema(path).names if n in OURS]  # the list's WIDTH is our width to SQL
@@ -185,7 +193,12 @@ class _Facts:
                 for name, kind in URL_COLUMNS + FETCHED_COLUMNS:
                     if name not in there:  # a folder that img2dataset wrote
                         part = part.append_column(name, pa.nulls(len(part), kind))
-                parts.append(part.select(OURS).append_column("shard", pa.array([shard] * len(part), pa.string())))
+                whole = part.select(OURS).append_column("shard", pa.array([shard] * len(part), pa.string()))
+                if fields:
+                    values = pq.read_table(path, filters=[("status", "=", Status.SUCCESS.value)])
+                    arrays = [values.column(i).combine_chunks() for i in fields.values()]
+                    whole = whole.append_column("source", pa.StructArray.from_arrays(arrays, list(fields)))
+                parts.append(whole)
         self.db.register("image", pa.concat_tables(parts))
         columns, joins = ["image.*", "chosen.verdict"], ["join chosen using (key)"]
         for i, (column, table) in enumerate(self.score_tables.items()):
@@ -195,6 +208,50 @@ class _Facts:
                 joins.append(f"left join score{i} on score{i}.{quote(table.key)} = image.key")
             columns.append(f"score{i}.{quote(column)}" if files else f"null::float as {quote(column)}")
         self.db.execute(f"create table candidate as select {', '.join(columns)} from image {' '.join(joins)}")
+
+    def _fields(self) -> dict[str, int]:
+        """The list's columns that rules on unsafe scores name, and their places in `fetched/`."""
+        named = {c for rule, _ in self.rules if self._is_unsafe(rule) and (r := self.said[rule]) for c in r.columns}
+        places = fetched_columns(pq.read_schema(self.fetched_table.files[0]))[1]
+        return {n: i for n, i in places.items() if f"source.{n}" in named}
+
+    def _is_unsafe(self, rule: str) -> bool:
+        """Whether a rule looks at a score of how unsafe images are; one that can't be read does if it has its name."""
+        said = self.said[rule]
+        if said is not None:
+            return any(c in self.unsafe for c in said.columns)
+        return any(c.lower() in dict(self.rules)[rule].lower() for c in self.unsafe)
+
+    def _fails(self) -> list[str]:
+        """For each rule on an unsafe score, SQL that is true of what it rejects, whichever rule rejected it first.
+
+        A `top` depends on all rows: what fails with and without it counts, and what lies above its cut. Where a rule
+        can't be asked, the strictest cut that any rule names decides, or `BLURRED_FROM`.
+        """
+        found = []
+        for rule, condition in self.rules:
+            if not self._is_unsafe(rule):
+                continue
+            said = self.said[rule]
+            for column, fraction in said.tops if said else ():
+                if column in self.unsafe:
+                    self._values(column)
+                    (at,) = self.db.sql(f"select quantile_disc(v, {1 - fraction}) from value").fetchall()[0]
+                    found.append(f"coalesce({quote(column)} >= {at}, true)" if at is not None else "true")
+            try:
+                checked = check_rules({rule: condition}, self.columns, self.source, {})[0]
+                both = [checked.sql, checked.sql]
+                for computed in checked.computed:
+                    both = [sql.replace(quote(computed.place), word) for sql, word in zip(both, WORDS, strict=True)]
+                fails = " and ".join(f"(({sql}) is not true)" for sql in dict.fromkeys(both))
+                self.db.sql(f"select count(*) filter ({fails}) from candidate").fetchall()
+            except (UserError, duckdb.Error):
+                cuts = {c: [v for r in self.said.values() if r for n, _, v, _ in r.cuts if n == c] for c in self.unsafe}
+                fails = " or ".join(
+                    f"coalesce({quote(c)} >= {min([BLURRED_FROM, *cuts[c]])}, true)" for c in self.unsafe
+                )
+            found.append(f"({fails})")
+        return found
 
     def _values(self, column: str) -> None:
         """The table `value` (key, v): one score of every image that has one."""
@@ -215,34 +272,32 @@ class _Facts:
 
     def rejected_tiles(self, rule: str) -> list[Tile]:
         """Some of what a rule rejected, spread evenly over the value that it looks at, the narrowest miss first."""
-        condition = dict(self.rules)[rule]
-        shown = self.columns_of(condition)
+        shown = self.columns_of(rule)
         order = "key"
-        if numbers := self.numbers_of(condition):
+        if numbers := self.numbers_of(rule):
             both = ", ".join(quote(c) for c in numbers)
             order = f"least({both}) desc nulls last, key"
-            if re.search(r"<", condition) and not re.search(r">", condition):
+            said = self.said[rule]
+            if said and said.cuts and all(sign in ("<", "<=") for _, sign, _, _ in said.cuts):
                 order = f"greatest({both}) asc nulls last, key"
-        unsafe = any(_names(condition, c) for c in self.unsafe)
+        unsafe = self._is_unsafe(rule)
         return self._tiles(f"verdict = {literal(rule)}", order, REJECTED, shown, unsafe=unsafe)
 
-    def numbers_of(self, condition: str) -> list[str]:
+    def numbers_of(self, rule: str) -> list[str]:
         """Those of a rule's columns that hold numbers."""
-        return [c for c in self.columns_of(condition) if c in self.score_tables or c in _NUMERIC]
+        return [c for c in self.columns_of(rule) if c in self.score_tables or c in _NUMERIC]
 
-    def columns_of(self, condition: str) -> list[str]:
+    def columns_of(self, rule: str) -> list[str]:
         """The ledger's own columns that a rule names, in the order in which it names them."""
-        known = [*self.score_tables, *OURS]
-        words = re.findall(r"(?<![\w.'])[A-Za-z_]\w*(?!\w*\()", re.sub(r"'[^']*'", "''", condition))
-        return [w for w in dict.fromkeys(words) if w in known]
+        said = self.said[rule]
+        return [c for c in said.columns if c in self.columns] if said else []
 
     def _tiles(self, where: str, order: str, limit: int, shown: list[str], *, unsafe: bool = False) -> list[Tile]:
         (total,) = self.db.sql(f"select count(*) from candidate where {where}").fetchall()[0]
         places = _spread(total, limit)
         values = ", ".join(f"{quote(c)} as shown{i}" for i, c in enumerate(shown))
-        nsfw = " or ".join(f"coalesce({quote(c)} >= {BLURRED_FROM}, false)" for c in self.unsafe) or "false"
         rows = self.db.sql(
-            f"select key, shard, caption, {nsfw} {', ' + values if values else ''} from candidate where {where} "
+            f"select key, shard, caption, {self.blur} {', ' + values if values else ''} from candidate where {where} "
             f"qualify list_contains({places}::bigint[], row_number() over (order by {order}) - 1) order by {order}"
         ).fetchall()
         return [
@@ -272,17 +327,16 @@ class _Facts:
         return everything, kept, lo, hi
 
     def cuts(self, column: str) -> list[tuple[float, str]]:
-        """Where rules of the form `column >= 5` and `top(column, 0.3)` cut: (value, words)."""
+        """Where rules compare a column with a number, or take its best part: (value, words)."""
         cuts = []
-        name = re.escape(column)
-        for _, condition in self.rules:
-            for sign, number in re.findall(rf"(?<![\w.]){name}\s*(>=|<=|>|<)\s*(-?\d+(?:\.\d+)?)", condition):
-                cuts.append((float(number), f"{sign} {number}"))
-            for best in re.findall(rf"\btop\(\s*{name}\s*,\s*(\d*\.?\d+)\s*\)", condition):
-                self._values(column)
-                (at,) = self.db.sql(f"select quantile_disc(v, {1 - float(best)}) from value").fetchall()[0]
-                if at is not None:
-                    cuts.append((at, f"best {float(best):.0%}"))
+        for said in self.said.values():
+            cuts += [(value, words) for name, _, value, words in (said.cuts if said else ()) if name == column]
+            for name, best in said.tops if said else ():
+                if name == column:
+                    self._values(column)
+                    (at,) = self.db.sql(f"select quantile_disc(v, {1 - best}) from value").fetchall()[0]
+                    if at is not None:
+                        cuts.append((at, f"best {best:.0%}"))
         return cuts
 
 
@@ -292,11 +346,8 @@ def _tells_unsafe(column: str, table: Table) -> bool:
     return column == "open_nsfw" or record.get("detector") == "open-nsfw" or record.get("task") == "nsfw"
 
 
+WORDS = ("true", "false")
 _NUMERIC = {"width", "height", "original_width", "original_height", "bytes", "http_status"}
-
-
-def _names(condition: str, column: str) -> bool:
-    return re.search(rf"\b{re.escape(column)}\b", condition) is not None
 
 
 def _spread(total: int, limit: int) -> list[int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -229,6 +229,98 @@ def _constant(bounds: Bounds, expression: dict[str, Any]) -> float | None:
     except duckdb.Error:
         return None  # what is wrong with it is said when the whole rule is bound
     return None if row is None or row[0] is None else float(row[0])
+
+
+# ------------------------------------------------------------------------------------- what a rule says, to be shown
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a condition looks at. Columns are named as they are known, in the order in which the condition names them.
+
+    `cuts` are its comparisons with a constant: column, sign as it would be with the column on the left and without a
+    `not` before it, the constant, and both as words. `tops` are column and fraction of each `top`; `best` is that of a
+    condition that is nothing else.
+    """
+
+    columns: tuple[str, ...]
+    cuts: tuple[tuple[str, str, float, str], ...]
+    tops: tuple[tuple[str, float], ...]
+    best: tuple[str, float] | None
+
+
+def read_rules(rules: Mapping[str, str], known: Collection[str]) -> dict[str, Reading | None]:
+    """What each condition says of the known columns (`similarity`, `source.WIDTH`); None of what is no condition.
+
+    The same syntax tree that selects is read, so quotes, case, turned comparisons and `not` mean what they mean there.
+    """
+    names = {n.lower(): n for n in known}
+    bounds = Bounds(connect())
+    try:
+        return {name: _read(bounds, condition, names) for name, condition in rules.items()}
+    finally:
+        bounds.close()
+
+
+def _read(bounds: Bounds, condition: str, names: Mapping[str, str]) -> Reading | None:
+    try:
+        expression = parse_condition(condition)
+        found = (_known(part, names) for part in references(expression))
+        cuts = tuple(_cuts(bounds, expression, names, False))
+        tops = tuple(t for part in references(expression) if (t := _top(bounds, part, names)))
+        return Reading(tuple(dict.fromkeys(c for c in found if c)), cuts, tops, _top(bounds, expression, names))
+    except (UserError, RecursionError):
+        return None
+
+
+def _known(expression: Mapping[str, Any], names: Mapping[str, str]) -> str | None:
+    if expression.get("class") != "COLUMN_REF":
+        return None
+    parts = [p.lower() for p in expression["column_names"]]
+    return names.get(".".join(parts[:2]) if parts[0] == "source" else parts[0])
+
+
+def _top(bounds: Bounds, expression: dict[str, Any], names: Mapping[str, str]) -> tuple[str, float] | None:
+    if expression.get("class") != "FUNCTION" or expression["function_name"].lower() != "top":
+        return None
+    given = arguments(expression)
+    column = _known(given[0], names) if len(given) == 2 else None
+    fraction = _constant(bounds, given[1]) if column is not None else None
+    return (column, fraction) if column is not None and fraction is not None else None
+
+
+_SIGNS = {
+    "COMPARE_GREATERTHAN": ">", "COMPARE_GREATERTHANOREQUALTO": ">=", "COMPARE_LESSTHAN": "<",
+    "COMPARE_LESSTHANOREQUALTO": "<=",
+}  # fmt: skip
+_TURNED = {">": "<", ">=": "<=", "<": ">", "<=": ">="}
+_NEGATED = {">": "<=", ">=": "<", "<": ">=", "<=": ">"}
+
+
+def _cuts(bounds: Bounds, node: Any, names: Mapping[str, str], negated: bool) -> Iterator[tuple[str, str, float, str]]:
+    if isinstance(node, list):
+        for item in node:
+            yield from _cuts(bounds, item, names, negated)
+        return
+    if not isinstance(node, dict) or node.get("class") == "LAMBDA":
+        return
+    pairs: list[tuple[dict[str, Any], str, dict[str, Any]]] = []
+    if node.get("class") == "COMPARISON" and (sign := _SIGNS.get(node["type"])):
+        pairs = [(node["left"], sign, node["right"]), (node["right"], _TURNED[sign], node["left"])]
+    elif node.get("class") == "BETWEEN":
+        pairs = [(node["input"], ">=", node["lower"]), (node["input"], "<=", node["upper"])]
+    for one, sign, other in pairs:
+        column = _known(one, names)
+        value = _constant(bounds, other) if column is not None else None
+        if column is not None and value is not None:
+            sign = _NEGATED[sign] if negated else sign
+            yield column, sign, value, f"{sign} {print_expression(other)}"
+    negated ^= node.get("type") in ("OPERATOR_NOT", "COMPARE_NOT_BETWEEN")
+    for value in node.values():
+        yield from _cuts(bounds, value, names, negated)
+
+
+# ---------------------------------------------------------------------------------------------------- checks of a rule
 
 
 def _check_scale(

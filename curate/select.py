@@ -1,17 +1,19 @@
 """Named rules over the ledger -> one verdict per row, in seconds and without opening an image.
 
 A rule is an SQL condition. It keeps a row only where it is TRUE, and rejects where any column that it names is NULL or
-NaN, whatever the function: DuckDB's `least` skips NULLs, and NaN >= 5 is TRUE there. The rows with an image are loaded
-once, with the columns that rules name; `top` and `first_of` become plain comparisons over them, because each depends
-on all fetched rows and on nothing that another rule did.
+not finite, whatever the function: DuckDB's `least` skips NULLs, and NaN >= 5 is TRUE there. The rows with an image are
+loaded once, with the columns that rules name; `top` and `first_of` become plain comparisons over them, because each
+depends on all fetched rows and on nothing that another rule did.
 """
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -19,10 +21,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curate.ledger import Status
-from curate.rules import KEPT, NOT_FETCHED, NUMBER, Computed, Rule, check_rules
+from curate.ledger import FETCHED_COLUMNS, URL_COLUMNS, Status
+from curate.rules import KEPT, NOT_FETCHED, NOT_IN_UIDS, NUMBER, Computed, Rule, check_rules, read_rules
 from curate.sql import Bounds, quote, short, too_much
-from curate.store import UserError, atomic, commit, digest, is_done, read_json, uncommit
+from curate.store import UserError, atomic, commit, digest, is_done, read_json, sha256_file, uncommit
 from curate.view import (
     check_current,
     is_current,
@@ -48,6 +50,9 @@ LEVELS = {
 """The quantiles that are noted for each score, linearly interpolated."""
 
 FORMAT = 1  # of selected/NAME.parquet and .json; part of what makes a selection stale
+
+
+_LEDGER = {"similarity"} | {n for n, _ in URL_COLUMNS + FETCHED_COLUMNS}
 
 
 class NothingKept(Exception):
@@ -129,13 +134,14 @@ def select(root: Path, config: SelectConfig, scales: Mapping[str, tuple[float, f
     numbers = sorted(c for c in used if NUMBER.fullmatch(types[c]) and c not in scores)
     bounds = Bounds(con := open_ledger(root, used | set(scores)))
 
-    def read() -> tuple[np.ndarray, list[np.ndarray], dict[str, dict[str, float]]]:
+    def read() -> tuple[np.ndarray, list[np.ndarray], list[str], dict[str, dict[str, float]]]:
         _load_rows(con, used | set(scores))
         keys, states = _states(con, rules, types)
-        return keys, states, {c: q for c in [*scores, *numbers] if (q := _quantiles(con, c))}
+        odd = _odd_values(con, sorted(used), types)
+        return keys, states, odd, {c: q for c in [*scores, *numbers] if (q := _quantiles(con, c))}
 
     try:
-        fetched_keys, states, quantiles = bounds.run(read)
+        fetched_keys, states, odd, quantiles = bounds.run(read)
         failed, not_fetched = bounds.run(lambda: failures(con))
     finally:
         bounds.close()
@@ -162,7 +168,7 @@ def select(root: Path, config: SelectConfig, scales: Mapping[str, tuple[float, f
         rules=counts,
         kept=int((verdicts == len(rules) + 1).sum()),
         quantiles=quantiles,
-        warnings=_warnings(counts, fetched),
+        warnings=[*odd, *_warnings(counts, fetched)],
     )
     write_selection(root, selection, fetched_keys, verdicts, failed, config=key, inputs=inputs)
     return selection
@@ -228,9 +234,31 @@ def _states(
     return np.asarray(found["#key"]), [np.asarray(found[f"s{i}"]) for i in range(len(rules))]
 
 
+def _no_value(column: str, kind: str) -> str:
+    """SQL that is true where what a column holds counts as no value; empty where all does."""
+    value = as_value(column)
+    if kind in ("FLOAT", "DOUBLE"):
+        return f"NOT isfinite({value})"
+    return f"length({value}) <> 16" if column == "phash" else ""
+
+
+def _odd_values(con: duckdb.DuckDBPyConnection, columns: Sequence[str], types: Mapping[str, str]) -> list[str]:
+    """What is said of columns that hold infinities, or perceptual hashes that are none."""
+    found = []
+    for column in columns:
+        value, no = as_value(column), _no_value(column, types[column])
+        if not no:
+            continue
+        odd = f"isinf({value})" if types[column] in ("FLOAT", "DOUBLE") else no
+        row = con.execute(f"SELECT count(*), any_value({value}) FROM rows WHERE {odd}").fetchone()
+        if row and row[0]:
+            found.append(f"{column} is {str(row[1])[:40]!r} or the like in {row[0]:,} rows; that counts as no value")
+    return found
+
+
 def _state_sql(rule: Rule, types: Mapping[str, str]) -> str:
     empty = [
-        f"{as_value(c)} IS NULL" + (f" OR isnan({as_value(c)})" if types[c] in ("FLOAT", "DOUBLE") else "")
+        f"{as_value(c)} IS NULL" + (f" OR {_no_value(c, types[c])}" if _no_value(c, types[c]) else "")
         for c in rule.columns
     ]
     null = f"WHEN {' OR '.join(empty)} THEN 2 " if empty else ""
@@ -266,9 +294,7 @@ def _computed_sql(con: duckdb.DuckDBPyConnection, computed: Computed) -> str:
 def _numbers(con: duckdb.DuckDBPyConnection, column: str) -> np.ndarray:
     """The values of a numeric column over the fetched rows that have one, as float64 in no order."""
     value = f"CAST({as_value(column)} AS DOUBLE)"
-    return con.execute(f"SELECT {value} AS v FROM rows WHERE {value} IS NOT NULL AND NOT isnan({value})").fetchnumpy()[
-        "v"
-    ]
+    return con.execute(f"SELECT {value} AS v FROM rows WHERE isfinite({value})").fetchnumpy()["v"]
 
 
 def _quantiles(con: duckdb.DuckDBPyConnection, column: str) -> dict[str, float]:
@@ -310,11 +336,12 @@ def write_selection(
     *,
     config: str,
     inputs: Mapping[str, str],
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the verdicts in the order of keys, and commit them. Refuses a key that comes twice.
 
     `fetched` are the keys (numbers) of rows with an image, `verdicts` theirs: i the i-th rule, counted from one, and
-    after the last rule kept. `failed` are the keys of the other rows.
+    after the last rule kept. `failed` are the keys of the other rows. `more` goes into the record.
     """
     keys = np.concatenate([fetched, failed])
     codes = np.concatenate([verdicts, np.zeros(len(failed), np.int16)])
@@ -334,9 +361,8 @@ def write_selection(
             part = slice(start, start + (1 << 20))
             padded = pc.utf8_lpad(pa.array(keys[part]).cast(pa.string()), width=width, padding="0")
             out.write_table(pa.table([padded, pa.DictionaryArray.from_arrays(codes[part], names)], schema=schema))
-    commit(
-        root, record_path(root, selection.name), config=config, inputs=inputs, outputs=[path], facts=asdict(selection)
-    )
+    facts = {**asdict(selection), **(more or {})}
+    commit(root, record_path(root, selection.name), config=config, inputs=inputs, outputs=[path], facts=facts)
 
 
 def _key_width(root: Path) -> int:
@@ -354,9 +380,38 @@ def load_selection(root: Path, name: str) -> Selection:
     if not isinstance(value, dict) or "kept" not in value:
         others = sorted(p.stem for p in (root / "selected").glob("[!.]*.parquet"))
         there = f" There are {', '.join(others)}." if others else ""
-        raise UserError(f"{root} has no selection {name}.{there} `tastemaker select {root} --name {name}` makes it.")
+        raise UserError(
+            f"{root} has no selection {name}.{there} "
+            f"`tastemaker select {shlex.quote(str(root))} --name {name}` makes it."
+        )
     fields = {k: value[k] for k in Selection.__dataclass_fields__}
     return Selection(**{**fields, "rules": [RuleCount(**r) for r in value["rules"]]})
+
+
+def remembered(root: Path, name: str) -> tuple[dict[str, str], Path | None] | None:
+    """What a selection was made by: its rules, or a subset file of DataComp's; None where there is no such selection.
+
+    Raises UserError where that file is not what it was.
+    """
+    record = read_json(record_path(root, name))
+    if not isinstance(record, dict) or not isinstance(record.get("rules"), list):
+        return None
+    rules = {r["name"]: r["condition"] for r in record["rules"]}
+    if NOT_IN_UIDS not in rules:
+        return rules, None
+    file = Path(record["uids"]) if "uids" in record else None
+    if file is None or not file.is_file() or sha256_file(file) != record["inputs"]["uids"]:
+        raise UserError(
+            f"the selection {name} was made from a subset file, {file or rules[NOT_IN_UIDS]}, which is not there any "
+            "more or has changed: say with --uids which file is meant"
+        )
+    return {}, file
+
+
+def changed_since(root: Path, name: str, now: Mapping[str, str]) -> list[str]:
+    """The tables that a selection was made from and that have changed; `now` is what `table_digests` says of all."""
+    then = (read_json(record_path(root, name)) or {}).get("inputs", {})
+    return [table for table, digest in then.items() if table != "uids" and now.get(table) != digest]
 
 
 # ------------------------------------------------------------------------------------------------------------- funnel
@@ -387,9 +442,9 @@ def _share(count: int, rows: int) -> str:
 
 def _note(rule: RuleCount, quantiles: Mapping[str, Mapping[str, float]]) -> str:
     """A rule's condition in words, with where its score lies and how many rows had no value."""
-    best = re.fullmatch(r"\s*top\(\s*([\w.\"]+)\s*,\s*([\d.eE-]+)\s*\)\s*", rule.condition)
-    note = f"best {100 * float(best[2]):g}% of {best[1]}" if best else rule.condition
-    named = [c for c in quantiles if re.search(rf"(?<![\w.]){re.escape(c)}(?!\w)", rule.condition)]
+    said = read_rules({rule.name: rule.condition}, _LEDGER | set(quantiles))[rule.name]
+    note = f"best {100 * said.best[1]:g}% of {said.best[0]}" if said and said.best else rule.condition
+    named = [c for c in quantiles if said and c in said.columns]
     if len(named) == 1:
         q = quantiles[named[0]]
         note += f"   (median {q['median']:.3g}, 90% {q['90%']:.3g})"

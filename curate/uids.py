@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from aesthetic.untrusted import check_regular
 from curate.ledger import Status
 from curate.rules import KEPT, NOT_IN_UIDS
 from curate.select import (
@@ -31,10 +32,13 @@ UID = np.dtype("u8,u8")
 
 def read_uids(path: Path) -> np.ndarray:
     """A subset file of DataComp's: 128-bit uids as (u8, u8), sorted, mapped into memory and not read. Shape (n,)."""
+    check_regular(path)
     try:
         uids = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, EOFError, SyntaxError, OverflowError, MemoryError) as e:
         raise UserError(f"{path} is not a .npy file: {e}") from None
+    if not isinstance(uids, np.ndarray):
+        raise UserError(f"{path} is not a .npy file: it holds several arrays (.npz)")
     if uids.dtype != UID or uids.ndim != 1:
         raise UserError(f"{path} holds {uids.dtype} of shape {uids.shape}; a row of uids of dtype u8,u8 is expected")
     return uids
@@ -87,7 +91,8 @@ def select_uids(root: Path, name: str, path: Path) -> Selection:
     )
     fetched_keys = np.concatenate([known, without])
     config = digest([FORMAT, NOT_IN_UIDS])
-    write_selection(root, selection, fetched_keys, verdicts, failed, config=config, inputs=inputs)
+    more = {"uids": str(path.absolute())}
+    write_selection(root, selection, fetched_keys, verdicts, failed, config=config, inputs=inputs, more=more)
     return selection
 
 

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipelines.faults import find_home, told
+from pipelines.faults import check_limits, find_home, told
 from pipelines.terminal import Shown, open_descriptors, safe_streams
 
 if TYPE_CHECKING:
@@ -332,6 +332,7 @@ def _run(argv: Sequence[str] | None) -> int:
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)  # how a batch system asks for an end
     try:
+        check_limits(args.command)
         code: int = args.run(args)
         return code
     except KeyboardInterrupt:
@@ -454,6 +455,7 @@ def _resume(args: argparse.Namespace) -> int:
 
 def _score(args: argparse.Namespace) -> int:
     from curate.data import open_data
+    from curate.sql import plain_name
     from curate.store import UserError
     from pipelines import curate
 
@@ -467,13 +469,11 @@ def _score(args: argparse.Namespace) -> int:
         score[column] = head
     score = replace(recipe, score=score).score  # a recipe knows which names a column may have
     facts = curate.score(data, score, print)
-    name = next(iter(score), "aesthetic")
-    return _end(
-        args,
-        facts,
-        {"scored": data.root / "scored"},
-        curate.command("select", data.root, "--name", "mine", "--set", f"select.rules.{name}=top({name}, 0.1)"),
-    )
+    following = ""
+    for name in facts["scored"]:
+        setting = f"select.rules.{name}=top({plain_name(name)}, 0.1)"
+        following = curate.command("select", data.root, "--name", "mine", "--set", setting)
+    return _end(args, facts, {"scored": data.root / "scored"}, following)
 
 
 def _select(args: argparse.Namespace) -> int:
@@ -482,14 +482,18 @@ def _select(args: argparse.Namespace) -> int:
 
     data = open_data(args.data)
     recipe = curate.recipe_of(data, args.recipe, args.set, select=args.name)
-    facts = curate.select_only(data, recipe, print, uids=args.uids, write_uids=args.write_uids)
-    name = recipe.select.name
-    return _end(
-        args,
-        facts,
-        {"selected": data.root / "selected" / f"{name}.parquet"},
-        curate.command("pack", data.root, "--name", name),
+    rules = [s for s in args.set if s.partition("=")[0].strip().split(".")[:2] in (["select"], ["select", "rules"])]
+    facts = curate.select_only(
+        data,
+        recipe,
+        print,
+        uids=args.uids,
+        write_uids=args.write_uids,
+        given=bool(rules or args.recipe is not None or args.uids is not None),
     )
+    name = recipe.select.name
+    following = curate.command("pack", data.root, "--name", name) if facts["kept"] else ""
+    return _end(args, facts, {"selected": data.root / "selected" / f"{name}.parquet"}, following)
 
 
 def _pack(args: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ will be, heads and weights, changes that would alter finished shards, the disk.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -448,16 +449,52 @@ def _fetch_encoder(recipe: Recipe, say: Say) -> None:
 
 
 def _select(data: Data, recipe: Recipe, columns: dict[str, Column], say: Say) -> Selection:
-    from curate.select import funnel_text, select
+    from curate.select import remembered, select
 
+    name = recipe.select.name
+    try:
+        before = remembered(data.root, name)
+    except UserError:  # of a subset file that is gone
+        before = ({}, Path())
+    if before is not None and before != (recipe.select.rules, None):
+        say(f"the selection {name} was made by other rules; it is made anew by the recipe's")
     selection = select(data.root, recipe.select, {name: c.scale for name, c in columns.items()})
-    say(funnel_text(selection))
+    show_selection(selection, say)
     return selection
+
+
+def show_selection(selection: Selection, say: Say) -> None:
+    """The funnel, and what is odd about it."""
+    from curate.select import funnel_text
+
+    say(funnel_text(selection))
+    for warning in selection.warnings:
+        say(f"warning: {warning}")
+
+
+def _stricter(data: Data, selection: Selection) -> str:
+    """A command that selects less than a run did, or trains on it where nothing shows how."""
+    from curate.rules import read_rules
+    from curate.sql import plain_name
+
+    conditions = {r.name: r.condition for r in selection.rules}
+    for rule, said in reversed(read_rules(conditions, selection.quantiles).items()):
+        if (
+            said
+            and said.best
+            and not (data.root / "selected" / "stricter.json").exists()
+            and re.fullmatch(r"\w+", rule)
+        ):
+            column, fraction = said.best
+            setting = f"select.rules.{rule}=top({plain_name(column)}, {fraction / 2:g})"
+            return command("select", data.root, "--name", "stricter", "--set", setting)
+    return command("train", data.root / "shards" / selection.name, "--out", "model")
 
 
 def _pack(data: Data, recipe: Recipe, outcome: Outcome) -> None:
     from curate.pack import pack
     from curate.report import contact_sheet, score_charts
+    from curate.select import load_selection
 
     name = recipe.select.name
     pack(data.root, name, recipe.pack)
@@ -466,7 +503,7 @@ def _pack(data: Data, recipe: Recipe, outcome: Outcome) -> None:
         score_charts(data.root, name)
         contact_sheet(data.root, name)
     outcome.paths |= {"shards": f"{folder}/", "look": str(sheet)}
-    outcome.next = f"{command('select', data.root, '--name', 'stricter')} --set select.rules.RULE='SQL'"
+    outcome.next = _stricter(data, load_selection(data.root, name))
 
 
 # ------------------------------------------------------------------------------------------- one stage alone, no Ray
@@ -506,11 +543,24 @@ def score(data: Data, heads: Mapping[str, str], say: Say) -> dict[str, Any]:
     return {"shards": len(shards), "scored": fresh}
 
 
-def select_only(data: Data, recipe: Recipe, say: Say, *, uids: str | None, write_uids: str | None) -> dict[str, Any]:
-    """Rules over the ledger, in seconds, with every column that it holds now."""
-    from curate import uids as subsets
-    from curate.select import funnel_text, select
+def select_only(
+    data: Data, recipe: Recipe, say: Say, *, uids: str | None, write_uids: str | None, given: bool = True
+) -> dict[str, Any]:
+    """Rules over the ledger, in seconds, with every column that it holds now.
 
+    Where no rules are `given`, a selection that was made before is made again by what it was made by then.
+    """
+    from curate import uids as subsets
+    from curate.select import remembered, select
+
+    if not given and (before := remembered(data.root, recipe.select.name)) is not None:
+        rules, file = before
+        if file is not None:
+            uids = str(file)
+            say(f"made again from {file}, as before")
+        elif rules != recipe.select.rules:
+            say(f"by the rules that {recipe.select.name} was made by (the recipe's: --recipe {_quoted(data.recipe)})")
+        recipe = replace(recipe, select=replace(recipe.select, rules=rules))
     name = recipe.select.name
     refuse_denied(data, recipe)
     with Lock(data.root):
@@ -518,7 +568,7 @@ def select_only(data: Data, recipe: Recipe, say: Say, *, uids: str | None, write
             selection = subsets.select_uids(data.root, name, Path(uids))
         else:
             selection = select(data.root, recipe.select, scales_there(data))
-        say(funnel_text(selection))
+        show_selection(selection, say)
         if write_uids is not None:
             subsets.write_uids(data.root, name, Path(write_uids))
     return {"kept": selection.kept, "funnel": selection.funnel}
@@ -563,28 +613,75 @@ def status(data: Data, say: Say) -> tuple[dict[str, Any], str]:
     say(f"embedded  {embedded:,}/{shards:,} shards")
     for folder in sorted((data.root / "scored").glob("*")):
         say(f"scored    {len(list(folder.glob('*.json'))):,}/{shards:,} shards   {folder.name}")
-    for path in sorted((data.root / "selected").glob("*.json")):
-        packed = (data.root / "shards" / path.stem / "manifest.json").exists()
-        say(f"selected  {path.stem}: {(read_json(path) or {}).get('kept', 0):,} kept{', packed' if packed else ''}")
-    facts = {
+    selections = selections_there(data)
+    for name, facts in selections.items():
+        words = [f"{facts['kept']:,} kept", *facts["stale"]]
+        if facts["packed"]:
+            words.append("packed" if facts["packed"] == "now" else "packed before it was made anew")
+        say(f"selected  {name}: {', '.join(words)}")
+    found = {
         "rows": plan.total_rows,
         "shards": shards,
         "fetched": len(fetched),
         "embedded": embedded,
         "outcomes": outcomes,
+        "selected": selections,
     }
+    try:
+        recipe = stored_recipe(data)
+        if recipe is not None:
+            refuse_denied(data, recipe)
+    except UserError as e:
+        say(f"denied    {e}")
+        return found, ""
     if len(fetched) < shards:
-        return facts, "the same curate command goes on where it stopped"
+        return found, again(data)
+    if embedded < sum(1 for r in fetched.values() if r.get("successes", 1)):
+        return found, command("embed", data.root)
     waiting = sum(n for reason, n in failures if Reason(reason).passing)
     vain = _tried_in_vain(data, fetched)
-    facts["may_pass"], facts["tried_in_vain"] = waiting, vain
+    found["may_pass"], found["tried_in_vain"] = waiting, vain
     if waiting > vain:
-        return facts, command("retry", data.root)
+        return found, command("retry", data.root)
     if waiting:
-        again = command("retry", data.root)
-        failed = f"{waiting:,} rows that failed for passing reasons"
-        say(f"retry     the last one had back none of {failed}; `{again}` tries anew")
-    return facts, ""
+        once_more, failed = command("retry", data.root), f"{waiting:,} rows that failed for passing reasons"
+        say(f"retry     the last one had back none of {failed}; `{once_more}` tries anew")
+    for name, facts in selections.items():
+        if facts["stale"]:
+            return found, command("select", data.root, "--name", name)
+        if facts["kept"] and facts["packed"] != "now":
+            return found, command("pack", data.root, "--name", name)
+    return found, ""
+
+
+def selections_there(data: Data) -> dict[str, dict[str, Any]]:
+    """Each selection: rows kept, why it is `stale` (nothing: it is not), and whether it is `packed`: "now", an "older"
+    state of it, or None."""
+    from curate.select import changed_since, remembered
+    from curate.view import table_digests, tables
+
+    recipe, found = stored_recipe(data), dict[str, dict[str, Any]]()
+    records = sorted((data.root / "selected").glob("[!.]*.json"))
+    now = table_digests(tables(data.root)) if records else {}
+    for path in records:
+        name, record = path.stem, read_json(path)
+        if not isinstance(record, dict) or "kept" not in record:
+            continue
+        changed = changed_since(data.root, name, now)
+        stale = [f"stale: {', '.join(changed)} changed since"] if changed else []
+        try:
+            before = remembered(data.root, name)
+        except UserError:
+            before = None
+        if recipe is not None and name == recipe.select.name and before != (recipe.select.rules, None):
+            stale.append("by other rules than recipe.yaml's")
+        manifest = read_json(data.root / "shards" / name / "manifest.json")
+        made = record.get("outputs", {}).get(f"selected/{name}.parquet", {}).get("sha256")
+        packed = None
+        if isinstance(manifest, dict):
+            packed = "now" if manifest.get("inputs", {}).get("selected") == made else "older"
+        found[name] = {"kept": record["kept"], "stale": stale, "packed": packed}
+    return found
 
 
 def _tried_in_vain(data: Data, fetched: Mapping[int, dict[str, Any]]) -> int:
@@ -596,6 +693,10 @@ def _tried_in_vain(data: Data, fetched: Mapping[int, dict[str, Any]]) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------- words and sums
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
 
 
 def command(*words: object) -> str:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -416,6 +417,64 @@ def test_select_and_pack_under_a_new_name(data: Data, capsys: pytest.CaptureFixt
     packed = pq.read_table(data.root / "shards" / "stricter" / "00000.parquet")
     assert packed.num_rows == 9
     assert (data.root / "report" / "stricter" / "sheet.png").exists()
+
+
+def test_a_selection_is_made_again_by_its_own_rules(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(data.root)
+    words = ["select", root, "--name", "own"]
+    assert main([*words, "--set", "select.rules.best=top(aesthetic, 0.2)"]) == 0
+    before = (data.root / "selected" / "own.parquet").read_bytes()
+    assert main(["pack", root, "--name", "own"]) == 0
+    capsys.readouterr()
+
+    def status() -> tuple[str, dict[str, Any], str]:
+        assert main(["status", root, "--json"]) == 0
+        out = capsys.readouterr().out
+        facts = json.loads(out.splitlines()[-1])
+        following = next((line for line in out.splitlines() if line.startswith("next: ")), "")
+        return next(line for line in out.splitlines() if line.startswith("selected  own:")), facts, following
+
+    line, facts, _ = status()
+    assert line.endswith("kept, packed") and facts["selected"]["own"]["stale"] == []
+    (data.root / "selected" / "own.json").rename(data.root / "own.json")  # as after any change of the ledger
+    record = json.loads((data.root / "own.json").read_text())
+    record["inputs"]["fetched"] = "0" * 16
+    (data.root / "selected" / "own.json").write_text(json.dumps(record))
+    line, facts, following = status()
+    assert ", stale: fetched changed since, packed" in line
+    assert following == f"next: tastemaker select {root} --name own"
+    assert main(["pack", root, "--name", "own"]) == 2
+    hint = capsys.readouterr().err.split("`")[1].split()
+    assert hint == ["tastemaker", *words]
+    assert main(hint[1:]) == 0
+    assert f"by the rules that own was made by (the recipe's: --recipe {data.recipe})" in capsys.readouterr().out
+    assert (data.root / "selected" / "own.parquet").read_bytes() == before
+    assert status()[0].endswith("kept, packed")
+
+    assert main([*words, "--set", "select.rules.best=top(aesthetic, 0.1)"]) == 0
+    capsys.readouterr()
+    line, _, following = status()
+    assert line.endswith(", packed before it was made anew") and following == f"next: tastemaker pack {root} --name own"
+    assert main(following.split()[2:]) == 0 and capsys.readouterr()
+    assert status()[0].endswith("kept, packed")
+    assert main([*words, "--recipe", str(data.recipe)]) == 0  # whoever asks for the recipe's gets the recipe's
+    assert "best" not in capsys.readouterr().out
+
+
+def test_the_next_command_can_be_typed(data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each that is printed, as a shell reads it; also of a folder with a blank in its name."""
+    root = shutil.copytree(data.root, tmp_path / "a folder")
+    for name in ("selected", "shards", "report"):
+        shutil.rmtree(root / name, ignore_errors=True)
+    words = ["select", str(root), "--name", "x", "--set", "select.rules.best=top(aesthetic, 0.5)"]
+    for expected in ("pack", "select", "pack", "train"):
+        assert main(words) == 0
+        out = capsys.readouterr().out
+        words = shlex.split(next(line for line in out.splitlines() if line.startswith("next: ")))[2:]
+        assert words[0] == expected, words
+    assert main(["score", str(root)]) == 0
+    words = shlex.split(capsys.readouterr().out.rpartition("next: ")[2])[1:]
+    assert words[:2] == ["select", str(root)] and main(words) == 0
 
 
 # ------------------------------------------------------------------------------------------- ratings to a selection

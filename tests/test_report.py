@@ -15,6 +15,7 @@ from sklearn.datasets import load_sample_images
 
 from curate.ledger import Reason, Status, fetched_schema, make_key
 from curate.report import KEPT, SHARDS, _Facts, _picture, _printable, _spread, contact_sheet, score_charts
+from curate.rules import read_rules
 from curate.select import SelectConfig, select
 from curate.shards import TarWriter
 from curate.store import UserError, write_json
@@ -114,8 +115,10 @@ def test_rejected_images_show_the_value_that_rejected_them_narrow_misses_first(d
 
 def test_a_width_in_the_list_is_not_our_width(data: Path) -> None:
     facts = _Facts(data, "mine")
-    facts.rules.append(("stored", "least(width, height) > 300 and caption <> 'original_width'"))
-    assert facts.columns_of(facts.rules[-1][1]) == ["width", "height", "caption"]
+    facts.said |= read_rules(
+        {"stored": "least(width, \"HEIGHT\") > 300 and caption <> 'original_width'"}, facts.columns
+    )
+    assert facts.columns_of("stored") == ["width", "height", "caption"]
     assert facts.db.sql("select distinct width, height from candidate").fetchall() == [(240, 200)]
 
 
@@ -131,6 +134,44 @@ def test_what_is_unsafe_is_blurred(data: Path) -> None:
     clear, blurred = _picture(photo, False), _picture(photo, True)
     assert clear is not None and blurred is not None
     assert _sharpness(blurred) < _sharpness(clear) / 20
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "OPEN_NSFW < 0.2",
+        '"Open_Nsfw" < .2',
+        "0.2 > open_nsfw",
+        "NOT open_nsfw >= 0.2",
+        "open_nsfw NOT BETWEEN 0.2 AND 1",
+        "open_nsfw BETWEEN 0 AND 0.19",
+        "NOT top(OPEN_NSFW, 0.15)",
+        "coalesce(open_nsfw, 1) * 10 < 1 + 1",
+        "aesthetic >= 0 AND open_nsfw < 0.2 AND source.WIDTH = 7",
+        "CASE WHEN open_nsfw < 2e-1 THEN true ELSE false END",
+        "top(aesthetic, 1) and open_nsfw <> 0.3::float and open_nsfw <> 0.9::float",
+    ],
+)
+def test_what_a_rule_calls_unsafe_is_blurred_however_it_is_written(data: Path, rule: str) -> None:
+    """Also where an earlier rule rejected it: 0.3 in rows that end in 2, 0.9 in those in 1."""
+    select(data, SelectConfig(name="written", rules={"small": "original_width >= 160", "safe": rule}), {})
+    facts = _Facts(data, "written")
+    tiles = facts._tiles("true", "key", 200, [])
+    assert {t.key[-1] for t in tiles if t.blurred} == {"1", "2"}, rule
+    assert {t.key[-1] for t in tiles if not t.blurred} == set("03456789")
+    assert all(t.blurred for t in facts.rejected_tiles("safe"))
+    if "top" not in rule:
+        assert "open_nsfw" in facts.columns_of("safe")
+
+
+def test_rules_that_can_no_longer_be_asked_blur_at_the_strictest_cut(data: Path) -> None:
+    select(data, SelectConfig(name="old", rules={"a": "open_nsfw < 0.25", "b": "open_nsfw < 0.2 or true"}), {})
+    record = data / "selected" / "old.json"
+    record.write_text(record.read_text().replace("0.2 or true", "0.2 or gone > 5"))
+    tiles = _Facts(data, "old")._tiles("true", "key", 200, [])
+    assert {t.key[-1] for t in tiles if t.blurred} == {"1", "2"}
+    record.write_text(record.read_text().replace("0.2 or gone > 5", "0.2 or or"))  # no SQL of this DuckDB's
+    assert {t.key[-1] for t in _Facts(data, "old")._tiles("true", "key", 200, []) if t.blurred} == {"1", "2"}
 
 
 def test_a_detector_is_known_by_its_record_whatever_its_column_is_called(tmp_path: Path) -> None:

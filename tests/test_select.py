@@ -24,10 +24,10 @@ from small_data import (
 
 from curate.ledger import make_key
 from curate.rules import check_rules
-from curate.select import SelectConfig, Selection, funnel_text, load_selection, select
+from curate.select import SelectConfig, Selection, changed_since, funnel_text, load_selection, remembered, select
 from curate.store import UserError
 from curate.uids import UID, read_uids, select_uids, write_uids
-from curate.view import ledger_types, open_ledger, query, source_types, types_there
+from curate.view import ledger_types, open_ledger, query, source_types, table_digests, tables, types_there
 
 SCALES = {"laion_v2": (1.0, 10.0)}
 FETCHED = [n for n in range(60) if n % SHARD_SIZE not in REASONS]
@@ -254,6 +254,41 @@ def test_a_cast_that_fails_names_the_rule(data: Path) -> None:
         run(data, fine="laion_v2 > 2", casts="CAST(source.n AS INTEGER) >= 50")
 
 
+def test_infinities_and_hashes_that_are_none_are_no_values_and_said(data: Path) -> None:
+    for shard in range(3):
+        path = data / "fetched" / f"0000{shard}.parquet"
+        table = pq.read_table(path)
+        odd = ["inf", "-inf", "nan"] + ["2.5"] * 17
+        table = table.set_column(table.schema.get_field_index('od"d'), 'od"d', pa.array(map(float, odd)))
+        phash = ["None", "", *table["phash"].to_pylist()[2:]]
+        pq.write_table(table.set_column(table.schema.get_field_index("phash"), "phash", pa.array(phash)), path)
+    selection, verdicts = run(data, odd='source."od""d" >= 0', best='top(source."od""d", 1)', once="first_of(phash)")
+    assert [r.nulls for r in selection.rules] == [9, 9, 6]
+    assert not {0, 1, 20, 21, 40, 41} & set(kept(verdicts))
+    assert selection.quantiles['source.od"d']["max"] == selection.quantiles['source.od"d']["min"] == 2.5
+    assert [w.partition(" in ")[0] for w in selection.warnings if "no value" in w] == [
+        "phash is 'None' or the like",
+        "source.od\"d is 'inf' or the like",
+    ]
+
+
+@pytest.mark.parametrize("name", ["select", "a b", "a.b", "ORDER", "é", "'", "key2", "%s", "{x}", "source"])
+def test_columns_of_any_name(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import small_data
+
+    carried = pa.schema([(name if f.name == "LICENSE" else f.name, f.type) for f in CARRIED])
+    monkeypatch.setattr(small_data, "CARRIED", carried)
+    data = tmp_path / "data"
+    small_data.write_fetched(data, 0)
+    for shard in data.glob("fetched/*.parquet"):
+        table = pq.read_table(shard)
+        pq.write_table(table.set_column(table.schema.get_field_index(name), name, pa.array(["7"] * 20)), shard)
+    quoted = '"' + name.upper().replace("É", "é") + '"'
+    selection = select(data, SelectConfig(name="s", rules={"r": f"SOURCE.{quoted} = '7' AND HEIGHT > 0"}), {})
+    assert selection.kept == 16
+    assert query(data, f"SELECT count(*) AS n FROM ledger WHERE source.{quoted} = '7'").n[0] == 20
+
+
 def test_no_rules_keep_everything_fetched(data: Path) -> None:
     selection, verdicts = run(data)
     assert kept(verdicts) == FETCHED
@@ -461,6 +496,23 @@ def test_a_subset_file_of_datacomp_selects(data: Path, tmp_path: Path) -> None:
     assert (again == np.sort(as_pairs([uid_of(n) for n in wanted if n in FETCHED]))).all()
 
 
+def test_a_subset_selection_remembers_its_file(data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "subset.npy"
+    np.save(path, np.sort(as_pairs([uid_of(n) for n in range(9)])))
+    select_uids(data, "subset", path)
+    assert remembered(data, "subset") == ({}, path) and remembered(data, "other") is None
+    run(data, a="width > 0", b="laion_v2 >= 5")
+    assert remembered(data, "s") == ({"a": "width > 0", "b": "laion_v2 >= 5"}, None)
+    assert changed_since(data, "s", table_digests(tables(data))) == []
+    for shard in range(3):
+        write_scored(data, shard, "laion_v2", lambda n: 4.0)
+    assert changed_since(data, "s", table_digests(tables(data))) == ["scored/laion_v2"]
+    assert changed_since(data, "subset", table_digests(tables(data))) == []
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(UserError, match=r"subset.npy, which is not there any more or has changed"):
+        remembered(data, "subset")
+
+
 def test_wrong_subset_files_are_refused(data: Path, tmp_path: Path) -> None:
     path = tmp_path / "s.npy"
     np.save(path, np.sort(as_pairs([uid_of(n) for n in range(9)]))[::-1])
@@ -469,6 +521,11 @@ def test_wrong_subset_files_are_refused(data: Path, tmp_path: Path) -> None:
     np.save(path, np.arange(3))
     with pytest.raises(UserError, match="u8,u8"):
         select_uids(data, "x", path)
+    os.mkfifo(tmp_path / "fifo")
+    np.savez(tmp_path / "several.npz", a=np.arange(3))
+    for name, says in (("fifo", "a pipe"), ("several.npz", "several arrays"), ("absent.npy", "no such file")):
+        with pytest.raises(UserError, match=says):
+            select_uids(data, "x", tmp_path / name)
     path.write_text("no")
     with pytest.raises(UserError, match=r"not a \.npy"):
         select_uids(data, "x", path)
