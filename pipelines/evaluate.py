@@ -81,10 +81,12 @@ def run(request: Request) -> Outcome:
     heads = _heads(request)
     from curate.encoders import check_available
     from train.data import open_samples
+    from train.evaluate import record_of
     from train.sample import Request as Asked
     from train.sample import settled
 
-    samples = open_samples(request.data)
+    _, trained = record_of(model.folder) or (None, {})
+    samples = open_samples(request.data, trained.get("settings", {}).get("caption"))
     settled(model.about, Asked("", seed=request.seed, steps=request.steps, guidance=request.guidance))
     check_available(request.encoder)
     asked = _asked(request, model, samples, prompts, heads)
