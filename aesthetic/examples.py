@@ -108,7 +108,7 @@ def calm(fit: Callable[P, T]) -> Callable[P, T]:
 def check_scores(scores: Array, name: str) -> None:
     """Raise HeadError where there are too few scores to fit a head to, or all are the same."""
     n = len(scores)
-    if n and np.ptp(scores) == 0:
+    if n > 1 and np.ptp(scores) == 0:
         raise HeadError(f"{name}: every score is {scores[0]:g}; there is nothing to learn")
     if n < FEW:
         raise HeadError(f"{name}: {n} ratings; at least {FEW} are needed to fit a head, and 30 to say how good it is")

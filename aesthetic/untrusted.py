@@ -229,3 +229,13 @@ def printable(text: object, most: int | None = None) -> str:
     """Foreign text for a terminal or a log: on one line, controls as escapes, at most `most` characters."""
     shown = _UNSHOWN.sub(lambda m: m[0].encode("unicode_escape", "surrogatepass").decode(), str(text))
     return shown if most is None or len(shown) <= most else shown[: most - 1] + "…"
+
+
+def markdown(text: object) -> str:
+    """Foreign text within a line of Markdown: no picture, link, tag or cell of a table comes of it."""
+    return re.sub(r"[\\`|]|(?<=\])[(\[]", r"\\\g<0>", printable(text)).replace("<", "&lt;")
+
+
+def markdown_code(text: object) -> str:
+    """Foreign text as code within a line of Markdown, a table's too."""
+    return "`" + printable(text).replace("`", "'").replace("|", "\\|") + "`"

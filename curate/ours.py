@@ -91,7 +91,7 @@ def check_free(root: Path, kind: str) -> None:
     if not root.is_dir():
         return
     try:
-        others = sorted(name for name in os.listdir(root) if not _left_by_lock(root / name))
+        others = sorted(name for name in _names(root) if not _left_by_lock(root / name))
     except OSError as e:
         raise UserError(f"{root} cannot be read: {e.strerror}") from e
     if not others:
@@ -101,6 +101,14 @@ def check_free(root: Path, kind: str) -> None:
         raise UserError(f"{root} holds something else ({others[0]}): give a folder of its own with --out")
     if found != kind:
         raise UserError(f"{root} holds {_WHAT[found]}, not {_WHAT[kind]}: give another folder with --out")
+
+
+def _names(root: Path) -> set[str]:
+    """What is in a folder; nothing where it is not there, any more or yet."""
+    try:
+        return set(os.listdir(root))
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
 
 
 def _left_by_lock(path: Path) -> bool:
@@ -163,7 +171,7 @@ def taken(root: Path, kind: str, replaces: Iterable[str] = ()) -> Iterator[Taken
     """
     check_free(root, kind)
     made = [p for p in (root, *root.parents) if not p.exists()]
-    there = set(os.listdir(root)) if root.is_dir() else set()
+    there = _names(root)
     folder: Taken | None = None
     lock = Lock(root)
     try:
@@ -176,7 +184,7 @@ def taken(root: Path, kind: str, replaces: Iterable[str] = ()) -> Iterator[Taken
                     _remove(root / name)
                 raise
             new = kind_of(root) is None
-            before = set(os.listdir(root)) - hidden
+            before = _names(root) - hidden
             kept = {name: found for name in replaces if (found := _bytes_of(root / name)) is not None}
             folder = Taken(root, before, made, kept, new)
             if _marked(root) is None:

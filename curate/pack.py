@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from aesthetic.untrusted import markdown, markdown_code
 from curate.ledger import RESERVED, list_name, shard_name, stored_name
 from curate.rules import KEPT
 from curate.select import NothingKept, Selection, load_selection
@@ -403,11 +404,11 @@ def _card(facts: Mapping[str, Any], selection: Selection, schema: pa.Schema) -> 
     ]
     reasons = ", ".join(f"{r} {n:,}" for r, n in selection.not_fetched.items())
     table = [("not_fetched", "", reasons)] + [
-        (r.name, f"{r.alone:,}", f"`{_cell(r.condition)}`") for r in selection.rules
+        (r.name, f"{r.alone:,}", markdown_code(r.condition)) for r in selection.rules
     ]
     for verdict, alone, text in [*table, ("kept", "", "")]:
         rows = selection.funnel[verdict]
-        lines.append(f"| {_cell(verdict)} | {rows:,} | {rows / total:.1%} | {alone} | {text} |")
+        lines.append(f"| {markdown(verdict)} | {rows:,} | {rows / total:.1%} | {alone} | {text} |")
     lines += [
         "",
         "Rules were applied in this order; a row counts for the first that rejected it.",
@@ -417,16 +418,19 @@ def _card(facts: Mapping[str, Any], selection: Selection, schema: pa.Schema) -> 
     if facts["heads"] or facts["space"]:
         lines += ["## What the scores were made by", ""]
         if encoder := facts["space"].get("encoder"):
-            lines.append(f"- embeddings: `{encoder}`, space `{facts['space'].get('fingerprint', '')}`")
+            lines.append(f"- embeddings: {markdown_code(encoder)}, space `{facts['space'].get('fingerprint', '')}`")
         for column, head in facts["heads"].items():
             maker = head.get("head") or head.get("detector") or "unknown"
             scale = head.get("scale")
-            lines.append(f"- `{column}`: {maker}" + (f", from {scale[0]:g} to {scale[1]:g}" if scale else ""))
+            lines.append(
+                f"- {markdown_code(column)}: {markdown(maker)}"
+                + (f", from {scale[0]:g} to {scale[1]:g}" if scale else "")
+            )
         lines += ["", "A score means something only beside others of the same head.", ""]
     lines += [
         "## Columns",
         "",
-        ", ".join(f"`{n}`" for n in schema.names),
+        ", ".join(map(markdown_code, schema.names)),
         "",
         "## Licences",
         "",
@@ -436,10 +440,6 @@ def _card(facts: Mapping[str, Any], selection: Selection, schema: pa.Schema) -> 
         "",
     ]
     return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def _size_category(count: int) -> str:

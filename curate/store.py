@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -226,7 +227,6 @@ class Lock:
     def __enter__(self) -> Lock:
         root = self.path.parent
         try:
-            root.mkdir(parents=True, exist_ok=True)
             fd = self._held()
         except OSError as e:
             raise cannot_write(root, e) from e
@@ -245,8 +245,14 @@ class Lock:
 
     def _held(self) -> int:
         """The descriptor of the lock file that lies there, locked."""
-        while True:
-            fd = open_own(self.path, os.O_RDWR)
+        for attempt in itertools.count():
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                fd = open_own(self.path, os.O_RDWR)
+            except FileNotFoundError:  # its owner took the folder away just now
+                if attempt == 100:
+                    raise
+                continue
             try:
                 if not _flock(fd, fcntl.LOCK_EX, self.path.parent):
                     owner = os.read(fd, 200).decode(errors="replace").strip() or "another process"
@@ -260,6 +266,7 @@ class Lock:
                 os.close(fd)
                 raise
             os.close(fd)  # its owner took the file away with its folder: what is locked is no longer the lock
+        raise AssertionError
 
     def __exit__(self, *_: object) -> None:
         if self._fd is not None:

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipelines.faults import find_home, told
+from pipelines.faults import check_limits, find_home, told
 from pipelines.terminal import Shown, open_descriptors, safe_streams
 
 if TYPE_CHECKING:
@@ -333,6 +333,7 @@ def _run(argv: Sequence[str] | None) -> int:
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)  # how a batch system asks for an end
     try:
+        check_limits(args.command)
         code: int = args.run(args)
         return code
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ OUT/evaluation.json    what was asked, of which model and data, with which versi
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -77,18 +78,21 @@ def run(request: Request) -> Outcome:
     """
     check_free(request.out, "evaluation")
     prompts = _prompts(request)
+    _check_data(request.data)
     model = _Model.of(request.model)
     heads = _heads(request)
     from curate.encoders import check_available
+
+    check_available(request.encoder)
+    from train.sample import Request as Asked  # these bring torch and diffusers: after all that is told without them
+    from train.sample import settled
+
+    settled(model.about, Asked("", seed=request.seed, steps=request.steps, guidance=request.guidance))
     from train.data import open_samples
     from train.evaluate import record_of
-    from train.sample import Request as Asked
-    from train.sample import settled
 
     _, trained = record_of(model.folder) or (None, {})
     samples = open_samples(request.data, trained.get("settings", {}).get("caption"))
-    settled(model.about, Asked("", seed=request.seed, steps=request.steps, guidance=request.guidance))
-    check_available(request.encoder)
     asked = _asked(request, model, samples, prompts, heads)
     if (done := _before(request.out, asked)) is not None:
         return _outcome(request, done)
@@ -112,6 +116,14 @@ def run(request: Request) -> Outcome:
 
 
 # ---------------------------------------------------------------------------------------- before anything is written
+
+
+def _check_data(folder: Path) -> None:
+    """UserError where there is no folder, or nothing in it: what `open_samples` would say, without torch."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder. A folder of packed shards, of tars or of images is expected.")
+    if not any(files for _, _, files in os.walk(folder)):
+        raise UserError(f"{folder} holds neither tars nor images.")
 
 
 def _prompts(request: Request) -> list[str] | None:

@@ -24,6 +24,15 @@ _ABOUT_PATHS = {
 }
 
 
+_WITH_RAY = ("curate", "fetch", "embed", "retry")
+_RAY_FILES = 128  # with 64 its processes die; fetching asks for more, by itself
+_LEAST = (
+    (4e9, _WITH_RAY),  # below, Ray's processes end each other
+    (2e9, ("select", "pack", "query")),  # below, DuckDB's threads abort the process
+)
+"""Bytes of address space without which a command can't begin, even on little data."""
+
+
 def told(error: BaseException) -> tuple[int, str]:
     """(exit code, paragraph) for what ended a command."""
     if isinstance(error, UserError):
@@ -43,10 +52,35 @@ def told(error: BaseException) -> tuple[int, str]:
         return 1, f"{error}\n`tastemaker verify DATA` finds damaged files, and says what repairs them"
     if isinstance(error, RecursionError):
         return 1, "something is nested too deep to be read (--verbose shows where)"
+    if "RayError" in {c.__name__ for c in type(error).__mro__}:
+        what = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return 1, (
+            f"Ray has lost what it needs ({type(error).__name__}: {what}). Mostly that is memory (`dmesg` tells), or a "
+            f"limit of files or processes (`ulimit -a`); logs/ in the folder says more. {_GOES_ON}"
+        )
+    limited = _limit(resource.RLIMIT_AS, "ulimit -v", 1024)
     return 1, (
         f"{type(error).__name__}: {error}\n"
-        "(--verbose shows where; that it ends like this is an error of tastemaker's: please report it)"
+        + (f"(memory is limited{limited}, which may be why)\n" if limited else "")
+        + "(--verbose shows where; that it ends like this is an error of tastemaker's: please report it)"
     )
+
+
+def check_limits(command: str) -> None:
+    """UserError where a limit of this process is known to end a command in the midst of a library, without a word."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    needs = next((least for least, commands in _LEAST if command in commands), 0)
+    if soft != resource.RLIM_INFINITY and soft < needs:
+        raise UserError(
+            f"tastemaker {command} needs {needs / 1e9:g} GB of address space at the least, and this process may have "
+            f"{soft / 1e9:.1f} (`ulimit -v`): raise it"
+        )
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if command in _WITH_RAY and files < _RAY_FILES:
+        raise UserError(
+            f"tastemaker {command} needs {_RAY_FILES} open files at the least, and this process may have {files} "
+            f"(`ulimit -n`): raise it"
+        )
 
 
 def _lacks_memory(error: BaseException) -> bool:
@@ -55,6 +89,8 @@ def _lacks_memory(error: BaseException) -> bool:
         return True
     if "OutOfMemoryException" in names:  # DuckDB's own limit says more than we could
         return "failed to allocate" in str(error).lower() and "limit" not in str(error).lower()
+    if isinstance(error, ImportError) and "failed to map segment" in str(error):
+        return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 

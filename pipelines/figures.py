@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from aesthetic.untrusted import markdown
+
 
 @dataclass(frozen=True)
 class Line:
@@ -172,13 +174,13 @@ def table(facts: dict[str, Any]) -> str:
 
 def readme(facts: dict[str, Any]) -> str:
     """The same as a page of Markdown, which shows the sheets beside it."""
-    about = [f"- {' '.join(text.split())}" for text in facts["about"]]
+    about = [f"- {markdown(' '.join(text.split()))}" for text in facts["about"]]
     table = ["| | value | 95% interval | beside it |", "|---|---|---|---|"]
-    table += [f"| {x.what} | {x.value} | {x.interval} | {x.beside} |" for x in _lines(facts)]
+    table += ["| " + " | ".join(map(markdown, (x.what, x.value, x.interval, x.beside))) + " |" for x in _lines(facts)]
     pictures = ["![drawn and real pictures](sheet.png)"]
     if "memorisation" in facts["figures"]:
         pictures += ["", "![the nearest training pictures](nearest.png)"]
-    notes = [f"- {note}" for note in _notes(facts)]
+    notes = [f"- {markdown(note)}" for note in _notes(facts)]
     made = ", ".join(f"{k} {v}" for k, v in facts["made_with"].items())
     return "\n".join(
         [

@@ -456,17 +456,18 @@ def _pictures(
 
     images = wanted[rows["image"][joined]][seen]
     by_head, error = np.argsort(-predicted, kind="stable"), np.abs(predicted - rated)
-    best, worst, words = "rated best by the head", "rated worst by the head", "{:.2f}, people {:.2f}"
+    best, worst, words = "rated best by the head", "rated worst by the head", [f"people {v:.2f}" for v in rated]
     if labels:
         positive = printable(request.positive or "positive", 20)
-        best, worst, words = f"surest of {positive}", f"surest of not {positive}", "{:.2f}, labelled {:.0f}"
+        best, worst = f"surest of {positive}", f"surest of not {positive}"
+        words = [f"labelled {positive if v else f'not {positive}'}" for v in rated]
     chosen = {
         best: by_head[:SHOWN],
         worst: by_head[::-1][:SHOWN],
         "most wrong": np.argsort(-error, kind="stable")[:SHOWN],
     }
     sections = [
-        (what, [(images[i], words.format(predicted[i], rated[i])) for i in places]) for what, places in chosen.items()
+        (what, [(images[i], f"{predicted[i]:.2f}, {words[i]}") for i in places]) for what, places in chosen.items()
     ]
     loaded = pool.pictures(sorted({int(i) for _, tiles in sections for i, _ in tiles}))
     if not any(loaded.values()):  # vectors without their pictures

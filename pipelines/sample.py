@@ -94,6 +94,8 @@ def run(asked: Asked, out: IO[str], aside: IO[str]) -> Outcome:
                 aside.write(f"the model reads no further than: {text.removesuffix(unread)!r}; not {unread!r}\n")
         if told and about.digest != told["model"]["sha256"]:
             aside.write(f"the model is not the one that {asked.again} was drawn with: its digest is another\n")
+        if cost := artist.cost(requests):
+            aside.write(f"enlarging: {cost}\n")
         drawn = _drawn(artist, requests, asked, told, out, aside)
     grid = _grid(drawn, asked) if asked.grid else None
     if told and asked.again:

@@ -147,6 +147,9 @@ def open_descriptors() -> None:
                 os.dup2(fd, number)
                 os.close(fd)
             os.set_inheritable(number, True)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:  # so that what is printed later, when the descriptor is a log's, gets there
+            setattr(sys, name, os.fdopen(number, "w", buffering=1, encoding="utf-8", closefd=False))
 
 
 def text_stream(fd: int, like: IO[str] | None) -> Shown:

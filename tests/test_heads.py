@@ -380,9 +380,8 @@ def use(folder):
         head(unit(2))
 
 
-@pytest.mark.parametrize("step", [17, pytest.param(1, marks=pytest.mark.long)])
-def test_whatever_a_head_json_or_a_space_holds_is_read_or_refused(tmp_path, step):
-    """Each field in turn replaced by each of the values above: every 17th of these, or all."""
+def test_whatever_a_head_json_or_a_space_holds_is_read_or_refused(tmp_path):
+    """Each field in turn replaced by each of the values above."""
     card = {"metrics": {"spearman": {"value": 0.5, "low": 0.4, "high": 0.6}}, "limits": ["a"], "about": "b"}
     path = save_head(make_head(card=card), tmp_path / "h") / "head.json"
     make_head().space.save(tmp_path / "space.json")
@@ -390,14 +389,14 @@ def test_whatever_a_head_json_or_a_space_holds_is_read_or_refused(tmp_path, step
     refused = 0
     for file, value, read in ((path, head, use), (tmp_path / "space.json", space, Space.load)):
         changes = [(place, to) for place in places(value) for to in WEIRD]
-        for place, to in changes[::step]:
+        for place, to in changes:
             file.write_text(json.dumps(changed(value, place, to)))
             try:
                 read(file.parent if read is use else file)
             except UserError as e:
                 refused += 1
                 assert str(tmp_path) in str(e) or isinstance(e, HeadError | SpaceError), e
-    assert refused * step > 400
+    assert refused > 400
 
 
 def test_nesting_of_any_depth_is_refused(tmp_path):

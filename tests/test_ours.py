@@ -344,7 +344,7 @@ def test_a_lock_that_was_taken_away_is_not_held(tmp_path: Path) -> None:
                         (tmp_path / "data" / "alone").mkdir()
                         (tmp_path / "data" / "alone").rmdir()
                         folder.undo([])
-                except FileExistsError as e:
+                except OSError as e:
                     errors.append(e)
 
         threads = [threading.Thread(target=once) for _ in range(4)]

@@ -28,6 +28,7 @@ from train.serve import gate, turns
 from train.serve.app import listen
 from train.serve.guesses import Guesses
 from train.serve.turns import Full, Job, Turns
+from train.upscale import cost_of
 
 TOKEN = "a-token-of-tests-0123456789"
 
@@ -111,6 +112,18 @@ def test_pictures_are_begun_with_redrawn_in_part_and_enlarged(client: httpx.Clie
         assert picture.size == size
         if "mask" in more:  # all black: nothing is drawn anew
             assert picture.getpixel((8, 8)) == (200, 30, 30)
+
+
+def test_what_an_enlargement_takes_is_said(client: httpx.Client) -> None:
+    asked = client.post("/api/jobs", json={**SEEN, "image": png((40, 40)), "upscale": 2}).json()
+    assert asked["cost"].startswith("81 tiles of 16 x 16 pixels")
+    job = finished(client, asked)
+    assert job["state"] == "done" and ", about " in job["cost"]
+    assert finished(client, client.post("/api/jobs", json=SEEN).json())["cost"] == ""
+    assert cost_of(19, (16, 16), 9.0) == "" and cost_of(7200, (512, 512), 2.5).endswith("about 5 h")
+    assert [cost_of(20, (8, 8), s).rpartition("about ")[2] for s in (0.001, 1.2, 45, 90_000)] == [
+        "1 s", "24 s", "15 min", "21 d"
+    ]  # fmt: skip
 
 
 def test_what_the_model_does_not_read_is_said(client: httpx.Client) -> None:

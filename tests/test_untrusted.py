@@ -11,6 +11,8 @@ import pytest
 from aesthetic.errors import UserError
 from aesthetic.untrusted import (
     decode_text,
+    markdown,
+    markdown_code,
     open_regular,
     parse_json,
     printable,
@@ -94,3 +96,11 @@ def test_foreign_text_is_shown_on_one_line_without_controls():
     assert printable("a\x1b]0;x\x07\r\nb\u202ec\x9b31m\ud800") == "a\\x1b]0;x\\x07\\r\\nb\\u202ec\\x9b31m\\ud800"
     assert printable("日本語 é") == "日本語 é"
     assert printable("x" * 50, 10) == "x" * 9 + "…"
+
+
+def test_foreign_text_in_markdown_stays_text() -> None:
+    assert markdown("a|b `c` <img src=x> ![p](http://x) [l][m]\n# h") == (
+        "a\\|b \\`c\\` &lt;img src=x> ![p]\\(http://x) [l]\\[m]\\\\n# h"
+    )
+    assert markdown("0.49 [0.03, 0.78] is ± 1") == "0.49 [0.03, 0.78] is ± 1"
+    assert markdown_code("a`b|c\x1b[2J\n") == "`a'b\\|c\\x1b[2J\\n`"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from aesthetic.untrusted import printable
+from aesthetic.untrusted import markdown, markdown_code, printable
 from curate.store import atomic, read_json, scratch_path, write_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -51,24 +51,24 @@ def card(facts: Mapping[str, Any]) -> str:
     header = ["library_name: diffusers", "pipeline_tag: text-to-image"]
     header += ["tags:", *(f"- {t}" for t in ("text-to-image", "diffusers", "tastemaker", *(["lora"] if lora else [])))]
     if named:
-        header.append(f"base_model: {named}")
+        header.append(f"base_model: {json.dumps(named)}")
     if lora:
-        what = f"A LoRA of rank {lora} on {base}"
+        what = f"A LoRA of rank {lora} on {markdown(base)}"
     elif base:
-        what = f"A text-to-image model, trained further from {base}"
+        what = f"A text-to-image model, trained further from {markdown(base)}"
     else:
         what = f"A text-to-image model ({settings['preset']}, {settings['objective']}), trained from scratch"
     held = result["held_out"]
     lines = [
         f"{what}, with `tastemaker train`.",
         "",
-        f"- data: {data['trained_on']:,} captioned pictures of `{Path(data['folder']).name}`"
+        f"- data: {data['trained_on']:,} captioned pictures of {markdown_code(Path(data['folder']).name)}"
         + (f", manifest sha256 `{data['manifest_sha256']}`" if data["manifest_sha256"] else "")
         + f"; {data['held_out']:,} more held out, no near-duplicates of these among them",
         f"- training: {settings['steps']:,} steps of {settings['batch']} pictures, {facts['size']} px, AdamW at "
         f"{settings['lr']:g}, seed {settings['seed']}"
-        + (f"; pictures drawn in proportion to `{settings['weight_by']}`" if settings["weight_by"] else "")
-        + (f'; pictures without a caption had "{printable(settings["caption"])}"' if settings.get("caption") else ""),
+        + (f"; pictures drawn in proportion to {markdown_code(settings['weight_by'])}" if settings["weight_by"] else "")
+        + (f"; pictures without a caption had {markdown_code(settings['caption'])}" if settings.get("caption") else ""),
         "- weights: the running average of those of the steps (EMA)",
         *([f"- held-out loss: {held['ema']:.4f} (of the raw weights {held['raw']:.4f})"] if held else []),
         "- made with: " + ", ".join(f"{k} {v}" for k, v in facts["made_with"].items()),
@@ -81,8 +81,8 @@ def _how_to_draw(prompt: str, base: str | None) -> list[str]:
     """Lines of Python that draw a picture with the model, or with the LoRA on its base."""
     lines = [
         "from diffusers import StableDiffusionPipeline",
-        f'p = StableDiffusionPipeline.from_pretrained("{base or "MODEL"}")',
-        f'p({json.dumps(prompt, ensure_ascii=False)}).images[0].save("picture.png")',
+        f"p = StableDiffusionPipeline.from_pretrained({printable(json.dumps(base or 'MODEL', ensure_ascii=False))})",
+        f'p({printable(json.dumps(prompt, ensure_ascii=False))}).images[0].save("picture.png")',
     ]
     if base:
         lines.insert(2, 'p.load_lora_weights("MODEL")')

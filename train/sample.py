@@ -30,7 +30,7 @@ from train.about import About, look
 from train.lora import Lora, add_loras, check_lora
 from train.picture import pixels_digest
 from train.schedulers import check_steps, new_scheduler, scheduler_name, share_of_steps
-from train.upscale import Network, by_tiles, restore_faces, tile_boxes
+from train.upscale import Network, by_tiles, cost_of, restore_faces, tile_count
 
 if TYPE_CHECKING:
     import torch
@@ -243,9 +243,44 @@ class Artist:
         redrawn = int(r.steps * (r.strength or 0))
         if r.upscale == 1:
             return r.steps if r.image is None else redrawn
+        return (0 if r.enlarges else r.steps) + redrawn * self.tiles(r)
+
+    def tiles(self, r: Request) -> int:
+        """Tiles that a checked request is enlarged in; 0 where nothing is redrawn."""
+        if r.upscale == 1 or not int(r.steps * (r.strength or 0)):
+            return 0
         assert r.width and r.height
-        boxes = tile_boxes(r.width * r.upscale, r.height * r.upscale, *self._tiles)
-        return (0 if r.enlarges else r.steps) + redrawn * len(boxes)
+        return tile_count(r.width * r.upscale, r.height * r.upscale, *self._tiles)
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """(width, height) of a tile, pixels."""
+        return self._tiles[0]
+
+    def cost(self, requests: Iterable[Request]) -> str:
+        """What enlarging will take, in words, by the time of one tile that is drawn for that; "" where it is little."""
+        import time
+
+        from PIL import Image
+
+        checked = [self.check(r) for r in requests]
+        tiles = sum(self.tiles(r) for r in checked)
+        if not cost_of(tiles, self.tile):
+            return ""
+        one = next(r for r in checked if self.tiles(r))
+        blank = [Image.new("RGB", self.tile)]
+
+        def timed() -> float:
+            began = time.perf_counter()
+            self._run(self._image, [one], [generator(0)], _Steps(None, 0), image=blank, strength=one.strength)
+            return time.perf_counter() - began
+
+        try:
+            if (seconds := timed()) < 1:  # much of the first is for being the first
+                seconds = timed()
+        except _out_of_memory():  # less is used when it is drawn
+            return cost_of(tiles, self.tile)
+        return cost_of(tiles, self.tile, seconds)
 
     def _drawn(self, group: Sequence[Request], steps: _Steps) -> list[Image.Image]:
         """Pictures of requests that differ in prompts, seeds and images alone."""

@@ -32,6 +32,31 @@ def tile_boxes(width: int, height: int, tile: tuple[int, int], overlap: int) -> 
     return [(x, y) for y in tile_starts(height, tile[1], overlap) for x in tile_starts(width, tile[0], overlap)]
 
 
+def tile_count(width: int, height: int, tile: tuple[int, int], overlap: int) -> int:
+    """How many tiles that are."""
+    return len(tile_starts(width, tile[0], overlap)) * len(tile_starts(height, tile[1], overlap))
+
+
+MANY_TILES = 20
+"""From so many on it is worth drawing one for nothing, to know how long all will take."""
+
+
+def cost_of(tiles: int, tile: tuple[int, int], seconds: float | None = None) -> str:
+    """What it takes to redraw so many tiles, in words; "" where they are few. `seconds`: of one."""
+    if tiles < MANY_TILES:
+        return ""
+    count = f"{tiles:,} tiles of {tile[0]} x {tile[1]} pixels"
+    return count if seconds is None else f"{count}, about {_about(tiles * seconds)}"
+
+
+def _about(seconds: float) -> str:
+    """A time that was estimated: no more digits than are known."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.2g} {unit}" if seconds < 9.5 * size else f"{seconds / size:.0f} {unit}"
+    return f"{max(1, round(seconds))} s"
+
+
 def by_tiles(
     image: Image.Image,
     tile: tuple[int, int],

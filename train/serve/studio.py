@@ -43,6 +43,7 @@ from train.serve.wire import (
     Picture,
     Pictures,
 )
+from train.upscale import cost_of
 
 _NUMBERED = re.compile(r"[0-9]{6,12}\.png")
 _SETTINGS = ("steps", "guidance", "width", "height", "scheduler", "strength")
@@ -118,6 +119,7 @@ class Studio:
             ask.model_dump(exclude={"image", "mask"}) | {"seed": seed, "image": bool(image), "mask": bool(mask)},
             bytes=asked.room,
             address=address,
+            cost=cost_of(self.artist.tiles(request) * ask.number, self.artist.tile),
         )
 
     def _check_pixels(self, request: Request) -> None:
@@ -171,6 +173,7 @@ class Studio:
         except OSError as e:
             raise UserError(f"the folder of pictures, {self.out}, can't be had: {e.strerror}") from e
         job.note = self._unread(job.requests[0])
+        job.cost = self.artist.cost(job.requests)
         for drawn in self.artist.draw(job.requests, on_step):
             path = save_numbered(png(drawn.image, drawn.facts), self.out)
             self._say(line_of(path, drawn))
@@ -229,6 +232,7 @@ class Studio:
                 pictures=list(job.pictures),
                 error=job.error,
                 note=job.note,
+                cost=job.cost,
                 asked=job.asked,
                 at=job.at,
                 mine=job.client == client,

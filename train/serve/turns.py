@@ -56,6 +56,7 @@ class Job:
     pictures: list[Any] = field(default_factory=list)  # what `draw` yielded
     error: str = ""  # why it failed
     note: str = ""  # what else there is to know
+    cost: str = ""  # what it will take, where that is much
     at: float = field(default_factory=time.time)  # when it was asked for, seconds since 1970
     ended: float | None = None
     unwanted: bool = False  # cancelled while being drawn: seen at the next step

@@ -116,6 +116,7 @@ class JobView(BaseModel):
     pictures: list[Link] = Field(description="those that are finished")
     error: str = Field(description="of a failed one: why")
     note: str = Field(description="what else there is to know: the end of a prompt that the model does not read")
+    cost: str = Field(description="of an enlargement in many tiles: how many, and how long that takes, once known")
     asked: dict[str, Any] = Field(description="what was asked for, without pictures")
     at: float = Field(description="when it was asked for, seconds since 1970")
     mine: bool = Field(description="whether it is the asker's own")

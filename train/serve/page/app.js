@@ -39,6 +39,7 @@ async function submit(wish) {
   const job = await ask("/api/jobs", { method: "POST", headers, body: JSON.stringify(wish) });
   jobs = [...jobs, job];
   listJobs();
+  if (narrow()) $("queue").lastElementChild?.scrollIntoView({ block: "nearest", behavior: "smooth" });
   watch();
 }
 
@@ -92,10 +93,14 @@ async function update(all) {
     await load();
     const newest = links.filter((link) => pictures.has(link.name)).sort((a, b) => b.name - a.name)[0];
     if (newest) show(pictures.get(newest.name), all.find((job) => job.pictures.includes(newest)).note);
+    const writes = document.activeElement.matches("textarea, input");
+    if (newest && narrow() && !writes) $("frame").scrollIntoView({ block: "nearest", behavior: "smooth" });
   }
 }
 
 // ---------------------------------------------------------------------------------------------------------- saying
+
+const narrow = () => matchMedia("(max-width: 900px)").matches; // one column: the picture is below the form
 
 function say(text) {
   $("error").hidden = !text;
@@ -103,6 +108,7 @@ function say(text) {
 }
 
 function notice(text) {
+  text ||= lost;
   $("notice").hidden = !text;
   $("notice").textContent = text;
 }
@@ -133,7 +139,8 @@ function listJobs() {
         say(error.message);
       }
     };
-    row.append(element("b", job.asked.prompt || "(no prompt)"), element("span", where, { className: "hint" }), cancel);
+    const said = [where, job.cost].filter(Boolean).join(" · ");
+    row.append(element("b", job.asked.prompt || "(no prompt)"), element("span", said, { className: "hint" }), cancel);
     return row;
   });
   for (const [id, { prompt, error }] of failures) {
@@ -153,8 +160,21 @@ function listJobs() {
 
 // --------------------------------------------------------------------------------------------------------- history
 
+let lost = ""; // why the folder of pictures could not be read
+let again; // the timer of the next try
+
 async function load(before) {
-  const page = await ask(`/api/images?limit=24${before ? `&before=${before}` : ""}`);
+  let page;
+  try {
+    page = await ask(`/api/images?limit=24${before ? `&before=${before}` : ""}`);
+  } catch (error) {
+    notice((lost = error.message));
+    clearTimeout(again);
+    again = setTimeout(() => load().catch(() => {}), 5000);
+    throw error;
+  }
+  lost = "";
+  notice("");
   for (const picture of page.pictures) pictures.set(picture.name, picture);
   const all = [...pictures.values()].sort((a, b) => b.name - a.name);
   const there = new Map([...$("history").children].map((item) => [item.dataset.name, item]));
@@ -337,9 +357,20 @@ async function wish() {
   return asked;
 }
 
+// Without words a model draws anything: so that is asked about once.
+function asksForWords() {
+  const asked = !$("asks").hidden;
+  $("asks").hidden = Boolean(form.prompt.value.trim()) || asked;
+  if ($("asks").hidden) return false;
+  $("asks").textContent = "Say what should be in the picture. Or draw once more, for a picture without words.";
+  form.prompt.focus();
+  return true;
+}
+
 function bind() {
   form.onsubmit = async (event) => {
     event.preventDefault();
+    if (asksForWords()) return;
     $("draw").disabled = true;
     try {
       await submit(await wish());
@@ -351,6 +382,7 @@ function bind() {
     $("draw").disabled = false;
   };
   form.oninput = changed;
+  form.prompt.addEventListener("input", () => ($("asks").hidden = true));
   document.addEventListener("keydown", (event) => {
     if ((event.ctrlKey || event.metaKey) && event.key === "Enter" && !$("brush").open) form.requestSubmit();
   });
@@ -432,7 +464,7 @@ function bind() {
       say(error.message);
     }
   };
-  $("older").onclick = () => load([...pictures.keys()].sort((a, b) => a - b)[0]);
+  $("older").onclick = () => load([...pictures.keys()].sort((a, b) => a - b)[0]).catch(() => {});
   document.addEventListener("visibilitychange", () => document.hidden || load().catch(() => {}));
 }
 
@@ -450,7 +482,7 @@ async function open() {
   );
   await restore();
   bind();
-  await load();
+  await load().catch(() => {}); // it has said so
   const newest = [...pictures.values()].sort((a, b) => b.name - a.name)[0];
   if (newest) show(newest);
   await resume();
