@@ -255,11 +255,12 @@ def tar_samples(tar: Path, image: str | None = None) -> TarSamples:
     repeated = 0
     for name, place in tar_members(tar):
         key, extension = key_of(name)
-        if not key or name.startswith("__MACOSX/"):
-            continue
-        members = samples.setdefault(key, {})
-        repeated += extension in members
-        members[extension] = place
+        if key in samples:
+            members = samples[key]
+            repeated += extension in members
+            members[extension] = place
+        elif key and not key.startswith("__MACOSX/"):
+            samples[key] = {extension: place}
     found = TarSamples(samples, repeated=repeated)
     for extensions, count in Counter(map(tuple, samples.values())).items():  # nearly always one shape for all
         kinds = [e.rpartition(".")[0] for e in extensions if e.rpartition(".")[2] in IMAGE_EXTENSIONS]

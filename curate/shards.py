@@ -191,8 +191,8 @@ def image_member(members: dict[str, tuple[int, int]], name: str = "") -> tuple[s
 
     `name` is what stands before the extension where samples have several images: `input` of KEY.input.jpg.
     """
-    dotted = f"{name}." if name else ""
-    return next(((e, members[dotted + e]) for e in IMAGE_EXTENSIONS if dotted + e in members), None)
+    wanted = [f"{name}.{e}" for e in IMAGE_EXTENSIONS] if name else IMAGE_EXTENSIONS
+    return next(((e, members[e]) for e in wanted if e in members), None)
 
 
 def read_range(file: BinaryIO, place: tuple[int, int]) -> bytes:

@@ -147,7 +147,7 @@ def _data_limit(more: int) -> Iterator[None]:
     DuckDB's own limit counts its tables, and not a value such as `range(1000000000)` while it is computed.
     """
     try:
-        with open("/proc/self/status") as f:
+        with open("/proc/self/status", encoding="ascii") as f:
             now = next(int(line.split()[1]) << 10 for line in f if line.startswith("VmData:"))
     except (OSError, StopIteration):  # no Linux
         yield

@@ -168,7 +168,7 @@ def _wrong(path: Path, fact: Mapping[str, Any]) -> str | None:
 
 def _yaml(path: Path) -> dict[str, Any]:
     try:
-        value = yaml.safe_load(path.read_text())
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, yaml.YAMLError):
         return {}
     return value if isinstance(value, dict) else {}

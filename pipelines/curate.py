@@ -658,7 +658,10 @@ def selections_there(data: Data) -> dict[str, dict[str, Any]]:
 
     recipe, found = stored_recipe(data), dict[str, dict[str, Any]]()
     records = sorted((data.root / "selected").glob("[!.]*.json"))
-    now = table_digests(tables(data.root)) if records else {}
+    try:
+        now = table_digests(tables(data.root)) if records else {}
+    except UserError:  # nothing is fetched any more: the folder is being made again
+        now = {}
     for path in records:
         name, record = path.stem, read_json(path)
         if not isinstance(record, dict) or "kept" not in record:

@@ -63,6 +63,7 @@ def run(asked: Asked) -> None:
         local = ipaddress.ip_address(at.getsockname()[0].partition("%")[0]).is_loopback
         if not local and token is None:
             token = secrets.token_urlsafe(24)
+        asked.out.mkdir(parents=True, exist_ok=True)
         with Terminal(asked.out / "logs" / "serve.log") as terminal:
 
             def say(line: str) -> None:

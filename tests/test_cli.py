@@ -461,6 +461,17 @@ def test_a_selection_is_made_again_by_its_own_rules(data: Data, capsys: pytest.C
     assert "best" not in capsys.readouterr().out
 
 
+def test_status_of_a_folder_that_is_made_again(data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["select", str(data.root)]) == 0
+    root = shutil.copytree(data.root, tmp_path / "data")
+    for record in root.glob("fetched/*_stats.json"):
+        record.unlink()
+    capsys.readouterr()
+    assert main(["status", str(root)]) == 0
+    out = capsys.readouterr().out
+    assert "stale: fetched changed since" in out and f"--out {root} --recipe {root}/recipe.yaml" in out
+
+
 def test_the_next_command_can_be_typed(data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each that is printed, as a shell reads it; also of a folder with a blank in its name."""
     root = shutil.copytree(data.root, tmp_path / "a folder")

@@ -65,6 +65,10 @@ def only_scratch(root: Path) -> None:
     write(root, ".something.tmp", ".lock")
 
 
+def a_report(root: Path) -> None:
+    write(root, "report.json", "unjoined.csv")
+
+
 def only_logs(root: Path) -> None:
     write(root, "logs/train.log", "logs/evaluate.log", "logs/ray.log")
 
@@ -107,7 +111,7 @@ COMMANDS: dict[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("foreign", [home, checkout, lookalike, only_scratch, only_logs, links])
+@pytest.mark.parametrize("foreign", [home, checkout, lookalike, only_scratch, only_logs, a_report, links])
 def test_a_folder_of_somebodys_is_refused_and_stays_as_it_is(
     foreign: Callable[[Path], None],
     tmp_path: Path,

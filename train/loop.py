@@ -484,7 +484,7 @@ class _Log:
                         kept.append(text)
         with atomic(path) as f:
             f.write("".join(t + "\n" for t in kept).encode())
-        self._file = open(path, "a")  # noqa: SIM115 - closed with the run
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed with the run
 
     def write(self, record: dict[str, Any]) -> None:
         if self._file:
