@@ -90,8 +90,10 @@ def run(request: Request) -> Outcome:
 
     settled(model.about, Asked("", seed=request.seed, steps=request.steps, guidance=request.guidance))
     from train.data import open_samples
+    from train.evaluate import record_of
 
-    samples = open_samples(request.data)
+    _, trained = record_of(model.folder) or (None, {})
+    samples = open_samples(request.data, trained.get("settings", {}).get("caption"))
     asked = _asked(request, model, samples, prompts, heads)
     if (done := _before(request.out, asked)) is not None:
         return _outcome(request, done)

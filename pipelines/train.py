@@ -60,6 +60,7 @@ class Request:
     size: int | None = None
     buckets: bool = False
     weight_by: str | None = None
+    caption: str | None = None  # of pictures without one
     workers: int | None = None
     prompts: Path | None = None
     save_every: int | None = None
@@ -93,7 +94,7 @@ def run(request: Request) -> Outcome:
     prompts = tuple(read_prompts(request.prompts)) if request.prompts else ()
     from train.data import open_samples, weights_of
 
-    samples = open_samples(request.data)
+    samples = open_samples(request.data, request.caption)
     if request.weight_by:
         weights_of(samples, request.weight_by)
     settings = _settings(request, samples)
@@ -193,6 +194,7 @@ def _settings(request: Request, samples: Numbered) -> dict[str, Any]:
         "size": request.size or (preset.size if preset else None),
         "buckets": request.buckets,
         "weight_by": request.weight_by,
+        "caption": request.caption,
         "steps": request.steps or (preset.steps if preset else FROM_STEPS),
         "batch": batch,
         "lr": request.lr or (preset.lr if preset else _further_lr(str(request.start), request.lora is not None)),
@@ -485,6 +487,7 @@ def _plan(
         size=settings["size"] or default_size(pipeline),
         buckets=settings["buckets"],
         weight_by=settings["weight_by"],
+        caption=settings["caption"],
         latents=steps * batch > pictures,
         vae=vae,
         loop=loop,

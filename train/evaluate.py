@@ -81,7 +81,7 @@ def unseen(model: str | Path, samples: Numbered, tell: Tell = lambda count: None
             chosen, held, lost = _sides(folder, samples, tell)
             about = "held out by the training run; near-duplicates of none of them were trained on"
             found = Unseen(held, lost, samples, chosen, facts, about)
-        elif (training := _still_there(where, then)) is None:
+        elif (training := _still_there(where, facts["settings"])) is None:
             about = f"other pictures than the model was trained on; those are no longer in {where.name} as they were, "
             about += "so that near-duplicates of them can't be told"
             found = Unseen(*_readable(survey(samples, tell)), None, nothing, facts, about)
@@ -125,9 +125,10 @@ def _is_split(told: Any, samples: Numbered) -> bool:
     return all(type(n) is int and 0 <= n < len(samples) for n in held)
 
 
-def _still_there(folder: Path, fingerprint: str) -> Numbered | None:
+def _still_there(folder: Path, settings: dict[str, Any]) -> Numbered | None:
+    fingerprint = settings["data"]
     try:
-        samples = open_samples(folder)
+        samples = open_samples(folder, settings.get("caption"))
     except UserError:
         return None
     return samples if samples.fingerprint == fingerprint else None
