@@ -192,7 +192,7 @@ class Trained(_Config):
     """train.json, of what was trained here: what others than its own run ask of it."""
 
     settings: Asked
-    data: TrainedOn = TrainedOn()
+    data: TrainedOn = Field(default_factory=lambda: TrainedOn.model_validate({}))
 
 
 _T = TypeVar("_T", bound=_Config)
