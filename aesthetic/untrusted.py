@@ -174,9 +174,9 @@ def parse_json(data: bytes | str, what: str, *, finite: bool = True, unique: boo
         raise UserError(f"{what}: not JSON: {e}") from e
 
 
-def read_json_file(path: str | Path, limit: int = LARGEST_TEXT) -> Any:
+def read_json_file(path: str | Path, limit: int = LARGEST_TEXT, *, finite: bool = True) -> Any:
     """The JSON value in a file; raises what `read_bytes` and `parse_json` raise."""
-    return parse_json(read_bytes(path, limit), str(path))
+    return parse_json(read_bytes(path, limit), str(path), finite=finite)
 
 
 def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:

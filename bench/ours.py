@@ -25,8 +25,7 @@ from curate.images import ImagesConfig
 from curate.source import SourceConfig, make_plan
 from curate.store import read_json
 from curate.workers import FetchWorker, ignore
-
-AT_ONCE = 2  # shards that a worker has under way, as in pipelines.jobs
+from pipelines.jobs import shards_together
 
 
 async def fetch(data: Data, options: dict[str, Any]) -> dict[str, Any]:
@@ -38,7 +37,7 @@ async def fetch(data: Data, options: dict[str, Any]) -> dict[str, Any]:
 
     report = note if options.get("ends") else ignore
     worker = FetchWorker(data, FetchConfig(**options["fetch"]), ImagesConfig(**options["images"]), "bench", report)
-    slots = asyncio.Semaphore(AT_ONCE)
+    slots = asyncio.Semaphore(shards_together(max(s.rows for s in data.plan.shards)))  # as the job does
 
     async def one(shard: int) -> None:
         async with slots:

@@ -195,6 +195,23 @@ def decode(data: bytes, min_side: int | None = None, max_pixels: int = MAX_PIXEL
     return _upright(opened, data, least=(math.ceil(width * scale), math.ceil(height * scale))).pixels
 
 
+def decode_alpha(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray | None:
+    """How opaque an image file is, upright: (height, width) uint8, 255 opaque; None where nothing is transparent.
+
+    Raises RowError as `decode` does.
+    """
+    opened = _open(data, max_pixels)
+    with _hostile(opened.size):
+        if opened.format not in ("PNG", "WEBP", "GIF", "TIFF", "AVIF"):
+            return None
+        _check_covered(opened, data)
+        opened.load()
+        if not opened.has_transparency_data:
+            return None
+        alpha = np.asarray(opened.convert("RGBA").getchannel("A"))
+    return None if alpha.min() == 255 else _turned(alpha, _orientation(opened))
+
+
 def probe(data: bytes, max_pixels: int | None = None) -> tuple[str, int, int]:
     """(format, width, height) from the header alone, sides as stored, before orientation.
 

@@ -120,6 +120,8 @@ async def ingest_shard(data: Data, shard: int, means: Means, config: str, retry:
             came = [n for n in tried if ended.facts[n]["status"] == Status.SUCCESS]
             keys = [make_key(shard, number, data.plan.shard_size) for number in came]
             facts["retries"] = _retries(before, len(tried), keys)
+        if source.notes:
+            facts["notes"] = list(source.notes)
         if means.deny.hashes is not None:
             facts["denied_hashes"] = means.deny.hashes
         return await asyncio.to_thread(_commit, data, shard, source.table, ended, config, began, facts)

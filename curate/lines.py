@@ -269,7 +269,6 @@ class Table:
         """The records of a block, or None where one has another number of fields than the header."""
         names = [str(i) for i in range(self._count)]
         columns = [names[i] for i in wanted or [0]]
-        bad = []
         if not data.strip(b"\r\n"):
             return Records([pa.array([], pa.binary()) for _ in wanted], 0)
         try:
@@ -280,7 +279,6 @@ class Table:
                     delimiter=self.shape.delimiter,
                     quote_char='"' if self.quoted else False,
                     newlines_in_values=self.quoted,
-                    invalid_row_handler=lambda row: bad.append(1) or "skip",  # type: ignore[func-returns-value]
                 ),
                 convert_options=pa_csv.ConvertOptions(
                     column_types=dict.fromkeys(names, pa.binary()),
@@ -290,8 +288,6 @@ class Table:
                 ),
             )
         except pa.ArrowInvalid:
-            return None
-        if bad:
             return None
         arrays = [c.combine_chunks() if isinstance(c, pa.ChunkedArray) else c for c in found.columns]
         return Records(arrays if wanted else [], found.num_rows)

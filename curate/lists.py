@@ -32,7 +32,7 @@ from aesthetic.untrusted import clean as clean
 from curate.fit import fit, fit_type
 from curate.ledger import Reason
 from curate.lines import Broken, Table, as_utf8, head_of, is_quoted, numbered_lines, shown, unreadable
-from curate.pages import page_sizes
+from curate.pages import pages
 from curate.store import UserError, sha256_file
 
 BATCH = 65_536
@@ -153,28 +153,30 @@ def plain_type(t: pa.DataType) -> pa.DataType:
     return pa.float32() if pa.types.is_float16(t) else fit_type(t)
 
 
-def plain(column: pa.Array) -> pa.Array:
+def plain(column: pa.Array, notes: Notes | None = None, name: str = "", row: int = 0) -> pa.Array:
     """A column without dictionaries, large offsets, extension types, broken UTF-8 and numbers that are not finite."""
     if isinstance(column, pa.ExtensionArray):
-        return plain(column.storage)
+        return plain(column.storage, notes, name, row)
     if pa.types.is_dictionary(column.type):
-        return plain(column.dictionary_decode())
+        return plain(column.dictionary_decode(), notes, name, row)
     if pa.types.is_temporal(column.type) or pa.types.is_nested(column.type) or pa.types.is_decimal256(column.type):
         return fit(column)
     column = column.cast(plain_type(column.type))
     if pa.types.is_string(column.type):
-        return _valid(column.cast(pa.binary()))
+        return _valid(column.cast(pa.binary()), notes, name, row)
     if pa.types.is_floating(column.type):
         return pc.if_else(pc.is_finite(column), column, pa.scalar(None, column.type))
     return column
 
 
-def as_type(column: pa.Array, wanted: pa.DataType) -> pa.Array:
+def as_type(
+    column: pa.Array, wanted: pa.DataType, notes: Notes | None = None, name: str = "", row: int = 0
+) -> pa.Array:
     """A plain column in the type that all files of the list agree on."""
     if column.type == wanted:
         return column
     if pa.types.is_string(wanted) and pa.types.is_binary(column.type):
-        return _valid(column)
+        return _valid(column, notes, name)
     if pa.types.is_string(wanted) and is_texts(column.type):
         return _first_texts(column)
     return column.cast(wanted, safe=not pa.types.is_floating(wanted))  # 2**53 + 1 rounds where others have fractions
@@ -198,11 +200,7 @@ def _first_texts(column: pa.Array) -> pa.Array:
 def _valid(binary: pa.Array, notes: Notes | None = None, name: str = "", row: int = 0) -> pa.Array:
     """Bytes as text; null, and noted, what is not UTF-8 or too long. `row` is the number of the first value."""
     if len(binary) and (pc.max(pc.binary_length(binary)).as_py() or 0) > LONGEST_VALUE:
-        long = pc.fill_null(pc.greater(pc.binary_length(binary), LONGEST_VALUE), False)
-        if notes is not None:
-            for i in pc.indices_nonzero(long).to_pylist():
-                notes.add("too_long", f"row {row + i + 1:,}: {name}")
-        binary = pc.if_else(long, pa.scalar(None, binary.type), binary)
+        binary = _shortened(binary, LONGEST_VALUE, notes, name, row)
     try:
         return binary.cast(pa.string())  # checks UTF-8; nearly every list passes
     except pa.ArrowInvalid:
@@ -242,7 +240,7 @@ class Notes:
 NOTED = {
     "broken": "lines are broken, and rows without a picture (bad_line)",
     "not_utf8": "values are not UTF-8, and null (`iconv -f WINDOWS-1252 -t UTF-8`, or whatever it is, mends it)",
-    "too_long": "values are longer than 4 MB, and null",
+    "too_long": "values are too long, and null (4 MB; or 64 kB, where a shard holds half a gigabyte)",
     "no_caption": "captions are neither text nor a list of texts, and null",
 }
 
@@ -376,7 +374,7 @@ def check_pages(path: Path, columns: Sequence[str]) -> None:
                 if name not in wanted and not any(name.startswith(f"{n}.") for n in wanted):
                     continue
                 try:
-                    largest = max(page_sizes(f.fileno(), column), default=0)
+                    largest = max((page.size for page in pages(f.fileno(), column)), default=0)
                 except (ValueError, OSError) as e:
                     raise UserError(f"{path}: cannot be read: row group {g}, column {printable(name, 80)}: {e}") from e
                 if largest > LARGEST_PAGE or column.num_values > _MOST_IN_A_ROW * max(group.num_rows, 100):
@@ -394,33 +392,31 @@ def parquet_batches(
     start: int = 0,
     rows: int | None = None,
     most: int | None = None,
+    notes: Notes | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """Rows of some row groups (default: all), with the named columns that the file has, plain.
 
-    `rows` rows from `start` on, counted from the first of these groups. Texts come as dictionaries and are spelt out a
-    few rows at a time where they are long: a text of a megabyte that a hundred thousand rows share takes a kilobyte of
-    the file. Once they have taken `most` bytes, those of more than _LONG_THEN are null.
+    `rows` rows from `start` on, counted from the first of these groups. Once texts have taken `most` bytes, those of
+    more than _LONG_THEN are null. What is null for its length or because it is not UTF-8 is noted.
     """
-    schema = open_parquet(path).schema_arrow
-    names = [n for n in schema.names if n in columns]
-    texts = [n for n in names if _is_text(schema.field(n).type)]
+    file = open_parquet(path)
+    names = [n for n in file.schema_arrow.names if n in columns]
+    groups = list(range(file.metadata.num_row_groups)) if groups is None else groups
     try:
-        file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, read_dictionary=texts)
-        left, longest, taken = rows, LONGEST_VALUE, 0
-        for whole in file.iter_batches(BATCH, row_groups=groups, columns=names):
+        left, longest, taken, number = rows, LONGEST_VALUE, 0, 0
+        for whole in file.iter_batches(_rows_at_a_time(path, file, names, groups), row_groups=groups, columns=names):
             batch = whole.slice(min(start, whole.num_rows), left)
             start = max(0, start - whole.num_rows)
             left = left if left is None else left - batch.num_rows
-            at = 0
-            while at < batch.num_rows:
-                arrays = [_without_long(batch.column(n), longest) for n in names]
-                step = max(1, _SPELT_OUT // max(*(_longest(a) for a in arrays), 0, 1))
-                part = [plain(a.slice(at, step)) for a in arrays]
-                at += step
-                yield pa.RecordBatch.from_arrays(part, names=names) if names else batch.slice(at - step, step)
-                taken += sum(a.nbytes for a in part)
-                if most is not None and taken > most:
-                    longest = _LONG_THEN
+            if names and batch.num_rows:
+                arrays = [plain(batch.column(n), notes, n, number) for n in names]
+                if longest < LONGEST_VALUE:
+                    arrays = [_shortened(a, longest, notes, n, number) for n, a in zip(names, arrays, strict=True)]
+                batch = pa.RecordBatch.from_arrays(arrays, names=names)
+                number, taken = number + batch.num_rows, taken + batch.nbytes
+                longest = LONGEST_VALUE if most is None or taken <= most else _LONG_THEN
+            if batch.num_rows:
+                yield batch
             if left == 0:
                 return
     except (pa.ArrowException, OSError) as e:
@@ -428,7 +424,39 @@ def parquet_batches(
 
 
 _LONG_THEN = 64 << 10
-_SPELT_OUT = 256 << 20  # bytes
+_AT_A_TIME = 64 << 20  # bytes of texts that a batch may hold
+
+
+def _rows_at_a_time(path: Path, file: pq.ParquetFile, names: Sequence[str], groups: Sequence[int]) -> int:
+    """Rows of a batch: fewer than BATCH where a few rows may hold much, as a page of few rows or a dictionary can.
+
+    A text of a megabyte that a hundred thousand rows share takes a kilobyte of a file.
+    """
+    types = {n: file.schema_arrow.field(n).type for n in names}
+    texts = [n for n, t in types.items() if _is_text(t.value_type if pa.types.is_dictionary(t) else t)]
+    longest = 1
+    with open_regular(path) as f:
+        for g in groups:
+            group = file.metadata.row_group(g)
+            shared = set()
+            for c in range(group.num_columns):
+                column = group.column(c)
+                if column.path_in_schema not in texts:
+                    continue
+                try:
+                    for page in pages(f.fileno(), column):
+                        if not page.dictionary:
+                            longest = max(longest, page.size // max(page.values, 1))
+                        elif page.size * min(group.num_rows, BATCH) > _AT_A_TIME:
+                            shared.add(column.path_in_schema)
+                except ValueError as e:
+                    raise unreadable(path, e) from e
+            if shared:
+                found = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, read_dictionary=sorted(shared))
+                for batch in found.iter_batches(1, row_groups=[g], columns=sorted(shared)):
+                    longest = max(longest, *(_longest(batch.column(n)) for n in shared))
+                    break
+    return max(1, min(BATCH, _AT_A_TIME // longest))
 
 
 def _is_text(t: pa.DataType) -> bool:
@@ -436,18 +464,20 @@ def _is_text(t: pa.DataType) -> bool:
 
 
 def _longest(column: pa.Array) -> int:
-    if pa.types.is_dictionary(column.type) and _is_text(column.type.value_type) and len(column.dictionary):
-        return pc.max(pc.binary_length(column.dictionary)).as_py() or 0
-    return 0
+    texts = column.dictionary if pa.types.is_dictionary(column.type) else column
+    return pc.max(pc.binary_length(texts)).as_py() or 0 if _is_text(texts.type) else 0
 
 
-def _without_long(column: pa.Array, longest: int) -> pa.Array:
-    """A column of a dictionary without texts that are longer than so many bytes."""
-    if _longest(column) <= longest:
+def _shortened(column: pa.Array, longest: int, notes: Notes | None, name: str, row: int) -> pa.Array:
+    """A column without texts of more than so many bytes."""
+    if not _is_text(column.type) or _longest(column) <= longest:
         return column
-    texts = column.dictionary
-    short = pc.if_else(pc.greater(pc.binary_length(texts), longest), pa.scalar(None, texts.type), texts)
-    return pa.DictionaryArray.from_arrays(column.indices, short)
+    long = pc.fill_null(pc.greater(pc.binary_length(column), longest), False)
+    if notes is not None:
+        for i in pc.indices_nonzero(long).to_pylist():
+            notes.add("too_long", f"row {row + i + 1:,}: {name}")
+    # not if_else, whose result is as large as what it had
+    return column.take(pa.array(np.arange(len(column)), mask=long.to_numpy(zero_copy_only=False)))
 
 
 class CsvInput(Input):

@@ -2,13 +2,14 @@
 
 A page is the least that can be unpacked, and its size is said nowhere else: a file of some kilobytes may hold one of
 two gigabytes. Headers are Thrift's compact protocol (parquet.thrift: PageHeader; field 2 is the size unpacked, 3 the
-size in the file).
+size in the file, 5, 7 and 8 are the headers of kinds of pages, whose field 1 is how many values there are).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 _READ = 1024  # bytes of a header at first; statistics may make it longer
@@ -19,8 +20,17 @@ class _Short(Exception):
     """The header goes on behind what was read."""
 
 
-def page_sizes(fd: int, column: Any) -> Iterator[int]:
-    """Bytes that each page of a column chunk (`pyarrow.parquet.ColumnChunkMetaData`) unpacks to, as its header says.
+@dataclass(frozen=True)
+class Page:
+    """What the header of a page says."""
+
+    size: int  # bytes, unpacked
+    values: int
+    dictionary: bool
+
+
+def pages(fd: int, column: Any) -> Iterator[Page]:
+    """The pages of a column chunk (`pyarrow.parquet.ColumnChunkMetaData`).
 
     Raises ValueError where the headers are none.
     """
@@ -29,22 +39,23 @@ def page_sizes(fd: int, column: Any) -> Iterator[int]:
         at = min(at, column.dictionary_page_offset)
     end = at + column.total_compressed_size
     while at < end:
-        length, unpacked, packed = _header(fd, at)
-        if unpacked < 0 or packed < 0:
+        length, page, packed = _header(fd, at)
+        if page.size < 0 or packed < 0:
             raise ValueError("a page of negative size")
-        yield unpacked
+        yield page
         at += length + packed
 
 
-def _header(fd: int, at: int) -> tuple[int, int, int]:
-    """(length of the header, bytes unpacked, bytes in the file) of the page at a place."""
+def _header(fd: int, at: int) -> tuple[int, Page, int]:
+    """(length of the header, the page, its bytes in the file) at a place."""
     size = _READ
     while True:
         data = os.pread(fd, size, at)
         try:
             end, fields = _struct(data, 0)
-            return end, fields[2], fields[3]
-        except KeyError:
+            kind = fields.get(5) or fields.get(7) or fields.get(8) or {}
+            return end, Page(fields[2], kind.get(1, 0), 7 in fields), fields[3]
+        except (KeyError, TypeError, AttributeError):
             raise ValueError("a page without a size") from None
         except _Short:
             if len(data) < size or size > _LONGEST_HEADER:
@@ -52,11 +63,11 @@ def _header(fd: int, at: int) -> tuple[int, int, int]:
             size *= 8
 
 
-def _struct(data: bytes, at: int, depth: int = 0) -> tuple[int, dict[int, int]]:
-    """Where a struct ends, and its integers by field."""
+def _struct(data: bytes, at: int, depth: int = 0) -> tuple[int, dict[int, Any]]:
+    """Where a struct ends, and its integers and structs by field."""
     if depth > 16:
         raise ValueError("nested too deep")
-    fields: dict[int, int] = {}
+    fields: dict[int, Any] = {}
     number = 0
     while True:
         head = _byte(data, at)
@@ -73,7 +84,7 @@ def _struct(data: bytes, at: int, depth: int = 0) -> tuple[int, dict[int, int]]:
             fields[number] = value
 
 
-def _value(data: bytes, at: int, kind: int, depth: int) -> tuple[int, int | None]:
+def _value(data: bytes, at: int, kind: int, depth: int) -> tuple[int, Any]:
     if kind in (1, 2):  # true, false: in the field's own head
         return at, None
     if kind == 3:
@@ -96,7 +107,7 @@ def _value(data: bytes, at: int, kind: int, depth: int) -> tuple[int, int | None
             _byte(data, at - 1)
         return at, None
     if kind == 12:
-        return _struct(data, at, depth + 1)[0], None
+        return _struct(data, at, depth + 1)
     raise ValueError(f"a field of kind {kind}")
 
 

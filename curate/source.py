@@ -23,7 +23,7 @@ from curate.captioned import read_place
 from curate.folders import PLACE_COLUMNS
 from curate.inputs import Found, find, is_remote, stat
 from curate.ledger import URL_COLUMNS, Reason, RowError, stored_schema
-from curate.lists import FAILURES, ParquetInput, open_parquet, parquet_batches, with_constants
+from curate.lists import FAILURES, Notes, ParquetInput, open_parquet, parquet_batches, with_constants
 from curate.ours import clear
 from curate.store import UserError, atomic, digest, read_json, record_digest, sha256_file, write_json
 from curate.survey import Survey, column, columns_of, stored_extra, survey_list
@@ -132,6 +132,7 @@ class SourceShard:
     places: pa.Table | None = None  # PLACE_COLUMNS, for folders of images
     base: Path | None = None
     failures: pa.Table | None = None  # @reason, @error, for lists with broken lines
+    notes: tuple[str, ...] = ()  # what of these rows could not be taken as it is, in sentences
 
     @property
     def local(self) -> bool:
@@ -230,6 +231,7 @@ class Plan:
         local = self.facts["base"] is not None
         extra = [(stored_extra(n), k) for n, k in (PLACE_COLUMNS if local else FAILURES if fact.get("broken") else ())]
         schema = pa.schema([*self.schema, *extra])
+        notes = Notes()  # what was cut has been checked, so these are of a list that is used where it lies
         if s.file in self.facts["cut"]:
             batches = (
                 pa.RecordBatch.from_arrays([column(batch, f.name, f.type) for f in schema], schema=schema)
@@ -239,8 +241,8 @@ class Plan:
             url, caption = fact["url"], fact["caption"]
             wanted = [n for n in (url, caption, *self.carried.names) if n]
             batches = (
-                columns_of(with_constants(batch, fact.get("constants", {})), url, caption, self.carried)
-                for batch in _read_slice(self.root / s.file, s.offset, s.rows, wanted)
+                columns_of(with_constants(batch, fact.get("constants", {})), url, caption, self.carried, notes=notes)
+                for batch in _read_slice(self.root / s.file, s.offset, s.rows, wanted, notes)
             )
         table = pa.Table.from_batches(batches, schema)
         if table.num_rows != s.rows:
@@ -249,7 +251,7 @@ class Plan:
         beside = table.select([name for name, _ in extra]) if extra else None
         if local:
             return SourceShard(shard, rows, self.shard_digest(shard), beside, Path(self.facts["base"]))
-        return SourceShard(shard, rows, self.shard_digest(shard), failures=beside)
+        return SourceShard(shard, rows, self.shard_digest(shard), failures=beside, notes=tuple(notes.sentences()))
 
     def _require_unchanged(self, file: str, fact: Mapping[str, Any]) -> None:
         if self.facts["remote"] or (file in self.facts["cut"] and self.facts["kind"] not in ("tars", "parquet")):
@@ -273,7 +275,9 @@ _MOST_HELD = 512 << 20
 """Bytes of the text of a shard; beyond them, long texts are null."""
 
 
-def _read_slice(path: Path, offset: int, rows: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def _read_slice(
+    path: Path, offset: int, rows: int, columns: Sequence[str], notes: Notes | None = None
+) -> Iterator[pa.RecordBatch]:
     metadata = open_parquet(path).metadata
     groups: list[int] = []
     first = start = 0
@@ -284,7 +288,7 @@ def _read_slice(path: Path, offset: int, rows: int, columns: Sequence[str]) -> I
                 first = start
             groups.append(number)
         start = end
-    yield from parquet_batches(path, columns, groups, offset - first, rows, _MOST_HELD)
+    yield from parquet_batches(path, columns, groups, offset - first, rows, _MOST_HELD, notes)
 
 
 # ------------------------------------------------------------------------------------------------------ making a plan

@@ -12,7 +12,7 @@ import pyarrow as pa
 from curate.folders import PLACE_COLUMNS
 from curate.inputs import Found
 from curate.ledger import stored_name
-from curate.lists import FAILURES, Input, as_type, common_type, describe, is_texts, listed
+from curate.lists import FAILURES, Input, Notes, as_type, common_type, describe, is_texts, listed
 from curate.predicate import Predicate
 from curate.store import UserError
 
@@ -202,6 +202,7 @@ def columns_of(
     caption: str | None,
     carried: pa.Schema,
     extra: Sequence[tuple[str, pa.DataType]] = (),
+    notes: Notes | None = None,
 ) -> pa.RecordBatch:
     """A batch of a list as our columns, in their types and under the names that we store them by.
 
@@ -210,7 +211,7 @@ def columns_of(
     wanted = [(url, "url", pa.string()), (caption, "caption", pa.string())]
     wanted += [(f.name, stored_name(f.name), f.type) for f in carried]
     wanted += [(name, stored_extra(name), kind) for name, kind in extra]
-    arrays = [column(batch, name, kind) for name, _, kind in wanted]
+    arrays = [column(batch, name, kind, notes) for name, _, kind in wanted]
     return pa.RecordBatch.from_arrays(arrays, schema=pa.schema([(stored, kind) for _, stored, kind in wanted]))
 
 
@@ -219,7 +220,7 @@ def stored_extra(name: str) -> str:
     return name.replace("\0", "@")
 
 
-def column(batch: pa.RecordBatch, name: str | None, kind: pa.DataType) -> pa.Array:
+def column(batch: pa.RecordBatch, name: str | None, kind: pa.DataType, notes: Notes | None = None) -> pa.Array:
     if name is None or name not in batch.schema.names:
         return pa.nulls(batch.num_rows, kind)
-    return as_type(batch.column(name), kind)
+    return as_type(batch.column(name), kind, notes, name)

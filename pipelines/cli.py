@@ -217,6 +217,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--lr", type=float, metavar="X", help="highest learning rate of AdamW")
     p.add_argument("--size", type=_positive, metavar="PX", help="side of the pictures (default: the model's own)")
     p.add_argument("--buckets", action="store_true", help="keep pictures' aspect ratios: several shapes of one area")
+    p.add_argument("--caption", metavar="TEXT", help="of pictures without a caption of their own: 'a photo of sks dog'")
     p.add_argument("--weight-by", metavar="COLUMN", help="draw pictures in proportion to this score")
     p.add_argument("--workers", type=_positive, metavar="N", help="default: one per GPU, or one")
     p.add_argument(
@@ -594,7 +595,8 @@ def _train(args: argparse.Namespace) -> int:
     from pipelines.train import Request, run
 
     same = (
-        *("preset", "start", "lora", "objective", "steps", "batch", "lr", "size", "buckets", "weight_by", "workers"),
+        *("preset", "start", "lora", "objective", "steps", "batch", "lr", "size", "buckets", "weight_by", "caption"),
+        "workers",
         *("prompts", "save_every", "look_every", "micro_batch", "checkpointing", "compile", "tensorboard"),
         "seed",
     )

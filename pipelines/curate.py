@@ -211,6 +211,8 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
     check_engine(recipe, say)
     refuse_denied(data, recipe, request.restart_from)
     refuse_changes(data, recipe, request.restart_from)
+    if "embed" in request.stages and load_plan(data.root) is None:
+        has_encoder(recipe)  # as in `run`
     anew = request.restart_from == "source"
     found = inspect(request.list, recipe.source, request.limit, None if anew else data.root)
     check_selection(recipe, found.carried, columns)
@@ -273,9 +275,11 @@ def run(request: Request, say: Say = print) -> Outcome:
 
 
 def _found_from_anywhere(recipe: Recipe) -> Recipe:
-    """The recipe with whole paths of deny-lists: later commands may be given in another folder."""
+    """The recipe with whole paths of deny-lists and weights: later commands may be given in another folder."""
     deny = tuple(str(Path(f).expanduser().absolute()) for f in recipe.fetch.deny)
-    return replace(recipe, fetch=replace(recipe.fetch, deny=deny))
+    weights = recipe.embed.weights and str(Path(recipe.embed.weights).expanduser().absolute())
+    fetch, embed = replace(recipe.fetch, deny=deny), replace(recipe.embed, weights=weights)
+    return replace(recipe, fetch=fetch, embed=embed)
 
 
 @contextmanager
@@ -341,6 +345,7 @@ def _go_on(
     if retry and screen is not None:
         outcome.facts["recovered"] = _images(data) - before
         say(f"retry  {outcome.facts['recovered']:,} more images")
+    _name_notes(data, outcome, say)
     _name_repeats(data, outcome, say)
     if "select" not in stages:
         outcome.paths["fetched"] = str(data.root / "fetched")
@@ -352,6 +357,18 @@ def _go_on(
     if plan.listed_rows > plan.total_rows:
         say(projection(data, plan.listed_rows, plan.total_rows, selection.kept, screen))
     return outcome
+
+
+def _name_notes(data: Data, outcome: Outcome, say: Say) -> None:
+    """Say which values of the list could not be taken as they are; a list that is used where it lies is read late."""
+    records = {s.shard: read_json(data.fetched_record(s.shard)) or {} for s in data.plan.shards}
+    notes = [f"shard {shard}: {note}" for shard, record in records.items() for note in record.get("notes", [])]
+    if notes:
+        outcome.facts["notes"] = notes[:100]
+        for note in notes[:3]:
+            say(f"warning: {note}")
+        if len(notes) > 3:
+            say(f"    and in {len(notes) - 3:,} more shards")
 
 
 def _name_repeats(data: Data, outcome: Outcome, say: Say) -> None:
@@ -640,8 +657,8 @@ def status(data: Data, say: Say) -> tuple[dict[str, Any], str]:
     if waiting > vain:
         return found, command("retry", data.root)
     if waiting:
-        once_more = command("retry", data.root)
-        say(f"          the last retry had none of these {waiting:,} rows back; `{once_more}` tries once more")
+        once_more, failed = command("retry", data.root), f"{waiting:,} rows that failed for passing reasons"
+        say(f"retry     the last one had back none of {failed}; `{once_more}` tries anew")
     for name, facts in selections.items():
         if facts["stale"]:
             return found, command("select", data.root, "--name", name)

@@ -24,7 +24,7 @@ from curate.store import UserError, atomic, read_json, sha256_file, sweep, write
 from pipelines.figures import meaning, readme, table
 from pipelines.progress import Count, Terminal, clock
 from pipelines.prompts import read_prompts
-from pipelines.train import Outcome
+from pipelines.train import Outcome, check_data
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,6 +76,7 @@ def run(request: Request) -> Outcome:
 
     Raises UserError before the model is loaded where model, data, prompts, encoder, heads or folder do not fit.
     """
+    check_data(request.data)
     check_free(request.out, "evaluation")
     prompts = _prompts(request)
     _check_data(request.data)
@@ -89,8 +90,10 @@ def run(request: Request) -> Outcome:
 
     settled(model.about, Asked("", seed=request.seed, steps=request.steps, guidance=request.guidance))
     from train.data import open_samples
+    from train.evaluate import record_of
 
-    samples = open_samples(request.data)
+    _, trained = record_of(model.folder) or (None, {})
+    samples = open_samples(request.data, trained.get("settings", {}).get("caption"))
     asked = _asked(request, model, samples, prompts, heads)
     if (done := _before(request.out, asked)) is not None:
         return _outcome(request, done)
@@ -309,9 +312,10 @@ class _Evaluation:
         from train.evaluate import captions_of, in_order, unseen
 
         _, known = record_of(self.model.folder) or (None, None)
-        others = known and known["settings"]["data"] != self.samples.fingerprint
+        others = known and known["settings"].get("data") != self.samples.fingerprint
         if others or known is None:  # otherwise the training run looked at all of them
-            count = Count(self.terminal, "pictures", len(self.samples) + (known["data"]["pictures"] if known else 0))
+            more = known["data"].get("pictures", 0) if known and known.get("data") else 0
+            count = Count(self.terminal, "pictures", len(self.samples) + more)
             self.unseen: Unseen = unseen(self.model.folder, self.samples, count)
             count.end()
         else:
@@ -420,7 +424,7 @@ class _Evaluation:
         from train.model import load_model
 
         pipeline = load_model(self.model.about.folder)
-        add_loras(pipeline, self.model.loras)
+        add_loras(pipeline, self.model.loras, self.model.about.name)
         return pipeline.to(self.device)
 
     # drawing
@@ -453,11 +457,12 @@ class _Evaluation:
 
     def _is_drawn(self, number: int, asked: Asked) -> bool:
         """Whether this very picture is there."""
-        from train.picture import read_facts
+        from train.picture import check_facts, read_facts
         from train.sample import facts_of, settled
 
         try:
             facts = read_facts(self._sample(number))
+            check_facts(facts, self._sample(number))
         except UserError:
             return False
         wanted = facts_of(settled(self.model.about, asked))

@@ -16,8 +16,7 @@ from pipelines.prompts import read_prompts
 from pipelines.terminal import CLEAR
 
 if TYPE_CHECKING:
-    from PIL import Image
-
+    from train.about import About
     from train.lora import Lora
     from train.sample import Artist, Drawn, Request
 
@@ -70,25 +69,32 @@ def run(asked: Asked, out: IO[str], aside: IO[str]) -> Outcome:
     """
     _check(asked)
     told = _told(asked) if asked.again else None
-    with quiet_libraries():
-        from train.about import look
-        from train.lora import check_lora
-        from train.sample import Artist, settled
+    prompts = [] if told else _prompts(asked)
+    from train.about import look
+    from train.lora import check_lora
+    from train.sample import Artist, check_scheduler, foreign_syntax, settled
 
-        about = look(_model(asked, told))
-        loras = _loras(asked, told)
-        for lora in loras:
-            check_lora(about, lora)
-        upscaler, faces = (_network(asked, told, name) for name in ("upscaler", "faces"))
-        requests = [_again(asked, told)] if told else _requests(asked)
-        checked = [settled(about, r, upscaler=upscaler is not None) for r in requests]
-        check_space(_existing(asked.out))
+    # all that can be refused without torch and diffusers, which take seconds to load
+    upscaler, faces = (_network(asked, told, name) for name in ("upscaler", "faces"))
+    about = look(_model(asked, told))
+    loras = _loras(asked, told)
+    for lora in loras:
+        check_lora(about, lora)
+    requests = [_again(asked, told)] if told else _requests(asked, prompts, about, aside)
+    checked = [settled(about, r, upscaler=upscaler is not None) for r in requests]
+    check_space(_existing(asked.out))
+    if asked.again is None and (foreign := foreign_syntax(t for r in requests for t in (r.prompt, r.negative))):
+        aside.write(foreign + "\n")
+    with quiet_libraries():
+        check_scheduler(about, checked[0])
         large = max(((r.width or 0, r.height or 0) for r in checked if not r.enlarges), default=about.size)
         artist = Artist(
             about, loras=loras, upscaler=upscaler, faces=faces, batch=asked.batch or 1, size=large,
             blur=not asked.show_flagged,
         )  # fmt: skip
         aside.write(f"model  {about.name} · {artist} · seed {requests[0].seed}\n")
+        for note in artist.notes:
+            aside.write(note + "\n")
         for text in dict.fromkeys(t for r in requests for t in (r.prompt, r.negative)):
             if unread := artist.unread(text):
                 aside.write(f"the model reads no further than: {text.removesuffix(unread)!r}; not {unread!r}\n")
@@ -121,6 +127,8 @@ def _check(asked: Asked) -> None:
             raise UserError(f"--{name} {value}: at least 1 is expected")
     if asked.out.exists() and not asked.out.is_dir():
         raise UserError(f"{asked.out} is a file; --out names a folder")
+    if asked.prompts is None and not asked.prompt and not asked.again:
+        _prompts(asked)  # there are none
     if not os.access(_existing(asked.out), os.W_OK | os.X_OK):
         raise UserError(f"{asked.out} can't be written: give another folder with --out")
     if asked.mask and not asked.image:
@@ -150,35 +158,38 @@ def _prompts(asked: Asked) -> list[str]:
     return [*asked.prompt, *read_prompts(asked.prompts)]
 
 
-def _requests(asked: Asked) -> list[Request]:
+def _requests(asked: Asked, prompts: list[str], about: About, aside: IO[str]) -> list[Request]:
     """Picture i of the run has seed + i."""
-    from train.sample import SEEDS, Request
+    from train.picture import read_mask, read_picture
+    from train.sample import SEEDS, Request, fitting_size
 
-    prompts = [p for p in _prompts(asked) for _ in range(asked.n or 1)]
-    image, mask = _picture(asked.image), _picture(asked.mask)
+    prompts = [p for p in prompts for _ in range(asked.n or 1)]
+    image = read_picture(asked.image) if asked.image else None
+    mask = read_mask(asked.mask) if asked.mask else None
     first = secrets.randbelow(SEEDS - len(prompts)) if asked.seed is None else asked.seed
     names = ("steps", "guidance", "width", "height", "scheduler", "strength", "upscale", "negative")
     given = {name: value for name in names if (value := getattr(asked, name)) is not None}
-    mask = mask and mask.convert("L")
+    if image and not (asked.width or asked.height) and (asked.upscale or 1) == 1:
+        width, height = fitting_size(about, image.size)
+        if (width, height) != image.size:
+            given |= {"width": width, "height": height}
+            which = "--image and --mask are" if mask else "--image is"
+            sides = f"{image.width} x {image.height}"
+            aside.write(
+                f"{which} scaled and cut from {sides} to {width} x {height} (--width and --height say otherwise)\n"
+            )
     return [Request(p, seed=first + i, image=image, mask=mask, **given) for i, p in enumerate(prompts)]
-
-
-def _picture(path: Path | None) -> Image.Image | None:
-    from train.picture import read_picture
-
-    return None if path is None else read_picture(path)
 
 
 # ------------------------------------------------------------------------------------------------------------- again
 
 
 def _told(asked: Asked) -> dict[str, Any]:
-    from train.picture import read_facts
+    from train.picture import check_facts, read_facts
 
     assert asked.again
     facts = read_facts(asked.again)
-    if not isinstance(facts.get("model"), dict) or not {"name", "sha256"} <= set(facts["model"]):
-        raise UserError(f"{asked.again} does not say which model drew it: its facts are damaged")
+    check_facts(facts, asked.again)
     return facts
 
 
@@ -192,18 +203,19 @@ def _model(asked: Asked, told: dict[str, Any] | None) -> str:
 
 
 def _again(asked: Asked, told: dict[str, Any]) -> Request:
+    from train.picture import read_mask, read_picture
     from train.sample import request_of
 
     pictures = {}
-    for name in ("image", "mask"):
+    for name, read in (("image", read_picture), ("mask", read_mask)):
         path = getattr(asked, name) or _there(told.get(name))
         if told.get(name) and path is None:
             raise UserError(
                 f"{asked.again} was drawn with a picture to begin with that is not here "
                 f"({told[name].get('path')}): give it with --{name}"
             )
-        pictures[name] = _picture(path)
-    return request_of(told, pictures["image"], pictures["mask"] and pictures["mask"].convert("L"))
+        pictures[name] = read(path) if path else None
+    return request_of(told, pictures["image"], pictures["mask"])
 
 
 def _loras(asked: Asked, told: dict[str, Any] | None) -> list[Lora]:
@@ -224,8 +236,10 @@ def _network(asked: Asked, told: dict[str, Any] | None, name: str) -> Path | Non
         path = Path(told[name]["name"])
         if not path.is_file() or sha256_file(path) != told[name]["sha256"]:
             raise UserError(f"{path} is not there any more, or another file: say where with --{name}")
-    if path is not None and not path.is_file():
-        raise UserError(f"--{name} {path}: there is no such file of weights")
+    if path is not None:
+        from train.upscale import check_network
+
+        check_network(path, f"--{name} {path}")
     return path
 
 

@@ -47,14 +47,15 @@ def run(asked: Asked) -> None:
         raise UserError(f"--port {asked.port}: 0 to 65535 are there")
     from train.about import look
     from train.lora import check_lora, parse_lora
+    from train.upscale import check_network
 
     about = look(asked.model)
     loras = [parse_lora(text) for text in asked.lora]
     for lora in loras:
         check_lora(about, lora)
     for name, path in (("upscaler", asked.upscaler), ("faces", asked.faces)):
-        if path is not None and not path.is_file():
-            raise UserError(f"--{name} {path}: there is no such file of weights")
+        if path is not None:
+            check_network(path, f"--{name} {path}")
     _check_writable(asked.out)
     from train.serve.app import LOOPBACK, Server, listen, new_app
 
@@ -78,6 +79,8 @@ def run(asked: Asked) -> None:
                 blur=not asked.show_flagged,
             )  # fmt: skip
             say(str(artist))
+            for note in artist.notes:
+                say(note)
             studio = Studio(artist, asked.out, say=say, fault=traceback.print_exception)
 
             def ready() -> None:

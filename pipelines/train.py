@@ -60,6 +60,7 @@ class Request:
     size: int | None = None
     buckets: bool = False
     weight_by: str | None = None
+    caption: str | None = None  # of pictures without one
     workers: int | None = None
     prompts: Path | None = None
     save_every: int | None = None
@@ -89,10 +90,11 @@ def run(request: Request) -> Outcome:
     """
     free = FreeCores()
     _check(request)
+    _check_start(request)
     prompts = tuple(read_prompts(request.prompts)) if request.prompts else ()
     from train.data import open_samples, weights_of
 
-    samples = open_samples(request.data)
+    samples = open_samples(request.data, request.caption)
     if request.weight_by:
         weights_of(samples, request.weight_by)
     settings = _settings(request, samples)
@@ -134,6 +136,7 @@ def _check(request: Request) -> None:
         raise UserError("--lora changes a model that is there already: say which with --from")
     if request.objective and request.start:
         raise UserError("--objective is for new models: one to go on with (--from) has its own")
+    check_data(request.data)
     check_free(request.out, "model")
     if request.tensorboard and find_spec("tensorboard") is None:
         raise UserError("--tensorboard: it is not installed here: `pip install 'tastemaker[tensorboard]'`")
@@ -141,6 +144,24 @@ def _check(request: Request) -> None:
         raise UserError(f"--lr {request.lr}: a number above 0 is expected")
     if request.workers and request.batch and request.batch % request.workers:
         raise UserError(f"--batch {request.batch} can't be shared evenly by {request.workers} workers")
+
+
+def check_data(folder: Path) -> None:
+    """Raise UserError where there is nothing, before torch is loaded to look into it."""
+    if not folder.exists():
+        raise UserError(f"{folder} is no folder. A folder of packed shards, of tars or of images is expected.")
+
+
+def _check_start(request: Request) -> None:
+    """What the model to go on with says of itself, without torch."""
+    if request.start is None:
+        return
+    from train.about import check_trainable, look
+
+    start = Path(request.start)
+    if (start / LORA_FILE).is_file() and not (start / "model_index.json").is_file():
+        raise UserError(f"{start} is a LoRA: give --from the model that it was trained on (its README.md names it)")
+    check_trainable(look(request.start), request.size)
 
 
 def _settings(request: Request, samples: Numbered) -> dict[str, Any]:
@@ -173,6 +194,7 @@ def _settings(request: Request, samples: Numbered) -> dict[str, Any]:
         "size": request.size or (preset.size if preset else None),
         "buckets": request.buckets,
         "weight_by": request.weight_by,
+        "caption": request.caption,
         "steps": request.steps or (preset.steps if preset else FROM_STEPS),
         "batch": batch,
         "lr": request.lr or (preset.lr if preset else _further_lr(str(request.start), request.lora is not None)),
@@ -198,8 +220,11 @@ def _further_lr(start: str, lora: bool) -> float:
 
     For Stable Diffusion these are 1e-4 and 1e-5, the rates of diffusers' own examples.
     """
-    then = read_json(Path(start) / "train.json") or {}
-    rate = float(then.get("settings", {}).get("lr", SD_LR))
+    from train.about import record_of
+
+    place, facts = record_of(start) or (None, {})
+    own = place == Path(start).expanduser().absolute()  # and not of the run whose checkpoint it is
+    rate = float((facts["settings"].get("lr") if own else None) or SD_LR)
     return rate if lora else rate / 10
 
 
@@ -364,13 +389,8 @@ def _loaded(settings: dict[str, Any]) -> Any:
     from train.model import check_size, default_size, load_model
     from train.objective import objective_of
 
-    start = Path(settings["from"])
-    if (start / LORA_FILE).is_file() and not (start / "model_index.json").is_file():
-        raise UserError(f"{start} is a LoRA: give --from the model that it was trained on (its README.md names it)")
     pipeline = load_model(settings["from"])
     objective_of(pipeline.scheduler)
-    if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
-        raise UserError(f"{start} is no plain text-to-image model: its UNet takes more than latents (inpainting?)")
     check_size(pipeline, settings["size"] or default_size(pipeline))
     return pipeline
 
@@ -467,6 +487,7 @@ def _plan(
         size=settings["size"] or default_size(pipeline),
         buckets=settings["buckets"],
         weight_by=settings["weight_by"],
+        caption=settings["caption"],
         latents=steps * batch > pictures,
         vae=vae,
         loop=loop,

@@ -51,6 +51,7 @@ class Plan:
     size: int
     buckets: bool
     weight_by: str | None
+    caption: str | None  # of pictures without one
     latents: bool  # whether they are precomputed
     vae: LoopConfig | None  # of the autoencoder's own training, where it has none behind it
     loop: LoopConfig
@@ -78,7 +79,7 @@ class Materials:
         if (plan.vae_folder / "vae").is_dir():
             self.adopt_vae()
         self.pipeline.to(device)
-        self.samples = open_samples(plan.data)
+        self.samples = open_samples(plan.data, plan.caption)
         told = read_json(plan.out / "data.json")
         left_out = {*told["held_out"], *map(int, told["unreadable"])}
         self.held = np.array(told["held_out"], np.int64)

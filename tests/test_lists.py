@@ -207,6 +207,10 @@ def test_what_is_not_utf8_is_null_and_told(tmp_path: Path) -> None:
         r"1 values are not UTF-8" in w and r"row 201: caption caf\xe9 \x93cr" in w and "iconv" in w
         for w in plan.warnings
     )
+    odd = ("url,caption\n" + good).encode() + b"http://a.test/x,\xe9,\xe9\nhttp://a.test/y,\xe9\n"
+    assert failures(plan_of(write(tmp_path / "m.csv", odd))) == {
+        200: r"line 202: 3 fields, where the header has 2: http://a.test/x,\xe9,\xe9"
+    }
     lines_ = b'{"url": "u", "caption": "caf\xe9", "x": "ok \\ud800"}\n{"url": "v", "caption": "caf\xc3\xa9", "x": 1}\n'
     plan = plan_of(write(tmp_path / "l.jsonl", lines_))
     assert plan.read(0).table.to_pylist() == [
@@ -214,6 +218,12 @@ def test_what_is_not_utf8_is_null_and_told(tmp_path: Path) -> None:
         {"url": "v", "caption": "café", "x": "1"},
     ]
     assert "row 1: caption caf" in plan.warnings[0]
+    columns = {"url": ["u", "v"], "caption": pa.array([b"caf\xe9", b"ok"]), "x": pa.array([b"\xff", b"y"])}
+    columns["x"] = pa.Array.from_buffers(pa.string(), 2, columns["x"].buffers())  # text that is none
+    pq.write_table(pa.table(columns), tmp_path / "l.parquet")
+    shard = plan_of(tmp_path / "l.parquet").read(0)
+    assert [row.caption for row in shard.rows()] == [None, "ok"] and shard.table.column("x").to_pylist() == [None, "y"]
+    assert "2 values are not UTF-8" in shard.notes[0] and "row 1: x \\xff; row 1: caption caf\\xe9" in shard.notes[0]
     odd = "url,caption\nu,a".encode("utf-16") + b"\x00\xd8" + "b\n".encode("utf-16-le")
     assert rows_of(write(tmp_path / "odd.csv", odd)) == [("u", None)]  # half a surrogate pair
     with pytest.raises(UserError, match=r"the header is not UTF-8.*iconv"):

@@ -416,7 +416,7 @@ def cut(part: str) -> Callable[[Path], None]:
         (cut("tokenizer"), "tokenizer missing"),
         (lambda f: (f / "vae" / "diffusion_pytorch_model.safetensors").unlink(), "vae missing or without weights"),
         (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), "scheduler missing"),
-        (lambda f: (f / "model_index.json").write_text("{"), "no JSON"),
+        (lambda f: (f / "model_index.json").write_text("{"), "not JSON"),
         (lambda f: (f / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'), "is a FluxPipeline"),
         (lambda f: (f / "model_index.json").unlink(), "holds no diffusers pipeline"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import itertools
 import os
 import subprocess
@@ -17,7 +18,7 @@ from PIL import Image
 
 from curate.store import UserError
 from train.devices import Cost, Measures, choose, stricter
-from train.picture import next_number, read_picture, save_numbered
+from train.picture import decode_mask, next_number, read_picture, save_numbered
 from train.upscale import Network, by_tiles, find_faces, restore_faces, tile_starts
 
 GB = 10**9
@@ -107,8 +108,38 @@ def test_a_picture_that_cannot_be_read_is_told(tmp_path: Path) -> None:
             read_picture(tmp_path / name)
 
 
+def test_a_mask_is_what_is_white_or_what_is_painted_on_a_transparent_layer() -> None:
+    def file(image: Image.Image, kind: str = "PNG", **more: Any) -> bytes:
+        data = io.BytesIO()
+        image.save(data, kind, **more)
+        return data.getvalue()
+
+    inside = np.zeros((12, 8), np.uint8)
+    inside[2:6, 3:7] = 255
+    white = Image.fromarray(inside)
+    opaque = white.convert("RGBA")
+    layers = [white, white.convert("RGB"), opaque]
+    for colour in ("black", "white", "red"):
+        layer = Image.new("RGBA", (8, 12), (255, 255, 255, 0))
+        layer.paste(Image.new("RGBA", (8, 12), colour), (0, 0), white)
+        layers.append(layer)
+    for layer in layers:
+        assert (np.asarray(decode_mask(file(layer))) == inside).all(), layer.mode
+    painted = layers[-1]
+    assert (np.asarray(decode_mask(file(painted, "WEBP", lossless=True))) == inside).all()
+    assert (np.asarray(decode_mask(file(painted.convert("LA")))) == inside).all()
+    assert (np.asarray(decode_mask(file(painted.quantize(), "PNG"))) == inside).all()  # a palette with transparency
+    turned = Image.Exif()
+    turned[274] = 6
+    upright = np.asarray(decode_mask(file(painted, exif=turned)))
+    assert (upright == np.rot90(inside, -1)).all()
+    with pytest.raises(UserError, match="nothing is painted"):
+        decode_mask(file(Image.new("RGBA", (8, 12), (0, 0, 0, 0))))
+
+
 def test_without_spandrel_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "spandrel", None)
+    (tmp_path / "x.pth").write_bytes(b"weights")
     with pytest.raises(UserError, match=r"pip install 'tastemaker\[upscale\]'"):
         Network(tmp_path / "x.pth", "SR")
 

@@ -123,6 +123,17 @@ def test_captions_of_an_image_folder_may_stand_in_one_file(pictures: Path, tmp_p
     assert [s.caption for s in open_samples(folder)][:2] == ["picture, 000", "picture, 001"]
 
 
+def test_pictures_without_a_caption_can_be_given_one(pictures: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bare"
+    shutil.copytree(pictures, folder, ignore=lambda _, names: [n for n in names if n.endswith(".txt") and n > "003"])
+    with pytest.raises(UserError, match="--caption TEXT gives"):
+        open_samples(shutil.copytree(folder, tmp_path / "none", ignore=shutil.ignore_patterns("*.txt")))
+    own, given = open_samples(folder), open_samples(folder, "a sks disc")
+    captions = [s.caption for s in given]
+    assert captions == [s.caption or "a sks disc" for s in own] and captions.count("a sks disc") == len(own) - 3
+    assert [s.image for s in given] == [s.image for s in own] and given.fingerprint != own.fingerprint
+
+
 def test_a_webdataset_without_json_is_read_too(pictures: Path, tmp_path: Path) -> None:
     with open(tmp_path / "a.tar", "wb") as f:
         out = TarWriter(f)

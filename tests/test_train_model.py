@@ -133,7 +133,7 @@ def test_what_is_no_model_is_refused_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Did you mean .*000010"):
         load_model(tmp_path)
     (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(UserError, match="could not be loaded"):
+    with pytest.raises(UserError, match="_class_name is missing"):
         load_model(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -96,6 +97,13 @@ def test_foreign_text_is_shown_on_one_line_without_controls():
     assert printable("a\x1b]0;x\x07\r\nb\u202ec\x9b31m\ud800") == "a\\x1b]0;x\\x07\\r\\nb\\u202ec\\x9b31m\\ud800"
     assert printable("日本語 é") == "日本語 é"
     assert printable("x" * 50, 10) == "x" * 9 + "…"
+
+
+def test_numbers_that_json_has_not_are_read_from_a_file_where_that_is_asked(tmp_path):
+    (tmp_path / "x.json").write_text("[-Infinity, 1]")
+    with pytest.raises(UserError, match="-Infinity is no number"):
+        read_json_file(tmp_path / "x.json")
+    assert read_json_file(tmp_path / "x.json", finite=False) == [-math.inf, 1]
 
 
 def test_foreign_text_in_markdown_stays_text() -> None:

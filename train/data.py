@@ -39,19 +39,40 @@ LEAST = 8
 """Pictures below which training is refused: fewer can't be split, nor fill a batch."""
 
 
-def open_samples(folder: str | Path) -> Numbered:
+class _Given(Numbered):
+    """Samples of which those without a caption have one that is given."""
+
+    def __init__(self, samples: Numbered, caption: str) -> None:
+        self._samples, self._caption = samples, caption
+        self.folder, self.troubles = samples.folder, samples.troubles
+        self.key, self.path, self.image = samples.key, samples.path, samples.image  # type: ignore[method-assign]
+        self.extension, self.files, self.notes = samples.extension, samples.files, samples.notes  # type: ignore[method-assign]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def facts(self, number: int) -> dict[str, Any]:
+        facts = self._samples.facts(number)
+        return {**facts, "caption": facts["caption"] or self._caption}
+
+
+def open_samples(folder: str | Path, caption: str | None = None) -> Numbered:
     """The captioned pictures of a folder, whatever of the kinds it is that curate.captioned reads.
 
-    Raises UserError where there is no such folder, no picture in it, too few, or none with a caption.
+    `caption` is that of pictures without one. Raises UserError where there is no such folder, no picture in it, too
+    few, or none with a caption.
     """
     samples = open_folder(folder)
+    if caption:
+        samples = _Given(samples, caption)
     if len(samples) < LEAST:
         raise UserError(f"{folder} holds {len(samples)} pictures: too few to train on, at least {LEAST} are needed")
     if not any(samples.facts(i)["caption"] for i in range(len(samples))):
         samples.troubles.refuse_many("json", len(samples), str(folder))
         raise UserError(
             f"none of the {len(samples)} pictures in {folder} has a caption. Captions are NAME.txt beside NAME.jpg, "
-            f"or a column `text` of metadata.csv or metadata.jsonl beside `file_name`. " + " ".join(samples.notes())
+            f"or a column `text` of metadata.csv or metadata.jsonl beside `file_name`; --caption TEXT gives all of "
+            "them the same. " + " ".join(samples.notes())
         )
     return samples
 

@@ -69,7 +69,7 @@ def unseen(model: str | Path, samples: Numbered, tell: Tell = lambda count: None
     """
     record = record_of(model)
     nothing = np.zeros(0, np.int64)
-    if record is None:
+    if record is None or not _of_data(record[1]):
         found = Unseen(
             *_readable(survey(samples, tell)), None, nothing, None,
             "the model has no train.json, which would tell what it was trained on: it may have seen these pictures",
@@ -81,7 +81,7 @@ def unseen(model: str | Path, samples: Numbered, tell: Tell = lambda count: None
             chosen, held, lost = _sides(folder, samples, tell)
             about = "held out by the training run; near-duplicates of none of them were trained on"
             found = Unseen(held, lost, samples, chosen, facts, about)
-        elif (training := _still_there(where, then)) is None:
+        elif (training := _still_there(where, facts["settings"])) is None:
             about = f"other pictures than the model was trained on; those are no longer in {where.name} as they were, "
             about += "so that near-duplicates of them can't be told"
             found = Unseen(*_readable(survey(samples, tell)), None, nothing, facts, about)
@@ -92,6 +92,11 @@ def unseen(model: str | Path, samples: Numbered, tell: Tell = lambda count: None
     return found
 
 
+def _of_data(facts: dict[str, Any]) -> bool:
+    """Whether a train.json says of which pictures a model was trained."""
+    return bool((facts.get("data") or {}).get("folder") and facts["settings"].get("data"))
+
+
 def _readable(known: Survey) -> tuple[Ints, int]:
     """(numbers that can be read, how many can't)."""
     return np.array([i for i in range(len(known.keys)) if i not in known.unreadable], np.int64), len(known.unreadable)
@@ -100,7 +105,7 @@ def _readable(known: Survey) -> tuple[Ints, int]:
 def _sides(folder: Path, samples: Numbered, tell: Tell) -> tuple[Ints, Ints, int]:
     """(trained on, held out, how many can't be read) of a run's own data."""
     told = read_json(folder / "data.json")
-    if told is None or told["data"] != samples.fingerprint:  # the same pictures give the same split
+    if not _is_split(told, samples):  # the same pictures give the same split
         known = survey(samples, tell)
         return *split(samples, known=known), len(known.unreadable)
     out = {*told["held_out"], *map(int, told["unreadable"])}
@@ -108,9 +113,22 @@ def _sides(folder: Path, samples: Numbered, tell: Tell) -> tuple[Ints, Ints, int
     return chosen, np.array(told["held_out"], np.int64), len(told["unreadable"])
 
 
-def _still_there(folder: Path, fingerprint: str) -> Numbered | None:
+def _is_split(told: Any, samples: Numbered) -> bool:
+    """Whether a data.json is of these pictures, and says what it should."""
+    if not isinstance(told, dict) or told.get("data") != samples.fingerprint:
+        return False
+    held, lost = told.get("held_out"), told.get("unreadable")
+    if not (
+        isinstance(held, list) and isinstance(lost, dict) and all(str(n).isascii() and str(n).isdigit() for n in lost)
+    ):
+        return False
+    return all(type(n) is int and 0 <= n < len(samples) for n in held)
+
+
+def _still_there(folder: Path, settings: dict[str, Any]) -> Numbered | None:
+    fingerprint = settings["data"]
     try:
-        samples = open_samples(folder)
+        samples = open_samples(folder, settings.get("caption"))
     except UserError:
         return None
     return samples if samples.fingerprint == fingerprint else None

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from aesthetic.untrusted import read_json_file
 from curate.store import UserError
+from train.about import About, look, variant_of, weights_of
 from train.objective import new_scheduler
+from train.schedulers import told
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -188,38 +191,115 @@ def pixel_vae(size: int) -> Any:
     return vae.requires_grad_(False)
 
 
-def load_model(name: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+def load_model(model: About | str | Path, dtype: torch.dtype = torch.float32) -> Any:
     """The StableDiffusionPipeline in a folder, or under a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5.
 
-    Weights are of type `dtype`. Raises UserError, saying what to do, where there is none or the hub can't be reached.
+    Weights are of type `dtype`. Raises UserError, saying what to do and naming the file, where there is none, where the
+    hub can't be reached, where a part can't be made of its configuration or its weights do not fit it, and where a
+    weight is no number.
     """
-    from diffusers import StableDiffusionPipeline
+    import diffusers
+    from transformers import CLIPTextModel
 
-    folder = Path(name)
-    here = folder.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") != 1
-    if here and not (folder / "model_index.json").is_file():
-        inner = sorted(folder.glob("checkpoints/*/pipeline")) if folder.is_dir() else []
-        hint = f" Did you mean {inner[-1]}?" if inner else " A folder with model_index.json is expected, or a hub id."
-        raise UserError(f"{name} holds no diffusers pipeline.{hint}")
+    about = model if isinstance(model, About) else look(model)
+    with no_bars():
+        unet = _part(about, "unet", diffusers.UNet2DConditionModel, dtype)
+        vae = _part(about, "vae", diffusers.AutoencoderKL, dtype)
+        text = _part(about, "text_encoder", CLIPTextModel, dtype)
+        tokenizer = _tokenizer(about)
+        path = about.folder / "scheduler" / "scheduler_config.json"
+        try:
+            kind = getattr(diffusers, read_json_file(about.folder / "model_index.json")["scheduler"][1])
+            scheduler = kind.from_pretrained(about.folder / "scheduler")
+            return diffusers.StableDiffusionPipeline(
+                vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+                safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+            )  # fmt: skip
+        except Exception as e:
+            raise UserError(f"{path}: no scheduler can be made of it: {told(e)}") from e
+
+
+def _part(about: About, name: str, kind: Any, dtype: torch.dtype) -> Any:
+    """One part with its weights, all of them there and used."""
+    folder = about.folder / name
     try:
-        with no_bars():
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                str(name), dtype=dtype, safety_checker=None, requires_safety_checker=False
-            )
-    except (OSError, ValueError, TypeError, KeyError) as e:
-        if here:
-            raise UserError(f"{name} could not be loaded: {e}") from e
+        part, report = kind.from_pretrained(
+            folder, dtype=dtype, variant=variant_of(folder), output_loading_info=True, local_files_only=True
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:  # whatever a configuration that is none makes of a constructor
         raise UserError(
-            f"the model {name} is neither a folder here nor could it be had from the Hugging Face hub "
-            f"({str(e).splitlines()[0]}). Where the hub is blocked, download it elsewhere (`hf download {name}`) and "
-            f"give the folder, or set HF_ENDPOINT to a mirror."
+            f"{folder / 'config.json'}: no {kind.__name__} can be made of it and its weights: {told(e)}"
         ) from e
-    missing = [
-        n for n in ("vae", "text_encoder", "tokenizer", "unet", "scheduler") if getattr(pipeline, n, None) is None
-    ]
-    if missing:
-        raise UserError(f"{name} is no whole text-to-image pipeline: {', '.join(missing)} missing")
-    return pipeline
+    files = " and ".join(str(path) for path in weights_of(folder)[:2])
+    found = [(report["missing_keys"], "lack"), (_strange(report["unexpected_keys"]), "hold, beside what is used,")]
+    for keys, verb in found:
+        if keys := sorted(keys):
+            raise UserError(
+                f"{folder / 'config.json'} does not fit the weights in {files}: these {verb} {keys[0]}"
+                + (f" and {len(keys) - 1:,} more" if len(keys) > 1 else "")
+            )
+    for key, tensor in [*part.named_parameters(), *part.named_buffers()]:
+        # a sum is much cheaper than a look at each number, and infinite or NaN where one of them is
+        suspect = tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32))
+        if suspect and not torch.isfinite(tensor).all():
+            precision = "" if dtype == torch.float32 else f" in {str(dtype).removeprefix('torch.')}"
+            raise UserError(
+                f"{files}: the weights {key} hold values that are no numbers{precision}: the model is broken, and "
+                "would draw nothing"
+            )
+    return part
+
+
+def check_computes(pipeline: Any, about: About, error: Exception) -> None:
+    """After an error: raise UserError, naming the part, where one computes nothing even of plain input.
+
+    Configurations have values that no schema knows all of. Where the parts do their work the error is not theirs.
+    """
+    if "out of memory" in str(error).lower() or "can't allocate" in str(error):
+        return
+    unet, vae, side = pipeline.unet, pipeline.vae, 2 ** (len(about.unet["block_out_channels"]) + 1)
+    like: dict[str, Any] = {"device": unet.device, "dtype": unet.dtype}
+    latents = torch.zeros(1, about.unet["in_channels"], side, side, **like)
+    ids = torch.zeros(1, about.text["max_position_embeddings"], dtype=torch.long, device=pipeline.text_encoder.device)
+    texts = torch.zeros(1, ids.shape[1], about.text["hidden_size"], **like)
+    trials: dict[str, Callable[[], Any]] = {
+        "text_encoder": lambda: pipeline.text_encoder(ids),
+        "unet": lambda: unet(latents, torch.tensor(1, device=unet.device), encoder_hidden_states=texts),
+        "vae": lambda: vae.encode(vae.decode(latents[:, : about.vae["latent_channels"]].to(vae.dtype)).sample),
+    }
+    for name, trial in trials.items():
+        try:
+            with torch.no_grad():
+                trial()
+        except Exception as e:
+            path = about.folder / name / "config.json"
+            raise UserError(f"{path}: what it describes can't be computed: {told(e)}") from error
+
+
+def _strange(keys: Iterable[str]) -> list[str]:
+    """Of weights that a part has no place for, those that must have one: not what CLIP has beside its text encoder."""
+    beside = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+    return [key for key in keys if not key.startswith(beside) and not key.endswith("position_ids")]
+
+
+def _tokenizer(about: About) -> Any:
+    from transformers import CLIPTokenizer
+
+    folder = about.folder / "tokenizer"
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        last = max(tokenizer("a", truncation=True, padding="max_length", max_length=3).input_ids)
+        last = max(last, *tokenizer.get_vocab().values())
+    except Exception as e:  # as above
+        raise UserError(f"{folder}: no tokenizer can be made of these files: {told(e)}") from e
+    if last >= about.text["vocab_size"]:
+        raise UserError(
+            f"{folder} has a token of number {last}, and the text encoder knows {about.text['vocab_size']} "
+            f"(vocab_size in {about.folder / 'text_encoder' / 'config.json'})"
+        )
+    return tokenizer
 
 
 LORA = ("to_q", "to_k", "to_v", "to_out.0")
@@ -280,7 +360,8 @@ def size_step(pipeline: Any) -> int:
 
 def default_size(pipeline: Any) -> int:
     """The side in pixels that the pipeline draws without being told."""
-    return int(pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
+    sample = pipeline.unet.config.sample_size or 64
+    return int((sample if isinstance(sample, int) else min(sample)) * pipeline.vae_scale_factor)
 
 
 def check_size(pipeline: Any, size: int) -> None:

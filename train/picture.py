@@ -8,29 +8,70 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from PIL import Image, PngImagePlugin
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from aesthetic.untrusted import parse_json, printable, read_bytes
 from curate.store import UserError, scratch_path, sync, told
 
 CHUNK = "tastemaker"
 """The PNG text chunk with the facts, as JSON."""
 
 
+LARGEST_FILE = 1 << 30
+"""Bytes that a file of a picture may have."""
+
+MAX_PIXELS = 100_000_000
+"""Pixels that are decoded of a picture to begin with, or of one that says how it was drawn."""
+
+
 def read_picture(path: Path | str) -> Image.Image:
     """An image file upright, in sRGB, over white where it is transparent. Raises UserError where it can't be read."""
-    from curate.images import decode
+    return _read(path, decode_picture)
+
+
+def read_mask(path: Path | str) -> Image.Image:
+    """An image file as a mask (see `decode_mask`). Raises UserError where it can't be read."""
+    return _read(path, decode_mask)
+
+
+def _read(path: Path | str, decode: Callable[[bytes], Image.Image]) -> Image.Image:
     from curate.ledger import RowError
 
     try:
-        return Image.fromarray(decode(Path(path).read_bytes()))
-    except OSError as e:
-        raise UserError(f"the picture {path} can't be read: {e.strerror}") from e
+        return decode(read_bytes(path, LARGEST_FILE))
     except RowError as e:
-        raise UserError(f"the picture {path} can't be read: {e.detail or e.reason.value}") from e
+        raise UserError(f"the picture {path} can't be read: {printable(e.detail or e.reason.value)}") from e
+    except UserError as e:
+        raise UserError(f"the picture {path} can't be read: {str(e).removeprefix(f'{path}: ')}") from e
+
+
+def decode_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The bytes of an image file upright, in sRGB, over white where it is transparent. Raises RowError."""
+    from curate.images import decode
+
+    return Image.fromarray(decode(data, max_pixels=max_pixels))
+
+
+def decode_mask(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The bytes of an image file as a mask, of mode L: what is white is drawn anew, what is black stays.
+
+    Where parts of it are transparent it is a layer of an image editor that somebody painted on, in whatever colour:
+    what is painted, that is opaque, is drawn anew. Raises RowError where it is no image, UserError where nothing is
+    painted on it.
+    """
+    from curate.images import decode_alpha
+
+    alpha = decode_alpha(data, max_pixels)
+    if alpha is None:
+        return decode_picture(data, max_pixels).convert("L")
+    if not alpha.any():
+        raise UserError("the mask is transparent everywhere: nothing is painted on it that could be drawn anew")
+    return Image.fromarray(alpha)
 
 
 def pixels_digest(image: Image.Image) -> str:
@@ -59,21 +100,93 @@ def sheet(image: Image.Image, names: Sequence[str]) -> bytes:
 
 
 def read_facts(path: Path | str) -> dict[str, Any]:
-    """What a PNG says of itself. Raises UserError where it says nothing."""
+    """What a PNG says of itself. Raises UserError where it says nothing, or nothing that can be read."""
+    from curate.images import decode
+    from curate.ledger import RowError
+
     try:
-        with Image.open(path) as image:
+        data = read_bytes(path, LARGEST_FILE)
+        decode(data, max_pixels=MAX_PIXELS)  # a bomb, or a picture that is cut off
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             image.load()  # chunks may come after the pixels
-            facts = json.loads(image.info[CHUNK])
-            if not isinstance(facts, dict):
-                raise ValueError("no JSON object")
-            return facts
-    except (OSError, SyntaxError) as e:
-        raise UserError(f"the picture {path} can't be read: {e}") from e
-    except (KeyError, ValueError) as e:
+            text = image.info.get(CHUNK)
+    except RowError as e:
+        raise UserError(f"the picture {path} can't be read: {printable(e.detail or e.reason.value)}") from e
+    except UserError as e:
+        raise UserError(f"the picture {path} can't be read: {str(e).removeprefix(f'{path}: ')}") from e
+    except Exception as e:  # whatever a file that is none makes of a decoder
+        raise UserError(f"the picture {path} can't be read: {printable(e, 200)}") from e
+    if not isinstance(text, str):
         raise UserError(
             f"{path} does not say how it was drawn: it holds no text chunk {CHUNK!r} (programs that edit or send "
             "pictures often drop it)"
-        ) from e
+        )
+    facts = parse_json(text, f"{path}, its text chunk {CHUNK!r}")
+    if not isinstance(facts, dict):
+        raise UserError(f"{path}, its text chunk {CHUNK!r}: a JSON object is expected")
+    return facts
+
+
+class _Told(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _File(_Told):
+    name: str
+    sha256: str
+
+
+class _Laid(_File):
+    weight: float = 1.0
+
+
+class _Picture(_Told):
+    sha256: str
+    path: str | None = None
+
+
+class _Model(_Told):
+    name: str
+    sha256: str
+
+
+class _Nsfw(_Told):
+    blurred: bool
+
+
+class Facts(_Told):
+    """What a PNG says of itself, as far as it takes to draw the same again. Ranges are a Request's to check."""
+
+    prompt: str
+    negative: str
+    seed: int
+    steps: int
+    guidance: float
+    width: int
+    height: int
+    scheduler: str
+    strength: float | None
+    upscale: int
+    image: _Picture | None
+    mask: _Picture | None
+    model: _Model
+    nsfw: _Nsfw
+    loras: Annotated[list[_Laid], Field(max_length=100)] = []
+    upscaler: _File | None = None
+    faces: _File | None = None
+    made_with: dict[str, str] = {}
+    device: str = ""
+    dtype: str = ""
+
+
+def check_facts(facts: Mapping[str, Any], path: Path | str) -> None:
+    """Raise UserError where the facts of a PNG are not those that our own pictures have."""
+    try:
+        Facts.model_validate(facts)
+    except ValidationError as e:
+        found = e.errors(include_url=False)[0]
+        where = printable(".".join(map(str, found["loc"])), 60)
+        raise UserError(f"{path}: its facts are incomplete or damaged: {where}: {found['msg'].lower()}") from None
 
 
 def parameters(facts: Mapping[str, Any]) -> str:

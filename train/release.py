@@ -67,9 +67,8 @@ def card(facts: Mapping[str, Any]) -> str:
         + f"; {data['held_out']:,} more held out, no near-duplicates of these among them",
         f"- training: {settings['steps']:,} steps of {settings['batch']} pictures, {facts['size']} px, AdamW at "
         f"{settings['lr']:g}, seed {settings['seed']}"
-        + (
-            f"; pictures drawn in proportion to {markdown_code(settings['weight_by'])}" if settings["weight_by"] else ""
-        ),
+        + (f"; pictures drawn in proportion to {markdown_code(settings['weight_by'])}" if settings["weight_by"] else "")
+        + (f"; pictures without a caption had {markdown_code(settings['caption'])}" if settings.get("caption") else ""),
         "- weights: the running average of those of the steps (EMA)",
         *([f"- held-out loss: {held['ema']:.4f} (of the raw weights {held['raw']:.4f})"] if held else []),
         "- made with: " + ", ".join(f"{k} {v}" for k, v in facts["made_with"].items()),

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import math
 import platform
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,12 +25,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aesthetic.untrusted import printable
 from curate.store import UserError, sha256_file
 from train import devices
 from train.about import About, look
 from train.lora import Lora, add_loras, check_lora
 from train.picture import pixels_digest
-from train.schedulers import check_steps, new_scheduler, scheduler_name, share_of_steps
+from train.schedulers import check_steps, new_scheduler, scheduler_name, share_of_steps, try_steps
 from train.upscale import Network, by_tiles, cost_of, restore_faces, tile_count
 
 if TYPE_CHECKING:
@@ -49,6 +51,13 @@ enlarging so little that things stay what they are."""
 
 SEEDS = 2**32
 """Seeds are below this."""
+
+LARGEST = 16_384
+"""Pixels of a side that can be asked for."""
+
+
+class NoPicture(UserError, FloatingPointError):
+    """What a model computed is not finite, and so no picture: as pixels it would be black."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,8 @@ class Request:
     def __post_init__(self) -> None:
         if len(self.prompt) > 10_000 or len(self.negative) > 10_000:
             raise UserError("a prompt of more than 10,000 characters: a model reads some hundred at most")
+        if any("\ud800" <= c <= "\udfff" for c in self.prompt + self.negative):
+            raise UserError("the prompt is no text: it holds bytes that are not UTF-8")
         if not 0 <= self.seed < SEEDS:
             raise UserError(f"seed {self.seed}: a whole number from 0 to {SEEDS - 1} is expected")
         if not 1 <= self.steps <= 1000:
@@ -81,6 +92,9 @@ class Request:
             raise UserError(f"strength {self.strength:g}: 0 to 1 are expected")
         if not 1 <= self.upscale <= 4:
             raise UserError(f"upscale {self.upscale}: 1 to 4 times are possible")
+        for name, side in (("width", self.width), ("height", self.height)):
+            if side is not None and not 1 <= side <= LARGEST:
+                raise UserError(f"{name} {side}: 1 to {LARGEST:,} pixels are expected")
         if (self.width is None) != (self.height is None):
             raise UserError("give both width and height, or none of them")
         if self.mask is not None and self.image is None:
@@ -138,6 +152,46 @@ def settled(about: About, request: Request, *, upscaler: bool = False) -> Reques
     return replace(r, scheduler=name, strength=strength, width=width, height=height, guidance=guidance)
 
 
+def fitting_size(about: About, size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) that a picture of (width, height) `size` is scaled and cut to, to begin with it.
+
+    Its own where the model can draw that; else as many pixels as the model draws by itself, in the picture's shape, as
+    on the page of `tastemaker serve`.
+    """
+    if all(side % about.step == 0 for side in size):
+        return size
+    ratio = math.sqrt(math.prod(about.size) / math.prod(size))
+    width, height = (max(about.step, round(side * ratio / about.step) * about.step) for side in size)
+    return width, height
+
+
+_OTHERS = re.compile(
+    r"<(?:lora|lyco|hypernet):[^<>]{1,200}>"  # AUTOMATIC1111's web UI, and those that take after it
+    r"|\({1,9}[^()\[\]<>]{1,200}:\s*[+-]?\d{0,9}\.?\d{1,9}\s*\)"
+    r"|\(\([^()]{1,200}\)\)"
+    r"|\[[^\[\]]{1,200}\]"
+    r"|\bBREAK\b"
+    r"|\([^()]{1,200}\)(?:\d{1,3}\.\d{1,9}|\+{1,9})"  # compel
+    r"|\bembedding:\S{1,200}"  # ComfyUI
+    r"|\{[^{}]{0,200}\|[^{}]{0,200}\}"  # dynamic prompts
+)
+
+
+def foreign_syntax(prompts: Iterable[str]) -> str:
+    """What to say of prompts that are written in the syntax of another program, in a line; "" where none is."""
+    found = list(dict.fromkeys(m[0] for text in prompts for m in _OTHERS.finditer(text)))
+    if not found:
+        return ""
+    some = ", ".join(printable(text, 60) for text in found[:3]) + (", ..." if len(found) > 3 else "")
+    lora = "; a LoRA is given with --lora PATH:WEIGHT" if any(text.startswith("<l") for text in found) else ""
+    return f"prompts are read as plain words: {some} would weigh or replace words in other programs, not here{lora}"
+
+
+def check_scheduler(about: About, r: Request) -> None:
+    """Raise UserError where diffusers can't make the scheduler of a settled request. Loads diffusers, no weights."""
+    try_steps(str(r.scheduler), about.scheduler, r.steps, about.folder / "scheduler" / "scheduler_config.json")
+
+
 def _check_side(name: str, pixels: int, step: int) -> None:
     if pixels < step or pixels % step:
         raise UserError(
@@ -184,8 +238,8 @@ class Artist:
         self.faces = Network(faces, "FaceSR", self.device) if faces else None
         self._others = {"upscaler": upscaler, "faces": faces}
         self.dtype = devices.precision(self.device, self.about)
-        self._text = _quiet(load_model(self.about.folder, self.dtype))
-        add_loras(self._text, self.loras)
+        self._text = _quiet(load_model(self.about, self.dtype))
+        self.notes = add_loras(self._text, self.loras, self.about.name)  # what is to be said, a line each
         parts = (self._text.unet, self._text.vae, self._text.text_encoder)
         for part in parts:
             part.requires_grad_(False).eval()
@@ -208,7 +262,9 @@ class Artist:
 
     def check(self, request: Request) -> Request:
         """The request with nothing left open (see `settled`). Raises UserError where it does not fit the model."""
-        return settled(self.about, request, upscaler=self.upscaler is not None)
+        r = settled(self.about, request, upscaler=self.upscaler is not None)
+        check_scheduler(self.about, r)
+        return r
 
     def unread(self, text: str) -> str:
         """The end of a prompt that is beyond what the text encoder reads; "" where it reads all."""
@@ -307,8 +363,10 @@ class Artist:
     def _run(
         self, pipeline: Any, group: Sequence[Request], noise: Sequence[torch.Generator], steps: _Steps, **more: Any
     ) -> list[Image.Image]:
-        """One call of a diffusers pipeline. FloatingPointError where what it computes is not finite."""
+        """One call of a diffusers pipeline. NoPicture where what it computes is not finite."""
         import numpy as np
+
+        from train.model import check_computes
 
         one, began = group[0], steps.done
         planned = len(group) * int(one.steps * more.get("strength", 1))
@@ -323,10 +381,17 @@ class Artist:
                 [r.prompt for r in group], negative_prompt=[r.negative for r in group], num_inference_steps=one.steps,
                 guidance_scale=one.guidance, generator=list(noise), callback_on_step_end=tell, output_type="np", **more,
             ).images  # fmt: skip
+        except (TypeError, ValueError, RuntimeError, IndexError, OverflowError, AttributeError) as e:
+            check_computes(self._text, self.about, e)
+            raise
         finally:
             self._text.maybe_free_model_hooks()
         if not np.isfinite(drawn).all():  # which as pixels would be black
-            raise FloatingPointError(f"{self.about.name} computed values that are no numbers, and so no picture")
+            precision = str(self.dtype).removeprefix("torch.")
+            raise NoPicture(
+                f"{self.about.name} computed values that are no numbers, and so no picture, though its weights in "
+                f"{self.about.folder} are numbers: they are too large for {precision}, or the LoRA or guidance is"
+            )
         images: list[Image.Image] = pipeline.image_processor.numpy_to_pil(drawn)
         return images
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import Any
 
+from aesthetic.untrusted import printable
 from curate.store import UserError
 
 SCHEDULERS = (
@@ -33,7 +35,7 @@ def scheduler_name(asked: str | None, config: dict[str, Any]) -> str:
     """
     own = str(config.get("_class_name"))
     if asked is None:
-        return own
+        return own  # which `about.look` has found among SCHEDULERS
     known = {_plain(name): name for name in SCHEDULERS}
     name = own if _plain(asked) == _plain(own) else known.get(_plain(asked))
     if name is None:
@@ -60,11 +62,40 @@ def new_scheduler(name: str, config: dict[str, Any]) -> Any:
 
 
 def check_steps(name: str, config: dict[str, Any], steps: int) -> None:
-    """Raise UserError where a scheduler can't do so many, or so few: PNDM needs four, LCM has fifty at most."""
+    """Raise UserError where a scheduler can't do so many, or so few: PNDM needs four, LCM has fifty at most.
+
+    What is known without diffusers; `try_steps` asks it.
+    """
+    most = config.get("original_inference_steps", 50)
+    times = config.get("num_train_timesteps", 1000)
+    if name == "PNDMScheduler" and steps < 4 and not config.get("skip_prk_steps"):
+        raise UserError(f"{name} can't draw in {steps} steps: it needs four. Give another number, or another scheduler")
+    if name in ("LCMScheduler", "TCDScheduler") and steps > most:
+        raise UserError(
+            f"{name} can't draw in {steps} steps: {most} at most. Give another number, or another scheduler"
+        )
+    if steps > times:
+        raise UserError(f"{name} can't draw in {steps} steps: the model was trained with {times}. Give another number")
+
+
+def try_steps(name: str, config: dict[str, Any], steps: int, path: Path) -> None:
+    """Raise UserError where diffusers can't make a scheduler of the model's settings, which are in the file `path`."""
+    import numpy as np
+
     try:
-        new_scheduler(name, config).set_timesteps(steps)
-    except ValueError as e:
-        raise UserError(f"{name} can't draw in {steps} steps: give another number, or another scheduler ({e})") from e
+        scheduler = new_scheduler(name, config)
+        scheduler.set_timesteps(steps)
+        finite = all(np.isfinite(np.asarray(getattr(scheduler, n, 0.0))).all() for n in ("timesteps", "sigmas"))
+    except Exception as e:  # whatever settings that are none make of a constructor
+        raise UserError(f"{name} can't draw in {steps} steps with the settings of {path}: {told(e)}") from e
+    if not finite:
+        raise UserError(f"{path}: with these settings {name} computes times that are no numbers")
+
+
+def told(error: Exception) -> str:
+    """What a library said of a file that others made, in a line."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return printable(f"{type(error).__name__}: {first}" if not isinstance(error, (ValueError, OSError)) else first, 300)
 
 
 def is_flow(config: dict[str, Any]) -> bool:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
+from aesthetic.untrusted import printable
 from curate.store import UserError
+from train.tensors import is_pointer, read_header
 
 if TYPE_CHECKING:
     import torch
+
+LARGEST_SCALE = 8
+"""Times that a network may enlarge."""
 
 FACE = 512
 """Pixels of a side of an aligned face, as GFPGAN and RestoreFormer are trained (on FFHQ at 512)."""
@@ -97,6 +103,27 @@ def _ramp(length: int, overlap: int) -> np.ndarray:
     return np.minimum(1, from_end / (overlap + 1)).astype(np.float32)
 
 
+def check_network(path: Path, name: str) -> None:
+    """Raise UserError, about what is called `name`, for what can't be a file of weights, or where spandrel is lacking.
+
+    The file is opened, and not loaded.
+    """
+    if not path.is_file():
+        raise UserError(f"{name}: there is no such file of weights")
+    if path.suffix not in (".pth", ".pt", ".ckpt", ".safetensors"):
+        raise UserError(f"{name}: weights are read from .pth, .pt, .ckpt and .safetensors")
+    if path.suffix == ".safetensors":
+        read_header(path)
+    elif is_pointer(path):
+        raise UserError(f"{name} is a pointer of Git LFS, not the weights: `git lfs pull` fetches them")
+    try:
+        known = find_spec("spandrel") is not None
+    except ValueError:  # it is set to None in sys.modules
+        known = False
+    if not known:
+        raise UserError(f"{name}: weights of this kind are loaded by spandrel: `pip install 'tastemaker[upscale]'`")
+
+
 class Network:
     """Weights of others, loaded by spandrel without running what a pickle may hold: an enlarger, or a face restorer."""
 
@@ -106,21 +133,27 @@ class Network:
         Raises UserError where spandrel is not installed, or where the file is none of this purpose: "SR" (enlarging)
         or "FaceSR" (faces).
         """
-        try:
-            import spandrel
-        except ImportError as e:
-            raise UserError(
-                f"{path}: weights of this kind are loaded by spandrel: `pip install 'tastemaker[upscale]'`"
-            ) from e
-        if not path.is_file():
-            raise UserError(f"{path}: there is no such file of weights")
+        check_network(path, str(path))
+        import spandrel
+        import torch
+
         try:
             self._network: Any = spandrel.ModelLoader(device=device).load_from_file(path)
         except Exception as e:  # whatever a file that is none makes of an unpickler
-            raise UserError(f"{path} holds no weights that spandrel knows: {type(e).__name__}: {e}") from e
+            raise UserError(
+                f"{path} holds no weights that spandrel knows: {printable(f'{type(e).__name__}: {e}', 300)}"
+            ) from e
         if self._network.purpose != purpose:
             wanted = "weights that enlarge" if purpose == "SR" else "weights for faces, such as GFPGAN's"
             raise UserError(f"{path} is {self._network.architecture.name} for {self._network.purpose}: not {wanted}")
+        made = self._network
+        if (made.input_channels, made.output_channels) != (3, 3) or not 1 <= made.scale <= LARGEST_SCALE:
+            raise UserError(
+                f"{path} makes {made.output_channels} channels of {made.input_channels}, {made.scale} times as large: "
+                f"3 of 3 are expected, 1 to {LARGEST_SCALE} times"
+            )
+        if not all(bool(torch.isfinite(p).all()) for p in made.model.parameters()):
+            raise UserError(f"{path} is broken: it holds weights that are no numbers")
         self.name = str(self._network.architecture.name)
         self.scale = int(self._network.scale)
         self._network.eval()

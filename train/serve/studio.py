@@ -23,10 +23,9 @@ from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
 from aesthetic.untrusted import open_regular, parse_json
-from curate.images import decode
 from curate.ledger import RowError
 from curate.store import DiskFull, UserError
-from train.picture import CHUNK, png, save_numbered
+from train.picture import CHUNK, decode_mask, decode_picture, png, save_numbered
 from train.sample import SEEDS, UNSAFE, Artist, Drawn, Request
 from train.schedulers import SCHEDULERS, scheduler_name
 from train.serve.body import Asked, Line, read_ask, unread
@@ -105,10 +104,11 @@ class Studio:
         seed = secrets.randbelow(SEEDS - ask.number) if ask.seed is None else ask.seed
         if seed + ask.number > SEEDS:
             raise UserError(f"seed {seed} and the {ask.number - 1} after it: the highest is {SEEDS - 1}")
-        image, mask = (_picture(name, asked.pictures.get(name)) for name in ("image", "mask"))
+        image = _picture("image", asked.pictures.get("image"), decode_picture)
+        mask = _picture("mask", asked.pictures.get("mask"), decode_mask)
         given = {name: value for name in _SETTINGS if (value := getattr(ask, name)) is not None}
         request = Request(
-            ask.prompt, ask.negative, seed=seed, image=image, mask=mask and mask.convert("L"), upscale=ask.upscale,
+            ask.prompt, ask.negative, seed=seed, image=image, mask=mask, upscale=ask.upscale,
             **given,
         )  # fmt: skip
         request = self.artist.check(request)
@@ -314,11 +314,11 @@ def _link(path: Path) -> Link:
     return Link(name=path.stem, url=f"/api/images/{path.stem}.png?v={path.stat().st_mtime_ns:x}")
 
 
-def _picture(name: str, data: bytes | None) -> Image.Image | None:
-    """A picture out of its file, upright, in sRGB, over white where it is transparent."""
+def _picture(name: str, data: bytes | None, decode: Callable[[bytes, int], Image.Image]) -> Image.Image | None:
+    """A picture, or a mask, out of its file."""
     if data is None:
         return None
     try:
-        return Image.fromarray(decode(data, max_pixels=MAX_INPUT))
+        return decode(data, MAX_INPUT)
     except RowError as e:
         raise unread(name, e) from e
