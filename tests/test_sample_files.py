@@ -225,5 +225,7 @@ def test_two_processes_save_into_one_folder(tmp_path: Path) -> None:
 
 def test_a_mask_that_leaves_nothing_to_draw_is_refused() -> None:
     for dark in (0, 127):
+        data = io.BytesIO()
+        Image.new("L", (8, 8), dark).save(data, "PNG")
         with pytest.raises(UserError, match="the mask is black everywhere"):
-            decode_mask(file(Image.new("L", (8, 8), dark)))
+            decode_mask(data.getvalue())
