@@ -588,7 +588,6 @@ class Images(Numbered):
                 except ValueError as e:
                     self.troubles.add("metadata", f"{table} {rows}", f"{table}, row {rows}: file_name {e}")
                     continue
-                row.pop("\0reason", None)
                 if source.caption:
                     row["caption"] = caption_of(row[source.caption])
                 self._told[f"{prefix}/{name}" if prefix else name] = row

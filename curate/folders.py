@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from aesthetic.untrusted import caption_of
+from aesthetic.untrusted import caption_of, clean
 from curate.captioned import (
     Beside,
     Members,
@@ -34,7 +34,6 @@ from curate.lists import (
     URL_NAMES,
     Input,
     RowsInput,
-    clean,
     named,
     open_list,
     open_parquet,

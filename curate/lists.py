@@ -27,8 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aesthetic.tables import kind_of, table_shape
-from aesthetic.untrusted import caption_of, decode_text, marked_encoding, open_regular, printable
-from aesthetic.untrusted import clean as clean
+from aesthetic.untrusted import caption_of, clean, decode_text, marked_encoding, open_regular, printable
 from curate.fit import fit, fit_type
 from curate.ledger import Reason
 from curate.lines import Broken, Table, as_utf8, head_of, is_quoted, numbered_lines, shown, unreadable

@@ -30,7 +30,7 @@ from curate.ours import check_free, taken
 from curate.store import DiskFull, UserError, check_space, read_json, scratch_path, sweep, write_json
 from pipelines.progress import Count, Terminal, clock
 from pipelines.prompts import read_prompts
-from train.devices import FreeCores
+from train.devices import FreeCores, device_here
 from train.release import LORA_FILE, is_released, release
 
 if TYPE_CHECKING:
@@ -260,7 +260,7 @@ def _prepared(
     terminal: IO[str],
 ) -> tuple[Materials, Trainers]:
     """All that can be refused, and all that is done once; adds to `facts` what is known then."""
-    from pipelines.trainers import Here, Materials, RayWorkers, device_here
+    from pipelines.trainers import Here, Materials, RayWorkers
 
     def say(text: str) -> None:
         terminal.write(text + "\n")
