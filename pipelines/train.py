@@ -147,9 +147,11 @@ def _check(request: Request) -> None:
 
 
 def check_data(folder: Path) -> None:
-    """Raise UserError where there is nothing, before torch is loaded to look into it."""
-    if not folder.exists():
+    """UserError where there is no folder, or nothing in it: what `open_samples` would say, without torch."""
+    if not folder.is_dir():
         raise UserError(f"{folder} is no folder. A folder of packed shards, of tars or of images is expected.")
+    if not any(folder.iterdir()):
+        raise UserError(f"{folder}: holds neither tars nor images")
 
 
 def _check_start(request: Request) -> None:
