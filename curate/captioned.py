@@ -29,9 +29,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from aesthetic.untrusted import caption_of, decode_text, open_regular, parse_json, printable, read_bytes
+from aesthetic.untrusted import caption_of, decode_text, first_three, open_regular, parse_json, printable, read_bytes
 from curate.ledger import Reason, RowError
-from curate.listing import TEXT_EXTENSIONS, UNREAD_EXTENSIONS, Listing, first_three, look
+from curate.listing import TEXT_EXTENSIONS, UNREAD_EXTENSIONS, Listing, look
 from curate.lists import CAPTION_NAMES, NOTED, Notes, named, open_list, open_parquet, parquet_batches
 from curate.shards import (
     IMAGE_EXTENSIONS,
