@@ -99,7 +99,9 @@ class Troubles(Notes):
     def refuse_many(self, kind: str, of: int, what: str) -> None:
         """UserError where more than a hundredth of `of` rows or samples are of a kind."""
         if self.counts[kind] > _MANY * of:
-            raise UserError(f"{what}: {self.counts[kind]:,} of {of:,} {self._sentence(kind).partition(' ')[2]}")
+            said = self._KINDS[kind][0].partition(",")[0]
+            first = ", ".join(printable(name, 240) for name in self.first[kind])
+            raise UserError(f"{what}: {self.counts[kind]:,} of {of:,} {said}, which is too many: {first}")
 
 
 def text_in(data: bytes, where: str, troubles: Troubles) -> str | None:
