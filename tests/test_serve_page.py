@@ -73,6 +73,11 @@ def draw(page: Any, words: str) -> None:
     page.locator("#queue li").first.wait_for(state="detached")
 
 
+def right_of(page: Any, name: str) -> float:
+    box = page.locator(name).bounding_box()
+    return float(box["x"] + box["width"])
+
+
 def drop(page: Any, size: tuple[int, int], colour: str) -> None:
     """A picture file is dropped onto the page."""
     data = io.BytesIO()
@@ -109,8 +114,9 @@ def test_settings_of_an_earlier_picture_draw_it_again(page: Any, served: Served)
     page.locator("#history button").nth(1).click()
     page.click("#reuse")
     assert page.locator("#prompt").input_value() == "one of many"
+    before = page.locator("#history li").count()
     page.click("#draw")
-    page.locator("#caption", has_text="one of many").wait_for()
+    page.locator("#history li").nth(before).wait_for()
     page.locator("#queue li").first.wait_for(state="detached")
     again = max(served.studio.out.glob("*.png"))
     assert again != first and Image.open(again).tobytes() == Image.open(first).tobytes()
@@ -230,7 +236,11 @@ def test_on_a_phone_the_brush_is_whole_and_a_drawing_is_seen_to_begin(
         for share in (0.02, 0.5, 0.98):  # nothing lies over it
             at = [box["x"] + share * box["width"], box["y"] + box["height"] / 2]
             assert page.evaluate("([x, y]) => document.elementFromPoint(x, y).id", at) == name[1:], name
+    page.click("#mask")
     page.click("#painted")
+    assert page.locator("#paint").inner_text() == "Change what is painted"
+    for name in ("#paint", "#remove"):
+        assert right_of(page, name) <= right_of(page, "#well"), name
     page.locator("#steps").fill("150")
     page.locator("#number").fill("16")
     page.fill("#prompt", "a long one")
@@ -250,7 +260,7 @@ def test_what_an_enlargement_takes_is_said(page: Any, served: Served) -> None:
     from train.picture import png, save_numbered
 
     draw(page, "the last one")
-    facts = {**newest(served), "prompt": "large for this model", "steps": 100}
+    facts = {**newest(served), "prompt": "large for this model", "steps": 20}
     save_numbered(png(Image.new("RGB", (160, 160), "grey"), facts), served.studio.out)
     page.reload()
     page.wait_for_selector("body[data-ready]")
