@@ -185,6 +185,40 @@ def test_the_queue_is_shown_cancelled_and_found_again_after_a_reload(page: Any, 
     assert {job.state for job in served.studio.turns.jobs()} <= {"done", "cancelled"}
 
 
+def test_a_drawing_that_the_stream_tells_of_first_is_listed_once(page: Any) -> None:
+    def slowly(route: Any) -> None:
+        response = route.fetch()
+        page.wait_for_timeout(500)  # meanwhile the stream tells of it
+        route.fulfill(response=response)
+
+    page.locator("#steps").fill("150")
+    page.locator("#number").fill("16")
+    page.fill("#prompt", "the first")
+    page.click("#draw")
+    page.locator("#queue b", has_text="the first").wait_for()
+    page.route("**/api/jobs", slowly)
+    page.fill("#prompt", "the second")
+    with page.expect_response("**/api/jobs"):
+        page.click("#draw")
+    page.locator("#draw:enabled").wait_for()
+    words = page.evaluate("[...document.querySelectorAll('#queue b')].map((b) => b.textContent)")
+    assert sorted(words) == ["the first", "the second"]
+    page.get_by_label("Cancel the second").click()
+    page.get_by_label("Cancel the first").click()
+    page.locator("#queue li").first.wait_for(state="detached")
+
+
+def test_a_drawing_that_is_over_before_the_stream_begins_is_shown(page: Any) -> None:
+    """As with a quick model behind a slow line."""
+
+    def late(route: Any) -> None:
+        page.wait_for_timeout(1500)
+        route.continue_()
+
+    page.route("**/api/events", late)
+    draw(page, "as quick as that")
+
+
 def test_errors_are_said_beside_the_button(page: Any) -> None:
     for name in ("width", "height"):
         page.locator(f"#{name}").fill("4096")
@@ -238,7 +272,7 @@ def test_on_a_phone_the_brush_is_whole_and_a_drawing_is_seen_to_begin(
             assert page.evaluate("([x, y]) => document.elementFromPoint(x, y).id", at) == name[1:], name
     page.click("#mask")
     page.click("#painted")
-    assert page.locator("#paint").inner_text() == "Change what is painted"
+    page.locator("#paint", has_text="Change what is painted").wait_for()
     for name in ("#paint", "#remove"):
         assert right_of(page, name) <= right_of(page, "#well"), name
     page.locator("#steps").fill("150")
