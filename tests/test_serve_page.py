@@ -100,7 +100,7 @@ def test_words_become_a_picture_by_the_keyboard_alone(page: Any, served: Served)
     draw(page, "<b>a red disc</b>")
     assert page.locator("#caption").inner_text() == "<b>a red disc</b>"  # text, not markup
     assert newest(served)["prompt"] == "<b>a red disc</b>" and newest(served)["steps"] == 2
-    assert page.locator("#shown").evaluate("image => image.naturalWidth") == 16
+    page.wait_for_function("document.querySelector('#shown').naturalWidth === 16")
     assert page.locator("#history li").count() == len(list(served.studio.out.glob("*.png")))
     with page.expect_download() as download:
         page.click("#download")
