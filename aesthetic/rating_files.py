@@ -7,7 +7,6 @@ once there is one.
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import re
 from collections.abc import Iterable, Iterator
@@ -20,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from aesthetic.errors import UserError
+from aesthetic.errors import UserError, nearest
 from aesthetic.heads import HeadError
 from aesthetic.tables import HEAD, TableShape, kind_of, table_shape
 from aesthetic.untrusted import LARGEST_TEXT, check_regular, decode_text, open_regular, read_bytes
@@ -184,8 +183,8 @@ class RatingFile:
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """The end of a message about an unknown word: the nearest known one, if any is near."""
-    near = difflib.get_close_matches(word, list(words), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    near = nearest(word, words)
+    return f"; did you mean {near!r}?" if near else ""
 
 
 def _float(value: Any) -> float:

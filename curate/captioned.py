@@ -29,9 +29,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from aesthetic.untrusted import caption_of, decode_text, open_regular, parse_json, printable, read_bytes
+from aesthetic.untrusted import caption_of, decode_text, first_three, open_regular, parse_json, printable, read_bytes
 from curate.ledger import Reason, RowError
-from curate.listing import TEXT_EXTENSIONS, UNREAD_EXTENSIONS, Listing, first_three, look
+from curate.listing import TEXT_EXTENSIONS, UNREAD_EXTENSIONS, Listing, look
 from curate.lists import CAPTION_NAMES, NOTED, Notes, named, open_list, open_parquet, parquet_batches
 from curate.shards import (
     IMAGE_EXTENSIONS,
@@ -41,7 +41,7 @@ from curate.shards import (
     read_range,
     tar_members,
 )
-from curate.store import UserError, digest, read_json
+from curate.store import UserError, digest
 
 Members = dict[str, tuple[int, int]]
 """Extension -> (offset, size) in a tar."""
@@ -52,6 +52,7 @@ LARGEST_CAPTION = 1 << 20
 LARGEST_IMAGE = 1 << 30
 """Bytes of an image file that are read: 16 for each of the pixels that it may have."""
 
+_LARGEST_MANIFEST = 256 << 20  # bytes; of a packed folder of 100,000 tars it has 30 MB
 _MANY = 0.01  # share of rows of metadata, or of samples' JSON, that may be broken before the whole is refused
 _MOST_IMAGES = 16  # of one key in a tar, in the mean; with more its names were not made for keys that end at a dot
 
@@ -98,7 +99,9 @@ class Troubles(Notes):
     def refuse_many(self, kind: str, of: int, what: str) -> None:
         """UserError where more than a hundredth of `of` rows or samples are of a kind."""
         if self.counts[kind] > _MANY * of:
-            raise UserError(f"{what}: {self.counts[kind]:,} of {of:,} {self._sentence(kind).partition(' ')[2]}")
+            said = self._KINDS[kind][0].partition(",")[0]
+            first = ", ".join(printable(name, 240) for name in self.first[kind])
+            raise UserError(f"{what}: {self.counts[kind]:,} of {of:,} {said}, which is too many: {first}")
 
 
 def text_in(data: bytes, where: str, troubles: Troubles) -> str | None:
@@ -211,9 +214,7 @@ class Numbered(Sequence[Sample]):
         told = [self.facts(i) for i in range(len(self))]
         self.troubles.refuse_many("json", len(self), str(self.folder))
         named_ = [[str(f.get("key", i)), f["caption"]] for i, f in enumerate(told)]
-        manifest = read_json(self.folder / "manifest.json")
-        outputs = manifest.get("outputs") if isinstance(manifest, dict) else None
-        return digest([named_, [[p.name, p.stat().st_size] for p in self.files()], outputs])
+        return digest([named_, [[p.name, p.stat().st_size] for p in self.files()], _outputs(self.folder)])
 
     @overload
     def __getitem__(self, number: int) -> Sample: ...
@@ -227,6 +228,22 @@ class Numbered(Sequence[Sample]):
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)}")
         return self.sample(number)
+
+
+def _outputs(folder: Path) -> Any:
+    """What a packed folder's manifest says of its files; None where there is no manifest, or that of something else."""
+    manifest = _json(folder / "manifest.json")
+    return manifest.get("outputs") if isinstance(manifest, dict) else None
+
+
+def _json(path: Path) -> Any:
+    """The JSON in a file that may be anybody's; None where there is none."""
+    if not os.path.lexists(path):
+        return None
+    try:
+        return parse_json(read_bytes(path, _LARGEST_MANIFEST), str(path), finite=False)
+    except UserError:
+        return None
 
 
 # ----------------------------------------------------------------------------------------------------------------- tars
@@ -473,7 +490,7 @@ class Samples(Tars):
     def __init__(self, folder: str | Path) -> None:
         self._begin(Path(folder))
         self._image = ""
-        manifest, sizes = packed(self.folder), read_json(self.folder / "sizes.json")
+        manifest, sizes = packed(self.folder), _json(self.folder / "sizes.json")
         if manifest is None:
             raise UserError(f"{self.folder} holds no packed shards. `tastemaker pack DATA --name NAME` makes them.")
         self._tars = [self.folder / name for name in sorted(manifest)]
@@ -484,9 +501,13 @@ class Samples(Tars):
                 f"Copy them again; or, for what is there alone, leave out manifest.json. `tastemaker verify` on the "
                 f"data folder says whether they are whole there"
             )
-        known = isinstance(sizes, dict) and all(type(sizes.get(t.name)) is int for t in self._tars)
+        known = isinstance(sizes, dict) and all(_is_count(sizes.get(t.name)) for t in self._tars)
         counts = (sizes[t.name] if known else len(self._index(t).keys) for t in self._tars)
         self._ends = list(accumulate(counts))
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def packed(folder: Path) -> dict[str, int] | None:
@@ -494,8 +515,7 @@ def packed(folder: Path) -> dict[str, int] | None:
 
     The manifest calls its files by their paths in the data folder; a copy of the folder is as good.
     """
-    manifest = read_json(folder / "manifest.json")
-    outputs = manifest.get("outputs") if isinstance(manifest, dict) else None
+    outputs = _outputs(folder)
     if not isinstance(outputs, dict):
         return None
     sizes = {PurePosixPath(n).name: f.get("bytes") for n, f in outputs.items() if isinstance(f, dict)}
@@ -588,7 +608,6 @@ class Images(Numbered):
                 except ValueError as e:
                     self.troubles.add("metadata", f"{table} {rows}", f"{table}, row {rows}: file_name {e}")
                     continue
-                row.pop("\0reason", None)
                 if source.caption:
                     row["caption"] = caption_of(row[source.caption])
                 self._told[f"{prefix}/{name}" if prefix else name] = row
@@ -603,6 +622,12 @@ class Images(Numbered):
 
     def _aside(self) -> list[str]:
         notes = self.listing.notes()
+        own = [
+            n for n in self.listing.lists if "/" not in n and n.lower().endswith((".csv", ".tsv", ".json", ".jsonl"))
+        ]
+        if own and not self._told:
+            way = "a table of captions is metadata.csv or metadata.jsonl, with a column file_name"
+            notes.append(f"{first_three(own)}: not read; {way}")
         if self._told and (silent := [n for n in self._names if n not in self._told]):
             notes.append(f"{len(silent):,} images are not in the metadata: {first_three(silent)}")
         return notes

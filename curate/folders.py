@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from aesthetic.untrusted import caption_of
+from aesthetic.untrusted import caption_of, clean, first_three
 from curate.captioned import (
     Beside,
     Members,
@@ -28,13 +28,12 @@ from curate.captioned import (
     text_member,
 )
 from curate.ledger import EMBEDDED_COLUMNS, FETCHED_COLUMNS, Reason, Status
-from curate.listing import Listing, first_three, look
+from curate.listing import Listing, look
 from curate.lists import (
     CAPTION_NAMES,
     URL_NAMES,
     Input,
     RowsInput,
-    clean,
     named,
     open_list,
     open_parquet,

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aesthetic.untrusted import marked_encoding, printable
+from aesthetic.untrusted import first_three, marked_encoding
 from curate.lists import list_format, open_parquet
 from curate.shards import IMAGE_EXTENSIONS
 from curate.store import UserError
@@ -69,12 +69,6 @@ class Listing:
             if names:
                 found.append(f"{len(names):,} {'is' if len(names) == 1 else 'are'} {what.format(first_three(names))}")
         return found
-
-
-def first_three(names: Iterable[str]) -> str:
-    """Up to three names, as they may be shown, and whether there are more."""
-    names = list(names)
-    return ", ".join(printable(n, 240) for n in names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def look(folder: Path) -> Listing:

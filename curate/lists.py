@@ -10,7 +10,6 @@ A line that is broken is a row with a failure; more than one in a hundred are an
 from __future__ import annotations
 
 import codecs
-import difflib
 import hashlib
 import json
 import math
@@ -26,9 +25,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from aesthetic.errors import nearest
 from aesthetic.tables import kind_of, table_shape
-from aesthetic.untrusted import caption_of, decode_text, marked_encoding, open_regular, printable
-from aesthetic.untrusted import clean as clean
+from aesthetic.untrusted import caption_of, clean, decode_text, marked_encoding, open_regular, printable
 from curate.fit import fit, fit_type
 from curate.ledger import Reason
 from curate.lines import Broken, Table, as_utf8, head_of, is_quoted, numbered_lines, shown, unreadable
@@ -107,9 +106,8 @@ def _find(names: Sequence[str], wanted: str, default: str, aliases: Sequence[str
 def describe(names: Iterable[str], wanted: str | None = None) -> str:
     """A sentence that lists the columns that are there, after the one that is nearest to the wanted name."""
     names = list(names)
-    folded = {n.lower(): n for n in names[:_SHOWN]}
-    near = difflib.get_close_matches(wanted.lower(), folded, 1) if wanted else []
-    hint = f"Did you mean {printable(folded[near[0]], 80)!r}? " if near else ""
+    near = nearest(wanted, names[:_SHOWN]) if wanted else None
+    hint = f"Did you mean {printable(near, 80)!r}? " if near else ""
     return f"{hint}Columns: {listed(names)}."
 
 

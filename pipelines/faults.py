@@ -19,7 +19,7 @@ _NO_MEMORY = ("can't allocate memory", "bad_alloc", "std::bad_alloc", "out of me
 
 # errors about a path that whoever typed the command can put right
 _ABOUT_PATHS = {
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
     *(errno.ENAMETOOLONG, errno.ETXTBSY, errno.ENXIO, errno.ENODEV),
 }
 

@@ -178,6 +178,7 @@ def test_what_is_no_file_is_passed_over_and_links_to_files_are_followed(tmp_path
     other = pictures(tmp_path / "b", 1)
     os.mkfifo(folder / "pipe.jpg")
     os.mkfifo(folder / "00.txt")
+    os.mkfifo(folder / "manifest.json")
     os.symlink("/dev/zero", folder / "zero.png")
     os.symlink("nowhere.jpg", folder / "gone.jpg")
     os.symlink("loop.jpg", folder / "loop.jpg")
@@ -194,7 +195,7 @@ def test_what_is_no_file_is_passed_over_and_links_to_files_are_followed(tmp_path
     ]  # fmt: skip
     assert [s.caption for s in samples] == [None] * 5
     told = "\n".join(samples.notes())
-    assert "5 are no regular file, and passed over (00.txt, gone.jpg, loop.jpg, ...)" in told
+    assert "6 are no regular file, and passed over (00.txt, gone.jpg, loop.jpg, ...)" in told
     assert "1 is a link to a folder, and not followed: give that folder itself (again)" in told
     assert "1 is not named in UTF-8, and passed over: rename caf\ufffd.jpg" in told
     assert "1 captions are no files of at most 1,048,576 bytes" in told and "nested too deep" in told
@@ -382,6 +383,20 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path, value: Any) -> No
     facts[6]["taste"] = 1.7e308
     weights = weights_of(with_facts(tmp_path / "a", facts), "taste")
     assert np.isfinite(weights.sum()) and weights[4] == 0
+
+
+def test_pictures_without_bytes_or_caption_are_counted(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "a", 12)
+    for i in range(9):
+        write(folder / f"{i:02d}.txt", "fox" if i else " \n")
+    write(folder / "03.jpg", b"")
+    write(folder / "04.png", JPEG)  # what it is called is not what it is
+    write(folder / "captions.json", "[]")
+    samples = open_samples(folder)
+    assert [samples.facts(i)["caption"] for i in range(13)].count(None) == 4
+    known = survey(samples)
+    assert list(known.unreadable) == [3] and "it is empty" in known.unreadable[3]
+    assert "captions.json: not read; a table of captions is metadata.csv" in "\n".join(samples.notes())
 
 
 def test_hashes_that_are_none_are_made_anew(tmp_path: Path) -> None:

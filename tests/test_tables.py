@@ -41,7 +41,7 @@ def test_shapes(text: str, encoding: str, delimiter: str, names: tuple[str, ...]
 @pytest.mark.parametrize(
     ("data", "match"),
     [
-        (gzip.compress(b"url\n"), "is a gzip file"),
+        (gzip.compress(b"url\n", mtime=0), "is a gzip file"),
         (b"PK\x03\x04...", "is a zip file"),
         (b"\x28\xb5\x2f\xfd", "Zstandard.*zstd -d"),
         (b"PAR1", "is a parquet file"),
