@@ -130,8 +130,10 @@ class TarInput(SamplesInput):
         self._base = base
         try:
             self._found = tar_samples(path, image)
-        except (CorruptShard, OSError) as e:
-            raise UserError(f"{path}: cannot be read: {e}") from e
+        except CorruptShard as e:  # names it
+            raise UserError(f"{path}: cannot be read: {str(e).removeprefix(f'{path}: ')}") from e
+        except OSError as e:
+            raise UserError(f"{path}: cannot be read: {e.strerror or e}") from e
         self._beside = _img2dataset_rows(path.with_suffix(".parquet"))
         index = self._found.samples
         lost = [k for k, row in self._beside.items() if k not in index and row["status"] == Status.SUCCESS]
@@ -288,7 +290,10 @@ class MetadataInput(Input):
         self._named: set[str] = set()
         self._filled: list[str] = []  # captions that came from files beside the images
         # finds every image
-        sizes = [b.column("@size").to_pylist() for b in self.batches([self.caption] if self.caption else [])]
+        sizes = []
+        for batch in self.batches([self.caption] if self.caption else []):
+            sizes.append(batch.column("@size").to_pylist())
+            self.uncaptioned += batch.column(self.caption).null_count if self.caption else batch.num_rows
         if self.rows and not any(size is not None for part in sizes for size in part):
             raise UserError(f"{path}: none of its rows names an image. {' '.join(self.troubles.sentences())}")
         self._content: list[Any] = [self._table.digest(), *sizes, *([self._filled] if self._filled else [])]
@@ -371,6 +376,7 @@ class ParquetImagesInput(Input):
         fields = [f for f in self._table.schema if f.name != self._image and f.name not in _RESULTS - {"url"}]
         self.schema = pa.schema(fields if self._url else [("url", pa.string()), *fields])
         self.rows = self._table.rows
+        self.uncaptioned = 0 if self.caption else self.rows
 
     def digest(self) -> str:
         # of the footer, which says where each piece of each column lies: a file may hold gigabytes of images
