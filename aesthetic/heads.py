@@ -8,7 +8,6 @@ head.json is refused.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -26,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aesthetic.chunks import blocks, thread_map
-from aesthetic.errors import UserError
+from aesthetic.errors import UserError, nearest
 from aesthetic.files import write_whole
 from aesthetic.space import Space, SpaceError
 from aesthetic.untrusted import parse_json, printable, read_bytes, read_json_file
@@ -298,10 +297,10 @@ def find_head(name_or_folder: str | Path) -> Path:
     if hint := how_to_get(text):
         raise HeadError(f"{text} is not here yet. {hint}")
     names = list_heads()
-    near = difflib.get_close_matches(text, names, n=1)
+    near = nearest(text, names)
     raise HeadError(
         f"no head {printable(text, 200)}: neither a folder nor a name."
-        + (f" Did you mean {near[0]}?" if near else "")
+        + (f" Did you mean {near}?" if near else "")
         + f" Known: {', '.join(names)}"
     )
 

@@ -16,11 +16,11 @@ from aesthetic.untrusted import marked_encoding
 HEAD = 1 << 16
 """Bytes of a file's beginning that are enough for the functions here."""
 
-DELIMITERS = (",", "\t", ";", "|")
+DELIMITERS = (",", "\t", ";", "|", "=")  # the last is that of the EVA data set
 _LINES = 50  # of the head, that the delimiters are tried on
 
 _KINDS: tuple[tuple[bytes, str], ...] = (
-    (b"\x1f\x8b", "a gzip file"),
+    (b"\x1f\x8b", "a gzip file: unpack it with `gunzip`"),
     (b"\x28\xb5\x2f\xfd", "a Zstandard file: unpack it with `zstd -d`"),
     (b"BZh", "a bzip2 file: unpack it with `bunzip2`"),
     (b"\xfd7zXZ\0", "an xz file: unpack it with `unxz`"),
@@ -73,7 +73,8 @@ def table_shape(head: bytes, usual: str, what: str) -> TableShape:
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     first = next((i for i, line in enumerate(lines) if line.strip()), len(lines))
     told = _told(lines[first]) if first < len(lines) else None
-    first = first + 1 if told else first
+    if told or (first < len(lines) and lines[first].startswith(_POWERSHELL)):
+        first += 1
     if not "".join(lines[first:]).strip():
         raise UserError(f"{what}: is empty; a header line with the column names is needed.")
     start = mark + len(text[: _place_of_line(text, first)].encode(encoding))
@@ -86,6 +87,9 @@ def table_shape(head: bytes, usual: str, what: str) -> TableShape:
         header, rest = f"{header}\n{lines[rest]}", rest + 1
     names = _fields(header if header.count('"') % 2 == 0 else lines[first], delimiter)
     return TableShape(encoding, start, delimiter, tuple(n.strip("\ufeff \t\r\n\xa0") for n in names))
+
+
+_POWERSHELL = "#TYPE "  # what Windows PowerShell's Export-Csv writes before the header
 
 
 def _told(line: str) -> str | None:

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -229,6 +230,11 @@ def printable(text: object, most: int | None = None) -> str:
     """Foreign text for a terminal or a log: on one line, controls as escapes, at most `most` characters."""
     shown = _UNSHOWN.sub(lambda m: m[0].encode("unicode_escape", "surrogatepass").decode(), str(text))
     return shown if most is None or len(shown) <= most else shown[: most - 1] + "…"
+
+
+def first_three(names: Sequence[str], most: int = 240) -> str:
+    """Up to three names, as they may be shown, and whether there are more."""
+    return ", ".join(printable(n, most) for n in names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def markdown(text: object) -> str:

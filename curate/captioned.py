@@ -29,9 +29,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from aesthetic.untrusted import caption_of, decode_text, open_regular, parse_json, printable, read_bytes
+from aesthetic.untrusted import caption_of, decode_text, first_three, open_regular, parse_json, printable, read_bytes
 from curate.ledger import Reason, RowError
-from curate.listing import TEXT_EXTENSIONS, UNREAD_EXTENSIONS, Listing, first_three, look
+from curate.listing import TEXT_EXTENSIONS, UNREAD_EXTENSIONS, Listing, look
 from curate.lists import CAPTION_NAMES, NOTED, Notes, named, open_list, open_parquet, parquet_batches
 from curate.shards import (
     IMAGE_EXTENSIONS,
@@ -69,7 +69,7 @@ class Troubles(Notes):
             "Convert them: `iconv -f WINDOWS-1252 -t UTF-8` (or whatever they are)",
         ),
         "size": (f"captions are no files of at most {LARGEST_CAPTION:,} bytes, and are taken for missing", ""),
-        "json": ("samples have JSON that cannot be read, and are taken without it", ""),
+        "json": ("samples have JSON that cannot be read", "They are taken without it"),
         "metadata": ("rows of the metadata cannot be used", ""),
         "absent": ("rows of the metadata name files that are not there", ""),
         "names": ("different names in the samples' JSON are too many, and left out", ""),
@@ -99,7 +99,9 @@ class Troubles(Notes):
     def refuse_many(self, kind: str, of: int, what: str) -> None:
         """UserError where more than a hundredth of `of` rows or samples are of a kind."""
         if self.counts[kind] > _MANY * of:
-            raise UserError(f"{what}: {self.counts[kind]:,} of {of:,} {self._sentence(kind).partition(' ')[2]}")
+            said = self._KINDS[kind][0].partition(",")[0]
+            first = ", ".join(printable(name, 240) for name in self.first[kind])
+            raise UserError(f"{what}: {self.counts[kind]:,} of {of:,} {said}, which is too many: {first}")
 
 
 def text_in(data: bytes, where: str, troubles: Troubles) -> str | None:
@@ -300,7 +302,9 @@ def text_member(members: Members, image: str) -> tuple[int, int] | None:
     """Where a sample's caption lies, if it has one of its own; `image` is the extension of its image."""
     if "txt" in members:
         return members["txt"]
-    names = (*TEXT_EXTENSIONS, *(f"{image}.{e}" for e in TEXT_EXTENSIONS))
+    kind = image.rpartition(".")[0]
+    beside = [f"{kind}.{e}" for e in TEXT_EXTENSIONS] if kind else []  # KEY.input.txt of KEY.input.jpg
+    names = (*TEXT_EXTENSIONS, *beside, *(f"{image}.{e}" for e in TEXT_EXTENSIONS))
     return next((members[n] for n in names if n in members), None)
 
 
@@ -346,7 +350,7 @@ class TarNotes:
             taken = f"KEY.{self._image + '.' if self._image else ''}jpg"
             told = f"{self._several:,} samples have several images ({first_three(kinds)})"
             first = ", the first in the order jpg, png, webp ... of its format" if len(kinds) == 1 else ""
-            found.append(f"{told}: {taken} is taken{first}")
+            found.append(f"{told}: {taken} is taken{first}. (A key ends at the first dot of a file's name.)")
         if unread := sum(self._unread.values()):
             kinds = [f".{e}" for e, _ in self._unread.most_common(3)]
             found.append(f"{unread:,} samples have only images that are not read ({', '.join(kinds)}): convert them")
@@ -606,7 +610,6 @@ class Images(Numbered):
                 except ValueError as e:
                     self.troubles.add("metadata", f"{table} {rows}", f"{table}, row {rows}: file_name {e}")
                     continue
-                row.pop("\0reason", None)
                 if source.caption:
                     row["caption"] = caption_of(row[source.caption])
                 self._told[f"{prefix}/{name}" if prefix else name] = row
@@ -882,7 +885,7 @@ def open_folder(folder: str | Path) -> Numbered:
             case _:
                 raise NothingRead(nothing_in(listing))
     except CorruptShard as e:
-        raise UserError(f"{e}. Remove or replace that file.") from e
+        raise UserError(str(e)) from e
     if not len(found):
         raise NothingRead(f"{folder}: holds neither tars nor images that are read. {' '.join(found.notes())}".strip())
     return found
@@ -891,4 +894,6 @@ def open_folder(folder: str | Path) -> Numbered:
 def nothing_in(listing: Listing, what: str = "neither tars nor images") -> str:
     """What to say of a folder in which there is no picture that is read."""
     told = "; ".join(listing.notes())
+    if not told and listing.others:
+        told = f"{first_three(listing.others)} (save it as parquet: Dataset.to_parquet, DataFrame.to_parquet)"
     return f"{listing.folder}: holds {what}" + (f" that are read: {told}" if told else "")

@@ -138,6 +138,11 @@ def open_data(path: str | Path) -> Data:
     """Open an existing data folder. UserError where there is none."""
     root = local_path(str(path))
     if not (root / "plan").is_dir() or kind_of(root) != "data":
+        around = next((p for p in root.parents if kind_of(p) == "data" and (p / "plan").is_dir()), None)
+        if around is not None:
+            raise UserError(f"{root} is not a data folder, but lies in one. Did you mean {around}?")
+        if not root.is_dir():
+            raise UserError(f"{root} is not a data folder: {'it is a file' if root.exists() else 'it is not there'}.")
         raise UserError(
             f"{root} is not a data folder (no plan/ in it). `tastemaker curate LIST --out {root}` makes one."
         )

@@ -31,6 +31,10 @@ from curate.shards import read_images
 from curate.store import atomic, check_space, commit, is_done, outputs_present, read_json, recommit, uncommit
 
 
+class EndsItsProcess(Exception):
+    """A shard whose embedding has killed its process again and again."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EmbedConfig:
     """Which encoder, and how it runs."""
@@ -80,7 +84,7 @@ def embed_shard(
         return
     check_space(data.root)
     if (starts := note_start(data.embed_starts(shard))) > STARTS:
-        raise RuntimeError(
+        raise EndsItsProcess(
             f"embedding shard {shard:05d} has ended its process {starts - 1} times: out of memory, or a crash in a "
             f"library. {data.logs / 'embed.log'} or the system's log may say why; all that is done stays done."
         )

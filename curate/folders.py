@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from aesthetic.untrusted import caption_of
+from aesthetic.untrusted import caption_of, clean, first_three
 from curate.captioned import (
     Beside,
     Members,
@@ -28,13 +28,12 @@ from curate.captioned import (
     text_member,
 )
 from curate.ledger import EMBEDDED_COLUMNS, FETCHED_COLUMNS, Reason, Status
-from curate.listing import Listing, first_three, look
+from curate.listing import Listing, look
 from curate.lists import (
     CAPTION_NAMES,
     URL_NAMES,
     Input,
     RowsInput,
-    clean,
     named,
     open_list,
     open_parquet,
@@ -131,8 +130,10 @@ class TarInput(SamplesInput):
         self._base = base
         try:
             self._found = tar_samples(path, image)
-        except (CorruptShard, OSError) as e:
-            raise UserError(f"{path}: cannot be read: {e}") from e
+        except CorruptShard as e:  # names it
+            raise UserError(f"{path}: cannot be read: {str(e).removeprefix(f'{path}: ')}") from e
+        except OSError as e:
+            raise UserError(f"{path}: cannot be read: {e.strerror or e}") from e
         self._beside = _img2dataset_rows(path.with_suffix(".parquet"))
         index = self._found.samples
         lost = [k for k, row in self._beside.items() if k not in index and row["status"] == Status.SUCCESS]
@@ -289,7 +290,10 @@ class MetadataInput(Input):
         self._named: set[str] = set()
         self._filled: list[str] = []  # captions that came from files beside the images
         # finds every image
-        sizes = [b.column("@size").to_pylist() for b in self.batches([self.caption] if self.caption else [])]
+        sizes = []
+        for batch in self.batches([self.caption] if self.caption else []):
+            sizes.append(batch.column("@size").to_pylist())
+            self.uncaptioned += batch.column(self.caption).null_count if self.caption else batch.num_rows
         if self.rows and not any(size is not None for part in sizes for size in part):
             raise UserError(f"{path}: none of its rows names an image. {' '.join(self.troubles.sentences())}")
         self._content: list[Any] = [self._table.digest(), *sizes, *([self._filled] if self._filled else [])]
@@ -372,6 +376,7 @@ class ParquetImagesInput(Input):
         fields = [f for f in self._table.schema if f.name != self._image and f.name not in _RESULTS - {"url"}]
         self.schema = pa.schema(fields if self._url else [("url", pa.string()), *fields])
         self.rows = self._table.rows
+        self.uncaptioned = 0 if self.caption else self.rows
 
     def digest(self) -> str:
         # of the footer, which says where each piece of each column lies: a file may hold gigabytes of images

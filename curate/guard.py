@@ -181,6 +181,8 @@ _SENT_AS_IS = re.compile(r"[!#$%&'()*+,\-./0-9:;=?@A-Z\[\]_a-z~]*")  # what RFC 
 _NOT_SENT = re.compile(r"[^!#$%&'()*+,\-./0-9:;=?@A-Z\[\]_a-z~\ud800-\udfff]+")
 _HOST = re.compile(r"(?:[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\.?")
 _AUTHORITY = re.compile(r"(?:[^:/?#]*:)?//([^/?#]*)")
+_NO_HOST = re.compile(r"https?:(?!//[^/?#])", re.IGNORECASE)  # also in a redirect, where yarl takes it for a path
+_LONGEST_HOST = 1000  # characters with port and user, of which at most 253 can be a host: IDNA takes 4 us for each
 _ENDS_IN_A_NUMBER = re.compile(r"(?:^|\.)(?:\d+|0x[0-9a-f]*)\.?$")  # WHATWG: then the whole host is an IPv4 address
 
 
@@ -201,6 +203,9 @@ def parse_url(text: str, allow: tuple[Allowed, ...], base: URL | None = None) ->
         raise RowError(Reason.BAD_URL, f"{len(text)} characters, more than {MAX_URL}")
     if _CONTROL.search(text):
         raise RowError(Reason.BAD_URL, "control characters")
+    authority = _AUTHORITY.match(text)
+    if _NO_HOST.match(text) or (authority and len(authority[1]) > _LONGEST_HOST):
+        raise RowError(Reason.BAD_URL, "no host" if _NO_HOST.match(text) else f"host {text[:80]!r}")
     try:
         url = _joined(base, URL(text))
         host, port = url.raw_host or "", url.port or 0
@@ -208,7 +213,6 @@ def parse_url(text: str, allow: tuple[Allowed, ...], base: URL | None = None) ->
         raise RowError(Reason.BAD_URL, str(e)) from e
     if url.scheme not in ("http", "https"):
         raise RowError(Reason.BAD_URL, f"scheme {url.scheme[:20]!r}: only http and https are fetched")
-    authority = _AUTHORITY.match(text)
     if authority and "@" in authority[1]:
         raise RowError(Reason.BAD_URL, "a user name before the host")
     if authority and "[" in authority[1] and ":" not in host:
@@ -233,6 +237,8 @@ def _as_in_a_page(text: str, listed: bool) -> str:
     Of a list (and not of a redirect) come pieces of HTML too: //host/path, which is taken for http, and &amp; for &.
     """
     text = text.strip(_AROUND).translate(_REMOVED)
+    if len(text) > MAX_URL:
+        return text
     if listed:
         text = _AMPERSAND.sub("&", text)
     before, question, query = text.partition("?")

@@ -23,7 +23,7 @@ from curate.captioned import (
     tars_of,
 )
 from curate.folders import ImagesInput, MetadataInput, ParquetImagesInput, TarInput, tabled_folders
-from curate.listing import ARCHIVES, UNREAD_EXTENSIONS, Listing, is_image, look
+from curate.listing import ARCHIVES, UNREAD_EXTENSIONS, Listing, first_three, is_image, look
 from curate.lists import KNOWN_FORMATS, Input, list_format, open_list, open_parquet
 from curate.shards import CorruptShard
 from curate.store import DiskFull, UserError
@@ -67,8 +67,10 @@ class Found:
         for tar in self.files:
             try:
                 found = tar_samples(tar)
-            except (CorruptShard, OSError) as e:
-                raise UserError(f"{tar}: cannot be read: {e}") from e
+            except CorruptShard as e:  # names it
+                raise UserError(f"{tar}: cannot be read: {str(e).removeprefix(f'{tar}: ')}") from e
+            except OSError as e:
+                raise UserError(f"{tar}: cannot be read: {e.strerror or e}") from e
             if found.images:
                 return found.image
         return None
@@ -89,6 +91,8 @@ def is_remote(name: str) -> bool:
 
 def find(name: str, copies: Path) -> Found:
     """The files of a LIST argument: a file, a folder, a glob, or a URL, whose files are copied into `copies`."""
+    if not name.strip():
+        raise UserError("LIST is empty: name a file, a folder, a glob or a URL")  # and not the folder one is in
     if is_remote(name):
         return Found(name, "list", _copy_remote(name, copies), remote=True)
     path = Path(name.removeprefix("file://")).expanduser().absolute()
@@ -125,6 +129,7 @@ def _find_in_folder(folder: Path) -> Found:
     notes = tars_aside(listing) if kind == "tars" else listing.notes()
     match kind:
         case "imagefolder":
+            notes = [*notes, *_untold(listing)]
             return Found(str(folder), kind, [folder / name for name in listing.tables], folder, notes=notes)
         case "tars":
             return Found(str(folder), kind, tars_of(listing), folder, notes=notes)
@@ -151,6 +156,14 @@ def _find_in_folder(folder: Path) -> Found:
             f"(A table about these images is called metadata.csv, and says which by a column file_name.)"
         )
     return Found(str(folder), "images", [folder], folder, listing=listing, notes=notes)
+
+
+def _untold(listing: Listing) -> list[str]:
+    """A sentence about images that lie in no folder of which a table tells, if there are any."""
+    told = tuple(table.rpartition("/")[0] for table in listing.tables)
+    left = [n for n in listing.images if not any(not f or n.startswith(f"{f}/") for f in told)]
+    which = f"{len(left):,} images lie in no folder with metadata, and are left out: {first_three(left)}"
+    return [which] if left else []
 
 
 _ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "croissant.json", "config.json")

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aesthetic.untrusted import marked_encoding, printable
+from aesthetic.untrusted import first_three, marked_encoding
 from curate.lists import list_format, open_parquet
 from curate.shards import IMAGE_EXTENSIONS
 from curate.store import UserError
@@ -28,6 +28,9 @@ _OTHERS = ("heic", "heif", "hif", "jxl", "jp2", "j2k", "jpx", "jpf", "psd", "svg
 _BITMAPS = ("dds", "pbm", "pgm", "ppm", "pnm", "pcx", "wmf", "emf")
 UNREAD_EXTENSIONS = frozenset((*_CAMERAS, *_OTHERS, *_BITMAPS))
 """Of pictures in formats that are not read. They are counted and named: nobody is to miss them."""
+
+TABLES = ("arrow", "feather", "tfrecord", "tfrecords", "xlsx", "xls", "ods", "avro", "orc", "h5", "hdf5", "lmdb", "mdb")
+"""Of tables in formats that are not read; where a folder holds nothing else, they are named."""
 
 ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".zip", ".7z", ".rar")
 
@@ -46,6 +49,7 @@ class Listing:
     lists: list[str] = field(default_factory=list)  # files that may be lists, and are about no picture here
     archives: list[str] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)  # pictures in formats that are not read, by extension
+    others: list[str] = field(default_factory=list)  # tables in formats that are not read
     links: list[str] = field(default_factory=list)  # to folders
     no_files: list[str] = field(default_factory=list)  # called like something to read: pipes, dangling links
     closed: list[str] = field(default_factory=list)  # folders that may not be read
@@ -55,9 +59,10 @@ class Listing:
         """What of the folder's pictures is not read, and what to do; a sentence each."""
         found = []
         if unread := sum(self.unread.values()):
-            kinds = ", ".join(f"{n:,} of them .{e}" for e, n in self.unread.most_common(3))
+            kinds = ", ".join(f"{n:,} .{e}" for e, n in self.unread.most_common(3))
             total = unread + len(self.images)
-            found.append(f"{total:,} images, {kinds}, which are not read: convert them (to .jpg, .png or .webp)")
+            what = f"{unread:,} of {total:,} images" if self.images else f"{unread:,} images"
+            found.append(f"{what} cannot be read ({kinds}): convert them (to .jpg, .png or .webp)")
         for names, what in (
             (self.archives, "compressed, and not read: unpack {}"),
             (self.links, "a link to a folder, and not followed: give that folder itself ({})"),
@@ -69,12 +74,6 @@ class Listing:
             if names:
                 found.append(f"{len(names):,} {'is' if len(names) == 1 else 'are'} {what.format(first_three(names))}")
         return found
-
-
-def first_three(names: Iterable[str]) -> str:
-    """Up to three names, as they may be shown, and whether there are more."""
-    names = list(names)
-    return ", ".join(printable(n, 240) for n in names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def look(folder: Path) -> Listing:
@@ -95,7 +94,16 @@ def look(folder: Path) -> Listing:
     found.images = [name for _, name, _, _ in pictures]
     found.texts = [texts for _, _, texts, _ in pictures]
     found.jsons = [told for _, _, _, told in pictures]
-    for kind in (found.tars, found.lists, found.archives, found.links, found.no_files, found.closed, found.not_utf8):
+    for kind in (
+        found.tars,
+        found.lists,
+        found.archives,
+        found.others,
+        found.links,
+        found.no_files,
+        found.closed,
+        found.not_utf8,
+    ):
         kind.sort(key=lambda name: name.split("/"))
     found.tables = _topmost(found, found.tables)
     return found
@@ -151,6 +159,9 @@ def _look_in(found: Listing, here: str, names: list[str]) -> list[tuple[list[str
             found.unread[ending] += 1
         elif name.lower().endswith(ARCHIVES):
             found.archives.append(prefix + name)
+            continue
+        elif stem and ending in TABLES:
+            found.others.append(prefix + name)
             continue
         elif stem and ending == "tar":
             found.tars.append(prefix + name)

@@ -10,7 +10,6 @@ A line that is broken is a row with a failure; more than one in a hundred are an
 from __future__ import annotations
 
 import codecs
-import difflib
 import hashlib
 import json
 import math
@@ -26,9 +25,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from aesthetic.errors import nearest
 from aesthetic.tables import kind_of, table_shape
-from aesthetic.untrusted import caption_of, decode_text, marked_encoding, open_regular, printable
-from aesthetic.untrusted import clean as clean
+from aesthetic.untrusted import caption_of, clean, decode_text, marked_encoding, open_regular, printable
 from curate.fit import fit, fit_type
 from curate.ledger import Reason
 from curate.lines import Broken, Table, as_utf8, head_of, is_quoted, numbered_lines, shown, unreadable
@@ -107,9 +106,8 @@ def _find(names: Sequence[str], wanted: str, default: str, aliases: Sequence[str
 def describe(names: Iterable[str], wanted: str | None = None) -> str:
     """A sentence that lists the columns that are there, after the one that is nearest to the wanted name."""
     names = list(names)
-    folded = {n.lower(): n for n in names[:_SHOWN]}
-    near = difflib.get_close_matches(wanted.lower(), folded, 1) if wanted else []
-    hint = f"Did you mean {printable(folded[near[0]], 80)!r}? " if near else ""
+    near = nearest(wanted, names[:_SHOWN]) if wanted else None
+    hint = f"Did you mean {printable(near, 80)!r}? " if near else ""
     return f"{hint}Columns: {listed(names)}."
 
 
@@ -259,6 +257,8 @@ class Input:
     schema: pa.Schema
     rows: int
     local = False
+    uncaptioned = 0
+    """Rows without a caption, where a file of each may tell it; a column's are not counted."""
     extra: tuple[tuple[str, pa.DataType], ...] = ()
     """Columns of ours that every batch has, beside those of the list."""
 
@@ -301,9 +301,15 @@ class Input:
         """Take note of broken lines: a few are rows with a failure, more than one in a hundred raise UserError."""
         count, first = self.notes.counts["broken"], "; ".join(self.notes.first["broken"])
         if count * 100 > self.rows:
-            raise UserError(f"{self.path}: {count:,} of {self.rows:,} lines are broken, which is too many. {first}")
+            raise UserError(
+                f"{self.path}: {count:,} of {self.rows:,} lines are broken, which is too many. {first}{self._hint()}"
+            )
         if count:
             self.extra = FAILURES
+
+    def _hint(self) -> str:
+        """What may be the reason why so many lines are broken."""
+        return ""
 
 
 def with_constants(batch: pa.RecordBatch, constants: Mapping[str, str | None]) -> pa.RecordBatch:
@@ -511,6 +517,9 @@ class CsvInput(Input):
         kinds = {n: possible[n][0] if possible[n] and n in filled else pa.string() for n in self._names}
         self.schema = pa.schema(list(kinds.items()))
 
+    def _hint(self) -> str:
+        return f". The header: {printable(self._table.shape.delimiter.join(self._names), 100)}"
+
     def _check_header(self) -> None:
         if any(n.startswith(("http://", "https://", "//")) for n in self._names):
             raise UserError(f"{self.path}: has no header line with the column names; its first line is a row. Add one.")
@@ -605,6 +614,7 @@ class RowsInput(Input):
                 self.notes.add("broken", str(row))
                 continue
             if self.local:
+                self.uncaptioned += row["caption"] is None
                 content.update(json.dumps(row, default=str).encode() + b"\n")
             for name, value in row.items():
                 if name not in ours:
@@ -704,6 +714,11 @@ class JsonInput(RowsInput):
         self.resolve(self.schema.names, url, caption)
         self.note_captions()
         self.make_text(self.url, self.caption)
+
+    def _hint(self) -> str:
+        return (
+            ". An array [{...}, ...] is called .json" if head_of(self.path)[self._start :].lstrip()[:1] == b"[" else ""
+        )
 
     def objects(self) -> Iterator[dict[str, Any] | Broken]:
         for item in self._numbered_lines() if self._lines else self._items():

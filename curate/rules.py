@@ -8,7 +8,6 @@ another rule did.
 from __future__ import annotations
 
 import copy
-import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 import duckdb
 
+from aesthetic.errors import nearest
 from curate.sql import (
     Bounds,
     arguments,
@@ -140,9 +140,8 @@ class _Names:
 
     def _nearest(self, word: str) -> str:
         known = [*self.columns, *(f"source.{n}" for n in self.source)]
-        found = difflib.get_close_matches(word.lower(), [k.lower() for k in known], n=1)
-        if found:
-            return f". Did you mean {next(k for k in known if k.lower() == found[0])}?"
+        if near := nearest(word, known):
+            return f". Did you mean {near}?"
         return f". There are {', '.join(known)}."
 
     def _there(self) -> str:

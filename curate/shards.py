@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from aesthetic.errors import UserError
 from aesthetic.untrusted import clean, open_regular
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jfif", "jpe")
@@ -115,12 +116,12 @@ def key_of(name: str) -> tuple[str, str]:
 def tar_members(path: Path) -> list[tuple[str, tuple[int, int]]]:
     """The regular files of a tar with their places. Plain headers are read here, ten times as fast as by tarfile.
 
-    Raises CorruptShard as `index_tar` does.
+    Raises CorruptShard as `index_tar` does, UserError for a tar that is compressed.
     """
     size = path.stat().st_size
     with open_regular(path) as f:  # a pipe of that name would be waited for, for ever
         if packed := _packed(f.read(_BLOCK)):
-            raise CorruptShard(f"{path}: is compressed by {packed}, and tars are read by place. Unpack it first")
+            raise UserError(f"{path}: is compressed by {packed}, and tars are read by place. Unpack it first")
     if size < 2 * _BLOCK:
         raise CorruptShard(f"{path}: the end of the archive is missing")
     found: list[tuple[str, tuple[int, int]]] = []

@@ -196,7 +196,10 @@ def literal(text: str) -> str:
 
 def short(error: Exception) -> str:
     """DuckDB's message without the picture of the line that follows it."""
-    return str(error).split("\n\nLINE")[0].strip()
+    said = str(error).split("\n\nLINE")[0].strip()
+    unknown = re.match(r"Catalog Error: Table with name (.*) does not exist!", said)
+    # DuckDB's own suggestions are tables of its catalog
+    return f"there is no table {unknown[1]}, but `ledger` and `verdicts`" if unknown else said
 
 
 @functools.cache

@@ -370,6 +370,8 @@ def check_space(root: Path, needed: int = 0) -> None:
 
 def local_path(text: str) -> Path:
     """A data folder's path. Object stores are refused until they are tested (renames there are not atomic)."""
+    if not text.strip():  # of a variable that is not set, say: not the folder one is in
+        raise UserError("the name of a folder is empty")
     if "://" in text and not text.startswith("file://"):
         raise UserError(
             f"{text}: a data folder must be on a local or shared file system; object stores are not supported yet."

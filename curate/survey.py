@@ -8,11 +8,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from aesthetic.untrusted import printable
 from curate.folders import PLACE_COLUMNS
 from curate.inputs import Found
 from curate.ledger import stored_name
-from curate.lists import FAILURES, Input, Notes, as_type, common_type, describe, is_texts, listed
+from curate.lists import (
+    FAILURES,
+    Input,
+    Notes,
+    ParquetInput,
+    as_type,
+    common_type,
+    describe,
+    is_texts,
+    listed,
+    parquet_batches,
+)
 from curate.predicate import Predicate
 from curate.store import UserError
 
@@ -47,6 +60,8 @@ class Survey:
     def warnings(self) -> list[str]:
         """What a run says before it begins: of rows and values that are not taken as they are, and missing captions."""
         said = [*self.notes, *(f"{s.path}: {sentence}" for s in self.inputs for sentence in s.notes.sentences())]
+        if self.inputs[0].local and not self.captions_unwanted:
+            said += self._uncaptioned()
         without = [s for s in self.inputs if s.caption is None and not s.local and s.rows]
         if without and not self.captions_unwanted:
             texts = [f.name for f in without[0].schema if pa.types.is_string(f.type) and f.name != without[0].url]
@@ -60,6 +75,19 @@ class Survey:
                 f"{without[0].path}{of}: no column of captions was found, so all captions are null. {candidates}"
             )
         return said
+
+    def _uncaptioned(self) -> list[str]:
+        """How many pictures of a folder have no caption."""
+        rows, without = sum(s.rows for s in self.inputs), sum(s.uncaptioned for s in self.inputs)
+        if not without:
+            return []
+        where = self.inputs[0].path if len(self.inputs) == 1 else self.inputs[0].path.parent
+        if without < rows:
+            return [f"{where}: {without:,} of {rows:,} pictures have no caption"]
+        return [
+            f"{where}: none of the {rows:,} pictures has a caption. Captions are NAME.txt beside NAME.jpg (in a tar or "
+            "a folder), or a column `text` or `caption` of the table that the pictures are in, or that names them"
+        ]
 
     def mask(self, batch: pa.RecordBatch) -> np.ndarray:
         """Which rows `where` keeps: those for which it is true, and broken lines, which nothing can be said of."""
@@ -103,7 +131,7 @@ def survey_list(found: Found, config: SourceConfig, limit: int | None) -> Survey
     for source in inputs:
         if source.url is None and source.rows:
             columns = describe(source.schema.names, "url")
-            raise UserError(f"{source.path}: there is no column of URLs. Name it as source.url. {columns}")
+            raise UserError(f"{source.path}: there is no column of URLs. `--set source.url=NAME` names one. {columns}")
     union = _union(inputs)
     survey = Survey(inputs, union, _carried(found, inputs, union, config), captions_unwanted=config.caption is None)
     survey.notes = [f"{found.name}: {note}" for note in found.notes]
@@ -112,6 +140,8 @@ def survey_list(found: Found, config: SourceConfig, limit: int | None) -> Survey
     used = [*survey.carried.names, *(survey.predicate.columns if survey.predicate else ())]
     for source in inputs:
         source.check_sizes([n for n in (source.url, source.caption, *used) if n])
+    if found.base is None:
+        survey.notes += _no_urls(inputs[0])
     best, owner = np.empty(0, np.uint64), np.empty(0, np.int64)
     survey.kept = [0] * len(inputs)
     for number, source in enumerate(inputs):
@@ -133,6 +163,28 @@ def survey_list(found: Found, config: SourceConfig, limit: int | None) -> Survey
         survey.threshold = int(best.max())
         survey.kept = np.bincount(owner, minlength=len(inputs)).tolist()
     return survey
+
+
+_A_PATH = r"^(/[^/]|\.\.?[/\\]|~/|[A-Za-z]:[/\\][^/]|file:)"
+
+
+def _no_urls(source: Input) -> list[str]:
+    """A sentence where the first values of the column of URLs are paths on this machine."""
+    assert source.url is not None
+    columns = [source.url]
+    batches = (
+        parquet_batches(source.path, columns, [0]) if isinstance(source, ParquetInput) else source.batches(columns)
+    )
+    batch = next(batches, None)
+    values = batch.column(source.url) if batch is not None and source.url in batch.schema.names else pa.array([])
+    if not pa.types.is_string(values.type) or not len(values := values.drop_null()):
+        return []
+    if not pc.all(pc.match_substring_regex(values, _A_PATH)).as_py():
+        return []
+    return [
+        f"{source.path}: the first {len(values):,} values of column {printable(source.url, 80)!r} are paths, not URLs: "
+        f"{printable(values[0], 80)!r}. Pictures on this machine are given as the folder that they lie in"
+    ]
 
 
 def _masks(survey: Survey, source: Input) -> Iterator[np.ndarray]:

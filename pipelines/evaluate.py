@@ -11,7 +11,6 @@ OUT/evaluation.json    what was asked, of which model and data, with which versi
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -79,7 +78,6 @@ def run(request: Request) -> Outcome:
     check_data(request.data)
     check_free(request.out, "evaluation")
     prompts = _prompts(request)
-    _check_data(request.data)
     model = _Model.of(request.model)
     heads = _heads(request)
     from curate.encoders import check_available
@@ -117,14 +115,6 @@ def run(request: Request) -> Outcome:
 
 
 # ---------------------------------------------------------------------------------------- before anything is written
-
-
-def _check_data(folder: Path) -> None:
-    """UserError where there is no folder, or nothing in it: what `open_samples` would say, without torch."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder. A folder of packed shards, of tars or of images is expected.")
-    if not any(files for _, _, files in os.walk(folder)):
-        raise UserError(f"{folder} holds neither tars nor images.")
 
 
 def _prompts(request: Request) -> list[str] | None:

@@ -19,7 +19,7 @@ _NO_MEMORY = ("can't allocate memory", "bad_alloc", "std::bad_alloc", "out of me
 
 # errors about a path that whoever typed the command can put right
 _ABOUT_PATHS = {
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
     *(errno.ENAMETOOLONG, errno.ETXTBSY, errno.ENXIO, errno.ENODEV),
 }
 
@@ -41,12 +41,13 @@ def told(error: BaseException) -> tuple[int, str]:
         return 1, f"this needs more memory than there is{_limit(resource.RLIMIT_AS, 'ulimit -v', 1024)}. {_GOES_ON}"
     if isinstance(error, OSError) and (known := _of_the_system(error)):
         return known
+    from curate.embed import EndsItsProcess
     from curate.select import NothingKept
     from curate.store import DiskFull
 
     if isinstance(error, NothingKept):
         return 3, str(error)
-    if isinstance(error, DiskFull):
+    if isinstance(error, DiskFull | EndsItsProcess):
         return 1, str(error)
     if _is_damage(error):
         return 1, f"{error}\n`tastemaker verify DATA` finds damaged files, and says what repairs them"

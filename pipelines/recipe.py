@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import os
 import re
 import types
@@ -18,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from aesthetic.errors import nearest
 from aesthetic.untrusted import clean, printable, read_text
 from curate.embed import EmbedConfig
 from curate.fetch import FetchConfig
@@ -350,8 +350,8 @@ def _scalar(kind: type, value: Any, where: str) -> Any:
 
 
 def _nearest(word: str, words: Sequence[str]) -> str:
-    found = difflib.get_close_matches(word, words, n=1)
-    return f" (did you mean {found[0]}?)" if found else ""
+    near = nearest(word, words)
+    return f" (did you mean {near}?)" if near else ""
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

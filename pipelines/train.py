@@ -30,7 +30,7 @@ from curate.ours import check_free, taken
 from curate.store import DiskFull, UserError, check_space, read_json, scratch_path, sweep, write_json
 from pipelines.progress import Count, Terminal, clock
 from pipelines.prompts import read_prompts
-from train.devices import FreeCores
+from train.devices import FreeCores, device_here
 from train.presets import OBJECTIVES, PRESETS
 from train.release import LORA_FILE, is_released, release
 
@@ -160,9 +160,11 @@ def _check_preset(name: str, size: int | None) -> None:
 
 
 def check_data(folder: Path) -> None:
-    """Raise UserError where there is nothing, before torch is loaded to look into it."""
-    if not folder.exists():
+    """UserError where there is no folder, or nothing in it: what `open_samples` would say, without torch."""
+    if not folder.is_dir():
         raise UserError(f"{folder} is no folder. A folder of packed shards, of tars or of images is expected.")
+    if not any(folder.iterdir()):
+        raise UserError(f"{folder}: holds neither tars nor images")
 
 
 def _check_start(request: Request) -> None:
@@ -263,7 +265,7 @@ def _prepared(
     terminal: IO[str],
 ) -> tuple[Materials, Trainers]:
     """All that can be refused, and all that is done once; adds to `facts` what is known then."""
-    from pipelines.trainers import Here, Materials, RayWorkers, device_here
+    from pipelines.trainers import Here, Materials, RayWorkers
 
     def say(text: str) -> None:
         terminal.write(text + "\n")

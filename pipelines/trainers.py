@@ -24,6 +24,7 @@ import torch
 from curate.store import UserError, attend, read_json
 from pipelines.jobs import OBJECT_STORE, check_nodes, join, quiet, telling
 from train.data import Ints, Pictures, Stream, decoded, fitted, open_samples, weights_of
+from train.devices import device_here
 from train.latents import Latents, finish, is_made, made_from, precompute, shards_of, write_shard
 from train.loop import LoopConfig, held_out, train
 from train.model import add_lora, load_model, size_step, tokenize
@@ -160,13 +161,6 @@ class Materials:
 def _threads() -> int:
     """Threads that read and decode."""
     return max(2, min(16, os.cpu_count() or 1))
-
-
-def device_here() -> torch.device:
-    """The GPU where there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 class Trainers(Protocol):

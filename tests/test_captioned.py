@@ -66,7 +66,8 @@ def notes(folder: Path) -> str:
     samples = open_folder(folder)
     assert samples.fingerprint
     said = "\n".join(samples.notes())
-    assert bool(inspect(str(folder), SourceConfig()).warnings) == bool(said)
+    warnings = inspect(str(folder), SourceConfig()).warnings
+    assert any(" caption" not in w or "captions are" in w for w in warnings) == bool(said)  # how many have none: below
     return said
 
 
@@ -159,7 +160,7 @@ def test_formats_that_are_not_read_are_counted_and_their_captions_are_no_lists(t
     write(folder / "old.tar.gz", gzip.compress(b"x"))
     write(folder / "one.txt", "")
     assert notes(folder).splitlines() == [
-        "13 images, 3 of them .heic, which are not read: convert them (to .jpg, .png or .webp)",
+        "3 of 13 images cannot be read (3 .heic): convert them (to .jpg, .png or .webp)",
         "1 is compressed, and not read: unpack old.tar.gz",
     ]
     alone = tmp_path / "b"
@@ -167,7 +168,7 @@ def test_formats_that_are_not_read_are_counted_and_their_captions_are_no_lists(t
     for path in folder.glob("IMG*"):
         path.rename(alone / path.name)
     for reader in (open_folder, lambda f: inspect(str(f), SourceConfig())):
-        with pytest.raises(UserError, match=r"3 images, 3 of them \.heic, which are not read: convert them"):
+        with pytest.raises(UserError, match=r"3 images cannot be read \(3 \.heic\): convert them"):
             reader(alone)
     with pytest.raises(UserError, match=r"old\.tar\.gz is compressed: unpack it"):
         inspect(str(folder / "old.tar.gz"), SourceConfig())
@@ -241,6 +242,28 @@ def test_img2datasets_files_are_samples_and_its_failures_rows(tmp_path: Path) ->
     ]
 
 
+def test_what_a_folder_lacks_is_said_before_a_run(tmp_path: Path) -> None:
+    def warnings(folder: Path, **config: Any) -> str:
+        return "\n".join(inspect(str(folder), SourceConfig(**config)).warnings)
+
+    folder = pictures(tmp_path / "a", 3)
+    write(folder / "captions.txt", "image,caption\n00.jpg,a fox\n")
+    assert "a: none of the 3 pictures has a caption. Captions are NAME.txt beside" in warnings(folder)
+    assert warnings(folder, caption=None) == ""
+    write(folder / "00.txt", "a fox")
+    assert warnings(folder) == f"{folder}: 2 of 3 pictures have no caption"
+    # a split with metadata beside one without
+    write(folder / "train" / "x.jpg", JPEG)
+    write(folder / "train" / "metadata.csv", "file_name,text\nx.jpg,a fox\n")
+    assert "3 images lie in no folder with metadata, and are left out: 00.jpg, 01.jpg, 02.jpg" in warnings(folder)
+    pq.write_table(pa.table({"image": [{"bytes": JPEG, "path": "x"}]}), tmp_path / "images.parquet")
+    assert "none of the 1 pictures has a caption" in warnings(tmp_path / "images.parquet")
+    write(tmp_path / "disk" / "data-00000-of-00001.arrow", "ARROW1")
+    for reader in (open_folder, curated):
+        with pytest.raises(UserError, match=r"data-00000-of-00001\.arrow \(save it as parquet"):
+            reader(tmp_path / "disk")
+
+
 # ---------------------------------------------------------------------------------------------------------------- tars
 
 
@@ -277,6 +300,11 @@ def test_one_kind_of_image_is_taken_of_samples_that_have_several(tmp_path: Path)
     assert captions(folder) == ["fox"] * 4
     assert "3 samples have several images (KEY.input.jpg, KEY.target.jpg): KEY.input.jpg is taken" in notes(folder)
     assert curated(folder)[-1]["why"].startswith("not_an_image")
+    own = make_tar(
+        tmp_path / "c" / "0.tar", [(f"v1.{i}.{e}", b) for i in (0, 1) for e, b in (("jpg", JPEG), ("txt", b"x"))]
+    )
+    assert captions(own.parent) == ["x"]  # v1.0.txt, of v1.0.jpg
+    assert "A key ends at the first dot" in notes(own.parent)
     dotted = make_tar(tmp_path / "b" / "0.tar", [(f"shot.v{i}.jpg", JPEG) for i in range(40)])
     for reader in (open_folder, curated):
         with pytest.raises(UserError, match=r"40 files share the key 'shot'.*keys end at the first dot"):

@@ -170,6 +170,20 @@ def test_a_folder_that_is_no_data_folder(command: str, tmp_path: Path, capsys: p
     assert not list(tmp_path.iterdir())
 
 
+def test_names_that_are_near_a_data_folder(listed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "data"
+    make_plan(str(listed), root, SourceConfig())
+    (tmp_path / "file").touch()
+    for name, told in (
+        ("", "the name of a folder is empty"),
+        (str(tmp_path / "nosuch"), "nosuch is not a data folder: it is not there"),
+        (str(tmp_path / "file"), "file is not a data folder: it is a file"),
+        (str(root / "fetched"), f"lies in one. Did you mean {root}?"),
+    ):
+        assert main(["status", name]) == 2
+        assert told in capsys.readouterr().err
+
+
 def test_an_object_store_is_refused(listed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["curate", str(listed), "--out", "s3://bucket/data"]) == 2
     assert "object stores are not supported yet" in capsys.readouterr().err

@@ -195,7 +195,7 @@ def test_two_commands_on_one_folder(slow: tuple[SmallWeb, Path, dict[str, str]],
     [
         pytest.param(signal.SIGINT, "fetched/.*.starts", marks=pytest.mark.long),
         pytest.param(signal.SIGINT, "embedded/stats/0*.json", marks=pytest.mark.long),
-        pytest.param(signal.SIGINT, "shards/.bundled.new/*", marks=pytest.mark.long),
+        pytest.param(signal.SIGINT, "shards/.bundled.*.tmp/*", marks=pytest.mark.long),
         pytest.param(signal.SIGTERM, "fetched/.*.starts", marks=pytest.mark.long),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 
 import aiohttp
 import pytest
@@ -196,6 +197,23 @@ def test_good_urls_go_out_as_written(text: str, sent: str) -> None:
 )
 def test_redirect_targets(location: str, target: str) -> None:
     assert str(guard.parse_url(location, (), base=URL("https://example.com/d/a.jpg"))) == target
+
+
+@pytest.mark.parametrize("text", ["http:///a", "http:a", "http:/a", "https:///a", "http://\\127.0.0.1/", "http://?a"])
+def test_a_scheme_without_a_host_is_refused_in_redirects_too(text: str) -> None:
+    """yarl joins these to the page that they came from."""
+    for base in (None, URL("http://example.com/d/a.jpg")):
+        with pytest.raises(RowError) as refused:
+            guard.parse_url(text, (), base=base)
+        assert refused.value.reason is Reason.BAD_URL
+
+
+def test_a_host_that_none_can_be_is_refused_before_it_is_encoded() -> None:
+    began = time.process_time()
+    for _ in range(100):
+        with pytest.raises(RowError, match="host"):
+            guard.parse_url("http://" + "ü" * 7000, ())
+    assert time.process_time() - began < 1  # 2.5 s and more where IDNA sees it
 
 
 # ---------------------------------------------------------------------------------------------------------- resolver

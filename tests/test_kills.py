@@ -100,7 +100,7 @@ DRIVER_KILLS = {
     "fetch": "fetched/*_stats.json",
     "embed": "embedded/stats/0*.json",
     "select": "selected/*",
-    "pack": "shards/.bundled.new/*.tar*",
+    "pack": "shards/.bundled.*.tmp/*.tar*",
 }
 """The stage in which the driver is killed, and the file event that it is killed at."""
 

@@ -239,9 +239,9 @@ def test_what_is_not_utf8_is_null_and_told(tmp_path: Path) -> None:
         ("l.json.gz", b"PK\x03\x04", "zip file"),
         ("l.csv", b"PAR1", "parquet"),
         ("l.tsv", b"<!DOCTYPE html>", "web page"),
-        ("l.csv", gzip.compress(b"PK\x03\x04"), "zip file"),
+        ("l.csv", gzip.compress(b"PK\x03\x04", mtime=0), "zip file"),
         ("l.parquet", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
-        ("l.parquet", gzip.compress(b"x"), "gzip"),
+        ("l.parquet", gzip.compress(b"x", mtime=0), "gzip"),
         ("l.parquet", b"url,caption\n", "l.parquet: cannot be read"),
         ("l.csv", "url,caption\nu,x\n".encode("utf-16-be"), "UTF-16BE without a byte order mark"),
         ("l.txt", b"url\tcaption\nu\tx\n", "is a table.*Name it .tsv"),
@@ -555,3 +555,23 @@ def test_a_list_has_not_columns_without_end(tmp_path: Path) -> None:
     pq.write_table(pa.table({}), tmp_path / "none.parquet")
     with pytest.raises(UserError, match="has no rows"):
         inspect(str(tmp_path / "none.parquet"), SourceConfig())
+
+
+def test_lists_that_are_something_else_say_so(tmp_path: Path) -> None:
+    def told(name: str, text: str) -> str:
+        path = tmp_path / name
+        path.write_text(text)
+        try:
+            return " ".join(inspect(str(path), SourceConfig()).warnings)
+        except UserError as e:
+            return str(e)
+
+    paths = "C:\\\\pics\\\\1.jpg\r\n".replace("\\\\", "\\") + "./2.jpg\n/home/me/3.jpg\n"
+    assert "the first 3 values of column 'url' are paths, not URLs: 'C:" in told("a.txt", paths)
+    assert "are paths" not in told("b.txt", paths + "http://a.test/1.jpg\n//a.test/2.jpg\n")
+    # Export-Csv of Windows PowerShell
+    assert told("c.csv", '#TYPE System.Object\r\n"url","caption"\r\n"http://a.test/1.jpg","a fox"\r\n') == ""
+    assert told("d.jsonl", '[{"url": "http://a.test/1"},\n{"url": "http://a.test/2"}]').endswith("is called .json")
+    assert told("e.csv", "# mine\nurl,caption\nhttp://a.test/1,x\n").endswith("The header: # mine")
+    with pytest.raises(UserError, match="LIST is empty"):
+        inspect("", SourceConfig())

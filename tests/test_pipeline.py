@@ -228,8 +228,8 @@ def test_a_folder_that_cannot_be_written_ends_the_run(web: SmallWeb, tmp_path: P
     with start(words) as process:
         (tmp_path / "data" / "fetched").write_text("in the way")
         out, err = process.communicate(timeout=120)
-    assert process.returncode == 1, out + err
-    assert re.search(r"tastemaker: (FileExists|NotADirectory)Error: .*fetched", err), err
+    assert process.returncode == 2, out + err
+    assert re.search(r"^tastemaker: .*data/fetched\S*: (File exists|Not a directory) ", err, re.M), err
     assert "Traceback" not in err and "ray" not in err.lower().replace("starting ray", "")
 
 

@@ -178,3 +178,8 @@ def test_deep_expressions_are_refused(data: Path) -> None:
         check_rules({"deep": deep}, {"key": "VARCHAR"}, {}, {})
     with pytest.raises(UserError, match="nested too deep"):
         Predicate(deep, pa.schema([("a", pa.int64())]), "source.where")
+
+
+def test_a_table_that_is_not_there(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["query", str(data), "select * from legder"]) == 2
+    assert "there is no table legder, but `ledger` and `verdicts`" in capsys.readouterr().err

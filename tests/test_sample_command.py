@@ -51,6 +51,14 @@ def test_pictures_get_numbers_and_say_what_they_are(drawn: Path, model: Path) ->
     assert (grid == np.vstack(rows)).all()
 
 
+def test_what_an_enlargement_will_take_is_said(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (24, 24), "red").save(tmp_path / "a.png")
+    words = ["--image", tmp_path / "a.png", "--upscale", "2", "--steps", "2", "--out", tmp_path / "out"]
+    assert main(["sample", str(model), "a red disc", *map(str, words)]) == 0
+    assert "enlarging: 25 tiles of 16 x 16 pixels, about " in capsys.readouterr().err
+    assert Image.open(tmp_path / "out" / "000000.png").size == (48, 48)
+
+
 @pytest.mark.parametrize("number", [1, 4])
 def test_a_picture_is_drawn_again_from_its_file_alone(
     drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -24,7 +25,7 @@ from pipelines.cli import main
 from tests.small_serve import SEEN, Served, finished, serving, small_artist
 from train.picture import read_facts
 from train.sample import Artist
-from train.serve import gate, turns
+from train.serve import gate, studio, turns
 from train.serve.app import listen
 from train.serve.guesses import Guesses
 from train.serve.turns import Full, Job, Turns
@@ -114,9 +115,56 @@ def test_pictures_are_begun_with_redrawn_in_part_and_enlarged(client: httpx.Clie
             assert picture.getpixel((8, 8)) == (200, 30, 30)
 
 
+def test_a_mask_painted_on_a_transparent_layer_redraws_what_is_painted(client: httpx.Client) -> None:
+    """Whatever the colour: editors save a layer as it is, and what is not painted is transparent black or white."""
+    begun = Image.new("RGB", (16, 16), (200, 30, 30))
+    for kind, paint, nothing in (
+        ("PNG", (0, 0, 0, 255), (255, 255, 255, 0)),
+        ("PNG", (255, 255, 255, 255), (0, 0, 0, 0)),
+        ("WEBP", (240, 70, 160, 255), (0, 0, 0, 0)),
+    ):
+        layer = Image.new("RGBA", begun.size, nothing)
+        layer.paste(paint, (8, 0, 16, 16))
+        data = io.BytesIO()
+        layer.save(data, kind, lossless=True)
+        mask = base64.b64encode(data.getvalue()).decode()
+        job = finished(client, client.post("/api/jobs", json={**SEEN, "image": png(), "mask": mask}).json())
+        assert job["state"] == "done", job
+        drawn = opened(client, job["pictures"][0])
+        same = [drawn.getpixel((x, y)) == (200, 30, 30) for x in range(16) for y in range(16)]
+        assert all(same[: 8 * 16]) and sum(same[8 * 16 :]) < 8, (kind, paint)
+    assert "nothing is painted" in refused(
+        client.post("/api/jobs", json={**SEEN, "image": png(), "mask": png(mode="RGBA", colour=(0, 0, 0, 0))}), 422
+    )
+
+
+def test_an_enlargement_takes_no_longer_than_the_longest_drawing(client: httpx.Client) -> None:
+    large = {**SEEN, "image": png((400, 400)), "upscale": 4}
+    assert "at most 9,600" in refused(client.post("/api/jobs", json={**large, "steps": 20}), 422)
+    job = client.post("/api/jobs", json={**large, "strength": 0}).json()
+    assert finished(client, job)["state"] == "done"
+
+
+def test_streams_of_events_are_bounded(served: Served, client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(studio, "MOST_STREAMS", 3)
+    job = client.post("/api/jobs", json={**SEEN, "steps": 150, "number": 16}).json()
+    paths = [f"/api/jobs/{job['id']}/events", "/api/events", "/api/events"]
+    with contextlib.ExitStack() as streams:
+        for path in paths:
+            assert streams.enter_context(client.stream("GET", path)).status_code == 200
+        for path in paths:
+            refused(client.get(path), 429)
+    client.delete(f"/api/jobs/{job['id']}")
+    deadline = time.monotonic() + 20
+    while served.studio._streams:  # the places are free again
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert client.get(paths[0]).status_code == 200
+
+
 def test_what_an_enlargement_takes_is_said(client: httpx.Client) -> None:
-    asked = client.post("/api/jobs", json={**SEEN, "image": png((40, 40)), "upscale": 2}).json()
-    assert asked["cost"].startswith("81 tiles of 16 x 16 pixels")
+    asked = client.post("/api/jobs", json={**SEEN, "image": png((24, 24)), "upscale": 2}).json()
+    assert asked["cost"].startswith("25 tiles of 16 x 16 pixels")
     job = finished(client, asked)
     assert job["state"] == "done" and ", about " in job["cost"]
     assert finished(client, client.post("/api/jobs", json=SEEN).json())["cost"] == ""
@@ -586,6 +634,26 @@ def test_half_open_and_slow_connections_shut_nobody_out(served: Served, monkeypa
                 raw.close()
 
 
+def test_half_a_request_and_what_is_none_leave_no_tracebacks(
+    artist: Artist, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else whoever likes fills the log, and the disk."""
+    half = b"POST /api/jobs HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{"
+    socket_wanted = b"GET / HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n"
+    with contextlib.ExitStack() as held:
+        with serving(artist, tmp_path) as served:
+            port = int(served.url.rpartition(":")[2])
+            for sent in (b"nonsense\r\n\r\n", socket_wanted, half, half):
+                raw = held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5))
+                raw.sendall(sent)
+                if sent is not half:
+                    assert raw.recv(100).startswith((b"HTTP/1.1 400", b"HTTP/1.1 200"))
+            assert httpx.get(f"{served.url}/api/model").status_code == 200
+            began = time.monotonic()
+        assert time.monotonic() - began < 5
+    assert not [r for r in caplog.records if r.name.startswith("uvicorn")]
+
+
 def test_bodies_in_crumbs_and_answers_that_are_not_taken_end(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     port = int(served.url.rpartition(":")[2])
     head = b"POST /api/jobs HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
@@ -700,3 +768,28 @@ def test_what_is_wrong_is_said_before_the_model_loads(
         assert main(["serve", *words]) == 2, words
         assert said in capsys.readouterr().err
         assert not (tmp_path / "new").exists(), words
+
+
+def test_the_command_serves_into_a_folder_that_is_not_there_yet(artist: Artist, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    out, codes = tmp_path / "not" / "there", []
+
+    def end() -> None:
+        with contextlib.suppress(httpx.TransportError), httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+            deadline = time.monotonic() + 60
+            while not codes and time.monotonic() < deadline:
+                with contextlib.suppress(httpx.ConnectError):
+                    codes.append(client.get("/api/images").status_code)
+                time.sleep(0.05)
+        if codes:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    ends = threading.Thread(target=end)
+    ends.start()
+    try:
+        assert main(["serve", str(artist.about.folder), "--out", str(out), "--port", str(port)]) == 0
+    finally:
+        codes.append(0)
+        ends.join()
+    assert codes[0] == 200 and (out / "logs" / "serve.log").is_file()

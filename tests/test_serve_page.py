@@ -73,6 +73,11 @@ def draw(page: Any, words: str) -> None:
     page.locator("#queue li").first.wait_for(state="detached")
 
 
+def right_of(page: Any, name: str) -> float:
+    box = page.locator(name).bounding_box()
+    return float(box["x"] + box["width"])
+
+
 def drop(page: Any, size: tuple[int, int], colour: str) -> None:
     """A picture file is dropped onto the page."""
     data = io.BytesIO()
@@ -95,7 +100,7 @@ def test_words_become_a_picture_by_the_keyboard_alone(page: Any, served: Served)
     draw(page, "<b>a red disc</b>")
     assert page.locator("#caption").inner_text() == "<b>a red disc</b>"  # text, not markup
     assert newest(served)["prompt"] == "<b>a red disc</b>" and newest(served)["steps"] == 2
-    assert page.locator("#shown").evaluate("image => image.naturalWidth") == 16
+    page.wait_for_function("document.querySelector('#shown').naturalWidth === 16")
     assert page.locator("#history li").count() == len(list(served.studio.out.glob("*.png")))
     with page.expect_download() as download:
         page.click("#download")
@@ -109,8 +114,9 @@ def test_settings_of_an_earlier_picture_draw_it_again(page: Any, served: Served)
     page.locator("#history button").nth(1).click()
     page.click("#reuse")
     assert page.locator("#prompt").input_value() == "one of many"
+    before = page.locator("#history li").count()
     page.click("#draw")
-    page.locator("#caption", has_text="one of many").wait_for()
+    page.locator("#history li").nth(before).wait_for()
     page.locator("#queue li").first.wait_for(state="detached")
     again = max(served.studio.out.glob("*.png"))
     assert again != first and Image.open(again).tobytes() == Image.open(first).tobytes()
@@ -179,6 +185,40 @@ def test_the_queue_is_shown_cancelled_and_found_again_after_a_reload(page: Any, 
     assert {job.state for job in served.studio.turns.jobs()} <= {"done", "cancelled"}
 
 
+def test_a_drawing_that_the_stream_tells_of_first_is_listed_once(page: Any) -> None:
+    def slowly(route: Any) -> None:
+        response = route.fetch()
+        page.wait_for_timeout(500)  # meanwhile the stream tells of it
+        route.fulfill(response=response)
+
+    page.locator("#steps").fill("150")
+    page.locator("#number").fill("16")
+    page.fill("#prompt", "the first")
+    page.click("#draw")
+    page.locator("#queue b", has_text="the first").wait_for()
+    page.route("**/api/jobs", slowly)
+    page.fill("#prompt", "the second")
+    with page.expect_response("**/api/jobs"):
+        page.click("#draw")
+    page.locator("#draw:enabled").wait_for()
+    words = page.evaluate("[...document.querySelectorAll('#queue b')].map((b) => b.textContent)")
+    assert sorted(words) == ["the first", "the second"]
+    page.get_by_label("Cancel the second").click()
+    page.get_by_label("Cancel the first").click()
+    page.locator("#queue li").first.wait_for(state="detached")
+
+
+def test_a_drawing_that_is_over_before_the_stream_begins_is_shown(page: Any) -> None:
+    """As with a quick model behind a slow line."""
+
+    def late(route: Any) -> None:
+        page.wait_for_timeout(1500)
+        route.continue_()
+
+    page.route("**/api/events", late)
+    draw(page, "as quick as that")
+
+
 def test_errors_are_said_beside_the_button(page: Any) -> None:
     for name in ("width", "height"):
         page.locator(f"#{name}").fill("4096")
@@ -230,7 +270,11 @@ def test_on_a_phone_the_brush_is_whole_and_a_drawing_is_seen_to_begin(
         for share in (0.02, 0.5, 0.98):  # nothing lies over it
             at = [box["x"] + share * box["width"], box["y"] + box["height"] / 2]
             assert page.evaluate("([x, y]) => document.elementFromPoint(x, y).id", at) == name[1:], name
+    page.click("#mask")
     page.click("#painted")
+    page.locator("#paint", has_text="Change what is painted").wait_for()
+    for name in ("#paint", "#remove"):
+        assert right_of(page, name) <= right_of(page, "#well"), name
     page.locator("#steps").fill("150")
     page.locator("#number").fill("16")
     page.fill("#prompt", "a long one")
@@ -250,7 +294,7 @@ def test_what_an_enlargement_takes_is_said(page: Any, served: Served) -> None:
     from train.picture import png, save_numbered
 
     draw(page, "the last one")
-    facts = {**newest(served), "prompt": "large for this model", "steps": 100}
+    facts = {**newest(served), "prompt": "large for this model", "steps": 20}
     save_numbered(png(Image.new("RGB", (160, 160), "grey"), facts), served.studio.out)
     page.reload()
     page.wait_for_selector("body[data-ready]")

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from aesthetic.errors import UserError
+from curate.embed import EndsItsProcess
 from pipelines.cli import main
 from pipelines.faults import check_limits, find_home, told
 from pipelines.jobs import quiet
@@ -204,6 +205,8 @@ class RayError(Exception):
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, "an error of tastemaker's"),
         (KeyError("x"), 1, "an error of tastemaker's"),
         (UserError("no"), 2, "no"),
+        (FileExistsError(errno.EEXIST, "File exists", "/x"), 2, "/x: File exists"),
+        (EndsItsProcess("shard 7, three times: out of memory, or a crash"), 1, "shard 7, three times"),
     ],
 )
 def test_what_ended_a_command_is_explained(error: Exception, code: int, said: str) -> None:

@@ -16,25 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
+from curate.captioned import Images, Samples, Tars
 from curate.pack import PackConfig, pack
 from curate.select import SelectConfig, select
 from curate.shards import TarWriter
 from curate.store import UserError
 from tests.small_data import make_data
 from tests.small_train import make_pictures
-from train.data import (
-    Images,
-    Pictures,
-    Samples,
-    Stream,
-    Tars,
-    batches_of,
-    fitted,
-    open_samples,
-    split,
-    survey,
-    weights_of,
-)
+from train.data import Pictures, Stream, batches_of, fitted, open_samples, split, survey, weights_of
 
 
 @pytest.fixture(scope="module")

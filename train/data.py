@@ -25,10 +25,7 @@ from torch import Tensor
 
 from aesthetic.splits import groups_of
 from aesthetic.untrusted import printable
-from curate.captioned import Images as Images
 from curate.captioned import Numbered, Sample, open_folder
-from curate.captioned import Samples as Samples
-from curate.captioned import Tars as Tars
 from curate.images import decode, perceptual_hash, probe
 from curate.ledger import RowError
 from curate.store import UserError, digest

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aesthetic.untrusted import check_regular, parse_json, printable, read_json_file
+from aesthetic.untrusted import check_regular, first_three, parse_json, printable, read_json_file
 from curate.store import UserError
 from train.about import About, header_of
 from train.release import LORA_FILE
@@ -148,7 +148,7 @@ def match(header: Header, layers: Mapping[str, Mapping[str, Sequence[int]]], nam
     if strange:
         raise UserError(_refusal(strange, len(header.tensors), name, model))
     if twice:
-        raise UserError(f"the LoRA {name} holds two for one layer ({_some(twice)}): give a file with one")
+        raise UserError(f"the LoRA {name} holds two for one layer ({first_three(twice, 100)}): give a file with one")
     for part, modules in found.items():
         for module, matrices in modules.items():
             _check_shapes(header, matrices, list(layers[part][module]), f"the LoRA {name}", module, model)
@@ -172,16 +172,12 @@ def _refusal(strange: list[str], of: int, name: str, model: str) -> str:
     signs = (told for words, told in _OTHERS if any(word in key for key in strange for word in words))
     sign = next(signs, None)
     if len(strange) == of and not any(_TENSOR.fullmatch(key) for key in strange) and sign is None:
-        return f"{name} is no LoRA: none of its {of:,} tensors is named so ({_some(strange)})"
+        return f"{name} is no LoRA: none of its {of:,} tensors is named so ({first_three(strange, 100)})"
     return (
         f"the LoRA {name} was trained on another model than {model}, or in a form that is not read: "
-        f"{len(strange):,} of its {of:,} tensors belong to no layer of it ({_some(strange)})"
+        f"{len(strange):,} of its {of:,} tensors belong to no layer of it ({first_three(strange, 100)})"
         + (f". It looks like {sign}" if sign else "")
     )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(printable(n, 100) for n in names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _check_shapes(header: Header, matrices: Matrices, weight: list[int], lora: str, layer: str, model: str) -> None:

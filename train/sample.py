@@ -25,7 +25,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aesthetic.untrusted import printable
+from aesthetic.untrusted import first_three
 from curate.store import UserError, sha256_file
 from train import devices
 from train.about import About, look
@@ -183,8 +183,8 @@ def foreign_syntax(prompts: Iterable[str]) -> str:
     found = list(dict.fromkeys(m[0] for text in prompts for m in _OTHERS.finditer(text)))
     if not found:
         return ""
-    some = ", ".join(printable(text, 60) for text in found[:3]) + (", ..." if len(found) > 3 else "")
     lora = "; a LoRA is given with --lora PATH:WEIGHT" if any(text.startswith("<l") for text in found) else ""
+    some = first_three(found, 60)
     return f"prompts are read as plain words: {some} would weigh or replace words in other programs, not here{lora}"
 
 

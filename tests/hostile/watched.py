@@ -27,7 +27,7 @@ def _hook(event: str, values: tuple[Any, ...]) -> None:
     if event in ("socket.connect", "socket.sendto") and isinstance(values[1], tuple):  # a Unix socket has a name
         for seen in _watching:
             seen.connects.append(values[1][:2])
-    elif event in ("open", "os.open"):
+    elif event in ("open", "os.open") and not isinstance(values[0], int):  # a descriptor was opened before
         for seen in _watching:
             seen.opened.append(str(values[0]))
 

@@ -110,7 +110,7 @@ class Server(uvicorn.Server):
             http=Protocol,
             ws="none",
             log_config=None,
-            log_level="warning",
+            log_level="error",  # its warnings are of requests that are none, as many as anybody likes
             access_log=False,
             server_header=False,
             proxy_headers=False,  # anybody could say that he is somebody else
@@ -124,6 +124,9 @@ class Server(uvicorn.Server):
         self._ready()
         await super().main_loop()
         self._studio.turns.stop()  # ends the streams of events too, for which it would wait
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Protocol) and connection.is_sending:
+                connection.transport.abort()
 
 
 # ------------------------------------------------------------------------------------------------------------- routes
@@ -142,6 +145,11 @@ async def client_of(request: Request) -> str:
     return address_of(request.scope)
 
 
+async def _stream(request: Request) -> AsyncIterator[None]:
+    with request.app.state.studio.stream(address_of(request.scope)):
+        yield
+
+
 TheStudio = Annotated[Studio, Depends(_studio)]
 Client = Annotated[str, Depends(client_of)]
 
@@ -153,6 +161,8 @@ async def _job(id: Annotated[str, fastapi.Path(pattern="^[0-9a-f]{16}$")], studi
 
 
 TheJob = Annotated[Job, Depends(_job)]
+OneStream = Depends(_stream)
+"""Takes a place among the streams until the last event was sent."""
 ASKED = {"required": True, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Ask"}}}}
 """The body of a request to draw, for the description: it is parsed by `train.serve.body`, off the event loop."""
 api = APIRouter(prefix="/api")
@@ -202,14 +212,14 @@ async def cancel(job: TheJob, studio: TheStudio, client: Client) -> JobView:
     return studio.views([job], client)[0]
 
 
-@api.get("/jobs/{id}/events", response_class=EventSourceResponse, responses=ERRORS_OF_FILES)
+@api.get("/jobs/{id}/events", response_class=EventSourceResponse, responses=ERRORS_OF_FILES, dependencies=[OneStream])
 async def events(job: TheJob, studio: TheStudio, client: Client) -> AsyncIterator[JobView]:
     """Server-sent events: the job each time that it changes, until it is over."""
     async for views in studio.changes(lambda: [job], client):
         yield views[0]
 
 
-@api.get("/events", response_class=EventSourceResponse, responses=ERRORS_OF_FILES)
+@api.get("/events", response_class=EventSourceResponse, responses=ERRORS_OF_FILES, dependencies=[OneStream])
 async def my_events(studio: TheStudio, client: Client) -> AsyncIterator[Jobs]:
     """Server-sent events: one's jobs that wait or are drawn, and how these end, until all are over."""
     before = {j.id for j in studio.turns.jobs() if j.is_over}

@@ -319,9 +319,10 @@ class Protocol(H11Protocol):
     WRITE_SECONDS to take what it asked for.
 
     Where MOST_CONNECTIONS are there and one more comes, one makes room for it that waits for its client: of the address
-    that has the most of these, the one that has been there longest.
+    that has the most of these, the one that has been there longest, and first of all one that never asked anything.
     """
 
+    _has_asked = False
     _deadline: asyncio.TimerHandle | None = None
     _write_deadline: asyncio.TimerHandle | None = None
 
@@ -347,7 +348,7 @@ class Protocol(H11Protocol):
         self.resume_writing()
 
     def on_response_complete(self) -> None:
-        self._since = self.loop.time()
+        self._since, self._has_asked = self.loop.time(), True
         super().on_response_complete()
 
     def pause_writing(self) -> None:
@@ -362,6 +363,11 @@ class Protocol(H11Protocol):
             self._write_deadline = None
 
     @property
+    def is_sending(self) -> bool:
+        """Whether the client is in the midst of a request."""
+        return self.cycle is not None and not self.cycle.response_complete and self.cycle.more_body
+
+    @property
     def waits_for_client(self) -> bool:
         """Whether it is the client's turn: to ask, to send the rest of a request, or to take the answer."""
         asked = self.cycle
@@ -372,7 +378,7 @@ class Protocol(H11Protocol):
         if not idle and len(self.connections) <= 2 * MOST_CONNECTIONS:
             return
         counts = Counter(c.address for c in idle)
-        leaves = min(idle, key=lambda c: (-counts[c.address], c._since), default=self)
+        leaves = min(idle, key=lambda c: (-counts[c.address], c._has_asked, c._since), default=self)
         self.connections.discard(leaves)  # at once: more may come before it has gone
         leaves.transport.abort()
 

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import warnings
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,9 +30,11 @@ from train.picture import CHUNK, decode_mask, decode_picture, png, save_numbered
 from train.sample import SEEDS, UNSAFE, Artist, Drawn, Request
 from train.schedulers import SCHEDULERS, scheduler_name
 from train.serve.body import Asked, Line, read_ask, unread
-from train.serve.turns import Job, OnStep, Turns
+from train.serve.turns import Full, Job, OnStep, Turns
 from train.serve.wire import (
     MAX_INPUT,
+    MAX_NUMBER,
+    MAX_STEPS,
     MAX_TIMES,
     Defaults,
     Facts,
@@ -48,6 +51,8 @@ _NUMBERED = re.compile(r"[0-9]{6,12}\.png")
 _SETTINGS = ("steps", "guidance", "width", "height", "scheduler", "strength")
 _HEAD = 1 << 20
 """Bytes at the beginning of a picture's file that are read for its facts, which stand before the pixels."""
+MOST_STREAMS = 64
+"""Streams of events to one address, and four times as many to all: each is written at every step of a drawing."""
 _MOST_FACTS = 256 << 10  # two prompts of 10,000 characters, each an escape, take 120 kB
 
 
@@ -77,6 +82,7 @@ class Studio:
         self._reading = Line("reading", 2)
         self._opening = Line("opening", 2)  # pictures: while one of MAX_INPUT is decoded it may take some 200 MB
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._streams: Counter[str] = Counter()  # that are open, by address
         self._change = asyncio.Event()  # set at the next change, and then replaced
 
     def close(self) -> None:
@@ -113,6 +119,7 @@ class Studio:
         )  # fmt: skip
         request = self.artist.check(request)
         self._check_pixels(request)
+        self._check_steps(request, ask.number)
         return Job(
             [replace(request, seed=seed + i) for i in range(ask.number)],
             client,
@@ -123,7 +130,7 @@ class Studio:
         )
 
     def _check_pixels(self, request: Request) -> None:
-        """Refuse what would take too much memory, or time."""
+        """Refuse what would take too much memory."""
         width, height = request.width or 0, request.height or 0
         if request.enlarges and request.image is not None:
             width, height = request.image.size
@@ -134,6 +141,17 @@ class Studio:
         if width * height * request.upscale**2 > MAX_INPUT:
             raise UserError(
                 f"{width} x {height} enlarged {request.upscale} times are more than {MAX_INPUT:,} pixels, the most here"
+            )
+
+    def _check_steps(self, request: Request, number: int) -> None:
+        """Refuse an enlargement that would draw for longer than the longest drawing."""
+        tiles, most = number * self.artist.tiles(request), MAX_TIMES * MAX_STEPS * MAX_NUMBER
+        steps = int(request.steps * (request.strength or 0))
+        if tiles * steps > most:
+            raise UserError(
+                f"enlarging redraws {tiles:,} tiles in {steps} steps each, {tiles * steps:,} in all: at most {most:,} "
+                "here. Ask for fewer steps, less strength (0 redraws nothing), or enlarge a smaller picture; "
+                "`tastemaker sample --upscale` has no limit"
             )
 
     @property
@@ -239,6 +257,21 @@ class Studio:
             )
             for job in jobs
         ]
+
+    @contextlib.contextmanager
+    def stream(self, address: str) -> Iterator[None]:
+        """While somebody is told of changes. Raises Full where too many are."""
+        if self._streams[address] >= MOST_STREAMS:
+            raise Full(f"{MOST_STREAMS} streams of events to your address are open already", own=True)
+        if self._streams.total() >= 4 * MOST_STREAMS:
+            raise Full(f"{4 * MOST_STREAMS} streams of events are open already")
+        self._streams[address] += 1
+        try:
+            yield
+        finally:
+            self._streams[address] -= 1
+            if not self._streams[address]:
+                del self._streams[address]
 
     async def changes(self, jobs: Callable[[], list[Job]], client: str) -> AsyncIterator[list[JobView]]:
         """Jobs each time that they change, until all are over or the server ends."""

@@ -37,7 +37,7 @@ async function submit(wish) {
   say("");
   const headers = { "content-type": "application/json" };
   const job = await ask("/api/jobs", { method: "POST", headers, body: JSON.stringify(wish) });
-  jobs = [...jobs, job];
+  jobs = [...jobs.filter((known) => known.id !== job.id), job]; // the stream may have told of it before this answer
   listJobs();
   if (narrow()) $("queue").lastElementChild?.scrollIntoView({ block: "nearest", behavior: "smooth" });
   watch();
@@ -73,6 +73,7 @@ async function resume() {
       failures.set(job.id, { prompt: job.asked.prompt, error: "The server was restarted before this was drawn." });
     }
     const waited = new Set(jobs.map((job) => job.id));
+    jobs = jobs.filter((job) => ids.has(job.id));
     notice("");
     await update(known.filter((job) => ACTIVE.includes(job.state) || waited.has(job.id)));
     if (jobs.length) watch();
@@ -83,6 +84,8 @@ async function resume() {
 }
 
 async function update(all) {
+  const told = new Set(all.map((job) => job.id));
+  if (jobs.some((job) => !told.has(job.id))) return resume(); // it was over before the stream began
   for (const job of all) {
     if (job.state === "failed") failures.set(job.id, { prompt: job.asked.prompt, error: job.error });
   }
