@@ -25,7 +25,7 @@ from train.model import (
     save_lora,
     tokenize,
 )
-from train.objective import NAMES
+from train.presets import OBJECTIVES
 from train.tasks import draw
 
 CAPTIONS = ["a red star on a teal background", "a blue circle on a white background"] * 10
@@ -69,7 +69,7 @@ def test_the_same_seed_builds_the_same_weights(pipeline: Any) -> None:
     assert torch.equal(weight, again.unet.conv_in.weight) and not torch.equal(weight, other.unet.conv_in.weight)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_draws_in_the_same_pipeline_class(name: str) -> None:
     from diffusers import StableDiffusionImg2ImgPipeline
 
