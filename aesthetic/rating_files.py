@@ -42,6 +42,10 @@ _WHOLE = re.compile(r"-?[0-9]{1,18}")
 _BLOCK = 64 << 20  # bytes that Arrow parses at a time; no row may be longer
 
 
+def _folded(name: str) -> str:
+    return re.sub(r"[\s_\-]+", "", name).lower()
+
+
 @dataclass(frozen=True, eq=False)
 class RatingFile:
     """A file's columns: text as it stands in a CSV, or parquet's own types."""
@@ -105,10 +109,11 @@ class RatingFile:
             return f"row {row + 1} below the header"
 
     def find(self, names: Iterable[str]) -> str | None:
-        """The first of the names that is a column, in upper or lower case."""
+        """The first of the names that is a column; capitals, and blanks, - or nothing in place of _, do not matter."""
         columns = self.table.column_names
-        folded = {c.lower(): c for c in reversed(columns)}
-        return next((name if name in columns else folded[name] for name in names if name in folded), None)
+        folded = {_folded(c): c for c in reversed(columns)}
+        here = (name if name in columns else folded.get(_folded(name)) for name in names)
+        return next((name for name in here if name is not None), None)
 
     def choose(self, role: str, asked: str | None, names: Iterable[str]) -> str:
         """The column that was asked for, or else the first of the names; raises HeadError where there is none."""
@@ -118,7 +123,11 @@ class RatingFile:
             if found := self.find(names):
                 return found
             usual = ", ".join(names)
-            raise HeadError(f"{self.path}: no column for the {role} ({usual}). Columns: {there}; say which one it is")
+            option = "--key" if role == "image" else "--score"
+            raise HeadError(
+                f"{self.path}: no column for the {role} ({usual}). Columns: {there}; say which one it is: "
+                f"{option} COLUMN"
+            )
         if asked not in columns:
             raise HeadError(f"{self.path} has no column {asked!r}. Columns: {there}{did_you_mean(asked, columns)}")
         return asked

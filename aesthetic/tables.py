@@ -16,7 +16,7 @@ from aesthetic.untrusted import marked_encoding
 HEAD = 1 << 16
 """Bytes of a file's beginning that are enough for the functions here."""
 
-DELIMITERS = (",", "\t", ";", "|")
+DELIMITERS = (",", "\t", ";", "|", "=")  # the last is that of the EVA data set
 _LINES = 50  # of the head, that the delimiters are tried on
 
 _KINDS: tuple[tuple[bytes, str], ...] = (

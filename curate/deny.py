@@ -196,7 +196,7 @@ def _entries(file: Path) -> Iterator[bytes]:
     except UserError as e:
         raise UserError(f"deny-list {e}") from e
     if wrong:  # a list without some of its lines would deny less than its owner thinks
-        first = f"line {wrong[0]}" if len(wrong) == 1 else f"line {wrong[0]}: {_several(wrong)}"
+        first = f"line {wrong[0]}" if len(wrong) == 1 else _several(wrong)
         raise UserError(
             f"deny-list {file}, {first}: not an http or https URL, a domain such as example.com, or "
             f"a digest of {', '.join(str(2 * size) for size in ALGORITHMS)} hexadecimal digits"
@@ -205,7 +205,7 @@ def _entries(file: Path) -> Iterator[bytes]:
 
 def _several(wrong: list[int]) -> str:
     count = f"{len(wrong):,}" + (" or more" if len(wrong) == _TOLD else "")
-    return f"and {count} lines in all (the first are {', '.join(map(str, wrong[:3]))})"
+    return f"lines {', '.join(map(str, wrong[:3]))}{', ...' if len(wrong) > 3 else ''} ({count} in all)"
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes]]:

@@ -96,6 +96,11 @@ def test_whole_numbers_of_a_parquet_name_images_without_a_point(tmp_path):
     assert columns(got.table) == {"image": ["12", "7"], "score": [1.0, 2.0]}
 
 
+def test_names_of_columns_may_have_blanks_and_capitals(tmp_path):
+    table = read_ratings(write(tmp_path, "Image name,MOS,Brightness\na,55.5,3\nb,40,2\n")).table  # SPAQ's
+    assert columns(table) == {"image": ["a", "b"], "score": [55.5, 40.0], "Brightness": [3, 2]}
+
+
 @pytest.mark.parametrize(
     ("text", "asked", "message"),
     [
@@ -106,7 +111,7 @@ def test_whole_numbers_of_a_parquet_name_images_without_a_point(tmp_path):
             r"no column 'beuty'. Columns: image, beauty; did you mean 'beauty'",
         ),
         ("image,score\na,1\n", {"group": "theme"}, r"no column 'theme'. Columns: image, score$"),
-        ("photo,score\na,1\n", {}, r"no column for the image .*Columns: photo, score"),
+        ("photo,score\na,1\n", {}, r"no column for the image .*Columns: photo, score.*--key COLUMN"),
         ("image,score\na,1\nb,good\n", {}, "line 3: score is 'good'"),
         ("image,score\na,\n\nb,x\n", {}, "line 4: score is 'x'"),
         ("image,score\na,nan\nb,\nc,NA\n", {}, "no score is filled in"),

@@ -68,3 +68,10 @@ def test_what_is_no_table_is_named(data: bytes, match: str) -> None:
 )
 def test_captions_in_json(value: object, caption: str | None) -> None:
     assert caption_of(value) == caption
+
+
+def test_the_delimiter_of_eva() -> None:
+    shape = table_shape(b'image_id=user_id=score\n"a"="1"="7"\n"b"="1"="5"\n', ",", "votes.csv")
+    assert (shape.delimiter, shape.names) == ("=", ("image_id", "user_id", "score"))
+    one = table_shape(b"url\nhttp://a.test/?x=1\nhttp://a.test/?x=2\n", ",", "list.csv")
+    assert (one.delimiter, one.names) == (",", ("url",))
