@@ -27,8 +27,9 @@ import torch
 from PIL import Image
 
 from pipelines.sample import quiet_libraries
-from train.model import PRESETS, new_model
+from train.model import new_model
 from train.picture import png, save_numbered
+from train.presets import PRESETS
 from train.sample import Artist, Request
 
 MODEL = replace(PRESETS["sd15"], unet=(96, 192, 384, 384), text=256, text_layers=4, size=256, vae=(32, 64, 128, 128))

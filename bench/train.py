@@ -40,7 +40,8 @@ from curate.shards import TarWriter
 from train.data import Batch, Examples, Pictures, Stream, open_samples
 from train.latents import precompute
 from train.loop import LoopConfig, train
-from train.model import PRESETS, new_model, parameters, tokenize
+from train.model import new_model, parameters, tokenize
+from train.presets import PRESETS
 from train.tasks import Denoise
 
 MODEL = replace(PRESETS["small-64"], unet=(64, 128, 128), heads=2, text=128, text_layers=2, vocabulary=1000)

@@ -45,7 +45,8 @@ from demo.pictures import STAMPS, caption_beside, readable, unpacked
 from train.data import Pictures, Stream, batches_of, open_samples, split
 from train.latents import precompute
 from train.loop import LoopConfig, held_out, line, train
-from train.model import PRESETS, new_model, parameters, tokenize
+from train.model import new_model, parameters, tokenize
+from train.presets import PRESETS
 from train.tasks import Denoise, Reconstruct, Task, draw, fit_scale, grid, psnr
 
 SIDE = 64

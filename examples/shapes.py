@@ -26,7 +26,8 @@ import torch
 from curate.shards import TarWriter
 from train.data import Pictures, Stream, open_samples
 from train.loop import LoopConfig, line, train
-from train.model import PRESETS, new_model, tokenize
+from train.model import new_model, tokenize
+from train.presets import PRESETS
 from train.tasks import Denoise, draw, grid
 
 COLOURS = {

@@ -31,6 +31,7 @@ from curate.store import DiskFull, UserError, check_space, read_json, scratch_pa
 from pipelines.progress import Count, Terminal, clock
 from pipelines.prompts import read_prompts
 from train.devices import FreeCores, device_here
+from train.presets import OBJECTIVES, PRESETS
 from train.release import LORA_FILE, is_released, release
 
 if TYPE_CHECKING:
@@ -136,6 +137,10 @@ def _check(request: Request) -> None:
         raise UserError("--lora changes a model that is there already: say which with --from")
     if request.objective and request.start:
         raise UserError("--objective is for new models: one to go on with (--from) has its own")
+    if request.objective and request.objective not in OBJECTIVES:
+        raise UserError(f"there is no objective {request.objective!r}: {', '.join(OBJECTIVES)}")
+    if request.preset:
+        _check_preset(request.preset, request.size)
     check_data(request.data)
     check_free(request.out, "model")
     if request.tensorboard and find_spec("tensorboard") is None:
@@ -144,6 +149,14 @@ def _check(request: Request) -> None:
         raise UserError(f"--lr {request.lr}: a number above 0 is expected")
     if request.workers and request.batch and request.batch % request.workers:
         raise UserError(f"--batch {request.batch} can't be shared evenly by {request.workers} workers")
+
+
+def _check_preset(name: str, size: int | None) -> None:
+    if name not in PRESETS:
+        raise UserError(f"there is no preset {name!r}: {', '.join(PRESETS)}")
+    step = PRESETS[name].factor * 2 ** (len(PRESETS[name].unet) - 1)
+    if size and size % step:
+        raise UserError(f"--size {size} does not fit {name}: sides are multiples of {step}")
 
 
 def check_data(folder: Path) -> None:
@@ -168,23 +181,13 @@ def _check_start(request: Request) -> None:
 
 def _settings(request: Request, samples: Numbered) -> dict[str, Any]:
     """The request with every default filled in: what must be the same for a run to go on."""
-    import torch
+    name = request.preset
+    if request.start is None and name is None:
+        import torch
 
-    from train.model import PRESETS
-    from train.objective import NAMES
-
-    name = None
-    if request.start is None:
-        name = request.preset or ("small-64" if torch.cuda.is_available() else "tiny")
-        if name not in PRESETS:
-            raise UserError(f"there is no preset {name!r}: {', '.join(PRESETS)}")
+        name = "small-64" if torch.cuda.is_available() else "tiny"
+        _check_preset(name, request.size)
     preset = PRESETS[name] if name else None
-    if request.objective and request.objective not in NAMES:
-        raise UserError(f"there is no objective {request.objective!r}: {', '.join(NAMES)}")
-    if preset and request.size:
-        step = preset.factor * 2 ** (len(preset.unet) - 1)
-        if request.size % step:
-            raise UserError(f"--size {request.size} does not fit {name}: sides are multiples of {step}")
     batch = request.batch or _fitting(preset.batch if preset else FROM_BATCH, len(samples), request.workers or 1)
     if batch > len(samples):
         raise UserError(f"--batch {batch} is more than the {len(samples)} pictures in {samples.folder}")
@@ -427,7 +430,7 @@ def _surveyed(request: Request, samples: Numbered, settings: dict[str, Any], ter
 
 def _write_start(settings: dict[str, Any], samples: Numbered, told: dict[str, Any], out: Path) -> None:
     """The new model, whole or absent: random weights, and a tokenizer of the captions that are trained on."""
-    from train.model import PRESETS, new_model, no_bars
+    from train.model import new_model, no_bars
 
     if (out / "start").is_dir():
         return
@@ -452,7 +455,7 @@ def _plan(
     from pipelines.trainers import Plan
     from train.latents import weights_digest
     from train.loop import LoopConfig
-    from train.model import PRESETS, default_size
+    from train.model import default_size
     from train.objective import GAMMA, objective_of
 
     steps, batch = settings["steps"], settings["batch"]

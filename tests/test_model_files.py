@@ -15,14 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
 from aesthetic.errors import UserError
 from pipelines.cli import main
 from train.about import About, check_trainable, look, variant_of
-from train.model import PRESETS, load_model, new_model
+from train.model import load_model, new_model
 from train.picture import check_facts, read_facts
+from train.presets import PRESETS
 from train.sample import Artist, NoPicture, Request, fitting_size, foreign_syntax
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -320,6 +322,9 @@ def test_refusals_start_neither_torch_nor_diffusers(model: Path, tmp_path: Path)
         ["train", f"{p}/pics", "--from", f"{p}/none", "--out", f"{p}/o"],
         ["train", f"{p}/pics", "--from", m, "--size", "17", "--out", f"{p}/o"],
         ["train", f"{p}/none", "--from", m, "--out", f"{p}/o"],
+        ["train", f"{p}/pics", "--preset", "big", "--out", f"{p}/o"],
+        ["train", f"{p}/pics", "--objective", "x", "--out", f"{p}/o"],
+        ["train", f"{p}/pics", "--preset", "tiny", "--size", "17", "--out", f"{p}/o"],
         ["evaluate", f"{p}/none", f"{p}/pics", "--out", f"{p}/o"], ["evaluate", m, f"{p}/none", "--out", f"{p}/o"],
         ["evaluate", m, f"{p}/pics", "--out", f"{p}/o", "--prompts", "3"],
         ["serve", f"{p}/none"], ["serve", m, "--lora", f"{p}/none"], ["serve", m, "--out", f"{p}/a.png"],
@@ -329,3 +334,55 @@ def test_refusals_start_neither_torch_nor_diffusers(model: Path, tmp_path: Path)
     code += "    assert not {'torch', 'diffusers', 'ray'} & set(sys.modules), words\n"
     done = subprocess.run([sys.executable, "-c", code, json.dumps(refused)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr[-1000:]
+
+
+def test_what_old_diffusers_wrote_is_drawn_as_bare_diffusers_draws_it(model: Path, mine: Path) -> None:
+    """Settings that pipelines put right as they load, the class in model_index.json, and CLIP's whole configuration."""
+    table = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+    scheduler, index = mine / "scheduler/scheduler_config.json", mine / "model_index.json"
+    text = json.loads((mine / "text_encoder/config.json").read_text())
+    (mine / "text_encoder/config.json").write_text(json.dumps({"model_type": "clip", "text_config": text}))
+    changed(mine / "unet/config.json", sample_size=[8, 8])
+    for kind, told in (
+        ("PNDMScheduler", {"_class_name": "PNDMScheduler", "skip_prk_steps": True}),  # of 2022: no steps_offset
+        ("DDIMScheduler", {"_class_name": "DDIMScheduler", "steps_offset": 0}),  # clip_sample would be true
+        ("EulerDiscreteScheduler", {"_class_name": "PNDMScheduler", "steps_offset": 1}),  # the index decides
+        ("DDIMScheduler", {"clip_sample": True, "set_alpha_to_one": False}),
+    ):
+        scheduler.write_text(json.dumps({**table, **told}))
+        changed(index, scheduler=["diffusers", kind])
+        bare: Any = StableDiffusionPipeline.from_pretrained(mine, safety_checker=None)
+        asked: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 7.5, "width": 16, "height": 16}
+        (expected,) = bare("a red disc", generator=torch.Generator().manual_seed(1), **asked).images
+        artist = Artist(mine, blur=False)
+        (drawn,) = artist.draw([Request("a red disc", seed=1, steps=2, guidance=7.5)])
+        assert drawn.facts["scheduler"] == kind and (np.asarray(drawn.image) == np.asarray(expected)).all(), told
+
+
+def test_sizes_that_diffusers_does_not_believe() -> None:
+    """Models of 512 pixels that were converted with a size of 32, before 0.9."""
+    vae = {"block_out_channels": [1] * 4}
+
+    def size(**unet: Any) -> tuple[int, int]:
+        return About("m", Path("m"), unet, vae, {}, {}, None).size
+
+    assert size(sample_size=32, version="0.6.0") == size(sample_size=None, version=None) == (512, 512)
+    assert size(sample_size=32, version="0.10.0.dev0") == size(sample_size=32, version=None) == (256, 256)
+    assert size(sample_size=96, version="0.6.0") == (768, 768)
+
+
+def test_a_tokenizer_that_does_not_say_how_much_it_reads(mine: Path) -> None:
+    path = mine / "tokenizer/tokenizer_config.json"
+    for length in (None, 10**30):
+        changed(path, model_max_length=length)
+        with pytest.raises(UserError, match=r"tokenizer_config\.json: model_max_length.*16"):
+            look(mine)
+    path.unlink()
+    with pytest.raises(UserError, match=r"What would do: .*\"model_max_length\": 16"):
+        look(mine)
+
+
+def test_a_folder_that_is_mistyped_is_not_asked_of_the_hub(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(model.parent.parent)
+    with pytest.raises(UserError, match=rf"is not there: .* is a folder here, with the models .*{model.name}"):
+        look(f"{model.parent.name}/{model.name}x")

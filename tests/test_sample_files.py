@@ -221,3 +221,11 @@ def test_two_processes_save_into_one_folder(tmp_path: Path) -> None:
     files = sorted(tmp_path.glob("*.png"))
     assert [f.name for f in files] == [f"{i:06d}.png" for i in range(400)]
     assert sorted(f.read_text() for f in files) == ["a"] * 200 + ["b"] * 200
+
+
+def test_a_mask_that_leaves_nothing_to_draw_is_refused() -> None:
+    for dark in (0, 127):
+        data = io.BytesIO()
+        Image.new("L", (8, 8), dark).save(data, "PNG")
+        with pytest.raises(UserError, match="the mask is black everywhere"):
+            decode_mask(data.getvalue())

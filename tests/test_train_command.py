@@ -24,7 +24,8 @@ from PIL import Image
 from pipelines.cli import main
 from tests.small_train import make_pictures
 from train import checkpoint
-from train.model import PRESETS, load_model
+from train.model import load_model
+from train.presets import PRESETS
 
 DEBUG = ("--preset", "debug", "--batch", "16")
 

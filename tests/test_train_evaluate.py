@@ -28,7 +28,8 @@ from train.evaluate import (
     share,
     unseen,
 )
-from train.model import PRESETS, load_model, tokenize
+from train.model import load_model, tokenize
+from train.presets import PRESETS
 
 RNG = np.random.default_rng(0)
 

@@ -14,7 +14,8 @@ from curate.store import UserError
 from tests.small_train import make_pictures
 from train.data import Numbered, Pictures, Stream, open_samples
 from train.latents import Latents, precompute
-from train.model import PRESETS, new_model, tokenize
+from train.model import new_model, tokenize
+from train.presets import PRESETS
 from train.tasks import Denoise
 
 

@@ -50,7 +50,7 @@ class About:
     unet: dict[str, Any]  # the parts' config.json, with diffusers' defaults for what they leave out
     vae: dict[str, Any]
     text: dict[str, Any]
-    scheduler: dict[str, Any]  # as it is
+    scheduler: dict[str, Any]  # as it is, of the class that model_index.json names, as diffusers makes it
     trained: dict[str, Any] | None  # train.json, where tastemaker trained it
 
     @property
@@ -65,8 +65,12 @@ class About:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) in pixels that it draws without being told; of 64 latents where it does not say."""
+        """(width, height) in pixels that it draws without being told; of 64 latents where it does not say, or says less
+        and is so old that diffusers does not believe it (models of 512 pixels were converted with a size of 32)."""
         sample = self.unet.get("sample_size") or 64
+        version = re.match(r"(\d+)\.(\d+)", self.unet.get("version") or "")
+        if isinstance(sample, int) and version and (int(version[1]), int(version[2])) < (0, 9):
+            sample = max(sample, 64)
         height, width = (sample, sample) if isinstance(sample, int) else sample
         return width * self.factor, height * self.factor
 
@@ -140,6 +144,7 @@ def look(name: str | Path) -> About:
         for kind, part in ((Unet, "unet"), (Vae, "vae"), (Text, "text_encoder"))
     )
     _, scheduler = read_config(Scheduler, folder / "scheduler" / "scheduler_config.json")
+    scheduler["_class_name"] = parts["scheduler"][1]
     _check_tokenizer(folder / "tokenizer", text["max_position_embeddings"])
     record = record_of(folder)
     about = About(str(name), folder, unet, vae, text, scheduler, record[1] if record else None)
@@ -154,6 +159,8 @@ def _check_tokenizer(folder: Path, most: int) -> None:
     for path in sorted(folder.glob("*.json")):
         if path.name == "tokenizer_config.json":
             length = read_config(Tokenizer, path)[0].model_max_length
+            if length is None:
+                raise UserError(f"{path}: model_max_length, how long a prompt may be, is missing: {most} would do")
             if length > most:
                 raise UserError(
                     f"{path}: model_max_length {length} is more than the {most} that the text encoder reads"
@@ -161,7 +168,10 @@ def _check_tokenizer(folder: Path, most: int) -> None:
         elif not isinstance(read_json_file(path), dict):
             raise UserError(f"{path}: a JSON object is expected")
     if not (folder / "tokenizer_config.json").is_file():
-        raise UserError(f"{folder / 'tokenizer_config.json'} is missing: it says how long a prompt may be")
+        raise UserError(
+            f"{folder / 'tokenizer_config.json'} is missing: it says how long a prompt may be. What would do: "
+            f'{{"tokenizer_class": "CLIPTokenizer", "model_max_length": {most}}}'
+        )
 
 
 def _check_agreement(about: About) -> None:
@@ -244,10 +254,19 @@ def find_folder(name: str | Path) -> Path:
         elif files and "LoRA" not in hint:
             hint = " " + _of_one_file(files[0])
         raise UserError(f"{name} holds no diffusers pipeline.{hint}")
+    if folder.parent.is_dir():
+        there = sorted(p.name for p in folder.parent.iterdir() if (p / "model_index.json").is_file())
+        raise UserError(
+            f"{name} is not there: {folder.parent} is a folder here, "
+            + (f"with the models {_listed(there)}. " if there else "and holds no models. ")
+            + f"Is a model of the hub meant? `hf download {name}` prints the folder to give"
+        )
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
 
     from train.model import no_bars
 
+    logging.set_verbosity_error()  # we say ourselves that the hub can't be reached
     try:
         with no_bars():
             return Path(DiffusionPipeline.download(str(name), safety_checker=None))
@@ -257,6 +276,10 @@ def find_folder(name: str | Path) -> Path:
             f"({str(e).splitlines()[0]}). Where the hub is blocked, download it elsewhere (`hf download {name}`) and "
             f"give the folder, or set HF_ENDPOINT to a mirror."
         ) from e
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(printable(name, 60) for name in names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _of_one_file(file: Path) -> str:

@@ -140,17 +140,23 @@ class Text(_Config):
     layer_norm_eps: Small = 1e-5
     attention_dropout: Share = 0.0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_clip(cls, told: Any) -> Any:
+        """Of the whole of CLIP, which some put there, transformers takes the text encoder."""
+        inner = told.get("text_config") if isinstance(told, dict) and told.get("model_type") == "clip" else None
+        return inner if isinstance(inner, dict) else told
+
 
 class Tokenizer(_Config):
     """tokenizer/tokenizer_config.json."""
 
-    model_max_length: Annotated[int, Field(ge=3, le=100_000)]
+    model_max_length: Annotated[int, Field(ge=3, le=10**40)] | None = None  # transformers writes 10**30 for none
 
 
 class Scheduler(_Config):
     """scheduler/scheduler_config.json: what schedulers have in common."""
 
-    kind: str = Field(alias="_class_name")
     num_train_timesteps: Annotated[int, Field(ge=1, le=100_000)] = 1000
     beta_start: Annotated[Number, Field(gt=0, lt=1)] = 0.0001
     beta_end: Annotated[Number, Field(gt=0, lt=1)] = 0.02

@@ -81,6 +81,18 @@ def free_memory(device: torch.device) -> int | None:
     return int(sizes["MemAvailable:"]) * 1024
 
 
+_NO_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "could not create a primitive",
+              "could not create a memory")  # fmt: skip
+"""What torch and oneDNN (the last two) say on a CPU, in plain RuntimeErrors."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or on the CPU."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in _NO_MEMORY)
+
+
 @dataclass(frozen=True)
 class Measures:
     """What saves memory."""

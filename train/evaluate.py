@@ -24,7 +24,8 @@ from curate.images import perceptual_hash
 from curate.store import UserError, digest, read_json
 from train.about import record_of
 from train.data import Examples, Ints, Numbered, Survey, batches_of, open_samples, split, survey
-from train.loop import autocast, out_of_memory
+from train.devices import out_of_memory
+from train.loop import autocast
 
 Array = npt.NDArray[np.float64]
 Vectors = npt.NDArray[np.floating]

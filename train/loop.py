@@ -28,6 +28,7 @@ from curate.report import sheet
 from curate.store import UserError, atomic, check_space, write_json
 from train import checkpoint
 from train.data import Batch, Examples, Ints, Stream, batches_of
+from train.devices import out_of_memory
 from train.tasks import Task, part_of
 from train.world import World
 
@@ -291,12 +292,6 @@ def _gradients(
         if device.type == "cuda":
             torch.cuda.empty_cache()
         micro = max(1, min(micro, len(batch.keys)) // 2)
-
-
-def out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """Whether memory ran out, on a GPU or on the CPU."""
-    said = ("DefaultCPUAllocator", "could not create a primitive", "could not create a memory")  # the last two: oneDNN
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in said)
 
 
 def autocast(device: torch.device) -> torch.autocast:

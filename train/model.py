@@ -1,7 +1,7 @@
 """A text-to-image model as a diffusers StableDiffusionPipeline: built small from a preset, or loaded to go on with.
 
 UNet2DConditionModel + CLIPTextModel + AutoencoderKL + CLIPTokenizer. What `save_pretrained` writes, any diffusers
-client loads. Presets name models, not machines.
+client loads.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import copy
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,63 +20,12 @@ from torch import nn
 from aesthetic.untrusted import read_json_file
 from curate.store import UserError
 from train.about import About, look, variant_of, weights_of
+from train.devices import out_of_memory
 from train.objective import new_scheduler
+from train.presets import PRESETS, Preset
 from train.schedulers import told
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preset:
-    """A model by its numbers."""
-
-    size: int  # pixels of a side
-    latents: int  # channels of what is denoised
-    factor: int  # pixels of a side per latent; 1: the pixels themselves, held in an AutoencoderKL
-    vae: tuple[int, ...] = ()  # channels of the autoencoder, finest first: one more than halvings; (): `pixel_vae`
-    unet: tuple[int, ...]  # channels of the UNet, finest first
-    attends: tuple[bool, ...]  # which of its levels look at the text
-    layers: int | tuple[int, ...] = 1  # residual blocks per level (one more on the way up)
-    heads: int = 4
-    text: int  # width of the text encoder
-    text_layers: int
-    tokens: int  # of a prompt at most, with start and end
-    vocabulary: int  # of the tokenizer at most: 514 bytes and marks, the rest learnt from the captions
-    shift: float = 1.0  # of flow's times towards noise: for many pixels or latents
-    lr: float  # AdamW's, which this model is known to take
-    batch: int
-    steps: int
-    pooled: bool = True  # the text reaches every block, pooled and added to the time (Saharia et al. 2022, Imagen)
-
-
-PRESETS = {
-    # seconds: what tests and a first try need
-    "debug": Preset(
-        size=16, latents=3, factor=1, unet=(16, 32), attends=(False, True), heads=2,
-        text=32, text_layers=1, tokens=16, vocabulary=1000, lr=2e-3, batch=16, steps=200,
-    ),
-    # a CPU, minutes: pixels, for an autoencoder would not be good before the minutes are over
-    "tiny": Preset(
-        size=32, latents=3, factor=1, unet=(16, 16, 32, 64), attends=(False, False, True, True), layers=(0, 0, 1, 1),
-        text=64, text_layers=2, tokens=16, vocabulary=2000, shift=6.0, lr=2e-3, batch=32, steps=1000,
-    ),
-    # a GPU, ten minutes
-    "small-64": Preset(
-        size=64, latents=4, factor=4, vae=(64, 128, 128), unet=(192, 384, 384), attends=(True, True, True), layers=2,
-        heads=6, text=384, text_layers=4, tokens=32, vocabulary=8192, lr=5e-4, batch=256, steps=5000,
-    ),
-    # a GPU, an hour
-    "base-128": Preset(
-        size=128, latents=4, factor=8, vae=(64, 128, 256, 256), unet=(256, 512, 768), attends=(True, True, True),
-        layers=2, heads=8, text=384, text_layers=6, tokens=48, vocabulary=16384, lr=3e-4, batch=512, steps=20000,
-    ),
-    # Stable Diffusion 1.5 by its published configuration: 860 M + 123 M + 84 M parameters
-    "sd15": Preset(
-        size=512, latents=4, factor=8, vae=(128, 256, 512, 512), unet=(320, 640, 1280, 1280),
-        attends=(True, True, True, False), layers=2, heads=8, text=768, text_layers=12, tokens=77, vocabulary=49408,
-        pooled=False, lr=1e-4, batch=2048, steps=500_000,
-    ),
-}  # fmt: skip
 
 
 def new_model(preset: Preset | str, captions: Iterable[str], objective: str = "flow", seed: int = 0) -> Any:
@@ -226,9 +174,9 @@ def _part(about: About, name: str, kind: Any, dtype: torch.dtype) -> Any:
         part, report = kind.from_pretrained(
             folder, dtype=dtype, variant=variant_of(folder), output_loading_info=True, local_files_only=True
         )
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as e:  # whatever a configuration that is none makes of a constructor
+        if out_of_memory(e):
+            raise
         raise UserError(
             f"{folder / 'config.json'}: no {kind.__name__} can be made of it and its weights: {told(e)}"
         ) from e
@@ -257,7 +205,7 @@ def check_computes(pipeline: Any, about: About, error: Exception) -> None:
 
     Configurations have values that no schema knows all of. Where the parts do their work the error is not theirs.
     """
-    if "out of memory" in str(error).lower() or "can't allocate" in str(error):
+    if out_of_memory(error):
         return
     unet, vae, side = pipeline.unet, pipeline.vae, 2 ** (len(about.unet["block_out_channels"]) + 1)
     like: dict[str, Any] = {"device": unet.device, "dtype": unet.dtype}

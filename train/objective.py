@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from curate.store import UserError
+from train.presets import OBJECTIVES
 
 TIMES = 1000
 """Training times of every scheduler here, as in DDPM (Ho et al. 2020) and all Stable Diffusion models."""
@@ -82,8 +83,6 @@ def _each(values: Tensor) -> Tensor:
 
 # -------------------------------------------------------------------------------------------- with their schedulers
 
-NAMES = ("flow", "v", "eps")
-
 
 @dataclass(frozen=True)
 class Objective:
@@ -125,8 +124,8 @@ def new_scheduler(name: str, shift: float = 1.0) -> Any:
             flow_shift=shift,
             steps_offset=1,  # of no effect here; the pipeline complains of another value
         )
-    if name not in NAMES:
-        raise UserError(f"there is no objective {name!r}: {', '.join(NAMES)}")
+    if name not in OBJECTIVES:
+        raise UserError(f"there is no objective {name!r}: {', '.join(OBJECTIVES)}")
     table: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     table |= {"num_train_timesteps": TIMES, "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 1}
     if name == "v":

@@ -61,14 +61,17 @@ def decode_mask(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The bytes of an image file as a mask, of mode L: what is white is drawn anew, what is black stays.
 
     Where parts of it are transparent it is a layer of an image editor that somebody painted on, in whatever colour:
-    what is painted, that is opaque, is drawn anew. Raises RowError where it is no image, UserError where nothing is
-    painted on it.
+    what is painted, that is opaque, is drawn anew. Raises RowError where it is no image, UserError where it
+    leaves nothing to be drawn anew.
     """
     from curate.images import decode_alpha
 
     alpha = decode_alpha(data, max_pixels)
     if alpha is None:
-        return decode_picture(data, max_pixels).convert("L")
+        mask = decode_picture(data, max_pixels).convert("L")
+        if mask.point(lambda value: 255 * (value >= 128)).getbbox() is None:  # pipelines take what is darker for black
+            raise UserError("the mask is black everywhere: what is to be drawn anew is white on it")
+        return mask
     if not alpha.any():
         raise UserError("the mask is transparent everywhere: nothing is painted on it that could be drawn anew")
     return Image.fromarray(alpha)

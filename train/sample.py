@@ -29,6 +29,7 @@ from aesthetic.untrusted import first_three
 from curate.store import UserError, sha256_file
 from train import devices
 from train.about import About, look
+from train.devices import out_of_memory
 from train.lora import Lora, add_loras, check_lora
 from train.picture import pixels_digest
 from train.schedulers import check_steps, new_scheduler, scheduler_name, share_of_steps, try_steps
@@ -239,6 +240,9 @@ class Artist:
         self._others = {"upscaler": upscaler, "faces": faces}
         self.dtype = devices.precision(self.device, self.about)
         self._text = _quiet(load_model(self.about, self.dtype))
+        self._scheduler = _settings_of(self._text.scheduler)
+        if not isinstance(self._text.unet.config.sample_size, int):  # which image-to-image compares, and does not use
+            self._text.unet.register_to_config(sample_size=64)
         self.notes = add_loras(self._text, self.loras, self.about.name)  # what is to be said, a line each
         parts = (self._text.unet, self._text.vae, self._text.text_encoder)
         for part in parts:
@@ -286,7 +290,9 @@ class Artist:
                 try:
                     began = steps.done
                     images = self._drawn(part, steps)
-                except _out_of_memory() as e:
+                except (RuntimeError, MemoryError) as e:
+                    if not out_of_memory(e):
+                        raise
                     self._save_memory(part, e)
                     steps.done = began
                     continue
@@ -334,8 +340,10 @@ class Artist:
         try:
             if (seconds := timed()) < 1:  # much of the first is for being the first
                 seconds = timed()
-        except _out_of_memory():  # less is used when it is drawn
-            return cost_of(tiles, self.tile)
+        except (RuntimeError, MemoryError) as e:
+            if not out_of_memory(e):
+                raise
+            return cost_of(tiles, self.tile)  # less is used when it is drawn
         return cost_of(tiles, self.tile, seconds)
 
     def _drawn(self, group: Sequence[Request], steps: _Steps) -> list[Image.Image]:
@@ -370,7 +378,7 @@ class Artist:
 
         one, began = group[0], steps.done
         planned = len(group) * int(one.steps * more.get("strength", 1))
-        pipeline.scheduler = new_scheduler(str(one.scheduler), self.about.scheduler)
+        pipeline.scheduler = new_scheduler(str(one.scheduler), self._scheduler)
 
         def tell(pipeline: Any, i: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
             steps.to(began + planned * (i + 1) // pipeline.num_timesteps)
@@ -475,6 +483,15 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def _settings_of(scheduler: Any) -> dict[str, Any]:
+    """A pipeline's own scheduler's settings. Not those of the file: of old models pipelines put two right, which
+    `from_config` would take for defaults of that scheduler, and leave out."""
+    settings = dict(scheduler.config)
+    put_right = ("steps_offset", "clip_sample")
+    settings["_use_default_values"] = [k for k in settings.get("_use_default_values", ()) if k not in put_right]
+    return settings
+
+
 def _quiet(pipeline: Any) -> Any:
     """Without a progress bar of its own."""
     pipeline.set_progress_bar_config(disable=True)
@@ -510,13 +527,6 @@ def _as_plain(unet: Any, about: About) -> Iterator[None]:
         yield
     finally:
         unet.register_to_config(in_channels=channels)
-
-
-def _out_of_memory() -> type[Exception]:
-    """What a GPU without memory raises."""
-    import torch
-
-    return torch.OutOfMemoryError
 
 
 class _Steps:
