@@ -132,7 +132,7 @@ def _run(options: dict[str, Any], folder: Path) -> None:
         os.killpg(child.pid, signal.SIGKILL)
     # its record, written last; without it a shard has failed, though it ends with 0
     if child.returncode or not (folder / "out" / "00000_stats.json").exists():
-        last = words.read_text(errors="replace").strip()[-800:]
+        last = words.read_text(errors="replace").strip()[-2000:]  # its processes may all have some
         raise RuntimeError(f"img2dataset failed (exit code {child.returncode}). Its last words:\n{last}")
 
 
