@@ -99,7 +99,7 @@ def refusals(model: Path, drawn: Path, tmp: Path) -> Iterator[tuple[list[Any], s
     (tmp / "empty.txt").write_text("\n \n")
     (tmp / "lora").mkdir()
     (tmp / "words.safetensors").write_text("words, not numbers")
-    Image.new("L", (8, 16)).save(tmp / "mask.png")
+    Image.new("L", (8, 16), 255).save(tmp / "mask.png")
     yield [], "which model?"
     yield [model], "what is to be drawn?"
     yield [tmp / "absent", "a"], "holds no diffusers pipeline"

@@ -13,7 +13,6 @@ import torch
 
 from curate.store import UserError
 from train.model import (
-    PRESETS,
     add_lora,
     check_size,
     default_size,
@@ -25,7 +24,7 @@ from train.model import (
     save_lora,
     tokenize,
 )
-from train.presets import OBJECTIVES
+from train.presets import OBJECTIVES, PRESETS
 from train.tasks import draw
 
 CAPTIONS = ["a red star on a teal background", "a blue circle on a white background"] * 10
