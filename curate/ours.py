@@ -4,7 +4,8 @@
 
 A run that makes a folder, or takes an empty one, writes the mark before anything else. A folder without it is ours
 where it holds a record that only we write: the plan or the resolved recipe of a data folder, a model's train.json, an
-evaluation's evaluation.json. Any other folder that holds something is refused before a byte is written. Where a run
+evaluation's evaluation.json. A data folder may begin where nothing but lists lies: people put the list there. Any
+other folder that holds something is refused before a byte is written. Where a run
 is refused later, what it made is taken back, and nothing else.
 """
 
@@ -97,10 +98,21 @@ def check_free(root: Path, kind: str) -> None:
     if not others:
         return
     found = kind_of(root)
+    if found is None and kind == "data":
+        others = [name for name in others if not _is_list(root / name)]
+        if not others:
+            return
     if found is None:
         raise UserError(f"{root} holds something else ({others[0]}): give a folder of its own with --out")
     if found != kind:
         raise UserError(f"{root} holds {_WHAT[found]}, not {_WHAT[kind]}: give another folder with --out")
+
+
+def _is_list(path: Path) -> bool:
+    """Whether a file is called as a list of URLs is; .json says too little, as programs leave such files everywhere."""
+    from curate.lists import list_format  # brings pyarrow, which most who ask do not need
+
+    return list_format(path.name) not in (None, "json") and not path.name.startswith(".") and path.is_file()
 
 
 def _names(root: Path) -> set[str]:

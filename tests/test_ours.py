@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -142,6 +143,25 @@ def test_a_folder_of_somebodys_is_refused_and_stays_as_it_is(
             if place == "linked":
                 (tmp_path / "linked").unlink()
         assert tree(tmp_path) == before, what
+
+
+def test_a_data_folder_may_begin_beside_its_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    write(tmp_path, "list.csv", "more.parquet")
+    before = tree(tmp_path)
+    with taken(tmp_path, "data") as folder:
+        assert kind_of(tmp_path) == "data"
+        write(tmp_path, "plan/plan.json")
+        folder.undo(["plan"])
+    assert tree(tmp_path) == before
+    for other in ("recipe.yaml", "notes.md", "x.json", "plan/x", ".hidden.csv"):
+        write(tmp_path, other)
+        with pytest.raises(UserError, match="holds something else"):
+            check_free(tmp_path, "data")
+        shutil.rmtree(tmp_path / "plan", ignore_errors=True)
+        (tmp_path / other).unlink(missing_ok=True)
+    with pytest.raises(UserError, match="holds something else"):
+        check_free(tmp_path, "model")
 
 
 def test_the_root_folder_and_what_is_no_folder(tmp_path: Path) -> None:
