@@ -885,7 +885,7 @@ def open_folder(folder: str | Path) -> Numbered:
             case _:
                 raise NothingRead(nothing_in(listing))
     except CorruptShard as e:
-        raise UserError(str(e)) from e
+        raise UserError(f"{e}. Remove or replace that file.") from e
     if not len(found):
         raise NothingRead(f"{folder}: holds neither tars nor images that are read. {' '.join(found.notes())}".strip())
     return found

@@ -131,7 +131,7 @@ class TarInput(SamplesInput):
         try:
             self._found = tar_samples(path, image)
         except CorruptShard as e:  # names it
-            raise UserError(f"{path}: cannot be read: {str(e).removeprefix(f'{path}: ')}") from e
+            raise UserError(f"{path}: {str(e).removeprefix(f'{path}: ')}. Remove or replace that file.") from e
         except OSError as e:
             raise UserError(f"{path}: cannot be read: {e.strerror or e}") from e
         self._beside = _img2dataset_rows(path.with_suffix(".parquet"))
