@@ -570,7 +570,10 @@ def test_fit_from_a_folder_of_images(real_data: Data, tmp_path: Path, capsys: py
     assert "14 ratings, 12 joined (2 listed in" in capsys.readouterr().out
     assert (out / "head.json").exists()
     (tmp_path / "none.csv").write_text("key,score\nx,1\ny,2\n")
-    assert main(["fit", str(tmp_path / "none.csv"), "--data", str(real_data.root), "--out", str(out)]) == 2
+    none = ["fit", str(tmp_path / "none.csv"), "--data", str(real_data.root), "--out"]
+    assert main([*none, str(out)]) == 2
+    assert "holds a head already, and not of this command" in capsys.readouterr().err
+    assert main([*none, str(tmp_path / "other.head")]) == 2
     assert "none of the 2 images rated is in" in capsys.readouterr().err
     assert main(["fit", str(tmp_path / "none.csv"), "--out", str(out)]) == 2
 
