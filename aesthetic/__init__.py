@@ -11,13 +11,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from aesthetic.catalog import import_head
     from aesthetic.classify import fit_classifier
     from aesthetic.compare import fit_comparisons
     from aesthetic.examples import Examples
     from aesthetic.fit import fit_head
     from aesthetic.heads import Head, HeadError, list_heads, load_head, save_head
     from aesthetic.prompts import prompt_head
-    from aesthetic.published import import_head
     from aesthetic.ratings import read_ratings
     from aesthetic.space import Space, SpaceMismatch
 

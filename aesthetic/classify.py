@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from aesthetic import baselines, evaluate
+from aesthetic import baselines, metrics
 from aesthetic.examples import Examples, Prepared, calm, prepare
 from aesthetic.heads import Head, HeadError
 from aesthetic.logistic import PENALTIES, Linear, Logistic, platt
@@ -147,21 +147,21 @@ def _report(
     rows = np.flatnonzero(tested)
     names = [data.groups.names[i] for i in rows]
     p, y = held_out[rows], data.y[rows]
-    statistics = evaluate.label_statistics(p, y)
-    for loss in evaluate.CLEAN_LOSSES:
-        recalled = evaluate.recall_of(p, y, loss)
+    statistics = metrics.label_statistics(p, y)
+    for loss in metrics.CLEAN_LOSSES:
+        recalled = metrics.recall_of(p, y, loss)
         statistics[f"missed_per_million_at_{loss:.0%}_clean_loss"] = _missed(recalled, prevalence)
     statistics |= {
-        "uncalibrated_log_loss": evaluate.log_loss_of(raw[rows], y),
-        "uncalibrated_ece": evaluate.ece_of(raw[rows], y),
+        "uncalibrated_log_loss": metrics.log_loss_of(raw[rows], y),
+        "uncalibrated_ece": metrics.ece_of(raw[rows], y),
     }
-    head = evaluate.auroc_of(p, y)
+    head = metrics.auroc_of(p, y)
     for what, predicted in others.items():
-        other = evaluate.auroc_of(predicted[rows], y)
-        statistics[f"{what}_auroc"], statistics[f"{what}_difference"] = other, evaluate.difference(head, other)
-    found = evaluate.estimate(statistics, names)
+        other = metrics.auroc_of(predicted[rows], y)
+        statistics[f"{what}_auroc"], statistics[f"{what}_difference"] = other, metrics.difference(head, other)
+    found = metrics.estimate(statistics, names)
     positives = int(y.sum())
-    for loss in evaluate.CLEAN_LOSSES:
+    for loss in metrics.CLEAN_LOSSES:
         recall = found[f"recall_at_{loss:.0%}_clean_loss"]
         if recall["value"] == 1.0:  # a bootstrap of no misses never misses: Clopper and Pearson 1934 instead
             lowest = 0.05 ** (1 / positives)
@@ -178,13 +178,13 @@ def _report(
             for what in others
         },
         "metrics": found,
-        "thresholds": {f"{loss:.0%}": evaluate.threshold_of(p, y, loss) for loss in evaluate.CLEAN_LOSSES},
-        "calibration": evaluate.calibration_table(p, y, names),
+        "thresholds": {f"{loss:.0%}": metrics.threshold_of(p, y, loss) for loss in metrics.CLEAN_LOSSES},
+        "calibration": metrics.calibration_table(p, y, names),
         "quantiles": quantiles_of(p),
     }
 
 
-def _missed(recall: evaluate.Statistic, prevalence: float) -> evaluate.Statistic:
+def _missed(recall: metrics.Statistic, prevalence: float) -> metrics.Statistic:
     return lambda w: prevalence * 1e6 * (1 - recall(w))
 
 

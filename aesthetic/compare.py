@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from aesthetic import evaluate
+from aesthetic import metrics
 from aesthetic.chunks import blocks
 from aesthetic.examples import calm
 from aesthetic.heads import Head, HeadError, check_name, check_norms
@@ -159,7 +159,7 @@ def _chosen(difference: Array, w: Array, fold_win: Ints, fold_lose: Ints) -> Arr
     return model.unturned(model.path(_ALL)[best]).weights
 
 
-def accuracy_of(odds: Array, votes: Array) -> evaluate.Statistic:
+def accuracy_of(odds: Array, votes: Array) -> metrics.Statistic:
     """The share of comparisons whose winner has the higher score; equal scores count half."""
     right = np.where(odds > 0, 1.0, np.where(odds == 0, 0.5, 0.0)) * votes
     return lambda w: float(w @ right / (w @ votes))
@@ -179,7 +179,7 @@ def _report(
     clusters = [of.names[i] for i in win[tested]]
     head = accuracy_of(odds[tested], w[tested])
     likely = -np.logaddexp(0, -odds[tested])
-    statistics: dict[str, evaluate.Statistic] = {
+    statistics: dict[str, metrics.Statistic] = {
         "accuracy": head,
         "log_loss": lambda r: float(-(r * w[tested]) @ likely / (r @ w[tested])),
     }
@@ -187,8 +187,8 @@ def _report(
         other = accuracy_of(
             (x[win[tested]].astype(np.float64) - x[lose[tested]].astype(np.float64)) @ prompts, w[tested]
         )
-        statistics |= {"prompts_accuracy": other, "prompts_difference": evaluate.difference(head, other)}
-    found = evaluate.estimate(statistics, clusters)
+        statistics |= {"prompts_accuracy": other, "prompts_difference": metrics.difference(head, other)}
+    found = metrics.estimate(statistics, clusters)
     return {
         "n": len(win),
         "images": len(x),

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from aesthetic import baselines, evaluate
+from aesthetic import baselines, metrics
 from aesthetic.chunks import Map, thread_map
 from aesthetic.examples import Examples, Prepared, calm, prepare
 from aesthetic.heads import Head, HeadError, Layer
@@ -175,13 +175,13 @@ def _measured(data: Prepared, tested: npt.NDArray[np.bool_], rated: Array, predi
     """What is said of a predictor: statistics with intervals, noise, calibration, quantiles."""
     names = [data.groups.names[i] for i in np.flatnonzero(tested)]
     x, y = predicted[tested], rated[tested]
-    found: dict[str, Any] = {"metrics": evaluate.estimate(evaluate.rating_statistics(x, y), names)}
-    found["calibration"] = evaluate.calibration_table(x, y, names)
+    found: dict[str, Any] = {"metrics": metrics.estimate(metrics.rating_statistics(x, y), names)}
+    found["calibration"] = metrics.calibration_table(x, y, names)
     found["quantiles"] = quantiles_of(x)
-    share = evaluate.reliability(data.y[tested], data.votes[tested], data.sd[tested])
+    share = metrics.reliability(data.y[tested], data.votes[tested], data.sd[tested])
     correlation = found["metrics"]["pearson"]["value"] or 0.0
     if share is not None and len(set(data.sources)) == 1:
-        worth = evaluate.worth_of(correlation, data.y[tested], data.votes[tested], data.sd[tested])
+        worth = metrics.worth_of(correlation, data.y[tested], data.votes[tested], data.sd[tested])
         worth = None if worth is None or math.isinf(worth) else worth
         found["noise"] = {"reliability": share, "ceiling": math.sqrt(share), "worth_raters": worth}
     else:
@@ -200,14 +200,14 @@ def _report(
 ) -> dict[str, Any]:
     names = [data.groups.names[i] for i in np.flatnonzero(tested)]
     y, x = rated[tested], held_out[tested]
-    head = evaluate.spearman_of(x, y)
-    compared: dict[str, evaluate.Statistic] = {"constant_rmse": evaluate.rmse_of(constant[tested], y)}
+    head = metrics.spearman_of(x, y)
+    compared: dict[str, metrics.Statistic] = {"constant_rmse": metrics.rmse_of(constant[tested], y)}
     for what, predicted in others.items():
-        other = evaluate.spearman_of(predicted[tested], y)
+        other = metrics.spearman_of(predicted[tested], y)
         compared[f"{what}_spearman"] = other
         better = (other, head) if what == "network" else (head, other)
-        compared[f"{what}_difference"] = evaluate.difference(*better)
-    found = evaluate.estimate(compared, names)
+        compared[f"{what}_difference"] = metrics.difference(*better)
+    found = metrics.estimate(compared, names)
     report = facts_of(data, tested, rounds) | {
         "baselines": {
             "constant": {"rmse": found["constant_rmse"]},
@@ -239,8 +239,8 @@ def _curve(
         known = np.isfinite(predicted[tested])
         if not known.all():
             continue
-        statistic = evaluate.spearman_of(predicted[tested], rated[tested])
-        found = evaluate.estimate({"spearman": statistic}, names, draws=300)["spearman"]
+        statistic = metrics.spearman_of(predicted[tested], rated[tested])
+        found = metrics.estimate({"spearman": statistic}, names, draws=300)["spearman"]
         points.append({"n": round(learnt * share), **found})
     return points
 

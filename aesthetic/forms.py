@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from aesthetic.evaluate import spearman
+from aesthetic.metrics import spearman
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -292,7 +292,7 @@ def find_head(name_or_folder: str | Path) -> Path:
         raise HeadError(
             f"{folder} is a file; a head is a folder. A published .pth file: tastemaker heads import {folder}"
         )
-    from aesthetic.published import how_to_get
+    from aesthetic.catalog import how_to_get
 
     if hint := how_to_get(text):
         raise HeadError(f"{text} is not here yet. {hint}")

@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from curate.data import Data
-from curate.embed import EmbedConfig
-from curate.fetch import FetchConfig
-from curate.images import ImagesConfig, decode
-from curate.shards import read_images
-from curate.source import SourceConfig, make_plan
+from curate.annotators.embed import EmbedConfig
+from curate.fetch.client import FetchConfig
+from curate.images.pixels import ImagesConfig, decode
+from curate.layout import Data
+from curate.shards.tar import read_images
+from curate.sources.plan import SourceConfig, make_plan
 from curate.workers import EmbedWorker, FetchWorker
 
 SCORES = {"open_nsfw": "open-nsfw"}

@@ -19,13 +19,13 @@ from typing import Any
 import pandas  # noqa: F401  pyarrow does so at its first array, and importing is left out of all figures
 
 from bench import mechanisms, names
-from curate.data import Data
-from curate.fetch import FetchConfig
-from curate.images import ImagesConfig
-from curate.source import SourceConfig, make_plan
-from curate.store import read_json
+from curate.fetch.client import FetchConfig
+from curate.images.pixels import ImagesConfig
+from curate.layout import Data
+from curate.sources.plan import SourceConfig, make_plan
+from curate.store.files import read_json
 from curate.workers import FetchWorker, ignore
-from pipelines.jobs import shards_together
+from pipelines.runtime.jobs import shards_together
 
 
 async def fetch(data: Data, options: dict[str, Any]) -> dict[str, Any]:

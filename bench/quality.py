@@ -14,8 +14,8 @@ from PIL import Image
 
 from bench.contend import Bench, Lists
 from bench.pictures import entries
-from curate.images import ImagesConfig, process
-from curate.shards import image_member, index_tar, read_range
+from curate.images.pixels import ImagesConfig, process
+from curate.shards.tar import image_member, index_tar, read_range
 
 
 def compare(bench: Bench, lists: Lists, count: int) -> dict[str, str]:

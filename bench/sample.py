@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipelines.sample import quiet_libraries
-from train.model import new_model
-from train.picture import png, save_numbered
-from train.presets import PRESETS
-from train.sample import Artist, Request
+from pipelines.commands.sample import quiet_libraries
+from train.generate.files import png, save_numbered
+from train.generate.sampler import Artist, Request
+from train.models.presets import PRESETS
+from train.models.unet import new_model
 
 MODEL = replace(PRESETS["sd15"], unet=(96, 192, 384, 384), text=256, text_layers=4, size=256, vae=(32, 64, 128, 128))
 PROMPT = "a photograph of a temple by a lake"

@@ -35,13 +35,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from curate.images import decode
-from curate.shards import TarWriter
+from curate.images.pixels import decode
+from curate.shards.tar import TarWriter
 from train.data import Batch, Examples, Pictures, Stream, open_samples
 from train.latents import precompute
 from train.loop import LoopConfig, train
-from train.model import new_model, parameters, tokenize
-from train.presets import PRESETS
+from train.models.presets import PRESETS
+from train.models.unet import new_model, parameters, tokenize
 from train.tasks import Denoise
 
 MODEL = replace(PRESETS["small-64"], unet=(64, 128, 128), heads=2, text=128, text_layers=2, vocabulary=1000)

@@ -15,11 +15,11 @@ __all__ = ["load_encoder", "open_data"]
 def __getattr__(name: str) -> Any:
     # on demand: a command line that answers at once must not load models or DuckDB
     if name == "load_encoder":
-        from curate.encoders import load_encoder
+        from curate.encoders.base import load_encoder
 
         return load_encoder
     if name == "open_data":
-        from curate.data import open_data
+        from curate.layout import open_data
 
         return open_data
     raise AttributeError(f"module 'curate' has no attribute {name!r}")

@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from curate.data import Data
-from curate.store import json_bytes, read_json, record_digest, sha256_file, uncommit
+from curate.layout import Data
+from curate.store.files import json_bytes, read_json, record_digest, sha256_file, uncommit
 
 _STAGES = ("plan", "fetched", "embedded", "scored", "selected", "shards")
 

@@ -13,20 +13,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 from aesthetic.heads import Head, load_head
 from aesthetic.space import Space, require_same
-from curate import engine_img2dataset
-from curate.budget import Exchange
-from curate.data import Data
-from curate.deny import Deny
-from curate.detectors import load_detector
-from curate.embed import EmbedConfig, embed_shard
-from curate.encoders import load_encoder
-from curate.fetch import FetchConfig, Fetcher
-from curate.images import ImagesConfig
-from curate.imported import Imported, import_shard, open_folder
-from curate.ingest import Means, Report, ingest_shard
-from curate.ledger import Reason, Status
-from curate.score import Column, head_inputs, is_detector, score_shard
-from curate.store import UserError, commit, is_done, read_json
+from curate.annotators.embed import EmbedConfig, embed_shard
+from curate.annotators.heads import Column, head_inputs, is_detector, score_shard
+from curate.annotators.nsfw import load_detector
+from curate.encoders.base import load_encoder
+from curate.fetch import engine_img2dataset
+from curate.fetch.client import FetchConfig, Fetcher
+from curate.fetch.deny import Deny
+from curate.fetch.domains import Exchange
+from curate.fetch.ingest import Means, Report, ingest_shard
+from curate.images.pixels import ImagesConfig
+from curate.layout import Data
+from curate.ledger.schema import Reason, Status
+from curate.sources.vectors import Imported, import_shard, open_folder
+from curate.store.files import UserError, commit, is_done, read_json
 
 RARELY = (50_000, 20, 100)
 """Thresholds of the garbage collector while shards are fetched. Rows leave next to no cycles behind, but thousands of

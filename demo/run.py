@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
-from curate.store import UserError, atomic
+from curate.store.files import UserError, atomic
 from demo.pictures import Picture, pictures
 from demo.web import Route, Web, address
 

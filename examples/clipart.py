@@ -38,15 +38,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curate.images import decode
-from curate.ledger import RowError
-from curate.store import UserError, digest, read_json, write_json
+from curate.images.pixels import decode
+from curate.ledger.schema import RowError
+from curate.store.files import UserError, digest, read_json, write_json
 from demo.pictures import STAMPS, caption_beside, readable, unpacked
 from train.data import Pictures, Stream, batches_of, open_samples, split
 from train.latents import precompute
 from train.loop import LoopConfig, held_out, line, train
-from train.model import new_model, parameters, tokenize
-from train.presets import PRESETS
+from train.models.presets import PRESETS
+from train.models.unet import new_model, parameters, tokenize
 from train.tasks import Denoise, Reconstruct, Task, draw, fit_scale, grid, psnr
 
 SIDE = 64

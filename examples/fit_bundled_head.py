@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from aesthetic.evaluate import difference, estimate, spearman_of
 from aesthetic.examples import Examples
 from aesthetic.fit import fit_head
 from aesthetic.heads import SHIPPED, save_head
+from aesthetic.metrics import difference, estimate, spearman_of
 from aesthetic.space import Space
-from curate.encoders import load_encoder
-from curate.images import decode, perceptual_hash
-from curate.store import sha256_file
+from curate.encoders.base import load_encoder
+from curate.images.pixels import decode, perceptual_hash
+from curate.store.files import sha256_file
 
 BATCH = 16
 NAME = "bundled-aesthetic"

@@ -27,7 +27,7 @@ from PIL import Image
 
 from examples.shapes import BACKGROUNDS, COLOURS, SIZE, accuracy, caption, mask
 from train.data import Pictures, batches_of, open_samples
-from train.model import default_size, load_model, tokenize
+from train.models.unet import default_size, load_model, tokenize
 from train.tasks import Denoise, draw, grid
 
 SEEDS = range(8)

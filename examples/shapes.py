@@ -23,11 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from curate.shards import TarWriter
+from curate.shards.tar import TarWriter
 from train.data import Pictures, Stream, open_samples
 from train.loop import LoopConfig, line, train
-from train.model import new_model, tokenize
-from train.presets import PRESETS
+from train.models.presets import PRESETS
+from train.models.unet import new_model, tokenize
 from train.tasks import Denoise, draw, grid
 
 COLOURS = {

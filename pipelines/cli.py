@@ -407,9 +407,9 @@ def _end(args: argparse.Namespace, facts: dict[str, Any], paths: dict[str, Any],
 
 
 def _curate(args: argparse.Namespace) -> int:
-    from curate.data import Data
-    from curate.store import local_path
-    from pipelines import curate
+    from curate.layout import Data
+    from curate.store.files import local_path
+    from pipelines.commands import curate
     from pipelines.recipe import to_yaml
 
     stages = ("fetch",) if args.command == "fetch" else ("fetch", "embed", "select", "pack")
@@ -444,8 +444,8 @@ def _curate(args: argparse.Namespace) -> int:
 
 def _resume(args: argparse.Namespace) -> int:
     """embed and retry: the main job on what a data folder already plans."""
-    from curate.data import open_data
-    from pipelines import curate
+    from curate.layout import open_data
+    from pipelines.commands import curate
 
     data = open_data(args.data)
     recipe = curate.recipe_of(data, args.recipe, args.set)
@@ -455,10 +455,10 @@ def _resume(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> int:
-    from curate.data import open_data
-    from curate.sql import plain_name
-    from curate.store import UserError
-    from pipelines import curate
+    from curate.layout import open_data
+    from curate.ledger.sql import plain_name
+    from curate.store.files import UserError
+    from pipelines.commands import curate
 
     data = open_data(args.data)
     recipe = curate.recipe_of(data, args.recipe, args.set)
@@ -478,8 +478,8 @@ def _score(args: argparse.Namespace) -> int:
 
 
 def _select(args: argparse.Namespace) -> int:
-    from curate.data import open_data
-    from pipelines import curate
+    from curate.layout import open_data
+    from pipelines.commands import curate
 
     data = open_data(args.data)
     recipe = curate.recipe_of(data, args.recipe, args.set, select=args.name)
@@ -498,8 +498,8 @@ def _select(args: argparse.Namespace) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
-    from curate.data import open_data
-    from pipelines import curate
+    from curate.layout import open_data
+    from pipelines.commands import curate
 
     data = open_data(args.data)
     recipe = curate.recipe_of(data, args.recipe, args.set, select=args.name)
@@ -508,8 +508,8 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from curate.data import open_data
-    from pipelines import curate
+    from curate.layout import open_data
+    from pipelines.commands import curate
 
     data = open_data(args.data)
     facts, following = curate.status(data, print)
@@ -518,8 +518,8 @@ def _status(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from curate import verify
-    from curate.data import open_data
-    from curate.store import Lock
+    from curate.layout import open_data
+    from curate.store.files import Lock
 
     data = open_data(args.data)
     checked = 0
@@ -550,8 +550,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _query(args: argparse.Namespace) -> int:
-    from curate.data import open_data
-    from pipelines.query import show, write
+    from curate.layout import open_data
+    from pipelines.commands.query import show, write
 
     root = open_data(args.data).root
     if args.out is not None:
@@ -564,7 +564,7 @@ def _query(args: argparse.Namespace) -> int:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    from pipelines.fit import Request, fit
+    from pipelines.commands.fit import Request, fit
 
     request = Request(
         ratings=[Path(r) for r in args.ratings],
@@ -591,8 +591,8 @@ def _fit(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from curate.store import local_path
-    from pipelines.train import Request, run
+    from curate.store.files import local_path
+    from pipelines.commands.train import Request, run
 
     same = (
         *("preset", "start", "lora", "objective", "steps", "batch", "lr", "size", "buckets", "weight_by", "caption"),
@@ -608,8 +608,8 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _sample(args: argparse.Namespace) -> int:
-    from curate.store import local_path
-    from pipelines.sample import Asked, run
+    from curate.store.files import local_path
+    from pipelines.commands.sample import Asked, run
 
     same = (
         *("model", "prompts", "again", "negative", "steps", "guidance", "seed", "n", "batch", "width", "height"),
@@ -623,8 +623,8 @@ def _sample(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from curate.store import local_path
-    from pipelines.serve import Asked, run
+    from curate.store.files import local_path
+    from pipelines.commands.serve import Asked, run
 
     same = ("model", "host", "port", "token", "batch", "upscaler", "faces", "show_flagged")
     asked = Asked(out=local_path(args.out), lora=tuple(args.lora), **{name: getattr(args, name) for name in same})
@@ -633,8 +633,8 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from curate.store import UserError, local_path
-    from pipelines.evaluate import PROMPTS, Request, run
+    from curate.store.files import UserError, local_path
+    from pipelines.commands.evaluate import PROMPTS, Request, run
 
     if args.out is None and not Path(args.model).is_dir():
         raise UserError(f"{args.model} is no folder here: say with --out where its evaluation goes")
@@ -663,7 +663,7 @@ def _aside(line: str) -> None:
 
 def _heads(args: argparse.Namespace) -> int:
     from aesthetic.heads import check_free
-    from curate.store import UserError
+    from curate.store.files import UserError
 
     run, takes = _HEADS[args.action]
     every = {option for _, options in _HEADS.values() for option in options}
@@ -677,9 +677,9 @@ def _heads(args: argparse.Namespace) -> int:
 
 
 def _heads_list(args: argparse.Namespace) -> int:
+    from aesthetic.catalog import PUBLISHED
     from aesthetic.heads import HeadError, list_heads, load_head
-    from aesthetic.published import PUBLISHED
-    from curate.detectors import DETECTORS
+    from curate.annotators.nsfw import DETECTORS
 
     known: dict[str, dict[str, Any]] = {}
     for name in list_heads():
@@ -706,7 +706,7 @@ def _heads_list(args: argparse.Namespace) -> int:
 
 def _heads_show(args: argparse.Namespace) -> int:
     from aesthetic.heads import describe, find_head, load_head
-    from curate.detectors import DETECTORS, Detector
+    from curate.annotators.nsfw import DETECTORS, Detector
 
     if args.head in DETECTORS:
         low, high = DETECTORS[args.head]
@@ -721,9 +721,9 @@ def _heads_show(args: argparse.Namespace) -> int:
 
 
 def _heads_import(args: argparse.Namespace) -> int:
-    from aesthetic.published import fetch_head, import_head
-    from curate.encoders import canonical_name, check_named
-    from curate.store import UserError
+    from aesthetic.catalog import fetch_head, import_head
+    from curate.encoders.base import canonical_name, check_named
+    from curate.store.files import UserError
 
     if not Path(args.head).exists():
         if args.encoder or args.norm or args.scale:
@@ -745,8 +745,8 @@ def _heads_import(args: argparse.Namespace) -> int:
 
 def _heads_prompt(args: argparse.Namespace) -> int:
     from aesthetic.prompts import prompt_head
-    from curate.encoders import check_available, load_encoder
-    from curate.store import UserError
+    from curate.encoders.base import check_available, load_encoder
+    from curate.store.files import UserError
 
     if not (args.encoder and args.wanted and args.against):
         raise UserError(
@@ -779,8 +779,8 @@ _HEADS: dict[str, tuple[Callable[[argparse.Namespace], int], tuple[str, ...]]] =
 def _require_free(name: str, out: str | None) -> None:
     """UserError where a head that goes by its name would never be found: one that is built in goes before it."""
     from aesthetic.heads import SHIPPED
-    from curate.detectors import DETECTORS
-    from curate.store import UserError
+    from curate.annotators.nsfw import DETECTORS
+    from curate.store.files import UserError
 
     if out is None and (name in DETECTORS or (SHIPPED / name / "head.json").exists()):
         raise UserError(f"{name} is the name of one that is built in: choose another, or a folder with --out")
@@ -835,7 +835,7 @@ def _recipe(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from pipelines.doctor import examine
+    from pipelines.commands.doctor import examine
 
     findings: list[str] = []
 

@@ -16,14 +16,14 @@ import numpy as np
 
 from aesthetic.space import Space
 from aesthetic.vectors import open_vectors
-from curate.store import UserError
-from pipelines.progress import clock, speed
+from curate.store.files import UserError
+from pipelines.runtime.progress import clock, speed
 from pipelines.terminal import CLEAR, RETURN
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from curate.encoders import Encoder
+    from curate.encoders.base import Encoder
 
 
 class Pool(Protocol):
@@ -66,7 +66,7 @@ class DataPool:
         import pandas as pd
         import pyarrow.parquet as pq
 
-        from curate.data import open_data
+        from curate.layout import open_data
 
         self.data = open_data(root)
         self.root = self.data.root
@@ -117,7 +117,7 @@ class DataPool:
         return pd.concat(parts).sort_index() if parts else index[["key"]]
 
     def pictures(self, images: Sequence[int]) -> dict[int, Any]:
-        from curate.shards import image_member, index_tar, read_range
+        from curate.shards.tar import image_member, index_tar, read_range
 
         found: dict[int, Any] = {}
         for shard, part in self.index.iloc[list(images)].groupby("shard"):
@@ -131,8 +131,8 @@ class DataPool:
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         from aesthetic.space import require_same
-        from curate.encoders import load_encoder
-        from pipelines.curate import recipe_of
+        from curate.encoders.base import load_encoder
+        from pipelines.commands.curate import recipe_of
 
         asked = recipe_of(self.data, None, ()).embed
         encoder = load_encoder(asked.encoder, asked.weights)
@@ -150,9 +150,9 @@ class VectorsPool:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        from curate.embed import EmbedConfig
-        from curate.encoders import canonical_name
-        from curate.imported import open_folder
+        from curate.annotators.embed import EmbedConfig
+        from curate.encoders.base import canonical_name
+        from curate.sources.vectors import open_folder
 
         described = root / "space.json"
         if encoder is None and not described.exists():
@@ -209,7 +209,7 @@ class VectorsPool:
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         from aesthetic.space import require_same
-        from curate.encoders import load_encoder
+        from curate.encoders.base import load_encoder
 
         encoder = load_encoder(self.space.encoder)
         require_same(self.space, encoder.space(), str(self.root))
@@ -222,7 +222,7 @@ class FolderPool:
     absent = "not a picture that can be decoded"
 
     def __init__(self, root: Path, encoder: str, say: Callable[[str], None]) -> None:
-        from curate.captioned import NothingRead, open_folder
+        from curate.sources.captioned import NothingRead, open_folder
 
         self.root, self._name, self._say = root, encoder, say
         if not root.is_dir():
@@ -240,7 +240,7 @@ class FolderPool:
 
     @cached_property
     def _encoder(self) -> Encoder:
-        from curate.encoders import load_encoder
+        from curate.encoders.base import load_encoder
 
         return load_encoder(self._name)
 
@@ -261,7 +261,7 @@ class FolderPool:
     def _sha256(self, image: int) -> str | None:
         import hashlib
 
-        from curate.ledger import RowError
+        from curate.ledger.schema import RowError
 
         try:
             return hashlib.sha256(self.samples.image(image)).hexdigest()
@@ -312,8 +312,8 @@ class FolderPool:
         """A picture as the encoder's input, and what copies of it are known by; None where it is none."""
         import hashlib
 
-        from curate.images import decode, perceptual_hash
-        from curate.ledger import RowError
+        from curate.images.pixels import decode, perceptual_hash
+        from curate.ledger.schema import RowError
 
         try:
             data = self.samples.image(image)
@@ -334,7 +334,7 @@ class FolderPool:
         return {int(i): self._thumbnail(int(i)) for i in images}
 
     def _thumbnail(self, image: int) -> Any:
-        from curate.ledger import RowError
+        from curate.ledger.schema import RowError
 
         try:
             return _thumbnail(self.samples.image(image))
@@ -348,8 +348,8 @@ class FolderPool:
 def _thumbnail(data: bytes) -> Any:
     from PIL import Image
 
-    from curate.images import decode
-    from curate.ledger import RowError
+    from curate.images.pixels import decode
+    from curate.ledger.schema import RowError
 
     try:
         image = Image.fromarray(decode(data, 320))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from aesthetic.untrusted import read_text
-from curate.store import UserError
+from curate.store.files import UserError
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -19,14 +19,14 @@ import yaml
 
 from aesthetic.errors import nearest
 from aesthetic.untrusted import clean, printable, read_text
-from curate.embed import EmbedConfig
-from curate.fetch import FetchConfig
-from curate.images import ImagesConfig
-from curate.ledger import EMBEDDED_COLUMNS, RESERVED
-from curate.pack import PackConfig
-from curate.select import SelectConfig
-from curate.source import SourceConfig
-from curate.store import UserError, digest
+from curate.annotators.embed import EmbedConfig
+from curate.fetch.client import FetchConfig
+from curate.images.pixels import ImagesConfig
+from curate.ledger.schema import EMBEDDED_COLUMNS, RESERVED
+from curate.ledger.select import SelectConfig
+from curate.shards.pack import PackConfig
+from curate.sources.plan import SourceConfig
+from curate.store.files import UserError, digest
 
 DEFAULT = "laion-aesthetics-5"
 _RECIPES = resources.files("pipelines") / "recipes"

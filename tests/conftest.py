@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from curate.data import Data
+from curate.layout import Data
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"

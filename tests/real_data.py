@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from aesthetic.space import probe_files
-from curate.data import Data
-from curate.embed import EmbedConfig
-from curate.fetch import FetchConfig
-from curate.images import ImagesConfig
-from curate.pack import PackConfig, pack
-from curate.select import SelectConfig, select
-from curate.source import SourceConfig, make_plan
+from curate.annotators.embed import EmbedConfig
+from curate.fetch.client import FetchConfig
+from curate.images.pixels import ImagesConfig
+from curate.layout import Data
+from curate.ledger.select import SelectConfig, select
+from curate.shards.pack import PackConfig, pack
+from curate.sources.plan import SourceConfig, make_plan
 from curate.workers import EmbedWorker, FetchWorker
 from demo.web import Route, Web
 

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from curate.ledger import FETCHED_COLUMNS, Reason, fetched_schema, make_key, shard_name
-from curate.shards import TarWriter
-from curate.store import atomic, commit, read_json
+from curate.ledger.schema import FETCHED_COLUMNS, Reason, fetched_schema, make_key, shard_name
+from curate.shards.tar import TarWriter
+from curate.store.files import atomic, commit, read_json
 
 SHARDS, SHARD_SIZE = 3, 20
 CARRIED = pa.schema(

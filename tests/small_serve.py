@@ -13,11 +13,11 @@ from typing import Any
 import httpx
 import torch
 
+from studio.app import LOOPBACK, Server, listen, new_app
+from studio.service import Studio
 from tests.small_train import COLOURS
-from train.model import new_model, no_bars
-from train.sample import Artist
-from train.serve.app import LOOPBACK, Server, listen, new_app
-from train.serve.studio import Studio
+from train.generate.sampler import Artist
+from train.models.unet import new_model, no_bars
 
 SEEN = {"prompt": "a red disc", "steps": 2}
 

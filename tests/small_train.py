@@ -10,8 +10,8 @@ import numpy as np
 
 from train.data import Pictures, Stream, open_samples, split
 from train.loop import LoopConfig, held_out, train
-from train.model import add_lora, load_model, new_model, tokenize
-from train.presets import PRESETS
+from train.models.presets import PRESETS
+from train.models.unet import add_lora, load_model, new_model, tokenize
 from train.tasks import Denoise
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}

@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from curate.ledger import Reason
+from curate.ledger.schema import Reason
 from demo.web import Route, Web
 
 ROOT = Path(__file__).parents[1]
@@ -221,12 +221,12 @@ def curate_here(listed: Path, root: Path, settings: list[str], fault: Path | Non
 
     `fault` is the folder of a sitecustomize.py: it is run here, and Python processes that are started from here run it.
     """
-    from curate.data import Data
-    from curate.score import columns_of
-    from curate.source import make_plan
-    from curate.store import Lock, sweep
+    from curate.annotators.heads import columns_of
+    from curate.layout import Data
+    from curate.sources.plan import make_plan
+    from curate.store.files import Lock, sweep
     from curate.workers import EmbedWorker, FetchWorker, embed_done
-    from pipelines.curate import Request, refuse_changes, run, store_recipe
+    from pipelines.commands.curate import Request, refuse_changes, run, store_recipe
     from pipelines.recipe import load_recipe
 
     if fault is not None:
@@ -258,7 +258,9 @@ def curate_here(listed: Path, root: Path, settings: list[str], fault: Path | Non
 def start_here(*args: Any) -> BaseProcess:
     """Start `curate_here` in a child that is forked from a process which has imported everything; opens no model."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "curate.workers", "curate.report", "pipelines.curate", "onnxruntime"])
+    context.set_forkserver_preload(
+        ["pytest", "curate.workers", "curate.report", "pipelines.commands.curate", "onnxruntime"]
+    )
     child = context.Process(target=curate_here, args=args, daemon=False)
     child.start()
     return child

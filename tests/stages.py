@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from curate.data import Data
-from curate.pack import pack
-from curate.score import columns_of
-from curate.select import Selection, select
-from curate.source import make_plan
+from curate.annotators.heads import columns_of
+from curate.layout import Data
+from curate.ledger.select import Selection, select
+from curate.shards.pack import pack
+from curate.sources.plan import make_plan
 from curate.workers import EmbedWorker, FetchWorker
 from demo.web import Route, Web
-from pipelines.curate import store_recipe
+from pipelines.commands.curate import store_recipe
 from pipelines.recipe import Recipe, load_recipe
 from tests.small_web import picture
 

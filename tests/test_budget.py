@@ -11,10 +11,10 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from curate import budget
-from curate.budget import Budget, Exchange, Message, Reply, Turns, local, registered_domain
-from curate.guard import Settled
-from curate.ledger import Reason, RowError
+from curate.fetch import domains
+from curate.fetch.addresses import Settled
+from curate.fetch.domains import Budget, Exchange, Message, Reply, Turns, local, registered_domain
+from curate.ledger.schema import Reason, RowError
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def far(shared: Budget, worker: str, dice: random.Random) -> Exchange:
 @pytest.mark.parametrize("workers", [1, 4, 7])
 def test_the_limits_hold_for_all_workers_together(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that fail, are cancelled, come late or take long; domains with one row and with hundreds."""
-    monkeypatch.setattr(budget, "WARM", 0.1)  # so that slots are given back and asked for again all the time
+    monkeypatch.setattr(domains, "WARM", 0.1)  # so that slots are given back and asked for again all the time
     dice = random.Random(workers)
     seen = Counting()
 
@@ -122,9 +122,9 @@ def test_a_worker_that_is_gone_loses_its_slots_and_one_that_waits_gets_a_share()
     assert shared.exchange("a", Message()).called == ["x.test"]
     shared.exchange("a", Message(returned=[("x.test", 3.0)], wanted={"x.test": 9}))
     assert shared.exchange("b", Message()).granted == [("x.test", 3.0)]  # with the rest that the slot needs
-    now[0] = budget.LEASE / 2
+    now[0] = domains.LEASE / 2
     assert shared.exchange("b", Message()).granted == []
-    now[0] = budget.LEASE + 1  # a is not heard of
+    now[0] = domains.LEASE + 1  # a is not heard of
     assert len(shared.exchange("b", Message()).granted) == 3
     now[0] += 1
     assert shared.exchange("a", Message(returned=[("x.test", 0.0)] * 3)) == Reply()  # it is back: these are lent to b
@@ -171,7 +171,7 @@ def test_open_connections_come_first_and_the_next_row_of_a_domain_follows_at_onc
 
 
 def test_a_domain_is_given_up_after_its_trial_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "REST", 0.2)
+    monkeypatch.setattr(domains, "REST", 0.2)
     tried: list[float] = []
 
     async def row(turns: Turns, domain: str) -> str:
@@ -191,7 +191,7 @@ def test_a_domain_is_given_up_after_its_trial_and_others_are_not(monkeypatch: py
         outcomes = Counter(await asyncio.gather(*(row(turns, f"{d}.test") for d in ("bad", "good") * 50)))
         await turns.close()
         assert outcomes["ok"] == 50
-        assert outcomes["failed"] == len(tried) <= budget.STRIKES + 3
+        assert outcomes["failed"] == len(tried) <= domains.STRIKES + 3
         assert outcomes["connect refused"] == 50 - len(tried)
         assert max(b - a for a, b in itertools.pairwise(tried)) > 0.14
 
@@ -221,7 +221,7 @@ def test_a_budget_that_is_gone_ends_every_row() -> None:
 
 def test_many_domains_that_all_wait_are_looked_through_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each look-through is as long as the list of domains, and keeps the event loop from everybody."""
-    monkeypatch.setattr(budget, "_KEPT", 500)
+    monkeypatch.setattr(domains, "_KEPT", 500)
     seen: list[object] = []
 
     async def row(turns: Turns, domain: str) -> None:

@@ -20,10 +20,10 @@ import pytest
 from real_data import BUNDLED, SCORE, embed_all, fetch_all
 from small_web import small_web
 
-from curate.data import Data
-from curate.source import SourceConfig, make_plan
-from pipelines import curate
+from curate.layout import Data
+from curate.sources.plan import SourceConfig, make_plan
 from pipelines.cli import build_parser, main
+from pipelines.commands import curate
 from pipelines.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -349,7 +349,7 @@ def test_doctor_says_which_recipes_can_run(tmp_path: Path, monkeypatch: pytest.M
     """With the hub out of reach; a copy of the weights in the hub's cache is enough."""
     import huggingface_hub.constants
 
-    from pipelines.doctor import examine
+    from pipelines.commands.doctor import examine
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))

@@ -5,8 +5,8 @@ import pytest
 from small_ratings import space, unit
 
 from aesthetic.compare import fit_comparisons
-from aesthetic.evaluate import spearman
 from aesthetic.heads import HeadError
+from aesthetic.metrics import spearman
 
 
 def compared(images=300, pairs=2500, dim=16, strength=6.0, prompts=None, seed=0):

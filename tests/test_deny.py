@@ -16,13 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 from yarl import URL
 
-from curate import guard
-from curate.deny import Deny, _entry, domains, url_text
-from curate.ledger import Reason, RowError
-from curate.store import UserError
+from curate.fetch import addresses
+from curate.fetch.deny import Deny, _entry, domains, url_text
+from curate.ledger.schema import Reason, RowError
+from curate.store.files import UserError
 from tests.small_web import picture
 
-ANYWHERE = guard.parse_allow(["0.0.0.0/0:8123", "[::]/0:8123"])
+ANYWHERE = addresses.parse_allow(["0.0.0.0/0:8123", "[::]/0:8123"])
 
 
 def sha256(text: str) -> str:
@@ -37,7 +37,7 @@ def listing(folder: Path, *lines: str) -> Deny:
 
 def said(deny: Deny, url: str) -> str | None:
     try:
-        deny.url(guard.parse_url(url, ANYWHERE))
+        deny.url(addresses.parse_url(url, ANYWHERE))
     except RowError as e:
         assert e.reason is Reason.DENIED
         return e.detail
@@ -189,7 +189,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_files_that_are_no_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("curate.deny._AT_LEAST", 2 << 20)
+    monkeypatch.setattr("curate.fetch.deny._AT_LEAST", 2 << 20)
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     (tmp_path / "round").symlink_to(tmp_path / "round")
@@ -238,7 +238,7 @@ def test_wrong_lines_are_counted_and_the_first_are_named(tmp_path: Path) -> None
 
 
 def test_what_most_lines_look_like_is_read_as_all_lines_are() -> None:
-    """There is a short way for plain URLs; it must come to what `guard.parse_url` comes to."""
+    """There is a short way for plain URLs; it must come to what `addresses.parse_url` comes to."""
     pick = random.Random(3)
     letters = [*"aZ09-_.~!$&'()*+,;=:@%/?#[]", "//", "/.", "/..", "%2e", "ü", ":80", ":443", "example.com", "0x1"]
     checked = 0
@@ -246,7 +246,7 @@ def test_what_most_lines_look_like_is_read_as_all_lines_are() -> None:
         host = "".join(pick.choices(letters, k=pick.randrange(3))) + pick.choice(["example.com", "a.b", "A.b", "a.0"])
         url = f"{pick.choice(['http', 'https'])}://{host}" + "".join(pick.choices(letters, k=pick.randrange(12)))
         try:
-            parsed = guard.parse_url(url, ())
+            parsed = addresses.parse_url(url, ())
         except RowError:
             continue
         assert _entry(url.encode()).hex() == sha256(url_text(parsed)), url
@@ -274,7 +274,7 @@ def test_real_urls(tmp_path: Path) -> None:
     urls = []
     for text in dict.fromkeys(pq.read_table(files[0], columns=["URL"])["URL"].to_pylist()):
         try:
-            urls.append(guard.parse_url(text, ()))
+            urls.append(addresses.parse_url(text, ()))
         except RowError:
             continue
     urls = list({url_text(url): url for url in urls}.values())

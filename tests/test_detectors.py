@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from aesthetic.space import probe_files
-from curate.detectors import DETECTORS, Detector, folded, load_detector
-from curate.encoders import pixels
-from curate.store import UserError
+from curate.annotators.nsfw import DETECTORS, Detector, folded, load_detector
+from curate.encoders.base import pixels
+from curate.store.files import UserError
 
 
 @pytest.fixture(scope="module")

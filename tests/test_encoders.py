@@ -21,9 +21,9 @@ import pytest
 from PIL import Image, ImageOps
 
 from aesthetic.space import Space, SpaceMismatch, probe_files, require_same
-from curate.encoders import Encoder, load_encoder, pixels
-from curate.images import decode
-from curate.store import UserError, sha256_file
+from curate.encoders.base import Encoder, load_encoder, pixels
+from curate.images.pixels import decode
+from curate.store.files import UserError, sha256_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,8 +48,8 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def test_importing_is_light_and_bundled_runs_without_torch(bundled: Encoder) -> None:
     code = """
 import sys, numpy as np
-from curate.encoders import load_encoder
-import curate.detectors
+from curate.encoders.base import load_encoder
+import curate.annotators.nsfw
 heavy = {"torch", "cv2", "onnxruntime", "open_clip", "PIL", "tokenizers"}
 assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 encoder = load_encoder("bundled")
@@ -150,7 +150,7 @@ def test_bundled_has_no_settings() -> None:
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from curate import onnx
+    from curate.encoders import onnx
 
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TASTEMAKER_CACHE", str(tmp_path / "file" / "folder"))
@@ -382,7 +382,7 @@ def test_out_of_reach_the_two_ways_on_are_told_at_once(
 ) -> None:
     import huggingface_hub.constants
 
-    from curate import openclip
+    from curate.encoders import openclip
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(openclip, "_HUB_PATIENCE", 0.5)

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 from sklearn import metrics
 
-from aesthetic.evaluate import (
+from aesthetic.metrics import (
     _MATRIX,
     auprc_of,
     auroc_of,

@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 import pytest
 from small_web import FAULT, ROOT, TIMEOUT, Run, SmallWeb, digests, gone, same_as, small_web, start_here
 
-from curate.data import Data
-from curate.ledger import Reason, Status
-from curate.shards import read_images
-from curate.store import RESERVE, DiskFull, Lock, UserError, attend, check_space, sweep
+from curate.layout import Data
+from curate.ledger.schema import Reason, Status
+from curate.shards.tar import read_images
+from curate.store.files import RESERVE, DiskFull, Lock, UserError, attend, check_space, sweep
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_workers_of_a_killed_run_are_waited_for(tmp_path: Path, monkeypatch: pyt
         worker = context.Process(target=_work, args=(tmp_path, ready))
         worker.start()
         assert ready.wait(60)
-    monkeypatch.setattr("curate.store._LEAVING", 0.3)
+    monkeypatch.setattr("curate.store.files._LEAVING", 0.3)
     with pytest.raises(UserError, match="still at work"), Lock(tmp_path):
         pass
     worker.kill()

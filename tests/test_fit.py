@@ -11,9 +11,9 @@ import pytest
 from small_ratings import SCALE, examples, make, space, unit
 
 from aesthetic import classify
-from aesthetic.evaluate import spearman
 from aesthetic.fit import fit_head, to_halve, verdict
 from aesthetic.heads import HeadError, load_head, save_head
+from aesthetic.metrics import spearman
 from aesthetic.sources import fit_scales
 from aesthetic.space import require_same
 from aesthetic.splits import NESTED_UP_TO

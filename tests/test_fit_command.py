@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 from aesthetic.heads import load_head
 from aesthetic.space import Space
 from pipelines.cli import main
-from pipelines.fit import _groups_of_pairs
+from pipelines.commands.fit import _groups_of_pairs
 
 COUNT = 60
 
@@ -275,7 +275,7 @@ def vectors_folder(folder, x, space=None):
 def test_vectors_as_clip_retrieval_stores_them(tmp_path, capsys):
     """No picture at hand: by key in a folder that says its space, by path in one whose encoder must be told."""
     from aesthetic.space import require_same
-    from curate.encoders import load_encoder
+    from curate.encoders.base import load_encoder
 
     space = load_encoder("bundled").space()
     rng = np.random.default_rng(0)

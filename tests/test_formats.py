@@ -20,9 +20,9 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 
-from curate.data import Data
-from curate.ledger import FETCHED_COLUMNS, Reason
-from curate.store import read_json
+from curate.layout import Data
+from curate.ledger.schema import FETCHED_COLUMNS, Reason
+from curate.store.files import read_json
 from tests.conftest import ROOT
 from tests.real_data import PACKED, SELECTION
 

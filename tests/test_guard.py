@@ -10,9 +10,9 @@ import aiohttp
 import pytest
 from yarl import URL
 
-from curate import guard
-from curate.ledger import Reason, RowError
-from curate.store import UserError
+from curate.fetch import addresses
+from curate.ledger.schema import Reason, RowError
+from curate.store.files import UserError
 
 PRIVATE_TEXT = """
     0.0.0.0 0.1.2.3 10.0.0.1 10.255.255.255 100.64.0.1 100.100.100.200 100.127.255.255 127.0.0.1 127.255.255.254
@@ -34,22 +34,22 @@ PRIVATE, PUBLIC = PRIVATE_TEXT.split(), PUBLIC_TEXT.split()
 @pytest.mark.parametrize("ip", PRIVATE)
 def test_private_addresses_are_refused(ip: str) -> None:
     with pytest.raises(RowError) as e:
-        guard.check_address(ip, 80, ())
+        addresses.check_address(ip, 80, ())
     assert e.value.reason is Reason.BLOCKED_ADDRESS
 
 
 @pytest.mark.parametrize("ip", PUBLIC)
 def test_public_addresses_pass(ip: str) -> None:
-    guard.check_address(ip, 443, ())
+    addresses.check_address(ip, 443, ())
     for port in (22, 25, 6379, 8265, 10001):
         with pytest.raises(RowError, match="port"):
-            guard.check_address(ip, port, ())
+            addresses.check_address(ip, port, ())
 
 
 def test_allow_opens_exactly_its_network_and_port() -> None:
-    allow = guard.parse_allow(["127.0.0.0/8:8123", "[::1]/128:8123", "10.1.2.3:6379", "[fd00::]/8:80"])
+    allow = addresses.parse_allow(["127.0.0.0/8:8123", "[::1]/128:8123", "10.1.2.3:6379", "[fd00::]/8:80"])
     for ip, port in [("127.0.0.1", 8123), ("127.9.9.9", 8123), ("::1", 8123), ("10.1.2.3", 6379), ("fd00::7", 80)]:
-        guard.check_address(ip, port, allow)
+        addresses.check_address(ip, port, allow)
     for ip, port in [
         ("127.0.0.1", 8124),
         ("126.255.255.255", 6379),
@@ -61,7 +61,7 @@ def test_allow_opens_exactly_its_network_and_port() -> None:
         ("fe00::1", 80),
     ]:
         with pytest.raises(RowError):
-            guard.check_address(ip, port, allow)
+            addresses.check_address(ip, port, allow)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_allow_opens_exactly_its_network_and_port() -> None:
 )
 def test_a_wrong_allow_is_an_error_that_quotes_it(entry: str) -> None:
     with pytest.raises(UserError, match=r"fetch\.allow") as e:
-        guard.parse_allow([entry])
+        addresses.parse_allow([entry])
     assert repr(entry) in str(e.value)
 
 
@@ -125,7 +125,7 @@ BAD_URLS = [
 @pytest.mark.parametrize("url", BAD_URLS)
 def test_bad_urls(url: str) -> None:
     with pytest.raises(RowError) as e:
-        guard.parse_url(url, ())
+        addresses.parse_url(url, ())
     assert e.value.reason is Reason.BAD_URL
 
 
@@ -141,7 +141,7 @@ def test_bad_urls(url: str) -> None:
 )
 def test_urls_with_addresses_that_may_not_be_contacted(url: str) -> None:
     with pytest.raises(RowError) as e:
-        guard.parse_url(url, ())
+        addresses.parse_url(url, ())
     assert e.value.reason is Reason.BLOCKED_ADDRESS
 
 
@@ -179,7 +179,7 @@ def test_urls_with_addresses_that_may_not_be_contacted(url: str) -> None:
     ],
 )
 def test_good_urls_go_out_as_written(text: str, sent: str) -> None:
-    assert str(guard.parse_url(text, ())).rstrip("/") == sent.rstrip("/")
+    assert str(addresses.parse_url(text, ())).rstrip("/") == sent.rstrip("/")
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_good_urls_go_out_as_written(text: str, sent: str) -> None:
     ],
 )
 def test_redirect_targets(location: str, target: str) -> None:
-    assert str(guard.parse_url(location, (), base=URL("https://example.com/d/a.jpg"))) == target
+    assert str(addresses.parse_url(location, (), base=URL("https://example.com/d/a.jpg"))) == target
 
 
 @pytest.mark.parametrize("text", ["http:///a", "http:a", "http:/a", "https:///a", "http://\\127.0.0.1/", "http://?a"])
@@ -204,7 +204,7 @@ def test_a_scheme_without_a_host_is_refused_in_redirects_too(text: str) -> None:
     """yarl joins these to the page that they came from."""
     for base in (None, URL("http://example.com/d/a.jpg")):
         with pytest.raises(RowError) as refused:
-            guard.parse_url(text, (), base=base)
+            addresses.parse_url(text, (), base=base)
         assert refused.value.reason is Reason.BAD_URL
 
 
@@ -212,7 +212,7 @@ def test_a_host_that_none_can_be_is_refused_before_it_is_encoded() -> None:
     began = time.process_time()
     for _ in range(100):
         with pytest.raises(RowError, match="host"):
-            guard.parse_url("http://" + "ü" * 7000, ())
+            addresses.parse_url("http://" + "ü" * 7000, ())
     assert time.process_time() - began < 1  # 2.5 s and more where IDNA sees it
 
 
@@ -232,7 +232,7 @@ def test_lookups_are_shared_kept_and_checked_for_every_port() -> None:
         return {"mixed.test": ["8.8.8.8", "10.0.0.1"], "home.test": ["127.0.0.1"]}.get(host, ["8.8.8.8"])
 
     async def main() -> None:
-        resolver = guard.GuardedResolver(guard.parse_allow(["127.0.0.0/8:8123"]), 5.0, lookup)
+        resolver = addresses.GuardedResolver(addresses.parse_allow(["127.0.0.0/8:8123"]), 5.0, lookup)
         answers = await asyncio.gather(*(resolver.resolve("good.test", 80) for _ in range(50)))
         assert {a["host"] for answer in answers for a in answer} == {"8.8.8.8"}
         assert (await resolver.resolve("good.test", 443))[0]["port"] == 443
@@ -240,12 +240,12 @@ def test_lookups_are_shared_kept_and_checked_for_every_port() -> None:
 
         errors = await asyncio.gather(*(resolver.resolve("none.test", 80) for _ in range(5)), return_exceptions=True)
         errors += await asyncio.gather(resolver.resolve("none.test", 80), return_exceptions=True)
-        assert all(isinstance(e, guard.Settled) and e.reason is Reason.DNS for e in errors)
+        assert all(isinstance(e, addresses.Settled) and e.reason is Reason.DNS for e in errors)
         assert len({id(e) for e in errors}) == 6 and asked.count("none.test") == 1
 
         with pytest.raises(RowError) as e:
             await resolver.resolve("busy.test", 80)
-        assert e.value.reason is Reason.DNS and not isinstance(e.value, guard.Settled)
+        assert e.value.reason is Reason.DNS and not isinstance(e.value, addresses.Settled)
         for host, port in [("mixed.test", 80), ("home.test", 8124)]:
             with pytest.raises(RowError, match=host) as e:
                 await resolver.resolve(host, port)
@@ -265,7 +265,7 @@ def test_lookups_are_shared_kept_and_checked_for_every_port() -> None:
 
 def test_the_system_resolves_localhost() -> None:
     async def main() -> None:
-        resolver = guard.GuardedResolver(guard.parse_allow(["127.0.0.0/8:80", "[::1]:80"]), 5.0)
+        resolver = addresses.GuardedResolver(addresses.parse_allow(["127.0.0.0/8:80", "[::1]:80"]), 5.0)
         assert {a["host"] for a in await resolver.resolve("localhost", 80)} <= {"127.0.0.1", "::1"}
         with pytest.raises(RowError) as e:
             await resolver.resolve("localhost", 81)
@@ -285,7 +285,7 @@ def test_outcomes_are_forgotten_in_time_and_beyond_size() -> None:
         return len(ran)
 
     async def main() -> None:
-        shared = guard.Shared(compute, lambda _: 0.02, size=2)
+        shared = addresses.Shared(compute, lambda _: 0.02, size=2)
         assert await shared.get("a") == await shared.get("a") == 1
         await asyncio.sleep(0.03)
         assert await shared.get("a") == 2
@@ -317,8 +317,8 @@ def test_the_socket_has_the_last_word() -> None:
 
         server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        for allow, reached in [((), False), (guard.parse_allow([f"127.0.0.1:{port}"]), True)]:
-            connector = aiohttp.TCPConnector(resolver=Careless(), socket_factory=guard.guarded_socket(allow))
+        for allow, reached in [((), False), (addresses.parse_allow([f"127.0.0.1:{port}"]), True)]:
+            connector = aiohttp.TCPConnector(resolver=Careless(), socket_factory=addresses.guarded_socket(allow))
             async with aiohttp.ClientSession(connector=connector) as session:
                 for host in ("good.test", "127.0.0.1"):
                     with pytest.raises(aiohttp.ClientError):

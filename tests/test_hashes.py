@@ -9,8 +9,8 @@ import io
 import pytest
 from PIL import Image
 
-from curate.hashes import ALGORITHMS, verify_hash
-from curate.ledger import Reason, RowError
+from curate.fetch.hashes import ALGORITHMS, verify_hash
+from curate.ledger.schema import Reason, RowError
 from tests.small_web import picture
 
 DATA = b"the bytes as the server sent them"

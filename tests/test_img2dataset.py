@@ -30,14 +30,14 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from curate import engine_img2dataset
-from curate.data import Data
-from curate.fetch import FetchConfig
-from curate.images import ImagesConfig
-from curate.ledger import Reason
-from curate.shards import index_tar, read_images
-from curate.source import SourceConfig, make_plan
-from curate.store import UserError
+from curate.fetch import engine_img2dataset
+from curate.fetch.client import FetchConfig
+from curate.images.pixels import ImagesConfig
+from curate.layout import Data
+from curate.ledger.schema import Reason
+from curate.shards.tar import index_tar, read_images
+from curate.sources.plan import SourceConfig, make_plan
+from curate.store.files import UserError
 from curate.workers import FetchWorker
 from demo.web import Route, Web
 
@@ -436,9 +436,9 @@ def test_a_shard_where_all_rows_fail_and_its_retry(tmp_path: Path) -> None:
 OWNER = """
 import sys
 from pathlib import Path
-from curate.engine_img2dataset import download
-from curate.fetch import FetchConfig
-from curate.images import ImagesConfig
+from curate.fetch.engine_img2dataset import download
+from curate.fetch.client import FetchConfig
+from curate.images.pixels import ImagesConfig
 rows = list(enumerate(sys.argv[2:]))
 list(download(rows, FetchConfig(concurrency=2, timeout=60, retries=0), ImagesConfig(), Path(sys.argv[1])))
 """

@@ -22,8 +22,8 @@ import psutil
 import pytest
 from small_web import SmallWeb, digests, small_web, start_here
 
-from pipelines.jobs import Pools, size_pools
 from pipelines.recipe import load_recipe
+from pipelines.runtime.jobs import Pools, size_pools
 
 ROOT = Path(__file__).parents[1]
 

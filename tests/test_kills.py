@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from small_web import Run, SmallWeb, Watch, digests, gone, same_as, small_web, start_here
 
-from curate.ledger import Reason
+from curate.ledger.schema import Reason
 
 # -------------------------------------------------------------------------------------------------------- without Ray
 

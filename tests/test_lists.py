@@ -20,15 +20,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curate import lines
-from curate.data import Data
-from curate.ledger import FETCHED_COLUMNS, URL_COLUMNS, Reason, list_name, stored_name
-from curate.lists import CAPTION_NAMES, named
-from curate.pack import PackConfig, pack
-from curate.select import SelectConfig, select
-from curate.source import Plan, SourceConfig, inspect, make_plan
-from curate.store import UserError, commit
-from curate.view import open_ledger, query
+from curate.layout import Data
+from curate.ledger.schema import FETCHED_COLUMNS, URL_COLUMNS, Reason, list_name, stored_name
+from curate.ledger.select import SelectConfig, select
+from curate.ledger.view import open_ledger, query
+from curate.shards.pack import PackConfig, pack
+from curate.sources import lines
+from curate.sources.lists import CAPTION_NAMES, named
+from curate.sources.plan import Plan, SourceConfig, inspect, make_plan
+from curate.store.files import UserError, commit
 from pipelines.recipe import Recipe, load_recipe
 from tests.small_web import picture
 from tests.stages import fetch_shards, serving
@@ -498,8 +498,8 @@ def test_values_that_cannot_be_said_are_null(tmp_path: Path) -> None:
 _MEASURED = """
 import re, sys
 from pathlib import Path
-from curate.source import SourceConfig, make_plan
-from curate.store import UserError
+from curate.sources.plan import SourceConfig, make_plan
+from curate.store.files import UserError
 try:
     plan = make_plan(sys.argv[1], Path(sys.argv[2]), SourceConfig())
     said = str(plan.read(0).table.column("caption").null_count)

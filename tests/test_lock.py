@@ -21,14 +21,14 @@ from PIL import Image
 
 from aesthetic.heads import Head, HeadError, load_head, save_head
 from aesthetic.space import Space, SpaceMismatch, measure, require_same
-from curate.data import Data
-from curate.embed import EmbedConfig
-from curate.encoders import Encoder, load_encoder, unit
-from curate.images import decode
-from curate.score import columns_of
-from curate.shards import read_images
-from curate.source import SourceConfig, make_plan
-from curate.store import UserError
+from curate.annotators.embed import EmbedConfig
+from curate.annotators.heads import columns_of
+from curate.encoders.base import Encoder, load_encoder, unit
+from curate.images.pixels import decode
+from curate.layout import Data
+from curate.shards.tar import read_images
+from curate.sources.plan import SourceConfig, make_plan
+from curate.store.files import UserError
 from curate.workers import EmbedWorker
 from pipelines.cli import main
 from tests.real_data import fetch_all, pictures

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from aesthetic.errors import UserError
-from train.about import look
-from train.lora import Lora, add_loras, check_lora
-from train.model import load_model, new_model
+from train.models.info import look
+from train.models.lora import Lora, add_loras, check_lora
+from train.models.unet import load_model, new_model
 
 ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
 QUERY, OUT, CONV = f"{ATTENTION}.to_q", f"{ATTENTION}.to_out.0", "down_blocks.0.resnets.0.conv1"

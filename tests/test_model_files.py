@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 
 from aesthetic.errors import UserError
 from pipelines.cli import main
-from train.about import About, check_trainable, look, variant_of
-from train.model import load_model, new_model
-from train.picture import check_facts, read_facts
-from train.presets import PRESETS
-from train.sample import Artist, NoPicture, Request, fitting_size, foreign_syntax
+from train.generate.files import check_facts, read_facts
+from train.generate.sampler import Artist, NoPicture, Request, fitting_size, foreign_syntax
+from train.models.info import About, check_trainable, look, variant_of
+from train.models.presets import PRESETS
+from train.models.unet import load_model, new_model
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 

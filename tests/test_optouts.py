@@ -13,8 +13,8 @@ import pytest
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
-from curate import guard, optouts
-from curate.ledger import Reason, RowError
+from curate.fetch import addresses, optouts
+from curate.ledger.schema import Reason, RowError
 
 
 def headers(*pairs: tuple[str, str]) -> CIMultiDictProxy[str]:
@@ -203,7 +203,7 @@ ROBOTS = [
 @pytest.mark.parametrize(("text", "path", "allowed"), ROBOTS)
 def test_robots_txt(text: str, path: str, allowed: bool) -> None:
     rules = optouts.robots_rules(text.encode())
-    assert rules.refuse(guard.parse_url("https://example.com" + path, ()).raw_path_qs) is not allowed
+    assert rules.refuse(addresses.parse_url("https://example.com" + path, ()).raw_path_qs) is not allowed
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,9 @@ SITE = json.dumps(
     ],
 )
 def test_tdmrep_json(body: bytes, path: str, reserved: bool) -> None:
-    assert optouts.tdmrep_rules(body).refuse(guard.parse_url("https://example.com" + path, ()).raw_path_qs) is reserved
+    assert (
+        optouts.tdmrep_rules(body).refuse(addresses.parse_url("https://example.com" + path, ()).raw_path_qs) is reserved
+    )
 
 
 @pytest.mark.parametrize("location", ["/" + "*" * 400_000 + "b", "/" + "*a" * 200_000 + "b$", "/" + "a*" * 200_000])
@@ -361,14 +363,14 @@ def test_tdmrep_json_is_read_once_per_origin_and_its_absence_is_no_error() -> No
         if url.host == "none.test":
             return None
         if url.host == "down.test":
-            raise guard.Settled(Reason.HTTP_5XX, "status 503")
+            raise addresses.Settled(Reason.HTTP_5XX, "status 503")
         return rules(("/private/", 1))
 
     async def reason(tdmrep: optouts.TdmRep, url: str) -> Reason | None:
         try:
             await tdmrep.check(URL(url))
         except RowError as e:
-            assert isinstance(e, guard.Settled) and "tdmrep.json" in e.detail
+            assert isinstance(e, addresses.Settled) and "tdmrep.json" in e.detail
             return e.reason
         return None
 

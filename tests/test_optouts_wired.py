@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from curate import optouts
-from curate.fetch import FetchConfig
-from curate.ledger import Reason, RowError
+from curate.fetch import optouts
+from curate.fetch.client import FetchConfig
+from curate.ledger.schema import Reason, RowError
 from tests.test_fetch import PIXELS, bare, drop, failure, outcome_of, reply, robots, running
 
 FILE = "/.well-known/tdmrep.json"

@@ -15,15 +15,15 @@ from typing import Any
 
 import pytest
 
-from curate.data import Data
-from curate.ours import MARK, check_free, kind_of, taken
-from curate.pack import _check_folder
-from curate.source import SourceConfig, make_plan
-from curate.store import Lock, UserError, attend, open_log, sweep
-from pipelines import curate
+from curate.layout import Data
+from curate.shards.pack import _check_folder
+from curate.sources.plan import SourceConfig, make_plan
+from curate.store.files import Lock, UserError, attend, open_log, sweep
+from curate.store.ownership import MARK, check_free, kind_of, taken
 from pipelines.cli import main
-from pipelines.progress import Terminal
+from pipelines.commands import curate
 from pipelines.recipe import load_recipe
+from pipelines.runtime.progress import Terminal
 
 Tree = dict[str, tuple[str, bytes]]
 

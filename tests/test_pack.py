@@ -15,11 +15,11 @@ import yaml
 from PIL import Image
 from small_data import SHARD_SIZE, make_data, write_fetched, write_scored
 
-from curate.ledger import make_key
-from curate.pack import PackConfig, _cuts, pack
-from curate.select import NothingKept, SelectConfig, select
-from curate.shards import CorruptShard, read_images
-from curate.store import UserError, output_digests, outputs_present, record_digest, sha256_file
+from curate.ledger.schema import make_key
+from curate.ledger.select import NothingKept, SelectConfig, select
+from curate.shards.pack import PackConfig, _cuts, pack
+from curate.shards.tar import CorruptShard, read_images
+from curate.store.files import UserError, output_digests, outputs_present, record_digest, sha256_file
 
 RULES = {"large": "original_width >= 300", "good": "laion_v2 >= 5 OR original_width < 600"}
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from aesthetic.heads import HeadError
-from aesthetic.pictures import learning_curve, reliability, scatter
+from aesthetic.plots import learning_curve, reliability, scatter
 from curate.report import Shown, sheet
 
 GREEN, AMBER = (47, 125, 109), (185, 112, 42)
@@ -161,7 +161,7 @@ def test_what_cannot_be_drawn_is_refused_by_name_and_leaves_no_file(draw, words,
 
 def test_neither_the_module_needs_matplotlib_nor_drawing_pyplot(tmp_path):
     code = (
-        "import sys, aesthetic.pictures as p; assert 'matplotlib' not in sys.modules; "
+        "import sys, aesthetic.plots as p; assert 'matplotlib' not in sys.modules; "
         f"p.learning_curve({str(tmp_path / 'a.png')!r}, [{{'n': 9, 'value': 1, 'low': 0, 'high': 2}}], title='t'); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 from small_web import SmallWeb, small_web
 
-from curate.ledger import Reason
+from curate.ledger.schema import Reason
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import progress
-from pipelines.progress import EARLY, Board, Counts, Meter, Screen, clock
+from pipelines.runtime import progress
+from pipelines.runtime.progress import EARLY, Board, Counts, Meter, Screen, clock
 
 ROOT = Path(__file__).parents[1]
 
@@ -197,7 +197,7 @@ def test_libraries_words_go_to_a_log_and_ours_to_the_terminal(tmp_path: Path) ->
     code = f"""
 import os, subprocess, sys
 from pathlib import Path
-from pipelines.progress import Terminal
+from pipelines.runtime.progress import Terminal
 print("before")
 with Terminal(Path({str(tmp_path)!r}) / "logs" / "ray.log") as out:
     print("a library prints")

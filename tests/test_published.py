@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aesthetic import published as module
+from aesthetic import catalog as module
+from aesthetic.catalog import PUBLISHED, _build, _download, collapse, fetch_head, import_head, read_checkpoint
 from aesthetic.heads import SHIPPED, HeadError, load_head, save_head
-from aesthetic.published import PUBLISHED, _build, _download, collapse, fetch_head, import_head, read_checkpoint
 from pipelines.cli import main
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "heads"
@@ -411,7 +411,7 @@ def test_a_hostile_pickle_never_runs(tmp_path, protocol, where):
 
 def test_the_unpickler_refuses_on_its_own(tmp_path):
     """The scan comes first; this is what stands behind it."""
-    from aesthetic.published import _Restricted
+    from aesthetic.catalog import _Restricted
 
     mark = tmp_path / "ran"
     for protocol in (0, 2, 4):

@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from small_data import make_data
 
-from curate.predicate import Predicate
-from curate.rules import check_rules
-from curate.select import SelectConfig, select
-from curate.store import UserError
-from pipelines import query
+from curate.ledger.rules import check_rules
+from curate.ledger.select import SelectConfig, select
+from curate.sources.predicate import Predicate
+from curate.store.files import UserError
 from pipelines.cli import main
+from pipelines.commands import query
 
 LONG = (
     "SELECT key, caption || repeat('x', 100) AS long, similarity, laion_v2, source FROM ledger, range(20) ORDER BY key"

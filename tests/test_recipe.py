@@ -11,10 +11,10 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from curate.data import Data
-from curate.score import columns_of
-from curate.store import UserError
-from pipelines import curate
+from curate.annotators.heads import columns_of
+from curate.layout import Data
+from curate.store.files import UserError
+from pipelines.commands import curate
 from pipelines.recipe import (
     DEFAULT,
     LARGEST,

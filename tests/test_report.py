@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from curate.ledger import Reason, Status, fetched_schema, make_key
+from curate.ledger.rules import read_rules
+from curate.ledger.schema import Reason, Status, fetched_schema, make_key
+from curate.ledger.select import SelectConfig, select
 from curate.report import KEPT, SHARDS, _Facts, _picture, _printable, _spread, contact_sheet, score_charts
-from curate.rules import read_rules
-from curate.select import SelectConfig, select
-from curate.shards import TarWriter
-from curate.store import UserError, write_json
+from curate.shards.tar import TarWriter
+from curate.store.files import UserError, write_json
 
 SIZE = 10  # rows of a shard
 RULES = {

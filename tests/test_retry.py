@@ -21,19 +21,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from curate import verify
-from curate.data import Data
-from curate.denied import _Look
-from curate.deny import Deny
-from curate.score import columns_of
-from curate.shards import index_tar, read_images
-from curate.sql import connect
-from curate.store import is_done, read_json, uncommit
+from curate.annotators.heads import columns_of
+from curate.fetch.deny import Deny
+from curate.layout import Data
+from curate.ledger.denied import _Look
+from curate.ledger.sql import connect
+from curate.shards.tar import index_tar, read_images
+from curate.store.files import is_done, read_json, uncommit
 from curate.workers import embed_done, fetch_done
 from demo.web import Route
 from pipelines import cli
-from pipelines.curate import left_to_do, restart, status
-from pipelines.jobs import Work
+from pipelines.commands.curate import left_to_do, restart, status
 from pipelines.recipe import Recipe, load_recipe
+from pipelines.runtime.jobs import Work
 from tests.small_web import picture
 from tests.stages import Served, choose, contents, embed_shards, fetch_shards, run_stages, serving
 
@@ -196,9 +196,9 @@ def _images(data: Data, shard: int) -> Iterator[tuple[str, bytes]]:
 KILLED = """
 import sys
 from pathlib import Path
-from curate.data import Data
-from curate.denied import _Look
-from curate.deny import Deny
+from curate.layout import Data
+from curate.ledger.denied import _Look
+from curate.fetch.deny import Deny
 from pipelines.recipe import load_recipe
 from tests.stages import fetch_shards
 fetch_shards(Data(Path(sys.argv[1])), load_recipe("bundled", sys.argv[2:]), retry=True)

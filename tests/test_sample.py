@@ -17,15 +17,15 @@ import pytest
 import torch
 from PIL import Image
 
-from curate.store import UserError
-from train import sample
-from train.about import look
-from train.lora import Lora, check_lora, parse_lora
-from train.model import add_lora, load_model, new_model, save_lora
-from train.picture import png, read_facts
-from train.presets import PRESETS
-from train.sample import Artist, Drawn, Request, request_of, settled
-from train.schedulers import FLOW, SCHEDULERS, scheduler_name, share_of_steps
+from curate.store.files import UserError
+from train.generate import sampler
+from train.generate.files import png, read_facts
+from train.generate.sampler import Artist, Drawn, Request, request_of, settled
+from train.models.info import look
+from train.models.lora import Lora, check_lora, parse_lora
+from train.models.presets import PRESETS
+from train.models.schedulers import FLOW, SCHEDULERS, scheduler_name, share_of_steps
+from train.models.unet import add_lora, load_model, new_model, save_lora
 
 WORDS = ["a red disc", "a blue disc on white"]
 
@@ -290,8 +290,8 @@ def test_flagged_pictures_are_blurred_and_never_black(
 ) -> None:
     artist, r = artists["latents"], Request("a red disc", seed=5, steps=2)
     (clear,) = draw(artist, r)
-    assert not clear.flagged and 0 <= clear.nsfw < sample.UNSAFE
-    monkeypatch.setattr(sample, "UNSAFE", 0.0)
+    assert not clear.flagged and 0 <= clear.nsfw < sampler.UNSAFE
+    monkeypatch.setattr(sampler, "UNSAFE", 0.0)
     (blurred,) = draw(artist, r)
     monkeypatch.setattr(artist, "blur", False)
     (kept,) = draw(artist, r)

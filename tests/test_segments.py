@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from curate import segments
-from curate.images import decode
-from curate.ledger import RowError
-from curate.segments import chunks, png_inflated
+from curate.images import segments
+from curate.images.pixels import decode
+from curate.images.segments import chunks, png_inflated
+from curate.ledger.schema import RowError
 from tests.test_images import png_chunk
 
 SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}

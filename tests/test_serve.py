@@ -20,16 +20,17 @@ import httpx
 import pytest
 from PIL import Image, PngImagePlugin
 
-from curate.store import UserError
+from curate.store.files import UserError
 from pipelines.cli import main
+from studio import gate, service
+from studio import queue as queue_module
+from studio.app import listen
+from studio.guesses import Guesses
+from studio.queue import Full, Job, Turns
 from tests.small_serve import SEEN, Served, finished, serving, small_artist
-from train.picture import read_facts
-from train.sample import Artist
-from train.serve import gate, studio, turns
-from train.serve.app import listen
-from train.serve.guesses import Guesses
-from train.serve.turns import Full, Job, Turns
-from train.upscale import cost_of
+from train.generate.files import read_facts
+from train.generate.sampler import Artist
+from train.generate.upscale import cost_of
 
 TOKEN = "a-token-of-tests-0123456789"
 
@@ -93,7 +94,7 @@ def test_a_picture_is_drawn_kept_and_described(served: Served, client: httpx.Cli
 
 
 def test_the_same_request_draws_what_the_library_draws(served: Served, client: httpx.Client, artist: Artist) -> None:
-    from train.sample import Request
+    from train.generate.sampler import Request
 
     job = finished(client, client.post("/api/jobs", json={**SEEN, "seed": 9, "guidance": 2.0}).json())
     (drawn,) = artist.draw([Request("a red disc", seed=9, steps=2, guidance=2.0)])
@@ -150,7 +151,7 @@ def test_an_enlargement_takes_no_longer_than_the_longest_drawing(client: httpx.C
 
 
 def test_streams_of_events_are_bounded(served: Served, client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(studio, "MOST_STREAMS", 3)
+    monkeypatch.setattr(service, "MOST_STREAMS", 3)
     job = client.post("/api/jobs", json={**SEEN, "steps": 150, "number": 16}).json()
     paths = [f"/api/jobs/{job['id']}/events", "/api/events", "/api/events"]
     with contextlib.ExitStack() as streams:
@@ -275,7 +276,7 @@ def test_people_are_served_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.01)
     assert drawn == ["a1", "b1", "c1", "a3", "b2", "a4"] and jobs[1].state == "cancelled"
     assert all(j.requests == () for j in jobs)  # the pictures that came with them are freed
-    monkeypatch.setattr(turns, "REMEMBERED", 2)
+    monkeypatch.setattr(queue_module, "REMEMBERED", 2)
     queue.cancel(queue.submit(Job([], "a", {})))
     assert len(queue.jobs()) in (2, 3)  # it may have been drawn before it was cancelled
     queue.close()
@@ -284,9 +285,9 @@ def test_people_are_served_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_queue_is_bounded_for_one_and_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "MOST_OF_ONE", 2)
-    monkeypatch.setattr(turns, "MOST_WAITING", 3)
-    monkeypatch.setattr(turns, "MOST_BYTES", 100)
+    monkeypatch.setattr(queue_module, "MOST_OF_ONE", 2)
+    monkeypatch.setattr(queue_module, "MOST_WAITING", 3)
+    monkeypatch.setattr(queue_module, "MOST_BYTES", 100)
     queue = Turns(lambda job, on_step: iter(()), str, lambda: None)  # it does not draw: it is not started
     queue.submit(Job([], "a", {}))
     with pytest.raises(Full, match="room"):
@@ -303,23 +304,23 @@ def test_the_queue_is_bounded_for_one_and_for_all(monkeypatch: pytest.MonkeyPatc
 def test_one_address_cannot_take_all_places(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever drops his cookie is somebody new each time, but comes from where he came."""
     queue = Turns(lambda job, on_step: iter(()), str, lambda: None)  # not started
-    for n in range(turns.MOST_WAITING):
+    for n in range(queue_module.MOST_WAITING):
         try:
             queue.submit(Job([], f"cookie {n}", {}, address="1.2.3.4"))
         except Full as e:
-            assert e.own and "address" in str(e) and n == turns.OF_ADDRESS * turns.MOST_WAITING
+            assert e.own and "address" in str(e) and n == queue_module.OF_ADDRESS * queue_module.MOST_WAITING
             break
     else:
         raise AssertionError("it took all")
     queue.submit(Job([], "somebody", {}, address="5.6.7.8"))
-    large = int(turns.OF_ADDRESS * turns.MOST_BYTES) + 1
+    large = int(queue_module.OF_ADDRESS * queue_module.MOST_BYTES) + 1
     with pytest.raises(Full, match="address"):
         queue.check_room("a", "9.9.9.9", large)
     queue.check_room("a", "9.9.9.9", large - 1)
     assert gate.address_of({"client": ("2001:db8::1", 1)}) == gate.address_of({"client": ("2001:db8::9:9", 1)})
     assert gate.address_of({"client": ("::ffff:10.0.0.1", 1)}) == gate.address_of({"client": ("10.0.0.1", 2)})
     long = {**SEEN, "steps": 150, "number": 16}
-    monkeypatch.setattr(turns, "MOST_WAITING", 4)
+    monkeypatch.setattr(queue_module, "MOST_WAITING", 4)
     codes, ids = [], []
     for _ in range(6):
         with served.client() as client:  # a new cookie
@@ -336,7 +337,7 @@ def test_a_full_queue_is_said_with_when_to_try_again(
     served: Served, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     long = client.post("/api/jobs", json={**SEEN, "steps": 150, "number": 16}).json()
-    monkeypatch.setattr(turns, "MOST_WAITING", 0)
+    monkeypatch.setattr(queue_module, "MOST_WAITING", 0)
     full = client.post("/api/jobs", json=SEEN)
     assert "full" in refused(full, 503) and full.headers["retry-after"]
     client.delete(f"/api/jobs/{long['id']}")

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from tests.small_serve import Served, finished, serving, small_artist
-from train.picture import read_facts
+from train.generate.files import read_facts
 
 pytestmark = pytest.mark.long
 
@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def served(model: Path, tmp_path: Path) -> Iterator[Served]:
-    from train.sample import Artist
+    from train.generate.sampler import Artist
 
     with serving(Artist(model), tmp_path / "samples") as served:
         yield served

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.small_serve import Served, serving, small_artist
-from train.picture import read_facts
+from train.generate.files import read_facts
 
 pytestmark = pytest.mark.long
 
@@ -230,7 +230,7 @@ def test_errors_are_said_beside_the_button(page: Any) -> None:
 
 def test_what_is_flagged_is_said_with_its_score(page: Any, served: Served) -> None:
     """A file whose facts say so: no picture that the detector flags is kept in this repository."""
-    from train.picture import png, save_numbered
+    from train.generate.files import png, save_numbered
 
     facts = {**newest(served), "prompt": "flagged one"}
     facts["nsfw"] = {"score": 0.93, "threshold": 0.2, "flagged": True, "blurred": True}
@@ -291,7 +291,7 @@ def test_on_a_phone_the_brush_is_whole_and_a_drawing_is_seen_to_begin(
 
 
 def test_what_an_enlargement_takes_is_said(page: Any, served: Served) -> None:
-    from train.picture import png, save_numbered
+    from train.generate.files import png, save_numbered
 
     draw(page, "the last one")
     facts = {**newest(served), "prompt": "large for this model", "steps": 20}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from curate.shards import CorruptShard, TarWriter, index_tar, read_images, read_range
+from curate.shards.tar import CorruptShard, TarWriter, index_tar, read_images, read_range
 
 
 def written(samples: list[tuple[str, bytes, str | None]]) -> bytes:

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from aesthetic.errors import UserError
-from curate.embed import EndsItsProcess
+from curate.annotators.embed import EndsItsProcess
 from pipelines.cli import main
 from pipelines.faults import check_limits, find_home, told
-from pipelines.jobs import quiet
-from pipelines.progress import Count, Screen
+from pipelines.runtime.jobs import quiet
+from pipelines.runtime.progress import Count, Screen
 from pipelines.terminal import CLEAR, RETURN, Shown, safe_streams, shown, text_stream
 
 ROOT = Path(__file__).parents[1]
@@ -145,7 +145,7 @@ def test_libraries_may_print_where_nobody_reads(tmp_path: Path) -> None:
     code = f"""
 import os, sys
 from pathlib import Path
-from pipelines.progress import Terminal
+from pipelines.runtime.progress import Terminal
 from pipelines.terminal import open_descriptors, safe_streams
 open_descriptors()
 with safe_streams() as (out, err):

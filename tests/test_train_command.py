@@ -24,8 +24,8 @@ from PIL import Image
 from pipelines.cli import main
 from tests.small_train import make_pictures
 from train import checkpoint
-from train.model import load_model
-from train.presets import PRESETS
+from train.models.presets import PRESETS
+from train.models.unet import load_model
 
 DEBUG = ("--preset", "debug", "--batch", "16")
 
@@ -220,7 +220,7 @@ def test_shards_of_scored_pictures_in_several_shapes(tmp_path: Path) -> None:
     words = ["train", str(pictures), "--out", str(tmp_path / "m"), *DEBUG[2:], "--preset", "small", "--steps", "20"]
     import cv2
 
-    from curate.shards import TarWriter
+    from curate.shards.tar import TarWriter
 
     rng = np.random.default_rng(0)
     with open(tmp_path / "00000.tar", "wb") as f:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from curate.store import UserError, write_json
+from curate.store.files import UserError, write_json
 from tests.small_train import make_pictures, small_run
 from train.data import Pictures, open_samples, split
-from train.distances import LEAST_FRECHET, frechet, kernel, kid, kid_floor, mmd2, scaled
-from train.evaluate import (
+from train.generate.distances import LEAST_FRECHET, frechet, kernel, kid, kid_floor, mmd2, scaled
+from train.generate.evaluate import (
     InDomain,
     captions_of,
     clip_score,
@@ -28,8 +28,8 @@ from train.evaluate import (
     share,
     unseen,
 )
-from train.model import load_model, tokenize
-from train.presets import PRESETS
+from train.models.presets import PRESETS
+from train.models.unet import load_model, tokenize
 
 RNG = np.random.default_rng(0)
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipelines.cli import main
 from tests.tiny_clip import add_architectures, make_weights
-from train.model import new_model
+from train.models.unet import new_model
 
 COLOURS = {
     "red": (220, 40, 40), "orange": (245, 150, 30), "yellow": (245, 230, 60), "green": (60, 180, 60),

@@ -17,7 +17,7 @@ from examples import clipart, lora
 from examples.shapes import BACKGROUNDS, COLOURS, judge, picture
 from tests.small_train import make_pictures, small_run
 from train import checkpoint
-from train.presets import PRESETS
+from train.models.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 

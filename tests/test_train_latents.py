@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from curate.store import UserError
+from curate.store.files import UserError
 from tests.small_train import make_pictures
 from train.data import Numbered, Pictures, Stream, open_samples
 from train.latents import Latents, precompute
-from train.model import new_model, tokenize
-from train.presets import PRESETS
+from train.models.presets import PRESETS
+from train.models.unet import new_model, tokenize
 from train.tasks import Denoise
 
 

@@ -22,14 +22,14 @@ import pytest
 import torch
 from PIL import Image
 
-from curate.store import DiskFull, UserError
+from curate.store.files import DiskFull, UserError
 from tests.small_train import make_pictures, small_run
 from train import checkpoint
 from train.data import Pictures, Stream, batches_of, open_samples, split
 from train.devices import FreeCores
 from train.loop import Diverged, Ema, LoopConfig, held_out, learning_rate, line, train, training_flops
-from train.model import encode_images, load_model, new_model, tokenize
-from train.presets import PRESETS
+from train.models.presets import PRESETS
+from train.models.unet import encode_images, load_model, new_model, tokenize
 from train.tasks import Denoise, Reconstruct, draw, fit_scale, part_of, psnr
 from train.world import Distributed
 

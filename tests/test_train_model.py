@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from curate.store import UserError
-from train.model import (
+from curate.store.files import UserError
+from train.models.presets import OBJECTIVES, PRESETS
+from train.models.unet import (
     add_lora,
     check_size,
     default_size,
@@ -24,7 +25,6 @@ from train.model import (
     save_lora,
     tokenize,
 )
-from train.presets import OBJECTIVES, PRESETS
 from train.tasks import draw
 
 CAPTIONS = ["a red star on a teal background", "a blue circle on a white background"] * 10

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from curate import verify
-from curate.data import Data
-from curate.pack import pack
-from curate.select import select
-from curate.shards import index_tar
-from curate.store import Lock, UserError, sweep
+from curate.layout import Data
+from curate.ledger.select import select
+from curate.shards.pack import pack
+from curate.shards.tar import index_tar
+from curate.store.files import Lock, UserError, sweep
 from demo.web import Route
 from pipelines import cli
 from pipelines.recipe import Recipe

@@ -6,22 +6,23 @@ sample: pictures from a model;  about: what its folder says;  schedulers, device
 serve: a page to draw on.
 evaluate: how good a model is, beside what chance and real pictures give;  distances: between sets of pictures.
 
-from train import load_model, sample
+from train import load_model
+from train.generate import sampler
 load_model("model")                                                         # a diffusers StableDiffusionPipeline
-next(sample.Artist("model").draw([sample.Request("a fox", seed=7)])).image  # a PIL image
+next(sampler.Artist("model").draw([sampler.Request("a fox", seed=7)])).image  # a PIL image
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["load_model", "sample"]
+__all__ = ["load_model"]
 
 
 def __getattr__(name: str) -> Any:
     # on demand: a command line that answers at once must not load torch
     if name == "load_model":
-        from train.model import load_model
+        from train.models.unet import load_model
 
         return load_model
     raise AttributeError(f"module 'train' has no attribute {name!r}")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from curate.store import UserError, check_space, read_json, scratch_path, sweep, sync, told, write_json
+from curate.store.files import UserError, check_space, read_json, scratch_path, sweep, sync, told, write_json
 
 
 def save(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from aesthetic.pictures import drawing
+from aesthetic.plots import drawing
 
 
 def draw_loss(folder: Path) -> Path | None:

@@ -1,6 +1,6 @@
 """Captioned pictures to train on.
 
-`open_samples` gives a folder of them as a sequence of samples (curate.captioned says of which kinds it may be);
+`open_samples` gives a folder of them as a sequence of samples (curate.sources.captioned says of which kinds it may be);
 `Pictures` prepares them for a model; `split` sets some aside; `Stream` is the endless order in which one rank meets its
 share, known by two integers.
 """
@@ -25,10 +25,10 @@ from torch import Tensor
 
 from aesthetic.splits import groups_of
 from aesthetic.untrusted import printable
-from curate.captioned import Numbered, Sample, open_folder
-from curate.images import decode, perceptual_hash, probe
-from curate.ledger import RowError
-from curate.store import UserError, digest
+from curate.images.pixels import decode, perceptual_hash, probe
+from curate.ledger.schema import RowError
+from curate.sources.captioned import Numbered, Sample, open_folder
+from curate.store.files import UserError, digest
 
 Ints = npt.NDArray[np.int64]
 
@@ -54,7 +54,7 @@ class _Given(Numbered):
 
 
 def open_samples(folder: str | Path, caption: str | None = None) -> Numbered:
-    """The captioned pictures of a folder, whatever of the kinds it is that curate.captioned reads.
+    """The captioned pictures of a folder, whatever of the kinds it is that curate.sources.captioned reads.
 
     `caption` is that of pictures without one. Raises UserError where there is no such folder, no picture in it, too
     few, or none with a caption.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from train.about import About
+    from train.models.info import About
 
 
 def device_here() -> torch.device:

@@ -23,10 +23,10 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from curate.ledger import shard_name
-from curate.store import UserError, atomic, check_space, digest, read_json, write_json
+from curate.ledger.schema import shard_name
+from curate.store.files import UserError, atomic, check_space, digest, read_json, write_json
 from train.data import Ints, Pictures
-from train.model import encode_images, tokenize
+from train.models.unet import encode_images, tokenize
 
 _FORMAT = 2
 

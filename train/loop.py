@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from curate.report import sheet
-from curate.store import UserError, atomic, check_space, write_json
+from curate.store.files import UserError, atomic, check_space, write_json
 from train import checkpoint
 from train.data import Batch, Examples, Ints, Stream, batches_of
 from train.devices import out_of_memory

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curate.store import UserError
-from train.presets import OBJECTIVES
+from curate.store.files import UserError
+from train.models.presets import OBJECTIVES
 
 TIMES = 1000
 """Training times of every scheduler here, as in DDPM (Ho et al. 2020) and all Stable Diffusion models."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import hostile_web
 from hostile_web import CHUNKED, Page, bomb, endless, head, pieces, reset, sized, whole
 
-from curate.ledger import Reason
+from curate.ledger.schema import Reason
 
 MAX_BYTES = 2_000_000  # of a body, in these tests
 OK = None

@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curate.data import Data
-from curate.fetch import FetchConfig
-from curate.images import ImagesConfig
-from curate.source import SourceConfig, make_plan
+from curate.fetch.client import FetchConfig
+from curate.images.pixels import ImagesConfig
+from curate.layout import Data
+from curate.sources.plan import SourceConfig, make_plan
 from curate.workers import FetchWorker
 
 

@@ -16,8 +16,8 @@ from ipaddress import IPv4Address
 import pytest
 from watched import watched
 
-from curate.fetch import Body, FetchConfig, Fetcher
-from curate.ledger import Reason, RowError
+from curate.fetch.client import Body, FetchConfig, Fetcher
+from curate.ledger.schema import Reason, RowError
 
 # ------------------------------------------------------------------------------------------------------- the cases
 

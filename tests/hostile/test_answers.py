@@ -14,8 +14,8 @@ import pytest
 from answers import ANSWERS, MAX_BYTES, path_of
 from hostile_web import Hostile, Measured, at_home, good_picture, measure
 
-from curate.fetch import FetchConfig, Fetcher
-from curate.ledger import Reason, RowError
+from curate.fetch.client import FetchConfig, Fetcher
+from curate.ledger.schema import Reason, RowError
 
 TIMEOUT = 2.0  # seconds
 NEIGHBOURS = 100  # rows of as many hosts that nothing is wrong with

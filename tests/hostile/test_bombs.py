@@ -15,8 +15,8 @@ import pytest
 from in_a_child import Report, forget_peak, memory, peak, run
 from PIL import Image, TiffImagePlugin
 
-from curate.images import ImagesConfig, process
-from curate.ledger import Reason, RowError
+from curate.images.pixels import ImagesConfig, process
+from curate.ledger.schema import Reason, RowError
 from tests.test_images import encoded, patched, photograph, png_chunk, png_of
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from curate import fetch as fetch_module
-from curate.fetch import Body, FetchConfig, Fetcher
-from curate.ledger import Reason, RowError
+from curate.fetch import client as fetch_module
+from curate.fetch.client import Body, FetchConfig, Fetcher
+from curate.ledger.schema import Reason, RowError
 
 CONFIG = """
 [ca]

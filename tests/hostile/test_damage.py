@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from in_a_child import Report, run
 
-from curate.images import ImagesConfig, decode, process
-from curate.ledger import Reason, RowError
+from curate.images.pixels import ImagesConfig, decode, process
+from curate.ledger.schema import Reason, RowError
 from tests.test_images import FORMATS, encoded, photograph
 
 AMBIGUOUS = {"jpg", "progressive", "webp", "avif", "tiff_jpeg"}

@@ -17,8 +17,8 @@ from fetched import fetch_list, write_list
 from hostile_web import Hostile, at_home, endless, head, hosts, measure, whole
 from test_answers import Ended, fetch_all
 
-from curate.fetch import FetchConfig, Fetcher
-from curate.ledger import Reason, RowError
+from curate.fetch.client import FetchConfig, Fetcher
+from curate.ledger.schema import Reason, RowError
 
 ROWS = 20  # of one host
 RETRIES = FetchConfig().retries

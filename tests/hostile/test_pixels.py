@@ -16,8 +16,8 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageCms
 
-from curate.images import ImagesConfig, decode, process
-from curate.ledger import RowError
+from curate.images.pixels import ImagesConfig, decode, process
+from curate.ledger.schema import RowError
 from tests.test_images import (
     UPRIGHT,
     delta,

@@ -1,0 +1,1 @@
+"""What is computed about images: vectors, and columns of scores."""

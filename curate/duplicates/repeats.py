@@ -1,0 +1,47 @@
+"""Bytes that came from many URLs: placeholders such as "image not available", and pictures that everybody copies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from curate.ledger.view import open_ledger
+
+MANY = 10
+"""URLs from which the same bytes are named. One shop's few pages share a picture; a placeholder has more."""
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """One file that many URLs gave."""
+
+    sha256: str
+    urls: int
+    hosts: int
+    url: str  # one of them
+    width: int  # pixels as stored
+    height: int
+
+    def __str__(self) -> str:
+        where = f"{self.hosts:,} hosts" if self.hosts > 1 else "one host"
+        return f"{self.urls:,} URLs of {where} gave one picture of {self.width} x {self.height}: {self.url[:100]}"
+
+
+def repeats(root: Path) -> list[Repeat]:
+    """What more than `MANY` URLs gave alike, the most repeated first.
+
+    Placeholders pass every check of a picture, and may score well. The rule `first_of(sha256)` keeps one of each; the
+    hashes in a deny-list (`fetch.deny`) keep none.
+    """
+    with open_ledger(root, set(), memory_limit="2GB") as con:  # and as much of the disk as it takes
+        found = con.execute(
+            # by a short hash first: at ten million rows a table of all digests would take gigabytes
+            f"""
+            SELECT sha256, count(DISTINCT url) AS urls, count(DISTINCT split_part(url, '/', 3)), min(url),
+                   any_value(width), any_value(height)
+            FROM _fetched WHERE hash(sha256) IN (
+                SELECT hash(sha256) FROM _fetched WHERE sha256 IS NOT NULL GROUP BY 1 HAVING count(*) > {MANY})
+            GROUP BY sha256 HAVING urls > {MANY} ORDER BY urls DESC, sha256
+            """
+        ).fetchall()
+    return [Repeat(*row) for row in found]

@@ -1,0 +1,1 @@
+"""URLs -> bytes -> the `fetched/` files of a shard: politely, within limits, without what is denied or opted out."""

@@ -1,0 +1,272 @@
+"""Deny-lists: URLs, domains and bytes that are never fetched, decoded, stored or shown.
+
+    deny = Deny.load(["deny.txt", "more.txt.gz"])
+    deny.url(url)               # before a request, at every hop: RowError `denied`
+    deny.body(data, sha256)     # before anything looks at the bytes: RowError `denied`
+
+A list is a text file, one entry a line; blank lines and what follows a `#` at the start of a line or after a blank are
+comments. An entry is one of
+
+- a URL, http or https: that URL, with or without a fragment;
+- a domain such as example.com: it and all its subdomains; or a host's address;
+- a digest in hexadecimal: 32 digits are the md5, 40 the sha1, 64 the sha256, 128 the sha512 of the original bytes.
+  64 digits are also compared with the sha256 of the URL and of the domain, as `url_text` and `domains` write them: a
+  list can be passed on without being a map of what it denies.
+
+In memory all of it is digests, so here too nothing tells what is denied.
+"""
+
+from __future__ import annotations
+
+import binascii
+import codecs
+import gzip
+import hashlib
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from ipaddress import ip_address, ip_network
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from yarl import URL
+
+from aesthetic.untrusted import marked_encoding, open_regular
+from curate.fetch.addresses import Allowed, parse_url
+from curate.fetch.hashes import ALGORITHMS, digest
+from curate.ledger.schema import Reason, RowError
+from curate.store.files import UserError
+
+
+class Deny:
+    """What is denied. An empty one denies nothing, is false, and costs nothing.
+
+    Args:
+        digests: of the lengths in `hashes.ALGORITHMS`; in memory each takes its own length and no more.
+    """
+
+    def __init__(self, digests: Iterable[bytes] = ()) -> None:
+        found: dict[int, bytearray] = {}
+        for entry in digests:
+            found.setdefault(len(entry), bytearray()).extend(entry)
+        self._sorted = {size: _sorted(found.pop(size), size) for size in sorted(found)}
+        content = hashlib.sha256()
+        for size, values in self._sorted.items():
+            content.update(f"{size} {len(values)} ".encode())
+            content.update(values.data)
+        self.digest: str = content.hexdigest()
+        """Hexadecimal; of what is denied alone: not of the order, the comments, or what is listed in which form."""
+        other = hashlib.sha256(b"".join(v.tobytes() for size, v in self._sorted.items() if size != 32))
+        self.hashes: str | None = other.hexdigest() if self._sorted.keys() - {32} else None
+        """The same of its md5, sha1 and sha512 alone: they say nothing once the original bytes are gone."""
+
+    @classmethod
+    def load(cls, files: Sequence[str | Path]) -> Deny:
+        """Read deny-lists; compressed ones too.
+
+        Raises:
+            UserError: a file that cannot be read, or lines that are no entries, by file and number: their count and
+                the first three. The lines themselves are not repeated: they would end in a log.
+        """
+        return cls(chain.from_iterable(_entries(Path(file)) for file in files))
+
+    def __bool__(self) -> bool:
+        return bool(self._sorted)
+
+    def url(self, url: URL) -> None:
+        """Refuse a URL that is listed, or whose domain is. `url` is as `guard.parse_url` gives it.
+
+        Raises:
+            RowError: denied, saying whether it is the URL or which domain.
+        """
+        if not self._sorted:
+            return
+        if self._has(digest(url_text(url).encode(), "sha256")):
+            raise RowError(Reason.DENIED, "its URL is on a deny-list")
+        for domain in domains(url.raw_host or ""):
+            if self._has(digest(domain.encode(), "sha256")):
+                raise RowError(Reason.DENIED, f"its domain {domain} is on a deny-list")
+
+    def body(self, data: bytes, sha256: bytes) -> None:
+        """Refuse bytes that are listed by a digest; `sha256` is theirs, 32 bytes.
+
+        Raises:
+            RowError: denied, saying which digest.
+        """
+        for size in self._sorted:
+            algorithm = ALGORITHMS[size]
+            if self._has(sha256 if algorithm == "sha256" else digest(data, algorithm)):
+                raise RowError(Reason.DENIED, f"the {algorithm} of its bytes is on a deny-list")
+
+    def names(self, text: str) -> bool:
+        """Whether a URL as a list has it is denied, it or its domain; no where it is no URL."""
+        try:
+            self.url(_anywhere(text))
+        except RowError as e:
+            return e.reason is Reason.DENIED
+        except (ValueError, IndexError):  # yarl, see parse_url
+            pass
+        return False
+
+    def sha256s(self) -> list[bytes]:
+        """The digests of 32 bytes: of URLs, of domains and of bytes."""
+        values = self._sorted.get(32)
+        return [] if values is None else [bytes(v) for v in values.view(np.uint8).reshape(-1, 32)]
+
+    def _has(self, value: bytes) -> bool:
+        values = self._sorted.get(len(value))
+        if values is None:
+            return False
+        at = int(values.searchsorted(np.frombuffer(value, values.dtype))[0])
+        return values[at : at + 1].tobytes() == value
+
+
+def _sorted(content: bytearray, size: int) -> np.ndarray:
+    """Sorted and without repetitions. Of dtype S: it orders as bytes do, and drops NULs only where one is looked at."""
+    values = np.frombuffer(content, f"S{size}")
+    values.sort()
+    fresh = np.append(True, values[1:] != values[:-1])
+    return values if fresh.all() else values[fresh]
+
+
+def url_text(url: URL) -> str:
+    """A URL as it is listed: host in lower-case ASCII, no default port, at least `/` as path, no fragment."""
+    return str(url) if url.raw_path_qs != "/" else f"{url.origin()}/"
+
+
+def domains(host: str) -> list[str]:
+    """The names under which a host may be listed: itself, and the domains above it down to two labels."""
+    host = host.rstrip(".")
+    labels = host.split(".")
+    if ":" in host or labels[-1].isdigit():
+        return [host]
+    return [".".join(labels[i:]) for i in range(len(labels) - 1)]
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+# What most lines are made of, and what `parse_url` would leave as it is; it takes 30 microseconds to find that out.
+_HOST = rb"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.){1,10}[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?"
+_PATH = rb"/(?!\.)(?:[!$%&'()*+,\-0-9:;=?@A-Z_a-z~.]|/(?!\.)){0,1000}(?<!\?)"
+_PLAIN = re.compile(b"(?:https?://" + _HOST + _PATH + b"|" + _HOST + b")")
+_COMMENT = re.compile(rb"(?:^|\s)#.*")
+_DIGITS = {2 * size for size in ALGORITHMS}
+_EVERYWHERE = (ip_network("0.0.0.0/0"), ip_network("::/0"))
+
+
+PLAIN_SQL = (
+    "coalesce(regexp_full_match(u, 'https?://"
+    + _HOST.decode()
+    + "/[!$%&''()*+,0-9:;=?@A-Z_a-z~./-]*') AND length(u) < 1000 AND NOT contains(u, '/.') AND NOT ends_with(u, '?'),"
+    " false)"
+)
+"""Whether a URL `u` is one that `parse_url` leaves as it is, for DuckDB, whose patterns cannot look ahead."""
+
+LONGEST = 1 << 16
+"""Bytes of a line: no URL is longer than 8,000 characters."""
+
+_RATIO, _AT_LEAST = 100, 1 << 26
+"""A compressed list may decompress to this many times its size, and to so many bytes in any case."""
+
+_TOLD = 1000  # lines that are no entries, after which the rest is not counted
+
+
+def _entries(file: Path) -> Iterator[bytes]:
+    wrong: list[int] = []
+    cause: Exception | None = None
+    try:
+        for number, line in _lines(file):
+            line = (line if b"#" not in line else _COMMENT.sub(b"", line)).strip()
+            if not line:
+                continue
+            try:
+                entry = _entry(line)
+            except (ValueError, IndexError, RowError) as e:  # IndexError: yarl, see parse_url
+                wrong.append(number)
+                cause = cause or e
+                if len(wrong) == _TOLD:
+                    break
+                continue
+            if not wrong:
+                yield entry
+    except (OSError, EOFError, zlib.error) as e:
+        raise UserError(f"deny-list {file}: {getattr(e, 'strerror', None) or e}") from e
+    except UserError as e:
+        raise UserError(f"deny-list {e}") from e
+    if wrong:  # a list without some of its lines would deny less than its owner thinks
+        first = f"line {wrong[0]}" if len(wrong) == 1 else _several(wrong)
+        raise UserError(
+            f"deny-list {file}, {first}: not an http or https URL, a domain such as example.com, or "
+            f"a digest of {', '.join(str(2 * size) for size in ALGORITHMS)} hexadecimal digits"
+        ) from cause
+
+
+def _several(wrong: list[int]) -> str:
+    count = f"{len(wrong):,}" + (" or more" if len(wrong) == _TOLD else "")
+    return f"lines {', '.join(map(str, wrong[:3]))}{', ...' if len(wrong) > 3 else ''} ({count} in all)"
+
+
+def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """The numbered lines of a list that are not empty, in UTF-8, without their ends: \\n, \\r\\n or \\r.
+
+    Raises UserError for what is no regular file, for a line that is too long to be an entry, and for a compressed file
+    that is made to fill the memory.
+    """
+    with open_regular(file) as raw:
+        compressed = file.suffix == ".gz" or raw.peek(2)[:2] == b"\x1f\x8b"  # type: ignore[attr-defined]
+        most = max(_AT_LEAST, _RATIO * os.fstat(raw.fileno()).st_size)
+        source = gzip.GzipFile(fileobj=raw) if compressed else raw
+        head = source.read(4)
+        encoding, mark = marked_encoding(head) or ("utf-8", 0)
+        decoder = None if encoding == "utf-8" else codecs.getincrementaldecoder(encoding)("strict")
+        rest, read, number, ends = b"", 0, 0, False
+        while not ends:
+            part = source.read(1 << 20) if read else head[mark:]
+            ends = not part and read > 0
+            read += len(part) or 1
+            if compressed and read > most:
+                raise UserError(f"{file}: decompresses to more than {most:,} bytes, {_RATIO} times its size")
+            try:
+                rest += part if decoder is None else decoder.decode(part, ends).encode()
+            except UnicodeError as e:
+                raise UserError(f"{file}, line {number + 1}: not {encoding}, which its first bytes say it is") from e
+            half = rest.endswith(b"\r") and not ends  # of a \r\n
+            lines = (rest[:-1] if half else rest).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+            rest = lines.pop() + (b"\r" if half else b"")
+            yield from [(n, line) for n, line in enumerate(lines, number + 1) if line]
+            number += len(lines)
+            if len(rest) > LONGEST:
+                raise UserError(f"{file}, line {number + 1}: longer than {LONGEST:,} bytes, which no entry is")
+        yield number + 1, rest
+
+
+def _entry(line: bytes) -> bytes:
+    """The digest that stands for a line. ValueError, IndexError or RowError where it is no entry."""
+    if line.isalnum() and len(line) in _DIGITS:
+        return binascii.unhexlify(line)
+    if _PLAIN.fullmatch(line) and b"&amp;" not in line.lower():
+        return digest(line, "sha256")
+    text = line.decode()
+    return digest((_listed_url(text) if "://" in text else _listed_host(text)).encode(), "sha256")
+
+
+def _listed_url(text: str) -> str:
+    return url_text(_anywhere(text))
+
+
+def _anywhere(text: str) -> URL:
+    port = URL(text).port or 0
+    return parse_url(text, tuple(Allowed(network, port) for network in _EVERYWHERE))
+
+
+def _listed_host(text: str) -> str:
+    try:
+        return str(ip_address(text))
+    except ValueError:
+        url = parse_url(f"http://{text}/", ())
+    host = (url.raw_host or "").rstrip(".")
+    if "." not in host or url.explicit_port is not None or url.raw_path_qs != "/":
+        raise ValueError("not a domain")
+    return host

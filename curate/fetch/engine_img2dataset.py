@@ -1,0 +1,179 @@
+"""img2dataset as the download engine: it fetches and resizes one shard, and its outcomes become ours.
+
+It runs in a child process, because it starts pools and loggers of its own. It serves people who have tuned it, and the
+tests as an independent second opinion. What it does not do: check addresses, read robots.txt, bound the bytes of an
+answer or the requests to one host, turn pictures upright by their EXIF. Whoever chooses it for a list from the web
+should run it where nothing private can be reached.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from curate.fetch.client import FetchConfig
+from curate.images.pixels import ImagesConfig, decode, perceptual_hash
+from curate.ledger.schema import FETCHED_COLUMNS, Reason, Status
+from curate.shards.tar import image_member, index_tar, read_range
+from curate.sources.folders import reason_of
+from curate.store.files import UserError
+
+_DIRECTIVES = ["noai", "noimageai", "noindex", "noimageindex", "none"]
+_QUALITY = {"jpg": 95, "webp": 95, "png": 6}  # ours where none is given; img2dataset's own 95 is no level for png
+_CHILD = "from curate.fetch.engine_img2dataset import _serve; _serve()"
+
+
+def require(images: ImagesConfig) -> None:
+    """UserError where img2dataset cannot be used here or cannot do what is asked, saying why."""
+    import importlib.util
+
+    if importlib.util.find_spec("img2dataset") is None:
+        why = (
+            "it cannot be imported on Python 3.13 and later (it needs the module imghdr): "
+            "use Python 3.12, or `--set fetch.engine=native`"
+            if sys.version_info >= (3, 13)
+            else "pip install 'tastemaker[img2dataset]', or `--set fetch.engine=native`"
+        )
+        raise UserError(f"fetch.engine: img2dataset is not installed: {why}")
+    if images.keep_original:
+        raise UserError(
+            "images.keep_original: img2dataset would keep what lies beside the picture (EXIF, places, names) as well. "
+            "`--set images.keep_original=false`, or `--set fetch.engine=native`"
+        )
+
+
+def download(
+    rows: Sequence[tuple[int, str | None]], fetch: FetchConfig, images: ImagesConfig, folder: Path
+) -> Iterator[tuple[int, dict[str, Any], bytes | None, str]]:
+    """Have img2dataset fetch (number, url) rows into `folder`, and yield (number, facts, image, extension) for each.
+
+    The folder is removed in the end. Raises RuntimeError with its last words where it fails as a whole.
+    """
+    if not rows:
+        return
+    folder.mkdir(parents=True)
+    try:
+        numbers, urls = zip(*rows, strict=True)
+        table = pa.table({"url": pa.array(urls, pa.string()), "row": pa.array(numbers, pa.int64())})
+        pq.write_table(table, folder / "list.parquet")
+        _run(_options(len(rows), fetch, images, folder), folder)
+        waiting = set(numbers)
+        for outcome in _outcomes(folder / "out" / "00000.parquet"):
+            waiting.remove(outcome[0])
+            yield outcome
+        for number in sorted(waiting):  # it prints what went wrong while it wrote a sample, and goes on without it
+            yield number, _failed(Reason.CRASHED, "img2dataset lost this row: it says nothing of it"), None, ""
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _options(count: int, fetch: FetchConfig, images: ImagesConfig, folder: Path) -> dict[str, Any]:
+    """Our settings under img2dataset's names."""
+    return {
+        "url_list": str(folder / "list.parquet"),
+        "input_format": "parquet",
+        "url_col": "url",
+        "save_additional_columns": ["row"],
+        "output_folder": str(folder / "out"),
+        "output_format": "webdataset",
+        "image_size": images.size,
+        "resize_mode": images.mode,
+        "resize_only_if_bigger": images.only_if_bigger,
+        "encode_format": images.format,
+        "encode_quality": _QUALITY[images.format] if images.quality is None else images.quality,
+        "max_image_area": images.max_pixels,
+        "extract_exif": images.exif,
+        "processes_count": 1,
+        "thread_count": min(fetch.concurrency, 256),
+        "timeout": max(1, round(fetch.timeout)),
+        "retries": fetch.retries,
+        "number_sample_per_shard": count,
+        "compute_hash": "sha256",
+        "user_agent_token": "tastemaker",
+        "disallowed_header_directives": _DIRECTIVES if "x-robots-tag" in fetch.respect else [],
+    }
+
+
+def _run(options: dict[str, Any], folder: Path) -> None:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]),
+        "WANDB_MODE": "disabled",
+        "NO_ALBUMENTATIONS_UPDATE": "1",  # else a library of its asks the network for its newest version
+    }
+    words = folder / "words"
+    with (
+        open(words, "wb") as out,
+        subprocess.Popen(
+            [sys.executable, "-c", _CHILD], stdin=-1, stdout=out, stderr=out, env=environment, start_new_session=True
+        ) as child,
+    ):
+        assert child.stdin is not None
+        try:
+            child.stdin.write(json.dumps(options).encode() + b"\n")
+            child.stdin.flush()
+        except BrokenPipeError:
+            pass  # it ended at once; its words say why
+        # with its stdin open: it ends when that closes, so it cannot outlive us; nor shall its children outlive it
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        os.killpg(child.pid, signal.SIGKILL)
+    # its record, written last; without it a shard has failed, though it ends with 0
+    if child.returncode or not (folder / "out" / "00000_stats.json").exists():
+        last = words.read_text(errors="replace").strip()[-2000:]  # its processes may all have some
+        raise RuntimeError(f"img2dataset failed (exit code {child.returncode}). Its last words:\n{last}")
+
+
+def _serve() -> None:
+    """The child: img2dataset, until it ends, one of its processes dies, or our parent does."""
+    import img2dataset
+
+    options = json.loads(sys.stdin.buffer.readline())
+    threading.Thread(target=_watch, daemon=True).start()
+    img2dataset.download(**options)
+
+
+def _watch() -> None:
+    """End this process and its children when stdin closes, or when one of them died: its pool would wait for ever."""
+    children: set[multiprocessing.process.BaseProcess] = set()
+    while not select.select([0], [], [], 0.2)[0]:
+        children.update(multiprocessing.active_children())
+        for child in children:
+            if child.exitcode not in (None, 0, -signal.SIGTERM):  # with SIGTERM it ends its pool itself
+                print(f"its process {child.name} died (exit code {child.exitcode})", file=sys.stderr, flush=True)
+                os.killpg(0, signal.SIGKILL)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _outcomes(table: Path) -> Iterator[tuple[int, dict[str, Any], bytes | None, str]]:
+    tar = table.with_suffix(".tar")
+    index = index_tar(tar)
+    with open(tar, "rb") as f:
+        for row in pq.read_table(table).to_pylist():
+            if row["status"] != Status.SUCCESS:
+                message = row["error_message"] or ""
+                yield row["row"], _failed(reason_of(message, row["status"]), message), None, ""
+                continue
+            found = image_member(index[row["key"]])
+            assert found is not None, f"img2dataset wrote no image for {row['url']}"
+            image = read_range(f, found[1])
+            facts = {name: row.get(name) for name, _ in FETCHED_COLUMNS}
+            facts["phash"] = perceptual_hash(decode(image))
+            yield row["row"], facts, image, found[0]
+
+
+def _failed(reason: Reason, message: str) -> dict[str, Any]:
+    facts: dict[str, Any] = {name: None for name, _ in FETCHED_COLUMNS}
+    return facts | {"status": reason.status.value, "reason": reason.value, "error_message": message}

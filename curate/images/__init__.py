@@ -1,0 +1,1 @@
+"""Bytes from anywhere -> an upright sRGB image -> resized, encoded."""

@@ -1,0 +1,139 @@
+"""What a data folder holds although a deny-list names it: a list that is given later takes nothing away by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from curate.fetch.deny import PLAIN_SQL, Deny
+from curate.ledger.schema import Status
+from curate.ledger.sql import connect
+from curate.ledger.view import Table, table_digests, tables
+from curate.store.files import UserError, read_json
+
+_FACTS = ("key", "url", "final_url", "sha256")
+
+
+@dataclass
+class Held:
+    """What is there and should not be. Keys, not URLs: what is denied is not repeated in messages and logs."""
+
+    keys: list[str] = field(default_factory=list)  # the first three
+    images: int = 0  # of fetched/
+    shards: list[str] = field(default_factory=list)  # that these are in
+    packs: dict[str, int] = field(default_factory=dict)  # name -> images of shards/NAME
+    unknown: list[str] = field(default_factory=list)  # fetched shards whose originals are gone, so that nobody can tell
+    unknown_packs: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.images or self.packs or self.unknown or self.unknown_packs)
+
+
+def held(root: Path, deny: Deny, *, fetched: bool = True) -> Held:
+    """The images of a data folder that are denied: of fetched shards that were made under another deny-list, and packs.
+
+    URLs (the list's, and the one after redirects), their domains and the sha256 of the original bytes are compared.
+    Of md5, sha1 and sha512 nobody can tell, because originals are not kept: shards that were fetched without these are
+    `unknown`. Without `fetched` only packs are looked at. Time: some microseconds a row.
+    """
+    found = Held()
+    try:
+        table = tables(root)[0]
+    except UserError:  # nothing is fetched
+        table = None
+    if not deny:
+        return found
+    records = {s: _dict(read_json(r)) for s, r in zip(table.shards, table.records, strict=True)} if table else {}
+    records = {s: r for s, r in records.items() if r.get("successes", 1)}
+    with connect(root, memory_limit="2GB") as con:
+        look = _Look(con, deny)
+        if fetched and table is not None:
+            _look_at_shards(found, table, records, look, deny)
+        hashes = {r.get("denied_hashes") for r in records.values()}
+        now = table_digests([table])["fetched"] if table else None
+        for manifest in sorted((root / "shards").glob("[!.]*/manifest.json")):
+            value = _dict(read_json(manifest))
+            fresh = fetched and value.get("inputs", {}).get("fetched") == now
+            if fresh and not found:  # it is a part of what was looked at
+                continue
+            if count := sum(len(keys) for keys in look.denied(sorted(manifest.parent.glob("*.parquet")))):
+                found.packs[manifest.parent.name] = count
+            elif deny.hashes is not None and (hashes if fresh else {value.get("denied_hashes")}) != {deny.hashes}:
+                found.unknown_packs.append(manifest.parent.name)
+    return found
+
+
+def _look_at_shards(found: Held, table: Table, records: Mapping[str, Any], look: _Look, deny: Deny) -> None:
+    for shard, path in zip(table.shards, table.files, strict=True):
+        record = records.get(shard)
+        if record is None or record.get("denied_by") == deny.digest:
+            continue
+        if keys := [key for some in look.denied([path]) for key in some]:
+            found.images += len(keys)
+            found.keys = [*found.keys, *keys][:3]
+            found.shards.append(shard)
+        if deny.hashes is not None and record.get("denied_hashes") != deny.hashes:
+            found.unknown.append(shard)
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+class _Look:
+    """Finds rows that are denied, a batch at a time in DuckDB; only odd URLs and hosts not seen before in Python."""
+
+    def __init__(self, con: duckdb.DuckDBPyConnection, deny: Deny) -> None:
+        self._con, self._deny = con, deny
+        self._hosts: dict[str, bool] = {}
+        con.register("_digests", pa.table({"v": pa.array(deny.sha256s(), pa.binary())}))
+        con.execute("CREATE TABLE digests AS SELECT DISTINCT v FROM _digests")
+
+    def denied(self, files: Sequence[Path]) -> Iterator[list[str]]:
+        """The keys of images that are denied, in order, batch by batch."""
+        import pyarrow.dataset as ds  # slow: it brings pandas
+
+        if not files:
+            return
+        data = ds.dataset([str(f) for f in files], format="parquet")
+        there = [n for n in _FACTS if n in data.schema.names]
+        success = ds.field("status") == Status.SUCCESS.value if "status" in data.schema.names else None
+        for batch in data.to_batches(columns=there, filter=success, batch_size=1 << 17):
+            table = pa.Table.from_batches([batch])
+            for name in _FACTS:
+                if name not in there:
+                    table = table.append_column(name, pa.nulls(len(table), pa.string()))
+            yield self._of(table)
+
+    def _of(self, table: pa.Table) -> list[str]:
+        con = self._con
+        con.register("_batch", table)
+        con.execute(
+            "CREATE OR REPLACE TEMP TABLE batch AS SELECT row_number() OVER () AS n, key, "
+            "CAST(sha256 AS VARCHAR) AS s, "
+            "[CAST(url AS VARCHAR), nullif(CAST(final_url AS VARCHAR), CAST(url AS VARCHAR))] AS us FROM _batch"
+        )
+        con.execute(
+            f"CREATE OR REPLACE TEMP TABLE named AS SELECT n, u, {PLAIN_SQL} AS plain, split_part(u, '/', 3) AS host "
+            "FROM (SELECT n, split_part(trim(unnest(us), ' '), '#', 1) AS u FROM batch) WHERE u IS NOT NULL"
+        )
+        hosts = [h for (h,) in con.execute("SELECT DISTINCT host FROM named WHERE plain").fetchall()]
+        for host in hosts:
+            if host not in self._hosts:
+                self._hosts[host] = self._deny.names(f"http://{host}/") or self._deny.names(f"https://{host}/x")
+        bad = [h for h in hosts if self._hosts[h]]
+        con.register("_hosts", pa.table({"h": pa.array(bad, pa.string())}))
+        odd = con.execute("SELECT n, u FROM named WHERE NOT plain").fetchall()
+        con.register("_odd", pa.table({"n": pa.array([n for n, u in odd if self._deny.names(u)], pa.int64())}))
+        rows = con.execute(
+            "SELECT key FROM batch WHERE n IN (FROM _odd) "
+            "OR n IN (SELECT n FROM named WHERE plain AND "
+            "(host IN (FROM _hosts) OR unhex(sha256(u)) IN (FROM digests))) "
+            "OR CASE WHEN regexp_full_match(s, '[0-9a-fA-F]{64}') THEN unhex(s) END IN (FROM digests) ORDER BY n"
+        ).fetchall()
+        return [str(key) for (key,) in rows]

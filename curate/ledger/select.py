@@ -1,0 +1,451 @@
+"""Named rules over the ledger -> one verdict per row, in seconds and without opening an image.
+
+A rule is an SQL condition. It keeps a row only where it is TRUE, and rejects where any column that it names is NULL or
+not finite, whatever the function: DuckDB's `least` skips NULLs, and NaN >= 5 is TRUE there. The rows with an image are
+loaded once, with the columns that rules name; `top` and `first_of` become plain comparisons over them, because each
+depends on all fetched rows and on nothing that another rule did.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from curate.ledger.rules import KEPT, NOT_FETCHED, NOT_IN_UIDS, NUMBER, Computed, Rule, check_rules, read_rules
+from curate.ledger.schema import FETCHED_COLUMNS, URL_COLUMNS, Status
+from curate.ledger.sql import Bounds, quote, short, too_much
+from curate.ledger.view import (
+    check_current,
+    is_current,
+    open_ledger,
+    table_digests,
+    tables,
+    types_there,
+)
+from curate.store.files import UserError, atomic, commit, digest, is_done, read_json, sha256_file, uncommit
+
+LEVELS = {
+    "min": 0.0,
+    "1%": 0.01,
+    "5%": 0.05,
+    "10%": 0.1,
+    "25%": 0.25,
+    "median": 0.5,
+    "75%": 0.75,
+    "90%": 0.9,
+    "95%": 0.95,
+    "99%": 0.99,
+    "max": 1.0,
+}
+"""The quantiles that are noted for each score, linearly interpolated."""
+
+FORMAT = 1  # of selected/NAME.parquet and .json; part of what makes a selection stale
+
+
+_LEDGER = {"similarity"} | {n for n, _ in URL_COLUMNS + FETCHED_COLUMNS}
+
+
+class NothingKept(Exception):
+    """A selection kept no row, so there is nothing to pack (exit code 3). The message says which rules did it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """A selection: a name, and rules in order. `rules` maps a rule's name to an SQL condition over the ledger."""
+
+    name: str = "default"
+    rules: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleCount:
+    """What one rule did. Counts are of fetched rows."""
+
+    name: str
+    condition: str
+    rejected: int  # rows that no earlier rule had rejected
+    alone: int  # rows that it would reject if it were the only rule
+    nulls: int  # those of `alone` where a column that it names has no value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What a selection did with every row: rows == not fetched + the sum of `rejected` over rules + kept."""
+
+    name: str
+    rows: int
+    not_fetched: dict[str, int]  # reason -> rows, the commonest first
+    rules: list[RuleCount]
+    kept: int
+    quantiles: dict[str, dict[str, float]]  # numeric column -> level -> value, over the fetched rows that have one
+    warnings: list[str]
+
+    @property
+    def fetched(self) -> int:
+        """Rows that have an image."""
+        return self.rows - sum(self.not_fetched.values())
+
+    @property
+    def funnel(self) -> dict[str, int]:
+        """Verdict -> rows, in the order of the rules; the values sum to `rows`."""
+        return {NOT_FETCHED: self.rows - self.fetched, **{r.name: r.rejected for r in self.rules}, KEPT: self.kept}
+
+
+# ---------------------------------------------------------------------------------------------------------- selecting
+
+
+def select(root: Path, config: SelectConfig, scales: Mapping[str, tuple[float, float]]) -> Selection:
+    """Apply the rules to every row of the ledger and write `selected/NAME.parquet` and `.json`, unless that is done.
+
+    `selected/NAME.parquet` holds (key, verdict) for every row, in the order of keys: `not_fetched`, the name of the
+    first rule that isn't TRUE, or `kept`. Raises UserError for a rule that is wrong (see check_rules), for tables that
+    are incomplete or stale, and for a rule that fails on a row (a cast, say).
+    """
+    root = Path(root)
+    check_name(config.name)
+    found = tables(root)
+    columns, source = types_there(root)
+    rules = check_rules(config.rules, columns, source, scales)
+    used = {c for r in rules for c in r.columns}
+    current = [t for t in found if t is found[0] or t.column in used]
+    check_current(root, current)
+    # quantiles are shown for scores that no rule names, too, where these are complete
+    scores = [str(t.column) for t in found[1:] if t in current or is_current(root, [found[0], t])]
+    inputs = table_digests(current)
+    key = digest([FORMAT, list(config.rules.items()), scores])
+    record = record_path(root, config.name)
+    if is_done(root, record, config=key, inputs=inputs):
+        return load_selection(root, config.name)
+
+    types = {**columns, **{f"source.{n}": t for n, t in source.items()}}
+    numbers = sorted(c for c in used if NUMBER.fullmatch(types[c]) and c not in scores)
+    bounds = Bounds(con := open_ledger(root, used | set(scores)))
+
+    def read() -> tuple[np.ndarray, list[np.ndarray], list[str], dict[str, dict[str, float]]]:
+        _load_rows(con, used | set(scores))
+        keys, states = _states(con, rules, types)
+        odd = _odd_values(con, sorted(used), types)
+        return keys, states, odd, {c: q for c in [*scores, *numbers] if (q := _quantiles(con, c))}
+
+    try:
+        fetched_keys, states, odd, quantiles = bounds.run(read)
+        failed, not_fetched = bounds.run(lambda: failures(con))
+    finally:
+        bounds.close()
+
+    fetched = len(fetched_keys)
+    verdicts = np.full(fetched, len(rules) + 1, np.int16)  # i: the i-th rule, counted from one; the last: kept
+    counts = []
+    for i, (rule, state) in enumerate(zip(rules, states, strict=True), 1):
+        first = (state != 0) & (verdicts == len(rules) + 1)
+        verdicts[first] = i
+        counts.append(
+            RuleCount(
+                name=rule.name,
+                condition=rule.condition,
+                rejected=int(first.sum()),
+                alone=int(np.count_nonzero(state)),
+                nulls=int((state == 2).sum()),
+            )
+        )
+    selection = Selection(
+        name=config.name,
+        rows=fetched + len(failed),
+        not_fetched=not_fetched,
+        rules=counts,
+        kept=int((verdicts == len(rules) + 1).sum()),
+        quantiles=quantiles,
+        warnings=[*odd, *_warnings(counts, fetched)],
+    )
+    write_selection(root, selection, fetched_keys, verdicts, failed, config=key, inputs=inputs)
+    return selection
+
+
+def check_name(name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
+        raise UserError(
+            f"{name!r} can't be a selection's name: it names files, so letters, digits and . _ + - are expected"
+        )
+
+
+def record_path(root: Path, name: str) -> Path:
+    return root / "selected" / f"{name}.json"
+
+
+def as_value(column: str) -> str:
+    """A column, as rules name it, as SQL over the table `rows`."""
+    return f"source.{quote(column[7:])}" if column.startswith("source.") else quote(column)
+
+
+def _load_rows(con: duckdb.DuckDBPyConnection, columns: set[str]) -> None:
+    """The table `rows`: every fetched row with the columns that are needed, and its key as the number `#key`."""
+    ours = sorted(c for c in columns if not c.startswith("source."))
+    items = ['CAST("key" AS UBIGINT) AS "#key"', *(quote(c) for c in ours)]
+    if len(ours) < len(columns):
+        items.append("source")
+    wanted = ", ".join(items)
+    try:
+        con.execute(f"CREATE TEMP TABLE rows AS SELECT {wanted}, aligned FROM _aligned")
+    except duckdb.ConversionException as e:
+        raise UserError(f"a key in fetched/ is not a number: {short(e)}") from None
+    if con.execute("SELECT 1 FROM rows WHERE aligned IS NOT TRUE LIMIT 1").fetchone():
+        con.execute(
+            f"CREATE OR REPLACE TEMP TABLE rows AS SELECT {wanted} FROM ledger WHERE status = '{Status.SUCCESS}'"
+        )
+
+
+def _states(
+    con: duckdb.DuckDBPyConnection, rules: Sequence[Rule], types: Mapping[str, str]
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Keys of the fetched rows, and per rule: 0 where it is TRUE, 1 where it isn't, 2 where a column has no value."""
+    computed = [f"({_computed_sql(con, c)}) AS {quote(c.place)}" for r in rules for c in r.computed]
+    items = [f"{_state_sql(rule, types)} AS s{i}" for i, rule in enumerate(rules)]
+    inner = f"(SELECT {', '.join(['*', *computed])} FROM rows)"
+    try:
+        found = con.execute(f"SELECT {', '.join([quote('#key'), *items])} FROM {inner}").fetchnumpy()
+    except duckdb.InterruptException:
+        raise
+    except duckdb.Error as e:
+        for rule, item in zip(rules, items, strict=True):  # say which rule it was
+            try:
+                con.execute(f"SELECT max(s) FROM (SELECT {item.rpartition(' AS ')[0]} AS s FROM {inner})")
+            except duckdb.OutOfMemoryException:
+                raise UserError(f"rule {rule.name} ({rule.condition}) {too_much()}") from None
+            except duckdb.InterruptException:
+                raise
+            except duckdb.Error as e2:
+                raise UserError(f"rule {rule.name} ({rule.condition}) fails on a row: {short(e2)}") from None
+        if isinstance(e, duckdb.OutOfMemoryException):
+            raise
+        raise UserError(f"the rules fail on a row: {short(e)}") from None
+    return np.asarray(found["#key"]), [np.asarray(found[f"s{i}"]) for i in range(len(rules))]
+
+
+def _no_value(column: str, kind: str) -> str:
+    """SQL that is true where what a column holds counts as no value; empty where all does."""
+    value = as_value(column)
+    if kind in ("FLOAT", "DOUBLE"):
+        return f"NOT isfinite({value})"
+    return f"length({value}) <> 16" if column == "phash" else ""
+
+
+def _odd_values(con: duckdb.DuckDBPyConnection, columns: Sequence[str], types: Mapping[str, str]) -> list[str]:
+    """What is said of columns that hold infinities, or perceptual hashes that are none."""
+    found = []
+    for column in columns:
+        value, no = as_value(column), _no_value(column, types[column])
+        if not no:
+            continue
+        odd = f"isinf({value})" if types[column] in ("FLOAT", "DOUBLE") else no
+        row = con.execute(f"SELECT count(*), any_value({value}) FROM rows WHERE {odd}").fetchone()
+        if row and row[0]:
+            found.append(f"{column} is {str(row[1])[:40]!r} or the like in {row[0]:,} rows; that counts as no value")
+    return found
+
+
+def _state_sql(rule: Rule, types: Mapping[str, str]) -> str:
+    empty = [
+        f"{as_value(c)} IS NULL" + (f" OR {_no_value(c, types[c])}" if _no_value(c, types[c]) else "")
+        for c in rule.columns
+    ]
+    null = f"WHEN {' OR '.join(empty)} THEN 2 " if empty else ""
+    return f"CAST(CASE {null}WHEN ({rule.sql}) THEN 0 ELSE 1 END AS TINYINT)"
+
+
+def _computed_sql(con: duckdb.DuckDBPyConnection, computed: Computed) -> str:
+    """What `top` or `first_of` comes to on these rows, as a condition."""
+    value = as_value(computed.column)
+    if computed.kind == "first_of":
+        later = quote(f"later{computed.place}")
+        con.execute(
+            f'CREATE TEMP TABLE {later} AS SELECT "#key" FROM rows JOIN (SELECT {value} AS v, min("#key") AS first '
+            f'FROM rows GROUP BY 1 HAVING count(*) > 1) ON {value} = v WHERE "#key" <> first'
+        )
+        return f'"#key" NOT IN (FROM {later})'
+    value = f"CAST({value} AS DOUBLE)"
+    values = _numbers(con, computed.column)
+    if not len(values):
+        return "false"
+    # half up, so that a fraction of a row counts as a row from one half on; at least one
+    count = max(1, int(np.floor(computed.fraction * len(values) + 0.5)))
+    cut = float(np.partition(values, len(values) - count)[len(values) - count])
+    ties = count - int((values > cut).sum())
+    bound = f"CAST('{cut!r}' AS DOUBLE)"
+    last = con.execute(
+        f'SELECT "#key" FROM rows WHERE {value} = {bound} ORDER BY 1 LIMIT 1 OFFSET {ties - 1}'
+    ).fetchone()
+    assert last is not None
+    return f'{value} > {bound} OR ({value} = {bound} AND "#key" <= {last[0]})'
+
+
+def _numbers(con: duckdb.DuckDBPyConnection, column: str) -> np.ndarray:
+    """The values of a numeric column over the fetched rows that have one, as float64 in no order."""
+    value = f"CAST({as_value(column)} AS DOUBLE)"
+    return con.execute(f"SELECT {value} AS v FROM rows WHERE isfinite({value})").fetchnumpy()["v"]
+
+
+def _quantiles(con: duckdb.DuckDBPyConnection, column: str) -> dict[str, float]:
+    values = _numbers(con, column)
+    if not len(values):
+        return {}
+    found = np.quantile(values, list(LEVELS.values()))
+    return {level: float(f"{v:.6g}") for level, v in zip(LEVELS, found, strict=True)}
+
+
+def failures(con: duckdb.DuckDBPyConnection) -> tuple[np.ndarray, dict[str, int]]:
+    """Keys of the rows without an image, and how many there are for each reason, the commonest first."""
+    con.execute(
+        'CREATE TEMP TABLE failed AS SELECT CAST("key" AS UBIGINT) AS k, '
+        f"coalesce(reason, status, 'unknown') AS reason FROM _fetched WHERE status IS DISTINCT FROM '{Status.SUCCESS}'"
+    )
+    keys = con.execute("SELECT k FROM failed").fetchnumpy()["k"]
+    reasons = con.execute("SELECT reason, count(*) AS n FROM failed GROUP BY 1 ORDER BY n DESC, 1").fetchall()
+    return np.asarray(keys), dict(reasons)
+
+
+def _warnings(rules: Sequence[RuleCount], fetched: int) -> list[str]:
+    found = []
+    for rule in rules:
+        without = " (no row has a value)" if rule.nulls == fetched else ""
+        if fetched and rule.alone == fetched:
+            found.append(f"rule {rule.name} ({rule.condition}) rejects every image{without}")
+        elif fetched and rule.alone == 0:
+            found.append(f"rule {rule.name} ({rule.condition}) keeps every image")
+    return found
+
+
+def write_selection(
+    root: Path,
+    selection: Selection,
+    fetched: np.ndarray,
+    verdicts: np.ndarray,
+    failed: np.ndarray,
+    *,
+    config: str,
+    inputs: Mapping[str, str],
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the verdicts in the order of keys, and commit them. Refuses a key that comes twice.
+
+    `fetched` are the keys (numbers) of rows with an image, `verdicts` theirs: i the i-th rule, counted from one, and
+    after the last rule kept. `failed` are the keys of the other rows. `more` goes into the record.
+    """
+    keys = np.concatenate([fetched, failed])
+    codes = np.concatenate([verdicts, np.zeros(len(failed), np.int16)])
+    order = np.argsort(keys, kind="stable")
+    keys, codes = keys[order], codes[order]
+    if twice := keys[1:][keys[1:] == keys[:-1]][:1].tolist():
+        raise UserError(
+            f"key {twice[0]} comes twice in {root / 'fetched'}: `tastemaker verify {root}` looks for damage"
+        )
+    names = pa.array([NOT_FETCHED, *(r.name for r in selection.rules), KEPT])
+    path = record_path(root, selection.name).with_name(f"{selection.name}.parquet")
+    width = _key_width(root)
+    schema = pa.schema([("key", pa.string()), ("verdict", pa.dictionary(pa.int16(), pa.string()))])
+    uncommit(record_path(root, selection.name))
+    with atomic(path) as f, pq.ParquetWriter(f, schema, compression="zstd", use_dictionary=["verdict"]) as out:
+        for start in range(0, len(keys), 1 << 20):
+            part = slice(start, start + (1 << 20))
+            padded = pc.utf8_lpad(pa.array(keys[part]).cast(pa.string()), width=width, padding="0")
+            out.write_table(pa.table([padded, pa.DictionaryArray.from_arrays(codes[part], names)], schema=schema))
+    facts = {**asdict(selection), **(more or {})}
+    commit(root, record_path(root, selection.name), config=config, inputs=inputs, outputs=[path], facts=facts)
+
+
+def _key_width(root: Path) -> int:
+    """How many digits the first key has; keys are numbers, zero-padded to that, and longer ones have no zeros."""
+    for path in tables(root)[0].files:
+        for batch in pq.ParquetFile(path).iter_batches(1, columns=["key"]):
+            return len(batch["key"][0].as_py())
+    return 0
+
+
+def load_selection(root: Path, name: str) -> Selection:
+    """A selection that was made before. UserError where there is none of that name, naming those that there are."""
+    check_name(name)
+    value = read_json(record_path(root, name))
+    if not isinstance(value, dict) or "kept" not in value:
+        others = sorted(p.stem for p in (root / "selected").glob("[!.]*.parquet"))
+        there = f" There are {', '.join(others)}." if others else ""
+        raise UserError(
+            f"{root} has no selection {name}.{there} "
+            f"`tastemaker select {shlex.quote(str(root))} --name {name}` makes it."
+        )
+    fields = {k: value[k] for k in Selection.__dataclass_fields__}
+    return Selection(**{**fields, "rules": [RuleCount(**r) for r in value["rules"]]})
+
+
+def remembered(root: Path, name: str) -> tuple[dict[str, str], Path | None] | None:
+    """What a selection was made by: its rules, or a subset file of DataComp's; None where there is no such selection.
+
+    Raises UserError where that file is not what it was.
+    """
+    record = read_json(record_path(root, name))
+    if not isinstance(record, dict) or not isinstance(record.get("rules"), list):
+        return None
+    rules = {r["name"]: r["condition"] for r in record["rules"]}
+    if NOT_IN_UIDS not in rules:
+        return rules, None
+    file = Path(record["uids"]) if "uids" in record else None
+    if file is None or not file.is_file() or sha256_file(file) != record["inputs"]["uids"]:
+        raise UserError(
+            f"the selection {name} was made from a subset file, {file or rules[NOT_IN_UIDS]}, which is not there any "
+            "more or has changed: say with --uids which file is meant"
+        )
+    return {}, file
+
+
+def changed_since(root: Path, name: str, now: Mapping[str, str]) -> list[str]:
+    """The tables that a selection was made from and that have changed; `now` is what `table_digests` says of all."""
+    then = (read_json(record_path(root, name)) or {}).get("inputs", {})
+    return [table for table, digest in then.items() if table != "uids" and now.get(table) != digest]
+
+
+# ------------------------------------------------------------------------------------------------------------- funnel
+
+
+def funnel_text(selection: Selection) -> str:
+    """The funnel as a table: rows, not fetched with reasons, each rule with counts and condition, and what is kept."""
+    width = max(12, *(len(r.name) for r in selection.rules)) if selection.rules else 12
+    commonest = sorted(selection.not_fetched.items(), key=lambda item: (-item[1], item[0]))[:5]
+    reasons = " · ".join(f"{reason} {n:,}" for reason, n in commonest)
+
+    def line(name: str, rows: str, rejected: str, alone: str, share: str, note: str = "") -> str:
+        return f"{name:<{width}}{rows:>12}{rejected:>12}{alone:>12}{share:>8}   {note}".rstrip()
+
+    lines = [line("rows", f"{selection.rows:,}", "rejected", "alone", "share")]
+    failed = selection.rows - selection.fetched
+    lines.append(line(NOT_FETCHED, "", f"{failed:,}", "-", _share(failed, selection.rows), reasons))
+    for r in selection.rules:
+        note = _note(r, selection.quantiles)
+        lines.append(line(r.name, "", f"{r.rejected:,}", f"{r.alone:,}", _share(r.rejected, selection.rows), note))
+    lines.append(line(KEPT, f"{selection.kept:,}", "", "", _share(selection.kept, selection.rows)))
+    return "\n".join(lines)
+
+
+def _share(count: int, rows: int) -> str:
+    return f"{count / rows:.1%}" if rows else "-"
+
+
+def _note(rule: RuleCount, quantiles: Mapping[str, Mapping[str, float]]) -> str:
+    """A rule's condition in words, with where its score lies and how many rows had no value."""
+    said = read_rules({rule.name: rule.condition}, _LEDGER | set(quantiles))[rule.name]
+    note = f"best {100 * said.best[1]:g}% of {said.best[0]}" if said and said.best else rule.condition
+    named = [c for c in quantiles if said and c in said.columns]
+    if len(named) == 1:
+        q = quantiles[named[0]]
+        note += f"   (median {q['median']:.3g}, 90% {q['90%']:.3g})"
+    return note + (f" · {rule.nulls:,} without a value" if rule.nulls else "")

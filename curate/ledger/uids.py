@@ -1,0 +1,156 @@
+"""Selections as DataComp writes them: a sorted .npy of the 128-bit uids to keep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from aesthetic.untrusted import check_regular
+from curate.ledger.rules import KEPT, NOT_IN_UIDS
+from curate.ledger.schema import Status
+from curate.ledger.select import (
+    FORMAT,
+    RuleCount,
+    Selection,
+    as_value,
+    check_name,
+    failures,
+    load_selection,
+    record_path,
+    write_selection,
+)
+from curate.ledger.sql import batches
+from curate.ledger.view import open_ledger, table_digests, tables, types_there
+from curate.store.files import UserError, atomic, digest, is_done, sha256_file
+
+UID = np.dtype("u8,u8")
+"""A 128-bit uid as DataComp's subset files hold it: its high half, then its low half."""
+
+
+def read_uids(path: Path) -> np.ndarray:
+    """A subset file of DataComp's: 128-bit uids as (u8, u8), sorted, mapped into memory and not read. Shape (n,)."""
+    check_regular(path)
+    try:
+        uids = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, SyntaxError, OverflowError, MemoryError) as e:
+        raise UserError(f"{path} is not a .npy file: {e}") from None
+    if not isinstance(uids, np.ndarray):
+        raise UserError(f"{path} is not a .npy file: it holds several arrays (.npz)")
+    if uids.dtype != UID or uids.ndim != 1:
+        raise UserError(f"{path} holds {uids.dtype} of shape {uids.shape}; a row of uids of dtype u8,u8 is expected")
+    return uids
+
+
+def select_uids(root: Path, name: str, path: Path) -> Selection:
+    """A selection by a subset file: fetched rows whose `source.uid` is in it are kept, the others are `not_in_uids`.
+
+    A uid that the file repeats keeps its row once. Memory: 24 bytes per fetched row and a block of the file.
+    Raises UserError where the list carries no uid, or the file isn't one of sorted uids.
+    """
+    root = Path(root)
+    check_name(name)
+    uids = read_uids(path)
+    column = _uid_column(root)
+    inputs = {**table_digests(tables(root)[:1]), "uids": sha256_file(path)}
+    if is_done(root, record_path(root, name), config=digest([FORMAT, NOT_IN_UIDS]), inputs=inputs):
+        return load_selection(root, name)
+    con = open_ledger(root, {column})
+    try:
+        keys, ours, missing = [np.zeros(0, np.uint64)], [np.zeros(0, "S16")], [np.zeros(0, np.uint64)]
+        fetched = f"FROM ledger WHERE status = '{Status.SUCCESS}'"
+        for batch in batches(con, f'SELECT CAST("key" AS UBIGINT) AS k, {as_value(column)} AS uid {fetched}'):
+            has = pc.is_valid(batch["uid"])
+            missing.append(batch["k"].filter(pc.invert(has)).to_numpy())
+            keys.append(batch["k"].filter(has).to_numpy())
+            ours.append(_from_hex(batch["uid"].filter(has), column))
+        failed, not_fetched = failures(con)
+    finally:
+        con.close()
+    known, values = np.concatenate(keys), np.concatenate(ours)
+    order = np.argsort(values, kind="stable")
+    known, values = known[order], values[order]
+    inside = _members(values, uids, path)
+    without = np.concatenate(missing)
+    verdicts = np.concatenate([np.where(inside, 2, 1), np.ones(len(without))]).astype(np.int16)
+    rejected = int((verdicts == 1).sum())
+    selection = Selection(
+        name=name,
+        rows=len(verdicts) + len(failed),
+        not_fetched=not_fetched,
+        rules=[
+            RuleCount(
+                name=NOT_IN_UIDS, condition=f"uid in {path.name}", rejected=rejected, alone=rejected, nulls=len(without)
+            )
+        ],
+        kept=int(inside.sum()),
+        quantiles={},
+        warnings=[] if inside.any() else [f"no fetched row has a uid that is in {path}"],
+    )
+    fetched_keys = np.concatenate([known, without])
+    config = digest([FORMAT, NOT_IN_UIDS])
+    more = {"uids": str(path.absolute())}
+    write_selection(root, selection, fetched_keys, verdicts, failed, config=config, inputs=inputs, more=more)
+    return selection
+
+
+def write_uids(root: Path, name: str, path: Path) -> int:
+    """Write the uids of a selection's kept rows as a subset file of DataComp's, sorted; returns how many.
+
+    Raises UserError where the list carries no uid, or a kept row has none.
+    """
+    root = Path(root)
+    load_selection(root, name)
+    column = _uid_column(root)
+    con = open_ledger(root, {column})
+    try:
+        kept = f"SELECT key FROM verdicts WHERE selection = '{name}' AND verdict = '{KEPT}'"
+        parts = [np.zeros(0, "S16")]
+        for batch in batches(con, f"SELECT {as_value(column)} AS uid FROM ledger WHERE key IN ({kept})"):
+            if batch["uid"].null_count:
+                raise UserError(f"{batch['uid'].null_count:,} kept rows or more have no {column}")
+            parts.append(_from_hex(batch["uid"], column))
+    finally:
+        con.close()
+    values = np.unique(np.concatenate(parts))
+    with atomic(path) as f:
+        np.save(f, values.view(">u8").astype("<u8").view(UID))
+    return len(values)
+
+
+def _uid_column(root: Path) -> str:
+    columns = types_there(root)[1]
+    for name, kind in columns.items():
+        if name.lower() == "uid" and kind == "VARCHAR":
+            return f"source.{name}"
+    raise UserError(f"the list carries no text column uid (it has {', '.join(columns) or 'no columns of its own'})")
+
+
+def _from_hex(texts: pa.Array, column: str) -> np.ndarray:
+    """32 hex digits each -> 16 bytes each, whose order is that of the (high, low) pairs."""
+    if len(texts) == 0:
+        return np.zeros(0, "S16")
+    try:
+        data = bytes.fromhex("".join(texts.to_pylist()))
+    except ValueError:
+        data = b""
+    if len(data) != 16 * len(texts) or not pc.all(pc.equal(pc.utf8_length(texts), 32)).as_py():
+        raise UserError(f"{column} must be 32 hex digits in every row")
+    return np.frombuffer(data, "S16")
+
+
+def _members(values: np.ndarray, uids: np.ndarray, path: Path, block: int = 1 << 22) -> np.ndarray:
+    """Which of the sorted `values` (S16) are among the sorted `uids`, read a block at a time. Bool, shape (n,)."""
+    inside = np.zeros(len(values), bool)
+    previous = b""
+    for start in range(0, len(uids), block):
+        part = np.array(uids[start : start + block]).view("<u8").astype(">u8").view("S16")
+        if (part[1:] < part[:-1]).any() or part[0] < previous:
+            raise UserError(f"{path} is not sorted: sort it with numpy's sort, as DataComp's tools do")
+        previous = part[-1]
+        low, high = np.searchsorted(values, part[0], "left"), np.searchsorted(values, part[-1], "right")
+        mine = values[low:high]
+        inside[low:high] |= part[np.searchsorted(part, mine)] == mine
+    return inside

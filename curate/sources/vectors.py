@@ -1,0 +1,330 @@
+"""Vectors that exist already: a clip-retrieval folder taken in place of the embed stage.
+
+The folder may be cut into partitions in any way; what ties a vector to a picture of ours is the name in `image_path`:
+our key where the pictures came from a list of URLs, the key or file name that a picture had in the folder of tars or
+images that it was read from. A name is not proof, so 8 pictures of every shard are embedded again and compared; for a
+folder that carries the description of its space (ours do), their captions are compared instead.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from aesthetic.space import Space
+from aesthetic.untrusted import check_regular
+from aesthetic.vectors import open_vectors
+from curate.annotators.embed import EmbedConfig, pictures_of, recovered, write_vectors
+from curate.encoders.base import Encoder, unit
+from curate.images.pixels import decode
+from curate.layout import Data
+from curate.shards.tar import IMAGE_EXTENSIONS, image_member, index_tar, read_range
+from curate.store.files import UserError, check_space, is_done, recommit
+
+MIN_COSINE = 0.98
+"""The least that the median of those pictures' cosines may be. Single pictures move further when they are stored anew
+(bundled, 40 photographs: at 512 pixels 0.991 to 1, at 256 down to 0.89 and in the median 0.991), so no single one
+decides; another encoder, activation or picture moves them all (other pictures: 0.70 at most, seen on the same 40)."""
+
+UNIT_TOLERANCE = 2e-3
+"""How far a row's length may be from 1: models that normalise in fp16 come to within about 1e-3."""
+
+_COMPARED = 8  # pictures of each shard
+_IMAGE_ENDING = r"(?i)\.(" + "|".join(IMAGE_EXTENSIONS) + r")$"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One partition: its vectors, their metadata, and how many rows both have."""
+
+    images: Path
+    texts: Path | None
+    metadata: Path
+    rows: int
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A clip-retrieval folder whose files agree with each other."""
+
+    root: Path
+    parts: list[Part]
+    dim: int
+    space: Space | None  # where the folder says which it is
+
+
+def open_folder(config: EmbedConfig) -> Folder:
+    """The folder that `embed.embeddings` names, from its files' headers: quick, and no row is read.
+
+    Raises UserError where it is not a whole clip-retrieval folder, or says that it is of another encoder.
+    """
+    root = Path(config.embeddings or "").expanduser()
+    images, metadata = _numbered(root, "img_emb", "npy"), _numbered(root, "metadata", "parquet")
+    texts = _numbered(root, "text_emb", "npy") if (root / "text_emb").is_dir() else {}
+    if not images:
+        raise UserError(f"embed.embeddings: {root} is not a clip-retrieval folder: it has no img_emb/img_emb_*.npy")
+    for name, found in (("metadata", metadata), ("text_emb", texts or images)):
+        if lacking := sorted(images.keys() ^ found.keys()):
+            raise UserError(f"embed.embeddings: {root}: img_emb and {name} do not both have partition {lacking[0]}")
+    parts = []
+    dims = {}
+    for number in sorted(images):
+        part = Part(images[number], texts.get(number), metadata[number], _rows(metadata[number]))
+        for path in filter(None, (part.images, part.texts)):
+            vectors = _vectors(path)
+            if len(vectors) != part.rows:
+                raise UserError(
+                    f"embed.embeddings: {path} has {len(vectors):,} rows, {part.metadata.name} {part.rows:,}"
+                )
+            dims[vectors.shape[1]] = path
+        parts.append(part)
+    if len(dims) > 1:
+        told = ", ".join(f"{dim} in {path.name}" for dim, path in sorted(dims.items()))
+        raise UserError(f"embed.embeddings: {root}: the vectors are not of one length: {told}")
+    dim = next(iter(dims))
+    space = Space.load(root / "space.json") if (root / "space.json").exists() else None
+    if space is not None and (space.encoder != config.encoder or space.dim != dim):
+        raise UserError(
+            f"embed.embeddings: {root} holds {dim} numbers a row, of {space.encoder} ({space.dim}), but embed.encoder "
+            f"is {config.encoder}. Set embed.encoder: {space.encoder}, with heads and rules of that space."
+        )
+    return Folder(root, parts, dim, space)
+
+
+def _numbered(root: Path, kind: str, ending: str) -> dict[int, Path]:
+    """The files of one kind by the number in their name, as clip-retrieval calls them."""
+    prefix = "metadata" if kind == "metadata" else kind
+    pattern = re.compile(rf"{prefix}_(\d+)\.{ending}")
+    found = ((pattern.fullmatch(p.name), p) for p in (root / kind).glob(f"*.{ending}"))
+    return {int(match[1]): path for match, path in found if match}
+
+
+def _rows(metadata: Path) -> int:
+    """How many rows a partition's metadata has; UserError where it cannot be read, or has no names."""
+    try:
+        check_regular(metadata)
+        about = pq.read_metadata(metadata)
+        schema = about.schema.to_arrow_schema()
+    except UserError as e:
+        raise UserError(f"embed.embeddings: {e}") from e
+    except (pa.ArrowException, OSError, ValueError) as e:
+        raise UserError(f"embed.embeddings: {metadata} is not a parquet file that can be read: {e}") from e
+    if "image_path" not in schema.names:
+        raise UserError(f"embed.embeddings: {metadata} has no column image_path")
+    if pa.types.is_nested(kind := schema.field("image_path").type):
+        raise UserError(f"embed.embeddings: {metadata}: image_path is {kind}; names are expected")
+    return int(about.num_rows)
+
+
+def _vectors(path: Path) -> np.ndarray:
+    """The rows of a file, mapped, not read."""
+    try:
+        return open_vectors(path)
+    except UserError as e:
+        raise UserError(f"embed.embeddings: {e}") from e
+
+
+class Imported:
+    """The vectors of a folder, found by name. Holds 16 bytes for each of its rows, whatever their number."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        self._starts = np.cumsum([0, *(part.rows for part in folder.parts)])
+        marks = np.empty(self._starts[-1], np.uint64)
+        for start, part in zip(self._starts, folder.parts, strict=False):
+            at = int(start)
+            for names in _names_in(part.metadata):
+                marks[at : at + len(names)] = names
+                at += len(names)
+        self._order = np.argsort(marks, kind="stable")
+        self._marks = marks[self._order]
+
+    def find(self, names: list[str]) -> np.ndarray:
+        """The row of each name, counted through all partitions: (n,) int64, -1 where the folder lacks it.
+
+        Raises UserError where a name stands for several rows.
+        """
+        wanted = _marks(names)
+        first = np.searchsorted(self._marks, wanted, "left")
+        count = np.searchsorted(self._marks, wanted, "right") - first
+        if (count > 1).any():
+            name = names[int(np.argmax(count > 1))]
+            raise UserError(f"embed.embeddings: {self.folder.root} has {count.max()} rows that are called {name}")
+        if not len(self._order):
+            return np.full(len(names), -1)
+        return np.where(count == 1, self._order[np.minimum(first, len(self._order) - 1)], -1)
+
+    def images(self, rows: np.ndarray, keys: list[str]) -> np.ndarray:
+        """The image vectors of rows: (n, dim) float32 of unit length. UserError where one is not of unit length."""
+        vectors = np.zeros((len(rows), self.folder.dim), np.float32)
+        for part, places, inside in self._by_part(rows):
+            vectors[places] = _vectors(part.images)[inside]
+        return _unit(vectors, keys, self.folder.root / "img_emb")
+
+    def texts(self, rows: np.ndarray, keys: list[str]) -> np.ndarray | None:
+        """The same of captions, None where the folder has none; a row of zeros (no caption) stays one."""
+        if self.folder.parts[0].texts is None:
+            return None
+        vectors = np.zeros((len(rows), self.folder.dim), np.float32)
+        for part, places, inside in self._by_part(rows):
+            assert part.texts is not None
+            vectors[places] = _vectors(part.texts)[inside]
+        told = np.flatnonzero(vectors.any(axis=1))
+        vectors[told] = _unit(vectors[told], [keys[i] for i in told], self.folder.root / "text_emb")
+        return vectors
+
+    def captions(self, rows: np.ndarray) -> list[str | None]:
+        """The captions of rows; None where the folder has none."""
+        captions: list[str | None] = [None] * len(rows)
+        for part, places, inside in self._by_part(rows):
+            if "caption" in pq.read_schema(part.metadata).names:
+                column = pq.read_table(part.metadata, columns=["caption"])["caption"]
+                for place, caption in zip(places, column.take(pa.array(inside)).to_pylist(), strict=True):
+                    captions[place] = caption
+        return captions
+
+    def _by_part(self, rows: np.ndarray) -> Iterator[tuple[Part, np.ndarray, np.ndarray]]:
+        """The partitions that hold these rows: (partition, places in `rows`, rows of the partition)."""
+        owner = np.searchsorted(self._starts, rows, "right") - 1
+        for number in np.unique(owner):
+            places = np.flatnonzero(owner == number)
+            yield self.folder.parts[number], places, rows[places] - self._starts[number]
+
+
+def _names_in(metadata: Path) -> Iterator[np.ndarray]:
+    """Marks of the names in `image_path`: keys, or paths that end in one."""
+    try:
+        with pq.ParquetFile(metadata) as file:
+            for batch in file.iter_batches(columns=["image_path"], batch_size=1 << 16):
+                paths = batch.column(0).cast(pa.string())
+                if paths.null_count:
+                    raise UserError(f"embed.embeddings: {metadata} has a row without image_path")
+                paths.validate(full=True)
+                yield _marks(pc.replace_substring_regex(_last(paths), _IMAGE_ENDING, ""))
+    except (pa.ArrowException, OSError) as e:
+        raise UserError(f"embed.embeddings: {metadata} is not a parquet file that can be read: {e}") from e
+
+
+def _last(paths: pa.Array) -> pa.Array:
+    return pc.replace_substring_regex(paths, r"^.*[/\\]", "")
+
+
+def _marks(names: list[str] | pa.Array) -> np.ndarray:
+    """A 64-bit number for each name: (n,) uint64. Two of ten million agree once in 400,000 folders."""
+    import pandas as pd
+
+    values = names if isinstance(names, list) else names.to_pylist()
+    return pd.util.hash_array(np.array(values, dtype=object), categorize=False)
+
+
+def _unit(vectors: np.ndarray, keys: list[str], where: Path) -> np.ndarray:
+    lengths = np.linalg.norm(vectors, axis=1)
+    bad = np.flatnonzero(~(np.abs(lengths - 1) <= UNIT_TOLERANCE))
+    if len(bad):
+        raise UserError(
+            f"embed.embeddings: {where}: the vector of {keys[bad[0]]} has the length {lengths[bad[0]]:.4g}, not 1 "
+            f"({len(bad):,} of {len(keys):,} here are like that). Vectors as clip-retrieval writes them are needed."
+        )
+    return unit(vectors, str(where))
+
+
+# ------------------------------------------------------------------------------------------------------------- shards
+
+
+def import_shard(data: Data, shard: int, imported: Imported, encoder: Encoder | None, config: str) -> int:
+    """Take over the vectors of one fetched shard's pictures, in the order of the ledger, unless that is done.
+    Returns how many.
+
+    `encoder` is None where the folder says which space it is of. Raises UserError, naming the first, where the folder
+    lacks a picture, or its vectors are not of unit length or not those of these pictures.
+    """
+    inputs = data.fetched_digests(shard)
+    assert inputs is not None, f"shard {shard} is embedded before it is fetched"
+    if is_done(data.root, data.embedded_record(shard), config=config, inputs=inputs):
+        return 0
+    if recovered(data, shard, data.embedded_record(shard), config) == set():
+        recommit(data.root, data.embedded_record(shard), inputs)
+        return 0
+    check_space(data.root)
+    began = time.time()
+    root = imported.folder.root
+    table = pictures_of(data, shard)
+    keys = table["key"].to_pylist()
+    names = _names(data, shard, keys)
+    rows = imported.find(names)
+    if (rows < 0).any():
+        first = int(np.argmax(rows < 0))
+        called = "" if names[first] == keys[first] else f" (called {names[first]} where it was read)"
+        raise UserError(
+            f"embed.embeddings: {root} has no vector for {int((rows < 0).sum()):,} of the {len(keys):,} pictures of "
+            f"shard {shard}; the first is {keys[first]}{called}. Its metadata must name every picture in image_path."
+        )
+    images, texts = imported.images(rows, keys), imported.texts(rows, keys)
+    some = np.unique(np.linspace(0, len(keys) - 1, min(_COMPARED, len(keys))).astype(int))
+    if encoder is not None:
+        _compare_vectors(data, shard, encoder, [keys[i] for i in some], images[some], root)
+    else:
+        ours = [table["caption"][int(i)].as_py() for i in some]
+        _compare_captions([keys[i] for i in some], ours, imported.captions(rows[some]), root)
+    write_vectors(
+        data, shard, table, images, texts, config=config, inputs=inputs, facts={"imported": str(root)}, began=began
+    )
+    return len(keys)
+
+
+def _names(data: Data, shard: int, keys: list[str]) -> list[str]:
+    """What the pictures of a shard were called by whoever embedded them: in tars and folders, their names there."""
+    if data.plan.facts["base"] is None:
+        return keys
+    source = data.plan.read(shard)
+    assert source.places is not None and source.base is not None
+    statuses = pq.read_table(data.table(shard), columns=["status"])["status"]
+    places = source.places.filter(pc.equal(statuses, "success")).to_pylist()
+    named: dict[str, dict[int, str]] = {}
+    names = []
+    for place in places:
+        path = place["@path"]
+        if path.endswith(".tar"):
+            if path not in named:
+                index = index_tar(source.base / path)
+                named[path] = {at: key for key, found in index.items() for at, _ in found.values()}
+            path = named[path][place["@offset"]]
+        names.append(path)
+    return pc.replace_substring_regex(_last(pa.array(names, pa.string())), _IMAGE_ENDING, "").to_pylist()
+
+
+def _compare_vectors(data: Data, shard: int, encoder: Encoder, keys: list[str], theirs: np.ndarray, root: Path) -> None:
+    """UserError unless the encoder gives, for most of these pictures, the vectors that the folder holds."""
+    index = index_tar(data.tar(shard))
+    pictures = []
+    with open(data.tar(shard), "rb") as tar:
+        for key in keys:
+            found = image_member(index[key])
+            assert found is not None, f"{key} has no image in {data.tar(shard)}"
+            pictures.append(decode(read_range(tar, found[1])))
+    cosines = np.einsum("nd,nd->n", encoder.encode_images(pictures), theirs)
+    if len(keys) and np.median(cosines) < MIN_COSINE:
+        worst = int(np.argmin(cosines))
+        raise UserError(
+            f"embed.embeddings: {root} does not hold {encoder.name}'s vectors of these pictures: {len(keys)} of shard "
+            f"{shard} were embedded again, and their cosines have the median {np.median(cosines):.3f}, {MIN_COSINE} "
+            f"needed; the worst is {keys[worst]} with {cosines[worst]:.3f}. Name the encoder that made the folder as "
+            "embed.encoder, and the list that it was made from."
+        )
+
+
+def _compare_captions(keys: list[str], ours: list[str | None], theirs: list[str | None], root: Path) -> None:
+    for key, a, b in zip(keys, ours, theirs, strict=True):
+        if a is not None and b is not None and a != b:
+            raise UserError(
+                f"embed.embeddings: {root} was made from another list: {key} has the caption {b[:80]!r} there and "
+                f"{a[:80]!r} here"
+            )

@@ -1,0 +1,226 @@
+"""Folders that are ours: a folder says so, and what others put into one is never removed.
+
+    DATA/.tastemaker      the mark: "tastemaker data" ("tastemaker model", "tastemaker evaluation")
+
+A run that makes a folder, or takes an empty one, writes the mark before anything else. A folder without it is ours
+where it holds a record that only we write: the plan or the resolved recipe of a data folder, a model's train.json, an
+evaluation's evaluation.json. A data folder may begin where nothing but lists lies: people put the list there. Any
+other folder that holds something is refused before a byte is written. Where a run
+is refused later, what it made is taken back, and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from aesthetic.errors import UserError
+from aesthetic.untrusted import read_bytes, read_json_file
+from curate.store.files import Lock, atomic, is_scratch
+
+MARK = ".tastemaker"
+
+RECIPE_HEADER = "# what was asked for, resolved"
+"""How the recipe begins that a run writes beside its data."""
+
+_WHAT = {"data": "a data folder", "model": "a model", "evaluation": "an evaluation"}
+
+
+def kind_of(root: Path) -> str | None:
+    """What a folder says it is: data, model or evaluation; None where it does not say that it is ours."""
+    if said := _marked(root):
+        return said
+    return next((kind for kind, says in _SIGNS.items() if says(root)), None)
+
+
+def _marked(root: Path) -> str | None:
+    try:
+        words = read_bytes(_no_link(root / MARK), 1000).decode("ascii", "replace").split()
+    except UserError:
+        return None
+    return words[1] if len(words) > 1 and words[0] == "tastemaker" and words[1] in _WHAT else None
+
+
+def _has_plan(root: Path) -> bool:
+    plan = _record(root / "plan" / "plan.json")
+    if {"version", "list", "shards_sha256"} <= plan.keys():
+        return True
+    try:
+        with open(_no_link(root / "recipe.yaml"), "rb") as f:
+            return f.read(len(RECIPE_HEADER)) == RECIPE_HEADER.encode()
+    except (OSError, UserError):
+        return False
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        value = read_json_file(_no_link(path), 1 << 28)
+    except UserError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _no_link(path: Path) -> Path:
+    """The path, where a regular file lies there. UserError otherwise: what we write is no link."""
+    try:
+        if stat.S_ISREG(os.lstat(path).st_mode):
+            return path
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from e
+    raise UserError(f"{path}: is no regular file")
+
+
+_SIGNS: dict[str, Callable[[Path], bool]] = {
+    "data": _has_plan,
+    "model": lambda root: isinstance(_record(root / "train.json").get("settings"), dict),
+    "evaluation": lambda root: isinstance(_record(root / "evaluation.json").get("asked"), dict),
+}
+
+
+def check_free(root: Path, kind: str) -> None:
+    """UserError where a run may not write to a folder: it is a file, or holds what is not ours. Touches nothing."""
+    if root.is_symlink() and not root.exists():
+        raise UserError(f"{root} is a link that leads nowhere: give a folder with --out")
+    if root.exists() and not root.is_dir():
+        raise UserError(f"{root} is a file; --out names a folder")
+    if not root.is_dir():
+        return
+    try:
+        others = sorted(name for name in _names(root) if not _left_by_lock(root / name))
+    except OSError as e:
+        raise UserError(f"{root} cannot be read: {e.strerror}") from e
+    if not others:
+        return
+    found = kind_of(root)
+    if found is None and kind == "data":
+        others = [name for name in others if not _is_list(root / name)]
+        if not others:
+            return
+    if found is None:
+        raise UserError(f"{root} holds something else ({others[0]}): give a folder of its own with --out")
+    if found != kind:
+        raise UserError(f"{root} holds {_WHAT[found]}, not {_WHAT[kind]}: give another folder with --out")
+
+
+def _is_list(path: Path) -> bool:
+    """Whether a file is called as a list of URLs is; .json says too little, as programs leave such files everywhere."""
+    from curate.sources.lists import list_format  # brings pyarrow, which most who ask do not need
+
+    return list_format(path.name) not in (None, "json") and not path.name.startswith(".") and path.is_file()
+
+
+def _names(root: Path) -> set[str]:
+    """What is in a folder; nothing where it is not there, any more or yet."""
+    try:
+        return set(os.listdir(root))
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+
+
+def _left_by_lock(path: Path) -> bool:
+    """Whether a file is one that a lock leaves in a folder, or that somebody killed did: no more than that."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return True  # gone meanwhile
+    if is_scratch(path.name):
+        return True
+    if not stat.S_ISREG(found.st_mode) or path.name not in (".lock", ".workers"):
+        return False
+    return found.st_size == 0 or (path.name == ".lock" and path.read_bytes()[:8] == b"process ")
+
+
+class Taken:
+    """A folder that this run holds the lock of; knows what was in it before, so that it can be put back."""
+
+    def __init__(self, root: Path, before: set[str], made: list[Path], kept: dict[str, bytes], new: bool) -> None:
+        self.root = root
+        self._before, self._made, self._kept, self._new = before, made, kept, new
+
+    def undo(self, names: Iterable[str]) -> None:
+        """Take back what this run made under these names, and put back what it replaced: the folder is as it was."""
+        for name in names:
+            if name not in self._before:
+                _remove(self.root / name)
+            elif name in self._kept and _bytes_of(self.root / name) != self._kept[name]:
+                with atomic(self.root / name) as f:
+                    f.write(self._kept[name])
+        if self._new:
+            for name in (MARK, ".workers", ".lock"):
+                if name not in self._before:
+                    _remove(self.root / name)
+            for folder in self._made:
+                with contextlib.suppress(OSError):  # somebody else has put something there
+                    folder.rmdir()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _bytes_of(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+@contextlib.contextmanager
+def taken(root: Path, kind: str, replaces: Iterable[str] = ()) -> Iterator[Taken]:
+    """Hold a folder that is ours, made or taken now where it is not there or empty. `replaces`: small files in it that
+    a run writes anew, for `undo`.
+
+    Raises UserError, and leaves nothing behind, where it holds something else or is in use.
+    """
+    check_free(root, kind)
+    made = [p for p in (root, *root.parents) if not p.exists()]
+    there = _names(root)
+    folder: Taken | None = None
+    lock = Lock(root)
+    try:
+        with lock:
+            hidden = {".lock", ".workers"} - there
+            try:
+                check_free(root, kind)  # again: until now another run may have been at work here
+            except UserError:
+                for name in hidden:
+                    _remove(root / name)
+                raise
+            new = kind_of(root) is None
+            before = _names(root) - hidden
+            kept = {name: found for name in replaces if (found := _bytes_of(root / name)) is not None}
+            folder = Taken(root, before, made, kept, new)
+            if _marked(root) is None:
+                with atomic(root / MARK) as f:
+                    f.write(f"tastemaker {kind}\n".encode())
+            yield folder
+    except UserError:
+        if folder is None:  # refused before it was ours: nothing but the lock was made
+            for path in made:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+        raise
+
+
+def clear(folder: Path, pattern: str) -> None:
+    """Remove the files of a folder whose whole names match, and the folder where that leaves it empty.
+
+    What somebody else has put there stays.
+    """
+    ours = re.compile(pattern)
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if (ours.fullmatch(path.name) or is_scratch(path.name)) and (path.is_symlink() or not path.is_dir()):
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()

@@ -1,0 +1,109 @@
+"""`tastemaker doctor`: what this machine has for the job, and what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+
+def examine(say: Callable[[str], None]) -> bool:
+    """Print a line per finding; returns whether the main job can run here."""
+    say(f"ok       Python {sys.version.split()[0]}, {os.cpu_count()} cores")
+    good = _packages(say)
+    gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    say(
+        f"ok       {gpus} NVIDIA GPU{'s' if gpus != 1 else ''}"
+        if gpus
+        else "note     no NVIDIA GPU: encoders run on the CPU"
+    )
+    free = shutil.disk_usage(Path.cwd()).free
+    say(f"{'ok' if free > 5e9 else 'note'}       {free / 1e9:,.0f} GB free here")
+    if importlib.util.find_spec("img2dataset") is None:
+        why = (
+            "it cannot be imported on Python 3.13"
+            if sys.version_info >= (3, 13)
+            else "pip install 'tastemaker[img2dataset]'"
+        )
+        say(f"note     img2dataset, the second download engine, is not installed ({why})")
+    good &= _ray_is_closed(say)
+    good &= _recipes(say)
+    return good
+
+
+def _recipes(say: Callable[[str], None]) -> bool:
+    """Say of each shipped recipe whether it can run here; returns whether one can. Asks the hub whether it answers."""
+    from curate.annotators.heads import columns_of
+    from curate.store.files import UserError
+    from pipelines.commands.curate import has_encoder
+    from pipelines.recipe import DEFAULT, load_recipe, shipped
+
+    able, why = list[str](), dict[str, str]()
+    known: dict[str, bool | UserError] = {}
+    for name in sorted(shipped(), key=lambda name: name != DEFAULT):
+        recipe = load_recipe(name)
+        try:
+            columns_of(recipe.score, recipe.embed.encoder)
+            encoder = recipe.embed.encoder
+            if encoder not in known:  # where nothing answers, finding that out takes seconds
+                try:
+                    known[encoder] = has_encoder(recipe)
+                except UserError as e:
+                    known[encoder] = e
+            found = known[encoder]
+            if isinstance(found, UserError):
+                raise found
+        except UserError as e:
+            why[name] = str(e).split(". Two ways on", 1)[0]
+            continue
+        able.append(name)
+        default = " (the default)" if name == DEFAULT else ""
+        say(f"ok       recipe {name}{default}{'' if found else ': the first run fetches its weights from the hub'}")
+    for name, reason in why.items():
+        default = " (the default)" if name == DEFAULT else ""
+        say(f"note     recipe {name}{default} cannot run: {reason}")
+    if not able:
+        say("missing  no recipe can run here")
+    elif DEFAULT in why:
+        say(f"note     run with `--recipe {able[0]}`, or give a copy of the weights: `--set embed.weights=FILE`")
+    return bool(able)
+
+
+def _packages(say: Callable[[str], None]) -> bool:
+    """Whether the packages that tastemaker requires are here, in versions that will do."""
+    try:
+        needed = [Requirement(text) for text in requires("tastemaker") or []]
+    except PackageNotFoundError:
+        say("note     tastemaker runs from its folder and is not installed, so its packages were not checked")
+        return True
+    good = True
+    for package in needed:
+        if package.marker is not None and not package.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = version(package.name)
+        except PackageNotFoundError:
+            found = "none"
+        if found != "none" and package.specifier.contains(found, prereleases=True):
+            say(f"ok       {package.name} {found}")
+        else:
+            good = False
+            say(f"missing  {package.name}{package.specifier} (here: {found}): install tastemaker again")
+    return good
+
+
+def _ray_is_closed(say: Callable[[str], None]) -> bool:
+    """Whoever reaches an open Ray cluster runs code on it, so one without token authentication is pointed out."""
+    address = os.environ.get("RAY_ADDRESS")
+    if address and os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        mode = os.environ["RAY_AUTH_MODE"]
+        say(f"warning  RAY_ADDRESS={address} with RAY_AUTH_MODE={mode}: anyone who reaches it can run code")
+        return False
+    say("ok       Ray starts in this process, on the loopback interface, without a dashboard")
+    return True

@@ -1,0 +1,345 @@
+"""`tastemaker sample`: pictures from a model, each a PNG of the next free number that says how it was drawn."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from curate.store.files import UserError, check_space, sha256_file
+from pipelines.prompts import read_prompts
+from pipelines.runtime.progress import Count
+from pipelines.terminal import CLEAR
+
+if TYPE_CHECKING:
+    from train.generate.sampler import Artist, Drawn, Request
+    from train.models.info import About
+    from train.models.lora import Lora
+
+STAYS = ("model", "out", "again", "image", "mask", "lora", "upscaler", "faces", "show_flagged")
+"""What may be given beside --again: where things are, not how the picture is drawn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What `tastemaker sample` was asked; None: what suits."""
+
+    model: str | None = None
+    prompt: tuple[str, ...] = ()
+    prompts: Path | None = None  # a file of them
+    out: Path
+    again: Path | None = None
+    negative: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int | None = None  # of the first picture
+    n: int | None = None  # pictures of each prompt
+    batch: int | None = None
+    width: int | None = None
+    height: int | None = None
+    scheduler: str | None = None
+    image: Path | None = None
+    strength: float | None = None
+    mask: Path | None = None
+    upscale: int | None = None
+    upscaler: Path | None = None
+    faces: Path | None = None
+    lora: tuple[str, ...] = ()
+    grid: bool = False
+    show_flagged: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where the pictures are, and what they are."""
+
+    facts: dict[str, Any]
+    next: str
+    paths: dict[str, Path] = field(default_factory=dict)
+
+
+def run(asked: Asked, out: IO[str], aside: IO[str]) -> Outcome:
+    """Draw all pictures; each is there as soon as it is finished, its path a line of `out`.
+
+    Raises UserError, before the model is loaded and anything is written, where something does not fit.
+    """
+    _check(asked)
+    told = _told(asked) if asked.again else None
+    prompts = [] if told else _prompts(asked)
+    from train.generate.sampler import Artist, check_scheduler, foreign_syntax, settled
+    from train.models.info import look
+    from train.models.lora import check_lora
+
+    # all that can be refused without torch and diffusers, which take seconds to load
+    upscaler, faces = (_network(asked, told, name) for name in ("upscaler", "faces"))
+    about = look(_model(asked, told))
+    loras = _loras(asked, told)
+    for lora in loras:
+        check_lora(about, lora)
+    requests = [_again(asked, told)] if told else _requests(asked, prompts, about, aside)
+    checked = [settled(about, r, upscaler=upscaler is not None) for r in requests]
+    check_space(_existing(asked.out))
+    if asked.again is None and (foreign := foreign_syntax(t for r in requests for t in (r.prompt, r.negative))):
+        aside.write(foreign + "\n")
+    with quiet_libraries():
+        check_scheduler(about, checked[0])
+        large = max(((r.width or 0, r.height or 0) for r in checked if not r.enlarges), default=about.size)
+        artist = Artist(
+            about, loras=loras, upscaler=upscaler, faces=faces, batch=asked.batch or 1, size=large,
+            blur=not asked.show_flagged,
+        )  # fmt: skip
+        aside.write(f"model  {about.name} · {artist} · seed {requests[0].seed}\n")
+        for note in artist.notes:
+            aside.write(note + "\n")
+        for text in dict.fromkeys(t for r in requests for t in (r.prompt, r.negative)):
+            if unread := artist.unread(text):
+                aside.write(f"the model reads no further than: {text.removesuffix(unread)!r}; not {unread!r}\n")
+        if told and about.digest != told["model"]["sha256"]:
+            aside.write(f"the model is not the one that {asked.again} was drawn with: its digest is another\n")
+        if cost := artist.cost(requests):
+            aside.write(f"enlarging: {cost}\n")
+        drawn = _drawn(artist, requests, asked, told, out, aside)
+    grid = _grid(drawn, asked) if asked.grid else None
+    if told and asked.again:
+        out.write(_compared(drawn[0][1], asked.again, told) + "\n")
+    pictures = [{"path": str(path), "seed": d.request.seed, "nsfw": d.nsfw, "flagged": d.flagged} for path, d in drawn]
+    paths = {"pictures": asked.out, **({"grid": grid} if grid else {})}
+    return Outcome({"pictures": pictures}, f"tastemaker sample --again {drawn[-1][0]}", paths)
+
+
+# ------------------------------------------------------------------------------------------- before the model is loaded
+
+
+def _check(asked: Asked) -> None:
+    """What options alone tell."""
+    if asked.again:
+        given = (f.name for f in fields(asked) if getattr(asked, f.name) not in (None, (), False))
+        if odd := sorted(set(given) - set(STAYS)):
+            raise UserError(f"--again draws {asked.again} as it was drawn: it takes no {_option(odd[0])}")
+    elif asked.model is None:
+        raise UserError("which model? tastemaker sample MODEL PROMPT")
+    for name in ("n", "batch"):
+        if (value := getattr(asked, name)) is not None and value < 1:
+            raise UserError(f"--{name} {value}: at least 1 is expected")
+    if asked.out.exists() and not asked.out.is_dir():
+        raise UserError(f"{asked.out} is a file; --out names a folder")
+    if asked.prompts is None and not asked.prompt and not asked.again:
+        _prompts(asked)  # there are none
+    if not os.access(_existing(asked.out), os.W_OK | os.X_OK):
+        raise UserError(f"{asked.out} can't be written: give another folder with --out")
+    if asked.mask and not asked.image:
+        raise UserError("--mask says what of a picture is drawn anew: say which with --image")
+    if asked.strength is not None and not asked.image and (asked.upscale or 1) == 1:
+        raise UserError("--strength is for a picture to begin with (--image), or for --upscale")
+    if asked.upscaler and (asked.upscale or 1) == 1 and not asked.again:
+        raise UserError("--upscaler enlarges: say how many times with --upscale")
+
+
+def _option(name: str) -> str:
+    return "PROMPT" if name == "prompt" else f"--{name.replace('_', '-')}"
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that there is."""
+    return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+
+
+def _prompts(asked: Asked) -> list[str]:
+    if asked.prompts is None:
+        if asked.prompt:
+            return list(asked.prompt)
+        if asked.image and (asked.upscale or 1) > 1:
+            return [""]  # an enlargement needs no words
+        raise UserError('what is to be drawn? tastemaker sample MODEL "a red fox in the snow", or --prompts FILE')
+    return [*asked.prompt, *read_prompts(asked.prompts)]
+
+
+def _requests(asked: Asked, prompts: list[str], about: About, aside: IO[str]) -> list[Request]:
+    """Picture i of the run has seed + i."""
+    from train.generate.files import read_mask, read_picture
+    from train.generate.sampler import SEEDS, Request, fitting_size
+
+    prompts = [p for p in prompts for _ in range(asked.n or 1)]
+    image = read_picture(asked.image) if asked.image else None
+    mask = read_mask(asked.mask) if asked.mask else None
+    first = secrets.randbelow(SEEDS - len(prompts)) if asked.seed is None else asked.seed
+    names = ("steps", "guidance", "width", "height", "scheduler", "strength", "upscale", "negative")
+    given = {name: value for name in names if (value := getattr(asked, name)) is not None}
+    if image and not (asked.width or asked.height) and (asked.upscale or 1) == 1:
+        width, height = fitting_size(about, image.size)
+        if (width, height) != image.size:
+            given |= {"width": width, "height": height}
+            which = "--image and --mask are" if mask else "--image is"
+            sides = f"{image.width} x {image.height}"
+            aside.write(
+                f"{which} scaled and cut from {sides} to {width} x {height} (--width and --height say otherwise)\n"
+            )
+    return [Request(p, seed=first + i, image=image, mask=mask, **given) for i, p in enumerate(prompts)]
+
+
+# ------------------------------------------------------------------------------------------------------------- again
+
+
+def _told(asked: Asked) -> dict[str, Any]:
+    from train.generate.files import check_facts, read_facts
+
+    assert asked.again
+    facts = read_facts(asked.again)
+    check_facts(facts, asked.again)
+    return facts
+
+
+def _model(asked: Asked, told: dict[str, Any] | None) -> str:
+    if asked.model or told is None:
+        return str(asked.model)
+    name = str(told["model"]["name"])
+    if name.count("/") != 1 and not Path(name).exists():
+        raise UserError(f"{asked.again} was drawn with {name}, which is not there: tastemaker sample MODEL --again ...")
+    return name
+
+
+def _again(asked: Asked, told: dict[str, Any]) -> Request:
+    from train.generate.files import read_mask, read_picture
+    from train.generate.sampler import request_of
+
+    pictures = {}
+    for name, read in (("image", read_picture), ("mask", read_mask)):
+        path = getattr(asked, name) or _there(told.get(name))
+        if told.get(name) and path is None:
+            raise UserError(
+                f"{asked.again} was drawn with a picture to begin with that is not here "
+                f"({told[name].get('path')}): give it with --{name}"
+            )
+        pictures[name] = read(path) if path else None
+    return request_of(told, pictures["image"], pictures["mask"])
+
+
+def _loras(asked: Asked, told: dict[str, Any] | None) -> list[Lora]:
+    from train.models.lora import Lora, parse_lora
+
+    if asked.lora or not told:
+        return [parse_lora(text) for text in asked.lora]
+    loras = [Lora(Path(fact["name"]), float(fact["weight"])) for fact in told.get("loras", ())]
+    for lora, fact in zip(loras, told.get("loras", ()), strict=True):
+        if not lora.path.exists() or sha256_file(lora.file) != fact["sha256"]:
+            raise UserError(f"the LoRA {lora.path} is not there any more, or another one: say where with --lora")
+    return loras
+
+
+def _network(asked: Asked, told: dict[str, Any] | None, name: str) -> Path | None:
+    path: Path | None = getattr(asked, name)
+    if path is None and told and told.get(name):
+        path = Path(told[name]["name"])
+        if not path.is_file() or sha256_file(path) != told[name]["sha256"]:
+            raise UserError(f"{path} is not there any more, or another file: say where with --{name}")
+    if path is not None:
+        from train.generate.upscale import check_network
+
+        check_network(path, f"--{name} {path}")
+    return path
+
+
+def _there(fact: dict[str, Any] | None) -> Path | None:
+    """The picture that was begun with, where it still is at the path that was given then."""
+    path = Path(str(fact["path"])) if fact and fact.get("path") else None
+    return path if path and path.is_file() else None
+
+
+def _compared(drawn: Drawn, before: Path, told: dict[str, Any]) -> str:
+    """How near the new picture is to the old one, and what may have made the difference."""
+    import numpy as np
+    from PIL import Image
+
+    if bool(told["nsfw"]["blurred"]) != bool(drawn.facts["nsfw"]["blurred"]):
+        return f"{before} is blurred, this one is not" if told["nsfw"]["blurred"] else f"{before} is not blurred"
+    old, new = np.asarray(Image.open(before).convert("RGB"), int), np.asarray(drawn.image.convert("RGB"), int)
+    if old.shape == new.shape and (old == new).all():
+        return f"the same picture as {before}, bit for bit"
+    apart = f"on average {np.abs(old - new).mean():.2f} of 255 apart" if old.shape == new.shape else "another size"
+    then, now = ({**facts["made_with"], "device": facts["device"], "dtype": facts["dtype"]} for facts in
+                 (told, drawn.facts))  # fmt: skip
+    other = [f"{name} {then.get(name)} then, {value} now" for name, value in now.items() if then.get(name) != value]
+    why = f" ({'; '.join(other)})" if other else ""
+    return f"not the same picture as {before}: {apart}{why}"
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def _drawn(
+    artist: Artist,
+    requests: list[Request],
+    asked: Asked,
+    told: dict[str, Any] | None,
+    out: IO[str],
+    aside: IO[str],
+) -> list[tuple[Path, Drawn]]:
+    """Draw and save, one after the other."""
+    from train.generate.files import png, save_numbered
+
+    count: Count | None = None
+    done = 0
+
+    def tell(now: int, of: int) -> None:
+        nonlocal count, done
+        count = count or Count(aside, "steps", of, "steps")
+        count(now - done)
+        done = now
+
+    finished = []
+    for drawn in artist.draw(requests, tell):
+        for name in ("image", "mask"):
+            if drawn.facts[name] and (path := getattr(asked, name) or _there((told or {}).get(name))):
+                drawn.facts[name]["path"] = str(path)
+        path = save_numbered(png(drawn.image, drawn.facts), asked.out)
+        finished.append((path, drawn))
+        if aside.isatty():
+            aside.write(CLEAR)
+        out.write(f"{path}  seed {drawn.request.seed}{_judged(drawn)}\n")
+        out.flush()
+    if count:
+        count.end()
+    return finished
+
+
+def _judged(drawn: Drawn) -> str:
+    if not drawn.flagged:
+        return ""
+    threshold = drawn.facts["nsfw"]["threshold"]
+    kept = "blurred; --show-flagged keeps it as it is" if drawn.facts["nsfw"]["blurred"] else "kept by --show-flagged"
+    return f"  flagged: NSFW score {drawn.nsfw:.2f}, {threshold} and more are not safe ({kept})"
+
+
+def _grid(drawn: list[tuple[Path, Drawn]], asked: Asked) -> Path:
+    """All pictures in one file, a row for each prompt."""
+    from train.generate.files import save_numbered, sheet
+    from train.tasks import grid
+
+    count = asked.n or 1
+    columns = count if count > 1 else max(1, round(len(drawn) ** 0.5))
+    image = grid([d.image for _, d in drawn], columns)
+    return save_numbered(sheet(image, [path.name for path, _ in drawn]), asked.out, "grid-")
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Without what diffusers, transformers and others say to programmers; what users should know, we say."""
+    import warnings
+
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    were = [(log, log.get_verbosity()) for log in (diffusers_logging, transformers_logging)]
+    for log, _ in were:
+        log.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, was in were:
+            log.set_verbosity(was)

@@ -1,0 +1,120 @@
+"""`tastemaker serve`: one model, and a page in the browser to draw with it.
+
+OUT/000000.png ...      every picture, with how it was drawn in it: the page's history
+    logs/serve.log      what libraries say, and the tracebacks of errors
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import secrets
+import socket
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from curate.store.files import UserError, atomic, check_space, scratch_path
+from pipelines.runtime.progress import Terminal
+
+MIN_TOKEN = 16
+"""Characters of a token that somebody chose: whoever reaches the port may guess, a few a second."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What `tastemaker serve` was asked."""
+
+    model: str
+    out: Path
+    host: str = "127.0.0.1"
+    port: int = 7860
+    token: str | None = None
+    lora: tuple[str, ...] = ()
+    batch: int = 1
+    upscaler: Path | None = None
+    faces: Path | None = None
+    show_flagged: bool = False
+
+
+def run(asked: Asked) -> None:
+    """Serve until Ctrl-C or SIGTERM. Raises UserError before the model loads where something does not fit."""
+    token = asked.token
+    if token is not None and (len(token) < MIN_TOKEN or not (token.isascii() and token.isprintable()) or " " in token):
+        raise UserError(f"--token: {MIN_TOKEN} characters at least, of ASCII, without spaces")
+    if not 0 <= asked.port <= 65535:
+        raise UserError(f"--port {asked.port}: 0 to 65535 are there")
+    from train.generate.upscale import check_network
+    from train.models.info import look
+    from train.models.lora import check_lora, parse_lora
+
+    about = look(asked.model)
+    loras = [parse_lora(text) for text in asked.lora]
+    for lora in loras:
+        check_lora(about, lora)
+    for name, path in (("upscaler", asked.upscaler), ("faces", asked.faces)):
+        if path is not None:
+            check_network(path, f"--{name} {path}")
+    _check_writable(asked.out)
+    from studio.app import LOOPBACK, Server, listen, new_app
+
+    at = listen(asked.host, asked.port)
+    try:
+        local = ipaddress.ip_address(at.getsockname()[0].partition("%")[0]).is_loopback
+        if not local and token is None:
+            token = secrets.token_urlsafe(24)
+        asked.out.mkdir(parents=True, exist_ok=True)
+        with Terminal(asked.out / "logs" / "serve.log") as terminal:
+
+            def say(line: str) -> None:
+                terminal.write(f"{time.strftime('%H:%M:%S')}  {line}\n")
+
+            from studio.service import Studio
+            from train.generate.sampler import Artist
+
+            say(f"loading {asked.model}")
+            artist = Artist(
+                about, loras=loras, upscaler=asked.upscaler, faces=asked.faces, batch=asked.batch,
+                blur=not asked.show_flagged,
+            )  # fmt: skip
+            say(str(artist))
+            for note in artist.notes:
+                say(note)
+            studio = Studio(artist, asked.out, say=say, fault=traceback.print_exception)
+
+            def ready() -> None:
+                say(f"draw at {url(asked.host, at)}   (Ctrl-C ends; pictures go to {asked.out})")
+                if token is not None:
+                    say(f"token: {token}")
+
+            with contextlib.suppress(KeyboardInterrupt):  # how it is meant to end
+                app = new_app(studio, None if token else LOOPBACK | {asked.host.lower()}, token)
+                Server(app, studio, ready).run(sockets=[at])
+            say("ended")
+    finally:
+        at.close()
+
+
+def url(host: str, at: socket.socket) -> str:
+    """Where the page is: a name for all addresses is no address to go to."""
+    address, port = at.getsockname()[:2]
+    name = socket.gethostname() if ipaddress.ip_address(address.partition("%")[0]).is_unspecified else host
+    return f"http://{f'[{name}]' if ':' in name else name}:{port}/"
+
+
+def _check_writable(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder}: a file is there, a folder for pictures is expected")
+    there = folder.is_dir()
+    probe = scratch_path(folder / "probe")  # a name that nobody else has: it is removed
+    try:
+        with atomic(probe):
+            pass
+        probe.unlink()
+        check_space(folder)
+    except OSError as e:
+        raise UserError(f"--out {folder} can't be written to: {e.strerror}") from e
+    if not there:
+        with contextlib.suppress(OSError):
+            folder.rmdir()

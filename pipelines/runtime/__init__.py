@@ -1,0 +1,1 @@
+"""What runs on Ray, and what is seen of it."""

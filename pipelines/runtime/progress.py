@@ -1,0 +1,282 @@
+"""What people see while a job runs: workers count, one small actor adds up, the terminal draws from that."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from curate.store.files import open_log
+from pipelines.terminal import CLEAR, RETURN, Shown, text_stream
+
+Counts = dict[tuple[str, str], int]
+"""(stage, outcome) -> rows."""
+
+EARLY = 500
+"""Rows after which a failure rate over one half is said at once: the list, the network or the resolver is broken."""
+
+
+class Meter:
+    """Counts rows in a worker and hands them on once a second, from a thread of its own."""
+
+    def __init__(self, send: Callable[[Counts, dict[str, int]], None]) -> None:
+        self._send = send
+        self._lock = threading.Lock()
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._hosts: Counter[str] = Counter()
+        threading.Thread(target=self._loop, daemon=True, name="meter").start()
+
+    def __call__(self, stage: str, outcome: str, host: str) -> None:
+        with self._lock:
+            self._counts[stage, outcome] += 1
+            if outcome != "success" and host:
+                self._hosts[host] += 1
+
+    def flush(self) -> None:
+        """Hand on what has been counted since the last time."""
+        with self._lock:
+            counts, hosts = dict(self._counts), dict(self._hosts.most_common(20))
+            self._counts.clear()
+            self._hosts.clear()
+        if counts:
+            self._send(counts, hosts)
+
+    def _loop(self) -> None:
+        while True:
+            time.sleep(1)
+            self.flush()
+
+
+class Board:
+    """Adds up what the meters send. Lives in an actor, so that workers on any node reach it."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._hosts: Counter[str] = Counter()
+        self._failure: Exception | None = None
+
+    def fail(self, error: Exception) -> None:
+        """Keep what went wrong in a worker; the first error is the cause of those after it."""
+        self._failure = self._failure or error
+
+    def failure(self) -> Exception | None:
+        """What went wrong in a worker, as it was raised there."""
+        return self._failure
+
+    def add(self, counts: Counts, hosts: dict[str, int]) -> None:
+        self._counts.update(counts)
+        self._hosts.update(hosts)
+        if len(self._hosts) > 2000:  # the web has many hosts, and only the worst are shown
+            self._hosts = Counter(dict(self._hosts.most_common(1000)))
+
+    def read(self) -> tuple[Counts, list[tuple[str, int]]]:
+        return dict(self._counts), self._hosts.most_common(3)
+
+
+class Screen:
+    """Draws the progress line: rewritten in place on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, out: IO[str], rows: int, images: int, embeds: bool, shard: int = 0) -> None:
+        self._out = out
+        self._shard = shard  # rows of one: its images are embedded when all of it is fetched
+        self._rows = rows  # to fetch
+        self._images = images  # fetched before, to embed
+        self._embeds = embeds
+        self._began = self._last = time.monotonic()
+        self._seen: dict[str, list[tuple[float, int]]] = {}
+        self._live = out.isatty()
+        self._warned = False
+
+    def draw(self, counts: Counts, hosts: list[tuple[str, int]], end: bool = False) -> None:
+        """Show the counts so far."""
+        now = time.monotonic()
+        self._warn_early(counts, hosts)
+        line = self._line(counts, now, end)  # each time, shown or not: rates need to see when rows come
+        if not end and not self._live and now - self._last < 10:
+            return
+        self._last = now
+        if self._live:
+            width = _columns(self._out)
+            self._out.write(RETURN)
+            self._out.write(line[: width - 1].ljust(width - 1) + ("\n" if end else ""))
+        else:
+            self._out.write(line + "\n")
+        self._out.flush()
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the progress line."""
+        if self._live:
+            self._out.write(CLEAR)
+        self._out.write(text + "\n")
+        self._out.flush()
+
+    def _line(self, counts: Counts, now: float, end: bool) -> str:
+        fetched = sum(n for (stage, _), n in counts.items() if stage == "fetch")
+        good = counts.get(("fetch", "success"), 0)
+        embedded = counts.get(("embed", "success"), 0)
+        parts, eta = [], ""
+        fetching = 0.0  # seconds until all is fetched
+        if self._rows:
+            share = f"  {good / fetched:.1%} ok" if fetched else ""
+            rate = self._rate("fetch", fetched, now)
+            parts.append(f"fetch  {fetched:,}/{self._rows:,}  {speed(rate, 'rows')}{share}")
+            fetching = (self._rows - fetched) / rate if rate else 0.0
+            eta = clock(fetching) if rate else ""
+        if self._embeds:
+            images = self._images + (round(self._rows * good / fetched) if fetched else self._rows)
+            rate = self._rate("embed", embedded, now)
+            parts.append(f"embed  {embedded:,}/{images:,}  {speed(rate, 'img')}")
+            left = max(0, images - embedded)
+            if rate:  # both at once, and then the images of the shard that was fetched last
+                last = min(left, self._shard) if fetching else 0
+                eta = clock(max(left / rate, fetching + last / rate)) if eta or not self._rows else ""
+            elif left and eta:
+                eta += " + embedding"
+        if end:
+            parts.append(clock(now - self._began))
+        elif eta:
+            parts.append(f"eta {eta}")
+        return "     ".join(parts)
+
+    def _rate(self, stage: str, count: int, now: float) -> float:
+        """Rows a second, from when the stage's first rows were seen to when its last ones were."""
+        if not count:
+            return 0.0
+        seen = self._seen.setdefault(stage, [(max(self._began, now - 1.0), 0)])
+        if count != seen[-1][1]:
+            seen.append((now, count))
+            if len(seen) > 4000:  # of a long run; the first and the last say the rate
+                del seen[1:-1:2]
+        return count / max(seen[-1][0] - seen[0][0], 1e-3)
+
+    def whole(self, rows: int, images: int) -> float | None:
+        """Seconds that so many rows and images would take here: start-up and the slow last rows once, the rest by the
+        rates that this run had. None where it saw nothing of a stage."""
+        if "fetch" not in self._seen or (self._embeds and images and "embed" not in self._seen):
+            return None
+        began = self._seen["fetch"][0][0]
+        seconds = self._stretched("fetch", rows)
+        if self._embeds and images:
+            seconds = max(seconds, self._seen["embed"][0][0] - began + self._stretched("embed", images))
+        return began - self._began + seconds
+
+    def _stretched(self, stage: str, count: int) -> float:
+        """Seconds of a stage for so many: the time of its first nine tenths to scale, and that of the others as it was;
+        those wait for slow servers, of which there are not more at a time in a longer list."""
+        seen = self._seen[stage]
+        most = next(at for at, done in seen if done >= 0.9 * seen[-1][1]), 0.9 * seen[-1][1]
+        return (most[0] - seen[0][0]) / most[1] * count + (seen[-1][0] - most[0])
+
+    def _warn_early(self, counts: Counts, hosts: list[tuple[str, int]]) -> None:
+        outcomes = Counter({outcome: n for (stage, outcome), n in counts.items() if stage == "fetch"})
+        rows = outcomes.total()
+        failed = rows - outcomes["success"]
+        if self._warned or not rows or rows < min(EARLY, self._rows):
+            return
+        self._warned = True
+        if failed > rows / 2:
+            del outcomes["success"]
+            reasons = " · ".join(f"{reason} {n}" for reason, n in outcomes.most_common(3))
+            worst = "    hosts: " + " · ".join(f"{host} {n}" for host, n in hosts) if hosts else ""
+            self.say(f"warning: {failed / rows:.0%} of the first {rows:,} rows failed: {reasons}{worst}")
+
+
+class Count:
+    """One line about work of known length: how much is done, how fast, how long it still takes."""
+
+    def __init__(self, out: IO[str], what: str, total: int, unit: str = "img") -> None:
+        self._out, self._what, self._total, self._unit = out, what, total, unit
+        self._began = self._last = time.monotonic()
+        self._done, self._live = 0, out.isatty()
+
+    def __call__(self, more: int) -> None:
+        """So many more are done."""
+        self._done += more
+        now = time.monotonic()
+        if now - self._last < (0.2 if self._live else 10):
+            return
+        self._last = now
+        rate = self._done / (now - self._began)
+        left = clock((self._total - self._done) / rate) if rate else "unknown"
+        text = f"{self._what}  {self._done:,}/{self._total:,}  {speed(rate, self._unit)}  eta {left}"
+        self._out.write(CLEAR if self._live else "")
+        self._out.write(text if self._live else f"{text}\n")
+        self._out.flush()
+
+    def end(self, more: str = "") -> None:
+        """The last line: all of it, and how long it took, or that there was nothing left to do."""
+        seconds = time.monotonic() - self._began
+        self._out.write(CLEAR if self._live else "")
+        done = f"{self._done:,} in {clock(seconds)}" if self._done else f"{self._total:,}, made before"
+        self._out.write(f"{self._what}  {done}{more}\n")
+        self._out.flush()
+
+
+def _columns(out: IO[str]) -> int:
+    """How wide the terminal is; 80 where it does not say, or is gone."""
+    try:
+        return os.get_terminal_size(out.fileno()).columns or 80
+    except OSError:
+        return 80
+
+
+def clock(seconds: float) -> str:
+    """A duration as people say it.
+
+    >>> clock(8), clock(100), clock(7300)
+    ('8 s', '1 min 40 s', '2 h 1 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def speed(rate: float, unit: str) -> str:
+    """A rate per second as people say it; of slow work, how long one takes.
+
+    >>> speed(1234.5, "img"), speed(5.0, "rows"), speed(0.015, "steps"), speed(0.0, "img")
+    ('1,234 img/s', '5 rows/s', '66.7 s/step', '0 img/s')
+    """
+    if 0 < rate < 1:
+        return f"{1 / rate:.1f} s/{unit.removesuffix('s')}"
+    return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"
+
+
+class Terminal:
+    """Our own stream, while libraries' go to a log file; Ray's C++ parts write to the descriptors themselves."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+
+    def __enter__(self) -> IO[str]:
+        with open_log(self._log) as f:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            self._saved = [os.dup(1), os.dup(2)]
+            os.dup2(f.fileno(), 1)
+            os.dup2(f.fileno(), 2)
+        self._lost = [(s, s.lost) for s in (sys.stdout, sys.stderr) if isinstance(s, Shown)]
+        for stream, _ in self._lost:
+            stream.lost = None  # the log can be written, whatever became of the terminal
+        self._ours = text_stream(os.dup(self._saved[1]), sys.stderr)
+        return self._ours  # type: ignore[return-value]
+
+    def __exit__(self, *_: object) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for fd, saved in enumerate(self._saved, 1):
+            os.dup2(saved, fd)
+            os.close(saved)
+        for stream, lost in self._lost:
+            stream.lost = lost
+        self._ours.close()
+        if isinstance(sys.stderr, Shown):  # the same descriptor: what was lost here counts there
+            sys.stderr.lost = sys.stderr.lost or self._ours.lost

@@ -1,0 +1,1 @@
+"""Images from a model, and how good they are."""

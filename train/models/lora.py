@@ -1,0 +1,452 @@
+"""LoRAs of anybody on a model: every tensor is found its layer, by names and shapes, or the file is refused.
+
+Files of diffusers, of peft (adapter_model.safetensors) and of kohya's trainers are read, for UNet and text encoder,
+with their alphas and with DoRA's magnitudes. What a layer becomes is what peft makes of it, as in diffusers:
+W + weight * alpha / rank * B A.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aesthetic.untrusted import check_regular, first_three, parse_json, printable, read_json_file
+from curate.store.files import UserError
+from train.models.info import About, header_of
+from train.models.release import LORA_FILE
+from train.models.tensors import Header, not_numbers, read_header
+
+if TYPE_CHECKING:
+    import torch
+
+PARTS = ("unet", "text_encoder")
+
+LARGEST_WEIGHT = 100.0
+"""Of a LoRA, with either sign: 1 is what it was trained for, and beyond 2 little is left of a picture."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank matrices to lay over a model: a file of safetensors, or the folder of one."""
+
+    path: Path
+    weight: float = 1.0
+
+    @property
+    def file(self) -> Path:
+        """The file of weights. Raises UserError where there is none, or more than one."""
+        if self.path.is_file():
+            return self.path
+        if not self.path.is_dir():
+            raise UserError(f"the LoRA {self.path} is not there")
+        files = sorted(self.path.glob("*.safetensors"))
+        named = self.path / LORA_FILE
+        if not files:
+            raise UserError(f"{self.path} holds no LoRA: a file {LORA_FILE} is expected")
+        if len(files) > 1 and named not in files:
+            raise UserError(f"{self.path} holds several files ({files[0].name}, {files[1].name}, ...): name one")
+        return named if named in files else files[0]
+
+
+@dataclass
+class Matrices:
+    """What a file holds for one layer of the model: names of its tensors, and the factor that they are scaled by."""
+
+    down: str = ""  # A: (rank, inputs)
+    up: str = ""  # B: (outputs, rank)
+    magnitude: str = ""  # DoRA's (outputs,)
+    alpha: str = ""
+    rank: int = 0
+    scale: float | None = None  # alpha / rank where that is known without reading `alpha`
+
+
+Found = dict[str, dict[str, Matrices]]
+"""Part -> module, by its name in the model -> what the file holds for it."""
+
+
+# ----------------------------------------------------------------------------------------------------- names of tensors
+
+_TENSOR = re.compile(
+    r"(?P<module>.+?)"
+    r"(?:"
+    r"\.lora_(?P<peft>A|B)(?:\.(?P<adapter>[A-Za-z]\w*?))?\.weight"  # peft, diffusers
+    r"|\.lora_(?P<kohya>down|up)\.weight"  # kohya
+    r"|(?:\.lora|_lora|\.lora_linear_layer)\.(?P<old>down|up)\.weight"  # diffusers before peft
+    r"|\.(?P<alpha>alpha)"
+    r"|\.(?P<dora>dora_scale|lora_magnitude_vector(?:\.(?!weight)\w+)?(?:\.weight)?)"
+    r")"
+)
+"""How a tensor's name ends."""
+
+_PREFIXES = (
+    ("lora_unet_", "unet"), ("lora_te1_", "text_encoder"), ("lora_te_", "text_encoder"), ("lora_te2_", ""),
+    ("unet.", "unet"), ("text_encoder.", "text_encoder"), ("text_encoder_2.", ""), ("transformer.", ""),
+)  # fmt: skip
+"""How a tensor's name begins, and the part that it is of; "": of another kind of model."""
+
+_OTHERS = (
+    (("hada_", ), "LoHa (LyCORIS)"),
+    (("lokr_", ), "LoKr (LyCORIS)"),
+    (("lora_mid", ), "LoCon with a middle matrix (LyCORIS)"),
+    (("oft_", "boft_"), "OFT"),
+    ((".diff", ".diff_b", "on_input"), "whole layers or IA3 (LyCORIS)"),
+    (("lora_te2_", "text_encoder_2."), "a LoRA of Stable Diffusion XL"),
+    (("single_transformer_blocks", "single_blocks", "double_blocks", "transformer.", "lora_transformer_"),
+     "a LoRA of a transformer, such as Flux or Stable Diffusion 3"),
+    (("input_blocks", "output_blocks", "diffusion_model."), "a LoRA with the names of another layout of UNets"),
+)  # fmt: skip
+"""Words in names, and what they are a sign of."""
+
+
+def _plain(name: str) -> str:
+    """A module's name as kohya writes it, whose dots have become underscores."""
+    return name.replace(".", "_").removeprefix("text_model_")
+
+
+def _known_as(part: str, module: str) -> Iterable[str]:
+    """All names that a module of the model goes by in LoRAs, written by `_plain`."""
+    name = _plain(module)
+    yield name
+    if part == "unet" and name.endswith("_to_out_0"):  # of old diffusers
+        yield name.removesuffix("_0")
+    for mine, old in (("_q_proj", "_to_q"), ("_k_proj", "_to_k"), ("_v_proj", "_to_v"), ("_out_proj", "_to_out")):
+        if part == "text_encoder" and name.endswith(mine):
+            yield name.removesuffix(mine) + old
+
+
+def match(header: Header, layers: Mapping[str, Mapping[str, Sequence[int]]], name: str, model: str) -> Found:
+    """Find each tensor of a LoRA its layer.
+
+    Args:
+        layers: part -> module -> shape of its weight, (outputs, inputs) or (outputs, inputs, height, width).
+        name, model: of the LoRA and of the model, for errors.
+
+    Raises UserError where a tensor has no layer, or does not fit it: with counts, and the names of some.
+    """
+    index = {part: {known: m for m in there for known in _known_as(part, m)} for part, there in layers.items()}
+    found: Found = {part: {} for part in layers}
+    strange, twice = [], []
+    for key in header.tensors:
+        m = _TENSOR.fullmatch(key)
+        place = _place(m["module"], index) if m else None
+        if m is None or place is None:
+            strange.append(key)
+            continue
+        part, module = place
+        matrices = found[part].setdefault(module, Matrices())
+        side = m["peft"] or m["kohya"] or m["old"]
+        what = {"A": "down", "B": "up"}.get(side, side) or ("alpha" if m["alpha"] else "magnitude")
+        if getattr(matrices, what):
+            twice.append(key)
+        setattr(matrices, what, key)
+    if strange:
+        raise UserError(_refusal(strange, len(header.tensors), name, model))
+    if twice:
+        raise UserError(f"the LoRA {name} holds two for one layer ({first_three(twice, 100)}): give a file with one")
+    for part, modules in found.items():
+        for module, matrices in modules.items():
+            _check_shapes(header, matrices, list(layers[part][module]), f"the LoRA {name}", module, model)
+    if not any(found.values()):
+        raise UserError(f"{name} is no LoRA: there is no tensor in it")
+    return found
+
+
+def _place(module: str, index: Mapping[str, Mapping[str, str]]) -> tuple[str, str] | None:
+    """(part, module of the model) of a module as a LoRA calls it."""
+    parts: tuple[str, ...] = tuple(index)
+    for prefix, part in _PREFIXES:
+        if module.startswith(prefix):
+            parts, module = ((part,) if part in index else ()), module.removeprefix(prefix)
+            break
+    module = _plain(module.removeprefix("base_model.model.").replace(".processor.", "."))  # the latter of old diffusers
+    return next(((part, index[part][module]) for part in parts if module in index[part]), None)
+
+
+def _refusal(strange: list[str], of: int, name: str, model: str) -> str:
+    signs = (told for words, told in _OTHERS if any(word in key for key in strange for word in words))
+    sign = next(signs, None)
+    if len(strange) == of and not any(_TENSOR.fullmatch(key) for key in strange) and sign is None:
+        return f"{name} is no LoRA: none of its {of:,} tensors is named so ({first_three(strange, 100)})"
+    return (
+        f"the LoRA {name} was trained on another model than {model}, or in a form that is not read: "
+        f"{len(strange):,} of its {of:,} tensors belong to no layer of it ({first_three(strange, 100)})"
+        + (f". It looks like {sign}" if sign else "")
+    )
+
+
+def _check_shapes(header: Header, matrices: Matrices, weight: list[int], lora: str, layer: str, model: str) -> None:
+    """The two matrices are there and fit the layer; notes their rank."""
+    if not (matrices.down and matrices.up):
+        there = matrices.down or matrices.up or matrices.magnitude or matrices.alpha
+        raise UserError(f"{lora} is not whole: beside {printable(there, 100)} there is no other matrix for {layer}")
+    down, up = header.tensors[matrices.down].shape, header.tensors[matrices.up].shape
+    rank = down[0] if down else 0
+    kernel = weight[2:]
+    fits = (
+        rank > 0
+        and len(down) >= 2 and len(up) >= 2
+        and up[:2] == [weight[0], rank] and math.prod(up[2:]) == 1
+        and down[1] == weight[1] and ([*down[2:]] == kernel or math.prod(down[2:]) == math.prod(kernel) == 1)
+    )  # fmt: skip
+    if not fits:
+        raise UserError(
+            f"{lora} was trained on another model than {model}: {layer} is {_shown(weight)} there, which its matrices "
+            f"{_shown(up)} and {_shown(down)} do not fit"
+        )
+    if matrices.magnitude and not _per_output(header.tensors[matrices.magnitude].shape, weight[0]):
+        raise UserError(
+            f"{lora}: {printable(matrices.magnitude, 100)} has {_shown(header.tensors[matrices.magnitude].shape)} "
+            f"numbers, and {layer} {weight[0]} outputs"
+        )
+    if matrices.alpha and math.prod(header.tensors[matrices.alpha].shape) != 1:
+        raise UserError(f"{lora}: {printable(matrices.alpha, 100)} is not one number")
+    matrices.rank = rank
+
+
+def _per_output(shape: Sequence[int], outputs: int) -> bool:
+    """Whether a magnitude is one of each output, as in DoRA's paper and peft: LyCORIS has one of each input as well."""
+    return list(shape) in ([outputs], [outputs, 1], [outputs, 1, 1, 1], [1, outputs, 1, 1])
+
+
+def _shown(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape)) or "1"
+
+
+# ----------------------------------------------------------------------------------------------- before the model loads
+
+
+def check_lora(about: About, lora: Lora) -> None:
+    """Raise UserError where a file is no LoRA, is damaged, or is one of another model, before that is loaded.
+
+    Of a model whose weights are not in safetensors this is told when it is loaded, by `add_loras`.
+    """
+    check_weight(lora)
+    if lora.file.suffix != ".safetensors":
+        raise UserError(f"{lora.file}: LoRAs are read from .safetensors alone, which can hold no program")
+    check_regular(lora.file)
+    header = read_header(lora.file)
+    settings = _settings(lora.file, header)
+    headers = {part: header_of(about.folder / part) for part in PARTS}
+    if all(headers.values()):
+        layers = {part: _layers(there.shapes) for part, there in headers.items() if there}
+        _scaled(match(header, layers, str(lora.path), about.name), settings, lora)
+    for name in not_numbers(lora.file, header.tensors):
+        raise UserError(f"the LoRA {lora.path} is broken: {printable(name, 100)} holds values that are no numbers")
+
+
+def check_weight(lora: Lora) -> None:
+    """Raise UserError where a LoRA's weight is no number, or far from any that is used."""
+    if not abs(lora.weight) <= LARGEST_WEIGHT:  # NaN too
+        raise UserError(
+            f"the LoRA {lora.path}: weight {lora.weight:g}: {-LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g} is read"
+        )
+
+
+def _layers(shapes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    """The layers of a part that a LoRA can change, by the names and shapes of its weights."""
+    return {
+        name.removesuffix(".weight").removeprefix("text_model."): shape
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) in (2, 4) and "_embedding.weight" not in name
+    }
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a trainer wrote down beside the matrices (peft's LoraConfig), by part."""
+
+    alpha: Mapping[str, float] = field(default_factory=dict)
+    alphas: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # by module, where it has its own
+    root: Mapping[str, bool] = field(default_factory=dict)  # rslora: divided by the rank's root
+
+
+def _settings(file: Path, header: Header) -> _Settings:
+    """Out of the file's own metadata, as diffusers writes it, or of peft's adapter_config.json beside it."""
+    beside = file.parent / "adapter_config.json"
+    if (text := header.metadata.get("lora_adapter_metadata")) is not None:
+        told, where = parse_json(text, f"{file}, its metadata"), f"{file}, its metadata"
+        if not isinstance(told, dict):
+            raise UserError(f"{where}: a JSON object is expected")
+        configs = {part: {k.removeprefix(f"{part}."): v for k, v in told.items() if k.startswith(part + ".")}
+                   for part in PARTS}  # fmt: skip
+    elif file.name == "adapter_model.safetensors" and beside.is_file():
+        told, where = read_json_file(beside), str(beside)
+        if not isinstance(told, dict):
+            raise UserError(f"{where}: a JSON object is expected")
+        configs = dict.fromkeys(PARTS, told)
+    else:
+        return _Settings()
+    alpha, alphas, root = {}, {}, {}
+    for part, config in configs.items():
+        if not config:
+            continue
+        if (kind := config.get("peft_type", "LORA")) != "LORA":
+            raise UserError(f"{where}: {printable(kind, 40)} is no LoRA")
+        alpha[part] = _number(config.get("lora_alpha", 8), where, "lora_alpha")
+        pattern = config.get("alpha_pattern") or {}
+        if not isinstance(pattern, dict):
+            raise UserError(f"{where}: alpha_pattern is no object")
+        alphas[part] = {str(k).removeprefix("^"): _number(v, where, "alpha_pattern") for k, v in pattern.items()}
+        root[part] = config.get("use_rslora") is True
+    return _Settings(alpha, alphas, root)
+
+
+def _number(value: Any, where: str, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e6:
+        raise UserError(f"{where}: {name} is {printable(repr(value), 40)}, not a number")
+    return float(value)
+
+
+def _scaled(found: Found, settings: _Settings, lora: Lora) -> None:
+    """Note by what the matrices are scaled, and read the alphas that are tensors. UserError where one can't be."""
+    alphas = [m.alpha for modules in found.values() for m in modules.values() if m.alpha]
+    values = _scalars(lora.file, alphas) if alphas else {}
+    for part, modules in found.items():
+        for module, m in modules.items():
+            own = next((v for k, v in settings.alphas.get(part, {}).items() if module.endswith(k)), None)
+            alpha = values[m.alpha] if m.alpha else settings.alpha.get(part, m.rank) if own is None else own
+            if not math.isfinite(alpha) or alpha == 0:
+                raise UserError(
+                    f"the LoRA {lora.path}: the alpha of {module} is {alpha:g}, with which its matrices change nothing"
+                )
+            m.scale = alpha / (math.sqrt(m.rank) if settings.root.get(part) else m.rank)
+
+
+def _scalars(file: Path, names: Sequence[str]) -> dict[str, float]:
+    """The values of tensors of one number."""
+    import numpy as np
+
+    tensors, found = read_header(file).tensors, {}
+    kinds = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
+    with open(file, "rb") as f:
+        for name in names:
+            tensor = tensors[name]
+            f.seek(tensor.begin)
+            data = f.read(tensor.end - tensor.begin)
+            if tensor.kind == "BF16":  # the upper half of a float32
+                found[name] = float(np.frombuffer(b"\0\0" + data, "<f4")[0])
+            elif tensor.kind in kinds:
+                found[name] = float(np.frombuffer(data, kinds[tensor.kind])[0])
+            else:
+                raise UserError(f"{file}: {printable(name, 100)} is {tensor.kind}, not a number")
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- on a model
+
+
+def add_loras(pipeline: Any, loras: Sequence[Lora], model: str = "the model") -> list[str]:
+    """Lay LoRAs over a pipeline, all at once, each with its weight. Returns what is to be said of those that change
+    nothing, in a line each.
+
+    Raises UserError where one does not fit.
+    """
+    from diffusers.utils import set_weights_and_activate_adapters
+
+    said: list[str] = []
+    if not loras:
+        return said
+    parts = {name: getattr(pipeline, name) for name in PARTS}
+    layers = {name: dict(_layers_of(part)) for name, part in parts.items()}
+    for number, lora in enumerate(loras):
+        check_weight(lora)
+        header = read_header(lora.file)
+        found = match(header, layers, str(lora.path), model)
+        _scaled(found, _settings(lora.file, header), lora)
+        tensors = _tensors(lora)
+        if lora.weight == 0:
+            said.append(f"the LoRA {lora.path} has weight 0, and so changes nothing")
+        elif not any(bool(tensors[m.up].any()) for modules in found.values() for m in modules.values()):
+            said.append(
+                f"the LoRA {lora.path} changes nothing: its matrices are zero, as before the first training step"
+            )
+        for name, part in parts.items():
+            if found[name]:
+                dora = sum(1 for m in found[name].values() if m.magnitude)
+                if dora not in (0, len(found[name])):
+                    raise UserError(
+                        f"the LoRA {lora.path} has DoRA's magnitudes for {dora} of {len(found[name])} layers of the "
+                        f"{name}: for all or none of them it can be applied"
+                    )
+                _add(part, found[name], tensors, f"lora_{number}", layers[name])
+    weights = {f"lora_{number}": lora.weight for number, lora in enumerate(loras)}
+    for module in parts.values():
+        # not pipeline.set_adapters, which fails where a UNet's levels have their own numbers of layers (`tiny` has)
+        there = {name: weight for name, weight in weights.items() if name in getattr(module, "peft_config", {})}
+        if there:
+            set_weights_and_activate_adapters(module, list(there), list(there.values()))
+    return said
+
+
+def _layers_of(part: torch.nn.Module) -> Iterable[tuple[str, Sequence[int]]]:
+    from torch import nn
+
+    for name, module in part.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            yield name, list(module.weight.shape)
+
+
+def _tensors(lora: Lora) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(lora.file)
+    except Exception as e:
+        raise UserError(f"{lora.file} is no safetensors file, or a damaged one: {e}") from e
+
+
+def _add(
+    part: Any,
+    found: Mapping[str, Matrices],
+    tensors: Mapping[str, torch.Tensor],
+    name: str,
+    layers: Mapping[str, Sequence[int]],
+) -> None:
+    """One LoRA on one part, under a name; afterwards every number of it is where it belongs, or it was not added."""
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    like = next(part.parameters())
+    state: dict[str, torch.Tensor] = {}
+    for module, m in found.items():
+        kernel = list(layers[module][2:])
+        down, up = tensors[m.down], tensors[m.up]
+        down = down.reshape(*down.shape[:2], *kernel)
+        state[f"{module}.lora_A.weight"] = down.to(like)
+        state[f"{module}.lora_B.weight"] = up.reshape(*up.shape[:2], *(1 for _ in kernel)).to(like)
+        if m.magnitude:
+            shape = (1, -1, 1, 1) if kernel else (-1,)
+            state[f"{module}.lora_magnitude_vector.weight"] = tensors[m.magnitude].reshape(shape).to(like)
+    ranks = {f"^{re.escape(module)}": m.rank for module, m in found.items()}
+    alphas = {f"^{re.escape(module)}": (m.scale or 1.0) * m.rank for module, m in found.items()}
+    rank, alpha = (Counter(of.values()).most_common(1)[0][0] for of in (ranks, alphas))
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=list(found), use_dora=any(m.magnitude for m in found.values()),
+        rank_pattern={k: r for k, r in ranks.items() if r != rank},
+        alpha_pattern={k: a for k, a in alphas.items() if a != alpha},
+    )  # fmt: skip
+    inject_adapter_in_model(config, part, adapter_name=name, state_dict=state)
+    set_peft_model_state_dict(part, state, adapter_name=name)
+    part.to(like)
+    there = part.state_dict()
+    for key, tensor in state.items():
+        module, _, matrix = key.removesuffix(".weight").rpartition(".")
+        mine = there.get(f"{module}.{matrix}.{name}.weight")
+        if mine is None or not bool((mine.to(tensor) == tensor).all()):
+            raise RuntimeError(f"{key} of a LoRA did not come to its layer")
+        if not math.isclose(part.get_submodule(module).scaling[name], found[module].scale or 1.0, rel_tol=1e-6):
+            raise RuntimeError(f"{key} of a LoRA is scaled otherwise than it says")
+
+
+def parse_lora(text: str) -> Lora:
+    """A LoRA as the command line names it: PATH or PATH:WEIGHT."""
+    path, colon, weight = text.rpartition(":")
+    if colon and not Path(text).exists():
+        with contextlib.suppress(ValueError):
+            return Lora(Path(path), float(weight))
+    return Lora(Path(text))

@@ -1,0 +1,89 @@
+"""A finished model's folder: what diffusers loads at the top of it, and a model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from aesthetic.untrusted import markdown, markdown_code, printable
+from curate.store.files import atomic, read_json, scratch_path, write_json
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def is_released(folder: Path) -> bool:
+    """Whether a folder holds a finished model, or LoRA."""
+    return (folder / "model_index.json").is_file() or (folder / LORA_FILE).is_file()
+
+
+def release(checkpoint: Path, folder: Path, facts: Mapping[str, Any]) -> None:
+    """Copy the weights of a checkpoint to the top of a folder, beside a model card.
+
+    The file by which diffusers knows a model comes last, so that a model is whole or absent. `facts` is what
+    `train.json` holds: settings, data, made_with, result.
+    """
+    (folder / "model_index.json").unlink(missing_ok=True)
+    with atomic(folder / "README.md") as f:
+        f.write(card(facts).encode())
+    lora = checkpoint / "lora" / LORA_FILE
+    if lora.is_file():
+        with atomic(folder / LORA_FILE) as f, open(lora, "rb") as weights:
+            shutil.copyfileobj(weights, f)
+        return
+    for part in sorted(p for p in (checkpoint / "pipeline").iterdir() if p.is_dir()):
+        scratch = scratch_path(folder / part.name)
+        shutil.copytree(part, scratch)
+        shutil.rmtree(folder / part.name, ignore_errors=True)
+        scratch.rename(folder / part.name)
+    write_json(folder / "model_index.json", read_json(checkpoint / "pipeline" / "model_index.json"))
+
+
+def card(facts: Mapping[str, Any]) -> str:
+    """A model card as the Hugging Face hub reads it: a YAML header, then what a reader wants to know."""
+    settings, data, result = facts["settings"], facts["data"], facts["result"]
+    base, lora = settings["from"], settings["lora"]
+    named = base if base and not Path(base).exists() else None  # a folder of somebody's is no name on the hub
+    if base and not named:
+        base = Path(base).name
+    header = ["library_name: diffusers", "pipeline_tag: text-to-image"]
+    header += ["tags:", *(f"- {t}" for t in ("text-to-image", "diffusers", "tastemaker", *(["lora"] if lora else [])))]
+    if named:
+        header.append(f"base_model: {json.dumps(named)}")
+    if lora:
+        what = f"A LoRA of rank {lora} on {markdown(base)}"
+    elif base:
+        what = f"A text-to-image model, trained further from {markdown(base)}"
+    else:
+        what = f"A text-to-image model ({settings['preset']}, {settings['objective']}), trained from scratch"
+    held = result["held_out"]
+    lines = [
+        f"{what}, with `tastemaker train`.",
+        "",
+        f"- data: {data['trained_on']:,} captioned pictures of {markdown_code(Path(data['folder']).name)}"
+        + (f", manifest sha256 `{data['manifest_sha256']}`" if data["manifest_sha256"] else "")
+        + f"; {data['held_out']:,} more held out, no near-duplicates of these among them",
+        f"- training: {settings['steps']:,} steps of {settings['batch']} pictures, {facts['size']} px, AdamW at "
+        f"{settings['lr']:g}, seed {settings['seed']}"
+        + (f"; pictures drawn in proportion to {markdown_code(settings['weight_by'])}" if settings["weight_by"] else "")
+        + (f"; pictures without a caption had {markdown_code(settings['caption'])}" if settings.get("caption") else ""),
+        "- weights: the running average of those of the steps (EMA)",
+        *([f"- held-out loss: {held['ema']:.4f} (of the raw weights {held['raw']:.4f})"] if held else []),
+        "- made with: " + ", ".join(f"{k} {v}" for k, v in facts["made_with"].items()),
+    ]
+    code = ["```python", *_how_to_draw(facts["prompts"][0], base if lora else None), "```"]
+    return "\n".join(["---", *header, "---", "", *lines, "", *code, ""])
+
+
+def _how_to_draw(prompt: str, base: str | None) -> list[str]:
+    """Lines of Python that draw a picture with the model, or with the LoRA on its base."""
+    lines = [
+        "from diffusers import StableDiffusionPipeline",
+        f"p = StableDiffusionPipeline.from_pretrained({printable(json.dumps(base or 'MODEL', ensure_ascii=False))})",
+        f'p({printable(json.dumps(prompt, ensure_ascii=False))}).images[0].save("picture.png")',
+    ]
+    if base:
+        lines.insert(2, 'p.load_lora_weights("MODEL")')
+    return lines

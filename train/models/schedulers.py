@@ -1,0 +1,118 @@
+"""Samplers by the names of diffusers' classes, each with the settings of the model's own."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from aesthetic.untrusted import printable
+from curate.store.files import UserError
+
+SCHEDULERS = (
+    "DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler",
+    "LMSDiscreteScheduler", "PNDMScheduler", "TCDScheduler", "UniPCMultistepScheduler",
+)  # fmt: skip
+"""Those that work in StableDiffusionPipeline and draw all their noise from a picture's own generator."""
+
+FLOW = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler")
+"""Those that draw with models of rectified flow. (DEIS takes their settings too, and leaves noise in the picture.)"""
+
+_OTHERS = {
+    "DPMSolverSDEScheduler": "its noise does not come from a picture's own seed; "
+    "DPMSolverMultistep and EulerAncestralDiscrete are near to it",
+    "FlowMatchEulerDiscreteScheduler": "it does not work in StableDiffusionPipeline; "
+    "flow models are drawn with DPMSolverMultistep or UniPCMultistep",
+}
+
+
+def scheduler_name(asked: str | None, config: dict[str, Any]) -> str:
+    """The class that draws with a model whose scheduler_config.json this is; `asked`: with or without "Scheduler".
+
+    Raises UserError for one that there is not, naming those that are near, or that can't do what the model needs.
+    """
+    own = str(config.get("_class_name"))
+    if asked is None:
+        return own  # which `about.look` has found among SCHEDULERS
+    known = {_plain(name): name for name in SCHEDULERS}
+    name = own if _plain(asked) == _plain(own) else known.get(_plain(asked))
+    if name is None:
+        for other, why in _OTHERS.items():
+            if _plain(asked) == _plain(other):
+                raise UserError(f"the scheduler {other} can't be used here: {why}")
+        begin = len(_plain(asked))  # "euler" is near to EulerDiscrete
+        near = [n for n in known if difflib.SequenceMatcher(None, _plain(asked), n[: begin + 1]).ratio() > 0.7]
+        near = [known[n] for n in near][:4]
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(SCHEDULERS)}"
+        raise UserError(f"there is no scheduler {asked!r}: {hint}")
+    if is_flow(config) and name not in (own, *FLOW):
+        raise UserError(
+            f"the model predicts flow (velocities), and {name} can't draw with them. Those that can: {', '.join(FLOW)}"
+        )
+    return name
+
+
+def new_scheduler(name: str, config: dict[str, Any]) -> Any:
+    """A fresh scheduler of this class with the model's settings: its noise table, prediction, flow and spacing."""
+    import diffusers
+
+    return getattr(diffusers, name).from_config(config)
+
+
+def check_steps(name: str, config: dict[str, Any], steps: int) -> None:
+    """Raise UserError where a scheduler can't do so many, or so few: PNDM needs four, LCM has fifty at most.
+
+    What is known without diffusers; `try_steps` asks it.
+    """
+    most = config.get("original_inference_steps", 50)
+    times = config.get("num_train_timesteps", 1000)
+    if name == "PNDMScheduler" and steps < 4 and not config.get("skip_prk_steps"):
+        raise UserError(f"{name} can't draw in {steps} steps: it needs four. Give another number, or another scheduler")
+    if name in ("LCMScheduler", "TCDScheduler") and steps > most:
+        raise UserError(
+            f"{name} can't draw in {steps} steps: {most} at most. Give another number, or another scheduler"
+        )
+    if steps > times:
+        raise UserError(f"{name} can't draw in {steps} steps: the model was trained with {times}. Give another number")
+
+
+def try_steps(name: str, config: dict[str, Any], steps: int, path: Path) -> None:
+    """Raise UserError where diffusers can't make a scheduler of the model's settings, which are in the file `path`."""
+    import numpy as np
+
+    try:
+        scheduler = new_scheduler(name, config)
+        scheduler.set_timesteps(steps)
+        finite = all(np.isfinite(np.asarray(getattr(scheduler, n, 0.0))).all() for n in ("timesteps", "sigmas"))
+    except Exception as e:  # whatever settings that are none make of a constructor
+        raise UserError(f"{name} can't draw in {steps} steps with the settings of {path}: {told(e)}") from e
+    if not finite:
+        raise UserError(f"{path}: with these settings {name} computes times that are no numbers")
+
+
+def told(error: Exception) -> str:
+    """What a library said of a file that others made, in a line."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return printable(f"{type(error).__name__}: {first}" if not isinstance(error, (ValueError, OSError)) else first, 300)
+
+
+def is_flow(config: dict[str, Any]) -> bool:
+    """Whether a model whose scheduler_config.json this is predicts velocities of rectified flow."""
+    return config.get("prediction_type") == "flow_prediction"
+
+
+def share_of_steps(strength: float, config: dict[str, Any]) -> float:
+    """The strength at which a flow model whose times are shifted towards noise adds as much noise as one without shift
+    at this strength; other models: this strength.
+
+    With a shift k the share u of the steps begins at noise k u / (1 + (k - 1) u), as in Esser et al. 2024 (arXiv
+    2403.03206, equation 23); this is its inverse.
+    """
+    shift = float(config.get("flow_shift", 1.0)) if is_flow(config) else 1.0
+    return round(strength / (shift - strength * (shift - 1)), 4)
+
+
+def _plain(name: str) -> str:
+    return name.lower().removesuffix("scheduler").replace("_", "").replace("-", "").replace(" ", "")

@@ -1,0 +1,341 @@
+"""A text-to-image model as a diffusers StableDiffusionPipeline: built small from a preset, or loaded to go on with.
+
+UNet2DConditionModel + CLIPTextModel + AutoencoderKL + CLIPTokenizer. What `save_pretrained` writes, any diffusers
+client loads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from aesthetic.untrusted import read_json_file
+from curate.store.files import UserError
+from train.devices import out_of_memory
+from train.models.info import About, look, variant_of, weights_of
+from train.models.presets import PRESETS, Preset
+from train.models.schedulers import told
+from train.objective import new_scheduler
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def new_model(preset: Preset | str, captions: Iterable[str], objective: str = "flow", seed: int = 0) -> Any:
+    """A StableDiffusionPipeline of random weights, its tokenizer trained on the captions; the same for the same seed.
+
+    Where the preset has an autoencoder of its own, it is random too and must be trained first (`tasks.Reconstruct`).
+    """
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    p = PRESETS[preset] if isinstance(preset, str) else preset
+    tokenizer = train_tokenizer(captions, p.vocabulary, p.tokens)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer), hidden_size=p.text, intermediate_size=4 * p.text, projection_dim=p.text,
+                num_hidden_layers=p.text_layers, num_attention_heads=max(1, p.text // 64),
+                max_position_embeddings=p.tokens, bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            )
+        )  # fmt: skip
+        if p.vae:
+            vae = AutoencoderKL(
+                block_out_channels=p.vae, layers_per_block=1 if p.size < 512 else 2, latent_channels=p.latents,
+                down_block_types=("DownEncoderBlock2D",) * len(p.vae),
+                up_block_types=("UpDecoderBlock2D",) * len(p.vae),
+                norm_num_groups=math.gcd(32, p.vae[0] // 2), sample_size=p.size,
+                mid_block_add_attention=p.size >= 512, scaling_factor=0.18215 if p.size >= 512 else 1.0,
+            )  # fmt: skip
+        else:
+            vae = pixel_vae(p.size)
+        pooled = {"addition_embed_type": "text", "addition_embed_type_num_heads": p.heads} if p.pooled else {}
+        unet = UNet2DConditionModel(
+            sample_size=p.size // p.factor, in_channels=p.latents, out_channels=p.latents, block_out_channels=p.unet,
+            down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in p.attends],
+            up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(p.attends)],
+            layers_per_block=p.layers, cross_attention_dim=p.text, attention_head_dim=p.heads,
+            norm_num_groups=math.gcd(32, p.unet[0] // 2), **pooled,
+        )  # fmt: skip
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=new_scheduler(objective, p.shift),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def train_tokenizer(captions: Iterable[str], vocabulary: int, tokens: int) -> Any:
+    """A CLIPTokenizer whose byte-pair merges come from these captions.
+
+    Laid out as CLIP's own: 256 bytes, the same bytes at a word's end, merges, start and end. So any text can be written
+    in it, also in words that no caption had.
+
+    Args:
+        vocabulary: entries at most (at least 514).
+        tokens: the length that prompts are cut or padded to, start and end included.
+    """
+    from tokenizers import pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    basis = [*letters, *(c + "</w>" for c in letters)]
+    marks = [START, END]
+    # a tokenizer without merges brings CLIP's normalizer and word pattern, so that training and use cut words alike
+    empty = CLIPTokenizer(vocab={t: i for i, t in enumerate([*basis, *marks])}, merges=[])
+    trainer = trainers.BpeTrainer(
+        vocab_size=max(0, vocabulary - len(marks)), initial_alphabet=letters, end_of_word_suffix="</w>",
+        min_frequency=2, show_progress=False,
+    )  # fmt: skip
+    learner = copy.deepcopy(empty.backend_tokenizer)
+    learner.train_from_iterator(captions, trainer)
+    merges = _merges(learner)[: max(0, vocabulary - len(basis) - len(marks))]
+    vocab = {t: i for i, t in enumerate(dict.fromkeys([*basis, *(a + b for a, b in merges), *marks]))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=tokens)
+
+
+def _merges(tokenizer: Any) -> list[Any]:
+    return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+
+def pixel_vae(size: int) -> Any:
+    """An AutoencoderKL that changes nothing: latents are the pixels, and decode(encode(x)) is x within fp32's rounding.
+
+    So a model of pixels is a StableDiffusionPipeline like any other. Each value is carried as the pair (x, -x): their
+    mean is 0, they are so small beside the epsilon of GroupNorm that it only multiplies by a constant, and
+    silu(x) - silu(-x) = x. (The same with a patch transform, several pixels a latent, can't be had in this class: the
+    decoder repeats pixels and convolves, and no convolution after that can make a row of +1, -1, +1, -1.) fp32 and
+    bf16 only: the small values vanish in fp16.
+    """
+    from diffusers import AutoencoderKL
+
+    vae: Any = AutoencoderKL(
+        block_out_channels=(6,), layers_per_block=1, latent_channels=3, norm_num_groups=1, sample_size=size,
+        down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+        mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.0,
+    )  # fmt: skip
+    tiny = 1e-7
+    pair = torch.cat([torch.eye(3), -torch.eye(3)])
+    with torch.no_grad():
+        for module in vae.modules():
+            if type(module).__name__ == "ResnetBlock2D":  # x + 0
+                module.conv2.weight.zero_()
+                module.conv2.bias.zero_()
+        for part, out in ((vae.encoder, 6), (vae.decoder, 3)):
+            for conv in (part.conv_in, part.conv_out):
+                conv.weight.zero_()
+                conv.bias.zero_()
+            part.conv_in.weight[:, :, 1, 1] = tiny * pair
+            part.conv_norm_out.weight.fill_(part.conv_norm_out.eps**0.5 / tiny)
+            part.conv_out.weight[:3, :, 1, 1] = pair.T
+            part.conv_out.bias[3:out] = -30.0  # log variance of the latents: as good as none
+    return vae.requires_grad_(False)
+
+
+def load_model(model: About | str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The StableDiffusionPipeline in a folder, or under a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5.
+
+    Weights are of type `dtype`. Raises UserError, saying what to do and naming the file, where there is none, where the
+    hub can't be reached, where a part can't be made of its configuration or its weights do not fit it, and where a
+    weight is no number.
+    """
+    import diffusers
+    from transformers import CLIPTextModel
+
+    about = model if isinstance(model, About) else look(model)
+    with no_bars():
+        unet = _part(about, "unet", diffusers.UNet2DConditionModel, dtype)
+        vae = _part(about, "vae", diffusers.AutoencoderKL, dtype)
+        text = _part(about, "text_encoder", CLIPTextModel, dtype)
+        tokenizer = _tokenizer(about)
+        path = about.folder / "scheduler" / "scheduler_config.json"
+        try:
+            kind = getattr(diffusers, read_json_file(about.folder / "model_index.json")["scheduler"][1])
+            scheduler = kind.from_pretrained(about.folder / "scheduler")
+            return diffusers.StableDiffusionPipeline(
+                vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+                safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+            )  # fmt: skip
+        except Exception as e:
+            raise UserError(f"{path}: no scheduler can be made of it: {told(e)}") from e
+
+
+def _part(about: About, name: str, kind: Any, dtype: torch.dtype) -> Any:
+    """One part with its weights, all of them there and used."""
+    folder = about.folder / name
+    try:
+        part, report = kind.from_pretrained(
+            folder, dtype=dtype, variant=variant_of(folder), output_loading_info=True, local_files_only=True
+        )
+    except Exception as e:  # whatever a configuration that is none makes of a constructor
+        if out_of_memory(e):
+            raise
+        raise UserError(
+            f"{folder / 'config.json'}: no {kind.__name__} can be made of it and its weights: {told(e)}"
+        ) from e
+    files = " and ".join(str(path) for path in weights_of(folder)[:2])
+    found = [(report["missing_keys"], "lack"), (_strange(report["unexpected_keys"]), "hold, beside what is used,")]
+    for keys, verb in found:
+        if keys := sorted(keys):
+            raise UserError(
+                f"{folder / 'config.json'} does not fit the weights in {files}: these {verb} {keys[0]}"
+                + (f" and {len(keys) - 1:,} more" if len(keys) > 1 else "")
+            )
+    for key, tensor in [*part.named_parameters(), *part.named_buffers()]:
+        # a sum is much cheaper than a look at each number, and infinite or NaN where one of them is
+        suspect = tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32))
+        if suspect and not torch.isfinite(tensor).all():
+            precision = "" if dtype == torch.float32 else f" in {str(dtype).removeprefix('torch.')}"
+            raise UserError(
+                f"{files}: the weights {key} hold values that are no numbers{precision}: the model is broken, and "
+                "would draw nothing"
+            )
+    return part
+
+
+def check_computes(pipeline: Any, about: About, error: Exception) -> None:
+    """After an error: raise UserError, naming the part, where one computes nothing even of plain input.
+
+    Configurations have values that no schema knows all of. Where the parts do their work the error is not theirs.
+    """
+    if out_of_memory(error):
+        return
+    unet, vae, side = pipeline.unet, pipeline.vae, 2 ** (len(about.unet["block_out_channels"]) + 1)
+    like: dict[str, Any] = {"device": unet.device, "dtype": unet.dtype}
+    latents = torch.zeros(1, about.unet["in_channels"], side, side, **like)
+    ids = torch.zeros(1, about.text["max_position_embeddings"], dtype=torch.long, device=pipeline.text_encoder.device)
+    texts = torch.zeros(1, ids.shape[1], about.text["hidden_size"], **like)
+    trials: dict[str, Callable[[], Any]] = {
+        "text_encoder": lambda: pipeline.text_encoder(ids),
+        "unet": lambda: unet(latents, torch.tensor(1, device=unet.device), encoder_hidden_states=texts),
+        "vae": lambda: vae.encode(vae.decode(latents[:, : about.vae["latent_channels"]].to(vae.dtype)).sample),
+    }
+    for name, trial in trials.items():
+        try:
+            with torch.no_grad():
+                trial()
+        except Exception as e:
+            path = about.folder / name / "config.json"
+            raise UserError(f"{path}: what it describes can't be computed: {told(e)}") from error
+
+
+def _strange(keys: Iterable[str]) -> list[str]:
+    """Of weights that a part has no place for, those that must have one: not what CLIP has beside its text encoder."""
+    beside = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+    return [key for key in keys if not key.startswith(beside) and not key.endswith("position_ids")]
+
+
+def _tokenizer(about: About) -> Any:
+    from transformers import CLIPTokenizer
+
+    folder = about.folder / "tokenizer"
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        last = max(tokenizer("a", truncation=True, padding="max_length", max_length=3).input_ids)
+        last = max(last, *tokenizer.get_vocab().values())
+    except Exception as e:  # as above
+        raise UserError(f"{folder}: no tokenizer can be made of these files: {told(e)}") from e
+    if last >= about.text["vocab_size"]:
+        raise UserError(
+            f"{folder} has a token of number {last}, and the text encoder knows {about.text['vocab_size']} "
+            f"(vocab_size in {about.folder / 'text_encoder' / 'config.json'})"
+        )
+    return tokenizer
+
+
+LORA = ("to_q", "to_k", "to_v", "to_out.0")
+"""What a LoRA changes: the projections of every attention layer, as diffusers' own LoRA training does."""
+
+
+def add_lora(pipeline: Any, rank: int = 8, seed: int = 0) -> None:
+    """Freeze the UNet and add low-rank matrices beside its attention projections, which alone are trained then.
+
+    Hu et al. 2021 (arXiv 2106.09685): W + B A with A random and B zero, so that nothing changes at first; scale 1.
+    """
+    from peft import LoraConfig
+
+    pipeline.unet.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline.unet.add_adapter(
+            LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(LORA))
+        )
+
+
+def has_lora(pipeline: Any) -> bool:
+    """Whether the UNet carries low-rank matrices."""
+    return bool(getattr(pipeline.unet, "peft_config", None))
+
+
+def save_lora(pipeline: Any, folder: Path) -> None:
+    """Write the LoRA in diffusers' format; `pipeline.load_lora_weights(folder)` puts it on any pipeline of its kind."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+
+
+@contextlib.contextmanager
+def no_bars() -> Iterator[None]:
+    """Without the progress bars that diffusers and transformers draw while they load and save."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    were = [(log, log.is_progress_bar_enabled()) for log in (diffusers_logging, transformers_logging)]
+    for log, _ in were:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, was in were:
+            if was:
+                log.enable_progress_bar()
+
+
+def size_step(pipeline: Any) -> int:
+    """Image sides must be multiples of this: the autoencoder's factor times the UNet's."""
+    return pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+
+
+def default_size(pipeline: Any) -> int:
+    """The side in pixels that the pipeline draws without being told."""
+    sample = pipeline.unet.config.sample_size or 64
+    return int((sample if isinstance(sample, int) else min(sample)) * pipeline.vae_scale_factor)
+
+
+def check_size(pipeline: Any, size: int) -> None:
+    """Raise UserError where images of this side do not fit the model."""
+    step = size_step(pipeline)
+    if size < step or size % step:
+        near = max(step, round(size / step) * step)
+        raise UserError(f"size {size} does not fit this model: sides are multiples of {step}. {near} would do.")
+
+
+def tokenize(pipeline: Any, captions: list[str]) -> torch.Tensor:
+    """(n, tokens) int64, padded and cut as the pipeline itself does with prompts."""
+    tokens = pipeline.tokenizer(
+        captions, padding="max_length", max_length=pipeline.tokenizer.model_max_length, truncation=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    return tokens.input_ids
+
+
+@torch.no_grad()
+def encode_images(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Latents (n, c, h, w) of pixels (n, 3, H, W) in [-1, 1]: the mean of the posterior times the scaling factor."""
+    latents: torch.Tensor = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+    return latents
+
+
+def parameters(modules: Iterable[nn.Module]) -> int:
+    """How many numbers the modules hold."""
+    return sum(p.numel() for m in modules for p in m.parameters())
