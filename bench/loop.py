@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from curate.annotators.embed import pictures_of, write_vectors
-from curate.encoders.base import load_encoder
+from curate.encoders.registry import load_encoder
 from curate.layout import Data
 from curate.ledger.schema import fetched_schema, make_key
 from curate.shards.tar import TarWriter

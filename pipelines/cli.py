@@ -90,23 +90,25 @@ def build_parser() -> argparse.ArgumentParser:
         )
         job_options(p)
 
-    p = command("embed", _resume, "embed and score what is fetched")
+    p = command("embed", _resume, "embed and annotate what is fetched")
     p.add_argument("data", metavar="DATA")
     job_options(p)
     p = command("retry", _resume, "fetch again what failed for passing reasons, and only that")
     p.add_argument("data", metavar="DATA")
     job_options(p)
 
-    p = command("score", _score, "apply a head to the vectors that are there")
+    p = command("annotate", _annotate, "compute columns: of heads, detectors, prompts, tables; what is there stays")
     p.add_argument("data", metavar="DATA")
     p.add_argument(
-        "--head",
-        action="append",
-        default=[],
-        metavar="COLUMN=HEAD",
-        help="a new column from a head, by name or folder (repeatable)",
+        "columns",
+        nargs="*",
+        metavar="NAME=SPEC",
+        help="a column NAME by a head's name or folder, an annotator's name, or {use: ANNOTATOR, option: value} "
+        "(default: those of DATA's recipe)",
     )
-    recipe_options(p)
+    p.add_argument("--ray-address", metavar="ADDRESS", help="run on this Ray cluster where pixels are read")
+    p = command("score", _score, "is called annotate now")
+    p.add_argument("rest", nargs=argparse.REMAINDER)
 
     p = command("select", _select, "apply rules to the ledger: a verdict per row, no image opened")
     p.add_argument("data", metavar="DATA")
@@ -454,27 +456,29 @@ def _resume(args: argparse.Namespace) -> int:
     return _end(args, outcome.facts, outcome.paths, outcome.next)
 
 
-def _score(args: argparse.Namespace) -> int:
+def _annotate(args: argparse.Namespace) -> int:
     from curate.layout import open_data
     from curate.ledger.sql import plain_name
+    from pipelines.commands import curate
+    from pipelines.commands.annotate import annotate
+    from pipelines.recipe import parse_columns
+
+    data = open_data(args.data)
+    facts = annotate(data, parse_columns(args.columns), address=args.ray_address)
+    following = ""
+    for name, column in facts["columns"].items():
+        if column["type"] == "float":
+            setting = f"select.rules.{name}=top({plain_name(name)}, 0.1)"
+            following = curate.command("select", data.root, "--name", "mine", "--set", setting)
+    return _end(args, facts, {"annotated": data.root / "annotated"}, following)
+
+
+def _score(args: argparse.Namespace) -> int:
     from curate.store.files import UserError
     from pipelines.commands import curate
 
-    data = open_data(args.data)
-    recipe = curate.recipe_of(data, args.recipe, args.set)
-    score = dict(recipe.score) if not args.head else {}
-    for item in args.head:
-        column, equals, head = item.partition("=")
-        if not equals:
-            raise UserError(f"--head {item}: expected COLUMN=HEAD, for example --head taste=taste.head")
-        score[column] = head
-    score = replace(recipe, score=score).score  # a recipe knows which names a column may have
-    facts = curate.score(data, score, print)
-    following = ""
-    for name in facts["scored"]:
-        setting = f"select.rules.{name}=top({plain_name(name)}, 0.1)"
-        following = curate.command("select", data.root, "--name", "mine", "--set", setting)
-    return _end(args, facts, {"scored": data.root / "scored"}, following)
+    words = [word for word in args.rest if word != "--head"]
+    raise UserError(f"`score` is called `annotate` now: {curate.command('annotate', *(words or ['DATA']))}")
 
 
 def _select(args: argparse.Namespace) -> int:
@@ -586,7 +590,7 @@ def _fit(args: argparse.Namespace) -> int:
     )
     outcome = fit(request, _aside)
     print(outcome.text)
-    following = f"tastemaker score {args.data or 'DATA'} --head {_column(request.out.stem)}={args.out}"
+    following = f"tastemaker annotate {args.data or 'DATA'} {_column(request.out.stem)}={args.out}"
     return _end(args, outcome.report, dict(outcome.paths), following)
 
 
@@ -716,13 +720,13 @@ def _heads_show(args: argparse.Namespace) -> int:
         return _end(args, about, {}, f"tastemaker embed DATA --set score.{args.head.replace('-', '_')}={args.head}")
     head, folder = load_head(args.head), find_head(args.head)
     print(describe(head) + "\n")
-    following = f"tastemaker score DATA --head {_column(head.name)}={args.head}"
+    following = f"tastemaker annotate DATA {_column(head.name)}={args.head}"
     return _end(args, {**_about(head), "card": head.card}, {"head": folder}, following)
 
 
 def _heads_import(args: argparse.Namespace) -> int:
     from aesthetic.catalog import fetch_head, import_head
-    from curate.encoders.base import canonical_name, check_named
+    from curate.encoders.registry import canonical_name, check_named
     from curate.store.files import UserError
 
     if not Path(args.head).exists():
@@ -745,7 +749,7 @@ def _heads_import(args: argparse.Namespace) -> int:
 
 def _heads_prompt(args: argparse.Namespace) -> int:
     from aesthetic.prompts import prompt_head
-    from curate.encoders.base import check_available, load_encoder
+    from curate.encoders.registry import check_available, load_encoder
     from curate.store.files import UserError
 
     if not (args.encoder and args.wanted and args.against):
@@ -794,7 +798,7 @@ def _keep(args: argparse.Namespace, head: Head) -> int:
     check_replaces(folder, head)
     save_head(head, folder)
     print(describe(head) + "\n")
-    following = f"tastemaker score DATA --head {_column(head.name)}={folder if args.out else head.name}"
+    following = f"tastemaker annotate DATA {_column(head.name)}={folder if args.out else head.name}"
     return _end(args, _about(head), {"head": folder}, following)
 
 

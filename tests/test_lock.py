@@ -23,7 +23,8 @@ from aesthetic.heads import Head, HeadError, load_head, save_head
 from aesthetic.space import Space, SpaceMismatch, measure, require_same
 from curate.annotators.embed import EmbedConfig
 from curate.annotators.heads import columns_of
-from curate.encoders.base import Encoder, load_encoder, unit
+from curate.encoders.base import Encoder, unit
+from curate.encoders.registry import load_encoder
 from curate.images.pixels import decode
 from curate.layout import Data
 from curate.shards.tar import read_images

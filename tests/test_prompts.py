@@ -12,7 +12,8 @@ import pytest
 from aesthetic.heads import HeadError, load_head, save_head
 from aesthetic.prompts import prompt_head
 from aesthetic.space import Space, probe_files, require_same
-from curate.encoders.base import Encoder, load_encoder
+from curate.encoders.base import Encoder
+from curate.encoders.registry import load_encoder
 from curate.images.pixels import decode
 from pipelines.cli import main
 from tests.tiny_clip import add_architectures, make_weights

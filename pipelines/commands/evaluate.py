@@ -80,7 +80,7 @@ def run(request: Request) -> Outcome:
     prompts = _prompts(request)
     model = _Model.of(request.model)
     heads = _heads(request)
-    from curate.encoders.base import check_available
+    from curate.encoders.registry import check_available
 
     check_available(request.encoder)
     from train.generate.sampler import (
@@ -169,7 +169,7 @@ class _Model:
 def _heads(request: Request) -> list[Head]:
     """Those that were asked for, else those that come with tastemaker and read this encoder's vectors."""
     from aesthetic.heads import SHIPPED, list_heads, load_head
-    from curate.encoders.base import canonical_name
+    from curate.encoders.registry import canonical_name
 
     encoder = canonical_name(request.encoder)
     if request.heads is None:
@@ -189,7 +189,7 @@ def _asked(
     request: Request, model: _Model, samples: MapDataset, prompts: list[str] | None, heads: Sequence[Head]
 ) -> dict[str, Any]:
     """What must be the same for the figures to be the same, but for versions and machine."""
-    from curate.encoders.base import canonical_name
+    from curate.encoders.registry import canonical_name
 
     manifest = samples.folder / "manifest.json"
     return {
@@ -337,7 +337,7 @@ class _Evaluation:
         """Encoders and the detector; refuses heads of another space."""
         from aesthetic.space import require_same
         from curate.annotators.nsfw import load_detector
-        from curate.encoders.base import load_encoder
+        from curate.encoders.registry import load_encoder
         from curate.encoders.bundled import BundledEncoder
         from train.devices import device_here
 

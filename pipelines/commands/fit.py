@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aesthetic.untrusted import printable
-from curate.encoders.base import check_available, check_named
+from curate.encoders.registry import check_available, check_named
 from curate.store.files import UserError, digest, read_json, sha256_file, write_json
 from pipelines.pool import DataPool, FolderPool, Pool, VectorsPool
 

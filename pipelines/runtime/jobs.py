@@ -44,6 +44,7 @@ class Job:
     recipe: Recipe
     fetch: bool = True
     embed: bool = True
+    vectors: bool = True  # with false, embedding makes no vectors: columns alone
     retry: bool = False
 
 
@@ -125,7 +126,7 @@ class EmbedActor:
         self._meter = _meter(self._board)
         with telling(self._board):
             self._worker = EmbedWorker(
-                job.data, job.recipe.embed, job.recipe.score, job.recipe.hashes()[1], self._meter, threads
+                job.data, job.recipe.embed, job.recipe.columns, job.recipe.hashes()[1], self._meter, threads, job.vectors
             )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
