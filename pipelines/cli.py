@@ -609,7 +609,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _sample(args: argparse.Namespace) -> int:
     from curate.store.files import local_path
-    from pipelines.commands.sample import Asked, run
+    from pipelines.commands.sample import SampleOptions, run
 
     same = (
         *("model", "prompts", "again", "negative", "steps", "guidance", "seed", "n", "batch", "width", "height"),
@@ -618,28 +618,32 @@ def _sample(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in same}
     # relative, so that pictures do not tell where somebody's folders lie
     out = local_path(args.out) if "://" in args.out else Path(args.out).expanduser()
-    outcome = run(Asked(prompt=tuple(args.prompt), lora=tuple(args.lora), out=out, **given), sys.stdout, sys.stderr)
+    outcome = run(
+        SampleOptions(prompt=tuple(args.prompt), lora=tuple(args.lora), out=out, **given), sys.stdout, sys.stderr
+    )
     return _end(args, outcome.facts, dict(outcome.paths), outcome.next)
 
 
 def _serve(args: argparse.Namespace) -> int:
     from curate.store.files import local_path
-    from pipelines.commands.serve import Asked, run
+    from pipelines.commands.serve import ServeOptions, run
 
     same = ("model", "host", "port", "token", "batch", "upscaler", "faces", "show_flagged")
-    asked = Asked(out=local_path(args.out), lora=tuple(args.lora), **{name: getattr(args, name) for name in same})
-    run(asked)
-    return _end(args, {}, {"pictures": asked.out}, "")
+    options = ServeOptions(
+        out=local_path(args.out), lora=tuple(args.lora), **{name: getattr(args, name) for name in same}
+    )
+    run(options)
+    return _end(args, {}, {"pictures": options.out}, "")
 
 
 def _evaluate(args: argparse.Namespace) -> int:
     from curate.store.files import UserError, local_path
-    from pipelines.commands.evaluate import PROMPTS, Request, run
+    from pipelines.commands.evaluate import PROMPTS, EvaluateOptions, run
 
     if args.out is None and not Path(args.model).is_dir():
         raise UserError(f"{args.model} is no folder here: say with --out where its evaluation goes")
     number = args.prompts is None or args.prompts.isdigit()
-    request = Request(
+    options = EvaluateOptions(
         model=args.model,
         data=Path(args.shards),
         out=local_path(args.out) if args.out else Path(args.model) / "evaluation",
@@ -651,7 +655,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         steps=args.steps,
         guidance=args.guidance,
     )
-    outcome = run(request)
+    outcome = run(options)
     print(outcome.text)
     return _end(args, outcome.facts, dict(outcome.paths), outcome.next)
 
