@@ -1,7 +1,7 @@
 """How good a model is, in figures that stand beside what they would be by chance and at best.
 
 Which pictures it was not trained on, its loss on them, whether what it draws shows what was asked, whether that is a
-copy of training pictures. How far they lie from real ones as a whole is in train.distances. Each function takes
+copy of training pictures. How far they lie from real ones as a whole is in train.generate.distances. Each function takes
 arrays and can be used by itself; `tastemaker evaluate` puts them together.
 """
 
