@@ -662,7 +662,7 @@ def _aside(line: str) -> None:
 
 
 def _heads(args: argparse.Namespace) -> int:
-    from aesthetic.heads import check_free
+    from aesthetic.head_files import check_free
     from curate.store.files import UserError
 
     run, takes = _HEADS[args.action]
@@ -677,8 +677,8 @@ def _heads(args: argparse.Namespace) -> int:
 
 
 def _heads_list(args: argparse.Namespace) -> int:
-    from aesthetic.catalog import PUBLISHED
-    from aesthetic.heads import HeadError, list_heads, load_head
+    from aesthetic.catalog import list_heads, load_head, published_heads
+    from aesthetic.heads import HeadError
     from curate.annotators.nsfw import DETECTORS
 
     known: dict[str, dict[str, Any]] = {}
@@ -698,14 +698,15 @@ def _heads_list(args: argparse.Namespace) -> int:
         scale = f"{low:g} to {high:g}"
         line = f"{name:{width}}{about['task']:12}{scale:12}{about['reads']:37}{about.get('how_good') or ''}"
         print(line.rstrip())
-    absent = [p.name for p in PUBLISHED if p.name not in known]
+    absent = [p.name for p in published_heads() if p.name not in known]
     if absent:
         print(f"published, not here: {', '.join(absent)} (`tastemaker heads import NAME` fetches one)")
     return _end(args, {"heads": list(known.values()), "published": absent}, {}, "tastemaker heads show HEAD")
 
 
 def _heads_show(args: argparse.Namespace) -> int:
-    from aesthetic.heads import describe, find_head, load_head
+    from aesthetic.catalog import find_head, load_head
+    from aesthetic.model_card import describe
     from curate.annotators.nsfw import DETECTORS, Detector
 
     if args.head in DETECTORS:
@@ -721,7 +722,7 @@ def _heads_show(args: argparse.Namespace) -> int:
 
 
 def _heads_import(args: argparse.Namespace) -> int:
-    from aesthetic.catalog import fetch_head, import_head
+    from aesthetic.imports import fetch_head, import_head
     from curate.encoders.base import canonical_name, check_named
     from curate.store.files import UserError
 
@@ -778,7 +779,7 @@ _HEADS: dict[str, tuple[Callable[[argparse.Namespace], int], tuple[str, ...]]] =
 
 def _require_free(name: str, out: str | None) -> None:
     """UserError where a head that goes by its name would never be found: one that is built in goes before it."""
-    from aesthetic.heads import SHIPPED
+    from aesthetic.catalog import SHIPPED
     from curate.annotators.nsfw import DETECTORS
     from curate.store.files import UserError
 
@@ -788,7 +789,9 @@ def _require_free(name: str, out: str | None) -> None:
 
 def _keep(args: argparse.Namespace, head: Head) -> int:
     """Save a new head, and say what it is."""
-    from aesthetic.heads import check_replaces, describe, heads_folder, save_head
+    from aesthetic.catalog import heads_folder
+    from aesthetic.head_files import check_replaces, save_head
+    from aesthetic.model_card import describe
 
     folder = Path(args.out or heads_folder() / head.name)
     check_replaces(folder, head)

@@ -168,7 +168,7 @@ class _Model:
 
 def _heads(request: Request) -> list[Head]:
     """Those that were asked for, else those that come with tastemaker and read this encoder's vectors."""
-    from aesthetic.heads import SHIPPED, list_heads, load_head
+    from aesthetic.catalog import SHIPPED, list_heads, load_head
     from curate.encoders.base import canonical_name
 
     encoder = canonical_name(request.encoder)
