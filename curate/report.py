@@ -23,7 +23,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
-from curate.images.pixels import decode
+from curate.images.decode import decode
 from curate.ledger.rules import check_rules, read_rules
 from curate.ledger.schema import FETCHED_COLUMNS, URL_COLUMNS, RowError, Status
 from curate.ledger.select import load_selection

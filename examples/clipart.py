@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curate.images.pixels import decode
+from curate.images.decode import decode
 from curate.ledger.schema import RowError
 from curate.store.files import UserError, digest, read_json, write_json
 from demo.pictures import STAMPS, caption_beside, readable, unpacked

@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = command("embed", _resume, "embed and score what is fetched")
     p.add_argument("data", metavar="DATA")
     job_options(p)
-    p = command("retry", _resume, "fetch again what failed for passing reasons, and only that")
+    p = command("retry", _resume, "fetch again what failed for transient reasons, and only that")
     p.add_argument("data", metavar="DATA")
     job_options(p)
 

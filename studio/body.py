@@ -23,7 +23,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
 from aesthetic.untrusted import decode_text
-from curate.images.pixels import probe
+from curate.images.header import probe
 from curate.ledger.schema import RowError
 from curate.store.files import UserError
 from studio.queue import MOST_OF_ONE, MOST_WAITING, Full

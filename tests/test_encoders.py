@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 
 from aesthetic.space import Space, SpaceMismatch, probe_files, require_same
 from curate.encoders.base import Encoder, load_encoder, pixels
-from curate.images.pixels import decode
+from curate.images.decode import decode
 from curate.store.files import UserError, sha256_file
 
 ROOT = Path(__file__).parents[1]

@@ -25,7 +25,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from curate.fetch.domains import Budget, Message, Reply
+from curate.fetch.domains import Budget, LeaseReply, LeaseRequest
 from curate.layout import Data
 from curate.store.files import UserError, atomic, attend, open_log, scratch_path
 from pipelines.recipe import Recipe
@@ -95,13 +95,13 @@ class FetchActor:
         budget: Any = ray.get_actor(_budget_of(board))
         me = secrets.token_hex(8)
 
-        async def exchange(message: Message) -> Reply:
-            return await budget.exchange.remote(me, message)
+        async def lease(message: LeaseRequest) -> LeaseReply:
+            return await budget.lease.remote(me, message)
 
         recipe = job.recipe
         with telling(self._board):
             self._worker = FetchWorker(
-                job.data, recipe.fetch, recipe.images, recipe.hashes()[0], self._meter, threads, exchange
+                job.data, recipe.fetch, recipe.images, recipe.hashes()[0], self._meter, threads, lease
             )
 
     async def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
