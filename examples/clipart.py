@@ -38,9 +38,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aesthetic.errors import UserError
 from curate.images.pixels import decode
 from curate.ledger.schema import RowError
-from curate.store.files import UserError, digest, read_json, write_json
+from curate.store.files import digest, read_json, write_json
 from demo.pictures import STAMPS, caption_beside, readable, unpacked
 from train.data import Pictures, Stream, batches_of, open_samples, split
 from train.latents import precompute

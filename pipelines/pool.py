@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from aesthetic.errors import UserError
 from aesthetic.space import Space
 from aesthetic.vectors import open_vectors
-from curate.store.files import UserError
 from pipelines.runtime.progress import clock, speed
 from pipelines.terminal import CLEAR, RETURN
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from aesthetic.errors import nearest
+from aesthetic.errors import UserError, nearest
 from aesthetic.untrusted import clean, printable, read_text
 from curate.annotators.embed import EmbedConfig
 from curate.fetch.client import FetchConfig
@@ -26,7 +26,7 @@ from curate.ledger.schema import EMBEDDED_COLUMNS, RESERVED
 from curate.ledger.select import SelectConfig
 from curate.shards.pack import PackConfig
 from curate.sources.plan import SourceConfig
-from curate.store.files import UserError, digest
+from curate.store.files import digest
 
 DEFAULT = "laion-aesthetics-5"
 _RECIPES = resources.files("pipelines") / "recipes"

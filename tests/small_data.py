@@ -16,9 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from aesthetic.files import atomic
 from curate.ledger.schema import FETCHED_COLUMNS, Reason, fetched_schema, make_key, shard_name
 from curate.shards.tar import TarWriter
-from curate.store.files import atomic, commit, read_json
+from curate.store.files import read_json
+from curate.store.records import commit
 
 SHARDS, SHARD_SIZE = 3, 20
 CARRIED = pa.schema(

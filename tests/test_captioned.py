@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from aesthetic.errors import UserError
 from curate.ledger.schema import RowError
 from curate.ledger.select import SelectConfig, select
 from curate.shards.pack import PackConfig, pack
 from curate.sources.captioned import Numbered, Samples, Tars, open_folder, parquet_images
 from curate.sources.plan import SourceConfig, inspect, make_plan
-from curate.store.files import UserError
 from tests.small_data import make_data
 from tests.test_source import picture, write
 from train.data import open_samples, split, survey, weights_of

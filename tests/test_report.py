@@ -13,12 +13,13 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from aesthetic.errors import UserError
 from curate.ledger.rules import read_rules
 from curate.ledger.schema import Reason, Status, fetched_schema, make_key
 from curate.ledger.select import SelectConfig, select
 from curate.report import KEPT, SHARDS, _Facts, _picture, _printable, _spread, contact_sheet, score_charts
 from curate.shards.tar import TarWriter
-from curate.store.files import UserError, write_json
+from curate.store.files import write_json
 
 SIZE = 10  # rows of a shard
 RULES = {

@@ -27,7 +27,8 @@ from curate.layout import Data
 from curate.ledger.denied import _Look
 from curate.ledger.sql import connect
 from curate.shards.tar import index_tar, read_images
-from curate.store.files import is_done, read_json, uncommit
+from curate.store.files import read_json
+from curate.store.records import invalidate, is_done
 from curate.workers import embed_done, fetch_done
 from demo.web import Route
 from pipelines import cli
@@ -182,10 +183,10 @@ def test_retries_before_the_next_embedding_add_up(served: Served, tmp_path: Path
     for shard in range(3):
         kept = [v.tobytes() for v in np.load(data.image_vectors(shard))]
         assert {v.tobytes() for v in vectors[shard]} <= set(kept)
-    uncommit(data.fetched_record(0))
+    invalidate(data.fetched_record(0))
     fetch_shards(data, recipe)
     assert "retries" not in read_json(data.fetched_record(0))
-    uncommit(data.scores_record("open_nsfw", 0))  # a detector alone has the pixels decoded again
+    invalidate(data.scores_record("open_nsfw", 0))  # a detector alone has the pixels decoded again
     assert embed_shards(data, recipe) == read_json(data.fetched_record(0))["successes"]
 
 

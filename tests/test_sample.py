@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from curate.store.files import UserError
+from aesthetic.errors import UserError
 from train.generate import sampler
 from train.generate.files import png, read_facts
 from train.generate.sampler import Artist, Drawn, Request, request_of, settled

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from curate.store.files import UserError
+from aesthetic.errors import UserError
 from train.devices import Cost, Measures, choose, stricter
 from train.generate.files import decode_mask, next_number, read_picture, save_numbered
 from train.generate.upscale import Network, by_tiles, find_faces, restore_faces, tile_starts

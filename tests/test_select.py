@@ -22,12 +22,12 @@ from small_data import (
     write_scored,
 )
 
+from aesthetic.errors import UserError
 from curate.ledger.rules import check_rules
 from curate.ledger.schema import make_key
 from curate.ledger.select import SelectConfig, Selection, changed_since, funnel_text, load_selection, remembered, select
 from curate.ledger.uids import UID, read_uids, select_uids, write_uids
 from curate.ledger.view import ledger_types, open_ledger, query, source_types, table_digests, tables, types_there
-from curate.store.files import UserError
 
 SCALES = {"laion_v2": (1.0, 10.0)}
 FETCHED = [n for n in range(60) if n % SHARD_SIZE not in REASONS]

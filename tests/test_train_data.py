@@ -16,11 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
+from aesthetic.errors import UserError
 from curate.ledger.select import SelectConfig, select
 from curate.shards.pack import PackConfig, pack
 from curate.shards.tar import TarWriter
 from curate.sources.captioned import Images, Samples, Tars
-from curate.store.files import UserError
 from tests.small_data import make_data
 from tests.small_train import make_pictures
 from train.data import Pictures, Stream, batches_of, fitted, open_samples, split, survey, weights_of

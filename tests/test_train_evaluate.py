@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from curate.store.files import UserError, write_json
+from aesthetic.errors import UserError
+from curate.store.files import write_json
 from tests.small_train import make_pictures, small_run
 from train.data import Pictures, open_samples, split
 from train.generate.distances import LEAST_FRECHET, frechet, kernel, kid, kid_floor, mmd2, scaled

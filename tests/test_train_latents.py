@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from curate.store.files import UserError
+from aesthetic.errors import UserError
 from tests.small_train import make_pictures
 from train.data import Numbered, Pictures, Stream, open_samples
 from train.latents import Latents, precompute

@@ -22,7 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
-from curate.store.files import DiskFull, UserError
+from aesthetic.errors import DiskFull, UserError
 from tests.small_train import make_pictures, small_run
 from train import checkpoint
 from train.data import Pictures, Stream, batches_of, open_samples, split

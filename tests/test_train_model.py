@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from curate.store.files import UserError
+from aesthetic.errors import UserError
 from train.models.presets import OBJECTIVES, PRESETS
 from train.models.unet import (
     add_lora,

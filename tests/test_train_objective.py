@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from curate.store.files import UserError
+from aesthetic.errors import UserError
 from train.objective import eps, flow, new_scheduler, objective_of, v
 
 X0 = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0))

@@ -23,12 +23,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from aesthetic.errors import UserError
 from aesthetic.splits import groups_of
 from aesthetic.untrusted import printable
 from curate.images.pixels import decode, perceptual_hash, probe
 from curate.ledger.schema import RowError
 from curate.sources.captioned import Numbered, Sample, open_folder
-from curate.store.files import UserError, digest
+from curate.store.files import digest
 
 Ints = npt.NDArray[np.int64]
 

@@ -23,8 +23,11 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from aesthetic.errors import UserError
+from aesthetic.files import atomic
 from curate.ledger.schema import shard_name
-from curate.store.files import UserError, atomic, check_space, digest, read_json, write_json
+from curate.store.disk import check_space
+from curate.store.files import digest, read_json, write_json
 from train.data import Ints, Pictures
 from train.models.unet import encode_images, tokenize
 

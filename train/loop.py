@@ -24,8 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aesthetic.errors import UserError
+from aesthetic.files import atomic
 from curate.report import sheet
-from curate.store.files import UserError, atomic, check_space, write_json
+from curate.store.disk import check_space
+from curate.store.files import write_json
 from train import checkpoint
 from train.data import Batch, Examples, Ints, Stream, batches_of
 from train.devices import out_of_memory

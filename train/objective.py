@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curate.store.files import UserError
+from aesthetic.errors import UserError
 from train.models.presets import OBJECTIVES
 
 TIMES = 1000

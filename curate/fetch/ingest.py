@@ -24,6 +24,8 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from aesthetic.errors import UserError
+from aesthetic.files import as_disk_full, atomic, scratch_path
 from curate.fetch import engine_img2dataset
 from curate.fetch.client import FetchConfig, Fetcher
 from curate.fetch.deny import Deny
@@ -35,17 +37,9 @@ from curate.ledger.schema import FETCHED_COLUMNS, Reason, RowError, Status, fetc
 from curate.shards.tar import TarWriter, image_member, index_tar, read_range
 from curate.sources.lists import listed
 from curate.sources.plan import Row, SourceShard
-from curate.store.files import (
-    UserError,
-    atomic,
-    check_space,
-    commit,
-    output_digests,
-    read_json,
-    scratch_path,
-    told,
-    uncommit,
-)
+from curate.store.disk import check_space
+from curate.store.files import read_json
+from curate.store.records import commit, invalidate, output_digests
 
 TRUSTED_STARTS = 2
 """How often a shard is begun with decoding in the worker itself; after that each decode may die alone."""
@@ -172,7 +166,7 @@ def note_start(path: Path) -> int:
             f.write(b".")
             return f.tell()
     except OSError as e:
-        raise told(e, path.parent) from e
+        raise as_disk_full(e, path.parent) from e
 
 
 @contextmanager
@@ -182,7 +176,7 @@ def _scratch(data: Data, shard: int) -> Iterator[BinaryIO]:
         with open(path, "w+b") as f:
             yield f
     except OSError as e:
-        raise told(e, path.parent) from e
+        raise as_disk_full(e, path.parent) from e
     finally:
         path.unlink(missing_ok=True)
 
@@ -341,7 +335,7 @@ def _commit(
         tar.close()
         pq.write_table(table, g, compression="zstd")
         # as late as can be: a retry that is killed before this line has changed nothing
-        uncommit(data.fetched_record(shard))
+        invalidate(data.fetched_record(shard))
 
     data.starts(shard).unlink(missing_ok=True)  # all is decoded; after the record, a kill would leave it for ever
     done = time.time()

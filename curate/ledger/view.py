@@ -15,9 +15,11 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from aesthetic.errors import UserError
 from curate.ledger.schema import EMBEDDED_COLUMNS, FETCHED_COLUMNS, URL_COLUMNS, Status, list_name
 from curate.ledger.sql import Bounds, check_one_select, connect, literal, parse, quote, reader, short, walk
-from curate.store.files import UserError, digest, output_digests, read_json, sha256_file
+from curate.store.files import digest, read_json, sha256_file
+from curate.store.records import output_digests
 
 if TYPE_CHECKING:
     import pandas as pd

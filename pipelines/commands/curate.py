@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from aesthetic.errors import UserError
+from aesthetic.files import atomic
 from aesthetic.untrusted import printable
 from curate.annotators.heads import Column, columns_of
 from curate.fetch import engine_img2dataset
@@ -25,8 +27,11 @@ from curate.fetch.ingest import check_verify
 from curate.layout import Data
 from curate.ledger.schema import Reason, Status
 from curate.sources.plan import clear_plan, inspect, load_plan, make_plan
-from curate.store.files import Lock, UserError, atomic, check_space, read_json, sweep, uncommit
+from curate.store.disk import check_space
+from curate.store.files import read_json, sweep
+from curate.store.lock import Lock
 from curate.store.ownership import RECIPE_HEADER, Taken, check_free, taken
+from curate.store.records import invalidate
 from curate.verify import again
 from pipelines.recipe import DEFAULT, Recipe, load_recipe, parse_recipe, read_recipe, to_yaml
 from pipelines.runtime.jobs import Job, Work, reach, run_job
@@ -113,10 +118,10 @@ def restart(data: Data, recipe: Recipe, stage: str, stages: Sequence[str]) -> No
         has_encoder(recipe)
     if stage in ("source", "fetch", "images"):
         for record in data.root.glob("fetched/*_stats.json"):
-            uncommit(record)
+            invalidate(record)
     for pattern in ("embedded/stats/*.json", "scored/*/*.json"):
         for record in data.root.glob(pattern):
-            uncommit(record)
+            invalidate(record)
     data.space.unlink(missing_ok=True)
     if stage == "source":
         clear_plan(data.root)

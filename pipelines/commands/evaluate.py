@@ -18,7 +18,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from curate.store.files import UserError, atomic, read_json, sha256_file, sweep, write_json
+from aesthetic.errors import UserError
+from aesthetic.files import atomic
+from curate.store.files import read_json, sha256_file, sweep, write_json
 from curate.store.ownership import check_free, taken
 from pipelines.commands.train import Outcome, check_data
 from pipelines.figures import meaning, readme, table

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from curate.store.files import UserError, check_space, sha256_file
+from aesthetic.errors import UserError
+from curate.store.disk import check_space
+from curate.store.files import sha256_file
 from pipelines.prompts import read_prompts
 from pipelines.runtime.progress import Count
 from pipelines.terminal import CLEAR

@@ -15,7 +15,9 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from curate.store.files import UserError, atomic, check_space, scratch_path
+from aesthetic.errors import UserError
+from aesthetic.files import atomic, scratch_path
+from curate.store.disk import check_space
 from pipelines.runtime.progress import Terminal
 
 MIN_TOKEN = 16

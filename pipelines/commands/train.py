@@ -26,7 +26,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from curate.store.files import DiskFull, UserError, check_space, read_json, scratch_path, sweep, write_json
+from aesthetic.errors import DiskFull, UserError
+from aesthetic.files import scratch_path
+from curate.store.disk import check_space
+from curate.store.files import read_json, sweep, write_json
 from curate.store.ownership import check_free, taken
 from pipelines.prompts import read_prompts
 from pipelines.runtime.progress import Count, Terminal, clock

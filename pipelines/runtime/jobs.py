@@ -25,9 +25,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from aesthetic.errors import UserError
+from aesthetic.files import atomic, scratch_path
 from curate.fetch.domains import Budget, Message, Reply
 from curate.layout import Data
-from curate.store.files import UserError, atomic, attend, open_log, scratch_path
+from curate.store.files import open_log
+from curate.store.lock import hold_worker_lock
 from pipelines.recipe import Recipe
 from pipelines.runtime.progress import Board, Meter, Screen, Terminal
 from pipelines.terminal import LogFormatter
@@ -88,7 +91,7 @@ class FetchActor:
 
         from curate.workers import FetchWorker
 
-        attend(job.data.root)
+        hold_worker_lock(job.data.root)
         quiet(job.data.logs, "fetch")
         self._job, self._board = job, ray.get_actor(board)
         self._meter = _meter(self._board)
@@ -119,7 +122,7 @@ class EmbedActor:
 
         from curate.workers import EmbedWorker
 
-        attend(job.data.root)
+        hold_worker_lock(job.data.root)
         quiet(job.data.logs, "embed")
         self._board = ray.get_actor(board)
         self._meter = _meter(self._board)

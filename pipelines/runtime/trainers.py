@@ -21,7 +21,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from curate.store.files import UserError, attend, read_json
+from aesthetic.errors import UserError
+from curate.store.files import read_json
+from curate.store.lock import hold_worker_lock
 from pipelines.runtime.jobs import OBJECT_STORE, check_nodes, join, quiet, telling
 from train.data import Ints, Pictures, Stream, decoded, fitted, open_samples, weights_of
 from train.devices import device_here
@@ -421,7 +423,7 @@ def _worker(plan: Plan, stage: str, name: str) -> None:
     import ray
     import ray.train.torch
 
-    attend(plan.out)
+    hold_worker_lock(plan.out)
     quiet(plan.out / "logs", stage)
     post: Any = ray.get_actor(name)
     world = Distributed()
@@ -462,7 +464,7 @@ class Encoder:
     def __init__(self, plan: Plan, name: str, made: dict[str, Any]) -> None:
         import ray
 
-        attend(plan.out)
+        hold_worker_lock(plan.out)
         quiet(plan.out / "logs", "latents")
         self._plan, self._made = plan, made
         self._post: Any = ray.get_actor(name)

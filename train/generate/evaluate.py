@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from aesthetic.errors import UserError
 from aesthetic.metrics import Estimate, Statistic, estimate
 from aesthetic.splits import NEAR_BITS, groups_of
 from curate.annotators.nsfw import Detector
 from curate.encoders.base import Encoder
 from curate.images.pixels import perceptual_hash
-from curate.store.files import UserError, digest, read_json
+from curate.store.files import digest, read_json
 from train.data import Examples, Ints, Numbered, Survey, batches_of, open_samples, split, survey
 from train.devices import out_of_memory
 from train.loop import autocast

@@ -25,8 +25,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aesthetic.errors import UserError
 from aesthetic.untrusted import first_three
-from curate.store.files import UserError, sha256_file
+from curate.store.files import sha256_file
 from train import devices
 from train.devices import out_of_memory
 from train.generate.files import pixels_digest

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from aesthetic.errors import UserError
 from aesthetic.untrusted import printable, read_json_file
-from curate.store.files import UserError
 
 Channels = Annotated[int, Field(ge=1, le=1 << 16)]
 Levels = Annotated[list[Channels], Field(min_length=1, max_length=10)]

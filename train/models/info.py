@@ -11,8 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from aesthetic.errors import UserError
 from aesthetic.untrusted import check_regular, printable, read_json_file
-from curate.store.files import UserError, sha256_file
+from curate.store.files import sha256_file
 from train.models.configs import Index, Scheduler, Text, Tokenizer, Trained, Unet, Vae, read_config
 from train.models.schedulers import SCHEDULERS
 from train.models.tensors import Header, is_pointer, read_header

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aesthetic.errors import UserError
 from aesthetic.untrusted import check_regular, first_three, parse_json, printable, read_json_file
-from curate.store.files import UserError
 from train.models.info import About, header_of
 from train.models.release import LORA_FILE
 from train.models.tensors import Header, not_numbers, read_header

@@ -6,8 +6,8 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
-from curate.store.files import UserError
 
 SCHEDULERS = (
     "DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler",

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from aesthetic.errors import UserError
 from aesthetic.untrusted import read_json_file
-from curate.store.files import UserError
 from train.devices import out_of_memory
 from train.models.info import About, look, variant_of, weights_of
 from train.models.presets import PRESETS, Preset
