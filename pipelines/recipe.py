@@ -73,7 +73,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         columns, verify = self.source.columns, self.fetch.verify
-        if columns is not None and verify is not None and verify not in columns:  # what is compared is carried along
+        if columns is not None and verify is not None and verify not in columns:  # what is compared is kept
             object.__setattr__(self, "source", dataclasses.replace(self.source, columns=(*columns, verify)))
         seen = {name.lower(): name for name in (*RESERVED, *(n for n, _ in EMBEDDED_COLUMNS), "source")}
         for column in self.score:  # it will name a folder, and a column in SQL

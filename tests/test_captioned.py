@@ -22,7 +22,7 @@ from aesthetic.errors import UserError
 from curate.ledger.schema import RowError
 from curate.ledger.select import SelectConfig, select
 from curate.shards.pack import PackConfig, pack
-from curate.sources.captioned import Numbered, Samples, Tars, open_folder, parquet_images
+from curate.sources.captioned import MapDataset, Samples, Tars, open_folder, parquet_images
 from curate.sources.plan import SourceConfig, inspect, make_plan
 from tests.small_data import make_data
 from tests.test_source import picture, write
@@ -389,7 +389,7 @@ def test_parquet_that_holds_the_images(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- what facts are used for
 
 
-def with_facts(folder: Path, facts: list[dict[str, Any]]) -> Numbered:
+def with_facts(folder: Path, facts: list[dict[str, Any]]) -> MapDataset:
     rng = np.random.default_rng(0)
     for i, told in enumerate(facts):
         folder.mkdir(exist_ok=True)

@@ -137,7 +137,7 @@ def test_broken_lines_of_json_and_text(tmp_path: Path, monkeypatch: pytest.Monke
         "nested too deep",
         *["not JSON"] * 2,
     ]
-    assert plan.carried == pa.schema([("n", pa.int64())])
+    assert plan.extra_columns == pa.schema([("n", pa.int64())])
     text = numbered(300, "").encode() + b"http://a.test/caf\xe9\n" + b"x" * 5000 + b"\n" + numbered(300, "").encode()
     monkeypatch.setattr(lines, "LONGEST_LINE", 4000)
     monkeypatch.setattr(lines, "_BLOCK", 1000)
@@ -358,7 +358,7 @@ def test_columns_that_are_called_like_ours(tmp_path: Path) -> None:
             recipe = dataclasses.replace(served.recipe, source=settings)
             data = Data(tmp_path / path.suffix[1:])
             plan = make_plan(str(path), data.root, recipe.source)
-            assert plan.carried.names == theirs
+            assert plan.extra_columns.names == theirs
             fetch_shards(data, recipe)
             _check_names(data)
 
@@ -393,7 +393,7 @@ def _check_names(data: Data) -> None:
     ledger.close()
 
 
-def test_a_digest_of_the_list_is_compared_whether_or_not_it_is_carried(tmp_path: Path) -> None:
+def test_a_digest_of_the_list_is_compared_whether_or_not_it_is_kept(tmp_path: Path) -> None:
     import hashlib
 
     with serving(2, {}, 10) as served:
@@ -431,7 +431,7 @@ def test_lists_in_folders_below(tmp_path: Path) -> None:
             ("http://7", "dé", None),
         }
     some = inspect(str(tmp_path / "hive"), SourceConfig(where="lang = 'en' AND n = 1"))
-    assert (some.total_rows, some.carried.names) == (1, ["n", "lang", "year"])
+    assert (some.total_rows, some.extra_columns.names) == (1, ["n", "lang", "year"])
     hub = tmp_path / "hub"
     (hub / "data").mkdir(parents=True)
     (hub / "_delta_log").mkdir()
@@ -550,9 +550,9 @@ def test_bombs_are_measured(tmp_path: Path, name: str, match: str) -> None:
 
 def test_a_list_has_not_columns_without_end(tmp_path: Path) -> None:
     pq.write_table(pa.table({"url": ["u"], **{f"c{i}": [i] for i in range(1200)}}), tmp_path / "l.parquet")
-    with pytest.raises(UserError, match=r"1,200 columns would be carried.*source.columns: c0, .* and 1,160 more"):
+    with pytest.raises(UserError, match=r"1,200 extra columns would be kept.*source.columns: c0, .* and 1,160 more"):
         inspect(str(tmp_path / "l.parquet"), SourceConfig())
-    assert inspect(str(tmp_path / "l.parquet"), SourceConfig(columns=("c7",))).carried.names == ["c7"]
+    assert inspect(str(tmp_path / "l.parquet"), SourceConfig(columns=("c7",))).extra_columns.names == ["c7"]
     pq.write_table(pa.table({}), tmp_path / "none.parquet")
     with pytest.raises(UserError, match="has no rows"):
         inspect(str(tmp_path / "none.parquet"), SourceConfig())

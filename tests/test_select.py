@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from small_data import (
-    CARRIED,
+    EXTRA_COLUMNS,
     REASONS,
     SHARD_SIZE,
     laion_v2,
@@ -276,8 +276,8 @@ def test_infinities_and_hashes_that_are_none_are_no_values_and_said(data: Path) 
 def test_columns_of_any_name(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import small_data
 
-    carried = pa.schema([(name if f.name == "LICENSE" else f.name, f.type) for f in CARRIED])
-    monkeypatch.setattr(small_data, "CARRIED", carried)
+    extra_columns = pa.schema([(name if f.name == "LICENSE" else f.name, f.type) for f in EXTRA_COLUMNS])
+    monkeypatch.setattr(small_data, "EXTRA_COLUMNS", extra_columns)
     data = tmp_path / "data"
     small_data.write_fetched(data, 0)
     for shard in data.glob("fetched/*.parquet"):
@@ -384,7 +384,7 @@ def test_an_unknown_selection_names_those_there_are(data: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ checking rules
 
 COLUMNS = {**ledger_types(), "laion_v2": "FLOAT", "open_nsfw": "FLOAT"}
-SOURCE = source_types(CARRIED)
+SOURCE = source_types(EXTRA_COLUMNS)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 
 from aesthetic.errors import UserError
 from tests.small_train import make_pictures
-from train.data import Numbered, Pictures, Stream, open_samples
+from train.data import MapDataset, Pictures, Stream, open_samples
 from train.latents import Latents, precompute
 from train.models.presets import PRESETS
 from train.models.unet import new_model, tokenize
@@ -20,17 +20,17 @@ from train.tasks import Denoise
 
 
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> Numbered:
+def samples(tmp_path_factory: pytest.TempPathFactory) -> MapDataset:
     return open_samples(make_pictures(tmp_path_factory.mktemp("pictures"), 50))
 
 
 @pytest.fixture(scope="module")
-def pipeline(samples: Numbered) -> Any:
+def pipeline(samples: MapDataset) -> Any:
     small = replace(PRESETS["debug"], vae=(16, 16), factor=2, latents=4)
     return new_model(small, [str(s.caption) for s in samples])
 
 
-def test_the_loss_from_latents_is_that_from_pictures(pipeline: Any, samples: Numbered, tmp_path: Path) -> None:
+def test_the_loss_from_latents_is_that_from_pictures(pipeline: Any, samples: MapDataset, tmp_path: Path) -> None:
     pictures = Pictures(samples, lambda c: tokenize(pipeline, c), 16)
     latents = precompute(pipeline, pictures, np.arange(50), tmp_path / "latents", shard_size=20)
     assert sorted(p.name for p in (tmp_path / "latents").glob("0*.safetensors")) == [
@@ -46,7 +46,7 @@ def test_the_loss_from_latents_is_that_from_pictures(pipeline: Any, samples: Num
         assert torch.allclose(task.losses(a, 0, step), task.losses(b, 0, step), rtol=2e-3)
 
 
-def test_what_a_frozen_text_encoder_says_is_kept_too(pipeline: Any, samples: Numbered, tmp_path: Path) -> None:
+def test_what_a_frozen_text_encoder_says_is_kept_too(pipeline: Any, samples: MapDataset, tmp_path: Path) -> None:
     pictures = Pictures(samples, lambda c: tokenize(pipeline, c), 16)
     numbers = np.arange(3, 50, 2)
     latents = precompute(pipeline, pictures, numbers, tmp_path, text=True)
@@ -61,7 +61,7 @@ def test_what_a_frozen_text_encoder_says_is_kept_too(pipeline: Any, samples: Num
         latents.load(2)
 
 
-def test_a_shard_that_is_there_is_not_made_again(pipeline: Any, samples: Numbered, tmp_path: Path) -> None:
+def test_a_shard_that_is_there_is_not_made_again(pipeline: Any, samples: MapDataset, tmp_path: Path) -> None:
     pictures = Pictures(samples, lambda c: tokenize(pipeline, c), 16)
     told: list[int] = []
 
@@ -78,7 +78,9 @@ def test_a_shard_that_is_there_is_not_made_again(pipeline: Any, samples: Numbere
     assert [b == a for b, a in zip(before, after, strict=True)] == [True, False, True]
 
 
-def test_they_are_made_once_and_again_when_something_changed(pipeline: Any, samples: Numbered, tmp_path: Path) -> None:
+def test_they_are_made_once_and_again_when_something_changed(
+    pipeline: Any, samples: MapDataset, tmp_path: Path
+) -> None:
     pictures = Pictures(samples, lambda c: tokenize(pipeline, c), 16)
 
     def written() -> int:
@@ -92,7 +94,7 @@ def test_they_are_made_once_and_again_when_something_changed(pipeline: Any, samp
     assert written() > first
 
 
-def test_a_folder_that_is_not_whole_is_refused(pipeline: Any, samples: Numbered, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_whole_is_refused(pipeline: Any, samples: MapDataset, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no precomputed latents"):
         Latents(tmp_path)
     pictures = Pictures(samples, lambda c: tokenize(pipeline, c), 16)

@@ -28,7 +28,7 @@ from aesthetic.splits import groups_of
 from aesthetic.untrusted import printable
 from curate.images.pixels import decode, perceptual_hash, probe
 from curate.ledger.schema import RowError
-from curate.sources.captioned import Numbered, Sample, open_folder
+from curate.sources.captioned import MapDataset, Sample, open_folder
 from curate.store.files import digest
 
 Ints = npt.NDArray[np.int64]
@@ -37,10 +37,10 @@ LEAST = 8
 """Pictures below which training is refused: fewer can't be split, nor fill a batch."""
 
 
-class _Given(Numbered):
+class _Given(MapDataset):
     """Samples of which those without a caption have one that is given."""
 
-    def __init__(self, samples: Numbered, caption: str) -> None:
+    def __init__(self, samples: MapDataset, caption: str) -> None:
         self._samples, self._caption = samples, caption
         self.folder, self.troubles = samples.folder, samples.troubles
         self.key, self.path, self.image = samples.key, samples.path, samples.image  # type: ignore[method-assign]
@@ -54,7 +54,7 @@ class _Given(Numbered):
         return {**facts, "caption": facts["caption"] or self._caption}
 
 
-def open_samples(folder: str | Path, caption: str | None = None) -> Numbered:
+def open_samples(folder: str | Path, caption: str | None = None) -> MapDataset:
     """The captioned pictures of a folder, whatever of the kinds it is that curate.sources.captioned reads.
 
     `caption` is that of pictures without one. Raises UserError where there is no such folder, no picture in it, too
@@ -119,7 +119,7 @@ class Pictures:
 
     def __init__(
         self,
-        samples: Numbered,
+        samples: MapDataset,
         tokenize: Callable[[list[str]], Tensor],
         size: int,
         *,
@@ -172,7 +172,7 @@ def fitted(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArra
     return np.ascontiguousarray(pixels)
 
 
-def _shape(samples: Numbered, number: int) -> tuple[int, int]:
+def _shape(samples: MapDataset, number: int) -> tuple[int, int]:
     facts = samples.facts(number)
     told = [_number(facts.get(name)) for name in ("height", "width")]
     if all(1 <= side <= 65_535 for side in told):  # what a file or a list says of itself may be anything
@@ -214,7 +214,7 @@ class Survey:
     unreadable: dict[int, str]  # number -> why
 
 
-def survey(samples: Numbered, tell: Callable[[int], None] = lambda count: None) -> Survey:
+def survey(samples: MapDataset, tell: Callable[[int], None] = lambda count: None) -> Survey:
     """Look at every picture, small where its format allows that. `tell` hears how many more are done."""
 
     def look(number: int) -> tuple[str, str | None, str | None, str | None]:
@@ -241,7 +241,7 @@ def _hexadecimal(value: Any, digits: int) -> str | None:
     return value if isinstance(value, str) and re.fullmatch(f"[0-9a-fA-F]{{{digits}}}", value) else None
 
 
-def split(samples: Numbered, share: float = 0.1, most: int = 256, known: Survey | None = None) -> tuple[Ints, Ints]:
+def split(samples: MapDataset, share: float = 0.1, most: int = 256, known: Survey | None = None) -> tuple[Ints, Ints]:
     """(numbers to train on, numbers held out): no picture is held out of which a near-duplicate is trained on.
 
     Near-duplicates are equal files and perceptual hashes within 4 of 64 bits; hashes are the column `phash` where there
@@ -273,7 +273,7 @@ def split(samples: Numbered, share: float = 0.1, most: int = 256, known: Survey 
     return numbers[~out], numbers[out]
 
 
-def weights_of(samples: Numbered, column: str) -> npt.NDArray[np.float64]:
+def weights_of(samples: MapDataset, column: str) -> npt.NDArray[np.float64]:
     """How often each picture is drawn, (n,): in proportion to its score; without a score never.
 
     Raises UserError where no picture has the column, or a score is negative or no finite number.

@@ -90,7 +90,7 @@ async def ingest_shard(data: Data, shard: int, means: Means, config: str, retry:
     Raises DiskFull where the disk has no room, and whatever is our own error; a row's error ends only the row.
     """
     check_space(data.root)
-    check_verify(means.fetch, data.plan.carried)
+    check_verify(means.fetch, data.plan.extra_columns)
     began = time.time()
     source = data.plan.read(shard)
     starts = note_start(data.starts(shard))
@@ -144,16 +144,16 @@ def recovered_since(data: Data, shard: int, files: Mapping[str, str]) -> list[st
     return None
 
 
-def check_verify(fetch: FetchConfig, carried: pa.Schema) -> None:
-    """UserError where `fetch.verify` names no column of text that the list carries."""
+def check_verify(fetch: FetchConfig, extra_columns: pa.Schema) -> None:
+    """UserError where `fetch.verify` names no column of text that is kept of the list."""
     if fetch.verify is None:
         return
-    if fetch.verify not in carried.names:
+    if fetch.verify not in extra_columns.names:
         raise UserError(
-            f"fetch.verify: no column {fetch.verify!r} is carried; carried are: {listed(carried.names)}. "
-            "source.columns says which columns of the list are"
+            f"fetch.verify: there is no extra column {fetch.verify!r}; there are: {listed(extra_columns.names)}. "
+            "source.columns says which columns of the list are kept"
         )
-    kind = carried.field(fetch.verify).type
+    kind = extra_columns.field(fetch.verify).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise UserError(f"fetch.verify: column {fetch.verify} holds {kind}, not digests as text")
 
@@ -321,7 +321,7 @@ def _commit(
         facts["key"] = make_key(shard, number, data.plan.shard_size)
     for name, kind in FETCHED_COLUMNS:
         table = table.append_column(name, pa.array([facts[name] for facts in ordered], kind))
-    table = table.cast(fetched_schema(data.plan.carried))
+    table = table.cast(fetched_schema(data.plan.extra_columns))
 
     with atomic(data.tar(shard)) as f, atomic(data.table(shard)) as g:
         tar = TarWriter(f)

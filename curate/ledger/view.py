@@ -192,10 +192,10 @@ def _own_types() -> tuple[tuple[str, str], ...]:
     return tuple(zip([n for n, _ in own], sql_types([t for _, t in own]), strict=True))
 
 
-def source_types(carried: pa.Schema) -> dict[str, str]:
-    """The list's own columns (a plan's `carried`) as fields of `source`, with their DuckDB types."""
+def source_types(extra_columns: pa.Schema) -> dict[str, str]:
+    """The list's own columns (a plan's `extra_columns`) as fields of `source`, with their DuckDB types."""
     seen: set[str] = set()
-    return dict(zip([_unique(n, seen) for n in carried.names], sql_types(carried.types), strict=True))
+    return dict(zip([_unique(n, seen) for n in extra_columns.names], sql_types(extra_columns.types), strict=True))
 
 
 def types_there(root: Path) -> tuple[dict[str, str], dict[str, str]]:

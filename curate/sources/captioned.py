@@ -163,7 +163,7 @@ class Sample:
     facts: dict[str, Any]
 
 
-class Numbered(Sequence[Sample]):
+class MapDataset(Sequence[Sample]):
     """A sequence of samples that are read when asked for; `facts` reads what is known of each without its image."""
 
     folder: Path
@@ -378,7 +378,7 @@ class _Index:
         return _Index(np.array(keys, str), np.array(extensions, str), np.array(places, np.int64).reshape(-1, 3, 2))
 
 
-class Tars(Numbered):
+class Tars(MapDataset):
     """The samples of tars, in the order of their names, as webdataset and img2dataset write them.
 
     Raises CorruptShard where one of them is no whole tar.
@@ -579,7 +579,7 @@ class Beside:
             return None
 
 
-class Images(Numbered):
+class Images(MapDataset):
     """The image files under a folder, and what its metadata (Hugging Face's imagefolder) and files beside them tell."""
 
     def __init__(self, folder: str | Path, listing: Listing | None = None) -> None:
@@ -762,7 +762,7 @@ def parquet_images(path: Path, column: str | None = None) -> ParquetImages:
     return ParquetImages(path, column)
 
 
-class Tables(Numbered):
+class Tables(MapDataset):
     """The rows of parquet files that hold images."""
 
     def __init__(self, folder: str | Path, files: Sequence[Path], listing: Listing | None = None) -> None:
@@ -865,7 +865,7 @@ def kind_of_folder(listing: Listing) -> str | None:
     return "parquet" if parquet_with_images(listing) else None
 
 
-def open_folder(folder: str | Path) -> Numbered:
+def open_folder(folder: str | Path) -> MapDataset:
     """The pictures of a folder, whatever it is. Raises UserError where there is no such folder, or none in it."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -878,7 +878,7 @@ def open_folder(folder: str | Path) -> Numbered:
             refuse_data_folder(folder)
         match kind_of_folder(listing):
             case "imagefolder" | "images":
-                found: Numbered = Images(folder, listing)
+                found: MapDataset = Images(folder, listing)
             case "tars":
                 found = Tars(folder, listing)
             case "parquet":

@@ -182,14 +182,14 @@ def _in_shards(shards: Sequence[str]) -> str:
     return f"shard{'s' if len(shards) > 1 else ''} {named}"
 
 
-def check_selection(recipe: Recipe, carried: pa.Schema, columns: Mapping[str, Column]) -> None:
+def check_selection(recipe: Recipe, extra_columns: pa.Schema, columns: Mapping[str, Column]) -> None:
     """UserError where a rule names a column that there will not be, or a threshold outside its head's scale."""
     from curate.ledger.rules import check_rules
     from curate.ledger.view import ledger_types, source_types
 
     types = {**ledger_types(), **dict.fromkeys(columns, "FLOAT")}
     scales = {name: c.scale for name, c in columns.items()}
-    check_rules(recipe.select.rules, types, source_types(carried), scales)
+    check_rules(recipe.select.rules, types, source_types(extra_columns), scales)
 
 
 # ------------------------------------------------------------------------------------------------------------ the run
@@ -220,8 +220,8 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
         has_encoder(recipe)  # as in `run`
     anew = request.restart_from == "source"
     found = inspect(request.list, recipe.source, request.limit, None if anew else data.root)
-    check_selection(recipe, found.carried, columns)
-    check_verify(recipe.fetch, found.carried)
+    check_selection(recipe, found.extra_columns, columns)
+    check_verify(recipe.fetch, found.extra_columns)
     rows, work = found.total_rows, True
     if load_plan(data.root) is not None and request.restart_from is None:
         left = left_to_do(data, recipe, columns, request.stages)
@@ -238,7 +238,7 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
         "listed_rows": found.listed_rows,
         "shards": found.shard_count,
         "columns": found.columns,
-        "carried": found.carried.names,
+        "carried": found.extra_columns.names,
         "warnings": found.warnings,
         "stages": list(request.stages),
         "rows_to_fetch": rows,
@@ -267,11 +267,13 @@ def run(request: Request, say: Say = print) -> Outcome:
         refuse_changes(data, recipe, request.restart_from)
         anew = request.restart_from == "source"  # the new list is read before the shards of the old one go
         if anew or load_plan(data.root) is not None:  # nor does a plan grow before all is checked
-            carried = inspect(request.list, recipe.source, request.limit, None if anew else data.root).carried
+            extra_columns = inspect(
+                request.list, recipe.source, request.limit, None if anew else data.root
+            ).extra_columns
         else:
-            carried = make_plan(request.list, data.root, recipe.source, request.limit).carried
-        check_selection(recipe, carried, columns)
-        check_verify(recipe.fetch, carried)
+            extra_columns = make_plan(request.list, data.root, recipe.source, request.limit).extra_columns
+        check_selection(recipe, extra_columns, columns)
+        check_verify(recipe.fetch, extra_columns)
         if request.restart_from is not None:
             restart(data, recipe, request.restart_from, request.stages)
         make_plan(request.list, data.root, recipe.source, request.limit)
@@ -320,7 +322,7 @@ def resume(
     with Lock(data.root):
         sweep(data.root)
         refuse_changes(data, recipe, restart_from)
-        check_selection(recipe, data.plan.carried, columns)
+        check_selection(recipe, data.plan.extra_columns, columns)
         stages = ("fetch", "embed", "select", "pack") if retry else ("embed", "select", "pack")
         if restart_from is not None:
             restart(data, recipe, restart_from, stages)

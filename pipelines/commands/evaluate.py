@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from aesthetic.heads import Head
     from curate.encoders.base import Encoder
-    from train.data import Ints, Numbered
+    from train.data import Ints, MapDataset
     from train.generate.evaluate import InDomain, Nearest, Unseen
     from train.generate.sampler import Artist
     from train.generate.sampler import Request as Asked
@@ -188,7 +188,7 @@ def _heads(request: Request) -> list[Head]:
 
 
 def _asked(
-    request: Request, model: _Model, samples: Numbered, prompts: list[str] | None, heads: Sequence[Head]
+    request: Request, model: _Model, samples: MapDataset, prompts: list[str] | None, heads: Sequence[Head]
 ) -> dict[str, Any]:
     """What must be the same for the figures to be the same, but for versions and machine."""
     from curate.encoders.base import canonical_name
@@ -240,7 +240,7 @@ class _Evaluation:
         self,
         request: Request,
         model: _Model,
-        samples: Numbered,
+        samples: MapDataset,
         prompts: list[str] | None,
         heads: list[Head],
         terminal: IO[str],
@@ -488,7 +488,7 @@ class _Evaluation:
 
         return np.asarray(read_picture(self._sample(number)))
 
-    def _fitted(self, samples: Numbered, number: Any) -> npt.NDArray[np.uint8]:
+    def _fitted(self, samples: MapDataset, number: Any) -> npt.NDArray[np.uint8]:
         """A real picture, brought to the size of the drawn ones as training does."""
         from train.data import decoded, fitted
 

@@ -39,7 +39,7 @@ from train.models.release import LORA_FILE, is_released, release
 
 if TYPE_CHECKING:
     from pipelines.runtime.trainers import Materials, Plan, Trainers
-    from train.data import Numbered, Survey
+    from train.data import MapDataset, Survey
 
 FROM_STEPS, FROM_BATCH = 1000, 8
 """Of training that goes on from a model, where nothing else is asked."""
@@ -182,7 +182,7 @@ def _check_start(request: Request) -> None:
     check_trainable(look(request.start), request.size)
 
 
-def _settings(request: Request, samples: Numbered) -> dict[str, Any]:
+def _settings(request: Request, samples: MapDataset) -> dict[str, Any]:
     """The request with every default filled in: what must be the same for a run to go on."""
     name = request.preset
     if request.start is None and name is None:
@@ -262,7 +262,7 @@ def _prepared(
     request: Request,
     settings: dict[str, Any],
     facts: dict[str, Any],
-    samples: Numbered,
+    samples: MapDataset,
     prompts: tuple[str, ...],
     free: FreeCores,
     terminal: IO[str],
@@ -403,7 +403,7 @@ def _loaded(settings: dict[str, Any]) -> Any:
     return pipeline
 
 
-def _surveyed(request: Request, samples: Numbered, settings: dict[str, Any], terminal: IO[str]) -> dict[str, Any]:
+def _surveyed(request: Request, samples: MapDataset, settings: dict[str, Any], terminal: IO[str]) -> dict[str, Any]:
     """`data.json`: which pictures are held out, and which can't be read. Every picture is looked at once."""
     from train.data import LEAST, split, survey, weights_of
 
@@ -431,7 +431,7 @@ def _surveyed(request: Request, samples: Numbered, settings: dict[str, Any], ter
     return told
 
 
-def _write_start(settings: dict[str, Any], samples: Numbered, told: dict[str, Any], out: Path) -> None:
+def _write_start(settings: dict[str, Any], samples: MapDataset, told: dict[str, Any], out: Path) -> None:
     """The new model, whole or absent: random weights, and a tokenizer of the captions that are trained on."""
     from train.models.unet import new_model, no_bars
 
@@ -450,7 +450,7 @@ def _write_start(settings: dict[str, Any], samples: Numbered, told: dict[str, An
 def _plan(
     request: Request,
     settings: dict[str, Any],
-    samples: Numbered,
+    samples: MapDataset,
     told: dict[str, Any],
     prompts: tuple[str, ...],
     pipeline: Any,
@@ -504,7 +504,7 @@ def _plan(
     )
 
 
-def _captions(samples: Numbered, told: dict[str, Any], count: int = 4) -> tuple[str, ...]:
+def _captions(samples: MapDataset, told: dict[str, Any], count: int = 4) -> tuple[str, ...]:
     """Captions to draw: the first different ones of held-out pictures, and of others where these are too few."""
     found: dict[str, None] = {}
     for number in [*told["held_out"], *range(len(samples))]:
@@ -595,7 +595,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _data_facts(samples: Numbered, materials: Materials, told: dict[str, Any]) -> dict[str, Any]:
+def _data_facts(samples: MapDataset, materials: Materials, told: dict[str, Any]) -> dict[str, Any]:
     from curate.store.files import sha256_file
 
     manifest = samples.folder / "manifest.json"

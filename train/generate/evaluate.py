@@ -23,7 +23,7 @@ from curate.annotators.nsfw import Detector
 from curate.encoders.base import Encoder
 from curate.images.pixels import perceptual_hash
 from curate.store.files import digest, read_json
-from train.data import Examples, Ints, Numbered, Survey, batches_of, open_samples, split, survey
+from train.data import Examples, Ints, MapDataset, Survey, batches_of, open_samples, split, survey
 from train.devices import out_of_memory
 from train.loop import autocast
 from train.models.info import record_of
@@ -54,13 +54,13 @@ class Unseen:
 
     numbers: Ints  # of the samples, those that it was not trained on as far as is known
     unreadable: int  # of the samples
-    training: Numbered | None
+    training: MapDataset | None
     trained_on: Ints  # of `training`
     facts: dict[str, Any] | None  # the model's train.json
     about: str  # what is known, in a sentence
 
 
-def unseen(model: str | Path, samples: Numbered, tell: Tell = lambda count: None) -> Unseen:
+def unseen(model: str | Path, samples: MapDataset, tell: Tell = lambda count: None) -> Unseen:
     """Which of these pictures a model was not trained on.
 
     Where they are its training data, those that its run held out. Where they are others, all but near-duplicates of
@@ -104,7 +104,7 @@ def _readable(known: Survey) -> tuple[Ints, int]:
     return np.array([i for i in range(len(known.keys)) if i not in known.unreadable], np.int64), len(known.unreadable)
 
 
-def _sides(folder: Path, samples: Numbered, tell: Tell) -> tuple[Ints, Ints, int]:
+def _sides(folder: Path, samples: MapDataset, tell: Tell) -> tuple[Ints, Ints, int]:
     """(trained on, held out, how many can't be read) of a run's own data."""
     told = read_json(folder / "data.json")
     if not _is_split(told, samples):  # the same pictures give the same split
@@ -115,7 +115,7 @@ def _sides(folder: Path, samples: Numbered, tell: Tell) -> tuple[Ints, Ints, int
     return chosen, np.array(told["held_out"], np.int64), len(told["unreadable"])
 
 
-def _is_split(told: Any, samples: Numbered) -> bool:
+def _is_split(told: Any, samples: MapDataset) -> bool:
     """Whether a data.json is of these pictures, and says what it should."""
     if not isinstance(told, dict) or told.get("data") != samples.fingerprint:
         return False
@@ -127,7 +127,7 @@ def _is_split(told: Any, samples: Numbered) -> bool:
     return all(type(n) is int and 0 <= n < len(samples) for n in held)
 
 
-def _still_there(folder: Path, settings: dict[str, Any]) -> Numbered | None:
+def _still_there(folder: Path, settings: dict[str, Any]) -> MapDataset | None:
     fingerprint = settings["data"]
     try:
         samples = open_samples(folder, settings.get("caption"))
@@ -136,7 +136,7 @@ def _still_there(folder: Path, settings: dict[str, Any]) -> Numbered | None:
     return samples if samples.fingerprint == fingerprint else None
 
 
-def _others(folder: Path, facts: dict[str, Any], samples: Numbered, training: Numbered, tell: Tell) -> Unseen:
+def _others(folder: Path, facts: dict[str, Any], samples: MapDataset, training: MapDataset, tell: Tell) -> Unseen:
     chosen, _, _ = _sides(folder, training, tell)
     known, theirs = survey(samples, tell), survey(training, tell)
     numbers, lost = _readable(known)
@@ -154,13 +154,13 @@ def _others(folder: Path, facts: dict[str, Any], samples: Numbered, training: Nu
     return Unseen(numbers[new], lost, training, chosen, facts, about)
 
 
-def in_order(samples: Numbered, numbers: Ints) -> Ints:
+def in_order(samples: MapDataset, numbers: Ints) -> Ints:
     """The numbers in the order of hashes of their keys: the first of them are as good as drawn at random."""
     names = [digest(["measured", str(samples.facts(int(i)).get("key", i))]) for i in numbers]
     return numbers[np.argsort(names, kind="stable")]
 
 
-def captions_of(samples: Numbered, numbers: Ints, count: int) -> list[int]:
+def captions_of(samples: MapDataset, numbers: Ints, count: int) -> list[int]:
     """Of these numbers, in their order, at most `count` that have a caption which none before them has."""
     found: dict[str, int] = {}
     for number in map(int, numbers):
