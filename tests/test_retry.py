@@ -34,7 +34,7 @@ from demo.web import Route
 from pipelines import cli
 from pipelines.commands.curate import left_to_do, restart, status
 from pipelines.recipe import Recipe, load_recipe
-from pipelines.runtime.jobs import Work
+from pipelines.runtime.jobs import RemainingWork
 from tests.small_web import picture
 from tests.stages import Served, choose, contents, embed_shards, fetch_shards, run_stages, serving
 
@@ -112,7 +112,7 @@ def test_retry_asks_for_what_may_pass_and_keeps_the_rest(served: Served, tmp_pat
     then = {shard: (rows(data, shard), dict(_images(data, shard)), written(data, shard)) for shard in range(3)}
 
     fetch_shards(data, recipe, retry=True)
-    assert left_to_do(data, recipe, columns_of(recipe.score), ("fetch", "embed")) == Work([0, 2], 0, 3)
+    assert left_to_do(data, recipe, columns_of(recipe.score), ("fetch", "embed")) == RemainingWork([0, 2], 0, 3)
     assert embed_shards(data, recipe) == 3  # of 30 pictures, those that came back
     second = choose(data, recipe)
 

@@ -34,8 +34,8 @@ from curate.store.ownership import RECIPE_HEADER, Taken, check_free, taken
 from curate.store.records import invalidate
 from curate.verify import again
 from pipelines.recipe import DEFAULT, Recipe, load_recipe, parse_recipe, read_recipe, to_yaml
-from pipelines.runtime.jobs import Job, Work, reach, run_job
-from pipelines.runtime.progress import Screen, clock
+from pipelines.runtime.jobs import CurateJob, RemainingWork, check_reachable, run_job
+from pipelines.runtime.progress import ProgressDisplay, format_duration
 
 if TYPE_CHECKING:
     from curate.ledger.select import Selection
@@ -231,7 +231,7 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
         if "embed" in request.stages and not has_encoder(recipe):
             say(f"the weights of {recipe.embed.encoder} are not on this machine; the run fetches them first")
         if request.address is not None:
-            reach(request.address)
+            check_reachable(request.address)
         check_space(_there(data.root), estimate_bytes(recipe, rows))
     return {
         "rows": found.total_rows,
@@ -399,20 +399,20 @@ def _run_stages(
     address: str | None,
     say: Say,
     retry: bool,
-) -> Screen | None:
+) -> ProgressDisplay | None:
     """Fetch, embed and score what is missing, with Ray; returns what was seen of it (None where all was done)."""
     fetch, embed = "fetch" in stages, "embed" in stages
     left = left_to_do(data, recipe, columns, stages, retry)
     if not left.shards:
         return None
     if address is not None:
-        reach(address)
+        check_reachable(address)
     check_space(data.root, estimate_bytes(recipe, left.rows))
     if embed:
         _fetch_encoder(recipe, say)
     if len(left.shards) < len(data.plan.shards):
         say(f"{len(data.plan.shards) - len(left.shards):,} of {len(data.plan.shards):,} shards are done already")
-    return run_job(Job(data, recipe, fetch=fetch, embed=embed, retry=retry), left, address=address)
+    return run_job(CurateJob(data, recipe, fetch=fetch, embed=embed, retry=retry), left, address=address)
 
 
 def _images(data: Data) -> int:
@@ -422,7 +422,7 @@ def _images(data: Data) -> int:
 
 def left_to_do(
     data: Data, recipe: Recipe, columns: Mapping[str, Column], stages: Sequence[str], retry: bool = False
-) -> Work:
+) -> RemainingWork:
     """The shards that are not fetched, embedded and scored, as far as these stages do that."""
     from curate.workers import embed_done, fetch_done, may_pass
 
@@ -437,7 +437,7 @@ def left_to_do(
             shards.append(s.shard)
             rows += waiting
             images += _images_left(data, s.shard, embed_hash) if unembedded else 0
-    return Work(shards, rows, images)
+    return RemainingWork(shards, rows, images)
 
 
 def _images_left(data: Data, shard: int, config: str) -> int:
@@ -750,11 +750,11 @@ def estimate_bytes(recipe: Recipe, rows: int) -> int:
     return rows * (int(image * 1.5) + 2 * 2 * 1664)
 
 
-def projection(data: Data, listed: int, taken: int, kept: int, screen: Screen | None) -> str:
+def projection(data: Data, listed: int, taken: int, kept: int, screen: ProgressDisplay | None) -> str:
     """What the whole list would take, from the rows that were taken: time, size, and kept rows with a 95% interval."""
     share = kept / taken
     half = 1.96 * (share * (1 - share) / taken) ** 0.5
     size = sum(p.stat().st_size for p in (data.root / "fetched").glob("*.tar")) / taken * listed
     seconds = screen.whole(listed, round(_images(data) / taken * listed)) if screen is not None else None
-    time = f"about {clock(seconds)} here, " if seconds is not None else ""
+    time = f"about {format_duration(seconds)} here, " if seconds is not None else ""
     return f"whole list: {listed:,} rows, {time}{size / 1e9:,.1f} GB, {share * listed:,.0f} ± {half * listed:,.0f} kept"
