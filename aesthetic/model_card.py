@@ -30,17 +30,6 @@ _SECTIONS = {
 _DESCRIBED = [  # in this order
     *("verdict", "metrics", "baselines", "noise", "quantiles", "thresholds", "unit", "limits", "data", "source")
 ]
-    "verdict",
-    "metrics",
-    "baselines",
-    "noise",
-    "quantiles",
-    "thresholds",
-    "unit",
-    "limits",
-    "data",
-    "source",
-]  # in this order
 
 
 def model_card(head: Head) -> str:

@@ -82,10 +82,12 @@ def read_pth(data: bytes, what: str) -> dict[str, npt.NDArray[np.float32]]:
         raise HeadError(f"{what}: {e}") from e
     except _NOT_A_PICKLE as e:
         raise HeadError(f"{what}: its pickle does not hold a state dict: {type(e).__name__} {e}") from e
-    items = dict.items(loaded) if isinstance(loaded, OrderedDict) else [(None, None)]  # BUILD may hide its own `items`
-    if not all(isinstance(key, str) and isinstance(tensor, _Tensor) for key, tensor in items):
+    if not isinstance(loaded, OrderedDict) or not all(
+        isinstance(key, str) and isinstance(tensor, _Tensor)
+        for key, tensor in dict.items(loaded)  # BUILD may hide its own `items`
+    ):
         raise HeadError(f"{what}: not a state dict (an OrderedDict of tensors)")
-    return {key: _to_array(tensor, members, f"{what}: {key}") for key, tensor in items}
+    return {key: _to_array(tensor, members, f"{what}: {key}") for key, tensor in dict.items(loaded)}
 
 
 def _zip_members(data: bytes, what: str) -> dict[str, bytes]:

@@ -15,7 +15,7 @@ from aesthetic.heads import HeadError
 from aesthetic.prompts import prompt_head
 from aesthetic.space import Space, probe_files, require_same
 from curate.encoders.base import Encoder, load_encoder
-from curate.images.pixels import decode
+from curate.images.decode import decode
 from pipelines.cli import main
 from tests.tiny_clip import add_architectures, make_weights
 
