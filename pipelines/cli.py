@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = command("embed", _resume, "embed and score what is fetched")
     p.add_argument("data", metavar="DATA")
     job_options(p)
-    p = command("retry", _resume, "fetch again what failed for passing reasons, and only that")
+    p = command("retry", _resume, "fetch again what failed for transient reasons, and only that")
     p.add_argument("data", metavar="DATA")
     job_options(p)
 
@@ -455,9 +455,9 @@ def _resume(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> int:
+    from aesthetic.errors import UserError
     from curate.layout import open_data
     from curate.ledger.sql import plain_name
-    from curate.store.files import UserError
     from pipelines.commands import curate
 
     data = open_data(args.data)
@@ -519,7 +519,7 @@ def _status(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from curate import verify
     from curate.layout import open_data
-    from curate.store.files import Lock
+    from curate.store.lock import Lock
 
     data = open_data(args.data)
     checked = 0
@@ -637,7 +637,8 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from curate.store.files import UserError, local_path
+    from aesthetic.errors import UserError
+    from curate.store.files import local_path
     from pipelines.commands.evaluate import PROMPTS, EvaluateOptions, run
 
     if args.out is None and not Path(args.model).is_dir():
@@ -666,8 +667,8 @@ def _aside(line: str) -> None:
 
 
 def _heads(args: argparse.Namespace) -> int:
-    from aesthetic.heads import check_free
-    from curate.store.files import UserError
+    from aesthetic.errors import UserError
+    from aesthetic.head_files import check_free
 
     run, takes = _HEADS[args.action]
     every = {option for _, options in _HEADS.values() for option in options}
@@ -681,8 +682,8 @@ def _heads(args: argparse.Namespace) -> int:
 
 
 def _heads_list(args: argparse.Namespace) -> int:
-    from aesthetic.catalog import PUBLISHED
-    from aesthetic.heads import HeadError, list_heads, load_head
+    from aesthetic.catalog import list_heads, load_head, published_heads
+    from aesthetic.heads import HeadError
     from curate.annotators.nsfw import DETECTORS
 
     known: dict[str, dict[str, Any]] = {}
@@ -702,14 +703,15 @@ def _heads_list(args: argparse.Namespace) -> int:
         scale = f"{low:g} to {high:g}"
         line = f"{name:{width}}{about['task']:12}{scale:12}{about['reads']:37}{about.get('how_good') or ''}"
         print(line.rstrip())
-    absent = [p.name for p in PUBLISHED if p.name not in known]
+    absent = [p.name for p in published_heads() if p.name not in known]
     if absent:
         print(f"published, not here: {', '.join(absent)} (`tastemaker heads import NAME` fetches one)")
     return _end(args, {"heads": list(known.values()), "published": absent}, {}, "tastemaker heads show HEAD")
 
 
 def _heads_show(args: argparse.Namespace) -> int:
-    from aesthetic.heads import describe, find_head, load_head
+    from aesthetic.catalog import find_head, load_head
+    from aesthetic.model_card import describe
     from curate.annotators.nsfw import DETECTORS, Detector
 
     if args.head in DETECTORS:
@@ -725,9 +727,9 @@ def _heads_show(args: argparse.Namespace) -> int:
 
 
 def _heads_import(args: argparse.Namespace) -> int:
-    from aesthetic.catalog import fetch_head, import_head
+    from aesthetic.errors import UserError
+    from aesthetic.imports import fetch_head, import_head
     from curate.encoders.base import canonical_name, check_named
-    from curate.store.files import UserError
 
     if not Path(args.head).exists():
         if args.encoder or args.norm or args.scale:
@@ -748,9 +750,9 @@ def _heads_import(args: argparse.Namespace) -> int:
 
 
 def _heads_prompt(args: argparse.Namespace) -> int:
+    from aesthetic.errors import UserError
     from aesthetic.prompts import prompt_head
     from curate.encoders.base import check_available, load_encoder
-    from curate.store.files import UserError
 
     if not (args.encoder and args.wanted and args.against):
         raise UserError(
@@ -782,9 +784,9 @@ _HEADS: dict[str, tuple[Callable[[argparse.Namespace], int], tuple[str, ...]]] =
 
 def _require_free(name: str, out: str | None) -> None:
     """UserError where a head that goes by its name would never be found: one that is built in goes before it."""
-    from aesthetic.heads import SHIPPED
+    from aesthetic.catalog import SHIPPED
+    from aesthetic.errors import UserError
     from curate.annotators.nsfw import DETECTORS
-    from curate.store.files import UserError
 
     if out is None and (name in DETECTORS or (SHIPPED / name / "head.json").exists()):
         raise UserError(f"{name} is the name of one that is built in: choose another, or a folder with --out")
@@ -792,7 +794,9 @@ def _require_free(name: str, out: str | None) -> None:
 
 def _keep(args: argparse.Namespace, head: Head) -> int:
     """Save a new head, and say what it is."""
-    from aesthetic.heads import check_replaces, describe, heads_folder, save_head
+    from aesthetic.catalog import heads_folder
+    from aesthetic.head_files import check_replaces, save_head
+    from aesthetic.model_card import describe
 
     folder = Path(args.out or heads_folder() / head.name)
     check_replaces(folder, head)

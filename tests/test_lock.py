@@ -19,16 +19,18 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from aesthetic.heads import Head, HeadError, load_head, save_head
+from aesthetic.catalog import load_head
+from aesthetic.errors import UserError
+from aesthetic.head_files import save_head
+from aesthetic.heads import Head, HeadError
 from aesthetic.space import Space, SpaceMismatch, measure, require_same
 from curate.annotators.embed import EmbedConfig
 from curate.annotators.heads import columns_of
 from curate.encoders.base import Encoder, load_encoder, unit
-from curate.images.pixels import decode
+from curate.images.decode import decode
 from curate.layout import Data
 from curate.shards.tar import read_images
 from curate.sources.plan import SourceConfig, make_plan
-from curate.store.files import UserError
 from curate.workers import EmbedWorker
 from pipelines.cli import main
 from tests.real_data import fetch_all, pictures

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aesthetic.errors import UserError
 from aesthetic.space import Space, measure, probe_cosines, probe_files
 from curate.encoders.onnx import cpus
-from curate.store.files import UserError, sha256_file
+from curate.store.files import sha256_file
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -201,7 +202,7 @@ class Encoder(abc.ABC):
 
         `details` records the precision of the run and the worst cosine of a probe in it to fp32.
         """
-        from curate.images.pixels import decode
+        from curate.images.decode import decode
 
         def prepare(files: list[bytes]) -> np.ndarray:
             return np.stack([self.preprocess(decode(f)) for f in files])

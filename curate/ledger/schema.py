@@ -52,13 +52,13 @@ class Reason(StrEnum):
         return Status.FAILED_TO_RESIZE if self in _OF_THE_IMAGE else Status.FAILED_TO_DOWNLOAD
 
     @property
-    def passing(self) -> bool:
+    def transient(self) -> bool:
         """Whether trying again later may succeed: what `tastemaker retry` fetches again."""
-        return self in _PASSING
+        return self in _TRANSIENT
 
 
 _OF_THE_IMAGE = {Reason.NOT_AN_IMAGE, Reason.DECODE_ERROR, Reason.TOO_MANY_PIXELS, Reason.CRASHED}
-_PASSING = {Reason.DNS, Reason.CONNECT, Reason.TLS, Reason.TIMEOUT, Reason.HTTP_429, Reason.HTTP_5XX, Reason.PROTOCOL}
+_TRANSIENT = {Reason.DNS, Reason.CONNECT, Reason.TLS, Reason.TIMEOUT, Reason.HTTP_429, Reason.HTTP_5XX, Reason.PROTOCOL}
 
 
 class RowError(Exception):
@@ -136,14 +136,14 @@ def list_name(stored: str) -> str:
     return stored.removeprefix(_SOURCE)
 
 
-def stored_schema(carried: pa.Schema) -> pa.Schema:
-    """The columns that a list carries, under the names that they have in our files."""
-    return pa.schema([(stored_name(f.name), f.type) for f in carried])
+def stored_schema(extra_columns: pa.Schema) -> pa.Schema:
+    """The extra columns of a list, under the names that they have in our files."""
+    return pa.schema([(stored_name(f.name), f.type) for f in extra_columns])
 
 
-def fetched_schema(carried: pa.Schema) -> pa.Schema:
-    """The schema of `fetched/NNNNN.parquet` for a list that carries these extra columns."""
-    return pa.schema(URL_COLUMNS + list(stored_schema(carried)) + FETCHED_COLUMNS)
+def fetched_schema(extra_columns: pa.Schema) -> pa.Schema:
+    """The schema of `fetched/NNNNN.parquet` for a list with these extra columns."""
+    return pa.schema(URL_COLUMNS + list(stored_schema(extra_columns)) + FETCHED_COLUMNS)
 
 
 def key_width(shard_size: int, shard_digits: int = 5) -> int:

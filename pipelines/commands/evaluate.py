@@ -18,12 +18,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from curate.store.files import UserError, atomic, read_json, sha256_file, sweep, write_json
+from aesthetic.errors import UserError
+from aesthetic.files import atomic
+from curate.store.files import read_json, sha256_file, sweep, write_json
 from curate.store.ownership import check_free, taken
 from pipelines.commands.train import Outcome, check_data
 from pipelines.figures import meaning, readme, table
 from pipelines.prompts import read_prompts
-from pipelines.runtime.progress import Count, Terminal, clock
+from pipelines.runtime.progress import ProgressBar, Terminal, format_duration
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,10 +33,10 @@ if TYPE_CHECKING:
 
     from aesthetic.heads import Head
     from curate.encoders.base import Encoder
-    from train.data import Ints, Numbered
+    from train.data import Ints, MapDataset
     from train.generate.evaluate import InDomain, Nearest, Unseen
     from train.generate.sampler import GenerationRequest, Sampler
-    from train.models.info import About
+    from train.models.info import ModelInfo
     from train.models.lora import Lora
 
 PROMPTS = 128
@@ -89,9 +91,9 @@ def run(options: EvaluateOptions) -> Outcome:
 
     resolve(model.about, GenerationRequest("", seed=options.seed, steps=options.steps, guidance=options.guidance))
     from train.data import open_samples
-    from train.generate.evaluate import record_of
+    from train.generate.evaluate import training_record
 
-    _, trained = record_of(model.folder) or (None, {})
+    _, trained = training_record(model.folder) or (None, {})
     samples = open_samples(options.data, trained.get("settings", {}).get("caption"))
     asked = _asked(options, model, samples, prompts, heads)
     if (done := _before(options.out, asked)) is not None:
@@ -137,13 +139,13 @@ def _prompts(options: EvaluateOptions) -> list[str] | None:
 class _Model:
     """A model, or one with its LoRA over it, and what is known of its training."""
 
-    about: About
+    about: ModelInfo
     loras: tuple[Lora, ...]
     folder: Path  # whose train.json is asked
 
     @staticmethod
     def of(name: str) -> _Model:
-        from train.models.info import look
+        from train.models.info import read_model_info
         from train.models.lora import Lora, check_lora
         from train.models.release import LORA_FILE
 
@@ -153,10 +155,10 @@ class _Model:
             if not base:
                 raise UserError(f"{folder} is a LoRA without a train.json that names the model it belongs to")
             lora = Lora(folder)
-            about = look(base)
+            about = read_model_info(base)
             check_lora(about, lora)
             return _Model(about, (lora,), folder)
-        about = look(name)
+        about = read_model_info(name)
         return _Model(about, (), about.folder)
 
     @cached_property
@@ -167,7 +169,7 @@ class _Model:
 
 def _heads(options: EvaluateOptions) -> list[Head]:
     """Those that were asked for, else those that come with tastemaker and read this encoder's vectors."""
-    from aesthetic.heads import SHIPPED, list_heads, load_head
+    from aesthetic.catalog import SHIPPED, list_heads, load_head
     from curate.encoders.base import canonical_name
 
     encoder = canonical_name(options.encoder)
@@ -185,7 +187,7 @@ def _heads(options: EvaluateOptions) -> list[Head]:
 
 
 def _asked(
-    options: EvaluateOptions, model: _Model, samples: Numbered, prompts: list[str] | None, heads: Sequence[Head]
+    options: EvaluateOptions, model: _Model, samples: MapDataset, prompts: list[str] | None, heads: Sequence[Head]
 ) -> dict[str, Any]:
     """What must be the same for the figures to be the same, but for versions and machine."""
     from curate.encoders.base import canonical_name
@@ -237,7 +239,7 @@ class _Evaluation:
         self,
         options: EvaluateOptions,
         model: _Model,
-        samples: Numbered,
+        samples: MapDataset,
         prompts: list[str] | None,
         heads: list[Head],
         terminal: IO[str],
@@ -300,13 +302,13 @@ class _Evaluation:
         import numpy as np
 
         from train.generate.evaluate import captions_of, in_order, unseen
-        from train.models.info import record_of
+        from train.models.info import training_record
 
-        _, known = record_of(self.model.folder) or (None, None)
+        _, known = training_record(self.model.folder) or (None, None)
         others = known and known["settings"].get("data") != self.samples.fingerprint
         if others or known is None:  # otherwise the training run looked at all of them
             more = known["data"].get("pictures", 0) if known and known.get("data") else 0
-            count = Count(self.terminal, "pictures", len(self.samples) + more)
+            count = ProgressBar(self.terminal, "pictures", len(self.samples) + more)
             self.unseen: Unseen = unseen(self.model.folder, self.samples, count)
             count.end()
         else:
@@ -338,9 +340,9 @@ class _Evaluation:
         from curate.annotators.nsfw import load_detector
         from curate.encoders.base import load_encoder
         from curate.encoders.bundled import BundledEncoder
-        from train.devices import device_here
+        from train.devices import default_device
 
-        self.device = device_here()
+        self.device = default_device()
         self.encoder: Encoder = load_encoder(self.options.encoder)
         self.detector = load_detector("open-nsfw")
         space = self.encoder.space() if self.heads else None
@@ -368,7 +370,7 @@ class _Evaluation:
     def _loss(self) -> dict[str, Any] | None:
         """The held-out loss, by time, and beside it that of as many training pictures."""
         from aesthetic.metrics import estimate
-        from train.data import Pictures
+        from train.data import ImageDataset
         from train.generate.evaluate import in_order, losses, mean_of
         from train.models.unet import size_step, tokenize
         from train.objective import objective_of
@@ -389,10 +391,10 @@ class _Evaluation:
         parts = {"held_out": (self.samples, numbers)}
         if self.unseen.training is not None:
             parts["training"] = (self.unseen.training, self.training[: len(numbers)])
-        count = Count(self.terminal, "loss", sum(len(n) for _, n in parts.values()))
+        count = ProgressBar(self.terminal, "loss", sum(len(n) for _, n in parts.values()))
         found = {}
         for name, (samples, chosen) in parts.items():
-            pictures = Pictures(
+            pictures = ImageDataset(
                 samples,
                 lambda captions: tokenize(pipeline, captions),
                 size,
@@ -433,7 +435,7 @@ class _Evaluation:
         batches = [range(start, min(start + BATCH, len(asked))) for start in range(0, len(asked), BATCH)]
         missing = [batch for batch in batches if not all(self._is_drawn(i, asked[i]) for i in batch)]
         steps = r.steps * (sum(map(len, missing)) or len(asked))
-        count = Count(self.terminal, "steps of drawing", steps, "steps")
+        count = ProgressBar(self.terminal, "steps of drawing", steps, "steps")
         if missing:
             sampler: Sampler = Sampler(self.model.about, loras=self.model.loras, batch=BATCH, blur=False)
             self.terminal.write(f"draws on {sampler}\n")
@@ -468,7 +470,7 @@ class _Evaluation:
         models: dict[str, Any] = {"vectors": self.encoder, "nsfw": self.detector}
         if self.features is not self.encoder:
             models["features"] = self.features
-        count = Count(self.terminal, "looked at", len(self.prompts) + len(self.real) + len(self.training))
+        count = ProgressBar(self.terminal, "looked at", len(self.prompts) + len(self.real) + len(self.training))
         drawn = look((self._drawn(i) for i in range(len(self.prompts))), models, count)
         real = look((self._fitted(self.samples, i) for i in self.real), models, count)
         training = None
@@ -485,12 +487,12 @@ class _Evaluation:
 
         return np.asarray(read_picture(self._sample(number)))
 
-    def _fitted(self, samples: Numbered, number: Any) -> npt.NDArray[np.uint8]:
+    def _fitted(self, samples: MapDataset, number: Any) -> npt.NDArray[np.uint8]:
         """A real picture, brought to the size of the drawn ones as training does."""
-        from train.data import decoded, fitted
+        from train.data import crop_resize, decode_sample
 
         width, height = self.model.about.size
-        return fitted(decoded(samples[int(number)], 2 * max(width, height)), height, width)
+        return crop_resize(decode_sample(samples[int(number)], 2 * max(width, height)), height, width)
 
     def _features(self, seen: dict[str, Any]) -> Any:
         from curate.encoders.bundled import FEATURES
@@ -728,5 +730,5 @@ def _outcome(options: EvaluateOptions, facts: dict[str, Any]) -> Outcome:
     paths = {"evaluation": out / "evaluation.json", "pictures": out / "sheet.png"}
     if "memorisation" in facts["figures"]:
         paths["nearest"] = out / "nearest.png"
-    text = f"{table(facts)}\nevaluated in {clock(facts['seconds'])}\n{meaning(facts)}"
+    text = f"{table(facts)}\nevaluated in {format_duration(facts['seconds'])}\n{meaning(facts)}"
     return Outcome(text, facts, f"tastemaker sample {options.model} PROMPT", paths)

@@ -10,14 +10,16 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from curate.store.files import UserError, check_space, sha256_file
+from aesthetic.errors import UserError
+from curate.store.disk import check_space
+from curate.store.files import sha256_file
 from pipelines.prompts import read_prompts
-from pipelines.runtime.progress import Count
+from pipelines.runtime.progress import ProgressBar
 from pipelines.terminal import CLEAR
 
 if TYPE_CHECKING:
     from train.generate.sampler import Generated, GenerationRequest, Sampler
-    from train.models.info import About
+    from train.models.info import ModelInfo
     from train.models.lora import Lora
 
 STAYS = ("model", "out", "again", "image", "mask", "lora", "upscaler", "faces", "show_flagged")
@@ -71,12 +73,12 @@ def run(options: SampleOptions, out: IO[str], aside: IO[str]) -> Outcome:
     told = _told(options) if options.again else None
     prompts = [] if told else _prompts(options)
     from train.generate.sampler import Sampler, check_scheduler, foreign_syntax, resolve
-    from train.models.info import look
+    from train.models.info import read_model_info
     from train.models.lora import check_lora
 
     # all that can be refused without torch and diffusers, which take seconds to load
     upscaler, faces = (_network(options, told, name) for name in ("upscaler", "faces"))
-    about = look(_model(options, told))
+    about = read_model_info(_model(options, told))
     loras = _loras(options, told)
     for lora in loras:
         check_lora(about, lora)
@@ -158,7 +160,7 @@ def _prompts(options: SampleOptions) -> list[str]:
     return [*options.prompt, *read_prompts(options.prompts)]
 
 
-def _requests(options: SampleOptions, prompts: list[str], about: About, aside: IO[str]) -> list[GenerationRequest]:
+def _requests(options: SampleOptions, prompts: list[str], about: ModelInfo, aside: IO[str]) -> list[GenerationRequest]:
     """Picture i of the run has seed + i."""
     from train.generate.files import read_mask, read_picture
     from train.generate.sampler import SEEDS, GenerationRequest, fitting_size
@@ -283,12 +285,12 @@ def _drawn(
     """Draw and save, one after the other."""
     from train.generate.files import png, save_numbered
 
-    count: Count | None = None
+    count: ProgressBar | None = None
     done = 0
 
     def tell(now: int, of: int) -> None:
         nonlocal count, done
-        count = count or Count(aside, "steps", of, "steps")
+        count = count or ProgressBar(aside, "steps", of, "steps")
         count(now - done)
         done = now
 
@@ -319,11 +321,11 @@ def _judged(drawn: Generated) -> str:
 def _grid(drawn: list[tuple[Path, Generated]], options: SampleOptions) -> Path:
     """All pictures in one file, a row for each prompt."""
     from train.generate.files import save_numbered, sheet
-    from train.tasks import grid
+    from train.tasks import image_grid
 
     count = options.n or 1
     columns = count if count > 1 else max(1, round(len(drawn) ** 0.5))
-    image = grid([d.image for _, d in drawn], columns)
+    image = image_grid([d.image for _, d in drawn], columns)
     return save_numbered(sheet(image, [path.name for path, _ in drawn]), options.out, "grid-")
 
 

@@ -15,7 +15,9 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from curate.store.files import UserError, atomic, check_space, scratch_path
+from aesthetic.errors import UserError
+from aesthetic.files import atomic, scratch_path
+from curate.store.disk import check_space
 from pipelines.runtime.progress import Terminal
 
 MIN_TOKEN = 16
@@ -46,10 +48,10 @@ def run(options: ServeOptions) -> None:
     if not 0 <= options.port <= 65535:
         raise UserError(f"--port {options.port}: 0 to 65535 are there")
     from train.generate.upscale import check_network
-    from train.models.info import look
+    from train.models.info import read_model_info
     from train.models.lora import check_lora, parse_lora
 
-    about = look(options.model)
+    about = read_model_info(options.model)
     loras = [parse_lora(text) for text in options.lora]
     for lora in loras:
         check_lora(about, lora)
