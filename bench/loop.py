@@ -20,15 +20,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from curate.annotators.embed import pictures_of, write_vectors
 from PIL import Image
 
-from curate.annotators.embed import pictures_of, write_vectors
+from aesthetic.files import atomic
 from curate.encoders.registry import load_encoder
 from curate.layout import Data
 from curate.ledger.schema import fetched_schema, make_key
 from curate.shards.tar import TarWriter
 from curate.sources.plan import SourceConfig, make_plan
-from curate.store.files import atomic, commit
+from curate.store.records import commit
 from pipelines.commands.curate import store_recipe
 from pipelines.recipe import load_recipe
 
@@ -54,7 +55,7 @@ def main() -> None:
                 *("fit", str(root / "ratings.csv"), "--data", folder, "--out", str(head)),
                 *("--suggest", "20"),
             ],
-            "score": ["score", folder, "--head", f"taste={head}"],
+            "score": ["annotate", folder, f"taste={head}"],
             "select": ["select", folder, "--name", "mine", "--set", rule],
             "pack": ["pack", folder, "--name", "mine"],
         }
@@ -83,7 +84,7 @@ def make_data(root: Path, images: int, ratings: int) -> Data:
     space = load_encoder("bundled").space()
     data.space.parent.mkdir(parents=True)
     space.save(data.space)
-    store_recipe(data, load_recipe("bundled", ["select.rules={}", "score={}"]))
+    store_recipe(data, load_recipe("bundled", ["select.rules={}", "columns={}"]))
     files = [_jpeg(rng) for _ in range(1000)]
     taste = rng.standard_normal(space.dim)
     rated = []

@@ -23,18 +23,19 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
-from curate.images.pixels import decode
+from aesthetic.errors import UserError
+from aesthetic.files import atomic
+from curate.images.decode import decode
 from curate.ledger.rules import NUMBER, check_rules, read_rules
 from curate.ledger.schema import FETCHED_COLUMNS, URL_COLUMNS, RowError, Status
 from curate.ledger.select import load_selection
 from curate.ledger.sql import connect, literal, quote
 from curate.ledger.view import OURS, fetched_columns, recorded_columns, tables, types_there
 from curate.shards.tar import CorruptShard, image_member, index_tar, read_range
-from curate.store.files import UserError, atomic
 
 BLURRED_FROM = 0.5
-"""Images of which a column that tells the unsafe (`ColumnSpec.unsafe`) says this or more are blurred, whatever the rules
-say; so is what a rule on such a column rejects."""
+"""Images of which a column that tells what is unsafe (`ColumnSpec.unsafe`) says this or more are blurred, whatever the
+rules say; so is what a rule on such a column rejects."""
 
 SHARDS = 20
 """Pictures come from at most this many shards, spread over the list: a tar has to be read to its end to find one."""

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
+from aesthetic.errors import UserError
 from aesthetic.space import Space, require_same
 from curate.annotators.base import Annotator, Resources
 from curate.annotators.registry import Spec, make_annotators
@@ -22,13 +23,14 @@ from curate.encoders.registry import load_encoder
 from curate.fetch import engine_img2dataset
 from curate.fetch.client import FetchConfig, Fetcher
 from curate.fetch.deny import Deny
-from curate.fetch.domains import Exchange
-from curate.fetch.ingest import Means, Report, ingest_shard
-from curate.images.pixels import ImagesConfig
+from curate.fetch.domains import LeaseSlots
+from curate.fetch.ingest import IngestContext, Report, ingest_shard
+from curate.images.process import ImagesConfig
 from curate.layout import Data
 from curate.ledger.schema import Reason, Status
 from curate.sources.vectors import Imported, import_shard, open_folder
-from curate.store.files import UserError, commit, is_done, read_json
+from curate.store.files import read_json
+from curate.store.records import commit, is_done
 
 RARELY = (50_000, 20, 100)
 """Thresholds of the garbage collector while shards are fetched. Rows leave next to no cycles behind, but thousands of
@@ -47,7 +49,7 @@ def ignore(stage: str, outcome: str, host: str) -> None:
 class FetchWorker:
     """Fetches shards, several at a time on one event loop: the slow tail of one does not idle the worker.
 
-    `exchange` asks the budget of requests per domain that several workers share; without it, this one has its own.
+    `lease` asks the budget of requests per domain that several workers share; without it, this one has its own.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class FetchWorker:
         config: str,
         report: Report = ignore,
         threads: int = 0,
-        exchange: Exchange | None = None,
+        lease: LeaseSlots | None = None,
     ) -> None:
         if fetch.engine == "img2dataset":
             engine_img2dataset.require(images)
@@ -67,10 +69,10 @@ class FetchWorker:
         self.data, self.config = data, config
         count = threads or os.cpu_count() or 1
         deny = Deny.load(fetch.deny)
-        self._means = Means(
+        self._context = IngestContext(
             fetch=fetch,
             images=images,
-            fetcher=Fetcher(fetch, exchange=exchange, deny=deny),
+            fetcher=Fetcher(fetch, lease=lease, deny=deny),
             deny=deny,
             threads=ThreadPoolExecutor(count, thread_name_prefix="decode"),
             slots=asyncio.Semaphore(4 * count),
@@ -78,19 +80,19 @@ class FetchWorker:
         )
 
     async def run(self, shard: int, retry: bool = False) -> None:
-        """Fetch one shard unless it is done; with `retry`, fetch again what failed for reasons that may pass."""
+        """Fetch one shard unless it is done; with `retry`, fetch again what failed for transient reasons."""
         self._be_patient()
         done = fetch_done(self.data, shard, self.config)
-        if not done or (retry and may_pass(self.data, shard)):
+        if not done or (retry and transient_failures(self.data, shard)):
             try:
-                await ingest_shard(self.data, shard, self._means, self.config, retry=done)
+                await ingest_shard(self.data, shard, self._context, self.config, retry=done)
             finally:
-                await self._means.fetcher.settle()
+                await self._context.fetcher.return_slots()
 
     async def close(self) -> None:
         """Close connections and threads."""
-        await self._means.fetcher.close()
-        self._means.threads.shutdown(cancel_futures=True)
+        await self._context.fetcher.close()
+        self._context.threads.shutdown(cancel_futures=True)
         if self._collections is not None:
             gc.set_threshold(*self._collections)
         if self._policy is not None:
@@ -117,7 +119,7 @@ class FetchWorker:
 
 
 class EmbedWorker:
-    """Embeds and annotates fetched shards. Models are loaded once, and heads refused here if they read another space."""
+    """Embeds and annotates fetched shards. Models are loaded once, and heads refused if they read another space."""
 
     def __init__(
         self,
@@ -132,7 +134,9 @@ class EmbedWorker:
         """With `vectors` false, it makes none: columns alone, of what is there."""
         self.data, self.config, self.report = data, config, report
         count = threads or os.cpu_count() or 1
-        self.imported, self.encoder, space = None, None, None
+        self.imported: Imported | None = None
+        self.encoder: Encoder | None = None
+        space: Space | None = None
         if vectors and embed.embeddings is not None:
             self.imported = Imported(open_folder(embed))
             space = self.imported.folder.space
@@ -141,7 +145,7 @@ class EmbedWorker:
         if vectors and space is None:
             self.encoder = load_encoder(embed.encoder, weights=embed.weights, precision=embed.precision, threads=count)
             space = self.encoder.space()
-        if self.imported is not None and self.imported.folder.dim != space.dim:
+        if self.imported is not None and space is not None and self.imported.folder.dim != space.dim:
             raise UserError(
                 f"embed.embeddings: {embed.embeddings} holds {self.imported.folder.dim} numbers a row, and the vectors "
                 f"of {embed.encoder} have {space.dim}: it was made by another encoder"
@@ -170,7 +174,11 @@ class EmbedWorker:
 
 
 def load_annotators(
-    annotators: dict[str, Annotator], embed: EmbedConfig, space: Space | None, threads: int, encoder: Encoder | None = None
+    annotators: dict[str, Annotator],
+    embed: EmbedConfig,
+    space: Space | None,
+    threads: int,
+    encoder: Encoder | None = None,
 ) -> dict[str, Annotator]:
     """The annotators with their models loaded, for vectors of this space; SpaceMismatch where one reads another."""
 
@@ -209,10 +217,10 @@ def fetch_done(data: Data, shard: int, config: str) -> bool:
     return is_done(data.root, data.fetched_record(shard), config=config, inputs=inputs)
 
 
-def may_pass(data: Data, shard: int) -> int:
-    """How many rows of a fetched shard failed for a reason that may pass."""
+def transient_failures(data: Data, shard: int) -> int:
+    """How many rows of a fetched shard failed for a transient reason."""
     outcomes = (read_json(data.fetched_record(shard)) or {}).get("status_dict", {})
-    return sum(n for reason, n in outcomes.items() if reason != Status.SUCCESS and Reason(reason).passing)
+    return sum(n for reason, n in outcomes.items() if reason != Status.SUCCESS and Reason(reason).transient)
 
 
 def embed_done(data: Data, shard: int, config: str, annotators: Mapping[str, Annotator]) -> bool:

@@ -8,7 +8,6 @@ Help, query, select, status and recipe start neither Ray nor torch, so imports h
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import os
 import re
@@ -16,7 +15,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -93,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = command("embed", _resume, "embed and annotate what is fetched")
     p.add_argument("data", metavar="DATA")
     job_options(p)
-    p = command("retry", _resume, "fetch again what failed for passing reasons, and only that")
+    p = command("retry", _resume, "fetch again what failed for transient reasons, and only that")
     p.add_argument("data", metavar="DATA")
     job_options(p)
 
@@ -474,7 +472,7 @@ def _annotate(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> int:
-    from curate.store.files import UserError
+    from aesthetic.errors import UserError
     from pipelines.commands import curate
 
     words = [word for word in args.rest if word != "--head"]
@@ -523,7 +521,7 @@ def _status(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from curate import verify
     from curate.layout import open_data
-    from curate.store.files import Lock
+    from curate.store.lock import Lock
 
     data = open_data(args.data)
     checked = 0
@@ -613,7 +611,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _sample(args: argparse.Namespace) -> int:
     from curate.store.files import local_path
-    from pipelines.commands.sample import Asked, run
+    from pipelines.commands.sample import SampleOptions, run
 
     same = (
         *("model", "prompts", "again", "negative", "steps", "guidance", "seed", "n", "batch", "width", "height"),
@@ -622,28 +620,33 @@ def _sample(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in same}
     # relative, so that pictures do not tell where somebody's folders lie
     out = local_path(args.out) if "://" in args.out else Path(args.out).expanduser()
-    outcome = run(Asked(prompt=tuple(args.prompt), lora=tuple(args.lora), out=out, **given), sys.stdout, sys.stderr)
+    outcome = run(
+        SampleOptions(prompt=tuple(args.prompt), lora=tuple(args.lora), out=out, **given), sys.stdout, sys.stderr
+    )
     return _end(args, outcome.facts, dict(outcome.paths), outcome.next)
 
 
 def _serve(args: argparse.Namespace) -> int:
     from curate.store.files import local_path
-    from pipelines.commands.serve import Asked, run
+    from pipelines.commands.serve import ServeOptions, run
 
     same = ("model", "host", "port", "token", "batch", "upscaler", "faces", "show_flagged")
-    asked = Asked(out=local_path(args.out), lora=tuple(args.lora), **{name: getattr(args, name) for name in same})
-    run(asked)
-    return _end(args, {}, {"pictures": asked.out}, "")
+    options = ServeOptions(
+        out=local_path(args.out), lora=tuple(args.lora), **{name: getattr(args, name) for name in same}
+    )
+    run(options)
+    return _end(args, {}, {"pictures": options.out}, "")
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from curate.store.files import UserError, local_path
-    from pipelines.commands.evaluate import PROMPTS, Request, run
+    from aesthetic.errors import UserError
+    from curate.store.files import local_path
+    from pipelines.commands.evaluate import PROMPTS, EvaluateOptions, run
 
     if args.out is None and not Path(args.model).is_dir():
         raise UserError(f"{args.model} is no folder here: say with --out where its evaluation goes")
     number = args.prompts is None or args.prompts.isdigit()
-    request = Request(
+    options = EvaluateOptions(
         model=args.model,
         data=Path(args.shards),
         out=local_path(args.out) if args.out else Path(args.model) / "evaluation",
@@ -655,7 +658,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         steps=args.steps,
         guidance=args.guidance,
     )
-    outcome = run(request)
+    outcome = run(options)
     print(outcome.text)
     return _end(args, outcome.facts, dict(outcome.paths), outcome.next)
 
@@ -666,8 +669,8 @@ def _aside(line: str) -> None:
 
 
 def _heads(args: argparse.Namespace) -> int:
-    from aesthetic.heads import check_free
-    from curate.store.files import UserError
+    from aesthetic.errors import UserError
+    from aesthetic.head_files import check_free
 
     run, takes = _HEADS[args.action]
     every = {option for _, options in _HEADS.values() for option in options}
@@ -681,9 +684,9 @@ def _heads(args: argparse.Namespace) -> int:
 
 
 def _heads_list(args: argparse.Namespace) -> int:
-    from aesthetic.catalog import PUBLISHED
-    from aesthetic.heads import HeadError, list_heads, load_head
-    from curate.annotators.nsfw import DETECTORS
+    from aesthetic.catalog import list_heads, load_head, published_heads
+    from aesthetic.heads import HeadError
+    from curate.annotators.registry import describe_annotator, known_annotators
 
     known: dict[str, dict[str, Any]] = {}
     for name in list_heads():
@@ -691,7 +694,6 @@ def _heads_list(args: argparse.Namespace) -> int:
             known[name] = _about(load_head(name))
         except HeadError as e:  # one that is damaged hides no other
             known[name] = {"name": name, "error": str(e)}
-    known |= {n: {"name": n, "task": "detector", "scale": s, "reads": "pixels"} for n, s in DETECTORS.items()}
     width = max(map(len, known)) + 2
     print(f"{'HEAD':{width}}{'SCORES':12}{'SCALE':12}{'READS VECTORS OF':37}HOW GOOD")
     for name, about in known.items():
@@ -702,22 +704,29 @@ def _heads_list(args: argparse.Namespace) -> int:
         scale = f"{low:g} to {high:g}"
         line = f"{name:{width}}{about['task']:12}{scale:12}{about['reads']:37}{about.get('how_good') or ''}"
         print(line.rstrip())
-    absent = [p.name for p in PUBLISHED if p.name not in known]
+    absent = [p.name for p in published_heads() if p.name not in known]
     if absent:
         print(f"published, not here: {', '.join(absent)} (`tastemaker heads import NAME` fetches one)")
-    return _end(args, {"heads": list(known.values()), "published": absent}, {}, "tastemaker heads show HEAD")
+    annotators = [describe_annotator(name) for name in known_annotators()]
+    print(f"\n{'ANNOTATOR':{width}}{'READS':12}{'OPTIONS':37}")
+    for about in annotators:
+        print(f"{about['name']:{width}}{about['reads']:12}{', '.join(about['options']):37}{about['about'][0]}".rstrip())
+    facts = {"heads": list(known.values()), "annotators": annotators, "published": absent}
+    return _end(args, facts, {}, "tastemaker heads show HEAD")
 
 
 def _heads_show(args: argparse.Namespace) -> int:
-    from aesthetic.heads import describe, find_head, load_head
-    from curate.annotators.nsfw import DETECTORS, Detector
+    from aesthetic.catalog import find_head, load_head
+    from aesthetic.model_card import describe
+    from curate.annotators.registry import describe_annotator, known_annotators
+    from pipelines.commands import curate
 
-    if args.head in DETECTORS:
-        low, high = DETECTORS[args.head]
-        about = {"name": args.head, "task": "detector", "scale": (low, high), "reads": "pixels"}
-        told = inspect.getdoc(next(d for d in Detector.__subclasses__() if d.name == args.head))
-        print(f"{args.head}, a detector: it reads pixels, and its scores are {low:g} to {high:g}\n{told}\n")
-        return _end(args, about, {}, f"tastemaker embed DATA --set score.{args.head.replace('-', '_')}={args.head}")
+    if args.head in known_annotators():
+        about = describe_annotator(args.head)
+        options = "".join(f", {option}: ..." for option in about["options"])
+        spec = f"{{use: {args.head}{options}}}" if options else args.head
+        print(f"{args.head}, an annotator: it reads {about['reads']}\n" + "\n".join(about["about"]) + "\n")
+        return _end(args, about, {}, curate.command("annotate", "DATA", f"{_column(args.head)}={spec}"))
     head, folder = load_head(args.head), find_head(args.head)
     print(describe(head) + "\n")
     following = f"tastemaker annotate DATA {_column(head.name)}={args.head}"
@@ -725,9 +734,9 @@ def _heads_show(args: argparse.Namespace) -> int:
 
 
 def _heads_import(args: argparse.Namespace) -> int:
-    from aesthetic.catalog import fetch_head, import_head
+    from aesthetic.errors import UserError
+    from aesthetic.imports import fetch_head, import_head
     from curate.encoders.registry import canonical_name, check_named
-    from curate.store.files import UserError
 
     if not Path(args.head).exists():
         if args.encoder or args.norm or args.scale:
@@ -748,9 +757,9 @@ def _heads_import(args: argparse.Namespace) -> int:
 
 
 def _heads_prompt(args: argparse.Namespace) -> int:
+    from aesthetic.errors import UserError
     from aesthetic.prompts import prompt_head
     from curate.encoders.registry import check_available, load_encoder
-    from curate.store.files import UserError
 
     if not (args.encoder and args.wanted and args.against):
         raise UserError(
@@ -782,17 +791,19 @@ _HEADS: dict[str, tuple[Callable[[argparse.Namespace], int], tuple[str, ...]]] =
 
 def _require_free(name: str, out: str | None) -> None:
     """UserError where a head that goes by its name would never be found: one that is built in goes before it."""
-    from aesthetic.heads import SHIPPED
-    from curate.annotators.nsfw import DETECTORS
-    from curate.store.files import UserError
+    from aesthetic.catalog import SHIPPED
+    from aesthetic.errors import UserError
+    from curate.annotators.registry import known_annotators
 
-    if out is None and (name in DETECTORS or (SHIPPED / name / "head.json").exists()):
+    if out is None and (name in known_annotators() or (SHIPPED / name / "head.json").exists()):
         raise UserError(f"{name} is the name of one that is built in: choose another, or a folder with --out")
 
 
 def _keep(args: argparse.Namespace, head: Head) -> int:
     """Save a new head, and say what it is."""
-    from aesthetic.heads import check_replaces, describe, heads_folder, save_head
+    from aesthetic.catalog import heads_folder
+    from aesthetic.head_files import check_replaces, save_head
+    from aesthetic.model_card import describe
 
     folder = Path(args.out or heads_folder() / head.name)
     check_replaces(folder, head)

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from aesthetic.errors import UserError
 from aesthetic.space import Space
 from aesthetic.vectors import open_vectors
-from curate.store.files import UserError
-from pipelines.runtime.progress import clock, speed
+from pipelines.runtime.progress import format_duration, format_rate
 from pipelines.terminal import CLEAR, RETURN
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class VectorsPool:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        from curate.annotators.embed import EmbedConfig
+        from curate.encoders.embed import EmbedConfig
         from curate.encoders.registry import canonical_name
         from curate.sources.vectors import open_folder
 
@@ -299,11 +299,8 @@ class FolderPool:
                     if shown:
                         left = (len(images) - done - 1) / rate
                         print(RETURN, end="", file=sys.stderr)
-                        print(
-                            f"embed  {done + 1:,}/{len(images):,}  {speed(rate, 'img')}  eta {clock(left)} ",
-                            end="",
-                            file=sys.stderr,
-                        )
+                        speed = f"{format_rate(rate, 'img')}  eta {format_duration(left)} "
+                        print(f"embed  {done + 1:,}/{len(images):,}  {speed}", end="", file=sys.stderr)
         if images:
             print(CLEAR if shown else "", end="", file=sys.stderr)
             self._say(f"embedded {len(images):,} images in {time.monotonic() - began:.0f} s with {encoder.name}")
@@ -312,7 +309,8 @@ class FolderPool:
         """A picture as the encoder's input, and what copies of it are known by; None where it is none."""
         import hashlib
 
-        from curate.images.pixels import decode, perceptual_hash
+        from curate.images.decode import decode
+        from curate.images.resize import perceptual_hash
         from curate.ledger.schema import RowError
 
         try:
@@ -348,7 +346,7 @@ class FolderPool:
 def _thumbnail(data: bytes) -> Any:
     from PIL import Image
 
-    from curate.images.pixels import decode
+    from curate.images.decode import decode
     from curate.ledger.schema import RowError
 
     try:

@@ -17,17 +17,17 @@ from typing import Any
 
 import yaml
 
-from aesthetic.errors import nearest
+from aesthetic.errors import UserError, nearest
 from aesthetic.untrusted import clean, printable, read_text
 from curate.annotators.registry import Spec
 from curate.encoders.embed import EmbedConfig
 from curate.fetch.client import FetchConfig
-from curate.images.pixels import ImagesConfig
+from curate.images.process import ImagesConfig
 from curate.ledger.schema import EMBEDDED_COLUMNS, RESERVED
 from curate.ledger.select import SelectConfig
 from curate.shards.pack import PackConfig
 from curate.sources.plan import SourceConfig
-from curate.store.files import UserError, digest
+from curate.store.files import digest
 from curate.store.ownership import RECIPE_HEADER
 
 DEFAULT = "laion-aesthetics-5"
@@ -80,7 +80,7 @@ class Recipe:
         taken = {name.lower(): name for name in (*RESERVED, *(n for n, _ in EMBEDDED_COLUMNS), "source")}
         for column in self.columns:  # it will name a folder, and a column in SQL
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", column):
-                raise UserError(f"columns.{column}: a column's name is letters, digits and _, not starting with a digit")
+                raise UserError(f"columns.{column}: a column's name is letters, digits and _, and begins with no digit")
             if column.lower() in taken:
                 raise UserError(f"columns.{column}: there is a column {taken[column.lower()]} (SQL ignores case)")
             taken[column.lower()] = column

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageFilter
 
-from aesthetic.heads import load_head
+from aesthetic.catalog import load_head
 from aesthetic.space import Space
 from pipelines.cli import main
 from pipelines.commands.fit import _groups_of_pairs
@@ -297,7 +297,7 @@ def test_vectors_as_clip_retrieval_stores_them(tmp_path, capsys):
     code, text, told = run(capsys, *words, "--suggest", 2)
     assert code == 0, told
     assert not (out / "unjoined.csv").exists()
-    assert "--head v_1=" in text
+    assert " v_1=" in text
     assert "metadata" not in json.loads((out / "report.json").read_text())["baselines"]
     assert text.startswith("150 ratings, 150 joined") and "zero-shot" in text
     head = load_head(out)

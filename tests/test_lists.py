@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from aesthetic.errors import UserError
 from curate.layout import Data
 from curate.ledger.schema import FETCHED_COLUMNS, URL_COLUMNS, Reason, list_name, stored_name
 from curate.ledger.select import SelectConfig, select
@@ -28,7 +29,7 @@ from curate.shards.pack import PackConfig, pack
 from curate.sources import lines
 from curate.sources.lists import CAPTION_NAMES, named
 from curate.sources.plan import Plan, SourceConfig, inspect, make_plan
-from curate.store.files import UserError, commit
+from curate.store.records import commit
 from pipelines.recipe import Recipe, load_recipe
 from tests.small_web import picture
 from tests.stages import fetch_shards, serving
@@ -376,7 +377,7 @@ def _check_names(data: Data) -> None:
     # a score that is called like a column of the list
     for shard in (0, 1):
         keys = pq.read_table(data.table(shard)).column("key")
-        path = data.root / "scored" / "aesthetic" / f"{shard:05d}.parquet"
+        path = data.root / "annotated" / "aesthetic" / f"{shard:05d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"key": keys, "aesthetic": pa.array([0.5] * len(keys), pa.float32())}), path)
         commit(data.root, path.with_suffix(".json"), config="c", inputs={}, outputs=[path], facts={})
@@ -499,7 +500,7 @@ _MEASURED = """
 import re, sys
 from pathlib import Path
 from curate.sources.plan import SourceConfig, make_plan
-from curate.store.files import UserError
+from aesthetic.errors import UserError
 try:
     plan = make_plan(sys.argv[1], Path(sys.argv[2]), SourceConfig())
     said = str(plan.read(0).table.column("caption").null_count)

@@ -25,13 +25,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from aesthetic.errors import UserError
 from curate.ledger.schema import Reason
 from curate.shards.tar import TarWriter
 from curate.sources import plan as plan_module
 from curate.sources.folders import reason_of
 from curate.sources.lists import BATCH
 from curate.sources.plan import Plan, Row, SourceConfig, inspect, load_plan, make_plan
-from curate.store.files import UserError
 
 ROWS: list[dict[str, Any]] = [
     {"url": f"http://h{i % 3}.test/{i}.jpg", "caption": f'a "cat",\n no {i} é' if i % 4 else None, "n": i, "w": i / 2}

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from aesthetic.errors import UserError
 from curate import verify
 from curate.layout import Data
 from curate.ledger.select import select
 from curate.shards.pack import pack
 from curate.shards.tar import index_tar
-from curate.store.files import Lock, UserError, sweep
+from curate.store.files import sweep
+from curate.store.lock import Lock
 from demo.web import Route
 from pipelines import cli
 from pipelines.recipe import Recipe
@@ -53,7 +55,7 @@ def data(finished: Path, tmp_path: Path) -> Data:
 
 def committed(root: Path) -> list[Path]:
     """All files of the stages."""
-    stages = ("plan", "fetched", "embedded", "scored", "selected", "shards")
+    stages = ("plan", "fetched", "embedded", "annotated", "selected", "shards")
     return sorted(p for stage in stages for p in (root / stage).rglob("*") if p.is_file())
 
 
@@ -178,7 +180,7 @@ def test_only_what_depends_on_the_damage_is_made_again(
     run_stages(finished.parent / "list.tsv", Data(data.root), recipe)
     assert served.requests() == requests and path.read_bytes() == content
     renewed = {p for p in before if p.stat().st_mtime_ns != before[p]}
-    assert renewed == {path, data.scores_record("aesthetic", 1)}
+    assert renewed == {path, data.annotations_record("aesthetic", 1)}
 
 
 def test_the_words_for_a_person(data: Data, recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,10 +100,10 @@ class Annotator(abc.ABC):
         """By default that of the name and the options."""
         return digest([self.name, self.options.model_dump(mode="json")])
 
-    def check(self, encoder: str) -> None:
-        """Refuse, before anything runs, the vectors of an encoder of this (canonical) name. Loads no model."""
+    def check(self, space: Space | str) -> None:  # noqa: B027
+        """Refuse, before anything runs, vectors of this space, or of an encoder of this name. Loads no model."""
 
-    def load(self, resources: Resources) -> None:
+    def load(self, resources: Resources) -> None:  # noqa: B027
         """Load what `annotate` needs; called once in each worker. UserError, SpaceMismatch where it can't be used."""
 
     def preprocess(self, image: np.ndarray) -> Any:
@@ -120,6 +120,14 @@ class Annotator(abc.ABC):
         Batches are cut anyhow, so no value may depend on the others. What can't be read is a null; an exception ends
         the run. Numbers must be finite.
         """
+
+
+def scores_of(annotator: Annotator, images: Sequence[np.ndarray]) -> np.ndarray:
+    """What a loaded annotator that reads pixels and has one column says of images at hand, sRGB (height, width, 3)
+    uint8: (n,) float32, NaN for null."""
+    rows = pa.table({"key": [str(i) for i in range(len(images))], "caption": pa.nulls(len(images), pa.string())})
+    answer = annotator.annotate(Batch(rows=rows, inputs=[annotator.preprocess(image) for image in images]))
+    return next(iter(answer.values())).to_numpy(zero_copy_only=False).astype(np.float32)
 
 
 def column_name(name: str, suffix: str, annotator: Annotator) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from aesthetic.heads import load_head
-from aesthetic.space import SpaceMismatch, require_same
+from aesthetic.catalog import load_head
+from aesthetic.space import Space, SpaceMismatch, require_same
 from curate.annotators.base import Annotator, AnnotatorOptions, Batch, ColumnSpec, Resources
 
 
@@ -35,18 +35,20 @@ class HeadAnnotator(Annotator):
         """The head's own, of its weights and what it is recorded with."""
         return self.head.digest
 
-    def check(self, encoder: str) -> None:
-        """SpaceMismatch where the head reads vectors of another encoder."""
-        if self.head.space.encoder != encoder:
+    def check(self, space: Space | str) -> None:
+        """SpaceMismatch where the head reads vectors of another one."""
+        if isinstance(space, Space):
+            require_same(self.head.space, space, f"the head {self.head.name}")
+        elif self.head.space.encoder != space:
             raise SpaceMismatch(
                 f"the head {self.options.head} reads vectors of {self.head.space.encoder}, "
-                f"but embed.encoder is {encoder}. A head works in its own space only."
+                f"but embed.encoder is {space}. A head works in its own space only."
             )
 
     def load(self, resources: Resources) -> None:
-        """SpaceMismatch where the vectors are of another space."""
+        """SpaceMismatch as in `check`."""
         assert resources.space is not None, "a head runs where there are vectors"
-        require_same(self.head.space, resources.space, f"the head {self.head.name}")
+        self.check(resources.space)
 
     def annotate(self, batch: Batch) -> dict[str, pa.Array]:
         """The head's scores, float32."""

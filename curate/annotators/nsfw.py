@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from curate.annotators.base import Annotator, Batch, ColumnSpec, Resources
+from curate.annotators.base import Annotator, AnnotatorOptions, Batch, ColumnSpec, Resources
 from curate.encoders.onnx import RECIPE, RowByRow, cache_name, cached
 from curate.store.files import digest, sha256_file
 
@@ -31,9 +31,11 @@ class OpenNsfw(Annotator):
 
     name = "open-nsfw"
     reads = "pixels"
-    columns = {
-        "score": ColumnSpec(meaning="probability that it is pornographic (Yahoo open_nsfw)", scale=(0, 1), unsafe=True)
-    }
+
+    def __init__(self, options: AnnotatorOptions) -> None:
+        super().__init__(options)
+        meaning = "probability that it is pornographic, by Yahoo's Open-NSFW"
+        self.columns = {"score": ColumnSpec(meaning=meaning, scale=(0, 1), unsafe=True)}
 
     @property
     def digest(self) -> str:

@@ -20,9 +20,12 @@ from typing import Any
 import pydantic
 
 from aesthetic.errors import UserError, nearest
+from aesthetic.space import Space
 from aesthetic.untrusted import printable
 from curate import annotators as package
-from curate.annotators.base import Annotator, column_specs
+from curate.annotators.base import Annotator, Resources, column_specs
+from curate.encoders.base import Encoder
+from curate.encoders.onnx import cpus
 from curate.encoders.registry import canonical_name
 
 GROUP = "tastemaker.annotators"
@@ -63,6 +66,13 @@ def find_annotator(name: str) -> type[Annotator]:
     )
 
 
+def describe_annotator(name: str) -> dict[str, Any]:
+    """What an annotator of this name reads, its options, and lines about it."""
+    kind = find_annotator(name)
+    lines = (inspect.getdoc(kind) or "").splitlines()
+    return {"name": name, "reads": kind.reads, "options": list(kind.Options.model_fields), "about": lines}
+
+
 def make_annotator(name: str, spec: Spec) -> Annotator:
     """The annotator that an entry NAME of a recipe's `columns` asks for; loads no model.
 
@@ -89,6 +99,17 @@ def make_annotator(name: str, spec: Spec) -> Annotator:
     return kind(checked)
 
 
+def load_annotator(spec: Spec, threads: int = 0) -> Annotator:
+    """An annotator that needs no vectors, with its models loaded. `threads`: by default every core that we may use."""
+    annotator = make_annotator("NAME", spec)
+    annotator.load(Resources(threads=threads or cpus(), space=None, encoder=_no_encoder))
+    return annotator
+
+
+def _no_encoder() -> Encoder:
+    raise UserError("there are no vectors here")
+
+
 def _why(error: pydantic.ValidationError, kind: type[Annotator]) -> str:
     """What is wrong with options, in words."""
     wrong = error.errors(include_url=False)[0]
@@ -102,22 +123,22 @@ def _why(error: pydantic.ValidationError, kind: type[Annotator]) -> str:
     return f"{option or kind.name}: {wrong['msg'].removeprefix('Value error, ')}"
 
 
-def make_annotators(columns: Mapping[str, Spec], encoder: str | None = None) -> dict[str, Annotator]:
-    """The annotators of a recipe's `columns`; reads heads' cards and loads no model.
+def make_annotators(columns: Mapping[str, Spec], space: Space | str | None = None) -> dict[str, Annotator]:
+    """The annotators of a recipe's `columns`, for vectors of a space or an encoder; reads heads' cards, loads no model.
 
-    UserError where one is wrong, or two columns have one name; SpaceMismatch where one reads vectors of another encoder.
+    UserError where one is wrong, or two columns have one name; SpaceMismatch where one reads other vectors.
     """
     made = {name: make_annotator(name, spec) for name, spec in columns.items()}
-    reads = None if encoder is None else canonical_name(encoder)
+    space = canonical_name(space) if isinstance(space, str) else space
     seen: dict[str, str] = {}
     for name, annotator in made.items():
         for column in column_specs({name: annotator}):
             if column.lower() in seen:
                 raise UserError(f"columns.{name}: {seen[column.lower()]} has a column {column} too (SQL ignores case)")
             seen[column.lower()] = f"columns.{name}"
-        if reads is not None:
+        if space is not None:
             try:
-                annotator.check(reads)
+                annotator.check(space)
             except UserError as e:
                 raise type(e)(f"columns.{name}: {e}") from None
     return made

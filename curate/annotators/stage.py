@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, Future
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,16 +19,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from aesthetic.files import atomic
 from aesthetic.vectors import open_vectors
 from curate.annotators.base import Annotator, Batch, column_name, column_specs
 from curate.encoders.base import Encoder
 from curate.encoders.embed import caption_vectors, images_of, recovered, similarity, write_vectors
 from curate.fetch.ingest import Report, note_start
-from curate.images.pixels import decode
+from curate.images.decode import decode
 from curate.layout import Data
 from curate.ledger.schema import Status
 from curate.shards.tar import read_images
-from curate.store.files import atomic, check_space, commit, is_done, output_digests, read_json, recommit, uncommit
+from curate.store.disk import check_space
+from curate.store.files import read_json
+from curate.store.records import commit, invalidate, is_done, output_digests, recommit
 
 STARTS = 3
 """How often a run begins a shard. Its images have been decoded before: what ends the process each time is no single
@@ -200,7 +202,7 @@ def _from_pixels(
 def _prepared(
     data: Data, shard: int, keys: list[str], models: Mapping[str, Any], size: int, threads: Executor
 ) -> Iterator[tuple[int, dict[str, list[Any]]]]:
-    """Batches (first row, inputs of each model), decoded and preprocessed in threads, two batches ahead of the model."""
+    """Batches (first row, inputs of each model), decoded and preprocessed in threads, two batches ahead."""
 
     def prepare(image: bytes) -> dict[str, Any]:
         pixels = decode(image)
@@ -246,7 +248,7 @@ def _write(
     file, record = data.annotations(name, shard), data.annotations_record(name, shard)
     if stored:
         table = _joined(table, pq.read_table(file), keys)
-    uncommit(record)
+    invalidate(record)
     with atomic(file) as f:
         pq.write_table(table, f, compression="zstd")
     specs = {column: spec.facts() for column, spec in column_specs({name: annotator}).items()}

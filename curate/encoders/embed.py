@@ -15,12 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from aesthetic.files import atomic
 from curate.encoders.base import Encoder
 from curate.encoders.registry import check_settings
 from curate.fetch.ingest import recovered_since
 from curate.layout import Data
 from curate.ledger.schema import Status
-from curate.store.files import atomic, commit, outputs_present, read_json, uncommit
+from curate.store.files import read_json
+from curate.store.records import commit, invalidate, outputs_present
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,7 @@ def write_vectors(
             bad = rows["key"][int(np.argmin(np.isfinite(vectors).all(axis=1)))]
             raise ValueError(f"{path.name}: the vector of {bad} is not finite")
 
-    uncommit(data.embedded_record(shard))
+    invalidate(data.embedded_record(shard))
     data.text_vectors(shard).unlink(missing_ok=True)  # of a run that had them
     for path, vectors in stored.items():
         with atomic(path) as f:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from aesthetic.errors import UserError
 from curate.encoders.base import PRECISIONS, Encoder, name_by_digest, name_by_tag
 from curate.encoders.onnx import cpus
-from curate.store.files import UserError, sha256_file
+from curate.store.files import sha256_file
 
 
 def load_encoder(

@@ -15,9 +15,11 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from aesthetic.errors import UserError
 from curate.ledger.schema import EMBEDDED_COLUMNS, FETCHED_COLUMNS, URL_COLUMNS, Status, list_name
 from curate.ledger.sql import Bounds, check_one_select, connect, literal, parse, quote, reader, short, walk
-from curate.store.files import UserError, digest, output_digests, read_json, sha256_file
+from curate.store.files import digest, read_json, sha256_file
+from curate.store.records import output_digests
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,9 +93,9 @@ def open_ledger(
     case only, the second is called NAME_1. With `needed` (names as rules write them: `similarity`, `source.WIDTH`),
     only these tables are joined and only these fields are in `source`: joining costs seconds at ten million rows.
 
-    `_fetched` is the same without what annotators made, so without joins. `_aligned` holds the rows with an image alone and joins by
-    position: its column `aligned` is TRUE where the keys agree, as they do by the data folder's contract. That takes
-    half the time of the join by key.
+    `_fetched` is the same without what annotators made, so without joins. `_aligned` holds the rows with an image alone
+    and joins by position: its column `aligned` is TRUE where the keys agree, as they do by the data folder's contract.
+    That takes half the time of the join by key.
     Raises UserError where nothing is fetched.
     """
     import pyarrow.dataset as ds  # slow: it brings pandas
@@ -180,7 +182,7 @@ def _verdicts(con: duckdb.DuckDBPyConnection, root: Path) -> None:
 
 def recorded_columns(found: Sequence[Table]) -> dict[str, dict[str, Any]]:
     """What records say of annotators' columns: name -> type, scale, unit, meaning, unsafe, and what made it."""
-    columns = {}
+    columns: dict[str, dict[str, Any]] = {}
     for table in found:
         if table.name.startswith("annotated/"):
             record = read_json(table.records[0]) or {}

@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from aesthetic.errors import UserError
 from aesthetic.untrusted import caption_of, decode_text, first_three, open_regular, parse_json, printable, read_bytes
 from curate.ledger.schema import Reason, RowError
 from curate.shards.tar import (
@@ -41,7 +42,7 @@ from curate.shards.tar import (
 )
 from curate.sources.listing import TEXT_EXTENSIONS, UNREAD_EXTENSIONS, Listing, look
 from curate.sources.lists import CAPTION_NAMES, NOTED, Notes, named, open_list, open_parquet, parquet_batches
-from curate.store.files import UserError, digest
+from curate.store.files import digest
 
 Members = dict[str, tuple[int, int]]
 """Extension -> (offset, size) in a tar."""

@@ -19,14 +19,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from aesthetic.errors import UserError
+from aesthetic.files import atomic
 from curate.ledger.schema import URL_COLUMNS, Reason, RowError, stored_schema
 from curate.sources.captioned import read_place
 from curate.sources.folders import PLACE_COLUMNS
 from curate.sources.inputs import Found, find, is_remote, stat
 from curate.sources.lists import FAILURES, Notes, ParquetInput, open_parquet, parquet_batches, with_constants
 from curate.sources.survey import Survey, column, columns_of, stored_extra, survey_list
-from curate.store.files import UserError, atomic, digest, read_json, record_digest, sha256_file, write_json
+from curate.store.files import digest, read_json, sha256_file, write_json
 from curate.store.ownership import clear
+from curate.store.records import record_digest
 
 _VERSION = 1
 _LARGEST_GROUP = 2_000_000

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
 from curate.ledger.schema import stored_name
 from curate.sources.folders import PLACE_COLUMNS
@@ -27,7 +28,6 @@ from curate.sources.lists import (
     parquet_batches,
 )
 from curate.sources.predicate import Predicate
-from curate.store.files import UserError
 
 if TYPE_CHECKING:
     from curate.sources.plan import SourceConfig

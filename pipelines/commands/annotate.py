@@ -6,16 +6,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from aesthetic.errors import UserError
 from aesthetic.space import Space
 from curate.annotators.base import column_specs
 from curate.annotators.registry import Spec, absolute, make_annotators
 from curate.annotators.stage import column_inputs
 from curate.layout import Data
-from curate.store.files import Lock, UserError, read_json, sweep
+from curate.store.files import read_json, sweep
+from curate.store.lock import Lock
 from curate.workers import EmbedWorker, annotated, space_known
 from pipelines.commands.curate import Say, store_recipe, stored_recipe
 from pipelines.recipe import Recipe
-from pipelines.runtime.jobs import Job, Work, reach, run_job
+from pipelines.runtime.jobs import CurateJob, RemainingWork, check_reachable, run_job
 
 
 def annotate(data: Data, given: Mapping[str, Spec], *, address: str | None = None, say: Say = print) -> dict[str, Any]:
@@ -29,15 +31,16 @@ def annotate(data: Data, given: Mapping[str, Spec], *, address: str | None = Non
     given = {name: absolute(name, spec) for name, spec in given.items()}
     recipe = replace(recipe, columns={**recipe.columns, **given})  # it knows which names a column may have
     make_annotators(recipe.columns)  # and that no two are alike
-    if space_known(data):
-        recipe = replace(recipe, embed=replace(recipe.embed, encoder=Space.load(data.space).encoder))
+    space = Space.load(data.space) if space_known(data) else None
+    if space is not None:
+        recipe = replace(recipe, embed=replace(recipe.embed, encoder=space.encoder))
     wanted = replace(recipe, columns={name: recipe.columns[name] for name in given or recipe.columns})
-    annotators = make_annotators(wanted.columns, recipe.embed.encoder)
+    annotators = make_annotators(wanted.columns, space)
 
     shards = [s.shard for s in data.plan.shards if data.fetched_digests(s.shard) is not None]
     if not shards:
         raise UserError(f"{data.root} holds no fetched shard. `tastemaker curate LIST --out {data.root}` makes them.")
-    if any(a.reads == "vectors" for a in annotators.values()) and not space_known(data):
+    if any(a.reads == "vectors" for a in annotators.values()) and space is None:
         raise UserError(f"{data.root} holds no vectors yet. `tastemaker embed {data.root}` makes them.")
     with Lock(data.root):
         sweep(data.root)
@@ -48,16 +51,18 @@ def annotate(data: Data, given: Mapping[str, Spec], *, address: str | None = Non
         left = sorted(set[int]().union(*missing.values()))
         on_ray = any(missing[name] and a.reads == "pixels" for name, a in annotators.items())
         worker = None if on_ray else EmbedWorker(data, wanted.embed, wanted.columns, "", vectors=False)
-        if stored is not None and given:
-            store_recipe(data, replace(stored, columns=recipe.columns))
         if worker is None:
             if address is not None:
-                reach(address)
+                check_reachable(address)
             images = sum(read_json(data.fetched_record(shard))["successes"] for shard in left)
-            run_job(Job(data, wanted, fetch=False, vectors=False), Work(left, 0, images), address=address)
+            run_job(
+                CurateJob(data, wanted, fetch=False, vectors=False), RemainingWork(left, 0, images), address=address
+            )
         else:
             for shard in left:
                 worker.run(shard)
+        if stored is not None and given:
+            store_recipe(data, replace(stored, columns=recipe.columns))
     for name, fresh in missing.items():
         say(f"{name}: {len(fresh):,} of {len(shards):,} shards annotated{'' if fresh else ' (all were)'}")
     return {

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from aesthetic.errors import UserError
+from aesthetic.files import atomic
 from aesthetic.untrusted import printable
 from curate.annotators.base import Annotator, column_specs
 from curate.annotators.registry import make_annotators
@@ -26,12 +28,15 @@ from curate.fetch.ingest import check_verify
 from curate.layout import Data
 from curate.ledger.schema import Reason, Status
 from curate.sources.plan import clear_plan, inspect, load_plan, make_plan
-from curate.store.files import Lock, UserError, atomic, check_space, read_json, sweep, uncommit
+from curate.store.disk import check_space
+from curate.store.files import read_json, sweep
+from curate.store.lock import Lock
 from curate.store.ownership import RECIPE_HEADER, Taken, check_free, taken
+from curate.store.records import invalidate
 from curate.verify import again
 from pipelines.recipe import DEFAULT, Recipe, load_recipe, parse_recipe, read_recipe, to_yaml
-from pipelines.runtime.jobs import Job, Work, reach, run_job
-from pipelines.runtime.progress import Screen, clock
+from pipelines.runtime.jobs import CurateJob, RemainingWork, check_reachable, run_job
+from pipelines.runtime.progress import ProgressDisplay, format_duration
 
 if TYPE_CHECKING:
     from curate.ledger.select import Selection
@@ -114,10 +119,10 @@ def restart(data: Data, recipe: Recipe, stage: str, stages: Sequence[str]) -> No
         has_encoder(recipe)
     if stage in ("source", "fetch", "images"):
         for record in data.root.glob("fetched/*_stats.json"):
-            uncommit(record)
+            invalidate(record)
     for pattern in ("embedded/stats/*.json", "annotated/*/*.json"):
         for record in data.root.glob(pattern):
-            uncommit(record)
+            invalidate(record)
     data.space.unlink(missing_ok=True)
     if stage == "source":
         clear_plan(data.root)
@@ -229,7 +234,7 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
         if "embed" in request.stages and not has_encoder(recipe):
             say(f"the weights of {recipe.embed.encoder} are not on this machine; the run fetches them first")
         if request.address is not None:
-            reach(request.address)
+            check_reachable(request.address)
         check_space(_there(data.root), estimate_bytes(recipe, rows))
     return {
         "rows": found.total_rows,
@@ -309,7 +314,7 @@ def resume(
     restart_from: str | None = None,
     say: Say = print,
 ) -> Outcome:
-    """The main job on the plan that a data folder has; `retry` fetches again what failed for passing reasons."""
+    """The main job on the plan that a data folder has; `retry` fetches again what failed for transient reasons."""
     if restart_from not in (None, "embed"):
         again = command("curate", data.plan.list, "--out", data.root, "--restart-from", restart_from)
         raise UserError(f"--restart-from {restart_from} needs the list: `{again}`")
@@ -397,20 +402,20 @@ def _run_stages(
     address: str | None,
     say: Say,
     retry: bool,
-) -> Screen | None:
+) -> ProgressDisplay | None:
     """Fetch, embed and annotate what is missing, with Ray; returns what was seen of it (None where all was done)."""
     fetch, embed = "fetch" in stages, "embed" in stages
     left = left_to_do(data, recipe, annotators, stages, retry)
     if not left.shards:
         return None
     if address is not None:
-        reach(address)
+        check_reachable(address)
     check_space(data.root, estimate_bytes(recipe, left.rows))
     if embed:
         _fetch_encoder(recipe, say)
     if len(left.shards) < len(data.plan.shards):
         say(f"{len(data.plan.shards) - len(left.shards):,} of {len(data.plan.shards):,} shards are done already")
-    return run_job(Job(data, recipe, fetch=fetch, embed=embed, retry=retry), left, address=address)
+    return run_job(CurateJob(data, recipe, fetch=fetch, embed=embed, retry=retry), left, address=address)
 
 
 def _images(data: Data) -> int:
@@ -420,22 +425,22 @@ def _images(data: Data) -> int:
 
 def left_to_do(
     data: Data, recipe: Recipe, annotators: Mapping[str, Annotator], stages: Sequence[str], retry: bool = False
-) -> Work:
+) -> RemainingWork:
     """The shards that are not fetched, embedded and annotated, as far as these stages do that."""
-    from curate.workers import embed_done, fetch_done, may_pass
+    from curate.workers import embed_done, fetch_done, transient_failures
 
     fetch, embed = "fetch" in stages, "embed" in stages
     fetch_hash, embed_hash = recipe.hashes()
     shards, rows, images = [], 0, 0
     for s in data.plan.shards:
         fetched = fetch_done(data, s.shard, fetch_hash)
-        waiting = may_pass(data, s.shard) if fetched and retry else 0 if fetched else s.rows
+        waiting = transient_failures(data, s.shard) if fetched and retry else 0 if fetched else s.rows
         unembedded = fetched and embed and not embed_done(data, s.shard, embed_hash, annotators)
         if (waiting and fetch) or unembedded:
             shards.append(s.shard)
             rows += waiting
             images += _images_left(data, s.shard, embed_hash) if unembedded else 0
-    return Work(shards, rows, images)
+    return RemainingWork(shards, rows, images)
 
 
 def _images_left(data: Data, shard: int, config: str) -> int:
@@ -626,13 +631,13 @@ def status(data: Data, say: Say) -> tuple[dict[str, Any], str]:
         return found, again(data)
     if embedded < sum(1 for r in fetched.values() if r.get("successes", 1)):
         return found, command("embed", data.root)
-    waiting = sum(n for reason, n in failures if Reason(reason).passing)
+    waiting = sum(n for reason, n in failures if Reason(reason).transient)
     vain = _tried_in_vain(data, fetched)
     found["may_pass"], found["tried_in_vain"] = waiting, vain
     if waiting > vain:
         return found, command("retry", data.root)
     if waiting:
-        once_more, failed = command("retry", data.root), f"{waiting:,} rows that failed for passing reasons"
+        once_more, failed = command("retry", data.root), f"{waiting:,} rows that failed for transient reasons"
         say(f"retry     the last one had back none of {failed}; `{once_more}` tries anew")
     for name, facts in selections.items():
         if facts["stale"]:
@@ -677,10 +682,10 @@ def selections_there(data: Data) -> dict[str, dict[str, Any]]:
 
 def _tried_in_vain(data: Data, fetched: Mapping[int, dict[str, Any]]) -> int:
     """How many rows failed for reasons that may pass in shards whose last retry recovered nothing."""
-    from curate.workers import may_pass
+    from curate.workers import transient_failures
 
     last = {shard: record["retries"][-1] for shard, record in fetched.items() if record.get("retries")}
-    return sum(may_pass(data, shard) for shard, retry in last.items() if not retry["recovered"])
+    return sum(transient_failures(data, shard) for shard, retry in last.items() if not retry["recovered"])
 
 
 # ---------------------------------------------------------------------------------------------------- words and sums
@@ -718,11 +723,11 @@ def estimate_bytes(recipe: Recipe, rows: int) -> int:
     return rows * (int(image * 1.5) + 2 * 2 * 1664)
 
 
-def projection(data: Data, listed: int, taken: int, kept: int, screen: Screen | None) -> str:
+def projection(data: Data, listed: int, taken: int, kept: int, screen: ProgressDisplay | None) -> str:
     """What the whole list would take, from the rows that were taken: time, size, and kept rows with a 95% interval."""
     share = kept / taken
     half = 1.96 * (share * (1 - share) / taken) ** 0.5
     size = sum(p.stat().st_size for p in (data.root / "fetched").glob("*.tar")) / taken * listed
     seconds = screen.whole(listed, round(_images(data) / taken * listed)) if screen is not None else None
-    time = f"about {clock(seconds)} here, " if seconds is not None else ""
+    time = f"about {format_duration(seconds)} here, " if seconds is not None else ""
     return f"whole list: {listed:,} rows, {time}{size / 1e9:,.1f} GB, {share * listed:,.0f} ± {half * listed:,.0f} kept"

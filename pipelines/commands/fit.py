@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
 from curate.encoders.registry import check_available, check_named
-from curate.store.files import UserError, digest, read_json, sha256_file, write_json
+from curate.store.files import digest, read_json, sha256_file, write_json
 from pipelines.pool import DataPool, FolderPool, Pool, VectorsPool
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def fit(request: Request, say: Say = lambda line: None) -> Outcome:
     Raises UserError where the request makes no sense, asks what the ratings are not for, `request.out` holds another
     head, or nothing joins; HeadError where the ratings make no sense or are too few. Nothing is written then.
     """
-    from aesthetic.heads import save_head
+    from aesthetic.head_files import save_head
     from aesthetic.ratings import read_ratings
 
     _check(request)

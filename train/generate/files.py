@@ -15,8 +15,9 @@ from typing import Annotated, Any
 from PIL import Image, PngImagePlugin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from aesthetic.errors import UserError
+from aesthetic.files import as_disk_full, scratch_path, sync
 from aesthetic.untrusted import parse_json, printable, read_bytes
-from curate.store.files import UserError, scratch_path, sync, told
 
 CHUNK = "tastemaker"
 """The PNG text chunk with the facts, as JSON."""
@@ -52,7 +53,7 @@ def _read(path: Path | str, decode: Callable[[bytes], Image.Image]) -> Image.Ima
 
 def decode_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The bytes of an image file upright, in sRGB, over white where it is transparent. Raises RowError."""
-    from curate.images.pixels import decode
+    from curate.images.decode import decode
 
     return Image.fromarray(decode(data, max_pixels=max_pixels))
 
@@ -64,7 +65,7 @@ def decode_mask(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     what is painted, that is opaque, is drawn anew. Raises RowError where it is no image, UserError where it
     leaves nothing to be drawn anew.
     """
-    from curate.images.pixels import decode_alpha
+    from curate.images.decode import decode_alpha
 
     alpha = decode_alpha(data, max_pixels)
     if alpha is None:
@@ -106,7 +107,7 @@ def sheet(image: Image.Image, names: Sequence[str]) -> bytes:
 
 def read_facts(path: Path | str) -> dict[str, Any]:
     """What a PNG says of itself. Raises UserError where it says nothing, or nothing that can be read."""
-    from curate.images.pixels import decode
+    from curate.images.decode import decode
     from curate.ledger.schema import RowError
 
     try:
@@ -228,7 +229,7 @@ def save_numbered(data: bytes, folder: Path, prefix: str = "") -> Path:
         while not _claimed(scratch, path := folder / f"{prefix}{number:06d}.png"):
             number += 1
     except OSError as e:
-        raise told(e, folder) from e
+        raise as_disk_full(e, folder) from e
     finally:
         scratch.unlink(missing_ok=True)
     sync(folder)
