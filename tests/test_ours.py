@@ -248,7 +248,7 @@ def test_the_list_is_read_anew_and_what_others_put_into_the_folder_stays(tmp_pat
     made = [
         *(data.tar(0), data.table(0), data.fetched_record(0), data.starts(0), data.image_vectors(0)),
         *(data.text_vectors(0), data.metadata(0), data.embedded_record(0), data.space, data.space_record),
-        *(data.scores("s", 0), data.annotations_record("s", 0), data.root / "plan" / "list-00000-x.csv"),
+        *(data.annotations("s", 0), data.annotations_record("s", 0), data.root / "plan" / "list-00000-x.csv"),
     ]
     write(data.root, *(str(p.relative_to(data.root)) for p in made))
     foreign = [

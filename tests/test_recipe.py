@@ -74,7 +74,7 @@ def test_a_shipped_recipe_is_whole(name: str, tmp_path: Path) -> None:
         ("columns: {taste: {head: a}}", "columns.taste: the name of a head or an annotator, or {use: ANNOTATOR, ...}"),
         (
             "score: {a: laion-v2}",
-            "`columns` now, and may name any annotator. Write in its place:\ncolumns:\n  a: laion",
+            "may name any annotator. Write in its place:\ncolumns:\n  a: laion-v2",
         ),
         ("columns: {taste: a, Taste: b}", "columns.Taste: there is a column taste (SQL ignores case)"),
         ("select: {rules: {large: true}}", "select.rules.large: text is expected, not True"),
@@ -113,7 +113,7 @@ def test_a_shipped_recipe_is_whole(name: str, tmp_path: Path) -> None:
 )
 def test_what_is_wrong_is_named(text: str, words: str) -> None:
     if words == "no error in quadratic time":
-        assert len(parse_recipe(text).score) == 20_000
+        assert len(parse_recipe(text).columns) == 20_000
         return
     with pytest.raises(UserError) as e:
         parse_recipe(text, what="mine.yaml")

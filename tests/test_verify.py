@@ -172,7 +172,7 @@ def test_only_what_depends_on_the_damage_is_made_again(
     data: Data, finished: Path, served: Served, recipe: Recipe
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in committed(data.root)}
-    path = data.scores("aesthetic", 1)
+    path = data.annotations("aesthetic", 1)
     content = path.read_bytes()
     path.write_bytes(content[:-1] + b"?")
     verify.repair(damaged(data))

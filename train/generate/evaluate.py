@@ -263,7 +263,8 @@ def difference(drawn: npt.ArrayLike, real: npt.ArrayLike, *, paired: bool, seed:
 def look(
     pictures: Iterable[Pixels], models: Mapping[str, Encoder | Annotator], tell: Tell = lambda count: None
 ) -> dict[str, npt.NDArray[Any]]:
-    """What models see in pictures, (h, w, 3) uint8: by name an encoder's (n, d) unit vectors or a detector's (n,) scores.
+    """What models see in pictures, (h, w, 3) uint8: by name (n, d) unit vectors of an encoder, or a detector's (n,)
+    scores.
 
     Beside them `phash`, (n,) uint64: perceptual hashes. Batches are cut at fixed places, so that the same pictures give
     the same numbers.
