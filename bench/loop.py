@@ -1,4 +1,4 @@
-"""The loop that people live in, timed: rate -> fit -> score -> select -> pack, on 100,000 images.
+"""The loop that people live in, timed: rate -> fit -> annotate -> select -> pack, on 100,000 images.
 
     python -m bench.loop [--images 100000] [--ratings 300]
 

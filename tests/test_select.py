@@ -145,7 +145,7 @@ def test_the_connection_itself_has_no_access(unchanged: Path, tmp_path: Path) ->
     ):
         with pytest.raises(duckdb.Error):
             con.execute(sql).fetchall()
-    assert sorted(os.listdir(unchanged)) == ["embedded", "fetched", "annotated"]
+    assert sorted(os.listdir(unchanged)) == ["annotated", "embedded", "fetched"]
 
 
 def test_sql_errors_are_said_in_a_line(unchanged: Path) -> None:
@@ -333,7 +333,7 @@ def test_a_new_score_is_shown_and_a_changed_score_selects_anew(data: Path) -> No
 def test_incomplete_and_stale_tables_are_refused_where_a_rule_reads_them(data: Path) -> None:
     write_annotated(data, 0, "taste", lambda n: 0.5)
     assert run(data, good="laion_v2 >= 5")[0].kept
-    with pytest.raises(UserError, match=r"annotated/taste lacks 2 of 3 .*tastemaker score"):
+    with pytest.raises(UserError, match=r"annotated/taste lacks 2 of 3 .*tastemaker annotate"):
         run(data, mine="taste > 0.2")
     write_fetched(data, 1, salt="!")
     with pytest.raises(UserError, match="annotated/laion_v2/00001 was made from an older fetched/00001"):
