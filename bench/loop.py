@@ -55,7 +55,7 @@ def main() -> None:
                 *("fit", str(root / "ratings.csv"), "--data", folder, "--out", str(head)),
                 *("--suggest", "20"),
             ],
-            "score": ["annotate", folder, f"taste={head}"],
+            "annotate": ["annotate", folder, f"taste={head}"],
             "select": ["select", folder, "--name", "mine", "--set", rule],
             "pack": ["pack", folder, "--name", "mine"],
         }
