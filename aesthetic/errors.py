@@ -1,4 +1,4 @@
-"""What a user did wrong."""
+"""What ends a command with a sentence for whoever typed it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Iterable
 
 class UserError(Exception):
     """Bad input, a bad recipe, or a machine that lacks something: the message names it and what to do (exit code 2)."""
+
+
+class DiskFull(Exception):
+    """The disk is full, or so nearly full that going on would fill it; what is written stays valid (exit code 1)."""
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:

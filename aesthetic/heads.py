@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from aesthetic.chunks import blocks, thread_map
 from aesthetic.errors import UserError, nearest
-from aesthetic.files import write_whole
+from aesthetic.files import write_atomic
 from aesthetic.space import Space, SpaceError
 from aesthetic.untrusted import parse_json, printable, read_bytes, read_json_file
 
@@ -220,9 +220,9 @@ def save_head(head: Head, folder: Path | str) -> Path:
     except (TypeError, ValueError) as e:
         raise HeadError(f"{head.name}: its card or space cannot be written as JSON: {e}") from e
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "head.safetensors", weights)
-    write_whole(folder / "head.json", text.encode())
-    write_whole(folder / "MODEL_CARD.md", model_card(head).encode())
+    write_atomic(folder / "head.safetensors", weights)
+    write_atomic(folder / "head.json", text.encode())
+    write_atomic(folder / "MODEL_CARD.md", model_card(head).encode())
     return folder
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from aesthetic.files import write_whole
+from aesthetic.files import write_atomic
 from aesthetic.heads import HeadError
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def drawing(path: Path | str, title: str, width: float, height: float) -> Iterat
         buffer = BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_whole(Path(path), buffer.getvalue())
+    write_atomic(Path(path), buffer.getvalue())
 
 
 def _greens() -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from aesthetic.errors import UserError
-from aesthetic.files import write_whole
+from aesthetic.files import write_atomic
 from aesthetic.untrusted import read_json_file
 
 MIN_COSINE = 0.9995
@@ -100,7 +100,7 @@ class Space:
             "probes": probes,
         }
         text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        write_whole(Path(path), text.encode())
+        write_atomic(Path(path), text.encode())
 
     @classmethod
     def load(cls, path: Path) -> Space:

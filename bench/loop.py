@@ -22,13 +22,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from aesthetic.files import atomic
 from curate.annotators.embed import pictures_of, write_vectors
 from curate.encoders.base import load_encoder
 from curate.layout import Data
 from curate.ledger.schema import fetched_schema, make_key
 from curate.shards.tar import TarWriter
 from curate.sources.plan import SourceConfig, make_plan
-from curate.store.files import atomic, commit
+from curate.store.records import commit
 from pipelines.commands.curate import store_recipe
 from pipelines.recipe import load_recipe
 

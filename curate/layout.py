@@ -8,9 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aesthetic.errors import UserError
 from curate.ledger.schema import shard_name
-from curate.store.files import UserError, local_path, output_digests, read_json
+from curate.store.files import local_path, read_json
 from curate.store.ownership import clear, kind_of
+from curate.store.records import output_digests
 
 if TYPE_CHECKING:
     import duckdb

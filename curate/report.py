@@ -23,6 +23,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
+from aesthetic.errors import UserError
+from aesthetic.files import atomic
 from curate.images.pixels import decode
 from curate.ledger.rules import check_rules, read_rules
 from curate.ledger.schema import FETCHED_COLUMNS, URL_COLUMNS, RowError, Status
@@ -30,7 +32,7 @@ from curate.ledger.select import load_selection
 from curate.ledger.sql import connect, literal, quote
 from curate.ledger.view import OURS, Table, fetched_columns, tables, types_there
 from curate.shards.tar import CorruptShard, image_member, index_tar, read_range
-from curate.store.files import UserError, atomic, read_json
+from curate.store.files import read_json
 
 BLURRED_FROM = 0.5
 """Images that a detector or head of unsafe images scores this or more are blurred, whatever the rules say; so is what a

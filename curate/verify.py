@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from curate.layout import Data
-from curate.store.files import json_bytes, read_json, record_digest, sha256_file, uncommit
+from curate.store.files import json_bytes, read_json, sha256_file
+from curate.store.records import invalidate, record_digest
 
 _STAGES = ("plan", "fetched", "embedded", "scored", "selected", "shards")
 
@@ -68,7 +69,7 @@ def unfinished(data: Data) -> dict[str, list[int]]:
 def repair(damages: Sequence[Damage]) -> None:
     """Take back the records of damaged files: the commands of `remedies` then make them again."""
     for damage in damages:
-        uncommit(damage.record)
+        invalidate(damage.record)
 
 
 def remedies(data: Data, damages: Sequence[Damage]) -> list[str]:

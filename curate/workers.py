@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
+from aesthetic.errors import UserError
 from aesthetic.heads import Head, load_head
 from aesthetic.space import Space, require_same
 from curate.annotators.embed import EmbedConfig, embed_shard
@@ -26,7 +27,8 @@ from curate.images.pixels import ImagesConfig
 from curate.layout import Data
 from curate.ledger.schema import Reason, Status
 from curate.sources.vectors import Imported, import_shard, open_folder
-from curate.store.files import UserError, commit, is_done, read_json
+from curate.store.files import read_json
+from curate.store.records import commit, is_done
 
 RARELY = (50_000, 20, 100)
 """Thresholds of the garbage collector while shards are fetched. Rows leave next to no cycles behind, but thousands of

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from aesthetic.errors import UserError
 from curate.shards.tar import IMAGE_EXTENSIONS
-from curate.store.files import UserError
 
 STAMPS = "tuxpaint-stamps-default"
 PACKAGES = (STAMPS, "gnome-backgrounds", "mate-backgrounds", "plasma-workspace-wallpapers")

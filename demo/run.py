@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
-from curate.store.files import UserError, atomic
+from aesthetic.errors import UserError
+from aesthetic.files import atomic
 from demo.pictures import Picture, pictures
 from demo.web import Route, Web, address
 

@@ -28,7 +28,7 @@ from types import TracebackType
 from aiohttp import web
 from multidict import CIMultiDict
 
-from curate.store.files import UserError
+from aesthetic.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

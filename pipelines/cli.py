@@ -455,9 +455,9 @@ def _resume(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> int:
+    from aesthetic.errors import UserError
     from curate.layout import open_data
     from curate.ledger.sql import plain_name
-    from curate.store.files import UserError
     from pipelines.commands import curate
 
     data = open_data(args.data)
@@ -519,7 +519,7 @@ def _status(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from curate import verify
     from curate.layout import open_data
-    from curate.store.files import Lock
+    from curate.store.lock import Lock
 
     data = open_data(args.data)
     checked = 0
@@ -633,7 +633,8 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from curate.store.files import UserError, local_path
+    from aesthetic.errors import UserError
+    from curate.store.files import local_path
     from pipelines.commands.evaluate import PROMPTS, Request, run
 
     if args.out is None and not Path(args.model).is_dir():
@@ -662,8 +663,8 @@ def _aside(line: str) -> None:
 
 
 def _heads(args: argparse.Namespace) -> int:
+    from aesthetic.errors import UserError
     from aesthetic.heads import check_free
-    from curate.store.files import UserError
 
     run, takes = _HEADS[args.action]
     every = {option for _, options in _HEADS.values() for option in options}
@@ -722,8 +723,8 @@ def _heads_show(args: argparse.Namespace) -> int:
 
 def _heads_import(args: argparse.Namespace) -> int:
     from aesthetic.catalog import fetch_head, import_head
+    from aesthetic.errors import UserError
     from curate.encoders.base import canonical_name, check_named
-    from curate.store.files import UserError
 
     if not Path(args.head).exists():
         if args.encoder or args.norm or args.scale:
@@ -744,9 +745,9 @@ def _heads_import(args: argparse.Namespace) -> int:
 
 
 def _heads_prompt(args: argparse.Namespace) -> int:
+    from aesthetic.errors import UserError
     from aesthetic.prompts import prompt_head
     from curate.encoders.base import check_available, load_encoder
-    from curate.store.files import UserError
 
     if not (args.encoder and args.wanted and args.against):
         raise UserError(
@@ -778,9 +779,9 @@ _HEADS: dict[str, tuple[Callable[[argparse.Namespace], int], tuple[str, ...]]] =
 
 def _require_free(name: str, out: str | None) -> None:
     """UserError where a head that goes by its name would never be found: one that is built in goes before it."""
+    from aesthetic.errors import UserError
     from aesthetic.heads import SHIPPED
     from curate.annotators.nsfw import DETECTORS
-    from curate.store.files import UserError
 
     if out is None and (name in DETECTORS or (SHIPPED / name / "head.json").exists()):
         raise UserError(f"{name} is the name of one that is built in: choose another, or a folder with --out")

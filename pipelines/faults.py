@@ -41,9 +41,9 @@ def told(error: BaseException) -> tuple[int, str]:
         return 1, f"this needs more memory than there is{_limit(resource.RLIMIT_AS, 'ulimit -v', 1024)}. {_GOES_ON}"
     if isinstance(error, OSError) and (known := _of_the_system(error)):
         return known
+    from aesthetic.errors import DiskFull
     from curate.annotators.embed import EndsItsProcess
     from curate.ledger.select import NothingKept
-    from curate.store.files import DiskFull
 
     if isinstance(error, NothingKept):
         return 3, str(error)

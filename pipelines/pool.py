@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from aesthetic.errors import UserError
 from aesthetic.space import Space
 from aesthetic.vectors import open_vectors
-from curate.store.files import UserError
-from pipelines.runtime.progress import clock, speed
+from pipelines.runtime.progress import format_duration, format_rate
 from pipelines.terminal import CLEAR, RETURN
 
 if TYPE_CHECKING:
@@ -299,11 +299,8 @@ class FolderPool:
                     if shown:
                         left = (len(images) - done - 1) / rate
                         print(RETURN, end="", file=sys.stderr)
-                        print(
-                            f"embed  {done + 1:,}/{len(images):,}  {speed(rate, 'img')}  eta {clock(left)} ",
-                            end="",
-                            file=sys.stderr,
-                        )
+                        speed = f"{format_rate(rate, 'img')}  eta {format_duration(left)} "
+                        print(f"embed  {done + 1:,}/{len(images):,}  {speed}", end="", file=sys.stderr)
         if images:
             print(CLEAR if shown else "", end="", file=sys.stderr)
             self._say(f"embedded {len(images):,} images in {time.monotonic() - began:.0f} s with {encoder.name}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from aesthetic.errors import UserError
 from aesthetic.untrusted import read_text
-from curate.store.files import UserError
 
 
 def read_prompts(path: Path) -> list[str]:

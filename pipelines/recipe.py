@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from aesthetic.errors import nearest
+from aesthetic.errors import UserError, nearest
 from aesthetic.untrusted import clean, printable, read_text
 from curate.annotators.embed import EmbedConfig
 from curate.fetch.client import FetchConfig
@@ -26,7 +26,7 @@ from curate.ledger.schema import EMBEDDED_COLUMNS, RESERVED
 from curate.ledger.select import SelectConfig
 from curate.shards.pack import PackConfig
 from curate.sources.plan import SourceConfig
-from curate.store.files import UserError, digest
+from curate.store.files import digest
 
 DEFAULT = "laion-aesthetics-5"
 _RECIPES = resources.files("pipelines") / "recipes"
@@ -73,7 +73,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         columns, verify = self.source.columns, self.fetch.verify
-        if columns is not None and verify is not None and verify not in columns:  # what is compared is carried along
+        if columns is not None and verify is not None and verify not in columns:  # what is compared is kept
             object.__setattr__(self, "source", dataclasses.replace(self.source, columns=(*columns, verify)))
         seen = {name.lower(): name for name in (*RESERVED, *(n for n, _ in EMBEDDED_COLUMNS), "source")}
         for column in self.score:  # it will name a folder, and a column in SQL

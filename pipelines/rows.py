@@ -20,9 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from aesthetic.errors import UserError
+from aesthetic.files import atomic
 from aesthetic.untrusted import printable
 from curate.ledger.view import Answer
-from curate.store.files import UserError, atomic
 from pipelines.terminal import Control
 
 SHOWN, WIDTH = 200, 60

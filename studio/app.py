@@ -18,7 +18,7 @@ from fastapi.exceptions import RequestValidationError, StarletteHTTPException
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.sse import EventSourceResponse
 
-from curate.store.files import UserError
+from aesthetic.errors import UserError
 from studio.gate import MAX_HEAD, Gate, Protocol, address_of, problem
 from studio.queue import Full, Job
 from studio.service import FolderGone, Studio, facts_in

@@ -22,10 +22,10 @@ from fastapi import HTTPException
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
+from aesthetic.errors import UserError
 from aesthetic.untrusted import decode_text
 from curate.images.pixels import probe
 from curate.ledger.schema import RowError
-from curate.store.files import UserError
 from studio.queue import MOST_OF_ONE, MOST_WAITING, Full
 from studio.wire import MAX_INPUT, Ask
 

@@ -23,9 +23,9 @@ from PIL import Image
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
+from aesthetic.errors import DiskFull, UserError
 from aesthetic.untrusted import open_regular, parse_json
 from curate.ledger.schema import RowError
-from curate.store.files import DiskFull, UserError
 from studio.body import Asked, Line, read_ask, unread
 from studio.queue import Full, Job, OnStep, Turns
 from studio.wire import (

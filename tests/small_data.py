@@ -16,12 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from aesthetic.files import atomic
 from curate.ledger.schema import FETCHED_COLUMNS, Reason, fetched_schema, make_key, shard_name
 from curate.shards.tar import TarWriter
-from curate.store.files import atomic, commit, read_json
+from curate.store.files import read_json
+from curate.store.records import commit
 
 SHARDS, SHARD_SIZE = 3, 20
-CARRIED = pa.schema(
+EXTRA_COLUMNS = pa.schema(
     [("WIDTH", pa.int64()), ("uid", pa.string()), ("LICENSE", pa.string()), ('od"d', pa.float64()), ("n", pa.string())]
 )
 REASONS = {3: Reason.DNS, 7: Reason.HTTP_404, 11: Reason.HTTP_404, 17: Reason.NOT_AN_IMAGE}
@@ -59,7 +61,7 @@ def write_fetched(root: Path, shard: int, salt: str = "") -> None:
         out = TarWriter(f)
         for row in range(SHARD_SIZE):
             number = shard * SHARD_SIZE + row
-            facts: dict[str, Any] = dict.fromkeys([*CARRIED.names, *(n for n, _ in FETCHED_COLUMNS)])
+            facts: dict[str, Any] = dict.fromkeys([*EXTRA_COLUMNS.names, *(n for n, _ in FETCHED_COLUMNS)])
             facts |= {
                 "url": f"http://example.com/{number}.jpg",
                 "caption": None if number == 5 else f"picture {number}{salt}, naïve “ö”",
@@ -94,7 +96,7 @@ def write_fetched(root: Path, shard: int, salt: str = "") -> None:
         out.close()
     table = tar.with_suffix(".parquet")
     with atomic(table) as f:
-        pq.write_table(pa.Table.from_pylist(rows, schema=fetched_schema(CARRIED)), f)
+        pq.write_table(pa.Table.from_pylist(rows, schema=fetched_schema(EXTRA_COLUMNS)), f)
     record = root / "fetched" / f"{shard_name(shard)}_stats.json"
     facts = {"count": len(rows), "successes": successes}
     commit(root, record, config="c", inputs={}, outputs=[tar, table], facts=facts)

@@ -17,7 +17,7 @@ from studio.app import LOOPBACK, Server, listen, new_app
 from studio.service import Studio
 from tests.small_train import COLOURS
 from train.generate.sampler import Artist
-from train.models.unet import new_model, no_bars
+from train.models.unet import new_model, no_progress_bars
 
 SEEN = {"prompt": "a red disc", "steps": 2}
 
@@ -25,7 +25,7 @@ SEEN = {"prompt": "a red disc", "steps": 2}
 def small_artist(folder: Path) -> Artist:
     """The debug model, 16 px, untrained: what it draws is noise that depends on prompt and seed."""
     torch.set_num_threads(1)
-    with no_bars():
+    with no_progress_bars():
         new_model("debug", [f"a {c} disc" for c in COLOURS]).save_pretrained(folder)
     return Artist(folder)
 

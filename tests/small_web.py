@@ -224,7 +224,8 @@ def curate_here(listed: Path, root: Path, settings: list[str], fault: Path | Non
     from curate.annotators.heads import columns_of
     from curate.layout import Data
     from curate.sources.plan import make_plan
-    from curate.store.files import Lock, sweep
+    from curate.store.files import sweep
+    from curate.store.lock import Lock
     from curate.workers import EmbedWorker, FetchWorker, embed_done
     from pipelines.commands.curate import Request, refuse_changes, run, store_recipe
     from pipelines.recipe import load_recipe

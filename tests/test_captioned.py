@@ -18,15 +18,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from aesthetic.errors import UserError
 from curate.ledger.schema import RowError
 from curate.ledger.select import SelectConfig, select
 from curate.shards.pack import PackConfig, pack
-from curate.sources.captioned import Numbered, Samples, Tars, open_folder, parquet_images
+from curate.sources.captioned import MapDataset, Samples, Tars, open_folder, parquet_images
 from curate.sources.plan import SourceConfig, inspect, make_plan
-from curate.store.files import UserError
 from tests.small_data import make_data
 from tests.test_source import picture, write
-from train.data import open_samples, split, survey, weights_of
+from train.data import open_samples, sampling_weights, scan_images, split
 
 JPEG, PNG = picture(), picture("PNG")
 
@@ -389,7 +389,7 @@ def test_parquet_that_holds_the_images(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- what facts are used for
 
 
-def with_facts(folder: Path, facts: list[dict[str, Any]]) -> Numbered:
+def with_facts(folder: Path, facts: list[dict[str, Any]]) -> MapDataset:
     rng = np.random.default_rng(0)
     for i, told in enumerate(facts):
         folder.mkdir(exist_ok=True)
@@ -406,10 +406,10 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path, value: Any) -> No
     facts[5]["taste"] = "6"
     samples = with_facts(tmp_path / "a", facts)
     with pytest.raises(UserError, match=r"taste is no finite number in 1 of 10 pictures \(03\.png: "):
-        weights_of(samples, "taste")
+        sampling_weights(samples, "taste")
     facts[3]["taste"] = 1e308
     facts[6]["taste"] = 1.7e308
-    weights = weights_of(with_facts(tmp_path / "a", facts), "taste")
+    weights = sampling_weights(with_facts(tmp_path / "a", facts), "taste")
     assert np.isfinite(weights.sum()) and weights[4] == 0
 
 
@@ -422,7 +422,7 @@ def test_pictures_without_bytes_or_caption_are_counted(tmp_path: Path) -> None:
     write(folder / "captions.json", "[]")
     samples = open_samples(folder)
     assert [samples.facts(i)["caption"] for i in range(13)].count(None) == 4
-    known = survey(samples)
+    known = scan_images(samples)
     assert list(known.unreadable) == [3] and "it is empty" in known.unreadable[3]
     assert "captions.json: not read; a table of captions is metadata.csv" in "\n".join(samples.notes())
 
@@ -430,7 +430,7 @@ def test_pictures_without_bytes_or_caption_are_counted(tmp_path: Path) -> None:
 def test_hashes_that_are_none_are_made_anew(tmp_path: Path) -> None:
     wrong: list[Any] = ["x", "-1", "f" * 40, 5, [1], "", None, {"a": 1}, "0123456789abcdef", True]
     samples = with_facts(tmp_path / "a", [{"phash": v, "sha256": v, "width": "w", "height": -1} for v in wrong])
-    known = survey(samples)
+    known = scan_images(samples)
     assert all(h and len(h) == 16 for h in known.phash) and known.phash[8] == "0123456789abcdef"
     assert known.sha256 == [None] * 10
     chosen, held = split(samples, 0.2, known=known)

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from curate.store.files import UserError
+from aesthetic.errors import UserError
 from demo import run
 from demo.pictures import BOTH_WAYS, one_size_each, pictures, readable, unpack, wallpaper_name
 from demo.web import Route, Web

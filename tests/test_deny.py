@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from yarl import URL
 
+from aesthetic.errors import UserError
 from curate.fetch import addresses
 from curate.fetch.deny import Deny, _entry, domains, url_text
 from curate.ledger.schema import Reason, RowError
-from curate.store.files import UserError
 from tests.small_web import picture
 
 ANYWHERE = addresses.parse_allow(["0.0.0.0/0:8123", "[::]/0:8123"])

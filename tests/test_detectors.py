@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from aesthetic.errors import UserError
 from aesthetic.space import probe_files
 from curate.annotators.nsfw import DETECTORS, Detector, folded, load_detector
 from curate.encoders.base import pixels
-from curate.store.files import UserError
 
 
 @pytest.fixture(scope="module")

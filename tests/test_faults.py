@@ -21,10 +21,13 @@ import pyarrow.parquet as pq
 import pytest
 from small_web import FAULT, ROOT, TIMEOUT, Run, SmallWeb, digests, gone, same_as, small_web, start_here
 
+from aesthetic.errors import DiskFull, UserError
 from curate.layout import Data
 from curate.ledger.schema import Reason, Status
 from curate.shards.tar import read_images
-from curate.store.files import RESERVE, DiskFull, Lock, UserError, attend, check_space, sweep
+from curate.store.disk import RESERVE, check_space
+from curate.store.files import sweep
+from curate.store.lock import Lock, hold_worker_lock
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +140,7 @@ def _hold(root: Path, ready: multiprocessing.synchronize.Event) -> None:
 
 
 def _work(root: Path, ready: multiprocessing.synchronize.Event) -> None:
-    attend(root)
+    hold_worker_lock(root)
     ready.set()
     time.sleep(60)
 
@@ -166,7 +169,7 @@ def test_workers_of_a_killed_run_are_waited_for(tmp_path: Path, monkeypatch: pyt
         worker = context.Process(target=_work, args=(tmp_path, ready))
         worker.start()
         assert ready.wait(60)
-    monkeypatch.setattr("curate.store.files._LEAVING", 0.3)
+    monkeypatch.setattr("curate.store.lock._LEAVING", 0.3)
     with pytest.raises(UserError, match="still at work"), Lock(tmp_path):
         pass
     worker.kill()

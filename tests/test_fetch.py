@@ -21,11 +21,11 @@ from typing import Any
 
 import pytest
 
+from aesthetic.errors import UserError
 from curate.fetch import addresses, domains
 from curate.fetch import client as fetch_module
 from curate.fetch.client import FetchConfig, Fetcher
 from curate.ledger.schema import Reason, RowError
-from curate.store.files import UserError
 
 PIXELS = b"\xff\xd8" + bytes(range(256)) * 8
 

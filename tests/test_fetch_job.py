@@ -20,12 +20,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from aesthetic.errors import UserError
 from curate.duplicates.repeats import repeats
 from curate.fetch.client import FetchConfig
 from curate.images.pixels import ImagesConfig
 from curate.layout import Data
 from curate.sources.plan import SourceConfig, make_plan
-from curate.store.files import UserError
 from curate.workers import FetchWorker
 from demo.web import Route, Web
 from tests.small_web import ROOT, picture

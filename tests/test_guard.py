@@ -10,9 +10,9 @@ import aiohttp
 import pytest
 from yarl import URL
 
+from aesthetic.errors import UserError
 from curate.fetch import addresses
 from curate.ledger.schema import Reason, RowError
-from curate.store.files import UserError
 
 PRIVATE_TEXT = """
     0.0.0.0 0.1.2.3 10.0.0.1 10.255.255.255 100.64.0.1 100.100.100.200 100.127.255.255 127.0.0.1 127.255.255.254

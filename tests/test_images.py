@@ -20,9 +20,9 @@ import simplejpeg
 from PIL import Image, ImageCms, TiffImagePlugin
 from sklearn.datasets import load_sample_images
 
+from aesthetic.errors import UserError
 from curate.images.pixels import MODES, ImagesConfig, decode, perceptual_hash, probe, process
 from curate.ledger.schema import Reason, RowError
-from curate.store.files import UserError
 
 OASIS = Path(__file__).parents[2] / "shared/data/oasis/images"
 

@@ -30,6 +30,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from aesthetic.errors import UserError
 from curate.fetch import engine_img2dataset
 from curate.fetch.client import FetchConfig
 from curate.images.pixels import ImagesConfig
@@ -37,7 +38,6 @@ from curate.layout import Data
 from curate.ledger.schema import Reason
 from curate.shards.tar import index_tar, read_images
 from curate.sources.plan import SourceConfig, make_plan
-from curate.store.files import UserError
 from curate.workers import FetchWorker
 from demo.web import Route, Web
 

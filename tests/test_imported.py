@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from aesthetic.errors import UserError
 from curate.annotators.embed import EmbedConfig
 from curate.layout import Data
 from curate.sources.plan import SourceConfig, make_plan
 from curate.sources.vectors import Imported, open_folder
-from curate.store.files import UserError, read_json
+from curate.store.files import read_json
 from curate.workers import EmbedWorker
 from tests.conftest import ROOT
 from tests.real_data import BUNDLED, SCORE, SELECTION, SHARD_SIZE, embed_all, fetch_all

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from aesthetic.errors import UserError
 from curate.layout import Data
 from curate.ledger.schema import FETCHED_COLUMNS, URL_COLUMNS, Reason, list_name, stored_name
 from curate.ledger.select import SelectConfig, select
@@ -28,7 +29,7 @@ from curate.shards.pack import PackConfig, pack
 from curate.sources import lines
 from curate.sources.lists import CAPTION_NAMES, named
 from curate.sources.plan import Plan, SourceConfig, inspect, make_plan
-from curate.store.files import UserError, commit
+from curate.store.records import commit
 from pipelines.recipe import Recipe, load_recipe
 from tests.small_web import picture
 from tests.stages import fetch_shards, serving
@@ -136,7 +137,7 @@ def test_broken_lines_of_json_and_text(tmp_path: Path, monkeypatch: pytest.Monke
         "nested too deep",
         *["not JSON"] * 2,
     ]
-    assert plan.carried == pa.schema([("n", pa.int64())])
+    assert plan.extra_columns == pa.schema([("n", pa.int64())])
     text = numbered(300, "").encode() + b"http://a.test/caf\xe9\n" + b"x" * 5000 + b"\n" + numbered(300, "").encode()
     monkeypatch.setattr(lines, "LONGEST_LINE", 4000)
     monkeypatch.setattr(lines, "_BLOCK", 1000)
@@ -357,7 +358,7 @@ def test_columns_that_are_called_like_ours(tmp_path: Path) -> None:
             recipe = dataclasses.replace(served.recipe, source=settings)
             data = Data(tmp_path / path.suffix[1:])
             plan = make_plan(str(path), data.root, recipe.source)
-            assert plan.carried.names == theirs
+            assert plan.extra_columns.names == theirs
             fetch_shards(data, recipe)
             _check_names(data)
 
@@ -392,7 +393,7 @@ def _check_names(data: Data) -> None:
     ledger.close()
 
 
-def test_a_digest_of_the_list_is_compared_whether_or_not_it_is_carried(tmp_path: Path) -> None:
+def test_a_digest_of_the_list_is_compared_whether_or_not_it_is_kept(tmp_path: Path) -> None:
     import hashlib
 
     with serving(2, {}, 10) as served:
@@ -430,7 +431,7 @@ def test_lists_in_folders_below(tmp_path: Path) -> None:
             ("http://7", "dé", None),
         }
     some = inspect(str(tmp_path / "hive"), SourceConfig(where="lang = 'en' AND n = 1"))
-    assert (some.total_rows, some.carried.names) == (1, ["n", "lang", "year"])
+    assert (some.total_rows, some.extra_columns.names) == (1, ["n", "lang", "year"])
     hub = tmp_path / "hub"
     (hub / "data").mkdir(parents=True)
     (hub / "_delta_log").mkdir()
@@ -499,7 +500,7 @@ _MEASURED = """
 import re, sys
 from pathlib import Path
 from curate.sources.plan import SourceConfig, make_plan
-from curate.store.files import UserError
+from aesthetic.errors import UserError
 try:
     plan = make_plan(sys.argv[1], Path(sys.argv[2]), SourceConfig())
     said = str(plan.read(0).table.column("caption").null_count)
@@ -549,9 +550,9 @@ def test_bombs_are_measured(tmp_path: Path, name: str, match: str) -> None:
 
 def test_a_list_has_not_columns_without_end(tmp_path: Path) -> None:
     pq.write_table(pa.table({"url": ["u"], **{f"c{i}": [i] for i in range(1200)}}), tmp_path / "l.parquet")
-    with pytest.raises(UserError, match=r"1,200 columns would be carried.*source.columns: c0, .* and 1,160 more"):
+    with pytest.raises(UserError, match=r"1,200 extra columns would be kept.*source.columns: c0, .* and 1,160 more"):
         inspect(str(tmp_path / "l.parquet"), SourceConfig())
-    assert inspect(str(tmp_path / "l.parquet"), SourceConfig(columns=("c7",))).carried.names == ["c7"]
+    assert inspect(str(tmp_path / "l.parquet"), SourceConfig(columns=("c7",))).extra_columns.names == ["c7"]
     pq.write_table(pa.table({}), tmp_path / "none.parquet")
     with pytest.raises(UserError, match="has no rows"):
         inspect(str(tmp_path / "none.parquet"), SourceConfig())

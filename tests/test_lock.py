@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from aesthetic.errors import UserError
 from aesthetic.heads import Head, HeadError, load_head, save_head
 from aesthetic.space import Space, SpaceMismatch, measure, require_same
 from curate.annotators.embed import EmbedConfig
@@ -28,7 +29,6 @@ from curate.images.pixels import decode
 from curate.layout import Data
 from curate.shards.tar import read_images
 from curate.sources.plan import SourceConfig, make_plan
-from curate.store.files import UserError
 from curate.workers import EmbedWorker
 from pipelines.cli import main
 from tests.real_data import fetch_all, pictures

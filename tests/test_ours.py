@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 
+from aesthetic.errors import UserError
 from curate.layout import Data
 from curate.shards.pack import _check_folder
 from curate.sources.plan import SourceConfig, make_plan
-from curate.store.files import Lock, UserError, attend, open_log, sweep
+from curate.store.files import open_log, sweep
+from curate.store.lock import Lock, hold_worker_lock
 from curate.store.ownership import MARK, check_free, kind_of, taken
 from pipelines.cli import main
 from pipelines.commands import curate
@@ -300,7 +302,7 @@ def test_what_is_written_in_place_is_no_link(name: str, what: str, tmp_path: Pat
         raise AssertionError
     if name == ".workers":
         with pytest.raises(UserError, match=f"{name} is "):
-            attend(data.root)
+            hold_worker_lock(data.root)
     assert (tmp_path / "precious").read_text() == "mine" and not (tmp_path / "new").exists()
 
 
@@ -397,6 +399,6 @@ def test_a_file_system_without_locks_is_no_other_process(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    for hold in (lambda: Lock(tmp_path).__enter__(), lambda: attend(tmp_path)):
+    for hold in (lambda: Lock(tmp_path).__enter__(), lambda: hold_worker_lock(tmp_path)):
         with pytest.raises(UserError, match=r"cannot lock files \(.*local disk"):
             hold()

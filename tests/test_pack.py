@@ -15,11 +15,13 @@ import yaml
 from PIL import Image
 from small_data import SHARD_SIZE, make_data, write_fetched, write_scored
 
+from aesthetic.errors import UserError
 from curate.ledger.schema import make_key
 from curate.ledger.select import NothingKept, SelectConfig, select
 from curate.shards.pack import PackConfig, _cuts, pack
 from curate.shards.tar import CorruptShard, read_images
-from curate.store.files import UserError, output_digests, outputs_present, record_digest, sha256_file
+from curate.store.files import sha256_file
+from curate.store.records import output_digests, outputs_present, record_digest
 
 RULES = {"large": "original_width >= 300", "good": "laion_v2 >= 5 OR original_width < 600"}
 

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from small_data import make_data
 
+from aesthetic.errors import UserError
 from curate.ledger.rules import check_rules
 from curate.ledger.select import SelectConfig, select
 from curate.sources.predicate import Predicate
-from curate.store.files import UserError
 from pipelines.cli import main
 from pipelines.commands import query
 

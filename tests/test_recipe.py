@@ -11,9 +11,9 @@ import pyarrow as pa
 import pytest
 import yaml
 
+from aesthetic.errors import UserError
 from curate.annotators.heads import columns_of
 from curate.layout import Data
-from curate.store.files import UserError
 from pipelines.commands import curate
 from pipelines.recipe import (
     DEFAULT,

@@ -13,12 +13,13 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from aesthetic.errors import UserError
 from curate.ledger.rules import read_rules
 from curate.ledger.schema import Reason, Status, fetched_schema, make_key
 from curate.ledger.select import SelectConfig, select
 from curate.report import KEPT, SHARDS, _Facts, _picture, _printable, _spread, contact_sheet, score_charts
 from curate.shards.tar import TarWriter
-from curate.store.files import UserError, write_json
+from curate.store.files import write_json
 
 SIZE = 10  # rows of a shard
 RULES = {
@@ -46,7 +47,7 @@ def crops(n: int) -> list[bytes]:
 def make_data(root: Path, rows: int, rules: dict[str, str] = RULES) -> Path:
     """A data folder in which row i has the aesthetic score i/10, and every seventh row was not fetched."""
     photos = crops(12)
-    carried = pa.schema([("WIDTH", pa.int32()), ("TEXT", pa.string())])
+    extra_columns = pa.schema([("WIDTH", pa.int32()), ("TEXT", pa.string())])
     for shard in range(-(-rows // SIZE)):
         table: list[dict[str, Any]] = []
         tar = io.BytesIO()
@@ -68,7 +69,7 @@ def make_data(root: Path, rows: int, rules: dict[str, str] = RULES) -> Path:
         stem = f"{shard:05d}"
         (root / "fetched").mkdir(parents=True, exist_ok=True)
         (root / "fetched" / f"{stem}.tar").write_bytes(tar.getvalue())
-        pq.write_table(pa.Table.from_pylist(table, fetched_schema(carried)), root / "fetched" / f"{stem}.parquet")
+        pq.write_table(pa.Table.from_pylist(table, fetched_schema(extra_columns)), root / "fetched" / f"{stem}.parquet")
         write_json(root / "fetched" / f"{stem}_stats.json", {"successes": len(scores)})
         for column, facts in (("aesthetic", {"task": "aesthetic"}), ("open_nsfw", {"detector": "open-nsfw"})):
             (root / "scored" / column).mkdir(parents=True, exist_ok=True)

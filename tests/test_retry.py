@@ -27,13 +27,14 @@ from curate.layout import Data
 from curate.ledger.denied import _Look
 from curate.ledger.sql import connect
 from curate.shards.tar import index_tar, read_images
-from curate.store.files import is_done, read_json, uncommit
+from curate.store.files import read_json
+from curate.store.records import invalidate, is_done
 from curate.workers import embed_done, fetch_done
 from demo.web import Route
 from pipelines import cli
 from pipelines.commands.curate import left_to_do, restart, status
 from pipelines.recipe import Recipe, load_recipe
-from pipelines.runtime.jobs import Work
+from pipelines.runtime.jobs import RemainingWork
 from tests.small_web import picture
 from tests.stages import Served, choose, contents, embed_shards, fetch_shards, run_stages, serving
 
@@ -111,7 +112,7 @@ def test_retry_asks_for_what_may_pass_and_keeps_the_rest(served: Served, tmp_pat
     then = {shard: (rows(data, shard), dict(_images(data, shard)), written(data, shard)) for shard in range(3)}
 
     fetch_shards(data, recipe, retry=True)
-    assert left_to_do(data, recipe, columns_of(recipe.score), ("fetch", "embed")) == Work([0, 2], 0, 3)
+    assert left_to_do(data, recipe, columns_of(recipe.score), ("fetch", "embed")) == RemainingWork([0, 2], 0, 3)
     assert embed_shards(data, recipe) == 3  # of 30 pictures, those that came back
     second = choose(data, recipe)
 
@@ -182,10 +183,10 @@ def test_retries_before_the_next_embedding_add_up(served: Served, tmp_path: Path
     for shard in range(3):
         kept = [v.tobytes() for v in np.load(data.image_vectors(shard))]
         assert {v.tobytes() for v in vectors[shard]} <= set(kept)
-    uncommit(data.fetched_record(0))
+    invalidate(data.fetched_record(0))
     fetch_shards(data, recipe)
     assert "retries" not in read_json(data.fetched_record(0))
-    uncommit(data.scores_record("open_nsfw", 0))  # a detector alone has the pixels decoded again
+    invalidate(data.scores_record("open_nsfw", 0))  # a detector alone has the pixels decoded again
     assert embed_shards(data, recipe) == read_json(data.fetched_record(0))["successes"]
 
 

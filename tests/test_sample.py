@@ -17,11 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
-from curate.store.files import UserError
+from aesthetic.errors import UserError
 from train.generate import sampler
 from train.generate.files import png, read_facts
 from train.generate.sampler import Artist, Drawn, Request, request_of, settled
-from train.models.info import look
+from train.models.info import read_model_info
 from train.models.lora import Lora, check_lora, parse_lora
 from train.models.presets import PRESETS
 from train.models.schedulers import FLOW, SCHEDULERS, scheduler_name, share_of_steps
@@ -169,7 +169,7 @@ def test_a_lora_is_what_diffusers_makes_of_it(
     assert same(drawn.image, theirs) and not same(drawn.image, without.image)
     assert drawn.facts["loras"][0]["weight"] == 0.5 and len(drawn.facts["loras"][0]["sha256"]) == 64
     with pytest.raises(UserError, match=r"trained on another model than .*latents: .* there"):
-        check_lora(look(save_other(models["latents"], tmp_path / "latents")), Lora(tmp_path / "lora"))
+        check_lora(read_model_info(save_other(models["latents"], tmp_path / "latents")), Lora(tmp_path / "lora"))
     assert parse_lora(f"{tmp_path}/lora:0.5") == Lora(tmp_path / "lora", 0.5)
     assert parse_lora(f"{tmp_path}/lora") == Lora(tmp_path / "lora")
 
@@ -362,11 +362,11 @@ def test_what_does_not_fit_is_refused_without_the_weights(
     pictures = {"photo": photo, "mask": mask, "small": mask.resize((8, 8)), "odd": photo.crop((0, 0, 13, 16))}
     given = {"prompt": "a"} | {k: pictures[v] if k in ("image", "mask") else v for k, v in given.items()}
     with pytest.raises(UserError, match=message):
-        settled(look(models["pixels"]), Request(**given))
+        settled(read_model_info(models["pixels"]), Request(**given))
 
 
 def test_defaults_are_the_models(models: dict[str, Path], photo: Image.Image, mask: Image.Image) -> None:
-    about, r = look(models["latents"]), Request("a")
+    about, r = read_model_info(models["latents"]), Request("a")
     assert about.size == (16, 16) and about.factor == 2 and about.step == 8 and not about.of_pixels
     whole = settled(about, r)
     assert (whole.width, whole.height, whole.guidance, whole.scheduler) == (16, 16, 7.5, "DDIMScheduler")
@@ -376,7 +376,10 @@ def test_defaults_are_the_models(models: dict[str, Path], photo: Image.Image, ma
     assert settled(about, replace(r, upscale=2)).strength == 0.3
     assert settled(about, replace(r, upscale=2), upscaler=True).strength == 0.0
     (models["latents"] / "train.json").write_text('{"settings": {}, "data": {"manifest_sha256": "abc"}}')
-    assert settled(look(models["latents"]), r).guidance == 3.0 and look(models["latents"]).manifest == "abc"
+    assert (
+        settled(read_model_info(models["latents"]), r).guidance == 3.0
+        and read_model_info(models["latents"]).manifest == "abc"
+    )
     (models["latents"] / "train.json").unlink()
 
 
@@ -388,7 +391,7 @@ def test_a_shifted_flow_enlarges_with_as_much_noise() -> None:
 
 
 def test_too_few_or_many_steps_for_a_scheduler_are_refused(models: dict[str, Path]) -> None:
-    about = look(models["latents"])
+    about = read_model_info(models["latents"])
     settled(about, Request("a", scheduler="PNDM", steps=4))
     for name, steps in (("PNDM", 3), ("LCM", 999)):
         with pytest.raises(UserError, match=rf"{name}Scheduler can't draw in {steps} steps"):
@@ -428,17 +431,21 @@ def test_a_model_without_a_part_is_told_without_loading(
     shutil.copytree(models["pixels"], tmp_path / "m")
     damage(tmp_path / "m")
     with pytest.raises(UserError, match=message):
-        look(tmp_path / "m")
+        read_model_info(tmp_path / "m")
 
 
 def test_the_digest_is_that_of_the_weights_wherever_they_lie(models: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(models["pixels"], tmp_path / "m")
     (tmp_path / "m" / "README.md").write_text("a note")
-    assert look(tmp_path / "m").digest == look(models["pixels"]).digest != look(models["latents"]).digest
+    assert (
+        read_model_info(tmp_path / "m").digest
+        == read_model_info(models["pixels"]).digest
+        != read_model_info(models["latents"]).digest
+    )
     with open(tmp_path / "m" / "unet" / "diffusion_pytorch_model.safetensors", "r+b") as f:
         f.seek(-1, 2)
         f.write(b"\x01")
-    assert look(tmp_path / "m").digest != look(models["pixels"]).digest
+    assert read_model_info(tmp_path / "m").digest != read_model_info(models["pixels"]).digest
 
 
 def test_a_model_goes_by_its_bare_name_too(
@@ -446,7 +453,7 @@ def test_a_model_goes_by_its_bare_name_too(
 ) -> None:
     (tmp_path / "pipeline").symlink_to(models["pixels"])
     monkeypatch.chdir(tmp_path)
-    assert look("pipeline").digest == look(models["pixels"]).digest
+    assert read_model_info("pipeline").digest == read_model_info(models["pixels"]).digest
 
 
 def test_the_end_of_a_prompt_that_is_not_read_is_known(artists: dict[str, Artist]) -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from small_data import (
-    CARRIED,
+    EXTRA_COLUMNS,
     REASONS,
     SHARD_SIZE,
     laion_v2,
@@ -22,12 +22,12 @@ from small_data import (
     write_scored,
 )
 
+from aesthetic.errors import UserError
 from curate.ledger.rules import check_rules
 from curate.ledger.schema import make_key
 from curate.ledger.select import SelectConfig, Selection, changed_since, funnel_text, load_selection, remembered, select
 from curate.ledger.uids import UID, read_uids, select_uids, write_uids
 from curate.ledger.view import ledger_types, open_ledger, query, source_types, table_digests, tables, types_there
-from curate.store.files import UserError
 
 SCALES = {"laion_v2": (1.0, 10.0)}
 FETCHED = [n for n in range(60) if n % SHARD_SIZE not in REASONS]
@@ -276,8 +276,8 @@ def test_infinities_and_hashes_that_are_none_are_no_values_and_said(data: Path) 
 def test_columns_of_any_name(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import small_data
 
-    carried = pa.schema([(name if f.name == "LICENSE" else f.name, f.type) for f in CARRIED])
-    monkeypatch.setattr(small_data, "CARRIED", carried)
+    extra_columns = pa.schema([(name if f.name == "LICENSE" else f.name, f.type) for f in EXTRA_COLUMNS])
+    monkeypatch.setattr(small_data, "EXTRA_COLUMNS", extra_columns)
     data = tmp_path / "data"
     small_data.write_fetched(data, 0)
     for shard in data.glob("fetched/*.parquet"):
@@ -384,7 +384,7 @@ def test_an_unknown_selection_names_those_there_are(data: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ checking rules
 
 COLUMNS = {**ledger_types(), "laion_v2": "FLOAT", "open_nsfw": "FLOAT"}
-SOURCE = source_types(CARRIED)
+SOURCE = source_types(EXTRA_COLUMNS)
 
 
 @pytest.mark.parametrize(

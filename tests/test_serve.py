@@ -20,7 +20,7 @@ import httpx
 import pytest
 from PIL import Image, PngImagePlugin
 
-from curate.store.files import UserError
+from aesthetic.errors import UserError
 from pipelines.cli import main
 from studio import gate, service
 from studio import queue as queue_module

@@ -25,13 +25,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from aesthetic.errors import UserError
 from curate.ledger.schema import Reason
 from curate.shards.tar import TarWriter
 from curate.sources import plan as plan_module
 from curate.sources.folders import reason_of
 from curate.sources.lists import BATCH
 from curate.sources.plan import Plan, Row, SourceConfig, inspect, load_plan, make_plan
-from curate.store.files import UserError
 
 ROWS: list[dict[str, Any]] = [
     {"url": f"http://h{i % 3}.test/{i}.jpg", "caption": f'a "cat",\n no {i} é' if i % 4 else None, "n": i, "w": i / 2}
@@ -110,7 +110,7 @@ def test_text_lists(tmp_path: Path, kind: str, gz: str) -> None:
         assert all_rows(plan) == [{"url": r["url"], "caption": None} for r in ROWS]
     else:
         assert all_rows(plan) == ROWS
-        assert plan.carried == pa.schema([("n", pa.int64()), ("w", pa.float64())])
+        assert plan.extra_columns == pa.schema([("n", pa.int64()), ("w", pa.float64())])
 
 
 def test_parquet_is_used_where_it_lies(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_laion_names_and_types(tmp_path: Path) -> None:
         "__index_level_0__": pa.array([0, 1, 2]),
     }
     plan = make_plan(str(parquet(tmp_path / "l.parquet", columns)), tmp_path / "data", SourceConfig())
-    assert plan.carried.names == ["WIDTH", "LANGUAGE", "boxes"]
+    assert plan.extra_columns.names == ["WIDTH", "LANGUAGE", "boxes"]
     table = plan.read(0).table
     assert table.schema.equals(plan.schema)
     assert table.to_pydict() == {
@@ -180,7 +180,7 @@ def test_csv_keeps_what_a_number_would_lose(tmp_path: Path) -> None:
         b"u2,caf\xe9,8,5,1,2,false,x,,2\n"
     )
     plan = make_plan(str(write(tmp_path / "l.csv", text)), tmp_path / "data", SourceConfig())
-    assert [str(f.type) for f in plan.carried] == [
+    assert [str(f.type) for f in plan.extra_columns] == [
         *("string", "int64", "string", "double", "bool", "string", "string", "double")
     ]
     assert all_rows(plan)[0]["caption"] == "007" and all_rows(plan)[1]["caption"] is None
@@ -216,12 +216,12 @@ def test_long_csv_is_read_in_pieces(tmp_path: Path) -> None:
 
 def test_columns_are_chosen(tmp_path: Path) -> None:
     path = as_parquet(tmp_path / "l.parquet")
-    for columns, carried in ((None, ["n", "w"]), ((), []), (("w",), ["w"]), (("w", "n", "url"), ["w", "n"])):
-        assert inspect(str(path), SourceConfig(columns=columns)).carried.names == carried
+    for columns, extra_columns in ((None, ["n", "w"]), ((), []), (("w",), ["w"]), (("w", "n", "url"), ["w", "n"])):
+        assert inspect(str(path), SourceConfig(columns=columns)).extra_columns.names == extra_columns
     plan = make_plan(str(path), tmp_path / "data", SourceConfig(caption=None, columns=("n",)))
     assert all_rows(plan)[1] == {"url": ROWS[1]["url"], "caption": None, "n": 1}
     path = parquet(tmp_path / "m.parquet", {"link": ["a"], "alt": ["b"], "Url": ["c"], "URL": ["d"]})
-    assert inspect(str(path), SourceConfig(url="link")).carried.names == ["Url", "URL"]
+    assert inspect(str(path), SourceConfig(url="link")).extra_columns.names == ["Url", "URL"]
     assert inspect(str(path), SourceConfig()).url == "Url"
 
 
@@ -240,7 +240,7 @@ def test_folder_of_lists(tmp_path: Path) -> None:
         ("b.parquet", 0, 2),
         ("b.parquet", 2, 1),
     ]
-    assert plan.carried == pa.schema([("n", pa.float64()), ("only_b", pa.string())])
+    assert plan.extra_columns == pa.schema([("n", pa.float64()), ("only_b", pa.string())])
     assert [tuple(r.values()) for r in all_rows(plan)] == [
         ("a1", "A", 1.0, None),
         ("a2", "B", 2.0, None),
@@ -372,7 +372,7 @@ def test_the_same_list_gives_the_same_plan(tmp_path: Path) -> None:
 def test_real_list(shared: Path, tmp_path: Path) -> None:
     path = shared / "urls" / "urls_10000.parquet"
     plan = make_plan(str(path), tmp_path / "data", SourceConfig(shard_size=1200))
-    assert [s.rows for s in plan.shards] == [1200] * 8 + [400] and len(plan.carried) == 0
+    assert [s.rows for s in plan.shards] == [1200] * 8 + [400] and len(plan.extra_columns) == 0
     table = pq.read_table(path)
     assert [r["url"] for r in all_rows(plan)] == table.column("URL").to_pylist()
     assert [r["caption"] for r in all_rows(plan)] == table.column("TEXT").to_pylist()
@@ -552,7 +552,7 @@ def test_tar_shards(tmp_path: Path) -> None:
         ("plan/00000.parquet", 2, 1),
         ("plan/00001.parquet", 0, 2),
     ]
-    assert plan.carried == pa.schema([("punsafe", pa.string()), ("boxes", pa.string())])
+    assert plan.extra_columns == pa.schema([("punsafe", pa.string()), ("boxes", pa.string())])
     assert all_rows(plan) == [
         {"url": "http://a.test/1", "caption": "a cat", "punsafe": "1", "boxes": "[[1, 2]]"},
         {"url": "00000.tar/a", "caption": "a dog", "punsafe": "0.5", "boxes": None},

@@ -11,16 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from curate.store import files
+from aesthetic.errors import DiskFull, UserError
+from aesthetic.files import atomic
+from curate.store.disk import check_space
+from curate.store.files import digest, local_path, sweep
+from curate.store.lock import Lock
+from curate.store.records import commit, is_done, record_digest
 
 
 def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "a" / "file"
-    with pytest.raises(RuntimeError), files.atomic(path) as f:
+    with pytest.raises(RuntimeError), atomic(path) as f:
         f.write(b"half")
         raise RuntimeError
     assert list(tmp_path.rglob("*.*")) == [] and not path.exists()
-    with files.atomic(path) as f:
+    with atomic(path) as f:
         f.write(b"whole")
         assert not path.exists()
     assert path.read_bytes() == b"whole"
@@ -29,10 +34,10 @@ def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
 def test_a_record_matches_until_something_changes(tmp_path: Path) -> None:
     out, record = tmp_path / "out", tmp_path / "record.json"
     out.write_bytes(b"12345")
-    files.commit(tmp_path, record, config="c", inputs={"in": "1"}, outputs=[out], facts={"count": 5})
+    commit(tmp_path, record, config="c", inputs={"in": "1"}, outputs=[out], facts={"count": 5})
 
     def done(config: str = "c", given: str = "1") -> bool:
-        return files.is_done(tmp_path, record, config=config, inputs={"in": given})
+        return is_done(tmp_path, record, config=config, inputs={"in": given})
 
     assert done()
     assert not done(config="d")
@@ -47,21 +52,21 @@ def test_a_record_matches_until_something_changes(tmp_path: Path) -> None:
 def test_a_torn_record_means_not_done(tmp_path: Path, text: str) -> None:
     record = tmp_path / "record.json"
     record.write_text(text, encoding="latin1")
-    assert not files.is_done(tmp_path, record, config="c", inputs={})
+    assert not is_done(tmp_path, record, config="c", inputs={})
 
 
 def test_a_record_carries_a_digest_of_itself(tmp_path: Path) -> None:
     record = tmp_path / "record.json"
-    files.commit(tmp_path, record, config="c", inputs={}, outputs=[], facts={"count": 5})
+    commit(tmp_path, record, config="c", inputs={}, outputs=[], facts={"count": 5})
     value = json.loads(record.read_text())
-    assert value["self"] == files.record_digest(value)
-    assert value["self"] != files.record_digest({**value, "count": 6})
+    assert value["self"] == record_digest(value)
+    assert value["self"] != record_digest({**value, "count": 6})
 
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from curate.store.files import Lock
+from curate.store.lock import Lock
 with Lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -71,11 +76,11 @@ with Lock(Path(sys.argv[1])):
 def test_two_runs_are_refused_and_a_dead_owner_is_followed(tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-    with pytest.raises(files.UserError, match=f"process {holder.pid}"), files.Lock(tmp_path):
+    with pytest.raises(UserError, match=f"process {holder.pid}"), Lock(tmp_path):
         pass
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
-    with files.Lock(tmp_path):
+    with Lock(tmp_path):
         pass
 
 
@@ -83,27 +88,27 @@ def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
     script = f"""
 import os, signal
 from pathlib import Path
-from curate.store.files import atomic
+from aesthetic.files import atomic
 with atomic(Path({str(tmp_path / "file.tar")!r})) as f:
     f.write(b"half"); f.flush()
     os.kill(os.getpid(), signal.SIGKILL)
 """
     assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
     assert [p.name.startswith(".file.tar.") for p in tmp_path.iterdir()] == [True]
-    files.sweep(tmp_path)
+    sweep(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_object_stores_are_refused_by_name() -> None:
-    with pytest.raises(files.UserError, match="s3://bucket/data"):
-        files.local_path("s3://bucket/data")
+    with pytest.raises(UserError, match="s3://bucket/data"):
+        local_path("s3://bucket/data")
 
 
 def test_a_disk_without_room_is_said_before(tmp_path: Path) -> None:
-    with pytest.raises(files.DiskFull, match="needed"):
-        files.check_space(tmp_path, 1 << 60)
+    with pytest.raises(DiskFull, match="needed"):
+        check_space(tmp_path, 1 << 60)
 
 
 def test_the_digest_of_a_value_does_not_depend_on_the_order_of_its_keys() -> None:
-    assert files.digest({"a": 1, "b": [1, 2]}) == files.digest({"b": [1, 2], "a": 1})
-    assert files.digest({"a": 1}) != files.digest({"a": 2})
+    assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})

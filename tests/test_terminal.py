@@ -20,8 +20,8 @@ from aesthetic.errors import UserError
 from curate.annotators.embed import EndsItsProcess
 from pipelines.cli import main
 from pipelines.faults import check_limits, find_home, told
-from pipelines.runtime.jobs import quiet
-from pipelines.runtime.progress import Count, Screen
+from pipelines.runtime.jobs import log_to_file
+from pipelines.runtime.progress import ProgressBar, ProgressDisplay
 from pipelines.terminal import CLEAR, RETURN, Shown, safe_streams, shown, text_stream
 
 ROOT = Path(__file__).parents[1]
@@ -52,9 +52,9 @@ def test_foreign_controls_are_escapes_and_our_own_are_not() -> None:
 def test_a_lists_hosts_and_names_do_not_reach_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ours, theirs = pty.openpty()
     stream = text_stream(theirs, sys.stderr)
-    screen = Screen(stream, 10, 0, True)  # type: ignore[arg-type]
+    screen = ProgressDisplay(stream, 10, 0, True)  # type: ignore[arg-type]
     screen.draw({("fetch", "dns"): 10}, [(EVIL, 10)], end=True)
-    count = Count(stream, EVIL, 10)  # type: ignore[arg-type]
+    count = ProgressBar(stream, EVIL, 10)  # type: ignore[arg-type]
     count.end(EVIL)
     stream.close()
     said = b""
@@ -78,7 +78,7 @@ def test_logs_hold_no_controls(tmp_path: Path) -> None:
     before, level = root.handlers[:], root.level
     try:
         (tmp_path / "logs").mkdir()
-        quiet(tmp_path / "logs", "fetch")
+        log_to_file(tmp_path / "logs", "fetch")
         try:
             raise ValueError(EVIL)
         except ValueError:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from curate.store.files import UserError
+from aesthetic.errors import UserError
 from train import checkpoint
 from train.board import SCALARS, on_board
 

@@ -10,29 +10,29 @@ import numpy as np
 import pytest
 import torch
 
-from curate.store.files import UserError
+from aesthetic.errors import UserError
 from tests.small_train import make_pictures
-from train.data import Numbered, Pictures, Stream, open_samples
-from train.latents import Latents, precompute
+from train.data import ImageDataset, MapDataset, Stream, open_samples
+from train.latents import LatentDataset, precompute_latents
 from train.models.presets import PRESETS
 from train.models.unet import new_model, tokenize
 from train.tasks import Denoise
 
 
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> Numbered:
+def samples(tmp_path_factory: pytest.TempPathFactory) -> MapDataset:
     return open_samples(make_pictures(tmp_path_factory.mktemp("pictures"), 50))
 
 
 @pytest.fixture(scope="module")
-def pipeline(samples: Numbered) -> Any:
+def pipeline(samples: MapDataset) -> Any:
     small = replace(PRESETS["debug"], vae=(16, 16), factor=2, latents=4)
     return new_model(small, [str(s.caption) for s in samples])
 
 
-def test_the_loss_from_latents_is_that_from_pictures(pipeline: Any, samples: Numbered, tmp_path: Path) -> None:
-    pictures = Pictures(samples, lambda c: tokenize(pipeline, c), 16)
-    latents = precompute(pipeline, pictures, np.arange(50), tmp_path / "latents", shard_size=20)
+def test_the_loss_from_latents_is_that_from_pictures(pipeline: Any, samples: MapDataset, tmp_path: Path) -> None:
+    pictures = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
+    latents = precompute_latents(pipeline, pictures, np.arange(50), tmp_path / "latents", shard_size=20)
     assert sorted(p.name for p in (tmp_path / "latents").glob("0*.safetensors")) == [
         f"{i:05d}.safetensors" for i in range(3)
     ]
@@ -46,10 +46,10 @@ def test_the_loss_from_latents_is_that_from_pictures(pipeline: Any, samples: Num
         assert torch.allclose(task.losses(a, 0, step), task.losses(b, 0, step), rtol=2e-3)
 
 
-def test_what_a_frozen_text_encoder_says_is_kept_too(pipeline: Any, samples: Numbered, tmp_path: Path) -> None:
-    pictures = Pictures(samples, lambda c: tokenize(pipeline, c), 16)
+def test_what_a_frozen_text_encoder_says_is_kept_too(pipeline: Any, samples: MapDataset, tmp_path: Path) -> None:
+    pictures = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
     numbers = np.arange(3, 50, 2)
-    latents = precompute(pipeline, pictures, numbers, tmp_path, text=True)
+    latents = precompute_latents(pipeline, pictures, numbers, tmp_path, text=True)
     assert len(latents) == len(numbers)
     task = Denoise(pipeline, text=False)
     one, other = (Stream(e, numbers, batch=8, seed=1, drop=0.5).batches() for e in (pictures, latents))
@@ -61,12 +61,12 @@ def test_what_a_frozen_text_encoder_says_is_kept_too(pipeline: Any, samples: Num
         latents.load(2)
 
 
-def test_a_shard_that_is_there_is_not_made_again(pipeline: Any, samples: Numbered, tmp_path: Path) -> None:
-    pictures = Pictures(samples, lambda c: tokenize(pipeline, c), 16)
+def test_a_shard_that_is_there_is_not_made_again(pipeline: Any, samples: MapDataset, tmp_path: Path) -> None:
+    pictures = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
     told: list[int] = []
 
     def written() -> list[int]:
-        precompute(pipeline, pictures, np.arange(50), tmp_path, shard_size=20, tell=told.append)
+        precompute_latents(pipeline, pictures, np.arange(50), tmp_path, shard_size=20, tell=told.append)
         assert sum(told) == 50
         return [(tmp_path / f"{i:05d}.safetensors").stat().st_mtime_ns for i in range(3)]
 
@@ -78,11 +78,13 @@ def test_a_shard_that_is_there_is_not_made_again(pipeline: Any, samples: Numbere
     assert [b == a for b, a in zip(before, after, strict=True)] == [True, False, True]
 
 
-def test_they_are_made_once_and_again_when_something_changed(pipeline: Any, samples: Numbered, tmp_path: Path) -> None:
-    pictures = Pictures(samples, lambda c: tokenize(pipeline, c), 16)
+def test_they_are_made_once_and_again_when_something_changed(
+    pipeline: Any, samples: MapDataset, tmp_path: Path
+) -> None:
+    pictures = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
 
     def written() -> int:
-        precompute(pipeline, pictures, np.arange(20), tmp_path)
+        precompute_latents(pipeline, pictures, np.arange(20), tmp_path)
         return (tmp_path / "00000.safetensors").stat().st_mtime_ns
 
     first = written()
@@ -92,12 +94,12 @@ def test_they_are_made_once_and_again_when_something_changed(pipeline: Any, samp
     assert written() > first
 
 
-def test_a_folder_that_is_not_whole_is_refused(pipeline: Any, samples: Numbered, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_whole_is_refused(pipeline: Any, samples: MapDataset, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no precomputed latents"):
-        Latents(tmp_path)
-    pictures = Pictures(samples, lambda c: tokenize(pipeline, c), 16)
-    precompute(pipeline, pictures, np.arange(20), tmp_path)
+        LatentDataset(tmp_path)
+    pictures = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
+    precompute_latents(pipeline, pictures, np.arange(20), tmp_path)
     path = tmp_path / "00000.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"00000\.safetensors is missing or cut"):
-        Latents(tmp_path)
+        LatentDataset(tmp_path)

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from aesthetic.errors import UserError
 from curate import verify
 from curate.layout import Data
 from curate.ledger.select import select
 from curate.shards.pack import pack
 from curate.shards.tar import index_tar
-from curate.store.files import Lock, UserError, sweep
+from curate.store.files import sweep
+from curate.store.lock import Lock
 from demo.web import Route
 from pipelines import cli
 from pipelines.recipe import Recipe

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from curate.store.files import UserError
+from aesthetic.errors import UserError
 from train.checkpoint import checkpoints
 
 SCALARS = ("loss", "lr", "grad_norm", "img_s", "tflop_s", "mfu", "data_wait", "memory_gb")

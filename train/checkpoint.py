@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 
-from curate.store.files import UserError, check_space, read_json, scratch_path, sweep, sync, told, write_json
+from aesthetic.errors import UserError
+from aesthetic.files import as_disk_full, scratch_path, sync
+from curate.store.disk import check_space
+from curate.store.files import read_json, sweep, write_json
 
 
 def save(
@@ -48,7 +51,7 @@ def save(
         scratch.rename(path)
         sync(path.parent)
     except OSError as e:
-        raise told(e, folder) from e
+        raise as_disk_full(e, folder) from e
     except Exception as e:  # torch and safetensors wrap a full disk in errors of their own
         check_space(folder)
         raise e

@@ -23,23 +23,24 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from aesthetic.errors import UserError
 from aesthetic.splits import groups_of
 from aesthetic.untrusted import printable
 from curate.images.pixels import decode, perceptual_hash, probe
 from curate.ledger.schema import RowError
-from curate.sources.captioned import Numbered, Sample, open_folder
-from curate.store.files import UserError, digest
+from curate.sources.captioned import MapDataset, Sample, open_folder
+from curate.store.files import digest
 
 Ints = npt.NDArray[np.int64]
 
-LEAST = 8
+MIN_IMAGES = 8
 """Pictures below which training is refused: fewer can't be split, nor fill a batch."""
 
 
-class _Given(Numbered):
+class _Given(MapDataset):
     """Samples of which those without a caption have one that is given."""
 
-    def __init__(self, samples: Numbered, caption: str) -> None:
+    def __init__(self, samples: MapDataset, caption: str) -> None:
         self._samples, self._caption = samples, caption
         self.folder, self.troubles = samples.folder, samples.troubles
         self.key, self.path, self.image = samples.key, samples.path, samples.image  # type: ignore[method-assign]
@@ -53,7 +54,7 @@ class _Given(Numbered):
         return {**facts, "caption": facts["caption"] or self._caption}
 
 
-def open_samples(folder: str | Path, caption: str | None = None) -> Numbered:
+def open_samples(folder: str | Path, caption: str | None = None) -> MapDataset:
     """The captioned pictures of a folder, whatever of the kinds it is that curate.sources.captioned reads.
 
     `caption` is that of pictures without one. Raises UserError where there is no such folder, no picture in it, too
@@ -62,8 +63,10 @@ def open_samples(folder: str | Path, caption: str | None = None) -> Numbered:
     samples = open_folder(folder)
     if caption:
         samples = _Given(samples, caption)
-    if len(samples) < LEAST:
-        raise UserError(f"{folder} holds {len(samples)} pictures: too few to train on, at least {LEAST} are needed")
+    if len(samples) < MIN_IMAGES:
+        raise UserError(
+            f"{folder} holds {len(samples)} pictures: too few to train on, at least {MIN_IMAGES} are needed"
+        )
     if not any(samples.facts(i)["caption"] for i in range(len(samples))):
         samples.troubles.refuse_many("json", len(samples), str(folder))
         raise UserError(
@@ -89,7 +92,7 @@ class Batch:
     cursor: tuple[int, int]  # (epoch, position) of the batch that comes after this one
 
 
-class Examples(Protocol):
+class TrainDataset(Protocol):
     """What a stream takes its batches from."""
 
     latent: bool
@@ -101,7 +104,7 @@ class Examples(Protocol):
         ...
 
 
-class Pictures:
+class ImageDataset:
     """Samples decoded, scaled and cut to the model's size, their captions as token ids.
 
     With `buckets` pictures keep about their aspect ratio: each goes to the nearest of diffusers' ladder of shapes with
@@ -118,7 +121,7 @@ class Pictures:
 
     def __init__(
         self,
-        samples: Numbered,
+        samples: MapDataset,
         tokenize: Callable[[list[str]], Tensor],
         size: int,
         *,
@@ -142,12 +145,12 @@ class Pictures:
             sample = self.samples[number]
         except RowError as e:
             raise _cannot_be_read(self.samples.key(number), str(e)) from e
-        pixels = torch.from_numpy(fitted(decoded(sample, 2 * max(height, width)), height, width))
+        pixels = torch.from_numpy(crop_resize(decode_sample(sample, 2 * max(height, width)), height, width))
         tokens = self._tokenize("" if dropped else sample.caption or "")
         return sample.key, pixels.permute(2, 0, 1).float().div_(127.5).sub_(1), tokens
 
 
-def decoded(sample: Sample, min_side: int) -> npt.NDArray[np.uint8]:
+def decode_sample(sample: Sample, min_side: int) -> npt.NDArray[np.uint8]:
     """(h, w, 3), its short side at least `min_side` where the file has that. Raises UserError naming the sample."""
     try:
         return decode(sample.image, min_side=min_side)
@@ -159,7 +162,7 @@ def _cannot_be_read(key: str, why: str) -> UserError:
     return UserError(f"the picture {key} can't be read ({why}). Remove it, or curate the folder first.")
 
 
-def fitted(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
+def crop_resize(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
     """(h, w, 3): the middle of it, as much as has the shape of height x width, cut out and then scaled to that."""
     scale = max(height / pixels.shape[0], width / pixels.shape[1])
     rows, columns = round(height / scale), round(width / scale)
@@ -171,7 +174,7 @@ def fitted(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArra
     return np.ascontiguousarray(pixels)
 
 
-def _shape(samples: Numbered, number: int) -> tuple[int, int]:
+def _shape(samples: MapDataset, number: int) -> tuple[int, int]:
     facts = samples.facts(number)
     told = [_number(facts.get(name)) for name in ("height", "width")]
     if all(1 <= side <= 65_535 for side in told):  # what a file or a list says of itself may be anything
@@ -204,7 +207,7 @@ def _buckets(shapes: list[tuple[int, int]], size: int, step: int, least: int) ->
 
 
 @dataclass(frozen=True)
-class Survey:
+class ImageScan:
     """What one look at every picture tells: by what its copies are known, and which can't be read."""
 
     keys: list[str]
@@ -213,7 +216,7 @@ class Survey:
     unreadable: dict[int, str]  # number -> why
 
 
-def survey(samples: Numbered, tell: Callable[[int], None] = lambda count: None) -> Survey:
+def scan_images(samples: MapDataset, tell: Callable[[int], None] = lambda count: None) -> ImageScan:
     """Look at every picture, small where its format allows that. `tell` hears how many more are done."""
 
     def look(number: int) -> tuple[str, str | None, str | None, str | None]:
@@ -232,7 +235,7 @@ def survey(samples: Numbered, tell: Callable[[int], None] = lambda count: None) 
             found.append(one)
             tell(1)
     keys, sha256, phash, why = (list(column) for column in zip(*found, strict=True))
-    return Survey(keys, sha256, phash, {i: reason for i, reason in enumerate(why) if reason is not None})
+    return ImageScan(keys, sha256, phash, {i: reason for i, reason in enumerate(why) if reason is not None})
 
 
 def _hexadecimal(value: Any, digits: int) -> str | None:
@@ -240,7 +243,9 @@ def _hexadecimal(value: Any, digits: int) -> str | None:
     return value if isinstance(value, str) and re.fullmatch(f"[0-9a-fA-F]{{{digits}}}", value) else None
 
 
-def split(samples: Numbered, share: float = 0.1, most: int = 256, known: Survey | None = None) -> tuple[Ints, Ints]:
+def split(
+    samples: MapDataset, share: float = 0.1, most: int = 256, known: ImageScan | None = None
+) -> tuple[Ints, Ints]:
     """(numbers to train on, numbers held out): no picture is held out of which a near-duplicate is trained on.
 
     Near-duplicates are equal files and perceptual hashes within 4 of 64 bits; hashes are the column `phash` where there
@@ -250,7 +255,7 @@ def split(samples: Numbered, share: float = 0.1, most: int = 256, known: Survey 
     Pictures that `known` says can't be read are in neither. Without it, the first such picture raises UserError.
     """
     if known is None:
-        known = survey(samples)
+        known = scan_images(samples)
         for number, why in known.unreadable.items():
             raise _cannot_be_read(known.keys[number], why)
     numbers = np.array([i for i in range(len(samples)) if i not in known.unreadable], np.int64)
@@ -272,7 +277,7 @@ def split(samples: Numbered, share: float = 0.1, most: int = 256, known: Survey 
     return numbers[~out], numbers[out]
 
 
-def weights_of(samples: Numbered, column: str) -> npt.NDArray[np.float64]:
+def sampling_weights(samples: MapDataset, column: str) -> npt.NDArray[np.float64]:
     """How often each picture is drawn, (n,): in proportion to its score; without a score never.
 
     Raises UserError where no picture has the column, or a score is negative or no finite number.
@@ -332,7 +337,7 @@ class Stream:
 
     def __init__(
         self,
-        examples: Examples,
+        examples: TrainDataset,
         numbers: Ints,
         *,
         batch: int,
@@ -399,7 +404,7 @@ def _batch(loaded: list[tuple[str, Tensor, Tensor]], slots: list[int], latent: b
     return Batch(list(keys), slots, torch.stack(images), latent, torch.stack(tokens), cursor)
 
 
-def batches_of(examples: Examples, numbers: Ints, size: int) -> Iterator[Batch]:
+def ordered_batches(examples: TrainDataset, numbers: Ints, size: int) -> Iterator[Batch]:
     """All of the numbers once, in order, captions kept: for held-out loss and precomputing. One bucket per batch."""
     for bucket in np.unique(examples.bucket[numbers]):
         members = numbers[examples.bucket[numbers] == bucket]

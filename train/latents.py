@@ -23,9 +23,12 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from aesthetic.errors import UserError
+from aesthetic.files import atomic
 from curate.ledger.schema import shard_name
-from curate.store.files import UserError, atomic, check_space, digest, read_json, write_json
-from train.data import Ints, Pictures
+from curate.store.disk import check_space
+from curate.store.files import digest, read_json, write_json
+from train.data import ImageDataset, Ints
 from train.models.unet import encode_images, tokenize
 
 _FORMAT = 2
@@ -43,7 +46,7 @@ def weights_digest(module: nn.Module) -> str:
     return found.hexdigest()[:16]
 
 
-def made_from(pipeline: Any, examples: Pictures, numbers: Ints, text: bool = False) -> dict[str, Any]:
+def made_from(pipeline: Any, examples: ImageDataset, numbers: Ints, text: bool = False) -> dict[str, Any]:
     """What latents depend on: autoencoder and its scale, tokenizer, text encoder where used, pictures, their shapes."""
     return {
         "format": _FORMAT,
@@ -56,13 +59,13 @@ def made_from(pipeline: Any, examples: Pictures, numbers: Ints, text: bool = Fal
     }
 
 
-def shards_of(examples: Pictures, numbers: Ints, shard_size: int = 1024) -> list[Ints]:
+def shards_of(examples: ImageDataset, numbers: Ints, shard_size: int = 1024) -> list[Ints]:
     """The numbers of each shard: in order, one shape per shard."""
     parts = [numbers[examples.bucket[numbers] == b] for b in np.unique(examples.bucket[numbers])]
     return [part[i : i + shard_size] for part in parts for i in range(0, len(part), shard_size)]
 
 
-def bytes_of(pipeline: Any, examples: Pictures, numbers: Ints, text: bool = False) -> int:
+def bytes_of(pipeline: Any, examples: ImageDataset, numbers: Ints, text: bool = False) -> int:
     """How much room the latents of these pictures take, without the little that files need for their headers."""
     factor, channels = pipeline.vae_scale_factor**2, pipeline.vae.config.latent_channels
     areas = np.array([h * w for h, w in examples.shapes])[examples.bucket[numbers]]
@@ -80,7 +83,7 @@ def is_made(folder: Path, shard: int, numbers: Ints, made: dict[str, Any]) -> bo
 @torch.no_grad()
 def write_shard(
     pipeline: Any,
-    examples: Pictures,
+    examples: ImageDataset,
     numbers: Ints,
     folder: Path,
     shard: int,
@@ -131,9 +134,9 @@ def finish(pipeline: Any, folder: Path, made: dict[str, Any], shards: Sequence[I
     write_json(folder / "made.json", {**made, "shards": sizes})
 
 
-def precompute(
+def precompute_latents(
     pipeline: Any,
-    examples: Pictures,
+    examples: ImageDataset,
     numbers: Ints,
     folder: Path,
     shard_size: int = 1024,
@@ -141,7 +144,7 @@ def precompute(
     text: bool = False,
     threads: int = 2,
     tell: Tell = lambda count: None,
-) -> Latents:
+) -> LatentDataset:
     """Write the latents of these pictures, as far as they are not there already, made with the same; returns them.
 
     What a caption's tokens are dropped for, '', is kept too. Latents are the mean of the autoencoder's posterior, as
@@ -160,10 +163,10 @@ def precompute(
         for i in missing:
             write_shard(pipeline, examples, shards[i], folder, i, made, text=text, threads=threads, tell=tell)
         finish(pipeline, folder, made, shards, text)
-    return Latents(folder)
+    return LatentDataset(folder)
 
 
-class Latents:
+class LatentDataset:
     """Precomputed latents as examples for a stream, read by memory map, under the numbers that the pictures have.
 
     Raises UserError where the folder is not whole.

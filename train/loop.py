@@ -24,12 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aesthetic.errors import UserError
+from aesthetic.files import atomic
 from curate.report import sheet
-from curate.store.files import UserError, atomic, check_space, write_json
+from curate.store.disk import check_space
+from curate.store.files import write_json
 from train import checkpoint
-from train.data import Batch, Examples, Ints, Stream, batches_of
+from train.data import Batch, Ints, Stream, TrainDataset, ordered_batches
 from train.devices import out_of_memory
-from train.tasks import Task, part_of
+from train.tasks import Task, slice_batch
 from train.world import World
 
 
@@ -51,7 +54,7 @@ class LoopConfig:
     compile: bool = False  # torch.compile
     log_every: int = 10
     held_out_every: int = 0  # steps between measurements of held-out loss; 0: at checkpoints
-    look_every: int = 0  # steps between grids of pictures; 0: at checkpoints
+    preview_every: int = 0  # steps between grids of pictures; 0: at checkpoints
     save_every: int = 0  # steps between checkpoints; 0: at the end only
     keep: int = 2  # checkpoints: the last ones, and the best
 
@@ -69,7 +72,7 @@ class LoopConfig:
         free = (
             "log_every",
             "held_out_every",
-            "look_every",
+            "preview_every",
             "save_every",
             "keep",
             "micro_batch",
@@ -126,11 +129,11 @@ class Ema:
 class _Held:
     """What is measured on."""
 
-    examples: Examples
+    examples: TrainDataset
     numbers: Ints
 
 
-def held_out(examples: Examples, numbers: Ints) -> _Held | None:
+def held_out(examples: TrainDataset, numbers: Ints) -> _Held | None:
     """The held-out pictures as `train` wants them; None where there are none."""
     return _Held(examples, numbers) if len(numbers) else None
 
@@ -204,7 +207,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
             loss, micro = _gradients(task, batch, config, step, micro, device, trained)
-            world.add([*(p.grad for p in trained if p.grad is not None), loss])
+            world.all_reduce([*(p.grad for p in trained if p.grad is not None), loss])
             norm = torch.nn.utils.clip_grad_norm_(trained, config.clip)
             if not math.isfinite(value := float(loss)) or not math.isfinite(float(norm)):
                 raise _diverged(folder, step, batch, value, float(norm), world.rank)
@@ -224,8 +227,8 @@ def train(
                     saves = True  # and nothing else: whoever stops a run does not want to wait
                 elif held is not None and (saves or _due(config.held_out_every, step)):
                     record["held_out"] = _measure(task, held, config, micro, device, ema)
-                if world.rank == 0 and "stopped" not in record and (saves or _due(config.look_every, step)):
-                    record["samples"] = _look(task, ema, folder, step, prompts, seeds, device)
+                if world.rank == 0 and "stopped" not in record and (saves or _due(config.preview_every, step)):
+                    record["samples"] = _save_preview(task, ema, folder, step, prompts, seeds, device)
                 if world.rank == 0 and saves:
                     state = {"step": step, "cursor": list(cursor), "optimizer": optimizer.state_dict()}
                     known = {**facts, "held_out": record.get("held_out")}
@@ -274,7 +277,7 @@ def _gradients(
             total = torch.zeros((), device=device)
             for start in range(0, len(batch.keys), micro):
                 with autocast(device):
-                    losses = task.losses(part_of(batch, start, start + micro), config.seed, step)
+                    losses = task.losses(slice_batch(batch, start, start + micro), config.seed, step)
                 part = losses.sum() / config.batch
                 part.backward()
                 total += part.detach()
@@ -319,9 +322,9 @@ def _measure(
 
     def mean() -> float:
         found = []
-        for batch in batches_of(held.examples, held.numbers, micro):
+        for batch in ordered_batches(held.examples, held.numbers, micro):
             with autocast(device):
-                found.append(task.held_out(batch, config.seed).float().cpu())
+                found.append(task.held_out_losses(batch, config.seed).float().cpu())
         return float(torch.cat(found).mean())
 
     modules = list(task.modules.values())
@@ -336,11 +339,11 @@ def _measure(
             m.train()
 
 
-def _look(
+def _save_preview(
     task: Task, ema: Ema, folder: Path, step: int, prompts: Sequence[str], seeds: Sequence[int], device: torch.device
 ) -> str:
     with ema.applied(), autocast(device):
-        rows = task.look(prompts, seeds)
+        rows = task.preview(prompts, seeds)
     return str(sheet(folder / "samples" / f"{step:06d}.png", f"after {step:,} steps", rows))
 
 
@@ -432,7 +435,7 @@ def training_flops(task: Task, batch: Batch, config: LoopConfig) -> float:
     trained = [p for m in task.modules.values() for p in m.parameters() if p.requires_grad]
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         with autocast(device):
-            loss = task.losses(part_of(batch, 0, 1), config.seed, 0).sum()
+            loss = task.losses(slice_batch(batch, 0, 1), config.seed, 0).sum()
         forward = counter.get_total_flops()
         torch.autograd.grad(loss, trained, allow_unused=True)
         backward = counter.get_total_flops() - forward
@@ -446,7 +449,7 @@ def _memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def line(record: dict[str, Any]) -> str:
+def format_record(record: dict[str, Any]) -> str:
     """A record in one line."""
     speed = f"MFU {record['mfu']:.0%}" if record["mfu"] is not None else f"{record['tflop_s'] * 1000:.0f} GFLOP/s"
     rate = f"{record['img_s']:.{0 if record['img_s'] >= 10 else 2}f}"

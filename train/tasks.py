@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from curate.report import Shown, enlarged
 from train.data import Batch
-from train.models.unet import encode_images, has_lora, no_bars, save_lora
+from train.models.unet import encode_images, has_lora, no_progress_bars, save_lora
 from train.objective import TIMES, Objective, objective_of
 
 HELD_OUT_TIMES = tuple(TIMES * (2 * k + 1) // 16 for k in range(8))
@@ -44,11 +44,11 @@ class Task(Protocol):
         """The loss of each sample, (n,) float32, with gradients."""
         ...
 
-    def held_out(self, batch: Batch, seed: int) -> Tensor:
+    def held_out_losses(self, batch: Batch, seed: int) -> Tensor:
         """The loss of each sample at fixed noise, (n,) float32: comparable between steps and runs."""
         ...
 
-    def look(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, list[Shown]]]:
+    def preview(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, list[Shown]]]:
         """Pictures of what has been learnt so far: rows of a sheet, each with its title."""
         ...
 
@@ -77,7 +77,7 @@ class Denoise:
         pipeline.vae.requires_grad_(False).eval()
         pipeline.text_encoder.requires_grad_(text and not has_lora(pipeline))
         self.modules = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
-        self._drawn = _Ahead(self.objective.draw)
+        self._drawn = _Ahead(self.objective.sample_time)
 
     def losses(self, batch: Batch, seed: int, step: int) -> Tensor:
         """Mean squared error of each sample at a random time, weighted by the objective."""
@@ -85,11 +85,11 @@ class Denoise:
         t, noise = self._drawn(seed, step, batch.slots, x0)
         return self._error(x0, noise, t, self._text(batch))
 
-    def held_out(self, batch: Batch, seed: int) -> Tensor:
+    def held_out_losses(self, batch: Batch, seed: int) -> Tensor:
         """Mean squared error of each sample, averaged over the eight times of HELD_OUT_TIMES."""
-        return self.held_out_by_time(batch, seed).mean(0)
+        return self.held_out_losses_by_time(batch, seed).mean(0)
 
-    def held_out_by_time(self, batch: Batch, seed: int) -> Tensor:
+    def held_out_losses_by_time(self, batch: Batch, seed: int) -> Tensor:
         """The same before it is averaged, (8, n)."""
         x0, text = self._latents(batch), self._text(batch)
         _, noise = (x.to(x0.device) for x in _draws(seed, _HELD_OUT, batch.slots, x0.shape[1:]))
@@ -115,10 +115,10 @@ class Denoise:
         states: Tensor = self.pipeline.text_encoder(batch.tokens.to(self.pipeline.unet.device))[0]
         return states
 
-    def look(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, list[Shown]]]:
+    def preview(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, list[Shown]]]:
         """A row for each prompt: the real picture of that caption where it is known, then one for each seed."""
         prompts = prompts or [""]
-        drawn = iter(draw(self.pipeline, prompts, seeds))
+        drawn = iter(generate_images(self.pipeline, prompts, seeds))
         rows = []
         for prompt in prompts:
             real = [enlarged(self._real[prompt], "real, held out")] if prompt in self._real else []
@@ -127,7 +127,7 @@ class Denoise:
 
     def save(self, folder: Path) -> None:
         """`pipeline/`; of a LoRA `lora/`, which goes on top of the pipeline that training began with."""
-        with no_bars():
+        with no_progress_bars():
             if has_lora(self.pipeline):
                 save_lora(self.pipeline, folder / "lora")
             else:
@@ -152,7 +152,7 @@ class Reconstruct:
         back = self.pipeline.vae.decode(posterior.mean + posterior.std * noise, return_dict=False)[0].float()
         return (back - x).abs().mean((1, 2, 3)) + KL_WEIGHT * posterior.kl().float() / x[0].numel()
 
-    def held_out(self, batch: Batch, seed: int) -> Tensor:
+    def held_out_losses(self, batch: Batch, seed: int) -> Tensor:
         """Mean squared error of each sample's reconstruction from the mean of its latents, in [-1, 1] units."""
         x = batch.images.to(self.pipeline.vae.device)
         return F.mse_loss(self._back(x), x, reduction="none").mean((1, 2, 3))
@@ -162,7 +162,7 @@ class Reconstruct:
         back: Tensor = vae.decode(vae.encode(x).latent_dist.mode(), return_dict=False)[0].float()
         return back.clamp(-1, 1)
 
-    def look(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, list[Shown]]]:
+    def preview(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, list[Shown]]]:
         """Pictures of the first batch, and their reconstructions below."""
         assert self._seen is not None
         with torch.no_grad():
@@ -229,7 +229,7 @@ class _Ahead:
         return times.to(like.device), noise.to(like.device)
 
 
-def part_of(batch: Batch, start: int, stop: int) -> Batch:
+def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
     """Some samples of a batch."""
     rows = slice(start, stop)
     return replace(
@@ -237,12 +237,12 @@ def part_of(batch: Batch, start: int, stop: int) -> Batch:
     )
 
 
-def draw(
+def generate_images(
     pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], *, steps: int = 20, guidance: float = 3.0
 ) -> list[Image.Image]:
     """One picture for each prompt and seed, prompts first; noise comes from the CPU, the same on every device."""
     asked = [(p, s) for p in prompts for s in seeds]
-    with evaluating(pipeline):
+    with eval_mode(pipeline):
         pictures = []
         for start in range(0, len(asked), 32):
             part = asked[start : start + 32]
@@ -254,7 +254,7 @@ def draw(
 
 
 @contextlib.contextmanager
-def evaluating(pipeline: Any) -> Iterator[None]:
+def eval_mode(pipeline: Any) -> Iterator[None]:
     """Without gradients, dropout and progress bars."""
     modules = [pipeline.unet, pipeline.text_encoder, pipeline.vae]
     were = [m.training for m in modules]
@@ -269,7 +269,7 @@ def evaluating(pipeline: Any) -> Iterator[None]:
             m.train(was)
 
 
-def grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
+def image_grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
     """Pictures of one size in rows of `columns`."""
     width, height = pictures[0].size
     sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from aesthetic.files import atomic
 from curate.annotators.heads import write_scores
 from curate.annotators.nsfw import Detector, detector_digest
 from curate.encoders.base import Encoder, check_settings
@@ -28,7 +29,9 @@ from curate.images.pixels import decode
 from curate.layout import Data
 from curate.ledger.schema import Status
 from curate.shards.tar import read_images
-from curate.store.files import atomic, check_space, commit, is_done, outputs_present, read_json, recommit, uncommit
+from curate.store.disk import check_space
+from curate.store.files import read_json
+from curate.store.records import commit, invalidate, is_done, outputs_present, recommit
 
 
 class EndsItsProcess(Exception):
@@ -252,7 +255,7 @@ def write_vectors(
             bad = table["key"][int(np.argmin(np.isfinite(vectors).all(axis=1)))]
             raise ValueError(f"{path.name}: the vector of {bad} is not finite")
 
-    uncommit(data.embedded_record(shard))
+    invalidate(data.embedded_record(shard))
     data.text_vectors(shard).unlink(missing_ok=True)  # of a run that had them
     for path, vectors in stored.items():
         with atomic(path) as f:

@@ -15,13 +15,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from aesthetic.files import atomic
 from aesthetic.heads import Head, load_head
 from aesthetic.space import SpaceMismatch
 from aesthetic.vectors import open_vectors
 from curate.annotators.nsfw import DETECTORS, detector_digest
 from curate.encoders.base import canonical_name
 from curate.layout import Data
-from curate.store.files import atomic, commit, is_done, output_digests, read_json, uncommit
+from curate.store.files import read_json
+from curate.store.records import commit, invalidate, is_done, output_digests
 
 
 def is_detector(name: str) -> bool:
@@ -98,7 +100,7 @@ def write_scores(
     if not np.isfinite(scores).all():
         raise ValueError(f"{column} of shard {shard}: a score is not a finite number")
     table = pa.table({"key": keys, column: pa.array(scores.astype(np.float32), pa.float32())})
-    uncommit(data.scores_record(column, shard))
+    invalidate(data.scores_record(column, shard))
     with atomic(data.scores(column, shard)) as f:
         pq.write_table(table, f, compression="zstd")
     commit(

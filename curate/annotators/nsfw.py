@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from aesthetic.errors import UserError
 from curate.encoders.onnx import RECIPE, RowByRow, cache_name, cached, cpus
-from curate.store.files import UserError, digest, sha256_file
+from curate.store.files import digest, sha256_file
 
 if TYPE_CHECKING:
     import onnx

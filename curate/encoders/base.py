@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aesthetic.errors import UserError
 from aesthetic.space import Space, measure, probe_cosines, probe_files
 from curate.encoders.onnx import cpus
-from curate.store.files import UserError, sha256_file
+from curate.store.files import sha256_file
 
 if TYPE_CHECKING:
     import PIL.Image

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aesthetic.errors import UserError
 from curate.encoders.base import Encoder, unit
 from curate.encoders.onnx import RECIPE, RowByRow, cache_name, cached, export, onnx_session
-from curate.store.files import UserError, digest, sha256_file
+from curate.store.files import digest, sha256_file
 
 if TYPE_CHECKING:
     import onnxruntime

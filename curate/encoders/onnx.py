@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from curate.store.files import UserError, atomic
+from aesthetic.errors import UserError
+from aesthetic.files import atomic
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aesthetic.errors import UserError
 from curate.encoders.base import Encoder, name_by_digest, name_by_tag
-from curate.store.files import UserError, sha256_file
+from curate.store.files import sha256_file
 
 if TYPE_CHECKING:
     import torch

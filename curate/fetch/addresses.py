@@ -25,8 +25,8 @@ from urllib.parse import quote
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
+from aesthetic.errors import UserError
 from curate.ledger.schema import Reason, RowError
-from curate.store.files import UserError
 
 MAX_URL = 8000
 """Characters; RFC 9110 section 4.1 asks everybody to support at least 8000 octets."""

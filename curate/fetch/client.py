@@ -33,11 +33,11 @@ from aiohttp.http_exceptions import HttpProcessingError
 from multidict import CIMultiDictProxy
 from yarl import URL
 
+from aesthetic.errors import UserError
 from curate.fetch import addresses, domains, optouts
 from curate.fetch.deny import Deny
 from curate.fetch.memory import Hold, Memory
 from curate.ledger.schema import Reason, RowError
-from curate.store.files import UserError
 
 ENGINES = ("native", "img2dataset")
 

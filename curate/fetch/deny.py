@@ -33,11 +33,11 @@ from pathlib import Path
 import numpy as np
 from yarl import URL
 
+from aesthetic.errors import UserError
 from aesthetic.untrusted import marked_encoding, open_regular
 from curate.fetch.addresses import Allowed, parse_url
 from curate.fetch.hashes import ALGORITHMS, digest
 from curate.ledger.schema import Reason, RowError
-from curate.store.files import UserError
 
 
 class Deny:

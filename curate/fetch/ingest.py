@@ -24,6 +24,8 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from aesthetic.errors import UserError
+from aesthetic.files import as_disk_full, atomic, scratch_path
 from curate.fetch import engine_img2dataset
 from curate.fetch.client import FetchConfig, Fetcher
 from curate.fetch.deny import Deny
@@ -35,17 +37,9 @@ from curate.ledger.schema import FETCHED_COLUMNS, Reason, RowError, Status, fetc
 from curate.shards.tar import TarWriter, image_member, index_tar, read_range
 from curate.sources.lists import listed
 from curate.sources.plan import Row, SourceShard
-from curate.store.files import (
-    UserError,
-    atomic,
-    check_space,
-    commit,
-    output_digests,
-    read_json,
-    scratch_path,
-    told,
-    uncommit,
-)
+from curate.store.disk import check_space
+from curate.store.files import read_json
+from curate.store.records import commit, invalidate, output_digests
 
 TRUSTED_STARTS = 2
 """How often a shard is begun with decoding in the worker itself; after that each decode may die alone."""
@@ -96,7 +90,7 @@ async def ingest_shard(data: Data, shard: int, means: Means, config: str, retry:
     Raises DiskFull where the disk has no room, and whatever is our own error; a row's error ends only the row.
     """
     check_space(data.root)
-    check_verify(means.fetch, data.plan.carried)
+    check_verify(means.fetch, data.plan.extra_columns)
     began = time.time()
     source = data.plan.read(shard)
     starts = note_start(data.starts(shard))
@@ -150,16 +144,16 @@ def recovered_since(data: Data, shard: int, files: Mapping[str, str]) -> list[st
     return None
 
 
-def check_verify(fetch: FetchConfig, carried: pa.Schema) -> None:
-    """UserError where `fetch.verify` names no column of text that the list carries."""
+def check_verify(fetch: FetchConfig, extra_columns: pa.Schema) -> None:
+    """UserError where `fetch.verify` names no column of text that is kept of the list."""
     if fetch.verify is None:
         return
-    if fetch.verify not in carried.names:
+    if fetch.verify not in extra_columns.names:
         raise UserError(
-            f"fetch.verify: no column {fetch.verify!r} is carried; carried are: {listed(carried.names)}. "
-            "source.columns says which columns of the list are"
+            f"fetch.verify: there is no extra column {fetch.verify!r}; there are: {listed(extra_columns.names)}. "
+            "source.columns says which columns of the list are kept"
         )
-    kind = carried.field(fetch.verify).type
+    kind = extra_columns.field(fetch.verify).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise UserError(f"fetch.verify: column {fetch.verify} holds {kind}, not digests as text")
 
@@ -172,7 +166,7 @@ def note_start(path: Path) -> int:
             f.write(b".")
             return f.tell()
     except OSError as e:
-        raise told(e, path.parent) from e
+        raise as_disk_full(e, path.parent) from e
 
 
 @contextmanager
@@ -182,7 +176,7 @@ def _scratch(data: Data, shard: int) -> Iterator[BinaryIO]:
         with open(path, "w+b") as f:
             yield f
     except OSError as e:
-        raise told(e, path.parent) from e
+        raise as_disk_full(e, path.parent) from e
     finally:
         path.unlink(missing_ok=True)
 
@@ -327,7 +321,7 @@ def _commit(
         facts["key"] = make_key(shard, number, data.plan.shard_size)
     for name, kind in FETCHED_COLUMNS:
         table = table.append_column(name, pa.array([facts[name] for facts in ordered], kind))
-    table = table.cast(fetched_schema(data.plan.carried))
+    table = table.cast(fetched_schema(data.plan.extra_columns))
 
     with atomic(data.tar(shard)) as f, atomic(data.table(shard)) as g:
         tar = TarWriter(f)
@@ -341,7 +335,7 @@ def _commit(
         tar.close()
         pq.write_table(table, g, compression="zstd")
         # as late as can be: a retry that is killed before this line has changed nothing
-        uncommit(data.fetched_record(shard))
+        invalidate(data.fetched_record(shard))
 
     data.starts(shard).unlink(missing_ok=True)  # all is decoded; after the record, a kill would leave it for ever
     done = time.time()

@@ -41,6 +41,7 @@ from PIL import (
 )
 from PIL.TiffImagePlugin import IFDRational
 
+from aesthetic.errors import UserError
 from curate.images.segments import (
     chunks,
     has_all_scans,
@@ -51,7 +52,6 @@ from curate.images.segments import (
     without_fine_scans,
 )
 from curate.ledger.schema import Reason, RowError
-from curate.store.files import UserError
 
 cv2.setNumThreads(1)  # one picture, one core: callers bring the threads
 

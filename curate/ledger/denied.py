@@ -10,11 +10,12 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from aesthetic.errors import UserError
 from curate.fetch.deny import PLAIN_SQL, Deny
 from curate.ledger.schema import Status
 from curate.ledger.sql import connect
 from curate.ledger.view import Table, table_digests, tables
-from curate.store.files import UserError, read_json
+from curate.store.files import read_json
 
 _FACTS = ("key", "url", "final_url", "sha256")
 

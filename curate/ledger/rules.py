@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import duckdb
 
-from aesthetic.errors import nearest
+from aesthetic.errors import UserError, nearest
 from curate.ledger.sql import (
     Bounds,
     arguments,
@@ -28,7 +28,6 @@ from curate.ledger.sql import (
     unstable_functions,
     walk,
 )
-from curate.store.files import UserError
 
 KEPT = "kept"
 NOT_FETCHED = "not_fetched"

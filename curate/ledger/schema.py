@@ -136,14 +136,14 @@ def list_name(stored: str) -> str:
     return stored.removeprefix(_SOURCE)
 
 
-def stored_schema(carried: pa.Schema) -> pa.Schema:
-    """The columns that a list carries, under the names that they have in our files."""
-    return pa.schema([(stored_name(f.name), f.type) for f in carried])
+def stored_schema(extra_columns: pa.Schema) -> pa.Schema:
+    """The extra columns of a list, under the names that they have in our files."""
+    return pa.schema([(stored_name(f.name), f.type) for f in extra_columns])
 
 
-def fetched_schema(carried: pa.Schema) -> pa.Schema:
-    """The schema of `fetched/NNNNN.parquet` for a list that carries these extra columns."""
-    return pa.schema(URL_COLUMNS + list(stored_schema(carried)) + FETCHED_COLUMNS)
+def fetched_schema(extra_columns: pa.Schema) -> pa.Schema:
+    """The schema of `fetched/NNNNN.parquet` for a list with these extra columns."""
+    return pa.schema(URL_COLUMNS + list(stored_schema(extra_columns)) + FETCHED_COLUMNS)
 
 
 def key_width(shard_size: int, shard_digits: int = 5) -> int:

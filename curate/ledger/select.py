@@ -21,6 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from aesthetic.errors import UserError
+from aesthetic.files import atomic
 from curate.ledger.rules import KEPT, NOT_FETCHED, NOT_IN_UIDS, NUMBER, Computed, Rule, check_rules, read_rules
 from curate.ledger.schema import FETCHED_COLUMNS, URL_COLUMNS, Status
 from curate.ledger.sql import Bounds, quote, short, too_much
@@ -32,7 +34,8 @@ from curate.ledger.view import (
     tables,
     types_there,
 )
-from curate.store.files import UserError, atomic, commit, digest, is_done, read_json, sha256_file, uncommit
+from curate.store.files import digest, read_json, sha256_file
+from curate.store.records import commit, invalidate, is_done
 
 LEVELS = {
     "min": 0.0,
@@ -355,7 +358,7 @@ def write_selection(
     path = record_path(root, selection.name).with_name(f"{selection.name}.parquet")
     width = _key_width(root)
     schema = pa.schema([("key", pa.string()), ("verdict", pa.dictionary(pa.int16(), pa.string()))])
-    uncommit(record_path(root, selection.name))
+    invalidate(record_path(root, selection.name))
     with atomic(path) as f, pq.ParquetWriter(f, schema, compression="zstd", use_dictionary=["verdict"]) as out:
         for start in range(0, len(keys), 1 << 20):
             part = slice(start, start + (1 << 20))

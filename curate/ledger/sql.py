@@ -24,7 +24,8 @@ from typing import Any, TypeVar
 import duckdb
 import pyarrow as pa
 
-from curate.store.files import RESERVE, UserError
+from aesthetic.errors import UserError
+from curate.store.disk import RESERVE
 
 T = TypeVar("T")
 

@@ -8,6 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from aesthetic.errors import UserError
+from aesthetic.files import atomic
 from aesthetic.untrusted import check_regular
 from curate.ledger.rules import KEPT, NOT_IN_UIDS
 from curate.ledger.schema import Status
@@ -24,7 +26,8 @@ from curate.ledger.select import (
 )
 from curate.ledger.sql import batches
 from curate.ledger.view import open_ledger, table_digests, tables, types_there
-from curate.store.files import UserError, atomic, digest, is_done, sha256_file
+from curate.store.files import digest, sha256_file
+from curate.store.records import is_done
 
 UID = np.dtype("u8,u8")
 """A 128-bit uid as DataComp's subset files hold it: its high half, then its low half."""

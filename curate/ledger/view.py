@@ -15,9 +15,11 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from aesthetic.errors import UserError
 from curate.ledger.schema import EMBEDDED_COLUMNS, FETCHED_COLUMNS, URL_COLUMNS, Status, list_name
 from curate.ledger.sql import Bounds, check_one_select, connect, literal, parse, quote, reader, short, walk
-from curate.store.files import UserError, digest, output_digests, read_json, sha256_file
+from curate.store.files import digest, read_json, sha256_file
+from curate.store.records import output_digests
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -190,10 +192,10 @@ def _own_types() -> tuple[tuple[str, str], ...]:
     return tuple(zip([n for n, _ in own], sql_types([t for _, t in own]), strict=True))
 
 
-def source_types(carried: pa.Schema) -> dict[str, str]:
-    """The list's own columns (a plan's `carried`) as fields of `source`, with their DuckDB types."""
+def source_types(extra_columns: pa.Schema) -> dict[str, str]:
+    """The list's own columns (a plan's `extra_columns`) as fields of `source`, with their DuckDB types."""
     seen: set[str] = set()
-    return dict(zip([_unique(n, seen) for n in carried.names], sql_types(carried.types), strict=True))
+    return dict(zip([_unique(n, seen) for n in extra_columns.names], sql_types(extra_columns.types), strict=True))
 
 
 def types_there(root: Path) -> tuple[dict[str, str], dict[str, str]]:

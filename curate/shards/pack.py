@@ -26,6 +26,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from aesthetic.errors import UserError
+from aesthetic.files import atomic, scratch_path
 from aesthetic.untrusted import markdown, markdown_code
 from curate.ledger.rules import KEPT
 from curate.ledger.schema import RESERVED, list_name, shard_name, stored_name
@@ -41,20 +43,9 @@ from curate.ledger.view import (
     tables,
 )
 from curate.shards.tar import CorruptShard, TarWriter, image_member, index_tar, read_range
-from curate.store.files import (
-    UserError,
-    atomic,
-    check_space,
-    digest,
-    is_done,
-    is_scratch,
-    left_over,
-    read_json,
-    record_digest,
-    scratch_path,
-    sha256_file,
-    write_json,
-)
+from curate.store.disk import check_space
+from curate.store.files import digest, is_scratch, left_over, read_json, sha256_file, write_json
+from curate.store.records import is_done, record_digest
 
 _FORMAT = 1  # of the shards; part of what makes them stale
 _OPEN_FILES = 64

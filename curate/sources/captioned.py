@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from aesthetic.errors import UserError
 from aesthetic.untrusted import caption_of, decode_text, first_three, open_regular, parse_json, printable, read_bytes
 from curate.ledger.schema import Reason, RowError
 from curate.shards.tar import (
@@ -41,7 +42,7 @@ from curate.shards.tar import (
 )
 from curate.sources.listing import TEXT_EXTENSIONS, UNREAD_EXTENSIONS, Listing, look
 from curate.sources.lists import CAPTION_NAMES, NOTED, Notes, named, open_list, open_parquet, parquet_batches
-from curate.store.files import UserError, digest
+from curate.store.files import digest
 
 Members = dict[str, tuple[int, int]]
 """Extension -> (offset, size) in a tar."""
@@ -162,7 +163,7 @@ class Sample:
     facts: dict[str, Any]
 
 
-class Numbered(Sequence[Sample]):
+class MapDataset(Sequence[Sample]):
     """A sequence of samples that are read when asked for; `facts` reads what is known of each without its image."""
 
     folder: Path
@@ -377,7 +378,7 @@ class _Index:
         return _Index(np.array(keys, str), np.array(extensions, str), np.array(places, np.int64).reshape(-1, 3, 2))
 
 
-class Tars(Numbered):
+class Tars(MapDataset):
     """The samples of tars, in the order of their names, as webdataset and img2dataset write them.
 
     Raises CorruptShard where one of them is no whole tar.
@@ -578,7 +579,7 @@ class Beside:
             return None
 
 
-class Images(Numbered):
+class Images(MapDataset):
     """The image files under a folder, and what its metadata (Hugging Face's imagefolder) and files beside them tell."""
 
     def __init__(self, folder: str | Path, listing: Listing | None = None) -> None:
@@ -761,7 +762,7 @@ def parquet_images(path: Path, column: str | None = None) -> ParquetImages:
     return ParquetImages(path, column)
 
 
-class Tables(Numbered):
+class Tables(MapDataset):
     """The rows of parquet files that hold images."""
 
     def __init__(self, folder: str | Path, files: Sequence[Path], listing: Listing | None = None) -> None:
@@ -864,7 +865,7 @@ def kind_of_folder(listing: Listing) -> str | None:
     return "parquet" if parquet_with_images(listing) else None
 
 
-def open_folder(folder: str | Path) -> Numbered:
+def open_folder(folder: str | Path) -> MapDataset:
     """The pictures of a folder, whatever it is. Raises UserError where there is no such folder, or none in it."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -877,7 +878,7 @@ def open_folder(folder: str | Path) -> Numbered:
             refuse_data_folder(folder)
         match kind_of_folder(listing):
             case "imagefolder" | "images":
-                found: Numbered = Images(folder, listing)
+                found: MapDataset = Images(folder, listing)
             case "tars":
                 found = Tars(folder, listing)
             case "parquet":

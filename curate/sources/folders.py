@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from aesthetic.errors import UserError
 from aesthetic.untrusted import caption_of, clean, first_three
 from curate.ledger.schema import EMBEDDED_COLUMNS, FETCHED_COLUMNS, Reason, Status
 from curate.shards.tar import CorruptShard, image_member
@@ -40,7 +41,7 @@ from curate.sources.lists import (
     open_parquet,
     parquet_batches,
 )
-from curate.store.files import UserError, digest
+from curate.store.files import digest
 
 PLACE_COLUMNS = (
     ("@path", pa.string()),  # of the file that holds the bytes, relative to the plan's base

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from aesthetic.errors import DiskFull, UserError
 from aesthetic.untrusted import check_regular
 from curate.shards.tar import CorruptShard
 from curate.sources.captioned import (
@@ -26,7 +27,6 @@ from curate.sources.captioned import (
 from curate.sources.folders import ImagesInput, MetadataInput, ParquetImagesInput, TarInput, tabled_folders
 from curate.sources.listing import ARCHIVES, UNREAD_EXTENSIONS, Listing, first_three, is_image, look
 from curate.sources.lists import KNOWN_FORMATS, Input, list_format, open_list, open_parquet
-from curate.store.files import DiskFull, UserError
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
+from aesthetic.errors import UserError
 from aesthetic.tables import HEAD, TableShape, kind_of
 from aesthetic.untrusted import open_regular, printable
-from curate.store.files import UserError
 
 _BLOCK = 8 << 20  # bytes that are parsed at a time
 LONGEST_LINE = 64 << 20

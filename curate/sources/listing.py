@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from aesthetic.errors import UserError
 from aesthetic.untrusted import first_three, marked_encoding
 from curate.shards.tar import IMAGE_EXTENSIONS
 from curate.sources.lists import list_format, open_parquet
-from curate.store.files import UserError
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Tables of Hugging Face's imagefolder; where a folder has several, the first of these is taken."""

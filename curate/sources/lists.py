@@ -25,14 +25,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from aesthetic.errors import nearest
+from aesthetic.errors import UserError, nearest
 from aesthetic.tables import kind_of, table_shape
 from aesthetic.untrusted import caption_of, clean, decode_text, marked_encoding, open_regular, printable
 from curate.ledger.schema import Reason
 from curate.sources.columns import fit, fit_type
 from curate.sources.lines import Broken, Table, as_utf8, head_of, is_quoted, numbered_lines, shown, unreadable
 from curate.sources.pages import pages
-from curate.store.files import UserError, sha256_file
+from curate.store.files import sha256_file
 
 BATCH = 65_536
 """Rows that are held at a time."""

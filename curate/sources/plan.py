@@ -19,14 +19,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from aesthetic.errors import UserError
+from aesthetic.files import atomic
 from curate.ledger.schema import URL_COLUMNS, Reason, RowError, stored_schema
 from curate.sources.captioned import read_place
 from curate.sources.folders import PLACE_COLUMNS
 from curate.sources.inputs import Found, find, is_remote, stat
 from curate.sources.lists import FAILURES, Notes, ParquetInput, open_parquet, parquet_batches, with_constants
 from curate.sources.survey import Survey, column, columns_of, stored_extra, survey_list
-from curate.store.files import UserError, atomic, digest, read_json, record_digest, sha256_file, write_json
+from curate.store.files import digest, read_json, sha256_file, write_json
 from curate.store.ownership import clear
+from curate.store.records import record_digest
 
 _VERSION = 1
 _LARGEST_GROUP = 2_000_000
@@ -48,7 +51,7 @@ class SourceConfig:
     caption: str | None = "caption"  # column; the default also finds `lists.CAPTION_NAMES`; None: no captions
     shard_size: int = 10_000  # rows per shard at most, img2dataset's number; a short list has eight smaller ones
     where: str | None = None  # SQL condition on the list's own columns; other rows are not part of the list
-    columns: tuple[str, ...] | None = None  # columns that are carried along; None: all others
+    columns: tuple[str, ...] | None = None  # extra columns that are kept; None: all others
 
     def __post_init__(self) -> None:
         if isinstance(self.columns, str):
@@ -80,7 +83,7 @@ class Totals:
     shard_count: int
     url: str | None  # the columns as the (first) list calls them
     caption: str | None
-    carried: pa.Schema
+    extra_columns: pa.Schema
     warnings: list[str]  # what a run says before it begins
 
     @property
@@ -127,7 +130,7 @@ class SourceShard:
     """The rows of one shard."""
 
     shard: int
-    table: pa.Table  # url, caption, and the carried columns, under the names that they are stored by
+    table: pa.Table  # url, caption, and the extra columns, under the names that they are stored by
     digest: str  # `Plan.shard_digest`
     places: pa.Table | None = None  # PLACE_COLUMNS, for folders of images
     base: Path | None = None
@@ -169,7 +172,7 @@ class Plan:
 
     root: Path
     shards: list[ShardPlan] = field(repr=False)
-    carried: pa.Schema
+    extra_columns: pa.Schema
     total_rows: int  # rows of all shards
     listed_rows: int  # rows of the list after `where`, before `limit`
     facts: Mapping[str, Any] = field(repr=False)  # what plan.json holds
@@ -213,12 +216,12 @@ class Plan:
         return digest([self.facts["identities"][s.file], s.offset, s.rows, self._columns()])
 
     def _columns(self) -> Sequence[str]:
-        return [f"{f.name}:{f.type}" for f in self.carried]
+        return [f"{f.name}:{f.type}" for f in self.extra_columns]
 
     @property
     def schema(self) -> pa.Schema:
-        """The columns of a shard's rows: url, caption, and the carried ones under the names that they are stored by."""
-        return pa.schema([*URL_COLUMNS, *stored_schema(self.carried)])
+        """The columns of a shard's rows: url, caption, and the extra ones under the names that they are stored by."""
+        return pa.schema([*URL_COLUMNS, *stored_schema(self.extra_columns)])
 
     def read(self, shard: int) -> SourceShard:
         """The rows of a shard; of its file, only the row groups that it lies in are read.
@@ -239,9 +242,11 @@ class Plan:
             )
         else:  # the list itself, under its own names
             url, caption = fact["url"], fact["caption"]
-            wanted = [n for n in (url, caption, *self.carried.names) if n]
+            wanted = [n for n in (url, caption, *self.extra_columns.names) if n]
             batches = (
-                columns_of(with_constants(batch, fact.get("constants", {})), url, caption, self.carried, notes=notes)
+                columns_of(
+                    with_constants(batch, fact.get("constants", {})), url, caption, self.extra_columns, notes=notes
+                )
                 for batch in _read_slice(self.root / s.file, s.offset, s.rows, wanted, notes)
             )
         table = pa.Table.from_batches(batches, schema)
@@ -313,7 +318,7 @@ def inspect(list_path: str, config: SourceConfig, limit: int | None = None, root
                 shard_count=len(plan.shards),
                 url=first["url"],
                 caption=first["caption"],
-                carried=plan.carried,
+                extra_columns=plan.extra_columns,
                 warnings=list(plan.warnings),
             )
     with tempfile.TemporaryDirectory() as scratch:
@@ -329,7 +334,7 @@ def inspect(list_path: str, config: SourceConfig, limit: int | None = None, root
         shard_count=(len(plan.shards) if plan else 0) + sum(-(-kept // size) for kept in fresh.kept),
         url=survey.inputs[0].url,
         caption=survey.inputs[0].caption,
-        carried=survey.carried,
+        extra_columns=survey.extra_columns,
         warnings=survey.warnings(),
     )
 
@@ -394,8 +399,8 @@ _SHARDS = pa.schema([("shard", pa.int64()), ("file", pa.string()), ("offset", pa
 
 
 def _loaded(root: Path, facts: dict[str, Any], shards: list[ShardPlan]) -> Plan:
-    carried = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(facts["carried_schema"])))
-    return Plan(root, shards, carried, facts["total_rows"], facts["listed_rows"], facts)
+    extra_columns = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(facts["carried_schema"])))
+    return Plan(root, shards, extra_columns, facts["total_rows"], facts["listed_rows"], facts)
 
 
 def _settings(config: SourceConfig, limit: int | None) -> dict[str, Any]:
@@ -472,8 +477,8 @@ def _write_lists(root: Path, found: Found, survey: Survey, shard_size: int) -> t
         "inputs": inputs,
         "listed_rows": survey.listed_rows,
         "total_rows": sum(survey.kept),
-        "carried": {f.name: str(f.type) for f in survey.carried},
-        "carried_schema": base64.b64encode(survey.carried.serialize()).decode(),
+        "carried": {f.name: str(f.type) for f in survey.extra_columns},
+        "carried_schema": base64.b64encode(survey.extra_columns.serialize()).decode(),
         "identities": identities,
         "made_of": made_of,
         "cut": cut,
@@ -487,12 +492,12 @@ def _cut(path: Path, number: int, survey: Survey, shard_size: int) -> None:
     source = survey.inputs[number]
     extra = source.extra or (PLACE_COLUMNS if source.local else ())
     beside = [(stored_extra(name), kind) for name, kind in extra]
-    schema = pa.schema([*URL_COLUMNS, *stored_schema(survey.carried), *beside])
+    schema = pa.schema([*URL_COLUMNS, *stored_schema(survey.extra_columns), *beside])
     group = min(shard_size, _WRITTEN_GROUP)
     held: list[pa.RecordBatch] = []
     with atomic(path) as f, pq.ParquetWriter(f, schema, compression="zstd") as writer:
         for batch in survey.kept_rows(number):
-            held.append(columns_of(batch, source.url or "url", source.caption, survey.carried, extra))
+            held.append(columns_of(batch, source.url or "url", source.caption, survey.extra_columns, extra))
             rows = sum(b.num_rows for b in held)
             many = sum(b.nbytes for b in held) > _MOST_HELD
             if rows >= group or many:

@@ -12,9 +12,9 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from aesthetic.errors import UserError
 from curate.ledger.sql import Bounds, connect, parse, unstable_functions, walk
 from curate.sources.lists import describe
-from curate.store.files import UserError
 
 
 class Predicate:

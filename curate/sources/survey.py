@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
 from curate.ledger.schema import stored_name
 from curate.sources.folders import PLACE_COLUMNS
@@ -27,13 +28,12 @@ from curate.sources.lists import (
     parquet_batches,
 )
 from curate.sources.predicate import Predicate
-from curate.store.files import UserError
 
 if TYPE_CHECKING:
     from curate.sources.plan import SourceConfig
 
-MOST_CARRIED = 1_000
-"""Columns that can be carried: each is a column of every table, and a field of every sample's JSON."""
+MOST_EXTRA = 1_000
+"""Extra columns at most: each is a column of every table, and a field of every sample's JSON."""
 
 _SEED = 0x7461737465  # of the order in which --limit takes rows; a change gives other rows to everyone
 
@@ -44,7 +44,7 @@ class Survey:
 
     inputs: list[Input]
     union: pa.Schema  # the columns of all inputs, under the list's names
-    carried: pa.Schema
+    extra_columns: pa.Schema
     predicate: Predicate | None = None
     listed_rows: int = 0
     kept: list[int] = field(default_factory=list)  # rows per input, after where and limit
@@ -103,7 +103,7 @@ class Survey:
     def kept_rows(self, number: int) -> Iterator[pa.RecordBatch]:
         """The rows of one input that belong to the plan, in order."""
         source = self.inputs[number]
-        wanted = {n for n in (source.url, source.caption) if n} | set(self.carried.names)
+        wanted = {n for n in (source.url, source.caption) if n} | set(self.extra_columns.names)
         if self.predicate is not None:
             wanted |= set(self.predicate.columns)
         start = 0
@@ -133,11 +133,13 @@ def survey_list(found: Found, config: SourceConfig, limit: int | None) -> Survey
             columns = describe(source.schema.names, "url")
             raise UserError(f"{source.path}: there is no column of URLs. `--set source.url=NAME` names one. {columns}")
     union = _union(inputs)
-    survey = Survey(inputs, union, _carried(found, inputs, union, config), captions_unwanted=config.caption is None)
+    survey = Survey(
+        inputs, union, _extra_columns(found, inputs, union, config), captions_unwanted=config.caption is None
+    )
     survey.notes = [f"{found.name}: {note}" for note in found.notes]
     if config.where is not None:
         survey.predicate = Predicate(config.where, union, "source.where")
-    used = [*survey.carried.names, *(survey.predicate.columns if survey.predicate else ())]
+    used = [*survey.extra_columns.names, *(survey.predicate.columns if survey.predicate else ())]
     for source in inputs:
         source.check_sizes([n for n in (source.url, source.caption, *used) if n])
     if found.base is None:
@@ -224,7 +226,7 @@ def _union(inputs: list[Input]) -> pa.Schema:
     return pa.schema([(n, pa.string() if pa.types.is_null(k) else k) for n, k in kinds.items()])
 
 
-def _carried(found: Found, inputs: list[Input], union: pa.Schema, config: SourceConfig) -> pa.Schema:
+def _extra_columns(found: Found, inputs: list[Input], union: pa.Schema, config: SourceConfig) -> pa.Schema:
     own = {n for source in inputs for n in (source.url, source.caption) if n}
     if config.caption is None:
         own.add("caption")
@@ -240,9 +242,9 @@ def _carried(found: Found, inputs: list[Input], union: pa.Schema, config: Source
             )
     if found.base is not None and (taken := [n for n in names if n in dict(PLACE_COLUMNS)]):
         raise UserError(f"{found.name}: the column {taken[0]!r} has a name that is needed here. Rename it.")
-    if len(names) > MOST_CARRIED:
+    if len(names) > MOST_EXTRA:
         raise UserError(
-            f"{found.name}: {len(names):,} columns would be carried with each row; at most {MOST_CARRIED:,} can be. "
+            f"{found.name}: {len(names):,} extra columns would be kept with each row; at most {MOST_EXTRA:,} can be. "
             f"Name those that matter in source.columns: {listed(names)}"
         )
     return pa.schema([union.field(n) for n in names])
@@ -252,7 +254,7 @@ def columns_of(
     batch: pa.RecordBatch,
     url: str,
     caption: str | None,
-    carried: pa.Schema,
+    extra_columns: pa.Schema,
     extra: Sequence[tuple[str, pa.DataType]] = (),
     notes: Notes | None = None,
 ) -> pa.RecordBatch:
@@ -261,7 +263,7 @@ def columns_of(
     Null where this file of the list has no such column. `extra` are the input's own columns beside the list's.
     """
     wanted = [(url, "url", pa.string()), (caption, "caption", pa.string())]
-    wanted += [(f.name, stored_name(f.name), f.type) for f in carried]
+    wanted += [(f.name, stored_name(f.name), f.type) for f in extra_columns]
     wanted += [(name, stored_extra(name), kind) for name, kind in extra]
     arrays = [column(batch, name, kind, notes) for name, _, kind in wanted]
     return pa.RecordBatch.from_arrays(arrays, schema=pa.schema([(stored, kind) for _, stored, kind in wanted]))

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from aesthetic.errors import UserError
 from aesthetic.space import Space
 from aesthetic.untrusted import check_regular
 from aesthetic.vectors import open_vectors
@@ -27,7 +28,8 @@ from curate.encoders.base import Encoder, unit
 from curate.images.pixels import decode
 from curate.layout import Data
 from curate.shards.tar import IMAGE_EXTENSIONS, image_member, index_tar, read_range
-from curate.store.files import UserError, check_space, is_done, recommit
+from curate.store.disk import check_space
+from curate.store.records import is_done, recommit
 
 MIN_COSINE = 0.98
 """The least that the median of those pictures' cosines may be. Single pictures move further when they are stored anew

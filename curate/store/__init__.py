@@ -1,1 +1,2 @@
-"""Files that are whole or absent, the records that say what was done, and which folders are ours."""
+"""Where bytes live: JSON and digests (files), the records that say what was done (records), one run at a time (lock),
+which folders are ours (ownership), room (disk). Files that are whole or absent come from aesthetic.files."""

@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from aesthetic.errors import UserError
+from aesthetic.files import atomic
 from aesthetic.untrusted import read_bytes, read_json_file
-from curate.store.files import Lock, atomic, is_scratch
+from curate.store.files import is_scratch
+from curate.store.lock import Lock
 
 MARK = ".tastemaker"
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from aesthetic.errors import UserError
+from aesthetic.files import atomic
 from aesthetic.untrusted import printable
 from curate.annotators.heads import Column, columns_of
 from curate.fetch import engine_img2dataset
@@ -25,13 +27,16 @@ from curate.fetch.ingest import check_verify
 from curate.layout import Data
 from curate.ledger.schema import Reason, Status
 from curate.sources.plan import clear_plan, inspect, load_plan, make_plan
-from curate.store.files import Lock, UserError, atomic, check_space, read_json, sweep, uncommit
+from curate.store.disk import check_space
+from curate.store.files import read_json, sweep
+from curate.store.lock import Lock
 from curate.store.ownership import RECIPE_HEADER, Taken, check_free, taken
+from curate.store.records import invalidate
 from curate.verify import again
 from pipelines.options import Result
 from pipelines.recipe import DEFAULT, Recipe, load_recipe, parse_recipe, read_recipe, to_yaml
-from pipelines.runtime.jobs import Job, Work, reach, run_job
-from pipelines.runtime.progress import Screen, clock
+from pipelines.runtime.jobs import CurateJob, RemainingWork, check_reachable, run_job
+from pipelines.runtime.progress import ProgressDisplay, format_duration
 
 if TYPE_CHECKING:
     from curate.ledger.select import Selection
@@ -105,10 +110,10 @@ def restart(data: Data, recipe: Recipe, stage: str, stages: Sequence[str]) -> No
         has_encoder(recipe)
     if stage in ("source", "fetch", "images"):
         for record in data.root.glob("fetched/*_stats.json"):
-            uncommit(record)
+            invalidate(record)
     for pattern in ("embedded/stats/*.json", "scored/*/*.json"):
         for record in data.root.glob(pattern):
-            uncommit(record)
+            invalidate(record)
     data.space.unlink(missing_ok=True)
     if stage == "source":
         clear_plan(data.root)
@@ -169,14 +174,14 @@ def _in_shards(shards: Sequence[str]) -> str:
     return f"shard{'s' if len(shards) > 1 else ''} {named}"
 
 
-def check_selection(recipe: Recipe, carried: pa.Schema, columns: Mapping[str, Column]) -> None:
+def check_selection(recipe: Recipe, extra_columns: pa.Schema, columns: Mapping[str, Column]) -> None:
     """UserError where a rule names a column that there will not be, or a threshold outside its head's scale."""
     from curate.ledger.rules import check_rules
     from curate.ledger.view import ledger_types, source_types
 
     types = {**ledger_types(), **dict.fromkeys(columns, "FLOAT")}
     scales = {name: c.scale for name, c in columns.items()}
-    check_rules(recipe.select.rules, types, source_types(carried), scales)
+    check_rules(recipe.select.rules, types, source_types(extra_columns), scales)
 
 
 # ------------------------------------------------------------------------------------------------------------ the run
@@ -207,8 +212,8 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
         has_encoder(recipe)  # as in `run`
     anew = request.restart_from == "source"
     found = inspect(request.list, recipe.source, request.limit, None if anew else data.root)
-    check_selection(recipe, found.carried, columns)
-    check_verify(recipe.fetch, found.carried)
+    check_selection(recipe, found.extra_columns, columns)
+    check_verify(recipe.fetch, found.extra_columns)
     rows, work = found.total_rows, True
     if load_plan(data.root) is not None and request.restart_from is None:
         left = left_to_do(data, recipe, columns, request.stages)
@@ -218,14 +223,14 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
         if "embed" in request.stages and not has_encoder(recipe):
             say(f"the weights of {recipe.embed.encoder} are not on this machine; the run fetches them first")
         if request.address is not None:
-            reach(request.address)
+            check_reachable(request.address)
         check_space(_there(data.root), estimate_bytes(recipe, rows))
     return {
         "rows": found.total_rows,
         "listed_rows": found.listed_rows,
         "shards": found.shard_count,
         "columns": found.columns,
-        "carried": found.carried.names,
+        "carried": found.extra_columns.names,
         "warnings": found.warnings,
         "stages": list(request.stages),
         "rows_to_fetch": rows,
@@ -254,11 +259,13 @@ def run(request: Request, say: Say = print) -> Result:
         refuse_changes(data, recipe, request.restart_from)
         anew = request.restart_from == "source"  # the new list is read before the shards of the old one go
         if anew or load_plan(data.root) is not None:  # nor does a plan grow before all is checked
-            carried = inspect(request.list, recipe.source, request.limit, None if anew else data.root).carried
+            extra_columns = inspect(
+                request.list, recipe.source, request.limit, None if anew else data.root
+            ).extra_columns
         else:
-            carried = make_plan(request.list, data.root, recipe.source, request.limit).carried
-        check_selection(recipe, carried, columns)
-        check_verify(recipe.fetch, carried)
+            extra_columns = make_plan(request.list, data.root, recipe.source, request.limit).extra_columns
+        check_selection(recipe, extra_columns, columns)
+        check_verify(recipe.fetch, extra_columns)
         if request.restart_from is not None:
             restart(data, recipe, request.restart_from, request.stages)
         make_plan(request.list, data.root, recipe.source, request.limit)
@@ -307,7 +314,7 @@ def resume(
     with Lock(data.root):
         sweep(data.root)
         refuse_changes(data, recipe, restart_from)
-        check_selection(recipe, data.plan.carried, columns)
+        check_selection(recipe, data.plan.extra_columns, columns)
         stages = ("fetch", "embed", "select", "pack") if retry else ("embed", "select", "pack")
         if restart_from is not None:
             restart(data, recipe, restart_from, stages)
@@ -384,20 +391,20 @@ def _run_stages(
     address: str | None,
     say: Say,
     retry: bool,
-) -> Screen | None:
+) -> ProgressDisplay | None:
     """Fetch, embed and score what is missing, with Ray; returns what was seen of it (None where all was done)."""
     fetch, embed = "fetch" in stages, "embed" in stages
     left = left_to_do(data, recipe, columns, stages, retry)
     if not left.shards:
         return None
     if address is not None:
-        reach(address)
+        check_reachable(address)
     check_space(data.root, estimate_bytes(recipe, left.rows))
     if embed:
         _fetch_encoder(recipe, say)
     if len(left.shards) < len(data.plan.shards):
         say(f"{len(data.plan.shards) - len(left.shards):,} of {len(data.plan.shards):,} shards are done already")
-    return run_job(Job(data, recipe, fetch=fetch, embed=embed, retry=retry), left, address=address)
+    return run_job(CurateJob(data, recipe, fetch=fetch, embed=embed, retry=retry), left, address=address)
 
 
 def _images(data: Data) -> int:
@@ -407,7 +414,7 @@ def _images(data: Data) -> int:
 
 def left_to_do(
     data: Data, recipe: Recipe, columns: Mapping[str, Column], stages: Sequence[str], retry: bool = False
-) -> Work:
+) -> RemainingWork:
     """The shards that are not fetched, embedded and scored, as far as these stages do that."""
     from curate.workers import embed_done, fetch_done, may_pass
 
@@ -422,7 +429,7 @@ def left_to_do(
             shards.append(s.shard)
             rows += waiting
             images += _images_left(data, s.shard, embed_hash) if unembedded else 0
-    return Work(shards, rows, images)
+    return RemainingWork(shards, rows, images)
 
 
 def _images_left(data: Data, shard: int, config: str) -> int:
@@ -735,11 +742,11 @@ def estimate_bytes(recipe: Recipe, rows: int) -> int:
     return rows * (int(image * 1.5) + 2 * 2 * 1664)
 
 
-def projection(data: Data, listed: int, taken: int, kept: int, screen: Screen | None) -> str:
+def projection(data: Data, listed: int, taken: int, kept: int, screen: ProgressDisplay | None) -> str:
     """What the whole list would take, from the rows that were taken: time, size, and kept rows with a 95% interval."""
     share = kept / taken
     half = 1.96 * (share * (1 - share) / taken) ** 0.5
     size = sum(p.stat().st_size for p in (data.root / "fetched").glob("*.tar")) / taken * listed
     seconds = screen.whole(listed, round(_images(data) / taken * listed)) if screen is not None else None
-    time = f"about {clock(seconds)} here, " if seconds is not None else ""
+    time = f"about {format_duration(seconds)} here, " if seconds is not None else ""
     return f"whole list: {listed:,} rows, {time}{size / 1e9:,.1f} GB, {share * listed:,.0f} ± {half * listed:,.0f} kept"

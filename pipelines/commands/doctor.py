@@ -59,8 +59,8 @@ def examine(say: Callable[[str], None]) -> bool:
 
 def _recipes(say: Callable[[str], None]) -> bool:
     """Say of each shipped recipe whether it can run here; returns whether one can. Asks the hub whether it answers."""
+    from aesthetic.errors import UserError
     from curate.annotators.heads import columns_of
-    from curate.store.files import UserError
     from pipelines.commands.curate import has_encoder
     from pipelines.recipe import DEFAULT, load_recipe, shipped
 

@@ -18,12 +18,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from curate.store.files import UserError, atomic, read_json, sha256_file, sweep, write_json
+from aesthetic.errors import UserError
+from aesthetic.files import atomic
+from curate.store.files import read_json, sha256_file, sweep, write_json
 from curate.store.ownership import check_free, taken
 from pipelines.commands.train import Outcome, check_data
 from pipelines.figures import meaning, readme, table
 from pipelines.prompts import read_prompts
-from pipelines.runtime.progress import Count, Terminal, clock
+from pipelines.runtime.progress import ProgressBar, Terminal, format_duration
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,11 +33,11 @@ if TYPE_CHECKING:
 
     from aesthetic.heads import Head
     from curate.encoders.base import Encoder
-    from train.data import Ints, Numbered
+    from train.data import Ints, MapDataset
     from train.generate.evaluate import InDomain, Nearest, Unseen
     from train.generate.sampler import Artist
     from train.generate.sampler import Request as Asked
-    from train.models.info import About
+    from train.models.info import ModelInfo
     from train.models.lora import Lora
 
 PROMPTS = 128
@@ -90,9 +92,9 @@ def run(request: Request) -> Outcome:
 
     settled(model.about, Asked("", seed=request.seed, steps=request.steps, guidance=request.guidance))
     from train.data import open_samples
-    from train.generate.evaluate import record_of
+    from train.generate.evaluate import training_record
 
-    _, trained = record_of(model.folder) or (None, {})
+    _, trained = training_record(model.folder) or (None, {})
     samples = open_samples(request.data, trained.get("settings", {}).get("caption"))
     asked = _asked(request, model, samples, prompts, heads)
     if (done := _before(request.out, asked)) is not None:
@@ -138,13 +140,13 @@ def _prompts(request: Request) -> list[str] | None:
 class _Model:
     """A model, or one with its LoRA over it, and what is known of its training."""
 
-    about: About
+    about: ModelInfo
     loras: tuple[Lora, ...]
     folder: Path  # whose train.json is asked
 
     @staticmethod
     def of(name: str) -> _Model:
-        from train.models.info import look
+        from train.models.info import read_model_info
         from train.models.lora import Lora, check_lora
         from train.models.release import LORA_FILE
 
@@ -154,10 +156,10 @@ class _Model:
             if not base:
                 raise UserError(f"{folder} is a LoRA without a train.json that names the model it belongs to")
             lora = Lora(folder)
-            about = look(base)
+            about = read_model_info(base)
             check_lora(about, lora)
             return _Model(about, (lora,), folder)
-        about = look(name)
+        about = read_model_info(name)
         return _Model(about, (), about.folder)
 
     @cached_property
@@ -186,7 +188,7 @@ def _heads(request: Request) -> list[Head]:
 
 
 def _asked(
-    request: Request, model: _Model, samples: Numbered, prompts: list[str] | None, heads: Sequence[Head]
+    request: Request, model: _Model, samples: MapDataset, prompts: list[str] | None, heads: Sequence[Head]
 ) -> dict[str, Any]:
     """What must be the same for the figures to be the same, but for versions and machine."""
     from curate.encoders.base import canonical_name
@@ -238,7 +240,7 @@ class _Evaluation:
         self,
         request: Request,
         model: _Model,
-        samples: Numbered,
+        samples: MapDataset,
         prompts: list[str] | None,
         heads: list[Head],
         terminal: IO[str],
@@ -301,13 +303,13 @@ class _Evaluation:
         import numpy as np
 
         from train.generate.evaluate import captions_of, in_order, unseen
-        from train.models.info import record_of
+        from train.models.info import training_record
 
-        _, known = record_of(self.model.folder) or (None, None)
+        _, known = training_record(self.model.folder) or (None, None)
         others = known and known["settings"].get("data") != self.samples.fingerprint
         if others or known is None:  # otherwise the training run looked at all of them
             more = known["data"].get("pictures", 0) if known and known.get("data") else 0
-            count = Count(self.terminal, "pictures", len(self.samples) + more)
+            count = ProgressBar(self.terminal, "pictures", len(self.samples) + more)
             self.unseen: Unseen = unseen(self.model.folder, self.samples, count)
             count.end()
         else:
@@ -339,9 +341,9 @@ class _Evaluation:
         from curate.annotators.nsfw import load_detector
         from curate.encoders.base import load_encoder
         from curate.encoders.bundled import BundledEncoder
-        from train.devices import device_here
+        from train.devices import default_device
 
-        self.device = device_here()
+        self.device = default_device()
         self.encoder: Encoder = load_encoder(self.request.encoder)
         self.detector = load_detector("open-nsfw")
         space = self.encoder.space() if self.heads else None
@@ -369,7 +371,7 @@ class _Evaluation:
     def _loss(self) -> dict[str, Any] | None:
         """The held-out loss, by time, and beside it that of as many training pictures."""
         from aesthetic.metrics import estimate
-        from train.data import Pictures
+        from train.data import ImageDataset
         from train.generate.evaluate import in_order, losses, mean_of
         from train.models.unet import size_step, tokenize
         from train.objective import objective_of
@@ -390,10 +392,10 @@ class _Evaluation:
         parts = {"held_out": (self.samples, numbers)}
         if self.unseen.training is not None:
             parts["training"] = (self.unseen.training, self.training[: len(numbers)])
-        count = Count(self.terminal, "loss", sum(len(n) for _, n in parts.values()))
+        count = ProgressBar(self.terminal, "loss", sum(len(n) for _, n in parts.values()))
         found = {}
         for name, (samples, chosen) in parts.items():
-            pictures = Pictures(
+            pictures = ImageDataset(
                 samples,
                 lambda captions: tokenize(pipeline, captions),
                 size,
@@ -434,7 +436,7 @@ class _Evaluation:
         batches = [range(start, min(start + BATCH, len(asked))) for start in range(0, len(asked), BATCH)]
         missing = [batch for batch in batches if not all(self._is_drawn(i, asked[i]) for i in batch)]
         steps = r.steps * (sum(map(len, missing)) or len(asked))
-        count = Count(self.terminal, "steps of drawing", steps, "steps")
+        count = ProgressBar(self.terminal, "steps of drawing", steps, "steps")
         if missing:
             artist: Artist = Artist(self.model.about, loras=self.model.loras, batch=BATCH, blur=False)
             self.terminal.write(f"draws on {artist}\n")
@@ -469,7 +471,7 @@ class _Evaluation:
         models: dict[str, Any] = {"vectors": self.encoder, "nsfw": self.detector}
         if self.features is not self.encoder:
             models["features"] = self.features
-        count = Count(self.terminal, "looked at", len(self.prompts) + len(self.real) + len(self.training))
+        count = ProgressBar(self.terminal, "looked at", len(self.prompts) + len(self.real) + len(self.training))
         drawn = look((self._drawn(i) for i in range(len(self.prompts))), models, count)
         real = look((self._fitted(self.samples, i) for i in self.real), models, count)
         training = None
@@ -486,12 +488,12 @@ class _Evaluation:
 
         return np.asarray(read_picture(self._sample(number)))
 
-    def _fitted(self, samples: Numbered, number: Any) -> npt.NDArray[np.uint8]:
+    def _fitted(self, samples: MapDataset, number: Any) -> npt.NDArray[np.uint8]:
         """A real picture, brought to the size of the drawn ones as training does."""
-        from train.data import decoded, fitted
+        from train.data import crop_resize, decode_sample
 
         width, height = self.model.about.size
-        return fitted(decoded(samples[int(number)], 2 * max(width, height)), height, width)
+        return crop_resize(decode_sample(samples[int(number)], 2 * max(width, height)), height, width)
 
     def _features(self, seen: dict[str, Any]) -> Any:
         from curate.encoders.bundled import FEATURES
@@ -729,5 +731,5 @@ def _outcome(request: Request, facts: dict[str, Any]) -> Outcome:
     paths = {"evaluation": out / "evaluation.json", "pictures": out / "sheet.png"}
     if "memorisation" in facts["figures"]:
         paths["nearest"] = out / "nearest.png"
-    text = f"{table(facts)}\nevaluated in {clock(facts['seconds'])}\n{meaning(facts)}"
+    text = f"{table(facts)}\nevaluated in {format_duration(facts['seconds'])}\n{meaning(facts)}"
     return Outcome(text, facts, f"tastemaker sample {request.model} PROMPT", paths)

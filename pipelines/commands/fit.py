@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
 from curate.encoders.base import check_available, check_named
-from curate.store.files import UserError, digest, read_json, sha256_file, write_json
+from curate.store.files import digest, read_json, sha256_file, write_json
 from pipelines.pool import DataPool, FolderPool, Pool, VectorsPool
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curate.store.files import UserError
+from aesthetic.errors import UserError
 from pipelines.options import Options, Result, argument, option
 
 if TYPE_CHECKING:

@@ -10,14 +10,16 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from curate.store.files import UserError, check_space, sha256_file
+from aesthetic.errors import UserError
+from curate.store.disk import check_space
+from curate.store.files import sha256_file
 from pipelines.prompts import read_prompts
-from pipelines.runtime.progress import Count
+from pipelines.runtime.progress import ProgressBar
 from pipelines.terminal import CLEAR
 
 if TYPE_CHECKING:
     from train.generate.sampler import Artist, Drawn, Request
-    from train.models.info import About
+    from train.models.info import ModelInfo
     from train.models.lora import Lora
 
 STAYS = ("model", "out", "again", "image", "mask", "lora", "upscaler", "faces", "show_flagged")
@@ -71,12 +73,12 @@ def run(asked: Asked, out: IO[str], aside: IO[str]) -> Outcome:
     told = _told(asked) if asked.again else None
     prompts = [] if told else _prompts(asked)
     from train.generate.sampler import Artist, check_scheduler, foreign_syntax, settled
-    from train.models.info import look
+    from train.models.info import read_model_info
     from train.models.lora import check_lora
 
     # all that can be refused without torch and diffusers, which take seconds to load
     upscaler, faces = (_network(asked, told, name) for name in ("upscaler", "faces"))
-    about = look(_model(asked, told))
+    about = read_model_info(_model(asked, told))
     loras = _loras(asked, told)
     for lora in loras:
         check_lora(about, lora)
@@ -158,7 +160,7 @@ def _prompts(asked: Asked) -> list[str]:
     return [*asked.prompt, *read_prompts(asked.prompts)]
 
 
-def _requests(asked: Asked, prompts: list[str], about: About, aside: IO[str]) -> list[Request]:
+def _requests(asked: Asked, prompts: list[str], about: ModelInfo, aside: IO[str]) -> list[Request]:
     """Picture i of the run has seed + i."""
     from train.generate.files import read_mask, read_picture
     from train.generate.sampler import SEEDS, Request, fitting_size
@@ -281,12 +283,12 @@ def _drawn(
     """Draw and save, one after the other."""
     from train.generate.files import png, save_numbered
 
-    count: Count | None = None
+    count: ProgressBar | None = None
     done = 0
 
     def tell(now: int, of: int) -> None:
         nonlocal count, done
-        count = count or Count(aside, "steps", of, "steps")
+        count = count or ProgressBar(aside, "steps", of, "steps")
         count(now - done)
         done = now
 
@@ -317,11 +319,11 @@ def _judged(drawn: Drawn) -> str:
 def _grid(drawn: list[tuple[Path, Drawn]], asked: Asked) -> Path:
     """All pictures in one file, a row for each prompt."""
     from train.generate.files import save_numbered, sheet
-    from train.tasks import grid
+    from train.tasks import image_grid
 
     count = asked.n or 1
     columns = count if count > 1 else max(1, round(len(drawn) ** 0.5))
-    image = grid([d.image for _, d in drawn], columns)
+    image = image_grid([d.image for _, d in drawn], columns)
     return save_numbered(sheet(image, [path.name for path, _ in drawn]), asked.out, "grid-")
 
 

@@ -19,7 +19,7 @@ def run(options: ScoreOptions) -> Result:
     """Apply heads, or those of the recipe; no image is opened."""
     from curate.layout import open_data
     from curate.ledger.sql import plain_name
-    from curate.store.files import UserError
+    from aesthetic.errors import UserError
     from pipelines.commands import curate
 
     data = open_data(options.data)

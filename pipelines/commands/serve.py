@@ -15,7 +15,9 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from curate.store.files import UserError, atomic, check_space, scratch_path
+from aesthetic.errors import UserError
+from aesthetic.files import atomic, scratch_path
+from curate.store.disk import check_space
 from pipelines.runtime.progress import Terminal
 
 MIN_TOKEN = 16
@@ -46,10 +48,10 @@ def run(asked: Asked) -> None:
     if not 0 <= asked.port <= 65535:
         raise UserError(f"--port {asked.port}: 0 to 65535 are there")
     from train.generate.upscale import check_network
-    from train.models.info import look
+    from train.models.info import read_model_info
     from train.models.lora import check_lora, parse_lora
 
-    about = look(asked.model)
+    about = read_model_info(asked.model)
     loras = [parse_lora(text) for text in asked.lora]
     for lora in loras:
         check_lora(about, lora)

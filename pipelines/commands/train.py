@@ -26,18 +26,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from curate.store.files import DiskFull, UserError, check_space, local_path, read_json, scratch_path, sweep, write_json
+from aesthetic.errors import DiskFull, UserError
+from aesthetic.files import scratch_path
+from curate.store.disk import check_space
+from curate.store.files import local_path, read_json, sweep, write_json
 from curate.store.ownership import check_free, taken
 from pipelines.options import REQUIRED, Options, Result, argument, option, positive
 from pipelines.prompts import read_prompts
-from pipelines.runtime.progress import Count, Terminal, clock
-from train.devices import FreeCores, device_here
+from pipelines.runtime.progress import ProgressBar, Terminal, format_duration
+from train.devices import FreeCores, default_device
 from train.models.presets import OBJECTIVES, PRESETS
 from train.models.release import LORA_FILE, is_released, release
 
 if TYPE_CHECKING:
     from pipelines.runtime.trainers import Materials, Plan, Trainers
-    from train.data import Numbered, Survey
+    from train.data import ImageScan, MapDataset
 
 FROM_STEPS, FROM_BATCH = 1000, 8
 """Of training that goes on from a model, where nothing else is asked."""
@@ -94,11 +97,11 @@ def run(request: TrainOptions) -> Result:
     _check(request)
     _check_start(request)
     prompts = tuple(read_prompts(request.prompts)) if request.prompts else ()
-    from train.data import open_samples, weights_of
+    from train.data import open_samples, sampling_weights
 
     samples = open_samples(request.data, request.caption)
     if request.weight_by:
-        weights_of(samples, request.weight_by)
+        sampling_weights(samples, request.weight_by)
     settings = _settings(request, samples)
     before = _before(request.out, settings)
     if before and before.get("finished") and is_released(request.out):
@@ -172,15 +175,15 @@ def _check_start(request: TrainOptions) -> None:
     """What the model to go on with says of itself, without torch."""
     if request.start is None:
         return
-    from train.models.info import check_trainable, look
+    from train.models.info import check_trainable, read_model_info
 
     start = Path(request.start)
     if (start / LORA_FILE).is_file() and not (start / "model_index.json").is_file():
         raise UserError(f"{start} is a LoRA: give --from the model that it was trained on (its README.md names it)")
-    check_trainable(look(request.start), request.size)
+    check_trainable(read_model_info(request.start), request.size)
 
 
-def _settings(request: TrainOptions, samples: Numbered) -> dict[str, Any]:
+def _settings(request: TrainOptions, samples: MapDataset) -> dict[str, Any]:
     """The request with every default filled in: what must be the same for a run to go on."""
     name = request.preset
     if request.start is None and name is None:
@@ -226,9 +229,9 @@ def _further_lr(start: str, lora: bool) -> float:
 
     For Stable Diffusion these are 1e-4 and 1e-5, the rates of diffusers' own examples.
     """
-    from train.models.info import record_of
+    from train.models.info import training_record
 
-    place, facts = record_of(start) or (None, {})
+    place, facts = training_record(start) or (None, {})
     own = place == Path(start).expanduser().absolute()  # and not of the run whose checkpoint it is
     rate = float((facts["settings"].get("lr") if own else None) or SD_LR)
     return rate if lora else rate / 10
@@ -260,7 +263,7 @@ def _prepared(
     request: TrainOptions,
     settings: dict[str, Any],
     facts: dict[str, Any],
-    samples: Numbered,
+    samples: MapDataset,
     prompts: tuple[str, ...],
     free: FreeCores,
     terminal: IO[str],
@@ -279,7 +282,7 @@ def _prepared(
         _write_start(settings, samples, told, request.out)
     plan = _plan(request, settings, samples, told, prompts, pipeline)
     alone = request.address is None and (request.workers or _gpus()) <= 1
-    device = device_here() if alone else _cpu()
+    device = default_device() if alone else _cpu()
     by = f"cpu, {_set_threads(facts, free)}" if alone and device.type == "cpu" else str(device)
     materials = Materials(plan, device, pipeline)
     _check_room(plan, materials)
@@ -298,7 +301,7 @@ def _carried_out(
     """All stages, as far as they are not done yet."""
     from train.board import on_board
     from train.curve import draw_loss
-    from train.loop import line
+    from train.loop import format_record
     from train.tasks import psnr
 
     def say(text: str) -> None:
@@ -309,17 +312,17 @@ def _carried_out(
         with _ending_after_a_step(terminal, plan.vae_folder) as stop:
             for record in trainers.records("autoencoder", stop):
                 found = record.get("held_out")
-                say("autoencoder " + line(record) + (f"  PSNR {psnr(found['ema']):.1f} dB" if found else ""))
+                say("autoencoder " + format_record(record) + (f"  PSNR {psnr(found['ema']):.1f} dB" if found else ""))
         _settle_vae(materials)
     if plan.latents:
-        count = Count(terminal, "latents", len(materials.encoded))
+        count = ProgressBar(terminal, "latents", len(materials.encoded))
         trainers.latents(count)
         size = sum(p.stat().st_size for p in plan.latents_folder.iterdir())
         count.end(f", {size / 1e6:,.1f} MB in {plan.latents_folder}")
     with _ending_after_a_step(terminal, plan.out) as stop:
         records = trainers.records("model", stop)
         for record in on_board(records, plan.out) if request.tensorboard else records:
-            say(line(record))
+            say(format_record(record))
             if "checkpoint" in record:
                 draw_loss(plan.out)
     facts["result"] = _result(plan)
@@ -401,24 +404,24 @@ def _loaded(settings: dict[str, Any]) -> Any:
     return pipeline
 
 
-def _surveyed(request: TrainOptions, samples: Numbered, settings: dict[str, Any], terminal: IO[str]) -> dict[str, Any]:
+def _surveyed(request: TrainOptions, samples: MapDataset, settings: dict[str, Any], terminal: IO[str]) -> dict[str, Any]:
     """`data.json`: which pictures are held out, and which can't be read. Every picture is looked at once."""
-    from train.data import LEAST, split, survey, weights_of
+    from train.data import MIN_IMAGES, sampling_weights, scan_images, split
 
     path = request.out / "data.json"
     told: dict[str, Any] | None = read_json(path)
     if told is not None and told["data"] == settings["data"]:
         return told
-    count = Count(terminal, "pictures", len(samples))
-    known: Survey = survey(samples, count)
+    count = ProgressBar(terminal, "pictures", len(samples))
+    known: ImageScan = scan_images(samples, count)
     count.end(f", {len(known.unreadable):,} of them can't be read" if known.unreadable else "")
     chosen, held = split(samples, known=known)
     readable = len(chosen) + len(held)
-    if readable < LEAST:
-        raise UserError(f"{readable} pictures in {samples.folder} can be read: at least {LEAST} are needed")
+    if readable < MIN_IMAGES:
+        raise UserError(f"{readable} pictures in {samples.folder} can be read: at least {MIN_IMAGES} are needed")
     if settings["batch"] > len(chosen):
         raise UserError(f"--batch {settings['batch']} is more than the {len(chosen)} pictures to train on")
-    if request.weight_by and not weights_of(samples, request.weight_by)[chosen].sum() > 0:
+    if request.weight_by and not sampling_weights(samples, request.weight_by)[chosen].sum() > 0:
         raise UserError(f"no picture to train on has a {request.weight_by} above 0")
     told = {
         "data": settings["data"],
@@ -429,9 +432,9 @@ def _surveyed(request: TrainOptions, samples: Numbered, settings: dict[str, Any]
     return told
 
 
-def _write_start(settings: dict[str, Any], samples: Numbered, told: dict[str, Any], out: Path) -> None:
+def _write_start(settings: dict[str, Any], samples: MapDataset, told: dict[str, Any], out: Path) -> None:
     """The new model, whole or absent: random weights, and a tokenizer of the captions that are trained on."""
-    from train.models.unet import new_model, no_bars
+    from train.models.unet import new_model, no_progress_bars
 
     if (out / "start").is_dir():
         return
@@ -440,7 +443,7 @@ def _write_start(settings: dict[str, Any], samples: Numbered, told: dict[str, An
     preset = replace(PRESETS[settings["preset"]], size=settings["size"])
     pipeline = new_model(preset, captions, settings["objective"], settings["seed"])
     scratch = scratch_path(out / "start")
-    with no_bars():
+    with no_progress_bars():
         pipeline.save_pretrained(scratch)
     scratch.rename(out / "start")
 
@@ -448,7 +451,7 @@ def _write_start(settings: dict[str, Any], samples: Numbered, told: dict[str, An
 def _plan(
     request: TrainOptions,
     settings: dict[str, Any],
-    samples: Numbered,
+    samples: MapDataset,
     told: dict[str, Any],
     prompts: tuple[str, ...],
     pipeline: Any,
@@ -473,13 +476,13 @@ def _plan(
         checkpointing=request.checkpointing,
         compile=request.compile,
         log_every=max(1, min(50, steps // 40)),
-        look_every=request.look_every or 0,
+        preview_every=request.look_every or 0,
         save_every=request.save_every or min(1000, max(10, steps // 5)),
     )
     vae = None
     if preset and preset.vae:  # a fifth of the steps, at twice the rate: no attention in it that could take offence
         few = max(1, steps // 5)
-        vae = replace(loop, steps=few, lr=2 * loop.lr, look_every=0, save_every=max(1, few // 4))
+        vae = replace(loop, steps=few, lr=2 * loop.lr, preview_every=0, save_every=max(1, few // 4))
     identity = dict(settings)
     if pipeline is not None:
         identity["weights"] = weights_digest(pipeline.unet)
@@ -502,7 +505,7 @@ def _plan(
     )
 
 
-def _captions(samples: Numbered, told: dict[str, Any], count: int = 4) -> tuple[str, ...]:
+def _captions(samples: MapDataset, told: dict[str, Any], count: int = 4) -> tuple[str, ...]:
     """Captions to draw: the first different ones of held-out pictures, and of others where these are too few."""
     found: dict[str, None] = {}
     for number in [*told["held_out"], *range(len(samples))]:
@@ -516,11 +519,11 @@ def _captions(samples: Numbered, told: dict[str, Any], count: int = 4) -> tuple[
 def _check_room(plan: Plan, materials: Materials) -> None:
     """DiskFull before the first step where latents and checkpoints would not fit."""
     from train.latents import bytes_of
-    from train.models.unet import parameters
+    from train.models.unet import count_parameters
 
     p = materials.pipeline
-    trained = 0 if plan.lora else parameters([p.unet, p.text_encoder] if plan.text else [p.unet])
-    whole = parameters([p.unet, p.text_encoder, p.vae])
+    trained = 0 if plan.lora else count_parameters([p.unet, p.text_encoder] if plan.text else [p.unet])
+    whole = count_parameters([p.unet, p.text_encoder, p.vae])
     latents = bytes_of(p, materials.pictures, materials.encoded, not plan.text) if plan.latents else 0
     if not (plan.out / "checkpoints").is_dir():
         each = 4 * (4 * trained + (0 if plan.lora else whole))  # raw, average, two moments; the pipeline
@@ -532,13 +535,13 @@ def _settle_vae(materials: Materials) -> None:
     from diffusers import AutoencoderKL
 
     from train import checkpoint
-    from train.data import batches_of
+    from train.data import ordered_batches
     from train.tasks import fit_scale
 
     folder = materials.plan.vae_folder
     there = checkpoint.checkpoints(folder)
     materials.pipeline.vae = AutoencoderKL.from_pretrained(there[max(there)] / "vae").to(materials.device)
-    fit_scale(materials.pipeline, next(batches_of(materials.pictures, materials.chosen, 64)))
+    fit_scale(materials.pipeline, next(ordered_batches(materials.pictures, materials.chosen, 64)))
     scratch = scratch_path(folder / "vae")
     materials.pipeline.vae.save_pretrained(scratch)
     scratch.rename(folder / "vae")
@@ -546,12 +549,12 @@ def _settle_vae(materials: Materials) -> None:
 
 def _headline(request: TrainOptions, settings: dict[str, Any], materials: Materials, by: str) -> Iterator[str]:
     """What is trained, on what, and how."""
-    from train.models.unet import parameters
+    from train.models.unet import count_parameters
     from train.objective import objective_of
 
     plan, p = materials.plan, materials.pipeline
     objective = objective_of(p.scheduler).name
-    unet, text, vae = (parameters([m]) / 1e6 for m in (p.unet, p.text_encoder, p.vae))
+    unet, text, vae = (count_parameters([m]) / 1e6 for m in (p.unet, p.text_encoder, p.vae))
     what = settings["from"] or settings["preset"]
     if not settings["from"] and request.preset is None:
         what += f" (the preset for a machine with{'' if what == 'small-64' else 'out'} a GPU; --preset names others)"
@@ -593,7 +596,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _data_facts(samples: Numbered, materials: Materials, told: dict[str, Any]) -> dict[str, Any]:
+def _data_facts(samples: MapDataset, materials: Materials, told: dict[str, Any]) -> dict[str, Any]:
     from curate.store.files import sha256_file
 
     manifest = samples.folder / "manifest.json"
@@ -640,7 +643,7 @@ def _release(plan: Plan, facts: dict[str, Any]) -> None:
 def _outcome(request: TrainOptions, facts: dict[str, Any]) -> Result:
     result, out = facts["result"], request.out
     held, best = result["held_out"], result.get("best")
-    text = f"trained {result['step']:,} steps, the last run in {clock(facts['seconds'])}"
+    text = f"trained {result['step']:,} steps, the last run in {format_duration(facts['seconds'])}"
     if held:
         text += f" · held-out loss {held['ema']:.4f}"
         if best and best["step"] != result["step"]:

@@ -19,7 +19,7 @@ def run(options: VerifyOptions) -> Result:
     """Find damaged files, and say what repairs them; exit code 1 where there are some."""
     from curate import verify
     from curate.layout import open_data
-    from curate.store.files import Lock
+    from curate.store.lock import Lock
 
     data = open_data(options.data)
     checked = 0

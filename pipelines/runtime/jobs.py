@@ -25,11 +25,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from aesthetic.errors import UserError
+from aesthetic.files import atomic, scratch_path
 from curate.fetch.domains import Budget, Message, Reply
 from curate.layout import Data
-from curate.store.files import UserError, atomic, attend, open_log, scratch_path
+from curate.store.files import open_log
+from curate.store.lock import hold_worker_lock
 from pipelines.recipe import Recipe
-from pipelines.runtime.progress import Board, Meter, Screen, Terminal
+from pipelines.runtime.progress import Board, Meter, ProgressDisplay, Terminal
 from pipelines.terminal import LogFormatter
 
 OBJECT_STORE = 200_000_000
@@ -37,7 +40,7 @@ OBJECT_STORE = 200_000_000
 
 
 @dataclass(frozen=True)
-class Job:
+class CurateJob:
     """What one run of the pools does; plain values, because Ray carries it to the workers."""
 
     data: Data
@@ -48,7 +51,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Work:
+class RemainingWork:
     """What is left to do: shards, the rows among them to fetch, and the images fetched before and yet to embed."""
 
     shards: Sequence[int]
@@ -61,7 +64,7 @@ def _meter(board: Any) -> Meter:
 
 
 @contextlib.contextmanager
-def telling(board: Any) -> Iterator[None]:
+def report_errors(board: Any) -> Iterator[None]:
     """Have the board keep the error that ends a worker: Ray's own report of it is text, in wrappings that vary."""
     import ray
 
@@ -83,13 +86,13 @@ def telling(board: Any) -> Iterator[None]:
 class FetchActor:
     """A FetchWorker in an actor; `async` is the only form in which Ray Data lets two shards overlap."""
 
-    def __init__(self, job: Job, board: str, threads: int) -> None:
+    def __init__(self, job: CurateJob, board: str, threads: int) -> None:
         import ray
 
         from curate.workers import FetchWorker
 
-        attend(job.data.root)
-        quiet(job.data.logs, "fetch")
+        hold_worker_lock(job.data.root)
+        log_to_file(job.data.logs, "fetch")
         self._job, self._board = job, ray.get_actor(board)
         self._meter = _meter(self._board)
         budget: Any = ray.get_actor(_budget_of(board))
@@ -99,13 +102,13 @@ class FetchActor:
             return await budget.exchange.remote(me, message)
 
         recipe = job.recipe
-        with telling(self._board):
+        with report_errors(self._board):
             self._worker = FetchWorker(
                 job.data, recipe.fetch, recipe.images, recipe.hashes()[0], self._meter, threads, exchange
             )
 
     async def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        with telling(self._board):
+        with report_errors(self._board):
             await self._worker.run(int(row["shard"]), retry=self._job.retry)
         self._meter.flush()
         return row
@@ -114,22 +117,22 @@ class FetchActor:
 class EmbedActor:
     """An EmbedWorker in an actor."""
 
-    def __init__(self, job: Job, board: str, threads: int) -> None:
+    def __init__(self, job: CurateJob, board: str, threads: int) -> None:
         import ray
 
         from curate.workers import EmbedWorker
 
-        attend(job.data.root)
-        quiet(job.data.logs, "embed")
+        hold_worker_lock(job.data.root)
+        log_to_file(job.data.logs, "embed")
         self._board = ray.get_actor(board)
         self._meter = _meter(self._board)
-        with telling(self._board):
+        with report_errors(self._board):
             self._worker = EmbedWorker(
                 job.data, job.recipe.embed, job.recipe.score, job.recipe.hashes()[1], self._meter, threads
             )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        with telling(self._board):
+        with report_errors(self._board):
             self._worker.run(int(row["shard"]))
         self._meter.flush()
         return row
@@ -140,7 +143,7 @@ def _budget_of(board: str) -> str:
     return f"{board}-budget"
 
 
-def quiet(logs: Path, stage: str) -> None:
+def log_to_file(logs: Path, stage: str) -> None:
     """Send a worker's log records to a file in that folder."""
     handler = logging.StreamHandler(io.TextIOWrapper(open_log(logs / f"{stage}.log"), "utf-8", "backslashreplace"))
     handler.setFormatter(LogFormatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
@@ -148,7 +151,7 @@ def quiet(logs: Path, stage: str) -> None:
 
 
 @dataclass(frozen=True)
-class Pools:
+class PoolSizes:
     """How many workers of each kind, the CPUs and GPUs that Ray sets aside for each, and the threads of each."""
 
     fetch: int
@@ -160,7 +163,7 @@ class Pools:
     embed_threads: int
 
 
-def size_pools(recipe: Recipe, cpus: int, gpus: int, nodes: int = 0) -> Pools:
+def size_pools(recipe: Recipe, cpus: int, gpus: int, nodes: int = 0) -> PoolSizes:
     """Pools for so many CPUs and GPUs, where the recipe does not say.
 
     An embed worker per GPU, else one per node; a fetch worker per two cores where GPUs embed, else per four (then
@@ -171,7 +174,7 @@ def size_pools(recipe: Recipe, cpus: int, gpus: int, nodes: int = 0) -> Pools:
     fetch = r.fetch_workers or max(1, cpus // (2 if gpus else 4))
     embed = r.embed_workers or gpus or max(1, nodes)
     embed_cpus = r.embed_cpus or float(max(1, int(cpus - fetch * r.fetch_cpus) // embed))
-    return Pools(
+    return PoolSizes(
         fetch=fetch,
         embed=embed,
         fetch_cpus=r.fetch_cpus,
@@ -190,7 +193,7 @@ def shards_together(rows: int) -> int:
     return max(2, min(16, 20_000 // rows))
 
 
-def run_job(job: Job, work: Work, *, address: str | None = None) -> Screen:
+def run_job(job: CurateJob, work: RemainingWork, *, address: str | None = None) -> ProgressDisplay:
     """Run the pools over what is left to do. Raises the cause of what went wrong in a worker."""
     with Terminal(job.data.logs / "ray.log") as out:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -201,7 +204,7 @@ def run_job(job: Job, work: Work, *, address: str | None = None) -> Screen:
         import ray
 
         largest = max(job.data.plan.shards[shard].rows for shard in work.shards)
-        screen = Screen(out, work.rows, work.images, job.embed, largest)
+        screen = ProgressDisplay(out, work.rows, work.images, job.embed, largest)
         screen.say("starting Ray ..." if address is None else f"joining the cluster at {address} ...")
         asked_to_end = signal.getsignal(signal.SIGTERM)
         try:
@@ -214,11 +217,11 @@ def run_job(job: Job, work: Work, *, address: str | None = None) -> Screen:
     return screen
 
 
-def _start_ray(job: Job, address: str | None) -> Pools:
+def _start_ray(job: CurateJob, address: str | None) -> PoolSizes:
     import ray
 
     if address is not None:
-        join(address)
+        connect(address)
         total = ray.cluster_resources()
         check_nodes(job.data.root)
         nodes = sum(node["Alive"] for node in ray.nodes())
@@ -236,7 +239,7 @@ def _start_ray(job: Job, address: str | None) -> Pools:
     return pools
 
 
-def reach(address: str) -> None:
+def check_reachable(address: str) -> None:
     """UserError where nothing answers at a cluster's address: Ray itself would try for minutes. Starts nothing."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():  # `auto`, or nonsense that Ray names
@@ -255,12 +258,12 @@ def _unreachable(address: str, error: Exception) -> UserError:
     )
 
 
-def join(address: str) -> None:
+def connect(address: str) -> None:
     """Become a driver of the cluster at an address. UserError where there is none, or it does not let us in."""
     import ray
     from ray.exceptions import AuthenticationError
 
-    reach(address)
+    check_reachable(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, AuthenticationError) as e:
@@ -273,7 +276,7 @@ def ray_map(address: str, function: Callable[[Any], Any], items: Iterable[Any]) 
     from threadpoolctl import threadpool_limits
 
     if not ray.is_initialized():
-        join(address)
+        connect(address)
 
     def once(item: Any) -> Any:
         with threadpool_limits(1, user_api="blas"):  # the same bits as on another number of cores
@@ -326,7 +329,7 @@ def check_nodes(root: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _run_waves(job: Job, shards: Sequence[int], pools: Pools, screen: Screen) -> None:
+def _run_waves(job: CurateJob, shards: Sequence[int], pools: PoolSizes, screen: ProgressDisplay) -> None:
     import ray
     from ray.data import ActorPoolStrategy, DataContext
     from ray.exceptions import RayError
@@ -382,7 +385,7 @@ def _run_waves(job: Job, shards: Sequence[int], pools: Pools, screen: Screen) ->
             screen.draw(counts, hosts, end=True)
 
 
-def _draw(board: Any, screen: Screen, stop: threading.Event) -> None:
+def _draw(board: Any, screen: ProgressDisplay, stop: threading.Event) -> None:
     import ray
 
     while not stop.wait(0.5):

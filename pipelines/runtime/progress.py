@@ -78,7 +78,7 @@ class Board:
         return dict(self._counts), self._hosts.most_common(3)
 
 
-class Screen:
+class ProgressDisplay:
     """Draws the progress line: rewritten in place on a terminal, a line every ten seconds elsewhere."""
 
     def __init__(self, out: IO[str], rows: int, images: int, embeds: bool, shard: int = 0) -> None:
@@ -124,21 +124,21 @@ class Screen:
         if self._rows:
             share = f"  {good / fetched:.1%} ok" if fetched else ""
             rate = self._rate("fetch", fetched, now)
-            parts.append(f"fetch  {fetched:,}/{self._rows:,}  {speed(rate, 'rows')}{share}")
+            parts.append(f"fetch  {fetched:,}/{self._rows:,}  {format_rate(rate, 'rows')}{share}")
             fetching = (self._rows - fetched) / rate if rate else 0.0
-            eta = clock(fetching) if rate else ""
+            eta = format_duration(fetching) if rate else ""
         if self._embeds:
             images = self._images + (round(self._rows * good / fetched) if fetched else self._rows)
             rate = self._rate("embed", embedded, now)
-            parts.append(f"embed  {embedded:,}/{images:,}  {speed(rate, 'img')}")
+            parts.append(f"embed  {embedded:,}/{images:,}  {format_rate(rate, 'img')}")
             left = max(0, images - embedded)
             if rate:  # both at once, and then the images of the shard that was fetched last
                 last = min(left, self._shard) if fetching else 0
-                eta = clock(max(left / rate, fetching + last / rate)) if eta or not self._rows else ""
+                eta = format_duration(max(left / rate, fetching + last / rate)) if eta or not self._rows else ""
             elif left and eta:
                 eta += " + embedding"
         if end:
-            parts.append(clock(now - self._began))
+            parts.append(format_duration(now - self._began))
         elif eta:
             parts.append(f"eta {eta}")
         return "     ".join(parts)
@@ -186,7 +186,7 @@ class Screen:
             self.say(f"warning: {failed / rows:.0%} of the first {rows:,} rows failed: {reasons}{worst}")
 
 
-class Count:
+class ProgressBar:
     """One line about work of known length: how much is done, how fast, how long it still takes."""
 
     def __init__(self, out: IO[str], what: str, total: int, unit: str = "img") -> None:
@@ -202,8 +202,8 @@ class Count:
             return
         self._last = now
         rate = self._done / (now - self._began)
-        left = clock((self._total - self._done) / rate) if rate else "unknown"
-        text = f"{self._what}  {self._done:,}/{self._total:,}  {speed(rate, self._unit)}  eta {left}"
+        left = format_duration((self._total - self._done) / rate) if rate else "unknown"
+        text = f"{self._what}  {self._done:,}/{self._total:,}  {format_rate(rate, self._unit)}  eta {left}"
         self._out.write(CLEAR if self._live else "")
         self._out.write(text if self._live else f"{text}\n")
         self._out.flush()
@@ -212,7 +212,7 @@ class Count:
         """The last line: all of it, and how long it took, or that there was nothing left to do."""
         seconds = time.monotonic() - self._began
         self._out.write(CLEAR if self._live else "")
-        done = f"{self._done:,} in {clock(seconds)}" if self._done else f"{self._total:,}, made before"
+        done = f"{self._done:,} in {format_duration(seconds)}" if self._done else f"{self._total:,}, made before"
         self._out.write(f"{self._what}  {done}{more}\n")
         self._out.flush()
 
@@ -225,7 +225,7 @@ def _columns(out: IO[str]) -> int:
         return 80
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A duration as people say it.
 
     >>> clock(8), clock(100), clock(7300)
@@ -239,7 +239,7 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def speed(rate: float, unit: str) -> str:
+def format_rate(rate: float, unit: str) -> str:
     """A rate per second as people say it; of slow work, how long one takes.
 
     >>> speed(1234.5, "img"), speed(5.0, "rows"), speed(0.015, "steps"), speed(0.0, "img")

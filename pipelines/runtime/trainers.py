@@ -21,11 +21,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from curate.store.files import UserError, attend, read_json
-from pipelines.runtime.jobs import OBJECT_STORE, check_nodes, join, quiet, telling
-from train.data import Ints, Pictures, Stream, decoded, fitted, open_samples, weights_of
-from train.devices import device_here
-from train.latents import Latents, finish, is_made, made_from, precompute, shards_of, write_shard
+from aesthetic.errors import UserError
+from curate.store.files import read_json
+from curate.store.lock import hold_worker_lock
+from pipelines.runtime.jobs import OBJECT_STORE, check_nodes, connect, log_to_file, report_errors
+from train.data import ImageDataset, Ints, Stream, crop_resize, decode_sample, open_samples, sampling_weights
+from train.devices import default_device
+from train.latents import LatentDataset, finish, is_made, made_from, precompute_latents, shards_of, write_shard
 from train.loop import LoopConfig, held_out, train
 from train.models.unet import add_lora, load_model, size_step, tokenize
 from train.tasks import Denoise, Reconstruct
@@ -85,7 +87,7 @@ class Materials:
         left_out = {*told["held_out"], *map(int, told["unreadable"])}
         self.held = np.array(told["held_out"], np.int64)
         self.chosen = np.array([i for i in range(len(self.samples)) if i not in left_out], np.int64)
-        self.pictures = Pictures(
+        self.pictures = ImageDataset(
             self.samples,
             lambda captions: tokenize(self.pipeline, captions),
             plan.size,
@@ -115,7 +117,7 @@ class Materials:
         plan = self.plan
         if plan.lora:
             add_lora(self.pipeline, plan.lora, plan.loop.seed)
-        examples = Latents(plan.latents_folder) if plan.latents else self.pictures
+        examples = LatentDataset(plan.latents_folder) if plan.latents else self.pictures
         real = self._real() if world.rank == 0 else {}
         task = Denoise(self.pipeline, text=plan.text, gamma=plan.gamma, real=real)
         return self._train(task, examples, plan.loop, plan.out, world, stop)
@@ -127,14 +129,14 @@ class Materials:
             caption = self.samples.facts(int(number))["caption"]
             if caption in self.plan.prompts and caption not in found:
                 side = self.plan.size
-                found[caption] = fitted(decoded(self.samples[int(number)], side), side, side)
+                found[caption] = crop_resize(decode_sample(self.samples[int(number)], side), side, side)
         return found
 
     def _train(
         self, task: Any, examples: Any, config: LoopConfig, folder: Path, world: World, stop: Stop
     ) -> Iterator[Record]:
         plan = self.plan
-        weights = weights_of(self.samples, plan.weight_by) if plan.weight_by else None
+        weights = sampling_weights(self.samples, plan.weight_by) if plan.weight_by else None
         stream = Stream(
             examples,
             self.chosen,
@@ -197,7 +199,9 @@ class Here:
     def latents(self, tell: Callable[[int], None]) -> None:
         m = self._materials
         folder = m.plan.latents_folder
-        precompute(m.pipeline, m.pictures, m.encoded, folder, text=not m.plan.text, threads=_threads(), tell=tell)
+        precompute_latents(
+            m.pipeline, m.pictures, m.encoded, folder, text=not m.plan.text, threads=_threads(), tell=tell
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------- with Ray
@@ -272,7 +276,7 @@ class RayWorkers:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")  # torch on a cold disk takes its minute
         if address is not None:
-            join(address)
+            connect(address)
             check_nodes(self._plan.out)
             return
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = (
@@ -421,14 +425,14 @@ def _worker(plan: Plan, stage: str, name: str) -> None:
     import ray
     import ray.train.torch
 
-    attend(plan.out)
-    quiet(plan.out / "logs", stage)
+    hold_worker_lock(plan.out)
+    log_to_file(plan.out / "logs", stage)
     post: Any = ray.get_actor(name)
     world = Distributed()
     broken: Exception | None = None
     if world.rank == 0:
         ray.get(post.put.remote(STARTED))
-    with telling(post):
+    with report_errors(post):
         try:
             materials = Materials(plan, torch.device(ray.train.torch.get_device()))
             for record in getattr(materials, stage)(world, _asked(post)):
@@ -462,17 +466,17 @@ class Encoder:
     def __init__(self, plan: Plan, name: str, made: dict[str, Any]) -> None:
         import ray
 
-        attend(plan.out)
-        quiet(plan.out / "logs", "latents")
+        hold_worker_lock(plan.out)
+        log_to_file(plan.out / "logs", "latents")
         self._plan, self._made = plan, made
         self._post: Any = ray.get_actor(name)
-        with telling(self._post):
-            self._m = Materials(plan, device_here())
+        with report_errors(self._post):
+            self._m = Materials(plan, default_device())
             self._shards = shards_of(self._m.pictures, self._m.encoded)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         m, shard, plan = self._m, int(row["shard"]), self._plan
-        with telling(self._post):
+        with report_errors(self._post):
             write_shard(
                 m.pipeline,
                 m.pictures,

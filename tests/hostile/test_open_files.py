@@ -12,8 +12,8 @@ import pytest
 from hostile_web import Hostile, at_home, measure
 from test_answers import fetch_all
 
+from aesthetic.errors import UserError
 from curate.fetch.client import FetchConfig, Fetcher
-from curate.store.files import UserError
 
 DOMAINS = 4000
 

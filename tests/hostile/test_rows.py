@@ -148,7 +148,7 @@ def captions(server: Hostile, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 @pytest.mark.parametrize("name", CAPTIONS)
 def test_captions(captions: dict[str, Stored], name: str) -> None:
-    """The same text in the table, in the JSON and in the .txt, also of a column that is carried."""
+    """The same text in the table, in the JSON and in the .txt, also of an extra column."""
     expected, found = CAPTIONS[name], captions[name]
     assert found.row["status"] == "success" and found.json is not None
     assert found.row["caption"] == expected and found.json["caption"] == expected

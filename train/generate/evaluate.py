@@ -16,16 +16,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from aesthetic.errors import UserError
 from aesthetic.metrics import Estimate, Statistic, estimate
 from aesthetic.splits import NEAR_BITS, groups_of
 from curate.annotators.nsfw import Detector
 from curate.encoders.base import Encoder
 from curate.images.pixels import perceptual_hash
-from curate.store.files import UserError, digest, read_json
-from train.data import Examples, Ints, Numbered, Survey, batches_of, open_samples, split, survey
+from curate.store.files import digest, read_json
+from train.data import ImageScan, Ints, MapDataset, TrainDataset, open_samples, ordered_batches, scan_images, split
 from train.devices import out_of_memory
 from train.loop import autocast
-from train.models.info import record_of
+from train.models.info import training_record
 
 Array = npt.NDArray[np.float64]
 Vectors = npt.NDArray[np.floating]
@@ -53,13 +54,13 @@ class Unseen:
 
     numbers: Ints  # of the samples, those that it was not trained on as far as is known
     unreadable: int  # of the samples
-    training: Numbered | None
+    training: MapDataset | None
     trained_on: Ints  # of `training`
     facts: dict[str, Any] | None  # the model's train.json
     about: str  # what is known, in a sentence
 
 
-def unseen(model: str | Path, samples: Numbered, tell: Tell = lambda count: None) -> Unseen:
+def unseen(model: str | Path, samples: MapDataset, tell: Tell = lambda count: None) -> Unseen:
     """Which of these pictures a model was not trained on.
 
     Where they are its training data, those that its run held out. Where they are others, all but near-duplicates of
@@ -68,11 +69,11 @@ def unseen(model: str | Path, samples: Numbered, tell: Tell = lambda count: None
 
     Raises UserError where none is left.
     """
-    record = record_of(model)
+    record = training_record(model)
     nothing = np.zeros(0, np.int64)
     if record is None or not _of_data(record[1]):
         found = Unseen(
-            *_readable(survey(samples, tell)), None, nothing, None,
+            *_readable(scan_images(samples, tell)), None, nothing, None,
             "the model has no train.json, which would tell what it was trained on: it may have seen these pictures",
         )  # fmt: skip
     else:
@@ -85,7 +86,7 @@ def unseen(model: str | Path, samples: Numbered, tell: Tell = lambda count: None
         elif (training := _still_there(where, facts["settings"])) is None:
             about = f"other pictures than the model was trained on; those are no longer in {where.name} as they were, "
             about += "so that near-duplicates of them can't be told"
-            found = Unseen(*_readable(survey(samples, tell)), None, nothing, facts, about)
+            found = Unseen(*_readable(scan_images(samples, tell)), None, nothing, facts, about)
         else:
             found = _others(folder, facts, samples, training, tell)
     if not len(found.numbers):
@@ -98,23 +99,23 @@ def _of_data(facts: dict[str, Any]) -> bool:
     return bool((facts.get("data") or {}).get("folder") and facts["settings"].get("data"))
 
 
-def _readable(known: Survey) -> tuple[Ints, int]:
+def _readable(known: ImageScan) -> tuple[Ints, int]:
     """(numbers that can be read, how many can't)."""
     return np.array([i for i in range(len(known.keys)) if i not in known.unreadable], np.int64), len(known.unreadable)
 
 
-def _sides(folder: Path, samples: Numbered, tell: Tell) -> tuple[Ints, Ints, int]:
+def _sides(folder: Path, samples: MapDataset, tell: Tell) -> tuple[Ints, Ints, int]:
     """(trained on, held out, how many can't be read) of a run's own data."""
     told = read_json(folder / "data.json")
     if not _is_split(told, samples):  # the same pictures give the same split
-        known = survey(samples, tell)
+        known = scan_images(samples, tell)
         return *split(samples, known=known), len(known.unreadable)
     out = {*told["held_out"], *map(int, told["unreadable"])}
     chosen = np.array([i for i in range(len(samples)) if i not in out], np.int64)
     return chosen, np.array(told["held_out"], np.int64), len(told["unreadable"])
 
 
-def _is_split(told: Any, samples: Numbered) -> bool:
+def _is_split(told: Any, samples: MapDataset) -> bool:
     """Whether a data.json is of these pictures, and says what it should."""
     if not isinstance(told, dict) or told.get("data") != samples.fingerprint:
         return False
@@ -126,7 +127,7 @@ def _is_split(told: Any, samples: Numbered) -> bool:
     return all(type(n) is int and 0 <= n < len(samples) for n in held)
 
 
-def _still_there(folder: Path, settings: dict[str, Any]) -> Numbered | None:
+def _still_there(folder: Path, settings: dict[str, Any]) -> MapDataset | None:
     fingerprint = settings["data"]
     try:
         samples = open_samples(folder, settings.get("caption"))
@@ -135,9 +136,9 @@ def _still_there(folder: Path, settings: dict[str, Any]) -> Numbered | None:
     return samples if samples.fingerprint == fingerprint else None
 
 
-def _others(folder: Path, facts: dict[str, Any], samples: Numbered, training: Numbered, tell: Tell) -> Unseen:
+def _others(folder: Path, facts: dict[str, Any], samples: MapDataset, training: MapDataset, tell: Tell) -> Unseen:
     chosen, _, _ = _sides(folder, training, tell)
-    known, theirs = survey(samples, tell), survey(training, tell)
+    known, theirs = scan_images(samples, tell), scan_images(training, tell)
     numbers, lost = _readable(known)
     ids = [f"ours {i}" for i in numbers] + [f"theirs {i}" for i in chosen]
     sha256, phash = (
@@ -153,13 +154,13 @@ def _others(folder: Path, facts: dict[str, Any], samples: Numbered, training: Nu
     return Unseen(numbers[new], lost, training, chosen, facts, about)
 
 
-def in_order(samples: Numbered, numbers: Ints) -> Ints:
+def in_order(samples: MapDataset, numbers: Ints) -> Ints:
     """The numbers in the order of hashes of their keys: the first of them are as good as drawn at random."""
     names = [digest(["measured", str(samples.facts(int(i)).get("key", i))]) for i in numbers]
     return numbers[np.argsort(names, kind="stable")]
 
 
-def captions_of(samples: Numbered, numbers: Ints, count: int) -> list[int]:
+def captions_of(samples: MapDataset, numbers: Ints, count: int) -> list[int]:
     """Of these numbers, in their order, at most `count` that have a caption which none before them has."""
     found: dict[str, int] = {}
     for number in map(int, numbers):
@@ -175,7 +176,7 @@ def captions_of(samples: Numbered, numbers: Ints, count: int) -> list[int]:
 
 
 def losses(
-    pipeline: Any, examples: Examples, numbers: Ints, *, seed: int = 0, tell: Tell = lambda count: None
+    pipeline: Any, examples: TrainDataset, numbers: Ints, *, seed: int = 0, tell: Tell = lambda count: None
 ) -> npt.NDArray[np.float32]:
     """The loss on each picture at each of the eight times that training measures at: (n, 8), as `Denoise.held_out`.
 
@@ -185,19 +186,19 @@ def losses(
     import torch
 
     from train.objective import GAMMA, objective_of
-    from train.tasks import Denoise, evaluating
+    from train.tasks import Denoise, eval_mode
 
     name = objective_of(pipeline.scheduler).name
     task = Denoise(pipeline, gamma=GAMMA if name == "eps" else None)  # weighted as train weights it
     device = pipeline.unet.device
     place = {int(n): i for i, n in enumerate(numbers)}
     size, found = 16, np.full((len(numbers), 8), np.nan, np.float32)
-    with evaluating(pipeline):
+    with eval_mode(pipeline):
         while np.isnan(left := found[:, 0]).any():
             try:
-                for batch in batches_of(examples, numbers[np.isnan(left)], size):
+                for batch in ordered_batches(examples, numbers[np.isnan(left)], size):
                     with autocast(device):
-                        measured = task.held_out_by_time(batch, seed).float().cpu().numpy()
+                        measured = task.held_out_losses_by_time(batch, seed).float().cpu().numpy()
                     if not np.isfinite(measured).all():
                         raise UserError(
                             f"the model's loss on {batch.keys[0]} and others is no number: its weights are broken"

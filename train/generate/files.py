@@ -15,8 +15,9 @@ from typing import Annotated, Any
 from PIL import Image, PngImagePlugin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from aesthetic.errors import UserError
+from aesthetic.files import as_disk_full, scratch_path, sync
 from aesthetic.untrusted import parse_json, printable, read_bytes
-from curate.store.files import UserError, scratch_path, sync, told
 
 CHUNK = "tastemaker"
 """The PNG text chunk with the facts, as JSON."""
@@ -228,7 +229,7 @@ def save_numbered(data: bytes, folder: Path, prefix: str = "") -> Path:
         while not _claimed(scratch, path := folder / f"{prefix}{number:06d}.png"):
             number += 1
     except OSError as e:
-        raise told(e, folder) from e
+        raise as_disk_full(e, folder) from e
     finally:
         scratch.unlink(missing_ok=True)
     sync(folder)

@@ -25,13 +25,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aesthetic.errors import UserError
 from aesthetic.untrusted import first_three
-from curate.store.files import UserError, sha256_file
+from curate.store.files import sha256_file
 from train import devices
 from train.devices import out_of_memory
 from train.generate.files import pixels_digest
 from train.generate.upscale import Network, by_tiles, cost_of, restore_faces, tile_count
-from train.models.info import About, look
+from train.models.info import ModelInfo, read_model_info
 from train.models.lora import Lora, add_loras, check_lora
 from train.models.schedulers import check_steps, new_scheduler, scheduler_name, share_of_steps, try_steps
 
@@ -128,7 +129,7 @@ class Drawn:
     facts: dict[str, Any]  # what its PNG carries (`train.generate.files.png`)
 
 
-def settled(about: About, request: Request, *, upscaler: bool = False) -> Request:
+def settled(about: ModelInfo, request: Request, *, upscaler: bool = False) -> Request:
     """The request with everything filled in that suits the model. Raises UserError where the two do not fit.
 
     With an `upscaler` what it enlarges is left as it is, unless a strength is asked for.
@@ -153,7 +154,7 @@ def settled(about: About, request: Request, *, upscaler: bool = False) -> Reques
     return replace(r, scheduler=name, strength=strength, width=width, height=height, guidance=guidance)
 
 
-def fitting_size(about: About, size: tuple[int, int]) -> tuple[int, int]:
+def fitting_size(about: ModelInfo, size: tuple[int, int]) -> tuple[int, int]:
     """(width, height) that a picture of (width, height) `size` is scaled and cut to, to begin with it.
 
     Its own where the model can draw that; else as many pixels as the model draws by itself, in the picture's shape, as
@@ -188,7 +189,7 @@ def foreign_syntax(prompts: Iterable[str]) -> str:
     return f"prompts are read as plain words: {some} would weigh or replace words in other programs, not here{lora}"
 
 
-def check_scheduler(about: About, r: Request) -> None:
+def check_scheduler(about: ModelInfo, r: Request) -> None:
     """Raise UserError where diffusers can't make the scheduler of a settled request. Loads diffusers, no weights."""
     try_steps(str(r.scheduler), about.scheduler, r.steps, about.folder / "scheduler" / "scheduler_config.json")
 
@@ -206,7 +207,7 @@ class Artist:
 
     def __init__(
         self,
-        model: About | str | Path,
+        model: ModelInfo | str | Path,
         *,
         loras: Sequence[Lora] = (),
         upscaler: Path | None = None,
@@ -228,13 +229,13 @@ class Artist:
         from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 
         from curate.annotators.nsfw import load_detector
-        from train.models.unet import load_model, parameters
+        from train.models.unet import count_parameters, load_model
 
-        self.about = model if isinstance(model, About) else look(model)
+        self.about = model if isinstance(model, ModelInfo) else read_model_info(model)
         self.loras, self.batch, self.blur = tuple(loras), batch, blur
         for lora in self.loras:
             check_lora(self.about, lora)
-        self.device = device or devices.device_here()
+        self.device = device or devices.default_device()
         self.upscaler = Network(upscaler, "SR", self.device) if upscaler else None
         self.faces = Network(faces, "FaceSR", self.device) if faces else None
         self._others = {"upscaler": upscaler, "faces": faces}
@@ -247,11 +248,11 @@ class Artist:
         parts = (self._text.unet, self._text.vae, self._text.text_encoder)
         for part in parts:
             part.requires_grad_(False).eval()
-        sizes = [parameters([part]) * self.dtype.itemsize for part in parts]
-        cost = devices.cost_of(self.about, sizes, self.dtype.itemsize)
+        sizes = [count_parameters([part]) * self.dtype.itemsize for part in parts]
+        cost = devices.memory_cost(self.about, sizes, self.dtype.itemsize)
         free = devices.free_memory(self.device)
-        self.measures = devices.choose(free, cost, *(size or self.about.size), batch, kind=self.device.type)
-        devices.apply(self.measures, self._text, self.device)
+        self.measures = devices.choose_savings(free, cost, *(size or self.about.size), batch, kind=self.device.type)
+        devices.apply_savings(self.measures, self._text, self.device)
         self._digest = ThreadPoolExecutor(1).submit(lambda: self.about.digest)  # reads all weights once more
         same = {**self._text.components, "requires_safety_checker": False}
         self._image, self._mask = (
@@ -261,7 +262,7 @@ class Artist:
 
     def __str__(self) -> str:
         """Device, precision and measures, in a line."""
-        memory = "memory suffices" if self.measures == devices.Measures() else f"memory saved by {self.measures}"
+        memory = "memory suffices" if self.measures == devices.MemorySavings() else f"memory saved by {self.measures}"
         return f"{self.device.type} · {str(self.dtype).removeprefix('torch.')} · {memory}"
 
     def check(self, request: Request) -> Request:
@@ -434,12 +435,12 @@ class Artist:
 
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        stricter = devices.stricter(self.measures, self.device.type)
+        stricter = devices.next_savings(self.measures, self.device.type)
         if len(part) > 1:
             self.batch = (len(part) + 1) // 2
         elif stricter is not None:
             self.measures = stricter
-            devices.apply(stricter, self._text, self.device)
+            devices.apply_savings(stricter, self._text, self.device)
         else:
             raise UserError(
                 f"{part[0].width} x {part[0].height} pixels need more memory than {self.device.type} has, also with "
@@ -517,7 +518,7 @@ def _fitted(image: Image.Image, r: Request) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _as_plain(unet: Any, about: About) -> Iterator[None]:
+def _as_plain(unet: Any, about: ModelInfo) -> Iterator[None]:
     """StableDiffusionInpaintPipeline tells a plain UNet by its four input channels, and uses the number for nothing
     else. Those of models with latents of other sizes, pixels among them, say four while it runs."""
     channels = unet.config.in_channels

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
-from curate.store.files import UserError
 from train.models.tensors import is_pointer, read_header
 
 if TYPE_CHECKING:

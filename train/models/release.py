@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from aesthetic.files import atomic, scratch_path
 from aesthetic.untrusted import markdown, markdown_code, printable
-from curate.store.files import atomic, read_json, scratch_path, write_json
+from curate.store.files import read_json, write_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aesthetic.errors import UserError
 from aesthetic.untrusted import open_regular, parse_json, printable
-from curate.store.files import UserError
 
 LARGEST_HEADER = 100_000_000
 """Bytes that a header may have: the format's own limit."""
