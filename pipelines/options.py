@@ -3,7 +3,7 @@
 @dataclass(frozen=True, kw_only=True)
 class GreetOptions(Options):
     name: str = argument("NAME", "whom to greet")
-    times: int = option("how often", default=1, metavar="N", type=positive)
+    times: int = option("how often", default=1, metavar="N", type=positive_int)
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def option(help: str | None = None, *, flag: str | None = None, default: Any = N
     return field(default=default, metadata={"flag": flag, "help": help, **keywords})
 
 
-def argument(metavar: str, help: str | None = None, *, default: Any = REQUIRED, **keywords: Any) -> Any:
+def argument(metavar: str | None, help: str | None = None, *, default: Any = REQUIRED, **keywords: Any) -> Any:
     """A field that is given by its place."""
     return field(default=default, metadata={"positional": True, "metavar": metavar, "help": help, **keywords})
 
 
-def positive(text: str) -> int:
+def positive_int(text: str) -> int:
     """A whole number of at least 1."""
     value = int(text.replace("_", "").replace(",", ""))
     if value < 1:
@@ -127,8 +127,9 @@ def _from_type(hint: Any) -> dict[str, Any]:
 
 def from_parsed(kind: type[AnyOptions], parsed: argparse.Namespace) -> AnyOptions:
     """The options that were given; the dataclass's defaults stand for the others."""
-    values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(kind)}
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if v is not None and v != []})
+    given: dict[str, Any] = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(kind)}
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    return kind(**{k: v for k, v in given.items() if v is not None and v != ()})
 
 
 def facts_of(options: Options) -> dict[str, Any]:

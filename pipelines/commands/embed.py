@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipelines.options import StageOptions, Result, argument
+from pipelines.options import Result, StageOptions, argument
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,4 @@ def run(options: EmbedOptions, *, retry: bool = False) -> Result:
 
     data = open_data(options.data)
     recipe = curate.recipe_of(data, options.recipe, options.set)
-    return curate.resume(
-        data, recipe, retry=retry, address=options.ray_address, restart_from=options.restart_from
-    )
+    return curate.resume(data, recipe, retry=retry, address=options.ray_address, restart_from=options.restart_from)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipelines.options import REQUIRED, StageOptions, Result, argument, command_line, option, positive
+from pipelines.options import REQUIRED, Result, StageOptions, argument, command_line, option, positive_int
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurateOptions(StageOptions):
     list: str = argument("LIST", "file, folder, glob or URL of a list; a folder of images or shards")
     out: str = option("the data folder", default=REQUIRED, metavar="DATA")
-    limit: int | None = option("only N rows, spread over the whole list", metavar="N", type=positive)
+    limit: int | None = option("only N rows, spread over the whole list", metavar="N", type=positive_int)
     dry_run: bool = option("print what would run, or why it would not; fetch nothing", default=False)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsOptions(Options):
-    action: str = argument("action", nargs="?", default="list", choices=("list", "show", "import", "prompt"))
+    action: str = argument(None, nargs="?", default="list", choices=("list", "show", "import", "prompt"))
     head: str | None = argument(
         "HEAD",
         "show: a head's name or folder; import: a file, or a published head's name; prompt: the new head's name",

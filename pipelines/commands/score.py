@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pipelines.options import WithRecipe, Result, argument, option
+from pipelines.options import Result, WithRecipe, argument, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,9 +17,9 @@ class ScoreOptions(WithRecipe):
 
 def run(options: ScoreOptions) -> Result:
     """Apply heads, or those of the recipe; no image is opened."""
+    from aesthetic.errors import UserError
     from curate.layout import open_data
     from curate.ledger.sql import plain_name
-    from aesthetic.errors import UserError
     from pipelines.commands import curate
 
     data = open_data(options.data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipelines.options import WithRecipe, Result, argument, option
+from pipelines.options import Result, WithRecipe, argument, option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from aesthetic.files import scratch_path
 from curate.store.disk import check_space
 from curate.store.files import local_path, read_json, sweep, write_json
 from curate.store.ownership import check_free, taken
-from pipelines.options import REQUIRED, Options, Result, argument, option, positive
+from pipelines.options import REQUIRED, Options, Result, argument, option, positive_int
 from pipelines.prompts import read_prompts
 from pipelines.runtime.progress import ProgressBar, Terminal, format_duration
 from train.devices import FreeCores, default_device
@@ -53,9 +53,7 @@ SD_LR = 1e-4
 class TrainOptions(Options):
     """None: what the preset or the model suggests."""
 
-    data: Path = argument(
-        "SHARDS", "a folder of packed shards, of img2dataset's or webdataset's tars, or of images", type=Path
-    )
+    data: Path = argument("SHARDS", "a folder of packed shards, of img2dataset's or webdataset's tars, or of images")
     out: Path = option(
         "the model's folder, which diffusers loads when done", default=REQUIRED, metavar="MODEL", type=local_path
     )
@@ -64,28 +62,28 @@ class TrainOptions(Options):
     )
     start: str | None = option("go on with a diffusers folder, or a hub id", flag="--from", metavar="MODEL")
     lora: int | None = option(
-        "train only a LoRA on it (default rank 8)", metavar="RANK", nargs="?", const=8, type=positive
+        "train only a LoRA on it (default rank 8)", metavar="RANK", nargs="?", const=8, type=positive_int
     )
     objective: str | None = option("of a new model: flow (default), v or eps", metavar="O")
-    steps: int | None = option("default: the preset's; 1000 with --from", metavar="N", type=positive)
-    batch: int | None = option("pictures a step, over all workers", metavar="N", type=positive)
+    steps: int | None = option("default: the preset's; 1000 with --from", metavar="N", type=positive_int)
+    batch: int | None = option("pictures a step, over all workers", metavar="N", type=positive_int)
     lr: float | None = option("highest learning rate of AdamW", metavar="X")
-    size: int | None = option("side of the pictures (default: the model's own)", metavar="PX", type=positive)
+    size: int | None = option("side of the pictures (default: the model's own)", metavar="PX", type=positive_int)
     buckets: bool = option("keep pictures' aspect ratios: several shapes of one area", default=False)
     caption: str | None = option("of pictures without a caption of their own: 'a photo of sks dog'", metavar="TEXT")
     weight_by: str | None = option("draw pictures in proportion to this score", metavar="COLUMN")
-    workers: int | None = option("default: one per GPU, or one", metavar="N", type=positive)
+    workers: int | None = option("default: one per GPU, or one", metavar="N", type=positive_int)
     prompts: Path | None = option("drawn as training goes on, a line each (default: 4 captions)", metavar="FILE")
-    save_every: int | None = option("steps between checkpoints (default: a fifth of all)", metavar="N", type=positive)
-    look_every: int | None = option("steps between pictures (default: at checkpoints)", metavar="N", type=positive)
-    micro_batch: int | None = option("pictures at a time on a worker, to save memory", metavar="N", type=positive)
+    save_every: int | None = option(
+        "steps between checkpoints (default: a fifth of all)", metavar="N", type=positive_int
+    )
+    look_every: int | None = option("steps between pictures (default: at checkpoints)", metavar="N", type=positive_int)
+    micro_batch: int | None = option("pictures at a time on a worker, to save memory", metavar="N", type=positive_int)
     checkpointing: bool = option("recompute activations: less memory, a third slower", default=False)
     compile: bool = option("torch.compile: minutes at first, then faster on GPUs", default=False)
     tensorboard: bool = option("write MODEL/tensorboard too (extra `tensorboard`)", default=False)
     seed: int = option(default=0, metavar="N")
-    address: str | None = option(
-        "train on this Ray cluster (`auto` finds it)", flag="--ray-address", metavar="ADDRESS"
-    )
+    address: str | None = option("train on this Ray cluster (`auto` finds it)", flag="--ray-address", metavar="ADDRESS")
 
 
 def run(request: TrainOptions) -> Result:
@@ -404,7 +402,9 @@ def _loaded(settings: dict[str, Any]) -> Any:
     return pipeline
 
 
-def _surveyed(request: TrainOptions, samples: MapDataset, settings: dict[str, Any], terminal: IO[str]) -> dict[str, Any]:
+def _surveyed(
+    request: TrainOptions, samples: MapDataset, settings: dict[str, Any], terminal: IO[str]
+) -> dict[str, Any]:
     """`data.json`: which pictures are held out, and which can't be read. Every picture is looked at once."""
     from train.data import MIN_IMAGES, sampling_weights, scan_images, split
 
