@@ -20,7 +20,7 @@ import pandas  # noqa: F401  pyarrow does so at its first array, and importing i
 
 from bench import mechanisms, names
 from curate.fetch.client import FetchConfig
-from curate.images.pixels import ImagesConfig
+from curate.images.process import ImagesConfig
 from curate.layout import Data
 from curate.sources.plan import SourceConfig, make_plan
 from curate.store.files import read_json

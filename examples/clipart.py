@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from aesthetic.errors import UserError
-from curate.images.pixels import decode
+from curate.images.decode import decode
 from curate.ledger.schema import RowError
 from curate.store.files import digest, read_json, write_json
 from demo.pictures import STAMPS, caption_beside, readable, unpacked

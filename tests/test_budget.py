@@ -12,8 +12,8 @@ from collections import Counter, defaultdict
 import pytest
 
 from curate.fetch import domains
-from curate.fetch.addresses import Settled
-from curate.fetch.domains import Budget, Exchange, Message, Reply, Turns, local, registered_domain
+from curate.fetch.addresses import FinalError
+from curate.fetch.domains import Budget, LeaseReply, LeaseRequest, LeaseSlots, Turns, local, registered_domain
 from curate.ledger.schema import Reason, RowError
 
 
@@ -61,16 +61,16 @@ class Counting:
         return max(sum(t <= u < t + seconds for u in began) for t in began)
 
 
-def far(shared: Budget, worker: str, dice: random.Random) -> Exchange:
+def far(shared: Budget, worker: str, dice: random.Random) -> LeaseSlots:
     """A budget behind a network: every message takes some milliseconds, there and back."""
 
-    async def exchange(message: Message) -> Reply:
+    async def lease(message: LeaseRequest) -> LeaseReply:
         await asyncio.sleep(dice.uniform(0, 0.01))
-        reply = shared.exchange(worker, message)
+        reply = shared.lease(worker, message)
         await asyncio.sleep(dice.uniform(0, 0.01))
         return reply
 
-    return exchange
+    return lease
 
 
 @pytest.mark.parametrize("workers", [1, 4, 7])
@@ -108,7 +108,7 @@ def test_the_limits_hold_for_all_workers_together(workers: int, monkeypatch: pyt
             assert time.monotonic() - seen.began["big.test"][0] > 0.4  # 120 and more at 200 a second
         for turns in all_turns:
             await turns.close()
-        leftover = shared.exchange("asker", Message(wanted={"big.test": 4, "0.test": 4}))
+        leftover = shared.lease("asker", LeaseRequest(wanted={"big.test": 4, "0.test": 4}))
         assert Counter(d for d, _ in leftover.granted) == {"big.test": 4, "0.test": 4}  # no slot was lost, none made
 
     asyncio.run(main())
@@ -117,39 +117,39 @@ def test_the_limits_hold_for_all_workers_together(workers: int, monkeypatch: pyt
 def test_a_worker_that_is_gone_loses_its_slots_and_one_that_waits_gets_a_share() -> None:
     now = [0.0]
     shared = Budget(4, clock=lambda: now[0])
-    assert len(shared.exchange("a", Message(wanted={"x.test": 4})).granted) == 4
-    assert shared.exchange("b", Message(wanted={"x.test": 4})) == Reply()
-    assert shared.exchange("a", Message()).called == ["x.test"]
-    shared.exchange("a", Message(returned=[("x.test", 3.0)], wanted={"x.test": 9}))
-    assert shared.exchange("b", Message()).granted == [("x.test", 3.0)]  # with the rest that the slot needs
+    assert len(shared.lease("a", LeaseRequest(wanted={"x.test": 4})).granted) == 4
+    assert shared.lease("b", LeaseRequest(wanted={"x.test": 4})) == LeaseReply()
+    assert shared.lease("a", LeaseRequest()).called == ["x.test"]
+    shared.lease("a", LeaseRequest(returned=[("x.test", 3.0)], wanted={"x.test": 9}))
+    assert shared.lease("b", LeaseRequest()).granted == [("x.test", 3.0)]  # with the rest that the slot needs
     now[0] = domains.LEASE / 2
-    assert shared.exchange("b", Message()).granted == []
+    assert shared.lease("b", LeaseRequest()).granted == []
     now[0] = domains.LEASE + 1  # a is not heard of
-    assert len(shared.exchange("b", Message()).granted) == 3
+    assert len(shared.lease("b", LeaseRequest()).granted) == 3
     now[0] += 1
-    assert shared.exchange("a", Message(returned=[("x.test", 0.0)] * 3)) == Reply()  # it is back: these are lent to b
-    assert shared.exchange("c", Message(wanted={"x.test": 1})).granted == []
+    assert shared.lease("a", LeaseRequest(returned=[("x.test", 0.0)] * 3)) == LeaseReply()  # back, but lent to b
+    assert shared.lease("c", LeaseRequest(wanted={"x.test": 1})).granted == []
 
 
 def test_a_domain_that_asks_for_a_rest_gets_it_from_all() -> None:
     now = [0.0]
     shared = Budget(2, clock=lambda: now[0])
     for worker in "ab":
-        shared.exchange(worker, Message(wanted={"x.test": 1}))
-    shared.exchange("a", Message(resting={"x.test": 20.0}))
+        shared.lease(worker, LeaseRequest(wanted={"x.test": 1}))
+    shared.lease("a", LeaseRequest(resting={"x.test": 20.0}))
     now[0] = 5.0
-    assert shared.exchange("b", Message()).resting == {"x.test": 15.0}
-    assert shared.exchange("b", Message()).resting == {}  # said once
-    shared.exchange("b", Message(returned=[("x.test", 0.0)]))
-    assert shared.exchange("c", Message(wanted={"x.test": 1})).resting == {"x.test": 15.0}
+    assert shared.lease("b", LeaseRequest()).resting == {"x.test": 15.0}
+    assert shared.lease("b", LeaseRequest()).resting == {}  # said once
+    shared.lease("b", LeaseRequest(returned=[("x.test", 0.0)]))
+    assert shared.lease("c", LeaseRequest(wanted={"x.test": 1})).resting == {"x.test": 15.0}
 
 
 def test_what_is_idle_is_forgotten() -> None:
     now = [0.0]
     shared = Budget(2, clock=lambda: now[0])
     for i in range(1000):
-        shared.exchange("a", Message(wanted={f"{i}.test": 1}))
-        shared.exchange("a", Message(returned=[(f"{i}.test", 0.0)]))
+        shared.lease("a", LeaseRequest(wanted={f"{i}.test": 1}))
+        shared.lease("a", LeaseRequest(returned=[(f"{i}.test", 0.0)]))
     assert not shared._domains
 
 
@@ -183,7 +183,7 @@ def test_a_domain_is_given_up_after_its_trial_and_others_are_not(monkeypatch: py
                 tried.append(time.monotonic())
                 turn.failed(RowError(Reason.CONNECT, "refused"))
                 return "failed"
-        except Settled as e:
+        except FinalError as e:
             return f"{e.reason} {e.detail}"
 
     async def main() -> None:
@@ -199,7 +199,7 @@ def test_a_domain_is_given_up_after_its_trial_and_others_are_not(monkeypatch: py
 
 
 def test_a_budget_that_is_gone_ends_every_row() -> None:
-    async def broken(message: Message) -> Reply:
+    async def broken(message: LeaseRequest) -> LeaseReply:
         raise ConnectionError("the actor died")
 
     async def main() -> None:

@@ -470,7 +470,7 @@ def test_compression_that_nobody_asked_for() -> None:
                 assert (await fetcher.get(root + path)).data == PIXELS
             server["/br"] = reply(200, b"abc", "Content-Encoding: br")
             error = await failure(fetcher, root + "br")
-            assert isinstance(error, addresses.Settled) and server.count("/br") == 1  # the same again would not help
+            assert isinstance(error, addresses.FinalError) and server.count("/br") == 1  # the same again would not help
 
     asyncio.run(main())
 
@@ -1047,7 +1047,7 @@ def test_fetchers_can_share_turns() -> None:
             server["/x"] = slow
             allow = (f"127.0.0.1:{root.rstrip('/').rpartition(':')[2]}",)
             config = FetchConfig(allow=allow, respect=(), per_domain=2)
-            fetchers = [Fetcher(config, lookup=at_home, exchange=domains.local(shared)) for _ in range(2)]
+            fetchers = [Fetcher(config, lookup=at_home, lease=domains.local(shared)) for _ in range(2)]
             await asyncio.gather(*(fetchers[i % 2].get(root + "x") for i in range(12)))
             assert server.busiest["a.test"] == 2
             for fetcher in fetchers:

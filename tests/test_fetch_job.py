@@ -23,7 +23,7 @@ from PIL import Image
 from aesthetic.errors import UserError
 from curate.duplicates.repeats import repeats
 from curate.fetch.client import FetchConfig
-from curate.images.pixels import ImagesConfig
+from curate.images.process import ImagesConfig
 from curate.layout import Data
 from curate.sources.plan import SourceConfig, make_plan
 from curate.workers import FetchWorker

@@ -240,12 +240,12 @@ def test_lookups_are_shared_kept_and_checked_for_every_port() -> None:
 
         errors = await asyncio.gather(*(resolver.resolve("none.test", 80) for _ in range(5)), return_exceptions=True)
         errors += await asyncio.gather(resolver.resolve("none.test", 80), return_exceptions=True)
-        assert all(isinstance(e, addresses.Settled) and e.reason is Reason.DNS for e in errors)
+        assert all(isinstance(e, addresses.FinalError) and e.reason is Reason.DNS for e in errors)
         assert len({id(e) for e in errors}) == 6 and asked.count("none.test") == 1
 
         with pytest.raises(RowError) as e:
             await resolver.resolve("busy.test", 80)
-        assert e.value.reason is Reason.DNS and not isinstance(e.value, addresses.Settled)
+        assert e.value.reason is Reason.DNS and not isinstance(e.value, addresses.FinalError)
         for host, port in [("mixed.test", 80), ("home.test", 8124)]:
             with pytest.raises(RowError, match=host) as e:
                 await resolver.resolve(host, port)

@@ -26,7 +26,9 @@ from torch import Tensor
 from aesthetic.errors import UserError
 from aesthetic.splits import groups_of
 from aesthetic.untrusted import printable
-from curate.images.pixels import decode, perceptual_hash, probe
+from curate.images.decode import decode
+from curate.images.header import probe
+from curate.images.resize import perceptual_hash
 from curate.ledger.schema import RowError
 from curate.sources.captioned import MapDataset, Sample, open_folder
 from curate.store.files import digest

@@ -32,7 +32,7 @@ MAX_URL = 8000
 """Characters; RFC 9110 section 4.1 asks everybody to support at least 8000 octets."""
 
 
-class Settled(RowError):
+class FinalError(RowError):
     """A row's error that trying again in this run would not change, whatever its reason."""
 
 
@@ -364,7 +364,7 @@ class GuardedResolver(AbstractResolver):
         lookup: what is asked in place of the system.
 
     Raises (from `resolve` and `ahead`):
-        RowError: dns (a `Settled` one where the name does not exist) or blocked_address.
+        RowError: dns (a `FinalError` one where the name does not exist) or blocked_address.
     """
 
     def __init__(self, allow: tuple[Allowed, ...], timeout: float, lookup: Lookup | None = None) -> None:
@@ -417,12 +417,12 @@ class GuardedResolver(AbstractResolver):
         except TimeoutError:
             raise RowError(Reason.DNS, f"{host}: no answer within {self._timeout:g} s") from None
         except socket.gaierror as e:
-            kind = Settled if e.errno in _NO_SUCH_NAME else RowError
+            kind = FinalError if e.errno in _NO_SUCH_NAME else RowError
             raise kind(Reason.DNS, f"{host}: {e.strerror or e}") from e
         except UnicodeError as e:  # the system's own IDNA encoder, on a label that it finds odd
-            raise Settled(Reason.DNS, f"{host}: {e}") from e
+            raise FinalError(Reason.DNS, f"{host}: {e}") from e
         if not addresses:
-            raise Settled(Reason.DNS, f"{host}: no address")
+            raise FinalError(Reason.DNS, f"{host}: no address")
         return _Addresses(tuple(addresses), time.monotonic() - began)
 
     async def _ask_the_system(self, host: str) -> list[str]:
@@ -434,6 +434,6 @@ class GuardedResolver(AbstractResolver):
 
     @staticmethod
     def _keep(outcome: _Addresses | RowError) -> float:
-        if isinstance(outcome, Settled):
+        if isinstance(outcome, FinalError):
             return _DNS_KEPT_NO_NAME
         return _DNS_KEPT_FAILURE if isinstance(outcome, RowError) else _DNS_KEPT

@@ -79,7 +79,7 @@ class FetchConfig:
     rate: float = 50.0  # requests started per second and registered domain, of all workers together; 0: any number
     max_bytes: int = 32_000_000  # of one body, after decompression
     max_redirects: int = 5
-    retries: int = 2  # attempts after the first, for reasons that may pass
+    retries: int = 2  # attempts after the first, for transient reasons
     user_agent: str = "tastemaker/0.1.0 (dataset curation; robots.txt token: tastemaker)"
     respect: tuple[str, ...] = ("x-robots-tag", "robots-txt", "tdm-reservation")  # opt-out signals that are honoured
     verify: str | None = None  # a column of the list: md5, sha256 or sha512 of the original bytes, in hex
@@ -169,7 +169,7 @@ class Fetcher:
     Args:
         config: the limits.
         lookup: resolves host names in place of the system; what it answers is checked all the same.
-        exchange: the budget of requests per domain, where it is shared with others; by default this fetcher's own.
+        lease: asks the budget of requests per domain, where it is shared with others; by default this fetcher's own.
         deny: URLs and domains that are not asked for, also where a redirect leads there.
 
     Raises:
@@ -181,7 +181,7 @@ class Fetcher:
         config: FetchConfig,
         *,
         lookup: addresses.Lookup | None = None,
-        exchange: domains.Exchange | None = None,
+        lease: domains.LeaseSlots | None = None,
         deny: Deny | None = None,
     ) -> None:
         self._config = config
@@ -190,7 +190,7 @@ class Fetcher:
             config.concurrency,
             config.per_domain,
             config.rate,
-            exchange or domains.local(domains.Budget(config.per_domain)),
+            lease or domains.local(domains.Budget(config.per_domain)),
         )
         self._memory = Memory(max(MEMORY, config.max_bytes))
         self._resolver = addresses.GuardedResolver(self._allow, config.timeout, lookup)
@@ -253,7 +253,7 @@ class Fetcher:
             self._turns.widen(1)
             turn.aside = True
 
-    async def settle(self) -> None:
+    async def return_slots(self) -> None:
         """Give back what the budget lent and no row needs now."""
         await self._turns.give_back()
 
@@ -292,15 +292,15 @@ class Fetcher:
         return self._opened
 
     async def _persist(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Try, and try again for reasons that may pass: soon after, and the last time in a second pass."""
+        """Try, and try again for transient reasons: soon after, and the last time in a second pass."""
         retries = self._config.retries
         for n in range(retries + 1):
             try:
                 return await attempt()
-            except addresses.Settled:
+            except addresses.FinalError:
                 raise
             except RowError as e:
-                if not e.reason.passing or n == retries:
+                if not e.reason.transient or n == retries:
                     raise
             if n < retries - 1:
                 await asyncio.sleep(_BACKOFF * 2**n * random.uniform(0.5, 1.5))
@@ -382,7 +382,7 @@ class Fetcher:
                 self._turns.widen(-1)
 
     def _keep_away(self, error: RowError, retry_after: float | None, turn: domains.Turn) -> None:
-        """What a 429 or 5xx asks for. Raises Settled where that is to wait for too long."""
+        """What a 429 or 5xx asks for. Raises FinalError where that is to wait for too long."""
         if error.reason is Reason.HTTP_429 and retry_after is None:
             retry_after = _PAUSE
         if retry_after is None or error.reason not in (Reason.HTTP_429, Reason.HTTP_5XX):
@@ -390,14 +390,14 @@ class Fetcher:
         if retry_after <= _PATIENCE:
             turn.rest(retry_after)
             return
-        settled = addresses.Settled(
+        final = addresses.FinalError(
             error.reason,
             f"{error.detail}; asked to wait {retry_after:.0f} s",
             final_url=error.final_url,
             http_status=error.http_status,
         )
-        turn.give_up(settled, min(retry_after, _LONGEST_BAN))
-        raise settled from error
+        turn.give_up(final, min(retry_after, _LONGEST_BAN))
+        raise final from error
 
     async def _read_rules(self, url: URL) -> bytes:
         answer = await self._persist(lambda: self._follow(url, self._rules))
@@ -425,7 +425,7 @@ class Fetcher:
             detail = f"{url}: {e.detail}"
             if e.reason is Reason.HTTP_5XX:
                 detail += ", which means: keep out"  # section 2.3.1.4; but only for now
-            raise addresses.Settled(e.reason, detail) from e
+            raise addresses.FinalError(e.reason, detail) from e
 
 
 @functools.cache
@@ -527,7 +527,7 @@ def _coding(headers: CIMultiDictProxy[str]) -> str:
     if not codings:
         return ""
     if codings not in (["gzip"], ["x-gzip"], ["deflate"]):
-        raise addresses.Settled(Reason.PROTOCOL, f"Content-Encoding {', '.join(codings)[:40]!r} was not asked for")
+        raise addresses.FinalError(Reason.PROTOCOL, f"Content-Encoding {', '.join(codings)[:40]!r} was not asked for")
     return codings[0]
 
 

@@ -22,7 +22,7 @@ from functools import cache, lru_cache
 
 from publicsuffixlist import PublicSuffixList
 
-from curate.fetch.addresses import Settled
+from curate.fetch.addresses import FinalError
 from curate.ledger.schema import RowError
 
 LEASE = 15.0
@@ -60,7 +60,7 @@ def registered_domain(host: str) -> str:
 
 
 @dataclass
-class Message:
+class LeaseRequest:
     """What a worker tells the budget. Times are seconds from now, so that clocks need not agree."""
 
     wanted: dict[str, int] = field(default_factory=dict)  # domain -> slots, in place of what was wanted before
@@ -69,7 +69,7 @@ class Message:
 
 
 @dataclass
-class Reply:
+class LeaseReply:
     """What the budget answers."""
 
     granted: list[tuple[str, float]] = field(default_factory=list)  # domain, until the slot may be used
@@ -77,7 +77,7 @@ class Reply:
     resting: dict[str, float] = field(default_factory=dict)
 
 
-Exchange = Callable[[Message], Awaitable[Reply]]
+LeaseSlots = Callable[[LeaseRequest], Awaitable[LeaseReply]]
 
 
 @dataclass
@@ -104,7 +104,7 @@ class Budget:
         self._wants: dict[str, set[str]] = {}  # worker -> domains
         self._told: dict[str, dict[str, float]] = {}  # worker -> domain -> rests until; not told yet
 
-    def exchange(self, worker: str, message: Message) -> Reply:
+    def lease(self, worker: str, message: LeaseRequest) -> LeaseReply:
         """Take back, note and lend. Whoever holds or wants slots must come again within `LEASE`."""
         now = self._clock()
         self._heard[worker] = now
@@ -123,7 +123,7 @@ class Budget:
                 wants.discard(domain)
                 if domain in self._domains:
                     self._domains[domain].wanted.pop(worker, None)
-        reply = Reply()
+        reply = LeaseReply()
         for domain in list(wants):
             self._lend(worker, domain, now, reply)
         reply.called = sorted(self._called.pop(worker, ()))
@@ -138,7 +138,7 @@ class Budget:
             self._domains[domain] = _Lent([now] * self._per_domain)
         return self._domains[domain]
 
-    def _lend(self, worker: str, domain: str, now: float, reply: Reply) -> None:
+    def _lend(self, worker: str, domain: str, now: float, reply: LeaseReply) -> None:
         lent = self._domains[domain]
         share = -(-self._per_domain // len({*lent.holders, *lent.wanted}))
         count = min(lent.wanted[worker], len(lent.free), max(0, share - lent.holders.get(worker, 0)))
@@ -188,14 +188,14 @@ class Budget:
             del self._domains[domain]
 
 
-def local(budget: Budget) -> Exchange:
+def local(budget: Budget) -> LeaseSlots:
     """A budget of this process as a worker asks it."""
     worker = random.randbytes(8).hex()
 
-    async def exchange(message: Message) -> Reply:
-        return budget.exchange(worker, message)
+    async def lease(message: LeaseRequest) -> LeaseReply:
+        return budget.lease(worker, message)
 
-    return exchange
+    return lease
 
 
 # --------------------------------------------------------------------------------------------------- a worker's side
@@ -226,7 +226,7 @@ class Turn:
     """A request's time at a domain; what comes of it decides about the next ones.
 
     `async with turns.turn(domain) as turn` waits for a slot of the domain and a place, and holds them for the block. It
-    raises Settled while the domain is given up, and what asking the budget raised.
+    raises FinalError while the domain is given up, and what asking the budget raised.
     """
 
     def __init__(self, turns: Turns, domain: str) -> None:
@@ -279,18 +279,18 @@ class Turns:
         places: requests under way at one time.
         per_domain: slots that a domain has.
         rate: requests a second that may start at a domain; 0: any number.
-        exchange: asks the budget.
+        lease: asks the budget.
     """
 
-    def __init__(self, places: int, per_domain: int, rate: float, exchange: Exchange) -> None:
-        self._places, self._per_domain, self._exchange = places, per_domain, exchange
+    def __init__(self, places: int, per_domain: int, rate: float, lease: LeaseSlots) -> None:
+        self._places, self._per_domain, self._lease = places, per_domain, lease
         self._interval = per_domain / rate if rate else 0.0
         self._sites: dict[str, _Site] = {}
         self._full = _KEPT  # domains from which on some are forgotten
         self._ready: deque[str] = deque()  # domains that wait for a place
         self._more: deque[str] = deque()  # those among them that have a request under way already
         self._unmet: set[str] = set()  # domains that wait for slots
-        self._message = Message()
+        self._message = LeaseRequest()
         self._news = asyncio.Event()
         self._trading: asyncio.Task[None] | None = None
         self._broken: Exception | None = None
@@ -435,7 +435,7 @@ class Turns:
     def _end_waiting(self, site: _Site) -> None:
         for ticket in site.waiting:
             if not ticket.done():
-                error = self._broken or Settled(site.given_up.reason, site.given_up.detail)  # type: ignore[union-attr]
+                error = self._broken or FinalError(site.given_up.reason, site.given_up.detail)  # type: ignore[union-attr]
                 ticket.set_exception(error)
         site.waiting.clear()
 
@@ -490,9 +490,9 @@ class Turns:
                 self._news.clear()
                 for domain in self._unmet:  # again each time: a budget that did not hear of us for long forgets it
                     self._message.wanted[domain] = self._sites[domain].asked
-                message, self._message = self._message, Message()
+                message, self._message = self._message, LeaseRequest()
                 count = len(self._telling)
-                self._apply(await self._exchange(message))
+                self._apply(await self._lease(message))
                 self._told(count)
         except Exception as e:  # the budget is gone: an error of ours, which the rows carry to where it ends the run
             self._broken = e
@@ -506,7 +506,7 @@ class Turns:
                 told.set_result(None)
         del self._telling[:count]
 
-    def _apply(self, reply: Reply) -> None:
+    def _apply(self, reply: LeaseReply) -> None:
         now = self.now()
         for domain, seconds in reply.resting.items():
             self._rest_here(domain, seconds)

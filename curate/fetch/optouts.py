@@ -20,7 +20,7 @@ from yarl import URL
 
 from aesthetic.errors import UserError
 from aesthetic.untrusted import parse_json
-from curate.fetch.addresses import Settled, Shared
+from curate.fetch.addresses import FinalError, Shared
 from curate.ledger.schema import Reason, RowError
 
 PRODUCT_TOKEN = "tastemaker"
@@ -314,7 +314,7 @@ class Robots:
     async def check(self, url: URL) -> None:
         """Raises RowError: opted_out where the rules disallow this URL, or what `read` raised."""
         if await self._files.refuse(url):
-            raise Settled(Reason.OPTED_OUT, f"robots.txt of {url.origin()} disallows it")
+            raise FinalError(Reason.OPTED_OUT, f"robots.txt of {url.origin()} disallows it")
 
     async def close(self) -> None:
         await self._files.close()
@@ -361,7 +361,7 @@ class TdmRep:
         except RowError:
             return
         if reserved:
-            raise Settled(Reason.OPTED_OUT, f"tdmrep.json of {url.origin()} reserves it")
+            raise FinalError(Reason.OPTED_OUT, f"tdmrep.json of {url.origin()} reserves it")
 
     async def close(self) -> None:
         await self._files.close()

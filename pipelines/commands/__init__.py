@@ -12,7 +12,7 @@ COMMANDS = {
     "curate": "turn a list of image URLs (or a folder of images or shards) into curated shards",
     "fetch": "only download and resize",
     "embed": "embed and score what is fetched",
-    "retry": "fetch again what failed for passing reasons, and only that",
+    "retry": "fetch again what failed for transient reasons, and only that",
     "score": "apply a head to the vectors that are there",
     "select": "apply rules to the ledger: a verdict per row, no image opened",
     "pack": "copy the chosen images into even, shuffled shards",

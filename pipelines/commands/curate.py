@@ -303,7 +303,7 @@ def resume(
     restart_from: str | None = None,
     say: Say = print,
 ) -> Result:
-    """The main job on the plan that a data folder has; `retry` fetches again what failed for passing reasons."""
+    """The main job on the plan that a data folder has; `retry` fetches again what failed for transient reasons."""
     if restart_from not in (None, "embed"):
         again = command("curate", data.plan.list, "--out", data.root, "--restart-from", restart_from)
         raise UserError(f"--restart-from {restart_from} needs the list: `{again}`")
@@ -416,14 +416,14 @@ def left_to_do(
     data: Data, recipe: Recipe, columns: Mapping[str, Column], stages: Sequence[str], retry: bool = False
 ) -> RemainingWork:
     """The shards that are not fetched, embedded and scored, as far as these stages do that."""
-    from curate.workers import embed_done, fetch_done, may_pass
+    from curate.workers import embed_done, fetch_done, transient_failures
 
     fetch, embed = "fetch" in stages, "embed" in stages
     fetch_hash, embed_hash = recipe.hashes()
     shards, rows, images = [], 0, 0
     for s in data.plan.shards:
         fetched = fetch_done(data, s.shard, fetch_hash)
-        waiting = may_pass(data, s.shard) if fetched and retry else 0 if fetched else s.rows
+        waiting = transient_failures(data, s.shard) if fetched and retry else 0 if fetched else s.rows
         unembedded = fetched and embed and not embed_done(data, s.shard, embed_hash, columns)
         if (waiting and fetch) or unembedded:
             shards.append(s.shard)
@@ -650,13 +650,13 @@ def status(data: Data, say: Say) -> tuple[dict[str, Any], str]:
         return found, again(data)
     if embedded < sum(1 for r in fetched.values() if r.get("successes", 1)):
         return found, command("embed", data.root)
-    waiting = sum(n for reason, n in failures if Reason(reason).passing)
+    waiting = sum(n for reason, n in failures if Reason(reason).transient)
     vain = _tried_in_vain(data, fetched)
     found["may_pass"], found["tried_in_vain"] = waiting, vain
     if waiting > vain:
         return found, command("retry", data.root)
     if waiting:
-        once_more, failed = command("retry", data.root), f"{waiting:,} rows that failed for passing reasons"
+        once_more, failed = command("retry", data.root), f"{waiting:,} rows that failed for transient reasons"
         say(f"retry     the last one had back none of {failed}; `{once_more}` tries anew")
     for name, facts in selections.items():
         if facts["stale"]:
@@ -701,10 +701,10 @@ def selections_there(data: Data) -> dict[str, dict[str, Any]]:
 
 def _tried_in_vain(data: Data, fetched: Mapping[int, dict[str, Any]]) -> int:
     """How many rows failed for reasons that may pass in shards whose last retry recovered nothing."""
-    from curate.workers import may_pass
+    from curate.workers import transient_failures
 
     last = {shard: record["retries"][-1] for shard, record in fetched.items() if record.get("retries")}
-    return sum(may_pass(data, shard) for shard, retry in last.items() if not retry["recovered"])
+    return sum(transient_failures(data, shard) for shard, retry in last.items() if not retry["recovered"])
 
 
 # ---------------------------------------------------------------------------------------------------- words and sums

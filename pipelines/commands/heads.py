@@ -42,7 +42,7 @@ class HeadsOptions(Options):
 
 def run(options: HeadsOptions) -> Result:
     """Do what is asked for, if its options fit."""
-    from aesthetic.heads import check_free
+    from aesthetic.head_files import check_free
 
     action, takes = _ACTIONS[options.action]
     every = {name for _, names in _ACTIONS.values() for name in names}
@@ -58,8 +58,8 @@ def run(options: HeadsOptions) -> Result:
 
 
 def _list(options: HeadsOptions) -> Result:
-    from aesthetic.catalog import PUBLISHED
-    from aesthetic.heads import HeadError, list_heads, load_head
+    from aesthetic.catalog import list_heads, load_head, published_heads
+    from aesthetic.heads import HeadError
     from curate.annotators.nsfw import DETECTORS
 
     known: dict[str, dict[str, Any]] = {}
@@ -79,14 +79,15 @@ def _list(options: HeadsOptions) -> Result:
         scale = f"{low:g} to {high:g}"
         line = f"{name:{width}}{facts['task']:12}{scale:12}{facts['reads']:37}{facts.get('how_good') or ''}"
         print(line.rstrip())
-    absent = [p.name for p in PUBLISHED if p.name not in known]
+    absent = [p.name for p in published_heads() if p.name not in known]
     if absent:
         print(f"published, not here: {', '.join(absent)} (`tastemaker heads import NAME` fetches one)")
     return Result(facts={"heads": list(known.values()), "published": absent}, next="tastemaker heads show HEAD")
 
 
 def _show(options: HeadsOptions) -> Result:
-    from aesthetic.heads import describe, find_head, load_head
+    from aesthetic.catalog import find_head, load_head
+    from aesthetic.model_card import describe
     from curate.annotators.nsfw import DETECTORS, Detector
 
     name = str(options.head)
@@ -103,7 +104,7 @@ def _show(options: HeadsOptions) -> Result:
 
 
 def _import(options: HeadsOptions) -> Result:
-    from aesthetic.catalog import fetch_head, import_head
+    from aesthetic.imports import fetch_head, import_head
     from curate.encoders.base import canonical_name, check_named
 
     file = str(options.head)
@@ -160,7 +161,7 @@ _ACTIONS: dict[str, tuple[Callable[[HeadsOptions], Result], tuple[str, ...]]] = 
 
 def _require_free(name: str, out: str | None) -> None:
     """UserError where a head that goes by its name would never be found: one that is built in goes before it."""
-    from aesthetic.heads import SHIPPED
+    from aesthetic.catalog import SHIPPED
     from curate.annotators.nsfw import DETECTORS
 
     if out is None and (name in DETECTORS or (SHIPPED / name / "head.json").exists()):
@@ -168,7 +169,9 @@ def _require_free(name: str, out: str | None) -> None:
 
 
 def _save(options: HeadsOptions, head: Head) -> Result:
-    from aesthetic.heads import check_replaces, describe, heads_folder, save_head
+    from aesthetic.catalog import heads_folder
+    from aesthetic.head_files import check_replaces, save_head
+    from aesthetic.model_card import describe
 
     folder = Path(options.out or heads_folder() / head.name)
     check_replaces(folder, head)

@@ -1,4 +1,4 @@
-"""`tastemaker retry`: what failed for passing reasons is fetched again, and then embedded."""
+"""`tastemaker retry`: what failed for transient reasons is fetched again, and then embedded."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curate.fetch.client import FetchConfig
-from curate.images.pixels import ImagesConfig
+from curate.images.process import ImagesConfig
 from curate.layout import Data
 from curate.sources.plan import SourceConfig, make_plan
 from curate.workers import FetchWorker
