@@ -24,8 +24,7 @@ from curate.encoders.base import Encoder
 from curate.images.resize import perceptual_hash
 from curate.store.files import digest, read_json
 from train.data import ImageScan, Ints, MapDataset, TrainDataset, open_samples, ordered_batches, scan_images, split
-from train.devices import out_of_memory
-from train.loop import autocast
+from train.devices import autocast, out_of_memory
 from train.models.info import training_record
 
 Array = npt.NDArray[np.float64]
