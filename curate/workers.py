@@ -11,8 +11,9 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
+from aesthetic.catalog import load_head
 from aesthetic.errors import UserError
-from aesthetic.heads import Head, load_head
+from aesthetic.heads import Head
 from aesthetic.space import Space, require_same
 from curate.annotators.embed import EmbedConfig, embed_shard
 from curate.annotators.heads import Column, head_inputs, is_detector, score_shard

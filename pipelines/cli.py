@@ -609,7 +609,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _sample(args: argparse.Namespace) -> int:
     from curate.store.files import local_path
-    from pipelines.commands.sample import Asked, run
+    from pipelines.commands.sample import SampleOptions, run
 
     same = (
         *("model", "prompts", "again", "negative", "steps", "guidance", "seed", "n", "batch", "width", "height"),
@@ -618,29 +618,33 @@ def _sample(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in same}
     # relative, so that pictures do not tell where somebody's folders lie
     out = local_path(args.out) if "://" in args.out else Path(args.out).expanduser()
-    outcome = run(Asked(prompt=tuple(args.prompt), lora=tuple(args.lora), out=out, **given), sys.stdout, sys.stderr)
+    outcome = run(
+        SampleOptions(prompt=tuple(args.prompt), lora=tuple(args.lora), out=out, **given), sys.stdout, sys.stderr
+    )
     return _end(args, outcome.facts, dict(outcome.paths), outcome.next)
 
 
 def _serve(args: argparse.Namespace) -> int:
     from curate.store.files import local_path
-    from pipelines.commands.serve import Asked, run
+    from pipelines.commands.serve import ServeOptions, run
 
     same = ("model", "host", "port", "token", "batch", "upscaler", "faces", "show_flagged")
-    asked = Asked(out=local_path(args.out), lora=tuple(args.lora), **{name: getattr(args, name) for name in same})
-    run(asked)
-    return _end(args, {}, {"pictures": asked.out}, "")
+    options = ServeOptions(
+        out=local_path(args.out), lora=tuple(args.lora), **{name: getattr(args, name) for name in same}
+    )
+    run(options)
+    return _end(args, {}, {"pictures": options.out}, "")
 
 
 def _evaluate(args: argparse.Namespace) -> int:
     from aesthetic.errors import UserError
     from curate.store.files import local_path
-    from pipelines.commands.evaluate import PROMPTS, Request, run
+    from pipelines.commands.evaluate import PROMPTS, EvaluateOptions, run
 
     if args.out is None and not Path(args.model).is_dir():
         raise UserError(f"{args.model} is no folder here: say with --out where its evaluation goes")
     number = args.prompts is None or args.prompts.isdigit()
-    request = Request(
+    options = EvaluateOptions(
         model=args.model,
         data=Path(args.shards),
         out=local_path(args.out) if args.out else Path(args.model) / "evaluation",
@@ -652,7 +656,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         steps=args.steps,
         guidance=args.guidance,
     )
-    outcome = run(request)
+    outcome = run(options)
     print(outcome.text)
     return _end(args, outcome.facts, dict(outcome.paths), outcome.next)
 
@@ -664,7 +668,7 @@ def _aside(line: str) -> None:
 
 def _heads(args: argparse.Namespace) -> int:
     from aesthetic.errors import UserError
-    from aesthetic.heads import check_free
+    from aesthetic.head_files import check_free
 
     run, takes = _HEADS[args.action]
     every = {option for _, options in _HEADS.values() for option in options}
@@ -678,8 +682,8 @@ def _heads(args: argparse.Namespace) -> int:
 
 
 def _heads_list(args: argparse.Namespace) -> int:
-    from aesthetic.catalog import PUBLISHED
-    from aesthetic.heads import HeadError, list_heads, load_head
+    from aesthetic.catalog import list_heads, load_head, published_heads
+    from aesthetic.heads import HeadError
     from curate.annotators.nsfw import DETECTORS
 
     known: dict[str, dict[str, Any]] = {}
@@ -699,14 +703,15 @@ def _heads_list(args: argparse.Namespace) -> int:
         scale = f"{low:g} to {high:g}"
         line = f"{name:{width}}{about['task']:12}{scale:12}{about['reads']:37}{about.get('how_good') or ''}"
         print(line.rstrip())
-    absent = [p.name for p in PUBLISHED if p.name not in known]
+    absent = [p.name for p in published_heads() if p.name not in known]
     if absent:
         print(f"published, not here: {', '.join(absent)} (`tastemaker heads import NAME` fetches one)")
     return _end(args, {"heads": list(known.values()), "published": absent}, {}, "tastemaker heads show HEAD")
 
 
 def _heads_show(args: argparse.Namespace) -> int:
-    from aesthetic.heads import describe, find_head, load_head
+    from aesthetic.catalog import find_head, load_head
+    from aesthetic.model_card import describe
     from curate.annotators.nsfw import DETECTORS, Detector
 
     if args.head in DETECTORS:
@@ -722,8 +727,8 @@ def _heads_show(args: argparse.Namespace) -> int:
 
 
 def _heads_import(args: argparse.Namespace) -> int:
-    from aesthetic.catalog import fetch_head, import_head
     from aesthetic.errors import UserError
+    from aesthetic.imports import fetch_head, import_head
     from curate.encoders.base import canonical_name, check_named
 
     if not Path(args.head).exists():
@@ -779,8 +784,8 @@ _HEADS: dict[str, tuple[Callable[[argparse.Namespace], int], tuple[str, ...]]] =
 
 def _require_free(name: str, out: str | None) -> None:
     """UserError where a head that goes by its name would never be found: one that is built in goes before it."""
+    from aesthetic.catalog import SHIPPED
     from aesthetic.errors import UserError
-    from aesthetic.heads import SHIPPED
     from curate.annotators.nsfw import DETECTORS
 
     if out is None and (name in DETECTORS or (SHIPPED / name / "head.json").exists()):
@@ -789,7 +794,9 @@ def _require_free(name: str, out: str | None) -> None:
 
 def _keep(args: argparse.Namespace, head: Head) -> int:
     """Save a new head, and say what it is."""
-    from aesthetic.heads import check_replaces, describe, heads_folder, save_head
+    from aesthetic.catalog import heads_folder
+    from aesthetic.head_files import check_replaces, save_head
+    from aesthetic.model_card import describe
 
     folder = Path(args.out or heads_folder() / head.name)
     check_replaces(folder, head)

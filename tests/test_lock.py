@@ -19,8 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from aesthetic.catalog import load_head
 from aesthetic.errors import UserError
-from aesthetic.heads import Head, HeadError, load_head, save_head
+from aesthetic.head_files import save_head
+from aesthetic.heads import Head, HeadError
 from aesthetic.space import Space, SpaceMismatch, measure, require_same
 from curate.annotators.embed import EmbedConfig
 from curate.annotators.heads import columns_of

@@ -81,7 +81,7 @@ def fit(request: Request, say: Say = lambda line: None) -> Outcome:
     Raises UserError where the request makes no sense, asks what the ratings are not for, `request.out` holds another
     head, or nothing joins; HeadError where the ratings make no sense or are too few. Nothing is written then.
     """
-    from aesthetic.heads import save_head
+    from aesthetic.head_files import save_head
     from aesthetic.ratings import read_ratings
 
     _check(request)

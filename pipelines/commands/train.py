@@ -298,9 +298,7 @@ def _carried_out(
     request: Request, facts: dict[str, Any], materials: Materials, trainers: Trainers, terminal: IO[str]
 ) -> Outcome:
     """All stages, as far as they are not done yet."""
-    from train.board import on_board
-    from train.curve import draw_loss
-    from train.loop import format_record
+    from train.metrics import format_record, log_to_tensorboard, plot_loss
     from train.tasks import psnr
 
     def say(text: str) -> None:
@@ -320,10 +318,10 @@ def _carried_out(
         count.end(f", {size / 1e6:,.1f} MB in {plan.latents_folder}")
     with _ending_after_a_step(terminal, plan.out) as stop:
         records = trainers.records("model", stop)
-        for record in on_board(records, plan.out) if request.tensorboard else records:
+        for record in log_to_tensorboard(records, plan.out) if request.tensorboard else records:
             say(format_record(record))
             if "checkpoint" in record:
-                draw_loss(plan.out)
+                plot_loss(plan.out)
     facts["result"] = _result(plan)
     facts |= {"finished": _now(), "seconds": round(time.monotonic() - began)}
     _release(plan, facts)
@@ -517,13 +515,13 @@ def _captions(samples: MapDataset, told: dict[str, Any], count: int = 4) -> tupl
 
 def _check_room(plan: Plan, materials: Materials) -> None:
     """DiskFull before the first step where latents and checkpoints would not fit."""
-    from train.latents import bytes_of
+    from train.latents import latents_size
     from train.models.unet import count_parameters
 
     p = materials.pipeline
     trained = 0 if plan.lora else count_parameters([p.unet, p.text_encoder] if plan.text else [p.unet])
     whole = count_parameters([p.unet, p.text_encoder, p.vae])
-    latents = bytes_of(p, materials.pictures, materials.encoded, not plan.text) if plan.latents else 0
+    latents = latents_size(p, materials.pictures, materials.encoded, not plan.text) if plan.latents else 0
     if not (plan.out / "checkpoints").is_dir():
         each = 4 * (4 * trained + (0 if plan.lora else whole))  # raw, average, two moments; the pipeline
         check_space(plan.out, latents + (plan.loop.keep + 2) * each)
