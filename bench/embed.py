@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from curate.encoders.embed import EmbedConfig
-from curate.fetch.client import FetchConfig
+from curate.fetch.config import FetchConfig
 from curate.images.decode import decode
 from curate.images.process import ImagesConfig
 from curate.layout import Data

@@ -19,7 +19,7 @@ from typing import Any
 import pandas  # noqa: F401  pyarrow does so at its first array, and importing is left out of all figures
 
 from bench import mechanisms, names
-from curate.fetch.client import FetchConfig
+from curate.fetch.config import FetchConfig
 from curate.images.process import ImagesConfig
 from curate.layout import Data
 from curate.sources.plan import SourceConfig, make_plan

@@ -16,7 +16,7 @@ from PIL import Image
 
 from aesthetic.space import probe_files
 from curate.encoders.embed import EmbedConfig
-from curate.fetch.client import FetchConfig
+from curate.fetch.config import FetchConfig
 from curate.images.process import ImagesConfig
 from curate.layout import Data
 from curate.ledger.select import SelectConfig, select

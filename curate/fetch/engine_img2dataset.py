@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError
-from curate.fetch.client import FetchConfig
+from curate.fetch.config import FetchConfig
 from curate.images.decode import decode
 from curate.images.process import ImagesConfig
 from curate.images.resize import perceptual_hash

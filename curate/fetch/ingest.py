@@ -27,7 +27,8 @@ import pyarrow.parquet as pq
 from aesthetic.errors import UserError
 from aesthetic.files import as_disk_full, atomic, scratch_path
 from curate.fetch import engine_img2dataset
-from curate.fetch.client import FetchConfig, Fetcher
+from curate.fetch.client import Fetcher
+from curate.fetch.config import FetchConfig
 from curate.fetch.deny import Deny
 from curate.fetch.hashes import verify_hash
 from curate.images.isolated import IsolatedDecoder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from aesthetic.errors import UserError
@@ -11,13 +11,40 @@ from aesthetic.space import Space
 from curate.annotators.base import column_specs
 from curate.annotators.registry import Spec, absolute, make_annotators
 from curate.annotators.stage import column_inputs
-from curate.layout import Data
+from curate.layout import Data, open_data
+from curate.ledger.sql import plain_name
 from curate.store.files import read_json, sweep
 from curate.store.lock import Lock
 from curate.workers import EmbedWorker, annotated, space_known
-from pipelines.commands.curate import Say, store_recipe, stored_recipe
-from pipelines.recipe import Recipe
+from pipelines.commands.curate import Say, command, store_recipe, stored_recipe
+from pipelines.options import Options, Result, argument, option
+from pipelines.recipe import Recipe, parse_columns
 from pipelines.runtime.jobs import CurateJob, RemainingWork, check_reachable, run_job
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotateOptions(Options):
+    data: str = argument("DATA")
+    columns: tuple[str, ...] = argument(
+        "NAME=SPEC",
+        "a column NAME by a head's name or folder, an annotator's name, or {use: ANNOTATOR, option: value} (default: "
+        "those of DATA's recipe)",
+        nargs="*",
+        default=(),
+    )
+    ray_address: str | None = option("run on this Ray cluster where pixels are read", metavar="ADDRESS")
+
+
+def run(options: AnnotateOptions) -> Result:
+    """Compute columns; the next command selects by the last of them."""
+    data = open_data(options.data)
+    facts = annotate(data, parse_columns(options.columns), address=options.ray_address)
+    following = ""
+    for name, column in facts["columns"].items():
+        if column["type"] == "float":
+            setting = f"select.rules.{name}=top({plain_name(name)}, 0.1)"
+            following = command("select", data.root, "--name", "mine", "--set", setting)
+    return Result(facts=facts, paths={"annotated": data.root / "annotated"}, next=following)
 
 
 def annotate(data: Data, given: Mapping[str, Spec], *, address: str | None = None, say: Say = print) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from typing import Any
 
 from aesthetic.errors import UserError
 from aesthetic.files import atomic, scratch_path
-from curate.fetch.domains import Budget, LeaseReply, LeaseRequest
+from curate.fetch.budget import Budget, LeaseReply, LeaseRequest
 from curate.layout import Data
 from curate.store.files import open_log
 from curate.store.lock import hold_worker_lock
