@@ -85,7 +85,7 @@ os._exit(bool(heavy))  # as the console script ends
 
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert {"curate", "fetch", "embed", "score", "select", "pack", "retry", "status", "query"} < COMMANDS.keys()
+    assert {"curate", "fetch", "embed", "annotate", "select", "pack", "retry", "status", "query"} < COMMANDS.keys()
     for command in COMMANDS:
         with pytest.raises(SystemExit) as e:
             main([command, "--help"])

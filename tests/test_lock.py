@@ -155,7 +155,7 @@ def test_a_head_is_refused_on_vectors_of_another_encoder(
 ) -> None:
     data = embedded(toys, tmp_path / "data", toys.config(name, weights))
     err = refused_by_score(data, toys.head, capsys)
-    assert_told(err, rf"the head taste \(column taste\) belongs to the space of {FIRST} .* is of {name} .*{told}")
+    assert_told(err, rf"columns\.taste: the head taste belongs to the space of {FIRST} .* is of {name} .*{told}")
 
 
 def assert_told(text: str, pattern: str) -> None:
@@ -176,7 +176,7 @@ def test_a_picture_left_on_its_side_is_another_space(toys: Toys, tmp_path: Path)
     data = embedded(toys, tmp_path / "theirs", toys.config())
     measure(encode, FIRST).save(data.space)
     ours = tmp_path / "ours"
-    with pytest.raises(SpaceMismatch, match=r"the head taste \(column taste\).*1 of 16 probe images, most of all 10_"):
+    with pytest.raises(SpaceMismatch, match=r"columns\.taste: the head taste.*1 of 16 probe images, most of all 10_"):
         embedded(toys, ours, toys.config(embeddings=str(data.root / "embedded")), {"taste": str(toys.head)})
     assert not Data(ours).embedded_record(0).exists()
 
