@@ -34,7 +34,8 @@ from curate.store.ownership import RECIPE_HEADER, Taken, check_free, taken
 from curate.store.records import invalidate
 from curate.verify import again
 from pipelines.recipe import DEFAULT, Recipe, load_recipe, parse_recipe, read_recipe, to_yaml
-from pipelines.runtime.jobs import CurateJob, RemainingWork, check_reachable, run_job
+from pipelines.runtime.cluster import check_reachable
+from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
 from pipelines.runtime.progress import ProgressDisplay, format_duration
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from curate.store.ownership import check_free, taken
 from pipelines.commands.train import Outcome, check_data
 from pipelines.figures import meaning, readme, table
 from pipelines.prompts import read_prompts
-from pipelines.runtime.progress import ProgressBar, Terminal, format_duration
+from pipelines.runtime.progress import ProgressBar, format_duration, redirect_output
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,7 +100,7 @@ def run(options: EvaluateOptions) -> Outcome:
         return _outcome(options, done)
     with (
         taken(options.out, "evaluation") as folder,
-        Terminal(options.out / "logs" / "evaluate.log") as terminal,
+        redirect_output(options.out / "logs" / "evaluate.log") as terminal,
     ):
         sweep(options.out)
         if (done := _before(options.out, asked)) is not None:  # again: another run may have been at work until now

@@ -18,7 +18,7 @@ from pathlib import Path
 from aesthetic.errors import UserError
 from aesthetic.files import atomic, scratch_path
 from curate.store.disk import check_space
-from pipelines.runtime.progress import Terminal
+from pipelines.runtime.progress import redirect_output
 
 MIN_TOKEN = 16
 """Characters of a token that somebody chose: whoever reaches the port may guess, a few a second."""
@@ -67,7 +67,7 @@ def run(options: ServeOptions) -> None:
         if not local and token is None:
             token = secrets.token_urlsafe(24)
         options.out.mkdir(parents=True, exist_ok=True)
-        with Terminal(options.out / "logs" / "serve.log") as terminal:
+        with redirect_output(options.out / "logs" / "serve.log") as terminal:
 
             def say(line: str) -> None:
                 terminal.write(f"{time.strftime('%H:%M:%S')}  {line}\n")
