@@ -28,7 +28,8 @@ from curate.fetch.client import FetchConfig
 from curate.images.pixels import ImagesConfig, decode
 from curate.layout import Data
 from curate.shards.tar import read_images
-from curate.sources.plan import SourceConfig, make_plan
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import make_plan
 from curate.workers import EmbedWorker, FetchWorker
 
 SCORES = {"open_nsfw": "open-nsfw"}

@@ -26,7 +26,8 @@ from curate.fetch.deny import Deny
 from curate.fetch.ingest import check_verify
 from curate.layout import Data
 from curate.ledger.schema import Reason, Status
-from curate.sources.plan import clear_plan, inspect, load_plan, make_plan
+from curate.sources.plan import load_plan
+from curate.sources.planner import clear_plan, inspect, make_plan
 from curate.store.disk import check_space
 from curate.store.files import read_json, sweep
 from curate.store.lock import Lock
