@@ -24,8 +24,9 @@ import numpy as np
 from PIL import Image
 
 from curate.annotators.embed import EmbedConfig
-from curate.fetch.client import FetchConfig
-from curate.images.pixels import ImagesConfig, decode
+from curate.fetch.config import FetchConfig
+from curate.images.decode import decode
+from curate.images.process import ImagesConfig
 from curate.layout import Data
 from curate.shards.tar import read_images
 from curate.sources.plan import SourceConfig

@@ -19,8 +19,8 @@ from typing import Any
 import pandas  # noqa: F401  pyarrow does so at its first array, and importing is left out of all figures
 
 from bench import mechanisms, names
-from curate.fetch.client import FetchConfig
-from curate.images.pixels import ImagesConfig
+from curate.fetch.config import FetchConfig
+from curate.images.process import ImagesConfig
 from curate.layout import Data
 from curate.sources.plan import SourceConfig
 from curate.sources.planner import make_plan

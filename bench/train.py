@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from curate.images.pixels import decode
+from curate.images.decode import decode
 from curate.shards.tar import TarWriter
 from train.data import Batch, ImageDataset, Stream, TrainDataset, open_samples
 from train.latents import precompute_latents

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
-from curate.images.pixels import decode
+from curate.images.decode import decode
 from curate.ledger.rules import check_rules, read_rules
 from curate.ledger.schema import FETCHED_COLUMNS, URL_COLUMNS, RowError, Status
 from curate.ledger.select import load_selection

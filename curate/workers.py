@@ -11,19 +11,21 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
+from aesthetic.catalog import load_head
 from aesthetic.errors import UserError
-from aesthetic.heads import Head, load_head
+from aesthetic.heads import Head
 from aesthetic.space import Space, require_same
 from curate.annotators.embed import EmbedConfig, embed_shard
 from curate.annotators.heads import Column, head_inputs, is_detector, score_shard
 from curate.annotators.nsfw import load_detector
 from curate.encoders.base import load_encoder
 from curate.fetch import engine_img2dataset
-from curate.fetch.client import FetchConfig, Fetcher
+from curate.fetch.budget import LeaseSlots
+from curate.fetch.client import Fetcher
+from curate.fetch.config import FetchConfig
 from curate.fetch.deny import Deny
-from curate.fetch.domains import Exchange
-from curate.fetch.ingest import Means, Report, ingest_shard
-from curate.images.pixels import ImagesConfig
+from curate.fetch.ingest import IngestContext, Report, ingest_shard
+from curate.images.process import ImagesConfig
 from curate.layout import Data
 from curate.ledger.schema import Reason, Status
 from curate.sources.vectors import Imported, import_shard, open_folder
@@ -47,7 +49,7 @@ def ignore(stage: str, outcome: str, host: str) -> None:
 class FetchWorker:
     """Fetches shards, several at a time on one event loop: the slow tail of one does not idle the worker.
 
-    `exchange` asks the budget of requests per domain that several workers share; without it, this one has its own.
+    `lease` asks the budget of requests per domain that several workers share; without it, this one has its own.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class FetchWorker:
         config: str,
         report: Report = ignore,
         threads: int = 0,
-        exchange: Exchange | None = None,
+        lease: LeaseSlots | None = None,
     ) -> None:
         if fetch.engine == "img2dataset":
             engine_img2dataset.require(images)
@@ -67,10 +69,10 @@ class FetchWorker:
         self.data, self.config = data, config
         count = threads or os.cpu_count() or 1
         deny = Deny.load(fetch.deny)
-        self._means = Means(
+        self._context = IngestContext(
             fetch=fetch,
             images=images,
-            fetcher=Fetcher(fetch, exchange=exchange, deny=deny),
+            fetcher=Fetcher(fetch, lease=lease, deny=deny),
             deny=deny,
             threads=ThreadPoolExecutor(count, thread_name_prefix="decode"),
             slots=asyncio.Semaphore(4 * count),
@@ -78,19 +80,19 @@ class FetchWorker:
         )
 
     async def run(self, shard: int, retry: bool = False) -> None:
-        """Fetch one shard unless it is done; with `retry`, fetch again what failed for reasons that may pass."""
+        """Fetch one shard unless it is done; with `retry`, fetch again what failed for transient reasons."""
         self._be_patient()
         done = fetch_done(self.data, shard, self.config)
-        if not done or (retry and may_pass(self.data, shard)):
+        if not done or (retry and transient_failures(self.data, shard)):
             try:
-                await ingest_shard(self.data, shard, self._means, self.config, retry=done)
+                await ingest_shard(self.data, shard, self._context, self.config, retry=done)
             finally:
-                await self._means.fetcher.settle()
+                await self._context.fetcher.return_slots()
 
     async def close(self) -> None:
         """Close connections and threads."""
-        await self._means.fetcher.close()
-        self._means.threads.shutdown(cancel_futures=True)
+        await self._context.fetcher.close()
+        self._context.threads.shutdown(cancel_futures=True)
         if self._collections is not None:
             gc.set_threshold(*self._collections)
         if self._policy is not None:
@@ -196,10 +198,10 @@ def fetch_done(data: Data, shard: int, config: str) -> bool:
     return is_done(data.root, data.fetched_record(shard), config=config, inputs=inputs)
 
 
-def may_pass(data: Data, shard: int) -> int:
-    """How many rows of a fetched shard failed for a reason that may pass."""
+def transient_failures(data: Data, shard: int) -> int:
+    """How many rows of a fetched shard failed for a transient reason."""
     outcomes = (read_json(data.fetched_record(shard)) or {}).get("status_dict", {})
-    return sum(n for reason, n in outcomes.items() if reason != Status.SUCCESS and Reason(reason).passing)
+    return sum(n for reason, n in outcomes.items() if reason != Status.SUCCESS and Reason(reason).transient)
 
 
 def embed_done(data: Data, shard: int, config: str, columns: Mapping[str, Column]) -> bool:

@@ -309,7 +309,8 @@ class FolderPool:
         """A picture as the encoder's input, and what copies of it are known by; None where it is none."""
         import hashlib
 
-        from curate.images.pixels import decode, perceptual_hash
+        from curate.images.decode import decode
+        from curate.images.resize import perceptual_hash
         from curate.ledger.schema import RowError
 
         try:
@@ -345,7 +346,7 @@ class FolderPool:
 def _thumbnail(data: bytes) -> Any:
     from PIL import Image
 
-    from curate.images.pixels import decode
+    from curate.images.decode import decode
     from curate.ledger.schema import RowError
 
     try:

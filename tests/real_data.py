@@ -16,8 +16,8 @@ from PIL import Image
 
 from aesthetic.space import probe_files
 from curate.annotators.embed import EmbedConfig
-from curate.fetch.client import FetchConfig
-from curate.images.pixels import ImagesConfig
+from curate.fetch.config import FetchConfig
+from curate.images.process import ImagesConfig
 from curate.layout import Data
 from curate.ledger.select import SelectConfig, select
 from curate.shards.pack import PackConfig, pack

@@ -5,8 +5,10 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from small_ratings import examples, space, unit
 
+from aesthetic.catalog import load_head
 from aesthetic.classify import fit_classifier
-from aesthetic.heads import HeadError, load_head, save_head
+from aesthetic.head_files import save_head
+from aesthetic.heads import HeadError
 from aesthetic.logistic import PENALTIES, Logistic, platt
 from aesthetic.splits import NESTED_UP_TO
 

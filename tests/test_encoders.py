@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from aesthetic.errors import UserError
 from aesthetic.space import Space, SpaceMismatch, probe_files, require_same
 from curate.encoders.base import Encoder, load_encoder, pixels
-from curate.images.pixels import decode
+from curate.images.decode import decode
 from curate.store.files import sha256_file
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageFilter
 
-from aesthetic.heads import load_head
+from aesthetic.catalog import load_head
 from aesthetic.space import Space
 from pipelines.cli import main
 from pipelines.commands.fit import _groups_of_pairs

@@ -19,13 +19,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from aesthetic.catalog import load_head
 from aesthetic.errors import UserError
-from aesthetic.heads import Head, HeadError, load_head, save_head
+from aesthetic.head_files import save_head
+from aesthetic.heads import Head, HeadError
 from aesthetic.space import Space, SpaceMismatch, measure, require_same
 from curate.annotators.embed import EmbedConfig
 from curate.annotators.heads import columns_of
 from curate.encoders.base import Encoder, load_encoder, unit
-from curate.images.pixels import decode
+from curate.images.decode import decode
 from curate.layout import Data
 from curate.shards.tar import read_images
 from curate.sources.plan import SourceConfig

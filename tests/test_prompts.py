@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aesthetic.heads import HeadError, load_head, save_head
+from aesthetic.catalog import load_head
+from aesthetic.head_files import save_head
+from aesthetic.heads import HeadError
 from aesthetic.prompts import prompt_head
 from aesthetic.space import Space, probe_files, require_same
 from curate.encoders.base import Encoder, load_encoder
-from curate.images.pixels import decode
+from curate.images.decode import decode
 from pipelines.cli import main
 from tests.tiny_clip import add_architectures, make_weights
 

@@ -1,4 +1,4 @@
-"""`tastemaker retry` fetches what failed for passing reasons, and only that; `--restart-from` redoes on purpose."""
+"""`tastemaker retry` fetches what failed for transient reasons, and only that; `--restart-from` redoes on purpose."""
 
 from __future__ import annotations
 

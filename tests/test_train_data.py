@@ -227,9 +227,9 @@ def test_pictures_of_several_shapes_go_into_buckets(tmp_path: Path) -> None:
     assert sorted(examples.shapes) == [(48, 96), (64, 64), (96, 48)]
     assert examples.shapes[examples.bucket[0]] == (48, 96)  # the longest goes with the nearest that has company
     stream = Stream(examples, np.arange(60), batch=4)
-    for batch in itertools.islice(stream.batches(), len(stream.plan(0))):
+    for batch in itertools.islice(stream.batches(), len(stream.epoch_order(0))):
         assert batch.images.shape[0] == 4  # one shape, or stacking had failed
-    assert {int(n) for n in stream.plan(0).ravel()} == set(range(60))
+    assert {int(n) for n in stream.epoch_order(0).ravel()} == set(range(60))
 
 
 def test_no_near_duplicate_of_what_is_held_out_is_trained_on(tmp_path: Path) -> None:
@@ -301,10 +301,10 @@ def test_pictures_of_a_higher_score_come_more_often(pictures: Path, tmp_path: Pa
     samples = open_samples(write_tars(tmp_path / "tars", pictures, facts))
     weights = sampling_weights(samples, "taste")
     stream = Stream(ImageDataset(samples, letters, 16), np.arange(50), batch=10, weights=weights)
-    counts = np.bincount(np.concatenate([stream.plan(epoch).ravel() for epoch in range(200)]), minlength=50)
+    counts = np.bincount(np.concatenate([stream.epoch_order(epoch).ravel() for epoch in range(200)]), minlength=50)
     expected = weights / weights.sum() * counts.sum()
     assert counts[7] == 0 and np.allclose(counts, expected, rtol=0.2)
-    each = [np.bincount(stream.plan(e).ravel(), minlength=50) - weights / weights.sum() * 50 for e in range(9)]
+    each = [np.bincount(stream.epoch_order(e).ravel(), minlength=50) - weights / weights.sum() * 50 for e in range(9)]
     assert np.abs(each).max() < 1  # as often as its share says, rounded up or down
     with pytest.raises(UserError, match="has a number 'tastes'; there are height, taste, width"):
         sampling_weights(samples, "tastes")

@@ -25,7 +25,7 @@ from curate.annotators.heads import write_scores
 from curate.annotators.nsfw import Detector, detector_digest
 from curate.encoders.base import Encoder, check_settings
 from curate.fetch.ingest import Report, note_start, recovered_since
-from curate.images.pixels import decode
+from curate.images.decode import decode
 from curate.layout import Data
 from curate.ledger.schema import Status
 from curate.shards.tar import read_images

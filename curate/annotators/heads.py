@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from aesthetic.catalog import load_head
 from aesthetic.files import atomic
-from aesthetic.heads import Head, load_head
+from aesthetic.heads import Head
 from aesthetic.space import SpaceMismatch
 from aesthetic.vectors import open_vectors
 from curate.annotators.nsfw import DETECTORS, detector_digest

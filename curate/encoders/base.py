@@ -202,7 +202,7 @@ class Encoder(abc.ABC):
 
         `details` records the precision of the run and the worst cosine of a probe in it to fp32.
         """
-        from curate.images.pixels import decode
+        from curate.images.decode import decode
 
         def prepare(files: list[bytes]) -> np.ndarray:
             return np.stack([self.preprocess(decode(f)) for f in files])

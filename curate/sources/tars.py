@@ -268,10 +268,9 @@ class PackedShards(Tars):
                 f"Copy them again; or, for what is there alone, leave out manifest.json. `tastemaker verify` on the "
                 f"data folder says whether they are whole there"
             )
-        counts = [sizes.get(t.name) for t in self._tars] if isinstance(sizes, dict) else []
-        if not counts or not all(type(count) is int and count >= 0 for count in counts):
-            counts = [len(self._places(t).keys) for t in self._tars]
-        self._ends = list(accumulate(counts))
+        counts: list[Any] = [sizes.get(t.name) if isinstance(sizes, dict) else None for t in self._tars]
+        is_known = all(type(count) is int and count >= 0 for count in counts)
+        self._ends = list(accumulate(counts if is_known else (len(self._places(t).keys) for t in self._tars)))
 
 
 def packed_tars(folder: Path) -> dict[str, int] | None:

@@ -25,7 +25,7 @@ from aesthetic.untrusted import check_regular
 from aesthetic.vectors import open_vectors
 from curate.annotators.embed import EmbedConfig, pictures_of, recovered, write_vectors
 from curate.encoders.base import Encoder, unit
-from curate.images.pixels import decode
+from curate.images.decode import decode
 from curate.layout import Data
 from curate.shards.tar import IMAGE_EXTENSIONS, image_member, index_tar, read_range
 from curate.store.disk import check_space

@@ -11,7 +11,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ from curate.store.lock import Lock
 from curate.store.ownership import RECIPE_HEADER, Taken, check_free, taken
 from curate.store.records import invalidate
 from curate.verify import again
+from pipelines.options import Result
 from pipelines.recipe import DEFAULT, Recipe, load_recipe, parse_recipe, read_recipe, to_yaml
 from pipelines.runtime.jobs import CurateJob, RemainingWork, check_reachable, run_job
 from pipelines.runtime.progress import ProgressDisplay, format_duration
@@ -46,15 +47,6 @@ Say = Callable[[str], None]
 
 STAGES = ("source", "fetch", "images", "embed")
 """The stages whose files a changed recipe would alter; what comes after them asks nothing."""
-
-
-@dataclass
-class Outcome:
-    """What a run did: for the summary on the terminal and for `--json`."""
-
-    paths: dict[str, str] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    next: str = ""
 
 
 # ---------------------------------------------------------------------------------------------- what is asked of DATA
@@ -251,7 +243,7 @@ def _there(path: Path) -> Path:
     return path if path.exists() else _there(path.parent)
 
 
-def run(request: Request, say: Say = print) -> Outcome:
+def run(request: Request, say: Say = print) -> Result:
     """The whole job under the data folder's lock; what is done already is left alone.
 
     Raises UserError before anything starts, DiskFull, NothingKept, or the cause of what went wrong in a worker.
@@ -311,8 +303,8 @@ def resume(
     address: str | None = None,
     restart_from: str | None = None,
     say: Say = print,
-) -> Outcome:
-    """The main job on the plan that a data folder has; `retry` fetches again what failed for passing reasons."""
+) -> Result:
+    """The main job on the plan that a data folder has; `retry` fetches again what failed for transient reasons."""
     if restart_from not in (None, "embed"):
         again = command("curate", data.plan.list, "--out", data.root, "--restart-from", restart_from)
         raise UserError(f"--restart-from {restart_from} needs the list: `{again}`")
@@ -339,7 +331,7 @@ def _go_on(
     address: str | None,
     say: Say,
     retry: bool = False,
-) -> Outcome:
+) -> Result:
     plan = data.plan
     say(" · ".join([headline(recipe), *columns_taken(plan.columns)]))
     for warning in plan.warnings:
@@ -347,7 +339,7 @@ def _go_on(
     if recipe.fetch.allow:
         say(f"warning: private addresses are open to this list: {', '.join(recipe.fetch.allow)} (fetch.allow)")
     facts = {"columns": plan.columns, "warnings": plan.warnings}
-    outcome = Outcome(facts={"rows": plan.total_rows, "shards": len(plan.shards), **facts})
+    outcome = Result(facts={"rows": plan.total_rows, "shards": len(plan.shards), **facts})
     before = _images(data) if retry else 0
     screen = _run_stages(data, recipe, columns, stages, address, say, retry)
     if retry and screen is not None:
@@ -367,7 +359,7 @@ def _go_on(
     return outcome
 
 
-def _name_notes(data: Data, outcome: Outcome, say: Say) -> None:
+def _name_notes(data: Data, outcome: Result, say: Say) -> None:
     """Say which values of the list could not be taken as they are; a list that is used where it lies is read late."""
     records = {s.shard: read_json(data.fetched_record(s.shard)) or {} for s in data.plan.shards}
     notes = [f"shard {shard}: {note}" for shard, record in records.items() for note in record.get("notes", [])]
@@ -379,7 +371,7 @@ def _name_notes(data: Data, outcome: Outcome, say: Say) -> None:
             say(f"    and in {len(notes) - 3:,} more shards")
 
 
-def _name_repeats(data: Data, outcome: Outcome, say: Say) -> None:
+def _name_repeats(data: Data, outcome: Result, say: Say) -> None:
     """Say which bytes came from many URLs: most are placeholders."""
     from curate.duplicates.repeats import repeats
 
@@ -425,14 +417,14 @@ def left_to_do(
     data: Data, recipe: Recipe, columns: Mapping[str, Column], stages: Sequence[str], retry: bool = False
 ) -> RemainingWork:
     """The shards that are not fetched, embedded and scored, as far as these stages do that."""
-    from curate.workers import embed_done, fetch_done, may_pass
+    from curate.workers import embed_done, fetch_done, transient_failures
 
     fetch, embed = "fetch" in stages, "embed" in stages
     fetch_hash, embed_hash = recipe.hashes()
     shards, rows, images = [], 0, 0
     for s in data.plan.shards:
         fetched = fetch_done(data, s.shard, fetch_hash)
-        waiting = may_pass(data, s.shard) if fetched and retry else 0 if fetched else s.rows
+        waiting = transient_failures(data, s.shard) if fetched and retry else 0 if fetched else s.rows
         unembedded = fetched and embed and not embed_done(data, s.shard, embed_hash, columns)
         if (waiting and fetch) or unembedded:
             shards.append(s.shard)
@@ -512,7 +504,7 @@ def _stricter(data: Data, selection: Selection) -> str:
     return command("train", data.root / "shards" / selection.name, "--out", "model")
 
 
-def _pack(data: Data, recipe: Recipe, outcome: Outcome) -> None:
+def _pack(data: Data, recipe: Recipe, outcome: Result) -> None:
     from curate.ledger.select import load_selection
     from curate.report import contact_sheet, score_charts
     from curate.shards.pack import pack
@@ -605,9 +597,9 @@ def scales_there(data: Data) -> dict[str, tuple[float, float]]:
     return scales
 
 
-def pack_only(data: Data, recipe: Recipe) -> Outcome:
+def pack_only(data: Data, recipe: Recipe) -> Result:
     """The chosen images of a selection as shards, with their sheet."""
-    outcome = Outcome()
+    outcome = Result()
     refuse_denied(data, recipe)
     with Lock(data.root):
         sweep(data.root)
@@ -659,13 +651,13 @@ def status(data: Data, say: Say) -> tuple[dict[str, Any], str]:
         return found, again(data)
     if embedded < sum(1 for r in fetched.values() if r.get("successes", 1)):
         return found, command("embed", data.root)
-    waiting = sum(n for reason, n in failures if Reason(reason).passing)
+    waiting = sum(n for reason, n in failures if Reason(reason).transient)
     vain = _tried_in_vain(data, fetched)
     found["may_pass"], found["tried_in_vain"] = waiting, vain
     if waiting > vain:
         return found, command("retry", data.root)
     if waiting:
-        once_more, failed = command("retry", data.root), f"{waiting:,} rows that failed for passing reasons"
+        once_more, failed = command("retry", data.root), f"{waiting:,} rows that failed for transient reasons"
         say(f"retry     the last one had back none of {failed}; `{once_more}` tries anew")
     for name, facts in selections.items():
         if facts["stale"]:
@@ -710,10 +702,10 @@ def selections_there(data: Data) -> dict[str, dict[str, Any]]:
 
 def _tried_in_vain(data: Data, fetched: Mapping[int, dict[str, Any]]) -> int:
     """How many rows failed for reasons that may pass in shards whose last retry recovered nothing."""
-    from curate.workers import may_pass
+    from curate.workers import transient_failures
 
     last = {shard: record["retries"][-1] for shard, record in fetched.items() if record.get("retries")}
-    return sum(may_pass(data, shard) for shard, retry in last.items() if not retry["recovered"])
+    return sum(transient_failures(data, shard) for shard, retry in last.items() if not retry["recovered"])
 
 
 # ---------------------------------------------------------------------------------------------------- words and sums

@@ -27,7 +27,7 @@ from typing import Any
 
 from aesthetic.errors import UserError
 from aesthetic.files import atomic, scratch_path
-from curate.fetch.domains import Budget, Message, Reply
+from curate.fetch.budget import Budget, LeaseReply, LeaseRequest
 from curate.layout import Data
 from curate.store.files import open_log
 from curate.store.lock import hold_worker_lock
@@ -98,13 +98,13 @@ class FetchActor:
         budget: Any = ray.get_actor(_budget_of(board))
         me = secrets.token_hex(8)
 
-        async def exchange(message: Message) -> Reply:
-            return await budget.exchange.remote(me, message)
+        async def lease(message: LeaseRequest) -> LeaseReply:
+            return await budget.lease.remote(me, message)
 
         recipe = job.recipe
         with report_errors(self._board):
             self._worker = FetchWorker(
-                job.data, recipe.fetch, recipe.images, recipe.hashes()[0], self._meter, threads, exchange
+                job.data, recipe.fetch, recipe.images, recipe.hashes()[0], self._meter, threads, lease
             )
 
     async def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -27,8 +27,8 @@ from curate.store.lock import hold_worker_lock
 from pipelines.runtime.jobs import OBJECT_STORE, check_nodes, connect, log_to_file, report_errors
 from train.data import ImageDataset, Ints, Stream, crop_resize, decode_sample, open_samples, sampling_weights
 from train.devices import default_device
-from train.latents import LatentDataset, finish, is_made, made_from, precompute_latents, shards_of, write_shard
-from train.loop import LoopConfig, held_out, train
+from train.latents import LatentDataset, precompute_latents, shards_of, write_shard
+from train.loop import LoopConfig, train
 from train.models.unet import add_lora, load_model, size_step, tokenize
 from train.tasks import Denoise, Reconstruct
 from train.world import Distributed, PeerLost, World
@@ -152,11 +152,11 @@ class Materials:
             stream,
             config,
             folder,
-            held=held_out(examples, self.held),
+            held_out=self.held,
             prompts=plan.prompts,
             identity=plan.identity,
             world=world,
-            stop=stop,
+            should_stop=stop,
         )
 
 
@@ -355,18 +355,12 @@ class RayWorkers:
     def latents(self, tell: Callable[[int], None]) -> None:
         """As a Ray Data stage: an actor per worker, a row per shard."""
         m, folder, text = self._materials, self._plan.latents_folder, not self._plan.text
-        made = made_from(m.pipeline, m.pictures, m.encoded, text)
-        there = read_json(folder / "made.json")
-        if there is not None and {k: there.get(k) for k in made} == made:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "made.json").unlink(missing_ok=True)
-        shards = shards_of(m.pictures, m.encoded)
-        missing = [i for i, part in enumerate(shards) if not is_made(folder, i, part, made)]
-        if missing:
+
+        def write_shards(made: dict[str, Any], missing: list[int]) -> None:
             for count in self._listen(lambda: self._encode(made, missing)):
                 tell(count)
-        finish(m.pipeline, folder, made, shards, text)
+
+        precompute_latents(m.pipeline, m.pictures, m.encoded, folder, text=text, tell=tell, write_shards=write_shards)
 
     def _encode(self, made: dict[str, Any], missing: Sequence[int]) -> None:
         import ray

@@ -16,7 +16,7 @@ import pytest
 from fetched import fetch_list, write_list
 from hostile_web import Hostile, good_picture, hosts, whole
 
-from curate.fetch.client import FetchConfig
+from curate.fetch.config import FetchConfig
 from curate.ledger.schema import Reason
 from tests.test_images import encoded, photograph
 
