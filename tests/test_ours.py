@@ -18,7 +18,8 @@ import pytest
 from aesthetic.errors import UserError
 from curate.layout import Data
 from curate.shards.pack import _check_folder
-from curate.sources.plan import SourceConfig, make_plan
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import make_plan
 from curate.store.files import open_log, sweep
 from curate.store.lock import Lock, hold_worker_lock
 from curate.store.ownership import MARK, check_free, kind_of, taken

@@ -20,10 +20,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
-from curate.store.files import read_json, sha256_file, sweep, write_json
+from curate.store.files import local_path, read_json, sha256_file, sweep, write_json
 from curate.store.ownership import check_free, taken
-from pipelines.commands.train import Outcome, check_data
+from pipelines.commands.train import check_data
 from pipelines.figures import meaning, readme, table
+from pipelines.options import Options, Result, argument, option, positive_int
 from pipelines.prompts import read_prompts
 from pipelines.runtime.progress import ProgressBar, format_duration, redirect_output
 
@@ -55,23 +56,44 @@ BATCH = 8
 SHEET, NEAREST, NEAREST_REAL = 20, 8, 3  # pictures on the sheets
 
 
+def _number_or_file(text: str) -> int | Path:
+    return int(text) if text.isdigit() else Path(text)
+
+
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
-    """What `tastemaker evaluate` was asked; None: what suits the model or the encoder."""
+class EvaluateOptions(Options):
+    """None: what suits the model or the encoder."""
 
-    model: str
-    data: Path
-    out: Path
-    count: int = PROMPTS  # captions to draw
-    prompts: Path | None = None  # drawn in their place: the lines of a file
-    encoder: str = "bundled"
-    heads: tuple[str, ...] | None = None
-    seed: int = 0
-    steps: int = 30
-    guidance: float | None = None
+    model: str = argument("MODEL", "a folder that train made, a diffusers folder, a LoRA, or a hub id")
+    data: Path = argument("SHARDS", "the captioned pictures that it was trained on (those held out count) or others")
+    out: Path = option("default: MODEL/evaluation", metavar="DIR", type=local_path)
+    prompts: int | Path = option(
+        "draw N captions (default 128), or the lines of a file, without real ones",
+        default=PROMPTS,
+        metavar="N|FILE",
+        type=_number_or_file,
+    )
+    encoder: str = option("bundled (default) or open_clip:ARCH/PRETRAINED", default="bundled", metavar="E")
+    heads: tuple[str, ...] | None = option(
+        "default: those of this encoder that come with tastemaker", metavar="HEAD", nargs="+"
+    )
+    seed: int = option("of the first picture; the next ones count on", default=0, metavar="N")
+    guidance: float | None = option("default: what suits the model, as in sample", metavar="X")
+    steps: int = option("of drawing (default 30)", default=30, metavar="N", type=positive_int)
+
+    def __post_init__(self) -> None:
+        if vars(self)["out"] is None:
+            if not Path(self.model).is_dir():
+                raise UserError(f"{self.model} is no folder here: say with --out where its evaluation goes")
+            object.__setattr__(self, "out", Path(self.model) / "evaluation")
+
+    @property
+    def count(self) -> int:
+        """How many captions are drawn, where no prompts are given."""
+        return self.prompts if isinstance(self.prompts, int) else PROMPTS
 
 
-def run(options: EvaluateOptions) -> Outcome:
+def run(options: EvaluateOptions) -> Result:
     """Evaluate a model, from where an earlier run of the same request stopped.
 
     Raises UserError before the model is loaded where model, data, prompts, encoder, heads or folder do not fit.
@@ -122,7 +144,7 @@ def run(options: EvaluateOptions) -> Outcome:
 
 def _prompts(options: EvaluateOptions) -> list[str] | None:
     """The different lines of a file of prompts."""
-    asked = options.prompts
+    asked = None if isinstance(options.prompts, int) else options.prompts
     if asked is None and options.count < LEAST:
         raise UserError(f"--prompts {options.count}: at least {LEAST} are needed to tell anything")
     if asked is None:
@@ -725,10 +747,10 @@ def _shown(picture: npt.NDArray[np.uint8], line: str, more: str, blurred: bool) 
 # ---------------------------------------------------------------------------------------------------------- its result
 
 
-def _outcome(options: EvaluateOptions, facts: dict[str, Any]) -> Outcome:
+def _outcome(options: EvaluateOptions, facts: dict[str, Any]) -> Result:
     out = options.out
     paths = {"evaluation": out / "evaluation.json", "pictures": out / "sheet.png"}
     if "memorisation" in facts["figures"]:
         paths["nearest"] = out / "nearest.png"
     text = f"{table(facts)}\nevaluated in {format_duration(facts['seconds'])}\n{meaning(facts)}"
-    return Outcome(text, facts, f"tastemaker sample {options.model} PROMPT", paths)
+    return Result(text=text, facts=facts, paths=dict(paths), next=f"tastemaker sample {options.model} PROMPT")

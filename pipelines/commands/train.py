@@ -19,7 +19,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -29,8 +29,9 @@ from typing import IO, TYPE_CHECKING, Any
 from aesthetic.errors import DiskFull, UserError
 from aesthetic.files import scratch_path
 from curate.store.disk import check_space
-from curate.store.files import read_json, sweep, write_json
+from curate.store.files import local_path, read_json, sweep, write_json
 from curate.store.ownership import check_free, taken
+from pipelines.options import REQUIRED, Options, Result, argument, option, positive_int
 from pipelines.prompts import read_prompts
 from pipelines.runtime.progress import ProgressBar, format_duration, redirect_output
 from train.devices import FreeCores, default_device
@@ -49,45 +50,43 @@ SD_LR = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """What `tastemaker train` was asked; None: what the preset or the model suggests."""
+class TrainOptions(Options):
+    """None: what the preset or the model suggests."""
 
-    data: Path
-    out: Path
-    preset: str | None = None
-    start: str | None = None  # --from: a folder or a hub id
-    lora: int | None = None
-    objective: str | None = None
-    steps: int | None = None
-    batch: int | None = None
-    lr: float | None = None
-    size: int | None = None
-    buckets: bool = False
-    weight_by: str | None = None
-    caption: str | None = None  # of pictures without one
-    workers: int | None = None
-    prompts: Path | None = None
-    save_every: int | None = None
-    look_every: int | None = None
-    micro_batch: int | None = None
-    checkpointing: bool = False
-    compile: bool = False
-    tensorboard: bool = False
-    seed: int = 0
-    address: str | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a run about a model: of training one, or of evaluating one."""
-
-    text: str
-    facts: dict[str, Any]
-    next: str
-    paths: dict[str, Path] = field(default_factory=dict)
+    data: Path = argument("SHARDS", "a folder of packed shards, of img2dataset's or webdataset's tars, or of images")
+    out: Path = option(
+        "the model's folder, which diffusers loads when done", default=REQUIRED, metavar="MODEL", type=local_path
+    )
+    preset: str | None = option(
+        "a new model: debug, tiny (default without a GPU), small-64 (default with one), base-128, sd15", metavar="P"
+    )
+    start: str | None = option("go on with a diffusers folder, or a hub id", flag="--from", metavar="MODEL")
+    lora: int | None = option(
+        "train only a LoRA on it (default rank 8)", metavar="RANK", nargs="?", const=8, type=positive_int
+    )
+    objective: str | None = option("of a new model: flow (default), v or eps", metavar="O")
+    steps: int | None = option("default: the preset's; 1000 with --from", metavar="N", type=positive_int)
+    batch: int | None = option("pictures a step, over all workers", metavar="N", type=positive_int)
+    lr: float | None = option("highest learning rate of AdamW", metavar="X")
+    size: int | None = option("side of the pictures (default: the model's own)", metavar="PX", type=positive_int)
+    buckets: bool = option("keep pictures' aspect ratios: several shapes of one area", default=False)
+    caption: str | None = option("of pictures without a caption of their own: 'a photo of sks dog'", metavar="TEXT")
+    weight_by: str | None = option("draw pictures in proportion to this score", metavar="COLUMN")
+    workers: int | None = option("default: one per GPU, or one", metavar="N", type=positive_int)
+    prompts: Path | None = option("drawn as training goes on, a line each (default: 4 captions)", metavar="FILE")
+    save_every: int | None = option(
+        "steps between checkpoints (default: a fifth of all)", metavar="N", type=positive_int
+    )
+    look_every: int | None = option("steps between pictures (default: at checkpoints)", metavar="N", type=positive_int)
+    micro_batch: int | None = option("pictures at a time on a worker, to save memory", metavar="N", type=positive_int)
+    checkpointing: bool = option("recompute activations: less memory, a third slower", default=False)
+    compile: bool = option("torch.compile: minutes at first, then faster on GPUs", default=False)
+    tensorboard: bool = option("write MODEL/tensorboard too (extra `tensorboard`)", default=False)
+    seed: int = option(default=0, metavar="N")
+    address: str | None = option("train on this Ray cluster (`auto` finds it)", flag="--ray-address", metavar="ADDRESS")
 
 
-def run(request: Request) -> Outcome:
+def run(request: TrainOptions) -> Result:
     """Train up to the last step, from where an earlier run of the same request stopped.
 
     Raises UserError before anything is written where data, options or folder do not fit; DiskFull; Diverged.
@@ -130,7 +129,7 @@ def run(request: Request) -> Outcome:
 # ---------------------------------------------------------------------------------------- before anything is written
 
 
-def _check(request: Request) -> None:
+def _check(request: TrainOptions) -> None:
     """What options alone tell, without torch."""
     if request.preset and request.start:
         raise UserError("--preset and --from exclude each other: a new model, or one to go on with")
@@ -168,7 +167,7 @@ def check_data(folder: Path) -> None:
         raise UserError(f"{folder}: holds neither tars nor images")
 
 
-def _check_start(request: Request) -> None:
+def _check_start(request: TrainOptions) -> None:
     """What the model to go on with says of itself, without torch."""
     if request.start is None:
         return
@@ -180,7 +179,7 @@ def _check_start(request: Request) -> None:
     check_trainable(read_model_info(request.start), request.size)
 
 
-def _settings(request: Request, samples: MapDataset) -> dict[str, Any]:
+def _settings(request: TrainOptions, samples: MapDataset) -> dict[str, Any]:
     """The request with every default filled in: what must be the same for a run to go on."""
     name = request.preset
     if request.start is None and name is None:
@@ -257,7 +256,7 @@ def _before(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _prepared(
-    request: Request,
+    request: TrainOptions,
     settings: dict[str, Any],
     facts: dict[str, Any],
     samples: MapDataset,
@@ -296,8 +295,8 @@ def _prepared(
 
 
 def _carried_out(
-    request: Request, facts: dict[str, Any], materials: Materials, trainer: Trainer, terminal: IO[str]
-) -> Outcome:
+    request: TrainOptions, facts: dict[str, Any], materials: Materials, trainer: Trainer, terminal: IO[str]
+) -> Result:
     """All stages, as far as they are not done yet."""
     from train.metrics import format_record, log_to_tensorboard, plot_loss
     from train.tasks import psnr
@@ -402,7 +401,9 @@ def _loaded(settings: dict[str, Any]) -> Any:
     return pipeline
 
 
-def _surveyed(request: Request, samples: MapDataset, settings: dict[str, Any], terminal: IO[str]) -> dict[str, Any]:
+def _surveyed(
+    request: TrainOptions, samples: MapDataset, settings: dict[str, Any], terminal: IO[str]
+) -> dict[str, Any]:
     """`data.json`: which pictures are held out, and which can't be read. Every picture is looked at once."""
     from train.data import MIN_IMAGES, sampling_weights, scan_images, split
 
@@ -447,7 +448,7 @@ def _write_start(settings: dict[str, Any], samples: MapDataset, told: dict[str, 
 
 
 def _plan(
-    request: Request,
+    request: TrainOptions,
     settings: dict[str, Any],
     samples: MapDataset,
     told: dict[str, Any],
@@ -545,7 +546,7 @@ def _settle_vae(materials: Materials) -> None:
     scratch.rename(folder / "vae")
 
 
-def _headline(request: Request, settings: dict[str, Any], materials: Materials, by: str) -> Iterator[str]:
+def _headline(request: TrainOptions, settings: dict[str, Any], materials: Materials, by: str) -> Iterator[str]:
     """What is trained, on what, and how."""
     from train.models.unet import count_parameters
     from train.objective import objective_of
@@ -638,7 +639,7 @@ def _release(plan: Plan, facts: dict[str, Any]) -> None:
     shutil.rmtree(plan.out / "start", ignore_errors=True)
 
 
-def _outcome(request: Request, facts: dict[str, Any]) -> Outcome:
+def _outcome(request: TrainOptions, facts: dict[str, Any]) -> Result:
     result, out = facts["result"], request.out
     held, best = result["held_out"], result.get("best")
     text = f"trained {result['step']:,} steps, the last run in {format_duration(facts['seconds'])}"
@@ -654,4 +655,4 @@ def _outcome(request: Request, facts: dict[str, Any]) -> Outcome:
         paths["loss"] = out / "loss.png"
     model, lora = (facts["settings"]["from"], ["--lora", out]) if facts["settings"]["lora"] else (out, [])
     following = shlex.join(map(str, ["tastemaker", "sample", model, facts["prompts"][0], *lora]))
-    return Outcome(text, facts, following, paths)
+    return Result(text=text, facts=facts, paths=dict(paths), next=following)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from curate.fetch.domains import Budget, LeaseReply, LeaseRequest
+from curate.fetch.budget import Budget, LeaseReply, LeaseRequest
 from curate.layout import Data
 from pipelines.recipe import Recipe
 from pipelines.runtime.channel import report_errors, start_progress, start_worker, watch
