@@ -21,7 +21,8 @@ from real_data import BUNDLED, SCORE, embed_all, fetch_all
 from small_web import small_web
 
 from curate.layout import Data
-from curate.sources.plan import SourceConfig, make_plan
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import make_plan
 from pipelines.cli import build_parser, main
 from pipelines.commands import COMMANDS, curate
 from pipelines.recipe import load_recipe

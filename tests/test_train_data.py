@@ -20,7 +20,8 @@ from aesthetic.errors import UserError
 from curate.ledger.select import SelectConfig, select
 from curate.shards.pack import PackConfig, pack
 from curate.shards.tar import TarWriter
-from curate.sources.captioned import Images, Samples, Tars
+from curate.sources.images import Images
+from curate.sources.tars import PackedShards, Tars
 from tests.small_data import make_data
 from tests.small_train import make_pictures
 from train.data import (
@@ -44,7 +45,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_sample_is_there_once_and_any_can_be_had_by_number(root: Path) -> None:
-    samples = Samples(root / "shards" / "all")
+    samples = PackedShards(root / "shards" / "all")
     keys = [s.key for s in samples]
     assert len(samples) == len(keys) == len(set(keys)) > 20
     assert samples[17].key == keys[17] and samples[-1].key == keys[-1]
@@ -58,13 +59,13 @@ def test_every_sample_is_there_once_and_any_can_be_had_by_number(root: Path) -> 
 
 def test_a_folder_that_is_not_whole_is_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no packed shards"):
-        Samples(tmp_path)
+        PackedShards(tmp_path)
     tar = root / "shards" / "all" / "00001.tar"
     whole = tar.read_bytes()
     tar.write_bytes(whole[:-1024])
     try:
         with pytest.raises(UserError, match="missing or cut"):
-            Samples(root / "shards" / "all")
+            PackedShards(root / "shards" / "all")
     finally:
         tar.write_bytes(whole)
 
@@ -102,7 +103,7 @@ def test_tars_and_images_are_read_alike(pictures: Path, tmp_path: Path) -> None:
 
 
 def test_the_kind_of_a_folder_is_told(root: Path, pictures: Path) -> None:
-    assert type(open_samples(root / "shards" / "all")) is Samples
+    assert type(open_samples(root / "shards" / "all")) is PackedShards
     assert type(open_samples(root / "fetched")) is Tars
     with pytest.raises(UserError, match=r"Did you mean .*shards/all\?"):
         open_samples(root)

@@ -19,7 +19,8 @@ from curate.workers import EmbedWorker, annotated, space_known
 from pipelines.commands.curate import Say, command, store_recipe, stored_recipe
 from pipelines.options import Options, Result, argument, option
 from pipelines.recipe import Recipe, parse_columns
-from pipelines.runtime.jobs import CurateJob, RemainingWork, check_reachable, run_job
+from pipelines.runtime.cluster import check_reachable
+from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,8 @@ from curate.fetch.deny import Deny
 from curate.fetch.ingest import check_verify
 from curate.layout import Data
 from curate.ledger.schema import Reason, Status
-from curate.sources.plan import clear_plan, inspect, load_plan, make_plan
+from curate.sources.plan import load_plan
+from curate.sources.planner import clear_plan, inspect, make_plan
 from curate.store.disk import check_space
 from curate.store.files import read_json, sweep
 from curate.store.lock import Lock
@@ -36,7 +37,8 @@ from curate.store.records import invalidate
 from curate.verify import again
 from pipelines.options import Result
 from pipelines.recipe import DEFAULT, Recipe, load_recipe, parse_recipe, read_recipe, to_yaml
-from pipelines.runtime.jobs import CurateJob, RemainingWork, check_reachable, run_job
+from pipelines.runtime.cluster import check_reachable
+from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
 from pipelines.runtime.progress import ProgressDisplay, format_duration
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from pipelines.commands.train import check_data
 from pipelines.figures import meaning, readme, table
 from pipelines.options import Options, Result, argument, option, positive_int
 from pipelines.prompts import read_prompts
-from pipelines.runtime.progress import ProgressBar, Terminal, format_duration
+from pipelines.runtime.progress import ProgressBar, format_duration, redirect_output
 
 if TYPE_CHECKING:
     import numpy as np
@@ -122,7 +122,7 @@ def run(options: EvaluateOptions) -> Result:
         return _outcome(options, done)
     with (
         taken(options.out, "evaluation") as folder,
-        Terminal(options.out / "logs" / "evaluate.log") as terminal,
+        redirect_output(options.out / "logs" / "evaluate.log") as terminal,
     ):
         sweep(options.out)
         if (done := _before(options.out, asked)) is not None:  # again: another run may have been at work until now

@@ -427,7 +427,7 @@ def _map(address: str | None) -> Map:
 
     if address is None:
         return thread_map
-    from pipelines.runtime.jobs import ray_map
+    from pipelines.runtime.cluster import ray_map
 
     return partial(ray_map, address)
 

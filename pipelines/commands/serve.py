@@ -20,7 +20,7 @@ from aesthetic.files import atomic, scratch_path
 from curate.store.disk import check_space
 from curate.store.files import local_path
 from pipelines.options import Options, Result, argument, option, positive_int
-from pipelines.runtime.progress import Terminal
+from pipelines.runtime.progress import redirect_output
 
 MIN_TOKEN = 16
 """Characters of a token that somebody chose: whoever reaches the port may guess, a few a second."""
@@ -72,7 +72,7 @@ def run(options: ServeOptions) -> Result:
         if not local and token is None:
             token = secrets.token_urlsafe(24)
         options.out.mkdir(parents=True, exist_ok=True)
-        with Terminal(options.out / "logs" / "serve.log") as terminal:
+        with redirect_output(options.out / "logs" / "serve.log") as terminal:
 
             def say(line: str) -> None:
                 terminal.write(f"{time.strftime('%H:%M:%S')}  {line}\n")

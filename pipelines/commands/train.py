@@ -33,13 +33,13 @@ from curate.store.files import local_path, read_json, sweep, write_json
 from curate.store.ownership import check_free, taken
 from pipelines.options import REQUIRED, Options, Result, argument, option, positive_int
 from pipelines.prompts import read_prompts
-from pipelines.runtime.progress import ProgressBar, Terminal, format_duration
+from pipelines.runtime.progress import ProgressBar, format_duration, redirect_output
 from train.devices import FreeCores, default_device
 from train.models.presets import OBJECTIVES, PRESETS
 from train.models.release import LORA_FILE, is_released, release
 
 if TYPE_CHECKING:
-    from pipelines.runtime.trainers import Materials, Plan, Trainers
+    from pipelines.runtime.trainers import Materials, Plan, Trainer
     from train.data import ImageScan, MapDataset
 
 FROM_STEPS, FROM_BATCH = 1000, 8
@@ -106,7 +106,8 @@ def run(request: TrainOptions) -> Result:
         return _outcome(request, before)
     with (
         taken(request.out, "model", replaces=["train.json", "data.json"]) as folder,
-        Terminal(request.out / "logs" / "train.log") as terminal,
+        redirect_output(request.out / "logs" / "train.log") as terminal,
+        contextlib.ExitStack() as stack,
     ):
         sweep(request.out)
         before = _before(request.out, settings)  # again: another run may have been at work until now
@@ -117,15 +118,12 @@ def run(request: TrainOptions) -> Result:
         facts = before or {"settings": settings, "started": _now()}
         write_json(request.out / "train.json", facts)
         try:
-            materials, trainers = _prepared(request, settings, facts, samples, prompts, free, terminal)
+            materials, trainer = _prepared(request, settings, facts, samples, prompts, free, terminal, stack)
         except (UserError, DiskFull):
             if before is None:
                 folder.undo(["train.json", "data.json", "start", "logs"])
             raise
-        try:
-            return _carried_out(request, facts, materials, trainers, terminal)
-        finally:
-            trainers.close()
+        return _carried_out(request, facts, materials, trainer, terminal)
 
 
 # ---------------------------------------------------------------------------------------- before anything is written
@@ -265,9 +263,10 @@ def _prepared(
     prompts: tuple[str, ...],
     free: FreeCores,
     terminal: IO[str],
-) -> tuple[Materials, Trainers]:
+    stack: contextlib.ExitStack,
+) -> tuple[Materials, Trainer]:
     """All that can be refused, and all that is done once; adds to `facts` what is known then."""
-    from pipelines.runtime.trainers import Here, Materials, RayWorkers
+    from pipelines.runtime.trainers import LocalTrainer, Materials, ray_trainer
 
     def say(text: str) -> None:
         terminal.write(text + "\n")
@@ -284,17 +283,19 @@ def _prepared(
     by = f"cpu, {_set_threads(facts, free)}" if alone and device.type == "cpu" else str(device)
     materials = Materials(plan, device, pipeline)
     _check_room(plan, materials)
-    trainers: Trainers = Here(materials, by) if alone else RayWorkers(materials, request.workers, request.address, say)
-    facts |= {"data": _data_facts(samples, materials, told), "made_with": _versions(), "by": trainers.about}
+    trainer: Trainer = LocalTrainer(materials, by)
+    if not alone:
+        trainer = stack.enter_context(ray_trainer(materials, request.workers, request.address, say))
+    facts |= {"data": _data_facts(samples, materials, told), "made_with": _versions(), "by": trainer.about}
     facts |= {"size": plan.size, "prompts": list(plan.prompts)}
     write_json(request.out / "train.json", facts)
-    for text in _headline(request, settings, materials, trainers.about):
+    for text in _headline(request, settings, materials, trainer.about):
         say(text)
-    return materials, trainers
+    return materials, trainer
 
 
 def _carried_out(
-    request: TrainOptions, facts: dict[str, Any], materials: Materials, trainers: Trainers, terminal: IO[str]
+    request: TrainOptions, facts: dict[str, Any], materials: Materials, trainer: Trainer, terminal: IO[str]
 ) -> Result:
     """All stages, as far as they are not done yet."""
     from train.metrics import format_record, log_to_tensorboard, plot_loss
@@ -306,17 +307,17 @@ def _carried_out(
     plan, began = materials.plan, time.monotonic()
     if plan.vae and not (plan.vae_folder / "vae").is_dir():
         with _ending_after_a_step(terminal, plan.vae_folder) as stop:
-            for record in trainers.records("autoencoder", stop):
+            for record in trainer.train("autoencoder", stop):
                 found = record.get("held_out")
                 say("autoencoder " + format_record(record) + (f"  PSNR {psnr(found['ema']):.1f} dB" if found else ""))
         _settle_vae(materials)
     if plan.latents:
         count = ProgressBar(terminal, "latents", len(materials.encoded))
-        trainers.latents(count)
+        trainer.precompute_latents(count)
         size = sum(p.stat().st_size for p in plan.latents_folder.iterdir())
         count.end(f", {size / 1e6:,.1f} MB in {plan.latents_folder}")
     with _ending_after_a_step(terminal, plan.out) as stop:
-        records = trainers.records("model", stop)
+        records = trainer.train("model", stop)
         for record in log_to_tensorboard(records, plan.out) if request.tensorboard else records:
             say(format_record(record))
             if "checkpoint" in record:
