@@ -75,6 +75,12 @@ class Data:
     def annotations_record(self, name: str, shard: int) -> Path:
         return self.root / "annotated" / name / f"{shard_name(shard)}.json"
 
+    def old_columns(self) -> list[str]:
+        """Columns in `scored/`, where they were before there was `annotated/`, that nobody has computed anew."""
+        return sorted(
+            p.name for p in (self.root / "scored").glob("*") if not (self.root / "annotated" / p.name).exists()
+        )
+
     def clear_shards(self) -> None:
         """Remove what the stages from fetch to annotate wrote; what somebody else has put beside it stays."""
         embedded, annotated = self.root / "embedded", self.root / "annotated"

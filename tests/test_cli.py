@@ -163,7 +163,7 @@ def test_bad_input_is_named_and_nothing_is_written(
         assert sorted(tmp_path.iterdir()) == before or ("--ray-address" in words and not dry)
 
 
-@pytest.mark.parametrize("command", ["status", "verify", "select", "pack", "score", "embed", "retry", "query"])
+@pytest.mark.parametrize("command", ["status", "verify", "select", "pack", "annotate", "embed", "retry", "query"])
 def test_a_folder_that_is_no_data_folder(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, str(tmp_path), *(["select 1"] if command == "query" else [])]) == 2
     assert f"{tmp_path} is not a data folder" in capsys.readouterr().err
@@ -383,7 +383,7 @@ def test_doctor_says_which_recipes_can_run(tmp_path: Path, monkeypatch: pytest.M
         ["verify", "DATA"],
         ["select", "DATA", "--name", "answers"],
         ["pack", "DATA", "--name", "answers"],
-        ["score", "DATA"],
+        ["annotate", "DATA"],
         ["query", "DATA", "select reason, count(*) n from ledger group by all"],
         ["heads"],
         ["heads", "show", "bundled-aesthetic"],
@@ -501,7 +501,7 @@ def test_the_next_command_can_be_typed(data: Data, tmp_path: Path, capsys: pytes
         out = capsys.readouterr().out
         words = shlex.split(next(line for line in out.splitlines() if line.startswith("next: ")))[2:]
         assert words[0] == expected, words
-    assert main(["score", str(root)]) == 0
+    assert main(["annotate", str(root)]) == 0
     words = shlex.split(capsys.readouterr().out.rpartition("next: ")[2])[1:]
     assert words[:2] == ["select", str(root)] and main(words) == 0
 

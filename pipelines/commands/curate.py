@@ -564,11 +564,22 @@ def select_only(
         if uids is not None:
             selection = subsets.select_uids(data.root, name, Path(uids))
         else:
-            selection = select(data.root, recipe.select, recorded_scales(data.root))
+            try:
+                selection = select(data.root, recipe.select, recorded_scales(data.root))
+            except UserError as e:
+                raise UserError(f"{e}\n{note}" if (note := old_columns(data)) else str(e)) from None
         show_selection(selection, say)
         if write_uids is not None:
             subsets.write_uids(data.root, name, Path(write_uids))
     return {"kept": selection.kept, "funnel": selection.funnel}
+
+
+def old_columns(data: Data) -> str:
+    """What is said of a data folder that has columns of before there was `annotated/`; nothing where it has none."""
+    if not (names := data.old_columns()):
+        return ""
+    again = command("annotate", data.root)
+    return f"{data.root / 'scored'} ({', '.join(names)}) is read no more: `{again}` computes them anew"
 
 
 def pack_only(data: Data, recipe: Recipe) -> Result:
@@ -600,6 +611,8 @@ def status(data: Data, say: Say) -> tuple[dict[str, Any], str]:
     say(f"embedded  {embedded:,}/{shards:,} shards")
     for folder in sorted((data.root / "annotated").glob("*")):
         say(f"annotated {len(list(folder.glob('*.json'))):,}/{shards:,} shards   {folder.name}")
+    if note := old_columns(data):
+        say(f"old       {note}")
     selections = selections_there(data)
     for name, facts in selections.items():
         words = [f"{facts['kept']:,} kept", *facts["stale"]]
