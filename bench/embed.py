@@ -24,12 +24,13 @@ import numpy as np
 from PIL import Image
 
 from curate.annotators.embed import EmbedConfig
-from curate.fetch.client import FetchConfig
+from curate.fetch.config import FetchConfig
 from curate.images.decode import decode
 from curate.images.process import ImagesConfig
 from curate.layout import Data
 from curate.shards.tar import read_images
-from curate.sources.plan import SourceConfig, make_plan
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import make_plan
 from curate.workers import EmbedWorker, FetchWorker
 
 SCORES = {"open_nsfw": "open-nsfw"}

@@ -28,7 +28,8 @@ from curate.encoders.base import load_encoder
 from curate.layout import Data
 from curate.ledger.schema import fetched_schema, make_key
 from curate.shards.tar import TarWriter
-from curate.sources.plan import SourceConfig, make_plan
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import make_plan
 from curate.store.records import commit
 from pipelines.commands.curate import store_recipe
 from pipelines.recipe import load_recipe

@@ -20,9 +20,10 @@ from curate.annotators.heads import Column, head_inputs, is_detector, score_shar
 from curate.annotators.nsfw import load_detector
 from curate.encoders.base import load_encoder
 from curate.fetch import engine_img2dataset
-from curate.fetch.client import FetchConfig, Fetcher
+from curate.fetch.budget import LeaseSlots
+from curate.fetch.client import Fetcher
+from curate.fetch.config import FetchConfig
 from curate.fetch.deny import Deny
-from curate.fetch.domains import LeaseSlots
 from curate.fetch.ingest import IngestContext, Report, ingest_shard
 from curate.images.process import ImagesConfig
 from curate.layout import Data

@@ -20,7 +20,7 @@ import yaml
 from aesthetic.errors import UserError, nearest
 from aesthetic.untrusted import clean, printable, read_text
 from curate.annotators.embed import EmbedConfig
-from curate.fetch.client import FetchConfig
+from curate.fetch.config import FetchConfig
 from curate.images.process import ImagesConfig
 from curate.ledger.schema import EMBEDDED_COLUMNS, RESERVED
 from curate.ledger.select import SelectConfig

@@ -223,7 +223,7 @@ def curate_here(listed: Path, root: Path, settings: list[str], fault: Path | Non
     """
     from curate.annotators.heads import columns_of
     from curate.layout import Data
-    from curate.sources.plan import make_plan
+    from curate.sources.planner import make_plan
     from curate.store.files import sweep
     from curate.store.lock import Lock
     from curate.workers import EmbedWorker, FetchWorker, embed_done

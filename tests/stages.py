@@ -12,7 +12,7 @@ from curate.annotators.heads import columns_of
 from curate.layout import Data
 from curate.ledger.select import Selection, select
 from curate.shards.pack import pack
-from curate.sources.plan import make_plan
+from curate.sources.planner import make_plan
 from curate.workers import EmbedWorker, FetchWorker
 from demo.web import Route, Web
 from pipelines.commands.curate import store_recipe

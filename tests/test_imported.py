@@ -15,7 +15,8 @@ import pytest
 from aesthetic.errors import UserError
 from curate.annotators.embed import EmbedConfig
 from curate.layout import Data
-from curate.sources.plan import SourceConfig, make_plan
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import make_plan
 from curate.sources.vectors import Imported, open_folder
 from curate.store.files import read_json
 from curate.workers import EmbedWorker

@@ -30,7 +30,8 @@ from curate.encoders.base import Encoder, load_encoder, unit
 from curate.images.decode import decode
 from curate.layout import Data
 from curate.shards.tar import read_images
-from curate.sources.plan import SourceConfig, make_plan
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import make_plan
 from curate.workers import EmbedWorker
 from pipelines.cli import main
 from tests.real_data import fetch_all, pictures

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from aesthetic.errors import UserError
 from pipelines.cli import main
 from train.generate.files import check_facts, read_facts
-from train.generate.sampler import Artist, NoPicture, Request, fitting_size, foreign_syntax
+from train.generate.sampler import GenerationRequest, NoImage, Sampler, fitting_size, foreign_syntax
 from train.models.info import ModelInfo, check_trainable, read_model_info, weight_variant
 from train.models.presets import PRESETS
 from train.models.unet import load_model, new_model
@@ -46,7 +46,7 @@ def mine(model: Path, tmp_path: Path) -> Path:
 
 
 def draw(folder: Path) -> np.ndarray:
-    return np.asarray(next(Artist(folder).draw([Request("a red disc", seed=1, steps=2)])).image, int)
+    return np.asarray(next(Sampler(folder).generate([GenerationRequest("a red disc", seed=1, steps=2)])).image, int)
 
 
 def changed(file: Path, **values: Any) -> None:
@@ -117,10 +117,10 @@ def test_files_that_are_no_weights_are_told_without_loading(mine: Path) -> None:
 
 
 def test_a_picture_of_values_that_are_no_numbers_is_not_drawn(model: Path) -> None:
-    artist = Artist(model)
-    artist._text.unet.conv_out.weight.data[:] = 3e38
-    with pytest.raises(NoPicture, match="computed values that are no numbers"):
-        list(artist.draw([Request("a red disc", seed=1, steps=2)]))
+    sampler = Sampler(model)
+    sampler._text.unet.conv_out.weight.data[:] = 3e38
+    with pytest.raises(NoImage, match="computed values that are no numbers"):
+        list(sampler.generate([GenerationRequest("a red disc", seed=1, steps=2)]))
 
 
 # --------------------------------------------------------------------------------------------------- configurations
@@ -304,7 +304,9 @@ def test_facts_of_a_foreign_png_are_told(tmp_path: Path) -> None:
         {"seed": -1},
     ):
         with pytest.raises(UserError):
-            Request(**{k: {**good, **odd}[k] for k in ("prompt", "seed", "steps", "guidance", "width", "height")})
+            GenerationRequest(
+                **{k: {**good, **odd}[k] for k in ("prompt", "seed", "steps", "guidance", "width", "height")}
+            )
 
 
 def test_refusals_start_neither_torch_nor_diffusers(model: Path, tmp_path: Path) -> None:
@@ -354,8 +356,8 @@ def test_what_old_diffusers_wrote_is_drawn_as_bare_diffusers_draws_it(model: Pat
         bare: Any = StableDiffusionPipeline.from_pretrained(mine, safety_checker=None)
         asked: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 7.5, "width": 16, "height": 16}
         (expected,) = bare("a red disc", generator=torch.Generator().manual_seed(1), **asked).images
-        artist = Artist(mine, blur=False)
-        (drawn,) = artist.draw([Request("a red disc", seed=1, steps=2, guidance=7.5)])
+        sampler = Sampler(mine, blur=False)
+        (drawn,) = sampler.generate([GenerationRequest("a red disc", seed=1, steps=2, guidance=7.5)])
         assert drawn.facts["scheduler"] == kind and (np.asarray(drawn.image) == np.asarray(expected)).all(), told
 
 

@@ -18,14 +18,15 @@ import pytest
 from aesthetic.errors import UserError
 from curate.layout import Data
 from curate.shards.pack import _check_folder
-from curate.sources.plan import SourceConfig, make_plan
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import make_plan
 from curate.store.files import open_log, sweep
 from curate.store.lock import Lock, hold_worker_lock
 from curate.store.ownership import MARK, check_free, kind_of, taken
 from pipelines.cli import main
 from pipelines.commands import curate
 from pipelines.recipe import load_recipe
-from pipelines.runtime.progress import Terminal
+from pipelines.runtime.progress import redirect_output
 
 Tree = dict[str, tuple[str, bytes]]
 
@@ -314,7 +315,7 @@ def test_logs_are_no_links(tmp_path: Path) -> None:
     (tmp_path / "a" / "logs" / "ray.log").symlink_to("../../precious")
     before = tree(tmp_path)
     for root in ("data", "a"):
-        with pytest.raises(UserError, match="is a link"), Terminal(tmp_path / root / "logs" / "ray.log"):
+        with pytest.raises(UserError, match="is a link"), redirect_output(tmp_path / root / "logs" / "ray.log"):
             raise AssertionError
         with pytest.raises(UserError, match="is a link"):
             open_log(tmp_path / root / "logs" / "ray.log")

@@ -97,7 +97,7 @@ def test_ray_tasks_give_the_bits_of_threads():
     """Real Ray: four workers, and two, against threads here."""
     import ray
 
-    from pipelines.runtime.jobs import ray_map
+    from pipelines.runtime.cluster import ray_map
 
     x, y, _ = make(3 * CHUNK + 17, 8)
     w, fold = np.ones(len(y)), np.arange(len(y)) % 2

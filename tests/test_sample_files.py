@@ -217,7 +217,7 @@ def drawn_face() -> Image.Image:
 
 @pytest.mark.long
 def test_two_processes_save_into_one_folder(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from train.picture import save_numbered\n"
+    code = "import sys; from pathlib import Path; from train.generate.files import save_numbered\n"
     code += "for i in range(200): save_numbered(sys.argv[2].encode(), Path(sys.argv[1]))"
     writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name]) for name in "ab"]
     assert [w.wait() for w in writers] == [0, 0]

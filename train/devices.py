@@ -24,6 +24,13 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 on CUDA, fp32 elsewhere; weights and their updates are always fp32."""
+    import torch
+
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 class FreeCores:
     """How many cores of this machine others leave free, measured between its making and the question.
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from aesthetic.errors import UserError
 from curate.ledger.sql import Bounds, connect, parse, unstable_functions, walk
-from curate.sources.lists import describe
+from curate.sources.columns import describe
 
 
 class Predicate:

@@ -287,9 +287,9 @@ def _names(data: Data, shard: int, keys: list[str]) -> list[str]:
     if data.plan.facts["base"] is None:
         return keys
     source = data.plan.read(shard)
-    assert source.places is not None and source.base is not None
+    assert source.own_columns is not None and source.base is not None
     statuses = pq.read_table(data.table(shard), columns=["status"])["status"]
-    places = source.places.filter(pc.equal(statuses, "success")).to_pylist()
+    places = source.own_columns.filter(pc.equal(statuses, "success")).to_pylist()
     named: dict[str, dict[int, str]] = {}
     names = []
     for place in places:

@@ -11,7 +11,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,15 +26,18 @@ from curate.fetch.deny import Deny
 from curate.fetch.ingest import check_verify
 from curate.layout import Data
 from curate.ledger.schema import Reason, Status
-from curate.sources.plan import clear_plan, inspect, load_plan, make_plan
+from curate.sources.plan import load_plan
+from curate.sources.planner import clear_plan, inspect, make_plan
 from curate.store.disk import check_space
 from curate.store.files import read_json, sweep
 from curate.store.lock import Lock
 from curate.store.ownership import RECIPE_HEADER, Taken, check_free, taken
 from curate.store.records import invalidate
 from curate.verify import again
+from pipelines.options import Result
 from pipelines.recipe import DEFAULT, Recipe, load_recipe, parse_recipe, read_recipe, to_yaml
-from pipelines.runtime.jobs import CurateJob, RemainingWork, check_reachable, run_job
+from pipelines.runtime.cluster import check_reachable
+from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
 from pipelines.runtime.progress import ProgressDisplay, format_duration
 
 if TYPE_CHECKING:
@@ -45,15 +48,6 @@ Say = Callable[[str], None]
 
 STAGES = ("source", "fetch", "images", "embed")
 """The stages whose files a changed recipe would alter; what comes after them asks nothing."""
-
-
-@dataclass
-class Outcome:
-    """What a run did: for the summary on the terminal and for `--json`."""
-
-    paths: dict[str, str] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    next: str = ""
 
 
 # ---------------------------------------------------------------------------------------------- what is asked of DATA
@@ -250,7 +244,7 @@ def _there(path: Path) -> Path:
     return path if path.exists() else _there(path.parent)
 
 
-def run(request: Request, say: Say = print) -> Outcome:
+def run(request: Request, say: Say = print) -> Result:
     """The whole job under the data folder's lock; what is done already is left alone.
 
     Raises UserError before anything starts, DiskFull, NothingKept, or the cause of what went wrong in a worker.
@@ -310,7 +304,7 @@ def resume(
     address: str | None = None,
     restart_from: str | None = None,
     say: Say = print,
-) -> Outcome:
+) -> Result:
     """The main job on the plan that a data folder has; `retry` fetches again what failed for transient reasons."""
     if restart_from not in (None, "embed"):
         again = command("curate", data.plan.list, "--out", data.root, "--restart-from", restart_from)
@@ -338,7 +332,7 @@ def _go_on(
     address: str | None,
     say: Say,
     retry: bool = False,
-) -> Outcome:
+) -> Result:
     plan = data.plan
     say(" · ".join([headline(recipe), *columns_taken(plan.columns)]))
     for warning in plan.warnings:
@@ -346,7 +340,7 @@ def _go_on(
     if recipe.fetch.allow:
         say(f"warning: private addresses are open to this list: {', '.join(recipe.fetch.allow)} (fetch.allow)")
     facts = {"columns": plan.columns, "warnings": plan.warnings}
-    outcome = Outcome(facts={"rows": plan.total_rows, "shards": len(plan.shards), **facts})
+    outcome = Result(facts={"rows": plan.total_rows, "shards": len(plan.shards), **facts})
     before = _images(data) if retry else 0
     screen = _run_stages(data, recipe, columns, stages, address, say, retry)
     if retry and screen is not None:
@@ -366,7 +360,7 @@ def _go_on(
     return outcome
 
 
-def _name_notes(data: Data, outcome: Outcome, say: Say) -> None:
+def _name_notes(data: Data, outcome: Result, say: Say) -> None:
     """Say which values of the list could not be taken as they are; a list that is used where it lies is read late."""
     records = {s.shard: read_json(data.fetched_record(s.shard)) or {} for s in data.plan.shards}
     notes = [f"shard {shard}: {note}" for shard, record in records.items() for note in record.get("notes", [])]
@@ -378,7 +372,7 @@ def _name_notes(data: Data, outcome: Outcome, say: Say) -> None:
             say(f"    and in {len(notes) - 3:,} more shards")
 
 
-def _name_repeats(data: Data, outcome: Outcome, say: Say) -> None:
+def _name_repeats(data: Data, outcome: Result, say: Say) -> None:
     """Say which bytes came from many URLs: most are placeholders."""
     from curate.duplicates.repeats import repeats
 
@@ -511,7 +505,7 @@ def _stricter(data: Data, selection: Selection) -> str:
     return command("train", data.root / "shards" / selection.name, "--out", "model")
 
 
-def _pack(data: Data, recipe: Recipe, outcome: Outcome) -> None:
+def _pack(data: Data, recipe: Recipe, outcome: Result) -> None:
     from curate.ledger.select import load_selection
     from curate.report import contact_sheet, score_charts
     from curate.shards.pack import pack
@@ -604,9 +598,9 @@ def scales_there(data: Data) -> dict[str, tuple[float, float]]:
     return scales
 
 
-def pack_only(data: Data, recipe: Recipe) -> Outcome:
+def pack_only(data: Data, recipe: Recipe) -> Result:
     """The chosen images of a selection as shards, with their sheet."""
-    outcome = Outcome()
+    outcome = Result()
     refuse_denied(data, recipe)
     with Lock(data.root):
         sweep(data.root)

@@ -7,10 +7,30 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
+
+from pipelines.options import Options, Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions(Options):
+    pass
+
+
+def run(options: DoctorOptions) -> Result:
+    """Say what is here and what is not; exit code 1 where the main job can't run."""
+    findings: list[str] = []
+
+    def say(line: str) -> None:
+        findings.append(line)
+        print(line)
+
+    ready = examine(say)
+    return Result(facts={"ready": ready, "findings": findings}, code=0 if ready else 1)
 
 
 def examine(say: Callable[[str], None]) -> bool:

@@ -19,7 +19,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -29,16 +29,17 @@ from typing import IO, TYPE_CHECKING, Any
 from aesthetic.errors import DiskFull, UserError
 from aesthetic.files import scratch_path
 from curate.store.disk import check_space
-from curate.store.files import read_json, sweep, write_json
+from curate.store.files import local_path, read_json, sweep, write_json
 from curate.store.ownership import check_free, taken
+from pipelines.options import REQUIRED, Options, Result, argument, option, positive_int
 from pipelines.prompts import read_prompts
-from pipelines.runtime.progress import ProgressBar, Terminal, format_duration
+from pipelines.runtime.progress import ProgressBar, format_duration, redirect_output
 from train.devices import FreeCores, default_device
 from train.models.presets import OBJECTIVES, PRESETS
 from train.models.release import LORA_FILE, is_released, release
 
 if TYPE_CHECKING:
-    from pipelines.runtime.trainers import Materials, Plan, Trainers
+    from pipelines.runtime.trainers import Materials, Plan, Trainer
     from train.data import ImageScan, MapDataset
 
 FROM_STEPS, FROM_BATCH = 1000, 8
@@ -49,45 +50,43 @@ SD_LR = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """What `tastemaker train` was asked; None: what the preset or the model suggests."""
+class TrainOptions(Options):
+    """None: what the preset or the model suggests."""
 
-    data: Path
-    out: Path
-    preset: str | None = None
-    start: str | None = None  # --from: a folder or a hub id
-    lora: int | None = None
-    objective: str | None = None
-    steps: int | None = None
-    batch: int | None = None
-    lr: float | None = None
-    size: int | None = None
-    buckets: bool = False
-    weight_by: str | None = None
-    caption: str | None = None  # of pictures without one
-    workers: int | None = None
-    prompts: Path | None = None
-    save_every: int | None = None
-    look_every: int | None = None
-    micro_batch: int | None = None
-    checkpointing: bool = False
-    compile: bool = False
-    tensorboard: bool = False
-    seed: int = 0
-    address: str | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a run about a model: of training one, or of evaluating one."""
-
-    text: str
-    facts: dict[str, Any]
-    next: str
-    paths: dict[str, Path] = field(default_factory=dict)
+    data: Path = argument("SHARDS", "a folder of packed shards, of img2dataset's or webdataset's tars, or of images")
+    out: Path = option(
+        "the model's folder, which diffusers loads when done", default=REQUIRED, metavar="MODEL", type=local_path
+    )
+    preset: str | None = option(
+        "a new model: debug, tiny (default without a GPU), small-64 (default with one), base-128, sd15", metavar="P"
+    )
+    start: str | None = option("go on with a diffusers folder, or a hub id", flag="--from", metavar="MODEL")
+    lora: int | None = option(
+        "train only a LoRA on it (default rank 8)", metavar="RANK", nargs="?", const=8, type=positive_int
+    )
+    objective: str | None = option("of a new model: flow (default), v or eps", metavar="O")
+    steps: int | None = option("default: the preset's; 1000 with --from", metavar="N", type=positive_int)
+    batch: int | None = option("pictures a step, over all workers", metavar="N", type=positive_int)
+    lr: float | None = option("highest learning rate of AdamW", metavar="X")
+    size: int | None = option("side of the pictures (default: the model's own)", metavar="PX", type=positive_int)
+    buckets: bool = option("keep pictures' aspect ratios: several shapes of one area", default=False)
+    caption: str | None = option("of pictures without a caption of their own: 'a photo of sks dog'", metavar="TEXT")
+    weight_by: str | None = option("draw pictures in proportion to this score", metavar="COLUMN")
+    workers: int | None = option("default: one per GPU, or one", metavar="N", type=positive_int)
+    prompts: Path | None = option("drawn as training goes on, a line each (default: 4 captions)", metavar="FILE")
+    save_every: int | None = option(
+        "steps between checkpoints (default: a fifth of all)", metavar="N", type=positive_int
+    )
+    look_every: int | None = option("steps between pictures (default: at checkpoints)", metavar="N", type=positive_int)
+    micro_batch: int | None = option("pictures at a time on a worker, to save memory", metavar="N", type=positive_int)
+    checkpointing: bool = option("recompute activations: less memory, a third slower", default=False)
+    compile: bool = option("torch.compile: minutes at first, then faster on GPUs", default=False)
+    tensorboard: bool = option("write MODEL/tensorboard too (extra `tensorboard`)", default=False)
+    seed: int = option(default=0, metavar="N")
+    address: str | None = option("train on this Ray cluster (`auto` finds it)", flag="--ray-address", metavar="ADDRESS")
 
 
-def run(request: Request) -> Outcome:
+def run(request: TrainOptions) -> Result:
     """Train up to the last step, from where an earlier run of the same request stopped.
 
     Raises UserError before anything is written where data, options or folder do not fit; DiskFull; Diverged.
@@ -107,7 +106,8 @@ def run(request: Request) -> Outcome:
         return _outcome(request, before)
     with (
         taken(request.out, "model", replaces=["train.json", "data.json"]) as folder,
-        Terminal(request.out / "logs" / "train.log") as terminal,
+        redirect_output(request.out / "logs" / "train.log") as terminal,
+        contextlib.ExitStack() as stack,
     ):
         sweep(request.out)
         before = _before(request.out, settings)  # again: another run may have been at work until now
@@ -118,21 +118,18 @@ def run(request: Request) -> Outcome:
         facts = before or {"settings": settings, "started": _now()}
         write_json(request.out / "train.json", facts)
         try:
-            materials, trainers = _prepared(request, settings, facts, samples, prompts, free, terminal)
+            materials, trainer = _prepared(request, settings, facts, samples, prompts, free, terminal, stack)
         except (UserError, DiskFull):
             if before is None:
                 folder.undo(["train.json", "data.json", "start", "logs"])
             raise
-        try:
-            return _carried_out(request, facts, materials, trainers, terminal)
-        finally:
-            trainers.close()
+        return _carried_out(request, facts, materials, trainer, terminal)
 
 
 # ---------------------------------------------------------------------------------------- before anything is written
 
 
-def _check(request: Request) -> None:
+def _check(request: TrainOptions) -> None:
     """What options alone tell, without torch."""
     if request.preset and request.start:
         raise UserError("--preset and --from exclude each other: a new model, or one to go on with")
@@ -170,7 +167,7 @@ def check_data(folder: Path) -> None:
         raise UserError(f"{folder}: holds neither tars nor images")
 
 
-def _check_start(request: Request) -> None:
+def _check_start(request: TrainOptions) -> None:
     """What the model to go on with says of itself, without torch."""
     if request.start is None:
         return
@@ -182,7 +179,7 @@ def _check_start(request: Request) -> None:
     check_trainable(read_model_info(request.start), request.size)
 
 
-def _settings(request: Request, samples: MapDataset) -> dict[str, Any]:
+def _settings(request: TrainOptions, samples: MapDataset) -> dict[str, Any]:
     """The request with every default filled in: what must be the same for a run to go on."""
     name = request.preset
     if request.start is None and name is None:
@@ -259,16 +256,17 @@ def _before(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _prepared(
-    request: Request,
+    request: TrainOptions,
     settings: dict[str, Any],
     facts: dict[str, Any],
     samples: MapDataset,
     prompts: tuple[str, ...],
     free: FreeCores,
     terminal: IO[str],
-) -> tuple[Materials, Trainers]:
+    stack: contextlib.ExitStack,
+) -> tuple[Materials, Trainer]:
     """All that can be refused, and all that is done once; adds to `facts` what is known then."""
-    from pipelines.runtime.trainers import Here, Materials, RayWorkers
+    from pipelines.runtime.trainers import LocalTrainer, Materials, ray_trainer
 
     def say(text: str) -> None:
         terminal.write(text + "\n")
@@ -285,22 +283,22 @@ def _prepared(
     by = f"cpu, {_set_threads(facts, free)}" if alone and device.type == "cpu" else str(device)
     materials = Materials(plan, device, pipeline)
     _check_room(plan, materials)
-    trainers: Trainers = Here(materials, by) if alone else RayWorkers(materials, request.workers, request.address, say)
-    facts |= {"data": _data_facts(samples, materials, told), "made_with": _versions(), "by": trainers.about}
+    trainer: Trainer = LocalTrainer(materials, by)
+    if not alone:
+        trainer = stack.enter_context(ray_trainer(materials, request.workers, request.address, say))
+    facts |= {"data": _data_facts(samples, materials, told), "made_with": _versions(), "by": trainer.about}
     facts |= {"size": plan.size, "prompts": list(plan.prompts)}
     write_json(request.out / "train.json", facts)
-    for text in _headline(request, settings, materials, trainers.about):
+    for text in _headline(request, settings, materials, trainer.about):
         say(text)
-    return materials, trainers
+    return materials, trainer
 
 
 def _carried_out(
-    request: Request, facts: dict[str, Any], materials: Materials, trainers: Trainers, terminal: IO[str]
-) -> Outcome:
+    request: TrainOptions, facts: dict[str, Any], materials: Materials, trainer: Trainer, terminal: IO[str]
+) -> Result:
     """All stages, as far as they are not done yet."""
-    from train.board import on_board
-    from train.curve import draw_loss
-    from train.loop import format_record
+    from train.metrics import format_record, log_to_tensorboard, plot_loss
     from train.tasks import psnr
 
     def say(text: str) -> None:
@@ -309,21 +307,21 @@ def _carried_out(
     plan, began = materials.plan, time.monotonic()
     if plan.vae and not (plan.vae_folder / "vae").is_dir():
         with _ending_after_a_step(terminal, plan.vae_folder) as stop:
-            for record in trainers.records("autoencoder", stop):
+            for record in trainer.train("autoencoder", stop):
                 found = record.get("held_out")
                 say("autoencoder " + format_record(record) + (f"  PSNR {psnr(found['ema']):.1f} dB" if found else ""))
         _settle_vae(materials)
     if plan.latents:
         count = ProgressBar(terminal, "latents", len(materials.encoded))
-        trainers.latents(count)
+        trainer.precompute_latents(count)
         size = sum(p.stat().st_size for p in plan.latents_folder.iterdir())
         count.end(f", {size / 1e6:,.1f} MB in {plan.latents_folder}")
     with _ending_after_a_step(terminal, plan.out) as stop:
-        records = trainers.records("model", stop)
-        for record in on_board(records, plan.out) if request.tensorboard else records:
+        records = trainer.train("model", stop)
+        for record in log_to_tensorboard(records, plan.out) if request.tensorboard else records:
             say(format_record(record))
             if "checkpoint" in record:
-                draw_loss(plan.out)
+                plot_loss(plan.out)
     facts["result"] = _result(plan)
     facts |= {"finished": _now(), "seconds": round(time.monotonic() - began)}
     _release(plan, facts)
@@ -403,7 +401,9 @@ def _loaded(settings: dict[str, Any]) -> Any:
     return pipeline
 
 
-def _surveyed(request: Request, samples: MapDataset, settings: dict[str, Any], terminal: IO[str]) -> dict[str, Any]:
+def _surveyed(
+    request: TrainOptions, samples: MapDataset, settings: dict[str, Any], terminal: IO[str]
+) -> dict[str, Any]:
     """`data.json`: which pictures are held out, and which can't be read. Every picture is looked at once."""
     from train.data import MIN_IMAGES, sampling_weights, scan_images, split
 
@@ -448,7 +448,7 @@ def _write_start(settings: dict[str, Any], samples: MapDataset, told: dict[str, 
 
 
 def _plan(
-    request: Request,
+    request: TrainOptions,
     settings: dict[str, Any],
     samples: MapDataset,
     told: dict[str, Any],
@@ -517,13 +517,13 @@ def _captions(samples: MapDataset, told: dict[str, Any], count: int = 4) -> tupl
 
 def _check_room(plan: Plan, materials: Materials) -> None:
     """DiskFull before the first step where latents and checkpoints would not fit."""
-    from train.latents import bytes_of
+    from train.latents import latents_size
     from train.models.unet import count_parameters
 
     p = materials.pipeline
     trained = 0 if plan.lora else count_parameters([p.unet, p.text_encoder] if plan.text else [p.unet])
     whole = count_parameters([p.unet, p.text_encoder, p.vae])
-    latents = bytes_of(p, materials.pictures, materials.encoded, not plan.text) if plan.latents else 0
+    latents = latents_size(p, materials.pictures, materials.encoded, not plan.text) if plan.latents else 0
     if not (plan.out / "checkpoints").is_dir():
         each = 4 * (4 * trained + (0 if plan.lora else whole))  # raw, average, two moments; the pipeline
         check_space(plan.out, latents + (plan.loop.keep + 2) * each)
@@ -546,7 +546,7 @@ def _settle_vae(materials: Materials) -> None:
     scratch.rename(folder / "vae")
 
 
-def _headline(request: Request, settings: dict[str, Any], materials: Materials, by: str) -> Iterator[str]:
+def _headline(request: TrainOptions, settings: dict[str, Any], materials: Materials, by: str) -> Iterator[str]:
     """What is trained, on what, and how."""
     from train.models.unet import count_parameters
     from train.objective import objective_of
@@ -639,7 +639,7 @@ def _release(plan: Plan, facts: dict[str, Any]) -> None:
     shutil.rmtree(plan.out / "start", ignore_errors=True)
 
 
-def _outcome(request: Request, facts: dict[str, Any]) -> Outcome:
+def _outcome(request: TrainOptions, facts: dict[str, Any]) -> Result:
     result, out = facts["result"], request.out
     held, best = result["held_out"], result.get("best")
     text = f"trained {result['step']:,} steps, the last run in {format_duration(facts['seconds'])}"
@@ -655,4 +655,4 @@ def _outcome(request: Request, facts: dict[str, Any]) -> Outcome:
         paths["loss"] = out / "loss.png"
     model, lora = (facts["settings"]["from"], ["--lora", out]) if facts["settings"]["lora"] else (out, [])
     following = shlex.join(map(str, ["tastemaker", "sample", model, facts["prompts"][0], *lora]))
-    return Outcome(text, facts, following, paths)
+    return Result(text=text, facts=facts, paths=dict(paths), next=following)

@@ -1,8 +1,8 @@
 """How good a model is, in figures that stand beside what they would be by chance and at best.
 
 Which pictures it was not trained on, its loss on them, whether what it draws shows what was asked, whether that is a
-copy of training pictures. How far they lie from real ones as a whole is in train.distances. Each function takes
-arrays and can be used by itself; `tastemaker evaluate` puts them together.
+copy of training pictures. How far they lie from real ones as a whole is in train.generate.distances. Each function
+takes arrays and can be used by itself; `tastemaker evaluate` puts them together.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from curate.encoders.base import Encoder
 from curate.images.resize import perceptual_hash
 from curate.store.files import digest, read_json
 from train.data import ImageScan, Ints, MapDataset, TrainDataset, open_samples, ordered_batches, scan_images, split
-from train.devices import out_of_memory
-from train.loop import autocast
+from train.devices import autocast, out_of_memory
 from train.models.info import training_record
 
 Array = npt.NDArray[np.float64]

@@ -1,14 +1,14 @@
 """Drawing with a model: text to image, image to image, inpainting, enlarging. A thin layer over diffusers' pipelines.
 
->>> from train.sample import Artist, Request
->>> artist = Artist("model")
->>> for drawn in artist.draw([Request("a red fox in the snow", seed=7)]):
-...     drawn.image.save("fox.png")
+>>> from train.generate.sampler import GenerationRequest, Sampler
+>>> sampler = Sampler("model")
+>>> for generated in sampler.generate([GenerationRequest("a red fox in the snow", seed=7)]):
+...     generated.image.save("fox.png")
 
-A picture depends on its Request, the model, the LoRAs on it and the versions in use, on nothing else: its noise comes
-from a generator of its own, on the CPU, started with its seed. Text to image with the same settings is what bare
-diffusers draws, bit for bit. In a batch a GPU or CPU may round sums otherwise than for one picture alone: the starting
-noise is the same, and pictures are equal but for rounding.
+An image depends on its GenerationRequest, the model, the LoRAs on it and the versions in use, on nothing else: its
+noise comes from a generator of its own, on the CPU, started with its seed. Text to image with the same settings is what
+bare diffusers draws, bit for bit. In a batch a GPU or CPU may round sums otherwise than for one image alone: the
+starting noise is the same, and images are equal but for rounding.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ LARGEST = 16_384
 """Pixels of a side that can be asked for."""
 
 
-class NoPicture(UserError, FloatingPointError):
+class NoImage(UserError, FloatingPointError):
     """What a model computed is not finite, and so no picture: as pixels it would be black."""
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """One picture: all that it depends on beside the model. None: what suits the model. UserError where it can't be."""
 
     prompt: str
@@ -119,17 +119,17 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Generated:
     """A finished picture."""
 
-    request: Request  # with nothing left to suit the model
+    request: GenerationRequest  # with nothing left to suit the model
     image: Image.Image  # what may be shown: blurred where it is flagged
     nsfw: float  # the project's detector's score, 0 to 1
     flagged: bool  # nsfw >= UNSAFE
     facts: dict[str, Any]  # what its PNG carries (`train.generate.files.png`)
 
 
-def settled(about: ModelInfo, request: Request, *, upscaler: bool = False) -> Request:
+def resolve(about: ModelInfo, request: GenerationRequest, *, upscaler: bool = False) -> GenerationRequest:
     """The request with everything filled in that suits the model. Raises UserError where the two do not fit.
 
     With an `upscaler` what it enlarges is left as it is, unless a strength is asked for.
@@ -189,8 +189,8 @@ def foreign_syntax(prompts: Iterable[str]) -> str:
     return f"prompts are read as plain words: {some} would weigh or replace words in other programs, not here{lora}"
 
 
-def check_scheduler(about: ModelInfo, r: Request) -> None:
-    """Raise UserError where diffusers can't make the scheduler of a settled request. Loads diffusers, no weights."""
+def check_scheduler(about: ModelInfo, r: GenerationRequest) -> None:
+    """Raise UserError where diffusers can't make the scheduler of a resolved request. Loads diffusers, no weights."""
     try_steps(str(r.scheduler), about.scheduler, r.steps, about.folder / "scheduler" / "scheduler_config.json")
 
 
@@ -202,7 +202,7 @@ def _check_side(name: str, pixels: int, step: int) -> None:
         )
 
 
-class Artist:
+class Sampler:
     """A model that is loaded and ready to draw. Not for several threads at once."""
 
     def __init__(
@@ -265,9 +265,9 @@ class Artist:
         memory = "memory suffices" if self.measures == devices.MemorySavings() else f"memory saved by {self.measures}"
         return f"{self.device.type} · {str(self.dtype).removeprefix('torch.')} · {memory}"
 
-    def check(self, request: Request) -> Request:
-        """The request with nothing left open (see `settled`). Raises UserError where it does not fit the model."""
-        r = settled(self.about, request, upscaler=self.upscaler is not None)
+    def check(self, request: GenerationRequest) -> GenerationRequest:
+        """The request with nothing left open (see `resolve`). Raises UserError where it does not fit the model."""
+        r = resolve(self.about, request, upscaler=self.upscaler is not None)
         check_scheduler(self.about, r)
         return r
 
@@ -277,7 +277,7 @@ class Artist:
         ids = tokenizer(text, truncation=False, verbose=False).input_ids
         return str(tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1])).strip()
 
-    def draw(self, requests: Iterable[Request], on_step: OnStep | None = None) -> Iterator[Drawn]:
+    def generate(self, requests: Iterable[GenerationRequest], on_step: OnStep | None = None) -> Iterator[Generated]:
         """Draw pictures, in this order; each comes when its batch is finished.
 
         Raises UserError before the first is begun where one does not fit, and later where memory does not suffice.
@@ -301,14 +301,14 @@ class Artist:
                 for request, image in zip(part, images, strict=True):
                     yield self._finished(request, image)
 
-    def _work(self, r: Request) -> int:
+    def _work(self, r: GenerationRequest) -> int:
         """Steps that a request takes."""
         redrawn = int(r.steps * (r.strength or 0))
         if r.upscale == 1:
             return r.steps if r.image is None else redrawn
         return (0 if r.enlarges else r.steps) + redrawn * self.tiles(r)
 
-    def tiles(self, r: Request) -> int:
+    def tiles(self, r: GenerationRequest) -> int:
         """Tiles that a checked request is enlarged in; 0 where nothing is redrawn."""
         if r.upscale == 1 or not int(r.steps * (r.strength or 0)):
             return 0
@@ -320,7 +320,7 @@ class Artist:
         """(width, height) of a tile, pixels."""
         return self._tiles[0]
 
-    def cost(self, requests: Iterable[Request]) -> str:
+    def cost(self, requests: Iterable[GenerationRequest]) -> str:
         """What enlarging will take, in words, by the time of one tile that is drawn for that; "" where it is little."""
         import time
 
@@ -347,7 +347,7 @@ class Artist:
             return cost_of(tiles, self.tile)  # less is used when it is drawn
         return cost_of(tiles, self.tile, seconds)
 
-    def _drawn(self, group: Sequence[Request], steps: _Steps) -> list[Image.Image]:
+    def _drawn(self, group: Sequence[GenerationRequest], steps: _Steps) -> list[Image.Image]:
         """Pictures of requests that differ in prompts, seeds and images alone."""
         one = group[0]
         noise = [generator(r.seed) for r in group]
@@ -370,9 +370,14 @@ class Artist:
         return [restore_faces(image, self.faces)[0] if self.faces else image for image in images]
 
     def _run(
-        self, pipeline: Any, group: Sequence[Request], noise: Sequence[torch.Generator], steps: _Steps, **more: Any
+        self,
+        pipeline: Any,
+        group: Sequence[GenerationRequest],
+        noise: Sequence[torch.Generator],
+        steps: _Steps,
+        **more: Any,
     ) -> list[Image.Image]:
-        """One call of a diffusers pipeline. NoPicture where what it computes is not finite."""
+        """One call of a diffusers pipeline. NoImage where what it computes is not finite."""
         import numpy as np
 
         from train.models.unet import check_computes
@@ -397,7 +402,7 @@ class Artist:
             self._text.maybe_free_model_hooks()
         if not np.isfinite(drawn).all():  # which as pixels would be black
             precision = str(self.dtype).removeprefix("torch.")
-            raise NoPicture(
+            raise NoImage(
                 f"{self.about.name} computed values that are no numbers, and so no picture, though its weights in "
                 f"{self.about.folder} are numbers: they are too large for {precision}, or the LoRA or guidance is"
             )
@@ -411,7 +416,7 @@ class Artist:
         width, height = (max(self.about.step, side - side % self.about.step) for side in self.about.size)
         return (width, height), max(8, min(width, height) // 8)
 
-    def _enlarged(self, r: Request, image: Image.Image, steps: _Steps) -> Image.Image:
+    def _enlarged(self, r: GenerationRequest, image: Image.Image, steps: _Steps) -> Image.Image:
         """Enlarged by Lanczos or the upscaler; then image-to-image in tiles as large as the model draws, so that things
         keep the size that it knows. All noise comes from one generator, tile after tile."""
         from PIL.Image import Resampling
@@ -429,7 +434,7 @@ class Artist:
 
         return by_tiles(image, *self._tiles, redraw)
 
-    def _save_memory(self, part: Sequence[Request], error: Exception) -> None:
+    def _save_memory(self, part: Sequence[GenerationRequest], error: Exception) -> None:
         """After memory ran out: fewer at once, then stricter measures. UserError where there are none left."""
         import torch
 
@@ -447,7 +452,7 @@ class Artist:
                 f"{self.measures}: draw a smaller picture"
             ) from error
 
-    def _finished(self, request: Request, image: Image.Image) -> Drawn:
+    def _finished(self, request: GenerationRequest, image: Image.Image) -> Generated:
         """Looked at, blurred where that is asked, with its facts."""
         import numpy as np
         from PIL import ImageFilter
@@ -458,7 +463,7 @@ class Artist:
         if blurred:
             image = image.filter(ImageFilter.GaussianBlur(max(image.size) / 12))
         nsfw = {"score": score, "threshold": UNSAFE, "flagged": flagged, "blurred": blurred}
-        return Drawn(request, image, score, flagged, {**facts_of(request), **self._facts, "nsfw": nsfw})
+        return Generated(request, image, score, flagged, {**facts_of(request), **self._facts, "nsfw": nsfw})
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
@@ -499,13 +504,13 @@ def _quiet(pipeline: Any) -> Any:
     return pipeline
 
 
-def _key(r: Request) -> tuple[Any, ...]:
+def _key(r: GenerationRequest) -> tuple[Any, ...]:
     """What pictures of one batch have in common."""
     kind = (r.image is not None, r.mask is not None)
     return r.steps, r.guidance, r.width, r.height, r.scheduler, r.strength, r.upscale, kind
 
 
-def _fitted(image: Image.Image, r: Request) -> Image.Image:
+def _fitted(image: Image.Image, r: GenerationRequest) -> Image.Image:
     """Scaled and cut to the size that is drawn, in the middle; as it is where it has that size or is enlarged."""
     from PIL import ImageOps
     from PIL.Image import Resampling
@@ -546,8 +551,8 @@ class _Steps:
 # ------------------------------------------------------------------------------------------------------------- facts
 
 
-def facts_of(request: Request) -> dict[str, Any]:
-    """A settled request as JSON; of its image and mask their digests."""
+def facts_of(request: GenerationRequest) -> dict[str, Any]:
+    """A resolved request as JSON; of its image and mask their digests."""
     plain = ("prompt", "negative", "seed", "steps", "guidance", "width", "height", "scheduler", "strength", "upscale")
     facts: dict[str, Any] = {name: getattr(request, name) for name in plain}
     for name in ("image", "mask"):
@@ -556,7 +561,9 @@ def facts_of(request: Request) -> dict[str, Any]:
     return facts
 
 
-def request_of(facts: Mapping[str, Any], image: Image.Image | None = None, mask: Image.Image | None = None) -> Request:
+def request_of(
+    facts: Mapping[str, Any], image: Image.Image | None = None, mask: Image.Image | None = None
+) -> GenerationRequest:
     """The request that a picture's facts tell. Raises UserError where its image or mask is absent or another one."""
     for name, picture in (("image", image), ("mask", mask)):
         wanted = facts.get(name)
@@ -566,7 +573,7 @@ def request_of(facts: Mapping[str, Any], image: Image.Image | None = None, mask:
             raise UserError(f"the picture was drawn with another {name} than the one given (their pixels differ)")
     plain = ("prompt", "negative", "seed", "steps", "guidance", "width", "height", "scheduler", "strength", "upscale")
     try:
-        return Request(**{name: facts[name] for name in plain}, image=image, mask=mask)
+        return GenerationRequest(**{name: facts[name] for name in plain}, image=image, mask=mask)
     except (KeyError, TypeError) as e:
         raise UserError(f"the picture's facts are incomplete or damaged: {e}") from e
 
