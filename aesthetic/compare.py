@@ -84,7 +84,7 @@ def fit_comparisons(
     direction = _fit_direction(difference, w, fold[win], fold[lose])
     centre = x64.mean(0)
     scores = (x64 - centre) @ direction
-    report = {
+    report: dict[str, Any] = {
         "n": len(win),
         "images": len(x),
         "groups": image_groups.count,
