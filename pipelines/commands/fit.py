@@ -17,7 +17,7 @@ import numpy as np
 
 from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
-from curate.encoders.base import check_available, check_named
+from curate.encoders.registry import check_available, check_named
 from curate.store.files import digest, read_json, sha256_file, write_json
 from pipelines.commands.heads import column_for
 from pipelines.options import REQUIRED, Options, Result, argument, option, positive_int
@@ -151,7 +151,7 @@ def fit(request: FitOptions, say: Say = lambda line: None) -> Result:
         text=_text(request, ratings, fitted, joined),
         facts=fitted.report,
         paths=dict(paths),
-        next=f"tastemaker score {request.data or 'DATA'} --head {column_for(out.stem)}={out}",
+        next=f"tastemaker annotate {request.data or 'DATA'} {column_for(out.stem)}={out}",
     )
 
 
