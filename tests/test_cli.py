@@ -24,8 +24,9 @@ from curate.layout import Data
 from curate.sources.plan import SourceConfig
 from curate.sources.planner import make_plan
 from pipelines.cli import build_parser, main
-from pipelines.commands import COMMANDS, curate
+from pipelines.commands import COMMANDS
 from pipelines.recipe import load_recipe
+from pipelines.stored_recipe import store_recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,7 +45,7 @@ def data(real_data: Data, tmp_path_factory: pytest.TempPathFactory) -> Data:
     shutil.copytree(real_data.root, copy.root)
     settings = [f"source.shard_size={copy.plan.shard_size}", "images.size=96"]
     settings += [f"select.rules.{name}=" for name in load_recipe("bundled").select.rules]
-    curate.store_recipe(copy, load_recipe("bundled", [*settings, "select.rules.seen=width > 0"]))
+    store_recipe(copy, load_recipe("bundled", [*settings, "select.rules.seen=width > 0"]))
     return copy
 
 
@@ -521,7 +522,7 @@ def test_the_loop(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     fetch_all(data)
     embed_all(data, BUNDLED, {"aesthetic": SCORE["aesthetic"]})
     settings = ["source.shard_size=25", "images.size=96", "select.rules={}", "columns.open_nsfw="]
-    curate.store_recipe(data, load_recipe("bundled", settings))
+    store_recipe(data, load_recipe("bundled", settings))
 
     assert main(["query", str(data.root), "select key, url from ledger", "--json"]) == 0
     keys = {Path(r["url"]).name: r["key"] for r in json.loads(capsys.readouterr().out)}
