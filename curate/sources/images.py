@@ -120,9 +120,6 @@ class Images(MapDataset):
     def key(self, index: int) -> str:
         return self._names[index]
 
-    def extension(self, index: int) -> str:
-        return PurePosixPath(self._names[index]).suffix[1:].lower()
-
     def image(self, index: int) -> bytes:
         return read_image(self.folder / self._names[index])
 

@@ -104,9 +104,6 @@ class Input:
         for batch in self.batches(columns):
             yield with_constants(batch, self.constants)
 
-    def check_sizes(self, columns: Sequence[str]) -> None:
-        """UserError where reading these columns would take more memory than any list needs."""
-
     def resolve(self, names: Sequence[str], url: str, caption: str | None) -> None:
         """Find the two columns among the names, which must differ from each other.
 

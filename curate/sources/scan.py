@@ -15,7 +15,7 @@ from curate.sources.columns import column_as, common_type, describe, is_texts, l
 from curate.sources.find import Found
 from curate.sources.inputs import FAILURES, PLACE_COLUMNS, Input
 from curate.sources.lists import ParquetInput
-from curate.sources.parquet import parquet_batches
+from curate.sources.parquet import check_pages, parquet_batches
 from curate.sources.plan import SourceConfig
 from curate.sources.predicate import Predicate
 
@@ -105,7 +105,8 @@ def scan_list(found: Found, config: SourceConfig, limit: int | None) -> ListScan
         scan.predicate = Predicate(config.where, schema, "source.where")
     used = [*scan.extra_columns.names, *(scan.predicate.columns if scan.predicate else ())]
     for source in inputs:
-        source.check_sizes([n for n in (source.url, source.caption, *used) if n])
+        if isinstance(source, ParquetInput):
+            check_pages(source.path, [n for n in (source.url, source.caption, *used) if n])
 
     hashes, owners = np.empty(0, np.uint64), np.empty(0, np.int64)
     scan.kept = [0] * len(inputs)
