@@ -90,19 +90,19 @@ class Input:
         """A sha256 that names what is in this input."""
         return sha256_file(self.path)
 
+    def read(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """As `batches`, of the columns that the file has."""
+        raise NotImplementedError
+
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """All rows in order, some at a time, with at least the named columns in `schema`'s types."""
-        raise NotImplementedError
+        for batch in self.read(columns):
+            yield with_constants(batch, self.constants)
 
     def set_constants(self, constants: Mapping[str, str | None]) -> None:
         """Add columns that hold one text in every row, and that the file does not have."""
         self.constants = {n: v for n, v in constants.items() if n not in self.schema.names}
         self.schema = pa.schema([*self.schema, *((n, pa.string()) for n in self.constants)])
-
-    def whole_batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """As `batches`, with the constants."""
-        for batch in self.batches(columns):
-            yield with_constants(batch, self.constants)
 
     def resolve(self, names: Sequence[str], url: str, caption: str | None) -> None:
         """Find the two columns among the names, which must differ from each other.
@@ -205,7 +205,7 @@ class RowsInput(Input):
         text = (self.url, self.caption)
         self.schema = pa.schema([(f.name, pa.string() if f.name in text else f.type) for f in self.schema])
 
-    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    def read(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         fields = [f for f in self.schema if f.name in columns]
         schema = pa.schema([*fields, *self.own_columns])
         rows = self.objects()

@@ -52,7 +52,7 @@ class ListScan:
                 yield np.ones(min(1 << 20, source.rows - start), dtype=bool)
         else:
             wanted = set(self.predicate.columns) | {source.url or "url"}  # at least one: a batch needs a length
-            for batch in source.whole_batches(sorted(wanted)):
+            for batch in source.batches(sorted(wanted)):
                 yield self._mask(batch)
 
     def _mask(self, batch: pa.RecordBatch) -> np.ndarray:
@@ -73,7 +73,7 @@ class ListScan:
         if self.predicate is not None:
             wanted |= set(self.predicate.columns)
         start = 0
-        for batch in source.whole_batches(sorted(wanted)):
+        for batch in source.batches(sorted(wanted)):
             count = batch.num_rows
             if self.limit_hash is not None or self.planned_hash is not None:
                 hashes = row_hashes(index, start, count)
