@@ -205,7 +205,7 @@ class ImageTableInput(Input):
             f.seek(-min(size, 8 + int.from_bytes(f.read(4), "little")), 2)
             return digest([f.read().hex(), size])
 
-    def read(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         row = 0
         results = [n for n in ("status", "error_message", "reason") if n in self._columns]
         names = [n for n in self._columns if n in columns or n in results]

@@ -264,7 +264,7 @@ class MetadataInput(Input):
     def digest(self) -> str:
         return digest(self._content)
 
-    def read(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         line = 0
         self._filled = []
         wanted = [*columns, *([self._table.caption] if self._table.caption else [])]

@@ -90,14 +90,9 @@ class Input:
         """A sha256 that names what is in this input."""
         return sha256_file(self.path)
 
-    def read(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """As `batches`, of the columns that the file has."""
-        raise NotImplementedError
-
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """All rows in order, some at a time, with at least the named columns in `schema`'s types."""
-        for batch in self.read(columns):
-            yield with_constants(batch, self.constants)
+        """All rows in order, some at a time, with at least those of the named columns that the file has."""
+        raise NotImplementedError
 
     def set_constants(self, constants: Mapping[str, str | None]) -> None:
         """Add columns that hold one text in every row, and that the file does not have."""
@@ -205,7 +200,7 @@ class RowsInput(Input):
         text = (self.url, self.caption)
         self.schema = pa.schema([(f.name, pa.string() if f.name in text else f.type) for f in self.schema])
 
-    def read(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         fields = [f for f in self.schema if f.name in columns]
         schema = pa.schema([*fields, *self.own_columns])
         rows = self.objects()

@@ -56,7 +56,7 @@ class ParquetInput(Input):
         groups = range(file.metadata.num_row_groups)
         self.largest_group = max((file.metadata.row_group(g).num_rows for g in groups), default=0)
 
-    def read(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         yield from parquet_batches(self.path, columns)
 
 
@@ -135,7 +135,7 @@ class CsvInput(Input):
                 yield whole.slice(first, BATCH), part
             start += records.rows
 
-    def read(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         wanted = [n for n in self._names if n in columns or n == self.url]
         for batch, broken in self._as_text(wanted):
             arrays = [_parse(batch.column(n), self.schema.field(n).type) for n in wanted]

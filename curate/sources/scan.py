@@ -13,7 +13,7 @@ from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
 from curate.sources.columns import column_as, common_type, describe, is_texts, listed
 from curate.sources.find import Found
-from curate.sources.inputs import FAILURES, PLACE_COLUMNS, Input
+from curate.sources.inputs import FAILURES, PLACE_COLUMNS, Input, with_constants
 from curate.sources.lists import ParquetInput
 from curate.sources.parquet import check_pages, parquet_batches
 from curate.sources.plan import SourceConfig
@@ -53,7 +53,7 @@ class ListScan:
         else:
             wanted = set(self.predicate.columns) | {source.url or "url"}  # at least one: a batch needs a length
             for batch in source.batches(sorted(wanted)):
-                yield self._mask(batch)
+                yield self._mask(with_constants(batch, source.constants))
 
     def _mask(self, batch: pa.RecordBatch) -> np.ndarray:
         """The rows for which `where` is true, and broken lines, which nothing can be said of."""
@@ -81,6 +81,7 @@ class ListScan:
                 if self.planned_hash is not None:
                     within &= hashes > np.uint64(self.planned_hash)
                 batch = batch.filter(pa.array(within))
+            batch = with_constants(batch, source.constants)
             if self.predicate is not None and batch.num_rows:
                 batch = batch.filter(pa.array(self._mask(batch)))
             start += count
