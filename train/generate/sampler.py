@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 OnStep = Callable[[int, int], None]
 """Hears (steps done, steps in all) after each step. An exception in it ends the drawing: this is how to cancel."""
 
+DETECTOR = "open-nsfw"
+"""The annotator that looks at every image that is generated."""
+
 UNSAFE = 0.2
 """The NSFW score from which on a picture is blurred: Yahoo calls what is below 0.2 safe (README of open_nsfw). Our
 recipes keep pictures for training by the same number."""
@@ -227,7 +230,7 @@ class Sampler:
         """
         from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 
-        from curate.annotators.nsfw import load_detector
+        from curate.annotators.registry import load_annotator
         from train.models.unet import count_parameters, load_model
 
         self.about = model if isinstance(model, ModelInfo) else read_model_info(model)
@@ -257,7 +260,7 @@ class Sampler:
         self._image, self._mask = (
             _quiet(kind(**same)) for kind in (StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline)
         )
-        self._detector = load_detector("open-nsfw")
+        self._detector = load_annotator(DETECTOR)
 
     def __str__(self) -> str:
         """Device, precision and measures, in a line."""
@@ -456,7 +459,9 @@ class Sampler:
         import numpy as np
         from PIL import ImageFilter
 
-        score = float(self._detector.score_prepared(self._detector.preprocess(np.asarray(image))[None])[0])
+        from curate.annotators.base import scores_of
+
+        score = float(scores_of(self._detector, [np.asarray(image)])[0])
         flagged = score >= UNSAFE
         blurred = flagged and self.blur
         if blurred:
