@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+from aesthetic.errors import UserError
 from pipelines.commands import COMMANDS, find
 from pipelines.faults import check_limits, find_home, told
 from pipelines.options import Options, Result, add_arguments, facts_of, from_parsed
@@ -50,6 +52,9 @@ def _run(words: list[str]) -> int:
 
     try:
         command = next((word for word in words if not word.startswith("-")), None)
+        if command == "score":
+            given = shlex.join(word for word in words if word not in ("score", "--head")) or "DATA NAME=HEAD"
+            raise UserError(f"`score` is called `annotate` now: tastemaker annotate {given}")
         parser = build_parser(command)
         parsed = parser.parse_args(words)
         if parsed.version:

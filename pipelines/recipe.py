@@ -19,7 +19,8 @@ import yaml
 
 from aesthetic.errors import UserError, nearest
 from aesthetic.untrusted import clean, printable, read_text
-from curate.annotators.embed import EmbedConfig
+from curate.annotators.registry import Spec
+from curate.encoders.embed import EmbedConfig
 from curate.fetch.config import FetchConfig
 from curate.images.process import ImagesConfig
 from curate.ledger.schema import EMBEDDED_COLUMNS, RESERVED
@@ -27,6 +28,7 @@ from curate.ledger.select import SelectConfig
 from curate.shards.pack import PackConfig
 from curate.sources.plan import SourceConfig
 from curate.store.files import digest
+from curate.store.ownership import RECIPE_HEADER
 
 DEFAULT = "laion-aesthetics-5"
 _RECIPES = resources.files("pipelines") / "recipes"
@@ -60,13 +62,13 @@ class RayConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What is asked for, stage by stage. `score` maps a column to a head or detector, by name or file."""
+    """What is asked for, stage by stage. `columns` maps a column to an annotator, or to a head by name or folder."""
 
     source: SourceConfig = field(default_factory=SourceConfig)
     fetch: FetchConfig = field(default_factory=FetchConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)
     embed: EmbedConfig = field(default_factory=EmbedConfig)
-    score: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, Spec] = field(default_factory=dict)
     select: SelectConfig = field(default_factory=SelectConfig)
     pack: PackConfig = field(default_factory=PackConfig)
     ray: RayConfig = field(default_factory=RayConfig)
@@ -75,13 +77,13 @@ class Recipe:
         columns, verify = self.source.columns, self.fetch.verify
         if columns is not None and verify is not None and verify not in columns:  # what is compared is kept
             object.__setattr__(self, "source", dataclasses.replace(self.source, columns=(*columns, verify)))
-        seen = {name.lower(): name for name in (*RESERVED, *(n for n, _ in EMBEDDED_COLUMNS), "source")}
-        for column in self.score:  # it will name a folder, and a column in SQL
+        taken = {name.lower(): name for name in (*RESERVED, *(n for n, _ in EMBEDDED_COLUMNS), "source")}
+        for column in self.columns:  # it will name a folder, and a column in SQL
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", column):
-                raise UserError(f"score.{column}: a column's name is letters, digits and _, not starting with a digit")
-            if column.lower() in seen:
-                raise UserError(f"score.{column}: there is a column {seen[column.lower()]} (SQL ignores case)")
-            seen[column.lower()] = column
+                raise UserError(f"columns.{column}: a column's name is letters, digits and _, and begins with no digit")
+            if column.lower() in taken:
+                raise UserError(f"columns.{column}: there is a column {taken[column.lower()]} (SQL ignores case)")
+            taken[column.lower()] = column
 
     def stage_hashes(self) -> dict[str, str]:
         """A hash per stage over the keys that its files depend on; speed and patience are not among them."""
@@ -144,6 +146,8 @@ def parse_recipe(text: str, settings: Sequence[str] = (), what: str = "recipe") 
     tree = _yaml(text, f"{what} is not valid YAML") or {}
     if not isinstance(tree, dict):
         raise UserError(f"{what} is not a recipe: a mapping of stages is expected, as `tastemaker recipe` prints")
+    if text.startswith(RECIPE_HEADER) and "score" in tree:  # of a data folder of before there was `columns`
+        tree["columns"] = tree.pop("score")
     own = copy.deepcopy(tree)
     for setting in settings:
         _lay_over(tree, setting)
@@ -246,12 +250,14 @@ def _mark(event: Any) -> Any:  # PyYAML's types know two classes of marks
 def _lay_over(tree: dict[str, Any], setting: str) -> None:
     """Put one `a.b=c` into the tree. A key that holds text takes it as it is written, SQL with its quotes; others YAML.
 
-    An empty value is null; in `select.rules` and `score` it takes the name away.
+    An empty value is null; in `select.rules` and `columns` it takes the name away.
     """
     path, equals, text = setting.partition("=")
     names, shown = path.strip().split("."), printable(setting, 200)
     if not equals or not all(names):
         raise UserError(f"--set {shown}: expected KEY.KEY=VALUE, for example --set images.size=256")
+    if names[0] == "score":
+        raise UserError(f"--set {shown}: `score` is called `columns` now: --set columns{setting.strip()[5:]}")
     for name in names[:-1]:
         if tree.get(name) is None:
             tree[name] = {}
@@ -260,6 +266,8 @@ def _lay_over(tree: dict[str, Any], setting: str) -> None:
             raise UserError(f"--set {shown}: {printable(name, 200)} is a value, not a group of keys")
     holds_text, may_go = _text_at(names)
     plain = holds_text and text.strip() not in ("", "~", "null")
+    if names[0] == "columns" and text.strip().startswith("{"):  # {use: ANNOTATOR, ...}
+        plain = False
     value = text.strip() if plain else _yaml(text, f"--set {shown}: the value is not valid YAML")
     if value is None and may_go:
         tree.pop(names[-1], None)
@@ -282,6 +290,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     origin = typing.get_origin(kind)
     if dataclasses.is_dataclass(kind):
         return _build_part(kind, value, where)
+    if kind == Spec:
+        return _build_spec(value, where)
     if origin in (typing.Union, types.UnionType):
         choices = typing.get_args(kind)
         if value is None and type(None) in choices:
@@ -303,6 +313,28 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     return _scalar(kind, value, where)
 
 
+def parse_columns(words: Sequence[str]) -> dict[str, Spec]:
+    """NAME=SPEC as entries of `columns`: a name or folder as it is written, {use: ...} as YAML."""
+    tree: dict[str, Any] = {}
+    for word in words:
+        name, equals, spec = word.partition("=")
+        if not equals or "." in name or not spec.strip():
+            raise UserError(f"{printable(word, 200)}: expected NAME=SPEC, for example taste=taste.head")
+        _lay_over(tree, f"columns.{word}")
+    return _build(dict[str, Spec], tree.get("columns"), "columns")
+
+
+def _build_spec(value: Any, where: str) -> Spec:
+    """An entry of `columns`; the annotator looks at its options."""
+    if isinstance(value, str):
+        return _scalar(str, value, where)
+    if isinstance(value, Mapping) and isinstance(value.get("use"), str) and all(isinstance(k, str) for k in value):
+        return dict(value)
+    raise UserError(
+        f"{where}: the name of a head or an annotator, or {{use: ANNOTATOR, ...}}, is expected, not {_shown(value)}"
+    )
+
+
 def _build_part(kind: Any, value: Any, where: str) -> Any:
     value = {} if value is None else value
     if not isinstance(value, Mapping):
@@ -310,6 +342,11 @@ def _build_part(kind: Any, value: Any, where: str) -> Any:
     hints = typing.get_type_hints(kind)
     names = [f.name for f in dataclasses.fields(kind)]
     for key in value:
+        if key == "score" and kind is Recipe:
+            raise UserError(
+                "`score` is called `columns` now, and may name any annotator. Write in its place:\n"
+                + yaml.dump({"columns": value[key]}, Dumper=_Dumper, sort_keys=False, allow_unicode=True).rstrip()
+            )
         if key not in names:
             full = printable(f"{where}.{key}" if where else key, 200)
             raise UserError(f"unknown key {full}{_nearest(str(key), names)}. Known here: {', '.join(names)}")

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from aesthetic.space import probe_files
-from curate.annotators.embed import EmbedConfig
+from curate.encoders.embed import EmbedConfig
 from curate.fetch.config import FetchConfig
 from curate.images.process import ImagesConfig
 from curate.layout import Data

@@ -378,7 +378,7 @@ def _check_names(data: Data) -> None:
     # a score that is called like a column of the list
     for shard in (0, 1):
         keys = pq.read_table(data.table(shard)).column("key")
-        path = data.root / "scored" / "aesthetic" / f"{shard:05d}.parquet"
+        path = data.root / "annotated" / "aesthetic" / f"{shard:05d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"key": keys, "aesthetic": pa.array([0.5] * len(keys), pa.float32())}), path)
         commit(data.root, path.with_suffix(".json"), config="c", inputs={}, outputs=[path], facts={})

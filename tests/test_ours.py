@@ -60,7 +60,7 @@ def checkout(root: Path) -> None:
 
 def lookalike(root: Path) -> None:
     write(root, "recipe.yaml", "plan/notes.txt", "plan/00000.parquet", "fetched/00000.tar", "shards/mine/00000.tar")
-    write(root, "embedded/space.json", "scored/a/00000.json", "selected/s.json", "logs/train.log", "start/notes.txt")
+    write(root, "embedded/space.json", "annotated/a/00000.json", "selected/s.json", "logs/train.log", "start/notes.txt")
     write(root, ".something.tmp", ".x.4194305-0123abcd.tmp", ".spill-4194305-0123abcd/x", ".probe", ".nonce")
     write(root, "unet/mine", "checkpoints/.x.4194305-0123abcd.tmp", "unjoined.csv", "report.json", "model_index.json")
 
@@ -249,11 +249,17 @@ def test_the_list_is_read_anew_and_what_others_put_into_the_folder_stays(tmp_pat
     made = [
         *(data.tar(0), data.table(0), data.fetched_record(0), data.starts(0), data.image_vectors(0)),
         *(data.text_vectors(0), data.metadata(0), data.embedded_record(0), data.space, data.space_record),
-        *(data.scores("s", 0), data.scores_record("s", 0), data.root / "plan" / "list-00000-x.csv"),
+        *(data.annotations("s", 0), data.annotations_record("s", 0), data.root / "plan" / "list-00000-x.csv"),
     ]
     write(data.root, *(str(p.relative_to(data.root)) for p in made))
-    foreign = ["plan/notes.txt", "fetched/notes.txt", "fetched/mine.tar", "embedded/img_emb/mine.npy", "scored/s/n.txt"]
-    foreign += ["embedded/notes/00000.json", "scored/notes.txt"]
+    foreign = [
+        "plan/notes.txt",
+        "fetched/notes.txt",
+        "fetched/mine.tar",
+        "embedded/img_emb/mine.npy",
+        "annotated/s/n.txt",
+    ]
+    foreign += ["embedded/notes/00000.json", "annotated/notes.txt"]
     write(data.root, *foreign)
     curate.restart(data, recipe, "source", ())
     assert sorted(name for name, (kind, _) in tree(data.root).items() if kind == "file") == sorted(foreign)

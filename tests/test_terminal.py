@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from aesthetic.errors import UserError
-from curate.annotators.embed import EndsItsProcess
+from curate.annotators.stage import EndsItsProcess
 from pipelines.cli import main
 from pipelines.faults import check_limits, find_home, told
 from pipelines.runtime.channel import log_to_file

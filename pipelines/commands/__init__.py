@@ -11,9 +11,9 @@ from typing import Any
 COMMANDS = {
     "curate": "turn a list of image URLs (or a folder of images or shards) into curated shards",
     "fetch": "only download and resize",
-    "embed": "embed and score what is fetched",
+    "embed": "embed and annotate what is fetched",
     "retry": "fetch again what failed for transient reasons, and only that",
-    "score": "apply a head to the vectors that are there",
+    "annotate": "compute columns: of heads, detectors, prompts, tables; what is there stays",
     "select": "apply rules to the ledger: a verdict per row, no image opened",
     "pack": "copy the chosen images into even, shuffled shards",
     "status": "say where a run stands",

@@ -1,4 +1,4 @@
-"""`tastemaker embed`: vectors and scores of what is fetched, then the selection and its shards."""
+"""`tastemaker embed`: vectors and columns of what is fetched, then the selection and its shards."""
 
 from __future__ import annotations
 

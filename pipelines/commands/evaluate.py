@@ -103,7 +103,7 @@ def run(options: EvaluateOptions) -> Result:
     prompts = _prompts(options)
     model = _Model.of(options.model)
     heads = _heads(options)
-    from curate.encoders.base import check_available
+    from curate.encoders.registry import check_available
 
     check_available(options.encoder)
     from train.generate.sampler import (
@@ -192,7 +192,7 @@ class _Model:
 def _heads(options: EvaluateOptions) -> list[Head]:
     """Those that were asked for, else those that come with tastemaker and read this encoder's vectors."""
     from aesthetic.catalog import SHIPPED, list_heads, load_head
-    from curate.encoders.base import canonical_name
+    from curate.encoders.registry import canonical_name
 
     encoder = canonical_name(options.encoder)
     if options.heads is None:
@@ -212,7 +212,7 @@ def _asked(
     options: EvaluateOptions, model: _Model, samples: MapDataset, prompts: list[str] | None, heads: Sequence[Head]
 ) -> dict[str, Any]:
     """What must be the same for the figures to be the same, but for versions and machine."""
-    from curate.encoders.base import canonical_name
+    from curate.encoders.registry import canonical_name
 
     manifest = samples.folder / "manifest.json"
     return {
@@ -299,7 +299,7 @@ class _Evaluation:
         return facts
 
     def _facts(self, asked: dict[str, Any], figures: dict[str, Any], seconds: int) -> dict[str, Any]:
-        from train.generate.sampler import versions
+        from train.devices import versions
 
         return {
             "asked": asked,
@@ -359,14 +359,15 @@ class _Evaluation:
     def _load_eyes(self) -> None:
         """Encoders and the detector; refuses heads of another space."""
         from aesthetic.space import require_same
-        from curate.annotators.nsfw import load_detector
-        from curate.encoders.base import load_encoder
+        from curate.annotators.registry import load_annotator
         from curate.encoders.bundled import BundledEncoder
+        from curate.encoders.registry import load_encoder
         from train.devices import default_device
+        from train.generate.sampler import DETECTOR
 
         self.device = default_device()
         self.encoder: Encoder = load_encoder(self.options.encoder)
-        self.detector = load_detector("open-nsfw")
+        self.detector = load_annotator(DETECTOR)
         space = self.encoder.space() if self.heads else None
         for head in self.heads:
             assert space is not None
@@ -717,12 +718,10 @@ class _Evaluation:
         sheet(self.out / "nearest.png", f"{Path(self.options.model).name}: the nearest training pictures", rows)
 
     def _unsafe(self, pictures: Sequence[npt.NDArray[np.uint8]]) -> list[bool]:
-        import numpy as np
-
+        from curate.annotators.base import scores_of
         from train.generate.sampler import UNSAFE
 
-        scores = self.detector.score_prepared(np.stack([self.detector.preprocess(p) for p in pictures]))
-        return [bool(score >= UNSAFE) for score in scores]
+        return [bool(score >= UNSAFE) for score in scores_of(self.detector, pictures)]
 
 
 def _growth(count: Callable[[int], None]) -> Callable[[int, int], None]:

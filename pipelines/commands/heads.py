@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,7 +59,7 @@ def run(options: HeadsOptions) -> Result:
 def _list(options: HeadsOptions) -> Result:
     from aesthetic.catalog import list_heads, load_head, published_heads
     from aesthetic.heads import HeadError
-    from curate.annotators.nsfw import DETECTORS
+    from curate.annotators.registry import describe_annotator, known_annotators
 
     known: dict[str, dict[str, Any]] = {}
     for name in list_heads():
@@ -68,7 +67,6 @@ def _list(options: HeadsOptions) -> Result:
             known[name] = _facts(load_head(name))
         except HeadError as e:  # one that is damaged hides no other
             known[name] = {"name": name, "error": str(e)}
-    known |= {n: {"name": n, "task": "detector", "scale": s, "reads": "pixels"} for n, s in DETECTORS.items()}
     width = max(map(len, known)) + 2
     print(f"{'HEAD':{width}}{'SCORES':12}{'SCALE':12}{'READS VECTORS OF':37}HOW GOOD")
     for name, facts in known.items():
@@ -82,30 +80,36 @@ def _list(options: HeadsOptions) -> Result:
     absent = [p.name for p in published_heads() if p.name not in known]
     if absent:
         print(f"published, not here: {', '.join(absent)} (`tastemaker heads import NAME` fetches one)")
-    return Result(facts={"heads": list(known.values()), "published": absent}, next="tastemaker heads show HEAD")
+    annotators = [describe_annotator(name) for name in known_annotators()]
+    print(f"\n{'ANNOTATOR':{width}}{'READS':12}{'OPTIONS':37}")
+    for facts in annotators:
+        line = f"{facts['name']:{width}}{facts['reads']:12}{', '.join(facts['options']):37}{facts['about'][0]}"
+        print(line.rstrip())
+    found = {"heads": list(known.values()), "annotators": annotators, "published": absent}
+    return Result(facts=found, next="tastemaker heads show HEAD")
 
 
 def _show(options: HeadsOptions) -> Result:
     from aesthetic.catalog import find_head, load_head
     from aesthetic.model_card import describe
-    from curate.annotators.nsfw import DETECTORS, Detector
+    from curate.annotators.registry import describe_annotator, known_annotators
 
     name = str(options.head)
-    if name in DETECTORS:
-        low, high = DETECTORS[name]
-        facts = {"name": name, "task": "detector", "scale": (low, high), "reads": "pixels"}
-        about = inspect.getdoc(next(d for d in Detector.__subclasses__() if d.name == name))
-        print(f"{name}, a detector: it reads pixels, and its scores are {low:g} to {high:g}\n{about}\n")
-        return Result(facts=facts, next=f"tastemaker embed DATA --set score.{name.replace('-', '_')}={name}")
+    if name in known_annotators():
+        facts = describe_annotator(name)
+        wanted = "".join(f", {option}: ..." for option in facts["options"])
+        spec = f"'{column_for(name)}={{use: {name}{wanted}}}'" if wanted else f"{column_for(name)}={name}"
+        print(f"{name}, an annotator: it reads {facts['reads']}\n" + "\n".join(facts["about"]) + "\n")
+        return Result(facts=facts, next=f"tastemaker annotate DATA {spec}")
     head, folder = load_head(name), find_head(name)
     print(describe(head) + "\n")
-    following = f"tastemaker score DATA --head {column_for(head.name)}={name}"
+    following = f"tastemaker annotate DATA {column_for(head.name)}={name}"
     return Result(facts={**_facts(head), "card": head.card}, paths={"head": folder}, next=following)
 
 
 def _import(options: HeadsOptions) -> Result:
     from aesthetic.imports import fetch_head, import_head
-    from curate.encoders.base import canonical_name, check_named
+    from curate.encoders.registry import canonical_name, check_named
 
     file = str(options.head)
     if not Path(file).exists():
@@ -128,7 +132,7 @@ def _import(options: HeadsOptions) -> Result:
 
 def _prompt(options: HeadsOptions) -> Result:
     from aesthetic.prompts import prompt_head
-    from curate.encoders.base import check_available, load_encoder
+    from curate.encoders.registry import check_available, load_encoder
 
     name = str(options.head)
     if not (options.encoder and options.wanted and options.against):
@@ -162,9 +166,9 @@ _ACTIONS: dict[str, tuple[Callable[[HeadsOptions], Result], tuple[str, ...]]] = 
 def _require_free(name: str, out: str | None) -> None:
     """UserError where a head that goes by its name would never be found: one that is built in goes before it."""
     from aesthetic.catalog import SHIPPED
-    from curate.annotators.nsfw import DETECTORS
+    from curate.annotators.registry import known_annotators
 
-    if out is None and (name in DETECTORS or (SHIPPED / name / "head.json").exists()):
+    if out is None and (name in known_annotators() or (SHIPPED / name / "head.json").exists()):
         raise UserError(f"{name} is the name of one that is built in: choose another, or a folder with --out")
 
 
@@ -177,7 +181,7 @@ def _save(options: HeadsOptions, head: Head) -> Result:
     check_replaces(folder, head)
     save_head(head, folder)
     print(describe(head) + "\n")
-    following = f"tastemaker score DATA --head {column_for(head.name)}={folder if options.out else head.name}"
+    following = f"tastemaker annotate DATA {column_for(head.name)}={folder if options.out else head.name}"
     return Result(facts=_facts(head), paths={"head": folder}, next=following)
 
 

@@ -32,6 +32,7 @@ class CurateJob:
     recipe: Recipe
     fetch: bool = True
     embed: bool = True
+    vectors: bool = True  # with false, embedding makes no vectors: columns alone
     retry: bool = False
 
 
@@ -194,7 +195,13 @@ class EmbedActor:
         self._meter = Meter(self._progress.add.remote)
         with report_errors(self._progress):
             self._worker = EmbedWorker(
-                job.data, job.recipe.embed, job.recipe.score, job.recipe.hashes()[1], self._meter, threads
+                job.data,
+                job.recipe.embed,
+                job.recipe.columns,
+                job.recipe.hashes()[1],
+                self._meter,
+                threads,
+                vectors=job.vectors,
             )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
