@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from aesthetic.chunks import Map
     from aesthetic.ratings import Kind, Ratings
-    from aesthetic.reports import Fit
+    from aesthetic.reports import FitResult
 
 WANTED, AGAINST = "a beautiful photograph", "an ugly photograph"
 """The prompts of the zero-shot baseline for ratings of beauty (after CLIP-IQA, Wang, Chan and Loy 2023)."""
@@ -309,7 +309,7 @@ def _fitted(
     facts: pd.DataFrame,
     pool: Pool,
     say: Say,
-) -> Fit:
+) -> FitResult:
     from aesthetic.classify import PREVALENCE, fit_classifier
     from aesthetic.compare import fit_comparisons
     from aesthetic.examples import Examples
@@ -320,7 +320,7 @@ def _fitted(
     common: dict[str, Any] = {
         "name": request.out.stem,
         "card": {"ratings": {"rows": len(ratings.table), "joined": int(joined.sum()), "files": files}},
-        "tell": say,
+        "log": say,
     }
     if request.task:
         common["task"] = request.task
@@ -438,7 +438,7 @@ def _map(address: str | None) -> Map:
 def _pictures(
     request: FitOptions,
     ratings: Ratings,
-    fitted: Fit,
+    fitted: FitResult,
     pool: Pool,
     wanted: np.ndarray,
     rows: dict[str, np.ndarray],
@@ -493,7 +493,7 @@ def _pictures(
 
 
 def _suggest(
-    request: FitOptions, fitted: Fit, pool: Pool, others: np.ndarray, vectors: np.ndarray, say: Say
+    request: FitOptions, fitted: FitResult, pool: Pool, others: np.ndarray, vectors: np.ndarray, say: Say
 ) -> dict[str, Path]:
     """Those of the `others`, the images not rated, that would teach the head most: a csv to fill in, and a sheet."""
     import pandas as pd
@@ -525,7 +525,7 @@ def _suggest(
     return {"rate next": request.out / "suggest.csv", "look at them": request.out / "suggest.png"}
 
 
-def _unsafe(request: FitOptions, fitted: Fit) -> bool:
+def _unsafe(request: FitOptions, fitted: FitResult) -> bool:
     """Whether the images may be unsafe to look at: what they are rated or labelled for says so."""
     return bool(_UNSAFE.search(f"{fitted.head.task} {request.positive or ''}"))
 
@@ -547,7 +547,7 @@ def _interval(estimate: dict[str, Any], digits: int = 2) -> str:
     )
 
 
-def _text(request: FitOptions, ratings: Ratings, fitted: Fit, joined: np.ndarray) -> str:
+def _text(request: FitOptions, ratings: Ratings, fitted: FitResult, joined: np.ndarray) -> str:
     """Five lines or more: what was used, and what not; how good; against what; worth how many raters; a verdict."""
     from aesthetic.fit import to_halve
 
