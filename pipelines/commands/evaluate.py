@@ -299,7 +299,7 @@ class _Evaluation:
         return facts
 
     def _facts(self, asked: dict[str, Any], figures: dict[str, Any], seconds: int) -> dict[str, Any]:
-        from train.generate.sampler import versions
+        from train.devices import versions
 
         return {
             "asked": asked,
