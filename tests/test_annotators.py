@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -33,7 +35,6 @@ from tests.conftest import ROOT
 from tests.real_data import BUNDLED, embed_all
 
 OUTSIDE = '''
-import numpy as np
 import pyarrow as pa
 
 from curate.annotators.base import Annotator, AnnotatorOptions, ColumnSpec
@@ -66,35 +67,22 @@ class Brightness(Annotator):
             "spread": pa.array([spread if mean < 128 else None for mean, spread in batch.inputs], pa.float32()),
             "word": pa.array(["dark" if mean < 128 else "bright" for mean in means]),
         }
+'''
 
-
-class Words(Annotator):
-    """How many words a caption has."""
-
-    name = "words"
-    reads = "captions"
-
-    def __init__(self, options):
-        super().__init__(options)
-        self.columns = {"count": ColumnSpec(meaning="words of the caption", type=pa.int32(), unit="words")}
-
-    def annotate(self, batch):
-        assert batch.rows.column_names == ["key", "caption"]
-        captions = batch.rows["caption"].to_pylist()
-        return {"count": pa.array([None if c is None else len(c.split()) for c in captions], pa.int32())}
-
-
+WRONG = """
 class Wrong(Words):
     name = "wrong"
 
+    def __init__(self, options):
+        super().__init__(options)
+        self.columns = {"count": ColumnSpec(meaning="nothing")}
+
     def annotate(self, batch):
         return {"count": pa.array([float("nan")] * len(batch.rows))}
+"""
 
-
-Wrong.__init__ = lambda self, options: (
-    Annotator.__init__(self, options), setattr(self, "columns", {"count": ColumnSpec(meaning="nothing")})
-)[0]
-'''
+WORDS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(), re.S)
+"""The annotator that the documentation shows."""
 
 
 @pytest.fixture
@@ -103,7 +91,7 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     site = tmp_path / "site"
     about = site / "brightness-1.0.dist-info"
     about.mkdir(parents=True)
-    (site / "brightness.py").write_text(OUTSIDE)
+    (site / "brightness.py").write_text("\n\n".join([*WORDS, OUTSIDE, WRONG]))
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: brightness\nVersion: 1.0\n")
     names = {"brightness": "Brightness", "words": "Words", "wrong": "Wrong", "gone": "Gone"}
     lines = [f"{name} = brightness:{kind}" for name, kind in names.items()]
@@ -215,7 +203,7 @@ def test_a_table_of_others_is_columns(real_data: Data, tmp_path: Path) -> None:
         assert found["n"][row] == i and found["theirs_n"][row] == i and found["theirs_caption2"][row] == f"text {i}"
         score = found["theirs_their_score"][row]
         assert score == i or (i == 19 and np.isnan(score))
-    assert all(np.isnan(found["n"][by_key[key]]) for key in keys[20:])
+    assert all(pd.isna(found["n"][by_key[key]]) for key in keys[20:])
     assert [found["v"][found["url"].index(url)] for url in urls[3:9]] == [0, 1, 2, 3, 4, 5]
     first = data.annotations("n", 0).read_bytes()
     pq.write_table(theirs.slice(0, 5), tmp_path / "theirs.parquet")  # another file: other columns
@@ -241,7 +229,7 @@ def test_prompts_are_a_column_in_the_space_of_the_data(real_data: Data, tmp_path
         ({"use": "brighness"}, "columns.x: there is no annotator brighness; did you mean brightness?"),
         ({"use": "brightness", "higest": 3}, "columns.x: brightness has no option higest; did you mean highest?"),
         ({"use": "brightness", "highest": "much"}, "columns.x: highest: Input should be a valid number"),
-        ({"use": "words", "a": 3}, "words has no option a; it has none"),
+        ({"use": "words", "a": 3}, "words has no option a; it has most"),
         ({"use": "table"}, r"columns.x: table needs file: \{use: table, file: \.\.\.\}"),
         ({"use": "table", "file": "nothing.parquet"}, "columns.x: .*nothing.parquet"),
         ({"use": "zero-shot", "wanted": [], "against": ["b"]}, "wanted: Tuple should have at least 1 item"),
