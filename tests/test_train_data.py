@@ -98,8 +98,8 @@ def test_tars_and_images_are_read_alike(pictures: Path, tmp_path: Path) -> None:
     assert isinstance(tars, Tars) and isinstance(images, Images) and len(tars) == len(images) == 50
     for one, other in zip(tars, images, strict=True):
         assert one.image == other.image and one.caption == other.caption and one.caption
-        assert (one.extension, other.extension) == ("png", "png")
     assert tars[49].key == "000000049" and images[49].key == "049.png"
+    assert tars.path(49) == "000000049.png" and images.path(49) == "049.png"
 
 
 def test_the_kind_of_a_folder_is_told(root: Path, pictures: Path) -> None:
