@@ -159,7 +159,7 @@ def test_one_from_another_package_is_used_in_a_recipe_and_its_columns_select(
     facts = recorded_columns(tables(data.root))
     assert facts["light_mean"]["unit"] == "levels" and facts["light_mean"]["annotator"] == "brightness"
     assert facts["light_word"]["type"] == "string" and not facts["light_mean"]["unsafe"]
-    assert recorded_scales(data.root) == {"light_mean": (0, 255)}
+    assert recorded_scales(data.root) == {"light_mean": (0, 255), "length": (0, 1000)}
     rules = {"read": "light_mean is not null", "dark": "light_word = 'dark' and light_mean < 128", "long": "length > 1"}
     select(data.root, SelectConfig(name="dark", rules=rules), recorded_scales(data.root))
     counted = load_selection(data.root, "dark")
