@@ -207,7 +207,7 @@ def test_bad_input_is_named_and_nothing_is_written(
         assert sorted(tmp_path.iterdir()) == before or ("--ray-address" in words and not dry)
 
 
-@pytest.mark.parametrize("command", ["status", "verify", "select", "pack", "score", "embed", "retry", "query"])
+@pytest.mark.parametrize("command", ["status", "verify", "select", "pack", "annotate", "embed", "retry", "query"])
 def test_a_folder_that_is_no_data_folder(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, str(tmp_path), *(["select 1"] if command == "query" else [])]) == 2
     assert f"{tmp_path} is not a data folder" in capsys.readouterr().err
