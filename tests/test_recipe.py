@@ -14,7 +14,7 @@ import yaml
 from aesthetic.errors import UserError
 from curate.annotators.registry import make_annotators
 from curate.layout import Data
-from pipelines.commands import curate
+from pipelines.checks import check_selection
 from pipelines.recipe import (
     DEFAULT,
     LARGEST,
@@ -26,6 +26,7 @@ from pipelines.recipe import (
     to_dict,
     to_yaml,
 )
+from pipelines.stored_recipe import recipe_of, store_recipe, stored_recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,7 +43,7 @@ def test_a_shipped_recipe_is_whole(name: str, tmp_path: Path) -> None:
     assert recipe.select.name == name
     assert re.match(r"# [^\n]{30,115}\.\n", recipe_text(name))  # what `tastemaker recipe` says about it
     columns = make_annotators(recipe.columns, recipe.embed.encoder)
-    curate.check_selection(Data(tmp_path), recipe, pa.schema([]), columns)
+    check_selection(Data(tmp_path), recipe, pa.schema([]), columns)
     assert parse_recipe(to_yaml(recipe)) == recipe
 
 
@@ -66,6 +67,11 @@ def test_a_shipped_recipe_is_whole(name: str, tmp_path: Path) -> None:
         ("fetch: {max_bytes: 32mb}", "fetch.max_bytes: a whole number or a size such as 32MB is expected"),
         ("fetch: {max_bytes: 0.5B}", "fetch.max_bytes: a whole number or a size such as 32MB is expected"),
         ("fetch: {allow: [10.0.0.0]}", "fetch.allow"),
+        ("images: {sise: 3, size: big}", "unknown key images.sise (did you mean size?)"),
+        ("fetch: {respect: [a, [b]]}", "fetch.respect: text is expected, not ['b']"),
+        ("select: {rules: {5: [a]}}", "select.rules.5: text is expected, not ['a']"),
+        ("source: {url: !!binary aGk=}", "source.url: a plain value is expected, not b'hi'"),
+        ("columns: {taste: {use: x, at: 1e300}}", "columns.taste.at: 1e+300 is too large a number"),
         ("columns: [laion-v2]", "columns: a mapping of names is expected, not ['laion-v2']"),
         ("columns: {../../x: laion-v2}", "columns.../../x: a column's name is letters, digits and _"),
         ("columns: {Width: laion-v2}", "columns.Width: there is a column width (SQL ignores case)"),
@@ -189,6 +195,7 @@ def at(recipe: Recipe, path: str) -> Any:
         ("select.rules.off=true", "select.rules.off", "true"),
         ("columns.taste=heads/taste.head", "columns.taste", "heads/taste.head"),
         ("select.rules={}", "select.rules", {}),
+        ("select.rules=[]", "select.rules", {}),
         ("ray.embed_gpus=0.5", "ray.embed_gpus", 0.5),
     ],
 )
@@ -248,6 +255,23 @@ def test_text_that_looks_like_something_else_comes_back_as_text() -> None:
     assert parse_recipe(to_yaml(recipe)) == recipe
 
 
+def test_hashes_are_those_of_before() -> None:
+    """Of stages as they were when data folders were first made: what those hold is still theirs."""
+    source, fetch, images, clip = "a5cc99d0fc1b11df", "2713e9bff3719f2e", "39dd65e91164e98d", "51001d2626005912"
+    expected = {
+        "laion-aesthetics-5": (source, fetch, images, clip),
+        "sd2-base": (source, fetch, images, clip),
+        "datacomp-basic": (source, fetch, "2572fd20aacf53fa", clip),
+        "bundled": (source, fetch, images, "88e8a454209e60b2"),
+        "everything": (source, fetch, images, "88e8a454209e60b2"),
+    }
+    assert {name: tuple(load_recipe(name).stage_hashes().values()) for name in shipped()} == expected
+    settings = ["source.columns=[a]", "source.where=x > 1", "fetch.max_bytes=1.5kB", "fetch.allow=10.0.0.0/8:80"]
+    mine = load_recipe("bundled", [*settings, "fetch.verify=md5", "images.quality=7", "images.exif=true"])
+    hashes = ["e701794aa4bf41d9", "674f8a25e4366676", "7d674ca85b57eda0", "88e8a454209e60b2"]
+    assert list(mine.stage_hashes().values()) == hashes
+
+
 def test_hashes_change_only_for_keys_that_change_files() -> None:
     base = load_recipe(DEFAULT)
     hashes = base.stage_hashes()
@@ -296,10 +320,10 @@ def test_hashes_change_only_for_keys_that_change_files() -> None:
 def test_a_recipe_in_data_loads_again(tmp_path: Path) -> None:
     data = Data(tmp_path)
     recipe = load_recipe("bundled", ["fetch.max_bytes=3MB", "select.rules.x=source.\"q\" <> 'a: #'", "images.mode=no"])
-    curate.store_recipe(data, recipe)
-    assert curate.stored_recipe(data) == recipe
+    store_recipe(data, recipe)
+    assert stored_recipe(data) == recipe
     assert load_recipe(str(data.recipe)) == recipe
-    assert curate.recipe_of(data, None, ["pack.seed=4"]).pack.seed == 4
+    assert recipe_of(data, None, ["pack.seed=4"]).pack.seed == 4
     text = data.recipe.read_text()
     for stage, value in recipe.stage_hashes().items():
         assert f"# {stage}: {value}\n" in text

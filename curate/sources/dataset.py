@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
 
 from aesthetic.errors import UserError
 from aesthetic.untrusted import caption_of, decode_text, open_regular, parse_json, read_bytes
@@ -28,7 +32,6 @@ class Sample:
 
     key: str
     image: bytes
-    extension: str  # as the file is called, in small letters: jpg, png ...; what it holds may differ
     caption: str | None
     facts: dict[str, Any]
 
@@ -55,10 +58,6 @@ class MapDataset(Sequence[Sample]):
         """The bytes of one image. Raises RowError where these can't be had though the rest of the folder can."""
         raise NotImplementedError
 
-    def extension(self, index: int) -> str:
-        """The extension that the image's file is called by."""
-        raise NotImplementedError
-
     def read_facts(self, index: int) -> dict[str, Any]:
         """As `facts`, without the default caption."""
         raise NotImplementedError
@@ -83,7 +82,7 @@ class MapDataset(Sequence[Sample]):
     def sample(self, index: int) -> Sample:
         """One sample, read whole."""
         facts = self.facts(index)
-        return Sample(self.key(index), self.image(index), self.extension(index), facts["caption"], facts)
+        return Sample(self.key(index), self.image(index), facts["caption"], facts)
 
     def has_captions(self) -> bool:
         """Whether any image has a caption; reads until it finds one, and nothing where there can be none."""
@@ -116,6 +115,34 @@ class MapDataset(Sequence[Sample]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         return self.sample(index % len(self))
+
+
+class PartedDataset(MapDataset):
+    """Samples of several files, one after the other; `ends` are how many there are up to the end of each file."""
+
+    parts: list[Path]
+    ends: list[int]
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def files(self) -> list[Path]:
+        return self.parts
+
+    def locate(self, index: int) -> tuple[Path, int]:
+        """(the file of a sample, its index in it)."""
+        part = bisect_right(self.ends, index)
+        return self.parts[part], index - (self.ends[part - 1] if part else 0)
+
+    def maybe_captioned(self) -> Iterator[int]:
+        start = 0
+        for part, end in zip(self.parts, self.ends, strict=True):
+            yield from (start + self.captioned_rows(part)).tolist()
+            start = end
+
+    def captioned_rows(self, part: Path) -> npt.NDArray[np.int64]:
+        """As `maybe_captioned`, of one file."""
+        raise NotImplementedError
 
 
 # ------------------------------------------------------------------------------------------ one image, caption or JSON

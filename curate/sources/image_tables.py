@@ -5,19 +5,20 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from aesthetic.errors import UserError
 from aesthetic.untrusted import caption_of
 from curate.ledger.schema import Reason, RowError, Status
-from curate.sources.dataset import LARGEST_IMAGE, MapDataset, read_image
+from curate.sources.dataset import LARGEST_IMAGE, PartedDataset, read_image
 from curate.sources.images import path_below
 from curate.sources.img2dataset import failed_place
 from curate.sources.inputs import PLACE_COLUMNS, RESULT_COLUMNS, Input, place
@@ -140,12 +141,12 @@ def read_place(path: Path, offset: int, size: int | None) -> bytes:
     return parquet_images(path).read(offset) if size is None else read_image(path, offset, size)
 
 
-class ImageTables(MapDataset):
+class ImageTables(PartedDataset):
     """The rows of parquet files that hold images."""
 
     def __init__(self, folder: str | Path, files: Sequence[Path], listing: Listing) -> None:
-        self.folder, self.problems, self._files, self._listing = Path(folder), Problems(), list(files), listing
-        self._ends = list(accumulate(len(parquet_images(f)) for f in self._files))
+        self.folder, self.problems, self.parts, self._listing = Path(folder), Problems(), list(files), listing
+        self.ends = list(accumulate(len(parquet_images(f)) for f in self.parts))
         self._table = lru_cache(maxsize=None)(self._read_table)
 
     def _read_table(self, file: Path) -> tuple[pa.Table, str | None]:
@@ -155,41 +156,24 @@ class ImageTables(MapDataset):
         schema = pa.schema([source.schema.field(n) for n in names])
         return pa.Table.from_batches(list(parquet_batches(file, names)), schema), source.caption
 
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def _at(self, index: int) -> tuple[Path, int]:
-        part = bisect_right(self._ends, index)
-        return self._files[part], index - (self._ends[part - 1] if part else 0)
-
-    def files(self) -> list[Path]:
-        return self._files
-
     def passed_over(self) -> list[str]:
         return self._listing.notes()
 
     def key(self, index: int) -> str:
-        file, row = self._at(index)
+        file, row = self.locate(index)
         name = file.relative_to(self.folder).as_posix() if file.is_relative_to(self.folder) else file.name
         return f"{name}/{row}"
 
-    def extension(self, index: int) -> str:
-        return ""
-
     def image(self, index: int) -> bytes:
-        file, row = self._at(index)
+        file, row = self.locate(index)
         return parquet_images(file).read(row)
 
-    def maybe_captioned(self) -> Iterable[int]:
-        for part, file in enumerate(self._files):
-            table, caption = self._table(file)
-            if caption:
-                first = self._ends[part - 1] if part else 0
-                filled = table.column(caption).is_valid().to_numpy()
-                yield from (first + np.flatnonzero(filled)).tolist()
+    def captioned_rows(self, part: Path) -> npt.NDArray[np.int64]:
+        table, caption = self._table(part)
+        return np.flatnonzero(table.column(caption).is_valid()) if caption else np.empty(0, np.int64)
 
     def read_facts(self, index: int) -> dict[str, Any]:
-        file, row = self._at(index)
+        file, row = self.locate(index)
         table, caption = self._table(file)
         facts = {n: table.column(n)[row].as_py() for n in table.column_names}
         return {**facts, "key": self.key(index), "caption": caption_of(facts[caption]) if caption else None}

@@ -63,6 +63,45 @@ class Sidecars:
             return None
 
 
+def open_metadata(path: Path, url: str, caption: str | None) -> Input:
+    """A table whose column file_name says which image each row is about. Raises UserError where it has none."""
+    table = open_list(path, url, caption)
+    if "file_name" not in table.schema.names:
+        raise UserError(f"{path}: there is no column 'file_name'. Its columns: {', '.join(table.schema.names)}.")
+    if pa.types.is_nested(kind := table.schema.field("file_name").type):
+        raise UserError(f"{path}: column 'file_name' holds {kind}, not text.")
+    return table
+
+
+def read_metadata(
+    table: Input, columns: Sequence[str], problems: Problems
+) -> Iterator[tuple[pa.RecordBatch, list[str], list[str | None]]]:
+    """The rows of such a table in batches, each with (the path of every row's image below the table's folder, "" where
+    it names none that is there, which is a problem; what is wrong with rows that are broken lines).
+    """
+    line = 0
+    names = [n for n in table.schema.names if n in columns or n == "file_name"]
+    for batch in table.batches(names):
+        broken = batch.column(FAILURES[1][0]).to_pylist() if table.own_columns else [None] * batch.num_rows
+        files = []
+        for name, error in zip(batch.column("file_name").cast(pa.string()).to_pylist(), broken, strict=True):
+            line += 1
+            files.append("")
+            if error:
+                continue
+            where = f"{table.path.name}, row {line}: file_name {name!r}"
+            try:
+                file = path_below(name)
+            except ValueError as e:
+                problems.add_once("metadata", where, f"{where} {e}")
+                continue
+            if (table.path.parent / file).is_file():
+                files[-1] = file
+            else:
+                problems.add_once("absent", where, f"{where} is not there")
+        yield batch.select(names), files, broken
+
+
 class Images(MapDataset):
     """The image files under a folder, and what its metadata (Hugging Face's imagefolder) and files beside them tell."""
 
@@ -73,32 +112,21 @@ class Images(MapDataset):
         self._names, self._rows = self.listing.images, dict[str, dict[str, Any]]()
         for table in self.listing.tables:
             self._read_table(table)
-        if others := self._rows.keys() - set(self._names):
-            named = [n for n in others if (self.folder / n).is_file()]  # called like no image, and named as one
-            for name in sorted(others - set(named)):
-                self.problems.add_once("absent", name)
-            self._names = sorted([*self._names, *named], key=lambda name: name.split("/"))
+        if others := self._rows.keys() - set(self._names):  # called like no image, and named as one
+            self._names = sorted([*self._names, *others], key=lambda name: name.split("/"))
 
     def _read_table(self, table: str) -> None:
         """Take in the rows of a table; what it holds nothing of costs its own row."""
-        folder, rows = PurePosixPath(table).parent, 0
-        source = open_list(self.folder / table, "url", "caption")
-        for batch in source.batches(source.schema.names):
-            for row in batch.to_pylist():
-                rows += 1
-                broken = [row.pop(name, None) for name, _ in FAILURES]
-                if any(broken):
-                    continue  # a broken line: the input has noted it
-                try:
-                    name = path_below(row.get("file_name"))
-                except ValueError as e:
-                    self.problems.add_once("metadata", f"{table} {rows}", f"{table}, row {rows}: file_name {e}")
-                    continue
-                if source.caption:
+        folder = PurePosixPath(table).parent
+        source = open_metadata(self.folder / table, "url", "caption")
+        for batch, files, _ in read_metadata(source, source.schema.names, self.problems):
+            for row, file in zip(batch.to_pylist(), files, strict=True):
+                if file and source.caption:
                     row["caption"] = caption_of(row[source.caption])
-                self._rows[(folder / name).as_posix()] = row
+                if file:
+                    self._rows[(folder / file).as_posix()] = row
         self.problems.general += [f"{table}: {sentence}" for sentence in source.problems.sentences()]
-        self.problems.refuse_many("metadata", rows, str(self.folder / table))
+        self.problems.refuse_many("metadata", source.rows, str(self.folder / table))
 
     def __len__(self) -> int:
         return len(self._names)
@@ -119,9 +147,6 @@ class Images(MapDataset):
 
     def key(self, index: int) -> str:
         return self._names[index]
-
-    def extension(self, index: int) -> str:
-        return PurePosixPath(self._names[index]).suffix[1:].lower()
 
     def image(self, index: int) -> bytes:
         return read_image(self.folder / self._names[index])
@@ -210,10 +235,7 @@ class MetadataInput(Input):
     def __init__(self, path: Path, base: Path, url: str, caption: str | None) -> None:
         super().__init__(path)
         self._base = base
-        self._table = open_list(path, url, caption)
-        names = self._table.schema.names
-        if "file_name" not in names:
-            raise UserError(f"{path}: there is no column 'file_name'. Its columns: {', '.join(names)}.")
+        self._table = open_metadata(path, url, caption)
         listing = list_folder(path.parent)
         self._sidecars = Sidecars(listing, self.problems)
         self._fill_captions = caption is not None
@@ -245,16 +267,22 @@ class MetadataInput(Input):
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         line = 0
         self._filled = []
-        wanted = {*columns, "file_name", *([self._table.caption] if self._table.caption else [])}
-        for batch in self._table.batches([n for n in self._table.schema.names if n in wanted]):
+        wanted = [*columns, *([self._table.caption] if self._table.caption else [])]
+        for batch, files, broken in read_metadata(self._table, wanted, self.problems):
+            self._named.update(files)
             arrays = {n: batch.column(n) for n in batch.schema.names}
-            reasons, errors = (arrays.pop(n, pa.nulls(batch.num_rows)).to_pylist() for n, _ in FAILURES)
             names = arrays.pop("file_name").cast(pa.string()).to_pylist()
-            files, places = [], []
-            for name, reason, error in zip(names, reasons, errors, strict=True):
+            places = []
+            for file, error in zip(files, broken, strict=True):
                 line += 1
-                files.append("" if error else self._find(name, line))
-                places.append(no_place(Reason(reason), error) if error else self._place(files[-1], line))
+                path = self.path.parent / file
+                if file:
+                    places.append(place(path.relative_to(self._base).as_posix(), 0, path.stat().st_size))
+                elif error:
+                    places.append(no_place(Reason.BAD_LINE, error))
+                else:
+                    why = f"row {line} of {self.path.name} names no file that is there"
+                    places.append(no_place(Reason.NOT_AN_IMAGE, why))
             if not self._table.url:
                 urls = [p["@path"] or name for p, name in zip(places, names, strict=True)]
                 arrays["url"] = pa.array(urls, pa.string())
@@ -274,23 +302,3 @@ class MetadataInput(Input):
                 captions[i] = caption = self._sidecars.caption(file) or caption_in(self._sidecars.facts(file))
                 self._filled += [caption] if caption else []
         return pa.array(captions, pa.string())
-
-    def _find(self, name: str | None, line: int) -> str:
-        """The path of a row's image below the table's folder; empty, and a problem, where there is none."""
-        where = f"row {line}: file_name {name!r}"
-        try:
-            file = path_below(name)
-        except ValueError as e:
-            self.problems.add_once("metadata", where, f"{where} {e}")
-            return ""
-        if not (self.path.parent / file).is_file():
-            self.problems.add_once("absent", where, f"{where} is not there")
-            return ""
-        self._named.add(file)
-        return file
-
-    def _place(self, file: str, line: int) -> dict[str, Any]:
-        if not file:
-            return no_place(Reason.NOT_AN_IMAGE, f"row {line} of {self.path.name} names no file that is there")
-        path = self.path.parent / file
-        return place(path.relative_to(self._base).as_posix(), 0, path.stat().st_size)

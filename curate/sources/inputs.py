@@ -91,21 +91,13 @@ class Input:
         return sha256_file(self.path)
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """All rows in order, some at a time, with at least the named columns in `schema`'s types."""
+        """All rows in order, some at a time, with at least those of the named columns that the file has."""
         raise NotImplementedError
 
     def set_constants(self, constants: Mapping[str, str | None]) -> None:
         """Add columns that hold one text in every row, and that the file does not have."""
         self.constants = {n: v for n, v in constants.items() if n not in self.schema.names}
         self.schema = pa.schema([*self.schema, *((n, pa.string()) for n in self.constants)])
-
-    def whole_batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """As `batches`, with the constants."""
-        for batch in self.batches(columns):
-            yield with_constants(batch, self.constants)
-
-    def check_sizes(self, columns: Sequence[str]) -> None:
-        """UserError where reading these columns would take more memory than any list needs."""
 
     def resolve(self, names: Sequence[str], url: str, caption: str | None) -> None:
         """Find the two columns among the names, which must differ from each other.

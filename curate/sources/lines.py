@@ -66,23 +66,6 @@ def read_head(path: Path) -> bytes:
     return head
 
 
-def _pieces(path: Path) -> Iterator[bytes]:
-    """A file's bytes, unpacked, a block at a time. Raises UserError for a file that unpacks without end."""
-    with open_regular(path) as raw:
-        try:
-            packed = raw.read(2) == b"\x1f\x8b"
-            raw.seek(0)
-            unpacked: IO[bytes] = gzip.GzipFile(fileobj=raw) if packed else raw  # type: ignore[assignment]
-            length = 0
-            while piece := unpacked.read(_BLOCK):
-                length += len(piece)
-                if packed and length > _SMALL and length > _BOMB * raw.tell():
-                    raise UserError(f"{path}: unpacks to more than {_BOMB} times its size: no list does")
-                yield piece
-        except (OSError, EOFError, zlib.error) as e:
-            raise unreadable(path, e) from e
-
-
 # what no character stands for becomes three bytes that are no UTF-8, so it is found where all text is checked
 codecs.register_error("curate.no_text", lambda e: ("\udfff", e.end))  # type: ignore[attr-defined]
 
@@ -124,16 +107,31 @@ def blocks(path: Path, encoding: str = "utf-8", start: int = 0) -> Iterator[Bloc
 
 
 def as_utf8(path: Path, encoding: str, start: int) -> Iterator[bytes]:
-    """The bytes of a text list from byte `start` on, as UTF-8, a piece at a time."""
+    """The bytes of a text list from byte `start` on, unpacked, as UTF-8, a piece at a time.
+
+    Raises UserError for a file that unpacks without end.
+    """
     decoder = codecs.getincrementaldecoder(encoding)("curate.no_text") if encoding != "utf-8" else None
     mac: bool | None = None
-    for piece in _pieces(path):
-        skipped, piece, start = piece[:start], piece[start:], max(0, start - len(piece))
-        if decoder is not None:
-            piece = decoder.decode(piece).encode("utf-8", "surrogatepass")
-        if mac is None and piece:
-            mac = b"\r" in piece[:HEAD] and b"\n" not in piece[:HEAD] + skipped and len(piece) > piece.index(b"\r") + 1
-        yield piece.replace(b"\r", b"\n") if mac else piece
+    length = 0
+    with open_regular(path) as raw:
+        try:
+            packed = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            unpacked: IO[bytes] = gzip.GzipFile(fileobj=raw) if packed else raw  # type: ignore[assignment]
+            while piece := unpacked.read(_BLOCK):
+                length += len(piece)
+                if packed and length > _SMALL and length > _BOMB * raw.tell():
+                    raise UserError(f"{path}: unpacks to more than {_BOMB} times its size: no list does")
+                skipped, piece, start = piece[:start], piece[start:], max(0, start - len(piece))
+                if decoder is not None:
+                    piece = decoder.decode(piece).encode("utf-8", "surrogatepass")
+                if mac is None and piece:
+                    head = piece[:HEAD]
+                    mac = b"\r" in head and b"\n" not in head + skipped and len(piece) > piece.index(b"\r") + 1
+                yield piece.replace(b"\r", b"\n") if mac else piece
+        except (OSError, EOFError, zlib.error) as e:
+            raise unreadable(path, e) from e
     if decoder is not None and (rest := decoder.decode(b"", final=True)):
         yield rest.encode("utf-8", "surrogatepass")
 

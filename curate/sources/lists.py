@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from curate.sources.columns import as_text, plain_type, shown
 from curate.sources.inputs import MOST_COLUMNS, Input, RowsInput, failure_columns
 from curate.sources.lines import Broken, CsvReader, as_utf8, enumerate_lines, is_quoted, read_head
 from curate.sources.listing import KNOWN_FORMATS, list_format
-from curate.sources.parquet import BATCH, check_pages, open_parquet, parquet_batches
+from curate.sources.parquet import BATCH, open_parquet, parquet_batches
 from curate.sources.problems import Problems
 
+_SPACE = re.compile(r"\s*")
 _CHUNK = 1 << 20  # characters of a JSON array that are read at a time
 _LONGEST_OBJECT = 64 << 20  # characters; a JSON object that is still open after that many is taken for a broken one
 
@@ -56,9 +58,6 @@ class ParquetInput(Input):
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         yield from parquet_batches(self.path, columns)
-
-    def check_sizes(self, columns: Sequence[str]) -> None:
-        check_pages(self.path, columns)
 
 
 # --------------------------------------------------------------------------------------------------------- csv and tsv
@@ -243,9 +242,9 @@ def _characters(path: Path, encoding: str, start: int) -> Iterator[str]:
 
 
 def _after_space(text: str, at: int) -> int:
-    while text[at : at + 1].isspace():
-        at += 1
-    return at
+    space = _SPACE.match(text, at)
+    assert space is not None
+    return space.end()
 
 
 class TxtInput(RowsInput):

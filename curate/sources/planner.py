@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -245,41 +245,42 @@ def _write_plan(root: Path, facts: dict[str, Any], shards: list[ShardPlan], repl
 
 
 def _require_same(plan: Plan, list_path: str, found: Found | None, config: SourceConfig) -> dict[int, dict[str, Any]]:
-    """The inputs whose content is the same, but not their path or time. UserError where anything else differs."""
+    """The inputs whose content is the same, but not their path or time. UserError where anything else differs.
+
+    Of a remote list, which is not `found` again, the name is compared.
+    """
     old, new = plan.facts["source"], _settings(config, plan.limit)
     differences = [f"{k} was {old.get(k)!r} and is {new[k]!r} now" for k in new if old.get(k) != new[k]]
     moved: dict[int, dict[str, Any]] = {}
-    if found is not None:
-        differences += _compare(plan, found, config, moved)
-    elif list_path != plan.list:
-        differences.append(f"the list was {plan.list} and is {list_path} now")
+    inputs, kind = plan.facts["inputs"], plan.facts["kind"]
+    if found is None:
+        if list_path != plan.list:
+            differences.append(f"the list was {plan.list} and is {list_path} now")
+    elif found.kind != kind or len(found.files) != len(inputs):
+        differences.append(
+            f"the list was {plan.list} ({len(inputs)} inputs of kind {kind}) and is {found.name} now "
+            f"({len(found.files)} of kind {found.kind})"
+        )
+    else:
+        for index, (file, fact) in enumerate(zip(found.files, inputs, strict=True)):
+            now = stat(kind, file)
+            if all(now[k] == fact[k] for k in now):
+                continue
+            same_path = now["path"] == fact["path"]
+            name = str(file) if same_path else f"{file} is not the list that was planned ({fact['path']})"
+            if now["size"] != fact["size"]:
+                differences.append(f"{name}: it had {fact['size']:,} bytes and has {now['size']:,} now")
+            elif _content(found, file, config) != fact["sha256"]:
+                differences.append(f"{name}: the size is the same, the content is not")
+            else:
+                moved[index] = now
     if differences:
         raise UserError(f"{plan.root} was made from something else: {'; '.join(differences)}. {ANEW}")
     return moved
 
 
-def _compare(plan: Plan, found: Found, config: SourceConfig, moved: dict[int, dict[str, Any]]) -> Iterator[str]:
-    """What differs; fills `moved` with the inputs whose content is the same, but not their path or time."""
-    inputs = plan.facts["inputs"]
-    if found.kind != plan.facts["kind"] or len(found.files) != len(inputs):
-        yield (
-            f"the list was {plan.list} ({len(inputs)} inputs of kind {plan.facts['kind']}) and is {found.name} now "
-            f"({len(found.files)} of kind {found.kind})"
-        )
-        return
-    for index, (file, fact) in enumerate(zip(found.files, inputs, strict=True)):
-        now = stat(found.kind, file)
-        if all(now[k] == fact[k] for k in now):
-            continue
-        name = f"{file} is not the list that was planned ({fact['path']})" if now["path"] != fact["path"] else str(file)
-        if now["size"] != fact["size"]:
-            yield f"{name}: it had {fact['size']:,} bytes and has {now['size']:,} now"
-            continue
-        content = sha256_file(file) if found.base is None else found.open(file, config.url, config.caption).digest()
-        if content != fact["sha256"]:
-            yield f"{name}: the size is the same, the content is not"
-        else:
-            moved[index] = now
+def _content(found: Found, file: Path, config: SourceConfig) -> str:
+    return sha256_file(file) if found.base is None else found.open(file, config.url, config.caption).digest()
 
 
 def _with_moved_inputs(plan: Plan, found: Found, moved: Mapping[int, dict[str, Any]]) -> Plan:

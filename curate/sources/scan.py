@@ -13,9 +13,9 @@ from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
 from curate.sources.columns import column_as, common_type, describe, is_texts, listed
 from curate.sources.find import Found
-from curate.sources.inputs import FAILURES, PLACE_COLUMNS, Input
+from curate.sources.inputs import FAILURES, PLACE_COLUMNS, Input, with_constants
 from curate.sources.lists import ParquetInput
-from curate.sources.parquet import parquet_batches
+from curate.sources.parquet import check_pages, parquet_batches
 from curate.sources.plan import SourceConfig
 from curate.sources.predicate import Predicate
 
@@ -52,8 +52,8 @@ class ListScan:
                 yield np.ones(min(1 << 20, source.rows - start), dtype=bool)
         else:
             wanted = set(self.predicate.columns) | {source.url or "url"}  # at least one: a batch needs a length
-            for batch in source.whole_batches(sorted(wanted)):
-                yield self._mask(batch)
+            for batch in source.batches(sorted(wanted)):
+                yield self._mask(with_constants(batch, source.constants))
 
     def _mask(self, batch: pa.RecordBatch) -> np.ndarray:
         """The rows for which `where` is true, and broken lines, which nothing can be said of."""
@@ -73,7 +73,7 @@ class ListScan:
         if self.predicate is not None:
             wanted |= set(self.predicate.columns)
         start = 0
-        for batch in source.whole_batches(sorted(wanted)):
+        for batch in source.batches(sorted(wanted)):
             count = batch.num_rows
             if self.limit_hash is not None or self.planned_hash is not None:
                 hashes = row_hashes(index, start, count)
@@ -81,6 +81,7 @@ class ListScan:
                 if self.planned_hash is not None:
                     within &= hashes > np.uint64(self.planned_hash)
                 batch = batch.filter(pa.array(within))
+            batch = with_constants(batch, source.constants)
             if self.predicate is not None and batch.num_rows:
                 batch = batch.filter(pa.array(self._mask(batch)))
             start += count
@@ -105,7 +106,8 @@ def scan_list(found: Found, config: SourceConfig, limit: int | None) -> ListScan
         scan.predicate = Predicate(config.where, schema, "source.where")
     used = [*scan.extra_columns.names, *(scan.predicate.columns if scan.predicate else ())]
     for source in inputs:
-        source.check_sizes([n for n in (source.url, source.caption, *used) if n])
+        if isinstance(source, ParquetInput):
+            check_pages(source.path, [n for n in (source.url, source.caption, *used) if n])
 
     hashes, owners = np.empty(0, np.uint64), np.empty(0, np.int64)
     scan.kept = [0] * len(inputs)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
@@ -20,7 +19,7 @@ from curate.ledger.schema import Reason, RowError, Status
 from curate.shards.tar import IMAGE_EXTENSIONS, CorruptShard, image_member, key_of, read_range, tar_members
 from curate.sources.dataset import (
     LARGEST_IMAGE,
-    MapDataset,
+    PartedDataset,
     Sample,
     caption_in,
     json_in,
@@ -161,7 +160,7 @@ class _Places:
     spans: npt.NDArray[np.int64]  # (n, 3, 2): offset and size of image, JSON and caption; a size of -1: there is none
 
 
-class Tars(MapDataset):
+class Tars(PartedDataset):
     """The samples of tars, in the order of their names, as webdataset and img2dataset write them.
 
     Raises CorruptShard where one of them is no whole tar.
@@ -170,11 +169,11 @@ class Tars(MapDataset):
     def __init__(self, folder: str | Path, listing: Listing | None = None) -> None:
         self._listing = listing or list_folder(Path(folder))
         self._open(Path(folder), tars_of(self._listing))
-        self._ends = list(accumulate(len(self._places(t).keys) for t in self._tars))
+        self.ends = list(accumulate(len(self._places(t).keys) for t in self.parts))
 
     def _open(self, folder: Path, tars: list[Path], kind: str | None = None) -> None:
         self.folder, self.problems, self._counts = folder, Problems(), TarCounts()
-        self._tars, self._kind = tars, kind
+        self.parts, self._kind = tars, kind
         self._places = lru_cache(maxsize=None)(self._find_places)
 
     def _find_places(self, tar: Path) -> _Places:
@@ -187,20 +186,13 @@ class Tars(MapDataset):
         keys, extensions = [k for k, _, _ in rows], [i[0] for _, i, _ in rows]
         return _Places(np.array(keys, str), np.array(extensions, str), np.array(spans, np.int64).reshape(-1, 3, 2))
 
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def files(self) -> list[Path]:
-        return self._tars
-
     def passed_over(self) -> list[str]:
         return [*tars_passed_over(self._listing), *self._counts.notes()]
 
     def _at(self, index: int) -> tuple[Path, _Places, int]:
         """(tar, its places, row in it)."""
-        shard = bisect_right(self._ends, index)
-        tar = self._tars[shard]
-        places, row = self._places(tar), index - (self._ends[shard - 1] if shard else 0)
+        tar, row = self.locate(index)
+        places = self._places(tar)
         if row >= len(places.keys):
             raise CorruptShard(f"{tar}: a sample lacks its image")
         return tar, places, row
@@ -213,9 +205,6 @@ class Tars(MapDataset):
         _, places, row = self._at(index)
         return f"{places.keys[row]}.{places.extensions[row]}"
 
-    def extension(self, index: int) -> str:
-        return self.path(index).rpartition(".")[2]
-
     def image(self, index: int) -> bytes:
         return self._read(index, facts=False)[0]
 
@@ -225,12 +214,10 @@ class Tars(MapDataset):
     def sample(self, index: int) -> Sample:
         data, facts = self._read(index)  # the tar is opened once
         caption = facts["caption"] or self.default_caption
-        return Sample(self.key(index), data, self.extension(index), caption, {**facts, "caption": caption})
+        return Sample(self.key(index), data, caption, {**facts, "caption": caption})
 
-    def maybe_captioned(self) -> Iterable[int]:
-        for shard, tar in enumerate(self._tars):
-            first = self._ends[shard - 1] if shard else 0
-            yield from (first + np.flatnonzero((self._places(tar).spans[:, 1:, 1] >= 0).any(1))).tolist()
+    def captioned_rows(self, part: Path) -> npt.NDArray[np.int64]:
+        return np.flatnonzero((self._places(part).spans[:, 1:, 1] >= 0).any(1))
 
     def _read(self, index: int, image: bool = True, facts: bool = True) -> tuple[bytes, dict[str, Any]]:
         """(the image's bytes if asked for, facts if asked for)."""
@@ -261,16 +248,16 @@ class PackedShards(Tars):
         if manifest is None:
             raise UserError(f"{folder} holds no packed shards. `tastemaker pack DATA --name NAME` makes them.")
         self._open(self.folder, [self.folder / name for name in sorted(manifest)], kind="")
-        lost = [t.name for t in self._tars if not t.is_file() or t.stat().st_size != manifest[t.name]]
+        lost = [t.name for t in self.parts if not t.is_file() or t.stat().st_size != manifest[t.name]]
         if lost:
             raise UserError(
-                f"{folder}: {len(lost):,} of its {len(self._tars):,} tars missing or cut: {first_three(lost)}. "
+                f"{folder}: {len(lost):,} of its {len(self.parts):,} tars missing or cut: {first_three(lost)}. "
                 f"Copy them again; or, for what is there alone, leave out manifest.json. `tastemaker verify` on the "
                 f"data folder says whether they are whole there"
             )
-        counts: list[Any] = [sizes.get(t.name) if isinstance(sizes, dict) else None for t in self._tars]
+        counts: list[Any] = [sizes.get(t.name) if isinstance(sizes, dict) else None for t in self.parts]
         is_known = all(type(count) is int and count >= 0 for count in counts)
-        self._ends = list(accumulate(counts if is_known else (len(self._places(t).keys) for t in self._tars)))
+        self.ends = list(accumulate(counts if is_known else (len(self._places(t).keys) for t in self.parts)))
 
 
 def packed_tars(folder: Path) -> dict[str, int] | None:

@@ -232,7 +232,7 @@ def _images(options: FitOptions, log: Log) -> ImageVectors:
         def text_encoder() -> Encoder:
             from curate.encoders.registry import load_encoder
             from curate.layout import open_data
-            from pipelines.commands.curate import recipe_of
+            from pipelines.stored_recipe import recipe_of
 
             embed = recipe_of(open_data(data), None, ()).embed
             return load_encoder(embed.encoder, embed.weights)

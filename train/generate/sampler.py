@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import platform
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ from aesthetic.errors import UserError
 from aesthetic.untrusted import first_three
 from curate.store.files import sha256_file
 from train import devices
-from train.devices import out_of_memory
+from train.devices import out_of_memory, versions
 from train.generate.files import pixels_digest
 from train.generate.upscale import Network, by_tiles, cost_of, restore_faces, tile_count
 from train.models.info import ModelInfo, read_model_info
@@ -581,14 +580,3 @@ def request_of(
         return GenerationRequest(**{name: facts[name] for name in plain}, image=image, mask=mask)
     except (KeyError, TypeError) as e:
         raise UserError(f"the picture's facts are incomplete or damaged: {e}") from e
-
-
-def versions() -> dict[str, str]:
-    """Of what a picture's bits depend on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in ("tastemaker", "torch", "diffusers", "transformers", "peft"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
