@@ -67,26 +67,26 @@ class Data:
     def space_record(self) -> Path:
         return self.root / "embedded" / "stats" / "space.json"
 
-    # scored/COLUMN/
+    # annotated/NAME/: the columns of an annotator
 
-    def scores(self, column: str, shard: int) -> Path:
-        return self.root / "scored" / column / f"{shard_name(shard)}.parquet"
+    def annotations(self, name: str, shard: int) -> Path:
+        return self.root / "annotated" / name / f"{shard_name(shard)}.parquet"
 
-    def scores_record(self, column: str, shard: int) -> Path:
-        return self.root / "scored" / column / f"{shard_name(shard)}.json"
+    def annotations_record(self, name: str, shard: int) -> Path:
+        return self.root / "annotated" / name / f"{shard_name(shard)}.json"
 
     def clear_shards(self) -> None:
-        """Remove what the stages from fetch to score wrote; what somebody else has put beside it stays."""
-        embedded, scored = self.root / "embedded", self.root / "scored"
+        """Remove what the stages from fetch to annotate wrote; what somebody else has put beside it stays."""
+        embedded, annotated = self.root / "embedded", self.root / "annotated"
         clear(self.root / "fetched", r"\d{5,}(\.tar|\.parquet|_stats\.json)|\.\d{5,}\.starts")
         clear(embedded / "img_emb", r"img_emb_\d{5,}\.npy")
         clear(embedded / "text_emb", r"text_emb_\d{5,}\.npy")
         clear(embedded / "metadata", r"metadata_\d{5,}\.parquet")
         clear(embedded / "stats", r"\d{5,}\.json|space\.json")
         clear(embedded, r"space\.json")
-        for column in scored.iterdir() if scored.is_dir() else ():
-            clear(column, r"\d{5,}\.(parquet|json)")
-        clear(scored, "")
+        for folder in annotated.iterdir() if annotated.is_dir() else ():
+            clear(folder, r"\d{5,}\.(parquet|json)")
+        clear(annotated, "")
 
     @property
     def recipe(self) -> Path:
@@ -126,7 +126,7 @@ class Data:
         patterns = (
             "fetched/*_stats.json",
             "embedded/stats/*.json",
-            "scored/*/*.json",
+            "annotated/*/*.json",
             "selected/*.json",
             "shards/*/manifest.json",
         )

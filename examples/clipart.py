@@ -45,7 +45,8 @@ from curate.store.files import digest, read_json, write_json
 from demo.pictures import STAMPS, caption_beside, readable, unpacked
 from train.data import ImageDataset, Stream, open_samples, ordered_batches, split
 from train.latents import precompute_latents
-from train.loop import LoopConfig, format_record, held_out, train
+from train.loop import LoopConfig, train
+from train.metrics import format_record
 from train.models.presets import PRESETS
 from train.models.unet import count_parameters, new_model, tokenize
 from train.tasks import Denoise, Reconstruct, Task, fit_scale, generate_images, image_grid, psnr
@@ -178,9 +179,9 @@ class Kept:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def load(self, number: int, dropped: bool = False) -> tuple[str, Tensor, Tensor]:
-        """As Pictures has it; captions, which an autoencoder does not read, are never dropped."""
-        return self._keys[number], self._pixels[number].float().div_(127.5).sub_(1), self._tokens[number]
+    def load(self, index: int, dropped: bool = False) -> tuple[str, Tensor, Tensor]:
+        """As ImageDataset has it; captions, which an autoencoder does not read, are never dropped."""
+        return self._keys[index], self._pixels[index].float().div_(127.5).sub_(1), self._tokens[index]
 
 
 def make(folder: Path, out: Path, preset: str, minutes: float) -> dict[str, Any]:
@@ -213,8 +214,9 @@ def make(folder: Path, out: Path, preset: str, minutes: float) -> dict[str, Any]
         settings = in_time(task, stream, config, lambda: share * (until - time.perf_counter()), home)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        held = held_out(examples, apart)
-        for record in train(task, stream, settings, home, held=held, prompts=PROMPTS, seeds=SEEDS, identity=identity):
+        for record in train(
+            task, stream, settings, home, held_out=apart, prompts=PROMPTS, seeds=SEEDS, identity=identity
+        ):
             print(f"{home.name}  {format_record(record)}", flush=True)
         return summary(home, settings)
 

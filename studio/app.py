@@ -18,7 +18,7 @@ from studio.gate import Gate, error_response
 from studio.queue import QueueFull
 from studio.service import FolderGone, GenerationService
 from studio.wire import ERRORS, JobRequest
-from train.generate.sampler import versions
+from train.devices import versions
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 """Names of this machine to itself: what a server without a token answers to."""

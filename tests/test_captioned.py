@@ -22,8 +22,12 @@ from aesthetic.errors import UserError
 from curate.ledger.schema import RowError
 from curate.ledger.select import SelectConfig, select
 from curate.shards.pack import PackConfig, pack
-from curate.sources.captioned import MapDataset, Samples, Tars, open_folder, parquet_images
-from curate.sources.plan import SourceConfig, inspect, make_plan
+from curate.sources.captioned import open_folder
+from curate.sources.dataset import MapDataset
+from curate.sources.image_tables import parquet_images
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import inspect, make_plan
+from curate.sources.tars import PackedShards, Tars
 from tests.small_data import make_data
 from tests.test_source import picture, write
 from train.data import open_samples, sampling_weights, scan_images, split
@@ -149,7 +153,7 @@ def test_captions_in_other_encodings_are_counted_and_named(tmp_path: Path) -> No
         write(folder / f"{i:02d}.txt", "caf\xe9".encode("cp1252") if i < 4 else "café")
     assert captions(folder) == [None] * 4 + ["café"] + [None] * 5
     assert notes(folder).startswith("4 captions are neither UTF-8 nor marked by a byte order mark, and are taken")
-    assert "00.txt, 01.txt, 02.txt, ... " in notes(folder).replace(", ....", ", ... ") and "iconv" in notes(folder)
+    assert "00.txt; 01.txt; 02.txt and 1 more. " in notes(folder) and "iconv" in notes(folder)
 
 
 def test_formats_that_are_not_read_are_counted_and_their_captions_are_no_lists(tmp_path: Path) -> None:
@@ -344,7 +348,7 @@ def test_a_packed_folder_is_whole_in_itself(tmp_path: Path) -> None:
     there = open_samples(root / "shards" / "all")
     copy = Path(shutil.copytree(there.folder, tmp_path / "renamed"))
     copied = open_samples(copy)
-    assert type(copied) is Samples and copied.fingerprint == there.fingerprint
+    assert type(copied) is PackedShards and copied.fingerprint == there.fingerprint
     assert [s.key for s in copied] == [s.key for s in there]
     for path in copy.glob("*.parquet"):  # which training does not read
         path.unlink()

@@ -27,8 +27,9 @@ from curate.ledger.select import SelectConfig, select
 from curate.ledger.view import open_ledger, query
 from curate.shards.pack import PackConfig, pack
 from curate.sources import lines
-from curate.sources.lists import CAPTION_NAMES, named
-from curate.sources.plan import Plan, SourceConfig, inspect, make_plan
+from curate.sources.columns import CAPTION_NAMES, find_column
+from curate.sources.plan import Plan, SourceConfig
+from curate.sources.planner import inspect, make_plan
 from curate.store.records import commit
 from pipelines.recipe import Recipe, load_recipe
 from tests.small_web import picture
@@ -289,7 +290,7 @@ def test_captions_are_found_under_their_usual_names(tmp_path: Path, name: str) -
     pq.write_table(pa.table({" URL": ["u"], "n": [1], name: ["a fox"]}), path)
     assert rows_of(path) == [("u", "a fox", 1)]
     assert rows_of(write(tmp_path / "l.csv", f"n, Url ,{name}\n1,u,a fox\n")) == [("u", "a fox", 1)]
-    assert named(["title", name.strip(), "alt"], "caption", CAPTION_NAMES) in (name.strip(), "alt")
+    assert find_column(["title", name.strip(), "alt"], "caption", CAPTION_NAMES) in (name.strip(), "alt")
 
 
 def test_a_list_without_captions_says_so(tmp_path: Path) -> None:
@@ -377,7 +378,7 @@ def _check_names(data: Data) -> None:
     # a score that is called like a column of the list
     for shard in (0, 1):
         keys = pq.read_table(data.table(shard)).column("key")
-        path = data.root / "scored" / "aesthetic" / f"{shard:05d}.parquet"
+        path = data.root / "annotated" / "aesthetic" / f"{shard:05d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"key": keys, "aesthetic": pa.array([0.5] * len(keys), pa.float32())}), path)
         commit(data.root, path.with_suffix(".json"), config="c", inputs={}, outputs=[path], facts={})
@@ -499,7 +500,8 @@ def test_values_that_cannot_be_said_are_null(tmp_path: Path) -> None:
 _MEASURED = """
 import re, sys
 from pathlib import Path
-from curate.sources.plan import SourceConfig, make_plan
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import make_plan
 from aesthetic.errors import UserError
 try:
     plan = make_plan(sys.argv[1], Path(sys.argv[2]), SourceConfig())

@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.runtime import progress
-from pipelines.runtime.progress import EARLY, Board, Counts, Meter, ProgressDisplay, format_duration
+from pipelines.runtime.channel import ProgressActor
+from pipelines.runtime.progress import EARLY, Counts, Meter, ProgressDisplay, format_duration
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,13 +36,13 @@ def test_durations_in_words() -> None:
     ]
 
 
-def test_meters_lose_nothing_between_threads_and_board() -> None:
-    board = Board()
+def test_meters_lose_nothing_between_threads_and_progress_actor() -> None:
+    progress_actor = ProgressActor()
     lock = threading.Lock()
 
     def send(counts: Counts, hosts: dict[str, int]) -> None:
         with lock:
-            board.add(counts, hosts)
+            progress_actor.add(counts, hosts)
 
     meters = [Meter(send) for _ in range(2)]
 
@@ -56,7 +57,7 @@ def test_meters_lose_nothing_between_threads_and_board() -> None:
         t.join()
     for m in meters:
         m.flush()
-    counts, hosts = board.read()
+    counts, hosts = progress_actor.counts()
     assert counts == {("fetch", "success"): 8000, ("fetch", "dns"): 4000}
     assert len(hosts) == 3 and all(n == 800 for _, n in hosts)  # only failures count for a host
 
@@ -69,17 +70,17 @@ def test_a_meter_hands_on_each_second_by_itself() -> None:
     assert sent.wait(5)
 
 
-def test_a_board_keeps_the_worst_hosts_and_the_first_error() -> None:
-    board = Board()
+def test_the_actor_keeps_the_worst_hosts_and_the_first_error() -> None:
+    progress_actor = ProgressActor()
     for i in range(30):
-        board.add({}, {f"{i}-{j}": 1 for j in range(100)} | {"worst": 5})
-    assert board.read()[1][0] == ("worst", 150)
-    assert len(board._hosts) <= 2100
-    assert board.failure() is None
+        progress_actor.add({}, {f"{i}-{j}": 1 for j in range(100)} | {"worst": 5})
+    assert progress_actor.counts()[1][0] == ("worst", 150)
+    assert len(progress_actor._hosts) <= 2100
+    assert progress_actor.failure() is None
     first = ValueError("first")
-    board.fail(first)
-    board.fail(ValueError("second"))
-    assert board.failure() is first
+    progress_actor.fail(first)
+    progress_actor.fail(ValueError("second"))
+    assert progress_actor.failure() is first
 
 
 def counts(good: int, bad: int, embedded: int = 0) -> Counts:
@@ -203,9 +204,9 @@ def test_libraries_words_go_to_a_log_and_ours_to_the_terminal(tmp_path: Path) ->
     code = f"""
 import os, subprocess, sys
 from pathlib import Path
-from pipelines.runtime.progress import Terminal
+from pipelines.runtime.progress import redirect_output
 print("before")
-with Terminal(Path({str(tmp_path)!r}) / "logs" / "ray.log") as out:
+with redirect_output(Path({str(tmp_path)!r}) / "logs" / "ray.log") as out:
     print("a library prints")
     print("a library warns", file=sys.stderr)
     os.write(1, b"C writes to 1\\n"), os.write(2, b"C writes to 2\\n")
@@ -213,7 +214,7 @@ with Terminal(Path({str(tmp_path)!r}) / "logs" / "ray.log") as out:
     print("ours", file=out)
 print("after")
 try:
-    with Terminal(Path({str(tmp_path)!r}) / "logs" / "ray.log") as out:
+    with redirect_output(Path({str(tmp_path)!r}) / "logs" / "ray.log") as out:
         raise ValueError
 except ValueError:
     print("after an error", file=sys.stderr)

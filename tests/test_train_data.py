@@ -20,7 +20,8 @@ from aesthetic.errors import UserError
 from curate.ledger.select import SelectConfig, select
 from curate.shards.pack import PackConfig, pack
 from curate.shards.tar import TarWriter
-from curate.sources.captioned import Images, Samples, Tars
+from curate.sources.images import Images
+from curate.sources.tars import PackedShards, Tars
 from tests.small_data import make_data
 from tests.small_train import make_pictures
 from train.data import (
@@ -44,7 +45,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_sample_is_there_once_and_any_can_be_had_by_number(root: Path) -> None:
-    samples = Samples(root / "shards" / "all")
+    samples = PackedShards(root / "shards" / "all")
     keys = [s.key for s in samples]
     assert len(samples) == len(keys) == len(set(keys)) > 20
     assert samples[17].key == keys[17] and samples[-1].key == keys[-1]
@@ -58,13 +59,13 @@ def test_every_sample_is_there_once_and_any_can_be_had_by_number(root: Path) -> 
 
 def test_a_folder_that_is_not_whole_is_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no packed shards"):
-        Samples(tmp_path)
+        PackedShards(tmp_path)
     tar = root / "shards" / "all" / "00001.tar"
     whole = tar.read_bytes()
     tar.write_bytes(whole[:-1024])
     try:
         with pytest.raises(UserError, match="missing or cut"):
-            Samples(root / "shards" / "all")
+            PackedShards(root / "shards" / "all")
     finally:
         tar.write_bytes(whole)
 
@@ -97,12 +98,12 @@ def test_tars_and_images_are_read_alike(pictures: Path, tmp_path: Path) -> None:
     assert isinstance(tars, Tars) and isinstance(images, Images) and len(tars) == len(images) == 50
     for one, other in zip(tars, images, strict=True):
         assert one.image == other.image and one.caption == other.caption and one.caption
-        assert (one.extension, other.extension) == ("png", "png")
     assert tars[49].key == "000000049" and images[49].key == "049.png"
+    assert tars.path(49) == "000000049.png" and images.path(49) == "049.png"
 
 
 def test_the_kind_of_a_folder_is_told(root: Path, pictures: Path) -> None:
-    assert type(open_samples(root / "shards" / "all")) is Samples
+    assert type(open_samples(root / "shards" / "all")) is PackedShards
     assert type(open_samples(root / "fetched")) is Tars
     with pytest.raises(UserError, match=r"Did you mean .*shards/all\?"):
         open_samples(root)
@@ -226,9 +227,9 @@ def test_pictures_of_several_shapes_go_into_buckets(tmp_path: Path) -> None:
     assert sorted(examples.shapes) == [(48, 96), (64, 64), (96, 48)]
     assert examples.shapes[examples.bucket[0]] == (48, 96)  # the longest goes with the nearest that has company
     stream = Stream(examples, np.arange(60), batch=4)
-    for batch in itertools.islice(stream.batches(), len(stream.plan(0))):
+    for batch in itertools.islice(stream.batches(), len(stream.epoch_order(0))):
         assert batch.images.shape[0] == 4  # one shape, or stacking had failed
-    assert {int(n) for n in stream.plan(0).ravel()} == set(range(60))
+    assert {int(n) for n in stream.epoch_order(0).ravel()} == set(range(60))
 
 
 def test_no_near_duplicate_of_what_is_held_out_is_trained_on(tmp_path: Path) -> None:
@@ -300,10 +301,10 @@ def test_pictures_of_a_higher_score_come_more_often(pictures: Path, tmp_path: Pa
     samples = open_samples(write_tars(tmp_path / "tars", pictures, facts))
     weights = sampling_weights(samples, "taste")
     stream = Stream(ImageDataset(samples, letters, 16), np.arange(50), batch=10, weights=weights)
-    counts = np.bincount(np.concatenate([stream.plan(epoch).ravel() for epoch in range(200)]), minlength=50)
+    counts = np.bincount(np.concatenate([stream.epoch_order(epoch).ravel() for epoch in range(200)]), minlength=50)
     expected = weights / weights.sum() * counts.sum()
     assert counts[7] == 0 and np.allclose(counts, expected, rtol=0.2)
-    each = [np.bincount(stream.plan(e).ravel(), minlength=50) - weights / weights.sum() * 50 for e in range(9)]
+    each = [np.bincount(stream.epoch_order(e).ravel(), minlength=50) - weights / weights.sum() * 50 for e in range(9)]
     assert np.abs(each).max() < 1  # as often as its share says, rounded up or down
     with pytest.raises(UserError, match="has a number 'tastes'; there are height, taste, width"):
         sampling_weights(samples, "tastes")

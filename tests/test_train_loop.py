@@ -27,7 +27,8 @@ from tests.small_train import make_pictures, small_run
 from train import checkpoint
 from train.data import ImageDataset, Stream, open_samples, ordered_batches, split
 from train.devices import FreeCores
-from train.loop import Diverged, Ema, LoopConfig, format_record, held_out, learning_rate, train, training_flops
+from train.loop import Diverged, Ema, LoopConfig, learning_rate, train
+from train.metrics import format_record, training_flops
 from train.models.presets import PRESETS
 from train.models.unet import encode_images, load_model, new_model, tokenize
 from train.tasks import Denoise, Reconstruct, fit_scale, generate_images, psnr, slice_batch
@@ -200,7 +201,7 @@ def test_an_autoencoder_learns_to_reproduce_by_the_same_loop(pictures: Path, tmp
     chosen, apart = split(samples, 0.2)
     config = LoopConfig(steps=60, batch=16, lr=3e-3, ema=0.9, log_every=30, warmup=10)
     task = Reconstruct(pipeline)
-    records = list(train(task, Stream(examples, chosen, batch=16), config, tmp_path, held=held_out(examples, apart)))
+    records = list(train(task, Stream(examples, chosen, batch=16), config, tmp_path, held_out=apart))
     assert psnr(records[-1]["held_out"]["ema"]) > 15
     assert records[-1]["loss"] < 0.6 * records[0]["loss"]
     batch = next(ordered_batches(examples, chosen, 32))
@@ -346,9 +347,9 @@ def test_the_learning_rate_is_a_function_of_the_step() -> None:
 
 def test_speed_waiting_and_time_left_are_what_a_clock_beside_the_loop_says(pictures: Path, tmp_path: Path) -> None:
     class SlowDisk(ImageDataset):
-        def load(self, number: int, dropped: bool = False) -> Any:
+        def load(self, index: int, dropped: bool = False) -> Any:
             time.sleep(0.01)
-            return super().load(number, dropped)
+            return super().load(index, dropped)
 
     class Clocked(Stream):
         waited = 0.0
@@ -389,8 +390,8 @@ def test_flops_are_those_of_the_layers_and_a_frozen_autoencoder_counts_once(pict
     examples = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
     batch = next(Stream(examples, np.arange(len(samples)), batch=8).batches())
     latents = replace(batch, images=encode_images(pipeline.vae, batch.images), latent=True)
-    config, task = LoopConfig(steps=1, batch=8), Denoise(pipeline)
-    from_pixels, from_latents = (training_flops(task, b, config) for b in (batch, latents))
+    task = Denoise(pipeline)
+    from_pixels, from_latents = (training_flops(task, b) for b in (batch, latents))
     assert all(p.grad is None for m in task.modules.values() for p in m.parameters())
 
     counted = {"trained": 0, "frozen": 0}
@@ -409,7 +410,7 @@ def test_flops_are_those_of_the_layers_and_a_frozen_autoencoder_counts_once(pict
     assert from_pixels - from_latents == counted["frozen"] > 0
     assert 0.95 < from_latents / (3 * counted["trained"]) < 1.15
     pipeline.unet.enable_gradient_checkpointing()
-    assert training_flops(task, latents, replace(config, checkpointing=True)) == pytest.approx(from_latents, rel=0.1)
+    assert training_flops(task, latents, checkpointing=True) == pytest.approx(from_latents, rel=0.1)
 
 
 def run_in_little_memory(pictures: Path, out: Path, said: Any, megabytes: int, settings: dict[str, Any]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +25,13 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 on CUDA, fp32 elsewhere; weights and their updates are always fp32."""
+    import torch
+
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 class FreeCores:
@@ -53,6 +63,34 @@ def _busy() -> float | None:
         return None
     user, nice, system, _, _, irq, softirq, steal = map(int, fields[:8])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def set_threads(before: int | None, free: FreeCores) -> tuple[int, str]:
+    """Choose how many threads compute on the CPU, by what others leave free; returns the number, and it in words.
+
+    A run that goes on keeps the number that it began with (`before`): it changes the last bits of sums. OMP_NUM_THREADS
+    is obeyed.
+    """
+    import torch
+
+    cores = count = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:
+        count = before or min(cores, free())
+        torch.set_num_threads(count)
+    words = f"{count} thread{'s' * (count > 1)}"
+    if count < cores:
+        reason = "as when it began" if before else "others are busy"
+        words += f" of {cores} ({reason}; OMP_NUM_THREADS sets another number)"
+    return count, words
+
+
+def versions() -> dict[str, str]:
+    """Of what an image's bits depend on."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in ("tastemaker", "torch", "diffusers", "transformers", "peft"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def precision(device: torch.device, about: ModelInfo) -> torch.dtype:

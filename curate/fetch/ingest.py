@@ -27,7 +27,8 @@ import pyarrow.parquet as pq
 from aesthetic.errors import UserError
 from aesthetic.files import as_disk_full, atomic, scratch_path
 from curate.fetch import engine_img2dataset
-from curate.fetch.client import FetchConfig, Fetcher
+from curate.fetch.client import Fetcher
+from curate.fetch.config import FetchConfig
 from curate.fetch.deny import Deny
 from curate.fetch.hashes import verify_hash
 from curate.images.isolated import IsolatedDecoder
@@ -35,7 +36,7 @@ from curate.images.process import ImagesConfig, ProcessedImage, process
 from curate.layout import Data
 from curate.ledger.schema import FETCHED_COLUMNS, Reason, RowError, Status, fetched_schema, make_key, stored_name
 from curate.shards.tar import TarWriter, image_member, index_tar, read_range
-from curate.sources.lists import listed
+from curate.sources.columns import listed
 from curate.sources.plan import Row, SourceShard
 from curate.store.disk import check_space
 from curate.store.files import read_json

@@ -91,6 +91,10 @@ class RowError(Exception):
         return f"{self.reason}: {self.detail}" if self.detail else str(self.reason)
 
 
+class FinalError(RowError):
+    """A row's error that trying again in this run would not change, whatever its reason."""
+
+
 URL_COLUMNS = [("url", pa.string()), ("caption", pa.string())]
 """The list's own two columns, under img2dataset's names; what else it carries follows them."""
 

@@ -1,4 +1,4 @@
-"""The main job: a list -> plan -> fetch, embed and score (Ray) -> select -> pack -> report.
+"""The main job: a list -> plan -> fetch, embed and annotate (Ray) -> select -> pack -> report.
 
 Everything that can be refused is refused before the first URL: the recipe, its rules against the columns that there
 will be, heads and weights, changes that would alter finished shards, the disk.
@@ -11,7 +11,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,21 +20,25 @@ import pyarrow as pa
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
 from aesthetic.untrusted import printable
-from curate.annotators.heads import Column, columns_of
+from curate.annotators.base import Annotator, column_specs
+from curate.annotators.registry import make_annotators
 from curate.fetch import engine_img2dataset
 from curate.fetch.deny import Deny
 from curate.fetch.ingest import check_verify
 from curate.layout import Data
 from curate.ledger.schema import Reason, Status
-from curate.sources.plan import clear_plan, inspect, load_plan, make_plan
+from curate.sources.plan import load_plan
+from curate.sources.planner import clear_plan, inspect, make_plan
 from curate.store.disk import check_space
 from curate.store.files import read_json, sweep
 from curate.store.lock import Lock
 from curate.store.ownership import RECIPE_HEADER, Taken, check_free, taken
 from curate.store.records import invalidate
 from curate.verify import again
+from pipelines.options import Result
 from pipelines.recipe import DEFAULT, Recipe, load_recipe, parse_recipe, read_recipe, to_yaml
-from pipelines.runtime.jobs import CurateJob, RemainingWork, check_reachable, run_job
+from pipelines.runtime.cluster import check_reachable
+from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
 from pipelines.runtime.progress import ProgressDisplay, format_duration
 
 if TYPE_CHECKING:
@@ -45,15 +49,6 @@ Say = Callable[[str], None]
 
 STAGES = ("source", "fetch", "images", "embed")
 """The stages whose files a changed recipe would alter; what comes after them asks nothing."""
-
-
-@dataclass
-class Outcome:
-    """What a run did: for the summary on the terminal and for `--json`."""
-
-    paths: dict[str, str] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    next: str = ""
 
 
 # ---------------------------------------------------------------------------------------------- what is asked of DATA
@@ -119,7 +114,7 @@ def restart(data: Data, recipe: Recipe, stage: str, stages: Sequence[str]) -> No
     if stage in ("source", "fetch", "images"):
         for record in data.root.glob("fetched/*_stats.json"):
             invalidate(record)
-    for pattern in ("embedded/stats/*.json", "scored/*/*.json"):
+    for pattern in ("embedded/stats/*.json", "annotated/*/*.json"):
         for record in data.root.glob(pattern):
             invalidate(record)
     data.space.unlink(missing_ok=True)
@@ -182,13 +177,15 @@ def _in_shards(shards: Sequence[str]) -> str:
     return f"shard{'s' if len(shards) > 1 else ''} {named}"
 
 
-def check_selection(recipe: Recipe, extra_columns: pa.Schema, columns: Mapping[str, Column]) -> None:
-    """UserError where a rule names a column that there will not be, or a threshold outside its head's scale."""
+def check_selection(data: Data, recipe: Recipe, extra_columns: pa.Schema, annotators: Mapping[str, Annotator]) -> None:
+    """UserError where a rule names a column that there will not be, or a threshold outside a column's scale."""
     from curate.ledger.rules import check_rules
-    from curate.ledger.view import ledger_types, source_types
+    from curate.ledger.view import ledger_types, recorded_scales, recorded_types, source_types, sql_types
 
-    types = {**ledger_types(), **dict.fromkeys(columns, "FLOAT")}
-    scales = {name: c.scale for name, c in columns.items()}
+    specs = column_specs(annotators)
+    made = dict(zip(specs, sql_types([c.type for c in specs.values()]), strict=True))
+    types = {**ledger_types(), **recorded_types(data.root), **made}
+    scales = recorded_scales(data.root) | {name: c.scale for name, c in specs.items() if c.scale is not None}
     check_rules(recipe.select.rules, types, source_types(extra_columns), scales)
 
 
@@ -212,7 +209,7 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
     """What would run. Raises what `run` would raise before its first URL; fetches and writes nothing."""
     recipe, data = request.recipe, Data(request.root)
     check_free(data.root, "data")
-    columns = columns_of(recipe.score, recipe.embed.encoder)
+    annotators = make_annotators(recipe.columns, recipe.embed.encoder)
     check_engine(recipe, say)
     refuse_denied(data, recipe, request.restart_from)
     refuse_changes(data, recipe, request.restart_from)
@@ -220,11 +217,11 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
         has_encoder(recipe)  # as in `run`
     anew = request.restart_from == "source"
     found = inspect(request.list, recipe.source, request.limit, None if anew else data.root)
-    check_selection(recipe, found.extra_columns, columns)
+    check_selection(data, recipe, found.extra_columns, annotators)
     check_verify(recipe.fetch, found.extra_columns)
     rows, work = found.total_rows, True
     if load_plan(data.root) is not None and request.restart_from is None:
-        left = left_to_do(data, recipe, columns, request.stages)
+        left = left_to_do(data, recipe, annotators, request.stages)
         rows = left.rows + found.total_rows - data.plan.total_rows
         work = bool(left.shards or rows)
     if work:
@@ -250,14 +247,14 @@ def _there(path: Path) -> Path:
     return path if path.exists() else _there(path.parent)
 
 
-def run(request: Request, say: Say = print) -> Outcome:
+def run(request: Request, say: Say = print) -> Result:
     """The whole job under the data folder's lock; what is done already is left alone.
 
     Raises UserError before anything starts, DiskFull, NothingKept, or the cause of what went wrong in a worker.
     """
     recipe, data = _found_from_anywhere(request.recipe), Data(request.root)
     check_free(data.root, "data")
-    columns = columns_of(recipe.score, recipe.embed.encoder)
+    annotators = make_annotators(recipe.columns, recipe.embed.encoder)
     check_engine(recipe, say)
     refuse_denied(data, recipe, request.restart_from)
     if "embed" in request.stages and not (data.root / "plan" / "plan.json").exists():
@@ -272,13 +269,13 @@ def run(request: Request, say: Say = print) -> Outcome:
             ).extra_columns
         else:
             extra_columns = make_plan(request.list, data.root, recipe.source, request.limit).extra_columns
-        check_selection(recipe, extra_columns, columns)
+        check_selection(data, recipe, extra_columns, annotators)
         check_verify(recipe.fetch, extra_columns)
         if request.restart_from is not None:
             restart(data, recipe, request.restart_from, request.stages)
         make_plan(request.list, data.root, recipe.source, request.limit)
         store_recipe(data, recipe)
-        return _go_on(data, recipe, columns, request.stages, request.address, say)
+        return _go_on(data, recipe, annotators, request.stages, request.address, say)
 
 
 def _found_from_anywhere(recipe: Recipe) -> Recipe:
@@ -310,35 +307,35 @@ def resume(
     address: str | None = None,
     restart_from: str | None = None,
     say: Say = print,
-) -> Outcome:
+) -> Result:
     """The main job on the plan that a data folder has; `retry` fetches again what failed for transient reasons."""
     if restart_from not in (None, "embed"):
         again = command("curate", data.plan.list, "--out", data.root, "--restart-from", restart_from)
         raise UserError(f"--restart-from {restart_from} needs the list: `{again}`")
-    columns = columns_of(recipe.score, recipe.embed.encoder)
+    annotators = make_annotators(recipe.columns, recipe.embed.encoder)
     if retry:
         check_engine(recipe, say)
     refuse_denied(data, recipe)
     with Lock(data.root):
         sweep(data.root)
         refuse_changes(data, recipe, restart_from)
-        check_selection(recipe, data.plan.extra_columns, columns)
+        check_selection(data, recipe, data.plan.extra_columns, annotators)
         stages = ("fetch", "embed", "select", "pack") if retry else ("embed", "select", "pack")
         if restart_from is not None:
             restart(data, recipe, restart_from, stages)
         store_recipe(data, recipe)
-        return _go_on(data, recipe, columns, stages, address, say, retry=retry)
+        return _go_on(data, recipe, annotators, stages, address, say, retry=retry)
 
 
 def _go_on(
     data: Data,
     recipe: Recipe,
-    columns: dict[str, Column],
+    annotators: dict[str, Annotator],
     stages: tuple[str, ...],
     address: str | None,
     say: Say,
     retry: bool = False,
-) -> Outcome:
+) -> Result:
     plan = data.plan
     say(" · ".join([headline(recipe), *columns_taken(plan.columns)]))
     for warning in plan.warnings:
@@ -346,9 +343,9 @@ def _go_on(
     if recipe.fetch.allow:
         say(f"warning: private addresses are open to this list: {', '.join(recipe.fetch.allow)} (fetch.allow)")
     facts = {"columns": plan.columns, "warnings": plan.warnings}
-    outcome = Outcome(facts={"rows": plan.total_rows, "shards": len(plan.shards), **facts})
+    outcome = Result(facts={"rows": plan.total_rows, "shards": len(plan.shards), **facts})
     before = _images(data) if retry else 0
-    screen = _run_stages(data, recipe, columns, stages, address, say, retry)
+    screen = _run_stages(data, recipe, annotators, stages, address, say, retry)
     if retry and screen is not None:
         outcome.facts["recovered"] = _images(data) - before
         say(f"retry  {outcome.facts['recovered']:,} more images")
@@ -358,7 +355,7 @@ def _go_on(
         outcome.paths["fetched"] = str(data.root / "fetched")
         outcome.next = command("embed", data.root)
         return outcome
-    selection = _select(data, recipe, columns, say)
+    selection = _select(data, recipe, say)
     outcome.facts |= {"kept": selection.kept, "funnel": selection.funnel}
     _pack(data, recipe, outcome)
     if plan.listed_rows > plan.total_rows:
@@ -366,7 +363,7 @@ def _go_on(
     return outcome
 
 
-def _name_notes(data: Data, outcome: Outcome, say: Say) -> None:
+def _name_notes(data: Data, outcome: Result, say: Say) -> None:
     """Say which values of the list could not be taken as they are; a list that is used where it lies is read late."""
     records = {s.shard: read_json(data.fetched_record(s.shard)) or {} for s in data.plan.shards}
     notes = [f"shard {shard}: {note}" for shard, record in records.items() for note in record.get("notes", [])]
@@ -378,7 +375,7 @@ def _name_notes(data: Data, outcome: Outcome, say: Say) -> None:
             say(f"    and in {len(notes) - 3:,} more shards")
 
 
-def _name_repeats(data: Data, outcome: Outcome, say: Say) -> None:
+def _name_repeats(data: Data, outcome: Result, say: Say) -> None:
     """Say which bytes came from many URLs: most are placeholders."""
     from curate.duplicates.repeats import repeats
 
@@ -394,15 +391,15 @@ def _name_repeats(data: Data, outcome: Outcome, say: Say) -> None:
 def _run_stages(
     data: Data,
     recipe: Recipe,
-    columns: dict[str, Column],
+    annotators: dict[str, Annotator],
     stages: tuple[str, ...],
     address: str | None,
     say: Say,
     retry: bool,
 ) -> ProgressDisplay | None:
-    """Fetch, embed and score what is missing, with Ray; returns what was seen of it (None where all was done)."""
+    """Fetch, embed and annotate what is missing, with Ray; returns what was seen of it (None where all was done)."""
     fetch, embed = "fetch" in stages, "embed" in stages
-    left = left_to_do(data, recipe, columns, stages, retry)
+    left = left_to_do(data, recipe, annotators, stages, retry)
     if not left.shards:
         return None
     if address is not None:
@@ -421,9 +418,9 @@ def _images(data: Data) -> int:
 
 
 def left_to_do(
-    data: Data, recipe: Recipe, columns: Mapping[str, Column], stages: Sequence[str], retry: bool = False
+    data: Data, recipe: Recipe, annotators: Mapping[str, Annotator], stages: Sequence[str], retry: bool = False
 ) -> RemainingWork:
-    """The shards that are not fetched, embedded and scored, as far as these stages do that."""
+    """The shards that are not fetched, embedded and annotated, as far as these stages do that."""
     from curate.workers import embed_done, fetch_done, transient_failures
 
     fetch, embed = "fetch" in stages, "embed" in stages
@@ -432,7 +429,7 @@ def left_to_do(
     for s in data.plan.shards:
         fetched = fetch_done(data, s.shard, fetch_hash)
         waiting = transient_failures(data, s.shard) if fetched and retry else 0 if fetched else s.rows
-        unembedded = fetched and embed and not embed_done(data, s.shard, embed_hash, columns)
+        unembedded = fetched and embed and not embed_done(data, s.shard, embed_hash, annotators)
         if (waiting and fetch) or unembedded:
             shards.append(s.shard)
             rows += waiting
@@ -442,7 +439,7 @@ def left_to_do(
 
 def _images_left(data: Data, shard: int, config: str) -> int:
     """How many images of a fetched shard are to be embedded: after a retry, those that it recovered."""
-    from curate.annotators.embed import recovered
+    from curate.encoders.embed import recovered
 
     some = recovered(data, shard, data.embedded_record(shard), config)
     return read_json(data.fetched_record(shard))["successes"] if some is None else len(some)
@@ -451,7 +448,7 @@ def _images_left(data: Data, shard: int, config: str) -> int:
 def has_encoder(recipe: Recipe) -> bool:
     """Whether the vectors can be made at once; UserError where neither the encoder's weights nor a folder of them can
     be had."""
-    from curate.encoders.base import check_available
+    from curate.encoders.registry import check_available
     from curate.sources.vectors import open_folder
 
     if recipe.embed.embeddings is not None and open_folder(recipe.embed).space is not None:
@@ -461,15 +458,16 @@ def has_encoder(recipe: Recipe) -> bool:
 
 def _fetch_encoder(recipe: Recipe, say: Say) -> None:
     """Have the encoder's weights here, before workers ask for them all at once."""
-    from curate.encoders.base import fetch_weights
+    from curate.encoders.registry import fetch_weights
 
     if not has_encoder(recipe):
         say(f"fetching the weights of {recipe.embed.encoder} ...")
         fetch_weights(recipe.embed.encoder, recipe.embed.weights)
 
 
-def _select(data: Data, recipe: Recipe, columns: dict[str, Column], say: Say) -> Selection:
+def _select(data: Data, recipe: Recipe, say: Say) -> Selection:
     from curate.ledger.select import remembered, select
+    from curate.ledger.view import recorded_scales
 
     name = recipe.select.name
     try:
@@ -478,7 +476,7 @@ def _select(data: Data, recipe: Recipe, columns: dict[str, Column], say: Say) ->
         before = ({}, Path())
     if before is not None and before != (recipe.select.rules, None):
         say(f"the selection {name} was made by other rules; it is made anew by the recipe's")
-    selection = select(data.root, recipe.select, {name: c.scale for name, c in columns.items()})
+    selection = select(data.root, recipe.select, recorded_scales(data.root))
     show_selection(selection, say)
     return selection
 
@@ -511,7 +509,7 @@ def _stricter(data: Data, selection: Selection) -> str:
     return command("train", data.root / "shards" / selection.name, "--out", "model")
 
 
-def _pack(data: Data, recipe: Recipe, outcome: Outcome) -> None:
+def _pack(data: Data, recipe: Recipe, outcome: Result) -> None:
     from curate.ledger.select import load_selection
     from curate.report import contact_sheet, score_charts
     from curate.shards.pack import pack
@@ -541,28 +539,6 @@ def recipe_of(data: Data, name: str | None, settings: Sequence[str], select: str
     return recipe if select is None else replace(recipe, select=replace(recipe.select, name=select))
 
 
-def score(data: Data, heads: Mapping[str, str], say: Say) -> dict[str, Any]:
-    """Apply heads to the vectors that are there. UserError for a detector: it needs pixels, so `embed` runs it."""
-    from aesthetic.space import Space
-    from curate.annotators.heads import is_detector, score_shard
-    from curate.workers import load_heads
-
-    if not data.space.exists():
-        raise UserError(f"{data.root} holds no vectors yet. `tastemaker embed {data.root}` makes them.")
-    pixels = [column for column, name in heads.items() if is_detector(name)]
-    if pixels:
-        say(f"{', '.join(pixels)}: a detector needs pixels; `tastemaker embed {data.root}` runs it")
-    loaded = load_heads(heads, Space.load(data.space))
-    with Lock(data.root):
-        shards = [s.shard for s in data.plan.shards if data.embedded_record(s.shard).exists()]
-        fresh = {
-            column: sum(score_shard(data, shard, column, head) for shard in shards) for column, head in loaded.items()
-        }
-    for column, count in fresh.items():
-        say(f"{column}: {count:,} of {len(shards):,} shards scored{'' if count else ' (all were)'}")
-    return {"shards": len(shards), "scored": fresh}
-
-
 def select_only(
     data: Data, recipe: Recipe, say: Say, *, uids: str | None, write_uids: str | None, given: bool = True
 ) -> dict[str, Any]:
@@ -572,6 +548,7 @@ def select_only(
     """
     from curate.ledger import uids as subsets
     from curate.ledger.select import remembered, select
+    from curate.ledger.view import recorded_scales
 
     if not given and (before := remembered(data.root, recipe.select.name)) is not None:
         rules, file = before
@@ -587,26 +564,16 @@ def select_only(
         if uids is not None:
             selection = subsets.select_uids(data.root, name, Path(uids))
         else:
-            selection = select(data.root, recipe.select, scales_there(data))
+            selection = select(data.root, recipe.select, recorded_scales(data.root))
         show_selection(selection, say)
         if write_uids is not None:
             subsets.write_uids(data.root, name, Path(write_uids))
     return {"kept": selection.kept, "funnel": selection.funnel}
 
 
-def scales_there(data: Data) -> dict[str, tuple[float, float]]:
-    """The scale of each score column that a data folder holds, from its records."""
-    scales = {}
-    for folder in sorted((data.root / "scored").glob("*")):
-        record = read_json(next(folder.glob("*.json"), folder / "none.json"))
-        if record and "scale" in record:
-            scales[folder.name] = (float(record["scale"][0]), float(record["scale"][1]))
-    return scales
-
-
-def pack_only(data: Data, recipe: Recipe) -> Outcome:
+def pack_only(data: Data, recipe: Recipe) -> Result:
     """The chosen images of a selection as shards, with their sheet."""
-    outcome = Outcome()
+    outcome = Result()
     refuse_denied(data, recipe)
     with Lock(data.root):
         sweep(data.root)
@@ -631,8 +598,8 @@ def status(data: Data, say: Say) -> tuple[dict[str, Any], str]:
     if failures:
         say("          " + " · ".join(f"{reason} {n:,}" for reason, n in failures))
     say(f"embedded  {embedded:,}/{shards:,} shards")
-    for folder in sorted((data.root / "scored").glob("*")):
-        say(f"scored    {len(list(folder.glob('*.json'))):,}/{shards:,} shards   {folder.name}")
+    for folder in sorted((data.root / "annotated").glob("*")):
+        say(f"annotated {len(list(folder.glob('*.json'))):,}/{shards:,} shards   {folder.name}")
     selections = selections_there(data)
     for name, facts in selections.items():
         words = [f"{facts['kept']:,} kept", *facts["stale"]]
@@ -730,8 +697,8 @@ def command(*words: object) -> str:
 def headline(recipe: Recipe) -> str:
     """One line: what this run is made of."""
     parts = [f"recipe {recipe.select.name}", recipe.embed.encoder.removeprefix("open_clip:")]
-    if recipe.score:
-        parts.append("scores " + ", ".join(recipe.score))
+    if recipe.columns:
+        parts.append("columns " + ", ".join(recipe.columns))
     if recipe.images.format != "jpg":
         level = recipe.images.level
         parts.append(f"{recipe.images.format}, {'compression' if recipe.images.format == 'png' else 'quality'} {level}")

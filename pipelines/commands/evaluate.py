@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
 from aesthetic.files import write_atomic
-from curate.store.files import read_json, sha256_file, sweep, write_json
+from curate.store.files import local_path, read_json, sha256_file, sweep, write_json
 from curate.store.ownership import check_free, taken
-from pipelines.commands.train import Outcome, check_data
+from pipelines.commands.train import check_data
+from pipelines.options import Options, Result, argument, option, positive_int
 from pipelines.prompts import read_prompts
-from pipelines.runtime.progress import ProgressBar, Terminal, format_duration
+from pipelines.runtime.progress import ProgressBar, format_duration, redirect_output
 
 if TYPE_CHECKING:
     from aesthetic.heads import Head
@@ -30,23 +31,39 @@ PROMPTS = 128
 MIN_PROMPTS = 8
 
 
+def _number_or_file(text: str) -> int | Path:
+    return int(text) if text.isdigit() else Path(text)
+
+
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
-    """What `tastemaker evaluate` was asked; None: what suits the model or the encoder."""
+class EvaluateOptions(Options):
+    """None: what suits the model or the encoder."""
 
-    model: str
-    data: Path
-    out: Path
-    count: int = PROMPTS  # captions to draw
-    prompts: Path | None = None  # drawn in their place: the lines of a file
-    encoder: str = "bundled"
-    heads: tuple[str, ...] | None = None
-    seed: int = 0
-    steps: int = 30
-    guidance: float | None = None
+    model: str = argument("MODEL", "a folder that train made, a diffusers folder, a LoRA, or a hub id")
+    data: Path = argument("SHARDS", "the captioned pictures that it was trained on (those held out count) or others")
+    out: Path = option("default: MODEL/evaluation", metavar="DIR", type=local_path)
+    prompts: int | Path = option(
+        "draw N captions (default 128), or the lines of a file, without real ones",
+        default=PROMPTS,
+        metavar="N|FILE",
+        type=_number_or_file,
+    )
+    encoder: str = option("bundled (default) or open_clip:ARCH/PRETRAINED", default="bundled", metavar="E")
+    heads: tuple[str, ...] | None = option(
+        "default: those of this encoder that come with tastemaker", metavar="HEAD", nargs="+"
+    )
+    seed: int = option("of the first picture; the next ones count on", default=0, metavar="N")
+    guidance: float | None = option("default: what suits the model, as in sample", metavar="X")
+    steps: int = option("of drawing (default 30)", default=30, metavar="N", type=positive_int)
+
+    def __post_init__(self) -> None:
+        if vars(self)["out"] is None:
+            if not Path(self.model).is_dir():
+                raise UserError(f"{self.model} is no folder here: say with --out where its evaluation goes")
+            object.__setattr__(self, "out", Path(self.model) / "evaluation")
 
 
-def run(options: EvaluateOptions) -> Outcome:
+def run(options: EvaluateOptions) -> Result:
     """Evaluate a model, from where an earlier run of the same request stopped.
 
     Raises UserError before the model is loaded where model, data, prompts, encoder, heads or folder do not fit.
@@ -54,7 +71,7 @@ def run(options: EvaluateOptions) -> Outcome:
     check_data(options.data)
     check_free(options.out, "evaluation")
     prompts = _prompts(options)
-    from curate.encoders.base import canonical_name, check_available
+    from curate.encoders.registry import canonical_name, check_available
     from train.evaluate.model import EvaluatedModel
 
     model = EvaluatedModel.of(options.model)
@@ -87,7 +104,7 @@ def run(options: EvaluateOptions) -> Outcome:
         return _outcome(options, done)
     with (
         taken(options.out, "evaluation") as folder,
-        Terminal(options.out / "logs" / "evaluate.log") as terminal,
+        redirect_output(options.out / "logs" / "evaluate.log") as terminal,
     ):
         sweep(options.out)
         if (done := _finished(options.out, asked)) is not None:  # again: another run may have been at work until now
@@ -117,10 +134,10 @@ def run(options: EvaluateOptions) -> Outcome:
 
 def _prompts(options: EvaluateOptions) -> list[str] | int:
     """The different lines of a file of prompts, or how many captions are drawn."""
-    if options.prompts is None:
-        if options.count < MIN_PROMPTS:
-            raise UserError(f"--prompts {options.count}: at least {MIN_PROMPTS} are needed to tell anything")
-        return options.count
+    if isinstance(options.prompts, int):
+        if options.prompts < MIN_PROMPTS:
+            raise UserError(f"--prompts {options.prompts}: at least {MIN_PROMPTS} are needed to tell anything")
+        return options.prompts
     if not options.prompts.is_file():
         raise UserError(f"--prompts {options.prompts}: neither a number nor a file")
     found = list(dict.fromkeys(read_prompts(options.prompts)))
@@ -134,7 +151,7 @@ def _prompts(options: EvaluateOptions) -> list[str] | int:
 def _heads(options: EvaluateOptions) -> Sequence[Head]:
     """Those that were asked for, else those that come with tastemaker and read this encoder's vectors."""
     from aesthetic.catalog import SHIPPED, list_heads, load_head
-    from curate.encoders.base import canonical_name
+    from curate.encoders.registry import canonical_name
 
     encoder = canonical_name(options.encoder)
     if options.heads is None:
@@ -169,7 +186,7 @@ def _finished(out: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     return before if "figures" in before else None
 
 
-def _outcome(options: EvaluateOptions, facts: dict[str, Any]) -> Outcome:
+def _outcome(options: EvaluateOptions, facts: dict[str, Any]) -> Result:
     from train.evaluate.report import summary, table
 
     out = options.out
@@ -177,4 +194,4 @@ def _outcome(options: EvaluateOptions, facts: dict[str, Any]) -> Outcome:
     if "memorisation" in facts["figures"]:
         paths["nearest"] = out / "nearest.png"
     text = f"{table(facts)}\nevaluated in {format_duration(facts['seconds'])}\n{summary(facts)}"
-    return Outcome(text, facts, f"tastemaker sample {options.model} PROMPT", paths)
+    return Result(text=text, facts=facts, paths=paths, next=f"tastemaker sample {options.model} PROMPT")

@@ -14,7 +14,8 @@ import pytest
 from answers import ANSWERS, MAX_BYTES, path_of
 from hostile_web import Hostile, Measured, at_home, good_picture, measure
 
-from curate.fetch.client import FetchConfig, Fetcher
+from curate.fetch.client import Fetcher
+from curate.fetch.config import FetchConfig
 from curate.ledger.schema import Reason, RowError
 
 TIMEOUT = 2.0  # seconds

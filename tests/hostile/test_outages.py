@@ -17,7 +17,8 @@ from fetched import fetch_list, write_list
 from hostile_web import Hostile, at_home, endless, head, hosts, measure, whole
 from test_answers import FetchResult, fetch_all
 
-from curate.fetch.client import FetchConfig, Fetcher
+from curate.fetch.client import Fetcher
+from curate.fetch.config import FetchConfig
 from curate.ledger.schema import Reason, RowError
 
 ROWS = 20  # of one host

@@ -21,22 +21,24 @@ from aesthetic.files import atomic
 from aesthetic.heads import Head
 from aesthetic.metrics import estimate
 from aesthetic.space import require_same
-from curate.annotators.nsfw import Detector, load_detector
-from curate.encoders.base import Encoder, load_encoder
+from curate.annotators.base import Annotator, scores_of
+from curate.annotators.registry import load_annotator
+from curate.encoders.base import Encoder
 from curate.encoders.bundled import FEATURES, BundledEncoder
+from curate.encoders.registry import load_encoder
 from curate.images.resize import perceptual_hash
 from curate.report import Shown, enlarged, sheet
-from curate.sources.captioned import MapDataset
+from curate.sources.dataset import MapDataset
 from curate.store.files import read_json
 from train.data import ImageDataset, Ints, crop_resize, decode_sample
-from train.devices import default_device
+from train.devices import default_device, versions
 from train.evaluate import distances, fidelity, heldout
 from train.evaluate.intervals import difference, mean, mean_of, share
 from train.evaluate.memorisation import MIN_CLOSE, NearestTraining, memorisation, nearest_training
 from train.evaluate.model import EvaluatedModel
 from train.generate.files import png, read_facts, read_image
 from train.generate.request import GenerationRequest, facts_of, resolve
-from train.generate.sampler import UNSAFE, Sampler, versions
+from train.generate.sampler import DETECTOR, UNSAFE, Sampler
 from train.models.lora import add_loras
 from train.models.unet import load_model, size_step, tokenize
 from train.objective import objective_of
@@ -68,10 +70,10 @@ class Progress(Protocol):
 
 def encode_images(
     images: Iterable[Pixels],
-    models: Mapping[str, Encoder | Detector],
+    models: Mapping[str, Encoder | Annotator],
     on_done: Callable[[int], None] = heldout.ignore,
 ) -> dict[str, npt.NDArray[Any]]:
-    """What models see in images, (h, w, 3) uint8: by name (n, d) unit vectors of an encoder or (n,) scores.
+    """What models see in images, (h, w, 3) uint8: by name (n, d) unit vectors of an encoder, or (n,) scores of others.
 
     Beside them `phash`, (n,) uint64: perceptual hashes. Batches are cut at fixed places, so that the same images give
     the same values.
@@ -80,9 +82,7 @@ def encode_images(
     rest = iter(images)
     while part := list(islice(rest, 32)):
         for name, model in models.items():
-            rows = np.stack([model.preprocess(image) for image in part])
-            encode = model.encode_prepared if isinstance(model, Encoder) else model.score_prepared
-            found[name].append(encode(rows))
+            found[name].append(model.encode_images(part) if isinstance(model, Encoder) else scores_of(model, part))
         found["phash"].append(np.array([int(perceptual_hash(image), 16) for image in part], np.uint64))
         on_done(len(part))
     return {name: np.concatenate(parts) for name, parts in found.items()}
@@ -123,7 +123,7 @@ class Evaluation:
         self._choose_images(prompts if isinstance(prompts, int) else len(prompts))
         self.device = default_device()
         self.encoder, self.heads = load_encoder(encoder), heads
-        self.detector = load_detector("open-nsfw")
+        self.detector = load_annotator(DETECTOR)
         space = self.encoder.space() if heads else None
         for head in heads:
             assert space is not None
@@ -245,7 +245,7 @@ class Evaluation:
 
     def _encode_all(self) -> tuple[Encoded, Encoded, Encoded | None]:
         """Generated, real and training images as the models see them."""
-        models: dict[str, Encoder | Detector] = {"vectors": self.encoder, "nsfw": self.detector}
+        models: dict[str, Encoder | Annotator] = {"vectors": self.encoder, "nsfw": self.detector}
         if self.features is not self.encoder:
             models["features"] = self.features
         bar = self._progress("looked at", len(self.prompts) + len(self.real) + len(self.training), "img")
@@ -454,8 +454,7 @@ class Evaluation:
         sheet(self.out / "nearest.png", f"{Path(self.model.name).name}: the nearest training pictures", rows)
 
     def _unsafe(self, images: Sequence[Pixels]) -> list[bool]:
-        scores = self.detector.score_prepared(np.stack([self.detector.preprocess(image) for image in images]))
-        return [bool(score >= UNSAFE) for score in scores]
+        return [bool(score >= UNSAFE) for score in scores_of(self.detector, images)]
 
 
 def _tiles(images: Sequence[Pixels], words: Sequence[str], blurred: Sequence[bool]) -> list[Shown]:

@@ -13,11 +13,10 @@ import torch
 
 from aesthetic.errors import UserError
 from aesthetic.splits import groups_of
-from curate.sources.captioned import MapDataset
+from curate.sources.dataset import MapDataset
 from curate.store.files import digest, read_json
 from train.data import Ints, TrainDataset, open_samples, ordered_batches, scan_images, split
-from train.devices import out_of_memory
-from train.loop import autocast
+from train.devices import autocast, out_of_memory
 from train.models.info import training_record
 from train.objective import GAMMA, objective_of
 from train.tasks import HELD_OUT_TIMES, Denoise, eval_mode

@@ -14,13 +14,11 @@ starting noise is the same, and images are equal but for rounding.
 from __future__ import annotations
 
 import contextlib
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from aesthetic.errors import UserError
 from curate.store.files import sha256_file
 from train import devices
-from train.devices import out_of_memory
+from train.devices import out_of_memory, versions
 from train.generate.request import GenerationRequest, check_scheduler, facts_of, resolve
 from train.generate.upscale import Network, by_tiles, restore_faces, tile_count, tiles_cost
 from train.models.info import ModelInfo, read_model_info
@@ -47,6 +45,8 @@ OnStep = Callable[[int, int], None]
 UNSAFE = 0.2
 """The NSFW score from which on an image is blurred: Yahoo calls what is below 0.2 safe (README of open_nsfw). Our
 recipes keep images for training by the same number."""
+DETECTOR = "open-nsfw"
+"""The annotator that looks at every image that is generated."""
 
 
 class NoImage(UserError, FloatingPointError):
@@ -90,7 +90,7 @@ class Sampler:
         """
         from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 
-        from curate.annotators.nsfw import load_detector
+        from curate.annotators.registry import load_annotator
         from train.models.unet import count_parameters, load_model
 
         self.info = model if isinstance(model, ModelInfo) else read_model_info(model)
@@ -122,7 +122,7 @@ class Sampler:
         self._image, self._mask = StableDiffusionImg2ImgPipeline(**same), StableDiffusionInpaintPipeline(**same)
         for pipeline in (self._text, self._image, self._mask):
             pipeline.set_progress_bar_config(disable=True)
-        self._detector = load_detector("open-nsfw")
+        self._detector = load_annotator(DETECTOR)
         self._digest = ThreadPoolExecutor(1).submit(lambda: self.info.digest)  # reads all weights once more
 
     def __str__(self) -> str:
@@ -331,7 +331,9 @@ class Sampler:
         import numpy as np
         from PIL import ImageFilter
 
-        score = float(self._detector.score_prepared(self._detector.preprocess(np.asarray(image))[None])[0])
+        from curate.annotators.base import scores_of
+
+        score = float(scores_of(self._detector, [np.asarray(image)])[0])
         flagged = score >= UNSAFE
         blurred = flagged and self.blur
         if blurred:
@@ -413,12 +415,3 @@ def _four_channels(unet: Any, info: ModelInfo) -> Iterator[None]:
         yield
     finally:
         unet.register_to_config(in_channels=channels)
-
-
-def versions() -> dict[str, str]:
-    """Of what an image's bits depend on."""
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in ("tastemaker", "torch", "diffusers", "transformers", "peft"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
