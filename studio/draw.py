@@ -59,7 +59,7 @@ api = APIRouter(prefix="/api")
 
 @api.get("/model")
 async def model(service: Service) -> ModelView:
-    """What pictures are drawn with, and what may be asked."""
+    """What pictures are generated with, and what may be asked."""
     return service.model()
 
 
@@ -78,7 +78,7 @@ async def jobs(
     offset: Annotated[int, Query(ge=0, le=10_000)] = 0,
     limit: Annotated[int, Query(ge=1, le=500)] = 100,
 ) -> JobsView:
-    """Jobs that wait, are drawn, or ended lately: newest first."""
+    """Jobs that wait, are generated, or ended lately: newest first."""
     found = [j for j in service.queue.jobs() if not mine or j.client == client]
     return JobsView(jobs=service.views(found[offset : offset + limit], client), more=len(found) > offset + limit)
 
@@ -91,7 +91,7 @@ async def job(job: JobInPath, service: Service, client: Client) -> JobView:
 
 @api.delete("/jobs/{id}")
 async def cancel(job: JobInPath, service: Service, client: Client) -> JobView:
-    """End a job of one's own, waiting or being drawn. Pictures that are finished stay."""
+    """End a job of one's own, waiting or being generated. Pictures that are finished stay."""
     if job.client != client:
         raise HTTPException(403, "this job is somebody else's")
     service.queue.cancel(job)
@@ -107,7 +107,7 @@ async def events(job: JobInPath, service: Service, client: Client) -> AsyncItera
 
 @api.get("/events", response_class=EventSourceResponse, responses=ERRORS_OF_FILES, dependencies=[OneStream])
 async def my_events(service: Service, client: Client) -> AsyncIterator[JobsView]:
-    """Server-sent events: one's jobs that wait or are drawn, and how these end, until all are over."""
+    """Server-sent events: one's jobs that wait or are generated, and how these end, until all are over."""
     before = {j.id for j in service.queue.jobs() if j.is_over}
 
     def mine() -> list[StudioJob]:

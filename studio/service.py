@@ -124,7 +124,7 @@ class GenerationService:
     async def submit(self, body: bytes, client: str, address: str) -> StudioJob:
         """Let somebody's request, as it came, wait for its turn.
 
-        Raises what `parse_request` raises, QueueFull, or UserError where it can't be drawn with this model.
+        Raises what `parse_request` raises, QueueFull, or UserError where it can't be generated with this model.
         """
         parsed = await self._reading.run(client, lambda: parse_request(body))
         if not parsed.files:
@@ -133,7 +133,7 @@ class GenerationService:
         return self.queue.submit(await self._opening.run(client, lambda: self._new_job(parsed, client, address)))
 
     def _new_job(self, parsed: ParsedRequest, client: str, address: str) -> StudioJob:
-        """What somebody asks for, its images decoded. Raises UserError where it can't be drawn with this model."""
+        """What somebody asks for, its images decoded. Raises UserError where it can't be generated with this model."""
         settings, number = parsed.settings, parsed.settings.number
         seed = secrets.randbelow(SEEDS - number) if settings.seed is None else settings.seed
         if seed + number > SEEDS:

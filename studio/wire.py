@@ -62,10 +62,10 @@ class JobRequest(BaseModel):
     height: int | None = Field(None, ge=8, le=8192, description="pixels")
     scheduler: str | None = Field(None, max_length=100, description="one of those that GET /api/model names")
     image: str | None = Field(None, description="to begin with: base64 of a PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF")
-    strength: float | None = Field(None, ge=0, le=1, allow_inf_nan=False, description="how much of it is drawn anew")
+    strength: float | None = Field(None, ge=0, le=1, allow_inf_nan=False, description="how much of it is regenerated")
     mask: str | None = Field(
         None,
-        description="base64, as large as the image: white is drawn anew; or what is painted on a transparent one",
+        description="base64, as large as the image: white is regenerated; or what is painted on a transparent one",
     )
     upscale: int = Field(1, ge=1, le=4, description="times; with an image that image is enlarged")
 
@@ -145,7 +145,7 @@ class JobView(BaseModel):
 
 
 class JobsView(BaseModel):
-    """Jobs that wait, are drawn, or ended lately: newest first."""
+    """Jobs that wait, are generated, or ended lately: newest first."""
 
     jobs: list[JobView]
     more: bool = Field(description="whether there are older ones")
@@ -176,7 +176,7 @@ class Limits(BaseModel):
 
 
 class ModelView(BaseModel):
-    """What pictures are drawn with."""
+    """What pictures are generated with."""
 
     name: str
     device: str

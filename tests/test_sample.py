@@ -324,7 +324,7 @@ def test_a_png_says_how_to_draw_it_again(
     with pytest.raises(UserError, match="another mask than the one given"):
         request_of(facts, photo, mask.point(lambda v: 255 - v))
     photo.save(tmp_path / "other.png")
-    with pytest.raises(UserError, match="does not say how it was drawn"):
+    with pytest.raises(UserError, match="does not say how it was generated"):
         read_facts(tmp_path / "other.png")
     (tmp_path / "torn.png").write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match=r"torn\.png"):

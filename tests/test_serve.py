@@ -116,7 +116,7 @@ def test_pictures_are_begun_with_redrawn_in_part_and_enlarged(client: httpx.Clie
         assert job["state"] == "done", job
         picture = opened(client, job["pictures"][0])
         assert picture.size == size
-        if "mask" in more:  # where it is black nothing is drawn anew
+        if "mask" in more:  # where it is black nothing is regenerated
             assert {picture.getpixel((x, y)) for x in range(8) for y in range(16)} == {(200, 30, 30)}
 
 
@@ -238,7 +238,7 @@ def test_history_survives_a_restart_and_foreign_files_are_no_part_of_it(sampler:
         while served.service.queue.jobs()[0].step < 3:
             time.sleep(0.01)
         began = time.monotonic()
-    assert time.monotonic() - began < 5  # it ends although somebody watches and something is drawn
+    assert time.monotonic() - began < 5  # it ends although somebody watches and something is generated
     events.join()
     assert '"state":"drawing"' in watched[0]
     Image.new("RGB", (8, 8)).save(tmp_path / "000777.png")  # somebody's, without facts

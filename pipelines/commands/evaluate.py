@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from aesthetic.heads import Head
 
 PROMPTS = 128
-"""Captions that are drawn where nothing is asked."""
+"""Captions that are generated where nothing is asked."""
 
 MIN_PROMPTS = 8
 
@@ -133,7 +133,7 @@ def run(options: EvaluateOptions) -> Result:
 
 
 def _prompts(options: EvaluateOptions) -> list[str] | int:
-    """The different lines of a file of prompts, or how many captions are drawn."""
+    """The different lines of a file of prompts, or how many captions are generated."""
     if isinstance(options.prompts, int):
         if options.prompts < MIN_PROMPTS:
             raise UserError(f"--prompts {options.prompts}: at least {MIN_PROMPTS} are needed to tell anything")

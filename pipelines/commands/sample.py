@@ -1,4 +1,4 @@
-"""`tastemaker sample`: pictures from a model, each a PNG of the next free number that says how it was drawn."""
+"""`tastemaker sample`: pictures from a model, each a PNG of the next free number that says how it was generated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from train.models.lora import Lora
 
 STAYS = ("model", "out", "again", "image", "mask", "lora", "upscaler", "faces", "show_flagged", "verbose", "json")
-"""What may be given beside --again: where things are, not how the picture is drawn."""
+"""What may be given beside --again: where things are, not how the picture is generated."""
 
 
 def _folder(text: str) -> Path:
@@ -44,7 +44,7 @@ class SampleOptions(Options):
     prompt: tuple[str, ...] = argument("PROMPT", nargs="*", default=())
     prompts: Path | None = option("a prompt on each line", metavar="FILE")
     out: Path = option("pictures get its next free numbers", default=Path("samples"), metavar="FOLDER", type=_folder)
-    again: Path | None = option("draw this picture again: it says how it was drawn", metavar="FILE.png")
+    again: Path | None = option("draw this picture again: it says how it was generated", metavar="FILE.png")
     negative: str | None = option("what should not be in it", metavar="TEXT")
     steps: int | None = option("default: 30", metavar="N")
     guidance: float | None = option("how closely to keep to the prompt (7.5, or 3)", metavar="X")
@@ -55,7 +55,7 @@ class SampleOptions(Options):
     height: int | None = option(metavar="PX")
     scheduler: str | None = option("a class of diffusers, such as EulerAncestralDiscrete", metavar="NAME")
     image: Path | None = option("begin with this picture", metavar="FILE")
-    strength: float | None = option("how much of it is drawn anew, 0 to 1 (default: 0.8)", metavar="X")
+    strength: float | None = option("how much of it is regenerated, 0 to 1 (default: 0.8)", metavar="X")
     mask: Path | None = option("draw only where this is white; of the picture's size", metavar="FILE")
     upscale: int | None = option("enlarge the result, or --image, so many times (2 to 4)", metavar="N")
     upscaler: Path | None = option("with ESRGAN-type weights (extra `upscale`)", metavar="FILE")
@@ -112,7 +112,7 @@ def run(options: SampleOptions) -> Result:
             if unread := sampler.unread(text):
                 err.write(f"the model reads no further than: {text.removesuffix(unread)!r}; not {unread!r}\n")
         if recorded and info.digest != recorded["model"]["sha256"]:
-            err.write(f"the model is not the one that {options.again} was drawn with: its digest is another\n")
+            err.write(f"the model is not the one that {options.again} was generated with: its digest is another\n")
         if cost := sampler.cost(requests):
             err.write(f"enlarging: {cost}\n")
         finished = _generate(sampler, requests, options, recorded, out, err)
@@ -134,7 +134,7 @@ def _check(options: SampleOptions) -> None:
         given = (f.name for f in fields(options) if getattr(options, f.name) not in (None, (), False))
         if odd := sorted(set(given) - set(STAYS)):
             name = "PROMPT" if odd[0] == "prompt" else f"--{odd[0].replace('_', '-')}"
-            raise UserError(f"--again draws {options.again} as it was drawn: it takes no {name}")
+            raise UserError(f"--again draws {options.again} as it was generated: it takes no {name}")
     elif options.model is None:
         raise UserError("which model? tastemaker sample MODEL PROMPT")
     for name in ("n", "batch"):
@@ -144,11 +144,11 @@ def _check(options: SampleOptions) -> None:
         raise UserError(f"{options.out} is a file; --out names a folder")
     enlarges = (options.upscale or 1) > 1
     if not (options.prompts or options.prompt or options.again or (options.image and enlarges)):
-        raise UserError('what is to be drawn? tastemaker sample MODEL "a red fox in the snow", or --prompts FILE')
+        raise UserError('what is to be generated? tastemaker sample MODEL "a red fox in the snow", or --prompts FILE')
     if not os.access(_existing(options.out), os.W_OK | os.X_OK):
         raise UserError(f"{options.out} can't be written: give another folder with --out")
     if options.mask and not options.image:
-        raise UserError("--mask says what of a picture is drawn anew: say which with --image")
+        raise UserError("--mask says what of a picture is regenerated: say which with --image")
     if options.strength is not None and not options.image and not enlarges:
         raise UserError("--strength is for a picture to begin with (--image), or for --upscale")
     if options.upscaler and not enlarges and not options.again:
@@ -198,7 +198,7 @@ def _model(options: SampleOptions, recorded: dict[str, Any] | None) -> str:
     name = str(recorded["model"]["name"])
     if name.count("/") != 1 and not Path(name).exists():
         raise UserError(
-            f"{options.again} was drawn with {name}, which is not there: tastemaker sample MODEL --again ..."
+            f"{options.again} was generated with {name}, which is not there: tastemaker sample MODEL --again ..."
         )
     return name
 
@@ -212,7 +212,7 @@ def _repeated(options: SampleOptions, recorded: dict[str, Any]) -> GenerationReq
         path = _input_path(options, recorded, name)
         if recorded.get(name) and path is None:
             raise UserError(
-                f"{options.again} was drawn with a picture to begin with that is not here "
+                f"{options.again} was generated with a picture to begin with that is not here "
                 f"({recorded[name].get('path')}): give it with --{name}"
             )
         given[name] = read(path) if path else None

@@ -1,6 +1,6 @@
 """`tastemaker serve`: one model, and a page in the browser to draw with it.
 
-OUT/000000.png ...      every picture, with how it was drawn in it: the page's history
+OUT/000000.png ...      every picture, with how it was generated in it: the page's history
     logs/serve.log      what libraries say, and the tracebacks of errors
 """
 

@@ -1,4 +1,4 @@
-// The page: what is asked for on the left, the picture in the middle, what was drawn before at the bottom.
+// The page: what is asked for on the left, the picture in the middle, what was generated before at the bottom.
 // Text of people's goes into the page as text only (textContent), never as HTML.
 
 import { Mask, paint } from "/brush.js";
@@ -70,7 +70,7 @@ async function resume() {
     const known = (await call("/api/jobs?mine=true&limit=500")).jobs;
     const ids = new Set(known.map((job) => job.id));
     for (const job of jobs.filter((job) => !ids.has(job.id))) {
-      failures.set(job.id, { prompt: job.asked.prompt, error: "The server was restarted before this was drawn." });
+      failures.set(job.id, { prompt: job.asked.prompt, error: "The server was restarted before this was generated." });
     }
     const waited = new Set(jobs.map((job) => job.id));
     jobs = jobs.filter((job) => ids.has(job.id));
@@ -448,7 +448,7 @@ function bind() {
     }
     form.number.value = 1;
     $("lock").setAttribute("aria-pressed", "true"); // else the next picture would be another one
-    showError(facts.image ? "It was drawn from another picture, which you would have to add again." : "");
+    showError(facts.image ? "It was generated from another picture, which you would have to add again." : "");
     changed();
   };
   $("again").onclick = async () => {

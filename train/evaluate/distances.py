@@ -64,7 +64,7 @@ def mmd2(x: Array, y: Array) -> float:
 def kid(x: Features, y: Features, *, subset: int = SUBSET, subsets: int = SUBSETS, seed: int = 0) -> Spread:
     """Kernel Inception Distance (Binkowski et al. 2018, arXiv 1801.01401) of features (n, d) and (m, d).
 
-    The mean of `mmd2` over random subsets of `subset` rows of each side, which are drawn without replacement. Rows are
+    The mean of `mmd2` over random subsets of `subset` rows of each side, which are chosen without replacement. Rows are
     brought to one length first (`scaled`). The features decide what is seen: with others than Inception's the
     number is no KID that papers give.
 

@@ -168,7 +168,7 @@ class Evaluation:
         )
 
     def run(self, log: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-        """Generate, look and measure: what `evaluation.json` says but for what was asked; both sheets are drawn."""
+        """Generate, look and measure: what `evaluation.json` says but for what was asked; both sheets are written."""
         began = time.monotonic()
         about = list(self.describe())
         for line in about:
@@ -360,7 +360,9 @@ class Evaluation:
             if not self.given:
                 theirs = theirs[: len(ours)]
             if min(len(ours), len(theirs)) < MIN_IMAGES:
-                self.left_out[head.name] = f"{len(ours)} drawn and {len(theirs)} real pictures: {MIN_IMAGES} are needed"
+                self.left_out[head.name] = (
+                    f"{len(ours)} generated and {len(theirs)} real pictures: {MIN_IMAGES} are needed"
+                )
                 continue
             found[head.name] = {
                 "drawn": mean(ours, self.seed),
@@ -395,7 +397,7 @@ class Evaluation:
             return encoded.get("features", encoded["vectors"])[:, FEATURES]
 
         ours, theirs, seed = features(generated), features(real), self.seed
-        count, few = min(len(ours), len(theirs)), f"{len(ours):,} drawn and {len(theirs):,} real pictures: at least"
+        count, few = min(len(ours), len(theirs)), f"{len(ours):,} generated and {len(theirs):,} real pictures: at least"
         figures: dict[str, Any] = {}
         if count >= distances.MIN_KID:
             subset = min(distances.SUBSET, count // 2)
@@ -427,11 +429,11 @@ class Evaluation:
             some = range(start, min(start + 5, len(self.prompts)))
             words = [f"{self.prompts[i]}\nseed {self.seed + i}" for i in some]
             unsafe = [bool(generated["nsfw"][i] >= UNSAFE) for i in some]
-            rows.append(("drawn", _tiles([self._generated_image(i) for i in some], words, unsafe)))
+            rows.append(("generated", _tiles([self._generated_image(i) for i in some], words, unsafe)))
             if not self.given:
                 real = [self._real_image(self.samples, self.captioned[i]) for i in some]
                 rows.append(("real", _tiles(real, ["\n"] * len(real), self._unsafe(real))))
-        title = f"{Path(self.model.name).name}: what was asked for, and what was drawn"
+        title = f"{Path(self.model.name).name}: what was asked for, and what was generated"
         sheet(self.out / "sheet.png", title, rows)
 
     def _draw_nearest(self, ours: NearestTraining, theirs: NearestTraining) -> None:
@@ -441,7 +443,7 @@ class Evaluation:
         for near, most in ((ours, SHEET_NEAREST), (theirs, SHEET_NEAREST_REAL)):
             for i in map(int, np.argsort(-near.cosines[:, 0], kind="stable")[:most]):
                 if near is ours:
-                    title, kind, image = self.prompts[i], "drawn", self._generated_image(i)
+                    title, kind, image = self.prompts[i], "generated", self._generated_image(i)
                 else:
                     title = str(self.samples.facts(int(self.real[i]))["caption"] or "")
                     kind, image = "real, not trained on", self._real_image(self.samples, self.real[i])

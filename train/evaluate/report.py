@@ -83,7 +83,7 @@ def summary(facts: dict[str, Any]) -> str:
 
 
 def _steering(figures: dict[str, Any]) -> str:
-    """Whether drawn pictures find their captions: in the space that tells real ones apart, in-domain if both do."""
+    """Whether generated pictures find their captions: in the space that tells real ones apart, in-domain if both do."""
     spaces = [found for name in ("retrieval_in_domain", "retrieval") if (found := figures.get(name))]
     found = next((f for f in spaces if not _cannot_tell(f)), None)
     if found is None:
@@ -132,7 +132,7 @@ def _notes(facts: dict[str, Any]) -> Iterator[str]:
         if found and _cannot_tell(found):
             yield (
                 f"In the {found['space']} space real pictures find their captions no more often than by chance: it "
-                f"can't tell these captions apart, and so tells nothing of drawn pictures either."
+                f"can't tell these captions apart, and so tells nothing of generated pictures either."
             )
     if found := figures.get("retrieval_in_domain"):
         yield (
@@ -179,7 +179,7 @@ def readme(facts: dict[str, Any]) -> str:
     rows = [" | ".join(map(markdown, (x.what, x.value, x.interval, x.beside))) for x in _rows(facts)]
     table = "\n".join(["| | value | 95% interval | beside it |", "|---|---|---|---|", *(f"| {row} |" for row in rows)])
     notes = "\n".join(f"- {markdown(note)}" for note in _notes(facts))
-    sheets = ["![drawn and real pictures](sheet.png)"]
+    sheets = ["![generated and real pictures](sheet.png)"]
     if "memorisation" in facts["figures"]:
         sheets.append("![the nearest training pictures](nearest.png)")
     made = f"Made with {', '.join(f'{k} {v}' for k, v in facts['made_with'].items())}.\n"

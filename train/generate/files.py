@@ -59,20 +59,20 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def decode_mask(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The bytes of an image file as a mask, of mode L: what is white is generated anew, what is black stays.
+    """The bytes of an image file as a mask, of mode L: what is white is regenerated, what is black stays.
 
     Where parts of it are transparent it is a layer of an image editor that somebody painted on, in whatever colour:
-    what is painted, that is opaque, is generated anew. Raises RowError where it is no image, UserError where it leaves
-    nothing to be generated anew.
+    what is painted, that is opaque, is regenerated. Raises RowError where it is no image, UserError where it leaves
+    nothing to be regenerated.
     """
     alpha = decode_alpha(data, max_pixels)
     if alpha is None:
         mask = decode_image(data, max_pixels).convert("L")
         if mask.point(lambda value: 255 * (value >= 128)).getbbox() is None:  # pipelines take what is darker for black
-            raise UserError("the mask is black everywhere: what is to be drawn anew is white on it")
+            raise UserError("the mask is black everywhere: what is to be regenerated is white on it")
         return mask
     if not alpha.any():
-        raise UserError("the mask is transparent everywhere: nothing is painted on it that could be drawn anew")
+        raise UserError("the mask is transparent everywhere: nothing is painted on it that could be regenerated")
     return Image.fromarray(alpha)
 
 
@@ -175,7 +175,7 @@ def read_facts(path: Path | str) -> dict[str, Any]:
     text = _read(path, _text_of)
     if not isinstance(text, str):
         raise UserError(
-            f"{path} does not say how it was drawn: it holds no text chunk {CHUNK!r} (programs that edit or send "
+            f"{path} does not say how it was generated: it holds no text chunk {CHUNK!r} (programs that edit or send "
             "pictures often drop it)"
         )
     facts = parse_json(text, f"{path}, its text chunk {CHUNK!r}")

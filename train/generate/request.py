@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 STRENGTH, STRENGTH_MASK, STRENGTH_UPSCALE = 0.8, 1.0, 0.3
-"""How much is generated anew where nothing is asked: diffusers' own defaults of image-to-image and inpainting; for
+"""How much is regenerated where nothing is asked: diffusers' own defaults of image-to-image and inpainting; for
 enlarging so little that things stay what they are."""
 
 SEEDS = 2**32
@@ -44,7 +44,7 @@ class GenerationRequest:
     scheduler: str | None = None  # a class of diffusers, with or without "Scheduler"
     image: Image.Image | None = None  # to begin with
     strength: float | None = None  # 0 to 1: how much of the steps is done, and of the image replaced by noise before
-    mask: Image.Image | None = None  # white is generated anew; as large as the image
+    mask: Image.Image | None = None  # white is regenerated; as large as the image
     upscale: int = 1  # times; with an image and no mask that image is enlarged
 
     def __post_init__(self) -> None:
@@ -69,7 +69,7 @@ class GenerationRequest:
             raise UserError("give both width and height, or none of them")
         if self.mask is not None:
             if self.image is None:
-                raise UserError("a mask says what of an image is drawn anew: give that image too")
+                raise UserError("a mask says what of an image is regenerated: give that image too")
             if self.mask.size != self.image.size:
                 sizes = "{} x {}, not {} x {}".format(*self.mask.size, *self.image.size)
                 raise UserError(f"the mask has another size than the image: {sizes}")
@@ -175,9 +175,9 @@ def request_of(
     for name, given in (("image", image), ("mask", mask)):
         wanted = facts.get(name)
         if wanted and given is None:
-            raise UserError(f"the picture was drawn with an {name} to begin with: give it too")
+            raise UserError(f"the picture was generated with an {name} to begin with: give it too")
         if wanted and given is not None and pixels_digest(given) != wanted["sha256"]:
-            raise UserError(f"the picture was drawn with another {name} than the one given (their pixels differ)")
+            raise UserError(f"the picture was generated with another {name} than the one given (their pixels differ)")
     try:
         return GenerationRequest(**{name: facts[name] for name in _PLAIN}, image=image, mask=mask)
     except (KeyError, TypeError) as e:

@@ -283,7 +283,7 @@ class Sampler:
         return tile_count(r.width * r.upscale, r.height * r.upscale, self.tile, self._overlap)
 
     def cost(self, requests: Iterable[GenerationRequest]) -> str:
-        """What enlarging will take, in words, by the time of one tile that is drawn for that; "" where it is little."""
+        """What enlarging will take, in words, by the time of one tile that is redrawn; "" where it is little."""
         from PIL import Image
 
         checked = [self.check(r) for r in requests]
@@ -303,7 +303,7 @@ class Sampler:
         except (RuntimeError, MemoryError) as e:
             if not out_of_memory(e):
                 raise
-            return tiles_cost(tiles, self.tile)  # less is used when it is drawn
+            return tiles_cost(tiles, self.tile)  # less is used when it is generated
         return tiles_cost(tiles, self.tile, seconds)
 
     def _enlarge(self, r: GenerationRequest, image: Image.Image, steps: _StepCounter) -> Image.Image:
