@@ -253,7 +253,7 @@ class BoundedExecutor:
         if self._waiting[client] >= MAX_WAITING_OF_ONE:
             raise QueueFull(f"{MAX_WAITING_OF_ONE} of your requests are being read already", own=True)
         if self._waiting.total() >= MAX_WAITING:
-            raise QueueFull(f"{MAX_WAITING} requests are being read already")
+            raise QueueFull(f"the queue is full: {MAX_WAITING} requests are being read already")
         self._waiting[client] += 1
         try:
             async with self._locks.setdefault(client, asyncio.Lock()), self._places:
