@@ -136,11 +136,9 @@ def test_a_model_that_replays_training_pictures_is_found_and_one_that_does_not_i
     class Small:
         """The least encoder: a picture's own pixels."""
 
-        def preprocess(self, image: np.ndarray) -> np.ndarray:
-            return image[::4, ::4].astype(np.float32)
-
-        def score_prepared(self, batch: np.ndarray) -> np.ndarray:
-            return unit(batch.reshape(len(batch), -1) - 255 + RNG.normal(0, 1e-3, (len(batch), 1)))
+        def encode_images(self, images: list[np.ndarray]) -> np.ndarray:
+            small = np.stack([image[::4, ::4].astype(np.float32).ravel() for image in images])
+            return unit(small - 255 + RNG.normal(0, 1e-3, (len(small), 1)))
 
     def pictures(numbers: range, noise: int = 0) -> list[np.ndarray]:
         from train.data import decode_sample

@@ -82,7 +82,7 @@ def encode_images(
     rest = iter(images)
     while part := list(islice(rest, 32)):
         for name, model in models.items():
-            found[name].append(model.encode_images(part) if isinstance(model, Encoder) else scores_of(model, part))
+            found[name].append(scores_of(model, part) if isinstance(model, Annotator) else model.encode_images(part))
         found["phash"].append(np.array([int(perceptual_hash(image), 16) for image in part], np.uint64))
         on_done(len(part))
     return {name: np.concatenate(parts) for name, parts in found.items()}
