@@ -18,7 +18,8 @@ from studio.server import StudioServer, listen
 from studio.service import GenerationService
 from tests.small_train import COLOURS
 from train.generate.sampler import Sampler
-from train.models.unet import new_model, no_progress_bars
+from train.models.files import no_progress_bars
+from train.models.unet import new_model
 
 SEEN = {"prompt": "a red disc", "steps": 2}
 

@@ -24,7 +24,8 @@ from pipelines.cli import main
 from train.generate.files import read_facts
 from train.generate.request import GenerationRequest, fitting_size, foreign_syntax
 from train.generate.sampler import NoImage, Sampler
-from train.models.info import ModelInfo, check_trainable, read_model_info, weight_variant
+from train.models.files import weight_variant
+from train.models.info import ModelInfo, check_trainable, read_model_info
 from train.models.presets import PRESETS
 from train.models.unet import load_model, new_model
 

@@ -18,8 +18,7 @@ from aesthetic.files import write_atomic
 from curate.store.files import local_path, read_json, sha256_file, sweep, write_json
 from curate.store.ownership import check_free, taken
 from pipelines.commands.train import check_data
-from pipelines.options import Options, Result, argument, option, positive_int
-from pipelines.prompts import read_prompts
+from pipelines.options import Options, Result, argument, option, positive_int, read_prompts
 from pipelines.runtime.progress import ProgressBar, format_duration, redirect_output
 
 if TYPE_CHECKING:

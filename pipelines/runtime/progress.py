@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from curate.store.files import open_log
-from pipelines.terminal import CLEAR, RETURN, Shown, text_stream
+from pipelines.terminal import CLEAR, RETURN, SafeStream, safe_stream
 
 Counts = dict[tuple[str, str], int]
 """(stage, outcome) -> rows."""
@@ -67,7 +67,7 @@ class ProgressDisplay:
         self._live = out.isatty()
         self._warned = False
 
-    def draw(self, counts: Counts, hosts: list[tuple[str, int]], end: bool = False) -> None:
+    def show(self, counts: Counts, hosts: list[tuple[str, int]], end: bool = False) -> None:
         """Show the counts so far."""
         now = time.monotonic()
         self._warn_early(counts, hosts)
@@ -129,18 +129,18 @@ class ProgressDisplay:
                 del seen[1:-1:2]
         return count / max(seen[-1][0] - seen[0][0], 1e-3)
 
-    def whole(self, rows: int, images: int) -> float | None:
+    def project(self, rows: int, images: int) -> float | None:
         """Seconds that so many rows and images would take here: start-up and the slow last rows once, the rest by the
         rates that this run had. None where it saw nothing of a stage."""
         if "fetch" not in self._seen or (self._embeds and images and "embed" not in self._seen):
             return None
         began = self._seen["fetch"][0][0]
-        seconds = self._stretched("fetch", rows)
+        seconds = self._scaled("fetch", rows)
         if self._embeds and images:
-            seconds = max(seconds, self._seen["embed"][0][0] - began + self._stretched("embed", images))
+            seconds = max(seconds, self._seen["embed"][0][0] - began + self._scaled("embed", images))
         return began - self._began + seconds
 
-    def _stretched(self, stage: str, count: int) -> float:
+    def _scaled(self, stage: str, count: int) -> float:
         """Seconds of a stage for so many: the time of its first nine tenths to scale, and that of the others as it was;
         those wait for slow servers, of which there are not more at a time in a longer list."""
         seen = self._seen[stage]
@@ -235,10 +235,10 @@ def redirect_output(log: Path) -> Iterator[IO[str]]:
         saved = [os.dup(1), os.dup(2)]
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
-    lost = [(stream, stream.lost) for stream in (sys.stdout, sys.stderr) if isinstance(stream, Shown)]
+    lost = [(stream, stream.write_error) for stream in (sys.stdout, sys.stderr) if isinstance(stream, SafeStream)]
     for stream, _ in lost:
-        stream.lost = None  # the log can be written, whatever became of the terminal
-    terminal = text_stream(os.dup(saved[1]), sys.stderr)
+        stream.write_error = None  # the log can be written, whatever became of the terminal
+    terminal = safe_stream(os.dup(saved[1]), sys.stderr)
     try:
         yield terminal  # type: ignore[misc]
     finally:
@@ -248,7 +248,7 @@ def redirect_output(log: Path) -> Iterator[IO[str]]:
             os.dup2(before, fd)
             os.close(before)
         for stream, error in lost:
-            stream.lost = error
+            stream.write_error = error
         terminal.close()
-        if isinstance(sys.stderr, Shown):  # the same descriptor: what was lost here counts there
-            sys.stderr.lost = sys.stderr.lost or terminal.lost
+        if isinstance(sys.stderr, SafeStream):  # the same descriptor: what was lost here counts there
+            sys.stderr.write_error = sys.stderr.write_error or terminal.write_error
