@@ -14,6 +14,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from pipelines.options import Options, Result
+from pipelines.runtime.cluster import local_gpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ def examine(say: Callable[[str], None]) -> bool:
     """Print a line per finding; returns whether the main job can run here."""
     say(f"ok       Python {sys.version.split()[0]}, {os.cpu_count()} cores")
     good = _packages(say)
-    gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    gpus = local_gpus()
     say(
         f"ok       {gpus} NVIDIA GPU{'s' if gpus != 1 else ''}"
         if gpus
