@@ -12,7 +12,7 @@ from aesthetic.errors import UserError
 from curate.ledger.schema import shard_name
 from curate.store.files import local_path, read_json
 from curate.store.ownership import clear, kind_of
-from curate.store.records import output_digests
+from curate.store.records import invalidate, output_digests
 
 if TYPE_CHECKING:
     import duckdb
@@ -74,6 +74,23 @@ class Data:
 
     def annotations_record(self, name: str, shard: int) -> Path:
         return self.root / "annotated" / name / f"{shard_name(shard)}.json"
+
+    def invalidate_from(self, stage: str) -> None:
+        """Invalidate the records of a stage (source, fetch, images or embed) and of those after it, as far as they are
+        a shard's. Files stay until they are replaced."""
+        patterns = ["embedded/stats/*.json", "annotated/*/*.json"]
+        if stage != "embed":
+            patterns.append("fetched/*_stats.json")
+        for pattern in patterns:
+            for record in self.root.glob(pattern):
+                invalidate(record)
+        self.space.unlink(missing_ok=True)
+
+    def old_columns(self) -> list[str]:
+        """Columns in `scored/`, where they were before there was `annotated/`, that nobody has computed anew."""
+        return sorted(
+            p.name for p in (self.root / "scored").glob("*") if not (self.root / "annotated" / p.name).exists()
+        )
 
     def clear_shards(self) -> None:
         """Remove what the stages from fetch to annotate wrote; what somebody else has put beside it stays."""

@@ -40,7 +40,7 @@ them wait at once, and looking through them again and again took a sixth of the 
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = 32_000_000, 128_000_000
 """Bytes, for glibc's malloc: a larger block is given back to the system at once, and more that is free in one piece
-too. By its own thresholds it gives pictures back and takes them again, page by page: 7% of a PNG's decoding."""
+too. By its own thresholds it gives images back and takes them again, page by page: 7% of a PNG's decoding."""
 
 
 def ignore(stage: str, outcome: str, host: str) -> None:
@@ -100,7 +100,7 @@ class FetchWorker:
             os.sched_setscheduler(0, self._policy, os.sched_param(0))
 
     def _be_patient(self) -> None:
-        """Collect garbage rarely, keep freed memory for the next picture, and have Linux treat the event loop and the
+        """Collect garbage rarely, keep freed memory for the next image, and have Linux treat the event loop and the
         decoders that it starts as batch work.
 
         Else the loop takes a decoder's core at every packet, and the decoder's data are out of the cache when it goes
@@ -151,7 +151,7 @@ class EmbedWorker:
                 f"embed.embeddings: {embed.embeddings} holds {self.imported.folder.dim} numbers a row, and the vectors "
                 f"of {embed.encoder} have {space.dim}: it was made by another encoder"
             )
-        self.annotators = load_annotators(make_annotators(columns), embed, space, count, self.encoder)
+        self.annotators = load_annotators(per_shard(make_annotators(columns)), embed, space, count, self.encoder)
         if vectors and space is not None:
             claim_space(data, space)
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="decode")
@@ -172,6 +172,11 @@ class EmbedWorker:
             threads=self._threads,
             report=self.report,
         )
+
+
+def per_shard(annotators: Mapping[str, Annotator]) -> dict[str, Annotator]:
+    """The annotators that run shard by shard: all but those that read the whole table."""
+    return {name: a for name, a in annotators.items() if a.reads != "table"}
 
 
 def load_annotators(
@@ -230,7 +235,7 @@ def embed_done(data: Data, shard: int, config: str, annotators: Mapping[str, Ann
     if inputs is None or not space_known(data):
         return False
     embedded = is_done(data.root, data.embedded_record(shard), config=config, inputs=inputs)
-    return embedded and all(annotated(data, shard, name, a) for name, a in annotators.items())
+    return embedded and all(annotated(data, shard, name, a) for name, a in per_shard(annotators).items())
 
 
 def annotated(data: Data, shard: int, name: str, annotator: Annotator) -> bool:

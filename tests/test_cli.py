@@ -24,8 +24,10 @@ from curate.layout import Data
 from curate.sources.plan import SourceConfig
 from curate.sources.planner import make_plan
 from pipelines.cli import build_parser, main
-from pipelines.commands import COMMANDS, curate
+from pipelines.commands import COMMANDS, find
+from pipelines.options import Options, command_line, facts_of, from_parsed
 from pipelines.recipe import load_recipe
+from pipelines.stored_recipe import store_recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,7 +46,7 @@ def data(real_data: Data, tmp_path_factory: pytest.TempPathFactory) -> Data:
     shutil.copytree(real_data.root, copy.root)
     settings = [f"source.shard_size={copy.plan.shard_size}", "images.size=96"]
     settings += [f"select.rules.{name}=" for name in load_recipe("bundled").select.rules]
-    curate.store_recipe(copy, load_recipe("bundled", [*settings, "select.rules.seen=width > 0"]))
+    store_recipe(copy, load_recipe("bundled", [*settings, "select.rules.seen=width > 0"]))
     return copy
 
 
@@ -97,6 +99,49 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     out = capsys.readouterr().out
     assert all(re.search(rf"^ +{command} ", out, re.M) for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["selct", "data"], "invalid choice: 'selct' (choose from curate, fetch, .*). Did you mean select[?]"),
+        (["select", "data", "--nam", "x", "--uid"], "expected one argument"),
+        (["select", "data", "--nmae=x"], "unrecognized arguments: --nmae=x. Did you mean --name[?]"),
+        (
+            ["train", "shards", "--out", "model", "--form", "x"],
+            "unrecognized arguments: --form x. Did you mean --from[?]",
+        ),
+        (["curate", "list.csv", "--out", "data", "--limit", "0"], "argument --limit: at least 1 is expected"),
+        (["fit", "ratings.csv"], "the following arguments are required: --out"),
+    ],
+)
+def test_words_that_are_no_options(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as e:
+        main(words)
+    assert e.value.code == 2
+    assert re.search(told.replace("(choose", "[(]choose").replace(".*)", ".*[)]"), capsys.readouterr().err)
+
+
+def test_options_are_a_dataclass() -> None:
+    """Defaults stand in it alone; what is not a secret is in the line of --json."""
+
+    def read(*words: str) -> Options:
+        return from_parsed(find(words[0])[0], build_parser(words[0]).parse_args(words))
+
+    train = read("train", "shards", "--out", "m", "--from", "start", "--lora", "--lr", "1e-4")
+    assert (train.start, train.lora, train.lr, train.batch, train.seed) == ("start", 8, 1e-4, None, 0)  # type: ignore[attr-defined]
+    assert train == read(*shlex.split(command_line("train", train))[1:])
+    fit = read("fit", "a.csv", "b.csv", "--out", "h", "--scale", "1", "7", "--suggest", "1_000")
+    assert facts_of(fit) == {
+        "ratings": (Path("a.csv"), Path("b.csv")),
+        "out": Path("h"),
+        "scale": (1.0, 7.0),
+        "network": False,
+        "suggest": 1000,
+    }
+    assert fit == read(*shlex.split(command_line("fit", fit))[1:])
+    serve = read("serve", "model", "--token", "a secret", "--lora", "a", "--lora", "b:2")
+    assert "a secret" not in str(facts_of(serve)) and facts_of(serve)["lora"] == ("a", "b:2")
 
 
 def test_no_command_at_all_shows_help_and_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,7 +208,7 @@ def test_bad_input_is_named_and_nothing_is_written(
         assert sorted(tmp_path.iterdir()) == before or ("--ray-address" in words and not dry)
 
 
-@pytest.mark.parametrize("command", ["status", "verify", "select", "pack", "score", "embed", "retry", "query"])
+@pytest.mark.parametrize("command", ["status", "verify", "select", "pack", "annotate", "embed", "retry", "query"])
 def test_a_folder_that_is_no_data_folder(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, str(tmp_path), *(["select 1"] if command == "query" else [])]) == 2
     assert f"{tmp_path} is not a data folder" in capsys.readouterr().err
@@ -383,7 +428,7 @@ def test_doctor_says_which_recipes_can_run(tmp_path: Path, monkeypatch: pytest.M
         ["verify", "DATA"],
         ["select", "DATA", "--name", "answers"],
         ["pack", "DATA", "--name", "answers"],
-        ["score", "DATA"],
+        ["annotate", "DATA"],
         ["query", "DATA", "select reason, count(*) n from ledger group by all"],
         ["heads"],
         ["heads", "show", "bundled-aesthetic"],
@@ -501,7 +546,7 @@ def test_the_next_command_can_be_typed(data: Data, tmp_path: Path, capsys: pytes
         out = capsys.readouterr().out
         words = shlex.split(next(line for line in out.splitlines() if line.startswith("next: ")))[2:]
         assert words[0] == expected, words
-    assert main(["score", str(root)]) == 0
+    assert main(["annotate", str(root)]) == 0
     words = shlex.split(capsys.readouterr().out.rpartition("next: ")[2])[1:]
     assert words[:2] == ["select", str(root)] and main(words) == 0
 
@@ -521,7 +566,7 @@ def test_the_loop(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     fetch_all(data)
     embed_all(data, BUNDLED, {"aesthetic": SCORE["aesthetic"]})
     settings = ["source.shard_size=25", "images.size=96", "select.rules={}", "columns.open_nsfw="]
-    curate.store_recipe(data, load_recipe("bundled", settings))
+    store_recipe(data, load_recipe("bundled", settings))
 
     assert main(["query", str(data.root), "select key, url from ledger", "--json"]) == 0
     keys = {Path(r["url"]).name: r["key"] for r in json.loads(capsys.readouterr().out)}

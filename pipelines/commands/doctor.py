@@ -39,11 +39,8 @@ def examine(say: Callable[[str], None]) -> bool:
     say(f"ok       Python {sys.version.split()[0]}, {os.cpu_count()} cores")
     good = _packages(say)
     gpus = local_gpus()
-    say(
-        f"ok       {gpus} NVIDIA GPU{'s' if gpus != 1 else ''}"
-        if gpus
-        else "note     no NVIDIA GPU: encoders run on the CPU"
-    )
+    found = f"ok       {gpus} NVIDIA GPU{'s' if gpus > 1 else ''}"
+    say(found if gpus else "note     no NVIDIA GPU: encoders run on the CPU")
     free = shutil.disk_usage(Path.cwd()).free
     say(f"{'ok' if free > 5e9 else 'note'}       {free / 1e9:,.0f} GB free here")
     if importlib.util.find_spec("img2dataset") is None:
@@ -62,7 +59,7 @@ def _recipes(say: Callable[[str], None]) -> bool:
     """Say of each shipped recipe whether it can run here; returns whether one can. Asks the hub whether it answers."""
     from aesthetic.errors import UserError
     from curate.annotators.registry import make_annotators
-    from pipelines.commands.curate import has_encoder
+    from pipelines.checks import has_encoder
     from pipelines.recipe import DEFAULT, load_recipe, shipped
 
     able, why = list[str](), dict[str, str]()
