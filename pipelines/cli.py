@@ -444,7 +444,7 @@ def _curate(args: argparse.Namespace) -> int:
 
 def _resume(args: argparse.Namespace) -> int:
     """embed and retry: the main job on what a data folder already plans."""
-    from curate.layout import open_data
+    from curate.store.ownership import open_data
     from pipelines.commands import curate
 
     data = open_data(args.data)
@@ -456,8 +456,8 @@ def _resume(args: argparse.Namespace) -> int:
 
 def _score(args: argparse.Namespace) -> int:
     from aesthetic.errors import UserError
-    from curate.layout import open_data
     from curate.ledger.sql import plain_name
+    from curate.store.ownership import open_data
     from pipelines.commands import curate
 
     data = open_data(args.data)
@@ -478,7 +478,7 @@ def _score(args: argparse.Namespace) -> int:
 
 
 def _select(args: argparse.Namespace) -> int:
-    from curate.layout import open_data
+    from curate.store.ownership import open_data
     from pipelines.commands import curate
 
     data = open_data(args.data)
@@ -494,11 +494,11 @@ def _select(args: argparse.Namespace) -> int:
     )
     name = recipe.select.name
     following = curate.command("pack", data.root, "--name", name) if facts["kept"] else ""
-    return _end(args, facts, {"selected": data.root / "selected" / f"{name}.parquet"}, following)
+    return _end(args, facts, {"selected": data.verdicts(name)}, following)
 
 
 def _pack(args: argparse.Namespace) -> int:
-    from curate.layout import open_data
+    from curate.store.ownership import open_data
     from pipelines.commands import curate
 
     data = open_data(args.data)
@@ -508,7 +508,7 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from curate.layout import open_data
+    from curate.store.ownership import open_data
     from pipelines.commands import curate
 
     data = open_data(args.data)
@@ -518,8 +518,8 @@ def _status(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from curate import verify
-    from curate.layout import open_data
     from curate.store.lock import Lock
+    from curate.store.ownership import open_data
 
     data = open_data(args.data)
     checked = 0
@@ -550,15 +550,15 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _query(args: argparse.Namespace) -> int:
-    from curate.layout import open_data
+    from curate.store.ownership import open_data
     from pipelines.commands.query import show, write
 
-    root = open_data(args.data).root
+    data = open_data(args.data)
     if args.out is not None:
-        rows = write(root, args.sql, args.out)
+        rows = write(data, args.sql, args.out)
         print(f"{rows:,} rows")
         return _end(args, {"rows": rows}, {"written": args.out}, "")
-    if told := show(root, args.sql, sys.stdout, as_json=args.json):
+    if told := show(data, args.sql, sys.stdout, as_json=args.json):
         print(told)
     return 0
 

@@ -66,7 +66,7 @@ class DataPool:
         import pandas as pd
         import pyarrow.parquet as pq
 
-        from curate.layout import open_data
+        from curate.store.ownership import open_data
 
         self.data = open_data(root)
         self.root = self.data.root

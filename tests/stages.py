@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from curate.annotators.heads import columns_of
 from curate.layout import Data
 from curate.ledger.select import Selection, select
 from curate.shards.pack import pack
@@ -103,9 +102,8 @@ def embed_shards(data: Data, recipe: Recipe) -> int:
 
 def choose(data: Data, recipe: Recipe) -> Selection:
     """Select and pack."""
-    scales = {name: c.scale for name, c in columns_of(recipe.score).items()}
-    selection = select(data.root, recipe.select, scales)
-    pack(data.root, recipe.select.name, recipe.pack)
+    selection = select(data, recipe.select)
+    pack(data, recipe.select.name, recipe.pack)
     return selection
 
 

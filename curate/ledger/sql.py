@@ -216,7 +216,7 @@ def _keywords() -> frozenset[str]:
 
 
 @functools.cache
-def unstable_functions() -> frozenset[str]:
+def volatile_functions() -> frozenset[str]:
     """DuckDB's functions that need not give the same value each time: random, now and the like."""
     sql = "SELECT function_name FROM duckdb_functions() WHERE stability <> 'CONSISTENT'"
     return frozenset(row[0] for row in _parser().cursor().execute(sql).fetchall())
@@ -246,29 +246,47 @@ def parse(sql: str) -> dict[str, Any]:
         return {"error": True, "error_type": "parser", "error_message": "it is nested too deep"}
 
 
+_EXPRESSIONS = {
+    "COMPARISON", "CONJUNCTION", "FUNCTION", "CONSTANT", "COLUMN_REF", "OPERATOR", "CASE", "BETWEEN", "CAST",
+    "COLLATE", "LAMBDA", "TYPE",
+}  # fmt: skip
+_REFUSED = {
+    "SUBQUERY": "a query inside it",
+    "WINDOW": "a window function (top and first_of are there for what needs all rows)",
+    "STAR": "a star",
+    "PARAMETER": "a parameter",
+}
+
+
 def parse_condition(condition: str) -> dict[str, Any]:
-    """The tree of one expression. UserError, saying what is wrong, where a text is more than that, or none."""
+    """The tree of one expression over the columns of one row.
+
+    UserError, saying what is wrong, where a text is more than that, or none; and where its value would depend on
+    other rows, or on the moment. RecursionError where it is nested too deep.
+    """
     tree = parse("SELECT " + condition)
     if tree["error"] and tree.get("error_type", "parser") == "parser":
         raise UserError(str(tree["error_message"]))
     node = tree["statements"][0]["node"] if len(tree.get("statements", [])) == 1 else {}
-    plain: dict[str, Any] = {
-        "modifiers": [],
-        "group_expressions": [],
-        "where_clause": None,
-        "having": None,
-        "qualify": None,
-        "sample": None,
-    }
+    empty = ("where_clause", "having", "qualify", "sample")
     if (
         node.get("type") != "SELECT_NODE"
         or len(node["select_list"]) != 1
         or node["from_table"]["type"] != "EMPTY"
         or node["cte_map"]["map"]
-        or any(node[k] != v for k, v in plain.items())
+        or node["modifiers"]
+        or node["group_expressions"]
+        or any(node[k] is not None for k in empty)
     ):
         raise UserError("one condition is expected, without SELECT, FROM, commas or anything after it")
-    return node["select_list"][0]
+    expression = node["select_list"][0]
+    for part in references(expression):
+        kind = part["class"]
+        if kind not in _EXPRESSIONS:
+            raise UserError(f"a rule can't hold {_REFUSED.get(kind, kind.lower())}")
+        if kind == "FUNCTION" and part["function_name"].lower() in volatile_functions():
+            raise UserError(f"{part['function_name']}() gives another value each time, and a selection may not")
+    return expression
 
 
 def print_expression(expression: dict[str, Any]) -> str:

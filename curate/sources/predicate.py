@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from aesthetic.errors import UserError
-from curate.ledger.sql import Bounds, connect, parse, unstable_functions, walk
+from curate.ledger.sql import Bounds, connect, parse, volatile_functions, walk
 from curate.sources.lists import describe
 
 
@@ -81,9 +81,9 @@ class Predicate:
         self.columns = [n for n in schema.names if n in wanted]
 
     def _refuse_moods(self, functions: set[str]) -> None:
-        if moody := functions & unstable_functions():
+        if volatile := functions & volatile_functions():
             raise self._refused(
-                f"{min(moody)}() gives another answer each time. "
+                f"{min(volatile)}() gives another answer each time. "
                 "For a part of the list use --limit, or a hash: hash(url) % 10 = 0."
             )
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +25,15 @@ from curate.annotators.heads import Column, columns_of
 from curate.fetch import engine_img2dataset
 from curate.fetch.deny import Deny
 from curate.fetch.ingest import check_verify
-from curate.layout import Data
+from curate.layout import ANNOTATED, EMBEDDED, FETCHED, Data
 from curate.ledger.schema import Reason, Status
-from curate.sources.plan import clear_plan, inspect, load_plan, make_plan
+from curate.sources.plan import inspect, load_plan, make_plan
 from curate.store.disk import check_space
 from curate.store.files import read_json, sweep
 from curate.store.lock import Lock
 from curate.store.ownership import RECIPE_HEADER, Taken, check_free, taken
 from curate.store.records import invalidate
-from curate.verify import again
+from curate.verify import command_again
 from pipelines.recipe import DEFAULT, Recipe, load_recipe, parse_recipe, read_recipe, to_yaml
 from pipelines.runtime.jobs import Job, Work, reach, run_job
 from pipelines.runtime.progress import Screen, clock
@@ -104,9 +105,8 @@ def refuse_changes(data: Data, recipe: Recipe, restart_from: str | None = None) 
 def _holds(data: Data, stage: str) -> bool:
     """Whether the data folder holds anything that a change of this stage would alter."""
     if stage == "source":
-        return (data.root / "plan" / "plan.json").exists()
-    where = "embedded/stats/*.json" if stage == "embed" else "fetched/*_stats.json"
-    return next(data.root.glob(where), None) is not None
+        return data.plan_record.exists()
+    return bool(data.records(EMBEDDED if stage == "embed" else FETCHED))
 
 
 def restart(data: Data, recipe: Recipe, stage: str, stages: Sequence[str]) -> None:
@@ -117,14 +117,13 @@ def restart(data: Data, recipe: Recipe, stage: str, stages: Sequence[str]) -> No
     if "embed" in stages:
         has_encoder(recipe)
     if stage in ("source", "fetch", "images"):
-        for record in data.root.glob("fetched/*_stats.json"):
+        for record in data.records(FETCHED):
             invalidate(record)
-    for pattern in ("embedded/stats/*.json", "scored/*/*.json"):
-        for record in data.root.glob(pattern):
-            invalidate(record)
+    for record in (*data.records(EMBEDDED), *data.records(ANNOTATED)):
+        invalidate(record)
     data.space.unlink(missing_ok=True)
     if stage == "source":
-        clear_plan(data.root)
+        data.clear_plan()
         data.clear_shards()  # those of another list must not linger beside the new ones
 
 
@@ -148,9 +147,9 @@ def refuse_denied(data: Data, recipe: Recipe, restart_from: str | None = None) -
     deny = Deny.load(recipe.fetch.deny)
     if not deny or not data.root.is_dir():
         return
-    from curate.ledger.denied import held
+    from curate.ledger.denied import denied_images
 
-    found = held(data.root, deny, fetched=restart_from in (None, "embed"))
+    found = denied_images(data, deny, fetched=restart_from in (None, "embed"))
     if not found:
         return
     there = []
@@ -169,7 +168,7 @@ def refuse_denied(data: Data, recipe: Recipe, restart_from: str | None = None) -
     if found.images or found.unknown:
         files = [str(Path(f).absolute()) for f in recipe.fetch.deny]
         denied = shlex.quote(f"fetch.deny=[{', '.join(files)}]")
-        steps.append(f"  {again(data)} --set {denied} --restart-from fetch")
+        steps.append(f"  {command_again(data)} --set {denied} --restart-from fetch")
     raise UserError(
         f"fetch.deny names what {data.root} holds already: {'; '.join(there)}.\n"
         "A list that is given later takes nothing away, so nothing is done. Give another --out, or be rid of them:\n"
@@ -260,7 +259,7 @@ def run(request: Request, say: Say = print) -> Outcome:
     columns = columns_of(recipe.score, recipe.embed.encoder)
     check_engine(recipe, say)
     refuse_denied(data, recipe, request.restart_from)
-    if "embed" in request.stages and not (data.root / "plan" / "plan.json").exists():
+    if "embed" in request.stages and not data.plan_record.exists():
         has_encoder(recipe)  # before a long list is read; where a plan is there, all may be embedded
     with taken(data.root, "data", replaces=["recipe.yaml"]) as folder, _nothing_left_behind(data, folder):
         sweep(data.root)
@@ -292,12 +291,12 @@ def _found_from_anywhere(recipe: Recipe) -> Recipe:
 @contextmanager
 def _nothing_left_behind(data: Data, folder: Taken) -> Iterator[None]:
     """Where input or recipe is refused before a job began, a data folder is as it was, and a new one is not there."""
-    planned = (data.root / "plan" / "plan.json").exists()
+    planned = data.plan_record.exists()
     try:
         yield
     except UserError:
         if not planned and not data.logs.exists():
-            clear_plan(data.root)
+            data.clear_plan()
             folder.undo(["recipe.yaml"])
         raise
 
@@ -382,7 +381,7 @@ def _name_repeats(data: Data, outcome: Outcome, say: Say) -> None:
     """Say which bytes came from many URLs: most are placeholders."""
     from curate.duplicates.repeats import repeats
 
-    found = repeats(data.root)
+    found = repeats(data)
     if found:
         outcome.facts["repeated"] = [{"sha256": r.sha256, "urls": r.urls, "url": r.url} for r in found[:100]]
         say(f"the same bytes from many URLs, {len(found):,} times ({sum(r.urls for r in found):,} rows): placeholders?")
@@ -473,12 +472,12 @@ def _select(data: Data, recipe: Recipe, columns: dict[str, Column], say: Say) ->
 
     name = recipe.select.name
     try:
-        before = remembered(data.root, name)
+        before = remembered(data, name)
     except UserError:  # of a subset file that is gone
         before = ({}, Path())
     if before is not None and before != (recipe.select.rules, None):
         say(f"the selection {name} was made by other rules; it is made anew by the recipe's")
-    selection = select(data.root, recipe.select, {name: c.scale for name, c in columns.items()})
+    selection = select(data, recipe.select)
     show_selection(selection, say)
     return selection
 
@@ -499,16 +498,10 @@ def _stricter(data: Data, selection: Selection) -> str:
 
     conditions = {r.name: r.condition for r in selection.rules}
     for rule, said in reversed(read_rules(conditions, selection.quantiles).items()):
-        if (
-            said
-            and said.best
-            and not (data.root / "selected" / "stricter.json").exists()
-            and re.fullmatch(r"\w+", rule)
-        ):
-            column, fraction = said.best
-            setting = f"select.rules.{rule}=top({plain_name(column)}, {fraction / 2:g})"
+        if said and said.top and not data.selection_record("stricter").exists() and re.fullmatch(r"\w+", rule):
+            setting = f"select.rules.{rule}=top({plain_name(said.top.column)}, {said.top.fraction / 2:g})"
             return command("select", data.root, "--name", "stricter", "--set", setting)
-    return command("train", data.root / "shards" / selection.name, "--out", "model")
+    return command("train", data.packed(selection.name), "--out", "model")
 
 
 def _pack(data: Data, recipe: Recipe, outcome: Outcome) -> None:
@@ -517,13 +510,13 @@ def _pack(data: Data, recipe: Recipe, outcome: Outcome) -> None:
     from curate.shards.pack import pack
 
     name = recipe.select.name
-    pack(data.root, name, recipe.pack)
-    folder, sheet = data.root / "shards" / name, data.root / "report" / name / "sheet.png"
-    if not sheet.exists() or sheet.stat().st_mtime < (folder / "manifest.json").stat().st_mtime:
-        score_charts(data.root, name)
-        contact_sheet(data.root, name)
+    pack(data, name, recipe.pack)
+    folder, sheet = data.packed(name), data.sheet(name)
+    if not sheet.exists() or sheet.stat().st_mtime < data.manifest(name).stat().st_mtime:
+        score_charts(data, name)
+        contact_sheet(data, name)
     outcome.paths |= {"shards": f"{folder}/", "look": str(sheet)}
-    outcome.next = _stricter(data, load_selection(data.root, name))
+    outcome.next = _stricter(data, load_selection(data, name))
 
 
 # ------------------------------------------------------------------------------------------- one stage alone, no Ray
@@ -534,7 +527,7 @@ def recipe_of(data: Data, name: str | None, settings: Sequence[str], select: str
 
     A recipe.yaml where no plan is belongs to somebody else.
     """
-    if name is None and data.recipe.exists() and (data.root / "plan" / "plan.json").exists():
+    if name is None and data.recipe.exists() and data.plan_record.exists():
         recipe = parse_recipe(read_recipe(data.recipe), settings, what=str(data.recipe))
     else:
         recipe = load_recipe(name or DEFAULT, settings)
@@ -573,7 +566,7 @@ def select_only(
     from curate.ledger import uids as subsets
     from curate.ledger.select import remembered, select
 
-    if not given and (before := remembered(data.root, recipe.select.name)) is not None:
+    if not given and (before := remembered(data, recipe.select.name)) is not None:
         rules, file = before
         if file is not None:
             uids = str(file)
@@ -584,24 +577,11 @@ def select_only(
     name = recipe.select.name
     refuse_denied(data, recipe)
     with Lock(data.root):
-        if uids is not None:
-            selection = subsets.select_uids(data.root, name, Path(uids))
-        else:
-            selection = select(data.root, recipe.select, scales_there(data))
+        selection = select(data, recipe.select) if uids is None else subsets.select_uids(data, name, Path(uids))
         show_selection(selection, say)
         if write_uids is not None:
-            subsets.write_uids(data.root, name, Path(write_uids))
+            subsets.write_uids(data, name, Path(write_uids))
     return {"kept": selection.kept, "funnel": selection.funnel}
-
-
-def scales_there(data: Data) -> dict[str, tuple[float, float]]:
-    """The scale of each score column that a data folder holds, from its records."""
-    scales = {}
-    for folder in sorted((data.root / "scored").glob("*")):
-        record = read_json(next(folder.glob("*.json"), folder / "none.json"))
-        if record and "scale" in record:
-            scales[folder.name] = (float(record["scale"][0]), float(record["scale"][1]))
-    return scales
 
 
 def pack_only(data: Data, recipe: Recipe) -> Outcome:
@@ -631,8 +611,9 @@ def status(data: Data, say: Say) -> tuple[dict[str, Any], str]:
     if failures:
         say("          " + " · ".join(f"{reason} {n:,}" for reason, n in failures))
     say(f"embedded  {embedded:,}/{shards:,} shards")
-    for folder in sorted((data.root / "scored").glob("*")):
-        say(f"scored    {len(list(folder.glob('*.json'))):,}/{shards:,} shards   {folder.name}")
+    for name in data.annotations():
+        count = len(data.shards(partial(data.scores_record, name)))
+        say(f"scored    {count:,}/{shards:,} shards   {name}")
     selections = selections_there(data)
     for name, facts in selections.items():
         words = [f"{facts['kept']:,} kept", *facts["stale"]]
@@ -655,7 +636,7 @@ def status(data: Data, say: Say) -> tuple[dict[str, Any], str]:
         say(f"denied    {e}")
         return found, ""
     if len(fetched) < shards:
-        return found, again(data)
+        return found, command_again(data)
     if embedded < sum(1 for r in fetched.values() if r.get("successes", 1)):
         return found, command("embed", data.root)
     waiting = sum(n for reason, n in failures if Reason(reason).passing)
@@ -681,24 +662,24 @@ def selections_there(data: Data) -> dict[str, dict[str, Any]]:
     from curate.ledger.view import table_digests, tables
 
     recipe, found = stored_recipe(data), dict[str, dict[str, Any]]()
-    records = sorted((data.root / "selected").glob("[!.]*.json"))
+    names = data.selections()
     try:
-        now = table_digests(tables(data.root)) if records else {}
+        now = table_digests(tables(data)) if names else {}
     except UserError:  # nothing is fetched any more: the folder is being made again
         now = {}
-    for path in records:
-        name, record = path.stem, read_json(path)
+    for name in names:
+        record = read_json(data.selection_record(name))
         if not isinstance(record, dict) or "kept" not in record:
             continue
-        changed = changed_since(data.root, name, now)
+        changed = changed_since(data, name, now)
         stale = [f"stale: {', '.join(changed)} changed since"] if changed else []
         try:
-            before = remembered(data.root, name)
+            before = remembered(data, name)
         except UserError:
             before = None
         if recipe is not None and name == recipe.select.name and before != (recipe.select.rules, None):
             stale.append("by other rules than recipe.yaml's")
-        manifest = read_json(data.root / "shards" / name / "manifest.json")
+        manifest = read_json(data.manifest(name))
         made = record.get("outputs", {}).get(f"selected/{name}.parquet", {}).get("sha256")
         packed = None
         if isinstance(manifest, dict):
