@@ -11,12 +11,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aesthetic.catalog import import_head
+    from aesthetic.catalog import list_heads, load_head
     from aesthetic.classify import fit_classifier
     from aesthetic.compare import fit_comparisons
     from aesthetic.examples import Examples
     from aesthetic.fit import fit_head
-    from aesthetic.heads import Head, HeadError, list_heads, load_head, save_head
+    from aesthetic.head_files import save_head
+    from aesthetic.heads import Head, HeadError
+    from aesthetic.imports import import_head
     from aesthetic.prompts import prompt_head
     from aesthetic.ratings import read_ratings
     from aesthetic.space import Space, SpaceMismatch
@@ -47,12 +49,12 @@ _HOME = {
     "fit_classifier": "classify",
     "fit_comparisons": "compare",
     "fit_head": "fit",
-    "import_head": "published",
-    "list_heads": "heads",
-    "load_head": "heads",
+    "import_head": "imports",
+    "list_heads": "catalog",
+    "load_head": "catalog",
     "prompt_head": "prompts",
     "read_ratings": "ratings",
-    "save_head": "heads",
+    "save_head": "head_files",
 }
 
 

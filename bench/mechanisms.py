@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from curate.fetch import addresses
+from curate.fetch import cache, dns
 
 OFF = ("cache", "coalescing", "ahead")
 """Kept DNS answers; one look-up for all who ask for a name at once; looking up before a request takes its place."""
@@ -13,27 +13,27 @@ OFF = ("cache", "coalescing", "ahead")
 def switch_off(name: str) -> None:
     """In this process, make curate do without a mechanism; "" switches off none."""
     if name == "cache":
-        addresses._DNS_KEPT = 0.0
+        dns._KEPT = 0.0
     elif name == "coalescing":
-        begin = addresses.GuardedResolver.__init__
+        begin = dns.GuardedResolver.__init__
 
-        def init(self: addresses.GuardedResolver, *more: Any, **named: Any) -> None:
+        def init(self: dns.GuardedResolver, *more: Any, **named: Any) -> None:
             begin(self, *more, **named)
-            self._shared.__class__ = _Each
+            self._cache.__class__ = _Each
 
-        addresses.GuardedResolver.__init__ = init  # type: ignore[method-assign]
+        dns.GuardedResolver.__init__ = init  # type: ignore[method-assign]
     elif name == "ahead":
-        assert hasattr(addresses.GuardedResolver, "ahead"), "the look-ahead has another name now"
+        assert hasattr(dns.GuardedResolver, "look_up"), "the look-ahead has another name now"
 
-        async def nothing(self: addresses.GuardedResolver, host: str) -> float:
+        async def nothing(self: dns.GuardedResolver, host: str) -> float:
             return 0.0
 
-        addresses.GuardedResolver.ahead = nothing  # type: ignore[method-assign]
+        dns.GuardedResolver.look_up = nothing  # type: ignore[method-assign]
     elif name:
         raise ValueError(f"{name!r} is not one of {', '.join(OFF)}")
 
 
-class _Each(addresses.Shared[Any]):
+class _Each(cache.CoalescingCache[Any]):
     """Everybody looks up for himself, unless an answer is kept."""
 
     async def get(self, key: str) -> Any:

@@ -19,10 +19,11 @@ from typing import Any
 import pandas  # noqa: F401  pyarrow does so at its first array, and importing is left out of all figures
 
 from bench import mechanisms, names
-from curate.fetch.client import FetchConfig
-from curate.images.pixels import ImagesConfig
+from curate.fetch.config import FetchConfig
+from curate.images.process import ImagesConfig
 from curate.layout import Data
-from curate.sources.plan import SourceConfig, make_plan
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import make_plan
 from curate.store.files import read_json
 from curate.workers import FetchWorker, ignore
 from pipelines.runtime.jobs import shards_together

@@ -14,7 +14,7 @@ from PIL import Image
 
 from bench.contend import Bench, Lists
 from bench.pictures import entries
-from curate.images.pixels import ImagesConfig, process
+from curate.images.process import ImagesConfig, process
 from curate.shards.tar import image_member, index_tar, read_range
 
 

@@ -4,7 +4,7 @@
     python -m bench.sample --model FOLDER       with a model of yours
     python -m bench.sample --kind image         image to image;  mask: inpainting
 
-Ours is `Artist.draw` to the saved PNG: checks, NSFW detector, facts and file included. Theirs is the call of the
+Ours is `Sampler.generate` to the saved PNG: checks, NSFW detector, facts and file included. Theirs is the call of the
 pipeline and `image.save`. Every figure is a median over rounds, the ratio the median of each round's. CPU-seconds stand
 beside those of the clock, for machines that do other things meanwhile.
 """
@@ -28,7 +28,7 @@ from PIL import Image
 
 from pipelines.commands.sample import quiet_libraries
 from train.generate.files import png, save_numbered
-from train.generate.sampler import Artist, Request
+from train.generate.sampler import GenerationRequest, Sampler
 from train.models.presets import PRESETS
 from train.models.unet import new_model
 
@@ -53,9 +53,9 @@ def main() -> None:
         folder = asked.model or Path(scratch) / "model"
         if asked.model is None:
             new_model(MODEL, [PROMPT] * 4, "eps").save_pretrained(folder)
-        artist = Artist(folder)
-        theirs = peer(artist, asked.kind)
-        request = artist.check(Request(PROMPT, steps=asked.steps, **begin(artist, asked.kind)))
+        sampler = Sampler(folder)
+        theirs = peer(sampler, asked.kind)
+        request = sampler.check(GenerationRequest(PROMPT, steps=asked.steps, **begin(sampler, asked.kind)))
         taken: dict[str, list[tuple[float, float]]] = {"ours": [], "diffusers": []}
         for number in range(asked.rounds + 1):
             order = ("ours", "diffusers")[:: 1 if number % 2 else -1]
@@ -63,13 +63,13 @@ def main() -> None:
             for name in order:
                 began = time.perf_counter(), time.process_time()
                 now = replace(request, seed=number)
-                pictures[name] = ours(artist, now, Path(scratch)) if name == "ours" else drawn(theirs, now, scratch)
+                pictures[name] = ours(sampler, now, Path(scratch)) if name == "ours" else drawn(theirs, now, scratch)
                 if number:  # the first warms up
                     taken[name].append((time.perf_counter() - began[0], time.process_time() - began[1]))
             equal = np.array_equal(*(np.asarray(Image.open(p)) for p in pictures.values()))
             assert equal, f"round {number}: the pictures differ"
         size = f"{request.width} x {request.height}"
-        print(f"{asked.kind}, {size}, {asked.steps} steps, {artist}, {asked.threads} threads")
+        print(f"{asked.kind}, {size}, {asked.steps} steps, {sampler}, {asked.threads} threads")
         for name, rounds in taken.items():
             clock, cpu = (median(r[i] for r in rounds) for i in (0, 1))
             print(f"    {name:12} {clock:7.2f} s, {cpu:7.2f} CPU-seconds")
@@ -81,11 +81,11 @@ def main() -> None:
         asked.json.write_text(json.dumps(figures, indent=1, default=str))
 
 
-def begin(artist: Artist, kind: str) -> dict[str, Any]:
+def begin(sampler: Sampler, kind: str) -> dict[str, Any]:
     """The picture to begin with, and the mask."""
     if kind == "text":
         return {}
-    width, height = artist.about.size
+    width, height = sampler.about.size
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8))
     if kind == "image":
@@ -95,22 +95,22 @@ def begin(artist: Artist, kind: str) -> dict[str, Any]:
     return {"image": image, "mask": mask, "strength": 1.0}
 
 
-def peer(artist: Artist, kind: str) -> Any:
+def peer(sampler: Sampler, kind: str) -> Any:
     """A pipeline of diffusers of its own, loaded as its documentation does it."""
     import diffusers
 
     kinds = getattr(diffusers, f"StableDiffusion{KINDS[kind]}Pipeline")
-    pipeline = kinds.from_pretrained(artist.about.folder, dtype=artist.dtype).to(artist.device)
+    pipeline = kinds.from_pretrained(sampler.about.folder, dtype=sampler.dtype).to(sampler.device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def ours(artist: Artist, request: Request, folder: Path) -> Path:
-    (made,) = artist.draw([request])
+def ours(sampler: Sampler, request: GenerationRequest, folder: Path) -> Path:
+    (made,) = sampler.generate([request])
     return save_numbered(png(made.image, made.facts), folder / "ours")
 
 
-def drawn(pipeline: Any, request: Request, folder: str) -> Path:
+def drawn(pipeline: Any, request: GenerationRequest, folder: str) -> Path:
     """As a user of diffusers would."""
     more: dict[str, Any] = {"width": request.width, "height": request.height}
     if request.image is not None:

@@ -35,13 +35,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from curate.images.pixels import decode
+from curate.images.decode import decode
 from curate.shards.tar import TarWriter
-from train.data import Batch, Examples, Pictures, Stream, open_samples
-from train.latents import precompute
+from train.data import Batch, ImageDataset, Stream, TrainDataset, open_samples
+from train.latents import precompute_latents
 from train.loop import LoopConfig, train
 from train.models.presets import PRESETS
-from train.models.unet import new_model, parameters, tokenize
+from train.models.unet import count_parameters, new_model, tokenize
 from train.tasks import Denoise
 
 MODEL = replace(PRESETS["small-64"], unet=(64, 128, 128), heads=2, text=128, text_layers=2, vocabulary=1000)
@@ -231,7 +231,7 @@ def step(folder: Path, files: Sequence[bytes], threads: int, rounds: int) -> dic
         loops += [theirs(itertools.repeat((images, tokens)), pipelines[1], encode=kind == "pixels")]
         contenders |= {f"{kind}, ours": turn_of(loops[-2]), f"{kind}, diffusers' loop": turn_of(loops[-1])}
     print(
-        f"\nThe step alone: UNet of {parameters([pipelines[0].unet]) / 1e6:.1f} M parameters on "
+        f"\nThe step alone: UNet of {count_parameters([pipelines[0].unet]) / 1e6:.1f} M parameters on "
         f"{MODEL.size // MODEL.factor} x {MODEL.size // MODEL.factor} latents, batch {BATCH}"
     )
     taken = in_turn(contenders, rounds)
@@ -263,12 +263,12 @@ def from_files(folder: Path, files: Sequence[bytes], threads: int, rounds: int) 
     samples = open_samples(folder / "tars")
     every = np.arange(len(samples))
     pipelines = [model() for _ in range(3)]
-    pictures = Pictures(samples, lambda c: tokenize(pipelines[0], c), MODEL.size)
+    pictures = ImageDataset(samples, lambda c: tokenize(pipelines[0], c), MODEL.size)
     before = time.perf_counter()
-    latents = precompute(pipelines[0], pictures, every, folder / "latents")
+    latents = precompute_latents(pipelines[0], pictures, every, folder / "latents")
     once = time.perf_counter() - before
 
-    def stream(examples: Examples) -> Stream:
+    def stream(examples: TrainDataset) -> Stream:
         return Stream(examples, every, batch=BATCH, workers=threads)
 
     # theirs first: its workers are forked, best while this process has no threads that read
@@ -358,7 +358,7 @@ def loader(folder: Path, files: Sequence[bytes], threads: int, rounds: int) -> d
     pipeline = model()
     samples = open_samples(folder / "tars")
     for size in TRAINED:
-        pictures = Pictures(samples, lambda c: tokenize(pipeline, c), size)
+        pictures = ImageDataset(samples, lambda c: tokenize(pipeline, c), size)
         stream = Stream(pictures, np.arange(len(samples)), batch=BATCH, workers=threads)
         peer = _webdataset(folder, pipeline.tokenizer, size, threads)
         batches = {"ours": stream.batches(), "webdataset": peer}

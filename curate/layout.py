@@ -3,7 +3,7 @@
 plan/         plan.json                   the record;  shards.parquet: the shards;  what of the list was cut or copied
 fetched/      NNNNN.tar, NNNNN.parquet    images and rows;  NNNNN_stats.json: the record (img2dataset's layout)
 embedded/     img_emb/, text_emb/         vectors;  metadata/: similarities;  stats/: records (clip-retrieval's layout)
-scored/NAME/  NNNNN.parquet, NNNNN.json   columns and their record
+annotated/N./ NNNNN.parquet, NNNNN.json   columns of an annotator and their record
 selected/     NAME.parquet, NAME.json     verdicts and their record
 shards/NAME/  NNNNN.tar, NNNNN.parquet    the chosen images;  manifest.json: the record
 report/NAME/  sheet.png, scores.png
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from curate.sources.plan import Plan
 
-PLAN, FETCHED, EMBEDDED, ANNOTATED, SELECTED, PACKED = "plan", "fetched", "embedded", "scored", "selected", "shards"
+PLAN, FETCHED, EMBEDDED, ANNOTATED, SELECTED, PACKED = "plan", "fetched", "embedded", "annotated", "selected", "shards"
 """The folders of the stages, in the order in which they are made."""
 
 STAGES = (PLAN, FETCHED, EMBEDDED, ANNOTATED, SELECTED, PACKED)
@@ -100,16 +100,16 @@ class Data:
     def space_record(self) -> Path:
         return self.root / EMBEDDED / "stats" / "space.json"
 
-    # scored/NAME/
+    # annotated/NAME/: the columns of an annotator
 
-    def scores(self, column: str, shard: int) -> Path:
-        return self.root / ANNOTATED / column / f"{shard_name(shard)}.parquet"
+    def annotations(self, name: str, shard: int) -> Path:
+        return self.root / ANNOTATED / name / f"{shard_name(shard)}.parquet"
 
-    def scores_record(self, column: str, shard: int) -> Path:
-        return self.root / ANNOTATED / column / f"{shard_name(shard)}.json"
+    def annotations_record(self, name: str, shard: int) -> Path:
+        return self.root / ANNOTATED / name / f"{shard_name(shard)}.json"
 
-    def annotations(self) -> list[str]:
-        """The names that columns were written under."""
+    def annotated(self) -> list[str]:
+        """The names under which there are columns."""
         return _folders(self.root / ANNOTATED)
 
     # selected/, shards/, report/
@@ -200,7 +200,7 @@ class Data:
         clear(self.plan_folder, r"plan\.json|shards(-[0-9a-f]{8})?\.parquet|\d{5,}(-\d{5,})?\.parquet|list-\d{5,}-.*")
 
     def clear_shards(self) -> None:
-        """Remove what the stages from fetch to score wrote."""
+        """Remove what the stages from fetch to annotate wrote."""
         embedded, annotated = self.root / EMBEDDED, self.root / ANNOTATED
         clear(self.root / FETCHED, r"\d{5,}(\.tar|\.parquet|_stats\.json)|\.\d{5,}\.starts")
         clear(embedded / "img_emb", r"img_emb_\d{5,}\.npy")
@@ -208,7 +208,7 @@ class Data:
         clear(embedded / "metadata", r"metadata_\d{5,}\.parquet")
         clear(embedded / "stats", r"\d{5,}\.json|space\.json")
         clear(embedded, r"space\.json")
-        for name in self.annotations():
+        for name in self.annotated():
             clear(annotated / name, r"\d{5,}\.(parquet|json)")
         clear(annotated, "")
 

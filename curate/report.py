@@ -1,6 +1,6 @@
 """Pictures of what a selection did: a contact sheet of what was kept and what each rule rejected, and score histograms.
 
-Images are read from a few shards only, so a sheet takes seconds however long the list is. What a detector or a rule
+Images are read from a few shards only, so a sheet takes seconds however long the list is. What a column or a rule
 calls unsafe is shown as a blur that no one can undo. The same data folder gives the same bytes. `sheet` draws a contact
 sheet of any images at hand.
 """
@@ -8,7 +8,7 @@ sheet of any images at hand.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
@@ -25,18 +25,18 @@ from PIL import Image, ImageDraw, ImageFont
 
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
-from curate.images.pixels import decode
+from curate.images.decode import decode
 from curate.layout import Data
-from curate.ledger.rules import Rule, read_rules
+from curate.ledger.rules import NUMBER, Rule, read_rules
 from curate.ledger.schema import FETCHED_COLUMNS, URL_COLUMNS, RowError, Status
 from curate.ledger.select import load_selection
 from curate.ledger.sql import connect, literal, quote
-from curate.ledger.view import OURS, column_facts, column_types, fetched_columns, tables
+from curate.ledger.view import OURS, column_types, fetched_columns, recorded_columns, tables
 from curate.shards.tar import CorruptShard, image_member, index_tar, read_range
 
 BLURRED_FROM = 0.5
-"""Images that a detector or head of unsafe images scores this or more are blurred, whatever the rules say; so is what a
-rule on such a score rejects."""
+"""Images of which a column that tells what is unsafe (`ColumnSpec.unsafe`) says this or more are blurred, whatever the
+rules say; so is what a rule on such a column rejects."""
 
 SHARDS = 20
 """Pictures come from at most this many shards, spread over the list: a tar has to be read to its end to find one."""
@@ -164,9 +164,10 @@ class _Facts:
         self.rules = [(r.name, r.condition) for r in self.selection.rules]
         found = tables(data)
         self.fetched_table, *others = found
-        self.score_tables = {c: t for t in others for c in t.columns}
-        self.unsafe = [c for c, facts in column_facts(found).items() if _tells_unsafe(facts)]
         self.columns, self.source = column_types(found)
+        self.column_tables = {c: t for t in others for c in t.columns}
+        self.score_tables = {c: t for c, t in self.column_tables.items() if NUMBER.fullmatch(self.columns[c])}
+        self.unsafe = [c for c, facts in recorded_columns(found).items() if facts.get("unsafe")]
         known = [*self.columns, *(f"source.{n}" for n in self.source)]
         self.said: dict[str, Rule | None] = read_rules(dict(self.rules), known)
         self.db = connect()
@@ -206,12 +207,12 @@ class _Facts:
                 parts.append(whole)
         self.db.register("image", pa.concat_tables(parts))
         columns, joins = ["image.*", "chosen.verdict"], ["join chosen using (key)"]
-        for i, (column, table) in enumerate(self.score_tables.items()):
+        for i, (column, table) in enumerate(self.column_tables.items()):
             files = [str(p) for s, p in zip(table.shards, table.files, strict=True) if s in self.picked]
             if files:
                 self.db.register(f"score{i}", ds.dataset(files, format="parquet"))
                 joins.append(f"left join score{i} on score{i}.{quote(table.key)} = image.key")
-            columns.append(f"score{i}.{quote(column)}" if files else f"null::float as {quote(column)}")
+            columns.append(f"score{i}.{quote(column)}" if files else f"null::{self.columns[column]} as {quote(column)}")
         self.db.execute(f"create table candidate as select {', '.join(columns)} from image {' '.join(joins)}")
 
     def _fields(self) -> dict[str, int]:
@@ -343,11 +344,6 @@ class _Facts:
                     if at is not None:
                         cuts.append((at, f"best {c.fraction:.0%}"))
         return cuts
-
-
-def _tells_unsafe(facts: Mapping[str, Any]) -> bool:
-    """Whether a column says how unsafe an image is: its record names the detector or the head's task."""
-    return facts.get("detector") == "open-nsfw" or facts.get("task") == "nsfw"
 
 
 WORDS = ("true", "false")

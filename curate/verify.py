@@ -90,12 +90,12 @@ def remedies(data: Data, damages: Sequence[Damage]) -> list[str]:
         recipe = None
     recipe = recipe if isinstance(recipe, dict) else {}
     own = (recipe.get("select") or {}).get("name")
-    scored = recipe.get("score") or {}
+    columns = recipe.get("columns") or {}
     root = shlex.quote(str(data.root))
     main, others = False, []
     for stage, name in dict.fromkeys(data.stage_of(d.record) for d in damages):
-        if stage == ANNOTATED and name not in scored:
-            others.append(f"tastemaker score {root} --head {name}=HEAD")
+        if stage == ANNOTATED and name not in columns:
+            others.append(f"tastemaker annotate {root} {name}=SPEC")
         elif stage == SELECTED and name != own:
             rules = read_record(data.selection_record(name)).get("rules") or []  # where it can still be read
             settings = [shlex.quote(f"select.rules.{r['name']}={r['condition']}") for r in rules]

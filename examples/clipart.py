@@ -39,16 +39,17 @@ import torch
 from torch import Tensor
 
 from aesthetic.errors import UserError
-from curate.images.pixels import decode
+from curate.images.decode import decode
 from curate.ledger.schema import RowError
 from curate.store.files import digest, read_json, write_json
 from demo.pictures import STAMPS, caption_beside, readable, unpacked
-from train.data import Pictures, Stream, batches_of, open_samples, split
-from train.latents import precompute
-from train.loop import LoopConfig, held_out, line, train
+from train.data import ImageDataset, Stream, open_samples, ordered_batches, split
+from train.latents import precompute_latents
+from train.loop import LoopConfig, train
+from train.metrics import format_record
 from train.models.presets import PRESETS
-from train.models.unet import new_model, parameters, tokenize
-from train.tasks import Denoise, Reconstruct, Task, draw, fit_scale, grid, psnr
+from train.models.unet import count_parameters, new_model, tokenize
+from train.tasks import Denoise, Reconstruct, Task, fit_scale, generate_images, image_grid, psnr
 
 SIDE = 64
 EMOJI = "emoji-datasource-google@16.0.0"
@@ -164,7 +165,7 @@ class Kept:
 
     latent = False
 
-    def __init__(self, pictures: Pictures) -> None:
+    def __init__(self, pictures: ImageDataset) -> None:
         self.bucket = pictures.bucket
         with ThreadPoolExecutor() as pool:
             loaded = pool.map(lambda i: self._small(*pictures.load(i)), range(len(pictures)))
@@ -178,9 +179,9 @@ class Kept:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def load(self, number: int, dropped: bool = False) -> tuple[str, Tensor, Tensor]:
-        """As Pictures has it; captions, which an autoencoder does not read, are never dropped."""
-        return self._keys[number], self._pixels[number].float().div_(127.5).sub_(1), self._tokens[number]
+    def load(self, index: int, dropped: bool = False) -> tuple[str, Tensor, Tensor]:
+        """As ImageDataset has it; captions, which an autoencoder does not read, are never dropped."""
+        return self._keys[index], self._pixels[index].float().div_(127.5).sub_(1), self._tokens[index]
 
 
 def make(folder: Path, out: Path, preset: str, minutes: float) -> dict[str, Any]:
@@ -196,12 +197,12 @@ def make(folder: Path, out: Path, preset: str, minutes: float) -> dict[str, Any]
     pipeline = new_model(preset, learnt).to(device)
     for module in (pipeline.unet, pipeline.vae):
         module.to(memory_format=torch.channels_last)  # what a GPU's convolutions want
-    pictures = Pictures(samples, lambda words: tokenize(pipeline, words), p.size)
+    pictures = ImageDataset(samples, lambda words: tokenize(pipeline, words), p.size)
     config = LoopConfig(steps=1, batch=min(p.batch, len(chosen)), lr=p.lr, compile=device.type == "cuda", keep=1)
     identity = {"preset": preset, "captions": digest(captions)}
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU", "torch": torch.__version__,
-        "preset": preset, "parameters": parameters([pipeline.unet, pipeline.text_encoder]),
+        "preset": preset, "parameters": count_parameters([pipeline.unet, pipeline.text_encoder]),
         "pictures": len(chosen), "held_out": len(apart),
         "prompts": {prompt: "learnt" if prompt in learnt else "new" for prompt in PROMPTS},
     }  # fmt: skip
@@ -213,9 +214,10 @@ def make(folder: Path, out: Path, preset: str, minutes: float) -> dict[str, Any]
         settings = in_time(task, stream, config, lambda: share * (until - time.perf_counter()), home)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        held = held_out(examples, apart)
-        for record in train(task, stream, settings, home, held=held, prompts=PROMPTS, seeds=SEEDS, identity=identity):
-            print(f"{home.name}  {line(record)}", flush=True)
+        for record in train(
+            task, stream, settings, home, held_out=apart, prompts=PROMPTS, seeds=SEEDS, identity=identity
+        ):
+            print(f"{home.name}  {format_record(record)}", flush=True)
         return summary(home, settings)
 
     if p.vae:
@@ -226,16 +228,16 @@ def make(folder: Path, out: Path, preset: str, minutes: float) -> dict[str, Any]
         report["autoencoder"] = run(Reconstruct(pipeline), kept, out / "autoencoder", 0.25)
         report["psnr_db"] = psnr(report["autoencoder"]["held_out"][-1]["ema"])
         with torch.compiler.set_stance("force_eager"):  # not compiled again for other shapes
-            report["scale"] = fit_scale(pipeline, next(batches_of(kept, chosen, 512)))
+            report["scale"] = fit_scale(pipeline, next(ordered_batches(kept, chosen, 512)))
         print(f"autoencoder: PSNR of held-out pictures {report['psnr_db']:.1f} dB")
         shutil.copyfile(sorted((out / "autoencoder" / "samples").glob("*.png"))[-1], out / "autoencoder.png")
     with torch.compiler.set_stance("force_eager"):
-        latents = precompute(pipeline, pictures, np.arange(len(samples)), out / "latents")
+        latents = precompute_latents(pipeline, pictures, np.arange(len(samples)), out / "latents")
     report["model"] = run(Denoise(pipeline), latents, out / "model", 0.8)
     report["seconds"] = round(time.perf_counter() - began)
 
     with torch.compiler.set_stance("force_eager"):
-        grid(draw(pipeline, PROMPTS, SEEDS, steps=30, guidance=4.0), len(SEEDS)).save(out / "grid.png")
+        image_grid(generate_images(pipeline, PROMPTS, SEEDS, steps=30, guidance=4.0), len(SEEDS)).save(out / "grid.png")
     curve(report["model"], out / "curve.png")
     write_json(out / "report.json", report)
     return report
@@ -260,7 +262,7 @@ def in_time(task: Task, stream: Stream, config: LoopConfig, seconds: Callable[[]
     steps = decided["steps"]
     return replace(
         config, steps=steps, warmup=min(200, steps // 10), log_every=max(1, steps // 50),
-        held_out_every=max(1, steps // 12), look_every=max(1, steps // 4), save_every=max(1, steps // 3),
+        held_out_every=max(1, steps // 12), preview_every=max(1, steps // 4), save_every=max(1, steps // 3),
     )  # fmt: skip
 
 

@@ -26,9 +26,9 @@ import torch
 from PIL import Image
 
 from examples.shapes import BACKGROUNDS, COLOURS, SIZE, accuracy, caption, mask
-from train.data import Pictures, batches_of, open_samples
+from train.data import ImageDataset, open_samples, ordered_batches
 from train.models.unet import default_size, load_model, tokenize
-from train.tasks import Denoise, draw, grid
+from train.tasks import Denoise, generate_images, image_grid
 
 SEEDS = range(8)
 LEARNT = {True: ("red", "yellow", "green", "blue"), False: ("orange", "purple", "pink", "brown")}
@@ -86,9 +86,9 @@ def compare(base: str, lora: Path, pictures: Path, prompts: Sequence[str]) -> tu
     """
     pipeline = load_model(base)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-    drawn, losses = [draw(pipeline, prompts, SEEDS)], [loss(pipeline, pictures)]
+    drawn, losses = [generate_images(pipeline, prompts, SEEDS)], [loss(pipeline, pictures)]
     pipeline.load_lora_weights(str(lora))
-    drawn.append(draw(pipeline, prompts, SEEDS))
+    drawn.append(generate_images(pipeline, prompts, SEEDS))
     losses.append(loss(pipeline, pictures))
     return drawn[0], drawn[1], losses
 
@@ -96,17 +96,17 @@ def compare(base: str, lora: Path, pictures: Path, prompts: Sequence[str]) -> tu
 @torch.no_grad()
 def loss(pipeline: Any, pictures: Path) -> float:
     """Mean loss on a folder of captioned pictures, at fixed noise and times."""
-    examples = Pictures(open_samples(pictures), lambda words: tokenize(pipeline, words), default_size(pipeline))
+    examples = ImageDataset(open_samples(pictures), lambda words: tokenize(pipeline, words), default_size(pipeline))
     task = Denoise(pipeline, text=False)
-    batches = batches_of(examples, np.arange(len(examples)), 8)
-    return float(torch.cat([task.held_out(batch, seed=0) for batch in batches]).mean())
+    batches = ordered_batches(examples, np.arange(len(examples)), 8)
+    return float(torch.cat([task.held_out_losses(batch, seed=0) for batch in batches]).mean())
 
 
 def rows(before: list[Image.Image], after: list[Image.Image]) -> Image.Image:
     """Of each prompt a row without the LoRA and below it a row with it."""
     n = len(SEEDS)
     both = [(before[i : i + n], after[i : i + n]) for i in range(0, len(before), n)]
-    return grid([one for pair in both for row in pair for one in row], n)
+    return image_grid([one for pair in both for row in pair for one in row], n)
 
 
 def main() -> None:

@@ -24,11 +24,12 @@ import pyarrow.parquet as pq
 import torch
 
 from curate.shards.tar import TarWriter
-from train.data import Pictures, Stream, open_samples
-from train.loop import LoopConfig, line, train
+from train.data import ImageDataset, Stream, open_samples
+from train.loop import LoopConfig, train
+from train.metrics import format_record
 from train.models.presets import PRESETS
 from train.models.unet import new_model, tokenize
-from train.tasks import Denoise, draw, grid
+from train.tasks import Denoise, generate_images, image_grid
 
 COLOURS = {
     "red": (220, 40, 40), "orange": (245, 150, 30), "yellow": (245, 230, 60), "green": (60, 180, 60),
@@ -181,24 +182,24 @@ def main() -> None:
     samples = open_samples(make(asked.folder / "shapes", shuffle=asked.shuffle))
     captions = [str(samples.facts(i)["caption"]) for i in range(len(samples))]
     pipeline = new_model("tiny", captions)
-    examples = Pictures(samples, lambda words: tokenize(pipeline, words), SIZE)
+    examples = ImageDataset(samples, lambda words: tokenize(pipeline, words), SIZE)
     everything = np.arange(len(samples))
     stream = Stream(examples, everything, batch=asked.batch)
 
     prompts = [caption("red", "circle", "white"), caption("blue", "ring", "black"), caption("red", "star", "teal")]
     config = LoopConfig(steps=asked.steps, batch=asked.batch, lr=asked.lr, ema=0.995, log_every=50)
     for record in train(Denoise(pipeline), stream, config, asked.folder / "model", prompts=prompts):
-        print(line(record), flush=True)
+        print(format_record(record), flush=True)
     print(f"trained in {time.perf_counter() - began:.0f} s on {torch.get_num_threads()} threads")
 
     for name, kind in (("seen", kinds(seen=True)), ("unseen", kinds(seen=False))):
-        pictures = draw(
+        pictures = generate_images(
             pipeline, [caption(*k) for k in kind], [0, 1, 2] if name == "unseen" else [0], guidance=asked.guidance
         )
         wanted = [k for k in kind for _ in range(3 if name == "unseen" else 1)]
         found = accuracy((np.array(p) for p in pictures), wanted)
         print(f"{name} pairs, {len(pictures)} pictures: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()))
-        grid(pictures, 18).save(asked.folder / f"{name}.png")
+        image_grid(pictures, 18).save(asked.folder / f"{name}.png")
 
 
 if __name__ == "__main__":

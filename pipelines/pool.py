@@ -17,7 +17,7 @@ import numpy as np
 from aesthetic.errors import UserError
 from aesthetic.space import Space
 from aesthetic.vectors import open_vectors
-from pipelines.runtime.progress import clock, speed
+from pipelines.runtime.progress import format_duration, format_rate
 from pipelines.terminal import CLEAR, RETURN
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class DataPool:
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         from aesthetic.space import require_same
-        from curate.encoders.base import load_encoder
+        from curate.encoders.registry import load_encoder
         from pipelines.commands.curate import recipe_of
 
         asked = recipe_of(self.data, None, ()).embed
@@ -150,8 +150,8 @@ class VectorsPool:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        from curate.annotators.embed import EmbedConfig
-        from curate.encoders.base import canonical_name
+        from curate.encoders.embed import EmbedConfig
+        from curate.encoders.registry import canonical_name
         from curate.sources.vectors import open_folder
 
         described = root / "space.json"
@@ -209,7 +209,7 @@ class VectorsPool:
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         from aesthetic.space import require_same
-        from curate.encoders.base import load_encoder
+        from curate.encoders.registry import load_encoder
 
         encoder = load_encoder(self.space.encoder)
         require_same(self.space, encoder.space(), str(self.root))
@@ -240,7 +240,7 @@ class FolderPool:
 
     @cached_property
     def _encoder(self) -> Encoder:
-        from curate.encoders.base import load_encoder
+        from curate.encoders.registry import load_encoder
 
         return load_encoder(self._name)
 
@@ -299,11 +299,8 @@ class FolderPool:
                     if shown:
                         left = (len(images) - done - 1) / rate
                         print(RETURN, end="", file=sys.stderr)
-                        print(
-                            f"embed  {done + 1:,}/{len(images):,}  {speed(rate, 'img')}  eta {clock(left)} ",
-                            end="",
-                            file=sys.stderr,
-                        )
+                        speed = f"{format_rate(rate, 'img')}  eta {format_duration(left)} "
+                        print(f"embed  {done + 1:,}/{len(images):,}  {speed}", end="", file=sys.stderr)
         if images:
             print(CLEAR if shown else "", end="", file=sys.stderr)
             self._say(f"embedded {len(images):,} images in {time.monotonic() - began:.0f} s with {encoder.name}")
@@ -312,7 +309,8 @@ class FolderPool:
         """A picture as the encoder's input, and what copies of it are known by; None where it is none."""
         import hashlib
 
-        from curate.images.pixels import decode, perceptual_hash
+        from curate.images.decode import decode
+        from curate.images.resize import perceptual_hash
         from curate.ledger.schema import RowError
 
         try:
@@ -348,7 +346,7 @@ class FolderPool:
 def _thumbnail(data: bytes) -> Any:
     from PIL import Image
 
-    from curate.images.pixels import decode
+    from curate.images.decode import decode
     from curate.ledger.schema import RowError
 
     try:

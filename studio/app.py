@@ -19,11 +19,11 @@ from fastapi.responses import FileResponse, JSONResponse
 from fastapi.sse import EventSourceResponse
 
 from aesthetic.errors import UserError
-from studio.gate import MAX_HEAD, Gate, Protocol, address_of, problem
-from studio.queue import Full, Job
-from studio.service import FolderGone, Studio, facts_in
-from studio.wire import ERRORS, ERRORS_OF_FILES, Ask, Jobs, JobView, ModelView, Pictures
-from train.generate.sampler import versions
+from studio.gate import MAX_HEAD, Gate, GuardedProtocol, address_of, error_response
+from studio.queue import QueueFull, StudioJob
+from studio.service import FolderGone, GenerationService, facts_in
+from studio.wire import ERRORS, ERRORS_OF_FILES, ImagesView, JobRequest, JobsView, JobView, ModelView
+from train.devices import versions
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 """Names of this machine to itself: what a server without a token answers to."""
@@ -40,7 +40,7 @@ PAGE = {
 }
 
 
-def new_app(studio: Studio, hosts: frozenset[str] | None = LOOPBACK, token: str | None = None) -> Gate:
+def new_app(service: GenerationService, hosts: frozenset[str] | None = LOOPBACK, token: str | None = None) -> Gate:
     """The ASGI app: page and API, behind the gate, which the last two arguments are for.
 
     Its lifespan starts and ends the thread that draws.
@@ -48,9 +48,9 @@ def new_app(studio: Studio, hosts: frozenset[str] | None = LOOPBACK, token: str 
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        studio.turns.start()
+        service.queue.start()
         yield
-        studio.close()
+        service.close()
 
     app = FastAPI(
         title="Tastemaker",
@@ -61,7 +61,7 @@ def new_app(studio: Studio, hosts: frozenset[str] | None = LOOPBACK, token: str 
         docs_url=None,  # their pages come from another host
         redoc_url=None,
     )
-    app.state.studio = studio
+    app.state.service = service
     app.include_router(api, responses=ERRORS)
     folder = resources.files("studio") / "page"
     for path, (file, kind) in PAGE.items():
@@ -69,7 +69,7 @@ def new_app(studio: Studio, hosts: frozenset[str] | None = LOOPBACK, token: str 
     for error, handler in _HANDLERS.items():
         app.add_exception_handler(error, handler)
     description = app.openapi()
-    description["components"]["schemas"]["Ask"] = Ask.model_json_schema()
+    description["components"]["schemas"]["JobRequest"] = JobRequest.model_json_schema()
     if token is not None:
         description["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         description["security"] = [{"token": []}]
@@ -95,7 +95,7 @@ def listen(host: str, port: int) -> socket.socket:
     return taken
 
 
-class Server(uvicorn.Server):
+class StudioServer(uvicorn.Server):
     """uvicorn around the app. `run(sockets=[listen(...)])` serves until SIGINT or SIGTERM, or `should_exit`.
 
     What is being drawn ends at its next step then, what waits is dropped. The signal is raised once more at the end.
@@ -104,10 +104,10 @@ class Server(uvicorn.Server):
         ready: called when the server answers.
     """
 
-    def __init__(self, app: Gate, studio: Studio, ready: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, app: Gate, service: GenerationService, ready: Callable[[], None] = lambda: None) -> None:
         config = uvicorn.Config(
             app,
-            http=Protocol,
+            http=GuardedProtocol,
             ws="none",
             log_config=None,
             log_level="error",  # its warnings are of requests that are none, as many as anybody likes
@@ -118,23 +118,23 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=1,
         )
         super().__init__(config)
-        self._studio, self._ready = studio, ready
+        self._service, self._ready = service, ready
 
     async def main_loop(self) -> None:
         self._ready()
         await super().main_loop()
-        self._studio.turns.stop()  # ends the streams of events too, for which it would wait
+        self._service.queue.stop()  # ends the streams of events too, for which it would wait
         for connection in list(self.server_state.connections):
-            if isinstance(connection, Protocol) and connection.is_sending:
+            if isinstance(connection, GuardedProtocol) and connection.is_sending:
                 connection.transport.abort()
 
 
 # ------------------------------------------------------------------------------------------------------------- routes
 
 
-async def _studio(request: Request) -> Studio:
-    studio: Studio = request.app.state.studio
-    return studio
+async def _service(request: Request) -> GenerationService:
+    service: GenerationService = request.app.state.service
+    return service
 
 
 async def client_of(request: Request) -> str:
@@ -146,24 +146,24 @@ async def client_of(request: Request) -> str:
 
 
 async def _stream(request: Request) -> AsyncIterator[None]:
-    with request.app.state.studio.stream(address_of(request.scope)):
+    with request.app.state.service.stream(address_of(request.scope)):
         yield
 
 
-TheStudio = Annotated[Studio, Depends(_studio)]
+Service = Annotated[GenerationService, Depends(_service)]
 Client = Annotated[str, Depends(client_of)]
 
 
-async def _job(id: Annotated[str, fastapi.Path(pattern="^[0-9a-f]{16}$")], studio: TheStudio) -> Job:
-    if job := studio.turns.get(id):
+async def _job(id: Annotated[str, fastapi.Path(pattern="^[0-9a-f]{16}$")], service: Service) -> StudioJob:
+    if job := service.queue.get(id):
         return job
     raise HTTPException(404, f"there is no job {id}, or no longer: it may be of before a restart")
 
 
-TheJob = Annotated[Job, Depends(_job)]
+JobInPath = Annotated[StudioJob, Depends(_job)]
 OneStream = Depends(_stream)
 """Takes a place among the streams until the last event was sent."""
-ASKED = {"required": True, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Ask"}}}}
+JOB_BODY = {"required": True, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobRequest"}}}}
 """The body of a request to draw, for the description: it is parsed by `studio.body`, off the event loop."""
 api = APIRouter(prefix="/api")
 
@@ -172,73 +172,73 @@ api = APIRouter(prefix="/api")
 
 
 @api.get("/model")
-async def model(studio: TheStudio) -> ModelView:
+async def model(service: Service) -> ModelView:
     """What pictures are drawn with, and what may be asked."""
-    return studio.model()
+    return service.model()
 
 
-@api.post("/jobs", status_code=202, openapi_extra={"requestBody": ASKED})
-async def ask(request: Request, studio: TheStudio, client: Client) -> JobView:
+@api.post("/jobs", status_code=202, openapi_extra={"requestBody": JOB_BODY})
+async def ask(request: Request, service: Service, client: Client) -> JobView:
     """Ask for pictures. The answer comes at once, the pictures when it is their turn."""
-    job = await studio.ask(await request.body(), client, address_of(request.scope))
-    return studio.views([job], client)[0]
+    job = await service.ask(await request.body(), client, address_of(request.scope))
+    return service.views([job], client)[0]
 
 
 @api.get("/jobs")
 async def jobs(
-    studio: TheStudio,
+    service: Service,
     client: Client,
     mine: bool = False,
     offset: Annotated[int, Query(ge=0, le=10_000)] = 0,
     limit: Annotated[int, Query(ge=1, le=500)] = 100,
-) -> Jobs:
+) -> JobsView:
     """Jobs that wait, are drawn, or ended lately: newest first."""
-    found = [j for j in studio.turns.jobs() if not mine or j.client == client]
-    return Jobs(jobs=studio.views(found[offset : offset + limit], client), more=len(found) > offset + limit)
+    found = [j for j in service.queue.jobs() if not mine or j.client == client]
+    return JobsView(jobs=service.views(found[offset : offset + limit], client), more=len(found) > offset + limit)
 
 
 @api.get("/jobs/{id}")
-async def job(job: TheJob, studio: TheStudio, client: Client) -> JobView:
+async def job(job: JobInPath, service: Service, client: Client) -> JobView:
     """How far a job is."""
-    return studio.views([job], client)[0]
+    return service.views([job], client)[0]
 
 
 @api.delete("/jobs/{id}")
-async def cancel(job: TheJob, studio: TheStudio, client: Client) -> JobView:
+async def cancel(job: JobInPath, service: Service, client: Client) -> JobView:
     """End a job of one's own, waiting or being drawn. Pictures that are finished stay."""
     if job.client != client:
         raise HTTPException(403, "this job is somebody else's")
-    studio.turns.cancel(job)
-    return studio.views([job], client)[0]
+    service.queue.cancel(job)
+    return service.views([job], client)[0]
 
 
 @api.get("/jobs/{id}/events", response_class=EventSourceResponse, responses=ERRORS_OF_FILES, dependencies=[OneStream])
-async def events(job: TheJob, studio: TheStudio, client: Client) -> AsyncIterator[JobView]:
+async def events(job: JobInPath, service: Service, client: Client) -> AsyncIterator[JobView]:
     """Server-sent events: the job each time that it changes, until it is over."""
-    async for views in studio.changes(lambda: [job], client):
+    async for views in service.changes(lambda: [job], client):
         yield views[0]
 
 
 @api.get("/events", response_class=EventSourceResponse, responses=ERRORS_OF_FILES, dependencies=[OneStream])
-async def my_events(studio: TheStudio, client: Client) -> AsyncIterator[Jobs]:
+async def my_events(service: Service, client: Client) -> AsyncIterator[JobsView]:
     """Server-sent events: one's jobs that wait or are drawn, and how these end, until all are over."""
-    before = {j.id for j in studio.turns.jobs() if j.is_over}
+    before = {j.id for j in service.queue.jobs() if j.is_over}
 
-    def mine() -> list[Job]:
-        return [j for j in studio.turns.jobs() if j.client == client and j.id not in before]
+    def mine() -> list[StudioJob]:
+        return [j for j in service.queue.jobs() if j.client == client and j.id not in before]
 
-    async for views in studio.changes(mine, client):
-        yield Jobs(jobs=views, more=False)
+    async for views in service.changes(mine, client):
+        yield JobsView(jobs=views, more=False)
 
 
 @api.get("/images")
 def images(
-    studio: TheStudio,
+    service: Service,
     before: Annotated[int | None, Query(ge=0, lt=10**12)] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 24,
-) -> Pictures:
+) -> ImagesView:
     """Finished pictures, newest first. The next page is that `before` the number of the last one."""
-    return studio.history(before, limit)
+    return service.history(before, limit)
 
 
 @api.get(
@@ -246,9 +246,9 @@ def images(
     response_class=FileResponse,
     responses={**ERRORS_OF_FILES, 200: {"content": {"image/png": {}}, "description": "the file"}},
 )
-def image(name: Annotated[str, fastapi.Path(pattern="^[0-9]{6,12}$")], studio: TheStudio) -> FileResponse:
+def image(name: Annotated[str, fastapi.Path(pattern="^[0-9]{6,12}$")], service: Service) -> FileResponse:
     """A picture's file, with all facts in it."""
-    path = studio.out / f"{name}.png"
+    path = service.out / f"{name}.png"
     if facts_in(path) is None:
         raise HTTPException(404, f"there is no picture {name}")
     return FileResponse(path, headers={"cache-control": "private, max-age=31536000"})
@@ -272,34 +272,34 @@ def _shows(data: bytes, kind: str) -> Callable[[Request], Awaitable[Response]]:
 async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
     said = [f"{'.'.join(str(part) for part in e['loc'][1:]) or 'body'}: {e['msg']}" for e in error.errors()]
     more = f" (and {len(said) - 5} more)" if len(said) > 5 else ""
-    return problem(422, ("; ".join(said[:5]) + more)[:1000], "GET /api/openapi.json says what can be asked")
+    return error_response(422, ("; ".join(said[:5]) + more)[:1000], "GET /api/openapi.json says what can be asked")
 
 
 async def _impossible(request: Request, error: UserError) -> JSONResponse:
-    return problem(422, str(error))
+    return error_response(422, str(error))
 
 
-async def _full(request: Request, error: Full) -> JSONResponse:
+async def _full(request: Request, error: QueueFull) -> JSONResponse:
     hint = "cancel some, or wait" if error.own else "try again in a while"
-    return problem(429 if error.own else 503, str(error), hint, {"retry-after": "10"})
+    return error_response(429 if error.own else 503, str(error), hint, {"retry-after": "10"})
 
 
 async def _gone(request: Request, error: FolderGone) -> JSONResponse:
-    return problem(503, str(error), "put it back, or draw: then it is made anew", {"retry-after": "10"})
+    return error_response(503, str(error), "put it back, or draw: then it is made anew", {"retry-after": "10"})
 
 
 async def _http(request: Request, error: StarletteHTTPException) -> JSONResponse:
-    return problem(error.status_code, str(error.detail), headers=error.headers)
+    return error_response(error.status_code, str(error.detail), headers=error.headers)
 
 
 async def _ours(request: Request, error: Exception) -> JSONResponse:
-    return problem(500, f"an error of the server's own: {type(error).__name__}", "its log says where")
+    return error_response(500, f"an error of the server's own: {type(error).__name__}", "its log says where")
 
 
 _HANDLERS: dict[type[Exception], Any] = {
     RequestValidationError: _invalid,
     UserError: _impossible,
-    Full: _full,
+    QueueFull: _full,
     FolderGone: _gone,
     StarletteHTTPException: _http,
     Exception: _ours,

@@ -24,10 +24,10 @@ from pydantic import ValidationError
 
 from aesthetic.errors import UserError
 from aesthetic.untrusted import decode_text
-from curate.images.pixels import probe
+from curate.images.header import probe
 from curate.ledger.schema import RowError
-from studio.queue import MOST_OF_ONE, MOST_WAITING, Full
-from studio.wire import MAX_INPUT, Ask
+from studio.queue import MOST_OF_ONE, MOST_WAITING, QueueFull
+from studio.wire import MAX_INPUT, JobRequest
 
 MAX_WORDS = 256 << 10
 """Bytes of a request's JSON beside its pictures: both prompts, every character written as an escape, take 48 kB."""
@@ -43,15 +43,15 @@ _ESCAPES = ((rb"\/", b"/"), (rb"\u002B", b"+"), (rb"\u002b", b"+"), (rb"\u002F",
 
 
 @dataclass(frozen=True)
-class Asked:
+class ParsedRequest:
     """A request as it was read: nothing is decoded yet."""
 
-    ask: Ask  # without pictures
+    ask: JobRequest  # without pictures
     pictures: dict[str, bytes]  # by field, "image" and "mask": the files
     room: int  # bytes of their pixels
 
 
-def read_ask(body: bytes) -> Asked:
+def parse_request(body: bytes) -> ParsedRequest:
     """Parse a request to draw.
 
     Raises HTTPException (400, 413), RequestValidationError or UserError, which name the field where it is one's.
@@ -69,9 +69,11 @@ def read_ask(body: bytes) -> Asked:
     except ValueError as e:
         raise _invalid("json_invalid", (), f"this is no JSON: {e}") from None
     if isinstance(value, dict) and len(value) > MAX_FIELDS:
-        raise _invalid("too_long", (), f"{len(value):,} fields; there are {len(Ask.model_fields)} that can be asked")
+        raise _invalid(
+            "too_long", (), f"{len(value):,} fields; there are {len(JobRequest.model_fields)} that can be asked"
+        )
     try:
-        ask = Ask.model_validate(value)
+        ask = JobRequest.model_validate(value)
     except ValidationError as e:
         errors = e.errors(include_url=False, include_context=False, include_input=False)
         raise RequestValidationError([{**error, "loc": ("body", *error["loc"])} for error in errors]) from None
@@ -79,7 +81,7 @@ def read_ask(body: bytes) -> Asked:
         name: _file(name, text, parts) for name in ("image", "mask") if (text := getattr(ask, name)) is not None
     }
     room = sum(_room(name, data) for name, data in pictures.items())
-    return Asked(ask.model_copy(update={"image": None, "mask": None}), pictures, room)
+    return ParsedRequest(ask.model_copy(update={"image": None, "mask": None}), pictures, room)
 
 
 def _cut(body: bytes) -> tuple[bytes, list[bytes]]:
@@ -130,11 +132,11 @@ def _room(name: str, data: bytes) -> int:
     try:
         _, width, height = probe(data, MAX_INPUT)
     except RowError as e:
-        raise unread(name, e) from e
+        raise unreadable(name, e) from e
     return 3 * width * height
 
 
-def unread(name: str, error: RowError) -> UserError:
+def unreadable(name: str, error: RowError) -> UserError:
     """A picture that can't be read, in words."""
     return UserError(f"{name}: the picture can't be read: {error.detail or error.reason.value}")
 
@@ -142,7 +144,7 @@ def unread(name: str, error: RowError) -> UserError:
 T = TypeVar("T")
 
 
-class Line:
+class BoundedExecutor:
     """Work off the event loop: `places` pieces at a time, one at a time of each client, and as many that wait as jobs.
 
     So nobody waits for more than one piece of each of the others.
@@ -154,12 +156,12 @@ class Line:
         self._waiting: Counter[str] = Counter()
         self._turns: dict[str, asyncio.Lock] = {}
 
-    async def do(self, client: str, work: Callable[[], T]) -> T:
-        """What `work` returns, or raises. Raises Full where too many wait already."""
+    async def run(self, client: str, work: Callable[[], T]) -> T:
+        """What `work` returns, or raises. raises QueueFull where too many wait already."""
         if self._waiting[client] >= MOST_OF_ONE:
-            raise Full(f"{MOST_OF_ONE} of your requests are being read already", own=True)
+            raise QueueFull(f"{MOST_OF_ONE} of your requests are being read already", own=True)
         if self._waiting.total() >= MOST_WAITING:
-            raise Full(f"{MOST_WAITING} requests are being read already")
+            raise QueueFull(f"{MOST_WAITING} requests are being read already")
         self._waiting[client] += 1
         try:
             async with self._turns.setdefault(client, asyncio.Lock()), self._places:

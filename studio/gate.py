@@ -24,7 +24,7 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from studio.guesses import Guesses
+from studio.attempts import TokenAttempts
 
 MAX_HEADERS = 100
 MAX_HEAD = 16 << 10  # bytes of a request's line and headers
@@ -56,7 +56,7 @@ PROTECTION = {
 """Headers of every response: nothing from other hosts, no script in the page's text, in nobody's frame."""
 
 
-def problem(status: int, error: str, hint: str = "", headers: Mapping[str, str] | None = None) -> JSONResponse:
+def error_response(status: int, error: str, hint: str = "", headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The one shape of every error: what is wrong, and what to do about it."""
     return JSONResponse({"error": error, "hint": hint}, status, headers)
 
@@ -66,7 +66,7 @@ class Refused(Exception):
 
     def __init__(self, status: int, error: str, hint: str = "", headers: Mapping[str, str] | None = None) -> None:
         super().__init__(error)
-        self.response = problem(status, error, hint, headers)
+        self.response = error_response(status, error, hint, headers)
 
 
 class Gate:
@@ -83,7 +83,7 @@ class Gate:
     def __init__(self, app: ASGIApp, hosts: frozenset[str] | None, token: str | None, sign_in: str) -> None:
         self._app, self._hosts, self._token, self._sign_in = app, hosts, token, sign_in
         self._reading: Counter[str] = Counter()  # bytes, by address
-        self._guesses = Guesses()
+        self._attempts = TokenAttempts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -176,15 +176,15 @@ class Gate:
     async def _looked_at(self, scope: Scope, right: bool) -> bool:
         """What came of a token, when its time has come. Refused where too many guesses wait."""
         address = address_of(scope)
-        if right and self._guesses.is_known(address):
-            self._guesses.right(address, taken=False)
+        if right and self._attempts.is_known(address):
+            self._attempts.right(address, taken=False)
             return True
-        wait = self._guesses.take(address)
+        wait = self._attempts.take(address)
         if wait is None:
             raise Refused(429, "too many wrong tokens came from your address", "wait a little", {"retry-after": "15"})
         await asyncio.sleep(wait)
         if right:
-            self._guesses.right(address, taken=True)
+            self._attempts.right(address, taken=True)
         return right
 
     async def _log_in(self, scope: Scope, receive: Receive) -> Response:
@@ -314,7 +314,7 @@ class _Parser(h11.Connection):
         return event
 
 
-class Protocol(H11Protocol):
+class GuardedProtocol(H11Protocol):
     """uvicorn's HTTP/1.1, where who is slow is closed: a connection has HEAD_SECONDS to bring a whole head, and
     WRITE_SECONDS to take what it asked for.
 
@@ -374,7 +374,7 @@ class Protocol(H11Protocol):
         return asked is None or asked.response_complete or asked.response_started or asked.more_body
 
     def _make_room(self) -> None:
-        idle = [c for c in self.connections if isinstance(c, Protocol) and c is not self and c.waits_for_client]
+        idle = [c for c in self.connections if isinstance(c, GuardedProtocol) and c is not self and c.waits_for_client]
         if not idle and len(self.connections) <= 2 * MOST_CONNECTIONS:
             return
         counts = Counter(c.address for c in idle)

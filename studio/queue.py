@@ -28,7 +28,7 @@ REMEMBERED = 500
 """Jobs that are over and can still be asked for; the pictures themselves are files."""
 
 
-class Full(Exception):
+class QueueFull(Exception):
     """No more jobs can wait: of all people, or (`own`) of the one who asks."""
 
     def __init__(self, message: str, own: bool = False) -> None:
@@ -36,12 +36,12 @@ class Full(Exception):
         self.own = own
 
 
-class Cancelled(Exception):
+class JobCancelled(Exception):
     """Raised out of a step to end a drawing."""
 
 
 @dataclass(eq=False)
-class Job:
+class StudioJob:
     """What somebody asked for, and how far it is."""
 
     requests: Sequence[
@@ -72,7 +72,7 @@ OnStep = Callable[[int, int], None]
 """(steps done, steps in all). What it raises ends the drawing."""
 
 
-class Turns:
+class JobQueue:
     """The queue, and the thread that draws.
 
     Args:
@@ -83,15 +83,15 @@ class Turns:
 
     def __init__(
         self,
-        draw: Callable[[Job, OnStep], Iterator[Any]],
+        draw: Callable[[StudioJob, OnStep], Iterator[Any]],
         explain: Callable[[Exception], str],
         on_change: Callable[[], None],
     ) -> None:
         self._draw, self._explain, self._on_change = draw, explain, on_change
         self._lock = threading.Condition()
-        self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()  # by client, whose turn is next first
-        self._drawing: Job | None = None
-        self._jobs: OrderedDict[str, Job] = OrderedDict()  # all that are remembered, oldest first
+        self._waiting: OrderedDict[str, deque[StudioJob]] = OrderedDict()  # by client, whose turn is next first
+        self._drawing: StudioJob | None = None
+        self._jobs: OrderedDict[str, StudioJob] = OrderedDict()  # all that are remembered, oldest first
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="drawing", daemon=True)
 
@@ -123,8 +123,8 @@ class Turns:
         """Whether it was stopped."""
         return self._closed
 
-    def submit(self, job: Job) -> Job:
-        """Let a job wait for its turn. Raises Full."""
+    def submit(self, job: StudioJob) -> StudioJob:
+        """Let a job wait for its turn. raises QueueFull."""
         with self._lock:
             self._check_room(job.client, job.address, job.bytes)
             self._jobs[job.id] = job
@@ -134,7 +134,7 @@ class Turns:
         return job
 
     def check_room(self, client: str, address: str, bytes: int) -> None:
-        """Raise Full where a job with pictures of so many bytes could not wait, before they are decoded."""
+        """Raise QueueFull where a job with pictures of so many bytes could not wait, before they are decoded."""
         with self._lock:
             self._check_room(client, address, bytes)
 
@@ -142,19 +142,19 @@ class Turns:
         waiting = [j for jobs in self._waiting.values() for j in jobs]
         near = [j for j in waiting if j.address == address]
         if self._closed:
-            raise Full("the server is being stopped")
+            raise QueueFull("the server is being stopped")
         if len(self._waiting.get(client, ())) >= MOST_OF_ONE:
-            raise Full(f"{MOST_OF_ONE} of your jobs are waiting already", own=True)
+            raise QueueFull(f"{MOST_OF_ONE} of your jobs are waiting already", own=True)
         if len(waiting) >= MOST_WAITING:
-            raise Full(f"the queue is full: {MOST_WAITING} jobs are waiting")
+            raise QueueFull(f"the queue is full: {MOST_WAITING} jobs are waiting")
         if len(near) >= OF_ADDRESS * MOST_WAITING:
-            raise Full(f"{len(near)} jobs from your address are waiting already", own=True)
+            raise QueueFull(f"{len(near)} jobs from your address are waiting already", own=True)
         if sum(j.bytes for j in waiting) + bytes > MOST_BYTES:
-            raise Full("the queue is full: the pictures that wait with their jobs take all the room there is")
+            raise QueueFull("the queue is full: the pictures that wait with their jobs take all the room there is")
         if sum(j.bytes for j in near) + bytes > OF_ADDRESS * MOST_BYTES:
-            raise Full("the pictures that wait with jobs from your address take all the room there is", own=True)
+            raise QueueFull("the pictures that wait with jobs from your address take all the room there is", own=True)
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: StudioJob) -> None:
         """End a job that waits, at once, or is drawn, at its next step; one that is over stays as it is.
 
         Pictures that are finished by then stay.
@@ -170,12 +170,12 @@ class Turns:
                 job.unwanted = True
         self._on_change()
 
-    def get(self, id: str) -> Job | None:
+    def get(self, id: str) -> StudioJob | None:
         """A job by its id, None where there is none, or no more."""
         with self._lock:
             return self._jobs.get(id)
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[StudioJob]:
         """Those that wait, are drawn, or ended lately: newest first."""
         with self._lock:
             return list(reversed(self._jobs.values()))
@@ -202,12 +202,12 @@ class Turns:
                 self._end(job, state, error)
             self._on_change()
 
-    def _outcome(self, job: Job) -> tuple[State, str]:
+    def _outcome(self, job: StudioJob) -> tuple[State, str]:
         """Draw a job: how it ended, and why it failed."""
 
         def on_step(done: int, of: int) -> None:
             if job.unwanted:
-                raise Cancelled
+                raise JobCancelled
             job.step, job.of = done, of
             self._on_change()
 
@@ -215,13 +215,13 @@ class Turns:
             for picture in self._draw(job, on_step):
                 job.pictures.append(picture)
                 self._on_change()
-        except Cancelled:
+        except JobCancelled:
             return "cancelled", ""
         except Exception as e:  # this job's; the next may go well
             return "failed", self._explain(e)
         return "done", ""
 
-    def _next(self) -> Job | None:
+    def _next(self) -> StudioJob | None:
         """The job whose turn it is, when there is one; None at the end."""
         with self._lock:
             while not self._waiting and not self._closed:
@@ -237,7 +237,7 @@ class Turns:
         self._on_change()
         return job
 
-    def _end(self, job: Job, state: State, error: str = "") -> None:
+    def _end(self, job: StudioJob, state: State, error: str = "") -> None:
         job.state, job.error, job.ended = state, error, time.time()
         job.requests, job.bytes = (), 0
         over = [j.id for j in self._jobs.values() if j.is_over]

@@ -26,24 +26,24 @@ from pydantic_core import PydanticSerializationError
 from aesthetic.errors import DiskFull, UserError
 from aesthetic.untrusted import open_regular, parse_json
 from curate.ledger.schema import RowError
-from studio.body import Asked, Line, read_ask, unread
-from studio.queue import Full, Job, OnStep, Turns
+from studio.body import BoundedExecutor, ParsedRequest, parse_request, unreadable
+from studio.queue import JobQueue, OnStep, QueueFull, StudioJob
 from studio.wire import (
     MAX_INPUT,
     MAX_NUMBER,
     MAX_STEPS,
     MAX_TIMES,
     Defaults,
-    Facts,
+    FactsView,
+    ImageLink,
+    ImagesView,
+    ImageView,
     JobView,
     Limits,
-    Link,
     ModelView,
-    Picture,
-    Pictures,
 )
 from train.generate.files import CHUNK, decode_mask, decode_picture, png, save_numbered
-from train.generate.sampler import SEEDS, UNSAFE, Artist, Drawn, Request
+from train.generate.sampler import SEEDS, UNSAFE, Generated, GenerationRequest, Sampler
 from train.generate.upscale import cost_of
 from train.models.schedulers import SCHEDULERS, scheduler_name
 
@@ -60,7 +60,7 @@ class FolderGone(Exception):
     """The folder of pictures is not there, or no longer a folder."""
 
 
-class Studio:
+class GenerationService:
     """A model, a folder of pictures, and the people who draw.
 
     Args:
@@ -71,16 +71,18 @@ class Studio:
 
     def __init__(
         self,
-        artist: Artist,
+        sampler: Sampler,
         out: Path,
         *,
         say: Callable[[str], None] = lambda line: None,
         fault: Callable[[Exception], None] = lambda error: None,
     ) -> None:
-        self.artist, self.out, self._say, self._fault = artist, out, say, fault
-        self.turns = Turns(self._draw, self._explain, self._changed)
-        self._reading = Line("reading", 2)
-        self._opening = Line("opening", 2)  # pictures: while one of MAX_INPUT is decoded it may take some 200 MB
+        self.sampler, self.out, self._say, self._fault = sampler, out, say, fault
+        self.queue = JobQueue(self._draw, self._explain, self._changed)
+        self._reading = BoundedExecutor("reading", 2)
+        self._opening = BoundedExecutor(
+            "opening", 2
+        )  # pictures: while one of MAX_INPUT is decoded it may take some 200 MB
         self._loop: asyncio.AbstractEventLoop | None = None
         self._streams: Counter[str] = Counter()  # that are open, by address
         self._change = asyncio.Event()  # set at the next change, and then replaced
@@ -89,47 +91,47 @@ class Studio:
         """Begin nothing more, and wait a second for the step that is being drawn."""
         self._reading.close()
         self._opening.close()
-        self.turns.close()
+        self.queue.close()
 
     # ------------------------------------------------------------------------------------------------- asking
 
-    async def ask(self, body: bytes, client: str, address: str) -> Job:
+    async def ask(self, body: bytes, client: str, address: str) -> StudioJob:
         """Let somebody's request, as it came, wait for its turn.
 
-        Raises what `read_ask` raises, Full, or UserError where it can't be drawn with this model.
+        Raises what `parse_request` raises, QueueFull, or UserError where it can't be drawn with this model.
         """
-        asked = await self._reading.do(client, lambda: read_ask(body))
-        if not asked.pictures:
-            return self.turns.submit(self.job(asked, client, address))
-        self.turns.check_room(client, address, asked.room)
-        return self.turns.submit(await self._opening.do(client, lambda: self.job(asked, client, address)))
+        parsed = await self._reading.run(client, lambda: parse_request(body))
+        if not parsed.pictures:
+            return self.queue.submit(self.job(parsed, client, address))
+        self.queue.check_room(client, address, parsed.room)
+        return self.queue.submit(await self._opening.run(client, lambda: self.job(parsed, client, address)))
 
-    def job(self, asked: Asked, client: str, address: str = "") -> Job:
+    def job(self, parsed: ParsedRequest, client: str, address: str = "") -> StudioJob:
         """What somebody asks for, its pictures decoded. Raises UserError where it can't be drawn with this model."""
-        ask = asked.ask
+        ask = parsed.ask
         seed = secrets.randbelow(SEEDS - ask.number) if ask.seed is None else ask.seed
         if seed + ask.number > SEEDS:
             raise UserError(f"seed {seed} and the {ask.number - 1} after it: the highest is {SEEDS - 1}")
-        image = _picture("image", asked.pictures.get("image"), decode_picture)
-        mask = _picture("mask", asked.pictures.get("mask"), decode_mask)
+        image = _picture("image", parsed.pictures.get("image"), decode_picture)
+        mask = _picture("mask", parsed.pictures.get("mask"), decode_mask)
         given = {name: value for name in _SETTINGS if (value := getattr(ask, name)) is not None}
-        request = Request(
+        request = GenerationRequest(
             ask.prompt, ask.negative, seed=seed, image=image, mask=mask, upscale=ask.upscale,
             **given,
         )  # fmt: skip
-        request = self.artist.check(request)
+        request = self.sampler.check(request)
         self._check_pixels(request)
         self._check_steps(request, ask.number)
-        return Job(
+        return StudioJob(
             [replace(request, seed=seed + i) for i in range(ask.number)],
             client,
             ask.model_dump(exclude={"image", "mask"}) | {"seed": seed, "image": bool(image), "mask": bool(mask)},
-            bytes=asked.room,
+            bytes=parsed.room,
             address=address,
-            cost=cost_of(self.artist.tiles(request) * ask.number, self.artist.tile),
+            cost=cost_of(self.sampler.tiles(request) * ask.number, self.sampler.tile),
         )
 
-    def _check_pixels(self, request: Request) -> None:
+    def _check_pixels(self, request: GenerationRequest) -> None:
         """Refuse what would take too much memory."""
         width, height = request.width or 0, request.height or 0
         if request.enlarges and request.image is not None:
@@ -143,9 +145,9 @@ class Studio:
                 f"{width} x {height} enlarged {request.upscale} times are more than {MAX_INPUT:,} pixels, the most here"
             )
 
-    def _check_steps(self, request: Request, number: int) -> None:
+    def _check_steps(self, request: GenerationRequest, number: int) -> None:
         """Refuse an enlargement that would draw for longer than the longest drawing."""
-        tiles, most = number * self.artist.tiles(request), MAX_TIMES * MAX_STEPS * MAX_NUMBER
+        tiles, most = number * self.sampler.tiles(request), MAX_TIMES * MAX_STEPS * MAX_NUMBER
         steps = int(request.steps * (request.strength or 0))
         if tiles * steps > most:
             raise UserError(
@@ -157,12 +159,12 @@ class Studio:
     @property
     def limits(self) -> Limits:
         """What is refused above."""
-        width, height = self.artist.about.size
+        width, height = self.sampler.about.size
         return Limits(pixels=MAX_TIMES * width * height)
 
     def model(self) -> ModelView:
         """What pictures are drawn with, and what may be asked."""
-        about = self.artist.about
+        about = self.sampler.about
         own = scheduler_name(None, about.scheduler)
         schedulers = {own}
         for name in SCHEDULERS:
@@ -171,35 +173,35 @@ class Studio:
         width, height = about.size
         return ModelView(
             name=Path(about.name).name,
-            device=self.artist.device.type,
+            device=self.sampler.device.type,
             step=about.step,
             schedulers=sorted(schedulers),
             inpaints_only=about.inpaints_only,
             unsafe_from=UNSAFE,
-            blurs=self.artist.blur,
+            blurs=self.sampler.blur,
             defaults=Defaults(
-                width=width, height=height, steps=Request("").steps, guidance=about.guidance, scheduler=own
+                width=width, height=height, steps=GenerationRequest("").steps, guidance=about.guidance, scheduler=own
             ),
             limits=self.limits,
         )
 
     # ------------------------------------------------------------------------------------------------ drawing
 
-    def _draw(self, job: Job, on_step: OnStep) -> Iterator[Link]:
+    def _draw(self, job: StudioJob, on_step: OnStep) -> Iterator[ImageLink]:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"the folder of pictures, {self.out}, can't be had: {e.strerror}") from e
         job.note = self._unread(job.requests[0])
-        job.cost = self.artist.cost(job.requests)
-        for drawn in self.artist.draw(job.requests, on_step):
+        job.cost = self.sampler.cost(job.requests)
+        for drawn in self.sampler.generate(job.requests, on_step):
             path = save_numbered(png(drawn.image, drawn.facts), self.out)
             self._say(line_of(path, drawn))
             yield _link(path)
 
-    def _unread(self, request: Request) -> str:
+    def _unread(self, request: GenerationRequest) -> str:
         """What of the prompts is beyond what the model reads, in words. (Tokenizers are for one thread at a time.)"""
-        ends = [end for text in (request.prompt, request.negative) if (end := self.artist.unread(text))]
+        ends = [end for text in (request.prompt, request.negative) if (end := self.sampler.unread(text))]
         return "; ".join(f"the model does not read so far: {end!r}" for end in ends)
 
     def _explain(self, error: Exception) -> str:
@@ -211,7 +213,7 @@ class Studio:
 
     # ------------------------------------------------------------------------------------------------ looking
 
-    def history(self, before: int | None, limit: int) -> Pictures:
+    def history(self, before: int | None, limit: int) -> ImagesView:
         """Pictures in the folder that say how they were drawn, newest first, of numbers below `before`.
 
         Raises FolderGone.
@@ -224,22 +226,22 @@ class Studio:
             raise FolderGone(f"the folder of pictures, {self.out}, is no folder: a file is in its place") from None
         except OSError as e:
             raise FolderGone(f"the folder of pictures, {self.out}, can't be read: {e.strerror}") from e
-        found: list[Picture] = []
+        found: list[ImageView] = []
         for name in sorted(names, key=lambda name: int(name[:-4]), reverse=True):
             if before is not None and int(name[:-4]) >= before:
                 continue
             if len(found) == limit:
-                return Pictures(pictures=found, more=True)
+                return ImagesView(pictures=found, more=True)
             with contextlib.suppress(FileNotFoundError):
                 path = self.out / name
                 if (facts := facts_in(path)) is not None:
                     link = _link(path)
-                    found.append(Picture(name=link.name, url=link.url, facts=facts))
-        return Pictures(pictures=found, more=False)
+                    found.append(ImageView(name=link.name, url=link.url, facts=facts))
+        return ImagesView(pictures=found, more=False)
 
-    def views(self, jobs: Sequence[Job], client: str) -> list[JobView]:
+    def views(self, jobs: Sequence[StudioJob], client: str) -> list[JobView]:
         """Jobs as somebody may see them."""
-        positions = self.turns.positions()
+        positions = self.queue.positions()
         return [
             JobView(
                 id=job.id,
@@ -260,11 +262,11 @@ class Studio:
 
     @contextlib.contextmanager
     def stream(self, address: str) -> Iterator[None]:
-        """While somebody is told of changes. Raises Full where too many are."""
+        """While somebody is told of changes. raises QueueFull where too many are."""
         if self._streams[address] >= MOST_STREAMS:
-            raise Full(f"{MOST_STREAMS} streams of events to your address are open already", own=True)
+            raise QueueFull(f"{MOST_STREAMS} streams of events to your address are open already", own=True)
         if self._streams.total() >= 4 * MOST_STREAMS:
-            raise Full(f"{4 * MOST_STREAMS} streams of events are open already")
+            raise QueueFull(f"{4 * MOST_STREAMS} streams of events are open already")
         self._streams[address] += 1
         try:
             yield
@@ -273,7 +275,7 @@ class Studio:
             if not self._streams[address]:
                 del self._streams[address]
 
-    async def changes(self, jobs: Callable[[], list[Job]], client: str) -> AsyncIterator[list[JobView]]:
+    async def changes(self, jobs: Callable[[], list[StudioJob]], client: str) -> AsyncIterator[list[JobView]]:
         """Jobs each time that they change, until all are over or the server ends."""
         self._loop = asyncio.get_running_loop()
         last: list[JobView] | None = None
@@ -283,7 +285,7 @@ class Studio:
             if views != last:
                 yield views
                 last = views
-            if all(view.state in ("done", "failed", "cancelled") for view in views) or self.turns.closed:
+            if all(view.state in ("done", "failed", "cancelled") for view in views) or self.queue.closed:
                 return
             await change.wait()
             await asyncio.sleep(0.05)  # quick models change more often than anybody looks
@@ -310,7 +312,7 @@ def explained(error: Exception) -> str:
     return f"{type(error).__name__}: {error} (the server's log says where)"
 
 
-def line_of(path: Path, drawn: Drawn) -> str:
+def line_of(path: Path, drawn: Generated) -> str:
     """A picture in a line, for the terminal."""
     words = " ".join(drawn.request.prompt.split())
     what = words if len(words) <= 60 else words[:59] + "…"
@@ -334,7 +336,7 @@ def facts_in(path: Path) -> dict[str, Any] | None:
         if len(text) > _MOST_FACTS:
             return None
         facts = parse_json(text, path.name)
-        Facts.model_validate(facts).model_dump_json()  # the page and the wire can take it
+        FactsView.model_validate(facts).model_dump_json()  # the page and the wire can take it
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, Image.DecompressionBombError):
         return None
     except (UserError, ValidationError, PydanticSerializationError, RecursionError):
@@ -342,9 +344,9 @@ def facts_in(path: Path) -> dict[str, Any] | None:
     return facts if isinstance(facts, dict) else None
 
 
-def _link(path: Path) -> Link:
+def _link(path: Path) -> ImageLink:
     """A picture's address; another one when the file is another, so that browsers may keep what they have."""
-    return Link(name=path.stem, url=f"/api/images/{path.stem}.png?v={path.stat().st_mtime_ns:x}")
+    return ImageLink(name=path.stem, url=f"/api/images/{path.stem}.png?v={path.stat().st_mtime_ns:x}")
 
 
 def _picture(name: str, data: bytes | None, decode: Callable[[bytes, int], Image.Image]) -> Image.Image | None:
@@ -354,4 +356,4 @@ def _picture(name: str, data: bytes | None, decode: Callable[[bytes, int], Image
     try:
         return decode(data, MAX_INPUT)
     except RowError as e:
-        raise unread(name, e) from e
+        raise unreadable(name, e) from e

@@ -21,14 +21,14 @@ MAX_INPUT = 16_000_000
 """Pixels of a picture to begin with (4,000 x 4,000), and of an enlarged one; checked before anything is decoded."""
 
 
-class Problem(BaseModel):
+class ErrorView(BaseModel):
     """Every error."""
 
     error: str = Field(description="what is wrong")
     hint: str = Field(description="what to do about it, where that is not plain")
 
 
-class Ask(BaseModel):
+class JobRequest(BaseModel):
     """One or more pictures to draw. What is left out is what suits the model."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -59,7 +59,7 @@ class Ask(BaseModel):
         return text
 
 
-class Facts(BaseModel):
+class FactsView(BaseModel):
     """What a picture's file says of itself, as far as it is looked at here; other programs write such files too."""
 
     model_config = ConfigDict(extra="allow", strict=True)
@@ -74,10 +74,10 @@ class Facts(BaseModel):
     scheduler: str = Field("", max_length=100)
     strength: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     upscale: int = Field(1, ge=1, le=100)
-    nsfw: Nsfw | None = None
+    nsfw: NsfwView | None = None
 
 
-class Nsfw(BaseModel):
+class NsfwView(BaseModel):
     """What the detector said of a picture."""
 
     model_config = ConfigDict(extra="allow", strict=True)
@@ -88,23 +88,23 @@ class Nsfw(BaseModel):
     threshold: float = Field(allow_inf_nan=False)
 
 
-class Link(BaseModel):
+class ImageLink(BaseModel):
     """A picture's file."""
 
     name: str = Field(description="its number in the folder, such as 000007")
     url: str
 
 
-class Picture(Link):
+class ImageView(ImageLink):
     """A finished picture."""
 
     facts: dict[str, Any] = Field(description="what the PNG carries: prompt, settings, model, versions, NSFW score")
 
 
-class Pictures(BaseModel):
+class ImagesView(BaseModel):
     """Finished pictures, newest first."""
 
-    pictures: list[Picture]
+    pictures: list[ImageView]
     more: bool = Field(description="whether there are older ones")
 
 
@@ -116,7 +116,7 @@ class JobView(BaseModel):
     position: int | None = Field(description="of a queued one: jobs that are finished before it; else null")
     step: int = Field(description="steps done, of all its pictures")
     of: int = Field(description="steps in all; 0 before the first")
-    pictures: list[Link] = Field(description="those that are finished")
+    pictures: list[ImageLink] = Field(description="those that are finished")
     error: str = Field(description="of a failed one: why")
     note: str = Field(description="what else there is to know: the end of a prompt that the model does not read")
     cost: str = Field(description="of an enlargement in many tiles: how many, and how long that takes, once known")
@@ -125,7 +125,7 @@ class JobView(BaseModel):
     mine: bool = Field(description="whether it is the asker's own")
 
 
-class Jobs(BaseModel):
+class JobsView(BaseModel):
     """Jobs that wait, are drawn, or ended lately: newest first."""
 
     jobs: list[JobView]
@@ -171,7 +171,7 @@ class ModelView(BaseModel):
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "description": what}
+    status: {"model": ErrorView, "description": what}
     for status, what in (
         (400, "no request that could be understood"),
         (401, "a token is needed"),

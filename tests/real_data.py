@@ -15,13 +15,14 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from aesthetic.space import probe_files
-from curate.annotators.embed import EmbedConfig
-from curate.fetch.client import FetchConfig
-from curate.images.pixels import ImagesConfig
+from curate.encoders.embed import EmbedConfig
+from curate.fetch.config import FetchConfig
+from curate.images.process import ImagesConfig
 from curate.layout import Data
 from curate.ledger.select import SelectConfig, select
 from curate.shards.pack import PackConfig, pack
-from curate.sources.plan import SourceConfig, make_plan
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import make_plan
 from curate.workers import EmbedWorker, FetchWorker
 from demo.web import Route, Web
 
@@ -69,8 +70,8 @@ def make_real_data(root: Path) -> Data:
         fetch = FetchConfig(allow=(f"127.0.0.0/8:{web.port}",), retries=0, respect=())
         fetch_all(data, fetch)
     embed_all(data, BUNDLED, SCORE)
-    select(data, SelectConfig(name=SELECTION, rules={"seen": "width > 0"}))
-    pack(data, SELECTION, PackConfig(shard_size=PACKED))
+    select(Data(data), SelectConfig(name=SELECTION, rules={"seen": "width > 0"}))
+    pack(Data(data), SELECTION, PackConfig(shard_size=PACKED))
     return data
 
 

@@ -13,21 +13,21 @@ from typing import Any
 import httpx
 import torch
 
-from studio.app import LOOPBACK, Server, listen, new_app
-from studio.service import Studio
+from studio.app import LOOPBACK, StudioServer, listen, new_app
+from studio.service import GenerationService
 from tests.small_train import COLOURS
-from train.generate.sampler import Artist
-from train.models.unet import new_model, no_bars
+from train.generate.sampler import Sampler
+from train.models.unet import new_model, no_progress_bars
 
 SEEN = {"prompt": "a red disc", "steps": 2}
 
 
-def small_artist(folder: Path) -> Artist:
+def small_sampler(folder: Path) -> Sampler:
     """The debug model, 16 px, untrained: what it draws is noise that depends on prompt and seed."""
     torch.set_num_threads(1)
-    with no_bars():
+    with no_progress_bars():
         new_model("debug", [f"a {c} disc" for c in COLOURS]).save_pretrained(folder)
-    return Artist(folder)
+    return Sampler(folder)
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Served:
     """A server that runs, and what is behind it."""
 
     url: str
-    studio: Studio
+    service: GenerationService
     said: list[str]
     faults: list[Exception]
 
@@ -48,20 +48,20 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(artist: Artist, out: Path, token: str | None = None) -> Iterator[Served]:
+def serving(sampler: Sampler, out: Path, token: str | None = None) -> Iterator[Served]:
     """A server on a free port of this machine."""
     said: list[str] = []
     faults: list[Exception] = []
     out.mkdir(parents=True, exist_ok=True)
-    studio = Studio(artist, out, say=said.append, fault=faults.append)
+    service = GenerationService(sampler, out, say=said.append, fault=faults.append)
     at = listen("127.0.0.1", 0)
     ready = threading.Event()
-    server = Server(new_app(studio, None if token else LOOPBACK, token), studio, ready.set)
+    server = StudioServer(new_app(service, None if token else LOOPBACK, token), service, ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [at]})
     thread.start()
     try:
         assert ready.wait(30)
-        yield Served(f"http://127.0.0.1:{at.getsockname()[1]}", studio, said, faults)
+        yield Served(f"http://127.0.0.1:{at.getsockname()[1]}", service, said, faults)
     finally:
         server.should_exit = True
         thread.join(20)

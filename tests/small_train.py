@@ -8,8 +8,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from train.data import Pictures, Stream, open_samples, split
-from train.loop import LoopConfig, held_out, train
+from train.data import ImageDataset, Stream, open_samples, split
+from train.loop import LoopConfig, train
 from train.models.presets import PRESETS
 from train.models.unet import add_lora, load_model, new_model, tokenize
 from train.tasks import Denoise
@@ -49,10 +49,11 @@ def small_run(
     else:
         pipeline = load_model(start)
         add_lora(pipeline)
-    examples = Pictures(samples, lambda c: tokenize(pipeline, c), PRESETS["debug"].size)
+    examples = ImageDataset(samples, lambda c: tokenize(pipeline, c), PRESETS["debug"].size)
     rank, ranks = (world.rank, world.size) if world else (0, 1)
-    chosen, kept_apart = split(samples, 0.2)
+    chosen, held_out = split(samples, 0.2)
     stream = Stream(examples, chosen, batch=config.batch, rank=rank, ranks=ranks)
-    held = held_out(examples, kept_apart)
-    task, more = Denoise(pipeline), {"stop": stop} if stop else {}
-    return train(task, stream, config, out, held=held, prompts=["a red disc"], seeds=[0, 1], world=world, **more)
+    task, more = Denoise(pipeline), {"should_stop": stop} if stop else {}
+    return train(
+        task, stream, config, out, held_out=held_out, prompts=["a red disc"], seeds=[0, 1], world=world, **more
+    )

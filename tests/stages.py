@@ -11,7 +11,7 @@ from pathlib import Path
 from curate.layout import Data
 from curate.ledger.select import Selection, select
 from curate.shards.pack import pack
-from curate.sources.plan import make_plan
+from curate.sources.planner import make_plan
 from curate.workers import EmbedWorker, FetchWorker
 from demo.web import Route, Web
 from pipelines.commands.curate import store_recipe
@@ -88,13 +88,13 @@ def fetch_shards(data: Data, recipe: Recipe, *, retry: bool = False) -> None:
 
 
 def embed_shards(data: Data, recipe: Recipe) -> int:
-    """The embed and score stages of all shards; returns how many pictures went through the models."""
+    """The embed and annotate stages of all shards; returns how many pictures went through the models."""
     seen: list[str] = []
 
     def report(stage: str, outcome: str, host: str) -> None:
         seen.append(stage)
 
-    worker = EmbedWorker(data, recipe.embed, recipe.score, recipe.hashes()[1], report, threads=2)
+    worker = EmbedWorker(data, recipe.embed, recipe.columns, recipe.hashes()[1], report, threads=2)
     for s in data.plan.shards:
         worker.run(s.shard)
     return len(seen)

@@ -23,11 +23,15 @@ from curate.layout import Data
 from curate.ledger.schema import RowError
 from curate.ledger.select import SelectConfig, select
 from curate.shards.pack import PackConfig, pack
-from curate.sources.captioned import MapDataset, Samples, Tars, open_folder, parquet_images
-from curate.sources.plan import SourceConfig, inspect, make_plan
+from curate.sources.captioned import open_folder
+from curate.sources.dataset import MapDataset
+from curate.sources.image_tables import parquet_images
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import inspect, make_plan
+from curate.sources.tars import PackedShards, Tars
 from tests.small_data import make_data
 from tests.test_source import picture, write
-from train.data import open_samples, split, survey, weights_of
+from train.data import open_samples, sampling_weights, scan_images, split
 
 JPEG, PNG = picture(), picture("PNG")
 
@@ -150,7 +154,7 @@ def test_captions_in_other_encodings_are_counted_and_named(tmp_path: Path) -> No
         write(folder / f"{i:02d}.txt", "caf\xe9".encode("cp1252") if i < 4 else "café")
     assert captions(folder) == [None] * 4 + ["café"] + [None] * 5
     assert notes(folder).startswith("4 captions are neither UTF-8 nor marked by a byte order mark, and are taken")
-    assert "00.txt, 01.txt, 02.txt, ... " in notes(folder).replace(", ....", ", ... ") and "iconv" in notes(folder)
+    assert "00.txt; 01.txt; 02.txt and 1 more. " in notes(folder) and "iconv" in notes(folder)
 
 
 def test_formats_that_are_not_read_are_counted_and_their_captions_are_no_lists(tmp_path: Path) -> None:
@@ -345,7 +349,7 @@ def test_a_packed_folder_is_whole_in_itself(tmp_path: Path) -> None:
     there = open_samples(root / "shards" / "all")
     copy = Path(shutil.copytree(there.folder, tmp_path / "renamed"))
     copied = open_samples(copy)
-    assert type(copied) is Samples and copied.fingerprint == there.fingerprint
+    assert type(copied) is PackedShards and copied.fingerprint == there.fingerprint
     assert [s.key for s in copied] == [s.key for s in there]
     for path in copy.glob("*.parquet"):  # which training does not read
         path.unlink()
@@ -407,10 +411,10 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path, value: Any) -> No
     facts[5]["taste"] = "6"
     samples = with_facts(tmp_path / "a", facts)
     with pytest.raises(UserError, match=r"taste is no finite number in 1 of 10 pictures \(03\.png: "):
-        weights_of(samples, "taste")
+        sampling_weights(samples, "taste")
     facts[3]["taste"] = 1e308
     facts[6]["taste"] = 1.7e308
-    weights = weights_of(with_facts(tmp_path / "a", facts), "taste")
+    weights = sampling_weights(with_facts(tmp_path / "a", facts), "taste")
     assert np.isfinite(weights.sum()) and weights[4] == 0
 
 
@@ -423,7 +427,7 @@ def test_pictures_without_bytes_or_caption_are_counted(tmp_path: Path) -> None:
     write(folder / "captions.json", "[]")
     samples = open_samples(folder)
     assert [samples.facts(i)["caption"] for i in range(13)].count(None) == 4
-    known = survey(samples)
+    known = scan_images(samples)
     assert list(known.unreadable) == [3] and "it is empty" in known.unreadable[3]
     assert "captions.json: not read; a table of captions is metadata.csv" in "\n".join(samples.notes())
 
@@ -431,7 +435,7 @@ def test_pictures_without_bytes_or_caption_are_counted(tmp_path: Path) -> None:
 def test_hashes_that_are_none_are_made_anew(tmp_path: Path) -> None:
     wrong: list[Any] = ["x", "-1", "f" * 40, 5, [1], "", None, {"a": 1}, "0123456789abcdef", True]
     samples = with_facts(tmp_path / "a", [{"phash": v, "sha256": v, "width": "w", "height": -1} for v in wrong])
-    known = survey(samples)
+    known = scan_images(samples)
     assert all(h and len(h) == 16 for h in known.phash) and known.phash[8] == "0123456789abcdef"
     assert known.sha256 == [None] * 10
     chosen, held = split(samples, 0.2, known=known)

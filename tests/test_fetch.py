@@ -22,10 +22,13 @@ from typing import Any
 import pytest
 
 from aesthetic.errors import UserError
-from curate.fetch import addresses, domains
+from curate.fetch import body as body_module
+from curate.fetch import budget, domains
 from curate.fetch import client as fetch_module
-from curate.fetch.client import FetchConfig, Fetcher
-from curate.ledger.schema import Reason, RowError
+from curate.fetch.client import Fetcher
+from curate.fetch.config import FetchConfig
+from curate.fetch.dns import Lookup
+from curate.ledger.schema import FinalError, Reason, RowError
 
 PIXELS = b"\xff\xd8" + bytes(range(256)) * 8
 
@@ -98,7 +101,7 @@ async def at_home(host: str) -> list[str]:
 
 
 @contextlib.asynccontextmanager
-async def running(lookup: addresses.Lookup = at_home, **config: Any) -> AsyncIterator[tuple[Server, str, Fetcher]]:
+async def running(lookup: Lookup = at_home, **config: Any) -> AsyncIterator[tuple[Server, str, Fetcher]]:
     """A server, the URL of its root and a fetcher that may contact it."""
     server = Server()
     listener = await asyncio.start_server(server, "127.0.0.1", 0, backlog=1000)
@@ -288,7 +291,7 @@ def test_a_name_that_changes_its_mind_reaches_nothing_private() -> None:
         open_house = Server()
         allowed = await asyncio.start_server(open_house, "127.0.0.3", port)
         fetcher = Fetcher(FetchConfig(allow=(f"127.0.0.3:{port}",), retries=0, respect=()), lookup=lookup)
-        fetcher._resolver._shared._keep = lambda _: 0.0  # ask the name server each time
+        fetcher._resolver._cache._keep = lambda _: 0.0  # ask the name server each time
         for i in range(20):
             for _ in range(3):
                 with contextlib.suppress(RowError):
@@ -470,7 +473,7 @@ def test_compression_that_nobody_asked_for() -> None:
                 assert (await fetcher.get(root + path)).data == PIXELS
             server["/br"] = reply(200, b"abc", "Content-Encoding: br")
             error = await failure(fetcher, root + "br")
-            assert isinstance(error, addresses.Settled) and server.count("/br") == 1  # the same again would not help
+            assert isinstance(error, FinalError) and server.count("/br") == 1  # the same again would not help
 
     asyncio.run(main())
 
@@ -566,8 +569,8 @@ def test_slow_answers_end_in_time_and_harm_nobody() -> None:
 
 
 def test_a_body_may_be_long_in_coming_but_must_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch_module, "_SLOW_AFTER", 0.2)
-    monkeypatch.setattr(fetch_module, "_SLOW", 1e5)
+    monkeypatch.setattr(body_module, "_SLOW_AFTER", 0.2)
+    monkeypatch.setattr(body_module, "_SLOW", 1e5)
 
     async def late(writer: asyncio.StreamWriter, _: str) -> None:
         await asyncio.sleep(0.6)
@@ -650,7 +653,7 @@ def test_names_that_fail() -> None:
 
     async def main() -> None:
         async with running(lookup, retries=1) as (_, root, fetcher):
-            fetcher._resolver._shared._keep = lambda _: 0.0
+            fetcher._resolver._cache._keep = lambda _: 0.0
             for host, questions in [("none.test", 1), ("busy.test", 2)]:
                 error = await failure(fetcher, root.replace("a.test", host))
                 assert error.reason is Reason.DNS and host in error.detail
@@ -918,7 +921,7 @@ def test_a_long_retry_after_ends_the_row_and_spares_the_host() -> None:
 
 
 def test_a_domain_that_only_fails_is_left_alone_and_tried_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(domains, "REST", 0.4)
+    monkeypatch.setattr(domains, "OPEN_SECONDS", 0.4)
 
     async def main() -> None:
         async with running(per_domain=2, respect=()) as (server, root, fetcher):
@@ -927,17 +930,17 @@ def test_a_domain_that_only_fails_is_left_alone_and_tried_once_more(monkeypatch:
                 server[f"//b.test/{i}"] = reply(500)
             errors = await asyncio.gather(*(failure(fetcher, f"{root}{i}") for i in range(60)))
             assert {e.reason for e in errors} == {Reason.CONNECT}
-            assert len(server.asked) <= 2 * (domains.STRIKES + 3)  # aiohttp asks twice where a server hangs up
+            assert len(server.asked) <= 2 * (domains.MAX_FAILURES + 3)  # aiohttp asks twice where a server hangs up
             assert server.times[-1] - server.times[0] > 0.3  # the one after the rest
             # What a URL answers is its own affair: each of these is asked, and one that works after 60 is seen.
             errors = await asyncio.gather(*(failure(fetcher, f"{root.replace('a.', 'b.')}{i}") for i in range(60)))
             assert {(e.reason, e.http_status) for e in errors} == {(Reason.HTTP_5XX, 500)}
             assert (await fetcher.get(root.replace("a.test", "b.test") + "works")).data == PIXELS
             # One that works again when it is tried loses only the rows that it refused.
-            server["//c.test/x"] = flaky(domains.STRIKES, reply(503))
+            server["//c.test/x"] = flaky(domains.MAX_FAILURES, reply(503))
             rows = (fetcher.get(root.replace("a.", "c.") + "x") for _ in range(60))
             answers = await asyncio.gather(*rows, return_exceptions=True)
-            assert sum(isinstance(a, RowError) for a in answers) == domains.STRIKES
+            assert sum(isinstance(a, RowError) for a in answers) == domains.MAX_FAILURES
 
     asyncio.run(main())
 
@@ -1035,9 +1038,9 @@ def test_a_cancelled_row_leaves_its_place_and_turn() -> None:
     asyncio.run(main())
 
 
-def test_fetchers_can_share_turns() -> None:
+def test_fetchers_can_share_a_budget() -> None:
     async def main() -> None:
-        shared = domains.Budget(2)
+        shared = budget.Budget(2)
         async with running() as (server, root, _):
 
             async def slow(writer: asyncio.StreamWriter, _: str) -> None:
@@ -1047,7 +1050,7 @@ def test_fetchers_can_share_turns() -> None:
             server["/x"] = slow
             allow = (f"127.0.0.1:{root.rstrip('/').rpartition(':')[2]}",)
             config = FetchConfig(allow=allow, respect=(), per_domain=2)
-            fetchers = [Fetcher(config, lookup=at_home, exchange=domains.local(shared)) for _ in range(2)]
+            fetchers = [Fetcher(config, lookup=at_home, lease=budget.local(shared)) for _ in range(2)]
             await asyncio.gather(*(fetchers[i % 2].get(root + "x") for i in range(12)))
             assert server.busiest["a.test"] == 2
             for fetcher in fetchers:

@@ -11,8 +11,10 @@ import pytest
 from small_ratings import SCALE, examples, make, space, unit
 
 from aesthetic import classify
+from aesthetic.catalog import load_head
 from aesthetic.fit import fit_head, to_halve, verdict
-from aesthetic.heads import HeadError, load_head, save_head
+from aesthetic.head_files import save_head
+from aesthetic.heads import HeadError
 from aesthetic.metrics import spearman
 from aesthetic.sources import fit_scales
 from aesthetic.space import require_same

@@ -21,7 +21,10 @@ from PIL import Image, ImageCms, TiffImagePlugin
 from sklearn.datasets import load_sample_images
 
 from aesthetic.errors import UserError
-from curate.images.pixels import MODES, ImagesConfig, decode, perceptual_hash, probe, process
+from curate.images.decode import decode
+from curate.images.header import probe
+from curate.images.process import MODES, ImagesConfig, process
+from curate.images.resize import perceptual_hash
 from curate.ledger.schema import Reason, RowError
 
 OASIS = Path(__file__).parents[2] / "shared/data/oasis/images"

@@ -32,12 +32,13 @@ from sklearn.datasets import load_sample_images
 
 from aesthetic.errors import UserError
 from curate.fetch import engine_img2dataset
-from curate.fetch.client import FetchConfig
-from curate.images.pixels import ImagesConfig
+from curate.fetch.config import FetchConfig
+from curate.images.process import ImagesConfig
 from curate.layout import Data
 from curate.ledger.schema import Reason
 from curate.shards.tar import index_tar, read_images
-from curate.sources.plan import SourceConfig, make_plan
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import make_plan
 from curate.workers import FetchWorker
 from demo.web import Route, Web
 
@@ -437,8 +438,8 @@ OWNER = """
 import sys
 from pathlib import Path
 from curate.fetch.engine_img2dataset import download
-from curate.fetch.client import FetchConfig
-from curate.images.pixels import ImagesConfig
+from curate.fetch.config import FetchConfig
+from curate.images.process import ImagesConfig
 rows = list(enumerate(sys.argv[2:]))
 list(download(rows, FetchConfig(concurrency=2, timeout=60, retries=0), ImagesConfig(), Path(sys.argv[1])))
 """

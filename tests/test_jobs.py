@@ -23,7 +23,7 @@ import pytest
 from small_web import SmallWeb, digests, small_web, start_here
 
 from pipelines.recipe import load_recipe
-from pipelines.runtime.jobs import Pools, size_pools
+from pipelines.runtime.jobs import PoolSizes, size_pools
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,7 +48,7 @@ def test_a_recipe_decides_about_pools() -> None:
     names = ("fetch_workers=3", "fetch_cpus=2", "embed_workers=4", "embed_cpus=1.5", "embed_gpus=0.5")
     recipe = load_recipe("bundled", [f"ray.{name}" for name in names])
     pools = size_pools(recipe, 16, 2, 2)
-    assert pools == Pools(
+    assert pools == PoolSizes(
         fetch=3, embed=4, fetch_cpus=2.0, embed_cpus=1.5, embed_gpus=0.5, fetch_threads=2, embed_threads=1
     )
 

@@ -27,8 +27,9 @@ from curate.ledger.select import SelectConfig, select
 from curate.ledger.view import open_ledger, query
 from curate.shards.pack import PackConfig, pack
 from curate.sources import lines
-from curate.sources.lists import CAPTION_NAMES, named
-from curate.sources.plan import Plan, SourceConfig, inspect, make_plan
+from curate.sources.columns import CAPTION_NAMES, find_column
+from curate.sources.plan import Plan, SourceConfig
+from curate.sources.planner import inspect, make_plan
 from curate.store.records import commit
 from pipelines.recipe import Recipe, load_recipe
 from tests.small_web import picture
@@ -289,7 +290,7 @@ def test_captions_are_found_under_their_usual_names(tmp_path: Path, name: str) -
     pq.write_table(pa.table({" URL": ["u"], "n": [1], name: ["a fox"]}), path)
     assert rows_of(path) == [("u", "a fox", 1)]
     assert rows_of(write(tmp_path / "l.csv", f"n, Url ,{name}\n1,u,a fox\n")) == [("u", "a fox", 1)]
-    assert named(["title", name.strip(), "alt"], "caption", CAPTION_NAMES) in (name.strip(), "alt")
+    assert find_column(["title", name.strip(), "alt"], "caption", CAPTION_NAMES) in (name.strip(), "alt")
 
 
 def test_a_list_without_captions_says_so(tmp_path: Path) -> None:
@@ -369,7 +370,7 @@ def _check_names(data: Data) -> None:
         *("success", "status 2", 9, "source.x 2"),
     )
     assert row["source.caption"] == "caption 2" and row["caption"] is None and row["source.@reason"] == "@reason 2"
-    found = query(data, 'SELECT status, source.status AS s, source.width, source."source.x" AS x FROM ledger')
+    found = query(Data(data), 'SELECT status, source.status AS s, source.width, source."source.x" AS x FROM ledger')
     assert found.s.tolist() == [f"status {i}" for i in range(3)] and found.x.tolist() == [
         f"source.x {i}" for i in range(3)
     ]
@@ -377,18 +378,18 @@ def _check_names(data: Data) -> None:
     # a score that is called like a column of the list
     for shard in (0, 1):
         keys = pq.read_table(data.table(shard)).column("key")
-        path = data.root / "scored" / "aesthetic" / f"{shard:05d}.parquet"
+        path = data.root / "annotated" / "aesthetic" / f"{shard:05d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"key": keys, "aesthetic": pa.array([0.5] * len(keys), pa.float32())}), path)
         commit(data.root, path.with_suffix(".json"), config="c", inputs={}, outputs=[path], facts={})
     rules = {"wide": "source.width >= 8 and width > 0", "good": "aesthetic > 0.4 and source.aesthetic <> 'x'"}
-    assert select(data, SelectConfig(name="s", rules=rules)).kept == 2
-    pack(data, "s", PackConfig())
+    assert select(Data(data), SelectConfig(name="s", rules=rules)).kept == 2
+    pack(Data(data), "s", PackConfig())
     packed = {r["key"]: r for r in pq.read_table(data.root / "shards/s/00000.parquet").to_pylist()}
     assert packed["000002" if "000002" in packed else max(packed)]["aesthetic"] == 0.5
     assert {r["source.aesthetic"] for r in packed.values()} == {"aesthetic 1", "aesthetic 2"}
     assert {r["similarity"] for r in packed.values()} == {"similarity 1", "similarity 2"}  # nothing was embedded here
-    ledger = open_ledger(data)
+    ledger = open_ledger(Data(data))
     assert isinstance(ledger, duckdb.DuckDBPyConnection)
     ledger.close()
 
@@ -493,13 +494,14 @@ def test_values_that_cannot_be_said_are_null(tmp_path: Path) -> None:
     assert all(rows[1][name] is not None for name in odd) and rows[1]["day"].isoformat() == "1970-01-06"
     assert rows[0]["digits"] == "1.50" and rows[0]["map"] == [("a", 1)] and str(rows[0]["zone"].tzinfo) == "UTC"
     fetch_shards(data, load_recipe("bundled", ["fetch.retries=0"]))
-    assert len(query(data, "SELECT source FROM ledger")) == 2
+    assert len(query(Data(data), "SELECT source FROM ledger")) == 2
 
 
 _MEASURED = """
 import re, sys
 from pathlib import Path
-from curate.sources.plan import SourceConfig, make_plan
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import make_plan
 from aesthetic.errors import UserError
 try:
     plan = make_plan(sys.argv[1], Path(sys.argv[2]), SourceConfig())

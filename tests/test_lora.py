@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from aesthetic.errors import UserError
-from train.models.info import look
+from train.models.info import read_model_info
 from train.models.lora import Lora, add_loras, check_lora
 from train.models.unet import load_model, new_model
 
@@ -100,7 +100,7 @@ def test_every_tensor_changes_its_layer_by_what_it_says(model: Path, tmp_path: P
         save_file(tensors, tmp_path / f"{name}.safetensors", {"format": "pt", **metadata})
         loras.append(Lora(tmp_path / f"{name}.safetensors", 0.5))
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 6}')
-    about, pipeline = look(model), load_model(model)
+    about, pipeline = read_model_info(model), load_model(model)
     for lora in loras:
         check_lora(about, lora)
     assert add_loras(pipeline, loras) == []
@@ -176,11 +176,11 @@ def test_a_file_of_which_a_part_would_be_lost_is_refused_before_the_model_is_loa
     tensors, message = REFUSED[name]
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=message):
-        check_lora(look(model), Lora(tmp_path / "x.safetensors"))
+        check_lora(read_model_info(model), Lora(tmp_path / "x.safetensors"))
 
 
 def test_headers_that_lie_and_settings_that_are_none(model: Path, tmp_path: Path) -> None:
-    about, file = look(model), tmp_path / "adapter_model.safetensors"
+    about, file = read_model_info(model), tmp_path / "adapter_model.safetensors"
     save_file(written(peft, QUERY), file)
     whole = file.read_bytes()
     size = int.from_bytes(whole[:8], "little")

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from aesthetic.errors import UserError
 from pipelines.cli import main
 from train.generate.files import check_facts, read_facts
-from train.generate.sampler import Artist, NoPicture, Request, fitting_size, foreign_syntax
-from train.models.info import About, check_trainable, look, variant_of
+from train.generate.sampler import GenerationRequest, NoImage, Sampler, fitting_size, foreign_syntax
+from train.models.info import ModelInfo, check_trainable, read_model_info, weight_variant
 from train.models.presets import PRESETS
 from train.models.unet import load_model, new_model
 
@@ -46,7 +46,7 @@ def mine(model: Path, tmp_path: Path) -> Path:
 
 
 def draw(folder: Path) -> np.ndarray:
-    return np.asarray(next(Artist(folder).draw([Request("a red disc", seed=1, steps=2)])).image, int)
+    return np.asarray(next(Sampler(folder).generate([GenerationRequest("a red disc", seed=1, steps=2)])).image, int)
 
 
 def changed(file: Path, **values: Any) -> None:
@@ -67,14 +67,14 @@ def test_weights_of_one_precision_alone_are_found(model: Path, mine: Path) -> No
         save_file({k: v.half() for k, v in load_file(file).items()}, file.with_name(f"{stem}.fp16.safetensors"))
         save_file({k: v * 0 for k, v in load_file(file).items()}, file.with_name(f"{stem}.non_ema.safetensors"))
         file.unlink()
-    assert [variant_of(mine / p) for p in ("unet", "vae", "text_encoder")] == ["fp16"] * 3
+    assert [weight_variant(mine / p) for p in ("unet", "vae", "text_encoder")] == ["fp16"] * 3
     half = load_model(mine)
     for part in ("unet", "vae", "text_encoder"):
         for (name, a), (_, b) in zip(
             getattr(whole, part).named_parameters(), getattr(half, part).named_parameters(), strict=True
         ):
             assert torch.equal(a.half().float(), b), name
-    assert look(mine).digest != look(model).digest
+    assert read_model_info(mine).digest != read_model_info(model).digest
 
 
 def spoilt(mine: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -113,14 +113,14 @@ def test_files_that_are_no_weights_are_told_without_loading(mine: Path) -> None:
     ):
         (mine / UNET).write_bytes(spoilt)
         with pytest.raises(UserError, match=message):
-            look(mine)
+            read_model_info(mine)
 
 
 def test_a_picture_of_values_that_are_no_numbers_is_not_drawn(model: Path) -> None:
-    artist = Artist(model)
-    artist._text.unet.conv_out.weight.data[:] = 3e38
-    with pytest.raises(NoPicture, match="computed values that are no numbers"):
-        list(artist.draw([Request("a red disc", seed=1, steps=2)]))
+    sampler = Sampler(model)
+    sampler._text.unet.conv_out.weight.data[:] = 3e38
+    with pytest.raises(NoImage, match="computed values that are no numbers"):
+        list(sampler.generate([GenerationRequest("a red disc", seed=1, steps=2)]))
 
 
 # --------------------------------------------------------------------------------------------------- configurations
@@ -160,10 +160,10 @@ def test_nonsense_in_a_configuration_is_told_by_its_file_before_anything_is_load
     found = []
     for text in mutations(mine / file):
         (mine / file).write_text(text)
-        found.append(outcome(mine, file, look))
+        found.append(outcome(mine, file, read_model_info))
     (mine / file).write_text(whole)
     assert all(file in message for message in found[: len(TEXTS) - 2])  # what is no JSON, or nested too deep
-    look(mine)
+    read_model_info(mine)
 
 
 @pytest.mark.long
@@ -201,7 +201,7 @@ def test_parts_that_do_not_fit_each_other(mine: Path) -> None:
         whole = (mine / file).read_text()
         changed(mine / file, **values)
         with pytest.raises(UserError, match=message):
-            look(mine)
+            read_model_info(mine)
         (mine / file).write_text(whole)
     changed(mine / "unet/config.json", norm_num_groups=5)  # what diffusers alone knows
     with pytest.raises(UserError, match=r"unet/config\.json: no UNet2DConditionModel can be made"):
@@ -209,40 +209,40 @@ def test_parts_that_do_not_fit_each_other(mine: Path) -> None:
 
 
 def test_what_can_be_trained_further_is_told_without_the_weights(model: Path, mine: Path) -> None:
-    check_trainable(look(model), None)
-    check_trainable(look(model), 32)
+    check_trainable(read_model_info(model), None)
+    check_trainable(read_model_info(model), 32)
     with pytest.raises(UserError, match=r"size 18 does not fit this model: sides are multiples of 4\. 16 would do"):
-        check_trainable(look(model), 18)
+        check_trainable(read_model_info(model), 18)
     changed(mine / "scheduler/scheduler_config.json", prediction_type="sample")
     with pytest.raises(UserError, match=r"scheduler_config\.json: the model predicts 'sample' over 1000 times"):
-        check_trainable(look(mine), None)
+        check_trainable(read_model_info(mine), None)
     changed(mine / "unet/config.json", in_channels=9)
     with pytest.raises(UserError, match="predicts 'sample'"):
-        check_trainable(look(mine), None)
+        check_trainable(read_model_info(mine), None)
 
 
 def test_what_is_no_folder_of_a_model_says_what_to_do(mine: Path, tmp_path: Path) -> None:
     (tmp_path / "v1.safetensors").write_text("x")
     with pytest.raises(UserError, match=r"a model in a single file.*from_single_file"):
-        look(tmp_path / "v1.safetensors")
+        read_model_info(tmp_path / "v1.safetensors")
     (tmp_path / "folder").mkdir()
     (tmp_path / "v1.safetensors").rename(tmp_path / "folder" / "v1.safetensors")
     with pytest.raises(UserError, match=r"v1\.safetensors is a model in a single file"):
-        look(tmp_path / "folder")
+        read_model_info(tmp_path / "folder")
     save_file({"a.lora_A.weight": torch.ones(1)}, tmp_path / "style.safetensors")
     with pytest.raises(UserError, match=r"is a LoRA: give the model that it was trained on, and --lora"):
-        look(tmp_path / "style.safetensors")
+        read_model_info(tmp_path / "style.safetensors")
     (mine / "train.json").write_text('{"settings": {"lr": "fast"}}')
     with pytest.raises(UserError, match=r"train\.json: settings"):
-        look(mine)
+        read_model_info(mine)
 
 
 # ------------------------------------------------------------------------------------------------- pictures, prompts
 
 
-def about(size: int) -> About:
+def about(size: int) -> ModelInfo:
     vae = {"block_out_channels": [1] * 4}
-    return About("m", Path("m"), {"sample_size": size // 8}, vae, {}, {}, None)
+    return ModelInfo("m", Path("m"), {"sample_size": size // 8}, vae, {}, {}, None)
 
 
 def test_a_picture_to_begin_with_is_brought_to_a_size_that_the_model_draws(
@@ -304,7 +304,9 @@ def test_facts_of_a_foreign_png_are_told(tmp_path: Path) -> None:
         {"seed": -1},
     ):
         with pytest.raises(UserError):
-            Request(**{k: {**good, **odd}[k] for k in ("prompt", "seed", "steps", "guidance", "width", "height")})
+            GenerationRequest(
+                **{k: {**good, **odd}[k] for k in ("prompt", "seed", "steps", "guidance", "width", "height")}
+            )
 
 
 def test_refusals_start_neither_torch_nor_diffusers(model: Path, tmp_path: Path) -> None:
@@ -354,8 +356,8 @@ def test_what_old_diffusers_wrote_is_drawn_as_bare_diffusers_draws_it(model: Pat
         bare: Any = StableDiffusionPipeline.from_pretrained(mine, safety_checker=None)
         asked: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 7.5, "width": 16, "height": 16}
         (expected,) = bare("a red disc", generator=torch.Generator().manual_seed(1), **asked).images
-        artist = Artist(mine, blur=False)
-        (drawn,) = artist.draw([Request("a red disc", seed=1, steps=2, guidance=7.5)])
+        sampler = Sampler(mine, blur=False)
+        (drawn,) = sampler.generate([GenerationRequest("a red disc", seed=1, steps=2, guidance=7.5)])
         assert drawn.facts["scheduler"] == kind and (np.asarray(drawn.image) == np.asarray(expected)).all(), told
 
 
@@ -364,7 +366,7 @@ def test_sizes_that_diffusers_does_not_believe() -> None:
     vae = {"block_out_channels": [1] * 4}
 
     def size(**unet: Any) -> tuple[int, int]:
-        return About("m", Path("m"), unet, vae, {}, {}, None).size
+        return ModelInfo("m", Path("m"), unet, vae, {}, {}, None).size
 
     assert size(sample_size=32, version="0.6.0") == size(sample_size=None, version=None) == (512, 512)
     assert size(sample_size=32, version="0.10.0.dev0") == size(sample_size=32, version=None) == (256, 256)
@@ -376,13 +378,13 @@ def test_a_tokenizer_that_does_not_say_how_much_it_reads(mine: Path) -> None:
     for length in (None, 10**30):
         changed(path, model_max_length=length)
         with pytest.raises(UserError, match=r"tokenizer_config\.json: model_max_length.*16"):
-            look(mine)
+            read_model_info(mine)
     path.unlink()
     with pytest.raises(UserError, match=r"What would do: .*\"model_max_length\": 16"):
-        look(mine)
+        read_model_info(mine)
 
 
 def test_a_folder_that_is_mistyped_is_not_asked_of_the_hub(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(model.parent.parent)
     with pytest.raises(UserError, match=rf"is not there: .* is a folder here, with the models .*{model.name}"):
-        look(f"{model.parent.name}/{model.name}x")
+        read_model_info(f"{model.parent.name}/{model.name}x")

@@ -14,7 +14,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from curate.fetch import addresses, optouts
-from curate.ledger.schema import Reason, RowError
+from curate.ledger.schema import FinalError, Reason, RowError
 
 
 def headers(*pairs: tuple[str, str]) -> CIMultiDictProxy[str]:
@@ -363,14 +363,14 @@ def test_tdmrep_json_is_read_once_per_origin_and_its_absence_is_no_error() -> No
         if url.host == "none.test":
             return None
         if url.host == "down.test":
-            raise addresses.Settled(Reason.HTTP_5XX, "status 503")
+            raise FinalError(Reason.HTTP_5XX, "status 503")
         return rules(("/private/", 1))
 
     async def reason(tdmrep: optouts.TdmRep, url: str) -> Reason | None:
         try:
             await tdmrep.check(URL(url))
         except RowError as e:
-            assert isinstance(e, addresses.Settled) and "tdmrep.json" in e.detail
+            assert isinstance(e, FinalError) and "tdmrep.json" in e.detail
             return e.reason
         return None
 

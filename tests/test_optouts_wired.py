@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from curate.fetch import optouts
-from curate.fetch.client import FetchConfig
+from curate.fetch.config import FetchConfig
 from curate.ledger.schema import Reason, RowError
 from tests.test_fetch import PIXELS, bare, drop, failure, outcome_of, reply, robots, running
 

@@ -15,9 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aesthetic import catalog as module
-from aesthetic.catalog import PUBLISHED, _build, _download, collapse, fetch_head, import_head, read_checkpoint
-from aesthetic.heads import SHIPPED, HeadError, load_head, save_head
+from aesthetic import imports as module
+from aesthetic.catalog import SHIPPED, keras_files, load_head, published_heads
+from aesthetic.head_files import save_head
+from aesthetic.heads import HeadError
+from aesthetic.imports import build_published, collapse, download, fetch_head, import_head
+from aesthetic.pth import read_pth
 from pipelines.cli import main
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "heads"
@@ -36,7 +39,7 @@ def examples(name):
 
 
 def published(name):
-    return next(p for p in PUBLISHED if p.name == name)
+    return next(p for p in published_heads() if p.name == name)
 
 
 @needs_data
@@ -71,7 +74,7 @@ def test_reading_without_torch_gives_what_torch_gives():
     import torch
 
     for file in sorted(DATA.glob("*.pth")):
-        ours = read_checkpoint(file.read_bytes(), file.name)
+        ours = read_pth(file.read_bytes(), file.name)
         theirs = torch.load(file, map_location="cpu", weights_only=True)
         assert list(ours) == list(theirs)
         assert all(np.array_equal(ours[k], theirs[k].numpy()) for k in ours)
@@ -244,21 +247,21 @@ GOOD = {"weight": entry([1, 4], 0, 16), "bias": entry([1], 16, 20)}
     ("data", "message"),
     [
         (container(GOOD, bytes(20)), None),
-        (struct.pack("<Q", 1 << 60) + b"{}", "claims a header"),
-        (struct.pack("<Q", 200 << 10) + b"{" + b" " * (200 << 10), "claims a header"),
-        (container(b"{" * 5000, bytes(20)), "not a JSON object"),
-        (container(b'{"weight": 1, "weight": 2}', bytes(20)), "twice"),
-        (container(GOOD, bytes(19)), "bytes of tensors"),
-        (container(GOOD, bytes(21)), "bytes of tensors"),
+        (struct.pack("<Q", 1 << 60) + b"{}", "header too large"),
+        (struct.pack("<Q", 200 << 10) + b"{" + b" " * (200 << 10), "invalid JSON in header"),
+        (container(b"{" * 5000, bytes(20)), "invalid JSON in header"),
+        (container(b'{"weight": 1, "weight": 2}', bytes(20)), "invalid JSON in header"),
+        (container(GOOD, bytes(19)), "not fully covered"),
+        (container(GOOD, bytes(21)), "not fully covered"),
         (container({}, b""), "it holds no tensors"),
-        (container(GOOD | {"weight": 7}, bytes(20)), "weight None"),
-        (container(GOOD | {"weight": entry([1, "4"], 0, 16)}, bytes(20)), "not a single linear layer"),
-        (container(GOOD | {"weight": entry([1, 0], 0, 0)}, bytes(20)), "not a single linear layer"),
-        (container(GOOD | {"weight": entry([1, -4], 0, 16)}, bytes(20)), "not a single linear layer"),
-        (container(GOOD | {"weight": entry([1, 10**12], 0, 16)}, bytes(20)), "weight is not float32"),
-        (container(GOOD | {"weight": entry([1, 10**12], 0, 4 * 10**12)}, bytes(20)), "overlap or gap"),
-        (container(GOOD | {"weight": entry([1, 4], 0, 8, "F16")}, bytes(20)), "weight is not float32"),
-        (container(GOOD | {"bias": entry([1], 0, 4)}, bytes(20)), "overlap or gap"),
+        (container(GOOD | {"weight": 7}, bytes(20)), "invalid JSON in header"),
+        (container(GOOD | {"weight": entry([1, "4"], 0, 16)}, bytes(20)), "invalid JSON in header"),
+        (container({"weight": entry([1, 0], 0, 0), "bias": entry([1], 0, 4)}, bytes(4)), "not a single linear layer"),
+        (container(GOOD | {"weight": entry([1, -4], 0, 16)}, bytes(20)), "invalid JSON in header"),
+        (container(GOOD | {"weight": entry([1, 10**12], 0, 16)}, bytes(20)), "invalid shape"),
+        (container(GOOD | {"weight": entry([1, 10**12], 0, 4 * 10**12)}, bytes(20)), "invalid offset"),
+        (container(GOOD | {"weight": entry([1, 8], 0, 16, "F16")}, bytes(20)), "weight is F16, not float32"),
+        (container(GOOD | {"bias": entry([1], 0, 4)}, bytes(20)), "invalid offset"),
         (bytes(17 << 20), "at most 16,777,216"),
     ],
 )
@@ -279,8 +282,9 @@ def test_keras_models_are_known_and_refused(tmp_path, member, monkeypatch):
     for declared in ({}, {"encoder": L14, "scale": (0, 1)}):
         with pytest.raises(HeadError, match=r"is a Keras model: a program.*heads prompt.*open-nsfw"):
             import_head(path, **declared)
-    assert len(module.KERAS) == 2
-    monkeypatch.setitem(module.KERAS, hashlib.sha256(path.read_bytes()).hexdigest(), "LAION's CLIP NSFW head on X")
+    assert len(keras_files()) == 2
+    known = {hashlib.sha256(path.read_bytes()).hexdigest(): "LAION's CLIP NSFW head on X"}
+    monkeypatch.setattr(module, "keras_files", lambda: known)
     with pytest.raises(HeadError, match="is a Keras model, LAION's CLIP NSFW head on X: a program"):
         import_head(path)
 
@@ -304,7 +308,7 @@ def test_from_the_command_line(tmp_path, capsys, monkeypatch):
     assert main(["heads", "show", name]) == 0
     out = capsys.readouterr().out
     assert "Encoder, norm and scale are as declared" in out
-    assert f"next: tastemaker score DATA --head {name}={name}" in out
+    assert f"next: tastemaker annotate DATA {name}={name}" in out
     assert main(["heads", "show", "open-nsfw"]) == 0
     assert "it reads pixels" in capsys.readouterr().out
     assert main(["heads", "show", name, "--norm", "l2"]) == 2
@@ -334,7 +338,7 @@ def test_other_float_types_and_todays_torch_files_are_read():
         value = torch.randn(3, 5).to(dtype)
         file = io.BytesIO()
         torch.save(OrderedDict(weight=value, bias=torch.randn(3)), file)
-        ours = read_checkpoint(file.getvalue(), "x.pth")
+        ours = read_pth(file.getvalue(), "x.pth")
         assert np.array_equal(ours["weight"], value.float().numpy())
 
 
@@ -379,7 +383,7 @@ def state(shape=(1, 4), stride=None, offset=0, length=4, key="0", kind="FloatSto
 
 
 def test_the_hand_made_checkpoint_is_good_before_it_is_spoilt():
-    tensors = read_checkpoint(checkpoint(state(), [[1, 2, 3, 4]]), "x")
+    tensors = read_pth(checkpoint(state(), [[1, 2, 3, 4]]), "x")
     assert tensors["weight"].tolist() == [[1, 2, 3, 4]]
 
 
@@ -398,7 +402,7 @@ def test_a_hostile_pickle_never_runs(tmp_path, protocol, where):
         program = OrderedDict(weight=canary) if where == "in a dict" else canary
         data = checkpoint(pickle.dumps(program, protocol))
         with pytest.raises(HeadError, match="refused"):
-            read_checkpoint(data, "evil.pth")
+            read_pth(data, "evil.pth")
         (tmp_path / "evil.pth").write_bytes(data)
         with pytest.raises(HeadError, match="none of the published heads"):
             import_head(tmp_path / "evil.pth")
@@ -411,12 +415,12 @@ def test_a_hostile_pickle_never_runs(tmp_path, protocol, where):
 
 def test_the_unpickler_refuses_on_its_own(tmp_path):
     """The scan comes first; this is what stands behind it."""
-    from aesthetic.catalog import _Restricted
+    from aesthetic.pth import RestrictedUnpickler
 
     mark = tmp_path / "ran"
     for protocol in (0, 2, 4):
         with pytest.raises(HeadError, match="nothing was run"):
-            _Restricted(io.BytesIO(pickle.dumps(Canary(eval, f"open({str(mark)!r}, 'w')"), protocol))).load()
+            RestrictedUnpickler(io.BytesIO(pickle.dumps(Canary(eval, f"open({str(mark)!r}, 'w')"), protocol))).load()
     assert not mark.exists()
 
 
@@ -461,11 +465,11 @@ FOUR = [[1, 2, 3, 4]]
 def test_a_file_that_is_no_plain_checkpoint_is_refused(data, message):
     """Among them a tuple nested 60,000 deep, and one that would make a memo of 16 GB."""
     with pytest.raises(HeadError, match=message):
-        read_checkpoint(data, "x.pth")
+        read_pth(data, "x.pth")
 
 
 def test_a_pickle_that_hides_the_items_of_its_dictionary_is_read_as_one():
-    assert read_checkpoint(checkpoint(b"\x80\x02ccollections\nOrderedDict\n)R}X\x05\0\0\0itemsK\x01sb."), "x.pth") == {}
+    assert read_pth(checkpoint(b"\x80\x02ccollections\nOrderedDict\n)R}X\x05\0\0\0itemsK\x01sb."), "x.pth") == {}
 
 
 @pytest.mark.parametrize(
@@ -480,9 +484,9 @@ def test_a_pickle_that_hides_the_items_of_its_dictionary_is_read_as_one():
 def test_tensors_that_are_not_the_published_ones_are_refused(change, message):
     tensors = {"weight": np.zeros((1, 512), np.float32), "bias": np.zeros(1, np.float32)}
     known = published("laion-v1-b32")
-    assert _build(known, tensors, "x").affine
+    assert build_published(known, tensors, "x").affine
     with pytest.raises(HeadError, match=message):
-        _build(known, tensors | change, "x")
+        build_published(known, tensors | change, "x")
 
 
 def test_fetching_takes_the_known_bytes_only_and_says_what_to_do():
@@ -503,15 +507,15 @@ def test_fetching_takes_the_known_bytes_only_and_says_what_to_do():
     address = f"http://127.0.0.1:{server.server_port}"
     known = replace(published("laion-v1-b32"), sha256=hashlib.sha256(data).hexdigest())
     try:
-        assert _download(replace(known, url=f"{address}/good.pth")) == data
+        assert download(replace(known, url=f"{address}/good.pth")) == data
         with pytest.raises(HeadError, match="not the published file"):
-            _download(replace(known, url=f"{address}/other.pth"))
+            download(replace(known, url=f"{address}/other.pth"))
         with pytest.raises(HeadError, match=r"404.*tastemaker heads import"):
-            _download(replace(known, url=f"{address}/absent.pth"))
+            download(replace(known, url=f"{address}/absent.pth"))
     finally:
         server.shutdown()
         server.server_close()
     with pytest.raises(HeadError, match=r"could not be fetched.*tastemaker heads import good.pth"):
-        _download(replace(known, url=f"{address}/good.pth"))
+        download(replace(known, url=f"{address}/good.pth"))
     with pytest.raises(HeadError, match="no published head"):
         fetch_head("laion-v9")

@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 from aesthetic.errors import UserError
-from train.generate import sampler
+from train.generate import sampler as sampler_module
 from train.generate.files import png, read_facts
-from train.generate.sampler import Artist, Drawn, Request, request_of, settled
-from train.models.info import look
+from train.generate.sampler import Generated, GenerationRequest, Sampler, request_of, resolve
+from train.models.info import read_model_info
 from train.models.lora import Lora, check_lora, parse_lora
 from train.models.presets import PRESETS
 from train.models.schedulers import FLOW, SCHEDULERS, scheduler_name, share_of_steps
@@ -71,8 +71,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def artists(models: dict[str, Path]) -> dict[str, Artist]:
-    return {name: Artist(folder) for name, folder in models.items()}
+def artists(models: dict[str, Path]) -> dict[str, Sampler]:
+    return {name: Sampler(folder) for name, folder in models.items()}
 
 
 @pytest.fixture(scope="module")
@@ -88,20 +88,20 @@ def mask() -> Image.Image:
     return made
 
 
-def bare(artist: Artist, kind: str = "") -> Any:
+def bare(sampler: Sampler, kind: str = "") -> Any:
     """A pipeline of diffusers with the artist's modules and the model's own scheduler."""
     import diffusers
 
     pipeline = getattr(diffusers, f"StableDiffusion{kind}Pipeline")(
-        **artist._text.components, requires_safety_checker=False
+        **sampler._text.components, requires_safety_checker=False
     )
-    pipeline.scheduler = type(pipeline.scheduler).from_pretrained(artist.about.folder / "scheduler")
+    pipeline.scheduler = type(pipeline.scheduler).from_pretrained(sampler.about.folder / "scheduler")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def draw(artist: Artist, *requests: Request, **more: Any) -> list[Drawn]:
-    return list(artist.draw(requests, **more))
+def draw(sampler: Sampler, *requests: GenerationRequest, **more: Any) -> list[Generated]:
+    return list(sampler.generate(requests, **more))
 
 
 # ---------------------------------------------------------------------------------------------- what diffusers draws
@@ -109,26 +109,26 @@ def draw(artist: Artist, *requests: Request, **more: Any) -> list[Drawn]:
 
 @pytest.mark.parametrize("name", ["pixels", "latents"])
 def test_text_and_image_to_image_are_what_diffusers_draws(
-    artists: dict[str, Artist], photo: Image.Image, name: str
+    artists: dict[str, Sampler], photo: Image.Image, name: str
 ) -> None:
-    artist = artists[name]
+    sampler = artists[name]
     how: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 4.0, "negative_prompt": "a blue disc"}
-    r = Request("a red disc", negative="a blue disc", seed=7, steps=4, guidance=4)
-    (drawn,) = draw(artist, r)
-    assert same(drawn.image, bare(artist)("a red disc", generator=noise(7), **how).images[0])
-    (over,) = draw(artist, replace(r, image=photo, strength=0.5))
-    theirs = bare(artist, "Img2Img")("a red disc", image=photo, strength=0.5, generator=noise(7), **how)
+    r = GenerationRequest("a red disc", negative="a blue disc", seed=7, steps=4, guidance=4)
+    (drawn,) = draw(sampler, r)
+    assert same(drawn.image, bare(sampler)("a red disc", generator=noise(7), **how).images[0])
+    (over,) = draw(sampler, replace(r, image=photo, strength=0.5))
+    theirs = bare(sampler, "Img2Img")("a red disc", image=photo, strength=0.5, generator=noise(7), **how)
     assert same(over.image, theirs.images[0]) and not same(over.image, drawn.image)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_inpainting_is_what_diffusers_draws(
-    artists: dict[str, Artist], photo: Image.Image, mask: Image.Image, strength: float
+    artists: dict[str, Sampler], photo: Image.Image, mask: Image.Image, strength: float
 ) -> None:
-    artist = artists["latents"]
-    r = Request("a red disc", seed=7, steps=4, guidance=4, image=photo, mask=mask, strength=strength)
-    (drawn,) = draw(artist, r)
-    theirs = bare(artist, "Inpaint")(
+    sampler = artists["latents"]
+    r = GenerationRequest("a red disc", seed=7, steps=4, guidance=4, image=photo, mask=mask, strength=strength)
+    (drawn,) = draw(sampler, r)
+    theirs = bare(sampler, "Inpaint")(
         "a red disc", image=photo, mask_image=mask, strength=strength, width=16, height=16,
         num_inference_steps=4, guidance_scale=4.0, generator=noise(7),
     )  # fmt: skip
@@ -136,10 +136,10 @@ def test_inpainting_is_what_diffusers_draws(
 
 
 def test_inpainting_leaves_pixels_outside_the_mask(
-    artists: dict[str, Artist], photo: Image.Image, mask: Image.Image
+    artists: dict[str, Sampler], photo: Image.Image, mask: Image.Image
 ) -> None:
     """A model of pixels has three latent channels, which diffusers' pipeline would refuse."""
-    (drawn,) = draw(artists["pixels"], Request("a red disc", seed=7, steps=3, image=photo, mask=mask))
+    (drawn,) = draw(artists["pixels"], GenerationRequest("a red disc", seed=7, steps=3, image=photo, mask=mask))
     inside = np.asarray(mask) > 0
     assert (pixels(drawn.image)[~inside] == pixels(photo)[~inside]).all()
     assert (pixels(drawn.image)[inside] != pixels(photo)[inside]).any()
@@ -147,7 +147,7 @@ def test_inpainting_leaves_pixels_outside_the_mask(
 
 
 def test_a_lora_is_what_diffusers_makes_of_it(
-    models: dict[str, Path], artists: dict[str, Artist], tmp_path: Path
+    models: dict[str, Path], artists: dict[str, Sampler], tmp_path: Path
 ) -> None:
     from diffusers import StableDiffusionPipeline
 
@@ -158,8 +158,8 @@ def test_a_lora_is_what_diffusers_makes_of_it(
             if p.requires_grad:
                 p.copy_(torch.randn(p.shape, generator=noise(p.numel())))
     save_lora(made, tmp_path / "lora")
-    r = Request("a red disc", seed=7, steps=3, guidance=4)
-    (drawn,) = draw(Artist(models["pixels"], loras=[Lora(tmp_path / "lora", 0.5)]), r)
+    r = GenerationRequest("a red disc", seed=7, steps=3, guidance=4)
+    (drawn,) = draw(Sampler(models["pixels"], loras=[Lora(tmp_path / "lora", 0.5)]), r)
     (without,) = draw(artists["pixels"], r)
     pipeline: Any = StableDiffusionPipeline.from_pretrained(models["pixels"])
     pipeline.set_progress_bar_config(disable=True)
@@ -169,7 +169,7 @@ def test_a_lora_is_what_diffusers_makes_of_it(
     assert same(drawn.image, theirs) and not same(drawn.image, without.image)
     assert drawn.facts["loras"][0]["weight"] == 0.5 and len(drawn.facts["loras"][0]["sha256"]) == 64
     with pytest.raises(UserError, match=r"trained on another model than .*latents: .* there"):
-        check_lora(look(save_other(models["latents"], tmp_path / "latents")), Lora(tmp_path / "lora"))
+        check_lora(read_model_info(save_other(models["latents"], tmp_path / "latents")), Lora(tmp_path / "lora"))
     assert parse_lora(f"{tmp_path}/lora:0.5") == Lora(tmp_path / "lora", 0.5)
     assert parse_lora(f"{tmp_path}/lora") == Lora(tmp_path / "lora")
 
@@ -203,37 +203,37 @@ def test_the_command_draws_what_a_clean_process_with_diffusers_draws(models: dic
     "scheduler",
     ["EulerAncestralDiscrete", *(pytest.param(n, marks=pytest.mark.long) for n in SCHEDULERS if "EulerA" not in n)],
 )
-def test_a_batch_changes_pictures_by_rounding_at_most(artists: dict[str, Artist], scheduler: str) -> None:
+def test_a_batch_changes_pictures_by_rounding_at_most(artists: dict[str, Sampler], scheduler: str) -> None:
     """Stochastic schedulers too: all noise is a picture's own."""
-    artist = artists["latents"]
-    requests = [Request(WORDS[i % 2], seed=i, steps=4, scheduler=scheduler) for i in range(3)]
-    single = draw(artist, *requests)
-    (alone,) = draw(artist, requests[2])
+    sampler = artists["latents"]
+    requests = [GenerationRequest(WORDS[i % 2], seed=i, steps=4, scheduler=scheduler) for i in range(3)]
+    single = draw(sampler, *requests)
+    (alone,) = draw(sampler, requests[2])
     assert same(alone.image, single[2].image) and not same(single[0].image, single[2].image)
-    artist.batch = 3
+    sampler.batch = 3
     try:
-        together = draw(artist, *requests)
+        together = draw(sampler, *requests)
     finally:
-        artist.batch = 1
+        sampler.batch = 1
     assert [d.request.seed for d in together] == [0, 1, 2]
     for one, other in zip(single, together, strict=True):
         assert np.abs(pixels(one.image) - pixels(other.image)).max() <= 1
 
 
 def test_requests_of_several_kinds_come_in_order_and_steps_add_up(
-    artists: dict[str, Artist], photo: Image.Image
+    artists: dict[str, Sampler], photo: Image.Image
 ) -> None:
     heard: list[tuple[int, int]] = []
-    first = Request("a red disc", seed=1, steps=3)
+    first = GenerationRequest("a red disc", seed=1, steps=3)
     requests = [first, replace(first, image=photo, strength=0.7), replace(first, scheduler="HeunDiscrete", seed=2)]
     drawn = draw(artists["latents"], *requests, on_step=lambda *now: heard.append(now))
     assert [d.request.seed for d in drawn] == [1, 1, 2]
     assert heard[-1] == (3 + 2 + 3, 8) and heard == sorted(heard) and {of for _, of in heard} == {8}
 
 
-def test_an_exception_in_on_step_ends_it_and_the_next_picture_is_as_ever(artists: dict[str, Artist]) -> None:
-    artist, r = artists["latents"], Request("a red disc", seed=1, steps=3)
-    (before,) = draw(artist, r)
+def test_an_exception_in_on_step_ends_it_and_the_next_picture_is_as_ever(artists: dict[str, Sampler]) -> None:
+    sampler, r = artists["latents"], GenerationRequest("a red disc", seed=1, steps=3)
+    (before,) = draw(sampler, r)
 
     class Cancelled(Exception):
         pass
@@ -243,15 +243,15 @@ def test_an_exception_in_on_step_ends_it_and_the_next_picture_is_as_ever(artists
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        draw(artist, r, on_step=cancel)
-    assert same(draw(artist, r)[0].image, before.image)
+        draw(sampler, r, on_step=cancel)
+    assert same(draw(sampler, r)[0].image, before.image)
 
 
 @pytest.mark.long
 def test_where_memory_runs_out_it_draws_fewer_at_once_then_saves_memory_then_says_so(models: dict[str, Path]) -> None:
-    artist = Artist(models["latents"], batch=2)
-    requests = [Request("a red disc", seed=i, steps=2) for i in range(2)]
-    expected = draw(artist, *requests)
+    sampler = Sampler(models["latents"], batch=2)
+    requests = [GenerationRequest("a red disc", seed=i, steps=2) for i in range(2)]
+    expected = draw(sampler, *requests)
     left = [1]
 
     def lacks(done: int, of: int) -> None:
@@ -259,42 +259,42 @@ def test_where_memory_runs_out_it_draws_fewer_at_once_then_saves_memory_then_say
             left[0] -= 1
             torch.empty(1 << 60, dtype=torch.uint8)  # as on a CPU, which has no error of its own for it
 
-    again = draw(artist, *requests, on_step=lacks)
-    assert artist.batch == 1 and str(artist.measures) == "nothing more"
+    again = draw(sampler, *requests, on_step=lacks)
+    assert sampler.batch == 1 and str(sampler.measures) == "nothing more"
     left[0] = 1
-    draw(artist, *requests, on_step=lacks)
-    assert str(artist.measures) == "VAE slicing"
+    draw(sampler, *requests, on_step=lacks)
+    assert str(sampler.measures) == "VAE slicing"
     for one, other in zip(expected, again, strict=True):
         assert np.abs(pixels(one.image) - pixels(other.image)).max() <= 1
     left[0] = 99
     with pytest.raises(UserError, match=r"16 x 16 pixels need more memory than cpu has, also with VAE slicing \+ VAE"):
-        draw(artist, *requests, on_step=lacks)
+        draw(sampler, *requests, on_step=lacks)
 
 
-def test_enlarging_in_one_go_is_enlarging_the_result(artists: dict[str, Artist]) -> None:
-    artist = artists["latents"]
-    r = Request("a red disc", seed=5, steps=2)
-    (small,) = draw(artist, r)
+def test_enlarging_in_one_go_is_enlarging_the_result(artists: dict[str, Sampler]) -> None:
+    sampler = artists["latents"]
+    r = GenerationRequest("a red disc", seed=5, steps=2)
+    (small,) = draw(sampler, r)
     heard: list[tuple[int, int]] = []
-    (large,) = draw(artist, replace(r, upscale=2, strength=0.5), on_step=lambda *now: heard.append(now))
-    (later,) = draw(artist, replace(r, upscale=2, strength=0.5, image=small.image))
+    (large,) = draw(sampler, replace(r, upscale=2, strength=0.5), on_step=lambda *now: heard.append(now))
+    (later,) = draw(sampler, replace(r, upscale=2, strength=0.5, image=small.image))
     assert large.image.size == (32, 32) and same(large.image, later.image)
     assert heard[-1] == (2 + 9 * 1, 11)  # nine tiles of 16 that overlap by 8
-    (plain,) = draw(artist, replace(r, upscale=3, strength=0, image=small.image.crop((0, 0, 13, 7))))
+    (plain,) = draw(sampler, replace(r, upscale=3, strength=0, image=small.image.crop((0, 0, 13, 7))))
     lanczos = small.image.crop((0, 0, 13, 7)).resize((39, 21), Image.Resampling.LANCZOS)
     assert same(plain.image, lanczos)
 
 
 def test_flagged_pictures_are_blurred_and_never_black(
-    artists: dict[str, Artist], monkeypatch: pytest.MonkeyPatch
+    artists: dict[str, Sampler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    artist, r = artists["latents"], Request("a red disc", seed=5, steps=2)
-    (clear,) = draw(artist, r)
-    assert not clear.flagged and 0 <= clear.nsfw < sampler.UNSAFE
-    monkeypatch.setattr(sampler, "UNSAFE", 0.0)
-    (blurred,) = draw(artist, r)
-    monkeypatch.setattr(artist, "blur", False)
-    (kept,) = draw(artist, r)
+    sampler, r = artists["latents"], GenerationRequest("a red disc", seed=5, steps=2)
+    (clear,) = draw(sampler, r)
+    assert not clear.flagged and 0 <= clear.nsfw < sampler_module.UNSAFE
+    monkeypatch.setattr(sampler_module, "UNSAFE", 0.0)
+    (blurred,) = draw(sampler, r)
+    monkeypatch.setattr(sampler, "blur", False)
+    (kept,) = draw(sampler, r)
     assert blurred.flagged and kept.flagged and same(kept.image, clear.image)
     assert blurred.nsfw == clear.nsfw and kept.facts["nsfw"]["blurred"] is False
     assert blurred.facts["nsfw"] == {"score": clear.nsfw, "threshold": 0.0, "flagged": True, "blurred": True}
@@ -306,9 +306,9 @@ def test_flagged_pictures_are_blurred_and_never_black(
 
 
 def test_a_png_says_how_to_draw_it_again(
-    artists: dict[str, Artist], photo: Image.Image, mask: Image.Image, tmp_path: Path
+    artists: dict[str, Sampler], photo: Image.Image, mask: Image.Image, tmp_path: Path
 ) -> None:
-    r = Request("ein „roter“ Kreis", negative="blau", seed=9, steps=2, image=photo, mask=mask, strength=0.5)
+    r = GenerationRequest("ein „roter“ Kreis", negative="blau", seed=9, steps=2, image=photo, mask=mask, strength=0.5)
     (drawn,) = draw(artists["latents"], r)
     path = tmp_path / "a.png"
     path.write_bytes(png(drawn.image, drawn.facts))
@@ -362,21 +362,24 @@ def test_what_does_not_fit_is_refused_without_the_weights(
     pictures = {"photo": photo, "mask": mask, "small": mask.resize((8, 8)), "odd": photo.crop((0, 0, 13, 16))}
     given = {"prompt": "a"} | {k: pictures[v] if k in ("image", "mask") else v for k, v in given.items()}
     with pytest.raises(UserError, match=message):
-        settled(look(models["pixels"]), Request(**given))
+        resolve(read_model_info(models["pixels"]), GenerationRequest(**given))
 
 
 def test_defaults_are_the_models(models: dict[str, Path], photo: Image.Image, mask: Image.Image) -> None:
-    about, r = look(models["latents"]), Request("a")
+    about, r = read_model_info(models["latents"]), GenerationRequest("a")
     assert about.size == (16, 16) and about.factor == 2 and about.step == 8 and not about.of_pixels
-    whole = settled(about, r)
+    whole = resolve(about, r)
     assert (whole.width, whole.height, whole.guidance, whole.scheduler) == (16, 16, 7.5, "DDIMScheduler")
-    assert settled(about, whole) == whole and whole.strength is None
-    assert settled(about, replace(r, image=photo)).strength == 0.8
-    assert settled(about, replace(r, image=photo, mask=mask)).strength == 1.0
-    assert settled(about, replace(r, upscale=2)).strength == 0.3
-    assert settled(about, replace(r, upscale=2), upscaler=True).strength == 0.0
+    assert resolve(about, whole) == whole and whole.strength is None
+    assert resolve(about, replace(r, image=photo)).strength == 0.8
+    assert resolve(about, replace(r, image=photo, mask=mask)).strength == 1.0
+    assert resolve(about, replace(r, upscale=2)).strength == 0.3
+    assert resolve(about, replace(r, upscale=2), upscaler=True).strength == 0.0
     (models["latents"] / "train.json").write_text('{"settings": {}, "data": {"manifest_sha256": "abc"}}')
-    assert settled(look(models["latents"]), r).guidance == 3.0 and look(models["latents"]).manifest == "abc"
+    assert (
+        resolve(read_model_info(models["latents"]), r).guidance == 3.0
+        and read_model_info(models["latents"]).manifest == "abc"
+    )
     (models["latents"] / "train.json").unlink()
 
 
@@ -388,11 +391,11 @@ def test_a_shifted_flow_enlarges_with_as_much_noise() -> None:
 
 
 def test_too_few_or_many_steps_for_a_scheduler_are_refused(models: dict[str, Path]) -> None:
-    about = look(models["latents"])
-    settled(about, Request("a", scheduler="PNDM", steps=4))
+    about = read_model_info(models["latents"])
+    resolve(about, GenerationRequest("a", scheduler="PNDM", steps=4))
     for name, steps in (("PNDM", 3), ("LCM", 999)):
         with pytest.raises(UserError, match=rf"{name}Scheduler can't draw in {steps} steps"):
-            settled(about, Request("a", scheduler=name, steps=steps))
+            resolve(about, GenerationRequest("a", scheduler=name, steps=steps))
 
 
 def test_schedulers_go_by_diffusers_names_and_flow_by_three_of_them() -> None:
@@ -428,17 +431,21 @@ def test_a_model_without_a_part_is_told_without_loading(
     shutil.copytree(models["pixels"], tmp_path / "m")
     damage(tmp_path / "m")
     with pytest.raises(UserError, match=message):
-        look(tmp_path / "m")
+        read_model_info(tmp_path / "m")
 
 
 def test_the_digest_is_that_of_the_weights_wherever_they_lie(models: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(models["pixels"], tmp_path / "m")
     (tmp_path / "m" / "README.md").write_text("a note")
-    assert look(tmp_path / "m").digest == look(models["pixels"]).digest != look(models["latents"]).digest
+    assert (
+        read_model_info(tmp_path / "m").digest
+        == read_model_info(models["pixels"]).digest
+        != read_model_info(models["latents"]).digest
+    )
     with open(tmp_path / "m" / "unet" / "diffusion_pytorch_model.safetensors", "r+b") as f:
         f.seek(-1, 2)
         f.write(b"\x01")
-    assert look(tmp_path / "m").digest != look(models["pixels"]).digest
+    assert read_model_info(tmp_path / "m").digest != read_model_info(models["pixels"]).digest
 
 
 def test_a_model_goes_by_its_bare_name_too(
@@ -446,10 +453,10 @@ def test_a_model_goes_by_its_bare_name_too(
 ) -> None:
     (tmp_path / "pipeline").symlink_to(models["pixels"])
     monkeypatch.chdir(tmp_path)
-    assert look("pipeline").digest == look(models["pixels"]).digest
+    assert read_model_info("pipeline").digest == read_model_info(models["pixels"]).digest
 
 
-def test_the_end_of_a_prompt_that_is_not_read_is_known(artists: dict[str, Artist]) -> None:
+def test_the_end_of_a_prompt_that_is_not_read_is_known(artists: dict[str, Sampler]) -> None:
     assert artists["pixels"].unread("a red disc") == ""
     assert artists["pixels"].unread("a red disc " * 5 + "and a blue disc").endswith("a blue disc")
 
@@ -465,12 +472,12 @@ def test_a_model_for_inpainting_is_used_as_one(
         {**UNet2DConditionModel.load_config(models["latents"] / "unet"), "in_channels": 9}
     )
     unet.save_pretrained(tmp_path / "m" / "unet")
-    artist, r = Artist(tmp_path / "m"), Request("a red disc", seed=7, steps=3, image=photo, mask=mask)
-    (drawn,) = draw(artist, r)
-    theirs = bare(artist, "Inpaint")(
+    sampler, r = Sampler(tmp_path / "m"), GenerationRequest("a red disc", seed=7, steps=3, image=photo, mask=mask)
+    (drawn,) = draw(sampler, r)
+    theirs = bare(sampler, "Inpaint")(
         "a red disc", image=photo, mask_image=mask, strength=1.0, width=16, height=16,
         num_inference_steps=3, guidance_scale=7.5, generator=noise(7),
     )  # fmt: skip
     assert same(drawn.image, theirs.images[0])
     with pytest.raises(UserError, match="is an inpainting model"):
-        artist.check(replace(r, mask=None))
+        sampler.check(replace(r, mask=None))

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from pipelines.cli import main
-from train.generate import sampler
+from train.generate import sampler as sampler_module
 from train.generate.files import read_facts
 from train.models.unet import new_model
 
@@ -83,7 +83,7 @@ def test_what_differs_from_then_is_said(drawn: Path, tmp_path: Path, capsys: pyt
 def test_flagged_pictures_are_said_plainly_and_kept_where_asked(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampler, "UNSAFE", 0.0)
+    monkeypatch.setattr(sampler_module, "UNSAFE", 0.0)
     words = ["sample", str(model), "a red disc", "--steps", "2", "--seed", "1", "--out", str(tmp_path)]
     assert main([*words, "--json"]) == 0 and main([*words, "--show-flagged"]) == 0
     first, *rest = capsys.readouterr().out.splitlines()

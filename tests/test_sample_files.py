@@ -17,13 +17,13 @@ import pytest
 from PIL import Image
 
 from aesthetic.errors import UserError
-from train.devices import Cost, Measures, choose, stricter
+from train.devices import MemoryCost, MemorySavings, choose_savings, next_savings
 from train.generate.files import decode_mask, next_number, read_picture, save_numbered
 from train.generate.upscale import Network, by_tiles, find_faces, restore_faces, tile_starts
 
 GB = 10**9
 
-SD15 = Cost(
+SD15 = MemoryCost(
     weights=2 * 1_066_000_000, largest_part=2 * 859_520_964, vae=128, unet=320, heads=8, factor=8, item=2
 )  # fmt: skip
 """Stable Diffusion 1.5 in half precision."""
@@ -84,20 +84,23 @@ def test_tiles_that_differ_fade_into_each_other() -> None:
 
 
 def test_memory_is_saved_as_far_as_it_must_be() -> None:
-    def chosen(free: float | None, side: int = 512, batch: int = 1, kind: str = "cuda") -> Measures:
-        return choose(None if free is None else int(free * GB), SD15, side, side, batch, kind=kind)
+    def chosen(free: float | None, side: int = 512, batch: int = 1, kind: str = "cuda") -> MemorySavings:
+        return choose_savings(None if free is None else int(free * GB), SD15, side, side, batch, kind=kind)
 
-    assert chosen(24) == chosen(None) == Measures()
-    assert chosen(10) == Measures()  # 512 px fits into 10 GB as it is
-    assert SD15.peak(512, 512, 1, Measures(), fused=True) < 10 * GB
-    assert chosen(10, batch=16) == Measures(vae_slicing=True)
-    assert chosen(6, side=2048) == Measures(vae_slicing=True, vae_tiling=True)
-    assert chosen(2.2) == Measures(vae_slicing=True, vae_tiling=True, offload=True)
-    assert chosen(2.2, kind="cpu") == Measures(vae_slicing=True, vae_tiling=True)
+    assert chosen(24) == chosen(None) == MemorySavings()
+    assert chosen(10) == MemorySavings()  # 512 px fits into 10 GB as it is
+    assert SD15.peak(512, 512, 1, MemorySavings(), fused=True) < 10 * GB
+    assert chosen(10, batch=16) == MemorySavings(vae_slicing=True)
+    assert chosen(6, side=2048) == MemorySavings(vae_slicing=True, vae_tiling=True)
+    assert chosen(2.2) == MemorySavings(vae_slicing=True, vae_tiling=True, offload=True)
+    assert chosen(2.2, kind="cpu") == MemorySavings(vae_slicing=True, vae_tiling=True)
     assert chosen(5, 768, kind="mps").attention_slicing and not chosen(5, 768).attention_slicing
-    assert stricter(Measures(), "cpu") == Measures(vae_slicing=True)
-    assert stricter(chosen(2.2), "cuda") is None
-    peaks = [SD15.peak(1024, 1024, 4, m, fused=False) for m in (Measures(), Measures(True), Measures(True, True))]
+    assert next_savings(MemorySavings(), "cpu") == MemorySavings(vae_slicing=True)
+    assert next_savings(chosen(2.2), "cuda") is None
+    peaks = [
+        SD15.peak(1024, 1024, 4, m, fused=False)
+        for m in (MemorySavings(), MemorySavings(True), MemorySavings(True, True))
+    ]
     assert peaks == sorted(peaks, reverse=True)
 
 
@@ -214,7 +217,7 @@ def drawn_face() -> Image.Image:
 
 @pytest.mark.long
 def test_two_processes_save_into_one_folder(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from train.picture import save_numbered\n"
+    code = "import sys; from pathlib import Path; from train.generate.files import save_numbered\n"
     code += "for i in range(200): save_numbered(sys.argv[2].encode(), Path(sys.argv[1]))"
     writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name]) for name in "ab"]
     assert [w.wait() for w in writers] == [0, 0]

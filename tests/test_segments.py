@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from curate.images import segments
-from curate.images.pixels import decode
+from curate.images.decode import decode
 from curate.images.segments import chunks, png_inflated
 from curate.ledger.schema import RowError
 from tests.test_images import png_chunk

@@ -25,24 +25,24 @@ from pipelines.cli import main
 from studio import gate, service
 from studio import queue as queue_module
 from studio.app import listen
-from studio.guesses import Guesses
-from studio.queue import Full, Job, Turns
-from tests.small_serve import SEEN, Served, finished, serving, small_artist
+from studio.attempts import TokenAttempts
+from studio.queue import JobQueue, QueueFull, StudioJob
+from tests.small_serve import SEEN, Served, finished, serving, small_sampler
 from train.generate.files import read_facts
-from train.generate.sampler import Artist
+from train.generate.sampler import Sampler
 from train.generate.upscale import cost_of
 
 TOKEN = "a-token-of-tests-0123456789"
 
 
 @pytest.fixture(scope="module")
-def artist(tmp_path_factory: pytest.TempPathFactory) -> Artist:
-    return small_artist(tmp_path_factory.mktemp("model") / "debug")
+def sampler(tmp_path_factory: pytest.TempPathFactory) -> Sampler:
+    return small_sampler(tmp_path_factory.mktemp("model") / "debug")
 
 
 @pytest.fixture(scope="module")
-def served(artist: Artist, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(artist, tmp_path_factory.mktemp("served") / "samples") as served:
+def served(sampler: Sampler, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(sampler, tmp_path_factory.mktemp("served") / "samples") as served:
         yield served
         assert not served.faults
 
@@ -82,7 +82,7 @@ def test_a_picture_is_drawn_kept_and_described(served: Served, client: httpx.Cli
     job = finished(client, asked.json())
     assert job["state"] == "done" and job["step"] == job["of"] == 4
     assert [json.loads(opened(client, p).info["tastemaker"])["seed"] for p in job["pictures"]] == [5, 6]
-    facts = read_facts(served.studio.out / f"{job['pictures'][0]['name']}.png")
+    facts = read_facts(served.service.out / f"{job['pictures'][0]['name']}.png")
     assert (facts["prompt"], facts["negative"], facts["steps"]) == ("a red disc", "blue", 2)
     newest = client.get("/api/images", params={"limit": 1}).json()
     assert newest["more"] and newest["pictures"][0] == {**job["pictures"][1], "facts": {**facts, "seed": 6}} | {
@@ -93,11 +93,11 @@ def test_a_picture_is_drawn_kept_and_described(served: Served, client: httpx.Cli
     assert "'a red disc', seed 5" in "\n".join(served.said)
 
 
-def test_the_same_request_draws_what_the_library_draws(served: Served, client: httpx.Client, artist: Artist) -> None:
-    from train.generate.sampler import Request
+def test_the_same_request_draws_what_the_library_draws(served: Served, client: httpx.Client, sampler: Sampler) -> None:
+    from train.generate.sampler import GenerationRequest
 
     job = finished(client, client.post("/api/jobs", json={**SEEN, "seed": 9, "guidance": 2.0}).json())
-    (drawn,) = artist.draw([Request("a red disc", seed=9, steps=2, guidance=2.0)])
+    (drawn,) = sampler.generate([GenerationRequest("a red disc", seed=9, steps=2, guidance=2.0)])
     assert opened(client, job["pictures"][0]).tobytes() == drawn.image.tobytes()
 
 
@@ -161,7 +161,7 @@ def test_streams_of_events_are_bounded(served: Served, client: httpx.Client, mon
             refused(client.get(path), 429)
     client.delete(f"/api/jobs/{job['id']}")
     deadline = time.monotonic() + 20
-    while served.studio._streams:  # the places are free again
+    while served.service._streams:  # the places are free again
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert client.get(paths[0]).status_code == 200
@@ -215,7 +215,7 @@ def test_a_failing_model_fails_its_job_alone(served: Served, client: httpx.Clien
     """The unet of the real pipeline is broken for one job: the model is said to be at fault, not the server."""
     import torch
 
-    weight = served.studio.artist._text.unet.conv_in.weight
+    weight = served.service.sampler._text.unet.conv_in.weight
     whole = weight.data
     told = ("can't be computed", "values that are no numbers")
     for broken, why in zip((torch.zeros(1), whole * float("nan")), told, strict=True):
@@ -227,15 +227,15 @@ def test_a_failing_model_fails_its_job_alone(served: Served, client: httpx.Clien
     assert finished(client, client.post("/api/jobs", json=SEEN).json())["state"] == "done"
 
 
-def test_history_survives_a_restart_and_foreign_files_are_no_part_of_it(artist: Artist, tmp_path: Path) -> None:
-    with serving(artist, tmp_path) as served, served.client() as client:
+def test_history_survives_a_restart_and_foreign_files_are_no_part_of_it(sampler: Sampler, tmp_path: Path) -> None:
+    with serving(sampler, tmp_path) as served, served.client() as client:
         job = finished(client, client.post("/api/jobs", json={**SEEN, "seed": 1}).json())
         client.post("/api/jobs", json={**SEEN, "steps": 150, "number": 16})
         watched: list[str] = []
         mine = {"cookies": dict(client.cookies), "timeout": 30}
         events = threading.Thread(target=lambda: watched.append(httpx.get(f"{served.url}/api/events", **mine).text))
         events.start()
-        while served.studio.turns.jobs()[0].step < 3:
+        while served.service.queue.jobs()[0].step < 3:
             time.sleep(0.01)
         began = time.monotonic()
     assert time.monotonic() - began < 5  # it ends although somebody watches and something is drawn
@@ -244,7 +244,7 @@ def test_history_survives_a_restart_and_foreign_files_are_no_part_of_it(artist: 
     Image.new("RGB", (8, 8)).save(tmp_path / "000777.png")  # somebody's, without facts
     (tmp_path / "000778.png").write_bytes(b"no picture")
     (tmp_path / "secret.png").write_bytes((tmp_path / f"{job['pictures'][0]['name']}.png").read_bytes())
-    with serving(artist, tmp_path) as served, served.client() as client:
+    with serving(sampler, tmp_path) as served, served.client() as client:
         assert client.get("/api/images").json()["pictures"][-1]["name"] == job["pictures"][0]["name"]
         assert client.get("/api/jobs").json() == {"jobs": [], "more": False}
         assert "before a restart" in refused(client.get(f"/api/jobs/{job['id']}"), 404)
@@ -260,13 +260,13 @@ def test_people_are_served_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[str] = []
     go = threading.Event()
 
-    def draw(job: Job, on_step: Any) -> Iterator[int]:
+    def draw(job: StudioJob, on_step: Any) -> Iterator[int]:
         go.wait(10)
         drawn.extend(job.requests)
         yield 0
 
-    queue = Turns(draw, str, lambda: None)
-    jobs = [queue.submit(Job([name], name[0], {})) for name in ("a1", "a2", "a3", "a4", "b1", "b2", "c1")]
+    queue = JobQueue(draw, str, lambda: None)
+    jobs = [queue.submit(StudioJob([name], name[0], {})) for name in ("a1", "a2", "a3", "a4", "b1", "b2", "c1")]
     assert [queue.positions()[j.id] for j in jobs] == [0, 3, 5, 6, 1, 4, 2]
     queue.cancel(jobs[1])
     queue.start()
@@ -277,44 +277,44 @@ def test_people_are_served_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert drawn == ["a1", "b1", "c1", "a3", "b2", "a4"] and jobs[1].state == "cancelled"
     assert all(j.requests == () for j in jobs)  # the pictures that came with them are freed
     monkeypatch.setattr(queue_module, "REMEMBERED", 2)
-    queue.cancel(queue.submit(Job([], "a", {})))
+    queue.cancel(queue.submit(StudioJob([], "a", {})))
     assert len(queue.jobs()) in (2, 3)  # it may have been drawn before it was cancelled
     queue.close()
-    with pytest.raises(Full):
-        queue.submit(Job([], "a", {}))
+    with pytest.raises(QueueFull):
+        queue.submit(StudioJob([], "a", {}))
 
 
 def test_the_queue_is_bounded_for_one_and_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queue_module, "MOST_OF_ONE", 2)
     monkeypatch.setattr(queue_module, "MOST_WAITING", 3)
     monkeypatch.setattr(queue_module, "MOST_BYTES", 100)
-    queue = Turns(lambda job, on_step: iter(()), str, lambda: None)  # it does not draw: it is not started
-    queue.submit(Job([], "a", {}))
-    with pytest.raises(Full, match="room"):
-        queue.submit(Job([], "b", {}, bytes=101))
-    queue.submit(Job([], "a", {}))
-    with pytest.raises(Full) as own:
-        queue.submit(Job([], "a", {}))
-    queue.submit(Job([], "b", {}))
-    with pytest.raises(Full) as whole:
-        queue.submit(Job([], "b", {}))
+    queue = JobQueue(lambda job, on_step: iter(()), str, lambda: None)  # it does not draw: it is not started
+    queue.submit(StudioJob([], "a", {}))
+    with pytest.raises(QueueFull, match="room"):
+        queue.submit(StudioJob([], "b", {}, bytes=101))
+    queue.submit(StudioJob([], "a", {}))
+    with pytest.raises(QueueFull) as own:
+        queue.submit(StudioJob([], "a", {}))
+    queue.submit(StudioJob([], "b", {}))
+    with pytest.raises(QueueFull) as whole:
+        queue.submit(StudioJob([], "b", {}))
     assert own.value.own and not whole.value.own
 
 
 def test_one_address_cannot_take_all_places(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever drops his cookie is somebody new each time, but comes from where he came."""
-    queue = Turns(lambda job, on_step: iter(()), str, lambda: None)  # not started
+    queue = JobQueue(lambda job, on_step: iter(()), str, lambda: None)  # not started
     for n in range(queue_module.MOST_WAITING):
         try:
-            queue.submit(Job([], f"cookie {n}", {}, address="1.2.3.4"))
-        except Full as e:
+            queue.submit(StudioJob([], f"cookie {n}", {}, address="1.2.3.4"))
+        except QueueFull as e:
             assert e.own and "address" in str(e) and n == queue_module.OF_ADDRESS * queue_module.MOST_WAITING
             break
     else:
         raise AssertionError("it took all")
-    queue.submit(Job([], "somebody", {}, address="5.6.7.8"))
+    queue.submit(StudioJob([], "somebody", {}, address="5.6.7.8"))
     large = int(queue_module.OF_ADDRESS * queue_module.MOST_BYTES) + 1
-    with pytest.raises(Full, match="address"):
+    with pytest.raises(QueueFull, match="address"):
         queue.check_room("a", "9.9.9.9", large)
     queue.check_room("a", "9.9.9.9", large - 1)
     assert gate.address_of({"client": ("2001:db8::1", 1)}) == gate.address_of({"client": ("2001:db8::9:9", 1)})
@@ -329,8 +329,8 @@ def test_one_address_cannot_take_all_places(served: Served, monkeypatch: pytest.
             ids += [(client, asked.json()["id"])] if asked.status_code == 202 else []
     monkeypatch.undo()
     assert codes[0] == 202 and codes[-1] == 429
-    for job in served.studio.turns.jobs():
-        served.studio.turns.cancel(job)
+    for job in served.service.queue.jobs():
+        served.service.queue.cancel(job)
 
 
 def test_a_full_queue_is_said_with_when_to_try_again(
@@ -546,11 +546,11 @@ def test_large_many_and_slow_requests_end(served: Served, client: httpx.Client, 
                 pass
             assert answer.startswith(end) and bool(answer) == bool(end), (begun[:60], answer[:200])
     monkeypatch.undo()
-    assert served.studio.turns is not None and client.get("/api/model").status_code == 200
+    assert served.service.queue is not None and client.get("/api/model").status_code == 200
 
 
-def test_elsewhere_a_token_is_needed(artist: Artist, tmp_path: Path) -> None:
-    with serving(artist, tmp_path, TOKEN) as served, httpx.Client(base_url=served.url) as client:
+def test_elsewhere_a_token_is_needed(sampler: Sampler, tmp_path: Path) -> None:
+    with serving(sampler, tmp_path, TOKEN) as served, httpx.Client(base_url=served.url) as client:
         for headers in (
             {},
             {"authorization": "Bearer wrong"},
@@ -578,21 +578,21 @@ def test_elsewhere_a_token_is_needed(artist: Artist, tmp_path: Path) -> None:
 
 def test_wrong_tokens_are_looked_at_slowly_and_the_right_one_at_once() -> None:
     now = 0.0
-    guesses = Guesses(lambda: now)
-    waits = [guesses.take("a") for _ in range(100)]
+    attempts = TokenAttempts(lambda: now)
+    waits = [attempts.take("a") for _ in range(100)]
     assert waits[:10] == [0.0] * 10 and waits[10] == pytest.approx(0.2) and waits[58] == pytest.approx(9.8)
     assert waits[60:] == [None] * 40  # beyond ten seconds none is looked at
-    assert guesses.take("b") == 0.0  # a newcomer waits for nobody
-    others = [guesses.take(f"{i}") for i in range(1000) for _ in range(5)]
-    assert guesses.take("c") == 0.0 and None in others  # of all together a few a second, beside each one's first
+    assert attempts.take("b") == 0.0  # a newcomer waits for nobody
+    others = [attempts.take(f"{i}") for i in range(1000) for _ in range(5)]
+    assert attempts.take("c") == 0.0 and None in others  # of all together a few a second, beside each one's first
     now = 60.0
-    assert guesses.take("a") == 0.0
-    guesses.right("a", taken=True)
-    assert guesses.is_known("a") and not guesses.is_known("b")
+    assert attempts.take("a") == 0.0
+    attempts.right("a", taken=True)
+    assert attempts.is_known("a") and not attempts.is_known("b")
 
 
-def test_a_guesser_is_slowed_and_locks_nobody_out(artist: Artist, tmp_path: Path) -> None:
-    with serving(artist, tmp_path, TOKEN) as served, httpx.Client(base_url=served.url) as holder:
+def test_a_guesser_is_slowed_and_locks_nobody_out(sampler: Sampler, tmp_path: Path) -> None:
+    with serving(sampler, tmp_path, TOKEN) as served, httpx.Client(base_url=served.url) as holder:
         right = {"authorization": f"Bearer {TOKEN}"}
         assert holder.get("/api/jobs", headers=right).status_code == 200
         codes: list[int] = []
@@ -640,13 +640,13 @@ def test_half_open_and_slow_connections_shut_nobody_out(served: Served, monkeypa
 
 
 def test_half_a_request_and_what_is_none_leave_no_tracebacks(
-    artist: Artist, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    sampler: Sampler, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Else whoever likes fills the log, and the disk."""
     half = b"POST /api/jobs HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{"
     socket_wanted = b"GET / HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n"
     with contextlib.ExitStack() as held:
-        with serving(artist, tmp_path) as served:
+        with serving(sampler, tmp_path) as served:
             port = int(served.url.rpartition(":")[2])
             for sent in (b"nonsense\r\n\r\n", socket_wanted, half, half):
                 raw = held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5))
@@ -698,12 +698,12 @@ def test_a_busy_port_and_a_strange_host_are_said(served: Served) -> None:
 def test_a_damaged_file_in_the_folder_is_passed_over(served: Served, client: httpx.Client) -> None:
     info = PngImagePlugin.PngInfo()
     info.add_text("tastemaker", "[1, 2]")
-    Image.new("RGB", (8, 8)).save(served.studio.out / "900000.png", pnginfo=info)
+    Image.new("RGB", (8, 8)).save(served.service.out / "900000.png", pnginfo=info)
     assert "900000" not in [p["name"] for p in client.get("/api/images").json()["pictures"]]
     refused(client.get("/api/images/900000.png"), 404)
 
 
-def test_hostile_files_and_a_lost_folder_do_not_break_the_history(artist: Artist, tmp_path: Path) -> None:
+def test_hostile_files_and_a_lost_folder_do_not_break_the_history(sampler: Sampler, tmp_path: Path) -> None:
     out = tmp_path / "samples"
 
     def file(number: int, text: str, zipped: bool = False) -> None:
@@ -711,7 +711,7 @@ def test_hostile_files_and_a_lost_folder_do_not_break_the_history(artist: Artist
         info.add_text("tastemaker", text, zip=zipped)
         Image.new("RGB", (8, 8)).save(out / f"{number:06d}.png", pnginfo=info)
 
-    with serving(artist, out) as served, served.client() as client:
+    with serving(sampler, out) as served, served.client() as client:
         job = finished(client, client.post("/api/jobs", json={**SEEN, "seed": 1}).json())
         own = read_facts(out / "000000.png")
         os.mkfifo(out / "900000.png")
@@ -753,9 +753,9 @@ def test_hostile_files_and_a_lost_folder_do_not_break_the_history(artist: Artist
 
 
 def test_what_is_wrong_is_said_before_the_model_loads(
-    artist: Artist, tmp_path: Path, served: Served, capsys: pytest.CaptureFixture[str]
+    sampler: Sampler, tmp_path: Path, served: Served, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = artist.about.folder
+    model = sampler.about.folder
     busy = served.url.rpartition(":")[2]
     (tmp_path / "file").write_text("")
     out = ["--out", str(tmp_path / "new")]
@@ -775,7 +775,7 @@ def test_what_is_wrong_is_said_before_the_model_loads(
         assert not (tmp_path / "new").exists(), words
 
 
-def test_the_command_serves_into_a_folder_that_is_not_there_yet(artist: Artist, tmp_path: Path) -> None:
+def test_the_command_serves_into_a_folder_that_is_not_there_yet(sampler: Sampler, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     out, codes = tmp_path / "not" / "there", []
@@ -793,7 +793,7 @@ def test_the_command_serves_into_a_folder_that_is_not_there_yet(artist: Artist, 
     ends = threading.Thread(target=end)
     ends.start()
     try:
-        assert main(["serve", str(artist.about.folder), "--out", str(out), "--port", str(port)]) == 0
+        assert main(["serve", str(sampler.about.folder), "--out", str(out), "--port", str(port)]) == 0
     finally:
         codes.append(0)
         ends.join()

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.small_serve import Served, finished, serving, small_artist
+from tests.small_serve import Served, finished, serving, small_sampler
 from train.generate.files import read_facts
 
 pytestmark = pytest.mark.long
@@ -26,15 +26,15 @@ pytestmark = pytest.mark.long
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "debug"
-    small_artist(folder)
+    small_sampler(folder)
     return folder
 
 
 @pytest.fixture
 def served(model: Path, tmp_path: Path) -> Iterator[Served]:
-    from train.generate.sampler import Artist
+    from train.generate.sampler import Sampler
 
-    with serving(Artist(model), tmp_path / "samples") as served:
+    with serving(Sampler(model), tmp_path / "samples") as served:
         yield served
 
 
@@ -54,9 +54,9 @@ def test_fifty_requests_of_ten_people_are_all_drawn_and_none_is_mixed_up(served:
         thread.join()
     assert len(got) == 50 and {job["state"] for _, job in got} == {"done"}
     names = [job["pictures"][0]["name"] for _, job in got]
-    assert len(set(names)) == 50 == len(list(served.studio.out.glob("*.png")))
+    assert len(set(names)) == 50 == len(list(served.service.out.glob("*.png")))
     for (asked, _), name in zip(got, names, strict=True):
-        facts = read_facts(served.studio.out / f"{name}.png")
+        facts = read_facts(served.service.out / f"{name}.png")
         assert (facts["prompt"], facts["seed"]) == (asked["prompt"], asked["seed"])
     assert all(job["mine"] for _, job in got) and not served.faults
 

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.small_serve import small_artist
+from tests.small_serve import small_sampler
 
 pytestmark = pytest.mark.long
 
@@ -33,7 +33,7 @@ JSON = {"content-type": "application/json"}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "debug"
-    small_artist(folder)
+    small_sampler(folder)
     return folder
 
 

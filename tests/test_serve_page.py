@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.small_serve import Served, serving, small_artist
+from tests.small_serve import Served, serving, small_sampler
 from train.generate.files import read_facts
 
 pytestmark = pytest.mark.long
@@ -34,7 +34,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("page")
-    with serving(small_artist(folder / "debug"), folder / "samples") as served:
+    with serving(small_sampler(folder / "debug"), folder / "samples") as served:
         yield served
 
 
@@ -50,8 +50,8 @@ def page(browser: Any, served: Served) -> Iterator[Any]:
     page.locator("#steps").fill("2")
     yield page
     context.close()
-    for job in served.studio.turns.jobs():  # a test that fails leaves none to the next
-        served.studio.turns.cancel(job)
+    for job in served.service.queue.jobs():  # a test that fails leaves none to the next
+        served.service.queue.cancel(job)
     asked_for = ("status of 422", "status of 503")  # by tests
     assert not [w for w in wrong if not any(code in w for code in asked_for)]
 
@@ -62,7 +62,7 @@ def open_page(page: Any, served: Served) -> None:
 
 
 def newest(served: Served) -> dict[str, Any]:
-    return read_facts(max(served.studio.out.glob("*.png")))
+    return read_facts(max(served.service.out.glob("*.png")))
 
 
 def draw(page: Any, words: str) -> None:
@@ -101,7 +101,7 @@ def test_words_become_a_picture_by_the_keyboard_alone(page: Any, served: Served)
     assert page.locator("#caption").inner_text() == "<b>a red disc</b>"  # text, not markup
     assert newest(served)["prompt"] == "<b>a red disc</b>" and newest(served)["steps"] == 2
     page.wait_for_function("document.querySelector('#shown').naturalWidth === 16")
-    assert page.locator("#history li").count() == len(list(served.studio.out.glob("*.png")))
+    assert page.locator("#history li").count() == len(list(served.service.out.glob("*.png")))
     with page.expect_download() as download:
         page.click("#download")
     assert read_facts(download.value.path())["prompt"] == "<b>a red disc</b>"
@@ -109,7 +109,7 @@ def test_words_become_a_picture_by_the_keyboard_alone(page: Any, served: Served)
 
 def test_settings_of_an_earlier_picture_draw_it_again(page: Any, served: Served) -> None:
     draw(page, "one of many")
-    first = max(served.studio.out.glob("*.png"))
+    first = max(served.service.out.glob("*.png"))
     draw(page, "another")
     page.locator("#history button").nth(1).click()
     page.click("#reuse")
@@ -118,7 +118,7 @@ def test_settings_of_an_earlier_picture_draw_it_again(page: Any, served: Served)
     page.click("#draw")
     page.locator("#history li").nth(before).wait_for()
     page.locator("#queue li").first.wait_for(state="detached")
-    again = max(served.studio.out.glob("*.png"))
+    again = max(served.service.out.glob("*.png"))
     assert again != first and Image.open(again).tobytes() == Image.open(first).tobytes()
 
 
@@ -142,7 +142,7 @@ def test_a_dropped_picture_is_begun_with_and_painted_in(page: Any, served: Serve
     draw(page, "painted in")
     facts = newest(served)
     assert facts["image"] and facts["mask"] and facts["strength"] == 1
-    picture = Image.open(max(served.studio.out.glob("*.png")))
+    picture = Image.open(max(served.service.out.glob("*.png")))
     assert picture.getpixel((8, 2)) == (0x20, 0x40, 0xE0)  # not painted: as it was
     assert picture.getpixel((8, 13)) != (0x20, 0x40, 0xE0)
     page.click("#remove")
@@ -154,7 +154,7 @@ def test_a_result_is_enlarged_and_used_as_input(page: Any, served: Served) -> No
     draw(page, "small")
     page.click("#enlarge")
     page.locator("#details", has_text="enlarged 2×").wait_for()
-    assert Image.open(max(served.studio.out.glob("*.png"))).size == (32, 32)
+    assert Image.open(max(served.service.out.glob("*.png"))).size == (32, 32)
     page.locator("#history button").nth(1).click()
     page.click("#again")
     page.locator("#begin").wait_for()
@@ -182,7 +182,7 @@ def test_the_queue_is_shown_cancelled_and_found_again_after_a_reload(page: Any, 
     page.get_by_label("Cancel the last").click()
     page.get_by_label("Cancel the long one").click()
     page.locator("#queue li").first.wait_for(state="detached")
-    assert {job.state for job in served.studio.turns.jobs()} <= {"done", "cancelled"}
+    assert {job.state for job in served.service.queue.jobs()} <= {"done", "cancelled"}
 
 
 def test_a_drawing_that_the_stream_tells_of_first_is_listed_once(page: Any) -> None:
@@ -234,7 +234,7 @@ def test_what_is_flagged_is_said_with_its_score(page: Any, served: Served) -> No
 
     facts = {**newest(served), "prompt": "flagged one"}
     facts["nsfw"] = {"score": 0.93, "threshold": 0.2, "flagged": True, "blurred": True}
-    save_numbered(png(Image.new("RGB", (16, 16), "grey"), facts), served.studio.out)
+    save_numbered(png(Image.new("RGB", (16, 16), "grey"), facts), served.service.out)
     page.reload()
     page.wait_for_selector("body[data-ready]")
     assert "0.93" in page.locator("#flag").inner_text() and "blurred" in page.locator("#flag").inner_text()
@@ -242,12 +242,12 @@ def test_what_is_flagged_is_said_with_its_score(page: Any, served: Served) -> No
 
 
 def test_no_words_are_asked_about_before_anything_is_sent(page: Any, served: Served) -> None:
-    before = len(served.studio.turns.jobs())
+    before = len(served.service.queue.jobs())
     page.fill("#prompt", "  ")
     page.click("#draw")
     page.locator("#asks", has_text="what should be in the picture").wait_for()
     assert page.evaluate("document.activeElement.id") == "prompt"
-    assert len(served.studio.turns.jobs()) == before
+    assert len(served.service.queue.jobs()) == before
     page.fill("#prompt", "a fox")
     assert page.locator("#asks").is_hidden()
     page.fill("#prompt", "")
@@ -295,7 +295,7 @@ def test_what_an_enlargement_takes_is_said(page: Any, served: Served) -> None:
 
     draw(page, "the last one")
     facts = {**newest(served), "prompt": "large for this model", "steps": 20}
-    save_numbered(png(Image.new("RGB", (160, 160), "grey"), facts), served.studio.out)
+    save_numbered(png(Image.new("RGB", (160, 160), "grey"), facts), served.service.out)
     page.reload()
     page.wait_for_selector("body[data-ready]")
     page.click("#enlarge")
@@ -306,12 +306,12 @@ def test_what_an_enlargement_takes_is_said(page: Any, served: Served) -> None:
 
 def test_a_lost_folder_is_said_and_found_again(page: Any, served: Served) -> None:
     draw(page, "kept")
-    away = served.studio.out.with_name("away")
-    served.studio.out.rename(away)
+    away = served.service.out.with_name("away")
+    served.service.out.rename(away)
     page.reload()
     page.wait_for_selector("body[data-ready]")
     page.locator("#notice", has_text="moved or removed").wait_for()
-    away.rename(served.studio.out)
+    away.rename(served.service.out)
     page.locator("#history li").first.wait_for(timeout=15_000)
     assert page.locator("#notice").is_hidden()
 

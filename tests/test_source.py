@@ -28,10 +28,11 @@ from PIL import Image
 from aesthetic.errors import UserError
 from curate.ledger.schema import Reason
 from curate.shards.tar import TarWriter
-from curate.sources import plan as plan_module
-from curate.sources.folders import reason_of
-from curate.sources.lists import BATCH
-from curate.sources.plan import Plan, Row, SourceConfig, inspect, load_plan, make_plan
+from curate.sources import planner
+from curate.sources.img2dataset import reason_of
+from curate.sources.parquet import BATCH
+from curate.sources.plan import Plan, Row, SourceConfig, load_plan
+from curate.sources.planner import inspect, make_plan
 
 ROWS: list[dict[str, Any]] = [
     {"url": f"http://h{i % 3}.test/{i}.jpg", "caption": f'a "cat",\n no {i} é' if i % 4 else None, "n": i, "w": i / 2}
@@ -471,7 +472,7 @@ def test_a_plan_that_cannot_grow_stays_as_it_is(tmp_path: Path, monkeypatch: pyt
 
     for name in ("write_json", "_write_plan"):  # a kill between the plan's two files, and before them
         with monkeypatch.context() as patch:
-            patch.setattr(plan_module, name, stop)
+            patch.setattr(planner, name, stop)
             with pytest.raises(KeyboardInterrupt):
                 make_plan(str(path), root, config)
         again = load_plan(root)
@@ -785,9 +786,11 @@ def test_bad_settings(tmp_path: Path) -> None:
         "row_number() OVER () > 3": "cannot contain window functions",
         "random() < 0.5": r"random\(\) gives another answer each time",
         "url IN (SELECT content FROM read_text('/etc/hostname'))": "a subquery",
-        "true) ORDER BY (1": "one condition is needed",
-        "true) UNION SELECT (1": "one condition is needed",
-        "true); SELECT (1": "one condition is needed",
+        "true) ORDER BY (1": "syntax error",
+        "true) UNION SELECT (1": "syntax error",
+        "true); SELECT (1": "syntax error",
+        "true ORDER BY 1": "one condition is expected",
+        "true; SELECT 1": "one condition is expected",
         "COLUMNS(*) IS NOT NULL": "name the columns one by one",
         "nosuch(url)": "nosuch does not exist",
         "CAST(caption AS INT) > 3": "Could not convert",
@@ -801,7 +804,8 @@ def test_bad_settings(tmp_path: Path) -> None:
 _PLANNER = """
 import re, sys, time
 from pathlib import Path
-from curate.sources.plan import SourceConfig, make_plan
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import make_plan
 began = time.time()
 plan = make_plan(sys.argv[1], Path(sys.argv[2]), SourceConfig(where=sys.argv[3] or None), int(sys.argv[4]) or None)
 made = time.time() - began

@@ -21,10 +21,20 @@ from curate.layout import Data
 from curate.ledger.select import SelectConfig, select
 from curate.shards.pack import PackConfig, pack
 from curate.shards.tar import TarWriter
-from curate.sources.captioned import Images, Samples, Tars
+from curate.sources.images import Images
+from curate.sources.tars import PackedShards, Tars
 from tests.small_data import make_data
 from tests.small_train import make_pictures
-from train.data import Pictures, Stream, batches_of, fitted, open_samples, split, survey, weights_of
+from train.data import (
+    ImageDataset,
+    Stream,
+    crop_resize,
+    open_samples,
+    ordered_batches,
+    sampling_weights,
+    scan_images,
+    split,
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +46,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_sample_is_there_once_and_any_can_be_had_by_number(root: Path) -> None:
-    samples = Samples(root / "shards" / "all")
+    samples = PackedShards(root / "shards" / "all")
     keys = [s.key for s in samples]
     assert len(samples) == len(keys) == len(set(keys)) > 20
     assert samples[17].key == keys[17] and samples[-1].key == keys[-1]
@@ -50,13 +60,13 @@ def test_every_sample_is_there_once_and_any_can_be_had_by_number(root: Path) -> 
 
 def test_a_folder_that_is_not_whole_is_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no packed shards"):
-        Samples(tmp_path)
+        PackedShards(tmp_path)
     tar = root / "shards" / "all" / "00001.tar"
     whole = tar.read_bytes()
     tar.write_bytes(whole[:-1024])
     try:
         with pytest.raises(UserError, match="missing or cut"):
-            Samples(root / "shards" / "all")
+            PackedShards(root / "shards" / "all")
     finally:
         tar.write_bytes(whole)
 
@@ -89,12 +99,12 @@ def test_tars_and_images_are_read_alike(pictures: Path, tmp_path: Path) -> None:
     assert isinstance(tars, Tars) and isinstance(images, Images) and len(tars) == len(images) == 50
     for one, other in zip(tars, images, strict=True):
         assert one.image == other.image and one.caption == other.caption and one.caption
-        assert (one.extension, other.extension) == ("png", "png")
     assert tars[49].key == "000000049" and images[49].key == "049.png"
+    assert tars.path(49) == "000000049.png" and images.path(49) == "049.png"
 
 
 def test_the_kind_of_a_folder_is_told(root: Path, pictures: Path) -> None:
-    assert type(open_samples(root / "shards" / "all")) is Samples
+    assert type(open_samples(root / "shards" / "all")) is PackedShards
     assert type(open_samples(root / "fetched")) is Tars
     with pytest.raises(UserError, match=r"Did you mean .*shards/all\?"):
         open_samples(root)
@@ -169,12 +179,12 @@ def letters(captions: list[str]) -> torch.Tensor:
 def test_pictures_come_scaled_cut_and_centred() -> None:
     wide = np.zeros((10, 40, 3), np.uint8)
     wide[:, 15:25] = 255
-    assert (fitted(wide, 10, 10) == 255).all()
-    assert fitted(wide, 20, 20).shape == (20, 20, 3) and fitted(wide.swapaxes(0, 1), 4, 8).shape == (4, 8, 3)
+    assert (crop_resize(wide, 10, 10) == 255).all()
+    assert crop_resize(wide, 20, 20).shape == (20, 20, 3) and crop_resize(wide.swapaxes(0, 1), 4, 8).shape == (4, 8, 3)
 
 
 def test_values_lie_between_minus_one_and_one(pictures: Path) -> None:
-    examples = Pictures(open_samples(pictures), letters, 16)
+    examples = ImageDataset(open_samples(pictures), letters, 16)
     key, image, tokens = examples.load(0)
     assert key == "000.png" and tokens[0] == len("a red disc")
     assert image.shape == (3, 16, 16) and image.dtype == torch.float32
@@ -189,7 +199,9 @@ def test_a_picture_that_cannot_be_read_is_named(pictures: Path, tmp_path: Path) 
     with pytest.raises(UserError, match=r"the picture 007\.png can't be read"):
         split(samples)
     with pytest.raises(UserError, match=r"the picture 007\.png can't be read"):
-        for _ in zip(range(7), Stream(Pictures(samples, letters, 16), np.arange(50), batch=8).batches(), strict=False):
+        for _ in zip(
+            range(7), Stream(ImageDataset(samples, letters, 16), np.arange(50), batch=8).batches(), strict=False
+        ):
             pass
 
 
@@ -198,11 +210,11 @@ def test_a_survey_finds_what_cannot_be_read_and_leaves_it_out(pictures: Path, tm
     shutil.copytree(pictures, folder)
     (folder / "007.png").write_bytes((folder / "007.png").read_bytes()[:60])
     samples, told = open_samples(folder), []
-    known = survey(samples, told.append)
+    known = scan_images(samples, told.append)
     assert sum(told) == 50 and list(known.unreadable) == [7] and known.keys[7] == "007.png"
     chosen, held = split(samples, 0.2, known=known)
     assert sorted([*chosen, *held]) == [i for i in range(50) if i != 7]
-    Pictures(samples, letters, 16, buckets=True)  # whose shapes are told by the pictures' headers
+    ImageDataset(samples, letters, 16, buckets=True)  # whose shapes are told by the pictures' headers
 
 
 @pytest.mark.long
@@ -212,13 +224,13 @@ def test_pictures_of_several_shapes_go_into_buckets(tmp_path: Path) -> None:
         height, width = [(32, 32), (32, 64), (64, 32), (32, 600)][3 if i == 0 else i % 3]
         cv2.imwrite(str(tmp_path / f"{i:02d}.png"), rng.integers(0, 255, (height, width, 3), np.uint8))
         (tmp_path / f"{i:02d}.txt").write_text("noise")
-    examples = Pictures(open_samples(tmp_path), letters, 64, buckets=True, step=16, least=4)
+    examples = ImageDataset(open_samples(tmp_path), letters, 64, buckets=True, step=16, least=4)
     assert sorted(examples.shapes) == [(48, 96), (64, 64), (96, 48)]
     assert examples.shapes[examples.bucket[0]] == (48, 96)  # the longest goes with the nearest that has company
     stream = Stream(examples, np.arange(60), batch=4)
-    for batch in itertools.islice(stream.batches(), len(stream.plan(0))):
+    for batch in itertools.islice(stream.batches(), len(stream.epoch_order(0))):
         assert batch.images.shape[0] == 4  # one shape, or stacking had failed
-    assert {int(n) for n in stream.plan(0).ravel()} == set(range(60))
+    assert {int(n) for n in stream.epoch_order(0).ravel()} == set(range(60))
 
 
 def test_no_near_duplicate_of_what_is_held_out_is_trained_on(tmp_path: Path) -> None:
@@ -243,7 +255,7 @@ def test_no_near_duplicate_of_what_is_held_out_is_trained_on(tmp_path: Path) -> 
 
 
 def test_a_stream_goes_on_exactly_where_its_cursor_says(pictures: Path) -> None:
-    examples = Pictures(open_samples(pictures), letters, 16)
+    examples = ImageDataset(open_samples(pictures), letters, 16)
     stream = Stream(examples, np.arange(50), batch=8, seed=3)
     batches = list(itertools.islice(stream.batches(), 20))
     assert [b.cursor for b in batches[:8]] == [(0, 1), (0, 2), (0, 3), (0, 4), (0, 5), (0, 6), (1, 0), (1, 1)]
@@ -259,7 +271,7 @@ def test_a_stream_goes_on_exactly_where_its_cursor_says(pictures: Path) -> None:
 
 
 def test_ranks_share_the_batches_that_one_would_see(pictures: Path) -> None:
-    examples = Pictures(open_samples(pictures), letters, 16)
+    examples = ImageDataset(open_samples(pictures), letters, 16)
     one = Stream(examples, np.arange(50), batch=12).batches()
     ranks = [Stream(examples, np.arange(50), batch=12, rank=r, ranks=3).batches() for r in range(3)]
     for _ in range(10):
@@ -273,13 +285,13 @@ def test_ranks_share_the_batches_that_one_would_see(pictures: Path) -> None:
 
 
 def test_a_tenth_of_captions_is_dropped(pictures: Path) -> None:
-    examples = Pictures(open_samples(pictures), letters, 16)
+    examples = ImageDataset(open_samples(pictures), letters, 16)
     drawn = itertools.islice(Stream(examples, np.arange(50), batch=50).batches(), 40)
     share = np.mean([float((b.tokens[:, 0] == 0).float().mean()) for b in drawn])
     assert abs(share - 0.1) < 0.03  # 2,000 captions: four standard deviations
     kept = next(Stream(examples, np.arange(50), batch=50, drop=0).batches())
     assert (kept.tokens[:, 0] > 0).all()
-    held = list(batches_of(examples, np.arange(20), 8))
+    held = list(ordered_batches(examples, np.arange(20), 8))
     assert [len(b.keys) for b in held] == [8, 8, 4] and all((b.tokens[:, 0] > 0).all() for b in held)
 
 
@@ -288,12 +300,12 @@ def test_pictures_of_a_higher_score_come_more_often(pictures: Path, tmp_path: Pa
         return {"taste": None if i == 7 else 1 + i % 3}
 
     samples = open_samples(write_tars(tmp_path / "tars", pictures, facts))
-    weights = weights_of(samples, "taste")
-    stream = Stream(Pictures(samples, letters, 16), np.arange(50), batch=10, weights=weights)
-    counts = np.bincount(np.concatenate([stream.plan(epoch).ravel() for epoch in range(200)]), minlength=50)
+    weights = sampling_weights(samples, "taste")
+    stream = Stream(ImageDataset(samples, letters, 16), np.arange(50), batch=10, weights=weights)
+    counts = np.bincount(np.concatenate([stream.epoch_order(epoch).ravel() for epoch in range(200)]), minlength=50)
     expected = weights / weights.sum() * counts.sum()
     assert counts[7] == 0 and np.allclose(counts, expected, rtol=0.2)
-    each = [np.bincount(stream.plan(e).ravel(), minlength=50) - weights / weights.sum() * 50 for e in range(9)]
+    each = [np.bincount(stream.epoch_order(e).ravel(), minlength=50) - weights / weights.sum() * 50 for e in range(9)]
     assert np.abs(each).max() < 1  # as often as its share says, rounded up or down
     with pytest.raises(UserError, match="has a number 'tastes'; there are height, taste, width"):
-        weights_of(samples, "tastes")
+        sampling_weights(samples, "tastes")

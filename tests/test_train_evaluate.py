@@ -11,7 +11,7 @@ import torch
 from aesthetic.errors import UserError
 from curate.store.files import write_json
 from tests.small_train import make_pictures, small_run
-from train.data import Pictures, open_samples, split
+from train.data import ImageDataset, open_samples, split
 from train.generate.distances import LEAST_FRECHET, frechet, kernel, kid, kid_floor, mmd2, scaled
 from train.generate.evaluate import (
     InDomain,
@@ -53,7 +53,7 @@ def test_the_loss_by_picture_and_time_averages_to_what_training_measures(discs: 
     pipeline = load_model(Path(record["checkpoint"]) / "pipeline")
     samples = open_samples(discs)
     _, held = split(samples, 0.2)
-    pictures = Pictures(samples, lambda c: tokenize(pipeline, c), PRESETS["debug"].size)
+    pictures = ImageDataset(samples, lambda c: tokenize(pipeline, c), PRESETS["debug"].size)
     told: list[int] = []
     found = losses(pipeline, pictures, held[::-1].copy(), seed=0, tell=told.append)
     assert found.shape == (len(held), 8) and sum(told) == len(held)
@@ -154,10 +154,10 @@ def test_a_model_that_replays_training_pictures_is_found_and_one_that_does_not_i
             return unit(batch.reshape(len(batch), -1) - 255 + RNG.normal(0, 1e-3, (len(batch), 1)))
 
     def pictures(numbers: range, noise: int = 0) -> list[np.ndarray]:
-        from train.data import decoded
+        from train.data import decode_sample
 
         rng = np.random.default_rng(5)
-        found = [decoded(samples[i], 24) for i in numbers]
+        found = [decode_sample(samples[i], 24) for i in numbers]
         return [np.clip(p + rng.normal(0, noise, p.shape), 0, 255).astype(np.uint8) for p in found]
 
     def seen(images: list[np.ndarray]) -> dict[str, np.ndarray]:

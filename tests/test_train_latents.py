@@ -12,8 +12,8 @@ import torch
 
 from aesthetic.errors import UserError
 from tests.small_train import make_pictures
-from train.data import MapDataset, Pictures, Stream, open_samples
-from train.latents import Latents, precompute
+from train.data import ImageDataset, MapDataset, Stream, open_samples
+from train.latents import LatentDataset, precompute_latents
 from train.models.presets import PRESETS
 from train.models.unet import new_model, tokenize
 from train.tasks import Denoise
@@ -31,8 +31,8 @@ def pipeline(samples: MapDataset) -> Any:
 
 
 def test_the_loss_from_latents_is_that_from_pictures(pipeline: Any, samples: MapDataset, tmp_path: Path) -> None:
-    pictures = Pictures(samples, lambda c: tokenize(pipeline, c), 16)
-    latents = precompute(pipeline, pictures, np.arange(50), tmp_path / "latents", shard_size=20)
+    pictures = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
+    latents = precompute_latents(pipeline, pictures, np.arange(50), tmp_path / "latents", shard_size=20)
     assert sorted(p.name for p in (tmp_path / "latents").glob("0*.safetensors")) == [
         f"{i:05d}.safetensors" for i in range(3)
     ]
@@ -47,9 +47,9 @@ def test_the_loss_from_latents_is_that_from_pictures(pipeline: Any, samples: Map
 
 
 def test_what_a_frozen_text_encoder_says_is_kept_too(pipeline: Any, samples: MapDataset, tmp_path: Path) -> None:
-    pictures = Pictures(samples, lambda c: tokenize(pipeline, c), 16)
+    pictures = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
     numbers = np.arange(3, 50, 2)
-    latents = precompute(pipeline, pictures, numbers, tmp_path, text=True)
+    latents = precompute_latents(pipeline, pictures, numbers, tmp_path, text=True)
     assert len(latents) == len(numbers)
     task = Denoise(pipeline, text=False)
     one, other = (Stream(e, numbers, batch=8, seed=1, drop=0.5).batches() for e in (pictures, latents))
@@ -62,11 +62,11 @@ def test_what_a_frozen_text_encoder_says_is_kept_too(pipeline: Any, samples: Map
 
 
 def test_a_shard_that_is_there_is_not_made_again(pipeline: Any, samples: MapDataset, tmp_path: Path) -> None:
-    pictures = Pictures(samples, lambda c: tokenize(pipeline, c), 16)
+    pictures = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
     told: list[int] = []
 
     def written() -> list[int]:
-        precompute(pipeline, pictures, np.arange(50), tmp_path, shard_size=20, tell=told.append)
+        precompute_latents(pipeline, pictures, np.arange(50), tmp_path, shard_size=20, tell=told.append)
         assert sum(told) == 50
         return [(tmp_path / f"{i:05d}.safetensors").stat().st_mtime_ns for i in range(3)]
 
@@ -81,10 +81,10 @@ def test_a_shard_that_is_there_is_not_made_again(pipeline: Any, samples: MapData
 def test_they_are_made_once_and_again_when_something_changed(
     pipeline: Any, samples: MapDataset, tmp_path: Path
 ) -> None:
-    pictures = Pictures(samples, lambda c: tokenize(pipeline, c), 16)
+    pictures = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
 
     def written() -> int:
-        precompute(pipeline, pictures, np.arange(20), tmp_path)
+        precompute_latents(pipeline, pictures, np.arange(20), tmp_path)
         return (tmp_path / "00000.safetensors").stat().st_mtime_ns
 
     first = written()
@@ -96,10 +96,10 @@ def test_they_are_made_once_and_again_when_something_changed(
 
 def test_a_folder_that_is_not_whole_is_refused(pipeline: Any, samples: MapDataset, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no precomputed latents"):
-        Latents(tmp_path)
-    pictures = Pictures(samples, lambda c: tokenize(pipeline, c), 16)
-    precompute(pipeline, pictures, np.arange(20), tmp_path)
+        LatentDataset(tmp_path)
+    pictures = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
+    precompute_latents(pipeline, pictures, np.arange(20), tmp_path)
     path = tmp_path / "00000.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"00000\.safetensors is missing or cut"):
-        Latents(tmp_path)
+        LatentDataset(tmp_path)

@@ -25,12 +25,13 @@ from PIL import Image
 from aesthetic.errors import DiskFull, UserError
 from tests.small_train import make_pictures, small_run
 from train import checkpoint
-from train.data import Pictures, Stream, batches_of, open_samples, split
+from train.data import ImageDataset, Stream, open_samples, ordered_batches, split
 from train.devices import FreeCores
-from train.loop import Diverged, Ema, LoopConfig, held_out, learning_rate, line, train, training_flops
+from train.loop import Diverged, Ema, LoopConfig, learning_rate, train
+from train.metrics import format_record, training_flops
 from train.models.presets import PRESETS
 from train.models.unet import encode_images, load_model, new_model, tokenize
-from train.tasks import Denoise, Reconstruct, draw, fit_scale, part_of, psnr
+from train.tasks import Denoise, Reconstruct, fit_scale, generate_images, psnr, slice_batch
 from train.world import Distributed
 
 
@@ -93,13 +94,13 @@ def test_the_loss_is_that_of_a_loop_written_by_hand_with_diffusers(pictures: Pat
 
     samples = open_samples(pictures)
     pipeline = new_model("debug", ["a red disc"] * 4, objective)
-    examples = Pictures(samples, lambda c: tokenize(pipeline, c), 16)
+    examples = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
     batch = next(Stream(examples, np.arange(len(samples)), batch=8).batches())
     task = Denoise(pipeline)
     ours = task.losses(batch, seed=3, step=5)
 
     rngs = [np.random.default_rng([3, 5, slot]) for slot in range(8)]
-    t = torch.tensor([task.objective.draw(r) for r in rngs], dtype=torch.float32)
+    t = torch.tensor([task.objective.sample_time(r) for r in rngs], dtype=torch.float32)
     noise = torch.from_numpy(np.stack([r.standard_normal((3, 16, 16), dtype=np.float32) for r in rngs]))
     with torch.no_grad():
         latents = pipeline.vae.encode(batch.images).latent_dist.mean * pipeline.vae.config.scaling_factor
@@ -131,7 +132,7 @@ def test_a_run_learns_and_leaves_what_it_promises(pictures: Path, tmp_path: Path
         assert r["img_s"] > 0 and r["tflop_s"] > 0 and 0 <= r["data_wait"] < 1 and r["memory_gb"] > 0.1
         assert r["mfu"] is None and Image.open(r["samples"]).width == 2480  # a sheet, with labels
     assert records[-1]["eta_s"] == 0 and records[-1]["epoch"] == 45 * 16 // 64  # 52 pictures fill 4 batches
-    said = line(records[-1])
+    said = format_record(records[-1])
     assert said.startswith("step 45/45  loss ") and "img/s" in said and "data-wait" in said and "\n" not in said
     assert [json.loads(t) for t in (tmp_path / "log.jsonl").read_text().splitlines()] == records
     assert list(checkpoint.checkpoints(tmp_path)) == [45] and checkpoint.best(tmp_path) is not None
@@ -156,7 +157,7 @@ def test_a_run_that_is_stopped_saves_where_it_is_and_goes_on_to_the_same_bits(pi
 def test_what_is_drawn_is_shown_large_beside_the_real_picture_of_the_caption(tmp_path: Path) -> None:
     real = np.full((16, 16, 3), (255, 0, 0), np.uint8)
     task = Denoise(new_model("debug", ["a red disc"]), real={"a red disc": real})
-    rows = task.look(["a red disc", "no such thing"], [0, 1])
+    rows = task.preview(["a red disc", "no such thing"], [0, 1])
     assert [(words, [s.caption for s in shown]) for words, shown in rows] == [
         ("a red disc", ["real, held out", "generated, seed 0", "generated, seed 1"]),
         ("no such thing", ["generated, seed 0", "generated, seed 1"]),
@@ -187,7 +188,7 @@ def test_a_lora_is_trained_and_checkpointed_on_top_of_a_model(pictures: Path, tm
     assert sorted(p.name for p in saved.iterdir()) == ["lora", "record.json", "trainer.pt"]
     plain, dressed = load_model(base), load_model(base)
     dressed.load_lora_weights(saved / "lora")
-    one, other = (np.array(draw(p, ["a red disc"], [0], steps=4)[0]) for p in (plain, dressed))
+    one, other = (np.array(generate_images(p, ["a red disc"], [0], steps=4)[0]) for p in (plain, dressed))
     assert not np.array_equal(one, other)
 
 
@@ -196,14 +197,14 @@ def test_an_autoencoder_learns_to_reproduce_by_the_same_loop(pictures: Path, tmp
     samples = open_samples(pictures)
     small = replace(PRESETS["debug"], vae=(16, 16), factor=2, latents=4)
     pipeline = new_model(small, ["a red disc"] * 4)
-    examples = Pictures(samples, lambda c: tokenize(pipeline, c), 16)
+    examples = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
     chosen, apart = split(samples, 0.2)
     config = LoopConfig(steps=60, batch=16, lr=3e-3, ema=0.9, log_every=30, warmup=10)
     task = Reconstruct(pipeline)
-    records = list(train(task, Stream(examples, chosen, batch=16), config, tmp_path, held=held_out(examples, apart)))
+    records = list(train(task, Stream(examples, chosen, batch=16), config, tmp_path, held_out=apart))
     assert psnr(records[-1]["held_out"]["ema"]) > 15
     assert records[-1]["loss"] < 0.6 * records[0]["loss"]
-    batch = next(batches_of(examples, chosen, 32))
+    batch = next(ordered_batches(examples, chosen, 32))
     scale = fit_scale(pipeline, batch)
     assert encode_images(pipeline.vae, batch.images).std().item() == pytest.approx(1, abs=1e-4) and scale > 0
     saved = type(pipeline.vae).from_pretrained(tmp_path / "checkpoints" / "000060" / "vae")
@@ -345,10 +346,10 @@ def test_the_learning_rate_is_a_function_of_the_step() -> None:
 
 
 def test_speed_waiting_and_time_left_are_what_a_clock_beside_the_loop_says(pictures: Path, tmp_path: Path) -> None:
-    class SlowDisk(Pictures):
-        def load(self, number: int, dropped: bool = False) -> Any:
+    class SlowDisk(ImageDataset):
+        def load(self, index: int, dropped: bool = False) -> Any:
             time.sleep(0.01)
-            return super().load(number, dropped)
+            return super().load(index, dropped)
 
     class Clocked(Stream):
         waited = 0.0
@@ -374,8 +375,8 @@ def test_speed_waiting_and_time_left_are_what_a_clock_beside_the_loop_says(pictu
     now = time.perf_counter()
     assert record["step"] == 6 and record["img_s"] == pytest.approx(24 / (now - resumed), rel=0.1)
     assert record["data_wait"] == pytest.approx((stream.waited - waited) / (now - resumed), abs=0.05)
-    assert "WARNING: training waits for data" in line({**record, "data_wait": 0.11})
-    assert "WARNING" not in line({**record, "data_wait": 0.09})
+    assert "WARNING: training waits for data" in format_record({**record, "data_wait": 0.11})
+    assert "WARNING" not in format_record({**record, "data_wait": 0.09})
     assert record["eta_s"] == pytest.approx((now - began) / 2, rel=0.1)  # with the caller's time
     status = dict(t.split(":", 1) for t in Path("/proc/self/status").read_text().splitlines())
     assert record["memory_gb"] == pytest.approx(int(status["VmHWM"].split()[0]) * 1024 / 1e9, rel=0.02)
@@ -386,11 +387,11 @@ def test_flops_are_those_of_the_layers_and_a_frozen_autoencoder_counts_once(pict
     """Beside a count by hand: multiply-adds of convolutions and linear layers; attention's products are left out."""
     samples = open_samples(pictures)
     pipeline = new_model("debug", ["a red disc"] * 4)
-    examples = Pictures(samples, lambda c: tokenize(pipeline, c), 16)
+    examples = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
     batch = next(Stream(examples, np.arange(len(samples)), batch=8).batches())
     latents = replace(batch, images=encode_images(pipeline.vae, batch.images), latent=True)
-    config, task = LoopConfig(steps=1, batch=8), Denoise(pipeline)
-    from_pixels, from_latents = (training_flops(task, b, config) for b in (batch, latents))
+    task = Denoise(pipeline)
+    from_pixels, from_latents = (training_flops(task, b) for b in (batch, latents))
     assert all(p.grad is None for m in task.modules.values() for p in m.parameters())
 
     counted = {"trained": 0, "frozen": 0}
@@ -405,11 +406,11 @@ def test_flops_are_those_of_the_layers_and_a_frozen_autoencoder_counts_once(pict
         for layer in (x for m in modules for x in m.modules() if isinstance(x, torch.nn.Conv2d | torch.nn.Linear)):
             layer.register_forward_hook(count(kind))
     with torch.no_grad():
-        task.losses(part_of(batch, 0, 1), 0, 0)
+        task.losses(slice_batch(batch, 0, 1), 0, 0)
     assert from_pixels - from_latents == counted["frozen"] > 0
     assert 0.95 < from_latents / (3 * counted["trained"]) < 1.15
     pipeline.unet.enable_gradient_checkpointing()
-    assert training_flops(task, latents, replace(config, checkpointing=True)) == pytest.approx(from_latents, rel=0.1)
+    assert training_flops(task, latents, checkpointing=True) == pytest.approx(from_latents, rel=0.1)
 
 
 def run_in_little_memory(pictures: Path, out: Path, said: Any, megabytes: int, settings: dict[str, Any]) -> None:

@@ -16,16 +16,16 @@ from train.models.presets import OBJECTIVES, PRESETS
 from train.models.unet import (
     add_lora,
     check_size,
+    count_parameters,
     default_size,
     encode_images,
     load_model,
     new_model,
-    parameters,
     pixel_vae,
     save_lora,
     tokenize,
 )
-from train.tasks import draw
+from train.tasks import generate_images
 
 CAPTIONS = ["a red star on a teal background", "a blue circle on a white background"] * 10
 
@@ -50,13 +50,13 @@ def pipeline() -> Any:
 def test_a_saved_pipeline_draws_the_same_in_a_clean_process(pipeline: Any, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     pipeline.save_pretrained(tmp_path / "model")
-    here = np.array(draw(pipeline, ["a red star"], [7])[0])
+    here = np.array(generate_images(pipeline, ["a red star"], [7])[0])
     command = [sys.executable, "-c", CLEAN, str(tmp_path / "model"), str(tmp_path / "there.npy")]
     subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
     assert here.shape == (16, 16, 3) and here.std() > 1
     assert np.array_equal(here, np.load(tmp_path / "there.npy"))
     again = load_model(tmp_path / "model")
-    assert np.array_equal(here, np.array(draw(again, ["a red star"], [7])[0]))
+    assert np.array_equal(here, np.array(generate_images(again, ["a red star"], [7])[0]))
     assert default_size(again) == 16
 
 
@@ -73,7 +73,7 @@ def test_every_objective_draws_in_the_same_pipeline_class(name: str) -> None:
     from diffusers import StableDiffusionImg2ImgPipeline
 
     made = new_model("debug", CAPTIONS, name)
-    picture = draw(made, ["a red star"], [0], steps=4)[0]
+    picture = generate_images(made, ["a red star"], [0], steps=4)[0]
     assert np.array(picture).std() > 1
     over = StableDiffusionImg2ImgPipeline.from_pipe(made)
     over.set_progress_bar_config(disable=True)
@@ -117,10 +117,10 @@ def test_sd15_is_stable_diffusion_by_its_parameters() -> None:
     """Published: UNet 859.5 M, text encoder 123.1 M, autoencoder 83.7 M."""
     with torch.device("meta"):
         made = new_model("sd15", CAPTIONS, "eps")
-    assert parameters([made.unet]) == 859_520_964
-    assert parameters([made.vae]) == 83_653_863
+    assert count_parameters([made.unet]) == 859_520_964
+    assert count_parameters([made.vae]) == 83_653_863
     words = (PRESETS["sd15"].vocabulary - made.text_encoder.config.vocab_size) * 768
-    assert parameters([made.text_encoder]) + words == 123_060_480
+    assert count_parameters([made.text_encoder]) + words == 123_060_480
 
 
 def test_what_is_no_model_is_refused_with_what_to_do(tmp_path: Path) -> None:
@@ -143,18 +143,18 @@ def test_a_hub_that_does_not_have_it_or_cannot_be_reached_is_told_with_the_ways_
 
 def test_a_lora_goes_to_disk_and_back(pipeline: Any, tmp_path: Path) -> None:
     """Random matrices stand in for trained ones here; tests of the loop train some."""
-    before = np.array(draw(pipeline, ["a red star"], [7], steps=4)[0])
+    before = np.array(generate_images(pipeline, ["a red star"], [7], steps=4)[0])
     made = new_model("debug", CAPTIONS)
     add_lora(made, rank=2)
-    assert np.array_equal(before, np.array(draw(made, ["a red star"], [7], steps=4)[0]))  # nothing yet
+    assert np.array_equal(before, np.array(generate_images(made, ["a red star"], [7], steps=4)[0]))  # nothing yet
     trained = [p for p in made.unet.parameters() if p.requires_grad]
-    assert 0 < sum(p.numel() for p in trained) < 0.05 * parameters([made.unet])
+    assert 0 < sum(p.numel() for p in trained) < 0.05 * count_parameters([made.unet])
     with torch.no_grad():
         for p in trained:
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-    with_lora = np.array(draw(made, ["a red star"], [7], steps=4)[0])
+    with_lora = np.array(generate_images(made, ["a red star"], [7], steps=4)[0])
     save_lora(made, tmp_path)
     other = new_model("debug", CAPTIONS)
     other.load_lora_weights(tmp_path)
     assert not np.array_equal(with_lora, before)
-    assert np.array_equal(with_lora, np.array(draw(other, ["a red star"], [7], steps=4)[0]))
+    assert np.array_equal(with_lora, np.array(generate_images(other, ["a red star"], [7], steps=4)[0]))

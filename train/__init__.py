@@ -7,9 +7,9 @@ serve: a page to draw on.
 evaluate: how good a model is, beside what chance and real pictures give;  distances: between sets of pictures.
 
 from train import load_model
-from train.generate import sampler
+from train.generate.sampler import GenerationRequest, Sampler
 load_model("model")                                                         # a diffusers StableDiffusionPipeline
-next(sampler.Artist("model").draw([sampler.Request("a fox", seed=7)])).image  # a PIL image
+next(Sampler("model").generate([GenerationRequest("a fox", seed=7)])).image  # a PIL image
 """
 
 from __future__ import annotations

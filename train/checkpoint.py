@@ -21,6 +21,11 @@ from curate.store.disk import check_space
 from curate.store.files import read_json, sweep, write_json
 
 
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or will be."""
+    return folder / "checkpoints" / f"{step:06d}"
+
+
 def save(
     folder: Path,
     step: int,
@@ -35,7 +40,7 @@ def save(
     The best has the lowest `facts["held_out"]["ema"]`. `write_weights` adds to the folder that it is given.
     Raises DiskFull; what was there before stays.
     """
-    path = folder / "checkpoints" / f"{step:06d}"
+    path = path_of(folder, step)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = scratch_path(path)
     try:

@@ -1,8 +1,8 @@
 """Captioned pictures to train on.
 
 `open_samples` gives a folder of them as a sequence of samples (curate.sources.captioned says of which kinds it may be);
-`Pictures` prepares them for a model; `split` sets some aside; `Stream` is the endless order in which one rank meets its
-share, known by two integers.
+`ImageDataset` prepares them for a model; `split` sets some aside; `Stream` is the endless order in which one rank meets
+its share, known by two integers.
 """
 
 from __future__ import annotations
@@ -26,32 +26,18 @@ from torch import Tensor
 from aesthetic.errors import UserError
 from aesthetic.splits import groups_of
 from aesthetic.untrusted import printable
-from curate.images.pixels import decode, perceptual_hash, probe
+from curate.images.decode import decode
+from curate.images.header import probe
+from curate.images.resize import perceptual_hash
 from curate.ledger.schema import RowError
-from curate.sources.captioned import MapDataset, Sample, open_folder
+from curate.sources.captioned import open_folder
+from curate.sources.dataset import MapDataset, Sample
 from curate.store.files import digest
 
 Ints = npt.NDArray[np.int64]
 
-LEAST = 8
+MIN_IMAGES = 8
 """Pictures below which training is refused: fewer can't be split, nor fill a batch."""
-
-
-class _Given(MapDataset):
-    """Samples of which those without a caption have one that is given."""
-
-    def __init__(self, samples: MapDataset, caption: str) -> None:
-        self._samples, self._caption = samples, caption
-        self.folder, self.troubles = samples.folder, samples.troubles
-        self.key, self.path, self.image = samples.key, samples.path, samples.image  # type: ignore[method-assign]
-        self.extension, self.files, self.notes = samples.extension, samples.files, samples.notes  # type: ignore[method-assign]
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def facts(self, number: int) -> dict[str, Any]:
-        facts = self._samples.facts(number)
-        return {**facts, "caption": facts["caption"] or self._caption}
 
 
 def open_samples(folder: str | Path, caption: str | None = None) -> MapDataset:
@@ -60,13 +46,13 @@ def open_samples(folder: str | Path, caption: str | None = None) -> MapDataset:
     `caption` is that of pictures without one. Raises UserError where there is no such folder, no picture in it, too
     few, or none with a caption.
     """
-    samples = open_folder(folder)
-    if caption:
-        samples = _Given(samples, caption)
-    if len(samples) < LEAST:
-        raise UserError(f"{folder} holds {len(samples)} pictures: too few to train on, at least {LEAST} are needed")
-    if not any(samples.facts(i)["caption"] for i in range(len(samples))):
-        samples.troubles.refuse_many("json", len(samples), str(folder))
+    samples = open_folder(folder, caption)
+    if len(samples) < MIN_IMAGES:
+        raise UserError(
+            f"{folder} holds {len(samples)} pictures: too few to train on, at least {MIN_IMAGES} are needed"
+        )
+    if not samples.has_captions():
+        samples.problems.refuse_many("json", len(samples), str(folder))
         raise UserError(
             f"none of the {len(samples)} pictures in {folder} has a caption. Captions are NAME.txt beside NAME.jpg, "
             f"or a column `text` of metadata.csv or metadata.jsonl beside `file_name`; --caption TEXT gives all of "
@@ -90,24 +76,24 @@ class Batch:
     cursor: tuple[int, int]  # (epoch, position) of the batch that comes after this one
 
 
-class Examples(Protocol):
+class TrainDataset(Protocol):
     """What a stream takes its batches from."""
 
     latent: bool
     bucket: Ints  # (n,): examples of one bucket have one shape
 
     def __len__(self) -> int: ...
-    def load(self, number: int, dropped: bool = False) -> tuple[str, Tensor, Tensor]:
+    def load(self, index: int, dropped: bool = False) -> tuple[str, Tensor, Tensor]:
         """(key, image or latents, tokens or the text encoder's states: of '' where the caption is dropped)."""
         ...
 
 
-class Pictures:
+class ImageDataset:
     """Samples decoded, scaled and cut to the model's size, their captions as token ids.
 
-    With `buckets` pictures keep about their aspect ratio: each goes to the nearest of diffusers' ladder of shapes with
-    about size * size pixels; shapes that fewer than `least` pictures have are given up. Without, all are square.
-    What is cut off is cut evenly on both sides.
+    With `buckets` images keep about their aspect ratio: each goes to the nearest of diffusers' ladder of shapes with
+    about size * size pixels; shapes that fewer than `least` images have are given up. Without, all are square. What is
+    cut off is cut evenly on both sides.
 
     Args:
         samples: what `open_samples` gave.
@@ -136,63 +122,64 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def load(self, number: int, dropped: bool = False) -> tuple[str, Tensor, Tensor]:
+    def load(self, index: int, dropped: bool = False) -> tuple[str, Tensor, Tensor]:
         """(key, (3, h, w) float32 in [-1, 1], tokens)."""
-        height, width = self.shapes[self.bucket[number]]
+        height, width = self.shapes[self.bucket[index]]
         try:
-            sample = self.samples[number]
+            sample = self.samples[index]
         except RowError as e:
-            raise _cannot_be_read(self.samples.key(number), str(e)) from e
-        pixels = torch.from_numpy(fitted(decoded(sample, 2 * max(height, width)), height, width))
+            raise _unreadable(self.samples.key(index), str(e)) from e
+        pixels = torch.from_numpy(crop_resize(decode_sample(sample, 2 * max(height, width)), height, width))
         tokens = self._tokenize("" if dropped else sample.caption or "")
         return sample.key, pixels.permute(2, 0, 1).float().div_(127.5).sub_(1), tokens
 
 
-def decoded(sample: Sample, min_side: int) -> npt.NDArray[np.uint8]:
+def decode_sample(sample: Sample, min_side: int) -> npt.NDArray[np.uint8]:
     """(h, w, 3), its short side at least `min_side` where the file has that. Raises UserError naming the sample."""
     try:
         return decode(sample.image, min_side=min_side)
     except RowError as e:
-        raise _cannot_be_read(sample.key, str(e)) from e
+        raise _unreadable(sample.key, str(e)) from e
 
 
-def _cannot_be_read(key: str, why: str) -> UserError:
-    return UserError(f"the picture {key} can't be read ({why}). Remove it, or curate the folder first.")
+def _unreadable(key: str, reason: str) -> UserError:
+    return UserError(f"the picture {key} can't be read ({reason}). Remove it, or curate the folder first.")
 
 
-def fitted(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
+def crop_resize(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
     """(h, w, 3): the middle of it, as much as has the shape of height x width, cut out and then scaled to that."""
     scale = max(height / pixels.shape[0], width / pixels.shape[1])
     rows, columns = round(height / scale), round(width / scale)
     top, left = (pixels.shape[0] - rows) // 2, (pixels.shape[1] - columns) // 2
     pixels = pixels[top : top + rows, left : left + columns]
     if (rows, columns) != (height, width):
-        how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-        pixels = cv2.resize(pixels, (width, height), interpolation=how)  # type: ignore[assignment]
+        interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+        pixels = cv2.resize(pixels, (width, height), interpolation=interpolation)  # type: ignore[assignment]
     return np.ascontiguousarray(pixels)
 
 
-def _shape(samples: MapDataset, number: int) -> tuple[int, int]:
-    facts = samples.facts(number)
-    told = [_number(facts.get(name)) for name in ("height", "width")]
-    if all(1 <= side <= 65_535 for side in told):  # what a file or a list says of itself may be anything
-        return int(told[0]), int(told[1])
+def _shape(samples: MapDataset, index: int) -> tuple[int, int]:
+    """(height, width) by the sample's facts where they are possible, else by the file's header."""
+    facts = samples.facts(index)
+    sides = [_number(facts.get(name)) for name in ("height", "width")]
+    if all(1 <= side <= 65_535 for side in sides):
+        return int(sides[0]), int(sides[1])
     try:
-        _, width, height = probe(samples.image(number))
-    except RowError:  # whoever reads it is told; it is in no one's way here
+        _, width, height = probe(samples.image(index))
+    except RowError:  # whoever reads it gets the error; it is in no one's way here
         return 1, 1
     return height, width
 
 
 def _buckets(shapes: list[tuple[int, int]], size: int, step: int, least: int) -> tuple[list[tuple[int, int]], Ints]:
-    """The shapes in use and the shape of each picture: the nearest in log aspect ratio that enough others share."""
+    """The shapes in use and the shape of each image: the nearest in log aspect ratio that enough others share."""
     from diffusers.training_utils import generate_aspect_ratio_buckets
 
     ladder = generate_aspect_ratio_buckets(size, divisibility=step)
     aspect = np.log([h / w for h, w in shapes])
     while True:
-        far = np.abs(aspect[:, None] - np.log([h / w for h, w in ladder])[None])
-        nearest = far.argmin(1)
+        distance = np.abs(aspect[:, None] - np.log([h / w for h, w in ladder])[None])
+        nearest = distance.argmin(1)
         counts = np.bincount(nearest, minlength=len(ladder))
         rare = [i for i in np.argsort(counts, kind="stable") if counts[i] < least]
         if not rare or len(ladder) == 1:
@@ -205,35 +192,35 @@ def _buckets(shapes: list[tuple[int, int]], size: int, step: int, least: int) ->
 
 
 @dataclass(frozen=True)
-class Survey:
-    """What one look at every picture tells: by what its copies are known, and which can't be read."""
+class ImageScan:
+    """What reading every image once shows: by what its copies are known, and which can't be read."""
 
     keys: list[str]
     sha256: list[str | None]
     phash: list[str | None]
-    unreadable: dict[int, str]  # number -> why
+    unreadable: dict[int, str]  # index -> reason
 
 
-def survey(samples: MapDataset, tell: Callable[[int], None] = lambda count: None) -> Survey:
-    """Look at every picture, small where its format allows that. `tell` hears how many more are done."""
+def scan_images(samples: MapDataset, tell: Callable[[int], None] = lambda count: None) -> ImageScan:
+    """Decode every image, small where its format allows that. `tell` hears how many more are done."""
 
-    def look(number: int) -> tuple[str, str | None, str | None, str | None]:
+    def scan(index: int) -> tuple[str, str | None, str | None, str | None]:
         """(key, sha256, perceptual hash, why it can't be read)."""
-        facts = samples.facts(number)
-        key, sha256 = str(facts.get("key", number)), _hexadecimal(facts.get("sha256"), 64)
+        facts = samples.facts(index)
+        key, sha256 = str(facts.get("key", index)), _hexadecimal(facts.get("sha256"), 64)
         try:
-            pixels = decode(samples.image(number), min_side=32)
+            pixels = decode(samples.image(index), min_side=32)
             return key, sha256, _hexadecimal(facts.get("phash"), 16) or perceptual_hash(pixels), None
         except RowError as e:
             return key, sha256, None, str(e)
 
-    found = []
+    rows = []
     with ThreadPoolExecutor() as pool:
-        for one in pool.map(look, range(len(samples))):
-            found.append(one)
+        for row in pool.map(scan, range(len(samples))):
+            rows.append(row)
             tell(1)
-    keys, sha256, phash, why = (list(column) for column in zip(*found, strict=True))
-    return Survey(keys, sha256, phash, {i: reason for i, reason in enumerate(why) if reason is not None})
+    keys, sha256, phash, reasons = (list(column) for column in zip(*rows, strict=True))
+    return ImageScan(keys, sha256, phash, {i: reason for i, reason in enumerate(reasons) if reason is not None})
 
 
 def _hexadecimal(value: Any, digits: int) -> str | None:
@@ -241,48 +228,49 @@ def _hexadecimal(value: Any, digits: int) -> str | None:
     return value if isinstance(value, str) and re.fullmatch(f"[0-9a-fA-F]{{{digits}}}", value) else None
 
 
-def split(samples: MapDataset, share: float = 0.1, most: int = 256, known: Survey | None = None) -> tuple[Ints, Ints]:
-    """(numbers to train on, numbers held out): no picture is held out of which a near-duplicate is trained on.
+def split(
+    samples: MapDataset, share: float = 0.1, most: int = 256, known: ImageScan | None = None
+) -> tuple[Ints, Ints]:
+    """(indices to train on, indices held out): no image is held out of which a near-duplicate is trained on.
 
     Near-duplicates are equal files and perceptual hashes within 4 of 64 bits; hashes are the column `phash` where there
-    is one, and computed otherwise. Which groups are held out follows from hashes of their keys: the same pictures give
-    the same split. At most `share` of the pictures and `most` of them; none where that is less than one.
+    is one, and computed otherwise. Which groups are held out follows from hashes of their keys: the same images give
+    the same split. At most `share` of the images and `most` of them; none where that is less than one.
 
-    Pictures that `known` says can't be read are in neither. Without it, the first such picture raises UserError.
+    Images that `known` says can't be read are in neither. Without it, the first such image raises UserError.
     """
     if known is None:
-        known = survey(samples)
-        for number, why in known.unreadable.items():
-            raise _cannot_be_read(known.keys[number], why)
-    numbers = np.array([i for i in range(len(samples)) if i not in known.unreadable], np.int64)
-    count = min(most, int(share * len(numbers)))
-    if not count:
-        return numbers, numbers[:0]
-    keys, sha256, phash = ([told[i] for i in numbers] for told in (known.keys, known.sha256, known.phash))
+        known = scan_images(samples)
+        for index, reason in known.unreadable.items():
+            raise _unreadable(known.keys[index], reason)
+    indices = np.array([i for i in range(len(samples)) if i not in known.unreadable], np.int64)
+    room = min(most, int(share * len(indices)))
+    if not room:
+        return indices, indices[:0]
+    keys, sha256, phash = ([column[i] for i in indices] for column in (known.keys, known.sha256, known.phash))
     groups = np.array(groups_of(keys, sha256=sha256, phash=phash).names)
     names, sizes = np.unique(groups, return_counts=True)
-    held: set[str] = set()
-    room = count
+    held_out: list[str] = []
     for i in sorted(range(len(names)), key=lambda i: digest(["held out", str(names[i])])):
         if sizes[i] <= room:
-            held.add(str(names[i]))
+            held_out.append(str(names[i]))
             room -= int(sizes[i])
         if not room:
             break
-    out = np.isin(groups, list(held))
-    return numbers[~out], numbers[out]
+    apart = np.isin(groups, held_out)
+    return indices[~apart], indices[apart]
 
 
-def weights_of(samples: MapDataset, column: str) -> npt.NDArray[np.float64]:
-    """How often each picture is drawn, (n,): in proportion to its score; without a score never.
+def sampling_weights(samples: MapDataset, column: str) -> npt.NDArray[np.float64]:
+    """How often each image is used, (n,): in proportion to its score; without a score never.
 
-    Raises UserError where no picture has the column, or a score is negative or no finite number.
+    Raises UserError where no image has the column, or a score is negative or no finite number.
     """
     values: list[Any] = [samples.facts(i).get(column) for i in range(len(samples))]
-    found = np.array([_number(value) for value in values])
-    wrong = [i for i in range(len(values)) if values[i] not in (None, "") and not math.isfinite(found[i])]
+    scores = np.array([_number(value) for value in values])
+    wrong = [i for i in range(len(values)) if values[i] not in (None, "") and not math.isfinite(scores[i])]
     wrong = [i for i in wrong if not (isinstance(values[i], float) and math.isnan(values[i]))]  # one way to say none
-    if len(wrong) == len(values) or (np.isnan(found).all() and not wrong):
+    if len(wrong) == len(values) or (np.isnan(scores).all() and not wrong):
         known = sorted(k for k, v in samples.facts(0).items() if isinstance(v, int | float))
         raise UserError(
             f"no picture in {samples.folder} has a number {column!r}; there are {', '.join(known) or 'none'}"
@@ -293,11 +281,11 @@ def weights_of(samples: MapDataset, column: str) -> npt.NDArray[np.float64]:
             f"{column} is no finite number in {len(wrong):,} of {len(values):,} pictures ({first}): to weight by it, "
             f"correct these, or leave them empty (such pictures are not drawn)"
         )
-    weights = np.nan_to_num(found)
+    weights = np.nan_to_num(scores)
     with np.errstate(over="ignore"):
-        if (found < 0).any() or not weights.sum():
+        if (scores < 0).any() or not weights.sum():
             raise UserError(
-                f"{column} goes down to {np.nanmin(found)}: as weights of sampling, scores must be positive"
+                f"{column} goes down to {np.nanmin(scores)}: as weights of sampling, scores must be positive"
             )
         return weights if np.isfinite(weights.sum()) else weights / weights.max()
 
@@ -316,16 +304,16 @@ def _number(value: Any) -> float:
 class Stream:
     """The endless order of batches, and one rank's share of it.
 
-    An epoch is a seeded permutation of the chosen numbers, dealt into whole batches of one bucket each, in a seeded
-    order; the last batch of a bucket is filled up from its beginning. With `weights` each number comes as often in an
-    epoch as its share says, rounded up or down at random (systematic resampling). Rank r of n takes places r, r + n,
-    r + 2n ... of each batch: however many ranks there are, all of them together see the same batches.
+    An epoch is a seeded permutation of the indices, dealt into whole batches of one bucket each, in a seeded order; the
+    last batch of a bucket is filled up from its beginning. With `weights` each index comes as often in an epoch as its
+    share says, rounded up or down at random (systematic resampling). Rank r of n takes places r, r + n, r + 2n ... of
+    each batch: however many ranks there are, all of them together see the same batches.
 
     Everything random is a function of (seed, epoch, position, place): the cursor is all there is to save.
 
     Args:
-        examples: where pictures and tokens come from.
-        numbers: which of them.
+        dataset: where images and tokens come from.
+        indices: which of them.
         batch: samples per step over all ranks; a multiple of the number of ranks.
         drop: share of captions replaced by '', for classifier-free guidance (Ho and Salimans 2022).
         workers: threads that read and decode.
@@ -333,8 +321,8 @@ class Stream:
 
     def __init__(
         self,
-        examples: Examples,
-        numbers: Ints,
+        dataset: TrainDataset,
+        indices: Ints,
         *,
         batch: int,
         seed: int = 0,
@@ -346,26 +334,26 @@ class Stream:
     ) -> None:
         if batch < 1 or batch % ranks:
             raise UserError(f"a batch of {batch} can't be shared evenly by {ranks} workers")
-        if not len(numbers):
+        if not len(indices):
             raise UserError("there is no picture to train on")
-        self._examples, self._numbers, self._batch, self._seed, self._drop = examples, numbers, batch, seed, drop
-        self._weights = None if weights is None else weights[numbers] / weights[numbers].sum()
+        self.dataset, self._indices, self._batch, self._seed, self._drop = dataset, indices, batch, seed, drop
+        self._weights = None if weights is None else weights[indices] / weights[indices].sum()
         self._rank, self._ranks, self._workers = rank, ranks, max(1, workers)
-        self._plan = lru_cache(maxsize=2)(self.plan)
+        self._order = lru_cache(maxsize=2)(self.epoch_order)
 
-    def plan(self, epoch: int) -> Ints:
-        """The batches of an epoch: (batches, batch) numbers."""
+    def epoch_order(self, epoch: int) -> Ints:
+        """The batches of an epoch: (batches, batch) indices."""
         rng = np.random.default_rng([self._seed, epoch])
-        drawn = self._numbers
+        indices = self._indices
         if self._weights is not None:
-            ends = np.cumsum(self._weights) * len(drawn)
+            ends = np.cumsum(self._weights) * len(indices)
             until = np.floor(np.concatenate([[0.0], ends + rng.random()])).astype(np.int64)
-            drawn = np.repeat(drawn, until[1:] - until[:-1])
-        drawn = rng.permutation(drawn)
-        buckets = self._examples.bucket[drawn]
+            indices = np.repeat(indices, until[1:] - until[:-1])
+        indices = rng.permutation(indices)
+        buckets = self.dataset.bucket[indices]
         rows = []
         for bucket in np.unique(buckets):
-            members = drawn[buckets == bucket]
+            members = indices[buckets == bucket]
             rows.append(np.resize(members, (math.ceil(len(members) / self._batch), self._batch)))
         return rng.permutation(np.concatenate(rows))
 
@@ -379,31 +367,32 @@ class Stream:
                     while len(ahead) < self._workers + 1:
                         ahead.append(pool.submit(self._load, epoch, position))
                         position += 1
-                        if position == len(self._plan(epoch)):
+                        if position == len(self._order(epoch)):
                             epoch, position = epoch + 1, 0
                     yield ahead.popleft().result()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _load(self, epoch: int, position: int) -> Batch:
-        plan = self._plan(epoch)
+        order = self._order(epoch)
         slots = list(range(self._rank, self._batch, self._ranks))
-        numbers = [int(plan[position, slot]) for slot in slots]
         dropped = np.random.default_rng([self._seed, epoch, position, 1]).random(self._batch) < self._drop
-        after = (epoch, position + 1) if position + 1 < len(plan) else (epoch + 1, 0)
-        loaded = [self._examples.load(n, bool(dropped[s])) for n, s in zip(numbers, slots, strict=True)]
-        return _batch(loaded, slots, self._examples.latent, after)
+        after = (epoch, position + 1) if position + 1 < len(order) else (epoch + 1, 0)
+        loaded = [self.dataset.load(int(order[position, slot]), bool(dropped[slot])) for slot in slots]
+        return _collate(loaded, slots, self.dataset.latent, after)
 
 
-def _batch(loaded: list[tuple[str, Tensor, Tensor]], slots: list[int], latent: bool, cursor: tuple[int, int]) -> Batch:
+def _collate(
+    loaded: list[tuple[str, Tensor, Tensor]], slots: list[int], latent: bool, cursor: tuple[int, int]
+) -> Batch:
     keys, images, tokens = zip(*loaded, strict=True)
     return Batch(list(keys), slots, torch.stack(images), latent, torch.stack(tokens), cursor)
 
 
-def batches_of(examples: Examples, numbers: Ints, size: int) -> Iterator[Batch]:
-    """All of the numbers once, in order, captions kept: for held-out loss and precomputing. One bucket per batch."""
-    for bucket in np.unique(examples.bucket[numbers]):
-        members = numbers[examples.bucket[numbers] == bucket]
+def ordered_batches(dataset: TrainDataset, indices: Ints, size: int) -> Iterator[Batch]:
+    """All of the indices once, in order, captions kept: for held-out loss and precomputing. One bucket per batch."""
+    for bucket in np.unique(dataset.bucket[indices]):
+        members = indices[dataset.bucket[indices] == bucket]
         for start in range(0, len(members), size):
-            part = [int(n) for n in members[start : start + size]]
-            yield _batch([examples.load(n) for n in part], part, examples.latent, (0, 0))
+            part = [int(i) for i in members[start : start + size]]
+            yield _collate([dataset.load(i) for i in part], part, dataset.latent, (0, 0))

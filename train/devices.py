@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-    from train.models.info import About
+    from train.models.info import ModelInfo
 
 
-def device_here() -> torch.device:
+def default_device() -> torch.device:
     """The GPU where there is one (`cuda` is also torch's name for AMD's, `mps` Apple's), else the CPU."""
     import torch
 
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 on CUDA, fp32 elsewhere; weights and their updates are always fp32."""
+    import torch
+
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 class FreeCores:
@@ -55,7 +65,35 @@ def _busy() -> float | None:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def precision(device: torch.device, about: About) -> torch.dtype:
+def set_threads(before: int | None, free: FreeCores) -> tuple[int, str]:
+    """Choose how many threads compute on the CPU, by what others leave free; returns the number, and it in words.
+
+    A run that goes on keeps the number that it began with (`before`): it changes the last bits of sums. OMP_NUM_THREADS
+    is obeyed.
+    """
+    import torch
+
+    cores = count = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:
+        count = before or min(cores, free())
+        torch.set_num_threads(count)
+    words = f"{count} thread{'s' * (count > 1)}"
+    if count < cores:
+        reason = "as when it began" if before else "others are busy"
+        words += f" of {cores} ({reason}; OMP_NUM_THREADS sets another number)"
+    return count, words
+
+
+def versions() -> dict[str, str]:
+    """Of what an image's bits depend on."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in ("tastemaker", "torch", "diffusers", "transformers", "peft"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def precision(device: torch.device, about: ModelInfo) -> torch.dtype:
     """bf16 on GPUs that compute in it, fp16 on other CUDA devices; fp32 on the CPU, on MPS, where fp16 gives black
     pictures, and for models of pixels, which are small and whose exact autoencoder needs it."""
     import torch
@@ -94,7 +132,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @dataclass(frozen=True)
-class Measures:
+class MemorySavings:
     """What saves memory."""
 
     vae_slicing: bool = False  # pictures of a batch are decoded one after the other
@@ -111,7 +149,7 @@ class Measures:
 
 
 @dataclass(frozen=True)
-class Cost:
+class MemoryCost:
     """What drawing takes, estimated from a model's configurations."""
 
     weights: int  # bytes
@@ -122,7 +160,7 @@ class Cost:
     factor: int  # pixels of a side per latent
     item: int  # bytes of a number: 4, or 2 in half precision
 
-    def peak(self, width: int, height: int, batch: int, measures: Measures, *, fused: bool) -> int:
+    def peak(self, width: int, height: int, batch: int, measures: MemorySavings, *, fused: bool) -> int:
         """The most bytes held at one time while `batch` pictures of `width` x `height` pixels are drawn.
 
         Counted are weights and the maps that the two large parts hold at their finest level: twelve for each (input,
@@ -146,11 +184,11 @@ TILE = 512
 Stable Diffusion (`AutoencoderKL.tile_sample_min_size` is the size that it was trained at)."""
 
 
-def cost_of(about: About, sizes: Sequence[int], item: int) -> Cost:
+def memory_cost(about: ModelInfo, sizes: Sequence[int], item: int) -> MemoryCost:
     """The cost of a model; `sizes`: bytes of its parts in memory."""
     heads = about.unet.get("num_attention_heads") or about.unet["attention_head_dim"]
     attends = "Attn" in about.unet["down_block_types"][0]
-    return Cost(
+    return MemoryCost(
         weights=sum(sizes),
         largest_part=max(sizes),
         vae=about.vae["block_out_channels"][0],
@@ -161,7 +199,9 @@ def cost_of(about: About, sizes: Sequence[int], item: int) -> Cost:
     )
 
 
-def choose(free: int | None, cost: Cost, width: int, height: int, batch: int, *, kind: str) -> Measures:
+def choose_savings(
+    free: int | None, cost: MemoryCost, width: int, height: int, batch: int, *, kind: str
+) -> MemorySavings:
     """The gentlest measures with which drawing fits into nine tenths of `free` bytes; all there are where none does.
 
     None free: unknown, nothing is saved. Slicing attention helps on MPS only: elsewhere PyTorch's attention is fused
@@ -179,23 +219,23 @@ def choose(free: int | None, cost: Cost, width: int, height: int, batch: int, *,
     return ladder[-1]
 
 
-def stricter(measures: Measures, kind: str) -> Measures | None:
+def next_savings(measures: MemorySavings, kind: str) -> MemorySavings | None:
     """What saves more memory than these measures on a device of this kind, or None."""
     ladder = _ladder(kind)
     after = ladder[ladder.index(measures) + 1 :]
     return after[0] if after else None
 
 
-def _ladder(kind: str) -> list[Measures]:
-    ladder = [Measures(), Measures(vae_slicing=True), Measures(vae_slicing=True, vae_tiling=True)]
+def _ladder(kind: str) -> list[MemorySavings]:
+    ladder = [MemorySavings(), MemorySavings(vae_slicing=True), MemorySavings(vae_slicing=True, vae_tiling=True)]
     if kind == "mps":
-        ladder += [Measures(True, True, attention_slicing=True)]
+        ladder += [MemorySavings(True, True, attention_slicing=True)]
     if kind != "cpu":
-        ladder += [Measures(True, True, attention_slicing=kind == "mps", offload=True)]
+        ladder += [MemorySavings(True, True, attention_slicing=kind == "mps", offload=True)]
     return ladder
 
 
-def apply(measures: Measures, pipeline: Any, device: torch.device) -> None:
+def apply_savings(measures: MemorySavings, pipeline: Any, device: torch.device) -> None:
     """Do so on a pipeline, which is on `device` afterwards, or comes there part by part."""
     vae = pipeline.vae
     (vae.enable_slicing if measures.vae_slicing else vae.disable_slicing)()

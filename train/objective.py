@@ -92,7 +92,7 @@ class Objective:
     noised: Callable[[Tensor, Tensor, Tensor], Noised]
     shift: float = 1.0  # of flow's times towards noise
 
-    def draw(self, rng: np.random.Generator) -> float:
+    def sample_time(self, rng: np.random.Generator) -> float:
         """A random training time.
 
         flow: logit-normal(0, 1), the best of those that Esser et al. 2024 compare, then shifted as its sampler shifts
@@ -104,7 +104,7 @@ class Objective:
         return float(rng.integers(TIMES))
 
 
-def new_scheduler(name: str, shift: float = 1.0) -> Any:
+def training_scheduler(name: str, shift: float = 1.0) -> Any:
     """The diffusers scheduler that samples from a network trained from scratch with this objective.
 
     `shift`, of flow, spends more times near pure noise. Many pixels of one colour show it through much noise, so that

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from curate.report import Shown, enlarged
 from train.data import Batch
-from train.models.unet import encode_images, has_lora, no_bars, save_lora
+from train.models.unet import encode_images, has_lora, no_progress_bars, save_lora
 from train.objective import TIMES, Objective, objective_of
 
 HELD_OUT_TIMES = tuple(TIMES * (2 * k + 1) // 16 for k in range(8))
@@ -44,12 +44,12 @@ class Task(Protocol):
         """The loss of each sample, (n,) float32, with gradients."""
         ...
 
-    def held_out(self, batch: Batch, seed: int) -> Tensor:
+    def held_out_losses(self, batch: Batch, seed: int) -> Tensor:
         """The loss of each sample at fixed noise, (n,) float32: comparable between steps and runs."""
         ...
 
-    def look(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, list[Shown]]]:
-        """Pictures of what has been learnt so far: rows of a sheet, each with its title."""
+    def preview(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, list[Shown]]]:
+        """Images of what has been learnt so far: rows of a sheet, each with its title."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -61,7 +61,7 @@ class Denoise:
     """Training of a text-to-image pipeline: UNet and, where `text` says so, its text encoder; or its LoRA alone.
 
     The autoencoder is never trained here and runs without gradients, in fp32; with precomputed latents it does not run.
-    `real` holds a picture, (h, w, 3) uint8, for prompts that are captions of one: it is shown beside what is drawn.
+    `real` holds an image, (h, w, 3) uint8, for prompts that are captions of one: previews show it beside the generated.
     """
 
     def __init__(
@@ -77,29 +77,29 @@ class Denoise:
         pipeline.vae.requires_grad_(False).eval()
         pipeline.text_encoder.requires_grad_(text and not has_lora(pipeline))
         self.modules = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
-        self._drawn = _Ahead(self.objective.draw)
+        self._sample_noise = _NoisePrefetcher(self.objective.sample_time)
 
     def losses(self, batch: Batch, seed: int, step: int) -> Tensor:
         """Mean squared error of each sample at a random time, weighted by the objective."""
         x0 = self._latents(batch)
-        t, noise = self._drawn(seed, step, batch.slots, x0)
+        t, noise = self._sample_noise(seed, step, batch.slots, x0)
         return self._error(x0, noise, t, self._text(batch))
 
-    def held_out(self, batch: Batch, seed: int) -> Tensor:
+    def held_out_losses(self, batch: Batch, seed: int) -> Tensor:
         """Mean squared error of each sample, averaged over the eight times of HELD_OUT_TIMES."""
-        return self.held_out_by_time(batch, seed).mean(0)
+        return self.held_out_losses_by_time(batch, seed).mean(0)
 
-    def held_out_by_time(self, batch: Batch, seed: int) -> Tensor:
+    def held_out_losses_by_time(self, batch: Batch, seed: int) -> Tensor:
         """The same before it is averaged, (8, n)."""
         x0, text = self._latents(batch), self._text(batch)
-        _, noise = (x.to(x0.device) for x in _draws(seed, _HELD_OUT, batch.slots, x0.shape[1:]))
+        _, noise = (x.to(x0.device) for x in _time_and_noise(seed, _HELD_OUT, batch.slots, x0.shape[1:]))
         times = (torch.full((len(x0),), float(t), device=x0.device) for t in HELD_OUT_TIMES)
         return torch.stack([self._error(x0, noise, t, text) for t in times])
 
     def _error(self, x0: Tensor, noise: Tensor, t: Tensor, text: Tensor) -> Tensor:
         x_t, target, weight = self.objective.noised(x0, noise, t)
-        said = self.pipeline.unet(x_t, t, text, return_dict=False)[0]
-        return weight * F.mse_loss(said.float(), target, reduction="none").mean((1, 2, 3))
+        predicted = self.pipeline.unet(x_t, t, text, return_dict=False)[0]
+        return weight * F.mse_loss(predicted.float(), target, reduction="none").mean((1, 2, 3))
 
     def _latents(self, batch: Batch) -> Tensor:
         device = self.pipeline.unet.device
@@ -115,19 +115,19 @@ class Denoise:
         states: Tensor = self.pipeline.text_encoder(batch.tokens.to(self.pipeline.unet.device))[0]
         return states
 
-    def look(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, list[Shown]]]:
-        """A row for each prompt: the real picture of that caption where it is known, then one for each seed."""
+    def preview(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, list[Shown]]]:
+        """A row for each prompt: the real image of that caption where it is known, then one for each seed."""
         prompts = prompts or [""]
-        drawn = iter(draw(self.pipeline, prompts, seeds))
+        generated = iter(generate_images(self.pipeline, prompts, seeds))
         rows = []
         for prompt in prompts:
             real = [enlarged(self._real[prompt], "real, held out")] if prompt in self._real else []
-            rows.append((prompt, real + [enlarged(next(drawn), f"generated, seed {s}") for s in seeds]))
+            rows.append((prompt, real + [enlarged(next(generated), f"generated, seed {s}") for s in seeds]))
         return rows
 
     def save(self, folder: Path) -> None:
         """`pipeline/`; of a LoRA `lora/`, which goes on top of the pipeline that training began with."""
-        with no_bars():
+        with no_progress_bars():
             if has_lora(self.pipeline):
                 save_lora(self.pipeline, folder / "lora")
             else:
@@ -140,36 +140,36 @@ class Reconstruct:
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
         self.modules = {"vae": pipeline.vae.requires_grad_(True)}
-        self._seen: Tensor | None = None  # some pictures, to look at
-        self._drawn = _Ahead()
+        self._first: Tensor | None = None  # images of the first batch, for previews
+        self._sample_noise = _NoisePrefetcher()
 
     def losses(self, batch: Batch, seed: int, step: int) -> Tensor:
         """Mean absolute error of each sample in [-1, 1] units, plus KL_WEIGHT times its KL per pixel value."""
         x = batch.images.to(self.pipeline.vae.device)
-        self._seen = x[:5] if self._seen is None else self._seen
+        self._first = x[:5] if self._first is None else self._first
         posterior = self.pipeline.vae.encode(x).latent_dist
-        _, noise = self._drawn(seed, step, batch.slots, posterior.mean)
-        back = self.pipeline.vae.decode(posterior.mean + posterior.std * noise, return_dict=False)[0].float()
-        return (back - x).abs().mean((1, 2, 3)) + KL_WEIGHT * posterior.kl().float() / x[0].numel()
+        _, noise = self._sample_noise(seed, step, batch.slots, posterior.mean)
+        decoded = self.pipeline.vae.decode(posterior.mean + posterior.std * noise, return_dict=False)[0].float()
+        return (decoded - x).abs().mean((1, 2, 3)) + KL_WEIGHT * posterior.kl().float() / x[0].numel()
 
-    def held_out(self, batch: Batch, seed: int) -> Tensor:
+    def held_out_losses(self, batch: Batch, seed: int) -> Tensor:
         """Mean squared error of each sample's reconstruction from the mean of its latents, in [-1, 1] units."""
         x = batch.images.to(self.pipeline.vae.device)
-        return F.mse_loss(self._back(x), x, reduction="none").mean((1, 2, 3))
+        return F.mse_loss(self._reconstruct(x), x, reduction="none").mean((1, 2, 3))
 
-    def _back(self, x: Tensor) -> Tensor:
+    def _reconstruct(self, x: Tensor) -> Tensor:
         vae = self.pipeline.vae
-        back: Tensor = vae.decode(vae.encode(x).latent_dist.mode(), return_dict=False)[0].float()
-        return back.clamp(-1, 1)
+        decoded: Tensor = vae.decode(vae.encode(x).latent_dist.mode(), return_dict=False)[0].float()
+        return decoded.clamp(-1, 1)
 
-    def look(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, list[Shown]]]:
-        """Pictures of the first batch, and their reconstructions below."""
-        assert self._seen is not None
+    def preview(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, list[Shown]]]:
+        """Images of the first batch, and their reconstructions below."""
+        assert self._first is not None
         with torch.no_grad():
-            both = torch.cat([self._seen, self._back(self._seen)])
+            both = torch.cat([self._first, self._reconstruct(self._first)])
         pixels = ((both + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-        shown = [enlarged(p, str(i % len(self._seen) + 1)) for i, p in enumerate(pixels)]
-        return [("pictures", shown[: len(self._seen)]), ("their reconstructions", shown[len(self._seen) :])]
+        shown = [enlarged(p, str(i % len(self._first) + 1)) for i, p in enumerate(pixels)]
+        return [("pictures", shown[: len(self._first)]), ("their reconstructions", shown[len(self._first) :])]
 
     def save(self, folder: Path) -> None:
         """`vae/`: an AutoencoderKL."""
@@ -189,47 +189,41 @@ def fit_scale(pipeline: Any, batch: Batch) -> float:
     return float(pipeline.vae.config.scaling_factor)
 
 
-Time = Callable[[np.random.Generator], float]
+SampleTime = Callable[[np.random.Generator], float]
 
 
-def _no_time(rng: np.random.Generator) -> float:
-    return 0.0
-
-
-def _draws(
-    seed: int, step: int, slots: Sequence[int], shape: Sequence[int], time: Time = _no_time
+def _time_and_noise(
+    seed: int, step: int, slots: Sequence[int], shape: Sequence[int], sample_time: SampleTime = lambda rng: 0.0
 ) -> tuple[Tensor, Tensor]:
     """Of each slot its time and then its standard normal noise: (n,) and (n, *shape), float32, on the CPU."""
     rngs = [np.random.default_rng([seed, step, slot]) for slot in slots]
-    times = torch.tensor([time(rng) for rng in rngs], dtype=torch.float32)
+    times = torch.tensor([sample_time(rng) for rng in rngs], dtype=torch.float32)
     return times, torch.from_numpy(np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs]))
 
 
-class _Ahead:
-    """`_draws`, those of the next step made in a thread while this one is computed.
+class _NoisePrefetcher:
+    """`_time_and_noise`, that of the next step made in a thread while this one is computed.
 
     256 slots take 13 ms, about half of the time that a GPU needs for a step of `small-64`.
     """
 
-    def __init__(self, time: Time = _no_time) -> None:
-        self._time = time
+    def __init__(self, sample_time: SampleTime = lambda rng: 0.0) -> None:
+        self._sample_time = sample_time
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="noise")
-        self._made: dict[Any, Any] = {}
+        self._ahead: dict[Any, Any] = {}
 
     def __call__(self, seed: int, step: int, slots: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
         """(times, noise) of these slots, noise of the shape of `like`, on its device."""
-
-        def asked(step: int) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
-            return seed, step, tuple(slots), tuple(like.shape[1:])
-
-        made = self._made.pop(asked(step), None)
-        self._made = {key: drawn for key, drawn in self._made.items() if key[:2] in ((seed, step), (seed, step + 1))}
-        self._made[asked(step + 1)] = self._pool.submit(_draws, *asked(step + 1), self._time)
-        times, noise = made.result() if made else _draws(*asked(step), self._time)
+        this, following = ((seed, s, tuple(slots), tuple(like.shape[1:])) for s in (step, step + 1))
+        ready = self._ahead.pop(this, None)
+        # other micro-batches of this step and of the next may be under way; what is older is not asked for any more
+        self._ahead = {key: made for key, made in self._ahead.items() if key[:2] in (this[:2], following[:2])}
+        self._ahead[following] = self._pool.submit(_time_and_noise, *following, self._sample_time)
+        times, noise = ready.result() if ready else _time_and_noise(*this, self._sample_time)
         return times.to(like.device), noise.to(like.device)
 
 
-def part_of(batch: Batch, start: int, stop: int) -> Batch:
+def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
     """Some samples of a batch."""
     rows = slice(start, stop)
     return replace(
@@ -237,24 +231,24 @@ def part_of(batch: Batch, start: int, stop: int) -> Batch:
     )
 
 
-def draw(
+def generate_images(
     pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], *, steps: int = 20, guidance: float = 3.0
 ) -> list[Image.Image]:
-    """One picture for each prompt and seed, prompts first; noise comes from the CPU, the same on every device."""
-    asked = [(p, s) for p in prompts for s in seeds]
-    with evaluating(pipeline):
-        pictures = []
-        for start in range(0, len(asked), 32):
-            part = asked[start : start + 32]
-            pictures += pipeline(
-                [p for p, _ in part], num_inference_steps=steps, guidance_scale=guidance,
-                generator=[torch.Generator().manual_seed(s) for _, s in part],
+    """One image for each prompt and seed, prompts first; noise comes from the CPU, the same on every device."""
+    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    images = []
+    with eval_mode(pipeline):
+        for start in range(0, len(pairs), 32):
+            part = pairs[start : start + 32]
+            images += pipeline(
+                [prompt for prompt, _ in part], num_inference_steps=steps, guidance_scale=guidance,
+                generator=[torch.Generator().manual_seed(seed) for _, seed in part],
             ).images  # fmt: skip
-    return pictures
+    return images
 
 
 @contextlib.contextmanager
-def evaluating(pipeline: Any) -> Iterator[None]:
+def eval_mode(pipeline: Any) -> Iterator[None]:
     """Without gradients, dropout and progress bars."""
     modules = [pipeline.unet, pipeline.text_encoder, pipeline.vae]
     were = [m.training for m in modules]
@@ -269,10 +263,10 @@ def evaluating(pipeline: Any) -> Iterator[None]:
             m.train(was)
 
 
-def grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Pictures of one size in rows of `columns`."""
-    width, height = pictures[0].size
-    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * width, i // columns * height))
+def image_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Images of one size in rows of `columns`."""
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
     return sheet

@@ -15,7 +15,7 @@ class World:
     rank = 0
     size = 1
 
-    def add(self, tensors: list[Tensor]) -> None:
+    def all_reduce(self, tensors: list[Tensor]) -> None:
         """Replace each tensor, in place, by its sum over all processes. They have the same shapes everywhere."""
 
 
@@ -27,7 +27,7 @@ class Distributed(World):
 
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
-    def add(self, tensors: list[Tensor]) -> None:
+    def all_reduce(self, tensors: list[Tensor]) -> None:
         """One all-reduce of all of them, laid end to end: a model has hundreds of small tensors.
 
         Raises PeerLost where another process is gone.

@@ -1,28 +1,21 @@
-"""Whom we may contact.
+"""Whom we may contact: the addresses, ports and URLs that are refused.
 
 A list of URLs is somebody else's text, and the machine that fetches it sits inside somebody's network. So a connection
-is made only to globally routable addresses; what a name resolves to is checked once and the connection goes to exactly
-the checked addresses, so that a second, different answer of the name server changes nothing; and every redirect passes
-the same checks. Who asked us to stay away is the matter of `curate.fetch.optouts`.
+is made only to globally routable addresses, and every redirect passes the same checks. That the connection goes to the
+address that was checked is the matter of `curate.fetch.dns`; who asked us to stay away, of `curate.fetch.optouts`.
 """
 
 from __future__ import annotations
 
-import asyncio
-import copy
 import errno
 import re
 import socket
-import time
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import Any, Generic, TypeVar
+from typing import Any
 from urllib.parse import quote
 
-from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from aesthetic.errors import UserError
@@ -30,10 +23,6 @@ from curate.ledger.schema import Reason, RowError
 
 MAX_URL = 8000
 """Characters; RFC 9110 section 4.1 asks everybody to support at least 8000 octets."""
-
-
-class Settled(RowError):
-    """A row's error that trying again in this run would not change, whatever its reason."""
 
 
 # ------------------------------------------------------------------------------------------------------- addresses
@@ -75,38 +64,22 @@ def parse_allow(entries: Iterable[str]) -> tuple[Allowed, ...]:
 # IANA's special-purpose registry, as far as it is not for everybody. Python's own tables (`is_global`) are asked too,
 # but they differ by version and miss what stands here with a remark.
 _REFUSED_V4 = [
-    ip_network(n)
-    for n in (
-        "0.0.0.0/8",
-        "10.0.0.0/8",
-        "100.64.0.0/10",  # carrier-grade NAT; Alibaba's metadata service
-        "127.0.0.0/8",
-        "168.63.129.16/32",  # Azure's host service: a public address that never leaves the machine's host
-        "169.254.0.0/16",  # link-local; most clouds' metadata services
-        "172.16.0.0/12",
-        "192.0.0.0/24",  # protocol assignments; Oracle's metadata service; parts count as global to Python
-        "192.0.2.0/24",
-        "192.88.99.0/24",  # 6to4 relays; global to Python
-        "192.168.0.0/16",
-        "198.18.0.0/15",
-        "198.51.100.0/24",
-        "203.0.113.0/24",
-        "224.0.0.0/4",  # multicast; global to Python
-        "240.0.0.0/4",
-    )
+    *map(ip_network, ("0.0.0.0/8", "10.0.0.0/8", "127.0.0.0/8", "172.16.0.0/12", "192.0.2.0/24", "192.168.0.0/16")),
+    *map(ip_network, ("198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "240.0.0.0/4")),
+    ip_network("100.64.0.0/10"),  # carrier-grade NAT; Alibaba's metadata service
+    ip_network("168.63.129.16/32"),  # Azure's host service: a public address that never leaves the machine's host
+    ip_network("169.254.0.0/16"),  # link-local; most clouds' metadata services
+    ip_network("192.0.0.0/24"),  # protocol assignments; Oracle's metadata service; parts count as global to Python
+    ip_network("192.88.99.0/24"),  # 6to4 relays; global to Python
+    ip_network("224.0.0.0/4"),  # multicast; global to Python
 ]
 # Everything outside 2000::/3 is refused as a whole: loopback, link- and site-local, unique local (AWS's fd00:ec2::254),
 # multicast, IPv4-mapped and -compatible, and NAT64 (64:ff9b::/96 and 64:ff9b:1::/48), which embed IPv4 addresses.
 _GLOBAL_UNICAST = IPv6Network("2000::/3")
 _REFUSED_V6 = [
-    ip_network(n)
-    for n in (
-        "2001::/23",  # protocol assignments, among them Teredo, which embeds IPv4 addresses
-        "2001:db8::/32",
-        "2002::/16",  # 6to4: embeds IPv4 addresses; global to Python
-        "3ffe::/16",
-        "3fff::/20",
-    )
+    *map(ip_network, ("2001:db8::/32", "3ffe::/16", "3fff::/20")),
+    ip_network("2001::/23"),  # protocol assignments, among them Teredo, which embeds IPv4 addresses
+    ip_network("2002::/16"),  # 6to4: embeds IPv4 addresses; global to Python
 ]
 
 # ISATAP (RFC 5214 section 6.1): under any prefix, an interface identifier of these upper 32 bits, but for the two bits
@@ -183,7 +156,7 @@ _HOST = re.compile(r"(?:[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z0-9_](?:[
 _AUTHORITY = re.compile(r"(?:[^:/?#]*:)?//([^/?#]*)")
 _NO_HOST = re.compile(r"https?:(?!//[^/?#])", re.IGNORECASE)  # also in a redirect, where yarl takes it for a path
 _LONGEST_HOST = 1000  # characters with port and user, of which at most 253 can be a host: IDNA takes 4 us for each
-_ENDS_IN_A_NUMBER = re.compile(r"(?:^|\.)(?:\d+|0x[0-9a-f]*)\.?$")  # WHATWG: then the whole host is an IPv4 address
+ENDS_IN_A_NUMBER = re.compile(r"(?:^|\.)(?:\d+|0x[0-9a-f]*)\.?$")  # WHATWG: then the whole host is an IPv4 address
 
 
 def parse_url(text: str, allow: tuple[Allowed, ...], base: URL | None = None) -> URL:
@@ -191,12 +164,12 @@ def parse_url(text: str, allow: tuple[Allowed, ...], base: URL | None = None) ->
 
     The result has an http or https scheme, a plain ASCII host (IDNA-encoded) or a canonical address that may be
     contacted, no user information and no fragment. Path and query go out exactly as written where RFC 3986 lets
-    them: signed URLs break when they are normalised. Else it is what a browser makes of the text (`_as_in_a_page`).
+    them: signed URLs break when they are normalised. Else it is what a browser makes of the text (`_as_browsers_read`).
 
     Raises:
         RowError: bad_url, or blocked_address where the host is an address that may not be contacted.
     """
-    text = _as_in_a_page(text, base is None)
+    text = _as_browsers_read(text, base is None)
     if not text:
         raise RowError(Reason.BAD_URL, "empty")
     if len(text) > MAX_URL:
@@ -207,7 +180,7 @@ def parse_url(text: str, allow: tuple[Allowed, ...], base: URL | None = None) ->
     if _NO_HOST.match(text) or (authority and len(authority[1]) > _LONGEST_HOST):
         raise RowError(Reason.BAD_URL, "no host" if _NO_HOST.match(text) else f"host {text[:80]!r}")
     try:
-        url = _joined(base, URL(text))
+        url = (base.join(URL(text)) if base is not None else URL(text)).with_fragment(None)
         host, port = url.raw_host or "", url.port or 0
     except (ValueError, IndexError) as e:  # UnicodeError is one; yarl stumbles over http://[]@/
         raise RowError(Reason.BAD_URL, str(e)) from e
@@ -219,18 +192,20 @@ def parse_url(text: str, allow: tuple[Allowed, ...], base: URL | None = None) ->
         raise RowError(Reason.BAD_URL, "brackets without an address")
     if not host or not port:
         raise RowError(Reason.BAD_URL, "port 0" if host else "no host")
-    if ":" in host or _ENDS_IN_A_NUMBER.search(host):
-        check_address(_canonical(host), port, allow)
+    if ":" in host or ENDS_IN_A_NUMBER.search(host):
+        _check_canonical(host)
+        check_address(host, port, allow)
     elif len(host) > 253 or not _HOST.fullmatch(host):
         raise RowError(Reason.BAD_URL, f"host {host[:80]!r}")
     if _SENT_AS_IS.fullmatch(text):
-        exact = _joined(base, URL(text, encoded=True))
+        exact = URL(text, encoded=True)
+        exact = (base.join(exact) if base is not None else exact).with_fragment(None)
         if exact.raw_authority == url.raw_authority and exact.raw_path.startswith("/") and "/." not in exact.raw_path:
             return exact
     return url
 
 
-def _as_in_a_page(text: str, listed: bool) -> str:
+def _as_browsers_read(text: str, listed: bool) -> str:
     """A URL as a browser reads it (WHATWG URL, 4.4): without controls and white space around it, without tabs and line
     ends, with slashes for backslashes, and what may not stand in it percent-encoded as UTF-8.
 
@@ -255,185 +230,11 @@ def _as_in_a_page(text: str, listed: bool) -> str:
     return host + _NOT_SENT.sub(lambda m: quote(m[0], safe=""), whole)
 
 
-def _joined(base: URL | None, url: URL) -> URL:
-    return (base.join(url) if base is not None else url).with_fragment(None)
-
-
-def _canonical(host: str) -> str:
-    """An address as host, in its one canonical spelling; resolvers read others too (127.1, 0x7f.1, 2130706433)."""
+def _check_canonical(host: str) -> None:
+    """Refuse an address that is not in its one canonical spelling: resolvers read others too (127.1, 0x7f.1)."""
     try:
         address = ip_address(host)
     except ValueError as e:
         raise RowError(Reason.BAD_URL, f"host {host[:80]!r}: an address in an odd form") from e
     if isinstance(address, IPv6Address) and address.scope_id is not None:
         raise RowError(Reason.BAD_URL, f"host {host[:80]!r}: an address with a zone")
-    return host
-
-
-# ------------------------------------------------------------------------------------------------ shared, kept work
-
-T = TypeVar("T")
-
-
-class Shared(Generic[T]):
-    """One computation per key for all who ask at once, its outcome kept for a time; the oldest are forgotten first.
-
-    A RowError is an outcome like any other, and everybody gets a copy of their own. Other exceptions are not kept.
-    `keep` gives the seconds for which an outcome holds; `size` is the most that all outcomes may weigh together, each
-    one what `weight` says (1).
-    """
-
-    def __init__(
-        self,
-        compute: Callable[[str], Awaitable[T]],
-        keep: Callable[[T | RowError], float],
-        size: int,
-        weight: Callable[[T | RowError], int] = lambda outcome: 1,
-    ) -> None:
-        self._compute, self._keep, self._size, self._weight = compute, keep, size, weight
-        self._weighs = 0
-        self._running: dict[str, asyncio.Task[T | RowError]] = {}
-        self._kept: OrderedDict[str, tuple[float, T | RowError]] = OrderedDict()
-
-    async def get(self, key: str) -> T:
-        """The outcome for a key: kept, under way, or computed now. A caller who is cancelled stops nobody else."""
-        until, outcome = self._kept.get(key, (0.0, None))
-        if outcome is None or until <= time.monotonic():
-            task = self._running.get(key)
-            if task is None:
-                task = self._running[key] = asyncio.create_task(self._run(key))
-                task.add_done_callback(lambda t: t.cancelled() or t.exception())  # seen, also where all have left
-            outcome = await asyncio.shield(task)
-        if isinstance(outcome, RowError):
-            raise copy.copy(outcome)
-        return outcome
-
-    async def _run(self, key: str) -> T | RowError:
-        outcome: T | RowError
-        try:
-            try:
-                outcome = await self._compute(key)
-            except RowError as e:
-                outcome = e.with_traceback(None)
-            if key in self._kept:
-                self._weighs -= self._weight(self._kept.pop(key)[1])
-            self._kept[key] = (time.monotonic() + self._keep(outcome), outcome)
-            self._weighs += self._weight(outcome)
-            while self._weighs > self._size and len(self._kept) > 1:
-                self._weighs -= self._weight(self._kept.popitem(last=False)[1][1])
-            return outcome
-        finally:
-            del self._running[key]
-
-    async def close(self) -> None:
-        """Stop what is under way."""
-        tasks = list(self._running.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-# ----------------------------------------------------------------------------------------------------------- names
-
-Lookup = Callable[[str], Awaitable[list[str]]]
-"""A host name to its addresses as text; raises socket.gaierror where there are none."""
-
-_DNS_THREADS = 64  # look-ups at once; a stalled name server holds a thread for up to half a minute
-_DNS_KEPT = 300.0  # seconds; getaddrinfo does not tell a record's own time to live
-_DNS_KEPT_NO_NAME = 60.0
-_DNS_KEPT_FAILURE = 5.0
-_DNS_SIZE = 100_000  # names kept
-_NO_SUCH_NAME = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", None), getattr(socket, "EAI_ADDRFAMILY", None)}
-
-
-@dataclass(frozen=True)
-class _Addresses:
-    addresses: tuple[str, ...]
-    seconds: float  # that finding them took
-
-
-class GuardedResolver(AbstractResolver):
-    """Names to addresses for aiohttp, which then connects to exactly what this returns.
-
-    A host is refused when any one of its addresses may not be contacted. Answers are kept and look-ups shared, 64 of
-    them at a time; every answer is checked again each time it is used, for the port at hand.
-
-    Args:
-        allow: private addresses that may be contacted.
-        timeout: seconds for one look-up, not counting its wait for others.
-        lookup: what is asked in place of the system.
-
-    Raises (from `resolve` and `ahead`):
-        RowError: dns (a `Settled` one where the name does not exist) or blocked_address.
-    """
-
-    def __init__(self, allow: tuple[Allowed, ...], timeout: float, lookup: Lookup | None = None) -> None:
-        self._allow, self._timeout = allow, timeout
-        self._places = asyncio.Semaphore(_DNS_THREADS)
-        self._threads = ThreadPoolExecutor(_DNS_THREADS, "dns")
-        self._lookup = lookup or self._ask_the_system
-        self._shared = Shared(self._addresses, self._keep, _DNS_SIZE)
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
-    ) -> list[ResolveResult]:
-        addresses = (await self._shared.get(host)).addresses
-        for address in addresses:
-            try:
-                check_address(address, port, self._allow)
-            except RowError as e:
-                raise RowError(e.reason, f"{host}: {e.detail}") from e
-        return [
-            ResolveResult(
-                hostname=host,
-                host=address,
-                port=port,
-                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
-                proto=0,
-                flags=socket.AI_NUMERICHOST,
-            )
-            for address in addresses
-        ]
-
-    async def ahead(self, host: str) -> float:
-        """Have a name's addresses at hand. Returns the seconds of a look-up that this call waited for, 0 for most."""
-        if ":" in host or _ENDS_IN_A_NUMBER.search(host):
-            return 0.0
-        began = time.monotonic()
-        names = await self._shared.get(host)
-        return min(time.monotonic() - began, names.seconds)
-
-    async def close(self) -> None:
-        """Stop what is under way."""
-        await self._shared.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-    async def _addresses(self, host: str) -> _Addresses:
-        try:
-            async with self._places:
-                began = time.monotonic()
-                async with asyncio.timeout(self._timeout):
-                    addresses = await self._lookup(host)
-        except TimeoutError:
-            raise RowError(Reason.DNS, f"{host}: no answer within {self._timeout:g} s") from None
-        except socket.gaierror as e:
-            kind = Settled if e.errno in _NO_SUCH_NAME else RowError
-            raise kind(Reason.DNS, f"{host}: {e.strerror or e}") from e
-        except UnicodeError as e:  # the system's own IDNA encoder, on a label that it finds odd
-            raise Settled(Reason.DNS, f"{host}: {e}") from e
-        if not addresses:
-            raise Settled(Reason.DNS, f"{host}: no address")
-        return _Addresses(tuple(addresses), time.monotonic() - began)
-
-    async def _ask_the_system(self, host: str) -> list[str]:
-        answers = await asyncio.get_running_loop().run_in_executor(
-            self._threads,
-            lambda: socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG),
-        )
-        return [str(address[0]) for *_, address in answers]
-
-    @staticmethod
-    def _keep(outcome: _Addresses | RowError) -> float:
-        if isinstance(outcome, Settled):
-            return _DNS_KEPT_NO_NAME
-        return _DNS_KEPT_FAILURE if isinstance(outcome, RowError) else _DNS_KEPT

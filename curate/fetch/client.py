@@ -5,8 +5,8 @@
     await fetcher.close()
 
 What holds for every request, also those for robots.txt and for each hop of a redirect: the address was checked and the
-connection goes to the checked address (`curate.fetch.addresses`), one registered domain gets so many requests at a time
-and a second (`curate.fetch.domains`), and there are `concurrency` in all; no cookies, no proxy from the environment, no
+connection goes to the checked address (`addresses`, `dns`), one registered domain gets so many requests at a time and a
+second (`budget`, `domains`), and there are `concurrency` in all; no cookies, no proxy from the environment, no
 credentials. No answer can take longer than `timeout` or hold more than `max_bytes`, counted after decompression; all
 bodies in memory share `MEMORY` bytes.
 """
@@ -20,26 +20,23 @@ import functools
 import random
 import resource
 import ssl
-import time
-import zlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import TypeVar
 
 import aiohttp
 from aiohttp.http_exceptions import HttpProcessingError
-from multidict import CIMultiDictProxy
 from yarl import URL
 
 from aesthetic.errors import UserError
-from curate.fetch import addresses, domains, optouts
+from curate.fetch import addresses, budget, domains, optouts
+from curate.fetch.body import REDIRECTS, BodyLimits, read_body
+from curate.fetch.config import FetchConfig
 from curate.fetch.deny import Deny
-from curate.fetch.memory import Hold, Memory
-from curate.ledger.schema import Reason, RowError
-
-ENGINES = ("native", "img2dataset")
+from curate.fetch.dns import GuardedResolver, Lookup
+from curate.fetch.memory import Memory, Reservation
+from curate.ledger.schema import FinalError, Reason, RowError
 
 MEMORY = 128_000_000
 """Bytes of bodies, arriving or waiting for a decoder, that a fetcher holds; one may go `max_bytes` beyond."""
@@ -47,67 +44,17 @@ MEMORY = 128_000_000
 SECOND_PASS = 5.0
 """Seconds, or up to half as many more, before the last attempt: what is down for a moment is up again by then."""
 
-_FOLLOWED = {301, 302, 303, 307, 308}
 _BACKOFF = 0.5  # seconds before an attempt that is not the last, on average; doubles with each one
 _OF_THE_DOMAIN = {Reason.CONNECT, Reason.TLS, Reason.TIMEOUT, Reason.HTTP_429}  # and 503; others are one URL's affair
 _UNREACHABLE = {Reason.BLOCKED_ADDRESS, Reason.DNS, Reason.CONNECT, Reason.TLS, Reason.TIMEOUT}
-_PATIENCE = 30.0  # seconds of Retry-After that are waited for; beyond, the row is left to `tastemaker retry`
+_LONGEST_WAIT = 30.0  # seconds of Retry-After that are waited for; beyond, the row is left to `tastemaker retry`
 _PAUSE = 1.0  # seconds that a domain is left alone after a 429 that names no time
 _LONGEST_BAN = 3600.0  # seconds for which a Retry-After keeps us away from a domain
 _FIELD = 16_384  # bytes of one header field
-_STEP = 65_536  # bytes that a body is first given; doubled as it grows
-_PIECE = 262_144  # bytes that are decompressed at a time
-_AHEAD = 24  # bodies that may wait for decoders before fewer requests are made at a time, and the fewest requests
+_BODIES_AHEAD = 24  # that may wait for decoders before fewer requests are made at a time, and the fewest requests
 _LATE = 0.5  # seconds after which a request under way leaves its place to another
 _FILES = 512  # open ones that are no requests under way: others, and to spare
 _KEPT_PER_SECOND = 4000  # connections: twice the answers that come, as aiohttp keeps some for twice the time
-_SLOW, _SLOW_AFTER = 1000.0, 5.0  # bytes per second that a body must bring, on the average of more than so many seconds
-
-
-@dataclass(frozen=True, kw_only=True)
-class FetchConfig:
-    """How URLs are fetched.
-
-    Raises:
-        UserError: a value out of its range or an unknown word, naming the key.
-    """
-
-    engine: str = "native"  # or img2dataset: its downloader in place of ours (no address guard, no robots.txt)
-    timeout: float = 20.0  # seconds for one attempt: names, TLS, redirects and body; waiting for a turn not counted
-    concurrency: int = 256  # requests in flight per worker
-    per_domain: int = 6  # requests in flight per registered domain (example.co.uk), of all workers together
-    rate: float = 50.0  # requests started per second and registered domain, of all workers together; 0: any number
-    max_bytes: int = 32_000_000  # of one body, after decompression
-    max_redirects: int = 5
-    retries: int = 2  # attempts after the first, for reasons that may pass
-    user_agent: str = "tastemaker/0.1.0 (dataset curation; robots.txt token: tastemaker)"
-    respect: tuple[str, ...] = ("x-robots-tag", "robots-txt", "tdm-reservation")  # opt-out signals that are honoured
-    verify: str | None = None  # a column of the list: md5, sha256 or sha512 of the original bytes, in hex
-    deny: tuple[str, ...] = ()  # files of URLs, domains and hashes that are never fetched, decoded or stored
-    allow: tuple[str, ...] = ()  # private "network:port" pairs that may be contacted, such as 127.0.0.0/8:8123
-
-    def __post_init__(self) -> None:
-        for key in ("respect", "allow", "deny"):
-            value = getattr(self, key)
-            if isinstance(value, str):
-                raise UserError(f"fetch.{key}: {value!r} must be a list")
-            object.__setattr__(self, key, tuple(value))
-        if self.engine not in ENGINES:
-            raise UserError(f"fetch.engine: {self.engine!r} is not one of {', '.join(ENGINES)}")
-        for least, keys in (1, ("concurrency", "per_domain", "max_bytes")), (0, ("rate", "max_redirects", "retries")):
-            for key in keys:
-                if not getattr(self, key) >= least:
-                    raise UserError(f"fetch.{key}: {getattr(self, key)} must be at least {least}")
-        if not self.timeout > 0:
-            raise UserError(f"fetch.timeout: {self.timeout} must be more than 0 seconds")
-        if not self.user_agent.isascii() or not self.user_agent.isprintable() or not self.user_agent.strip():
-            raise UserError(f"fetch.user_agent: {self.user_agent!r} must be printable ASCII and not empty")
-        for signal in self.respect:
-            if signal not in optouts.SIGNALS:
-                raise UserError(f"fetch.respect: {signal!r} is not one of {', '.join(optouts.SIGNALS)}")
-        if self.engine == "img2dataset" and (self.verify or self.deny):
-            raise UserError("fetch.verify and fetch.deny need fetch.engine=native: img2dataset knows neither")
-        addresses.parse_allow(self.allow)
 
 
 @dataclass(frozen=True)
@@ -120,46 +67,14 @@ class Body:
     opt_out: str | None = None  # opt-out headers that were seen on the way and are not in `respect`
 
 
-# --------------------------------------------------------------------------------------------------------- fetching
-
-
 @dataclass(frozen=True)
-class _Answer:
+class _HttpAnswer:
     url: URL
     status: int
-    headers: CIMultiDictProxy[str]
+    location: str | None
     data: bytes
-    seen: dict[str, str]  # opt-out headers, of this hop and those before
-    hold: Hold  # the memory of `data`; to be released
+    memory: Reservation  # of `data`; to be released
     seconds: float  # it took
-
-
-@dataclass(frozen=True)
-class _Errand:
-    """What differs between fetching an image and fetching robots.txt."""
-
-    max_bytes: int
-    cut: bool  # a longer body is cut there, not refused
-    signals: frozenset[str]  # opt-outs that are looked at
-
-
-T = TypeVar("T")
-
-
-class Loan:
-    """A body in use, for `async with`. While much is held, nothing new is asked for, so a web that is faster than the
-    decoders does not fill the memory."""
-
-    def __init__(self, fetcher: Fetcher, url: str) -> None:
-        self._fetcher, self._url = fetcher, url
-        self._answer: _Answer
-
-    async def __aenter__(self) -> Body:
-        self._answer = answer = await self._fetcher.borrow(self._url)
-        return Body(answer.data, str(answer.url), answer.status, _words(answer.seen))
-
-    async def __aexit__(self, *_: object) -> None:
-        self._fetcher.give_back(self._answer)
 
 
 class Fetcher:
@@ -169,7 +84,7 @@ class Fetcher:
     Args:
         config: the limits.
         lookup: resolves host names in place of the system; what it answers is checked all the same.
-        exchange: the budget of requests per domain, where it is shared with others; by default this fetcher's own.
+        lease: asks the budget of requests per domain, where it is shared with others; by default this fetcher's own.
         deny: URLs and domains that are not asked for, also where a redirect leads there.
 
     Raises:
@@ -180,30 +95,24 @@ class Fetcher:
         self,
         config: FetchConfig,
         *,
-        lookup: addresses.Lookup | None = None,
-        exchange: domains.Exchange | None = None,
+        lookup: Lookup | None = None,
+        lease: budget.LeaseSlots | None = None,
         deny: Deny | None = None,
     ) -> None:
         self._config = config
         self._allow = addresses.parse_allow(config.allow)
-        self._turns = domains.Turns(
-            config.concurrency,
-            config.per_domain,
-            config.rate,
-            exchange or domains.local(domains.Budget(config.per_domain)),
-        )
+        lease = lease or budget.local(budget.Budget(config.per_domain))
+        self._permits = domains.Permits(config.concurrency, config.per_domain, config.rate, lease)
         self._memory = Memory(max(MEMORY, config.max_bytes))
-        self._resolver = addresses.GuardedResolver(self._allow, config.timeout, lookup)
+        self._resolver = GuardedResolver(self._allow, config.timeout, lookup)
         self._robots = optouts.Robots(self._read_robots)
         self._tdmrep = optouts.TdmRep(self._read_tdmrep)
         self._deny = deny or Deny.load(())
-        self._image = _Errand(config.max_bytes, False, frozenset(config.respect))
-        self._rules = _Errand(optouts.ROBOTS_MAX_BYTES, True, frozenset())
-        self._keep_for = _keep_for(config.concurrency)
+        self._image_limits = BodyLimits(config.max_bytes, truncate=False, respect=frozenset(config.respect))
+        self._rules_limits = BodyLimits(optouts.ROBOTS_MAX_BYTES, truncate=True, respect=frozenset())
+        self._keepalive = _seconds_kept_open(config.concurrency)
         self._opened: aiohttp.ClientSession | None = None
         self._bodies = 0  # that wait for a decoder or are with one
-        self._width = config.concurrency  # requests at a time, as long as bodies are used as fast as they come
-        self._late = 0  # requests under way beside these
 
     async def get(self, url: str) -> Body:
         """Fetch one URL.
@@ -214,57 +123,154 @@ class Fetcher:
         async with self.body(url) as body:
             return body
 
-    def body(self, url: str) -> Loan:
-        """As `get`, for `async with`: the body counts as held until the block ends."""
-        return Loan(self, url)
+    @contextlib.asynccontextmanager
+    async def body(self, url: str) -> AsyncIterator[Body]:
+        """As `get`, for `async with`: the body counts as held until the block ends.
 
-    async def borrow(self, url: str) -> _Answer:
-        """See Loan."""
+        While much is held, nothing new is asked for, so a web that is faster than the decoders does not fill the
+        memory. And with fewer requests at a time, more of them find an open connection, and bodies are still in the
+        processor's cache when they are decoded.
+        """
+        opt_outs: dict[str, str] = {}
         try:
             parsed = addresses.parse_url(url, self._allow)
-            answer = await self._persist(lambda: self._follow(parsed, self._image))
+            answer = await self._get_with_retries(parsed, self._image_limits, opt_outs)
         except BaseException:
             self._pace()
             raise
         self._bodies += 1
-        return answer
-
-    def give_back(self, answer: _Answer) -> None:
-        """See Loan."""
-        self._bodies -= 1
-        answer.hold.release()
-        self._pace()
+        try:
+            yield Body(answer.data, str(answer.url), answer.status, _as_text(opt_outs))
+        finally:
+            self._bodies -= 1
+            answer.memory.release()
+            self._pace()
 
     def _pace(self) -> None:
-        """Ask no faster than bodies are used: with fewer requests at a time, more of them find an open connection, and
-        bodies are still in the processor's cache when they are decoded."""
-        if self._bodies > _AHEAD:
-            by = -1 if self._width > _AHEAD else 0
-        else:
-            by = min(2, self._config.concurrency - self._width - self._late) if self._bodies < _AHEAD // 4 else 0
-        if by:
-            self._width += by
-            self._turns.widen(by)
+        """Ask no faster than bodies are used."""
+        if self._bodies > _BODIES_AHEAD:
+            self._permits.narrow(_BODIES_AHEAD)
+        elif self._bodies < _BODIES_AHEAD // 4:
+            self._permits.widen(2)
 
-    def _step_aside(self, turn: domains.Turn) -> None:
-        """Leave the place of a request that takes long to another: few places are soon full of such."""
-        if self._width + self._late < self._config.concurrency:
-            self._late += 1
-            self._turns.widen(1)
-            turn.aside = True
-
-    async def settle(self) -> None:
-        """Give back what the budget lent and no row needs now."""
-        await self._turns.give_back()
+    async def return_slots(self) -> None:
+        """Give back what the budget leased and no row needs now."""
+        await self._permits.return_slots()
 
     async def close(self) -> None:
         """Drop all connections. Rows still under way end with an error; wait for them first."""
         await self._robots.close()
         await self._tdmrep.close()
-        await self._turns.close()
+        await self._permits.close()
         if self._opened is not None:
             await self._opened.close()
         await self._resolver.close()
+
+    # ------------------------------------------------------------------------------------------------- one URL
+
+    async def _get_with_retries(self, url: URL, limits: BodyLimits, opt_outs: dict[str, str]) -> _HttpAnswer:
+        """Try, and try again for transient reasons: soon after, and the last time in a second pass."""
+        retries = self._config.retries
+        for n in range(retries):
+            try:
+                return await self._get_once(url, limits, opt_outs)
+            except RowError as e:
+                if isinstance(e, FinalError) or not e.reason.transient:
+                    raise
+            if n < retries - 1:
+                await asyncio.sleep(_BACKOFF * 2**n * random.uniform(0.5, 1.5))
+            else:
+                await asyncio.sleep(SECOND_PASS * random.uniform(1.0, 1.5))
+        return await self._get_once(url, limits, opt_outs)
+
+    async def _get_once(self, url: URL, limits: BodyLimits, opt_outs: dict[str, str]) -> _HttpAnswer:
+        """One attempt: the URL and its redirects, each hop checked like the first.
+
+        Names are looked up before a row waits for its permit, so that no place is spent on waiting for a name server.
+        """
+        seconds = self._config.timeout
+        opt_outs.clear()
+        answer: _HttpAnswer | None = None
+        try:
+            for _ in range(self._config.max_redirects + 1):
+                self._deny.url(url)
+                if "robots-txt" in limits.respect:
+                    await self._robots.check(url)
+                if "tdmrep-json" in limits.respect:
+                    await self._tdmrep.check(url)
+                host = url.raw_host or ""
+                seconds -= await self._resolver.look_up(host)
+                async with domains.Permit(self._permits, budget.registered_domain(host)) as permit:
+                    await self._memory.wait_until_half_free()
+                    answer = await self._request(url, seconds, limits, opt_outs, permit)
+                seconds -= answer.seconds
+                if answer.status not in REDIRECTS:
+                    return answer
+                answer.memory.release()
+                if not answer.location:
+                    raise RowError(Reason.PROTOCOL, f"{answer.status} without a Location")
+                url = addresses.parse_url(answer.location, self._allow, base=url)
+            raise RowError(Reason.TOO_MANY_REDIRECTS, f"more than {self._config.max_redirects}")
+        except RowError as e:
+            e.opt_out = _as_text(opt_outs)
+            if answer is not None and e.http_status is None:  # what led there
+                e.final_url, e.http_status = str(answer.url), answer.status
+                e.detail = f"redirect: {e.detail}"
+            raise
+
+    async def _request(
+        self, url: URL, seconds: float, limits: BodyLimits, opt_outs: dict[str, str], permit: domains.Permit
+    ) -> _HttpAnswer:
+        """One request and its answer, and what it says about the domain."""
+        status, retry_after = None, None
+        memory = self._memory.reserve()
+        loop = asyncio.get_running_loop()
+        late = loop.call_later(_LATE, permit.step_aside)
+        try:
+            try:
+                async with asyncio.timeout(seconds) as clock, self._session.get(url, allow_redirects=False) as response:
+                    status = response.status
+                    retry_after = _retry_after(response.headers.get("Retry-After"))
+                    opt_outs |= optouts.read_headers(response.headers)
+                    data = await read_body(response, limits, opt_outs, memory, clock)
+                    permit.answered()
+                    took = seconds - ((clock.when() or 0.0) - loop.time())
+                    return _HttpAnswer(url, status, response.headers.get("Location"), data, memory, took)
+            except (aiohttp.ClientError, HttpProcessingError, OSError) as e:  # TimeoutError is an OSError
+                raise _as_row_error(e) from e
+        except RowError as e:
+            memory.release()
+            if status is not None:
+                e.final_url, e.http_status = str(url), status
+            if e.reason in _OF_THE_DOMAIN or status == 503:
+                permit.failed(e)
+            elif status is not None:
+                permit.answered()
+            self._keep_away(e, retry_after, permit)
+            raise
+        except BaseException:
+            memory.release()
+            raise
+        finally:
+            late.cancel()
+
+    def _keep_away(self, error: RowError, retry_after: float | None, permit: domains.Permit) -> None:
+        """What a 429 or 5xx asks for. Raises FinalError where that is to wait for too long."""
+        if error.reason is Reason.HTTP_429 and retry_after is None:
+            retry_after = _PAUSE
+        if retry_after is None or error.reason not in (Reason.HTTP_429, Reason.HTTP_5XX):
+            return
+        if retry_after <= _LONGEST_WAIT:
+            permit.back_off(retry_after)
+            return
+        final = FinalError(
+            error.reason,
+            f"{error.detail}; asked to wait {retry_after:.0f} s",
+            final_url=error.final_url,
+            http_status=error.http_status,
+        )
+        permit.fail_fast(final, min(retry_after, _LONGEST_BAN))
+        raise final from error
 
     @property
     def _session(self) -> aiohttp.ClientSession:
@@ -275,8 +281,8 @@ class Fetcher:
                     resolver=self._resolver,
                     use_dns_cache=False,  # the resolver has one that checks
                     socket_factory=addresses.guarded_socket(self._allow),
-                    limit=0,  # turns and places are counted here
-                    keepalive_timeout=self._keep_for,
+                    limit=0,  # permits bound them
+                    keepalive_timeout=self._keepalive,
                 ),
                 headers={
                     "User-Agent": self._config.user_agent,
@@ -284,125 +290,14 @@ class Fetcher:
                     "Accept-Encoding": "identity",
                 },
                 cookie_jar=aiohttp.DummyCookieJar(),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),  # _exchange has the only clock
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),  # _request has the only clock
                 auto_decompress=False,
                 trust_env=False,
                 max_field_size=_FIELD,
             )
         return self._opened
 
-    async def _persist(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Try, and try again for reasons that may pass: soon after, and the last time in a second pass."""
-        retries = self._config.retries
-        for n in range(retries + 1):
-            try:
-                return await attempt()
-            except addresses.Settled:
-                raise
-            except RowError as e:
-                if not e.reason.passing or n == retries:
-                    raise
-            if n < retries - 1:
-                await asyncio.sleep(_BACKOFF * 2**n * random.uniform(0.5, 1.5))
-            else:
-                await asyncio.sleep(SECOND_PASS * random.uniform(1.0, 1.5))
-        raise AssertionError("unreachable: the last attempt returns or raises")
-
-    async def _follow(self, url: URL, errand: _Errand) -> _Answer:
-        """One attempt: the URL and its redirects, each hop checked like the first.
-
-        Names are looked up before a row waits for its turn, so that no place is spent on waiting for a name server.
-        """
-        left = self._config.timeout
-        seen: dict[str, str] = {}
-        answer: _Answer | None = None
-        try:
-            for _ in range(self._config.max_redirects + 1):
-                self._deny.url(url)
-                if "robots-txt" in errand.signals:
-                    await self._robots.check(url)
-                if "tdmrep-json" in errand.signals:
-                    await self._tdmrep.check(url)
-                left -= await self._resolver.ahead(url.raw_host or "")
-                async with self._turns.turn(domains.registered_domain(url.raw_host or "")) as turn:
-                    await self._memory.room()
-                    answer = await self._exchange(url, left, errand, seen, turn)
-                left -= answer.seconds
-                if answer.status not in _FOLLOWED:
-                    return answer
-                answer.hold.release()
-                location = answer.headers.get("Location")
-                if not location:
-                    raise RowError(Reason.PROTOCOL, f"{answer.status} without a Location")
-                url = addresses.parse_url(location, self._allow, base=url)
-            raise RowError(Reason.TOO_MANY_REDIRECTS, f"more than {self._config.max_redirects}")
-        except RowError as e:
-            e.opt_out = _words(seen)
-            if answer is not None and e.http_status is None:  # what led there
-                e.final_url, e.http_status = str(answer.url), answer.status
-                e.detail = f"redirect: {e.detail}"
-            raise
-
-    async def _exchange(
-        self, url: URL, seconds: float, errand: _Errand, seen: dict[str, str], turn: domains.Turn
-    ) -> _Answer:
-        """One request and its answer, and what it says about the domain."""
-        status, retry_after = None, None
-        hold = self._memory.hold()
-        late = asyncio.get_running_loop().call_later(_LATE, self._step_aside, turn)
-        try:
-            try:
-                async with asyncio.timeout(seconds) as limit, self._session.get(url, allow_redirects=False) as response:
-                    status = response.status
-                    retry_after = _retry_after(response.headers.get("Retry-After"))
-                    seen |= optouts.read_headers(response.headers)
-                    room = _Room(hold, errand.max_bytes + 1, limit, seconds)
-                    data = await _read(response, errand, seen, room)
-                    turn.answered()
-                    return _Answer(url, status, response.headers, data, seen, hold, seconds - _left(limit))
-            except (aiohttp.ClientError, HttpProcessingError, OSError) as e:  # TimeoutError is an OSError
-                raise _as_row_error(e) from e
-        except RowError as e:
-            hold.release()
-            if status is not None:
-                e.final_url, e.http_status = str(url), status
-            if e.reason in _OF_THE_DOMAIN or status == 503:
-                turn.failed(e)
-            elif status is not None:
-                turn.answered()
-            self._keep_away(e, retry_after, turn)
-            raise
-        except BaseException:
-            hold.release()
-            raise
-        finally:
-            late.cancel()
-            if turn.aside:
-                self._late -= 1
-                self._turns.widen(-1)
-
-    def _keep_away(self, error: RowError, retry_after: float | None, turn: domains.Turn) -> None:
-        """What a 429 or 5xx asks for. Raises Settled where that is to wait for too long."""
-        if error.reason is Reason.HTTP_429 and retry_after is None:
-            retry_after = _PAUSE
-        if retry_after is None or error.reason not in (Reason.HTTP_429, Reason.HTTP_5XX):
-            return
-        if retry_after <= _PATIENCE:
-            turn.rest(retry_after)
-            return
-        settled = addresses.Settled(
-            error.reason,
-            f"{error.detail}; asked to wait {retry_after:.0f} s",
-            final_url=error.final_url,
-            http_status=error.http_status,
-        )
-        turn.give_up(settled, min(retry_after, _LONGEST_BAN))
-        raise settled from error
-
-    async def _read_rules(self, url: URL) -> bytes:
-        answer = await self._persist(lambda: self._follow(url, self._rules))
-        answer.hold.release()
-        return answer.data
+    # ----------------------------------------------------------------------------------------- files of an origin
 
     async def _read_tdmrep(self, url: URL) -> bytes | None:
         """The bytes of a tdmrep.json, None where there is none."""
@@ -425,7 +320,16 @@ class Fetcher:
             detail = f"{url}: {e.detail}"
             if e.reason is Reason.HTTP_5XX:
                 detail += ", which means: keep out"  # section 2.3.1.4; but only for now
-            raise addresses.Settled(e.reason, detail) from e
+            raise FinalError(e.reason, detail) from e
+
+    async def _read_rules(self, url: URL) -> bytes:
+        answer = await self._get_with_retries(url, self._rules_limits, {})
+        answer.memory.release()
+        return answer.data
+
+
+def _as_text(opt_outs: dict[str, str]) -> str | None:
+    return "; ".join(f"{signal}: {directive}" for signal, directive in opt_outs.items()) or None
 
 
 @functools.cache
@@ -434,122 +338,6 @@ def _tls() -> ssl.SSLContext:
     context = ssl.create_default_context()
     context.hostname_checks_common_name = False  # nobody else takes it for a name any more (RFC 9525)
     return context
-
-
-class _Room:
-    """Memory and time for the body of an answer. While it waits for memory, its time stands still."""
-
-    def __init__(self, hold: Hold, most: int, limit: asyncio.Timeout, seconds: float) -> None:
-        self._hold, self._most, self._limit, self._seconds = hold, most, limit, seconds
-
-    def elapsed(self) -> float:
-        return self._seconds - _left(self._limit)
-
-    async def grow(self, size: int) -> None:
-        """Have room for so many bytes, if there is to be more than there is."""
-        if size <= self._hold.size:
-            return
-        size = min(max(size, 2 * self._hold.size, _STEP), self._most)
-        if self._hold.grow_now(size):
-            return
-        left = _left(self._limit)
-        self._limit.reschedule(None)
-        await self._hold.grow(size)
-        self._limit.reschedule(time.monotonic() + left)
-
-
-def _left(limit: asyncio.Timeout) -> float:
-    return (limit.when() or 0.0) - time.monotonic()
-
-
-async def _read(response: aiohttp.ClientResponse, errand: _Errand, seen: Mapping[str, str], room: _Room) -> bytes:
-    """The body of an answer that has one to give, b"" for a redirect; RowError for all other answers."""
-    status = response.status
-    if status not in _FOLLOWED and status not in (200, 203):
-        raise RowError(_REASONS.get(status) or _REASONS.get(status // 100) or Reason.PROTOCOL, f"status {status}")
-    for signal, says in seen.items():
-        if signal in errand.signals:
-            raise RowError(Reason.OPTED_OUT, f"{signal}: {says}")
-    if status in _FOLLOWED:
-        return b""
-    limit, declared = errand.max_bytes, response.content_length
-    if declared is not None and declared > limit and not errand.cut:
-        raise RowError(Reason.TOO_LARGE, f"{declared} bytes declared, more than {limit}")
-    encoding = _coding(response.headers)
-    inflate = _Inflate(encoding) if encoding else None
-    pieces: list[bytes] = []
-    received = size = 0
-    began = room.elapsed()  # an answer may be long in coming; then it must come
-    async for chunk in response.content.iter_any():
-        received += len(chunk)
-        while chunk:
-            if inflate is None:
-                piece, chunk = chunk, b""
-            else:  # in a thread, and little by little: a few bytes can be a great many
-                await room.grow(min(size + _PIECE, limit))
-                piece, chunk = await asyncio.to_thread(inflate, chunk)
-            size += len(piece)
-            if size > limit:
-                if errand.cut:
-                    return b"".join([*pieces, piece])[:limit]
-                raise RowError(Reason.TOO_LARGE, f"more than {limit} bytes")
-            await room.grow(size)  # as it comes: a length that is only promised takes nothing from others
-            pieces.append(piece)
-        if received > limit and not errand.cut:
-            raise RowError(Reason.TOO_LARGE, f"more than {limit} bytes")
-        if (elapsed := room.elapsed() - began) > _SLOW_AFTER and received < _SLOW * elapsed:
-            raise RowError(Reason.TIMEOUT, f"{received} bytes in {elapsed:.0f} s")
-    if inflate is not None and not inflate.complete:
-        raise RowError(Reason.PROTOCOL, f"{encoding} body cut short")
-    return b"".join(pieces)
-
-
-def _words(seen: Mapping[str, str]) -> str | None:
-    return "; ".join(f"{signal}: {says}" for signal, says in seen.items()) or None
-
-
-_REASONS = {404: Reason.HTTP_404, 429: Reason.HTTP_429, 4: Reason.HTTP_4XX, 5: Reason.HTTP_5XX}
-
-
-_CODINGS = {  # IANA's HTTP Content Coding Registry, but for identity
-    *("aes128gcm", "br", "compress", "x-compress", "dcb", "dcz", "deflate", "exi", "gzip", "x-gzip", "pack200-gzip"),
-    "zstd",
-}
-
-
-def _coding(headers: CIMultiDictProxy[str]) -> str:
-    """How the body is encoded: gzip, x-gzip or deflate; "" where it is not, be it that the header names no coding.
-
-    `none`, `UTF-8` and `binary` stand there on the web: browsers take such a body as it is.
-    """
-    named = [c.strip().lower() for c in ",".join(headers.getall("Content-Encoding", ())).split(",")]
-    codings = [c for c in named if c in _CODINGS]
-    if not codings:
-        return ""
-    if codings not in (["gzip"], ["x-gzip"], ["deflate"]):
-        raise addresses.Settled(Reason.PROTOCOL, f"Content-Encoding {', '.join(codings)[:40]!r} was not asked for")
-    return codings[0]
-
-
-class _Inflate:
-    """Decompresses a body that came compressed although we asked for none, never much at a time."""
-
-    def __init__(self, encoding: str) -> None:
-        self._stream = zlib.decompressobj(31) if encoding != "deflate" else None
-
-    def __call__(self, chunk: bytes) -> tuple[bytes, bytes]:
-        """(some bytes, what is left of the chunk)."""
-        if self._stream is None:  # "deflate" is zlib's format by the book and bare deflate by custom
-            self._stream = zlib.decompressobj(15 if chunk[0] & 0x0F == 8 else -15)
-        try:
-            piece = self._stream.decompress(chunk, _PIECE)
-        except zlib.error as e:
-            raise RowError(Reason.PROTOCOL, f"broken compression: {e}") from e
-        return piece, self._stream.unconsumed_tail
-
-    @property
-    def complete(self) -> bool:
-        return self._stream is not None and self._stream.eof
 
 
 def _retry_after(value: str | None) -> float | None:
@@ -567,8 +355,8 @@ def _retry_after(value: str | None) -> float | None:
     return max(0.0, (when - datetime.now(UTC)).total_seconds())
 
 
-def _keep_for(concurrency: int) -> float:
-    """Seconds for which unused connections are kept: `domains.WARM`, or less where so many files can't be open at once.
+def _seconds_kept_open(concurrency: int) -> float:
+    """For how long unused connections are kept: `domains.WARM`, or less where so many files can't be open at once.
 
     A list of many domains soon fills the 1,024 that most systems begin with. Most allow more to who asks for it.
     """

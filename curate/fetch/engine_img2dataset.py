@@ -25,11 +25,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError
-from curate.fetch.client import FetchConfig
-from curate.images.pixels import ImagesConfig, decode, perceptual_hash
+from curate.fetch.config import FetchConfig
+from curate.images.decode import decode
+from curate.images.process import ImagesConfig
+from curate.images.resize import perceptual_hash
 from curate.ledger.schema import FETCHED_COLUMNS, Reason, Status
 from curate.shards.tar import image_member, index_tar, read_range
-from curate.sources.folders import reason_of
+from curate.sources.img2dataset import reason_of
 
 _DIRECTIVES = ["noai", "noimageai", "noindex", "noimageindex", "none"]
 _QUALITY = {"jpg": 95, "webp": 95, "png": 6}  # ours where none is given; img2dataset's own 95 is no level for png

@@ -27,15 +27,16 @@ import pyarrow.parquet as pq
 from aesthetic.errors import UserError
 from aesthetic.files import as_disk_full, atomic, scratch_path
 from curate.fetch import engine_img2dataset
-from curate.fetch.client import FetchConfig, Fetcher
+from curate.fetch.client import Fetcher
+from curate.fetch.config import FetchConfig
 from curate.fetch.deny import Deny
 from curate.fetch.hashes import verify_hash
 from curate.images.isolated import IsolatedDecoder
-from curate.images.pixels import ImagesConfig, Picture, process
+from curate.images.process import ImagesConfig, ProcessedImage, process
 from curate.layout import Data
 from curate.ledger.schema import FETCHED_COLUMNS, Reason, RowError, Status, fetched_schema, make_key, stored_name
 from curate.shards.tar import TarWriter, image_member, index_tar, read_range
-from curate.sources.lists import listed
+from curate.sources.columns import listed
 from curate.sources.plan import Row, SourceShard
 from curate.store.disk import check_space
 from curate.store.files import read_json
@@ -47,12 +48,12 @@ TRUSTED_STARTS = 2
 Report = Callable[[str, str, str], None]
 """report(stage, outcome, host) is called for every row as it ends."""
 
-Decode = Callable[[bytes], Awaitable[Picture]]
+Decode = Callable[[bytes], Awaitable[ProcessedImage]]
 """The picture in the bytes of an image file, or RowError."""
 
 
 @dataclass(frozen=True)
-class Means:
+class IngestContext:
     """What a worker fetches with, the same for all its shards."""
 
     fetch: FetchConfig
@@ -65,8 +66,8 @@ class Means:
 
 
 @dataclass
-class Ended:
-    """The rows of a shard that have ended: their facts, and where the images among them lie in the scratch file."""
+class ShardResults:
+    """What became of the rows of a shard: their facts, and where the images among them lie in the scratch file."""
 
     scratch: BinaryIO
     facts: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -74,7 +75,7 @@ class Ended:
     length: int = 0  # bytes of the scratch file
 
     def add(self, number: int, facts: dict[str, Any], image: bytes | None, extension: str = "") -> None:
-        """Note that a row ended."""
+        """Note what became of a row."""
         if image is not None:
             self.scratch.write(image)
             self.places[number] = extension, (self.length, len(image))
@@ -82,7 +83,9 @@ class Ended:
         self.facts[number] = facts
 
 
-async def ingest_shard(data: Data, shard: int, means: Means, config: str, retry: bool = False) -> dict[str, Any]:
+async def ingest_shard(
+    data: Data, shard: int, context: IngestContext, config: str, retry: bool = False
+) -> dict[str, Any]:
     """Fetch, decode and commit one shard; returns its record, which carries the hash `config`.
 
     With `retry`, rows that succeeded or failed for good keep what they have, and only the others are fetched; the
@@ -90,35 +93,35 @@ async def ingest_shard(data: Data, shard: int, means: Means, config: str, retry:
     Raises DiskFull where the disk has no room, and whatever is our own error; a row's error ends only the row.
     """
     check_space(data.root)
-    check_verify(means.fetch, data.plan.extra_columns)
+    check_verify(context.fetch, data.plan.extra_columns)
     began = time.time()
     source = data.plan.read(shard)
     starts = note_start(data.starts(shard))
     isolate = starts > TRUSTED_STARTS
     with _scratch(data, shard) as scratch:
-        ended = Ended(scratch)
+        results = ShardResults(scratch)
         before = read_json(data.fetched_record(shard)) if retry else None
         if retry:
-            _keep_settled(data, shard, ended)
-        tried = [number for number in range(source.table.num_rows) if number not in ended.facts]
-        if means.fetch.engine == "img2dataset" and not source.local:
-            await asyncio.to_thread(_by_img2dataset, data, shard, source, means, ended)
+            _keep_final(data, shard, results)
+        tried = [number for number in range(source.table.num_rows) if number not in results.facts]
+        if context.fetch.engine == "img2dataset" and not source.local:
+            await asyncio.to_thread(_by_img2dataset, data, shard, source, context, results)
         else:
-            await _by_ourselves(source, means, ended, isolate)
+            await _by_ourselves(source, context, results, isolate)
         facts: dict[str, Any] = {
             "starts": starts,
             "isolated": isolate,
-            "denied_by": means.deny.digest if means.deny else None,
+            "denied_by": context.deny.digest if context.deny else None,
         }
         if before is not None:
-            came = [n for n in tried if ended.facts[n]["status"] == Status.SUCCESS]
+            came = [n for n in tried if results.facts[n]["status"] == Status.SUCCESS]
             keys = [make_key(shard, number, data.plan.shard_size) for number in came]
             facts["retries"] = _retries(before, len(tried), keys)
         if source.notes:
             facts["notes"] = list(source.notes)
-        if means.deny.hashes is not None:
-            facts["denied_hashes"] = means.deny.hashes
-        return await asyncio.to_thread(_commit, data, shard, source.table, ended, config, began, facts)
+        if context.deny.hashes is not None:
+            facts["denied_hashes"] = context.deny.hashes
+        return await asyncio.to_thread(_commit, data, shard, source.table, results, config, began, facts)
 
 
 _REMEMBERED = 10  # retries in a record; embedding needs those since it last ran
@@ -181,8 +184,8 @@ def _scratch(data: Data, shard: int) -> Iterator[BinaryIO]:
         path.unlink(missing_ok=True)
 
 
-def _keep_settled(data: Data, shard: int, ended: Ended) -> None:
-    """Take over the rows of a fetched shard that a retry keeps: all but the failures that may pass."""
+def _keep_final(data: Data, shard: int, results: ShardResults) -> None:
+    """Take over the rows of a fetched shard that a retry keeps: all but the transient failures."""
     index = index_tar(data.tar(shard))
     with open(data.tar(shard), "rb") as tar:
         for number, row in enumerate(pq.read_table(data.table(shard)).to_pylist()):
@@ -190,45 +193,45 @@ def _keep_settled(data: Data, shard: int, ended: Ended) -> None:
             if facts["status"] == Status.SUCCESS:
                 found = image_member(index[facts["key"]])
                 assert found is not None, f"{facts['key']} has no image in {data.tar(shard)}"
-                ended.add(number, facts, read_range(tar, found[1]), found[0])
-            elif not Reason(facts["reason"]).passing:
-                ended.add(number, facts, None)
+                results.add(number, facts, read_range(tar, found[1]), found[0])
+            elif not Reason(facts["reason"]).transient:
+                results.add(number, facts, None)
 
 
 # ------------------------------------------------------------------------------------------------------------- rows
 
 
-async def _by_ourselves(source: SourceShard, means: Means, ended: Ended, isolate: bool) -> None:
-    """Fetch and decode the rows that have not ended, all at once; the fetcher knows how many at a time."""
-    isolated = IsolatedDecoder(means.images) if isolate else None
+async def _by_ourselves(source: SourceShard, context: IngestContext, results: ShardResults, isolate: bool) -> None:
+    """Fetch and decode the rows that have no result yet, all at once; the fetcher knows how many at a time."""
+    isolated = IsolatedDecoder(context.images) if isolate else None
     loop = asyncio.get_running_loop()
-    hashes = source.table.column(stored_name(means.fetch.verify)).to_pylist() if means.fetch.verify else None
+    hashes = source.table.column(stored_name(context.fetch.verify)).to_pylist() if context.fetch.verify else None
 
-    def examine(body: bytes, expected: str | None) -> Picture | None:
-        """In a thread: what is denied or not what the list means is not even decoded."""
-        if means.deny or expected:
+    def examine(body: bytes, expected: str | None) -> ProcessedImage | None:
+        """In a thread: what is denied or not what the list names is not even decoded."""
+        if context.deny or expected:
             sha256 = hashlib.sha256(body).digest()
-            means.deny.body(body, sha256)
+            context.deny.body(body, sha256)
             verify_hash(body, expected, sha256)
-        return None if isolated is not None else process(body, means.images)
+        return None if isolated is not None else process(body, context.images)
 
     async def one(number: int, row: Row) -> None:
-        async def decode(body: bytes) -> Picture:
+        async def decode(body: bytes) -> ProcessedImage:
             expected = hashes[number] if hashes else None
-            picture = await loop.run_in_executor(means.threads, examine, body, expected)
+            picture = await loop.run_in_executor(context.threads, examine, body, expected)
             return picture or await isolated.decode(body)  # type: ignore[union-attr]
 
-        facts, picture = await _attempt(row, means, decode)
+        facts, picture = await _attempt(row, context, decode)
         if picture is None:
-            ended.add(number, facts, None)
+            results.add(number, facts, None)
         else:
-            ended.add(number, facts, picture.data, picture.extension)
-        means.report("fetch", facts["reason"] or Status.SUCCESS, _host(row.url))
+            results.add(number, facts, picture.data, picture.extension)
+        context.report("fetch", facts["reason"] or Status.SUCCESS, _host(row.url))
 
     try:
         async with asyncio.TaskGroup() as group:
             for number, row in enumerate(source.rows()):
-                if number not in ended.facts:
+                if number not in results.facts:
                     group.create_task(one(number, row))
     except ExceptionGroup as e:
         raise e.exceptions[0] from None  # an error of ours, or a full disk; a row's own error never comes here
@@ -237,33 +240,33 @@ async def _by_ourselves(source: SourceShard, means: Means, ended: Ended, isolate
             isolated.close()
 
 
-def _by_img2dataset(data: Data, shard: int, source: SourceShard, means: Means, ended: Ended) -> None:
+def _by_img2dataset(data: Data, shard: int, source: SourceShard, context: IngestContext, results: ShardResults) -> None:
     """Have img2dataset do it."""
     rows = source.rows()
     for number, row in enumerate(rows):
-        if row.failure is not None and number not in ended.facts:
-            ended.add(number, {name: None for name, _ in FETCHED_COLUMNS} | _failed(row.failure), None)
-            means.report("fetch", row.failure.reason, "")
-    waiting = [(number, row.url) for number, row in enumerate(rows) if number not in ended.facts]
+        if row.failure is not None and number not in results.facts:
+            results.add(number, {name: None for name, _ in FETCHED_COLUMNS} | _failed(row.failure), None)
+            context.report("fetch", row.failure.reason, "")
+    waiting = [(number, row.url) for number, row in enumerate(rows) if number not in results.facts]
     folder = scratch_path(data.tar(shard))
-    for number, facts, image, extension in engine_img2dataset.download(waiting, means.fetch, means.images, folder):
-        ended.add(number, facts, image, extension)
-        means.report("fetch", facts["reason"] or Status.SUCCESS, _host(rows[number].url))
+    for number, facts, image, extension in engine_img2dataset.download(waiting, context.fetch, context.images, folder):
+        results.add(number, facts, image, extension)
+        context.report("fetch", facts["reason"] or Status.SUCCESS, _host(rows[number].url))
 
 
-async def _attempt(row: Row, means: Means, decode: Decode) -> tuple[dict[str, Any], Picture | None]:
+async def _attempt(row: Row, context: IngestContext, decode: Decode) -> tuple[dict[str, Any], ProcessedImage | None]:
     """One row's facts and, where all went well, its picture. Never raises for what the row did."""
     facts: dict[str, Any] = {name: None for name, _ in FETCHED_COLUMNS}
     try:
         if row.failure is not None:
             raise row.failure
         if row.place is not None:
-            async with means.slots:
+            async with context.slots:
                 body = await asyncio.to_thread(row.place.read)
                 facts["bytes"] = len(body)
                 picture = await decode(body)
         else:
-            async with means.fetcher.body(row.url or "") as answer:
+            async with context.fetcher.body(row.url or "") as answer:
                 facts |= {"final_url": answer.final_url, "http_status": answer.http_status, "bytes": len(answer.data)}
                 facts["opt_out"] = answer.opt_out
                 picture = await decode(answer.data)
@@ -313,10 +316,10 @@ def _host(url: str | None) -> str:
 
 
 def _commit(
-    data: Data, shard: int, table: pa.Table, ended: Ended, config: str, began: float, extra: dict[str, Any]
+    data: Data, shard: int, table: pa.Table, results: ShardResults, config: str, began: float, extra: dict[str, Any]
 ) -> dict[str, Any]:
     """Write tar, table and record, in the order of the list."""
-    ordered = [ended.facts[number] for number in range(table.num_rows)]
+    ordered = [results.facts[number] for number in range(table.num_rows)]
     for number, facts in enumerate(ordered):
         facts["key"] = make_key(shard, number, data.plan.shard_size)
     for name, kind in FETCHED_COLUMNS:
@@ -328,9 +331,9 @@ def _commit(
         number = 0
         for batch in table.to_batches(max_chunksize=1000):
             for row in batch.to_pylist():
-                if number in ended.places:
-                    extension, place = ended.places[number]
-                    tar.add_sample(row["key"], read_range(ended.scratch, place), extension, row["caption"], row)
+                if number in results.places:
+                    extension, place = results.places[number]
+                    tar.add_sample(row["key"], read_range(results.scratch, place), extension, row["caption"], row)
                 number += 1
         tar.close()
         pq.write_table(table, g, compression="zstd")

@@ -20,8 +20,8 @@ from yarl import URL
 
 from aesthetic.errors import UserError
 from aesthetic.untrusted import parse_json
-from curate.fetch.addresses import Settled, Shared
-from curate.ledger.schema import Reason, RowError
+from curate.fetch.cache import CoalescingCache
+from curate.ledger.schema import FinalError, Reason, RowError
 
 PRODUCT_TOKEN = "tastemaker"
 """The name under which robots.txt and X-Robots-Tag can address us."""
@@ -41,7 +41,7 @@ _LONGEST = 2048  # characters of all X-Robots-Tag headers of an answer; nobody w
 
 
 def read_headers(headers: CIMultiDictProxy[str]) -> dict[str, str]:
-    """What the headers of one answer say against us: the signal's name -> the word that says it; {} if nothing does.
+    """The opt-outs in the headers of one answer: the signal's name -> the word that says it; {} if there are none.
 
     `{"x-robots-tag": "noai", "tdm-reservation": "1"}` is all that there can be, with other directives in place of
     noai. Every hop of a redirect has headers of its own.
@@ -50,13 +50,13 @@ def read_headers(headers: CIMultiDictProxy[str]) -> dict[str, str]:
     error, and an error counts as unset; so do values that contradict each other, in one header or in several, for the
     field is no list. The same value repeated, as when a server and the cache before it both add the header, is none.
     """
-    said = {}
+    found = {}
     directive = robots_tag_refusal(headers.getall("X-Robots-Tag", ()))
     if directive:
-        said["x-robots-tag"] = directive
+        found["x-robots-tag"] = directive
     if {value.strip() for line in headers.getall("tdm-reservation", ()) for value in line.split(",")} == {"1"}:
-        said["tdm-reservation"] = "1"
-    return said
+        found["tdm-reservation"] = "1"
+    return found
 
 
 def robots_tag_refusal(headers: Iterable[str]) -> str | None:
@@ -214,29 +214,36 @@ _KEPT_FAILURE = 300.0
 _ENTRY = 600  # bytes that remembering any origin takes
 
 
-def _kept(outcome: object) -> float:
+def _seconds_kept(outcome: object) -> float:
     return _KEPT_FAILURE if isinstance(outcome, RowError) else _KEPT
 
 
-def _weight(outcome: object) -> int:
+def _bytes_kept(outcome: object) -> int:
     return _ENTRY + (outcome.size if isinstance(outcome, Rules) else 0)
 
 
-class _OfOrigins:
+class _OriginRules:
     """A file of rules, read once per origin and shared by all its rows.
 
     Files are parsed one at a time, in a thread: half a megabyte takes a tenth of a second, and a list can name any
     number of hosts that send as much.
     """
 
-    def __init__(self, path: str, read: Read, parse: Callable[[bytes], Rules]) -> None:
-        self._path, self._read, self._parse = path, read, parse
-        self._shared = Shared(self._rules, _kept, MOST_RULES, _weight)
+    path: str
+
+    def __init__(self, read: Read) -> None:
+        self._read = read
+        self._cache = CoalescingCache(self._load, _seconds_kept, MOST_RULES, _bytes_kept)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rules")
+
+    @staticmethod
+    def parse(body: bytes) -> Rules:
+        """The rules in a file."""
+        raise NotImplementedError
 
     async def refuse(self, url: URL) -> bool:
         """Whether the rules refuse a URL; raises the RowError that reading them ended with."""
-        rules = await self._shared.get(f"{url.scheme}://{url.host_port_subcomponent}")
+        rules = await self._cache.get(f"{url.scheme}://{url.host_port_subcomponent}")
         if not rules:
             return False
         path = url.raw_path_qs
@@ -245,14 +252,15 @@ class _OfOrigins:
         return await asyncio.get_running_loop().run_in_executor(self._thread, rules.refuse, path)
 
     async def close(self) -> None:
-        await self._shared.close()
+        """Stop what is under way."""
+        await self._cache.close()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def _rules(self, origin: str) -> Rules:
-        body = await self._read(URL(origin).with_path(self._path))
+    async def _load(self, origin: str) -> Rules:
+        body = await self._read(URL(origin).with_path(self.path))
         if not body:
             return _NO_RULES
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._parse, body)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.parse, body)
 
 
 _NO_RULES = Rules([])
@@ -301,23 +309,20 @@ def robots_rules(body: bytes) -> Rules:
     return Rules([*(ours if named else everybodys), always])
 
 
-class Robots:
+class Robots(_OriginRules):
     """robots.txt of every origin.
 
     `read` fetches one; None means any 4xx. What it raises ends every row of that origin for a while, with its own
-    reason: 5xx is a complete disallow (RFC 9309 section 2.3.1.4), but one that may pass.
+    reason: 5xx is a complete disallow (RFC 9309 section 2.3.1.4), but a transient one.
     """
 
-    def __init__(self, read: Read) -> None:
-        self._files = _OfOrigins("/robots.txt", read, robots_rules)
+    path = "/robots.txt"
+    parse = staticmethod(robots_rules)
 
     async def check(self, url: URL) -> None:
         """Raises RowError: opted_out where the rules disallow this URL, or what `read` raised."""
-        if await self._files.refuse(url):
-            raise Settled(Reason.OPTED_OUT, f"robots.txt of {url.origin()} disallows it")
-
-    async def close(self) -> None:
-        await self._files.close()
+        if await self.refuse(url):
+            raise FinalError(Reason.OPTED_OUT, f"robots.txt of {url.origin()} disallows it")
 
 
 # ---------------------------------------------------------------------------------------------------- tdmrep.json
@@ -343,7 +348,7 @@ def tdmrep_rules(body: bytes) -> Rules:
     return Rules(rules)
 
 
-class TdmRep:
+class TdmRep(_OriginRules):
     """/.well-known/tdmrep.json of every origin.
 
     `read` fetches one. By TDMRep an origin that has none, or fails to give it, has said nothing: what `read` raises
@@ -351,17 +356,14 @@ class TdmRep:
     the file is not asked.
     """
 
-    def __init__(self, read: Read) -> None:
-        self._files = _OfOrigins("/.well-known/tdmrep.json", read, tdmrep_rules)
+    path = "/.well-known/tdmrep.json"
+    parse = staticmethod(tdmrep_rules)
 
     async def check(self, url: URL) -> None:
         """Raises RowError: opted_out where the file of the URL's origin reserves it."""
         try:
-            reserved = await self._files.refuse(url)
+            reserved = await self.refuse(url)
         except RowError:
             return
         if reserved:
-            raise Settled(Reason.OPTED_OUT, f"tdmrep.json of {url.origin()} reserves it")
-
-    async def close(self) -> None:
-        await self._files.close()
+            raise FinalError(Reason.OPTED_OUT, f"tdmrep.json of {url.origin()} reserves it")

@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from curate.images.pixels import ImagesConfig, Picture, process
+from curate.images.process import ImagesConfig, ProcessedImage, process
 from curate.ledger.schema import Reason, RowError
 
 DEADLINE = 60.0
@@ -25,8 +25,8 @@ class IsolatedDecoder:
         self._child: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
 
-    async def decode(self, data: bytes) -> Picture:
-        """As `curate.images.pixels.process`; RowError(crashed) where decoding killed the child or never ended."""
+    async def decode(self, data: bytes) -> ProcessedImage:
+        """As `curate.images.process.process`; RowError(crashed) where decoding killed the child or never ended."""
         async with self._turn:
             child = self._child or await self._start()
             assert child.stdin is not None and child.stdout is not None
@@ -44,7 +44,7 @@ class IsolatedDecoder:
                 raise RowError(Reason.CRASHED, f"decoding did not end within {DEADLINE:.0f} s") from None
         if "reason" in facts:
             raise RowError(Reason(facts["reason"]), facts["detail"], original_size=facts["original_size"])
-        return Picture(data=image, **facts)
+        return ProcessedImage(data=image, **facts)
 
     async def _start(self) -> asyncio.subprocess.Process:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}

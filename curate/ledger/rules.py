@@ -25,6 +25,7 @@ from curate.ledger.sql import (
     quote,
     references,
     short,
+    volatile_functions,
     walk,
 )
 
@@ -73,6 +74,16 @@ class Rule:
         return only if only and only.kind == "top" and self.sql == quote(only.place) else None
 
 
+_EXPRESSIONS = {
+    "COMPARISON", "CONJUNCTION", "FUNCTION", "CONSTANT", "COLUMN_REF", "OPERATOR", "CASE", "BETWEEN", "CAST",
+    "COLLATE", "LAMBDA", "TYPE",
+}  # fmt: skip
+_REFUSED = {
+    "SUBQUERY": "a query inside it",
+    "WINDOW": "a window function (top and first_of are there for what needs all rows)",
+    "STAR": "a star",
+    "PARAMETER": "a parameter",
+}
 NUMBER = re.compile(r"U?(TINY|SMALL|BIG|HUGE)?INT(EGER)?|FLOAT|DOUBLE|DECIMAL\(.*\)")
 
 
@@ -207,18 +218,23 @@ def _parse(
     """
     expression = parse_condition(condition)
     cuts = []
-    for column, sign, value, constant in _comparisons(bounds, expression, names):
-        low, high = scales.get(column, (value, value))
+    for compared, sign, value, constant in _comparisons(bounds, expression, names):
+        low, high = scales.get(compared, (value, value))
         if not low <= value <= high:
             raise UserError(
-                f"{column} goes from {low:g} to {high:g}, and {value:g} is outside. Is it meant for another head?"
+                f"{compared} goes from {low:g} to {high:g}, and {value:g} is outside. Is it meant for another head?"
             )
         if sign:
-            cuts.append(Cut(column, sign, value, f"{sign} {print_expression(constant)}"))
+            cuts.append(Cut(compared, sign, value, f"{sign} {print_expression(constant)}"))
     columns: dict[str, None] = {}
     computed: list[Computed] = []
     for part in list(references(expression)):
-        if part["class"] == "COLUMN_REF" and (column := names.find(part["column_names"])):
+        kind = part["class"]
+        if kind not in _EXPRESSIONS:
+            raise UserError(f"a rule can't hold {_REFUSED.get(kind, kind.lower())}")
+        if kind == "FUNCTION" and part["function_name"].lower() in volatile_functions():
+            raise UserError(f"{part['function_name']}() gives another value each time, and a selection may not")
+        if kind == "COLUMN_REF" and (column := names.find(part["column_names"])):
             columns[column] = None
         elif found := _computed(bounds, part, names, place + len(computed)):
             computed.append(found)

@@ -52,13 +52,13 @@ class Reason(StrEnum):
         return Status.FAILED_TO_RESIZE if self in _OF_THE_IMAGE else Status.FAILED_TO_DOWNLOAD
 
     @property
-    def passing(self) -> bool:
+    def transient(self) -> bool:
         """Whether trying again later may succeed: what `tastemaker retry` fetches again."""
-        return self in _PASSING
+        return self in _TRANSIENT
 
 
 _OF_THE_IMAGE = {Reason.NOT_AN_IMAGE, Reason.DECODE_ERROR, Reason.TOO_MANY_PIXELS, Reason.CRASHED}
-_PASSING = {Reason.DNS, Reason.CONNECT, Reason.TLS, Reason.TIMEOUT, Reason.HTTP_429, Reason.HTTP_5XX, Reason.PROTOCOL}
+_TRANSIENT = {Reason.DNS, Reason.CONNECT, Reason.TLS, Reason.TIMEOUT, Reason.HTTP_429, Reason.HTTP_5XX, Reason.PROTOCOL}
 
 
 class RowError(Exception):
@@ -89,6 +89,10 @@ class RowError(Exception):
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else str(self.reason)
+
+
+class FinalError(RowError):
+    """A row's error that trying again in this run would not change, whatever its reason."""
 
 
 URL_COLUMNS = [("url", pa.string()), ("caption", pa.string())]

@@ -28,10 +28,10 @@ from curate.ledger.schema import Status
 from curate.ledger.sql import Bounds, quote, short, too_much
 from curate.ledger.view import (
     OURS,
-    column_scales,
     column_types,
     current_tables,
     open_ledger,
+    recorded_scales,
     table_digests,
     tables,
 )
@@ -131,7 +131,7 @@ def select(data: Data, config: SelectConfig) -> Selection:
     check_name(config.name)
     found = tables(data)
     columns, source = column_types(found)
-    rules = check_rules(config.rules, columns, source, column_scales(found))
+    rules = check_rules(config.rules, columns, source, recorded_scales(found))
     used = {c for r in rules for c in r.columns}
     read = {t.name for t in found if used.intersection(t.columns)}
     current = current_tables(data, found, read)

@@ -36,7 +36,7 @@ OURS = [name for name, _ in URL_COLUMNS + FETCHED_COLUMNS]
 class LedgerTable:
     """One table of a data folder, in files of committed shards: `fetched`, `embedded`, or that of an annotator."""
 
-    name: str  # the folder: `scored/aesthetic`
+    name: str  # the folder: `annotated/aesthetic`
     key: str  # its key column
     columns: tuple[str, ...]  # what it adds to the ledger; nothing for `fetched`
     shards: tuple[int, ...]
@@ -70,9 +70,9 @@ def tables(data: Data) -> list[LedgerTable]:
     if embedded and "similarity" in embedded.columns:
         found.append(replace(embedded, columns=("similarity",)))
     taken = {n.lower() for n in OURS} | {"similarity", "source"}
-    for name in data.annotations():
-        folder = data.scores(name, 0).parent
-        table = _table(data, folder, partial(data.scores_record, name), partial(data.scores, name))
+    for name in data.annotated():
+        folder = data.annotations(name, 0).parent
+        table = _table(data, folder, partial(data.annotations_record, name), partial(data.annotations, name))
         if table is None:
             continue
         for column in table.columns:
@@ -210,22 +210,31 @@ def column_types(found: Sequence[LedgerTable]) -> tuple[dict[str, str], dict[str
     return types, dict(zip(source, sql_types([fetched.types[i] for i in source.values()]), strict=True))
 
 
-def column_facts(found: Sequence[LedgerTable]) -> dict[str, dict[str, Any]]:
-    """What the records say of each annotator's columns: `scale` (lowest, highest), what made it, and so on."""
+def recorded_columns(found: Sequence[LedgerTable]) -> dict[str, dict[str, Any]]:
+    """What records say of annotators' columns: name -> type, scale, unit, meaning, unsafe, and what made it."""
     facts = dict[str, dict[str, Any]]()
     for table in found[1:]:
         if "similarity" in table.columns:
             continue
         record = {k: v for k, v in table.facts[0].items() if k not in ("inputs", "outputs", "self", "count")}
-        of_columns = record.pop("columns", {})
-        facts |= {column: {**record, **of_columns.get(column, {})} for column in table.columns}
+        specs = record.pop("columns", {})
+        facts |= {column: {**specs.get(column, {}), **record} for column in table.columns}
     return facts
 
 
-def column_scales(found: Sequence[LedgerTable]) -> dict[str, tuple[float, float]]:
+def recorded_scales(found: Sequence[LedgerTable]) -> dict[str, tuple[float, float]]:
     """The (lowest, highest) value of the columns that have such a scale."""
-    scales = {column: facts.get("scale") for column, facts in column_facts(found).items()}
+    scales = {column: facts.get("scale") for column, facts in recorded_columns(found).items()}
     return {column: (float(scale[0]), float(scale[1])) for column, scale in scales.items() if scale}
+
+
+def known_columns(data: Data) -> tuple[dict[str, str], dict[str, tuple[float, float]]]:
+    """The columns of the ledger that a data folder has now, and their scales; nothing where nothing is fetched."""
+    try:
+        found = tables(data)
+    except UserError:
+        return {}, {}
+    return column_types(found)[0], recorded_scales(found)
 
 
 def sql_types(kinds: Sequence[pa.DataType]) -> list[str]:
@@ -268,7 +277,7 @@ def _not_current(data: Data, found: Sequence[LedgerTable]) -> dict[str, str]:
 
     wrong = {}
     for table in others:
-        again = f"tastemaker {'embed' if 'similarity' in table.columns else 'score'} {data.root}"
+        again = f"tastemaker {'embed' if 'similarity' in table.columns else 'annotate'} {data.root}"
         if missing := with_images.difference(table.shards):
             wrong[table.name] = (
                 f"{table.name} lacks {len(missing):,} of {len(with_images):,} fetched shards "

@@ -50,17 +50,16 @@ def dataset_card(facts: Mapping[str, Any], selection: Selection, columns: Sequen
         "*Marginal* is what a rule would reject without the others.",
         "",
     ]
-    if facts["heads"] or facts["space"]:
-        lines += ["## What the scores were made by", ""]
+    if facts["columns"] or facts["space"]:
+        lines += ["## What the columns were made by", ""]
         if encoder := facts["space"].get("encoder"):
             lines.append(f"- embeddings: {markdown_code(encoder)}, space `{facts['space'].get('fingerprint', '')}`")
-        for column, head in facts["heads"].items():
-            maker = head.get("head") or head.get("detector") or "unknown"
-            scale = head.get("scale")
-            lines.append(
-                f"- {markdown_code(column)}: {markdown(maker)}"
-                + (f", from {scale[0]:g} to {scale[1]:g}" if scale else "")
-            )
+        for column, made in facts["columns"].items():
+            maker = made.get("head") or made.get("annotator") or "unknown"
+            words = [markdown(str(word)) for word in (made.get("meaning"), made.get("unit")) if word]
+            if scale := made.get("scale"):
+                words.append(f"from {scale[0]:g} to {scale[1]:g}")
+            lines.append(f"- {markdown_code(column)}: {', '.join([markdown(maker), *words])}")
         lines += ["", "A score means something only beside others of the same head.", ""]
     lines += [
         "## Columns",

@@ -34,10 +34,10 @@ from curate.ledger.select import NothingKept, Selection, load_selection
 from curate.ledger.sql import batches, quote
 from curate.ledger.view import (
     LedgerTable,
-    column_facts,
     current_tables,
     fetched_columns,
     open_ledger,
+    recorded_columns,
     table_digests,
     tables,
 )
@@ -335,7 +335,7 @@ def _facts(
         "selection": selection.to_json(),
         "funnel": selection.funnel,
         "space": {k: v for k, v in read_record(data.space).items() if k != "probes"},
-        "heads": column_facts(found),
+        "columns": recorded_columns(found),
         "left_out": left_out,  # tables that were not complete
         "recipe": recipe,
         "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest() if recipe is not None else None,

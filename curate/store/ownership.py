@@ -23,7 +23,6 @@ from aesthetic.errors import UserError
 from aesthetic.files import atomic
 from aesthetic.untrusted import read_bytes, read_json_file
 from curate.layout import Data
-from curate.store.files import clear as clear
 from curate.store.files import is_scratch, local_path
 from curate.store.lock import Lock
 
@@ -131,7 +130,7 @@ def check_free(root: Path, kind: str) -> None:
 
 def _is_list(path: Path) -> bool:
     """Whether a file is called as a list of URLs is; .json says too little, as programs leave such files everywhere."""
-    from curate.sources.lists import list_format  # brings pyarrow, which most who ask do not need
+    from curate.sources.listing import list_format  # brings pyarrow, which most who ask do not need
 
     return list_format(path.name) not in (None, "json") and not path.name.startswith(".") and path.is_file()
 

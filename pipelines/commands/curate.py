@@ -1,4 +1,4 @@
-"""The main job: a list -> plan -> fetch, embed and score (Ray) -> select -> pack -> report.
+"""The main job: a list -> plan -> fetch, embed and annotate (Ray) -> select -> pack -> report.
 
 Everything that can be refused is refused before the first URL: the recipe, its rules against the columns that there
 will be, heads and weights, changes that would alter finished shards, the disk.
@@ -11,7 +11,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,22 +21,26 @@ import pyarrow as pa
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
 from aesthetic.untrusted import printable
-from curate.annotators.heads import Column, columns_of
+from curate.annotators.base import Annotator, column_specs
+from curate.annotators.registry import make_annotators
 from curate.fetch import engine_img2dataset
 from curate.fetch.deny import Deny
 from curate.fetch.ingest import check_verify
 from curate.layout import ANNOTATED, EMBEDDED, FETCHED, Data
 from curate.ledger.schema import Reason, Status
-from curate.sources.plan import inspect, load_plan, make_plan
+from curate.sources.plan import load_plan
+from curate.sources.planner import inspect, make_plan
 from curate.store.disk import check_space
 from curate.store.files import read_json, sweep
 from curate.store.lock import Lock
 from curate.store.ownership import RECIPE_HEADER, Taken, check_free, taken
 from curate.store.records import invalidate
 from curate.verify import command_again
+from pipelines.options import Result
 from pipelines.recipe import DEFAULT, Recipe, load_recipe, parse_recipe, read_recipe, to_yaml
-from pipelines.runtime.jobs import Job, Work, reach, run_job
-from pipelines.runtime.progress import Screen, clock
+from pipelines.runtime.cluster import check_reachable
+from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
+from pipelines.runtime.progress import ProgressDisplay, format_duration
 
 if TYPE_CHECKING:
     from curate.ledger.select import Selection
@@ -46,15 +50,6 @@ Say = Callable[[str], None]
 
 STAGES = ("source", "fetch", "images", "embed")
 """The stages whose files a changed recipe would alter; what comes after them asks nothing."""
-
-
-@dataclass
-class Outcome:
-    """What a run did: for the summary on the terminal and for `--json`."""
-
-    paths: dict[str, str] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    next: str = ""
 
 
 # ---------------------------------------------------------------------------------------------- what is asked of DATA
@@ -181,13 +176,16 @@ def _in_shards(shards: Sequence[str]) -> str:
     return f"shard{'s' if len(shards) > 1 else ''} {named}"
 
 
-def check_selection(recipe: Recipe, extra_columns: pa.Schema, columns: Mapping[str, Column]) -> None:
-    """UserError where a rule names a column that there will not be, or a threshold outside its head's scale."""
+def check_selection(data: Data, recipe: Recipe, extra_columns: pa.Schema, annotators: Mapping[str, Annotator]) -> None:
+    """UserError where a rule names a column that there will not be, or a threshold outside a column's scale."""
     from curate.ledger.rules import check_rules
-    from curate.ledger.view import ledger_types, source_types
+    from curate.ledger.view import known_columns, ledger_types, source_types, sql_types
 
-    types = {**ledger_types(), **dict.fromkeys(columns, "FLOAT")}
-    scales = {name: c.scale for name, c in columns.items()}
+    specs = column_specs(annotators)
+    made = dict(zip(specs, sql_types([c.type for c in specs.values()]), strict=True))
+    known_types, known_scales = known_columns(data)
+    types = {**ledger_types(), **known_types, **made}
+    scales = known_scales | {name: c.scale for name, c in specs.items() if c.scale is not None}
     check_rules(recipe.select.rules, types, source_types(extra_columns), scales)
 
 
@@ -211,7 +209,7 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
     """What would run. Raises what `run` would raise before its first URL; fetches and writes nothing."""
     recipe, data = request.recipe, Data(request.root)
     check_free(data.root, "data")
-    columns = columns_of(recipe.score, recipe.embed.encoder)
+    annotators = make_annotators(recipe.columns, recipe.embed.encoder)
     check_engine(recipe, say)
     refuse_denied(data, recipe, request.restart_from)
     refuse_changes(data, recipe, request.restart_from)
@@ -219,18 +217,18 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
         has_encoder(recipe)  # as in `run`
     anew = request.restart_from == "source"
     found = inspect(request.list, recipe.source, request.limit, None if anew else data.root)
-    check_selection(recipe, found.extra_columns, columns)
+    check_selection(data, recipe, found.extra_columns, annotators)
     check_verify(recipe.fetch, found.extra_columns)
     rows, work = found.total_rows, True
     if load_plan(data.root) is not None and request.restart_from is None:
-        left = left_to_do(data, recipe, columns, request.stages)
+        left = left_to_do(data, recipe, annotators, request.stages)
         rows = left.rows + found.total_rows - data.plan.total_rows
         work = bool(left.shards or rows)
     if work:
         if "embed" in request.stages and not has_encoder(recipe):
             say(f"the weights of {recipe.embed.encoder} are not on this machine; the run fetches them first")
         if request.address is not None:
-            reach(request.address)
+            check_reachable(request.address)
         check_space(_there(data.root), estimate_bytes(recipe, rows))
     return {
         "rows": found.total_rows,
@@ -249,14 +247,14 @@ def _there(path: Path) -> Path:
     return path if path.exists() else _there(path.parent)
 
 
-def run(request: Request, say: Say = print) -> Outcome:
+def run(request: Request, say: Say = print) -> Result:
     """The whole job under the data folder's lock; what is done already is left alone.
 
     Raises UserError before anything starts, DiskFull, NothingKept, or the cause of what went wrong in a worker.
     """
     recipe, data = _found_from_anywhere(request.recipe), Data(request.root)
     check_free(data.root, "data")
-    columns = columns_of(recipe.score, recipe.embed.encoder)
+    annotators = make_annotators(recipe.columns, recipe.embed.encoder)
     check_engine(recipe, say)
     refuse_denied(data, recipe, request.restart_from)
     if "embed" in request.stages and not data.plan_record.exists():
@@ -271,13 +269,13 @@ def run(request: Request, say: Say = print) -> Outcome:
             ).extra_columns
         else:
             extra_columns = make_plan(request.list, data.root, recipe.source, request.limit).extra_columns
-        check_selection(recipe, extra_columns, columns)
+        check_selection(data, recipe, extra_columns, annotators)
         check_verify(recipe.fetch, extra_columns)
         if request.restart_from is not None:
             restart(data, recipe, request.restart_from, request.stages)
         make_plan(request.list, data.root, recipe.source, request.limit)
         store_recipe(data, recipe)
-        return _go_on(data, recipe, columns, request.stages, request.address, say)
+        return _go_on(data, recipe, annotators, request.stages, request.address, say)
 
 
 def _found_from_anywhere(recipe: Recipe) -> Recipe:
@@ -309,35 +307,35 @@ def resume(
     address: str | None = None,
     restart_from: str | None = None,
     say: Say = print,
-) -> Outcome:
-    """The main job on the plan that a data folder has; `retry` fetches again what failed for passing reasons."""
+) -> Result:
+    """The main job on the plan that a data folder has; `retry` fetches again what failed for transient reasons."""
     if restart_from not in (None, "embed"):
         again = command("curate", data.plan.list, "--out", data.root, "--restart-from", restart_from)
         raise UserError(f"--restart-from {restart_from} needs the list: `{again}`")
-    columns = columns_of(recipe.score, recipe.embed.encoder)
+    annotators = make_annotators(recipe.columns, recipe.embed.encoder)
     if retry:
         check_engine(recipe, say)
     refuse_denied(data, recipe)
     with Lock(data.root):
         sweep(data.root)
         refuse_changes(data, recipe, restart_from)
-        check_selection(recipe, data.plan.extra_columns, columns)
+        check_selection(data, recipe, data.plan.extra_columns, annotators)
         stages = ("fetch", "embed", "select", "pack") if retry else ("embed", "select", "pack")
         if restart_from is not None:
             restart(data, recipe, restart_from, stages)
         store_recipe(data, recipe)
-        return _go_on(data, recipe, columns, stages, address, say, retry=retry)
+        return _go_on(data, recipe, annotators, stages, address, say, retry=retry)
 
 
 def _go_on(
     data: Data,
     recipe: Recipe,
-    columns: dict[str, Column],
+    annotators: dict[str, Annotator],
     stages: tuple[str, ...],
     address: str | None,
     say: Say,
     retry: bool = False,
-) -> Outcome:
+) -> Result:
     plan = data.plan
     say(" · ".join([headline(recipe), *columns_taken(plan.columns)]))
     for warning in plan.warnings:
@@ -345,9 +343,9 @@ def _go_on(
     if recipe.fetch.allow:
         say(f"warning: private addresses are open to this list: {', '.join(recipe.fetch.allow)} (fetch.allow)")
     facts = {"columns": plan.columns, "warnings": plan.warnings}
-    outcome = Outcome(facts={"rows": plan.total_rows, "shards": len(plan.shards), **facts})
+    outcome = Result(facts={"rows": plan.total_rows, "shards": len(plan.shards), **facts})
     before = _images(data) if retry else 0
-    screen = _run_stages(data, recipe, columns, stages, address, say, retry)
+    screen = _run_stages(data, recipe, annotators, stages, address, say, retry)
     if retry and screen is not None:
         outcome.facts["recovered"] = _images(data) - before
         say(f"retry  {outcome.facts['recovered']:,} more images")
@@ -357,7 +355,7 @@ def _go_on(
         outcome.paths["fetched"] = str(data.root / "fetched")
         outcome.next = command("embed", data.root)
         return outcome
-    selection = _select(data, recipe, columns, say)
+    selection = _select(data, recipe, say)
     outcome.facts |= {"kept": selection.kept, "funnel": selection.funnel}
     _pack(data, recipe, outcome)
     if plan.listed_rows > plan.total_rows:
@@ -365,7 +363,7 @@ def _go_on(
     return outcome
 
 
-def _name_notes(data: Data, outcome: Outcome, say: Say) -> None:
+def _name_notes(data: Data, outcome: Result, say: Say) -> None:
     """Say which values of the list could not be taken as they are; a list that is used where it lies is read late."""
     records = {s.shard: read_json(data.fetched_record(s.shard)) or {} for s in data.plan.shards}
     notes = [f"shard {shard}: {note}" for shard, record in records.items() for note in record.get("notes", [])]
@@ -377,7 +375,7 @@ def _name_notes(data: Data, outcome: Outcome, say: Say) -> None:
             say(f"    and in {len(notes) - 3:,} more shards")
 
 
-def _name_repeats(data: Data, outcome: Outcome, say: Say) -> None:
+def _name_repeats(data: Data, outcome: Result, say: Say) -> None:
     """Say which bytes came from many URLs: most are placeholders."""
     from curate.duplicates.repeats import repeats
 
@@ -393,25 +391,25 @@ def _name_repeats(data: Data, outcome: Outcome, say: Say) -> None:
 def _run_stages(
     data: Data,
     recipe: Recipe,
-    columns: dict[str, Column],
+    annotators: dict[str, Annotator],
     stages: tuple[str, ...],
     address: str | None,
     say: Say,
     retry: bool,
-) -> Screen | None:
-    """Fetch, embed and score what is missing, with Ray; returns what was seen of it (None where all was done)."""
+) -> ProgressDisplay | None:
+    """Fetch, embed and annotate what is missing, with Ray; returns what was seen of it (None where all was done)."""
     fetch, embed = "fetch" in stages, "embed" in stages
-    left = left_to_do(data, recipe, columns, stages, retry)
+    left = left_to_do(data, recipe, annotators, stages, retry)
     if not left.shards:
         return None
     if address is not None:
-        reach(address)
+        check_reachable(address)
     check_space(data.root, estimate_bytes(recipe, left.rows))
     if embed:
         _fetch_encoder(recipe, say)
     if len(left.shards) < len(data.plan.shards):
         say(f"{len(data.plan.shards) - len(left.shards):,} of {len(data.plan.shards):,} shards are done already")
-    return run_job(Job(data, recipe, fetch=fetch, embed=embed, retry=retry), left, address=address)
+    return run_job(CurateJob(data, recipe, fetch=fetch, embed=embed, retry=retry), left, address=address)
 
 
 def _images(data: Data) -> int:
@@ -420,28 +418,28 @@ def _images(data: Data) -> int:
 
 
 def left_to_do(
-    data: Data, recipe: Recipe, columns: Mapping[str, Column], stages: Sequence[str], retry: bool = False
-) -> Work:
-    """The shards that are not fetched, embedded and scored, as far as these stages do that."""
-    from curate.workers import embed_done, fetch_done, may_pass
+    data: Data, recipe: Recipe, annotators: Mapping[str, Annotator], stages: Sequence[str], retry: bool = False
+) -> RemainingWork:
+    """The shards that are not fetched, embedded and annotated, as far as these stages do that."""
+    from curate.workers import embed_done, fetch_done, transient_failures
 
     fetch, embed = "fetch" in stages, "embed" in stages
     fetch_hash, embed_hash = recipe.hashes()
     shards, rows, images = [], 0, 0
     for s in data.plan.shards:
         fetched = fetch_done(data, s.shard, fetch_hash)
-        waiting = may_pass(data, s.shard) if fetched and retry else 0 if fetched else s.rows
-        unembedded = fetched and embed and not embed_done(data, s.shard, embed_hash, columns)
+        waiting = transient_failures(data, s.shard) if fetched and retry else 0 if fetched else s.rows
+        unembedded = fetched and embed and not embed_done(data, s.shard, embed_hash, annotators)
         if (waiting and fetch) or unembedded:
             shards.append(s.shard)
             rows += waiting
             images += _images_left(data, s.shard, embed_hash) if unembedded else 0
-    return Work(shards, rows, images)
+    return RemainingWork(shards, rows, images)
 
 
 def _images_left(data: Data, shard: int, config: str) -> int:
     """How many images of a fetched shard are to be embedded: after a retry, those that it recovered."""
-    from curate.annotators.embed import recovered
+    from curate.encoders.embed import recovered
 
     some = recovered(data, shard, data.embedded_record(shard), config)
     return read_json(data.fetched_record(shard))["successes"] if some is None else len(some)
@@ -450,7 +448,7 @@ def _images_left(data: Data, shard: int, config: str) -> int:
 def has_encoder(recipe: Recipe) -> bool:
     """Whether the vectors can be made at once; UserError where neither the encoder's weights nor a folder of them can
     be had."""
-    from curate.encoders.base import check_available
+    from curate.encoders.registry import check_available
     from curate.sources.vectors import open_folder
 
     if recipe.embed.embeddings is not None and open_folder(recipe.embed).space is not None:
@@ -460,14 +458,14 @@ def has_encoder(recipe: Recipe) -> bool:
 
 def _fetch_encoder(recipe: Recipe, say: Say) -> None:
     """Have the encoder's weights here, before workers ask for them all at once."""
-    from curate.encoders.base import fetch_weights
+    from curate.encoders.registry import fetch_weights
 
     if not has_encoder(recipe):
         say(f"fetching the weights of {recipe.embed.encoder} ...")
         fetch_weights(recipe.embed.encoder, recipe.embed.weights)
 
 
-def _select(data: Data, recipe: Recipe, columns: dict[str, Column], say: Say) -> Selection:
+def _select(data: Data, recipe: Recipe, say: Say) -> Selection:
     from curate.ledger.select import remembered, select
 
     name = recipe.select.name
@@ -504,7 +502,7 @@ def _stricter(data: Data, selection: Selection) -> str:
     return command("train", data.packed(selection.name), "--out", "model")
 
 
-def _pack(data: Data, recipe: Recipe, outcome: Outcome) -> None:
+def _pack(data: Data, recipe: Recipe, outcome: Result) -> None:
     from curate.ledger.select import load_selection
     from curate.report import contact_sheet, score_charts
     from curate.shards.pack import pack
@@ -532,28 +530,6 @@ def recipe_of(data: Data, name: str | None, settings: Sequence[str], select: str
     else:
         recipe = load_recipe(name or DEFAULT, settings)
     return recipe if select is None else replace(recipe, select=replace(recipe.select, name=select))
-
-
-def score(data: Data, heads: Mapping[str, str], say: Say) -> dict[str, Any]:
-    """Apply heads to the vectors that are there. UserError for a detector: it needs pixels, so `embed` runs it."""
-    from aesthetic.space import Space
-    from curate.annotators.heads import is_detector, score_shard
-    from curate.workers import load_heads
-
-    if not data.space.exists():
-        raise UserError(f"{data.root} holds no vectors yet. `tastemaker embed {data.root}` makes them.")
-    pixels = [column for column, name in heads.items() if is_detector(name)]
-    if pixels:
-        say(f"{', '.join(pixels)}: a detector needs pixels; `tastemaker embed {data.root}` runs it")
-    loaded = load_heads(heads, Space.load(data.space))
-    with Lock(data.root):
-        shards = [s.shard for s in data.plan.shards if data.embedded_record(s.shard).exists()]
-        fresh = {
-            column: sum(score_shard(data, shard, column, head) for shard in shards) for column, head in loaded.items()
-        }
-    for column, count in fresh.items():
-        say(f"{column}: {count:,} of {len(shards):,} shards scored{'' if count else ' (all were)'}")
-    return {"shards": len(shards), "scored": fresh}
 
 
 def select_only(
@@ -584,9 +560,9 @@ def select_only(
     return {"kept": selection.kept, "funnel": selection.funnel}
 
 
-def pack_only(data: Data, recipe: Recipe) -> Outcome:
+def pack_only(data: Data, recipe: Recipe) -> Result:
     """The chosen images of a selection as shards, with their sheet."""
-    outcome = Outcome()
+    outcome = Result()
     refuse_denied(data, recipe)
     with Lock(data.root):
         sweep(data.root)
@@ -611,9 +587,9 @@ def status(data: Data, say: Say) -> tuple[dict[str, Any], str]:
     if failures:
         say("          " + " · ".join(f"{reason} {n:,}" for reason, n in failures))
     say(f"embedded  {embedded:,}/{shards:,} shards")
-    for name in data.annotations():
-        count = len(data.shards(partial(data.scores_record, name)))
-        say(f"scored    {count:,}/{shards:,} shards   {name}")
+    for name in data.annotated():
+        count = len(data.shards(partial(data.annotations_record, name)))
+        say(f"annotated {count:,}/{shards:,} shards   {name}")
     selections = selections_there(data)
     for name, facts in selections.items():
         words = [f"{facts['kept']:,} kept", *facts["stale"]]
@@ -639,13 +615,13 @@ def status(data: Data, say: Say) -> tuple[dict[str, Any], str]:
         return found, command_again(data)
     if embedded < sum(1 for r in fetched.values() if r.get("successes", 1)):
         return found, command("embed", data.root)
-    waiting = sum(n for reason, n in failures if Reason(reason).passing)
+    waiting = sum(n for reason, n in failures if Reason(reason).transient)
     vain = _tried_in_vain(data, fetched)
     found["may_pass"], found["tried_in_vain"] = waiting, vain
     if waiting > vain:
         return found, command("retry", data.root)
     if waiting:
-        once_more, failed = command("retry", data.root), f"{waiting:,} rows that failed for passing reasons"
+        once_more, failed = command("retry", data.root), f"{waiting:,} rows that failed for transient reasons"
         say(f"retry     the last one had back none of {failed}; `{once_more}` tries anew")
     for name, facts in selections.items():
         if facts["stale"]:
@@ -690,10 +666,10 @@ def selections_there(data: Data) -> dict[str, dict[str, Any]]:
 
 def _tried_in_vain(data: Data, fetched: Mapping[int, dict[str, Any]]) -> int:
     """How many rows failed for reasons that may pass in shards whose last retry recovered nothing."""
-    from curate.workers import may_pass
+    from curate.workers import transient_failures
 
     last = {shard: record["retries"][-1] for shard, record in fetched.items() if record.get("retries")}
-    return sum(may_pass(data, shard) for shard, retry in last.items() if not retry["recovered"])
+    return sum(transient_failures(data, shard) for shard, retry in last.items() if not retry["recovered"])
 
 
 # ---------------------------------------------------------------------------------------------------- words and sums
@@ -711,8 +687,8 @@ def command(*words: object) -> str:
 def headline(recipe: Recipe) -> str:
     """One line: what this run is made of."""
     parts = [f"recipe {recipe.select.name}", recipe.embed.encoder.removeprefix("open_clip:")]
-    if recipe.score:
-        parts.append("scores " + ", ".join(recipe.score))
+    if recipe.columns:
+        parts.append("columns " + ", ".join(recipe.columns))
     if recipe.images.format != "jpg":
         level = recipe.images.level
         parts.append(f"{recipe.images.format}, {'compression' if recipe.images.format == 'png' else 'quality'} {level}")
@@ -731,11 +707,11 @@ def estimate_bytes(recipe: Recipe, rows: int) -> int:
     return rows * (int(image * 1.5) + 2 * 2 * 1664)
 
 
-def projection(data: Data, listed: int, taken: int, kept: int, screen: Screen | None) -> str:
+def projection(data: Data, listed: int, taken: int, kept: int, screen: ProgressDisplay | None) -> str:
     """What the whole list would take, from the rows that were taken: time, size, and kept rows with a 95% interval."""
     share = kept / taken
     half = 1.96 * (share * (1 - share) / taken) ** 0.5
     size = sum(p.stat().st_size for p in (data.root / "fetched").glob("*.tar")) / taken * listed
     seconds = screen.whole(listed, round(_images(data) / taken * listed)) if screen is not None else None
-    time = f"about {clock(seconds)} here, " if seconds is not None else ""
+    time = f"about {format_duration(seconds)} here, " if seconds is not None else ""
     return f"whole list: {listed:,} rows, {time}{size / 1e9:,.1f} GB, {share * listed:,.0f} ± {half * listed:,.0f} kept"

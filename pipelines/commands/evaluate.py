@@ -20,12 +20,13 @@ from typing import IO, TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
-from curate.store.files import read_json, sha256_file, sweep, write_json
+from curate.store.files import local_path, read_json, sha256_file, sweep, write_json
 from curate.store.ownership import check_free, taken
-from pipelines.commands.train import Outcome, check_data
+from pipelines.commands.train import check_data
 from pipelines.figures import meaning, readme, table
+from pipelines.options import Options, Result, argument, option, positive_int
 from pipelines.prompts import read_prompts
-from pipelines.runtime.progress import Count, Terminal, clock
+from pipelines.runtime.progress import ProgressBar, format_duration, redirect_output
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,9 +36,8 @@ if TYPE_CHECKING:
     from curate.encoders.base import Encoder
     from train.data import Ints, MapDataset
     from train.generate.evaluate import InDomain, Nearest, Unseen
-    from train.generate.sampler import Artist
-    from train.generate.sampler import Request as Asked
-    from train.models.info import About
+    from train.generate.sampler import GenerationRequest, Sampler
+    from train.models.info import ModelInfo
     from train.models.lora import Lora
 
 PROMPTS = 128
@@ -56,76 +56,97 @@ BATCH = 8
 SHEET, NEAREST, NEAREST_REAL = 20, 8, 3  # pictures on the sheets
 
 
+def _number_or_file(text: str) -> int | Path:
+    return int(text) if text.isdigit() else Path(text)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """What `tastemaker evaluate` was asked; None: what suits the model or the encoder."""
+class EvaluateOptions(Options):
+    """None: what suits the model or the encoder."""
 
-    model: str
-    data: Path
-    out: Path
-    count: int = PROMPTS  # captions to draw
-    prompts: Path | None = None  # drawn in their place: the lines of a file
-    encoder: str = "bundled"
-    heads: tuple[str, ...] | None = None
-    seed: int = 0
-    steps: int = 30
-    guidance: float | None = None
+    model: str = argument("MODEL", "a folder that train made, a diffusers folder, a LoRA, or a hub id")
+    data: Path = argument("SHARDS", "the captioned pictures that it was trained on (those held out count) or others")
+    out: Path = option("default: MODEL/evaluation", metavar="DIR", type=local_path)
+    prompts: int | Path = option(
+        "draw N captions (default 128), or the lines of a file, without real ones",
+        default=PROMPTS,
+        metavar="N|FILE",
+        type=_number_or_file,
+    )
+    encoder: str = option("bundled (default) or open_clip:ARCH/PRETRAINED", default="bundled", metavar="E")
+    heads: tuple[str, ...] | None = option(
+        "default: those of this encoder that come with tastemaker", metavar="HEAD", nargs="+"
+    )
+    seed: int = option("of the first picture; the next ones count on", default=0, metavar="N")
+    guidance: float | None = option("default: what suits the model, as in sample", metavar="X")
+    steps: int = option("of drawing (default 30)", default=30, metavar="N", type=positive_int)
+
+    def __post_init__(self) -> None:
+        if vars(self)["out"] is None:
+            if not Path(self.model).is_dir():
+                raise UserError(f"{self.model} is no folder here: say with --out where its evaluation goes")
+            object.__setattr__(self, "out", Path(self.model) / "evaluation")
+
+    @property
+    def count(self) -> int:
+        """How many captions are drawn, where no prompts are given."""
+        return self.prompts if isinstance(self.prompts, int) else PROMPTS
 
 
-def run(request: Request) -> Outcome:
+def run(options: EvaluateOptions) -> Result:
     """Evaluate a model, from where an earlier run of the same request stopped.
 
     Raises UserError before the model is loaded where model, data, prompts, encoder, heads or folder do not fit.
     """
-    check_data(request.data)
-    check_free(request.out, "evaluation")
-    prompts = _prompts(request)
-    model = _Model.of(request.model)
-    heads = _heads(request)
-    from curate.encoders.base import check_available
+    check_data(options.data)
+    check_free(options.out, "evaluation")
+    prompts = _prompts(options)
+    model = _Model.of(options.model)
+    heads = _heads(options)
+    from curate.encoders.registry import check_available
 
-    check_available(request.encoder)
+    check_available(options.encoder)
     from train.generate.sampler import (
-        Request as Asked,  # these bring torch and diffusers: after all that is told without them
+        GenerationRequest,  # these bring torch and diffusers: after all that is told without them
+        resolve,
     )
-    from train.generate.sampler import settled
 
-    settled(model.about, Asked("", seed=request.seed, steps=request.steps, guidance=request.guidance))
+    resolve(model.about, GenerationRequest("", seed=options.seed, steps=options.steps, guidance=options.guidance))
     from train.data import open_samples
-    from train.generate.evaluate import record_of
+    from train.generate.evaluate import training_record
 
-    _, trained = record_of(model.folder) or (None, {})
-    samples = open_samples(request.data, trained.get("settings", {}).get("caption"))
-    asked = _asked(request, model, samples, prompts, heads)
-    if (done := _before(request.out, asked)) is not None:
-        return _outcome(request, done)
+    _, trained = training_record(model.folder) or (None, {})
+    samples = open_samples(options.data, trained.get("settings", {}).get("caption"))
+    asked = _asked(options, model, samples, prompts, heads)
+    if (done := _before(options.out, asked)) is not None:
+        return _outcome(options, done)
     with (
-        taken(request.out, "evaluation") as folder,
-        Terminal(request.out / "logs" / "evaluate.log") as terminal,
+        taken(options.out, "evaluation") as folder,
+        redirect_output(options.out / "logs" / "evaluate.log") as terminal,
     ):
-        sweep(request.out)
-        if (done := _before(request.out, asked)) is not None:  # again: another run may have been at work until now
-            return _outcome(request, done)
+        sweep(options.out)
+        if (done := _before(options.out, asked)) is not None:  # again: another run may have been at work until now
+            return _outcome(options, done)
         for note in samples.notes():
             terminal.write(f"{samples.folder}: {note}\n")
-        evaluation = _Evaluation(request, model, samples, prompts, heads, terminal)
+        evaluation = _Evaluation(options, model, samples, prompts, heads, terminal)
         try:
             evaluation.prepare()
         except Exception:
             folder.undo(["logs"])
             raise
-        write_json(request.out / "evaluation.json", {"asked": asked})
-        return _outcome(request, evaluation.carried_out(asked))
+        write_json(options.out / "evaluation.json", {"asked": asked})
+        return _outcome(options, evaluation.carried_out(asked))
 
 
 # ---------------------------------------------------------------------------------------- before anything is written
 
 
-def _prompts(request: Request) -> list[str] | None:
+def _prompts(options: EvaluateOptions) -> list[str] | None:
     """The different lines of a file of prompts."""
-    asked = request.prompts
-    if asked is None and request.count < LEAST:
-        raise UserError(f"--prompts {request.count}: at least {LEAST} are needed to tell anything")
+    asked = None if isinstance(options.prompts, int) else options.prompts
+    if asked is None and options.count < LEAST:
+        raise UserError(f"--prompts {options.count}: at least {LEAST} are needed to tell anything")
     if asked is None:
         return None
     if not asked.is_file():
@@ -140,13 +161,13 @@ def _prompts(request: Request) -> list[str] | None:
 class _Model:
     """A model, or one with its LoRA over it, and what is known of its training."""
 
-    about: About
+    about: ModelInfo
     loras: tuple[Lora, ...]
     folder: Path  # whose train.json is asked
 
     @staticmethod
     def of(name: str) -> _Model:
-        from train.models.info import look
+        from train.models.info import read_model_info
         from train.models.lora import Lora, check_lora
         from train.models.release import LORA_FILE
 
@@ -156,10 +177,10 @@ class _Model:
             if not base:
                 raise UserError(f"{folder} is a LoRA without a train.json that names the model it belongs to")
             lora = Lora(folder)
-            about = look(base)
+            about = read_model_info(base)
             check_lora(about, lora)
             return _Model(about, (lora,), folder)
-        about = look(name)
+        about = read_model_info(name)
         return _Model(about, (), about.folder)
 
     @cached_property
@@ -168,16 +189,16 @@ class _Model:
         return "+".join([self.about.digest, *(sha256_file(lora.file) for lora in self.loras)])
 
 
-def _heads(request: Request) -> list[Head]:
+def _heads(options: EvaluateOptions) -> list[Head]:
     """Those that were asked for, else those that come with tastemaker and read this encoder's vectors."""
-    from aesthetic.heads import SHIPPED, list_heads, load_head
-    from curate.encoders.base import canonical_name
+    from aesthetic.catalog import SHIPPED, list_heads, load_head
+    from curate.encoders.registry import canonical_name
 
-    encoder = canonical_name(request.encoder)
-    if request.heads is None:
+    encoder = canonical_name(options.encoder)
+    if options.heads is None:
         shipped = [load_head(name) for name in list_heads() if (SHIPPED / name / "head.json").is_file()]
         return [head for head in shipped if head.space.encoder == encoder]
-    heads = [load_head(name) for name in request.heads]
+    heads = [load_head(name) for name in options.heads]
     for head in heads:
         if head.space.encoder != encoder:
             raise UserError(
@@ -188,25 +209,25 @@ def _heads(request: Request) -> list[Head]:
 
 
 def _asked(
-    request: Request, model: _Model, samples: MapDataset, prompts: list[str] | None, heads: Sequence[Head]
+    options: EvaluateOptions, model: _Model, samples: MapDataset, prompts: list[str] | None, heads: Sequence[Head]
 ) -> dict[str, Any]:
     """What must be the same for the figures to be the same, but for versions and machine."""
-    from curate.encoders.base import canonical_name
+    from curate.encoders.registry import canonical_name
 
     manifest = samples.folder / "manifest.json"
     return {
-        "model": {"name": request.model, "sha256": model.digest},
+        "model": {"name": options.model, "sha256": model.digest},
         "data": {
             "folder": str(samples.folder.absolute()),
             "fingerprint": samples.fingerprint,
             "manifest_sha256": sha256_file(manifest) if manifest.is_file() else None,
         },
-        "prompts": request.count if prompts is None else prompts,
-        "encoder": canonical_name(request.encoder),
+        "prompts": options.count if prompts is None else prompts,
+        "encoder": canonical_name(options.encoder),
         "heads": {head.name: head.digest for head in heads},
-        "seed": request.seed,
-        "steps": request.steps,
-        "guidance": model.about.guidance if request.guidance is None else request.guidance,
+        "seed": options.seed,
+        "steps": options.steps,
+        "guidance": model.about.guidance if options.guidance is None else options.guidance,
     }
 
 
@@ -238,15 +259,15 @@ class _Evaluation:
 
     def __init__(
         self,
-        request: Request,
+        options: EvaluateOptions,
         model: _Model,
         samples: MapDataset,
         prompts: list[str] | None,
         heads: list[Head],
         terminal: IO[str],
     ) -> None:
-        self.request, self.model, self.samples, self.heads = request, model, samples, heads
-        self.out, self.terminal = request.out, terminal
+        self.options, self.model, self.samples, self.heads = options, model, samples, heads
+        self.out, self.terminal = options.out, terminal
         self.left_out: dict[str, str] = {}  # figure -> why it is not given
         self._given = prompts
 
@@ -278,7 +299,7 @@ class _Evaluation:
         return facts
 
     def _facts(self, asked: dict[str, Any], figures: dict[str, Any], seconds: int) -> dict[str, Any]:
-        from train.generate.sampler import versions
+        from train.devices import versions
 
         return {
             "asked": asked,
@@ -303,24 +324,24 @@ class _Evaluation:
         import numpy as np
 
         from train.generate.evaluate import captions_of, in_order, unseen
-        from train.models.info import record_of
+        from train.models.info import training_record
 
-        _, known = record_of(self.model.folder) or (None, None)
+        _, known = training_record(self.model.folder) or (None, None)
         others = known and known["settings"].get("data") != self.samples.fingerprint
         if others or known is None:  # otherwise the training run looked at all of them
             more = known["data"].get("pictures", 0) if known and known.get("data") else 0
-            count = Count(self.terminal, "pictures", len(self.samples) + more)
+            count = ProgressBar(self.terminal, "pictures", len(self.samples) + more)
             self.unseen: Unseen = unseen(self.model.folder, self.samples, count)
             count.end()
         else:
             self.unseen = unseen(self.model.folder, self.samples)
         pool = in_order(self.samples, self.unseen.numbers)
-        wanted = len(self._given) if self._given else self.request.count
+        wanted = len(self._given) if self._given else self.options.count
         captioned = captions_of(self.samples, pool, wanted)
         self.prompts = self._given or [self._caption(i) for i in captioned]
         if len(self.prompts) < LEAST:
             raise UserError(
-                f"{self.request.data}: {len(captioned)} different captions among {len(pool)} pictures that the model "
+                f"{self.options.data}: {len(captioned)} different captions among {len(pool)} pictures that the model "
                 f"was not trained on ({self.unseen.about}); at least {LEAST} are needed. Give other captioned "
                 f"pictures, or --prompts FILE."
             )
@@ -338,14 +359,15 @@ class _Evaluation:
     def _load_eyes(self) -> None:
         """Encoders and the detector; refuses heads of another space."""
         from aesthetic.space import require_same
-        from curate.annotators.nsfw import load_detector
-        from curate.encoders.base import load_encoder
+        from curate.annotators.registry import load_annotator
         from curate.encoders.bundled import BundledEncoder
-        from train.devices import device_here
+        from curate.encoders.registry import load_encoder
+        from train.devices import default_device
+        from train.generate.sampler import DETECTOR
 
-        self.device = device_here()
-        self.encoder: Encoder = load_encoder(self.request.encoder)
-        self.detector = load_detector("open-nsfw")
+        self.device = default_device()
+        self.encoder: Encoder = load_encoder(self.options.encoder)
+        self.detector = load_annotator(DETECTOR)
         space = self.encoder.space() if self.heads else None
         for head in self.heads:
             assert space is not None
@@ -356,14 +378,14 @@ class _Evaluation:
         about = self.model.about
         width, height = about.size
         lora = " with its LoRA" if self.model.loras else ""
-        yield f"model  {self.request.model}{lora} · {width} x {height} px · sha256 {self.model.digest[:16]}"
+        yield f"model  {self.options.model}{lora} · {width} x {height} px · sha256 {self.model.digest[:16]}"
         lacking = f", {self.unseen.unreadable:,} can't be read" if self.unseen.unreadable else ""
         yield f"data   {len(self.unseen.numbers):,} pictures to measure on{lacking}: {self.unseen.about}"
         captions = "prompts" if self._given else "captions of these"
-        guidance = about.guidance if self.request.guidance is None else self.request.guidance
+        guidance = about.guidance if self.options.guidance is None else self.options.guidance
         yield (
-            f"draws  {len(self.prompts):,} {captions}, {self.request.steps} steps, guidance {guidance:g}, "
-            f"seeds from {self.request.seed}; looked at in the space of {self.encoder.name}"
+            f"draws  {len(self.prompts):,} {captions}, {self.options.steps} steps, guidance {guidance:g}, "
+            f"seeds from {self.options.seed}; looked at in the space of {self.encoder.name}"
         )
 
     # loss
@@ -371,7 +393,7 @@ class _Evaluation:
     def _loss(self) -> dict[str, Any] | None:
         """The held-out loss, by time, and beside it that of as many training pictures."""
         from aesthetic.metrics import estimate
-        from train.data import Pictures
+        from train.data import ImageDataset
         from train.generate.evaluate import in_order, losses, mean_of
         from train.models.unet import size_step, tokenize
         from train.objective import objective_of
@@ -392,10 +414,10 @@ class _Evaluation:
         parts = {"held_out": (self.samples, numbers)}
         if self.unseen.training is not None:
             parts["training"] = (self.unseen.training, self.training[: len(numbers)])
-        count = Count(self.terminal, "loss", sum(len(n) for _, n in parts.values()))
+        count = ProgressBar(self.terminal, "loss", sum(len(n) for _, n in parts.values()))
         found = {}
         for name, (samples, chosen) in parts.items():
-            pictures = Pictures(
+            pictures = ImageDataset(
                 samples,
                 lambda captions: tokenize(pipeline, captions),
                 size,
@@ -405,7 +427,7 @@ class _Evaluation:
             )
             each = losses(pipeline, pictures, chosen, seed=seed, tell=count)
             columns = {"mean": each.astype(float).mean(1)} | {str(t): each[:, i] for i, t in enumerate(HELD_OUT_TIMES)}
-            estimates = estimate({k: mean_of(v) for k, v in columns.items()}, range(len(each)), seed=self.request.seed)
+            estimates = estimate({k: mean_of(v) for k, v in columns.items()}, range(len(each)), seed=self.options.seed)
             found[name] = {**estimates.pop("mean"), "pictures": len(each), "by_time": estimates}
         count.end()
         result = trained.get("result") or {}
@@ -426,22 +448,22 @@ class _Evaluation:
     def _draw(self) -> None:
         """`samples/`: those of the same request that are there stay."""
         from train.generate.files import png
-        from train.generate.sampler import Artist
-        from train.generate.sampler import Request as Asked
+        from train.generate.sampler import GenerationRequest, Sampler
 
-        r = self.request
+        r = self.options
         asked = [
-            Asked(p, seed=(r.seed + i) % 2**32, steps=r.steps, guidance=r.guidance) for i, p in enumerate(self.prompts)
+            GenerationRequest(p, seed=(r.seed + i) % 2**32, steps=r.steps, guidance=r.guidance)
+            for i, p in enumerate(self.prompts)
         ]
         batches = [range(start, min(start + BATCH, len(asked))) for start in range(0, len(asked), BATCH)]
         missing = [batch for batch in batches if not all(self._is_drawn(i, asked[i]) for i in batch)]
         steps = r.steps * (sum(map(len, missing)) or len(asked))
-        count = Count(self.terminal, "steps of drawing", steps, "steps")
+        count = ProgressBar(self.terminal, "steps of drawing", steps, "steps")
         if missing:
-            artist: Artist = Artist(self.model.about, loras=self.model.loras, batch=BATCH, blur=False)
-            self.terminal.write(f"draws on {artist}\n")
+            sampler: Sampler = Sampler(self.model.about, loras=self.model.loras, batch=BATCH, blur=False)
+            self.terminal.write(f"draws on {sampler}\n")
             for batch in missing:
-                for i, drawn in zip(batch, artist.draw([asked[i] for i in batch], _growth(count)), strict=True):
+                for i, drawn in zip(batch, sampler.generate([asked[i] for i in batch], _growth(count)), strict=True):
                     with atomic(self._sample(i)) as f:
                         f.write(png(drawn.image, drawn.facts))
         count.end(f", {len(asked)} pictures in {self._sample(0).parent}")
@@ -449,17 +471,17 @@ class _Evaluation:
     def _sample(self, number: int) -> Path:
         return self.out / "samples" / f"{number:06d}.png"
 
-    def _is_drawn(self, number: int, asked: Asked) -> bool:
+    def _is_drawn(self, number: int, asked: GenerationRequest) -> bool:
         """Whether this very picture is there."""
         from train.generate.files import check_facts, read_facts
-        from train.generate.sampler import facts_of, settled
+        from train.generate.sampler import facts_of, resolve
 
         try:
             facts = read_facts(self._sample(number))
             check_facts(facts, self._sample(number))
         except UserError:
             return False
-        wanted = facts_of(settled(self.model.about, asked))
+        wanted = facts_of(resolve(self.model.about, asked))
         return {k: facts.get(k) for k in wanted} == wanted and facts["model"]["sha256"] == self.model.about.digest
 
     # looking
@@ -471,7 +493,7 @@ class _Evaluation:
         models: dict[str, Any] = {"vectors": self.encoder, "nsfw": self.detector}
         if self.features is not self.encoder:
             models["features"] = self.features
-        count = Count(self.terminal, "looked at", len(self.prompts) + len(self.real) + len(self.training))
+        count = ProgressBar(self.terminal, "looked at", len(self.prompts) + len(self.real) + len(self.training))
         drawn = look((self._drawn(i) for i in range(len(self.prompts))), models, count)
         real = look((self._fitted(self.samples, i) for i in self.real), models, count)
         training = None
@@ -490,10 +512,10 @@ class _Evaluation:
 
     def _fitted(self, samples: MapDataset, number: Any) -> npt.NDArray[np.uint8]:
         """A real picture, brought to the size of the drawn ones as training does."""
-        from train.data import decoded, fitted
+        from train.data import crop_resize, decode_sample
 
         width, height = self.model.about.size
-        return fitted(decoded(samples[int(number)], 2 * max(width, height)), height, width)
+        return crop_resize(decode_sample(samples[int(number)], 2 * max(width, height)), height, width)
 
     def _features(self, seen: dict[str, Any]) -> Any:
         from curate.encoders.bundled import FEATURES
@@ -506,7 +528,7 @@ class _Evaluation:
         """Retrieval of captions by drawn pictures, and by real ones; CLIPScore where the encoder is that CLIP."""
         from train.generate.evaluate import clip_score, clip_score_of, mean, retrieval
 
-        seed, n, encoder = self.request.seed, len(self.prompts), self.encoder
+        seed, n, encoder = self.options.seed, len(self.prompts), self.encoder
         captions = [self._caption(i) for i in self.captioned]
         real_too = len(captions) == n
         if not real_too:
@@ -572,7 +594,7 @@ class _Evaluation:
             if min(len(ours), len(theirs)) < LEAST:
                 self.left_out[head.name] = f"{len(ours)} drawn and {len(theirs)} real pictures: {LEAST} are needed"
                 continue
-            seed = self.request.seed
+            seed = self.options.seed
             found[head.name] = {
                 "drawn": mean(ours, seed),
                 "real": mean(theirs, seed),
@@ -603,7 +625,7 @@ class _Evaluation:
             self.left_out["memorisation"] = f"the training pictures are not at hand: {self.unseen.about}"
             return None, None
         ours, theirs = nearest(drawn, training), nearest(real, training)
-        found = memorised(ours, theirs, self.request.seed)
+        found = memorised(ours, theirs, self.options.seed)
         found |= {"space": self.encoder.name, "training": len(self.training)}
         if len(self.training) < len(self.unseen.trained_on):
             found["of_training"] = len(self.unseen.trained_on)
@@ -620,7 +642,7 @@ class _Evaluation:
         from train.generate.distances import LEAST_FRECHET, LEAST_KID, SUBSET, frechet, kid, kid_floor
         from train.generate.evaluate import look
 
-        ours, theirs, seed = self._features(drawn), self._features(real), self.request.seed
+        ours, theirs, seed = self._features(drawn), self._features(real), self.options.seed
         few = f"{len(ours):,} drawn and {len(theirs):,} real pictures: at least"
         figures: dict[str, Any] = {}
         if min(len(ours), len(theirs)) >= LEAST_KID:
@@ -660,7 +682,7 @@ class _Evaluation:
         for start in range(0, min(SHEET, len(self.prompts)), 5):
             some = range(start, min(start + 5, len(self.prompts)))
             shown = [
-                _shown(self._drawn(i), self.prompts[i], f"seed {self.request.seed + i}", drawn["nsfw"][i] >= UNSAFE)
+                _shown(self._drawn(i), self.prompts[i], f"seed {self.options.seed + i}", drawn["nsfw"][i] >= UNSAFE)
                 for i in some
             ]
             rows.append(("drawn", shown))
@@ -668,7 +690,7 @@ class _Evaluation:
                 real = [self._fitted(self.samples, self.captioned[i]) for i in some]
                 unsafe = self._unsafe(real)
                 rows.append(("real", [_shown(p, "", "", u) for p, u in zip(real, unsafe, strict=True)]))
-        sheet(self.out / "sheet.png", f"{Path(self.request.model).name}: what was asked for, and what was drawn", rows)
+        sheet(self.out / "sheet.png", f"{Path(self.options.model).name}: what was asked for, and what was drawn", rows)
 
     def _nearest_sheet(self, ours: Nearest, theirs: Nearest) -> None:
         """`nearest.png`: the drawn pictures nearest to training pictures, then real ones that were not trained on."""
@@ -693,19 +715,17 @@ class _Evaluation:
                 shown = [_shown(*x) for x in zip(pictures, captions, details, flags, strict=True)]
                 text = self.prompts[i] if near is ours else self.samples.facts(int(self.real[i]))["caption"] or ""
                 rows.append((str(text), shown))
-        sheet(self.out / "nearest.png", f"{Path(self.request.model).name}: the nearest training pictures", rows)
+        sheet(self.out / "nearest.png", f"{Path(self.options.model).name}: the nearest training pictures", rows)
 
     def _unsafe(self, pictures: Sequence[npt.NDArray[np.uint8]]) -> list[bool]:
-        import numpy as np
-
+        from curate.annotators.base import scores_of
         from train.generate.sampler import UNSAFE
 
-        scores = self.detector.score_prepared(np.stack([self.detector.preprocess(p) for p in pictures]))
-        return [bool(score >= UNSAFE) for score in scores]
+        return [bool(score >= UNSAFE) for score in scores_of(self.detector, pictures)]
 
 
 def _growth(count: Callable[[int], None]) -> Callable[[int, int], None]:
-    """`on_step` of one call of `Artist.draw`, for a count that wants to hear how many more are done."""
+    """`on_step` of one call of `Sampler.generate`, for a count that wants to hear how many more are done."""
     done = 0
 
     def on_step(now: int, of: int) -> None:
@@ -726,10 +746,10 @@ def _shown(picture: npt.NDArray[np.uint8], line: str, more: str, blurred: bool) 
 # ---------------------------------------------------------------------------------------------------------- its result
 
 
-def _outcome(request: Request, facts: dict[str, Any]) -> Outcome:
-    out = request.out
+def _outcome(options: EvaluateOptions, facts: dict[str, Any]) -> Result:
+    out = options.out
     paths = {"evaluation": out / "evaluation.json", "pictures": out / "sheet.png"}
     if "memorisation" in facts["figures"]:
         paths["nearest"] = out / "nearest.png"
-    text = f"{table(facts)}\nevaluated in {clock(facts['seconds'])}\n{meaning(facts)}"
-    return Outcome(text, facts, f"tastemaker sample {request.model} PROMPT", paths)
+    text = f"{table(facts)}\nevaluated in {format_duration(facts['seconds'])}\n{meaning(facts)}"
+    return Result(text=text, facts=facts, paths=dict(paths), next=f"tastemaker sample {options.model} PROMPT")

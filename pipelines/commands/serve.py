@@ -18,84 +18,90 @@ from pathlib import Path
 from aesthetic.errors import UserError
 from aesthetic.files import atomic, scratch_path
 from curate.store.disk import check_space
-from pipelines.runtime.progress import Terminal
+from curate.store.files import local_path
+from pipelines.options import Options, Result, argument, option, positive_int
+from pipelines.runtime.progress import redirect_output
 
 MIN_TOKEN = 16
 """Characters of a token that somebody chose: whoever reaches the port may guess, a few a second."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What `tastemaker serve` was asked."""
+class ServeOptions(Options):
+    model: str = argument("MODEL", "a diffusers folder (Stable Diffusion type) or hub id")
+    out: Path = option("pictures get its next free numbers", default=Path("samples"), metavar="FOLDER", type=local_path)
+    host: str = option("another address than this one needs a token", default="127.0.0.1", metavar="H")
+    port: int = option("default: 7860; 0: any that is free", default=7860, metavar="N")
+    token: str | None = option(
+        "what people must know to draw (default: one is made where needed)", metavar="T", secret=True
+    )
+    batch: int = option("pictures of a job drawn at once", default=1, metavar="N", type=positive_int)
+    upscaler: Path | None = option("enlarge with ESRGAN-type weights (extra `upscale`)", metavar="FILE")
+    faces: Path | None = option("restore faces with GFPGAN's weights (extra `upscale`)", metavar="FILE")
+    lora: tuple[str, ...] = option("repeatable", default=(), metavar="PATH[:WEIGHT]")
+    show_flagged: bool = option("do not blur what the NSFW detector flags", default=False)
 
-    model: str
-    out: Path
-    host: str = "127.0.0.1"
-    port: int = 7860
-    token: str | None = None
-    lora: tuple[str, ...] = ()
-    batch: int = 1
-    upscaler: Path | None = None
-    faces: Path | None = None
-    show_flagged: bool = False
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "out", self.out.absolute())
 
 
-def run(asked: Asked) -> None:
+def run(options: ServeOptions) -> Result:
     """Serve until Ctrl-C or SIGTERM. Raises UserError before the model loads where something does not fit."""
-    token = asked.token
+    token = options.token
     if token is not None and (len(token) < MIN_TOKEN or not (token.isascii() and token.isprintable()) or " " in token):
         raise UserError(f"--token: {MIN_TOKEN} characters at least, of ASCII, without spaces")
-    if not 0 <= asked.port <= 65535:
-        raise UserError(f"--port {asked.port}: 0 to 65535 are there")
+    if not 0 <= options.port <= 65535:
+        raise UserError(f"--port {options.port}: 0 to 65535 are there")
     from train.generate.upscale import check_network
-    from train.models.info import look
+    from train.models.info import read_model_info
     from train.models.lora import check_lora, parse_lora
 
-    about = look(asked.model)
-    loras = [parse_lora(text) for text in asked.lora]
+    about = read_model_info(options.model)
+    loras = [parse_lora(text) for text in options.lora]
     for lora in loras:
         check_lora(about, lora)
-    for name, path in (("upscaler", asked.upscaler), ("faces", asked.faces)):
+    for name, path in (("upscaler", options.upscaler), ("faces", options.faces)):
         if path is not None:
             check_network(path, f"--{name} {path}")
-    _check_writable(asked.out)
-    from studio.app import LOOPBACK, Server, listen, new_app
+    _check_writable(options.out)
+    from studio.app import LOOPBACK, StudioServer, listen, new_app
 
-    at = listen(asked.host, asked.port)
+    at = listen(options.host, options.port)
     try:
         local = ipaddress.ip_address(at.getsockname()[0].partition("%")[0]).is_loopback
         if not local and token is None:
             token = secrets.token_urlsafe(24)
-        asked.out.mkdir(parents=True, exist_ok=True)
-        with Terminal(asked.out / "logs" / "serve.log") as terminal:
+        options.out.mkdir(parents=True, exist_ok=True)
+        with redirect_output(options.out / "logs" / "serve.log") as terminal:
 
             def say(line: str) -> None:
                 terminal.write(f"{time.strftime('%H:%M:%S')}  {line}\n")
 
-            from studio.service import Studio
-            from train.generate.sampler import Artist
+            from studio.service import GenerationService
+            from train.generate.sampler import Sampler
 
-            say(f"loading {asked.model}")
-            artist = Artist(
-                about, loras=loras, upscaler=asked.upscaler, faces=asked.faces, batch=asked.batch,
-                blur=not asked.show_flagged,
+            say(f"loading {options.model}")
+            sampler = Sampler(
+                about, loras=loras, upscaler=options.upscaler, faces=options.faces, batch=options.batch,
+                blur=not options.show_flagged,
             )  # fmt: skip
-            say(str(artist))
-            for note in artist.notes:
+            say(str(sampler))
+            for note in sampler.notes:
                 say(note)
-            studio = Studio(artist, asked.out, say=say, fault=traceback.print_exception)
+            service = GenerationService(sampler, options.out, say=say, fault=traceback.print_exception)
 
             def ready() -> None:
-                say(f"draw at {url(asked.host, at)}   (Ctrl-C ends; pictures go to {asked.out})")
+                say(f"draw at {url(options.host, at)}   (Ctrl-C ends; pictures go to {options.out})")
                 if token is not None:
                     say(f"token: {token}")
 
             with contextlib.suppress(KeyboardInterrupt):  # how it is meant to end
-                app = new_app(studio, None if token else LOOPBACK | {asked.host.lower()}, token)
-                Server(app, studio, ready).run(sockets=[at])
+                app = new_app(service, None if token else LOOPBACK | {options.host.lower()}, token)
+                StudioServer(app, service, ready).run(sockets=[at])
             say("ended")
     finally:
         at.close()
+    return Result(paths={"pictures": options.out})
 
 
 def url(host: str, at: socket.socket) -> str:

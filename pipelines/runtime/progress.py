@@ -1,13 +1,14 @@
-"""What people see while a job runs: workers count, one small actor adds up, the terminal draws from that."""
+"""What people see while a job runs: workers count, lines on the terminal say how far it is and how long it takes."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -52,33 +53,7 @@ class Meter:
             self.flush()
 
 
-class Board:
-    """Adds up what the meters send. Lives in an actor, so that workers on any node reach it."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[tuple[str, str]] = Counter()
-        self._hosts: Counter[str] = Counter()
-        self._failure: Exception | None = None
-
-    def fail(self, error: Exception) -> None:
-        """Keep what went wrong in a worker; the first error is the cause of those after it."""
-        self._failure = self._failure or error
-
-    def failure(self) -> Exception | None:
-        """What went wrong in a worker, as it was raised there."""
-        return self._failure
-
-    def add(self, counts: Counts, hosts: dict[str, int]) -> None:
-        self._counts.update(counts)
-        self._hosts.update(hosts)
-        if len(self._hosts) > 2000:  # the web has many hosts, and only the worst are shown
-            self._hosts = Counter(dict(self._hosts.most_common(1000)))
-
-    def read(self) -> tuple[Counts, list[tuple[str, int]]]:
-        return dict(self._counts), self._hosts.most_common(3)
-
-
-class Screen:
+class ProgressDisplay:
     """Draws the progress line: rewritten in place on a terminal, a line every ten seconds elsewhere."""
 
     def __init__(self, out: IO[str], rows: int, images: int, embeds: bool, shard: int = 0) -> None:
@@ -124,21 +99,21 @@ class Screen:
         if self._rows:
             share = f"  {good / fetched:.1%} ok" if fetched else ""
             rate = self._rate("fetch", fetched, now)
-            parts.append(f"fetch  {fetched:,}/{self._rows:,}  {speed(rate, 'rows')}{share}")
+            parts.append(f"fetch  {fetched:,}/{self._rows:,}  {format_rate(rate, 'rows')}{share}")
             fetching = (self._rows - fetched) / rate if rate else 0.0
-            eta = clock(fetching) if rate else ""
+            eta = format_duration(fetching) if rate else ""
         if self._embeds:
             images = self._images + (round(self._rows * good / fetched) if fetched else self._rows)
             rate = self._rate("embed", embedded, now)
-            parts.append(f"embed  {embedded:,}/{images:,}  {speed(rate, 'img')}")
+            parts.append(f"embed  {embedded:,}/{images:,}  {format_rate(rate, 'img')}")
             left = max(0, images - embedded)
             if rate:  # both at once, and then the images of the shard that was fetched last
                 last = min(left, self._shard) if fetching else 0
-                eta = clock(max(left / rate, fetching + last / rate)) if eta or not self._rows else ""
+                eta = format_duration(max(left / rate, fetching + last / rate)) if eta or not self._rows else ""
             elif left and eta:
                 eta += " + embedding"
         if end:
-            parts.append(clock(now - self._began))
+            parts.append(format_duration(now - self._began))
         elif eta:
             parts.append(f"eta {eta}")
         return "     ".join(parts)
@@ -186,7 +161,7 @@ class Screen:
             self.say(f"warning: {failed / rows:.0%} of the first {rows:,} rows failed: {reasons}{worst}")
 
 
-class Count:
+class ProgressBar:
     """One line about work of known length: how much is done, how fast, how long it still takes."""
 
     def __init__(self, out: IO[str], what: str, total: int, unit: str = "img") -> None:
@@ -202,8 +177,8 @@ class Count:
             return
         self._last = now
         rate = self._done / (now - self._began)
-        left = clock((self._total - self._done) / rate) if rate else "unknown"
-        text = f"{self._what}  {self._done:,}/{self._total:,}  {speed(rate, self._unit)}  eta {left}"
+        left = format_duration((self._total - self._done) / rate) if rate else "unknown"
+        text = f"{self._what}  {self._done:,}/{self._total:,}  {format_rate(rate, self._unit)}  eta {left}"
         self._out.write(CLEAR if self._live else "")
         self._out.write(text if self._live else f"{text}\n")
         self._out.flush()
@@ -212,7 +187,7 @@ class Count:
         """The last line: all of it, and how long it took, or that there was nothing left to do."""
         seconds = time.monotonic() - self._began
         self._out.write(CLEAR if self._live else "")
-        done = f"{self._done:,} in {clock(seconds)}" if self._done else f"{self._total:,}, made before"
+        done = f"{self._done:,} in {format_duration(seconds)}" if self._done else f"{self._total:,}, made before"
         self._out.write(f"{self._what}  {done}{more}\n")
         self._out.flush()
 
@@ -225,10 +200,10 @@ def _columns(out: IO[str]) -> int:
         return 80
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A duration as people say it.
 
-    >>> clock(8), clock(100), clock(7300)
+    >>> format_duration(8), format_duration(100), format_duration(7300)
     ('8 s', '1 min 40 s', '2 h 1 min')
     """
     whole = round(seconds)
@@ -239,44 +214,41 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def speed(rate: float, unit: str) -> str:
+def format_rate(rate: float, unit: str) -> str:
     """A rate per second as people say it; of slow work, how long one takes.
 
-    >>> speed(1234.5, "img"), speed(5.0, "rows"), speed(0.015, "steps"), speed(0.0, "img")
-    ('1,234 img/s', '5 rows/s', '66.7 s/step', '0 img/s')
+    >>> [format_rate(r, "img") for r in (1234.5, 5.0, 0.015, 0.0)]
+    ['1,234 img/s', '5 img/s', '66.7 s/img', '0 img/s']
     """
     if 0 < rate < 1:
         return f"{1 / rate:.1f} s/{unit.removesuffix('s')}"
     return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"
 
 
-class Terminal:
-    """Our own stream, while libraries' go to a log file; Ray's C++ parts write to the descriptors themselves."""
-
-    def __init__(self, log: Path) -> None:
-        self._log = log
-
-    def __enter__(self) -> IO[str]:
-        with open_log(self._log) as f:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            self._saved = [os.dup(1), os.dup(2)]
-            os.dup2(f.fileno(), 1)
-            os.dup2(f.fileno(), 2)
-        self._lost = [(s, s.lost) for s in (sys.stdout, sys.stderr) if isinstance(s, Shown)]
-        for stream, _ in self._lost:
-            stream.lost = None  # the log can be written, whatever became of the terminal
-        self._ours = text_stream(os.dup(self._saved[1]), sys.stderr)
-        return self._ours  # type: ignore[return-value]
-
-    def __exit__(self, *_: object) -> None:
+@contextlib.contextmanager
+def redirect_output(log: Path) -> Iterator[IO[str]]:
+    """Our own stream to the terminal, while what libraries write goes to a log file; Ray's C++ parts write to the
+    descriptors themselves."""
+    with open_log(log) as f:
         sys.stdout.flush()
         sys.stderr.flush()
-        for fd, saved in enumerate(self._saved, 1):
-            os.dup2(saved, fd)
-            os.close(saved)
-        for stream, lost in self._lost:
-            stream.lost = lost
-        self._ours.close()
+        saved = [os.dup(1), os.dup(2)]
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    lost = [(stream, stream.lost) for stream in (sys.stdout, sys.stderr) if isinstance(stream, Shown)]
+    for stream, _ in lost:
+        stream.lost = None  # the log can be written, whatever became of the terminal
+    terminal = text_stream(os.dup(saved[1]), sys.stderr)
+    try:
+        yield terminal  # type: ignore[misc]
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for fd, before in enumerate(saved, 1):
+            os.dup2(before, fd)
+            os.close(before)
+        for stream, error in lost:
+            stream.lost = error
+        terminal.close()
         if isinstance(sys.stderr, Shown):  # the same descriptor: what was lost here counts there
-            sys.stderr.lost = sys.stderr.lost or self._ours.lost
+            sys.stderr.lost = sys.stderr.lost or terminal.lost

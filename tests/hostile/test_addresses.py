@@ -16,7 +16,8 @@ from ipaddress import IPv4Address
 import pytest
 from watched import watched
 
-from curate.fetch.client import Body, FetchConfig, Fetcher
+from curate.fetch.client import Body, Fetcher
+from curate.fetch.config import FetchConfig
 from curate.ledger.schema import Reason, RowError
 
 # ------------------------------------------------------------------------------------------------------- the cases

@@ -14,7 +14,8 @@ import pytest
 from answers import ANSWERS, MAX_BYTES, path_of
 from hostile_web import Hostile, Measured, at_home, good_picture, measure
 
-from curate.fetch.client import FetchConfig, Fetcher
+from curate.fetch.client import Fetcher
+from curate.fetch.config import FetchConfig
 from curate.ledger.schema import Reason, RowError
 
 TIMEOUT = 2.0  # seconds
@@ -35,7 +36,7 @@ ELSEWHERE: dict[
 
 
 @dataclass(frozen=True)
-class Ended:
+class FetchResult:
     """One row: its reason (None: a body of `size` bytes), and how long that took."""
 
     reason: Reason | None
@@ -45,25 +46,27 @@ class Ended:
     status: int | None
 
 
-async def fetch_all(fetcher: Fetcher, urls: dict[str, str]) -> dict[str, Ended]:
+async def fetch_all(fetcher: Fetcher, urls: dict[str, str]) -> dict[str, FetchResult]:
     """All rows at once."""
 
-    async def one(url: str) -> Ended:
+    async def one(url: str) -> FetchResult:
         start = time.monotonic()
         try:
             async with fetcher.body(url) as body:
-                return Ended(None, "", len(body.data), time.monotonic() - start, body.http_status)
+                return FetchResult(None, "", len(body.data), time.monotonic() - start, body.http_status)
         except RowError as e:
-            return Ended(e.reason, e.detail, 0, time.monotonic() - start, e.http_status)
+            return FetchResult(e.reason, e.detail, 0, time.monotonic() - start, e.http_status)
 
     ended = await asyncio.gather(*(one(url) for url in urls.values()))
     return dict(zip(urls, ended, strict=True))
 
 
-def fetch_hostile(ready: Callable[[], None], urls: dict[str, str], warm: list[str], config: dict) -> dict[str, Ended]:
+def fetch_hostile(
+    ready: Callable[[], None], urls: dict[str, str], warm: list[str], config: dict
+) -> dict[str, FetchResult]:
     """The watched process: warms up, then fetches all."""
 
-    async def main() -> dict[str, Ended]:
+    async def main() -> dict[str, FetchResult]:
         fetcher = Fetcher(FetchConfig(**config), lookup=at_home)
         first = await fetch_all(fetcher, {url: url for url in warm})
         assert {e.reason for e in first.values()} == {None}, first

@@ -15,7 +15,7 @@ import pytest
 from in_a_child import Report, forget_peak, memory, peak, run
 from PIL import Image, TiffImagePlugin
 
-from curate.images.pixels import ImagesConfig, process
+from curate.images.process import ImagesConfig, process
 from curate.ledger.schema import Reason, RowError
 from tests.test_images import encoded, patched, photograph, png_chunk, png_of
 

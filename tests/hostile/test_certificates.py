@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from curate.fetch import client as fetch_module
-from curate.fetch.client import Body, FetchConfig, Fetcher
+from curate.fetch.client import Body, Fetcher
+from curate.fetch.config import FetchConfig
 from curate.ledger.schema import Reason, RowError
 
 CONFIG = """

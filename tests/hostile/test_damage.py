@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from in_a_child import Report, run
 
-from curate.images.pixels import ImagesConfig, decode, process
+from curate.images.decode import decode
+from curate.images.process import ImagesConfig, process
 from curate.ledger.schema import Reason, RowError
 from tests.test_images import FORMATS, encoded, photograph
 

@@ -13,7 +13,8 @@ from hostile_web import Hostile, at_home, measure
 from test_answers import fetch_all
 
 from aesthetic.errors import UserError
-from curate.fetch.client import FetchConfig, Fetcher
+from curate.fetch.client import Fetcher
+from curate.fetch.config import FetchConfig
 
 DOMAINS = 4000
 

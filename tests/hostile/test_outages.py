@@ -15,9 +15,10 @@ import hostile_web
 import pytest
 from fetched import fetch_list, write_list
 from hostile_web import Hostile, at_home, endless, head, hosts, measure, whole
-from test_answers import Ended, fetch_all
+from test_answers import FetchResult, fetch_all
 
-from curate.fetch.client import FetchConfig, Fetcher
+from curate.fetch.client import Fetcher
+from curate.fetch.config import FetchConfig
 from curate.ledger.schema import Reason, RowError
 
 ROWS = 20  # of one host
@@ -59,7 +60,7 @@ def server() -> Iterator[Hostile]:
 
 
 @pytest.fixture(scope="module")
-def refused(server: Hostile) -> tuple[dict[str, Ended], dict[str, int]]:
+def refused(server: Hostile) -> tuple[dict[str, FetchResult], dict[str, int]]:
     """Every kind of refusal at once, each by a host of its own with so many rows; and how often each was asked."""
     urls = {
         f"{name} {row}": f"http://refuses{n}.test:{server.port}/refusal-{n}?{row}"
@@ -67,7 +68,7 @@ def refused(server: Hostile) -> tuple[dict[str, Ended], dict[str, int]]:
         for row in range(ROWS)
     }
 
-    async def main() -> dict[str, Ended]:
+    async def main() -> dict[str, FetchResult]:
         fetcher = Fetcher(FetchConfig(allow=server.allow, timeout=5), lookup=at_home)
         try:
             return await fetch_all(fetcher, urls)
@@ -83,7 +84,7 @@ def refused(server: Hostile) -> tuple[dict[str, Ended], dict[str, int]]:
 @pytest.mark.long
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_host_that_refuses_is_asked_a_bounded_number_of_times(
-    refused: tuple[dict[str, Ended], dict[str, int]], name: str
+    refused: tuple[dict[str, FetchResult], dict[str, int]], name: str
 ) -> None:
     ended, asked = refused
     assert {ended[f"{name} {row}"].reason for row in range(ROWS)} == {REFUSALS[name][1]}

@@ -16,7 +16,8 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageCms
 
-from curate.images.pixels import ImagesConfig, decode, process
+from curate.images.decode import decode
+from curate.images.process import ImagesConfig, process
 from curate.ledger.schema import RowError
 from tests.test_images import (
     UPRIGHT,

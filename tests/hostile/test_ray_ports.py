@@ -14,7 +14,7 @@ from fetched import fetch_list, write_list
 from hostile_web import Hostile, hosts, measure
 from watched import watched
 
-from curate.fetch.client import FetchConfig
+from curate.fetch.config import FetchConfig
 
 WELL_KNOWN = (6379, 8265, 10001)
 PATHS = ("/", "/api/jobs/", "/api/version", "/nodes?view=summary")

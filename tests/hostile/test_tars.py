@@ -17,7 +17,7 @@ from hostile_web import good_picture
 from in_a_child import forget_peak, memory, peak, run
 from watched import watched
 
-from curate.fetch.client import FetchConfig
+from curate.fetch.config import FetchConfig
 from curate.shards.tar import CorruptShard, TarWriter, image_member, index_tar, read_images
 
 JPEG = good_picture()

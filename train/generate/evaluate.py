@@ -1,8 +1,8 @@
 """How good a model is, in figures that stand beside what they would be by chance and at best.
 
 Which pictures it was not trained on, its loss on them, whether what it draws shows what was asked, whether that is a
-copy of training pictures. How far they lie from real ones as a whole is in train.distances. Each function takes
-arrays and can be used by itself; `tastemaker evaluate` puts them together.
+copy of training pictures. How far they lie from real ones as a whole is in train.generate.distances. Each function
+takes arrays and can be used by itself; `tastemaker evaluate` puts them together.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ import numpy.typing as npt
 from aesthetic.errors import UserError
 from aesthetic.metrics import Estimate, Statistic, estimate
 from aesthetic.splits import NEAR_BITS, groups_of
-from curate.annotators.nsfw import Detector
+from curate.annotators.base import Annotator, scores_of
 from curate.encoders.base import Encoder
-from curate.images.pixels import perceptual_hash
+from curate.images.resize import perceptual_hash
 from curate.store.files import digest, read_json
-from train.data import Examples, Ints, MapDataset, Survey, batches_of, open_samples, split, survey
-from train.devices import out_of_memory
-from train.loop import autocast
-from train.models.info import record_of
+from train.data import ImageScan, Ints, MapDataset, TrainDataset, open_samples, ordered_batches, scan_images, split
+from train.devices import autocast, out_of_memory
+from train.models.info import training_record
 
 Array = npt.NDArray[np.float64]
 Vectors = npt.NDArray[np.floating]
@@ -69,11 +68,11 @@ def unseen(model: str | Path, samples: MapDataset, tell: Tell = lambda count: No
 
     Raises UserError where none is left.
     """
-    record = record_of(model)
+    record = training_record(model)
     nothing = np.zeros(0, np.int64)
     if record is None or not _of_data(record[1]):
         found = Unseen(
-            *_readable(survey(samples, tell)), None, nothing, None,
+            *_readable(scan_images(samples, tell)), None, nothing, None,
             "the model has no train.json, which would tell what it was trained on: it may have seen these pictures",
         )  # fmt: skip
     else:
@@ -86,7 +85,7 @@ def unseen(model: str | Path, samples: MapDataset, tell: Tell = lambda count: No
         elif (training := _still_there(where, facts["settings"])) is None:
             about = f"other pictures than the model was trained on; those are no longer in {where.name} as they were, "
             about += "so that near-duplicates of them can't be told"
-            found = Unseen(*_readable(survey(samples, tell)), None, nothing, facts, about)
+            found = Unseen(*_readable(scan_images(samples, tell)), None, nothing, facts, about)
         else:
             found = _others(folder, facts, samples, training, tell)
     if not len(found.numbers):
@@ -99,7 +98,7 @@ def _of_data(facts: dict[str, Any]) -> bool:
     return bool((facts.get("data") or {}).get("folder") and facts["settings"].get("data"))
 
 
-def _readable(known: Survey) -> tuple[Ints, int]:
+def _readable(known: ImageScan) -> tuple[Ints, int]:
     """(numbers that can be read, how many can't)."""
     return np.array([i for i in range(len(known.keys)) if i not in known.unreadable], np.int64), len(known.unreadable)
 
@@ -108,7 +107,7 @@ def _sides(folder: Path, samples: MapDataset, tell: Tell) -> tuple[Ints, Ints, i
     """(trained on, held out, how many can't be read) of a run's own data."""
     told = read_json(folder / "data.json")
     if not _is_split(told, samples):  # the same pictures give the same split
-        known = survey(samples, tell)
+        known = scan_images(samples, tell)
         return *split(samples, known=known), len(known.unreadable)
     out = {*told["held_out"], *map(int, told["unreadable"])}
     chosen = np.array([i for i in range(len(samples)) if i not in out], np.int64)
@@ -138,7 +137,7 @@ def _still_there(folder: Path, settings: dict[str, Any]) -> MapDataset | None:
 
 def _others(folder: Path, facts: dict[str, Any], samples: MapDataset, training: MapDataset, tell: Tell) -> Unseen:
     chosen, _, _ = _sides(folder, training, tell)
-    known, theirs = survey(samples, tell), survey(training, tell)
+    known, theirs = scan_images(samples, tell), scan_images(training, tell)
     numbers, lost = _readable(known)
     ids = [f"ours {i}" for i in numbers] + [f"theirs {i}" for i in chosen]
     sha256, phash = (
@@ -176,7 +175,7 @@ def captions_of(samples: MapDataset, numbers: Ints, count: int) -> list[int]:
 
 
 def losses(
-    pipeline: Any, examples: Examples, numbers: Ints, *, seed: int = 0, tell: Tell = lambda count: None
+    pipeline: Any, examples: TrainDataset, numbers: Ints, *, seed: int = 0, tell: Tell = lambda count: None
 ) -> npt.NDArray[np.float32]:
     """The loss on each picture at each of the eight times that training measures at: (n, 8), as `Denoise.held_out`.
 
@@ -186,19 +185,19 @@ def losses(
     import torch
 
     from train.objective import GAMMA, objective_of
-    from train.tasks import Denoise, evaluating
+    from train.tasks import Denoise, eval_mode
 
     name = objective_of(pipeline.scheduler).name
     task = Denoise(pipeline, gamma=GAMMA if name == "eps" else None)  # weighted as train weights it
     device = pipeline.unet.device
     place = {int(n): i for i, n in enumerate(numbers)}
     size, found = 16, np.full((len(numbers), 8), np.nan, np.float32)
-    with evaluating(pipeline):
+    with eval_mode(pipeline):
         while np.isnan(left := found[:, 0]).any():
             try:
-                for batch in batches_of(examples, numbers[np.isnan(left)], size):
+                for batch in ordered_batches(examples, numbers[np.isnan(left)], size):
                     with autocast(device):
-                        measured = task.held_out_by_time(batch, seed).float().cpu().numpy()
+                        measured = task.held_out_losses_by_time(batch, seed).float().cpu().numpy()
                     if not np.isfinite(measured).all():
                         raise UserError(
                             f"the model's loss on {batch.keys[0]} and others is no number: its weights are broken"
@@ -261,9 +260,10 @@ def difference(drawn: npt.ArrayLike, real: npt.ArrayLike, *, paired: bool, seed:
 
 
 def look(
-    pictures: Iterable[Pixels], models: Mapping[str, Encoder | Detector], tell: Tell = lambda count: None
+    pictures: Iterable[Pixels], models: Mapping[str, Encoder | Annotator], tell: Tell = lambda count: None
 ) -> dict[str, npt.NDArray[Any]]:
-    """What models see in pictures, (h, w, 3) uint8: by name (n, d) unit vectors of an encoder or (n,) scores.
+    """What models see in pictures, (h, w, 3) uint8: by name (n, d) unit vectors of an encoder, or a detector's (n,)
+    scores.
 
     Beside them `phash`, (n,) uint64: perceptual hashes. Batches are cut at fixed places, so that the same pictures give
     the same numbers.
@@ -272,10 +272,7 @@ def look(
     rest = iter(pictures)
     while part := list(islice(rest, 32)):
         for name, model in models.items():
-            rows = np.stack([model.preprocess(p) for p in part])
-            found[name].append(
-                model.encode_prepared(rows) if isinstance(model, Encoder) else model.score_prepared(rows)
-            )
+            found[name].append(model.encode_images(part) if isinstance(model, Encoder) else scores_of(model, part))
         found["phash"].append(np.array([int(perceptual_hash(p), 16) for p in part], np.uint64))
         tell(len(part))
     return {name: np.concatenate(parts) for name, parts in found.items()}

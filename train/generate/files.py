@@ -53,7 +53,7 @@ def _read(path: Path | str, decode: Callable[[bytes], Image.Image]) -> Image.Ima
 
 def decode_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The bytes of an image file upright, in sRGB, over white where it is transparent. Raises RowError."""
-    from curate.images.pixels import decode
+    from curate.images.decode import decode
 
     return Image.fromarray(decode(data, max_pixels=max_pixels))
 
@@ -65,7 +65,7 @@ def decode_mask(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     what is painted, that is opaque, is drawn anew. Raises RowError where it is no image, UserError where it
     leaves nothing to be drawn anew.
     """
-    from curate.images.pixels import decode_alpha
+    from curate.images.decode import decode_alpha
 
     alpha = decode_alpha(data, max_pixels)
     if alpha is None:
@@ -107,7 +107,7 @@ def sheet(image: Image.Image, names: Sequence[str]) -> bytes:
 
 def read_facts(path: Path | str) -> dict[str, Any]:
     """What a PNG says of itself. Raises UserError where it says nothing, or nothing that can be read."""
-    from curate.images.pixels import decode
+    from curate.images.decode import decode
     from curate.ledger.schema import RowError
 
     try:

@@ -1,21 +1,20 @@
 """Drawing with a model: text to image, image to image, inpainting, enlarging. A thin layer over diffusers' pipelines.
 
->>> from train.sample import Artist, Request
->>> artist = Artist("model")
->>> for drawn in artist.draw([Request("a red fox in the snow", seed=7)]):
-...     drawn.image.save("fox.png")
+>>> from train.generate.sampler import GenerationRequest, Sampler
+>>> sampler = Sampler("model")
+>>> for generated in sampler.generate([GenerationRequest("a red fox in the snow", seed=7)]):
+...     generated.image.save("fox.png")
 
-A picture depends on its Request, the model, the LoRAs on it and the versions in use, on nothing else: its noise comes
-from a generator of its own, on the CPU, started with its seed. Text to image with the same settings is what bare
-diffusers draws, bit for bit. In a batch a GPU or CPU may round sums otherwise than for one picture alone: the starting
-noise is the same, and pictures are equal but for rounding.
+An image depends on its GenerationRequest, the model, the LoRAs on it and the versions in use, on nothing else: its
+noise comes from a generator of its own, on the CPU, started with its seed. Text to image with the same settings is what
+bare diffusers draws, bit for bit. In a batch a GPU or CPU may round sums otherwise than for one image alone: the
+starting noise is the same, and images are equal but for rounding.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import platform
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,10 +28,10 @@ from aesthetic.errors import UserError
 from aesthetic.untrusted import first_three
 from curate.store.files import sha256_file
 from train import devices
-from train.devices import out_of_memory
+from train.devices import out_of_memory, versions
 from train.generate.files import pixels_digest
 from train.generate.upscale import Network, by_tiles, cost_of, restore_faces, tile_count
-from train.models.info import About, look
+from train.models.info import ModelInfo, read_model_info
 from train.models.lora import Lora, add_loras, check_lora
 from train.models.schedulers import check_steps, new_scheduler, scheduler_name, share_of_steps, try_steps
 
@@ -42,6 +41,9 @@ if TYPE_CHECKING:
 
 OnStep = Callable[[int, int], None]
 """Hears (steps done, steps in all) after each step. An exception in it ends the drawing: this is how to cancel."""
+
+DETECTOR = "open-nsfw"
+"""The annotator that looks at every image that is generated."""
 
 UNSAFE = 0.2
 """The NSFW score from which on a picture is blurred: Yahoo calls what is below 0.2 safe (README of open_nsfw). Our
@@ -58,12 +60,12 @@ LARGEST = 16_384
 """Pixels of a side that can be asked for."""
 
 
-class NoPicture(UserError, FloatingPointError):
+class NoImage(UserError, FloatingPointError):
     """What a model computed is not finite, and so no picture: as pixels it would be black."""
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """One picture: all that it depends on beside the model. None: what suits the model. UserError where it can't be."""
 
     prompt: str
@@ -119,17 +121,17 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Generated:
     """A finished picture."""
 
-    request: Request  # with nothing left to suit the model
+    request: GenerationRequest  # with nothing left to suit the model
     image: Image.Image  # what may be shown: blurred where it is flagged
     nsfw: float  # the project's detector's score, 0 to 1
     flagged: bool  # nsfw >= UNSAFE
     facts: dict[str, Any]  # what its PNG carries (`train.generate.files.png`)
 
 
-def settled(about: About, request: Request, *, upscaler: bool = False) -> Request:
+def resolve(about: ModelInfo, request: GenerationRequest, *, upscaler: bool = False) -> GenerationRequest:
     """The request with everything filled in that suits the model. Raises UserError where the two do not fit.
 
     With an `upscaler` what it enlarges is left as it is, unless a strength is asked for.
@@ -154,7 +156,7 @@ def settled(about: About, request: Request, *, upscaler: bool = False) -> Reques
     return replace(r, scheduler=name, strength=strength, width=width, height=height, guidance=guidance)
 
 
-def fitting_size(about: About, size: tuple[int, int]) -> tuple[int, int]:
+def fitting_size(about: ModelInfo, size: tuple[int, int]) -> tuple[int, int]:
     """(width, height) that a picture of (width, height) `size` is scaled and cut to, to begin with it.
 
     Its own where the model can draw that; else as many pixels as the model draws by itself, in the picture's shape, as
@@ -189,8 +191,8 @@ def foreign_syntax(prompts: Iterable[str]) -> str:
     return f"prompts are read as plain words: {some} would weigh or replace words in other programs, not here{lora}"
 
 
-def check_scheduler(about: About, r: Request) -> None:
-    """Raise UserError where diffusers can't make the scheduler of a settled request. Loads diffusers, no weights."""
+def check_scheduler(about: ModelInfo, r: GenerationRequest) -> None:
+    """Raise UserError where diffusers can't make the scheduler of a resolved request. Loads diffusers, no weights."""
     try_steps(str(r.scheduler), about.scheduler, r.steps, about.folder / "scheduler" / "scheduler_config.json")
 
 
@@ -202,12 +204,12 @@ def _check_side(name: str, pixels: int, step: int) -> None:
         )
 
 
-class Artist:
+class Sampler:
     """A model that is loaded and ready to draw. Not for several threads at once."""
 
     def __init__(
         self,
-        model: About | str | Path,
+        model: ModelInfo | str | Path,
         *,
         loras: Sequence[Lora] = (),
         upscaler: Path | None = None,
@@ -228,14 +230,14 @@ class Artist:
         """
         from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 
-        from curate.annotators.nsfw import load_detector
-        from train.models.unet import load_model, parameters
+        from curate.annotators.registry import load_annotator
+        from train.models.unet import count_parameters, load_model
 
-        self.about = model if isinstance(model, About) else look(model)
+        self.about = model if isinstance(model, ModelInfo) else read_model_info(model)
         self.loras, self.batch, self.blur = tuple(loras), batch, blur
         for lora in self.loras:
             check_lora(self.about, lora)
-        self.device = device or devices.device_here()
+        self.device = device or devices.default_device()
         self.upscaler = Network(upscaler, "SR", self.device) if upscaler else None
         self.faces = Network(faces, "FaceSR", self.device) if faces else None
         self._others = {"upscaler": upscaler, "faces": faces}
@@ -248,26 +250,26 @@ class Artist:
         parts = (self._text.unet, self._text.vae, self._text.text_encoder)
         for part in parts:
             part.requires_grad_(False).eval()
-        sizes = [parameters([part]) * self.dtype.itemsize for part in parts]
-        cost = devices.cost_of(self.about, sizes, self.dtype.itemsize)
+        sizes = [count_parameters([part]) * self.dtype.itemsize for part in parts]
+        cost = devices.memory_cost(self.about, sizes, self.dtype.itemsize)
         free = devices.free_memory(self.device)
-        self.measures = devices.choose(free, cost, *(size or self.about.size), batch, kind=self.device.type)
-        devices.apply(self.measures, self._text, self.device)
+        self.measures = devices.choose_savings(free, cost, *(size or self.about.size), batch, kind=self.device.type)
+        devices.apply_savings(self.measures, self._text, self.device)
         self._digest = ThreadPoolExecutor(1).submit(lambda: self.about.digest)  # reads all weights once more
         same = {**self._text.components, "requires_safety_checker": False}
         self._image, self._mask = (
             _quiet(kind(**same)) for kind in (StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline)
         )
-        self._detector = load_detector("open-nsfw")
+        self._detector = load_annotator(DETECTOR)
 
     def __str__(self) -> str:
         """Device, precision and measures, in a line."""
-        memory = "memory suffices" if self.measures == devices.Measures() else f"memory saved by {self.measures}"
+        memory = "memory suffices" if self.measures == devices.MemorySavings() else f"memory saved by {self.measures}"
         return f"{self.device.type} · {str(self.dtype).removeprefix('torch.')} · {memory}"
 
-    def check(self, request: Request) -> Request:
-        """The request with nothing left open (see `settled`). Raises UserError where it does not fit the model."""
-        r = settled(self.about, request, upscaler=self.upscaler is not None)
+    def check(self, request: GenerationRequest) -> GenerationRequest:
+        """The request with nothing left open (see `resolve`). Raises UserError where it does not fit the model."""
+        r = resolve(self.about, request, upscaler=self.upscaler is not None)
         check_scheduler(self.about, r)
         return r
 
@@ -277,7 +279,7 @@ class Artist:
         ids = tokenizer(text, truncation=False, verbose=False).input_ids
         return str(tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1])).strip()
 
-    def draw(self, requests: Iterable[Request], on_step: OnStep | None = None) -> Iterator[Drawn]:
+    def generate(self, requests: Iterable[GenerationRequest], on_step: OnStep | None = None) -> Iterator[Generated]:
         """Draw pictures, in this order; each comes when its batch is finished.
 
         Raises UserError before the first is begun where one does not fit, and later where memory does not suffice.
@@ -301,14 +303,14 @@ class Artist:
                 for request, image in zip(part, images, strict=True):
                     yield self._finished(request, image)
 
-    def _work(self, r: Request) -> int:
+    def _work(self, r: GenerationRequest) -> int:
         """Steps that a request takes."""
         redrawn = int(r.steps * (r.strength or 0))
         if r.upscale == 1:
             return r.steps if r.image is None else redrawn
         return (0 if r.enlarges else r.steps) + redrawn * self.tiles(r)
 
-    def tiles(self, r: Request) -> int:
+    def tiles(self, r: GenerationRequest) -> int:
         """Tiles that a checked request is enlarged in; 0 where nothing is redrawn."""
         if r.upscale == 1 or not int(r.steps * (r.strength or 0)):
             return 0
@@ -320,7 +322,7 @@ class Artist:
         """(width, height) of a tile, pixels."""
         return self._tiles[0]
 
-    def cost(self, requests: Iterable[Request]) -> str:
+    def cost(self, requests: Iterable[GenerationRequest]) -> str:
         """What enlarging will take, in words, by the time of one tile that is drawn for that; "" where it is little."""
         import time
 
@@ -347,7 +349,7 @@ class Artist:
             return cost_of(tiles, self.tile)  # less is used when it is drawn
         return cost_of(tiles, self.tile, seconds)
 
-    def _drawn(self, group: Sequence[Request], steps: _Steps) -> list[Image.Image]:
+    def _drawn(self, group: Sequence[GenerationRequest], steps: _Steps) -> list[Image.Image]:
         """Pictures of requests that differ in prompts, seeds and images alone."""
         one = group[0]
         noise = [generator(r.seed) for r in group]
@@ -370,9 +372,14 @@ class Artist:
         return [restore_faces(image, self.faces)[0] if self.faces else image for image in images]
 
     def _run(
-        self, pipeline: Any, group: Sequence[Request], noise: Sequence[torch.Generator], steps: _Steps, **more: Any
+        self,
+        pipeline: Any,
+        group: Sequence[GenerationRequest],
+        noise: Sequence[torch.Generator],
+        steps: _Steps,
+        **more: Any,
     ) -> list[Image.Image]:
-        """One call of a diffusers pipeline. NoPicture where what it computes is not finite."""
+        """One call of a diffusers pipeline. NoImage where what it computes is not finite."""
         import numpy as np
 
         from train.models.unet import check_computes
@@ -397,7 +404,7 @@ class Artist:
             self._text.maybe_free_model_hooks()
         if not np.isfinite(drawn).all():  # which as pixels would be black
             precision = str(self.dtype).removeprefix("torch.")
-            raise NoPicture(
+            raise NoImage(
                 f"{self.about.name} computed values that are no numbers, and so no picture, though its weights in "
                 f"{self.about.folder} are numbers: they are too large for {precision}, or the LoRA or guidance is"
             )
@@ -411,7 +418,7 @@ class Artist:
         width, height = (max(self.about.step, side - side % self.about.step) for side in self.about.size)
         return (width, height), max(8, min(width, height) // 8)
 
-    def _enlarged(self, r: Request, image: Image.Image, steps: _Steps) -> Image.Image:
+    def _enlarged(self, r: GenerationRequest, image: Image.Image, steps: _Steps) -> Image.Image:
         """Enlarged by Lanczos or the upscaler; then image-to-image in tiles as large as the model draws, so that things
         keep the size that it knows. All noise comes from one generator, tile after tile."""
         from PIL.Image import Resampling
@@ -429,36 +436,38 @@ class Artist:
 
         return by_tiles(image, *self._tiles, redraw)
 
-    def _save_memory(self, part: Sequence[Request], error: Exception) -> None:
+    def _save_memory(self, part: Sequence[GenerationRequest], error: Exception) -> None:
         """After memory ran out: fewer at once, then stricter measures. UserError where there are none left."""
         import torch
 
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        stricter = devices.stricter(self.measures, self.device.type)
+        stricter = devices.next_savings(self.measures, self.device.type)
         if len(part) > 1:
             self.batch = (len(part) + 1) // 2
         elif stricter is not None:
             self.measures = stricter
-            devices.apply(stricter, self._text, self.device)
+            devices.apply_savings(stricter, self._text, self.device)
         else:
             raise UserError(
                 f"{part[0].width} x {part[0].height} pixels need more memory than {self.device.type} has, also with "
                 f"{self.measures}: draw a smaller picture"
             ) from error
 
-    def _finished(self, request: Request, image: Image.Image) -> Drawn:
+    def _finished(self, request: GenerationRequest, image: Image.Image) -> Generated:
         """Looked at, blurred where that is asked, with its facts."""
         import numpy as np
         from PIL import ImageFilter
 
-        score = float(self._detector.score_prepared(self._detector.preprocess(np.asarray(image))[None])[0])
+        from curate.annotators.base import scores_of
+
+        score = float(scores_of(self._detector, [np.asarray(image)])[0])
         flagged = score >= UNSAFE
         blurred = flagged and self.blur
         if blurred:
             image = image.filter(ImageFilter.GaussianBlur(max(image.size) / 12))
         nsfw = {"score": score, "threshold": UNSAFE, "flagged": flagged, "blurred": blurred}
-        return Drawn(request, image, score, flagged, {**facts_of(request), **self._facts, "nsfw": nsfw})
+        return Generated(request, image, score, flagged, {**facts_of(request), **self._facts, "nsfw": nsfw})
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
@@ -499,13 +508,13 @@ def _quiet(pipeline: Any) -> Any:
     return pipeline
 
 
-def _key(r: Request) -> tuple[Any, ...]:
+def _key(r: GenerationRequest) -> tuple[Any, ...]:
     """What pictures of one batch have in common."""
     kind = (r.image is not None, r.mask is not None)
     return r.steps, r.guidance, r.width, r.height, r.scheduler, r.strength, r.upscale, kind
 
 
-def _fitted(image: Image.Image, r: Request) -> Image.Image:
+def _fitted(image: Image.Image, r: GenerationRequest) -> Image.Image:
     """Scaled and cut to the size that is drawn, in the middle; as it is where it has that size or is enlarged."""
     from PIL import ImageOps
     from PIL.Image import Resampling
@@ -518,7 +527,7 @@ def _fitted(image: Image.Image, r: Request) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _as_plain(unet: Any, about: About) -> Iterator[None]:
+def _as_plain(unet: Any, about: ModelInfo) -> Iterator[None]:
     """StableDiffusionInpaintPipeline tells a plain UNet by its four input channels, and uses the number for nothing
     else. Those of models with latents of other sizes, pixels among them, say four while it runs."""
     channels = unet.config.in_channels
@@ -546,8 +555,8 @@ class _Steps:
 # ------------------------------------------------------------------------------------------------------------- facts
 
 
-def facts_of(request: Request) -> dict[str, Any]:
-    """A settled request as JSON; of its image and mask their digests."""
+def facts_of(request: GenerationRequest) -> dict[str, Any]:
+    """A resolved request as JSON; of its image and mask their digests."""
     plain = ("prompt", "negative", "seed", "steps", "guidance", "width", "height", "scheduler", "strength", "upscale")
     facts: dict[str, Any] = {name: getattr(request, name) for name in plain}
     for name in ("image", "mask"):
@@ -556,7 +565,9 @@ def facts_of(request: Request) -> dict[str, Any]:
     return facts
 
 
-def request_of(facts: Mapping[str, Any], image: Image.Image | None = None, mask: Image.Image | None = None) -> Request:
+def request_of(
+    facts: Mapping[str, Any], image: Image.Image | None = None, mask: Image.Image | None = None
+) -> GenerationRequest:
     """The request that a picture's facts tell. Raises UserError where its image or mask is absent or another one."""
     for name, picture in (("image", image), ("mask", mask)):
         wanted = facts.get(name)
@@ -566,17 +577,6 @@ def request_of(facts: Mapping[str, Any], image: Image.Image | None = None, mask:
             raise UserError(f"the picture was drawn with another {name} than the one given (their pixels differ)")
     plain = ("prompt", "negative", "seed", "steps", "guidance", "width", "height", "scheduler", "strength", "upscale")
     try:
-        return Request(**{name: facts[name] for name in plain}, image=image, mask=mask)
+        return GenerationRequest(**{name: facts[name] for name in plain}, image=image, mask=mask)
     except (KeyError, TypeError) as e:
         raise UserError(f"the picture's facts are incomplete or damaged: {e}") from e
-
-
-def versions() -> dict[str, str]:
-    """Of what a picture's bits depend on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in ("tastemaker", "torch", "diffusers", "transformers", "peft"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found

@@ -35,13 +35,13 @@ class _Config(BaseModel):
     version: Annotated[str, Field(pattern=r"^\d{1,9}\.\d{1,9}")] | None = Field(None, alias="_diffusers_version")
 
 
-class Index(_Config):
+class ModelIndexConfig(_Config):
     """model_index.json. Parts are [library, class]."""
 
     kind: str = Field(alias="_class_name")
 
 
-class Unet(_Config):
+class UnetConfig(_Config):
     """unet/config.json, of a UNet2DConditionModel."""
 
     sample_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
@@ -91,7 +91,7 @@ class Unet(_Config):
     addition_embed_type: Literal["text"] | None = None
 
     @model_validator(mode="after")
-    def _levels(self) -> Unet:
+    def _levels(self) -> UnetConfig:
         lists = (
             *("down_block_types", "up_block_types", "layers_per_block", "transformer_layers_per_block"),
             *("only_cross_attention", "cross_attention_dim", "attention_head_dim", "num_attention_heads"),
@@ -100,7 +100,7 @@ class Unet(_Config):
         return self
 
 
-class Vae(_Config):
+class VaeConfig(_Config):
     """vae/config.json, of an AutoencoderKL."""
 
     in_channels: Literal[3] = 3
@@ -122,12 +122,12 @@ class Vae(_Config):
     use_post_quant_conv: bool = True
 
     @model_validator(mode="after")
-    def _levels(self) -> Vae:
+    def _levels(self) -> VaeConfig:
         _same_length(self, "block_out_channels", ("down_block_types", "up_block_types"))
         return self
 
 
-class Text(_Config):
+class TextEncoderConfig(_Config):
     """text_encoder/config.json, of a CLIPTextModel."""
 
     vocab_size: Annotated[int, Field(ge=1, le=10_000_000)] = 49408
@@ -148,13 +148,13 @@ class Text(_Config):
         return inner if isinstance(inner, dict) else told
 
 
-class Tokenizer(_Config):
+class TokenizerConfig(_Config):
     """tokenizer/tokenizer_config.json."""
 
     model_max_length: Annotated[int, Field(ge=3, le=10**40)] | None = None  # transformers writes 10**30 for none
 
 
-class Scheduler(_Config):
+class SchedulerConfig(_Config):
     """scheduler/scheduler_config.json: what schedulers have in common."""
 
     num_train_timesteps: Annotated[int, Field(ge=1, le=100_000)] = 1000
@@ -170,7 +170,7 @@ class Scheduler(_Config):
     trained_betas: Annotated[list[Share], Field(max_length=100_000)] | None = None
 
     @model_validator(mode="after")
-    def _one_each(self) -> Scheduler:
+    def _one_each(self) -> SchedulerConfig:
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
             raise ValueError(
                 f"trained_betas are {len(self.trained_betas)}, and num_train_timesteps {self.num_train_timesteps}"
@@ -178,14 +178,14 @@ class Scheduler(_Config):
         return self
 
 
-class TrainedOn(_Config):
+class TrainDataConfig(_Config):
     """What train.json says of the data."""
 
     manifest_sha256: str | None = None
     folder: str | None = None
 
 
-class Asked(_Config):
+class TrainSettingsConfig(_Config):
     """What train.json says that was asked."""
 
     start: str | None = Field(None, alias="from")
@@ -194,11 +194,11 @@ class Asked(_Config):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = 0
 
 
-class Trained(_Config):
+class TrainRecordConfig(_Config):
     """train.json, of what was trained here: what others than its own run ask of it."""
 
-    settings: Asked
-    data: TrainedOn = Field(default_factory=lambda: TrainedOn.model_validate({}))
+    settings: TrainSettingsConfig
+    data: TrainDataConfig = Field(default_factory=lambda: TrainDataConfig.model_validate({}))
 
 
 _T = TypeVar("_T", bound=_Config)

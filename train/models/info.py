@@ -14,7 +14,16 @@ from typing import Any
 from aesthetic.errors import UserError
 from aesthetic.untrusted import check_regular, printable, read_json_file
 from curate.store.files import sha256_file
-from train.models.configs import Index, Scheduler, Text, Tokenizer, Trained, Unet, Vae, read_config
+from train.models.configs import (
+    ModelIndexConfig,
+    SchedulerConfig,
+    TextEncoderConfig,
+    TokenizerConfig,
+    TrainRecordConfig,
+    UnetConfig,
+    VaeConfig,
+    read_config,
+)
 from train.models.schedulers import SCHEDULERS
 from train.models.tensors import Header, is_pointer, read_header
 
@@ -43,7 +52,7 @@ _VARIANTS = re.compile(
 
 
 @dataclass(frozen=True)
-class About:
+class ModelInfo:
     """A diffusers folder of the Stable Diffusion 1 and 2 type."""
 
     name: str  # as it was asked for
@@ -111,23 +120,23 @@ class About:
     @property
     def bytes(self) -> int:
         """What the weights take on disk."""
-        return sum(p.stat().st_size for part in PARTS[:3] for p in weights_of(self.folder / part))
+        return sum(p.stat().st_size for part in PARTS[:3] for p in weight_files(self.folder / part))
 
     def _files(self) -> Iterator[Path]:
         for part in PARTS:
             yield from (p for p in (self.folder / part).iterdir() if p.suffix in (".json", ".txt"))
             if part in PARTS[:3]:
-                yield from weights_of(self.folder / part)
+                yield from weight_files(self.folder / part)
 
 
-def look(name: str | Path) -> About:
+def read_model_info(name: str | Path) -> ModelInfo:
     """What there is to know of a model, a folder or a hub id (which is downloaded first).
 
     Raises UserError, naming the file, where a part is missing, of another type, or where a configuration says what
     can't be. No weights are read, and neither torch nor diffusers is loaded, but to download.
     """
-    folder = find_folder(name)
-    index, parts = read_config(Index, folder / "model_index.json")
+    folder = find_model_folder(name)
+    index, parts = read_config(ModelIndexConfig, folder / "model_index.json")
     if index.kind not in PIPELINES:
         raise UserError(
             f"{name} is a {printable(index.kind, 60)}: what can be drawn with, and trained further, are models of the "
@@ -142,16 +151,16 @@ def look(name: str | Path) -> About:
             raise UserError(f"{folder / 'model_index.json'}: its {part} is a {printable(found, 60)}, not {named}")
     unet, vae, text = (
         read_config(kind, folder / part / "config.json")[0].model_dump()
-        for kind, part in ((Unet, "unet"), (Vae, "vae"), (Text, "text_encoder"))
+        for kind, part in ((UnetConfig, "unet"), (VaeConfig, "vae"), (TextEncoderConfig, "text_encoder"))
     )
-    _, scheduler = read_config(Scheduler, folder / "scheduler" / "scheduler_config.json")
+    _, scheduler = read_config(SchedulerConfig, folder / "scheduler" / "scheduler_config.json")
     scheduler["_class_name"] = parts["scheduler"][1]
     _check_tokenizer(folder / "tokenizer", text["max_position_embeddings"])
-    record = record_of(folder)
-    about = About(str(name), folder, unet, vae, text, scheduler, record[1] if record else None)
+    record = training_record(folder)
+    about = ModelInfo(str(name), folder, unet, vae, text, scheduler, record[1] if record else None)
     _check_agreement(about)
     for part in PARTS[:3]:
-        for file in weights_of(folder / part):
+        for file in weight_files(folder / part):
             _check_weights(file)
     return about
 
@@ -159,7 +168,7 @@ def look(name: str | Path) -> About:
 def _check_tokenizer(folder: Path, most: int) -> None:
     for path in sorted(folder.glob("*.json")):
         if path.name == "tokenizer_config.json":
-            length = read_config(Tokenizer, path)[0].model_max_length
+            length = read_config(TokenizerConfig, path)[0].model_max_length
             if length is None:
                 raise UserError(f"{path}: model_max_length, how long a prompt may be, is missing: {most} would do")
             if length > most:
@@ -175,7 +184,7 @@ def _check_tokenizer(folder: Path, most: int) -> None:
         )
 
 
-def _check_agreement(about: About) -> None:
+def _check_agreement(about: ModelInfo) -> None:
     """What parts say of each other."""
     unet, latents, wide = about.unet, about.vae["latent_channels"], about.text["hidden_size"]
     path = about.folder / "unet" / "config.json"
@@ -197,7 +206,7 @@ def _check_weights(file: Path) -> None:
         raise UserError(f"{file} holds no weights: it may be a pointer of Git LFS (`git lfs pull` fetches them)")
 
 
-def check_trainable(about: About, size: int | None) -> None:
+def check_trainable(about: ModelInfo, size: int | None) -> None:
     """Raise UserError where a model can't be trained further, or not on pictures of this side."""
     config = about.scheduler
     kind, times = config.get("prediction_type", "epsilon"), config.get("num_train_timesteps", 1000)
@@ -214,7 +223,7 @@ def check_trainable(about: About, size: int | None) -> None:
         raise UserError(f"size {side} does not fit this model: sides are multiples of {step}. {near} would do.")
 
 
-def record_of(model: str | Path) -> tuple[Path, dict[str, Any]] | None:
+def training_record(model: str | Path) -> tuple[Path, dict[str, Any]] | None:
     """The folder of a model that was trained here, and its train.json; also for MODEL/checkpoints/NUMBER/pipeline.
 
     Raises UserError where it is one of ours and says what can't be.
@@ -232,12 +241,12 @@ def record_of(model: str | Path) -> tuple[Path, dict[str, Any]] | None:
         except UserError:  # somebody else's, who calls a file so too
             continue
         if isinstance(facts, dict) and isinstance(facts.get("settings"), dict):
-            read_config(Trained, path)
+            read_config(TrainRecordConfig, path)
             return place, facts
     return None
 
 
-def find_folder(name: str | Path) -> Path:
+def find_model_folder(name: str | Path) -> Path:
     """The folder of a model. One on the hub is downloaded into the hub's cache, where it is not there yet."""
     folder = Path(name).expanduser()
     if (folder / "model_index.json").is_file():
@@ -265,11 +274,11 @@ def find_folder(name: str | Path) -> Path:
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
-    from train.models.unet import no_bars
+    from train.models.unet import no_progress_bars
 
     logging.set_verbosity_error()  # we say ourselves that the hub can't be reached
     try:
-        with no_bars():
+        with no_progress_bars():
             return Path(DiffusionPipeline.download(str(name), safety_checker=None))
     except (OSError, ValueError) as e:
         raise UserError(
@@ -304,12 +313,12 @@ def is_lora(file: Path) -> bool:
         return False
 
 
-def weights_of(part: Path) -> list[Path]:
+def weight_files(part: Path) -> list[Path]:
     """The files of weights of one part, as diffusers chooses them: none where there are none, or not all.
 
     Those of a variant, such as model.fp16.safetensors, where there are no others.
     """
-    variant = variant_of(part)
+    variant = weight_variant(part)
     for name in _WEIGHTS if variant is None else _of_variant(variant):
         path = part / name
         if not path.is_file():
@@ -320,7 +329,7 @@ def weights_of(part: Path) -> list[Path]:
     return []
 
 
-def variant_of(part: Path) -> str | None:
+def weight_variant(part: Path) -> str | None:
     """The variant by which diffusers finds the weights of a part, fp16 where there are several; None: without one."""
     if any((part / name).is_file() for name in _WEIGHTS):
         return None
@@ -345,9 +354,9 @@ def _shards(part: Path, index: Path) -> list[Path]:
     return files if all(f.is_file() for f in files) else []
 
 
-def header_of(part: Path) -> Header | None:
+def weights_header(part: Path) -> Header | None:
     """Names and shapes of the weights of a part; None where they are not in safetensors, which alone have headers."""
-    files = weights_of(part)
+    files = weight_files(part)
     if not files or any(file.suffix != ".safetensors" for file in files):
         return None
     return Header({name: t for file in files for name, t in read_header(file).tensors.items()}, {})
@@ -362,4 +371,4 @@ def _is_whole(folder: Path, part: str, entry: Any) -> bool:
         return any((folder / part / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     if part == "scheduler":
         return (folder / part / "scheduler_config.json").is_file()
-    return (folder / part / "config.json").is_file() and bool(weights_of(folder / part))
+    return (folder / part / "config.json").is_file() and bool(weight_files(folder / part))

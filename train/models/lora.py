@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
 from aesthetic.untrusted import check_regular, first_three, parse_json, printable, read_json_file
-from train.models.info import About, header_of
+from train.models.info import ModelInfo, weights_header
 from train.models.release import LORA_FILE
 from train.models.tensors import Header, not_numbers, read_header
 
@@ -55,7 +55,7 @@ class Lora:
 
 
 @dataclass
-class Matrices:
+class LoraLayer:
     """What a file holds for one layer of the model: names of its tensors, and the factor that they are scaled by."""
 
     down: str = ""  # A: (rank, inputs)
@@ -66,7 +66,7 @@ class Matrices:
     scale: float | None = None  # alpha / rank where that is known without reading `alpha`
 
 
-Found = dict[str, dict[str, Matrices]]
+LoraLayers = dict[str, dict[str, LoraLayer]]
 """Part -> module, by its name in the model -> what the file holds for it."""
 
 
@@ -120,7 +120,7 @@ def _known_as(part: str, module: str) -> Iterable[str]:
             yield name.removesuffix(mine) + old
 
 
-def match(header: Header, layers: Mapping[str, Mapping[str, Sequence[int]]], name: str, model: str) -> Found:
+def match(header: Header, layers: Mapping[str, Mapping[str, Sequence[int]]], name: str, model: str) -> LoraLayers:
     """Find each tensor of a LoRA its layer.
 
     Args:
@@ -130,7 +130,7 @@ def match(header: Header, layers: Mapping[str, Mapping[str, Sequence[int]]], nam
     Raises UserError where a tensor has no layer, or does not fit it: with counts, and the names of some.
     """
     index = {part: {known: m for m in there for known in _known_as(part, m)} for part, there in layers.items()}
-    found: Found = {part: {} for part in layers}
+    found: LoraLayers = {part: {} for part in layers}
     strange, twice = [], []
     for key in header.tensors:
         m = _TENSOR.fullmatch(key)
@@ -139,7 +139,7 @@ def match(header: Header, layers: Mapping[str, Mapping[str, Sequence[int]]], nam
             strange.append(key)
             continue
         part, module = place
-        matrices = found[part].setdefault(module, Matrices())
+        matrices = found[part].setdefault(module, LoraLayer())
         side = m["peft"] or m["kohya"] or m["old"]
         what = {"A": "down", "B": "up"}.get(side, side) or ("alpha" if m["alpha"] else "magnitude")
         if getattr(matrices, what):
@@ -180,7 +180,7 @@ def _refusal(strange: list[str], of: int, name: str, model: str) -> str:
     )
 
 
-def _check_shapes(header: Header, matrices: Matrices, weight: list[int], lora: str, layer: str, model: str) -> None:
+def _check_shapes(header: Header, matrices: LoraLayer, weight: list[int], lora: str, layer: str, model: str) -> None:
     """The two matrices are there and fit the layer; notes their rank."""
     if not (matrices.down and matrices.up):
         there = matrices.down or matrices.up or matrices.magnitude or matrices.alpha
@@ -221,7 +221,7 @@ def _shown(shape: Sequence[int]) -> str:
 # ----------------------------------------------------------------------------------------------- before the model loads
 
 
-def check_lora(about: About, lora: Lora) -> None:
+def check_lora(about: ModelInfo, lora: Lora) -> None:
     """Raise UserError where a file is no LoRA, is damaged, or is one of another model, before that is loaded.
 
     Of a model whose weights are not in safetensors this is told when it is loaded, by `add_loras`.
@@ -232,7 +232,7 @@ def check_lora(about: About, lora: Lora) -> None:
     check_regular(lora.file)
     header = read_header(lora.file)
     settings = _settings(lora.file, header)
-    headers = {part: header_of(about.folder / part) for part in PARTS}
+    headers = {part: weights_header(about.folder / part) for part in PARTS}
     if all(headers.values()):
         layers = {part: _layers(there.shapes) for part, there in headers.items() if there}
         _scaled(match(header, layers, str(lora.path), about.name), settings, lora)
@@ -303,7 +303,7 @@ def _number(value: Any, where: str, name: str) -> float:
     return float(value)
 
 
-def _scaled(found: Found, settings: _Settings, lora: Lora) -> None:
+def _scaled(found: LoraLayers, settings: _Settings, lora: Lora) -> None:
     """Note by what the matrices are scaled, and read the alphas that are tensors. UserError where one can't be."""
     alphas = [m.alpha for modules in found.values() for m in modules.values() if m.alpha]
     values = _scalars(lora.file, alphas) if alphas else {}
@@ -403,7 +403,7 @@ def _tensors(lora: Lora) -> dict[str, torch.Tensor]:
 
 def _add(
     part: Any,
-    found: Mapping[str, Matrices],
+    found: Mapping[str, LoraLayer],
     tensors: Mapping[str, torch.Tensor],
     name: str,
     layers: Mapping[str, Sequence[int]],

@@ -87,12 +87,12 @@ def try_steps(name: str, config: dict[str, Any], steps: int, path: Path) -> None
         scheduler.set_timesteps(steps)
         finite = all(np.isfinite(np.asarray(getattr(scheduler, n, 0.0))).all() for n in ("timesteps", "sigmas"))
     except Exception as e:  # whatever settings that are none make of a constructor
-        raise UserError(f"{name} can't draw in {steps} steps with the settings of {path}: {told(e)}") from e
+        raise UserError(f"{name} can't draw in {steps} steps with the settings of {path}: {error_line(e)}") from e
     if not finite:
         raise UserError(f"{path}: with these settings {name} computes times that are no numbers")
 
 
-def told(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """What a library said of a file that others made, in a line."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return printable(f"{type(error).__name__}: {first}" if not isinstance(error, (ValueError, OSError)) else first, 300)

@@ -20,10 +20,10 @@ from torch import nn
 from aesthetic.errors import UserError
 from aesthetic.untrusted import read_json_file
 from train.devices import out_of_memory
-from train.models.info import About, look, variant_of, weights_of
+from train.models.info import ModelInfo, read_model_info, weight_files, weight_variant
 from train.models.presets import PRESETS, Preset
-from train.models.schedulers import told
-from train.objective import new_scheduler
+from train.models.schedulers import error_line
+from train.objective import training_scheduler
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -67,7 +67,7 @@ def new_model(preset: Preset | str, captions: Iterable[str], objective: str = "f
             norm_num_groups=math.gcd(32, p.unet[0] // 2), **pooled,
         )  # fmt: skip
     return StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=new_scheduler(objective, p.shift),
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=training_scheduler(objective, p.shift),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
@@ -139,7 +139,7 @@ def pixel_vae(size: int) -> Any:
     return vae.requires_grad_(False)
 
 
-def load_model(model: About | str | Path, dtype: torch.dtype = torch.float32) -> Any:
+def load_model(model: ModelInfo | str | Path, dtype: torch.dtype = torch.float32) -> Any:
     """The StableDiffusionPipeline in a folder, or under a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5.
 
     Weights are of type `dtype`. Raises UserError, saying what to do and naming the file, where there is none, where the
@@ -149,8 +149,8 @@ def load_model(model: About | str | Path, dtype: torch.dtype = torch.float32) ->
     import diffusers
     from transformers import CLIPTextModel
 
-    about = model if isinstance(model, About) else look(model)
-    with no_bars():
+    about = model if isinstance(model, ModelInfo) else read_model_info(model)
+    with no_progress_bars():
         unet = _part(about, "unet", diffusers.UNet2DConditionModel, dtype)
         vae = _part(about, "vae", diffusers.AutoencoderKL, dtype)
         text = _part(about, "text_encoder", CLIPTextModel, dtype)
@@ -164,23 +164,23 @@ def load_model(model: About | str | Path, dtype: torch.dtype = torch.float32) ->
                 safety_checker=None, feature_extractor=None, requires_safety_checker=False,
             )  # fmt: skip
         except Exception as e:
-            raise UserError(f"{path}: no scheduler can be made of it: {told(e)}") from e
+            raise UserError(f"{path}: no scheduler can be made of it: {error_line(e)}") from e
 
 
-def _part(about: About, name: str, kind: Any, dtype: torch.dtype) -> Any:
+def _part(about: ModelInfo, name: str, kind: Any, dtype: torch.dtype) -> Any:
     """One part with its weights, all of them there and used."""
     folder = about.folder / name
     try:
         part, report = kind.from_pretrained(
-            folder, dtype=dtype, variant=variant_of(folder), output_loading_info=True, local_files_only=True
+            folder, dtype=dtype, variant=weight_variant(folder), output_loading_info=True, local_files_only=True
         )
     except Exception as e:  # whatever a configuration that is none makes of a constructor
         if out_of_memory(e):
             raise
         raise UserError(
-            f"{folder / 'config.json'}: no {kind.__name__} can be made of it and its weights: {told(e)}"
+            f"{folder / 'config.json'}: no {kind.__name__} can be made of it and its weights: {error_line(e)}"
         ) from e
-    files = " and ".join(str(path) for path in weights_of(folder)[:2])
+    files = " and ".join(str(path) for path in weight_files(folder)[:2])
     found = [(report["missing_keys"], "lack"), (_strange(report["unexpected_keys"]), "hold, beside what is used,")]
     for keys, verb in found:
         if keys := sorted(keys):
@@ -200,7 +200,7 @@ def _part(about: About, name: str, kind: Any, dtype: torch.dtype) -> Any:
     return part
 
 
-def check_computes(pipeline: Any, about: About, error: Exception) -> None:
+def check_computes(pipeline: Any, about: ModelInfo, error: Exception) -> None:
     """After an error: raise UserError, naming the part, where one computes nothing even of plain input.
 
     Configurations have values that no schema knows all of. Where the parts do their work the error is not theirs.
@@ -223,7 +223,7 @@ def check_computes(pipeline: Any, about: About, error: Exception) -> None:
                 trial()
         except Exception as e:
             path = about.folder / name / "config.json"
-            raise UserError(f"{path}: what it describes can't be computed: {told(e)}") from error
+            raise UserError(f"{path}: what it describes can't be computed: {error_line(e)}") from error
 
 
 def _strange(keys: Iterable[str]) -> list[str]:
@@ -232,7 +232,7 @@ def _strange(keys: Iterable[str]) -> list[str]:
     return [key for key in keys if not key.startswith(beside) and not key.endswith("position_ids")]
 
 
-def _tokenizer(about: About) -> Any:
+def _tokenizer(about: ModelInfo) -> Any:
     from transformers import CLIPTokenizer
 
     folder = about.folder / "tokenizer"
@@ -241,7 +241,7 @@ def _tokenizer(about: About) -> Any:
         last = max(tokenizer("a", truncation=True, padding="max_length", max_length=3).input_ids)
         last = max(last, *tokenizer.get_vocab().values())
     except Exception as e:  # as above
-        raise UserError(f"{folder}: no tokenizer can be made of these files: {told(e)}") from e
+        raise UserError(f"{folder}: no tokenizer can be made of these files: {error_line(e)}") from e
     if last >= about.text["vocab_size"]:
         raise UserError(
             f"{folder} has a token of number {last}, and the text encoder knows {about.text['vocab_size']} "
@@ -285,7 +285,7 @@ def save_lora(pipeline: Any, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def no_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """Without the progress bars that diffusers and transformers draw while they load and save."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -336,6 +336,6 @@ def encode_images(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
     return latents
 
 
-def parameters(modules: Iterable[nn.Module]) -> int:
+def count_parameters(modules: Iterable[nn.Module]) -> int:
     """How many numbers the modules hold."""
     return sum(p.numel() for m in modules for p in m.parameters())

@@ -17,7 +17,7 @@ LONGEST = 10.0  # seconds that a guess waits to be looked at
 MOST_ADDRESSES = 10_000
 
 
-class Pace:
+class LeakyBucket:
     """Places in time for things that come at `rate` a second, after the first `at_once` (a leaky bucket)."""
 
     def __init__(self, rate: float, at_once: int) -> None:
@@ -41,7 +41,7 @@ class Pace:
         return self._next < now - self._ahead
 
 
-class Guesses:
+class TokenAttempts:
     """When a token may be looked at, and from where the right one has come.
 
     Per address a few at once and then five a second, of all 25 a second. An address that has shown the right token
@@ -50,8 +50,8 @@ class Guesses:
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
-        self._all = Pace(ALL, ALL_AT_ONCE)
-        self._each: OrderedDict[str, tuple[Pace, int]] = OrderedDict()  # and how many came
+        self._all = LeakyBucket(ALL, ALL_AT_ONCE)
+        self._each: OrderedDict[str, tuple[LeakyBucket, int]] = OrderedDict()  # and how many came
         self._known: OrderedDict[str, None] = OrderedDict()
 
     def is_known(self, address: str) -> bool:
@@ -61,7 +61,7 @@ class Guesses:
     def take(self, address: str) -> float | None:
         """Seconds to wait before a token of an address is looked at; None: too many wait, and it is not looked at."""
         now = self._now()
-        pace, count = self._each.pop(address, (Pace(EACH, EACH_AT_ONCE), 0))
+        pace, count = self._each.pop(address, (LeakyBucket(EACH, EACH_AT_ONCE), 0))
         if pace.idle(now):
             count = 0
         paces = [pace] if count < FREE else [pace, self._all]

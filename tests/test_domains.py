@@ -12,9 +12,9 @@ from collections import Counter, defaultdict
 import pytest
 
 from curate.fetch import domains
-from curate.fetch.addresses import Settled
-from curate.fetch.domains import Budget, Exchange, Message, Reply, Turns, local, registered_domain
-from curate.ledger.schema import Reason, RowError
+from curate.fetch.budget import LEASE, Budget, LeaseReply, LeaseRequest, LeaseSlots, local, registered_domain
+from curate.fetch.domains import Permits
+from curate.ledger.schema import FinalError, Reason, RowError
 
 
 @pytest.mark.parametrize(
@@ -61,16 +61,16 @@ class Counting:
         return max(sum(t <= u < t + seconds for u in began) for t in began)
 
 
-def far(shared: Budget, worker: str, dice: random.Random) -> Exchange:
+def far(shared: Budget, worker: str, dice: random.Random) -> LeaseSlots:
     """A budget behind a network: every message takes some milliseconds, there and back."""
 
-    async def exchange(message: Message) -> Reply:
+    async def lease(request: LeaseRequest) -> LeaseReply:
         await asyncio.sleep(dice.uniform(0, 0.01))
-        reply = shared.exchange(worker, message)
+        reply = shared.lease(worker, request)
         await asyncio.sleep(dice.uniform(0, 0.01))
         return reply
 
-    return exchange
+    return lease
 
 
 @pytest.mark.parametrize("workers", [1, 4, 7])
@@ -80,11 +80,11 @@ def test_the_limits_hold_for_all_workers_together(workers: int, monkeypatch: pyt
     dice = random.Random(workers)
     seen = Counting()
 
-    async def row(turns: Turns, domain: str) -> None:
+    async def row(permits: Permits, domain: str) -> None:
         await asyncio.sleep(dice.uniform(0, 0.5))
         with contextlib.suppress(ValueError):
-            async with turns.turn(domain) as turn:
-                turn.answered()
+            async with permits.permit(domain) as permit:
+                permit.answered()
                 with seen.request(domain):
                     await asyncio.sleep(dice.uniform(0, 0.02))
                     if dice.random() < 0.1:
@@ -92,10 +92,10 @@ def test_the_limits_hold_for_all_workers_together(workers: int, monkeypatch: pyt
 
     async def main() -> None:
         shared = Budget(4)
-        all_turns = [Turns(20, 4, 200.0, far(shared, f"w{i}", dice)) for i in range(workers)]
+        all_permits = [Permits(20, 4, 200.0, far(shared, f"w{i}", dice)) for i in range(workers)]
         rows = ["big.test"] * 150 + [f"{i % 10}.test" for i in range(100)] + [f"once{i}.test" for i in range(100)]
         dice.shuffle(rows)
-        tasks = [asyncio.create_task(row(all_turns[i % workers], d)) for i, d in enumerate(rows)]
+        tasks = [asyncio.create_task(row(all_permits[i % workers], d)) for i, d in enumerate(rows)]
         for task in dice.sample(tasks, 40):
             await asyncio.sleep(0.002)
             task.cancel()
@@ -106,9 +106,9 @@ def test_the_limits_hold_for_all_workers_together(workers: int, monkeypatch: pyt
             assert seen.most_within(domain, 0.25) <= 4 + 0.25 * 200
         if workers > 1:
             assert time.monotonic() - seen.began["big.test"][0] > 0.4  # 120 and more at 200 a second
-        for turns in all_turns:
-            await turns.close()
-        leftover = shared.exchange("asker", Message(wanted={"big.test": 4, "0.test": 4}))
+        for permits in all_permits:
+            await permits.close()
+        leftover = shared.lease("asker", LeaseRequest(wanted={"big.test": 4, "0.test": 4}))
         assert Counter(d for d, _ in leftover.granted) == {"big.test": 4, "0.test": 4}  # no slot was lost, none made
 
     asyncio.run(main())
@@ -117,81 +117,81 @@ def test_the_limits_hold_for_all_workers_together(workers: int, monkeypatch: pyt
 def test_a_worker_that_is_gone_loses_its_slots_and_one_that_waits_gets_a_share() -> None:
     now = [0.0]
     shared = Budget(4, clock=lambda: now[0])
-    assert len(shared.exchange("a", Message(wanted={"x.test": 4})).granted) == 4
-    assert shared.exchange("b", Message(wanted={"x.test": 4})) == Reply()
-    assert shared.exchange("a", Message()).called == ["x.test"]
-    shared.exchange("a", Message(returned=[("x.test", 3.0)], wanted={"x.test": 9}))
-    assert shared.exchange("b", Message()).granted == [("x.test", 3.0)]  # with the rest that the slot needs
-    now[0] = domains.LEASE / 2
-    assert shared.exchange("b", Message()).granted == []
-    now[0] = domains.LEASE + 1  # a is not heard of
-    assert len(shared.exchange("b", Message()).granted) == 3
+    assert len(shared.lease("a", LeaseRequest(wanted={"x.test": 4})).granted) == 4
+    assert shared.lease("b", LeaseRequest(wanted={"x.test": 4})) == LeaseReply()
+    assert shared.lease("a", LeaseRequest()).recalled == ["x.test"]
+    shared.lease("a", LeaseRequest(returned=[("x.test", 3.0)], wanted={"x.test": 9}))
+    assert shared.lease("b", LeaseRequest()).granted == [("x.test", 3.0)]  # with the rest that the slot needs
+    now[0] = LEASE / 2
+    assert shared.lease("b", LeaseRequest()).granted == []
+    now[0] = LEASE + 1  # a is not heard of
+    assert len(shared.lease("b", LeaseRequest()).granted) == 3
     now[0] += 1
-    assert shared.exchange("a", Message(returned=[("x.test", 0.0)] * 3)) == Reply()  # it is back: these are lent to b
-    assert shared.exchange("c", Message(wanted={"x.test": 1})).granted == []
+    assert shared.lease("a", LeaseRequest(returned=[("x.test", 0.0)] * 3)) == LeaseReply()  # back, but lent to b
+    assert shared.lease("c", LeaseRequest(wanted={"x.test": 1})).granted == []
 
 
-def test_a_domain_that_asks_for_a_rest_gets_it_from_all() -> None:
+def test_a_domain_that_asks_for_a_pause_gets_it_from_all() -> None:
     now = [0.0]
     shared = Budget(2, clock=lambda: now[0])
     for worker in "ab":
-        shared.exchange(worker, Message(wanted={"x.test": 1}))
-    shared.exchange("a", Message(resting={"x.test": 20.0}))
+        shared.lease(worker, LeaseRequest(wanted={"x.test": 1}))
+    shared.lease("a", LeaseRequest(backoff={"x.test": 20.0}))
     now[0] = 5.0
-    assert shared.exchange("b", Message()).resting == {"x.test": 15.0}
-    assert shared.exchange("b", Message()).resting == {}  # said once
-    shared.exchange("b", Message(returned=[("x.test", 0.0)]))
-    assert shared.exchange("c", Message(wanted={"x.test": 1})).resting == {"x.test": 15.0}
+    assert shared.lease("b", LeaseRequest()).backoff == {"x.test": 15.0}
+    assert shared.lease("b", LeaseRequest()).backoff == {}  # said once
+    shared.lease("b", LeaseRequest(returned=[("x.test", 0.0)]))
+    assert shared.lease("c", LeaseRequest(wanted={"x.test": 1})).backoff == {"x.test": 15.0}
 
 
 def test_what_is_idle_is_forgotten() -> None:
     now = [0.0]
     shared = Budget(2, clock=lambda: now[0])
     for i in range(1000):
-        shared.exchange("a", Message(wanted={f"{i}.test": 1}))
-        shared.exchange("a", Message(returned=[(f"{i}.test", 0.0)]))
+        shared.lease("a", LeaseRequest(wanted={f"{i}.test": 1}))
+        shared.lease("a", LeaseRequest(returned=[(f"{i}.test", 0.0)]))
     assert not shared._domains
 
 
 def test_open_connections_come_first_and_the_next_row_of_a_domain_follows_at_once() -> None:
     order: list[str] = []
 
-    async def row(turns: Turns, domain: str) -> None:
-        async with turns.turn(domain):
+    async def row(permits: Permits, domain: str) -> None:
+        async with permits.permit(domain):
             order.append(domain)
             await asyncio.sleep(0.001)
 
     async def main() -> None:
-        turns = Turns(1, 4, 0.0, local(Budget(4)))
-        await asyncio.gather(*(row(turns, f"{i % 5}.test") for i in range(25)))
-        await turns.close()
+        permits = Permits(1, 4, 0.0, local(Budget(4)))
+        await asyncio.gather(*(row(permits, f"{i % 5}.test") for i in range(25)))
+        await permits.close()
 
     asyncio.run(main())
     assert sum(a != b for a, b in itertools.pairwise(order)) == 4
 
 
-def test_a_domain_is_given_up_after_its_trial_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(domains, "REST", 0.2)
+def test_a_domain_is_given_up_after_its_probe_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(domains, "OPEN_SECONDS", 0.2)
     tried: list[float] = []
 
-    async def row(turns: Turns, domain: str) -> str:
+    async def row(permits: Permits, domain: str) -> str:
         try:
-            async with turns.turn(domain) as turn:
+            async with permits.permit(domain) as permit:
                 if domain == "good.test":
-                    turn.answered()
+                    permit.answered()
                     return "ok"
                 tried.append(time.monotonic())
-                turn.failed(RowError(Reason.CONNECT, "refused"))
+                permit.failed(RowError(Reason.CONNECT, "refused"))
                 return "failed"
-        except Settled as e:
+        except FinalError as e:
             return f"{e.reason} {e.detail}"
 
     async def main() -> None:
-        turns = Turns(10, 3, 0.0, local(Budget(3)))
-        outcomes = Counter(await asyncio.gather(*(row(turns, f"{d}.test") for d in ("bad", "good") * 50)))
-        await turns.close()
+        permits = Permits(10, 3, 0.0, local(Budget(3)))
+        outcomes = Counter(await asyncio.gather(*(row(permits, f"{d}.test") for d in ("bad", "good") * 50)))
+        await permits.close()
         assert outcomes["ok"] == 50
-        assert outcomes["failed"] == len(tried) <= domains.STRIKES + 3
+        assert outcomes["failed"] == len(tried) <= domains.MAX_FAILURES + 3
         assert outcomes["connect refused"] == 50 - len(tried)
         assert max(b - a for a, b in itertools.pairwise(tried)) > 0.14
 
@@ -199,14 +199,14 @@ def test_a_domain_is_given_up_after_its_trial_and_others_are_not(monkeypatch: py
 
 
 def test_a_budget_that_is_gone_ends_every_row() -> None:
-    async def broken(message: Message) -> Reply:
+    async def broken(request: LeaseRequest) -> LeaseReply:
         raise ConnectionError("the actor died")
 
     async def main() -> None:
-        turns = Turns(10, 3, 0.0, broken)
+        permits = Permits(10, 3, 0.0, broken)
 
         async def row() -> None:
-            async with turns.turn("x.test"):
+            async with permits.permit("x.test"):
                 pass
 
         async with asyncio.timeout(5):
@@ -214,30 +214,30 @@ def test_a_budget_that_is_gone_ends_every_row() -> None:
             assert [str(e) for e in outcomes] == ["the actor died"] * 2
             with pytest.raises(ConnectionError):
                 await row()
-        await turns.close()
+        await permits.close()
 
     asyncio.run(main())
 
 
 def test_many_domains_that_all_wait_are_looked_through_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each look-through is as long as the list of domains, and keeps the event loop from everybody."""
-    monkeypatch.setattr(domains, "_KEPT", 500)
+    monkeypatch.setattr(domains, "_REMEMBERED", 500)
     seen: list[object] = []
 
-    async def row(turns: Turns, domain: str) -> None:
-        if not seen or seen[-1] is not turns._sites:
-            seen.append(turns._sites)  # a look-through leaves another dict
-        async with turns.turn(domain) as turn:
-            turn.answered()
+    async def row(permits: Permits, domain: str) -> None:
+        if not seen or seen[-1] is not permits._states:
+            seen.append(permits._states)  # a look-through leaves another dict
+        async with permits.permit(domain) as permit:
+            permit.answered()
 
     async def main() -> None:
-        turns = Turns(256, 6, 0.0, local(Budget(6)))
-        await asyncio.gather(*(row(turns, f"{i}.example") for i in range(4000)))
+        permits = Permits(256, 6, 0.0, local(Budget(6)))
+        await asyncio.gather(*(row(permits, f"{i}.example") for i in range(4000)))
         assert len(seen) <= 5
-        assert turns._full <= 8000  # and what is not waited for is forgotten as before
+        assert permits._full <= 8000  # and what is not waited for is forgotten as before
         for i in range(9000):
-            await row(turns, f"new{i}.example")
-        assert len(turns._sites) <= 8000
-        await turns.close()
+            await row(permits, f"new{i}.example")
+        assert len(permits._states) <= 8000
+        await permits.close()
 
     asyncio.run(main())

@@ -12,7 +12,9 @@ from yarl import URL
 
 from aesthetic.errors import UserError
 from curate.fetch import addresses
-from curate.ledger.schema import Reason, RowError
+from curate.fetch.cache import CoalescingCache
+from curate.fetch.dns import GuardedResolver
+from curate.ledger.schema import FinalError, Reason, RowError
 
 PRIVATE_TEXT = """
     0.0.0.0 0.1.2.3 10.0.0.1 10.255.255.255 100.64.0.1 100.100.100.200 100.127.255.255 127.0.0.1 127.255.255.254
@@ -232,7 +234,7 @@ def test_lookups_are_shared_kept_and_checked_for_every_port() -> None:
         return {"mixed.test": ["8.8.8.8", "10.0.0.1"], "home.test": ["127.0.0.1"]}.get(host, ["8.8.8.8"])
 
     async def main() -> None:
-        resolver = addresses.GuardedResolver(addresses.parse_allow(["127.0.0.0/8:8123"]), 5.0, lookup)
+        resolver = GuardedResolver(addresses.parse_allow(["127.0.0.0/8:8123"]), 5.0, lookup)
         answers = await asyncio.gather(*(resolver.resolve("good.test", 80) for _ in range(50)))
         assert {a["host"] for answer in answers for a in answer} == {"8.8.8.8"}
         assert (await resolver.resolve("good.test", 443))[0]["port"] == 443
@@ -240,12 +242,12 @@ def test_lookups_are_shared_kept_and_checked_for_every_port() -> None:
 
         errors = await asyncio.gather(*(resolver.resolve("none.test", 80) for _ in range(5)), return_exceptions=True)
         errors += await asyncio.gather(resolver.resolve("none.test", 80), return_exceptions=True)
-        assert all(isinstance(e, addresses.Settled) and e.reason is Reason.DNS for e in errors)
+        assert all(isinstance(e, FinalError) and e.reason is Reason.DNS for e in errors)
         assert len({id(e) for e in errors}) == 6 and asked.count("none.test") == 1
 
         with pytest.raises(RowError) as e:
             await resolver.resolve("busy.test", 80)
-        assert e.value.reason is Reason.DNS and not isinstance(e.value, addresses.Settled)
+        assert e.value.reason is Reason.DNS and not isinstance(e.value, FinalError)
         for host, port in [("mixed.test", 80), ("home.test", 8124)]:
             with pytest.raises(RowError, match=host) as e:
                 await resolver.resolve(host, port)
@@ -265,7 +267,7 @@ def test_lookups_are_shared_kept_and_checked_for_every_port() -> None:
 
 def test_the_system_resolves_localhost() -> None:
     async def main() -> None:
-        resolver = addresses.GuardedResolver(addresses.parse_allow(["127.0.0.0/8:80", "[::1]:80"]), 5.0)
+        resolver = GuardedResolver(addresses.parse_allow(["127.0.0.0/8:80", "[::1]:80"]), 5.0)
         assert {a["host"] for a in await resolver.resolve("localhost", 80)} <= {"127.0.0.1", "::1"}
         with pytest.raises(RowError) as e:
             await resolver.resolve("localhost", 81)
@@ -285,7 +287,7 @@ def test_outcomes_are_forgotten_in_time_and_beyond_size() -> None:
         return len(ran)
 
     async def main() -> None:
-        shared = addresses.Shared(compute, lambda _: 0.02, size=2)
+        shared = CoalescingCache(compute, lambda _: 0.02, size=2)
         assert await shared.get("a") == await shared.get("a") == 1
         await asyncio.sleep(0.03)
         assert await shared.get("a") == 2

@@ -1,0 +1,136 @@
+"""The body of an answer: read within bounds of size, memory and time, decompressed, or a reason why there is none."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import aiohttp
+from multidict import CIMultiDictProxy
+
+from curate.fetch.memory import Reservation
+from curate.ledger.schema import FinalError, Reason, RowError
+
+REDIRECTS = {301, 302, 303, 307, 308}
+
+_FIRST_BYTES = 65_536  # that a body is first given; doubled as it grows
+_PIECE = 262_144  # bytes that are decompressed at a time
+_SLOW, _SLOW_AFTER = 1000.0, 5.0  # bytes per second that a body must bring, on the average of more than so many seconds
+
+_REASONS = {404: Reason.HTTP_404, 429: Reason.HTTP_429, 4: Reason.HTTP_4XX, 5: Reason.HTTP_5XX}
+
+_CODINGS = {  # IANA's HTTP Content Coding Registry, but for identity
+    *("aes128gcm", "br", "compress", "x-compress", "dcb", "dcz", "deflate", "exi", "gzip", "x-gzip", "pack200-gzip"),
+    "zstd",
+}
+
+
+@dataclass(frozen=True)
+class BodyLimits:
+    """What differs between fetching an image and fetching robots.txt."""
+
+    max_bytes: int
+    truncate: bool  # a longer body is cut there, not refused
+    respect: frozenset[str]  # opt-out headers that end the row
+
+
+async def read_body(
+    response: aiohttp.ClientResponse,
+    limits: BodyLimits,
+    opt_outs: Mapping[str, str],
+    memory: Reservation,
+    clock: asyncio.Timeout,
+) -> bytes:
+    """The body of an answer that has one to give, b"" for a redirect; RowError for all other answers.
+
+    Args:
+        response: with its headers read.
+        limits: of this kind of request.
+        opt_outs: what headers said against us so far, here and before redirects.
+        memory: where room for the body is taken, as it comes: a length that is only promised takes nothing from others.
+        clock: the timeout of the request; it stands still while the body waits for memory.
+    """
+    status = response.status
+    if status not in REDIRECTS and status not in (200, 203):
+        raise RowError(_REASONS.get(status) or _REASONS.get(status // 100) or Reason.PROTOCOL, f"status {status}")
+    for signal, directive in opt_outs.items():
+        if signal in limits.respect:
+            raise RowError(Reason.OPTED_OUT, f"{signal}: {directive}")
+    if status in REDIRECTS:
+        return b""
+    most, declared = limits.max_bytes, response.content_length
+    if declared is not None and declared > most and not limits.truncate:
+        raise RowError(Reason.TOO_LARGE, f"{declared} bytes declared, more than {most}")
+
+    def seconds_left() -> float:
+        return (clock.when() or 0.0) - asyncio.get_running_loop().time()
+
+    async def have_room(needed: int) -> None:
+        if needed > memory.size:
+            await memory.grow(min(max(needed, 2 * memory.size, _FIRST_BYTES), most + 1), clock)
+
+    coding = _coding(response.headers)
+    inflate = _Inflate(coding) if coding else None
+    pieces: list[bytes] = []
+    received = size = 0
+    left_at_first = seconds_left()
+    async for chunk in response.content.iter_any():
+        received += len(chunk)
+        while chunk:
+            if inflate is None:
+                piece, chunk = chunk, b""
+            else:  # in a thread, and little by little: a few bytes can be a great many
+                await have_room(min(size + _PIECE, most))
+                piece, chunk = await asyncio.to_thread(inflate, chunk)
+            size += len(piece)
+            if size > most:
+                if limits.truncate:
+                    return b"".join([*pieces, piece])[:most]
+                raise RowError(Reason.TOO_LARGE, f"more than {most} bytes")
+            await have_room(size)
+            pieces.append(piece)
+        if received > most and not limits.truncate:
+            raise RowError(Reason.TOO_LARGE, f"more than {most} bytes")
+        elapsed = left_at_first - seconds_left()  # without what was waited for memory
+        if elapsed > _SLOW_AFTER and received < _SLOW * elapsed:
+            raise RowError(Reason.TIMEOUT, f"{received} bytes in {elapsed:.0f} s")
+    if inflate is not None and not inflate.complete:
+        raise RowError(Reason.PROTOCOL, f"{coding} body cut short")
+    return b"".join(pieces)
+
+
+def _coding(headers: CIMultiDictProxy[str]) -> str:
+    """How the body is encoded: gzip, x-gzip or deflate; "" where it is not, be it that the header names no coding.
+
+    `none`, `UTF-8` and `binary` stand there on the web: browsers take such a body as it is.
+    """
+    named = [c.strip().lower() for c in ",".join(headers.getall("Content-Encoding", ())).split(",")]
+    codings = [c for c in named if c in _CODINGS]
+    if not codings:
+        return ""
+    if codings not in (["gzip"], ["x-gzip"], ["deflate"]):
+        raise FinalError(Reason.PROTOCOL, f"Content-Encoding {', '.join(codings)[:40]!r} was not asked for")
+    return codings[0]
+
+
+class _Inflate:
+    """Decompresses a body that came compressed although we asked for none, never much at a time."""
+
+    def __init__(self, coding: str) -> None:
+        self._stream = zlib.decompressobj(31) if coding != "deflate" else None
+
+    def __call__(self, chunk: bytes) -> tuple[bytes, bytes]:
+        """(some bytes, what is left of the chunk)."""
+        if self._stream is None:  # "deflate" is zlib's format by the book and bare deflate by custom
+            self._stream = zlib.decompressobj(15 if chunk[0] & 0x0F == 8 else -15)
+        try:
+            piece = self._stream.decompress(chunk, _PIECE)
+        except zlib.error as e:
+            raise RowError(Reason.PROTOCOL, f"broken compression: {e}") from e
+        return piece, self._stream.unconsumed_tail
+
+    @property
+    def complete(self) -> bool:
+        return self._stream is not None and self._stream.eof

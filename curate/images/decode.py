@@ -1,0 +1,257 @@
+"""Bytes of an image file -> its upright sRGB pixels, whole or not at all.
+
+Seven formats by their first bytes; the size is checked from the header. A truncated or corrupt file ends its row as
+`decode_error`. The bulk, JPEG, is decoded by libjpeg-turbo at a half, a quarter or an eighth where that leaves enough
+pixels. Decoders release the GIL, so these functions are called from threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import re
+import struct
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import ExifTags, GifImagePlugin, Image, ImageFile, PngImagePlugin, TiffImagePlugin
+
+from curate.images.color import is_srgb, to_8_bits, to_srgb
+from curate.images.header import HOSTILE, MAX_PIXELS, decoder_errors, open_header
+from curate.images.segments import chunks, has_all_scans, jpeg_segments, png_inflated, without_fine_scans
+
+
+def decode(data: bytes, min_side: int | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The upright sRGB pixels of an image file: (height, width, 3) uint8, transparency over white, first frame.
+
+    With `min_side` a large JPEG may come at a half, a quarter or an eighth of its size, which is much faster; its
+    short side then still has at least min_side pixels. Raises RowError as `process` does.
+    """
+    opened = open_header(data, max_pixels)
+    width, height = opened.size
+    scale = 1.0 if min_side is None else min(1.0, min_side / min(width, height))
+    return upright(opened, data, least=(math.ceil(width * scale), math.ceil(height * scale))).pixels
+
+
+def decode_alpha(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray | None:
+    """How opaque an image file is, upright: (height, width) uint8, 255 opaque; None where nothing is transparent.
+
+    Raises RowError as `decode` does.
+    """
+    opened = open_header(data, max_pixels)
+    with decoder_errors(opened.size):
+        if opened.format not in ("PNG", "WEBP", "GIF", "TIFF", "AVIF"):
+            return None
+        _check_covered(opened, data)
+        opened.load()
+        if not opened.has_transparency_data:
+            return None
+        alpha = np.asarray(opened.convert("RGBA").getchannel("A"))
+    return None if alpha.min() == 255 else turn_upright(alpha, orientation(opened))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UprightImage:
+    pixels: np.ndarray  # (h, w, 3) uint8, perhaps fewer than the original has
+    width: int  # of the original, upright
+    height: int
+    plain: bool  # the file holds these very pixels: 8-bit sRGB, upright, no alpha
+    opened: ImageFile.ImageFile  # as far as it was read
+
+
+def upright(opened: ImageFile.ImageFile, data: bytes, least: tuple[int, int]) -> UprightImage:
+    """Decode. `least` is the size that the caller needs, (width, height) as stored; there will be no fewer pixels."""
+    size = opened.size
+    profile = opened.info.get("icc_profile") or None
+    with decoder_errors(size):
+        if opened.format == "JPEG" and _turbo_takes(data):
+            pixels = _decode_jpeg(opened, data, least)
+            deep = alpha = False
+        elif opened.format == "WEBP" and (still := _decode_webp(opened, data)) is not None:
+            alpha = deep = False
+            pixels = still if is_srgb(profile) else to_srgb(Image.fromarray(still), profile)
+        else:
+            _check_covered(opened, data)
+            if opened.format == "PNG" and (inflated := png_inflated(data)) is not None:
+                opened = PngImagePlugin.PngImageFile(io.BytesIO(inflated))  # half of a PNG's time is inflating
+            opened.load()
+            size = opened.size  # a TIFF turns itself upright while it loads
+            alpha = opened.has_transparency_data
+            deep = opened.format == "PNG" and data[24] > 8  # bits per sample
+            pixels = to_srgb(to_8_bits(opened, deep), profile)
+    turn = orientation(opened)
+    sides = size[::-1] if turn >= 5 else size
+    plain = turn == 1 and not alpha and not deep and opened.mode in ("1", "L", "P", "RGB") and is_srgb(profile)
+    return UprightImage(pixels=turn_upright(pixels, turn), width=sides[0], height=sides[1], plain=plain, opened=opened)
+
+
+def _decode_jpeg(opened: ImageFile.ImageFile, data: bytes, least: tuple[int, int]) -> np.ndarray:
+    """A JPEG's sRGB pixels as stored, at 1/1, 1/2, 1/4 or 1/8 of its size.
+
+    Only these four scales have fast code in libjpeg-turbo.
+    """
+    width, height = opened.size
+
+    k = next((k for k in (8, 4, 2) if -(-width // k) >= least[0] and -(-height // k) >= least[1]), 1)
+    if k >= 4 and opened.info.get("progressive"):
+        data = without_fine_scans(data)
+    profile = opened.info.get("icc_profile") or None
+    colours = "CMYK" if opened.mode == "CMYK" else "RGB"
+    if profile and opened.mode == "L":
+        colours = "GRAY"
+    pixels = _libjpeg(data, colours, -(-width // k), -(-height // k))
+    if pixels.shape[:2] != (-(-height // k), -(-width // k)):
+        raise ValueError("two decoders read two sizes from its header")
+    # A last row or column that stands for less than half a pixel would shift the picture.
+    pixels = pixels[: max(least[1], round(height / k)), : max(least[0], round(width / k))]
+    if colours == "CMYK" and "adobe" in opened.info:
+        pixels = 255 - pixels  # Adobe's files hold 255 - ink, others ink (libjpeg.txt, "Special color spaces")
+    if colours == "RGB" and is_srgb(profile):
+        return pixels
+    mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[colours]
+    image = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if mode == "L" else pixels), mode)
+    return to_srgb(image, profile)
+
+
+def _decode_webp(opened: ImageFile.ImageFile, data: bytes) -> np.ndarray | None:
+    """A still and opaque WebP's pixels, without the detour over an animation's canvas that Pillow's decoder takes.
+
+    None for others, and where OpenCV, which has the same decoder, fails: Pillow says why. OpenCV sees the one chunk
+    that holds the pixels: with others after it, the decoder would read on into these where the pixels are cut short.
+    """
+    if opened.mode != "RGB" or getattr(opened, "n_frames", 1) != 1:
+        return None
+    start = 12
+    for name, end in chunks(data, "webp"):
+        if name in (b"VP8 ", b"VP8L"):
+            chunk = data[start:end]
+            break
+        start = end
+    else:
+        return None
+    alone = b"RIFF" + struct.pack("<I", 4 + len(chunk)) + b"WEBP" + chunk
+    try:
+        found = cv2.imdecode(np.frombuffer(alone, np.uint8), cv2.IMREAD_COLOR_RGB)
+    except cv2.error:
+        return None
+    return found if found is not None and found.shape == (opened.height, opened.width, 3) else None
+
+
+def _turbo_takes(data: bytes) -> bool:
+    """Whether TurboJPEG knows a JPEG's chroma subsampling; Pillow takes the few odd ones, whole and less strictly."""
+    try:
+        simplejpeg.decode_jpeg_header(data, strict=False)
+    except ValueError as e:
+        return "Could not determine subsampling" not in str(e)
+    return True
+
+
+def _libjpeg(data: bytes, colours: str, width: int, height: int) -> np.ndarray:
+    """Decode strictly: libjpeg fills what is missing or corrupt with grey and only warns; here a warning is an error.
+
+    Two warnings are let pass, since all pixels are there: a missing end marker, and bytes just before it. Where a file
+    has several scans, as progressive ones do, the end marker may be missing only after the last one that is needed.
+    """
+    try:
+        return simplejpeg.decode_jpeg(data, colours, min_width=width, min_height=height)
+    except ValueError as e:
+        if "Premature end of JPEG file" in str(e) and has_all_scans(data):
+            data += b"\xff\xd9"  # with the marker added, a picture that was cut off still warns
+            return simplejpeg.decode_jpeg(data, colours, min_width=width, min_height=height)
+        extra = re.search(r"(\d+) extraneous bytes before marker 0xd9", str(e))
+        if extra and int(extra[1]) <= 64:  # more are a picture's lost data
+            return simplejpeg.decode_jpeg(data, colours, min_width=width, min_height=height, strict=False)
+        raise
+
+
+def _check_covered(opened: ImageFile.ImageFile, data: bytes) -> None:
+    """Raise ValueError where a file holds too little for its picture, and its decoder would not say so.
+
+    GIF: the first frame may be smaller than the canvas, and what it leaves is one colour. That is legal and rare, and
+    also what a damaged size looks like. So the frame has to have nine tenths of the canvas's width and height, or half
+    of both where it names a transparent colour: such frames are cropped by optimizers, and the rest is transparent.
+
+    TIFF: strips or tiles have to make up all of the picture; those that are JPEGs have to be whole. Old-style JPEGs in
+    TIFF (compression 6, withdrawn in 1995) are not taken: only libtiff reads them, and it fills up what is missing.
+    """
+    boxes = [tile.extents for tile in opened.tile if tile.extents]
+    if isinstance(opened, GifImagePlugin.GifImageFile):
+        left, top, right, bottom = boxes[0]
+        share = 0.5 if "transparency" in opened.info else 0.9
+        if right - left < share * opened.width or bottom - top < share * opened.height:
+            size = f"{right - left} x {bottom - top}"
+            raise ValueError(f"the first frame has {size} of {opened.width} x {opened.height} pixels")
+    if isinstance(opened, TiffImagePlugin.TiffImageFile):
+        planes = len(opened.getbands()) if opened.tag_v2.get(284) == 2 else 1
+        if opened.info["compression"] == "tiff_jpeg":
+            raise ValueError("an old-style JPEG in a TIFF")
+        if opened.info["compression"] == "jpeg":
+            _check_tiff_jpegs(opened.tag_v2, data, planes)
+        elif opened.info["compression"] == "raw":  # with others libtiff misses no strip
+            covered = sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes)
+            if covered < planes * opened.width * opened.height:
+                raise ValueError("strips or tiles do not cover the picture")
+
+
+def _check_tiff_jpegs(tags: TiffImagePlugin.ImageFileDirectory_v2, data: bytes, planes: int) -> None:
+    """Decode every JPEG in a TIFF strictly (Adobe's TIFF Technical Note 2); libtiff fills up what is missing with grey.
+
+    Each has to have the size of its strip or tile; only the last strip may be longer than what is left of the picture.
+    """
+    width, height = tags[256], tags[257]
+    tiled = 324 in tags
+    if tiled and 273 in tags:
+        raise ValueError("both strips and tiles")
+    across, down = (tags[322], tags[323]) if tiled else (width, min(tags.get(278, height), height))
+    offsets, lengths = (tags[324], tags[325]) if tiled else (tags[273], tags[279])
+    if min(across, down) < 1 or across * down > MAX_PIXELS:
+        raise ValueError(f"JPEGs of {across} x {down} pixels")
+    columns, rows = -(-width // across), -(-height // down)
+    if not len(offsets) == len(lengths) == columns * rows * planes:
+        raise ValueError(f"{len(offsets)} strips or tiles; {columns * rows * planes} cover the picture")
+    tables = tags.get(347, b"")[:-2]  # a JPEG without a picture: its end marker and the next start marker go
+    for n, (offset, length) in enumerate(zip(offsets, lengths, strict=True)):
+        part = data[offset : offset + length]
+        if not part.startswith(b"\xff\xd8"):
+            raise ValueError(f"strip or tile {n} is not a JPEG")
+        part = tables + part[2:] if tables else part
+        if not any(marker in (0xC0, 0xC1) for marker, _, _ in jpeg_segments(part)):
+            raise ValueError("a JPEG in a TIFF that is not sequential")  # others may have any number of scans
+        found_height, found_width, colours, _ = simplejpeg.decode_jpeg_header(part)
+        least = down if tiled else min(down, height - n % rows * down)
+        if found_width != across or not least <= found_height <= down:
+            raise ValueError(f"strip or tile {n} has {found_width} x {found_height} of {across} x {least} pixels")
+        _libjpeg(part, "CMYK" if colours in ("CMYK", "YCCK") else "GRAY", 1, 1)
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; 1 where there is none. Only after the pixel check: a PNG's EXIF may lie behind its
+    pixels, and is read by loading them."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except HOSTILE:
+        return 1  # broken metadata do not make a broken picture
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Pixels stored under an EXIF orientation, upright (CIPA DC-008, tag 274)."""
+    match orientation:
+        case 2:
+            return cv2.flip(pixels, 1)
+        case 3:
+            return cv2.rotate(pixels, cv2.ROTATE_180)
+        case 4:
+            return cv2.flip(pixels, 0)
+        case 5:
+            return cv2.transpose(pixels)
+        case 6:
+            return cv2.rotate(pixels, cv2.ROTATE_90_CLOCKWISE)
+        case 7:
+            return cv2.rotate(cv2.transpose(pixels), cv2.ROTATE_180)
+        case 8:
+            return cv2.rotate(pixels, cv2.ROTATE_90_COUNTERCLOCKWISE)
+        case _:
+            return np.ascontiguousarray(pixels)

@@ -1,0 +1,219 @@
+"""What is seen of a training run: speed, FLOPs and memory, log.jsonl, TensorBoard, the loss as a plot."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from aesthetic.errors import UserError
+from aesthetic.files import atomic
+from aesthetic.plots import drawing
+from train.checkpoint import checkpoints
+from train.data import Batch
+from train.devices import autocast
+from train.tasks import Task, slice_batch
+
+T = TypeVar("T")
+
+PEAK_FLOPS = {
+    "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "4090": 165e12,
+}  # fmt: skip
+"""Dense bf16 FLOP/s by part of the device's name, from the makers' data sheets: what MFU is a share of."""
+
+MAX_DATA_WAIT = 0.1
+"""Share of time spent waiting for data from which on `format_record` warns."""
+
+SCALARS = ("loss", "lr", "grad_norm", "img_s", "tflop_s", "mfu", "data_wait", "memory_gb")
+"""What of a record goes to TensorBoard, beside held-out loss."""
+
+
+class TrainMeter:
+    """Times, speed and memory since the last record; the first one counts from when the first batch is there."""
+
+    def __init__(self, steps: int, batch: int, device: torch.device, *, checkpointing: bool = False) -> None:
+        self._steps, self._batch, self._device, self._checkpointing = steps, batch, device, checkpointing
+        self._flops: float | None = None  # of one sample's training
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self._peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+        self._began, self._done = time.perf_counter(), 0  # steps, of this process
+        self._reset()
+
+    def _reset(self) -> None:
+        self._since, self._wait = time.perf_counter(), 0.0
+        self._losses: list[float] = []
+
+    def wait_for(self, load: Callable[[], T]) -> T:
+        """What `load` returns, its time counted as waiting for data."""
+        before = time.perf_counter()
+        loaded = load()
+        self._wait += time.perf_counter() - before
+        if not self._done:
+            self._reset()
+        return loaded
+
+    @contextlib.contextmanager
+    def excluded(self) -> Iterator[None]:
+        """What is done within does not count as training time."""
+        before = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - before
+
+    def add_step(self, loss: float) -> None:
+        self._losses.append(loss)
+        self._done += 1
+
+    def record(self, task: Task, batch: Batch, step: int, grad_norm: Tensor) -> dict[str, Any]:
+        """The figures of the steps since the last record."""
+        now, steps = time.perf_counter(), len(self._losses)
+        seconds = now - self._since
+        if self._flops is None:
+            self._flops = training_flops(task, batch, checkpointing=self._checkpointing)
+        images_per_s = steps * self._batch / seconds
+        record = {
+            "step": step,
+            "steps": self._steps,
+            "loss": sum(self._losses) / steps,
+            "grad_norm": float(grad_norm),
+            "img_s": images_per_s,
+            "tflop_s": images_per_s * self._flops / 1e12,
+            "mfu": images_per_s * self._flops / self._peak if self._peak else None,
+            "data_wait": self._wait / seconds,
+            "memory_gb": peak_memory(self._device) / 1e9,
+            # at the pace of this process so far, with checkpoints, previews and whatever else took its time
+            "eta_s": (self._steps - step) * (now - self._began) / self._done,
+        }
+        self._reset()
+        return record
+
+
+def training_flops(task: Task, batch: Batch, *, checkpointing: bool = False) -> float:
+    """Floating-point operations of training on one sample: a forward and a backward pass, counted as they are done.
+
+    What checkpointing computes a second time is not counted, as usual for MFU (Chowdhery et al. 2022, PaLM).
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    trained = [p for m in task.modules.values() for p in m.parameters() if p.requires_grad]
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        with autocast(trained[0].device):
+            loss = task.losses(slice_batch(batch, 0, 1), 0, 0).sum()
+        forward = counter.get_total_flops()
+        torch.autograd.grad(loss, trained, allow_unused=True)
+        backward = counter.get_total_flops() - forward
+    return forward + backward * (2 / 3 if checkpointing else 1)  # 2 forward passes' worth of its 3
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at most so far: of the GPU's memory, or of this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def format_record(record: dict[str, Any]) -> str:
+    """A record in one line."""
+    speed = f"MFU {record['mfu']:.0%}" if record["mfu"] is not None else f"{record['tflop_s'] * 1000:.0f} GFLOP/s"
+    rate = f"{record['img_s']:.{0 if record['img_s'] >= 10 else 2}f}"
+    minutes, seconds = divmod(round(record["eta_s"]), 60)
+    text = (
+        f"step {record['step']}/{record['steps']}  loss {record['loss']:.4f}  {rate} img/s  {speed}  "
+        f"data-wait {record['data_wait']:.0%}  {record['memory_gb']:.1f} GB  eta {minutes}:{seconds:02d}"
+    )
+    if record["data_wait"] > MAX_DATA_WAIT:
+        text += "  WARNING: training waits for data. Latents computed once, or more loader workers, would help."
+    if held_out := record.get("held_out"):
+        text += f"  held-out {held_out['raw']:.4f} (EMA {held_out['ema']:.4f})"
+    if "samples" in record:
+        text += f"  pictures: {record['samples']}"
+    return text
+
+
+class RecordLog:
+    """Records as JSON lines. A run that goes on from `step` drops the lines of steps that it does again."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(ValueError):  # the last line of a process that was killed
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+        with atomic(path) as f:
+            f.write("".join(kept).encode())
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed with the run
+
+    def write(self, record: dict[str, Any], *, sync: bool = False) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if sync:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def log_to_tensorboard(records: Iterable[dict[str, Any]], folder: Path) -> Iterator[dict[str, Any]]:
+    """The records of `loop.train` into the model folder `folder`, each written to `folder/tensorboard` on its way.
+
+    Where a run goes on from a checkpoint, the steps after it that TensorBoard knows are done again, and seen once.
+    Raises UserError, at once, where the package is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as e:
+        raise UserError("TensorBoard is not installed: `pip install 'tastemaker[tensorboard]'`") from e
+    last = max(checkpoints(folder), default=0)
+    writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=last + 1)
+
+    def written() -> Iterator[dict[str, Any]]:
+        with writer:
+            for record in records:
+                step = record["step"]
+                for name in SCALARS:
+                    if record[name] is not None:
+                        writer.add_scalar(name, record[name], step)
+                for kind, loss in (record.get("held_out") or {}).items():
+                    writer.add_scalar(f"held_out/{kind}", loss, step)
+                if "samples" in record:
+                    image = Image.open(record["samples"]).convert("RGB")
+                    writer.add_image("samples", np.asarray(image), step, dataformats="HWC")
+                writer.flush()
+                yield record
+
+    return written()
+
+
+def plot_loss(folder: Path) -> Path | None:
+    """Plot `folder/log.jsonl` as `folder/loss.png`: training loss, and held-out loss of raw and averaged weights.
+
+    None, and nothing is written, where fewer than two steps were logged. The scale is logarithmic.
+    """
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    if len(records) < 2:
+        return None
+    measured = [r for r in records if r.get("held_out")]
+    with drawing(folder / "loss.png", f"{folder.name}: loss", 7.0, 4.2) as figure:
+        axes = figure.subplots()
+        axes.plot([r["step"] for r in records], [r["loss"] for r in records], color="#c9c7c0", label="training")
+        for kind, color, label in (("raw", "#b9702a", "held out"), ("ema", "#2f7d6d", "held out, averaged weights")):
+            points = [r["step"] for r in measured], [r["held_out"][kind] for r in measured]
+            axes.plot(*points, "o-", color=color, markersize=3, label=label)
+        axes.set(xlabel="step", ylabel="loss", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.grid(color="#e4e2dc", linewidth=0.7, which="both")
+        axes.set_axisbelow(True)
+        axes.legend(loc="upper right")
+    return folder / "loss.png"
