@@ -102,8 +102,8 @@ def embed_shards(data: Data, recipe: Recipe) -> int:
 
 def choose(data: Data, recipe: Recipe) -> Selection:
     """Select and pack."""
-    selection = select(data, recipe.select)
-    pack(data, recipe.select.name, recipe.pack)
+    selection = select(Data(data), recipe.select)
+    pack(Data(data), recipe.select.name, recipe.pack)
     return selection
 
 

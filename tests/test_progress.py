@@ -91,9 +91,9 @@ def test_lines_where_it_is_no_terminal() -> None:
     out = io.StringIO()
     screen = ProgressDisplay(out, 1000, 0, True)
     for n in range(5):
-        screen.draw(counts(n, 0), [])
+        screen.show(counts(n, 0), [])
     assert out.getvalue() == ""  # not more often than each ten seconds
-    screen.draw(counts(900, 100, 900), [], end=True)
+    screen.show(counts(900, 100, 900), [], end=True)
     line = out.getvalue()
     assert line.count("\n") == 1 and "\r" not in line
     assert line.startswith("fetch  1,000/1,000  ") and "90.0% ok     embed  900/900  " in line
@@ -106,7 +106,7 @@ def test_only_what_is_left_to_do_is_shown() -> None:
     ):
         out = io.StringIO()
         done: Counts = {("fetch", "success"): 10} if rows else {("embed", "success"): 7}
-        ProgressDisplay(out, rows, images, embeds).draw(done, [], end=True)
+        ProgressDisplay(out, rows, images, embeds).show(done, [], end=True)
         assert out.getvalue().startswith(shown)
         assert ("embed" in out.getvalue()) == embeds and ("fetch" in out.getvalue()) == bool(rows)
 
@@ -118,7 +118,7 @@ def test_time_left_is_by_the_slower_stage(monkeypatch: pytest.MonkeyPatch) -> No
     screen = ProgressDisplay(out, 1000, 0, True)
     for second in range(1, 31):
         now[0] += 1
-        screen.draw(counts(20 * second, 0, 5 * second), [])
+        screen.show(counts(20 * second, 0, 5 * second), [])
     last = out.getvalue().splitlines()[-1]
     assert "fetch  600/1,000  20 rows/s  100.0% ok" in last and "embed  150/1,000  5 img/s" in last
     assert last.endswith("eta 2 min 50 s")  # 850 images at 5 a second
@@ -134,7 +134,7 @@ def test_time_left_counts_embedding_before_it_has_begun_and_when_all_is_fetched(
 
     def line(good: int, embedded: int) -> str:
         now[0] += 10
-        screen.draw(counts(good, 0, embedded), [])
+        screen.show(counts(good, 0, embedded), [])
         return out.getvalue().splitlines()[-1]
 
     assert line(0, 0).endswith("0 img/s")  # nothing is known yet
@@ -153,22 +153,22 @@ def test_a_trial_is_projected_without_its_start_and_its_slow_last_rows(monkeypat
     now[0] += 20  # Ray starts, models are loaded
     for tenth in range(1, 10):
         now[0] += 1
-        screen.draw(counts(10 * tenth, 0, 10 * tenth), [])
+        screen.show(counts(10 * tenth, 0, 10 * tenth), [])
     now[0] += 30  # a server that does not answer
-    screen.draw(counts(100, 0, 100), [], end=True)
-    whole = screen.whole(10_000, 10_000)
+    screen.show(counts(100, 0, 100), [], end=True)
+    whole = screen.project(10_000, 10_000)
     assert whole is not None and 1000 <= whole <= 1000 + 20 + 1 + 30 + 1  # ten rows a second; not 59 s a hundred
-    assert ProgressDisplay(io.StringIO(), 100, 0, True).whole(10_000, 10_000) is None
+    assert ProgressDisplay(io.StringIO(), 100, 0, True).project(10_000, 10_000) is None
 
 
 @pytest.mark.parametrize(("rows", "at"), [(10_000, EARLY), (30, 30)])
 def test_a_broken_list_is_said_at_once_and_once(rows: int, at: int) -> None:
     out = io.StringIO()
     screen = ProgressDisplay(out, rows, 0, True)
-    screen.draw(counts(1, at - 2), [("a", 9), ("b", 2)])
+    screen.show(counts(1, at - 2), [("a", 9), ("b", 2)])
     assert out.getvalue() == ""
     for _ in range(3):
-        screen.draw(counts(1, at - 1), [("a", 9), ("b", 2)])
+        screen.show(counts(1, at - 1), [("a", 9), ("b", 2)])
     share = f"{(at - 1) / at:.0%}"
     told = f"warning: {share} of the first {at} rows failed: http_404 {at - 1}    hosts: a 9 · b 2\n"
     assert out.getvalue() == told
@@ -176,7 +176,7 @@ def test_a_broken_list_is_said_at_once_and_once(rows: int, at: int) -> None:
 
 def test_half_of_the_rows_may_fail_in_silence() -> None:
     out = io.StringIO()
-    ProgressDisplay(out, 10_000, 0, True).draw(counts(EARLY // 2, EARLY // 2), [])
+    ProgressDisplay(out, 10_000, 0, True).show(counts(EARLY // 2, EARLY // 2), [])
     assert out.getvalue() == ""
 
 
@@ -186,9 +186,9 @@ def test_a_terminal_is_rewritten_in_place(columns: int) -> None:
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with os.fdopen(theirs, "w") as out:
         screen = ProgressDisplay(out, 100, 0, True)
-        screen.draw(counts(10, 0, 5), [])
+        screen.show(counts(10, 0, 5), [])
         screen.say("a line of its own")
-        screen.draw(counts(100, 0, 100), [], end=True)
+        screen.show(counts(100, 0, 100), [], end=True)
     shown = ""
     with contextlib.suppress(OSError):  # the other end is closed, and all is read
         while piece := os.read(ours, 10_000):

@@ -53,7 +53,7 @@ def test_a_lists_hosts_and_names_do_not_reach_a_terminal(tmp_path: Path, capsys:
     ours, theirs = pty.openpty()
     stream = text_stream(theirs, sys.stderr)
     screen = ProgressDisplay(stream, 10, 0, True)  # type: ignore[arg-type]
-    screen.draw({("fetch", "dns"): 10}, [(EVIL, 10)], end=True)
+    screen.show({("fetch", "dns"): 10}, [(EVIL, 10)], end=True)
     count = ProgressBar(stream, EVIL, 10)  # type: ignore[arg-type]
     count.end(EVIL)
     stream.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -110,19 +109,6 @@ def test_the_kind_of_a_folder_is_told(root: Path, pictures: Path) -> None:
         open_samples(root)
 
 
-@pytest.mark.parametrize("form", ["csv", "jsonl"])
-def test_captions_of_an_image_folder_may_stand_in_one_file(pictures: Path, tmp_path: Path, form: str) -> None:
-    folder = tmp_path / "images"
-    shutil.copytree(pictures, folder, ignore=shutil.ignore_patterns("*.txt"))
-    rows = [{"file_name": p.name, "text": f"picture, {p.stem}"} for p in folder.glob("*.png")]
-    if form == "csv":
-        lines = ["file_name,text", *(f'{r["file_name"]},"{r["text"]}"' for r in rows)]
-    else:
-        lines = [json.dumps(r) for r in rows]
-    (folder / f"metadata.{form}").write_text("\n".join(lines))
-    assert [s.caption for s in open_samples(folder)][:2] == ["picture, 000", "picture, 001"]
-
-
 def test_pictures_without_a_caption_can_be_given_one(pictures: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bare"
     shutil.copytree(pictures, folder, ignore=lambda _, names: [n for n in names if n.endswith(".txt") and n > "003"])
@@ -132,18 +118,6 @@ def test_pictures_without_a_caption_can_be_given_one(pictures: Path, tmp_path: P
     captions = [s.caption for s in given]
     assert captions == [s.caption or "a sks disc" for s in own] and captions.count("a sks disc") == len(own) - 3
     assert [s.image for s in given] == [s.image for s in own] and given.fingerprint != own.fingerprint
-
-
-def test_a_webdataset_without_json_is_read_too(pictures: Path, tmp_path: Path) -> None:
-    with open(tmp_path / "a.tar", "wb") as f:
-        out = TarWriter(f)
-        for name in sorted(pictures.glob("*.png"))[:10]:
-            out.add(f"{name.stem}.png", name.read_bytes())
-            out.add(f"{name.stem}.txt", b"a disc")
-        out.add("readme.md", b"no picture")
-        out.close()
-    samples = open_samples(tmp_path)
-    assert len(samples) == 10 and {s.caption for s in samples} == {"a disc"}
 
 
 def test_folders_that_cannot_be_trained_on_are_refused_with_what_to_do(pictures: Path, tmp_path: Path) -> None:

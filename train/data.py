@@ -1,4 +1,4 @@
-"""Captioned pictures to train on.
+"""Captioned images to train on.
 
 `open_samples` gives a folder of them as a sequence of samples (curate.sources.captioned says of which kinds it may be);
 `ImageDataset` prepares them for a model; `split` sets some aside; `Stream` is the endless order in which one rank meets
@@ -37,13 +37,13 @@ from curate.store.files import digest
 Ints = npt.NDArray[np.int64]
 
 MIN_IMAGES = 8
-"""Pictures below which training is refused: fewer can't be split, nor fill a batch."""
+"""Images below which training is refused: fewer can't be split, nor fill a batch."""
 
 
 def open_samples(folder: str | Path, caption: str | None = None) -> MapDataset:
-    """The captioned pictures of a folder, whatever of the kinds it is that curate.sources.captioned reads.
+    """The captioned images of a folder, whatever of the kinds it is that curate.sources.captioned reads.
 
-    `caption` is that of pictures without one. Raises UserError where there is no such folder, no picture in it, too
+    `caption` is that of images without one. Raises UserError where there is no such folder, no image in it, too
     few, or none with a caption.
     """
     samples = open_folder(folder, caption)

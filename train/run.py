@@ -38,23 +38,21 @@ from train.data import (
 )
 from train.latents import LatentDataset, Tell, latents_size, precompute_latents, shards_of, write_shard
 from train.loop import LoopConfig, train
+from train.models.files import no_progress_bars
 from train.models.info import training_record
 from train.models.presets import Preset
 from train.models.release import is_released
 from train.models.unet import (
     add_lora,
-    check_size,
     count_parameters,
     default_size,
-    load_model,
     new_model,
-    no_progress_bars,
     size_step,
     tokenize,
 )
 from train.objective import GAMMA, objective_of
 from train.tasks import Denoise, Reconstruct, Task, fit_scale, psnr
-from train.world import World
+from train.world import rank_and_size
 
 Record = dict[str, Any]
 ShouldStop = Callable[[], bool]
@@ -98,14 +96,6 @@ def further_lr(start: str, *, lora: bool) -> float:
     own = folder == Path(start).expanduser().absolute()  # and not of the run whose checkpoint it is
     rate = float((facts["settings"].get("lr") if own else None) or SD_LR)
     return rate if lora else rate / 10
-
-
-def load_start(start: str, size: int | None) -> Any:
-    """The pipeline to go on with; UserError where it can't be trained further, or not on images of this side."""
-    pipeline = load_model(start)
-    objective_of(pipeline.scheduler)
-    check_size(pipeline, size or default_size(pipeline))
-    return pipeline
 
 
 def hold_out(samples: MapDataset, out: Path, tell: Tell) -> dict[str, Any]:
@@ -239,10 +229,10 @@ class TrainRun:
             each = 4 * (4 * trained + whole)  # raw, average, two moments; the pipeline
             check_space(self.out, latents + (self.loop.keep + 2) * each)
 
-    def train_autoencoder(self, world: World, should_stop: ShouldStop) -> Iterator[Record]:
+    def train_autoencoder(self, should_stop: ShouldStop) -> Iterator[Record]:
         """Train the autoencoder; records as `loop.train` yields them."""
         assert self.vae_loop is not None
-        return self._train(Reconstruct(self.pipeline), self.images, self.vae_loop, self.vae_folder, world, should_stop)
+        return self._train(Reconstruct(self.pipeline), self.images, self.vae_loop, self.vae_folder, should_stop)
 
     def finish_autoencoder(self) -> None:
         """Put the trained autoencoder where every stage after it looks, its latents scaled to unit variance."""
@@ -280,15 +270,15 @@ class TrainRun:
             text=not self.new, threads=_threads(), tell=tell,
         )  # fmt: skip
 
-    def train_model(self, world: World, should_stop: ShouldStop) -> Iterator[Record]:
+    def train_model(self, should_stop: ShouldStop) -> Iterator[Record]:
         """Train the model, or its LoRA; records as `loop.train` yields them."""
         if self.lora:
             add_lora(self.pipeline, self.lora, self.loop.seed)
         dataset = LatentDataset(self.latents_folder) if self.uses_latents else self.images
-        real = self._real_images() if world.rank == 0 else {}
+        real = self._real_images() if rank_and_size()[0] == 0 else {}
         gamma = GAMMA if self.objective == "eps" else None
         task = Denoise(self.pipeline, text=self.new, gamma=gamma, real=real)
-        return self._train(task, dataset, self.loop, self.out, world, should_stop)
+        return self._train(task, dataset, self.loop, self.out, should_stop)
 
     def _real_images(self) -> dict[str, Any]:
         """The held-out image of each prompt that is the caption of one, as the model would generate it."""
@@ -300,16 +290,17 @@ class TrainRun:
         return images
 
     def _train(
-        self, task: Task, dataset: TrainDataset, config: LoopConfig, folder: Path, world: World, should_stop: ShouldStop
+        self, task: Task, dataset: TrainDataset, config: LoopConfig, folder: Path, should_stop: ShouldStop
     ) -> Iterator[Record]:
+        rank, ranks = rank_and_size()
         stream = Stream(
             dataset,
             self.chosen,
             batch=config.batch,
             seed=config.seed,
             weights=sampling_weights(self.samples, self.weight_by) if self.weight_by else None,
-            rank=world.rank,
-            ranks=world.size,
+            rank=rank,
+            ranks=ranks,
             workers=_threads(),
         )
         return train(
@@ -320,7 +311,6 @@ class TrainRun:
             held_out=self.held_out,
             prompts=self.prompts,
             identity=self.identity,
-            world=world,
             should_stop=should_stop,
         )
 

@@ -110,7 +110,7 @@ def plain_type(t: pa.DataType) -> pa.DataType:
         return pa.binary()
     if pa.types.is_float16(t):
         return pa.float32()
-    if pa.types.is_decimal256(t) or (pa.types.is_nested(t) and any(pa.types.is_decimal256(x) for x in _leaf_types(t))):
+    if any(pa.types.is_decimal256(leaf.type) for leaf in _leaves(pa.nulls(0, t))):
         return pa.string()  # no SQL type has so many digits
     if pa.types.is_timestamp(t) and t.tz is not None:
         try:
@@ -118,17 +118,6 @@ def plain_type(t: pa.DataType) -> pa.DataType:
         except Exception:  # pytz's or zoneinfo's, whichever is there
             return pa.timestamp(t.unit, "UTC")
     return t
-
-
-def _leaf_types(t: pa.DataType) -> Iterator[pa.DataType]:
-    if pa.types.is_struct(t) or pa.types.is_map(t) or pa.types.is_union(t):
-        parts = [t.key_type, t.item_type] if pa.types.is_map(t) else [t.field(i).type for i in range(t.num_fields)]
-        for part in parts:
-            yield from _leaf_types(part)
-    elif pa.types.is_nested(t):
-        yield from _leaf_types(t.value_type)
-    else:
-        yield t
 
 
 # ------------------------------------------------------------------------------------------------------------ values
@@ -188,6 +177,7 @@ def _within_bounds(column: pa.Array) -> pa.Array:
 
 
 def _leaves(column: pa.Array) -> Iterator[pa.Array]:
+    """The columns of scalars that a column of structs, maps or lists is made of; itself, where it is none."""
     t = column.type
     if pa.types.is_struct(t):
         for i in range(t.num_fields):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,7 @@ def check_pages(path: Path, columns: Sequence[str]) -> None:
                 if not any(name == n or name.startswith(f"{n}.") for n in columns):
                     continue
                 try:
-                    largest = max((page.size for page in _pages(f.fileno(), column)), default=0)
+                    largest = max((size for size, _, _ in _pages(f.fileno(), column)), default=0)
                 except (ValueError, OSError) as e:
                     raise UserError(f"{path}: cannot be read: row group {g}, column {printable(name, 80)}: {e}") from e
                 if largest > LARGEST_PAGE or column.num_values > _MOST_IN_A_ROW * max(group.num_rows, 100):
@@ -133,10 +132,10 @@ def _rows_at_a_time(path: Path, file: pq.ParquetFile, names: Sequence[str], grou
                 if column.path_in_schema not in texts:
                     continue
                 try:
-                    for page in _pages(f.fileno(), column):
-                        if not page.is_dictionary:
-                            longest = max(longest, page.size // max(page.values, 1))
-                        elif page.size * min(group.num_rows, BATCH) > _BATCH_BYTES:
+                    for size, values, is_dictionary in _pages(f.fileno(), column):
+                        if not is_dictionary:
+                            longest = max(longest, size // max(values, 1))
+                        elif size * min(group.num_rows, BATCH) > _BATCH_BYTES:
                             shared.add(column.path_in_schema)
                 except ValueError as e:
                     raise unreadable(path, e) from e
@@ -157,15 +156,11 @@ _HEADER_BYTES = 1024  # read at first; statistics may make a header longer
 _LONGEST_HEADER = 64 << 20
 
 
-@dataclass(frozen=True)
-class _Page:
-    size: int  # bytes, unpacked
-    values: int
-    is_dictionary: bool
+def _pages(fd: int, column: Any) -> Iterator[tuple[int, int, bool]]:
+    """(bytes unpacked, values, whether it is a dictionary) of the pages of a column chunk.
 
-
-def _pages(fd: int, column: Any) -> Iterator[_Page]:
-    """The pages of a column chunk (`pyarrow.parquet.ColumnChunkMetaData`). ValueError where the headers are none."""
+    `column` is pyarrow's ColumnChunkMetaData. Raises ValueError where the headers are none.
+    """
     at = column.data_page_offset
     if column.has_dictionary_page and column.dictionary_page_offset:
         at = min(at, column.dictionary_page_offset)
@@ -174,13 +169,13 @@ def _pages(fd: int, column: Any) -> Iterator[_Page]:
         header, fields = _header(fd, at)
         kind = fields.get(5) or fields.get(7) or fields.get(8) or {}  # of data, of a dictionary, of data in version 2
         try:
-            page, packed = _Page(fields[2], kind.get(1, 0), 7 in fields), fields[3]
-            negative = page.size < 0 or packed < 0
+            size, packed, values = fields[2], fields[3], kind.get(1, 0)
+            negative = size < 0 or packed < 0
         except (KeyError, TypeError, AttributeError):
             raise ValueError("a page without a size") from None
         if negative:
             raise ValueError("a page of negative size")
-        yield page
+        yield size, values, 7 in fields
         at += header + packed
 
 

@@ -712,6 +712,6 @@ def projection(data: Data, listed: int, taken: int, kept: int, screen: ProgressD
     share = kept / taken
     half = 1.96 * (share * (1 - share) / taken) ** 0.5
     size = sum(p.stat().st_size for p in (data.root / "fetched").glob("*.tar")) / taken * listed
-    seconds = screen.whole(listed, round(_images(data) / taken * listed)) if screen is not None else None
+    seconds = screen.project(listed, round(_images(data) / taken * listed)) if screen is not None else None
     time = f"about {format_duration(seconds)} here, " if seconds is not None else ""
     return f"whole list: {listed:,} rows, {time}{size / 1e9:,.1f} GB, {share * listed:,.0f} ± {half * listed:,.0f} kept"

@@ -1,10 +1,10 @@
-"""`tastemaker train`: captioned pictures to a diffusers pipeline, or a LoRA, in a folder that says how it was made.
+"""`tastemaker train`: captioned images to a diffusers pipeline, or a LoRA, in a folder that says how it was made.
 
 MODEL/model_index.json unet/ ...    the finished pipeline (of a LoRA: pytorch_lora_weights.safetensors)
       README.md                     model card
       train.json                    what was asked, of which data, with which versions, and what came of it
       log.jsonl samples/ checkpoints/
-      data.json                     which pictures are held out, and which can't be read
+      data.json                     which images are held out, and which can't be read
       start/ vae-training/ latents/ what training begins with, and what is computed before it
 """
 
@@ -259,7 +259,8 @@ def _prepare(
 
     from pipelines.runtime.trainers import LocalTrainer, TrainJob, ray_trainer
     from train.latents import weights_digest
-    from train.run import default_prompts, hold_out, load_start, write_new_model
+    from train.models.unet import load_model
+    from train.run import default_prompts, hold_out, write_new_model
 
     def say(text: str) -> None:
         terminal.write(text + "\n")
@@ -267,7 +268,7 @@ def _prepare(
     out, settings = resolved.out, facts["settings"]
     for note in samples.passed_over():
         say(f"{samples.folder}: {note}")
-    pipeline = load_start(resolved.start, resolved.size) if resolved.start else None
+    pipeline = load_model(resolved.start) if resolved.start else None
 
     count = ProgressBar(terminal, "pictures", len(samples))
     scanned = (read_json(out / "data.json") or {}).get("data") == samples.fingerprint

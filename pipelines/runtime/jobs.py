@@ -113,12 +113,12 @@ def run_job(job: CurateJob, work: RemainingWork, *, address: str | None = None) 
             budget = budget.remote(job.recipe.fetch.per_domain)  # lives as long as this
             try:
                 for _ in watch(lambda: _run_waves(job, work.shards, sizes, name), progress, 0.5):
-                    display.draw(*ray.get(progress.counts.remote()))
+                    display.show(*ray.get(progress.counts.remote()))
             finally:
                 del budget
                 with contextlib.suppress(RayError):  # what ended the job is told, not what its end broke
                     counts, hosts = ray.get(progress.counts.remote(), timeout=5)
-                    display.draw(counts, hosts, end=True)
+                    display.show(counts, hosts, end=True)
     return display
 
 

@@ -67,7 +67,7 @@ class ProgressDisplay:
         self._live = out.isatty()
         self._warned = False
 
-    def draw(self, counts: Counts, hosts: list[tuple[str, int]], end: bool = False) -> None:
+    def show(self, counts: Counts, hosts: list[tuple[str, int]], end: bool = False) -> None:
         """Show the counts so far."""
         now = time.monotonic()
         self._warn_early(counts, hosts)
@@ -129,18 +129,18 @@ class ProgressDisplay:
                 del seen[1:-1:2]
         return count / max(seen[-1][0] - seen[0][0], 1e-3)
 
-    def whole(self, rows: int, images: int) -> float | None:
+    def project(self, rows: int, images: int) -> float | None:
         """Seconds that so many rows and images would take here: start-up and the slow last rows once, the rest by the
         rates that this run had. None where it saw nothing of a stage."""
         if "fetch" not in self._seen or (self._embeds and images and "embed" not in self._seen):
             return None
         began = self._seen["fetch"][0][0]
-        seconds = self._stretched("fetch", rows)
+        seconds = self._scaled("fetch", rows)
         if self._embeds and images:
-            seconds = max(seconds, self._seen["embed"][0][0] - began + self._stretched("embed", images))
+            seconds = max(seconds, self._seen["embed"][0][0] - began + self._scaled("embed", images))
         return began - self._began + seconds
 
-    def _stretched(self, stage: str, count: int) -> float:
+    def _scaled(self, stage: str, count: int) -> float:
         """Seconds of a stage for so many: the time of its first nine tenths to scale, and that of the others as it was;
         those wait for slow servers, of which there are not more at a time in a longer list."""
         seen = self._seen[stage]

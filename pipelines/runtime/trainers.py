@@ -26,7 +26,7 @@ from train.loop import LoopConfig
 from train.models.presets import PRESETS
 from train.models.unet import load_model
 from train.run import Record, ShouldStop, TrainRun
-from train.world import Distributed, PeerLost, World
+from train.world import PeerLost, rank_and_size
 
 if TYPE_CHECKING:
     from pipelines.commands.train import TrainOptions
@@ -87,15 +87,15 @@ class LocalTrainer:
         self._run, self.about = run, about
 
     def train(self, stage: str, should_stop: ShouldStop) -> Iterator[Record]:
-        return train_stage(self._run, stage, World(), should_stop)
+        return train_stage(self._run, stage, should_stop)
 
     def precompute_latents(self, tell: Tell) -> None:
         self._run.precompute_latents(tell)
 
 
-def train_stage(run: TrainRun, stage: str, world: World, should_stop: ShouldStop) -> Iterator[Record]:
+def train_stage(run: TrainRun, stage: str, should_stop: ShouldStop) -> Iterator[Record]:
     """Train the `autoencoder` or the `model` of a run."""
-    return {"autoencoder": run.train_autoencoder, "model": run.train_model}[stage](world, should_stop)
+    return {"autoencoder": run.train_autoencoder, "model": run.train_model}[stage](should_stop)
 
 
 # ----------------------------------------------------------------------------------------------------------- with Ray
@@ -223,15 +223,15 @@ def _train_worker(job: TrainJob, stage: str, name: str) -> None:
     import ray.train.torch
 
     progress = start_worker(job.options.out, stage, name)
-    world = Distributed()
-    if world.rank == 0:
+    rank, _ = rank_and_size()
+    if rank == 0:
         ray.get(progress.put.remote(STARTED))
     lost: Exception | None = None
     with report_errors(progress):
         try:
             run = job.open(torch.device(ray.train.torch.get_device()))
-            for record in train_stage(run, stage, world, stop_check(progress)):
-                if world.rank == 0:
+            for record in train_stage(run, stage, stop_check(progress)):
+                if rank == 0:
                     ray.get(progress.put.remote(record))
         except (PeerLost, torch.distributed.DistError) as e:  # no error of ours: Ray starts all of them anew
             lost = e
