@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from aesthetic.errors import UserError
 from curate.ledger.schema import shard_name
 from curate.store.files import clear, read_json
-from curate.store.records import output_digests
+from curate.store.records import invalidate, output_digests
 
 if TYPE_CHECKING:
     import duckdb
@@ -112,6 +112,10 @@ class Data:
         """The names under which there are columns."""
         return _folders(self.root / ANNOTATED)
 
+    def old_columns(self) -> list[str]:
+        """Columns in `scored/`, where they were before there was `annotated/`, that nobody has computed anew."""
+        return [name for name in _folders(self.root / "scored") if name not in self.annotated()]
+
     # selected/, shards/, report/
 
     def verdicts(self, name: str) -> Path:
@@ -192,6 +196,14 @@ class Data:
         """The sha256 of a fetched shard's files, from its record; None where it is not committed."""
         record = read_json(self.fetched_record(shard))
         return output_digests(record) if record and "outputs" in record else None
+
+    def invalidate_from(self, stage: str) -> None:
+        """Invalidate the records of a stage (source, fetch, images or embed) and of those after it, as far as they are
+        a shard's. Files stay until they are replaced."""
+        for made in (EMBEDDED, ANNOTATED) if stage == "embed" else (FETCHED, EMBEDDED, ANNOTATED):
+            for record in self.records(made):
+                invalidate(record)
+        self.space.unlink(missing_ok=True)
 
     # what goes, where all is made anew; what somebody else has put beside it stays
 

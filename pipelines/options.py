@@ -138,6 +138,11 @@ def facts_of(options: Options) -> dict[str, Any]:
     return {f.name: value for f, value in values if value is not None and not f.metadata.get("secret")}
 
 
+def command(*words: object) -> str:
+    """A command to type, quoted as a shell reads it."""
+    return shlex.join(["tastemaker", *map(str, words)])
+
+
 def command_line(command: str, options: Options, *without: str) -> str:
     """The command to type that gives these options, as a shell reads it."""
     places, words = [command], list[str]()

@@ -132,7 +132,7 @@ class DataPool:
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         from aesthetic.space import require_same
         from curate.encoders.registry import load_encoder
-        from pipelines.commands.curate import recipe_of
+        from pipelines.stored_recipe import recipe_of
 
         asked = recipe_of(self.data, None, ()).embed
         encoder = load_encoder(asked.encoder, asked.weights)

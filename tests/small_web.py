@@ -227,8 +227,9 @@ def curate_here(listed: Path, root: Path, settings: list[str], fault: Path | Non
     from curate.store.files import sweep
     from curate.store.lock import Lock
     from curate.workers import EmbedWorker, FetchWorker, embed_done
-    from pipelines.commands.curate import Request, refuse_changes, run, store_recipe
+    from pipelines.curation import Request, run
     from pipelines.recipe import load_recipe
+    from pipelines.stored_recipe import refuse_changes, store_recipe
 
     if fault is not None:
         sys.path.insert(0, str(fault))
@@ -259,9 +260,7 @@ def curate_here(listed: Path, root: Path, settings: list[str], fault: Path | Non
 def start_here(*args: Any) -> BaseProcess:
     """Start `curate_here` in a child that is forked from a process which has imported everything; opens no model."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["pytest", "curate.workers", "curate.report", "pipelines.commands.curate", "onnxruntime"]
-    )
+    context.set_forkserver_preload(["pytest", "curate.workers", "curate.report", "pipelines.curation", "onnxruntime"])
     child = context.Process(target=curate_here, args=args, daemon=False)
     child.start()
     return child

@@ -14,8 +14,8 @@ from curate.shards.pack import pack
 from curate.sources.planner import make_plan
 from curate.workers import EmbedWorker, FetchWorker
 from demo.web import Route, Web
-from pipelines.commands.curate import store_recipe
 from pipelines.recipe import Recipe, load_recipe
+from pipelines.stored_recipe import store_recipe
 from tests.small_web import picture
 
 
@@ -102,8 +102,8 @@ def embed_shards(data: Data, recipe: Recipe) -> int:
 
 def choose(data: Data, recipe: Recipe) -> Selection:
     """Select and pack."""
-    selection = select(Data(data), recipe.select)
-    pack(Data(data), recipe.select.name, recipe.pack)
+    selection = select(data, recipe.select)
+    pack(data, recipe.select.name, recipe.pack)
     return selection
 
 

@@ -24,8 +24,9 @@ from curate.layout import Data
 from curate.sources.plan import SourceConfig
 from curate.sources.planner import make_plan
 from pipelines.cli import build_parser, main
-from pipelines.commands import COMMANDS, curate
+from pipelines.commands import COMMANDS
 from pipelines.recipe import load_recipe
+from pipelines.stored_recipe import store_recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,7 +45,7 @@ def data(real_data: Data, tmp_path_factory: pytest.TempPathFactory) -> Data:
     shutil.copytree(real_data.root, copy.root)
     settings = [f"source.shard_size={copy.plan.shard_size}", "images.size=96"]
     settings += [f"select.rules.{name}=" for name in load_recipe("bundled").select.rules]
-    curate.store_recipe(copy, load_recipe("bundled", [*settings, "select.rules.seen=width > 0"]))
+    store_recipe(copy, load_recipe("bundled", [*settings, "select.rules.seen=width > 0"]))
     return copy
 
 
@@ -163,7 +164,7 @@ def test_bad_input_is_named_and_nothing_is_written(
         assert sorted(tmp_path.iterdir()) == before or ("--ray-address" in words and not dry)
 
 
-@pytest.mark.parametrize("command", ["status", "verify", "select", "pack", "score", "embed", "retry", "query"])
+@pytest.mark.parametrize("command", ["status", "verify", "select", "pack", "annotate", "embed", "retry", "query"])
 def test_a_folder_that_is_no_data_folder(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, str(tmp_path), *(["select 1"] if command == "query" else [])]) == 2
     assert f"{tmp_path} is not a data folder" in capsys.readouterr().err
@@ -383,7 +384,7 @@ def test_doctor_says_which_recipes_can_run(tmp_path: Path, monkeypatch: pytest.M
         ["verify", "DATA"],
         ["select", "DATA", "--name", "answers"],
         ["pack", "DATA", "--name", "answers"],
-        ["score", "DATA"],
+        ["annotate", "DATA"],
         ["query", "DATA", "select reason, count(*) n from ledger group by all"],
         ["heads"],
         ["heads", "show", "bundled-aesthetic"],
@@ -501,7 +502,7 @@ def test_the_next_command_can_be_typed(data: Data, tmp_path: Path, capsys: pytes
         out = capsys.readouterr().out
         words = shlex.split(next(line for line in out.splitlines() if line.startswith("next: ")))[2:]
         assert words[0] == expected, words
-    assert main(["score", str(root)]) == 0
+    assert main(["annotate", str(root)]) == 0
     words = shlex.split(capsys.readouterr().out.rpartition("next: ")[2])[1:]
     assert words[:2] == ["select", str(root)] and main(words) == 0
 
@@ -521,7 +522,7 @@ def test_the_loop(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     fetch_all(data)
     embed_all(data, BUNDLED, {"aesthetic": SCORE["aesthetic"]})
     settings = ["source.shard_size=25", "images.size=96", "select.rules={}", "columns.open_nsfw="]
-    curate.store_recipe(data, load_recipe("bundled", settings))
+    store_recipe(data, load_recipe("bundled", settings))
 
     assert main(["query", str(data.root), "select key, url from ledger", "--json"]) == 0
     keys = {Path(r["url"]).name: r["key"] for r in json.loads(capsys.readouterr().out)}

@@ -23,10 +23,11 @@ from curate.sources.planner import make_plan
 from curate.store.files import open_log, sweep
 from curate.store.lock import Lock, hold_worker_lock
 from curate.store.ownership import MARK, check_free, kind_of, taken
+from pipelines import curation
 from pipelines.cli import main
-from pipelines.commands import curate
 from pipelines.recipe import load_recipe
 from pipelines.runtime.progress import redirect_output
+from pipelines.stored_recipe import store_recipe
 
 Tree = dict[str, tuple[str, bytes]]
 
@@ -228,7 +229,7 @@ def test_a_folder_says_what_it_is(tmp_path: Path) -> None:
     old = tmp_path / "first edition"  # which wrote no mark
     plan_in(old)
     assert kind_of(old) == "data"
-    curate.store_recipe(Data(old), load_recipe("bundled"))
+    store_recipe(Data(old), load_recipe("bundled"))
     (old / "plan" / "plan.json").write_text("damaged")
     assert kind_of(old) == "data"
     for name, text, says in (
@@ -261,13 +262,13 @@ def test_the_list_is_read_anew_and_what_others_put_into_the_folder_stays(tmp_pat
     ]
     foreign += ["embedded/notes/00000.json", "annotated/notes.txt"]
     write(data.root, *foreign)
-    curate.restart(data, recipe, "source", ())
+    curation.restart(data, recipe, "source", ())
     assert sorted(name for name, (kind, _) in tree(data.root).items() if kind == "file") == sorted(foreign)
     for name in foreign:
         (data.root / name).unlink()
-    curate.restart(data, recipe, "source", ())
+    curation.restart(data, recipe, "source", ())
     clean = plan_in(tmp_path / "clean")
-    curate.restart(clean, recipe, "source", ())
+    curation.restart(clean, recipe, "source", ())
     assert not (clean.root / "plan").exists()
 
 

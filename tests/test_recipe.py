@@ -14,7 +14,7 @@ import yaml
 from aesthetic.errors import UserError
 from curate.annotators.registry import make_annotators
 from curate.layout import Data
-from pipelines.commands import curate
+from pipelines.checks import check_selection
 from pipelines.recipe import (
     DEFAULT,
     LARGEST,
@@ -26,6 +26,7 @@ from pipelines.recipe import (
     to_dict,
     to_yaml,
 )
+from pipelines.stored_recipe import recipe_of, store_recipe, stored_recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,7 +43,7 @@ def test_a_shipped_recipe_is_whole(name: str, tmp_path: Path) -> None:
     assert recipe.select.name == name
     assert re.match(r"# [^\n]{30,115}\.\n", recipe_text(name))  # what `tastemaker recipe` says about it
     columns = make_annotators(recipe.columns, recipe.embed.encoder)
-    curate.check_selection(Data(tmp_path), recipe, pa.schema([]), columns)
+    check_selection(Data(tmp_path), recipe, pa.schema([]), columns)
     assert parse_recipe(to_yaml(recipe)) == recipe
 
 
@@ -319,10 +320,10 @@ def test_hashes_change_only_for_keys_that_change_files() -> None:
 def test_a_recipe_in_data_loads_again(tmp_path: Path) -> None:
     data = Data(tmp_path)
     recipe = load_recipe("bundled", ["fetch.max_bytes=3MB", "select.rules.x=source.\"q\" <> 'a: #'", "images.mode=no"])
-    curate.store_recipe(data, recipe)
-    assert curate.stored_recipe(data) == recipe
+    store_recipe(data, recipe)
+    assert stored_recipe(data) == recipe
     assert load_recipe(str(data.recipe)) == recipe
-    assert curate.recipe_of(data, None, ["pack.seed=4"]).pack.seed == 4
+    assert recipe_of(data, None, ["pack.seed=4"]).pack.seed == 4
     text = data.recipe.read_text()
     for stage, value in recipe.stage_hashes().items():
         assert f"# {stage}: {value}\n" in text

@@ -32,7 +32,8 @@ from curate.store.records import invalidate, is_done
 from curate.workers import embed_done, fetch_done
 from demo.web import Route
 from pipelines import cli
-from pipelines.commands.curate import left_to_do, restart, status
+from pipelines.commands.status import status
+from pipelines.curation import left_to_do, restart
 from pipelines.recipe import Recipe, load_recipe
 from pipelines.runtime.jobs import RemainingWork
 from tests.small_web import picture

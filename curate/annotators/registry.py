@@ -93,10 +93,12 @@ def make_annotator(name: str, spec: Spec) -> Annotator:
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
     try:
-        checked = kind.Options.model_validate(options)
+        return kind(kind.Options.model_validate(options))
     except pydantic.ValidationError as e:
         raise UserError(f"{where}: {_why(e, kind)}") from None
-    return kind(checked)
+    except UserError as e:
+        near = nearest(options["head"], known_annotators()) if use == "head" else None
+        raise type(e)(f"{where}: {e}" + (f"; or the annotator {near}?" if near else "")) from None
 
 
 def load_annotator(spec: Spec, threads: int = 0) -> Annotator:

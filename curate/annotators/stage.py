@@ -129,7 +129,7 @@ def ask(annotator: Annotator, batch: Batch) -> dict[str, pa.Array]:
         value = answer[suffix].cast(spec.type)
         if len(value) != len(batch.rows):
             raise ValueError(f"{annotator.name} gave {len(value)} values for {len(batch.rows)} images")
-        if pa.types.is_floating(spec.type) and not pc.all(pc.is_finite(value.drop_null())).as_py() and len(value):
+        if pa.types.is_floating(spec.type) and pc.any(pc.invert(pc.is_finite(value))).as_py():
             raise ValueError(f"{annotator.name}: a value of {suffix} is not a finite number")
         if seen is not None:
             places = np.full(count, -1)

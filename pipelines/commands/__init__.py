@@ -31,10 +31,7 @@ COMMANDS = {
 """Every command, in the order of --help, and what it does."""
 
 
-_FILES = {"curate": "fetch"}
-
-
 def find(command: str) -> tuple[type[Any], Any]:
     """The options of a command and the function that does it."""
-    module = import_module(f"pipelines.commands.{_FILES.get(command, command)}")
+    module = import_module(f"pipelines.commands.{command}")
     return getattr(module, f"{command.capitalize()}Options"), module.run

@@ -17,11 +17,12 @@ from curate.store.files import read_json, sweep
 from curate.store.lock import Lock
 from curate.store.ownership import open_data
 from curate.workers import EmbedWorker, annotated, space_known
-from pipelines.commands.curate import Say, command, store_recipe, stored_recipe
-from pipelines.options import Options, Result, argument, option
+from pipelines.checks import Say
+from pipelines.options import Options, Result, argument, command, option
 from pipelines.recipe import Recipe, parse_columns
 from pipelines.runtime.cluster import check_reachable
 from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
+from pipelines.stored_recipe import store_recipe, stored_recipe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,7 +61,7 @@ def _recipes(say: Callable[[str], None]) -> bool:
     """Say of each shipped recipe whether it can run here; returns whether one can. Asks the hub whether it answers."""
     from aesthetic.errors import UserError
     from curate.annotators.registry import make_annotators
-    from pipelines.commands.curate import has_encoder
+    from pipelines.checks import has_encoder
     from pipelines.recipe import DEFAULT, load_recipe, shipped
 
     able, why = list[str](), dict[str, str]()

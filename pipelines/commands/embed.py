@@ -15,8 +15,9 @@ class EmbedOptions(StageOptions):
 def run(options: EmbedOptions, *, retry: bool = False) -> Result:
     """The main job on what a data folder already plans; with `retry`, what failed is fetched again first."""
     from curate.store.ownership import open_data
-    from pipelines.commands import curate
+    from pipelines import curation
+    from pipelines.stored_recipe import recipe_of
 
     data = open_data(options.data)
-    recipe = curate.recipe_of(data, options.recipe, options.set)
-    return curate.resume(data, recipe, retry=retry, address=options.ray_address, restart_from=options.restart_from)
+    recipe = recipe_of(data, options.recipe, options.set)
+    return curation.resume(data, recipe, retry=retry, address=options.ray_address, restart_from=options.restart_from)

@@ -1,51 +1,18 @@
-"""`tastemaker curate` and `tastemaker fetch`: a list to curated shards, or only to downloaded images."""
+"""`tastemaker fetch`: a list to downloaded images."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipelines.options import REQUIRED, Result, StageOptions, argument, command_line, option, positive_int
+from pipelines.commands import curate
+from pipelines.options import Result
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurateOptions(StageOptions):
-    list: str = argument("LIST", "file, folder, glob or URL of a list; a folder of images or shards")
-    out: str = option("the data folder", default=REQUIRED, metavar="DATA")
-    limit: int | None = option("only N rows, spread over the whole list", metavar="N", type=positive_int)
-    dry_run: bool = option("print what would run, or why it would not; fetch nothing", default=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FetchOptions(CurateOptions):
+class FetchOptions(curate.CurateOptions):
     pass
 
 
-def run(options: CurateOptions) -> Result:
-    """The whole job, or its first stages."""
-    from curate.layout import Data
-    from curate.store.files import local_path
-    from pipelines.commands import curate
-    from pipelines.recipe import to_yaml
-
-    fetch_only = isinstance(options, FetchOptions)
-    root = local_path(options.out)
-    request = curate.Request(
-        list=options.list,
-        root=root,
-        recipe=curate.recipe_of(Data(root), options.recipe, options.set),
-        limit=options.limit,
-        address=options.ray_address,
-        stages=("fetch",) if fetch_only else ("fetch", "embed", "select", "pack"),
-        restart_from=options.restart_from,
-    )
-    if not options.dry_run:
-        return curate.run(request)
-
-    facts = curate.dry_run(request)
-    print(to_yaml(request.recipe))
-    rows = f"rows {facts['rows']:,} of {facts['listed_rows']:,} listed"
-    parts = [rows, f"shards {facts['shards']:,}", f"stages {', '.join(request.stages)}"]
-    print(" · ".join([*parts, *curate.columns_taken(facts["columns"])]))
-    for warning in facts["warnings"]:
-        print(f"warning: {warning}")
-    return Result(facts=facts, next=command_line("fetch" if fetch_only else "curate", options, "dry_run"))
+def run(options: FetchOptions) -> Result:
+    """The first stages of the main job."""
+    return curate.run(options, fetch_only=True)

@@ -15,8 +15,18 @@ class PackOptions(WithRecipe):
 
 def run(options: PackOptions) -> Result:
     """Copy what was selected."""
+    from curate.store.files import sweep
+    from curate.store.lock import Lock
     from curate.store.ownership import open_data
-    from pipelines.commands import curate
+    from pipelines.checks import refuse_denied
+    from pipelines.curation import pack_selection
+    from pipelines.stored_recipe import recipe_of
 
     data = open_data(options.data)
-    return curate.pack_only(data, curate.recipe_of(data, options.recipe, options.set, select=options.name))
+    recipe = recipe_of(data, options.recipe, options.set, select=options.name)
+    result = Result()
+    refuse_denied(data, recipe)
+    with Lock(data.root):
+        sweep(data.root)
+        pack_selection(data, recipe, result)
+    return result

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from pipelines.options import Result, WithRecipe, argument, option
+from aesthetic.errors import UserError
+from curate.layout import Data
+from curate.store.lock import Lock
+from curate.store.ownership import open_data
+from pipelines.checks import refuse_denied
+from pipelines.options import Result, WithRecipe, argument, command, option
+from pipelines.stored_recipe import recipe_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,25 +24,52 @@ class SelectOptions(WithRecipe):
 
 
 def run(options: SelectOptions) -> Result:
-    """A verdict for every row."""
-    from curate.store.ownership import open_data
-    from pipelines.commands import curate
+    """A verdict for every row, by every column that the ledger holds now.
+
+    Where no rules are given, a selection that was made before is made again by what it was made by then.
+    """
+    from curate.ledger import uids as subsets
+    from curate.ledger.select import remembered, select
+    from pipelines.curation import show_selection
 
     data = open_data(options.data)
-    recipe = curate.recipe_of(data, options.recipe, options.set, select=options.name)
+    recipe = recipe_of(data, options.recipe, options.set, select=options.name)
+    name, uids = recipe.select.name, options.uids
     keys = [setting.partition("=")[0].strip().split(".") for setting in options.set]
     rules_given = any(key[:2] in (["select"], ["select", "rules"]) for key in keys)
-    facts = curate.select_only(
-        data,
-        recipe,
-        print,
-        uids=options.uids,
-        write_uids=options.write_uids,
-        given=rules_given or options.recipe is not None or options.uids is not None,
-    )
-    name = recipe.select.name
+    given = rules_given or options.recipe is not None or uids is not None
+    if not given and (before := remembered(data, name)) is not None:
+        rules, file = before
+        if file is not None:
+            uids = str(file)
+            print(f"made again from {file}, as before")
+        elif rules != recipe.select.rules:
+            theirs = shlex.quote(str(data.recipe))
+            print(f"by the rules that {name} was made by (the recipe's: --recipe {theirs})")
+        recipe = replace(recipe, select=replace(recipe.select, rules=rules))
+
+    refuse_denied(data, recipe)
+    with Lock(data.root):
+        if uids is not None:
+            selection = subsets.select_uids(data, name, Path(uids))
+        else:
+            try:
+                selection = select(data, recipe.select)
+            except UserError as e:
+                raise UserError(f"{e}\n{note}" if (note := old_columns(data)) else str(e)) from None
+        show_selection(selection, print)
+        if options.write_uids is not None:
+            subsets.write_uids(data, name, Path(options.write_uids))
     return Result(
-        facts=facts,
+        facts={"kept": selection.kept, "funnel": selection.funnel},
         paths={"selected": data.verdicts(name)},
-        next=curate.command("pack", data.root, "--name", name) if facts["kept"] else "",
+        next=command("pack", data.root, "--name", name) if selection.kept else "",
     )
+
+
+def old_columns(data: Data) -> str:
+    """What is said of a data folder that has columns of before there was `annotated/`; nothing where it has none."""
+    if not (names := data.old_columns()):
+        return ""
+    again = command("annotate", data.root)
+    return f"{data.root / 'scored'} ({', '.join(names)}) is read no more: `{again}` computes them anew"
