@@ -79,7 +79,7 @@ class Ratings:
     table: pd.DataFrame
     by: By  # what identifies an image: a key, path, name or id; a URL; the sha256 of its file. For pairs: "image"
     scale: tuple[float, float] | None  # lowest and highest possible score, where the file itself says so
-    aside: tuple[str, ...] = ()  # further columns that tell the score again, and are no metadata: see `forms_of`
+    restated: tuple[str, ...] = ()  # further columns that tell the score again, and are no metadata: see `forms_of`
     unrated: int = 0  # rows without a score, which are not in the table
 
 
@@ -154,7 +154,7 @@ def read_ratings(
         table=table[[*first, *table.columns.drop(first)]],
         by=parts[0].by if len({part.by for part in parts}) == 1 else "image",
         scale=parts[0].scale if len({part.scale for part in parts}) == 1 else None,
-        aside=tuple(dict.fromkeys(name for part in parts for name in part.aside)),
+        restated=tuple(dict.fromkeys(name for part in parts for name in part.restated)),
         unrated=sum(part.unrated for part in parts),
     )
 
@@ -180,10 +180,10 @@ def _read(path: Path, image: str | None, score: str | None, group: str | None, p
     if sides:
         return replace(_pairs(file, sides, score, data, used), unrated=unrated)
     ratings = _scores(file, image, score, positive, data, used)
-    return replace(ratings, unrated=unrated, aside=_aside(file, ratings, _score_column(file, score, positive)))
+    return replace(ratings, unrated=unrated, restated=_restated(file, ratings, _score_column(file, score, positive)))
 
 
-def _aside(file: RatingFile, ratings: Ratings, column: str | None) -> tuple[str, ...]:
+def _restated(file: RatingFile, ratings: Ratings, column: str | None) -> tuple[str, ...]:
     """What tells the score again: further columns of the table, and what was not even read because of a named score."""
     table, histograms = ratings.table, _histograms(file)
     further = {str(c): table[c] for c in table.columns if c not in _COLUMNS["scores"]}

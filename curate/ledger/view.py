@@ -273,6 +273,8 @@ def _not_current(data: Data, found: Sequence[LedgerTable]) -> dict[str, str]:
     embedded = (read_record(data.embedded_record(s)) for s in data.shards(data.embedded_record))
     for facts in (*fetched.facts, *embedded):
         made |= output_digests(facts) if "outputs" in facts else {}
+    if any("fetched" in t.facts[0].get("inputs", {}) for t in others):  # those that read whole tables
+        made |= table_digests([t for t in found if t.name in ("fetched", "embedded")])
     with_images = {s for s, facts in zip(fetched.shards, fetched.facts, strict=True) if facts.get("successes", 1)}
 
     wrong = {}

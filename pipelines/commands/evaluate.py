@@ -24,8 +24,7 @@ from curate.store.files import local_path, read_json, sha256_file, sweep, write_
 from curate.store.ownership import check_free, taken
 from pipelines.commands.train import check_data
 from pipelines.figures import meaning, readme, table
-from pipelines.options import Options, Result, argument, option, positive_int
-from pipelines.prompts import read_prompts
+from pipelines.options import Options, Result, argument, option, positive_int, read_prompts
 from pipelines.runtime.progress import ProgressBar, format_duration, redirect_output
 
 if TYPE_CHECKING:

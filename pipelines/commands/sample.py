@@ -14,8 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 from aesthetic.errors import UserError
 from curate.store.disk import check_space
 from curate.store.files import local_path, sha256_file
-from pipelines.options import Options, Result, argument, option
-from pipelines.prompts import read_prompts
+from pipelines.options import Options, Result, argument, option, read_prompts
 from pipelines.runtime.progress import ProgressBar
 from pipelines.terminal import CLEAR
 
