@@ -182,7 +182,7 @@ def probe_names() -> list[str]:
 
 
 def probe_files() -> list[bytes]:
-    """The sixteen probe images as files' bytes: drawn by a procedure (aesthetic/probes/draw.py), kept as bytes.
+    """The sixteen probe images as files' bytes: drawn by a procedure (examples/draw_probes.py), kept as bytes.
 
     They hold what goes wrong quietly: sizes below and above an encoder's input, extreme aspects, fine lines, saturated
     and dark colours, an EXIF orientation, transparency, one channel.
