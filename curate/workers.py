@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import functools
 import gc
 import os
-import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -33,14 +31,9 @@ from curate.sources.vectors import Imported, import_shard, open_folder
 from curate.store.files import read_json
 from curate.store.records import commit, is_done
 
-RARELY = (50_000, 20, 100)
-"""Thresholds of the garbage collector while shards are fetched. Rows leave next to no cycles behind, but thousands of
-them wait at once, and looking through them again and again took a sixth of the event loop's time."""
-
-
-MMAP_THRESHOLD, TRIM_THRESHOLD = 32_000_000, 128_000_000
-"""Bytes, for glibc's malloc: a larger block is given back to the system at once, and more that is free in one piece
-too. By its own thresholds it gives images back and takes them again, page by page: 7% of a PNG's decoding."""
+GC_THRESHOLDS = (50_000, 20, 100)
+"""Of the garbage collector while shards are fetched. Rows leave next to no cycles behind, but thousands of them wait at
+once, and looking through them again and again took a sixth of the event loop's time."""
 
 
 def ignore(stage: str, outcome: str, host: str) -> None:
@@ -65,8 +58,8 @@ class FetchWorker:
     ) -> None:
         if fetch.engine == "img2dataset":
             engine_img2dataset.require(images)
-        self._collections: tuple[int, int, int] | None = None  # the process's thresholds, while ours hold
-        self._policy: int | None = None  # the scheduler's, while ours holds
+        self._gc_before: tuple[int, int, int] | None = None  # the process's thresholds, while ours hold
+        self._scheduler_before: int | None = None  # its policy, while ours holds
         self.data, self.config = data, config
         count = threads or os.cpu_count() or 1
         deny = Deny.load(fetch.deny)
@@ -82,7 +75,7 @@ class FetchWorker:
 
     async def run(self, shard: int, retry: bool = False) -> None:
         """Fetch one shard unless it is done; with `retry`, fetch again what failed for transient reasons."""
-        self._be_patient()
+        self._tune_process()
         done = fetch_done(self.data, shard, self.config)
         if not done or (retry and transient_failures(self.data, shard)):
             try:
@@ -94,29 +87,25 @@ class FetchWorker:
         """Close connections and threads."""
         await self._context.fetcher.close()
         self._context.threads.shutdown(cancel_futures=True)
-        if self._collections is not None:
-            gc.set_threshold(*self._collections)
-        if self._policy is not None:
-            os.sched_setscheduler(0, self._policy, os.sched_param(0))
+        if self._gc_before is not None:
+            gc.set_threshold(*self._gc_before)
+        if self._scheduler_before is not None:
+            os.sched_setscheduler(0, self._scheduler_before, os.sched_param(0))
 
-    def _be_patient(self) -> None:
-        """Collect garbage rarely, keep freed memory for the next image, and have Linux treat the event loop and the
-        decoders that it starts as batch work.
+    def _tune_process(self) -> None:
+        """Collect garbage rarely, and have Linux treat the event loop and the decoders that it starts as batch work.
 
         Else the loop takes a decoder's core at every packet, and the decoder's data are out of the cache when it goes
         on: that cost 7% of all CPU, and 13% of the rate.
         """
-        if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):  # glibc has it
-            mallopt(-3, MMAP_THRESHOLD)  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h: both or none
-            mallopt(-1, TRIM_THRESHOLD)
-        if gc.get_threshold() != RARELY:
-            self._collections = gc.get_threshold()
-            gc.set_threshold(*RARELY)
-        if self._policy is None and hasattr(os, "sched_setscheduler"):
+        if gc.get_threshold() != GC_THRESHOLDS:
+            self._gc_before = gc.get_threshold()
+            gc.set_threshold(*GC_THRESHOLDS)
+        if self._scheduler_before is None and hasattr(os, "sched_setscheduler"):
             with contextlib.suppress(OSError):  # a sandbox that forbids it
                 if (policy := os.sched_getscheduler(0)) == os.SCHED_OTHER:
                     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-                    self._policy = policy
+                    self._scheduler_before = policy
 
 
 class EmbedWorker:
@@ -151,7 +140,19 @@ class EmbedWorker:
                 f"embed.embeddings: {embed.embeddings} holds {self.imported.folder.dim} numbers a row, and the vectors "
                 f"of {embed.encoder} have {space.dim}: it was made by another encoder"
             )
-        self.annotators = load_annotators(per_shard(make_annotators(columns)), embed, space, count, self.encoder)
+
+        def exact() -> Encoder:
+            if self.encoder is not None and self.encoder.precision == "fp32":
+                return self.encoder
+            return load_encoder(embed.encoder, weights=embed.weights, precision="fp32", threads=count)
+
+        resources = Resources(threads=count, space=space, encoder=functools.cache(exact))
+        self.annotators = per_shard(make_annotators(columns))
+        for name, annotator in self.annotators.items():
+            try:
+                annotator.load(resources)
+            except UserError as e:
+                raise type(e)(f"columns.{name}: {e}") from None
         if vectors and space is not None:
             claim_space(data, space)
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="decode")
@@ -177,29 +178,6 @@ class EmbedWorker:
 def per_shard(annotators: Mapping[str, Annotator]) -> dict[str, Annotator]:
     """The annotators that run shard by shard: all but those that read the whole table."""
     return {name: a for name, a in annotators.items() if a.reads != "table"}
-
-
-def load_annotators(
-    annotators: dict[str, Annotator],
-    embed: EmbedConfig,
-    space: Space | None,
-    threads: int,
-    encoder: Encoder | None = None,
-) -> dict[str, Annotator]:
-    """The annotators with their models loaded, for vectors of this space; SpaceMismatch where one reads another."""
-
-    def exact() -> Encoder:
-        if encoder is not None and encoder.precision == "fp32":
-            return encoder
-        return load_encoder(embed.encoder, weights=embed.weights, precision="fp32", threads=threads)
-
-    resources = Resources(threads=threads, space=space, encoder=functools.cache(exact))
-    for name, annotator in annotators.items():
-        try:
-            annotator.load(resources)
-        except UserError as e:
-            raise type(e)(f"columns.{name}: {e}") from None
-    return annotators
 
 
 def claim_space(data: Data, space: Space) -> None:

@@ -37,6 +37,7 @@ STARTS = 3
 """How often a run begins a shard. Its images have been decoded before: what ends the process each time is no single
 image, and whoever restarts it would do so for ever."""
 
+_VECTORS = ""  # in place of an annotator's name: the encoder
 _BATCH = 32  # images that are decoded together where no encoder says how many
 
 
@@ -58,9 +59,10 @@ def annotate_shard(
     one is given, then the columns of annotators that are loaded."""
     inputs = data.fetched_digests(shard)
     assert inputs is not None, f"shard {shard} is annotated before it is fetched"
-    records = {name: (data.annotations_record(name, shard), a.digest) for name, a in by_image(annotators).items()}
+    of_images = {name: a for name, a in annotators.items() if a.reads in ("pixels", "row", "captions")}
+    records = {name: (data.annotations_record(name, shard), a.digest) for name, a in of_images.items()}
     if encoder is not None:
-        records[""] = data.embedded_record(shard), config
+        records[_VECTORS] = data.embedded_record(shard), config
 
     missing: dict[str, set[str] | None] = {}  # name -> keys that retries have added since; None: all are missing
     for name, (record, digest) in records.items():
@@ -77,8 +79,9 @@ def annotate_shard(
                 f"library. {data.logs / 'embed.log'} or the system's log may say why; all that is done stays done."
             )
         _from_pixels(data, shard, annotators, encoder, config, missing, threads, report)
-        for name in [n for n in missing if n != "" and annotators[n].reads in ("row", "captions")]:
-            annotator = annotators[name]
+        for name, annotator in of_images.items():
+            if name not in missing or annotator.reads == "pixels":
+                continue
             rows = images_of(data, shard, None if annotator.reads == "row" else ["key", "caption"])
             fresh = _only(rows, missing[name])
             values = ask(annotator, ImageBatch(rows=fresh))
@@ -87,11 +90,6 @@ def annotate_shard(
     for name, annotator in annotators.items():
         if annotator.reads == "vectors":
             annotate_vectors(data, shard, name, annotator)
-
-
-def by_image(annotators: Mapping[str, Annotator]) -> dict[str, Annotator]:
-    """The annotators whose columns depend on a shard's fetched files alone."""
-    return {name: a for name, a in annotators.items() if a.reads not in ("vectors", "table")}
 
 
 def column_inputs(data: Data, shard: int, annotator: Annotator) -> dict[str, str] | None:
@@ -173,9 +171,9 @@ def _from_pixels(
     report: Report,
 ) -> None:
     """One pass over the pixels of a shard: its vectors, and the columns of those that read pixels, and are missing."""
-    models: dict[str, Any] = {n: annotators[n] for n in missing if n != "" and annotators[n].reads == "pixels"}
-    if "" in missing:
-        models[""] = encoder
+    models: dict[str, Any] = {n: a for n, a in annotators.items() if n in missing and a.reads == "pixels"}
+    if _VECTORS in missing:
+        models[_VECTORS] = encoder
     if not models:
         return
     began, inputs = time.time(), data.fetched_digests(shard)
@@ -186,12 +184,12 @@ def _from_pixels(
     fresh = _only(rows, some)
 
     # in batches that do not depend on what else is wanted (annotators cut them as they like)
-    vectors, answers = list[np.ndarray](), {name: list[dict[str, pa.Array]]() for name in models if name != ""}
+    vectors, answers = list[np.ndarray](), {name: list[dict[str, pa.Array]]() for name in models if name != _VECTORS}
     size = _BATCH if encoder is None else encoder.batch_size
     for start, batch in _prepared(data, shard, fresh["key"].to_pylist(), models, size, threads):
         part = fresh.slice(start, len(next(iter(batch.values()))))
         for name, model in models.items():
-            if name == "":
+            if name == _VECTORS:
                 vectors.append(model.encode_prepared(np.stack(batch[name])))
             else:
                 answers[name].append(ask(model, ImageBatch(rows=part, inputs=batch[name])))
@@ -203,7 +201,7 @@ def _from_pixels(
         parts = parts or [ask(annotator, ImageBatch(rows=fresh))]
         values = {suffix: pa.chunked_array([p[suffix] for p in parts]) for suffix in annotator.columns}
         _write(data, shard, name, annotator, fresh["key"], values, rows["key"], inputs, some is not None)
-    if "" in models:
+    if _VECTORS in models:
         assert encoder is not None
         images = np.concatenate(vectors) if vectors else np.zeros((0, encoder.dim), np.float32)
         captions = fresh["caption"].to_pylist()
