@@ -274,7 +274,7 @@ def _fit(options: FitOptions, rated: RatedImages, log: Log) -> FitResult:
     except UserError as e:
         log(f"no zero-shot baseline: {str(e).splitlines()[0]}")
     if ratings.kind == "pairs":
-        return fit_comparisons(space=space, **rated.comparisons(), **common)
+        return fit_comparisons(rated.vectors, space=space, **rated.comparisons(), **common)
     return fit_head(
         rated.examples(),
         space,
