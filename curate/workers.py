@@ -75,7 +75,7 @@ class FetchWorker:
             fetcher=Fetcher(fetch, lease=lease, deny=deny),
             deny=deny,
             threads=ThreadPoolExecutor(count, thread_name_prefix="decode"),
-            slots=asyncio.Semaphore(4 * count),
+            local_reads=asyncio.Semaphore(4 * count),
             report=report,
         )
 
