@@ -1,7 +1,4 @@
-"""What a head must beat: predictors that learn nothing about taste, or look at no picture.
-
-Each takes rows to learn from and rows to predict, as every predictor of a report does.
-"""
+"""What a head must beat: predictors that learn nothing about taste, or look at no image."""
 
 from __future__ import annotations
 
@@ -20,10 +17,10 @@ _NEIGHBOURS_FROM = 10_000  # rated images among which neighbours are looked for;
 _WORDS_AT_MOST = 0.5  # a column with more different words than this share of the rows names rows, not kinds of them
 
 
-def of_round(
+def predict(
     x: npt.NDArray[Any], y: Array, w: Array, columns: Mapping[str, npt.NDArray[Any]], train: Ints, test: Ints
 ) -> dict[str, Array]:
-    """Each baseline's predictions of the rows `test`; columns: what is `usable` of the metadata."""
+    """Each baseline's predictions of the rows `test`, learnt from the rows `train`; columns: `usable` metadata."""
     predicted = {"nearest": nearest(x, y, w, train, test)}
     return predicted | ({"metadata": from_metadata(columns, y, w, train, test)} if columns else {})
 
@@ -60,14 +57,14 @@ def usable(metadata: Mapping[str, Sequence[Any]]) -> dict[str, npt.NDArray[Any]]
 
 
 def from_metadata(columns: Mapping[str, npt.NDArray[Any]], y: Array, w: Array, train: Ints, test: Ints) -> Array:
-    """What metadata alone tells: gradient-boosted trees on numbers and on the shrunk mean rating of each word.
+    """What metadata alone predicts: gradient-boosted trees on numbers and on the shrunk mean rating of each word.
 
-    If this comes near a head, the head may have learnt who took a picture and not how good it is: a split that keeps
+    If this comes near a head, the head may have learnt who took an image and not how good it is: a split that keeps
     such a column whole (--group) shows it.
     """
     from sklearn.ensemble import HistGradientBoostingRegressor
 
-    learn, tell = [], []
+    learn, unseen = [], []
     for name in sorted(columns):
         values = columns[name]
         if values.dtype.kind == "U":
@@ -75,19 +72,19 @@ def from_metadata(columns: Mapping[str, npt.NDArray[Any]], y: Array, w: Array, t
         else:
             known, unknown = values[train], values[test]
         learn.append(known)
-        tell.append(unknown)
+        unseen.append(unknown)
     leaf = max(2, min(20, len(train) // 20))
     trees = HistGradientBoostingRegressor(max_iter=50, min_samples_leaf=leaf, early_stopping=False, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a column without any value in these rows
         trees.fit(np.stack(learn, 1), y[train], sample_weight=w[train])
-        return np.asarray(trees.predict(np.stack(tell, 1)), np.float64)
+        return np.asarray(trees.predict(np.stack(unseen, 1)), np.float64)
 
 
 def _mean_of_words(words: npt.NDArray[Any], y: Array, w: Array, train: Ints, test: Ints) -> tuple[Array, Array]:
     """The mean rating of each row's word, shrunk towards the mean of all as if by 5 such ratings (Micci-Barreca 2001).
 
-    Rows learnt from get the mean of the others' ratings, in five parts, so a word that occurs once tells nothing.
+    Rows learnt from get the mean of the others' ratings, in five parts, so a word that occurs once counts nothing.
     """
     place = np.unique(words, return_inverse=True)[1]
     part = np.arange(len(train)) % 5

@@ -10,11 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from aesthetic import metrics
-from aesthetic.chunks import blocks
-from aesthetic.examples import calm
-from aesthetic.heads import Head, HeadError, check_name, check_norms
-from aesthetic.logistic import Logistic, platt
-from aesthetic.reports import Fit, doubt, quantiles_of, sha256_of, unsure
+from aesthetic.examples import check_vectors, limit_threads
+from aesthetic.heads import Head, HeadError, check_name
+from aesthetic.logistic import PENALTIES, best_penalty, logistic_path, platt, row_space
+from aesthetic.reports import FitResult, chance_verdict, quantiles_of, sha256_of, unsure_verdict
 from aesthetic.space import Space
 from aesthetic.splits import FOLDS, folds_of, groups_of
 
@@ -25,10 +24,8 @@ FEW = 30
 ROUGHLY, WELL = 0.55, 0.6
 """The lower ends of the interval of what is picked rightly from which a head orders roughly, and well. Ours."""
 
-_ALL = frozenset({0})  # folds, where there are none
 
-
-@calm
+@limit_threads
 def fit_comparisons(
     vectors: npt.NDArray[Any],
     winners: npt.ArrayLike,
@@ -44,8 +41,8 @@ def fit_comparisons(
     task: str = "preference",
     prompts: npt.NDArray[Any] | None = None,
     card: dict[str, Any] | None = None,
-    tell: Callable[[str], None] = lambda line: None,
-) -> Fit:
+    log: Callable[[str], None] = lambda line: None,
+) -> FitResult:
     """Fit a head to comparisons: the log-odds that one image is preferred are the difference of their scores.
 
     vectors: (m, d) of the images; winners, losers: (k,) rows of them; ids, groups, sha256, phash: of the images, as in
@@ -57,8 +54,6 @@ def fit_comparisons(
     at random about a fifth can be tested. Raises HeadError where fewer than 30 can.
     """
     x = np.asarray(vectors)
-    if x.ndim != 2 or x.shape[1] != space.dim:
-        raise HeadError(f"{name}: vectors of shape {x.shape}; {space.encoder} gives (n, {space.dim})")
     check_name(name)
     win, lose = np.asarray(winners, np.int64), np.asarray(losers, np.int64)
     w = np.ones(len(win)) if votes is None else np.asarray(votes, np.float64)
@@ -66,41 +61,53 @@ def fit_comparisons(
         raise HeadError(f"{name}: {len(win)} winners, {len(lose)} losers and {len(w)} votes")
     if (win == lose).any():
         raise HeadError(f"{name}: an image is compared with itself: {ids[int(win[(win == lose).argmax()])]}")
-    if not np.isfinite(x).all() or not (np.isfinite(w) & (w > 0)).all():
-        raise HeadError(f"{name}: a vector or a number of votes is not finite, or not positive")
-    for place, _, squares in blocks(x):
-        check_norms(name, space, squares, place)
+    if not (np.isfinite(w) & (w > 0)).all():
+        raise HeadError(f"{name}: a number of votes is not finite, or not positive")
+    check_vectors(x, space, name)
     order = np.array(sorted(range(len(win)), key=lambda i: (ids[int(win[i])], ids[int(lose[i])], w[i])), np.int64)
     win, lose, w = win[order], lose[order], w[order]
-    of = groups_of(ids, groups, vectors=x if space.norm == "l2" else None, sha256=sha256, phash=phash)
-    fold = folds_of(of.names, min(FOLDS, of.count))
-    difference = x[win].astype(np.float64) - x[lose].astype(np.float64)
-    pair_fold = np.where(fold[win] == fold[lose], fold[win], -1)
+    image_groups = groups_of(ids, groups, vectors=x if space.norm == "l2" else None, sha256=sha256, phash=phash)
+    fold = folds_of(image_groups.names, min(FOLDS, image_groups.count))
+    pair_fold = _pair_folds(fold[win], fold[lose])
     tested = pair_fold >= 0
     _require_tested(pair_fold, name)
-    tell(f"{len(win):,} comparisons of {len(x):,} images in {of.count:,} groups; fitting")
+    log(f"{len(win):,} comparisons of {len(x):,} images in {image_groups.count:,} groups; fitting")
 
+    x64 = x.astype(np.float64)
+    difference = x64[win] - x64[lose]
     odds = np.full(len(win), np.nan)
     for held in sorted(set(pair_fold[tested])):
         train = (fold[win] != held) & (fold[lose] != held)
-        linear = _chosen(difference[train], w[train], fold[win][train], fold[lose][train])
-        odds[pair_fold == held] = difference[pair_fold == held] @ linear
+        direction = _fit_direction(difference[train], w[train], fold[win][train], fold[lose][train])
+        odds[pair_fold == held] = difference[pair_fold == held] @ direction
     slope, _ = platt(odds[tested], np.ones(int(tested.sum())), w[tested], constant=False)
-    final = _chosen(difference, w, fold[win], fold[lose])
-    centre = x.astype(np.float64).mean(0)
-    scores = (x.astype(np.float64) - centre) @ final
-    reach = float(max(1, math.ceil(2 * np.abs(scores).max())))
-    report = _report(x, win, lose, w, odds, tested, of, ids, prompts)
-    report |= {"calibration_slope": slope}
-    report["quantiles"] = quantiles_of(scores)
+    direction = _fit_direction(difference, w, fold[win], fold[lose])
+    centre = x64.mean(0)
+    scores = (x64 - centre) @ direction
+    report: dict[str, Any] = {
+        "n": len(win),
+        "images": len(x),
+        "groups": image_groups.count,
+        "groups_given": image_groups.given,
+        "near_duplicates_joined": image_groups.joined,
+        "how": "nested cross-validation by group; both images of a tested comparison are new",
+        "tested": int(tested.sum()),
+        "test_sha256": sha256_of(f"{ids[a]}\t{ids[b]}" for a, b in zip(win[tested], lose[tested], strict=True)),
+        "kind": "affine",
+        "calibration_slope": slope,
+        "quantiles": quantiles_of(scores),
+    }
+    by_prompts = None if prompts is None else difference[tested] @ prompts
+    report |= _measured(odds[tested], w[tested], by_prompts, [image_groups.names[i] for i in win[tested]])
     report["verdict"] = verdict(report)
     facts = ("how", "n", "images", "groups", "tested", "test_sha256", "near_duplicates_joined", "calibration_slope")
+    reach = float(max(1, math.ceil(2 * np.abs(scores).max())))
     head = Head(
         name=name,
         task=task,
         space=space,
         scale=(-reach, reach),
-        layers=((final.astype(np.float32)[None, :], np.array([-centre @ final], np.float32)),),
+        layers=((direction.astype(np.float32)[None, :], np.array([-centre @ direction], np.float32)),),
         card={
             **(card or {}),
             "verdict": report["verdict"],
@@ -112,7 +119,7 @@ def fit_comparisons(
     )
     held_out = np.full(len(win), np.nan)
     held_out[order] = odds
-    return Fit(head, report, held_out, np.ones(len(win)), None)
+    return FitResult(head, report, held_out, np.ones(len(win)), None)
 
 
 def check_comparisons(
@@ -122,10 +129,14 @@ def check_comparisons(
 
     It needs no vectors, and knows of no near-duplicates: with these it may be a few more or less.
     """
-    of = groups_of(ids, groups)
-    fold = folds_of(of.names, min(FOLDS, of.count))
-    win, lose = fold[np.asarray(winners, np.int64)], fold[np.asarray(losers, np.int64)]
-    _require_tested(np.where(win == lose, win, -1), name)
+    image_groups = groups_of(ids, groups)
+    fold = folds_of(image_groups.names, min(FOLDS, image_groups.count))
+    _require_tested(_pair_folds(fold[np.asarray(winners, np.int64)], fold[np.asarray(losers, np.int64)]), name)
+
+
+def _pair_folds(fold_win: Ints, fold_lose: Ints) -> Ints:
+    """The fold that both images of a comparison lie in, else -1."""
+    return np.where(fold_win == fold_lose, fold_win, -1)
 
 
 def _require_tested(pair_fold: Ints, name: str) -> None:
@@ -141,22 +152,23 @@ def _require_tested(pair_fold: Ints, name: str) -> None:
     )
 
 
-def _chosen(difference: Array, w: Array, fold_win: Ints, fold_lose: Ints) -> Array:
+def _fit_direction(difference: Array, w: Array, fold_win: Ints, fold_lose: Ints) -> Array:
     """Direction (d,) by penalised logistic regression; the penalty by comparisons of images that were left out."""
-    same = np.where(fold_win == fold_lose, fold_win, -1)
-    model = Logistic(difference, np.ones(len(w)), w, np.zeros(len(w), np.int64), compared=True)
-    odds = np.full((len(w), len(model.path(_ALL))), np.nan)
-    for held in sorted(set(same[same >= 0])):
+
+    def directions(rows: npt.NDArray[np.bool_]) -> list[Array]:
+        x, basis = row_space(difference[rows])
+        path = logistic_path(x, np.ones(len(x)), w[rows], comparisons=True)
+        return [model.from_basis(basis).weights for model in path]
+
+    pair_fold = _pair_folds(fold_win, fold_lose)
+    odds = np.full((len(w), len(PENALTIES)), np.nan)
+    for held in sorted(set(pair_fold[pair_fold >= 0])):
         train = (fold_win != held) & (fold_lose != held)
-        if train.sum() < 5:
-            continue
-        inner = Logistic(
-            difference[train], np.ones(int(train.sum())), w[train], np.zeros(int(train.sum()), np.int64), compared=True
-        )
-        for i, linear in enumerate(inner.path(_ALL)):
-            odds[same == held, i] = difference[same == held] @ inner.unturned(linear).weights
-    best = model.best(odds) if np.isfinite(odds).any() else len(odds[0]) // 2
-    return model.unturned(model.path(_ALL)[best]).weights
+        if train.sum() >= 5:
+            for i, direction in enumerate(directions(train)):
+                odds[pair_fold == held, i] = difference[pair_fold == held] @ direction
+    best = best_penalty(odds, np.ones(len(w)), w) if np.isfinite(odds).any() else len(PENALTIES) // 2
+    return directions(np.ones(len(w), bool))[best]
 
 
 def accuracy_of(odds: Array, votes: Array) -> metrics.Statistic:
@@ -165,57 +177,30 @@ def accuracy_of(odds: Array, votes: Array) -> metrics.Statistic:
     return lambda w: float(w @ right / (w @ votes))
 
 
-def _report(
-    x: npt.NDArray[Any],
-    win: Ints,
-    lose: Ints,
-    w: Array,
-    odds: Array,
-    tested: npt.NDArray[np.bool_],
-    of: Any,
-    ids: Sequence[str],
-    prompts: npt.NDArray[Any] | None,
-) -> dict[str, Any]:
-    clusters = [of.names[i] for i in win[tested]]
-    head = accuracy_of(odds[tested], w[tested])
-    likely = -np.logaddexp(0, -odds[tested])
+def _measured(odds: Array, votes: Array, by_prompts: Array | None, groups: Sequence[str]) -> dict[str, Any]:
+    """Metrics and baselines with their intervals; by_prompts: the differences that prompts give."""
+    head, likely = accuracy_of(odds, votes), -np.logaddexp(0, -odds)
     statistics: dict[str, metrics.Statistic] = {
         "accuracy": head,
-        "log_loss": lambda r: float(-(r * w[tested]) @ likely / (r @ w[tested])),
+        "log_loss": lambda w: float(-(w * votes) @ likely / (w @ votes)),
     }
-    if prompts is not None:
-        other = accuracy_of(
-            (x[win[tested]].astype(np.float64) - x[lose[tested]].astype(np.float64)) @ prompts, w[tested]
-        )
+    if by_prompts is not None:
+        other = accuracy_of(by_prompts, votes)
         statistics |= {"prompts_accuracy": other, "prompts_difference": metrics.difference(head, other)}
-    found = metrics.estimate(statistics, clusters)
-    return {
-        "n": len(win),
-        "images": len(x),
-        "groups": of.count,
-        "groups_given": of.given,
-        "near_duplicates_joined": of.joined,
-        "how": "nested cross-validation by group; both images of a tested comparison are new",
-        "tested": int(tested.sum()),
-        "test_sha256": sha256_of(f"{ids[a]}\t{ids[b]}" for a, b in zip(win[tested], lose[tested], strict=True)),
-        "kind": "affine",
-        "metrics": {k: found[k] for k in ("accuracy", "log_loss")},
-        "baselines": {"constant": {"accuracy": {"value": 0.5, "low": None, "high": None}}}
-        | (
-            {"prompts": {"accuracy": found["prompts_accuracy"], "difference": found["prompts_difference"]}}
-            if prompts is not None
-            else {}
-        ),
-    }
+    found = metrics.estimate(statistics, groups)
+    baselines: dict[str, Any] = {"constant": {"accuracy": {"value": 0.5, "low": None, "high": None}}}
+    if by_prompts is not None:
+        baselines["prompts"] = {"accuracy": found["prompts_accuracy"], "difference": found["prompts_difference"]}
+    return {"metrics": {k: found[k] for k in ("accuracy", "log_loss")}, "baselines": baselines}
 
 
 def verdict(report: dict[str, Any]) -> str:
     """One sentence on what the head is good for: what the lower end of its interval promises."""
     accuracy = report["metrics"]["accuracy"]
-    if told := doubt(accuracy, 0.5, "compare"):
-        return told
+    if line := chance_verdict(accuracy, 0.5, "compare"):
+        return line
     if accuracy["low"] < ROUGHLY:
-        return unsure(accuracy, "compare")
+        return unsure_verdict(accuracy, "compare")
     if accuracy["low"] < WELL:
         return "orders images roughly: good for dropping the worst, not for choosing the best"
     return "good for ranking; its scores have no absolute meaning"

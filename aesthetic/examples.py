@@ -55,7 +55,7 @@ class Examples:
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
+class PreparedExamples:
     """Examples whose parts fit together, sorted by what is in them: the order as given then changes no bit."""
 
     x: npt.NDArray[Any]
@@ -68,6 +68,10 @@ class Prepared:
     metadata: dict[str, list[Any]]
     ids: list[str]
     order: Ints  # row i here is row order[i] of the examples
+
+    def group_names(self, rows: npt.NDArray[np.bool_]) -> list[str]:
+        """The groups of some rows."""
+        return [self.groups.names[i] for i in np.flatnonzero(rows)]
 
     def as_given(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Values of these rows in the order of the examples."""
@@ -90,7 +94,7 @@ def weights_of(votes: Array, sd: Array, scores: Array) -> Array:
     return votes / (votes + k)
 
 
-def calm(fit: Callable[P, T]) -> Callable[P, T]:
+def limit_threads(fit: Callable[P, T]) -> Callable[P, T]:
     """A fit with one thread for BLAS and trees where there is little to do: waking others costs more, on a busy machine
     ten times more. The first argument is examples or vectors."""
 
@@ -114,20 +118,29 @@ def check_scores(scores: Array, name: str) -> None:
         raise HeadError(f"{name}: {n} ratings; at least {FEW} are needed to fit a head, and 30 to say how good it is")
 
 
-def prepare(examples: Examples, space: Space, name: str, scale: tuple[float, float] | None) -> Prepared:
+def check_vectors(x: npt.NDArray[Any], space: Space, name: str) -> None:
+    """Raise HeadError, naming the row, where these are no vectors (n, d) of the space: of its norm, and finite."""
+    if x.ndim != 2 or x.shape[1] != space.dim:
+        raise HeadError(f"{name}: vectors of shape {x.shape}; {space.encoder} gives (n, {space.dim})")
+    if not np.issubdtype(x.dtype, np.floating):
+        raise HeadError(f"{name}: vectors are of a float type, not {x.dtype}")
+    finite = np.isfinite(x).all(1)
+    if not finite.all():
+        raise HeadError(f"{name}: the vector of row {int((~finite).argmax())} is not finite")
+    for start, _, squares in blocks(x):
+        check_norms(name, space, squares, start)
+
+
+def prepare(examples: Examples, space: Space, name: str, scale: tuple[float, float] | None) -> PreparedExamples:
     """Check and sort. Raises HeadError, naming the row, where parts do not fit together or a value makes no sense.
 
     With several sources only the first of them, by name, must lie within `scale`; None asks nothing.
     """
     x = np.asarray(examples.vectors)
-    if x.ndim != 2 or x.shape[1] != space.dim:
-        raise HeadError(f"{name}: vectors of shape {x.shape}; {space.encoder} gives (n, {space.dim})")
     n = len(x)
     check_name(name)
     if scale is not None:
         check_scale(name, scale)
-    if not np.issubdtype(x.dtype, np.floating):
-        raise HeadError(f"{name}: vectors are of a float type, not {x.dtype}")
     y = np.asarray(examples.scores, np.float64)
     votes = np.full(n, np.nan) if examples.votes is None else np.asarray(examples.votes, np.float64)
     sd = np.full(n, np.nan) if examples.sd is None else np.asarray(examples.sd, np.float64)
@@ -136,11 +149,7 @@ def prepare(examples: Examples, space: Space, name: str, scale: tuple[float, flo
     for what, values in parts.items():
         if values is not None and len(values) != n:
             raise HeadError(f"{name}: {n} vectors and {len(values)} {what}")
-    finite = np.isfinite(x).all(1)
-    if not finite.all():
-        raise HeadError(f"{name}: the vector of row {int((~finite).argmax())} is not finite")
-    for place, _, squares in blocks(x):
-        check_norms(name, space, squares, place)
+    check_vectors(x, space, name)
     if examples.votes is not None and not (np.isfinite(votes) & (votes > 0)).all():
         raise HeadError(f"{name}: a number of votes is not positive; leave out the rows that shall not count")
     w = np.ones(n) if examples.votes is None else weights_of(votes, sd, y)
@@ -168,7 +177,7 @@ def prepare(examples: Examples, space: Space, name: str, scale: tuple[float, flo
         sha256=sort(examples.sha256),
         phash=sort(examples.phash),
     )
-    return Prepared(
+    return PreparedExamples(
         x=x,
         y=y[order],
         w=w[order],

@@ -28,54 +28,32 @@ class Linear:
         parts = [x[i : i + 8192].astype(np.float64) @ self.weights for i in range(0, len(x), 8192)]
         return np.concatenate(parts) + self.constant if parts else np.zeros(0)
 
-    def times(self, slope: float, shift: float = 0.0) -> Linear:
+    def scaled(self, slope: float, shift: float) -> Linear:
+        """The same with log-odds slope * odds + shift."""
         return Linear(self.weights * slope, self.constant * slope + shift)
+
+    def from_basis(self, basis: Array | None) -> Linear:
+        """The same on the vectors whose coordinates in `basis` it takes (see `row_space`)."""
+        return self if basis is None else Linear(basis @ self.weights, self.constant)
 
 
 class Logistic:
     """Rows in folds, and the logistic regressions of any set of folds, one for each penalty.
 
-    labels: (n,) 0 or 1. Comparisons are rows of differences (winner - loser) with no constant and the label 1: each
-    row then stands for itself and its mirror image (Bradley and Terry 1952, with log-strengths linear in the vectors).
     With fewer rows than columns the problem is turned into the rows' own directions, which changes no solution.
     """
 
-    def __init__(self, x: npt.NDArray[Any], labels: Array, w: Array, fold: Ints, *, compared: bool = False) -> None:
-        self.labels, self.w, self.fold, self.compared = labels, w, fold, compared
-        self.basis: Array | None = None
-        n, d = x.shape
-        if n < d:
-            a = x.astype(np.float64)
-            values, vectors = np.linalg.eigh(a @ a.T)
-            keep = values > values[-1] * 1e-13
-            self.basis = (a.T @ vectors[:, keep]) / np.sqrt(values[keep])
-            self.x = a @ self.basis
-        else:
-            self.x = np.asarray(x, np.float64)
+    def __init__(self, x: npt.NDArray[Any], labels: Array, w: Array, fold: Ints) -> None:
+        self.labels, self.w, self.fold = labels, w, fold
+        self.x, self.basis = row_space(x)
         self._fitted: dict[frozenset[int], list[Linear]] = {}
 
     def path(self, folds: frozenset[int]) -> list[Linear]:
-        """One regression a penalty, on the rows of these folds, in the turned coordinates."""
+        """One regression a penalty, on the rows of these folds, in the coordinates of `self.x`."""
         if folds not in self._fitted:
-            self._fitted[folds] = self._fit(np.isin(self.fold, sorted(folds)))
+            rows = np.isin(self.fold, sorted(folds))
+            self._fitted[folds] = logistic_path(self.x[rows], self.labels[rows], self.w[rows])
         return self._fitted[folds]
-
-    def _fit(self, rows: npt.NDArray[np.bool_]) -> list[Linear]:
-        from sklearn.linear_model import LogisticRegression
-
-        x, y, w = self.x[rows], self.labels[rows], self.w[rows]
-        if self.compared:
-            x, y, w = np.concatenate([x, -x]), np.repeat([1.0, 0.0], len(y)), np.tile(w / 2, 2)
-        centre = np.zeros(x.shape[1]) if self.compared else w @ x / w.sum()
-        model = LogisticRegression(fit_intercept=not self.compared, tol=1e-6, max_iter=1000, warm_start=True)
-        found = []
-        for penalty in PENALTIES:
-            model.C = 1 / (penalty * w.sum())
-            model.fit(x - centre, y, sample_weight=w)
-            weights = model.coef_[0].copy()
-            constant = 0.0 if self.compared else float(model.intercept_[0]) - float(centre @ weights)
-            found.append(Linear(weights, constant))
-        return found
 
     def out_of_fold(self, folds: Sequence[int], within: frozenset[int]) -> Array:
         """Log-odds (rows, penalties) of the rows of `folds`, each fold from the others of `within`; else NaN."""
@@ -86,15 +64,45 @@ class Logistic:
                 odds[rows, i] = model(self.x[rows])
         return odds
 
-    def best(self, odds: Array) -> int:
-        """The number of the penalty whose log-odds have the lowest log-loss, over the rows that have any."""
-        rows = np.isfinite(odds).all(1)
-        signs = np.where(self.labels[rows] > 0.5, 1.0, -1.0)
-        return int(np.argmin(self.w[rows] @ np.logaddexp(0, -signs[:, None] * odds[rows])))
 
-    def unturned(self, model: Linear) -> Linear:
-        """The same regression on the vectors as they were given."""
-        return model if self.basis is None else Linear(self.basis @ model.weights, model.constant)
+def row_space(x: npt.NDArray[Any]) -> tuple[Array, Array | None]:
+    """Rows (n, d) in coordinates of their own, with the basis (d, k) of these, where n < d; else as they are."""
+    a = np.asarray(x, np.float64)
+    if len(a) >= a.shape[1]:
+        return a, None
+    values, vectors = np.linalg.eigh(a @ a.T)
+    keep = values > values[-1] * 1e-13
+    basis = (a.T @ vectors[:, keep]) / np.sqrt(values[keep])
+    return a @ basis, basis
+
+
+def logistic_path(x: Array, labels: Array, w: Array, *, comparisons: bool = False) -> list[Linear]:
+    """One regression for each penalty, strongest first. x (n, d), labels (n,) 0 or 1, weights w (n,).
+
+    Comparisons are rows of differences (winner - loser) with no constant and the label 1: each row then stands for
+    itself and its mirror image (Bradley and Terry 1952, with log-strengths linear in the vectors).
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    if comparisons:
+        x, labels, w = np.concatenate([x, -x]), np.repeat([1.0, 0.0], len(labels)), np.tile(w / 2, 2)
+    centre = np.zeros(x.shape[1]) if comparisons else w @ x / w.sum()
+    model = LogisticRegression(fit_intercept=not comparisons, tol=1e-6, max_iter=1000, warm_start=True)
+    found = []
+    for penalty in PENALTIES:
+        model.C = 1 / (penalty * w.sum())
+        model.fit(x - centre, labels, sample_weight=w)
+        weights = model.coef_[0].copy()
+        constant = 0.0 if comparisons else float(model.intercept_[0]) - float(centre @ weights)
+        found.append(Linear(weights, constant))
+    return found
+
+
+def best_penalty(odds: Array, labels: Array, w: Array) -> int:
+    """The index of the penalty whose log-odds (n, penalties) have the lowest log-loss, over the rows that have any."""
+    rows = np.isfinite(odds).all(1)
+    signs = np.where(labels[rows] > 0.5, 1.0, -1.0)
+    return int(np.argmin(w[rows] @ np.logaddexp(0, -signs[:, None] * odds[rows])))
 
 
 def platt(odds: Array, labels: Array, w: Array, *, constant: bool = True) -> tuple[float, float]:
@@ -106,8 +114,7 @@ def platt(odds: Array, labels: Array, w: Array, *, constant: bool = True) -> tup
     positive, negative = w @ labels, w @ (1 - labels)
     target = np.where(labels > 0.5, (positive + 1) / (positive + 2), 1 / (negative + 2))
     design = np.stack([odds, np.ones(len(odds))], 1) if constant else odds[:, None]
-    at = np.zeros(design.shape[1])
-    at[0] = 1.0
+    at = np.array([1.0, 0.0][: design.shape[1]])  # slope and shift
 
     def loss(at: Array) -> float:
         z = design @ at

@@ -378,7 +378,7 @@ def reliability(means: Array, n: Array, sd: Array) -> float | None:
     return value if value > 0 else None
 
 
-def worth_of(correlation: float, means: Array, n: Array, sd: Array) -> float | None:
+def worth_in_raters(correlation: float, means: Array, n: Array, sd: Array) -> float | None:
     """How many raters' mean would agree with the consensus as well as predictions with this Pearson correlation do.
 
     The mean of k raters correlates with the consensus by t / sqrt(t^2 + s^2 / k), t^2 the variance of the consensus

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from aesthetic.examples import Prepared
+from aesthetic.examples import PreparedExamples
 from aesthetic.heads import Head
-from aesthetic.splits import Round
+from aesthetic.splits import Split
 
 Array = npt.NDArray[np.float64]
 
@@ -20,7 +20,7 @@ QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 
 
 @dataclass(frozen=True)
-class Fit:
+class FitResult:
     """A head, the report on it, and what it predicted for rows that it had not seen.
 
     report: JSON; docs/taste.md says what each number is. held_out: (n,) in the order of the examples, NaN where a row
@@ -35,7 +35,7 @@ class Fit:
     penalty: float | None
 
 
-def facts_of(data: Prepared, tested: npt.NDArray[np.bool_], rounds: Sequence[Round]) -> dict[str, Any]:
+def facts_of(data: PreparedExamples, tested: npt.NDArray[np.bool_], splits: Sequence[Split]) -> dict[str, Any]:
     """What was measured on: how many images in which groups, and which of them (`tested`) the head had not seen."""
     rows = np.flatnonzero(tested)
     return {
@@ -43,7 +43,7 @@ def facts_of(data: Prepared, tested: npt.NDArray[np.bool_], rounds: Sequence[Rou
         "groups": data.groups.count,
         "groups_given": data.groups.given,
         "near_duplicates_joined": data.groups.joined,
-        "how": f"nested cross-validation in {len(rounds)} folds by group" if len(rounds) > 1 else "held-back test set",
+        "how": f"nested cross-validation in {len(splits)} folds by group" if len(splits) > 1 else "held-back test set",
         "tested": len(rows),
         "tested_groups": len({data.groups.names[i] for i in rows}),
         "test_sha256": sha256_of(sorted(data.ids[i] for i in rows)),
@@ -51,7 +51,7 @@ def facts_of(data: Prepared, tested: npt.NDArray[np.bool_], rounds: Sequence[Rou
 
 
 def sha256_of(lines: Iterable[str]) -> str:
-    """By which two reports on the same test set can be told."""
+    """Of lines of text: equal for two reports on the same test set."""
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -60,7 +60,7 @@ def quantiles_of(scores: Array) -> dict[str, float]:
     return {f"{q:.0%}": float(v) for q, v in zip(QUANTILES, np.quantile(scores, QUANTILES), strict=True)}
 
 
-def doubt(estimate: Mapping[str, float | None], chance: float, more: str) -> str | None:
+def chance_verdict(estimate: Mapping[str, float | None], chance: float, more: str) -> str | None:
     """The verdict where the interval of a head's figure does not lie above chance; None where it does."""
     low, high = estimate["low"], estimate["high"]
     if low is None or high is None:
@@ -75,7 +75,7 @@ def doubt(estimate: Mapping[str, float | None], chance: float, more: str) -> str
     return None
 
 
-def unsure(estimate: Mapping[str, float | None], more: str) -> str:
+def unsure_verdict(estimate: Mapping[str, float | None], more: str) -> str:
     """The verdict where the interval lies above chance, but begins so near to it that nothing else can be promised."""
     return (
         f"better than chance, but how much is open ({estimate['low']:.2f} to {estimate['high']:.2f}): {more} more "
@@ -83,13 +83,13 @@ def unsure(estimate: Mapping[str, float | None], more: str) -> str:
     )
 
 
-def leak(report: dict[str, Any], metric: str, chance: float, name: str) -> str | None:
+def leak_verdict(report: dict[str, Any], metric: str, chance: float, name: str) -> str | None:
     """The verdict where metadata alone does better than chance and as well as the head; None where it does not."""
     metadata = report["baselines"].get("metadata")
     if not metadata or (metadata[metric]["low"] or 0) <= chance or (metadata["difference"]["low"] or 0) > 0:
         return None
     return (
-        f"metadata alone, without the pictures, does about as well ({name} {metadata[metric]['value']:.2f}): "
+        f"metadata alone, without the images, does about as well ({name} {metadata[metric]['value']:.2f}): "
         f"suspect a leak, and give --group the column that tells it"
     )
 

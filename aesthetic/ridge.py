@@ -1,11 +1,12 @@
 """Ridge regression in closed form: every penalty from one decomposition, sums that add up over machines.
 
 There is no seed, no learning rate and no early stopping to choose, and the same rows in any order give the same head.
+scikit-learn's Ridge takes one penalty a fit, and as long for each of the 33 as this takes for all (bench/fit.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -17,6 +18,7 @@ from aesthetic.chunks import Map, thread_map
 
 Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+
 PENALTIES = tuple(float(v) for v in np.logspace(-6, 2, 33))
 """Penalties per unit of weight: the loss is mean squared error + penalty * |w|^2, so they suit any number of rows.
 Vectors of unit norm have a variance of at most 1, so the grid reaches from no shrinkage to nothing but the mean."""
@@ -49,7 +51,7 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class Path:
+class RidgePath:
     """Ridge solutions for every penalty at once."""
 
     centre: Array  # (d,) weighted mean of the vectors
@@ -57,6 +59,12 @@ class Path:
     basis: Array  # (d, k): directions in which the penalised problem falls apart
     moments: Array  # (k,): covariance of scores and vectors along them
     values: Array  # (k,): variance of the vectors along them
+
+    @classmethod
+    def of_covariance(cls, covariance: Array, xy: Array, centre: Array, mean: float) -> RidgePath:
+        """From the covariance of the vectors (d, d) and that of vectors and scores (d,)."""
+        values, basis = np.linalg.eigh(covariance)
+        return cls(centre, mean, basis, basis.T @ xy, np.maximum(values, 0))
 
     def solution(self, penalty: float) -> tuple[Array, float]:
         """Weights (d,) and constant."""
@@ -72,7 +80,7 @@ class Path:
         return np.concatenate(parts) if parts else np.zeros((0, weights.shape[1]))
 
 
-def ridge_path(x: npt.NDArray[Any], y: Array, weights: Array) -> Path:
+def ridge_path(x: npt.NDArray[Any], y: Array, weights: Array) -> RidgePath:
     """Minimise sum(weights * (y - x w - b)^2) / sum(weights) + penalty * |w|^2, exactly, for every penalty at once.
 
     One eigendecomposition serves them all: of the covariance (d, d), or where there are fewer rows than columns of the
@@ -87,70 +95,20 @@ def ridge_path(x: npt.NDArray[Any], y: Array, weights: Array) -> Path:
     a *= root[:, None]
     r = root * (y - mean)
     if len(a) >= a.shape[1]:
-        return _decomposed(a.T @ a, a.T @ r, centre, mean)
+        return RidgePath.of_covariance(a.T @ a, a.T @ r, centre, mean)
     values, vectors = np.linalg.eigh(a @ a.T)
-    return Path(centre, mean, a.T @ vectors, vectors.T @ r, np.maximum(values, 0))
+    return RidgePath(centre, mean, a.T @ vectors, vectors.T @ r, np.maximum(values, 0))
 
 
-def path_of(sums: Moments) -> Path:
+def path_of_sums(sums: Moments) -> RidgePath:
     """The same from sums over the rows."""
     centre, mean = sums.x / sums.weight, sums.y / sums.weight
     covariance = sums.xx / sums.weight - np.outer(centre, centre)
-    return _decomposed(covariance, sums.xy / sums.weight - centre * mean, centre, mean)
-
-
-def _decomposed(covariance: Array, xy: Array, centre: Array, mean: float) -> Path:
-    values, basis = np.linalg.eigh(covariance)
-    return Path(centre, mean, basis, basis.T @ xy, np.maximum(values, 0))
-
-
-class Ridge:
-    """Rows in folds, and the ridge of any set of folds, its penalty chosen by leaving out one of them after another.
-
-    Paths are kept, because nested cross-validation asks for most of them twice: leaving out {f, g} serves as the inner
-    fold g of the outer fold f, and the other way round. With more rows than columns a path costs a sum of Moments and
-    a decomposition, and never another pass over the rows.
-    """
-
-    def __init__(self, x: npt.NDArray[Any], y: Array, w: Array, fold: Ints, map: Map = thread_map) -> None:
-        self.x, self.y, self.w, self.fold = x, y, w, fold
-        self.folds = frozenset(int(f) for f in np.unique(fold))
-        self._paths: dict[frozenset[int], Path] = {}
-        self._sums: dict[int, Moments] = {}
-        if len(x) >= 2 * x.shape[1]:
-            chunks = [(f, rows) for f in sorted(self.folds) for rows in _chunks(np.flatnonzero(fold == f))]
-            sums = map(Moments.of, ((x[rows], y[rows], w[rows]) for _, rows in chunks))
-            for (f, _), part in zip(chunks, sums, strict=True):
-                self._sums[f] = self._sums[f] + part if f in self._sums else part
-
-    def path(self, folds: frozenset[int]) -> Path:
-        """Ridge solutions on the rows of these folds."""
-        if folds not in self._paths:
-            if self._sums:
-                self._paths[folds] = path_of(reduce(Moments.__add__, (self._sums[f] for f in sorted(folds))))
-            else:
-                rows = np.isin(self.fold, sorted(folds))
-                self._paths[folds] = ridge_path(self.x[rows], self.y[rows], self.w[rows])
-        return self._paths[folds]
-
-    def errors(self, folds: frozenset[int]) -> Array:
-        """The weighted squared error of each penalty over these folds, each predicted from the others of them."""
-        total = np.zeros(len(PENALTIES))
-        for held in sorted(folds):
-            rows = self.fold == held
-            predicted = self.path(folds - {held}).predict(self.x[rows])
-            total += self.w[rows] @ (predicted - self.y[rows, None]) ** 2
-        return total
-
-    def fit(self, folds: frozenset[int]) -> Fitted:
-        """The ridge of these folds, with the penalty that predicts each of them best from the others."""
-        penalty = PENALTIES[int(np.argmin(self.errors(folds)))]
-        weights, constant = self.path(folds).solution(penalty)
-        return Fitted(weights, constant, penalty)
+    return RidgePath.of_covariance(covariance, sums.xy / sums.weight - centre * mean, centre, mean)
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedRidge:
     """A ridge with a chosen penalty."""
 
     weights: Array
@@ -167,6 +125,52 @@ class Fitted:
         return np.concatenate(parts) + self.constant if parts else np.zeros(0)
 
 
-def _chunks(rows: Ints) -> Iterator[Ints]:
-    for start in range(0, len(rows), CHUNK):
-        yield rows[start : start + CHUNK]
+class Ridge:
+    """Rows in folds, and the ridge of any set of folds, its penalty chosen by leaving out one of them after another.
+
+    Paths are kept, because nested cross-validation asks for most of them twice: leaving out {f, g} serves as the inner
+    fold g of the outer fold f, and the other way round. With more rows than columns a path costs a sum of Moments and
+    a decomposition, and never another pass over the rows.
+    """
+
+    def __init__(self, x: npt.NDArray[Any], y: Array, w: Array, fold: Ints, map: Map = thread_map) -> None:
+        self.x, self.y, self.w, self.fold = x, y, w, fold
+        self.folds = frozenset(int(f) for f in np.unique(fold))
+        self._paths: dict[frozenset[int], RidgePath] = {}
+        self._sums: dict[int, Moments] = {}
+        self._fitted: dict[frozenset[int], FittedRidge] = {}
+        if len(x) < 2 * x.shape[1]:
+            return
+        chunks = []
+        for f in sorted(self.folds):
+            rows = np.flatnonzero(fold == f)
+            chunks += [(f, rows[i : i + CHUNK]) for i in range(0, len(rows), CHUNK)]
+        sums = map(Moments.of, ((x[rows], y[rows], w[rows]) for _, rows in chunks))
+        for (f, _), part in zip(chunks, sums, strict=True):
+            self._sums[f] = self._sums[f] + part if f in self._sums else part
+
+    def path(self, folds: frozenset[int]) -> RidgePath:
+        """Ridge solutions on the rows of these folds."""
+        if folds not in self._paths:
+            if self._sums:
+                self._paths[folds] = path_of_sums(reduce(Moments.__add__, (self._sums[f] for f in sorted(folds))))
+            else:
+                rows = np.isin(self.fold, sorted(folds))
+                self._paths[folds] = ridge_path(self.x[rows], self.y[rows], self.w[rows])
+        return self._paths[folds]
+
+    def errors(self, folds: frozenset[int]) -> Array:
+        """The weighted squared error of each penalty over these folds, each predicted from the others of them."""
+        total = np.zeros(len(PENALTIES))
+        for held in sorted(folds):
+            rows = self.fold == held
+            predicted = self.path(folds - {held}).predict(self.x[rows])
+            total += self.w[rows] @ (predicted - self.y[rows, None]) ** 2
+        return total
+
+    def fit(self, folds: frozenset[int]) -> FittedRidge:
+        """The ridge of these folds, with the penalty that predicts each of them best from the others."""
+        if folds not in self._fitted:
+            penalty = PENALTIES[int(np.argmin(self.errors(folds)))]
+            self._fitted[folds] = FittedRidge(*self.path(folds).solution(penalty), penalty)
+        return self._fitted[folds]

@@ -1,6 +1,6 @@
 """Which ratings belong together, and which of them a head may see: groups, folds and the test set.
 
-Two photographs by one photographer, two pictures of one prompt or two copies of one file tell more about each other
+Two photographs by one photographer, two images of one prompt or two copies of one file tell more about each other
 than about taste. They form a group, and a group is never on both sides of a split. Which side it is on follows from a
 hash of its name alone: other ratings that come later change nothing for those that are there.
 """
@@ -8,7 +8,7 @@ hash of its name alone: other ratings that come later change nothing for those t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -21,7 +21,7 @@ from aesthetic.heads import HeadError
 Ints = npt.NDArray[np.int64]
 
 NEAR_COSINE = 0.95
-"""From this cosine on two pictures count as near-duplicates. Ours: crops, resizes and re-encodings of a photograph lie
+"""From this cosine on two images count as near-duplicates. Ours: crops, resizes and re-encodings of a photograph lie
 above it in CLIP's spaces and in the bundled one; too many pairs only make a split a little coarser."""
 
 NEAR_BITS = 4
@@ -111,11 +111,11 @@ def _equal(values: Sequence[str | None] | None) -> Ints:
 
 def _near_hashes(hashes: Sequence[str | None] | None) -> Ints:
     """Pairs of hashes that differ in at most NEAR_BITS bits: they agree in one of NEAR_BITS + 1 bands."""
-    told = [(i, int(h, 16)) for i, h in enumerate(hashes or ()) if h and int(h, 16) != 0]  # 0: a flat picture
-    if not told:
+    known = [(i, int(h, 16)) for i, h in enumerate(hashes or ()) if h and int(h, 16) != 0]  # 0: a flat image
+    if not known:
         return np.zeros((0, 2), np.int64)
-    rows = np.array([i for i, _ in told], np.int64)
-    bits = np.array([h for _, h in told], np.uint64)
+    rows = np.array([i for i, _ in known], np.int64)
+    bits = np.array([h for _, h in known], np.uint64)
     edges = [64 * b // (NEAR_BITS + 1) for b in range(NEAR_BITS + 2)]
     found = []
     for low, high in pairwise(edges):
@@ -205,7 +205,7 @@ def first_groups(groups: Sequence[str], share: float) -> npt.NDArray[np.bool_]:
 
 
 @dataclass(frozen=True)
-class Round:
+class Split:
     """Rows to learn from and rows to predict."""
 
     folds: frozenset[int]  # those learnt from
@@ -213,8 +213,8 @@ class Round:
     test: Ints
 
 
-def rounds_of(groups: Groups, name: str) -> tuple[Ints, list[Round]]:
-    """The fold of each row (TEST: held back), and the rounds of learning and predicting.
+def make_splits(groups: Groups, name: str) -> tuple[Ints, list[Split]]:
+    """The fold of each row (TEST: held back), and the splits into rows to learn from and rows to predict.
 
     Up to NESTED_UP_TO rows each fold is predicted once from the others; with more the test set is, from the rest.
     Raises HeadError where there are fewer than three groups.
@@ -230,5 +230,19 @@ def rounds_of(groups: Groups, name: str) -> tuple[Ints, list[Round]]:
         fold[held_back] = TEST
     folds = frozenset(int(f) for f in np.unique(fold)) - {TEST}
     if TEST in fold:
-        return fold, [Round(folds, np.flatnonzero(fold != TEST), np.flatnonzero(fold == TEST))]
-    return fold, [Round(folds - {f}, np.flatnonzero(fold != f), np.flatnonzero(fold == f)) for f in sorted(folds)]
+        return fold, [Split(folds, np.flatnonzero(fold != TEST), np.flatnonzero(fold == TEST))]
+    return fold, [Split(folds - {f}, np.flatnonzero(fold != f), np.flatnonzero(fold == f)) for f in sorted(folds)]
+
+
+def predict_splits(
+    splits: Sequence[Split], rows: int, predict: Callable[[Split], dict[str, npt.NDArray[np.float64]]]
+) -> dict[str, npt.NDArray[np.float64]]:
+    """What each predictor says of the test rows of all splits (rows,), by name; NaN for rows in no test.
+
+    predict: what each says of one split's test rows, having learnt from its training rows.
+    """
+    found: dict[str, npt.NDArray[np.float64]] = {}
+    for split in splits:
+        for name, values in predict(split).items():
+            found.setdefault(name, np.full(rows, np.nan))[split.test] = values
+    return found

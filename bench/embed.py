@@ -23,13 +23,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from curate.annotators.embed import EmbedConfig
+from curate.encoders.embed import EmbedConfig
 from curate.fetch.config import FetchConfig
 from curate.images.decode import decode
 from curate.images.process import ImagesConfig
 from curate.layout import Data
 from curate.shards.tar import read_images
-from curate.sources.plan import SourceConfig, make_plan
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import make_plan
 from curate.workers import EmbedWorker, FetchWorker
 
 SCORES = {"open_nsfw": "open-nsfw"}
@@ -91,7 +92,7 @@ def measure(data: Data, encoder: str, rounds: int) -> dict[str, dict[str, float]
     captions = ["part of a photograph"] * len(files)
 
     def stage(worker: EmbedWorker) -> None:
-        for folder in ("embedded/stats", "scored"):
+        for folder in ("embedded/stats", "annotated"):
             shutil.rmtree(data.root / folder, ignore_errors=True)
         worker.run(0)
 

@@ -125,7 +125,7 @@ def _ours_ray(folder: Path) -> None:
     import ray
 
     from aesthetic.ridge import Ridge
-    from pipelines.runtime.jobs import ray_map
+    from pipelines.runtime.cluster import ray_map
 
     x, y = np.load(folder / "x.npy"), np.load(folder / "y.npy")
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)

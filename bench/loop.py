@@ -1,4 +1,4 @@
-"""The loop that people live in, timed: rate -> fit -> score -> select -> pack, on 100,000 images.
+"""The loop that people live in, timed: rate -> fit -> annotate -> select -> pack, on 100,000 images.
 
     python -m bench.loop [--images 100000] [--ratings 300]
 
@@ -20,18 +20,19 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from curate.annotators.embed import pictures_of, write_vectors
 from PIL import Image
 
 from aesthetic.files import atomic
-from curate.annotators.embed import pictures_of, write_vectors
-from curate.encoders.base import load_encoder
+from curate.encoders.registry import load_encoder
 from curate.layout import Data
 from curate.ledger.schema import fetched_schema, make_key
 from curate.shards.tar import TarWriter
-from curate.sources.plan import SourceConfig, make_plan
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import make_plan
 from curate.store.records import commit
-from pipelines.commands.curate import store_recipe
 from pipelines.recipe import load_recipe
+from pipelines.stored_recipe import store_recipe
 
 SHARD = 10_000
 
@@ -55,7 +56,7 @@ def main() -> None:
                 *("fit", str(root / "ratings.csv"), "--data", folder, "--out", str(head)),
                 *("--suggest", "20"),
             ],
-            "score": ["score", folder, "--head", f"taste={head}"],
+            "annotate": ["annotate", folder, f"taste={head}"],
             "select": ["select", folder, "--name", "mine", "--set", rule],
             "pack": ["pack", folder, "--name", "mine"],
         }
@@ -84,7 +85,7 @@ def make_data(root: Path, images: int, ratings: int) -> Data:
     space = load_encoder("bundled").space()
     data.space.parent.mkdir(parents=True)
     space.save(data.space)
-    store_recipe(data, load_recipe("bundled", ["select.rules={}", "score={}"]))
+    store_recipe(data, load_recipe("bundled", ["select.rules={}", "columns={}"]))
     files = [_jpeg(rng) for _ in range(1000)]
     taste = rng.standard_normal(space.dim)
     rated = []

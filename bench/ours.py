@@ -22,7 +22,8 @@ from bench import mechanisms, names
 from curate.fetch.config import FetchConfig
 from curate.images.process import ImagesConfig
 from curate.layout import Data
-from curate.sources.plan import SourceConfig, make_plan
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import make_plan
 from curate.store.files import read_json
 from curate.workers import FetchWorker, ignore
 from pipelines.runtime.jobs import shards_together

@@ -15,7 +15,7 @@ __all__ = ["load_encoder", "open_data"]
 def __getattr__(name: str) -> Any:
     # on demand: a command line that answers at once must not load models or DuckDB
     if name == "load_encoder":
-        from curate.encoders.base import load_encoder
+        from curate.encoders.registry import load_encoder
 
         return load_encoder
     if name == "open_data":

@@ -12,7 +12,7 @@ from aesthetic.errors import UserError
 from curate.ledger.schema import shard_name
 from curate.store.files import local_path, read_json
 from curate.store.ownership import clear, kind_of
-from curate.store.records import output_digests
+from curate.store.records import invalidate, output_digests
 
 if TYPE_CHECKING:
     import duckdb
@@ -67,26 +67,43 @@ class Data:
     def space_record(self) -> Path:
         return self.root / "embedded" / "stats" / "space.json"
 
-    # scored/COLUMN/
+    # annotated/NAME/: the columns of an annotator
 
-    def scores(self, column: str, shard: int) -> Path:
-        return self.root / "scored" / column / f"{shard_name(shard)}.parquet"
+    def annotations(self, name: str, shard: int) -> Path:
+        return self.root / "annotated" / name / f"{shard_name(shard)}.parquet"
 
-    def scores_record(self, column: str, shard: int) -> Path:
-        return self.root / "scored" / column / f"{shard_name(shard)}.json"
+    def annotations_record(self, name: str, shard: int) -> Path:
+        return self.root / "annotated" / name / f"{shard_name(shard)}.json"
+
+    def invalidate_from(self, stage: str) -> None:
+        """Invalidate the records of a stage (source, fetch, images or embed) and of those after it, as far as they are
+        a shard's. Files stay until they are replaced."""
+        patterns = ["embedded/stats/*.json", "annotated/*/*.json"]
+        if stage != "embed":
+            patterns.append("fetched/*_stats.json")
+        for pattern in patterns:
+            for record in self.root.glob(pattern):
+                invalidate(record)
+        self.space.unlink(missing_ok=True)
+
+    def old_columns(self) -> list[str]:
+        """Columns in `scored/`, where they were before there was `annotated/`, that nobody has computed anew."""
+        return sorted(
+            p.name for p in (self.root / "scored").glob("*") if not (self.root / "annotated" / p.name).exists()
+        )
 
     def clear_shards(self) -> None:
-        """Remove what the stages from fetch to score wrote; what somebody else has put beside it stays."""
-        embedded, scored = self.root / "embedded", self.root / "scored"
+        """Remove what the stages from fetch to annotate wrote; what somebody else has put beside it stays."""
+        embedded, annotated = self.root / "embedded", self.root / "annotated"
         clear(self.root / "fetched", r"\d{5,}(\.tar|\.parquet|_stats\.json)|\.\d{5,}\.starts")
         clear(embedded / "img_emb", r"img_emb_\d{5,}\.npy")
         clear(embedded / "text_emb", r"text_emb_\d{5,}\.npy")
         clear(embedded / "metadata", r"metadata_\d{5,}\.parquet")
         clear(embedded / "stats", r"\d{5,}\.json|space\.json")
         clear(embedded, r"space\.json")
-        for column in scored.iterdir() if scored.is_dir() else ():
-            clear(column, r"\d{5,}\.(parquet|json)")
-        clear(scored, "")
+        for folder in annotated.iterdir() if annotated.is_dir() else ():
+            clear(folder, r"\d{5,}\.(parquet|json)")
+        clear(annotated, "")
 
     @property
     def recipe(self) -> Path:
@@ -126,7 +143,7 @@ class Data:
         patterns = (
             "fetched/*_stats.json",
             "embedded/stats/*.json",
-            "scored/*/*.json",
+            "annotated/*/*.json",
             "selected/*.json",
             "shards/*/manifest.json",
         )

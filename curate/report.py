@@ -1,6 +1,6 @@
 """Pictures of what a selection did: a contact sheet of what was kept and what each rule rejected, and score histograms.
 
-Images are read from a few shards only, so a sheet takes seconds however long the list is. What a detector or a rule
+Images are read from a few shards only, so a sheet takes seconds however long the list is. What a column or a rule
 calls unsafe is shown as a blur that no one can undo. The same data folder gives the same bytes. `sheet` draws a contact
 sheet of any images at hand.
 """
@@ -26,17 +26,16 @@ from PIL import Image, ImageDraw, ImageFont
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
 from curate.images.decode import decode
-from curate.ledger.rules import check_rules, read_rules
+from curate.ledger.rules import NUMBER, check_rules, read_rules
 from curate.ledger.schema import FETCHED_COLUMNS, URL_COLUMNS, RowError, Status
 from curate.ledger.select import load_selection
 from curate.ledger.sql import connect, literal, quote
-from curate.ledger.view import OURS, Table, fetched_columns, tables, types_there
+from curate.ledger.view import OURS, fetched_columns, recorded_columns, tables, types_there
 from curate.shards.tar import CorruptShard, image_member, index_tar, read_range
-from curate.store.files import read_json
 
 BLURRED_FROM = 0.5
-"""Images that a detector or head of unsafe images scores this or more are blurred, whatever the rules say; so is what a
-rule on such a score rejects."""
+"""Images of which a column that tells what is unsafe (`ColumnSpec.unsafe`) says this or more are blurred, whatever the
+rules say; so is what a rule on such a column rejects."""
 
 SHARDS = 20
 """Pictures come from at most this many shards, spread over the list: a tar has to be read to its end to find one."""
@@ -161,9 +160,10 @@ class _Facts:
         self.selection = load_selection(root, name)
         self.rules = [(r.name, r.condition) for r in self.selection.rules]
         self.fetched_table, *others = tables(root)
-        self.score_tables = {str(t.column): t for t in others}
-        self.unsafe = [c for c, t in self.score_tables.items() if _tells_unsafe(c, t)]
         self.columns, self.source = types_there(root)
+        self.column_tables = {c: t for t in others for c in t.columns}
+        self.score_tables = {c: t for c, t in self.column_tables.items() if NUMBER.fullmatch(self.columns[c])}
+        self.unsafe = [c for c, made in recorded_columns(others).items() if made.get("unsafe")]
         known = [*self.columns, *(f"source.{n}" for n in self.source)]
         self.said = read_rules(dict(self.rules), known)
         self.db = connect()
@@ -185,7 +185,7 @@ class _Facts:
         return next(reversed(named), next(reversed(good), None))
 
     def _candidates(self) -> None:
-        """The table `candidate`: the images of the picked shards, with their shard, verdict and scores."""
+        """The table `candidate`: the images of the picked shards, with their shard, verdict and columns."""
         parts = []
         fields = self._fields()
         for shard, path in zip(self.fetched_table.shards, self.fetched_table.files, strict=True):
@@ -203,12 +203,12 @@ class _Facts:
                 parts.append(whole)
         self.db.register("image", pa.concat_tables(parts))
         columns, joins = ["image.*", "chosen.verdict"], ["join chosen using (key)"]
-        for i, (column, table) in enumerate(self.score_tables.items()):
+        for i, (column, table) in enumerate(self.column_tables.items()):
             files = [str(p) for s, p in zip(table.shards, table.files, strict=True) if s in self.picked]
             if files:
                 self.db.register(f"score{i}", ds.dataset(files, format="parquet"))
                 joins.append(f"left join score{i} on score{i}.{quote(table.key)} = image.key")
-            columns.append(f"score{i}.{quote(column)}" if files else f"null::float as {quote(column)}")
+            columns.append(f"score{i}.{quote(column)}" if files else f"null::{self.columns[column]} as {quote(column)}")
         self.db.execute(f"create table candidate as select {', '.join(columns)} from image {' '.join(joins)}")
 
     def _fields(self) -> dict[str, int]:
@@ -340,12 +340,6 @@ class _Facts:
                     if at is not None:
                         cuts.append((at, f"best {best:.0%}"))
         return cuts
-
-
-def _tells_unsafe(column: str, table: Table) -> bool:
-    """Whether a score column says how unsafe an image is: its record names the detector or the head's task."""
-    record = read_json(table.records[0]) or {}
-    return column == "open_nsfw" or record.get("detector") == "open-nsfw" or record.get("task") == "nsfw"
 
 
 WORDS = ("true", "false")

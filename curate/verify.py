@@ -18,7 +18,7 @@ from curate.layout import Data
 from curate.store.files import json_bytes, read_json, sha256_file
 from curate.store.records import invalidate, record_digest
 
-_STAGES = ("plan", "fetched", "embedded", "scored", "selected", "shards")
+_STAGES = ("plan", "fetched", "embedded", "annotated", "selected", "shards")
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ def remedies(data: Data, damages: Sequence[Damage]) -> list[str]:
     """The commands that make damaged files again once their records are taken back. Call it before `repair`."""
     recipe = _yaml(data.recipe)
     own = (recipe.get("select") or {}).get("name")
-    scored = recipe.get("score") or {}
+    columns = recipe.get("columns") or {}
     root = shlex.quote(str(data.root))
     main, others = False, []
     for stage, name in dict.fromkeys(_place(data, d.record) for d in damages):
-        if stage == "scored" and name not in scored:
-            others.append(f"tastemaker score {root} --head {name}=HEAD")
+        if stage == "annotated" and name not in columns:
+            others.append(f"tastemaker annotate {root} {name}=SPEC")
         elif stage == "selected" and name != own:
             others.append(f"tastemaker select {root} --name {name}{_rules(data, name)}")
         elif stage == "shards" and name != own:
@@ -116,7 +116,7 @@ def _rules(data: Data, name: str) -> str:
 def _place(data: Data, record: Path) -> tuple[str, str]:
     """A record's stage, and the name of the selection or column that it is of."""
     stage, *rest = record.relative_to(data.root).parts
-    return stage, rest[0].removesuffix(".json") if stage in ("scored", "selected", "shards") else ""
+    return stage, rest[0].removesuffix(".json") if stage in ("annotated", "selected", "shards") else ""
 
 
 def _repair(data: Data, record: Path) -> str:
@@ -128,7 +128,7 @@ def _repair(data: Data, record: Path) -> str:
         "plan": "the list is read and cut again",
         "fetched": f"shard {shard} is fetched again, all its rows",
         "embedded": f"shard {shard} is embedded again",
-        "scored": f"{name} of shard {shard} is computed again",
+        "annotated": f"{name} of shard {shard} is computed again",
         "selected": f"the rules of {name} are applied again",
         "shards": f"{name} is packed again",
     }[stage]

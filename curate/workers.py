@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import functools
 import gc
 import os
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-from aesthetic.catalog import load_head
 from aesthetic.errors import UserError
-from aesthetic.heads import Head
 from aesthetic.space import Space, require_same
-from curate.annotators.embed import EmbedConfig, embed_shard
-from curate.annotators.heads import Column, head_inputs, is_detector, score_shard
-from curate.annotators.nsfw import load_detector
-from curate.encoders.base import load_encoder
+from curate.annotators.base import Annotator, Resources
+from curate.annotators.registry import Spec, make_annotators
+from curate.annotators.stage import annotate_shard, column_inputs
+from curate.encoders.base import Encoder
+from curate.encoders.embed import EmbedConfig
+from curate.encoders.registry import load_encoder
 from curate.fetch import engine_img2dataset
 from curate.fetch.budget import LeaseSlots
 from curate.fetch.client import Fetcher
@@ -119,62 +120,81 @@ class FetchWorker:
 
 
 class EmbedWorker:
-    """Embeds and scores fetched shards. Models are loaded once, and heads refused here if they read another space."""
+    """Embeds and annotates fetched shards. Models are loaded once, and heads refused if they read another space."""
 
     def __init__(
         self,
         data: Data,
         embed: EmbedConfig,
-        score: Mapping[str, str],
+        columns: Mapping[str, Spec],
         config: str,
         report: Report = ignore,
         threads: int = 0,
+        vectors: bool = True,
     ) -> None:
+        """With `vectors` false, it makes none: columns alone, of what is there."""
         self.data, self.config, self.report = data, config, report
         count = threads or os.cpu_count() or 1
-        self.imported = Imported(open_folder(embed)) if embed.embeddings is not None else None
-        space = self.imported.folder.space if self.imported is not None else None
-        self.encoder = None
-        if space is None:
+        self.imported: Imported | None = None
+        self.encoder: Encoder | None = None
+        space: Space | None = None
+        if vectors and embed.embeddings is not None:
+            self.imported = Imported(open_folder(embed))
+            space = self.imported.folder.space
+        elif not vectors and space_known(data):
+            space = Space.load(data.space)
+        if vectors and space is None:
             self.encoder = load_encoder(embed.encoder, weights=embed.weights, precision=embed.precision, threads=count)
             space = self.encoder.space()
-        if self.imported is not None and self.imported.folder.dim != space.dim:
+        if self.imported is not None and space is not None and self.imported.folder.dim != space.dim:
             raise UserError(
                 f"embed.embeddings: {embed.embeddings} holds {self.imported.folder.dim} numbers a row, and the vectors "
                 f"of {embed.encoder} have {space.dim}: it was made by another encoder"
             )
-        self.detectors = {
-            column: load_detector(name, threads=count) for column, name in score.items() if is_detector(name)
-        }
-        self.heads = load_heads(score, space)
-        claim_space(data, space)
+        self.annotators = load_annotators(make_annotators(columns), embed, space, count, self.encoder)
+        if vectors and space is not None:
+            claim_space(data, space)
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="decode")
 
     def run(self, shard: int) -> None:
-        """Embed and score one fetched shard; what is done is left alone."""
+        """Embed and annotate one fetched shard; what is done is left alone."""
         if self.imported is not None:
             taken = import_shard(self.data, shard, self.imported, self.encoder, self.config)
-            for _ in range(taken if not self.detectors else 0):  # a detector's pass over the pixels reports them
+            seen = any(a.reads == "pixels" for a in self.annotators.values())  # a pass over the pixels reports them
+            for _ in range(0 if seen else taken):
                 self.report("embed", Status.SUCCESS, "")
-        embed_shard(
+        annotate_shard(
             self.data,
             shard,
+            self.annotators,
             encoder=self.encoder if self.imported is None else None,
             config=self.config,
-            detectors=self.detectors,
             threads=self._threads,
             report=self.report,
         )
-        for column, head in self.heads.items():
-            score_shard(self.data, shard, column, head)
 
 
-def load_heads(score: Mapping[str, str], space: Space) -> dict[str, Head]:
-    """The heads among a recipe's `score` part, by column; SpaceMismatch where one reads another space."""
-    heads = {column: load_head(name) for column, name in score.items() if not is_detector(name)}
-    for column, head in heads.items():
-        require_same(head.space, space, f"the head {head.name} (column {column})")
-    return heads
+def load_annotators(
+    annotators: dict[str, Annotator],
+    embed: EmbedConfig,
+    space: Space | None,
+    threads: int,
+    encoder: Encoder | None = None,
+) -> dict[str, Annotator]:
+    """The annotators with their models loaded, for vectors of this space; SpaceMismatch where one reads another."""
+
+    def exact() -> Encoder:
+        if encoder is not None and encoder.precision == "fp32":
+            return encoder
+        return load_encoder(embed.encoder, weights=embed.weights, precision="fp32", threads=threads)
+
+    resources = Resources(threads=threads, space=space, encoder=functools.cache(exact))
+    for name, annotator in annotators.items():
+        try:
+            annotator.load(resources)
+        except UserError as e:
+            raise type(e)(f"columns.{name}: {e}") from None
+    return annotators
 
 
 def claim_space(data: Data, space: Space) -> None:
@@ -204,15 +224,16 @@ def transient_failures(data: Data, shard: int) -> int:
     return sum(n for reason, n in outcomes.items() if reason != Status.SUCCESS and Reason(reason).transient)
 
 
-def embed_done(data: Data, shard: int, config: str, columns: Mapping[str, Column]) -> bool:
+def embed_done(data: Data, shard: int, config: str, annotators: Mapping[str, Annotator]) -> bool:
     """Whether a fetched shard is embedded and has every column. Loads no model."""
     inputs = data.fetched_digests(shard)
     if inputs is None or not space_known(data):
         return False
-    if not is_done(data.root, data.embedded_record(shard), config=config, inputs=inputs):
-        return False
-    vectors = head_inputs(data, shard) or {}
-    return all(
-        is_done(data.root, data.scores_record(name, shard), config=c.config, inputs=inputs if c.pixels else vectors)
-        for name, c in columns.items()
-    )
+    embedded = is_done(data.root, data.embedded_record(shard), config=config, inputs=inputs)
+    return embedded and all(annotated(data, shard, name, a) for name, a in annotators.items())
+
+
+def annotated(data: Data, shard: int, name: str, annotator: Annotator) -> bool:
+    """Whether a shard has an annotator's columns, of what it is now. Loads no model."""
+    inputs, record = column_inputs(data, shard, annotator), data.annotations_record(name, shard)
+    return inputs is not None and is_done(data.root, record, config=annotator.digest, inputs=inputs)

@@ -24,7 +24,7 @@ from aesthetic.fit import fit_head
 from aesthetic.head_files import save_head
 from aesthetic.metrics import difference, estimate, spearman_of
 from aesthetic.space import Space
-from curate.encoders.base import load_encoder
+from curate.encoders.registry import load_encoder
 from curate.images.decode import decode
 from curate.images.resize import perceptual_hash
 from curate.store.files import sha256_file

@@ -42,7 +42,7 @@ def told(error: BaseException) -> tuple[int, str]:
     if isinstance(error, OSError) and (known := _of_the_system(error)):
         return known
     from aesthetic.errors import DiskFull
-    from curate.annotators.embed import EndsItsProcess
+    from curate.annotators.stage import EndsItsProcess
     from curate.ledger.select import NothingKept
 
     if isinstance(error, NothingKept):

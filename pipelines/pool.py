@@ -131,8 +131,8 @@ class DataPool:
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         from aesthetic.space import require_same
-        from curate.encoders.base import load_encoder
-        from pipelines.commands.curate import recipe_of
+        from curate.encoders.registry import load_encoder
+        from pipelines.stored_recipe import recipe_of
 
         asked = recipe_of(self.data, None, ()).embed
         encoder = load_encoder(asked.encoder, asked.weights)
@@ -150,8 +150,8 @@ class VectorsPool:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        from curate.annotators.embed import EmbedConfig
-        from curate.encoders.base import canonical_name
+        from curate.encoders.embed import EmbedConfig
+        from curate.encoders.registry import canonical_name
         from curate.sources.vectors import open_folder
 
         described = root / "space.json"
@@ -209,7 +209,7 @@ class VectorsPool:
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         from aesthetic.space import require_same
-        from curate.encoders.base import load_encoder
+        from curate.encoders.registry import load_encoder
 
         encoder = load_encoder(self.space.encoder)
         require_same(self.space, encoder.space(), str(self.root))
@@ -240,7 +240,7 @@ class FolderPool:
 
     @cached_property
     def _encoder(self) -> Encoder:
-        from curate.encoders.base import load_encoder
+        from curate.encoders.registry import load_encoder
 
         return load_encoder(self._name)
 

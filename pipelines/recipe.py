@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import json
+import operator
 import os
 import re
 import types
 import typing
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
+import pydantic
 
 from aesthetic.errors import UserError, nearest
 from aesthetic.untrusted import clean, printable, read_text
-from curate.annotators.embed import EmbedConfig
+from curate.annotators.registry import Spec
+from curate.encoders.embed import EmbedConfig
 from curate.fetch.config import FetchConfig
 from curate.images.process import ImagesConfig
 from curate.ledger.schema import EMBEDDED_COLUMNS, RESERVED
@@ -27,14 +30,11 @@ from curate.ledger.select import SelectConfig
 from curate.shards.pack import PackConfig
 from curate.sources.plan import SourceConfig
 from curate.store.files import digest
+from curate.store.ownership import RECIPE_HEADER
+from pipelines.yaml12 import LARGEST, read_yaml, write_yaml
 
 DEFAULT = "laion-aesthetics-5"
 _RECIPES = resources.files("pipelines") / "recipes"
-
-LARGEST = 1 << 18
-"""Bytes of a recipe file, which holds a few dozen lines."""
-
-_DEEPEST = 20  # lists and mappings in each other; a recipe needs four
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +60,15 @@ class RayConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What is asked for, stage by stage. `score` maps a column to a head or detector, by name or file."""
+    """What is asked for, stage by stage. `columns` maps a column to an annotator, or to a head by name or folder."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # no key that nothing reads
 
     source: SourceConfig = field(default_factory=SourceConfig)
     fetch: FetchConfig = field(default_factory=FetchConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)
     embed: EmbedConfig = field(default_factory=EmbedConfig)
-    score: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, Spec] = field(default_factory=dict)
     select: SelectConfig = field(default_factory=SelectConfig)
     pack: PackConfig = field(default_factory=PackConfig)
     ray: RayConfig = field(default_factory=RayConfig)
@@ -75,13 +77,16 @@ class Recipe:
         columns, verify = self.source.columns, self.fetch.verify
         if columns is not None and verify is not None and verify not in columns:  # what is compared is kept
             object.__setattr__(self, "source", dataclasses.replace(self.source, columns=(*columns, verify)))
-        seen = {name.lower(): name for name in (*RESERVED, *(n for n, _ in EMBEDDED_COLUMNS), "source")}
-        for column in self.score:  # it will name a folder, and a column in SQL
+        taken = {name.lower(): name for name in (*RESERVED, *(n for n, _ in EMBEDDED_COLUMNS), "source")}
+        for column in self.columns:  # it will name a folder, and a column in SQL
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", column):
-                raise UserError(f"score.{column}: a column's name is letters, digits and _, not starting with a digit")
-            if column.lower() in seen:
-                raise UserError(f"score.{column}: there is a column {seen[column.lower()]} (SQL ignores case)")
-            seen[column.lower()] = column
+                raise UserError(f"columns.{column}: a column's name is letters, digits and _, and begins with no digit")
+            if column.lower() in taken:
+                raise UserError(f"columns.{column}: there is a column {taken[column.lower()]} (SQL ignores case)")
+            taken[column.lower()] = column
+            spec = self.columns[column]
+            if not isinstance(spec, str) and not isinstance(spec.get("use"), str):
+                raise UserError(_not_a_column(column, dict(spec)))
 
     def stage_hashes(self) -> dict[str, str]:
         """A hash per stage over the keys that its files depend on; speed and patience are not among them."""
@@ -121,7 +126,7 @@ def recipe_text(name: str) -> str:
     if not os.path.lexists(path):
         raise UserError(
             f"no recipe {printable(name, 200)!r}: it is neither a file nor one of {', '.join(shipped())}"
-            f"{_nearest(name, shipped())}"
+            f"{_did_you_mean(name, shipped())}"
         )
     return read_recipe(path)
 
@@ -141,28 +146,87 @@ def load_recipe(name: str = DEFAULT, settings: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(text: str, settings: Sequence[str] = (), what: str = "recipe") -> Recipe:
     """As load_recipe, from YAML text."""
-    tree = _yaml(text, f"{what} is not valid YAML") or {}
+    tree = read_yaml(text, f"{what} is not valid YAML") or {}
     if not isinstance(tree, dict):
         raise UserError(f"{what} is not a recipe: a mapping of stages is expected, as `tastemaker recipe` prints")
+    if text.startswith(RECIPE_HEADER) and "score" in tree:  # of a data folder of before there was `columns`
+        tree["columns"] = tree.pop("score")
     own = copy.deepcopy(tree)
     for setting in settings:
         _lay_over(tree, setting)
     _leave_quality(own, tree, settings)
     try:
-        return _build(Recipe, tree, "")
+        return _validate(tree)
     except UserError as e:
-        if settings and not _fails(own, str(e)):
+        if settings and not _is_refused(own, str(e)):
             raise
         raise UserError(f"{what}: {e}") from None
 
 
-def _fails(tree: dict[str, Any], how: str) -> bool:
+def parse_columns(words: Sequence[str]) -> dict[str, Spec]:
+    """NAME=SPEC as entries of `columns`: a name or folder as it is written, {use: ...} as YAML."""
+    tree: dict[str, Any] = {}
+    for word in words:
+        name, equals, spec = word.partition("=")
+        if not equals or "." in name or not spec.strip():
+            raise UserError(f"{printable(word, 200)}: expected NAME=SPEC, for example taste=taste.head")
+        _lay_over(tree, f"columns.{word}")
+    return _validate(tree).columns
+
+
+def _is_refused(tree: dict[str, Any], message: str) -> bool:
     """Whether a recipe is refused with these words by itself, whatever is laid over it."""
     try:
-        _build(Recipe, tree, "")
+        _validate(tree)
     except UserError as e:
-        return str(e) == how
+        return str(e) == message
     return False
+
+
+# ------------------------------------------------------------------------------------------------- values laid over it
+
+
+def _lay_over(tree: dict[str, Any], setting: str) -> None:
+    """Put one `a.b=c` into the tree. A key that holds text takes it as it is written, SQL with its quotes; others YAML.
+
+    An empty value is null; in `select.rules` and `columns` it takes the name away.
+    """
+    path, equals, text = setting.partition("=")
+    names, shown = path.strip().split("."), printable(setting, 200)
+    if not equals or not all(names):
+        raise UserError(f"--set {shown}: expected KEY.KEY=VALUE, for example --set images.size=256")
+    if names[0] == "score":
+        raise UserError(f"--set {shown}: `score` is called `columns` now: --set columns{setting.strip()[5:]}")
+    for name in names[:-1]:
+        if tree.get(name) is None:
+            tree[name] = {}
+        tree = tree[name]
+        if not isinstance(tree, dict):
+            raise UserError(f"--set {shown}: {printable(name, 200)} is a value, not a group of keys")
+
+    kind, text = _type_at(names), text.strip()
+    holds_text = kind is str or (isinstance(kind, types.UnionType) and str in typing.get_args(kind))
+    if names[0] == "columns" and text.startswith("{"):  # {use: ANNOTATOR, ...}
+        holds_text = False
+    if holds_text and text not in ("", "~", "null"):
+        tree[names[-1]] = text
+        return
+    value = read_yaml(text, f"--set {shown}: the value is not valid YAML")
+    if value is None and typing.get_origin(_type_at(names[:-1])) is dict:
+        tree.pop(names[-1], None)
+    else:
+        tree[names[-1]] = value
+
+
+def _type_at(names: Sequence[str]) -> Any:
+    """The type of the key at this path; None where there is no such key."""
+    kind: Any = Recipe
+    for name in names:
+        if typing.get_origin(kind) is dict:
+            kind = typing.get_args(kind)[1]
+        else:
+            kind = typing.get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+    return kind
 
 
 def _leave_quality(own: dict[str, Any], tree: dict[str, Any], settings: Sequence[str]) -> None:
@@ -178,147 +242,108 @@ def _leave_quality(own: dict[str, Any], tree: dict[str, Any], settings: Sequence
             now.pop("quality", None)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain values: only true and false are booleans (`mode: no`), and 1e-3 is a number. No key twice."""
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own way: a class variable, filled below
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        if twice := [key for key, count in keys.items() if count > 1]:
-            raise yaml.MarkedYAMLError(problem=f"{min(twice)} is there twice", problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
+# ---------------------------------------------------------------------------------------------------------- validation
 
 
-class _Dumper(yaml.SafeDumper):
-    """Writes what both YAML 1.1 and _Loader read back as it was: a text that either takes for a number is quoted."""
-
-    yaml_implicit_resolvers = copy.deepcopy(yaml.SafeDumper.yaml_implicit_resolvers)
-
-
-_FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
-for _tag, _form, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?(0|[1-9][0-9_]*)", list("-+0123456789")),
-    ("float", _FLOAT, list("-+.0123456789")),
-):
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_form})$"), _first)
+@functools.cache
+def _adapter() -> pydantic.TypeAdapter[Recipe]:
+    return pydantic.TypeAdapter(Recipe)
 
 
-def _yaml(text: str, what: str) -> Any:
-    """The value of YAML text, in time and memory that its length bounds; UserError, beginning with `what`, for none."""
-    if len(text) > LARGEST:
-        raise UserError(f"{what}: it is longer than {LARGEST:,} characters")
-    try:
-        _require_plain(text)
-        return yaml.load(text, _Loader)  # a SafeLoader: it makes plain values only
-    except yaml.YAMLError as e:
-        raise UserError(f"{what}: {e}") from None
-    except (ValueError, KeyError, AttributeError) as e:  # `!!int abc`, `!!bool abc`, `!!timestamp abc`, 5,000 digits
-        why = f": {printable(e, 200)}" if isinstance(e, ValueError) else ""
-        raise UserError(f"{what}: a value is not what its tag (such as !!int) says{why}") from None
+def _validate(tree: dict[str, Any]) -> Recipe:
+    """The recipe that YAML values describe. UserError names the key that is unknown or holds something else."""
+    if "score" in tree:
+        raise UserError(
+            "`score` is called `columns` now, and may name any annotator. Write in its place:\n"
+            + write_yaml({"columns": tree["score"]}).rstrip()
+        )
+    tree = _as_json(tree, "")
+    while True:
+        try:  # as JSON, since strict Python would refuse lists for tuples and mappings for dataclasses
+            return _adapter().validate_json(json.dumps(tree), strict=True)
+        except pydantic.ValidationError as e:
+            errors = e.errors(include_url=False)
+            error = next((e for e in errors if e["type"] == "unexpected_keyword_argument"), errors[0])
+        meant = _meant(error["type"], error["input"])
+        if meant is None:
+            names = [name for name in error["loc"] if isinstance(name, str)]  # without places in a list
+            raise UserError(_message(error["type"], names, error["input"]))
+        *groups, name = error["loc"]
+        functools.reduce(operator.getitem, groups, tree)[name] = meant  # type: ignore[arg-type, index]
 
 
-def _require_plain(text: str) -> None:
-    """YAMLError where lists and mappings lie too deep for the loader, or one is used in several places: a hundred
-    bytes of those can stand for a billion values."""
-    depth, groups = 0, set[str]()
-    for event in yaml.parse(text, _Loader):
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-            if event.anchor is not None:
-                groups.add(event.anchor)
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        elif isinstance(event, yaml.AliasEvent) and event.anchor in groups:
-            problem = f"*{event.anchor} stands for a list or a mapping: write that out, in a recipe it has one place"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=_mark(event))
-        if depth > _DEEPEST:
-            raise yaml.MarkedYAMLError(problem="nested too deep for a recipe", problem_mark=_mark(event))
-
-
-def _mark(event: Any) -> Any:  # PyYAML's types know two classes of marks
-    return event.start_mark
-
-
-def _lay_over(tree: dict[str, Any], setting: str) -> None:
-    """Put one `a.b=c` into the tree. A key that holds text takes it as it is written, SQL with its quotes; others YAML.
-
-    An empty value is null; in `select.rules` and `score` it takes the name away.
-    """
-    path, equals, text = setting.partition("=")
-    names, shown = path.strip().split("."), printable(setting, 200)
-    if not equals or not all(names):
-        raise UserError(f"--set {shown}: expected KEY.KEY=VALUE, for example --set images.size=256")
-    for name in names[:-1]:
-        if tree.get(name) is None:
-            tree[name] = {}
-        tree = tree[name]
-        if not isinstance(tree, dict):
-            raise UserError(f"--set {shown}: {printable(name, 200)} is a value, not a group of keys")
-    holds_text, may_go = _text_at(names)
-    plain = holds_text and text.strip() not in ("", "~", "null")
-    value = text.strip() if plain else _yaml(text, f"--set {shown}: the value is not valid YAML")
-    if value is None and may_go:
-        tree.pop(names[-1], None)
-    else:
-        tree[names[-1]] = value
-
-
-def _text_at(names: Sequence[str]) -> tuple[bool, bool]:
-    """Whether the key at this path holds text, and whether it is an entry that can be taken away."""
-    kind: Any = Recipe
-    for i, name in enumerate(names):
-        if typing.get_origin(kind) is dict:
-            return i == len(names) - 1, i == len(names) - 1
-        kind = typing.get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
-    return str in (kind, *(typing.get_args(kind) if isinstance(kind, types.UnionType) else ())), False
-
-
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """A value of the YAML tree as the type that the dataclass field names."""
-    origin = typing.get_origin(kind)
-    if dataclasses.is_dataclass(kind):
-        return _build_part(kind, value, where)
-    if origin in (typing.Union, types.UnionType):
-        choices = typing.get_args(kind)
-        if value is None and type(None) in choices:
-            return None
-        return _build(next(c for c in choices if c is not type(None)), value, where)
-    if origin is tuple:
-        values = [value] if isinstance(value, str) else value
-        if not isinstance(values, list | tuple):
-            raise UserError(f"{where}: a list is expected ([] for none), not {_shown(value)}")
-        return tuple(_build(typing.get_args(kind)[0], v, where) for v in values)
-    if origin is dict:
-        if not isinstance(value or {}, Mapping):
-            raise UserError(f"{where}: a mapping of names is expected, not {_shown(value)}")
-        inner, found = typing.get_args(kind)[1], dict[str, Any]()
-        for k, v in (value or {}).items():
-            name = f"{where}.{printable(k, 200)}"
-            found[_scalar(str, str(k), name)] = _build(inner, v, name)
+def _as_json(value: Any, where: str) -> Any:
+    """YAML values as JSON has them: a key is text, and a number one that a file or a process can hold."""
+    if isinstance(value, Mapping):
+        found = {}
+        for key, inner in value.items():
+            name = printable(f"{where}.{key}" if where else key, 200)
+            if clean(str(key)) != str(key):
+                raise UserError(f"unknown key {name}: UTF-8 can't hold half of a surrogate pair")
+            found[str(key)] = _as_json(inner, name)
         return found
-    return _scalar(kind, value, where)
-
-
-def _build_part(kind: Any, value: Any, where: str) -> Any:
-    value = {} if value is None else value
-    if not isinstance(value, Mapping):
-        raise UserError(f"{where or 'recipe'}: a mapping of keys is expected, not {_shown(value)}")
-    hints = typing.get_type_hints(kind)
-    names = [f.name for f in dataclasses.fields(kind)]
-    for key in value:
-        if key not in names:
-            full = printable(f"{where}.{key}" if where else key, 200)
-            raise UserError(f"unknown key {full}{_nearest(str(key), names)}. Known here: {', '.join(names)}")
-    return kind(**{k: _build(hints[k], v, f"{where}.{k}" if where else k) for k, v in value.items()})
+    if isinstance(value, list):
+        return [_as_json(inner, where) for inner in value]
+    if isinstance(value, int | float) and value not in (0, 1) and not abs(value) < _LARGEST_NUMBER and value == value:
+        raise UserError(f"{where}: {_shown(value)} is too large a number")
+    if isinstance(value, str) and clean(value) != value:
+        raise UserError(f"{where}: {_shown(value)} is no text: UTF-8 can't hold half of a surrogate pair")
+    if value is not None and not isinstance(value, str | int | float):
+        raise UserError(f"{where}: a plain value is expected, not {_shown(value)}")
+    return value
 
 
 _LARGEST_NUMBER = 2**63
-_WORDS = {str: "text", bool: "true or false", float: "a number", int: "a whole number"}
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_EXPECTED = {
+    "string_type": "text is expected",
+    "bool_type": "true or false is expected",
+    "float_type": "a number is expected",
+    "int_type": "a whole number is expected",
+    "tuple_type": "a list is expected ([] for none)",
+    "dict_type": "a mapping of names is expected",
+    "dataclass_type": "a mapping of keys is expected",
+}
+"""pydantic's kinds of errors in our words."""
+
+
+def _meant(kind: str, value: Any) -> Any:
+    """What stands for a value of another type in YAML: 32MB and 32e6 for a number, one text for a list of one, nothing
+    for an empty mapping. None: it stands for nothing."""
+    if kind == "int_type" and isinstance(value, float) and value == value // 1:
+        return int(value)
+    if kind == "int_type" and isinstance(value, str):
+        size = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([kMGT]?|[KMGT]i)B", value)
+        if size and float(size[1]) * _UNITS[size[2]] % 1 == 0:
+            return int(float(size[1]) * _UNITS[size[2]])
+    if kind == "tuple_type" and isinstance(value, str):
+        return [value]
+    if (kind in ("dict_type", "dataclass_type") and value is None) or (kind == "dict_type" and value == []):
+        return {}
+    return None
+
+
+def _message(kind: str, names: list[str], value: Any) -> str:
+    """What is wrong with the value at this path."""
+    where = printable(".".join(names), 200)
+    if kind == "unexpected_keyword_argument":
+        known = [f.name for f in dataclasses.fields(_type_at(names[:-1]))]
+        return f"unknown key {where}{_did_you_mean(names[-1], known)}. Known here: {', '.join(known)}"
+    if names[0] == "columns" and len(names) > 1:
+        return _not_a_column(names[1], value)
+    expected, hint = _EXPECTED[kind], ""
+    if kind == "int_type" and isinstance(value, str):
+        expected = "a whole number or a size such as 32MB is expected"
+    if kind == "string_type" and isinstance(value, int | float) and not isinstance(value, bool):
+        hint = "; put it in quotes"
+    return f"{where}: {expected}, not {_shown(value)}{hint}"
+
+
+def _not_a_column(name: str, value: Any) -> str:
+    return (
+        f"columns.{printable(name, 200)}: the name of a head or an annotator, or {{use: ANNOTATOR, ...}}, is expected, "
+        f"not {_shown(value)}"
+    )
 
 
 def _shown(value: Any) -> str:
@@ -326,47 +351,20 @@ def _shown(value: Any) -> str:
     return printable(repr(value), 200)
 
 
-def _scalar(kind: type, value: Any, where: str) -> Any:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and value not in (0, 1) and not abs(value) < _LARGEST_NUMBER and value == value:
-        raise UserError(f"{where}: {_shown(value)} is too large a number")
-    if kind is str and isinstance(value, str):
-        if clean(value) != value:
-            raise UserError(f"{where}: {_shown(value)} is no text: UTF-8 can't hold half of a surrogate pair")
-        return value
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind is float and number:
-        return float(value)
-    if kind is int and number and value == value // 1:  # 32e6 is a whole number too
-        return int(value)
-    if kind is int and isinstance(value, str):
-        size = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([kMGT]?|[KMGT]i)B", value)
-        if size and float(size[1]) * _UNITS[size[2]] % 1 == 0:
-            return int(float(size[1]) * _UNITS[size[2]])
-        raise UserError(f"{where}: a whole number or a size such as 32MB is expected, not {_shown(value)}")
-    hint = "; put it in quotes" if kind is str and number else ""
-    raise UserError(f"{where}: {_WORDS[kind]} is expected, not {_shown(value)}{hint}")
-
-
-def _nearest(word: str, words: Sequence[str]) -> str:
+def _did_you_mean(word: str, words: Sequence[str]) -> str:
     near = nearest(word, words)
     return f" (did you mean {near}?)" if near else ""
 
 
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain values, as YAML holds them."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {k: plain(v) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(v) for v in value]
-        return value
-
-    return plain(dataclasses.asdict(recipe))
+    found: dict[str, Any] = _adapter().dump_python(recipe, mode="json")
+    return found
 
 
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe as YAML, readable again by load_recipe."""
-    return yaml.dump(to_dict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return write_yaml(to_dict(recipe))

@@ -23,7 +23,7 @@ from studio.gate import MAX_HEAD, Gate, GuardedProtocol, address_of, error_respo
 from studio.queue import QueueFull, StudioJob
 from studio.service import FolderGone, GenerationService, facts_in
 from studio.wire import ERRORS, ERRORS_OF_FILES, ImagesView, JobRequest, JobsView, JobView, ModelView
-from train.generate.sampler import versions
+from train.devices import versions
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 """Names of this machine to itself: what a server without a token answers to."""

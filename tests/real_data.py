@@ -15,13 +15,14 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from aesthetic.space import probe_files
-from curate.annotators.embed import EmbedConfig
+from curate.encoders.embed import EmbedConfig
 from curate.fetch.config import FetchConfig
 from curate.images.process import ImagesConfig
 from curate.layout import Data
 from curate.ledger.select import SelectConfig, select
 from curate.shards.pack import PackConfig, pack
-from curate.sources.plan import SourceConfig, make_plan
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import make_plan
 from curate.workers import EmbedWorker, FetchWorker
 from demo.web import Route, Web
 

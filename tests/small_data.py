@@ -44,7 +44,7 @@ def make_data(root: Path) -> Path:
     for shard in range(SHARDS):
         write_fetched(root, shard)
         write_embedded(root, shard)
-        write_scored(root, shard, "laion_v2", laion_v2)
+        write_annotated(root, shard, "laion_v2", laion_v2)
     return root
 
 
@@ -130,14 +130,14 @@ def write_embedded(root: Path, shard: int) -> None:
     commit(root, record, config="c", inputs=_fetched_digests(root, shard), outputs=[path], facts={})
 
 
-def write_scored(root: Path, shard: int, column: str, score: Any) -> None:
+def write_annotated(root: Path, shard: int, column: str, score: Any) -> None:
     """Write and commit one shard of a score column; `score` maps a row's number to its score."""
     scores = pa.array([score(n) for n in fetched_numbers(shard)], pa.float32(), from_pandas=False)
-    path = root / "scored" / column / f"{shard_name(shard)}.parquet"
+    path = root / "annotated" / column / f"{shard_name(shard)}.parquet"
     with atomic(path) as f:
         pq.write_table(pa.table({"key": _keys(shard), column: scores}), f)
     record = path.with_suffix(".json")
-    facts = {"head": "laion-v2", "scale": [1.0, 10.0]}
+    facts = {"head": "laion-v2", "columns": {column: {"scale": [1.0, 10.0]}}}
     commit(root, record, config="c", inputs=_fetched_digests(root, shard), outputs=[path], facts=facts)
 
 

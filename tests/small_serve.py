@@ -17,7 +17,8 @@ from studio.app import LOOPBACK, StudioServer, listen, new_app
 from studio.service import GenerationService
 from tests.small_train import COLOURS
 from train.generate.sampler import Sampler
-from train.models.unet import new_model, no_progress_bars
+from train.models.files import no_progress_bars
+from train.models.unet import new_model
 
 SEEN = {"prompt": "a red disc", "steps": 2}
 

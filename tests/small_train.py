@@ -13,6 +13,7 @@ from train.loop import LoopConfig, train
 from train.models.presets import PRESETS
 from train.models.unet import add_lora, load_model, new_model, tokenize
 from train.tasks import Denoise
+from train.world import rank_and_size
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
 
@@ -34,7 +35,6 @@ def make_pictures(folder: Path, count: int = 64) -> Path:
 def small_run(
     folder: Path,
     out: Path,
-    world: Any = None,
     objective: str = "flow",
     start: Path | None = None,
     stop: Any = None,
@@ -50,10 +50,8 @@ def small_run(
         pipeline = load_model(start)
         add_lora(pipeline)
     examples = ImageDataset(samples, lambda c: tokenize(pipeline, c), PRESETS["debug"].size)
-    rank, ranks = (world.rank, world.size) if world else (0, 1)
+    rank, ranks = rank_and_size()
     chosen, held_out = split(samples, 0.2)
     stream = Stream(examples, chosen, batch=config.batch, rank=rank, ranks=ranks)
     task, more = Denoise(pipeline), {"should_stop": stop} if stop else {}
-    return train(
-        task, stream, config, out, held_out=held_out, prompts=["a red disc"], seeds=[0, 1], world=world, **more
-    )
+    return train(task, stream, config, out, held_out=held_out, prompts=["a red disc"], seeds=[0, 1], **more)

@@ -221,20 +221,21 @@ def curate_here(listed: Path, root: Path, settings: list[str], fault: Path | Non
 
     `fault` is the folder of a sitecustomize.py: it is run here, and Python processes that are started from here run it.
     """
-    from curate.annotators.heads import columns_of
+    from curate.annotators.registry import make_annotators
     from curate.layout import Data
-    from curate.sources.plan import make_plan
+    from curate.sources.planner import make_plan
     from curate.store.files import sweep
     from curate.store.lock import Lock
     from curate.workers import EmbedWorker, FetchWorker, embed_done
-    from pipelines.commands.curate import Request, refuse_changes, run, store_recipe
+    from pipelines.curation import Request, run
     from pipelines.recipe import load_recipe
+    from pipelines.stored_recipe import refuse_changes, store_recipe
 
     if fault is not None:
         sys.path.insert(0, str(fault))
         runpy.run_path(str(fault / "sitecustomize.py"))
     recipe, data = load_recipe("bundled", settings), Data(root)
-    columns = columns_of(recipe.score, recipe.embed.encoder)
+    annotators = make_annotators(recipe.columns, recipe.embed.encoder)
     fetch_hash, embed_hash = recipe.hashes()
     with Lock(root):
         sweep(root)
@@ -248,9 +249,9 @@ def curate_here(listed: Path, root: Path, settings: list[str], fault: Path | Non
             await worker.close()
 
         asyncio.run(fetch())
-        waiting = [shard for shard in shards if not embed_done(data, shard, embed_hash, columns)]
+        waiting = [shard for shard in shards if not embed_done(data, shard, embed_hash, annotators)]
         if waiting:
-            embedder = EmbedWorker(data, recipe.embed, recipe.score, embed_hash, threads=1)
+            embedder = EmbedWorker(data, recipe.embed, recipe.columns, embed_hash, threads=1)
             for shard in waiting:
                 embedder.run(shard)
     run(Request(list=str(listed), root=root, recipe=recipe), say=lambda text: None)
@@ -259,9 +260,7 @@ def curate_here(listed: Path, root: Path, settings: list[str], fault: Path | Non
 def start_here(*args: Any) -> BaseProcess:
     """Start `curate_here` in a child that is forked from a process which has imported everything; opens no model."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["pytest", "curate.workers", "curate.report", "pipelines.commands.curate", "onnxruntime"]
-    )
+    context.set_forkserver_preload(["pytest", "curate.workers", "curate.report", "pipelines.curation", "onnxruntime"])
     child = context.Process(target=curate_here, args=args, daemon=False)
     child.start()
     return child

@@ -8,15 +8,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from curate.annotators.heads import columns_of
 from curate.layout import Data
 from curate.ledger.select import Selection, select
+from curate.ledger.view import recorded_scales
 from curate.shards.pack import pack
-from curate.sources.plan import make_plan
+from curate.sources.planner import make_plan
 from curate.workers import EmbedWorker, FetchWorker
 from demo.web import Route, Web
-from pipelines.commands.curate import store_recipe
 from pipelines.recipe import Recipe, load_recipe
+from pipelines.stored_recipe import store_recipe
 from tests.small_web import picture
 
 
@@ -89,13 +89,13 @@ def fetch_shards(data: Data, recipe: Recipe, *, retry: bool = False) -> None:
 
 
 def embed_shards(data: Data, recipe: Recipe) -> int:
-    """The embed and score stages of all shards; returns how many pictures went through the models."""
+    """The embed and annotate stages of all shards; returns how many pictures went through the models."""
     seen: list[str] = []
 
     def report(stage: str, outcome: str, host: str) -> None:
         seen.append(stage)
 
-    worker = EmbedWorker(data, recipe.embed, recipe.score, recipe.hashes()[1], report, threads=2)
+    worker = EmbedWorker(data, recipe.embed, recipe.columns, recipe.hashes()[1], report, threads=2)
     for s in data.plan.shards:
         worker.run(s.shard)
     return len(seen)
@@ -103,8 +103,7 @@ def embed_shards(data: Data, recipe: Recipe) -> int:
 
 def choose(data: Data, recipe: Recipe) -> Selection:
     """Select and pack."""
-    scales = {name: c.scale for name, c in columns_of(recipe.score).items()}
-    selection = select(data.root, recipe.select, scales)
+    selection = select(data.root, recipe.select, recorded_scales(data.root))
     pack(data.root, recipe.select.name, recipe.pack)
     return selection
 

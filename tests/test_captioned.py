@@ -22,8 +22,12 @@ from aesthetic.errors import UserError
 from curate.ledger.schema import RowError
 from curate.ledger.select import SelectConfig, select
 from curate.shards.pack import PackConfig, pack
-from curate.sources.captioned import MapDataset, Samples, Tars, open_folder, parquet_images
-from curate.sources.plan import SourceConfig, inspect, make_plan
+from curate.sources.captioned import open_folder
+from curate.sources.dataset import MapDataset
+from curate.sources.image_tables import parquet_images
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import inspect, make_plan
+from curate.sources.tars import PackedShards, Tars
 from tests.small_data import make_data
 from tests.test_source import picture, write
 from train.data import open_samples, sampling_weights, scan_images, split
@@ -65,10 +69,10 @@ def notes(folder: Path) -> str:
     """What train says of a folder, where curate warns too."""
     samples = open_folder(folder)
     assert samples.fingerprint
-    said = "\n".join(samples.notes())
+    found = "\n".join(samples.notes())
     warnings = inspect(str(folder), SourceConfig()).warnings
-    assert any(" caption" not in w or "captions are" in w for w in warnings) == bool(said)  # how many have none: below
-    return said
+    assert any(" caption" not in w or "captions are" in w for w in warnings) == bool(found)  # how many have none: below
+    return found
 
 
 def make_tar(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.USTAR_FORMAT) -> Path:
@@ -149,7 +153,7 @@ def test_captions_in_other_encodings_are_counted_and_named(tmp_path: Path) -> No
         write(folder / f"{i:02d}.txt", "caf\xe9".encode("cp1252") if i < 4 else "café")
     assert captions(folder) == [None] * 4 + ["café"] + [None] * 5
     assert notes(folder).startswith("4 captions are neither UTF-8 nor marked by a byte order mark, and are taken")
-    assert "00.txt, 01.txt, 02.txt, ... " in notes(folder).replace(", ....", ", ... ") and "iconv" in notes(folder)
+    assert "00.txt; 01.txt; 02.txt and 1 more. " in notes(folder) and "iconv" in notes(folder)
 
 
 def test_formats_that_are_not_read_are_counted_and_their_captions_are_no_lists(tmp_path: Path) -> None:
@@ -195,11 +199,11 @@ def test_what_is_no_file_is_passed_over_and_links_to_files_are_followed(tmp_path
         "00.jpg", "01.jpg", "02.jpg", "dir.jpg/inner.jpg", "linked.jpg",
     ]  # fmt: skip
     assert [s.caption for s in samples] == [None] * 5
-    told = "\n".join(samples.notes())
-    assert "6 are no regular file, and passed over (00.txt, gone.jpg, loop.jpg, ...)" in told
-    assert "1 is a link to a folder, and not followed: give that folder itself (again)" in told
-    assert "1 is not named in UTF-8, and passed over: rename caf\ufffd.jpg" in told
-    assert "1 captions are no files of at most 1,048,576 bytes" in told and "nested too deep" in told
+    found = "\n".join(samples.notes())
+    assert "6 are no regular file, and passed over (00.txt, gone.jpg, loop.jpg, ...)" in found
+    assert "1 is a link to a folder, and not followed: give that folder itself (again)" in found
+    assert "1 is not named in UTF-8, and passed over: rename caf\ufffd.jpg" in found
+    assert "1 captions are no files of at most 1,048,576 bytes" in found and "nested too deep" in found
     with pytest.raises(UserError, match=r"1 of 5 samples have JSON that cannot be read"):
         curated(folder)
     (folder / "02.json").unlink()
@@ -224,8 +228,8 @@ def test_img2datasets_files_are_samples_and_its_failures_rows(tmp_path: Path) ->
     for i in range(3):
         write(folder / "00000" / f"{i:09d}.jpg", JPEG)
         write(folder / "00000" / f"{i:09d}.txt", f"fox {i}")
-        told = {"url": f"http://a.test/{i}", "caption": f"fox {i}", "key": f"{i:09d}", "status": "success", "n": i}
-        write(folder / "00000" / f"{i:09d}.json", json.dumps(told))
+        facts = {"url": f"http://a.test/{i}", "caption": f"fox {i}", "key": f"{i:09d}", "status": "success", "n": i}
+        write(folder / "00000" / f"{i:09d}.json", json.dumps(facts))
     write(folder / "00000_stats.json", "{}")
     rows = [{"url": f"http://a.test/{i}", "caption": f"fox {i}", "n": i, "key": f"{i:09d}"} for i in range(4)]
     states = [{"status": "success", "error_message": None}] * 3
@@ -334,6 +338,22 @@ def test_tars_that_are_packed_or_hostile_are_refused_by_name(tmp_path: Path) -> 
     assert "1 files are in a tar twice under one name" in notes(folder)
 
 
+def test_nothing_is_read_in_search_of_captions_where_there_can_be_none(tmp_path: Path) -> None:
+    bare = make_tar(tmp_path / "a" / "0.tar", [(f"{i}.jpg", JPEG) for i in range(9)])
+    make_tar(tmp_path / "a" / "1.tar", [("9.jpg", JPEG), ("9.txt", b"fox"), ("x.jpg", JPEG)])
+    image = {"bytes": JPEG, "path": "x"}
+    (tmp_path / "t").mkdir()
+    pq.write_table(pa.table({"image": [image] * 3, "text": [None, "fox", None]}), tmp_path / "t" / "0.parquet")
+    folder = pictures(tmp_path / "b", 3)
+    write(folder / "01.json", "{}")
+    for path, maybe in ((bare.parent, [9]), (tmp_path / "t", [1]), (folder, [1])):
+        assert list(open_folder(path).maybe_captioned()) == maybe
+    assert open_folder(bare.parent).has_captions() and not open_folder(folder).has_captions()
+    assert open_folder(folder, "a fox").has_captions() and open_folder(folder, "a fox")[2].caption == "a fox"
+    with pytest.raises(IndexError):
+        open_folder(folder)[3]
+
+
 # ------------------------------------------------------------------------------------------------------ packed folders
 
 
@@ -341,14 +361,14 @@ def test_a_packed_folder_is_whole_in_itself(tmp_path: Path) -> None:
     root = make_data(tmp_path / "data")
     select(root, SelectConfig(name="all"), {})
     pack(root, "all", PackConfig(shard_size=10))
-    there = open_samples(root / "shards" / "all")
-    copy = Path(shutil.copytree(there.folder, tmp_path / "renamed"))
+    original = open_samples(root / "shards" / "all")
+    copy = Path(shutil.copytree(original.folder, tmp_path / "renamed"))
     copied = open_samples(copy)
-    assert type(copied) is Samples and copied.fingerprint == there.fingerprint
-    assert [s.key for s in copied] == [s.key for s in there]
+    assert type(copied) is PackedShards and copied.fingerprint == original.fingerprint
+    assert [s.key for s in copied] == [s.key for s in original]
     for path in copy.glob("*.parquet"):  # which training does not read
         path.unlink()
-    assert len(open_samples(copy)) == len(there)
+    assert len(open_samples(copy)) == len(original)
     (copy / "00001.tar").unlink()
     with pytest.raises(UserError, match=r"1 of its 5 tars missing or cut: 00001\.tar"):
         open_samples(copy)
@@ -371,8 +391,8 @@ def test_parquet_that_holds_the_images(tmp_path: Path) -> None:
         cells[3] = {"bytes": None, "path": "beside.jpg.bin"}
         table = pa.table({"image": cells, "text": [f"fox {part} {i}" for i in range(12)], "n": list(range(12))})
         pq.write_table(table, folder / "data" / f"train-{part}.parquet", row_group_size=5)
-    told = [f"fox {part} {i}" for part in range(2) for i in range(12)]
-    assert captions(folder) == told
+    expected = [f"fox {part} {i}" for part in range(2) for i in range(12)]
+    assert captions(folder) == expected
     samples = open_samples(folder)
     assert [samples[int(i)].caption for i in np.random.default_rng(0).permutation(24)][:3]
     assert samples[23].facts["n"] == 11 and samples.key(23) == "data/train-1.parquet/11"
@@ -391,10 +411,10 @@ def test_parquet_that_holds_the_images(tmp_path: Path) -> None:
 
 def with_facts(folder: Path, facts: list[dict[str, Any]]) -> MapDataset:
     rng = np.random.default_rng(0)
-    for i, told in enumerate(facts):
+    for i, more in enumerate(facts):
         folder.mkdir(exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(folder / f"{i:02d}.png")
-        write(folder / f"{i:02d}.json", json.dumps({"caption": "noise", **told}))
+        write(folder / f"{i:02d}.json", json.dumps({"caption": "noise", **more}))
     return open_samples(folder)
 
 

@@ -36,7 +36,7 @@ def test_the_regression_is_scikit_learns(n, dim):
     for i in (0, 3, 5):
         oracle = LogisticRegression(C=1 / (PENALTIES[i] * w.sum()), tol=1e-8, max_iter=10_000)
         oracle.fit(x.astype(float), y, sample_weight=w)
-        got = model.unturned(model.path(frozenset({0}))[i])
+        got = model.path(frozenset({0}))[i].from_basis(model.basis)
         np.testing.assert_allclose(got(x), oracle.decision_function(x.astype(float)), atol=0.02, rtol=0.03)
 
 

@@ -21,13 +21,14 @@ from real_data import BUNDLED, SCORE, embed_all, fetch_all
 from small_web import small_web
 
 from curate.layout import Data
-from curate.sources.plan import SourceConfig, make_plan
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import make_plan
 from pipelines.cli import build_parser, main
-from pipelines.commands import curate
+from pipelines.commands import COMMANDS
 from pipelines.recipe import load_recipe
+from pipelines.stored_recipe import store_recipe
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = list(build_parser()._subparsers._group_actions[0].choices)  # type: ignore[union-attr, arg-type]
 
 
 def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
@@ -44,7 +45,7 @@ def data(real_data: Data, tmp_path_factory: pytest.TempPathFactory) -> Data:
     shutil.copytree(real_data.root, copy.root)
     settings = [f"source.shard_size={copy.plan.shard_size}", "images.size=96"]
     settings += [f"select.rules.{name}=" for name in load_recipe("bundled").select.rules]
-    curate.store_recipe(copy, load_recipe("bundled", [*settings, "select.rules.seen=width > 0"]))
+    store_recipe(copy, load_recipe("bundled", [*settings, "select.rules.seen=width > 0"]))
     return copy
 
 
@@ -86,7 +87,7 @@ os._exit(bool(heavy))  # as the console script ends
 
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert {"curate", "fetch", "embed", "score", "select", "pack", "retry", "status", "query"} < set(COMMANDS)
+    assert {"curate", "fetch", "embed", "annotate", "select", "pack", "retry", "status", "query"} < COMMANDS.keys()
     for command in COMMANDS:
         with pytest.raises(SystemExit) as e:
             main([command, "--help"])
@@ -133,8 +134,8 @@ def test_whoever_has_read_enough_is_no_error() -> None:
         ),
         (["curate", "list.csv", "--set", "select.rules.x=aesthetic > 50"], "aesthetic goes from 1 to 7, and 50"),
         (["curate", "list.csv", "--set", "select.rules.x=1 +"], "rule x .*syntax"),
-        (["curate", "list.csv", "--set", "score.l=laion-v2"], "laion-v2 reads vectors of open_clip:ViT-L-14-quick"),
-        (["curate", "list.csv", "--set", "score.l=laion-v3"], "no head laion-v3.*Did you mean laion-v2"),
+        (["curate", "list.csv", "--set", "columns.l=laion-v2"], "laion-v2 reads vectors of open_clip:ViT-L-14-quick"),
+        (["curate", "list.csv", "--set", "columns.l=laion-v3"], "no head laion-v3.*Did you mean laion-v2"),
         (["curate", "list.csv", "--set", "embed.encoder=clip"], "no encoder 'clip'|embed.encoder is clip"),
         (["curate", "list.csv", "--set", "fetch.engine=curl"], "fetch.engine: 'curl'"),
         (["curate", "list.csv", "--set", "select.name=a/b"], "can't be a selection's name"),
@@ -163,7 +164,7 @@ def test_bad_input_is_named_and_nothing_is_written(
         assert sorted(tmp_path.iterdir()) == before or ("--ray-address" in words and not dry)
 
 
-@pytest.mark.parametrize("command", ["status", "verify", "select", "pack", "score", "embed", "retry", "query"])
+@pytest.mark.parametrize("command", ["status", "verify", "select", "pack", "annotate", "embed", "retry", "query"])
 def test_a_folder_that_is_no_data_folder(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, str(tmp_path), *(["select 1"] if command == "query" else [])]) == 2
     assert f"{tmp_path} is not a data folder" in capsys.readouterr().err
@@ -197,10 +198,14 @@ def test_an_object_store_is_refused(listed: Path, capsys: pytest.CaptureFixture[
         (["select", "--set", "select.rules.x=open_nsfw < 20"], "open_nsfw goes from 0 to 1"),
         (["select", "--name", "../x"], "can't be a selection's name"),
         (["pack", "--name", "unknown"], "no selection unknown.*There are"),
-        (["score", "--head", "taste"], "expected COLUMN=HEAD"),
-        (["score", "--head", "taste=nothing"], "no head nothing"),
-        (["score", "--head", "taste=laion-v2"], "laion-v2.*bundled|bundled.*laion-v2"),
-        (["score", "--head", "width=bundled-aesthetic"], "width"),
+        (["annotate", "taste"], "expected NAME=SPEC"),
+        (["annotate", "taste=nothing"], "no head nothing"),
+        (["annotate", "taste=laion-v2"], "laion-v2.*bundled|bundled.*laion-v2"),
+        (["annotate", "width=bundled-aesthetic"], "width"),
+        (
+            ["score", "--head", "taste=taste.head"],
+            "is called `annotate` now: tastemaker annotate .* taste=taste.head",
+        ),
         (["query", "select nothing from ledger"], "nothing"),
         (["query", "drop view ledger"], "one SELECT"),
         (["query", "select * from '/etc/passwd'"], "passwd"),
@@ -215,19 +220,19 @@ def test_a_wrong_question_about_data(
     assert code == 2, err
     assert re.search(told, err, re.S), err
     assert "Traceback" not in err
-    assert not (data.root / "scored" / "width").exists()
+    assert not (data.root / "annotated" / "width").exists()
 
 
 REFUSED = [
     ([], "open_clip:ViT-L-14-quickgelu/openai are not on this machine.*embed.weights: FILE.*--recipe bundled"),
     (["--dry-run"], "open_clip:ViT-L-14-quickgelu/openai are not on this machine"),
-    (["--set", "embed.encoder=open_clip:ViT-L-14/openai", "--set", "score={}"], "write open_clip:ViT-L-14-quickgelu"),
+    (["--set", "embed.encoder=open_clip:ViT-L-14/openai", "--set", "columns={}"], "write open_clip:ViT-L-14-quickgelu"),
     (
-        ["--set", "embed.encoder=open_clip:ViT-L-15/openai", "--set", "score={}"],
+        ["--set", "embed.encoder=open_clip:ViT-L-15/openai", "--set", "columns={}"],
         "no architecture ViT-L-15; near: ViT-L",
     ),
     (
-        ["--set", "embed.encoder=open_clip:ViT-L-14/own", "--set", "score={}"],
+        ["--set", "embed.encoder=open_clip:ViT-L-14/own", "--set", "columns={}"],
         "no published weights called own.*it has o",
     ),
     (["--set", "embed.weights=list.csv"], r"list\.csv holds no weights: it begins with"),
@@ -278,7 +283,7 @@ def test_an_error_of_ours_is_1_and_says_so(data: Data, tmp_path: Path, capsys: p
     """A table that was replaced by a folder: nothing that a user does by mistake."""
     copy = tmp_path / "data"
     shutil.copytree(data.root, copy)
-    path = copy / "scored" / "aesthetic" / "00000.parquet"
+    path = copy / "annotated" / "aesthetic" / "00000.parquet"
     path.unlink()
     path.mkdir()
     assert main(["verify", str(copy)]) == 1
@@ -316,8 +321,8 @@ def test_the_command_that_a_dry_run_ends_with_is_the_one_that_was_asked_about(
     assert main([*words, "--dry-run"]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
     given = shlex.split(line.removeprefix("next: tastemaker "))
-    options = vars(build_parser().parse_args(words))
-    assert vars(build_parser().parse_args(given)) == options
+    options = vars(build_parser(words[0]).parse_args(words))
+    assert vars(build_parser(given[0]).parse_args(given)) == options
 
 
 def test_data_is_curated_by_its_own_recipe(
@@ -379,7 +384,7 @@ def test_doctor_says_which_recipes_can_run(tmp_path: Path, monkeypatch: pytest.M
         ["verify", "DATA"],
         ["select", "DATA", "--name", "answers"],
         ["pack", "DATA", "--name", "answers"],
-        ["score", "DATA"],
+        ["annotate", "DATA"],
         ["query", "DATA", "select reason, count(*) n from ledger group by all"],
         ["heads"],
         ["heads", "show", "bundled-aesthetic"],
@@ -497,7 +502,7 @@ def test_the_next_command_can_be_typed(data: Data, tmp_path: Path, capsys: pytes
         out = capsys.readouterr().out
         words = shlex.split(next(line for line in out.splitlines() if line.startswith("next: ")))[2:]
         assert words[0] == expected, words
-    assert main(["score", str(root)]) == 0
+    assert main(["annotate", str(root)]) == 0
     words = shlex.split(capsys.readouterr().out.rpartition("next: ")[2])[1:]
     assert words[:2] == ["select", str(root)] and main(words) == 0
 
@@ -516,8 +521,8 @@ def test_the_loop(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     make_plan(str(folder), data.root, SourceConfig(shard_size=25))
     fetch_all(data)
     embed_all(data, BUNDLED, {"aesthetic": SCORE["aesthetic"]})
-    settings = ["source.shard_size=25", "images.size=96", "select.rules={}", "score.open_nsfw="]
-    curate.store_recipe(data, load_recipe("bundled", settings))
+    settings = ["source.shard_size=25", "images.size=96", "select.rules={}", "columns.open_nsfw="]
+    store_recipe(data, load_recipe("bundled", settings))
 
     assert main(["query", str(data.root), "select key, url from ledger", "--json"]) == 0
     keys = {Path(r["url"]).name: r["key"] for r in json.loads(capsys.readouterr().out)}
@@ -534,10 +539,10 @@ def test_the_loop(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "999999999" in (head / "unjoined.csv").read_text()
     assert report["metrics"]["spearman"]["value"] > 0  # few ratings: only the sign is asked for
 
-    assert main(["score", str(data.root), "--head", f"taste={head}"]) == 0
-    assert "taste: 3 of 3 shards scored" in capsys.readouterr().out
-    assert main(["score", str(data.root), "--head", f"taste={head}"]) == 0
-    assert "taste: 0 of 3 shards scored (all were)" in capsys.readouterr().out
+    assert main(["annotate", str(data.root), f"taste={head}"]) == 0
+    assert "taste: 3 of 3 shards annotated" in capsys.readouterr().out
+    assert main(["annotate", str(data.root), f"taste={head}"]) == 0
+    assert "taste: 0 of 3 shards annotated (all were)" in capsys.readouterr().out
 
     mine = ["select", str(data.root), "--name", "mine", "--set", "select.rules.nice=top(taste, 0.25)", "--json"]
     assert main(mine) == 0

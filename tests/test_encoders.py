@@ -22,7 +22,8 @@ from PIL import Image, ImageOps
 
 from aesthetic.errors import UserError
 from aesthetic.space import Space, SpaceMismatch, probe_files, require_same
-from curate.encoders.base import Encoder, load_encoder, pixels
+from curate.encoders.base import Encoder, pixels
+from curate.encoders.registry import load_encoder
 from curate.images.decode import decode
 from curate.store.files import sha256_file
 
@@ -49,7 +50,7 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def test_importing_is_light_and_bundled_runs_without_torch(bundled: Encoder) -> None:
     code = """
 import sys, numpy as np
-from curate.encoders.base import load_encoder
+from curate.encoders.registry import load_encoder
 import curate.annotators.nsfw
 heavy = {"torch", "cv2", "onnxruntime", "open_clip", "PIL", "tokenizers"}
 assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()

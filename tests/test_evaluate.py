@@ -29,7 +29,7 @@ from aesthetic.metrics import (
     spearman_of,
     threshold_of,
     top_of,
-    worth_of,
+    worth_in_raters,
 )
 
 
@@ -180,7 +180,7 @@ def test_noise_and_raters_are_those_that_were_planted():
     assert math.sqrt(share) == pytest.approx(pearson(truth, means), abs=0.01)
     for k in (1, 3):
         others = truth + rng.normal(0, 2, (4000, k)).mean(1) if k == 1 else truth + rng.normal(0, 2, (k, 4000)).mean(0)
-        assert worth_of(pearson(others, means), means, n, sd) == pytest.approx(k, rel=0.15)
-    assert worth_of(-0.2, means, n, sd) == 0.0
+        assert worth_in_raters(pearson(others, means), means, n, sd) == pytest.approx(k, rel=0.15)
+    assert worth_in_raters(-0.2, means, n, sd) == 0.0
     assert reliability(means, n, np.full(4000, 100.0)) is None
     assert reliability(means, np.ones(4000), sd) is None

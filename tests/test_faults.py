@@ -119,7 +119,7 @@ def test_embedding_that_kills_is_not_tried_for_ever(
     made = start_here(listed, tmp_path / "data", small.settings(15))
     made.join()
     stored = next(read_images(tmp_path / "data" / "fetched" / "00001.tar"))[2]
-    for name in ("embedded", "scored", "selected", "shards", "report"):
+    for name in ("embedded", "annotated", "selected", "shards", "report"):
         shutil.rmtree(tmp_path / "data" / name)
     fatal = {"PYTHONPATH": str(fault(tmp_path / "fault")), "FATAL_SHA256": hashlib.sha256(stored).hexdigest()}
     run = Run(listed, tmp_path / "data", small.settings(15), **fatal)

@@ -25,7 +25,8 @@ from curate.duplicates.repeats import repeats
 from curate.fetch.config import FetchConfig
 from curate.images.process import ImagesConfig
 from curate.layout import Data
-from curate.sources.plan import SourceConfig, make_plan
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import make_plan
 from curate.workers import FetchWorker
 from demo.web import Route, Web
 from tests.small_web import ROOT, picture

@@ -275,7 +275,7 @@ def vectors_folder(folder, x, space=None):
 def test_vectors_as_clip_retrieval_stores_them(tmp_path, capsys):
     """No picture at hand: by key in a folder that says its space, by path in one whose encoder must be told."""
     from aesthetic.space import require_same
-    from curate.encoders.base import load_encoder
+    from curate.encoders.registry import load_encoder
 
     space = load_encoder("bundled").space()
     rng = np.random.default_rng(0)
@@ -297,7 +297,7 @@ def test_vectors_as_clip_retrieval_stores_them(tmp_path, capsys):
     code, text, told = run(capsys, *words, "--suggest", 2)
     assert code == 0, told
     assert not (out / "unjoined.csv").exists()
-    assert "--head v_1=" in text
+    assert " v_1=" in text
     assert "metadata" not in json.loads((out / "report.json").read_text())["baselines"]
     assert text.startswith("150 ratings, 150 joined") and "zero-shot" in text
     head = load_head(out)

@@ -187,7 +187,7 @@ def test_duckdb_reads_all_tables_together(real_data: Data) -> None:
         f"""SELECT f.status, f.reason, a.aesthetic, m.similarity, f.caption
             FROM '{root}/fetched/*.parquet' f
             LEFT JOIN '{root}/embedded/metadata/*.parquet' m USING (key)
-            LEFT JOIN '{root}/scored/aesthetic/*.parquet' a USING (key)"""
+            LEFT JOIN '{root}/annotated/aesthetic/*.parquet' a USING (key)"""
     ).df()
     assert len(joined) == 40 and joined.status.value_counts().to_dict() == {
         "success": 36,

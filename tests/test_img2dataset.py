@@ -37,7 +37,8 @@ from curate.images.process import ImagesConfig
 from curate.layout import Data
 from curate.ledger.schema import Reason
 from curate.shards.tar import index_tar, read_images
-from curate.sources.plan import SourceConfig, make_plan
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import make_plan
 from curate.workers import FetchWorker
 from demo.web import Route, Web
 

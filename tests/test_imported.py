@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from aesthetic.errors import UserError
-from curate.annotators.embed import EmbedConfig
+from curate.encoders.embed import EmbedConfig
 from curate.layout import Data
-from curate.sources.plan import SourceConfig, make_plan
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import make_plan
 from curate.sources.vectors import Imported, open_folder
 from curate.store.files import read_json
 from curate.workers import EmbedWorker
@@ -84,7 +85,7 @@ def test_another_partitioning_gives_the_same_files(real_data: Data, fresh: Data,
         for a, b in zip(ours["similarity"].to_pylist(), theirs["similarity"].to_pylist(), strict=True):
             assert (a is None) == (b is None) and (a is None or abs(a - b) < 1e-3)
         for column in SCORE:  # the head on the vectors, the detector on the pixels
-            a, b = (pq.read_table(d.scores(column, s.shard)) for d in (fresh, real_data))
+            a, b = (pq.read_table(d.annotations(column, s.shard)) for d in (fresh, real_data))
             assert a.equals(b)
         assert read_json(fresh.embedded_record(s.shard))["imported"] == str(tmp_path / "emb")
     before = fresh.image_vectors(0).stat().st_mtime_ns
@@ -108,7 +109,10 @@ def test_our_own_folder_is_taken_without_its_encoder(real_data: Data, fresh: Dat
     for s in fresh.plan.shards:
         worker.run(s.shard)
         assert fresh.image_vectors(s.shard).read_bytes() == real_data.image_vectors(s.shard).read_bytes()
-        assert fresh.scores("aesthetic", s.shard).read_bytes() == real_data.scores("aesthetic", s.shard).read_bytes()
+        assert (
+            fresh.annotations("aesthetic", s.shard).read_bytes()
+            == real_data.annotations("aesthetic", s.shard).read_bytes()
+        )
     assert fresh.space.read_bytes() == real_data.space.read_bytes()
 
 
@@ -136,13 +140,13 @@ def test_the_command_line_takes_it(real_data: Data, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shards = str(real_data.root / "shards" / SELECTION)
     command = [sys.executable, "-m", "pipelines.cli", "curate", shards, "--out", str(out), "--recipe", "bundled"]
-    for setting in ("images.size=96", "score.open_nsfw=", "select.rules.safe=", "select.rules.large="):
+    for setting in ("images.size=96", "columns.open_nsfw=", "select.rules.safe=", "select.rules.large="):
         command += ["--set", setting]
     command += ["--set", f"embed.embeddings={embed.embeddings}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     data = Data(out)
-    assert "imported" in read_json(data.embedded_record(0)) and not data.scores("open_nsfw", 0).exists()
+    assert "imported" in read_json(data.embedded_record(0)) and not data.annotations("open_nsfw", 0).exists()
     assert (out / "shards" / "bundled" / "sizes.json").exists()
     command[-1] = f"embed.embeddings={tmp_path}"
     refused = subprocess.run(

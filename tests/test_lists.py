@@ -27,8 +27,9 @@ from curate.ledger.select import SelectConfig, select
 from curate.ledger.view import open_ledger, query
 from curate.shards.pack import PackConfig, pack
 from curate.sources import lines
-from curate.sources.lists import CAPTION_NAMES, named
-from curate.sources.plan import Plan, SourceConfig, inspect, make_plan
+from curate.sources.columns import CAPTION_NAMES, find_column
+from curate.sources.plan import Plan, SourceConfig
+from curate.sources.planner import inspect, make_plan
 from curate.store.records import commit
 from pipelines.recipe import Recipe, load_recipe
 from tests.small_web import picture
@@ -52,7 +53,7 @@ def rows_of(path: Path, **config: Any) -> list[tuple[Any, ...]]:
 
 
 def failures(plan: Plan) -> dict[int, str]:
-    """What is said of the rows that are broken, by number."""
+    """What is found of the rows that are broken, by number."""
     found = [row.failure for s in plan.shards for row in plan.read(s.shard).rows()]
     assert {f.reason for f in found if f} <= {Reason.BAD_LINE}
     return {i: f.detail for i, f in enumerate(found) if f}
@@ -129,9 +130,9 @@ def test_broken_lines_of_json_and_text(tmp_path: Path, monkeypatch: pytest.Monke
     ]
     bad = ['{"url": ', "[1]", '{"n": ' + "[" * 100_000, '{"url": "x", "n": ' + "9" * 5000 + "}", '{"n": 1} {"n": 2}']
     plan = plan_of(write(tmp_path / "l.jsonl", "\n".join(good[:100] + bad + good[100:])))
-    said = failures(plan)
-    assert list(said) == [100, 101, 102, 103, 104] and plan.total_rows == 605
-    assert [said[i].split(": ")[1] for i in said] == [
+    found = failures(plan)
+    assert list(found) == [100, 101, 102, 103, 104] and plan.total_rows == 605
+    assert [found[i].split(": ")[1] for i in found] == [
         "not JSON",
         "no object {...}",
         "nested too deep",
@@ -141,8 +142,11 @@ def test_broken_lines_of_json_and_text(tmp_path: Path, monkeypatch: pytest.Monke
     text = numbered(300, "").encode() + b"http://a.test/caf\xe9\n" + b"x" * 5000 + b"\n" + numbered(300, "").encode()
     monkeypatch.setattr(lines, "LONGEST_LINE", 4000)
     monkeypatch.setattr(lines, "_BLOCK", 1000)
-    said = failures(plan_of(write(tmp_path / "l.txt", text)))
-    assert said == {300: r"line 301: not UTF-8: http://a.test/caf\xe9", 301: f"line 302: longer than 0 MB: {'x' * 99}…"}
+    found = failures(plan_of(write(tmp_path / "l.txt", text)))
+    assert found == {
+        300: r"line 301: not UTF-8: http://a.test/caf\xe9",
+        301: f"line 302: longer than 0 MB: {'x' * 99}…",
+    }
 
 
 def test_many_broken_lines_are_an_error_that_shows_three(tmp_path: Path) -> None:
@@ -289,7 +293,7 @@ def test_captions_are_found_under_their_usual_names(tmp_path: Path, name: str) -
     pq.write_table(pa.table({" URL": ["u"], "n": [1], name: ["a fox"]}), path)
     assert rows_of(path) == [("u", "a fox", 1)]
     assert rows_of(write(tmp_path / "l.csv", f"n, Url ,{name}\n1,u,a fox\n")) == [("u", "a fox", 1)]
-    assert named(["title", name.strip(), "alt"], "caption", CAPTION_NAMES) in (name.strip(), "alt")
+    assert find_column(["title", name.strip(), "alt"], "caption", CAPTION_NAMES) in (name.strip(), "alt")
 
 
 def test_a_list_without_captions_says_so(tmp_path: Path) -> None:
@@ -377,7 +381,7 @@ def _check_names(data: Data) -> None:
     # a score that is called like a column of the list
     for shard in (0, 1):
         keys = pq.read_table(data.table(shard)).column("key")
-        path = data.root / "scored" / "aesthetic" / f"{shard:05d}.parquet"
+        path = data.root / "annotated" / "aesthetic" / f"{shard:05d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"key": keys, "aesthetic": pa.array([0.5] * len(keys), pa.float32())}), path)
         commit(data.root, path.with_suffix(".json"), config="c", inputs={}, outputs=[path], facts={})
@@ -499,14 +503,15 @@ def test_values_that_cannot_be_said_are_null(tmp_path: Path) -> None:
 _MEASURED = """
 import re, sys
 from pathlib import Path
-from curate.sources.plan import SourceConfig, make_plan
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import make_plan
 from aesthetic.errors import UserError
 try:
     plan = make_plan(sys.argv[1], Path(sys.argv[2]), SourceConfig())
-    said = str(plan.read(0).table.column("caption").null_count)
+    outcome = str(plan.read(0).table.column("caption").null_count)
 except UserError as e:
-    said = str(e)
-print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1], said)
+    outcome = str(e)
+print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1], outcome)
 """
 
 
@@ -543,9 +548,9 @@ def test_bombs_are_measured(tmp_path: Path, name: str, match: str) -> None:
     command = [sys.executable, "-c", _MEASURED, str(path), str(tmp_path / "data")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    kilobytes, said = done.stdout.strip().split(" ", 1)
+    kilobytes, outcome = done.stdout.strip().split(" ", 1)
     assert int(kilobytes) < 1_100_000
-    assert re.search(match, said)
+    assert re.search(match, outcome)
 
 
 def test_a_list_has_not_columns_without_end(tmp_path: Path) -> None:
@@ -559,7 +564,7 @@ def test_a_list_has_not_columns_without_end(tmp_path: Path) -> None:
 
 
 def test_lists_that_are_something_else_say_so(tmp_path: Path) -> None:
-    def told(name: str, text: str) -> str:
+    def warnings(name: str, text: str) -> str:
         path = tmp_path / name
         path.write_text(text)
         try:
@@ -568,11 +573,11 @@ def test_lists_that_are_something_else_say_so(tmp_path: Path) -> None:
             return str(e)
 
     paths = "C:\\\\pics\\\\1.jpg\r\n".replace("\\\\", "\\") + "./2.jpg\n/home/me/3.jpg\n"
-    assert "the first 3 values of column 'url' are paths, not URLs: 'C:" in told("a.txt", paths)
-    assert "are paths" not in told("b.txt", paths + "http://a.test/1.jpg\n//a.test/2.jpg\n")
+    assert "the first 3 values of column 'url' are paths, not URLs: 'C:" in warnings("a.txt", paths)
+    assert "are paths" not in warnings("b.txt", paths + "http://a.test/1.jpg\n//a.test/2.jpg\n")
     # Export-Csv of Windows PowerShell
-    assert told("c.csv", '#TYPE System.Object\r\n"url","caption"\r\n"http://a.test/1.jpg","a fox"\r\n') == ""
-    assert told("d.jsonl", '[{"url": "http://a.test/1"},\n{"url": "http://a.test/2"}]').endswith("is called .json")
-    assert told("e.csv", "# mine\nurl,caption\nhttp://a.test/1,x\n").endswith("The header: # mine")
+    assert warnings("c.csv", '#TYPE System.Object\r\n"url","caption"\r\n"http://a.test/1.jpg","a fox"\r\n') == ""
+    assert warnings("d.jsonl", '[{"url": "http://a.test/1"},\n{"url": "http://a.test/2"}]').endswith("is called .json")
+    assert warnings("e.csv", "# mine\nurl,caption\nhttp://a.test/1,x\n").endswith("The header: # mine")
     with pytest.raises(UserError, match="LIST is empty"):
         inspect("", SourceConfig())

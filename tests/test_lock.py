@@ -1,6 +1,6 @@
 """The lock: a head is refused on vectors of another space, naming what differs, and accepted on its own.
 
-Ten wrong spaces and four right ones: real models of random weights, through `tastemaker score` and the embed stage.
+Ten wrong spaces and four right ones: real models of random weights, through `tastemaker annotate` and the embed stage.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from aesthetic.errors import UserError
 from aesthetic.head_files import save_head
 from aesthetic.heads import Head, HeadError
 from aesthetic.space import Space, SpaceMismatch, measure, require_same
-from curate.annotators.embed import EmbedConfig
-from curate.annotators.heads import columns_of
-from curate.encoders.base import Encoder, load_encoder, unit
+from curate.annotators.registry import make_annotators
+from curate.encoders.base import Encoder, unit
+from curate.encoders.embed import EmbedConfig
+from curate.encoders.registry import load_encoder
 from curate.images.decode import decode
 from curate.layout import Data
 from curate.shards.tar import read_images
-from curate.sources.plan import SourceConfig, make_plan
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import make_plan
 from curate.workers import EmbedWorker
 from pipelines.cli import main
 from tests.real_data import fetch_all, pictures
@@ -116,17 +118,17 @@ def embedded(toys: Toys, folder: Path, config: EmbedConfig, score: dict[str, str
 
 
 def refused_by_score(data: Data, head: Path | str, capsys: pytest.CaptureFixture[str]) -> str:
-    """What `tastemaker score` says when it refuses; nothing is scored."""
+    """What `tastemaker annotate` says when it refuses; nothing is scored."""
     capsys.readouterr()
-    assert main(["score", str(data.root), "--head", f"taste={head}"]) == 2
-    assert not list((data.root / "scored").rglob("*.parquet"))
+    assert main(["annotate", str(data.root), f"taste={head}"]) == 2
+    assert not list((data.root / "annotated").rglob("*.parquet"))
     return capsys.readouterr().err
 
 
 def scored(data: Data, head: Path | str) -> np.ndarray:
-    """The scores that `tastemaker score` writes."""
-    assert main(["score", str(data.root), "--head", f"taste={head}"]) == 0
-    return pq.read_table(data.scores("taste", 0))["taste"].to_numpy()
+    """The scores that `tastemaker annotate` writes."""
+    assert main(["annotate", str(data.root), f"taste={head}"]) == 0
+    return pq.read_table(data.annotations("taste", 0))["taste"].to_numpy()
 
 
 # ----------------------------------------------------------------------------------------------------- ten wrong spaces
@@ -154,7 +156,7 @@ def test_a_head_is_refused_on_vectors_of_another_encoder(
 ) -> None:
     data = embedded(toys, tmp_path / "data", toys.config(name, weights))
     err = refused_by_score(data, toys.head, capsys)
-    assert_told(err, rf"the head taste \(column taste\) belongs to the space of {FIRST} .* is of {name} .*{told}")
+    assert_told(err, rf"columns\.taste: the head taste belongs to the space of {FIRST} .* is of {name} .*{told}")
 
 
 def assert_told(text: str, pattern: str) -> None:
@@ -175,7 +177,7 @@ def test_a_picture_left_on_its_side_is_another_space(toys: Toys, tmp_path: Path)
     data = embedded(toys, tmp_path / "theirs", toys.config())
     measure(encode, FIRST).save(data.space)
     ours = tmp_path / "ours"
-    with pytest.raises(SpaceMismatch, match=r"the head taste \(column taste\).*1 of 16 probe images, most of all 10_"):
+    with pytest.raises(SpaceMismatch, match=r"columns\.taste: the head taste.*1 of 16 probe images, most of all 10_"):
         embedded(toys, ours, toys.config(embeddings=str(data.root / "embedded")), {"taste": str(toys.head)})
     assert not Data(ours).embedded_record(0).exists()
 
@@ -218,8 +220,8 @@ def test_a_declared_head_knows_its_encoder_by_name(
     l14, siglip = "open_clip:ViT-L-14-quickgelu/openai", "open_clip:ViT-B-16-SigLIP/webli"
     for head, encoder in (("laion-v1-b32", l14), ("laion-v2", siglip), ("laion-v2", "bundled")):
         with pytest.raises(SpaceMismatch, match=f"reads vectors of .*, but embed.encoder is {encoder}"):
-            columns_of({"taste": head}, encoder)
-    assert columns_of({"taste": "laion-v2"}, "open_clip:ViT-L-14-quickgelu/OpenAI")
+            make_annotators({"taste": head}, encoder)
+    assert make_annotators({"taste": "laion-v2"}, "open_clip:ViT-L-14-quickgelu/OpenAI")
     with pytest.raises(SpaceMismatch, match="differ in: the encoder"):
         require_same(load_head("laion-v2").space, Space(encoder=siglip, dim=768, probes=np.eye(16, 768)))
 
@@ -236,7 +238,7 @@ def test_the_embed_stage_refuses_before_it_embeds(toys: Toys, tmp_path: Path) ->
     other = "open_clip:toy-quickgelu/second"
     score = {"taste": str(toys.head)}
     with pytest.raises(SpaceMismatch, match=f"{FIRST}, but embed.encoder is {other}"):
-        columns_of(score, other)
+        make_annotators(score, other)
     with pytest.raises(SpaceMismatch, match=r"the head taste .*probe images"):
         embedded(toys, tmp_path / "data", toys.config(other, "second"), score)
     assert not Data(tmp_path / "data").embedded_record(0).exists()
@@ -254,7 +256,7 @@ def test_imported_vectors_meet_the_same_lock(toys: Toys, tmp_path: Path) -> None
         embedded(toys, tmp_path / "ours", folder, score)
     same = embedded(toys, tmp_path / "same", toys.config())
     ours = embedded(toys, tmp_path / "ours", toys.config(embeddings=str(same.root / "embedded")), score)
-    assert pq.read_table(ours.scores("taste", 0)).num_rows == PICTURES
+    assert pq.read_table(ours.annotations("taste", 0)).num_rows == PICTURES
 
 
 # --------------------------------------------------------------------------------------------- four ways of being right

@@ -23,7 +23,8 @@ from aesthetic.errors import UserError
 from pipelines.cli import main
 from train.generate.files import check_facts, read_facts
 from train.generate.sampler import GenerationRequest, NoImage, Sampler, fitting_size, foreign_syntax
-from train.models.info import ModelInfo, check_trainable, read_model_info, weight_variant
+from train.models.files import weight_variant
+from train.models.info import ModelInfo, check_trainable, read_model_info
 from train.models.presets import PRESETS
 from train.models.unet import load_model, new_model
 

@@ -18,14 +18,16 @@ import pytest
 from aesthetic.errors import UserError
 from curate.layout import Data
 from curate.shards.pack import _check_folder
-from curate.sources.plan import SourceConfig, make_plan
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import make_plan
 from curate.store.files import open_log, sweep
 from curate.store.lock import Lock, hold_worker_lock
 from curate.store.ownership import MARK, check_free, kind_of, taken
+from pipelines import curation
 from pipelines.cli import main
-from pipelines.commands import curate
 from pipelines.recipe import load_recipe
-from pipelines.runtime.progress import Terminal
+from pipelines.runtime.progress import redirect_output
+from pipelines.stored_recipe import store_recipe
 
 Tree = dict[str, tuple[str, bytes]]
 
@@ -59,7 +61,7 @@ def checkout(root: Path) -> None:
 
 def lookalike(root: Path) -> None:
     write(root, "recipe.yaml", "plan/notes.txt", "plan/00000.parquet", "fetched/00000.tar", "shards/mine/00000.tar")
-    write(root, "embedded/space.json", "scored/a/00000.json", "selected/s.json", "logs/train.log", "start/notes.txt")
+    write(root, "embedded/space.json", "annotated/a/00000.json", "selected/s.json", "logs/train.log", "start/notes.txt")
     write(root, ".something.tmp", ".x.4194305-0123abcd.tmp", ".spill-4194305-0123abcd/x", ".probe", ".nonce")
     write(root, "unet/mine", "checkpoints/.x.4194305-0123abcd.tmp", "unjoined.csv", "report.json", "model_index.json")
 
@@ -227,7 +229,7 @@ def test_a_folder_says_what_it_is(tmp_path: Path) -> None:
     old = tmp_path / "first edition"  # which wrote no mark
     plan_in(old)
     assert kind_of(old) == "data"
-    curate.store_recipe(Data(old), load_recipe("bundled"))
+    store_recipe(Data(old), load_recipe("bundled"))
     (old / "plan" / "plan.json").write_text("damaged")
     assert kind_of(old) == "data"
     for name, text, says in (
@@ -248,19 +250,25 @@ def test_the_list_is_read_anew_and_what_others_put_into_the_folder_stays(tmp_pat
     made = [
         *(data.tar(0), data.table(0), data.fetched_record(0), data.starts(0), data.image_vectors(0)),
         *(data.text_vectors(0), data.metadata(0), data.embedded_record(0), data.space, data.space_record),
-        *(data.scores("s", 0), data.scores_record("s", 0), data.root / "plan" / "list-00000-x.csv"),
+        *(data.annotations("s", 0), data.annotations_record("s", 0), data.root / "plan" / "list-00000-x.csv"),
     ]
     write(data.root, *(str(p.relative_to(data.root)) for p in made))
-    foreign = ["plan/notes.txt", "fetched/notes.txt", "fetched/mine.tar", "embedded/img_emb/mine.npy", "scored/s/n.txt"]
-    foreign += ["embedded/notes/00000.json", "scored/notes.txt"]
+    foreign = [
+        "plan/notes.txt",
+        "fetched/notes.txt",
+        "fetched/mine.tar",
+        "embedded/img_emb/mine.npy",
+        "annotated/s/n.txt",
+    ]
+    foreign += ["embedded/notes/00000.json", "annotated/notes.txt"]
     write(data.root, *foreign)
-    curate.restart(data, recipe, "source", ())
+    curation.restart(data, recipe, "source", ())
     assert sorted(name for name, (kind, _) in tree(data.root).items() if kind == "file") == sorted(foreign)
     for name in foreign:
         (data.root / name).unlink()
-    curate.restart(data, recipe, "source", ())
+    curation.restart(data, recipe, "source", ())
     clean = plan_in(tmp_path / "clean")
-    curate.restart(clean, recipe, "source", ())
+    curation.restart(clean, recipe, "source", ())
     assert not (clean.root / "plan").exists()
 
 
@@ -314,7 +322,7 @@ def test_logs_are_no_links(tmp_path: Path) -> None:
     (tmp_path / "a" / "logs" / "ray.log").symlink_to("../../precious")
     before = tree(tmp_path)
     for root in ("data", "a"):
-        with pytest.raises(UserError, match="is a link"), Terminal(tmp_path / root / "logs" / "ray.log"):
+        with pytest.raises(UserError, match="is a link"), redirect_output(tmp_path / root / "logs" / "ray.log"):
             raise AssertionError
         with pytest.raises(UserError, match="is a link"):
             open_log(tmp_path / root / "logs" / "ray.log")

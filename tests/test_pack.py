@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
-from small_data import SHARD_SIZE, make_data, write_fetched, write_scored
+from small_data import SHARD_SIZE, make_data, write_annotated, write_fetched
 
 from aesthetic.errors import UserError
 from curate.ledger.schema import make_key
@@ -32,7 +32,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "embedded" / "space.json").write_text(
         json.dumps({"encoder": "bundled", "fingerprint": "ab12", "probes": [[1]]})
     )
-    (root / "recipe.yaml").write_text("score: {laion_v2: laion-v2}\n")
+    (root / "recipe.yaml").write_text("columns: {laion_v2: laion-v2}\n")
     choose(root)
     return root
 
@@ -139,9 +139,9 @@ def test_the_manifest_is_a_record_like_others_and_says_what_made_the_numbers(dat
     assert all(sha256_file(data / name) == sha for name, sha in output_digests(manifest).items())
     assert len(manifest["outputs"]) == 2 * 4 + 2
     assert manifest["space"] == {"encoder": "bundled", "fingerprint": "ab12"}
-    assert manifest["heads"]["laion_v2"]["head"] == "laion-v2"
+    assert manifest["columns"]["laion_v2"]["head"] == "laion-v2"
     assert sum(manifest["funnel"].values()) == 60
-    assert manifest["recipe"].startswith("score:")
+    assert manifest["recipe"].startswith("columns:")
 
 
 def test_the_card_is_one_that_the_hub_reads(data: Path) -> None:
@@ -165,20 +165,20 @@ def test_nothing_kept_is_told_with_the_rule_that_did_it(data: Path) -> None:
 
 def test_a_selection_of_older_data_is_refused(data: Path) -> None:
     for shard in range(3):
-        write_scored(data, shard, "laion_v2", lambda n: 9.0)
-    with pytest.raises(UserError, match=r"before scored/laion_v2 changed.*tastemaker select"):
+        write_annotated(data, shard, "laion_v2", lambda n: 9.0)
+    with pytest.raises(UserError, match=r"before annotated/laion_v2 changed.*tastemaker select"):
         pack(data, "s", PackConfig())
     with pytest.raises(UserError, match="no selection t"):
         pack(data, "t", PackConfig())
 
 
 def test_a_half_made_score_that_no_rule_reads_is_left_out(data: Path) -> None:
-    write_scored(data, 0, "taste", lambda n: 0.5)
+    write_annotated(data, 0, "taste", lambda n: 0.5)
     manifest = pack(data, "s", PackConfig())
-    assert manifest["left_out"] == ["scored/taste"]
+    assert manifest["left_out"] == ["annotated/taste"]
     assert "taste" not in pq.read_schema(data / "shards" / "s" / "00000.parquet").names
     for shard in (1, 2):
-        write_scored(data, shard, "taste", lambda n: 0.5)
+        write_annotated(data, shard, "taste", lambda n: 0.5)
     assert pack(data, "s", PackConfig())["left_out"] == []
     assert "taste" in pq.read_schema(data / "shards" / "s" / "00000.parquet").names
 

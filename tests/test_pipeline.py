@@ -204,7 +204,7 @@ def start(words: list[str | Path]) -> subprocess.Popen[str]:
 def test_an_error_in_a_worker_ends_the_run_with_its_cause(web: SmallWeb, tmp_path: Path) -> None:
     listed = web.write_list(tmp_path / "list.parquet")
     shutil.copytree(ROOT / "aesthetic" / "shipped" / "bundled-aesthetic", tmp_path / "head")
-    options = settings(web, 20, f"score.aesthetic={tmp_path / 'head'}", "fetch.timeout=1")
+    options = settings(web, 20, f"columns.aesthetic={tmp_path / 'head'}", "fetch.timeout=1")
     words = ["curate", listed, "--out", tmp_path / "data", "--recipe", "bundled", *options]
     with start(words) as process:
         with open(tmp_path / "head" / "head.safetensors", "r+b") as f:
@@ -273,16 +273,16 @@ def test_an_open_clip_encoder_and_a_head_in_its_space(web: SmallWeb, tmp_path: P
     # the same list with the head in the recipe: only the missing column is computed
     asked = web.web.counts().requests.total()
     stamps = {p: p.stat().st_mtime_ns for p in (data / "embedded").rglob("*.npy")}
-    taste = ["--set", f"score.taste={tmp_path / 'taste.head'}", "--set", "select.rules.nice=top(taste, 0.5)"]
+    taste = ["--set", f"columns.taste={tmp_path / 'taste.head'}", "--set", "select.rules.nice=top(taste, 0.5)"]
     more = tastemaker("curate", listed, "--out", data, *options, *taste, "--json")
     assert more.returncode == 0, more.stdout + more.stderr
     assert web.web.counts().requests.total() == asked
     assert stamps == {p: p.stat().st_mtime_ns for p in (data / "embedded").rglob("*.npy")}
-    scores = pq.read_table(data / "scored" / "taste" / "00000.parquet")["taste"].to_pylist()
+    scores = pq.read_table(data / "annotated" / "taste" / "00000.parquet")["taste"].to_pylist()
     assert len(scores) == len(vectors) and np.isfinite(scores).all()
     facts = json.loads(more.stdout.splitlines()[-1])
     assert sum(facts["funnel"].values()) == len(web.rows) and facts["kept"] > 0
 
-    wrong = tastemaker("curate", listed, "--out", tmp_path / "other", *options, "--set", "score.taste=laion-v2")
+    wrong = tastemaker("curate", listed, "--out", tmp_path / "other", *options, "--set", "columns.taste=laion-v2")
     assert wrong.returncode == 2 and "laion-v2 reads vectors of open_clip:ViT-L-14-quickgelu/openai" in wrong.stderr
     assert not (tmp_path / "other").exists()

@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.runtime import progress
-from pipelines.runtime.progress import EARLY, Board, Counts, Meter, ProgressDisplay, format_duration
+from pipelines.runtime.channel import ProgressActor
+from pipelines.runtime.progress import EARLY, Counts, Meter, ProgressDisplay, format_duration
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,13 +36,13 @@ def test_durations_in_words() -> None:
     ]
 
 
-def test_meters_lose_nothing_between_threads_and_board() -> None:
-    board = Board()
+def test_meters_lose_nothing_between_threads_and_progress_actor() -> None:
+    progress_actor = ProgressActor()
     lock = threading.Lock()
 
     def send(counts: Counts, hosts: dict[str, int]) -> None:
         with lock:
-            board.add(counts, hosts)
+            progress_actor.add(counts, hosts)
 
     meters = [Meter(send) for _ in range(2)]
 
@@ -56,7 +57,7 @@ def test_meters_lose_nothing_between_threads_and_board() -> None:
         t.join()
     for m in meters:
         m.flush()
-    counts, hosts = board.read()
+    counts, hosts = progress_actor.counts()
     assert counts == {("fetch", "success"): 8000, ("fetch", "dns"): 4000}
     assert len(hosts) == 3 and all(n == 800 for _, n in hosts)  # only failures count for a host
 
@@ -69,17 +70,17 @@ def test_a_meter_hands_on_each_second_by_itself() -> None:
     assert sent.wait(5)
 
 
-def test_a_board_keeps_the_worst_hosts_and_the_first_error() -> None:
-    board = Board()
+def test_the_actor_keeps_the_worst_hosts_and_the_first_error() -> None:
+    progress_actor = ProgressActor()
     for i in range(30):
-        board.add({}, {f"{i}-{j}": 1 for j in range(100)} | {"worst": 5})
-    assert board.read()[1][0] == ("worst", 150)
-    assert len(board._hosts) <= 2100
-    assert board.failure() is None
+        progress_actor.add({}, {f"{i}-{j}": 1 for j in range(100)} | {"worst": 5})
+    assert progress_actor.counts()[1][0] == ("worst", 150)
+    assert len(progress_actor._hosts) <= 2100
+    assert progress_actor.failure() is None
     first = ValueError("first")
-    board.fail(first)
-    board.fail(ValueError("second"))
-    assert board.failure() is first
+    progress_actor.fail(first)
+    progress_actor.fail(ValueError("second"))
+    assert progress_actor.failure() is first
 
 
 def counts(good: int, bad: int, embedded: int = 0) -> Counts:
@@ -90,9 +91,9 @@ def test_lines_where_it_is_no_terminal() -> None:
     out = io.StringIO()
     screen = ProgressDisplay(out, 1000, 0, True)
     for n in range(5):
-        screen.draw(counts(n, 0), [])
+        screen.show(counts(n, 0), [])
     assert out.getvalue() == ""  # not more often than each ten seconds
-    screen.draw(counts(900, 100, 900), [], end=True)
+    screen.show(counts(900, 100, 900), [], end=True)
     line = out.getvalue()
     assert line.count("\n") == 1 and "\r" not in line
     assert line.startswith("fetch  1,000/1,000  ") and "90.0% ok     embed  900/900  " in line
@@ -105,7 +106,7 @@ def test_only_what_is_left_to_do_is_shown() -> None:
     ):
         out = io.StringIO()
         done: Counts = {("fetch", "success"): 10} if rows else {("embed", "success"): 7}
-        ProgressDisplay(out, rows, images, embeds).draw(done, [], end=True)
+        ProgressDisplay(out, rows, images, embeds).show(done, [], end=True)
         assert out.getvalue().startswith(shown)
         assert ("embed" in out.getvalue()) == embeds and ("fetch" in out.getvalue()) == bool(rows)
 
@@ -117,7 +118,7 @@ def test_time_left_is_by_the_slower_stage(monkeypatch: pytest.MonkeyPatch) -> No
     screen = ProgressDisplay(out, 1000, 0, True)
     for second in range(1, 31):
         now[0] += 1
-        screen.draw(counts(20 * second, 0, 5 * second), [])
+        screen.show(counts(20 * second, 0, 5 * second), [])
     last = out.getvalue().splitlines()[-1]
     assert "fetch  600/1,000  20 rows/s  100.0% ok" in last and "embed  150/1,000  5 img/s" in last
     assert last.endswith("eta 2 min 50 s")  # 850 images at 5 a second
@@ -133,7 +134,7 @@ def test_time_left_counts_embedding_before_it_has_begun_and_when_all_is_fetched(
 
     def line(good: int, embedded: int) -> str:
         now[0] += 10
-        screen.draw(counts(good, 0, embedded), [])
+        screen.show(counts(good, 0, embedded), [])
         return out.getvalue().splitlines()[-1]
 
     assert line(0, 0).endswith("0 img/s")  # nothing is known yet
@@ -152,22 +153,22 @@ def test_a_trial_is_projected_without_its_start_and_its_slow_last_rows(monkeypat
     now[0] += 20  # Ray starts, models are loaded
     for tenth in range(1, 10):
         now[0] += 1
-        screen.draw(counts(10 * tenth, 0, 10 * tenth), [])
+        screen.show(counts(10 * tenth, 0, 10 * tenth), [])
     now[0] += 30  # a server that does not answer
-    screen.draw(counts(100, 0, 100), [], end=True)
-    whole = screen.whole(10_000, 10_000)
+    screen.show(counts(100, 0, 100), [], end=True)
+    whole = screen.project(10_000, 10_000)
     assert whole is not None and 1000 <= whole <= 1000 + 20 + 1 + 30 + 1  # ten rows a second; not 59 s a hundred
-    assert ProgressDisplay(io.StringIO(), 100, 0, True).whole(10_000, 10_000) is None
+    assert ProgressDisplay(io.StringIO(), 100, 0, True).project(10_000, 10_000) is None
 
 
 @pytest.mark.parametrize(("rows", "at"), [(10_000, EARLY), (30, 30)])
 def test_a_broken_list_is_said_at_once_and_once(rows: int, at: int) -> None:
     out = io.StringIO()
     screen = ProgressDisplay(out, rows, 0, True)
-    screen.draw(counts(1, at - 2), [("a", 9), ("b", 2)])
+    screen.show(counts(1, at - 2), [("a", 9), ("b", 2)])
     assert out.getvalue() == ""
     for _ in range(3):
-        screen.draw(counts(1, at - 1), [("a", 9), ("b", 2)])
+        screen.show(counts(1, at - 1), [("a", 9), ("b", 2)])
     share = f"{(at - 1) / at:.0%}"
     told = f"warning: {share} of the first {at} rows failed: http_404 {at - 1}    hosts: a 9 · b 2\n"
     assert out.getvalue() == told
@@ -175,7 +176,7 @@ def test_a_broken_list_is_said_at_once_and_once(rows: int, at: int) -> None:
 
 def test_half_of_the_rows_may_fail_in_silence() -> None:
     out = io.StringIO()
-    ProgressDisplay(out, 10_000, 0, True).draw(counts(EARLY // 2, EARLY // 2), [])
+    ProgressDisplay(out, 10_000, 0, True).show(counts(EARLY // 2, EARLY // 2), [])
     assert out.getvalue() == ""
 
 
@@ -185,9 +186,9 @@ def test_a_terminal_is_rewritten_in_place(columns: int) -> None:
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with os.fdopen(theirs, "w") as out:
         screen = ProgressDisplay(out, 100, 0, True)
-        screen.draw(counts(10, 0, 5), [])
+        screen.show(counts(10, 0, 5), [])
         screen.say("a line of its own")
-        screen.draw(counts(100, 0, 100), [], end=True)
+        screen.show(counts(100, 0, 100), [], end=True)
     shown = ""
     with contextlib.suppress(OSError):  # the other end is closed, and all is read
         while piece := os.read(ours, 10_000):
@@ -203,9 +204,9 @@ def test_libraries_words_go_to_a_log_and_ours_to_the_terminal(tmp_path: Path) ->
     code = f"""
 import os, subprocess, sys
 from pathlib import Path
-from pipelines.runtime.progress import Terminal
+from pipelines.runtime.progress import redirect_output
 print("before")
-with Terminal(Path({str(tmp_path)!r}) / "logs" / "ray.log") as out:
+with redirect_output(Path({str(tmp_path)!r}) / "logs" / "ray.log") as out:
     print("a library prints")
     print("a library warns", file=sys.stderr)
     os.write(1, b"C writes to 1\\n"), os.write(2, b"C writes to 2\\n")
@@ -213,7 +214,7 @@ with Terminal(Path({str(tmp_path)!r}) / "logs" / "ray.log") as out:
     print("ours", file=out)
 print("after")
 try:
-    with Terminal(Path({str(tmp_path)!r}) / "logs" / "ray.log") as out:
+    with redirect_output(Path({str(tmp_path)!r}) / "logs" / "ray.log") as out:
         raise ValueError
 except ValueError:
     print("after an error", file=sys.stderr)

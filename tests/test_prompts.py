@@ -14,7 +14,8 @@ from aesthetic.head_files import save_head
 from aesthetic.heads import HeadError
 from aesthetic.prompts import prompt_head
 from aesthetic.space import Space, probe_files, require_same
-from curate.encoders.base import Encoder, load_encoder
+from curate.encoders.base import Encoder
+from curate.encoders.registry import load_encoder
 from curate.images.decode import decode
 from pipelines.cli import main
 from tests.tiny_clip import add_architectures, make_weights
@@ -148,7 +149,7 @@ def test_from_the_command_line(
     assert main([*words, *sides]) == 0
     out = capsys.readouterr().out
     assert "“a photo of a cat”; “a kitten”" in out
-    assert "next: tastemaker score DATA --head cats=cats" in out
+    assert "next: tastemaker annotate DATA cats=cats" in out
     assert load_head("cats").link == "sigmoid"
     assert main([*words, *sides, "--out", str(tmp_path / "c.head"), "--task", "subject"]) == 0
     assert load_head(tmp_path / "c.head").task == "subject"

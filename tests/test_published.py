@@ -308,7 +308,7 @@ def test_from_the_command_line(tmp_path, capsys, monkeypatch):
     assert main(["heads", "show", name]) == 0
     out = capsys.readouterr().out
     assert "Encoder, norm and scale are as declared" in out
-    assert f"next: tastemaker score DATA --head {name}={name}" in out
+    assert f"next: tastemaker annotate DATA {name}={name}" in out
     assert main(["heads", "show", "open-nsfw"]) == 0
     assert "it reads pixels" in capsys.readouterr().out
     assert main(["heads", "show", name, "--norm", "l2"]) == 2

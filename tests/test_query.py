@@ -18,7 +18,7 @@ from curate.ledger.rules import check_rules
 from curate.ledger.select import SelectConfig, select
 from curate.sources.predicate import Predicate
 from pipelines.cli import main
-from pipelines.commands import query
+from pipelines.rows import show
 
 LONG = (
     "SELECT key, caption || repeat('x', 100) AS long, similarity, laion_v2, source FROM ledger, range(20) ORDER BY key"
@@ -57,12 +57,12 @@ def test_whole_into_a_pipe(data: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_a_terminal_is_told_what_is_missing(data: Path) -> None:
     out = Terminal()
-    told = query.show(data, LONG, out)
+    told = show(data, LONG, out)
     lines = out.getvalue().splitlines()
     assert len(lines) == 201 and max(map(len, lines)) < 200
     assert told.startswith("200 of 1,200 shown, long values are cut: --out FILE.csv")
     out = Terminal()
-    assert query.show(data, "SELECT 'a' || chr(27) || '[2J' || chr(10) AS e, 5 AS n", out) == ""
+    assert show(data, "SELECT 'a' || chr(27) || '[2J' || chr(10) AS e, 5 AS n", out) == ""
     assert out.getvalue() == "e           n\na\\x1b[2J\\n  5\n"
 
 
@@ -97,7 +97,11 @@ def test_files(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     for ending in ("csv", "parquet", "jsonl"):
         out = tmp_path / f"x.{ending}"
         assert main(["query", str(data), LONG, "--out", str(out), "--json"]) == 0
-        assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"rows": 1200, "paths": {"written": str(out)}}
+        assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {
+            "rows": 1200,
+            "options": {"data": str(data), "sql": LONG, "out": str(out)},
+            "paths": {"written": str(out)},
+        }
     assert len(list(csv.reader((tmp_path / "x.csv").open(newline="")))) == 1201
     assert [json.loads(line)["key"] for line in (tmp_path / "x.jsonl").open()][-1] == "0000219"
     table = pq.read_table(tmp_path / "x.parquet")
@@ -131,19 +135,17 @@ def test_what_takes_too_much_memory_says_how_to_give_it_more(
 ) -> None:
     monkeypatch.setenv("TASTEMAKER_SQL_MEMORY", "100MB")
     with pytest.raises(UserError, match=r"more than 100MB of memory.*TASTEMAKER_SQL_MEMORY=8GB"):
-        query.show(data, sql, io.StringIO())
+        show(data, sql, io.StringIO())
     monkeypatch.setenv("TASTEMAKER_SQL_MEMORY", "much")
     with pytest.raises(UserError, match="TASTEMAKER_SQL_MEMORY=much: a size such as 4GB"):
-        query.show(data, sql, io.StringIO())
+        show(data, sql, io.StringIO())
 
 
 def test_what_never_ends_is_ended(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TASTEMAKER_SQL_SECONDS", "0.5")
     began = time.monotonic()
     with pytest.raises(UserError, match=r"not done after 0.5 s. `TASTEMAKER_SQL_SECONDS=3600`"):
-        query.show(
-            data, "SELECT count(*) FROM range(1000000000) a(i), range(99) b(j) WHERE i % 7 = 8 + j", io.StringIO()
-        )
+        show(data, "SELECT count(*) FROM range(1000000000) a(i), range(99) b(j) WHERE i % 7 = 8 + j", io.StringIO())
     assert time.monotonic() - began < 10
 
 

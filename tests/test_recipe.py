@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from aesthetic.errors import UserError
-from curate.annotators.heads import columns_of
+from curate.annotators.registry import make_annotators
 from curate.layout import Data
-from pipelines.commands import curate
+from pipelines.checks import check_selection
 from pipelines.recipe import (
     DEFAULT,
     LARGEST,
@@ -26,6 +26,7 @@ from pipelines.recipe import (
     to_dict,
     to_yaml,
 )
+from pipelines.stored_recipe import recipe_of, store_recipe, stored_recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,13 +37,13 @@ def test_the_shipped_recipes_are_these() -> None:
 
 
 @pytest.mark.parametrize("name", shipped())
-def test_a_shipped_recipe_is_whole(name: str) -> None:
+def test_a_shipped_recipe_is_whole(name: str, tmp_path: Path) -> None:
     """Its heads exist and read its encoder's vectors, its rules bind to the columns that there will be."""
     recipe = load_recipe(name)
     assert recipe.select.name == name
     assert re.match(r"# [^\n]{30,115}\.\n", recipe_text(name))  # what `tastemaker recipe` says about it
-    columns = columns_of(recipe.score, recipe.embed.encoder)
-    curate.check_selection(recipe, pa.schema([]), columns)
+    columns = make_annotators(recipe.columns, recipe.embed.encoder)
+    check_selection(Data(tmp_path), recipe, pa.schema([]), columns)
     assert parse_recipe(to_yaml(recipe)) == recipe
 
 
@@ -66,11 +67,22 @@ def test_a_shipped_recipe_is_whole(name: str) -> None:
         ("fetch: {max_bytes: 32mb}", "fetch.max_bytes: a whole number or a size such as 32MB is expected"),
         ("fetch: {max_bytes: 0.5B}", "fetch.max_bytes: a whole number or a size such as 32MB is expected"),
         ("fetch: {allow: [10.0.0.0]}", "fetch.allow"),
-        ("score: [laion-v2]", "score: a mapping of names is expected, not ['laion-v2']"),
-        ("score: {../../x: laion-v2}", "score.../../x: a column's name is letters, digits and _"),
-        ("score: {Width: laion-v2}", "score.Width: there is a column width (SQL ignores case)"),
-        ("score: {similarity: laion-v2}", "score.similarity: there is a column similarity"),
-        ("score: {taste: a, Taste: b}", "score.Taste: there is a column taste (SQL ignores case)"),
+        ("images: {sise: 3, size: big}", "unknown key images.sise (did you mean size?)"),
+        ("fetch: {respect: [a, [b]]}", "fetch.respect: text is expected, not ['b']"),
+        ("select: {rules: {5: [a]}}", "select.rules.5: text is expected, not ['a']"),
+        ("source: {url: !!binary aGk=}", "source.url: a plain value is expected, not b'hi'"),
+        ("columns: {taste: {use: x, at: 1e300}}", "columns.taste.at: 1e+300 is too large a number"),
+        ("columns: [laion-v2]", "columns: a mapping of names is expected, not ['laion-v2']"),
+        ("columns: {../../x: laion-v2}", "columns.../../x: a column's name is letters, digits and _"),
+        ("columns: {Width: laion-v2}", "columns.Width: there is a column width (SQL ignores case)"),
+        ("columns: {similarity: laion-v2}", "columns.similarity: there is a column similarity"),
+        ("columns: {taste: 3}", "columns.taste: the name of a head or an annotator, or {use: ANNOTATOR, ...}"),
+        ("columns: {taste: {head: a}}", "columns.taste: the name of a head or an annotator, or {use: ANNOTATOR, ...}"),
+        (
+            "score: {a: laion-v2}",
+            "may name any annotator. Write in its place:\ncolumns:\n  a: laion-v2",
+        ),
+        ("columns: {taste: a, Taste: b}", "columns.Taste: there is a column taste (SQL ignores case)"),
         ("select: {rules: {large: true}}", "select.rules.large: text is expected, not True"),
         ("select: {rules: {large: [a]}}", "select.rules.large: text is expected, not ['a']"),
         ("select: {rules: {large: a > 1, large: a > 2}}", "large is there twice"),
@@ -99,15 +111,15 @@ def test_a_shipped_recipe_is_whole(name: str) -> None:
         ("select: {name: !!timestamp abc}", "not what its tag"),
         ("select: {rules: {a: \"caption = '\\ud800'\"}}", "select.rules.a"),
         ('"\\ud800": 1', "unknown key \\ud800"),
-        ("score: {1: a, '1': b}", "1 is there twice"),
+        ("columns: {1: a, '1': b}", "1 is there twice"),
         ("ray: {fetch_workers: 1e7}", "ray.fetch_workers: 10000000 is more than any cluster has"),
         ("# " + "x" * LARGEST, "it is longer than 262,144 characters"),
-        ("score: {" + ", ".join(f"a{i}: b" for i in range(20_000)) + "}", "no error in quadratic time"),
+        ("columns: {" + ", ".join(f"a{i}: b" for i in range(20_000)) + "}", "no error in quadratic time"),
     ],
 )
 def test_what_is_wrong_is_named(text: str, words: str) -> None:
     if words == "no error in quadratic time":
-        assert len(parse_recipe(text).score) == 20_000
+        assert len(parse_recipe(text).columns) == 20_000
         return
     with pytest.raises(UserError) as e:
         parse_recipe(text, what="mine.yaml")
@@ -181,8 +193,9 @@ def at(recipe: Recipe, path: str) -> Any:
         ("select.rules.words=source.\"a b\" = 'it''s: #1'", "select.rules.words", "source.\"a b\" = 'it''s: #1'"),
         ("select.rules.large= aesthetic >= 5 ", "select.rules.large", "aesthetic >= 5"),
         ("select.rules.off=true", "select.rules.off", "true"),
-        ("score.taste=heads/taste.head", "score.taste", "heads/taste.head"),
+        ("columns.taste=heads/taste.head", "columns.taste", "heads/taste.head"),
         ("select.rules={}", "select.rules", {}),
+        ("select.rules=[]", "select.rules", {}),
         ("ray.embed_gpus=0.5", "ray.embed_gpus", 0.5),
     ],
 )
@@ -196,9 +209,9 @@ def test_a_setting_is_laid_over(setting: str, path: str, value: Any) -> None:
 
 def test_a_rule_or_a_score_is_taken_away_and_order_stays() -> None:
     names = list(load_recipe("bundled").select.rules)
-    recipe = load_recipe("bundled", ["select.rules.safe=", "score.open_nsfw=", "select.rules.large=width > 1"])
+    recipe = load_recipe("bundled", ["select.rules.safe=", "columns.open_nsfw=", "select.rules.large=width > 1"])
     assert list(recipe.select.rules) == [n for n in names if n != "safe"]
-    assert list(recipe.score) == ["aesthetic"]
+    assert list(recipe.columns) == ["aesthetic"]
     assert list(load_recipe("bundled", ["select.rules.absent="]).select.rules) == names
     more = load_recipe("bundled", ["select.rules.large=", "select.rules.large=width > 1"])
     assert list(more.select.rules) == [n for n in names if n != "large"] + ["large"]
@@ -242,6 +255,23 @@ def test_text_that_looks_like_something_else_comes_back_as_text() -> None:
     assert parse_recipe(to_yaml(recipe)) == recipe
 
 
+def test_hashes_are_those_of_before() -> None:
+    """Of stages as they were when data folders were first made: what those hold is still theirs."""
+    source, fetch, images, clip = "a5cc99d0fc1b11df", "2713e9bff3719f2e", "39dd65e91164e98d", "51001d2626005912"
+    expected = {
+        "laion-aesthetics-5": (source, fetch, images, clip),
+        "sd2-base": (source, fetch, images, clip),
+        "datacomp-basic": (source, fetch, "2572fd20aacf53fa", clip),
+        "bundled": (source, fetch, images, "88e8a454209e60b2"),
+        "everything": (source, fetch, images, "88e8a454209e60b2"),
+    }
+    assert {name: tuple(load_recipe(name).stage_hashes().values()) for name in shipped()} == expected
+    settings = ["source.columns=[a]", "source.where=x > 1", "fetch.max_bytes=1.5kB", "fetch.allow=10.0.0.0/8:80"]
+    mine = load_recipe("bundled", [*settings, "fetch.verify=md5", "images.quality=7", "images.exif=true"])
+    hashes = ["e701794aa4bf41d9", "674f8a25e4366676", "7d674ca85b57eda0", "88e8a454209e60b2"]
+    assert list(mine.stage_hashes().values()) == hashes
+
+
 def test_hashes_change_only_for_keys_that_change_files() -> None:
     base = load_recipe(DEFAULT)
     hashes = base.stage_hashes()
@@ -259,7 +289,7 @@ def test_hashes_change_only_for_keys_that_change_files() -> None:
         "fetch.max_redirects=1",
         "fetch.user_agent=x",
         "embed.weights=w.pt",
-        "score.taste=laion-v2",
+        "columns.taste=laion-v2",
         "select.name=x",
         "select.rules.x=true",
         "pack.shard_size=7",
@@ -290,10 +320,10 @@ def test_hashes_change_only_for_keys_that_change_files() -> None:
 def test_a_recipe_in_data_loads_again(tmp_path: Path) -> None:
     data = Data(tmp_path)
     recipe = load_recipe("bundled", ["fetch.max_bytes=3MB", "select.rules.x=source.\"q\" <> 'a: #'", "images.mode=no"])
-    curate.store_recipe(data, recipe)
-    assert curate.stored_recipe(data) == recipe
+    store_recipe(data, recipe)
+    assert stored_recipe(data) == recipe
     assert load_recipe(str(data.recipe)) == recipe
-    assert curate.recipe_of(data, None, ["pack.seed=4"]).pack.seed == 4
+    assert recipe_of(data, None, ["pack.seed=4"]).pack.seed == 4
     text = data.recipe.read_text()
     for stage, value in recipe.stage_hashes().items():
         assert f"# {stage}: {value}\n" in text

@@ -71,11 +71,11 @@ def make_data(root: Path, rows: int, rules: dict[str, str] = RULES) -> Path:
         (root / "fetched" / f"{stem}.tar").write_bytes(tar.getvalue())
         pq.write_table(pa.Table.from_pylist(table, fetched_schema(extra_columns)), root / "fetched" / f"{stem}.parquet")
         write_json(root / "fetched" / f"{stem}_stats.json", {"successes": len(scores)})
-        for column, facts in (("aesthetic", {"task": "aesthetic"}), ("open_nsfw", {"detector": "open-nsfw"})):
-            (root / "scored" / column).mkdir(parents=True, exist_ok=True)
+        for column, unsafe in (("aesthetic", False), ("open_nsfw", True)):
+            (root / "annotated" / column).mkdir(parents=True, exist_ok=True)
             schema = pa.schema([("key", pa.string()), (column, pa.float32())])
-            pq.write_table(pa.Table.from_pylist(scores, schema), root / "scored" / column / f"{stem}.parquet")
-            write_json(root / "scored" / column / f"{stem}.json", facts)
+            pq.write_table(pa.Table.from_pylist(scores, schema), root / "annotated" / column / f"{stem}.parquet")
+            write_json(root / "annotated" / column / f"{stem}.json", {"columns": {column: {"unsafe": unsafe}}})
     select(root, SelectConfig(name="mine", rules=rules), {})
     return root
 
@@ -175,10 +175,10 @@ def test_rules_that_can_no_longer_be_asked_blur_at_the_strictest_cut(data: Path)
     assert {t.key[-1] for t in _Facts(data, "old")._tiles("true", "key", 200, []) if t.blurred} == {"1", "2"}
 
 
-def test_a_detector_is_known_by_its_record_whatever_its_column_is_called(tmp_path: Path) -> None:
+def test_what_is_unsafe_is_known_by_its_record_whatever_its_column_is_called(tmp_path: Path) -> None:
     root = make_data(tmp_path / "data", 20)
     for shard in range(2):
-        write_json(root / "scored" / "aesthetic" / f"{shard:05d}.json", {"task": "nsfw"})
+        write_json(root / "annotated" / "aesthetic" / f"{shard:05d}.json", {"columns": {"aesthetic": {"unsafe": True}}})
     assert sorted(_Facts(root, "mine").unsafe) == ["aesthetic", "open_nsfw"]
 
 

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from curate import verify
-from curate.annotators.heads import columns_of
+from curate.annotators.registry import make_annotators
 from curate.fetch.deny import Deny
 from curate.layout import Data
 from curate.ledger.denied import _Look
@@ -32,7 +32,8 @@ from curate.store.records import invalidate, is_done
 from curate.workers import embed_done, fetch_done
 from demo.web import Route
 from pipelines import cli
-from pipelines.commands.curate import left_to_do, restart, status
+from pipelines.commands.status import status
+from pipelines.curation import left_to_do, restart
 from pipelines.recipe import Recipe, load_recipe
 from pipelines.runtime.jobs import RemainingWork
 from tests.small_web import picture
@@ -81,7 +82,7 @@ def outcomes(data: Data) -> dict[str, str | None]:
 
 def written(data: Data, shard: int) -> dict[str, int]:
     """When each file of a shard was written, ns; another time is another file."""
-    found = (p for stage in ("fetched", "embedded", "scored") for p in (data.root / stage).rglob(f"*{shard:05d}*"))
+    found = (p for stage in ("fetched", "embedded", "annotated") for p in (data.root / stage).rglob(f"*{shard:05d}*"))
     return {str(p): p.stat().st_mtime_ns for p in found}
 
 
@@ -112,7 +113,7 @@ def test_retry_asks_for_what_may_pass_and_keeps_the_rest(served: Served, tmp_pat
     then = {shard: (rows(data, shard), dict(_images(data, shard)), written(data, shard)) for shard in range(3)}
 
     fetch_shards(data, recipe, retry=True)
-    assert left_to_do(data, recipe, columns_of(recipe.score), ("fetch", "embed")) == RemainingWork([0, 2], 0, 3)
+    assert left_to_do(data, recipe, make_annotators(recipe.columns), ("fetch", "embed")) == RemainingWork([0, 2], 0, 3)
     assert embed_shards(data, recipe) == 3  # of 30 pictures, those that came back
     second = choose(data, recipe)
 
@@ -161,7 +162,7 @@ def same_but_for_rounding(root: Path, other: Path) -> None:
         elif name.startswith("embedded/") and name.endswith(".npy"):
             x, y = (np.load(r / name).astype(np.float32) for r in (root, other))
             assert x.shape == y.shape and np.abs(x - y).max() < 1e-3
-        elif name.startswith(("embedded/metadata", "scored/", "selected/")) and name.endswith(".parquet"):
+        elif name.startswith(("embedded/metadata", "annotated/", "selected/")) and name.endswith(".parquet"):
             x, y = (pq.read_table(r / name) for r in (root, other))
             for column in x.column_names:
                 if pa.types.is_floating(x[column].type):
@@ -186,7 +187,7 @@ def test_retries_before_the_next_embedding_add_up(served: Served, tmp_path: Path
     invalidate(data.fetched_record(0))
     fetch_shards(data, recipe)
     assert "retries" not in read_json(data.fetched_record(0))
-    invalidate(data.scores_record("open_nsfw", 0))  # a detector alone has the pixels decoded again
+    invalidate(data.annotations_record("open_nsfw", 0))  # a detector alone has the pixels decoded again
     assert embed_shards(data, recipe) == read_json(data.fetched_record(0))["successes"]
 
 
@@ -305,7 +306,7 @@ def everything(root: Path) -> dict[str, bytes]:
         ),
         (["source.shard_size=5"], ["source.shard_size: 9 there, 5 asked for", "--restart-from source"]),
         (
-            ["embed.encoder=open_clip:ViT-B-32/openai", "score=", "select.rules="],
+            ["embed.encoder=open_clip:ViT-B-32/openai", "columns=", "select.rules="],
             ["embed.encoder: 'bundled' there, 'open_clip:ViT-B-32/openai' asked for", "--restart-from embed"],
         ),
     ],
@@ -341,7 +342,7 @@ def test_other_changes_ask_nothing_and_contact_nobody(
     assert cli.main([*command[:4], "--dry-run", "--json"]) == 0  # by DATA's own recipe, as that is now
     assert '"rows_to_fetch": 0' in capsys.readouterr().out
     assert cli.main(command[:4]) == 0
-    assert cli.main(["score", str(copy.root), "--head", "again=bundled-aesthetic"]) == 0
+    assert cli.main(["annotate", str(copy.root), "again=bundled-aesthetic"]) == 0
     assert cli.main(["retry", str(copy.root)]) == 0  # a 404 does not pass: nothing to do, not even to start Ray
     assert "starting Ray" not in capsys.readouterr().out
     assert served.requests() == requests
@@ -368,7 +369,7 @@ def test_a_restart_that_cannot_be_done_takes_nothing_back(
             *(listed, "--restart-from", "embed", "--set", "embed.encoder=open_clip:ViT-B-32/openai")
         ],
         "embed.weights: there is no file": [
-            *(listed, "--restart-from", "embed", "--set", f"embed.weights={tmp_path}/no.pt", "--set", "score="),
+            *(listed, "--restart-from", "embed", "--set", f"embed.weights={tmp_path}/no.pt", "--set", "columns="),
             *("--set", "embed.encoder=open_clip:ViT-B-32/openai", "--set", "select.rules="),
         ],
     }

@@ -9,7 +9,7 @@ from sklearn.linear_model import Ridge as Oracle
 from small_ratings import make
 
 from aesthetic.chunks import thread_map
-from aesthetic.ridge import CHUNK, PENALTIES, Moments, Ridge, path_of, ridge_path
+from aesthetic.ridge import CHUNK, PENALTIES, Moments, Ridge, path_of_sums, ridge_path
 
 
 @pytest.mark.parametrize(("n", "dim"), [(240, 32), (60, 100)])
@@ -39,7 +39,7 @@ def test_sums_of_parts_give_the_ridge_of_the_whole():
     x, y, _ = make(500)
     w = np.random.default_rng(2).uniform(0.5, 4, 500)
     parts = [Moments.of((x[i : i + 130], y[i : i + 130], w[i : i + 130])) for i in range(0, 500, 130)]
-    path = path_of(sum(parts[1:], parts[0]))
+    path = path_of_sums(sum(parts[1:], parts[0]))
     whole = ridge_path(x, y, w)
     for penalty in PENALTIES[::8]:
         np.testing.assert_allclose(path.solution(penalty)[0], whole.solution(penalty)[0], rtol=1e-9, atol=1e-12)
@@ -97,7 +97,7 @@ def test_ray_tasks_give_the_bits_of_threads():
     """Real Ray: four workers, and two, against threads here."""
     import ray
 
-    from pipelines.runtime.jobs import ray_map
+    from pipelines.runtime.cluster import ray_map
 
     x, y, _ = make(3 * CHUNK + 17, 8)
     w, fold = np.ones(len(y)), np.arange(len(y)) % 2

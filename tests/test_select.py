@@ -17,9 +17,9 @@ from small_data import (
     laion_v2,
     make_data,
     uid_of,
+    write_annotated,
     write_embedded,
     write_fetched,
-    write_scored,
 )
 
 from aesthetic.errors import UserError
@@ -145,7 +145,7 @@ def test_the_connection_itself_has_no_access(unchanged: Path, tmp_path: Path) ->
     ):
         with pytest.raises(duckdb.Error):
             con.execute(sql).fetchall()
-    assert sorted(os.listdir(unchanged)) == ["embedded", "fetched", "scored"]
+    assert sorted(os.listdir(unchanged)) == ["annotated", "embedded", "fetched"]
 
 
 def test_sql_errors_are_said_in_a_line(unchanged: Path) -> None:
@@ -321,32 +321,32 @@ def test_a_new_score_is_shown_and_a_changed_score_selects_anew(data: Path) -> No
     assert set(selection.quantiles) == {"laion_v2", "similarity"}
     assert selection.quantiles["laion_v2"]["max"] == pytest.approx(6.95)
     for shard in range(3):
-        write_scored(data, shard, "taste", lambda n: n / 60)
+        write_annotated(data, shard, "taste", lambda n: n / 60)
     selection, verdicts = run(data, good="laion_v2 >= 5")
     assert set(selection.quantiles) == {"laion_v2", "similarity", "taste"}
     assert verdicts == before
     for shard in range(3):
-        write_scored(data, shard, "laion_v2", lambda n: 4.0)
+        write_annotated(data, shard, "laion_v2", lambda n: 4.0)
     assert run(data, good="laion_v2 >= 5")[0].kept == 0
 
 
 def test_incomplete_and_stale_tables_are_refused_where_a_rule_reads_them(data: Path) -> None:
-    write_scored(data, 0, "taste", lambda n: 0.5)
+    write_annotated(data, 0, "taste", lambda n: 0.5)
     assert run(data, good="laion_v2 >= 5")[0].kept
-    with pytest.raises(UserError, match=r"scored/taste lacks 2 of 3 .*tastemaker score"):
+    with pytest.raises(UserError, match=r"annotated/taste lacks 2 of 3 .*tastemaker annotate"):
         run(data, mine="taste > 0.2")
     write_fetched(data, 1, salt="!")
-    with pytest.raises(UserError, match="scored/laion_v2/00001 was made from an older fetched/00001"):
+    with pytest.raises(UserError, match="annotated/laion_v2/00001 was made from an older fetched/00001"):
         run(data, good="laion_v2 >= 5")
     assert run(data, big="original_width > 500")[0].kept
     write_embedded(data, 1)
-    write_scored(data, 1, "laion_v2", laion_v2)
+    write_annotated(data, 1, "laion_v2", laion_v2)
     assert run(data, good="laion_v2 >= 5")[0].kept
 
 
 def test_scores_in_another_order_are_joined_by_key(data: Path) -> None:
     _, before = run(data, good="laion_v2 >= 5")
-    path = data / "scored" / "laion_v2" / "00001.parquet"
+    path = data / "annotated" / "laion_v2" / "00001.parquet"
     table = pq.read_table(path)
     pq.write_table(table.take(pa.array(range(len(table) - 1, -1, -1))), path)
     (data / "selected" / "s.json").unlink()
@@ -505,8 +505,8 @@ def test_a_subset_selection_remembers_its_file(data: Path, tmp_path: Path) -> No
     assert remembered(data, "s") == ({"a": "width > 0", "b": "laion_v2 >= 5"}, None)
     assert changed_since(data, "s", table_digests(tables(data))) == []
     for shard in range(3):
-        write_scored(data, shard, "laion_v2", lambda n: 4.0)
-    assert changed_since(data, "s", table_digests(tables(data))) == ["scored/laion_v2"]
+        write_annotated(data, shard, "laion_v2", lambda n: 4.0)
+    assert changed_since(data, "s", table_digests(tables(data))) == ["annotated/laion_v2"]
     assert changed_since(data, "subset", table_digests(tables(data))) == []
     path.write_bytes(path.read_bytes() + b" ")
     with pytest.raises(UserError, match=r"subset.npy, which is not there any more or has changed"):

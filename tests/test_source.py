@@ -28,10 +28,11 @@ from PIL import Image
 from aesthetic.errors import UserError
 from curate.ledger.schema import Reason
 from curate.shards.tar import TarWriter
-from curate.sources import plan as plan_module
-from curate.sources.folders import reason_of
-from curate.sources.lists import BATCH
-from curate.sources.plan import Plan, Row, SourceConfig, inspect, load_plan, make_plan
+from curate.sources import planner
+from curate.sources.img2dataset import reason_of
+from curate.sources.parquet import BATCH
+from curate.sources.plan import Plan, Row, SourceConfig, load_plan
+from curate.sources.planner import inspect, make_plan
 
 ROWS: list[dict[str, Any]] = [
     {"url": f"http://h{i % 3}.test/{i}.jpg", "caption": f'a "cat",\n no {i} é' if i % 4 else None, "n": i, "w": i / 2}
@@ -258,8 +259,8 @@ def test_integers_beside_fractions_are_rounded(tmp_path: Path) -> None:
     for name, values in (("a", [big]), ("b", [0.5])):
         parquet(tmp_path / "lists" / f"{name}.parquet", {"url": ["u"], "hash": values})
     lines = write(tmp_path / "l.jsonl", f'{{"url": "u", "hash": {big}}}\n{{"url": "u", "hash": 0.5}}')
-    for number, path in enumerate((tmp_path / "lists", lines)):
-        rows = all_rows(make_plan(str(path), tmp_path / str(number), SourceConfig()))
+    for i, path in enumerate((tmp_path / "lists", lines)):
+        rows = all_rows(make_plan(str(path), tmp_path / str(i), SourceConfig()))
         assert [r["hash"] for r in rows] == [float(big), 0.5]
 
 
@@ -432,9 +433,9 @@ def grown(lists: str, root: Path, config: SourceConfig, *limits: int | None) -> 
     plan = make_plan(lists, root, config, limits[0])
     for limit in limits[1:]:
         before = [(s, plan.shard_digest(s.shard), plan.read(s.shard).table) for s in plan.shards]
-        told = inspect(lists, config, limit, root)
+        preview = inspect(lists, config, limit, root)
         plan = make_plan(lists, root, config, limit)
-        assert (told.total_rows, told.shard_count) == (plan.total_rows, len(plan.shards))
+        assert (preview.total_rows, preview.shard_count) == (plan.total_rows, len(plan.shards))
         for shard, digest, table in before:  # what is fetched stays what it was
             assert plan.shards[shard.shard] == shard and plan.shard_digest(shard.shard) == digest
             assert plan.read(shard.shard).table.equals(table)
@@ -471,7 +472,7 @@ def test_a_plan_that_cannot_grow_stays_as_it_is(tmp_path: Path, monkeypatch: pyt
 
     for name in ("write_json", "_write_plan"):  # a kill between the plan's two files, and before them
         with monkeypatch.context() as patch:
-            patch.setattr(plan_module, name, stop)
+            patch.setattr(planner, name, stop)
             with pytest.raises(KeyboardInterrupt):
                 make_plan(str(path), root, config)
         again = load_plan(root)
@@ -574,8 +575,8 @@ def test_tar_shards(tmp_path: Path) -> None:
 
 def test_img2dataset_failures_become_rows(tmp_path: Path) -> None:
     folder = tmp_path / "tars"
-    told = {"url": "http://a.test/ok", "caption": "fine", "hash": 5, "key": "000000001", "status": "success"}
-    write_tar(folder / "00000.tar", {"000000001": {"jpg": picture(), "json": json.dumps(told).encode()}})
+    facts = {"url": "http://a.test/ok", "caption": "fine", "hash": 5, "key": "000000001", "status": "success"}
+    write_tar(folder / "00000.tar", {"000000001": {"jpg": picture(), "json": json.dumps(facts).encode()}})
     errors = [None, "HTTP Error 404: Not Found", "Image decoding error", "<urlopen error timed out>"]
     columns: dict[str, list[Any]] = {
         "url": ["http://a.test/ok", "http://a.test/404", "http://a.test/text", "http://a.test/slow"],
@@ -785,9 +786,11 @@ def test_bad_settings(tmp_path: Path) -> None:
         "row_number() OVER () > 3": "cannot contain window functions",
         "random() < 0.5": r"random\(\) gives another answer each time",
         "url IN (SELECT content FROM read_text('/etc/hostname'))": "a subquery",
-        "true) ORDER BY (1": "one condition is needed",
-        "true) UNION SELECT (1": "one condition is needed",
-        "true); SELECT (1": "one condition is needed",
+        "true) ORDER BY (1": "syntax error",
+        "true) UNION SELECT (1": "syntax error",
+        "true); SELECT (1": "syntax error",
+        "true ORDER BY 1": "one condition is expected",
+        "true; SELECT 1": "one condition is expected",
         "COLUMNS(*) IS NOT NULL": "name the columns one by one",
         "nosuch(url)": "nosuch does not exist",
         "CAST(caption AS INT) > 3": "Could not convert",
@@ -801,7 +804,8 @@ def test_bad_settings(tmp_path: Path) -> None:
 _PLANNER = """
 import re, sys, time
 from pathlib import Path
-from curate.sources.plan import SourceConfig, make_plan
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import make_plan
 began = time.time()
 plan = make_plan(sys.argv[1], Path(sys.argv[2]), SourceConfig(where=sys.argv[3] or None), int(sys.argv[4]) or None)
 made = time.time() - began
@@ -820,13 +824,13 @@ def test_ten_million_rows_in_a_gigabyte(tmp_path: Path) -> None:
     schema = pa.schema([("URL", pa.string()), ("TEXT", pa.string()), ("WIDTH", pa.int32()), ("punsafe", pa.float32())])
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for start in range(0, rows, group):
-            numbers = pa.array(range(start, start + group))
-            text = numbers.cast(pa.string())
+            indices = pa.array(range(start, start + group))
+            text = indices.cast(pa.string())
             columns = [
                 pc.binary_join_element_wise("https://images.example.test/a/rather/long/path", text, "picture.jpg", "/"),
                 pc.binary_join_element_wise("what it shows, in a dozen words or so, is this:", text, " "),
-                pc.cast(pc.bit_wise_and(numbers, 1023), pa.int32()),
-                pc.cast(pc.divide(pc.cast(pc.bit_wise_and(numbers, 255), pa.float64()), 256.0), pa.float32()),
+                pc.cast(pc.bit_wise_and(indices, 1023), pa.int32()),
+                pc.cast(pc.divide(pc.cast(pc.bit_wise_and(indices, 255), pa.float64()), 256.0), pa.float32()),
             ]
             writer.write_table(pa.table(columns, schema=schema), row_group_size=group)
     for where, limit, expected in (

@@ -14,8 +14,8 @@ from aesthetic.splits import (
     folds_of,
     groups_of,
     in_test_set,
+    make_splits,
     near_duplicates,
-    rounds_of,
 )
 
 
@@ -103,13 +103,13 @@ def test_what_comes_later_moves_nothing_that_is_there():
 
 def test_rounds_predict_every_row_once_or_hold_a_test_set_back():
     few = Groups([f"g{i % 60}" for i in range(600)], True, 0)
-    fold, rounds = rounds_of(few, "a")
+    fold, rounds = make_splits(few, "a")
     assert sorted(np.concatenate([r.test for r in rounds])) == list(range(600))
     assert all(set(r.train) | set(r.test) == set(range(600)) for r in rounds)
     assert TEST not in fold
     many = Groups([f"g{i // 3}" for i in range(NESTED_UP_TO + 3)], True, 0)
-    fold, (only,) = rounds_of(many, "a")
+    fold, (only,) = make_splits(many, "a")
     assert set(np.array(many.names)[only.test]).isdisjoint(np.array(many.names)[only.train])
     assert 0.15 < len(only.test) / len(many.names) < 0.25
     with pytest.raises(HeadError, match="have 2 groups"):
-        rounds_of(Groups(["a", "b"] * 20, True, 0), "a")
+        make_splits(Groups(["a", "b"] * 20, True, 0), "a")

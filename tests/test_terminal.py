@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from aesthetic.errors import UserError
-from curate.annotators.embed import EndsItsProcess
+from curate.annotators.stage import EndsItsProcess
 from pipelines.cli import main
 from pipelines.faults import check_limits, find_home, told
-from pipelines.runtime.jobs import log_to_file
+from pipelines.runtime.channel import log_to_file
 from pipelines.runtime.progress import ProgressBar, ProgressDisplay
 from pipelines.terminal import CLEAR, RETURN, Shown, safe_streams, shown, text_stream
 
@@ -53,7 +53,7 @@ def test_a_lists_hosts_and_names_do_not_reach_a_terminal(tmp_path: Path, capsys:
     ours, theirs = pty.openpty()
     stream = text_stream(theirs, sys.stderr)
     screen = ProgressDisplay(stream, 10, 0, True)  # type: ignore[arg-type]
-    screen.draw({("fetch", "dns"): 10}, [(EVIL, 10)], end=True)
+    screen.show({("fetch", "dns"): 10}, [(EVIL, 10)], end=True)
     count = ProgressBar(stream, EVIL, 10)  # type: ignore[arg-type]
     count.end(EVIL)
     stream.close()
@@ -145,13 +145,13 @@ def test_libraries_may_print_where_nobody_reads(tmp_path: Path) -> None:
     code = f"""
 import os, sys
 from pathlib import Path
-from pipelines.runtime.progress import Terminal
+from pipelines.runtime.progress import redirect_output
 from pipelines.terminal import open_descriptors, safe_streams
 open_descriptors()
 with safe_streams() as (out, err):
     print("lost"); out.flush(); err.flush()
     print("lost", file=err); err.flush()
-    with Terminal(Path({str(tmp_path)!r}) / "logs" / "ray.log") as ours:
+    with redirect_output(Path({str(tmp_path)!r}) / "logs" / "ray.log") as ours:
         print("ours", file=ours)
         print("a library warns", file=sys.stderr)
         os.write(1, b"C writes to 1\\n")

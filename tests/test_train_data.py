@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from aesthetic.errors import UserError
 from curate.ledger.select import SelectConfig, select
 from curate.shards.pack import PackConfig, pack
 from curate.shards.tar import TarWriter
-from curate.sources.captioned import Images, Samples, Tars
+from curate.sources.images import Images
+from curate.sources.tars import PackedShards, Tars
 from tests.small_data import make_data
 from tests.small_train import make_pictures
 from train.data import (
@@ -44,7 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_sample_is_there_once_and_any_can_be_had_by_number(root: Path) -> None:
-    samples = Samples(root / "shards" / "all")
+    samples = PackedShards(root / "shards" / "all")
     keys = [s.key for s in samples]
     assert len(samples) == len(keys) == len(set(keys)) > 20
     assert samples[17].key == keys[17] and samples[-1].key == keys[-1]
@@ -58,13 +58,13 @@ def test_every_sample_is_there_once_and_any_can_be_had_by_number(root: Path) -> 
 
 def test_a_folder_that_is_not_whole_is_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no packed shards"):
-        Samples(tmp_path)
+        PackedShards(tmp_path)
     tar = root / "shards" / "all" / "00001.tar"
     whole = tar.read_bytes()
     tar.write_bytes(whole[:-1024])
     try:
         with pytest.raises(UserError, match="missing or cut"):
-            Samples(root / "shards" / "all")
+            PackedShards(root / "shards" / "all")
     finally:
         tar.write_bytes(whole)
 
@@ -97,28 +97,15 @@ def test_tars_and_images_are_read_alike(pictures: Path, tmp_path: Path) -> None:
     assert isinstance(tars, Tars) and isinstance(images, Images) and len(tars) == len(images) == 50
     for one, other in zip(tars, images, strict=True):
         assert one.image == other.image and one.caption == other.caption and one.caption
-        assert (one.extension, other.extension) == ("png", "png")
     assert tars[49].key == "000000049" and images[49].key == "049.png"
+    assert tars.path(49) == "000000049.png" and images.path(49) == "049.png"
 
 
 def test_the_kind_of_a_folder_is_told(root: Path, pictures: Path) -> None:
-    assert type(open_samples(root / "shards" / "all")) is Samples
+    assert type(open_samples(root / "shards" / "all")) is PackedShards
     assert type(open_samples(root / "fetched")) is Tars
     with pytest.raises(UserError, match=r"Did you mean .*shards/all\?"):
         open_samples(root)
-
-
-@pytest.mark.parametrize("form", ["csv", "jsonl"])
-def test_captions_of_an_image_folder_may_stand_in_one_file(pictures: Path, tmp_path: Path, form: str) -> None:
-    folder = tmp_path / "images"
-    shutil.copytree(pictures, folder, ignore=shutil.ignore_patterns("*.txt"))
-    rows = [{"file_name": p.name, "text": f"picture, {p.stem}"} for p in folder.glob("*.png")]
-    if form == "csv":
-        lines = ["file_name,text", *(f'{r["file_name"]},"{r["text"]}"' for r in rows)]
-    else:
-        lines = [json.dumps(r) for r in rows]
-    (folder / f"metadata.{form}").write_text("\n".join(lines))
-    assert [s.caption for s in open_samples(folder)][:2] == ["picture, 000", "picture, 001"]
 
 
 def test_pictures_without_a_caption_can_be_given_one(pictures: Path, tmp_path: Path) -> None:
@@ -130,18 +117,6 @@ def test_pictures_without_a_caption_can_be_given_one(pictures: Path, tmp_path: P
     captions = [s.caption for s in given]
     assert captions == [s.caption or "a sks disc" for s in own] and captions.count("a sks disc") == len(own) - 3
     assert [s.image for s in given] == [s.image for s in own] and given.fingerprint != own.fingerprint
-
-
-def test_a_webdataset_without_json_is_read_too(pictures: Path, tmp_path: Path) -> None:
-    with open(tmp_path / "a.tar", "wb") as f:
-        out = TarWriter(f)
-        for name in sorted(pictures.glob("*.png"))[:10]:
-            out.add(f"{name.stem}.png", name.read_bytes())
-            out.add(f"{name.stem}.txt", b"a disc")
-        out.add("readme.md", b"no picture")
-        out.close()
-    samples = open_samples(tmp_path)
-    assert len(samples) == 10 and {s.caption for s in samples} == {"a disc"}
 
 
 def test_folders_that_cannot_be_trained_on_are_refused_with_what_to_do(pictures: Path, tmp_path: Path) -> None:

@@ -32,7 +32,6 @@ from train.metrics import format_record, training_flops
 from train.models.presets import PRESETS
 from train.models.unet import encode_images, load_model, new_model, tokenize
 from train.tasks import Denoise, Reconstruct, fit_scale, generate_images, psnr, slice_batch
-from train.world import Distributed
 
 
 def run(pictures: Path, out: Path, said: Any, settings: dict[str, Any]) -> None:
@@ -291,7 +290,7 @@ def rank(rank: int, store: Path, pictures: Path, out: Path) -> None:
     """One of two workers."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    list(small_run(pictures, out, world=Distributed(), steps=6, batch=16))
+    list(small_run(pictures, out, steps=6, batch=16))
     torch.distributed.destroy_process_group()
 
 

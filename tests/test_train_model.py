@@ -15,7 +15,6 @@ from aesthetic.errors import UserError
 from train.models.presets import OBJECTIVES, PRESETS
 from train.models.unet import (
     add_lora,
-    check_size,
     count_parameters,
     default_size,
     encode_images,
@@ -105,12 +104,6 @@ def test_the_tokenizer_writes_any_text(pipeline: Any) -> None:
         assert tokenizer.decode(ids[1:-1]).replace(" ", "") == text.replace(" ", "")
     assert tokenize(pipeline, ["", "a red star " * 20]).shape == (2, 16)
     assert pipeline.text_encoder.config.eos_token_id == tokenizer.eos_token_id
-
-
-def test_sizes_that_do_not_fit_are_refused_with_one_that_does(pipeline: Any) -> None:
-    check_size(pipeline, 16)
-    with pytest.raises(UserError, match=r"multiples of 2\. 16 would do"):
-        check_size(pipeline, 17)
 
 
 def test_sd15_is_stable_diffusion_by_its_parameters() -> None:

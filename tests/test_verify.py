@@ -55,7 +55,7 @@ def data(finished: Path, tmp_path: Path) -> Data:
 
 def committed(root: Path) -> list[Path]:
     """All files of the stages."""
-    stages = ("plan", "fetched", "embedded", "scored", "selected", "shards")
+    stages = ("plan", "fetched", "embedded", "annotated", "selected", "shards")
     return sorted(p for stage in stages for p in (root / stage).rglob("*") if p.is_file())
 
 
@@ -172,7 +172,7 @@ def test_only_what_depends_on_the_damage_is_made_again(
     data: Data, finished: Path, served: Served, recipe: Recipe
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in committed(data.root)}
-    path = data.scores("aesthetic", 1)
+    path = data.annotations("aesthetic", 1)
     content = path.read_bytes()
     path.write_bytes(content[:-1] + b"?")
     verify.repair(damaged(data))
@@ -180,7 +180,7 @@ def test_only_what_depends_on_the_damage_is_made_again(
     run_stages(finished.parent / "list.tsv", Data(data.root), recipe)
     assert served.requests() == requests and path.read_bytes() == content
     renewed = {p for p in before if p.stat().st_mtime_ns != before[p]}
-    assert renewed == {path, data.scores_record("aesthetic", 1)}
+    assert renewed == {path, data.annotations_record("aesthetic", 1)}
 
 
 def test_the_words_for_a_person(data: Data, recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:

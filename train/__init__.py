@@ -1,10 +1,8 @@
 """Training a text-to-image model on curated shards, and drawing with it. A library: it runs without Ray.
 
-data: pictures and their order; model: diffusers pipelines, built or loaded; objective: flow, v and eps; tasks: what a
-batch's loss is; loop: the steps; checkpoint: what a run goes on from; latents: computed once; world: several processes.
-sample: pictures from a model;  about: what its folder says;  schedulers, devices, upscale, picture: what sample needs.
-serve: a page to draw on.
-evaluate: how good a model is, beside what chance and real pictures give;  distances: between sets of pictures.
+data: images and their order; latents: computed once; objective: flow, v and eps; tasks: what a batch's loss is; loop:
+the steps; run: a run in its folder; checkpoint: what it goes on from; metrics: what is seen of it; models/: diffusers
+pipelines, built or loaded; generate/: images from a model, and how good they are.
 
 from train import load_model
 from train.generate.sampler import GenerationRequest, Sampler

@@ -1,4 +1,4 @@
-"""Captioned pictures to train on.
+"""Captioned images to train on.
 
 `open_samples` gives a folder of them as a sequence of samples (curate.sources.captioned says of which kinds it may be);
 `ImageDataset` prepares them for a model; `split` sets some aside; `Stream` is the endless order in which one rank meets
@@ -30,47 +30,29 @@ from curate.images.decode import decode
 from curate.images.header import probe
 from curate.images.resize import perceptual_hash
 from curate.ledger.schema import RowError
-from curate.sources.captioned import MapDataset, Sample, open_folder
+from curate.sources.captioned import open_folder
+from curate.sources.dataset import MapDataset, Sample
 from curate.store.files import digest
 
 Ints = npt.NDArray[np.int64]
 
 MIN_IMAGES = 8
-"""Pictures below which training is refused: fewer can't be split, nor fill a batch."""
-
-
-class _Given(MapDataset):
-    """Samples of which those without a caption have one that is given."""
-
-    def __init__(self, samples: MapDataset, caption: str) -> None:
-        self._samples, self._caption = samples, caption
-        self.folder, self.troubles = samples.folder, samples.troubles
-        self.key, self.path, self.image = samples.key, samples.path, samples.image  # type: ignore[method-assign]
-        self.extension, self.files, self.notes = samples.extension, samples.files, samples.notes  # type: ignore[method-assign]
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def facts(self, number: int) -> dict[str, Any]:
-        facts = self._samples.facts(number)
-        return {**facts, "caption": facts["caption"] or self._caption}
+"""Images below which training is refused: fewer can't be split, nor fill a batch."""
 
 
 def open_samples(folder: str | Path, caption: str | None = None) -> MapDataset:
-    """The captioned pictures of a folder, whatever of the kinds it is that curate.sources.captioned reads.
+    """The captioned images of a folder, whatever of the kinds it is that curate.sources.captioned reads.
 
-    `caption` is that of pictures without one. Raises UserError where there is no such folder, no picture in it, too
+    `caption` is that of images without one. Raises UserError where there is no such folder, no image in it, too
     few, or none with a caption.
     """
-    samples = open_folder(folder)
-    if caption:
-        samples = _Given(samples, caption)
+    samples = open_folder(folder, caption)
     if len(samples) < MIN_IMAGES:
         raise UserError(
             f"{folder} holds {len(samples)} pictures: too few to train on, at least {MIN_IMAGES} are needed"
         )
-    if not any(samples.facts(i)["caption"] for i in range(len(samples))):
-        samples.troubles.refuse_many("json", len(samples), str(folder))
+    if not samples.has_captions():
+        samples.problems.refuse_many("json", len(samples), str(folder))
         raise UserError(
             f"none of the {len(samples)} pictures in {folder} has a caption. Captions are NAME.txt beside NAME.jpg, "
             f"or a column `text` of metadata.csv or metadata.jsonl beside `file_name`; --caption TEXT gives all of "

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,12 +65,40 @@ def _busy() -> float | None:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def precision(device: torch.device, about: ModelInfo) -> torch.dtype:
-    """bf16 on GPUs that compute in it, fp16 on other CUDA devices; fp32 on the CPU, on MPS, where fp16 gives black
-    pictures, and for models of pixels, which are small and whose exact autoencoder needs it."""
+def set_threads(before: int | None, free: FreeCores) -> tuple[int, str]:
+    """Choose how many threads compute on the CPU, by what others leave free; returns the number, and it in words.
+
+    A run that goes on keeps the number that it began with (`before`): it changes the last bits of sums. OMP_NUM_THREADS
+    is obeyed.
+    """
     import torch
 
-    if device.type != "cuda" or about.of_pixels:
+    cores = count = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:
+        count = before or min(cores, free())
+        torch.set_num_threads(count)
+    words = f"{count} thread{'s' * (count > 1)}"
+    if count < cores:
+        reason = "as when it began" if before else "others are busy"
+        words += f" of {cores} ({reason}; OMP_NUM_THREADS sets another number)"
+    return count, words
+
+
+def versions() -> dict[str, str]:
+    """Of what an image's bits depend on."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in ("tastemaker", "torch", "diffusers", "transformers", "peft"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def precision(device: torch.device, info: ModelInfo) -> torch.dtype:
+    """bf16 on GPUs that compute in it, fp16 on other CUDA devices; fp32 on the CPU, on MPS, where fp16 gives black
+    images, and for models of pixels, which are small and whose exact autoencoder needs it."""
+    import torch
+
+    if device.type != "cuda" or info.of_pixels:
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
@@ -104,7 +135,7 @@ def out_of_memory(error: BaseException) -> bool:
 class MemorySavings:
     """What saves memory."""
 
-    vae_slicing: bool = False  # pictures of a batch are decoded one after the other
+    vae_slicing: bool = False  # images of a batch are decoded one after the other
     vae_tiling: bool = False  # large ones in overlapping tiles
     attention_slicing: bool = False  # one head after the other
     offload: bool = False  # only the part at work is on the GPU
@@ -130,11 +161,11 @@ class MemoryCost:
     item: int  # bytes of a number: 4, or 2 in half precision
 
     def peak(self, width: int, height: int, batch: int, measures: MemorySavings, *, fused: bool) -> int:
-        """The most bytes held at one time while `batch` pictures of `width` x `height` pixels are drawn.
+        """The most bytes held at one time while `batch` images of `width` x `height` pixels are drawn.
 
         Counted are weights and the maps that the two large parts hold at their finest level: twelve for each (input,
         norm, activation, result, shortcut and workspace of a residual block, at twice the width: so wide is what comes
-        up from the level below). The UNet does two pictures for one, because of guidance. Where attention is not
+        up from the level below). The UNet does two images for one, because of guidance. Where attention is not
         `fused`, a matrix over all pairs of latents for each head comes on top, or for one where it is sliced. A fifth
         is added for what allocators lose.
         """
@@ -153,17 +184,17 @@ TILE = 512
 Stable Diffusion (`AutoencoderKL.tile_sample_min_size` is the size that it was trained at)."""
 
 
-def memory_cost(about: ModelInfo, sizes: Sequence[int], item: int) -> MemoryCost:
+def memory_cost(info: ModelInfo, sizes: Sequence[int], item: int) -> MemoryCost:
     """The cost of a model; `sizes`: bytes of its parts in memory."""
-    heads = about.unet.get("num_attention_heads") or about.unet["attention_head_dim"]
-    attends = "Attn" in about.unet["down_block_types"][0]
+    heads = info.unet.get("num_attention_heads") or info.unet["attention_head_dim"]
+    attends = "Attn" in info.unet["down_block_types"][0]
     return MemoryCost(
         weights=sum(sizes),
         largest_part=max(sizes),
-        vae=about.vae["block_out_channels"][0],
-        unet=about.unet["block_out_channels"][0],
+        vae=info.vae["block_out_channels"][0],
+        unet=info.unet["block_out_channels"][0],
         heads=(heads if isinstance(heads, int) else heads[0]) if attends else 0,
-        factor=about.factor,
+        factor=info.factor,
         item=item,
     )
 

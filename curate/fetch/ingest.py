@@ -45,7 +45,7 @@ from curate.ledger.schema import (
     stored_name,
 )
 from curate.shards.tar import TarWriter, image_member, index_tar, read_range
-from curate.sources.lists import listed
+from curate.sources.columns import listed
 from curate.sources.plan import Row, SourceShard
 from curate.store.disk import check_space
 from curate.store.files import read_json

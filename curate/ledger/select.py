@@ -123,10 +123,11 @@ def select(root: Path, config: SelectConfig, scales: Mapping[str, tuple[float, f
     columns, source = types_there(root)
     rules = check_rules(config.rules, columns, source, scales)
     used = {c for r in rules for c in r.columns}
-    current = [t for t in found if t is found[0] or t.column in used]
+    current = [t for t in found if t is found[0] or used.intersection(t.columns)]
     check_current(root, current)
-    # quantiles are shown for scores that no rule names, too, where these are complete
-    scores = [str(t.column) for t in found[1:] if t in current or is_current(root, [found[0], t])]
+    # quantiles are shown for numbers that no rule names, too, where these are complete
+    complete = [t for t in found[1:] if t in current or is_current(root, [found[0], t])]
+    scores = [c for t in complete for c in t.columns if NUMBER.fullmatch(columns[c])]
     inputs = table_digests(current)
     key = digest([FORMAT, list(config.rules.items()), scores])
     record = record_path(root, config.name)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import duckdb
 import pyarrow as pa
@@ -32,10 +32,10 @@ OURS = [name for name, _ in URL_COLUMNS + FETCHED_COLUMNS]
 
 @dataclass(frozen=True)
 class Table:
-    """One table of a data folder: `fetched`, `embedded` or `scored/COLUMN`, in files that are committed shards."""
+    """One table of a data folder: `fetched`, `embedded` or `annotated/NAME`, in files that are committed shards."""
 
     name: str
-    column: str | None  # what it adds to the ledger; None for `fetched`
+    columns: tuple[str, ...]  # what it adds to the ledger; none for `fetched`
     key: str  # its key column
     shards: tuple[str, ...]
     files: tuple[Path, ...]
@@ -47,29 +47,28 @@ def tables(root: Path) -> list[Table]:
 
     Raises UserError where nothing is fetched.
     """
-    fetched = _table(root, "fetched", None, "{}.parquet", "{}_stats.json")
+    fetched = _table(root, "fetched", "{}.parquet", "{}_stats.json")
     if fetched is None:
         raise UserError(f"{root} holds no fetched shard. `tastemaker fetch LIST --out {root}` makes them.")
     found = [fetched]
-    if embedded := _table(root, "embedded", "similarity", "metadata/metadata_{}.parquet", "stats/{}.json"):
+    if embedded := _table(root, "embedded", "metadata/metadata_{}.parquet", "stats/{}.json"):
         names = pq.read_schema(embedded.files[0]).names
         if "similarity" in names:
-            found.append(embedded if "key" in names else _with_key(embedded, "image_path"))
+            key = "key" if "key" in names else "image_path"
+            found.append(replace(embedded, columns=("similarity",), key=key))
     taken = {n.lower() for n in OURS} | {"similarity", "source"}
-    for folder in sorted((root / "scored").glob("*")) if (root / "scored").is_dir() else []:
-        if table := _table(root, f"scored/{folder.name}", folder.name, "{}.parquet", "{}.json"):
-            if folder.name.lower() in taken:
-                raise UserError(f"{folder}: the ledger has a column {folder.name} already (SQL ignores case)")
-            taken.add(folder.name.lower())
-            found.append(table)
+    for folder in sorted((root / "annotated").glob("*")) if (root / "annotated").is_dir() else []:
+        if table := _table(root, f"annotated/{folder.name}", "{}.parquet", "{}.json"):
+            columns = tuple(name for name in pq.read_schema(table.files[0]).names if name != table.key)
+            for column in columns:
+                if column.lower() in taken:
+                    raise UserError(f"{folder}: the ledger has a column {column} already (SQL ignores case)")
+                taken.add(column.lower())
+            found.append(replace(table, columns=columns))
     return found
 
 
-def _with_key(t: Table, key: str) -> Table:
-    return Table(t.name, t.column, key, t.shards, t.files, t.records)
-
-
-def _table(root: Path, name: str, column: str | None, file: str, record: str) -> Table | None:
+def _table(root: Path, name: str, file: str, record: str) -> Table | None:
     before, after = (root / name / record).parent, record.rpartition("/")[2]
     ending = after.removeprefix("{}")
     found = [p.name.removesuffix(ending) for p in before.glob("*" + ending)]
@@ -78,7 +77,7 @@ def _table(root: Path, name: str, column: str | None, file: str, record: str) ->
     if not shards:
         return None
     files = tuple(root / name / file.format(s) for s in shards)
-    return Table(name, column, "key", tuple(shards), files, tuple(root / name / record.format(s) for s in shards))
+    return Table(name, (), "key", tuple(shards), files, tuple(root / name / record.format(s) for s in shards))
 
 
 # ------------------------------------------------------------------------------------------------------------ opening
@@ -90,13 +89,13 @@ def open_ledger(
     """A connection with the view `ledger`, a line per row of the list, and `verdicts` (selection, key, verdict).
 
     Columns: `key`, the other columns of `fetched/` that are ours, `source` (a STRUCT of the list's own columns),
-    `similarity` and one for each score; null where a row has no image. Where the list has two columns that differ in
+    `similarity` and those of annotators; null where a row has no image. Where the list has two columns that differ in
     case only, the second is called NAME_1. With `needed` (names as rules write them: `similarity`, `source.WIDTH`),
     only these tables are joined and only these fields are in `source`: joining costs seconds at ten million rows.
 
-    `_fetched` is the same without scores, so without joins. `_aligned` holds the rows with an image alone and joins by
-    position: its column `aligned` is TRUE where the keys agree, as they do by the data folder's contract. That takes
-    half the time of the join by key.
+    `_fetched` is the same without what annotators made, so without joins. `_aligned` holds the rows with an image alone
+    and joins by position: its column `aligned` is TRUE where the keys agree, as they do by the data folder's contract.
+    That takes half the time of the join by key.
     Raises UserError where nothing is fetched.
     """
     import pyarrow.dataset as ds  # slow: it brings pandas
@@ -105,7 +104,7 @@ def open_ledger(
     found = tables(root)
     con = connect(root, memory_limit)
     wanted = None if needed is None else {n.lower() for n in needed}
-    joined = [t for t in found[1:] if wanted is None or str(t.column).lower() in wanted]
+    joined = [t for t in found[1:] if wanted is None or any(c.lower() in wanted for c in t.columns)]
     for i, table in enumerate([found[0], *joined]):
         con.register(f"_table{i}", ds.dataset([str(p) for p in table.files], format="parquet"))
     columns, source = fetched_columns(pq.read_schema(found[0].files[0]))
@@ -149,7 +148,7 @@ def _join(
     if fields:
         packed = ", ".join(f"{quote(name)} := f.c{i}" for name, i in fields)
         items.append(f"struct_pack({packed}) AS source")
-    items += [f"t{i}.{quote(str(t.column))}" for i, t in enumerate(joined, 1)]
+    items += [f"t{i}.{quote(column)}" for i, t in enumerate(joined, 1) for column in t.columns]
     count = 1 + max([i for i in columns.values() if i is not None] + [i for _, i in fields])
     fetched = f"_table0 AS f({', '.join(f'c{i}' for i in range(count))})"
     if by_position:
@@ -181,8 +180,37 @@ def _verdicts(con: duckdb.DuckDBPyConnection, root: Path) -> None:
 # -------------------------------------------------------------------------------------------------------------- types
 
 
+def recorded_columns(found: Sequence[Table]) -> dict[str, dict[str, Any]]:
+    """What records say of annotators' columns: name -> type, scale, unit, meaning, unsafe, and what made it."""
+    columns: dict[str, dict[str, Any]] = {}
+    for table in found:
+        if table.name.startswith("annotated/"):
+            record = read_json(table.records[0]) or {}
+            made = {k: v for k, v in record.items() if k not in ("inputs", "outputs", "self", "count", "columns")}
+            specs = record.get("columns", {})
+            columns |= {name: {**specs.get(name, {}), **made} for name in table.columns}
+    return columns
+
+
+def recorded_types(root: Path) -> dict[str, str]:
+    """The columns of the ledger that a data folder has now, with their DuckDB types; empty where nothing is fetched."""
+    try:
+        return types_there(root)[0]
+    except UserError:
+        return {}
+
+
+def recorded_scales(root: Path) -> dict[str, tuple[float, float]]:
+    """The scales of the columns that a data folder holds; empty where nothing is fetched."""
+    try:
+        found = recorded_columns(tables(root))
+    except UserError:
+        return {}
+    return {name: (float(c["scale"][0]), float(c["scale"][1])) for name, c in found.items() if c.get("scale")}
+
+
 def ledger_types() -> dict[str, str]:
-    """The ledger's own columns and their DuckDB types, whatever the list and the heads are; scores are FLOAT."""
+    """The ledger's own columns and their DuckDB types, whatever the list and the annotators are."""
     return dict(_own_types())
 
 
@@ -202,8 +230,9 @@ def types_there(root: Path) -> tuple[dict[str, str], dict[str, str]]:
     """(columns of the ledger, fields of `source`) that a data folder has now, with their DuckDB types."""
     found = tables(root)
     own = {n: t for n, t in ledger_types().items() if n in OURS}
-    scores = {str(t.column): pq.read_schema(t.files[0]).field(str(t.column)).type for t in found[1:]}
-    types = dict(zip(scores, sql_types(list(scores.values())), strict=True))
+    schemas = [(t, pq.read_schema(t.files[0])) for t in found[1:]]
+    arrow = {column: schema.field(column).type for t, schema in schemas for column in t.columns}
+    types = dict(zip(arrow, sql_types(list(arrow.values())), strict=True))
     fetched = pq.read_schema(found[0].files[0])
     source = fetched_columns(fetched)[1]
     return own | types, dict(zip(source, sql_types([fetched.types[i] for i in source.values()]), strict=True))
@@ -246,11 +275,11 @@ def check_current(root: Path, found: Sequence[Table]) -> None:
         made |= output_digests(value) if "outputs" in value else {}
         if value.get("successes", 1):
             with_images.append(shard)
-    for path in sorted((root / "embedded" / "stats").glob("*.json")):  # scores are made from these
+    for path in sorted((root / "embedded" / "stats").glob("*.json")):  # heads read these
         value = read_json(path) or {}
         made |= output_digests(value) if "outputs" in value else {}
     for table in found[1:]:
-        again = f"tastemaker {'embed' if table.name == 'embedded' else 'score'} {root}"
+        again = f"tastemaker {'embed' if table.name == 'embedded' else 'annotate'} {root}"
         missing = [s for s in with_images if s not in table.shards]
         if missing:
             raise UserError(

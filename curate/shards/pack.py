@@ -39,6 +39,7 @@ from curate.ledger.view import (
     fetched_columns,
     is_current,
     open_ledger,
+    recorded_columns,
     table_digests,
     tables,
 )
@@ -292,13 +293,13 @@ def _tables_in_order(
 ) -> Generator[pa.Table, None, None]:
     """The ledger's rows in the packed order, a table for each shard. DuckDB sorts, and spills what does not fit."""
     fetched = pq.read_schema(found[0].files[0])
-    scores = [str(t.column) for t in found[1:]]
-    taken = RESERVED | set(scores)
-    # a list may have a column that is called like a score
+    made = {c: pa.field(c, pq.read_schema(t.files[0]).field(c).type) for t in found[1:] for c in t.columns}
+    taken = RESERVED | made.keys()
+    # a list may have a column that is called like one of an annotator
     fields = [f if f.name in RESERVED else f.with_name(stored_name(list_name(f.name), taken)) for f in fetched]
     source = [f.name for f in fields if f.name not in RESERVED]
-    schema = pa.schema([*fields, *(pa.field(n, pa.float32()) for n in scores)])
-    con = open_ledger(root, {*scores, *(f"source.{n}" for n in fetched_columns(fetched)[1])}, memory_limit=_MEMORY)
+    schema = pa.schema([*fields, *made.values()])
+    con = open_ledger(root, {*made, *(f"source.{n}" for n in fetched_columns(fetched)[1])}, memory_limit=_MEMORY)
     try:
         con.register("_order", pa.table({"key": keys, "place": pa.array(np.arange(len(keys)))}))
         items = [f"l.{quote(n)}" for n in schema.names if n not in source] + (["l.source"] if source else [])
@@ -343,7 +344,7 @@ def _facts(
         "selection": asdict(selection),
         "funnel": selection.funnel,
         "space": {k: v for k, v in space.items() if k != "probes"},
-        "heads": {str(t.column): _head(t) for t in found[1:] if t.name != "embedded"},
+        "columns": recorded_columns(found),
         "left_out": left_out,  # tables that were not complete
         "recipe": recipe,
         "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest() if recipe is not None else None,
@@ -358,12 +359,6 @@ def _write_manifest(folder: Path, name: str, facts: Mapping[str, Any]) -> dict[s
     value = {**facts, "outputs": outputs}
     write_json(folder / "manifest.json", {**value, "self": record_digest(value)})
     return read_json(folder / "manifest.json")
-
-
-def _head(table: Table) -> dict[str, Any]:
-    """What the records of a score column say of the head or detector that made it."""
-    record = read_json(table.records[0]) or {}
-    return {k: v for k, v in record.items() if k not in ("inputs", "outputs", "self", "count")}
 
 
 def _card(facts: Mapping[str, Any], selection: Selection, schema: pa.Schema) -> str:
@@ -406,17 +401,16 @@ def _card(facts: Mapping[str, Any], selection: Selection, schema: pa.Schema) -> 
         "*Alone* is what a rule would reject without the others.",
         "",
     ]
-    if facts["heads"] or facts["space"]:
-        lines += ["## What the scores were made by", ""]
+    if facts["columns"] or facts["space"]:
+        lines += ["## What the columns were made by", ""]
         if encoder := facts["space"].get("encoder"):
             lines.append(f"- embeddings: {markdown_code(encoder)}, space `{facts['space'].get('fingerprint', '')}`")
-        for column, head in facts["heads"].items():
-            maker = head.get("head") or head.get("detector") or "unknown"
-            scale = head.get("scale")
-            lines.append(
-                f"- {markdown_code(column)}: {markdown(maker)}"
-                + (f", from {scale[0]:g} to {scale[1]:g}" if scale else "")
-            )
+        for column, made in facts["columns"].items():
+            maker = made.get("head") or made.get("annotator") or "unknown"
+            words = [markdown(str(word)) for word in (made.get("meaning"), made.get("unit")) if word]
+            if scale := made.get("scale"):
+                words.append(f"from {scale[0]:g} to {scale[1]:g}")
+            lines.append(f"- {markdown_code(column)}: {', '.join([markdown(maker), *words])}")
         lines += ["", "A score means something only beside others of the same head.", ""]
     lines += [
         "## Columns",

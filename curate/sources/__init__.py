@@ -1,1 +1,4 @@
-"""What a LIST can be, from lists of URLs to folders of images and of vectors -> the shard plan."""
+"""What a LIST can be (lists of URLs, folders of images, vectors of others) -> the shard plan; folders as datasets.
+
+From outside: `plan` and `planner`; `captioned.open_folder` and `dataset`; `vectors`; `listing` for the names of files.
+"""

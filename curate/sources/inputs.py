@@ -1,256 +1,290 @@
-"""What a LIST argument means: the files it stands for, found, copied where they are remote, and told apart later."""
+"""An input: one file of a list, one tar or one folder of images, as typed columns that are read in pieces.
+
+Text is made text by one rule, wherever it comes from. A byte order mark says the encoding, else it is UTF-8; a value
+that is not is null, counted and named, as is one of more than 4 MB. A lone surrogate in JSON becomes U+FFFD, NUL
+stays, null stays null. A number that is not finite is null (JSON has none, and SQL takes NaN for the largest number).
+A line that is broken is a row with a failure; more than one in a hundred are an error.
+"""
 
 from __future__ import annotations
 
-import errno
-import glob
-import os
-from dataclasses import dataclass, field
-from functools import cached_property
+import hashlib
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
-from aesthetic.errors import DiskFull, UserError
-from aesthetic.untrusted import check_regular
-from curate.shards.tar import CorruptShard
-from curate.sources.captioned import (
-    image_column,
-    kind_of_folder,
-    nothing_in,
-    parquet_with_images,
-    refuse_data_folder,
-    tar_samples,
-    tars_aside,
-    tars_of,
+import pyarrow as pa
+
+from aesthetic.errors import UserError
+from aesthetic.untrusted import caption_of, clean, printable
+from curate.ledger.schema import EMBEDDED_COLUMNS, FETCHED_COLUMNS, Reason
+from curate.sources.columns import (
+    CAPTION_NAMES,
+    LONGEST_VALUE,
+    URL_NAMES,
+    describe,
+    find_column,
+    listed,
+    shown,
 )
-from curate.sources.folders import ImagesInput, MetadataInput, ParquetImagesInput, TarInput, tabled_folders
-from curate.sources.listing import ARCHIVES, UNREAD_EXTENSIONS, Listing, first_three, is_image, look
-from curate.sources.lists import KNOWN_FORMATS, Input, list_format, open_list, open_parquet
+from curate.sources.lines import Broken
+from curate.sources.problems import Problems
+from curate.store.files import sha256_file
+
+MOST_COLUMNS = 2_000
+"""Of a table of text; more are the sign of another delimiter, or of no list."""
+
+FAILURES = (("\0reason", pa.string()), ("\0error", pa.string()))
+"""What a row of a list with broken lines has beside the list's columns, whose names hold no NUL."""
+
+PLACE_COLUMNS = (
+    ("@path", pa.string()),  # of the file that holds the bytes, relative to the plan's base
+    ("@offset", pa.int64()),  # of the first byte; in a parquet file the index of the row
+    ("@size", pa.int64()),
+    ("@status", pa.string()),  # these three are set, and those above null, where the row came with a failure
+    ("@reason", pa.string()),
+    ("@error", pa.string()),
+)
+"""What a row of a folder of images has beside the list's columns."""
+
+RESULT_COLUMNS = {name for name, _ in FETCHED_COLUMNS + EMBEDDED_COLUMNS}
+"""Columns of a former run, img2dataset's or ours: results, which this run finds out anew."""
+
+_MOST_NAMES = 500
+"""Different names in the JSON of samples that become columns; what more there are is left out, and that is said."""
 
 
-@dataclass(frozen=True)
-class Found:
-    """The files that a LIST argument stands for."""
+def place(path: str, offset: int, size: int | None) -> dict[str, Any]:
+    """PLACE_COLUMNS of an image that is there."""
+    return {"@path": path, "@offset": offset, "@size": size, "@status": None, "@reason": None, "@error": None}
 
-    name: str  # as it was given; absolute where it is on this machine
-    kind: str  # list, tars, images, imagefolder or parquet
-    files: list[Path]  # list files, tars, tables of an imagefolder, parquet with images, or the one folder of images
-    base: Path | None = None  # what the places of images are relative to; None for lists
-    remote: bool = False
-    listing: Listing | None = field(default=None, repr=False)  # of a folder
-    notes: list[str] = field(default_factory=list)  # what of a folder is not read, in sentences
 
-    def open(self, file: Path, url: str, caption: str | None) -> Input:
-        """One of the files as an input. Raises UserError where it cannot be read."""
-        if self.base is None:
-            source = open_list(file, url, caption)
-            source.set_constants(self._partition(file))
-            return source
-        if self.kind == "tars":
-            return TarInput(file, self.base, url, caption, self._image)
-        if self.kind == "images":
-            return ImagesInput(file, url, caption, self.listing)
-        if self.kind == "parquet":
-            return ParquetImagesInput(file, self.base, url, caption)
-        return MetadataInput(file, self.base, url, caption)
+def no_place(reason: Reason, error: str) -> dict[str, Any]:
+    """PLACE_COLUMNS of a row that came without an image."""
+    absent = dict.fromkeys(("@path", "@offset", "@size"))
+    return {**absent, "@status": reason.status.value, "@reason": reason.value, "@error": error}
 
-    def _partition(self, file: Path) -> dict[str, str | None]:
-        """What the folders of a file say of all its rows, as Hive and Spark name them: lang=en/part-0.parquet."""
-        parts = [] if self.remote else file.parent.parts[len(Path(_before_pattern(self.name)).parts) :]
-        named = (part.partition("=") for part in parts)
-        return {unquote(k): None if v == _NO_VALUE else unquote(v) for k, equals, v in named if k and equals}
 
-    @cached_property
-    def _image(self) -> str | None:
-        """Which image of a sample is meant: the first tar that has any decides for all."""
-        for tar in self.files:
-            try:
-                found = tar_samples(tar)
-            except CorruptShard as e:  # names it
-                raise UserError(f"{tar}: cannot be read: {str(e).removeprefix(f'{tar}: ')}") from e
-            except OSError as e:
-                raise UserError(f"{tar}: cannot be read: {e.strerror or e}") from e
-            if found.images:
-                return found.image
+class Input:
+    """The rows of one file of a list, or of one tar, table or folder that holds images."""
+
+    url: str | None  # the columns that hold these, as `schema` calls them
+    caption: str | None
+    schema: pa.Schema  # the list's columns, under its own names
+    rows: int
+    local = False  # whether `batches` adds the place of the bytes
+    uncaptioned = 0  # rows without a caption, where a file of each may tell it; a column's are not counted
+    own_columns: tuple[tuple[str, pa.DataType], ...] = ()  # of ours, that every batch has beside the list's
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.constants: dict[str, str | None] = {}
+        self.problems = Problems()
+
+    def digest(self) -> str:
+        """A sha256 that names what is in this input."""
+        return sha256_file(self.path)
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """All rows in order, some at a time, with at least those of the named columns that the file has."""
+        raise NotImplementedError
+
+    def set_constants(self, constants: Mapping[str, str | None]) -> None:
+        """Add columns that hold one text in every row, and that the file does not have."""
+        self.constants = {n: v for n, v in constants.items() if n not in self.schema.names}
+        self.schema = pa.schema([*self.schema, *((n, pa.string()) for n in self.constants)])
+
+    def resolve(self, names: Sequence[str], url: str, caption: str | None) -> None:
+        """Find the two columns among the names, which must differ from each other.
+
+        Only the default names stand for others: what someone asked for by name must be there.
+        """
+        if twice := sorted(n for n, count in Counter(names).items() if count > 1):
+            raise UserError(f"{self.path}: two columns are called {printable(twice[0], 80)!r}. Rename one of them.")
+        for wanted, default in ((url, "url"), (caption, "caption")):
+            if wanted not in (None, default, *names):
+                raise UserError(
+                    f"{self.path}: there is no column {wanted!r} (source.{default}). {describe(names, wanted)}"
+                )
+        self.url = find_column(names, url, URL_NAMES)
+        self.caption = find_column(names, caption, CAPTION_NAMES) if caption is not None else None
+
+    def check_broken(self, hint: str = "") -> None:
+        """A few broken lines are rows with a failure; more than one in a hundred raise UserError."""
+        self.problems.refuse_many("broken", self.rows, str(self.path), hint)
+        if self.problems.counts["broken"]:
+            self.own_columns = FAILURES
+
+
+def with_constants(batch: pa.RecordBatch, constants: Mapping[str, str | None]) -> pa.RecordBatch:
+    """A batch with columns that hold one text in every row."""
+    for name, value in constants.items():
+        batch = batch.append_column(name, pa.array([value] * batch.num_rows, pa.string()))
+    return batch
+
+
+def failure_columns(rows: int, broken: Mapping[int, Broken]) -> list[pa.Array]:
+    """FAILURES of some rows."""
+    reasons: list[str | None] = [None] * rows
+    errors: list[str | None] = [None] * rows
+    for row, line in broken.items():
+        reasons[row], errors[row] = Reason.BAD_LINE.value, str(line)
+    return [pa.array(reasons, pa.string()), pa.array(errors, pa.string())]
+
+
+class RowsInput(Input):
+    """Rows that come as dicts: from JSON, text lines, tars and folders. They are gone through once for the types."""
+
+    content: str  # a digest of all rows, where they are local
+
+    def objects(self) -> Iterator[dict[str, Any] | Broken]:
+        """The rows in order; called more than once."""
+        raise NotImplementedError
+
+    def scan(self) -> None:
+        """Count the rows and find the columns, in order of appearance, and the type of each.
+
+        A column of integers and other numbers is float64, one of several kinds is text, and what is nested is JSON
+        text.
+        """
+        own = {name for name, _ in self.own_columns}
+        kinds: dict[str, set[type]] = {}
+        content = hashlib.sha256()
+        self._no_captions: defaultdict[str, Problems] = defaultdict(Problems)  # by column
+        self.rows = 0
+        for row in self.objects():
+            self.rows += 1
+            if isinstance(row, Broken):
+                self.problems.add("broken", str(row))
+                continue
+            if self.local:
+                self.uncaptioned += row["caption"] is None
+                content.update(json.dumps(row, default=str).encode() + b"\n")
+            for name, value in row.items():
+                if name in own:
+                    continue
+                seen = kinds.setdefault(name, set())
+                if value is not None:
+                    seen.add(kind := _kind(value))
+                    if kind not in (int, float):
+                        self._check(name, value)
+            if len(kinds) > MOST_COLUMNS:
+                raise UserError(
+                    f"{self.path}: has more than {MOST_COLUMNS:,} columns. The first: {listed(list(kinds))}"
+                )
+        self.content = content.hexdigest()
+        types = [(n, _ARROW.get(frozenset(k), pa.string() if k else pa.null())) for n, k in kinds.items()]
+        self.schema = pa.schema(types)
+
+    def _check(self, name: str, value: Any) -> None:
+        """Note a value that is no text, or could be no caption."""
+        if isinstance(value, str):
+            if _value(value, pa.string()) is None:
+                long = len(value) > LONGEST_VALUE
+                beginning = "" if long else " " + shown(value[:60].encode("utf-8", "surrogateescape"))
+                self.problems.add("too_long" if long else "not_utf8", f"row {self.rows:,}: {name}{beginning}")
+        elif value not in ([], {}) and caption_of(value) is None:
+            as_json = json.dumps(value, ensure_ascii=False, default=str)
+            self._no_captions[name].add("no_caption", f"row {self.rows:,}: {printable(as_json, 60)}")
+
+    def finish(self) -> None:
+        """Once the two columns are known: they are text, and captions that are none are problems."""
+        found = self._no_captions.get(self.caption or "", Problems())
+        self.problems.counts += found.counts
+        self.problems.first |= found.first
+        text = (self.url, self.caption)
+        self.schema = pa.schema([(f.name, pa.string() if f.name in text else f.type) for f in self.schema])
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        fields = [f for f in self.schema if f.name in columns]
+        schema = pa.schema([*fields, *self.own_columns])
+        rows = self.objects()
+        while chunk := list(islice(rows, 8192)):
+            found = [{} if isinstance(r, Broken) else r for r in chunk]
+            arrays = []
+            for f in fields:
+                values = (r.get(f.name) for r in found)
+                if f.name == self.caption:
+                    values = (v if v is None or isinstance(v, str) else caption_of(v) for v in values)
+                arrays.append(pa.array([_value(v, f.type) for v in values], f.type))
+            if self.own_columns == FAILURES:
+                arrays += failure_columns(len(chunk), {i: r for i, r in enumerate(chunk) if isinstance(r, Broken)})
+            else:
+                arrays += [pa.array([r.get(name) for r in found], kind) for name, kind in self.own_columns]
+            yield pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+_ARROW = {
+    frozenset([bool]): pa.bool_(),
+    frozenset([int]): pa.int64(),
+    frozenset([float]): pa.float64(),
+    frozenset([int, float]): pa.float64(),
+}
+_NO_UTF8 = re.compile("[\udc80-\udcff]")  # what bytes that are none become while JSON is read
+
+
+def _kind(value: Any) -> type:
+    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
+        return str
+    return type(value) if isinstance(value, bool | int | float) else str
+
+
+def _value(value: Any, wanted: pa.DataType) -> Any:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return None
+    if not pa.types.is_string(wanted):
+        return float(value) if pa.types.is_floating(wanted) else value
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    if not text.isascii() and _NO_UTF8.search(text):
+        return None
+    if len(text) * 4 > LONGEST_VALUE and len(text.encode("utf-8", "replace")) > LONGEST_VALUE:
+        return None
+    return clean(text)
 
 
-_NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
+class SamplesInput(RowsInput):
+    """Rows that are samples: what is known of each becomes its columns, and each has a place or a failure."""
+
+    local = True
+    own_columns = PLACE_COLUMNS
+
+    def __init__(self, path: Path, url: str, caption: str | None) -> None:
+        super().__init__(path)
+        self._wanted_url, self._wanted_caption = url, caption
+        self._names: set[str] = set()
+        self.url, self.caption = "url", "caption"
+
+    def read_all(self) -> None:
+        """Go through all rows once; raises UserError where the JSON of too many can't be read."""
+        self.scan()
+        self.finish()
+        self.problems.refuse_many("json", self.rows, str(self.path))
+
+    def row(self, facts: dict[str, Any], caption: str | None, place: dict[str, Any], name: str) -> dict[str, Any]:
+        """A row from what is known of a sample; `caption` is that of a file of its own, `name` stands for its URL."""
+        url, text = find_column(list(facts), self._wanted_url, URL_NAMES), None
+        value = facts.get(url) if url else None
+        result: dict[str, Any] = {"url": value if isinstance(value, str) and value else name, "caption": None}
+        if self._wanted_caption is not None:
+            text = find_column(list(facts), self._wanted_caption, CAPTION_NAMES)
+            result["caption"] = caption or (caption_of(facts[text]) if text else None)
+        for key, value in facts.items():
+            if key in (url, text, "url", "caption") or key in RESULT_COLUMNS or key in place:
+                continue
+            if len(self._names) < _MOST_NAMES:
+                self._names.add(key)
+            if key in self._names:
+                result[clean(key)] = value
+            else:
+                self.problems.add_once("names", key)
+        return result | place
 
 
-def _before_pattern(name: str) -> str:
-    """The folders of a glob pattern before the first that is one; the whole name where it is none."""
-    return name.split("*")[0].split("?")[0].split("[")[0].rpartition("/")[0] if not os.path.exists(name) else name
-
-
-def is_remote(name: str) -> bool:
-    """Whether a LIST argument is not on this machine's file system."""
-    return "://" in name and not name.startswith("file://")
-
-
-def find(name: str, copies: Path) -> Found:
-    """The files of a LIST argument: a file, a folder, a glob, or a URL, whose files are copied into `copies`."""
-    if not name.strip():
-        raise UserError("LIST is empty: name a file, a folder, a glob or a URL")  # and not the folder one is in
-    if is_remote(name):
-        return Found(name, "list", _copy_remote(name, copies), remote=True)
-    path = Path(name.removeprefix("file://")).expanduser().absolute()
-    if os.path.isdir(path):
-        return _find_in_folder(path)
-    files = [path]
-    if not os.path.lexists(path):  # a name with brackets that is there is no pattern
-        files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
-    if not files:
-        raise UserError(f"{name}: there is no such file or folder.")
-    for file in files:
-        check_regular(file)
-    if all(_is_tar(p.name) for p in files):
-        return Found(str(path), "tars", files, _common(files))
-    if all(is_image(p.name) or p.name.rpartition(".")[2].lower() in UNREAD_EXTENSIONS for p in files):
-        raise UserError(f"{name}: is an image. Give the folder that it lies in.")
-    if packed := [p.name for p in files if p.name.lower().endswith(ARCHIVES)]:
-        raise UserError(f"{name}: {packed[0]} is compressed: unpack it, and give what comes out (tars, or a folder)")
-    _one_format(name, [p.name for p in files])
-    if list_format(files[0].name) == "parquet" and image_column(open_parquet(files[0]).schema_arrow) is not None:
-        return Found(str(path), "parquet", files, _common(files))
-    return Found(str(path), "list", files)
-
-
-def _common(files: list[Path]) -> Path:
-    return Path(os.path.commonpath([p.parent for p in files]))
-
-
-def _find_in_folder(folder: Path) -> Found:
-    listing = look(folder)
-    if not any("/" not in name for name in listing.tars):
-        refuse_data_folder(folder)
-    kind = kind_of_folder(listing)
-    notes = tars_aside(listing) if kind == "tars" else listing.notes()
-    match kind:
-        case "imagefolder":
-            notes = [*notes, *_untold(listing)]
-            return Found(str(folder), kind, [folder / name for name in listing.tables], folder, notes=notes)
-        case "tars":
-            return Found(str(folder), kind, tars_of(listing), folder, notes=notes)
-        case "parquet":
-            return Found(str(folder), kind, parquet_with_images(listing), folder, notes=notes)
-    lists = [name for name in listing.lists if not _no_list(name)]
-    own = [name for name in lists if "/" not in name]
-    if kind is None:
-        if own and len(own) < len(lists):
-            notes = [
-                *notes,
-                f"{len(lists) - len(own):,} lists in folders below are passed over: give one of those folders",
-            ]
-        own = own or lists  # as Spark and the Hugging Face hub lay them out
-        if not own:
-            raise UserError(f"{nothing_in(listing, 'neither a list nor images')}. Lists are {KNOWN_FORMATS}.")
-        _one_format(str(folder), own)
-        return Found(str(folder), "list", [folder / name for name in own], notes=notes)
-    about = {f"{name}.parquet" for name in tabled_folders(listing)}
-    own = [name for name in own if name not in about and list_format(name) != "txt"]
-    if own:
-        raise UserError(
-            f"{folder}: holds a list ({own[0]}) and images ({listing.images[0]}). Give the one that is meant. "
-            f"(A table about these images is called metadata.csv, and says which by a column file_name.)"
-        )
-    return Found(str(folder), "images", [folder], folder, listing=listing, notes=notes)
-
-
-def _untold(listing: Listing) -> list[str]:
-    """A sentence about images that lie in no folder of which a table tells, if there are any."""
-    told = tuple(table.rpartition("/")[0] for table in listing.tables)
-    left = [n for n in listing.images if not any(not f or n.startswith(f"{f}/") for f in told)]
-    which = f"{len(left):,} images lie in no folder with metadata, and are left out: {first_three(left)}"
-    return [which] if left else []
-
-
-_ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "croissant.json", "config.json")
-
-
-def _no_list(name: str) -> bool:
-    """Whether a file is about a data set (the hub's, Spark's, Delta's), and no part of it."""
-    *folders, file = name.split("/")
-    return file in _ABOUT or file.lower() in ("readme.txt", "license.txt") or any(f.startswith("_") for f in folders)
-
-
-def _is_tar(name: str) -> bool:
-    return name.lower().endswith(".tar")
-
-
-def _one_format(name: str, files: list[str]) -> None:
-    formats = {list_format(f): f for f in files}
-    if None in formats:
-        raise UserError(f"{name}: {formats[None]} is not a list that can be read. Lists are {KNOWN_FORMATS}.")
-    if len(formats) > 1:
-        raise UserError(f"{name}: lists of several formats ({', '.join(sorted(formats.values()))}). Give one of them.")
-
-
-def _copy_remote(url: str, copies: Path) -> list[Path]:
-    """Copy the files of a remote list, in the order of their names."""
-    import fsspec
-
-    web = url.startswith(("http://", "https://"))
-    # each file system has error types of its own: botocore's, aiohttp's, huggingface_hub's, a missing package's
-    try:
-        fs, path = fsspec.core.url_to_fs(url)
-        if web:  # one file: a ? in its address is no pattern, and the web has no folders
-            paths = [path]
-        elif glob.has_magic(path):
-            paths = [p for p in fs.glob(path) if fs.isfile(p)]
-        elif fs.isdir(path):
-            paths = _lists(path, fs.ls(path, detail=False)) or _lists(path, fs.find(path))
-        else:
-            paths = [path]
-    except Exception as e:
-        raise _remote_error(url, e) from e
-    names = {p: Path(urlsplit(p).path if web else p).name for p in sorted(paths)}
-    if not names:
-        raise UserError(f"{url}: no list is there. Lists are {KNOWN_FORMATS}.")
-    _one_format(url, list(names.values()))
-    copies.mkdir(parents=True, exist_ok=True)
-    copied = [copies / f"list-{number:05d}-{name}" for number, name in enumerate(names.values())]
-    for path, copy in zip(names, copied, strict=True):
-        try:
-            fs.get_file(path, str(copy))
-        except Exception as e:
-            if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise DiskFull(f"no space left while copying {path}") from e
-            raise _remote_error(path, e) from e
-    return copied
-
-
-def _lists(folder: str, paths: list[str]) -> list[str]:
-    """The lists among the files of a remote folder."""
-    below = {p: p.removeprefix(folder.rstrip("/")).lstrip("/") for p in paths}
-    hidden = {p for p, name in below.items() if any(part.startswith((".", "_")) for part in name.split("/"))}
-    return [p for p, name in below.items() if list_format(p) and p not in hidden and not _no_list(name)]
-
-
-def _remote_error(url: str, e: Exception) -> UserError:
-    if isinstance(e, ImportError):
-        return UserError(f"{url}: {e}. `pip install 'tastemaker[remote]'` brings what it needs.")
-    return UserError(f"{url}: cannot be read: {type(e).__name__}: {e}")
-
-
-def stat(kind: str, path: Path) -> dict[str, Any]:
-    """What tells cheaply whether an input is still the same: path, bytes in all, and the newest change."""
-    paths = [path]
-    if kind == "tars":
-        paths += [p for p in [path.with_suffix(".parquet")] if p.exists()]
-    elif kind in ("images", "imagefolder"):
-        listing = look(path if kind == "images" else path.parent)
-        for name, texts, told in zip(listing.images, listing.texts, listing.jsons, strict=True):
-            paths += [listing.folder / n for n in (name, *texts, told) if n]
-        if kind == "images":
-            paths += [path / f"{folder}.parquet" for folder in tabled_folders(listing)]
-    try:
-        stats = [p.stat() for p in paths if kind != "images" or p != path]
-    except OSError as e:
-        raise UserError(f"{e.filename}: cannot be read: {e.strerror}") from e
-    return {
-        "path": str(path),
-        "size": sum(s.st_size for s in stats),
-        "mtime_ns": max((s.st_mtime_ns for s in stats), default=0),
-    }
+def merged(row: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """The row of a parquet and the JSON of the same sample, which has the last word."""
+    return row | {k: v for k, v in facts.items() if v is not None or k not in row}

@@ -1,8 +1,8 @@
-"""Text lists cut into lines, records and fields, a block at a time; a line that is broken costs its own row.
+"""Text lists cut into lines, records and fields, a block at a time; a broken line costs its own row.
 
-Nearly all of a list is parsed by Arrow. A block in which something is odd (a quote in the midst of a field, a line with
-a field too many) is gone through record by record: what cannot be read is set apart with its line and the reason, and
-reading goes on at the next line, so that a quote that nobody closes swallows nothing.
+Arrow parses nearly all of a list. A block in which something is odd (a quote within a field, a line with a field too
+many) is read record by record: what cannot be read is set apart with its line and the reason, and reading goes on at
+the next line, so that a quote that nobody closes swallows nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import pyarrow.csv as pa_csv
 
 from aesthetic.errors import UserError
 from aesthetic.tables import HEAD, TableShape, kind_of
-from aesthetic.untrusted import open_regular, printable
+from aesthetic.untrusted import open_regular
+from curate.sources.columns import shown
+from curate.sources.problems import unreadable
 
 _BLOCK = 8 << 20  # bytes that are parsed at a time
 LONGEST_LINE = 64 << 20
@@ -43,16 +45,10 @@ class Broken:
         return self.why if self.line is None else f"line {self.line:,}: {self.why}"
 
 
-def unreadable(path: Path, e: BaseException) -> UserError:
-    """What to say of a file that a library gave up on."""
-    reason = (str(e).splitlines() or [type(e).__name__])[0]
-    return UserError(f"{path}: cannot be read: {printable(reason, 300)}")
-
-
 # ------------------------------------------------------------------------------------------------------------- bytes
 
 
-def head_of(path: Path) -> bytes:
+def read_head(path: Path) -> bytes:
     """The first HEAD bytes of a text list, unpacked where it is a gzip file, whatever its name says.
 
     Raises UserError for what is no regular file, or another kind of file altogether.
@@ -70,30 +66,8 @@ def head_of(path: Path) -> bytes:
     return head
 
 
-def _pieces(path: Path) -> Iterator[bytes]:
-    """A file's bytes, unpacked, a block at a time. Raises UserError for a file that unpacks without end."""
-    with open_regular(path) as raw:
-        try:
-            packed = raw.read(2) == b"\x1f\x8b"
-            raw.seek(0)
-            unpacked: IO[bytes] = gzip.GzipFile(fileobj=raw) if packed else raw  # type: ignore[assignment]
-            length = 0
-            while piece := unpacked.read(_BLOCK):
-                length += len(piece)
-                if packed and length > _SMALL and length > _BOMB * raw.tell():
-                    raise UserError(f"{path}: unpacks to more than {_BOMB} times its size: no list does")
-                yield piece
-        except (OSError, EOFError, zlib.error) as e:
-            raise unreadable(path, e) from e
-
-
-def _no_text(e: UnicodeError) -> tuple[str, int]:
-    # no character stands for it: as UTF-8, three bytes that are none, so it is told where all text is checked
-    assert isinstance(e, UnicodeDecodeError)
-    return "\udfff", e.end
-
-
-codecs.register_error("curate.no_text", _no_text)
+# what no character stands for becomes three bytes that are no UTF-8, so it is found where all text is checked
+codecs.register_error("curate.no_text", lambda e: ("\udfff", e.end))  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -111,27 +85,8 @@ def blocks(path: Path, encoding: str = "utf-8", start: int = 0) -> Iterator[Bloc
 
     (But where a file has no other line ends, as old Macs wrote it.)
     """
-    return _cut(as_utf8(path, encoding, start))
-
-
-def as_utf8(path: Path, encoding: str, start: int) -> Iterator[bytes]:
-    """The bytes of a text list from byte `start` on, as UTF-8, a piece at a time."""
-    decoder = codecs.getincrementaldecoder(encoding)("curate.no_text") if encoding != "utf-8" else None
-    mac: bool | None = None
-    for piece in _pieces(path):
-        skipped, piece, start = piece[:start], piece[start:], max(0, start - len(piece))
-        if decoder is not None:
-            piece = decoder.decode(piece).encode("utf-8", "surrogatepass")
-        if mac is None and piece:
-            mac = b"\r" in piece[:HEAD] and b"\n" not in piece[:HEAD] + skipped and len(piece) > piece.index(b"\r") + 1
-        yield piece.replace(b"\r", b"\n") if mac else piece
-    if decoder is not None and (rest := decoder.decode(b"", final=True)):
-        yield rest.encode("utf-8", "surrogatepass")
-
-
-def _cut(pieces: Iterator[bytes]) -> Iterator[Block]:
     rest, line, skipping = b"", 1, False
-    for piece in pieces:
+    for piece in as_utf8(path, encoding, start):
         if skipping:
             end = piece.find(b"\n")
             if end < 0:
@@ -151,24 +106,49 @@ def _cut(pieces: Iterator[bytes]) -> Iterator[Block]:
     yield Block(rest, line, last=True)
 
 
-def numbered_lines(path: Path, encoding: str, start: int) -> Iterator[tuple[int, bytes | Broken]]:
+def as_utf8(path: Path, encoding: str, start: int) -> Iterator[bytes]:
+    """The bytes of a text list from byte `start` on, unpacked, as UTF-8, a piece at a time.
+
+    Raises UserError for a file that unpacks without end.
+    """
+    decoder = codecs.getincrementaldecoder(encoding)("curate.no_text") if encoding != "utf-8" else None
+    mac: bool | None = None
+    length = 0
+    with open_regular(path) as raw:
+        try:
+            packed = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            unpacked: IO[bytes] = gzip.GzipFile(fileobj=raw) if packed else raw  # type: ignore[assignment]
+            while piece := unpacked.read(_BLOCK):
+                length += len(piece)
+                if packed and length > _SMALL and length > _BOMB * raw.tell():
+                    raise UserError(f"{path}: unpacks to more than {_BOMB} times its size: no list does")
+                skipped, piece, start = piece[:start], piece[start:], max(0, start - len(piece))
+                if decoder is not None:
+                    piece = decoder.decode(piece).encode("utf-8", "surrogatepass")
+                if mac is None and piece:
+                    head = piece[:HEAD]
+                    mac = b"\r" in head and b"\n" not in head + skipped and len(piece) > piece.index(b"\r") + 1
+                yield piece.replace(b"\r", b"\n") if mac else piece
+        except (OSError, EOFError, zlib.error) as e:
+            raise unreadable(path, e) from e
+    if decoder is not None and (rest := decoder.decode(b"", final=True)):
+        yield rest.encode("utf-8", "surrogatepass")
+
+
+def enumerate_lines(path: Path, encoding: str, start: int) -> Iterator[tuple[int, bytes | Broken]]:
     """The lines of a text list that are not blank, without their ends, with their numbers."""
     for block in blocks(path, encoding, start):
         if block.too_long:
-            yield block.line, Broken(block.line, _too_long(block.data))
+            yield block.line, _too_long(block)
             continue
         for number, text in enumerate(block.data.split(b"\n"), block.line):
             if text := text.strip(b" \t\r\n"):
                 yield number, text
 
 
-def _too_long(data: bytes) -> str:
-    return f"longer than {LONGEST_LINE >> 20} MB: {shown(data)}"
-
-
-def shown(data: bytes) -> str:
-    """The beginning of a line that is broken, for people."""
-    return printable(data[:200].decode("utf-8", "backslashreplace").rstrip("\r\n"), 100)
+def _too_long(block: Block) -> Broken:
+    return Broken(block.line, f"longer than {LONGEST_LINE >> 20} MB: {shown(block.data)}")
 
 
 # ------------------------------------------------------------------------------------------------------------ records
@@ -186,7 +166,7 @@ class Records:
     broken: dict[int, Broken] = field(default_factory=dict)  # row -> what is wrong with it
 
 
-class Table:
+class CsvReader:
     """A table in a text file: records of as many fields as its header has.
 
     `quoted` says that a field may stand in quotes as csv has it ("a ""b"", c"), over several lines too; else quotes
@@ -204,34 +184,27 @@ class Table:
 
     def records(self, wanted: Sequence[int]) -> Iterator[Records]:
         """The records below the header, of the wanted columns."""
-        rest, header = b"", True
-        first = 1
+        rest, line, header = b"", 1, True
         for block in blocks(self.path, self.shape.encoding, self.shape.start):
             if block.too_long:
-                yield self._one(Broken(block.line, _too_long(block.data)), len(wanted))
+                yield Records([pa.nulls(1, pa.binary())] * len(wanted), 1, {0: _too_long(block)})
                 continue
-            data, first = (rest + block.data, first if rest else block.line)
+            data, line = rest + block.data, line if rest else block.line
             if header and data:
-                data, first, header = self._below_header(data, first)
-            records, used = self._parse(data, first, wanted, block.last)
-            first += data.count(b"\n", 0, used)
+                end = data.find(b"\n") + 1 or len(data)
+                if self.quoted and data.count(b'"', 0, end) % 2:  # a name that goes over several lines
+                    fields, after = self._record(data, 0)
+                    end = after if isinstance(fields, list) and len(fields) == self._count else end
+                line += data.count(b"\n", 0, end)
+                data, header = data[end:], False
+            records, used = self._parse(data, line, wanted, block.last)
+            line += data.count(b"\n", 0, used)
             rest = data[used:]
             if records.rows:
                 yield records
 
-    def _one(self, broken: Broken, columns: int) -> Records:
-        return Records([pa.nulls(1, pa.binary())] * columns, 1, {0: broken})
-
-    def _below_header(self, data: bytes, line: int) -> tuple[bytes, int, bool]:
-        end = data.find(b"\n") + 1 or len(data)
-        if self.quoted and data.count(b'"', 0, end) % 2:  # a name that goes over several lines
-            fields, after = self._record(data, 0)
-            end = after if isinstance(fields, list) and len(fields) == self._count else end
-        return data[end:], line + data.count(b"\n", 0, end), False
-
-    # a block is parsed by Arrow where nothing is odd in it
-
     def _parse(self, data: bytes, line: int, wanted: Sequence[int], last: bool) -> tuple[Records, int]:
+        """The records of a block, by Arrow where nothing is odd in it, and how many bytes they take."""
         used = len(data)
         odd = b"\r" in data and data.count(b"\r") != data.count(b"\r\n")
         if self.quoted and b'"' in data:

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from aesthetic.errors import UserError
-from curate.ledger.sql import Bounds, connect, parse, unstable_functions, walk
-from curate.sources.lists import describe
+from curate.ledger.sql import Bounds, connect, parse_condition, unstable_functions, walk
+from curate.sources.columns import describe
 
 
 class Predicate:
@@ -22,81 +22,61 @@ class Predicate:
 
     def __init__(self, condition: str, schema: pa.Schema, name: str) -> None:
         """`name` is the key of the recipe that the condition comes from. Raises UserError where it is not usable."""
-        self.condition, self._name = condition, name
+        self.condition, self._name, self._names = condition, name, schema.names
         self._connection = connect()
         self._bounds = Bounds(self._connection)
         self._check(schema)
         # the empty table says what DuckDB objects to: first as a condition (no aggregates there), then as it is used
-        empty = schema.empty_table().select(self.columns) if self.columns else _rows(0)
-        try:
-            self._connection.register("list", empty)
-            self._bounds.first(f"SELECT 1 FROM list WHERE (\n{condition}\n)")
-            self._ask(empty)
-        except duckdb.Error as e:
-            raise self._error(e, schema) from e
+        empty = schema.empty_table().select(self.columns)
+        self._run(f"SELECT true AS keep FROM list WHERE (\n{condition}\n)", empty, 0)
+        self.mask(empty, 0)
 
     def mask(self, table: pa.Table, rows: int) -> np.ndarray:
         """Whether the condition is TRUE, for each row of a table with at least the columns that it names."""
-        if not self.columns:
-            table = _rows(rows)
-        try:
-            return self._ask(table)
-        except duckdb.Error as e:
-            raise self._error(e, table.schema) from e
+        sql = f"SELECT coalesce(CAST((\n{self.condition}\n) AS BOOLEAN), false) AS keep FROM list"
+        return self._run(sql, table, rows)
 
-    def _ask(self, table: pa.Table) -> np.ndarray:
+    def _run(self, sql: str, table: pa.Table, rows: int) -> np.ndarray:
+        if not self.columns:  # a table must have one
+            table = pa.table({"@": pa.nulls(rows)})
         self._connection.register("list", table)
-        query = f"SELECT coalesce(CAST((\n{self.condition}\n) AS BOOLEAN), false) AS keep FROM list"
         try:
-            keep = self._bounds.run(lambda: self._connection.sql(query).to_arrow_table().column("keep"))
+            return self._bounds.run(lambda: self._connection.sql(sql).to_arrow_table().column("keep")).to_numpy()
         except UserError as e:  # too much memory or time
-            raise self._refused(str(e)) from None
+            raise self._error(str(e)) from None
+        except duckdb.Error as e:
+            if unknown := re.search(r'Referenced (?:column|table) "(.+?)" not found', str(e)):
+                why = f"there is no column {unknown[1]!r}. {describe(self._names, unknown[1])}"
+                raise self._error(why) from e
+            raise self._error(re.sub(r"^\w+ Error: ", "", str(e).strip().splitlines()[0])) from e
         finally:
             self._connection.unregister("list")
-        return keep.to_numpy()
 
     def _check(self, schema: pa.Schema) -> None:
+        """Refuse what is not one condition on one row, and find the columns that it names."""
         if not self.condition.strip():
-            raise self._refused("is empty; write null for no condition.")
-        statement = f"SELECT 1 FROM list WHERE (\n{self.condition}\n)"
-        parsed = parse(statement)
-        if parsed["error"]:
-            raise self._refused(parsed["error_message"])
-        node = parsed["statements"][0]["node"]
-        rest = [node.get(part) for part in ("modifiers", "group_expressions", "having", "qualify")]
-        if node["type"] != "SELECT_NODE" or any(rest) or len(parsed["statements"]) > 1:
-            raise self._refused("one condition is needed, and nothing after it.")
+            raise self._error("is empty; write null for no condition.")
         try:
-            parts = list(walk(node["where_clause"]))
+            parts = list(walk(parse_condition(self.condition)))
+        except UserError as e:
+            raise self._error(str(e)) from None
         except RecursionError:
-            raise self._refused("it is nested too deep.") from None
-        if any(p.get("class") == "SUBQUERY" for p in parts):
-            raise self._refused("a subquery; each row is decided by itself.")
-        self._refuse_moods({p["function_name"] for p in parts if p.get("class") == "FUNCTION"})
-        if any(p.get("class") == "STAR" for p in parts):
-            raise self._refused("name the columns one by one; * and COLUMNS() stand for more than one answer.")
-        folded = {n.lower(): n for n in reversed(schema.names)}
-        said = [n for p in parts if p.get("class") == "COLUMN_REF" for n in p["column_names"]]
-        wanted = {n if n in schema.names else folded.get(n.lower()) for n in said}
-        self.columns = [n for n in schema.names if n in wanted]
-
-    def _refuse_moods(self, functions: set[str]) -> None:
-        if moody := functions & unstable_functions():
-            raise self._refused(
-                f"{min(moody)}() gives another answer each time. "
+            raise self._error("it is nested too deep.") from None
+        classes = {p.get("class") for p in parts}
+        if "SUBQUERY" in classes:
+            raise self._error("a subquery; each row is decided by itself.")
+        if "STAR" in classes:
+            raise self._error("name the columns one by one; * and COLUMNS() stand for more than one answer.")
+        functions = {p["function_name"] for p in parts if p.get("class") == "FUNCTION"}
+        if unstable := functions & unstable_functions():
+            raise self._error(
+                f"{min(unstable)}() gives another answer each time. "
                 "For a part of the list use --limit, or a hash: hash(url) % 10 = 0."
             )
+        folded = {n.lower(): n for n in reversed(schema.names)}
+        named = [n for p in parts if p.get("class") == "COLUMN_REF" for n in p["column_names"]]
+        wanted = {n if n in schema.names else folded.get(n.lower()) for n in named}
+        self.columns = [n for n in schema.names if n in wanted]
 
-    def _error(self, e: duckdb.Error, schema: pa.Schema) -> UserError:
-        text = str(e)
-        if unknown := re.search(r'Referenced (?:column|table) "(.+?)" not found', text):
-            column = unknown[1]
-            return self._refused(f"there is no column {column!r}. {describe(schema.names, column)}")
-        return self._refused(re.sub(r"^\w+ Error: ", "", text.strip().splitlines()[0]))
-
-    def _refused(self, why: str) -> UserError:
+    def _error(self, why: str) -> UserError:
         return UserError(f"{self._name}: {self.condition}: {why}")
-
-
-def _rows(count: int) -> pa.Table:
-    return pa.table({"@": pa.nulls(count)})  # for a condition that names no column

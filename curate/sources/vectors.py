@@ -23,8 +23,8 @@ from aesthetic.errors import UserError
 from aesthetic.space import Space
 from aesthetic.untrusted import check_regular
 from aesthetic.vectors import open_vectors
-from curate.annotators.embed import EmbedConfig, pictures_of, recovered, write_vectors
 from curate.encoders.base import Encoder, unit
+from curate.encoders.embed import EmbedConfig, images_of, recovered, write_vectors
 from curate.images.decode import decode
 from curate.layout import Data
 from curate.shards.tar import IMAGE_EXTENSIONS, image_member, index_tar, read_range
@@ -258,7 +258,7 @@ def import_shard(data: Data, shard: int, imported: Imported, encoder: Encoder | 
     check_space(data.root)
     began = time.time()
     root = imported.folder.root
-    table = pictures_of(data, shard)
+    table = images_of(data, shard, ["key", "caption"])
     keys = table["key"].to_pylist()
     names = _names(data, shard, keys)
     rows = imported.find(names)
@@ -287,9 +287,9 @@ def _names(data: Data, shard: int, keys: list[str]) -> list[str]:
     if data.plan.facts["base"] is None:
         return keys
     source = data.plan.read(shard)
-    assert source.places is not None and source.base is not None
+    assert source.own_columns is not None and source.base is not None
     statuses = pq.read_table(data.table(shard), columns=["status"])["status"]
-    places = source.places.filter(pc.equal(statuses, "success")).to_pylist()
+    places = source.own_columns.filter(pc.equal(statuses, "success")).to_pylist()
     named: dict[str, dict[int, str]] = {}
     names = []
     for place in places:

@@ -112,7 +112,7 @@ def check_free(root: Path, kind: str) -> None:
 
 def _is_list(path: Path) -> bool:
     """Whether a file is called as a list of URLs is; .json says too little, as programs leave such files everywhere."""
-    from curate.sources.lists import list_format  # brings pyarrow, which most who ask do not need
+    from curate.sources.listing import list_format  # brings pyarrow, which most who ask do not need
 
     return list_format(path.name) not in (None, "json") and not path.name.startswith(".") and path.is_file()
 

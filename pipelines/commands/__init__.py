@@ -1,1 +1,37 @@
-"""One file a command."""
+"""One file a command: NAME.py holds its options, NameOptions, and `run(options)`, which does it.
+
+A command's file is imported when the command is asked for, and imports what is heavy where that is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+COMMANDS = {
+    "curate": "turn a list of image URLs (or a folder of images or shards) into curated shards",
+    "fetch": "only download and resize",
+    "embed": "embed and annotate what is fetched",
+    "retry": "fetch again what failed for transient reasons, and only that",
+    "annotate": "compute columns: of heads, detectors, prompts, tables; what is there stays",
+    "select": "apply rules to the ledger: a verdict per row, no image opened",
+    "pack": "copy the chosen images into even, shuffled shards",
+    "status": "say where a run stands",
+    "verify": "read every file again and compare it with the records",
+    "query": "ask the whole ledger, as one table",
+    "fit": "train a head from ratings, labels or comparisons",
+    "heads": "list and show heads, import one, or make one from words",
+    "train": "train a text-to-image diffusion model on captioned pictures",
+    "sample": "draw pictures with a model: from words, from a picture, into one, or enlarged",
+    "serve": "draw with a model on a page in the browser, alone or with others",
+    "evaluate": "measure a model beside chance, real pictures and noise",
+    "recipe": "print a recipe, resolved; without a name, list them",
+    "doctor": "say what this machine has, and what is missing",
+}
+"""Every command, in the order of --help, and what it does."""
+
+
+def find(command: str) -> tuple[type[Any], Any]:
+    """The options of a command and the function that does it."""
+    module = import_module(f"pipelines.commands.{command}")
+    return getattr(module, f"{command.capitalize()}Options"), module.run

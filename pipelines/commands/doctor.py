@@ -7,10 +7,30 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
+
+from pipelines.options import Options, Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions(Options):
+    pass
+
+
+def run(options: DoctorOptions) -> Result:
+    """Say what is here and what is not; exit code 1 where the main job can't run."""
+    findings: list[str] = []
+
+    def say(line: str) -> None:
+        findings.append(line)
+        print(line)
+
+    ready = examine(say)
+    return Result(facts={"ready": ready, "findings": findings}, code=0 if ready else 1)
 
 
 def examine(say: Callable[[str], None]) -> bool:
@@ -40,8 +60,8 @@ def examine(say: Callable[[str], None]) -> bool:
 def _recipes(say: Callable[[str], None]) -> bool:
     """Say of each shipped recipe whether it can run here; returns whether one can. Asks the hub whether it answers."""
     from aesthetic.errors import UserError
-    from curate.annotators.heads import columns_of
-    from pipelines.commands.curate import has_encoder
+    from curate.annotators.registry import make_annotators
+    from pipelines.checks import has_encoder
     from pipelines.recipe import DEFAULT, load_recipe, shipped
 
     able, why = list[str](), dict[str, str]()
@@ -49,7 +69,7 @@ def _recipes(say: Callable[[str], None]) -> bool:
     for name in sorted(shipped(), key=lambda name: name != DEFAULT):
         recipe = load_recipe(name)
         try:
-            columns_of(recipe.score, recipe.embed.encoder)
+            make_annotators(recipe.columns, recipe.embed.encoder)
             encoder = recipe.embed.encoder
             if encoder not in known:  # where nothing answers, finding that out takes seconds
                 try:

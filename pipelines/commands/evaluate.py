@@ -20,12 +20,13 @@ from typing import IO, TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
-from curate.store.files import read_json, sha256_file, sweep, write_json
+from curate.store.files import local_path, read_json, sha256_file, sweep, write_json
 from curate.store.ownership import check_free, taken
-from pipelines.commands.train import Outcome, check_data
+from pipelines.commands.train import check_data
 from pipelines.figures import meaning, readme, table
+from pipelines.options import Options, Result, argument, option, positive_int
 from pipelines.prompts import read_prompts
-from pipelines.runtime.progress import ProgressBar, Terminal, format_duration
+from pipelines.runtime.progress import ProgressBar, format_duration, redirect_output
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,23 +56,44 @@ BATCH = 8
 SHEET, NEAREST, NEAREST_REAL = 20, 8, 3  # pictures on the sheets
 
 
+def _number_or_file(text: str) -> int | Path:
+    return int(text) if text.isdigit() else Path(text)
+
+
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
-    """What `tastemaker evaluate` was asked; None: what suits the model or the encoder."""
+class EvaluateOptions(Options):
+    """None: what suits the model or the encoder."""
 
-    model: str
-    data: Path
-    out: Path
-    count: int = PROMPTS  # captions to draw
-    prompts: Path | None = None  # drawn in their place: the lines of a file
-    encoder: str = "bundled"
-    heads: tuple[str, ...] | None = None
-    seed: int = 0
-    steps: int = 30
-    guidance: float | None = None
+    model: str = argument("MODEL", "a folder that train made, a diffusers folder, a LoRA, or a hub id")
+    data: Path = argument("SHARDS", "the captioned pictures that it was trained on (those held out count) or others")
+    out: Path = option("default: MODEL/evaluation", metavar="DIR", type=local_path)
+    prompts: int | Path = option(
+        "draw N captions (default 128), or the lines of a file, without real ones",
+        default=PROMPTS,
+        metavar="N|FILE",
+        type=_number_or_file,
+    )
+    encoder: str = option("bundled (default) or open_clip:ARCH/PRETRAINED", default="bundled", metavar="E")
+    heads: tuple[str, ...] | None = option(
+        "default: those of this encoder that come with tastemaker", metavar="HEAD", nargs="+"
+    )
+    seed: int = option("of the first picture; the next ones count on", default=0, metavar="N")
+    guidance: float | None = option("default: what suits the model, as in sample", metavar="X")
+    steps: int = option("of drawing (default 30)", default=30, metavar="N", type=positive_int)
+
+    def __post_init__(self) -> None:
+        if vars(self)["out"] is None:
+            if not Path(self.model).is_dir():
+                raise UserError(f"{self.model} is no folder here: say with --out where its evaluation goes")
+            object.__setattr__(self, "out", Path(self.model) / "evaluation")
+
+    @property
+    def count(self) -> int:
+        """How many captions are drawn, where no prompts are given."""
+        return self.prompts if isinstance(self.prompts, int) else PROMPTS
 
 
-def run(options: EvaluateOptions) -> Outcome:
+def run(options: EvaluateOptions) -> Result:
     """Evaluate a model, from where an earlier run of the same request stopped.
 
     Raises UserError before the model is loaded where model, data, prompts, encoder, heads or folder do not fit.
@@ -81,7 +103,7 @@ def run(options: EvaluateOptions) -> Outcome:
     prompts = _prompts(options)
     model = _Model.of(options.model)
     heads = _heads(options)
-    from curate.encoders.base import check_available
+    from curate.encoders.registry import check_available
 
     check_available(options.encoder)
     from train.generate.sampler import (
@@ -100,7 +122,7 @@ def run(options: EvaluateOptions) -> Outcome:
         return _outcome(options, done)
     with (
         taken(options.out, "evaluation") as folder,
-        Terminal(options.out / "logs" / "evaluate.log") as terminal,
+        redirect_output(options.out / "logs" / "evaluate.log") as terminal,
     ):
         sweep(options.out)
         if (done := _before(options.out, asked)) is not None:  # again: another run may have been at work until now
@@ -122,7 +144,7 @@ def run(options: EvaluateOptions) -> Outcome:
 
 def _prompts(options: EvaluateOptions) -> list[str] | None:
     """The different lines of a file of prompts."""
-    asked = options.prompts
+    asked = None if isinstance(options.prompts, int) else options.prompts
     if asked is None and options.count < LEAST:
         raise UserError(f"--prompts {options.count}: at least {LEAST} are needed to tell anything")
     if asked is None:
@@ -170,7 +192,7 @@ class _Model:
 def _heads(options: EvaluateOptions) -> list[Head]:
     """Those that were asked for, else those that come with tastemaker and read this encoder's vectors."""
     from aesthetic.catalog import SHIPPED, list_heads, load_head
-    from curate.encoders.base import canonical_name
+    from curate.encoders.registry import canonical_name
 
     encoder = canonical_name(options.encoder)
     if options.heads is None:
@@ -190,7 +212,7 @@ def _asked(
     options: EvaluateOptions, model: _Model, samples: MapDataset, prompts: list[str] | None, heads: Sequence[Head]
 ) -> dict[str, Any]:
     """What must be the same for the figures to be the same, but for versions and machine."""
-    from curate.encoders.base import canonical_name
+    from curate.encoders.registry import canonical_name
 
     manifest = samples.folder / "manifest.json"
     return {
@@ -277,7 +299,7 @@ class _Evaluation:
         return facts
 
     def _facts(self, asked: dict[str, Any], figures: dict[str, Any], seconds: int) -> dict[str, Any]:
-        from train.generate.sampler import versions
+        from train.devices import versions
 
         return {
             "asked": asked,
@@ -337,14 +359,15 @@ class _Evaluation:
     def _load_eyes(self) -> None:
         """Encoders and the detector; refuses heads of another space."""
         from aesthetic.space import require_same
-        from curate.annotators.nsfw import load_detector
-        from curate.encoders.base import load_encoder
+        from curate.annotators.registry import load_annotator
         from curate.encoders.bundled import BundledEncoder
+        from curate.encoders.registry import load_encoder
         from train.devices import default_device
+        from train.generate.sampler import DETECTOR
 
         self.device = default_device()
         self.encoder: Encoder = load_encoder(self.options.encoder)
-        self.detector = load_detector("open-nsfw")
+        self.detector = load_annotator(DETECTOR)
         space = self.encoder.space() if self.heads else None
         for head in self.heads:
             assert space is not None
@@ -695,12 +718,10 @@ class _Evaluation:
         sheet(self.out / "nearest.png", f"{Path(self.options.model).name}: the nearest training pictures", rows)
 
     def _unsafe(self, pictures: Sequence[npt.NDArray[np.uint8]]) -> list[bool]:
-        import numpy as np
-
+        from curate.annotators.base import scores_of
         from train.generate.sampler import UNSAFE
 
-        scores = self.detector.score_prepared(np.stack([self.detector.preprocess(p) for p in pictures]))
-        return [bool(score >= UNSAFE) for score in scores]
+        return [bool(score >= UNSAFE) for score in scores_of(self.detector, pictures)]
 
 
 def _growth(count: Callable[[int], None]) -> Callable[[int, int], None]:
@@ -725,10 +746,10 @@ def _shown(picture: npt.NDArray[np.uint8], line: str, more: str, blurred: bool) 
 # ---------------------------------------------------------------------------------------------------------- its result
 
 
-def _outcome(options: EvaluateOptions, facts: dict[str, Any]) -> Outcome:
+def _outcome(options: EvaluateOptions, facts: dict[str, Any]) -> Result:
     out = options.out
     paths = {"evaluation": out / "evaluation.json", "pictures": out / "sheet.png"}
     if "memorisation" in facts["figures"]:
         paths["nearest"] = out / "nearest.png"
     text = f"{table(facts)}\nevaluated in {format_duration(facts['seconds'])}\n{meaning(facts)}"
-    return Outcome(text, facts, f"tastemaker sample {options.model} PROMPT", paths)
+    return Result(text=text, facts=facts, paths=dict(paths), next=f"tastemaker sample {options.model} PROMPT")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import csv
 import re
+import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,10 @@ import numpy as np
 
 from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
-from curate.encoders.base import check_available, check_named
+from curate.encoders.registry import check_available, check_named
 from curate.store.files import digest, read_json, sha256_file, write_json
+from pipelines.commands.heads import column_for
+from pipelines.options import REQUIRED, Options, Result, argument, option, positive_int
 from pipelines.pool import DataPool, FolderPool, Pool, VectorsPool
 
 if TYPE_CHECKING:
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 
     from aesthetic.chunks import Map
     from aesthetic.ratings import Kind, Ratings
-    from aesthetic.reports import Fit
+    from aesthetic.reports import FitResult
 
 WANTED, AGAINST = "a beautiful photograph", "an ugly photograph"
 """The prompts of the zero-shot baseline for ratings of beauty (after CLIP-IQA, Wang, Chan and Loy 2023)."""
@@ -44,38 +47,40 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """What `tastemaker fit` was asked."""
-
-    ratings: Sequence[Path]
-    out: Path
-    data: str | None = None
-    images: Path | None = None
-    embeddings: Path | None = None
-    encoder: str | None = None
-    key: str | None = None  # columns of the rating files
-    score: str | None = None
-    group: str | None = None
-    positive: str | None = None
-    scale: tuple[float, float] | None = None
-    task: str | None = None
-    prevalence: float | None = None
-    network: bool = False
-    suggest: int = 0
-    address: str | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A head's folder, how good it is, and what else was written."""
-
-    head: Path
-    report: dict[str, Any]
-    text: str
-    paths: dict[str, Path] = field(default_factory=dict)
+class FitOptions(Options):
+    ratings: tuple[Path, ...] = argument(
+        "RATINGS",
+        "csv, tsv, parquet or AVA.txt: an image (key, path, url or sha256) and its score, label or votes; "
+        "or winner and loser. Several files are several sources, each on its own scale",
+        nargs="+",
+    )
+    out: Path = option("the head's folder", default=REQUIRED, metavar="HEAD")
+    data: str | None = option("the data folder that holds the images and their vectors", metavar="DATA")
+    images: Path | None = option("or a folder of images, embedded with --encoder", metavar="FOLDER")
+    embeddings: Path | None = option("or vectors as clip-retrieval stores them, made with --encoder", metavar="FOLDER")
+    encoder: str | None = option("bundled (default for --images) or open_clip:ARCH/PRETRAINED", metavar="E")
+    key: str | None = option("the column that names the image (default: a usual name)", metavar="COLUMN")
+    score: str | None = option("the column of the score or label (default: a usual name)", metavar="COLUMN")
+    group: str | None = option(
+        "images of one group never straddle training and test (photographer, prompt, theme)", metavar="COLUMN"
+    )
+    positive: str | None = option("the label that counts as 1, where labels are words", metavar="VALUE")
+    scale: tuple[float, float] | None = option(
+        "the rating scale (default: the range of the scores)", metavar=("LO", "HI")
+    )
+    task: str | None = option("what the score is about: aesthetic (default), nsfw, ...", metavar="WORD")
+    prevalence: float | None = option("positives where a classifier will be used (default 0.01)", metavar="SHARE")
+    network: bool = option("try a small network too; taken only if it beats ridge", default=False)
+    suggest: int = option("name N images to rate next", default=0, metavar="N", type=positive_int)
+    address: str | None = option("sum over the rows on this Ray cluster", flag="--ray-address", metavar="ADDRESS")
 
 
-def fit(request: Request, say: Say = lambda line: None) -> Outcome:
+def run(options: FitOptions) -> Result:
+    """Fit a head; what is going on goes to stderr."""
+    return fit(options, partial(print, file=sys.stderr))
+
+
+def fit(request: FitOptions, say: Say = lambda line: None) -> Result:
     """Fit a head and write it, its report and its pictures under `request.out`.
 
     Raises UserError where the request makes no sense, asks what the ratings are not for, `request.out` holds another
@@ -142,10 +147,15 @@ def fit(request: Request, say: Say = lambda line: None) -> Outcome:
         left.to_csv(out / "unjoined.csv", index=False)
     if request.suggest:
         paths |= _suggest(request, fitted, pool, others, vectors, say)
-    return Outcome(out, fitted.report, _text(request, ratings, fitted, joined), paths)
+    return Result(
+        text=_text(request, ratings, fitted, joined),
+        facts=fitted.report,
+        paths=dict(paths),
+        next=f"tastemaker annotate {request.data or 'DATA'} {column_for(out.stem)}={out}",
+    )
 
 
-def _check(request: Request) -> None:
+def _check(request: FitOptions) -> None:
     """Raise UserError (HeadError for a scale) for what is wrong with the request itself: before a file is read."""
     from aesthetic.heads import HeadError, check_name, check_scale
 
@@ -188,14 +198,14 @@ def _names(folder: Path) -> set[str]:
     return {p.name for p in folder.iterdir() if not p.name.startswith(".")}  # the others: what a killed run left
 
 
-def _asked(request: Request) -> str:
+def _asked(request: FitOptions) -> str:
     """A digest of what a head depends on, but for what is in the ratings: more of them are to make it anew."""
     places = [request.data, request.images, request.embeddings, *request.ratings]
     same = ("encoder", "key", "score", "group", "positive", "scale", "task", "prevalence", "network")
     return digest({"places": [p and str(Path(p).absolute()) for p in places], **{k: getattr(request, k) for k in same}})
 
 
-def _check_out(request: Request, say: Say) -> None:
+def _check_out(request: FitOptions, say: Say) -> None:
     """Raise UserError where a head of another command is there, or no file can be written."""
     out = request.out
     if (out / "head.json").exists():
@@ -218,7 +228,7 @@ def _check_out(request: Request, say: Say) -> None:
                 folder.rmdir()
 
 
-def _check_enough(request: Request, ratings: Ratings, rows: dict[str, np.ndarray], candidates: pd.DataFrame) -> None:
+def _check_enough(request: FitOptions, ratings: Ratings, rows: dict[str, np.ndarray], candidates: pd.DataFrame) -> None:
     """Raise HeadError where what is joined is too little to fit to: before an image is embedded."""
     from aesthetic.classify import check_labels
     from aesthetic.compare import check_comparisons
@@ -253,9 +263,9 @@ def _filled_in(suggested: Path) -> bool:
 _HOLD = {"scores": "scores", "labels": "labels (each 0 or 1)", "pairs": "comparisons (a winner and a loser)"}
 
 
-def _check_kind(request: Request, kind: Kind) -> None:
+def _check_kind(request: FitOptions, kind: Kind) -> None:
     """Raise UserError for an option that these ratings have no use for."""
-    for option, given, kinds in (
+    for flag, given, kinds in (
         ("--scale", request.scale is not None, ("scores",)),
         ("--network", request.network, ("scores",)),
         ("--ray-address", request.address is not None, ("scores",)),
@@ -264,12 +274,12 @@ def _check_kind(request: Request, kind: Kind) -> None:
     ):
         if given and kind not in kinds:
             raise UserError(
-                f"{option} is for {' and '.join(kinds)}, and {', '.join(p.name for p in request.ratings)} "
+                f"{flag} is for {' and '.join(kinds)}, and {', '.join(p.name for p in request.ratings)} "
                 f"{'hold' if len(request.ratings) > 1 else 'holds'} {_HOLD[kind]}: leave the option out"
             )
 
 
-def _pool(request: Request, say: Say) -> Pool:
+def _pool(request: FitOptions, say: Say) -> Pool:
     if request.data is not None:
         return DataPool(request.data)
     if request.embeddings is not None:
@@ -291,7 +301,7 @@ def _join(ratings: Ratings, column: str, candidates: pd.DataFrame) -> tuple[np.n
 
 
 def _fitted(
-    request: Request,
+    request: FitOptions,
     ratings: Ratings,
     joined: np.ndarray,
     rows: dict[str, np.ndarray],
@@ -299,7 +309,7 @@ def _fitted(
     facts: pd.DataFrame,
     pool: Pool,
     say: Say,
-) -> Fit:
+) -> FitResult:
     from aesthetic.classify import PREVALENCE, fit_classifier
     from aesthetic.compare import fit_comparisons
     from aesthetic.examples import Examples
@@ -310,7 +320,7 @@ def _fitted(
     common: dict[str, Any] = {
         "name": request.out.stem,
         "card": {"ratings": {"rows": len(ratings.table), "joined": int(joined.sum()), "files": files}},
-        "tell": say,
+        "log": say,
     }
     if request.task:
         common["task"] = request.task
@@ -417,7 +427,7 @@ def _map(address: str | None) -> Map:
 
     if address is None:
         return thread_map
-    from pipelines.runtime.jobs import ray_map
+    from pipelines.runtime.cluster import ray_map
 
     return partial(ray_map, address)
 
@@ -426,9 +436,9 @@ def _map(address: str | None) -> Map:
 
 
 def _pictures(
-    request: Request,
+    request: FitOptions,
     ratings: Ratings,
-    fitted: Fit,
+    fitted: FitResult,
     pool: Pool,
     wanted: np.ndarray,
     rows: dict[str, np.ndarray],
@@ -483,7 +493,7 @@ def _pictures(
 
 
 def _suggest(
-    request: Request, fitted: Fit, pool: Pool, others: np.ndarray, vectors: np.ndarray, say: Say
+    request: FitOptions, fitted: FitResult, pool: Pool, others: np.ndarray, vectors: np.ndarray, say: Say
 ) -> dict[str, Path]:
     """Those of the `others`, the images not rated, that would teach the head most: a csv to fill in, and a sheet."""
     import pandas as pd
@@ -515,7 +525,7 @@ def _suggest(
     return {"rate next": request.out / "suggest.csv", "look at them": request.out / "suggest.png"}
 
 
-def _unsafe(request: Request, fitted: Fit) -> bool:
+def _unsafe(request: FitOptions, fitted: FitResult) -> bool:
     """Whether the images may be unsafe to look at: what they are rated or labelled for says so."""
     return bool(_UNSAFE.search(f"{fitted.head.task} {request.positive or ''}"))
 
@@ -537,7 +547,7 @@ def _interval(estimate: dict[str, Any], digits: int = 2) -> str:
     )
 
 
-def _text(request: Request, ratings: Ratings, fitted: Fit, joined: np.ndarray) -> str:
+def _text(request: FitOptions, ratings: Ratings, fitted: FitResult, joined: np.ndarray) -> str:
     """Five lines or more: what was used, and what not; how good; against what; worth how many raters; a verdict."""
     from aesthetic.fit import to_halve
 

@@ -1,209 +1,28 @@
-"""What `tastemaker query` answers with: all rows, as CSV, JSON or a file; a terminal gets the first of them to look at.
-
-Rows are written as DuckDB gives them, so a table larger than the memory goes through.
-"""
+"""`tastemaker query`: one SELECT over the ledger; its rows for a pipe, a file or a terminal."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import itertools
-import json
-import math
-import re
-from collections.abc import Callable, Iterator, Sequence
-from decimal import Decimal
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
-from aesthetic.errors import UserError
-from aesthetic.files import atomic
-from aesthetic.untrusted import printable
-from curate.ledger.view import Answer
-from pipelines.terminal import Control
-
-SHOWN, WIDTH = 200, 60
-"""Rows that a terminal is shown, and characters of a value."""
+from pipelines.options import Options, Result, argument, option
 
 
-def show(root: Path, sql: str, out: IO[str], *, as_json: bool = False) -> str:
-    """Show the rows of one SELECT over `ledger` and `verdicts`; returns what is to be said about them, or nothing.
-
-    `out` gets CSV, or with `as_json` an array on one line; where it is a terminal, a table of the first rows. JSON has
-    no NaN and no infinity: they are null.
-    """
-    with Answer(root, sql) as found:
-        if out.isatty() and not as_json:
-            return _table(found, out)
-        data = _Data(out)
-        try:
-            if as_json:
-                data.write("[")
-                for i, record in enumerate(_json_rows(found)):
-                    data.write(f"{', ' if i else ''}{record}")
-                data.write("]\n")
-            else:
-                _write_csv(found, data)
-        except _NobodyReads:
-            pass
-        return ""
+@dataclass(frozen=True, kw_only=True)
+class QueryOptions(Options):
+    data: str = argument("DATA")
+    sql: str = argument("SQL", "one SELECT over `ledger`; the list's own columns are source.NAME")
+    out: Path | None = option("write all rows to a new .csv, .parquet or .jsonl", metavar="FILE")
 
 
-class _NobodyReads(Exception):
-    """Whoever read has enough: `tastemaker query ... | head -1`."""
+def run(options: QueryOptions) -> Result:
+    """Show the rows, or write them to a file."""
+    from curate.layout import open_data
+    from pipelines.rows import show, write
 
-
-class _Data:
-    """A stream for rows: as they are, in UTF-8; a terminal sees controls as escapes all the same."""
-
-    def __init__(self, out: IO[str]) -> None:
-        self._out = out
-        self._kind = str if out.isatty() else Control
-        with contextlib.suppress(AttributeError):
-            out.reconfigure(encoding="utf-8")  # type: ignore[attr-defined]
-
-    def write(self, text: str) -> int:
-        if getattr(self._out, "lost", None) is not None:
-            raise _NobodyReads
-        return self._out.write(self._kind(text))
-
-
-def write(root: Path, sql: str, file: Path) -> int:
-    """Write the rows of one SELECT to a new .csv, .parquet or .jsonl, whole or not at all; returns how many."""
-    writer = _writer(file)
-    with Answer(root, sql) as found, atomic(file) as f:
-        return writer(found, f)
-
-
-def _writer(file: Path) -> Callable[[Answer, Any], int]:
-    writer = {".csv": _csv_file, ".parquet": _parquet_file, ".jsonl": _jsonl_file}.get(file.suffix.lower())
-    if writer is None:
-        raise UserError(f"--out {file}: a name that ends in .csv, .parquet or .jsonl is expected")
-    if file.exists() or file.is_symlink():
-        raise UserError(f"--out {file}: it is there already, and is left alone. Give another name, or remove it")
-    if not file.parent.is_dir():
-        raise UserError(f"--out {file}: there is no folder {file.parent}")
-    return writer
-
-
-# -------------------------------------------------------------------------------------------------------------- writing
-
-
-def _csv_file(found: Answer, f: Any) -> int:
-    text = io.TextIOWrapper(f, encoding="utf-8", newline="", write_through=True)
-    rows = _write_csv(found, text)
-    text.flush()
-    text.detach()
-    return rows
-
-
-def _write_csv(found: Answer, out: Any) -> int:
-    out.write(",".join(map(_quoted, found.columns)) + "\n")
-    rows = 0
-    for batch in found.batches():
-        for values in zip(*_columns(batch), strict=True):
-            # a lone empty value in quotes: an empty line is no row to most readers
-            out.write((",".join(map(_quoted, map(_text, values))) or '""') + "\n")
-        rows += batch.num_rows
-    return rows
-
-
-_IN_QUOTES = re.compile('[",\\r\\n]')
-
-
-def _quoted(value: Any) -> str:
-    """A value of a CSV line; Python's own writer leaves a lone carriage return bare, and readers end the line there."""
-    text = "" if value is None else str(value)
-    return '"' + text.replace('"', '""') + '"' if _IN_QUOTES.search(text) else text
-
-
-def _parquet_file(found: Answer, f: Any) -> int:
-    rows = 0
-    try:
-        with pq.ParquetWriter(f, found.schema, compression="zstd") as out:
-            for batch in found.batches():
-                out.write_batch(batch)
-                rows += batch.num_rows
-    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as e:
-        raise UserError(f"parquet does not hold such values: {e}. CAST(... AS VARCHAR) makes text of them") from None
-    return rows
-
-
-def _jsonl_file(found: Answer, f: Any) -> int:
-    rows = 0
-    for record in _json_rows(found):
-        f.write(f"{record}\n".encode())
-        rows += 1
-    return rows
-
-
-def _json_rows(found: Answer) -> Iterator[str]:
-    """Each row as a JSON object."""
-    for batch in found.batches():
-        for values in zip(*_columns(batch), strict=True):
-            yield json.dumps(dict(zip(found.columns, map(_plain, values), strict=True)), ensure_ascii=False)
-
-
-def _columns(batch: pa.RecordBatch) -> Iterator[Sequence[Any]]:
-    """The columns as Python values; a float of 32 bits as the shortest number that means it, not 0.20000000298."""
-    for column in batch.columns:
-        if pa.types.is_float32(column.type):
-            yield [None if v is None else float(v) for v in pc.cast(column, pa.string()).to_pylist()]
-        else:
-            yield column.to_pylist()
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, Decimal):  # of sums of whole numbers, too
-        return int(value) if value == value.to_integral_value() else float(value)
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value.hex() if isinstance(value, bytes) else str(value)
-
-
-def _text(value: Any) -> Any:
-    """A value as CSV has it: what is made of parts, as JSON."""
-    if value is None or (isinstance(value, str | int | float) and not isinstance(value, bool)):
-        return value
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, dict | list):
-        return json.dumps(_plain(value), ensure_ascii=False)
-    return value.hex() if isinstance(value, bytes) else str(value)
-
-
-# ----------------------------------------------------------------------------------------------------------- a terminal
-
-
-def _table(found: Answer, out: IO[str]) -> str:
-    """A table of the first rows, numbers to the right; returns how many there are where it is not all of them."""
-    first: list[tuple[Any, ...]] = []
-    rows = 0
-    for batch in found.batches():
-        if rows < SHOWN:
-            part = batch.slice(0, SHOWN - rows)
-            first += zip(*_columns(part), strict=True)
-        rows += batch.num_rows
-    cells = [["" if v is None else printable(_text(v)) for v in row] for row in first]
-    cut = any(len(cell) > WIDTH for row in cells for cell in row)
-    cells = [[printable(cell, WIDTH) for cell in row] for row in cells]
-    names = [printable(name, WIDTH) for name in found.columns]
-    wide = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
-    right = [pa.types.is_floating(t) or pa.types.is_integer(t) or pa.types.is_decimal(t) for t in found.schema.types]
-    for line in itertools.chain([names], cells):
-        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, wide, right, strict=True))
-        out.write("  ".join(padded).rstrip() + "\n")
-    told = [f"{len(first):,} of {rows:,} shown"] if rows > len(first) else []
-    told += ["long values are cut"] if cut else []
-    return f"{', '.join(told)}: --out FILE.csv, .parquet or .jsonl writes all" if told else ""
+    root = open_data(options.data).root
+    if options.out is None:
+        return Result(text=show(root, options.sql, sys.stdout, as_json=options.json), own_json=True)
+    rows = write(root, options.sql, options.out)
+    return Result(text=f"{rows:,} rows", facts={"rows": rows}, paths={"written": options.out})

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
 from curate.store.disk import check_space
-from curate.store.files import sha256_file
+from curate.store.files import local_path, sha256_file
+from pipelines.options import Options, Result, argument, option
 from pipelines.prompts import read_prompts
 from pipelines.runtime.progress import ProgressBar
 from pipelines.terminal import CLEAR
@@ -22,53 +24,52 @@ if TYPE_CHECKING:
     from train.models.info import ModelInfo
     from train.models.lora import Lora
 
-STAYS = ("model", "out", "again", "image", "mask", "lora", "upscaler", "faces", "show_flagged")
+STAYS = ("model", "out", "again", "image", "mask", "lora", "upscaler", "faces", "show_flagged", "verbose", "json")
 """What may be given beside --again: where things are, not how the picture is drawn."""
 
 
+def _folder(text: str) -> Path:
+    """A folder as it was given: relative, so that pictures do not tell where somebody's folders lie."""
+    return local_path(text) if "://" in text else Path(text).expanduser()
+
+
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions:
-    """What `tastemaker sample` was asked; None: what suits."""
+class SampleOptions(Options):
+    """None: what suits the model."""
 
-    model: str | None = None
-    prompt: tuple[str, ...] = ()
-    prompts: Path | None = None  # a file of them
-    out: Path
-    again: Path | None = None
-    negative: str | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    seed: int | None = None  # of the first picture
-    n: int | None = None  # pictures of each prompt
-    batch: int | None = None
-    width: int | None = None
-    height: int | None = None
-    scheduler: str | None = None
-    image: Path | None = None
-    strength: float | None = None
-    mask: Path | None = None
-    upscale: int | None = None
-    upscaler: Path | None = None
-    faces: Path | None = None
-    lora: tuple[str, ...] = ()
-    grid: bool = False
-    show_flagged: bool = False
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Where the pictures are, and what they are."""
-
-    facts: dict[str, Any]
-    next: str
-    paths: dict[str, Path] = field(default_factory=dict)
+    model: str | None = argument(
+        "MODEL", "a diffusers folder (Stable Diffusion type) or hub id", nargs="?", default=None
+    )
+    prompt: tuple[str, ...] = argument("PROMPT", nargs="*", default=())
+    prompts: Path | None = option("a prompt on each line", metavar="FILE")
+    out: Path = option("pictures get its next free numbers", default=Path("samples"), metavar="FOLDER", type=_folder)
+    again: Path | None = option("draw this picture again: it says how it was drawn", metavar="FILE.png")
+    negative: str | None = option("what should not be in it", metavar="TEXT")
+    steps: int | None = option("default: 30", metavar="N")
+    guidance: float | None = option("how closely to keep to the prompt (7.5, or 3)", metavar="X")
+    seed: int | None = option("of the first picture; the next has one more (default: any)", metavar="N")
+    n: int | None = option("pictures of each prompt (default: 1)", metavar="N")
+    batch: int | None = option("pictures drawn at once (default: 1)", metavar="N")
+    width: int | None = option("default: the model's own size, or that of --image", metavar="PX")
+    height: int | None = option(metavar="PX")
+    scheduler: str | None = option("a class of diffusers, such as EulerAncestralDiscrete", metavar="NAME")
+    image: Path | None = option("begin with this picture", metavar="FILE")
+    strength: float | None = option("how much of it is drawn anew, 0 to 1 (default: 0.8)", metavar="X")
+    mask: Path | None = option("draw only where this is white; of the picture's size", metavar="FILE")
+    upscale: int | None = option("enlarge the result, or --image, so many times (2 to 4)", metavar="N")
+    upscaler: Path | None = option("with ESRGAN-type weights (extra `upscale`)", metavar="FILE")
+    faces: Path | None = option("restore faces with GFPGAN's weights (extra `upscale`)", metavar="FILE")
+    lora: tuple[str, ...] = option("repeatable", default=(), metavar="PATH[:WEIGHT]")
+    grid: bool = option("all pictures in one file, too", default=False)
+    show_flagged: bool = option("do not blur what the NSFW detector flags", default=False)
 
 
-def run(options: SampleOptions, out: IO[str], aside: IO[str]) -> Outcome:
-    """Draw all pictures; each is there as soon as it is finished, its path a line of `out`.
+def run(options: SampleOptions) -> Result:
+    """Draw all pictures; each is there as soon as it is finished, its path a line of stdout.
 
     Raises UserError, before the model is loaded and anything is written, where something does not fit.
     """
+    out, aside = sys.stdout, sys.stderr
     _check(options)
     told = _told(options) if options.again else None
     prompts = [] if told else _prompts(options)
@@ -110,7 +111,7 @@ def run(options: SampleOptions, out: IO[str], aside: IO[str]) -> Outcome:
         out.write(_compared(drawn[0][1], options.again, told) + "\n")
     pictures = [{"path": str(path), "seed": d.request.seed, "nsfw": d.nsfw, "flagged": d.flagged} for path, d in drawn]
     paths = {"pictures": options.out, **({"grid": grid} if grid else {})}
-    return Outcome({"pictures": pictures}, f"tastemaker sample --again {drawn[-1][0]}", paths)
+    return Result(facts={"pictures": pictures}, paths=paths, next=f"tastemaker sample --again {drawn[-1][0]}")
 
 
 # ------------------------------------------------------------------------------------------- before the model is loaded

@@ -18,29 +18,34 @@ from pathlib import Path
 from aesthetic.errors import UserError
 from aesthetic.files import atomic, scratch_path
 from curate.store.disk import check_space
-from pipelines.runtime.progress import Terminal
+from curate.store.files import local_path
+from pipelines.options import Options, Result, argument, option, positive_int
+from pipelines.runtime.progress import redirect_output
 
 MIN_TOKEN = 16
 """Characters of a token that somebody chose: whoever reaches the port may guess, a few a second."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions:
-    """What `tastemaker serve` was asked."""
+class ServeOptions(Options):
+    model: str = argument("MODEL", "a diffusers folder (Stable Diffusion type) or hub id")
+    out: Path = option("pictures get its next free numbers", default=Path("samples"), metavar="FOLDER", type=local_path)
+    host: str = option("another address than this one needs a token", default="127.0.0.1", metavar="H")
+    port: int = option("default: 7860; 0: any that is free", default=7860, metavar="N")
+    token: str | None = option(
+        "what people must know to draw (default: one is made where needed)", metavar="T", secret=True
+    )
+    batch: int = option("pictures of a job drawn at once", default=1, metavar="N", type=positive_int)
+    upscaler: Path | None = option("enlarge with ESRGAN-type weights (extra `upscale`)", metavar="FILE")
+    faces: Path | None = option("restore faces with GFPGAN's weights (extra `upscale`)", metavar="FILE")
+    lora: tuple[str, ...] = option("repeatable", default=(), metavar="PATH[:WEIGHT]")
+    show_flagged: bool = option("do not blur what the NSFW detector flags", default=False)
 
-    model: str
-    out: Path
-    host: str = "127.0.0.1"
-    port: int = 7860
-    token: str | None = None
-    lora: tuple[str, ...] = ()
-    batch: int = 1
-    upscaler: Path | None = None
-    faces: Path | None = None
-    show_flagged: bool = False
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "out", self.out.absolute())
 
 
-def run(options: ServeOptions) -> None:
+def run(options: ServeOptions) -> Result:
     """Serve until Ctrl-C or SIGTERM. Raises UserError before the model loads where something does not fit."""
     token = options.token
     if token is not None and (len(token) < MIN_TOKEN or not (token.isascii() and token.isprintable()) or " " in token):
@@ -67,7 +72,7 @@ def run(options: ServeOptions) -> None:
         if not local and token is None:
             token = secrets.token_urlsafe(24)
         options.out.mkdir(parents=True, exist_ok=True)
-        with Terminal(options.out / "logs" / "serve.log") as terminal:
+        with redirect_output(options.out / "logs" / "serve.log") as terminal:
 
             def say(line: str) -> None:
                 terminal.write(f"{time.strftime('%H:%M:%S')}  {line}\n")
@@ -96,6 +101,7 @@ def run(options: ServeOptions) -> None:
             say("ended")
     finally:
         at.close()
+    return Result(paths={"pictures": options.out})
 
 
 def url(host: str, at: socket.socket) -> str:

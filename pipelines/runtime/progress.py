@@ -1,13 +1,14 @@
-"""What people see while a job runs: workers count, one small actor adds up, the terminal draws from that."""
+"""What people see while a job runs: workers count, lines on the terminal say how far it is and how long it takes."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -52,32 +53,6 @@ class Meter:
             self.flush()
 
 
-class Board:
-    """Adds up what the meters send. Lives in an actor, so that workers on any node reach it."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[tuple[str, str]] = Counter()
-        self._hosts: Counter[str] = Counter()
-        self._failure: Exception | None = None
-
-    def fail(self, error: Exception) -> None:
-        """Keep what went wrong in a worker; the first error is the cause of those after it."""
-        self._failure = self._failure or error
-
-    def failure(self) -> Exception | None:
-        """What went wrong in a worker, as it was raised there."""
-        return self._failure
-
-    def add(self, counts: Counts, hosts: dict[str, int]) -> None:
-        self._counts.update(counts)
-        self._hosts.update(hosts)
-        if len(self._hosts) > 2000:  # the web has many hosts, and only the worst are shown
-            self._hosts = Counter(dict(self._hosts.most_common(1000)))
-
-    def read(self) -> tuple[Counts, list[tuple[str, int]]]:
-        return dict(self._counts), self._hosts.most_common(3)
-
-
 class ProgressDisplay:
     """Draws the progress line: rewritten in place on a terminal, a line every ten seconds elsewhere."""
 
@@ -92,7 +67,7 @@ class ProgressDisplay:
         self._live = out.isatty()
         self._warned = False
 
-    def draw(self, counts: Counts, hosts: list[tuple[str, int]], end: bool = False) -> None:
+    def show(self, counts: Counts, hosts: list[tuple[str, int]], end: bool = False) -> None:
         """Show the counts so far."""
         now = time.monotonic()
         self._warn_early(counts, hosts)
@@ -154,18 +129,18 @@ class ProgressDisplay:
                 del seen[1:-1:2]
         return count / max(seen[-1][0] - seen[0][0], 1e-3)
 
-    def whole(self, rows: int, images: int) -> float | None:
+    def project(self, rows: int, images: int) -> float | None:
         """Seconds that so many rows and images would take here: start-up and the slow last rows once, the rest by the
         rates that this run had. None where it saw nothing of a stage."""
         if "fetch" not in self._seen or (self._embeds and images and "embed" not in self._seen):
             return None
         began = self._seen["fetch"][0][0]
-        seconds = self._stretched("fetch", rows)
+        seconds = self._scaled("fetch", rows)
         if self._embeds and images:
-            seconds = max(seconds, self._seen["embed"][0][0] - began + self._stretched("embed", images))
+            seconds = max(seconds, self._seen["embed"][0][0] - began + self._scaled("embed", images))
         return began - self._began + seconds
 
-    def _stretched(self, stage: str, count: int) -> float:
+    def _scaled(self, stage: str, count: int) -> float:
         """Seconds of a stage for so many: the time of its first nine tenths to scale, and that of the others as it was;
         those wait for slow servers, of which there are not more at a time in a longer list."""
         seen = self._seen[stage]
@@ -228,7 +203,7 @@ def _columns(out: IO[str]) -> int:
 def format_duration(seconds: float) -> str:
     """A duration as people say it.
 
-    >>> clock(8), clock(100), clock(7300)
+    >>> format_duration(8), format_duration(100), format_duration(7300)
     ('8 s', '1 min 40 s', '2 h 1 min')
     """
     whole = round(seconds)
@@ -242,41 +217,38 @@ def format_duration(seconds: float) -> str:
 def format_rate(rate: float, unit: str) -> str:
     """A rate per second as people say it; of slow work, how long one takes.
 
-    >>> speed(1234.5, "img"), speed(5.0, "rows"), speed(0.015, "steps"), speed(0.0, "img")
-    ('1,234 img/s', '5 rows/s', '66.7 s/step', '0 img/s')
+    >>> [format_rate(r, "img") for r in (1234.5, 5.0, 0.015, 0.0)]
+    ['1,234 img/s', '5 img/s', '66.7 s/img', '0 img/s']
     """
     if 0 < rate < 1:
         return f"{1 / rate:.1f} s/{unit.removesuffix('s')}"
     return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"
 
 
-class Terminal:
-    """Our own stream, while libraries' go to a log file; Ray's C++ parts write to the descriptors themselves."""
-
-    def __init__(self, log: Path) -> None:
-        self._log = log
-
-    def __enter__(self) -> IO[str]:
-        with open_log(self._log) as f:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            self._saved = [os.dup(1), os.dup(2)]
-            os.dup2(f.fileno(), 1)
-            os.dup2(f.fileno(), 2)
-        self._lost = [(s, s.lost) for s in (sys.stdout, sys.stderr) if isinstance(s, Shown)]
-        for stream, _ in self._lost:
-            stream.lost = None  # the log can be written, whatever became of the terminal
-        self._ours = text_stream(os.dup(self._saved[1]), sys.stderr)
-        return self._ours  # type: ignore[return-value]
-
-    def __exit__(self, *_: object) -> None:
+@contextlib.contextmanager
+def redirect_output(log: Path) -> Iterator[IO[str]]:
+    """Our own stream to the terminal, while what libraries write goes to a log file; Ray's C++ parts write to the
+    descriptors themselves."""
+    with open_log(log) as f:
         sys.stdout.flush()
         sys.stderr.flush()
-        for fd, saved in enumerate(self._saved, 1):
-            os.dup2(saved, fd)
-            os.close(saved)
-        for stream, lost in self._lost:
-            stream.lost = lost
-        self._ours.close()
+        saved = [os.dup(1), os.dup(2)]
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    lost = [(stream, stream.lost) for stream in (sys.stdout, sys.stderr) if isinstance(stream, Shown)]
+    for stream, _ in lost:
+        stream.lost = None  # the log can be written, whatever became of the terminal
+    terminal = text_stream(os.dup(saved[1]), sys.stderr)
+    try:
+        yield terminal  # type: ignore[misc]
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for fd, before in enumerate(saved, 1):
+            os.dup2(before, fd)
+            os.close(before)
+        for stream, error in lost:
+            stream.lost = error
+        terminal.close()
         if isinstance(sys.stderr, Shown):  # the same descriptor: what was lost here counts there
-            sys.stderr.lost = sys.stderr.lost or self._ours.lost
+            sys.stderr.lost = sys.stderr.lost or terminal.lost

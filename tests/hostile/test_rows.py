@@ -62,7 +62,7 @@ TEXTS: dict[str, str] = {  # these come out as they went in
     "a number": "0012",
     "a tar header": "ustar\0" + "0" * 506,
 }
-BYTES: dict[str, tuple[bytes | None, str | None]] = {  # what is not UTF-8 is null, by the rule of curate.sources.lists
+BYTES: dict[str, tuple[bytes | None, str | None]] = {  # what is not UTF-8 is null, by the rule of curate.sources.inputs
     "none": (None, None),
     "empty": (b"", ""),
     "lone surrogate": (b"a" + SURROGATE + b"b", None),

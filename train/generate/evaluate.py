@@ -19,7 +19,7 @@ import numpy.typing as npt
 from aesthetic.errors import UserError
 from aesthetic.metrics import Estimate, Statistic, estimate
 from aesthetic.splits import NEAR_BITS, groups_of
-from curate.annotators.nsfw import Detector
+from curate.annotators.base import Annotator, scores_of
 from curate.encoders.base import Encoder
 from curate.images.resize import perceptual_hash
 from curate.store.files import digest, read_json
@@ -260,9 +260,10 @@ def difference(drawn: npt.ArrayLike, real: npt.ArrayLike, *, paired: bool, seed:
 
 
 def look(
-    pictures: Iterable[Pixels], models: Mapping[str, Encoder | Detector], tell: Tell = lambda count: None
+    pictures: Iterable[Pixels], models: Mapping[str, Encoder | Annotator], tell: Tell = lambda count: None
 ) -> dict[str, npt.NDArray[Any]]:
-    """What models see in pictures, (h, w, 3) uint8: by name (n, d) unit vectors of an encoder or (n,) scores.
+    """What models see in pictures, (h, w, 3) uint8: by name (n, d) unit vectors of an encoder, or a detector's (n,)
+    scores.
 
     Beside them `phash`, (n,) uint64: perceptual hashes. Batches are cut at fixed places, so that the same pictures give
     the same numbers.
@@ -271,10 +272,7 @@ def look(
     rest = iter(pictures)
     while part := list(islice(rest, 32)):
         for name, model in models.items():
-            rows = np.stack([model.preprocess(p) for p in part])
-            found[name].append(
-                model.encode_prepared(rows) if isinstance(model, Encoder) else model.score_prepared(rows)
-            )
+            found[name].append(model.encode_images(part) if isinstance(model, Encoder) else scores_of(model, part))
         found["phash"].append(np.array([int(perceptual_hash(p), 16) for p in part], np.uint64))
         tell(len(part))
     return {name: np.concatenate(parts) for name, parts in found.items()}

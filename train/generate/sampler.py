@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import platform
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ from aesthetic.errors import UserError
 from aesthetic.untrusted import first_three
 from curate.store.files import sha256_file
 from train import devices
-from train.devices import out_of_memory
+from train.devices import out_of_memory, versions
 from train.generate.files import pixels_digest
 from train.generate.upscale import Network, by_tiles, cost_of, restore_faces, tile_count
 from train.models.info import ModelInfo, read_model_info
@@ -42,6 +41,9 @@ if TYPE_CHECKING:
 
 OnStep = Callable[[int, int], None]
 """Hears (steps done, steps in all) after each step. An exception in it ends the drawing: this is how to cancel."""
+
+DETECTOR = "open-nsfw"
+"""The annotator that looks at every image that is generated."""
 
 UNSAFE = 0.2
 """The NSFW score from which on a picture is blurred: Yahoo calls what is below 0.2 safe (README of open_nsfw). Our
@@ -228,7 +230,7 @@ class Sampler:
         """
         from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 
-        from curate.annotators.nsfw import load_detector
+        from curate.annotators.registry import load_annotator
         from train.models.unet import count_parameters, load_model
 
         self.about = model if isinstance(model, ModelInfo) else read_model_info(model)
@@ -258,7 +260,7 @@ class Sampler:
         self._image, self._mask = (
             _quiet(kind(**same)) for kind in (StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline)
         )
-        self._detector = load_detector("open-nsfw")
+        self._detector = load_annotator(DETECTOR)
 
     def __str__(self) -> str:
         """Device, precision and measures, in a line."""
@@ -457,7 +459,9 @@ class Sampler:
         import numpy as np
         from PIL import ImageFilter
 
-        score = float(self._detector.score_prepared(self._detector.preprocess(np.asarray(image))[None])[0])
+        from curate.annotators.base import scores_of
+
+        score = float(scores_of(self._detector, [np.asarray(image)])[0])
         flagged = score >= UNSAFE
         blurred = flagged and self.blur
         if blurred:
@@ -576,14 +580,3 @@ def request_of(
         return GenerationRequest(**{name: facts[name] for name in plain}, image=image, mask=mask)
     except (KeyError, TypeError) as e:
         raise UserError(f"the picture's facts are incomplete or damaged: {e}") from e
-
-
-def versions() -> dict[str, str]:
-    """Of what a picture's bits depend on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in ("tastemaker", "torch", "diffusers", "transformers", "peft"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found

@@ -13,7 +13,7 @@ from PIL import Image
 
 from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
-from train.models.tensors import is_pointer, read_header
+from train.models.files import is_pointer, read_header
 
 if TYPE_CHECKING:
     import torch

@@ -142,10 +142,10 @@ class TextEncoderConfig(_Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _of_clip(cls, told: Any) -> Any:
+    def _of_clip(cls, raw: Any) -> Any:
         """Of the whole of CLIP, which some put there, transformers takes the text encoder."""
-        inner = told.get("text_config") if isinstance(told, dict) and told.get("model_type") == "clip" else None
-        return inner if isinstance(inner, dict) else told
+        inner = raw.get("text_config") if isinstance(raw, dict) and raw.get("model_type") == "clip" else None
+        return inner if isinstance(inner, dict) else raw
 
 
 class TokenizerConfig(_Config):

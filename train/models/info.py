@@ -24,8 +24,8 @@ from train.models.configs import (
     VaeConfig,
     read_config,
 )
+from train.models.files import find_model_folder, is_pointer, read_header, weight_files
 from train.models.schedulers import SCHEDULERS
-from train.models.tensors import Header, is_pointer, read_header
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -38,17 +38,6 @@ _CLASSES = {
     "scheduler": SCHEDULERS,
 }
 """What a part may be, by the second word of its entry in model_index.json."""
-
-_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-_ENDS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
-_WEIGHTS = tuple(stem + end for end in _ENDS for stem in _STEMS)
-"""Names of weights as diffusers and transformers look for them, those they prefer first."""
-
-_VARIANTS = re.compile(
-    rf"(?:{'|'.join(_STEMS)})"
-    r"(?:\.(?P<one>\w+)\.(?:safetensors|bin)|\.(?:safetensors|bin)\.index\.(?P<many>(?!json)\w+)\.json)"
-)
-"""Names of weights of which a folder may hold several precisions: model.fp16.safetensors."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +59,7 @@ class ModelInfo:
 
     @property
     def step(self) -> int:
-        """Sides of pictures are multiples of this: of 8 in diffusers' pipelines, and of the autoencoder's factor."""
+        """Sides of images are multiples of this: of 8 in diffusers' pipelines, and of the autoencoder's factor."""
         return math.lcm(8, self.factor)
 
     @property
@@ -86,7 +75,7 @@ class ModelInfo:
 
     @property
     def training_step(self) -> int:
-        """Sides of pictures to train on are multiples of this: the autoencoder's factor times the UNet's."""
+        """Sides of images to train on are multiples of this: the autoencoder's factor times the UNet's."""
         return int(self.factor * 2 ** (len(self.unet["block_out_channels"]) - 1))
 
     @property
@@ -96,7 +85,7 @@ class ModelInfo:
 
     @property
     def inpaints_only(self) -> bool:
-        """Whether its UNet takes a mask and a masked picture beside the latents: it can't draw without them."""
+        """Whether its UNet takes a mask and a masked image beside the latents: it can't draw without them."""
         return bool(self.unet["in_channels"] == 2 * self.vae["latent_channels"] + 1)
 
     @property
@@ -157,12 +146,12 @@ def read_model_info(name: str | Path) -> ModelInfo:
     scheduler["_class_name"] = parts["scheduler"][1]
     _check_tokenizer(folder / "tokenizer", text["max_position_embeddings"])
     record = training_record(folder)
-    about = ModelInfo(str(name), folder, unet, vae, text, scheduler, record[1] if record else None)
-    _check_agreement(about)
+    info = ModelInfo(str(name), folder, unet, vae, text, scheduler, record[1] if record else None)
+    _check_agreement(info)
     for part in PARTS[:3]:
         for file in weight_files(folder / part):
             _check_weights(file)
-    return about
+    return info
 
 
 def _check_tokenizer(folder: Path, most: int) -> None:
@@ -184,10 +173,10 @@ def _check_tokenizer(folder: Path, most: int) -> None:
         )
 
 
-def _check_agreement(about: ModelInfo) -> None:
+def _check_agreement(info: ModelInfo) -> None:
     """What parts say of each other."""
-    unet, latents, wide = about.unet, about.vae["latent_channels"], about.text["hidden_size"]
-    path = about.folder / "unet" / "config.json"
+    unet, latents, wide = info.unet, info.vae["latent_channels"], info.text["hidden_size"]
+    path = info.folder / "unet" / "config.json"
     if unet["in_channels"] not in (latents, 2 * latents + 1) or unet["out_channels"] != latents:
         raise UserError(
             f"{path}: a UNet with {unet['in_channels']} channels in and {unet['out_channels']} out does not fit the "
@@ -206,18 +195,18 @@ def _check_weights(file: Path) -> None:
         raise UserError(f"{file} holds no weights: it may be a pointer of Git LFS (`git lfs pull` fetches them)")
 
 
-def check_trainable(about: ModelInfo, size: int | None) -> None:
-    """Raise UserError where a model can't be trained further, or not on pictures of this side."""
-    config = about.scheduler
+def check_trainable(info: ModelInfo, size: int | None) -> None:
+    """Raise UserError where a model can't be trained further, or not on images of this side."""
+    config = info.scheduler
     kind, times = config.get("prediction_type", "epsilon"), config.get("num_train_timesteps", 1000)
     if kind not in ("flow_prediction", "v_prediction", "epsilon") or times != 1000:
         raise UserError(
-            f"{about.folder / 'scheduler' / 'scheduler_config.json'}: the model predicts {kind!r} over {times} times; "
+            f"{info.folder / 'scheduler' / 'scheduler_config.json'}: the model predicts {kind!r} over {times} times; "
             "what can be trained further is flow_prediction, v_prediction and epsilon over 1000"
         )
-    if about.inpaints_only:
-        raise UserError(f"{about.name} is no plain text-to-image model: its UNet takes more than latents (inpainting?)")
-    side, step = size or min(about.size), about.training_step
+    if info.inpaints_only:
+        raise UserError(f"{info.name} is no plain text-to-image model: its UNet takes more than latents (inpainting?)")
+    side, step = size or min(info.size), info.training_step
     if side % step:
         near = max(step, round(side / step) * step)
         raise UserError(f"size {side} does not fit this model: sides are multiples of {step}. {near} would do.")
@@ -244,122 +233,6 @@ def training_record(model: str | Path) -> tuple[Path, dict[str, Any]] | None:
             read_config(TrainRecordConfig, path)
             return place, facts
     return None
-
-
-def find_model_folder(name: str | Path) -> Path:
-    """The folder of a model. One on the hub is downloaded into the hub's cache, where it is not there yet."""
-    folder = Path(name).expanduser()
-    if (folder / "model_index.json").is_file():
-        return folder
-    if folder.is_file():
-        raise UserError(_of_one_file(folder))
-    if folder.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") != 1:
-        inner = sorted(folder.glob("checkpoints/*/pipeline")) if folder.is_dir() else []
-        files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.ckpt")) if folder.is_dir() else []
-        hint = " A folder with model_index.json is expected, or a hub id."
-        if any("lora" in file.name for file in files):
-            hint = f" It is a LoRA: give the model that it was trained on, and --lora {name}"
-        if inner:
-            hint = f" Did you mean {inner[-1]}?"
-        elif files and "LoRA" not in hint:
-            hint = " " + _of_one_file(files[0])
-        raise UserError(f"{name} holds no diffusers pipeline.{hint}")
-    if folder.parent.is_dir():
-        there = sorted(p.name for p in folder.parent.iterdir() if (p / "model_index.json").is_file())
-        raise UserError(
-            f"{name} is not there: {folder.parent} is a folder here, "
-            + (f"with the models {_listed(there)}. " if there else "and holds no models. ")
-            + f"Is a model of the hub meant? `hf download {name}` prints the folder to give"
-        )
-    from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
-
-    from train.models.unet import no_progress_bars
-
-    logging.set_verbosity_error()  # we say ourselves that the hub can't be reached
-    try:
-        with no_progress_bars():
-            return Path(DiffusionPipeline.download(str(name), safety_checker=None))
-    except (OSError, ValueError) as e:
-        raise UserError(
-            f"the model {name} is neither a folder here nor could it be had from the Hugging Face hub "
-            f"({str(e).splitlines()[0]}). Where the hub is blocked, download it elsewhere (`hf download {name}`) and "
-            f"give the folder, or set HF_ENDPOINT to a mirror."
-        ) from e
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(printable(name, 60) for name in names[:5]) + (", ..." if len(names) > 5 else "")
-
-
-def _of_one_file(file: Path) -> str:
-    """What to do with a model that is a single file."""
-    if file.suffix not in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
-        return f"{file} is a file: a folder with model_index.json is expected, or a hub id."
-    if is_lora(file):
-        return f"{file} is a LoRA: give the model that it was trained on, and --lora {file}"
-    return (
-        f"{file} is a model in a single file, and a diffusers folder is expected. Make one of it where the Hugging "
-        f"Face hub can be reached, which says how such files are laid out: python -c 'from diffusers import "
-        f'StableDiffusionPipeline as P; P.from_single_file("{file}").save_pretrained("{file.with_suffix("")}")\''
-    )
-
-
-def is_lora(file: Path) -> bool:
-    """Whether a file of safetensors holds low-rank matrices, by the names of its tensors."""
-    try:
-        return file.suffix == ".safetensors" and any("lora" in name for name in read_header(file).tensors)
-    except UserError:
-        return False
-
-
-def weight_files(part: Path) -> list[Path]:
-    """The files of weights of one part, as diffusers chooses them: none where there are none, or not all.
-
-    Those of a variant, such as model.fp16.safetensors, where there are no others.
-    """
-    variant = weight_variant(part)
-    for name in _WEIGHTS if variant is None else _of_variant(variant):
-        path = part / name
-        if not path.is_file():
-            continue
-        if ".index." not in name:
-            return [path]
-        return _shards(part, path)
-    return []
-
-
-def weight_variant(part: Path) -> str | None:
-    """The variant by which diffusers finds the weights of a part, fp16 where there are several; None: without one."""
-    if any((part / name).is_file() for name in _WEIGHTS):
-        return None
-    found = [m["one"] or m["many"] for p in part.iterdir() if (m := _VARIANTS.fullmatch(p.name))]
-    return min(found, key=lambda name: (name != "fp16", name != "bf16", name), default=None)
-
-
-def _of_variant(variant: str) -> Iterator[str]:
-    """Names of weights of a variant, as diffusers makes them of those without."""
-    for name in _WEIGHTS:
-        stem, dot, end = name.rpartition(".")
-        yield f"{stem}.{variant}{dot}{end}"
-
-
-def _shards(part: Path, index: Path) -> list[Path]:
-    """The files that an index of several names; none where one of them is not there."""
-    told = read_json_file(index)
-    named = told.get("weight_map") if isinstance(told, dict) else None
-    if not isinstance(named, dict) or not all(isinstance(n, str) and Path(n).name == n for n in named.values()):
-        raise UserError(f"{index}: no index of files of weights that lie beside it")
-    files = [part / name for name in sorted(set(named.values()))]
-    return files if all(f.is_file() for f in files) else []
-
-
-def weights_header(part: Path) -> Header | None:
-    """Names and shapes of the weights of a part; None where they are not in safetensors, which alone have headers."""
-    files = weight_files(part)
-    if not files or any(file.suffix != ".safetensors" for file in files):
-        return None
-    return Header({name: t for file in files for name, t in read_header(file).tensors.items()}, {})
 
 
 def _is_whole(folder: Path, part: str, entry: Any) -> bool:

@@ -12,15 +12,15 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
-from aesthetic.untrusted import check_regular, first_three, parse_json, printable, read_json_file
-from train.models.info import ModelInfo, weights_header
+from aesthetic.untrusted import check_regular, first_three, open_regular, parse_json, printable, read_json_file
+from train.models.files import WeightsHeader, not_numbers, read_header, read_tensor, weights_header
+from train.models.info import ModelInfo
 from train.models.release import LORA_FILE
-from train.models.tensors import Header, not_numbers, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 PARTS = ("unet", "text_encoder")
 
 LARGEST_WEIGHT = 100.0
-"""Of a LoRA, with either sign: 1 is what it was trained for, and beyond 2 little is left of a picture."""
+"""Of a LoRA, with either sign: 1 is what it was trained for, and beyond 2 little is left of an image."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _plain(name: str) -> str:
     return name.replace(".", "_").removeprefix("text_model_")
 
 
-def _known_as(part: str, module: str) -> Iterable[str]:
+def _aliases(part: str, module: str) -> Iterable[str]:
     """All names that a module of the model goes by in LoRAs, written by `_plain`."""
     name = _plain(module)
     yield name
@@ -120,7 +120,9 @@ def _known_as(part: str, module: str) -> Iterable[str]:
             yield name.removesuffix(mine) + old
 
 
-def match(header: Header, layers: Mapping[str, Mapping[str, Sequence[int]]], name: str, model: str) -> LoraLayers:
+def match(
+    header: WeightsHeader, layers: Mapping[str, Mapping[str, Sequence[int]]], name: str, model: str
+) -> LoraLayers:
     """Find each tensor of a LoRA its layer.
 
     Args:
@@ -129,14 +131,14 @@ def match(header: Header, layers: Mapping[str, Mapping[str, Sequence[int]]], nam
 
     Raises UserError where a tensor has no layer, or does not fit it: with counts, and the names of some.
     """
-    index = {part: {known: m for m in there for known in _known_as(part, m)} for part, there in layers.items()}
+    index = {part: {alias: m for m in modules for alias in _aliases(part, m)} for part, modules in layers.items()}
     found: LoraLayers = {part: {} for part in layers}
-    strange, twice = [], []
+    unknown, twice = [], []
     for key in header.tensors:
         m = _TENSOR.fullmatch(key)
         place = _place(m["module"], index) if m else None
         if m is None or place is None:
-            strange.append(key)
+            unknown.append(key)
             continue
         part, module = place
         matrices = found[part].setdefault(module, LoraLayer())
@@ -145,8 +147,8 @@ def match(header: Header, layers: Mapping[str, Mapping[str, Sequence[int]]], nam
         if getattr(matrices, what):
             twice.append(key)
         setattr(matrices, what, key)
-    if strange:
-        raise UserError(_refusal(strange, len(header.tensors), name, model))
+    if unknown:
+        raise UserError(_refusal(unknown, len(header.tensors), name, model))
     if twice:
         raise UserError(f"the LoRA {name} holds two for one layer ({first_three(twice, 100)}): give a file with one")
     for part, modules in found.items():
@@ -168,23 +170,25 @@ def _place(module: str, index: Mapping[str, Mapping[str, str]]) -> tuple[str, st
     return next(((part, index[part][module]) for part in parts if module in index[part]), None)
 
 
-def _refusal(strange: list[str], of: int, name: str, model: str) -> str:
-    signs = (told for words, told in _OTHERS if any(word in key for key in strange for word in words))
+def _refusal(unknown: list[str], of: int, name: str, model: str) -> str:
+    signs = (kind for words, kind in _OTHERS if any(word in key for key in unknown for word in words))
     sign = next(signs, None)
-    if len(strange) == of and not any(_TENSOR.fullmatch(key) for key in strange) and sign is None:
-        return f"{name} is no LoRA: none of its {of:,} tensors is named so ({first_three(strange, 100)})"
+    if len(unknown) == of and not any(_TENSOR.fullmatch(key) for key in unknown) and sign is None:
+        return f"{name} is no LoRA: none of its {of:,} tensors is named so ({first_three(unknown, 100)})"
     return (
         f"the LoRA {name} was trained on another model than {model}, or in a form that is not read: "
-        f"{len(strange):,} of its {of:,} tensors belong to no layer of it ({first_three(strange, 100)})"
+        f"{len(unknown):,} of its {of:,} tensors belong to no layer of it ({first_three(unknown, 100)})"
         + (f". It looks like {sign}" if sign else "")
     )
 
 
-def _check_shapes(header: Header, matrices: LoraLayer, weight: list[int], lora: str, layer: str, model: str) -> None:
+def _check_shapes(
+    header: WeightsHeader, matrices: LoraLayer, weight: list[int], lora: str, layer: str, model: str
+) -> None:
     """The two matrices are there and fit the layer; notes their rank."""
     if not (matrices.down and matrices.up):
-        there = matrices.down or matrices.up or matrices.magnitude or matrices.alpha
-        raise UserError(f"{lora} is not whole: beside {printable(there, 100)} there is no other matrix for {layer}")
+        only = matrices.down or matrices.up or matrices.magnitude or matrices.alpha
+        raise UserError(f"{lora} is not whole: beside {printable(only, 100)} there is no other matrix for {layer}")
     down, up = header.tensors[matrices.down].shape, header.tensors[matrices.up].shape
     rank = down[0] if down else 0
     kernel = weight[2:]
@@ -196,13 +200,13 @@ def _check_shapes(header: Header, matrices: LoraLayer, weight: list[int], lora: 
     )  # fmt: skip
     if not fits:
         raise UserError(
-            f"{lora} was trained on another model than {model}: {layer} is {_shown(weight)} there, which its matrices "
-            f"{_shown(up)} and {_shown(down)} do not fit"
+            f"{lora} was trained on another model than {model}: {layer} is {_format_shape(weight)} there, which its "
+            f"matrices {_format_shape(up)} and {_format_shape(down)} do not fit"
         )
-    if matrices.magnitude and not _per_output(header.tensors[matrices.magnitude].shape, weight[0]):
+    if matrices.magnitude and not _per_output(shape := header.tensors[matrices.magnitude].shape, weight[0]):
         raise UserError(
-            f"{lora}: {printable(matrices.magnitude, 100)} has {_shown(header.tensors[matrices.magnitude].shape)} "
-            f"numbers, and {layer} {weight[0]} outputs"
+            f"{lora}: {printable(matrices.magnitude, 100)} has {_format_shape(shape)} numbers, and {layer} {weight[0]} "
+            "outputs"
         )
     if matrices.alpha and math.prod(header.tensors[matrices.alpha].shape) != 1:
         raise UserError(f"{lora}: {printable(matrices.alpha, 100)} is not one number")
@@ -214,14 +218,14 @@ def _per_output(shape: Sequence[int], outputs: int) -> bool:
     return list(shape) in ([outputs], [outputs, 1], [outputs, 1, 1, 1], [1, outputs, 1, 1])
 
 
-def _shown(shape: Sequence[int]) -> str:
+def _format_shape(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape)) or "1"
 
 
 # ----------------------------------------------------------------------------------------------- before the model loads
 
 
-def check_lora(about: ModelInfo, lora: Lora) -> None:
+def check_lora(info: ModelInfo, lora: Lora) -> None:
     """Raise UserError where a file is no LoRA, is damaged, or is one of another model, before that is loaded.
 
     Of a model whose weights are not in safetensors this is told when it is loaded, by `add_loras`.
@@ -231,11 +235,11 @@ def check_lora(about: ModelInfo, lora: Lora) -> None:
         raise UserError(f"{lora.file}: LoRAs are read from .safetensors alone, which can hold no program")
     check_regular(lora.file)
     header = read_header(lora.file)
-    settings = _settings(lora.file, header)
-    headers = {part: weights_header(about.folder / part) for part in PARTS}
+    _read_configs(lora.file, header)
+    headers = {part: weights_header(info.folder / part) for part in PARTS}
     if all(headers.values()):
-        layers = {part: _layers(there.shapes) for part, there in headers.items() if there}
-        _scaled(match(header, layers, str(lora.path), about.name), settings, lora)
+        layers = {part: _layers(weights.shapes) for part, weights in headers.items() if weights}
+        _set_scales(match(header, layers, str(lora.path), info.name), header, lora)
     for name in not_numbers(lora.file, header.tensors):
         raise UserError(f"the LoRA {lora.path} is broken: {printable(name, 100)} holds values that are no numbers")
 
@@ -258,43 +262,45 @@ def _layers(shapes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
 
 
 @dataclass(frozen=True)
-class _Settings:
-    """What a trainer wrote down beside the matrices (peft's LoraConfig), by part."""
+class _LoraConfig:
+    """What a trainer wrote down beside the matrices of one part (peft's LoraConfig)."""
 
-    alpha: Mapping[str, float] = field(default_factory=dict)
-    alphas: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # by module, where it has its own
-    root: Mapping[str, bool] = field(default_factory=dict)  # rslora: divided by the rank's root
+    alpha: float
+    alphas: Mapping[str, float]  # by module, where it has its own
+    root: bool  # rslora: divided by the rank's root
 
 
-def _settings(file: Path, header: Header) -> _Settings:
-    """Out of the file's own metadata, as diffusers writes it, or of peft's adapter_config.json beside it."""
+def _read_configs(file: Path, header: WeightsHeader) -> dict[str, _LoraConfig]:
+    """By part, out of the file's own metadata, as diffusers writes it, or of peft's adapter_config.json beside it."""
     beside = file.parent / "adapter_config.json"
     if (text := header.metadata.get("lora_adapter_metadata")) is not None:
-        told, where = parse_json(text, f"{file}, its metadata"), f"{file}, its metadata"
-        if not isinstance(told, dict):
-            raise UserError(f"{where}: a JSON object is expected")
-        configs = {part: {k.removeprefix(f"{part}."): v for k, v in told.items() if k.startswith(part + ".")}
-                   for part in PARTS}  # fmt: skip
+        content, where = parse_json(text, f"{file}, its metadata"), f"{file}, its metadata"
     elif file.name == "adapter_model.safetensors" and beside.is_file():
-        told, where = read_json_file(beside), str(beside)
-        if not isinstance(told, dict):
-            raise UserError(f"{where}: a JSON object is expected")
-        configs = dict.fromkeys(PARTS, told)
+        content, where = read_json_file(beside), str(beside)
     else:
-        return _Settings()
-    alpha, alphas, root = {}, {}, {}
-    for part, config in configs.items():
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: a JSON object is expected")
+    by_part = dict.fromkeys(PARTS, content)
+    if text is not None:  # unet.lora_alpha, unet.peft_type, ...
+        by_part = {part: {k.removeprefix(f"{part}."): v for k, v in content.items() if k.startswith(f"{part}.")}
+                   for part in PARTS}  # fmt: skip
+
+    configs = {}
+    for part, config in by_part.items():
         if not config:
             continue
         if (kind := config.get("peft_type", "LORA")) != "LORA":
             raise UserError(f"{where}: {printable(kind, 40)} is no LoRA")
-        alpha[part] = _number(config.get("lora_alpha", 8), where, "lora_alpha")
         pattern = config.get("alpha_pattern") or {}
         if not isinstance(pattern, dict):
             raise UserError(f"{where}: alpha_pattern is no object")
-        alphas[part] = {str(k).removeprefix("^"): _number(v, where, "alpha_pattern") for k, v in pattern.items()}
-        root[part] = config.get("use_rslora") is True
-    return _Settings(alpha, alphas, root)
+        configs[part] = _LoraConfig(
+            alpha=_number(config.get("lora_alpha", 8), where, "lora_alpha"),
+            alphas={str(k).removeprefix("^"): _number(v, where, "alpha_pattern") for k, v in pattern.items()},
+            root=config.get("use_rslora") is True,
+        )
+    return configs
 
 
 def _number(value: Any, where: str, name: str) -> float:
@@ -303,67 +309,57 @@ def _number(value: Any, where: str, name: str) -> float:
     return float(value)
 
 
-def _scaled(found: LoraLayers, settings: _Settings, lora: Lora) -> None:
+def _set_scales(found: LoraLayers, header: WeightsHeader, lora: Lora) -> None:
     """Note by what the matrices are scaled, and read the alphas that are tensors. UserError where one can't be."""
-    alphas = [m.alpha for modules in found.values() for m in modules.values() if m.alpha]
-    values = _scalars(lora.file, alphas) if alphas else {}
-    for part, modules in found.items():
-        for module, m in modules.items():
-            own = next((v for k, v in settings.alphas.get(part, {}).items() if module.endswith(k)), None)
-            alpha = values[m.alpha] if m.alpha else settings.alpha.get(part, m.rank) if own is None else own
-            if not math.isfinite(alpha) or alpha == 0:
-                raise UserError(
-                    f"the LoRA {lora.path}: the alpha of {module} is {alpha:g}, with which its matrices change nothing"
-                )
-            m.scale = alpha / (math.sqrt(m.rank) if settings.root.get(part) else m.rank)
-
-
-def _scalars(file: Path, names: Sequence[str]) -> dict[str, float]:
-    """The values of tensors of one number."""
-    import numpy as np
-
-    tensors, found = read_header(file).tensors, {}
-    kinds = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
-    with open(file, "rb") as f:
-        for name in names:
-            tensor = tensors[name]
-            f.seek(tensor.begin)
-            data = f.read(tensor.end - tensor.begin)
-            if tensor.kind == "BF16":  # the upper half of a float32
-                found[name] = float(np.frombuffer(b"\0\0" + data, "<f4")[0])
-            elif tensor.kind in kinds:
-                found[name] = float(np.frombuffer(data, kinds[tensor.kind])[0])
-            else:
-                raise UserError(f"{file}: {printable(name, 100)} is {tensor.kind}, not a number")
-    return found
+    configs = _read_configs(lora.file, header)
+    with open_regular(lora.file) as f:
+        for part, modules in found.items():
+            config = configs.get(part)
+            for module, layer in modules.items():
+                alpha: float = layer.rank
+                if layer.alpha:
+                    entry = header.tensors[layer.alpha]
+                    values = read_tensor(f, entry)
+                    if values is None:
+                        raise UserError(f"{lora.file}: {printable(layer.alpha, 100)} is {entry.kind}, not a number")
+                    alpha = float(values[0])
+                elif config:
+                    own = (a for name, a in config.alphas.items() if module.endswith(name))
+                    alpha = next(own, config.alpha)
+                if not math.isfinite(alpha) or alpha == 0:
+                    raise UserError(
+                        f"the LoRA {lora.path}: the alpha of {module} is {alpha:g}, with which its matrices change "
+                        "nothing"
+                    )
+                layer.scale = alpha / (math.sqrt(layer.rank) if config and config.root else layer.rank)
 
 
 # ----------------------------------------------------------------------------------------------------------- on a model
 
 
 def add_loras(pipeline: Any, loras: Sequence[Lora], model: str = "the model") -> list[str]:
-    """Lay LoRAs over a pipeline, all at once, each with its weight. Returns what is to be said of those that change
-    nothing, in a line each.
+    """Lay LoRAs over a pipeline, all at once, each with its weight. Returns a note for each that changes
+    nothing.
 
     Raises UserError where one does not fit.
     """
     from diffusers.utils import set_weights_and_activate_adapters
 
-    said: list[str] = []
+    notes: list[str] = []
     if not loras:
-        return said
+        return notes
     parts = {name: getattr(pipeline, name) for name in PARTS}
     layers = {name: dict(_layers_of(part)) for name, part in parts.items()}
     for number, lora in enumerate(loras):
         check_weight(lora)
         header = read_header(lora.file)
         found = match(header, layers, str(lora.path), model)
-        _scaled(found, _settings(lora.file, header), lora)
+        _set_scales(found, header, lora)
         tensors = _tensors(lora)
         if lora.weight == 0:
-            said.append(f"the LoRA {lora.path} has weight 0, and so changes nothing")
+            notes.append(f"the LoRA {lora.path} has weight 0, and so changes nothing")
         elif not any(bool(tensors[m.up].any()) for modules in found.values() for m in modules.values()):
-            said.append(
+            notes.append(
                 f"the LoRA {lora.path} changes nothing: its matrices are zero, as before the first training step"
             )
         for name, part in parts.items():
@@ -378,10 +374,10 @@ def add_loras(pipeline: Any, loras: Sequence[Lora], model: str = "the model") ->
     weights = {f"lora_{number}": lora.weight for number, lora in enumerate(loras)}
     for module in parts.values():
         # not pipeline.set_adapters, which fails where a UNet's levels have their own numbers of layers (`tiny` has)
-        there = {name: weight for name, weight in weights.items() if name in getattr(module, "peft_config", {})}
-        if there:
-            set_weights_and_activate_adapters(module, list(there), list(there.values()))
-    return said
+        active = {name: weight for name, weight in weights.items() if name in getattr(module, "peft_config", {})}
+        if active:
+            set_weights_and_activate_adapters(module, list(active), list(active.values()))
+    return notes
 
 
 def _layers_of(part: torch.nn.Module) -> Iterable[tuple[str, Sequence[int]]]:
@@ -433,11 +429,11 @@ def _add(
     inject_adapter_in_model(config, part, adapter_name=name, state_dict=state)
     set_peft_model_state_dict(part, state, adapter_name=name)
     part.to(like)
-    there = part.state_dict()
+    loaded = part.state_dict()
     for key, tensor in state.items():
         module, _, matrix = key.removesuffix(".weight").rpartition(".")
-        mine = there.get(f"{module}.{matrix}.{name}.weight")
-        if mine is None or not bool((mine.to(tensor) == tensor).all()):
+        copied = loaded.get(f"{module}.{matrix}.{name}.weight")
+        if copied is None or not bool((copied.to(tensor) == tensor).all()):
             raise RuntimeError(f"{key} of a LoRA did not come to its layer")
         if not math.isclose(part.get_submodule(module).scaling[name], found[module].scale or 1.0, rel_tol=1e-6):
             raise RuntimeError(f"{key} of a LoRA is scaled otherwise than it says")

@@ -79,7 +79,7 @@ def card(facts: Mapping[str, Any]) -> str:
 
 
 def _how_to_draw(prompt: str, base: str | None) -> list[str]:
-    """Lines of Python that draw a picture with the model, or with the LoRA on its base."""
+    """Lines of Python that draw an image with the model, or with the LoRA on its base."""
     lines = [
         "from diffusers import StableDiffusionPipeline",
         f"p = StableDiffusionPipeline.from_pretrained({printable(json.dumps(base or 'MODEL', ensure_ascii=False))})",

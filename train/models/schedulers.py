@@ -15,12 +15,12 @@ SCHEDULERS = (
     "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler",
     "LMSDiscreteScheduler", "PNDMScheduler", "TCDScheduler", "UniPCMultistepScheduler",
 )  # fmt: skip
-"""Those that work in StableDiffusionPipeline and draw all their noise from a picture's own generator."""
+"""Those that work in StableDiffusionPipeline and draw all their noise from an image's own generator."""
 
 FLOW = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler")
-"""Those that draw with models of rectified flow. (DEIS takes their settings too, and leaves noise in the picture.)"""
+"""Those that draw with models of rectified flow. (DEIS takes their settings too, and leaves noise in the image.)"""
 
-_OTHERS = {
+_UNSUPPORTED = {
     "DPMSolverSDEScheduler": "its noise does not come from a picture's own seed; "
     "DPMSolverMultistep and EulerAncestralDiscrete are near to it",
     "FlowMatchEulerDiscreteScheduler": "it does not work in StableDiffusionPipeline; "
@@ -28,25 +28,25 @@ _OTHERS = {
 }
 
 
-def scheduler_name(asked: str | None, config: dict[str, Any]) -> str:
-    """The class that draws with a model whose scheduler_config.json this is; `asked`: with or without "Scheduler".
+def scheduler_name(wanted: str | None, config: dict[str, Any]) -> str:
+    """The class that draws with a model whose scheduler_config.json this is; `wanted`: with or without "Scheduler".
 
     Raises UserError for one that there is not, naming those that are near, or that can't do what the model needs.
     """
     own = str(config.get("_class_name"))
-    if asked is None:
+    if wanted is None:
         return own  # which `about.look` has found among SCHEDULERS
     known = {_plain(name): name for name in SCHEDULERS}
-    name = own if _plain(asked) == _plain(own) else known.get(_plain(asked))
+    name = own if _plain(wanted) == _plain(own) else known.get(_plain(wanted))
     if name is None:
-        for other, why in _OTHERS.items():
-            if _plain(asked) == _plain(other):
+        for other, why in _UNSUPPORTED.items():
+            if _plain(wanted) == _plain(other):
                 raise UserError(f"the scheduler {other} can't be used here: {why}")
-        begin = len(_plain(asked))  # "euler" is near to EulerDiscrete
-        near = [n for n in known if difflib.SequenceMatcher(None, _plain(asked), n[: begin + 1]).ratio() > 0.7]
+        begin = len(_plain(wanted))  # "euler" is near to EulerDiscrete
+        near = [n for n in known if difflib.SequenceMatcher(None, _plain(wanted), n[: begin + 1]).ratio() > 0.7]
         near = [known[n] for n in near][:4]
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(SCHEDULERS)}"
-        raise UserError(f"there is no scheduler {asked!r}: {hint}")
+        raise UserError(f"there is no scheduler {wanted!r}: {hint}")
     if is_flow(config) and name not in (own, *FLOW):
         raise UserError(
             f"the model predicts flow (velocities), and {name} can't draw with them. Those that can: {', '.join(FLOW)}"

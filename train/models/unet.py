@@ -6,11 +6,10 @@ client loads.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from torch import nn
 from aesthetic.errors import UserError
 from aesthetic.untrusted import read_json_file
 from train.devices import out_of_memory
-from train.models.info import ModelInfo, read_model_info, weight_files, weight_variant
+from train.models.files import no_progress_bars, weight_files, weight_variant
+from train.models.info import ModelInfo, read_model_info
 from train.models.presets import PRESETS, Preset
 from train.models.schedulers import error_line
 from train.objective import training_scheduler
@@ -149,16 +149,16 @@ def load_model(model: ModelInfo | str | Path, dtype: torch.dtype = torch.float32
     import diffusers
     from transformers import CLIPTextModel
 
-    about = model if isinstance(model, ModelInfo) else read_model_info(model)
+    info = model if isinstance(model, ModelInfo) else read_model_info(model)
     with no_progress_bars():
-        unet = _part(about, "unet", diffusers.UNet2DConditionModel, dtype)
-        vae = _part(about, "vae", diffusers.AutoencoderKL, dtype)
-        text = _part(about, "text_encoder", CLIPTextModel, dtype)
-        tokenizer = _tokenizer(about)
-        path = about.folder / "scheduler" / "scheduler_config.json"
+        unet = _part(info, "unet", diffusers.UNet2DConditionModel, dtype)
+        vae = _part(info, "vae", diffusers.AutoencoderKL, dtype)
+        text = _part(info, "text_encoder", CLIPTextModel, dtype)
+        tokenizer = _tokenizer(info)
+        path = info.folder / "scheduler" / "scheduler_config.json"
         try:
-            kind = getattr(diffusers, read_json_file(about.folder / "model_index.json")["scheduler"][1])
-            scheduler = kind.from_pretrained(about.folder / "scheduler")
+            kind = getattr(diffusers, read_json_file(info.folder / "model_index.json")["scheduler"][1])
+            scheduler = kind.from_pretrained(info.folder / "scheduler")
             return diffusers.StableDiffusionPipeline(
                 vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
                 safety_checker=None, feature_extractor=None, requires_safety_checker=False,
@@ -167,9 +167,9 @@ def load_model(model: ModelInfo | str | Path, dtype: torch.dtype = torch.float32
             raise UserError(f"{path}: no scheduler can be made of it: {error_line(e)}") from e
 
 
-def _part(about: ModelInfo, name: str, kind: Any, dtype: torch.dtype) -> Any:
+def _part(info: ModelInfo, name: str, kind: Any, dtype: torch.dtype) -> Any:
     """One part with its weights, all of them there and used."""
-    folder = about.folder / name
+    folder = info.folder / name
     try:
         part, report = kind.from_pretrained(
             folder, dtype=dtype, variant=weight_variant(folder), output_loading_info=True, local_files_only=True
@@ -181,15 +181,15 @@ def _part(about: ModelInfo, name: str, kind: Any, dtype: torch.dtype) -> Any:
             f"{folder / 'config.json'}: no {kind.__name__} can be made of it and its weights: {error_line(e)}"
         ) from e
     files = " and ".join(str(path) for path in weight_files(folder)[:2])
-    found = [(report["missing_keys"], "lack"), (_strange(report["unexpected_keys"]), "hold, beside what is used,")]
-    for keys, verb in found:
+    wrong = [(report["missing_keys"], "lack"), (_unknown(report["unexpected_keys"]), "hold, beside what is used,")]
+    for keys, verb in wrong:
         if keys := sorted(keys):
             raise UserError(
                 f"{folder / 'config.json'} does not fit the weights in {files}: these {verb} {keys[0]}"
                 + (f" and {len(keys) - 1:,} more" if len(keys) > 1 else "")
             )
     for key, tensor in [*part.named_parameters(), *part.named_buffers()]:
-        # a sum is much cheaper than a look at each number, and infinite or NaN where one of them is
+        # a sum is much cheaper than a test of each number, and infinite or NaN where one of them is
         suspect = tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32))
         if suspect and not torch.isfinite(tensor).all():
             precision = "" if dtype == torch.float32 else f" in {str(dtype).removeprefix('torch.')}"
@@ -200,52 +200,52 @@ def _part(about: ModelInfo, name: str, kind: Any, dtype: torch.dtype) -> Any:
     return part
 
 
-def check_computes(pipeline: Any, about: ModelInfo, error: Exception) -> None:
+def check_computes(pipeline: Any, info: ModelInfo, error: Exception) -> None:
     """After an error: raise UserError, naming the part, where one computes nothing even of plain input.
 
     Configurations have values that no schema knows all of. Where the parts do their work the error is not theirs.
     """
     if out_of_memory(error):
         return
-    unet, vae, side = pipeline.unet, pipeline.vae, 2 ** (len(about.unet["block_out_channels"]) + 1)
+    unet, vae, side = pipeline.unet, pipeline.vae, 2 ** (len(info.unet["block_out_channels"]) + 1)
     like: dict[str, Any] = {"device": unet.device, "dtype": unet.dtype}
-    latents = torch.zeros(1, about.unet["in_channels"], side, side, **like)
-    ids = torch.zeros(1, about.text["max_position_embeddings"], dtype=torch.long, device=pipeline.text_encoder.device)
-    texts = torch.zeros(1, ids.shape[1], about.text["hidden_size"], **like)
-    trials: dict[str, Callable[[], Any]] = {
+    latents = torch.zeros(1, info.unet["in_channels"], side, side, **like)
+    ids = torch.zeros(1, info.text["max_position_embeddings"], dtype=torch.long, device=pipeline.text_encoder.device)
+    texts = torch.zeros(1, ids.shape[1], info.text["hidden_size"], **like)
+    parts: dict[str, Callable[[], Any]] = {
         "text_encoder": lambda: pipeline.text_encoder(ids),
         "unet": lambda: unet(latents, torch.tensor(1, device=unet.device), encoder_hidden_states=texts),
-        "vae": lambda: vae.encode(vae.decode(latents[:, : about.vae["latent_channels"]].to(vae.dtype)).sample),
+        "vae": lambda: vae.encode(vae.decode(latents[:, : info.vae["latent_channels"]].to(vae.dtype)).sample),
     }
-    for name, trial in trials.items():
+    for name, compute in parts.items():
         try:
             with torch.no_grad():
-                trial()
+                compute()
         except Exception as e:
-            path = about.folder / name / "config.json"
+            path = info.folder / name / "config.json"
             raise UserError(f"{path}: what it describes can't be computed: {error_line(e)}") from error
 
 
-def _strange(keys: Iterable[str]) -> list[str]:
+def _unknown(keys: Iterable[str]) -> list[str]:
     """Of weights that a part has no place for, those that must have one: not what CLIP has beside its text encoder."""
     beside = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
     return [key for key in keys if not key.startswith(beside) and not key.endswith("position_ids")]
 
 
-def _tokenizer(about: ModelInfo) -> Any:
+def _tokenizer(info: ModelInfo) -> Any:
     from transformers import CLIPTokenizer
 
-    folder = about.folder / "tokenizer"
+    folder = info.folder / "tokenizer"
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         last = max(tokenizer("a", truncation=True, padding="max_length", max_length=3).input_ids)
         last = max(last, *tokenizer.get_vocab().values())
     except Exception as e:  # as above
         raise UserError(f"{folder}: no tokenizer can be made of these files: {error_line(e)}") from e
-    if last >= about.text["vocab_size"]:
+    if last >= info.text["vocab_size"]:
         raise UserError(
-            f"{folder} has a token of number {last}, and the text encoder knows {about.text['vocab_size']} "
-            f"(vocab_size in {about.folder / 'text_encoder' / 'config.json'})"
+            f"{folder} has a token of number {last}, and the text encoder knows {info.text['vocab_size']} "
+            f"(vocab_size in {info.folder / 'text_encoder' / 'config.json'})"
         )
     return tokenizer
 
@@ -284,23 +284,6 @@ def save_lora(pipeline: Any, folder: Path) -> None:
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
 
 
-@contextlib.contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Without the progress bars that diffusers and transformers draw while they load and save."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    were = [(log, log.is_progress_bar_enabled()) for log in (diffusers_logging, transformers_logging)]
-    for log, _ in were:
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log, was in were:
-            if was:
-                log.enable_progress_bar()
-
-
 def size_step(pipeline: Any) -> int:
     """Image sides must be multiples of this: the autoencoder's factor times the UNet's."""
     return pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
@@ -310,14 +293,6 @@ def default_size(pipeline: Any) -> int:
     """The side in pixels that the pipeline draws without being told."""
     sample = pipeline.unet.config.sample_size or 64
     return int((sample if isinstance(sample, int) else min(sample)) * pipeline.vae_scale_factor)
-
-
-def check_size(pipeline: Any, size: int) -> None:
-    """Raise UserError where images of this side do not fit the model."""
-    step = size_step(pipeline)
-    if size < step or size % step:
-        near = max(step, round(size / step) * step)
-        raise UserError(f"size {size} does not fit this model: sides are multiples of {step}. {near} would do.")
 
 
 def tokenize(pipeline: Any, captions: list[str]) -> torch.Tensor:

@@ -1,0 +1,140 @@
+"""What an annotator is: it computes columns of the ledger, from pixels, vectors, rows, captions or a whole table."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+import pydantic
+
+from curate.store.files import digest
+
+if TYPE_CHECKING:
+    from aesthetic.space import Space
+    from curate.encoders.base import Encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnSpec:
+    """What a column says of an image.
+
+    type: Arrow's; DuckDB gets the same.    unit: of its values, where they have one.    meaning: in one line.
+    scale: the lowest and the highest value; a rule that compares with a constant beyond is refused.
+    unsafe: whether high values say that the image is unsafe to show. Reports blur it then.
+    """
+
+    meaning: str
+    type: pa.DataType = field(default_factory=pa.float32)
+    scale: tuple[float, float] | None = None
+    unit: str = ""
+    unsafe: bool = False
+
+    def facts(self) -> dict[str, Any]:
+        """What a record says of the column."""
+        scale = None if self.scale is None else list(self.scale)
+        return {
+            "type": str(self.type),
+            "scale": scale,
+            "unit": self.unit,
+            "meaning": self.meaning,
+            "unsafe": self.unsafe,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Images of one shard in the order of the ledger, with what the annotator reads of them.
+
+    rows: key and caption of each image, and where it reads "row" every column of `fetched/NNNNN.parquet`.
+    inputs: where it reads "pixels", what its `preprocess` made of each.
+    vectors: where it reads "vectors", (n, dim) of unit length, float16 as they are stored.
+    """
+
+    rows: pa.Table
+    inputs: Sequence[Any] = ()
+    vectors: np.ndarray | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What a worker has for annotators: CPU threads; the space of the vectors, where there are any; and their encoder
+    in fp32, loaded when it is asked for."""
+
+    threads: int
+    space: Space | None
+    encoder: Callable[[], Encoder]
+
+
+class AnnotatorOptions(pydantic.BaseModel):
+    """An annotator's options in a recipe, beside `use`; a file's or folder's is typed Path."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class Annotator(abc.ABC):
+    """Computes one column or several of every image that is fetched.
+
+    A subclass says what it is called in recipes (`name`), what it reads, which options it has, and in `__init__`, which
+    loads no model, what columns it has: a suffix -> its spec. The column of an annotator with one is called like the
+    entry of the recipe, NAME; those of one with several NAME_SUFFIX.
+
+    digest: changes with whatever changes values: weights, options, versions.    facts: what else a record says.
+    """
+
+    name: ClassVar[str]
+    reads: ClassVar[Literal["row", "captions", "pixels", "vectors"]]
+    Options: ClassVar[type[AnnotatorOptions]] = AnnotatorOptions
+
+    columns: Mapping[str, ColumnSpec]
+    facts: Mapping[str, Any] = {}
+
+    def __init__(self, options: AnnotatorOptions) -> None:
+        self.options = options
+
+    @property
+    def digest(self) -> str:
+        """By default that of the name and the options."""
+        return digest([self.name, self.options.model_dump(mode="json")])
+
+    def check(self, space: Space | str) -> None:  # noqa: B027
+        """Refuse, before anything runs, vectors of this space, or of an encoder of this name. Loads no model."""
+
+    def load(self, resources: Resources) -> None:  # noqa: B027
+        """Load what `annotate` needs; called once in each worker. UserError, SpaceMismatch where it can't be used."""
+
+    def preprocess(self, image: np.ndarray) -> Any:
+        """One upright sRGB image, (height, width, 3) uint8, as `annotate` takes it; None: its values are null.
+
+        Called from several threads at once.
+        """
+        return image
+
+    @abc.abstractmethod
+    def annotate(self, batch: Batch) -> dict[str, pa.Array]:
+        """A value for each image of the batch: suffix -> array, null where there is none. One thread at a time calls.
+
+        Batches are cut anyhow, so no value may depend on the others. What can't be read is a null; an exception ends
+        the run. Numbers must be finite.
+        """
+
+
+def scores_of(annotator: Annotator, images: Sequence[np.ndarray]) -> np.ndarray:
+    """What a loaded annotator that reads pixels and has one column says of images at hand, sRGB (height, width, 3)
+    uint8: (n,) float32, NaN for null."""
+    rows = pa.table({"key": [str(i) for i in range(len(images))], "caption": pa.nulls(len(images), pa.string())})
+    answer = annotator.annotate(Batch(rows=rows, inputs=[annotator.preprocess(image) for image in images]))
+    return next(iter(answer.values())).to_numpy(zero_copy_only=False).astype(np.float32)
+
+
+def column_name(name: str, suffix: str, annotator: Annotator) -> str:
+    """What a column is called in the ledger, for an entry NAME of a recipe's `columns`."""
+    return name if len(annotator.columns) == 1 else f"{name}_{suffix}"
+
+
+def column_specs(annotators: Mapping[str, Annotator]) -> dict[str, ColumnSpec]:
+    """The columns that a recipe's annotators make, under the names that they have in the ledger."""
+    return {column_name(n, suffix, a): spec for n, a in annotators.items() for suffix, spec in a.columns.items()}

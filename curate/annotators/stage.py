@@ -1,0 +1,256 @@
+"""The embed and annotate stages of one shard: what is missing of its vectors and columns, each image decoded once.
+
+A column is written as `annotated/NAME/NNNNN.parquet`: the key and the annotator's columns, one row for each fetched
+image, in the order of the ledger. Batches are cut at fixed rows of the shard, so the same shard gives the same bytes
+whoever computes it. After a retry only the images that it recovered go through the models, in batches of their own; the
+rows of the others stay as they are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, Future
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from aesthetic.files import atomic
+from aesthetic.vectors import open_vectors
+from curate.annotators.base import Annotator, Batch, column_name, column_specs
+from curate.encoders.base import Encoder
+from curate.encoders.embed import caption_vectors, images_of, recovered, similarity, write_vectors
+from curate.fetch.ingest import Report, note_start
+from curate.images.decode import decode
+from curate.layout import Data
+from curate.ledger.schema import Status
+from curate.shards.tar import read_images
+from curate.store.disk import check_space
+from curate.store.files import read_json
+from curate.store.records import commit, invalidate, is_done, output_digests, recommit
+
+STARTS = 3
+"""How often a run begins a shard. Its images have been decoded before: what ends the process each time is no single
+image, and whoever restarts it would do so for ever."""
+
+_BATCH = 32  # images that are decoded together where no encoder says how many
+
+
+class EndsItsProcess(Exception):
+    """A shard whose embedding has killed its process again and again."""
+
+
+def annotate_shard(
+    data: Data,
+    shard: int,
+    annotators: Mapping[str, Annotator],
+    *,
+    encoder: Encoder | None,
+    config: str,
+    threads: Executor,
+    report: Report,
+) -> None:
+    """Compute what is missing of a fetched shard: its vectors by `encoder` (config: the hash of its settings), where
+    one is given, then the columns of annotators that are loaded."""
+    inputs = data.fetched_digests(shard)
+    assert inputs is not None, f"shard {shard} is annotated before it is fetched"
+    records = {name: (data.annotations_record(name, shard), a.digest) for name, a in by_image(annotators).items()}
+    if encoder is not None:
+        records[""] = data.embedded_record(shard), config
+
+    missing: dict[str, set[str] | None] = {}  # name -> keys that retries have added since; None: all are missing
+    for name, (record, digest) in records.items():
+        if not is_done(data.root, record, config=digest, inputs=inputs):
+            missing[name] = recovered(data, shard, record, digest)
+            if missing[name] == set():  # a retry that changed nothing but reasons
+                recommit(data.root, record, inputs)
+                del missing[name]
+    if missing:
+        check_space(data.root)
+        if (starts := note_start(data.embed_starts(shard))) > STARTS:
+            raise EndsItsProcess(
+                f"embedding shard {shard:05d} has ended its process {starts - 1} times: out of memory, or a crash in a "
+                f"library. {data.logs / 'embed.log'} or the system's log may say why; all that is done stays done."
+            )
+        _from_pixels(data, shard, annotators, encoder, config, missing, threads, report)
+        for name in [n for n in missing if n != "" and annotators[n].reads in ("row", "captions")]:
+            annotator = annotators[name]
+            rows = images_of(data, shard, None if annotator.reads == "row" else ["key", "caption"])
+            fresh = _only(rows, missing[name])
+            values = ask(annotator, Batch(rows=fresh))
+            _write(data, shard, name, annotator, fresh["key"], values, rows["key"], inputs, missing[name] is not None)
+        data.embed_starts(shard).unlink(missing_ok=True)
+    for name, annotator in annotators.items():
+        if annotator.reads == "vectors":
+            annotate_vectors(data, shard, name, annotator)
+
+
+def by_image(annotators: Mapping[str, Annotator]) -> dict[str, Annotator]:
+    """The annotators whose columns depend on a shard's fetched files alone."""
+    return {name: a for name, a in annotators.items() if a.reads != "vectors"}
+
+
+def column_inputs(data: Data, shard: int, annotator: Annotator) -> dict[str, str] | None:
+    """What an annotator's columns of a shard are computed from, with its sha256; None where it is not there."""
+    if annotator.reads != "vectors":
+        return data.fetched_digests(shard)
+    record = read_json(data.embedded_record(shard))
+    name = str(data.image_vectors(shard).relative_to(data.root))
+    digests = output_digests(record) if record else {}
+    return {name: digests[name]} if name in digests else None
+
+
+def annotate_vectors(data: Data, shard: int, name: str, annotator: Annotator) -> None:
+    """Compute one shard's columns of an annotator that reads vectors, unless that is done or there are none yet."""
+    inputs, record = column_inputs(data, shard, annotator), data.annotations_record(name, shard)
+    if inputs is None or is_done(data.root, record, config=annotator.digest, inputs=inputs):
+        return
+    rows = pq.read_table(data.metadata(shard), columns=["key", "caption"])
+    values = ask(annotator, Batch(rows=rows, vectors=open_vectors(data.image_vectors(shard))))
+    _write(data, shard, name, annotator, rows["key"], values, rows["key"], inputs, False)
+
+
+def ask(annotator: Annotator, batch: Batch) -> dict[str, pa.Array]:
+    """An annotator's columns for a batch, by suffix: null where `preprocess` gave None. ValueError where they are not
+    what it says that they are."""
+    count, seen = len(batch.rows), None
+    if annotator.reads == "pixels" and any(i is None for i in batch.inputs):
+        seen = [row for row, i in enumerate(batch.inputs) if i is not None]
+        batch = Batch(rows=batch.rows.take(seen), inputs=[batch.inputs[row] for row in seen])
+    answer = annotator.annotate(batch)
+    if answer.keys() != annotator.columns.keys():
+        raise ValueError(f"{annotator.name} gave the columns {[*answer]}, not {[*annotator.columns]}")
+    values = {}
+    for suffix, spec in annotator.columns.items():
+        value = answer[suffix].cast(spec.type)
+        if len(value) != len(batch.rows):
+            raise ValueError(f"{annotator.name} gave {len(value)} values for {len(batch.rows)} images")
+        if pa.types.is_floating(spec.type) and pc.any(pc.invert(pc.is_finite(value))).as_py():
+            raise ValueError(f"{annotator.name}: a value of {suffix} is not a finite number")
+        if seen is not None:
+            places = np.full(count, -1)
+            places[seen] = np.arange(len(seen))
+            value = value.take(pa.array(places, mask=places < 0))
+        values[suffix] = value
+    return values
+
+
+def _from_pixels(
+    data: Data,
+    shard: int,
+    annotators: Mapping[str, Annotator],
+    encoder: Encoder | None,
+    config: str,
+    missing: Mapping[str, set[str] | None],
+    threads: Executor,
+    report: Report,
+) -> None:
+    """One pass over the pixels of a shard: its vectors, and the columns of those that read pixels, and are missing."""
+    models: dict[str, Any] = {n: annotators[n] for n in missing if n != "" and annotators[n].reads == "pixels"}
+    if "" in missing:
+        models[""] = encoder
+    if not models:
+        return
+    began, inputs = time.time(), data.fetched_digests(shard)
+    assert inputs is not None
+    rows = images_of(data, shard, ["key", "caption"])
+    added = [missing[name] for name in models]
+    some = None if None in added else set[str]().union(*(keys for keys in added if keys is not None))
+    fresh = _only(rows, some)
+
+    # in batches that do not depend on what else is wanted (annotators cut them as they like)
+    vectors, answers = list[np.ndarray](), {name: list[dict[str, pa.Array]]() for name in models if name != ""}
+    size = _BATCH if encoder is None else encoder.batch_size
+    for start, batch in _prepared(data, shard, fresh["key"].to_pylist(), models, size, threads):
+        part = fresh.slice(start, len(next(iter(batch.values()))))
+        for name, model in models.items():
+            if name == "":
+                vectors.append(model.encode_prepared(np.stack(batch[name])))
+            else:
+                answers[name].append(ask(model, Batch(rows=part, inputs=batch[name])))
+        for _ in range(len(part)):
+            report("embed", Status.SUCCESS, "")
+
+    for name, parts in answers.items():
+        annotator = annotators[name]
+        parts = parts or [ask(annotator, Batch(rows=fresh))]
+        values = {suffix: pa.chunked_array([p[suffix] for p in parts]) for suffix in annotator.columns}
+        _write(data, shard, name, annotator, fresh["key"], values, rows["key"], inputs, some is not None)
+    if "" in models:
+        assert encoder is not None
+        images = np.concatenate(vectors) if vectors else np.zeros((0, encoder.dim), np.float32)
+        captions = fresh["caption"].to_pylist()
+        texts = caption_vectors(captions, encoder)
+        cosines = similarity(captions, images, texts)
+        if some is not None:
+            stored = pq.read_table(data.metadata(shard), columns=["key", "similarity"])
+            now = _joined(pa.table({"key": fresh["key"], "similarity": cosines}), stored, rows["key"])
+            cosines = now["similarity"].combine_chunks()
+            order = pc.index_in(rows["key"], pa.concat_arrays([*fresh["key"].chunks, *stored["key"].chunks])).to_numpy()
+            images, texts = (
+                np.concatenate([new, np.load(file, allow_pickle=False).astype(np.float32)])[order]
+                for new, file in ((images, data.image_vectors(shard)), (texts, data.text_vectors(shard)))
+            )
+        facts = {"batch_halved": encoder.halved}
+        write_vectors(data, shard, rows, images, texts, cosines, config=config, inputs=inputs, facts=facts, began=began)
+
+
+def _prepared(
+    data: Data, shard: int, keys: list[str], models: Mapping[str, Any], size: int, threads: Executor
+) -> Iterator[tuple[int, dict[str, list[Any]]]]:
+    """Batches (first row, inputs of each model), decoded and preprocessed in threads, two batches ahead."""
+
+    def prepare(image: bytes) -> dict[str, Any]:
+        pixels = decode(image)
+        return {name: model.preprocess(pixels) for name, model in models.items()}
+
+    ahead: deque[Future[dict[str, Any]]] = deque()
+    wanted = set(keys)
+    stored = (image for image in read_images(data.tar(shard)) if image[0] in wanted)
+    for start in range(0, len(keys), size):
+        count = min(size, len(keys) - start)
+        while len(ahead) < 3 * size and (item := next(stored, None)) is not None:
+            ahead.append(threads.submit(prepare, item[2]))
+        rows = [ahead.popleft().result() for _ in range(count)]
+        yield start, {name: [r[name] for r in rows] for name in models}
+    assert not ahead and next(stored, None) is None, f"{data.tar(shard)} holds more images than its table"
+
+
+def _only(rows: pa.Table, keys: set[str] | None) -> pa.Table:
+    return rows if keys is None else rows.filter(pc.is_in(rows["key"], pa.array(sorted(keys), pa.string())))
+
+
+def _joined(new: pa.Table, stored: pa.Table, keys: pa.ChunkedArray) -> pa.Table:
+    """The rows of these keys, those just made before those that were stored."""
+    both = pa.concat_tables([new, stored.cast(new.schema)])
+    return both.take(pc.index_in(keys, both["key"].combine_chunks()))
+
+
+def _write(
+    data: Data,
+    shard: int,
+    name: str,
+    annotator: Annotator,
+    fresh: pa.ChunkedArray,
+    values: Mapping[str, pa.Array | pa.ChunkedArray],
+    keys: pa.ChunkedArray,
+    inputs: Mapping[str, str],
+    stored: bool,
+) -> None:
+    """Write and commit one shard of an annotator's columns: values of the keys `fresh`, and where values are `stored`
+    those of the other keys."""
+    columns = {column_name(name, suffix, annotator): value for suffix, value in values.items()}
+    table = pa.table({"key": fresh, **columns})
+    file, record = data.annotations(name, shard), data.annotations_record(name, shard)
+    if stored:
+        table = _joined(table, pq.read_table(file), keys)
+    invalidate(record)
+    with atomic(file) as f:
+        pq.write_table(table, f, compression="zstd")
+    specs = {column: spec.facts() for column, spec in column_specs({name: annotator}).items()}
+    facts = {"count": len(table), "annotator": annotator.name, "columns": specs, **annotator.facts}
+    commit(data.root, record, config=annotator.digest, inputs=inputs, outputs=[file], facts=facts)

@@ -1,0 +1,207 @@
+"""Captioned images as a sequence: what a sample is, and what all kinds of folders of them have in common."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from aesthetic.errors import UserError
+from aesthetic.untrusted import caption_of, decode_text, open_regular, parse_json, read_bytes
+from curate.ledger.schema import Reason, RowError
+from curate.sources.columns import CAPTION_NAMES, find_column
+from curate.sources.problems import Problems
+from curate.store.files import digest
+
+LARGEST_IMAGE = 1 << 30
+"""Bytes of an image file that are read: 16 for each of the pixels that it may have."""
+
+_LARGEST_MANIFEST = 256 << 20  # bytes; of a packed folder of 100,000 tars it has 30 MB
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its caption and what is known of it beside (sizes, scores, the list's own columns)."""
+
+    key: str
+    image: bytes
+    caption: str | None
+    facts: dict[str, Any]
+
+
+class MapDataset(Sequence[Sample]):
+    """Samples by index, read when asked for; `facts` reads what is known of each without its image.
+
+    `default_caption` is that of images without one.
+    """
+
+    folder: Path
+    problems: Problems
+    default_caption: str | None = None
+
+    def key(self, index: int) -> str:
+        """The name of one sample: its key in a tar, its path in a folder."""
+        raise NotImplementedError
+
+    def path(self, index: int) -> str:
+        """What one may call its image: the path in a folder, KEY.jpg in a tar."""
+        return self.key(index)
+
+    def image(self, index: int) -> bytes:
+        """The bytes of one image. Raises RowError where these can't be had though the rest of the folder can."""
+        raise NotImplementedError
+
+    def read_facts(self, index: int) -> dict[str, Any]:
+        """As `facts`, without the default caption."""
+        raise NotImplementedError
+
+    def files(self) -> list[Path]:
+        """The files that hold the images."""
+        raise NotImplementedError
+
+    def maybe_captioned(self) -> Iterable[int]:
+        """The samples that may have a caption, as far as is known without reading anything of them."""
+        return range(len(self))
+
+    def passed_over(self) -> list[str]:
+        """What of the folder is not read, or not as one might think, in sentences."""
+        return []
+
+    def facts(self, index: int) -> dict[str, Any]:
+        """What is known of one sample beside its pixels; `caption` among it."""
+        facts = self.read_facts(index)
+        return {**facts, "caption": facts["caption"] or self.default_caption}
+
+    def sample(self, index: int) -> Sample:
+        """One sample, read whole."""
+        facts = self.facts(index)
+        return Sample(self.key(index), self.image(index), facts["caption"], facts)
+
+    def has_captions(self) -> bool:
+        """Whether any image has a caption; reads until it finds one, and nothing where there can be none."""
+        if self.default_caption and len(self):
+            return True
+        return any(self.read_facts(i)["caption"] for i in self.maybe_captioned())
+
+    def notes(self) -> list[str]:
+        """`passed_over` and the problems so far, which are whole after `fingerprint`."""
+        return [*self.passed_over(), *self.problems.sentences()]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short name for what is in the folder: keys, captions, and the length of each file.
+
+        Raises UserError where the JSON of more than a hundredth of the samples can't be read.
+        """
+        facts = [self.facts(i) for i in range(len(self))]
+        self.problems.refuse_many("json", len(self), str(self.folder))
+        captions = [[str(f.get("key", i)), f["caption"]] for i, f in enumerate(facts)]
+        return digest([captions, [[p.name, p.stat().st_size] for p in self.files()], manifest_outputs(self.folder)])
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return self.sample(index % len(self))
+
+
+class PartedDataset(MapDataset):
+    """Samples of several files, one after the other; `ends` are how many there are up to the end of each file."""
+
+    parts: list[Path]
+    ends: list[int]
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def files(self) -> list[Path]:
+        return self.parts
+
+    def locate(self, index: int) -> tuple[Path, int]:
+        """(the file of a sample, its index in it)."""
+        part = bisect_right(self.ends, index)
+        return self.parts[part], index - (self.ends[part - 1] if part else 0)
+
+    def maybe_captioned(self) -> Iterator[int]:
+        start = 0
+        for part, end in zip(self.parts, self.ends, strict=True):
+            yield from (start + self.captioned_rows(part)).tolist()
+            start = end
+
+    def captioned_rows(self, part: Path) -> npt.NDArray[np.int64]:
+        """As `maybe_captioned`, of one file."""
+        raise NotImplementedError
+
+
+# ------------------------------------------------------------------------------------------ one image, caption or JSON
+
+
+def read_image(path: Path, offset: int = 0, size: int | None = None) -> bytes:
+    """The bytes of an image, or `size` of them from `offset` on.
+
+    Raises RowError where they are too many, UserError where the file is gone or no longer a file.
+    """
+    with open_regular(path) as f:
+        length = os.fstat(f.fileno()).st_size - offset if size is None else size
+        if length > LARGEST_IMAGE:
+            raise RowError(Reason.TOO_LARGE, f"{length:,} bytes; at most {LARGEST_IMAGE:,} are read")
+        f.seek(offset)
+        try:
+            return f.read(length)
+        except OSError as e:
+            raise UserError(f"{path}: cannot be read: {e.strerror or e}") from e
+
+
+def text_in(data: bytes, where: str, problems: Problems) -> str | None:
+    """The caption in the bytes of a file or member: without a byte order mark and white space around it."""
+    found = decode_text(data)
+    if not found.certain:
+        problems.add_once("encoding", where)
+        return None
+    return found.text.strip() or None
+
+
+def json_in(data: bytes, where: str, problems: Problems) -> dict[str, Any]:
+    """The JSON object about a sample; empty where it is none."""
+    try:
+        value = parse_json(data, where, finite=False)
+        if isinstance(value, dict):
+            return value
+        problems.add_once("json", where, f"{where}: an object {{...}} is needed, not a {type(value).__name__}")
+    except UserError as e:
+        problems.add_once("json", where, str(e))
+    return {}
+
+
+def caption_in(facts: dict[str, Any], wanted: str = "caption") -> str | None:
+    """The caption among what is known of a sample."""
+    name = find_column(list(facts), wanted, CAPTION_NAMES)
+    return caption_of(facts[name]) if name else None
+
+
+def read_json_of_others(path: Path) -> Any:
+    """The JSON in a file that may be anybody's; None where there is none."""
+    if not os.path.lexists(path):
+        return None
+    try:
+        return parse_json(read_bytes(path, _LARGEST_MANIFEST), str(path), finite=False)
+    except UserError:
+        return None
+
+
+def manifest_outputs(folder: Path) -> Any:
+    """What a packed folder's manifest says of its files; None where there is no manifest, or that of something else."""
+    manifest = read_json_of_others(folder / "manifest.json")
+    return manifest.get("outputs") if isinstance(manifest, dict) else None

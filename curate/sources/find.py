@@ -1,0 +1,240 @@
+"""What a LIST argument stands for: the files it means, found, copied where they are remote, and opened as inputs."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from aesthetic.errors import DiskFull, UserError
+from aesthetic.untrusted import check_regular, first_three
+from curate.shards.tar import CorruptShard
+from curate.sources.captioned import kind_of_folder, nothing_in
+from curate.sources.image_tables import ImageTableInput, image_column, tables_with_images
+from curate.sources.images import ImagesInput, MetadataInput
+from curate.sources.img2dataset import tabled_folders
+from curate.sources.inputs import Input
+from curate.sources.listing import (
+    ARCHIVES,
+    KNOWN_FORMATS,
+    UNREAD_EXTENSIONS,
+    Listing,
+    is_image,
+    list_folder,
+    list_format,
+)
+from curate.sources.lists import open_list
+from curate.sources.tars import TarInput, index_samples, tars_of, tars_passed_over
+
+_NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
+_ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "croissant.json", "config.json")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The files that a LIST argument stands for."""
+
+    name: str  # as it was given; absolute where it is on this machine
+    kind: str  # list, tars, images, imagefolder or parquet
+    files: list[Path]  # list files, tars, tables of an imagefolder, parquet with images, or the one folder of images
+    base: Path | None = None  # what the places of images are relative to; None for lists
+    remote: bool = False
+    listing: Listing | None = field(default=None, repr=False)  # of a folder
+    notes: list[str] = field(default_factory=list)  # what of a folder is not read, in sentences
+
+    def open(self, file: Path, url: str, caption: str | None) -> Input:
+        """One of the files as an input. Raises UserError where it cannot be read."""
+        if self.base is None:
+            source = open_list(file, url, caption)
+            source.set_constants(self._partition(file))
+            return source
+        match self.kind:
+            case "tars":
+                return TarInput(file, self.base, url, caption, self._image_kind)
+            case "images":
+                return ImagesInput(file, url, caption, self.listing)
+            case "parquet":
+                return ImageTableInput(file, self.base, url, caption)
+        return MetadataInput(file, self.base, url, caption)
+
+    def _partition(self, file: Path) -> dict[str, str | None]:
+        """What the folders of a file say of all its rows, as Hive and Spark name them: lang=en/part-0.parquet."""
+        start = self.name
+        if not os.path.exists(start):  # a pattern: its folders before the first that is one
+            start = start.split("*")[0].split("?")[0].split("[")[0].rpartition("/")[0]
+        parts = [] if self.remote else file.parent.parts[len(Path(start).parts) :]
+        named = (part.partition("=") for part in parts)
+        return {unquote(k): None if v == _NO_VALUE else unquote(v) for k, equals, v in named if k and equals}
+
+    @cached_property
+    def _image_kind(self) -> str | None:
+        """Which image of a sample is meant: the first tar that has any decides for all."""
+        for tar in self.files:
+            try:
+                counts = index_samples(tar).counts
+            except CorruptShard as e:  # names it
+                raise UserError(f"{tar}: cannot be read: {str(e).removeprefix(f'{tar}: ')}") from e
+            except OSError as e:
+                raise UserError(f"{tar}: cannot be read: {e.strerror or e}") from e
+            if counts.kinds:
+                return counts.kind
+        return None
+
+
+def is_remote(name: str) -> bool:
+    """Whether a LIST argument is not on this machine's file system."""
+    return "://" in name and not name.startswith("file://")
+
+
+def find(name: str, copies: Path) -> Found:
+    """The files of a LIST argument: a file, a folder, a glob, or a URL, whose files are copied into `copies`."""
+    if not name.strip():
+        raise UserError("LIST is empty: name a file, a folder, a glob or a URL")  # and not the folder one is in
+    if is_remote(name):
+        return Found(name, "list", _copy_remote(name, copies), remote=True)
+    path = Path(name.removeprefix("file://")).expanduser().absolute()
+    if os.path.isdir(path):
+        return _find_in_folder(path)
+    files = [path]
+    if not os.path.lexists(path):  # a name with brackets that is there is no pattern
+        files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+    if not files:
+        raise UserError(f"{name}: there is no such file or folder.")
+    for file in files:
+        check_regular(file)
+    base = Path(os.path.commonpath([p.parent for p in files]))
+    if all(p.name.lower().endswith(".tar") for p in files):
+        return Found(str(path), "tars", files, base)
+    if all(is_image(p.name) or p.name.rpartition(".")[2].lower() in UNREAD_EXTENSIONS for p in files):
+        raise UserError(f"{name}: is an image. Give the folder that it lies in.")
+    if packed := [p.name for p in files if p.name.lower().endswith(ARCHIVES)]:
+        raise UserError(f"{name}: {packed[0]} is compressed: unpack it, and give what comes out (tars, or a folder)")
+    _require_one_format(name, [p.name for p in files])
+    if list_format(files[0].name) == "parquet" and image_column(files[0]) is not None:
+        return Found(str(path), "parquet", files, base)
+    return Found(str(path), "list", files)
+
+
+def _find_in_folder(folder: Path) -> Found:
+    listing = list_folder(folder)
+    kind, notes = kind_of_folder(listing), listing.notes()
+    match kind:
+        case "imagefolder":
+            tabled = tuple(table.rpartition("/")[0] for table in listing.tables)
+            left = [n for n in listing.images if not any(not f or n.startswith(f"{f}/") for f in tabled)]
+            if left:
+                notes.append(
+                    f"{len(left):,} images lie in no folder with metadata, and are left out: {first_three(left)}"
+                )
+            return Found(str(folder), kind, [folder / name for name in listing.tables], folder, notes=notes)
+        case "tars":
+            return Found(str(folder), kind, tars_of(listing), folder, notes=tars_passed_over(listing))
+        case "parquet":
+            return Found(str(folder), kind, tables_with_images(listing), folder, notes=notes)
+
+    lists = [name for name in listing.lists if not _is_no_list(name)]
+    own = [name for name in lists if "/" not in name]
+    if kind == "images":
+        about = {f"{name}.parquet" for name in tabled_folders(listing)}
+        own = [name for name in own if name not in about and list_format(name) != "txt"]
+        if own:
+            raise UserError(
+                f"{folder}: holds a list ({own[0]}) and images ({listing.images[0]}). Give the one that is meant. "
+                f"(A table about these images is called metadata.csv, and says which by a column file_name.)"
+            )
+        return Found(str(folder), kind, [folder], folder, listing=listing, notes=notes)
+    if own and len(own) < len(lists):
+        notes.append(f"{len(lists) - len(own):,} lists in folders below are passed over: give one of those folders")
+    own = own or lists  # as Spark and the Hugging Face hub lay them out
+    if not own:
+        raise UserError(f"{nothing_in(listing, 'neither a list nor images')}. Lists are {KNOWN_FORMATS}.")
+    _require_one_format(str(folder), own)
+    return Found(str(folder), "list", [folder / name for name in own], notes=notes)
+
+
+def _is_no_list(name: str) -> bool:
+    """Whether a file is about a data set (the hub's, Spark's, Delta's), and no part of it."""
+    *folders, file = name.split("/")
+    return file in _ABOUT or file.lower() in ("readme.txt", "license.txt") or any(f.startswith("_") for f in folders)
+
+
+def _require_one_format(name: str, files: list[str]) -> None:
+    formats = {list_format(f): f for f in files}
+    if None in formats:
+        raise UserError(f"{name}: {formats[None]} is not a list that can be read. Lists are {KNOWN_FORMATS}.")
+    if len(formats) > 1:
+        raise UserError(f"{name}: lists of several formats ({', '.join(sorted(formats.values()))}). Give one of them.")
+
+
+def _copy_remote(url: str, copies: Path) -> list[Path]:
+    """Copy the files of a remote list, in the order of their names."""
+    import fsspec
+
+    web = url.startswith(("http://", "https://"))
+    # each file system has error types of its own: botocore's, aiohttp's, huggingface_hub's, a missing package's
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+        if web:  # one file: a ? in its address is no pattern, and the web has no folders
+            paths = [path]
+        elif glob.has_magic(path):
+            paths = [p for p in fs.glob(path) if fs.isfile(p)]
+        elif fs.isdir(path):
+            paths = _lists_below(path, fs.ls(path, detail=False)) or _lists_below(path, fs.find(path))
+        else:
+            paths = [path]
+    except Exception as e:
+        raise _remote_error(url, e) from e
+    names = {p: Path(urlsplit(p).path if web else p).name for p in sorted(paths)}
+    if not names:
+        raise UserError(f"{url}: no list is there. Lists are {KNOWN_FORMATS}.")
+    _require_one_format(url, list(names.values()))
+    copies.mkdir(parents=True, exist_ok=True)
+    copied = [copies / f"list-{index:05d}-{name}" for index, name in enumerate(names.values())]
+    for path, copy in zip(names, copied, strict=True):
+        try:
+            fs.get_file(path, str(copy))
+        except Exception as e:
+            if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DiskFull(f"no space left while copying {path}") from e
+            raise _remote_error(path, e) from e
+    return copied
+
+
+def _lists_below(folder: str, paths: list[str]) -> list[str]:
+    """The lists among the files of a remote folder."""
+    below = {p: p.removeprefix(folder.rstrip("/")).lstrip("/") for p in paths}
+    hidden = {p for p, name in below.items() if any(part.startswith((".", "_")) for part in name.split("/"))}
+    return [p for p, name in below.items() if list_format(p) and p not in hidden and not _is_no_list(name)]
+
+
+def _remote_error(url: str, e: Exception) -> UserError:
+    if isinstance(e, ImportError):
+        return UserError(f"{url}: {e}. `pip install 'tastemaker[remote]'` brings what it needs.")
+    return UserError(f"{url}: cannot be read: {type(e).__name__}: {e}")
+
+
+def stat(kind: str, path: Path) -> dict[str, Any]:
+    """What tells cheaply whether an input is still the same: path, bytes in all, and the newest change."""
+    paths = [] if kind == "images" else [path]
+    if kind == "tars":
+        paths += [p for p in [path.with_suffix(".parquet")] if p.exists()]
+    elif kind in ("images", "imagefolder"):
+        listing = list_folder(path if kind == "images" else path.parent)
+        for image, texts, json in zip(listing.images, listing.texts, listing.jsons, strict=True):
+            paths += [listing.folder / n for n in (image, *texts, json) if n]
+        if kind == "images":
+            paths += [path / f"{folder}.parquet" for folder in tabled_folders(listing)]
+    try:
+        stats = [p.stat() for p in paths]
+    except OSError as e:
+        raise UserError(f"{e.filename}: cannot be read: {e.strerror}") from e
+    return {
+        "path": str(path),
+        "size": sum(s.st_size for s in stats),
+        "mtime_ns": max((s.st_mtime_ns for s in stats), default=0),
+    }

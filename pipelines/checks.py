@@ -1,0 +1,97 @@
+"""What is refused before the first URL, as it could not be done, or not be undone."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from aesthetic.errors import UserError
+from curate.annotators.base import Annotator, column_specs
+from curate.fetch import engine_img2dataset
+from curate.fetch.deny import Deny
+from curate.layout import Data
+from curate.verify import again
+from pipelines.recipe import Recipe
+
+Say = Callable[[str], None]
+"""Shows a line to whoever started the run."""
+
+
+def check_engine(recipe: Recipe, say: Say) -> None:
+    """UserError where the download engine that is asked for cannot be used here."""
+    if recipe.fetch.engine == "img2dataset":
+        engine_img2dataset.require(recipe.images)
+        if recipe.fetch.deny:
+            raise UserError(
+                "fetch.deny: img2dataset heeds no deny-list, so what is denied would be fetched. "
+                "`--set fetch.engine=native`, or `--set fetch.deny=[]`"
+            )
+        say("warning: img2dataset checks no addresses and reads no robots.txt; keep it off private networks")
+
+
+def check_selection(data: Data, recipe: Recipe, extra_columns: pa.Schema, annotators: Mapping[str, Annotator]) -> None:
+    """UserError where a rule names a column that there will not be, or a threshold outside a column's scale."""
+    from curate.ledger.rules import check_rules
+    from curate.ledger.view import ledger_types, recorded_scales, recorded_types, source_types, sql_types
+
+    specs = column_specs(annotators)
+    made = dict(zip(specs, sql_types([c.type for c in specs.values()]), strict=True))
+    types = {**ledger_types(), **recorded_types(data.root), **made}
+    scales = recorded_scales(data.root) | {name: c.scale for name, c in specs.items() if c.scale is not None}
+    check_rules(recipe.select.rules, types, source_types(extra_columns), scales)
+
+
+def has_encoder(recipe: Recipe) -> bool:
+    """Whether the vectors can be made at once; UserError where neither the encoder's weights nor a folder of them can
+    be had."""
+    from curate.encoders.registry import check_available
+    from curate.sources.vectors import open_folder
+
+    if recipe.embed.embeddings is not None and open_folder(recipe.embed).space is not None:
+        return True
+    return check_available(recipe.embed.encoder, recipe.embed.weights)
+
+
+def refuse_denied(data: Data, recipe: Recipe, restart_from: str | None = None) -> None:
+    """UserError where a deny-list cannot be read, or names images that the data folder holds already.
+
+    Such a list would be obeyed for what is fetched from now on, and its owner would think for all.
+    """
+    deny = Deny.load(recipe.fetch.deny)
+    if not deny or not data.root.is_dir():
+        return
+    from curate.ledger.denied import held
+
+    found = held(data.root, deny, fetched=restart_from in (None, "embed"))
+    if not found:
+        return
+    there = []
+    if found.images:
+        keys = ", ".join(found.keys) + (", ..." if found.images > len(found.keys) else "")
+        there.append(f"{found.images:,} images of fetched/ (key {keys}; {_in_shards(found.shards)})")
+    there += [f"{count:,} images of shards/{name}" for name, count in found.packs.items()]
+    if found.unknown:
+        there.append(
+            f"perhaps images of fetched/ ({_in_shards(found.unknown)}): its md5, sha1 or sha512 can't be compared with "
+            "what was fetched without them, because originals are not kept"
+        )
+    there += [f"perhaps images of shards/{name}, for the same reason" for name in found.unknown_packs]
+    root = shlex.quote(str(data.root))
+    steps = [f"  rm -r {root}/shards/{name} {root}/report/{name}" for name in [*found.packs, *found.unknown_packs]]
+    if found.images or found.unknown:
+        files = [str(Path(f).absolute()) for f in recipe.fetch.deny]
+        denied = shlex.quote(f"fetch.deny=[{', '.join(files)}]")
+        steps.append(f"  {again(data)} --set {denied} --restart-from fetch")
+    raise UserError(
+        f"fetch.deny names what {data.root} holds already: {'; '.join(there)}.\n"
+        "A list that is given later takes nothing away, so nothing is done. Give another --out, or be rid of them:\n"
+        + "\n".join(steps)
+    )
+
+
+def _in_shards(shards: Sequence[str]) -> str:
+    named = ", ".join(shards[:3]) + (f" and {len(shards) - 3:,} more" if len(shards) > 3 else "")
+    return f"shard{'s' if len(shards) > 1 else ''} {named}"

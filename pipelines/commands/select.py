@@ -1,0 +1,75 @@
+"""`tastemaker select`: rules over the ledger, in seconds."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from aesthetic.errors import UserError
+from curate.layout import Data, open_data
+from curate.store.lock import Lock
+from pipelines.checks import refuse_denied
+from pipelines.options import Result, WithRecipe, argument, command, option
+from pipelines.stored_recipe import recipe_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectOptions(WithRecipe):
+    data: str = argument("DATA")
+    name: str | None = option("the selection's name (default: the recipe's)")
+    uids: str | None = option("keep the rows of a DataComp subset file instead of applying rules", metavar="FILE.npy")
+    write_uids: str | None = option("also write what is kept as a DataComp subset file", metavar="FILE.npy")
+
+
+def run(options: SelectOptions) -> Result:
+    """A verdict for every row, by every column that the ledger holds now.
+
+    Where no rules are given, a selection that was made before is made again by what it was made by then.
+    """
+    from curate.ledger import uids as subsets
+    from curate.ledger.select import remembered, select
+    from curate.ledger.view import recorded_scales
+    from pipelines.curation import show_selection
+
+    data = open_data(options.data)
+    recipe = recipe_of(data, options.recipe, options.set, select=options.name)
+    name, uids = recipe.select.name, options.uids
+    keys = [setting.partition("=")[0].strip().split(".") for setting in options.set]
+    rules_given = any(key[:2] in (["select"], ["select", "rules"]) for key in keys)
+    given = rules_given or options.recipe is not None or uids is not None
+    if not given and (before := remembered(data.root, name)) is not None:
+        rules, file = before
+        if file is not None:
+            uids = str(file)
+            print(f"made again from {file}, as before")
+        elif rules != recipe.select.rules:
+            theirs = shlex.quote(str(data.recipe))
+            print(f"by the rules that {name} was made by (the recipe's: --recipe {theirs})")
+        recipe = replace(recipe, select=replace(recipe.select, rules=rules))
+
+    refuse_denied(data, recipe)
+    with Lock(data.root):
+        if uids is not None:
+            selection = subsets.select_uids(data.root, name, Path(uids))
+        else:
+            try:
+                selection = select(data.root, recipe.select, recorded_scales(data.root))
+            except UserError as e:
+                raise UserError(f"{e}\n{note}" if (note := old_columns(data)) else str(e)) from None
+        show_selection(selection, print)
+        if options.write_uids is not None:
+            subsets.write_uids(data.root, name, Path(options.write_uids))
+    return Result(
+        facts={"kept": selection.kept, "funnel": selection.funnel},
+        paths={"selected": data.root / "selected" / f"{name}.parquet"},
+        next=command("pack", data.root, "--name", name) if selection.kept else "",
+    )
+
+
+def old_columns(data: Data) -> str:
+    """What is said of a data folder that has columns of before there was `annotated/`; nothing where it has none."""
+    if not (names := data.old_columns()):
+        return ""
+    again = command("annotate", data.root)
+    return f"{data.root / 'scored'} ({', '.join(names)}) is read no more: `{again}` computes them anew"

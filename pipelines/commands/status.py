@@ -1,0 +1,132 @@
+"""`tastemaker status`: where a run stands, and what to do next."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from aesthetic.errors import UserError
+from curate.layout import Data, open_data
+from curate.ledger.schema import Reason, Status
+from curate.store.files import read_json
+from curate.verify import again
+from pipelines.checks import Say, refuse_denied
+from pipelines.commands.select import old_columns
+from pipelines.options import Options, Result, argument, command
+from pipelines.stored_recipe import stored_recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusOptions(Options):
+    data: str = argument("DATA")
+
+
+def run(options: StatusOptions) -> Result:
+    """Shards per stage, outcomes, selections."""
+    facts, following = status(open_data(options.data), print)
+    return Result(facts=facts, next=following)
+
+
+def status(data: Data, say: Say) -> tuple[dict[str, Any], str]:
+    """Where a run stands: shards per stage, outcomes, selections; and the next command."""
+    plan = data.plan
+    records = {s.shard: read_json(data.fetched_record(s.shard)) for s in plan.shards}
+    fetched = {shard: r for shard, r in records.items() if r}
+    embedded = sum(data.embedded_record(shard).exists() for shard in fetched)
+    outcomes = Counter[str]()
+    for record in fetched.values():
+        outcomes.update(record.get("status_dict", {}))
+    total, shards = sum(outcomes.values()), len(plan.shards)
+    say(f"rows      {plan.total_rows:,} in {shards:,} shards of {plan.list}")
+    good = f"   {outcomes[Status.SUCCESS] / total:.1%} ok" if total else ""
+    say(f"fetched   {len(fetched):,}/{shards:,} shards{good}")
+    failures = [(reason, n) for reason, n in outcomes.most_common() if reason != Status.SUCCESS]
+    if failures:
+        say("          " + " · ".join(f"{reason} {n:,}" for reason, n in failures))
+    say(f"embedded  {embedded:,}/{shards:,} shards")
+    for folder in sorted((data.root / "annotated").glob("*")):
+        say(f"annotated {len(list(folder.glob('*.json'))):,}/{shards:,} shards   {folder.name}")
+    if note := old_columns(data):
+        say(f"old       {note}")
+    selections = selections_there(data)
+    for name, facts in selections.items():
+        words = [f"{facts['kept']:,} kept", *facts["stale"]]
+        if facts["packed"]:
+            words.append("packed" if facts["packed"] == "now" else "packed before it was made anew")
+        say(f"selected  {name}: {', '.join(words)}")
+    found = {
+        "rows": plan.total_rows,
+        "shards": shards,
+        "fetched": len(fetched),
+        "embedded": embedded,
+        "outcomes": outcomes,
+        "selected": selections,
+    }
+    try:
+        recipe = stored_recipe(data)
+        if recipe is not None:
+            refuse_denied(data, recipe)
+    except UserError as e:
+        say(f"denied    {e}")
+        return found, ""
+    if len(fetched) < shards:
+        return found, again(data)
+    if embedded < sum(1 for r in fetched.values() if r.get("successes", 1)):
+        return found, command("embed", data.root)
+    waiting = sum(n for reason, n in failures if Reason(reason).transient)
+    vain = _tried_in_vain(data, fetched)
+    found["may_pass"], found["tried_in_vain"] = waiting, vain
+    if waiting > vain:
+        return found, command("retry", data.root)
+    if waiting:
+        once_more, failed = command("retry", data.root), f"{waiting:,} rows that failed for transient reasons"
+        say(f"retry     the last one had back none of {failed}; `{once_more}` tries anew")
+    for name, facts in selections.items():
+        if facts["stale"]:
+            return found, command("select", data.root, "--name", name)
+        if facts["kept"] and facts["packed"] != "now":
+            return found, command("pack", data.root, "--name", name)
+    return found, ""
+
+
+def selections_there(data: Data) -> dict[str, dict[str, Any]]:
+    """Each selection: rows kept, why it is `stale` (nothing: it is not), and whether it is `packed`: "now", an "older"
+    state of it, or None."""
+    from curate.ledger.select import changed_since, remembered
+    from curate.ledger.view import table_digests, tables
+
+    recipe, found = stored_recipe(data), dict[str, dict[str, Any]]()
+    records = sorted((data.root / "selected").glob("[!.]*.json"))
+    try:
+        now = table_digests(tables(data.root)) if records else {}
+    except UserError:  # nothing is fetched any more: the folder is being made again
+        now = {}
+    for path in records:
+        name, record = path.stem, read_json(path)
+        if not isinstance(record, dict) or "kept" not in record:
+            continue
+        changed = changed_since(data.root, name, now)
+        stale = [f"stale: {', '.join(changed)} changed since"] if changed else []
+        try:
+            before = remembered(data.root, name)
+        except UserError:
+            before = None
+        if recipe is not None and name == recipe.select.name and before != (recipe.select.rules, None):
+            stale.append("by other rules than recipe.yaml's")
+        manifest = read_json(data.root / "shards" / name / "manifest.json")
+        made = record.get("outputs", {}).get(f"selected/{name}.parquet", {}).get("sha256")
+        packed = None
+        if isinstance(manifest, dict):
+            packed = "now" if manifest.get("inputs", {}).get("selected") == made else "older"
+        found[name] = {"kept": record["kept"], "stale": stale, "packed": packed}
+    return found
+
+
+def _tried_in_vain(data: Data, fetched: Mapping[int, dict[str, Any]]) -> int:
+    """How many rows failed for reasons that may pass in shards whose last retry recovered nothing."""
+    from curate.workers import transient_failures
+
+    last = {shard: record["retries"][-1] for shard, record in fetched.items() if record.get("retries")}
+    return sum(transient_failures(data, shard) for shard, retry in last.items() if not retry["recovered"])

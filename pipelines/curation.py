@@ -1,0 +1,406 @@
+"""The main job: a list -> plan -> fetch, embed and annotate (Ray) -> select -> pack -> report.
+
+Everything that can be refused is refused before the first URL: the recipe, its rules against the columns that there
+will be, heads and weights, changes that would alter finished shards, the disk.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aesthetic.errors import UserError
+from aesthetic.untrusted import printable
+from curate.annotators.base import Annotator
+from curate.annotators.registry import absolute, make_annotators
+from curate.fetch.ingest import check_verify
+from curate.layout import Data
+from curate.sources.plan import load_plan
+from curate.sources.planner import clear_plan, inspect, make_plan
+from curate.store.disk import check_space
+from curate.store.files import read_json, sweep
+from curate.store.lock import Lock
+from curate.store.ownership import Taken, check_free, taken
+from pipelines.checks import Say, check_engine, check_selection, has_encoder, refuse_denied
+from pipelines.options import Result, command
+from pipelines.recipe import Recipe
+from pipelines.runtime.cluster import check_reachable
+from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
+from pipelines.runtime.progress import ProgressDisplay, format_duration
+from pipelines.stored_recipe import refuse_changes, store_recipe
+
+if TYPE_CHECKING:
+    from curate.ledger.select import Selection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the command line asks of the main job."""
+
+    list: str
+    root: Path
+    recipe: Recipe
+    limit: int | None = None
+    address: str | None = None
+    stages: tuple[str, ...] = ("fetch", "embed", "select", "pack")
+    restart_from: str | None = None
+
+
+def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
+    """What would run. Raises what `run` would raise before its first URL; fetches and writes nothing."""
+    recipe, data = request.recipe, Data(request.root)
+    check_free(data.root, "data")
+    annotators = make_annotators(recipe.columns, recipe.embed.encoder)
+    check_engine(recipe, say)
+    refuse_denied(data, recipe, request.restart_from)
+    refuse_changes(data, recipe, request.restart_from)
+    if "embed" in request.stages and load_plan(data.root) is None:
+        has_encoder(recipe)  # as in `run`
+    anew = request.restart_from == "source"
+    found = inspect(request.list, recipe.source, request.limit, None if anew else data.root)
+    check_selection(data, recipe, found.extra_columns, annotators)
+    check_verify(recipe.fetch, found.extra_columns)
+    rows, work = found.total_rows, True
+    if load_plan(data.root) is not None and request.restart_from is None:
+        left = left_to_do(data, recipe, annotators, request.stages)
+        rows = left.rows + found.total_rows - data.plan.total_rows
+        work = bool(left.shards or rows)
+    if work:
+        if "embed" in request.stages and not has_encoder(recipe):
+            say(f"the weights of {recipe.embed.encoder} are not on this machine; the run fetches them first")
+        if request.address is not None:
+            check_reachable(request.address)
+        check_space(_existing(data.root), estimate_bytes(recipe, rows))
+    return {
+        "rows": found.total_rows,
+        "listed_rows": found.listed_rows,
+        "shards": found.shard_count,
+        "columns": found.columns,
+        "carried": found.extra_columns.names,
+        "warnings": found.warnings,
+        "stages": list(request.stages),
+        "rows_to_fetch": rows,
+    }
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the first folder above it that is there."""
+    return path if path.exists() else _existing(path.parent)
+
+
+def run(request: Request, say: Say = print) -> Result:
+    """The whole job under the data folder's lock; what is done already is left alone.
+
+    Raises UserError before anything starts, DiskFull, NothingKept, or the cause of what went wrong in a worker.
+    """
+    recipe, data = _with_whole_paths(request.recipe), Data(request.root)
+    check_free(data.root, "data")
+    annotators = make_annotators(recipe.columns, recipe.embed.encoder)
+    check_engine(recipe, say)
+    refuse_denied(data, recipe, request.restart_from)
+    if "embed" in request.stages and not (data.root / "plan" / "plan.json").exists():
+        has_encoder(recipe)  # before a long list is read; where a plan is there, all may be embedded
+    with taken(data.root, "data", replaces=["recipe.yaml"]) as folder, _nothing_left_behind(data, folder):
+        sweep(data.root)
+        refuse_changes(data, recipe, request.restart_from)
+        anew = request.restart_from == "source"  # the new list is read before the shards of the old one go
+        if anew or load_plan(data.root) is not None:  # nor does a plan grow before all is checked
+            extra_columns = inspect(
+                request.list, recipe.source, request.limit, None if anew else data.root
+            ).extra_columns
+        else:
+            extra_columns = make_plan(request.list, data.root, recipe.source, request.limit).extra_columns
+        check_selection(data, recipe, extra_columns, annotators)
+        check_verify(recipe.fetch, extra_columns)
+        if request.restart_from is not None:
+            restart(data, recipe, request.restart_from, request.stages)
+        make_plan(request.list, data.root, recipe.source, request.limit)
+        store_recipe(data, recipe)
+        return _go_on(data, recipe, annotators, request.stages, request.address, say)
+
+
+def _with_whole_paths(recipe: Recipe) -> Recipe:
+    """The recipe with whole paths of its files: later commands may be given in another folder."""
+    deny = tuple(str(Path(f).expanduser().absolute()) for f in recipe.fetch.deny)
+    weights = recipe.embed.weights and str(Path(recipe.embed.weights).expanduser().absolute())
+    fetch, embed = replace(recipe.fetch, deny=deny), replace(recipe.embed, weights=weights)
+    columns = {name: absolute(name, spec) for name, spec in recipe.columns.items()}
+    return replace(recipe, fetch=fetch, embed=embed, columns=columns)
+
+
+@contextmanager
+def _nothing_left_behind(data: Data, folder: Taken) -> Iterator[None]:
+    """Where input or recipe is refused before a job began, a data folder is as it was, and a new one is not there."""
+    planned = (data.root / "plan" / "plan.json").exists()
+    try:
+        yield
+    except UserError:
+        if not planned and not data.logs.exists():
+            clear_plan(data.root)
+            folder.undo(["recipe.yaml"])
+        raise
+
+
+def resume(
+    data: Data,
+    recipe: Recipe,
+    *,
+    retry: bool = False,
+    address: str | None = None,
+    restart_from: str | None = None,
+    say: Say = print,
+) -> Result:
+    """The main job on the plan that a data folder has; `retry` fetches again what failed for transient reasons."""
+    if restart_from not in (None, "embed"):
+        again = command("curate", data.plan.list, "--out", data.root, "--restart-from", restart_from)
+        raise UserError(f"--restart-from {restart_from} needs the list: `{again}`")
+    annotators = make_annotators(recipe.columns, recipe.embed.encoder)
+    if retry:
+        check_engine(recipe, say)
+    refuse_denied(data, recipe)
+    with Lock(data.root):
+        sweep(data.root)
+        refuse_changes(data, recipe, restart_from)
+        check_selection(data, recipe, data.plan.extra_columns, annotators)
+        stages = ("fetch", "embed", "select", "pack") if retry else ("embed", "select", "pack")
+        if restart_from is not None:
+            restart(data, recipe, restart_from, stages)
+        store_recipe(data, recipe)
+        return _go_on(data, recipe, annotators, stages, address, say, retry=retry)
+
+
+def restart(data: Data, recipe: Recipe, stage: str, stages: Sequence[str]) -> None:
+    """Invalidate the records of a stage and of those after it. UserError, and nothing is invalidated, where what the
+    stages need is not there."""
+    if "embed" in stages:
+        has_encoder(recipe)
+    data.invalidate_from(stage)
+    if stage == "source":
+        clear_plan(data.root)
+        data.clear_shards()  # those of another list must not linger beside the new ones
+
+
+def _go_on(
+    data: Data,
+    recipe: Recipe,
+    annotators: dict[str, Annotator],
+    stages: tuple[str, ...],
+    address: str | None,
+    say: Say,
+    retry: bool = False,
+) -> Result:
+    plan = data.plan
+    say(" · ".join([headline(recipe), *columns_taken(plan.columns)]))
+    for warning in plan.warnings:
+        say(f"warning: {warning}")
+    if recipe.fetch.allow:
+        say(f"warning: private addresses are open to this list: {', '.join(recipe.fetch.allow)} (fetch.allow)")
+    facts = {"columns": plan.columns, "warnings": plan.warnings}
+    result = Result(facts={"rows": plan.total_rows, "shards": len(plan.shards), **facts})
+    before = _images(data) if retry else 0
+    screen = _run_stages(data, recipe, annotators, stages, address, say, retry)
+    if retry and screen is not None:
+        result.facts["recovered"] = _images(data) - before
+        say(f"retry  {result.facts['recovered']:,} more images")
+    _name_notes(data, result, say)
+    _name_repeats(data, result, say)
+    if "select" not in stages:
+        result.paths["fetched"] = str(data.root / "fetched")
+        result.next = command("embed", data.root)
+        return result
+    selection = _select(data, recipe, say)
+    result.facts |= {"kept": selection.kept, "funnel": selection.funnel}
+    pack_selection(data, recipe, result)
+    if plan.listed_rows > plan.total_rows:
+        say(projection(data, plan.listed_rows, plan.total_rows, selection.kept, screen))
+    return result
+
+
+def _name_notes(data: Data, result: Result, say: Say) -> None:
+    """Say which values of the list could not be taken as they are; a list that is used where it lies is read late."""
+    records = {s.shard: read_json(data.fetched_record(s.shard)) or {} for s in data.plan.shards}
+    notes = [f"shard {shard}: {note}" for shard, record in records.items() for note in record.get("notes", [])]
+    if notes:
+        result.facts["notes"] = notes[:100]
+        for note in notes[:3]:
+            say(f"warning: {note}")
+        if len(notes) > 3:
+            say(f"    and in {len(notes) - 3:,} more shards")
+
+
+def _name_repeats(data: Data, result: Result, say: Say) -> None:
+    """Say which bytes came from many URLs: most are placeholders."""
+    from curate.duplicates.repeats import repeats
+
+    found = repeats(data.root)
+    if found:
+        result.facts["repeated"] = [{"sha256": r.sha256, "urls": r.urls, "url": r.url} for r in found[:100]]
+        say(f"the same bytes from many URLs, {len(found):,} times ({sum(r.urls for r in found):,} rows): placeholders?")
+        for repeat in found[:3]:
+            say(f"    {repeat}")
+        say("    the rule first_of(sha256) keeps one of each; their sha256 in a list of fetch.deny keeps none")
+
+
+def _run_stages(
+    data: Data,
+    recipe: Recipe,
+    annotators: dict[str, Annotator],
+    stages: tuple[str, ...],
+    address: str | None,
+    say: Say,
+    retry: bool,
+) -> ProgressDisplay | None:
+    """Fetch, embed and annotate what is missing, with Ray; returns what was seen of it (None where all was done)."""
+    fetch, embed = "fetch" in stages, "embed" in stages
+    left = left_to_do(data, recipe, annotators, stages, retry)
+    if not left.shards:
+        return None
+    if address is not None:
+        check_reachable(address)
+    check_space(data.root, estimate_bytes(recipe, left.rows))
+    if embed:
+        _fetch_encoder(recipe, say)
+    if len(left.shards) < len(data.plan.shards):
+        say(f"{len(data.plan.shards) - len(left.shards):,} of {len(data.plan.shards):,} shards are done already")
+    return run_job(CurateJob(data, recipe, fetch=fetch, embed=embed, retry=retry), left, address=address)
+
+
+def _fetch_encoder(recipe: Recipe, say: Say) -> None:
+    """Have the encoder's weights here, before workers ask for them all at once."""
+    from curate.encoders.registry import fetch_weights
+
+    if not has_encoder(recipe):
+        say(f"fetching the weights of {recipe.embed.encoder} ...")
+        fetch_weights(recipe.embed.encoder, recipe.embed.weights)
+
+
+def _images(data: Data) -> int:
+    """How many images are fetched."""
+    return sum((read_json(data.fetched_record(s.shard)) or {}).get("successes", 0) for s in data.plan.shards)
+
+
+def left_to_do(
+    data: Data, recipe: Recipe, annotators: Mapping[str, Annotator], stages: Sequence[str], retry: bool = False
+) -> RemainingWork:
+    """The shards that are not fetched, embedded and annotated, as far as these stages do that."""
+    from curate.workers import embed_done, fetch_done, transient_failures
+
+    fetch, embed = "fetch" in stages, "embed" in stages
+    fetch_hash, embed_hash = recipe.hashes()
+    shards, rows, images = [], 0, 0
+    for s in data.plan.shards:
+        fetched = fetch_done(data, s.shard, fetch_hash)
+        waiting = transient_failures(data, s.shard) if fetched and retry else 0 if fetched else s.rows
+        unembedded = fetched and embed and not embed_done(data, s.shard, embed_hash, annotators)
+        if (waiting and fetch) or unembedded:
+            shards.append(s.shard)
+            rows += waiting
+            images += _images_left(data, s.shard, embed_hash) if unembedded else 0
+    return RemainingWork(shards, rows, images)
+
+
+def _images_left(data: Data, shard: int, config: str) -> int:
+    """How many images of a fetched shard are to be embedded: after a retry, those that it recovered."""
+    from curate.encoders.embed import recovered
+
+    some = recovered(data, shard, data.embedded_record(shard), config)
+    return read_json(data.fetched_record(shard))["successes"] if some is None else len(some)
+
+
+def _select(data: Data, recipe: Recipe, say: Say) -> Selection:
+    from curate.ledger.select import remembered, select
+    from curate.ledger.view import recorded_scales
+
+    name = recipe.select.name
+    try:
+        before = remembered(data.root, name)
+    except UserError:  # of a subset file that is gone
+        before = ({}, Path())
+    if before is not None and before != (recipe.select.rules, None):
+        say(f"the selection {name} was made by other rules; it is made anew by the recipe's")
+    selection = select(data.root, recipe.select, recorded_scales(data.root))
+    show_selection(selection, say)
+    return selection
+
+
+def show_selection(selection: Selection, say: Say) -> None:
+    """The funnel, and what is odd about it."""
+    from curate.ledger.select import funnel_text
+
+    say(funnel_text(selection))
+    for warning in selection.warnings:
+        say(f"warning: {warning}")
+
+
+def _stricter(data: Data, selection: Selection) -> str:
+    """A command that selects less than a run did, or trains on it where nothing shows how."""
+    from curate.ledger.rules import read_rules
+    from curate.ledger.sql import plain_name
+
+    conditions = {r.name: r.condition for r in selection.rules}
+    for rule, said in reversed(read_rules(conditions, selection.quantiles).items()):
+        if (
+            said
+            and said.best
+            and not (data.root / "selected" / "stricter.json").exists()
+            and re.fullmatch(r"\w+", rule)
+        ):
+            column, fraction = said.best
+            setting = f"select.rules.{rule}=top({plain_name(column)}, {fraction / 2:g})"
+            return command("select", data.root, "--name", "stricter", "--set", setting)
+    return command("train", data.root / "shards" / selection.name, "--out", "model")
+
+
+def pack_selection(data: Data, recipe: Recipe, result: Result) -> None:
+    from curate.ledger.select import load_selection
+    from curate.report import contact_sheet, score_charts
+    from curate.shards.pack import pack
+
+    name = recipe.select.name
+    pack(data.root, name, recipe.pack)
+    folder, sheet = data.root / "shards" / name, data.root / "report" / name / "sheet.png"
+    if not sheet.exists() or sheet.stat().st_mtime < (folder / "manifest.json").stat().st_mtime:
+        score_charts(data.root, name)
+        contact_sheet(data.root, name)
+    result.paths |= {"shards": f"{folder}/", "look": str(sheet)}
+    result.next = _stricter(data, load_selection(data.root, name))
+
+
+# ---------------------------------------------------------------------------------------------------- words and sums
+
+
+def headline(recipe: Recipe) -> str:
+    """One line: what this run is made of."""
+    parts = [f"recipe {recipe.select.name}", recipe.embed.encoder.removeprefix("open_clip:")]
+    if recipe.columns:
+        parts.append("columns " + ", ".join(recipe.columns))
+    if recipe.images.format != "jpg":
+        level = recipe.images.level
+        parts.append(f"{recipe.images.format}, {'compression' if recipe.images.format == 'png' else 'quality'} {level}")
+    return " · ".join(parts)
+
+
+def columns_taken(columns: Mapping[str, str | None]) -> list[str]:
+    """Which columns of a list are URL and caption, in words; nothing for folders of pictures."""
+    return [f"{role} from {printable(name, 80)}" if name else f"no {role}" for role, name in columns.items()]
+
+
+def estimate_bytes(recipe: Recipe, rows: int) -> int:
+    """Roughly what a run will write: images of about 1.1 bits a pixel (quality 95), half of them twice, and vectors."""
+    side = recipe.images.size if recipe.images.mode != "no" else 1024
+    image = int(side * side * 1.33 * 0.14)
+    return rows * (int(image * 1.5) + 2 * 2 * 1664)
+
+
+def projection(data: Data, listed: int, taken: int, kept: int, screen: ProgressDisplay | None) -> str:
+    """What the whole list would take, from the rows that were taken: time, size, and kept rows with a 95% interval."""
+    share = kept / taken
+    half = 1.96 * (share * (1 - share) / taken) ** 0.5
+    size = sum(p.stat().st_size for p in (data.root / "fetched").glob("*.tar")) / taken * listed
+    seconds = screen.project(listed, round(_images(data) / taken * listed)) if screen is not None else None
+    time = f"about {format_duration(seconds)} here, " if seconds is not None else ""
+    return f"whole list: {listed:,} rows, {time}{size / 1e9:,.1f} GB, {share * listed:,.0f} ± {half * listed:,.0f} kept"

@@ -1,0 +1,177 @@
+"""Between workers and their driver: one actor for counts, messages, errors and the wish to stop.
+
+An error reaches the driver as it was raised, with its traceback in the worker as a note: Ray's own report of it is
+text, in wrappings that vary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import pickle
+import secrets
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from curate.store.files import open_log
+from curate.store.lock import hold_worker_lock
+from pipelines.runtime.progress import Counts
+from pipelines.terminal import LogFormatter
+
+
+class ProgressActor:
+    """What workers tell their driver, and the driver them. Lives in an actor, so that workers on any node reach it."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._hosts: Counter[str] = Counter()
+        self._messages: list[Any] = []
+        self._failure: Exception | None = None
+        self._stop = False
+
+    def add(self, counts: Counts, hosts: dict[str, int]) -> None:
+        """Add up rows by stage and outcome, and failures by host."""
+        self._counts.update(counts)
+        self._hosts.update(hosts)
+        if len(self._hosts) > 2000:  # the web has many hosts, and only the worst are shown
+            self._hosts = Counter(dict(self._hosts.most_common(1000)))
+
+    def counts(self) -> tuple[Counts, list[tuple[str, int]]]:
+        """All rows so far, and the three worst hosts."""
+        return dict(self._counts), self._hosts.most_common(3)
+
+    def put(self, message: Any) -> None:
+        """Queue a message for the driver."""
+        self._messages.append(message)
+
+    def take(self) -> list[Any]:
+        """The messages since the last time."""
+        messages, self._messages = self._messages, []
+        return messages
+
+    def fail(self, error: Exception) -> None:
+        """Keep what went wrong in a worker; the first error is the cause of those after it."""
+        self._failure = self._failure or error
+
+    def failure(self) -> Exception | None:
+        """What went wrong in a worker, as it was raised there."""
+        return self._failure
+
+    def request_stop(self) -> None:
+        """Ask the workers to end after what they are at."""
+        self._stop = True
+
+    def stop_requested(self) -> bool:
+        return self._stop
+
+
+def start_progress() -> tuple[str, Any]:
+    """The name of a new ProgressActor, and a handle of it; it lives as long as that."""
+    import ray
+
+    name = f"tastemaker-{os.getpid()}-{secrets.token_hex(4)}"
+    return name, ray.remote(ProgressActor).options(name=name, num_cpus=0).remote()
+
+
+# ------------------------------------------------------------------------------------------------------- in a worker
+
+
+def start_worker(folder: Path, stage: str, progress: str) -> Any:
+    """In a new worker's process: hold the folder's worker lock, log to `folder/logs`, find the ProgressActor."""
+    import ray
+
+    hold_worker_lock(folder)
+    log_to_file(folder / "logs", stage)
+    return ray.get_actor(progress)
+
+
+def log_to_file(logs: Path, stage: str) -> None:
+    """Send a worker's log records to a file in that folder."""
+    handler = logging.StreamHandler(io.TextIOWrapper(open_log(logs / f"{stage}.log"), "utf-8", "backslashreplace"))
+    handler.setFormatter(LogFormatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+
+
+@contextlib.contextmanager
+def report_errors(progress: Any) -> Iterator[None]:
+    """Have the ProgressActor keep the error that ends a worker."""
+    import ray
+
+    try:
+        yield
+    except Exception as e:
+        error = e
+        while isinstance(error, ExceptionGroup):  # rows of a shard are tasks of a group
+            error = error.exceptions[0]
+        error.add_note(f"In a worker:\n{traceback.format_exc()}")
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # whatever a class of exceptions does when it is copied
+            error = RuntimeError(f"{type(error).__name__}: {error}")
+        ray.get(progress.fail.remote(error))
+        raise
+
+
+def stop_check(progress: Any) -> Callable[[], bool]:
+    """Whether the driver wants an end, asked once a second at most."""
+    import ray
+
+    last = time.monotonic()
+
+    def should_stop() -> bool:
+        nonlocal last
+        if time.monotonic() - last < 1:
+            return False
+        last = time.monotonic()
+        return bool(ray.get(progress.stop_requested.remote()))
+
+    return should_stop
+
+
+# ------------------------------------------------------------------------------------------------------ in the driver
+
+
+def watch(work: Callable[[], None], progress: Any, every: float) -> Iterator[None]:
+    """Do the work in a thread, yielding every so many seconds, and once after its end. Raises what ends it: an error of
+    a worker as it was raised there, else its own.
+
+    In a thread, because Ray Train takes Ctrl-C for itself in the main one.
+    """
+    ended: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as e:
+            traceback.print_exc()  # into the log: Ray's account of it
+            ended.append(e)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    alive = True
+    while alive:
+        thread.join(every)
+        alive = thread.is_alive()
+        yield
+        if (failure := _failure(progress)) is not None:
+            raise failure
+    if ended:
+        raise ended[0]
+
+
+def _failure(progress: Any) -> Exception | None:
+    """What went wrong in a worker; None where nothing did, or Ray can't say."""
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        return ray.get(progress.failure.remote(), timeout=5)
+    except RayError:
+        return None

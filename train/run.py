@@ -1,0 +1,347 @@
+"""A training run in a model's folder: data held out, model and data opened, the stages in order, what came of it.
+
+MODEL/train.json                 settings, data, versions, result
+      data.json                  which images are held out, and which can't be read
+      start/                     a new model before its first step
+      vae-training/ latents/     what is computed before the model is trained
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from aesthetic.errors import UserError
+from aesthetic.files import scratch_path
+from curate.sources.dataset import MapDataset
+from curate.store.disk import check_space
+from curate.store.files import read_json, sha256_file, write_json
+from train import checkpoint
+from train.data import (
+    MIN_IMAGES,
+    ImageDataset,
+    Ints,
+    Stream,
+    TrainDataset,
+    crop_resize,
+    decode_sample,
+    ordered_batches,
+    sampling_weights,
+    scan_images,
+    split,
+)
+from train.latents import LatentDataset, Tell, latents_size, precompute_latents, shards_of, write_shard
+from train.loop import LoopConfig, train
+from train.models.files import no_progress_bars
+from train.models.info import training_record
+from train.models.presets import Preset
+from train.models.release import is_released
+from train.models.unet import (
+    add_lora,
+    count_parameters,
+    default_size,
+    new_model,
+    size_step,
+    tokenize,
+)
+from train.objective import GAMMA, objective_of
+from train.tasks import Denoise, Reconstruct, Task, fit_scale, psnr
+from train.world import rank_and_size
+
+Record = dict[str, Any]
+ShouldStop = Callable[[], bool]
+"""Whether training is to end after this step."""
+
+SD_LR = 1e-4
+"""What Stable Diffusion 1 was trained with (its model card): taken for a model that does not say."""
+
+
+# ---------------------------------------------------------------------------------------------------- before the stages
+
+
+def earlier_run(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """`train.json` of a run with the same settings that can go on; None where nothing was learnt yet.
+
+    Raises UserError where the folder holds what was learnt with other settings, naming them.
+    """
+    record: dict[str, Any] | None = read_json(out / "train.json")
+    if record is None:
+        return None
+    before = record["settings"]
+    other = [f"{k}: {before.get(k)} then, {v} now" for k, v in settings.items() if before.get(k) != v and k != "data"]
+    if before["data"] != settings["data"]:
+        other.append("its pictures or captions were not those that are there now")
+    if not other:
+        return record
+    if not (any(out.glob("checkpoints/*")) or any(out.glob("vae-training/*")) or is_released(out)):
+        return None
+    raise UserError(
+        f"{out} holds a model that was trained otherwise ({'; '.join(other)}). Give the same settings to go on "
+        f"with it, another --out for another model, or --from {out} to begin with what it has learnt."
+    )
+
+
+def further_lr(start: str, *, lora: bool) -> float:
+    """The rate that a model was trained with for a LoRA, a tenth of it for all of its weights.
+
+    For Stable Diffusion these are 1e-4 and 1e-5, the rates of diffusers' own examples.
+    """
+    folder, facts = training_record(start) or (None, {})
+    own = folder == Path(start).expanduser().absolute()  # and not of the run whose checkpoint it is
+    rate = float((facts["settings"].get("lr") if own else None) or SD_LR)
+    return rate if lora else rate / 10
+
+
+def hold_out(samples: MapDataset, out: Path, tell: Tell) -> dict[str, Any]:
+    """`data.json`: which images are held out, and which can't be read. Where it is not there, every image is read once.
+
+    `tell` hears how many more were read. Raises UserError where too few can be.
+    """
+    facts: dict[str, Any] | None = read_json(out / "data.json")
+    if facts is not None and facts["data"] == samples.fingerprint:
+        return facts
+    known = scan_images(samples, tell)
+    chosen, held_out = split(samples, known=known)
+    readable = len(chosen) + len(held_out)
+    if readable < MIN_IMAGES:
+        raise UserError(f"{readable} pictures in {samples.folder} can be read: at least {MIN_IMAGES} are needed")
+    facts = {
+        "data": samples.fingerprint,
+        "held_out": held_out.tolist(),
+        "unreadable": {str(i): f"{known.keys[i]}: {reason}" for i, reason in known.unreadable.items()},
+    }
+    write_json(out / "data.json", facts)
+    return facts
+
+
+def write_new_model(folder: Path, preset: Preset, captions: Sequence[str], objective: str, seed: int) -> None:
+    """A new model, whole or absent: random weights, and a tokenizer of the captions that are trained on."""
+    if folder.is_dir():
+        return
+    pipeline = new_model(preset, captions, objective, seed)
+    scratch = scratch_path(folder)
+    with no_progress_bars():
+        pipeline.save_pretrained(scratch)
+    scratch.rename(folder)
+
+
+def default_prompts(samples: MapDataset, held_out: Sequence[int], count: int = 4) -> tuple[str, ...]:
+    """Captions for previews: the first different ones of held-out images, and of others where these are too few."""
+    captions: dict[str, None] = {}
+    for index in [*held_out, *range(len(samples))]:
+        if caption := samples.facts(index)["caption"]:
+            captions[caption] = None
+        if len(captions) == count:
+            break
+    return tuple(captions)
+
+
+# ------------------------------------------------------------------------------------------------------------ the run
+
+
+class TrainRun:
+    """Model and data of a run, opened; one in each process that takes part. `hold_out` has written data.json before.
+
+    Args:
+        pipeline: what training begins with.
+        new: whether that is a new model: its text encoder is trained too.
+        own_vae: whether its autoencoder is new, and trained first.
+        size: pixels of a side; None: what the model generates.
+        weight_by: a column; images are used in proportion to it.
+        lora: rank; None: the whole model is trained.
+        prompts: of previews.
+        identity: what must be the same for a run to go on, by name.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        samples: MapDataset,
+        out: Path,
+        loop: LoopConfig,
+        *,
+        device: torch.device,
+        new: bool,
+        own_vae: bool = False,
+        size: int | None = None,
+        buckets: bool = False,
+        weight_by: str | None = None,
+        lora: int | None = None,
+        prompts: Sequence[str] = (),
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        self.pipeline, self.samples, self.out, self.loop, self.device = pipeline, samples, out, loop, device
+        self.new, self.lora, self.weight_by, self.prompts, self.identity = new, lora, weight_by, prompts, identity
+        self.size = size or default_size(pipeline)
+        pipeline.unet.register_to_config(sample_size=self.size // pipeline.vae_scale_factor)  # what it will generate
+        if (self.vae_folder / "vae").is_dir():
+            self._load_vae(self.vae_folder / "vae")
+        pipeline.to(device)
+
+        self.vae_loop: LoopConfig | None = None
+        if own_vae:  # a fifth of the steps, at twice the rate: no attention in it that could take offence
+            steps = max(1, loop.steps // 5)
+            self.vae_loop = replace(loop, steps=steps, lr=2 * loop.lr, preview_every=0, save_every=max(1, steps // 4))
+
+        facts = read_json(out / "data.json")
+        left_out = {*facts["held_out"], *map(int, facts["unreadable"])}
+        self.held_out = np.array(facts["held_out"], np.int64)
+        self.chosen = np.array([i for i in range(len(samples)) if i not in left_out], np.int64)
+        self.unreadable = len(facts["unreadable"])
+        self.uses_latents = loop.steps * loop.batch > len(self.chosen)  # each image more than once
+        self.images = ImageDataset(
+            samples,
+            lambda captions: tokenize(self.pipeline, captions),
+            self.size,
+            buckets=buckets,
+            step=size_step(pipeline),
+            least=loop.batch,
+        )
+
+    @property
+    def vae_folder(self) -> Path:
+        """Where the autoencoder is trained; its `vae/`, whole or absent, is the result."""
+        return self.out / "vae-training"
+
+    @property
+    def latents_folder(self) -> Path:
+        """Where latents are precomputed."""
+        return self.out / "latents"
+
+    @property
+    def objective(self) -> str:
+        """flow, v or eps."""
+        return objective_of(self.pipeline.scheduler).name
+
+    def check_space(self) -> None:
+        """DiskFull before the first step where latents and checkpoints would not fit."""
+        p = self.pipeline
+        trained = 0 if self.lora else count_parameters([p.unet, p.text_encoder] if self.new else [p.unet])
+        whole = 0 if self.lora else count_parameters([p.unet, p.text_encoder, p.vae])
+        latents = latents_size(p, self.images, self._encoded, not self.new) if self.uses_latents else 0
+        if not (self.out / "checkpoints").is_dir():
+            each = 4 * (4 * trained + whole)  # raw, average, two moments; the pipeline
+            check_space(self.out, latents + (self.loop.keep + 2) * each)
+
+    def train_autoencoder(self, should_stop: ShouldStop) -> Iterator[Record]:
+        """Train the autoencoder; records as `loop.train` yields them."""
+        assert self.vae_loop is not None
+        return self._train(Reconstruct(self.pipeline), self.images, self.vae_loop, self.vae_folder, should_stop)
+
+    def finish_autoencoder(self) -> None:
+        """Put the trained autoencoder where every stage after it looks, its latents scaled to unit variance."""
+        checkpoints = checkpoint.checkpoints(self.vae_folder)
+        self._load_vae(checkpoints[max(checkpoints)] / "vae")
+        fit_scale(self.pipeline, next(ordered_batches(self.images, self.chosen, 64)))
+        scratch = scratch_path(self.vae_folder / "vae")
+        self.pipeline.vae.save_pretrained(scratch)
+        scratch.rename(self.vae_folder / "vae")
+
+    def _load_vae(self, folder: Path) -> None:
+        from diffusers import AutoencoderKL
+
+        self.pipeline.vae = AutoencoderKL.from_pretrained(folder).to(self.device)
+
+    @property
+    def _encoded(self) -> Ints:
+        """The images whose latents are wanted."""
+        return np.sort(np.concatenate([self.chosen, self.held_out]))
+
+    def precompute_latents(
+        self, tell: Tell, write_shards: Callable[[dict[str, Any], list[int]], None] | None = None
+    ) -> None:
+        """Write the latents that are missing: here, or by `write_shards` (see `latents.precompute_latents`)."""
+        precompute_latents(
+            self.pipeline, self.images, self._encoded, self.latents_folder,
+            text=not self.new, threads=_threads(), tell=tell, write_shards=write_shards,
+        )  # fmt: skip
+
+    def write_latents(self, shard: int, made: dict[str, Any], tell: Tell) -> None:
+        """Write one shard of them."""
+        indices = shards_of(self.images, self._encoded)[shard]
+        write_shard(
+            self.pipeline, self.images, indices, self.latents_folder, shard, made,
+            text=not self.new, threads=_threads(), tell=tell,
+        )  # fmt: skip
+
+    def train_model(self, should_stop: ShouldStop) -> Iterator[Record]:
+        """Train the model, or its LoRA; records as `loop.train` yields them."""
+        if self.lora:
+            add_lora(self.pipeline, self.lora, self.loop.seed)
+        dataset = LatentDataset(self.latents_folder) if self.uses_latents else self.images
+        real = self._real_images() if rank_and_size()[0] == 0 else {}
+        gamma = GAMMA if self.objective == "eps" else None
+        task = Denoise(self.pipeline, text=self.new, gamma=gamma, real=real)
+        return self._train(task, dataset, self.loop, self.out, should_stop)
+
+    def _real_images(self) -> dict[str, Any]:
+        """The held-out image of each prompt that is the caption of one, as the model would generate it."""
+        images: dict[str, Any] = {}
+        for index in self.held_out.tolist():
+            caption = self.samples.facts(index)["caption"]
+            if caption in self.prompts and caption not in images:
+                images[caption] = crop_resize(decode_sample(self.samples[index], self.size), self.size, self.size)
+        return images
+
+    def _train(
+        self, task: Task, dataset: TrainDataset, config: LoopConfig, folder: Path, should_stop: ShouldStop
+    ) -> Iterator[Record]:
+        rank, ranks = rank_and_size()
+        stream = Stream(
+            dataset,
+            self.chosen,
+            batch=config.batch,
+            seed=config.seed,
+            weights=sampling_weights(self.samples, self.weight_by) if self.weight_by else None,
+            rank=rank,
+            ranks=ranks,
+            workers=_threads(),
+        )
+        return train(
+            task,
+            stream,
+            config,
+            folder,
+            held_out=self.held_out,
+            prompts=self.prompts,
+            identity=self.identity,
+            should_stop=should_stop,
+        )
+
+    def data_facts(self) -> dict[str, Any]:
+        """What train.json says of the data."""
+        manifest, notes = self.samples.folder / "manifest.json", self.samples.passed_over()
+        return {
+            "folder": str(self.samples.folder.absolute()),
+            "manifest_sha256": sha256_file(manifest) if manifest.is_file() else None,
+            "pictures": len(self.samples),
+            "trained_on": len(self.chosen),
+            "held_out": len(self.held_out),
+            "unreadable": self.unreadable,
+            **({"notes": notes} if notes else {}),
+        }
+
+    def result(self) -> dict[str, Any]:
+        """Held-out losses of the last checkpoint and of the best, from their records."""
+        checkpoints, best = checkpoint.checkpoints(self.out), checkpoint.best(self.out)
+        last = max(checkpoints)
+        result = {"step": last, "held_out": read_json(checkpoints[last] / "record.json").get("held_out")}
+        if best is not None:
+            record = read_json(best / "record.json")
+            result["best"] = {"step": record["step"], "held_out": record.get("held_out"), "checkpoint": str(best)}
+        if self.vae_loop:
+            measured = checkpoint.checkpoints(self.vae_folder)
+            loss = read_json(measured[max(measured)] / "record.json").get("held_out")
+            result["autoencoder_psnr_db"] = psnr(loss["ema"]) if loss else None
+        return result
+
+
+def _threads() -> int:
+    """Threads that read and decode."""
+    return max(2, min(16, os.cpu_count() or 1))
