@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
 import functools
-import gc
 import os
-import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -33,15 +29,6 @@ from curate.sources.vectors import Imported, import_shard, open_folder
 from curate.store.files import read_json
 from curate.store.records import commit, is_done
 
-RARELY = (50_000, 20, 100)
-"""Thresholds of the garbage collector while shards are fetched. Rows leave next to no cycles behind, but thousands of
-them wait at once, and looking through them again and again took a sixth of the event loop's time."""
-
-
-MMAP_THRESHOLD, TRIM_THRESHOLD = 32_000_000, 128_000_000
-"""Bytes, for glibc's malloc: a larger block is given back to the system at once, and more that is free in one piece
-too. By its own thresholds it gives pictures back and takes them again, page by page: 7% of a PNG's decoding."""
-
 
 def ignore(stage: str, outcome: str, host: str) -> None:
     """The report of a worker that nobody watches."""
@@ -65,8 +52,6 @@ class FetchWorker:
     ) -> None:
         if fetch.engine == "img2dataset":
             engine_img2dataset.require(images)
-        self._collections: tuple[int, int, int] | None = None  # the process's thresholds, while ours hold
-        self._policy: int | None = None  # the scheduler's, while ours holds
         self.data, self.config = data, config
         count = threads or os.cpu_count() or 1
         deny = Deny.load(fetch.deny)
@@ -82,7 +67,6 @@ class FetchWorker:
 
     async def run(self, shard: int, retry: bool = False) -> None:
         """Fetch one shard unless it is done; with `retry`, fetch again what failed for transient reasons."""
-        self._be_patient()
         done = fetch_done(self.data, shard, self.config)
         if not done or (retry and transient_failures(self.data, shard)):
             try:
@@ -94,29 +78,6 @@ class FetchWorker:
         """Close connections and threads."""
         await self._context.fetcher.close()
         self._context.threads.shutdown(cancel_futures=True)
-        if self._collections is not None:
-            gc.set_threshold(*self._collections)
-        if self._policy is not None:
-            os.sched_setscheduler(0, self._policy, os.sched_param(0))
-
-    def _be_patient(self) -> None:
-        """Collect garbage rarely, keep freed memory for the next picture, and have Linux treat the event loop and the
-        decoders that it starts as batch work.
-
-        Else the loop takes a decoder's core at every packet, and the decoder's data are out of the cache when it goes
-        on: that cost 7% of all CPU, and 13% of the rate.
-        """
-        if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):  # glibc has it
-            mallopt(-3, MMAP_THRESHOLD)  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h: both or none
-            mallopt(-1, TRIM_THRESHOLD)
-        if gc.get_threshold() != RARELY:
-            self._collections = gc.get_threshold()
-            gc.set_threshold(*RARELY)
-        if self._policy is None and hasattr(os, "sched_setscheduler"):
-            with contextlib.suppress(OSError):  # a sandbox that forbids it
-                if (policy := os.sched_getscheduler(0)) == os.SCHED_OTHER:
-                    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-                    self._policy = policy
 
 
 class EmbedWorker:
