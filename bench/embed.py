@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
+from curate.annotators.base import ImageBatch
 from curate.encoders.embed import EmbedConfig
 from curate.fetch.config import FetchConfig
 from curate.images.decode import decode
@@ -84,11 +86,12 @@ def measure(data: Data, encoder: str, rounds: int) -> dict[str, dict[str, float]
     config = EmbedConfig(encoder=encoder)
     both, plain = EmbedWorker(data, config, SCORES, "c"), EmbedWorker(data, config, {}, "c")
     assert both.encoder is not None and plain.encoder is not None
-    model, detector = both.encoder, both.detectors["open_nsfw"]
+    model, detector = both.encoder, both.annotators["open_nsfw"]
     files = [file for _, _, file in read_images(data.tar(0))]
     pixels = [decode(file) for file in files[:64]]
     prepared = np.stack([model.preprocess(p) for p in pixels])
-    detected = np.stack([detector.preprocess(p) for p in pixels])
+    detected = [detector.preprocess(p) for p in pixels]
+    rows = pa.table({"key": [str(i) for i in range(len(detected))]})
     captions = ["part of a photograph"] * len(files)
 
     def stage(worker: EmbedWorker) -> None:
@@ -113,7 +116,7 @@ def measure(data: Data, encoder: str, rounds: int) -> dict[str, dict[str, float]
         "stage, encoder": (len(files), lambda: stage(plain)),
         "stage, encoder and detector": (len(files), lambda: stage(both)),
         "encoder's model alone": (len(prepared), lambda: model.encode_prepared(prepared)),
-        "detector's model alone": (len(detected), lambda: detector.score_prepared(detected)),
+        "detector's model alone": (len(detected), lambda: detector.annotate(ImageBatch(rows=rows, inputs=detected))),
         "texts alone": (len(captions), texts),
         "decode, prepare for encoder": (len(files), lambda: decode_and(model)),
         "decode, prepare for both": (len(files), lambda: decode_and(model, detector)),

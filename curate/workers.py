@@ -112,7 +112,19 @@ class EmbedWorker:
                 f"embed.embeddings: {embed.embeddings} holds {self.imported.folder.dim} numbers a row, and the vectors "
                 f"of {embed.encoder} have {space.dim}: it was made by another encoder"
             )
-        self.annotators = load_annotators(make_annotators(columns), embed, space, count, self.encoder)
+
+        def exact() -> Encoder:
+            if self.encoder is not None and self.encoder.precision == "fp32":
+                return self.encoder
+            return load_encoder(embed.encoder, weights=embed.weights, precision="fp32", threads=count)
+
+        resources = Resources(threads=count, space=space, encoder=functools.cache(exact))
+        self.annotators = per_shard(make_annotators(columns))
+        for name, annotator in self.annotators.items():
+            try:
+                annotator.load(resources)
+            except UserError as e:
+                raise type(e)(f"columns.{name}: {e}") from None
         if vectors and space is not None:
             claim_space(data, space)
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="decode")
@@ -135,27 +147,9 @@ class EmbedWorker:
         )
 
 
-def load_annotators(
-    annotators: dict[str, Annotator],
-    embed: EmbedConfig,
-    space: Space | None,
-    threads: int,
-    encoder: Encoder | None = None,
-) -> dict[str, Annotator]:
-    """The annotators with their models loaded, for vectors of this space; SpaceMismatch where one reads another."""
-
-    def exact() -> Encoder:
-        if encoder is not None and encoder.precision == "fp32":
-            return encoder
-        return load_encoder(embed.encoder, weights=embed.weights, precision="fp32", threads=threads)
-
-    resources = Resources(threads=threads, space=space, encoder=functools.cache(exact))
-    for name, annotator in annotators.items():
-        try:
-            annotator.load(resources)
-        except UserError as e:
-            raise type(e)(f"columns.{name}: {e}") from None
-    return annotators
+def per_shard(annotators: Mapping[str, Annotator]) -> dict[str, Annotator]:
+    """The annotators that run shard by shard: all but those that read the whole table."""
+    return {name: a for name, a in annotators.items() if a.reads != "table"}
 
 
 def claim_space(data: Data, space: Space) -> None:
@@ -191,7 +185,7 @@ def embed_done(data: Data, shard: int, config: str, annotators: Mapping[str, Ann
     if inputs is None or not space_known(data):
         return False
     embedded = is_done(data.root, data.embedded_record(shard), config=config, inputs=inputs)
-    return embedded and all(annotated(data, shard, name, a) for name, a in annotators.items())
+    return embedded and all(annotated(data, shard, name, a) for name, a in per_shard(annotators).items())
 
 
 def annotated(data: Data, shard: int, name: str, annotator: Annotator) -> bool:

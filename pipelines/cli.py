@@ -14,14 +14,14 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
-from aesthetic.errors import UserError
+from aesthetic.errors import UserError, nearest
 from pipelines.commands import COMMANDS, find
-from pipelines.faults import check_limits, find_home, told
-from pipelines.options import Options, Result, add_arguments, facts_of, from_parsed
-from pipelines.terminal import Shown, open_descriptors, safe_streams
+from pipelines.faults import check_limits, ensure_home, explain
+from pipelines.options import Options, Result, add_arguments, facts_of, flags_of, from_parsed
+from pipelines.terminal import SafeStream, open_descriptors, safe_streams
 
 EXAMPLES = """\
   tastemaker curate laion.parquet --out data --limit 1000     a list to curated shards
@@ -56,7 +56,13 @@ def _run(words: list[str]) -> int:
             given = shlex.join(word for word in words if word not in ("score", "--head")) or "DATA NAME=HEAD"
             raise UserError(f"`score` is called `annotate` now: tastemaker annotate {given}")
         parser = build_parser(command)
-        parsed = parser.parse_args(words)
+        if command is not None and command not in COMMANDS:
+            hint = _did_you_mean(command, COMMANDS)
+            parser.error(f"argument COMMAND: invalid choice: {command!r} (choose from {', '.join(COMMANDS)}){hint}")
+        parsed, unknown = parser.parse_known_args(words)
+        if unknown:
+            flags = flags_of(find(parsed.command)[0]) if parsed.command else ["--help", "--version"]
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}{_did_you_mean(unknown[0], flags)}")
         if parsed.version:
             from importlib.metadata import version
 
@@ -78,9 +84,14 @@ def _run(words: list[str]) -> int:
             return _interrupted()
         if "--verbose" in words:
             traceback.print_exc()
-        code, text = told(e)
+        code, text = explain(e)
         _complain(text)
         return code
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    near = nearest(word, known)
+    return f". Did you mean {near}?" if near else ""
 
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:
@@ -114,14 +125,14 @@ def _show(result: Result, options: Options) -> int:
     return result.code
 
 
-def _exit_code(code: int, out: Shown, err: Shown) -> int:
+def _exit_code(code: int, out: SafeStream, err: SafeStream) -> int:
     """The exit code, once all is written: 1 where work was done and what it printed is lost.
 
     A reader who has left, as in `tastemaker heads | head -1`, has lost nothing.
     """
     out.flush()
     err.flush()
-    if lost := out.missed or err.missed:
+    if lost := out.output_lost or err.output_lost:
         _complain(f"what was printed could not be written: {lost.strerror}")
         return code or 1
     return code
@@ -143,7 +154,7 @@ def script() -> NoReturn:
     26's thread pool, when all is written and said; the exit code must be ours.
     """
     open_descriptors()
-    find_home()
+    ensure_home()
     try:
         code = main()
     except SystemExit as e:

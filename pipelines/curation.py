@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
-from curate.annotators.base import Annotator
+from curate.annotators.base import Annotator, TableAnnotator
 from curate.annotators.registry import absolute, make_annotators
+from curate.annotators.stage import annotate_table
 from curate.fetch.ingest import check_verify
 from curate.layout import Data
 from curate.sources.plan import load_plan
@@ -203,6 +204,10 @@ def _go_on(
     result = Result(facts={"rows": plan.total_rows, "shards": len(plan.shards), **facts})
     before = _images(data) if retry else 0
     screen = _run_stages(data, recipe, annotators, stages, address, say, retry)
+    if "embed" in stages:
+        for name, annotator in annotators.items():
+            if isinstance(annotator, TableAnnotator):
+                annotate_table(data, name, annotator)
     if retry and screen is not None:
         result.facts["recovered"] = _images(data) - before
         say(f"retry  {result.facts['recovered']:,} more images")
@@ -385,7 +390,7 @@ def headline(recipe: Recipe) -> str:
 
 
 def columns_taken(columns: Mapping[str, str | None]) -> list[str]:
-    """Which columns of a list are URL and caption, in words; nothing for folders of pictures."""
+    """Which columns of a list are URL and caption, in words; nothing for folders of images."""
     return [f"{role} from {printable(name, 80)}" if name else f"no {role}" for role, name in columns.items()]
 
 

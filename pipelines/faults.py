@@ -1,4 +1,4 @@
-"""What an exception means to whoever typed the command: a paragraph, and an exit code."""
+"""What an exception means to whoever typed the command: a paragraph and an exit code; and what a process must have."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ _LEAST = (
 """Bytes of address space without which a command can't begin, even on little data."""
 
 
-def told(error: BaseException) -> tuple[int, str]:
+def explain(error: BaseException) -> tuple[int, str]:
     """(exit code, paragraph) for what ended a command."""
     if isinstance(error, UserError):
         return 2, str(error)
-    if _lacks_memory(error):  # first of all: there may be none to import anything with
+    if _is_out_of_memory(error):  # first of all: there may be none to import anything with
         return 1, f"this needs more memory than there is{_limit(resource.RLIMIT_AS, 'ulimit -v', 1024)}. {_GOES_ON}"
-    if isinstance(error, OSError) and (known := _of_the_system(error)):
-        return known
+    if isinstance(error, OSError) and (found := _from_the_system(error)):
+        return found
     from aesthetic.errors import DiskFull
     from curate.annotators.stage import EndsItsProcess
     from curate.ledger.select import NothingKept
@@ -84,7 +84,7 @@ def check_limits(command: str) -> None:
         )
 
 
-def _lacks_memory(error: BaseException) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     names = {c.__name__ for c in type(error).__mro__}  # of libraries that may not be loaded
     if names & {"MemoryError", "ArrowMemoryError", "OutOfMemoryError"}:
         return True
@@ -95,7 +95,7 @@ def _lacks_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
-def _of_the_system(error: OSError) -> tuple[int, str] | None:
+def _from_the_system(error: OSError) -> tuple[int, str] | None:
     """What the operating system refused."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         limit = _limit(resource.RLIMIT_NOFILE, "ulimit -n")
@@ -127,7 +127,7 @@ def _limit(kind: int, name: str, unit: int = 1) -> str:
     return "" if soft == resource.RLIM_INFINITY else f" ({name} is {soft // unit:,})"
 
 
-def find_home() -> None:
+def ensure_home() -> None:
     """Have HOME and USER say something where the system knows neither, as in a container with a user of no name.
 
     Caches of ours and of libraries lie in the home folder; here it is a private one for temporary files.

@@ -14,7 +14,11 @@ import shlex
 import types
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
+
+from aesthetic.errors import UserError
+from aesthetic.untrusted import read_text
 
 REQUIRED: Any = dataclasses.MISSING
 """The default of an option that must be given."""
@@ -39,6 +43,21 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError("at least 1 is expected")
     return value
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file of prompts that are not blank. A byte order mark decides the encoding, else it is UTF-8.
+
+    Raises UserError where there are none, or no text file of at most 16 MB.
+    """
+    try:
+        text = read_text(path)
+    except UserError as e:
+        raise UserError(f"--prompts {e}") from e
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"--prompts {path} is empty: a prompt on each line is expected")
+    return lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,29 +107,64 @@ AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 def add_arguments(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
     """Have a parser take what the fields of a dataclass of options describe."""
-    hints = typing.get_type_hints(kind)
-    for f in _ordered(kind):
-        keywords = {**_from_type(hints[f.name]), **f.metadata}
-        keywords.pop("secret", None)
-        if "nargs" in keywords or "positional" in keywords:
-            keywords.pop("action", None)  # each value in its place, instead of one at a time
-        flag = keywords.pop("flag", None)
-        if keywords.pop("positional", False):
+    for f, keywords in _described(kind):
+        if _is_positional(f):
             parser.add_argument(f.name, **keywords)
         else:
-            parser.add_argument(flag or _flag(f.name), dest=f.name, required=f.default is REQUIRED, **keywords)
+            parser.add_argument(_flag(f), dest=f.name, required=f.default is REQUIRED, **keywords)
 
 
-def _ordered(kind: type[Options]) -> list[dataclasses.Field[Any]]:
-    """The fields, a class's own before those of its bases."""
+def from_parsed(kind: type[AnyOptions], parsed: argparse.Namespace) -> AnyOptions:
+    """The options that were given; the dataclass's defaults stand for the others."""
+    given: dict[str, Any] = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(kind)}
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    return kind(**{k: v for k, v in given.items() if v is not None and v != ()})
+
+
+def flags_of(kind: type[Options]) -> list[str]:
+    """The flags of a command."""
+    return [_flag(f) for f in dataclasses.fields(kind) if not _is_positional(f)]
+
+
+def facts_of(options: Options) -> dict[str, Any]:
+    """The options as --json says them, but for secrets and those that are left open."""
+    secret = ("verbose", "json", *(f.name for f in dataclasses.fields(options) if f.metadata.get("secret")))
+    values = {f.name: getattr(options, f.name) for f, _ in _described(type(options)) if f.name not in secret}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def command_line(name: str, options: Options, *without: str) -> str:
+    """The command to type that gives these options."""
+    places, flags = list[object](), list[object]()
+    for f, keywords in _described(type(options)):
+        value = getattr(options, f.name)
+        if f.name in without or value == f.default:
+            continue
+        values = value if isinstance(value, tuple) else () if value is True else (value,)
+        if _is_positional(f):
+            places += values
+        elif keywords.get("action") == "append":
+            flags += [word for v in values for word in (_flag(f), v)]
+        else:
+            flags += [_flag(f), *values]
+    return command(name, *places, *flags)
+
+
+def _described(kind: type[Options]) -> list[tuple[dataclasses.Field[Any], dict[str, Any]]]:
+    """Each field with its keywords for add_argument; a class's own come before those of its bases."""
+    hints = typing.get_type_hints(kind)
     depth = {
         name: i for i, base in reversed([*enumerate(kind.__mro__)]) for name in vars(base).get("__annotations__", ())
     }
-    return sorted(dataclasses.fields(kind), key=lambda f: depth[f.name])
+    fields = sorted(dataclasses.fields(kind), key=lambda f: depth[f.name])
+    return [(f, _keywords(f, hints[f.name])) for f in fields]
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+def _keywords(f: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
+    keywords = {**_from_type(hint), **f.metadata}
+    if "nargs" in keywords or _is_positional(f):
+        keywords.pop("action", None)  # each value in its place, instead of one at a time
+    return {k: v for k, v in keywords.items() if k not in ("flag", "positional", "secret")}
 
 
 def _from_type(hint: Any) -> dict[str, Any]:
@@ -125,36 +179,14 @@ def _from_type(hint: Any) -> dict[str, Any]:
     return {} if hint is str else {"type": hint}
 
 
-def from_parsed(kind: type[AnyOptions], parsed: argparse.Namespace) -> AnyOptions:
-    """The options that were given; the dataclass's defaults stand for the others."""
-    given: dict[str, Any] = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(kind)}
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    return kind(**{k: v for k, v in given.items() if v is not None and v != ()})
+def _is_positional(f: dataclasses.Field[Any]) -> bool:
+    return "positional" in f.metadata
 
 
-def facts_of(options: Options) -> dict[str, Any]:
-    """The options as --json says them, but for secrets and those that are left open."""
-    values = ((f, getattr(options, f.name)) for f in _ordered(type(options)) if f.name not in ("verbose", "json"))
-    return {f.name: value for f, value in values if value is not None and not f.metadata.get("secret")}
+def _flag(f: dataclasses.Field[Any]) -> str:
+    return f.metadata["flag"] or f"--{f.name.replace('_', '-')}"
 
 
 def command(*words: object) -> str:
     """A command to type, quoted as a shell reads it."""
     return shlex.join(["tastemaker", *map(str, words)])
-
-
-def command_line(command: str, options: Options, *without: str) -> str:
-    """The command to type that gives these options, as a shell reads it."""
-    places, words = [command], list[str]()
-    for f in _ordered(type(options)):
-        value = getattr(options, f.name)
-        if f.name in without or value == f.default:
-            continue
-        values = [str(v) for v in value] if isinstance(value, tuple) else [] if value is True else [str(value)]
-        if f.metadata.get("positional"):
-            places += values
-        elif isinstance(value, tuple) and "nargs" not in f.metadata:
-            words += [word for v in values for word in (f.metadata["flag"] or _flag(f.name), v)]
-        else:
-            words += [f.metadata["flag"] or _flag(f.name), *values]
-    return shlex.join(["tastemaker", *places, *words])

@@ -24,7 +24,7 @@ from aesthetic.errors import UserError
 from aesthetic.files import atomic
 from aesthetic.untrusted import printable
 from curate.ledger.view import Answer
-from pipelines.terminal import Control
+from pipelines.terminal import Verbatim
 
 SHOWN, WIDTH = 200, 60
 """Rows that a terminal is shown, and characters of a value."""
@@ -62,12 +62,12 @@ class _Data:
 
     def __init__(self, out: IO[str]) -> None:
         self._out = out
-        self._kind = str if out.isatty() else Control
+        self._kind = str if out.isatty() else Verbatim
         with contextlib.suppress(AttributeError):
             out.reconfigure(encoding="utf-8")  # type: ignore[attr-defined]
 
     def write(self, text: str) -> int:
-        if getattr(self._out, "lost", None) is not None:
+        if getattr(self._out, "write_error", None) is not None:
             raise _NobodyReads
         return self._out.write(self._kind(text))
 

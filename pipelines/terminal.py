@@ -1,10 +1,9 @@
-"""What a command writes to people: stdout, stderr and the logs, safe to look at and never what ends the work.
+"""What a command prints: safe to look at, and never what ends its work.
 
-Host names, captions and file names come from strangers. Everything that is printed goes through `Shown`, which shows
-control characters as escapes, so that nobody's list can clear a screen, colour it or write to a clipboard. Characters
-that a terminal's encoding lacks are written otherwise. Where the reader is gone (`tastemaker ... | head -1`, a closed
-stdout), the work goes on without him; where what is written is lost (a full disk), the work goes on and the exit code
-says so.
+Host names, captions and file names come from strangers. Everything that is printed goes through `SafeStream`, which
+shows control characters as escapes, so that nobody's list can clear a screen, colour it or write to a clipboard.
+Characters that a terminal's encoding lacks are written otherwise. Where the reader is gone (`tastemaker ... | head -1`,
+a closed stdout), the work goes on; where output is lost (a full disk), it goes on and the exit code says so.
 """
 
 from __future__ import annotations
@@ -17,29 +16,29 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from aesthetic.untrusted import printable
 
 
-class Control(str):
-    """Our own control sequence, which is written as it is; any other text is foreign."""
+class Verbatim(str):
+    """Text that is written as it is, such as our own control sequences; any other text is from strangers."""
 
 
-CLEAR = Control("\r\033[K")
+CLEAR = Verbatim("\r\033[K")
 """To the beginning of the line, and nothing on it."""
 
-RETURN = Control("\r")
+RETURN = Verbatim("\r")
 """To the beginning of the line."""
 
 _SPACES = re.compile(r"([\n\t])")
 
 
-def shown(text: str) -> str:
-    """Foreign text for a terminal or a log: lines and tabs stay, other controls are shown as escapes.
+def escape_controls(text: str) -> str:
+    """Text of strangers for a terminal or a log: lines and tabs stay, other controls become escapes.
 
-    >>> shown("a\\tb\\x1b[2Jc\\r\\n")
+    >>> escape_controls("a\\tb\\x1b[2Jc\\r\\n")
     'a\\tb\\\\x1b[2Jc\\\\r\\n'
     """
     if text.isascii() and text.isprintable():
@@ -47,13 +46,13 @@ def shown(text: str) -> str:
     return "".join(part if part in ("\n", "\t") else printable(part) for part in _SPACES.split(text))
 
 
-class Shown:
-    """A text stream of a terminal, a pipe or a file, for text of others. Does not raise; `lost` says what was lost."""
+class SafeStream:
+    """A text stream of a terminal, a pipe or a file. Writing never raises; the first error is kept in `write_error`."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        self.lost: OSError | None = None
-        self._terminal = bool(stream.isatty())
+        self.write_error: OSError | None = None
+        self._is_terminal = bool(stream.isatty())
         if isinstance(stream, io.TextIOWrapper):
             with contextlib.suppress(OSError):
                 stream.reconfigure(errors="tastemaker")
@@ -61,18 +60,14 @@ class Shown:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def __enter__(self) -> Shown:
+    def __enter__(self) -> SafeStream:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def write(self, text: str) -> int:
-        if self.lost is None:
-            try:
-                self._stream.write(text if isinstance(text, Control) else shown(text))
-            except OSError as e:
-                self._lose(e)
+        self._try(lambda: self._stream.write(text if isinstance(text, Verbatim) else escape_controls(text)))
         return len(text)
 
     def writelines(self, lines: Any) -> None:
@@ -80,50 +75,50 @@ class Shown:
             self.write(line)
 
     def flush(self) -> None:
-        if self.lost is None:
+        self._try(self._stream.flush)
+
+    def _try(self, write: Callable[[], object]) -> None:
+        if self.write_error is None:
             try:
-                self._stream.flush()
+                write()
             except OSError as e:
-                self._lose(e)
+                self.write_error = e
 
     def close(self) -> None:
         self.flush()
         with contextlib.suppress(OSError):  # what could not be written is written again, in vain
             self._stream.close()
 
-    def _lose(self, error: OSError) -> None:
-        self.lost = error
-
     @property
-    def missed(self) -> OSError | None:
-        """What kept somebody from reading; None where all was written, or nobody reads any more."""
-        if self.lost is None or self.lost.errno == errno.EPIPE or (self._terminal and self.lost.errno == errno.EIO):
+    def output_lost(self) -> OSError | None:
+        """The error that kept output from somebody who reads; None where all was written, or nobody reads any more."""
+        error = self.write_error
+        if error is None or error.errno == errno.EPIPE or (self._is_terminal and error.errno == errno.EIO):
             return None
-        return self.lost
+        return error
 
 
-_PLAIN = {
+_ASCII = {
     "·": "-", "…": "...", "±": "+-", "×": "x", "→": "->", "←": "<-", "–": "-", "—": "-", "−": "-", "≥": ">=",
     "≤": "<=", "’": "'", "‘": "'", "“": '"', "”": '"', "²": "^2", "§": "section ", "µ": "u", "α": "alpha", "ρ": "rho",
 }  # fmt: skip
 
 
-def _otherwise(error: UnicodeError) -> tuple[str, int]:
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
     """Characters that an encoding lacks: our own signs in ASCII, others as escapes."""
     assert isinstance(error, UnicodeEncodeError)
-    found = error.object[error.start : error.end]
-    plain = (_PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in found)
-    return "".join(plain), error.end
+    lacking = error.object[error.start : error.end]
+    return "".join(_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lacking), error.end
 
 
-codecs.register_error("tastemaker", _otherwise)
+codecs.register_error("tastemaker", _in_ascii)
 
 
 @contextlib.contextmanager
-def safe_streams() -> Iterator[tuple[Shown, Shown]]:
-    """stdout and stderr as `Shown` while the block runs."""
+def safe_streams() -> Iterator[tuple[SafeStream, SafeStream]]:
+    """stdout and stderr as `SafeStream` while the block runs."""
     before = sys.stdout, sys.stderr
-    out, err = (Shown(s if s is not None else open(os.devnull, "w", encoding="utf-8")) for s in before)  # noqa: SIM115
+    out, err = (SafeStream(s if s is not None else open(os.devnull, "w", encoding="utf-8")) for s in before)  # noqa: SIM115
     sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
     try:
         yield out, err
@@ -152,14 +147,14 @@ def open_descriptors() -> None:
             setattr(sys, name, os.fdopen(number, "w", buffering=1, encoding="utf-8", closefd=False))
 
 
-def text_stream(fd: int, like: IO[str] | None) -> Shown:
-    """A descriptor as a `Shown` stream, line by line, in the encoding of another stream."""
+def safe_stream(fd: int, like: IO[str] | None) -> SafeStream:
+    """A descriptor as a `SafeStream` stream, line by line, in the encoding of another stream."""
     encoding = getattr(like, "encoding", None) or "utf-8"
-    return Shown(os.fdopen(fd, "w", buffering=1, encoding=encoding, errors="tastemaker"))
+    return SafeStream(os.fdopen(fd, "w", buffering=1, encoding=encoding, errors="tastemaker"))
 
 
 class LogFormatter(logging.Formatter):
     """Lines of a log: controls in them are shown as escapes."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return shown(super().format(record))
+        return escape_controls(super().format(record))

@@ -69,6 +69,26 @@ class Brightness(Annotator):
         }
 '''
 
+RANK = """
+import pyarrow.parquet as pq
+from curate.annotators.base import TableAnnotator
+
+
+class Rank(TableAnnotator):
+    name = "rank"
+
+    def __init__(self, options):
+        super().__init__(options)
+        self.columns = {"place": ColumnSpec(meaning="place among all images by size of file", type=pa.int64())}
+
+    def annotate_all(self, data, shards):
+        good = [("status", "=", "success")]
+        sizes = [pq.read_table(data.table(s), filters=good)["bytes"].to_pylist() for s in shards]
+        order = sorted(size for shard in sizes for size in shard)
+        for shard in sizes:
+            yield {"place": pa.array([order.index(size) for size in shard])}
+"""
+
 WRONG = """
 class Wrong(Words):
     name = "wrong"
@@ -91,9 +111,9 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     site = tmp_path / "site"
     about = site / "brightness-1.0.dist-info"
     about.mkdir(parents=True)
-    (site / "brightness.py").write_text("\n\n".join([*WORDS, OUTSIDE, WRONG]))
+    (site / "brightness.py").write_text("\n\n".join([*WORDS, OUTSIDE, RANK, WRONG]))
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: brightness\nVersion: 1.0\n")
-    names = {"brightness": "Brightness", "words": "Words", "wrong": "Wrong", "gone": "Gone"}
+    names = {"brightness": "Brightness", "words": "Words", "rank": "Rank", "wrong": "Wrong", "gone": "Gone"}
     lines = [f"{name} = brightness:{kind}" for name, kind in names.items()]
     (about / "entry_points.txt").write_text("\n".join(["[tastemaker.annotators]", *lines, "odd = json:loads", ""]))
     monkeypatch.syspath_prepend(str(site))
@@ -139,7 +159,7 @@ def test_one_from_another_package_is_used_in_a_recipe_and_its_columns_select(
     facts = recorded_columns(tables(data.root))
     assert facts["light_mean"]["unit"] == "levels" and facts["light_mean"]["annotator"] == "brightness"
     assert facts["light_word"]["type"] == "string" and not facts["light_mean"]["unsafe"]
-    assert recorded_scales(data.root) == {"light_mean": (0, 255)}
+    assert recorded_scales(data.root) == {"light_mean": (0, 255), "length": (0, 1000)}
     rules = {"read": "light_mean is not null", "dark": "light_word = 'dark' and light_mean < 128", "long": "length > 1"}
     select(data.root, SelectConfig(name="dark", rules=rules), recorded_scales(data.root))
     counted = load_selection(data.root, "dark")
@@ -172,6 +192,25 @@ def test_annotate_runs_what_reads_pixels_on_ray_and_embeds_nothing(
     data.annotations_record("light", 1).unlink()
     assert run("annotate", str(data.root))["annotated"] == {"light": 1, "length": 0}
     assert data.ledger.filter("light_mean < 128").count("*").fetchall()[0][0] > 3
+
+
+def test_one_that_reads_the_whole_table_runs_when_all_is_there(
+    real_data: Data, outside: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = copy_of(real_data, tmp_path / "data")
+    assert main(["annotate", str(data.root), "place=rank", "length=words"]) == 0
+    assert "place: 3 of 3" in capsys.readouterr().out
+    found = Data(data.root).ledger.filter("status = 'success'").order("bytes").df()
+    assert found["place"].is_monotonic_increasing and found["place"].max() > 20
+    select(data.root, SelectConfig(name="s", rules={"large": "place > 9 and length > 1"}), {})
+    data.annotations_record("place", 1).unlink()  # of all shards anew: any value may depend on any image
+    assert main(["annotate", str(data.root)]) == 0
+    out = capsys.readouterr().out
+    assert "place: 1 of 3" in out and "length: 0 of 3" in out
+    record = read_json(data.fetched_record(0))
+    (data.fetched_record(0)).write_text(json.dumps({**record, "outputs": {}}))
+    with pytest.raises(UserError, match=r"was made from an older fetched"):
+        select(data.root, SelectConfig(name="t", rules={"large": "place > 9"}), {})
 
 
 def test_a_table_of_others_is_columns(real_data: Data, tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from curate.layout import Data
 from curate.sources.plan import SourceConfig
 from curate.sources.planner import make_plan
 from pipelines.cli import build_parser, main
-from pipelines.commands import COMMANDS
+from pipelines.commands import COMMANDS, find
+from pipelines.options import Options, command_line, facts_of, from_parsed
 from pipelines.recipe import load_recipe
 from pipelines.stored_recipe import store_recipe
 
@@ -98,6 +99,49 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     out = capsys.readouterr().out
     assert all(re.search(rf"^ +{command} ", out, re.M) for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["selct", "data"], "invalid choice: 'selct' (choose from curate, fetch, .*). Did you mean select[?]"),
+        (["select", "data", "--nam", "x", "--uid"], "expected one argument"),
+        (["select", "data", "--nmae=x"], "unrecognized arguments: --nmae=x. Did you mean --name[?]"),
+        (
+            ["train", "shards", "--out", "model", "--form", "x"],
+            "unrecognized arguments: --form x. Did you mean --from[?]",
+        ),
+        (["curate", "list.csv", "--out", "data", "--limit", "0"], "argument --limit: at least 1 is expected"),
+        (["fit", "ratings.csv"], "the following arguments are required: --out"),
+    ],
+)
+def test_words_that_are_no_options(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as e:
+        main(words)
+    assert e.value.code == 2
+    assert re.search(told.replace("(choose", "[(]choose").replace(".*)", ".*[)]"), capsys.readouterr().err)
+
+
+def test_options_are_a_dataclass() -> None:
+    """Defaults stand in it alone; what is not a secret is in the line of --json."""
+
+    def read(*words: str) -> Options:
+        return from_parsed(find(words[0])[0], build_parser(words[0]).parse_args(words))
+
+    train = read("train", "shards", "--out", "m", "--from", "start", "--lora", "--lr", "1e-4")
+    assert (train.start, train.lora, train.lr, train.batch, train.seed) == ("start", 8, 1e-4, None, 0)  # type: ignore[attr-defined]
+    assert train == read(*shlex.split(command_line("train", train))[1:])
+    fit = read("fit", "a.csv", "b.csv", "--out", "h", "--scale", "1", "7", "--suggest", "1_000")
+    assert facts_of(fit) == {
+        "ratings": (Path("a.csv"), Path("b.csv")),
+        "out": Path("h"),
+        "scale": (1.0, 7.0),
+        "network": False,
+        "suggest": 1000,
+    }
+    assert fit == read(*shlex.split(command_line("fit", fit))[1:])
+    serve = read("serve", "model", "--token", "a secret", "--lora", "a", "--lora", "b:2")
+    assert "a secret" not in str(facts_of(serve)) and facts_of(serve)["lora"] == ("a", "b:2")
 
 
 def test_no_command_at_all_shows_help_and_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

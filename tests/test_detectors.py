@@ -13,7 +13,7 @@ from PIL import Image
 
 from aesthetic.errors import UserError
 from aesthetic.space import probe_files
-from curate.annotators.base import Annotator, Batch, scores_of
+from curate.annotators.base import Annotator, ImageBatch, scores_of
 from curate.annotators.nsfw import folded
 from curate.annotators.registry import known_annotators, load_annotator
 from curate.encoders.base import pixels
@@ -65,7 +65,7 @@ def test_scores_do_not_depend_on_company_or_threads(detector: Annotator, picture
 def answer(detector: Annotator, inputs: list[np.ndarray]) -> np.ndarray:
     """The detector's column of a batch."""
     rows = pa.table({"key": [str(i) for i in range(len(inputs))]})
-    return detector.annotate(Batch(rows=rows, inputs=inputs))["score"].to_numpy()
+    return detector.annotate(ImageBatch(rows=rows, inputs=inputs))["score"].to_numpy()
 
 
 def test_photographs_of_things_are_safe(detector: Annotator, shared: Path) -> None:

@@ -404,7 +404,7 @@ def test_vectors_that_are_no_numbers_are_refused(tiny: Tiny) -> None:
     encoder = load_encoder(f"open_clip:tiny/{tiny.weights}", device="cpu")
     batch = np.zeros((40, 3, 48, 48), np.float32)
     batch[37] = np.nan
-    with pytest.raises(FloatingPointError, match="picture 37 is not finite"):
+    with pytest.raises(FloatingPointError, match="image 37 is not finite"):
         encoder.encode_prepared(batch)
 
 

@@ -11,8 +11,8 @@ from PIL import Image, ImageFilter
 
 from aesthetic.catalog import load_head
 from aesthetic.space import Space
+from curate.sources.rated import pair_groups
 from pipelines.cli import main
-from pipelines.commands.fit import _groups_of_pairs
 
 COUNT = 60
 
@@ -253,8 +253,7 @@ def test_too_few_are_told_before_an_image_is_embedded(tmp_path, capsys):
 
 def test_images_compared_without_a_group_are_groups_of_their_own():
     table = pd.DataFrame({"group": ["p", None, float("nan")]})
-    rows = {"winner": np.array([0, 2, 3]), "loser": np.array([1, 3, 4])}
-    assert _groups_of_pairs(table, rows, np.ones(3, bool), 5) == ["p", "p", None, None, None]
+    assert pair_groups(table, np.array([0, 2, 3]), np.array([1, 3, 4]), 5) == ["p", "p", None, None, None]
 
 
 def vectors_folder(folder, x, space=None):

@@ -168,7 +168,7 @@ def test_missing_pictures_are_counted_and_the_first_is_named(real_data: Data, fr
     keys, images, _, _ = vectors_of(real_data)
     left = [i for i, key in enumerate(keys) if i not in (2, 5)]
     embed = clip_retrieval_folder(tmp_path / "emb", [keys[i] for i in left], images[left], None, None, 100)
-    refused(fresh, embed, rf"no vector for 2 of the \d+ pictures of shard 0; the first is {keys[2]}")
+    refused(fresh, embed, rf"no vector for 2 of the \d+ images of shard 0; the first is {keys[2]}")
 
 
 def test_a_name_twice_is_refused(real_data: Data, fresh: Data, tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from aesthetic.forms import forms_of
 from aesthetic.heads import HeadError
 from aesthetic.join import join
 from aesthetic.raters import without_raters
 from aesthetic.ratings import read_ratings
+from aesthetic.restated import restated_columns
 
 
 def write(folder: Path, text: str, name: str = "r.csv") -> Path:
@@ -270,7 +270,7 @@ def test_text_that_is_not_ava_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("score", "aside", "metadata"),
+    ("score", "restated", "metadata"),
     [
         (
             "MOS",
@@ -282,9 +282,9 @@ def test_text_that_is_not_ava_is_refused(tmp_path):
         ("label", ["label_id", "label_name"], ["category", "width"]),
     ],
 )
-def test_columns_called_after_judging_are_forms_of_the_score(score, aside, metadata):
+def test_columns_called_after_judging_are_restated_columns_the_score(score, restated, metadata):
     few = pd.Series([1, 2])
-    assert forms_of(score, dict.fromkeys((*aside, *metadata), few), None, ["c"]) == aside
+    assert restated_columns(score, dict.fromkeys((*restated, *metadata), few), None, ["c"]) == restated
 
 
 def test_numbers_that_go_with_the_score_are_a_form_of_it(tmp_path):
@@ -298,14 +298,16 @@ def test_numbers_that_go_with_the_score_are_a_form_of_it(tmp_path):
     koniq = koniq.assign(width=rng.integers(300, 900, 60), near=mos + rng.normal(0, 1, 60))
     koniq.to_csv(tmp_path / "r.csv", index=False)
     got = read_ratings(tmp_path / "r.csv")
-    assert got.aside == ("c_total", "MOS_zscore", "place") and got.scale == (1.0, 5.0)
+    assert got.restated == ("c_total", "MOS_zscore", "place") and got.scale == (1.0, 5.0)
     got = read_ratings(tmp_path / "r.csv", score="MOS_zscore")
-    assert got.aside == ("c1 to c5", "c_total", "MOS", "place", "SD")
+    assert got.restated == ("c1 to c5", "c_total", "MOS", "place", "SD")
     assert "sd" not in got.table  # that of the MOS, in other units
     koniq.assign(label=(mos > 3).astype(int), bright=mos > 3).drop(columns="MOS").to_csv(
         tmp_path / "r.csv", index=False
     )
-    assert "bright" not in read_ratings(tmp_path / "r.csv", score="label").aside  # of labels it may be the leak itself
+    assert (
+        "bright" not in read_ratings(tmp_path / "r.csv", score="label").restated
+    )  # of labels it may be the leak itself
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,7 @@ def test_columns_are_chosen(tmp_path: Path) -> None:
     assert all_rows(plan)[1] == {"url": ROWS[1]["url"], "caption": None, "n": 1}
     path = parquet(tmp_path / "m.parquet", {"link": ["a"], "alt": ["b"], "Url": ["c"], "URL": ["d"]})
     assert inspect(str(path), SourceConfig(url="link")).extra_columns.names == ["Url", "URL"]
-    assert inspect(str(path), SourceConfig()).url == "Url"
+    assert inspect(str(path), SourceConfig()).columns["url"] == "Url"
 
 
 # ------------------------------------------------------------------------------------------------ several files, places
@@ -673,8 +673,8 @@ def test_imagefolder(tmp_path: Path, kind: str) -> None:
         {"url": "train/a.png", "caption": None, "rating": 4},
     ]
     assert [r.place.read() for r in plan.read(0).rows() if r.place] == [picture(), picture("PNG")]
-    few = inspect(str(folder), SourceConfig(where="rating > 3"), limit=5)
-    assert (few.kind, few.total_rows, few.caption) == ("imagefolder", 1, "text")
+    few = make_plan(str(folder), tmp_path / "few", SourceConfig(where="rating > 3"), limit=5)
+    assert (few.facts["kind"], few.total_rows, few.facts["inputs"][0]["caption"]) == ("imagefolder", 1, "text")
 
 
 def test_imagefolder_stays_inside(tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ import pytest
 from aesthetic.errors import UserError
 from curate.annotators.stage import EndsItsProcess
 from pipelines.cli import main
-from pipelines.faults import check_limits, find_home, told
+from pipelines.faults import check_limits, ensure_home, explain
 from pipelines.runtime.channel import log_to_file
 from pipelines.runtime.progress import ProgressBar, ProgressDisplay
-from pipelines.terminal import CLEAR, RETURN, Shown, safe_streams, shown, text_stream
+from pipelines.terminal import CLEAR, RETURN, SafeStream, escape_controls, safe_stream, safe_streams
 
 ROOT = Path(__file__).parents[1]
 EVIL = "a\x1b[2J\x1b]0;title\x07b\rc\x9b31m\u202ed\x00\x7f\x08"
@@ -37,9 +37,9 @@ def tame(text: str) -> bool:
 
 
 def test_foreign_controls_are_escapes_and_our_own_are_not() -> None:
-    assert shown(f"{EVIL}\n\t{EVIL}") == f"{TAME}\n\t{TAME}"
+    assert escape_controls(f"{EVIL}\n\t{EVIL}") == f"{TAME}\n\t{TAME}"
     out = io.StringIO()
-    stream = Shown(out)
+    stream = SafeStream(out)
     print("warning:", EVIL, file=stream)
     stream.write("\r\033[Kno sequence of ours, but a text that looks like one\n")
     for control in (CLEAR, RETURN):
@@ -51,7 +51,7 @@ def test_foreign_controls_are_escapes_and_our_own_are_not() -> None:
 
 def test_a_lists_hosts_and_names_do_not_reach_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ours, theirs = pty.openpty()
-    stream = text_stream(theirs, sys.stderr)
+    stream = safe_stream(theirs, sys.stderr)
     screen = ProgressDisplay(stream, 10, 0, True)  # type: ignore[arg-type]
     screen.show({("fetch", "dns"): 10}, [(EVIL, 10)], end=True)
     count = ProgressBar(stream, EVIL, 10)  # type: ignore[arg-type]
@@ -94,11 +94,11 @@ def test_logs_hold_no_controls(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("encoding", "expected"), [("ascii", "1 - 2 +- \\xfc ..."), ("latin-1", "1 · 2 ± ü ...")])
 def test_what_a_terminal_cannot_show_is_written_otherwise(encoding: str, expected: str) -> None:
     file = io.BytesIO()
-    stream = Shown(io.TextIOWrapper(file, encoding))
+    stream = SafeStream(io.TextIOWrapper(file, encoding))
     stream.write("1 · 2 ± ü …")
     stream.flush()
     assert file.getvalue().decode(encoding) == expected
-    assert stream.missed is None
+    assert stream.output_lost is None
 
 
 # ------------------------------------------------------------------------------------------------- who does not read
@@ -107,13 +107,13 @@ def test_what_a_terminal_cannot_show_is_written_otherwise(encoding: str, expecte
 def test_a_reader_who_leaves_and_a_full_disk(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    gone, full = text_stream(writer, None), text_stream(os.open("/dev/full", os.O_WRONLY), None)
+    gone, full = safe_stream(writer, None), safe_stream(os.open("/dev/full", os.O_WRONLY), None)
     for stream in (gone, full):
         for _ in range(3):
             print("x" * 100_000, file=stream)
         stream.flush()
-    assert isinstance(gone.lost, BrokenPipeError) and gone.missed is None
-    assert full.missed is not None and full.missed.errno == errno.ENOSPC
+    assert isinstance(gone.write_error, BrokenPipeError) and gone.output_lost is None
+    assert full.output_lost is not None and full.output_lost.errno == errno.ENOSPC
     gone.close()
     full.close()
 
@@ -171,7 +171,7 @@ with safe_streams() as (out, err):
 def test_streams_are_given_back() -> None:
     before = sys.stdout, sys.stderr
     with safe_streams():
-        assert isinstance(sys.stdout, Shown) and sys.stdout.encoding
+        assert isinstance(sys.stdout, SafeStream) and sys.stdout.encoding
     assert (sys.stdout, sys.stderr) == before
 
 
@@ -210,7 +210,7 @@ class RayError(Exception):
     ],
 )
 def test_what_ended_a_command_is_explained(error: Exception, code: int, said: str) -> None:
-    found, text = told(error)
+    found, text = explain(error)
     assert found == code and said in text
     assert ("tastemaker's" in text) == (said == "an error of tastemaker's")
 
@@ -241,14 +241,14 @@ def test_a_user_without_home_or_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("USER", "")
-    find_home()
+    ensure_home()
     home = Path(os.environ["HOME"])
     assert home == tmp_path / f"tastemaker-{os.getuid()}" and home.stat().st_mode & 0o777 == 0o700
     assert os.environ["USER"] == f"user-{os.getuid()}"
     home.chmod(0o777)  # somebody else's, who waits for our caches: not taken
     monkeypatch.delenv("HOME")
-    find_home()
+    ensure_home()
     assert Path(os.environ["HOME"]) != home and Path(os.environ["HOME"]).parent == tmp_path
     monkeypatch.setenv("HOME", "/somewhere")
-    find_home()
+    ensure_home()
     assert os.environ["HOME"] == "/somewhere"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -16,6 +16,7 @@ from curate.store.files import digest
 if TYPE_CHECKING:
     from aesthetic.space import Space
     from curate.encoders.base import Encoder
+    from curate.layout import Data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class ColumnSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class ImageBatch:
     """Images of one shard in the order of the ledger, with what the annotator reads of them.
 
     rows: key and caption of each image, and where it reads "row" every column of `fetched/NNNNN.parquet`.
@@ -86,7 +87,7 @@ class Annotator(abc.ABC):
     """
 
     name: ClassVar[str]
-    reads: ClassVar[Literal["row", "captions", "pixels", "vectors"]]
+    reads: ClassVar[Literal["row", "captions", "pixels", "vectors", "table"]]
     Options: ClassVar[type[AnnotatorOptions]] = AnnotatorOptions
 
     columns: Mapping[str, ColumnSpec]
@@ -114,7 +115,7 @@ class Annotator(abc.ABC):
         return image
 
     @abc.abstractmethod
-    def annotate(self, batch: Batch) -> dict[str, pa.Array]:
+    def annotate(self, batch: ImageBatch) -> dict[str, pa.Array]:
         """A value for each image of the batch: suffix -> array, null where there is none. One thread at a time calls.
 
         Batches are cut anyhow, so no value may depend on the others. What can't be read is a null; an exception ends
@@ -122,11 +123,25 @@ class Annotator(abc.ABC):
         """
 
 
+class TableAnnotator(Annotator):
+    """Computes columns of which a value depends on all images; it runs once, where the other annotators have ended."""
+
+    reads = "table"
+
+    def annotate(self, batch: ImageBatch) -> dict[str, pa.Array]:
+        """Not for these: a batch is not the whole."""
+        raise NotImplementedError
+
+    @abc.abstractmethod
+    def annotate_all(self, data: Data, shards: Sequence[int]) -> Iterator[dict[str, pa.Array]]:
+        """As `annotate`, for each of the fetched shards in turn, out of whatever the data folder holds."""
+
+
 def scores_of(annotator: Annotator, images: Sequence[np.ndarray]) -> np.ndarray:
     """What a loaded annotator that reads pixels and has one column says of images at hand, sRGB (height, width, 3)
     uint8: (n,) float32, NaN for null."""
     rows = pa.table({"key": [str(i) for i in range(len(images))], "caption": pa.nulls(len(images), pa.string())})
-    answer = annotator.annotate(Batch(rows=rows, inputs=[annotator.preprocess(image) for image in images]))
+    answer = annotator.annotate(ImageBatch(rows=rows, inputs=[annotator.preprocess(image) for image in images]))
     return next(iter(answer.values())).to_numpy(zero_copy_only=False).astype(np.float32)
 
 

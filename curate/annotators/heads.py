@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from aesthetic.catalog import load_head
 from aesthetic.space import Space, SpaceMismatch, require_same
-from curate.annotators.base import Annotator, AnnotatorOptions, Batch, ColumnSpec, Resources
+from curate.annotators.base import Annotator, AnnotatorOptions, ColumnSpec, ImageBatch, Resources
 
 
 class HeadAnnotator(Annotator):
@@ -50,7 +50,7 @@ class HeadAnnotator(Annotator):
         assert resources.space is not None, "a head runs where there are vectors"
         self.check(resources.space)
 
-    def annotate(self, batch: Batch) -> dict[str, pa.Array]:
+    def annotate(self, batch: ImageBatch) -> dict[str, pa.Array]:
         """The head's scores, float32."""
         assert batch.vectors is not None
         return {"score": pa.array(self.head(batch.vectors), pa.float32())}

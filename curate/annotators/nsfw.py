@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from curate.annotators.base import Annotator, AnnotatorOptions, Batch, ColumnSpec, Resources
+from curate.annotators.base import Annotator, AnnotatorOptions, ColumnSpec, ImageBatch, Resources
 from curate.encoders.onnx import RECIPE, RowByRow, cache_name, cached
 from curate.store.files import digest, sha256_file
 
@@ -57,7 +57,7 @@ class OpenNsfw(Annotator):
 
         return self._prepare(Image.fromarray(image))
 
-    def annotate(self, batch: Batch) -> dict[str, pa.Array]:
+    def annotate(self, batch: ImageBatch) -> dict[str, pa.Array]:
         """The probability of the class not safe for work, float32. FloatingPointError where one is not finite."""
         scores = self._model.run(np.stack(batch.inputs))[0][:, 1] if len(batch.inputs) else np.zeros(0, np.float32)
         bad = np.flatnonzero(~np.isfinite(scores))
@@ -89,7 +89,7 @@ def folded(file: Path) -> bytes:
     for node in graph.node:
         for name in node.input:
             users[name].append(node)
-    for number, node in enumerate([n for n in graph.node if n.op_type == "Conv"]):
+    for index, node in enumerate([n for n in graph.node if n.op_type == "Conv"]):
         weight = constants[node.input[1]].astype(np.float64)
         bias = constants[node.input[2]].astype(np.float64) if len(node.input) > 2 else np.zeros(len(weight))
         end = node.output[0]
@@ -110,7 +110,7 @@ def folded(file: Path) -> bytes:
             else:
                 break
             _bypass(graph, after, end, users)
-        names = [f"folded_{number}_weight", f"folded_{number}_bias"]
+        names = [f"folded_{index}_weight", f"folded_{index}_bias"]
         for name, value in zip(names, (weight, bias), strict=True):
             graph.initializer.append(numpy_helper.from_array(value.astype(np.float32), name))
         node.input[:] = [node.input[0], *names]

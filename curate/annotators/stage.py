@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from aesthetic.files import atomic
 from aesthetic.vectors import open_vectors
-from curate.annotators.base import Annotator, Batch, column_name, column_specs
+from curate.annotators.base import Annotator, ImageBatch, TableAnnotator, column_name, column_specs
 from curate.encoders.base import Encoder
 from curate.encoders.embed import caption_vectors, images_of, recovered, similarity, write_vectors
 from curate.fetch.ingest import Report, note_start
@@ -37,6 +37,7 @@ STARTS = 3
 """How often a run begins a shard. Its images have been decoded before: what ends the process each time is no single
 image, and whoever restarts it would do so for ever."""
 
+_VECTORS = ""  # in place of an annotator's name: the encoder
 _BATCH = 32  # images that are decoded together where no encoder says how many
 
 
@@ -58,9 +59,10 @@ def annotate_shard(
     one is given, then the columns of annotators that are loaded."""
     inputs = data.fetched_digests(shard)
     assert inputs is not None, f"shard {shard} is annotated before it is fetched"
-    records = {name: (data.annotations_record(name, shard), a.digest) for name, a in by_image(annotators).items()}
+    of_images = {name: a for name, a in annotators.items() if a.reads in ("pixels", "row", "captions")}
+    records = {name: (data.annotations_record(name, shard), a.digest) for name, a in of_images.items()}
     if encoder is not None:
-        records[""] = data.embedded_record(shard), config
+        records[_VECTORS] = data.embedded_record(shard), config
 
     missing: dict[str, set[str] | None] = {}  # name -> keys that retries have added since; None: all are missing
     for name, (record, digest) in records.items():
@@ -77,21 +79,17 @@ def annotate_shard(
                 f"library. {data.logs / 'embed.log'} or the system's log may say why; all that is done stays done."
             )
         _from_pixels(data, shard, annotators, encoder, config, missing, threads, report)
-        for name in [n for n in missing if n != "" and annotators[n].reads in ("row", "captions")]:
-            annotator = annotators[name]
+        for name, annotator in of_images.items():
+            if name not in missing or annotator.reads == "pixels":
+                continue
             rows = images_of(data, shard, None if annotator.reads == "row" else ["key", "caption"])
             fresh = _only(rows, missing[name])
-            values = ask(annotator, Batch(rows=fresh))
+            values = ask(annotator, ImageBatch(rows=fresh))
             _write(data, shard, name, annotator, fresh["key"], values, rows["key"], inputs, missing[name] is not None)
         data.embed_starts(shard).unlink(missing_ok=True)
     for name, annotator in annotators.items():
         if annotator.reads == "vectors":
             annotate_vectors(data, shard, name, annotator)
-
-
-def by_image(annotators: Mapping[str, Annotator]) -> dict[str, Annotator]:
-    """The annotators whose columns depend on a shard's fetched files alone."""
-    return {name: a for name, a in annotators.items() if a.reads != "vectors"}
 
 
 def column_inputs(data: Data, shard: int, annotator: Annotator) -> dict[str, str] | None:
@@ -110,31 +108,54 @@ def annotate_vectors(data: Data, shard: int, name: str, annotator: Annotator) ->
     if inputs is None or is_done(data.root, record, config=annotator.digest, inputs=inputs):
         return
     rows = pq.read_table(data.metadata(shard), columns=["key", "caption"])
-    values = ask(annotator, Batch(rows=rows, vectors=open_vectors(data.image_vectors(shard))))
+    values = ask(annotator, ImageBatch(rows=rows, vectors=open_vectors(data.image_vectors(shard))))
     _write(data, shard, name, annotator, rows["key"], values, rows["key"], inputs, False)
 
 
-def ask(annotator: Annotator, batch: Batch) -> dict[str, pa.Array]:
+def annotate_table(data: Data, name: str, annotator: TableAnnotator) -> int:
+    """Compute the columns of an annotator that reads the whole table, of all shards, unless that is done; returns how
+    many lacked them. What is new may change the values of what is old."""
+    from curate.ledger.view import table_digests, tables
+
+    shards = [s.shard for s in data.plan.shards if data.fetched_digests(s.shard) is not None]
+    inputs = table_digests([t for t in tables(data.root) if t.name in ("fetched", "embedded")])
+    records = [data.annotations_record(name, shard) for shard in shards]
+    missing = sum(not is_done(data.root, r, config=annotator.digest, inputs=inputs) for r in records)
+    if missing:
+        answers = annotator.annotate_all(data, shards)
+        for shard, answer in zip(shards, answers, strict=True):
+            keys = images_of(data, shard, ["key"])["key"]
+            _write(data, shard, name, annotator, keys, _checked(annotator, answer, len(keys)), keys, inputs, False)
+    return missing
+
+
+def ask(annotator: Annotator, batch: ImageBatch) -> dict[str, pa.Array]:
     """An annotator's columns for a batch, by suffix: null where `preprocess` gave None. ValueError where they are not
     what it says that they are."""
     count, seen = len(batch.rows), None
     if annotator.reads == "pixels" and any(i is None for i in batch.inputs):
         seen = [row for row, i in enumerate(batch.inputs) if i is not None]
-        batch = Batch(rows=batch.rows.take(seen), inputs=[batch.inputs[row] for row in seen])
-    answer = annotator.annotate(batch)
+        batch = ImageBatch(rows=batch.rows.take(seen), inputs=[batch.inputs[row] for row in seen])
+    values = _checked(annotator, annotator.annotate(batch), len(batch.rows))
+    if seen is not None:
+        places = np.full(count, -1)
+        places[seen] = np.arange(len(seen))
+        taken = pa.array(places, mask=places < 0)
+        values = {suffix: value.take(taken) for suffix, value in values.items()}
+    return values
+
+
+def _checked(annotator: Annotator, answer: Mapping[str, pa.Array], count: int) -> dict[str, pa.Array]:
+    """The columns of so many images, of the types that they should have. ValueError where they are not what is said."""
     if answer.keys() != annotator.columns.keys():
         raise ValueError(f"{annotator.name} gave the columns {[*answer]}, not {[*annotator.columns]}")
     values = {}
     for suffix, spec in annotator.columns.items():
         value = answer[suffix].cast(spec.type)
-        if len(value) != len(batch.rows):
-            raise ValueError(f"{annotator.name} gave {len(value)} values for {len(batch.rows)} images")
+        if len(value) != count:
+            raise ValueError(f"{annotator.name} gave {len(value)} values for {count} images")
         if pa.types.is_floating(spec.type) and pc.any(pc.invert(pc.is_finite(value))).as_py():
             raise ValueError(f"{annotator.name}: a value of {suffix} is not a finite number")
-        if seen is not None:
-            places = np.full(count, -1)
-            places[seen] = np.arange(len(seen))
-            value = value.take(pa.array(places, mask=places < 0))
         values[suffix] = value
     return values
 
@@ -150,9 +171,9 @@ def _from_pixels(
     report: Report,
 ) -> None:
     """One pass over the pixels of a shard: its vectors, and the columns of those that read pixels, and are missing."""
-    models: dict[str, Any] = {n: annotators[n] for n in missing if n != "" and annotators[n].reads == "pixels"}
-    if "" in missing:
-        models[""] = encoder
+    models: dict[str, Any] = {n: a for n, a in annotators.items() if n in missing and a.reads == "pixels"}
+    if _VECTORS in missing:
+        models[_VECTORS] = encoder
     if not models:
         return
     began, inputs = time.time(), data.fetched_digests(shard)
@@ -163,24 +184,24 @@ def _from_pixels(
     fresh = _only(rows, some)
 
     # in batches that do not depend on what else is wanted (annotators cut them as they like)
-    vectors, answers = list[np.ndarray](), {name: list[dict[str, pa.Array]]() for name in models if name != ""}
+    vectors, answers = list[np.ndarray](), {name: list[dict[str, pa.Array]]() for name in models if name != _VECTORS}
     size = _BATCH if encoder is None else encoder.batch_size
     for start, batch in _prepared(data, shard, fresh["key"].to_pylist(), models, size, threads):
         part = fresh.slice(start, len(next(iter(batch.values()))))
         for name, model in models.items():
-            if name == "":
+            if name == _VECTORS:
                 vectors.append(model.encode_prepared(np.stack(batch[name])))
             else:
-                answers[name].append(ask(model, Batch(rows=part, inputs=batch[name])))
+                answers[name].append(ask(model, ImageBatch(rows=part, inputs=batch[name])))
         for _ in range(len(part)):
             report("embed", Status.SUCCESS, "")
 
     for name, parts in answers.items():
         annotator = annotators[name]
-        parts = parts or [ask(annotator, Batch(rows=fresh))]
+        parts = parts or [ask(annotator, ImageBatch(rows=fresh))]
         values = {suffix: pa.chunked_array([p[suffix] for p in parts]) for suffix in annotator.columns}
         _write(data, shard, name, annotator, fresh["key"], values, rows["key"], inputs, some is not None)
-    if "" in models:
+    if _VECTORS in models:
         assert encoder is not None
         images = np.concatenate(vectors) if vectors else np.zeros((0, encoder.dim), np.float32)
         captions = fresh["caption"].to_pylist()

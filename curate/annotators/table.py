@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError
 from aesthetic.untrusted import check_regular
-from curate.annotators.base import Annotator, AnnotatorOptions, Batch, ColumnSpec, Resources
+from curate.annotators.base import Annotator, AnnotatorOptions, ColumnSpec, ImageBatch, Resources
 from curate.store.files import digest, sha256_file
 
 _NAMES = ("key", "sha256", "url")
@@ -91,7 +91,7 @@ class ParquetTable(Annotator):
             if one == other:
                 raise UserError(f"{self.file} has two rows of the {self.by} {one}")
 
-    def annotate(self, batch: Batch) -> dict[str, pa.Array]:
+    def annotate(self, batch: ImageBatch) -> dict[str, pa.Array]:
         """The file's values of these images."""
         names = batch.rows[self.by]
         places = np.searchsorted(self._marks, _marks(names))

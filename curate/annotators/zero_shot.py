@@ -9,7 +9,7 @@ import pydantic
 
 from aesthetic.heads import Head
 from aesthetic.prompts import prompt_head
-from curate.annotators.base import Annotator, AnnotatorOptions, Batch, ColumnSpec, Resources
+from curate.annotators.base import Annotator, AnnotatorOptions, ColumnSpec, ImageBatch, Resources
 
 Prompts = Annotated[tuple[str, ...], pydantic.Field(min_length=1)]
 
@@ -54,7 +54,7 @@ class ZeroShot(Annotator):
             logit_scale=o.logit_scale,
         )
 
-    def annotate(self, batch: Batch) -> dict[str, pa.Array]:
+    def annotate(self, batch: ImageBatch) -> dict[str, pa.Array]:
         """The scores, float32."""
         assert self._head is not None and batch.vectors is not None
         return {"score": pa.array(self._head(batch.vectors), pa.float32())}

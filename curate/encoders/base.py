@@ -26,7 +26,7 @@ def name_by_digest(architecture: str, sha256: str) -> str:
 
 
 class Encoder(abc.ABC):
-    """Pictures and texts -> vectors of one space. One instance serves many threads' `preprocess` and one's encoding.
+    """Images and texts -> vectors of one space. One instance serves many threads' `preprocess` and one's encoding.
 
     name: canonical; the same on every machine.    dim: numbers in a vector.    precision: one of PRECISIONS.
     batch_size: rows that the model takes at once; feeding whole batches of it gives bit-identical results run to run.
@@ -41,7 +41,7 @@ class Encoder(abc.ABC):
 
     @abc.abstractmethod
     def preprocess(self, image: np.ndarray) -> np.ndarray:
-        """One upright sRGB picture, (height, width, 3) uint8, as the model's input. Safe to call from threads."""
+        """One upright sRGB image, (height, width, 3) uint8, as the model's input. Safe to call from threads."""
 
     @abc.abstractmethod
     def _vectors(self, batch: np.ndarray, exact: bool = False) -> np.ndarray:
@@ -56,7 +56,7 @@ class Encoder(abc.ABC):
         """What the space's description records: weights, activation, preprocessing."""
 
     def encode_prepared(self, batch: np.ndarray) -> np.ndarray:
-        """Vectors of preprocessed pictures, stacked: (n, ...) -> (n, dim) float32 of unit length.
+        """Vectors of preprocessed images, stacked: (n, ...) -> (n, dim) float32 of unit length.
 
         Raises FloatingPointError, naming the row, where the model gives NaN or infinity.
         """
@@ -66,10 +66,10 @@ class Encoder(abc.ABC):
             part = batch[start : start + self.batch_size]
             out[start : start + len(part)] = self._vectors(part)
             start += len(part)
-        return unit(out, f"{self.name}: the vector of picture")
+        return unit(out, f"{self.name}: the vector of image")
 
     def encode_images(self, images: Sequence[np.ndarray | PIL.Image.Image]) -> np.ndarray:
-        """Vectors of pictures, PIL images or (height, width, 3) uint8 arrays: (n, dim) float32 of unit length."""
+        """Vectors of images, PIL images or (height, width, 3) uint8 arrays: (n, dim) float32 of unit length."""
         out = np.zeros((len(images), self.dim), np.float32)
         for start in range(0, len(images), self.batch_size):
             part = images[start : start + self.batch_size]
@@ -115,7 +115,7 @@ def unit(vectors: np.ndarray, what: str) -> np.ndarray:
 
 
 def pixels(image: np.ndarray | PIL.Image.Image) -> np.ndarray:
-    """A picture as (height, width, 3) uint8: a PIL image is set upright and laid over white where it is transparent."""
+    """An image as (height, width, 3) uint8: a PIL image is set upright and laid over white where it is transparent."""
     if not isinstance(image, np.ndarray):
         from PIL import Image, ImageOps
 
@@ -125,5 +125,5 @@ def pixels(image: np.ndarray | PIL.Image.Image) -> np.ndarray:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return np.asarray(image.convert("RGB"))
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(f"a picture has shape (height, width, 3) and type uint8, not {image.shape} {image.dtype}")
+        raise ValueError(f"an image has shape (height, width, 3) and type uint8, not {image.shape} {image.dtype}")
     return image

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     import onnxruntime
     import torch
 
-_CLASSES = 10  # ImageNet classes whose names make a picture's vector, the most probable ones
+_CLASSES = 10  # ImageNet classes whose names make an image's vector, the most probable ones
 _CAPTIONS = ("{}", "a photo of a {}", "a picture of {}")  # of every tenth class name: their mean is texts' middle
 _VISION, _WORDS, _FEATURES = "efficientnet-lite0", 384, 1280
 FEATURES = slice(_WORDS, None)
-"""Where in a picture's vector the vision model's features are. Its words come before them."""
+"""Where in an image's vector the vision model's features are. Its words come before them."""
 
 _SIDE = 224  # pixels, the vision model's input
 _CROP = 224 / 256  # the part of the short side that the model sees
@@ -36,7 +36,7 @@ _CROP = 224 / 256  # the part of the short side that the model sees
 class BundledEncoder(Encoder):
     """EfficientNet-lite0 and MiniLM, whose weights come with pip packages. It is not CLIP.
 
-    A picture's vector is [words, features] / sqrt(2), each part of unit length: `words` (384) is the mean of the MiniLM
+    An image's vector is [words, features] / sqrt(2), each part of unit length: `words` (384) is the mean of the MiniLM
     vectors of the ten most probable ImageNet classes' names, weighted by probability and taken from the mean of all
     names (ConSE: Norouzi et al. 2013, arXiv 1312.5650); `features` (1280) is the pooled last layer. A text's vector is
     [MiniLM, 0], taken from the mean of plain captions. So one vector serves similarity (at most 0.71) and heads.
@@ -68,13 +68,13 @@ class BundledEncoder(Encoder):
         self._names_digest = digest(names)
 
     def preprocess(self, image: np.ndarray) -> np.ndarray:
-        """The middle of a picture, square, 7/8 of its short side, resized: (224, 224, 3) uint8."""
+        """The middle of an image, square, 7/8 of its short side, resized: (224, 224, 3) uint8."""
         import cv2
 
         height, width = image.shape[:2]
         side = max(1, round(min(height, width) * _CROP))
         top, left = (height - side) // 2, (width - side) // 2
-        # cut first: resizing the whole of a very wide picture could take gigabytes
+        # cut first: resizing the whole of a very wide image could take gigabytes
         middle = np.ascontiguousarray(image[top : top + side, left : left + side])
         return cv2.resize(middle, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA if side > _SIDE else cv2.INTER_CUBIC)
 
@@ -84,7 +84,7 @@ class BundledEncoder(Encoder):
         logit = np.take_along_axis(logits, best, axis=1)
         weight = np.exp(logit - logit[:, :1])
         words = np.einsum("nk,nkd->nd", weight / weight.sum(1, keepdims=True), self._names[best])
-        return np.hstack([unit(words, "words of picture"), unit(features, "features of picture")])
+        return np.hstack([unit(words, "words of image"), unit(features, "features of image")])
 
     def _text_vectors(self, texts: list[str]) -> np.ndarray:
         vectors = unit(self._sentences(texts) - self._middle_of_texts, "text")

@@ -68,8 +68,9 @@ class OpenClipEncoder(Encoder):
 
         found = find_weights(architecture, pretrained, weights)
         self.name = found.name
-        self._sha256 = found.sha256
-        self._model = _build(architecture, found).to(self._device).eval()
+        assert found.file is not None
+        self._sha256 = sha256_file(found.file)
+        self._model = _build(architecture, found.file, found.published).to(self._device).eval()
         preprocessing = open_clip.transform.PreprocessCfg(**self._model.visual.preprocess_cfg)
         self._transform = open_clip.transform.image_transform_v2(preprocessing, is_train=False)
         self._resize_mode = preprocessing.resize_mode
@@ -78,7 +79,7 @@ class OpenClipEncoder(Encoder):
         self.dim = int(open_clip.get_model_config(architecture)["embed_dim"])
 
     def preprocess(self, image: np.ndarray) -> np.ndarray:
-        """A picture through open_clip's own transform for evaluation: (3, side, side) float32."""
+        """An image through open_clip's own transform for evaluation: (3, side, side) float32."""
         from PIL import Image
 
         if self._resize_mode == "shortest":
@@ -97,7 +98,7 @@ class OpenClipEncoder(Encoder):
         torch.cuda.empty_cache()
         half = (len(batch) + 1) // 2
         self.batch_size, self.halved = min(self.batch_size, half), True
-        log.warning("%s: out of memory at %d pictures, going on with %d", self.name, len(batch), half)
+        log.warning("%s: out of memory at %d images, going on with %d", self.name, len(batch), half)
         return np.concatenate([self._vectors(batch[:half], exact), self._vectors(batch[half:], exact)])
 
     def _text_vectors(self, texts: list[str]) -> np.ndarray:
@@ -142,41 +143,23 @@ class OpenClipEncoder(Encoder):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Weights:
-    """Which file an encoder's weights are in, and what open_clip knows about them."""
+    """Which weights a name means, and what open_clip knows about them."""
 
     name: str  # the encoder's
-    file: Path
-    sha256: str
+    file: Path | None  # None where they are published and not on this machine
     quick_gelu: bool
     published: dict[str, Any]  # open_clip's entry for the tag, with its preprocessing; empty for a file of one's own
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Meant:
-    """Which weights a name means; `file` is None where they are published and not on this machine."""
-
-    name: str
-    file: Path | None
-    quick_gelu: bool
-    published: dict[str, Any]
-
-
 def find_weights(architecture: str, pretrained: str, weights: str | None) -> _Weights:
-    """Settle which weights are meant and get them; UserError before anything large is loaded."""
-    meant = _meant(architecture, pretrained, weights)
-    file = meant.file or _download(meant.name, meant.published)
-    return _Weights(
-        name=meant.name,
-        file=file,
-        sha256=sha256_file(file),
-        quick_gelu=meant.quick_gelu,
-        published=meant.published,
-    )
+    """Resolve which weights are meant and get them; UserError before anything large is loaded."""
+    meant = _resolve(architecture, pretrained, weights)
+    return dataclasses.replace(meant, file=meant.file or _download(meant.name, meant.published))
 
 
 def check_weights(architecture: str, pretrained: str, weights: str | None) -> bool:
     """Whether the weights are on this machine; UserError where they are not and can't be fetched. Loads no library."""
-    meant = _meant(architecture, pretrained, weights)
+    meant = _resolve(architecture, pretrained, weights)
     if meant.file is None:
         _require_reachable(meant.name, meant.published)
         return False
@@ -184,8 +167,8 @@ def check_weights(architecture: str, pretrained: str, weights: str | None) -> bo
     return True
 
 
-def _meant(architecture: str, pretrained: str, weights: str | None) -> _Meant:
-    """Settle which weights are meant; UserError where there are none such, or the architecture is not theirs."""
+def _resolve(architecture: str, pretrained: str, weights: str | None) -> _Weights:
+    """Resolve which weights are meant; UserError where there are none such, or the architecture is not theirs."""
     tables = _tables()
     config = _config(architecture)
     if config is None:
@@ -198,7 +181,7 @@ def _meant(architecture: str, pretrained: str, weights: str | None) -> _Meant:
         _require_activation(architecture, quick_gelu, tag, published)
         file = Path(weights) if weights is not None else _in_cache(published)
         name = name_by_tag(architecture, pretrained)
-        return _Meant(name=name, file=file, quick_gelu=quick_gelu, published=published)
+        return _Weights(name=name, file=file, quick_gelu=quick_gelu, published=published)
 
     by_digest = pretrained.startswith("sha256-")
     own = weights if by_digest else pretrained
@@ -208,7 +191,7 @@ def _meant(architecture: str, pretrained: str, weights: str | None) -> _Meant:
             raise UserError(f"embed.weights: {own} has the sha256 {sha256[:12]}…, not {pretrained}")
         _require_published_activation(architecture, quick_gelu, sha256)
         name = name_by_digest(architecture, sha256)
-        return _Meant(name=name, file=Path(own), quick_gelu=quick_gelu, published={})
+        return _Weights(name=name, file=Path(own), quick_gelu=quick_gelu, published={})
 
     elsewhere = tables.list_pretrained_models_by_tag(pretrained)
     tags = tables.list_pretrained_tags_by_model(architecture)
@@ -367,7 +350,7 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _build(architecture: str, found: _Weights) -> Any:
+def _build(architecture: str, weights: Path, published: dict[str, Any]) -> Any:
     """The model with its weights, on the CPU in fp32."""
     import open_clip
     import safetensors.torch
@@ -375,9 +358,9 @@ def _build(architecture: str, found: _Weights) -> Any:
     from safetensors import SafetensorError
 
     keys = ("mean", "std", "interpolation", "resize_mode")
-    preprocessing = {f"image_{key}": found.published[key] for key in keys if key in found.published}
+    preprocessing = {f"image_{key}": published[key] for key in keys if key in published}
     with tempfile.TemporaryDirectory() as scratch:
-        file = found.file
+        file = weights
         if _is_torchscript(file):  # as OpenAI published them; open_clip reads plain weights only
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # torch.jit is to go; such files will stay
@@ -389,8 +372,8 @@ def _build(architecture: str, found: _Weights) -> Any:
         try:
             model, _, _ = open_clip.create_model_and_transforms(architecture, pretrained=str(file), **preprocessing)
         except (AssertionError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as e:
-            told = str(e).strip().splitlines() or [repr(e)]
-            raise UserError(f"{found.file} does not hold weights of {architecture}: {' '.join(told[:2])}") from e
+            why = " ".join((str(e).strip().splitlines() or [repr(e)])[:2])
+            raise UserError(f"{weights} does not hold weights of {architecture}: {why}") from e
     return model
 
 
@@ -411,7 +394,7 @@ def _tokenizer(architecture: str) -> Callable[[list[str]], torch.Tensor]:
 
 
 def _without_ends(image: np.ndarray) -> np.ndarray:
-    """The middle of an extremely long picture; any other as it is."""
+    """The middle of an extremely long image; any other as it is."""
     height, width = image.shape[:2]
     longest = _WIDEST * min(height, width)
     top, left = max(0, (height - longest) // 2), max(0, (width - longest) // 2)

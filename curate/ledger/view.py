@@ -278,6 +278,8 @@ def check_current(root: Path, found: Sequence[Table]) -> None:
     for path in sorted((root / "embedded" / "stats").glob("*.json")):  # heads read these
         value = read_json(path) or {}
         made |= output_digests(value) if "outputs" in value else {}
+    if any("fetched" in (read_json(t.records[0]) or {}).get("inputs", {}) for t in found[1:]):
+        made |= table_digests([t for t in found if t.name in ("fetched", "embedded")])  # read by those that read all
     for table in found[1:]:
         again = f"tastemaker {'embed' if table.name == 'embedded' else 'annotate'} {root}"
         missing = [s for s in with_images if s not in table.shards]

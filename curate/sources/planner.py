@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,20 +42,12 @@ embedding begins while the rest is fetched. Below a batch of an encoder's (32 on
 class PlanPreview:
     """What a plan would be, for `--dry-run`."""
 
-    kind: str  # list, tars, images, imagefolder or parquet
-    inputs: int  # files of the list, tars, or folders
     listed_rows: int  # rows of the list, after `where`
     total_rows: int  # of these, the rows that `limit` leaves
     shard_count: int
-    url: str | None  # the columns as the (first) list calls them
-    caption: str | None
+    columns: dict[str, str | None]  # as `Plan.columns`
     extra_columns: pa.Schema
-    warnings: list[str]  # what a run says before it begins
-
-    @property
-    def columns(self) -> dict[str, str | None]:
-        """As `Plan.columns`."""
-        return {"url": self.url, "caption": self.caption} if self.kind == "list" else {}
+    warnings: Sequence[str]  # what a run says before it begins
 
 
 def inspect(list_path: str, config: SourceConfig, limit: int | None = None, root: Path | None = None) -> PlanPreview:
@@ -68,34 +60,17 @@ def inspect(list_path: str, config: SourceConfig, limit: int | None = None, root
         remote = plan.facts["remote"] or is_remote(list_path)
         _require_same(plan, list_path, None if remote else find(list_path, plan.root), config)
         if not _grows(plan, limit):
-            first = plan.facts["inputs"][0]
-            return PlanPreview(
-                kind=plan.facts["kind"],
-                inputs=len(plan.facts["inputs"]),
-                listed_rows=plan.listed_rows,
-                total_rows=plan.total_rows,
-                shard_count=len(plan.shards),
-                url=first["url"],
-                caption=first["caption"],
-                extra_columns=plan.extra_columns,
-                warnings=list(plan.warnings),
-            )
+            rows = plan.listed_rows, plan.total_rows
+            return PlanPreview(*rows, len(plan.shards), plan.columns, plan.extra_columns, plan.warnings)
     with tempfile.TemporaryDirectory() as scratch:
         found = find(list_path, Path(scratch))
         scan = scan_list(found, config, limit)
-        fresh = scan if plan is None else _without_planned(plan, found, config, scan)
-    size = _rows_per_shard(config, sum(fresh.kept))
-    return PlanPreview(
-        kind=found.kind,
-        inputs=len(scan.inputs),
-        listed_rows=scan.listed_rows,
-        total_rows=sum(scan.kept),
-        shard_count=(len(plan.shards) if plan else 0) + sum(-(-kept // size) for kept in fresh.kept),
-        url=scan.inputs[0].url,
-        caption=scan.inputs[0].caption,
-        extra_columns=scan.extra_columns,
-        warnings=scan.warnings,
-    )
+        added = scan if plan is None else _without_planned(plan, found, config, scan)
+    size = _rows_per_shard(config, sum(added.kept))
+    shard_count = (len(plan.shards) if plan else 0) + sum(-(-kept // size) for kept in added.kept)
+    first = scan.inputs[0]
+    columns = {"url": first.url, "caption": first.caption} if found.kind == "list" else {}
+    return PlanPreview(scan.listed_rows, sum(scan.kept), shard_count, columns, scan.extra_columns, scan.warnings)
 
 
 def make_plan(list_path: str, root: Path, config: SourceConfig, limit: int | None = None) -> Plan:

@@ -1,8 +1,8 @@
 """Vectors that exist already: a clip-retrieval folder taken in place of the embed stage.
 
-The folder may be cut into partitions in any way; what ties a vector to a picture of ours is the name in `image_path`:
-our key where the pictures came from a list of URLs, the key or file name that a picture had in the folder of tars or
-images that it was read from. A name is not proof, so 8 pictures of every shard are embedded again and compared; for a
+The folder may be cut into partitions in any way; what ties a vector to an image of ours is the name in `image_path`:
+our key where the images came from a list of URLs, the key or file name that an image had in the folder of tars or
+images that it was read from. A name is not proof, so 8 images of every shard are embedded again and compared; for a
 folder that carries the description of its space (ours do), their captions are compared instead.
 """
 
@@ -32,14 +32,14 @@ from curate.store.disk import check_space
 from curate.store.records import is_done, recommit
 
 MIN_COSINE = 0.98
-"""The least that the median of those pictures' cosines may be. Single pictures move further when they are stored anew
+"""The least that the median of those images' cosines may be. Single images move further when they are stored anew
 (bundled, 40 photographs: at 512 pixels 0.991 to 1, at 256 down to 0.89 and in the median 0.991), so no single one
-decides; another encoder, activation or picture moves them all (other pictures: 0.70 at most, seen on the same 40)."""
+decides; another encoder, activation or image moves them all (other images: 0.70 at most, seen on the same 40)."""
 
 UNIT_TOLERANCE = 2e-3
 """How far a row's length may be from 1: models that normalise in fp16 come to within about 1e-3."""
 
-_COMPARED = 8  # pictures of each shard
+_COMPARED = 8  # images of each shard
 _IMAGE_ENDING = r"(?i)\.(" + "|".join(IMAGE_EXTENSIONS) + r")$"
 
 
@@ -69,8 +69,8 @@ def open_folder(config: EmbedConfig) -> Folder:
     Raises UserError where it is not a whole clip-retrieval folder, or says that it is of another encoder.
     """
     root = Path(config.embeddings or "").expanduser()
-    images, metadata = _numbered(root, "img_emb", "npy"), _numbered(root, "metadata", "parquet")
-    texts = _numbered(root, "text_emb", "npy") if (root / "text_emb").is_dir() else {}
+    images, metadata = _partition_files(root, "img_emb", "npy"), _partition_files(root, "metadata", "parquet")
+    texts = _partition_files(root, "text_emb", "npy") if (root / "text_emb").is_dir() else {}
     if not images:
         raise UserError(f"embed.embeddings: {root} is not a clip-retrieval folder: it has no img_emb/img_emb_*.npy")
     for name, found in (("metadata", metadata), ("text_emb", texts or images)):
@@ -78,8 +78,8 @@ def open_folder(config: EmbedConfig) -> Folder:
             raise UserError(f"embed.embeddings: {root}: img_emb and {name} do not both have partition {lacking[0]}")
     parts = []
     dims = {}
-    for number in sorted(images):
-        part = Part(images[number], texts.get(number), metadata[number], _rows(metadata[number]))
+    for index in sorted(images):
+        part = Part(images[index], texts.get(index), metadata[index], _rows(metadata[index]))
         for path in filter(None, (part.images, part.texts)):
             vectors = _vectors(path)
             if len(vectors) != part.rows:
@@ -89,8 +89,8 @@ def open_folder(config: EmbedConfig) -> Folder:
             dims[vectors.shape[1]] = path
         parts.append(part)
     if len(dims) > 1:
-        told = ", ".join(f"{dim} in {path.name}" for dim, path in sorted(dims.items()))
-        raise UserError(f"embed.embeddings: {root}: the vectors are not of one length: {told}")
+        lengths = ", ".join(f"{dim} in {path.name}" for dim, path in sorted(dims.items()))
+        raise UserError(f"embed.embeddings: {root}: the vectors are not of one length: {lengths}")
     dim = next(iter(dims))
     space = Space.load(root / "space.json") if (root / "space.json").exists() else None
     if space is not None and (space.encoder != config.encoder or space.dim != dim):
@@ -101,7 +101,7 @@ def open_folder(config: EmbedConfig) -> Folder:
     return Folder(root, parts, dim, space)
 
 
-def _numbered(root: Path, kind: str, ending: str) -> dict[int, Path]:
+def _partition_files(root: Path, kind: str, ending: str) -> dict[int, Path]:
     """The files of one kind by the number in their name, as clip-retrieval calls them."""
     prefix = "metadata" if kind == "metadata" else kind
     pattern = re.compile(rf"{prefix}_(\d+)\.{ending}")
@@ -179,8 +179,8 @@ class Imported:
         for part, places, inside in self._by_part(rows):
             assert part.texts is not None
             vectors[places] = _vectors(part.texts)[inside]
-        told = np.flatnonzero(vectors.any(axis=1))
-        vectors[told] = _unit(vectors[told], [keys[i] for i in told], self.folder.root / "text_emb")
+        present = np.flatnonzero(vectors.any(axis=1))
+        vectors[present] = _unit(vectors[present], [keys[i] for i in present], self.folder.root / "text_emb")
         return vectors
 
     def captions(self, rows: np.ndarray) -> list[str | None]:
@@ -196,9 +196,9 @@ class Imported:
     def _by_part(self, rows: np.ndarray) -> Iterator[tuple[Part, np.ndarray, np.ndarray]]:
         """The partitions that hold these rows: (partition, places in `rows`, rows of the partition)."""
         owner = np.searchsorted(self._starts, rows, "right") - 1
-        for number in np.unique(owner):
-            places = np.flatnonzero(owner == number)
-            yield self.folder.parts[number], places, rows[places] - self._starts[number]
+        for index in np.unique(owner):
+            places = np.flatnonzero(owner == index)
+            yield self.folder.parts[index], places, rows[places] - self._starts[index]
 
 
 def _names_in(metadata: Path) -> Iterator[np.ndarray]:
@@ -242,11 +242,11 @@ def _unit(vectors: np.ndarray, keys: list[str], where: Path) -> np.ndarray:
 
 
 def import_shard(data: Data, shard: int, imported: Imported, encoder: Encoder | None, config: str) -> int:
-    """Take over the vectors of one fetched shard's pictures, in the order of the ledger, unless that is done.
+    """Take over the vectors of one fetched shard's images, in the order of the ledger, unless that is done.
     Returns how many.
 
     `encoder` is None where the folder says which space it is of. Raises UserError, naming the first, where the folder
-    lacks a picture, or its vectors are not of unit length or not those of these pictures.
+    lacks an image, or its vectors are not of unit length or not those of these images.
     """
     inputs = data.fetched_digests(shard)
     assert inputs is not None, f"shard {shard} is embedded before it is fetched"
@@ -266,8 +266,8 @@ def import_shard(data: Data, shard: int, imported: Imported, encoder: Encoder | 
         first = int(np.argmax(rows < 0))
         called = "" if names[first] == keys[first] else f" (called {names[first]} where it was read)"
         raise UserError(
-            f"embed.embeddings: {root} has no vector for {int((rows < 0).sum()):,} of the {len(keys):,} pictures of "
-            f"shard {shard}; the first is {keys[first]}{called}. Its metadata must name every picture in image_path."
+            f"embed.embeddings: {root} has no vector for {int((rows < 0).sum()):,} of the {len(keys):,} images of "
+            f"shard {shard}; the first is {keys[first]}{called}. Its metadata must name every image in image_path."
         )
     images, texts = imported.images(rows, keys), imported.texts(rows, keys)
     some = np.unique(np.linspace(0, len(keys) - 1, min(_COMPARED, len(keys))).astype(int))
@@ -283,7 +283,7 @@ def import_shard(data: Data, shard: int, imported: Imported, encoder: Encoder | 
 
 
 def _names(data: Data, shard: int, keys: list[str]) -> list[str]:
-    """What the pictures of a shard were called by whoever embedded them: in tars and folders, their names there."""
+    """What the images of a shard were called by whoever embedded them: in tars and folders, their names there."""
     if data.plan.facts["base"] is None:
         return keys
     source = data.plan.read(shard)
@@ -304,19 +304,19 @@ def _names(data: Data, shard: int, keys: list[str]) -> list[str]:
 
 
 def _compare_vectors(data: Data, shard: int, encoder: Encoder, keys: list[str], theirs: np.ndarray, root: Path) -> None:
-    """UserError unless the encoder gives, for most of these pictures, the vectors that the folder holds."""
+    """UserError unless the encoder gives, for most of these images, the vectors that the folder holds."""
     index = index_tar(data.tar(shard))
-    pictures = []
+    images = []
     with open(data.tar(shard), "rb") as tar:
         for key in keys:
             found = image_member(index[key])
             assert found is not None, f"{key} has no image in {data.tar(shard)}"
-            pictures.append(decode(read_range(tar, found[1])))
-    cosines = np.einsum("nd,nd->n", encoder.encode_images(pictures), theirs)
+            images.append(decode(read_range(tar, found[1])))
+    cosines = np.einsum("nd,nd->n", encoder.encode_images(images), theirs)
     if len(keys) and np.median(cosines) < MIN_COSINE:
         worst = int(np.argmin(cosines))
         raise UserError(
-            f"embed.embeddings: {root} does not hold {encoder.name}'s vectors of these pictures: {len(keys)} of shard "
+            f"embed.embeddings: {root} does not hold {encoder.name}'s vectors of these images: {len(keys)} of shard "
             f"{shard} were embedded again, and their cosines have the median {np.median(cosines):.3f}, {MIN_COSINE} "
             f"needed; the worst is {keys[worst]} with {cosines[worst]:.3f}. Name the encoder that made the folder as "
             "embed.encoder, and the list that it was made from."

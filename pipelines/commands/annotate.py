@@ -8,14 +8,14 @@ from typing import Any
 
 from aesthetic.errors import UserError
 from aesthetic.space import Space
-from curate.annotators.base import column_specs
+from curate.annotators.base import TableAnnotator, column_specs
 from curate.annotators.registry import Spec, absolute, make_annotators
-from curate.annotators.stage import column_inputs
+from curate.annotators.stage import annotate_table, column_inputs
 from curate.layout import Data, open_data
 from curate.ledger.sql import plain_name
 from curate.store.files import read_json, sweep
 from curate.store.lock import Lock
-from curate.workers import EmbedWorker, annotated, space_known
+from curate.workers import EmbedWorker, annotated, per_shard, space_known
 from pipelines.checks import Say
 from pipelines.options import Options, Result, argument, command, option
 from pipelines.recipe import Recipe, parse_columns
@@ -75,10 +75,10 @@ def annotate(data: Data, given: Mapping[str, Spec], *, address: str | None = Non
         sweep(data.root)
         missing = {
             name: [s for s in shards if column_inputs(data, s, a) is not None and not annotated(data, s, name, a)]
-            for name, a in annotators.items()
+            for name, a in per_shard(annotators).items()
         }
         left = sorted(set[int]().union(*missing.values()))
-        on_ray = any(missing[name] and a.reads == "pixels" for name, a in annotators.items())
+        on_ray = any(annotators[name].reads == "pixels" for name, lacking in missing.items() if lacking)
         worker = None if on_ray else EmbedWorker(data, wanted.embed, wanted.columns, "", vectors=False)
         if worker is None:
             if address is not None:
@@ -90,12 +90,16 @@ def annotate(data: Data, given: Mapping[str, Spec], *, address: str | None = Non
         else:
             for shard in left:
                 worker.run(shard)
+        fresh = {name: len(lacking) for name, lacking in missing.items()}
+        for name, annotator in annotators.items():
+            if isinstance(annotator, TableAnnotator):
+                fresh[name] = annotate_table(data, name, annotator)
         if stored is not None and given:
             store_recipe(data, replace(stored, columns=recipe.columns))
-    for name, fresh in missing.items():
-        say(f"{name}: {len(fresh):,} of {len(shards):,} shards annotated{'' if fresh else ' (all were)'}")
+    for name, count in fresh.items():
+        say(f"{name}: {count:,} of {len(shards):,} shards annotated{'' if count else ' (all were)'}")
     return {
         "shards": len(shards),
-        "annotated": {name: len(fresh) for name, fresh in missing.items()},
+        "annotated": fresh,
         "columns": {name: spec.facts() for name, spec in column_specs(annotators).items()},
     }

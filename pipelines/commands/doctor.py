@@ -14,6 +14,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from pipelines.options import Options, Result
+from pipelines.runtime.cluster import local_gpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +38,9 @@ def examine(say: Callable[[str], None]) -> bool:
     """Print a line per finding; returns whether the main job can run here."""
     say(f"ok       Python {sys.version.split()[0]}, {os.cpu_count()} cores")
     good = _packages(say)
-    gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
-    say(
-        f"ok       {gpus} NVIDIA GPU{'s' if gpus != 1 else ''}"
-        if gpus
-        else "note     no NVIDIA GPU: encoders run on the CPU"
-    )
+    gpus = local_gpus()
+    found = f"ok       {gpus} NVIDIA GPU{'s' if gpus > 1 else ''}"
+    say(found if gpus else "note     no NVIDIA GPU: encoders run on the CPU")
     free = shutil.disk_usage(Path.cwd()).free
     say(f"{'ok' if free > 5e9 else 'note'}       {free / 1e9:,.0f} GB free here")
     if importlib.util.find_spec("img2dataset") is None:

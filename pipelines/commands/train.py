@@ -27,8 +27,7 @@ from typing import IO, TYPE_CHECKING, Any
 from aesthetic.errors import DiskFull, UserError
 from curate.store.files import local_path, read_json, sweep, write_json
 from curate.store.ownership import check_free, taken
-from pipelines.options import REQUIRED, Options, Result, argument, option, positive_int
-from pipelines.prompts import read_prompts
+from pipelines.options import REQUIRED, Options, Result, argument, option, positive_int, read_prompts
 from pipelines.runtime.progress import ProgressBar, format_duration, redirect_output
 from train.devices import FreeCores, default_device, set_threads, versions
 from train.models.presets import OBJECTIVES, PRESETS

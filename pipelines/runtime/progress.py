@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from curate.store.files import open_log
-from pipelines.terminal import CLEAR, RETURN, Shown, text_stream
+from pipelines.terminal import CLEAR, RETURN, SafeStream, safe_stream
 
 Counts = dict[tuple[str, str], int]
 """(stage, outcome) -> rows."""
@@ -235,10 +235,10 @@ def redirect_output(log: Path) -> Iterator[IO[str]]:
         saved = [os.dup(1), os.dup(2)]
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
-    lost = [(stream, stream.lost) for stream in (sys.stdout, sys.stderr) if isinstance(stream, Shown)]
+    lost = [(stream, stream.write_error) for stream in (sys.stdout, sys.stderr) if isinstance(stream, SafeStream)]
     for stream, _ in lost:
-        stream.lost = None  # the log can be written, whatever became of the terminal
-    terminal = text_stream(os.dup(saved[1]), sys.stderr)
+        stream.write_error = None  # the log can be written, whatever became of the terminal
+    terminal = safe_stream(os.dup(saved[1]), sys.stderr)
     try:
         yield terminal  # type: ignore[misc]
     finally:
@@ -248,7 +248,7 @@ def redirect_output(log: Path) -> Iterator[IO[str]]:
             os.dup2(before, fd)
             os.close(before)
         for stream, error in lost:
-            stream.lost = error
+            stream.write_error = error
         terminal.close()
-        if isinstance(sys.stderr, Shown):  # the same descriptor: what was lost here counts there
-            sys.stderr.lost = sys.stderr.lost or terminal.lost
+        if isinstance(sys.stderr, SafeStream):  # the same descriptor: what was lost here counts there
+            sys.stderr.write_error = sys.stderr.write_error or terminal.write_error
