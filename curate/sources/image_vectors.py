@@ -73,7 +73,7 @@ class DataFolderVectors(ImageVectors):
         import pandas as pd
         import pyarrow.parquet as pq
 
-        from curate.layout import open_data
+        from curate.store.ownership import open_data
 
         self.data = open_data(root)
         self.root, self._text_encoder = self.data.root, text_encoder

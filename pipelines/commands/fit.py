@@ -231,7 +231,7 @@ def _images(options: FitOptions, log: Log) -> ImageVectors:
 
         def text_encoder() -> Encoder:
             from curate.encoders.registry import load_encoder
-            from curate.layout import open_data
+            from curate.store.ownership import open_data
             from pipelines.stored_recipe import recipe_of
 
             embed = recipe_of(open_data(data), None, ()).embed
