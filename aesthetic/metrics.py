@@ -40,12 +40,6 @@ class Correlation:
         return self.statistic(w)
 
 
-def pearson(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
-    """Pearson's correlation of two rows of numbers, -1 to 1; NaN where one of them does not vary."""
-    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return _pearson(x, y, np.ones(len(x)))
-
-
 def spearman(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     """Spearman's rank correlation, -1 to 1, with the mean rank for ties; NaN where one of them does not vary."""
     return spearman_of(np.asarray(a, np.float64), np.asarray(b, np.float64))(np.ones(len(np.asarray(a))))
