@@ -182,9 +182,7 @@ def test_a_name_twice_is_refused(real_data: Data, fresh: Data, tmp_path: Path) -
 def test_vectors_of_other_pictures_are_refused(real_data: Data, fresh: Data, tmp_path: Path) -> None:
     keys, images, _, _ = vectors_of(real_data)
     embed = clip_retrieval_folder(tmp_path / "emb", keys, np.roll(images, 1, axis=0), None, None, 100)
-    refused(
-        fresh, embed, "does not hold bundled's vectors of these pictures: 8 of shard 0 .* 0.98 needed; the worst is"
-    )
+    refused(fresh, embed, "does not hold bundled's vectors of these images: 8 of shard 0 .* 0.98 needed; the worst is")
 
 
 def test_captions_of_another_list_are_refused(real_data: Data, fresh: Data, tmp_path: Path) -> None:
