@@ -1,4 +1,4 @@
-"""Pictures of how good a head is: predictions against ratings, reliability, the learning curve.
+"""Plots of how good a head is: predictions against ratings, reliability, the learning curve.
 
 Each is one PNG of 900 pixels or a little more in width, and the same numbers give the same bytes on one version of
 matplotlib, whatever the user's own matplotlib settings.
@@ -21,6 +21,7 @@ from aesthetic.files import write_atomic
 from aesthetic.heads import HeadError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 DENSE = 2000
@@ -58,65 +59,47 @@ def scatter(
     scale: tuple[float, float],
     *,
     title: str,
-    low: npt.ArrayLike | None = None,
-    high: npt.ArrayLike | None = None,
 ) -> Path:
     """Draw held-out predictions (n,) against ratings (n,), both in the units of `scale`; returns the path.
 
     A dotted line is where both are equal, an amber one the calibration: the least-squares line of rating on prediction,
-    with its slope. Histograms of both lie along the edges. low and high (n,), both or neither: an interval around each
-    prediction in which the rating was expected: a hair, or above 200 rows two dashed lines, the medians of both ends in
-    twenty groups by prediction. Above DENSE rows density takes the place of dots. The axes hold the scale, and all
-    predictions where they leave it.
+    with its slope. Histograms of both lie along the edges. Above DENSE rows density takes the place of dots. The axes
+    hold the scale, and all predictions where they leave it.
     """
     x, y = _numbers(path, "predicted", predicted), _numbers(path, "rated", rated)
     if len(x) != len(y) or not len(x):
         raise HeadError(f"{path}: {len(x)} predictions and {len(y)} ratings; as many of both are needed, at least one")
-    ends = None
-    if low is not None or high is not None:
-        if low is None or high is None:
-            raise HeadError(f"{path}: an interval has two ends; give both `low` and `high`, or neither")
-        ends = np.stack([_numbers(path, "low", low), _numbers(path, "high", high)])
-        if ends.shape[1] != len(x):
-            raise HeadError(f"{path}: {ends.shape[1]} intervals for {len(x)} predictions")
     start, end = _span([*scale, x.min(), x.max(), y.min(), y.max()])
     with drawing(path, title, 6.2, 6.2) as figure:
+        from matplotlib.colors import LinearSegmentedColormap
+
         grid = figure.add_gridspec(2, 2, width_ratios=(6, 1), height_ratios=(1, 6), wspace=0.02, hspace=0.02)
         axes = figure.add_subplot(grid[1, 0])
         above, beside = figure.add_subplot(grid[0, 0], sharex=axes), figure.add_subplot(grid[1, 1], sharey=axes)
         axes.set(xlim=(start, end), ylim=(start, end), xlabel="predicted, held out", ylabel="rated")
         if len(x) > DENSE:
+            greens = LinearSegmentedColormap.from_list("greens", ["#d3e5df", _GREEN, "#0e3a32"])
             cells = axes.hexbin(
-                x, y, gridsize=55, mincnt=1, bins="log", extent=(start, end, start, end), cmap=_greens(), linewidths=0
+                x, y, gridsize=55, mincnt=1, bins="log", extent=(start, end, start, end), cmap=greens, linewidths=0
             )
             bar = figure.colorbar(cells, ax=[axes, beside], shrink=0.5, pad=0.01, aspect=30, label="images in a cell")
             bar.outline.set_visible(False)  # type: ignore[operator]
             bar.ax.yaxis.set_major_formatter(_plain)
             bar.ax.yaxis.set_minor_formatter("")
         else:
-            if ends is not None and len(x) <= 200:
-                axes.vlines(x, ends[0], ends[1], color=_GREEN, alpha=0.25, linewidth=0.8)
             axes.plot(x, y, "o", color=_GREEN, markersize=5 if len(x) <= 300 else 3, alpha=0.6, markeredgewidth=0)
-        if ends is not None and len(x) > 200:
-            groups = np.array_split(np.argsort(x, kind="stable"), 20)
-            middle = [np.median(x[rows]) for rows in groups]
-            for side, words in zip(ends, ("expected within", None), strict=True):
-                medians = [np.median(side[rows]) for rows in groups]
-                axes.plot(middle, medians, "--", color=_INK, linewidth=1, label=words)
         axes.plot((start, end), (start, end), ":", color=_INK, linewidth=1, label="equal")
         if np.ptp(x) > 0:
             slope = float(np.cov(x, y, bias=True)[0, 1] / x.var())
             sides = np.array([x.min(), x.max()])
             words = f"calibration, slope {slope:.2f}"
             axes.plot(sides, y.mean() + slope * (sides - x.mean()), color=_AMBER, linewidth=1.8, label=words)
-        axes.legend(loc="upper left")
+        _finish(axes, "upper left")
         edges = np.linspace(start, end, 41).tolist()
         above.hist(x, edges, color=_GREEN, alpha=0.7)
         beside.hist(y, edges, color=_GREEN, alpha=0.7, orientation="horizontal")
         above.axis("off")
         beside.axis("off")
-        axes.grid(color=_LINE, linewidth=0.7)
-        axes.set_axisbelow(True)
     return Path(path)
 
 
@@ -163,9 +146,7 @@ def reliability(path: Path | str, bins: Sequence[dict[str, Any]], *, title: str,
             clip_on=False,
             label="observed, with its interval" if (high > low).any() else "observed",
         )
-        axes.legend(loc="upper left")
-        axes.grid(color=_LINE, linewidth=0.7)
-        axes.set_axisbelow(True)
+        _finish(axes, "upper left")
         bars = below.bar(range(1, len(bins) + 1), counts, color=_GREEN, alpha=0.7, width=0.8)
         small = {"fontsize": 8 if len(bins) <= 12 else 6.5, "color": _SOFT}
         below.bar_label(bars, [f"{n:,}" if n < 10_000 else f"{n / 1000:,.0f}k" for n in counts], padding=2, **small)
@@ -181,11 +162,10 @@ def learning_curve(
     ceiling: float | None = None,
     *,
     title: str,
-    measure: str = "Spearman",
 ) -> Path:
     """Draw how good a head is that was fitted to so many ratings; returns the path.
 
-    points: n (ratings in training, at least 1), value (of `measure`, on ratings held out), low and high (the ends of
+    points: n (ratings in training, at least 1), value (Spearman, on ratings held out), low and high (the ends of
     its interval; None or NaN where there is none); a point whose value is None or NaN is left out. ceiling: the best
     value that the ratings' own noise allows, a dashed line. What more ratings would bring is not drawn: from a
     handful of points with intervals like these, any law could be fitted.
@@ -198,10 +178,10 @@ def learning_curve(
     with drawing(path, title, 6.2, 4.2) as figure:
         axes = figure.subplots()
         axes.set_xscale("log")
-        axes.set(xlim=(n[0] / _ROOM, n[-1] * _ROOM), xlabel="ratings in training", ylabel=f"{measure}, held out")
+        axes.set(xlim=(n[0] / _ROOM, n[-1] * _ROOM), xlabel="ratings in training", ylabel="Spearman, held out")
         axes.fill_between(n, low, high, color=_GREEN, alpha=0.15, linewidth=0)
         axes.vlines(n, low, high, color=_GREEN, alpha=0.5, linewidth=1.2)
-        axes.plot(n, value, "o-", color=_GREEN, markersize=5.5, linewidth=1.4, label=measure)
+        axes.plot(n, value, "o-", color=_GREEN, markersize=5.5, linewidth=1.4, label="Spearman")
         if ceiling is not None:
             words = f"noise ceiling {ceiling:.2f}"
             axes.axhline(ceiling, color=_AMBER, linestyle="--", linewidth=1.4, label=words)
@@ -209,9 +189,7 @@ def learning_curve(
         axes.set_xticks(_apart(n), minor=False)
         axes.set_xticks([], minor=True)
         axes.xaxis.set_major_formatter(_plain)
-        axes.legend(loc="lower right")
-        axes.grid(color=_LINE, linewidth=0.7)
-        axes.set_axisbelow(True)
+        _finish(axes, "lower right")
     return Path(path)
 
 
@@ -232,10 +210,10 @@ def drawing(path: Path | str, title: str, width: float, height: float) -> Iterat
     write_atomic(Path(path), buffer.getvalue())
 
 
-def _greens() -> Any:
-    from matplotlib.colors import LinearSegmentedColormap
-
-    return LinearSegmentedColormap.from_list("greens", ["#d3e5df", _GREEN, "#0e3a32"])
+def _finish(axes: Axes, legend: str) -> None:
+    axes.legend(loc=legend)
+    axes.grid(color=_LINE, linewidth=0.7)
+    axes.set_axisbelow(True)
 
 
 def _plain(value: float, _: Any = None) -> str:

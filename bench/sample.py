@@ -85,7 +85,7 @@ def begin(sampler: Sampler, kind: str) -> dict[str, Any]:
     """The picture to begin with, and the mask."""
     if kind == "text":
         return {}
-    width, height = sampler.about.size
+    width, height = sampler.info.size
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8))
     if kind == "image":
@@ -100,7 +100,7 @@ def peer(sampler: Sampler, kind: str) -> Any:
     import diffusers
 
     kinds = getattr(diffusers, f"StableDiffusion{KINDS[kind]}Pipeline")
-    pipeline = kinds.from_pretrained(sampler.about.folder, dtype=sampler.dtype).to(sampler.device)
+    pipeline = kinds.from_pretrained(sampler.info.folder, dtype=sampler.dtype).to(sampler.device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -3,7 +3,7 @@
 A page on another site can make its visitor's browser send requests here. Browsers say where a request comes from
 (`Origin`, `Sec-Fetch-Site`) and what name it was sent to (`Host`), and keep other sites from setting a content type of
 JSON unasked; so all four are looked at. A token, where there is one, comes as `Authorization: Bearer`, or as a cookie
-that the sign-in form sets.
+that the sign-in form sets. Wrong ones are looked at slowly, the right one at once.
 """
 
 from __future__ import annotations
@@ -11,34 +11,26 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import ipaddress
+import math
 import secrets
-from collections import Counter
-from collections.abc import Mapping
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import h11
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
-
-from studio.attempts import TokenAttempts
 
 MAX_HEADERS = 100
-MAX_HEAD = 16 << 10  # bytes of a request's line and headers
 MAX_BODY = 24 << 20
-"""Bytes of one request: two pictures of 8 MB in base64, and room."""
+"""Bytes of one request: two images of 8 MB in base64, and room."""
 SMALL_BODY = 64 << 10
 MAX_READING = 256 << 20
 """Bytes of all the requests above SMALL_BODY that are read at once; those from one address may be half of it."""
 BODY_SECONDS = 60.0
-HEAD_SECONDS = 10.0  # from the first byte, or from connecting, to the end of the headers
-WRITE_SECONDS = 30.0  # in which a client takes 64 kB of an answer
-MOST_CONNECTIONS = 384  # and as many again that are being answered
-CHUNKS, CHUNK_BYTES = 200, 1000
-"""A body in chunks has so many at most, and then one for each so many bytes: each costs as much time as a request."""
 
 COOKIE = "tastemaker_token"
 OPEN = ("/style.css", "/icon.svg")
@@ -96,64 +88,68 @@ class Gate:
         async def protected(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                for name, value in PROTECTION.items():
-                    headers[name] = value
+                headers.update(PROTECTION)
                 headers.setdefault("cache-control", "no-store")
             await send(message)
 
         try:
-            answer = await self._pass(scope, receive, protected)
+            response = await self._pass(scope, receive, protected)
         except Refused as e:
-            answer = e.response
-        if answer is not None:
-            await answer(scope, receive, protected)
+            response = e.response
+        if response is not None:
+            await response(scope, receive, protected)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> Response | None:
         """Let the app answer (None), or say what is answered in its place."""
-        headers = Headers(scope=scope)
-        method, path = scope["method"], scope["path"]
+        headers, method, path = Headers(scope=scope), scope["method"], scope["path"]
         if len(headers) > MAX_HEADERS:
             raise Refused(431, f"{len(headers):,} headers; at most {MAX_HEADERS} are read")
         self._check_host(headers)
         _check_site(headers, method, path)
-        if self._token is not None and path == "/login" and method == "POST":
-            return await self._log_in(scope, receive)
-        if path not in OPEN and not await self._is_known(scope):
-            if path == "/" and method == "GET":
-                return self._form(401, "")
-            raise Refused(
-                401,
-                "this server asks for a token",
-                "send it as `Authorization: Bearer TOKEN`, or sign in on the page",
-                {"www-authenticate": "Bearer"},
-            )
+        if self._token is not None:
+            if path == "/login" and method == "POST":
+                return await self._log_in(scope, receive, self._token)
+            if path not in OPEN and not await self._is_known(scope, self._token):
+                if path == "/" and method == "GET":
+                    return self._form(401, "")
+                raise Refused(
+                    401,
+                    "this server asks for a token",
+                    "send it as `Authorization: Bearer TOKEN`, or sign in on the page",
+                    {"www-authenticate": "Bearer"},
+                )
         if method in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
             return None
+
         address = address_of(scope)
-        body = await self._body(headers, receive, address)
-        if method in ("POST", "PUT", "PATCH"):
-            _check_type(headers, "application/json")
-        ended = False
-
-        async def again() -> Message:
-            nonlocal ended
-            if ended:
-                return await receive()
-            ended = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
+        body: bytes | None = await self._read_body(headers, receive, address)
+        size = len(body or b"")
         try:
-            await self._app(scope, again, send)
+            if method in ("POST", "PUT", "PATCH"):
+                _check_type(headers, "application/json")
+
+            async def replay() -> Message:
+                nonlocal body
+                if body is None:
+                    return await receive()
+                message = {"type": "http.request", "body": body, "more_body": False}
+                body = None
+                return message
+
+            await self._app(scope, replay, send)
         finally:
-            self._read(address, -len(body))
+            self._count(address, -size)
         return None
 
     def _check_host(self, headers: Headers) -> None:
         given = headers.getlist("host")
         if len(given) != 1:
             raise Refused(400, f"{len(given)} Host headers; one is expected")
-        name = _hostname(given[0])
+        try:
+            name = urlsplit(f"//{given[0]}").hostname or ""
+        except ValueError:
+            name = ""
         if self._hosts is not None and name not in self._hosts:
             raise Refused(
                 403,
@@ -161,21 +157,19 @@ class Gate:
                 f"it answers to {', '.join(sorted(self._hosts))}; for another name start it with --host and a token",
             )
 
-    async def _is_known(self, scope: Scope) -> bool:
-        if self._token is None:
-            return True
+    # ------------------------------------------------------------------------------------------------------ tokens
+
+    async def _is_known(self, scope: Scope, token: str) -> bool:
         connection = HTTPConnection(scope)
         scheme, _, given = connection.headers.get("authorization", "").partition(" ")
         bearer = given.strip() if scheme.lower() == "bearer" else ""
         kept = connection.cookies.get(COOKIE, "")
         if not bearer and not kept:
             return False
-        right = _same(bearer, self._token) | _same(kept, cookie(self._token))
-        return await self._looked_at(scope, right)
+        return await self._attempt(address_of(scope), _same(bearer, token) | _same(kept, cookie(token)))
 
-    async def _looked_at(self, scope: Scope, right: bool) -> bool:
-        """What came of a token, when its time has come. Refused where too many guesses wait."""
-        address = address_of(scope)
+    async def _attempt(self, address: str, right: bool) -> bool:
+        """What came of a token, when its time has come. Refused where too many attempts wait."""
         if right and self._attempts.is_known(address):
             self._attempts.right(address, taken=False)
             return True
@@ -187,33 +181,34 @@ class Gate:
             self._attempts.right(address, taken=True)
         return right
 
-    async def _log_in(self, scope: Scope, receive: Receive) -> Response:
-        headers = Headers(scope=scope)
-        address = address_of(scope)
-        body = await self._body(headers, receive, address, most=10_000)
-        self._read(address, -len(body))
+    async def _log_in(self, scope: Scope, receive: Receive, token: str) -> Response:
+        headers, address = Headers(scope=scope), address_of(scope)
+        body = await self._read_body(headers, receive, address, most=10_000)
+        self._count(address, -len(body))
         _check_type(headers, "application/x-www-form-urlencoded")
         try:
             given = parse_qs(body.decode("utf-8", "replace"), max_num_fields=10).get("token", [""])[0]
         except ValueError as e:
             raise Refused(400, f"this is no sign-in: {e}") from None
-        if self._token is None or not await self._looked_at(scope, _same(given.strip(), self._token)):
+        if not await self._attempt(address, _same(given.strip(), token)):
             return self._form(401, "That is not the token. It is printed where the server was started.")
-        answer = RedirectResponse("/", 303)
-        answer.set_cookie(COOKIE, cookie(self._token), max_age=30 * 86400, httponly=True, samesite="strict")
-        return answer
+        response = RedirectResponse("/", 303)
+        response.set_cookie(COOKIE, cookie(token), max_age=30 * 86400, httponly=True, samesite="strict")
+        return response
 
     def _form(self, status: int, note: str) -> Response:
         return HTMLResponse(self._sign_in.replace("{note}", note), status)
 
-    async def _body(self, headers: Headers, receive: Receive, address: str, most: int = MAX_BODY) -> bytes:
+    # ------------------------------------------------------------------------------------------------------ bodies
+
+    async def _read_body(self, headers: Headers, receive: Receive, address: str, most: int = MAX_BODY) -> bytes:
         """All bytes of a request, which count as being read until the caller takes them off again.
 
         Counted as they come, whatever `Content-Length` says.
         """
         too_large = Refused(413, f"the request is larger than {most / 1e6:,.0f} MB", "send smaller pictures")
-        said = headers.get("content-length", "0")
-        if not said.isdecimal() or int(said[:20]) > most:
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length[:20]) > most:
             raise too_large
         body = bytearray()
         try:
@@ -224,28 +219,25 @@ class Gate:
                     if message["type"] == "http.disconnect":
                         raise Refused(400, "the request ended before its end")
                     part = message.get("body", b"")
-                    self._read(address, len(part))
+                    self._count(address, len(part))
                     body += part
                     more = message.get("more_body", False)
                     if len(body) > most:
                         raise too_large
-                    if len(body) > SMALL_BODY and self._much_is_read(address):
+                    full = self._reading.total() > MAX_READING or self._reading[address] > MAX_READING / 2
+                    if len(body) > SMALL_BODY and full:
                         raise Refused(503, "too much is being sent at once", "try again shortly", {"retry-after": "5"})
-        except TimeoutError:
-            self._read(address, -len(body))
-            raise Refused(408, f"the request did not arrive within {BODY_SECONDS:.0f} seconds") from None
-        except BaseException:
-            self._read(address, -len(body))
+        except BaseException as e:
+            self._count(address, -len(body))
+            if isinstance(e, TimeoutError):
+                raise Refused(408, f"the request did not arrive within {BODY_SECONDS:.0f} seconds") from None
             raise
         return bytes(body)
 
-    def _read(self, address: str, bytes: int) -> None:
+    def _count(self, address: str, bytes: int) -> None:
         self._reading[address] += bytes
         if not self._reading[address]:
             del self._reading[address]
-
-    def _much_is_read(self, address: str) -> bool:
-        return self._reading.total() > MAX_READING or self._reading[address] > MAX_READING / 2
 
 
 def address_of(scope: Scope) -> str:
@@ -289,111 +281,83 @@ def _check_type(headers: Headers, expected: str) -> None:
         raise Refused(415, f"the content type is {given[:100]!r}; {expected} is expected")
 
 
-def _hostname(host: str) -> str:
-    """The name in a Host header, without port and brackets, in lower case; "" where it is none."""
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
+# ----------------------------------------------------------------------------------------------------- wrong tokens
+
+EACH, EACH_AT_ONCE = 5.0, 10
+"""Attempts a second of one address, after so many at once."""
+ALL, ALL_AT_ONCE = 25.0, 50
+"""The same of all addresses together; the first FREE of an address do not count, so that a newcomer waits for none."""
+FREE = 3
+MAX_WAIT = 10.0  # seconds that an attempt waits to be looked at
+MAX_ADDRESSES = 10_000
 
 
-class _Parser(h11.Connection):
-    """h11's, where a body in crumbs is no request."""
+class LeakyBucket:
+    """Places in time for things that come at `rate` a second, after the first `at_once`."""
 
-    chunks = bytes = 0
+    def __init__(self, rate: float, at_once: int) -> None:
+        self._interval, self._ahead = 1 / rate, (at_once - 1) / rate
+        self._next = -math.inf
 
-    def next_event(self) -> Any:
-        event = super().next_event()
-        if isinstance(event, h11.Request):
-            self.chunks = self.bytes = 0
-        elif isinstance(event, h11.Data):
-            self.chunks += event.chunk_start
-            self.bytes += len(event.data)
-            if self.chunks > CHUNKS + self.bytes // CHUNK_BYTES:
-                raise h11.RemoteProtocolError("the body comes in too small chunks")
-        return event
+    def wait(self, now: float) -> float:
+        """Seconds until the next place."""
+        return max(0.0, max(self._next, now - self._ahead) - now)
+
+    def take(self, now: float) -> None:
+        """Take that place."""
+        self._next = max(self._next, now - self._ahead) + self._interval
+
+    def give_back(self) -> None:
+        """The place taken last was not needed."""
+        self._next -= self._interval
+
+    def is_new(self, now: float) -> bool:
+        """Whether nothing came for so long that it is as new."""
+        return self._next < now - self._ahead
 
 
-class GuardedProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1, where who is slow is closed: a connection has HEAD_SECONDS to bring a whole head, and
-    WRITE_SECONDS to take what it asked for.
+class TokenAttempts:
+    """When a token may be looked at, and from where the right one has come.
 
-    Where MOST_CONNECTIONS are there and one more comes, one makes room for it that waits for its client: of the address
-    that has the most of these, the one that has been there longest, and first of all one that never asked anything.
+    Per address a few at once and then five a second, of all 25 a second. An address that has shown the right token
+    passes at once with it, whatever else comes from there; what is wrong waits there too.
     """
 
-    _has_asked = False
-    _deadline: asyncio.TimerHandle | None = None
-    _write_deadline: asyncio.TimerHandle | None = None
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._all = LeakyBucket(ALL, ALL_AT_ONCE)
+        self._each: OrderedDict[str, tuple[LeakyBucket, int]] = OrderedDict()  # and how many came
+        self._known: OrderedDict[str, None] = OrderedDict()
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.conn = _Parser(h11.SERVER, MAX_HEAD)
-        self._since = self.loop.time()
+    def is_known(self, address: str) -> bool:
+        """Whether the right token came from there before."""
+        return address in self._known
 
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self.address = address_of({"client": self.client})
-        if len(self.connections) > MOST_CONNECTIONS:
-            self._make_room()
-        self._wait()
+    def take(self, address: str) -> float | None:
+        """Seconds to wait before a token of an address is looked at; None: too many wait, and it is not looked at."""
+        now = self._now()
+        bucket, count = self._each.pop(address, (LeakyBucket(EACH, EACH_AT_ONCE), 0))
+        if bucket.is_new(now):
+            count = 0
+        buckets = [bucket] if count < FREE else [bucket, self._all]
+        wait = max(b.wait(now) for b in buckets)
+        if wait <= MAX_WAIT:
+            for b in buckets:
+                b.take(now)
+            count += 1
+        _remember(self._each, address, (bucket, count))
+        return wait if wait <= MAX_WAIT else None
 
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._wait()
+    def right(self, address: str, taken: bool) -> None:
+        """The right token came; `taken`: after a place was taken for it."""
+        _remember(self._known, address, None)
+        if taken and address in self._each:
+            self._each[address][0].give_back()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._stop()
-        self.resume_writing()
 
-    def on_response_complete(self) -> None:
-        self._since, self._has_asked = self.loop.time(), True
-        super().on_response_complete()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        if self._write_deadline is None:
-            self._write_deadline = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self._write_deadline is not None:
-            self._write_deadline.cancel()
-            self._write_deadline = None
-
-    @property
-    def is_sending(self) -> bool:
-        """Whether the client is in the midst of a request."""
-        return self.cycle is not None and not self.cycle.response_complete and self.cycle.more_body
-
-    @property
-    def waits_for_client(self) -> bool:
-        """Whether it is the client's turn: to ask, to send the rest of a request, or to take the answer."""
-        asked = self.cycle
-        return asked is None or asked.response_complete or asked.response_started or asked.more_body
-
-    def _make_room(self) -> None:
-        idle = [c for c in self.connections if isinstance(c, GuardedProtocol) and c is not self and c.waits_for_client]
-        if not idle and len(self.connections) <= 2 * MOST_CONNECTIONS:
-            return
-        counts = Counter(c.address for c in idle)
-        leaves = min(idle, key=lambda c: (-counts[c.address], c._has_asked, c._since), default=self)
-        self.connections.discard(leaves)  # at once: more may come before it has gone
-        leaves.transport.abort()
-
-    def _wait(self) -> None:
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._stop()  # a request is being answered
-        elif self._deadline is None:
-            self._deadline = self.loop.call_later(HEAD_SECONDS, self._too_slow)
-
-    def _stop(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
-    def _too_slow(self) -> None:
-        self._deadline = None
-        if (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing():
-            self.transport.close()
+def _remember(addresses: OrderedDict[str, Any], address: str, value: Any) -> None:
+    """As the newest; the oldest are forgotten where there are too many."""
+    addresses.pop(address, None)
+    addresses[address] = value
+    while len(addresses) > MAX_ADDRESSES:
+        addresses.popitem(last=False)

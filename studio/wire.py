@@ -1,24 +1,43 @@
-"""What is said in JSON between the page, or another client, and the server; and how much may be asked."""
+"""What page, or another client, and server say to each other in JSON, and how much of it is read.
+
+Of a request's bytes only the images, in base64, may be many. They are cut out of the bytes first, so that what is
+parsed is small whatever it says; and an image's header says how large it will be before it is decoded. `parse_request`
+is work for threads, of which a `BoundedExecutor` has few, so that it can hold up neither the event loop nor the memory.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import base64
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from fastapi import HTTPException
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from aesthetic.errors import UserError
+from aesthetic.untrusted import decode_text
+from curate.images.header import probe
+from curate.ledger.schema import RowError
 from studio.gate import MAX_BODY
 from studio.queue import State
-from train.generate.sampler import STRENGTH, STRENGTH_MASK
+from train.generate.request import STRENGTH, STRENGTH_MASK
 
 MAX_STEPS = 150
-MAX_NUMBER = 16  # pictures of one job
+MAX_NUMBER = 16  # images of one job
 MAX_PROMPT = 2000  # characters; CLIP reads 77 tokens
 MAX_GUIDANCE = 30.0
 MAX_TIMES = 4
-"""Pictures may have so many times the pixels that the model draws by itself: memory for attention grows with their
+"""Images may have so many times the pixels that the model draws by itself: memory for attention grows with their
 square, and where it runs out on a CPU, the kernel ends the whole process."""
 MAX_INPUT = 16_000_000
-"""Pixels of a picture to begin with (4,000 x 4,000), and of an enlarged one; checked before anything is decoded."""
+"""Pixels of an image to begin with (4,000 x 4,000), and of an enlarged one; checked before anything is decoded."""
+
+# ------------------------------------------------------------------------------------------------------------ schemas
 
 
 class ErrorView(BaseModel):
@@ -43,10 +62,10 @@ class JobRequest(BaseModel):
     height: int | None = Field(None, ge=8, le=8192, description="pixels")
     scheduler: str | None = Field(None, max_length=100, description="one of those that GET /api/model names")
     image: str | None = Field(None, description="to begin with: base64 of a PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF")
-    strength: float | None = Field(None, ge=0, le=1, allow_inf_nan=False, description="how much of it is drawn anew")
+    strength: float | None = Field(None, ge=0, le=1, allow_inf_nan=False, description="how much of it is regenerated")
     mask: str | None = Field(
         None,
-        description="base64, as large as the image: white is drawn anew; or what is painted on a transparent one",
+        description="base64, as large as the image: white is regenerated; or what is painted on a transparent one",
     )
     upscale: int = Field(1, ge=1, le=4, description="times; with an image that image is enlarged")
 
@@ -59,8 +78,19 @@ class JobRequest(BaseModel):
         return text
 
 
+class NsfwView(BaseModel):
+    """What the detector said of a picture."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    flagged: bool
+    blurred: bool
+    score: float = Field(allow_inf_nan=False)
+    threshold: float = Field(allow_inf_nan=False)
+
+
 class FactsView(BaseModel):
-    """What a picture's file says of itself, as far as it is looked at here; other programs write such files too."""
+    """What a picture's file says of itself, as far as it is shown; other programs write such files too."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -75,17 +105,6 @@ class FactsView(BaseModel):
     strength: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     upscale: int = Field(1, ge=1, le=100)
     nsfw: NsfwView | None = None
-
-
-class NsfwView(BaseModel):
-    """What the detector said of a picture."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    flagged: bool
-    blurred: bool
-    score: float = Field(allow_inf_nan=False)
-    threshold: float = Field(allow_inf_nan=False)
 
 
 class ImageLink(BaseModel):
@@ -126,7 +145,7 @@ class JobView(BaseModel):
 
 
 class JobsView(BaseModel):
-    """Jobs that wait, are drawn, or ended lately: newest first."""
+    """Jobs that wait, are generated, or ended lately: newest first."""
 
     jobs: list[JobView]
     more: bool = Field(description="whether there are older ones")
@@ -157,7 +176,7 @@ class Limits(BaseModel):
 
 
 class ModelView(BaseModel):
-    """What pictures are drawn with."""
+    """What pictures are generated with."""
 
     name: str
     device: str
@@ -170,31 +189,128 @@ class ModelView(BaseModel):
     limits: Limits
 
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorView, "description": what}
-    for status, what in (
-        (400, "no request that could be understood"),
-        (401, "a token is needed"),
-        (403, "not from here, or not yours"),
-        (404, "there is no such thing"),
-        (405, "this address does not do that"),
-        (408, "the request did not arrive in time"),
-        (413, "too large"),
-        (415, "not JSON"),
-        (422, "something in it can't be"),
-        (429, "too many of yours are waiting, or too many wrong tokens came from your address"),
-        (431, "too many headers"),
-        (500, "an error of the server's own; its log says more"),
-        (503, "the queue is full, or the folder of pictures is not there"),
-    )
+_ERRORS = {
+    400: "no request that could be understood",
+    401: "a token is needed",
+    403: "not from here, or not yours",
+    404: "there is no such thing",
+    405: "this address does not do that",
+    408: "the request did not arrive in time",
+    413: "too large",
+    415: "not JSON",
+    422: "something in it can't be",
+    429: "too many of yours are waiting, or too many wrong tokens came from your address",
+    431: "too many headers",
+    500: "an error of the server's own; its log says more",
+    503: "the queue is full, or the folder of pictures is not there",
 }
+_ERROR_JSON = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorView"}}}
+
+ERRORS: dict[int | str, dict[str, Any]] = {s: {"model": ErrorView, "description": d} for s, d in _ERRORS.items()}
 """What each address may answer beside what it is for."""
 
 ERRORS_OF_FILES: dict[int | str, dict[str, Any]] = {
-    status: {
-        "description": error["description"],
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
-    }
-    for status, error in ERRORS.items()
+    s: {"content": _ERROR_JSON, "description": d} for s, d in _ERRORS.items()
 }
 """The same, of addresses whose answer is no JSON: else FastAPI describes errors in the kind of the answer."""
+
+# ----------------------------------------------------------------------------------------------------- bounded reading
+
+MAX_TEXT = 256 << 10
+"""Bytes of a request's JSON beside its images: both prompts, every character written as an escape, take 48 kB."""
+MAX_QUOTES = 6000  # those of two prompts, and room
+MAX_FIELDS = 50
+
+_LONG_BASE64 = re.compile(rb'"([A-Za-z0-9+/=\\]{1024,}+)"')
+_MARK = "\0picture "
+"""What stands in an image's place: no base64, and no text that may be in another field."""
+_ESCAPES = ((rb"\/", b"/"), (rb"\u002B", b"+"), (rb"\u002b", b"+"), (rb"\u002F", b"/"), (rb"\u002f", b"/"),
+            (rb"\u003D", b"="), (rb"\u003d", b"="))  # fmt: skip
+"""How PHP and .NET write the signs of base64 in JSON."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ParsedRequest:
+    """A request as it was read: nothing is decoded yet."""
+
+    settings: JobRequest  # without images
+    files: dict[str, bytes]  # by field, "image" and "mask"
+    bytes: int  # of their pixels
+
+
+def parse_request(body: bytes) -> ParsedRequest:
+    """Parse a request to draw.
+
+    Raises HTTPException (400, 413), RequestValidationError or UserError, which name the field where it is one's.
+    """
+    if body.count(b'"') > MAX_QUOTES:
+        raise HTTPException(413, "the request holds more text than can be asked")
+    parts: list[bytes] = []
+
+    def cut(match: re.Match[bytes]) -> bytes:
+        parts.append(match[1])
+        return json.dumps(f"{_MARK}{len(parts) - 1}").encode()
+
+    rest = _LONG_BASE64.sub(cut, body)
+    if len(rest) > MAX_TEXT:
+        raise HTTPException(
+            413,
+            f"the request has {len(rest):,} bytes beside its pictures; at most {MAX_TEXT:,} are read (pictures are "
+            "plain base64, without `data:` and line ends)",
+        )
+    settings = _parse_settings(rest)
+    files = {n: _decode_base64(n, text, parts) for n in ("image", "mask") if (text := getattr(settings, n)) is not None}
+    size = 0
+    for name, data in files.items():
+        _, width, height = read_input(name, probe, data)
+        size += 3 * width * height
+    return ParsedRequest(settings.model_copy(update={"image": None, "mask": None}), files, size)
+
+
+def _parse_settings(data: bytes) -> JobRequest:
+    found = decode_text(data)
+    if not found.certain:
+        raise HTTPException(400, "the request is not UTF-8")
+    if not found.text.strip():
+        raise _invalid("missing", "Field required")
+    try:  # an integer that no field could hold is infinite, for the field's own check to find
+        value = json.loads(found.text, parse_int=lambda digits: int(digits) if len(digits) < 400 else math.inf)
+    except RecursionError:
+        raise HTTPException(400, "the request is nested too deep") from None
+    except ValueError as e:
+        raise _invalid("json_invalid", f"this is no JSON: {e}") from None
+    if isinstance(value, dict) and len(value) > MAX_FIELDS:
+        known = len(JobRequest.model_fields)
+        raise _invalid("too_long", f"{len(value):,} fields; there are {known} that can be asked")
+    try:
+        return JobRequest.model_validate(value)
+    except ValidationError as e:
+        errors = e.errors(include_url=False, include_context=False, include_input=False)
+        raise RequestValidationError([{**error, "loc": ("body", *error["loc"])} for error in errors]) from None
+
+
+def _invalid(kind: str, message: str) -> RequestValidationError:
+    return RequestValidationError([{"type": kind, "loc": ("body",), "msg": message}])
+
+
+def _decode_base64(name: str, text: str, parts: list[bytes]) -> bytes:
+    """The bytes of an image's file."""
+    data = text.encode("utf-8", "replace")
+    if text.startswith(_MARK) and (number := text.removeprefix(_MARK)).isdecimal() and int(number[:9]) < len(parts):
+        data = parts[int(number)]
+        for escape, sign in _ESCAPES if b"\\" in data else ():
+            data = data.replace(escape, sign)
+    try:
+        return base64.b64decode(data, validate=True)
+    except ValueError as e:
+        raise UserError(f"{name}: this is no base64 ({e})") from e
+
+
+def read_input(name: str, read: Callable[[bytes, int], T], data: bytes) -> T:
+    """What `read(data, MAX_INPUT)` returns. Raises UserError where there is no image, or it is too large."""
+    try:
+        return read(data, MAX_INPUT)
+    except RowError as e:
+        raise UserError(f"{name}: the picture can't be read: {e.detail or e.reason.value}") from e

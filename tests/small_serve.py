@@ -13,7 +13,8 @@ from typing import Any
 import httpx
 import torch
 
-from studio.app import LOOPBACK, StudioServer, listen, new_app
+from studio.app import LOOPBACK, new_app
+from studio.server import StudioServer, listen
 from studio.service import GenerationService
 from tests.small_train import COLOURS
 from train.generate.sampler import Sampler
@@ -54,10 +55,10 @@ def serving(sampler: Sampler, out: Path, token: str | None = None) -> Iterator[S
     said: list[str] = []
     faults: list[Exception] = []
     out.mkdir(parents=True, exist_ok=True)
-    service = GenerationService(sampler, out, say=said.append, fault=faults.append)
+    service = GenerationService(sampler, out, log=said.append, on_fault=faults.append)
     at = listen("127.0.0.1", 0)
     ready = threading.Event()
-    server = StudioServer(new_app(service, None if token else LOOPBACK, token), service, ready.set)
+    server = StudioServer(new_app(service, None if token else LOOPBACK, token), service.queue.stop, ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [at]})
     thread.start()
     try:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from curate.layout import Data
 from curate.ledger.select import Selection, select
-from curate.ledger.view import recorded_scales
 from curate.shards.pack import pack
 from curate.sources.planner import make_plan
 from curate.workers import EmbedWorker, FetchWorker
@@ -68,7 +67,7 @@ def serving(count: int, others: Mapping[str, Route], shard_size: int) -> Iterato
 
 def run_stages(listed: Path | str, data: Data, recipe: Recipe) -> Selection:
     """Plan, fetch, embed, score, select and pack what is not done yet."""
-    make_plan(str(listed), data.root, recipe.source)
+    make_plan(str(listed), data, recipe.source)
     store_recipe(data, recipe)
     fetch_shards(data, recipe)
     embed_shards(data, recipe)
@@ -103,8 +102,8 @@ def embed_shards(data: Data, recipe: Recipe) -> int:
 
 def choose(data: Data, recipe: Recipe) -> Selection:
     """Select and pack."""
-    selection = select(data.root, recipe.select, recorded_scales(data.root))
-    pack(data.root, recipe.select.name, recipe.pack)
+    selection = select(data, recipe.select)
+    pack(data, recipe.select.name, recipe.pack)
     return selection
 
 

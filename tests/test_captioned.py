@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from aesthetic.errors import UserError
+from curate.layout import Data
 from curate.ledger.schema import RowError
 from curate.ledger.select import SelectConfig, select
 from curate.shards.pack import PackConfig, pack
@@ -45,7 +46,7 @@ def curated(folder: Path) -> list[dict[str, Any]]:
     """The rows that curate makes of it, those with an image read: url, caption, what else there is."""
     scratch = folder.parent / f"{folder.name}.plan"
     shutil.rmtree(scratch, ignore_errors=True)
-    plan = make_plan(str(folder), scratch, SourceConfig())
+    plan = make_plan(str(folder), Data(scratch), SourceConfig())
     rows = []
     for shard in plan.shards:
         source = plan.read(shard.shard)
@@ -359,8 +360,8 @@ def test_nothing_is_read_in_search_of_captions_where_there_can_be_none(tmp_path:
 
 def test_a_packed_folder_is_whole_in_itself(tmp_path: Path) -> None:
     root = make_data(tmp_path / "data")
-    select(root, SelectConfig(name="all"), {})
-    pack(root, "all", PackConfig(shard_size=10))
+    select(Data(root), SelectConfig(name="all"))
+    pack(Data(root), "all", PackConfig(shard_size=10))
     original = open_samples(root / "shards" / "all")
     copy = Path(shutil.copytree(original.folder, tmp_path / "renamed"))
     copied = open_samples(copy)
@@ -396,7 +397,7 @@ def test_parquet_that_holds_the_images(tmp_path: Path) -> None:
     samples = open_samples(folder)
     assert [samples[int(i)].caption for i in np.random.default_rng(0).permutation(24)][:3]
     assert samples[23].facts["n"] == 11 and samples.key(23) == "data/train-1.parquet/11"
-    single = make_plan(str(folder / "data" / "train-0.parquet"), tmp_path / "plan", SourceConfig(where="n < 2"))
+    single = make_plan(str(folder / "data" / "train-0.parquet"), Data(tmp_path / "plan"), SourceConfig(where="n < 2"))
     assert single.read(0).table.to_pylist()[1]["caption"] == "fox 0 1" and single.read(0).rows()[1].place.read() == JPEG
     pq.write_table(pa.table({"image": pa.array([None, b"", JPEG], pa.binary())}), tmp_path / "few.parquet")
     few = parquet_images(tmp_path / "few.parquet")

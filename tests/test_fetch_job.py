@@ -36,7 +36,7 @@ def fetch(root: Path, rows: dict[str, list[Any]], allow: str, shard_size: int = 
     """The rows of a list after the fetch stage, by one worker, without Ray."""
     root.mkdir(parents=True)
     pq.write_table(pa.table(rows), root / "list.parquet")
-    make_plan(str(root / "list.parquet"), root / "data", SourceConfig(shard_size=shard_size), None)
+    make_plan(str(root / "list.parquet"), Data(root / "data"), SourceConfig(shard_size=shard_size), None)
     data = Data(root / "data")
 
     async def main() -> None:
@@ -117,7 +117,7 @@ def test_placeholders_are_named(tmp_path: Path) -> None:
         urls += [web.url(0, "/0.jpg")] * 20  # one URL many times is the list's affair
         table = fetch(tmp_path / "run", {"url": urls, "caption": ["a"] * 80}, f"127.0.0.0/8:{web.port}")
         assert table["status"].to_pylist() == ["success"] * 80
-        (found,) = repeats(tmp_path / "run" / "data")
+        (found,) = repeats(Data(tmp_path / "run" / "data"))
         assert (found.urls, found.hosts, found.width, found.height) == (30, 3, 80, 64)
         assert "30 URLs of 3 hosts gave one picture of 80 x 64" in str(found)
 
@@ -172,7 +172,7 @@ def test_a_worker_is_batch_work_and_leaves_the_process_as_it_was(tmp_path: Path)
 
     with Web({"/1.jpg": Route(body=picture(1)[1])}, hosts=1) as web:
         pq.write_table(pa.table({"url": [web.url(0, "/1.jpg"), web.url(0, "/none")]}), tmp_path / "list.parquet")
-        make_plan(str(tmp_path / "list.parquet"), tmp_path / "data", SourceConfig(), None)
+        make_plan(str(tmp_path / "list.parquet"), Data(tmp_path / "data"), SourceConfig(), None)
 
         async def main() -> None:
             config = FetchConfig(allow=(f"127.0.0.0/8:{web.port}",))

@@ -120,7 +120,9 @@ def test_pictures_read_from_tars_are_found_by_their_names_there(real_data: Data,
     """The packed shards as a list: its samples are shuffled, and get keys of their own."""
     keys, images, texts, captions = vectors_of(real_data)
     embed = clip_retrieval_folder(tmp_path / "emb", keys, images, texts, captions, 7)
-    make_plan(str(real_data.root / "shards" / SELECTION), tmp_path / "data", SourceConfig(shard_size=SHARD_SIZE), None)
+    make_plan(
+        str(real_data.root / "shards" / SELECTION), Data(tmp_path / "data"), SourceConfig(shard_size=SHARD_SIZE), None
+    )
     data = Data(tmp_path / "data")
     fetch_all(data)
     embed_all(data, embed, {})
@@ -180,9 +182,7 @@ def test_a_name_twice_is_refused(real_data: Data, fresh: Data, tmp_path: Path) -
 def test_vectors_of_other_pictures_are_refused(real_data: Data, fresh: Data, tmp_path: Path) -> None:
     keys, images, _, _ = vectors_of(real_data)
     embed = clip_retrieval_folder(tmp_path / "emb", keys, np.roll(images, 1, axis=0), None, None, 100)
-    refused(
-        fresh, embed, "does not hold bundled's vectors of these pictures: 8 of shard 0 .* 0.98 needed; the worst is"
-    )
+    refused(fresh, embed, "does not hold bundled's vectors of these images: 8 of shard 0 .* 0.98 needed; the worst is")
 
 
 def test_captions_of_another_list_are_refused(real_data: Data, fresh: Data, tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from aesthetic.errors import UserError
 from pipelines.cli import main
-from train.generate.files import check_facts, read_facts
-from train.generate.sampler import GenerationRequest, NoImage, Sampler, fitting_size, foreign_syntax
+from train.generate.files import read_facts
+from train.generate.request import GenerationRequest, fitting_size, foreign_syntax
+from train.generate.sampler import NoImage, Sampler
 from train.models.files import weight_variant
 from train.models.info import ModelInfo, check_trainable, read_model_info
 from train.models.presets import PRESETS
@@ -284,7 +285,7 @@ def test_facts_of_a_foreign_png_are_told(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=info)
         return tmp_path / "x.png"
 
-    check_facts(read_facts(png(json.dumps(good))), "x")
+    read_facts(png(json.dumps(good)))
     for text, message in (
         ('{"seed": %s}' % ("9" * 5000), "its text chunk 'tastemaker': not JSON"),
         ("[" * 99_999, "too deep"),
@@ -296,7 +297,7 @@ def test_facts_of_a_foreign_png_are_told(tmp_path: Path) -> None:
         )),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
-            check_facts(read_facts(png(text)), tmp_path / "x.png")
+            read_facts(png(text))
     for odd in (
         {"width": 10**12, "height": 8},
         {"steps": 10**9},

@@ -20,7 +20,8 @@ from PIL import Image
 from aesthetic.errors import UserError
 from train.generate import sampler as sampler_module
 from train.generate.files import png, read_facts
-from train.generate.sampler import Generated, GenerationRequest, Sampler, request_of, resolve
+from train.generate.request import GenerationRequest, request_of, resolve
+from train.generate.sampler import Generated, Sampler
 from train.models.info import read_model_info
 from train.models.lora import Lora, check_lora, parse_lora
 from train.models.presets import PRESETS
@@ -95,7 +96,7 @@ def bare(sampler: Sampler, kind: str = "") -> Any:
     pipeline = getattr(diffusers, f"StableDiffusion{kind}Pipeline")(
         **sampler._text.components, requires_safety_checker=False
     )
-    pipeline.scheduler = type(pipeline.scheduler).from_pretrained(sampler.about.folder / "scheduler")
+    pipeline.scheduler = type(pipeline.scheduler).from_pretrained(sampler.info.folder / "scheduler")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -260,10 +261,10 @@ def test_where_memory_runs_out_it_draws_fewer_at_once_then_saves_memory_then_say
             torch.empty(1 << 60, dtype=torch.uint8)  # as on a CPU, which has no error of its own for it
 
     again = draw(sampler, *requests, on_step=lacks)
-    assert sampler.batch == 1 and str(sampler.measures) == "nothing more"
+    assert sampler.batch == 1 and str(sampler.savings) == "nothing more"
     left[0] = 1
     draw(sampler, *requests, on_step=lacks)
-    assert str(sampler.measures) == "VAE slicing"
+    assert str(sampler.savings) == "VAE slicing"
     for one, other in zip(expected, again, strict=True):
         assert np.abs(pixels(one.image) - pixels(other.image)).max() <= 1
     left[0] = 99
@@ -323,7 +324,7 @@ def test_a_png_says_how_to_draw_it_again(
     with pytest.raises(UserError, match="another mask than the one given"):
         request_of(facts, photo, mask.point(lambda v: 255 - v))
     photo.save(tmp_path / "other.png")
-    with pytest.raises(UserError, match="does not say how it was drawn"):
+    with pytest.raises(UserError, match="does not say how it was generated"):
         read_facts(tmp_path / "other.png")
     (tmp_path / "torn.png").write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match=r"torn\.png"):

@@ -101,7 +101,7 @@ def refusals(model: Path, drawn: Path, tmp: Path) -> Iterator[tuple[list[Any], s
     (tmp / "words.safetensors").write_text("words, not numbers")
     Image.new("L", (8, 16), 255).save(tmp / "mask.png")
     yield [], "which model?"
-    yield [model], "what is to be drawn?"
+    yield [model], "what is to be generated?"
     yield [tmp / "absent", "a"], "holds no diffusers pipeline"
     yield [tmp / "lora", "a"], "holds no diffusers pipeline"
     yield [model, "a", "--prompts", tmp / "none.txt"], "there is no such file"
@@ -126,7 +126,7 @@ def refusals(model: Path, drawn: Path, tmp: Path) -> Iterator[tuple[list[Any], s
     yield [model, "a", "--lora", model / "unet"], "is no LoRA"
     yield ["--again", picture, "--steps", 3], "it takes no --steps"
     yield [model, "a", "--again", picture], "it takes no PROMPT"
-    yield ["--again", tmp / "mask.png"], "does not say how it was drawn"
+    yield ["--again", tmp / "mask.png"], "does not say how it was generated"
     yield ["--again", tmp / "none.png"], "none.png"
 
 

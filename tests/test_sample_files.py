@@ -18,7 +18,7 @@ from PIL import Image
 
 from aesthetic.errors import UserError
 from train.devices import MemoryCost, MemorySavings, choose_savings, next_savings
-from train.generate.files import decode_mask, next_number, read_picture, save_numbered
+from train.generate.files import decode_mask, next_number, read_image, save_numbered
 from train.generate.upscale import Network, by_tiles, find_faces, restore_faces, tile_starts
 
 GB = 10**9
@@ -108,7 +108,7 @@ def test_a_picture_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("words")
     for name in ("a.png", "absent.png"):
         with pytest.raises(UserError, match=rf"the picture .*{name} can't be read"):
-            read_picture(tmp_path / name)
+            read_image(tmp_path / name)
 
 
 def test_a_mask_is_what_is_white_or_what_is_painted_on_a_transparent_layer() -> None:

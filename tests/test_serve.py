@@ -22,15 +22,15 @@ from PIL import Image, PngImagePlugin
 
 from aesthetic.errors import UserError
 from pipelines.cli import main
-from studio import gate, service
+from studio import gate, server, service
 from studio import queue as queue_module
-from studio.app import listen
-from studio.attempts import TokenAttempts
+from studio.gate import TokenAttempts
 from studio.queue import JobQueue, QueueFull, StudioJob
+from studio.server import listen
 from tests.small_serve import SEEN, Served, finished, serving, small_sampler
 from train.generate.files import read_facts
 from train.generate.sampler import Sampler
-from train.generate.upscale import cost_of
+from train.generate.upscale import tiles_cost
 
 TOKEN = "a-token-of-tests-0123456789"
 
@@ -94,7 +94,7 @@ def test_a_picture_is_drawn_kept_and_described(served: Served, client: httpx.Cli
 
 
 def test_the_same_request_draws_what_the_library_draws(served: Served, client: httpx.Client, sampler: Sampler) -> None:
-    from train.generate.sampler import GenerationRequest
+    from train.generate.request import GenerationRequest
 
     job = finished(client, client.post("/api/jobs", json={**SEEN, "seed": 9, "guidance": 2.0}).json())
     (drawn,) = sampler.generate([GenerationRequest("a red disc", seed=9, steps=2, guidance=2.0)])
@@ -116,7 +116,7 @@ def test_pictures_are_begun_with_redrawn_in_part_and_enlarged(client: httpx.Clie
         assert job["state"] == "done", job
         picture = opened(client, job["pictures"][0])
         assert picture.size == size
-        if "mask" in more:  # where it is black nothing is drawn anew
+        if "mask" in more:  # where it is black nothing is regenerated
             assert {picture.getpixel((x, y)) for x in range(8) for y in range(16)} == {(200, 30, 30)}
 
 
@@ -151,7 +151,7 @@ def test_an_enlargement_takes_no_longer_than_the_longest_drawing(client: httpx.C
 
 
 def test_streams_of_events_are_bounded(served: Served, client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "MOST_STREAMS", 3)
+    monkeypatch.setattr(service, "MAX_STREAMS", 3)
     job = client.post("/api/jobs", json={**SEEN, "steps": 150, "number": 16}).json()
     paths = [f"/api/jobs/{job['id']}/events", "/api/events", "/api/events"]
     with contextlib.ExitStack() as streams:
@@ -173,8 +173,8 @@ def test_what_an_enlargement_takes_is_said(client: httpx.Client) -> None:
     job = finished(client, asked)
     assert job["state"] == "done" and ", about " in job["cost"]
     assert finished(client, client.post("/api/jobs", json=SEEN).json())["cost"] == ""
-    assert cost_of(19, (16, 16), 9.0) == "" and cost_of(7200, (512, 512), 2.5).endswith("about 5 h")
-    assert [cost_of(20, (8, 8), s).rpartition("about ")[2] for s in (0.001, 1.2, 45, 90_000)] == [
+    assert tiles_cost(19, (16, 16), 9.0) == "" and tiles_cost(7200, (512, 512), 2.5).endswith("about 5 h")
+    assert [tiles_cost(20, (8, 8), s).rpartition("about ")[2] for s in (0.001, 1.2, 45, 90_000)] == [
         "1 s", "24 s", "15 min", "21 d"
     ]  # fmt: skip
 
@@ -238,7 +238,7 @@ def test_history_survives_a_restart_and_foreign_files_are_no_part_of_it(sampler:
         while served.service.queue.jobs()[0].step < 3:
             time.sleep(0.01)
         began = time.monotonic()
-    assert time.monotonic() - began < 5  # it ends although somebody watches and something is drawn
+    assert time.monotonic() - began < 5  # it ends although somebody watches and something is generated
     events.join()
     assert '"state":"drawing"' in watched[0]
     Image.new("RGB", (8, 8)).save(tmp_path / "000777.png")  # somebody's, without facts
@@ -285,9 +285,9 @@ def test_people_are_served_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_queue_is_bounded_for_one_and_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queue_module, "MOST_OF_ONE", 2)
-    monkeypatch.setattr(queue_module, "MOST_WAITING", 3)
-    monkeypatch.setattr(queue_module, "MOST_BYTES", 100)
+    monkeypatch.setattr(queue_module, "MAX_WAITING_OF_ONE", 2)
+    monkeypatch.setattr(queue_module, "MAX_WAITING", 3)
+    monkeypatch.setattr(queue_module, "MAX_BYTES", 100)
     queue = JobQueue(lambda job, on_step: iter(()), str, lambda: None)  # it does not draw: it is not started
     queue.submit(StudioJob([], "a", {}))
     with pytest.raises(QueueFull, match="room"):
@@ -304,23 +304,23 @@ def test_the_queue_is_bounded_for_one_and_for_all(monkeypatch: pytest.MonkeyPatc
 def test_one_address_cannot_take_all_places(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever drops his cookie is somebody new each time, but comes from where he came."""
     queue = JobQueue(lambda job, on_step: iter(()), str, lambda: None)  # not started
-    for n in range(queue_module.MOST_WAITING):
+    for n in range(queue_module.MAX_WAITING):
         try:
             queue.submit(StudioJob([], f"cookie {n}", {}, address="1.2.3.4"))
         except QueueFull as e:
-            assert e.own and "address" in str(e) and n == queue_module.OF_ADDRESS * queue_module.MOST_WAITING
+            assert e.own and "address" in str(e) and n == queue_module.ADDRESS_SHARE * queue_module.MAX_WAITING
             break
     else:
         raise AssertionError("it took all")
     queue.submit(StudioJob([], "somebody", {}, address="5.6.7.8"))
-    large = int(queue_module.OF_ADDRESS * queue_module.MOST_BYTES) + 1
+    large = int(queue_module.ADDRESS_SHARE * queue_module.MAX_BYTES) + 1
     with pytest.raises(QueueFull, match="address"):
         queue.check_room("a", "9.9.9.9", large)
     queue.check_room("a", "9.9.9.9", large - 1)
     assert gate.address_of({"client": ("2001:db8::1", 1)}) == gate.address_of({"client": ("2001:db8::9:9", 1)})
     assert gate.address_of({"client": ("::ffff:10.0.0.1", 1)}) == gate.address_of({"client": ("10.0.0.1", 2)})
     long = {**SEEN, "steps": 150, "number": 16}
-    monkeypatch.setattr(queue_module, "MOST_WAITING", 4)
+    monkeypatch.setattr(queue_module, "MAX_WAITING", 4)
     codes, ids = [], []
     for _ in range(6):
         with served.client() as client:  # a new cookie
@@ -337,7 +337,7 @@ def test_a_full_queue_is_said_with_when_to_try_again(
     served: Served, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     long = client.post("/api/jobs", json={**SEEN, "steps": 150, "number": 16}).json()
-    monkeypatch.setattr(queue_module, "MOST_WAITING", 0)
+    monkeypatch.setattr(queue_module, "MAX_WAITING", 0)
     full = client.post("/api/jobs", json=SEEN)
     assert "full" in refused(full, 503) and full.headers["retry-after"]
     client.delete(f"/api/jobs/{long['id']}")
@@ -521,7 +521,7 @@ def test_large_many_and_slow_requests_end(served: Served, client: httpx.Client, 
         raw.sendall(f"POST /api/jobs HTTP/1.1\r\n{head}\r\n".encode())
         assert raw.recv(100).startswith(b"HTTP/1.1 413")
     refused(client.post("/api/jobs", content=endless(), headers=json_type), 413)
-    monkeypatch.setattr(gate, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.2)
     monkeypatch.setattr(gate, "BODY_SECONDS", 0.2)
     for begun, end in (
         (b"", b""),
@@ -563,7 +563,7 @@ def test_elsewhere_a_token_is_needed(sampler: Sampler, tmp_path: Path) -> None:
         form = client.get("/")
         assert form.status_code == 401 and "password" in form.text and "<script" not in form.text
         assert client.get("/style.css").status_code == 200
-        assert client.get("/app.js").status_code == 401
+        assert client.get("/draw.js").status_code == 401
         assert client.post("/login", data={"token": "wrong"}).status_code == 401
         assert (
             client.post("/login", data={"token": TOKEN}, headers={"origin": "https://evil.example"}).status_code == 403
@@ -622,10 +622,10 @@ def test_a_guesser_is_slowed_and_locks_nobody_out(sampler: Sampler, tmp_path: Pa
 
 
 def test_half_open_and_slow_connections_shut_nobody_out(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "MOST_CONNECTIONS", 20)
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 20)
     port = int(served.url.rpartition(":")[2])
     post = b"POST /api/jobs HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{"
-    for begun in (b"", b"GET / HTTP/1.1\r\nhost: loc", post, b"GET /app.js HTTP/1.1\r\nhost: localhost\r\n\r\n" * 9):
+    for begun in (b"", b"GET / HTTP/1.1\r\nhost: loc", post, b"GET /draw.js HTTP/1.1\r\nhost: localhost\r\n\r\n" * 9):
         held = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
         try:
             for raw in held:
@@ -633,7 +633,7 @@ def test_half_open_and_slow_connections_shut_nobody_out(served: Served, monkeypa
                     raw.sendall(begun)
             began = time.monotonic()
             assert httpx.get(f"{served.url}/api/model").status_code == 200
-            assert time.monotonic() - began < 5 < gate.HEAD_SECONDS
+            assert time.monotonic() - began < 5 < server.HEAD_SECONDS
         finally:
             for raw in held:
                 raw.close()
@@ -665,9 +665,9 @@ def test_bodies_in_crumbs_and_answers_that_are_not_taken_end(served: Served, mon
     with socket.create_connection(("127.0.0.1", port), timeout=5) as raw:
         raw.sendall(head + b"transfer-encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 2000)
         assert raw.recv(100).startswith(b"HTTP/1.1 400")
-    monkeypatch.setattr(gate, "WRITE_SECONDS", 0.2)
+    monkeypatch.setattr(server, "WRITE_SECONDS", 0.2)
     with socket.create_connection(("127.0.0.1", port), timeout=5) as raw:
-        raw.sendall(b"GET /app.js HTTP/1.1\r\nhost: localhost\r\n\r\n" * 2000)  # some 30 MB
+        raw.sendall(b"GET /draw.js HTTP/1.1\r\nhost: localhost\r\n\r\n" * 2000)  # some 30 MB
         time.sleep(1.5)
         taken = 0
         with contextlib.suppress(ConnectionResetError):
@@ -678,7 +678,7 @@ def test_bodies_in_crumbs_and_answers_that_are_not_taken_end(served: Served, mon
 
 def test_prompts_are_never_markup(client: httpx.Client) -> None:
     """They are in the page as text alone: by the scripts' source, and as JSON that nothing takes for HTML."""
-    for name in ("app.js", "brush.js"):
+    for name in ("draw.js", "brush.js"):
         source = client.get(f"/{name}").text
         for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "http://", "https://"):
             assert way not in source, (name, way)
@@ -755,7 +755,7 @@ def test_hostile_files_and_a_lost_folder_do_not_break_the_history(sampler: Sampl
 def test_what_is_wrong_is_said_before_the_model_loads(
     sampler: Sampler, tmp_path: Path, served: Served, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = sampler.about.folder
+    model = sampler.info.folder
     busy = served.url.rpartition(":")[2]
     (tmp_path / "file").write_text("")
     out = ["--out", str(tmp_path / "new")]
@@ -793,7 +793,7 @@ def test_the_command_serves_into_a_folder_that_is_not_there_yet(sampler: Sampler
     ends = threading.Thread(target=end)
     ends.start()
     try:
-        assert main(["serve", str(sampler.about.folder), "--out", str(out), "--port", str(port)]) == 0
+        assert main(["serve", str(sampler.info.folder), "--out", str(out), "--port", str(port)]) == 0
     finally:
         codes.append(0)
         ends.join()

@@ -156,7 +156,7 @@ def test_others_are_answered_within_a_second_and_memory_is_bounded(model: Path, 
                 try:
                     answer = httpx.post(f"{server.url}/api/jobs", content=body, headers=JSON, timeout=300)
                     codes.append(answer.status_code)
-                    if answer.status_code == 202 and len(codes) % 4:  # the others are drawn meanwhile
+                    if answer.status_code == 202 and len(codes) % 4:  # the others are generated meanwhile
                         httpx.delete(f"{server.url}/api/jobs/{answer.json()['id']}", timeout=300)
                 except httpx.TransportError:  # it answered before it had all, and closed
                     codes.append(0)

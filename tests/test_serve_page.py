@@ -66,7 +66,7 @@ def newest(served: Served) -> dict[str, Any]:
 
 
 def draw(page: Any, words: str) -> None:
-    """Ask by the keyboard, and wait until it is drawn and shown."""
+    """Ask by the keyboard, and wait until it is generated and shown."""
     page.fill("#prompt", words)
     page.keyboard.press("Control+Enter")
     page.locator("#caption", has_text=words).wait_for()

@@ -12,23 +12,12 @@ from aesthetic.errors import UserError
 from curate.store.files import write_json
 from tests.small_train import make_pictures, small_run
 from train.data import ImageDataset, open_samples, split
-from train.generate.distances import LEAST_FRECHET, frechet, kernel, kid, kid_floor, mmd2, scaled
-from train.generate.evaluate import (
-    InDomain,
-    captions_of,
-    clip_score,
-    clip_score_of,
-    difference,
-    in_order,
-    look,
-    losses,
-    mean,
-    memorised,
-    nearest,
-    retrieval,
-    share,
-    unseen,
-)
+from train.evaluate.distances import MIN_FRECHET, frechet, kernel, kid, kid_floor, mmd2, scaled
+from train.evaluate.evaluation import encode_images
+from train.evaluate.fidelity import InDomainSpace, clip_score, clip_score_of, retrieval
+from train.evaluate.heldout import distinct_captions, find_held_out, in_hash_order, losses
+from train.evaluate.intervals import difference, mean, share
+from train.evaluate.memorisation import memorisation, nearest_training
 from train.models.presets import PRESETS
 from train.models.unet import load_model, tokenize
 
@@ -55,7 +44,7 @@ def test_the_loss_by_picture_and_time_averages_to_what_training_measures(discs: 
     _, held = split(samples, 0.2)
     pictures = ImageDataset(samples, lambda c: tokenize(pipeline, c), PRESETS["debug"].size)
     told: list[int] = []
-    found = losses(pipeline, pictures, held[::-1].copy(), seed=0, tell=told.append)
+    found = losses(pipeline, pictures, held[::-1].copy(), seed=0, on_done=told.append)
     assert found.shape == (len(held), 8) and sum(told) == len(held)
     assert found.mean() == pytest.approx(record["held_out"]["ema"], rel=1e-6)
     assert np.ptp(found.mean(0)) > 0.05  # times differ
@@ -119,13 +108,13 @@ def test_the_in_domain_space_finds_what_pictures_and_captions_share() -> None:
     hidden, seen, said = rng.normal(size=(400, 6)), rng.normal(size=(6, 30)), rng.normal(size=(6, 20))
     pictures = unit(hidden @ seen + 0.3 * rng.normal(size=(400, 30)))
     texts = np.hstack([unit(hidden @ said + 3), np.zeros((400, 4))])
-    space = InDomain(pictures[:350], texts[:350])
-    mapped, words = space.pictures(pictures[350:]), space.texts(texts[350:])
+    space = InDomainSpace(pictures[:350], texts[:350])
+    mapped, words = space.images(pictures[350:]), space.texts(texts[350:])
     assert mapped.shape == words.shape == (50, 20)
     found = retrieval(mapped, words)["recall_at_1"]
     assert found["value"] > 0.5 > found["shuffled"]["high"]
-    shuffled = InDomain(pictures[:350], texts[rng.permutation(350)])  # nothing to be found
-    found = retrieval(shuffled.pictures(pictures[350:]), shuffled.texts(texts[350:]))["recall_at_1"]
+    shuffled = InDomainSpace(pictures[:350], texts[rng.permutation(350)])  # nothing to be found
+    found = retrieval(shuffled.images(pictures[350:]), shuffled.texts(texts[350:]))["recall_at_1"]
     assert found["value"] <= 0.1
 
 
@@ -147,11 +136,9 @@ def test_a_model_that_replays_training_pictures_is_found_and_one_that_does_not_i
     class Small:
         """The least encoder: a picture's own pixels."""
 
-        def preprocess(self, image: np.ndarray) -> np.ndarray:
-            return image[::4, ::4].astype(np.float32)
-
-        def score_prepared(self, batch: np.ndarray) -> np.ndarray:
-            return unit(batch.reshape(len(batch), -1) - 255 + RNG.normal(0, 1e-3, (len(batch), 1)))
+        def encode_images(self, images: list[np.ndarray]) -> np.ndarray:
+            small = np.stack([image[::4, ::4].astype(np.float32).ravel() for image in images])
+            return unit(small - 255 + RNG.normal(0, 1e-3, (len(small), 1)))
 
     def pictures(numbers: range, noise: int = 0) -> list[np.ndarray]:
         from train.data import decode_sample
@@ -161,20 +148,21 @@ def test_a_model_that_replays_training_pictures_is_found_and_one_that_does_not_i
         return [np.clip(p + rng.normal(0, noise, p.shape), 0, 255).astype(np.uint8) for p in found]
 
     def seen(images: list[np.ndarray]) -> dict[str, np.ndarray]:
-        return look(images, {"vectors": Small()})  # type: ignore[dict-item]
+        return encode_images(images, {"vectors": Small()})  # type: ignore[dict-item]
 
     training, held = seen(pictures(range(36))), seen(pictures(range(36, 64)))
-    replayed = memorised(nearest(seen(pictures(range(20), noise=2)), training), nearest(held, training))
+    real = nearest_training(held, training)
+    replayed = memorisation(nearest_training(seen(pictures(range(20), noise=2)), training), real)
     assert replayed["close"]["value"] > 0.9 and replayed["close"]["low"] > 0.5
     assert replayed["copies"] >= 15 and replayed["median"] > 0.99
-    near = nearest(seen(pictures(range(3))), training)
-    assert near.places[:, 0].tolist() == [0, 1, 2] and near.bits[:, 0].tolist() == [0, 0, 0]
+    near = nearest_training(seen(pictures(range(3))), training)
+    assert near.indices[:, 0].tolist() == [0, 1, 2] and near.bits[:, 0].tolist() == [0, 0, 0]
     assert (np.diff(near.cosines, axis=1) <= 0).all()
-    honest = memorised(nearest(held, training), nearest(held, training))
+    honest = memorisation(real, real)
     assert honest["close"]["value"] == pytest.approx(0.05, abs=0.04) and honest["close"]["low"] < 0.05
     assert honest["close"]["expected"] == pytest.approx(0.05)
     few = {name: values[:10] for name, values in held.items()}
-    assert memorised(nearest(held, training), nearest(few, training))["close"] is None
+    assert memorisation(real, nearest_training(few, training))["close"] is None
 
 
 # ------------------------------------------------------------------------------------------------------------ distances
@@ -219,7 +207,7 @@ def test_the_frechet_distance_is_right_and_never_given_for_few(monkeypatch: pyte
     from scipy.linalg import sqrtm
 
     rng = np.random.default_rng(8)
-    x, y = rng.normal(size=(LEAST_FRECHET, 4)) @ rng.normal(size=(4, 4)), rng.normal(0.5, 1, size=(LEAST_FRECHET, 4))
+    x, y = rng.normal(size=(MIN_FRECHET, 4)) @ rng.normal(size=(4, 4)), rng.normal(0.5, 1, size=(MIN_FRECHET, 4))
     a, b = scaled(x), scaled(y)
     cross = sqrtm(np.cov(a, rowvar=False) @ np.cov(b, rowvar=False)).real
     theirs = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * cross)
@@ -244,14 +232,14 @@ def record(folder: Path, samples: Path, **more: object) -> Path:
 def test_a_models_own_held_out_pictures_are_measured_on(discs: Path, tmp_path: Path) -> None:
     samples, model = open_samples(discs), record(tmp_path / "model", discs)
     chosen, held = split(samples)
-    found = unseen(model, samples)  # split again: data.json is gone
-    assert found.numbers.tolist() == held.tolist() and found.trained_on.tolist() == chosen.tolist()
+    found = find_held_out(model, samples)  # split again: data.json is gone
+    assert found.indices.tolist() == held.tolist() and found.trained_on.tolist() == chosen.tolist()
     write_json(model / "data.json", {"data": samples.fingerprint, "held_out": [3, 5], "unreadable": {"7": "broken"}})
     checkpoint = model / "checkpoints" / "000010" / "pipeline"
     for place in (model, checkpoint):
-        found = unseen(place, samples)
-        assert found.numbers.tolist() == [3, 5] and found.unreadable == 1 and len(found.trained_on) == 61
-        assert found.training is samples and "held out by the training run" in found.about
+        found = find_held_out(place, samples)
+        assert found.indices.tolist() == [3, 5] and found.unreadable == 1 and len(found.trained_on) == 61
+        assert found.training is samples and "held out by the training run" in found.note
 
 
 def test_of_other_pictures_near_duplicates_of_training_pictures_are_taken_out(discs: Path, tmp_path: Path) -> None:
@@ -264,15 +252,17 @@ def test_of_other_pictures_near_duplicates_of_training_pictures_are_taken_out(di
         cv2.imwrite(str(others / f"{i:03d}.png"), fresh)
     model = record(tmp_path / "model", discs)
     write_json(model / "data.json", {"data": open_samples(discs).fingerprint, "held_out": [], "unreadable": {}})
-    found = unseen(model, open_samples(others))
-    assert set(range(10)) == set(found.numbers.tolist()), found.about
-    assert "30 more are left out as near-duplicates" in found.about
+    found = find_held_out(model, open_samples(others))
+    assert set(range(10)) == set(found.indices.tolist()), found.note
+    assert "30 more are left out as near-duplicates" in found.note
     with pytest.raises(UserError, match="no picture to measure on"):
-        unseen(model, replace_folder(open_samples(discs), tmp_path))
-    gone = unseen(record(tmp_path / "gone", discs, data={"folder": str(tmp_path / "nowhere")}), open_samples(others))
-    assert len(gone.numbers) == 40 and gone.training is None and "no longer in nowhere" in gone.about
-    nothing = unseen(tmp_path, open_samples(others))
-    assert len(nothing.numbers) == 40 and nothing.training is None and "may have seen" in nothing.about
+        find_held_out(model, replace_folder(open_samples(discs), tmp_path))
+    gone = find_held_out(
+        record(tmp_path / "gone", discs, data={"folder": str(tmp_path / "nowhere")}), open_samples(others)
+    )
+    assert len(gone.indices) == 40 and gone.training is None and "no longer in nowhere" in gone.note
+    nothing = find_held_out(tmp_path, open_samples(others))
+    assert len(nothing.indices) == 40 and nothing.training is None and "may have seen" in nothing.note
 
 
 def replace_folder(samples: object, folder: Path) -> object:
@@ -287,9 +277,9 @@ def replace_folder(samples: object, folder: Path) -> object:
 
 def test_captions_differ_and_their_order_is_that_of_keys_alone(discs: Path) -> None:
     samples = open_samples(discs)
-    order = in_order(samples, np.arange(64))
+    order = in_hash_order(samples, np.arange(64))
     assert sorted(order.tolist()) == list(range(64)) and order.tolist() != list(range(64))
-    assert in_order(samples, order).tolist() == order.tolist()
-    chosen = captions_of(samples, order, 10)
+    assert in_hash_order(samples, order).tolist() == order.tolist()
+    chosen = distinct_captions(samples, order, 10)
     assert len(chosen) == 4 and len({samples.facts(i)["caption"] for i in chosen}) == 4
-    assert captions_of(samples, order, 2) == chosen[:2]
+    assert distinct_captions(samples, order, 2) == chosen[:2]

@@ -114,7 +114,7 @@ class ImageDataset:
         least: int = 1,
     ) -> None:
         self.samples = samples
-        self._tokenize = lru_cache(maxsize=4096)(lambda caption: tokenize([caption])[0])
+        self._tokenize = tokenize
         self.shapes, self.bucket = [(size, size)], np.zeros(len(samples), np.int64)
         if buckets:
             self.shapes, self.bucket = _buckets([_shape(samples, i) for i in range(len(samples))], size, step, least)
@@ -130,7 +130,7 @@ class ImageDataset:
         except RowError as e:
             raise _unreadable(self.samples.key(index), str(e)) from e
         pixels = torch.from_numpy(crop_resize(decode_sample(sample, 2 * max(height, width)), height, width))
-        tokens = self._tokenize("" if dropped else sample.caption or "")
+        tokens = self._tokenize(["" if dropped else sample.caption or ""])[0]
         return sample.key, pixels.permute(2, 0, 1).float().div_(127.5).sub_(1), tokens
 
 

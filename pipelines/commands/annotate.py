@@ -29,8 +29,8 @@ class AnnotateOptions(Options):
 
 def run(options: AnnotateOptions) -> Result:
     """Compute columns; the next command selects by the last of them."""
-    from curate.layout import open_data
     from curate.ledger.sql import plain_name
+    from curate.store.ownership import open_data
     from pipelines.recipe import parse_columns
 
     data = open_data(options.data)

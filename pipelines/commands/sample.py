@@ -1,4 +1,4 @@
-"""`tastemaker sample`: pictures from a model, each a PNG of the next free number that says how it was drawn."""
+"""`tastemaker sample`: pictures from a model, each a PNG of the next free number that says how it was generated."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from pipelines.runtime.progress import ProgressBar
 from pipelines.terminal import CLEAR
 
 if TYPE_CHECKING:
-    from train.generate.sampler import Generated, GenerationRequest, Sampler
+    from train.generate.request import GenerationRequest
+    from train.generate.sampler import Generated, Sampler
     from train.models.info import ModelInfo
     from train.models.lora import Lora
 
 STAYS = ("model", "out", "again", "image", "mask", "lora", "upscaler", "faces", "show_flagged", "verbose", "json")
-"""What may be given beside --again: where things are, not how the picture is drawn."""
+"""What may be given beside --again: where things are, not how the picture is generated."""
 
 
 def _folder(text: str) -> Path:
@@ -42,7 +43,7 @@ class SampleOptions(Options):
     prompt: tuple[str, ...] = argument("PROMPT", nargs="*", default=())
     prompts: Path | None = option("a prompt on each line", metavar="FILE")
     out: Path = option("pictures get its next free numbers", default=Path("samples"), metavar="FOLDER", type=_folder)
-    again: Path | None = option("draw this picture again: it says how it was drawn", metavar="FILE.png")
+    again: Path | None = option("draw this picture again: it says how it was generated", metavar="FILE.png")
     negative: str | None = option("what should not be in it", metavar="TEXT")
     steps: int | None = option("default: 30", metavar="N")
     guidance: float | None = option("how closely to keep to the prompt (7.5, or 3)", metavar="X")
@@ -53,7 +54,7 @@ class SampleOptions(Options):
     height: int | None = option(metavar="PX")
     scheduler: str | None = option("a class of diffusers, such as EulerAncestralDiscrete", metavar="NAME")
     image: Path | None = option("begin with this picture", metavar="FILE")
-    strength: float | None = option("how much of it is drawn anew, 0 to 1 (default: 0.8)", metavar="X")
+    strength: float | None = option("how much of it is regenerated, 0 to 1 (default: 0.8)", metavar="X")
     mask: Path | None = option("draw only where this is white; of the picture's size", metavar="FILE")
     upscale: int | None = option("enlarge the result, or --image, so many times (2 to 4)", metavar="N")
     upscaler: Path | None = option("with ESRGAN-type weights (extra `upscale`)", metavar="FILE")
@@ -64,53 +65,63 @@ class SampleOptions(Options):
 
 
 def run(options: SampleOptions) -> Result:
-    """Draw all pictures; each is there as soon as it is finished, its path a line of stdout.
+    """Generate all images; each is there as soon as it is finished, its path a line of stdout.
 
     Raises UserError, before the model is loaded and anything is written, where something does not fit.
     """
-    out, aside = sys.stdout, sys.stderr
+    out, err = sys.stdout, sys.stderr
     _check(options)
-    told = _told(options) if options.again else None
-    prompts = [] if told else _prompts(options)
-    from train.generate.sampler import Sampler, check_scheduler, foreign_syntax, resolve
+    from train.generate.files import read_facts
+    from train.generate.request import check_scheduler, foreign_syntax, resolve
     from train.models.info import read_model_info
     from train.models.lora import check_lora
 
     # all that can be refused without torch and diffusers, which take seconds to load
-    upscaler, faces = (_network(options, told, name) for name in ("upscaler", "faces"))
-    about = read_model_info(_model(options, told))
-    loras = _loras(options, told)
+    recorded = read_facts(options.again) if options.again else None
+    prompts = [] if recorded else _prompts(options)
+    upscaler, faces = (_network(options, recorded, name) for name in ("upscaler", "faces"))
+    info = read_model_info(_model(options, recorded))
+    loras = _loras(options, recorded)
     for lora in loras:
-        check_lora(about, lora)
-    requests = [_again(options, told)] if told else _requests(options, prompts, about, aside)
-    checked = [resolve(about, r, upscaler=upscaler is not None) for r in requests]
+        check_lora(info, lora)
+    requests = [_repeated(options, recorded)] if recorded else _requests(options, prompts, info, err)
+    resolved = [resolve(info, r, upscaler=upscaler is not None) for r in requests]
     check_space(_existing(options.out))
-    if options.again is None and (foreign := foreign_syntax(t for r in requests for t in (r.prompt, r.negative))):
-        aside.write(foreign + "\n")
+    words = list(dict.fromkeys(text for r in requests for text in (r.prompt, r.negative)))
+    if recorded is None and (foreign := foreign_syntax(words)):
+        err.write(foreign + "\n")
     with quiet_libraries():
-        check_scheduler(about, checked[0])
-        large = max(((r.width or 0, r.height or 0) for r in checked if not r.enlarges), default=about.size)
+        check_scheduler(info, resolved[0])
+        from train.generate.sampler import Sampler
+
+        largest = max(((r.width or 0, r.height or 0) for r in resolved if not r.enlarges), default=info.size)
         sampler = Sampler(
-            about, loras=loras, upscaler=upscaler, faces=faces, batch=options.batch or 1, size=large,
+            info,
+            loras=loras,
+            upscaler=upscaler,
+            faces=faces,
+            batch=options.batch or 1,
+            size=largest,
             blur=not options.show_flagged,
-        )  # fmt: skip
-        aside.write(f"model  {about.name} · {sampler} · seed {requests[0].seed}\n")
+        )
+        err.write(f"model  {info.name} · {sampler} · seed {requests[0].seed}\n")
         for note in sampler.notes:
-            aside.write(note + "\n")
-        for text in dict.fromkeys(t for r in requests for t in (r.prompt, r.negative)):
+            err.write(note + "\n")
+        for text in words:
             if unread := sampler.unread(text):
-                aside.write(f"the model reads no further than: {text.removesuffix(unread)!r}; not {unread!r}\n")
-        if told and about.digest != told["model"]["sha256"]:
-            aside.write(f"the model is not the one that {options.again} was drawn with: its digest is another\n")
+                err.write(f"the model reads no further than: {text.removesuffix(unread)!r}; not {unread!r}\n")
+        if recorded and info.digest != recorded["model"]["sha256"]:
+            err.write(f"the model is not the one that {options.again} was generated with: its digest is another\n")
         if cost := sampler.cost(requests):
-            aside.write(f"enlarging: {cost}\n")
-        drawn = _drawn(sampler, requests, options, told, out, aside)
-    grid = _grid(drawn, options) if options.grid else None
-    if told and options.again:
-        out.write(_compared(drawn[0][1], options.again, told) + "\n")
-    pictures = [{"path": str(path), "seed": d.request.seed, "nsfw": d.nsfw, "flagged": d.flagged} for path, d in drawn]
-    paths = {"pictures": options.out, **({"grid": grid} if grid else {})}
-    return Result(facts={"pictures": pictures}, paths=paths, next=f"tastemaker sample --again {drawn[-1][0]}")
+            err.write(f"enlarging: {cost}\n")
+        finished = _generate(sampler, requests, options, recorded, out, err)
+    paths = {"pictures": options.out}
+    if options.grid:
+        paths["grid"] = _grid(finished, options)
+    if recorded and options.again:
+        out.write(_compare(finished[0][1], options.again, recorded) + "\n")
+    images = [{"path": str(path), "seed": g.request.seed, "nsfw": g.nsfw, "flagged": g.flagged} for path, g in finished]
+    return Result(facts={"pictures": images}, paths=paths, next=f"tastemaker sample --again {finished[-1][0]}")
 
 
 # ------------------------------------------------------------------------------------------- before the model is loaded
@@ -121,7 +132,8 @@ def _check(options: SampleOptions) -> None:
     if options.again:
         given = (f.name for f in fields(options) if getattr(options, f.name) not in (None, (), False))
         if odd := sorted(set(given) - set(STAYS)):
-            raise UserError(f"--again draws {options.again} as it was drawn: it takes no {_option(odd[0])}")
+            name = "PROMPT" if odd[0] == "prompt" else f"--{odd[0].replace('_', '-')}"
+            raise UserError(f"--again draws {options.again} as it was generated: it takes no {name}")
     elif options.model is None:
         raise UserError("which model? tastemaker sample MODEL PROMPT")
     for name in ("n", "batch"):
@@ -129,20 +141,17 @@ def _check(options: SampleOptions) -> None:
             raise UserError(f"--{name} {value}: at least 1 is expected")
     if options.out.exists() and not options.out.is_dir():
         raise UserError(f"{options.out} is a file; --out names a folder")
-    if options.prompts is None and not options.prompt and not options.again:
-        _prompts(options)  # there are none
+    enlarges = (options.upscale or 1) > 1
+    if not (options.prompts or options.prompt or options.again or (options.image and enlarges)):
+        raise UserError('what is to be generated? tastemaker sample MODEL "a red fox in the snow", or --prompts FILE')
     if not os.access(_existing(options.out), os.W_OK | os.X_OK):
         raise UserError(f"{options.out} can't be written: give another folder with --out")
     if options.mask and not options.image:
-        raise UserError("--mask says what of a picture is drawn anew: say which with --image")
-    if options.strength is not None and not options.image and (options.upscale or 1) == 1:
+        raise UserError("--mask says what of a picture is regenerated: say which with --image")
+    if options.strength is not None and not options.image and not enlarges:
         raise UserError("--strength is for a picture to begin with (--image), or for --upscale")
-    if options.upscaler and (options.upscale or 1) == 1 and not options.again:
+    if options.upscaler and not enlarges and not options.again:
         raise UserError("--upscaler enlarges: say how many times with --upscale")
-
-
-def _option(name: str) -> str:
-    return "PROMPT" if name == "prompt" else f"--{name.replace('_', '-')}"
 
 
 def _existing(folder: Path) -> Path:
@@ -151,182 +160,172 @@ def _existing(folder: Path) -> Path:
 
 
 def _prompts(options: SampleOptions) -> list[str]:
-    if options.prompts is None:
-        if options.prompt:
-            return list(options.prompt)
-        if options.image and (options.upscale or 1) > 1:
-            return [""]  # an enlargement needs no words
-        raise UserError('what is to be drawn? tastemaker sample MODEL "a red fox in the snow", or --prompts FILE')
-    return [*options.prompt, *read_prompts(options.prompts)]
+    if options.prompts is not None:
+        return [*options.prompt, *read_prompts(options.prompts)]
+    return list(options.prompt) or [""]  # an enlargement needs no words
 
 
-def _requests(options: SampleOptions, prompts: list[str], about: ModelInfo, aside: IO[str]) -> list[GenerationRequest]:
-    """Picture i of the run has seed + i."""
-    from train.generate.files import read_mask, read_picture
-    from train.generate.sampler import SEEDS, GenerationRequest, fitting_size
+def _requests(options: SampleOptions, prompts: list[str], info: ModelInfo, err: IO[str]) -> list[GenerationRequest]:
+    """Image i of the run has seed + i."""
+    from train.generate.files import read_image, read_mask
+    from train.generate.request import SEEDS, GenerationRequest, fitting_size
 
     prompts = [p for p in prompts for _ in range(options.n or 1)]
-    image = read_picture(options.image) if options.image else None
+    image = read_image(options.image) if options.image else None
     mask = read_mask(options.mask) if options.mask else None
     first = secrets.randbelow(SEEDS - len(prompts)) if options.seed is None else options.seed
     names = ("steps", "guidance", "width", "height", "scheduler", "strength", "upscale", "negative")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     if image and not (options.width or options.height) and (options.upscale or 1) == 1:
-        width, height = fitting_size(about, image.size)
+        width, height = fitting_size(info, image.size)
         if (width, height) != image.size:
             given |= {"width": width, "height": height}
             which = "--image and --mask are" if mask else "--image is"
             sides = f"{image.width} x {image.height}"
-            aside.write(
+            err.write(
                 f"{which} scaled and cut from {sides} to {width} x {height} (--width and --height say otherwise)\n"
             )
     return [GenerationRequest(p, seed=first + i, image=image, mask=mask, **given) for i, p in enumerate(prompts)]
 
 
-# ------------------------------------------------------------------------------------------------------------- again
+# ------------------------------------------------------------------- from options, or else from what --again's PNG says
 
 
-def _told(options: SampleOptions) -> dict[str, Any]:
-    from train.generate.files import check_facts, read_facts
-
-    assert options.again
-    facts = read_facts(options.again)
-    check_facts(facts, options.again)
-    return facts
-
-
-def _model(options: SampleOptions, told: dict[str, Any] | None) -> str:
-    if options.model or told is None:
+def _model(options: SampleOptions, recorded: dict[str, Any] | None) -> str:
+    if options.model or recorded is None:
         return str(options.model)
-    name = str(told["model"]["name"])
+    name = str(recorded["model"]["name"])
     if name.count("/") != 1 and not Path(name).exists():
         raise UserError(
-            f"{options.again} was drawn with {name}, which is not there: tastemaker sample MODEL --again ..."
+            f"{options.again} was generated with {name}, which is not there: tastemaker sample MODEL --again ..."
         )
     return name
 
 
-def _again(options: SampleOptions, told: dict[str, Any]) -> GenerationRequest:
-    from train.generate.files import read_mask, read_picture
-    from train.generate.sampler import request_of
+def _repeated(options: SampleOptions, recorded: dict[str, Any]) -> GenerationRequest:
+    from train.generate.files import read_image, read_mask
+    from train.generate.request import request_of
 
-    pictures = {}
-    for name, read in (("image", read_picture), ("mask", read_mask)):
-        path = getattr(options, name) or _there(told.get(name))
-        if told.get(name) and path is None:
+    given = {}
+    for name, read in (("image", read_image), ("mask", read_mask)):
+        path = _input_path(options, recorded, name)
+        if recorded.get(name) and path is None:
             raise UserError(
-                f"{options.again} was drawn with a picture to begin with that is not here "
-                f"({told[name].get('path')}): give it with --{name}"
+                f"{options.again} was generated with a picture to begin with that is not here "
+                f"({recorded[name].get('path')}): give it with --{name}"
             )
-        pictures[name] = read(path) if path else None
-    return request_of(told, pictures["image"], pictures["mask"])
+        given[name] = read(path) if path else None
+    return request_of(recorded, given["image"], given["mask"])
 
 
-def _loras(options: SampleOptions, told: dict[str, Any] | None) -> list[Lora]:
+def _input_path(options: SampleOptions, recorded: dict[str, Any] | None, name: str) -> Path | None:
+    """The image or mask that is given, or that was begun with, where it still is at the path that was given then."""
+    path: Path | None = getattr(options, name)
+    before = ((recorded or {}).get(name) or {}).get("path")
+    if path is None and before and Path(before).is_file():
+        return Path(before)
+    return path
+
+
+def _loras(options: SampleOptions, recorded: dict[str, Any] | None) -> list[Lora]:
     from train.models.lora import Lora, parse_lora
 
-    if options.lora or not told:
+    if options.lora or not recorded:
         return [parse_lora(text) for text in options.lora]
-    loras = [Lora(Path(fact["name"]), float(fact["weight"])) for fact in told.get("loras", ())]
-    for lora, fact in zip(loras, told.get("loras", ()), strict=True):
+    loras = []
+    for fact in recorded.get("loras", ()):
+        lora = Lora(Path(fact["name"]), float(fact["weight"]))
         if not lora.path.exists() or sha256_file(lora.file) != fact["sha256"]:
             raise UserError(f"the LoRA {lora.path} is not there any more, or another one: say where with --lora")
+        loras.append(lora)
     return loras
 
 
-def _network(options: SampleOptions, told: dict[str, Any] | None, name: str) -> Path | None:
+def _network(options: SampleOptions, recorded: dict[str, Any] | None, name: str) -> Path | None:
+    from train.generate.upscale import check_network
+
     path: Path | None = getattr(options, name)
-    if path is None and told and told.get(name):
-        path = Path(told[name]["name"])
-        if not path.is_file() or sha256_file(path) != told[name]["sha256"]:
+    if path is None and recorded and recorded.get(name):
+        path = Path(recorded[name]["name"])
+        if not path.is_file() or sha256_file(path) != recorded[name]["sha256"]:
             raise UserError(f"{path} is not there any more, or another file: say where with --{name}")
     if path is not None:
-        from train.generate.upscale import check_network
-
         check_network(path, f"--{name} {path}")
     return path
 
 
-def _there(fact: dict[str, Any] | None) -> Path | None:
-    """The picture that was begun with, where it still is at the path that was given then."""
-    path = Path(str(fact["path"])) if fact and fact.get("path") else None
-    return path if path and path.is_file() else None
-
-
-def _compared(drawn: Generated, before: Path, told: dict[str, Any]) -> str:
-    """How near the new picture is to the old one, and what may have made the difference."""
+def _compare(generated: Generated, before: Path, recorded: dict[str, Any]) -> str:
+    """How near the new image is to the old one, and what may have made the difference."""
     import numpy as np
     from PIL import Image
 
-    if bool(told["nsfw"]["blurred"]) != bool(drawn.facts["nsfw"]["blurred"]):
-        return f"{before} is blurred, this one is not" if told["nsfw"]["blurred"] else f"{before} is not blurred"
-    old, new = np.asarray(Image.open(before).convert("RGB"), int), np.asarray(drawn.image.convert("RGB"), int)
+    facts = generated.facts
+    if bool(recorded["nsfw"]["blurred"]) != bool(facts["nsfw"]["blurred"]):
+        return f"{before} is blurred, this one is not" if recorded["nsfw"]["blurred"] else f"{before} is not blurred"
+    old, new = np.asarray(Image.open(before).convert("RGB"), int), np.asarray(generated.image.convert("RGB"), int)
     if old.shape == new.shape and (old == new).all():
         return f"the same picture as {before}, bit for bit"
     apart = f"on average {np.abs(old - new).mean():.2f} of 255 apart" if old.shape == new.shape else "another size"
-    then, now = ({**facts["made_with"], "device": facts["device"], "dtype": facts["dtype"]} for facts in
-                 (told, drawn.facts))  # fmt: skip
+    then, now = ({**f["made_with"], "device": f["device"], "dtype": f["dtype"]} for f in (recorded, facts))
     other = [f"{name} {then.get(name)} then, {value} now" for name, value in now.items() if then.get(name) != value]
     why = f" ({'; '.join(other)})" if other else ""
     return f"not the same picture as {before}: {apart}{why}"
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
+# -------------------------------------------------------------------------------------------------------------- images
 
 
-def _drawn(
+def _generate(
     sampler: Sampler,
     requests: list[GenerationRequest],
     options: SampleOptions,
-    told: dict[str, Any] | None,
+    recorded: dict[str, Any] | None,
     out: IO[str],
-    aside: IO[str],
+    err: IO[str],
 ) -> list[tuple[Path, Generated]]:
-    """Draw and save, one after the other."""
+    """Generate and save, one after the other."""
     from train.generate.files import png, save_numbered
 
-    count: ProgressBar | None = None
+    bar: ProgressBar | None = None
     done = 0
 
-    def tell(now: int, of: int) -> None:
-        nonlocal count, done
-        count = count or ProgressBar(aside, "steps", of, "steps")
-        count(now - done)
+    def on_step(now: int, total: int) -> None:
+        nonlocal bar, done
+        bar = bar or ProgressBar(err, "steps", total, "steps")
+        bar(now - done)
         done = now
 
     finished = []
-    for drawn in sampler.generate(requests, tell):
+    for generated in sampler.generate(requests, on_step):
+        facts = generated.facts
         for name in ("image", "mask"):
-            if drawn.facts[name] and (path := getattr(options, name) or _there((told or {}).get(name))):
-                drawn.facts[name]["path"] = str(path)
-        path = save_numbered(png(drawn.image, drawn.facts), options.out)
-        finished.append((path, drawn))
-        if aside.isatty():
-            aside.write(CLEAR)
-        out.write(f"{path}  seed {drawn.request.seed}{_judged(drawn)}\n")
+            if facts[name] and (given := _input_path(options, recorded, name)):
+                facts[name]["path"] = str(given)
+        path = save_numbered(png(generated.image, facts), options.out)
+        finished.append((path, generated))
+        flagged = ""
+        if generated.flagged:
+            kept = "blurred; --show-flagged keeps it as it is" if facts["nsfw"]["blurred"] else "kept by --show-flagged"
+            threshold = facts["nsfw"]["threshold"]
+            flagged = f"  flagged: NSFW score {generated.nsfw:.2f}, {threshold} and more are not safe ({kept})"
+        if err.isatty():
+            err.write(CLEAR)
+        out.write(f"{path}  seed {generated.request.seed}{flagged}\n")
         out.flush()
-    if count:
-        count.end()
+    if bar:
+        bar.end()
     return finished
 
 
-def _judged(drawn: Generated) -> str:
-    if not drawn.flagged:
-        return ""
-    threshold = drawn.facts["nsfw"]["threshold"]
-    kept = "blurred; --show-flagged keeps it as it is" if drawn.facts["nsfw"]["blurred"] else "kept by --show-flagged"
-    return f"  flagged: NSFW score {drawn.nsfw:.2f}, {threshold} and more are not safe ({kept})"
-
-
-def _grid(drawn: list[tuple[Path, Generated]], options: SampleOptions) -> Path:
-    """All pictures in one file, a row for each prompt."""
-    from train.generate.files import save_numbered, sheet
+def _grid(finished: list[tuple[Path, Generated]], options: SampleOptions) -> Path:
+    """All images in one file, a row for each prompt."""
+    from train.generate.files import grid_png, save_numbered
     from train.tasks import image_grid
 
     count = options.n or 1
-    columns = count if count > 1 else max(1, round(len(drawn) ** 0.5))
-    image = image_grid([d.image for _, d in drawn], columns)
-    return save_numbered(sheet(image, [path.name for path, _ in drawn]), options.out, "grid-")
+    columns = count if count > 1 else max(1, round(len(finished) ** 0.5))
+    image = image_grid([generated.image for _, generated in finished], columns)
+    return save_numbered(grid_png(image, [path.name for path, _ in finished]), options.out, "grid-")
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """`tastemaker serve`: one model, and a page in the browser to draw with it.
 
-OUT/000000.png ...      every picture, with how it was drawn in it: the page's history
+OUT/000000.png ...      every picture, with how it was generated in it: the page's history
     logs/serve.log      what libraries say, and the tracebacks of errors
 """
 
@@ -56,15 +56,16 @@ def run(options: ServeOptions) -> Result:
     from train.models.info import read_model_info
     from train.models.lora import check_lora, parse_lora
 
-    about = read_model_info(options.model)
+    info = read_model_info(options.model)
     loras = [parse_lora(text) for text in options.lora]
     for lora in loras:
-        check_lora(about, lora)
+        check_lora(info, lora)
     for name, path in (("upscaler", options.upscaler), ("faces", options.faces)):
         if path is not None:
             check_network(path, f"--{name} {path}")
     _check_writable(options.out)
-    from studio.app import LOOPBACK, StudioServer, listen, new_app
+    from studio.app import LOOPBACK, new_app
+    from studio.server import StudioServer, listen
 
     at = listen(options.host, options.port)
     try:
@@ -74,37 +75,40 @@ def run(options: ServeOptions) -> Result:
         options.out.mkdir(parents=True, exist_ok=True)
         with redirect_output(options.out / "logs" / "serve.log") as terminal:
 
-            def say(line: str) -> None:
+            def log(line: str) -> None:
                 terminal.write(f"{time.strftime('%H:%M:%S')}  {line}\n")
 
             from studio.service import GenerationService
             from train.generate.sampler import Sampler
 
-            say(f"loading {options.model}")
+            log(f"loading {options.model}")
             sampler = Sampler(
-                about, loras=loras, upscaler=options.upscaler, faces=options.faces, batch=options.batch,
+                info,
+                loras=loras,
+                upscaler=options.upscaler,
+                faces=options.faces,
+                batch=options.batch,
                 blur=not options.show_flagged,
-            )  # fmt: skip
-            say(str(sampler))
-            for note in sampler.notes:
-                say(note)
-            service = GenerationService(sampler, options.out, say=say, fault=traceback.print_exception)
+            )
+            for line in (str(sampler), *sampler.notes):
+                log(line)
+            service = GenerationService(sampler, options.out, log=log, on_fault=traceback.print_exception)
+            app = new_app(service, None if token else LOOPBACK | {options.host.lower()}, token)
 
             def ready() -> None:
-                say(f"draw at {url(options.host, at)}   (Ctrl-C ends; pictures go to {options.out})")
+                log(f"draw at {_url(options.host, at)}   (Ctrl-C ends; pictures go to {options.out})")
                 if token is not None:
-                    say(f"token: {token}")
+                    log(f"token: {token}")
 
             with contextlib.suppress(KeyboardInterrupt):  # how it is meant to end
-                app = new_app(service, None if token else LOOPBACK | {options.host.lower()}, token)
-                StudioServer(app, service, ready).run(sockets=[at])
-            say("ended")
+                StudioServer(app, service.queue.stop, ready).run(sockets=[at])
+            log("ended")
     finally:
         at.close()
     return Result(paths={"pictures": options.out})
 
 
-def url(host: str, at: socket.socket) -> str:
+def _url(host: str, at: socket.socket) -> str:
     """Where the page is: a name for all addresses is no address to go to."""
     address, port = at.getsockname()[:2]
     name = socket.gethostname() if ipaddress.ip_address(address.partition("%")[0]).is_unspecified else host

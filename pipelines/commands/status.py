@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
@@ -22,7 +23,7 @@ class StatusOptions(Options):
 
 def run(options: StatusOptions) -> Result:
     """Shards per stage, outcomes, selections."""
-    from curate.layout import open_data
+    from curate.store.ownership import open_data
 
     facts, following = status(open_data(options.data))
     return Result(facts=facts, next=following)
@@ -31,7 +32,7 @@ def run(options: StatusOptions) -> Result:
 def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, Any], str]:
     """Where a run stands: shards per stage, outcomes, selections; and the next command."""
     from curate.ledger.schema import Reason, Status
-    from curate.verify import again
+    from curate.verify import command_again
     from pipelines.checks import old_columns, refuse_denied
     from pipelines.stored_recipe import stored_recipe
 
@@ -50,8 +51,9 @@ def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, An
     if failures:
         say("          " + " · ".join(f"{reason} {n:,}" for reason, n in failures))
     say(f"embedded  {embedded:,}/{shards:,} shards")
-    for folder in sorted((data.root / "annotated").glob("*")):
-        say(f"annotated {len(list(folder.glob('*.json'))):,}/{shards:,} shards   {folder.name}")
+    annotated = {name: len(data.shards(partial(data.annotations_record, name))) for name in data.annotated()}
+    for name, count in annotated.items():
+        say(f"annotated {count:,}/{shards:,} shards   {name}")
     if note := old_columns(data):
         say(f"old       {note}")
     selections = selections_there(data)
@@ -65,6 +67,7 @@ def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, An
         "shards": shards,
         "fetched": len(fetched),
         "embedded": embedded,
+        "annotated": annotated,
         "outcomes": outcomes,
         "selected": selections,
     }
@@ -76,9 +79,11 @@ def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, An
         say(f"denied    {e}")
         return found, ""
     if len(fetched) < shards:
-        return found, again(data)
+        return found, command_again(data)
     if embedded < sum(1 for r in fetched.values() if r.get("successes", 1)):
         return found, command("embed", data.root)
+    if recipe is not None and any(annotated.get(name, 0) < embedded for name in recipe.columns):
+        return found, command("annotate", data.root)
     waiting = sum(n for reason, n in failures if Reason(reason).transient)
     vain = _tried_in_vain(data, fetched)
     found["may_pass"], found["tried_in_vain"] = waiting, vain
@@ -103,24 +108,24 @@ def selections_there(data: Data) -> dict[str, dict[str, Any]]:
     from pipelines.stored_recipe import stored_recipe
 
     recipe, found = stored_recipe(data), dict[str, dict[str, Any]]()
-    records = sorted((data.root / "selected").glob("[!.]*.json"))
+    names = data.selections()
     try:
-        now = table_digests(tables(data.root)) if records else {}
+        now = table_digests(tables(data)) if names else {}
     except UserError:  # nothing is fetched any more: the folder is being made again
         now = {}
-    for path in records:
-        name, record = path.stem, read_json(path)
+    for name in names:
+        record = read_json(data.selection_record(name))
         if not isinstance(record, dict) or "kept" not in record:
             continue
-        changed = changed_since(data.root, name, now)
+        changed = changed_since(data, name, now)
         stale = [f"stale: {', '.join(changed)} changed since"] if changed else []
         try:
-            before = remembered(data.root, name)
+            before = remembered(data, name)
         except UserError:
             before = None
         if recipe is not None and name == recipe.select.name and before != (recipe.select.rules, None):
             stale.append("by other rules than recipe.yaml's")
-        manifest = read_json(data.root / "shards" / name / "manifest.json")
+        manifest = read_json(data.manifest(name))
         made = record.get("outputs", {}).get(f"selected/{name}.parquet", {}).get("sha256")
         packed = None
         if isinstance(manifest, dict):

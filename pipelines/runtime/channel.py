@@ -145,23 +145,28 @@ def watch(work: Callable[[], None], progress: Any, every: float) -> Iterator[Non
     In a thread, because Ray Train takes Ctrl-C for itself in the main one.
     """
     ended: list[BaseException] = []
+    abandoned = threading.Event()
 
     def run() -> None:
         try:
             work()
         except BaseException as e:
-            traceback.print_exc()  # into the log: Ray's account of it
+            if not abandoned.is_set():
+                traceback.print_exc()  # into the log: Ray's account of it
             ended.append(e)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     alive = True
-    while alive:
-        thread.join(every)
-        alive = thread.is_alive()
-        yield
-        if (failure := _failure(progress)) is not None:
-            raise failure
+    try:
+        while alive:
+            thread.join(every)
+            alive = thread.is_alive()
+            yield
+            if (failure := _failure(progress)) is not None:
+                raise failure
+    finally:
+        abandoned.set()
     if ended:
         raise ended[0]
 

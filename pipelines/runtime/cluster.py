@@ -23,8 +23,12 @@ OBJECT_STORE = 200_000_000
 @contextlib.contextmanager
 def ray_cluster(address: str | None, folder: Path, *, cpus: int, gpus: int) -> Iterator[None]:
     """Be a driver while the block runs: of the cluster at an address, all of whose nodes must see `folder`, or of one
-    of our own, of this process and on the loopback interface, with so many CPUs and GPUs."""
+    of our own, of this process and on the loopback interface, with so many CPUs and GPUs.
+
+    Ray reads its switches when it is imported: nothing imports it before this.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that outlives the block must not start a cluster of its own
     if address is None:
         # the switch by which Ray keeps to the loopback interface (it is off on Windows and macOS by default);
         # `_node_ip_address="127.0.0.1"` alone is resolved back to an address that others reach

@@ -95,15 +95,15 @@ def shards_together(rows: int) -> int:
 
 def run_job(job: CurateJob, work: RemainingWork, *, address: str | None = None) -> ProgressDisplay:
     """Run the pools over what is left to do. Raises the cause of what went wrong in a worker."""
-    import ray
-    from ray.exceptions import RayError
-
     largest = max(job.data.plan.shards[shard].rows for shard in work.shards)
     sizes = size_pools(job.recipe, os.cpu_count() or 1, local_gpus())
     with redirect_output(job.data.logs / "ray.log") as out:
         display = ProgressDisplay(out, work.rows, work.images, job.embed, largest)
         display.say("starting Ray ..." if address is None else f"joining the cluster at {address} ...")
         with ray_cluster(address, job.data.root, cpus=sizes.cpus, gpus=local_gpus()):
+            import ray  # not before: the switches that keep it to the loopback interface are read then
+            from ray.exceptions import RayError
+
             if address is not None:
                 total = ray.cluster_resources()
                 nodes = sum(node["Alive"] for node in ray.nodes())

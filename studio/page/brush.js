@@ -10,7 +10,7 @@ export class Mask {
     return this.strokes.length === 0;
   }
 
-  // White where something is to be drawn anew, on black, width x height.
+  // White where something is to be regenerated, on black, width x height.
   canvas(width, height) {
     const canvas = Object.assign(document.createElement("canvas"), { width, height });
     const pen = canvas.getContext("2d");

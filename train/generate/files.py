@@ -1,4 +1,4 @@
-"""Picture files: PNG that says in itself how it was drawn, numbered, never written over another."""
+"""Image files: read with care; written as PNG that says how it was generated, numbered, never over another."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from PIL import Image, PngImagePlugin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,21 +18,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from aesthetic.errors import UserError
 from aesthetic.files import as_disk_full, scratch_path, sync
 from aesthetic.untrusted import parse_json, printable, read_bytes
+from curate.images.decode import decode, decode_alpha
+from curate.ledger.schema import RowError
 
 CHUNK = "tastemaker"
 """The PNG text chunk with the facts, as JSON."""
 
-
-LARGEST_FILE = 1 << 30
-"""Bytes that a file of a picture may have."""
+MAX_FILE = 1 << 30
+"""Bytes that an image file may have."""
 
 MAX_PIXELS = 100_000_000
-"""Pixels that are decoded of a picture to begin with, or of one that says how it was drawn."""
+"""Pixels that are decoded of an image to begin with, or of one that says how it was generated."""
+
+T = TypeVar("T")
 
 
-def read_picture(path: Path | str) -> Image.Image:
+def read_image(path: Path | str) -> Image.Image:
     """An image file upright, in sRGB, over white where it is transparent. Raises UserError where it can't be read."""
-    return _read(path, decode_picture)
+    return _read(path, decode_image)
 
 
 def read_mask(path: Path | str) -> Image.Image:
@@ -40,162 +43,70 @@ def read_mask(path: Path | str) -> Image.Image:
     return _read(path, decode_mask)
 
 
-def _read(path: Path | str, decode: Callable[[bytes], Image.Image]) -> Image.Image:
-    from curate.ledger.schema import RowError
-
+def _read(path: Path | str, decode: Callable[[bytes], T]) -> T:
     try:
-        return decode(read_bytes(path, LARGEST_FILE))
+        return decode(read_bytes(path, MAX_FILE))
     except RowError as e:
-        raise UserError(f"the picture {path} can't be read: {printable(e.detail or e.reason.value)}") from e
+        why = printable(e.detail or e.reason.value)
     except UserError as e:
-        raise UserError(f"the picture {path} can't be read: {str(e).removeprefix(f'{path}: ')}") from e
+        why = str(e).removeprefix(f"{path}: ")
+    raise UserError(f"the picture {path} can't be read: {why}")
 
 
-def decode_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The bytes of an image file upright, in sRGB, over white where it is transparent. Raises RowError."""
-    from curate.images.decode import decode
-
     return Image.fromarray(decode(data, max_pixels=max_pixels))
 
 
 def decode_mask(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The bytes of an image file as a mask, of mode L: what is white is drawn anew, what is black stays.
+    """The bytes of an image file as a mask, of mode L: what is white is regenerated, what is black stays.
 
     Where parts of it are transparent it is a layer of an image editor that somebody painted on, in whatever colour:
-    what is painted, that is opaque, is drawn anew. Raises RowError where it is no image, UserError where it
-    leaves nothing to be drawn anew.
+    what is painted, that is opaque, is regenerated. Raises RowError where it is no image, UserError where it leaves
+    nothing to be regenerated.
     """
-    from curate.images.decode import decode_alpha
-
     alpha = decode_alpha(data, max_pixels)
     if alpha is None:
-        mask = decode_picture(data, max_pixels).convert("L")
+        mask = decode_image(data, max_pixels).convert("L")
         if mask.point(lambda value: 255 * (value >= 128)).getbbox() is None:  # pipelines take what is darker for black
-            raise UserError("the mask is black everywhere: what is to be drawn anew is white on it")
+            raise UserError("the mask is black everywhere: what is to be regenerated is white on it")
         return mask
     if not alpha.any():
-        raise UserError("the mask is transparent everywhere: nothing is painted on it that could be drawn anew")
+        raise UserError("the mask is transparent everywhere: nothing is painted on it that could be regenerated")
     return Image.fromarray(alpha)
 
 
 def pixels_digest(image: Image.Image) -> str:
-    """The sha256 of a picture's size and RGB values, however its file is encoded."""
+    """The sha256 of an image's size and RGB values, however its file is encoded."""
     digest = hashlib.sha256(b"%d %d " % image.size)
     for top in range(0, image.height, 64):  # a few rows at once: while Pillow copies them no other thread runs
         digest.update(image.crop((0, top, image.width, min(top + 64, image.height))).convert("RGB").tobytes())
     return digest.hexdigest()
 
 
+# -------------------------------------------------------------------------------------------------- PNG and its facts
+
+
 def png(image: Image.Image, facts: Mapping[str, Any]) -> bytes:
     """A PNG file with the facts in it: as JSON, and in a line as A1111's web UI writes it, which many programs read."""
+    return _png(image, {"parameters": infotext(facts), CHUNK: json.dumps(facts, sort_keys=True)})
+
+
+def grid_png(image: Image.Image, names: Sequence[str]) -> bytes:
+    """A PNG file of several images, with their names in it."""
+    return _png(image, {CHUNK: json.dumps({"pictures": list(names)})})
+
+
+def _png(image: Image.Image, texts: Mapping[str, str]) -> bytes:
     info = PngImagePlugin.PngInfo()
-    info.add_text("parameters", parameters(facts))
-    info.add_text(CHUNK, json.dumps(facts, sort_keys=True))
+    for name, text in texts.items():
+        info.add_text(name, text)
     data = io.BytesIO()
     image.save(data, "PNG", pnginfo=info)
     return data.getvalue()
 
 
-def sheet(image: Image.Image, names: Sequence[str]) -> bytes:
-    """A PNG file of several pictures, with their names in it."""
-    info = PngImagePlugin.PngInfo()
-    info.add_text(CHUNK, json.dumps({"pictures": list(names)}))
-    data = io.BytesIO()
-    image.save(data, "PNG", pnginfo=info)
-    return data.getvalue()
-
-
-def read_facts(path: Path | str) -> dict[str, Any]:
-    """What a PNG says of itself. Raises UserError where it says nothing, or nothing that can be read."""
-    from curate.images.decode import decode
-    from curate.ledger.schema import RowError
-
-    try:
-        data = read_bytes(path, LARGEST_FILE)
-        decode(data, max_pixels=MAX_PIXELS)  # a bomb, or a picture that is cut off
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            image.load()  # chunks may come after the pixels
-            text = image.info.get(CHUNK)
-    except RowError as e:
-        raise UserError(f"the picture {path} can't be read: {printable(e.detail or e.reason.value)}") from e
-    except UserError as e:
-        raise UserError(f"the picture {path} can't be read: {str(e).removeprefix(f'{path}: ')}") from e
-    except Exception as e:  # whatever a file that is none makes of a decoder
-        raise UserError(f"the picture {path} can't be read: {printable(e, 200)}") from e
-    if not isinstance(text, str):
-        raise UserError(
-            f"{path} does not say how it was drawn: it holds no text chunk {CHUNK!r} (programs that edit or send "
-            "pictures often drop it)"
-        )
-    facts = parse_json(text, f"{path}, its text chunk {CHUNK!r}")
-    if not isinstance(facts, dict):
-        raise UserError(f"{path}, its text chunk {CHUNK!r}: a JSON object is expected")
-    return facts
-
-
-class _Told(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
-
-
-class _File(_Told):
-    name: str
-    sha256: str
-
-
-class _Laid(_File):
-    weight: float = 1.0
-
-
-class _Picture(_Told):
-    sha256: str
-    path: str | None = None
-
-
-class _Model(_Told):
-    name: str
-    sha256: str
-
-
-class _Nsfw(_Told):
-    blurred: bool
-
-
-class Facts(_Told):
-    """What a PNG says of itself, as far as it takes to draw the same again. Ranges are a Request's to check."""
-
-    prompt: str
-    negative: str
-    seed: int
-    steps: int
-    guidance: float
-    width: int
-    height: int
-    scheduler: str
-    strength: float | None
-    upscale: int
-    image: _Picture | None
-    mask: _Picture | None
-    model: _Model
-    nsfw: _Nsfw
-    loras: Annotated[list[_Laid], Field(max_length=100)] = []
-    upscaler: _File | None = None
-    faces: _File | None = None
-    made_with: dict[str, str] = {}
-    device: str = ""
-    dtype: str = ""
-
-
-def check_facts(facts: Mapping[str, Any], path: Path | str) -> None:
-    """Raise UserError where the facts of a PNG are not those that our own pictures have."""
-    try:
-        Facts.model_validate(facts)
-    except ValidationError as e:
-        found = e.errors(include_url=False)[0]
-        where = printable(".".join(map(str, found["loc"])), 60)
-        raise UserError(f"{path}: its facts are incomplete or damaged: {where}: {found['msg'].lower()}") from None
-
-
-def parameters(facts: Mapping[str, Any]) -> str:
+def infotext(facts: Mapping[str, Any]) -> str:
     """Prompt and settings as AUTOMATIC1111's web UI writes them (`create_infotext` in modules/processing.py)."""
     settings = {
         "Steps": facts["steps"],
@@ -215,18 +126,96 @@ def parameters(facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+class _Facts(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Weights(_Facts):
+    name: str
+    sha256: str
+    weight: float = 1.0
+
+
+class _Input(_Facts):
+    sha256: str
+    path: str | None = None
+
+
+class _Safety(_Facts):
+    blurred: bool
+
+
+class ImageFacts(_Facts):
+    """What a PNG says of itself, as far as it takes to generate the same again. Ranges are GenerationRequest's."""
+
+    prompt: str
+    negative: str
+    seed: int
+    steps: int
+    guidance: float
+    width: int
+    height: int
+    scheduler: str
+    strength: float | None
+    upscale: int
+    image: _Input | None
+    mask: _Input | None
+    model: _Weights
+    nsfw: _Safety
+    loras: Annotated[list[_Weights], Field(max_length=100)] = []
+    upscaler: _Weights | None = None
+    faces: _Weights | None = None
+    made_with: dict[str, str] = {}
+    device: str = ""
+    dtype: str = ""
+
+
+def read_facts(path: Path | str) -> dict[str, Any]:
+    """What a PNG says of itself. Raises UserError where it says nothing, or not what our own say (`ImageFacts`)."""
+    text = _read(path, _text_of)
+    if not isinstance(text, str):
+        raise UserError(
+            f"{path} does not say how it was generated: it holds no text chunk {CHUNK!r} (programs that edit or send "
+            "pictures often drop it)"
+        )
+    facts = parse_json(text, f"{path}, its text chunk {CHUNK!r}")
+    if not isinstance(facts, dict):
+        raise UserError(f"{path}, its text chunk {CHUNK!r}: a JSON object is expected")
+    try:
+        ImageFacts.model_validate(facts)
+    except ValidationError as e:
+        found = e.errors(include_url=False)[0]
+        where = printable(".".join(map(str, found["loc"])), 60)
+        raise UserError(f"{path}: its facts are incomplete or damaged: {where}: {found['msg'].lower()}") from None
+    return facts
+
+
+def _text_of(data: bytes) -> Any:
+    """The text chunk with the facts; None where there is none."""
+    decode(data, max_pixels=MAX_PIXELS)  # a bomb, or an image that is cut off
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            image.load()  # chunks may come after the pixels
+            return image.info.get(CHUNK)
+    except Exception as e:  # whatever a file that is none makes of a decoder
+        raise UserError(printable(e, 200)) from e
+
+
+# ----------------------------------------------------------------------------------------------------- numbered files
+
+
 def save_numbered(data: bytes, folder: Path, prefix: str = "") -> Path:
     """Write a file under the next free number, as `000007.png`: whole or absent, never over another, also where several
     processes do so at once."""
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = scratch_path(folder / "picture.png")
+    scratch = scratch_path(folder / "image.png")
     try:
         with open(scratch, "wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
         number = next_number(folder, prefix)
-        while not _claimed(scratch, path := folder / f"{prefix}{number:06d}.png"):
+        while not _claim(path := folder / f"{prefix}{number:06d}.png", scratch):
             number += 1
     except OSError as e:
         raise as_disk_full(e, folder) from e
@@ -237,13 +226,12 @@ def save_numbered(data: bytes, folder: Path, prefix: str = "") -> Path:
 
 
 def next_number(folder: Path, prefix: str = "") -> int:
-    """One more than the highest number of a picture in a folder."""
+    """One more than the highest number of an image in a folder."""
     pattern = re.compile(rf"{re.escape(prefix)}(\d{{6,}})\.png")
-    found = [int(m[1]) for name in os.listdir(folder) if (m := pattern.fullmatch(name))]
-    return max(found, default=-1) + 1
+    return max((int(m[1]) for name in os.listdir(folder) if (m := pattern.fullmatch(name))), default=-1) + 1
 
 
-def _claimed(scratch: Path, path: Path) -> bool:
+def _claim(path: Path, scratch: Path) -> bool:
     """Give the scratch file its name, unless somebody else has it."""
     try:
         os.link(scratch, path)

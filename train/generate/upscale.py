@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ from train.models.files import is_pointer, read_header
 if TYPE_CHECKING:
     import torch
 
-LARGEST_SCALE = 8
+MAX_SCALE = 8
 """Times that a network may enlarge."""
 
 FACE = 512
@@ -33,34 +34,28 @@ def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
     return [round(i * (length - tile) / (count - 1)) for i in range(count)]
 
 
-def tile_boxes(width: int, height: int, tile: tuple[int, int], overlap: int) -> list[tuple[int, int]]:
-    """(left, top) of every tile of (width, height) `tile`, row by row."""
-    return [(x, y) for y in tile_starts(height, tile[1], overlap) for x in tile_starts(width, tile[0], overlap)]
-
-
 def tile_count(width: int, height: int, tile: tuple[int, int], overlap: int) -> int:
     """How many tiles that are."""
     return len(tile_starts(width, tile[0], overlap)) * len(tile_starts(height, tile[1], overlap))
 
 
 MANY_TILES = 20
-"""From so many on it is worth drawing one for nothing, to know how long all will take."""
+"""From so many on it is worth redrawing one for nothing, to know how long all will take."""
 
 
-def cost_of(tiles: int, tile: tuple[int, int], seconds: float | None = None) -> str:
+def tiles_cost(tiles: int, tile: tuple[int, int], seconds: float | None = None) -> str:
     """What it takes to redraw so many tiles, in words; "" where they are few. `seconds`: of one."""
     if tiles < MANY_TILES:
         return ""
     count = f"{tiles:,} tiles of {tile[0]} x {tile[1]} pixels"
-    return count if seconds is None else f"{count}, about {_about(tiles * seconds)}"
-
-
-def _about(seconds: float) -> str:
-    """A time that was estimated: no more digits than are known."""
+    if seconds is None:
+        return count
+    total = tiles * seconds
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.2g} {unit}" if seconds < 9.5 * size else f"{seconds / size:.0f} {unit}"
-    return f"{max(1, round(seconds))} s"
+        if total >= size:  # it is an estimate: no more digits than are known
+            digits = ".2g" if total < 9.5 * size else ".0f"
+            return f"{count}, about {total / size:{digits}} {unit}"
+    return f"{count}, about {max(1, round(total))} s"
 
 
 def by_tiles(
@@ -70,13 +65,13 @@ def by_tiles(
     redraw: Callable[[Image.Image], Image.Image],
     scale: int = 1,
 ) -> Image.Image:
-    """The picture put together again of its tiles, redrawn; each pixel is the mean of the tiles that it lies in.
+    """The image put together again of its tiles, redrawn; each pixel is the mean of the tiles that it lies in.
 
     A tile's weight falls linearly to (nearly) nothing at its edges, so that one fades into the next and there is no
-    seam. A picture smaller than a tile is continued by its outermost pixels until it is one, and cut again.
+    seam. An image smaller than a tile is continued by its outermost pixels until it is one, and cut again.
 
     Args:
-        tile: (width, height) in pixels of the given picture.
+        tile: (width, height) in pixels of the given image.
         overlap: pixels, at least, of neighbouring tiles.
         redraw: what becomes of a tile; its result is `scale` times as large.
     """
@@ -87,11 +82,12 @@ def by_tiles(
     total = np.zeros((pixels.shape[0] * scale, pixels.shape[1] * scale, 3), np.float32)
     weights = np.zeros((*total.shape[:2], 1), np.float32)
     weight = np.outer(_ramp(tile[1] * scale, overlap * scale), _ramp(tile[0] * scale, overlap * scale))[:, :, None]
-    for left, top in tile_boxes(pixels.shape[1], pixels.shape[0], tile, overlap):
+    lefts, tops = tile_starts(pixels.shape[1], tile[0], overlap), tile_starts(pixels.shape[0], tile[1], overlap)
+    for top, left in itertools.product(tops, lefts):
         part = Image.fromarray(np.ascontiguousarray(pixels[top : top + tile[1], left : left + tile[0]]))
-        drawn = np.asarray(redraw(part).convert("RGB"), np.float32)
+        redrawn = np.asarray(redraw(part).convert("RGB"), np.float32)
         place = np.s_[top * scale : (top + tile[1]) * scale, left * scale : (left + tile[0]) * scale]
-        total[place] += weight * drawn
+        total[place] += weight * redrawn
         weights[place] += weight
     whole = (total / weights).round().clip(0, 255).astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(whole[: height * scale, : width * scale]))
@@ -147,10 +143,10 @@ class Network:
             wanted = "weights that enlarge" if purpose == "SR" else "weights for faces, such as GFPGAN's"
             raise UserError(f"{path} is {self._network.architecture.name} for {self._network.purpose}: not {wanted}")
         made = self._network
-        if (made.input_channels, made.output_channels) != (3, 3) or not 1 <= made.scale <= LARGEST_SCALE:
+        if (made.input_channels, made.output_channels) != (3, 3) or not 1 <= made.scale <= MAX_SCALE:
             raise UserError(
                 f"{path} makes {made.output_channels} channels of {made.input_channels}, {made.scale} times as large: "
-                f"3 of 3 are expected, 1 to {LARGEST_SCALE} times"
+                f"3 of 3 are expected, 1 to {MAX_SCALE} times"
             )
         if not all(bool(torch.isfinite(p).all()) for p in made.model.parameters()):
             raise UserError(f"{path} is broken: it holds weights that are no numbers")
@@ -159,7 +155,7 @@ class Network:
         self._network.eval()
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """A picture `scale` times as large."""
+        """An image `scale` times as large."""
         import torch
 
         pixels = np.asarray(image.convert("RGB"), np.float32) / 255
@@ -174,7 +170,7 @@ class Network:
 
 
 def restore_faces(image: Image.Image, network: Network) -> tuple[Image.Image, int]:
-    """The picture with its upright frontal faces redrawn by a face restorer, and how many these were.
+    """The image with its upright frontal faces redrawn by a face restorer, and how many these were.
 
     Each is cut out with FFHQ's framing, made FACE pixels large, restored, and laid back with soft edges.
     """

@@ -1,4 +1,4 @@
-// The page: what is asked for on the left, the picture in the middle, what was drawn before at the bottom.
+// The page: what is asked for on the left, the picture in the middle, what was generated before at the bottom.
 // Text of people's goes into the page as text only (textContent), never as HTML.
 
 import { Mask, paint } from "/brush.js";
@@ -9,7 +9,7 @@ const FIELDS = ["prompt", "negative", "width", "height", "number", "steps", "gui
 const ACTIVE = ["queued", "drawing"];
 
 let model; // what GET /api/model says
-let begin = null; // the picture to begin with: an ImageBitmap
+let source = null; // the picture to begin with: an ImageBitmap
 let mask = new Mask();
 let shown = null; // the picture on the stage, as GET /api/images gives it
 let jobs = []; // mine that are queued or drawn
@@ -18,26 +18,26 @@ const pictures = new Map(); // name -> picture, all that the history shows
 
 // ------------------------------------------------------------------------------------------------------ the server
 
-class Refusal extends Error {}
+class ApiError extends Error {}
 
-async function ask(path, options) {
+async function call(path, options) {
   let response;
   try {
     response = await fetch(path, options);
   } catch {
-    throw new Refusal("The server can’t be reached. Is it still running?");
+    throw new ApiError("The server can’t be reached. Is it still running?");
   }
   if (response.status === 401) location.reload(); // to the form that asks for the token
   const answer = await response.json().catch(() => ({ error: `The server answered ${response.status}.`, hint: "" }));
-  if (!response.ok) throw new Refusal([answer.error, answer.hint].filter(Boolean).join(" — "));
+  if (!response.ok) throw new ApiError([answer.error, answer.hint].filter(Boolean).join(" — "));
   return answer;
 }
 
-async function submit(wish) {
-  say("");
+async function submit(wanted) {
+  showError("");
   const headers = { "content-type": "application/json" };
-  const job = await ask("/api/jobs", { method: "POST", headers, body: JSON.stringify(wish) });
-  jobs = [...jobs.filter((known) => known.id !== job.id), job]; // the stream may have told of it before this answer
+  const job = await call("/api/jobs", { method: "POST", headers, body: JSON.stringify(wanted) });
+  jobs = [...jobs.filter((known) => known.id !== job.id), job]; // the stream may have sent it before this answer
   listJobs();
   if (narrow()) $("queue").lastElementChild?.scrollIntoView({ block: "nearest", behavior: "smooth" });
   watch();
@@ -49,7 +49,7 @@ function watch() {
   if (stream) return;
   stream = new EventSource("/api/events");
   stream.onmessage = (event) => {
-    notice("");
+    showNotice("");
     update(JSON.parse(event.data).jobs);
     if (!jobs.length) unwatch();
   };
@@ -67,25 +67,25 @@ function unwatch() {
 // After a reload, or when the server was away.
 async function resume() {
   try {
-    const known = (await ask("/api/jobs?mine=true&limit=500")).jobs;
+    const known = (await call("/api/jobs?mine=true&limit=500")).jobs;
     const ids = new Set(known.map((job) => job.id));
     for (const job of jobs.filter((job) => !ids.has(job.id))) {
-      failures.set(job.id, { prompt: job.asked.prompt, error: "The server was restarted before this was drawn." });
+      failures.set(job.id, { prompt: job.asked.prompt, error: "The server was restarted before this was generated." });
     }
     const waited = new Set(jobs.map((job) => job.id));
     jobs = jobs.filter((job) => ids.has(job.id));
-    notice("");
+    showNotice("");
     await update(known.filter((job) => ACTIVE.includes(job.state) || waited.has(job.id)));
     if (jobs.length) watch();
   } catch {
-    notice("The server can’t be reached. Trying again …");
+    showNotice("The server can’t be reached. Trying again …");
     setTimeout(resume, 3000);
   }
 }
 
 async function update(all) {
-  const told = new Set(all.map((job) => job.id));
-  if (jobs.some((job) => !told.has(job.id))) return resume(); // it was over before the stream began
+  const ids = new Set(all.map((job) => job.id));
+  if (jobs.some((job) => !ids.has(job.id))) return resume(); // it was over before the stream began
   for (const job of all) {
     if (job.state === "failed") failures.set(job.id, { prompt: job.asked.prompt, error: job.error });
   }
@@ -101,17 +101,17 @@ async function update(all) {
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------- saying
+// ------------------------------------------------------------------------------------------------------- messages
 
 const narrow = () => matchMedia("(max-width: 900px)").matches; // one column: the picture is below the form
 
-function say(text) {
+function showError(text) {
   $("error").hidden = !text;
   $("error").textContent = text;
 }
 
-function notice(text) {
-  text ||= lost;
+function showNotice(text) {
+  text ||= folderError;
   $("notice").hidden = !text;
   $("notice").textContent = text;
 }
@@ -137,13 +137,13 @@ function listJobs() {
     cancel.onclick = async () => {
       cancel.disabled = true;
       try {
-        await ask(`/api/jobs/${job.id}`, { method: "DELETE" });
+        await call(`/api/jobs/${job.id}`, { method: "DELETE" });
       } catch (error) {
-        say(error.message);
+        showError(error.message);
       }
     };
-    const said = [where, job.cost].filter(Boolean).join(" · ");
-    row.append(element("b", job.asked.prompt || "(no prompt)"), element("span", said, { className: "hint" }), cancel);
+    const status = [where, job.cost].filter(Boolean).join(" · ");
+    row.append(element("b", job.asked.prompt || "(no prompt)"), element("span", status, { className: "hint" }), cancel);
     return row;
   });
   for (const [id, { prompt, error }] of failures) {
@@ -163,21 +163,21 @@ function listJobs() {
 
 // --------------------------------------------------------------------------------------------------------- history
 
-let lost = ""; // why the folder of pictures could not be read
-let again; // the timer of the next try
+let folderError = ""; // why the folder of pictures could not be read
+let retryTimer; // the timer of the next try
 
 async function load(before) {
   let page;
   try {
-    page = await ask(`/api/images?limit=24${before ? `&before=${before}` : ""}`);
+    page = await call(`/api/images?limit=24${before ? `&before=${before}` : ""}`);
   } catch (error) {
-    notice((lost = error.message));
-    clearTimeout(again);
-    again = setTimeout(() => load().catch(() => {}), 5000);
+    showNotice((folderError = error.message));
+    clearTimeout(retryTimer);
+    retryTimer = setTimeout(() => load().catch(() => {}), 5000);
     throw error;
   }
-  lost = "";
-  notice("");
+  folderError = "";
+  showNotice("");
   for (const picture of page.pictures) pictures.set(picture.name, picture);
   const all = [...pictures.values()].sort((a, b) => b.name - a.name);
   const there = new Map([...$("history").children].map((item) => [item.dataset.name, item]));
@@ -239,21 +239,21 @@ function show(picture, note = "") {
 // The picture as it is sent: cut to the shape that is asked for, from its middle.
 function cut(width, height) {
   const canvas = Object.assign(document.createElement("canvas"), { width, height });
-  const scale = Math.max(width / begin.width, height / begin.height);
-  const [w, h] = [begin.width * scale, begin.height * scale];
+  const scale = Math.max(width / source.width, height / source.height);
+  const [w, h] = [source.width * scale, source.height * scale];
   const pen = canvas.getContext("2d");
   pen.fillStyle = "#fff";
   pen.fillRect(0, 0, width, height);
   pen.imageSmoothingQuality = "high";
-  pen.drawImage(begin, (width - w) / 2, (height - h) / 2, w, h);
+  pen.drawImage(source, (width - w) / 2, (height - h) / 2, w, h);
   return canvas;
 }
 
 function showBegin() {
-  $("begin").hidden = !begin;
-  document.querySelector(".choose").hidden = Boolean(begin);
-  $("strength-row").hidden = !begin;
-  if (!begin) return;
+  $("begin").hidden = !source;
+  document.querySelector(".choose").hidden = Boolean(source);
+  $("strength-row").hidden = !source;
+  if (!source) return;
   const { width, height } = size();
   const scale = Math.max(1, Math.round(330 / Math.max(width, height)));
   const canvas = $("input");
@@ -267,17 +267,17 @@ function showBegin() {
 
 async function beginWith(blob, { fit = true } = {}) {
   try {
-    begin = await createImageBitmap(blob);
+    source = await createImageBitmap(blob);
   } catch {
-    return say("This file is no picture that a browser can read.");
+    return showError("This file is no picture that a browser can read.");
   }
-  say("");
+  showError("");
   mask = new Mask();
   if (fit) {
     const { width, height } = model.defaults; // as many pixels as the model draws by itself, in the picture's shape
-    const ratio = Math.sqrt((width * height) / (begin.width * begin.height));
+    const ratio = Math.sqrt((width * height) / (source.width * source.height));
     const whole = (side) => Math.max(model.step, Math.round((side * ratio) / model.step) * model.step);
-    [form.width.value, form.height.value] = [whole(begin.width), whole(begin.height)];
+    [form.width.value, form.height.value] = [whole(source.width), whole(source.height)];
   }
   $("strength").value = model.defaults.strength;
   changed();
@@ -285,7 +285,7 @@ async function beginWith(blob, { fit = true } = {}) {
 
 function drop(blob) {
   if (blob?.type.startsWith("image/")) beginWith(blob);
-  else if (blob) say("This is no picture.");
+  else if (blob) showError("This is no picture.");
 }
 
 async function base64(blob) {
@@ -318,7 +318,7 @@ function keep() {
   localStorage.setItem("tastemaker.form", JSON.stringify({ ...values, locked: locked(), model: model.name }));
   try {
     const { width, height } = size();
-    const input = begin && JSON.stringify({ picture: cut(width, height).toDataURL(), strokes: mask.strokes });
+    const input = source && JSON.stringify({ picture: cut(width, height).toDataURL(), strokes: mask.strokes });
     if (input) localStorage.setItem("tastemaker.input", input);
     else localStorage.removeItem("tastemaker.input");
   } catch {
@@ -341,17 +341,17 @@ async function restore() {
   if (input) {
     const [head, data] = input.picture.split(",");
     const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
-    begin = await createImageBitmap(new Blob([bytes], { type: head.slice(5, -7) })).catch(() => null);
+    source = await createImageBitmap(new Blob([bytes], { type: head.slice(5, -7) })).catch(() => null);
     mask = new Mask(input.strokes);
   }
   changed();
 }
 
-async function wish() {
+async function formRequest() {
   const numbers = ["width", "height", "number", "steps", "guidance", "seed"];
   const asked = Object.fromEntries(numbers.map((name) => [name, Number(form[name].value)]));
   for (const name of ["prompt", "negative", "scheduler"]) asked[name] = form[name].value.trim();
-  if (begin) {
+  if (source) {
     const { width, height } = size();
     asked.image = await base64(await png(cut(width, height)));
     if (!mask.empty) asked.mask = await base64(await png(mask.canvas(width, height)));
@@ -376,11 +376,11 @@ function bind() {
     if (asksForWords()) return;
     $("draw").disabled = true;
     try {
-      await submit(await wish());
+      await submit(await formRequest());
       if (!locked()) newSeed();
       keep();
     } catch (error) {
-      say(error.message);
+      showError(error.message);
     }
     $("draw").disabled = false;
   };
@@ -428,7 +428,7 @@ function bind() {
     if (file) beginWith(file);
   });
   $("remove").onclick = () => {
-    begin = null;
+    source = null;
     mask = new Mask();
     changed();
     $("file").focus();
@@ -448,7 +448,7 @@ function bind() {
     }
     form.number.value = 1;
     $("lock").setAttribute("aria-pressed", "true"); // else the next picture would be another one
-    say(facts.image ? "It was drawn from another picture, which you would have to add again." : "");
+    showError(facts.image ? "It was generated from another picture, which you would have to add again." : "");
     changed();
   };
   $("again").onclick = async () => {
@@ -464,7 +464,7 @@ function bind() {
         image: await base64(await (await fetch(shown.url)).blob()),
       });
     } catch (error) {
-      say(error.message);
+      showError(error.message);
     }
   };
   $("older").onclick = () => load([...pictures.keys()].sort((a, b) => a - b)[0]).catch(() => {});
@@ -474,7 +474,7 @@ function bind() {
 // --------------------------------------------------------------------------------------------------------- to begin
 
 async function open() {
-  model = await ask("/api/model");
+  model = await call("/api/model");
   $("model").textContent = `${model.name}, on ${model.device}`;
   for (const name of ["width", "height"]) Object.assign(form[name], { min: model.step, step: model.step });
   form.number.max = model.limits.number;
@@ -485,7 +485,7 @@ async function open() {
   );
   await restore();
   bind();
-  await load().catch(() => {}); // it has said so
+  await load().catch(() => {}); // it has shown why
   const newest = [...pictures.values()].sort((a, b) => b.name - a.name)[0];
   if (newest) show(newest);
   await resume();
@@ -493,4 +493,4 @@ async function open() {
   $("prompt").focus({ preventScroll: true });
 }
 
-open().catch((error) => notice(error.message));
+open().catch((error) => showNotice(error.message));

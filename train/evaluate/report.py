@@ -1,4 +1,4 @@
-"""The figures of an evaluation as people read them: a table on the terminal, and a page."""
+"""The figures of an evaluation as people read them: a sentence, a table for the terminal, and a page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from aesthetic.untrusted import markdown
 
 
 @dataclass(frozen=True)
-class Line:
+class FigureRow:
     """A figure as people read it."""
 
     what: str
@@ -19,73 +19,73 @@ class Line:
     beside: str = ""
 
 
-def _lines(facts: dict[str, Any]) -> Iterator[Line]:
+def _rows(facts: dict[str, Any]) -> Iterator[FigureRow]:
     """Every figure, those first that say most of a model: what, value, interval, and what stands beside it."""
     figures = facts["figures"]
     if found := figures.get("retrieval_in_domain"):
-        yield from _retrieval_lines(found)
-    yield from _retrieval_lines(figures["retrieval"])
+        yield from _retrieval_rows(found)
+    yield from _retrieval_rows(figures["retrieval"])
     if score := figures.get("clip_score"):
         beside = f"real {_number(score['real'])}" if "real" in score else ""
-        yield Line(f"CLIPScore ({score['model']}), 0 to 2.5", *_value(score["drawn"]), beside)
+        yield FigureRow(f"CLIPScore ({score['model']}), 0 to 2.5", *_value(score["drawn"]), beside)
     if found := figures.get("kid"):
         floor, ceiling = found["real_against_real"], found["noise_against_real"]
         beside = f"real against real {_spread(floor)} · noise against real {_spread(ceiling)}"
         value, sd = _spread(found["drawn"]).split(" ", 1)
-        yield Line(f"KID, {found['features']}, subsets of {floor['subset']}", value, sd, beside)
+        yield FigureRow(f"KID, {found['features']}, subsets of {floor['subset']}", value, sd, beside)
     if found := figures.get("frechet"):
-        yield Line(f"Frechet distance, {found['features']}", f"{found['value']:.3f}", "", "no FID: other features")
+        yield FigureRow(f"Frechet distance, {found['features']}", f"{found['value']:.3f}", "", "no FID: other features")
     if found := figures.get("memorisation"):
-        yield from _memorisation_lines(found)
+        yield from _memorisation_rows(found)
     loss = figures.get("held_out_loss")
     if loss:
         other = loss.get("training")
         with_it = [f"training pictures {_number(other)}"] if other else []
         if (then := loss["at_the_end_of_training"]) is not None:
             with_it.append(f"at the end of training {then:.4f}")
-        yield Line(f"held-out loss ({loss['objective']})", *_value(loss["held_out"], 4), " · ".join(with_it))
+        yield FigureRow(f"held-out loss ({loss['objective']})", *_value(loss["held_out"], 4), " · ".join(with_it))
     for name, found in figures.get("scores", {}).items():
         beside = f"real {_number(found['real'])} · difference {_number(found['difference'])}"
-        yield Line(f"{name}, {found['scale'][0]:g} to {found['scale'][1]:g}", *_value(found["drawn"]), beside)
+        yield FigureRow(f"{name}, {found['scale'][0]:g} to {found['scale'][1]:g}", *_value(found["drawn"]), beside)
     nsfw = figures["nsfw"]
     beside = f"real {_number(nsfw['real'])}"
-    yield Line(f"share with {nsfw['detector']} >= {nsfw['threshold']:g}", *_value(nsfw["drawn"]), beside)
+    yield FigureRow(f"share with {nsfw['detector']} >= {nsfw['threshold']:g}", *_value(nsfw["drawn"]), beside)
     if loss:
         for t, found in loss["held_out"]["by_time"].items():
             beside = _number(loss["training"]["by_time"][t]) if loss.get("training") else ""
-            yield Line(f"held-out loss at time {t}", *_value(found, 4), beside)
+            yield FigureRow(f"held-out loss at time {t}", *_value(found, 4), beside)
 
 
-def meaning(facts: dict[str, Any]) -> str:
+def summary(facts: dict[str, Any]) -> str:
     """What the figures mean, in a sentence: whether prompts steer the model, how near its pictures are to real ones,
     and whether it has learnt pictures by heart."""
     figures = facts["figures"]
-    told = [_steered(figures)]
+    clauses = [_steering(figures)]
     if kid := figures.get("kid"):
         floor, noise = kid["real_against_real"], kid["noise_against_real"]["mean"]
         if kid["drawn"]["mean"] <= floor["mean"] + 2 * floor["sd"]:
-            told.append("KID cannot tell its pictures from real ones")
+            clauses.append("KID cannot tell its pictures from real ones")
         else:
-            told.append(
+            clauses.append(
                 f"its pictures are at a KID of {kid['drawn']['mean']:.2f} from real ones, where noise is at {noise:.2f}"
             )
     if found := figures.get("memorisation"):
         close = found["close"]
         if found["copies"] > found["copies_real"] or (close and close["low"] > close["expected"]):
-            told.append("some of them are nearly training pictures (look at nearest.png)")
+            clauses.append("some of them are nearly training pictures (look at nearest.png)")
         elif close:
-            told.append("they are no nearer to training pictures than real ones are")
+            clauses.append("they are no nearer to training pictures than real ones are")
     loss = figures.get("held_out_loss") or {}
     least, most = loss.get("held_out", {}).get("low"), loss.get("training", {}).get("high")
     if least is not None and most is not None and most < least:
-        told.append("its loss is clearly lower on training pictures, which is how learning by heart begins")
-    return f"In short: {'; '.join(told)}."
+        clauses.append("its loss is clearly lower on training pictures, which is how learning by heart begins")
+    return f"In short: {'; '.join(clauses)}."
 
 
-def _steered(figures: dict[str, Any]) -> str:
-    """Whether drawn pictures find their captions: in the space that tells real ones apart, in-domain if both do."""
+def _steering(figures: dict[str, Any]) -> str:
+    """Whether generated pictures find their captions: in the space that tells real ones apart, in-domain if both do."""
     spaces = [found for name in ("retrieval_in_domain", "retrieval") if (found := figures.get(name))]
-    found = next((f for f in spaces if not _says_nothing(f)), None)
+    found = next((f for f in spaces if not _cannot_tell(f)), None)
     if found is None:
         return "whether prompts steer it cannot be told with these captions"
     key = "recall_at_5" if "recall_at_5" in found["drawn"] else "recall_at_1"
@@ -93,31 +93,31 @@ def _steered(figures: dict[str, Any]) -> str:
     beside = f"chance {ours['shuffled']['value']:.2f}"
     if "real" in found:
         beside += f", real pictures {found['real'][key]['value']:.2f}"
-    told = f"R@{key.rpartition('_')[2]} {ours['value']:.2f}, {beside}"
+    numbers = f"R@{key.rpartition('_')[2]} {ours['value']:.2f}, {beside}"
     if ours["low"] > ours["shuffled"]["high"]:
-        return f"prompts steer it ({told})"
-    return f"nothing shows that prompts steer it ({told})"
+        return f"prompts steer it ({numbers})"
+    return f"nothing shows that prompts steer it ({numbers})"
 
 
-def _retrieval_lines(found: dict[str, Any]) -> Iterator[Line]:
+def _retrieval_rows(found: dict[str, Any]) -> Iterator[FigureRow]:
     ours, real = found["drawn"], found.get("real")
     for key in (k for k in ours if k != "captions"):
         what = "similarity" if key == "similarity" else f"R@{key.rpartition('_')[2]} of {ours['captions']:,} captions"
         beside = f"shuffled {_number(ours[key]['shuffled'])}"
         beside += f" · real {_number(real[key])}" if real else ""
-        yield Line(f"{what}, {found['space']} space", *_value(ours[key]), beside)
+        yield FigureRow(f"{what}, {found['space']} space", *_value(ours[key]), beside)
 
 
-def _memorisation_lines(found: dict[str, Any]) -> Iterator[Line]:
+def _memorisation_rows(found: dict[str, Any]) -> Iterator[FigureRow]:
     of = f" of {found['of_training']:,}" if "of_training" in found else ""
     among = f"{found['training']:,}{of} training pictures"
     beside = f"real, not trained on {found['median_real']:.3f}"
-    yield Line(f"cosine to the nearest of {among}", f"{found['median']:.3f}", "median", beside)
+    yield FigureRow(f"cosine to the nearest of {among}", f"{found['median']:.3f}", "median", beside)
     if close := found["close"]:
         beside = f"expected {close['expected']:.0%}: nearer (cosine above {found['border']:.3f}) than 95% of real ones"
-        yield Line("share close to a training picture", *_value(close), beside)
+        yield FigureRow("share close to a training picture", *_value(close), beside)
     beside = f"real, not trained on {found['copies_real']} of {found['pictures_real']:,}"
-    yield Line("near-duplicates of training pictures", f"{found['copies']} of {found['pictures']:,}", "", beside)
+    yield FigureRow("near-duplicates of training pictures", f"{found['copies']} of {found['pictures']:,}", "", beside)
 
 
 def _notes(facts: dict[str, Any]) -> Iterator[str]:
@@ -129,10 +129,10 @@ def _notes(facts: dict[str, Any]) -> Iterator[str]:
             "that has learnt the chooser's preferences gets a better figure than it deserves."
         )
     for found in (figures["retrieval"], figures.get("retrieval_in_domain")):
-        if found and _says_nothing(found):
+        if found and _cannot_tell(found):
             yield (
                 f"In the {found['space']} space real pictures find their captions no more often than by chance: it "
-                f"can't tell these captions apart, and so tells nothing of drawn pictures either."
+                f"can't tell these captions apart, and so tells nothing of generated pictures either."
             )
     if found := figures.get("retrieval_in_domain"):
         yield (
@@ -143,7 +143,7 @@ def _notes(facts: dict[str, Any]) -> Iterator[str]:
         yield f"left out: {what} ({why})"
 
 
-def _says_nothing(found: dict[str, Any]) -> bool:
+def _cannot_tell(found: dict[str, Any]) -> bool:
     """Whether real pictures find their captions no more often than shuffled ones do."""
     real = found.get("real", {}).get("recall_at_1")
     return bool(real and real["value"] <= real["shuffled"]["high"])
@@ -165,38 +165,22 @@ def _spread(found: dict[str, Any]) -> str:
 
 def table(facts: dict[str, Any]) -> str:
     """What an `evaluation.json` says, for a terminal."""
-    lines = list(_lines(facts))
-    first, second, third = (max(len(getattr(x, n)) for x in lines) + 2 for n in ("what", "value", "interval"))
-    head = f"{'':{first}}{'VALUE':{second}}{'95% INTERVAL':{max(third, 14)}}BESIDE IT"
-    rows = [f"{x.what:{first}}{x.value:{second}}{x.interval:{max(third, 14)}}{x.beside}".rstrip() for x in lines]
-    return "\n".join([*facts["about"], "", head, *rows, "", *_notes(facts)])
+    rows = list(_rows(facts))
+    first, second, third = (max(len(getattr(x, n)) for x in rows) + 2 for n in ("what", "value", "interval"))
+    third = max(third, 14)
+    head = f"{'':{first}}{'VALUE':{second}}{'95% INTERVAL':{third}}BESIDE IT"
+    lines = [f"{x.what:{first}}{x.value:{second}}{x.interval:{third}}{x.beside}".rstrip() for x in rows]
+    return "\n".join([*facts["about"], "", head, *lines, "", *_notes(facts)])
 
 
 def readme(facts: dict[str, Any]) -> str:
     """The same as a page of Markdown, which shows the sheets beside it."""
-    about = [f"- {markdown(' '.join(text.split()))}" for text in facts["about"]]
-    table = ["| | value | 95% interval | beside it |", "|---|---|---|---|"]
-    table += ["| " + " | ".join(map(markdown, (x.what, x.value, x.interval, x.beside))) + " |" for x in _lines(facts)]
-    pictures = ["![drawn and real pictures](sheet.png)"]
+    about = "\n".join(f"- {markdown(' '.join(text.split()))}" for text in facts["about"])
+    rows = [" | ".join(map(markdown, (x.what, x.value, x.interval, x.beside))) for x in _rows(facts)]
+    table = "\n".join(["| | value | 95% interval | beside it |", "|---|---|---|---|", *(f"| {row} |" for row in rows)])
+    notes = "\n".join(f"- {markdown(note)}" for note in _notes(facts))
+    sheets = ["![generated and real pictures](sheet.png)"]
     if "memorisation" in facts["figures"]:
-        pictures += ["", "![the nearest training pictures](nearest.png)"]
-    notes = [f"- {markdown(note)}" for note in _notes(facts)]
-    made = ", ".join(f"{k} {v}" for k, v in facts["made_with"].items())
-    return "\n".join(
-        [
-            "# Evaluation",
-            "",
-            meaning(facts),
-            "",
-            *about,
-            "",
-            *table,
-            "",
-            *notes,
-            "",
-            *pictures,
-            "",
-            f"Made with {made}.",
-            "",
-        ]
-    )
+        sheets.append("![the nearest training pictures](nearest.png)")
+    made = f"Made with {', '.join(f'{k} {v}' for k, v in facts['made_with'].items())}.\n"
+    return "\n\n".join(["# Evaluation", summary(facts), about, table, notes, *sheets, made])

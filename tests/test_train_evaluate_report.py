@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from pipelines.figures import meaning, readme, table
+from train.evaluate.report import readme, summary, table
 
 
 def share(value, low, high, **more):
@@ -74,7 +74,7 @@ SHORT = (
 
 
 def test_what_says_most_stands_first_and_a_sentence_says_what_it_means():
-    assert meaning(FACTS) == SHORT and SHORT in readme(FACTS)
+    assert summary(FACTS) == SHORT and SHORT in readme(FACTS)
     words = [line[:18].strip() for line in table(FACTS).splitlines()[3:]]
     first = [
         words.index(w) for w in ("R@1 of 97 captions", "KID, F, subsets of", "cosine to the near", "held-out loss (flo")
@@ -102,7 +102,7 @@ def test_what_says_most_stands_first_and_a_sentence_says_what_it_means():
 def test_the_sentence_says_no_more_than_the_figures(change, told):
     facts = copy.deepcopy(FACTS)
     change(facts["figures"])
-    assert told in meaning(facts)
+    assert told in summary(facts)
     for name in ("kid", "memorisation", "held_out_loss"):
         facts["figures"].pop(name)
-    assert meaning(facts).count(";") == 0
+    assert summary(facts).count(";") == 0

@@ -1,7 +1,7 @@
-"""How far two sets of pictures lie apart, told by features of a frozen network: KID, and the Frechet distance.
+"""How far two sets of images lie apart, told by features of a frozen network: KID, and the Frechet distance.
 
-Both compare distributions: neither looks at which picture belongs to which caption. What a figure means is seen beside
-the same figure of real pictures against other real ones, and of noise against real pictures.
+Both compare distributions: neither looks at which image belongs to which caption. What a figure means is seen beside
+the same figure of real images against other real ones, and of noise against real images.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ Array = npt.NDArray[np.float64]
 Features = npt.NDArray[np.floating]
 
 SUBSET = 1000
-"""Pictures of each side in a subset, where there are so many: as Binkowski et al. 2018 take."""
+"""Images of each side in a subset, where there are so many: as Binkowski et al. 2018 take."""
 
 SUBSETS = 100
 """How many subsets, as theirs."""
 
-LEAST_KID = 50
-"""Pictures of each side below which KID is not given. Ours: of fewer, its spread hides what it measures."""
+MIN_KID = 50
+"""Images of each side below which KID is not given. Ours: of fewer, its spread hides what it measures."""
 
-LEAST_FRECHET = 10_000
-"""Pictures of each side below which the Frechet distance is not given: it is biased by how many there are, the more so
+MIN_FRECHET = 10_000
+"""Images of each side below which the Frechet distance is not given: it is biased by how many there are, the more so
 the fewer (Chong and Forsyth 2020, arXiv 1911.07023); 10,000 is the least that its authors recommend."""
 
 
@@ -34,7 +34,7 @@ class Spread:
 
     mean: float
     sd: float
-    subset: int  # pictures of each side
+    subset: int  # images of each side
     subsets: int
 
 
@@ -64,7 +64,7 @@ def mmd2(x: Array, y: Array) -> float:
 def kid(x: Features, y: Features, *, subset: int = SUBSET, subsets: int = SUBSETS, seed: int = 0) -> Spread:
     """Kernel Inception Distance (Binkowski et al. 2018, arXiv 1801.01401) of features (n, d) and (m, d).
 
-    The mean of `mmd2` over random subsets of `subset` rows of each side, which are drawn without replacement. Rows are
+    The mean of `mmd2` over random subsets of `subset` rows of each side, which are chosen without replacement. Rows are
     brought to one length first (`scaled`). The features decide what is seen: with others than Inception's the
     number is no KID that papers give.
 
@@ -104,10 +104,10 @@ def frechet(x: Features, y: Features) -> float:
     |mean difference|^2 + tr(A + B - 2 (A B)^(1/2)), A and B the covariances (Dowson and Landau 1982): with Inception's
     features this is FID (Heusel et al. 2017, arXiv 1706.08500). Rows are brought to one length first (`scaled`).
 
-    Raises ValueError where a side has fewer than LEAST_FRECHET rows.
+    Raises ValueError where a side has fewer than MIN_FRECHET rows.
     """
-    if min(len(x), len(y)) < LEAST_FRECHET:
-        raise ValueError(f"{len(x)} and {len(y)} rows: at least {LEAST_FRECHET} of each are needed")
+    if min(len(x), len(y)) < MIN_FRECHET:
+        raise ValueError(f"{len(x)} and {len(y)} rows: at least {MIN_FRECHET} of each are needed")
     x, y = scaled(x), scaled(y)
     a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
     values, vectors = np.linalg.eigh(a)
