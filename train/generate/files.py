@@ -209,7 +209,7 @@ def check_out(folder: Path) -> None:
     """Raise UserError or DiskFull where images can't be written to a folder, which need not be there yet."""
     above = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     if not above.is_dir():
-        raise UserError(f"--out {folder}: a file is there, a folder for pictures is expected")
+        raise UserError(f"--out {folder} is a file: a folder for pictures is expected")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"--out {folder} can't be written to: give another folder")
     check_space(above)
