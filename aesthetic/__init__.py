@@ -1,4 +1,7 @@
-"""Taste as a number: embedding spaces, heads that score in them, and fitting heads to ratings.
+"""A library of taste: embedding spaces, heads that score in them, and fitting heads to ratings.
+
+Imports none of the other packages. What is listed in `__all__` is for anyone; curate, train, studio and pipelines also
+use errors, untrusted, tables, space, metrics, splits and plots as they are.
 
 >>> from aesthetic import load_head
 >>> load_head("laion-v2").scale

@@ -108,10 +108,10 @@ def _by_part(part: Callable[[pa.Array], pa.Array], wanted: pa.Array, places: pa.
     return found
 
 
-def _match(wanted: pa.Array, there: pa.Array, same: pa.Array | None) -> Rows:
+def _match(wanted: pa.Array, present: pa.Array, same: pa.Array | None) -> Rows:
     """The row where each wanted text stands: the first one where all that it stands in are the `same`."""
     coded = wanted.dictionary_encode()
-    fits = pc.fill_null(pc.index_in(there, value_set=coded.dictionary), -1).to_numpy()
+    fits = pc.fill_null(pc.index_in(present, value_set=coded.dictionary), -1).to_numpy()
     rows = np.flatnonzero(fits >= 0)
     fits = fits[rows]
     first = np.full(len(coded.dictionary), NOT_FOUND)

@@ -34,10 +34,10 @@ _MATRIX = 1500  # rows up to which Kendall's signs are kept as a matrix
 class Correlation:
     """A statistic between -1 and 1 whose draws are even on Fisher's scale, atanh."""
 
-    of: Statistic
+    statistic: Statistic
 
     def __call__(self, w: Array) -> float:
-        return self.of(w)
+        return self.statistic(w)
 
 
 def pearson(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
@@ -144,16 +144,14 @@ def top_of(x: Array, y: Array, share: float, lift: bool = False) -> Statistic:
 
 def rating_statistics(x: Array, y: Array) -> dict[str, Statistic]:
     """The statistics of a report on ratings `y` predicted as `x`."""
-    tops = {f"precision_top_{f:.0%}": top_of(x, y, f) for f in TOPS}
-    lifts = {f"lift_top_{f:.0%}": top_of(x, y, f, lift=True) for f in TOPS}
     return {
         "spearman": spearman_of(x, y),
         "pearson": pearson_of(x, y),
         "kendall": kendall_of(x, y),
         "rmse": rmse_of(x, y),
         "slope": slope_of(x, y),
-        **tops,
-        **lifts,
+        **{f"precision_top_{f:.0%}": top_of(x, y, f) for f in TOPS},
+        **{f"lift_top_{f:.0%}": top_of(x, y, f, lift=True) for f in TOPS},
     }
 
 
@@ -201,6 +199,11 @@ def auprc_of(score: Array, label: Array) -> Statistic:
     return area
 
 
+def _allowed(fp: Array, loss: float) -> int:
+    """How many runs of ties, best first, may be flagged for at most this loss of negatives."""
+    return int(np.searchsorted(fp, loss * fp[-1] + 1e-9, side="right"))
+
+
 def recall_of(score: Array, label: Array, loss: float) -> Statistic:
     """The largest share of positives found while at most `loss` of the negatives are flagged."""
     roc = _Roc(score, label)
@@ -209,7 +212,7 @@ def recall_of(score: Array, label: Array, loss: float) -> Statistic:
         tp, fp = roc(w)
         if not (tp[-1] > 0 and fp[-1] > 0):
             return math.nan
-        allowed = int(np.searchsorted(fp, loss * fp[-1] + 1e-9, side="right"))
+        allowed = _allowed(fp, loss)
         return float(tp[allowed - 1] / tp[-1]) if allowed else 0.0
 
     return recall
@@ -218,22 +221,25 @@ def recall_of(score: Array, label: Array, loss: float) -> Statistic:
 def threshold_of(score: Array, label: Array, loss: float) -> float:
     """The lowest score from which on at most `loss` of the negatives are flagged."""
     roc = _Roc(score, label)
-    _, fp = roc(np.ones(len(score)))
-    allowed = int(np.searchsorted(fp, loss * fp[-1] + 1e-9, side="right"))
+    allowed = _allowed(roc(np.ones(len(score)))[1], loss)
     ranked = score[roc.order][roc.ends]
     return float(ranked[allowed - 1]) if allowed else float(np.nextafter(ranked[0], np.inf))
 
 
+def mean_of(values: Array) -> Statistic:
+    """The weighted mean."""
+    return lambda w: float(w @ values / w.sum())
+
+
 def brier_of(p: Array, label: Array) -> Statistic:
-    squares = (p - label) ** 2
-    return lambda w: float(w @ squares / w.sum())
+    """Mean squared difference of the probability and the label."""
+    return mean_of((p - label) ** 2)
 
 
 def log_loss_of(p: Array, label: Array) -> Statistic:
     """Mean of -log of the probability that the label was given, in nats."""
     p = np.clip(p, 1e-12, 1 - 1e-12)
-    losses = -np.where(label > 0.5, np.log(p), np.log1p(-p))
-    return lambda w: float(w @ losses / w.sum())
+    return mean_of(-np.where(label > 0.5, np.log(p), np.log1p(-p)))
 
 
 def ece_of(p: Array, label: Array, bins: int = 15) -> Statistic:
@@ -280,27 +286,20 @@ def estimate(
     """
     from threadpoolctl import threadpool_limits
 
-    with threadpool_limits(1, user_api="blas"):  # a thousand dot products: waking a second thread costs more than each
-        return _estimates(statistics, groups, draws, seed, level)
-
-
-def _estimates(
-    statistics: Mapping[str, Statistic], groups: Sequence[Any] | npt.NDArray[Any], draws: int, seed: int, level: float
-) -> dict[str, Estimate]:
     names, group = np.unique(np.asarray([str(g) for g in groups]), return_inverse=True)
     count = len(names)
-    ones = np.ones(len(group))
-    values = {name: statistic(ones) for name, statistic in statistics.items()}
+    values = {name: statistic(np.ones(len(group))) for name, statistic in statistics.items()}
     if count < 2:
         return {name: _estimate(value, math.nan, math.nan) for name, value in values.items()}
     slow = {name for name in statistics if name.startswith("kendall") and len(group) > _MATRIX}
     drawn: dict[str, list[float]] = {name: [] for name in statistics}
     rng = np.random.default_rng(seed)
-    for i in range(draws):
-        weights = np.bincount(rng.integers(0, count, count), minlength=count)[group].astype(np.float64)
-        for name, statistic in statistics.items():
-            if name not in slow or i < _DRAWS_OF_SLOW:
-                drawn[name].append(statistic(weights) if weights.any() else math.nan)
+    with threadpool_limits(1, user_api="blas"):  # a thousand dot products: waking a second thread costs more than each
+        for i in range(draws):
+            weights = np.bincount(rng.integers(0, count, count), minlength=count)[group].astype(np.float64)
+            for name, statistic in statistics.items():
+                if name not in slow or i < _DRAWS_OF_SLOW:
+                    drawn[name].append(statistic(weights) if weights.any() else math.nan)
     return {
         name: _estimate(value, *_interval(value, np.array(drawn[name]), count, level, statistics[name]))
         for name, value in values.items()
@@ -353,14 +352,10 @@ def calibration_table(
     for b in np.unique(place):
         rows = place == b
         y = observed[rows]
-        found = estimate({"mean": _mean_of(y)}, np.asarray(groups, object)[rows], draws=draws)["mean"]
+        found = estimate({"mean": mean_of(y)}, np.asarray(groups, object)[rows], draws=draws)["mean"]
         table.append({"predicted": float(predicted[rows].mean()), "observed": float(y.mean()), "n": int(rows.sum())})
         table[-1] |= {"low": found["low"], "high": found["high"]}
     return table
-
-
-def _mean_of(y: Array) -> Statistic:
-    return lambda w: float(w @ y / w.sum())
 
 
 def reliability(means: Array, n: Array, sd: Array) -> float | None:

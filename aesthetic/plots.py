@@ -1,4 +1,4 @@
-"""Pictures of how good a head is: predictions against ratings, reliability, the learning curve.
+"""Plots of how good a head is: predictions against ratings, reliability, the learning curve.
 
 Each is one PNG of 900 pixels or a little more in width, and the same numbers give the same bytes on one version of
 matplotlib, whatever the user's own matplotlib settings.
@@ -21,6 +21,7 @@ from aesthetic.files import write_atomic
 from aesthetic.heads import HeadError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 DENSE = 2000
@@ -81,13 +82,16 @@ def scatter(
             raise HeadError(f"{path}: {ends.shape[1]} intervals for {len(x)} predictions")
     start, end = _span([*scale, x.min(), x.max(), y.min(), y.max()])
     with drawing(path, title, 6.2, 6.2) as figure:
+        from matplotlib.colors import LinearSegmentedColormap
+
         grid = figure.add_gridspec(2, 2, width_ratios=(6, 1), height_ratios=(1, 6), wspace=0.02, hspace=0.02)
         axes = figure.add_subplot(grid[1, 0])
         above, beside = figure.add_subplot(grid[0, 0], sharex=axes), figure.add_subplot(grid[1, 1], sharey=axes)
         axes.set(xlim=(start, end), ylim=(start, end), xlabel="predicted, held out", ylabel="rated")
         if len(x) > DENSE:
+            greens = LinearSegmentedColormap.from_list("greens", ["#d3e5df", _GREEN, "#0e3a32"])
             cells = axes.hexbin(
-                x, y, gridsize=55, mincnt=1, bins="log", extent=(start, end, start, end), cmap=_greens(), linewidths=0
+                x, y, gridsize=55, mincnt=1, bins="log", extent=(start, end, start, end), cmap=greens, linewidths=0
             )
             bar = figure.colorbar(cells, ax=[axes, beside], shrink=0.5, pad=0.01, aspect=30, label="images in a cell")
             bar.outline.set_visible(False)  # type: ignore[operator]
@@ -109,14 +113,12 @@ def scatter(
             sides = np.array([x.min(), x.max()])
             words = f"calibration, slope {slope:.2f}"
             axes.plot(sides, y.mean() + slope * (sides - x.mean()), color=_AMBER, linewidth=1.8, label=words)
-        axes.legend(loc="upper left")
+        _finish(axes, "upper left")
         edges = np.linspace(start, end, 41).tolist()
         above.hist(x, edges, color=_GREEN, alpha=0.7)
         beside.hist(y, edges, color=_GREEN, alpha=0.7, orientation="horizontal")
         above.axis("off")
         beside.axis("off")
-        axes.grid(color=_LINE, linewidth=0.7)
-        axes.set_axisbelow(True)
     return Path(path)
 
 
@@ -163,9 +165,7 @@ def reliability(path: Path | str, bins: Sequence[dict[str, Any]], *, title: str,
             clip_on=False,
             label="observed, with its interval" if (high > low).any() else "observed",
         )
-        axes.legend(loc="upper left")
-        axes.grid(color=_LINE, linewidth=0.7)
-        axes.set_axisbelow(True)
+        _finish(axes, "upper left")
         bars = below.bar(range(1, len(bins) + 1), counts, color=_GREEN, alpha=0.7, width=0.8)
         small = {"fontsize": 8 if len(bins) <= 12 else 6.5, "color": _SOFT}
         below.bar_label(bars, [f"{n:,}" if n < 10_000 else f"{n / 1000:,.0f}k" for n in counts], padding=2, **small)
@@ -209,9 +209,7 @@ def learning_curve(
         axes.set_xticks(_apart(n), minor=False)
         axes.set_xticks([], minor=True)
         axes.xaxis.set_major_formatter(_plain)
-        axes.legend(loc="lower right")
-        axes.grid(color=_LINE, linewidth=0.7)
-        axes.set_axisbelow(True)
+        _finish(axes, "lower right")
     return Path(path)
 
 
@@ -232,10 +230,10 @@ def drawing(path: Path | str, title: str, width: float, height: float) -> Iterat
     write_atomic(Path(path), buffer.getvalue())
 
 
-def _greens() -> Any:
-    from matplotlib.colors import LinearSegmentedColormap
-
-    return LinearSegmentedColormap.from_list("greens", ["#d3e5df", _GREEN, "#0e3a32"])
+def _finish(axes: Axes, legend: str) -> None:
+    axes.legend(loc=legend)
+    axes.grid(color=_LINE, linewidth=0.7)
+    axes.set_axisbelow(True)
 
 
 def _plain(value: float, _: Any = None) -> str:

@@ -1,7 +1,7 @@
-"""Zero-shot heads: a quality put into words, scored by which side of it a picture's vector lies on. Fitted to nothing.
+"""Zero-shot heads: a quality put into words, scored by which side of it an image's vector lies on. Fitted to nothing.
 
 >>> head = prompt_head(encoder.encode_texts, encoder.space(), ["a sharp photo"], ["a blurry photo"], name="sharp")
->>> head(encoder.encode_images([picture]))     # (1,) float32, 0 to 1
+>>> head(encoder.encode_images([image]))     # (1,) float32, 0 to 1
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def prompt_head(
     task: str = "prompts",
     logit_scale: float | None = None,
 ) -> Head:
-    """A head that says how much nearer a picture is to the `wanted` prompts than to those `against` them: 0 to 1.
+    """A head that says how much nearer an image is to the `wanted` prompts than to those `against` them: 0 to 1.
 
         score = sigmoid(logit_scale * (cos(x, t+) - cos(x, t-)))
 
@@ -48,9 +48,9 @@ def prompt_head(
     out positions), with several prompts a side averaged as CLIP's authors do (Radford et al. 2021, arXiv 2103.00020).
     As x has unit length, the score is an affine map and a sigmoid.
 
-    encode_texts: texts -> (n, dim) vectors in the space of the pictures; None for an encoder that has no texts.
+    encode_texts: texts -> (n, dim) vectors in the space of the images; None for an encoder that has no texts.
     logit_scale: by default 100, at which CLIP's training caps the factor of its cosines; for `bundled` 20, the one
-        that its text model was trained with (at 100, one picture in ten can come out as exactly 1).
+        that its text model was trained with (at 100, one image in ten can come out as exactly 1).
 
     Raises HeadError where the space has no texts, where a side is empty or a prompt is, and where both sides say the
     same.
@@ -63,13 +63,18 @@ def prompt_head(
         logit_scale = 20.0 if space.encoder == "bundled" else 100.0
     if not (math.isfinite(logit_scale) and logit_scale > 0):
         raise HeadError(f"{name}: the logit scale is {logit_scale}; it must be a positive number")
-    sides = {"wanted": _prompts(name, "wanted", wanted), "against": _prompts(name, "against", against)}
+    sides = {"wanted": wanted, "against": against}
+    for side, prompts in sides.items():
+        if isinstance(prompts, str) or not prompts:
+            raise HeadError(f"{name}: {side} is a list of at least one prompt, not {prompts!r}")
+        if not all(prompt.strip() for prompt in prompts):
+            raise HeadError(f"{name}: a prompt of {side} is empty; its vector would mean nothing")
     if set(sides["wanted"]) == set(sides["against"]):
         raise HeadError(f"{name}: the wanted prompts and those against them are the same")
     ends = {side: _mean_direction(encode_texts, space, prompts, name) for side, prompts in sides.items()}
     difference = ends["wanted"] - ends["against"]
     if not np.linalg.norm(difference) > _LEAST:
-        raise HeadError(f"{name}: to {space.encoder}, both sides say the same: {sides['wanted'] + sides['against']}")
+        raise HeadError(f"{name}: to {space.encoder}, both sides say the same: {[*wanted, *against]}")
     weight = (logit_scale * difference[None, :]).astype(np.float32)
     return Head(
         name=name,
@@ -88,20 +93,11 @@ def prompt_head(
     )
 
 
-def _prompts(name: str, side: str, prompts: Sequence[str]) -> list[str]:
-    if isinstance(prompts, str) or not prompts:
-        raise HeadError(f"{name}: {side} is a list of at least one prompt, not {prompts!r}")
-    for prompt in prompts:
-        if not prompt.strip():
-            raise HeadError(f"{name}: a prompt of {side} is empty; its vector would mean nothing")
-    return list(prompts)
-
-
 def _mean_direction(
-    encode_texts: Callable[[Sequence[str]], npt.NDArray[np.float32]], space: Space, prompts: list[str], name: str
+    encode_texts: Callable[[Sequence[str]], npt.NDArray[np.float32]], space: Space, prompts: Sequence[str], name: str
 ) -> npt.NDArray[np.float64]:
     """The normalised mean of the prompts' normalised vectors: (dim,)."""
-    vectors = np.asarray(encode_texts(prompts), np.float64)
+    vectors = np.asarray(encode_texts(list(prompts)), np.float64)
     if vectors.shape != (len(prompts), space.dim):
         raise HeadError(
             f"{name}: {len(prompts)} prompts gave vectors of shape {vectors.shape}; {space.encoder} has "
@@ -113,5 +109,5 @@ def _mean_direction(
     mean = (vectors / lengths).mean(0)
     length = float(np.linalg.norm(mean))
     if not length > _LEAST:
-        raise HeadError(f"{name}: to {space.encoder}, the prompts {prompts} cancel each other out")
+        raise HeadError(f"{name}: to {space.encoder}, the prompts {list(prompts)} cancel each other out")
     return mean / length

@@ -30,6 +30,22 @@ if TYPE_CHECKING:
 Texts = npt.NDArray[np.object_]
 Array = npt.NDArray[np.float64]
 
+LABEL_NAME = "label"
+IMAGE_NAMES = (
+    *("image", "key", "path", "image_path", "file", "filename", "file_name", "image_name", "image_id"),
+    *("url", "image_url", "sha256", "image_sha256", "name", "id"),
+)
+SCORE_NAMES = ("score", "rating", "mean", "mos")
+RATER_NAMES = ("rater", "rater_id", "user", "user_id", "worker", "worker_id", "annotator", "annotator_id")
+N_NAMES = ("n", "votes", "n_votes", "num_votes")
+SD_NAMES = ("sd", "std")
+SIDE_NAMES = (("image_a", "image_b"), ("image_1", "image_2"), ("image_left", "image_right"), ("left", "right"))
+CHOICE_NAMES = ("winner", "choice", "preference", LABEL_NAME)
+"""Names of columns that are looked for where none is given: in this order, in upper or lower case."""
+
+YES, NO = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
+TIES = ("tie", "tied", "draw", "equal", "same", "both", "neither")
+
 AVA_COLUMNS = ("index", "image_id", *map(str, range(1, 11)), "tag1", "tag2", "challenge")
 POSITIVE = float(np.finfo(np.float64).tiny)  # the lowest number above 0
 EMPTY = ("", "nan", "na", "n/a", "null")
@@ -85,16 +101,18 @@ class RatingFile:
 
     def filled(self, columns: Iterable[str], words: bool = False) -> RatingFile:
         """The file without the rows in which all of these columns are empty; words: NA and nan are no empty cells."""
-        there = np.zeros(len(self.table), bool)
+        filled = np.zeros(len(self.table), bool)
         for column in columns:
-            there |= ~np.isin(self.words(column), [""] if words else EMPTY)
-        return self if there.all() else replace(self, table=self.table.filter(there), rows=np.flatnonzero(there))
+            filled |= ~np.isin(self.words(column), [""] if words else EMPTY)
+        if filled.all():
+            return self
+        return replace(self, table=self.table.filter(filled), rows=np.flatnonzero(filled))
 
     def error(self, row: int, message: str) -> HeadError:
         """What is wrong with a row, and where it is."""
-        return HeadError(f"{self.path}, {self.place(row)}: {message}")
+        return HeadError(f"{self.path}, {self.locate(row)}: {message}")
 
-    def place(self, row: int) -> str:
+    def locate(self, row: int) -> str:
         """What to call a row (from 0) in a message: its line, the last one where it has several."""
         row = row if self.rows is None else int(self.rows[row])
         if self.shape is not None:
@@ -112,24 +130,24 @@ class RatingFile:
         """The first of the names that is a column; capitals, and blanks, - or nothing in place of _, do not matter."""
         columns = self.table.column_names
         folded = {_folded(c): c for c in reversed(columns)}
-        here = (name if name in columns else folded.get(_folded(name)) for name in names)
-        return next((name for name in here if name is not None), None)
+        found = (name if name in columns else folded.get(_folded(name)) for name in names)
+        return next((name for name in found if name is not None), None)
 
     def choose(self, role: str, asked: str | None, names: Iterable[str]) -> str:
         """The column that was asked for, or else the first of the names; raises HeadError where there is none."""
         columns = self.table.column_names
-        there = ", ".join(columns) or "none"
+        listed = ", ".join(columns) or "none"
         if asked is None:
             if found := self.find(names):
                 return found
             usual = ", ".join(names)
             option = "--key" if role == "image" else "--score"
             raise HeadError(
-                f"{self.path}: no column for the {role} ({usual}). Columns: {there}; say which one it is: "
+                f"{self.path}: no column for the {role} ({usual}). Columns: {listed}; say which one it is: "
                 f"{option} COLUMN"
             )
         if asked not in columns:
-            raise HeadError(f"{self.path} has no column {asked!r}. Columns: {there}{did_you_mean(asked, columns)}")
+            raise HeadError(f"{self.path} has no column {asked!r}. Columns: {listed}{did_you_mean(asked, columns)}")
         return asked
 
     def text(self, column: str) -> Texts:
@@ -267,7 +285,7 @@ def _parse_csv(path: Path, shape: TableShape | None) -> pa.Table:
         for name in names:
             swallowed = pc.match_substring_regex(table[name], r"(?s)\t.*\n|\n.*\t")
             if pc.any(swallowed).as_py():
-                place = RatingFile(path, table, shape).place(int(pc.index(swallowed, True).as_py()))
+                place = RatingFile(path, table, shape).locate(int(pc.index(swallowed, True).as_py()))
                 raise HeadError(f"{path}, up to {place}: a quotation mark that is not closed takes lines for one field")
     return table
 

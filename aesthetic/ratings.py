@@ -1,7 +1,4 @@
-"""Rating files of every kind -> one table: scores or labels of images, or which of two images won.
-
-`join` (in aesthetic.join) finds the images that the table names.
-"""
+"""Rating files of every kind -> one table: scores or labels of images, or which of two images won."""
 
 from __future__ import annotations
 
@@ -14,49 +11,38 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from aesthetic.forms import forms_of
 from aesthetic.heads import HeadError
-from aesthetic.join import join
-from aesthetic.raters import without_raters
-from aesthetic.rating_files import POSITIVE, RatingFile, Texts, did_you_mean
+from aesthetic.pairs import find_sides, from_pairs
+from aesthetic.rating_files import (
+    CHOICE_NAMES,
+    IMAGE_NAMES,
+    LABEL_NAME,
+    N_NAMES,
+    NO,
+    POSITIVE,
+    RATER_NAMES,
+    SCORE_NAMES,
+    SD_NAMES,
+    YES,
+    RatingFile,
+    Texts,
+    did_you_mean,
+)
+from aesthetic.restated import restated_columns
+from aesthetic.votes import BIN, find_histograms, from_histogram, from_votes
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Ratings", "join", "read_ratings"]
-
 Array = npt.NDArray[np.float64]
-Codes = npt.NDArray[np.int64]
 Kind = Literal["scores", "labels", "pairs"]
 By = Literal["image", "url", "sha256"]
-
-LABEL_NAME = "label"
-IMAGE_NAMES = (
-    *("image", "key", "path", "image_path", "file", "filename", "file_name", "image_name", "image_id"),
-    *("url", "image_url", "sha256", "image_sha256", "name", "id"),
-)
-SCORE_NAMES = ("score", "rating", "mean", "mos")
-RATER_NAMES = ("rater", "rater_id", "user", "user_id", "worker", "worker_id", "annotator", "annotator_id")
-N_NAMES = ("n", "votes", "n_votes", "num_votes")
-SD_NAMES = ("sd", "std")
-SIDE_NAMES = (("image_a", "image_b"), ("image_1", "image_2"), ("image_left", "image_right"), ("left", "right"))
-CHOICE_NAMES = ("winner", "choice", "preference", LABEL_NAME)
-"""Names of columns that are looked for where none is given: in this order, in upper or lower case."""
-
-YES, NO = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
-TIES = ("tie", "tied", "draw", "equal", "same", "both", "neither")
 
 _COLUMNS = {  # of the rating table, in order
     "scores": ("image", "score", "n", "sd", "group", "source"),
     "labels": ("image", "score", "n", "sd", "group", "source"),
     "pairs": ("winner", "loser", "n", "group", "source"),
 }
-_BIN = re.compile(
-    r"((?:(?:score|rating|vote|count|star|bin|hist|histogram|c)s?[_. -]?)?)0{0,9}([1-9]\d{0,3})", re.IGNORECASE
-)
-_MIN_BINS = 3
-_SHARES = 0.02  # how far from 1 the shares of a histogram may sum: rounded to two digits, ten of them are mostly nearer
-_SAME_MEAN = 0.01  # of the width of the scale: how far a mean may lie from that of the histogram beside it
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +65,7 @@ class Ratings:
     table: pd.DataFrame
     by: By  # what identifies an image: a key, path, name or id; a URL; the sha256 of its file. For pairs: "image"
     scale: tuple[float, float] | None  # lowest and highest possible score, where the file itself says so
-    restated: tuple[str, ...] = ()  # further columns that tell the score again, and are no metadata: see `forms_of`
+    restated: tuple[str, ...] = ()  # further columns that say the score again, and are no metadata: see restated.py
     unrated: int = 0  # rows without a score, which are not in the table
 
 
@@ -93,7 +79,7 @@ def read_ratings(
     """Read rating files: CSV, TSV or parquet with a header, or AVA.txt.
 
     The arguments name the files' columns; without them usual names are looked for (IMAGE_NAMES and so on). Images are
-    known by URL or sha256 where the column's name says so. What a file holds is told from its columns, in this order:
+    known by URL or sha256 where the column's name says so. What a file holds is seen from its columns, in this order:
 
     pairs      winner and loser; or image_a and image_b (image_1 and image_2, left and right) and a column winner,
                choice, preference or label (or the one given as `score`) that says a or b, 1 or 2, left or right, or the
@@ -163,14 +149,15 @@ def _read(path: Path, image: str | None, score: str | None, group: str | None, p
     whole = RatingFile.read(path)
     if group is None and path.suffix.lower() == ".txt":
         group = "challenge"
-    sides = _sides(whole) if image is None and positive is None else None
+    sides = find_sides(whole) if image is None and positive is None else None
     if sides is None and image is None:
         whole.choose("image", None, IMAGE_NAMES)  # without which nothing else is worth saying
-    told = _told_in(whole, sides, score, positive)
-    file = whole.filled(told, words=positive is not None) if told else whole
+    judged = _judgement_columns(whole, sides, score, positive)
+    file = whole.filled(judged, words=positive is not None) if judged else whole
     unrated = len(whole.table) - len(file.table)
     if unrated and not len(file.table):
-        raise HeadError(f"{path}: no {told[0]} is filled in")
+        raise HeadError(f"{path}: no {judged[0]} is filled in")
+
     roles = {
         "group": file.choose("group", group, ()) if group is not None else file.find(["group"]),
         "source": file.find(["source"]),
@@ -178,33 +165,22 @@ def _read(path: Path, image: str | None, score: str | None, group: str | None, p
     data = {role: file.text(column) for role, column in roles.items() if column is not None}
     used = {column for column in roles.values() if column is not None}
     if sides:
-        return replace(_pairs(file, sides, score, data, used), unrated=unrated)
-    ratings = _scores(file, image, score, positive, data, used)
+        rows, pairs, more = from_pairs(file, sides, score)
+        data = {role: values[rows] for role, values in data.items()} | pairs
+        further = {c: v.iloc[rows].reset_index(drop=True) for c, v in _further(file, "pairs", used | more).items()}
+        return replace(_ratings(file, "pairs", data, further), unrated=unrated)
+    ratings = _read_scores(file, image, score, positive, data, used)
     return replace(ratings, unrated=unrated, restated=_restated(file, ratings, _score_column(file, score, positive)))
 
 
-def _restated(file: RatingFile, ratings: Ratings, column: str | None) -> tuple[str, ...]:
-    """What tells the score again: further columns of the table, and what was not even read because of a named score."""
-    table, histograms = ratings.table, _histograms(file)
-    further = {str(c): table[c] for c in table.columns if c not in _COLUMNS["scores"]}
-    scores = None if ratings.kind == "labels" else table["score"].to_numpy(np.float64)
-    if scores is not None and "source" in table:  # on scales of their own: within the largest
-        scores = np.where(table["source"] == table["source"].mode()[0], scores, np.nan)
-    prefixes = [_BIN.fullmatch(bins[0])[1] for bins in histograms]  # type: ignore[index]
-    found = forms_of(column or prefixes[0], further, scores, prefixes)
-    if column and ratings.scale is None:  # else the votes are what was read
-        found = [f"{bins[0]} to {bins[-1]}" for bins in histograms] + found
-        if (sd := file.find(SD_NAMES)) and sd not in found and "sd" not in table:
-            found.append(sd)
-    return tuple(found)
-
-
-def _told_in(file: RatingFile, sides: tuple[str, str] | None, score: str | None, positive: str | None) -> list[str]:
+def _judgement_columns(
+    file: RatingFile, sides: tuple[str, str] | None, score: str | None, positive: str | None
+) -> list[str]:
     """The columns that hold a row's judgement; none where a file has no place for one that is missing."""
     if sides:
         return [] if sides[0].lower() == "winner" else [file.choose("choice", score, CHOICE_NAMES)]
     column = _score_column(file, score, positive)
-    bins = [c for family in _histograms(file) for c in family] if score is None and positive is None else []
+    bins = [c for family in find_histograms(file) for c in family] if score is None and positive is None else []
     return ([column] if column else []) + bins
 
 
@@ -212,6 +188,32 @@ def _score_column(file: RatingFile, score: str | None, positive: str | None) -> 
     if score is not None:
         return file.choose("score", score, ())
     return (file.find(SCORE_NAMES) if positive is None else None) or file.find([LABEL_NAME])
+
+
+def _restated(file: RatingFile, ratings: Ratings, column: str | None) -> tuple[str, ...]:
+    """What tells the score again: further columns of the table, and what was not even read because of a named score."""
+    table, histograms = ratings.table, find_histograms(file)
+    further = {str(c): table[c] for c in table.columns if c not in _COLUMNS["scores"]}
+    scores = None if ratings.kind == "labels" else table["score"].to_numpy(np.float64)
+    if scores is not None and "source" in table:  # on scales of their own: within the largest
+        scores = np.where(table["source"] == table["source"].mode()[0], scores, np.nan)
+    prefixes = [BIN.fullmatch(bins[0])[1] for bins in histograms]  # type: ignore[index]
+    found = restated_columns(column or prefixes[0], further, scores, prefixes)
+    if column and ratings.scale is None:  # else the votes are what was read
+        found = [f"{bins[0]} to {bins[-1]}" for bins in histograms] + found
+        if (sd := file.find(SD_NAMES)) and sd not in found and "sd" not in table:
+            found.append(sd)
+    return tuple(found)
+
+
+def _further(file: RatingFile, kind: Kind, used: set[str]) -> dict[str, pd.Series]:
+    """The columns that have no role yet; raises HeadError where one has the name of a column of the rating table."""
+    if clash := [c for c in _COLUMNS[kind] if c in file.table.column_names and c not in used]:
+        raise HeadError(
+            f"{file.path}: the rating table has a column {clash[0]!r} of its own; rename the one of that name here, "
+            "which is not used for it, or leave it out"
+        )
+    return {c: file.values(c) for c in file.table.column_names if c not in used}
 
 
 def _ratings(
@@ -229,50 +231,41 @@ def _ratings(
     return Ratings(kind, pd.DataFrame({c: data[c] for c in _COLUMNS[kind] if c in data} | dict(further)), by, scale)
 
 
-def _further(file: RatingFile, kind: Kind, used: set[str]) -> dict[str, pd.Series]:
-    """The columns that have no role yet; raises HeadError where one has the name of a column of the rating table."""
-    if clash := [c for c in _COLUMNS[kind] if c in file.table.column_names and c not in used]:
-        raise HeadError(
-            f"{file.path}: the rating table has a column {clash[0]!r} of its own; rename the one of that name here, "
-            "which is not used for it, or leave it out"
-        )
-    return {c: file.values(c) for c in file.table.column_names if c not in used}
-
-
-# Scores and labels ---------------------------------------------------------------------------------------------------
-
-
-def _scores(
+def _read_scores(
     file: RatingFile, image: str | None, score: str | None, positive: str | None, data: dict[str, Any], used: set[str]
 ) -> Ratings:
+    """Scores or labels, in whatever form. data: columns of the rating table so far, used: of the file."""
     import pandas as pd
 
     image = file.choose("image", image, IMAGE_NAMES)
     by: By = "sha256" if "sha256" in image.lower() else "url" if "url" in image.lower() else "image"
-    data["image"] = _hashes(file, image) if by == "sha256" else file.text(image)
+    data["image"] = _sha256s(file, image) if by == "sha256" else file.text(image)
     keys = [data[k] for k in ("source", "image") if k in data]
     again = pd.DataFrame(dict(enumerate(keys))).duplicated().to_numpy()
-
     column = _score_column(file, score, positive)
-    rater = file.find(RATER_NAMES) if column and again.any() else None
-    histograms = _histograms(file)
+    histograms = find_histograms(file)
     used |= {image, *(c for bins in histograms for c in bins)} | ({column} if column else set())
 
-    if column and rater:
+    if column and again.any() and (rater := file.find(RATER_NAMES)):
         data["score"], kind = _judgements(file, column, positive)
         used.add(rater)
         votes = pd.DataFrame(data | {"rater": file.text(rater)} | _further(file, "scores", used))
-        return _of_votes(file, votes, by, (0.0, 1.0) if kind == "labels" else None)
+        table, scale = from_votes(file, votes, (0.0, 1.0) if kind == "labels" else None)
+        front = [c for c in _COLUMNS["scores"] if c in table]
+        return Ratings("scores", table[[*front, *table.columns.drop(front)]], by, scale)
     if again.any():
         row = int(again.argmax())
         before = int(np.logical_and.reduce([k == k[row] for k in keys]).argmax())
         raise file.error(
             row,
-            f"{data['image'][row]!r} was rated before ({file.place(before)}); give one row an image, the mean, or say "
+            f"{data['image'][row]!r} was rated before ({file.locate(before)}); give one row an image, the mean, or say "
             "in a column rater whose vote each row is",
         )
     if histograms and score is None and positive is None:
-        return _of_histogram(file, histograms, data, used, by)
+        means, more, points = from_histogram(file, histograms)
+        further = _further(file, "scores", used | more)
+        return _ratings(file, "scores", data | means, further, by, (1.0, float(points)))
+
     column = column or file.choose("score", None, (*SCORE_NAMES, LABEL_NAME, "or votes 1 to K"))
     data["score"], kind = _judgements(file, column, positive)
     base = re.sub("_?mean$", "", column.lower())
@@ -283,11 +276,10 @@ def _scores(
         if sd.lower() not in SD_NAMES or column == (file.find(SCORE_NAMES) or column):
             data["sd"] = file.numbers(sd, "a spread of votes", low=0, may_be_empty=True)
         used.add(sd)  # else it is that of another score, in other units
-    scale = (0.0, 1.0) if kind == "labels" else None
-    return _ratings(file, kind, data, _further(file, kind, used), by, scale)
+    return _ratings(file, kind, data, _further(file, kind, used), by, (0.0, 1.0) if kind == "labels" else None)
 
 
-def _hashes(file: RatingFile, column: str) -> Texts:
+def _sha256s(file: RatingFile, column: str) -> Texts:
     hashes = file.words(column)
     for row, value in enumerate(hashes):
         if not re.fullmatch("[0-9a-f]{64}", value):
@@ -328,188 +320,3 @@ def _quoted(value: str) -> str:
 
 def _some(values: list[str]) -> str:
     return ", ".join(map(repr, values[:10])) + (f" and {len(values) - 10:,} more" if len(values) > 10 else "")
-
-
-def _histograms(file: RatingFile) -> list[list[str]]:
-    """Columns that may be votes for 1 to K, each in order."""
-    families: dict[str, dict[int, str]] = {}
-    for column in file.table.column_names:
-        if bin_ := _BIN.fullmatch(column):
-            families.setdefault(bin_[1].lower(), {})[int(bin_[2])] = column
-    return [[f[k] for k in sorted(f)] for f in families.values() if len(f) >= _MIN_BINS and max(f) == len(f)]
-
-
-def _of_histogram(
-    file: RatingFile, histograms: list[list[str]], data: dict[str, Any], used: set[str], by: By
-) -> Ratings:
-    """Mean, number and sample standard deviation of votes from 1 to K, given as counts or shares."""
-    if len(histograms) > 1:
-        families = " and ".join(f"{bins[0]} to {bins[-1]}" for bins in histograms)
-        raise HeadError(
-            f"{file.path}: {families} may both be votes; leave one of them out, or name the column of scores"
-        )
-    bins = histograms[0]
-    across = f"{bins[0]} to {bins[-1]}"
-    counts = np.stack([file.numbers(c, "a number of votes", low=0) for c in bins], axis=1)
-    total = counts.sum(1)
-    if not total.all():
-        raise file.error(int(total.argmin()), f"no votes: {across} are all 0; leave the image out")
-    n_column, sd_column, score_column = file.find(N_NAMES), file.find(SD_NAMES), file.find(SCORE_NAMES)
-    n = total
-    if shares_given := bool((counts % 1).any()):
-        if (odd := abs(total - 1) > _SHARES).any():
-            row = int(odd.argmax())
-            raise file.error(row, f"{across} sum to {total[row]:g}; votes are whole numbers, or shares that sum to 1")
-        n = file.numbers(n_column, "a number of votes", low=POSITIVE) if n_column else np.full(len(total), np.inf)
-    shares = counts / total[:, None]
-    steps = np.arange(1.0, len(bins) + 1)
-    mean = shares @ steps
-    if score_column:
-        given = file.numbers(score_column)
-        if (differ := abs(given - mean) > _SAME_MEAN * (len(bins) - 1)).any():
-            row = int(differ.argmax())
-            raise file.error(
-                row,
-                f"{score_column} is {given[row]:g}, and the mean of {across} is {mean[row]:g}; leave one out, or name "
-                "the column of scores",
-            )
-    spread = (shares * (steps - mean[:, None]) ** 2).sum(1)
-    ddof = np.divide(1, 1 - 1 / n, out=np.full(len(n), np.nan), where=n > 1)
-    data |= {"score": mean, "sd": np.sqrt(spread * ddof)} | ({"n": n} if n_column or not shares_given else {})
-    used |= {c for c in (n_column, sd_column, score_column) if c}
-    return _ratings(file, "scores", data, _further(file, "scores", used), by, (1.0, float(len(bins))))
-
-
-# One row a vote ------------------------------------------------------------------------------------------------------
-
-
-def _of_votes(file: RatingFile, votes: pd.DataFrame, by: By, scale: tuple[float, float] | None) -> Ratings:
-    """Rows of votes (image, rater, score, and further columns) -> rows of images, in the order of their first votes.
-
-    Several votes of a rater for an image count as one, their mean. Nothing but the rows' order depends on the order of
-    the votes: they are sorted before they are summed.
-    """
-    import pandas as pd
-
-    def numbered(column: str) -> Codes:  # within the source
-        codes = pd.factorize(votes[column], sort=True)[0].astype(np.int64)
-        return _from_zero(source * len(votes) + codes)
-
-    source = pd.factorize(votes["source"], sort=True)[0] if "source" in votes else np.zeros(len(votes), np.int64)
-    image, rater = numbered("image"), numbered("rater")
-    score = votes["score"].to_numpy()
-    order = np.lexsort((score, rater, image))
-    i, r = image[order], rater[order]
-    new = np.flatnonzero(np.r_[True, (np.diff(i) != 0) | (np.diff(r) != 0)])
-    y = np.add.reduceat(score[order], new) / np.diff(np.r_[new, len(order)])
-    i, r = i[new], r[new]
-    first = np.full(image.max() + 1, len(image))
-    np.minimum.at(first, image, np.arange(len(image)))
-
-    low, high = np.empty(len(first)), np.empty(len(first))
-    for s in range(source.max() + 1):
-        rows = source[first][i] == s
-        low[i[rows]], high[i[rows]] = y[rows].min(), y[rows].max()
-        y[rows] = without_raters(y[rows], _from_zero(i[rows]), _from_zero(r[rows]))
-    n = np.bincount(i).astype(np.float64)
-    mean = np.bincount(i, y) / n
-    variance = np.divide(np.bincount(i, (y - mean[i]) ** 2), n - 1, out=np.full(len(n), np.nan), where=n > 1)
-
-    table = votes.iloc[first].drop(columns=["rater", "score"])
-    several = np.bincount(image) > 1
-    for name in table.columns.drop(["image", "source"], errors="ignore"):
-        codes = pd.factorize(votes[name], use_na_sentinel=False)[0]
-        other = codes != codes[first][image]
-        agree = np.bincount(image, other) == 0
-        if name == "group" and other.any():
-            row = int(other.argmax())
-            before = int(first[image[row]])
-            raise file.error(
-                row,
-                f"{votes['image'][row]!r} is in the group {votes['group'][row]!r}, and in "
-                f"{votes['group'][before]!r} before ({file.place(before)}); an image has one group",
-            )
-        if (agree & several).any():
-            table[name] = table[name].where(agree)
-        else:
-            table = table.drop(columns=name)
-    table = table.assign(score=np.clip(mean, low, high), n=n, sd=np.sqrt(variance))
-    table = table.iloc[np.argsort(first)].reset_index(drop=True)
-    front = [c for c in _COLUMNS["scores"] if c in table]
-    lowest, highest = float(np.min(low)), float(np.max(high))
-    if scale is None and lowest < highest and ("source" not in table or table["source"].nunique() == 1):
-        scale = lowest, highest  # means reach less far than votes
-    return Ratings("scores", table[[*front, *table.columns.drop(front)]], by, scale)
-
-
-def _from_zero(codes: Codes) -> Codes:
-    return np.unique(codes, return_inverse=True)[1]
-
-
-# Pairs ---------------------------------------------------------------------------------------------------------------
-
-
-def _sides(file: RatingFile) -> tuple[str, str] | None:
-    """The two columns of images of a file of comparisons."""
-    if any(file.find([name]) for name in IMAGE_NAMES if name not in ("name", "id")):
-        return None
-    for one, other in (("winner", "loser"), *SIDE_NAMES):
-        a, b = file.find([one]), file.find([other])
-        if a and b:
-            return a, b
-    return None
-
-
-def _pairs(
-    file: RatingFile, sides: tuple[str, str], choice: str | None, data: dict[str, Any], used: set[str]
-) -> Ratings:
-    a, b = (file.text(side) for side in sides)
-    if sides[0].lower() == "winner":
-        won = np.zeros(len(a), np.int64)
-        if choice is not None:
-            raise HeadError(f"{file.path}: winner and loser say which image won; no score ({choice}) goes with them")
-    else:
-        choice = file.choose("choice", choice, CHOICE_NAMES)
-        used.add(choice)
-        won = _won(file, choice, sides, a, b)
-    used |= set(sides)
-    if (a == b).any():
-        row = int((a == b).argmax())
-        raise file.error(row, f"{a[row]!r} is compared with itself")
-    rows = np.repeat(np.arange(len(won)), np.where(won == _TIE, 2, 1))
-    second_of_tie = np.diff(rows, prepend=-1) == 0
-    b_won = (won[rows] == 1) | second_of_tie
-    n_column = file.find(N_NAMES)
-    if n_column or second_of_tie.any():
-        n = file.numbers(n_column, "a number of votes", low=POSITIVE) if n_column else np.ones(len(won))
-        data["n"] = n * np.where(won == _TIE, 0.5, 1)
-        used |= {n_column} if n_column else set()
-    data = {role: values[rows] for role, values in data.items()}
-    data |= {"winner": np.where(b_won, b[rows], a[rows]), "loser": np.where(b_won, a[rows], b[rows])}
-    further = {c: v.iloc[rows].reset_index(drop=True) for c, v in _further(file, "pairs", used).items()}
-    return _ratings(file, "pairs", data, further)
-
-
-_TIE = 2
-
-
-def _won(file: RatingFile, choice: str, sides: tuple[str, str], a: Texts, b: Texts) -> Codes:
-    """Which side a choice names, 0 or 1 or _TIE: by a word for the side, or by the winning image's own id."""
-    short = [side.lower().rpartition("_")[2] for side in sides]
-    side_of = {short[0]: 0, sides[0].lower(): 0, short[1]: 1, sides[1].lower(): 1} | dict.fromkeys(TIES, _TIE)
-    chosen = file.text(choice)
-    by_word = np.array([side_of.get(word, -1) for word in file.words(choice)], np.int64)
-    by_id = np.select([chosen == a, chosen == b], [0, 1], -1)
-    if (unclear := (by_word >= 0) & (by_id >= 0) & (by_word != by_id)).any():
-        row = int(unclear.argmax())
-        raise file.error(
-            row, f"{choice} is {chosen[row]!r}: a side, or the image of that id? Write {sides[0]} or {sides[1]}"
-        )
-    won = np.where(by_word >= 0, by_word, by_id)
-    if (won < 0).any():
-        row = int((won < 0).argmax())
-        raise file.error(
-            row,
-            f"{choice} is {chosen[row]!r}; it must be {short[0]}, {short[1]}, tie, or the id of one of the two images",
-        )
-    return won

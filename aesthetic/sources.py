@@ -83,9 +83,9 @@ def fit_scales(
             doubt[s] = (1 / max(share, 1e-9) - 1) / len(r)  # squared standard error of log(slope)
         for s in names:
             if s != reference and slope[s] > 0 and slope[reference] > 0:
-                told = math.log(slope[s] / slope[reference] * spread[reference] / spread[s])
+                measured = math.log(slope[s] / slope[reference] * spread[reference] / spread[s])
                 trust = _SPREADS**2 / (_SPREADS**2 + doubt[s] + doubt[reference])
-                factor[s] = spread[s] / spread[reference] * math.exp(trust * told)
+                factor[s] = spread[s] / spread[reference] * math.exp(trust * measured)
     direction, _ = ridge.path(ridge.folds).solution(penalty)
     height = {s: mean_y[reference] + float((mean_x[s] - mean_x[reference]) @ direction) for s in names}
     offset = {s: mean_y[s] - factor[s] * height[s] for s in names}

@@ -156,7 +156,7 @@ def require_same(ours: Space, theirs: Space, what: str = "the head") -> None:
             )
     if not differ:
         return
-    told = [
+    recorded = [
         f"{key} {ours.details[key]!r} against {theirs.details[key]!r}"
         for key in sorted(ours.details.keys() & theirs.details.keys())
         if ours.details[key] != theirs.details[key]
@@ -164,7 +164,7 @@ def require_same(ours: Space, theirs: Space, what: str = "the head") -> None:
     raise SpaceMismatch(
         f"{what} belongs to the space of {ours.encoder} ({ours.fingerprint}), "
         f"and what it meets is of {theirs.encoder} ({theirs.fingerprint}). "
-        f"They differ in: {'; '.join(differ)}." + (f" Recorded differences: {'; '.join(told)}." if told else "")
+        f"They differ in: {'; '.join(differ)}." + (f" Recorded differences: {'; '.join(recorded)}." if recorded else "")
     )
 
 
@@ -182,7 +182,7 @@ def probe_names() -> list[str]:
 
 
 def probe_files() -> list[bytes]:
-    """The sixteen probe images as files' bytes: drawn by a procedure (aesthetic/probes/draw.py), kept as bytes.
+    """The sixteen probe images as files' bytes: drawn by a procedure (examples/draw_probes.py), kept as bytes.
 
     They hold what goes wrong quietly: sizes below and above an encoder's input, extreme aspects, fine lines, saturated
     and dark colours, an EXIF orientation, transparency, one channel.

@@ -72,16 +72,16 @@ def table_shape(head: bytes, usual: str, what: str) -> TableShape:
     text = head[mark:].decode(encoding, "replace")
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     first = next((i for i, line in enumerate(lines) if line.strip()), len(lines))
-    told = _told(lines[first]) if first < len(lines) else None
-    if told or (first < len(lines) and lines[first].startswith(_POWERSHELL)):
+    stated = _sep_line(lines[first]) if first < len(lines) else None
+    if stated or (first < len(lines) and lines[first].startswith(_POWERSHELL)):
         first += 1
     if not "".join(lines[first:]).strip():
         raise UserError(f"{what}: is empty; a header line with the column names is needed.")
-    start = mark + len(text[: _place_of_line(text, first)].encode(encoding))
+    start = mark + len(text[: _line_start(text, first)].encode(encoding))
     sample = lines[first : first + _LINES]
     if len(head) >= HEAD and len(sample) > 1:
         sample.pop()  # may be cut
-    delimiter = told or _delimiter(sample, usual)
+    delimiter = stated or _delimiter(sample, usual)
     header, rest = lines[first], first + 1
     while header.count('"') % 2 and rest < min(first + 10, len(lines)):  # a name that goes over several lines
         header, rest = f"{header}\n{lines[rest]}", rest + 1
@@ -92,13 +92,13 @@ def table_shape(head: bytes, usual: str, what: str) -> TableShape:
 _POWERSHELL = "#TYPE "  # what Windows PowerShell's Export-Csv writes before the header
 
 
-def _told(line: str) -> str | None:
+def _sep_line(line: str) -> str | None:
     """The delimiter that a line such as `sep=;` names, as Excel reads and writes it."""
-    said = line.strip(" \r\n").strip('"')
-    return said[4] if len(said) == 5 and said[:4].lower() == "sep=" else None
+    text = line.strip(" \r\n").strip('"')
+    return text[4] if len(text) == 5 and text[:4].lower() == "sep=" else None
 
 
-def _place_of_line(text: str, number: int) -> int:
+def _line_start(text: str, number: int) -> int:
     """Where a line begins, in characters; lines end at \\n, \\r\\n or \\r."""
     at = 0
     for _ in range(number):

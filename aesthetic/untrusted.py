@@ -98,7 +98,7 @@ def _kind(mode: int) -> str:
 
 
 @dataclass(frozen=True)
-class Text:
+class DecodedText:
     """Bytes as text. `certain` is False where they are neither UTF-8 nor marked: then no byte is made up, and bytes
     that are not UTF-8 are U+FFFD in `text`."""
 
@@ -121,16 +121,16 @@ def marked_encoding(head: bytes) -> tuple[str, int] | None:
     return next(((name, len(mark)) for mark, name in _MARKS if head.startswith(mark)), None)
 
 
-def decode_text(data: bytes) -> Text:
+def decode_text(data: bytes) -> DecodedText:
     """Bytes as text: by their byte order mark, which is not part of the text, else as UTF-8.
 
     Other encodings cannot be told from each other with certainty, so they are not guessed: `certain` is False.
     """
     encoding, start = marked_encoding(data[:4]) or ("utf-8", 0)
     try:
-        return Text(data[start:].decode(encoding), encoding, True)
+        return DecodedText(data[start:].decode(encoding), encoding, True)
     except UnicodeDecodeError:
-        return Text(data[start:].decode(encoding, "replace"), encoding, False)
+        return DecodedText(data[start:].decode(encoding, "replace"), encoding, False)
 
 
 def read_text(path: str | Path, limit: int = LARGEST_TEXT) -> str:
@@ -211,7 +211,7 @@ def caption_of(value: Any) -> str | None:
     """The caption in a JSON value: a text as it is, a number as its text (2020 may be one, as in a CSV), of a list the
     first that is not blank; None where there is none, also for true, false, objects and blank text.
 
-    A list holds several captions of one picture (COCO, Flickr30k): one of them is taken, always the same.
+    A list holds several captions of one image (COCO, Flickr30k): one of them is taken, always the same.
     """
     if isinstance(value, list):
         return next((found for v in value if not isinstance(v, list) and (found := caption_of(v)) is not None), None)
@@ -238,7 +238,7 @@ def first_three(names: Sequence[str], most: int = 240) -> str:
 
 
 def markdown(text: object) -> str:
-    """Foreign text within a line of Markdown: no picture, link, tag or cell of a table comes of it."""
+    """Foreign text within a line of Markdown: no image, link, tag or cell of a table comes of it."""
     return re.sub(r"[\\`|]|(?<=\])[(\[]", r"\\\g<0>", printable(text)).replace("<", "&lt;")
 
 

@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
 
         return load_encoder
     if name == "open_data":
-        from curate.layout import open_data
+        from curate.store.ownership import open_data
 
         return open_data
     raise AttributeError(f"module 'curate' has no attribute {name!r}")

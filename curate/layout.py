@@ -1,23 +1,46 @@
-"""A data folder: where each file of each stage lies. Everything that a run knows is under it."""
+"""A data folder: where each file of each stage lies. Every path and every pattern of one is here.
+
+plan/         plan.json                   the record;  shards.parquet: the shards;  what of the list was cut or copied
+fetched/      NNNNN.tar, NNNNN.parquet    images and rows;  NNNNN_stats.json: the record (img2dataset's layout)
+embedded/     img_emb/, text_emb/         vectors;  metadata/: similarities;  stats/: records (clip-retrieval's layout)
+annotated/N./ NNNNN.parquet, NNNNN.json   columns of an annotator and their record
+selected/     NAME.parquet, NAME.json     verdicts and their record
+shards/NAME/  NNNNN.tar, NNNNN.parquet    the chosen images;  manifest.json: the record
+report/NAME/  sheet.png, scores.png
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aesthetic.errors import UserError
 from curate.ledger.schema import shard_name
-from curate.store.files import local_path, read_json
-from curate.store.ownership import clear, kind_of
+from curate.store.files import clear, read_json
 from curate.store.records import invalidate, output_digests
 
 if TYPE_CHECKING:
     import duckdb
 
     from curate.sources.plan import Plan
+
+PLAN, FETCHED, EMBEDDED, ANNOTATED, SELECTED, PACKED = "plan", "fetched", "embedded", "annotated", "selected", "shards"
+"""The folders of the stages, in the order in which they are made."""
+
+STAGES = (PLAN, FETCHED, EMBEDDED, ANNOTATED, SELECTED, PACKED)
+
+_RECORDS = {
+    PLAN: "plan.json",
+    FETCHED: "*_stats.json",
+    EMBEDDED: "stats/*.json",
+    ANNOTATED: "*/*.json",
+    SELECTED: "*.json",
+    PACKED: "*/manifest.json",
+}
 
 
 @dataclass(frozen=True)
@@ -26,84 +49,100 @@ class Data:
 
     root: Path
 
+    # plan/
+
+    @property
+    def plan_folder(self) -> Path:
+        return self.root / PLAN
+
+    @property
+    def plan_record(self) -> Path:
+        return self.root / PLAN / "plan.json"
+
     # fetched/: img2dataset's layout
 
     def tar(self, shard: int) -> Path:
-        return self.root / "fetched" / f"{shard_name(shard)}.tar"
+        return self.root / FETCHED / f"{shard_name(shard)}.tar"
 
     def table(self, shard: int) -> Path:
-        return self.root / "fetched" / f"{shard_name(shard)}.parquet"
+        return self.root / FETCHED / f"{shard_name(shard)}.parquet"
 
     def fetched_record(self, shard: int) -> Path:
-        return self.root / "fetched" / f"{shard_name(shard)}_stats.json"
+        return self.root / FETCHED / f"{shard_name(shard)}_stats.json"
 
     def starts(self, shard: int) -> Path:
         """A byte for each time that the shard was begun; gone once it is committed."""
-        return self.root / "fetched" / f".{shard_name(shard)}.starts"
+        return self.root / FETCHED / f".{shard_name(shard)}.starts"
 
     # embedded/: clip-retrieval's layout
 
     def image_vectors(self, shard: int) -> Path:
-        return self.root / "embedded" / "img_emb" / f"img_emb_{shard_name(shard)}.npy"
+        return self.root / EMBEDDED / "img_emb" / f"img_emb_{shard_name(shard)}.npy"
 
     def text_vectors(self, shard: int) -> Path:
-        return self.root / "embedded" / "text_emb" / f"text_emb_{shard_name(shard)}.npy"
+        return self.root / EMBEDDED / "text_emb" / f"text_emb_{shard_name(shard)}.npy"
 
     def metadata(self, shard: int) -> Path:
-        return self.root / "embedded" / "metadata" / f"metadata_{shard_name(shard)}.parquet"
+        return self.root / EMBEDDED / "metadata" / f"metadata_{shard_name(shard)}.parquet"
 
     def embedded_record(self, shard: int) -> Path:
-        return self.root / "embedded" / "stats" / f"{shard_name(shard)}.json"
+        return self.root / EMBEDDED / "stats" / f"{shard_name(shard)}.json"
 
     def embed_starts(self, shard: int) -> Path:
         """A byte for each time that this run began to embed the shard; the next run sweeps it away as scratch."""
-        return self.root / "embedded" / f".{shard_name(shard)}.starts.tmp"
+        return self.root / EMBEDDED / f".{shard_name(shard)}.starts.tmp"
 
     @property
     def space(self) -> Path:
-        return self.root / "embedded" / "space.json"
+        return self.root / EMBEDDED / "space.json"
 
     @property
     def space_record(self) -> Path:
-        return self.root / "embedded" / "stats" / "space.json"
+        return self.root / EMBEDDED / "stats" / "space.json"
 
     # annotated/NAME/: the columns of an annotator
 
     def annotations(self, name: str, shard: int) -> Path:
-        return self.root / "annotated" / name / f"{shard_name(shard)}.parquet"
+        return self.root / ANNOTATED / name / f"{shard_name(shard)}.parquet"
 
     def annotations_record(self, name: str, shard: int) -> Path:
-        return self.root / "annotated" / name / f"{shard_name(shard)}.json"
+        return self.root / ANNOTATED / name / f"{shard_name(shard)}.json"
 
-    def invalidate_from(self, stage: str) -> None:
-        """Invalidate the records of a stage (source, fetch, images or embed) and of those after it, as far as they are
-        a shard's. Files stay until they are replaced."""
-        patterns = ["embedded/stats/*.json", "annotated/*/*.json"]
-        if stage != "embed":
-            patterns.append("fetched/*_stats.json")
-        for pattern in patterns:
-            for record in self.root.glob(pattern):
-                invalidate(record)
-        self.space.unlink(missing_ok=True)
+    def annotated(self) -> list[str]:
+        """The names under which there are columns."""
+        return _folders(self.root / ANNOTATED)
 
     def old_columns(self) -> list[str]:
         """Columns in `scored/`, where they were before there was `annotated/`, that nobody has computed anew."""
-        return sorted(
-            p.name for p in (self.root / "scored").glob("*") if not (self.root / "annotated" / p.name).exists()
-        )
+        return [name for name in _folders(self.root / "scored") if name not in self.annotated()]
 
-    def clear_shards(self) -> None:
-        """Remove what the stages from fetch to annotate wrote; what somebody else has put beside it stays."""
-        embedded, annotated = self.root / "embedded", self.root / "annotated"
-        clear(self.root / "fetched", r"\d{5,}(\.tar|\.parquet|_stats\.json)|\.\d{5,}\.starts")
-        clear(embedded / "img_emb", r"img_emb_\d{5,}\.npy")
-        clear(embedded / "text_emb", r"text_emb_\d{5,}\.npy")
-        clear(embedded / "metadata", r"metadata_\d{5,}\.parquet")
-        clear(embedded / "stats", r"\d{5,}\.json|space\.json")
-        clear(embedded, r"space\.json")
-        for folder in annotated.iterdir() if annotated.is_dir() else ():
-            clear(folder, r"\d{5,}\.(parquet|json)")
-        clear(annotated, "")
+    # selected/, shards/, report/
+
+    def verdicts(self, name: str) -> Path:
+        return self.root / SELECTED / f"{name}.parquet"
+
+    def selection_record(self, name: str) -> Path:
+        return self.root / SELECTED / f"{name}.json"
+
+    def selections(self) -> list[str]:
+        """The names of the selections that are there."""
+        return [record.stem for record in self.records(SELECTED)]
+
+    def packed(self, name: str) -> Path:
+        return self.root / PACKED / name
+
+    def manifest(self, name: str) -> Path:
+        return self.root / PACKED / name / "manifest.json"
+
+    def packs(self) -> list[str]:
+        """The names of the selections that are packed."""
+        return [name for name in _folders(self.root / PACKED) if self.manifest(name).exists()]
+
+    def sheet(self, name: str) -> Path:
+        return self.root / "report" / name / "sheet.png"
+
+    def charts(self, name: str) -> Path:
+        return self.root / "report" / name / "scores.png"
 
     @property
     def recipe(self) -> Path:
@@ -112,6 +151,26 @@ class Data:
     @property
     def logs(self) -> Path:
         return self.root / "logs"
+
+    # what is there
+
+    def shards(self, record: Callable[[int], Path]) -> list[int]:
+        """The shards that have a record, in order: `data.shards(data.fetched_record)`."""
+        example = record(0)
+        before, after = example.name.split(shard_name(0))
+        folder = example.parent
+        names = (p.name.removeprefix(before).removesuffix(after) for p in folder.glob(f"{before}*{after}"))
+        return sorted(int(name) for name in names if re.fullmatch(r"\d{5,}", name))
+
+    def records(self, stage: str) -> list[Path]:
+        """The records of a stage, in the order of their names: of its shards, of its selections, of its packs."""
+        found = (self.root / stage).glob(_RECORDS[stage])
+        return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(self.root).parts))
+
+    def stage_of(self, record: Path) -> tuple[str, str]:
+        """The stage of a record, and the name of the selection or columns that it is of ("" for shards alone)."""
+        stage, *rest = record.relative_to(self.root).parts
+        return stage, rest[0].removesuffix(".json") if stage in (ANNOTATED, SELECTED, PACKED) else ""
 
     @cached_property
     def plan(self) -> Plan:
@@ -131,38 +190,42 @@ class Data:
         """One DuckDB relation over all tables, a line per row of the list: `.df()`, `.filter(...)`."""
         from curate.ledger.view import open_ledger
 
-        return open_ledger(self.root).table("ledger")
+        return open_ledger(self).table("ledger")
 
     def fetched_digests(self, shard: int) -> dict[str, str] | None:
         """The sha256 of a fetched shard's files, from its record; None where it is not committed."""
         record = read_json(self.fetched_record(shard))
         return output_digests(record) if record and "outputs" in record else None
 
-    def records(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Every record under the folder: what each stage says that it wrote."""
-        patterns = (
-            "fetched/*_stats.json",
-            "embedded/stats/*.json",
-            "annotated/*/*.json",
-            "selected/*.json",
-            "shards/*/manifest.json",
-        )
-        for pattern in patterns:
-            for path in sorted(p for p in self.root.glob(pattern) if not p.parent.name.startswith(".")):
-                record = read_json(path)
-                yield path, record if isinstance(record, dict) else {}
+    def invalidate_from(self, stage: str) -> None:
+        """Invalidate the records of a stage (source, fetch, images or embed) and of those after it, as far as they are
+        a shard's. Files stay until they are replaced."""
+        for made in (EMBEDDED, ANNOTATED) if stage == "embed" else (FETCHED, EMBEDDED, ANNOTATED):
+            for record in self.records(made):
+                invalidate(record)
+        self.space.unlink(missing_ok=True)
+
+    # what goes, where all is made anew; what somebody else has put beside it stays
+
+    def clear_plan(self) -> None:
+        """Remove the plan, whole or not."""
+        clear(self.plan_folder, r"plan\.json|shards(-[0-9a-f]{8})?\.parquet|\d{5,}(-\d{5,})?\.parquet|list-\d{5,}-.*")
+
+    def clear_shards(self) -> None:
+        """Remove what the stages from fetch to annotate wrote."""
+        embedded, annotated = self.root / EMBEDDED, self.root / ANNOTATED
+        clear(self.root / FETCHED, r"\d{5,}(\.tar|\.parquet|_stats\.json)|\.\d{5,}\.starts")
+        clear(embedded / "img_emb", r"img_emb_\d{5,}\.npy")
+        clear(embedded / "text_emb", r"text_emb_\d{5,}\.npy")
+        clear(embedded / "metadata", r"metadata_\d{5,}\.parquet")
+        clear(embedded / "stats", r"\d{5,}\.json|space\.json")
+        clear(embedded, r"space\.json")
+        for name in self.annotated():
+            clear(annotated / name, r"\d{5,}\.(parquet|json)")
+        clear(annotated, "")
 
 
-def open_data(path: str | Path) -> Data:
-    """Open an existing data folder. UserError where there is none."""
-    root = local_path(str(path))
-    if not (root / "plan").is_dir() or kind_of(root) != "data":
-        around = next((p for p in root.parents if kind_of(p) == "data" and (p / "plan").is_dir()), None)
-        if around is not None:
-            raise UserError(f"{root} is not a data folder, but lies in one. Did you mean {around}?")
-        if not root.is_dir():
-            raise UserError(f"{root} is not a data folder: {'it is a file' if root.exists() else 'it is not there'}.")
-        raise UserError(
-            f"{root} is not a data folder (no plan/ in it). `tastemaker curate LIST --out {root}` makes one."
-        )
-    return Data(root)
+def _folders(parent: Path) -> list[str]:
+    if not parent.is_dir():
+        return []
+    return sorted(p.name for p in parent.iterdir() if p.is_dir() and not p.name.startswith("."))

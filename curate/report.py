@@ -26,11 +26,12 @@ from PIL import Image, ImageDraw, ImageFont
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
 from curate.images.decode import decode
-from curate.ledger.rules import NUMBER, check_rules, read_rules
+from curate.layout import Data
+from curate.ledger.rules import NUMBER, Rule, read_rules
 from curate.ledger.schema import FETCHED_COLUMNS, URL_COLUMNS, RowError, Status
 from curate.ledger.select import load_selection
 from curate.ledger.sql import connect, literal, quote
-from curate.ledger.view import OURS, fetched_columns, recorded_columns, tables, types_there
+from curate.ledger.view import OURS, column_types, fetched_columns, recorded_columns, tables
 from curate.shards.tar import CorruptShard, image_member, index_tar, read_range
 
 BLURRED_FROM = 0.5
@@ -54,7 +55,7 @@ class Tile:
     """One picture of the sheet: where its bytes are, and the two lines under it."""
 
     key: str
-    shard: str
+    shard: int
     value: str
     caption: str
     blurred: bool
@@ -63,22 +64,24 @@ class Tile:
 # ------------------------------------------------------------------------------------------------------ what to show
 
 
-def contact_sheet(root: Path, name: str, column: str | None = None) -> Path:
+def contact_sheet(data: Data, name: str, column: str | None = None) -> Path:
     """Draw `report/NAME/sheet.png`: kept images by `column` from worst to best, and rejected ones by rule.
 
     `column` is a score column or `similarity`; None takes the last score that a rule names. Raises UserError where
     there is no selection of that name or no such column.
     """
-    facts = _Facts(root, name)
+    facts = _Facts(data, name)
     column = facts.default_column() if column is None else column
     if column is not None and column not in facts.score_tables:
-        raise UserError(f"{root} has no scores called {column!r}. It has: {', '.join(facts.score_tables) or 'none'}.")
+        raise UserError(
+            f"{data.root} has no scores called {column!r}. It has: {', '.join(facts.score_tables) or 'none'}."
+        )
     kept = facts.kept_tiles(column)
     rejected = {r.name: facts.rejected_tiles(r.name) for r in facts.selection.rules if r.rejected}
-    pictures = _read_pictures(root, [*kept, *(t for tiles in rejected.values() for t in tiles)])
+    pictures = _read_pictures(data, [*kept, *(t for tiles in rejected.values() for t in tiles)])
 
     page = _Page(220 + 190 * -(-KEPT // 8) + 180 * (len(rejected) + 1))
-    _header(page, root, facts)
+    _header(page, data.root, facts)
     if kept:
         order = f"by {column}, worst to best" if column else "in the list's order"
         page.heading(_GREEN, "kept", f"{facts.selection.kept:,}", order)
@@ -95,24 +98,24 @@ def contact_sheet(root: Path, name: str, column: str | None = None) -> Path:
         page.words(f"{reason} {n:,}" for reason, n in sorted(reasons.items(), key=lambda r: (-r[1], r[0])))
     if (there := len(facts.fetched_table.shards)) > len(facts.picked):
         page.note(f"pictures from {len(facts.picked)} of {there:,} shards, spread evenly; the counts are of all rows")
-    return page.save(root / "report" / name / "sheet.png")
+    return page.save(data.sheet(name))
 
 
-def score_charts(root: Path, name: str) -> Path | None:
+def score_charts(data: Data, name: str) -> Path | None:
     """Draw `report/NAME/scores.png`: each score's histogram over all fetched images and over the kept ones.
 
     A line marks where a rule cuts. None where the data folder has no scores.
     """
-    facts = _Facts(root, name)
+    facts = _Facts(data, name)
     if not facts.score_tables:
         return None
     page = _Page(140 + 250 * len(facts.score_tables))
-    _header(page, root, facts, bar=False)
+    _header(page, data.root, facts, bar=False)
     for column in facts.score_tables:
         both = f"all {facts.selection.fetched:,} images (grey), kept {facts.selection.kept:,}"
         page.heading(_GREEN, column, "", both)
         page.histogram(*facts.histogram(column), facts.cuts(column))
-    return page.save(root / "report" / name / "scores.png")
+    return page.save(data.charts(name))
 
 
 class Shown(NamedTuple):
@@ -145,7 +148,7 @@ def sheet(path: Path, title: str, rows: Sequence[tuple[str, Sequence[Shown]]]) -
         tiles, pictures = [], {}
         for j, (image, caption, blurred) in enumerate(shown):
             value, _, more = caption.partition("\n")
-            tiles.append(Tile(key=str(j), shard="", value=value, caption=more, blurred=blurred))
+            tiles.append(Tile(key=str(j), shard=0, value=value, caption=more, blurred=blurred))
             if isinstance(image, np.ndarray):
                 image = Image.fromarray(image)
             pictures[str(j)] = None if image is None else _small(image, 224 * _SCALE, blurred)
@@ -156,18 +159,19 @@ def sheet(path: Path, title: str, rows: Sequence[tuple[str, Sequence[Shown]]]) -
 class _Facts:
     """What the data folder says about a selection; reads tables, never a tar."""
 
-    def __init__(self, root: Path, name: str) -> None:
-        self.selection = load_selection(root, name)
+    def __init__(self, data: Data, name: str) -> None:
+        self.selection = load_selection(data, name)
         self.rules = [(r.name, r.condition) for r in self.selection.rules]
-        self.fetched_table, *others = tables(root)
-        self.columns, self.source = types_there(root)
+        found = tables(data)
+        self.fetched_table, *others = found
+        self.columns, self.source = column_types(found)
         self.column_tables = {c: t for t in others for c in t.columns}
         self.score_tables = {c: t for c, t in self.column_tables.items() if NUMBER.fullmatch(self.columns[c])}
-        self.unsafe = [c for c, made in recorded_columns(others).items() if made.get("unsafe")]
+        self.unsafe = [c for c, facts in recorded_columns(found).items() if facts.get("unsafe")]
         known = [*self.columns, *(f"source.{n}" for n in self.source)]
-        self.said = read_rules(dict(self.rules), known)
+        self.said: dict[str, Rule | None] = read_rules(dict(self.rules), known)
         self.db = connect()
-        chosen = ds.dataset(str(root / "selected" / f"{name}.parquet"), format="parquet")
+        chosen = ds.dataset(str(data.verdicts(name)), format="parquet")
         self.db.register("chosen", chosen)
         shards = self.fetched_table.shards
         self.picked = [shards[i] for i in _spread(len(shards), SHARDS)]
@@ -185,7 +189,7 @@ class _Facts:
         return next(reversed(named), next(reversed(good), None))
 
     def _candidates(self) -> None:
-        """The table `candidate`: the images of the picked shards, with their shard, verdict and columns."""
+        """The table `candidate`: the images of the picked shards, with their shard, verdict and scores."""
         parts = []
         fields = self._fields()
         for shard, path in zip(self.fetched_table.shards, self.fetched_table.files, strict=True):
@@ -195,7 +199,7 @@ class _Facts:
                 for name, kind in URL_COLUMNS + FETCHED_COLUMNS:
                     if name not in there:  # a folder that img2dataset wrote
                         part = part.append_column(name, pa.nulls(len(part), kind))
-                whole = part.select(OURS).append_column("shard", pa.array([shard] * len(part), pa.string()))
+                whole = part.select(OURS).append_column("shard", pa.array([shard] * len(part), pa.int64()))
                 if fields:
                     values = pq.read_table(path, filters=[("status", "=", Status.SUCCESS.value)])
                     arrays = [values.column(i).combine_chunks() for i in fields.values()]
@@ -235,23 +239,23 @@ class _Facts:
             if not self._is_unsafe(rule):
                 continue
             said = self.said[rule]
-            for column, fraction in said.tops if said else ():
-                if column in self.unsafe:
-                    self._values(column)
-                    (at,) = self.db.sql(f"select quantile_disc(v, {1 - fraction}) from value").fetchall()[0]
-                    found.append(f"coalesce({quote(column)} >= {at}, true)" if at is not None else "true")
+            for c in said.computed if said else ():
+                if c.kind == "top" and c.column in self.unsafe:
+                    self._values(c.column)
+                    (at,) = self.db.sql(f"select quantile_disc(v, {1 - c.fraction}) from value").fetchall()[0]
+                    found.append(f"coalesce({quote(c.column)} >= {at}, true)" if at is not None else "true")
             try:
-                checked = check_rules({rule: condition}, self.columns, self.source, {})[0]
-                both = [checked.sql, checked.sql]
-                for computed in checked.computed:
+                if said is None:
+                    raise UserError(f"{condition} is no condition")
+                both = [said.sql, said.sql]
+                for computed in said.computed:
                     both = [sql.replace(quote(computed.place), word) for sql, word in zip(both, WORDS, strict=True)]
                 fails = " and ".join(f"(({sql}) is not true)" for sql in dict.fromkeys(both))
                 self.db.sql(f"select count(*) filter ({fails}) from candidate").fetchall()
             except (UserError, duckdb.Error):
-                cuts = {c: [v for r in self.said.values() if r for n, _, v, _ in r.cuts if n == c] for c in self.unsafe}
-                fails = " or ".join(
-                    f"coalesce({quote(c)} >= {min([BLURRED_FROM, *cuts[c]])}, true)" for c in self.unsafe
-                )
+                cuts = [cut for r in self.said.values() if r for cut in r.cuts]
+                strictest = {c: min([BLURRED_FROM, *(u.value for u in cuts if u.column == c)]) for c in self.unsafe}
+                fails = " or ".join(f"coalesce({quote(c)} >= {strictest[c]}, true)" for c in self.unsafe)
             found.append(f"({fails})")
         return found
 
@@ -280,7 +284,7 @@ class _Facts:
             both = ", ".join(quote(c) for c in numbers)
             order = f"least({both}) desc nulls last, key"
             said = self.said[rule]
-            if said and said.cuts and all(sign in ("<", "<=") for _, sign, _, _ in said.cuts):
+            if said and said.cuts and all(cut.sign in ("<", "<=") for cut in said.cuts):
                 order = f"greatest({both}) asc nulls last, key"
         unsafe = self._is_unsafe(rule)
         return self._tiles(f"verdict = {literal(rule)}", order, REJECTED, shown, unsafe=unsafe)
@@ -332,13 +336,13 @@ class _Facts:
         """Where rules compare a column with a number, or take its best part: (value, words)."""
         cuts = []
         for said in self.said.values():
-            cuts += [(value, words) for name, _, value, words in (said.cuts if said else ()) if name == column]
-            for name, best in said.tops if said else ():
-                if name == column:
+            cuts += [(cut.value, cut.words) for cut in (said.cuts if said else ()) if cut.column == column]
+            for c in said.computed if said else ():
+                if c.kind == "top" and c.column == column:
                     self._values(column)
-                    (at,) = self.db.sql(f"select quantile_disc(v, {1 - best}) from value").fetchall()[0]
+                    (at,) = self.db.sql(f"select quantile_disc(v, {1 - c.fraction}) from value").fetchall()[0]
                     if at is not None:
-                        cuts.append((at, f"best {best:.0%}"))
+                        cuts.append((at, f"best {c.fraction:.0%}"))
         return cuts
 
 
@@ -373,14 +377,14 @@ def _describe(columns: Sequence[str], values: Sequence[Any]) -> str:
 # ---------------------------------------------------------------------------------------------------------- pictures
 
 
-def _read_pictures(root: Path, tiles: Iterable[Tile]) -> dict[str, Image.Image | None]:
+def _read_pictures(data: Data, tiles: Iterable[Tile]) -> dict[str, Image.Image | None]:
     """The tiles' images, each tar opened once; None where one cannot be decoded."""
-    by_shard: dict[str, list[Tile]] = {}
+    by_shard: dict[int, list[Tile]] = {}
     for tile in tiles:
         by_shard.setdefault(tile.shard, []).append(tile)
     found: dict[str, Image.Image | None] = {}
     for shard, wanted in sorted(by_shard.items()):
-        tar = root / "fetched" / f"{shard}.tar"
+        tar = data.tar(shard)
         index = index_tar(tar)
         with open(tar, "rb") as f:
             for tile in wanted:

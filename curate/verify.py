@@ -1,6 +1,6 @@
 """Reading every file again: does each hold the bytes that its record says, and is each record itself whole?
 
-A tar cut at a member boundary reads as a smaller tar without any error, and a flipped byte in a JPEG as a picture, so
+A tar cut at a member boundary reads as a smaller tar without any error, and a flipped byte in a JPEG as an image, so
 nothing but counts and digests finds them.
 """
 
@@ -14,11 +14,18 @@ from typing import Any
 
 import yaml
 
-from curate.layout import Data
-from curate.store.files import json_bytes, read_json, sha256_file
-from curate.store.records import invalidate, record_digest
+from curate.layout import ANNOTATED, EMBEDDED, FETCHED, PACKED, PLAN, SELECTED, STAGES, Data
+from curate.store.files import json_bytes, sha256_file
+from curate.store.records import invalidate, read_record, record_digest
 
-_STAGES = ("plan", "fetched", "embedded", "annotated", "selected", "shards")
+_REPAIR = {
+    PLAN: "the list is read and cut again",
+    FETCHED: "shard {shard} is fetched again, all its rows",
+    EMBEDDED: "shard {shard} is embedded again",
+    ANNOTATED: "{name} of shard {shard} is computed again",
+    SELECTED: "the rules of {name} are applied again",
+    PACKED: "{name} is packed again",
+}
 
 
 @dataclass(frozen=True)
@@ -34,16 +41,19 @@ class Damage:
 def verify(data: Data) -> Iterator[Damage | None]:
     """Check every committed file, yielding a Damage for each bad one and None for each good one."""
     for record, value in _records(data):
-        repair = _repair(data, record)
+        stage, name = data.stage_of(record)
+        repair = _REPAIR[stage].format(name=name, shard=record.stem.removesuffix("_stats"))
+        if record == data.space_record:
+            repair = "the encoder's probes are measured again"
         if not record.exists():
             yield Damage(record, "missing", record, repair)
-        elif not _whole(record, value):
+        elif not _is_whole(record, value):
             yield Damage(record, "the record itself is damaged", record, repair)
         else:
             yield None
-            for name, fact in _outputs(value).items():
-                what = _wrong(data.root / name, fact)
-                yield Damage(data.root / name, what, record, repair) if what else None
+            for file, expected in _outputs(value).items():
+                what = _difference(data.root / file, expected)
+                yield Damage(data.root / file, what, record, repair) if what else None
 
 
 def strays(data: Data) -> list[Path]:
@@ -51,13 +61,13 @@ def strays(data: Data) -> list[Path]:
     named = set[Path]()
     for record, value in _records(data):
         named |= {record, *(data.root / name for name in _outputs(value))}
-    found = (p for stage in _STAGES for p in (data.root / stage).rglob("*"))
+    found = (p for stage in STAGES for p in (data.root / stage).rglob("*"))
     return sorted(p for p in found if p.is_file() and p not in named)
 
 
 def unfinished(data: Data) -> dict[str, list[int]]:
     """The planned shards without a record, by stage, for stages that are begun. UserError where the plan is damaged."""
-    stages = {"fetched": data.fetched_record, "embedded": data.embedded_record}
+    stages = {FETCHED: data.fetched_record, EMBEDDED: data.embedded_record}
     missing = {
         stage: [s.shard for s in data.plan.shards if not record(s.shard).exists()]
         for stage, record in stages.items()
@@ -67,37 +77,43 @@ def unfinished(data: Data) -> dict[str, list[int]]:
 
 
 def repair(damages: Sequence[Damage]) -> None:
-    """Take back the records of damaged files: the commands of `remedies` then make them again."""
+    """Invalidate the records of damaged files: the commands of `remedies` then make them again."""
     for damage in damages:
         invalidate(damage.record)
 
 
 def remedies(data: Data, damages: Sequence[Damage]) -> list[str]:
-    """The commands that make damaged files again once their records are taken back. Call it before `repair`."""
-    recipe = _yaml(data.recipe)
+    """The commands that make damaged files again once their records are gone. Call it before `repair`."""
+    try:
+        recipe = yaml.safe_load(data.recipe.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, yaml.YAMLError):
+        recipe = None
+    recipe = recipe if isinstance(recipe, dict) else {}
     own = (recipe.get("select") or {}).get("name")
     columns = recipe.get("columns") or {}
     root = shlex.quote(str(data.root))
     main, others = False, []
-    for stage, name in dict.fromkeys(_place(data, d.record) for d in damages):
-        if stage == "annotated" and name not in columns:
+    for stage, name in dict.fromkeys(data.stage_of(d.record) for d in damages):
+        if stage == ANNOTATED and name not in columns:
             others.append(f"tastemaker annotate {root} {name}=SPEC")
-        elif stage == "selected" and name != own:
-            others.append(f"tastemaker select {root} --name {name}{_rules(data, name)}")
-        elif stage == "shards" and name != own:
+        elif stage == SELECTED and name != own:
+            rules = read_record(data.selection_record(name)).get("rules") or []  # where it can still be read
+            settings = [shlex.quote(f"select.rules.{r['name']}={r['condition']}") for r in rules]
+            others.append(" --set ".join([f"tastemaker select {root} --name {name}", *settings]))
+        elif stage == PACKED and name != own:
             others.append(f"tastemaker pack {root} --name {name}")
         else:
             main = True
-    return ([again(data)] if main else []) + others
+    return ([command_again(data)] if main else []) + others
 
 
-def again(data: Data) -> str:
+def command_again(data: Data) -> str:
     """The command that made the data folder, which goes on where it stopped."""
     root = shlex.quote(str(data.root))
-    path, plan = next(_records(data))
-    if not path.exists() or not _whole(path, plan):
+    plan = read_record(data.plan_record)
+    if not _is_whole(data.plan_record, plan):
         plan = {}  # its words may be wrong
-    command = "curate" if (data.root / "embedded").exists() else "fetch"
+    command = "curate" if data.space.parent.exists() else "fetch"
     limit = (plan.get("source") or {}).get("--limit")
     parts = [f"tastemaker {command} {shlex.quote(str(plan.get('list', 'LIST')))} --out {root}"]
     if data.recipe.exists():
@@ -107,39 +123,12 @@ def again(data: Data) -> str:
     return " ".join(parts)
 
 
-def _rules(data: Data, name: str) -> str:
-    """The rules of a selection as settings, where its record can still be read."""
-    rules = (read_json(data.root / "selected" / f"{name}.json") or {}).get("rules") or []
-    return "".join(" --set " + shlex.quote(f"select.rules.{r['name']}={r['condition']}") for r in rules)
-
-
-def _place(data: Data, record: Path) -> tuple[str, str]:
-    """A record's stage, and the name of the selection or column that it is of."""
-    stage, *rest = record.relative_to(data.root).parts
-    return stage, rest[0].removesuffix(".json") if stage in ("annotated", "selected", "shards") else ""
-
-
-def _repair(data: Data, record: Path) -> str:
-    stage, name = _place(data, record)
-    if record == data.space_record:
-        return "the encoder's probes are measured again"
-    shard = record.stem.removesuffix("_stats")
-    return {
-        "plan": "the list is read and cut again",
-        "fetched": f"shard {shard} is fetched again, all its rows",
-        "embedded": f"shard {shard} is embedded again",
-        "annotated": f"{name} of shard {shard} is computed again",
-        "selected": f"the rules of {name} are applied again",
-        "shards": f"{name} is packed again",
-    }[stage]
-
-
 def _records(data: Data) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every record, and the plan, which is one too; {} for what is not JSON."""
-    plan = data.root / "plan" / "plan.json"
-    value = read_json(plan)
-    yield plan, value if isinstance(value, dict) else {}
-    yield from data.records()
+    """Every record of every stage, the plan first, whether it is there or not."""
+    yield data.plan_record, read_record(data.plan_record)
+    for stage in STAGES[1:]:
+        for record in data.records(stage):
+            yield record, read_record(record)
 
 
 def _outputs(value: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -150,26 +139,19 @@ def _outputs(value: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return value.get("outputs", {})
 
 
-def _whole(record: Path, value: Mapping[str, Any]) -> bool:
+def _is_whole(record: Path, value: Mapping[str, Any]) -> bool:
     """Whether a record is byte for byte what was written; a changed space between two words leaves its value."""
     return value.get("self") == record_digest(value) and record.read_bytes() == json_bytes(value)
 
 
-def _wrong(path: Path, fact: Mapping[str, Any]) -> str | None:
+def _difference(path: Path, expected: Mapping[str, Any]) -> str | None:
+    """How a file differs from what was written; None where it does not."""
     try:
         size = path.stat().st_size
     except FileNotFoundError:
         return "missing"
-    if size != fact.get("bytes", size):
-        return f"{size:,} bytes, {fact['bytes']:,} were written"
-    if sha256_file(path) != fact["sha256"]:
+    if size != expected.get("bytes", size):
+        return f"{size:,} bytes, {expected['bytes']:,} were written"
+    if sha256_file(path) != expected["sha256"]:
         return "other bytes than were written"
     return None
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, yaml.YAMLError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
-import gc
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -31,10 +29,6 @@ from curate.sources.vectors import Imported, import_shard, open_folder
 from curate.store.files import read_json
 from curate.store.records import commit, is_done
 
-GC_THRESHOLDS = (50_000, 20, 100)
-"""Of the garbage collector while shards are fetched. Rows leave next to no cycles behind, but thousands of them wait at
-once, and looking through them again and again took a sixth of the event loop's time."""
-
 
 def ignore(stage: str, outcome: str, host: str) -> None:
     """The report of a worker that nobody watches."""
@@ -58,8 +52,6 @@ class FetchWorker:
     ) -> None:
         if fetch.engine == "img2dataset":
             engine_img2dataset.require(images)
-        self._gc_before: tuple[int, int, int] | None = None  # the process's thresholds, while ours hold
-        self._scheduler_before: int | None = None  # its policy, while ours holds
         self.data, self.config = data, config
         count = threads or os.cpu_count() or 1
         deny = Deny.load(fetch.deny)
@@ -69,13 +61,12 @@ class FetchWorker:
             fetcher=Fetcher(fetch, lease=lease, deny=deny),
             deny=deny,
             threads=ThreadPoolExecutor(count, thread_name_prefix="decode"),
-            slots=asyncio.Semaphore(4 * count),
+            local_reads=asyncio.Semaphore(4 * count),
             report=report,
         )
 
     async def run(self, shard: int, retry: bool = False) -> None:
         """Fetch one shard unless it is done; with `retry`, fetch again what failed for transient reasons."""
-        self._tune_process()
         done = fetch_done(self.data, shard, self.config)
         if not done or (retry and transient_failures(self.data, shard)):
             try:
@@ -87,25 +78,6 @@ class FetchWorker:
         """Close connections and threads."""
         await self._context.fetcher.close()
         self._context.threads.shutdown(cancel_futures=True)
-        if self._gc_before is not None:
-            gc.set_threshold(*self._gc_before)
-        if self._scheduler_before is not None:
-            os.sched_setscheduler(0, self._scheduler_before, os.sched_param(0))
-
-    def _tune_process(self) -> None:
-        """Collect garbage rarely, and have Linux treat the event loop and the decoders that it starts as batch work.
-
-        Else the loop takes a decoder's core at every packet, and the decoder's data are out of the cache when it goes
-        on: that cost 7% of all CPU, and 13% of the rate.
-        """
-        if gc.get_threshold() != GC_THRESHOLDS:
-            self._gc_before = gc.get_threshold()
-            gc.set_threshold(*GC_THRESHOLDS)
-        if self._scheduler_before is None and hasattr(os, "sched_setscheduler"):
-            with contextlib.suppress(OSError):  # a sandbox that forbids it
-                if (policy := os.sched_getscheduler(0)) == os.SCHED_OTHER:
-                    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-                    self._scheduler_before = policy
 
 
 class EmbedWorker:

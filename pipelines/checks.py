@@ -13,7 +13,7 @@ from curate.annotators.base import Annotator, column_specs
 from curate.fetch import engine_img2dataset
 from curate.fetch.deny import Deny
 from curate.layout import Data
-from curate.verify import again
+from curate.verify import command_again
 from pipelines.recipe import Recipe
 
 Say = Callable[[str], None]
@@ -35,12 +35,13 @@ def check_engine(recipe: Recipe, say: Say) -> None:
 def check_selection(data: Data, recipe: Recipe, extra_columns: pa.Schema, annotators: Mapping[str, Annotator]) -> None:
     """UserError where a rule names a column that there will not be, or a threshold outside a column's scale."""
     from curate.ledger.rules import check_rules
-    from curate.ledger.view import ledger_types, recorded_scales, recorded_types, source_types, sql_types
+    from curate.ledger.view import known_columns, ledger_types, source_types, sql_types
 
     specs = column_specs(annotators)
     made = dict(zip(specs, sql_types([c.type for c in specs.values()]), strict=True))
-    types = {**ledger_types(), **recorded_types(data.root), **made}
-    scales = recorded_scales(data.root) | {name: c.scale for name, c in specs.items() if c.scale is not None}
+    known_types, known_scales = known_columns(data)
+    types = {**ledger_types(), **known_types, **made}
+    scales = known_scales | {name: c.scale for name, c in specs.items() if c.scale is not None}
     check_rules(recipe.select.rules, types, source_types(extra_columns), scales)
 
 
@@ -63,9 +64,9 @@ def refuse_denied(data: Data, recipe: Recipe, restart_from: str | None = None) -
     deny = Deny.load(recipe.fetch.deny)
     if not deny or not data.root.is_dir():
         return
-    from curate.ledger.denied import held
+    from curate.ledger.denied import denied_images
 
-    found = held(data.root, deny, fetched=restart_from in (None, "embed"))
+    found = denied_images(data, deny, fetched=restart_from in (None, "embed"))
     if not found:
         return
     there = []
@@ -84,7 +85,7 @@ def refuse_denied(data: Data, recipe: Recipe, restart_from: str | None = None) -
     if found.images or found.unknown:
         files = [str(Path(f).absolute()) for f in recipe.fetch.deny]
         denied = shlex.quote(f"fetch.deny=[{', '.join(files)}]")
-        steps.append(f"  {again(data)} --set {denied} --restart-from fetch")
+        steps.append(f"  {command_again(data)} --set {denied} --restart-from fetch")
     raise UserError(
         f"fetch.deny names what {data.root} holds already: {'; '.join(there)}.\n"
         "A list that is given later takes nothing away, so nothing is done. Give another --out, or be rid of them:\n"

@@ -21,7 +21,7 @@ from curate.annotators.stage import annotate_table
 from curate.fetch.ingest import check_verify
 from curate.layout import Data
 from curate.sources.plan import load_plan
-from curate.sources.planner import clear_plan, inspect, make_plan
+from curate.sources.planner import inspect, make_plan
 from curate.store.disk import check_space
 from curate.store.files import read_json, sweep
 from curate.store.lock import Lock
@@ -103,7 +103,7 @@ def run(request: Request, say: Say = print) -> Result:
     annotators = make_annotators(recipe.columns, recipe.embed.encoder)
     check_engine(recipe, say)
     refuse_denied(data, recipe, request.restart_from)
-    if "embed" in request.stages and not (data.root / "plan" / "plan.json").exists():
+    if "embed" in request.stages and not data.plan_record.exists():
         has_encoder(recipe)  # before a long list is read; where a plan is there, all may be embedded
     with taken(data.root, "data", replaces=["recipe.yaml"]) as folder, _nothing_left_behind(data, folder):
         sweep(data.root)
@@ -136,12 +136,12 @@ def _with_whole_paths(recipe: Recipe) -> Recipe:
 @contextmanager
 def _nothing_left_behind(data: Data, folder: Taken) -> Iterator[None]:
     """Where input or recipe is refused before a job began, a data folder is as it was, and a new one is not there."""
-    planned = (data.root / "plan" / "plan.json").exists()
+    planned = data.plan_record.exists()
     try:
         yield
     except UserError:
         if not planned and not data.logs.exists():
-            clear_plan(data.root)
+            data.clear_plan()
             folder.undo(["recipe.yaml"])
         raise
 
@@ -181,7 +181,7 @@ def restart(data: Data, recipe: Recipe, stage: str, stages: Sequence[str]) -> No
         has_encoder(recipe)
     data.invalidate_from(stage)
     if stage == "source":
-        clear_plan(data.root)
+        data.clear_plan()
         data.clear_shards()  # those of another list must not linger beside the new ones
 
 
@@ -241,7 +241,7 @@ def _name_repeats(data: Data, result: Result, say: Say) -> None:
     """Say which bytes came from many URLs: most are placeholders."""
     from curate.duplicates.repeats import repeats
 
-    found = repeats(data.root)
+    found = repeats(data)
     if found:
         result.facts["repeated"] = [{"sha256": r.sha256, "urls": r.urls, "url": r.url} for r in found[:100]]
         say(f"the same bytes from many URLs, {len(found):,} times ({sum(r.urls for r in found):,} rows): placeholders?")
@@ -318,16 +318,15 @@ def _images_left(data: Data, shard: int, config: str) -> int:
 
 def _select(data: Data, recipe: Recipe, say: Say) -> Selection:
     from curate.ledger.select import remembered, select
-    from curate.ledger.view import recorded_scales
 
     name = recipe.select.name
     try:
-        before = remembered(data.root, name)
+        before = remembered(data, name)
     except UserError:  # of a subset file that is gone
         before = ({}, Path())
     if before is not None and before != (recipe.select.rules, None):
         say(f"the selection {name} was made by other rules; it is made anew by the recipe's")
-    selection = select(data.root, recipe.select, recorded_scales(data.root))
+    selection = select(data, recipe.select)
     show_selection(selection, say)
     return selection
 
@@ -348,16 +347,10 @@ def _stricter(data: Data, selection: Selection) -> str:
 
     conditions = {r.name: r.condition for r in selection.rules}
     for rule, said in reversed(read_rules(conditions, selection.quantiles).items()):
-        if (
-            said
-            and said.best
-            and not (data.root / "selected" / "stricter.json").exists()
-            and re.fullmatch(r"\w+", rule)
-        ):
-            column, fraction = said.best
-            setting = f"select.rules.{rule}=top({plain_name(column)}, {fraction / 2:g})"
+        if said and said.top and not data.selection_record("stricter").exists() and re.fullmatch(r"\w+", rule):
+            setting = f"select.rules.{rule}=top({plain_name(said.top.column)}, {said.top.fraction / 2:g})"
             return command("select", data.root, "--name", "stricter", "--set", setting)
-    return command("train", data.root / "shards" / selection.name, "--out", "model")
+    return command("train", data.packed(selection.name), "--out", "model")
 
 
 def pack_selection(data: Data, recipe: Recipe, result: Result) -> None:
@@ -366,13 +359,13 @@ def pack_selection(data: Data, recipe: Recipe, result: Result) -> None:
     from curate.shards.pack import pack
 
     name = recipe.select.name
-    pack(data.root, name, recipe.pack)
-    folder, sheet = data.root / "shards" / name, data.root / "report" / name / "sheet.png"
-    if not sheet.exists() or sheet.stat().st_mtime < (folder / "manifest.json").stat().st_mtime:
-        score_charts(data.root, name)
-        contact_sheet(data.root, name)
+    pack(data, name, recipe.pack)
+    folder, sheet = data.packed(name), data.sheet(name)
+    if not sheet.exists() or sheet.stat().st_mtime < data.manifest(name).stat().st_mtime:
+        score_charts(data, name)
+        contact_sheet(data, name)
     result.paths |= {"shards": f"{folder}/", "look": str(sheet)}
-    result.next = _stricter(data, load_selection(data.root, name))
+    result.next = _stricter(data, load_selection(data, name))
 
 
 # ---------------------------------------------------------------------------------------------------- words and sums

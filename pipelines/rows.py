@@ -23,31 +23,32 @@ import pyarrow.parquet as pq
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
 from aesthetic.untrusted import printable
-from curate.ledger.view import Answer
+from curate.layout import Data
+from curate.ledger.view import QueryResult
 from pipelines.terminal import Verbatim
 
 SHOWN, WIDTH = 200, 60
 """Rows that a terminal is shown, and characters of a value."""
 
 
-def show(root: Path, sql: str, out: IO[str], *, as_json: bool = False) -> str:
+def show(data: Data, sql: str, out: IO[str], *, as_json: bool = False) -> str:
     """Show the rows of one SELECT over `ledger` and `verdicts`; returns what is to be said about them, or nothing.
 
     `out` gets CSV, or with `as_json` an array on one line; where it is a terminal, a table of the first rows. JSON has
     no NaN and no infinity: they are null.
     """
-    with Answer(root, sql) as found:
+    with QueryResult(data, sql) as found:
         if out.isatty() and not as_json:
             return _table(found, out)
-        data = _Data(out)
+        stream = _RowStream(out)
         try:
             if as_json:
-                data.write("[")
+                stream.write("[")
                 for i, record in enumerate(_json_rows(found)):
-                    data.write(f"{', ' if i else ''}{record}")
-                data.write("]\n")
+                    stream.write(f"{', ' if i else ''}{record}")
+                stream.write("]\n")
             else:
-                _write_csv(found, data)
+                _write_csv(found, stream)
         except _NobodyReads:
             pass
         return ""
@@ -57,7 +58,7 @@ class _NobodyReads(Exception):
     """Whoever read has enough: `tastemaker query ... | head -1`."""
 
 
-class _Data:
+class _RowStream:
     """A stream for rows: as they are, in UTF-8; a terminal sees controls as escapes all the same."""
 
     def __init__(self, out: IO[str]) -> None:
@@ -72,14 +73,14 @@ class _Data:
         return self._out.write(self._kind(text))
 
 
-def write(root: Path, sql: str, file: Path) -> int:
+def write(data: Data, sql: str, file: Path) -> int:
     """Write the rows of one SELECT to a new .csv, .parquet or .jsonl, whole or not at all; returns how many."""
     writer = _writer(file)
-    with Answer(root, sql) as found, atomic(file) as f:
+    with QueryResult(data, sql) as found, atomic(file) as f:
         return writer(found, f)
 
 
-def _writer(file: Path) -> Callable[[Answer, Any], int]:
+def _writer(file: Path) -> Callable[[QueryResult, Any], int]:
     writer = {".csv": _csv_file, ".parquet": _parquet_file, ".jsonl": _jsonl_file}.get(file.suffix.lower())
     if writer is None:
         raise UserError(f"--out {file}: a name that ends in .csv, .parquet or .jsonl is expected")
@@ -93,7 +94,7 @@ def _writer(file: Path) -> Callable[[Answer, Any], int]:
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-def _csv_file(found: Answer, f: Any) -> int:
+def _csv_file(found: QueryResult, f: Any) -> int:
     text = io.TextIOWrapper(f, encoding="utf-8", newline="", write_through=True)
     rows = _write_csv(found, text)
     text.flush()
@@ -101,7 +102,7 @@ def _csv_file(found: Answer, f: Any) -> int:
     return rows
 
 
-def _write_csv(found: Answer, out: Any) -> int:
+def _write_csv(found: QueryResult, out: Any) -> int:
     out.write(",".join(map(_quoted, found.columns)) + "\n")
     rows = 0
     for batch in found.batches():
@@ -121,7 +122,7 @@ def _quoted(value: Any) -> str:
     return '"' + text.replace('"', '""') + '"' if _IN_QUOTES.search(text) else text
 
 
-def _parquet_file(found: Answer, f: Any) -> int:
+def _parquet_file(found: QueryResult, f: Any) -> int:
     rows = 0
     try:
         with pq.ParquetWriter(f, found.schema, compression="zstd") as out:
@@ -133,7 +134,7 @@ def _parquet_file(found: Answer, f: Any) -> int:
     return rows
 
 
-def _jsonl_file(found: Answer, f: Any) -> int:
+def _jsonl_file(found: QueryResult, f: Any) -> int:
     rows = 0
     for record in _json_rows(found):
         f.write(f"{record}\n".encode())
@@ -141,7 +142,7 @@ def _jsonl_file(found: Answer, f: Any) -> int:
     return rows
 
 
-def _json_rows(found: Answer) -> Iterator[str]:
+def _json_rows(found: QueryResult) -> Iterator[str]:
     """Each row as a JSON object."""
     for batch in found.batches():
         for values in zip(*_columns(batch), strict=True):
@@ -186,7 +187,7 @@ def _text(value: Any) -> Any:
 # ----------------------------------------------------------------------------------------------------------- a terminal
 
 
-def _table(found: Answer, out: IO[str]) -> str:
+def _table(found: QueryResult, out: IO[str]) -> str:
     """A table of the first rows, numbers to the right; returns how many there are where it is not all of them."""
     first: list[tuple[Any, ...]] = []
     rows = 0

@@ -38,7 +38,7 @@ def recipe_of(data: Data, name: str | None, settings: Sequence[str], select: str
 
     A recipe.yaml where no plan is belongs to somebody else.
     """
-    if name is None and data.recipe.exists() and (data.root / "plan" / "plan.json").exists():
+    if name is None and data.recipe.exists() and data.plan_record.exists():
         recipe = parse_recipe(read_recipe(data.recipe), settings, what=str(data.recipe))
     else:
         recipe = load_recipe(name or DEFAULT, settings)
@@ -72,6 +72,6 @@ def refuse_changes(data: Data, recipe: Recipe, restart_from: str | None = None) 
 def _holds(data: Data, stage: str) -> bool:
     """Whether the data folder holds anything that a change of this stage would alter."""
     if stage == "source":
-        return (data.root / "plan" / "plan.json").exists()
+        return data.plan_record.exists()
     where = "embedded/stats/*.json" if stage == "embed" else "fetched/*_stats.json"
     return next(data.root.glob(where), None) is not None

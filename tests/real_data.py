@@ -70,8 +70,8 @@ def make_real_data(root: Path) -> Data:
         fetch = FetchConfig(allow=(f"127.0.0.0/8:{web.port}",), retries=0, respect=())
         fetch_all(data, fetch)
     embed_all(data, BUNDLED, SCORE)
-    select(data.root, SelectConfig(name=SELECTION, rules={"seen": "width > 0"}), {})
-    pack(data.root, SELECTION, PackConfig(shard_size=PACKED))
+    select(data, SelectConfig(name=SELECTION, rules={"seen": "width > 0"}))
+    pack(data, SELECTION, PackConfig(shard_size=PACKED))
     return data
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from curate.layout import Data
 from curate.ledger.select import Selection, select
-from curate.ledger.view import recorded_scales
 from curate.shards.pack import pack
 from curate.sources.planner import make_plan
 from curate.workers import EmbedWorker, FetchWorker
@@ -103,8 +102,8 @@ def embed_shards(data: Data, recipe: Recipe) -> int:
 
 def choose(data: Data, recipe: Recipe) -> Selection:
     """Select and pack."""
-    selection = select(data.root, recipe.select, recorded_scales(data.root))
-    pack(data.root, recipe.select.name, recipe.pack)
+    selection = select(data, recipe.select)
+    pack(data, recipe.select.name, recipe.pack)
     return selection
 
 

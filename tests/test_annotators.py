@@ -156,17 +156,17 @@ def test_one_from_another_package_is_used_in_a_recipe_and_its_columns_select(
     counts = [(c, n) for c, n, good in zip(found["caption"], found["length"], ok, strict=True) if good and c]
     assert [n for _, n in counts] == [len(c.split()) for c, _ in counts]
 
-    facts = recorded_columns(tables(data.root))
+    facts = recorded_columns(tables(data))
     assert facts["light_mean"]["unit"] == "levels" and facts["light_mean"]["annotator"] == "brightness"
     assert facts["light_word"]["type"] == "string" and not facts["light_mean"]["unsafe"]
-    assert recorded_scales(data.root) == {"light_mean": (0, 255), "length": (0, 1000)}
+    assert recorded_scales(tables(data)) == {"light_mean": (0, 255), "length": (0, 1000)}
     rules = {"read": "light_mean is not null", "dark": "light_word = 'dark' and light_mean < 128", "long": "length > 1"}
-    select(data.root, SelectConfig(name="dark", rules=rules), recorded_scales(data.root))
-    counted = load_selection(data.root, "dark")
+    select(data, SelectConfig(name="dark", rules=rules))
+    counted = load_selection(data, "dark")
     assert counted.rules[0].rejected == sum(narrow) and 0 < counted.kept < 36
     assert "light_mean" in counted.quantiles and "light_word" not in counted.quantiles
     with pytest.raises(UserError, match="light_mean goes from 0 to 255, and 300 is outside"):
-        select(data.root, SelectConfig(name="no", rules={"a": "light_mean > 300"}), recorded_scales(data.root))
+        select(data, SelectConfig(name="no", rules={"a": "light_mean > 300"}))
 
 
 def test_annotate_runs_what_reads_pixels_on_ray_and_embeds_nothing(
@@ -202,7 +202,7 @@ def test_one_that_reads_the_whole_table_runs_when_all_is_there(
     assert "place: 3 of 3" in capsys.readouterr().out
     found = Data(data.root).ledger.filter("status = 'success'").order("bytes").df()
     assert found["place"].is_monotonic_increasing and found["place"].max() > 20
-    select(data.root, SelectConfig(name="s", rules={"large": "place > 9 and length > 1"}), {})
+    select(data, SelectConfig(name="s", rules={"large": "place > 9 and length > 1"}))
     data.annotations_record("place", 1).unlink()  # of all shards anew: any value may depend on any image
     assert main(["annotate", str(data.root)]) == 0
     out = capsys.readouterr().out
@@ -210,7 +210,7 @@ def test_one_that_reads_the_whole_table_runs_when_all_is_there(
     record = read_json(data.fetched_record(0))
     (data.fetched_record(0)).write_text(json.dumps({**record, "outputs": {}}))
     with pytest.raises(UserError, match=r"was made from an older fetched"):
-        select(data.root, SelectConfig(name="t", rules={"large": "place > 9"}), {})
+        select(data, SelectConfig(name="t", rules={"large": "place > 9"}))
 
 
 def test_a_table_of_others_is_columns(real_data: Data, tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_prompts_are_a_column_in_the_space_of_the_data(real_data: Data, tmp_path
     vectors = np.concatenate([np.load(data.image_vectors(s.shard)) for s in data.plan.shards])
     scores = np.array([v for v in found["flower"] if v == v], np.float32)
     np.testing.assert_allclose(scores, head(vectors), atol=1e-6)
-    assert recorded_scales(data.root) == {"flower": (0, 1)}
+    assert recorded_scales(tables(data)) == {"flower": (0, 1)}
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from aesthetic.errors import UserError
+from curate.layout import Data
 from curate.ledger.schema import RowError
 from curate.ledger.select import SelectConfig, select
 from curate.shards.pack import PackConfig, pack
@@ -359,8 +360,8 @@ def test_nothing_is_read_in_search_of_captions_where_there_can_be_none(tmp_path:
 
 def test_a_packed_folder_is_whole_in_itself(tmp_path: Path) -> None:
     root = make_data(tmp_path / "data")
-    select(root, SelectConfig(name="all"), {})
-    pack(root, "all", PackConfig(shard_size=10))
+    select(Data(root), SelectConfig(name="all"))
+    pack(Data(root), "all", PackConfig(shard_size=10))
     original = open_samples(root / "shards" / "all")
     copy = Path(shutil.copytree(original.folder, tmp_path / "renamed"))
     copied = open_samples(copy)

@@ -985,13 +985,13 @@ def test_bodies_that_are_held_stop_what_is_asked_for(monkeypatch: pytest.MonkeyP
     asyncio.run(main())
 
 
-def test_requests_that_take_long_do_not_keep_the_places_that_slow_decoders_left() -> None:
+def test_requests_that_hang_keep_nobody_waiting_when_bodies_were_held() -> None:
     async def main() -> None:
         config = {"concurrency": 200, "per_domain": 200, "rate": 0, "timeout": 4.0, "respect": ()}
         async with asyncio.timeout(15), running(**config) as (server, root, fetcher):
             clock = asyncio.get_running_loop().time
             async with contextlib.AsyncExitStack() as held:
-                for n in range(30):  # more than decoders are given ahead: fewer and fewer places
+                for n in range(30):
                     await held.enter_async_context(fetcher.body(f"{root}{n}"))
                 for n in range(200):
                     await fetcher.get(f"{root}quick{n}")
@@ -999,8 +999,6 @@ def test_requests_that_take_long_do_not_keep_the_places_that_slow_decoders_left(
                 server[f"/hang{n}"] = drop(30)
             hanging = [asyncio.create_task(failure(fetcher, f"{root}hang{n}")) for n in range(60)]
             await asyncio.sleep(0.1)
-            under_way = sum(server.count(f"/hang{n}") for n in range(60))
-            assert under_way < 60
             began = clock()
             assert (await fetcher.get(root.replace("a.test", "b.test") + "x")).data == PIXELS
             assert clock() - began < 3

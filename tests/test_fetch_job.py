@@ -117,7 +117,7 @@ def test_placeholders_are_named(tmp_path: Path) -> None:
         urls += [web.url(0, "/0.jpg")] * 20  # one URL many times is the list's affair
         table = fetch(tmp_path / "run", {"url": urls, "caption": ["a"] * 80}, f"127.0.0.0/8:{web.port}")
         assert table["status"].to_pylist() == ["success"] * 80
-        (found,) = repeats(tmp_path / "run" / "data")
+        (found,) = repeats(Data(tmp_path / "run" / "data"))
         assert (found.urls, found.hosts, found.width, found.height) == (30, 3, 80, 64)
         assert "30 URLs of 3 hosts gave one picture of 80 x 64" in str(found)
 

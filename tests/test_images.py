@@ -296,7 +296,7 @@ def test_a_tiff_of_jpeg_tiles_is_taken_while_they_cover_it() -> None:
     data = jpeg_tiles(picture, 64, 640, 427)
     assert psnr(decode(data), photograph()) > 25
     for width, height in ((640, 449), (641, 427), (640, 384)):
-        assert "cover the picture" in refused(jpeg_tiles(picture, 64, width, height)).detail
+        assert "cover the image" in refused(jpeg_tiles(picture, 64, width, height)).detail
     progressive = data.replace(b"\xff\xc0", b"\xff\xc2")
     assert refused(progressive).detail.endswith("not sequential")
 

@@ -440,8 +440,8 @@ from pathlib import Path
 from curate.fetch.engine_img2dataset import download
 from curate.fetch.config import FetchConfig
 from curate.images.process import ImagesConfig
-rows = list(enumerate(sys.argv[2:]))
-list(download(rows, FetchConfig(concurrency=2, timeout=60, retries=0), ImagesConfig(), Path(sys.argv[1])))
+urls = dict(enumerate(sys.argv[2:]))
+list(download(urls, FetchConfig(concurrency=2, timeout=60, retries=0), ImagesConfig(), Path(sys.argv[1])))
 """
 
 

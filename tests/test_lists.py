@@ -373,7 +373,7 @@ def _check_names(data: Data) -> None:
         *("success", "status 2", 9, "source.x 2"),
     )
     assert row["source.caption"] == "caption 2" and row["caption"] is None and row["source.@reason"] == "@reason 2"
-    found = query(data.root, 'SELECT status, source.status AS s, source.width, source."source.x" AS x FROM ledger')
+    found = query(data, 'SELECT status, source.status AS s, source.width, source."source.x" AS x FROM ledger')
     assert found.s.tolist() == [f"status {i}" for i in range(3)] and found.x.tolist() == [
         f"source.x {i}" for i in range(3)
     ]
@@ -386,13 +386,13 @@ def _check_names(data: Data) -> None:
         pq.write_table(pa.table({"key": keys, "aesthetic": pa.array([0.5] * len(keys), pa.float32())}), path)
         commit(data.root, path.with_suffix(".json"), config="c", inputs={}, outputs=[path], facts={})
     rules = {"wide": "source.width >= 8 and width > 0", "good": "aesthetic > 0.4 and source.aesthetic <> 'x'"}
-    assert select(data.root, SelectConfig(name="s", rules=rules), {}).kept == 2
-    pack(data.root, "s", PackConfig())
+    assert select(data, SelectConfig(name="s", rules=rules)).kept == 2
+    pack(data, "s", PackConfig())
     packed = {r["key"]: r for r in pq.read_table(data.root / "shards/s/00000.parquet").to_pylist()}
     assert packed["000002" if "000002" in packed else max(packed)]["aesthetic"] == 0.5
     assert {r["source.aesthetic"] for r in packed.values()} == {"aesthetic 1", "aesthetic 2"}
     assert {r["similarity"] for r in packed.values()} == {"similarity 1", "similarity 2"}  # nothing was embedded here
-    ledger = open_ledger(data.root)
+    ledger = open_ledger(data)
     assert isinstance(ledger, duckdb.DuckDBPyConnection)
     ledger.close()
 
@@ -497,7 +497,7 @@ def test_values_that_cannot_be_said_are_null(tmp_path: Path) -> None:
     assert all(rows[1][name] is not None for name in odd) and rows[1]["day"].isoformat() == "1970-01-06"
     assert rows[0]["digits"] == "1.50" and rows[0]["map"] == [("a", 1)] and str(rows[0]["zone"].tzinfo) == "UTC"
     fetch_shards(data, load_recipe("bundled", ["fetch.retries=0"]))
-    assert len(query(data.root, "SELECT source FROM ledger")) == 2
+    assert len(query(data, "SELECT source FROM ledger")) == 2
 
 
 _MEASURED = """

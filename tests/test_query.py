@@ -14,6 +14,7 @@ import pytest
 from small_data import make_data
 
 from aesthetic.errors import UserError
+from curate.layout import Data
 from curate.ledger.rules import check_rules
 from curate.ledger.select import SelectConfig, select
 from curate.sources.predicate import Predicate
@@ -57,12 +58,12 @@ def test_whole_into_a_pipe(data: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_a_terminal_is_told_what_is_missing(data: Path) -> None:
     out = Terminal()
-    told = show(data, LONG, out)
+    told = show(Data(data), LONG, out)
     lines = out.getvalue().splitlines()
     assert len(lines) == 201 and max(map(len, lines)) < 200
     assert told.startswith("200 of 1,200 shown, long values are cut: --out FILE.csv")
     out = Terminal()
-    assert show(data, "SELECT 'a' || chr(27) || '[2J' || chr(10) AS e, 5 AS n", out) == ""
+    assert show(Data(data), "SELECT 'a' || chr(27) || '[2J' || chr(10) AS e, 5 AS n", out) == ""
     assert out.getvalue() == "e           n\na\\x1b[2J\\n  5\n"
 
 
@@ -135,17 +136,19 @@ def test_what_takes_too_much_memory_says_how_to_give_it_more(
 ) -> None:
     monkeypatch.setenv("TASTEMAKER_SQL_MEMORY", "100MB")
     with pytest.raises(UserError, match=r"more than 100MB of memory.*TASTEMAKER_SQL_MEMORY=8GB"):
-        show(data, sql, io.StringIO())
+        show(Data(data), sql, io.StringIO())
     monkeypatch.setenv("TASTEMAKER_SQL_MEMORY", "much")
     with pytest.raises(UserError, match="TASTEMAKER_SQL_MEMORY=much: a size such as 4GB"):
-        show(data, sql, io.StringIO())
+        show(Data(data), sql, io.StringIO())
 
 
 def test_what_never_ends_is_ended(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TASTEMAKER_SQL_SECONDS", "0.5")
     began = time.monotonic()
     with pytest.raises(UserError, match=r"not done after 0.5 s. `TASTEMAKER_SQL_SECONDS=3600`"):
-        show(data, "SELECT count(*) FROM range(1000000000) a(i), range(99) b(j) WHERE i % 7 = 8 + j", io.StringIO())
+        show(
+            Data(data), "SELECT count(*) FROM range(1000000000) a(i), range(99) b(j) WHERE i % 7 = 8 + j", io.StringIO()
+        )
     assert time.monotonic() - began < 10
 
 
@@ -158,14 +161,14 @@ def test_rules_and_conditions_are_bounded_too(data: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserError, match=r"rule big \(.*needs more than 100MB"):
         check_rules({"big": "score > len(range(1000000000))"}, columns, {}, {"score": (0, 1)})
     with pytest.raises(UserError, match=r"rule big \(.*needs more than 100MB"):
-        select(data, SelectConfig(name="s", rules={"big": "len(range(width * 100000000)) > 5"}), {})
+        select(Data(data), SelectConfig(name="s", rules={"big": "len(range(width * 100000000)) > 5"}))
     table = pa.table({"caption": ["a", "b"], "n": [400_000_000, 5]})
     with pytest.raises(UserError, match=r"source.where: .*needs more than 100MB"):
         Predicate("len(range(n)) > 9", table.schema, "source.where").mask(table, 2)
     monkeypatch.setenv("TASTEMAKER_SQL_MEMORY", "1GB")
     monkeypatch.setenv("TASTEMAKER_SQL_SECONDS", "0.5")
     for ask in (
-        lambda: select(data, SelectConfig(name="s", rules={"slow": ENDLESS.format("caption")}), {}),
+        lambda: select(Data(data), SelectConfig(name="s", rules={"slow": ENDLESS.format("caption")})),
         lambda: Predicate(ENDLESS.format("caption"), table.schema, "source.where").mask(table, 2),
     ):
         began = time.monotonic()

@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from aesthetic.forms import forms_of
 from aesthetic.heads import HeadError
 from aesthetic.join import join
 from aesthetic.raters import without_raters
 from aesthetic.ratings import read_ratings
+from aesthetic.restated import restated_columns
 
 
 def write(folder: Path, text: str, name: str = "r.csv") -> Path:
@@ -282,9 +282,9 @@ def test_text_that_is_not_ava_is_refused(tmp_path):
         ("label", ["label_id", "label_name"], ["category", "width"]),
     ],
 )
-def test_columns_called_after_judging_are_forms_of_the_score(score, restated, metadata):
+def test_columns_called_after_judging_are_restated_columns_the_score(score, restated, metadata):
     few = pd.Series([1, 2])
-    assert forms_of(score, dict.fromkeys((*restated, *metadata), few), None, ["c"]) == restated
+    assert restated_columns(score, dict.fromkeys((*restated, *metadata), few), None, ["c"]) == restated
 
 
 def test_numbers_that_go_with_the_score_are_a_form_of_it(tmp_path):

@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from aesthetic.errors import UserError
+from curate.layout import Data
 from curate.ledger.rules import read_rules
 from curate.ledger.schema import Reason, Status, fetched_schema, make_key
 from curate.ledger.select import SelectConfig, select
@@ -76,7 +77,7 @@ def make_data(root: Path, rows: int, rules: dict[str, str] = RULES) -> Path:
             schema = pa.schema([("key", pa.string()), (column, pa.float32())])
             pq.write_table(pa.Table.from_pylist(scores, schema), root / "annotated" / column / f"{stem}.parquet")
             write_json(root / "annotated" / column / f"{stem}.json", {"columns": {column: {"unsafe": unsafe}}})
-    select(root, SelectConfig(name="mine", rules=rules), {})
+    select(Data(root), SelectConfig(name="mine", rules=rules))
     return root
 
 
@@ -86,10 +87,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_sheet_is_the_same_each_time_and_shows_everything(data: Path) -> None:
-    sheet = contact_sheet(data, "mine")
+    sheet = contact_sheet(Data(data), "mine")
     assert sheet == data / "report" / "mine" / "sheet.png"
     first = sheet.read_bytes()
-    assert contact_sheet(data, "mine", "aesthetic").read_bytes() == first
+    assert contact_sheet(Data(data), "mine", "aesthetic").read_bytes() == first
     with Image.open(io.BytesIO(first)) as image:
         assert image.width == 2480 and image.height > 2500  # 6 rows kept, 4 rules, what was not fetched
         colours = image.getcolors(1 << 24)
@@ -97,7 +98,7 @@ def test_sheet_is_the_same_each_time_and_shows_everything(data: Path) -> None:
 
 
 def test_kept_images_are_shown_at_even_quantiles_worst_first(data: Path) -> None:
-    facts = _Facts(data, "mine")
+    facts = _Facts(Data(data), "mine")
     assert facts.default_column() == "aesthetic"
     tiles = facts.kept_tiles("aesthetic")
     values = [float(t.value) for t in tiles]
@@ -107,7 +108,7 @@ def test_kept_images_are_shown_at_even_quantiles_worst_first(data: Path) -> None
 
 
 def test_rejected_images_show_the_value_that_rejected_them_narrow_misses_first(data: Path) -> None:
-    facts = _Facts(data, "mine")
+    facts = _Facts(Data(data), "mine")
     large = facts.rejected_tiles("large")
     assert large[0].value == "119 x 109" and large[-1].value == "100 x 90"
     assert [t.value for t in facts.rejected_tiles("once")] == [f"{26:016x}"] * 2
@@ -115,7 +116,7 @@ def test_rejected_images_show_the_value_that_rejected_them_narrow_misses_first(d
 
 
 def test_a_width_in_the_list_is_not_our_width(data: Path) -> None:
-    facts = _Facts(data, "mine")
+    facts = _Facts(Data(data), "mine")
     facts.said |= read_rules(
         {"stored": "least(width, \"HEIGHT\") > 300 and caption <> 'original_width'"}, facts.columns
     )
@@ -124,7 +125,7 @@ def test_a_width_in_the_list_is_not_our_width(data: Path) -> None:
 
 
 def test_what_is_unsafe_is_blurred(data: Path) -> None:
-    facts = _Facts(data, "mine")
+    facts = _Facts(Data(data), "mine")
     safe = facts.rejected_tiles("safe")
     assert {t.key[-1] for t in safe} == {"1", "2"} and all(t.blurred for t in safe)  # at 0.3 too: the rule rejects it
     kept = facts.kept_tiles("aesthetic")
@@ -155,8 +156,8 @@ def test_what_is_unsafe_is_blurred(data: Path) -> None:
 )
 def test_what_a_rule_calls_unsafe_is_blurred_however_it_is_written(data: Path, rule: str) -> None:
     """Also where an earlier rule rejected it: 0.3 in rows that end in 2, 0.9 in those in 1."""
-    select(data, SelectConfig(name="written", rules={"small": "original_width >= 160", "safe": rule}), {})
-    facts = _Facts(data, "written")
+    select(Data(data), SelectConfig(name="written", rules={"small": "original_width >= 160", "safe": rule}))
+    facts = _Facts(Data(data), "written")
     tiles = facts._tiles("true", "key", 200, [])
     assert {t.key[-1] for t in tiles if t.blurred} == {"1", "2"}, rule
     assert {t.key[-1] for t in tiles if not t.blurred} == set("03456789")
@@ -166,37 +167,37 @@ def test_what_a_rule_calls_unsafe_is_blurred_however_it_is_written(data: Path, r
 
 
 def test_rules_that_can_no_longer_be_asked_blur_at_the_strictest_cut(data: Path) -> None:
-    select(data, SelectConfig(name="old", rules={"a": "open_nsfw < 0.25", "b": "open_nsfw < 0.2 or true"}), {})
+    select(Data(data), SelectConfig(name="old", rules={"a": "open_nsfw < 0.25", "b": "open_nsfw < 0.2 or true"}))
     record = data / "selected" / "old.json"
     record.write_text(record.read_text().replace("0.2 or true", "0.2 or gone > 5"))
-    tiles = _Facts(data, "old")._tiles("true", "key", 200, [])
+    tiles = _Facts(Data(data), "old")._tiles("true", "key", 200, [])
     assert {t.key[-1] for t in tiles if t.blurred} == {"1", "2"}
     record.write_text(record.read_text().replace("0.2 or gone > 5", "0.2 or or"))  # no SQL of this DuckDB's
-    assert {t.key[-1] for t in _Facts(data, "old")._tiles("true", "key", 200, []) if t.blurred} == {"1", "2"}
+    assert {t.key[-1] for t in _Facts(Data(data), "old")._tiles("true", "key", 200, []) if t.blurred} == {"1", "2"}
 
 
 def test_what_is_unsafe_is_known_by_its_record_whatever_its_column_is_called(tmp_path: Path) -> None:
     root = make_data(tmp_path / "data", 20)
     for shard in range(2):
         write_json(root / "annotated" / "aesthetic" / f"{shard:05d}.json", {"columns": {"aesthetic": {"unsafe": True}}})
-    assert sorted(_Facts(root, "mine").unsafe) == ["aesthetic", "open_nsfw"]
+    assert sorted(_Facts(Data(root), "mine").unsafe) == ["aesthetic", "open_nsfw"]
 
 
 def test_a_long_list_costs_few_tars(tmp_path: Path) -> None:
     root = make_data(tmp_path / "data", SIZE * (SHARDS + 15))
-    facts = _Facts(root, "mine")
+    facts = _Facts(Data(root), "mine")
     used = {t.shard for t in facts.kept_tiles("aesthetic")} | {t.shard for t in facts.kept_tiles(None)}
     assert used <= set(facts.picked) and len(facts.picked) == SHARDS
-    assert facts.picked[0] == "00000" and facts.picked[-1] == f"{SHARDS + 14:05d}"
+    assert facts.picked[0] == 0 and facts.picked[-1] == SHARDS + 14
     for tar in (root / "fetched").glob("*.tar"):
-        if tar.stem not in facts.picked:
+        if int(tar.stem) not in facts.picked:
             tar.unlink()  # nobody misses them
-    contact_sheet(root, "mine", "aesthetic")
+    contact_sheet(Data(root), "mine", "aesthetic")
 
 
 def test_sheets_of_nothing(tmp_path: Path) -> None:
-    assert contact_sheet(make_data(tmp_path / "none", 20), "mine").is_file()  # nothing kept
-    assert contact_sheet(make_data(tmp_path / "all", 20, {}), "mine").is_file()  # nothing rejected
+    assert contact_sheet(Data(make_data(tmp_path / "none", 20)), "mine").is_file()  # nothing kept
+    assert contact_sheet(Data(make_data(tmp_path / "all", 20, {})), "mine").is_file()  # nothing rejected
 
 
 def test_a_picture_that_cannot_be_decoded_has_its_place(tmp_path: Path) -> None:
@@ -204,11 +205,11 @@ def test_a_picture_that_cannot_be_decoded_has_its_place(tmp_path: Path) -> None:
     tar = root / "fetched" / "00000.tar"
     damaged = tar.read_bytes().replace(b"\xff\xd8\xff\xe0", b"\x00\x00\x00\x00", 1)
     tar.write_bytes(damaged)
-    assert contact_sheet(root, "mine", "aesthetic").is_file()
+    assert contact_sheet(Data(root), "mine", "aesthetic").is_file()
 
 
 def test_histograms_count_every_score_and_mark_the_cuts(data: Path) -> None:
-    facts = _Facts(data, "mine")
+    facts = _Facts(Data(data), "mine")
     everything, kept, lo, hi = facts.histogram("aesthetic")
     assert sum(everything) == facts.selection.fetched and sum(kept) == facts.selection.kept
     assert (lo, round(hi, 3)) == (0.0, 11.9)
@@ -216,18 +217,18 @@ def test_histograms_count_every_score_and_mark_the_cuts(data: Path) -> None:
     cuts = {words: at for at, words in facts.cuts("aesthetic")}
     assert cuts[">= 4.0"] == 4.0 and cuts[">= 6"] == 6.0 and 3.3 < cuts["best 70%"] < 3.9
     assert facts.cuts("open_nsfw") == [(0.2, "< 0.2")]
-    path = score_charts(data, "mine")
+    path = score_charts(Data(data), "mine")
     assert path is not None
     first = path.read_bytes()
-    score_charts(data, "mine")
+    score_charts(Data(data), "mine")
     assert path.read_bytes() == first
 
 
 def test_errors_name_what_is_missing(data: Path) -> None:
     with pytest.raises(UserError, match="no selection other"):
-        contact_sheet(data, "other")
+        contact_sheet(Data(data), "other")
     with pytest.raises(UserError, match=r"no scores called 'laion_v2'. It has: aesthetic, open_nsfw"):
-        contact_sheet(data, "mine", "laion_v2")
+        contact_sheet(Data(data), "mine", "laion_v2")
 
 
 def test_letters_that_the_font_lacks() -> None:

@@ -23,13 +23,13 @@ from small_data import (
 )
 
 from aesthetic.errors import UserError
+from curate.layout import Data
 from curate.ledger.rules import check_rules
 from curate.ledger.schema import make_key
 from curate.ledger.select import SelectConfig, Selection, changed_since, funnel_text, load_selection, remembered, select
 from curate.ledger.uids import UID, read_uids, select_uids, write_uids
-from curate.ledger.view import ledger_types, open_ledger, query, source_types, table_digests, tables, types_there
+from curate.ledger.view import column_types, ledger_types, open_ledger, query, source_types, table_digests, tables
 
-SCALES = {"laion_v2": (1.0, 10.0)}
 FETCHED = [n for n in range(60) if n % SHARD_SIZE not in REASONS]
 
 
@@ -46,7 +46,7 @@ def data(unchanged: Path, tmp_path: Path) -> Path:
 
 def run(data: Path, **rules: str) -> tuple[Selection, dict[int, str]]:
     """Select, and give each row's verdict by its number in the list."""
-    selection = select(data, SelectConfig(name="s", rules=rules), SCALES)
+    selection = select(Data(data), SelectConfig(name="s", rules=rules))
     table = pq.read_table(data / "selected" / "s.parquet")
     assert table["key"].to_pylist() == [make_key(n // 20, n % 20, 20) for n in range(60)]
     return selection, dict(enumerate(table["verdict"].to_pylist()))
@@ -60,7 +60,7 @@ def kept(verdicts: dict[int, str]) -> list[int]:
 
 
 def test_the_ledger_has_every_row_once_with_the_lists_columns_apart(unchanged: Path) -> None:
-    df = query(unchanged, "SELECT * FROM ledger ORDER BY key")
+    df = query(Data(unchanged), "SELECT * FROM ledger ORDER BY key")
     assert df.columns[0] == "key"
     assert len(df) == 60
     assert df.source[3]["WIDTH"] == 1003
@@ -72,18 +72,20 @@ def test_the_ledger_has_every_row_once_with_the_lists_columns_apart(unchanged: P
 
 def test_widths_are_not_mixed_up(unchanged: Path) -> None:
     df = query(
-        unchanged, 'SELECT max(source.WIDTH) AS theirs, max(WIDTH) AS ours, max(source."od""d") AS odd FROM ledger'
+        Data(unchanged),
+        'SELECT max(source.WIDTH) AS theirs, max(WIDTH) AS ours, max(source."od""d") AS odd FROM ledger',
     )
     assert df.theirs[0] == 1059
     assert df.ours[0] == 18
 
 
 def test_a_query_joins_only_what_it_names(unchanged: Path) -> None:
-    assert query(unchanged, "SELECT count(*) AS n FROM ledger WHERE laion_v2 > 6").n[0] > 0
-    assert query(unchanged, "SELECT l FROM ledger AS l ORDER BY key LIMIT 1").l[0]["laion_v2"] == pytest.approx(4)
-    assert set(query(unchanged, "DESCRIBE ledger").column_name) >= {"source", "similarity", "laion_v2"}
+    assert query(Data(unchanged), "SELECT count(*) AS n FROM ledger WHERE laion_v2 > 6").n[0] > 0
+    assert query(Data(unchanged), "SELECT l FROM ledger AS l ORDER BY key LIMIT 1").l[0]["laion_v2"] == pytest.approx(4)
+    assert set(query(Data(unchanged), "DESCRIBE ledger").column_name) >= {"source", "similarity", "laion_v2"}
     columns = {
-        row[0] for row in open_ledger(unchanged, {"similarity", "source.uid"}).execute("DESCRIBE ledger").fetchall()
+        row[0]
+        for row in open_ledger(Data(unchanged), {"similarity", "source.uid"}).execute("DESCRIBE ledger").fetchall()
     }
     assert "similarity" in columns
     assert "laion_v2" not in columns
@@ -91,13 +93,14 @@ def test_a_query_joins_only_what_it_names(unchanged: Path) -> None:
 
 def test_an_uncommitted_shard_is_not_in_the_ledger(data: Path) -> None:
     (data / "fetched" / "00002_stats.json").unlink()
-    assert query(data, "SELECT count(*) AS n FROM ledger").n[0] == 40
+    assert query(Data(data), "SELECT count(*) AS n FROM ledger").n[0] == 40
 
 
 def test_verdicts_are_queried_beside_the_ledger(data: Path) -> None:
     run(data, good="laion_v2 >= 5")
     df = query(
-        data, "SELECT verdict, count(*) AS n FROM verdicts JOIN ledger USING (key) WHERE selection = 's' GROUP BY 1"
+        Data(data),
+        "SELECT verdict, count(*) AS n FROM verdicts JOIN ledger USING (key) WHERE selection = 's' GROUP BY 1",
     )
     assert dict(zip(df.verdict, df.n, strict=True))["not_fetched"] == 12
 
@@ -130,13 +133,13 @@ def test_sql_reads_and_writes_nothing_but_the_ledger(unchanged: Path, tmp_path: 
     secret.write_text("a,b\n1,2\n")
     secret_frame = pa.table({"a": [1]})
     with pytest.raises(UserError):
-        query(unchanged, sql.format(secret=secret, data=unchanged))
+        query(Data(unchanged), sql.format(secret=secret, data=unchanged))
     assert not (unchanged / "written").exists()
     assert secret_frame.num_rows == 1
 
 
 def test_the_connection_itself_has_no_access(unchanged: Path, tmp_path: Path) -> None:
-    con = open_ledger(unchanged)
+    con = open_ledger(Data(unchanged))
     for sql in (
         "FROM read_text('/etc/hostname')",
         f"COPY (SELECT 1) TO '{unchanged}/x'",
@@ -150,13 +153,13 @@ def test_the_connection_itself_has_no_access(unchanged: Path, tmp_path: Path) ->
 
 def test_sql_errors_are_said_in_a_line(unchanged: Path) -> None:
     with pytest.raises(UserError, match="similarty") as e:
-        query(unchanged, "SELECT similarty FROM ledger")
+        query(Data(unchanged), "SELECT similarty FROM ledger")
     assert "LINE" not in str(e.value)
 
 
 def test_a_folder_without_data_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no fetched shard"):
-        query(tmp_path, "SELECT 1")
+        query(Data(tmp_path), "SELECT 1")
 
 
 # ---------------------------------------------------------------------------------------------------------- selecting
@@ -175,9 +178,9 @@ def test_every_row_has_one_verdict_and_the_funnel_adds_up(data: Path) -> None:
     assert sum(selection.not_fetched.values()) == counts["not_fetched"] == 12
     assert selection.not_fetched == {"http_404": 6, "dns": 3, "not_an_image": 3}
     assert [r.name for r in selection.rules] == ["large", "on_topic", "good"]
-    assert selection.rules[0].rejected == selection.rules[0].alone == sum(n < 10 for n in FETCHED)
+    assert selection.rules[0].rejected == selection.rules[0].marginal == sum(n < 10 for n in FETCHED)
     assert all(verdicts[n] == "not_fetched" for n in range(60) if n not in FETCHED)
-    assert load_selection(data, "s") == selection
+    assert load_selection(Data(data), "s") == selection
 
 
 def test_rules_reject_in_order(data: Path) -> None:
@@ -188,7 +191,7 @@ def test_rules_reject_in_order(data: Path) -> None:
     selection, verdicts = run(data, second="laion_v2 >= 6", first="laion_v2 >= 5")
     assert verdicts[0] == "second"
     assert selection.rules[1].rejected == 0
-    assert selection.rules[1].alone > 0
+    assert selection.rules[1].marginal > 0
 
 
 def test_a_row_without_a_value_is_rejected_whatever_the_function(data: Path) -> None:
@@ -205,7 +208,7 @@ def test_a_row_without_a_value_is_rejected_whatever_the_function(data: Path) -> 
     ]
     selection, verdicts = run(data, **{f"r{i}": rule for i, rule in enumerate(rules)})
     assert kept(verdicts) == [n for n in FETCHED if n not in (24, 25)]
-    assert [(r.alone, r.nulls) for r in selection.rules] == [(2, 2)] * len(rules)
+    assert [(r.marginal, r.nulls) for r in selection.rules] == [(2, 2)] * len(rules)
 
 
 def test_nan_in_the_lists_own_column_rejects_too(data: Path) -> None:
@@ -284,9 +287,9 @@ def test_columns_of_any_name(tmp_path: Path, name: str, monkeypatch: pytest.Monk
         table = pq.read_table(shard)
         pq.write_table(table.set_column(table.schema.get_field_index(name), name, pa.array(["7"] * 20)), shard)
     quoted = '"' + name.upper().replace("É", "é") + '"'
-    selection = select(data, SelectConfig(name="s", rules={"r": f"SOURCE.{quoted} = '7' AND HEIGHT > 0"}), {})
+    selection = select(Data(data), SelectConfig(name="s", rules={"r": f"SOURCE.{quoted} = '7' AND HEIGHT > 0"}))
     assert selection.kept == 16
-    assert query(data, f"SELECT count(*) AS n FROM ledger WHERE source.{quoted} = '7'").n[0] == 20
+    assert query(Data(data), f"SELECT count(*) AS n FROM ledger WHERE source.{quoted} = '7'").n[0] == 20
 
 
 def test_no_rules_keep_everything_fetched(data: Path) -> None:
@@ -334,7 +337,7 @@ def test_incomplete_and_stale_tables_are_refused_where_a_rule_reads_them(data: P
     write_annotated(data, 0, "taste", lambda n: 0.5)
     assert run(data, good="laion_v2 >= 5")[0].kept
     with pytest.raises(UserError, match=r"annotated/taste lacks 2 of 3 .*tastemaker annotate"):
-        run(data, mine="taste > 0.2")
+        run(data, mine="taste > 2")
     write_fetched(data, 1, salt="!")
     with pytest.raises(UserError, match="annotated/laion_v2/00001 was made from an older fetched/00001"):
         run(data, good="laion_v2 >= 5")
@@ -359,7 +362,7 @@ def test_the_funnel_reads_as_a_table(data: Path) -> None:
         data, large="least(original_width, original_height) >= 300", best="top(similarity, 0.3)", v="laion_v2 >= 5"
     )
     lines = funnel_text(selection).splitlines()
-    assert lines[0].split() == ["rows", "60", "rejected", "alone", "share"]
+    assert lines[0].split() == ["rows", "60", "rejected", "marginal", "share"]
     assert lines[1].split()[:4] == ["not_fetched", "12", "-", "20.0%"]
     assert "http_404 6 · dns 3 · not_an_image 3" in lines[1]
     assert "best 30% of similarity" in lines[3]
@@ -372,13 +375,13 @@ def test_the_funnel_reads_as_a_table(data: Path) -> None:
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".x", "a b"])
 def test_a_selections_name_is_a_file_name(data: Path, name: str) -> None:
     with pytest.raises(UserError, match="name"):
-        select(data, SelectConfig(name=name), {})
+        select(Data(data), SelectConfig(name=name))
 
 
 def test_an_unknown_selection_names_those_there_are(data: Path) -> None:
     run(data)
     with pytest.raises(UserError, match="There are s"):
-        load_selection(data, "t")
+        load_selection(Data(data), "t")
 
 
 # ------------------------------------------------------------------------------------------------------ checking rules
@@ -467,7 +470,7 @@ def test_good_rules_pass_and_their_columns_are_found() -> None:
 
 
 def test_types_before_and_after_there_is_data_agree(data: Path) -> None:
-    columns, source = types_there(data)
+    columns, source = column_types(tables(Data(data)))
     assert columns == {**ledger_types(), "laion_v2": "FLOAT"}
     assert source == SOURCE
 
@@ -484,14 +487,14 @@ def test_a_subset_file_of_datacomp_selects(data: Path, tmp_path: Path) -> None:
     others = [uid_of(n) for n in range(1000, 1100)]
     path = tmp_path / "subset.npy"
     np.save(path, np.sort(as_pairs([uid_of(n) for n in wanted] + others)))
-    selection = select_uids(data, "subset", path)
+    selection = select_uids(Data(data), "subset", path)
     verdicts = pq.read_table(data / "selected" / "subset.parquet")["verdict"].to_pylist()
     assert [n for n, v in enumerate(verdicts) if v == "kept"] == [n for n in wanted if n in FETCHED]
     assert Counter(verdicts) == {k: v for k, v in selection.funnel.items() if v}
     assert selection.rows == 60
 
     out = tmp_path / "again.npy"
-    assert write_uids(data, "subset", out) == selection.kept
+    assert write_uids(Data(data), "subset", out) == selection.kept
     again = read_uids(out)
     assert (again == np.sort(as_pairs([uid_of(n) for n in wanted if n in FETCHED]))).all()
 
@@ -499,36 +502,36 @@ def test_a_subset_file_of_datacomp_selects(data: Path, tmp_path: Path) -> None:
 def test_a_subset_selection_remembers_its_file(data: Path, tmp_path: Path) -> None:
     path = tmp_path / "subset.npy"
     np.save(path, np.sort(as_pairs([uid_of(n) for n in range(9)])))
-    select_uids(data, "subset", path)
-    assert remembered(data, "subset") == ({}, path) and remembered(data, "other") is None
+    select_uids(Data(data), "subset", path)
+    assert remembered(Data(data), "subset") == ({}, path) and remembered(Data(data), "other") is None
     run(data, a="width > 0", b="laion_v2 >= 5")
-    assert remembered(data, "s") == ({"a": "width > 0", "b": "laion_v2 >= 5"}, None)
-    assert changed_since(data, "s", table_digests(tables(data))) == []
+    assert remembered(Data(data), "s") == ({"a": "width > 0", "b": "laion_v2 >= 5"}, None)
+    assert changed_since(Data(data), "s", table_digests(tables(Data(data)))) == []
     for shard in range(3):
         write_annotated(data, shard, "laion_v2", lambda n: 4.0)
-    assert changed_since(data, "s", table_digests(tables(data))) == ["annotated/laion_v2"]
-    assert changed_since(data, "subset", table_digests(tables(data))) == []
+    assert changed_since(Data(data), "s", table_digests(tables(Data(data)))) == ["annotated/laion_v2"]
+    assert changed_since(Data(data), "subset", table_digests(tables(Data(data)))) == []
     path.write_bytes(path.read_bytes() + b" ")
     with pytest.raises(UserError, match=r"subset.npy, which is not there any more or has changed"):
-        remembered(data, "subset")
+        remembered(Data(data), "subset")
 
 
 def test_wrong_subset_files_are_refused(data: Path, tmp_path: Path) -> None:
     path = tmp_path / "s.npy"
     np.save(path, np.sort(as_pairs([uid_of(n) for n in range(9)]))[::-1])
     with pytest.raises(UserError, match="not sorted"):
-        select_uids(data, "x", path)
+        select_uids(Data(data), "x", path)
     np.save(path, np.arange(3))
     with pytest.raises(UserError, match="u8,u8"):
-        select_uids(data, "x", path)
+        select_uids(Data(data), "x", path)
     os.mkfifo(tmp_path / "fifo")
     np.savez(tmp_path / "several.npz", a=np.arange(3))
     for name, says in (("fifo", "a pipe"), ("several.npz", "several arrays"), ("absent.npy", "no such file")):
         with pytest.raises(UserError, match=says):
-            select_uids(data, "x", tmp_path / name)
+            select_uids(Data(data), "x", tmp_path / name)
     path.write_text("no")
     with pytest.raises(UserError, match=r"not a \.npy"):
-        select_uids(data, "x", path)
+        select_uids(Data(data), "x", path)
 
 
 def test_a_list_without_uids_says_so(data: Path, tmp_path: Path) -> None:
@@ -536,6 +539,6 @@ def test_a_list_without_uids_says_so(data: Path, tmp_path: Path) -> None:
     for shard in range(3):
         path = data / "fetched" / f"0000{shard}.parquet"
         pq.write_table(pq.read_table(path).drop_columns(["uid"]), path)
-    select(data, SelectConfig(name="s"), {})
+    select(Data(data), SelectConfig(name="s"))
     with pytest.raises(UserError, match="no text column uid"):
-        write_uids(data, "s", tmp_path / "x.npy")
+        write_uids(Data(data), "s", tmp_path / "x.npy")

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from aesthetic.errors import UserError
+from curate.layout import Data
 from curate.ledger.select import SelectConfig, select
 from curate.shards.pack import PackConfig, pack
 from curate.shards.tar import TarWriter
@@ -38,8 +39,8 @@ from train.data import (
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = make_data(tmp_path_factory.mktemp("data"))
-    select(root, SelectConfig(name="all"), {})
-    pack(root, "all", PackConfig(shard_size=10))
+    select(Data(root), SelectConfig(name="all"))
+    pack(Data(root), "all", PackConfig(shard_size=10))
     return root
 
 

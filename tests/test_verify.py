@@ -189,8 +189,8 @@ def test_the_words_for_a_person(data: Data, recipe: Recipe, capsys: pytest.Captu
     assert f"{len(committed(data.root)):,} files, none damaged" in told and '"damaged": []' in told
 
     other = replace(recipe.select, name="other", rules={"large": "original_width >= 150", "it's": "width > 0"})
-    select(data.root, other, {})
-    pack(data.root, "other", recipe.pack)
+    select(data, other)
+    pack(data, "other", recipe.pack)
     selected, packed = data.root / "selected" / "other.parquet", data.root / "shards" / "other" / "00000.tar"
     for path in (data.tar(1), selected, packed):
         path.write_bytes(path.read_bytes()[:-1] + b"?")

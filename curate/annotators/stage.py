@@ -118,7 +118,7 @@ def annotate_table(data: Data, name: str, annotator: TableAnnotator) -> int:
     from curate.ledger.view import table_digests, tables
 
     shards = [s.shard for s in data.plan.shards if data.fetched_digests(s.shard) is not None]
-    inputs = table_digests([t for t in tables(data.root) if t.name in ("fetched", "embedded")])
+    inputs = table_digests([t for t in tables(data) if t.name in ("fetched", "embedded")])
     records = [data.annotations_record(name, shard) for shard in shards]
     missing = sum(not is_done(data.root, r, config=annotator.digest, inputs=inputs) for r in records)
     if missing:

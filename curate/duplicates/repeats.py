@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
+from curate.layout import Data
 from curate.ledger.view import open_ledger
 
 MANY = 10
@@ -27,13 +27,13 @@ class Repeat:
         return f"{self.urls:,} URLs of {where} gave one picture of {self.width} x {self.height}: {self.url[:100]}"
 
 
-def repeats(root: Path) -> list[Repeat]:
+def repeats(data: Data) -> list[Repeat]:
     """What more than `MANY` URLs gave alike, the most repeated first.
 
     Placeholders pass every check of a picture, and may score well. The rule `first_of(sha256)` keeps one of each; the
     hashes in a deny-list (`fetch.deny`) keep none.
     """
-    with open_ledger(root, set(), memory_limit="2GB") as con:  # and as much of the disk as it takes
+    with open_ledger(data, set(), memory_limit="2GB") as con:  # and as much of the disk as it takes
         found = con.execute(
             # by a short hash first: at ten million rows a table of all digests would take gigabytes
             f"""

@@ -51,8 +51,6 @@ _LONGEST_WAIT = 30.0  # seconds of Retry-After that are waited for; beyond, the 
 _PAUSE = 1.0  # seconds that a domain is left alone after a 429 that names no time
 _LONGEST_BAN = 3600.0  # seconds for which a Retry-After keeps us away from a domain
 _FIELD = 16_384  # bytes of one header field
-_BODIES_AHEAD = 24  # that may wait for decoders before fewer requests are made at a time, and the fewest requests
-_LATE = 0.5  # seconds after which a request under way leaves its place to another
 _FILES = 512  # open ones that are no requests under way: others, and to spare
 _KEPT_PER_SECOND = 4000  # connections: twice the answers that come, as aiohttp keeps some for twice the time
 
@@ -112,7 +110,6 @@ class Fetcher:
         self._rules_limits = BodyLimits(optouts.ROBOTS_MAX_BYTES, truncate=True, respect=frozenset())
         self._keepalive = _seconds_kept_open(config.concurrency)
         self._opened: aiohttp.ClientSession | None = None
-        self._bodies = 0  # that wait for a decoder or are with one
 
     async def get(self, url: str) -> Body:
         """Fetch one URL.
@@ -127,31 +124,16 @@ class Fetcher:
     async def body(self, url: str) -> AsyncIterator[Body]:
         """As `get`, for `async with`: the body counts as held until the block ends.
 
-        While much is held, nothing new is asked for, so a web that is faster than the decoders does not fill the
-        memory. And with fewer requests at a time, more of them find an open connection, and bodies are still in the
-        processor's cache when they are decoded.
+        While half of the memory is held, nothing new is asked for: a web that is faster than the decoders doesn't fill
+        it.
         """
         opt_outs: dict[str, str] = {}
-        try:
-            parsed = addresses.parse_url(url, self._allow)
-            answer = await self._get_with_retries(parsed, self._image_limits, opt_outs)
-        except BaseException:
-            self._pace()
-            raise
-        self._bodies += 1
+        parsed = addresses.parse_url(url, self._allow)
+        answer = await self._get_with_retries(parsed, self._image_limits, opt_outs)
         try:
             yield Body(answer.data, str(answer.url), answer.status, _as_text(opt_outs))
         finally:
-            self._bodies -= 1
             answer.memory.release()
-            self._pace()
-
-    def _pace(self) -> None:
-        """Ask no faster than bodies are used."""
-        if self._bodies > _BODIES_AHEAD:
-            self._permits.narrow(_BODIES_AHEAD)
-        elif self._bodies < _BODIES_AHEAD // 4:
-            self._permits.widen(2)
 
     async def return_slots(self) -> None:
         """Give back what the budget leased and no row needs now."""
@@ -224,8 +206,6 @@ class Fetcher:
         """One request and its answer, and what it says about the domain."""
         status, retry_after = None, None
         memory = self._memory.reserve()
-        loop = asyncio.get_running_loop()
-        late = loop.call_later(_LATE, permit.step_aside)
         try:
             try:
                 async with asyncio.timeout(seconds) as clock, self._session.get(url, allow_redirects=False) as response:
@@ -234,7 +214,7 @@ class Fetcher:
                     opt_outs |= optouts.read_headers(response.headers)
                     data = await read_body(response, limits, opt_outs, memory, clock)
                     permit.answered()
-                    took = seconds - ((clock.when() or 0.0) - loop.time())
+                    took = seconds - ((clock.when() or 0.0) - asyncio.get_running_loop().time())
                     return _HttpAnswer(url, status, response.headers.get("Location"), data, memory, took)
             except (aiohttp.ClientError, HttpProcessingError, OSError) as e:  # TimeoutError is an OSError
                 raise _as_row_error(e) from e
@@ -251,8 +231,6 @@ class Fetcher:
         except BaseException:
             memory.release()
             raise
-        finally:
-            late.cancel()
 
     def _keep_away(self, error: RowError, retry_after: float | None, permit: domains.Permit) -> None:
         """What a 429 or 5xx asks for. Raises FinalError where that is to wait for too long."""

@@ -18,7 +18,7 @@ from curate.fetch.budget import LEASE, LeaseReply, LeaseRequest, LeaseSlots
 from curate.ledger.schema import FinalError, RowError
 
 WARM = 5.0
-"""Seconds that an unused connection is kept (each one is a file descriptor); domains with one come first."""
+"""Seconds that an unused connection is kept (each one is a file descriptor)."""
 
 MAX_FAILURES = 10
 OPEN_SECONDS = 20.0  # give or take a quarter
@@ -40,7 +40,6 @@ class _DomainState:
     queued: bool = False  # waits for a place
     leaving: bool = False  # its slots will be given back soon, unless a row comes
     timer: asyncio.TimerHandle | None = None
-    warm_until: float = 0.0
     backoff_until: float = 0.0
     limit: int = 1  # requests at a time; doubled by each answer up to the slots there are, and 1 after each failure
     failures: int = 0  # in a row
@@ -64,7 +63,6 @@ class Permit:
         self._permits, self._domain = permits, domain
         self._state: _DomainState
         self._started = 0.0
-        self._stepped_aside = False
 
     async def __aenter__(self) -> Permit:
         self._state = await self._permits.acquire(self._domain)
@@ -72,11 +70,7 @@ class Permit:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._permits.release(self._domain, self._state, self._started, self._stepped_aside)
-
-    def step_aside(self) -> None:
-        """Leave the place to another, as this request takes long: few places are soon full of such."""
-        self._stepped_aside = self._permits.add_place()
+        self._permits.release(self._domain, self._state, self._started)
 
     def answered(self) -> None:
         """The domain gave an answer that counts as one, be it a refusal."""
@@ -111,28 +105,23 @@ class Permit:
 class Permits:
     """The rows of one worker in line.
 
-    The place of a request goes to the next row of the same domain, and a domain whose connection is open comes before
-    one that was not asked yet, and that before a second connection to another: so connections are used again. Rows
-    that wait hold nothing. A domain that has not answered yet, or has just failed, gets one request at a time: so those
-    that never answer take few places.
+    The place of a request goes to the next row of the same domain: so connections are used again. Rows that wait hold
+    nothing. A domain that has not answered yet, or has just failed, gets one request at a time: so those that never
+    answer take few places.
 
     Args:
-        places: requests under way at one time, at most.
+        places: requests under way at one time.
         per_domain: slots that a domain has.
         rate: requests a second that may start at a domain; 0: any number.
         lease: asks the budget.
     """
 
     def __init__(self, places: int, per_domain: int, rate: float, lease: LeaseSlots) -> None:
-        self._most, self.per_domain, self._lease = places, per_domain, lease
-        self._width = places  # requests at a time, those that stepped aside not counted
-        self._aside = 0
-        self._busy = 0  # requests under way
+        self._places, self.per_domain, self._lease = places, per_domain, lease  # places: those that are free
         self._interval = per_domain / rate if rate else 0.0
         self._states: dict[str, _DomainState] = {}
         self._full = _REMEMBERED  # domains from which on some are forgotten
         self._queue: deque[str] = deque()  # domains that wait for a place
-        self._busy_queue: deque[str] = deque()  # those among them that have a request under way already
         self._unmet: set[str] = set()  # domains that wait for slots
         self._request = LeaseRequest()  # not sent yet
         self._news = asyncio.Event()
@@ -144,24 +133,6 @@ class Permits:
     def permit(self, domain: str) -> Permit:
         """The right to ask a domain once, to be waited for."""
         return Permit(self, domain)
-
-    def widen(self, by: int) -> None:
-        """Have more requests at a time, as far as there are places."""
-        self._width += min(by, self._most - self._width - self._aside)
-        self._start_queued()
-
-    def narrow(self, least: int) -> None:
-        """Have one request less at a time, but no fewer than `least`."""
-        if self._width > least:
-            self._width -= 1
-
-    def add_place(self) -> bool:
-        """Have a place more for as long as a request steps aside; whether there is one."""
-        if self._width + self._aside >= self._most:
-            return False
-        self._aside += 1
-        self._start_queued()
-        return True
 
     async def acquire(self, domain: str) -> _DomainState:
         """Wait for a slot and a place: see Permit."""
@@ -178,22 +149,23 @@ class Permits:
             await ticket
         except asyncio.CancelledError:
             if ticket.done() and not ticket.cancelled() and ticket.exception() is None:
-                self.release(domain, state, time.monotonic(), False)
+                self.release(domain, state, time.monotonic())
             raise
         return state
 
-    def release(self, domain: str, state: _DomainState, started: float, stepped_aside: bool) -> None:
+    def release(self, domain: str, state: _DomainState, started: float) -> None:
         """A request that started then is over."""
-        self._busy -= 1
-        self._aside -= stepped_aside
+        self._places += 1
         state.busy -= 1
-        state.warm_until = time.monotonic() + WARM
         state.idle.append(started + self._interval)
         if state.recalled:
             state.recalled -= 1
             self._return(domain, state, 1)
         self.start_rows(domain, state)  # the same domain first: its connection is open
-        self._start_queued()
+        while self._places and self._queue:
+            queued = self._queue.popleft()
+            self._states[queued].queued = False
+            self.start_rows(queued, self._states[queued])
 
     def back_off(self, domain: str, seconds: float) -> None:
         """See Permit.back_off."""
@@ -227,34 +199,17 @@ class Permits:
                     state.timer.cancel()
                 state.timer = loop.call_at(at, self.start_rows, domain, state)
                 return
-            if self._busy >= self._width + self._aside:
-                self._enqueue(domain, state, now)
+            if not self._places:
+                if not state.queued:
+                    state.queued = True
+                    self._queue.append(domain)
                 return
             ticket = state.waiting.popleft()
             if not ticket.done():
                 state.idle.pop()
                 state.busy += 1
-                self._busy += 1
+                self._places -= 1
                 ticket.set_result(None)
-
-    def _enqueue(self, domain: str, state: _DomainState, now: float) -> None:
-        """Have a domain wait for a place."""
-        if state.queued:
-            return
-        state.queued = True
-        if state.busy:
-            self._busy_queue.append(domain)
-        elif state.warm_until > now:
-            self._queue.appendleft(domain)
-        else:
-            self._queue.append(domain)
-
-    def _start_queued(self) -> None:
-        while self._busy < self._width + self._aside and (self._queue or self._busy_queue):
-            domain = (self._queue or self._busy_queue).popleft()
-            state = self._states[domain]
-            state.queued = False
-            self.start_rows(domain, state)
 
     def _end_waiting(self, state: _DomainState) -> None:
         for ticket in state.waiting:

@@ -1,4 +1,4 @@
-"""img2dataset as the download engine: it fetches and resizes one shard, and its outcomes become ours.
+"""img2dataset as the download engine: it fetches and resizes one shard, and its results become ours.
 
 It runs in a child process, because it starts pools and loggers of its own. It serves people who have tuned it, and the
 tests as an independent second opinion. What it does not do: check addresses, read robots.txt, bound the bytes of an
@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from curate.fetch.config import FetchConfig
 from curate.images.decode import decode
 from curate.images.process import ImagesConfig
 from curate.images.resize import perceptual_hash
-from curate.ledger.schema import FETCHED_COLUMNS, Reason, Status
+from curate.ledger.schema import FETCHED_COLUMNS, Reason, RowError, Status, failure_facts
 from curate.shards.tar import image_member, index_tar, read_range
 from curate.sources.img2dataset import reason_of
 
@@ -58,26 +58,26 @@ def require(images: ImagesConfig) -> None:
 
 
 def download(
-    rows: Sequence[tuple[int, str | None]], fetch: FetchConfig, images: ImagesConfig, folder: Path
+    urls: Mapping[int, str | None], fetch: FetchConfig, images: ImagesConfig, folder: Path
 ) -> Iterator[tuple[int, dict[str, Any], bytes | None, str]]:
-    """Have img2dataset fetch (number, url) rows into `folder`, and yield (number, facts, image, extension) for each.
+    """Have img2dataset fetch rows (index -> URL) into `folder`, and yield (index, facts, image, extension) for each.
 
     The folder is removed in the end. Raises RuntimeError with its last words where it fails as a whole.
     """
-    if not rows:
+    if not urls:
         return
     folder.mkdir(parents=True)
     try:
-        numbers, urls = zip(*rows, strict=True)
-        table = pa.table({"url": pa.array(urls, pa.string()), "row": pa.array(numbers, pa.int64())})
+        table = pa.table({"url": pa.array(urls.values(), pa.string()), "row": pa.array(urls.keys(), pa.int64())})
         pq.write_table(table, folder / "list.parquet")
-        _run(_options(len(rows), fetch, images, folder), folder)
-        waiting = set(numbers)
-        for outcome in _outcomes(folder / "out" / "00000.parquet"):
-            waiting.remove(outcome[0])
-            yield outcome
-        for number in sorted(waiting):  # it prints what went wrong while it wrote a sample, and goes on without it
-            yield number, _failed(Reason.CRASHED, "img2dataset lost this row: it says nothing of it"), None, ""
+        _run(_options(len(urls), fetch, images, folder), folder)
+        missing = set(urls)
+        for result in _results(folder / "out" / "00000.parquet"):
+            missing.remove(result[0])
+            yield result
+        for index in sorted(missing):  # it prints what went wrong while it wrote a sample, and goes on without it
+            lost = RowError(Reason.CRASHED, "img2dataset lost this row: it says nothing of it")
+            yield index, failure_facts(lost), None, ""
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -116,9 +116,9 @@ def _run(options: dict[str, Any], folder: Path) -> None:
         "WANDB_MODE": "disabled",
         "NO_ALBUMENTATIONS_UPDATE": "1",  # else a library of its asks the network for its newest version
     }
-    words = folder / "words"
+    log = folder / "log"
     with (
-        open(words, "wb") as out,
+        open(log, "wb") as out,
         subprocess.Popen(
             [sys.executable, "-c", _CHILD], stdin=-1, stdout=out, stderr=out, env=environment, start_new_session=True
         ) as child,
@@ -128,13 +128,13 @@ def _run(options: dict[str, Any], folder: Path) -> None:
             child.stdin.write(json.dumps(options).encode() + b"\n")
             child.stdin.flush()
         except BrokenPipeError:
-            pass  # it ended at once; its words say why
+            pass  # it ended at once; its log says why
         # with its stdin open: it ends when that closes, so it cannot outlive us; nor shall its children outlive it
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         os.killpg(child.pid, signal.SIGKILL)
     # its record, written last; without it a shard has failed, though it ends with 0
     if child.returncode or not (folder / "out" / "00000_stats.json").exists():
-        last = words.read_text(errors="replace").strip()[-2000:]  # its processes may all have some
+        last = log.read_text(errors="replace").strip()[-2000:]  # its processes may all have some
         raise RuntimeError(f"img2dataset failed (exit code {child.returncode}). Its last words:\n{last}")
 
 
@@ -159,23 +159,18 @@ def _watch() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _outcomes(table: Path) -> Iterator[tuple[int, dict[str, Any], bytes | None, str]]:
+def _results(table: Path) -> Iterator[tuple[int, dict[str, Any], bytes | None, str]]:
     tar = table.with_suffix(".tar")
-    index = index_tar(tar)
+    members = index_tar(tar)
     with open(tar, "rb") as f:
         for row in pq.read_table(table).to_pylist():
             if row["status"] != Status.SUCCESS:
                 message = row["error_message"] or ""
-                yield row["row"], _failed(reason_of(message, row["status"]), message), None, ""
+                yield row["row"], failure_facts(RowError(reason_of(message, row["status"]), message)), None, ""
                 continue
-            found = image_member(index[row["key"]])
+            found = image_member(members[row["key"]])
             assert found is not None, f"img2dataset wrote no image for {row['url']}"
             image = read_range(f, found[1])
             facts = {name: row.get(name) for name, _ in FETCHED_COLUMNS}
             facts["phash"] = perceptual_hash(decode(image))
             yield row["row"], facts, image, found[0]
-
-
-def _failed(reason: Reason, message: str) -> dict[str, Any]:
-    facts: dict[str, Any] = {name: None for name, _ in FETCHED_COLUMNS}
-    return facts | {"status": reason.status.value, "reason": reason.value, "error_message": message}

@@ -14,7 +14,7 @@ import hashlib
 import re
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +34,16 @@ from curate.fetch.hashes import verify_hash
 from curate.images.isolated import IsolatedDecoder
 from curate.images.process import ImagesConfig, ProcessedImage, process
 from curate.layout import Data
-from curate.ledger.schema import FETCHED_COLUMNS, Reason, RowError, Status, fetched_schema, make_key, stored_name
+from curate.ledger.schema import (
+    FETCHED_COLUMNS,
+    Reason,
+    RowError,
+    Status,
+    failure_facts,
+    fetched_schema,
+    make_key,
+    stored_name,
+)
 from curate.shards.tar import TarWriter, image_member, index_tar, read_range
 from curate.sources.columns import listed
 from curate.sources.plan import Row, SourceShard
@@ -45,11 +54,10 @@ from curate.store.records import commit, invalidate, output_digests
 TRUSTED_STARTS = 2
 """How often a shard is begun with decoding in the worker itself; after that each decode may die alone."""
 
+_RETRIES_KEPT = 10  # in a record; embedding needs those since it last ran
+
 Report = Callable[[str, str, str], None]
 """report(stage, outcome, host) is called for every row as it ends."""
-
-Decode = Callable[[bytes], Awaitable[ProcessedImage]]
-"""The picture in the bytes of an image file, or RowError."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ class IngestContext:
     fetcher: Fetcher
     deny: Deny
     threads: Executor  # decoders
-    slots: asyncio.Semaphore  # local files read ahead of the decoders; the fetcher bounds what it downloads
+    local_reads: asyncio.Semaphore  # local files read ahead of the decoders; the fetcher bounds what it downloads
     report: Report
 
 
@@ -70,17 +78,17 @@ class ShardResults:
     """What became of the rows of a shard: their facts, and where the images among them lie in the scratch file."""
 
     scratch: BinaryIO
-    facts: dict[int, dict[str, Any]] = field(default_factory=dict)
+    facts: dict[int, dict[str, Any]] = field(default_factory=dict)  # by the row's index
     places: dict[int, tuple[str, tuple[int, int]]] = field(default_factory=dict)  # extension, (offset, size)
     length: int = 0  # bytes of the scratch file
 
-    def add(self, number: int, facts: dict[str, Any], image: bytes | None, extension: str = "") -> None:
+    def add(self, index: int, facts: dict[str, Any], image: bytes | None, extension: str = "") -> None:
         """Note what became of a row."""
         if image is not None:
             self.scratch.write(image)
-            self.places[number] = extension, (self.length, len(image))
+            self.places[index] = extension, (self.length, len(image))
             self.length += len(image)
-        self.facts[number] = facts
+        self.facts[index] = facts
 
 
 async def ingest_shard(
@@ -103,20 +111,26 @@ async def ingest_shard(
         before = read_json(data.fetched_record(shard)) if retry else None
         if retry:
             _keep_final(data, shard, results)
-        tried = [number for number in range(source.table.num_rows) if number not in results.facts]
+        missing = [(i, row) for i, row in enumerate(source.rows()) if i not in results.facts]
         if context.fetch.engine == "img2dataset" and not source.local:
-            await asyncio.to_thread(_by_img2dataset, data, shard, source, context, results)
+            folder = scratch_path(data.tar(shard))
+            await asyncio.to_thread(_download_by_img2dataset, missing, context, results, folder)
         else:
-            await _by_ourselves(source, context, results, isolate)
+            await _fetch_and_decode(missing, source, context, results, isolate)
+
         facts: dict[str, Any] = {
             "starts": starts,
             "isolated": isolate,
             "denied_by": context.deny.digest if context.deny else None,
         }
         if before is not None:
-            came = [n for n in tried if results.facts[n]["status"] == Status.SUCCESS]
-            keys = [make_key(shard, number, data.plan.shard_size) for number in came]
-            facts["retries"] = _retries(before, len(tried), keys)
+            recovered = [i for i, _ in missing if results.facts[i]["status"] == Status.SUCCESS]
+            this = {
+                "files": output_digests(before),
+                "tried": len(missing),
+                "recovered": [make_key(shard, i, data.plan.shard_size) for i in recovered],
+            }
+            facts["retries"] = [*before.get("retries", []), this][-_RETRIES_KEPT:]
         if source.notes:
             facts["notes"] = list(source.notes)
         if context.deny.hashes is not None:
@@ -124,26 +138,16 @@ async def ingest_shard(
         return await asyncio.to_thread(_commit, data, shard, source.table, results, config, began, facts)
 
 
-_REMEMBERED = 10  # retries in a record; embedding needs those since it last ran
-
-
-def _retries(before: dict[str, Any], tried: int, recovered: list[str]) -> list[dict[str, Any]]:
-    """What the record says of a shard's retries, the last one last: the files before it (their sha256), how many rows
-    it tried, and the keys of those that have an image now. All other images are the same, byte for byte."""
-    this = {"files": output_digests(before), "tried": tried, "recovered": recovered}
-    return [*before.get("retries", []), this][-_REMEMBERED:]
-
-
 def recovered_since(data: Data, shard: int, files: Mapping[str, str]) -> list[str] | None:
     """Keys of the images that retries added to a fetched shard since its files had these sha256.
 
-    None where retries alone do not lead from those files to those of now.
+    None where retries alone do not lead from those files to those of now. All other images are the same, byte for byte.
     """
     record = read_json(data.fetched_record(shard)) or {}
     retries = record.get("retries", [])
-    for number, retry in enumerate(retries):
+    for i, retry in enumerate(retries):
         if retry["files"] == dict(files):
-            return [key for later in retries[number:] for key in later["recovered"]]
+            return [key for later in retries[i:] for key in later["recovered"]]
     return None
 
 
@@ -186,53 +190,67 @@ def _scratch(data: Data, shard: int) -> Iterator[BinaryIO]:
 
 def _keep_final(data: Data, shard: int, results: ShardResults) -> None:
     """Take over the rows of a fetched shard that a retry keeps: all but the transient failures."""
-    index = index_tar(data.tar(shard))
+    members = index_tar(data.tar(shard))
     with open(data.tar(shard), "rb") as tar:
-        for number, row in enumerate(pq.read_table(data.table(shard)).to_pylist()):
+        for i, row in enumerate(pq.read_table(data.table(shard)).to_pylist()):
             facts = {name: row[name] for name, _ in FETCHED_COLUMNS}
             if facts["status"] == Status.SUCCESS:
-                found = image_member(index[facts["key"]])
+                found = image_member(members[facts["key"]])
                 assert found is not None, f"{facts['key']} has no image in {data.tar(shard)}"
-                results.add(number, facts, read_range(tar, found[1]), found[0])
+                results.add(i, facts, read_range(tar, found[1]), found[0])
             elif not Reason(facts["reason"]).transient:
-                results.add(number, facts, None)
+                results.add(i, facts, None)
 
 
-# ------------------------------------------------------------------------------------------------------------- rows
-
-
-async def _by_ourselves(source: SourceShard, context: IngestContext, results: ShardResults, isolate: bool) -> None:
-    """Fetch and decode the rows that have no result yet, all at once; the fetcher knows how many at a time."""
+async def _fetch_and_decode(
+    rows: list[tuple[int, Row]], source: SourceShard, context: IngestContext, results: ShardResults, isolate: bool
+) -> None:
+    """Fetch and decode rows, all at once: the fetcher knows how many requests at a time. Whatever a row does ends in
+    its own facts."""
     isolated = IsolatedDecoder(context.images) if isolate else None
     loop = asyncio.get_running_loop()
-    hashes = source.table.column(stored_name(context.fetch.verify)).to_pylist() if context.fetch.verify else None
+    expected = source.table.column(stored_name(context.fetch.verify)).to_pylist() if context.fetch.verify else None
 
-    def examine(body: bytes, expected: str | None) -> ProcessedImage | None:
+    def check_and_process(body: bytes, digest: str | None) -> ProcessedImage | None:
         """In a thread: what is denied or not what the list names is not even decoded."""
-        if context.deny or expected:
+        if context.deny or digest:
             sha256 = hashlib.sha256(body).digest()
             context.deny.body(body, sha256)
-            verify_hash(body, expected, sha256)
+            verify_hash(body, digest, sha256)
         return None if isolated is not None else process(body, context.images)
 
-    async def one(number: int, row: Row) -> None:
-        async def decode(body: bytes) -> ProcessedImage:
-            expected = hashes[number] if hashes else None
-            picture = await loop.run_in_executor(context.threads, examine, body, expected)
-            return picture or await isolated.decode(body)  # type: ignore[union-attr]
+    async def decode(body: bytes, index: int) -> ProcessedImage:
+        digest = expected[index] if expected else None
+        image = await loop.run_in_executor(context.threads, check_and_process, body, digest)
+        return image or await isolated.decode(body)  # type: ignore[union-attr]
 
-        facts, picture = await _attempt(row, context, decode)
-        if picture is None:
-            results.add(number, facts, None)
-        else:
-            results.add(number, facts, picture.data, picture.extension)
+    async def ingest_row(index: int, row: Row) -> None:
+        facts: dict[str, Any] = {name: None for name, _ in FETCHED_COLUMNS}
+        image = None
+        try:
+            if row.failure is not None:
+                raise row.failure
+            if row.place is not None:
+                async with context.local_reads:
+                    body = await asyncio.to_thread(row.place.read)
+                    facts["bytes"] = len(body)
+                    image = await decode(body, index)
+            else:
+                async with context.fetcher.body(row.url or "") as answer:
+                    facts |= {"final_url": answer.final_url, "http_status": answer.http_status}
+                    facts |= {"bytes": len(answer.data), "opt_out": answer.opt_out}
+                    image = await decode(answer.data, index)
+            facts |= image.facts() | {"status": Status.SUCCESS.value}
+            results.add(index, facts, image.data, image.extension)
+        except RowError as e:
+            facts |= {name: value for name, value in failure_facts(e).items() if value is not None}
+            results.add(index, facts, None)
         context.report("fetch", facts["reason"] or Status.SUCCESS, _host(row.url))
 
     try:
         async with asyncio.TaskGroup() as group:
-            for number, row in enumerate(source.rows()):
-                if number not in results.facts:
-                    group.create_task(one(number, row))
+            for index, row in rows:
+                group.create_task(ingest_row(index, row))
     except ExceptionGroup as e:
         raise e.exceptions[0] from None  # an error of ours, or a full disk; a row's own error never comes here
     finally:
@@ -240,67 +258,17 @@ async def _by_ourselves(source: SourceShard, context: IngestContext, results: Sh
             isolated.close()
 
 
-def _by_img2dataset(data: Data, shard: int, source: SourceShard, context: IngestContext, results: ShardResults) -> None:
-    """Have img2dataset do it."""
-    rows = source.rows()
-    for number, row in enumerate(rows):
-        if row.failure is not None and number not in results.facts:
-            results.add(number, {name: None for name, _ in FETCHED_COLUMNS} | _failed(row.failure), None)
-            context.report("fetch", row.failure.reason, "")
-    waiting = [(number, row.url) for number, row in enumerate(rows) if number not in results.facts]
-    folder = scratch_path(data.tar(shard))
-    for number, facts, image, extension in engine_img2dataset.download(waiting, context.fetch, context.images, folder):
-        results.add(number, facts, image, extension)
-        context.report("fetch", facts["reason"] or Status.SUCCESS, _host(rows[number].url))
-
-
-async def _attempt(row: Row, context: IngestContext, decode: Decode) -> tuple[dict[str, Any], ProcessedImage | None]:
-    """One row's facts and, where all went well, its picture. Never raises for what the row did."""
-    facts: dict[str, Any] = {name: None for name, _ in FETCHED_COLUMNS}
-    try:
+def _download_by_img2dataset(
+    rows: list[tuple[int, Row]], context: IngestContext, results: ShardResults, folder: Path
+) -> None:
+    for index, row in rows:
         if row.failure is not None:
-            raise row.failure
-        if row.place is not None:
-            async with context.slots:
-                body = await asyncio.to_thread(row.place.read)
-                facts["bytes"] = len(body)
-                picture = await decode(body)
-        else:
-            async with context.fetcher.body(row.url or "") as answer:
-                facts |= {"final_url": answer.final_url, "http_status": answer.http_status, "bytes": len(answer.data)}
-                facts["opt_out"] = answer.opt_out
-                picture = await decode(answer.data)
-    except RowError as e:
-        failed = _failed(e)
-        return facts | failed | {name: facts[name] or failed[name] for name in _OF_AN_ANSWER}, None
-    good = {
-        "status": Status.SUCCESS.value,
-        "width": picture.width,
-        "height": picture.height,
-        "original_width": picture.original_width,
-        "original_height": picture.original_height,
-        "exif": picture.exif,
-        "sha256": picture.sha256,
-        "phash": picture.phash,
-    }
-    return facts | good, picture
-
-
-_OF_AN_ANSWER = ("final_url", "http_status", "opt_out")
-
-
-def _failed(e: RowError) -> dict[str, Any]:
-    width, height = e.original_size or (None, None)
-    return {
-        "status": e.reason.status.value,
-        "reason": e.reason.value,
-        "error_message": e.detail,
-        "original_width": width,
-        "original_height": height,
-        "final_url": e.final_url,
-        "http_status": e.http_status,
-        "opt_out": e.opt_out,
-    }
+            results.add(index, failure_facts(row.failure), None)
+            context.report("fetch", row.failure.reason, "")
+    urls = {index: row.url for index, row in rows if row.failure is None}
+    for index, facts, image, extension in engine_img2dataset.download(urls, context.fetch, context.images, folder):
+        results.add(index, facts, image, extension)
+        context.report("fetch", facts["reason"] or Status.SUCCESS, _host(urls[index]))
 
 
 _HOST = re.compile(r"(?i)https?://(?:[^/?#]*@)?(\[[^\]/?#]*\]|[^/?#:]*)")
@@ -312,29 +280,26 @@ def _host(url: str | None) -> str:
     return found[1].lower() if found else ""
 
 
-# ----------------------------------------------------------------------------------------------------------- commit
-
-
 def _commit(
     data: Data, shard: int, table: pa.Table, results: ShardResults, config: str, began: float, extra: dict[str, Any]
 ) -> dict[str, Any]:
     """Write tar, table and record, in the order of the list."""
-    ordered = [results.facts[number] for number in range(table.num_rows)]
-    for number, facts in enumerate(ordered):
-        facts["key"] = make_key(shard, number, data.plan.shard_size)
+    rows = [results.facts[i] for i in range(table.num_rows)]
+    for i, facts in enumerate(rows):
+        facts["key"] = make_key(shard, i, data.plan.shard_size)
     for name, kind in FETCHED_COLUMNS:
-        table = table.append_column(name, pa.array([facts[name] for facts in ordered], kind))
+        table = table.append_column(name, pa.array([facts[name] for facts in rows], kind))
     table = table.cast(fetched_schema(data.plan.extra_columns))
 
     with atomic(data.tar(shard)) as f, atomic(data.table(shard)) as g:
         tar = TarWriter(f)
-        number = 0
+        index = 0
         for batch in table.to_batches(max_chunksize=1000):
             for row in batch.to_pylist():
-                if number in results.places:
-                    extension, place = results.places[number]
+                if index in results.places:
+                    extension, place = results.places[index]
                     tar.add_sample(row["key"], read_range(results.scratch, place), extension, row["caption"], row)
-                number += 1
+                index += 1
         tar.close()
         pq.write_table(table, g, compression="zstd")
         # as late as can be: a retry that is killed before this line has changed nothing
@@ -342,7 +307,7 @@ def _commit(
 
     data.starts(shard).unlink(missing_ok=True)  # all is decoded; after the record, a kill would leave it for ever
     done = time.time()
-    statuses = Counter(facts["status"] for facts in ordered)
+    statuses = Counter(facts["status"] for facts in rows)
     return commit(
         data.root,
         data.fetched_record(shard),
@@ -351,14 +316,14 @@ def _commit(
         outputs=[data.tar(shard), data.table(shard)],
         facts={
             # img2dataset's names
-            "count": len(ordered),
+            "count": len(rows),
             "successes": statuses[Status.SUCCESS],
             "failed_to_download": statuses[Status.FAILED_TO_DOWNLOAD],
             "failed_to_resize": statuses[Status.FAILED_TO_RESIZE],
             "duration": round(done - began, 3),
             "start_time": began,
             "end_time": done,
-            "status_dict": dict(Counter(facts["reason"] or Status.SUCCESS.value for facts in ordered)),
+            "status_dict": dict(Counter(facts["reason"] or Status.SUCCESS.value for facts in rows)),
             **extra,
         },
     )

@@ -7,7 +7,6 @@ import io
 
 import cv2
 import numpy as np
-import pyarrow as pa
 from PIL import Image, ImageCms, TiffImagePlugin
 
 
@@ -43,47 +42,30 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> np.ndarray:
     if image.mode == "P":  # the palette's colours instead of all pixels
         palette = image.crop((0, 0, 256, 1))
         palette.frombytes(bytes(range(256)))
-        seen = palette.convert("RGBA" if palette.has_transparency_data else "RGB")
-        return cv2.applyColorMap(np.asarray(image), to_srgb(seen, profile).reshape(256, 1, 3))
+        colors = palette.convert("RGBA" if palette.has_transparency_data else "RGB")
+        return cv2.applyColorMap(np.asarray(image), to_srgb(colors, profile).reshape(256, 1, 3))
     alpha = None
     if image.has_transparency_data:
-        grey = image.mode in ("1", "L", "LA")
-        if _transform(profile, "L" if grey else "RGB") is None:
-            return _over_white(_in_fours(_as(image, "RGBA")))
-        image = _as(image, "LA" if grey else "RGBA")
+        gray = image.mode in ("1", "L", "LA")
+        if _transform(profile, "L" if gray else "RGB") is None:
+            return _over_white(np.asarray(image.convert("RGBA")))
+        image = image.convert("LA" if gray else "RGBA")
         alpha = np.asarray(image.getchannel("A"))
-        image = image.convert("L" if grey else "RGB")
+        image = image.convert("L" if gray else "RGB")
     elif image.mode not in ("L", "RGB", "CMYK", "LAB"):
         image = image.convert("L" if image.mode == "1" else "RGB")
     transform = _transform(profile, image.mode)
     if transform is not None:
         image = transform.apply(image)
-    pixels = cv2.cvtColor(_in_fours(_as(image, "RGB")), cv2.COLOR_RGBA2RGB)
+    pixels = np.array(image.convert("RGB"))
     return pixels if alpha is None else _over_white(np.dstack([pixels, alpha]))
-
-
-def _as(image: Image.Image, mode: str) -> Image.Image:
-    """In a mode; no copy where it has that already."""
-    return image if image.mode == mode else image.convert(mode)
-
-
-def _in_fours(image: Image.Image) -> np.ndarray:
-    """The pixels of an RGB or RGBA image as Pillow holds them, (h, w, 4) uint8: not copied, as np.asarray would, twice.
-
-    A picture above 16 MB lies in several pieces, and is copied.
-    """
-    try:
-        held = pa.array(image)
-    except ValueError:
-        return np.asarray(image.convert("RGBA"))
-    return held.flatten().to_numpy().reshape(image.height, image.width, 4)
 
 
 def _over_white(rgba: np.ndarray) -> np.ndarray:
     """Colour x alpha + white x (1 - alpha)."""
     alpha = cv2.extractChannel(rgba, 3)
-    colours = cv2.cvtColor(cv2.cvtColor(rgba, cv2.COLOR_RGBA2mRGBA), cv2.COLOR_RGBA2RGB)
-    return cv2.add(colours, cv2.cvtColor(cv2.bitwise_not(alpha), cv2.COLOR_GRAY2RGB))
+    colors = cv2.cvtColor(cv2.cvtColor(rgba, cv2.COLOR_RGBA2mRGBA), cv2.COLOR_RGBA2RGB)
+    return cv2.add(colors, cv2.cvtColor(cv2.bitwise_not(alpha), cv2.COLOR_GRAY2RGB))
 
 
 @functools.lru_cache(maxsize=32)

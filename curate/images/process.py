@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+from typing import Any
 
 import cv2
 import numpy as np
@@ -31,10 +32,10 @@ _EXTENSION = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImagesConfig:
-    """How pictures are stored. Sizes are pixels; modes and `only_if_bigger` mean what they mean in img2dataset.
+    """How images are stored. Sizes are pixels; modes and `only_if_bigger` mean what they mean in img2dataset.
 
     `keep_original` leaves the bytes as they came where they already are what would be written: in the format asked
-    for, not to be resized, upright, 8-bit sRGB without alpha, one frame, and nothing in the file beside the picture.
+    for, not to be resized, upright, 8-bit sRGB without alpha, one frame, and nothing in the file beside the image.
     A file with EXIF, XMP, comments or trailing bytes is therefore re-encoded; with `exif` metadata may stay.
     """
 
@@ -42,7 +43,7 @@ class ImagesConfig:
     mode: str = "keep_ratio"
     """no; keep_ratio: short side to `size`; keep_ratio_largest: long side; center_crop: short side, then the square."""
     only_if_bigger: bool = True
-    """Never enlarge: a picture whose side is at most `size` stays as it is, uncropped too (as in img2dataset)."""
+    """Never enlarge: an image whose side is at most `size` stays as it is, uncropped too (as in img2dataset)."""
     format: str = "jpg"  # jpg | webp | png
     quality: int | None = None  # jpg and webp 1-100, 95 unless given; png: compression level 0-9, 6 unless given
     keep_original: bool = False
@@ -73,7 +74,7 @@ class ImagesConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProcessedImage:
-    """One picture as it is stored, and what is known of its original."""
+    """One image as it is stored, and what is known of its original."""
 
     data: bytes
     extension: str  # jpg | webp | png
@@ -85,9 +86,14 @@ class ProcessedImage:
     phash: str  # 16 hex digits, of the stored pixels: see perceptual_hash
     exif: str | None  # JSON object of strings; None unless asked for
 
+    def facts(self) -> dict[str, Any]:
+        """All but the file, under the names of the ledger's columns."""
+        names = ("width", "height", "original_width", "original_height", "exif", "sha256", "phash")
+        return {name: getattr(self, name) for name in names}
+
 
 def process(data: bytes, config: ImagesConfig) -> ProcessedImage:
-    """Turn the bytes of an image file into the picture to store; the same bytes give the same picture.
+    """Turn the bytes of an image file into the image to store; the same bytes give the same image.
 
     Raises RowError: not_an_image, too_many_pixels (both before anything is decoded) or decode_error.
     """
@@ -131,7 +137,7 @@ def _check_result(opened: ImageFile.ImageFile, size: tuple[int, int], config: Im
 
 
 def fitted_size(width: int, height: int, config: ImagesConfig) -> tuple[int, int] | None:
-    """The (width, height) to resize to, before any crop, or None where the picture stays as it is.
+    """The (width, height) to resize to, before any crop, or None where the image stays as it is.
 
     img2dataset's sizes: scale = size / side, each side rounded half to even; but never less than one pixel.
     """

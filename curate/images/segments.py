@@ -1,6 +1,6 @@
 """Image files taken apart without a look at a pixel: the segments of a JPEG, the chunks of a PNG and of a WebP.
 
-Whether a file is whole, whether it holds more than its picture, and two ways to make one that decodes faster.
+Whether a file is whole, whether it holds more than its image, and two ways to make one that decodes faster.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def webp_size(data: bytes) -> tuple[int, int]:
 
 
 def is_bare(data: bytes, extension: str, metadata: bool) -> bool:
-    """Whether a file holds one picture and what belongs to its pixels, and nothing else; with `metadata`, metadata too.
+    """Whether a file holds one image and what belongs to its pixels, and nothing else; with `metadata`, metadata too.
 
     Told by the parts that may be there, not by those that may not: what is not known is taken for something else.
     """

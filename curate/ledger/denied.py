@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import duckdb
 import pyarrow as pa
 
 from aesthetic.errors import UserError
 from curate.fetch.deny import PLAIN_SQL, Deny
-from curate.ledger.schema import Status
+from curate.ledger.schema import Status, shard_name
 from curate.ledger.sql import connect
-from curate.ledger.view import Table, table_digests, tables
-from curate.store.files import read_json
+from curate.ledger.view import tables
+from curate.store.records import read_record
 
-_FACTS = ("key", "url", "final_url", "sha256")
+if TYPE_CHECKING:
+    from curate.layout import Data
+
+_COMPARED = ("key", "url", "final_url", "sha256")
 
 
 @dataclass
-class Held:
+class DeniedImages:
     """What is there and should not be. Keys, not URLs: what is denied is not repeated in messages and logs."""
 
     keys: list[str] = field(default_factory=list)  # the first three
@@ -35,58 +38,50 @@ class Held:
         return bool(self.images or self.packs or self.unknown or self.unknown_packs)
 
 
-def held(root: Path, deny: Deny, *, fetched: bool = True) -> Held:
+def denied_images(data: Data, deny: Deny, *, fetched: bool = True) -> DeniedImages:
     """The images of a data folder that are denied: of fetched shards that were made under another deny-list, and packs.
 
     URLs (the list's, and the one after redirects), their domains and the sha256 of the original bytes are compared.
     Of md5, sha1 and sha512 nobody can tell, because originals are not kept: shards that were fetched without these are
     `unknown`. Without `fetched` only packs are looked at. Time: some microseconds a row.
     """
-    found = Held()
-    try:
-        table = tables(root)[0]
-    except UserError:  # nothing is fetched
-        table = None
+    found = DeniedImages()
     if not deny:
         return found
-    records = {s: _dict(read_json(r)) for s, r in zip(table.shards, table.records, strict=True)} if table else {}
-    records = {s: r for s, r in records.items() if r.get("successes", 1)}
-    with connect(root, memory_limit="2GB") as con:
-        look = _Look(con, deny)
-        if fetched and table is not None:
-            _look_at_shards(found, table, records, look, deny)
-        hashes = {r.get("denied_hashes") for r in records.values()}
-        now = table_digests([table])["fetched"] if table else None
-        for manifest in sorted((root / "shards").glob("[!.]*/manifest.json")):
-            value = _dict(read_json(manifest))
-            fresh = fetched and value.get("inputs", {}).get("fetched") == now
+    try:
+        table = tables(data)[0]
+    except UserError:  # nothing is fetched
+        table = None
+    hashes = set()  # of what the images were compared with when they were fetched
+    with connect(data.root, memory_limit="2GB") as con:
+        search = _Search(con, deny)
+        for shard, path, facts in zip(table.shards, table.files, table.facts, strict=True) if table else ():
+            if not facts.get("successes", 1):
+                continue
+            hashes.add(facts.get("denied_hashes"))
+            if not fetched or facts.get("denied_by") == deny.digest:
+                continue
+            if keys := [key for batch in search.denied([path]) for key in batch]:
+                found.images += len(keys)
+                found.keys = [*found.keys, *keys][:3]
+                found.shards.append(shard_name(shard))
+            if deny.hashes is not None and facts.get("denied_hashes") != deny.hashes:
+                found.unknown.append(shard_name(shard))
+
+        now = table.digest() if table else None
+        for name in data.packs():
+            manifest = read_record(data.manifest(name))
+            fresh = fetched and manifest.get("inputs", {}).get("fetched") == now
             if fresh and not found:  # it is a part of what was looked at
                 continue
-            if count := sum(len(keys) for keys in look.denied(sorted(manifest.parent.glob("*.parquet")))):
-                found.packs[manifest.parent.name] = count
-            elif deny.hashes is not None and (hashes if fresh else {value.get("denied_hashes")}) != {deny.hashes}:
-                found.unknown_packs.append(manifest.parent.name)
+            if count := sum(len(keys) for keys in search.denied(sorted(data.packed(name).glob("*.parquet")))):
+                found.packs[name] = count
+            elif deny.hashes is not None and (hashes if fresh else {manifest.get("denied_hashes")}) != {deny.hashes}:
+                found.unknown_packs.append(name)
     return found
 
 
-def _look_at_shards(found: Held, table: Table, records: Mapping[str, Any], look: _Look, deny: Deny) -> None:
-    for shard, path in zip(table.shards, table.files, strict=True):
-        record = records.get(shard)
-        if record is None or record.get("denied_by") == deny.digest:
-            continue
-        if keys := [key for some in look.denied([path]) for key in some]:
-            found.images += len(keys)
-            found.keys = [*found.keys, *keys][:3]
-            found.shards.append(shard)
-        if deny.hashes is not None and record.get("denied_hashes") != deny.hashes:
-            found.unknown.append(shard)
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-class _Look:
+class _Search:
     """Finds rows that are denied, a batch at a time in DuckDB; only odd URLs and hosts not seen before in Python."""
 
     def __init__(self, con: duckdb.DuckDBPyConnection, deny: Deny) -> None:
@@ -102,16 +97,16 @@ class _Look:
         if not files:
             return
         data = ds.dataset([str(f) for f in files], format="parquet")
-        there = [n for n in _FACTS if n in data.schema.names]
+        names = [n for n in _COMPARED if n in data.schema.names]
         success = ds.field("status") == Status.SUCCESS.value if "status" in data.schema.names else None
-        for batch in data.to_batches(columns=there, filter=success, batch_size=1 << 17):
+        for batch in data.to_batches(columns=names, filter=success, batch_size=1 << 17):
             table = pa.Table.from_batches([batch])
-            for name in _FACTS:
-                if name not in there:
+            for name in _COMPARED:
+                if name not in names:
                     table = table.append_column(name, pa.nulls(len(table), pa.string()))
-            yield self._of(table)
+            yield self._denied_in(table)
 
-    def _of(self, table: pa.Table) -> list[str]:
+    def _denied_in(self, table: pa.Table) -> list[str]:
         con = self._con
         con.register("_batch", table)
         con.execute(
@@ -127,8 +122,7 @@ class _Look:
         for host in hosts:
             if host not in self._hosts:
                 self._hosts[host] = self._deny.names(f"http://{host}/") or self._deny.names(f"https://{host}/x")
-        bad = [h for h in hosts if self._hosts[h]]
-        con.register("_hosts", pa.table({"h": pa.array(bad, pa.string())}))
+        con.register("_hosts", pa.table({"h": pa.array([h for h in hosts if self._hosts[h]], pa.string())}))
         odd = con.execute("SELECT n, u FROM named WHERE NOT plain").fetchall()
         con.register("_odd", pa.table({"n": pa.array([n for n, u in odd if self._deny.names(u)], pa.int64())}))
         rows = con.execute(

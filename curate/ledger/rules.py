@@ -25,7 +25,7 @@ from curate.ledger.sql import (
     quote,
     references,
     short,
-    unstable_functions,
+    volatile_functions,
     walk,
 )
 
@@ -38,7 +38,7 @@ RESERVED = (KEPT, NOT_FETCHED, NOT_IN_UIDS)
 
 @dataclass(frozen=True)
 class Computed:
-    """A `top` or `first_of` inside a rule; in the rule's SQL it is a column called `place`."""
+    """A `top` or `first_of` inside a rule; in the rule's SQL it is a boolean column called `place`."""
 
     kind: Literal["top", "first_of"]
     column: str
@@ -47,14 +47,31 @@ class Computed:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """A comparison of a column with a constant, as it would be with the column on the left and no `not` before it."""
+
+    column: str
+    sign: str  # <, <=, > or >=
+    value: float
+    words: str  # sign and constant as the condition has them: ">= 4.0"
+
+
+@dataclass(frozen=True)
 class Rule:
-    """A rule that was understood: its condition as SQL of ours, and the columns that it names as rules name them."""
+    """A rule that was understood. Columns are named as rules name them, `similarity` or `source.WIDTH`."""
 
     name: str
     condition: str
-    sql: str
-    columns: tuple[str, ...]
+    sql: str  # printed from the syntax tree, with a column in the place of each `top` and `first_of`
+    columns: tuple[str, ...]  # in the order in which the condition names them
     computed: tuple[Computed, ...]
+    cuts: tuple[Cut, ...]
+
+    @property
+    def top(self) -> Computed | None:
+        """The `top` that the condition is, where it is nothing else."""
+        only = self.computed[0] if len(self.computed) == 1 else None
+        return only if only and only.kind == "top" and self.sql == quote(only.place) else None
 
 
 _EXPRESSIONS = {
@@ -78,15 +95,14 @@ def check_rules(
 ) -> list[Rule]:
     """The rules, understood; needs no data. UserError names the rule, what is wrong with it and the nearest right name.
 
-    `columns` are the ledger's own and the scores, `source_columns` the list's, both name -> DuckDB type
-    (curate.ledger.view.ledger_types and source_types give them). `scales` maps a score to the (lowest, highest) value
-    of its head: comparing it with a constant outside is refused, because such a threshold was made for another head.
+    `columns` are the ledger's own and the annotators', `source_columns` the list's, both name -> DuckDB type
+    (curate.ledger.view gives them). `scales` maps a column to the (lowest, highest) value of what made it: comparing
+    it with a constant outside is refused, because such a threshold was made for another head.
     """
     names = _Names(columns, source_columns)
     checked: list[Rule] = []
     bounds = Bounds(connect())
     try:
-        place = 0
         for name, condition in rules.items():
             if not isinstance(name, str) or not name.strip() or not name.isprintable():
                 raise UserError(f"{name!r} can't be a rule's name: printable text is expected")
@@ -94,13 +110,35 @@ def check_rules(
                 raise UserError(f"a rule can't be called {name}: that is a verdict of its own. Choose another name.")
             if not isinstance(condition, str):
                 raise UserError(f"rule {name}: an SQL condition in quotes is expected, not {condition!r}")
-            rule = _understand(bounds, name, condition, names, scales, place)
-            place += len(rule.computed)
-            checked.append(rule)
+            try:
+                place = sum(len(rule.computed) for rule in checked)
+                checked.append(_parse(bounds, name, condition, names, scales, place))
+            except UserError as e:
+                raise UserError(f"rule {name} ({condition}): {e}") from None
+            except RecursionError:
+                raise UserError(f"rule {name} ({condition}): it is nested too deep") from None
         _check_types(bounds, checked, columns, source_columns)
     finally:
         bounds.close()
     return checked
+
+
+def read_rules(rules: Mapping[str, str], known: Collection[str]) -> dict[str, Rule | None]:
+    """What each condition says of the known columns (`similarity`, `source.WIDTH`), to be shown; None: no condition.
+
+    Columns that are not known are passed over, so the SQL of a rule that names one may not run.
+    """
+    names, found = _Known(known), dict[str, Rule | None]()
+    bounds = Bounds(connect())
+    try:
+        for name, condition in rules.items():
+            try:
+                found[name] = _parse(bounds, name, condition, names, {}, 0)
+            except (UserError, RecursionError):
+                found[name] = None
+    finally:
+        bounds.close()
+    return found
 
 
 class _Names:
@@ -112,7 +150,7 @@ class _Names:
         self._ours = {n.lower(): n for n in columns}
         self._theirs = {n.lower(): n for n in source}
 
-    def find(self, parts: Sequence[str]) -> str:
+    def find(self, parts: Sequence[str]) -> str | None:
         """The column behind a reference, as rules write it: `similarity`, `source.WIDTH`."""
         if parts[0].lower() == "source":
             if len(parts) == 1:
@@ -134,8 +172,10 @@ class _Names:
         )
         raise UserError(f"the ledger has no column {parts[0]}{hint or self._nearest(parts[0])}")
 
-    def type_of(self, column: str) -> str:
-        return self.source[column.removeprefix("source.")] if column.startswith("source.") else self.columns[column]
+    def check_number(self, column: str) -> None:
+        kind = self.source[column.removeprefix("source.")] if column.startswith("source.") else self.columns[column]
+        if not NUMBER.fullmatch(kind):
+            raise UserError(f"top({column}, ...) needs numbers, and {column} is {kind}")
 
     def _nearest(self, word: str) -> str:
         known = [*self.columns, *(f"source.{n}" for n in self.source)]
@@ -147,11 +187,28 @@ class _Names:
         return f" (there are {', '.join(self.source)})" if self.source else " (this list carries none)"
 
 
-def _understand(
+class _Known:
+    """Columns of which nothing but the names is known; others are passed over."""
+
+    def __init__(self, columns: Collection[str]) -> None:
+        self._columns = {n.lower(): n for n in columns}
+
+    def find(self, parts: Sequence[str]) -> str | None:
+        folded = [p.lower() for p in parts]
+        return self._columns.get(".".join(folded[:2]) if folded[0] == "source" else folded[0])
+
+    def check_number(self, column: str) -> None:
+        pass
+
+
+# ------------------------------------------------------------------------------------------------------------ parsing
+
+
+def _parse(
     bounds: Bounds,
     name: str,
     condition: str,
-    names: _Names,
+    names: _Names | _Known,
     scales: Mapping[str, tuple[float, float]],
     place: int,
 ) -> Rule:
@@ -159,41 +216,38 @@ def _understand(
 
     The SQL that runs is printed from the tree, so nothing can hide from these checks in how a rule is written.
     """
-
-    def wrong(what: str) -> UserError:
-        return UserError(f"rule {name} ({condition}): {what}")
-
-    try:
-        expression = parse_condition(condition)
-    except UserError as e:
-        raise wrong(str(e)) from None
-
+    expression = parse_condition(condition)
+    cuts = []
+    for compared, sign, value, constant in _comparisons(bounds, expression, names):
+        low, high = scales.get(compared, (value, value))
+        if not low <= value <= high:
+            raise UserError(
+                f"{compared} goes from {low:g} to {high:g}, and {value:g} is outside. Is it meant for another head?"
+            )
+        if sign:
+            cuts.append(Cut(compared, sign, value, f"{sign} {print_expression(constant)}"))
     columns: dict[str, None] = {}
     computed: list[Computed] = []
-    try:
-        for part in list(references(expression)):
-            kind = part["class"]
-            if kind == "COLUMN_REF":
-                columns[names.find(part["column_names"])] = None
-            elif kind not in _EXPRESSIONS:
-                raise UserError(f"a rule can't hold {_REFUSED.get(kind, kind.lower())}")
-            elif kind == "FUNCTION" and part["function_name"].lower() in ("top", "first_of"):
-                computed.append(_computed(bounds, part, names, place + len(computed)))
-            elif kind == "FUNCTION" and part["function_name"].lower() in unstable_functions():
-                raise UserError(f"{part['function_name']}() gives another value each time, and a selection may not")
-            else:
-                _check_scale(bounds, part, scales)
-    except UserError as e:
-        raise wrong(str(e)) from None
-    except RecursionError:
-        raise wrong("it is nested too deep") from None
+    for part in list(references(expression)):
+        kind = part["class"]
+        if kind not in _EXPRESSIONS:
+            raise UserError(f"a rule can't hold {_REFUSED.get(kind, kind.lower())}")
+        if kind == "FUNCTION" and part["function_name"].lower() in volatile_functions():
+            raise UserError(f"{part['function_name']}() gives another value each time, and a selection may not")
+        if kind == "COLUMN_REF" and (column := names.find(part["column_names"])):
+            columns[column] = None
+        elif found := _computed(bounds, part, names, place + len(computed)):
+            computed.append(found)
     if expression.get("alias"):
-        raise wrong(f"what does {expression['alias']!r} at its end mean? One condition is expected")
-    return Rule(name, condition, print_expression(expression), tuple(columns), tuple(computed))
+        raise UserError(f"what does {expression['alias']!r} at its end mean? One condition is expected")
+    sql = print_expression(expression)
+    return Rule(name, condition, sql, tuple(columns), tuple(computed), tuple(cuts))
 
 
-def _computed(bounds: Bounds, function: dict[str, Any], names: _Names, number: int) -> Computed:
-    """Understand a `top` or `first_of` and leave a column in its place."""
+def _computed(bounds: Bounds, function: dict[str, Any], names: _Names | _Known, number: int) -> Computed | None:
+    """Understand a `top` or `first_of` and leave a column in its place; None for others, or of an unknown column."""
+    if function["class"] != "FUNCTION" or function["function_name"].lower() not in ("top", "first_of"):
+        return None
     kind: Literal["top", "first_of"] = "top" if function["function_name"].lower() == "top" else "first_of"
     usage = "top(COLUMN, FRACTION), for example top(similarity, 0.3)" if kind == "top" else "first_of(COLUMN)"
     given = arguments(function)
@@ -203,10 +257,11 @@ def _computed(bounds: Bounds, function: dict[str, Any], names: _Names, number: i
     if len(reference["column_names"]) > (2 if reference["column_names"][0].lower() == "source" else 1):
         raise UserError(f"{kind} takes a whole column, not a part of one")
     column = names.find(reference["column_names"])
+    if column is None:
+        return None
     fraction = 1.0
     if kind == "top":
-        if not NUMBER.fullmatch(names.type_of(column)):
-            raise UserError(f"top({column}, ...) needs numbers, and {column} is {names.type_of(column)}")
+        names.check_number(column)
         value = _constant(bounds, given[1])
         if value is None or not 0 < value <= 1:
             raise UserError(f"the fraction in {usage} must be above 0 and at most 1")
@@ -220,71 +275,13 @@ def _computed(bounds: Bounds, function: dict[str, Any], names: _Names, number: i
 
 def _constant(bounds: Bounds, expression: dict[str, Any]) -> float | None:
     """The number that an expression without columns is; None where it names columns or is no number."""
-    if any(n.get("class") in ("COLUMN_REF", "SUBQUERY", "WINDOW", "PARAMETER", "STAR") for n in walk(expression)):
+    if any(n.get("class") == "COLUMN_REF" for n in walk(expression)):
         return None
     try:
         row = bounds.first(f"SELECT TRY_CAST({print_expression(expression)} AS DOUBLE)")
     except duckdb.Error:
         return None  # what is wrong with it is said when the whole rule is bound
     return None if row is None or row[0] is None else float(row[0])
-
-
-# ------------------------------------------------------------------------------------- what a rule says, to be shown
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a condition looks at. Columns are named as they are known, in the order in which the condition names them.
-
-    `cuts` are its comparisons with a constant: column, sign as it would be with the column on the left and without a
-    `not` before it, the constant, and both as words. `tops` are column and fraction of each `top`; `best` is that of a
-    condition that is nothing else.
-    """
-
-    columns: tuple[str, ...]
-    cuts: tuple[tuple[str, str, float, str], ...]
-    tops: tuple[tuple[str, float], ...]
-    best: tuple[str, float] | None
-
-
-def read_rules(rules: Mapping[str, str], known: Collection[str]) -> dict[str, Reading | None]:
-    """What each condition says of the known columns (`similarity`, `source.WIDTH`); None of what is no condition.
-
-    The same syntax tree that selects is read, so quotes, case, turned comparisons and `not` mean what they mean there.
-    """
-    names = {n.lower(): n for n in known}
-    bounds = Bounds(connect())
-    try:
-        return {name: _read(bounds, condition, names) for name, condition in rules.items()}
-    finally:
-        bounds.close()
-
-
-def _read(bounds: Bounds, condition: str, names: Mapping[str, str]) -> Reading | None:
-    try:
-        expression = parse_condition(condition)
-        found = (_known(part, names) for part in references(expression))
-        cuts = tuple(_cuts(bounds, expression, names, False))
-        tops = tuple(t for part in references(expression) if (t := _top(bounds, part, names)))
-        return Reading(tuple(dict.fromkeys(c for c in found if c)), cuts, tops, _top(bounds, expression, names))
-    except (UserError, RecursionError):
-        return None
-
-
-def _known(expression: Mapping[str, Any], names: Mapping[str, str]) -> str | None:
-    if expression.get("class") != "COLUMN_REF":
-        return None
-    parts = [p.lower() for p in expression["column_names"]]
-    return names.get(".".join(parts[:2]) if parts[0] == "source" else parts[0])
-
-
-def _top(bounds: Bounds, expression: dict[str, Any], names: Mapping[str, str]) -> tuple[str, float] | None:
-    if expression.get("class") != "FUNCTION" or expression["function_name"].lower() != "top":
-        return None
-    given = arguments(expression)
-    column = _known(given[0], names) if len(given) == 2 else None
-    fraction = _constant(bounds, given[1]) if column is not None else None
-    return (column, fraction) if column is not None and fraction is not None else None
 
 
 _SIGNS = {
@@ -295,55 +292,33 @@ _TURNED = {">": "<", ">=": "<=", "<": ">", "<=": ">="}
 _NEGATED = {">": "<=", ">=": "<", "<": ">=", "<=": ">"}
 
 
-def _cuts(bounds: Bounds, node: Any, names: Mapping[str, str], negated: bool) -> Iterator[tuple[str, str, float, str]]:
+def _comparisons(
+    bounds: Bounds, node: Any, names: _Names | _Known, negated: bool = False
+) -> Iterator[tuple[str, str, float, dict[str, Any]]]:
+    """The comparisons of a column with a constant in a tree: (column, sign, value, the constant's expression).
+
+    The sign is as with the column on the left and no `not` before it; "" for one that has no order. The parameters of
+    lambdas are no columns, so what these hold is passed over.
+    """
     if isinstance(node, list):
         for item in node:
-            yield from _cuts(bounds, item, names, negated)
-        return
+            yield from _comparisons(bounds, item, names, negated)
     if not isinstance(node, dict) or node.get("class") == "LAMBDA":
         return
     pairs: list[tuple[dict[str, Any], str, dict[str, Any]]] = []
-    if node.get("class") == "COMPARISON" and (sign := _SIGNS.get(node["type"])):
-        pairs = [(node["left"], sign, node["right"]), (node["right"], _TURNED[sign], node["left"])]
+    if node.get("class") == "COMPARISON":
+        sign = _SIGNS.get(node["type"], "")
+        pairs = [(node["left"], sign, node["right"]), (node["right"], _TURNED.get(sign, ""), node["left"])]
     elif node.get("class") == "BETWEEN":
         pairs = [(node["input"], ">=", node["lower"]), (node["input"], "<=", node["upper"])]
     for one, sign, other in pairs:
-        column = _known(one, names)
+        column = names.find(one["column_names"]) if one.get("class") == "COLUMN_REF" else None
         value = _constant(bounds, other) if column is not None else None
         if column is not None and value is not None:
-            sign = _NEGATED[sign] if negated else sign
-            yield column, sign, value, f"{sign} {print_expression(other)}"
+            yield column, _NEGATED.get(sign, "") if negated else sign, value, other
     negated ^= node.get("type") in ("OPERATOR_NOT", "COMPARE_NOT_BETWEEN")
-    for value in node.values():
-        yield from _cuts(bounds, value, names, negated)
-
-
-# ---------------------------------------------------------------------------------------------------- checks of a rule
-
-
-def _check_scale(
-    bounds: Bounds,
-    expression: dict[str, Any],
-    scales: Mapping[str, tuple[float, float]],
-) -> None:
-    """Refuse a comparison of a score with a constant that its head can't have meant."""
-    if expression["class"] == "COMPARISON":
-        sides = [expression["left"], expression["right"]]
-        pairs = [(sides[0], sides[1]), (sides[1], sides[0])]
-    elif expression["class"] == "BETWEEN":
-        pairs = [(expression["input"], expression["lower"]), (expression["input"], expression["upper"])]
-    else:
-        return
-    for one, other in pairs:
-        if one.get("class") != "COLUMN_REF" or len(one["column_names"]) != 1:
-            continue
-        column = next((c for c in scales if c.lower() == one["column_names"][0].lower()), None)
-        value = _constant(bounds, other) if column is not None else None
-        if column is not None and value is not None and not scales[column][0] <= value <= scales[column][1]:
-            low, high = scales[column]
-            raise UserError(
-                f"{column} goes from {low:g} to {high:g}, and {value:g} is outside. Is it meant for another head?"
-            )
+    for item in node.values():
+        yield from _comparisons(bounds, item, names, negated)
 
 
 def _check_types(bounds: Bounds, rules: Sequence[Rule], columns: Mapping[str, str], source: Mapping[str, str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from enum import StrEnum
+from typing import Any
 
 import pyarrow as pa
 
@@ -143,6 +144,21 @@ def list_name(stored: str) -> str:
 def stored_schema(extra_columns: pa.Schema) -> pa.Schema:
     """The extra columns of a list, under the names that they have in our files."""
     return pa.schema([(stored_name(f.name), f.type) for f in extra_columns])
+
+
+def failure_facts(error: RowError) -> dict[str, Any]:
+    """The fetched columns of a row that ended with an error; None where nothing is known."""
+    width, height = error.original_size or (None, None)
+    return {name: None for name, _ in FETCHED_COLUMNS} | {
+        "status": error.reason.status.value,
+        "reason": error.reason.value,
+        "error_message": error.detail,
+        "original_width": width,
+        "original_height": height,
+        "final_url": error.final_url,
+        "http_status": error.http_status,
+        "opt_out": error.opt_out,
+    }
 
 
 def fetched_schema(extra_columns: pa.Schema) -> pa.Schema:

@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import duckdb
 import numpy as np
@@ -24,18 +24,22 @@ import pyarrow.parquet as pq
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
 from curate.ledger.rules import KEPT, NOT_FETCHED, NOT_IN_UIDS, NUMBER, Computed, Rule, check_rules, read_rules
-from curate.ledger.schema import FETCHED_COLUMNS, URL_COLUMNS, Status
+from curate.ledger.schema import Status
 from curate.ledger.sql import Bounds, quote, short, too_much
 from curate.ledger.view import (
-    check_current,
-    is_current,
+    OURS,
+    column_types,
+    current_tables,
     open_ledger,
+    recorded_scales,
     table_digests,
     tables,
-    types_there,
 )
 from curate.store.files import digest, read_json, sha256_file
 from curate.store.records import commit, invalidate, is_done
+
+if TYPE_CHECKING:
+    from curate.layout import Data
 
 LEVELS = {
     "min": 0.0,
@@ -53,9 +57,6 @@ LEVELS = {
 """The quantiles that are noted for each score, linearly interpolated."""
 
 FORMAT = 1  # of selected/NAME.parquet and .json; part of what makes a selection stale
-
-
-_LEDGER = {"similarity"} | {n for n, _ in URL_COLUMNS + FETCHED_COLUMNS}
 
 
 class NothingKept(Exception):
@@ -80,8 +81,8 @@ class RuleCount:
     name: str
     condition: str
     rejected: int  # rows that no earlier rule had rejected
-    alone: int  # rows that it would reject if it were the only rule
-    nulls: int  # those of `alone` where a column that it names has no value
+    marginal: int  # rows that it would reject if it were the only rule
+    nulls: int  # those of `marginal` where a column that it names has no value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,46 +107,53 @@ class Selection:
         """Verdict -> rows, in the order of the rules; the values sum to `rows`."""
         return {NOT_FETCHED: self.rows - self.fetched, **{r.name: r.rejected for r in self.rules}, KEPT: self.kept}
 
+    def to_json(self) -> dict[str, Any]:
+        """The selection as its record has it, where marginal rejects are called `alone`."""
+        rules = [{("alone" if k == "marginal" else k): v for k, v in asdict(r).items()} for r in self.rules]
+        return {**asdict(self), "rules": rules}
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Selection:
+        rules = [RuleCount(**{("marginal" if k == "alone" else k): v for k, v in r.items()}) for r in value["rules"]]
+        return Selection(**{k: value[k] for k in Selection.__dataclass_fields__ if k != "rules"}, rules=rules)
+
 
 # ---------------------------------------------------------------------------------------------------------- selecting
 
 
-def select(root: Path, config: SelectConfig, scales: Mapping[str, tuple[float, float]]) -> Selection:
+def select(data: Data, config: SelectConfig) -> Selection:
     """Apply the rules to every row of the ledger and write `selected/NAME.parquet` and `.json`, unless that is done.
 
     `selected/NAME.parquet` holds (key, verdict) for every row, in the order of keys: `not_fetched`, the name of the
     first rule that isn't TRUE, or `kept`. Raises UserError for a rule that is wrong (see check_rules), for tables that
     are incomplete or stale, and for a rule that fails on a row (a cast, say).
     """
-    root = Path(root)
     check_name(config.name)
-    found = tables(root)
-    columns, source = types_there(root)
-    rules = check_rules(config.rules, columns, source, scales)
+    found = tables(data)
+    columns, source = column_types(found)
+    rules = check_rules(config.rules, columns, source, recorded_scales(found))
     used = {c for r in rules for c in r.columns}
-    current = [t for t in found if t is found[0] or used.intersection(t.columns)]
-    check_current(root, current)
-    # quantiles are shown for numbers that no rule names, too, where these are complete
-    complete = [t for t in found[1:] if t in current or is_current(root, [found[0], t])]
-    scores = [c for t in complete for c in t.columns if NUMBER.fullmatch(columns[c])]
-    inputs = table_digests(current)
-    key = digest([FORMAT, list(config.rules.items()), scores])
-    record = record_path(root, config.name)
-    if is_done(root, record, config=key, inputs=inputs):
-        return load_selection(root, config.name)
+    read = {t.name for t in found if used.intersection(t.columns)}
+    current = current_tables(data, found, read)
+    # quantiles are shown for columns of numbers that no rule names, too, where these are complete
+    scores = [c for t in current[1:] for c in t.columns if NUMBER.fullmatch(columns[c])]
+    inputs = table_digests([t for t in current if t is current[0] or t.name in read])
+    identity = digest([FORMAT, list(config.rules.items()), scores])
+    if is_done(data.root, data.selection_record(config.name), config=identity, inputs=inputs):
+        return load_selection(data, config.name)
 
     types = {**columns, **{f"source.{n}": t for n, t in source.items()}}
     numbers = sorted(c for c in used if NUMBER.fullmatch(types[c]) and c not in scores)
-    bounds = Bounds(con := open_ledger(root, used | set(scores)))
+    bounds = Bounds(con := open_ledger(data, used | set(scores)))
 
-    def read() -> tuple[np.ndarray, list[np.ndarray], list[str], dict[str, dict[str, float]]]:
+    def ask() -> tuple[np.ndarray, list[np.ndarray], list[str], dict[str, dict[str, float]]]:
         _load_rows(con, used | set(scores))
         keys, states = _states(con, rules, types)
         odd = _odd_values(con, sorted(used), types)
         return keys, states, odd, {c: q for c in [*scores, *numbers] if (q := _quantiles(con, c))}
 
     try:
-        fetched_keys, states, odd, quantiles = bounds.run(read)
+        fetched_keys, states, odd, quantiles = bounds.run(ask)
         failed, not_fetched = bounds.run(lambda: failures(con))
     finally:
         bounds.close()
@@ -161,7 +169,7 @@ def select(root: Path, config: SelectConfig, scales: Mapping[str, tuple[float, f
                 name=rule.name,
                 condition=rule.condition,
                 rejected=int(first.sum()),
-                alone=int(np.count_nonzero(state)),
+                marginal=int(np.count_nonzero(state)),
                 nulls=int((state == 2).sum()),
             )
         )
@@ -174,7 +182,7 @@ def select(root: Path, config: SelectConfig, scales: Mapping[str, tuple[float, f
         quantiles=quantiles,
         warnings=[*odd, *_warnings(counts, fetched)],
     )
-    write_selection(root, selection, fetched_keys, verdicts, failed, config=key, inputs=inputs)
+    write_selection(data, selection, fetched_keys, verdicts, failed, config=identity, inputs=inputs)
     return selection
 
 
@@ -183,10 +191,6 @@ def check_name(name: str) -> None:
         raise UserError(
             f"{name!r} can't be a selection's name: it names files, so letters, digits and . _ + - are expected"
         )
-
-
-def record_path(root: Path, name: str) -> Path:
-    return root / "selected" / f"{name}.json"
 
 
 def as_value(column: str) -> str:
@@ -324,15 +328,15 @@ def _warnings(rules: Sequence[RuleCount], fetched: int) -> list[str]:
     found = []
     for rule in rules:
         without = " (no row has a value)" if rule.nulls == fetched else ""
-        if fetched and rule.alone == fetched:
+        if fetched and rule.marginal == fetched:
             found.append(f"rule {rule.name} ({rule.condition}) rejects every image{without}")
-        elif fetched and rule.alone == 0:
+        elif fetched and rule.marginal == 0:
             found.append(f"rule {rule.name} ({rule.condition}) keeps every image")
     return found
 
 
 def write_selection(
-    root: Path,
+    data: Data,
     selection: Selection,
     fetched: np.ndarray,
     verdicts: np.ndarray,
@@ -352,52 +356,50 @@ def write_selection(
     order = np.argsort(keys, kind="stable")
     keys, codes = keys[order], codes[order]
     if twice := keys[1:][keys[1:] == keys[:-1]][:1].tolist():
-        raise UserError(
-            f"key {twice[0]} comes twice in {root / 'fetched'}: `tastemaker verify {root}` looks for damage"
-        )
+        folder = data.table(0).parent
+        raise UserError(f"key {twice[0]} comes twice in {folder}: `tastemaker verify {data.root}` looks for damage")
     names = pa.array([NOT_FETCHED, *(r.name for r in selection.rules), KEPT])
-    path = record_path(root, selection.name).with_name(f"{selection.name}.parquet")
-    width = _key_width(root)
+    path, record = data.verdicts(selection.name), data.selection_record(selection.name)
+    width = _key_width(data)
     schema = pa.schema([("key", pa.string()), ("verdict", pa.dictionary(pa.int16(), pa.string()))])
-    invalidate(record_path(root, selection.name))
+    invalidate(record)
     with atomic(path) as f, pq.ParquetWriter(f, schema, compression="zstd", use_dictionary=["verdict"]) as out:
         for start in range(0, len(keys), 1 << 20):
             part = slice(start, start + (1 << 20))
             padded = pc.utf8_lpad(pa.array(keys[part]).cast(pa.string()), width=width, padding="0")
             out.write_table(pa.table([padded, pa.DictionaryArray.from_arrays(codes[part], names)], schema=schema))
-    facts = {**asdict(selection), **(more or {})}
-    commit(root, record_path(root, selection.name), config=config, inputs=inputs, outputs=[path], facts=facts)
+    facts = {**selection.to_json(), **(more or {})}
+    commit(data.root, record, config=config, inputs=inputs, outputs=[path], facts=facts)
 
 
-def _key_width(root: Path) -> int:
+def _key_width(data: Data) -> int:
     """How many digits the first key has; keys are numbers, zero-padded to that, and longer ones have no zeros."""
-    for path in tables(root)[0].files:
+    for path in tables(data)[0].files:
         for batch in pq.ParquetFile(path).iter_batches(1, columns=["key"]):
             return len(batch["key"][0].as_py())
     return 0
 
 
-def load_selection(root: Path, name: str) -> Selection:
+def load_selection(data: Data, name: str) -> Selection:
     """A selection that was made before. UserError where there is none of that name, naming those that there are."""
     check_name(name)
-    value = read_json(record_path(root, name))
+    value = read_json(data.selection_record(name))
     if not isinstance(value, dict) or "kept" not in value:
-        others = sorted(p.stem for p in (root / "selected").glob("[!.]*.parquet"))
-        there = f" There are {', '.join(others)}." if others else ""
+        others = data.selections()
+        known = f" There are {', '.join(others)}." if others else ""
         raise UserError(
-            f"{root} has no selection {name}.{there} "
-            f"`tastemaker select {shlex.quote(str(root))} --name {name}` makes it."
+            f"{data.root} has no selection {name}.{known} "
+            f"`tastemaker select {shlex.quote(str(data.root))} --name {name}` makes it."
         )
-    fields = {k: value[k] for k in Selection.__dataclass_fields__}
-    return Selection(**{**fields, "rules": [RuleCount(**r) for r in value["rules"]]})
+    return Selection.from_json(value)
 
 
-def remembered(root: Path, name: str) -> tuple[dict[str, str], Path | None] | None:
+def remembered(data: Data, name: str) -> tuple[dict[str, str], Path | None] | None:
     """What a selection was made by: its rules, or a subset file of DataComp's; None where there is no such selection.
 
     Raises UserError where that file is not what it was.
     """
-    record = read_json(record_path(root, name))
+    record = read_json(data.selection_record(name))
     if not isinstance(record, dict) or not isinstance(record.get("rules"), list):
         return None
     rules = {r["name"]: r["condition"] for r in record["rules"]}
@@ -412,9 +414,9 @@ def remembered(root: Path, name: str) -> tuple[dict[str, str], Path | None] | No
     return {}, file
 
 
-def changed_since(root: Path, name: str, now: Mapping[str, str]) -> list[str]:
+def changed_since(data: Data, name: str, now: Mapping[str, str]) -> list[str]:
     """The tables that a selection was made from and that have changed; `now` is what `table_digests` says of all."""
-    then = (read_json(record_path(root, name)) or {}).get("inputs", {})
+    then = (read_json(data.selection_record(name)) or {}).get("inputs", {})
     return [table for table, digest in then.items() if table != "uids" and now.get(table) != digest]
 
 
@@ -426,30 +428,32 @@ def funnel_text(selection: Selection) -> str:
     width = max(12, *(len(r.name) for r in selection.rules)) if selection.rules else 12
     commonest = sorted(selection.not_fetched.items(), key=lambda item: (-item[1], item[0]))[:5]
     reasons = " · ".join(f"{reason} {n:,}" for reason, n in commonest)
+    rules = read_rules({r.name: r.condition for r in selection.rules}, {*OURS, "similarity", *selection.quantiles})
 
-    def line(name: str, rows: str, rejected: str, alone: str, share: str, note: str = "") -> str:
-        return f"{name:<{width}}{rows:>12}{rejected:>12}{alone:>12}{share:>8}   {note}".rstrip()
+    def share(count: int) -> str:
+        return f"{count / selection.rows:.1%}" if selection.rows else "-"
 
-    lines = [line("rows", f"{selection.rows:,}", "rejected", "alone", "share")]
     failed = selection.rows - selection.fetched
-    lines.append(line(NOT_FETCHED, "", f"{failed:,}", "-", _share(failed, selection.rows), reasons))
-    for r in selection.rules:
-        note = _note(r, selection.quantiles)
-        lines.append(line(r.name, "", f"{r.rejected:,}", f"{r.alone:,}", _share(r.rejected, selection.rows), note))
-    lines.append(line(KEPT, f"{selection.kept:,}", "", "", _share(selection.kept, selection.rows)))
-    return "\n".join(lines)
+    lines = [
+        ("rows", f"{selection.rows:,}", "rejected", "marginal", "share", ""),
+        (NOT_FETCHED, "", f"{failed:,}", "-", share(failed), reasons),
+        *(
+            (r.name, "", f"{r.rejected:,}", f"{r.marginal:,}", share(r.rejected), _note(r, rules[r.name], selection))
+            for r in selection.rules
+        ),
+        (KEPT, f"{selection.kept:,}", "", "", share(selection.kept), ""),
+    ]
+    return "\n".join(
+        f"{name:<{width}}{rows:>12}{rejected:>12}{marginal:>12}{part:>8}   {note}".rstrip()
+        for name, rows, rejected, marginal, part, note in lines
+    )
 
 
-def _share(count: int, rows: int) -> str:
-    return f"{count / rows:.1%}" if rows else "-"
-
-
-def _note(rule: RuleCount, quantiles: Mapping[str, Mapping[str, float]]) -> str:
+def _note(count: RuleCount, rule: Rule | None, selection: Selection) -> str:
     """A rule's condition in words, with where its score lies and how many rows had no value."""
-    said = read_rules({rule.name: rule.condition}, _LEDGER | set(quantiles))[rule.name]
-    note = f"best {100 * said.best[1]:g}% of {said.best[0]}" if said and said.best else rule.condition
-    named = [c for c in quantiles if said and c in said.columns]
+    note = f"best {100 * rule.top.fraction:g}% of {rule.top.column}" if rule and rule.top else count.condition
+    named = [c for c in selection.quantiles if rule and c in rule.columns]
     if len(named) == 1:
-        q = quantiles[named[0]]
+        q = selection.quantiles[named[0]]
         note += f"   (median {q['median']:.3g}, 90% {q['90%']:.3g})"
-    return note + (f" · {rule.nulls:,} without a value" if rule.nulls else "")
+    return note + (f" · {count.nulls:,} without a value" if count.nulls else "")

@@ -216,7 +216,7 @@ def _keywords() -> frozenset[str]:
 
 
 @functools.cache
-def unstable_functions() -> frozenset[str]:
+def volatile_functions() -> frozenset[str]:
     """DuckDB's functions that need not give the same value each time: random, now and the like."""
     sql = "SELECT function_name FROM duckdb_functions() WHERE stability <> 'CONSISTENT'"
     return frozenset(row[0] for row in _parser().cursor().execute(sql).fetchall())
@@ -252,20 +252,15 @@ def parse_condition(condition: str) -> dict[str, Any]:
     if tree["error"] and tree.get("error_type", "parser") == "parser":
         raise UserError(str(tree["error_message"]))
     node = tree["statements"][0]["node"] if len(tree.get("statements", [])) == 1 else {}
-    plain: dict[str, Any] = {
-        "modifiers": [],
-        "group_expressions": [],
-        "where_clause": None,
-        "having": None,
-        "qualify": None,
-        "sample": None,
-    }
+    empty = ("where_clause", "having", "qualify", "sample")
     if (
         node.get("type") != "SELECT_NODE"
         or len(node["select_list"]) != 1
         or node["from_table"]["type"] != "EMPTY"
         or node["cte_map"]["map"]
-        or any(node[k] != v for k, v in plain.items())
+        or node["modifiers"]
+        or node["group_expressions"]
+        or any(node[k] is not None for k in empty)
     ):
         raise UserError("one condition is expected, without SELECT, FROM, commas or anything after it")
     return node["select_list"][0]

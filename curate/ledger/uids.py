@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -21,13 +22,15 @@ from curate.ledger.select import (
     check_name,
     failures,
     load_selection,
-    record_path,
     write_selection,
 )
 from curate.ledger.sql import batches
-from curate.ledger.view import open_ledger, table_digests, tables, types_there
+from curate.ledger.view import column_types, open_ledger, table_digests, tables
 from curate.store.files import digest, sha256_file
 from curate.store.records import is_done
+
+if TYPE_CHECKING:
+    from curate.layout import Data
 
 UID = np.dtype("u8,u8")
 """A 128-bit uid as DataComp's subset files hold it: its high half, then its low half."""
@@ -47,20 +50,19 @@ def read_uids(path: Path) -> np.ndarray:
     return uids
 
 
-def select_uids(root: Path, name: str, path: Path) -> Selection:
+def select_uids(data: Data, name: str, path: Path) -> Selection:
     """A selection by a subset file: fetched rows whose `source.uid` is in it are kept, the others are `not_in_uids`.
 
     A uid that the file repeats keeps its row once. Memory: 24 bytes per fetched row and a block of the file.
     Raises UserError where the list carries no uid, or the file isn't one of sorted uids.
     """
-    root = Path(root)
     check_name(name)
     uids = read_uids(path)
-    column = _uid_column(root)
-    inputs = {**table_digests(tables(root)[:1]), "uids": sha256_file(path)}
-    if is_done(root, record_path(root, name), config=digest([FORMAT, NOT_IN_UIDS]), inputs=inputs):
-        return load_selection(root, name)
-    con = open_ledger(root, {column})
+    column, config = _uid_column(data), digest([FORMAT, NOT_IN_UIDS])
+    inputs = {**table_digests(tables(data)[:1]), "uids": sha256_file(path)}
+    if is_done(data.root, data.selection_record(name), config=config, inputs=inputs):
+        return load_selection(data, name)
+    con = open_ledger(data, {column})
     try:
         keys, ours, missing = [np.zeros(0, np.uint64)], [np.zeros(0, "S16")], [np.zeros(0, np.uint64)]
         fetched = f"FROM ledger WHERE status = '{Status.SUCCESS}'"
@@ -79,35 +81,32 @@ def select_uids(root: Path, name: str, path: Path) -> Selection:
     without = np.concatenate(missing)
     verdicts = np.concatenate([np.where(inside, 2, 1), np.ones(len(without))]).astype(np.int16)
     rejected = int((verdicts == 1).sum())
+    condition = f"uid in {path.name}"
     selection = Selection(
         name=name,
         rows=len(verdicts) + len(failed),
         not_fetched=not_fetched,
         rules=[
-            RuleCount(
-                name=NOT_IN_UIDS, condition=f"uid in {path.name}", rejected=rejected, alone=rejected, nulls=len(without)
-            )
+            RuleCount(name=NOT_IN_UIDS, condition=condition, rejected=rejected, marginal=rejected, nulls=len(without))
         ],
         kept=int(inside.sum()),
         quantiles={},
         warnings=[] if inside.any() else [f"no fetched row has a uid that is in {path}"],
     )
     fetched_keys = np.concatenate([known, without])
-    config = digest([FORMAT, NOT_IN_UIDS])
     more = {"uids": str(path.absolute())}
-    write_selection(root, selection, fetched_keys, verdicts, failed, config=config, inputs=inputs, more=more)
+    write_selection(data, selection, fetched_keys, verdicts, failed, config=config, inputs=inputs, more=more)
     return selection
 
 
-def write_uids(root: Path, name: str, path: Path) -> int:
+def write_uids(data: Data, name: str, path: Path) -> int:
     """Write the uids of a selection's kept rows as a subset file of DataComp's, sorted; returns how many.
 
     Raises UserError where the list carries no uid, or a kept row has none.
     """
-    root = Path(root)
-    load_selection(root, name)
-    column = _uid_column(root)
-    con = open_ledger(root, {column})
+    load_selection(data, name)
+    column = _uid_column(data)
+    con = open_ledger(data, {column})
     try:
         kept = f"SELECT key FROM verdicts WHERE selection = '{name}' AND verdict = '{KEPT}'"
         parts = [np.zeros(0, "S16")]
@@ -123,8 +122,8 @@ def write_uids(root: Path, name: str, path: Path) -> int:
     return len(values)
 
 
-def _uid_column(root: Path) -> str:
-    columns = types_there(root)[1]
+def _uid_column(data: Data) -> str:
+    columns = column_types(tables(data))[1]
     for name, kind in columns.items():
         if name.lower() == "uid" and kind == "VARCHAR":
             return f"source.{name}"

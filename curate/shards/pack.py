@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import json
 import math
 import os
 import re
@@ -27,26 +26,26 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError
-from aesthetic.files import atomic, scratch_path
-from aesthetic.untrusted import markdown, markdown_code
+from aesthetic.files import atomic, scratch_path, write_atomic
+from curate.layout import Data
 from curate.ledger.rules import KEPT
 from curate.ledger.schema import RESERVED, list_name, shard_name, stored_name
 from curate.ledger.select import NothingKept, Selection, load_selection
 from curate.ledger.sql import batches, quote
 from curate.ledger.view import (
-    Table,
-    check_current,
+    LedgerTable,
+    current_tables,
     fetched_columns,
-    is_current,
     open_ledger,
     recorded_columns,
     table_digests,
     tables,
 )
+from curate.shards.card import dataset_card
 from curate.shards.tar import CorruptShard, TarWriter, image_member, index_tar, read_range
 from curate.store.disk import check_space
 from curate.store.files import digest, is_scratch, left_over, read_json, sha256_file, write_json
-from curate.store.records import is_done, record_digest
+from curate.store.records import is_done, read_record, record_digest
 
 _FORMAT = 1  # of the shards; part of what makes them stale
 _OPEN_FILES = 64
@@ -79,7 +78,7 @@ class _Chosen:
 
 
 def pack(
-    root: Path, name: str, config: PackConfig, progress: Callable[[int], None] = lambda packed: None
+    data: Data, name: str, config: PackConfig, progress: Callable[[int], None] = lambda packed: None
 ) -> dict[str, Any]:
     """Write `shards/NAME/` from the selection NAME, unless that is done; returns the manifest.
 
@@ -87,21 +86,23 @@ def pack(
     Raises NothingKept where the selection kept nothing, UserError where there is no such selection or it was made from
     other data than is there now, CorruptShard where an image is not in its tar, DiskFull.
     """
-    root = Path(root)
-    selection = load_selection(root, name)
-    there = tables(root)
-    _check_selection(root, name, there)
-    # a score that is half made, and that this selection did not read, must not hold it up: it is left out, and said so
-    used = read_json(root / "selected" / f"{name}.json")["inputs"]
-    found = [there[0], *(t for t in there[1:] if t.name in used or is_current(root, [there[0], t]))]
-    check_current(root, found)
+    selection = load_selection(data, name)
+    made_from: Mapping[str, str] = read_record(data.selection_record(name))["inputs"]
+    all_tables = tables(data)
+    now = table_digests(all_tables)
+    if stale := [t for t in made_from if t in now and now[t] != made_from[t]]:
+        raise UserError(
+            f"the selection {name} was made before {', '.join(stale)} changed. "
+            f"`tastemaker select {data.root} --name {name}` makes it anew."
+        )
+    found = current_tables(data, all_tables, made_from.keys())
     if not selection.kept:
         raise NothingKept(_why_nothing(selection))
-    inputs = {"selected": sha256_file(root / "selected" / f"{name}.parquet"), **table_digests(found)}
-    identity = digest([_FORMAT, asdict(config), asdict(selection)])
-    folder = root / "shards" / name
-    if is_done(root, folder / "manifest.json", config=identity, inputs=inputs):
-        return read_json(folder / "manifest.json")
+    inputs = {"selected": sha256_file(data.verdicts(name)), **{t.name: now[t.name] for t in found}}
+    identity = digest([_FORMAT, asdict(config), selection.to_json()])
+    folder = data.packed(name)
+    if is_done(data.root, data.manifest(name), config=identity, inputs=inputs):
+        return read_json(data.manifest(name))
 
     _check_folder(folder)
     for leftover in left_over(folder.parent):  # of a process that was killed
@@ -110,13 +111,14 @@ def pack(
     building, old = scratch_path(folder), scratch_path(folder)
     building.mkdir(parents=True)
     try:
-        chosen = _choose(root, name, config, found)
-        check_space(root, int(chosen.size.sum()))
-        sizes = _write_shards(root, building, chosen, config, found, progress)
-        facts = _facts(root, selection, config, len(sizes), found, left_out=[t.name for t in there if t not in found])
+        chosen = _choose(data, name, config, found)
+        check_space(data.root, int(chosen.size.sum()))
+        sizes = _write_shards(data, building, chosen, config, found, progress)
+        left_out = [t.name for t in all_tables if t not in found]
+        facts = _facts(data, selection, config, len(sizes), found, left_out)
         write_json(building / "sizes.json", sizes)
-        with atomic(building / "README.md") as f:
-            f.write(_card(facts, selection, pq.read_schema(building / f"{shard_name(0)}.parquet")).encode())
+        columns = pq.read_schema(building / f"{shard_name(0)}.parquet").names
+        write_atomic(building / "README.md", dataset_card(facts, selection, columns).encode())
         manifest = _write_manifest(building, name, {**facts, "config": identity, "inputs": inputs})
         if folder.exists():
             folder.rename(old)
@@ -146,34 +148,22 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _check_selection(root: Path, name: str, found: list[Table]) -> None:
-    record = read_json(root / "selected" / f"{name}.json")
-    now = table_digests(found)
-    then: Mapping[str, str] = record["inputs"]
-    stale = [t for t in then if t in now and now[t] != then[t]]
-    if stale:
-        raise UserError(
-            f"the selection {name} was made before {', '.join(stale)} changed. "
-            f"`tastemaker select {root} --name {name}` makes it anew."
-        )
-
-
 def _why_nothing(selection: Selection) -> str:
     if not selection.fetched:
         return f"the selection {selection.name} kept nothing: none of {selection.rows:,} rows has an image"
-    hardest = max(selection.rules, key=lambda r: r.alone)
+    hardest = max(selection.rules, key=lambda r: r.marginal)
     return (
         f"the selection {selection.name} kept none of {selection.fetched:,} images. "
-        f"The hardest rule is {hardest.name} ({hardest.condition}), which alone rejects {hardest.alone:,}."
+        f"The hardest rule is {hardest.name} ({hardest.condition}), which alone rejects {hardest.marginal:,}."
     )
 
 
 # ----------------------------------------------------------------------------------------------------------- choosing
 
 
-def _choose(root: Path, name: str, config: PackConfig, found: list[Table]) -> _Chosen:
+def _choose(data: Data, name: str, config: PackConfig, found: list[LedgerTable]) -> _Chosen:
     """Find the image of every kept row, and shuffle."""
-    verdicts = pq.read_table(root / "selected" / f"{name}.parquet")
+    verdicts = pq.read_table(data.verdicts(name))
     kept = verdicts.filter(pc.equal(verdicts["verdict"].cast(pa.string()), KEPT))["key"].combine_chunks()
     del verdicts
     seed = str(config.seed).encode()
@@ -203,7 +193,9 @@ def _choose(root: Path, name: str, config: PackConfig, found: list[Table]) -> _C
             key = kept[int(place)].as_py()
             image = image_member(index.get(key, {}))
             if image is None:
-                raise CorruptShard(f"{tars[-1]} holds no image of {key}. `tastemaker verify {root}` looks for damage.")
+                raise CorruptShard(
+                    f"{tars[-1]} holds no image of {key}. `tastemaker verify {data.root}` looks for damage."
+                )
             kind, (at, length) = image
             if kind not in extensions:
                 extensions.append(kind)
@@ -225,33 +217,32 @@ def _cuts(count: int, shard_size: int) -> list[int]:
 
 
 def _write_shards(
-    root: Path,
+    data: Data,
     folder: Path,
     chosen: _Chosen,
     config: PackConfig,
-    found: list[Table],
+    found: list[LedgerTable],
     progress: Callable[[int], None],
 ) -> dict[str, int]:
     """Write each shard's tar and parquet; returns {tar: samples}."""
     cuts = _cuts(len(chosen.keys), config.shard_size)
     sizes = {}
-    tables_there = _tables_in_order(root, chosen.keys, found, cuts)
-    with _OpenTars() as tars, contextlib.closing(tables_there):
-        for shard, table in enumerate(tables_there):
-            start, end = cuts[shard], cuts[shard + 1]
+    parts = _tables_in_order(data, chosen.keys, found, cuts)
+    with _OpenTars() as tars, contextlib.closing(parts):
+        for shard, table in enumerate(parts):
             path = folder / f"{shard_name(shard)}.tar"
             with atomic(path) as f:
                 out = TarWriter(f)
-                for i, row in enumerate(table.to_pylist(), start):
+                for i, row in enumerate(table.to_pylist(), cuts[shard]):
                     tar = chosen.tars[chosen.tar[i]]
                     image = read_range(tars.get(tar), (int(chosen.offset[i]), int(chosen.size[i])))
-                    facts = _without_nan(row)
-                    out.add_sample(row["key"], image, chosen.extensions[chosen.extension[i]], row["caption"], facts)
+                    extension = chosen.extensions[chosen.extension[i]]
+                    out.add_sample(row["key"], image, extension, row["caption"], _without_nan(row))
                 out.close()
             with atomic(path.with_suffix(".parquet")) as f:
                 pq.write_table(table, f, compression="zstd")
-            sizes[path.name] = end - start
-            progress(end)
+            sizes[path.name] = len(table)
+            progress(cuts[shard + 1])
     return sizes
 
 
@@ -289,17 +280,18 @@ def _without_nan(value: Any) -> Any:
 
 
 def _tables_in_order(
-    root: Path, keys: pa.Array, found: list[Table], cuts: list[int]
+    data: Data, keys: pa.Array, found: list[LedgerTable], cuts: list[int]
 ) -> Generator[pa.Table, None, None]:
     """The ledger's rows in the packed order, a table for each shard. DuckDB sorts, and spills what does not fit."""
     fetched = pq.read_schema(found[0].files[0])
-    made = {c: pa.field(c, pq.read_schema(t.files[0]).field(c).type) for t in found[1:] for c in t.columns}
-    taken = RESERVED | made.keys()
-    # a list may have a column that is called like one of an annotator
+    added = [pa.field(c, pq.read_schema(t.files[0]).field(c).type) for t in found[1:] for c in t.columns]
+    taken = RESERVED | {f.name for f in added}
+    # a list may have a column that is called like one of an annotator's
     fields = [f if f.name in RESERVED else f.with_name(stored_name(list_name(f.name), taken)) for f in fetched]
     source = [f.name for f in fields if f.name not in RESERVED]
-    schema = pa.schema([*fields, *made.values()])
-    con = open_ledger(root, {*made, *(f"source.{n}" for n in fetched_columns(fetched)[1])}, memory_limit=_MEMORY)
+    schema = pa.schema([*fields, *added])
+    needed = {*(f.name for f in added), *(f"source.{n}" for n in fetched_columns(fetched)[1])}
+    con = open_ledger(data, needed, memory_limit=_MEMORY)
     try:
         con.register("_order", pa.table({"key": keys, "place": pa.array(np.arange(len(keys)))}))
         items = [f"l.{quote(n)}" for n in schema.names if n not in source] + (["l.source"] if source else [])
@@ -311,7 +303,7 @@ def _tables_in_order(
             while sum(p.num_rows for p in parts) < end - start:
                 batch = next(stream, None)
                 if batch is None:
-                    raise UserError(f"{root} lost rows while they were packed: is another process at work there?")
+                    raise UserError(f"{data.root} lost rows while they were packed: is another process at work there?")
                 parts.append(pa.Table.from_batches([batch]))
             table = pa.concat_tables(parts)
             rest = table.slice(end - start)
@@ -326,24 +318,23 @@ def _tables_in_order(
         con.close()
 
 
-# ----------------------------------------------------------------------------------------------- manifest, card
+# ----------------------------------------------------------------------------------------------------------- manifest
 
 
 def _facts(
-    root: Path, selection: Selection, config: PackConfig, shards: int, found: list[Table], left_out: list[str]
+    data: Data, selection: Selection, config: PackConfig, shards: int, found: list[LedgerTable], left_out: list[str]
 ) -> dict[str, Any]:
     """What the manifest says beside files and digests."""
-    space = read_json(root / "embedded" / "space.json") or {}
-    hashes = {(read_json(r) or {}).get("denied_hashes") for r in found[0].records}
-    recipe = (root / "recipe.yaml").read_text() if (root / "recipe.yaml").exists() else None
+    hashes = {facts.get("denied_hashes") for facts in found[0].facts}
+    recipe = data.recipe.read_text() if data.recipe.exists() else None
     return {
         "name": selection.name,
         "count": selection.kept,
         "shards": shards,
         "pack": asdict(config),
-        "selection": asdict(selection),
+        "selection": selection.to_json(),
         "funnel": selection.funnel,
-        "space": {k: v for k, v in space.items() if k != "probes"},
+        "space": {k: v for k, v in read_record(data.space).items() if k != "probes"},
         "columns": recorded_columns(found),
         "left_out": left_out,  # tables that were not complete
         "recipe": recipe,
@@ -359,75 +350,3 @@ def _write_manifest(folder: Path, name: str, facts: Mapping[str, Any]) -> dict[s
     value = {**facts, "outputs": outputs}
     write_json(folder / "manifest.json", {**value, "self": record_digest(value)})
     return read_json(folder / "manifest.json")
-
-
-def _card(facts: Mapping[str, Any], selection: Selection, schema: pa.Schema) -> str:
-    """A dataset card as the Hugging Face hub shows them: a YAML header, then what these shards are and came from."""
-    count = selection.kept
-    total = sum(selection.funnel.values())
-    header = {
-        "pretty_name": facts["name"],
-        "license": "other",
-        "license_name": "unknown-per-image",
-        "task_categories": ["text-to-image", "image-to-text"],
-        "size_categories": [_size_category(count)],
-        "tags": ["webdataset", "image-text"],
-        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "*.tar"}]}],
-    }
-    lines = ["---", *(f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in header.items()), "---", ""]
-    lines += [
-        f"# {facts['name']}",
-        "",
-        f"{count:,} images in {facts['shards']:,} webdataset shards, chosen from a list of {total:,} rows.",
-        "A sample is `KEY.jpg` (or its kind), `KEY.json` (the row) and `KEY.txt` (the caption, or nothing).",
-        "`NNNNN.parquet` holds the rows of `NNNNN.tar` in the same order, `sizes.json` the samples per shard,",
-        "`manifest.json` the sha256 of every file, the recipe and what each number was made by.",
-        "",
-        "## How the images were chosen",
-        "",
-        "| verdict | rows | share | alone | condition |",
-        "|---|--:|--:|--:|---|",
-    ]
-    reasons = ", ".join(f"{r} {n:,}" for r, n in selection.not_fetched.items())
-    table = [("not_fetched", "", reasons)] + [
-        (r.name, f"{r.alone:,}", markdown_code(r.condition)) for r in selection.rules
-    ]
-    for verdict, alone, text in [*table, ("kept", "", "")]:
-        rows = selection.funnel[verdict]
-        lines.append(f"| {markdown(verdict)} | {rows:,} | {rows / total:.1%} | {alone} | {text} |")
-    lines += [
-        "",
-        "Rules were applied in this order; a row counts for the first that rejected it.",
-        "*Alone* is what a rule would reject without the others.",
-        "",
-    ]
-    if facts["columns"] or facts["space"]:
-        lines += ["## What the columns were made by", ""]
-        if encoder := facts["space"].get("encoder"):
-            lines.append(f"- embeddings: {markdown_code(encoder)}, space `{facts['space'].get('fingerprint', '')}`")
-        for column, made in facts["columns"].items():
-            maker = made.get("head") or made.get("annotator") or "unknown"
-            words = [markdown(str(word)) for word in (made.get("meaning"), made.get("unit")) if word]
-            if scale := made.get("scale"):
-                words.append(f"from {scale[0]:g} to {scale[1]:g}")
-            lines.append(f"- {markdown_code(column)}: {', '.join([markdown(maker), *words])}")
-        lines += ["", "A score means something only beside others of the same head.", ""]
-    lines += [
-        "## Columns",
-        "",
-        ", ".join(map(markdown_code, schema.names)),
-        "",
-        "## Licences",
-        "",
-        "The images belong to whoever made them, under terms that this collection neither knows nor changes;",
-        "a URL and a score grant no right. Columns of the list that speak of licences are kept with each sample.",
-        "Look up and respect the terms of each image before use, and remove it when its owner asks.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _size_category(count: int) -> str:
-    """The hub's words for how large a data set is."""
-    bounds = [(10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M")]
-    return next((word for bound, word in bounds if count < bound), "10M<n<100M" if count < 10**8 else "100M<n<1B")

@@ -33,13 +33,9 @@ class ImageVectors(ABC):
     """Images by index, 0 to count - 1, with vectors of one space."""
 
     root: Path
-    missing: str  # why an image that is listed may have no vector
+    space: Space
     count: int
-
-    @property
-    @abstractmethod
-    def space(self) -> Space:
-        """The space of the vectors."""
+    missing: str  # why an image that is listed may have no vector
 
     @abstractmethod
     def names(self, by: str) -> pd.DataFrame:
@@ -77,7 +73,7 @@ class DataFolderVectors(ImageVectors):
         import pandas as pd
         import pyarrow.parquet as pq
 
-        from curate.layout import open_data
+        from curate.store.ownership import open_data
 
         self.data = open_data(root)
         self.root, self._text_encoder = self.data.root, text_encoder
@@ -89,13 +85,9 @@ class DataFolderVectors(ImageVectors):
                     parts.append(pd.DataFrame({"key": keys, "shard": shard, "row": np.arange(len(keys))}))
         if not parts:
             raise UserError(f"{self.root} holds no vectors yet. `tastemaker embed {self.root}` makes them.")
-        self._space = Space.load(self.data.space)
+        self.space = Space.load(self.data.space)
         self.index = pd.concat(parts, ignore_index=True)
         self.count = len(self.index)
-
-    @property
-    def space(self) -> Space:
-        return self._space
 
     def text_encoder(self) -> Encoder:
         return self._text_encoder()
@@ -169,7 +161,7 @@ class ClipFolderVectors(ImageVectors):
         name = encoder or Space.load(described).encoder
         folder = open_folder(EmbedConfig(encoder=name, embeddings=str(root)))
         self.root, self.parts = root, folder.parts
-        self._space = folder.space or Space(encoder=canonical_name(name), dim=folder.dim)
+        self.space = folder.space or Space(encoder=canonical_name(name), dim=folder.dim)
         texts, sizes = ["image_path", "url", "sha256", "phash"], ["original_width", "original_height"]
         tables = []
         for i, part in enumerate(self.parts):
@@ -186,10 +178,6 @@ class ClipFolderVectors(ImageVectors):
             columns={"image_path": "key", "original_width": "width", "original_height": "height"}
         )
         self.count = len(self.table)
-
-    @property
-    def space(self) -> Space:
-        return self._space
 
     def text_encoder(self) -> Encoder:
         from curate.encoders.registry import load_encoder
@@ -226,7 +214,7 @@ class FolderVectors(ImageVectors):
     log: called with lines to read; progress: with the images done, of how many, and the seconds that took.
     """
 
-    missing = "not a picture that can be decoded"
+    missing = "not an image that can be decoded"
 
     def __init__(
         self,
@@ -258,8 +246,9 @@ class FolderVectors(ImageVectors):
 
         return load_encoder(self._encoder_name)
 
-    @property
-    def space(self) -> Space:
+    @cached_property
+    def space(self) -> Space:  # type: ignore[override]
+        """The encoder's."""
         return self.encoder.space()
 
     def text_encoder(self) -> Encoder:

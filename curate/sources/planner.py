@@ -23,8 +23,7 @@ from curate.sources.find import Found, find, is_remote, stat
 from curate.sources.lists import ParquetInput
 from curate.sources.plan import ANEW, MOST_HELD, SHARDS, VERSION, Plan, ShardPlan, SourceConfig, load_plan, shards_file
 from curate.sources.scan import ListScan, scan_list
-from curate.store.files import digest, sha256_file, write_json
-from curate.store.ownership import clear
+from curate.store.files import clear, digest, sha256_file, write_json
 from curate.store.records import record_digest
 
 _LARGEST_GROUP = 2_000_000

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from aesthetic.errors import UserError
-from curate.ledger.sql import Bounds, connect, parse_condition, unstable_functions, walk
+from curate.ledger.sql import Bounds, connect, parse_condition, volatile_functions, walk
 from curate.sources.columns import describe
 
 
@@ -68,9 +68,9 @@ class Predicate:
         if "STAR" in classes:
             raise self._error("name the columns one by one; * and COLUMNS() stand for more than one answer.")
         functions = {p["function_name"] for p in parts if p.get("class") == "FUNCTION"}
-        if unstable := functions & unstable_functions():
+        if volatile := functions & volatile_functions():
             raise self._error(
-                f"{min(unstable)}() gives another answer each time. "
+                f"{min(volatile)}() gives another answer each time. "
                 "For a part of the list use --limit, or a hash: hash(url) % 10 = 0."
             )
         folded = {n.lower(): n for n in reversed(schema.names)}

@@ -84,10 +84,9 @@ class RatedImages:
         )
 
     def comparisons(self) -> dict[str, Any]:
-        """Pairs with their vectors, as the arguments of `fit_comparisons`."""
+        """Pairs, as the arguments of `fit_comparisons` that follow the vectors."""
         winners, losers = self.image_of("winner"), self.image_of("loser")
         return {
-            "vectors": self.vectors,
             "winners": winners,
             "losers": losers,
             "ids": self.facts["key"].to_list(),

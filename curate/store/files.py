@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -143,3 +144,18 @@ def _runs(process: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def clear(folder: Path, pattern: str) -> None:
+    """Remove the files of a folder whose whole names match, and the folder where that leaves it empty.
+
+    What somebody else has put there stays.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        ours = re.fullmatch(pattern, path.name) or is_scratch(path.name)
+        if ours and (path.is_symlink() or not path.is_dir()):
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()

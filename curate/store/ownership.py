@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +22,8 @@ from typing import Any
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
 from aesthetic.untrusted import read_bytes, read_json_file
-from curate.store.files import is_scratch
+from curate.layout import Data
+from curate.store.files import is_scratch, local_path
 from curate.store.lock import Lock
 
 MARK = ".tastemaker"
@@ -50,11 +50,11 @@ def _marked(root: Path) -> str | None:
 
 
 def _has_plan(root: Path) -> bool:
-    plan = _record(root / "plan" / "plan.json")
+    plan = _record(Data(root).plan_record)
     if {"version", "list", "shards_sha256"} <= plan.keys():
         return True
     try:
-        with open(_no_link(root / "recipe.yaml"), "rb") as f:
+        with open(_no_link(Data(root).recipe), "rb") as f:
             return f.read(len(RECIPE_HEADER)) == RECIPE_HEADER.encode()
     except (OSError, UserError):
         return False
@@ -76,6 +76,24 @@ def _no_link(path: Path) -> Path:
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from e
     raise UserError(f"{path}: is no regular file")
+
+
+def open_data(path: str | Path) -> Data:
+    """Open an existing data folder. UserError where there is none."""
+    root = local_path(str(path))
+    if not _is_planned(root):
+        if around := next((p for p in root.parents if _is_planned(p)), None):
+            raise UserError(f"{root} is not a data folder, but lies in one. Did you mean {around}?")
+        if not root.is_dir():
+            raise UserError(f"{root} is not a data folder: {'it is a file' if root.exists() else 'it is not there'}.")
+        raise UserError(
+            f"{root} is not a data folder (no plan/ in it). `tastemaker curate LIST --out {root}` makes one."
+        )
+    return Data(root)
+
+
+def _is_planned(root: Path) -> bool:
+    return Data(root).plan_folder.is_dir() and kind_of(root) == "data"
 
 
 _SIGNS: dict[str, Callable[[Path], bool]] = {
@@ -211,18 +229,3 @@ def taken(root: Path, kind: str, replaces: Iterable[str] = ()) -> Iterator[Taken
                 with contextlib.suppress(OSError):
                     path.rmdir()
         raise
-
-
-def clear(folder: Path, pattern: str) -> None:
-    """Remove the files of a folder whose whole names match, and the folder where that leaves it empty.
-
-    What somebody else has put there stays.
-    """
-    ours = re.compile(pattern)
-    if folder.is_symlink() or not folder.is_dir():
-        return
-    for path in folder.iterdir():
-        if (ours.fullmatch(path.name) or is_scratch(path.name)) and (path.is_symlink() or not path.is_dir()):
-            path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        folder.rmdir()

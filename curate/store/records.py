@@ -33,6 +33,12 @@ def commit(
     return value
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """What a record says; {} where there is none, or where it is none of ours."""
+    value = read_json(path)
+    return value if isinstance(value, dict) else {}
+
+
 def record_digest(value: Mapping[str, Any]) -> str:
     """The digest that a record carries of itself (key `self`), so that a changed byte in it is found as well."""
     return digest({k: v for k, v in value.items() if k != "self"})
@@ -40,7 +46,7 @@ def record_digest(value: Mapping[str, Any]) -> str:
 
 def recommit(root: Path, record: Path, inputs: Mapping[str, str]) -> None:
     """Write a record again for other inputs from which the same files would come."""
-    value = read_json(record)
+    value = read_record(record)
     facts = {k: v for k, v in value.items() if k not in ("config", "inputs", "outputs", "self")}
     outputs = [root / name for name in value["outputs"]]
     commit(root, record, config=value["config"], inputs=inputs, outputs=outputs, facts=facts)
@@ -56,10 +62,9 @@ def is_done(root: Path, record: Path, *, config: str, inputs: Mapping[str, str])
 
     Bytes are not read again here (that is `tastemaker verify`), so asking costs a few stats per shard.
     """
-    value = read_json(record)
-    if not isinstance(value, dict) or value.get("config") != config or value.get("inputs") != dict(inputs):
-        return False
-    return outputs_present(root, value)
+    value = read_record(record)
+    same = value.get("config") == config and value.get("inputs") == dict(inputs)
+    return same and outputs_present(root, value)
 
 
 def outputs_present(root: Path, value: Mapping[str, Any]) -> bool:

@@ -11,10 +11,11 @@ from aesthetic.space import Space
 from curate.annotators.base import TableAnnotator, column_specs
 from curate.annotators.registry import Spec, absolute, make_annotators
 from curate.annotators.stage import annotate_table, column_inputs
-from curate.layout import Data, open_data
+from curate.layout import Data
 from curate.ledger.sql import plain_name
 from curate.store.files import read_json, sweep
 from curate.store.lock import Lock
+from curate.store.ownership import open_data
 from curate.workers import EmbedWorker, annotated, per_shard, space_known
 from pipelines.checks import Say
 from pipelines.options import Options, Result, argument, command, option

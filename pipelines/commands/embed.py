@@ -14,7 +14,7 @@ class EmbedOptions(StageOptions):
 
 def run(options: EmbedOptions, *, retry: bool = False) -> Result:
     """The main job on what a data folder already plans; with `retry`, what failed is fetched again first."""
-    from curate.layout import open_data
+    from curate.store.ownership import open_data
     from pipelines import curation
     from pipelines.stored_recipe import recipe_of
 

@@ -231,7 +231,7 @@ def _images(options: FitOptions, log: Log) -> ImageVectors:
 
         def text_encoder() -> Encoder:
             from curate.encoders.registry import load_encoder
-            from curate.layout import open_data
+            from curate.store.ownership import open_data
             from pipelines.stored_recipe import recipe_of
 
             embed = recipe_of(open_data(data), None, ()).embed
@@ -274,7 +274,7 @@ def _fit(options: FitOptions, rated: RatedImages, log: Log) -> FitResult:
     except UserError as e:
         log(f"no zero-shot baseline: {str(e).splitlines()[0]}")
     if ratings.kind == "pairs":
-        return fit_comparisons(space=space, **rated.comparisons(), **common)
+        return fit_comparisons(rated.vectors, space=space, **rated.comparisons(), **common)
     return fit_head(
         rated.examples(),
         space,

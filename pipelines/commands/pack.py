@@ -15,9 +15,9 @@ class PackOptions(WithRecipe):
 
 def run(options: PackOptions) -> Result:
     """Copy what was selected."""
-    from curate.layout import open_data
     from curate.store.files import sweep
     from curate.store.lock import Lock
+    from curate.store.ownership import open_data
     from pipelines.checks import refuse_denied
     from pipelines.curation import pack_selection
     from pipelines.stored_recipe import recipe_of

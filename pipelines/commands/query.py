@@ -18,11 +18,11 @@ class QueryOptions(Options):
 
 def run(options: QueryOptions) -> Result:
     """Show the rows, or write them to a file."""
-    from curate.layout import open_data
+    from curate.store.ownership import open_data
     from pipelines.rows import show, write
 
-    root = open_data(options.data).root
+    data = open_data(options.data)
     if options.out is None:
-        return Result(text=show(root, options.sql, sys.stdout, as_json=options.json), own_json=True)
-    rows = write(root, options.sql, options.out)
+        return Result(text=show(data, options.sql, sys.stdout, as_json=options.json), own_json=True)
+    rows = write(data, options.sql, options.out)
     return Result(text=f"{rows:,} rows", facts={"rows": rows}, paths={"written": options.out})

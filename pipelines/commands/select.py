@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aesthetic.errors import UserError
-from curate.layout import Data, open_data
+from curate.layout import Data
 from curate.store.lock import Lock
+from curate.store.ownership import open_data
 from pipelines.checks import refuse_denied
 from pipelines.options import Result, WithRecipe, argument, command, option
 from pipelines.stored_recipe import recipe_of
@@ -29,7 +30,6 @@ def run(options: SelectOptions) -> Result:
     """
     from curate.ledger import uids as subsets
     from curate.ledger.select import remembered, select
-    from curate.ledger.view import recorded_scales
     from pipelines.curation import show_selection
 
     data = open_data(options.data)
@@ -38,7 +38,7 @@ def run(options: SelectOptions) -> Result:
     keys = [setting.partition("=")[0].strip().split(".") for setting in options.set]
     rules_given = any(key[:2] in (["select"], ["select", "rules"]) for key in keys)
     given = rules_given or options.recipe is not None or uids is not None
-    if not given and (before := remembered(data.root, name)) is not None:
+    if not given and (before := remembered(data, name)) is not None:
         rules, file = before
         if file is not None:
             uids = str(file)
@@ -51,18 +51,18 @@ def run(options: SelectOptions) -> Result:
     refuse_denied(data, recipe)
     with Lock(data.root):
         if uids is not None:
-            selection = subsets.select_uids(data.root, name, Path(uids))
+            selection = subsets.select_uids(data, name, Path(uids))
         else:
             try:
-                selection = select(data.root, recipe.select, recorded_scales(data.root))
+                selection = select(data, recipe.select)
             except UserError as e:
                 raise UserError(f"{e}\n{note}" if (note := old_columns(data)) else str(e)) from None
         show_selection(selection, print)
         if options.write_uids is not None:
-            subsets.write_uids(data.root, name, Path(options.write_uids))
+            subsets.write_uids(data, name, Path(options.write_uids))
     return Result(
         facts={"kept": selection.kept, "funnel": selection.funnel},
-        paths={"selected": data.root / "selected" / f"{name}.parquet"},
+        paths={"selected": data.verdicts(name)},
         next=command("pack", data.root, "--name", name) if selection.kept else "",
     )
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from aesthetic.errors import UserError
-from curate.layout import Data, open_data
+from curate.layout import Data
 from curate.ledger.schema import Reason, Status
 from curate.store.files import read_json
-from curate.verify import again
+from curate.store.ownership import open_data
+from curate.verify import command_again
 from pipelines.checks import Say, refuse_denied
 from pipelines.commands.select import old_columns
 from pipelines.options import Options, Result, argument, command
@@ -72,7 +73,7 @@ def status(data: Data, say: Say) -> tuple[dict[str, Any], str]:
         say(f"denied    {e}")
         return found, ""
     if len(fetched) < shards:
-        return found, again(data)
+        return found, command_again(data)
     if embedded < sum(1 for r in fetched.values() if r.get("successes", 1)):
         return found, command("embed", data.root)
     waiting = sum(n for reason, n in failures if Reason(reason).transient)
@@ -98,24 +99,24 @@ def selections_there(data: Data) -> dict[str, dict[str, Any]]:
     from curate.ledger.view import table_digests, tables
 
     recipe, found = stored_recipe(data), dict[str, dict[str, Any]]()
-    records = sorted((data.root / "selected").glob("[!.]*.json"))
+    names = data.selections()
     try:
-        now = table_digests(tables(data.root)) if records else {}
+        now = table_digests(tables(data)) if names else {}
     except UserError:  # nothing is fetched any more: the folder is being made again
         now = {}
-    for path in records:
-        name, record = path.stem, read_json(path)
+    for name in names:
+        record = read_json(data.selection_record(name))
         if not isinstance(record, dict) or "kept" not in record:
             continue
-        changed = changed_since(data.root, name, now)
+        changed = changed_since(data, name, now)
         stale = [f"stale: {', '.join(changed)} changed since"] if changed else []
         try:
-            before = remembered(data.root, name)
+            before = remembered(data, name)
         except UserError:
             before = None
         if recipe is not None and name == recipe.select.name and before != (recipe.select.rules, None):
             stale.append("by other rules than recipe.yaml's")
-        manifest = read_json(data.root / "shards" / name / "manifest.json")
+        manifest = read_json(data.manifest(name))
         made = record.get("outputs", {}).get(f"selected/{name}.parquet", {}).get("sha256")
         packed = None
         if isinstance(manifest, dict):

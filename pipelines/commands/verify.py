@@ -18,8 +18,8 @@ class VerifyOptions(Options):
 def run(options: VerifyOptions) -> Result:
     """Find damaged files, and say what repairs them; exit code 1 where there are some."""
     from curate import verify
-    from curate.layout import open_data
     from curate.store.lock import Lock
+    from curate.store.ownership import open_data
 
     data = open_data(options.data)
     checked = 0

@@ -101,7 +101,7 @@ def run_job(job: CurateJob, work: RemainingWork, *, address: str | None = None) 
         display = ProgressDisplay(out, work.rows, work.images, job.embed, largest)
         display.say("starting Ray ..." if address is None else f"joining the cluster at {address} ...")
         with ray_cluster(address, job.data.root, cpus=sizes.cpus, gpus=local_gpus()):
-            import ray
+            import ray  # not before: the switches that keep it to the loopback interface are read then
             from ray.exceptions import RayError
 
             if address is not None:

@@ -1,7 +1,7 @@
 """Which columns of a rating file say again what people judged: no metadata, and no sign of a leak.
 
 KonIQ has its mean opinion score (MOS), a z-score of it, the votes and their spread side by side; PARA has the means of
-nine judgements. Whoever predicts one of them from another knows nothing of how the pictures came about.
+nine judgements. Whoever predicts one of them from another knows nothing of how the images came about.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _JUDGEMENTS = {
 }
 
 
-def forms_of(
+def restated_columns(
     score: str, columns: Mapping[str, pd.Series], scores: npt.NDArray[np.float64] | None, prefixes: Collection[str] = ()
 ) -> list[str]:
-    """The columns that tell the score again, or what the same people judged besides, in their order.
+    """The columns that say the score again, or what the same people judged besides, in their order.
 
     By name: called after judging (qualityScore, votes), a spread or a number of votes (SD, c_total), or called like the
     column `score` but for one part (valence_mean and valence_n beside beauty_mean). prefixes: of a histogram's columns.
@@ -49,11 +49,13 @@ def forms_of(
     siblings |= {_parts(p)[0] for p in prefixes}
 
     def by_name(name: str) -> bool:
-        its_base, its_statistics = _parts(name)
-        words = its_base | its_statistics
+        other_base, other_statistics = _parts(name)
+        words = other_base | other_statistics
         if not words:
             return False
-        return bool(words & (_JUDGEMENTS | _SPREADS)) or bool(its_statistics and (its_base in siblings or not its_base))
+        return bool(words & (_JUDGEMENTS | _SPREADS)) or bool(
+            other_statistics and (other_base in siblings or not other_base)
+        )
 
     return [n for n, values in columns.items() if by_name(n) or (scores is not None and _goes_with(values, scores))]
 

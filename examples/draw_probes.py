@@ -1,6 +1,6 @@
-"""Draw the sixteen probe images of `aesthetic.space` into this folder: `python aesthetic/probes/draw.py`.
+"""How the sixteen probe images of `aesthetic.space` were drawn: `python examples/draw_probes.py` writes them.
 
-The files that are committed are authoritative: every stored space was measured on those bytes. This says where they
+The files in aesthetic/probes are authoritative: every stored space was measured on those bytes. This says where they
 came from, and what each is for. Drawing them anew (other libraries compress differently) makes all stored spaces
 incomparable, so do it only together with a new set of spaces.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parents[1] / "aesthetic" / "probes"
 Colour = tuple[int, int, int]
 
 
@@ -32,44 +32,44 @@ def blend(low: Colour, high: Colour, t: np.ndarray) -> np.ndarray:
     return np.asarray(low) + (np.asarray(high) - np.asarray(low)) * t[..., None]
 
 
-def picture(values: np.ndarray) -> Image.Image:
+def image_of(values: np.ndarray) -> Image.Image:
     return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
 
 
 def gradient() -> Image.Image:
     """Two crossing colour ramps, smaller than any encoder's input: enlarging, and the order of channels."""
     y, x = np.mgrid[0:64, 0:64] / 63
-    return picture(np.stack([255 * x, 255 * y, 255 * (1 - x)], -1))
+    return image_of(np.stack([255 * x, 255 * y, 255 * (1 - x)], -1))
 
 
 def stripes() -> Image.Image:
     """Slanted lines of falling width: what a resize without antialiasing turns into moiré."""
     y, x = np.mgrid[0:640, 0:640]
     on = np.sin((x + 0.3 * y) ** 2 / 2600) > 0
-    return picture(255.0 * on).convert("1")
+    return image_of(255.0 * on).convert("1")
 
 
 def rings() -> Image.Image:
     """A zone plate: every spatial frequency in every direction, once."""
     y, x = np.mgrid[-1:1:512j, -1:1:512j]
-    return picture(127.5 + 127.5 * np.cos(260 * (x * x + y * y)))
+    return image_of(127.5 + 127.5 * np.cos(260 * (x * x + y * y)))
 
 
 def checks() -> Image.Image:
     """A tiny board of saturated colours: hard edges under enlarging."""
     colours = np.array([[230, 20, 30], [20, 60, 220], [250, 220, 10], [10, 150, 60]])
     y, x = np.mgrid[0:37, 0:37] // 5
-    return picture(colours[(x + 2 * y) % 4])
+    return image_of(colours[(x + 2 * y) % 4])
 
 
 def static() -> Image.Image:
     """White noise, each channel by itself."""
-    return picture(np.random.default_rng(4).integers(0, 256, (80, 80, 3)))
+    return image_of(np.random.default_rng(4).integers(0, 256, (80, 80, 3)))
 
 
 def clouds() -> Image.Image:
     """Smooth noise in two colours, as JPEG."""
-    return picture(blend((245, 130, 60), (40, 70, 160), noise(240, 320, 1.8, 5)))
+    return image_of(blend((245, 130, 60), (40, 70, 160), noise(240, 320, 1.8, 5)))
 
 
 def shapes() -> Image.Image:
@@ -107,8 +107,8 @@ def page() -> Image.Image:
 
 
 def poster() -> Image.Image:
-    """Large writing over a smooth picture."""
-    paper = picture(blend((20, 20, 60), (220, 60, 120), noise(360, 360, 2.2, 8)))
+    """Large writing over a smooth image."""
+    paper = image_of(blend((20, 20, 60), (220, 60, 120), noise(360, 360, 2.2, 8)))
     return letters(360, 360, 48, (255, 240, 90), paper, 9)
 
 
@@ -128,7 +128,7 @@ def landscape(
         texture = 0.6 + 0.8 * noise(height, width, 1.2, seed + 20 + i)
         hill = blend(sky, ground, np.full((height, width), 0.35 + 0.2 * i)) * texture[..., None]
         scene = np.where((y > ridge[None, :])[..., None], hill, scene)
-    return picture(scene)
+    return image_of(scene)
 
 
 def turned() -> tuple[Image.Image, Image.Exif]:
@@ -143,12 +143,12 @@ def glass() -> Image.Image:
     y, x = np.mgrid[-1:1:256j, -1:1:256j]
     alpha = 255 * np.clip(1.4 - np.hypot(x, y) * 1.5, 0, 1) * (np.hypot(x - 0.3, y + 0.2) > 0.25)
     colour = blend((200, 0, 120), (0, 160, 160), (x + 1) / 2)
-    return picture(np.dstack([colour, alpha]))
+    return image_of(np.dstack([colour, alpha]))
 
 
 def night() -> Image.Image:
     """Dark and of low contrast: what a wrong normalisation loses first."""
-    return picture(np.asarray(landscape(300, 300, 41, (20, 24, 44), (10, 14, 8))) * 0.35)
+    return image_of(np.asarray(landscape(300, 300, 41, (20, 24, 44), (10, 14, 8))) * 0.35)
 
 
 def bust() -> Image.Image:
@@ -158,7 +158,7 @@ def bust() -> Image.Image:
     head = ((x - 150) / 62) ** 2 + ((y - 150) / 84) ** 2 < 1
     body = ((x - 150) / 120) ** 2 + ((y - 400) / 150) ** 2 < 1
     shade = 60 + 80 * np.clip((x - 90) / 120, 0, 1)
-    return picture(np.where(head | body, shade, light))
+    return image_of(np.where(head | body, shade, light))
 
 
 def main() -> None:
@@ -184,7 +184,7 @@ def main() -> None:
     for name, image, options in drawings:
         out = io.BytesIO()
         image.save(out, "PNG" if name.endswith(".png") else "JPEG", **options)
-        (HERE / name).write_bytes(out.getvalue())
+        (FOLDER / name).write_bytes(out.getvalue())
 
 
 if __name__ == "__main__":
