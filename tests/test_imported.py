@@ -120,7 +120,9 @@ def test_pictures_read_from_tars_are_found_by_their_names_there(real_data: Data,
     """The packed shards as a list: its samples are shuffled, and get keys of their own."""
     keys, images, texts, captions = vectors_of(real_data)
     embed = clip_retrieval_folder(tmp_path / "emb", keys, images, texts, captions, 7)
-    make_plan(str(real_data.root / "shards" / SELECTION), tmp_path / "data", SourceConfig(shard_size=SHARD_SIZE), None)
+    make_plan(
+        str(real_data.root / "shards" / SELECTION), Data(tmp_path / "data"), SourceConfig(shard_size=SHARD_SIZE), None
+    )
     data = Data(tmp_path / "data")
     fetch_all(data)
     embed_all(data, embed, {})
