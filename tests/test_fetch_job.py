@@ -36,7 +36,7 @@ def fetch(root: Path, rows: dict[str, list[Any]], allow: str, shard_size: int = 
     """The rows of a list after the fetch stage, by one worker, without Ray."""
     root.mkdir(parents=True)
     pq.write_table(pa.table(rows), root / "list.parquet")
-    make_plan(str(root / "list.parquet"), root / "data", SourceConfig(shard_size=shard_size), None)
+    make_plan(str(root / "list.parquet"), Data(root / "data"), SourceConfig(shard_size=shard_size), None)
     data = Data(root / "data")
 
     async def main() -> None:
@@ -172,7 +172,7 @@ def test_a_worker_is_batch_work_and_leaves_the_process_as_it_was(tmp_path: Path)
 
     with Web({"/1.jpg": Route(body=picture(1)[1])}, hosts=1) as web:
         pq.write_table(pa.table({"url": [web.url(0, "/1.jpg"), web.url(0, "/none")]}), tmp_path / "list.parquet")
-        make_plan(str(tmp_path / "list.parquet"), tmp_path / "data", SourceConfig(), None)
+        make_plan(str(tmp_path / "list.parquet"), Data(tmp_path / "data"), SourceConfig(), None)
 
         async def main() -> None:
             config = FetchConfig(allow=(f"127.0.0.0/8:{web.port}",))
