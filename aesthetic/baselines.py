@@ -45,14 +45,14 @@ def usable(metadata: Mapping[str, Sequence[Any]]) -> dict[str, npt.NDArray[Any]]
     columns: dict[str, npt.NDArray[Any]] = {}
     for name, values in metadata.items():
         try:
-            numbers = np.array([np.nan if v is None or v == "" else float(v) for v in values])
+            parsed = np.array([np.nan if v is None or v == "" else float(v) for v in values])
         except (TypeError, ValueError):
             words = np.array(["" if v is None else str(v) for v in values])
             if 1 < len(np.unique(words)) <= _WORDS_AT_MOST * len(words):
                 columns[name] = words
             continue
-        if np.isfinite(numbers).any() and len(np.unique(numbers[np.isfinite(numbers)])) > 1:
-            columns[name] = np.where(np.isfinite(numbers), numbers, np.nan)
+        if np.isfinite(parsed).any() and len(np.unique(parsed[np.isfinite(parsed)])) > 1:
+            columns[name] = np.where(np.isfinite(parsed), parsed, np.nan)
     return columns
 
 
@@ -86,16 +86,16 @@ def _mean_of_words(words: npt.NDArray[Any], y: Array, w: Array, train: Ints, tes
 
     Rows learnt from get the mean of the others' ratings, in five parts, so a word that occurs once counts nothing.
     """
-    place = np.unique(words, return_inverse=True)[1]
+    codes = np.unique(words, return_inverse=True)[1]
     part = np.arange(len(train)) % 5
 
     def means(rows: Ints) -> Array:
         scale = w[rows].mean()
         prior = 5 * scale * float(w[rows] @ y[rows] / w[rows].sum())
-        total = np.bincount(place[rows], w[rows] * y[rows], minlength=place.max() + 1)
-        return (total + prior) / (np.bincount(place[rows], w[rows], minlength=place.max() + 1) + 5 * scale)
+        total = np.bincount(codes[rows], w[rows] * y[rows], minlength=codes.max() + 1)
+        return (total + prior) / (np.bincount(codes[rows], w[rows], minlength=codes.max() + 1) + 5 * scale)
 
     known = np.empty(len(train))
     for k in range(5):
-        known[part == k] = means(train[part != k])[place[train[part == k]]]
-    return known, means(train)[place[test]]
+        known[part == k] = means(train[part != k])[codes[train[part == k]]]
+    return known, means(train)[codes[test]]

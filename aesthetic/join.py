@@ -70,18 +70,18 @@ def join(ids: Sequence[str], by: str, images: Mapping[str, Any] | pd.DataFrame) 
 def _by_image(wanted: pa.Array, offered: dict[str, pa.Array]) -> Rows:
     """The rows of distinct ids in the one way that finds most of them."""
     best = np.full(len(wanted), NOT_FOUND)
-    place = offered.get("path", offered.get("key"))
-    if place is None:
+    paths = offered.get("path", offered.get("key"))
+    if paths is None:
         return best
     same = offered.get("sha256")
-    normal, place = _normal(wanted), _normal(place)
+    normal, paths = _normal(wanted), _normal(paths)
     ways: list[Callable[[], Rows]] = []
     if "key" in offered:
         ways.append(lambda: _match(wanted, offered["key"], same))
     if "path" in offered:
-        ways.append(lambda: _match(normal, place, same))
-    ways.append(lambda: _by_part(_name, normal, place, same))
-    ways.append(lambda: _by_part(_stem, normal, place, same))
+        ways.append(lambda: _match(normal, paths, same))
+    ways.append(lambda: _by_part(_name, normal, paths, same))
+    ways.append(lambda: _by_part(_stem, normal, paths, same))
     for way in ways:
         found = way()
         if (found >= 0).sum() > (best >= 0).sum() or (best == NOT_FOUND).all():
@@ -91,9 +91,9 @@ def _by_image(wanted: pa.Array, offered: dict[str, pa.Array]) -> Rows:
     return best
 
 
-def _by_part(part: Callable[[pa.Array], pa.Array], wanted: pa.Array, places: pa.Array, same: pa.Array | None) -> Rows:
+def _by_part(part: Callable[[pa.Array], pa.Array], wanted: pa.Array, paths: pa.Array, same: pa.Array | None) -> Rows:
     """Match by a part of the path. Not for URLs: their last part says little (image.jpg)."""
-    found = _match(part(wanted), part(places), same)
+    found = _match(part(wanted), part(paths), same)
     found[_looks_like(wanted, _URL.replace("//", "/"))] = NOT_FOUND
     hit = np.flatnonzero(found >= 0)
     hit = hit[np.bincount(found[hit], minlength=1)[found[hit]] > 1] if len(hit) else hit

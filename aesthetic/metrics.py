@@ -40,12 +40,6 @@ class Correlation:
         return self.statistic(w)
 
 
-def pearson(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
-    """Pearson's correlation of two rows of numbers, -1 to 1; NaN where one of them does not vary."""
-    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return _pearson(x, y, np.ones(len(x)))
-
-
 def spearman(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     """Spearman's rank correlation, -1 to 1, with the mean rank for ties; NaN where one of them does not vary."""
     return spearman_of(np.asarray(a, np.float64), np.asarray(b, np.float64))(np.ones(len(np.asarray(a))))
@@ -72,11 +66,11 @@ class _Ranks:
     """Mean ranks under row weights; the order of the values is found once."""
 
     def __init__(self, values: Array) -> None:
-        self.unique, self.place = np.unique(values, return_inverse=True)
+        self.unique, self.codes = np.unique(values, return_inverse=True)
 
     def __call__(self, w: Array) -> Array:
-        ties = np.bincount(self.place, w, minlength=len(self.unique))
-        return (np.cumsum(ties) - (ties - 1) / 2)[self.place]
+        ties = np.bincount(self.codes, w, minlength=len(self.unique))
+        return (np.cumsum(ties) - (ties - 1) / 2)[self.codes]
 
 
 def spearman_of(x: Array, y: Array) -> Statistic:
@@ -96,7 +90,7 @@ def kendall_of(x: Array, y: Array) -> Statistic:
     ranks_x, ranks_y = _Ranks(x), _Ranks(y)
 
     def untied(ranks: _Ranks, w: Array) -> float:
-        ties = np.bincount(ranks.place, w, minlength=len(ranks.unique))
+        ties = np.bincount(ranks.codes, w, minlength=len(ranks.unique))
         return float(w.sum() ** 2 - ties @ ties)
 
     def tau(w: Array) -> float:
@@ -244,10 +238,10 @@ def log_loss_of(p: Array, label: Array) -> Statistic:
 
 def ece_of(p: Array, label: Array, bins: int = 15) -> Statistic:
     """Expected calibration error over bins of equal counts (Nguyen and O'Connor 2015)."""
-    place = _bins_of(p, bins)
+    bin_of = _bins_of(p, bins)
 
     def error(w: Array) -> float:
-        gap = np.bincount(place, w * (p - label), minlength=bins)
+        gap = np.bincount(bin_of, w * (p - label), minlength=bins)
         return float(np.abs(gap).sum() / w.sum())
 
     return error
@@ -347,10 +341,10 @@ def calibration_table(
 
     Each row: predicted, observed, low, high, n.
     """
-    place = _bins_of(predicted, min(bins, max(1, len(predicted) // 5)))
+    bin_of = _bins_of(predicted, min(bins, max(1, len(predicted) // 5)))
     table: list[dict[str, Any]] = []
-    for b in np.unique(place):
-        rows = place == b
+    for b in np.unique(bin_of):
+        rows = bin_of == b
         y = observed[rows]
         found = estimate({"mean": mean_of(y)}, np.asarray(groups, object)[rows], draws=draws)["mean"]
         table.append({"predicted": float(predicted[rows].mean()), "observed": float(y.mean()), "n": int(rows.sum())})

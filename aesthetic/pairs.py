@@ -50,7 +50,7 @@ def from_pairs(file: RatingFile, sides: tuple[str, str], choice: str | None) -> 
     n_column = file.find(N_NAMES)
     if n_column or second_of_tie.any():
         n = file.numbers(n_column, "a number of votes", low=POSITIVE) if n_column else np.ones(len(won))
-        data["n"] = n * np.where(won == _TIE, 0.5, 1)
+        data["n"] = (n * np.where(won == _TIE, 0.5, 1))[rows]
         used |= {n_column} if n_column else set()
     data |= {"winner": np.where(b_won, b[rows], a[rows]), "loser": np.where(b_won, a[rows], b[rows])}
     return rows, data, used

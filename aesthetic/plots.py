@@ -59,27 +59,16 @@ def scatter(
     scale: tuple[float, float],
     *,
     title: str,
-    low: npt.ArrayLike | None = None,
-    high: npt.ArrayLike | None = None,
 ) -> Path:
     """Draw held-out predictions (n,) against ratings (n,), both in the units of `scale`; returns the path.
 
     A dotted line is where both are equal, an amber one the calibration: the least-squares line of rating on prediction,
-    with its slope. Histograms of both lie along the edges. low and high (n,), both or neither: an interval around each
-    prediction in which the rating was expected: a hair, or above 200 rows two dashed lines, the medians of both ends in
-    twenty groups by prediction. Above DENSE rows density takes the place of dots. The axes hold the scale, and all
-    predictions where they leave it.
+    with its slope. Histograms of both lie along the edges. Above DENSE rows density takes the place of dots. The axes
+    hold the scale, and all predictions where they leave it.
     """
     x, y = _numbers(path, "predicted", predicted), _numbers(path, "rated", rated)
     if len(x) != len(y) or not len(x):
         raise HeadError(f"{path}: {len(x)} predictions and {len(y)} ratings; as many of both are needed, at least one")
-    ends = None
-    if low is not None or high is not None:
-        if low is None or high is None:
-            raise HeadError(f"{path}: an interval has two ends; give both `low` and `high`, or neither")
-        ends = np.stack([_numbers(path, "low", low), _numbers(path, "high", high)])
-        if ends.shape[1] != len(x):
-            raise HeadError(f"{path}: {ends.shape[1]} intervals for {len(x)} predictions")
     start, end = _span([*scale, x.min(), x.max(), y.min(), y.max()])
     with drawing(path, title, 6.2, 6.2) as figure:
         from matplotlib.colors import LinearSegmentedColormap
@@ -98,15 +87,7 @@ def scatter(
             bar.ax.yaxis.set_major_formatter(_plain)
             bar.ax.yaxis.set_minor_formatter("")
         else:
-            if ends is not None and len(x) <= 200:
-                axes.vlines(x, ends[0], ends[1], color=_GREEN, alpha=0.25, linewidth=0.8)
             axes.plot(x, y, "o", color=_GREEN, markersize=5 if len(x) <= 300 else 3, alpha=0.6, markeredgewidth=0)
-        if ends is not None and len(x) > 200:
-            groups = np.array_split(np.argsort(x, kind="stable"), 20)
-            middle = [np.median(x[rows]) for rows in groups]
-            for side, words in zip(ends, ("expected within", None), strict=True):
-                medians = [np.median(side[rows]) for rows in groups]
-                axes.plot(middle, medians, "--", color=_INK, linewidth=1, label=words)
         axes.plot((start, end), (start, end), ":", color=_INK, linewidth=1, label="equal")
         if np.ptp(x) > 0:
             slope = float(np.cov(x, y, bias=True)[0, 1] / x.var())
@@ -181,11 +162,10 @@ def learning_curve(
     ceiling: float | None = None,
     *,
     title: str,
-    measure: str = "Spearman",
 ) -> Path:
     """Draw how good a head is that was fitted to so many ratings; returns the path.
 
-    points: n (ratings in training, at least 1), value (of `measure`, on ratings held out), low and high (the ends of
+    points: n (ratings in training, at least 1), value (Spearman, on ratings held out), low and high (the ends of
     its interval; None or NaN where there is none); a point whose value is None or NaN is left out. ceiling: the best
     value that the ratings' own noise allows, a dashed line. What more ratings would bring is not drawn: from a
     handful of points with intervals like these, any law could be fitted.
@@ -198,10 +178,10 @@ def learning_curve(
     with drawing(path, title, 6.2, 4.2) as figure:
         axes = figure.subplots()
         axes.set_xscale("log")
-        axes.set(xlim=(n[0] / _ROOM, n[-1] * _ROOM), xlabel="ratings in training", ylabel=f"{measure}, held out")
+        axes.set(xlim=(n[0] / _ROOM, n[-1] * _ROOM), xlabel="ratings in training", ylabel="Spearman, held out")
         axes.fill_between(n, low, high, color=_GREEN, alpha=0.15, linewidth=0)
         axes.vlines(n, low, high, color=_GREEN, alpha=0.5, linewidth=1.2)
-        axes.plot(n, value, "o-", color=_GREEN, markersize=5.5, linewidth=1.4, label=measure)
+        axes.plot(n, value, "o-", color=_GREEN, markersize=5.5, linewidth=1.4, label="Spearman")
         if ceiling is not None:
             words = f"noise ceiling {ceiling:.2f}"
             axes.axhline(ceiling, color=_AMBER, linestyle="--", linewidth=1.4, label=words)

@@ -133,11 +133,11 @@ class RatingFile:
         found = (name if name in columns else folded.get(_folded(name)) for name in names)
         return next((name for name in found if name is not None), None)
 
-    def choose(self, role: str, asked: str | None, names: Iterable[str]) -> str:
+    def choose(self, role: str, given: str | None, names: Iterable[str]) -> str:
         """The column that was asked for, or else the first of the names; raises HeadError where there is none."""
         columns = self.table.column_names
         listed = ", ".join(columns) or "none"
-        if asked is None:
+        if given is None:
             if found := self.find(names):
                 return found
             usual = ", ".join(names)
@@ -146,9 +146,9 @@ class RatingFile:
                 f"{self.path}: no column for the {role} ({usual}). Columns: {listed}; say which one it is: "
                 f"{option} COLUMN"
             )
-        if asked not in columns:
-            raise HeadError(f"{self.path} has no column {asked!r}. Columns: {listed}{did_you_mean(asked, columns)}")
-        return asked
+        if given not in columns:
+            raise HeadError(f"{self.path} has no column {given!r}. Columns: {listed}{did_you_mean(given, columns)}")
+        return given
 
     def text(self, column: str) -> Texts:
         """A column as text; raises HeadError where a cell is empty."""
@@ -285,8 +285,10 @@ def _parse_csv(path: Path, shape: TableShape | None) -> pa.Table:
         for name in names:
             swallowed = pc.match_substring_regex(table[name], r"(?s)\t.*\n|\n.*\t")
             if pc.any(swallowed).as_py():
-                place = RatingFile(path, table, shape).locate(int(pc.index(swallowed, True).as_py()))
-                raise HeadError(f"{path}, up to {place}: a quotation mark that is not closed takes lines for one field")
+                location = RatingFile(path, table, shape).locate(int(pc.index(swallowed, True).as_py()))
+                raise HeadError(
+                    f"{path}, up to {location}: a quotation mark that is not closed takes lines for one field"
+                )
     return table
 
 

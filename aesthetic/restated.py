@@ -69,6 +69,6 @@ def _parts(name: str) -> tuple[frozenset[str], frozenset[str]]:
 def _goes_with(values: pd.Series, scores: npt.NDArray[np.float64]) -> bool:
     if values.dtype.kind not in "iuf":
         return False
-    numbers = values.to_numpy(np.float64)
-    known = np.isfinite(numbers) & np.isfinite(scores)
-    return bool(known.sum() >= _FEW and abs(spearman(numbers[known], scores[known])) >= SAME)
+    x = values.to_numpy(np.float64)
+    known = np.isfinite(x) & np.isfinite(scores)
+    return bool(known.sum() >= _FEW and abs(spearman(x[known], scores[known])) >= SAME)

@@ -62,24 +62,24 @@ def suggest(
     n, d = x.shape
     centre = share @ x / n
     x -= centre
-    places = np.flatnonzero(matters)
-    if len(places) > CONSIDERED:
-        places = places[np.arange(CONSIDERED) * len(places) // CONSIDERED]
-    z = np.ones((len(places), d + 1))  # a one behind each vector stands for b
-    z[:, :d] = pool[places]
+    indices = np.flatnonzero(matters)
+    if len(indices) > CONSIDERED:
+        indices = indices[np.arange(CONSIDERED) * len(indices) // CONSIDERED]
+    z = np.ones((len(indices), d + 1))  # a one behind each vector stands for b
+    z[:, :d] = pool[indices]
     finite = np.isfinite(z).all(1)
     if not finite.all():
-        row = places[int(finite.argmin())]
+        row = indices[int(finite.argmin())]
         raise HeadError(f"suggest: the vector of row {row} of the pool is not finite; leave that image out")
-    if not len(places):
-        return places
+    if not len(indices):
+        return indices
     z[:, :d] -= centre
 
     # of (w, b): weights of mean 1 sum to n, and s^2 is then the noise of a rating of mean weight
     covariance = np.zeros((d + 1, d + 1))
     covariance[:d, :d] = np.linalg.inv((share[:, None] * x).T @ x + penalty * n * np.eye(d))
     covariance[d, d] = 1 / n
-    share_of = matters[places] / matters[places].sum()
+    share_of = matters[indices] / matters[indices].sum()
     spread = (share_of[:, None] * z).T @ z  # the mean variance is the sum of covariance * spread
     variance, shared = np.empty(len(z)), np.empty(len(z))  # v(x, x), and the mean of v(x, y)^2 over the pool
     for start in range(0, len(z), _CHUNK):
@@ -102,7 +102,7 @@ def suggest(
         covariance -= np.outer(update, update)
         left &= ~_near(z[:, :d], z[i : i + 1, :d], near)
         left[i] = False
-    return places[taken].astype(np.int64)
+    return indices[taken].astype(np.int64)
 
 
 def _squares(a: Array) -> Array:

@@ -49,9 +49,9 @@ def has_encoder(recipe: Recipe) -> bool:
     """Whether the vectors can be made at once; UserError where neither the encoder's weights nor a folder of them can
     be had."""
     from curate.encoders.registry import check_available
-    from curate.sources.vectors import open_folder
+    from curate.sources.vectors import open_vector_folder
 
-    if recipe.embed.embeddings is not None and open_folder(recipe.embed).space is not None:
+    if recipe.embed.embeddings is not None and open_vector_folder(recipe.embed).space is not None:
         return True
     return check_available(recipe.embed.encoder, recipe.embed.weights)
 

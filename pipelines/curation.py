@@ -59,14 +59,14 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
     check_engine(recipe, say)
     refuse_denied(data, recipe, request.restart_from)
     refuse_changes(data, recipe, request.restart_from)
-    if "embed" in request.stages and load_plan(data.root) is None:
+    if "embed" in request.stages and load_plan(data) is None:
         has_encoder(recipe)  # as in `run`
     anew = request.restart_from == "source"
-    found = inspect(request.list, recipe.source, request.limit, None if anew else data.root)
+    found = inspect(request.list, recipe.source, request.limit, None if anew else data)
     check_selection(data, recipe, found.extra_columns, annotators)
     check_verify(recipe.fetch, found.extra_columns)
     rows, work = found.total_rows, True
-    if load_plan(data.root) is not None and request.restart_from is None:
+    if load_plan(data) is not None and request.restart_from is None:
         left = left_to_do(data, recipe, annotators, request.stages)
         rows = left.rows + found.total_rows - data.plan.total_rows
         work = bool(left.shards or rows)
@@ -109,17 +109,15 @@ def run(request: Request, say: Say = print) -> Result:
         sweep(data.root)
         refuse_changes(data, recipe, request.restart_from)
         anew = request.restart_from == "source"  # the new list is read before the shards of the old one go
-        if anew or load_plan(data.root) is not None:  # nor does a plan grow before all is checked
-            extra_columns = inspect(
-                request.list, recipe.source, request.limit, None if anew else data.root
-            ).extra_columns
+        if anew or load_plan(data) is not None:  # nor does a plan grow before all is checked
+            extra_columns = inspect(request.list, recipe.source, request.limit, None if anew else data).extra_columns
         else:
-            extra_columns = make_plan(request.list, data.root, recipe.source, request.limit).extra_columns
+            extra_columns = make_plan(request.list, data, recipe.source, request.limit).extra_columns
         check_selection(data, recipe, extra_columns, annotators)
         check_verify(recipe.fetch, extra_columns)
         if request.restart_from is not None:
             restart(data, recipe, request.restart_from, request.stages)
-        make_plan(request.list, data.root, recipe.source, request.limit)
+        make_plan(request.list, data, recipe.source, request.limit)
         store_recipe(data, recipe)
         return _go_on(data, recipe, annotators, request.stages, request.address, say)
 

@@ -217,7 +217,7 @@ def test_a_folder_that_is_no_data_folder(command: str, tmp_path: Path, capsys: p
 
 def test_names_that_are_near_a_data_folder(listed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "data"
-    make_plan(str(listed), root, SourceConfig())
+    make_plan(str(listed), Data(root), SourceConfig())
     (tmp_path / "file").touch()
     for name, told in (
         ("", "the name of a folder is empty"),
@@ -562,7 +562,7 @@ def test_the_loop(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     for row in rated:
         shutil.copy(shared / "oasis" / row["image"], folder / Path(row["image"]).name)
     data = Data(tmp_path / "data")
-    make_plan(str(folder), data.root, SourceConfig(shard_size=25))
+    make_plan(str(folder), data, SourceConfig(shard_size=25))
     fetch_all(data)
     embed_all(data, BUNDLED, {"aesthetic": SCORE["aesthetic"]})
     settings = ["source.shard_size=25", "images.size=96", "select.rules={}", "columns.open_nsfw="]

@@ -33,7 +33,7 @@ def fetch(root: Path, rows: dict[str, list[Any]], allow: str, shard_size: int = 
     """The rows of a list after the fetch stage, by one worker, without Ray."""
     root.mkdir(parents=True)
     pq.write_table(pa.table(rows), root / "list.parquet")
-    make_plan(str(root / "list.parquet"), root / "data", SourceConfig(shard_size=shard_size), None)
+    make_plan(str(root / "list.parquet"), Data(root / "data"), SourceConfig(shard_size=shard_size), None)
     data = Data(root / "data")
 
     async def main() -> None:

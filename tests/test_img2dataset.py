@@ -145,7 +145,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         theirs.start()
         data = {name: Data(root / name) for name in ("native", "engine")}
         for name, config, shards in (("native", native, 3), ("engine", engine, 2)):  # a start of it costs seconds
-            make_plan(str(listed), data[name].root, SourceConfig(shard_size=SHARD_SIZE))
+            make_plan(str(listed), data[name], SourceConfig(shard_size=SHARD_SIZE))
             fetch(data[name], config, shards)
         theirs.join()
         yield Runs(web, listed, root / "theirs", data["native"], data["engine"])
@@ -300,7 +300,7 @@ def test_its_folder_is_a_list_and_nothing_is_downloaded(runs: Runs, tmp_path: Pa
             (folder / path.name).symlink_to(path)
     before = runs.web.counts()
     source = folder / "00000.tar" if how == "one tar" else folder
-    plan = make_plan(str(source), tmp_path / "data", SourceConfig(shard_size=50))
+    plan = make_plan(str(source), Data(tmp_path / "data"), SourceConfig(shard_size=50))
     data = Data(tmp_path / "data")
     images = dataclasses.replace(IMAGES, keep_original=how == "bytes kept")
     fetch(data, FetchConfig(), len(plan.shards), images=images)
@@ -341,7 +341,7 @@ def test_a_folder_that_is_not_whole_is_refused(runs: Runs, tmp_path: Path) -> No
         (tmp_path / name / "00000.tar").write_bytes(content)
         (tmp_path / name / "00000.parquet").write_bytes(table_bytes)
         with pytest.raises(UserError, match="00000"):
-            make_plan(str(tmp_path / name), tmp_path / f"{name}-data", SourceConfig())
+            make_plan(str(tmp_path / name), Data(tmp_path / f"{name}-data"), SourceConfig())
         assert not (tmp_path / f"{name}-data" / "plan").exists()
 
 
@@ -415,7 +415,7 @@ def test_a_shard_where_all_rows_fail_and_its_retry(tmp_path: Path) -> None:
     with Web(routes) as web:
         urls = [web.url(0, "/gone.jpg"), web.url(0, "/flaky.jpg"), None, "no url", web.url(0, "/missing.jpg")]
         pq.write_table(pa.table({"url": pa.array(urls, pa.string())}), tmp_path / "list.parquet")
-        make_plan(str(tmp_path / "list.parquet"), tmp_path / "data", SourceConfig())
+        make_plan(str(tmp_path / "list.parquet"), Data(tmp_path / "data"), SourceConfig())
         data = Data(tmp_path / "data")
         config = FetchConfig(engine="img2dataset", retries=0)
         fetch(data, config)

@@ -89,14 +89,6 @@ def test_the_calibration_line_is_that_of_the_numbers(tmp_path):
         assert -np.polyfit(columns[seen], rows[seen], 1)[0] == pytest.approx(slope, abs=0.05)
 
 
-@pytest.mark.parametrize("n", [30, 300, 3000])
-def test_intervals_are_drawn_where_they_are(n, tmp_path):
-    x, y = predictions(n)
-    narrow, wide = (scatter(tmp_path / f"{w}.png", x, y, (1, 7), title="", low=x - w, high=x + w) for w in (0.5, 2))
-    rows, _ = np.nonzero((pixels(narrow) != pixels(wide)).any(2))
-    assert np.ptp(rows) > 450  # of 660 that stand for 6.5 points of the scale
-
-
 def test_predictions_outside_the_scale_are_still_in_the_picture(tmp_path):
     path = scatter(tmp_path / "a.png", [0.0, 3.0, 9.0], [1.0, 2.0, 7.0], (1, 7), title="")
     rows, columns = np.nonzero((np.abs(pixels(path) - (130, 179, 168)).max(2) < 20)[160:, :760])  # dots over paper
@@ -147,8 +139,6 @@ def test_any_title_can_be_drawn(tmp_path, recwarn):
         (lambda p: scatter(p, [1.0, 2.0], [1.0], (1, 7), title=""), "2 predictions and 1 ratings"),
         (lambda p: scatter(p, [], [], (1, 7), title=""), "at least one"),
         (lambda p: scatter(p, [1.0, np.nan], [1.0, 2.0], (1, 7), title=""), "`predicted` is not"),
-        (lambda p: scatter(p, [1.0], [1.0], (1, 7), title="", low=[0.0]), "two ends"),
-        (lambda p: scatter(p, [1.0], [1.0], (1, 7), title="", low=[0.0, 1.0], high=[2.0, 2.0]), "2 intervals"),
         (lambda p: reliability(p, BINS[2:3], title="", probability=True), "no bin"),
         (lambda p: learning_curve(p, POINTS[2:3], title=""), "no point"),
     ],

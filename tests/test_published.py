@@ -247,10 +247,11 @@ GOOD = {"weight": entry([1, 4], 0, 16), "bias": entry([1], 16, 20)}
     ("data", "message"),
     [
         (container(GOOD, bytes(20)), None),
-        (struct.pack("<Q", 1 << 60) + b"{}", "header too large"),
-        (struct.pack("<Q", 200 << 10) + b"{" + b" " * (200 << 10), "invalid JSON in header"),
+        (struct.pack("<Q", 1 << 60) + b"{}", "claims a header"),
+        (struct.pack("<Q", 200 << 10) + b"{" + b" " * (200 << 10), "claims a header"),
         (container(b"{" * 5000, bytes(20)), "invalid JSON in header"),
         (container(b'{"weight": 1, "weight": 2}', bytes(20)), "invalid JSON in header"),
+        (container(json.dumps(GOOD)[:-1].encode() + b", " + json.dumps(GOOD)[1:].encode(), bytes(20)), "occurs twice"),
         (container(GOOD, bytes(19)), "not fully covered"),
         (container(GOOD, bytes(21)), "not fully covered"),
         (container({}, b""), "it holds no tensors"),

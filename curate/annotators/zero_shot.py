@@ -15,8 +15,10 @@ Prompts = Annotated[tuple[str, ...], pydantic.Field(min_length=1)]
 
 
 class ZeroShot(Annotator):
-    """How much nearer an image is to the `wanted` prompts than to those `against` them, 0 to 1, in the space of the
-    data's own vectors (aesthetic.prompts). 0.5 is where both are equally near; a rule such as top(NAME, 0.1) suits it.
+    """How much nearer an image is to the `wanted` prompts than to those `against` them, 0 to 1.
+
+    In the space of the data's own vectors (aesthetic.prompts). 0.5 is where both are equally near; a rule such as
+    top(NAME, 0.1) suits it.
     """
 
     name = "zero-shot"

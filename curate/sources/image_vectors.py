@@ -150,7 +150,7 @@ class ClipFolderVectors(ImageVectors):
 
         from curate.encoders.embed import EmbedConfig
         from curate.encoders.registry import canonical_name
-        from curate.sources.vectors import open_folder
+        from curate.sources.vectors import open_vector_folder
 
         described = root / "space.json"
         if encoder is None and not described.exists():
@@ -159,7 +159,7 @@ class ClipFolderVectors(ImageVectors):
                 f"--encoder, such as open_clip:ViT-L-14-quickgelu/openai"
             )
         name = encoder or Space.load(described).encoder
-        folder = open_folder(EmbedConfig(encoder=name, embeddings=str(root)))
+        folder = open_vector_folder(EmbedConfig(encoder=name, embeddings=str(root)))
         self.root, self.parts = root, folder.parts
         self.space = folder.space or Space(encoder=canonical_name(name), dim=folder.dim)
         texts, sizes = ["image_path", "url", "sha256", "phash"], ["original_width", "original_height"]

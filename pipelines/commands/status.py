@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from aesthetic.errors import UserError
@@ -47,8 +48,9 @@ def status(data: Data, say: Say) -> tuple[dict[str, Any], str]:
     if failures:
         say("          " + " · ".join(f"{reason} {n:,}" for reason, n in failures))
     say(f"embedded  {embedded:,}/{shards:,} shards")
-    for folder in sorted((data.root / "annotated").glob("*")):
-        say(f"annotated {len(list(folder.glob('*.json'))):,}/{shards:,} shards   {folder.name}")
+    annotated = {name: len(data.shards(partial(data.annotations_record, name))) for name in data.annotated()}
+    for name, count in annotated.items():
+        say(f"annotated {count:,}/{shards:,} shards   {name}")
     if note := old_columns(data):
         say(f"old       {note}")
     selections = selections_there(data)
@@ -62,6 +64,7 @@ def status(data: Data, say: Say) -> tuple[dict[str, Any], str]:
         "shards": shards,
         "fetched": len(fetched),
         "embedded": embedded,
+        "annotated": annotated,
         "outcomes": outcomes,
         "selected": selections,
     }
@@ -76,6 +79,8 @@ def status(data: Data, say: Say) -> tuple[dict[str, Any], str]:
         return found, command_again(data)
     if embedded < sum(1 for r in fetched.values() if r.get("successes", 1)):
         return found, command("embed", data.root)
+    if recipe is not None and any(annotated.get(name, 0) < embedded for name in recipe.columns):
+        return found, command("annotate", data.root)
     waiting = sum(n for reason, n in failures if Reason(reason).transient)
     vain = _tried_in_vain(data, fetched)
     found["may_pass"], found["tried_in_vain"] = waiting, vain
