@@ -10,10 +10,10 @@ import pyarrow as pa
 
 from aesthetic.errors import UserError
 from curate.annotators.base import Annotator, column_specs
-from curate.fetch import engine_img2dataset
 from curate.fetch.deny import Deny
 from curate.layout import Data
 from curate.verify import command_again
+from pipelines.options import command
 from pipelines.recipe import Recipe
 
 Say = Callable[[str], None]
@@ -23,6 +23,8 @@ Say = Callable[[str], None]
 def check_engine(recipe: Recipe, say: Say) -> None:
     """UserError where the download engine that is asked for cannot be used here."""
     if recipe.fetch.engine == "img2dataset":
+        from curate.fetch import engine_img2dataset
+
         engine_img2dataset.require(recipe.images)
         if recipe.fetch.deny:
             raise UserError(
@@ -96,3 +98,11 @@ def refuse_denied(data: Data, recipe: Recipe, restart_from: str | None = None) -
 def _in_shards(shards: Sequence[str]) -> str:
     named = ", ".join(shards[:3]) + (f" and {len(shards) - 3:,} more" if len(shards) > 3 else "")
     return f"shard{'s' if len(shards) > 1 else ''} {named}"
+
+
+def old_columns(data: Data) -> str:
+    """What is said of a data folder that has columns of before there was `annotated/`; nothing where it has none."""
+    if not (names := data.old_columns()):
+        return ""
+    again = command("annotate", data.root)
+    return f"{data.root / 'scored'} ({', '.join(names)}) is read no more: `{again}` computes them anew"

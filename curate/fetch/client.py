@@ -175,7 +175,7 @@ class Fetcher:
         answer: _HttpAnswer | None = None
         try:
             for _ in range(self._config.max_redirects + 1):
-                self._deny.url(url)
+                self._deny.check_url(url)
                 if "robots-txt" in limits.respect:
                     await self._robots.check(url)
                 if "tdmrep-json" in limits.respect:
