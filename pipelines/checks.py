@@ -71,25 +71,25 @@ def refuse_denied(data: Data, recipe: Recipe, restart_from: str | None = None) -
     found = denied_images(data, deny, fetched=restart_from in (None, "embed"))
     if not found:
         return
-    there = []
+    denied = []
     if found.images:
         keys = ", ".join(found.keys) + (", ..." if found.images > len(found.keys) else "")
-        there.append(f"{found.images:,} images of fetched/ (key {keys}; {_in_shards(found.shards)})")
-    there += [f"{count:,} images of shards/{name}" for name, count in found.packs.items()]
+        denied.append(f"{found.images:,} images of fetched/ (key {keys}; {_in_shards(found.shards)})")
+    denied += [f"{count:,} images of shards/{name}" for name, count in found.packs.items()]
     if found.unknown:
-        there.append(
+        denied.append(
             f"perhaps images of fetched/ ({_in_shards(found.unknown)}): its md5, sha1 or sha512 can't be compared with "
             "what was fetched without them, because originals are not kept"
         )
-    there += [f"perhaps images of shards/{name}, for the same reason" for name in found.unknown_packs]
+    denied += [f"perhaps images of shards/{name}, for the same reason" for name in found.unknown_packs]
     root = shlex.quote(str(data.root))
     steps = [f"  rm -r {root}/shards/{name} {root}/report/{name}" for name in [*found.packs, *found.unknown_packs]]
     if found.images or found.unknown:
         files = [str(Path(f).absolute()) for f in recipe.fetch.deny]
-        denied = shlex.quote(f"fetch.deny=[{', '.join(files)}]")
-        steps.append(f"  {command_again(data)} --set {denied} --restart-from fetch")
+        setting = shlex.quote(f"fetch.deny=[{', '.join(files)}]")
+        steps.append(f"  {command_again(data)} --set {setting} --restart-from fetch")
     raise UserError(
-        f"fetch.deny names what {data.root} holds already: {'; '.join(there)}.\n"
+        f"fetch.deny names what {data.root} holds already: {'; '.join(denied)}.\n"
         "A list that is given later takes nothing away, so nothing is done. Give another --out, or be rid of them:\n"
         + "\n".join(steps)
     )

@@ -182,7 +182,7 @@ class Fetcher:
                     await self._tdmrep.check(url)
                 host = url.raw_host or ""
                 seconds -= await self._resolver.look_up(host)
-                async with domains.Permit(self._permits, budget.registered_domain(host)) as permit:
+                async with self._permits.permit(budget.registered_domain(host)) as permit:
                     await self._memory.wait_until_half_free()
                     answer = await self._request(url, seconds, limits, opt_outs, permit)
                 seconds -= answer.seconds

@@ -85,9 +85,9 @@ def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, An
     if recipe is not None and any(annotated.get(name, 0) < embedded for name in recipe.columns):
         return found, command("annotate", data.root)
     waiting = sum(n for reason, n in failures if Reason(reason).transient)
-    vain = _tried_in_vain(data, fetched)
-    found["may_pass"], found["tried_in_vain"] = waiting, vain
-    if waiting > vain:
+    hopeless = _unrecovered(data, fetched)
+    found["may_pass"], found["tried_in_vain"] = waiting, hopeless
+    if waiting > hopeless:
         return found, command("retry", data.root)
     if waiting:
         once_more, failed = command("retry", data.root), f"{waiting:,} rows that failed for transient reasons"
@@ -134,7 +134,7 @@ def selections_there(data: Data) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _tried_in_vain(data: Data, fetched: Mapping[int, dict[str, Any]]) -> int:
+def _unrecovered(data: Data, fetched: Mapping[int, dict[str, Any]]) -> int:
     """How many rows failed for reasons that may pass in shards whose last retry recovered nothing."""
     from curate.workers import transient_failures
 
