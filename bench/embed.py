@@ -68,7 +68,7 @@ def make_shard(root: Path, count: int) -> Data:
         part = photos[i % 2].crop((left, top, left + 440, top + 330)).resize((683, 512), Image.Resampling.LANCZOS)
         part.save(root / "pictures" / f"{i:05d}.jpg", quality=95)
         (root / "pictures" / f"{i:05d}.txt").write_text(f"part {i} of a photograph")
-    make_plan(str(root / "pictures"), root / "data", SourceConfig(), None)
+    make_plan(str(root / "pictures"), Data(root / "data"), SourceConfig(), None)
     data = Data(root / "data")
 
     async def fetch() -> None:

@@ -80,7 +80,7 @@ def make_data(root: Path, images: int, ratings: int) -> Data:
         ),
         root / "list.parquet",
     )
-    make_plan(str(root / "list.parquet"), root / "data", SourceConfig(shard_size=SHARD), None)
+    make_plan(str(root / "list.parquet"), Data(root / "data"), SourceConfig(shard_size=SHARD), None)
     data = Data(root / "data")
     space = load_encoder("bundled").space()
     data.space.parent.mkdir(parents=True)

@@ -71,7 +71,7 @@ def main() -> None:
     listed, folder, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     mechanisms.switch_off(options.get("without", ""))
     before = time.process_time()
-    make_plan(listed, folder, SourceConfig(shard_size=options["shard_size"]))
+    make_plan(listed, Data(folder), SourceConfig(shard_size=options["shard_size"]))
     facts = asyncio.run(fetch(Data(folder), options))
     print(json.dumps(facts | {"cpu": time.process_time() - before}), flush=True)
 

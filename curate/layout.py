@@ -177,7 +177,7 @@ class Data:
         """The shard plan; UserError where the folder has none."""
         from curate.sources.plan import load_plan
 
-        plan = load_plan(self.root)
+        plan = load_plan(self)
         if plan is None:
             raise UserError(
                 f"{self.root} is not a data folder: it has no plan. "

@@ -65,7 +65,7 @@ def make_real_data(root: Path) -> Data:
             "uid": [f"{int(i) * 0x9E3779B97F4A7C15:032x}"[-32:] for i in order],
         }
         pq.write_table(pa.table(rows), root / "list.parquet")
-        make_plan(str(root / "list.parquet"), root / "data", SourceConfig(shard_size=SHARD_SIZE), None)
+        make_plan(str(root / "list.parquet"), Data(root / "data"), SourceConfig(shard_size=SHARD_SIZE), None)
         data = Data(root / "data")
         fetch = FetchConfig(allow=(f"127.0.0.0/8:{web.port}",), retries=0, respect=())
         fetch_all(data, fetch)

@@ -240,7 +240,7 @@ def curate_here(listed: Path, root: Path, settings: list[str], fault: Path | Non
     with Lock(root):
         sweep(root)
         refuse_changes(data, recipe)
-        shards = [s.shard for s in make_plan(str(listed), root, recipe.source).shards]
+        shards = [s.shard for s in make_plan(str(listed), Data(root), recipe.source).shards]
         store_recipe(data, recipe)
 
         async def fetch() -> None:

@@ -67,7 +67,7 @@ def serving(count: int, others: Mapping[str, Route], shard_size: int) -> Iterato
 
 def run_stages(listed: Path | str, data: Data, recipe: Recipe) -> Selection:
     """Plan, fetch, embed, score, select and pack what is not done yet."""
-    make_plan(str(listed), data.root, recipe.source)
+    make_plan(str(listed), data, recipe.source)
     store_recipe(data, recipe)
     fetch_shards(data, recipe)
     embed_shards(data, recipe)

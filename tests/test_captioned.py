@@ -46,7 +46,7 @@ def curated(folder: Path) -> list[dict[str, Any]]:
     """The rows that curate makes of it, those with an image read: url, caption, what else there is."""
     scratch = folder.parent / f"{folder.name}.plan"
     shutil.rmtree(scratch, ignore_errors=True)
-    plan = make_plan(str(folder), scratch, SourceConfig())
+    plan = make_plan(str(folder), Data(scratch), SourceConfig())
     rows = []
     for shard in plan.shards:
         source = plan.read(shard.shard)
@@ -397,7 +397,7 @@ def test_parquet_that_holds_the_images(tmp_path: Path) -> None:
     samples = open_samples(folder)
     assert [samples[int(i)].caption for i in np.random.default_rng(0).permutation(24)][:3]
     assert samples[23].facts["n"] == 11 and samples.key(23) == "data/train-1.parquet/11"
-    single = make_plan(str(folder / "data" / "train-0.parquet"), tmp_path / "plan", SourceConfig(where="n < 2"))
+    single = make_plan(str(folder / "data" / "train-0.parquet"), Data(tmp_path / "plan"), SourceConfig(where="n < 2"))
     assert single.read(0).table.to_pylist()[1]["caption"] == "fox 0 1" and single.read(0).rows()[1].place.read() == JPEG
     pq.write_table(pa.table({"image": pa.array([None, b"", JPEG], pa.binary())}), tmp_path / "few.parquet")
     few = parquet_images(tmp_path / "few.parquet")

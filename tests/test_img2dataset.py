@@ -145,7 +145,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         theirs.start()
         data = {name: Data(root / name) for name in ("native", "engine")}
         for name, config, shards in (("native", native, 3), ("engine", engine, 2)):  # a start of it costs seconds
-            make_plan(str(listed), data[name].root, SourceConfig(shard_size=SHARD_SIZE))
+            make_plan(str(listed), data[name], SourceConfig(shard_size=SHARD_SIZE))
             fetch(data[name], config, shards)
         theirs.join()
         yield Runs(web, listed, root / "theirs", data["native"], data["engine"])
@@ -300,7 +300,7 @@ def test_its_folder_is_a_list_and_nothing_is_downloaded(runs: Runs, tmp_path: Pa
             (folder / path.name).symlink_to(path)
     before = runs.web.counts()
     source = folder / "00000.tar" if how == "one tar" else folder
-    plan = make_plan(str(source), tmp_path / "data", SourceConfig(shard_size=50))
+    plan = make_plan(str(source), Data(tmp_path / "data"), SourceConfig(shard_size=50))
     data = Data(tmp_path / "data")
     images = dataclasses.replace(IMAGES, keep_original=how == "bytes kept")
     fetch(data, FetchConfig(), len(plan.shards), images=images)
@@ -341,7 +341,7 @@ def test_a_folder_that_is_not_whole_is_refused(runs: Runs, tmp_path: Path) -> No
         (tmp_path / name / "00000.tar").write_bytes(content)
         (tmp_path / name / "00000.parquet").write_bytes(table_bytes)
         with pytest.raises(UserError, match="00000"):
-            make_plan(str(tmp_path / name), tmp_path / f"{name}-data", SourceConfig())
+            make_plan(str(tmp_path / name), Data(tmp_path / f"{name}-data"), SourceConfig())
         assert not (tmp_path / f"{name}-data" / "plan").exists()
 
 
@@ -376,7 +376,7 @@ def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
 
 def test_no_rows_start_no_process(tmp_path: Path) -> None:
     before = psutil.Process().children()
-    assert list(engine_img2dataset.download([], FetchConfig(), IMAGES, tmp_path / "folder")) == []
+    assert list(engine_img2dataset.download({}, FetchConfig(), IMAGES, tmp_path / "folder")) == []
     assert not (tmp_path / "folder").exists() and psutil.Process().children() == before
 
 
@@ -391,7 +391,7 @@ def test_a_child_that_is_killed_is_an_error(tmp_path: Path) -> None:
     killer = threading.Thread(target=kill)
     killer.start()
     with pytest.raises(RuntimeError, match=r"img2dataset failed \(exit code -9\)"):
-        list(engine_img2dataset.download([(0, "http://127.0.0.1:1/")], FetchConfig(), IMAGES, tmp_path / "folder"))
+        list(engine_img2dataset.download({0: "http://127.0.0.1:1/"}, FetchConfig(), IMAGES, tmp_path / "folder"))
     killer.join()
     assert not (tmp_path / "folder").exists()
 
@@ -401,7 +401,7 @@ def test_a_child_that_fails_has_its_last_words_told(tmp_path: Path) -> None:
     images = dataclasses.replace(IMAGES)
     object.__setattr__(images, "mode", "sideways")  # no configuration of ours holds it
     with pytest.raises(RuntimeError, match="Invalid option for resize_mode: sideways"):
-        list(engine_img2dataset.download([(0, "http://127.0.0.1:1/")], FetchConfig(), images, tmp_path / "folder"))
+        list(engine_img2dataset.download({0: "http://127.0.0.1:1/"}, FetchConfig(), images, tmp_path / "folder"))
     assert not (tmp_path / "folder").exists()
 
 
@@ -415,7 +415,7 @@ def test_a_shard_where_all_rows_fail_and_its_retry(tmp_path: Path) -> None:
     with Web(routes) as web:
         urls = [web.url(0, "/gone.jpg"), web.url(0, "/flaky.jpg"), None, "no url", web.url(0, "/missing.jpg")]
         pq.write_table(pa.table({"url": pa.array(urls, pa.string())}), tmp_path / "list.parquet")
-        make_plan(str(tmp_path / "list.parquet"), tmp_path / "data", SourceConfig())
+        make_plan(str(tmp_path / "list.parquet"), Data(tmp_path / "data"), SourceConfig())
         data = Data(tmp_path / "data")
         config = FetchConfig(engine="img2dataset", retries=0)
         fetch(data, config)

@@ -17,7 +17,7 @@ from curate.encoders.embed import EmbedConfig
 from curate.layout import Data
 from curate.sources.plan import SourceConfig
 from curate.sources.planner import make_plan
-from curate.sources.vectors import Imported, open_folder
+from curate.sources.vectors import FolderVectors, open_vector_folder
 from curate.store.files import read_json
 from curate.workers import EmbedWorker
 from tests.conftest import ROOT
@@ -120,7 +120,9 @@ def test_pictures_read_from_tars_are_found_by_their_names_there(real_data: Data,
     """The packed shards as a list: its samples are shuffled, and get keys of their own."""
     keys, images, texts, captions = vectors_of(real_data)
     embed = clip_retrieval_folder(tmp_path / "emb", keys, images, texts, captions, 7)
-    make_plan(str(real_data.root / "shards" / SELECTION), tmp_path / "data", SourceConfig(shard_size=SHARD_SIZE), None)
+    make_plan(
+        str(real_data.root / "shards" / SELECTION), Data(tmp_path / "data"), SourceConfig(shard_size=SHARD_SIZE), None
+    )
     data = Data(tmp_path / "data")
     fetch_all(data)
     embed_all(data, embed, {})
@@ -228,7 +230,7 @@ def test_a_shard_without_pictures(tmp_path: Path) -> None:
     """Empty partitions and an index without rows are no special case."""
     empty = clip_retrieval_folder(tmp_path / "emb", ["a"], np.zeros((0, 4), np.float16), None, None, 1)
     pq.write_table(pa.table({"image_path": pa.array([], pa.string())}), tmp_path / "emb/metadata/metadata_0.parquet")
-    imported = Imported(open_folder(empty))
+    imported = FolderVectors(open_vector_folder(empty))
     assert imported.find(["a"]).tolist() == [-1] and imported.find([]).tolist() == []
     assert imported.images(np.array([], int), []).shape == (0, 4)
 

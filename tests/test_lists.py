@@ -43,7 +43,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 def plan_of(path: Path, **config: Any) -> Plan:
-    return make_plan(str(path), path.parent / f"data-{len(list(path.parent.iterdir()))}", SourceConfig(**config))
+    return make_plan(str(path), Data(path.parent / f"data-{len(list(path.parent.iterdir()))}"), SourceConfig(**config))
 
 
 def rows_of(path: Path, **config: Any) -> list[tuple[Any, ...]]:
@@ -169,7 +169,7 @@ def test_a_broken_line_is_a_row_of_the_ledger(tmp_path: Path) -> None:
         listed = [*[f"{url},c" for url in served.urls], "x,y,z", *["ftp://a.test/,c"] * 117]
         path = write(tmp_path / "l.csv", "url,caption\n" + "\n".join(listed))
         data = Data(tmp_path / "data")
-        make_plan(str(path), data.root, served.recipe.source)
+        make_plan(str(path), data, served.recipe.source)
         fetch_shards(data, served.recipe)
         served.web.counts()
     rows = [row for s in data.plan.shards for row in pq.read_table(data.table(s.shard)).to_pylist()]
@@ -361,7 +361,7 @@ def test_columns_that_are_called_like_ours(tmp_path: Path) -> None:
             settings = dataclasses.replace(served.recipe.source, url="link", caption="alt")
             recipe = dataclasses.replace(served.recipe, source=settings)
             data = Data(tmp_path / path.suffix[1:])
-            plan = make_plan(str(path), data.root, recipe.source)
+            plan = make_plan(str(path), data, recipe.source)
             assert plan.extra_columns.names == theirs
             fetch_shards(data, recipe)
             _check_names(data)
@@ -407,7 +407,7 @@ def test_a_digest_of_the_list_is_compared_whether_or_not_it_is_kept(tmp_path: Pa
         recipe: Recipe = load_recipe("bundled", settings)
         assert recipe.source.columns == ("uid", "sha256")
         data = Data(tmp_path / "data")
-        make_plan(str(tmp_path / "l.parquet"), data.root, recipe.source)
+        make_plan(str(tmp_path / "l.parquet"), data, recipe.source)
         fetch_shards(data, recipe)
     rows = pq.read_table(data.table(0)).to_pylist()
     assert [r["reason"] for r in rows] == [None, "hash_mismatch"] and rows[0]["source.sha256"] == rows[0]["sha256"]
@@ -428,7 +428,7 @@ def test_lists_in_folders_below(tmp_path: Path) -> None:
             else:
                 pq.write_table(table, path)
     for name in ("hive", "text", "hive/**/*.parquet", "text/lang=*/*/*.csv"):
-        plan = make_plan(str(tmp_path / name), tmp_path / f"p-{name[:4]}{len(name)}", SourceConfig())
+        plan = make_plan(str(tmp_path / name), Data(tmp_path / f"p-{name[:4]}{len(name)}"), SourceConfig())
         rows = [row for s in plan.shards for row in plan.read(s.shard).table.to_pylist()]
         assert {(r["url"], r["lang"], r["year"]) for r in rows} == {
             ("http://2", "en", "2020"),
@@ -489,7 +489,7 @@ def test_values_that_cannot_be_said_are_null(tmp_path: Path) -> None:
     }
     pq.write_table(pa.table(columns), tmp_path / "l.parquet")
     data = Data(tmp_path / "data")
-    plan = make_plan(str(tmp_path / "l.parquet"), data.root, SourceConfig())
+    plan = make_plan(str(tmp_path / "l.parquet"), data, SourceConfig())
     rows = plan.read(0).table.to_pylist()
     json.dumps(rows, default=str, allow_nan=False)
     nulls = [rows[0][name] for name in odd]
@@ -503,11 +503,12 @@ def test_values_that_cannot_be_said_are_null(tmp_path: Path) -> None:
 _MEASURED = """
 import re, sys
 from pathlib import Path
+from curate.layout import Data
 from curate.sources.plan import SourceConfig
 from curate.sources.planner import make_plan
 from aesthetic.errors import UserError
 try:
-    plan = make_plan(sys.argv[1], Path(sys.argv[2]), SourceConfig())
+    plan = make_plan(sys.argv[1], Data(Path(sys.argv[2])), SourceConfig())
     outcome = str(plan.read(0).table.column("caption").null_count)
 except UserError as e:
     outcome = str(e)

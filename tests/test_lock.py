@@ -78,7 +78,7 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toys]:
     for i, picture in enumerate(pictures()[:20:3]):
         (images / f"{i:06d}.jpg").write_bytes(picture)  # called like the keys, so that vectors can be imported
     data = Data(folder / "data")
-    make_plan(str(images), data.root, SourceConfig(shard_size=PICTURES))
+    make_plan(str(images), data, SourceConfig(shard_size=PICTURES))
     fetch_all(data)
 
     plain = {**pretrained.get_pretrained_cfg("ViT-B-32", "laion2b_e16"), "hf_hub": "", "url": ""}

@@ -213,7 +213,7 @@ def test_what_a_refused_run_made_is_gone_and_nothing_else(
 
 def plan_in(root: Path) -> Data:
     (root.parent / "list.csv").write_text("url,caption\nhttp://127.0.0.1:9/a.jpg,a dog\n")
-    make_plan(str(root.parent / "list.csv"), root, SourceConfig())
+    make_plan(str(root.parent / "list.csv"), Data(root), SourceConfig())
     return Data(root)
 
 

@@ -26,6 +26,7 @@ import pytest
 from PIL import Image
 
 from aesthetic.errors import UserError
+from curate.layout import Data
 from curate.ledger.schema import Reason
 from curate.shards.tar import TarWriter
 from curate.sources import planner
@@ -92,7 +93,7 @@ def refused(path: Path | str, match: str, config: SourceConfig | None = None, li
         inspect(str(path), config, limit)
     with tempfile.TemporaryDirectory() as root:
         with pytest.raises(UserError, match=match):
-            make_plan(str(path), Path(root), config, limit)
+            make_plan(str(path), Data(Path(root)), config, limit)
         assert not list(Path(root).iterdir())
 
 
@@ -103,7 +104,7 @@ def refused(path: Path | str, match: str, config: SourceConfig | None = None, li
 @pytest.mark.parametrize("kind", TEXTS)
 def test_text_lists(tmp_path: Path, kind: str, gz: str) -> None:
     path = write(tmp_path / f"list.{kind}{gz}", TEXTS[kind]())
-    plan = make_plan(str(path), tmp_path / "data", SourceConfig(shard_size=10))
+    plan = make_plan(str(path), Data(tmp_path / "data"), SourceConfig(shard_size=10))
     assert [(s.shard, s.offset, s.rows) for s in plan.shards] == [(0, 0, 10), (1, 10, 10), (2, 20, 5)]
     assert {s.file for s in plan.shards} == {"plan/00000.parquet"}
     assert pq.ParquetFile(tmp_path / "data/plan/00000.parquet").metadata.num_row_groups == 3
@@ -116,7 +117,7 @@ def test_text_lists(tmp_path: Path, kind: str, gz: str) -> None:
 
 def test_parquet_is_used_where_it_lies(tmp_path: Path) -> None:
     path = as_parquet(tmp_path / "list.parquet", group=4)
-    plan = make_plan(str(path), tmp_path / "data", SourceConfig(shard_size=10))
+    plan = make_plan(str(path), Data(tmp_path / "data"), SourceConfig(shard_size=10))
     assert {s.file for s in plan.shards} == {str(path)}
     assert sorted(p.name for p in (tmp_path / "data/plan").iterdir()) == ["plan.json", "shards.parquet"]
     assert all_rows(plan) == ROWS
@@ -128,7 +129,7 @@ def test_parquet_is_used_where_it_lies(tmp_path: Path) -> None:
 def test_only_the_row_groups_of_a_shard_are_read(tmp_path: Path) -> None:
     n = 4000
     path = parquet(tmp_path / "list.parquet", {"url": [f"http://x.test/{i}" * 5 for i in range(n)]}, group=1000)
-    plan = make_plan(str(path), tmp_path / "data", SourceConfig())
+    plan = make_plan(str(path), Data(tmp_path / "data"), SourceConfig())
     data, column = bytearray(path.read_bytes()), pq.ParquetFile(path).metadata.row_group(3).column(0)
     start = column.dictionary_page_offset or column.data_page_offset
     data[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
@@ -149,7 +150,7 @@ def test_laion_names_and_types(tmp_path: Path) -> None:
         "boxes": pa.array([[[0.1, 0.2]], [], None]),
         "__index_level_0__": pa.array([0, 1, 2]),
     }
-    plan = make_plan(str(parquet(tmp_path / "l.parquet", columns)), tmp_path / "data", SourceConfig())
+    plan = make_plan(str(parquet(tmp_path / "l.parquet", columns)), Data(tmp_path / "data"), SourceConfig())
     assert plan.extra_columns.names == ["WIDTH", "LANGUAGE", "boxes"]
     table = plan.read(0).table
     assert table.schema.equals(plan.schema)
@@ -164,10 +165,10 @@ def test_laion_names_and_types(tmp_path: Path) -> None:
 
 def test_what_is_not_text_becomes_text(tmp_path: Path) -> None:
     path = parquet(tmp_path / "l.parquet", {"url": ["a", "b", "c"], "caption": [1.5, float("nan"), None]})
-    plan = make_plan(str(path), tmp_path / "p", SourceConfig())
+    plan = make_plan(str(path), Data(tmp_path / "p"), SourceConfig())
     assert plan.read(0).table.column("caption").to_pylist() == ["1.5", None, None]
     lines = '{"url": "a", "caption": "\\ud800 \\u0000"}\n{"url": "b", "caption": 7, "x": {"y": [1]}, "z": 9e99}\n'
-    plan = make_plan(str(write(tmp_path / "l.jsonl", lines)), tmp_path / "q", SourceConfig())
+    plan = make_plan(str(write(tmp_path / "l.jsonl", lines)), Data(tmp_path / "q"), SourceConfig())
     assert plan.read(0).table.to_pylist() == [
         {"url": "a", "caption": "\ufffd \0", "x": None, "z": None},
         {"url": "b", "caption": "7", "x": '{"y": [1]}', "z": 9e99},
@@ -180,7 +181,7 @@ def test_csv_keeps_what_a_number_would_lose(tmp_path: Path) -> None:
         b"u1,007,007,-9223372036854775808,18446744073709551615,1.5,True,1,,NaN\n"
         b"u2,caf\xe9,8,5,1,2,false,x,,2\n"
     )
-    plan = make_plan(str(write(tmp_path / "l.csv", text)), tmp_path / "data", SourceConfig())
+    plan = make_plan(str(write(tmp_path / "l.csv", text)), Data(tmp_path / "data"), SourceConfig())
     assert [str(f.type) for f in plan.extra_columns] == [
         *("string", "int64", "string", "double", "bool", "string", "string", "double")
     ]
@@ -192,7 +193,7 @@ def test_csv_keeps_what_a_number_would_lose(tmp_path: Path) -> None:
 
 def test_csv_of_pandas_and_quoting(tmp_path: Path) -> None:
     text = ',URL,TEXT\n0,u1,"say ""hi"", NULL"\n1,"u,2",NA\n\n2,u3,""\n'
-    plan = make_plan(str(write(tmp_path / "l.csv", text)), tmp_path / "data", SourceConfig())
+    plan = make_plan(str(write(tmp_path / "l.csv", text)), Data(tmp_path / "data"), SourceConfig())
     assert all_rows(plan) == [
         {"url": "u1", "caption": 'say "hi", NULL'},
         {"url": "u,2", "caption": "NA"},
@@ -203,14 +204,14 @@ def test_csv_of_pandas_and_quoting(tmp_path: Path) -> None:
 def test_long_json_is_read_in_pieces(tmp_path: Path) -> None:
     n = 30_000
     rows = [{"url": f"http://x.test/{i}", "caption": "word " * 20} for i in range(n)]
-    plan = make_plan(str(write(tmp_path / "l.json", json.dumps(rows))), tmp_path / "data", SourceConfig())
+    plan = make_plan(str(write(tmp_path / "l.json", json.dumps(rows))), Data(tmp_path / "data"), SourceConfig())
     assert plan.total_rows == n and plan.read(7).table.column("url")[-1].as_py() == f"http://x.test/{n - 1}"
 
 
 def test_long_csv_is_read_in_pieces(tmp_path: Path) -> None:
     n = BATCH + 10
     text = "url,caption\n" + "".join(f'http://x.test/{i},"line\n{"word " * 30}"\n' for i in range(n))
-    plan = make_plan(str(write(tmp_path / "l.csv.gz", text)), tmp_path / "data", SourceConfig())
+    plan = make_plan(str(write(tmp_path / "l.csv.gz", text)), Data(tmp_path / "data"), SourceConfig())
     assert [s.rows for s in plan.shards] == [-(-n // 8)] * 7 + [n - 7 * -(-n // 8)]
     assert plan.read(7).table.column("url").to_pylist()[-1] == f"http://x.test/{n - 1}"
 
@@ -219,7 +220,7 @@ def test_columns_are_chosen(tmp_path: Path) -> None:
     path = as_parquet(tmp_path / "l.parquet")
     for columns, extra_columns in ((None, ["n", "w"]), ((), []), (("w",), ["w"]), (("w", "n", "url"), ["w", "n"])):
         assert inspect(str(path), SourceConfig(columns=columns)).extra_columns.names == extra_columns
-    plan = make_plan(str(path), tmp_path / "data", SourceConfig(caption=None, columns=("n",)))
+    plan = make_plan(str(path), Data(tmp_path / "data"), SourceConfig(caption=None, columns=("n",)))
     assert all_rows(plan)[1] == {"url": ROWS[1]["url"], "caption": None, "n": 1}
     path = parquet(tmp_path / "m.parquet", {"link": ["a"], "alt": ["b"], "Url": ["c"], "URL": ["d"]})
     assert inspect(str(path), SourceConfig(url="link")).extra_columns.names == ["Url", "URL"]
@@ -235,7 +236,7 @@ def test_folder_of_lists(tmp_path: Path) -> None:
     parquet(folder / "a.parquet", {"url": ["a1", "a2"], "caption": ["A", "B"], "n": [1, 2]})
     write(folder / "_SUCCESS", "")
     write(folder / "README.md", "hello")
-    plan = make_plan(str(folder), tmp_path / "data", SourceConfig(shard_size=2))
+    plan = make_plan(str(folder), Data(tmp_path / "data"), SourceConfig(shard_size=2))
     assert [(Path(s.file).name, s.offset, s.rows) for s in plan.shards] == [
         ("a.parquet", 0, 2),  # no shard straddles two files
         ("b.parquet", 0, 2),
@@ -260,14 +261,14 @@ def test_integers_beside_fractions_are_rounded(tmp_path: Path) -> None:
         parquet(tmp_path / "lists" / f"{name}.parquet", {"url": ["u"], "hash": values})
     lines = write(tmp_path / "l.jsonl", f'{{"url": "u", "hash": {big}}}\n{{"url": "u", "hash": 0.5}}')
     for i, path in enumerate((tmp_path / "lists", lines)):
-        rows = all_rows(make_plan(str(path), tmp_path / str(i), SourceConfig()))
+        rows = all_rows(make_plan(str(path), Data(tmp_path / str(i)), SourceConfig()))
         assert [r["hash"] for r in rows] == [float(big), 0.5]
 
 
 def test_a_name_with_brackets_is_no_pattern(tmp_path: Path) -> None:
     write(tmp_path / "l1.txt", "http://wrong.test")
     path = write(tmp_path / "l[1].txt", "http://right.test")
-    assert all_rows(make_plan(str(path), tmp_path / "d", SourceConfig()))[0]["url"] == "http://right.test"
+    assert all_rows(make_plan(str(path), Data(tmp_path / "d"), SourceConfig()))[0]["url"] == "http://right.test"
 
 
 @pytest.fixture
@@ -291,15 +292,15 @@ def test_remote_lists_are_copied_once(tmp_path: Path, web: tuple[str, Path]) -> 
     for name in ("l.parquet?download=true", "l.csv.gz"):
         root = tmp_path / name[:5]
         assert inspect(f"{url}/{name}", SourceConfig()).total_rows == 25
-        plan = make_plan(f"{url}/{name}", root, SourceConfig(shard_size=10))
+        plan = make_plan(f"{url}/{name}", Data(root), SourceConfig(shard_size=10))
         assert all_rows(plan) == ROWS
-    cut = make_plan(f"{url}/l.parquet", tmp_path / "cut", SourceConfig(where="n > 3"))
+    cut = make_plan(f"{url}/l.parquet", Data(tmp_path / "cut"), SourceConfig(where="n > 3"))
     assert cut.total_rows == 21 and not list((tmp_path / "cut/plan").glob("list-*"))
     plan = grown(f"{url}/l.csv.gz", tmp_path / "grown", SourceConfig(), 5, 20, None)
     assert sorted(all_rows(plan), key=lambda r: r["n"]) == ROWS
     assert not list((tmp_path / "grown/plan").glob("*list-*"))
     (folder / "l.parquet").unlink()
-    again = make_plan(f"{url}/l.parquet?download=true", tmp_path / "l.par", SourceConfig(shard_size=10))
+    again = make_plan(f"{url}/l.parquet?download=true", Data(tmp_path / "l.par"), SourceConfig(shard_size=10))
     assert all_rows(again) == ROWS
     refused(f"{url}/l.parquet", "cannot be read: FileNotFoundError")
     refused(f"{url}/page.html", "page.html is not a list")
@@ -313,7 +314,7 @@ def test_remote_folders_and_patterns(tmp_path: Path) -> None:
     for name in ("b", "a"):
         memory.pipe(f"/lists/{name}.txt", f"http://{name}.test".encode())
     for name in ("memory://lists", "memory://lists/*.txt"):
-        plan = make_plan(name, tmp_path / str(len(name)), SourceConfig())
+        plan = make_plan(name, Data(tmp_path / str(len(name))), SourceConfig())
         assert [r["url"] for r in all_rows(plan)] == ["http://a.test", "http://b.test"]
 
 
@@ -324,7 +325,7 @@ def test_where_comes_before_numbering(tmp_path: Path) -> None:
     for name in ("l.parquet", "l.csv"):
         path = as_parquet(tmp_path / name) if name.endswith("t") else write(tmp_path / name, csv_text(","))
         config = SourceConfig(shard_size=5, where="N % 2 = 1 AND w > 2 -- a comment", columns=())
-        plan = make_plan(str(path), tmp_path / f"d-{name}", config)
+        plan = make_plan(str(path), Data(tmp_path / f"d-{name}"), config)
         assert [r["url"] for r in all_rows(plan)] == [r["url"] for r in ROWS if r["n"] % 2 == 1 and r["w"] > 2]
         assert [s.rows for s in plan.shards] == [5, 5] and plan.listed_rows == plan.total_rows == 10
     path = parquet(tmp_path / "nan.parquet", {"URL": ["a", "b", "c"], "WIDTH": [1.0, float("nan"), None]})
@@ -338,7 +339,7 @@ def test_limit_is_spread_and_the_same(tmp_path: Path) -> None:
     for name in ("a", "b"):
         parquet(tmp_path / "lists" / f"{name}.parquet", columns)
     lists = str(tmp_path / "lists")
-    plan = make_plan(lists, tmp_path / "data", SourceConfig(shard_size=100), limit=1000)
+    plan = make_plan(lists, Data(tmp_path / "data"), SourceConfig(shard_size=100), limit=1000)
     taken = [r["n"] for r in all_rows(plan)]
     assert plan.total_rows == len(taken) == 1000 and plan.listed_rows == 2 * n
     firsts = [s.shard for s in plan.shards if s.offset == 0]
@@ -347,32 +348,32 @@ def test_limit_is_spread_and_the_same(tmp_path: Path) -> None:
     assert taken[:a] == sorted(taken[:a]) and taken[a:] == sorted(taken[a:]) and taken[:a] != taken[a:]
     tenths = [sum(i * n / 10 <= v < (i + 1) * n / 10 for v in taken) for i in range(10)]
     assert min(tenths) > 60 and max(tenths) < 140
-    fewer = all_rows(make_plan(lists, tmp_path / "fewer", SourceConfig(shard_size=100), limit=100))
+    fewer = all_rows(make_plan(lists, Data(tmp_path / "fewer"), SourceConfig(shard_size=100), limit=100))
     assert len(fewer) == 100 and {r["n"] for r in fewer} <= set(taken)  # a larger limit adds rows, and loses none
     found = inspect(lists, SourceConfig(shard_size=100, where="n % 3 = 0"), limit=500)
-    some = make_plan(lists, tmp_path / "some", SourceConfig(shard_size=100, where="n % 3 = 0"), limit=500)
+    some = make_plan(lists, Data(tmp_path / "some"), SourceConfig(shard_size=100, where="n % 3 = 0"), limit=500)
     assert found.total_rows == some.total_rows == len(all_rows(some)) == 500
     assert found.listed_rows == some.listed_rows == 100_000 and found.shard_count == len(some.shards)
     assert all(r["n"] % 3 == 0 for r in all_rows(some))
-    assert make_plan(lists, tmp_path / "all", SourceConfig(), limit=10**9).shards[0].file.endswith("a.parquet")
+    assert make_plan(lists, Data(tmp_path / "all"), SourceConfig(), limit=10**9).shards[0].file.endswith("a.parquet")
 
 
 def test_the_same_list_gives_the_same_plan(tmp_path: Path) -> None:
     path = write(tmp_path / "l.csv", csv_text(","))
     config = SourceConfig(shard_size=10, where="n > 2")
-    a, b = (make_plan(str(path), tmp_path / name, config, limit=15) for name in ("a", "b"))
+    a, b = (make_plan(str(path), Data(tmp_path / name), config, limit=15) for name in ("a", "b"))
     for file in ("plan/00000.parquet", "plan/shards.parquet", "plan/plan.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     assert a.digest == b.digest and a.shard_digest(1) == b.shard_digest(1) == b.read(1).digest
     assert a.shard_digest(0) != a.shard_digest(1)
-    other = make_plan(str(path), tmp_path / "c", SourceConfig(shard_size=10, where="n > 3"), limit=15)
+    other = make_plan(str(path), Data(tmp_path / "c"), SourceConfig(shard_size=10, where="n > 3"), limit=15)
     assert other.shard_digest(0) != a.shard_digest(0) and other.digest != a.digest
     assert pickle.loads(pickle.dumps(a)).read(1).table.equals(a.read(1).table)
 
 
 def test_real_list(shared: Path, tmp_path: Path) -> None:
     path = shared / "urls" / "urls_10000.parquet"
-    plan = make_plan(str(path), tmp_path / "data", SourceConfig(shard_size=1200))
+    plan = make_plan(str(path), Data(tmp_path / "data"), SourceConfig(shard_size=1200))
     assert [s.rows for s in plan.shards] == [1200] * 8 + [400] and len(plan.extra_columns) == 0
     table = pq.read_table(path)
     assert [r["url"] for r in all_rows(plan)] == table.column("URL").to_pylist()
@@ -387,10 +388,10 @@ def test_real_list(shared: Path, tmp_path: Path) -> None:
 def test_a_plan_is_made_once(tmp_path: Path) -> None:
     path = as_parquet(tmp_path / "l.parquet")
     root, config = tmp_path / "data", SourceConfig(shard_size=10, columns=("n",))
-    assert load_plan(root) is None
-    plan = make_plan(str(path), root, config)
+    assert load_plan(Data(root)) is None
+    plan = make_plan(str(path), Data(root), config)
     before = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
-    assert make_plan(str(path), root, config).digest == plan.digest
+    assert make_plan(str(path), Data(root), config).digest == plan.digest
     assert before == {p: p.stat().st_mtime_ns for p in root.rglob("*")}
     for changed, what in (
         (SourceConfig(shard_size=11, columns=("n",)), "source.shard_size was 10 and is 11 now"),
@@ -398,18 +399,20 @@ def test_a_plan_is_made_once(tmp_path: Path) -> None:
         (SourceConfig(shard_size=10, columns=("n",), where="n > 1"), "source.where was None and is 'n > 1' now"),
     ):
         with pytest.raises(UserError, match=what):
-            make_plan(str(path), root, changed)
+            make_plan(str(path), Data(root), changed)
     with pytest.raises(UserError, match=f"holds {len(ROWS)} rows of the list, and --limit 3 is fewer"):
-        make_plan(str(path), root, config, limit=3)
-    assert make_plan(str(path), root, config, limit=len(ROWS)).digest == plan.digest  # all of them, said otherwise
+        make_plan(str(path), Data(root), config, limit=3)
+    assert (
+        make_plan(str(path), Data(root), config, limit=len(ROWS)).digest == plan.digest
+    )  # all of them, said otherwise
     assert before == {p: p.stat().st_mtime_ns for p in root.rglob("*")}
     other = as_parquet(tmp_path / "other" / "l.parquet", group=3)
     with pytest.raises(UserError, match=r"other/l\.parquet is not the list that was planned.*bytes"):
-        make_plan(str(other), root, config)
+        make_plan(str(other), Data(root), config)
     for name in ("a", "b"):
         write(tmp_path / "two" / f"{name}.txt", "u")
     with pytest.raises(UserError, match=r"\(1 inputs of kind list\) and is .*two now \(2 of kind list\)"):
-        make_plan(str(tmp_path / "two"), root, config)
+        make_plan(str(tmp_path / "two"), Data(root), config)
 
 
 @pytest.mark.parametrize(
@@ -418,28 +421,28 @@ def test_a_plan_is_made_once(tmp_path: Path) -> None:
 )
 def test_a_short_list_has_eight_shards(tmp_path: Path, rows: int, size: int, shards: list[int]) -> None:
     path = parquet(tmp_path / "l.parquet", {"url": [f"http://x.test/{i}" for i in range(rows)]})
-    plan = make_plan(str(path), tmp_path / "data", SourceConfig(shard_size=size))
+    plan = make_plan(str(path), Data(tmp_path / "data"), SourceConfig(shard_size=size))
     assert [s.rows for s in plan.shards] == shards
     assert inspect(str(path), SourceConfig(shard_size=size)).shard_count == len(shards)
 
 
 def test_long_lists_have_shards_of_the_size_that_is_asked_for(tmp_path: Path) -> None:
     path = write(tmp_path / "l.txt", "\n".join(f"http://x.test/{i}" for i in range(80_001)))
-    assert [s.rows for s in make_plan(str(path), tmp_path / "data", SourceConfig()).shards] == [10_000] * 8 + [1]
+    assert [s.rows for s in make_plan(str(path), Data(tmp_path / "data"), SourceConfig()).shards] == [10_000] * 8 + [1]
 
 
 def grown(lists: str, root: Path, config: SourceConfig, *limits: int | None) -> Plan:
     """A plan that was made with the first limit, and grown to the others; checked at each step."""
-    plan = make_plan(lists, root, config, limits[0])
+    plan = make_plan(lists, Data(root), config, limits[0])
     for limit in limits[1:]:
         before = [(s, plan.shard_digest(s.shard), plan.read(s.shard).table) for s in plan.shards]
-        preview = inspect(lists, config, limit, root)
-        plan = make_plan(lists, root, config, limit)
+        preview = inspect(lists, config, limit, Data(root))
+        plan = make_plan(lists, Data(root), config, limit)
         assert (preview.total_rows, preview.shard_count) == (plan.total_rows, len(plan.shards))
         for shard, digest, table in before:  # what is fetched stays what it was
             assert plan.shards[shard.shard] == shard and plan.shard_digest(shard.shard) == digest
             assert plan.read(shard.shard).table.equals(table)
-        again = load_plan(root)
+        again = load_plan(Data(root))
         assert again is not None and again.digest == plan.digest and again.shards == plan.shards
         again.check()
         assert sum(s.rows for s in plan.shards) == plan.total_rows == len(all_rows(plan))
@@ -453,19 +456,19 @@ def test_a_trial_grows_to_the_whole_list(tmp_path: Path, where: str | None) -> N
         parquet(tmp_path / "lists" / f"{name}.parquet", {"url": [f"{name}{i}" for i in range(n)], "n": list(range(n))})
     lists, config = str(tmp_path / "lists"), SourceConfig(shard_size=40, where=where)
     plan = grown(lists, tmp_path / "data", config, 50, 120, 121, None)
-    whole = make_plan(lists, tmp_path / "whole", config)
+    whole = make_plan(lists, Data(tmp_path / "whole"), config)
     assert sorted(r["url"] for r in all_rows(plan)) == sorted(r["url"] for r in all_rows(whole))  # each row once
     assert plan.total_rows == plan.listed_rows == whole.total_rows and plan.digest != whole.digest
     with pytest.raises(UserError, match=f"holds {plan.total_rows:,} rows of the list, and --limit 120 is fewer"):
-        make_plan(lists, tmp_path / "data", config, 120)
+        make_plan(lists, Data(tmp_path / "data"), config, 120)
     with pytest.raises(UserError, match=r"source\.shard_size was 40 and is 41 now"):
-        inspect(lists, replace(config, shard_size=41), None, tmp_path / "data")
+        inspect(lists, replace(config, shard_size=41), None, Data(tmp_path / "data"))
 
 
 def test_a_plan_that_cannot_grow_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = parquet(tmp_path / "l.parquet", {"url": [f"http://x.test/{i}" for i in range(300)]})
     root, config = tmp_path / "data", SourceConfig()
-    plan = make_plan(str(path), root, config, 100)
+    plan = make_plan(str(path), Data(root), config, 100)
 
     def stop(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
@@ -474,38 +477,38 @@ def test_a_plan_that_cannot_grow_stays_as_it_is(tmp_path: Path, monkeypatch: pyt
         with monkeypatch.context() as patch:
             patch.setattr(planner, name, stop)
             with pytest.raises(KeyboardInterrupt):
-                make_plan(str(path), root, config)
-        again = load_plan(root)
+                make_plan(str(path), Data(root), config)
+        again = load_plan(Data(root))
         assert again is not None and again.shards == plan.shards and len(all_rows(again)) == 100
-    assert len(all_rows(make_plan(str(path), root, config))) == 300
+    assert len(all_rows(make_plan(str(path), Data(root), config))) == 300
     other = parquet(tmp_path / "m.parquet", {"url": [f"http://y.test/{i}" for i in range(300)]})
     with pytest.raises(UserError, match="not the list that was planned"):
-        make_plan(str(other), root, config)
+        make_plan(str(other), Data(root), config)
 
 
 def test_a_touched_or_moved_list_is_the_same_list(tmp_path: Path) -> None:
     path = as_parquet(tmp_path / "l.parquet")
     root, config = tmp_path / "data", SourceConfig(shard_size=10)
-    plan = make_plan(str(path), root, config)
+    plan = make_plan(str(path), Data(root), config)
     path.touch()
     with pytest.raises(UserError, match="has changed since the plan was made"):
         plan.read(0)
-    again = make_plan(str(path), root, config)
+    again = make_plan(str(path), Data(root), config)
     assert again.digest == plan.digest and all_rows(again) == ROWS
     moved = path.rename(tmp_path / "m.parquet")
-    again = make_plan(str(moved), root, config)
+    again = make_plan(str(moved), Data(root), config)
     assert again.digest == plan.digest and {s.file for s in again.shards} == {str(moved)} and all_rows(again) == ROWS
     data = bytearray(moved.read_bytes())
     data[10] ^= 1
     moved.write_bytes(data)
     with pytest.raises(UserError, match="the size is the same, the content is not"):
-        make_plan(str(moved), root, config)
+        make_plan(str(moved), Data(root), config)
 
 
 def test_a_damaged_plan_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "l.txt", TEXTS["txt"]())
     root = tmp_path / "data"
-    plan = make_plan(str(path), root, SourceConfig())
+    plan = make_plan(str(path), Data(root), SourceConfig())
     plan.check()
     cut = root / "plan" / "00000.parquet"
     data = bytearray(cut.read_bytes())
@@ -515,9 +518,9 @@ def test_a_damaged_plan_is_refused(tmp_path: Path) -> None:
         plan.check()
     (root / "plan" / "shards.parquet").unlink()
     with pytest.raises(UserError, match=r"shards\.parquet: is damaged"):
-        load_plan(root)
+        load_plan(Data(root))
     (root / "plan" / "plan.json").unlink()  # as a killed run leaves it: made anew
-    assert load_plan(root) is None and make_plan(str(path), root, SourceConfig()).digest == plan.digest
+    assert load_plan(Data(root)) is None and make_plan(str(path), Data(root), SourceConfig()).digest == plan.digest
 
 
 # -------------------------------------------------------------------------------------------------------------- folders
@@ -547,7 +550,7 @@ def test_tar_shards(tmp_path: Path) -> None:
         },
     )
     write_tar(folder / "00001.tar", {"d": {"webp": images[2], "json": b'{"punsafe": "high"}'}, "e": {"jpg": images[3]}})
-    plan = make_plan(str(folder), tmp_path / "data", SourceConfig(shard_size=2))
+    plan = make_plan(str(folder), Data(tmp_path / "data"), SourceConfig(shard_size=2))
     assert [(s.file, s.offset, s.rows) for s in plan.shards] == [
         ("plan/00000.parquet", 0, 2),
         ("plan/00000.parquet", 2, 1),
@@ -564,7 +567,7 @@ def test_tar_shards(tmp_path: Path) -> None:
     rows = [row for s in plan.shards for row in plan.read(s.shard).rows()]
     assert [r.place.read() if r.place else None for r in rows] == [images[0], images[1], None, *images[2:]]
     assert rows[2].failure is not None and rows[2].failure.reason is Reason.NOT_AN_IMAGE
-    few = make_plan(str(folder / "00000.tar"), tmp_path / "few", SourceConfig(where="punsafe < 1"))
+    few = make_plan(str(folder / "00000.tar"), Data(tmp_path / "few"), SourceConfig(where="punsafe < 1"))
     assert [r["url"] for r in all_rows(few)] == ["00000.tar/a"]
     assert few.read(0).rows()[0].place is not None and few.read(0).local
     with open(folder / "00001.tar", "ab") as f:
@@ -589,7 +592,7 @@ def test_img2dataset_failures_become_rows(tmp_path: Path) -> None:
     }
     parquet(folder / "00000.parquet", columns)
     (folder / "00000_stats.json").write_text("{}")
-    plan = make_plan(str(folder), tmp_path / "data", SourceConfig())
+    plan = make_plan(str(folder), Data(tmp_path / "data"), SourceConfig())
     assert [tuple(r.values()) for r in all_rows(plan)] == list(
         zip(columns["url"], columns["caption"], columns["hash"], strict=True)
     )
@@ -637,13 +640,13 @@ def test_image_folder(tmp_path: Path) -> None:
     write(folder / "B" / "a.txt", "  a photo\n")
     write(folder / "readme.txt", "nothing to see")
     write(folder / ".thumbnails" / "b.png", picture("PNG"))
-    plan = make_plan(str(folder), tmp_path / "data", SourceConfig())
+    plan = make_plan(str(folder), Data(tmp_path / "data"), SourceConfig())
     assert all_rows(plan) == [
         {"url": "B/a.JPG", "caption": "a photo"},
         {"url": "b.png", "caption": None},  # not UTF-8: not guessed
     ]
     assert [r.place.read() for r in plan.read(0).rows() if r.place] == [picture(), picture("PNG")]
-    assert make_plan(str(folder), tmp_path / "data", SourceConfig()).digest == plan.digest
+    assert make_plan(str(folder), Data(tmp_path / "data"), SourceConfig()).digest == plan.digest
     (folder / "b.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"b\.png: is shorter than when the plan was made"):
         plan.read(0).rows()[1].place.read()  # type: ignore[union-attr]
@@ -667,13 +670,13 @@ def test_imagefolder(tmp_path: Path, kind: str) -> None:
         write(table, "\n".join(json.dumps(r) for r in rows))
     else:
         write(table, "file_name,text,rating\nsub/b.jpg,bee,3\na.png,,4\n")
-    plan = make_plan(str(folder), tmp_path / "data", SourceConfig())
+    plan = make_plan(str(folder), Data(tmp_path / "data"), SourceConfig())
     assert all_rows(plan) == [
         {"url": "train/sub/b.jpg", "caption": "bee", "rating": 3},
         {"url": "train/a.png", "caption": None, "rating": 4},
     ]
     assert [r.place.read() for r in plan.read(0).rows() if r.place] == [picture(), picture("PNG")]
-    few = make_plan(str(folder), tmp_path / "few", SourceConfig(where="rating > 3"), limit=5)
+    few = make_plan(str(folder), Data(tmp_path / "few"), SourceConfig(where="rating > 3"), limit=5)
     assert (few.facts["kind"], few.total_rows, few.facts["inputs"][0]["caption"]) == ("imagefolder", 1, "text")
 
 
@@ -804,10 +807,12 @@ def test_bad_settings(tmp_path: Path) -> None:
 _PLANNER = """
 import re, sys, time
 from pathlib import Path
+from curate.layout import Data
 from curate.sources.plan import SourceConfig
 from curate.sources.planner import make_plan
 began = time.time()
-plan = make_plan(sys.argv[1], Path(sys.argv[2]), SourceConfig(where=sys.argv[3] or None), int(sys.argv[4]) or None)
+config = SourceConfig(where=sys.argv[3] or None)
+plan = make_plan(sys.argv[1], Data(Path(sys.argv[2])), config, int(sys.argv[4]) or None)
 made = time.time() - began
 assert plan.read(len(plan.shards) - 1).table.num_rows == plan.shards[-1].rows
 # not getrusage: its peak counts the parent, whose memory a child starts with

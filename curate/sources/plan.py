@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,6 +26,9 @@ from curate.sources.parquet import rows_between
 from curate.sources.problems import Problems
 from curate.store.files import digest, read_json, sha256_file
 from curate.store.records import record_digest
+
+if TYPE_CHECKING:
+    from curate.layout import Data
 
 VERSION = 1
 
@@ -132,7 +135,7 @@ class SourceShard:
 class Plan:
     """The shards of a data folder, and their rows."""
 
-    root: Path
+    data: Data = field(repr=False)
     shards: list[ShardPlan] = field(repr=False)
     extra_columns: pa.Schema
     total_rows: int  # rows of all shards
@@ -140,10 +143,10 @@ class Plan:
     facts: Mapping[str, Any] = field(repr=False)  # what plan.json holds
 
     @staticmethod
-    def of(root: Path, facts: Mapping[str, Any], shards: list[ShardPlan]) -> Plan:
+    def of(data: Data, facts: Mapping[str, Any], shards: list[ShardPlan]) -> Plan:
         """From what its two files hold."""
         extra_columns = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(facts["carried_schema"])))
-        return Plan(root, shards, extra_columns, facts["total_rows"], facts["listed_rows"], facts)
+        return Plan(data, shards, extra_columns, facts["total_rows"], facts["listed_rows"], facts)
 
     @property
     def list(self) -> str:
@@ -205,7 +208,7 @@ class Plan:
         own = [(stored_own(name), kind) for name, kind in beside]
         schema = pa.schema([*self.schema, *own])
         problems = Problems()  # what was cut has been checked, so these are of a list that is used where it lies
-        path = self.root / s.file
+        path = self.data.root / s.file
         if was_cut:
             batches = [
                 pa.RecordBatch.from_arrays([column_as(batch, f.name, f.type) for f in schema], schema=schema)
@@ -243,9 +246,9 @@ class Plan:
     def check(self) -> None:
         """Read what the plan wrote again. Raises UserError where it is not what was written."""
         for name, sha256 in self.facts["cut"].items():
-            path = self.root / name
+            path = self.data.root / name
             if not path.exists() or sha256_file(path) != sha256:
-                raise UserError(f"{path}: is damaged. Remove {self.root / 'plan'}; {_AGAIN}")
+                raise UserError(f"{path}: is damaged. Remove {self.data.plan_folder}; {_AGAIN}")
 
 
 def shards_file(facts: Mapping[str, Any]) -> str:
@@ -253,25 +256,26 @@ def shards_file(facts: Mapping[str, Any]) -> str:
     return facts.get("shards", "plan/shards.parquet")
 
 
-def load_plan(root: Path) -> Plan | None:
-    """The plan that `root` holds, or None. Raises UserError where it is damaged or of another version."""
-    facts = read_json(root / "plan" / "plan.json")
+def load_plan(data: Data) -> Plan | None:
+    """The plan that a data folder holds, or None. Raises UserError where it is damaged or of another version."""
+    facts = read_json(data.plan_record)
     if facts is None:
         return None
+    remove = f"Remove {data.plan_folder}; {_AGAIN}"
     if facts.get("version") != VERSION:
-        raise UserError(f"{root / 'plan'}: made by another version ({facts.get('version')}). {ANEW}")
+        raise UserError(f"{data.plan_folder}: made by another version ({facts.get('version')}). {ANEW}")
     if facts.get("self") != record_digest(facts):
-        raise UserError(f"{root / 'plan' / 'plan.json'}: is damaged. Remove {root / 'plan'}; {_AGAIN}")
-    file = root / shards_file(facts)
+        raise UserError(f"{data.plan_record}: is damaged. {remove}")
+    file = data.root / shards_file(facts)
     try:
-        data = file.read_bytes()
+        content = file.read_bytes()
     except FileNotFoundError:
-        if read_json(root / "plan" / "plan.json") != facts:  # it has grown between the two readings
-            return load_plan(root)
-        data = b""
-    if hashlib.sha256(data).hexdigest() != facts["shards_sha256"]:
-        raise UserError(f"{file}: is damaged. Remove {root / 'plan'}; {_AGAIN}")
+        if read_json(data.plan_record) != facts:  # it has grown between the two readings
+            return load_plan(data)
+        content = b""
+    if hashlib.sha256(content).hexdigest() != facts["shards_sha256"]:
+        raise UserError(f"{file}: is damaged. {remove}")
     # small, so without pyarrow's threads (which may abort a short process as it ends), or pandas, as read_table has it
-    table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+    table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
     shards = [ShardPlan(*row) for row in zip(*(table.column(n).to_pylist() for n in SHARDS.names), strict=True)]
-    return Plan.of(root, facts, shards)
+    return Plan.of(data, facts, shards)

@@ -16,14 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError
-from aesthetic.files import atomic
+from aesthetic.files import atomic, write_atomic
+from curate.layout import Data
 from curate.ledger.schema import URL_COLUMNS, stored_schema
 from curate.sources.columns import stored_batch, stored_own
 from curate.sources.find import Found, find, is_remote, stat
 from curate.sources.lists import ParquetInput
 from curate.sources.plan import ANEW, MOST_HELD, SHARDS, VERSION, Plan, ShardPlan, SourceConfig, load_plan, shards_file
 from curate.sources.scan import ListScan, scan_list
-from curate.store.files import clear, digest, sha256_file, write_json
+from curate.store.files import digest, sha256_file, write_json
 from curate.store.records import record_digest
 
 _LARGEST_GROUP = 2_000_000
@@ -49,15 +50,15 @@ class PlanPreview:
     warnings: Sequence[str]  # what a run says before it begins
 
 
-def inspect(list_path: str, config: SourceConfig, limit: int | None = None, root: Path | None = None) -> PlanPreview:
-    """What `make_plan` would make, in `root` where one is given. Writes nothing; a remote list is copied elsewhere.
+def inspect(list_path: str, config: SourceConfig, limit: int | None = None, data: Data | None = None) -> PlanPreview:
+    """What `make_plan` would make, in `data` where it is given. Writes nothing; a remote list is copied elsewhere.
 
     Raises UserError as make_plan does.
     """
-    plan = load_plan(root) if root is not None else None
+    plan = load_plan(data) if data is not None else None
     if plan is not None:
         remote = plan.facts["remote"] or is_remote(list_path)
-        _require_same(plan, list_path, None if remote else find(list_path, plan.root), config)
+        _require_same(plan, list_path, None if remote else find(list_path, plan.data.root), config)
         if not _grows(plan, limit):
             rows = plan.listed_rows, plan.total_rows
             return PlanPreview(*rows, len(plan.shards), plan.columns, plan.extra_columns, plan.warnings)
@@ -72,40 +73,35 @@ def inspect(list_path: str, config: SourceConfig, limit: int | None = None, root
     return PlanPreview(scan.listed_rows, sum(scan.kept), shard_count, columns, scan.extra_columns, scan.warnings)
 
 
-def make_plan(list_path: str, root: Path, config: SourceConfig, limit: int | None = None) -> Plan:
-    """The plan of a list, made in `root/plan` where there is none yet.
+def make_plan(list_path: str, data: Data, config: SourceConfig, limit: int | None = None) -> Plan:
+    """The plan of a list, made in the data folder where there is none yet.
 
     `limit` takes that many rows, spread over the whole list and always the same ones, in the list's order. A plan that
     is there grows where `limit` now asks for more rows: its shards stay, and shards of the other rows follow them.
-    Raises UserError, and leaves nothing behind, where the list or the configuration is at fault; and where `root` holds
+    Raises UserError, and leaves nothing behind, where the list or the configuration is at fault; and where it holds
     the plan of another list, other settings or more rows. A remote list is copied once, and looked at again only to
     grow.
     """
-    plan = load_plan(root)
+    plan = load_plan(data)
     if plan is not None:
         local = not (plan.facts["remote"] or is_remote(list_path))
-        found = find(list_path, root / "plan") if local else None
+        found = find(list_path, data.plan_folder) if local else None
         moved = _require_same(plan, list_path, found, config)
         plan = _with_moved_inputs(plan, found, moved) if found is not None and moved else plan
         return _grow(plan, list_path, config, limit) if _grows(plan, limit) else plan
-    clear_plan(root)  # of a run that was killed before its plan was whole
+    data.clear_plan()  # of a run that was killed before its plan was whole
     try:
-        found = find(list_path, root / "plan")
-        return _cut_list(root, found, scan_list(found, config, limit), config, limit)
+        found = find(list_path, data.plan_folder)
+        return _cut_list(data, found, scan_list(found, config, limit), config, limit)
     except BaseException:
-        clear_plan(root)
+        data.clear_plan()
         raise
-
-
-def clear_plan(root: Path) -> None:
-    """Remove the plan that `root` holds, whole or not; what somebody else has put beside it stays."""
-    clear(root / "plan", r"plan\.json|shards(-[0-9a-f]{8})?\.parquet|\d{5,}(-\d{5,})?\.parquet|list-\d{5,}-.*")
 
 
 # ----------------------------------------------------------------------------------------------------------- a new plan
 
 
-def _cut_list(root: Path, found: Found, scan: ListScan, config: SourceConfig, limit: int | None) -> Plan:
+def _cut_list(data: Data, found: Found, scan: ListScan, config: SourceConfig, limit: int | None) -> Plan:
     """Write a plan: parquet files are used where they lie, what of the list cannot be is cut into files of ours."""
     size = _rows_per_shard(config, sum(scan.kept))
     shards: list[ShardPlan] = []
@@ -118,7 +114,7 @@ def _cut_list(root: Path, found: Found, scan: ListScan, config: SourceConfig, li
         content = source.digest()
         identity: list[Any] = [content, source.url, source.caption, *([source.constants] if source.constants else [])]
         if isinstance(source, ParquetInput) and source.largest_group <= _LARGEST_GROUP and not scan.is_filtered:
-            file = str(source.path.relative_to(root) if found.remote else source.path)
+            file = str(source.path.relative_to(data.root) if found.remote else source.path)
         else:
             file = f"plan/{index:05d}.parquet"
             if scan.predicate is not None:
@@ -126,8 +122,8 @@ def _cut_list(root: Path, found: Found, scan: ListScan, config: SourceConfig, li
             if scan.limit_hash is not None:
                 identity += [index, scan.limit_hash]
             if kept:
-                _write_rows(root / file, index, scan, size)
-                cut[file] = sha256_file(root / file)
+                _write_rows(data.root / file, index, scan, size)
+                cut[file] = sha256_file(data.root / file)
             if found.remote:
                 source.path.unlink()
         if not found.remote and stat(found.kind, source.path) != before:
@@ -157,7 +153,7 @@ def _cut_list(root: Path, found: Found, scan: ListScan, config: SourceConfig, li
         "warnings": scan.warnings,
         "source": _settings(config, limit),
     }
-    return _write_plan(root, facts, shards)
+    return _write_plan(data, facts, shards)
 
 
 def _rows_per_shard(config: SourceConfig, rows: int) -> int:
@@ -198,21 +194,20 @@ def _write_rows(path: Path, index: int, scan: ListScan, shard_size: int) -> None
             writer.write_table(pa.Table.from_batches(held), row_group_size=group)
 
 
-def _write_plan(root: Path, facts: dict[str, Any], shards: list[ShardPlan], replaces: str | None = None) -> Plan:
+def _write_plan(data: Data, facts: dict[str, Any], shards: list[ShardPlan], replaces: str | None = None) -> Plan:
     """Write the plan's two files; from the second one on it is there, in place of one with that table of shards."""
     columns = zip(*((s.shard, s.file, s.offset, s.rows) for s in shards), strict=True)
-    data = io.BytesIO()
-    pq.write_table(pa.table([list(c) for c in columns], schema=SHARDS), data)
-    facts["shards_sha256"] = hashlib.sha256(data.getvalue()).hexdigest()
+    table = io.BytesIO()
+    pq.write_table(pa.table([list(c) for c in columns], schema=SHARDS), table)
+    facts["shards_sha256"] = hashlib.sha256(table.getvalue()).hexdigest()
     if replaces is not None:  # a kill between the two files leaves the old plan whole
         facts["shards"] = f"plan/shards-{facts['shards_sha256'][:8]}.parquet"
-    with atomic(root / shards_file(facts)) as f:
-        f.write(data.getbuffer())
+    write_atomic(data.root / shards_file(facts), table.getvalue())
     facts = {k: v for k, v in facts.items() if k != "self"}
-    write_json(root / "plan" / "plan.json", {**facts, "self": record_digest(facts)})
+    write_json(data.plan_record, {**facts, "self": record_digest(facts)})
     if replaces is not None and replaces != facts["shards"]:
-        (root / replaces).unlink(missing_ok=True)
-    return Plan.of(root, facts, shards)
+        (data.root / replaces).unlink(missing_ok=True)
+    return Plan.of(data, facts, shards)
 
 
 # ------------------------------------------------------------------------------------------------- a plan that is there
@@ -249,7 +244,7 @@ def _require_same(plan: Plan, list_path: str, found: Found | None, config: Sourc
             else:
                 moved[index] = now
     if differences:
-        raise UserError(f"{plan.root} was made from something else: {'; '.join(differences)}. {ANEW}")
+        raise UserError(f"{plan.data.root} was made from something else: {'; '.join(differences)}. {ANEW}")
     return moved
 
 
@@ -268,7 +263,7 @@ def _with_moved_inputs(plan: Plan, found: Found, moved: Mapping[int, dict[str, A
         facts[table] = {paths.get(name, name): value for name, value in facts[table].items()}
     facts |= {"list": found.name, "base": str(found.base) if found.base else None}
     shards = [replace(s, file=paths.get(s.file, s.file)) for s in plan.shards]
-    return _write_plan(plan.root, facts, shards, replaces=shards_file(plan.facts))
+    return _write_plan(plan.data, facts, shards, replaces=shards_file(plan.facts))
 
 
 def _grows(plan: Plan, limit: int | None) -> bool:
@@ -276,8 +271,8 @@ def _grows(plan: Plan, limit: int | None) -> bool:
     wanted = plan.listed_rows if limit is None else min(limit, plan.listed_rows)
     if wanted < plan.total_rows:
         raise UserError(
-            f"{plan.root} holds {plan.total_rows:,} rows of the list, and --limit {limit} is fewer. Leave --limit out "
-            f"for the whole list, give {plan.total_rows} or more, or another --out."
+            f"{plan.data.root} holds {plan.total_rows:,} rows of the list, and --limit {limit} is fewer. "
+            f"Leave --limit out for the whole list, give {plan.total_rows} or more, or another --out."
         )
     return wanted > plan.total_rows
 
@@ -295,7 +290,7 @@ def _grow(plan: Plan, list_path: str, config: SourceConfig, limit: int | None) -
     """The plan with the rows that a larger limit adds, cut into files and shards of their own."""
     facts = json.loads(json.dumps(dict(plan.facts)))
     shards, written = list(plan.shards), list[Path]()
-    with tempfile.TemporaryDirectory(dir=plan.root / "plan", prefix=".", suffix=".tmp") as scratch:
+    with tempfile.TemporaryDirectory(dir=plan.data.plan_folder, prefix=".", suffix=".tmp") as scratch:
         found = find(list_path, Path(scratch))
         scan = _without_planned(plan, found, config, scan_list(found, config, limit))
         size = _rows_per_shard(config, sum(scan.kept))
@@ -306,7 +301,7 @@ def _grow(plan: Plan, list_path: str, config: SourceConfig, limit: int | None) -
                 if not kept:
                     continue
                 file = f"plan/{index:05d}-{len(plan.shards):05d}.parquet"
-                written.append(plan.root / file)
+                written.append(plan.data.root / file)
                 _write_rows(written[-1], index, scan, size)
                 facts["cut"][file] = sha256_file(written[-1])
                 identity = [facts["inputs"][index]["sha256"], source.url, source.caption, config.where, index]
@@ -319,4 +314,4 @@ def _grow(plan: Plan, list_path: str, config: SourceConfig, limit: int | None) -
                 path.unlink(missing_ok=True)
             raise
     facts |= {"total_rows": plan.total_rows + sum(scan.kept), "source": _settings(config, limit)}
-    return _write_plan(plan.root, facts, shards, replaces=shards_file(plan.facts))
+    return _write_plan(plan.data, facts, shards, replaces=shards_file(plan.facts))

@@ -26,7 +26,6 @@ from typing import IO, TYPE_CHECKING, Any
 
 from aesthetic.errors import DiskFull, UserError
 from curate.store.files import local_path, read_json, sweep, write_json
-from curate.store.ownership import check_free, taken
 from pipelines.options import REQUIRED, Options, Result, argument, option, positive_int, read_prompts
 from pipelines.runtime.progress import ProgressBar, format_duration, redirect_output
 from train.devices import FreeCores, default_device, set_threads, versions
@@ -88,6 +87,7 @@ def run(options: TrainOptions) -> Result:
     free = FreeCores()
     check_options(options)
     prompts = tuple(read_prompts(options.prompts)) if options.prompts else ()
+    from curate.store.ownership import taken
     from train.data import open_samples, sampling_weights
     from train.run import earlier_run
 
@@ -128,6 +128,8 @@ def run(options: TrainOptions) -> Result:
 
 def check_options(options: TrainOptions) -> None:
     """What the options and the model's own files tell, without torch."""
+    from curate.store.ownership import check_free
+
     start, objective = options.start, options.objective
     if options.preset and start:
         raise UserError("--preset and --from exclude each other: a new model, or one to go on with")

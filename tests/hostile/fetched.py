@@ -25,7 +25,7 @@ def write_list(path: Path, columns: dict[str, Any]) -> Path:
 
 def fetch_list(listed: Path, root: Path, fetch: FetchConfig, shard_size: int = 10_000) -> list[dict[str, Any]]:
     """All rows of a list, in its order, as the ledger has them."""
-    shards = [s.shard for s in make_plan(str(listed), root, SourceConfig(shard_size=shard_size)).shards]
+    shards = [s.shard for s in make_plan(str(listed), Data(root), SourceConfig(shard_size=shard_size)).shards]
     data = Data(root)
 
     async def run() -> None:
