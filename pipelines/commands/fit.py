@@ -251,10 +251,11 @@ def _show_progress(done: int, total: int, seconds: float) -> None:
 
 
 def _fit(options: FitOptions, rated: RatedImages, log: Log) -> FitResult:
-    from aesthetic.chunks import Map, thread_map
+    from aesthetic.chunks import thread_map
     from aesthetic.classify import PREVALENCE, fit_classifier
     from aesthetic.compare import fit_comparisons
     from aesthetic.fit import fit_head
+    from pipelines.runtime.cluster import ray_map
 
     ratings, space = rated.ratings, rated.images.space
     files = [{"file": p.name, "sha256": sha256_file(p)} for p in options.ratings]
@@ -274,17 +275,12 @@ def _fit(options: FitOptions, rated: RatedImages, log: Log) -> FitResult:
         log(f"no zero-shot baseline: {str(e).splitlines()[0]}")
     if ratings.kind == "pairs":
         return fit_comparisons(rated.vectors, space=space, **rated.comparisons(), **common)
-    sums: Map = thread_map
-    if options.address is not None:
-        from pipelines.runtime.cluster import ray_map
-
-        sums = partial(ray_map, options.address)
     return fit_head(
         rated.examples(),
         space,
         scale=options.scale or ratings.scale or _range(rated.table),
         network=options.network,
-        map=sums,
+        map=thread_map if options.address is None else partial(ray_map, options.address),
         **common,
     )
 
