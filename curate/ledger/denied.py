@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from aesthetic.errors import UserError
 from curate.fetch.deny import PLAIN_SQL, Deny
-from curate.ledger.schema import Status, shard_name
+from curate.layout import shard_name
+from curate.ledger.schema import Status
 from curate.ledger.sql import connect
 from curate.ledger.view import tables
 from curate.store.records import read_record

@@ -30,7 +30,7 @@ from pipelines.options import REQUIRED, Options, Result, argument, option, posit
 from pipelines.runtime.progress import ProgressBar, format_duration, redirect_output
 from train.devices import FreeCores, default_device, set_threads, versions
 from train.models.presets import OBJECTIVES, PRESETS
-from train.models.release import LORA_FILE, is_released, release
+from train.models.release import LORA_FILE, is_released
 
 if TYPE_CHECKING:
     from curate.sources.dataset import MapDataset
@@ -349,7 +349,6 @@ def _headline(run: TrainRun, resolved: TrainOptions, by: str, *, preset_given: b
 
 def _train(run: TrainRun, trainer: Trainer, facts: dict[str, Any], terminal: IO[str], *, tensorboard: bool) -> Result:
     """All stages, as far as they are not done yet."""
-    from train import checkpoint
     from train.metrics import format_record, log_to_tensorboard, plot_loss
     from train.tasks import psnr
 
@@ -378,10 +377,7 @@ def _train(run: TrainRun, trainer: Trainer, facts: dict[str, Any], terminal: IO[
 
     facts["result"] = run.result()
     facts |= {"finished": _now(), "seconds": round(time.monotonic() - began)}
-    checkpoints = checkpoint.checkpoints(run.out)
-    release(checkpoints[max(checkpoints)], run.out, facts)
-    write_json(run.out / "train.json", facts)
-    shutil.rmtree(run.out / "start", ignore_errors=True)
+    run.release(facts)
     return _result(run.out, facts)
 
 
@@ -394,8 +390,8 @@ def _stop_on_signal(terminal: IO[str], folder: Path) -> Iterator[Callable[[], bo
     """
     from train import checkpoint
 
-    if checkpoints := checkpoint.checkpoints(folder):
-        terminal.write(f"goes on from step {max(checkpoints):,}, {checkpoints[max(checkpoints)]}\n")
+    if last := checkpoint.last(folder):
+        terminal.write(f"goes on from step {int(last.name):,}, {last}\n")
     received: list[int] = []
 
     def receive(number: int, frame: object) -> None:
