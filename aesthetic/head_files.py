@@ -26,6 +26,7 @@ from aesthetic.untrusted import parse_json, printable, read_bytes, read_json_fil
 
 _MAX_JSON = 4 << 20  # bytes of head.json
 _MAX_WEIGHTS = 64 << 20  # bytes of head.safetensors; the largest head known (768-1024-128-64-16-1) has 3.7 MB
+_MAX_HEADER = 64 << 10  # bytes of the header of head.safetensors; ours are below 2 KB
 _MAX_DEPTH = 30  # of what a card may nest; ours nest four deep
 _PROBES = "space.probes"
 
@@ -172,10 +173,16 @@ def read_safetensors(data: bytes, what: str) -> dict[str, npt.NDArray[np.float32
     """The tensors in the bytes of a safetensors file, which must all be float32; raises HeadError, naming `what`."""
     from safetensors import SafetensorError, deserialize
 
+    length = int.from_bytes(data[:8], "little")
+    if len(data) >= 8 and length > min(_MAX_HEADER, len(data) - 8):
+        raise HeadError(f"{what}: claims a header of {length:,} bytes")
     try:
         tensors = deserialize(data)
+        parse_json(data[8 : 8 + length], f"{what}, header", unique=True)  # of two tensors of a name it takes the last
     except SafetensorError as e:
         raise HeadError(f"{what}: not a safetensors file that can be read: {str(e)[:200]}") from e
+    except UserError as e:
+        raise HeadError(str(e)) from e
     for name, tensor in tensors:
         if tensor["dtype"] != "F32":
             raise HeadError(f"{what}: {printable(name, 100)} is {tensor['dtype']}, not float32")

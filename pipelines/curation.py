@@ -18,6 +18,8 @@ from aesthetic.untrusted import printable
 from curate.annotators.base import Annotator, TableAnnotator
 from curate.annotators.registry import absolute, make_annotators
 from curate.annotators.stage import annotate_table
+from curate.encoders.embed import recovered
+from curate.encoders.registry import fetch_weights
 from curate.fetch.ingest import check_verify
 from curate.layout import Data
 from curate.sources.plan import load_plan
@@ -67,7 +69,7 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
     check_verify(recipe.fetch, found.extra_columns)
     rows, work = found.total_rows, True
     if load_plan(data) is not None and request.restart_from is None:
-        left = left_to_do(data, recipe, annotators, request.stages)
+        left = remaining_work(data, recipe, annotators, request.stages)
         rows = left.rows + found.total_rows - data.plan.total_rows
         work = bool(left.shards or rows)
     if work:
@@ -105,7 +107,7 @@ def run(request: Request, say: Say = print) -> Result:
     refuse_denied(data, recipe, request.restart_from)
     if "embed" in request.stages and not data.plan_record.exists():
         has_encoder(recipe)  # before a long list is read; where a plan is there, all may be embedded
-    with taken(data.root, "data", replaces=["recipe.yaml"]) as folder, _nothing_left_behind(data, folder):
+    with taken(data.root, "data", replaces=["recipe.yaml"]) as folder, _undone_if_refused(data, folder):
         sweep(data.root)
         refuse_changes(data, recipe, request.restart_from)
         anew = request.restart_from == "source"  # the new list is read before the shards of the old one go
@@ -119,7 +121,7 @@ def run(request: Request, say: Say = print) -> Result:
             restart(data, recipe, request.restart_from, request.stages)
         make_plan(request.list, data, recipe.source, request.limit)
         store_recipe(data, recipe)
-        return _go_on(data, recipe, annotators, request.stages, request.address, say)
+        return _run_job(data, recipe, annotators, request.stages, request.address, say)
 
 
 def _with_whole_paths(recipe: Recipe) -> Recipe:
@@ -132,7 +134,7 @@ def _with_whole_paths(recipe: Recipe) -> Recipe:
 
 
 @contextmanager
-def _nothing_left_behind(data: Data, folder: Taken) -> Iterator[None]:
+def _undone_if_refused(data: Data, folder: Taken) -> Iterator[None]:
     """Where input or recipe is refused before a job began, a data folder is as it was, and a new one is not there."""
     planned = data.plan_record.exists()
     try:
@@ -169,7 +171,7 @@ def resume(
         if restart_from is not None:
             restart(data, recipe, restart_from, stages)
         store_recipe(data, recipe)
-        return _go_on(data, recipe, annotators, stages, address, say, retry=retry)
+        return _run_job(data, recipe, annotators, stages, address, say, retry=retry)
 
 
 def restart(data: Data, recipe: Recipe, stage: str, stages: Sequence[str]) -> None:
@@ -183,7 +185,7 @@ def restart(data: Data, recipe: Recipe, stage: str, stages: Sequence[str]) -> No
         data.clear_shards()  # those of another list must not linger beside the new ones
 
 
-def _go_on(
+def _run_job(
     data: Data,
     recipe: Recipe,
     annotators: dict[str, Annotator],
@@ -192,6 +194,7 @@ def _go_on(
     say: Say,
     retry: bool = False,
 ) -> Result:
+    """Everything after the checks: the stages on Ray, then the selection and its shards."""
     plan = data.plan
     say(" · ".join([headline(recipe), *columns_taken(plan.columns)]))
     for warning in plan.warnings:
@@ -201,7 +204,7 @@ def _go_on(
     facts = {"columns": plan.columns, "warnings": plan.warnings}
     result = Result(facts={"rows": plan.total_rows, "shards": len(plan.shards), **facts})
     before = _images(data) if retry else 0
-    screen = _run_stages(data, recipe, annotators, stages, address, say, retry)
+    screen = _run_on_ray(data, recipe, annotators, stages, address, say, retry)
     if "embed" in stages:
         for name, annotator in annotators.items():
             if isinstance(annotator, TableAnnotator):
@@ -209,8 +212,8 @@ def _go_on(
     if retry and screen is not None:
         result.facts["recovered"] = _images(data) - before
         say(f"retry  {result.facts['recovered']:,} more images")
-    _name_notes(data, result, say)
-    _name_repeats(data, result, say)
+    _report_notes(data, result, say)
+    _report_repeats(data, result, say)
     if "select" not in stages:
         result.paths["fetched"] = str(data.root / "fetched")
         result.next = command("embed", data.root)
@@ -223,7 +226,7 @@ def _go_on(
     return result
 
 
-def _name_notes(data: Data, result: Result, say: Say) -> None:
+def _report_notes(data: Data, result: Result, say: Say) -> None:
     """Say which values of the list could not be taken as they are; a list that is used where it lies is read late."""
     records = {s.shard: read_json(data.fetched_record(s.shard)) or {} for s in data.plan.shards}
     notes = [f"shard {shard}: {note}" for shard, record in records.items() for note in record.get("notes", [])]
@@ -235,7 +238,7 @@ def _name_notes(data: Data, result: Result, say: Say) -> None:
             say(f"    and in {len(notes) - 3:,} more shards")
 
 
-def _name_repeats(data: Data, result: Result, say: Say) -> None:
+def _report_repeats(data: Data, result: Result, say: Say) -> None:
     """Say which bytes came from many URLs: most are placeholders."""
     from curate.duplicates.repeats import repeats
 
@@ -248,7 +251,7 @@ def _name_repeats(data: Data, result: Result, say: Say) -> None:
         say("    the rule first_of(sha256) keeps one of each; their sha256 in a list of fetch.deny keeps none")
 
 
-def _run_stages(
+def _run_on_ray(
     data: Data,
     recipe: Recipe,
     annotators: dict[str, Annotator],
@@ -259,26 +262,18 @@ def _run_stages(
 ) -> ProgressDisplay | None:
     """Fetch, embed and annotate what is missing, with Ray; returns what was seen of it (None where all was done)."""
     fetch, embed = "fetch" in stages, "embed" in stages
-    left = left_to_do(data, recipe, annotators, stages, retry)
+    left = remaining_work(data, recipe, annotators, stages, retry)
     if not left.shards:
         return None
     if address is not None:
         check_reachable(address)
     check_space(data.root, estimate_bytes(recipe, left.rows))
-    if embed:
-        _fetch_encoder(recipe, say)
+    if embed and not has_encoder(recipe):  # before workers ask for the weights all at once
+        say(f"fetching the weights of {recipe.embed.encoder} ...")
+        fetch_weights(recipe.embed.encoder, recipe.embed.weights)
     if len(left.shards) < len(data.plan.shards):
         say(f"{len(data.plan.shards) - len(left.shards):,} of {len(data.plan.shards):,} shards are done already")
     return run_job(CurateJob(data, recipe, fetch=fetch, embed=embed, retry=retry), left, address=address)
-
-
-def _fetch_encoder(recipe: Recipe, say: Say) -> None:
-    """Have the encoder's weights here, before workers ask for them all at once."""
-    from curate.encoders.registry import fetch_weights
-
-    if not has_encoder(recipe):
-        say(f"fetching the weights of {recipe.embed.encoder} ...")
-        fetch_weights(recipe.embed.encoder, recipe.embed.weights)
 
 
 def _images(data: Data) -> int:
@@ -286,7 +281,7 @@ def _images(data: Data) -> int:
     return sum((read_json(data.fetched_record(s.shard)) or {}).get("successes", 0) for s in data.plan.shards)
 
 
-def left_to_do(
+def remaining_work(
     data: Data, recipe: Recipe, annotators: Mapping[str, Annotator], stages: Sequence[str], retry: bool = False
 ) -> RemainingWork:
     """The shards that are not fetched, embedded and annotated, as far as these stages do that."""
@@ -302,16 +297,10 @@ def left_to_do(
         if (waiting and fetch) or unembedded:
             shards.append(s.shard)
             rows += waiting
-            images += _images_left(data, s.shard, embed_hash) if unembedded else 0
+            if unembedded:  # after a retry, the images that it recovered
+                added = recovered(data, s.shard, data.embedded_record(s.shard), embed_hash)
+                images += read_json(data.fetched_record(s.shard))["successes"] if added is None else len(added)
     return RemainingWork(shards, rows, images)
-
-
-def _images_left(data: Data, shard: int, config: str) -> int:
-    """How many images of a fetched shard are to be embedded: after a retry, those that it recovered."""
-    from curate.encoders.embed import recovered
-
-    some = recovered(data, shard, data.embedded_record(shard), config)
-    return read_json(data.fetched_record(shard))["successes"] if some is None else len(some)
 
 
 def _select(data: Data, recipe: Recipe, say: Say) -> Selection:
@@ -338,20 +327,21 @@ def show_selection(selection: Selection, say: Say) -> None:
         say(f"warning: {warning}")
 
 
-def _stricter(data: Data, selection: Selection) -> str:
+def _next_command(data: Data, selection: Selection) -> str:
     """A command that selects less than a run did, or trains on it where nothing shows how."""
     from curate.ledger.rules import read_rules
     from curate.ledger.sql import plain_name
 
     conditions = {r.name: r.condition for r in selection.rules}
-    for rule, said in reversed(read_rules(conditions, selection.quantiles).items()):
-        if said and said.top and not data.selection_record("stricter").exists() and re.fullmatch(r"\w+", rule):
-            setting = f"select.rules.{rule}=top({plain_name(said.top.column)}, {said.top.fraction / 2:g})"
+    for rule, reading in reversed(read_rules(conditions, selection.quantiles).items()):
+        if reading and reading.top and not data.selection_record("stricter").exists() and re.fullmatch(r"\w+", rule):
+            setting = f"select.rules.{rule}=top({plain_name(reading.top.column)}, {reading.top.fraction / 2:g})"
             return command("select", data.root, "--name", "stricter", "--set", setting)
     return command("train", data.packed(selection.name), "--out", "model")
 
 
 def pack_selection(data: Data, recipe: Recipe, result: Result) -> None:
+    """The shards of a selection and a sheet to look at, and into `result` where they are and what comes next."""
     from curate.ledger.select import load_selection
     from curate.report import contact_sheet, score_charts
     from curate.shards.pack import pack
@@ -363,7 +353,7 @@ def pack_selection(data: Data, recipe: Recipe, result: Result) -> None:
         score_charts(data, name)
         contact_sheet(data, name)
     result.paths |= {"shards": f"{folder}/", "look": str(sheet)}
-    result.next = _stricter(data, load_selection(data, name))
+    result.next = _next_command(data, load_selection(data, name))
 
 
 # ---------------------------------------------------------------------------------------------------- words and sums

@@ -6,6 +6,7 @@ import contextlib
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -56,7 +57,7 @@ def new_app(service: GenerationService, hosts: frozenset[str] | None = LOOPBACK,
     app.state.service = service
     folder = resources.files("studio") / "page"
     for path, name in {**PAGES, **SHARED}.items():
-        app.get(path, include_in_schema=False)(_sends((folder / name).read_bytes(), _TYPES[f".{name.split('.')[1]}"]))
+        app.get(path, include_in_schema=False)(_sends((folder / name).read_bytes(), _TYPES[Path(name).suffix]))
     for router in ROUTERS:
         app.include_router(router, responses=ERRORS)
     for error in (RequestValidationError, UserError, QueueFull, FolderGone, StarletteHTTPException, Exception):

@@ -219,8 +219,8 @@ class JobQueue:
             self._on_change()
 
         try:
-            for picture in self._run(job, on_step):
-                job.pictures.append(picture)
+            for result in self._run(job, on_step):
+                job.pictures.append(result)
                 self._on_change()
         except JobCancelled:
             return "cancelled", ""

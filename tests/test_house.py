@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,6 +99,11 @@ def test_the_map_in_contributing_names_every_file_and_nothing_else() -> None:
     assert PACKAGES.keys() <= {folder.split("/")[0] for folder in named}
     for where in named:
         assert (ROOT / where).is_dir(), f"CONTRIBUTING.md names {where}/, which is not there"
+
+
+def test_every_package_is_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted(name for name, path in modules().items() if path.name == "__init__.py")
 
 
 @pytest.mark.xfail(reason="not yet", strict=False)

@@ -185,8 +185,8 @@ def test_one_linear_layer_is_taken_whatever_it_is_called(tmp_path, save, prefix)
 
 def test_what_must_be_declared_is_told(tmp_path):
     path = saved_by_torch(tmp_path / SAC, linear())
-    told = r"none of the published heads.*--encoder open_clip:ViT-L-14-quickgelu/openai --norm l2_sqrt_d --scale 1 10"
-    with pytest.raises(HeadError, match=told):
+    hint = r"none of the published heads.*--encoder open_clip:ViT-L-14-quickgelu/openai --norm l2_sqrt_d --scale 1 10"
+    with pytest.raises(HeadError, match=hint):
         import_head(path)
     with pytest.raises(HeadError, match=r"--encoder ENCODER --norm l2 --scale LO HI"):
         import_head(saved_by_torch(tmp_path / "other.pth", linear()))
@@ -247,10 +247,11 @@ GOOD = {"weight": entry([1, 4], 0, 16), "bias": entry([1], 16, 20)}
     ("data", "message"),
     [
         (container(GOOD, bytes(20)), None),
-        (struct.pack("<Q", 1 << 60) + b"{}", "header too large"),
-        (struct.pack("<Q", 200 << 10) + b"{" + b" " * (200 << 10), "invalid JSON in header"),
+        (struct.pack("<Q", 1 << 60) + b"{}", "claims a header"),
+        (struct.pack("<Q", 200 << 10) + b"{" + b" " * (200 << 10), "claims a header"),
         (container(b"{" * 5000, bytes(20)), "invalid JSON in header"),
         (container(b'{"weight": 1, "weight": 2}', bytes(20)), "invalid JSON in header"),
+        (container(json.dumps(GOOD)[:-1].encode() + b", " + json.dumps(GOOD)[1:].encode(), bytes(20)), "occurs twice"),
         (container(GOOD, bytes(19)), "not fully covered"),
         (container(GOOD, bytes(21)), "not fully covered"),
         (container({}, b""), "it holds no tensors"),

@@ -33,7 +33,7 @@ from curate.workers import embed_done, fetch_done
 from demo.web import Route
 from pipelines import cli
 from pipelines.commands.status import status
-from pipelines.curation import left_to_do, restart
+from pipelines.curation import remaining_work, restart
 from pipelines.recipe import Recipe, load_recipe
 from pipelines.runtime.jobs import RemainingWork
 from tests.small_web import picture
@@ -113,7 +113,9 @@ def test_retry_asks_for_what_may_pass_and_keeps_the_rest(served: Served, tmp_pat
     then = {shard: (rows(data, shard), dict(_images(data, shard)), written(data, shard)) for shard in range(3)}
 
     fetch_shards(data, recipe, retry=True)
-    assert left_to_do(data, recipe, make_annotators(recipe.columns), ("fetch", "embed")) == RemainingWork([0, 2], 0, 3)
+    assert remaining_work(data, recipe, make_annotators(recipe.columns), ("fetch", "embed")) == RemainingWork(
+        [0, 2], 0, 3
+    )
     assert embed_shards(data, recipe) == 3  # of 30 pictures, those that came back
     second = choose(data, recipe)
 

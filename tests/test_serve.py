@@ -767,7 +767,7 @@ def test_what_is_wrong_is_said_before_the_model_loads(
         ([str(model), *out, "--host", "no.such.name.invalid"], "no such address"),
         ([str(model), *out, "--lora", str(tmp_path / "none")], "LoRA"),
         ([str(model), *out, "--upscaler", str(tmp_path / "none")], "no such file"),
-        ([str(model), "--out", str(tmp_path / "file")], "a file is there"),
+        ([str(model), "--out", str(tmp_path / "file")], "is a file"),
     ]
     for words, said in cases:
         assert main(["serve", *words]) == 2, words

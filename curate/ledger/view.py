@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError
-from curate.ledger.schema import EMBEDDED_COLUMNS, FETCHED_COLUMNS, URL_COLUMNS, Status, list_name, shard_name
+from curate.layout import shard_name
+from curate.ledger.schema import EMBEDDED_COLUMNS, FETCHED_COLUMNS, URL_COLUMNS, Status, list_name
 from curate.ledger.sql import Bounds, check_one_select, connect, literal, parse, quote, reader, short, walk
 from curate.store.files import digest, sha256_file
 from curate.store.records import output_digests, read_record

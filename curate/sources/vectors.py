@@ -8,6 +8,7 @@ folder that carries the description of its space (ours do), their captions are c
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Iterator
@@ -44,7 +45,7 @@ _IMAGE_ENDING = r"(?i)\.(" + "|".join(IMAGE_EXTENSIONS) + r")$"
 
 
 @dataclass(frozen=True)
-class Part:
+class Partition:
     """One partition: its vectors, their metadata, and how many rows both have."""
 
     images: Path
@@ -54,16 +55,26 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Folder:
+class VectorFolder:
     """A clip-retrieval folder whose files agree with each other."""
 
     root: Path
-    parts: list[Part]
+    parts: list[Partition]
     dim: int
     space: Space | None  # where the folder says which it is
 
 
-def open_folder(config: EmbedConfig) -> Folder:
+@contextlib.contextmanager
+def _of_option() -> Iterator[None]:
+    """Have an error name the key of the recipe that it is about."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(f"embed.embeddings: {e}") from e
+
+
+@_of_option()
+def open_vector_folder(config: EmbedConfig) -> VectorFolder:
     """The folder that `embed.embeddings` names, from its files' headers: quick, and no row is read.
 
     Raises UserError where it is not a whole clip-retrieval folder, or says that it is of another encoder.
@@ -72,39 +83,36 @@ def open_folder(config: EmbedConfig) -> Folder:
     images, metadata = _partition_files(root, "img_emb", "npy"), _partition_files(root, "metadata", "parquet")
     texts = _partition_files(root, "text_emb", "npy") if (root / "text_emb").is_dir() else {}
     if not images:
-        raise UserError(f"embed.embeddings: {root} is not a clip-retrieval folder: it has no img_emb/img_emb_*.npy")
+        raise UserError(f"{root} is not a clip-retrieval folder: it has no img_emb/img_emb_*.npy")
     for name, found in (("metadata", metadata), ("text_emb", texts or images)):
         if lacking := sorted(images.keys() ^ found.keys()):
-            raise UserError(f"embed.embeddings: {root}: img_emb and {name} do not both have partition {lacking[0]}")
+            raise UserError(f"{root}: img_emb and {name} do not both have partition {lacking[0]}")
     parts = []
     dims = {}
     for index in sorted(images):
-        part = Part(images[index], texts.get(index), metadata[index], _rows(metadata[index]))
+        part = Partition(images[index], texts.get(index), metadata[index], _rows(metadata[index]))
         for path in filter(None, (part.images, part.texts)):
-            vectors = _vectors(path)
+            vectors = open_vectors(path)
             if len(vectors) != part.rows:
-                raise UserError(
-                    f"embed.embeddings: {path} has {len(vectors):,} rows, {part.metadata.name} {part.rows:,}"
-                )
+                raise UserError(f"{path} has {len(vectors):,} rows, {part.metadata.name} {part.rows:,}")
             dims[vectors.shape[1]] = path
         parts.append(part)
     if len(dims) > 1:
         lengths = ", ".join(f"{dim} in {path.name}" for dim, path in sorted(dims.items()))
-        raise UserError(f"embed.embeddings: {root}: the vectors are not of one length: {lengths}")
+        raise UserError(f"{root}: the vectors are not of one length: {lengths}")
     dim = next(iter(dims))
     space = Space.load(root / "space.json") if (root / "space.json").exists() else None
     if space is not None and (space.encoder != config.encoder or space.dim != dim):
         raise UserError(
-            f"embed.embeddings: {root} holds {dim} numbers a row, of {space.encoder} ({space.dim}), but embed.encoder "
+            f"{root} holds {dim} numbers a row, of {space.encoder} ({space.dim}), but embed.encoder "
             f"is {config.encoder}. Set embed.encoder: {space.encoder}, with heads and rules of that space."
         )
-    return Folder(root, parts, dim, space)
+    return VectorFolder(root, parts, dim, space)
 
 
 def _partition_files(root: Path, kind: str, ending: str) -> dict[int, Path]:
     """The files of one kind by the number in their name, as clip-retrieval calls them."""
-    prefix = "metadata" if kind == "metadata" else kind
-    pattern = re.compile(rf"{prefix}_(\d+)\.{ending}")
+    pattern = re.compile(rf"{kind}_(\d+)\.{ending}")
     found = ((pattern.fullmatch(p.name), p) for p in (root / kind).glob(f"*.{ending}"))
     return {int(match[1]): path for match, path in found if match}
 
@@ -115,72 +123,63 @@ def _rows(metadata: Path) -> int:
         check_regular(metadata)
         about = pq.read_metadata(metadata)
         schema = about.schema.to_arrow_schema()
-    except UserError as e:
-        raise UserError(f"embed.embeddings: {e}") from e
     except (pa.ArrowException, OSError, ValueError) as e:
-        raise UserError(f"embed.embeddings: {metadata} is not a parquet file that can be read: {e}") from e
+        raise UserError(f"{metadata} is not a parquet file that can be read: {e}") from e
     if "image_path" not in schema.names:
-        raise UserError(f"embed.embeddings: {metadata} has no column image_path")
+        raise UserError(f"{metadata} has no column image_path")
     if pa.types.is_nested(kind := schema.field("image_path").type):
-        raise UserError(f"embed.embeddings: {metadata}: image_path is {kind}; names are expected")
+        raise UserError(f"{metadata}: image_path is {kind}; names are expected")
     return int(about.num_rows)
 
 
-def _vectors(path: Path) -> np.ndarray:
-    """The rows of a file, mapped, not read."""
-    try:
-        return open_vectors(path)
-    except UserError as e:
-        raise UserError(f"embed.embeddings: {e}") from e
-
-
-class Imported:
+class FolderVectors:
     """The vectors of a folder, found by name. Holds 16 bytes for each of its rows, whatever their number."""
 
-    def __init__(self, folder: Folder) -> None:
+    @_of_option()
+    def __init__(self, folder: VectorFolder) -> None:
         self.folder = folder
         self._starts = np.cumsum([0, *(part.rows for part in folder.parts)])
-        marks = np.empty(self._starts[-1], np.uint64)
+        hashes = np.empty(self._starts[-1], np.uint64)
         for start, part in zip(self._starts, folder.parts, strict=False):
             at = int(start)
             for names in _names_in(part.metadata):
-                marks[at : at + len(names)] = names
+                hashes[at : at + len(names)] = names
                 at += len(names)
-        self._order = np.argsort(marks, kind="stable")
-        self._marks = marks[self._order]
+        self._order = np.argsort(hashes, kind="stable")
+        self._hashes = hashes[self._order]
 
     def find(self, names: list[str]) -> np.ndarray:
         """The row of each name, counted through all partitions: (n,) int64, -1 where the folder lacks it.
 
         Raises UserError where a name stands for several rows.
         """
-        wanted = _marks(names)
-        first = np.searchsorted(self._marks, wanted, "left")
-        count = np.searchsorted(self._marks, wanted, "right") - first
+        wanted = _hashes(names)
+        first = np.searchsorted(self._hashes, wanted, "left")
+        count = np.searchsorted(self._hashes, wanted, "right") - first
         if (count > 1).any():
             name = names[int(np.argmax(count > 1))]
-            raise UserError(f"embed.embeddings: {self.folder.root} has {count.max()} rows that are called {name}")
+            raise UserError(f"{self.folder.root} has {count.max()} rows that are called {name}")
         if not len(self._order):
             return np.full(len(names), -1)
         return np.where(count == 1, self._order[np.minimum(first, len(self._order) - 1)], -1)
 
     def images(self, rows: np.ndarray, keys: list[str]) -> np.ndarray:
         """The image vectors of rows: (n, dim) float32 of unit length. UserError where one is not of unit length."""
-        vectors = np.zeros((len(rows), self.folder.dim), np.float32)
-        for part, places, inside in self._by_part(rows):
-            vectors[places] = _vectors(part.images)[inside]
-        return _unit(vectors, keys, self.folder.root / "img_emb")
+        return _unit(self._gather(rows, "images"), keys, self.folder.root / "img_emb")
 
     def texts(self, rows: np.ndarray, keys: list[str]) -> np.ndarray | None:
         """The same of captions, None where the folder has none; a row of zeros (no caption) stays one."""
         if self.folder.parts[0].texts is None:
             return None
-        vectors = np.zeros((len(rows), self.folder.dim), np.float32)
-        for part, places, inside in self._by_part(rows):
-            assert part.texts is not None
-            vectors[places] = _vectors(part.texts)[inside]
+        vectors = self._gather(rows, "texts")
         present = np.flatnonzero(vectors.any(axis=1))
         vectors[present] = _unit(vectors[present], [keys[i] for i in present], self.folder.root / "text_emb")
+        return vectors
+
+    def _gather(self, rows: np.ndarray, kind: str) -> np.ndarray:
+        vectors = np.zeros((len(rows), self.folder.dim), np.float32)
+        for part, places, inside in self._by_part(rows):
+            vectors[places] = open_vectors(getattr(part, kind))[inside]
         return vectors
 
     def captions(self, rows: np.ndarray) -> list[str | None]:
@@ -193,7 +192,7 @@ class Imported:
                     captions[place] = caption
         return captions
 
-    def _by_part(self, rows: np.ndarray) -> Iterator[tuple[Part, np.ndarray, np.ndarray]]:
+    def _by_part(self, rows: np.ndarray) -> Iterator[tuple[Partition, np.ndarray, np.ndarray]]:
         """The partitions that hold these rows: (partition, places in `rows`, rows of the partition)."""
         owner = np.searchsorted(self._starts, rows, "right") - 1
         for index in np.unique(owner):
@@ -202,24 +201,25 @@ class Imported:
 
 
 def _names_in(metadata: Path) -> Iterator[np.ndarray]:
-    """Marks of the names in `image_path`: keys, or paths that end in one."""
+    """Hashes of the names in `image_path`: keys, or paths that end in one."""
     try:
         with pq.ParquetFile(metadata) as file:
             for batch in file.iter_batches(columns=["image_path"], batch_size=1 << 16):
                 paths = batch.column(0).cast(pa.string())
                 if paths.null_count:
-                    raise UserError(f"embed.embeddings: {metadata} has a row without image_path")
+                    raise UserError(f"{metadata} has a row without image_path")
                 paths.validate(full=True)
-                yield _marks(pc.replace_substring_regex(_last(paths), _IMAGE_ENDING, ""))
+                yield _hashes(_names_of(paths))
     except (pa.ArrowException, OSError) as e:
-        raise UserError(f"embed.embeddings: {metadata} is not a parquet file that can be read: {e}") from e
+        raise UserError(f"{metadata} is not a parquet file that can be read: {e}") from e
 
 
-def _last(paths: pa.Array) -> pa.Array:
-    return pc.replace_substring_regex(paths, r"^.*[/\\]", "")
+def _names_of(paths: pa.Array) -> pa.Array:
+    """The last parts of paths, without the ending of an image."""
+    return pc.replace_substring_regex(pc.replace_substring_regex(paths, r"^.*[/\\]", ""), _IMAGE_ENDING, "")
 
 
-def _marks(names: list[str] | pa.Array) -> np.ndarray:
+def _hashes(names: list[str] | pa.Array) -> np.ndarray:
     """A 64-bit number for each name: (n,) uint64. Two of ten million agree once in 400,000 folders."""
     import pandas as pd
 
@@ -232,7 +232,7 @@ def _unit(vectors: np.ndarray, keys: list[str], where: Path) -> np.ndarray:
     bad = np.flatnonzero(~(np.abs(lengths - 1) <= UNIT_TOLERANCE))
     if len(bad):
         raise UserError(
-            f"embed.embeddings: {where}: the vector of {keys[bad[0]]} has the length {lengths[bad[0]]:.4g}, not 1 "
+            f"{where}: the vector of {keys[bad[0]]} has the length {lengths[bad[0]]:.4g}, not 1 "
             f"({len(bad):,} of {len(keys):,} here are like that). Vectors as clip-retrieval writes them are needed."
         )
     return unit(vectors, str(where))
@@ -241,7 +241,8 @@ def _unit(vectors: np.ndarray, keys: list[str], where: Path) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------- shards
 
 
-def import_shard(data: Data, shard: int, imported: Imported, encoder: Encoder | None, config: str) -> int:
+@_of_option()
+def import_shard(data: Data, shard: int, imported: FolderVectors, encoder: Encoder | None, config: str) -> int:
     """Take over the vectors of one fetched shard's images, in the order of the ledger, unless that is done.
     Returns how many.
 
@@ -266,7 +267,7 @@ def import_shard(data: Data, shard: int, imported: Imported, encoder: Encoder | 
         first = int(np.argmax(rows < 0))
         called = "" if names[first] == keys[first] else f" (called {names[first]} where it was read)"
         raise UserError(
-            f"embed.embeddings: {root} has no vector for {int((rows < 0).sum()):,} of the {len(keys):,} images of "
+            f"{root} has no vector for {int((rows < 0).sum()):,} of the {len(keys):,} images of "
             f"shard {shard}; the first is {keys[first]}{called}. Its metadata must name every image in image_path."
         )
     images, texts = imported.images(rows, keys), imported.texts(rows, keys)
@@ -300,7 +301,7 @@ def _names(data: Data, shard: int, keys: list[str]) -> list[str]:
                 named[path] = {at: key for key, found in index.items() for at, _ in found.values()}
             path = named[path][place["@offset"]]
         names.append(path)
-    return pc.replace_substring_regex(_last(pa.array(names, pa.string())), _IMAGE_ENDING, "").to_pylist()
+    return _names_of(pa.array(names, pa.string())).to_pylist()
 
 
 def _compare_vectors(data: Data, shard: int, encoder: Encoder, keys: list[str], theirs: np.ndarray, root: Path) -> None:
@@ -316,7 +317,7 @@ def _compare_vectors(data: Data, shard: int, encoder: Encoder, keys: list[str], 
     if len(keys) and np.median(cosines) < MIN_COSINE:
         worst = int(np.argmin(cosines))
         raise UserError(
-            f"embed.embeddings: {root} does not hold {encoder.name}'s vectors of these images: {len(keys)} of shard "
+            f"{root} does not hold {encoder.name}'s vectors of these images: {len(keys)} of shard "
             f"{shard} were embedded again, and their cosines have the median {np.median(cosines):.3f}, {MIN_COSINE} "
             f"needed; the worst is {keys[worst]} with {cosines[worst]:.3f}. Name the encoder that made the folder as "
             "embed.encoder, and the list that it was made from."
@@ -327,6 +328,5 @@ def _compare_captions(keys: list[str], ours: list[str | None], theirs: list[str 
     for key, a, b in zip(keys, ours, theirs, strict=True):
         if a is not None and b is not None and a != b:
             raise UserError(
-                f"embed.embeddings: {root} was made from another list: {key} has the caption {b[:80]!r} there and "
-                f"{a[:80]!r} here"
+                f"{root} was made from another list: {key} has the caption {b[:80]!r} there and {a[:80]!r} here"
             )

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
-from curate.store.disk import check_space
 from curate.store.files import local_path, sha256_file
 from pipelines.options import Options, Result, argument, option, read_prompts
 from pipelines.runtime.progress import ProgressBar
 from pipelines.terminal import CLEAR
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from train.generate.request import GenerationRequest
     from train.generate.sampler import Generated, Sampler
     from train.models.info import ModelInfo
-    from train.models.lora import Lora
 
 STAYS = ("model", "out", "again", "image", "mask", "lora", "upscaler", "faces", "show_flagged", "verbose", "json")
 """What may be given beside --again: where things are, not how the picture is generated."""
@@ -71,24 +70,31 @@ def run(options: SampleOptions) -> Result:
     """
     out, err = sys.stdout, sys.stderr
     _check(options)
-    from train.generate.files import read_facts
-    from train.generate.request import check_scheduler, foreign_syntax, resolve
+    from train.generate.files import read_facts, read_image, read_mask
+    from train.generate.request import check_scheduler, foreign_syntax, request_of, resolve
+    from train.generate.upscale import check_network
     from train.models.info import read_model_info
-    from train.models.lora import check_lora
+    from train.models.lora import check_lora, parse_lora
 
     # all that can be refused without torch and diffusers, which take seconds to load
-    recorded = read_facts(options.again) if options.again else None
-    prompts = [] if recorded else _prompts(options)
-    upscaler, faces = (_network(options, recorded, name) for name in ("upscaler", "faces"))
-    info = read_model_info(_model(options, recorded))
-    loras = _loras(options, recorded)
+    record = None
+    if options.again is not None:
+        record = read_facts(options.again)
+        options = _from_record(options, record)
+    prompts = [] if record else _prompts(options)
+    for name, path in (("upscaler", options.upscaler), ("faces", options.faces)):
+        if path is not None:
+            check_network(path, f"--{name} {path}")
+    info = read_model_info(str(options.model))
+    loras = [parse_lora(text) for text in options.lora]
     for lora in loras:
         check_lora(info, lora)
-    requests = [_repeated(options, recorded)] if recorded else _requests(options, prompts, info, err)
-    resolved = [resolve(info, r, upscaler=upscaler is not None) for r in requests]
-    check_space(_existing(options.out))
+    image = read_image(options.image) if options.image else None
+    mask = read_mask(options.mask) if options.mask else None
+    requests = [request_of(record, image, mask)] if record else _requests(options, prompts, info, image, mask, err)
+    resolved = [resolve(info, r, upscaler=options.upscaler is not None) for r in requests]
     words = list(dict.fromkeys(text for r in requests for text in (r.prompt, r.negative)))
-    if recorded is None and (foreign := foreign_syntax(words)):
+    if record is None and (foreign := foreign_syntax(words)):
         err.write(foreign + "\n")
     with quiet_libraries():
         check_scheduler(info, resolved[0])
@@ -98,8 +104,8 @@ def run(options: SampleOptions) -> Result:
         sampler = Sampler(
             info,
             loras=loras,
-            upscaler=upscaler,
-            faces=faces,
+            upscaler=options.upscaler,
+            faces=options.faces,
             batch=options.batch or 1,
             size=largest,
             blur=not options.show_flagged,
@@ -110,16 +116,16 @@ def run(options: SampleOptions) -> Result:
         for text in words:
             if unread := sampler.unread(text):
                 err.write(f"the model reads no further than: {text.removesuffix(unread)!r}; not {unread!r}\n")
-        if recorded and info.digest != recorded["model"]["sha256"]:
+        if record and info.digest != record["model"]["sha256"]:
             err.write(f"the model is not the one that {options.again} was generated with: its digest is another\n")
         if cost := sampler.cost(requests):
             err.write(f"enlarging: {cost}\n")
-        finished = _generate(sampler, requests, options, recorded, out, err)
+        finished = _generate(sampler, requests, options, out, err)
     paths = {"pictures": options.out}
     if options.grid:
         paths["grid"] = _grid(finished, options)
-    if recorded and options.again:
-        out.write(_compare(finished[0][1], options.again, recorded) + "\n")
+    if record and options.again:
+        out.write(_compare(finished[0][1], options.again, record) + "\n")
     images = [{"path": str(path), "seed": g.request.seed, "nsfw": g.nsfw, "flagged": g.flagged} for path, g in finished]
     return Result(facts={"pictures": images}, paths=paths, next=f"tastemaker sample --again {finished[-1][0]}")
 
@@ -129,6 +135,8 @@ def run(options: SampleOptions) -> Result:
 
 def _check(options: SampleOptions) -> None:
     """What options alone tell."""
+    from train.generate.files import check_out
+
     if options.again:
         given = (f.name for f in fields(options) if getattr(options, f.name) not in (None, (), False))
         if odd := sorted(set(given) - set(STAYS)):
@@ -139,13 +147,10 @@ def _check(options: SampleOptions) -> None:
     for name in ("n", "batch"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name} {value}: at least 1 is expected")
-    if options.out.exists() and not options.out.is_dir():
-        raise UserError(f"{options.out} is a file; --out names a folder")
     enlarges = (options.upscale or 1) > 1
     if not (options.prompts or options.prompt or options.again or (options.image and enlarges)):
         raise UserError('what is to be generated? tastemaker sample MODEL "a red fox in the snow", or --prompts FILE')
-    if not os.access(_existing(options.out), os.W_OK | os.X_OK):
-        raise UserError(f"{options.out} can't be written: give another folder with --out")
+    check_out(options.out)
     if options.mask and not options.image:
         raise UserError("--mask says what of a picture is regenerated: say which with --image")
     if options.strength is not None and not options.image and not enlarges:
@@ -154,25 +159,24 @@ def _check(options: SampleOptions) -> None:
         raise UserError("--upscaler enlarges: say how many times with --upscale")
 
 
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that there is."""
-    return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-
-
 def _prompts(options: SampleOptions) -> list[str]:
     if options.prompts is not None:
         return [*options.prompt, *read_prompts(options.prompts)]
     return list(options.prompt) or [""]  # an enlargement needs no words
 
 
-def _requests(options: SampleOptions, prompts: list[str], info: ModelInfo, err: IO[str]) -> list[GenerationRequest]:
+def _requests(
+    options: SampleOptions,
+    prompts: list[str],
+    info: ModelInfo,
+    image: Image.Image | None,
+    mask: Image.Image | None,
+    err: IO[str],
+) -> list[GenerationRequest]:
     """Image i of the run has seed + i."""
-    from train.generate.files import read_image, read_mask
     from train.generate.request import SEEDS, GenerationRequest, fitting_size
 
     prompts = [p for p in prompts for _ in range(options.n or 1)]
-    image = read_image(options.image) if options.image else None
-    mask = read_mask(options.mask) if options.mask else None
     first = secrets.randbelow(SEEDS - len(prompts)) if options.seed is None else options.seed
     names = ("steps", "guidance", "width", "height", "scheduler", "strength", "upscale", "negative")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
@@ -188,85 +192,57 @@ def _requests(options: SampleOptions, prompts: list[str], info: ModelInfo, err: 
     return [GenerationRequest(p, seed=first + i, image=image, mask=mask, **given) for i, p in enumerate(prompts)]
 
 
-# ------------------------------------------------------------------- from options, or else from what --again's PNG says
+# -------------------------------------------------------------------------------------------------------------- --again
 
 
-def _model(options: SampleOptions, recorded: dict[str, Any] | None) -> str:
-    if options.model or recorded is None:
-        return str(options.model)
-    name = str(recorded["model"]["name"])
-    if name.count("/") != 1 and not Path(name).exists():
+def _from_record(options: SampleOptions, record: dict[str, Any]) -> SampleOptions:
+    """The options with the model, files and LoRAs that --again's image was generated with, as far as none are given.
+
+    Raises UserError where they are not there any more.
+    """
+    from train.models.lora import Lora
+
+    model = str(options.model or record["model"]["name"])
+    if not options.model and model.count("/") != 1 and not Path(model).exists():
         raise UserError(
-            f"{options.again} was generated with {name}, which is not there: tastemaker sample MODEL --again ..."
+            f"{options.again} was generated with {model}, which is not there: tastemaker sample MODEL --again ..."
         )
-    return name
+    found: dict[str, Any] = {"model": model}
+    for name in ("image", "mask"):
+        if getattr(options, name) is None and (fact := record.get(name)):
+            found[name] = Path(str(fact.get("path")))
+            if not found[name].is_file():
+                raise UserError(
+                    f"{options.again} was generated with a picture to begin with that is not here "
+                    f"({fact.get('path')}): give it with --{name}"
+                )
+    for name in ("upscaler", "faces"):
+        if getattr(options, name) is None and (fact := record.get(name)):
+            found[name] = Path(fact["name"])
+            if not found[name].is_file() or sha256_file(found[name]) != fact["sha256"]:
+                raise UserError(f"{found[name]} is not there any more, or another file: say where with --{name}")
+    if not options.lora:
+        for fact in record.get("loras", ()):
+            lora = Lora(Path(fact["name"]))
+            if not lora.path.exists() or sha256_file(lora.file) != fact["sha256"]:
+                raise UserError(f"the LoRA {lora.path} is not there any more, or another one: say where with --lora")
+        found["lora"] = tuple(f"{fact['name']}:{fact.get('weight', 1.0)}" for fact in record.get("loras", ()))
+    return replace(options, **found)
 
 
-def _repeated(options: SampleOptions, recorded: dict[str, Any]) -> GenerationRequest:
-    from train.generate.files import read_image, read_mask
-    from train.generate.request import request_of
-
-    given = {}
-    for name, read in (("image", read_image), ("mask", read_mask)):
-        path = _input_path(options, recorded, name)
-        if recorded.get(name) and path is None:
-            raise UserError(
-                f"{options.again} was generated with a picture to begin with that is not here "
-                f"({recorded[name].get('path')}): give it with --{name}"
-            )
-        given[name] = read(path) if path else None
-    return request_of(recorded, given["image"], given["mask"])
-
-
-def _input_path(options: SampleOptions, recorded: dict[str, Any] | None, name: str) -> Path | None:
-    """The image or mask that is given, or that was begun with, where it still is at the path that was given then."""
-    path: Path | None = getattr(options, name)
-    before = ((recorded or {}).get(name) or {}).get("path")
-    if path is None and before and Path(before).is_file():
-        return Path(before)
-    return path
-
-
-def _loras(options: SampleOptions, recorded: dict[str, Any] | None) -> list[Lora]:
-    from train.models.lora import Lora, parse_lora
-
-    if options.lora or not recorded:
-        return [parse_lora(text) for text in options.lora]
-    loras = []
-    for fact in recorded.get("loras", ()):
-        lora = Lora(Path(fact["name"]), float(fact["weight"]))
-        if not lora.path.exists() or sha256_file(lora.file) != fact["sha256"]:
-            raise UserError(f"the LoRA {lora.path} is not there any more, or another one: say where with --lora")
-        loras.append(lora)
-    return loras
-
-
-def _network(options: SampleOptions, recorded: dict[str, Any] | None, name: str) -> Path | None:
-    from train.generate.upscale import check_network
-
-    path: Path | None = getattr(options, name)
-    if path is None and recorded and recorded.get(name):
-        path = Path(recorded[name]["name"])
-        if not path.is_file() or sha256_file(path) != recorded[name]["sha256"]:
-            raise UserError(f"{path} is not there any more, or another file: say where with --{name}")
-    if path is not None:
-        check_network(path, f"--{name} {path}")
-    return path
-
-
-def _compare(generated: Generated, before: Path, recorded: dict[str, Any]) -> str:
+def _compare(generated: Generated, before: Path, record: dict[str, Any]) -> str:
     """How near the new image is to the old one, and what may have made the difference."""
     import numpy as np
     from PIL import Image
 
     facts = generated.facts
-    if bool(recorded["nsfw"]["blurred"]) != bool(facts["nsfw"]["blurred"]):
-        return f"{before} is blurred, this one is not" if recorded["nsfw"]["blurred"] else f"{before} is not blurred"
+    if bool(record["nsfw"]["blurred"]) != bool(facts["nsfw"]["blurred"]):
+        return f"{before} is blurred, this one is not" if record["nsfw"]["blurred"] else f"{before} is not blurred"
     old, new = np.asarray(Image.open(before).convert("RGB"), int), np.asarray(generated.image.convert("RGB"), int)
     if old.shape == new.shape and (old == new).all():
         return f"the same picture as {before}, bit for bit"
     apart = f"on average {np.abs(old - new).mean():.2f} of 255 apart" if old.shape == new.shape else "another size"
-    then, now = ({**f["made_with"], "device": f["device"], "dtype": f["dtype"]} for f in (recorded, facts))
+    then, now = ({**f["made_with"], "device": f["device"], "dtype": f["dtype"]} for f in (record, facts))
     other = [f"{name} {then.get(name)} then, {value} now" for name, value in now.items() if then.get(name) != value]
     why = f" ({'; '.join(other)})" if other else ""
     return f"not the same picture as {before}: {apart}{why}"
@@ -279,7 +255,6 @@ def _generate(
     sampler: Sampler,
     requests: list[GenerationRequest],
     options: SampleOptions,
-    recorded: dict[str, Any] | None,
     out: IO[str],
     err: IO[str],
 ) -> list[tuple[Path, Generated]]:
@@ -299,7 +274,7 @@ def _generate(
     for generated in sampler.generate(requests, on_step):
         facts = generated.facts
         for name in ("image", "mask"):
-            if facts[name] and (given := _input_path(options, recorded, name)):
+            if facts[name] and (given := getattr(options, name)):
                 facts[name]["path"] = str(given)
         path = save_numbered(png(generated.image, facts), options.out)
         finished.append((path, generated))

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aesthetic.errors import UserError
-from aesthetic.files import atomic, scratch_path
-from curate.store.disk import check_space
 from curate.store.files import local_path
 from pipelines.options import Options, Result, argument, option, positive_int
 from pipelines.runtime.progress import redirect_output
@@ -52,6 +50,7 @@ def run(options: ServeOptions) -> Result:
         raise UserError(f"--token: {MIN_TOKEN} characters at least, of ASCII, without spaces")
     if not 0 <= options.port <= 65535:
         raise UserError(f"--port {options.port}: 0 to 65535 are there")
+    from train.generate.files import check_out
     from train.generate.upscale import check_network
     from train.models.info import read_model_info
     from train.models.lora import check_lora, parse_lora
@@ -63,7 +62,7 @@ def run(options: ServeOptions) -> Result:
     for name, path in (("upscaler", options.upscaler), ("faces", options.faces)):
         if path is not None:
             check_network(path, f"--{name} {path}")
-    _check_writable(options.out)
+    check_out(options.out)
     from studio.app import LOOPBACK, new_app
     from studio.server import StudioServer, listen
 
@@ -113,20 +112,3 @@ def _url(host: str, at: socket.socket) -> str:
     address, port = at.getsockname()[:2]
     name = socket.gethostname() if ipaddress.ip_address(address.partition("%")[0]).is_unspecified else host
     return f"http://{f'[{name}]' if ':' in name else name}:{port}/"
-
-
-def _check_writable(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder}: a file is there, a folder for pictures is expected")
-    there = folder.is_dir()
-    probe = scratch_path(folder / "probe")  # a name that nobody else has: it is removed
-    try:
-        with atomic(probe):
-            pass
-        probe.unlink()
-        check_space(folder)
-    except OSError as e:
-        raise UserError(f"--out {folder} can't be written to: {e.strerror}") from e
-    if not there:
-        with contextlib.suppress(OSError):
-            folder.rmdir()

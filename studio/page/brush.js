@@ -25,7 +25,7 @@ export class Mask {
         pen.globalCompositeOperation = "source-over";
         continue;
       }
-      pen.lineWidth = stroke.size * width;
+      pen.lineWidth = Math.max(2, stroke.size * width); // a tap marks a pixel at least, on the smallest of pictures
       pen.beginPath();
       const [first, ...rest] = stroke.points;
       pen.moveTo(first[0] * width, first[1] * width);

@@ -1,4 +1,5 @@
 """How good a model is, in figures that stand beside what they would be by chance and at best.
 
-`evaluation.Evaluation` puts them together. Each of the others takes arrays and can be used by itself.
+From outside: `evaluation.Evaluation` measures all of them, `model.EvaluatedModel` is what it measures, `report` says
+them to people. The others take arrays and can be used by themselves.
 """

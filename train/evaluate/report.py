@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from aesthetic.untrusted import markdown
 
-
-@dataclass(frozen=True)
-class FigureRow:
-    """A figure as people read it."""
-
-    what: str
-    value: str
-    interval: str = ""
-    beside: str = ""
+Row = tuple[str, str, str, str]
+"""A figure as people read it: what it is, its value, its interval, and what stands beside it."""
 
 
-def _rows(facts: dict[str, Any]) -> Iterator[FigureRow]:
-    """Every figure, those first that say most of a model: what, value, interval, and what stands beside it."""
+def _rows(facts: dict[str, Any]) -> Iterator[Row]:
+    """Every figure, those first that say most of a model."""
     figures = facts["figures"]
     if found := figures.get("retrieval_in_domain"):
         yield from _retrieval_rows(found)
     yield from _retrieval_rows(figures["retrieval"])
     if score := figures.get("clip_score"):
         beside = f"real {_number(score['real'])}" if "real" in score else ""
-        yield FigureRow(f"CLIPScore ({score['model']}), 0 to 2.5", *_value(score["drawn"]), beside)
+        yield f"CLIPScore ({score['model']}), 0 to 2.5", *_value(score["drawn"]), beside
     if found := figures.get("kid"):
         floor, ceiling = found["real_against_real"], found["noise_against_real"]
         beside = f"real against real {_spread(floor)} · noise against real {_spread(ceiling)}"
         value, sd = _spread(found["drawn"]).split(" ", 1)
-        yield FigureRow(f"KID, {found['features']}, subsets of {floor['subset']}", value, sd, beside)
+        yield f"KID, {found['features']}, subsets of {floor['subset']}", value, sd, beside
     if found := figures.get("frechet"):
-        yield FigureRow(f"Frechet distance, {found['features']}", f"{found['value']:.3f}", "", "no FID: other features")
+        yield f"Frechet distance, {found['features']}", f"{found['value']:.3f}", "", "no FID: other features"
     if found := figures.get("memorisation"):
         yield from _memorisation_rows(found)
     loss = figures.get("held_out_loss")
@@ -43,17 +35,17 @@ def _rows(facts: dict[str, Any]) -> Iterator[FigureRow]:
         with_it = [f"training pictures {_number(other)}"] if other else []
         if (then := loss["at_the_end_of_training"]) is not None:
             with_it.append(f"at the end of training {then:.4f}")
-        yield FigureRow(f"held-out loss ({loss['objective']})", *_value(loss["held_out"], 4), " · ".join(with_it))
+        yield f"held-out loss ({loss['objective']})", *_value(loss["held_out"], 4), " · ".join(with_it)
     for name, found in figures.get("scores", {}).items():
         beside = f"real {_number(found['real'])} · difference {_number(found['difference'])}"
-        yield FigureRow(f"{name}, {found['scale'][0]:g} to {found['scale'][1]:g}", *_value(found["drawn"]), beside)
+        yield f"{name}, {found['scale'][0]:g} to {found['scale'][1]:g}", *_value(found["drawn"]), beside
     nsfw = figures["nsfw"]
     beside = f"real {_number(nsfw['real'])}"
-    yield FigureRow(f"share with {nsfw['detector']} >= {nsfw['threshold']:g}", *_value(nsfw["drawn"]), beside)
+    yield f"share with {nsfw['detector']} >= {nsfw['threshold']:g}", *_value(nsfw["drawn"]), beside
     if loss:
         for t, found in loss["held_out"]["by_time"].items():
             beside = _number(loss["training"]["by_time"][t]) if loss.get("training") else ""
-            yield FigureRow(f"held-out loss at time {t}", *_value(found, 4), beside)
+            yield f"held-out loss at time {t}", *_value(found, 4), beside
 
 
 def summary(facts: dict[str, Any]) -> str:
@@ -99,25 +91,25 @@ def _steering(figures: dict[str, Any]) -> str:
     return f"nothing shows that prompts steer it ({numbers})"
 
 
-def _retrieval_rows(found: dict[str, Any]) -> Iterator[FigureRow]:
+def _retrieval_rows(found: dict[str, Any]) -> Iterator[Row]:
     ours, real = found["drawn"], found.get("real")
     for key in (k for k in ours if k != "captions"):
         what = "similarity" if key == "similarity" else f"R@{key.rpartition('_')[2]} of {ours['captions']:,} captions"
         beside = f"shuffled {_number(ours[key]['shuffled'])}"
         beside += f" · real {_number(real[key])}" if real else ""
-        yield FigureRow(f"{what}, {found['space']} space", *_value(ours[key]), beside)
+        yield f"{what}, {found['space']} space", *_value(ours[key]), beside
 
 
-def _memorisation_rows(found: dict[str, Any]) -> Iterator[FigureRow]:
+def _memorisation_rows(found: dict[str, Any]) -> Iterator[Row]:
     of = f" of {found['of_training']:,}" if "of_training" in found else ""
     among = f"{found['training']:,}{of} training pictures"
     beside = f"real, not trained on {found['median_real']:.3f}"
-    yield FigureRow(f"cosine to the nearest of {among}", f"{found['median']:.3f}", "median", beside)
+    yield f"cosine to the nearest of {among}", f"{found['median']:.3f}", "median", beside
     if close := found["close"]:
         beside = f"expected {close['expected']:.0%}: nearer (cosine above {found['border']:.3f}) than 95% of real ones"
-        yield FigureRow("share close to a training picture", *_value(close), beside)
+        yield "share close to a training picture", *_value(close), beside
     beside = f"real, not trained on {found['copies_real']} of {found['pictures_real']:,}"
-    yield FigureRow("near-duplicates of training pictures", f"{found['copies']} of {found['pictures']:,}", "", beside)
+    yield "near-duplicates of training pictures", f"{found['copies']} of {found['pictures']:,}", "", beside
 
 
 def _notes(facts: dict[str, Any]) -> Iterator[str]:
@@ -165,19 +157,17 @@ def _spread(found: dict[str, Any]) -> str:
 
 def table(facts: dict[str, Any]) -> str:
     """What an `evaluation.json` says, for a terminal."""
-    rows = list(_rows(facts))
-    first, second, third = (max(len(getattr(x, n)) for x in rows) + 2 for n in ("what", "value", "interval"))
-    third = max(third, 14)
-    head = f"{'':{first}}{'VALUE':{second}}{'95% INTERVAL':{third}}BESIDE IT"
-    lines = [f"{x.what:{first}}{x.value:{second}}{x.interval:{third}}{x.beside}".rstrip() for x in rows]
-    return "\n".join([*facts["about"], "", head, *lines, "", *_notes(facts)])
+    rows = [("", "VALUE", "95% INTERVAL", "BESIDE IT"), *_rows(facts)]
+    widths = [max(len(row[i]) for row in rows) + 2 for i in range(3)]
+    lines = ["".join(f"{text:{w}}" for text, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows]
+    return "\n".join([*facts["about"], "", *lines, "", *_notes(facts)])
 
 
 def readme(facts: dict[str, Any]) -> str:
     """The same as a page of Markdown, which shows the sheets beside it."""
     about = "\n".join(f"- {markdown(' '.join(text.split()))}" for text in facts["about"])
-    rows = [" | ".join(map(markdown, (x.what, x.value, x.interval, x.beside))) for x in _rows(facts)]
-    table = "\n".join(["| | value | 95% interval | beside it |", "|---|---|---|---|", *(f"| {row} |" for row in rows)])
+    rows = [f"| {' | '.join(map(markdown, row))} |" for row in _rows(facts)]
+    table = "\n".join(["| | value | 95% interval | beside it |", "|---|---|---|---|", *rows])
     notes = "\n".join(f"- {markdown(note)}" for note in _notes(facts))
     sheets = ["![generated and real pictures](sheet.png)"]
     if "memorisation" in facts["figures"]:

@@ -1,1 +1,5 @@
-"""Images from a model, and how good they are."""
+"""Images from a model.
+
+From outside: `sampler` (Sampler, Generated), `request` (GenerationRequest, resolve), `files` (read_facts, png,
+save_numbered) and `upscale` (check_network, tiles_cost).
+"""

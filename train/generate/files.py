@@ -20,6 +20,7 @@ from aesthetic.files import as_disk_full, scratch_path, sync
 from aesthetic.untrusted import parse_json, printable, read_bytes
 from curate.images.decode import decode, decode_alpha
 from curate.ledger.schema import RowError
+from curate.store.disk import check_space
 
 CHUNK = "tastemaker"
 """The PNG text chunk with the facts, as JSON."""
@@ -202,6 +203,16 @@ def _text_of(data: bytes) -> Any:
 
 
 # ----------------------------------------------------------------------------------------------------- numbered files
+
+
+def check_out(folder: Path) -> None:
+    """Raise UserError or DiskFull where images can't be written to a folder, which need not be there yet."""
+    above = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not above.is_dir():
+        raise UserError(f"--out {folder} is a file: a folder for pictures is expected")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"--out {folder} can't be written to: give another folder")
+    check_space(above)
 
 
 def save_numbered(data: bytes, folder: Path, prefix: str = "") -> Path:
