@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aesthetic.errors import UserError
-from curate.ledger.schema import shard_name
 from curate.store.files import clear, read_json
 from curate.store.records import invalidate, output_digests
 
@@ -41,6 +40,11 @@ _RECORDS = {
     SELECTED: "*.json",
     PACKED: "*/manifest.json",
 }
+
+
+def shard_name(shard: int) -> str:
+    """How files of a shard are called: five digits, more where five do not suffice."""
+    return f"{shard:05d}"
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import pyarrow as pa
 
 from aesthetic.errors import UserError
 from curate.annotators.base import Annotator, column_specs
-from curate.fetch import engine_img2dataset
 from curate.fetch.deny import Deny
 from curate.layout import Data
 from curate.verify import command_again
+from pipelines.options import command
 from pipelines.recipe import Recipe
 
 Say = Callable[[str], None]
@@ -23,6 +23,8 @@ Say = Callable[[str], None]
 def check_engine(recipe: Recipe, say: Say) -> None:
     """UserError where the download engine that is asked for cannot be used here."""
     if recipe.fetch.engine == "img2dataset":
+        from curate.fetch import engine_img2dataset
+
         engine_img2dataset.require(recipe.images)
         if recipe.fetch.deny:
             raise UserError(
@@ -69,25 +71,25 @@ def refuse_denied(data: Data, recipe: Recipe, restart_from: str | None = None) -
     found = denied_images(data, deny, fetched=restart_from in (None, "embed"))
     if not found:
         return
-    there = []
+    denied = []
     if found.images:
         keys = ", ".join(found.keys) + (", ..." if found.images > len(found.keys) else "")
-        there.append(f"{found.images:,} images of fetched/ (key {keys}; {_in_shards(found.shards)})")
-    there += [f"{count:,} images of shards/{name}" for name, count in found.packs.items()]
+        denied.append(f"{found.images:,} images of fetched/ (key {keys}; {_in_shards(found.shards)})")
+    denied += [f"{count:,} images of shards/{name}" for name, count in found.packs.items()]
     if found.unknown:
-        there.append(
+        denied.append(
             f"perhaps images of fetched/ ({_in_shards(found.unknown)}): its md5, sha1 or sha512 can't be compared with "
             "what was fetched without them, because originals are not kept"
         )
-    there += [f"perhaps images of shards/{name}, for the same reason" for name in found.unknown_packs]
+    denied += [f"perhaps images of shards/{name}, for the same reason" for name in found.unknown_packs]
     root = shlex.quote(str(data.root))
     steps = [f"  rm -r {root}/shards/{name} {root}/report/{name}" for name in [*found.packs, *found.unknown_packs]]
     if found.images or found.unknown:
         files = [str(Path(f).absolute()) for f in recipe.fetch.deny]
-        denied = shlex.quote(f"fetch.deny=[{', '.join(files)}]")
-        steps.append(f"  {command_again(data)} --set {denied} --restart-from fetch")
+        setting = shlex.quote(f"fetch.deny=[{', '.join(files)}]")
+        steps.append(f"  {command_again(data)} --set {setting} --restart-from fetch")
     raise UserError(
-        f"fetch.deny names what {data.root} holds already: {'; '.join(there)}.\n"
+        f"fetch.deny names what {data.root} holds already: {'; '.join(denied)}.\n"
         "A list that is given later takes nothing away, so nothing is done. Give another --out, or be rid of them:\n"
         + "\n".join(steps)
     )
@@ -96,3 +98,11 @@ def refuse_denied(data: Data, recipe: Recipe, restart_from: str | None = None) -
 def _in_shards(shards: Sequence[str]) -> str:
     named = ", ".join(shards[:3]) + (f" and {len(shards) - 3:,} more" if len(shards) > 3 else "")
     return f"shard{'s' if len(shards) > 1 else ''} {named}"
+
+
+def old_columns(data: Data) -> str:
+    """What is said of a data folder that has columns of before there was `annotated/`; nothing where it has none."""
+    if not (names := data.old_columns()):
+        return ""
+    again = command("annotate", data.root)
+    return f"{data.root / 'scored'} ({', '.join(names)}) is read no more: `{again}` computes them anew"

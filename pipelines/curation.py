@@ -298,8 +298,8 @@ def remaining_work(
             shards.append(s.shard)
             rows += waiting
             if unembedded:  # after a retry, the images that it recovered
-                some = recovered(data, s.shard, data.embedded_record(s.shard), embed_hash)
-                images += read_json(data.fetched_record(s.shard))["successes"] if some is None else len(some)
+                added = recovered(data, s.shard, data.embedded_record(s.shard), embed_hash)
+                images += read_json(data.fetched_record(s.shard))["successes"] if added is None else len(added)
     return RemainingWork(shards, rows, images)
 
 
@@ -333,9 +333,9 @@ def _next_command(data: Data, selection: Selection) -> str:
     from curate.ledger.sql import plain_name
 
     conditions = {r.name: r.condition for r in selection.rules}
-    for rule, said in reversed(read_rules(conditions, selection.quantiles).items()):
-        if said and said.top and not data.selection_record("stricter").exists() and re.fullmatch(r"\w+", rule):
-            setting = f"select.rules.{rule}=top({plain_name(said.top.column)}, {said.top.fraction / 2:g})"
+    for rule, reading in reversed(read_rules(conditions, selection.quantiles).items()):
+        if reading and reading.top and not data.selection_record("stricter").exists() and re.fullmatch(r"\w+", rule):
+            setting = f"select.rules.{rule}=top({plain_name(reading.top.column)}, {reading.top.fraction / 2:g})"
             return command("select", data.root, "--name", "stricter", "--set", setting)
     return command("train", data.packed(selection.name), "--out", "model")
 

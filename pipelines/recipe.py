@@ -192,17 +192,17 @@ def _lay_over(tree: dict[str, Any], setting: str) -> None:
     An empty value is null; in `select.rules` and `columns` it takes the name away.
     """
     path, equals, text = setting.partition("=")
-    names, shown = path.strip().split("."), printable(setting, 200)
+    names, quoted = path.strip().split("."), printable(setting, 200)
     if not equals or not all(names):
-        raise UserError(f"--set {shown}: expected KEY.KEY=VALUE, for example --set images.size=256")
+        raise UserError(f"--set {quoted}: expected KEY.KEY=VALUE, for example --set images.size=256")
     if names[0] == "score":
-        raise UserError(f"--set {shown}: `score` is called `columns` now: --set columns{setting.strip()[5:]}")
+        raise UserError(f"--set {quoted}: `score` is called `columns` now: --set columns{setting.strip()[5:]}")
     for name in names[:-1]:
         if tree.get(name) is None:
             tree[name] = {}
         tree = tree[name]
         if not isinstance(tree, dict):
-            raise UserError(f"--set {shown}: {printable(name, 200)} is a value, not a group of keys")
+            raise UserError(f"--set {quoted}: {printable(name, 200)} is a value, not a group of keys")
 
     kind, text = _type_at(names), text.strip()
     holds_text = kind is str or (isinstance(kind, types.UnionType) and str in typing.get_args(kind))
@@ -211,7 +211,7 @@ def _lay_over(tree: dict[str, Any], setting: str) -> None:
     if holds_text and text not in ("", "~", "null"):
         tree[names[-1]] = text
         return
-    value = read_yaml(text, f"--set {shown}: the value is not valid YAML")
+    value = read_yaml(text, f"--set {quoted}: the value is not valid YAML")
     if value is None and typing.get_origin(_type_at(names[:-1])) is dict:
         tree.pop(names[-1], None)
     else:
@@ -264,12 +264,12 @@ def _validate(tree: dict[str, Any]) -> Recipe:
         except pydantic.ValidationError as e:
             errors = e.errors(include_url=False)
             error = next((e for e in errors if e["type"] == "unexpected_keyword_argument"), errors[0])
-        meant = _meant(error["type"], error["input"])
-        if meant is None:
+        converted = _converted(error["type"], error["input"])
+        if converted is None:
             names = [name for name in error["loc"] if isinstance(name, str)]  # without places in a list
             raise UserError(_message(error["type"], names, error["input"]))
         *groups, name = error["loc"]
-        functools.reduce(operator.getitem, groups, tree)[name] = meant  # type: ignore[arg-type, index]
+        functools.reduce(operator.getitem, groups, tree)[name] = converted  # type: ignore[arg-type, index]
 
 
 def _as_json(value: Any, where: str) -> Any:
@@ -285,11 +285,11 @@ def _as_json(value: Any, where: str) -> Any:
     if isinstance(value, list):
         return [_as_json(inner, where) for inner in value]
     if isinstance(value, int | float) and value not in (0, 1) and not abs(value) < _LARGEST_NUMBER and value == value:
-        raise UserError(f"{where}: {_shown(value)} is too large a number")
+        raise UserError(f"{where}: {_repr(value)} is too large a number")
     if isinstance(value, str) and clean(value) != value:
-        raise UserError(f"{where}: {_shown(value)} is no text: UTF-8 can't hold half of a surrogate pair")
+        raise UserError(f"{where}: {_repr(value)} is no text: UTF-8 can't hold half of a surrogate pair")
     if value is not None and not isinstance(value, str | int | float):
-        raise UserError(f"{where}: a plain value is expected, not {_shown(value)}")
+        raise UserError(f"{where}: a plain value is expected, not {_repr(value)}")
     return value
 
 
@@ -307,7 +307,7 @@ _EXPECTED = {
 """pydantic's kinds of errors in our words."""
 
 
-def _meant(kind: str, value: Any) -> Any:
+def _converted(kind: str, value: Any) -> Any:
     """What stands for a value of another type in YAML: 32MB and 32e6 for a number, one text for a list of one, nothing
     for an empty mapping. None: it stands for nothing."""
     if kind == "int_type" and isinstance(value, float) and value == value // 1:
@@ -336,17 +336,17 @@ def _message(kind: str, names: list[str], value: Any) -> str:
         expected = "a whole number or a size such as 32MB is expected"
     if kind == "string_type" and isinstance(value, int | float) and not isinstance(value, bool):
         hint = "; put it in quotes"
-    return f"{where}: {expected}, not {_shown(value)}{hint}"
+    return f"{where}: {expected}, not {_repr(value)}{hint}"
 
 
 def _not_a_column(name: str, value: Any) -> str:
     return (
         f"columns.{printable(name, 200)}: the name of a head or an annotator, or {{use: ANNOTATOR, ...}}, is expected, "
-        f"not {_shown(value)}"
+        f"not {_repr(value)}"
     )
 
 
-def _shown(value: Any) -> str:
+def _repr(value: Any) -> str:
     """A value of a recipe for a message about it."""
     return printable(repr(value), 200)
 

@@ -1,4 +1,4 @@
-"""What `tastemaker query` answers with: all rows, as CSV, JSON or a file; a terminal gets the first of them to look at.
+"""The rows of a query: all of them as CSV, JSON or a file; a terminal gets the first of them to look at.
 
 Rows are written as DuckDB gives them, so a table larger than the memory goes through.
 """
@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
@@ -27,34 +27,34 @@ from curate.layout import Data
 from curate.ledger.view import QueryResult
 from pipelines.terminal import Verbatim
 
-SHOWN, WIDTH = 200, 60
-"""Rows that a terminal is shown, and characters of a value."""
+MAX_ROWS, MAX_WIDTH = 200, 60
+"""Rows of a table on a terminal, and characters of a value in it."""
 
 
 def show(data: Data, sql: str, out: IO[str], *, as_json: bool = False) -> str:
-    """Show the rows of one SELECT over `ledger` and `verdicts`; returns what is to be said about them, or nothing.
+    """Print the rows of one SELECT over `ledger` and `verdicts`; returns a line about what was left out, or nothing.
 
     `out` gets CSV, or with `as_json` an array on one line; where it is a terminal, a table of the first rows. JSON has
     no NaN and no infinity: they are null.
     """
-    with QueryResult(data, sql) as found:
+    with QueryResult(data, sql) as result:
         if out.isatty() and not as_json:
-            return _table(found, out)
+            return _table(result, out)
         stream = _RowStream(out)
         try:
             if as_json:
                 stream.write("[")
-                for i, record in enumerate(_json_rows(found)):
+                for i, record in enumerate(_json_rows(result)):
                     stream.write(f"{', ' if i else ''}{record}")
                 stream.write("]\n")
             else:
-                _write_csv(found, stream)
-        except _NobodyReads:
+                _write_csv(result, stream)
+        except _ReaderGone:
             pass
         return ""
 
 
-class _NobodyReads(Exception):
+class _ReaderGone(Exception):
     """Whoever read has enough: `tastemaker query ... | head -1`."""
 
 
@@ -69,18 +69,12 @@ class _RowStream:
 
     def write(self, text: str) -> int:
         if getattr(self._out, "write_error", None) is not None:
-            raise _NobodyReads
+            raise _ReaderGone
         return self._out.write(self._kind(text))
 
 
 def write(data: Data, sql: str, file: Path) -> int:
     """Write the rows of one SELECT to a new .csv, .parquet or .jsonl, whole or not at all; returns how many."""
-    writer = _writer(file)
-    with QueryResult(data, sql) as found, atomic(file) as f:
-        return writer(found, f)
-
-
-def _writer(file: Path) -> Callable[[QueryResult, Any], int]:
     writer = {".csv": _csv_file, ".parquet": _parquet_file, ".jsonl": _jsonl_file}.get(file.suffix.lower())
     if writer is None:
         raise UserError(f"--out {file}: a name that ends in .csv, .parquet or .jsonl is expected")
@@ -88,24 +82,25 @@ def _writer(file: Path) -> Callable[[QueryResult, Any], int]:
         raise UserError(f"--out {file}: it is there already, and is left alone. Give another name, or remove it")
     if not file.parent.is_dir():
         raise UserError(f"--out {file}: there is no folder {file.parent}")
-    return writer
+    with QueryResult(data, sql) as result, atomic(file) as f:
+        return writer(result, f)
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-def _csv_file(found: QueryResult, f: Any) -> int:
+def _csv_file(result: QueryResult, f: Any) -> int:
     text = io.TextIOWrapper(f, encoding="utf-8", newline="", write_through=True)
-    rows = _write_csv(found, text)
+    rows = _write_csv(result, text)
     text.flush()
     text.detach()
     return rows
 
 
-def _write_csv(found: QueryResult, out: Any) -> int:
-    out.write(",".join(map(_quoted, found.columns)) + "\n")
+def _write_csv(result: QueryResult, out: Any) -> int:
+    out.write(",".join(map(_quoted, result.columns)) + "\n")
     rows = 0
-    for batch in found.batches():
+    for batch in result.batches():
         for values in zip(*_columns(batch), strict=True):
             # a lone empty value in quotes: an empty line is no row to most readers
             out.write((",".join(map(_quoted, map(_text, values))) or '""') + "\n")
@@ -122,11 +117,11 @@ def _quoted(value: Any) -> str:
     return '"' + text.replace('"', '""') + '"' if _IN_QUOTES.search(text) else text
 
 
-def _parquet_file(found: QueryResult, f: Any) -> int:
+def _parquet_file(result: QueryResult, f: Any) -> int:
     rows = 0
     try:
-        with pq.ParquetWriter(f, found.schema, compression="zstd") as out:
-            for batch in found.batches():
+        with pq.ParquetWriter(f, result.schema, compression="zstd") as out:
+            for batch in result.batches():
                 out.write_batch(batch)
                 rows += batch.num_rows
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as e:
@@ -134,19 +129,19 @@ def _parquet_file(found: QueryResult, f: Any) -> int:
     return rows
 
 
-def _jsonl_file(found: QueryResult, f: Any) -> int:
+def _jsonl_file(result: QueryResult, f: Any) -> int:
     rows = 0
-    for record in _json_rows(found):
+    for record in _json_rows(result):
         f.write(f"{record}\n".encode())
         rows += 1
     return rows
 
 
-def _json_rows(found: QueryResult) -> Iterator[str]:
+def _json_rows(result: QueryResult) -> Iterator[str]:
     """Each row as a JSON object."""
-    for batch in found.batches():
+    for batch in result.batches():
         for values in zip(*_columns(batch), strict=True):
-            yield json.dumps(dict(zip(found.columns, map(_plain, values), strict=True)), ensure_ascii=False)
+            yield json.dumps(dict(zip(result.columns, map(_plain, values), strict=True)), ensure_ascii=False)
 
 
 def _columns(batch: pa.RecordBatch) -> Iterator[Sequence[Any]]:
@@ -187,24 +182,24 @@ def _text(value: Any) -> Any:
 # ----------------------------------------------------------------------------------------------------------- a terminal
 
 
-def _table(found: QueryResult, out: IO[str]) -> str:
+def _table(result: QueryResult, out: IO[str]) -> str:
     """A table of the first rows, numbers to the right; returns how many there are where it is not all of them."""
     first: list[tuple[Any, ...]] = []
     rows = 0
-    for batch in found.batches():
-        if rows < SHOWN:
-            part = batch.slice(0, SHOWN - rows)
+    for batch in result.batches():
+        if rows < MAX_ROWS:
+            part = batch.slice(0, MAX_ROWS - rows)
             first += zip(*_columns(part), strict=True)
         rows += batch.num_rows
     cells = [["" if v is None else printable(_text(v)) for v in row] for row in first]
-    cut = any(len(cell) > WIDTH for row in cells for cell in row)
-    cells = [[printable(cell, WIDTH) for cell in row] for row in cells]
-    names = [printable(name, WIDTH) for name in found.columns]
+    cut = any(len(cell) > MAX_WIDTH for row in cells for cell in row)
+    cells = [[printable(cell, MAX_WIDTH) for cell in row] for row in cells]
+    names = [printable(name, MAX_WIDTH) for name in result.columns]
     wide = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
-    right = [pa.types.is_floating(t) or pa.types.is_integer(t) or pa.types.is_decimal(t) for t in found.schema.types]
+    right = [pa.types.is_floating(t) or pa.types.is_integer(t) or pa.types.is_decimal(t) for t in result.schema.types]
     for line in itertools.chain([names], cells):
         padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, wide, right, strict=True))
         out.write("  ".join(padded).rstrip() + "\n")
-    told = [f"{len(first):,} of {rows:,} shown"] if rows > len(first) else []
-    told += ["long values are cut"] if cut else []
-    return f"{', '.join(told)}: --out FILE.csv, .parquet or .jsonl writes all" if told else ""
+    notes = [f"{len(first):,} of {rows:,} shown"] if rows > len(first) else []
+    notes += ["long values are cut"] if cut else []
+    return f"{', '.join(notes)}: --out FILE.csv, .parquet or .jsonl writes all" if notes else ""

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from aesthetic.files import atomic
-from curate.ledger.schema import FETCHED_COLUMNS, Reason, fetched_schema, make_key, shard_name
+from curate.layout import shard_name
+from curate.ledger.schema import FETCHED_COLUMNS, Reason, fetched_schema, make_key
 from curate.shards.tar import TarWriter
 from curate.store.files import read_json
 from curate.store.records import commit

@@ -26,6 +26,8 @@ from curate.encoders.registry import load_encoder
 from curate.layout import Data
 from curate.ledger.select import SelectConfig, load_selection, select
 from curate.ledger.view import recorded_columns, recorded_scales, tables
+from curate.report import contact_sheet, score_charts
+from curate.shards.pack import PackConfig, pack
 from curate.store.files import read_json
 from curate.workers import EmbedWorker
 from pipelines.cli import main
@@ -168,6 +170,14 @@ def test_one_from_another_package_is_used_in_a_recipe_and_its_columns_select(
     with pytest.raises(UserError, match="light_mean goes from 0 to 255, and 300 is outside"):
         select(data, SelectConfig(name="no", rules={"a": "light_mean > 300"}))
 
+    manifest = pack(data, "dark", PackConfig())
+    assert manifest["columns"]["light_spread"]["unit"] == "levels"
+    packed = pq.read_table(data.packed("dark") / "00000.parquet")
+    assert packed.schema.field("light_word").type == pa.string() and packed["length"].to_pylist() == [4] * len(packed)
+    assert "mean value" in (data.packed("dark") / "README.md").read_text()
+    contact_sheet(data, "dark")
+    score_charts(data, "dark")
+
 
 def test_annotate_runs_what_reads_pixels_on_ray_and_embeds_nothing(
     real_data: Data, outside: Path, tmp_path: Path
@@ -271,6 +281,7 @@ def test_prompts_are_a_column_in_the_space_of_the_data(real_data: Data, tmp_path
         ({"use": "words", "a": 3}, "words has no option a; it has most"),
         ({"use": "table"}, r"columns.x: table needs file: \{use: table, file: \.\.\.\}"),
         ({"use": "table", "file": "nothing.parquet"}, "columns.x: .*nothing.parquet"),
+        ({"use": "zero-shot", "wantd": ["a"], "against": ["b"]}, "no option wantd; did you mean wanted"),
         ({"use": "zero-shot", "wanted": [], "against": ["b"]}, "wanted: Tuple should have at least 1 item"),
         ({"use": "gone"}, "the annotator gone .brightness:Gone. can't be imported: AttributeError"),
         ({"use": "odd"}, "the annotator odd .json:loads. is no subclass"),

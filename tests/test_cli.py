@@ -87,6 +87,22 @@ os._exit(bool(heavy))  # as the console script ends
     assert time.monotonic() - began < 10  # a quiet machine takes 0.1 to 1.5 s
 
 
+def test_help_is_quick() -> None:
+    """Of every command: what is large is imported by what it does, not by its options."""
+    code = f"""
+import contextlib, io, sys
+from pipelines.cli import main
+for command in {[*COMMANDS]!r}:
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        main([command, "--help"])
+heavy = "torch ray pyarrow duckdb pandas pydantic cv2 PIL aiohttp open_clip transformers sklearn matplotlib".split()
+print([name for name in heavy if name in sys.modules])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"curate", "fetch", "embed", "annotate", "select", "pack", "retry", "status", "query"} < COMMANDS.keys()
     for command in COMMANDS:

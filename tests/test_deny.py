@@ -37,7 +37,7 @@ def listing(folder: Path, *lines: str) -> Deny:
 
 def said(deny: Deny, url: str) -> str | None:
     try:
-        deny.url(addresses.parse_url(url, ANYWHERE))
+        deny.check_url(addresses.parse_url(url, ANYWHERE))
     except RowError as e:
         assert e.reason is Reason.DENIED
         return e.detail
@@ -102,10 +102,10 @@ def test_bytes(algorithm: str, tmp_path: Path) -> None:
     deny = listing(tmp_path, listed[2], listed[7].upper() + "   # where it came from", "example.com")
     for n, body in enumerate(bodies):
         if n not in listed:
-            deny.body(body, hashlib.sha256(body).digest())
+            deny.check_body(body, hashlib.sha256(body).digest())
             continue
         with pytest.raises(RowError) as e:
-            deny.body(body, hashlib.sha256(body).digest())
+            deny.check_body(body, hashlib.sha256(body).digest())
         assert e.value.reason is Reason.DENIED
         assert e.value.detail == f"the {algorithm} of its bytes is on a deny-list"
 
@@ -122,8 +122,8 @@ def test_digests_with_zeros_at_their_ends(size: int) -> None:
 def test_an_empty_one_denies_nothing(tmp_path: Path) -> None:
     for deny in (Deny(), Deny.load([]), listing(tmp_path), listing(tmp_path, "", "  ", "# nothing", "\t#")):
         assert not deny and deny.digest == Deny().digest
-        deny.url(URL("https://example.com/"))
-        deny.body(b"", hashlib.sha256(b"").digest())
+        deny.check_url(URL("https://example.com/"))
+        deny.check_body(b"", hashlib.sha256(b"").digest())
     assert listing(tmp_path, "example.com")
 
 

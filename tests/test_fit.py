@@ -124,7 +124,7 @@ def test_noise_is_reported_as_noise():
 
 
 @pytest.mark.parametrize(
-    ("value", "low", "high", "told"),
+    ("value", "low", "high", "start"),
     [
         (0.58, 0.44, 0.69, "good for ranking, not for absolute cuts"),
         (0.49, 0.03, 0.78, "better than chance, but how much is open (0.03 to 0.78): rate more"),
@@ -134,10 +134,10 @@ def test_noise_is_reported_as_noise():
         (None, None, None, "too few groups"),
     ],
 )
-def test_a_verdict_promises_no_more_than_the_interval(value, low, high, told):
+def test_a_verdict_promises_no_more_than_the_interval(value, low, high, start):
     of = {"value": value, "low": low, "high": high}
     report = {"metrics": {"spearman": of, "slope": of, "pearson": of}, "baselines": {}}
-    assert verdict(report).startswith(told)
+    assert verdict(report).startswith(start)
     half = {k: v and (1 + v) / 2 for k, v in of.items()}  # a share of pairs that are in the right order
     other = classify.verdict(
         {
@@ -156,7 +156,7 @@ def test_a_verdict_promises_no_more_than_the_interval(value, low, high, told):
     if low and low >= 0.4:
         assert other.endswith(": >= 0.25 finds 93% of the 'cat', and 1% of the other images")
     elif low is None or low < 0:
-        assert other[:14] == told[:14]
+        assert other[:14] == start[:14]
     else:
         assert other.startswith("better than chance, but how much is open (0.")
 
@@ -285,5 +285,5 @@ def test_votes_count_by_their_precision():
     votes = np.where(np.arange(400) % 2, 1.0, 100.0)
     y = truth + 0.5 * rng.standard_normal(400) + 4 * rng.standard_normal(400) / np.sqrt(votes)
     wide = (-50.0, 50.0)
-    told = fit(x, y, votes=votes, sd=np.full(400, 4.0), scale=wide).head(x)
-    assert spearman(told, truth) > spearman(fit(x, y, scale=wide).head(x), truth) + 0.02
+    weighted = fit(x, y, votes=votes, sd=np.full(400, 4.0), scale=wide).head(x)
+    assert spearman(weighted, truth) > spearman(fit(x, y, scale=wide).head(x), truth) + 0.02

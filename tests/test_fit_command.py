@@ -97,12 +97,12 @@ def test_labels_make_a_classifier(folder, tmp_path, capsys):
     pd.DataFrame({"file": names(), "label": dark}).iloc[:50].to_csv(tmp_path / "l.csv", index=False)
     out = tmp_path / "dark.head"
     words = ["fit", tmp_path / "l.csv", "--images", root, "--out", out]
-    code, _, told = run(capsys, *words)
-    assert code == 2 and "positive" in told and "bright" in told
-    code, text, told = run(
+    code, _, err = run(capsys, *words)
+    assert code == 2 and "positive" in err and "bright" in err
+    code, text, err = run(
         capsys, *words, "--positive", "dark", "--prevalence", 0.2, "--task", "darkness", "--suggest", 1
     )
-    assert code == 0, told
+    assert code == 0, err
     assert "AUROC 0.9" in text or "AUROC 1.0" in text
     assert "of the 'dark' where 1% of the other images are taken in" in text
     assert "where 20.0% are 'dark', misses" in text and "clean" not in text
@@ -139,8 +139,8 @@ def test_what_cannot_be_fitted_is_said_and_nothing_is_written(folder, tmp_path, 
         (("--images", root / "nowhere"), "there is no such folder"),
         (("--images", tmp_path), "there is no image in it"),
     ):
-        code, _, told = run(capsys, "fit", tmp_path / "none.csv", "--out", out, *words)
-        assert code == 2 and message in told
+        code, _, err = run(capsys, "fit", tmp_path / "none.csv", "--out", out, *words)
+        assert code == 2 and message in err
     assert not Path(out).exists()
 
 
@@ -157,8 +157,8 @@ def test_what_cannot_be_fitted_is_said_and_nothing_is_written(folder, tmp_path, 
 )
 def test_a_mistake_in_the_request_is_told_before_a_file_is_read(words, message, tmp_path, capsys):
     places = () if "--data" in words else ("--images", tmp_path / "nowhere")
-    code, _, told = run(capsys, "fit", tmp_path / "nothing.csv", "--out", tmp_path / "h.head", *places, *words)
-    assert code == 2 and message in told
+    code, _, err = run(capsys, "fit", tmp_path / "nothing.csv", "--out", tmp_path / "h.head", *places, *words)
+    assert code == 2 and message in err
 
 
 SCORES, LABELS, PAIRS = "image,score\na,1\nb,2\n", "image,label\na,1\nb,0\n", "winner,loser\na,b\nb,c\n"
@@ -178,8 +178,8 @@ SCORES, LABELS, PAIRS = "image,score\na,1\nb,2\n", "image,label\na,1\nb,0\n", "w
 def test_a_mistake_about_the_ratings_is_told_before_an_image_is_looked_for(text, words, message, tmp_path, capsys):
     (tmp_path / "r.csv").write_text(text)
     places = ("--images", tmp_path / "nowhere", "--out", tmp_path / "h.head")
-    code, _, told = run(capsys, "fit", tmp_path / "r.csv", *places, *words)
-    assert code == 2 and message in told
+    code, _, err = run(capsys, "fit", tmp_path / "r.csv", *places, *words)
+    assert code == 2 and message in err
     assert not (tmp_path / "h.head").exists()
 
 
@@ -187,16 +187,16 @@ def test_a_head_and_scores_that_were_filled_in_are_not_written_over(tmp_path, ca
     out = tmp_path / "h.head"
     words = ["fit", tmp_path / "r.csv", "--images", tmp_path, "--out", out, "--suggest", 3]
     out.write_text("a file")
-    code, _, told = run(capsys, *words)
-    assert code == 2 and "is a file; a head is a folder" in told
+    code, _, err = run(capsys, *words)
+    assert code == 2 and "is a file; a head is a folder" in err
     out.unlink()
     out.mkdir()
     (out / "suggest.csv").write_text("image,score,predicted\na,,1\nb,4,2\n")
-    code, _, told = run(capsys, *words)
-    assert code == 2 and "has scores filled in" in told
+    code, _, err = run(capsys, *words)
+    assert code == 2 and "has scores filled in" in err
     (out / "suggest.csv").write_text("image,score,predicted\na,,1\nb,,2\n")
-    code, _, told = run(capsys, *words)
-    assert code == 2 and "r.csv: there is no such file" in told
+    code, _, err = run(capsys, *words)
+    assert code == 2 and "r.csv: there is no such file" in err
 
 
 def test_a_head_is_made_anew_by_its_own_command_alone(tmp_path, capsys):
@@ -212,9 +212,9 @@ def test_a_head_is_made_anew_by_its_own_command_alone(tmp_path, capsys):
     assert code == 0 and "left aside, as it tells the score again: mos" in text
     first = (out / "head.json").read_bytes()
     table.assign(score=[None] * 3 + list(table["score"][3:])).to_csv(tmp_path / "r.csv", index=False)
-    code, text, told = run(capsys, *words)
+    code, text, err = run(capsys, *words)
     assert code == 0 and "57 ratings, 57 joined" in text and "left out: 3 without a score" in text
-    assert f"{out} holds a head of this command, which the new one will replace" in told
+    assert f"{out} holds a head of this command, which the new one will replace" in err
     assert (out / "head.json").read_bytes() != first
     there = {p.name: p.read_bytes() for p in out.iterdir()}
     for other, message in (
@@ -223,11 +223,11 @@ def test_a_head_is_made_anew_by_its_own_command_alone(tmp_path, capsys):
         (["--out", "/proc/h.head"], "/proc/h.head cannot be written"),
         (["--encoder", "nosuch"], "--encoder nosuch: no encoder is called that"),
     ):
-        code, _, told = run(capsys, *words, *other)
-        assert code == 2 and message in told, told
+        code, _, err = run(capsys, *words, *other)
+        assert code == 2 and message in err, err
     (out / "report.json").unlink()
-    code, _, told = run(capsys, *words)
-    assert code == 2 and "holds a head already" in told
+    code, _, err = run(capsys, *words)
+    assert code == 2 and "holds a head already" in err
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {n: d for n, d in there.items() if n != "report.json"}
 
 
@@ -246,9 +246,9 @@ def test_too_few_are_told_before_an_image_is_embedded(tmp_path, capsys):
         ("image,label\n" + "".join(f"{i:02d},{int(i < 5)}\n" for i in range(40)), "5 positive and 35 negative labels"),
     ):
         (tmp_path / "r.csv").write_text(text)
-        code, _, told = run(capsys, "fit", tmp_path / "r.csv", "--images", tmp_path, "--out", tmp_path / "h.head")
-        assert code == 2 and re.search(message, told), told
-        assert "embedded" not in told and not (tmp_path / "h.head").exists()
+        code, _, err = run(capsys, "fit", tmp_path / "r.csv", "--images", tmp_path, "--out", tmp_path / "h.head")
+        assert code == 2 and re.search(message, err), err
+        assert "embedded" not in err and not (tmp_path / "h.head").exists()
 
 
 def test_images_compared_without_a_group_are_groups_of_their_own():
@@ -272,7 +272,7 @@ def vectors_folder(folder, x, space=None):
 
 
 def test_vectors_as_clip_retrieval_stores_them(tmp_path, capsys):
-    """No picture at hand: by key in a folder that says its space, by path in one whose encoder must be told."""
+    """No picture at hand: by key in a folder that says its space, by path in one whose encoder must be named."""
     from aesthetic.space import require_same
     from curate.encoders.registry import load_encoder
 
@@ -288,13 +288,13 @@ def test_vectors_as_clip_retrieval_stores_them(tmp_path, capsys):
     named.to_csv(tmp_path / "r.csv", index=False)
     out = tmp_path / "v-1.head"
     words = ["fit", tmp_path / "r.csv", "--embeddings", folder, "--out", out]
-    code, _, told = run(capsys, *words)
-    assert code == 2 and "--encoder" in told
+    code, _, err = run(capsys, *words)
+    assert code == 2 and "--encoder" in err
     space.save(folder / "space.json")
     out.mkdir()
     (out / "unjoined.csv").write_text("of a fit before")
-    code, text, told = run(capsys, *words, "--suggest", 2)
-    assert code == 0, told
+    code, text, err = run(capsys, *words, "--suggest", 2)
+    assert code == 0, err
     assert not (out / "unjoined.csv").exists()
     assert " v_1=" in text
     assert "metadata" not in json.loads((out / "report.json").read_text())["baselines"]
@@ -306,6 +306,6 @@ def test_vectors_as_clip_retrieval_stores_them(tmp_path, capsys):
 
     everything = pd.DataFrame({"image": [f"{i:05d}" for i in range(200)], "score": 5 + 4 * x[:, 0]})
     everything.to_csv(tmp_path / "r.csv", index=False)
-    code, _, told = run(capsys, *words[:-1], tmp_path / "w.head", "--suggest", 2)
-    assert code == 2 and "every image of" in told
+    code, _, err = run(capsys, *words[:-1], tmp_path / "w.head", "--suggest", 2)
+    assert code == 2 and "every image of" in err
     assert not (tmp_path / "w.head").exists()

@@ -264,9 +264,9 @@ def test_what_people_read_says_how_good_it_is_and_what_is_not_known():
     }
     text = describe(make_head(card=card))
     assert max(map(len, text.splitlines())) <= 100
-    for told in ("scale of 1 to 7", "0.6 [0.5, 0.7]", "some recipe", "- few images", "- no drawings", "test"):
-        assert told in text
-    places = [text.index(told) for told in ("spearman", "n    ", "5%", "50%", "99%", ">= 5", "- few")]
+    for words in ("scale of 1 to 7", "0.6 [0.5, 0.7]", "some recipe", "- few images", "- no drawings", "test"):
+        assert words in text
+    places = [text.index(words) for words in ("spearman", "n    ", "5%", "50%", "99%", ">= 5", "- few")]
     assert places == sorted(places)
     assert "`" not in text
     bare = describe(make_head())

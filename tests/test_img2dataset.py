@@ -376,7 +376,7 @@ def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
 
 def test_no_rows_start_no_process(tmp_path: Path) -> None:
     before = psutil.Process().children()
-    assert list(engine_img2dataset.download([], FetchConfig(), IMAGES, tmp_path / "folder")) == []
+    assert list(engine_img2dataset.download({}, FetchConfig(), IMAGES, tmp_path / "folder")) == []
     assert not (tmp_path / "folder").exists() and psutil.Process().children() == before
 
 
@@ -391,7 +391,7 @@ def test_a_child_that_is_killed_is_an_error(tmp_path: Path) -> None:
     killer = threading.Thread(target=kill)
     killer.start()
     with pytest.raises(RuntimeError, match=r"img2dataset failed \(exit code -9\)"):
-        list(engine_img2dataset.download([(0, "http://127.0.0.1:1/")], FetchConfig(), IMAGES, tmp_path / "folder"))
+        list(engine_img2dataset.download({0: "http://127.0.0.1:1/"}, FetchConfig(), IMAGES, tmp_path / "folder"))
     killer.join()
     assert not (tmp_path / "folder").exists()
 
@@ -401,7 +401,7 @@ def test_a_child_that_fails_has_its_last_words_told(tmp_path: Path) -> None:
     images = dataclasses.replace(IMAGES)
     object.__setattr__(images, "mode", "sideways")  # no configuration of ours holds it
     with pytest.raises(RuntimeError, match="Invalid option for resize_mode: sideways"):
-        list(engine_img2dataset.download([(0, "http://127.0.0.1:1/")], FetchConfig(), images, tmp_path / "folder"))
+        list(engine_img2dataset.download({0: "http://127.0.0.1:1/"}, FetchConfig(), images, tmp_path / "folder"))
     assert not (tmp_path / "folder").exists()
 
 

@@ -185,8 +185,8 @@ def test_one_linear_layer_is_taken_whatever_it_is_called(tmp_path, save, prefix)
 
 def test_what_must_be_declared_is_told(tmp_path):
     path = saved_by_torch(tmp_path / SAC, linear())
-    told = r"none of the published heads.*--encoder open_clip:ViT-L-14-quickgelu/openai --norm l2_sqrt_d --scale 1 10"
-    with pytest.raises(HeadError, match=told):
+    hint = r"none of the published heads.*--encoder open_clip:ViT-L-14-quickgelu/openai --norm l2_sqrt_d --scale 1 10"
+    with pytest.raises(HeadError, match=hint):
         import_head(path)
     with pytest.raises(HeadError, match=r"--encoder ENCODER --norm l2 --scale LO HI"):
         import_head(saved_by_torch(tmp_path / "other.pth", linear()))

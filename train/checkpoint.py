@@ -85,22 +85,26 @@ def checkpoints(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def last(folder: Path) -> Path | None:
+    """The last whole checkpoint."""
+    return next(reversed(checkpoints(folder).values()), None)
+
+
 def best(folder: Path) -> Path | None:
     """The checkpoint with the lowest held-out loss of the averaged weights; the last one where none was measured."""
-    there = checkpoints(folder)
-    measured = {s: (read_json(p / "record.json").get("held_out") or {}).get("ema") for s, p in there.items()}
-    known = {s: float(loss) for s, loss in measured.items() if loss is not None}
-    chosen = min(known, key=lambda s: known[s]) if known else max(there, default=None)
-    return None if chosen is None else there[chosen]
+    losses = {}
+    for path in checkpoints(folder).values():
+        held_out = read_json(path / "record.json").get("held_out") or {}
+        if held_out.get("ema") is not None:
+            losses[path] = float(held_out["ema"])
+    return min(losses, key=lambda path: losses[path]) if losses else last(folder)
 
 
 def _prune(folder: Path, keep: int) -> None:
     sweep(folder / "checkpoints")  # what a process that was killed has left
-    there = checkpoints(folder)
-    kept = {*list(there)[-max(1, keep) :]}
     good = best(folder)
-    for step, path in there.items():
-        if step not in kept and path != good:
+    for path in list(checkpoints(folder).values())[: -max(1, keep)]:
+        if path != good:
             _remove(path)
 
 
@@ -109,13 +113,14 @@ def load_state(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None
 
     Raises UserError where it was made with another configuration, naming what differs.
     """
-    there = checkpoints(folder)
-    if not there:
+    path = last(folder)
+    if path is None:
         return None
-    path = there[max(there)]
-    then = read_json(path / "record.json")["config"]
+    before = read_json(path / "record.json")["config"]
     other = [
-        f"{k}: {then.get(k)} then, {config.get(k)} now" for k in {**then, **config} if then.get(k) != config.get(k)
+        f"{k}: {before.get(k)} then, {config.get(k)} now"
+        for k in {**before, **config}
+        if before.get(k) != config.get(k)
     ]
     if other:
         raise UserError(

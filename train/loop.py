@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from aesthetic.errors import UserError
-from curate.report import sheet
+from curate.sheets import sheet
 from curate.store.disk import check_space
 from curate.store.files import write_json
 from train import checkpoint
@@ -205,7 +205,10 @@ def train(
                             task, stream.dataset, held_out, config.seed, micro_batch, ema, device
                         )
                     if rank == 0 and (save or _is_due(config.preview_every, step)):
-                        record["samples"] = _save_preview(task, ema, folder, step, prompts, seeds, device)
+                        with ema.applied(), autocast(device):
+                            rows = task.preview(prompts, seeds)
+                        path = folder / "samples" / f"{step:06d}.png"
+                        record["samples"] = str(sheet(path, f"after {step:,} steps", rows))
             save = save and rank == 0
             if record or save or last or step % config.log_every == 0:
                 record = {**meter.record(task, batch, step, grad_norm), **record}
@@ -308,14 +311,6 @@ def _held_out_loss(
     finally:
         for m in modules:
             m.train()
-
-
-def _save_preview(
-    task: Task, ema: Ema, folder: Path, step: int, prompts: Sequence[str], seeds: Sequence[int], device: torch.device
-) -> str:
-    with ema.applied(), autocast(device):
-        rows = task.preview(prompts, seeds)
-    return str(sheet(folder / "samples" / f"{step:06d}.png", f"after {step:,} steps", rows))
 
 
 def _diverged(folder: Path, step: int, batch: Batch, loss: float, grad_norm: float, rank: int) -> Diverged:

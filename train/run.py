@@ -9,6 +9,7 @@ MODEL/train.json                 settings, data, versions, result
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +42,7 @@ from train.loop import LoopConfig, train
 from train.models.files import no_progress_bars
 from train.models.info import training_record
 from train.models.presets import Preset
-from train.models.release import is_released
+from train.models.release import is_released, release
 from train.models.unet import (
     add_lora,
     count_parameters,
@@ -236,8 +237,7 @@ class TrainRun:
 
     def finish_autoencoder(self) -> None:
         """Put the trained autoencoder where every stage after it looks, its latents scaled to unit variance."""
-        checkpoints = checkpoint.checkpoints(self.vae_folder)
-        self._load_vae(checkpoints[max(checkpoints)] / "vae")
+        self._load_vae(_last(self.vae_folder) / "vae")
         fit_scale(self.pipeline, next(ordered_batches(self.images, self.chosen, 64)))
         scratch = scratch_path(self.vae_folder / "vae")
         self.pipeline.vae.save_pretrained(scratch)
@@ -327,19 +327,29 @@ class TrainRun:
             **({"notes": notes} if notes else {}),
         }
 
+    def release(self, facts: dict[str, Any]) -> None:
+        """Put the averaged weights of the last step at the top of MODEL, with a model card: whole, or absent."""
+        release(_last(self.out), self.out, facts)
+        write_json(self.out / "train.json", facts)
+        shutil.rmtree(self.out / "start", ignore_errors=True)
+
     def result(self) -> dict[str, Any]:
         """Held-out losses of the last checkpoint and of the best, from their records."""
-        checkpoints, best = checkpoint.checkpoints(self.out), checkpoint.best(self.out)
-        last = max(checkpoints)
-        result = {"step": last, "held_out": read_json(checkpoints[last] / "record.json").get("held_out")}
-        if best is not None:
+        record = read_json(_last(self.out) / "record.json")
+        result = {"step": record["step"], "held_out": record.get("held_out")}
+        if (best := checkpoint.best(self.out)) is not None:
             record = read_json(best / "record.json")
             result["best"] = {"step": record["step"], "held_out": record.get("held_out"), "checkpoint": str(best)}
         if self.vae_loop:
-            measured = checkpoint.checkpoints(self.vae_folder)
-            loss = read_json(measured[max(measured)] / "record.json").get("held_out")
+            loss = read_json(_last(self.vae_folder) / "record.json").get("held_out")
             result["autoencoder_psnr_db"] = psnr(loss["ema"]) if loss else None
         return result
+
+
+def _last(folder: Path) -> Path:
+    path = checkpoint.last(folder)
+    assert path is not None  # training has come to its end
+    return path
 
 
 def _threads() -> int:

@@ -114,7 +114,8 @@ def _no_encoder() -> Encoder:
 
 def _why(error: pydantic.ValidationError, kind: type[Annotator]) -> str:
     """What is wrong with options, in words."""
-    wrong = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    wrong = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])  # a misspelt one is missing, too
     option, known = ".".join(map(str, wrong["loc"])), list(kind.Options.model_fields)
     if wrong["type"] == "extra_forbidden":
         near = nearest(option, known)

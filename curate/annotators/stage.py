@@ -180,8 +180,8 @@ def _from_pixels(
     assert inputs is not None
     rows = images_of(data, shard, ["key", "caption"])
     added = [missing[name] for name in models]
-    some = None if None in added else set[str]().union(*(keys for keys in added if keys is not None))
-    fresh = _only(rows, some)
+    added_keys = None if None in added else set[str]().union(*(keys for keys in added if keys is not None))
+    fresh = _only(rows, added_keys)
 
     # in batches that do not depend on what else is wanted (annotators cut them as they like)
     vectors, answers = list[np.ndarray](), {name: list[dict[str, pa.Array]]() for name in models if name != _VECTORS}
@@ -200,14 +200,14 @@ def _from_pixels(
         annotator = annotators[name]
         parts = parts or [ask(annotator, ImageBatch(rows=fresh))]
         values = {suffix: pa.chunked_array([p[suffix] for p in parts]) for suffix in annotator.columns}
-        _write(data, shard, name, annotator, fresh["key"], values, rows["key"], inputs, some is not None)
+        _write(data, shard, name, annotator, fresh["key"], values, rows["key"], inputs, added_keys is not None)
     if _VECTORS in models:
         assert encoder is not None
         images = np.concatenate(vectors) if vectors else np.zeros((0, encoder.dim), np.float32)
         captions = fresh["caption"].to_pylist()
         texts = caption_vectors(captions, encoder)
         cosines = similarity(captions, images, texts)
-        if some is not None:
+        if added_keys is not None:
             stored = pq.read_table(data.metadata(shard), columns=["key", "similarity"])
             now = _joined(pa.table({"key": fresh["key"], "similarity": cosines}), stored, rows["key"])
             cosines = now["similarity"].combine_chunks()

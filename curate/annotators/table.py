@@ -46,18 +46,18 @@ class ParquetTable(Annotator):
             schema = pq.read_schema(self.file)
         except (pa.ArrowException, OSError) as e:
             raise UserError(f"{self.file} is not a parquet file that can be read: {e}") from e
-        there = ", ".join(schema.names)
+        names_in_file = ", ".join(schema.names)
         names = {name.lower(): name for name in reversed(schema.names)}
         by: str | None = options.by or next((n for n in _NAMES if n in names), None)
         if by is None or by not in names:
-            raise UserError(f"{self.file} has no column {options.by or 'key, sha256 or url'}; it has {there}")
+            raise UserError(f"{self.file} has no column {options.by or 'key, sha256 or url'}; it has {names_in_file}")
         self.by, self._by_column = by, names[by]
         if not (pa.types.is_string(kind := schema.field(names[by]).type) or pa.types.is_large_string(kind)):
             raise UserError(f"{self.file}: {names[by]} holds {kind}; text is expected")
         others = [n for n in schema.names if n.lower() not in _NAMES]
         wanted = others if options.columns is None else list(options.columns)
         if missing := [n for n in wanted if n not in schema.names]:
-            raise UserError(f"{self.file} has no column {missing[0]}; it has {there}")
+            raise UserError(f"{self.file} has no column {missing[0]}; it has {names_in_file}")
         self._columns = {re.sub(r"\W", "_", name, flags=re.ASCII).lower(): name for name in wanted}
         if not wanted or len(self._columns) < len(wanted):
             raise UserError(f"{self.file}: {'no column of values' if not wanted else 'two columns have one name'}")

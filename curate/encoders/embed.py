@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 from aesthetic.files import atomic
 from curate.encoders.base import Encoder
 from curate.encoders.registry import check_settings
-from curate.fetch.ingest import recovered_since
 from curate.layout import Data
 from curate.ledger.schema import Status
 from curate.store.files import read_json
@@ -52,6 +51,8 @@ def recovered(data: Data, shard: int, record: Path, config: str) -> set[str] | N
     value = read_json(record)
     if not isinstance(value, dict) or value.get("config") != config or not outputs_present(data.root, value):
         return None
+    from curate.fetch.ingest import recovered_since  # brings aiohttp, for which a recipe need not wait
+
     keys = recovered_since(data, shard, value["inputs"])
     return None if keys is None else set(keys)
 

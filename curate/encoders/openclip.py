@@ -215,15 +215,15 @@ def _tables() -> ModuleType:
 def _tables_alone() -> ModuleType:
     package = ModuleType("_open_clip_tables")
     package.__path__ = [str(_folder())]
-    there = sys.modules.get("safetensors.torch")
+    loaded = sys.modules.get("safetensors.torch")
     sys.modules[package.__name__] = package
     sys.modules["safetensors.torch"] = None  # type: ignore[assignment]  # it can do without, and this one needs torch
     try:
         return importlib.import_module(f"{package.__name__}.pretrained")
     finally:
         del sys.modules["safetensors.torch"]
-        if there is not None:
-            sys.modules["safetensors.torch"] = there
+        if loaded is not None:
+            sys.modules["safetensors.torch"] = loaded
 
 
 def _folder() -> Path:

@@ -175,14 +175,14 @@ class Fetcher:
         answer: _HttpAnswer | None = None
         try:
             for _ in range(self._config.max_redirects + 1):
-                self._deny.url(url)
+                self._deny.check_url(url)
                 if "robots-txt" in limits.respect:
                     await self._robots.check(url)
                 if "tdmrep-json" in limits.respect:
                     await self._tdmrep.check(url)
                 host = url.raw_host or ""
                 seconds -= await self._resolver.look_up(host)
-                async with domains.Permit(self._permits, budget.registered_domain(host)) as permit:
+                async with self._permits.permit(budget.registered_domain(host)) as permit:
                     await self._memory.wait_until_half_free()
                     answer = await self._request(url, seconds, limits, opt_outs, permit)
                 seconds -= answer.seconds

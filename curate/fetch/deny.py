@@ -1,8 +1,8 @@
 """Deny-lists: URLs, domains and bytes that are never fetched, decoded, stored or shown.
 
     deny = Deny.load(["deny.txt", "more.txt.gz"])
-    deny.url(url)               # before a request, at every hop: RowError `denied`
-    deny.body(data, sha256)     # before anything looks at the bytes: RowError `denied`
+    deny.check_url(url)             # before a request, at every hop: RowError `denied`
+    deny.check_body(data, sha256)   # before anything looks at the bytes: RowError `denied`
 
 A list is a text file, one entry a line; blank lines and what follows a `#` at the start of a line or after a blank are
 comments. An entry is one of
@@ -75,8 +75,8 @@ class Deny:
     def __bool__(self) -> bool:
         return bool(self._sorted)
 
-    def url(self, url: URL) -> None:
-        """Refuse a URL that is listed, or whose domain is. `url` is as `guard.parse_url` gives it.
+    def check_url(self, url: URL) -> None:
+        """Refuse a URL that is listed, or whose domain is. `url` is as `addresses.parse_url` gives it.
 
         Raises:
             RowError: denied, saying whether it is the URL or which domain.
@@ -89,7 +89,7 @@ class Deny:
             if self._has(digest(domain.encode(), "sha256")):
                 raise RowError(Reason.DENIED, f"its domain {domain} is on a deny-list")
 
-    def body(self, data: bytes, sha256: bytes) -> None:
+    def check_body(self, data: bytes, sha256: bytes) -> None:
         """Refuse bytes that are listed by a digest; `sha256` is theirs, 32 bytes.
 
         Raises:
@@ -100,10 +100,10 @@ class Deny:
             if self._has(sha256 if algorithm == "sha256" else digest(data, algorithm)):
                 raise RowError(Reason.DENIED, f"the {algorithm} of its bytes is on a deny-list")
 
-    def names(self, text: str) -> bool:
+    def denies(self, text: str) -> bool:
         """Whether a URL as a list has it is denied, it or its domain; no where it is no URL."""
         try:
-            self.url(_anywhere(text))
+            self.check_url(_parse_anywhere(text))
         except RowError as e:
             return e.reason is Reason.DENIED
         except (ValueError, IndexError):  # yarl, see parse_url
@@ -147,7 +147,8 @@ def domains(host: str) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
-# What most lines are made of, and what `parse_url` would leave as it is; it takes 30 microseconds to find that out.
+# What most lines are made of, and what `parse_url` would leave as it is. Without this shortcut a list takes seven times
+# as long to load, and `PLAIN_SQL` saves 62% of the search for what is denied (docs/benchmarks.md).
 _HOST = rb"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.){1,10}[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _PATH = rb"/(?!\.)(?:[!$%&'()*+,\-0-9:;=?@A-Z_a-z~.]|/(?!\.)){0,1000}(?<!\?)"
 _PLAIN = re.compile(b"(?:https?://" + _HOST + _PATH + b"|" + _HOST + b")")
@@ -170,7 +171,7 @@ LONGEST = 1 << 16
 _RATIO, _AT_LEAST = 100, 1 << 26
 """A compressed list may decompress to this many times its size, and to so many bytes in any case."""
 
-_TOLD = 1000  # lines that are no entries, after which the rest is not counted
+_MOST_WRONG = 1000  # lines that are no entries, after which the rest is not counted
 
 
 def _entries(file: Path) -> Iterator[bytes]:
@@ -186,7 +187,7 @@ def _entries(file: Path) -> Iterator[bytes]:
             except (ValueError, IndexError, RowError) as e:  # IndexError: yarl, see parse_url
                 wrong.append(number)
                 cause = cause or e
-                if len(wrong) == _TOLD:
+                if len(wrong) == _MOST_WRONG:
                     break
                 continue
             if not wrong:
@@ -196,16 +197,15 @@ def _entries(file: Path) -> Iterator[bytes]:
     except UserError as e:
         raise UserError(f"deny-list {e}") from e
     if wrong:  # a list without some of its lines would deny less than its owner thinks
-        first = f"line {wrong[0]}" if len(wrong) == 1 else _several(wrong)
+        lines = f"line {wrong[0]}"
+        if len(wrong) > 1:
+            count = f"{len(wrong):,}" + (" or more" if len(wrong) == _MOST_WRONG else "")
+            first = ", ".join(map(str, wrong[:3]))
+            lines = f"lines {first}{', ...' if len(wrong) > 3 else ''} ({count} in all)"
         raise UserError(
-            f"deny-list {file}, {first}: not an http or https URL, a domain such as example.com, or "
+            f"deny-list {file}, {lines}: not an http or https URL, a domain such as example.com, or "
             f"a digest of {', '.join(str(2 * size) for size in ALGORITHMS)} hexadecimal digits"
         ) from cause
-
-
-def _several(wrong: list[int]) -> str:
-    count = f"{len(wrong):,}" + (" or more" if len(wrong) == _TOLD else "")
-    return f"lines {', '.join(map(str, wrong[:3]))}{', ...' if len(wrong) > 3 else ''} ({count} in all)"
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
@@ -249,19 +249,18 @@ def _entry(line: bytes) -> bytes:
     if _PLAIN.fullmatch(line) and b"&amp;" not in line.lower():
         return digest(line, "sha256")
     text = line.decode()
-    return digest((_listed_url(text) if "://" in text else _listed_host(text)).encode(), "sha256")
+    listed = url_text(_parse_anywhere(text)) if "://" in text else _parse_host(text)
+    return digest(listed.encode(), "sha256")
 
 
-def _listed_url(text: str) -> str:
-    return url_text(_anywhere(text))
-
-
-def _anywhere(text: str) -> URL:
+def _parse_anywhere(text: str) -> URL:
+    """A URL, be its address one that may not be contacted."""
     port = URL(text).port or 0
     return parse_url(text, tuple(Allowed(network, port) for network in _EVERYWHERE))
 
 
-def _listed_host(text: str) -> str:
+def _parse_host(text: str) -> str:
+    """A domain or an address; ValueError or RowError where it is neither."""
     try:
         return str(ip_address(text))
     except ValueError:

@@ -47,10 +47,6 @@ class _DomainState:
     fail_with: RowError | None = None  # rows end with it, until `fail_until`
     fail_until: float = 0.0
 
-    def is_forgettable(self) -> bool:
-        until = max(self.fail_until, self.backoff_until)
-        return not self.failures and not self.half_open and until <= time.monotonic()
-
 
 class Permit:
     """The right to have one request under way at a domain; what comes of it decides about the next ones.
@@ -221,10 +217,12 @@ class Permits:
     def _leave(self, domain: str, state: _DomainState) -> None:
         """Give a domain's slots back when none of its rows has come for a while."""
         state.leaving = False
-        if not state.waiting:
-            self._return(domain, state)
-            if not state.busy and not state.queued and state.is_forgettable() and self._states.get(domain) is state:
-                del self._states[domain]
+        if state.waiting:
+            return
+        self._return(domain, state)
+        remembered = state.failures or state.half_open or max(state.fail_until, state.backoff_until) > time.monotonic()
+        if not remembered and not state.busy and not state.queued and self._states.get(domain) is state:
+            del self._states[domain]
 
     def _forget_domains(self) -> None:
         """Forget domains that nobody waits for, where there are too many."""

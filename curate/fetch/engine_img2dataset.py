@@ -2,7 +2,7 @@
 
 It runs in a child process, because it starts pools and loggers of its own. It serves people who have tuned it, and the
 tests as an independent second opinion. What it does not do: check addresses, read robots.txt, bound the bytes of an
-answer or the requests to one host, turn pictures upright by their EXIF. Whoever chooses it for a list from the web
+answer or the requests to one host, turn images upright by their EXIF. Whoever chooses it for a list from the web
 should run it where nothing private can be reached.
 """
 

@@ -215,7 +215,7 @@ async def _fetch_and_decode(
         """In a thread: what is denied or not what the list names is not even decoded."""
         if context.deny or digest:
             sha256 = hashlib.sha256(body).digest()
-            context.deny.body(body, sha256)
+            context.deny.check_body(body, sha256)
             verify_hash(body, digest, sha256)
         return None if isolated is not None else process(body, context.images)
 

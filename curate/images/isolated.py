@@ -23,11 +23,11 @@ class IsolatedDecoder:
     def __init__(self, images: ImagesConfig) -> None:
         self._images = images
         self._child: asyncio.subprocess.Process | None = None
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
 
     async def decode(self, data: bytes) -> ProcessedImage:
         """As `curate.images.process.process`; RowError(crashed) where decoding killed the child or never ended."""
-        async with self._turn:
+        async with self._lock:
             child = self._child or await self._start()
             assert child.stdin is not None and child.stdout is not None
             try:

@@ -98,11 +98,11 @@ def process(data: bytes, config: ImagesConfig) -> ProcessedImage:
     Raises RowError: not_an_image, too_many_pixels (both before anything is decoded) or decode_error.
     """
     opened = open_header(data, config.max_pixels)
-    fitted = fitted_size(*opened.size, config)
+    fitted = _fitted_size(*opened.size, config)
     _check_result(opened, fitted or opened.size, config)
     image = upright(opened, data, least=fitted or opened.size)
     pixels = image.pixels
-    fitted = fitted_size(image.width, image.height, config)
+    fitted = _fitted_size(image.width, image.height, config)
     if fitted:
         pixels = resize(pixels, fitted, reduced=pixels.shape[:2] != (image.height, image.width))
         if config.mode == "center_crop":
@@ -136,7 +136,7 @@ def _check_result(opened: ImageFile.ImageFile, size: tuple[int, int], config: Im
         raise RowError(Reason.TOO_MANY_PIXELS, detail, original_size=opened.size)
 
 
-def fitted_size(width: int, height: int, config: ImagesConfig) -> tuple[int, int] | None:
+def _fitted_size(width: int, height: int, config: ImagesConfig) -> tuple[int, int] | None:
     """The (width, height) to resize to, before any crop, or None where the image stays as it is.
 
     img2dataset's sizes: scale = size / side, each side rounded half to even; but never less than one pixel.

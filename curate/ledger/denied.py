@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from aesthetic.errors import UserError
 from curate.fetch.deny import PLAIN_SQL, Deny
-from curate.ledger.schema import Status, shard_name
+from curate.layout import shard_name
+from curate.ledger.schema import Status
 from curate.ledger.sql import connect
 from curate.ledger.view import tables
 from curate.store.records import read_record
@@ -121,10 +122,10 @@ class _Search:
         hosts = [h for (h,) in con.execute("SELECT DISTINCT host FROM named WHERE plain").fetchall()]
         for host in hosts:
             if host not in self._hosts:
-                self._hosts[host] = self._deny.names(f"http://{host}/") or self._deny.names(f"https://{host}/x")
+                self._hosts[host] = self._deny.denies(f"http://{host}/") or self._deny.denies(f"https://{host}/x")
         con.register("_hosts", pa.table({"h": pa.array([h for h in hosts if self._hosts[h]], pa.string())}))
         odd = con.execute("SELECT n, u FROM named WHERE NOT plain").fetchall()
-        con.register("_odd", pa.table({"n": pa.array([n for n, u in odd if self._deny.names(u)], pa.int64())}))
+        con.register("_odd", pa.table({"n": pa.array([n for n, u in odd if self._deny.denies(u)], pa.int64())}))
         rows = con.execute(
             "SELECT key FROM batch WHERE n IN (FROM _odd) "
             "OR n IN (SELECT n FROM named WHERE plain AND "

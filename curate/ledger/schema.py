@@ -183,8 +183,3 @@ def make_key(shard: int, row: int, shard_size: int, shard_digits: int = 5) -> st
     '000010005'
     """
     return f"{shard * 10 ** row_digits(shard_size) + row:0{key_width(shard_size, shard_digits)}d}"
-
-
-def shard_name(shard: int) -> str:
-    """How files of a shard are called: five digits, more where five do not suffice."""
-    return f"{shard:05d}"

@@ -27,9 +27,9 @@ import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError
 from aesthetic.files import atomic, scratch_path, write_atomic
-from curate.layout import Data
+from curate.layout import Data, shard_name
 from curate.ledger.rules import KEPT
-from curate.ledger.schema import RESERVED, list_name, shard_name, stored_name
+from curate.ledger.schema import RESERVED, list_name, stored_name
 from curate.ledger.select import NothingKept, Selection, load_selection
 from curate.ledger.sql import batches, quote
 from curate.ledger.view import (

@@ -54,14 +54,8 @@ class ImageVectors(ABC):
         """The images, small; None for one that can't be decoded."""
 
     @abstractmethod
-    def text_encoder(self) -> Encoder:
-        """An encoder of texts; whether it is of the vectors' space is not looked at."""
-
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Vectors of texts (n, d) in the images' space; raises UserError where that can't be had."""
-        encoder = self.text_encoder()
-        require_same(self.space, encoder.space(), str(self.root))
-        return encoder.encode_texts(texts)
 
 
 class DataFolderVectors(ImageVectors):
@@ -89,8 +83,8 @@ class DataFolderVectors(ImageVectors):
         self.index = pd.concat(parts, ignore_index=True)
         self.count = len(self.index)
 
-    def text_encoder(self) -> Encoder:
-        return self._text_encoder()
+    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
+        return _encode_in(self.space, self._text_encoder(), texts, self.data.space)
 
     def names(self, by: str) -> pd.DataFrame:
         if by == "sha256":
@@ -179,10 +173,10 @@ class ClipFolderVectors(ImageVectors):
         )
         self.count = len(self.table)
 
-    def text_encoder(self) -> Encoder:
+    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         from curate.encoders.registry import load_encoder
 
-        return load_encoder(self.space.encoder)
+        return _encode_in(self.space, load_encoder(self.space.encoder), texts, self.root)
 
     def names(self, by: str) -> pd.DataFrame:
         named = self.table[[c for c in ("key", "url", "sha256") if c in self.table]]
@@ -251,8 +245,8 @@ class FolderVectors(ImageVectors):
         """The encoder's."""
         return self.encoder.space()
 
-    def text_encoder(self) -> Encoder:
-        return self.encoder
+    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
+        return self.encoder.encode_texts(texts)
 
     def names(self, by: str) -> pd.DataFrame:
         import pandas as pd
@@ -338,6 +332,12 @@ class FolderVectors(ImageVectors):
     def thumbnails(self, images: Sequence[int]) -> dict[int, Image.Image | None]:
         data = {int(i): self._read(int(i)) for i in images}
         return {i: None if d is None else _thumbnail(d) for i, d in data.items()}
+
+
+def _encode_in(space: Space, encoder: Encoder, texts: Sequence[str], what: Path) -> np.ndarray:
+    """The texts' vectors, once the encoder is found to be of the space that belongs to `what`."""
+    require_same(space, encoder.space(), str(what))
+    return encoder.encode_texts(texts)
 
 
 def _thumbnail(data: bytes) -> Image.Image | None:

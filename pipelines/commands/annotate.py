@@ -4,25 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
-from aesthetic.space import Space
-from curate.annotators.base import TableAnnotator, column_specs
-from curate.annotators.registry import Spec, absolute, make_annotators
-from curate.annotators.stage import annotate_table, column_inputs
-from curate.layout import Data
-from curate.ledger.sql import plain_name
-from curate.store.files import read_json, sweep
-from curate.store.lock import Lock
-from curate.store.ownership import open_data
-from curate.workers import EmbedWorker, annotated, per_shard, space_known
-from pipelines.checks import Say
 from pipelines.options import Options, Result, argument, command, option
-from pipelines.recipe import Recipe, parse_columns
-from pipelines.runtime.cluster import check_reachable
-from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
-from pipelines.stored_recipe import store_recipe, stored_recipe
+
+if TYPE_CHECKING:
+    from curate.annotators.registry import Spec
+    from curate.layout import Data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +29,10 @@ class AnnotateOptions(Options):
 
 def run(options: AnnotateOptions) -> Result:
     """Compute columns; the next command selects by the last of them."""
+    from curate.ledger.sql import plain_name
+    from curate.store.ownership import open_data
+    from pipelines.recipe import parse_columns
+
     data = open_data(options.data)
     facts = annotate(data, parse_columns(options.columns), address=options.ray_address)
     following = ""
@@ -50,12 +43,24 @@ def run(options: AnnotateOptions) -> Result:
     return Result(facts=facts, paths={"annotated": data.root / "annotated"}, next=following)
 
 
-def annotate(data: Data, given: Mapping[str, Spec], *, address: str | None = None, say: Say = print) -> dict[str, Any]:
+def annotate(data: Data, given: Mapping[str, Spec], *, address: str | None = None) -> dict[str, Any]:
     """Compute the columns that are `given`, or else those of the data folder's recipe, where shards lack them.
 
     New ones are added to recipe.yaml, so that `embed` and `retry` keep them. Annotators that read pixels run on Ray.
     UserError, before anything is computed, where one can't be used, or there is nothing yet that it reads.
     """
+    from aesthetic.space import Space
+    from curate.annotators.base import TableAnnotator, column_specs
+    from curate.annotators.registry import absolute, make_annotators
+    from curate.annotators.stage import annotate_table, column_inputs
+    from curate.store.files import read_json, sweep
+    from curate.store.lock import Lock
+    from curate.workers import EmbedWorker, annotated, per_shard, space_known
+    from pipelines.recipe import Recipe
+    from pipelines.runtime.cluster import check_reachable
+    from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
+    from pipelines.stored_recipe import store_recipe, stored_recipe
+
     stored = stored_recipe(data)
     recipe = stored or Recipe()
     given = {name: absolute(name, spec) for name, spec in given.items()}
@@ -98,7 +103,7 @@ def annotate(data: Data, given: Mapping[str, Spec], *, address: str | None = Non
         if stored is not None and given:
             store_recipe(data, replace(stored, columns=recipe.columns))
     for name, count in fresh.items():
-        say(f"{name}: {count:,} of {len(shards):,} shards annotated{'' if count else ' (all were)'}")
+        print(f"{name}: {count:,} of {len(shards):,} shards annotated{'' if count else ' (all were)'}")
     return {
         "shards": len(shards),
         "annotated": fresh,

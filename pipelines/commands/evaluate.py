@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from aesthetic.errors import UserError
 from aesthetic.files import write_atomic
 from curate.store.files import local_path, read_json, sha256_file, sweep, write_json
-from curate.store.ownership import check_free, taken
 from pipelines.commands.train import check_data
 from pipelines.options import Options, Result, argument, option, positive_int, read_prompts
 from pipelines.runtime.progress import ProgressBar, format_duration, redirect_output
@@ -67,6 +66,8 @@ def run(options: EvaluateOptions) -> Result:
 
     Raises UserError before the model is loaded where model, data, prompts, encoder, heads or folder do not fit.
     """
+    from curate.store.ownership import check_free, taken
+
     check_data(options.data)
     check_free(options.out, "evaluation")
     prompts = _prompts(options)

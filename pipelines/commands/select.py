@@ -7,12 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aesthetic.errors import UserError
-from curate.layout import Data
-from curate.store.lock import Lock
-from curate.store.ownership import open_data
-from pipelines.checks import refuse_denied
 from pipelines.options import Result, WithRecipe, argument, command, option
-from pipelines.stored_recipe import recipe_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +25,11 @@ def run(options: SelectOptions) -> Result:
     """
     from curate.ledger import uids as subsets
     from curate.ledger.select import remembered, select
+    from curate.store.lock import Lock
+    from curate.store.ownership import open_data
+    from pipelines.checks import old_columns, refuse_denied
     from pipelines.curation import show_selection
+    from pipelines.stored_recipe import recipe_of
 
     data = open_data(options.data)
     recipe = recipe_of(data, options.recipe, options.set, select=options.name)
@@ -65,11 +64,3 @@ def run(options: SelectOptions) -> Result:
         paths={"selected": data.verdicts(name)},
         next=command("pack", data.root, "--name", name) if selection.kept else "",
     )
-
-
-def old_columns(data: Data) -> str:
-    """What is said of a data folder that has columns of before there was `annotated/`; nothing where it has none."""
-    if not (names := data.old_columns()):
-        return ""
-    again = command("annotate", data.root)
-    return f"{data.root / 'scored'} ({', '.join(names)}) is read no more: `{again}` computes them anew"

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
-from curate.layout import Data
-from curate.ledger.schema import Reason, Status
 from curate.store.files import read_json
-from curate.store.ownership import open_data
-from curate.verify import command_again
-from pipelines.checks import Say, refuse_denied
-from pipelines.commands.select import old_columns
 from pipelines.options import Options, Result, argument, command
-from pipelines.stored_recipe import stored_recipe
+
+if TYPE_CHECKING:
+    from curate.layout import Data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +23,19 @@ class StatusOptions(Options):
 
 def run(options: StatusOptions) -> Result:
     """Shards per stage, outcomes, selections."""
-    facts, following = status(open_data(options.data), print)
+    from curate.store.ownership import open_data
+
+    facts, following = status(open_data(options.data))
     return Result(facts=facts, next=following)
 
 
-def status(data: Data, say: Say) -> tuple[dict[str, Any], str]:
+def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, Any], str]:
     """Where a run stands: shards per stage, outcomes, selections; and the next command."""
+    from curate.ledger.schema import Reason, Status
+    from curate.verify import command_again
+    from pipelines.checks import old_columns, refuse_denied
+    from pipelines.stored_recipe import stored_recipe
+
     plan = data.plan
     records = {s.shard: read_json(data.fetched_record(s.shard)) for s in plan.shards}
     fetched = {shard: r for shard, r in records.items() if r}
@@ -82,9 +85,9 @@ def status(data: Data, say: Say) -> tuple[dict[str, Any], str]:
     if recipe is not None and any(annotated.get(name, 0) < embedded for name in recipe.columns):
         return found, command("annotate", data.root)
     waiting = sum(n for reason, n in failures if Reason(reason).transient)
-    vain = _tried_in_vain(data, fetched)
-    found["may_pass"], found["tried_in_vain"] = waiting, vain
-    if waiting > vain:
+    hopeless = _unrecovered(data, fetched)
+    found["may_pass"], found["tried_in_vain"] = waiting, hopeless
+    if waiting > hopeless:
         return found, command("retry", data.root)
     if waiting:
         once_more, failed = command("retry", data.root), f"{waiting:,} rows that failed for transient reasons"
@@ -102,6 +105,7 @@ def selections_there(data: Data) -> dict[str, dict[str, Any]]:
     state of it, or None."""
     from curate.ledger.select import changed_since, remembered
     from curate.ledger.view import table_digests, tables
+    from pipelines.stored_recipe import stored_recipe
 
     recipe, found = stored_recipe(data), dict[str, dict[str, Any]]()
     names = data.selections()
@@ -130,7 +134,7 @@ def selections_there(data: Data) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _tried_in_vain(data: Data, fetched: Mapping[int, dict[str, Any]]) -> int:
+def _unrecovered(data: Data, fetched: Mapping[int, dict[str, Any]]) -> int:
     """How many rows failed for reasons that may pass in shards whose last retry recovered nothing."""
     from curate.workers import transient_failures
 

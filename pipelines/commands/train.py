@@ -26,12 +26,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 from aesthetic.errors import DiskFull, UserError
 from curate.store.files import local_path, read_json, sweep, write_json
-from curate.store.ownership import check_free, taken
 from pipelines.options import REQUIRED, Options, Result, argument, option, positive_int, read_prompts
 from pipelines.runtime.progress import ProgressBar, format_duration, redirect_output
 from train.devices import FreeCores, default_device, set_threads, versions
 from train.models.presets import OBJECTIVES, PRESETS
-from train.models.release import LORA_FILE, is_released, release
+from train.models.release import LORA_FILE, is_released
 
 if TYPE_CHECKING:
     from curate.sources.dataset import MapDataset
@@ -88,6 +87,7 @@ def run(options: TrainOptions) -> Result:
     free = FreeCores()
     check_options(options)
     prompts = tuple(read_prompts(options.prompts)) if options.prompts else ()
+    from curate.store.ownership import taken
     from train.data import open_samples, sampling_weights
     from train.run import earlier_run
 
@@ -128,6 +128,8 @@ def run(options: TrainOptions) -> Result:
 
 def check_options(options: TrainOptions) -> None:
     """What the options and the model's own files tell, without torch."""
+    from curate.store.ownership import check_free
+
     start, objective = options.start, options.objective
     if options.preset and start:
         raise UserError("--preset and --from exclude each other: a new model, or one to go on with")
@@ -347,7 +349,6 @@ def _headline(run: TrainRun, resolved: TrainOptions, by: str, *, preset_given: b
 
 def _train(run: TrainRun, trainer: Trainer, facts: dict[str, Any], terminal: IO[str], *, tensorboard: bool) -> Result:
     """All stages, as far as they are not done yet."""
-    from train import checkpoint
     from train.metrics import format_record, log_to_tensorboard, plot_loss
     from train.tasks import psnr
 
@@ -376,10 +377,7 @@ def _train(run: TrainRun, trainer: Trainer, facts: dict[str, Any], terminal: IO[
 
     facts["result"] = run.result()
     facts |= {"finished": _now(), "seconds": round(time.monotonic() - began)}
-    checkpoints = checkpoint.checkpoints(run.out)
-    release(checkpoints[max(checkpoints)], run.out, facts)
-    write_json(run.out / "train.json", facts)
-    shutil.rmtree(run.out / "start", ignore_errors=True)
+    run.release(facts)
     return _result(run.out, facts)
 
 
@@ -392,8 +390,8 @@ def _stop_on_signal(terminal: IO[str], folder: Path) -> Iterator[Callable[[], bo
     """
     from train import checkpoint
 
-    if checkpoints := checkpoint.checkpoints(folder):
-        terminal.write(f"goes on from step {max(checkpoints):,}, {checkpoints[max(checkpoints)]}\n")
+    if last := checkpoint.last(folder):
+        terminal.write(f"goes on from step {int(last.name):,}, {last}\n")
     received: list[int] = []
 
     def receive(number: int, frame: object) -> None:

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -66,30 +66,18 @@ class TrainJob:
         )
 
 
-class Trainer(Protocol):
-    """Who carries out the stages of a run."""
-
-    about: str  # who that is, in a few words
-
-    def train(self, stage: str, should_stop: ShouldStop) -> Iterator[Record]:
-        """Train `autoencoder` or `model` to the end, or until `should_stop`; records as `train.loop.train` yields."""
-        ...
-
-    def precompute_latents(self, tell: Tell) -> None:
-        """Write the latents that are missing; `tell` hears how many more images are done."""
-        ...
-
-
 class LocalTrainer:
-    """This process, alone and without Ray."""
+    """Carries out the stages of a run in this process, alone and without Ray; `about` says so in a few words."""
 
     def __init__(self, run: TrainRun, about: str) -> None:
         self._run, self.about = run, about
 
     def train(self, stage: str, should_stop: ShouldStop) -> Iterator[Record]:
+        """Train `autoencoder` or `model` to the end, or until `should_stop`; records as `train.loop.train` yields."""
         return train_stage(self._run, stage, should_stop)
 
     def precompute_latents(self, tell: Tell) -> None:
+        """Write the latents that are missing; `tell` hears how many more images are done."""
         self._run.precompute_latents(tell)
 
 
@@ -102,6 +90,9 @@ def train_stage(run: TrainRun, stage: str, should_stop: ShouldStop) -> Iterator[
 
 STARTED = "started"
 """The message that workers begin with."""
+
+
+Trainer: TypeAlias = "LocalTrainer | RayTrainer"
 
 
 @contextlib.contextmanager

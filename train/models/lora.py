@@ -344,18 +344,28 @@ def add_loras(pipeline: Any, loras: Sequence[Lora], model: str = "the model") ->
     Raises UserError where one does not fit.
     """
     from diffusers.utils import set_weights_and_activate_adapters
+    from safetensors.torch import load_file
+    from torch import nn
 
     notes: list[str] = []
     if not loras:
         return notes
     parts = {name: getattr(pipeline, name) for name in PARTS}
-    layers = {name: dict(_layers_of(part)) for name, part in parts.items()}
+    layers: dict[str, dict[str, Sequence[int]]] = {
+        name: {
+            m: list(layer.weight.shape) for m, layer in part.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
+        }
+        for name, part in parts.items()
+    }
     for number, lora in enumerate(loras):
         check_weight(lora)
         header = read_header(lora.file)
         found = match(header, layers, str(lora.path), model)
         _set_scales(found, header, lora)
-        tensors = _tensors(lora)
+        try:
+            tensors = load_file(lora.file)
+        except Exception as e:
+            raise UserError(f"{lora.file} is no safetensors file, or a damaged one: {e}") from e
         if lora.weight == 0:
             notes.append(f"the LoRA {lora.path} has weight 0, and so changes nothing")
         elif not any(bool(tensors[m.up].any()) for modules in found.values() for m in modules.values()):
@@ -378,23 +388,6 @@ def add_loras(pipeline: Any, loras: Sequence[Lora], model: str = "the model") ->
         if active:
             set_weights_and_activate_adapters(module, list(active), list(active.values()))
     return notes
-
-
-def _layers_of(part: torch.nn.Module) -> Iterable[tuple[str, Sequence[int]]]:
-    from torch import nn
-
-    for name, module in part.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            yield name, list(module.weight.shape)
-
-
-def _tensors(lora: Lora) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(lora.file)
-    except Exception as e:
-        raise UserError(f"{lora.file} is no safetensors file, or a damaged one: {e}") from e
 
 
 def _add(

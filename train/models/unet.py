@@ -96,13 +96,10 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int, tokens: int) -> An
     )  # fmt: skip
     learner = copy.deepcopy(empty.backend_tokenizer)
     learner.train_from_iterator(captions, trainer)
-    merges = _merges(learner)[: max(0, vocabulary - len(basis) - len(marks))]
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    merges = merges[: max(0, vocabulary - len(basis) - len(marks))]
     vocab = {t: i for i, t in enumerate(dict.fromkeys([*basis, *(a + b for a, b in merges), *marks]))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=tokens)
-
-
-def _merges(tokenizer: Any) -> list[Any]:
-    return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
 def pixel_vae(size: int) -> Any:
