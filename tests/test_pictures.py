@@ -10,7 +10,7 @@ from PIL import Image
 
 from aesthetic.heads import HeadError
 from aesthetic.plots import learning_curve, reliability, scatter
-from curate.report import Shown, sheet
+from curate.sheets import Tile, sheet
 
 GREEN, AMBER = (47, 125, 109), (185, 112, 42)
 pytestmark = pytest.mark.filterwarnings("error")
@@ -161,9 +161,9 @@ def test_neither_the_module_needs_matplotlib_nor_drawing_pyplot(tmp_path):
 def test_a_sheet_of_images_at_hand(tmp_path):
     red, blue = np.full((400, 600, 3), (200, 30, 30), np.uint8), Image.new("RGB", (300, 900), (30, 30, 200))
     rows = [
-        ("best", [Shown(red, "rated 6.40, predicted 5.90\nred.jpg"), Shown(blue, "rated 6.31")]),
+        ("best", [Tile(red, "rated 6.40, predicted 5.90\nred.jpg"), Tile(blue, "rated 6.31")]),
         ("worst", []),
-        ("most wrong", [Shown(None, "rated 1.20"), *[Shown(blue, f"number {i}") for i in range(6)]]),
+        ("most wrong", [Tile(None, "rated 1.20"), *[Tile(blue, f"number {i}") for i in range(6)]]),
     ]
     first = sheet(tmp_path / "a.png", "taste", rows)
     assert first.read_bytes() == sheet(tmp_path / "b.png", "taste", rows).read_bytes()
@@ -178,6 +178,6 @@ def test_a_blurred_image_of_a_sheet_cannot_be_told(tmp_path):
     stripes = np.zeros((300, 300, 3), np.uint8)
     stripes[::6] = 255
     for blurred in (False, True):
-        sheet(tmp_path / f"{blurred}.png", "t", [("row", [Shown(stripes, "", blurred)])])
+        sheet(tmp_path / f"{blurred}.png", "t", [("row", [Tile(stripes, "", blurred)])])
     sharp, soft = (np.abs(np.diff(pixels(tmp_path / f"{b}.png")[200:, :500, 0], axis=0)).mean() for b in (False, True))
     assert soft < sharp / 5

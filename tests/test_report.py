@@ -18,8 +18,9 @@ from curate.layout import Data
 from curate.ledger.rules import read_rules
 from curate.ledger.schema import Reason, Status, fetched_schema, make_key
 from curate.ledger.select import SelectConfig, select
-from curate.report import KEPT, SHARDS, _Facts, _picture, _printable, _spread, contact_sheet, score_charts
+from curate.report import KEPT, SHARDS, Report, _decoded, contact_sheet, score_charts, spread
 from curate.shards.tar import TarWriter
+from curate.sheets import _printable
 from curate.store.files import write_json
 
 SIZE = 10  # rows of a shard
@@ -98,9 +99,9 @@ def test_sheet_is_the_same_each_time_and_shows_everything(data: Path) -> None:
 
 
 def test_kept_images_are_shown_at_even_quantiles_worst_first(data: Path) -> None:
-    facts = _Facts(Data(data), "mine")
-    assert facts.default_column() == "aesthetic"
-    tiles = facts.kept_tiles("aesthetic")
+    report = Report(Data(data), "mine")
+    assert report.default_column() == "aesthetic"
+    tiles = report.kept("aesthetic")
     values = [float(t.value) for t in tiles]
     assert len(tiles) == KEPT and values == sorted(values)
     assert values[0] == 4.0 and values[-1] == 11.9  # the extremes are among them
@@ -108,32 +109,32 @@ def test_kept_images_are_shown_at_even_quantiles_worst_first(data: Path) -> None
 
 
 def test_rejected_images_show_the_value_that_rejected_them_narrow_misses_first(data: Path) -> None:
-    facts = _Facts(Data(data), "mine")
-    large = facts.rejected_tiles("large")
+    report = Report(Data(data), "mine")
+    large = report.rejected("large")
     assert large[0].value == "119 x 109" and large[-1].value == "100 x 90"
-    assert [t.value for t in facts.rejected_tiles("once")] == [f"{26:016x}"] * 2
-    assert [float(t.value) for t in facts.rejected_tiles("beautiful")][:2] == [3.9, 3.8]
+    assert [t.value for t in report.rejected("once")] == [f"{26:016x}"] * 2
+    assert [float(t.value) for t in report.rejected("beautiful")][:2] == [3.9, 3.8]
 
 
 def test_a_width_in_the_list_is_not_our_width(data: Path) -> None:
-    facts = _Facts(Data(data), "mine")
-    facts.said |= read_rules(
-        {"stored": "least(width, \"HEIGHT\") > 300 and caption <> 'original_width'"}, facts.columns
+    report = Report(Data(data), "mine")
+    report.rules |= read_rules(
+        {"stored": "least(width, \"HEIGHT\") > 300 and caption <> 'original_width'"}, report.columns
     )
-    assert facts.columns_of("stored") == ["width", "height", "caption"]
-    assert facts.db.sql("select distinct width, height from candidate").fetchall() == [(240, 200)]
+    assert report.columns_of("stored") == ["width", "height", "caption"]
+    assert report.db.sql("select distinct width, height from candidate").fetchall() == [(240, 200)]
 
 
 def test_what_is_unsafe_is_blurred(data: Path) -> None:
-    facts = _Facts(Data(data), "mine")
-    safe = facts.rejected_tiles("safe")
+    report = Report(Data(data), "mine")
+    safe = report.rejected("safe")
     assert {t.key[-1] for t in safe} == {"1", "2"} and all(t.blurred for t in safe)  # at 0.3 too: the rule rejects it
-    kept = facts.kept_tiles("aesthetic")
+    kept = report.kept("aesthetic")
     assert {t.key[-1] for t in kept if t.blurred} == {"1"}  # 0.9, though kept
     assert any(t.key[-1] == "2" for t in kept)
-    assert not any(t.blurred for t in facts.rejected_tiles("once"))
+    assert not any(t.blurred for t in report.rejected("once"))
     photo = crops(1)[0]
-    clear, blurred = _picture(photo, False), _picture(photo, True)
+    clear, blurred = _decoded(photo, False), _decoded(photo, True)
     assert clear is not None and blurred is not None
     assert _sharpness(blurred) < _sharpness(clear) / 20
 
@@ -157,40 +158,40 @@ def test_what_is_unsafe_is_blurred(data: Path) -> None:
 def test_what_a_rule_calls_unsafe_is_blurred_however_it_is_written(data: Path, rule: str) -> None:
     """Also where an earlier rule rejected it: 0.3 in rows that end in 2, 0.9 in those in 1."""
     select(Data(data), SelectConfig(name="written", rules={"small": "original_width >= 160", "safe": rule}))
-    facts = _Facts(Data(data), "written")
-    tiles = facts._tiles("true", "key", 200, [])
+    report = Report(Data(data), "written")
+    tiles = report.examples("true", "key", 200, [])
     assert {t.key[-1] for t in tiles if t.blurred} == {"1", "2"}, rule
     assert {t.key[-1] for t in tiles if not t.blurred} == set("03456789")
-    assert all(t.blurred for t in facts.rejected_tiles("safe"))
+    assert all(t.blurred for t in report.rejected("safe"))
     if "top" not in rule:
-        assert "open_nsfw" in facts.columns_of("safe")
+        assert "open_nsfw" in report.columns_of("safe")
 
 
 def test_rules_that_can_no_longer_be_asked_blur_at_the_strictest_cut(data: Path) -> None:
     select(Data(data), SelectConfig(name="old", rules={"a": "open_nsfw < 0.25", "b": "open_nsfw < 0.2 or true"}))
     record = data / "selected" / "old.json"
     record.write_text(record.read_text().replace("0.2 or true", "0.2 or gone > 5"))
-    tiles = _Facts(Data(data), "old")._tiles("true", "key", 200, [])
+    tiles = Report(Data(data), "old").examples("true", "key", 200, [])
     assert {t.key[-1] for t in tiles if t.blurred} == {"1", "2"}
     record.write_text(record.read_text().replace("0.2 or gone > 5", "0.2 or or"))  # no SQL of this DuckDB's
-    assert {t.key[-1] for t in _Facts(Data(data), "old")._tiles("true", "key", 200, []) if t.blurred} == {"1", "2"}
+    assert {t.key[-1] for t in Report(Data(data), "old").examples("true", "key", 200, []) if t.blurred} == {"1", "2"}
 
 
 def test_what_is_unsafe_is_known_by_its_record_whatever_its_column_is_called(tmp_path: Path) -> None:
     root = make_data(tmp_path / "data", 20)
     for shard in range(2):
         write_json(root / "annotated" / "aesthetic" / f"{shard:05d}.json", {"columns": {"aesthetic": {"unsafe": True}}})
-    assert sorted(_Facts(Data(root), "mine").unsafe) == ["aesthetic", "open_nsfw"]
+    assert sorted(Report(Data(root), "mine").unsafe) == ["aesthetic", "open_nsfw"]
 
 
 def test_a_long_list_costs_few_tars(tmp_path: Path) -> None:
     root = make_data(tmp_path / "data", SIZE * (SHARDS + 15))
-    facts = _Facts(Data(root), "mine")
-    used = {t.shard for t in facts.kept_tiles("aesthetic")} | {t.shard for t in facts.kept_tiles(None)}
-    assert used <= set(facts.picked) and len(facts.picked) == SHARDS
-    assert facts.picked[0] == 0 and facts.picked[-1] == SHARDS + 14
+    report = Report(Data(root), "mine")
+    used = {t.shard for t in report.kept("aesthetic")} | {t.shard for t in report.kept(None)}
+    assert used <= set(report.picked) and len(report.picked) == SHARDS
+    assert report.picked[0] == 0 and report.picked[-1] == SHARDS + 14
     for tar in (root / "fetched").glob("*.tar"):
-        if int(tar.stem) not in facts.picked:
+        if int(tar.stem) not in report.picked:
             tar.unlink()  # nobody misses them
     contact_sheet(Data(root), "mine", "aesthetic")
 
@@ -209,14 +210,14 @@ def test_a_picture_that_cannot_be_decoded_has_its_place(tmp_path: Path) -> None:
 
 
 def test_histograms_count_every_score_and_mark_the_cuts(data: Path) -> None:
-    facts = _Facts(Data(data), "mine")
-    everything, kept, lo, hi = facts.histogram("aesthetic")
-    assert sum(everything) == facts.selection.fetched and sum(kept) == facts.selection.kept
+    report = Report(Data(data), "mine")
+    everything, kept, lo, hi = report.histogram("aesthetic")
+    assert sum(everything) == report.selection.fetched and sum(kept) == report.selection.kept
     assert (lo, round(hi, 3)) == (0.0, 11.9)
     assert everything[0] == 2 and kept[0] == 0  # 0.0 and 0.1
-    cuts = {words: at for at, words in facts.cuts("aesthetic")}
+    cuts = {words: at for at, words in report.cuts("aesthetic")}
     assert cuts[">= 4.0"] == 4.0 and cuts[">= 6"] == 6.0 and 3.3 < cuts["best 70%"] < 3.9
-    assert facts.cuts("open_nsfw") == [(0.2, "< 0.2")]
+    assert report.cuts("open_nsfw") == [(0.2, "< 0.2")]
     path = score_charts(Data(data), "mine")
     assert path is not None
     first = path.read_bytes()
@@ -236,9 +237,9 @@ def test_letters_that_the_font_lacks() -> None:
     assert _printable("茶碗 bowl 🍵") == "bowl"
 
 
-def test_spread() -> None:
-    assert _spread(0, 5) == [] and _spread(3, 5) == [0, 1, 2]
-    assert _spread(100, 4) == [0, 33, 66, 99]
+def testspread() -> None:
+    assert spread(0, 5) == [] and spread(3, 5) == [0, 1, 2]
+    assert spread(100, 4) == [0, 33, 66, 99]
 
 
 def _sharpness(image: Image.Image) -> float:

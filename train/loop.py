@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from aesthetic.errors import UserError
-from curate.report import sheet
+from curate.sheets import sheet
 from curate.store.disk import check_space
 from curate.store.files import write_json
 from train import checkpoint

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from curate.report import Shown, enlarged
+from curate.sheets import Tile, enlarged
 from train.data import Batch
 from train.models.files import no_progress_bars
 from train.models.unet import encode_images, has_lora, save_lora
@@ -49,7 +49,7 @@ class Task(Protocol):
         """The loss of each sample at fixed noise, (n,) float32: comparable between steps and runs."""
         ...
 
-    def preview(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, list[Shown]]]:
+    def preview(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, list[Tile]]]:
         """Images of what has been learnt so far: rows of a sheet, each with its title."""
         ...
 
@@ -116,7 +116,7 @@ class Denoise:
         states: Tensor = self.pipeline.text_encoder(batch.tokens.to(self.pipeline.unet.device))[0]
         return states
 
-    def preview(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, list[Shown]]]:
+    def preview(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, list[Tile]]]:
         """A row for each prompt: the real image of that caption where it is known, then one for each seed."""
         prompts = prompts or [""]
         generated = iter(generate_images(self.pipeline, prompts, seeds))
@@ -163,7 +163,7 @@ class Reconstruct:
         decoded: Tensor = vae.decode(vae.encode(x).latent_dist.mode(), return_dict=False)[0].float()
         return decoded.clamp(-1, 1)
 
-    def preview(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, list[Shown]]]:
+    def preview(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, list[Tile]]]:
         """Images of the first batch, and their reconstructions below."""
         assert self._first is not None
         with torch.no_grad():

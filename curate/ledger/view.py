@@ -44,6 +44,12 @@ class LedgerTable:
     files: tuple[Path, ...]
     records: tuple[Path, ...]
 
+    def of(self, shards: Collection[int]) -> LedgerTable:
+        """The part of the table that some shards are."""
+        kept = [i for i, shard in enumerate(self.shards) if shard in shards]
+        files, records = (tuple(paths[i] for i in kept) for paths in (self.files, self.records))
+        return replace(self, shards=tuple(self.shards[i] for i in kept), files=files, records=records)
+
     @cached_property
     def facts(self) -> list[dict[str, Any]]:
         """What the records say, {} for what is none of ours."""
@@ -100,7 +106,11 @@ def _table(data: Data, folder: Path, record: Callable[[int], Path], file: Callab
 
 
 def open_ledger(
-    data: Data, needed: set[str] | None = None, *, memory_limit: str | None = None
+    data: Data,
+    needed: set[str] | None = None,
+    *,
+    found: Sequence[LedgerTable] | None = None,
+    memory_limit: str | None = None,
 ) -> duckdb.DuckDBPyConnection:
     """A connection with the view `ledger`, a line per row of the list, and `verdicts` (selection, key, verdict).
 
@@ -108,6 +118,7 @@ def open_ledger(
     `similarity` and those of the annotators; null where a row has no image. Where the list has two columns that differ
     in case only, the second is called NAME_1. With `needed` (names as rules write them: `similarity`, `source.WIDTH`),
     only these tables are joined and only these fields are in `source`: joining costs seconds at ten million rows.
+    `found` are the tables, or parts of them, instead of all that the folder holds.
 
     `_fetched` is the same without joins. `_aligned` holds the rows with an image alone and joins by position: its
     column `aligned` is TRUE where the keys agree, as they do by the data folder's contract. That takes half the time
@@ -116,7 +127,7 @@ def open_ledger(
     """
     import pyarrow.dataset as ds  # slow: it brings pandas
 
-    found = tables(data)
+    found = tables(data) if found is None else found
     con = connect(data.root.resolve(), memory_limit)
     wanted = None if needed is None else {n.lower() for n in needed}
     joined = [t for t in found[1:] if wanted is None or any(c.lower() in wanted for c in t.columns)]

@@ -251,10 +251,11 @@ def _show_progress(done: int, total: int, seconds: float) -> None:
 
 
 def _fit(options: FitOptions, rated: RatedImages, log: Log) -> FitResult:
-    from aesthetic.chunks import Map, thread_map
+    from aesthetic.chunks import thread_map
     from aesthetic.classify import PREVALENCE, fit_classifier
     from aesthetic.compare import fit_comparisons
     from aesthetic.fit import fit_head
+    from pipelines.runtime.cluster import ray_map
 
     ratings, space = rated.ratings, rated.images.space
     files = [{"file": p.name, "sha256": sha256_file(p)} for p in options.ratings]
@@ -274,17 +275,12 @@ def _fit(options: FitOptions, rated: RatedImages, log: Log) -> FitResult:
         log(f"no zero-shot baseline: {str(e).splitlines()[0]}")
     if ratings.kind == "pairs":
         return fit_comparisons(rated.vectors, space=space, **rated.comparisons(), **common)
-    sums: Map = thread_map
-    if options.address is not None:
-        from pipelines.runtime.cluster import ray_map
-
-        sums = partial(ray_map, options.address)
     return fit_head(
         rated.examples(),
         space,
         scale=options.scale or ratings.scale or _range(rated.table),
         network=options.network,
-        map=sums,
+        map=thread_map if options.address is None else partial(ray_map, options.address),
         **common,
     )
 
@@ -304,7 +300,7 @@ def _range(table: pd.DataFrame) -> tuple[float, float]:
 def _write_figures(options: FitOptions, rated: RatedImages, fitted: FitResult) -> dict[str, Path]:
     """held_out.csv, the plots, and a sheet of the best, worst and most wrong images."""
     from aesthetic import plots
-    from curate.report import Shown, sheet
+    from curate.sheets import Tile, sheet
 
     out, report = options.out, fitted.report
     rated.table.assign(rated=fitted.rated, predicted=fitted.held_out).to_csv(out / "held_out.csv", index=False)
@@ -334,7 +330,7 @@ def _write_figures(options: FitOptions, rated: RatedImages, fitted: FitResult) -
         return {"look": out / "calibration.png"}
     unsafe = _unsafe(options, fitted)  # all are blurred then: what is wrong may be either way
     sections = [
-        (title, [Shown(loaded[int(images[i])], f"{predicted[i]:.2f}, {words[i]}", unsafe) for i in rows])
+        (title, [Tile(loaded[int(images[i])], f"{predicted[i]:.2f}, {words[i]}", unsafe) for i in rows])
         for title, rows in chosen.items()
     ]
     sheet(out / "extremes.png", title, sections)
@@ -346,7 +342,7 @@ def _write_suggestions(options: FitOptions, rated: RatedImages, fitted: FitResul
     import pandas as pd
 
     from aesthetic.suggest import suggest
-    from curate.report import Shown, sheet
+    from curate.sheets import Tile, sheet
     from curate.sources.rated import PREDICTED
 
     assert fitted.penalty is not None  # see _check and _check_kind
@@ -367,7 +363,7 @@ def _write_suggestions(options: FitOptions, rated: RatedImages, fitted: FitResul
     listed.to_csv(out / "suggest.csv", index=False)
     loaded, unsafe = images.thumbnails(chosen.tolist()), _unsafe(options, fitted)
     captions = [f"{score:.2f}\n{key}" for score, key in zip(scores, keys, strict=True)]
-    tiles = [Shown(loaded[int(i)], caption, unsafe) for i, caption in zip(chosen, captions, strict=True)]
+    tiles = [Tile(loaded[int(i)], caption, unsafe) for i, caption in zip(chosen, captions, strict=True)]
     sheet(out / "suggest.png", "rate these next", [("most is learnt from these", tiles)])
     return {"rate next": out / "suggest.csv", "look at them": out / "suggest.png"}
 

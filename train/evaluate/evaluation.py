@@ -27,7 +27,7 @@ from curate.encoders.base import Encoder
 from curate.encoders.bundled import FEATURES, BundledEncoder
 from curate.encoders.registry import load_encoder
 from curate.images.resize import perceptual_hash
-from curate.report import Shown, enlarged, sheet
+from curate.sheets import Tile, enlarged, sheet
 from curate.sources.dataset import MapDataset
 from curate.store.files import read_json
 from train.data import ImageDataset, Ints, crop_resize, decode_sample
@@ -459,7 +459,7 @@ class Evaluation:
         return [bool(score >= UNSAFE) for score in scores_of(self.detector, images)]
 
 
-def _tiles(images: Sequence[Pixels], words: Sequence[str], blurred: Sequence[bool]) -> list[Shown]:
+def _tiles(images: Sequence[Pixels], words: Sequence[str], blurred: Sequence[bool]) -> list[Tile]:
     return [enlarged(*tile) for tile in zip(images, words, blurred, strict=True)]
 
 
