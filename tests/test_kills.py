@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from small_web import Run, SmallWeb, Watch, digests, gone, same_as, small_web, start_here
 
@@ -146,7 +148,8 @@ def test_ray_itself_killed(slow: tuple[SmallWeb, Path, dict[str, str]], tmp_path
     run = Run(listed, tmp_path / "data", web.settings(15))
     run.until("fetched/*_stats.json")
     for process in run.family(which):
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since
+            process.kill()
     code = run.wait()
     assert code != 0 or (tmp_path / "data" / "shards" / "bundled" / "manifest.json").exists()
     again = Run(listed, tmp_path / "data", web.settings(15))
