@@ -43,6 +43,7 @@ from studio.wire import (
     parse_request,
     read_input,
 )
+from train.devices import out_of_memory
 from train.generate.files import CHUNK, decode_image, decode_mask, png, save_numbered
 from train.generate.request import SEEDS, GenerationRequest
 from train.generate.sampler import UNSAFE, Generated, Sampler
@@ -199,7 +200,7 @@ class GenerationService:
 
     def _explain(self, error: Exception) -> str:
         """What went wrong in a job, for the person who asked for it."""
-        if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        if out_of_memory(error):
             text = "memory ran out: ask for a smaller size, or fewer pictures at once"
         elif isinstance(error, FloatingPointError):
             text = f"the model drew no picture: {error}"

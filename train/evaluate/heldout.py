@@ -57,11 +57,10 @@ def find_held_out(model: str | Path, samples: MapDataset, on_done: OnDone = igno
 
 
 def _held_out(model: str | Path, samples: MapDataset, on_done: OnDone) -> HeldOut:
-    folder, record = training_record(model) or (None, None)
-    data, settings = (record or {}).get("data") or {}, (record or {}).get("settings") or {}
-    known = folder is not None and data.get("folder") and settings.get("data")
+    folder, record = training_record(model) or (Path(model), {})
+    data, settings = record.get("data") or {}, record.get("settings") or {}
+    known = data.get("folder") and settings.get("data")
     if known and settings["data"] == samples.fingerprint:
-        assert folder is not None
         trained_on, held, unreadable = _sides_of_split(folder, samples, on_done)
         note = "held out by the training run; near-duplicates of none of them were trained on"
         return HeldOut(held, unreadable, samples, trained_on, record, note)
@@ -73,7 +72,6 @@ def _held_out(model: str | Path, samples: MapDataset, on_done: OnDone) -> HeldOu
         note = "the model has no train.json, which would tell what it was trained on: it may have seen these pictures"
         return HeldOut(readable, len(scan.unreadable), None, nothing, None, note)
 
-    assert folder is not None
     training = _still_there(Path(data["folder"]), settings)
     if training is None:
         note = f"other pictures than the model was trained on; those are no longer in {Path(data['folder']).name} as "
