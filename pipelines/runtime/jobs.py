@@ -111,14 +111,18 @@ def run_job(job: CurateJob, work: RemainingWork, *, address: str | None = None) 
             name, progress = start_progress()
             budget: Any = ray.remote(Budget).options(name=_budget_name(name), num_cpus=0)
             budget = budget.remote(job.recipe.fetch.per_domain)  # lives as long as this
+
+            def show(end: bool = False) -> None:
+                with contextlib.suppress(RayError):  # what ends the job is told, not what its end breaks
+                    counts, hosts = ray.get(progress.counts.remote(), timeout=5)
+                    display.show(counts, hosts, end)
+
             try:
                 for _ in watch(lambda: _run_waves(job, work.shards, sizes, name), progress, 0.5):
-                    display.show(*ray.get(progress.counts.remote()))
+                    show()
             finally:
                 del budget
-                with contextlib.suppress(RayError):  # what ended the job is told, not what its end broke
-                    counts, hosts = ray.get(progress.counts.remote(), timeout=5)
-                    display.show(counts, hosts, end=True)
+                show(end=True)
     return display
 
 
