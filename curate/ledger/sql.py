@@ -197,10 +197,10 @@ def literal(text: str) -> str:
 
 def short(error: Exception) -> str:
     """DuckDB's message without the picture of the line that follows it."""
-    said = str(error).split("\n\nLINE")[0].strip()
-    unknown = re.match(r"Catalog Error: Table with name (.*) does not exist!", said)
+    message = str(error).split("\n\nLINE")[0].strip()
+    unknown = re.match(r"Catalog Error: Table with name (.*) does not exist!", message)
     # DuckDB's own suggestions are tables of its catalog
-    return f"there is no table {unknown[1]}, but `ledger` and `verdicts`" if unknown else said
+    return f"there is no table {unknown[1]}, but `ledger` and `verdicts`" if unknown else message
 
 
 @functools.cache

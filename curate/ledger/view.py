@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError
-from curate.layout import shard_name
 from curate.ledger.schema import EMBEDDED_COLUMNS, FETCHED_COLUMNS, URL_COLUMNS, Status, list_name
 from curate.ledger.sql import Bounds, check_one_select, connect, literal, parse, quote, reader, short, walk
 from curate.store.files import digest, sha256_file
@@ -295,13 +294,13 @@ def _not_current(data: Data, found: Sequence[LedgerTable]) -> dict[str, str]:
         if missing := with_images.difference(table.shards):
             wrong[table.name] = (
                 f"{table.name} lacks {len(missing):,} of {len(with_images):,} fetched shards "
-                f"(the first is {shard_name(min(missing))}). `{again}` makes them."
+                f"(the first is {min(missing):05d}). `{again}` makes them."
             )
             continue
         for shard, facts in zip(table.shards, table.facts, strict=True):
             inputs = facts.get("inputs", {})
             if stale := next((n for n, sha in inputs.items() if made.get(n, sha) != sha), None):
-                shard_of = f"{table.name}/{shard_name(shard)}"
+                shard_of = f"{table.name}/{shard:05d}"
                 wrong[table.name] = f"{shard_of} was made from an older {stale}. `{again}` makes it anew."
                 break
     return wrong

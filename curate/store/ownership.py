@@ -36,8 +36,8 @@ _WHAT = {"data": "a data folder", "model": "a model", "evaluation": "an evaluati
 
 def kind_of(root: Path) -> str | None:
     """What a folder says it is: data, model or evaluation; None where it does not say that it is ours."""
-    if said := _marked(root):
-        return said
+    if marked := _marked(root):
+        return marked
     return next((kind for kind, says in _SIGNS.items() if says(root)), None)
 
 
