@@ -104,8 +104,7 @@ class Gate:
         headers, method, path = Headers(scope=scope), scope["method"], scope["path"]
         if len(headers) > MAX_HEADERS:
             raise Refused(431, f"{len(headers):,} headers; at most {MAX_HEADERS} are read")
-        self._check_host(headers)
-        _check_site(headers, method, path)
+        self._check_origin(headers, method, path)
         if self._token is not None:
             if path == "/login" and method == "POST":
                 return await self._log_in(scope, receive, self._token)
@@ -142,7 +141,7 @@ class Gate:
             self._count(address, -size)
         return None
 
-    def _check_host(self, headers: Headers) -> None:
+    def _check_origin(self, headers: Headers, method: str, path: str) -> None:
         given = headers.getlist("host")
         if len(given) != 1:
             raise Refused(400, f"{len(given)} Host headers; one is expected")
@@ -156,6 +155,15 @@ class Gate:
                 f"this server does not answer to the name {given[0][:100]!r}",
                 f"it answers to {', '.join(sorted(self._hosts))}; for another name start it with --host and a token",
             )
+
+        # what a browser sends because another site told it to; whoever is no browser says nothing of the kind
+        site, mode, origin = (headers.get(name) for name in ("sec-fetch-site", "sec-fetch-mode", "origin"))
+        link = method == "GET" and path == "/" and mode == "navigate"  # to come here by a link is fine
+        foreign = site not in (None, "same-origin", "none") and not link
+        if origin is not None and method not in ("GET", "HEAD"):
+            foreign |= origin.partition("://")[2].lower() != headers.get("host", "").lower()
+        if foreign:
+            raise Refused(403, "this request comes from another site", "open the page itself, or ask without a browser")
 
     # ------------------------------------------------------------------------------------------------------ tokens
 
@@ -261,18 +269,6 @@ def cookie(token: str) -> str:
 
 def _same(given: str, expected: str) -> bool:
     return secrets.compare_digest(given.encode("utf-8", "replace"), expected.encode())
-
-
-def _check_site(headers: Headers, method: str, path: str) -> None:
-    """Refuse what a browser sends because another site told it to; whoever is no browser says nothing of the kind."""
-    site, mode = headers.get("sec-fetch-site"), headers.get("sec-fetch-mode")
-    link = method == "GET" and path == "/" and mode == "navigate"  # to come here by a link is fine
-    origin = headers.get("origin")
-    foreign = site not in (None, "same-origin", "none") and not link
-    if origin is not None and method not in ("GET", "HEAD"):
-        foreign |= origin.partition("://")[2].lower() != headers.get("host", "").lower()
-    if foreign:
-        raise Refused(403, "this request comes from another site", "open the page itself, or ask without a browser")
 
 
 def _check_type(headers: Headers, expected: str) -> None:

@@ -117,7 +117,14 @@ class GuardedProtocol(H11Protocol):
         super().connection_made(transport)
         self.address = address_of({"client": self.client})
         if len(self.connections) > MAX_CONNECTIONS:
-            self._make_room()
+            idle = [
+                c for c in self.connections if isinstance(c, GuardedProtocol) and c is not self and c.waits_for_client
+            ]
+            if idle or len(self.connections) > 2 * MAX_CONNECTIONS:
+                counts = Counter(c.address for c in idle)
+                leaves = min(idle, key=lambda c: (-counts[c.address], c._has_asked, c._since), default=self)
+                self.connections.discard(leaves)  # at once: more may come before it has gone
+                leaves.transport.abort()
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -157,15 +164,6 @@ class GuardedProtocol(H11Protocol):
     def waits_for_client(self) -> bool:
         """Whether it is the client's turn: to ask, to send the rest of a request, or to take the answer."""
         return not self._is_answering or self.cycle.response_started or self.cycle.more_body
-
-    def _make_room(self) -> None:
-        idle = [c for c in self.connections if isinstance(c, GuardedProtocol) and c is not self and c.waits_for_client]
-        if not idle and len(self.connections) <= 2 * MAX_CONNECTIONS:
-            return
-        counts = Counter(c.address for c in idle)
-        leaves = min(idle, key=lambda c: (-counts[c.address], c._has_asked, c._since), default=self)
-        self.connections.discard(leaves)  # at once: more may come before it has gone
-        leaves.transport.abort()
 
     def _await_head(self) -> None:
         if self._is_answering:

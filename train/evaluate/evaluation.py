@@ -175,7 +175,19 @@ class Evaluation:
             log(line)
         figures: dict[str, Any] = {"held_out_loss": self._held_out_loss()}
         self._generate(log)
-        generated, real, training = self._encode_all()
+
+        models: dict[str, Encoder | Annotator] = {"vectors": self.encoder, "nsfw": self.detector}
+        if self.features is not self.encoder:
+            models["features"] = self.features
+        bar = self._progress("looked at", len(self.prompts) + len(self.real) + len(self.training), "img")
+        generated = encode_images((self._generated_image(i) for i in range(len(self.prompts))), models, bar)
+        real = encode_images((self._real_image(self.samples, i) for i in self.real), models, bar)
+        training = None
+        if (samples := self.held_out.training) is not None:
+            images = (self._real_image(samples, i) for i in self.training)
+            training = encode_images(images, {"vectors": self.encoder}, bar)
+        bar.end()
+
         figures |= self._fidelity(generated, real, training)
         figures["scores"] = self._scores(generated, real)
         figures["nsfw"] = {
@@ -242,21 +254,6 @@ class Evaluation:
         """A real image, brought to the size of the generated ones as training does."""
         width, height = self.model.info.size
         return crop_resize(decode_sample(samples[int(index)], 2 * max(width, height)), height, width)
-
-    def _encode_all(self) -> tuple[Encoded, Encoded, Encoded | None]:
-        """Generated, real and training images as the models see them."""
-        models: dict[str, Encoder | Annotator] = {"vectors": self.encoder, "nsfw": self.detector}
-        if self.features is not self.encoder:
-            models["features"] = self.features
-        bar = self._progress("looked at", len(self.prompts) + len(self.real) + len(self.training), "img")
-        generated = encode_images((self._generated_image(i) for i in range(len(self.prompts))), models, bar)
-        real = encode_images((self._real_image(self.samples, i) for i in self.real), models, bar)
-        training = None
-        if (samples := self.held_out.training) is not None:
-            images = (self._real_image(samples, i) for i in self.training)
-            training = encode_images(images, {"vectors": self.encoder}, bar)
-        bar.end()
-        return generated, real, training
 
     # ----------------------------------------------------------------------------------------------------- figures
 

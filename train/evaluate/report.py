@@ -28,7 +28,15 @@ def _rows(facts: dict[str, Any]) -> Iterator[Row]:
     if found := figures.get("frechet"):
         yield f"Frechet distance, {found['features']}", f"{found['value']:.3f}", "", "no FID: other features"
     if found := figures.get("memorisation"):
-        yield from _memorisation_rows(found)
+        of = f" of {found['of_training']:,}" if "of_training" in found else ""
+        among = f"{found['training']:,}{of} training pictures"
+        beside = f"real, not trained on {found['median_real']:.3f}"
+        yield f"cosine to the nearest of {among}", f"{found['median']:.3f}", "median", beside
+        if close := found["close"]:
+            border = f"nearer (cosine above {found['border']:.3f}) than 95% of real ones"
+            yield "share close to a training picture", *_value(close), f"expected {close['expected']:.0%}: {border}"
+        beside = f"real, not trained on {found['copies_real']} of {found['pictures_real']:,}"
+        yield "near-duplicates of training pictures", f"{found['copies']} of {found['pictures']:,}", "", beside
     loss = figures.get("held_out_loss")
     if loss:
         other = loss.get("training")
@@ -98,18 +106,6 @@ def _retrieval_rows(found: dict[str, Any]) -> Iterator[Row]:
         beside = f"shuffled {_number(ours[key]['shuffled'])}"
         beside += f" · real {_number(real[key])}" if real else ""
         yield f"{what}, {found['space']} space", *_value(ours[key]), beside
-
-
-def _memorisation_rows(found: dict[str, Any]) -> Iterator[Row]:
-    of = f" of {found['of_training']:,}" if "of_training" in found else ""
-    among = f"{found['training']:,}{of} training pictures"
-    beside = f"real, not trained on {found['median_real']:.3f}"
-    yield f"cosine to the nearest of {among}", f"{found['median']:.3f}", "median", beside
-    if close := found["close"]:
-        beside = f"expected {close['expected']:.0%}: nearer (cosine above {found['border']:.3f}) than 95% of real ones"
-        yield "share close to a training picture", *_value(close), beside
-    beside = f"real, not trained on {found['copies_real']} of {found['pictures_real']:,}"
-    yield "near-duplicates of training pictures", f"{found['copies']} of {found['pictures']:,}", "", beside
 
 
 def _notes(facts: dict[str, Any]) -> Iterator[str]:
