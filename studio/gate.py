@@ -101,14 +101,18 @@ class Gate:
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> Response | None:
         """Let the app answer (None), or say what is answered in its place."""
-        headers, method, path = Headers(scope=scope), scope["method"], scope["path"]
+        headers, method, path, address = Headers(scope=scope), scope["method"], scope["path"], address_of(scope)
         if len(headers) > MAX_HEADERS:
             raise Refused(431, f"{len(headers):,} headers; at most {MAX_HEADERS} are read")
         self._check_origin(headers, method, path)
         if self._token is not None:
             if path == "/login" and method == "POST":
                 return await self._log_in(scope, receive, self._token)
-            if path not in OPEN and not await self._is_known(scope, self._token):
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            bearer = given.strip() if scheme.lower() == "bearer" else ""
+            kept = HTTPConnection(scope).cookies.get(COOKIE, "")
+            right = _same(bearer, self._token) | _same(kept, cookie(self._token))
+            if path not in OPEN and not ((bearer or kept) and await self._attempt(address, right)):
                 if path == "/" and method == "GET":
                     return self._form(401, "")
                 raise Refused(
@@ -121,7 +125,6 @@ class Gate:
             await self._app(scope, receive, send)
             return None
 
-        address = address_of(scope)
         body: bytes | None = await self._read_body(headers, receive, address)
         size = len(body or b"")
         try:
@@ -166,15 +169,6 @@ class Gate:
             raise Refused(403, "this request comes from another site", "open the page itself, or ask without a browser")
 
     # ------------------------------------------------------------------------------------------------------ tokens
-
-    async def _is_known(self, scope: Scope, token: str) -> bool:
-        connection = HTTPConnection(scope)
-        scheme, _, given = connection.headers.get("authorization", "").partition(" ")
-        bearer = given.strip() if scheme.lower() == "bearer" else ""
-        kept = connection.cookies.get(COOKIE, "")
-        if not bearer and not kept:
-            return False
-        return await self._attempt(address_of(scope), _same(bearer, token) | _same(kept, cookie(token)))
 
     async def _attempt(self, address: str, right: bool) -> bool:
         """What came of a token, when its time has come. Refused where too many attempts wait."""

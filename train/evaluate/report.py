@@ -60,7 +60,19 @@ def summary(facts: dict[str, Any]) -> str:
     """What the figures mean, in a sentence: whether prompts steer the model, how near its pictures are to real ones,
     and whether it has learnt pictures by heart."""
     figures = facts["figures"]
-    clauses = [_steering(figures)]
+    # whether generated pictures find their captions: in the space that tells real ones apart, in-domain if both do
+    spaces = [found for name in ("retrieval_in_domain", "retrieval") if (found := figures.get(name))]
+    found = next((f for f in spaces if not _cannot_tell(f)), None)
+    if found is None:
+        clauses = ["whether prompts steer it cannot be told with these captions"]
+    else:
+        key = "recall_at_5" if "recall_at_5" in found["drawn"] else "recall_at_1"
+        ours = found["drawn"][key]
+        verdict = "" if ours["low"] > ours["shuffled"]["high"] else "nothing shows that "
+        beside = f"chance {ours['shuffled']['value']:.2f}"
+        if "real" in found:
+            beside += f", real pictures {found['real'][key]['value']:.2f}"
+        clauses = [f"{verdict}prompts steer it (R@{key.rpartition('_')[2]} {ours['value']:.2f}, {beside})"]
     if kid := figures.get("kid"):
         floor, noise = kid["real_against_real"], kid["noise_against_real"]["mean"]
         if kid["drawn"]["mean"] <= floor["mean"] + 2 * floor["sd"]:
@@ -80,23 +92,6 @@ def summary(facts: dict[str, Any]) -> str:
     if least is not None and most is not None and most < least:
         clauses.append("its loss is clearly lower on training pictures, which is how learning by heart begins")
     return f"In short: {'; '.join(clauses)}."
-
-
-def _steering(figures: dict[str, Any]) -> str:
-    """Whether generated pictures find their captions: in the space that tells real ones apart, in-domain if both do."""
-    spaces = [found for name in ("retrieval_in_domain", "retrieval") if (found := figures.get(name))]
-    found = next((f for f in spaces if not _cannot_tell(f)), None)
-    if found is None:
-        return "whether prompts steer it cannot be told with these captions"
-    key = "recall_at_5" if "recall_at_5" in found["drawn"] else "recall_at_1"
-    ours = found["drawn"][key]
-    beside = f"chance {ours['shuffled']['value']:.2f}"
-    if "real" in found:
-        beside += f", real pictures {found['real'][key]['value']:.2f}"
-    numbers = f"R@{key.rpartition('_')[2]} {ours['value']:.2f}, {beside}"
-    if ours["low"] > ours["shuffled"]["high"]:
-        return f"prompts steer it ({numbers})"
-    return f"nothing shows that prompts steer it ({numbers})"
 
 
 def _retrieval_rows(found: dict[str, Any]) -> Iterator[Row]:

@@ -28,7 +28,7 @@ from curate.store.files import sha256_file
 from train import devices
 from train.devices import out_of_memory, versions
 from train.generate.request import GenerationRequest, check_scheduler, facts_of, resolve
-from train.generate.upscale import Network, by_tiles, restore_faces, tile_count, tiles_cost
+from train.generate.upscale import Network, by_tiles, restore_faces, tile_starts, tiles_cost
 from train.models.info import ModelInfo, read_model_info
 from train.models.lora import Lora, add_loras, check_lora
 from train.models.schedulers import new_scheduler
@@ -281,7 +281,11 @@ class Sampler:
         if r.upscale == 1 or not r.steps_of_image:
             return 0
         assert r.width and r.height
-        return tile_count(r.width * r.upscale, r.height * r.upscale, self.tile, self._overlap)
+        across, down = (
+            len(tile_starts(side * r.upscale, tile, self._overlap))
+            for side, tile in zip((r.width, r.height), self.tile, strict=True)
+        )
+        return across * down
 
     def cost(self, requests: Iterable[GenerationRequest]) -> str:
         """What enlarging will take, in words, by the time of one tile that is redrawn; "" where it is little."""

@@ -73,11 +73,6 @@ class ModelInfo:
         return width * self.factor, height * self.factor
 
     @property
-    def training_step(self) -> int:
-        """Sides of images to train on are multiples of this: the autoencoder's factor times the UNet's."""
-        return int(self.factor * 2 ** (len(self.unet["block_out_channels"]) - 1))
-
-    @property
     def of_pixels(self) -> bool:
         """Whether its autoencoder is `model.pixel_vae`, which fp16 would break."""
         return len(self.vae["block_out_channels"]) == 1
@@ -191,7 +186,10 @@ def check_trainable(info: ModelInfo, size: int | None) -> None:
         )
     if info.inpaints_only:
         raise UserError(f"{info.name} is no plain text-to-image model: its UNet takes more than latents (inpainting?)")
-    side, step = size or min(info.size), info.training_step
+    side = size or min(info.size)
+    step = int(
+        info.factor * 2 ** (len(info.unet["block_out_channels"]) - 1)
+    )  # the autoencoder's factor times the UNet's
     if side % step:
         near = max(step, round(side / step) * step)
         raise UserError(f"size {side} does not fit this model: sides are multiples of {step}. {near} would do.")
