@@ -29,7 +29,7 @@ from curate.encoders.embed import EmbedConfig, images_of, recovered, write_vecto
 from curate.images.decode import decode
 from curate.layout import Data
 from curate.shards.tar import IMAGE_EXTENSIONS, image_member, index_tar, read_range
-from curate.store.disk import check_space
+from curate.store.files import check_space
 from curate.store.records import is_done, recommit
 
 MIN_COSINE = 0.98
