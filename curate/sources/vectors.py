@@ -132,7 +132,7 @@ def _rows(metadata: Path) -> int:
     return int(about.num_rows)
 
 
-class FolderVectors:
+class ImportedVectors:
     """The vectors of a folder, found by name. Holds 16 bytes for each of its rows, whatever their number."""
 
     @_of_option()
@@ -242,7 +242,7 @@ def _unit(vectors: np.ndarray, keys: list[str], where: Path) -> np.ndarray:
 
 
 @_of_option()
-def import_shard(data: Data, shard: int, imported: FolderVectors, encoder: Encoder | None, config: str) -> int:
+def import_shard(data: Data, shard: int, imported: ImportedVectors, encoder: Encoder | None, config: str) -> int:
     """Take over the vectors of one fetched shard's images, in the order of the ledger, unless that is done.
     Returns how many.
 
