@@ -22,7 +22,7 @@ from curate.fetch.client import Fetcher
 from curate.fetch.config import FetchConfig
 from curate.fetch.deny import Deny
 from curate.fetch.ingest import IngestContext, Report, ingest_shard
-from curate.images.process import ImagesConfig
+from curate.images.config import ImagesConfig
 from curate.layout import Data
 from curate.ledger.schema import Reason, Status
 from curate.sources.vectors import ImportedVectors, import_shard, open_vector_folder

@@ -31,8 +31,9 @@ from curate.fetch.client import Fetcher
 from curate.fetch.config import FetchConfig
 from curate.fetch.deny import Deny
 from curate.fetch.hashes import verify_hash
+from curate.images.config import ImagesConfig
 from curate.images.isolated import IsolatedDecoder
-from curate.images.process import ImagesConfig, ProcessedImage, process
+from curate.images.process import ProcessedImage, process
 from curate.layout import Data
 from curate.ledger.schema import (
     FETCHED_COLUMNS,
