@@ -24,7 +24,7 @@ from aesthetic.untrusted import clean, printable, read_text
 from curate.annotators.registry import Spec
 from curate.encoders.embed import EmbedConfig
 from curate.fetch.config import FetchConfig
-from curate.images.process import ImagesConfig
+from curate.images.config import ImagesConfig
 from curate.ledger.schema import EMBEDDED_COLUMNS, RESERVED
 from curate.ledger.select import SelectConfig
 from curate.shards.pack import PackConfig

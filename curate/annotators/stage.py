@@ -29,8 +29,7 @@ from curate.images.decode import decode
 from curate.layout import Data
 from curate.ledger.schema import Status
 from curate.shards.tar import read_images
-from curate.store.disk import check_space
-from curate.store.files import read_json
+from curate.store.files import check_space, read_json
 from curate.store.records import commit, invalidate, is_done, output_digests, recommit
 
 STARTS = 3
