@@ -23,8 +23,7 @@ from curate.fetch.ingest import check_verify
 from curate.layout import Data
 from curate.sources.plan import load_plan
 from curate.sources.planner import inspect, make_plan
-from curate.store.disk import check_space
-from curate.store.files import read_json, sweep
+from curate.store.files import check_space, read_json, sweep
 from curate.store.lock import Lock
 from curate.store.ownership import check_free, taken
 from pipelines.checks import Say, check_engine, check_selection, has_encoder, refuse_changes, refuse_denied

@@ -48,8 +48,7 @@ from curate.ledger.schema import (
 from curate.shards.tar import TarWriter, image_member, index_tar, read_range
 from curate.sources.columns import listed
 from curate.sources.plan import Row, SourceShard
-from curate.store.disk import check_space
-from curate.store.files import read_json
+from curate.store.files import check_space, read_json
 from curate.store.records import commit, invalidate, output_digests
 
 TRUSTED_STARTS = 2

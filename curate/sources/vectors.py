@@ -22,14 +22,13 @@ import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError
 from aesthetic.space import Space
-from aesthetic.untrusted import check_regular
-from aesthetic.vectors import open_vectors
+from aesthetic.untrusted import check_regular, open_vectors
 from curate.encoders.base import Encoder, unit
 from curate.encoders.embed import EmbedConfig, images_of, recovered, write_vectors
 from curate.images.decode import decode
 from curate.layout import Data
 from curate.shards.tar import IMAGE_EXTENSIONS, image_member, index_tar, read_range
-from curate.store.disk import check_space
+from curate.store.files import check_space
 from curate.store.records import is_done, recommit
 
 MIN_COSINE = 0.98

@@ -287,7 +287,7 @@ def _fit(options: FitOptions, rated: RatedImages, log: Log) -> FitResult:
 
 def _range(table: pd.DataFrame) -> tuple[float, float]:
     """The range of the scores; of several sources that of the one to whose scale they are brought."""
-    from aesthetic.sources import reference_of
+    from aesthetic.ridge import reference_of
 
     if "source" in table:
         table = table[table["source"] == reference_of(table["source"].to_list())]
