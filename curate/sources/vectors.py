@@ -22,8 +22,7 @@ import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError
 from aesthetic.space import Space
-from aesthetic.untrusted import check_regular
-from aesthetic.vectors import open_vectors
+from aesthetic.untrusted import check_regular, open_vectors
 from curate.encoders.base import Encoder, unit
 from curate.encoders.embed import EmbedConfig, images_of, recovered, write_vectors
 from curate.images.decode import decode
