@@ -9,6 +9,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageCms, TiffImagePlugin
 
+cv2.setNumThreads(1)  # one image, one core: callers bring the threads
+
 
 def to_8_bits(image: Image.Image, deep: bool) -> Image.Image:
     """Wider samples brought to 0..255 (Pillow's own conversion clips them); other images as they are."""

@@ -18,7 +18,8 @@ import simplejpeg
 from PIL import ExifTags, GifImagePlugin, Image, ImageFile, PngImagePlugin, TiffImagePlugin
 
 from curate.images.color import is_srgb, to_8_bits, to_srgb
-from curate.images.header import HOSTILE, MAX_PIXELS, decoder_errors, open_header
+from curate.images.config import MAX_PIXELS
+from curate.images.header import HOSTILE, decoder_errors, open_header
 from curate.images.segments import has_all_scans, jpeg_segments, png_inflated, without_fine_scans
 
 

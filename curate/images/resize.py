@@ -7,6 +7,8 @@ import math
 import cv2
 import numpy as np
 
+cv2.setNumThreads(1)  # one image, one core: callers bring the threads
+
 
 def resize(pixels: np.ndarray, size: tuple[int, int], reduced: bool) -> np.ndarray:
     """Enlarged by Lanczos, shrunk by area averaging; `reduced` pixels were already averaged by a decoder.
