@@ -333,14 +333,27 @@ class Evaluation:
             return found
 
         all_figures: dict[str, Any] = {"retrieval": {"space": self.encoder.name, **figures(lambda x: x, lambda x: x)}}
-        if (fitted := self._fit_in_domain(real, training)) is not None:
-            space, count = fitted
+
+        # a space fitted to the training images, or to real ones that nothing else is told of
+        samples, first = self.samples, len(self.captioned)
+        indices, vectors = self.real[first:], real["vectors"][first:]
+        if training is not None and self.held_out.training is not None:
+            samples, indices, vectors = self.held_out.training, self.training, training["vectors"]
+        known = [heldout.caption_of(samples, i) for i in indices]
+        used = [i for i, caption in enumerate(known) if caption][:MAX_FITTED]
+        if len(used) < MIN_FITTED:
+            self.left_out["retrieval in the in-domain space"] = (
+                f"{len(used)} captioned pictures beside those that are measured on: {MIN_FITTED} are needed"
+            )
+        else:
+            space = InDomainSpace(vectors[used], encode([known[i] for i in used]))
             all_figures["retrieval_in_domain"] = {
                 "space": "in-domain",
-                "fitted_to": count,
+                "fitted_to": len(used),
                 "fitted_on": "other real pictures" if training is None else "training pictures",
                 **figures(space.images, space.texts),
             }
+
         if name := clip_score_of(self.encoder.name):
             pairs = {"drawn": (generated["vectors"], self.prompts)}
             if compare:
@@ -350,22 +363,6 @@ class Evaluation:
                 for side, (vectors, words) in pairs.items()
             }
         return all_figures
-
-    def _fit_in_domain(self, real: Encoded, training: Encoded | None) -> tuple[InDomainSpace, int] | None:
-        """A space fitted to the training images, or to real ones that nothing else is told of; and to how many."""
-        samples, first = self.samples, len(self.captioned)
-        indices, vectors = self.real[first:], real["vectors"][first:]
-        if training is not None and self.held_out.training is not None:
-            samples, indices, vectors = self.held_out.training, self.training, training["vectors"]
-        captions = [heldout.caption_of(samples, i) for i in indices]
-        used = [i for i, caption in enumerate(captions) if caption][:MAX_FITTED]
-        if len(used) < MIN_FITTED:
-            self.left_out["retrieval in the in-domain space"] = (
-                f"{len(used)} captioned pictures beside those that are measured on: {MIN_FITTED} are needed"
-            )
-            return None
-        texts = self.encoder.encode_texts([captions[i] for i in used])
-        return InDomainSpace(vectors[used], texts), len(used)
 
     def _scores(self, generated: Encoded, real: Encoded) -> dict[str, Any] | None:
         """Each head's mean on generated and on real images: those of the same captions, where these were generated."""
