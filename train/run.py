@@ -41,14 +41,7 @@ from train.models.files import no_progress_bars
 from train.models.info import training_record
 from train.models.presets import Preset
 from train.models.release import is_released, release
-from train.models.unet import (
-    add_lora,
-    count_parameters,
-    default_size,
-    new_model,
-    size_step,
-    tokenize,
-)
+from train.models.unet import add_lora, count_parameters, default_size, new_model, size_step, tokenize
 from train.objective import GAMMA, objective_of
 from train.tasks import Denoise, Reconstruct, Task, fit_scale, psnr
 

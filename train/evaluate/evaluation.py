@@ -89,9 +89,7 @@ class Progress(Protocol):
 
 
 def encode_images(
-    images: Iterable[Pixels],
-    models: Mapping[str, Encoder | Annotator],
-    on_done: Callable[[int], None] = heldout.ignore,
+    images: Iterable[Pixels], models: Mapping[str, Encoder | Annotator], on_done: Callable[[int], None] = heldout.ignore
 ) -> dict[str, npt.NDArray[Any]]:
     """What models see in images, (h, w, 3) uint8: by name (n, d) unit vectors of an encoder, or (n,) scores of others.
 
