@@ -23,8 +23,7 @@ from sklearn.datasets import load_sample_images
 from aesthetic.errors import UserError
 from curate.images.decode import decode
 from curate.images.header import probe
-from curate.images.process import MODES, ImagesConfig, process
-from curate.images.resize import perceptual_hash
+from curate.images.process import MODES, ImagesConfig, perceptual_hash, process
 from curate.ledger.schema import Reason, RowError
 
 OASIS = Path(__file__).parents[2] / "shared/data/oasis/images"

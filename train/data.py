@@ -28,7 +28,7 @@ from aesthetic.splits import groups_of
 from aesthetic.untrusted import printable
 from curate.images.decode import decode
 from curate.images.header import probe
-from curate.images.resize import perceptual_hash
+from curate.images.process import perceptual_hash
 from curate.ledger.schema import RowError
 from curate.sources.captioned import open_folder
 from curate.sources.dataset import MapDataset, Sample

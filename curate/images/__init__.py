@@ -1,7 +1,7 @@
 """Bytes from anywhere -> an upright sRGB image -> resized, encoded.
 
-From outside: `process` (ImagesConfig, ProcessedImage, process), `decode` (decode, decode_alpha), `header` (probe) and
-`resize` (perceptual_hash). `segments` takes files apart; `isolated` decodes in a process that may die.
+From outside: `process` (ImagesConfig, ProcessedImage, process, perceptual_hash), `decode` (decode, decode_alpha) and
+`header` (probe). `segments` takes files apart; `isolated` decodes in a process that may die.
 """
 
 import cv2
