@@ -46,7 +46,15 @@ def blocks(chunk: npt.NDArray[Any]) -> Iterator[tuple[int, npt.NDArray[np.float3
         part = chunk[start : start + _BLOCK]
         rows = buffer[: len(part)]
         if part.dtype == np.float16:
-            _to_floats(part, bits[: len(part)], rows)
+            # Exact, and four times as fast as numpy casts: a head scores 200,000 vectors of 768 numbers in 0.07 s of
+            # CPU, and with numpy's cast in 0.22. Shifted by 13, a half's exponent and fraction lie where a float has
+            # its own, and its sign, extended on the way to 32 bits, already stands at the top. The exponent is then too
+            # small by 127 - 15. Infinity and NaN come out as finite numbers from 2^16 on.
+            whole = bits[: len(part)]
+            np.copyto(whole, part.view(np.int16))
+            np.left_shift(whole, 13, out=whole)
+            np.bitwise_and(whole, np.int32(-0x70002000), out=whole)  # sign, exponent, fraction
+            np.multiply(whole.view(np.float32), np.float32(2.0**112), out=rows)
         else:
             np.copyto(rows, part, casting="same_kind")
         squares = np.vecdot(rows, rows)
@@ -55,18 +63,3 @@ def blocks(chunk: npt.NDArray[Any]) -> Iterator[tuple[int, npt.NDArray[np.float3
             with np.errstate(invalid="ignore"):
                 squares = np.vecdot(rows, rows)
         yield start, rows, squares
-
-
-def _to_floats(halves: npt.NDArray[np.float16], bits: npt.NDArray[np.int32], out: npt.NDArray[np.float32]) -> None:
-    """float16 -> float32, exactly, four times as fast as numpy casts.
-
-    A head scores 200,000 vectors of 768 numbers in 0.07 s of CPU, and with numpy's cast in 0.22.
-
-    Shifted by 13, a half's exponent and fraction lie where a float has its own, and its sign, extended on the way to 32
-    bits, already stands at the top. The exponent is then too small by 127 - 15. Infinity and NaN come out as finite
-    numbers from 2^16 on.
-    """
-    np.copyto(bits, halves.view(np.int16))
-    np.left_shift(bits, 13, out=bits)
-    np.bitwise_and(bits, np.int32(-0x70002000), out=bits)  # sign, exponent, fraction
-    np.multiply(bits.view(np.float32), np.float32(2.0**112), out=out)

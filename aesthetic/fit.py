@@ -10,6 +10,7 @@ from a test set that is held back by hash, looked at once, and never fitted to. 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,10 +21,8 @@ from aesthetic import baselines, metrics
 from aesthetic.chunks import Map, thread_map
 from aesthetic.examples import Examples, PreparedExamples, limit_threads, prepare
 from aesthetic.heads import Head, HeadError, Layer, apply_layers
-from aesthetic.network import fit_network
 from aesthetic.reports import FitResult, card_of, chance_verdict, facts_of, leak_verdict, quantiles_of, unsure_verdict
-from aesthetic.ridge import FittedRidge, Ridge, ridge_path
-from aesthetic.sources import Scales, fit_scales, reference_of
+from aesthetic.ridge import FittedRidge, Ridge, Scales, fit_scales, reference_of, ridge_path
 from aesthetic.space import Space
 from aesthetic.splits import TEST, Split, first_groups, make_splits, predict_splits
 
@@ -32,6 +31,8 @@ Bools = npt.NDArray[np.bool_]
 
 CURVE = (1 / 8, 1 / 4, 1 / 2)
 """The shares of the groups of which a learning curve is made."""
+
+_HIDDEN, _EPOCHS, _DECAY = 64, 200, 1e-2  # of a network
 
 ROUGHLY, WELL = 0.2, 0.4
 """The lower ends of Spearman's interval from which a head orders images roughly, and well enough to choose the best.
@@ -80,7 +81,16 @@ def fit_head(
         found |= baselines.predict(x, y, w, columns, train, test)
         if network:
             found["network"] = _apply(fit_network(x[train], y[train], w[train]), x[test])
-        return found | {str(share): _with_less(data, y, fitted.penalty, share, split) for share in CURVE}
+
+        # ridges on shares of the groups, of the same prior: the penalty per weight grows as rows go
+        for share in CURVE:
+            rows = train[first_groups([data.groups.names[i] for i in train], share)]
+            found[str(share)] = np.full(len(test), np.nan)
+            if len(rows) >= 5:
+                penalty = fitted.penalty / (w[rows].sum() / w[train].sum())
+                less = FittedRidge(*ridge_path(x[rows], y[rows], w[rows]).solution(penalty), penalty)
+                found[str(share)] = less(x[test])
+        return found
 
     predicted = predict_splits(splits, len(data.y), predict)
     rated, head_scores, tested = predicted["rated"], predicted["head"], np.isfinite(predicted["head"])
@@ -154,14 +164,34 @@ def _apply(layers: tuple[Layer, ...], x: npt.NDArray[Any]) -> Array:
     return apply_layers(layers, x.astype(np.float32)).astype(np.float64)
 
 
-def _with_less(data: PreparedExamples, y: Array, penalty: float, share: float, split: Split) -> Array:
-    """What a ridge on a share of the groups predicts. Its prior stays: the penalty per weight grows as rows go."""
-    rows = split.train[first_groups([data.groups.names[i] for i in split.train], share)]
-    if len(rows) < 5:
-        return np.full(len(split.test), np.nan)
-    part = data.w[rows].sum() / data.w[split.train].sum()
-    weights, constant = ridge_path(data.x[rows], y[rows], data.w[rows]).solution(penalty / part)
-    return FittedRidge(weights, constant, penalty)(data.x[split.test])
+def fit_network(x: npt.NDArray[Any], y: Array, w: Array) -> tuple[Layer, ...]:
+    """A d-64-1 network with ReLU (scikit-learn's MLPRegressor, Adam, weight decay), as the layers of a head.
+
+    x (n, d), scores y and weights w (n,). Vectors are centred and scaled to a mean square of 1, scores to mean 0 and
+    variance 1; both are multiplied into the layers. The seed is fixed and the rows come sorted: the same data give the
+    same network on one machine.
+    """
+    from sklearn.neural_network import MLPRegressor
+
+    share = w / w.sum()
+    a = x.astype(np.float32)
+    centre = (share @ a).astype(np.float32)
+    a -= centre
+    scale = float(np.sqrt(share @ (a**2).mean(1))) or 1.0
+    mean = float(share @ y)
+    spread = float(np.sqrt(share @ (y - mean) ** 2)) or 1.0
+    # fewer passes over more rows: about the same number of steps from 20,000 rows on
+    epochs = int(np.clip(_EPOCHS * 20_000 / len(y), 10, _EPOCHS))
+    net = MLPRegressor(
+        hidden_layer_sizes=(_HIDDEN,), alpha=_DECAY, max_iter=epochs, tol=0, n_iter_no_change=epochs + 1, random_state=0
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the number of epochs is the plan, not a failure to converge
+        net.fit(a / np.float32(scale), ((y - mean) / spread).astype(np.float32), sample_weight=w)
+    first, last = (c.astype(np.float64) for c in net.coefs_)
+    bias = net.intercepts_[0] - (centre.astype(np.float64) / scale) @ first
+    layers = ((first / scale).T, bias), (last.T * spread, net.intercepts_[1] * spread + mean)
+    return tuple((weight.astype(np.float32), bias.astype(np.float32)) for weight, bias in layers)
 
 
 # The report ----------------------------------------------------------------------------------------------------------

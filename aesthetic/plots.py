@@ -186,7 +186,13 @@ def learning_curve(
             words = f"noise ceiling {ceiling:.2f}"
             axes.axhline(ceiling, color=_AMBER, linestyle="--", linewidth=1.4, label=words)
         axes.set_ylim(*_span([*low, *high, *value, *([] if ceiling is None else [ceiling])]))
-        axes.set_xticks(_apart(n), minor=False)
+        # labels of those numbers of ratings that have room on a logarithmic axis, the last among them
+        room = np.log(n[-1] / n[0] * _ROOM**2) / 12
+        ticks: list[float] = []
+        for v in n[::-1]:
+            if not ticks or np.log(ticks[-1] / v) >= room:
+                ticks.append(float(v))
+        axes.set_xticks(ticks, minor=False)
         axes.set_xticks([], minor=True)
         axes.xaxis.set_major_formatter(_plain)
         _finish(axes, "lower right")
@@ -218,16 +224,6 @@ def _finish(axes: Axes, legend: str) -> None:
 
 def _plain(value: float, _: Any = None) -> str:
     return f"{value:,.0f}"
-
-
-def _apart(n: npt.NDArray[np.float64]) -> list[float]:
-    """Those of the numbers of ratings whose labels have room on a logarithmic axis, the last among them."""
-    room = np.log(n[-1] / n[0] * _ROOM**2) / 12
-    kept: list[float] = []
-    for v in n[::-1]:
-        if not kept or np.log(kept[-1] / v) >= room:
-            kept.append(float(v))
-    return kept
 
 
 def _span(values: Sequence[float], least: float | None = None, most: float | None = None) -> tuple[float, float]:

@@ -80,8 +80,7 @@ class RatingFile:
         row is too long or too short.
         """
         kind = path.suffix.lower()
-        parse = {".csv": _parse_csv, ".tsv": _parse_csv, ".parquet": _parse_parquet, ".txt": _parse_ava}.get(kind)
-        if parse is None:
+        if kind not in (".csv", ".tsv", ".parquet", ".txt"):
             raise HeadError(f"{path}: a rating file is .csv, .tsv or .parquet, or AVA's .txt")
         try:
             check_regular(path, LARGEST)
@@ -90,10 +89,15 @@ class RatingFile:
             found = kind_of(head)
             if found and not (kind == ".parquet" and head.startswith(b"PAR1")):
                 raise UserError(f"{path}: is {found}" + (": unpack it with `gunzip`" if "gzip" in found else ""))
-            shape = table_shape(head, "\t" if kind == ".tsv" else ",", str(path)) if parse is _parse_csv else None
+            shape = None
+            if kind in (".csv", ".tsv"):
+                shape = table_shape(head, "\t" if kind == ".tsv" else ",", str(path))
         except UserError as e:
             raise HeadError(str(e)) from None
-        table = parse(path, shape)
+        if shape is not None:
+            table = _parse_csv(path, shape)
+        else:
+            table = _parse_parquet(path) if kind == ".parquet" else _parse_ava(path)
         for i, field in enumerate(table.schema):
             if pa.types.is_dictionary(field.type) or pa.types.is_large_string(field.type):
                 table = table.set_column(i, field.name, pc.cast(table[field.name], pa.string()))
@@ -221,7 +225,7 @@ def _float(value: Any) -> float:
         return float("nan")
 
 
-def _parse_parquet(path: Path, shape: TableShape | None) -> pa.Table:
+def _parse_parquet(path: Path) -> pa.Table:
     import pyarrow.parquet as pq
     from pyarrow import types
 
@@ -263,10 +267,9 @@ def _length(values: pa.Array) -> int:
     return pc.sum(lengths.take(values.indices)).as_py() or 0
 
 
-def _parse_csv(path: Path, shape: TableShape | None) -> pa.Table:
+def _parse_csv(path: Path, shape: TableShape) -> pa.Table:
     from pyarrow.csv import ConvertOptions, ParseOptions, ReadOptions, read_csv
 
-    assert shape is not None
     names = list(shape.names)
     if len(set(names)) != len(names):
         raise HeadError(f"{path}: a column name occurs twice: {', '.join(names)}")
@@ -322,7 +325,7 @@ def _ava_text(path: Path) -> str:
     return decode_text(read_bytes(path, LARGEST_TEXT * 64)).text
 
 
-def _parse_ava(path: Path, shape: TableShape | None) -> pa.Table:
+def _parse_ava(path: Path) -> pa.Table:
     import pandas as pd
 
     try:

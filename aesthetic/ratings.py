@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aesthetic.heads import HeadError
-from aesthetic.pairs import find_sides, from_pairs
+from aesthetic.metrics import spearman
 from aesthetic.rating_files import (
     CHOICE_NAMES,
     IMAGE_NAMES,
@@ -25,11 +25,9 @@ from aesthetic.rating_files import (
     SD_NAMES,
     YES,
     RatingFile,
-    Texts,
     did_you_mean,
 )
-from aesthetic.restated import restated_columns
-from aesthetic.votes import BIN, find_histograms, from_histogram, from_votes
+from aesthetic.votes import BIN, find_histograms, find_sides, from_histogram, from_pairs, from_votes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,7 +63,9 @@ class Ratings:
     table: pd.DataFrame
     by: By  # what identifies an image: a key, path, name or id; a URL; the sha256 of its file. For pairs: "image"
     scale: tuple[float, float] | None  # lowest and highest possible score, where the file itself says so
-    restated: tuple[str, ...] = ()  # further columns that say the score again, and are no metadata: see restated.py
+    restated: tuple[
+        str, ...
+    ] = ()  # further columns that say the score again, and are no metadata: see restated_columns
     unrated: int = 0  # rows without a score, which are not in the table
 
 
@@ -152,7 +152,14 @@ def _read(path: Path, image: str | None, score: str | None, group: str | None, p
     sides = find_sides(whole) if image is None and positive is None else None
     if sides is None and image is None:
         whole.choose("image", None, IMAGE_NAMES)  # without which nothing else is worth saying
-    judged = _judgement_columns(whole, sides, score, positive)
+    # what holds a row's judgement: nothing where the file has no place for one that is missing
+    if sides:
+        judged = [] if sides[0].lower() == "winner" else [whole.choose("choice", score, CHOICE_NAMES)]
+    else:
+        column = _score_column(whole, score, positive)
+        judged = [column] if column else []
+        if score is None and positive is None:
+            judged += [c for family in find_histograms(whole) for c in family]
     file = whole.filled(judged, words=positive is not None) if judged else whole
     unrated = len(whole.table) - len(file.table)
     if unrated and not len(file.table):
@@ -171,17 +178,6 @@ def _read(path: Path, image: str | None, score: str | None, group: str | None, p
         return replace(_ratings(file, "pairs", data, further), unrated=unrated)
     ratings = _read_scores(file, image, score, positive, data, used)
     return replace(ratings, unrated=unrated, restated=_restated(file, ratings, _score_column(file, score, positive)))
-
-
-def _judgement_columns(
-    file: RatingFile, sides: tuple[str, str] | None, score: str | None, positive: str | None
-) -> list[str]:
-    """The columns that hold a row's judgement; none where a file has no place for one that is missing."""
-    if sides:
-        return [] if sides[0].lower() == "winner" else [file.choose("choice", score, CHOICE_NAMES)]
-    column = _score_column(file, score, positive)
-    bins = [c for family in find_histograms(file) for c in family] if score is None and positive is None else []
-    return ([column] if column else []) + bins
 
 
 def _score_column(file: RatingFile, score: str | None, positive: str | None) -> str | None:
@@ -239,7 +235,11 @@ def _read_scores(
 
     image = file.choose("image", image, IMAGE_NAMES)
     by: By = "sha256" if "sha256" in image.lower() else "url" if "url" in image.lower() else "image"
-    data["image"] = _sha256s(file, image) if by == "sha256" else file.text(image)
+    data["image"] = file.words(image) if by == "sha256" else file.text(image)
+    if by == "sha256":
+        for row, value in enumerate(data["image"]):
+            if not re.fullmatch("[0-9a-f]{64}", value):
+                raise file.error(row, f"{image} is {value!r}, not a sha256 (64 hexadecimal digits)")
     keys = [data[k] for k in ("source", "image") if k in data]
     again = pd.DataFrame(dict(enumerate(keys))).duplicated().to_numpy()
     column = _score_column(file, score, positive)
@@ -279,14 +279,6 @@ def _read_scores(
     return _ratings(file, kind, data, _further(file, kind, used), by, (0.0, 1.0) if kind == "labels" else None)
 
 
-def _sha256s(file: RatingFile, column: str) -> Texts:
-    hashes = file.words(column)
-    for row, value in enumerate(hashes):
-        if not re.fullmatch("[0-9a-f]{64}", value):
-            raise file.error(row, f"{column} is {value!r}, not a sha256 (64 hexadecimal digits)")
-    return hashes
-
-
 def _judgements(file: RatingFile, column: str, positive: str | None) -> tuple[Array, Kind]:
     """A column of scores or labels as numbers, and which of the two it is."""
     if positive is not None:
@@ -303,10 +295,11 @@ def _judgements(file: RatingFile, column: str, positive: str | None) -> tuple[Ar
     if column.lower() == LABEL_NAME and other.any():
         row = int(other.argmax())
         seen = sorted(set(file.table[column].cast("string").drop_null().to_pylist()))
+        quoted = seen[0] if re.fullmatch(r"[\w.-]+", seen[0]) else repr(seen[0])
         raise file.error(
             row,
             f"{column} is {file.table[column][row].as_py()!r}; labels are 0 and 1, false and true, or no and yes. Say "
-            f"which of other values counts as 1: --positive {_quoted(seen[0])} (`positive` in Python). "
+            f"which of other values counts as 1: --positive {quoted} (`positive` in Python). "
             f"Values: {_some(seen)}",
         )
     if not other.any() and (column.lower() == LABEL_NAME or 0 < yes.sum() < len(yes)):
@@ -314,9 +307,60 @@ def _judgements(file: RatingFile, column: str, positive: str | None) -> tuple[Ar
     return file.numbers(column), "scores"
 
 
-def _quoted(value: str) -> str:
-    return value if re.fullmatch(r"[\w.-]+", value) else repr(value)
-
-
 def _some(values: list[str]) -> str:
     return ", ".join(map(repr, values[:10])) + (f" and {len(values) - 10:,} more" if len(values) > 10 else "")
+
+
+# What says again what people judged: no metadata, and no sign of a leak. KonIQ has its mean opinion score (MOS), a
+# z-score of it, the votes and their spread side by side; PARA has the means of nine judgements. Whoever predicts one of
+# them from another knows nothing of how the images came about.
+
+SAME = 0.95
+"""From this rank correlation with the score on a column of numbers counts as the score in another form. Ours: z-scores,
+ranks and means without outliers of one set of votes lie above 0.98, other judgements of the same people below 0.95."""
+
+_FEW = 10  # rows below which a correlation says nothing
+_TOKEN = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # the words of MOS_zscore, aestheticScore_mean, beauty.sd
+_SPREADS = {"sd", "std", "stdev", "stddev"}
+_STATISTICS = _SPREADS | {
+    *("mean", "avg", "average", "median", "var", "variance", "se", "sem", "ci", "z", "norm", "normalized", "rank"),
+    *("n", "num", "count", "counts", "total", "min", "max", "percentile", "quantile", "raw"),
+}
+_JUDGEMENTS = {
+    *("score", "scores", "rating", "ratings", "mos", "dmos", "zscore", "vote", "votes", "opinion", "opinions"),
+    *("label", "labels", "preference", "preferences"),
+}
+
+
+def restated_columns(
+    score: str, columns: Mapping[str, pd.Series], scores: npt.NDArray[np.float64] | None, prefixes: Collection[str] = ()
+) -> list[str]:
+    """The columns that say the score again, or what the same people judged besides, in their order.
+
+    By name: called after judging (qualityScore, votes), a spread or a number of votes (SD, c_total), or called like the
+    column `score` but for one part (valence_mean and valence_n beside beauty_mean). prefixes: of a histogram's columns.
+    By value, where `scores` are given: numbers whose rank correlation with them is at least SAME, either way.
+    """
+    base, statistics = _parts(score)
+    siblings = {b for b, s in map(_parts, columns) if s and s == statistics} | {base}
+    siblings |= {_parts(p)[0] for p in prefixes}
+
+    def says_again(name: str, values: pd.Series) -> bool:
+        other_base, other_statistics = _parts(name)
+        if (other_base | other_statistics) & (_JUDGEMENTS | _SPREADS):
+            return True
+        if other_statistics and (other_base in siblings or not other_base):
+            return True
+        if scores is None or values.dtype.kind not in "iuf":
+            return False
+        x = values.to_numpy(np.float64)
+        known = np.isfinite(x) & np.isfinite(scores)
+        return bool(known.sum() >= _FEW and abs(spearman(x[known], scores[known])) >= SAME)
+
+    return [name for name, values in columns.items() if says_again(name, values)]
+
+
+def _parts(name: str) -> tuple[frozenset[str], frozenset[str]]:
+    """The words of a column's name: what is measured, and which statistic of it."""
+    words = frozenset(w.lower() for w in _TOKEN.findall(name))
+    return words - _STATISTICS, words & _STATISTICS

@@ -68,45 +68,31 @@ def groups_of(
     digits) within NEAR_BITS, and vectors (n, d) of unit norm with a cosine of at least NEAR_COSINE. A group of several
     has the name whose hash is the smallest.
     """
-    each = ids if groups is None else [_group(g, i) for g, i in zip(groups, ids, strict=True)]
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    each = ids
+    if groups is not None:
+        each = [f"image {i}" if g is None or g != g else str(g) for g, i in zip(groups, ids, strict=True)]
     names, group = np.unique(np.asarray(each, str), return_inverse=True)
-    pairs = [_equal(sha256), _near_hashes(phash)]
+    last: dict[str, int] = {}  # file -> row
+    copies = []  # neighbours in each run of equal files
+    for i, value in enumerate(sha256 or ()):
+        if value is not None:
+            copies.append((last.get(value, i), i))
+            last[value] = i
+    pairs = [np.array(copies, np.int64).reshape(-1, 2), _near_hashes(phash)]
     if vectors is not None:
         pairs.append(near_duplicates(vectors))
     linked = group[np.concatenate([p.reshape(-1, 2) for p in pairs])]
     linked = linked[linked[:, 0] != linked[:, 1]]
-    component = _components(len(names), linked)
+    graph = coo_array((np.ones(len(linked), np.int8), (linked[:, 0], linked[:, 1])), shape=(len(names), len(names)))
+    component = connected_components(graph, directed=False)[1]
     order = np.argsort([_digest(n) for n in names], kind="stable")
     name_of: dict[int, str] = {}
     for i in order:
         name_of.setdefault(int(component[i]), str(names[i]))
     return Groups([name_of[int(component[g])] for g in group], groups is not None, len(np.unique(linked, axis=0)))
-
-
-def _group(group: Any, image: str) -> str:
-    return f"image {image}" if group is None or group != group else str(group)
-
-
-def _components(count: int, links: Ints) -> Ints:
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    graph = coo_array((np.ones(len(links), np.int8), (links[:, 0], links[:, 1])), shape=(count, count))
-    return np.asarray(connected_components(graph, directed=False)[1], np.int64)
-
-
-def _equal(values: Sequence[str | None] | None) -> Ints:
-    """Neighbours in each run of equal values; None equals nothing."""
-    if values is None:
-        return np.zeros((0, 2), np.int64)
-    last: dict[str, int] = {}
-    pairs = []
-    for i, value in enumerate(values):
-        if value is not None:
-            if value in last:
-                pairs.append((last[value], i))
-            last[value] = i
-    return np.array(pairs, np.int64).reshape(-1, 2)
 
 
 def _near_hashes(hashes: Sequence[str | None] | None) -> Ints:

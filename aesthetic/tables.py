@@ -72,12 +72,16 @@ def table_shape(head: bytes, usual: str, what: str) -> TableShape:
     text = head[mark:].decode(encoding, "replace")
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     first = next((i for i, line in enumerate(lines) if line.strip()), len(lines))
-    stated = _sep_line(lines[first]) if first < len(lines) else None
-    if stated or (first < len(lines) and lines[first].startswith(_POWERSHELL)):
+    top = lines[first].strip(" \r\n").strip('"') if first < len(lines) else ""
+    stated = top[4] if len(top) == 5 and top[:4].lower() == "sep=" else None  # as Excel reads and writes it
+    if stated or (first < len(lines) and lines[first].startswith("#TYPE ")):  # Windows PowerShell's Export-Csv
         first += 1
     if not "".join(lines[first:]).strip():
         raise UserError(f"{what}: is empty; a header line with the column names is needed.")
-    start = mark + len(text[: _line_start(text, first)].encode(encoding))
+    above = 0  # characters before the header; a line ends at \n, \r\n or \r
+    for line in lines[:first]:
+        above += len(line) + (2 if text.startswith("\r\n", above + len(line)) else 1)
+    start = mark + len(text[:above].encode(encoding))
     sample = lines[first : first + _LINES]
     if len(head) >= HEAD and len(sample) > 1:
         sample.pop()  # may be cut
@@ -87,25 +91,6 @@ def table_shape(head: bytes, usual: str, what: str) -> TableShape:
         header, rest = f"{header}\n{lines[rest]}", rest + 1
     names = _fields(header if header.count('"') % 2 == 0 else lines[first], delimiter)
     return TableShape(encoding, start, delimiter, tuple(n.strip("\ufeff \t\r\n\xa0") for n in names))
-
-
-_POWERSHELL = "#TYPE "  # what Windows PowerShell's Export-Csv writes before the header
-
-
-def _sep_line(line: str) -> str | None:
-    """The delimiter that a line such as `sep=;` names, as Excel reads and writes it."""
-    text = line.strip(" \r\n").strip('"')
-    return text[4] if len(text) == 5 and text[:4].lower() == "sep=" else None
-
-
-def _line_start(text: str, number: int) -> int:
-    """Where a line begins, in characters; lines end at \\n, \\r\\n or \\r."""
-    at = 0
-    for _ in range(number):
-        ends = [e for e in (text.find("\n", at), text.find("\r", at)) if e >= 0]
-        end = min(ends)
-        at = end + (2 if text[end : end + 2] == "\r\n" else 1)
-    return at
 
 
 def _fields(line: str, delimiter: str) -> list[str]:

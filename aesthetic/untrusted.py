@@ -17,9 +17,20 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from aesthetic.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 LARGEST_TEXT = 16 << 20
 """Bytes that a text file read whole (a caption, a card, a configuration, a file of prompts) may have by default."""
@@ -41,7 +52,7 @@ def open_regular(path: str | Path, limit: int | None = None) -> BinaryIO:
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{path}: is {_kind(found.st_mode)}, not a file")
+            raise UserError(f"{path}: is {_KINDS.get(stat.S_IFMT(found.st_mode), 'no regular file')}, not a file")
         if limit is not None and found.st_size > limit:
             raise UserError(f"{path}: has {found.st_size:,} bytes; at most {limit:,} are expected in such a file")
         return os.fdopen(fd, "rb")
@@ -68,6 +79,33 @@ def read_bytes(path: str | Path, limit: int = LARGEST_TEXT) -> bytes:
     return data
 
 
+def open_vectors(path: Path) -> npt.NDArray[Any]:
+    """The rows (n, d) of a .npy file as clip-retrieval stores them, float16 or float32, mapped and not read.
+
+    Raises UserError, naming the file, where it is anything else, such as pickled objects, or shorter than it says.
+    """
+    import tokenize
+    import zipfile
+
+    import numpy as np
+
+    # what numpy raises for headers that somebody made up: they are parsed as Python literals
+    made_up = (ValueError, EOFError, TypeError, AttributeError, KeyError, OverflowError, MemoryError, RecursionError)
+    check_regular(path)
+    try:
+        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (*made_up, OSError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile) as e:
+        raise UserError(f"{path} cannot be read as a .npy file of vectors: {e}") from e
+    if not isinstance(vectors, np.ndarray):
+        vectors.close()
+        raise UserError(f"{path} is a .npz file, not a .npy file of vectors")
+    if vectors.ndim != 2 or vectors.dtype not in (np.float16, np.float32):
+        raise UserError(
+            f"{path} holds {vectors.dtype} of shape {vectors.shape}; rows of float16 or float32 are expected"
+        )
+    return vectors
+
+
 def _why(path: str | Path, e: Exception) -> str:
     if isinstance(e, ValueError):
         return "no file can be called so"
@@ -79,19 +117,6 @@ def _why(path: str | Path, e: Exception) -> str:
     if e.errno == errno.ENXIO:
         return "is a socket or a pipe, not a file"
     return f"cannot be read: {e.strerror or e}"
-
-
-def _kind(mode: int) -> str:
-    for test, kind in (
-        (stat.S_ISDIR, "a folder"),
-        (stat.S_ISFIFO, "a pipe"),
-        (stat.S_ISSOCK, "a socket"),
-        (stat.S_ISCHR, "a device"),
-        (stat.S_ISBLK, "a device"),
-    ):
-        if test(mode):
-            return kind
-    return "no regular file"
 
 
 # -------------------------------------------------------------------------------------------------------------- text
@@ -166,9 +191,18 @@ def parse_json(data: bytes | str, what: str, *, finite: bool = True, unique: boo
         if not found.certain:
             raise UserError(f"{what}: not JSON: it is not UTF-8")
         data = found.text
+
+    def once(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(items)) != len(items):
+            raise ValueError("a key occurs twice")
+        return dict(items)
+
+    def no_number(text: str) -> float:
+        raise ValueError(f"{text} is no number of JSON's")
+
     try:
-        strict: dict[str, Any] = {"parse_constant": _no_number, "parse_float": _finite} if finite else {}
-        return _cleaned(json.loads(data, object_pairs_hook=_once if unique else None, **strict))
+        strict: dict[str, Any] = {"parse_constant": no_number, "parse_float": _finite} if finite else {}
+        return _cleaned(json.loads(data, object_pairs_hook=once if unique else None, **strict))
     except RecursionError:
         raise UserError(f"{what}: not read: it is nested too deep") from None
     except ValueError as e:  # JSONDecodeError, an integer of too many digits, NaN
@@ -178,16 +212,6 @@ def parse_json(data: bytes | str, what: str, *, finite: bool = True, unique: boo
 def read_json_file(path: str | Path, limit: int = LARGEST_TEXT, *, finite: bool = True) -> Any:
     """The JSON value in a file; raises what `read_bytes` and `parse_json` raise."""
     return parse_json(read_bytes(path, limit), str(path), finite=finite)
-
-
-def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(items)) != len(items):
-        raise ValueError("a key occurs twice")
-    return dict(items)
-
-
-def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is no number of JSON's")
 
 
 def _finite(text: str) -> float:

@@ -27,8 +27,8 @@ from PIL import Image
 from curate.annotators.base import ImageBatch
 from curate.encoders.embed import EmbedConfig
 from curate.fetch.config import FetchConfig
+from curate.images.config import ImagesConfig
 from curate.images.decode import decode
-from curate.images.process import ImagesConfig
 from curate.layout import Data
 from curate.shards.tar import read_images
 from curate.sources.plan import SourceConfig

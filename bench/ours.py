@@ -20,7 +20,7 @@ import pandas  # noqa: F401  pyarrow does so at its first array, and importing i
 
 from bench import mechanisms, names
 from curate.fetch.config import FetchConfig
-from curate.images.process import ImagesConfig
+from curate.images.config import ImagesConfig
 from curate.layout import Data
 from curate.sources.plan import SourceConfig
 from curate.sources.planner import make_plan

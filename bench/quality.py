@@ -14,7 +14,8 @@ from PIL import Image
 
 from bench.contend import Bench, Lists
 from bench.pictures import entries
-from curate.images.process import ImagesConfig, process
+from curate.images.config import ImagesConfig
+from curate.images.process import process
 from curate.shards.tar import image_member, index_tar, read_range
 
 

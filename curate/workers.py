@@ -22,10 +22,10 @@ from curate.fetch.client import Fetcher
 from curate.fetch.config import FetchConfig
 from curate.fetch.deny import Deny
 from curate.fetch.ingest import IngestContext, Report, ingest_shard
-from curate.images.process import ImagesConfig
+from curate.images.config import ImagesConfig
 from curate.layout import Data
 from curate.ledger.schema import Reason, Status
-from curate.sources.vectors import FolderVectors, import_shard, open_vector_folder
+from curate.sources.vectors import ImportedVectors, import_shard, open_vector_folder
 from curate.store.files import read_json
 from curate.store.records import commit, is_done
 
@@ -96,11 +96,11 @@ class EmbedWorker:
         """With `vectors` false, it makes none: columns alone, of what is there."""
         self.data, self.config, self.report = data, config, report
         count = threads or os.cpu_count() or 1
-        self.imported: FolderVectors | None = None
+        self.imported: ImportedVectors | None = None
         self.encoder: Encoder | None = None
         space: Space | None = None
         if vectors and embed.embeddings is not None:
-            self.imported = FolderVectors(open_vector_folder(embed))
+            self.imported = ImportedVectors(open_vector_folder(embed))
             space = self.imported.folder.space
         elif not vectors and space_known(data):
             space = Space.load(data.space)

@@ -17,7 +17,7 @@ from PIL import Image
 from aesthetic.space import probe_files
 from curate.encoders.embed import EmbedConfig
 from curate.fetch.config import FetchConfig
-from curate.images.process import ImagesConfig
+from curate.images.config import ImagesConfig
 from curate.layout import Data
 from curate.ledger.select import SelectConfig, select
 from curate.shards.pack import PackConfig, pack

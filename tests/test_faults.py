@@ -25,8 +25,7 @@ from aesthetic.errors import DiskFull, UserError
 from curate.layout import Data
 from curate.ledger.schema import Reason, Status
 from curate.shards.tar import read_images
-from curate.store.disk import RESERVE, check_space
-from curate.store.files import sweep
+from curate.store.files import RESERVE, check_space, sweep
 from curate.store.lock import Lock, hold_worker_lock
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from aesthetic.errors import UserError
 from curate.duplicates.repeats import repeats
 from curate.fetch.config import FetchConfig
-from curate.images.process import ImagesConfig
+from curate.images.config import ImagesConfig
 from curate.layout import Data
 from curate.sources.plan import SourceConfig
 from curate.sources.planner import make_plan

@@ -16,7 +16,7 @@ from aesthetic.fit import fit_head, to_halve, verdict
 from aesthetic.head_files import save_head
 from aesthetic.heads import HeadError
 from aesthetic.metrics import spearman
-from aesthetic.sources import fit_scales
+from aesthetic.ridge import fit_scales
 from aesthetic.space import require_same
 from aesthetic.splits import NESTED_UP_TO
 

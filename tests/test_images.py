@@ -21,9 +21,10 @@ from PIL import Image, ImageCms, TiffImagePlugin
 from sklearn.datasets import load_sample_images
 
 from aesthetic.errors import UserError
+from curate.images.config import MODES, ImagesConfig
 from curate.images.decode import decode
 from curate.images.header import probe
-from curate.images.process import MODES, ImagesConfig, perceptual_hash, process
+from curate.images.process import perceptual_hash, process
 from curate.ledger.schema import Reason, RowError
 
 OASIS = Path(__file__).parents[2] / "shared/data/oasis/images"

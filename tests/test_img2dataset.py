@@ -33,7 +33,7 @@ from sklearn.datasets import load_sample_images
 from aesthetic.errors import UserError
 from curate.fetch import engine_img2dataset
 from curate.fetch.config import FetchConfig
-from curate.images.process import ImagesConfig
+from curate.images.config import ImagesConfig
 from curate.layout import Data
 from curate.ledger.schema import Reason
 from curate.shards.tar import index_tar, read_images
@@ -439,7 +439,7 @@ import sys
 from pathlib import Path
 from curate.fetch.engine_img2dataset import download
 from curate.fetch.config import FetchConfig
-from curate.images.process import ImagesConfig
+from curate.images.config import ImagesConfig
 urls = dict(enumerate(sys.argv[2:]))
 list(download(urls, FetchConfig(concurrency=2, timeout=60, retries=0), ImagesConfig(), Path(sys.argv[1])))
 """

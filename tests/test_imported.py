@@ -17,7 +17,7 @@ from curate.encoders.embed import EmbedConfig
 from curate.layout import Data
 from curate.sources.plan import SourceConfig
 from curate.sources.planner import make_plan
-from curate.sources.vectors import FolderVectors, open_vector_folder
+from curate.sources.vectors import ImportedVectors, open_vector_folder
 from curate.store.files import read_json
 from curate.workers import EmbedWorker
 from tests.conftest import ROOT
@@ -230,7 +230,7 @@ def test_a_shard_without_pictures(tmp_path: Path) -> None:
     """Empty partitions and an index without rows are no special case."""
     empty = clip_retrieval_folder(tmp_path / "emb", ["a"], np.zeros((0, 4), np.float16), None, None, 1)
     pq.write_table(pa.table({"image_path": pa.array([], pa.string())}), tmp_path / "emb/metadata/metadata_0.parquet")
-    imported = FolderVectors(open_vector_folder(empty))
+    imported = ImportedVectors(open_vector_folder(empty))
     assert imported.find(["a"]).tolist() == [-1] and imported.find([]).tolist() == []
     assert imported.images(np.array([], int), []).shape == (0, 4)
 

@@ -17,7 +17,7 @@ from aesthetic.errors import UserError
 from curate.layout import Data
 from curate.ledger.rules import check_rules
 from curate.ledger.select import SelectConfig, select
-from curate.sources.predicate import Predicate
+from curate.sources.scan import Predicate
 from pipelines.cli import main
 from pipelines.rows import show
 

@@ -10,9 +10,8 @@ import pytest
 
 from aesthetic.heads import HeadError
 from aesthetic.join import join
-from aesthetic.raters import without_raters
-from aesthetic.ratings import read_ratings
-from aesthetic.restated import restated_columns
+from aesthetic.ratings import read_ratings, restated_columns
+from aesthetic.votes import without_raters
 
 
 def write(folder: Path, text: str, name: str = "r.csv") -> Path:

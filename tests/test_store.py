@@ -13,8 +13,7 @@ import pytest
 
 from aesthetic.errors import DiskFull, UserError
 from aesthetic.files import atomic
-from curate.store.disk import check_space
-from curate.store.files import digest, local_path, sweep
+from curate.store.files import check_space, digest, local_path, sweep
 from curate.store.lock import Lock
 from curate.store.records import commit, is_done, record_digest
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from aesthetic.errors import UserError
-from aesthetic.vectors import open_vectors
+from aesthetic.untrusted import open_vectors
 
 
 def npy(header: str, body: bytes = b"") -> bytes:

@@ -17,8 +17,7 @@ import torch
 
 from aesthetic.errors import UserError
 from aesthetic.files import as_disk_full, scratch_path, sync
-from curate.store.disk import check_space
-from curate.store.files import read_json, sweep, write_json
+from curate.store.files import check_space, read_json, sweep, write_json
 
 
 def path_of(folder: Path, step: int) -> Path:

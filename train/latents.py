@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
 from curate.layout import shard_name
-from curate.store.disk import check_space
-from curate.store.files import digest, read_json, write_json
+from curate.store.files import check_space, digest, read_json, write_json
 from train.data import ImageDataset, Ints
 from train.models.unet import encode_images, tokenize
 

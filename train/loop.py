@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from aesthetic.errors import UserError
 from curate.sheets import sheet
-from curate.store.disk import check_space
-from curate.store.files import write_json
+from curate.store.files import check_space, write_json
 from train import checkpoint
 from train.data import Batch, Ints, Stream, TrainDataset, ordered_batches
 from train.devices import autocast, out_of_memory

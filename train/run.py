@@ -21,8 +21,7 @@ import torch
 from aesthetic.errors import UserError
 from aesthetic.files import scratch_path
 from curate.sources.dataset import MapDataset
-from curate.store.disk import check_space
-from curate.store.files import read_json, sha256_file, write_json
+from curate.store.files import check_space, read_json, sha256_file, write_json
 from train import checkpoint
 from train.data import (
     MIN_IMAGES,

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aesthetic.files import atomic
-from aesthetic.vectors import open_vectors
+from aesthetic.untrusted import open_vectors
 from curate.annotators.base import Annotator, ImageBatch, TableAnnotator, column_name, column_specs
 from curate.encoders.base import Encoder
 from curate.encoders.embed import caption_vectors, images_of, recovered, similarity, write_vectors
@@ -29,8 +29,7 @@ from curate.images.decode import decode
 from curate.layout import Data
 from curate.ledger.schema import Status
 from curate.shards.tar import read_images
-from curate.store.disk import check_space
-from curate.store.files import read_json
+from curate.store.files import check_space, read_json
 from curate.store.records import commit, invalidate, is_done, output_digests, recommit
 
 STARTS = 3
@@ -87,9 +86,16 @@ def annotate_shard(
             values = ask(annotator, ImageBatch(rows=fresh))
             _write(data, shard, name, annotator, fresh["key"], values, rows["key"], inputs, missing[name] is not None)
         data.embed_starts(shard).unlink(missing_ok=True)
+
     for name, annotator in annotators.items():
-        if annotator.reads == "vectors":
-            annotate_vectors(data, shard, name, annotator)
+        if annotator.reads != "vectors":
+            continue
+        vectors, record = column_inputs(data, shard, annotator), data.annotations_record(name, shard)
+        if vectors is None or is_done(data.root, record, config=annotator.digest, inputs=vectors):
+            continue  # there are none yet, or all is done
+        rows = pq.read_table(data.metadata(shard), columns=["key", "caption"])
+        values = ask(annotator, ImageBatch(rows=rows, vectors=open_vectors(data.image_vectors(shard))))
+        _write(data, shard, name, annotator, rows["key"], values, rows["key"], vectors, False)
 
 
 def column_inputs(data: Data, shard: int, annotator: Annotator) -> dict[str, str] | None:
@@ -100,16 +106,6 @@ def column_inputs(data: Data, shard: int, annotator: Annotator) -> dict[str, str
     name = str(data.image_vectors(shard).relative_to(data.root))
     digests = output_digests(record) if record else {}
     return {name: digests[name]} if name in digests else None
-
-
-def annotate_vectors(data: Data, shard: int, name: str, annotator: Annotator) -> None:
-    """Compute one shard's columns of an annotator that reads vectors, unless that is done or there are none yet."""
-    inputs, record = column_inputs(data, shard, annotator), data.annotations_record(name, shard)
-    if inputs is None or is_done(data.root, record, config=annotator.digest, inputs=inputs):
-        return
-    rows = pq.read_table(data.metadata(shard), columns=["key", "caption"])
-    values = ask(annotator, ImageBatch(rows=rows, vectors=open_vectors(data.image_vectors(shard))))
-    _write(data, shard, name, annotator, rows["key"], values, rows["key"], inputs, False)
 
 
 def annotate_table(data: Data, name: str, annotator: TableAnnotator) -> int:

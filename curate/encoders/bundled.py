@@ -59,7 +59,12 @@ class BundledEncoder(Encoder):
             self._tokenizer_json = z.read("tokenizer.json").decode()
         self._vision = RowByRow(cached(vision_name, lambda: _export_vision(vision)), threads)
 
-        names = _class_names()
+        # open_clip's names of the 1000 ImageNet classes, read from its file: importing open_clip would import torch
+        spec = importlib.util.spec_from_file_location("_zero_shot", _package_file("open_clip", "zero_shot_metadata.py"))
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        names = list(module.IMAGENET_CLASSNAMES)
         key = digest([RECIPE, self._weights["all-minilm-l6-v2"], names, _CAPTIONS])
         with np.load(cached(f"class-names-{key}.npz", lambda: self._name_vectors(names))) as words:
             middle = words["classes"].mean(0)
@@ -131,15 +136,6 @@ def _package_file(package: str, name: str) -> Path:
     if spec is None or spec.origin is None:
         raise UserError(f"the Python package {package} is missing: install tastemaker again, with its dependencies")
     return Path(spec.origin).parent / name
-
-
-def _class_names() -> list[str]:
-    """open_clip's names of the 1000 ImageNet classes, read from its file: importing open_clip would import torch."""
-    spec = importlib.util.spec_from_file_location("_zero_shot", _package_file("open_clip", "zero_shot_metadata.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return list(module.IMAGENET_CLASSNAMES)
 
 
 def _export_vision(weights: Path) -> bytes:

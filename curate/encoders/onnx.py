@@ -66,16 +66,13 @@ class RowByRow:
         return [np.concatenate(parts) for parts in zip(*self._threads.map(one, rows), strict=True)]
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept: $TASTEMAKER_CACHE, or tastemaker/ in the user's cache folder."""
-    if own := os.environ.get("TASTEMAKER_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tastemaker"
-
-
 def cached(name: str, make: Callable[[], bytes]) -> Path:
-    """The file of this name in the cache folder, made where it is missing. It appears whole or not at all."""
-    path = cache_folder() / name
+    """The file of this name in $TASTEMAKER_CACHE, or tastemaker/ in the user's cache folder, made where it is missing.
+
+    It appears whole or not at all.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tastemaker"
+    path = Path(os.environ.get("TASTEMAKER_CACHE") or folder) / name
     if not path.exists():
         log.info("preparing %s (once)", path)
         began = time.monotonic()

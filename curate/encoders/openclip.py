@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 
 _HUB_PATIENCE = 5.0  # seconds to wait for the first sign of life of a server that has weights
 
-
 _WIDEST = 32
 """Long side over short side of what an open_clip transform gets to see. It resizes the short side to the model's input
 before it crops, so 50000 x 1 pixels would get 11 million columns; what is cut off here, it would crop anyway."""
@@ -74,7 +73,10 @@ class OpenClipEncoder(Encoder):
         preprocessing = open_clip.transform.PreprocessCfg(**self._model.visual.preprocess_cfg)
         self._transform = open_clip.transform.image_transform_v2(preprocessing, is_train=False)
         self._resize_mode = preprocessing.resize_mode
-        self._tokenizer = _tokenizer(architecture)
+        try:
+            self._tokenizer: Callable[[list[str]], torch.Tensor] = open_clip.get_tokenizer(architecture)
+        except (OSError, ImportError) as e:
+            raise UserError(f"the tokenizer of {architecture} could not be loaded: {e}") from e
         self._activation = "quick_gelu" if found.quick_gelu else "gelu"
         self.dim = int(open_clip.get_model_config(architecture)["embed_dim"])
 
@@ -82,8 +84,11 @@ class OpenClipEncoder(Encoder):
         """An image through open_clip's own transform for evaluation: (3, side, side) float32."""
         from PIL import Image
 
-        if self._resize_mode == "shortest":
-            image = _without_ends(image)
+        if self._resize_mode == "shortest":  # then the middle of an extremely long image is enough
+            height, width = image.shape[:2]
+            longest = _WIDEST * min(height, width)
+            top, left = max(0, (height - longest) // 2), max(0, (width - longest) // 2)
+            image = np.ascontiguousarray(image[top : top + longest, left : left + longest])
         return self._transform(Image.fromarray(image)).numpy()
 
     def _vectors(self, batch: np.ndarray, exact: bool = False) -> np.ndarray:
@@ -154,7 +159,15 @@ class _Weights:
 def find_weights(architecture: str, pretrained: str, weights: str | None) -> _Weights:
     """Resolve which weights are meant and get them; UserError before anything large is loaded."""
     meant = _resolve(architecture, pretrained, weights)
-    return dataclasses.replace(meant, file=meant.file or _download(meant.name, meant.published))
+    if meant.file is not None:
+        return meant
+    _require_reachable(meant.name, meant.published)
+    from open_clip.pretrained import download_pretrained
+
+    try:
+        return dataclasses.replace(meant, file=Path(download_pretrained(meant.published)))
+    except OSError as e:
+        raise _missing(meant.name, meant.published, f"they could not be downloaded ({e})") from e
 
 
 def check_weights(architecture: str, pretrained: str, weights: str | None) -> bool:
@@ -163,7 +176,14 @@ def check_weights(architecture: str, pretrained: str, weights: str | None) -> bo
     if meant.file is None:
         _require_reachable(meant.name, meant.published)
         return False
-    _require_weights(meant.file)
+    with open(meant.file, "rb") as f:
+        head = f.read(10)
+    # a page of a web site, or git's pointer to a large file, is neither of torch's formats nor safetensors
+    safetensors = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < meant.file.stat().st_size
+    if not (safetensors or head.startswith((b"PK", b"\x80"))):
+        raise UserError(
+            f"{meant.file} holds no weights: it begins with {head!r}, and is neither safetensors nor torch's"
+        )
     return True
 
 
@@ -179,7 +199,13 @@ def _resolve(architecture: str, pretrained: str, weights: str | None) -> _Weight
     if published:
         tag = pretrained.lower().replace("-", "_")  # as open_clip reads it
         _require_activation(architecture, quick_gelu, tag, published)
-        file = Path(weights) if weights is not None else _in_cache(published)
+        file = Path(weights) if weights is not None else None
+        repository, files = _place(published)
+        if file is None and repository:
+            from huggingface_hub import try_to_load_from_cache
+
+            local = [try_to_load_from_cache(repository, candidate) for candidate in files]
+            file = next((Path(path) for path in local if isinstance(path, str)), None)
         name = name_by_tag(architecture, pretrained)
         return _Weights(name=name, file=file, quick_gelu=quick_gelu, published=published)
 
@@ -189,7 +215,12 @@ def _resolve(architecture: str, pretrained: str, weights: str | None) -> _Weight
         sha256 = sha256_file(Path(own))
         if by_digest and not sha256.startswith(pretrained.removeprefix("sha256-")):
             raise UserError(f"embed.weights: {own} has the sha256 {sha256[:12]}…, not {pretrained}")
-        _require_published_activation(architecture, quick_gelu, sha256)
+        # OpenAI's addresses name the digests of their files: such a file's activation is known
+        for _, tag in tables.list_pretrained():
+            for known in {architecture, architecture.removesuffix("-quickgelu")}:
+                its = tables.get_pretrained_cfg(known, tag)
+                if sha256 in its.get("url", ""):
+                    _require_activation(architecture, quick_gelu, tag, its)
         name = name_by_digest(architecture, sha256)
         return _Weights(name=name, file=Path(own), quick_gelu=quick_gelu, published={})
 
@@ -250,15 +281,6 @@ def _config(architecture: str) -> dict[str, Any] | None:
     return config if all(key in config for key in ("embed_dim", "vision_cfg", "text_cfg")) else None
 
 
-def _require_weights(file: Path) -> None:
-    """UserError where a file can't hold weights: a page of a web site, or a pointer to a large file of git's."""
-    with open(file, "rb") as f:
-        head = f.read(10)
-    safetensors = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < file.stat().st_size
-    if not (safetensors or head.startswith((b"PK", b"\x80"))):  # torch's two formats
-        raise UserError(f"{file} holds no weights: it begins with {head!r}, and is neither safetensors nor torch's")
-
-
 def _require_activation(architecture: str, quick_gelu: bool, tag: str, published: dict[str, Any]) -> None:
     """Refuse an architecture whose activation is not that of its weights, where there is one that agrees.
 
@@ -276,33 +298,11 @@ def _require_activation(architecture: str, quick_gelu: bool, tag: str, published
     )
 
 
-def _require_published_activation(architecture: str, quick_gelu: bool, sha256: str) -> None:
-    """The same refusal for a file of weights whose digest stands in open_clip's list of addresses (OpenAI's do)."""
-    tables = _tables()
-    for _, tag in tables.list_pretrained():
-        for known in {architecture, architecture.removesuffix("-quickgelu")}:
-            published = tables.get_pretrained_cfg(known, tag)
-            if sha256 in published.get("url", ""):
-                _require_activation(architecture, quick_gelu, tag, published)
-
-
 def _place(published: dict[str, Any]) -> tuple[str, list[str]]:
     """The hub's repository of published weights, empty where they are elsewhere, and the files that they may be in."""
     constants = importlib.import_module(f"{_tables().__package__}.constants")
     repository, _, file = published.get("hf_hub", "").rpartition("/")
     return repository, [file] if file else [constants.HF_SAFE_WEIGHTS_NAME, constants.HF_WEIGHTS_NAME]
-
-
-def _in_cache(published: dict[str, Any]) -> Path | None:
-    """Published weights in the local cache of the hub's client."""
-    import huggingface_hub
-
-    repository, files = _place(published)
-    for candidate in files if repository else []:
-        local = huggingface_hub.try_to_load_from_cache(repository, candidate)
-        if isinstance(local, str):
-            return Path(local)
-    return None
 
 
 def _missing(name: str, published: dict[str, Any], why: str) -> UserError:
@@ -322,32 +322,14 @@ def _require_reachable(name: str, published: dict[str, Any]) -> None:
     server = constants.ENDPOINT if repository else published.get("url", "")
     if repository and constants.HF_HUB_OFFLINE:
         raise _missing(name, published, "HF_HUB_OFFLINE is set")
-    if not _answers(server):  # the hub's client itself would try for minutes
-        raise _missing(name, published, f"{server} does not answer")
-
-
-def _download(name: str, published: dict[str, Any]) -> Path:
-    """Fetch published weights."""
-    _require_reachable(name, published)
-    from open_clip.pretrained import download_pretrained
-
-    try:
-        return Path(download_pretrained(published))
-    except OSError as e:
-        raise _missing(name, published, f"they could not be downloaded ({e})") from e
-
-
-def _answers(url: str) -> bool:
-    """Whether a server gives any answer at all, within seconds."""
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_HUB_PATIENCE):
-            return True
+    try:  # any answer at all, within seconds: the hub's client itself would try for minutes
+        urllib.request.urlopen(urllib.request.Request(server, method="HEAD"), timeout=_HUB_PATIENCE).close()
     except urllib.error.HTTPError:
-        return True
-    except urllib.error.URLError as e:
-        return isinstance(e.reason, ssl.SSLError)  # it is there; whether it is trusted is for the client to say
-    except OSError:
-        return False
+        return
+    except OSError as e:
+        # one that is not trusted is there: that is for the client to say
+        if not (isinstance(e, urllib.error.URLError) and isinstance(e.reason, ssl.SSLError)):
+            raise _missing(name, published, f"{server} does not answer") from None
 
 
 def _build(architecture: str, weights: Path, published: dict[str, Any]) -> Any:
@@ -360,8 +342,11 @@ def _build(architecture: str, weights: Path, published: dict[str, Any]) -> Any:
     keys = ("mean", "std", "interpolation", "resize_mode")
     preprocessing = {f"image_{key}": published[key] for key in keys if key in published}
     with tempfile.TemporaryDirectory() as scratch:
-        file = weights
-        if _is_torchscript(file):  # as OpenAI published them; open_clip reads plain weights only
+        file, torchscript = weights, False
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as z:
+                torchscript = any(name.endswith("/constants.pkl") for name in z.namelist())
+        if torchscript:  # as OpenAI published them; open_clip reads plain weights only
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # torch.jit is to go; such files will stay
                 plain = torch.jit.load(file, map_location="cpu").state_dict()
@@ -375,27 +360,3 @@ def _build(architecture: str, weights: Path, published: dict[str, Any]) -> Any:
             why = " ".join((str(e).strip().splitlines() or [repr(e)])[:2])
             raise UserError(f"{weights} does not hold weights of {architecture}: {why}") from e
     return model
-
-
-def _is_torchscript(file: Path) -> bool:
-    if not zipfile.is_zipfile(file):
-        return False
-    with zipfile.ZipFile(file) as z:
-        return any(name.endswith("/constants.pkl") for name in z.namelist())
-
-
-def _tokenizer(architecture: str) -> Callable[[list[str]], torch.Tensor]:
-    import open_clip
-
-    try:
-        return open_clip.get_tokenizer(architecture)
-    except (OSError, ImportError) as e:
-        raise UserError(f"the tokenizer of {architecture} could not be loaded: {e}") from e
-
-
-def _without_ends(image: np.ndarray) -> np.ndarray:
-    """The middle of an extremely long image; any other as it is."""
-    height, width = image.shape[:2]
-    longest = _WIDEST * min(height, width)
-    top, left = max(0, (height - longest) // 2), max(0, (width - longest) // 2)
-    return np.ascontiguousarray(image[top : top + longest, left : left + longest])

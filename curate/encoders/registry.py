@@ -40,9 +40,8 @@ def load_encoder(
         from curate.encoders.bundled import BundledEncoder
 
         return BundledEncoder(threads or cpus())
-    kind, _, spec = name.partition(":")
-    architecture, _, pretrained = spec.partition("/")
-    if kind != "open_clip" or not architecture or not pretrained:
+    architecture, pretrained = _open_clip(name)
+    if not architecture:
         raise UserError(
             f"embed.encoder: there is no encoder {name!r}; there are bundled and open_clip:ARCH/PRETRAINED, "
             "such as open_clip:ViT-L-14-quickgelu/openai"
@@ -50,6 +49,13 @@ def load_encoder(
     from curate.encoders.openclip import OpenClipEncoder
 
     return OpenClipEncoder(architecture, pretrained, weights, device, precision, threads)
+
+
+def _open_clip(name: str) -> tuple[str, str]:
+    """Architecture and weights that a name of open_clip's form says; two empty strings where it has another form."""
+    kind, _, spec = name.partition(":")
+    architecture, _, pretrained = spec.partition("/")
+    return (architecture, pretrained) if kind == "open_clip" and architecture and pretrained else ("", "")
 
 
 def check_settings(name: str, weights: str | None, precision: str | None, device: str | None = None) -> None:
@@ -74,9 +80,8 @@ def check_available(name: str, weights: str | None = None) -> bool:
     Raises UserError as load_encoder does, also where weights that are not here can't be fetched.
     """
     _check_file(weights)
-    kind, _, spec = name.partition(":")
-    architecture, _, pretrained = spec.partition("/")
-    if kind == "open_clip" and architecture and pretrained:
+    architecture, pretrained = _open_clip(name)
+    if architecture:
         from curate.encoders.openclip import check_weights
 
         return check_weights(architecture, pretrained, weights)
@@ -90,8 +95,7 @@ def fetch_weights(name: str, weights: str | None = None) -> None:
     if not check_available(name, weights):
         from curate.encoders.openclip import find_weights
 
-        architecture, _, pretrained = name.partition(":")[2].partition("/")
-        find_weights(architecture, pretrained, weights)
+        find_weights(*_open_clip(name), weights)
 
 
 def canonical_name(name: str) -> str:
@@ -99,9 +103,8 @@ def canonical_name(name: str) -> str:
 
     Reads that file, and loads no library.
     """
-    kind, _, spec = name.partition(":")
-    architecture, _, pretrained = spec.partition("/")
-    if kind != "open_clip" or pretrained.startswith("sha256-"):
+    architecture, pretrained = _open_clip(name)
+    if not architecture or pretrained.startswith("sha256-"):
         return name
     if Path(pretrained).is_file():
         return name_by_digest(architecture, sha256_file(Path(pretrained)))
@@ -110,8 +113,7 @@ def canonical_name(name: str) -> str:
 
 def check_named(name: str) -> None:
     """UserError where no encoder can be called so; looks for no weights and loads no library."""
-    kind, _, spec = name.partition(":")
-    if name != "bundled" and not (kind == "open_clip" and all(spec.partition("/"))):
+    if name != "bundled" and not all(_open_clip(name)):
         raise UserError(
             f"--encoder {name}: no encoder is called that; there are bundled and open_clip:ARCH/PRETRAINED, "
             "such as open_clip:ViT-L-14-quickgelu/openai"

@@ -26,8 +26,9 @@ import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError
 from curate.fetch.config import FetchConfig
+from curate.images.config import ImagesConfig
 from curate.images.decode import decode
-from curate.images.process import ImagesConfig, perceptual_hash
+from curate.images.process import perceptual_hash
 from curate.ledger.schema import FETCHED_COLUMNS, Reason, RowError, Status, failure_facts
 from curate.shards.tar import image_member, index_tar, read_range
 from curate.sources.img2dataset import reason_of

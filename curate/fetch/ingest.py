@@ -30,8 +30,9 @@ from curate.fetch import engine_img2dataset
 from curate.fetch.client import Fetcher
 from curate.fetch.config import FetchConfig
 from curate.fetch.deny import Deny, verify_hash
+from curate.images.config import ImagesConfig
 from curate.images.isolated import IsolatedDecoder
-from curate.images.process import ImagesConfig, ProcessedImage, process
+from curate.images.process import ProcessedImage, process
 from curate.layout import Data
 from curate.ledger.schema import (
     FETCHED_COLUMNS,
@@ -46,8 +47,7 @@ from curate.ledger.schema import (
 from curate.shards.tar import TarWriter, image_member, index_tar, read_range
 from curate.sources.columns import listed
 from curate.sources.plan import Row, SourceShard
-from curate.store.disk import check_space
-from curate.store.files import read_json
+from curate.store.files import check_space, read_json
 from curate.store.records import commit, invalidate, output_digests
 
 TRUSTED_STARTS = 2

@@ -18,8 +18,11 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, GifImagePlugin, Image, ImageCms, ImageFile, PngImagePlugin, TiffImagePlugin
 
-from curate.images.header import HOSTILE, MAX_PIXELS, decoder_errors, open_header
+from curate.images.config import MAX_PIXELS
+from curate.images.header import HOSTILE, decoder_errors, open_header
 from curate.images.segments import has_all_scans, jpeg_segments, png_inflated, without_fine_scans
+
+cv2.setNumThreads(1)  # one image, one core: callers bring the threads
 
 
 def decode(data: bytes, min_side: int | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:

@@ -23,9 +23,6 @@ from PIL import (
 from curate.images.segments import jpeg_segments, webp_size
 from curate.ledger.schema import Reason, RowError
 
-MAX_PIXELS = 64_000_000
-"""Pixels that an image may have (8,000 x 8,000): 192 MB as RGB. Cameras end near 60 million."""
-
 PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
     "JPEG": JpegImagePlugin.JpegImageFile,
     "PNG": PngImagePlugin.PngImageFile,

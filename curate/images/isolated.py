@@ -10,7 +10,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from curate.images.process import ImagesConfig, ProcessedImage, process
+from curate.images.config import ImagesConfig
+from curate.images.process import ProcessedImage, process
 from curate.ledger.schema import Reason, RowError
 
 DEADLINE = 60.0

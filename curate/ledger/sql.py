@@ -25,7 +25,7 @@ import duckdb
 import pyarrow as pa
 
 from aesthetic.errors import UserError
-from curate.store.disk import RESERVE
+from curate.store.files import RESERVE
 
 T = TypeVar("T")
 

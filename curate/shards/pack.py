@@ -44,8 +44,7 @@ from curate.ledger.view import (
     tables,
 )
 from curate.shards.tar import CorruptShard, TarWriter, image_member, index_tar, read_range
-from curate.store.disk import check_space
-from curate.store.files import digest, is_scratch, left_over, read_json, sha256_file, write_json
+from curate.store.files import check_space, digest, is_scratch, left_over, read_json, sha256_file, write_json
 from curate.store.records import is_done, read_record, record_digest
 
 _FORMAT = 1  # of the shards; part of what makes them stale

@@ -18,7 +18,7 @@ import numpy as np
 
 from aesthetic.errors import UserError
 from aesthetic.space import Space, require_same
-from aesthetic.vectors import open_vectors
+from aesthetic.untrusted import open_vectors
 
 if TYPE_CHECKING:
     import pandas as pd

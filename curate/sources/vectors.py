@@ -22,14 +22,13 @@ import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError
 from aesthetic.space import Space
-from aesthetic.untrusted import check_regular
-from aesthetic.vectors import open_vectors
+from aesthetic.untrusted import check_regular, open_vectors
 from curate.encoders.base import Encoder, unit
 from curate.encoders.embed import EmbedConfig, images_of, recovered, write_vectors
 from curate.images.decode import decode
 from curate.layout import Data
 from curate.shards.tar import IMAGE_EXTENSIONS, image_member, index_tar, read_range
-from curate.store.disk import check_space
+from curate.store.files import check_space
 from curate.store.records import is_done, recommit
 
 MIN_COSINE = 0.98
@@ -132,7 +131,7 @@ def _rows(metadata: Path) -> int:
     return int(about.num_rows)
 
 
-class FolderVectors:
+class ImportedVectors:
     """The vectors of a folder, found by name. Holds 16 bytes for each of its rows, whatever their number."""
 
     @_of_option()
@@ -242,7 +241,7 @@ def _unit(vectors: np.ndarray, keys: list[str], where: Path) -> np.ndarray:
 
 
 @_of_option()
-def import_shard(data: Data, shard: int, imported: FolderVectors, encoder: Encoder | None, config: str) -> int:
+def import_shard(data: Data, shard: int, imported: ImportedVectors, encoder: Encoder | None, config: str) -> int:
     """Take over the vectors of one fetched shard's images, in the order of the ledger, unless that is done.
     Returns how many.
 

@@ -1,4 +1,4 @@
-"""Files of ours: JSON, digests, where we may write, and the scratch files that killed processes leave."""
+"""Files of ours: JSON, digests, where we may write, room for it, and the scratch files that killed processes leave."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from aesthetic.errors import UserError
-from aesthetic.files import as_disk_full, write_atomic
+from aesthetic.errors import DiskFull, UserError
+from aesthetic.files import TRY_AGAIN, as_disk_full, write_atomic
+
+RESERVE = 64 << 20
+"""Bytes that are left free on a disk: room to write the records and logs that say why a run stopped."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -96,6 +99,15 @@ def cannot_write(path: Path, error: OSError) -> Exception:
                        errno.ENOENT, errno.ELOOP):  # fmt: skip
         return UserError(f"{path} cannot be written: {error.strerror}")
     return error
+
+
+def check_space(root: Path, needed: int = 0) -> None:
+    """Raise DiskFull where `needed` bytes would not fit beside the reserve."""
+    free = shutil.disk_usage(root).free
+    if free < needed + RESERVE:
+        raise DiskFull(
+            f"{root} has {free / 1e6:,.0f} MB free, and {(needed + RESERVE) / 1e6:,.0f} MB are needed. {TRY_AGAIN}"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------- scratch

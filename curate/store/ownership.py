@@ -15,7 +15,7 @@ import contextlib
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,16 @@ def kind_of(root: Path) -> str | None:
     """What a folder says it is: data, model or evaluation; None where it does not say that it is ours."""
     if marked := _marked(root):
         return marked
-    return next((kind for kind, says in _SIGNS.items() if says(root)), None)
+    data = Data(root)
+    if {"version", "list", "shards_sha256"} <= _record(data.plan_record).keys():
+        return "data"
+    with contextlib.suppress(OSError, UserError), open(_no_link(data.recipe), "rb") as f:
+        if f.read(len(RECIPE_HEADER)) == RECIPE_HEADER.encode():
+            return "data"
+    for kind, record, key in (("model", "train.json", "settings"), ("evaluation", "evaluation.json", "asked")):
+        if isinstance(_record(root / record).get(key), dict):
+            return kind
+    return None
 
 
 def _marked(root: Path) -> str | None:
@@ -47,17 +56,6 @@ def _marked(root: Path) -> str | None:
     except UserError:
         return None
     return words[1] if len(words) > 1 and words[0] == "tastemaker" and words[1] in _WHAT else None
-
-
-def _has_plan(root: Path) -> bool:
-    plan = _record(Data(root).plan_record)
-    if {"version", "list", "shards_sha256"} <= plan.keys():
-        return True
-    try:
-        with open(_no_link(Data(root).recipe), "rb") as f:
-            return f.read(len(RECIPE_HEADER)) == RECIPE_HEADER.encode()
-    except (OSError, UserError):
-        return False
 
 
 def _record(path: Path) -> dict[str, Any]:
@@ -96,13 +94,6 @@ def _is_planned(root: Path) -> bool:
     return Data(root).plan_folder.is_dir() and kind_of(root) == "data"
 
 
-_SIGNS: dict[str, Callable[[Path], bool]] = {
-    "data": _has_plan,
-    "model": lambda root: isinstance(_record(root / "train.json").get("settings"), dict),
-    "evaluation": lambda root: isinstance(_record(root / "evaluation.json").get("asked"), dict),
-}
-
-
 def check_free(root: Path, kind: str) -> None:
     """UserError where a run may not write to a folder: it is a file, or holds what is not ours. Touches nothing."""
     if root.is_symlink() and not root.exists():
@@ -119,20 +110,17 @@ def check_free(root: Path, kind: str) -> None:
         return
     found = kind_of(root)
     if found is None and kind == "data":
-        others = [name for name in others if not _is_list(root / name)]
+        from curate.sources.listing import list_format  # brings pyarrow, which most who ask do not need
+
+        # a list of URLs may lie there; .json says too little, as programs leave such files everywhere
+        lists = {n for n in others if list_format(n) not in (None, "json") and not n.startswith(".")}
+        others = [name for name in others if name not in lists or not (root / name).is_file()]
         if not others:
             return
     if found is None:
         raise UserError(f"{root} holds something else ({others[0]}): give a folder of its own with --out")
     if found != kind:
         raise UserError(f"{root} holds {_WHAT[found]}, not {_WHAT[kind]}: give another folder with --out")
-
-
-def _is_list(path: Path) -> bool:
-    """Whether a file is called as a list of URLs is; .json says too little, as programs leave such files everywhere."""
-    from curate.sources.listing import list_format  # brings pyarrow, which most who ask do not need
-
-    return list_format(path.name) not in (None, "json") and not path.name.startswith(".") and path.is_file()
 
 
 def _names(root: Path) -> set[str]:

@@ -232,7 +232,7 @@ def _images(options: FitOptions, log: Log) -> ImageVectors:
         def text_encoder() -> Encoder:
             from curate.encoders.registry import load_encoder
             from curate.store.ownership import open_data
-            from pipelines.stored_recipe import recipe_of
+            from pipelines.recipe import recipe_of
 
             embed = recipe_of(open_data(data), None, ()).embed
             return load_encoder(embed.encoder, embed.weights)
@@ -287,7 +287,7 @@ def _fit(options: FitOptions, rated: RatedImages, log: Log) -> FitResult:
 
 def _range(table: pd.DataFrame) -> tuple[float, float]:
     """The range of the scores; of several sources that of the one to whose scale they are brought."""
-    from aesthetic.sources import reference_of
+    from aesthetic.ridge import reference_of
 
     if "source" in table:
         table = table[table["source"] == reference_of(table["source"].to_list())]

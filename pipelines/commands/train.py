@@ -28,18 +28,22 @@ from aesthetic.errors import DiskFull, UserError
 from curate.store.files import local_path, read_json, sweep, write_json
 from pipelines.options import REQUIRED, Options, Result, argument, option, positive_int, read_prompts
 from pipelines.runtime.progress import ProgressBar, format_duration, redirect_output
-from train.devices import FreeCores, default_device, set_threads, versions
-from train.models.presets import OBJECTIVES, PRESETS
-from train.models.release import LORA_FILE, is_released
 
 if TYPE_CHECKING:
     from curate.sources.dataset import MapDataset
     from pipelines.runtime.trainers import Trainer
+    from train.devices import FreeCores
     from train.loop import LoopConfig
     from train.run import TrainRun
 
 FROM_STEPS, FROM_BATCH = 1000, 8
 """Of training that goes on from a model, where nothing else is asked."""
+
+SETTINGS = (
+    *("preset", "start", "lora", "objective", "size", "buckets", "weight_by", "caption"),
+    *("steps", "batch", "lr", "seed"),
+)
+"""The options that train.json keeps: what must be the same for a run to go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,18 +88,22 @@ def run(options: TrainOptions) -> Result:
 
     Raises UserError before anything is written where data, options or folder do not fit; DiskFull; Diverged.
     """
+    from train.devices import FreeCores
+
     free = FreeCores()
     check_options(options)
     prompts = tuple(read_prompts(options.prompts)) if options.prompts else ()
     from curate.store.ownership import taken
     from train.data import open_samples, sampling_weights
+    from train.models.release import is_released
     from train.run import earlier_run
 
     samples = open_samples(options.data, options.caption)
     if options.weight_by:
         sampling_weights(samples, options.weight_by)
     resolved = _resolve(options, samples)
-    settings = _settings(resolved, samples)
+    settings = {"from" if name == "start" else name: getattr(resolved, name) for name in SETTINGS}
+    settings["data"] = samples.fingerprint
     record = earlier_run(options.out, settings)
     if record and record.get("finished") and is_released(options.out):
         return _result(options.out, record)
@@ -129,6 +137,7 @@ def run(options: TrainOptions) -> Result:
 def check_options(options: TrainOptions) -> None:
     """What the options and the model's own files tell, without torch."""
     from curate.store.ownership import check_free
+    from train.models.presets import OBJECTIVES
 
     start, objective = options.start, options.objective
     if options.preset and start:
@@ -151,6 +160,7 @@ def check_options(options: TrainOptions) -> None:
         raise UserError(f"--batch {options.batch} can't be shared evenly by {options.workers} workers")
     if start is not None:
         from train.models.info import check_trainable, read_model_info
+        from train.models.release import LORA_FILE
 
         folder = Path(start)
         if (folder / LORA_FILE).is_file() and not (folder / "model_index.json").is_file():
@@ -159,6 +169,8 @@ def check_options(options: TrainOptions) -> None:
 
 
 def _check_preset(name: str, size: int | None) -> None:
+    from train.models.presets import PRESETS
+
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}: {', '.join(PRESETS)}")
     step = PRESETS[name].factor * 2 ** (len(PRESETS[name].unet) - 1)
@@ -176,6 +188,7 @@ def check_data(folder: Path) -> None:
 
 def _resolve(options: TrainOptions, samples: MapDataset) -> TrainOptions:
     """The options with every default filled in, and whole paths."""
+    from train.models.presets import PRESETS
     from train.run import further_lr
 
     start, name, preset = options.start, options.preset, None
@@ -186,8 +199,12 @@ def _resolve(options: TrainOptions, samples: MapDataset) -> TrainOptions:
             name = "small-64" if torch.cuda.is_available() else "tiny"
             _check_preset(name, options.size)
         preset = PRESETS[name]
-    workers = options.workers or 1
-    batch = options.batch or preset_batch(preset.batch if preset else FROM_BATCH, len(samples), workers)
+    workers, batch = options.workers or 1, options.batch
+    if not batch:  # a usual one, halved until four fit into the data; a multiple of the workers
+        batch = preset.batch if preset else FROM_BATCH
+        while batch > workers and 4 * batch > len(samples):
+            batch //= 2
+        batch = max(workers, batch - batch % workers)
     if batch > len(samples):
         raise UserError(f"--batch {batch} is more than the {len(samples)} pictures in {samples.folder}")
     steps = options.steps or (preset.steps if preset else FROM_STEPS)
@@ -206,28 +223,11 @@ def _resolve(options: TrainOptions, samples: MapDataset) -> TrainOptions:
     )
 
 
-def preset_batch(batch: int, images: int, workers: int) -> int:
-    """A usual batch, halved until four fit into the data; a multiple of the workers."""
-    while batch > workers and 4 * batch > images:
-        batch //= 2
-    return max(workers, batch - batch % workers)
-
-
-def _settings(resolved: TrainOptions, samples: MapDataset) -> dict[str, Any]:
-    """What train.json keeps of the options: what must be the same for a run to go on."""
-    names = (
-        *("preset", "start", "lora", "objective", "size", "buckets", "weight_by", "caption"),
-        *("steps", "batch", "lr", "seed"),
-    )
-    settings = {"from" if name == "start" else name: getattr(resolved, name) for name in names}
-    return {**settings, "data": samples.fingerprint}
-
-
 def _loop_config(resolved: TrainOptions) -> LoopConfig:
     from train.loop import LoopConfig
 
     steps, batch, lr = resolved.steps, resolved.batch, resolved.lr
-    assert steps and batch and lr and resolved.save_every
+    assert steps and batch and lr and resolved.save_every  # see _resolve
     return LoopConfig(
         steps=steps,
         batch=batch,
@@ -259,7 +259,10 @@ def _prepare(
     import torch
 
     from pipelines.runtime.trainers import LocalTrainer, TrainJob, ray_trainer
+    from train.data import sampling_weights
+    from train.devices import default_device, set_threads, versions
     from train.latents import weights_digest
+    from train.models.presets import PRESETS
     from train.models.unet import load_model
     from train.run import default_prompts, hold_out, write_new_model
 
@@ -276,7 +279,13 @@ def _prepare(
     data = hold_out(samples, out, count)
     if not scanned:
         count.end(f", {len(data['unreadable']):,} of them can't be read" if data["unreadable"] else "")
-    _check_chosen(resolved, samples, data)
+    left_out = {*data["held_out"], *map(int, data["unreadable"])}
+    chosen = [i for i in range(len(samples)) if i not in left_out]
+    if resolved.batch and resolved.batch > len(chosen):
+        raise UserError(f"--batch {resolved.batch} is more than the {len(chosen)} pictures to train on")
+    if resolved.weight_by and not sampling_weights(samples, resolved.weight_by)[chosen].sum() > 0:
+        raise UserError(f"no picture to train on has a {resolved.weight_by} above 0")
+
     if resolved.preset:
         captions = [samples.facts(i)["caption"] or "" for i in range(len(samples)) if i not in set(data["held_out"])]
         preset = replace(PRESETS[resolved.preset], size=resolved.size or PRESETS[resolved.preset].size)
@@ -304,18 +313,6 @@ def _prepare(
     facts |= {"size": train_run.size, "prompts": list(prompts)}
     write_json(out / "train.json", facts)
     return train_run, trainer
-
-
-def _check_chosen(resolved: TrainOptions, samples: MapDataset, data: dict[str, Any]) -> None:
-    """UserError where the images that are left to train on are too few, or have no weight."""
-    from train.data import sampling_weights
-
-    left_out = {*data["held_out"], *map(int, data["unreadable"])}
-    chosen = [i for i in range(len(samples)) if i not in left_out]
-    if resolved.batch and resolved.batch > len(chosen):
-        raise UserError(f"--batch {resolved.batch} is more than the {len(chosen)} pictures to train on")
-    if resolved.weight_by and not sampling_weights(samples, resolved.weight_by)[chosen].sum() > 0:
-        raise UserError(f"no picture to train on has a {resolved.weight_by} above 0")
 
 
 def _headline(run: TrainRun, resolved: TrainOptions, by: str, *, preset_given: bool) -> Iterator[str]:

@@ -15,7 +15,8 @@ import pytest
 from in_a_child import Report, forget_peak, memory, peak, run
 from PIL import Image, TiffImagePlugin
 
-from curate.images.process import ImagesConfig, process
+from curate.images.config import ImagesConfig
+from curate.images.process import process
 from curate.ledger.schema import Reason, RowError
 from tests.test_images import encoded, patched, photograph, png_chunk, png_of
 

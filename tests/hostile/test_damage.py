@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from in_a_child import Report, run
 
+from curate.images.config import ImagesConfig
 from curate.images.decode import decode
-from curate.images.process import ImagesConfig, process
+from curate.images.process import process
 from curate.ledger.schema import Reason, RowError
 from tests.test_images import FORMATS, encoded, photograph
 

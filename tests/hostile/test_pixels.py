@@ -16,8 +16,9 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageCms
 
+from curate.images.config import ImagesConfig
 from curate.images.decode import decode
-from curate.images.process import ImagesConfig, process
+from curate.images.process import process
 from curate.ledger.schema import RowError
 from tests.test_images import (
     UPRIGHT,

@@ -20,7 +20,7 @@ from aesthetic.files import as_disk_full, scratch_path, sync
 from aesthetic.untrusted import parse_json, printable, read_bytes
 from curate.images.decode import decode, decode_alpha
 from curate.ledger.schema import RowError
-from curate.store.disk import check_space
+from curate.store.files import check_space
 
 CHUNK = "tastemaker"
 """The PNG text chunk with the facts, as JSON."""
