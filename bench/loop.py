@@ -31,8 +31,7 @@ from curate.shards.tar import TarWriter
 from curate.sources.plan import SourceConfig
 from curate.sources.planner import make_plan
 from curate.store.records import commit
-from pipelines.recipe import load_recipe
-from pipelines.stored_recipe import store_recipe
+from pipelines.recipe import load_recipe, store_recipe
 
 SHARD = 10_000
 

@@ -14,7 +14,10 @@ from curate.fetch.deny import Deny
 from curate.layout import Data
 from curate.verify import command_again
 from pipelines.options import command
-from pipelines.recipe import Recipe
+from pipelines.recipe import Recipe, stored_recipe
+
+STAGES = ("source", "fetch", "images", "embed")
+"""The stages whose files a changed recipe would alter; what comes after them asks nothing."""
 
 Say = Callable[[str], None]
 """Shows a line to whoever started the run."""
@@ -93,6 +96,33 @@ def refuse_denied(data: Data, recipe: Recipe, restart_from: str | None = None) -
         "A list that is given later takes nothing away, so nothing is done. Give another --out, or be rid of them:\n"
         + "\n".join(steps)
     )
+
+
+def refuse_changes(data: Data, recipe: Recipe, restart_from: str | None = None) -> None:
+    """UserError where the recipe would alter shards that are finished, naming keys and both values.
+
+    Stages from `restart_from` on may differ: they are about to be made again.
+    """
+    stored = stored_recipe(data)
+    if stored is None:
+        return
+    of_fetched = next(data.root.glob("fetched/*_stats.json"), None) is not None
+    of_embedded = next(data.root.glob("embedded/stats/*.json"), None) is not None
+    made = {"source": data.plan_record.exists(), "fetch": of_fetched, "images": of_fetched, "embed": of_embedded}
+    kept = STAGES[: STAGES.index(restart_from)] if restart_from else STAGES
+    ours, theirs = recipe.identity(), stored.identity()
+    changed = [
+        f"  {stage}.{key}: {theirs[stage][key]!r} there, {ours[stage][key]!r} asked for"
+        for stage in kept
+        for key in ours[stage]
+        if ours[stage][key] != theirs[stage][key] and made[stage]
+    ]
+    if changed:
+        first = next(stage for stage in kept if any(line.startswith(f"  {stage}.") for line in changed))
+        raise UserError(
+            f"{data.root} holds shards made with other settings:\n" + "\n".join(changed) + "\n"
+            f"Give another --out, or `--restart-from {first}` to make them again on purpose."
+        )
 
 
 def _in_shards(shards: Sequence[str]) -> str:

@@ -7,8 +7,7 @@ will be, heads and weights, changes that would alter finished shards, the disk.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,14 +25,13 @@ from curate.sources.plan import load_plan
 from curate.sources.planner import inspect, make_plan
 from curate.store.files import check_space, read_json, sweep
 from curate.store.lock import Lock
-from curate.store.ownership import Taken, check_free, taken
-from pipelines.checks import Say, check_engine, check_selection, has_encoder, refuse_denied
+from curate.store.ownership import check_free, taken
+from pipelines.checks import Say, check_engine, check_selection, has_encoder, refuse_changes, refuse_denied
 from pipelines.options import Result, command
-from pipelines.recipe import Recipe
+from pipelines.recipe import Recipe, store_recipe
 from pipelines.runtime.cluster import check_reachable
 from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
 from pipelines.runtime.progress import ProgressDisplay, format_duration
-from pipelines.stored_recipe import refuse_changes, store_recipe
 
 if TYPE_CHECKING:
     from curate.ledger.select import Selection
@@ -76,7 +74,8 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
             say(f"the weights of {recipe.embed.encoder} are not on this machine; the run fetches them first")
         if request.address is not None:
             check_reachable(request.address)
-        check_space(_existing(data.root), estimate_bytes(recipe, rows))
+        there = next(folder for folder in (data.root, *data.root.parents) if folder.exists())
+        check_space(there, estimate_bytes(recipe, rows))
     return {
         "rows": found.total_rows,
         "listed_rows": found.listed_rows,
@@ -89,60 +88,51 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
     }
 
 
-def _existing(path: Path) -> Path:
-    """The path, or the first folder above it that is there."""
-    return path if path.exists() else _existing(path.parent)
-
-
 def run(request: Request, say: Say = print) -> Result:
     """The whole job under the data folder's lock; what is done already is left alone.
 
     Raises UserError before anything starts, DiskFull, NothingKept, or the cause of what went wrong in a worker.
     """
-    recipe, data = _with_whole_paths(request.recipe), Data(request.root)
+    recipe, data = request.recipe, Data(request.root)
+    # whole paths of its files, as later commands may be given in another folder
+    deny = tuple(str(Path(f).expanduser().absolute()) for f in recipe.fetch.deny)
+    weights = recipe.embed.weights and str(Path(recipe.embed.weights).expanduser().absolute())
+    recipe = replace(
+        recipe,
+        fetch=replace(recipe.fetch, deny=deny),
+        embed=replace(recipe.embed, weights=weights),
+        columns={name: absolute(name, spec) for name, spec in recipe.columns.items()},
+    )
     check_free(data.root, "data")
     annotators = make_annotators(recipe.columns, recipe.embed.encoder)
     check_engine(recipe, say)
     refuse_denied(data, recipe, request.restart_from)
-    if "embed" in request.stages and not data.plan_record.exists():
-        has_encoder(recipe)  # before a long list is read; where a plan is there, all may be embedded
-    with taken(data.root, "data", replaces=["recipe.yaml"]) as folder, _undone_if_refused(data, folder):
-        sweep(data.root)
-        refuse_changes(data, recipe, request.restart_from)
-        anew = request.restart_from == "source"  # the new list is read before the shards of the old one go
-        if anew or load_plan(data) is not None:  # nor does a plan grow before all is checked
-            extra_columns = inspect(request.list, recipe.source, request.limit, None if anew else data).extra_columns
-        else:
-            extra_columns = make_plan(request.list, data, recipe.source, request.limit).extra_columns
-        check_selection(data, recipe, extra_columns, annotators)
-        check_verify(recipe.fetch, extra_columns)
-        if request.restart_from is not None:
-            restart(data, recipe, request.restart_from, request.stages)
-        make_plan(request.list, data, recipe.source, request.limit)
-        store_recipe(data, recipe)
-        return _run_job(data, recipe, annotators, request.stages, request.address, say)
-
-
-def _with_whole_paths(recipe: Recipe) -> Recipe:
-    """The recipe with whole paths of its files: later commands may be given in another folder."""
-    deny = tuple(str(Path(f).expanduser().absolute()) for f in recipe.fetch.deny)
-    weights = recipe.embed.weights and str(Path(recipe.embed.weights).expanduser().absolute())
-    fetch, embed = replace(recipe.fetch, deny=deny), replace(recipe.embed, weights=weights)
-    columns = {name: absolute(name, spec) for name, spec in recipe.columns.items()}
-    return replace(recipe, fetch=fetch, embed=embed, columns=columns)
-
-
-@contextmanager
-def _undone_if_refused(data: Data, folder: Taken) -> Iterator[None]:
-    """Where input or recipe is refused before a job began, a data folder is as it was, and a new one is not there."""
     planned = data.plan_record.exists()
-    try:
-        yield
-    except UserError:
-        if not planned and not data.logs.exists():
-            data.clear_plan()
-            folder.undo(["recipe.yaml"])
-        raise
+    if "embed" in request.stages and not planned:
+        has_encoder(recipe)  # before a long list is read; where a plan is there, all may be embedded
+    with taken(data.root, "data", replaces=["recipe.yaml"]) as folder:
+        planned = data.plan_record.exists()  # again: another run may have been at work until now
+        try:
+            sweep(data.root)
+            refuse_changes(data, recipe, request.restart_from)
+            anew = request.restart_from == "source"  # the new list is read before the shards of the old one go
+            if anew or load_plan(data) is not None:  # nor does a plan grow before all is checked
+                listed = inspect(request.list, recipe.source, request.limit, None if anew else data).extra_columns
+            else:
+                listed = make_plan(request.list, data, recipe.source, request.limit).extra_columns
+            check_selection(data, recipe, listed, annotators)
+            check_verify(recipe.fetch, listed)
+            if request.restart_from is not None:
+                restart(data, recipe, request.restart_from, request.stages)
+            make_plan(request.list, data, recipe.source, request.limit)
+            store_recipe(data, recipe)
+            return _run_job(data, recipe, annotators, request.stages, request.address, say)
+        except UserError:
+            # refused before a job began: a data folder is as it was, and a new one is not there
+            if not planned and not data.logs.exists():
+                data.clear_plan()
+                folder.undo(["recipe.yaml"])
+            raise
 
 
 def resume(
@@ -194,6 +184,9 @@ def _run_job(
     retry: bool = False,
 ) -> Result:
     """Everything after the checks: the stages on Ray, then the selection and its shards."""
+    from curate.duplicates.repeats import repeats
+    from curate.ledger.select import remembered, select
+
     plan = data.plan
     say(" · ".join([headline(recipe), *columns_taken(plan.columns)]))
     for warning in plan.warnings:
@@ -202,32 +195,18 @@ def _run_job(
         say(f"warning: private addresses are open to this list: {', '.join(recipe.fetch.allow)} (fetch.allow)")
     facts = {"columns": plan.columns, "warnings": plan.warnings}
     result = Result(facts={"rows": plan.total_rows, "shards": len(plan.shards), **facts})
-    before = _images(data) if retry else 0
+    had = _images(data) if retry else 0
     screen = _run_on_ray(data, recipe, annotators, stages, address, say, retry)
     if "embed" in stages:
         for name, annotator in annotators.items():
             if isinstance(annotator, TableAnnotator):
                 annotate_table(data, name, annotator)
     if retry and screen is not None:
-        result.facts["recovered"] = _images(data) - before
+        result.facts["recovered"] = _images(data) - had
         say(f"retry  {result.facts['recovered']:,} more images")
-    _report_notes(data, result, say)
-    _report_repeats(data, result, say)
-    if "select" not in stages:
-        result.paths["fetched"] = str(data.root / "fetched")
-        result.next = command("embed", data.root)
-        return result
-    selection = _select(data, recipe, say)
-    result.facts |= {"kept": selection.kept, "funnel": selection.funnel}
-    pack_selection(data, recipe, result)
-    if plan.listed_rows > plan.total_rows:
-        say(projection(data, plan.listed_rows, plan.total_rows, selection.kept, screen))
-    return result
 
-
-def _report_notes(data: Data, result: Result, say: Say) -> None:
-    """Say which values of the list could not be taken as they are; a list that is used where it lies is read late."""
-    records = {s.shard: read_json(data.fetched_record(s.shard)) or {} for s in data.plan.shards}
+    # values of the list that could not be taken as they are: one that is used where it lies is read late
+    records = {s.shard: read_json(data.fetched_record(s.shard)) or {} for s in plan.shards}
     notes = [f"shard {shard}: {note}" for shard, record in records.items() for note in record.get("notes", [])]
     if notes:
         result.facts["notes"] = notes[:100]
@@ -235,19 +214,31 @@ def _report_notes(data: Data, result: Result, say: Say) -> None:
             say(f"warning: {note}")
         if len(notes) > 3:
             say(f"    and in {len(notes) - 3:,} more shards")
-
-
-def _report_repeats(data: Data, result: Result, say: Say) -> None:
-    """Say which bytes came from many URLs: most are placeholders."""
-    from curate.duplicates.repeats import repeats
-
-    found = repeats(data)
-    if found:
+    if found := repeats(data):
         result.facts["repeated"] = [{"sha256": r.sha256, "urls": r.urls, "url": r.url} for r in found[:100]]
         say(f"the same bytes from many URLs, {len(found):,} times ({sum(r.urls for r in found):,} rows): placeholders?")
         for repeat in found[:3]:
             say(f"    {repeat}")
         say("    the rule first_of(sha256) keeps one of each; their sha256 in a list of fetch.deny keeps none")
+
+    if "select" not in stages:
+        result.paths["fetched"] = str(data.root / "fetched")
+        result.next = command("embed", data.root)
+        return result
+
+    try:
+        before = remembered(data, recipe.select.name)
+    except UserError:  # of a subset file that is gone
+        before = ({}, Path())
+    if before is not None and before != (recipe.select.rules, None):
+        say(f"the selection {recipe.select.name} was made by other rules; it is made anew by the recipe's")
+    selection = select(data, recipe.select)
+    show_selection(selection, say)
+    result.facts |= {"kept": selection.kept, "funnel": selection.funnel}
+    pack_selection(data, recipe, result)
+    if plan.listed_rows > plan.total_rows:
+        say(projection(data, plan.listed_rows, plan.total_rows, selection.kept, screen))
+    return result
 
 
 def _run_on_ray(
@@ -302,21 +293,6 @@ def remaining_work(
     return RemainingWork(shards, rows, images)
 
 
-def _select(data: Data, recipe: Recipe, say: Say) -> Selection:
-    from curate.ledger.select import remembered, select
-
-    name = recipe.select.name
-    try:
-        before = remembered(data, name)
-    except UserError:  # of a subset file that is gone
-        before = ({}, Path())
-    if before is not None and before != (recipe.select.rules, None):
-        say(f"the selection {name} was made by other rules; it is made anew by the recipe's")
-    selection = select(data, recipe.select)
-    show_selection(selection, say)
-    return selection
-
-
 def show_selection(selection: Selection, say: Say) -> None:
     """The funnel, and what is odd about it."""
     from curate.ledger.select import funnel_text
@@ -326,22 +302,11 @@ def show_selection(selection: Selection, say: Say) -> None:
         say(f"warning: {warning}")
 
 
-def _next_command(data: Data, selection: Selection) -> str:
-    """A command that selects less than a run did, or trains on it where nothing shows how."""
-    from curate.ledger.rules import read_rules
-    from curate.ledger.sql import plain_name
-
-    conditions = {r.name: r.condition for r in selection.rules}
-    for rule, reading in reversed(read_rules(conditions, selection.quantiles).items()):
-        if reading and reading.top and not data.selection_record("stricter").exists() and re.fullmatch(r"\w+", rule):
-            setting = f"select.rules.{rule}=top({plain_name(reading.top.column)}, {reading.top.fraction / 2:g})"
-            return command("select", data.root, "--name", "stricter", "--set", setting)
-    return command("train", data.packed(selection.name), "--out", "model")
-
-
 def pack_selection(data: Data, recipe: Recipe, result: Result) -> None:
     """The shards of a selection and a sheet to look at, and into `result` where they are and what comes next."""
+    from curate.ledger.rules import read_rules
     from curate.ledger.select import load_selection
+    from curate.ledger.sql import plain_name
     from curate.report import contact_sheet, score_charts
     from curate.shards.pack import pack
 
@@ -352,7 +317,15 @@ def pack_selection(data: Data, recipe: Recipe, result: Result) -> None:
         score_charts(data, name)
         contact_sheet(data, name)
     result.paths |= {"shards": f"{folder}/", "look": str(sheet)}
-    result.next = _next_command(data, load_selection(data, name))
+
+    # next: a command that selects less than this did, or trains on it where nothing shows how
+    result.next = command("train", data.packed(name), "--out", "model")
+    selection = load_selection(data, name)
+    conditions = {r.name: r.condition for r in selection.rules}
+    for rule, reading in read_rules(conditions, selection.quantiles).items():
+        if reading and reading.top and not data.selection_record("stricter").exists() and re.fullmatch(r"\w+", rule):
+            setting = f"select.rules.{rule}=top({plain_name(reading.top.column)}, {reading.top.fraction / 2:g})"
+            result.next = command("select", data.root, "--name", "stricter", "--set", setting)
 
 
 # ---------------------------------------------------------------------------------------------------- words and sums

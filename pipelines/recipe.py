@@ -1,4 +1,7 @@
-"""A recipe: one YAML file -> validated, frozen configuration. Each stage defines its own part, beside its code."""
+"""A recipe: one YAML file -> validated, frozen configuration. Each stage defines its own part, beside its code.
+
+A data folder keeps the recipe that it was made with, resolved, in `recipe.yaml`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,11 +23,13 @@ from typing import Any
 import pydantic
 
 from aesthetic.errors import UserError, nearest
+from aesthetic.files import write_atomic
 from aesthetic.untrusted import clean, printable, read_text
 from curate.annotators.registry import Spec
 from curate.encoders.embed import EmbedConfig
 from curate.fetch.config import FetchConfig
 from curate.images.config import ImagesConfig
+from curate.layout import Data
 from curate.ledger.schema import EMBEDDED_COLUMNS, RESERVED
 from curate.ledger.select import SelectConfig
 from curate.shards.pack import PackConfig
@@ -76,7 +81,7 @@ class Recipe:
     def __post_init__(self) -> None:
         columns, verify = self.source.columns, self.fetch.verify
         if columns is not None and verify is not None and verify not in columns:  # what is compared is kept
-            object.__setattr__(self, "source", dataclasses.replace(self.source, columns=(*columns, verify)))
+            object.__setattr__(self, "source", replace(self.source, columns=(*columns, verify)))
         taken = {name.lower(): name for name in (*RESERVED, *(n for n, _ in EMBEDDED_COLUMNS), "source")}
         for column in self.columns:  # it will name a folder, and a column in SQL
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", column):
@@ -102,12 +107,7 @@ class Recipe:
         whole = to_dict(self)
         fetch = {k: whole["fetch"][k] for k in ("engine", "max_bytes", "respect", "allow", "verify")}
         embed = {k: whole["embed"][k] for k in ("encoder", "precision", "embeddings")}
-        return {
-            "source": whole["source"],
-            "fetch": fetch,
-            "images": whole["images"],
-            "embed": embed,
-        }
+        return {"source": whole["source"], "fetch": fetch, "images": whole["images"], "embed": embed}
 
 
 def shipped() -> list[str]:
@@ -154,13 +154,31 @@ def parse_recipe(text: str, settings: Sequence[str] = (), what: str = "recipe") 
     own = copy.deepcopy(tree)
     for setting in settings:
         _lay_over(tree, setting)
-    _leave_quality(own, tree, settings)
+
+    # a quality is 1 to 100 for jpg and webp, and a compression level of 0 to 9 for png: where `--set` names another
+    # kind of format and no quality, the recipe's does not go with it, and the format's default holds
+    named = {setting.partition("=")[0].strip() for setting in settings}
+    before, now = own.get("images"), tree.get("images")
+    if "images.format" in named and "images.quality" not in named and isinstance(now, dict):
+        was = before.get("format", "jpg") if isinstance(before, dict) else "jpg"
+        if (was == "png") != (now.get("format") == "png"):
+            now.pop("quality", None)
+
     try:
         return _validate(tree)
     except UserError as e:
         if settings and not _is_refused(own, str(e)):
             raise
         raise UserError(f"{what}: {e}") from None
+
+
+def _is_refused(tree: dict[str, Any], message: str) -> bool:
+    """Whether a recipe is refused with these words by itself, whatever is laid over it."""
+    try:
+        _validate(tree)
+    except UserError as e:
+        return str(e) == message
+    return False
 
 
 def parse_columns(words: Sequence[str]) -> dict[str, Spec]:
@@ -172,15 +190,6 @@ def parse_columns(words: Sequence[str]) -> dict[str, Spec]:
             raise UserError(f"{printable(word, 200)}: expected NAME=SPEC, for example taste=taste.head")
         _lay_over(tree, f"columns.{word}")
     return _validate(tree).columns
-
-
-def _is_refused(tree: dict[str, Any], message: str) -> bool:
-    """Whether a recipe is refused with these words by itself, whatever is laid over it."""
-    try:
-        _validate(tree)
-    except UserError as e:
-        return str(e) == message
-    return False
 
 
 # ------------------------------------------------------------------------------------------------- values laid over it
@@ -227,19 +236,6 @@ def _type_at(names: Sequence[str]) -> Any:
         else:
             kind = typing.get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
     return kind
-
-
-def _leave_quality(own: dict[str, Any], tree: dict[str, Any], settings: Sequence[str]) -> None:
-    """Where `--set` names another kind of format and no quality, the recipe's quality does not go with it.
-
-    It is 1 to 100 for jpg and webp, and a compression level of 0 to 9 for png: what holds is the format's default.
-    """
-    named = {setting.partition("=")[0].strip() for setting in settings}
-    before, now = own.get("images"), tree.get("images")
-    if "images.format" in named and "images.quality" not in named and isinstance(now, dict):
-        was = before.get("format", "jpg") if isinstance(before, dict) else "jpg"
-        if (was == "png") != (now.get("format") == "png"):
-            now.pop("quality", None)
 
 
 # ---------------------------------------------------------------------------------------------------------- validation
@@ -368,3 +364,32 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe as YAML, readable again by load_recipe."""
     return write_yaml(to_dict(recipe))
+
+
+# ------------------------------------------------------------------------------------------------ that of a data folder
+
+
+def stored_recipe(data: Data) -> Recipe | None:
+    """The recipe that a data folder was made with."""
+    if not data.recipe.exists():
+        return None
+    return parse_recipe(read_recipe(data.recipe), what=str(data.recipe))
+
+
+def store_recipe(data: Data, recipe: Recipe) -> None:
+    """Write the resolved recipe beside the data, with a hash per stage as comments."""
+    lines = [f"{RECIPE_HEADER}; a hash per stage over the keys that its files depend on"]
+    lines += [f"# {stage}: {value}" for stage, value in recipe.stage_hashes().items()]
+    write_atomic(data.recipe, "\n".join([*lines, to_yaml(recipe)]).encode())
+
+
+def recipe_of(data: Data, name: str | None, settings: Sequence[str], select: str | None = None) -> Recipe:
+    """The recipe that a data folder was made with, or another one, with settings laid over it.
+
+    A recipe.yaml where no plan is belongs to somebody else.
+    """
+    if name is None and data.recipe.exists() and data.plan_record.exists():
+        recipe = parse_recipe(read_recipe(data.recipe), settings, what=str(data.recipe))
+    else:
+        recipe = load_recipe(name or DEFAULT, settings)
+    return recipe if select is None else replace(recipe, select=replace(recipe.select, name=select))

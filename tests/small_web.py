@@ -227,9 +227,9 @@ def curate_here(listed: Path, root: Path, settings: list[str], fault: Path | Non
     from curate.store.files import sweep
     from curate.store.lock import Lock
     from curate.workers import EmbedWorker, FetchWorker, embed_done
+    from pipelines.checks import refuse_changes
     from pipelines.curation import Request, run
-    from pipelines.recipe import load_recipe
-    from pipelines.stored_recipe import refuse_changes, store_recipe
+    from pipelines.recipe import load_recipe, store_recipe
 
     if fault is not None:
         sys.path.insert(0, str(fault))

@@ -14,8 +14,7 @@ from curate.shards.pack import pack
 from curate.sources.planner import make_plan
 from curate.workers import EmbedWorker, FetchWorker
 from demo.web import Route, Web
-from pipelines.recipe import Recipe, load_recipe
-from pipelines.stored_recipe import store_recipe
+from pipelines.recipe import Recipe, load_recipe, store_recipe
 from tests.small_web import picture
 
 

@@ -31,8 +31,7 @@ from curate.shards.pack import PackConfig, pack
 from curate.store.files import read_json
 from curate.workers import EmbedWorker
 from pipelines.cli import main
-from pipelines.recipe import load_recipe
-from pipelines.stored_recipe import store_recipe, stored_recipe
+from pipelines.recipe import load_recipe, store_recipe, stored_recipe
 from tests.conftest import ROOT
 from tests.real_data import BUNDLED, embed_all
 

@@ -26,8 +26,7 @@ from curate.sources.planner import make_plan
 from pipelines.cli import build_parser, main
 from pipelines.commands import COMMANDS, find
 from pipelines.options import Options, command_line, facts_of, from_parsed
-from pipelines.recipe import load_recipe
-from pipelines.stored_recipe import store_recipe
+from pipelines.recipe import load_recipe, store_recipe
 
 ROOT = Path(__file__).parents[1]
 

@@ -25,9 +25,8 @@ from curate.store.lock import Lock, hold_worker_lock
 from curate.store.ownership import MARK, check_free, kind_of, taken
 from pipelines import curation
 from pipelines.cli import main
-from pipelines.recipe import load_recipe
+from pipelines.recipe import load_recipe, store_recipe
 from pipelines.runtime.progress import redirect_output
-from pipelines.stored_recipe import store_recipe
 
 Tree = dict[str, tuple[str, bytes]]
 

@@ -21,12 +21,14 @@ from pipelines.recipe import (
     Recipe,
     load_recipe,
     parse_recipe,
+    recipe_of,
     recipe_text,
     shipped,
+    store_recipe,
+    stored_recipe,
     to_dict,
     to_yaml,
 )
-from pipelines.stored_recipe import recipe_of, store_recipe, stored_recipe
 
 ROOT = Path(__file__).parents[1]
 

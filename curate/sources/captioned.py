@@ -64,9 +64,17 @@ def kind_of_folder(listing: Listing) -> str | None:
 
     Raises UserError where it is a data folder of ours.
     """
-    own_tars = any("/" not in t for t in listing.tars)
+    folder, own_tars = listing.folder, any("/" not in t for t in listing.tars)
     if not own_tars:
-        _refuse_data_folder(listing.folder)
+        inner = [p.parent for pattern in ("shards/*/sizes.json", "*/sizes.json") for p in sorted(folder.glob(pattern))]
+        inner = [p for p in inner if packed_tars(p) is not None]
+        if inner:
+            raise UserError(f"{folder} holds packed shards, and is none itself. Did you mean {inner[0]}?")
+        if (folder / "plan" / "plan.json").is_file():
+            raise UserError(
+                f"{folder} is a data folder of ours: `tastemaker pack {folder}` makes {folder / 'shards'}/NAME, "
+                f"and {folder / 'fetched'} has all its images"
+            )
     if listing.tables:
         return "imagefolder"
     if own_tars:
@@ -76,17 +84,6 @@ def kind_of_folder(listing: Listing) -> str | None:
     if listing.tars:
         return "tars"
     return "parquet" if tables_with_images(listing) else None
-
-
-def _refuse_data_folder(folder: Path) -> None:
-    """UserError, naming what is meant, where a folder is a data folder of ours or its `shards/`."""
-    inner = [p.parent for pattern in ("shards/*/sizes.json", "*/sizes.json") for p in sorted(folder.glob(pattern))]
-    inner = [p for p in inner if packed_tars(p) is not None]
-    if inner:
-        raise UserError(f"{folder} holds packed shards, and is none itself. Did you mean {inner[0]}?")
-    if (folder / "plan" / "plan.json").is_file():
-        way = f"`tastemaker pack {folder}` makes {folder / 'shards'}/NAME, and {folder / 'fetched'} has all its images"
-        raise UserError(f"{folder} is a data folder of ours: {way}")
 
 
 def nothing_in(listing: Listing, what: str = "neither tars nor images") -> str:

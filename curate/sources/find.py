@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pyarrow as pa
+
 from aesthetic.errors import DiskFull, UserError
 from aesthetic.untrusted import check_regular, first_three
 from curate.shards.tar import CorruptShard
@@ -31,7 +33,6 @@ from curate.sources.listing import (
 from curate.sources.lists import open_list
 from curate.sources.tars import TarInput, index_samples, tars_of, tars_passed_over
 
-_NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 _ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "croissant.json", "config.json")
 
 
@@ -51,7 +52,18 @@ class Found:
         """One of the files as an input. Raises UserError where it cannot be read."""
         if self.base is None:
             source = open_list(file, url, caption)
-            source.set_constants(self._partition(file))
+            # what its folders say of all rows, as Hive and Spark name them: lang=en/part-0.parquet
+            start = self.name
+            if not os.path.exists(start):  # a pattern: its folders before the first that is one
+                start = start.split("*")[0].split("?")[0].split("[")[0].rpartition("/")[0]
+            parts = [] if self.remote else file.parent.parts[len(Path(start).parts) :]
+            named = ((unquote(k), v) for k, equals, v in (part.partition("=") for part in parts) if k and equals)
+            source.constants = {
+                k: None if v == "__HIVE_DEFAULT_PARTITION__" else unquote(v)
+                for k, v in named
+                if k not in source.schema.names
+            }
+            source.schema = pa.schema([*source.schema, *((n, pa.string()) for n in source.constants)])
             return source
         match self.kind:
             case "tars":
@@ -61,15 +73,6 @@ class Found:
             case "parquet":
                 return ImageTableInput(file, self.base, url, caption)
         return MetadataInput(file, self.base, url, caption)
-
-    def _partition(self, file: Path) -> dict[str, str | None]:
-        """What the folders of a file say of all its rows, as Hive and Spark name them: lang=en/part-0.parquet."""
-        start = self.name
-        if not os.path.exists(start):  # a pattern: its folders before the first that is one
-            start = start.split("*")[0].split("?")[0].split("[")[0].rpartition("/")[0]
-        parts = [] if self.remote else file.parent.parts[len(Path(start).parts) :]
-        named = (part.partition("=") for part in parts)
-        return {unquote(k): None if v == _NO_VALUE else unquote(v) for k, equals, v in named if k and equals}
 
     @cached_property
     def _image_kind(self) -> str | None:

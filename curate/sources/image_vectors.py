@@ -84,13 +84,20 @@ class DataFolderVectors(ImageVectors):
         self.count = len(self.index)
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
-        return _encode_in(self.space, self._text_encoder(), texts, self.data.space)
+        encoder = self._text_encoder()
+        require_same(self.space, encoder.space(), str(self.data.space))
+        return encoder.encode_texts(texts)
 
     def names(self, by: str) -> pd.DataFrame:
         if by == "sha256":
             return self._fetched(self.index, ["sha256"])
         table = self._fetched(self.index, ["url"])
-        return table if "url" not in table else table.assign(path=[_path_of(u) for u in table["url"]])
+        if "url" not in table:
+            return table
+        # without scheme and host, where it has these
+        rests = ((u or "").partition("://") for u in table["url"])
+        paths = (rest.partition("/")[2] if scheme_ends else path for path, scheme_ends, rest in rests)
+        return table.assign(path=[path.partition("?")[0].partition("#")[0] for path in paths])
 
     def vectors(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         wanted = self.index.iloc[images]
@@ -176,7 +183,9 @@ class ClipFolderVectors(ImageVectors):
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         from curate.encoders.registry import load_encoder
 
-        return _encode_in(self.space, load_encoder(self.space.encoder), texts, self.root)
+        encoder = load_encoder(self.space.encoder)
+        require_same(self.space, encoder.space(), str(self.root))
+        return encoder.encode_texts(texts)
 
     def names(self, by: str) -> pd.DataFrame:
         named = self.table[[c for c in ("key", "url", "sha256") if c in self.table]]
@@ -312,7 +321,7 @@ class FolderVectors(ImageVectors):
     def _prepare(self, image: int) -> tuple[np.ndarray, dict[str, Any]] | None:
         """An image as the encoder's input, and what copies of it are known by; None where it is none."""
         from curate.images.decode import decode
-        from curate.images.resize import perceptual_hash
+        from curate.images.process import perceptual_hash
         from curate.ledger.schema import RowError
 
         try:
@@ -334,12 +343,6 @@ class FolderVectors(ImageVectors):
         return {i: None if d is None else _thumbnail(d) for i, d in data.items()}
 
 
-def _encode_in(space: Space, encoder: Encoder, texts: Sequence[str], what: Path) -> np.ndarray:
-    """The texts' vectors, once the encoder is found to be of the space that belongs to `what`."""
-    require_same(space, encoder.space(), str(what))
-    return encoder.encode_texts(texts)
-
-
 def _thumbnail(data: bytes) -> Image.Image | None:
     from PIL import Image
 
@@ -358,10 +361,3 @@ def _with_domain(table: pd.DataFrame) -> pd.DataFrame:
     if "url" not in table:
         return table
     return table.assign(domain=[(u or "").partition("://")[2].partition("/")[0].lower() for u in table["url"]])
-
-
-def _path_of(url: str | None) -> str:
-    """The path part of a URL, without its first slash; a path stays what it is."""
-    rest = (url or "").partition("://")
-    path = rest[2].partition("/")[2] if rest[1] else rest[0]
-    return path.partition("?")[0].partition("#")[0]

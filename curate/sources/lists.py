@@ -82,10 +82,18 @@ class CsvInput(Input):
         super().__init__(path)
         shape = table_shape(read_head(path), delimiter, str(path))
         self._names = [n.replace("\0", "") for n in shape.names]
-        self._check_header()
+        if any(n.startswith(("http://", "https://", "//")) for n in self._names):
+            raise UserError(f"{path}: has no header line with the column names; its first line is a row. Add one.")
+        if any("\ufffd" in n for n in self._names):
+            raise UserError(
+                f"{path}: the header is not UTF-8. Convert the list: `iconv -f WINDOWS-1252 -t UTF-8` "
+                "(or whatever it is)"
+            )
+        if len(self._names) > MOST_COLUMNS:
+            raise UserError(f"{path}: the header has {len(self._names):,} columns; at most {MOST_COLUMNS:,} are read")
         self.resolve(self._names, url, caption)
         url_index = self._names.index(self.url) if self.url else None
-        self._reader = CsvReader(path, shape, is_quoted(path, shape, usual=shape.delimiter != "\t"), url_index)
+        self._reader = CsvReader(path, shape, is_quoted(path, shape), url_index)
         possible = {n: [t for t in _WRITTEN_AS if n not in (self.url, self.caption)] for n in self._names}
         filled = set()
         self.rows = 0
@@ -101,19 +109,6 @@ class CsvInput(Input):
         self.check_broken(f". The header: {printable(shape.delimiter.join(self._names), 100)}")
         types = [(n, t[0] if t and n in filled else pa.string()) for n, t in possible.items()]
         self.schema = pa.schema(types)
-
-    def _check_header(self) -> None:
-        if any(n.startswith(("http://", "https://", "//")) for n in self._names):
-            raise UserError(f"{self.path}: has no header line with the column names; its first line is a row. Add one.")
-        if any("\ufffd" in n for n in self._names):
-            raise UserError(
-                f"{self.path}: the header is not UTF-8. Convert the list: `iconv -f WINDOWS-1252 -t UTF-8` "
-                "(or whatever it is)"
-            )
-        if len(self._names) > MOST_COLUMNS:
-            raise UserError(
-                f"{self.path}: the header has {len(self._names):,} columns; at most {MOST_COLUMNS:,} are read"
-            )
 
     def _as_text(
         self, columns: Sequence[str], problems: Problems | None = None

@@ -1,4 +1,6 @@
-"""One file a command: NAME.py holds its options, NameOptions, and `run(options)`, which does it.
+"""The commands: NAME.py holds the options of one, NameOptions, and `run(options)`, which does it.
+
+fetch, embed and retry are in curate.py, pack is in select.py: `run_NAME` does them.
 
 A command's file is imported when the command is asked for, and imports what is heavy where that is used.
 """
@@ -31,7 +33,10 @@ COMMANDS = {
 """Every command, in the order of --help, and what it does."""
 
 
+_FILES = {"fetch": "curate", "embed": "curate", "retry": "curate", "pack": "select"}
+
+
 def find(command: str) -> tuple[type[Any], Any]:
     """The options of a command and the function that does it."""
-    module = import_module(f"pipelines.commands.{command}")
-    return getattr(module, f"{command.capitalize()}Options"), module.run
+    module = import_module(f"pipelines.commands.{_FILES.get(command, command)}")
+    return getattr(module, f"{command.capitalize()}Options"), getattr(module, f"run_{command}", module.run)

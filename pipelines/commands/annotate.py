@@ -56,10 +56,9 @@ def annotate(data: Data, given: Mapping[str, Spec], *, address: str | None = Non
     from curate.store.files import read_json, sweep
     from curate.store.lock import Lock
     from curate.workers import EmbedWorker, annotated, per_shard, space_known
-    from pipelines.recipe import Recipe
+    from pipelines.recipe import Recipe, store_recipe, stored_recipe
     from pipelines.runtime.cluster import check_reachable
     from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
-    from pipelines.stored_recipe import store_recipe, stored_recipe
 
     stored = stored_recipe(data)
     recipe = stored or Recipe()

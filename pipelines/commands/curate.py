@@ -1,4 +1,8 @@
-"""`tastemaker curate`: a list to curated shards."""
+"""`tastemaker curate`, and parts of it: a list to curated shards.
+
+fetch       its first stages;  embed: the others, on what is fetched
+retry       what failed for transient reasons is fetched again, and then embedded
+"""
 
 from __future__ import annotations
 
@@ -20,8 +24,7 @@ def run(options: CurateOptions, *, fetch_only: bool = False) -> Result:
     from curate.layout import Data
     from curate.store.files import local_path
     from pipelines import curation
-    from pipelines.recipe import to_yaml
-    from pipelines.stored_recipe import recipe_of
+    from pipelines.recipe import recipe_of, to_yaml
 
     root = local_path(options.out)
     request = curation.Request(
@@ -44,3 +47,39 @@ def run(options: CurateOptions, *, fetch_only: bool = False) -> Result:
     for warning in facts["warnings"]:
         print(f"warning: {warning}")
     return Result(facts=facts, next=command_line("fetch" if fetch_only else "curate", options, "dry_run"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchOptions(CurateOptions):
+    pass
+
+
+def run_fetch(options: FetchOptions) -> Result:
+    """The first stages of the main job."""
+    return run(options, fetch_only=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedOptions(StageOptions):
+    data: str = argument("DATA")
+
+
+def run_embed(options: EmbedOptions, *, retry: bool = False) -> Result:
+    """The main job on what a data folder already plans; with `retry`, what failed is fetched again first."""
+    from curate.store.ownership import open_data
+    from pipelines import curation
+    from pipelines.recipe import recipe_of
+
+    data = open_data(options.data)
+    recipe = recipe_of(data, options.recipe, options.set)
+    return curation.resume(data, recipe, retry=retry, address=options.ray_address, restart_from=options.restart_from)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryOptions(EmbedOptions):
+    pass
+
+
+def run_retry(options: RetryOptions) -> Result:
+    """The main job on what a data folder already plans, with the failed rows once more."""
+    return run_embed(options, retry=True)

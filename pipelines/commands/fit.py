@@ -232,7 +232,7 @@ def _images(options: FitOptions, log: Log) -> ImageVectors:
         def text_encoder() -> Encoder:
             from curate.encoders.registry import load_encoder
             from curate.store.ownership import open_data
-            from pipelines.stored_recipe import recipe_of
+            from pipelines.recipe import recipe_of
 
             embed = recipe_of(open_data(data), None, ()).embed
             return load_encoder(embed.encoder, embed.weights)

@@ -1,4 +1,4 @@
-"""`tastemaker select`: rules over the ledger, in seconds."""
+"""`tastemaker select`: rules over the ledger, in seconds; `pack`: what they chose, as shards to train on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(options: SelectOptions) -> Result:
     from curate.store.ownership import open_data
     from pipelines.checks import old_columns, refuse_denied
     from pipelines.curation import show_selection
-    from pipelines.stored_recipe import recipe_of
+    from pipelines.recipe import recipe_of
 
     data = open_data(options.data)
     recipe = recipe_of(data, options.recipe, options.set, select=options.name)
@@ -64,3 +64,28 @@ def run(options: SelectOptions) -> Result:
         paths={"selected": data.verdicts(name)},
         next=command("pack", data.root, "--name", name) if selection.kept else "",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackOptions(WithRecipe):
+    data: str = argument("DATA")
+    name: str | None = option("the selection's name (default: the recipe's)")
+
+
+def run_pack(options: PackOptions) -> Result:
+    """Copy what was selected."""
+    from curate.store.files import sweep
+    from curate.store.lock import Lock
+    from curate.store.ownership import open_data
+    from pipelines.checks import refuse_denied
+    from pipelines.curation import pack_selection
+    from pipelines.recipe import recipe_of
+
+    data = open_data(options.data)
+    recipe = recipe_of(data, options.recipe, options.set, select=options.name)
+    result = Result()
+    refuse_denied(data, recipe)
+    with Lock(data.root):
+        sweep(data.root)
+        pack_selection(data, recipe, result)
+    return result

@@ -34,7 +34,7 @@ def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, An
     from curate.ledger.schema import Reason, Status
     from curate.verify import command_again
     from pipelines.checks import old_columns, refuse_denied
-    from pipelines.stored_recipe import stored_recipe
+    from pipelines.recipe import stored_recipe
 
     plan = data.plan
     records = {s.shard: read_json(data.fetched_record(s.shard)) for s in plan.shards}
@@ -105,7 +105,7 @@ def selections_there(data: Data) -> dict[str, dict[str, Any]]:
     state of it, or None."""
     from curate.ledger.select import changed_since, remembered
     from curate.ledger.view import table_digests, tables
-    from pipelines.stored_recipe import stored_recipe
+    from pipelines.recipe import stored_recipe
 
     recipe, found = stored_recipe(data), dict[str, dict[str, Any]]()
     names = data.selections()
