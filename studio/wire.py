@@ -261,11 +261,21 @@ def parse_request(body: bytes) -> ParsedRequest:
             "plain base64, without `data:` and line ends)",
         )
     settings = _parse_settings(rest)
-    files = {n: _decode_base64(n, text, parts) for n in ("image", "mask") if (text := getattr(settings, n)) is not None}
-    size = 0
-    for name, data in files.items():
-        _, width, height = read_input(name, probe, data)
-        size += 3 * width * height
+    files = {}
+    for name, text in (("image", settings.image), ("mask", settings.mask)):
+        if text is None:
+            continue
+        data = text.encode("utf-8", "replace")
+        if text.startswith(_MARK) and (number := text.removeprefix(_MARK)).isdecimal() and int(number[:9]) < len(parts):
+            data = parts[int(number)]
+            for escape, sign in _ESCAPES if b"\\" in data else ():
+                data = data.replace(escape, sign)
+        try:
+            files[name] = base64.b64decode(data, validate=True)
+        except ValueError as e:
+            raise UserError(f"{name}: this is no base64 ({e})") from e
+    sizes = [read_input(name, probe, data)[1:] for name, data in files.items()]
+    size = sum(3 * width * height for width, height in sizes)
     return ParsedRequest(settings.model_copy(update={"image": None, "mask": None}), files, size)
 
 
@@ -293,19 +303,6 @@ def _parse_settings(data: bytes) -> JobRequest:
 
 def _invalid(kind: str, message: str) -> RequestValidationError:
     return RequestValidationError([{"type": kind, "loc": ("body",), "msg": message}])
-
-
-def _decode_base64(name: str, text: str, parts: list[bytes]) -> bytes:
-    """The bytes of an image's file."""
-    data = text.encode("utf-8", "replace")
-    if text.startswith(_MARK) and (number := text.removeprefix(_MARK)).isdecimal() and int(number[:9]) < len(parts):
-        data = parts[int(number)]
-        for escape, sign in _ESCAPES if b"\\" in data else ():
-            data = data.replace(escape, sign)
-    try:
-        return base64.b64decode(data, validate=True)
-    except ValueError as e:
-        raise UserError(f"{name}: this is no base64 ({e})") from e
 
 
 def read_input(name: str, read: Callable[[bytes, int], T], data: bytes) -> T:

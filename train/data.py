@@ -28,7 +28,7 @@ from aesthetic.splits import groups_of
 from aesthetic.untrusted import printable
 from curate.images.decode import decode
 from curate.images.header import probe
-from curate.images.resize import perceptual_hash
+from curate.images.process import perceptual_hash
 from curate.ledger.schema import RowError
 from curate.sources.dataset import MapDataset, Sample
 from curate.sources.find import open_folder
@@ -117,7 +117,7 @@ class ImageDataset:
         self._tokenize = tokenize
         self.shapes, self.bucket = [(size, size)], np.zeros(len(samples), np.int64)
         if buckets:
-            self.shapes, self.bucket = _buckets([_shape(samples, i) for i in range(len(samples))], size, step, least)
+            self.shapes, self.bucket = _buckets(samples, size, step, least)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -158,25 +158,23 @@ def crop_resize(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.N
     return np.ascontiguousarray(pixels)
 
 
-def _shape(samples: MapDataset, index: int) -> tuple[int, int]:
-    """(height, width) by the sample's facts where they are possible, else by the file's header."""
-    facts = samples.facts(index)
-    sides = [_number(facts.get(name)) for name in ("height", "width")]
-    if all(1 <= side <= 65_535 for side in sides):
-        return int(sides[0]), int(sides[1])
-    try:
-        _, width, height = probe(samples.image(index))
-    except RowError:  # whoever reads it gets the error; it is in no one's way here
-        return 1, 1
-    return height, width
-
-
-def _buckets(shapes: list[tuple[int, int]], size: int, step: int, least: int) -> tuple[list[tuple[int, int]], Ints]:
+def _buckets(samples: MapDataset, size: int, step: int, least: int) -> tuple[list[tuple[int, int]], Ints]:
     """The shapes in use and the shape of each image: the nearest in log aspect ratio that enough others share."""
     from diffusers.training_utils import generate_aspect_ratio_buckets
 
+    ratios = []
+    for index in range(len(samples)):  # by its facts where they are possible, else by the file's header
+        facts = samples.facts(index)
+        height, width = (_number(facts.get(name)) for name in ("height", "width"))
+        if not all(1 <= side <= 65_535 for side in (height, width)):
+            try:
+                _, width, height = probe(samples.image(index))
+            except RowError:  # whoever reads it gets the error; it is in no one's way here
+                height = width = 1
+        ratios.append(int(height) / int(width))
+
     ladder = generate_aspect_ratio_buckets(size, divisibility=step)
-    aspect = np.log([h / w for h, w in shapes])
+    aspect = np.log(ratios)
     while True:
         distance = np.abs(aspect[:, None] - np.log([h / w for h, w in ladder])[None])
         nearest = distance.argmin(1)

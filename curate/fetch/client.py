@@ -31,11 +31,10 @@ from yarl import URL
 
 from aesthetic.errors import UserError
 from curate.fetch import addresses, budget, domains, optouts
-from curate.fetch.body import REDIRECTS, BodyLimits, read_body
+from curate.fetch.body import REDIRECTS, BodyLimits, Memory, Reservation, read_body
 from curate.fetch.config import FetchConfig
 from curate.fetch.deny import Deny
 from curate.fetch.dns import GuardedResolver, Lookup
-from curate.fetch.memory import Memory, Reservation
 from curate.ledger.schema import FinalError, Reason, RowError
 
 MEMORY = 128_000_000
@@ -50,7 +49,6 @@ _UNREACHABLE = {Reason.BLOCKED_ADDRESS, Reason.DNS, Reason.CONNECT, Reason.TLS, 
 _LONGEST_WAIT = 30.0  # seconds of Retry-After that are waited for; beyond, the row is left to `tastemaker retry`
 _PAUSE = 1.0  # seconds that a domain is left alone after a 429 that names no time
 _LONGEST_BAN = 3600.0  # seconds for which a Retry-After keeps us away from a domain
-_FIELD = 16_384  # bytes of one header field
 _FILES = 512  # open ones that are no requests under way: others, and to spare
 _KEPT_PER_SECOND = 4000  # connections: twice the answers that come, as aiohttp keeps some for twice the time
 
@@ -271,7 +269,7 @@ class Fetcher:
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),  # _request has the only clock
                 auto_decompress=False,
                 trust_env=False,
-                max_field_size=_FIELD,
+                max_field_size=16_384,  # bytes of one header field
             )
         return self._opened
 

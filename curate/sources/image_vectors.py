@@ -320,7 +320,7 @@ class FolderVectors(ImageVectors):
     def _prepare(self, image: int) -> tuple[np.ndarray, dict[str, Any]] | None:
         """An image as the encoder's input, and what copies of it are known by; None where it is none."""
         from curate.images.decode import decode
-        from curate.images.resize import perceptual_hash
+        from curate.images.process import perceptual_hash
         from curate.ledger.schema import RowError
 
         try:

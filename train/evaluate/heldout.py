@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +73,10 @@ def _held_out(model: str | Path, samples: MapDataset, on_done: OnDone) -> HeldOu
         note = "the model has no train.json, which would tell what it was trained on: it may have seen these pictures"
         return HeldOut(readable, len(scan.unreadable), None, nothing, None, note)
 
-    training = _still_there(Path(data["folder"]), settings)
-    if training is None:
+    training = None
+    with contextlib.suppress(UserError):
+        training = open_samples(Path(data["folder"]), settings.get("caption"))
+    if training is None or training.fingerprint != settings["data"]:
         note = f"other pictures than the model was trained on; those are no longer in {Path(data['folder']).name} as "
         note += "they were, so that near-duplicates of them can't be told"
         return HeldOut(readable, len(scan.unreadable), None, nothing, record, note)
@@ -109,15 +112,6 @@ def _sides_of_split(folder: Path, samples: MapDataset, on_done: OnDone) -> tuple
             return trained_on, np.array(held, np.int64), len(lost)
     scan = scan_images(samples, on_done)  # the same images give the same split
     return *split(samples, known=scan), len(scan.unreadable)
-
-
-def _still_there(folder: Path, settings: dict[str, Any]) -> MapDataset | None:
-    """The training data, where they are what they were."""
-    try:
-        samples = open_samples(folder, settings.get("caption"))
-    except UserError:
-        return None
-    return samples if samples.fingerprint == settings["data"] else None
 
 
 def in_hash_order(samples: MapDataset, indices: Ints) -> Ints:

@@ -178,8 +178,9 @@ def _part(info: ModelInfo, name: str, kind: Any, dtype: torch.dtype) -> Any:
             f"{folder / 'config.json'}: no {kind.__name__} can be made of it and its weights: {error_line(e)}"
         ) from e
     files = " and ".join(str(path) for path in weight_files(folder)[:2])
-    wrong = [(report["missing_keys"], "lack"), (_unknown(report["unexpected_keys"]), "hold, beside what is used,")]
-    for keys, verb in wrong:
+    clip = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")  # beside its text encoder
+    unknown = [k for k in report["unexpected_keys"] if not k.startswith(clip) and not k.endswith("position_ids")]
+    for keys, verb in ((report["missing_keys"], "lack"), (unknown, "hold, beside what is used,")):
         if keys := sorted(keys):
             raise UserError(
                 f"{folder / 'config.json'} does not fit the weights in {files}: these {verb} {keys[0]}"
@@ -222,12 +223,6 @@ def check_computes(pipeline: Any, info: ModelInfo, error: Exception) -> None:
         except Exception as e:
             path = info.folder / name / "config.json"
             raise UserError(f"{path}: what it describes can't be computed: {error_line(e)}") from error
-
-
-def _unknown(keys: Iterable[str]) -> list[str]:
-    """Of weights that a part has no place for, those that must have one: not what CLIP has beside its text encoder."""
-    beside = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
-    return [key for key in keys if not key.startswith(beside) and not key.endswith("position_ids")]
 
 
 def _tokenizer(info: ModelInfo) -> Any:
