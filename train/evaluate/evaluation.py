@@ -26,7 +26,7 @@ from curate.annotators.registry import load_annotator
 from curate.encoders.base import Encoder
 from curate.encoders.bundled import FEATURES, BundledEncoder
 from curate.encoders.registry import load_encoder
-from curate.images.resize import perceptual_hash
+from curate.images.process import perceptual_hash
 from curate.sheets import Tile, enlarged, sheet
 from curate.sources.dataset import MapDataset
 from curate.store.files import read_json
