@@ -32,28 +32,7 @@ from curate.sources.dataset import MapDataset
 from curate.store.files import read_json
 from train.data import ImageDataset, Ints, crop_resize, decode_sample
 from train.devices import default_device, versions
-from train.evaluate import heldout
-from train.evaluate.figures import (
-    MAX_FITTED,
-    MIN_CLOSE,
-    MIN_FITTED,
-    MIN_FRECHET,
-    MIN_KID,
-    SUBSET,
-    InDomainSpace,
-    clip_score,
-    clip_score_of,
-    difference,
-    frechet,
-    kid,
-    kid_floor,
-    mean,
-    mean_of,
-    memorisation,
-    nearest_training,
-    retrieval,
-    share,
-)
+from train.evaluate import figures, heldout
 from train.evaluate.model import EvaluatedModel
 from train.generate.files import png, read_facts, read_image
 from train.generate.request import GenerationRequest, facts_of, resolve
@@ -188,7 +167,7 @@ class Evaluation:
         about = list(self.describe())
         for line in about:
             log(line)
-        figures: dict[str, Any] = {"held_out_loss": self._held_out_loss()}
+        measured: dict[str, Any] = {"held_out_loss": self._held_out_loss()}
         self._generate(log)
 
         models: dict[str, Encoder | Annotator] = {"vectors": self.encoder, "nsfw": self.detector}
@@ -203,20 +182,20 @@ class Evaluation:
             training = encode_images(images, {"vectors": self.encoder}, bar)
         bar.end()
 
-        figures |= self._fidelity(generated, real, training)
-        figures["scores"] = self._scores(generated, real)
-        figures["nsfw"] = {
+        measured |= self._fidelity(generated, real, training)
+        measured["scores"] = self._scores(generated, real)
+        measured["nsfw"] = {
             "detector": self.detector.name,
             "threshold": UNSAFE,
-            "drawn": share(generated["nsfw"] >= UNSAFE),
-            "real": share(real["nsfw"] >= UNSAFE),
+            "drawn": figures.share(generated["nsfw"] >= UNSAFE),
+            "real": figures.share(real["nsfw"] >= UNSAFE),
         }
-        figures["memorisation"] = self._memorisation(generated, real, training)
-        figures |= self._distances(generated, real)
+        measured["memorisation"] = self._memorisation(generated, real, training)
+        measured |= self._distances(generated, real)
         self._draw_sheet(generated)
         return {
             "about": about,
-            "figures": {name: found for name, found in figures.items() if found is not None},
+            "figures": {name: found for name, found in measured.items() if found is not None},
             "left_out": self.left_out,
             "pictures": {
                 "held_out": len(self.held_out.indices),
@@ -305,7 +284,7 @@ class Evaluation:
             )
             each = heldout.losses(pipeline, dataset, indices, seed=seed, on_done=bar)
             columns = {"mean": each.astype(float).mean(1)} | {str(t): each[:, i] for i, t in enumerate(HELD_OUT_TIMES)}
-            estimates = estimate({k: mean_of(v) for k, v in columns.items()}, range(len(each)), seed=self.seed)
+            estimates = estimate({k: figures.mean_of(v) for k, v in columns.items()}, range(len(each)), seed=self.seed)
             found[name] = {**estimates.pop("mean"), "pictures": len(each), "by_time": estimates}
         bar.end()
         then = ((record.get("result") or {}).get("held_out") or {}).get("ema")
@@ -322,14 +301,14 @@ class Evaluation:
         prompts = encode(self.prompts)
         captions = (encode(self.captions) if self.given else prompts) if compare else None
 
-        def figures(images: Callable[[Any], Any], texts: Callable[[Any], Any]) -> dict[str, Any]:
+        def both_sides(images: Callable[[Any], Any], texts: Callable[[Any], Any]) -> dict[str, Any]:
             """Retrieval in a space to which `images` and `texts` bring what the encoder gives."""
-            found = {"drawn": retrieval(images(generated["vectors"]), texts(prompts), seed=self.seed)}
+            found = {"drawn": figures.retrieval(images(generated["vectors"]), texts(prompts), seed=self.seed)}
             if captions is not None:
-                found["real"] = retrieval(images(real["vectors"][:n]), texts(captions), seed=self.seed)
+                found["real"] = figures.retrieval(images(real["vectors"][:n]), texts(captions), seed=self.seed)
             return found
 
-        all_figures: dict[str, Any] = {"retrieval": {"space": self.encoder.name, **figures(lambda x: x, lambda x: x)}}
+        measured: dict[str, Any] = {"retrieval": {"space": self.encoder.name, **both_sides(lambda x: x, lambda x: x)}}
 
         # a space fitted to the training images, or to real ones that nothing else is told of
         samples, first = self.samples, len(self.captioned)
@@ -337,29 +316,31 @@ class Evaluation:
         if training is not None and self.held_out.training is not None:
             samples, indices, vectors = self.held_out.training, self.training, training["vectors"]
         known = [heldout.caption_of(samples, i) for i in indices]
-        used = [i for i, caption in enumerate(known) if caption][:MAX_FITTED]
-        if len(used) < MIN_FITTED:
+        used = [i for i, caption in enumerate(known) if caption][: figures.MAX_FITTED]
+        if len(used) < figures.MIN_FITTED:
             self.left_out["retrieval in the in-domain space"] = (
-                f"{len(used)} captioned pictures beside those that are measured on: {MIN_FITTED} are needed"
+                f"{len(used)} captioned pictures beside those that are measured on: {figures.MIN_FITTED} are needed"
             )
         else:
-            space = InDomainSpace(vectors[used], encode([known[i] for i in used]))
-            all_figures["retrieval_in_domain"] = {
+            space = figures.InDomainSpace(vectors[used], encode([known[i] for i in used]))
+            measured["retrieval_in_domain"] = {
                 "space": "in-domain",
                 "fitted_to": len(used),
                 "fitted_on": "other real pictures" if training is None else "training pictures",
-                **figures(space.images, space.texts),
+                **both_sides(space.images, space.texts),
             }
 
-        if name := clip_score_of(self.encoder.name):
+        if name := figures.clip_score_of(self.encoder.name):
             pairs = {"drawn": (generated["vectors"], self.prompts)}
             if compare:
                 pairs["real"] = (real["vectors"][:n], self.captions)
-            all_figures["clip_score"] = {"model": name} | {
-                side: mean(clip_score(vectors, encode([f"A photo depicts {w}" for w in words])), self.seed)
+            measured["clip_score"] = {"model": name} | {
+                side: figures.mean(
+                    figures.clip_score(vectors, encode([f"A photo depicts {w}" for w in words])), self.seed
+                )
                 for side, (vectors, words) in pairs.items()
             }
-        return all_figures
+        return measured
 
     def _scores(self, generated: Encoded, real: Encoded) -> dict[str, Any] | None:
         """Each head's mean on generated and on real images: those of the same captions, where these were generated."""
@@ -374,9 +355,9 @@ class Evaluation:
                 )
                 continue
             found[head.name] = {
-                "drawn": mean(ours, self.seed),
-                "real": mean(theirs, self.seed),
-                "difference": difference(ours, theirs, paired=not self.given, seed=self.seed),
+                "drawn": figures.mean(ours, self.seed),
+                "real": figures.mean(theirs, self.seed),
+                "difference": figures.difference(ours, theirs, paired=not self.given, seed=self.seed),
                 "scale": list(head.scale),
             }
         if not self.heads:
@@ -388,14 +369,14 @@ class Evaluation:
         if training is None or samples is None:
             self.left_out["memorisation"] = f"the training pictures are not at hand: {self.held_out.note}"
             return None
-        ours, theirs = nearest_training(generated, training), nearest_training(real, training)
-        found = memorisation(ours, theirs, self.seed)
+        ours, theirs = figures.nearest_training(generated, training), figures.nearest_training(real, training)
+        found = figures.memorisation(ours, theirs, self.seed)
         found |= {"space": self.encoder.name, "training": len(self.training)}
         if len(self.training) < len(self.held_out.trained_on):
             found["of_training"] = len(self.held_out.trained_on)
         if found["close"] is None:
             self.left_out["pictures close to training pictures"] = (
-                f"{len(self.real)} real pictures to tell what is close: {MIN_CLOSE} are needed"
+                f"{len(self.real)} real pictures to tell what is close: {figures.MIN_CLOSE} are needed"
             )
 
         # `nearest.png`: generated images nearest to training images, then real ones that were not trained on
@@ -424,27 +405,27 @@ class Evaluation:
 
         ours, theirs, seed = features(generated), features(real), self.seed
         count, few = min(len(ours), len(theirs)), f"{len(ours):,} generated and {len(theirs):,} real pictures: at least"
-        figures: dict[str, Any] = {}
-        if count >= MIN_KID:
-            subset = min(SUBSET, count // 2)
+        measured: dict[str, Any] = {}
+        if count >= figures.MIN_KID:
+            subset = min(figures.SUBSET, count // 2)
             rng, (width, height) = np.random.default_rng(seed), self.model.info.size
             noise = (rng.integers(0, 256, (height, width, 3), np.uint8) for _ in range(subset))
             nothing = features(encode_images(noise, {"vectors": self.features}))
             manifest = read_json(self.samples.folder / "manifest.json") or {}  # says by whose scores they were chosen
-            figures["kid"] = {
+            measured["kid"] = {
                 "features": "EfficientNet-lite0",
-                "drawn": dataclasses.asdict(kid(ours, theirs, subset=subset, seed=seed)),
-                "real_against_real": dataclasses.asdict(kid_floor(theirs, subset=subset, seed=seed)),
-                "noise_against_real": dataclasses.asdict(kid(nothing, theirs, subset=subset, seed=seed)),
+                "drawn": dataclasses.asdict(figures.kid(ours, theirs, subset=subset, seed=seed)),
+                "real_against_real": dataclasses.asdict(figures.kid_floor(theirs, subset=subset, seed=seed)),
+                "noise_against_real": dataclasses.asdict(figures.kid(nothing, theirs, subset=subset, seed=seed)),
                 "circular": (manifest.get("space") or {}).get("encoder") == "bundled",
             }
         else:
-            self.left_out["KID"] = f"{few} {MIN_KID} of each are needed"
-        if count >= MIN_FRECHET:
-            figures["frechet"] = {"features": "EfficientNet-lite0", "value": frechet(ours, theirs)}
+            self.left_out["KID"] = f"{few} {figures.MIN_KID} of each are needed"
+        if count >= figures.MIN_FRECHET:
+            measured["frechet"] = {"features": "EfficientNet-lite0", "value": figures.frechet(ours, theirs)}
         else:
-            self.left_out["FID"] = f"{few} {MIN_FRECHET:,} of each are needed, below which it is biased"
-        return figures
+            self.left_out["FID"] = f"{few} {figures.MIN_FRECHET:,} of each are needed, below which it is biased"
+        return measured
 
     # ------------------------------------------------------------------------------------------------------ sheets
 

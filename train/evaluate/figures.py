@@ -9,7 +9,7 @@ ones, and of noise against real images.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,17 +80,17 @@ CLIP_SCORE = {"ViT-B-32": "ViT-B/32", "ViT-L-14": "ViT-L/14"}
 """The architectures of OpenAI's CLIP that CLIPScores are published of, as open_clip names them."""
 
 
-def retrieval(images: Vectors, texts: Vectors, *, ks: Sequence[int] = (1, 5), seed: int = 0) -> dict[str, Any]:
+def retrieval(images: Vectors, texts: Vectors, *, seed: int = 0) -> dict[str, Any]:
     """Whether images show what their captions say: is image i, of all n captions, most like caption i?
 
     Args:
         images, texts: (n, d) unit vectors of one space; the captions all differ.
-        ks: recall at k is the share of images whose caption is among the k most similar ones; equal similarities
-            count as often as their order decides.
 
-    Returns `recall_at_K` and `similarity` (mean cosine of each image and its caption), each {value, low, high} with a
-    95% interval over images and `shuffled`: the same when captions are dealt out so that none stays with its image,
-    with the interval that 95 of 100 such shuffles lie in. That is chance: what a model would get that does not listen.
+    Returns `recall_at_1` and `recall_at_5`, the share of images whose caption is among the 1 or 5 most similar ones
+    (equal similarities count as often as their order decides), and `similarity`, the mean cosine of each image and its
+    caption: each {value, low, high} with a 95% interval over images and `shuffled`, the same when captions are dealt
+    out so that none stays with its image, with the interval that 95 of 100 such shuffles lie in. That is chance: what a
+    model would get that does not listen.
     """
     n = len(images)
     if n != len(texts) or n < 2:
@@ -100,7 +100,7 @@ def retrieval(images: Vectors, texts: Vectors, *, ks: Sequence[int] = (1, 5), se
     # of each image and caption: how many captions are more similar to the image, and how many as similar
     more = np.stack([n - np.searchsorted(row, c, side="right") for row, c in zip(ordered, cosines, strict=True)])
     same = np.stack([n - np.searchsorted(row, c, side="left") for row, c in zip(ordered, cosines, strict=True)]) - more
-    values = {f"recall_at_{k}": np.clip((k - more) / same, 0, 1) for k in ks if k < n} | {"similarity": cosines}
+    values = {f"recall_at_{k}": np.clip((k - more) / same, 0, 1) for k in (1, 5) if k < n} | {"similarity": cosines}
 
     rng = np.random.default_rng(seed)
     orders = np.empty((SHUFFLES, n), np.int64)
