@@ -25,8 +25,6 @@ from pipelines.runtime.progress import format_duration, format_rate
 from pipelines.terminal import CLEAR, RETURN
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from aesthetic.ratings import Kind
     from aesthetic.reports import FitResult
     from curate.encoders.base import Encoder
@@ -78,12 +76,7 @@ class FitOptions(Options):
 
 
 def run(options: FitOptions) -> Result:
-    """Fit a head; what is going on goes to stderr."""
-    return fit(options, partial(print, file=sys.stderr))
-
-
-def fit(options: FitOptions, log: Log = lambda line: None) -> Result:
-    """Fit a head and write it, its report and its images under `options.out`.
+    """Fit a head and write it, its report and its images under `options.out`; what is going on goes to stderr.
 
     Raises UserError where the options make no sense, ask what the ratings are not for, `options.out` holds another
     head, or nothing joins; HeadError where the ratings make no sense or are too few. Nothing is written then.
@@ -92,6 +85,7 @@ def fit(options: FitOptions, log: Log = lambda line: None) -> Result:
     from aesthetic.ratings import read_ratings
     from curate.sources.rated import join_ratings
 
+    log = partial(print, file=sys.stderr)
     _check(options)
     ratings = read_ratings(
         *options.ratings, image=options.key, score=options.score, group=options.group, positive=options.positive
@@ -157,10 +151,15 @@ def _check(options: FitOptions) -> None:
         raise UserError(f"--prevalence {options.prevalence:g}: it is a share between 0 and 1, such as 0.01")
     if options.suggest and options.network:
         raise UserError("--suggest asks what would teach a straight line most, and --network may fit another: not both")
-    if options.suggest and _filled_in(options.out / "suggest.csv"):
-        raise UserError(
-            f"{options.out / 'suggest.csv'} has scores filled in, and --suggest would write over it: move it elsewhere"
-        )
+    suggested = options.out / "suggest.csv"
+    if options.suggest and suggested.is_file():
+        with open(suggested, newline="", encoding="utf-8-sig", errors="replace") as f:
+            try:
+                filled_in = any((row.get("score") or "").strip() for row in csv.DictReader(f))
+            except csv.Error:  # somebody's, at any rate
+                filled_in = True
+        if filled_in:
+            raise UserError(f"{suggested} has scores filled in, and --suggest would write over it: move it elsewhere")
 
 
 def _digest(options: FitOptions) -> str:
@@ -193,21 +192,9 @@ def _check_out(options: FitOptions, log: Log) -> None:
                 folder.rmdir()
 
 
-def _filled_in(suggested: Path) -> bool:
-    if not suggested.is_file():
-        return False
-    with open(suggested, newline="", encoding="utf-8-sig", errors="replace") as f:
-        try:
-            return any((row.get("score") or "").strip() for row in csv.DictReader(f))
-        except csv.Error:  # somebody's, at any rate
-            return True
-
-
-_HOLD = {"scores": "scores", "labels": "labels (each 0 or 1)", "pairs": "comparisons (a winner and a loser)"}
-
-
 def _check_kind(options: FitOptions, kind: Kind) -> None:
     """Raise UserError for an option that these ratings have no use for."""
+    hold = {"scores": "scores", "labels": "labels (each 0 or 1)", "pairs": "comparisons (a winner and a loser)"}
     for flag, given, kinds in (
         ("--scale", options.scale is not None, ("scores",)),
         ("--network", options.network, ("scores",)),
@@ -218,7 +205,7 @@ def _check_kind(options: FitOptions, kind: Kind) -> None:
         if given and kind not in kinds:
             raise UserError(
                 f"{flag} is for {' and '.join(kinds)}, and {', '.join(p.name for p in options.ratings)} "
-                f"{'hold' if len(options.ratings) > 1 else 'holds'} {_HOLD[kind]}: leave the option out"
+                f"{'hold' if len(options.ratings) > 1 else 'holds'} {hold[kind]}: leave the option out"
             )
 
 
@@ -240,17 +227,20 @@ def _images(options: FitOptions, log: Log) -> ImageVectors:
         return DataFolderVectors(data, text_encoder)
     if options.embeddings is not None:
         return ClipFolderVectors(options.embeddings, options.encoder)
-    progress = _show_progress if sys.stderr.isatty() else lambda done, total, seconds: None
-    return FolderVectors(options.images or Path(), options.encoder or "bundled", log, progress)
 
+    def show_progress(done: int, total: int, seconds: float) -> None:
+        if sys.stderr.isatty():
+            rate = done / seconds
+            left = format_duration((total - done) / rate)
+            line = f"embed  {done:,}/{total:,}  {format_rate(rate, 'img')}  eta {left} "
+            print(RETURN + (line if done < total else CLEAR), end="", file=sys.stderr)
 
-def _show_progress(done: int, total: int, seconds: float) -> None:
-    rate = done / seconds
-    line = f"embed  {done:,}/{total:,}  {format_rate(rate, 'img')}  eta {format_duration((total - done) / rate)} "
-    print(RETURN + (line if done < total else CLEAR), end="", file=sys.stderr)
+    return FolderVectors(options.images or Path(), options.encoder or "bundled", log, show_progress)
 
 
 def _fit(options: FitOptions, rated: RatedImages, log: Log) -> FitResult:
+    from aesthetic.sources import reference_of
+
     from aesthetic.chunks import thread_map
     from aesthetic.classify import PREVALENCE, fit_classifier
     from aesthetic.compare import fit_comparisons
@@ -275,23 +265,20 @@ def _fit(options: FitOptions, rated: RatedImages, log: Log) -> FitResult:
         log(f"no zero-shot baseline: {str(e).splitlines()[0]}")
     if ratings.kind == "pairs":
         return fit_comparisons(rated.vectors, space=space, **rated.comparisons(), **common)
+    scale = options.scale or ratings.scale
+    if scale is None:  # the range of the scores; of several sources that of the one to whose scale they are brought
+        table = rated.table
+        if "source" in table:
+            table = table[table["source"] == reference_of(table["source"].to_list())]
+        scale = float(table["score"].min()), float(table["score"].max())
     return fit_head(
         rated.examples(),
         space,
-        scale=options.scale or ratings.scale or _range(rated.table),
+        scale=scale,
         network=options.network,
         map=thread_map if options.address is None else partial(ray_map, options.address),
         **common,
     )
-
-
-def _range(table: pd.DataFrame) -> tuple[float, float]:
-    """The range of the scores; of several sources that of the one to whose scale they are brought."""
-    from aesthetic.ridge import reference_of
-
-    if "source" in table:
-        table = table[table["source"] == reference_of(table["source"].to_list())]
-    return float(table["score"].min()), float(table["score"].max())
 
 
 # What is written beside the head -------------------------------------------------------------------------------------
@@ -419,7 +406,8 @@ def _text(options: FitOptions, rated: RatedImages, fitted: FitResult) -> str:
     else:
         metric = "spearman"
         lines.append(f"Spearman {_interval(m[metric])} on images it had not seen")
-    values = {_BASELINES.get(k, k): v[metric]["value"] for k, v in r["baselines"].items() if metric in v}
+    known = {"nearest": "10 nearest", "prompts": "zero-shot", "metadata": "metadata only", "constant": "a coin"}
+    values = {known.get(k, k): v[metric]["value"] for k, v in r["baselines"].items() if metric in v}
     parts = [f"{name} none" if value is None else f"{name} {value:.2f}" for name, value in values.items()]
     if ratings.kind == "scores":
         guess = r["baselines"]["constant"]["rmse"]["value"]
@@ -434,9 +422,6 @@ def _text(options: FitOptions, rated: RatedImages, fitted: FitResult) -> str:
     more = to_halve(r)
     lines.append(r["verdict"] + (f"; about {more:,} more {what} would halve the interval" if more else ""))
     return "\n".join(lines)
-
-
-_BASELINES = {"nearest": "10 nearest", "prompts": "zero-shot", "metadata": "metadata only", "constant": "a coin"}
 
 
 def _worth(noise: dict[str, Any] | None) -> str:

@@ -81,7 +81,7 @@ def run(options: SampleOptions) -> Result:
     if options.again is not None:
         record = read_facts(options.again)
         options = _from_record(options, record)
-    prompts = [] if record else _prompts(options)
+    prompts = [*options.prompt, *(read_prompts(options.prompts) if options.prompts else ())]
     for name, path in (("upscaler", options.upscaler), ("faces", options.faces)):
         if path is not None:
             check_network(path, f"--{name} {path}")
@@ -159,12 +159,6 @@ def _check(options: SampleOptions) -> None:
         raise UserError("--upscaler enlarges: say how many times with --upscale")
 
 
-def _prompts(options: SampleOptions) -> list[str]:
-    if options.prompts is not None:
-        return [*options.prompt, *read_prompts(options.prompts)]
-    return list(options.prompt) or [""]  # an enlargement needs no words
-
-
 def _requests(
     options: SampleOptions,
     prompts: list[str],
@@ -176,7 +170,7 @@ def _requests(
     """Image i of the run has seed + i."""
     from train.generate.request import SEEDS, GenerationRequest, fitting_size
 
-    prompts = [p for p in prompts for _ in range(options.n or 1)]
+    prompts = [p for p in prompts or [""] for _ in range(options.n or 1)]  # an enlargement needs no words
     first = secrets.randbelow(SEEDS - len(prompts)) if options.seed is None else options.seed
     names = ("steps", "guidance", "width", "height", "scheduler", "strength", "upscale", "negative")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}

@@ -109,7 +109,7 @@ def run_job(job: CurateJob, work: RemainingWork, *, address: str | None = None) 
                 nodes = sum(node["Alive"] for node in ray.nodes())
                 sizes = size_pools(job.recipe, int(total.get("CPU", 1)), int(total.get("GPU", 0)), nodes)
             name, progress = start_progress()
-            budget: Any = ray.remote(Budget).options(name=_budget_name(name), num_cpus=0)
+            budget: Any = ray.remote(Budget).options(name=f"{name}-budget", num_cpus=0)
             budget = budget.remote(job.recipe.fetch.per_domain)  # lives as long as this
 
             def show(end: bool = False) -> None:
@@ -170,7 +170,7 @@ class FetchActor:
         self._job = job
         self._progress = start_worker(job.data.root, "fetch", progress)
         self._meter = Meter(self._progress.add.remote)
-        budget: Any = ray.get_actor(_budget_name(progress))
+        budget: Any = ray.get_actor(f"{progress}-budget")
         client = secrets.token_hex(8)
 
         async def lease(message: LeaseRequest) -> LeaseReply:
@@ -213,8 +213,3 @@ class EmbedActor:
             self._worker.run(int(row["shard"]))
         self._meter.flush()
         return row
-
-
-def _budget_name(progress: str) -> str:
-    """The name of the actor that lends the fetch workers of a job their turns at web sites."""
-    return f"{progress}-budget"
