@@ -239,12 +239,11 @@ def _images(options: FitOptions, log: Log) -> ImageVectors:
 
 
 def _fit(options: FitOptions, rated: RatedImages, log: Log) -> FitResult:
-    from aesthetic.sources import reference_of
-
     from aesthetic.chunks import thread_map
     from aesthetic.classify import PREVALENCE, fit_classifier
     from aesthetic.compare import fit_comparisons
     from aesthetic.fit import fit_head
+    from aesthetic.ridge import reference_of
     from pipelines.runtime.cluster import ray_map
 
     ratings, space = rated.ratings, rated.images.space

@@ -57,11 +57,6 @@ class PoolSizes:
     fetch_threads: int
     embed_threads: int
 
-    @property
-    def cpus(self) -> int:
-        """With which both pools run at once."""
-        return math.ceil(self.fetch * self.fetch_cpus + self.embed * self.embed_cpus)
-
 
 def size_pools(recipe: Recipe, cpus: int, gpus: int, nodes: int = 0) -> PoolSizes:
     """Pools for so many CPUs and GPUs, where the recipe does not say.
@@ -100,7 +95,8 @@ def run_job(job: CurateJob, work: RemainingWork, *, address: str | None = None) 
     with redirect_output(job.data.logs / "ray.log") as out:
         display = ProgressDisplay(out, work.rows, work.images, job.embed, largest)
         display.say("starting Ray ..." if address is None else f"joining the cluster at {address} ...")
-        with ray_cluster(address, job.data.root, cpus=sizes.cpus, gpus=local_gpus()):
+        cpus = math.ceil(sizes.fetch * sizes.fetch_cpus + sizes.embed * sizes.embed_cpus)  # both pools at once
+        with ray_cluster(address, job.data.root, cpus=cpus, gpus=local_gpus()):
             import ray  # not before: the switches that keep it to the loopback interface are read then
             from ray.exceptions import RayError
 
