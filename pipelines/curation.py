@@ -183,7 +183,6 @@ def _run_job(
 ) -> Result:
     """Everything after the checks: the stages on Ray, then the selection and its shards."""
     from curate.duplicates.repeats import repeats
-    from curate.ledger.select import remembered, select
 
     plan = data.plan
     print(" · ".join([headline(recipe), *columns_taken(plan.columns)]))
@@ -194,12 +193,24 @@ def _run_job(
     facts = {"columns": plan.columns, "warnings": plan.warnings}
     result = Result(facts={"rows": plan.total_rows, "shards": len(plan.shards), **facts})
     had = _images(data) if retry else 0
-    screen = _run_on_ray(data, recipe, annotators, stages, address, retry)
+    left = remaining_work(data, recipe, annotators, stages, retry)
+    display: ProgressDisplay | None = None  # where all was done already
+    if left.shards:
+        if address is not None:
+            check_reachable(address)
+        check_space(data.root, estimate_bytes(recipe, left.rows))
+        if "embed" in stages and not has_encoder(recipe):  # before workers ask for the weights all at once
+            print(f"fetching the weights of {recipe.embed.encoder} ...")
+            fetch_weights(recipe.embed.encoder, recipe.embed.weights)
+        if len(left.shards) < len(plan.shards):
+            print(f"{len(plan.shards) - len(left.shards):,} of {len(plan.shards):,} shards are done already")
+        job = CurateJob(data, recipe, fetch="fetch" in stages, embed="embed" in stages, retry=retry)
+        display = run_job(job, left, address=address)
     if "embed" in stages:
         for name, annotator in annotators.items():
             if isinstance(annotator, TableAnnotator):
                 annotate_table(data, name, annotator)
-    if retry and screen is not None:
+    if retry and display is not None:
         result.facts["recovered"] = _images(data) - had
         print(f"retry  {result.facts['recovered']:,} more images")
 
@@ -221,48 +232,31 @@ def _run_job(
             print(f"    {repeat}")
         print("    the rule first_of(sha256) keeps one of each; their sha256 in a list of fetch.deny keeps none")
 
-    if "select" not in stages:
+    if "select" in stages:
+        _select(data, recipe, result, display)
+    else:
         result.paths["fetched"] = str(data.root / "fetched")
         result.next = command("embed", data.root)
-        return result
+    return result
 
+
+def _select(data: Data, recipe: Recipe, result: Result, display: ProgressDisplay | None) -> None:
+    """Select and pack; of a part of a list, say what the whole would take."""
+    from curate.ledger.select import remembered, select
+
+    name, plan = recipe.select.name, data.plan
     try:
-        before = remembered(data, recipe.select.name)
+        before = remembered(data, name)
     except UserError:  # of a subset file that is gone
         before = ({}, Path())
     if before is not None and before != (recipe.select.rules, None):
-        print(f"the selection {recipe.select.name} was made by other rules; it is made anew by the recipe's")
+        print(f"the selection {name} was made by other rules; it is made anew by the recipe's")
     selection = select(data, recipe.select)
     show_selection(selection)
     result.facts |= {"kept": selection.kept, "funnel": selection.funnel}
     pack_selection(data, recipe, result)
     if plan.listed_rows > plan.total_rows:
-        print(projection(data, plan.listed_rows, plan.total_rows, selection.kept, screen))
-    return result
-
-
-def _run_on_ray(
-    data: Data,
-    recipe: Recipe,
-    annotators: dict[str, Annotator],
-    stages: tuple[str, ...],
-    address: str | None,
-    retry: bool,
-) -> ProgressDisplay | None:
-    """Fetch, embed and annotate what is missing, with Ray; returns what was seen of it (None where all was done)."""
-    fetch, embed = "fetch" in stages, "embed" in stages
-    left = remaining_work(data, recipe, annotators, stages, retry)
-    if not left.shards:
-        return None
-    if address is not None:
-        check_reachable(address)
-    check_space(data.root, estimate_bytes(recipe, left.rows))
-    if embed and not has_encoder(recipe):  # before workers ask for the weights all at once
-        print(f"fetching the weights of {recipe.embed.encoder} ...")
-        fetch_weights(recipe.embed.encoder, recipe.embed.weights)
-    if len(left.shards) < len(data.plan.shards):
-        print(f"{len(data.plan.shards) - len(left.shards):,} of {len(data.plan.shards):,} shards are done already")
-    return run_job(CurateJob(data, recipe, fetch=fetch, embed=embed, retry=retry), left, address=address)
+        print(projection(data, plan.listed_rows, plan.total_rows, selection.kept, display))
 
 
 def _images(data: Data) -> int:
@@ -353,11 +347,11 @@ def estimate_bytes(recipe: Recipe, rows: int) -> int:
     return rows * (int(image * 1.5) + 2 * 2 * 1664)
 
 
-def projection(data: Data, listed: int, taken: int, kept: int, screen: ProgressDisplay | None) -> str:
+def projection(data: Data, listed: int, taken: int, kept: int, display: ProgressDisplay | None) -> str:
     """What the whole list would take, from the rows that were taken: time, size, and kept rows with a 95% interval."""
     share = kept / taken
     half = 1.96 * (share * (1 - share) / taken) ** 0.5
     size = sum(p.stat().st_size for p in (data.root / "fetched").glob("*.tar")) / taken * listed
-    seconds = screen.project(listed, round(_images(data) / taken * listed)) if screen is not None else None
+    seconds = display.project(listed, round(_images(data) / taken * listed)) if display is not None else None
     time = f"about {format_duration(seconds)} here, " if seconds is not None else ""
     return f"whole list: {listed:,} rows, {time}{size / 1e9:,.1f} GB, {share * listed:,.0f} ± {half * listed:,.0f} kept"
