@@ -7,7 +7,6 @@ import csv
 import re
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,7 +42,6 @@ WRITTEN = (
 """The files of a head's folder."""
 
 _UNSAFE = re.compile("nsfw|unsafe|porn|hentai|nud|explicit|sexual", re.IGNORECASE)  # what a label may say of images
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,16 +83,15 @@ def run(options: FitOptions) -> Result:
     from aesthetic.ratings import read_ratings
     from curate.sources.rated import join_ratings
 
-    log = partial(print, file=sys.stderr)
     _check(options)
     ratings = read_ratings(
         *options.ratings, image=options.key, score=options.score, group=options.group, positive=options.positive
     )
     _check_kind(options, ratings.kind)
-    _check_out(options, log)
+    _check_out(options)
     name, out = options.out.stem, options.out
-    rated = join_ratings(ratings, _images(options, log), name, need_unrated=options.suggest > 0, log=log)
-    fitted = _fit(options, rated, log)
+    rated = join_ratings(ratings, _images(options), name, need_unrated=options.suggest > 0, log=_log)
+    fitted = _fit(options, rated)
     fitted.report["asked"] = _digest(options)
     if rated.restated:
         fitted.report["left_aside"] = rated.restated
@@ -109,13 +106,17 @@ def run(options: FitOptions) -> Result:
     if not rated.joined.all():
         rated.unjoined().to_csv(out / "unjoined.csv", index=False)
     if options.suggest:
-        paths |= _write_suggestions(options, rated, fitted, log)
+        paths |= _write_suggestions(options, rated, fitted)
     return Result(
         text=_text(options, rated, fitted),
         facts=fitted.report,
         paths=dict(paths),
         next=f"tastemaker annotate {options.data or 'DATA'} {column_for(name)}={out}",
     )
+
+
+def _log(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _check(options: FitOptions) -> None:
@@ -169,7 +170,7 @@ def _digest(options: FitOptions) -> str:
     return digest({"places": [p and str(Path(p).absolute()) for p in places], **{k: getattr(options, k) for k in same}})
 
 
-def _check_out(options: FitOptions, log: Log) -> None:
+def _check_out(options: FitOptions) -> None:
     """Raise UserError where a head of another command is there, or no file can be written."""
     out = options.out
     if (out / "head.json").exists():
@@ -178,7 +179,7 @@ def _check_out(options: FitOptions, log: Log) -> None:
             raise UserError(
                 f"--out {out} holds a head already, and not of this command: give another name, or remove that folder"
             )
-        log(f"{out} holds a head of this command, which the new one will replace")
+        _log(f"{out} holds a head of this command, which the new one will replace")
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -209,7 +210,7 @@ def _check_kind(options: FitOptions, kind: Kind) -> None:
             )
 
 
-def _images(options: FitOptions, log: Log) -> ImageVectors:
+def _images(options: FitOptions) -> ImageVectors:
     """Where the images and their vectors are."""
     from curate.sources.image_vectors import ClipFolderVectors, DataFolderVectors, FolderVectors
 
@@ -235,10 +236,10 @@ def _images(options: FitOptions, log: Log) -> ImageVectors:
             line = f"embed  {done:,}/{total:,}  {format_rate(rate, 'img')}  eta {left} "
             print(RETURN + (line if done < total else CLEAR), end="", file=sys.stderr)
 
-    return FolderVectors(options.images or Path(), options.encoder or "bundled", log, show_progress)
+    return FolderVectors(options.images or Path(), options.encoder or "bundled", _log, show_progress)
 
 
-def _fit(options: FitOptions, rated: RatedImages, log: Log) -> FitResult:
+def _fit(options: FitOptions, rated: RatedImages) -> FitResult:
     from aesthetic.chunks import thread_map
     from aesthetic.classify import PREVALENCE, fit_classifier
     from aesthetic.compare import fit_comparisons
@@ -249,7 +250,7 @@ def _fit(options: FitOptions, rated: RatedImages, log: Log) -> FitResult:
     ratings, space = rated.ratings, rated.images.space
     files = [{"file": p.name, "sha256": sha256_file(p)} for p in options.ratings]
     card = {"ratings": {"rows": len(ratings.table), "joined": int(rated.joined.sum()), "files": files}}
-    common: dict[str, Any] = {"name": options.out.stem, "card": card, "log": log}
+    common: dict[str, Any] = {"name": options.out.stem, "card": card, "log": _log}
     if options.task:
         common["task"] = options.task
     if ratings.kind == "labels":
@@ -261,7 +262,7 @@ def _fit(options: FitOptions, rated: RatedImages, log: Log) -> FitResult:
         wanted, against = rated.images.encode_texts([WANTED, AGAINST])
         common["prompts"] = np.asarray(wanted - against, np.float64)
     except UserError as e:
-        log(f"no zero-shot baseline: {str(e).splitlines()[0]}")
+        _log(f"no zero-shot baseline: {str(e).splitlines()[0]}")
     if ratings.kind == "pairs":
         return fit_comparisons(rated.vectors, space=space, **rated.comparisons(), **common)
     scale = options.scale or ratings.scale
@@ -323,7 +324,7 @@ def _write_figures(options: FitOptions, rated: RatedImages, fitted: FitResult) -
     return {"look": out / "extremes.png"}
 
 
-def _write_suggestions(options: FitOptions, rated: RatedImages, fitted: FitResult, log: Log) -> dict[str, Path]:
+def _write_suggestions(options: FitOptions, rated: RatedImages, fitted: FitResult) -> dict[str, Path]:
     """Those of the images not rated that would teach the head most: a csv to fill in, and a sheet."""
     import pandas as pd
 
@@ -333,16 +334,17 @@ def _write_suggestions(options: FitOptions, rated: RatedImages, fitted: FitResul
 
     assert fitted.penalty is not None  # see _check and _check_kind
     images, out = rated.images, options.out
-    log(f"choosing {options.suggest} of {len(rated.unrated):,} images not rated")
+    _log(f"choosing {options.suggest} of {len(rated.unrated):,} images not rated")
     candidates, present = images.vectors(rated.unrated)
     finite = np.isfinite(candidates).all(1)
     unrated, candidates = rated.unrated[present][finite], candidates[finite]
     weights, relevance = np.ones(len(rated.vectors)), None
     if fitted.head.link == "sigmoid":  # a label of an image at p says p (1 - p) of what a rating would
-        weights, relevance = _information(fitted.head(rated.vectors)), _information(fitted.head(candidates))
+        each = (fitted.head(vectors) for vectors in (rated.vectors, candidates))
+        weights, relevance = (np.maximum(p.astype(np.float64) * (1 - p), 1e-6) for p in each)
     chosen = unrated[suggest(rated.vectors, weights, candidates, fitted.penalty, options.suggest, relevance=relevance)]
     if not len(chosen):
-        log(f"nothing to suggest: what is not rated is a copy of what is, or {images.missing}")
+        _log(f"nothing to suggest: what is not rated is a copy of what is, or {images.missing}")
         return {}
     keys, scores = images.facts(chosen)["key"], fitted.head(images.vectors(chosen)[0])
     listed = pd.DataFrame({"image": keys, "score": "", PREDICTED: np.round(scores, 3)})
@@ -357,11 +359,6 @@ def _write_suggestions(options: FitOptions, rated: RatedImages, fitted: FitResul
 def _unsafe(options: FitOptions, fitted: FitResult) -> bool:
     """Whether the images may be unsafe to look at: what they are rated or labelled for says so."""
     return bool(_UNSAFE.search(f"{fitted.head.task} {options.positive or ''}"))
-
-
-def _information(p: np.ndarray) -> np.ndarray:
-    """Fisher's, of a label about its log-odds."""
-    return np.maximum(p.astype(np.float64) * (1 - p), 1e-6)
 
 
 # What the terminal shows ---------------------------------------------------------------------------------------------

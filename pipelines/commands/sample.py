@@ -70,7 +70,7 @@ def run(options: SampleOptions) -> Result:
     """
     out, err = sys.stdout, sys.stderr
     _check(options)
-    from train.generate.files import read_facts, read_image, read_mask
+    from train.generate.files import grid_png, read_facts, read_image, read_mask, save_numbered
     from train.generate.request import check_scheduler, foreign_syntax, request_of, resolve
     from train.generate.upscale import check_network
     from train.models.info import read_model_info
@@ -123,7 +123,13 @@ def run(options: SampleOptions) -> Result:
         finished = _generate(sampler, requests, options, out, err)
     paths = {"pictures": options.out}
     if options.grid:
-        paths["grid"] = _grid(finished, options)
+        from train.tasks import image_grid
+
+        count = options.n or 1
+        columns = count if count > 1 else max(1, round(len(finished) ** 0.5))  # a row for each prompt
+        grid = image_grid([generated.image for _, generated in finished], columns)
+        names = [path.name for path, _ in finished]
+        paths["grid"] = save_numbered(grid_png(grid, names), options.out, "grid-")
     if record and options.again:
         out.write(_compare(finished[0][1], options.again, record) + "\n")
     images = [{"path": str(path), "seed": g.request.seed, "nsfw": g.nsfw, "flagged": g.flagged} for path, g in finished]
@@ -284,17 +290,6 @@ def _generate(
     if bar:
         bar.end()
     return finished
-
-
-def _grid(finished: list[tuple[Path, Generated]], options: SampleOptions) -> Path:
-    """All images in one file, a row for each prompt."""
-    from train.generate.files import grid_png, save_numbered
-    from train.tasks import image_grid
-
-    count = options.n or 1
-    columns = count if count > 1 else max(1, round(len(finished) ** 0.5))
-    image = image_grid([generated.image for _, generated in finished], columns)
-    return save_numbered(grid_png(image, [path.name for path, _ in finished]), options.out, "grid-")
 
 
 @contextlib.contextmanager
