@@ -123,7 +123,7 @@ def _calibrated(model: Logistic, within: frozenset[int], *, nested: bool) -> tup
     seen = np.isfinite(odds[:, best])
     slope, shift = platt(odds[seen, best], model.labels[seen], model.w[seen])
     plain = model.path(learnt)[best].from_basis(model.basis)
-    return plain.scaled(slope, shift), plain, PENALTIES[best]
+    return Linear(plain.weights * slope, plain.constant * slope + shift), plain, PENALTIES[best]
 
 
 def _probability(odds: Array) -> Array:

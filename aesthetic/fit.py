@@ -80,7 +80,8 @@ def fit_head(
         found["constant"] = np.full(len(test), w[train] @ y[train] / w[train].sum())
         found |= baselines.predict(x, y, w, columns, train, test)
         if network:
-            found["network"] = _apply(fit_network(x[train], y[train], w[train]), x[test])
+            tried = fit_network(x[train], y[train], w[train])
+            found["network"] = apply_layers(tried, x[test].astype(np.float32)).astype(np.float64)
 
         # ridges on shares of the groups, of the same prior: the penalty per weight grows as rows go
         for share in CURVE:
@@ -158,10 +159,6 @@ class _Ridges:
             y = scales.to_reference(d.y, d.sources)
             self._several[folds] = self._ridge(y, rows), y, scales
         return self._several[folds]
-
-
-def _apply(layers: tuple[Layer, ...], x: npt.NDArray[Any]) -> Array:
-    return apply_layers(layers, x.astype(np.float32)).astype(np.float64)
 
 
 def fit_network(x: npt.NDArray[Any], y: Array, w: Array) -> tuple[Layer, ...]:

@@ -28,10 +28,6 @@ class Linear:
         parts = [x[i : i + 8192].astype(np.float64) @ self.weights for i in range(0, len(x), 8192)]
         return np.concatenate(parts) + self.constant if parts else np.zeros(0)
 
-    def scaled(self, slope: float, shift: float) -> Linear:
-        """The same with log-odds slope * odds + shift."""
-        return Linear(self.weights * slope, self.constant * slope + shift)
-
     def from_basis(self, basis: Array | None) -> Linear:
         """The same on the vectors whose coordinates in `basis` it takes (see `row_space`)."""
         return self if basis is None else Linear(basis @ self.weights, self.constant)

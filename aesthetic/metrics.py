@@ -236,8 +236,9 @@ def log_loss_of(p: Array, label: Array) -> Statistic:
     return mean_of(-np.where(label > 0.5, np.log(p), np.log1p(-p)))
 
 
-def ece_of(p: Array, label: Array, bins: int = 15) -> Statistic:
-    """Expected calibration error over bins of equal counts (Nguyen and O'Connor 2015)."""
+def ece_of(p: Array, label: Array) -> Statistic:
+    """Expected calibration error over 15 bins of equal counts (Nguyen and O'Connor 2015)."""
+    bins = 15
     bin_of = _bins_of(p, bins)
 
     def error(w: Array) -> float:
@@ -268,9 +269,9 @@ def estimate(
     *,
     draws: int = 1000,
     seed: int = 0,
-    level: float = 0.95,
 ) -> dict[str, Estimate]:
-    """Each statistic with its interval from one cluster bootstrap: {name: {value, low, high}}, None for what has none.
+    """Each statistic with its 95% interval from one cluster bootstrap: {name: {value, low, high}}, None where
+    there is none.
 
     Whole groups are drawn, with replacement: rows of a group resemble each other, so drawing rows would promise too
     much (Cameron, Gelbach and Miller 2008). A correlation's interval is Student's, of the bootstrap's standard error on
@@ -295,19 +296,19 @@ def estimate(
                 if name not in slow or i < _DRAWS_OF_SLOW:
                     drawn[name].append(statistic(weights) if weights.any() else math.nan)
     return {
-        name: _estimate(value, *_interval(value, np.array(drawn[name]), count, level, statistics[name]))
+        name: _estimate(value, *_interval(value, np.array(drawn[name]), count, statistics[name]))
         for name, value in values.items()
     }
 
 
-def _interval(value: float, drawn: Array, groups: int, level: float, statistic: Statistic) -> tuple[float, float]:
+def _interval(value: float, drawn: Array, groups: int, statistic: Statistic) -> tuple[float, float]:
     from scipy.special import ndtr, stdtrit
 
     finite = drawn[np.isfinite(drawn)]
     if not math.isfinite(value) or len(finite) < len(drawn) / 2 or not len(finite):
         return math.nan, math.nan
     widen = math.sqrt(groups / (groups - 1))
-    reach = widen * float(stdtrit(groups - 1, (1 + level) / 2))  # standard errors to either side
+    reach = widen * float(stdtrit(groups - 1, 0.975))  # standard errors to either side
     if isinstance(statistic, Correlation) and max(abs(value), np.abs(finite).max()) < 1:
         centre, error = math.atanh(value), float(np.std(np.arctanh(finite)))
         return math.tanh(centre - reach * error), math.tanh(centre + reach * error)
@@ -334,19 +335,17 @@ def _bins_of(predicted: Array, bins: int) -> npt.NDArray[np.int64]:
     return np.minimum(ranks * bins // max(len(predicted), 1), bins - 1).astype(np.int64)
 
 
-def calibration_table(
-    predicted: Array, observed: Array, groups: Sequence[Any], *, bins: int = 10, draws: int = 200
-) -> list[dict[str, Any]]:
-    """Mean prediction against mean rating (or share of positives) in bins of equal counts, with 95% intervals.
+def calibration_table(predicted: Array, observed: Array, groups: Sequence[Any]) -> list[dict[str, Any]]:
+    """Mean prediction against mean rating (or share of positives) in up to 10 bins of equal counts, with 95% intervals.
 
     Each row: predicted, observed, low, high, n.
     """
-    bin_of = _bins_of(predicted, min(bins, max(1, len(predicted) // 5)))
+    bin_of = _bins_of(predicted, min(10, max(1, len(predicted) // 5)))
     table: list[dict[str, Any]] = []
     for b in np.unique(bin_of):
         rows = bin_of == b
         y = observed[rows]
-        found = estimate({"mean": mean_of(y)}, np.asarray(groups, object)[rows], draws=draws)["mean"]
+        found = estimate({"mean": mean_of(y)}, np.asarray(groups, object)[rows], draws=200)["mean"]
         table.append({"predicted": float(predicted[rows].mean()), "observed": float(y.mean()), "n": int(rows.sum())})
         table[-1] |= {"low": found["low"], "high": found["high"]}
     return table

@@ -71,7 +71,23 @@ def prompt_head(
             raise HeadError(f"{name}: a prompt of {side} is empty; its vector would mean nothing")
     if set(sides["wanted"]) == set(sides["against"]):
         raise HeadError(f"{name}: the wanted prompts and those against them are the same")
-    ends = {side: _mean_direction(encode_texts, space, prompts, name) for side, prompts in sides.items()}
+
+    ends = {}  # of each side, the normalised mean of the prompts' normalised vectors: (dim,)
+    for side, prompts in sides.items():
+        vectors = np.asarray(encode_texts(list(prompts)), np.float64)
+        if vectors.shape != (len(prompts), space.dim):
+            raise HeadError(
+                f"{name}: {len(prompts)} prompts gave vectors of shape {vectors.shape}; {space.encoder} has "
+                f"{space.dim} numbers a vector"
+            )
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        if not (np.isfinite(lengths).all() and (lengths > 0).all()):
+            raise HeadError(f"{name}: the vector of a prompt is zero or not finite")
+        mean = (vectors / lengths).mean(0)
+        length = float(np.linalg.norm(mean))
+        if not length > _LEAST:
+            raise HeadError(f"{name}: to {space.encoder}, the prompts {list(prompts)} cancel each other out")
+        ends[side] = mean / length
     difference = ends["wanted"] - ends["against"]
     if not np.linalg.norm(difference) > _LEAST:
         raise HeadError(f"{name}: to {space.encoder}, both sides say the same: {[*wanted, *against]}")
@@ -91,23 +107,3 @@ def prompt_head(
             "limits": [*_LIMITS, *([_BUNDLED_LIMIT] if space.encoder == "bundled" else [])],
         },
     )
-
-
-def _mean_direction(
-    encode_texts: Callable[[Sequence[str]], npt.NDArray[np.float32]], space: Space, prompts: Sequence[str], name: str
-) -> npt.NDArray[np.float64]:
-    """The normalised mean of the prompts' normalised vectors: (dim,)."""
-    vectors = np.asarray(encode_texts(list(prompts)), np.float64)
-    if vectors.shape != (len(prompts), space.dim):
-        raise HeadError(
-            f"{name}: {len(prompts)} prompts gave vectors of shape {vectors.shape}; {space.encoder} has "
-            f"{space.dim} numbers a vector"
-        )
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    if not (np.isfinite(lengths).all() and (lengths > 0).all()):
-        raise HeadError(f"{name}: the vector of a prompt is zero or not finite")
-    mean = (vectors / lengths).mean(0)
-    length = float(np.linalg.norm(mean))
-    if not length > _LEAST:
-        raise HeadError(f"{name}: to {space.encoder}, the prompts {list(prompts)} cancel each other out")
-    return mean / length

@@ -87,7 +87,22 @@ def read_pth(data: bytes, what: str) -> dict[str, npt.NDArray[np.float32]]:
         for key, tensor in dict.items(loaded)  # BUILD may hide its own `items`
     ):
         raise HeadError(f"{what}: not a state dict (an OrderedDict of tensors)")
-    return {key: _to_array(tensor, members, f"{what}: {key}") for key, tensor in dict.items(loaded)}
+    arrays = {}
+    for key, tensor in dict.items(loaded):
+        storage, dtype = tensor.storage, _STORAGES[tensor.storage.kind]
+        numbers = members.get(f"data/{storage.key}")
+        width = 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+        if numbers is None or len(numbers) != width * storage.length:
+            raise HeadError(
+                f"{what}: {key}: its storage {storage.key!r} is missing or not {storage.length} numbers long"
+            )
+        count, start = math.prod(tensor.shape), width * tensor.offset
+        if dtype == "bfloat16":  # the upper half of a float32
+            values = (np.frombuffer(numbers, "<u2", count, start).astype(np.uint32) << 16).view(np.float32)
+        else:
+            values = np.frombuffer(numbers, dtype, count, start).astype(np.float32)
+        arrays[key] = values.reshape(tensor.shape)
+    return arrays
 
 
 def _zip_members(data: bytes, what: str) -> dict[str, bytes]:
@@ -161,17 +176,3 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: A
     if not 0 <= offset <= offset + math.prod(shape) <= storage.length:
         raise HeadError(f"a tensor of shape {shape} reaches beyond its storage of {storage.length} numbers")
     return _Tensor(storage, offset, tuple(shape))
-
-
-def _to_array(tensor: _Tensor, members: dict[str, bytes], what: str) -> npt.NDArray[np.float32]:
-    storage, dtype = tensor.storage, _STORAGES[tensor.storage.kind]
-    data = members.get(f"data/{storage.key}")
-    width = 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
-    if data is None or len(data) != width * storage.length:
-        raise HeadError(f"{what}: its storage {storage.key!r} is missing or not {storage.length} numbers long")
-    count, start = math.prod(tensor.shape), width * tensor.offset
-    if dtype == "bfloat16":  # the upper half of a float32
-        values = (np.frombuffer(data, "<u2", count, start).astype(np.uint32) << 16).view(np.float32)
-    else:
-        values = np.frombuffer(data, dtype, count, start).astype(np.float32)
-    return values.reshape(tensor.shape)

@@ -283,7 +283,18 @@ def _parse_csv(path: Path, shape: TableShape) -> pa.Table:
                 convert_options=ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
             )
     except (UnicodeError, pa.ArrowInvalid) as e:
-        raise _csv_error(path, shape, e) from e
+        error: Exception = e
+        try:  # Python's reader counts lines
+            for line, fields in _lines(path, shape):
+                if fields and len(fields) != len(names):
+                    raise HeadError(f"{path}, line {line}: {len(fields)} fields, the header has {len(names)}") from e
+        except csv.Error as its:
+            error = its
+        if isinstance(error, UnicodeError) or "UTF8" in str(error):
+            raise HeadError(
+                f"{path}: is not UTF-8. Convert it: `iconv -f WINDOWS-1252 -t UTF-8` (or whatever it is)"
+            ) from e
+        raise HeadError(f"{path}: not {path.suffix[1:].upper()} that can be read: {error}") from e
     if shape.delimiter == "\t":
         for name in names:
             swallowed = pc.match_substring_regex(table[name], r"(?s)\t.*\n|\n.*\t")
@@ -305,20 +316,6 @@ def _lines(path: Path, shape: TableShape) -> Iterator[tuple[int, list[str]]]:
         next(reader, None)
         for fields in reader:
             yield above + reader.line_num, fields
-
-
-def _csv_error(path: Path, shape: TableShape, error: Exception) -> HeadError:
-    """What is wrong with a CSV that Arrow cannot parse, and where: Python's reader counts lines."""
-    names = shape.names
-    try:
-        for line, fields in _lines(path, shape):
-            if fields and len(fields) != len(names):
-                return HeadError(f"{path}, line {line}: {len(fields)} fields, the header has {len(names)}")
-    except csv.Error as e:
-        error = e
-    if isinstance(error, UnicodeError) or "UTF8" in str(error):
-        return HeadError(f"{path}: is not UTF-8. Convert it: `iconv -f WINDOWS-1252 -t UTF-8` (or whatever it is)")
-    return HeadError(f"{path}: not {path.suffix[1:].upper()} that can be read: {error}")
 
 
 def _ava_text(path: Path) -> str:

@@ -116,8 +116,8 @@ def _near_hashes(hashes: Sequence[str | None] | None) -> Ints:
     return rows[np.unique(np.concatenate(found), axis=0)] if found else np.zeros((0, 2), np.int64)
 
 
-def near_duplicates(vectors: npt.NDArray[Any], cosine: float = NEAR_COSINE) -> Ints:
-    """All pairs (i < j) of unit vectors (n, d) with at least this cosine: (pairs, 2).
+def near_duplicates(vectors: npt.NDArray[Any]) -> Ints:
+    """All pairs (i < j) of unit vectors (n, d) with a cosine of at least NEAR_COSINE: (pairs, 2).
 
     Exact. A projection onto directions at right angles shortens distances only, so most pairs are ruled out by the 32
     directions in which the vectors differ most, and rows that lie too far apart along the first are never compared. For
@@ -127,7 +127,7 @@ def near_duplicates(vectors: npt.NDArray[Any], cosine: float = NEAR_COSINE) -> I
     n, d = x.shape
     if n < 2:
         return np.zeros((0, 2), np.int64)
-    radius2 = 2 - 2 * cosine + 1e-4
+    radius2 = 2 - 2 * NEAR_COSINE + 1e-4
     sample = x[:: max(1, n // 10_000)].astype(np.float64)
     sample = sample - sample.mean(0)
     k = min(_FILTER_DIMS, d)
@@ -147,11 +147,11 @@ def near_duplicates(vectors: npt.NDArray[Any], cosine: float = NEAR_COSINE) -> I
             b = slice(j, min(j + _BLOCK, n))
             near = np.flatnonzero(left[a] @ right[b].T >= -radius2 / 2)
             if len(near) > _MANY * (a.stop - i) * (b.stop - j):
-                near = np.flatnonzero(x[a] @ x[b].T >= cosine - 1e-5)
+                near = np.flatnonzero(x[a] @ x[b].T >= NEAR_COSINE - 1e-5)
             rows, columns = np.divmod(near, b.stop - j)
             rows, columns = rows + i, columns + j
             rows, columns = rows[rows < columns], columns[rows < columns]
-            close = np.einsum("ij,ij->i", x[rows], x[columns]) >= cosine
+            close = np.einsum("ij,ij->i", x[rows], x[columns]) >= NEAR_COSINE
             found.append(np.sort(np.stack([order[rows[close]], order[columns[close]]], 1), axis=1))
     return np.unique(np.concatenate(found), axis=0)
 
@@ -160,9 +160,9 @@ def _digest(name: str, salt: str = "") -> int:
     return int.from_bytes(hashlib.sha256(f"{salt}\0{name}".encode()).digest()[:8], "big")
 
 
-def in_test_set(groups: Sequence[str], share: float = TEST_SHARE) -> npt.NDArray[np.bool_]:
-    """Which rows are for testing only: those of the groups whose hash lies in the first `share` of all hashes."""
-    chosen = {g: _digest(g, "test") < share * 2.0**64 for g in set(groups)}
+def in_test_set(groups: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Which rows are for testing only: those of the groups whose hash lies in the first fifth of all hashes."""
+    chosen = {g: _digest(g, "test") < TEST_SHARE * 2.0**64 for g in set(groups)}
     return np.array([chosen[g] for g in groups], bool)
 
 

@@ -105,16 +105,12 @@ def suggest(
     return indices[taken].astype(np.int64)
 
 
-def _squares(a: Array) -> Array:
-    return np.einsum("ij,ij->i", a, a)
-
-
 def _near(a: Array, b: Array, square: float) -> npt.NDArray[np.bool_]:
     """Which rows of `a` have a row of `b` at a squared distance of at most `square`."""
-    near = np.zeros(len(a), np.bool_)
+    near, squares = np.zeros(len(a), np.bool_), np.einsum("ij,ij->i", a, a)
     for start in range(0, len(b), _CHUNK):
         some = b[start : start + _CHUNK]
-        near |= (_squares(a)[:, None] + _squares(some) - 2 * a @ some.T).min(1, initial=np.inf) <= square
+        near |= (squares[:, None] + np.einsum("ij,ij->i", some, some) - 2 * a @ some.T).min(1, initial=np.inf) <= square
     return near
 
 

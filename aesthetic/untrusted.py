@@ -48,7 +48,13 @@ def open_regular(path: str | Path, limit: int | None = None) -> BinaryIO:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # non-blocking: a fifo without a writer hangs
     except (OSError, ValueError) as e:
-        raise UserError(f"{path}: {_why(path, e)}") from e
+        why = "no file can be called so"
+        if isinstance(e, OSError):
+            absent = "is a link to a file that is not there" if os.path.islink(path) else "there is no such file"
+            pipe, loop = "is a socket or a pipe, not a file", "is a link that leads back to itself"
+            known = {errno.ENOENT: absent, errno.ELOOP: loop, errno.ENXIO: pipe}
+            why = known.get(e.errno or 0, f"cannot be read: {e.strerror or e}")
+        raise UserError(f"{path}: {why}") from e
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
@@ -104,19 +110,6 @@ def open_vectors(path: Path) -> npt.NDArray[Any]:
             f"{path} holds {vectors.dtype} of shape {vectors.shape}; rows of float16 or float32 are expected"
         )
     return vectors
-
-
-def _why(path: str | Path, e: Exception) -> str:
-    if isinstance(e, ValueError):
-        return "no file can be called so"
-    assert isinstance(e, OSError)
-    if e.errno == errno.ENOENT:
-        return "is a link to a file that is not there" if os.path.islink(path) else "there is no such file"
-    if e.errno == errno.ELOOP:
-        return "is a link that leads back to itself"
-    if e.errno == errno.ENXIO:
-        return "is a socket or a pipe, not a file"
-    return f"cannot be read: {e.strerror or e}"
 
 
 # -------------------------------------------------------------------------------------------------------------- text

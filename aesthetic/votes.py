@@ -22,7 +22,6 @@ from aesthetic.rating_files import (
     SIDE_NAMES,
     TIES,
     RatingFile,
-    Texts,
 )
 
 if TYPE_CHECKING:
@@ -260,7 +259,26 @@ def from_pairs(file: RatingFile, sides: tuple[str, str], choice: str | None) -> 
     else:
         choice = file.choose("choice", choice, CHOICE_NAMES)
         used.add(choice)
-        won = _won(file, choice, sides, a, b)
+
+        # a choice is a word for the side, or the winning image's own id
+        short = [side.lower().rpartition("_")[2] for side in sides]
+        side_of = {short[0]: 0, sides[0].lower(): 0, short[1]: 1, sides[1].lower(): 1} | dict.fromkeys(TIES, _TIE)
+        chosen = file.text(choice)
+        by_word = np.array([side_of.get(word, -1) for word in file.words(choice)], np.int64)
+        by_id = np.select([chosen == a, chosen == b], [0, 1], -1)
+        if (unclear := (by_word >= 0) & (by_id >= 0) & (by_word != by_id)).any():
+            row = int(unclear.argmax())
+            raise file.error(
+                row, f"{choice} is {chosen[row]!r}: a side, or the image of that id? Write {sides[0]} or {sides[1]}"
+            )
+        won = np.where(by_word >= 0, by_word, by_id)
+        if (won < 0).any():
+            row = int((won < 0).argmax())
+            raise file.error(
+                row,
+                f"{choice} is {chosen[row]!r}; it must be {short[0]}, {short[1]}, tie, or the id of one of the two "
+                "images",
+            )
     if (a == b).any():
         row = int((a == b).argmax())
         raise file.error(row, f"{a[row]!r} is compared with itself")
@@ -274,25 +292,3 @@ def from_pairs(file: RatingFile, sides: tuple[str, str], choice: str | None) -> 
         used |= {n_column} if n_column else set()
     data |= {"winner": np.where(b_won, b[rows], a[rows]), "loser": np.where(b_won, a[rows], b[rows])}
     return rows, data, used
-
-
-def _won(file: RatingFile, choice: str, sides: tuple[str, str], a: Texts, b: Texts) -> Codes:
-    """Which side a choice names, 0 or 1 or _TIE: by a word for the side, or by the winning image's own id."""
-    short = [side.lower().rpartition("_")[2] for side in sides]
-    side_of = {short[0]: 0, sides[0].lower(): 0, short[1]: 1, sides[1].lower(): 1} | dict.fromkeys(TIES, _TIE)
-    chosen = file.text(choice)
-    by_word = np.array([side_of.get(word, -1) for word in file.words(choice)], np.int64)
-    by_id = np.select([chosen == a, chosen == b], [0, 1], -1)
-    if (unclear := (by_word >= 0) & (by_id >= 0) & (by_word != by_id)).any():
-        row = int(unclear.argmax())
-        raise file.error(
-            row, f"{choice} is {chosen[row]!r}: a side, or the image of that id? Write {sides[0]} or {sides[1]}"
-        )
-    won = np.where(by_word >= 0, by_word, by_id)
-    if (won < 0).any():
-        row = int((won < 0).argmax())
-        raise file.error(
-            row,
-            f"{choice} is {chosen[row]!r}; it must be {short[0]}, {short[1]}, tie, or the id of one of the two images",
-        )
-    return won

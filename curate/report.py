@@ -6,6 +6,7 @@ calls unsafe is shown as a blur that no one can undo. The same data folder gives
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from PIL import Image
 from aesthetic.errors import UserError
 from curate.images.decode import decode
 from curate.layout import Data
-from curate.ledger.rules import NUMBER, Computed, Rule, read_rules
+from curate.ledger.rules import NUMBER, Computed, read_rules
 from curate.ledger.schema import RowError, Status
 from curate.ledger.select import load_selection
 from curate.ledger.sql import literal, quote
@@ -259,6 +260,8 @@ class Report:
         all rows: what fails with and without it counts, and what lies above its cut. Where a rule can't be asked, the
         strictest cut that any rule names decides, or `BLURRED_FROM`.
         """
+        cuts = [cut for rule in self.rules.values() if rule for cut in rule.cuts]
+        strictest = {c: min([BLURRED_FROM, *(cut.value for cut in cuts if cut.column == c)]) for c in self.unsafe}
         found = [f"coalesce({quote(c)} >= {BLURRED_FROM}, false)" for c in self.unsafe]
         for name, rule in self.rules.items():
             if not self._is_unsafe(name):
@@ -266,27 +269,17 @@ class Report:
             for top in (c for c in (rule.computed if rule else ()) if c.kind == "top" and c.column in self.unsafe):
                 at = self._cut_of(top)
                 found.append(f"coalesce({quote(top.column)} >= {at}, true)" if at is not None else "true")
-            found.append(self._rejected_by(rule) or self._above_strictest_cut())
+            if rule is not None:
+                both = [rule.sql, rule.sql]
+                for place in (quote(computed.place) for computed in rule.computed):
+                    both = [both[0].replace(place, "true"), both[1].replace(place, "false")]
+                fails = " and ".join(f"(({sql}) is not true)" for sql in dict.fromkeys(both))
+                with contextlib.suppress(duckdb.Error):
+                    self.db.sql(f"select count(*) filter ({fails}) from candidate").fetchall()
+                    found.append(f"({fails})")
+                    continue
+            found.append("(" + " or ".join(f"coalesce({quote(c)} >= {strictest[c]}, true)" for c in self.unsafe) + ")")
         return found
-
-    def _rejected_by(self, rule: Rule | None) -> str | None:
-        """SQL that is true of what a rule rejects; None where it can no longer be asked."""
-        if rule is None:
-            return None
-        both = [rule.sql, rule.sql]
-        for computed in rule.computed:
-            both = [sql.replace(quote(computed.place), word) for sql, word in zip(both, ("true", "false"), strict=True)]
-        fails = " and ".join(f"(({sql}) is not true)" for sql in dict.fromkeys(both))
-        try:
-            self.db.sql(f"select count(*) filter ({fails}) from candidate").fetchall()
-        except duckdb.Error:
-            return None
-        return f"({fails})"
-
-    def _above_strictest_cut(self) -> str:
-        cuts = [cut for rule in self.rules.values() if rule for cut in rule.cuts]
-        strictest = {c: min([BLURRED_FROM, *(cut.value for cut in cuts if cut.column == c)]) for c in self.unsafe}
-        return "(" + " or ".join(f"coalesce({quote(c)} >= {strictest[c]}, true)" for c in self.unsafe) + ")"
 
 
 def spread(total: int, limit: int) -> list[int]:
@@ -330,7 +323,6 @@ def _tiles(data: Data, examples: Sequence[Example]) -> dict[str, Tile]:
 
 def _decoded(image: bytes, blurred: bool) -> Image.Image | None:
     """An image, small; None where it cannot be decoded, as a folder that others made may hold."""
-    try:
+    with contextlib.suppress(RowError):
         return small(decode(image, 2 * _SIDE), _SIDE, blurred)
-    except RowError:
-        return None
+    return None

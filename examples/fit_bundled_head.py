@@ -26,7 +26,7 @@ from aesthetic.metrics import difference, estimate, spearman_of
 from aesthetic.space import Space
 from curate.encoders.registry import load_encoder
 from curate.images.decode import decode
-from curate.images.resize import perceptual_hash
+from curate.images.process import perceptual_hash
 from curate.store.files import sha256_file
 
 BATCH = 16

@@ -101,17 +101,20 @@ class Gate:
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> Response | None:
         """Let the app answer (None), or say what is answered in its place."""
-        headers, method, path = Headers(scope=scope), scope["method"], scope["path"]
+        headers, method, path, address = Headers(scope=scope), scope["method"], scope["path"], address_of(scope)
         if len(headers) > MAX_HEADERS:
             raise Refused(431, f"{len(headers):,} headers; at most {MAX_HEADERS} are read")
-        self._check_host(headers)
-        _check_site(headers, method, path)
+        self._check_origin(headers, method, path)
         if self._token is not None:
             if path == "/login" and method == "POST":
                 return await self._log_in(scope, receive, self._token)
-            if path not in OPEN and not await self._is_known(scope, self._token):
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            bearer = given.strip() if scheme.lower() == "bearer" else ""
+            kept = HTTPConnection(scope).cookies.get(COOKIE, "")
+            right = _same(bearer, self._token) | _same(kept, cookie(self._token))
+            if path not in OPEN and not ((bearer or kept) and await self._attempt(address, right)):
                 if path == "/" and method == "GET":
-                    return self._form(401, "")
+                    return self._form("")
                 raise Refused(
                     401,
                     "this server asks for a token",
@@ -122,7 +125,6 @@ class Gate:
             await self._app(scope, receive, send)
             return None
 
-        address = address_of(scope)
         body: bytes | None = await self._read_body(headers, receive, address)
         size = len(body or b"")
         try:
@@ -142,7 +144,7 @@ class Gate:
             self._count(address, -size)
         return None
 
-    def _check_host(self, headers: Headers) -> None:
+    def _check_origin(self, headers: Headers, method: str, path: str) -> None:
         given = headers.getlist("host")
         if len(given) != 1:
             raise Refused(400, f"{len(given)} Host headers; one is expected")
@@ -157,16 +159,16 @@ class Gate:
                 f"it answers to {', '.join(sorted(self._hosts))}; for another name start it with --host and a token",
             )
 
-    # ------------------------------------------------------------------------------------------------------ tokens
+        # what a browser sends because another site told it to; whoever is no browser says nothing of the kind
+        site, mode, origin = (headers.get(name) for name in ("sec-fetch-site", "sec-fetch-mode", "origin"))
+        link = method == "GET" and path == "/" and mode == "navigate"  # to come here by a link is fine
+        foreign = site not in (None, "same-origin", "none") and not link
+        if origin is not None and method not in ("GET", "HEAD"):
+            foreign |= origin.partition("://")[2].lower() != headers.get("host", "").lower()
+        if foreign:
+            raise Refused(403, "this request comes from another site", "open the page itself, or ask without a browser")
 
-    async def _is_known(self, scope: Scope, token: str) -> bool:
-        connection = HTTPConnection(scope)
-        scheme, _, given = connection.headers.get("authorization", "").partition(" ")
-        bearer = given.strip() if scheme.lower() == "bearer" else ""
-        kept = connection.cookies.get(COOKIE, "")
-        if not bearer and not kept:
-            return False
-        return await self._attempt(address_of(scope), _same(bearer, token) | _same(kept, cookie(token)))
+    # ------------------------------------------------------------------------------------------------------ tokens
 
     async def _attempt(self, address: str, right: bool) -> bool:
         """What came of a token, when its time has come. Refused where too many attempts wait."""
@@ -191,13 +193,13 @@ class Gate:
         except ValueError as e:
             raise Refused(400, f"this is no sign-in: {e}") from None
         if not await self._attempt(address, _same(given.strip(), token)):
-            return self._form(401, "That is not the token. It is printed where the server was started.")
+            return self._form("That is not the token. It is printed where the server was started.")
         response = RedirectResponse("/", 303)
         response.set_cookie(COOKIE, cookie(token), max_age=30 * 86400, httponly=True, samesite="strict")
         return response
 
-    def _form(self, status: int, note: str) -> Response:
-        return HTMLResponse(self._sign_in.replace("{note}", note), status)
+    def _form(self, note: str) -> Response:
+        return HTMLResponse(self._sign_in.replace("{note}", note), 401)
 
     # ------------------------------------------------------------------------------------------------------ bodies
 
@@ -261,18 +263,6 @@ def cookie(token: str) -> str:
 
 def _same(given: str, expected: str) -> bool:
     return secrets.compare_digest(given.encode("utf-8", "replace"), expected.encode())
-
-
-def _check_site(headers: Headers, method: str, path: str) -> None:
-    """Refuse what a browser sends because another site told it to; whoever is no browser says nothing of the kind."""
-    site, mode = headers.get("sec-fetch-site"), headers.get("sec-fetch-mode")
-    link = method == "GET" and path == "/" and mode == "navigate"  # to come here by a link is fine
-    origin = headers.get("origin")
-    foreign = site not in (None, "same-origin", "none") and not link
-    if origin is not None and method not in ("GET", "HEAD"):
-        foreign |= origin.partition("://")[2].lower() != headers.get("host", "").lower()
-    if foreign:
-        raise Refused(403, "this request comes from another site", "open the page itself, or ask without a browser")
 
 
 def _check_type(headers: Headers, expected: str) -> None:

@@ -109,11 +109,11 @@ class JobQueue:
             self._lock.notify_all()
         self._on_change()
 
-    def close(self, seconds: float = 1.0) -> None:
-        """Stop, and wait so long at most for the step that runs."""
+    def close(self) -> None:
+        """Stop, and wait a second at most for the step that runs."""
         self.stop()
         if self._thread.is_alive():
-            self._thread.join(seconds)
+            self._thread.join(1.0)
 
     def submit(self, job: StudioJob) -> StudioJob:
         """Let a job wait for its turn. Raises QueueFull."""
@@ -186,28 +186,23 @@ class JobQueue:
     # ------------------------------------------------------------------------------------------------- the thread
 
     def _work(self) -> None:
-        while (job := self._next()) is not None:
+        while True:
+            with self._lock:
+                while not self._waiting and not self.closed:
+                    self._lock.wait()
+                if self.closed:
+                    return
+                client, jobs = self._waiting.popitem(last=False)
+                job = jobs.popleft()
+                if jobs:
+                    self._waiting[client] = jobs  # behind all others
+                job.state, self._running = "drawing", job
+            self._on_change()
             state, error = self._run_job(job)
             with self._lock:
                 self._running = None
                 self._finish(job, state, error)
             self._on_change()
-
-    def _next(self) -> StudioJob | None:
-        """The job whose turn it is, when there is one; None at the end."""
-        with self._lock:
-            while not self._waiting and not self.closed:
-                self._lock.wait()
-            if self.closed:
-                return None
-            client, jobs = self._waiting.popitem(last=False)
-            job = jobs.popleft()
-            if jobs:
-                self._waiting[client] = jobs  # behind all others
-            job.state = "drawing"
-            self._running = job
-        self._on_change()
-        return job
 
     def _run_job(self, job: StudioJob) -> tuple[State, str]:
         """How the job ended, and why it failed."""

@@ -75,8 +75,8 @@ class StudioServer(uvicorn.Server):
         await super().main_loop()
         self._stop()
         for connection in list(self.server_state.connections):
-            if isinstance(connection, GuardedProtocol) and connection.is_sending:
-                connection.transport.abort()
+            if isinstance(connection, GuardedProtocol) and connection.is_answering and connection.cycle.more_body:
+                connection.transport.abort()  # in the midst of a request
 
 
 class ChunkLimit(h11.Connection):
@@ -117,7 +117,14 @@ class GuardedProtocol(H11Protocol):
         super().connection_made(transport)
         self.address = address_of({"client": self.client})
         if len(self.connections) > MAX_CONNECTIONS:
-            self._make_room()
+            others = [c for c in self.connections if isinstance(c, GuardedProtocol) and c is not self]
+            # whose turn it is: to ask, to send the rest of a request, or to take the answer
+            idle = [c for c in others if not c.is_answering or c.cycle.response_started or c.cycle.more_body]
+            if idle or len(self.connections) > 2 * MAX_CONNECTIONS:
+                counts = Counter(c.address for c in idle)
+                leaves = min(idle, key=lambda c: (-counts[c.address], c._has_asked, c._since), default=self)
+                self.connections.discard(leaves)  # at once: more may come before it has gone
+                leaves.transport.abort()
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -145,30 +152,12 @@ class GuardedProtocol(H11Protocol):
             self._write_deadline = None
 
     @property
-    def _is_answering(self) -> bool:
+    def is_answering(self) -> bool:
+        """Whether a request is there whose answer is not complete."""
         return self.cycle is not None and not self.cycle.response_complete
 
-    @property
-    def is_sending(self) -> bool:
-        """Whether the client is in the midst of a request."""
-        return self._is_answering and self.cycle.more_body
-
-    @property
-    def waits_for_client(self) -> bool:
-        """Whether it is the client's turn: to ask, to send the rest of a request, or to take the answer."""
-        return not self._is_answering or self.cycle.response_started or self.cycle.more_body
-
-    def _make_room(self) -> None:
-        idle = [c for c in self.connections if isinstance(c, GuardedProtocol) and c is not self and c.waits_for_client]
-        if not idle and len(self.connections) <= 2 * MAX_CONNECTIONS:
-            return
-        counts = Counter(c.address for c in idle)
-        leaves = min(idle, key=lambda c: (-counts[c.address], c._has_asked, c._since), default=self)
-        self.connections.discard(leaves)  # at once: more may come before it has gone
-        leaves.transport.abort()
-
     def _await_head(self) -> None:
-        if self._is_answering:
+        if self.is_answering:
             self._head_is_there()
         elif self._deadline is None:
             self._deadline = self.loop.call_later(HEAD_SECONDS, self._too_slow)
@@ -180,5 +169,5 @@ class GuardedProtocol(H11Protocol):
 
     def _too_slow(self) -> None:
         self._deadline = None
-        if not self._is_answering and not self.transport.is_closing():
+        if not self.is_answering and not self.transport.is_closing():
             self.transport.close()

@@ -46,7 +46,7 @@ from studio.wire import (
 from train.devices import out_of_memory
 from train.generate.files import CHUNK, decode_image, decode_mask, png, save_numbered
 from train.generate.request import SEEDS, GenerationRequest
-from train.generate.sampler import UNSAFE, Generated, Sampler
+from train.generate.sampler import UNSAFE, Sampler
 from train.generate.upscale import tiles_cost
 from train.models.schedulers import SCHEDULERS, scheduler_name
 
@@ -150,19 +150,8 @@ class GenerationService:
         )
         request = self.sampler.check(request)
         tiles = number * self.sampler.tiles(request)
-        self._check_size(request, tiles)
-        images = {"image": request.image is not None, "mask": request.mask is not None}
-        return StudioJob(
-            [replace(request, seed=seed + i) for i in range(number)],
-            client,
-            settings.model_dump() | {"seed": seed} | images,
-            bytes=parsed.bytes,
-            address=address,
-            cost=tiles_cost(tiles, self.sampler.tile),
-        )
 
-    def _check_size(self, request: GenerationRequest, tiles: int) -> None:
-        """Refuse what would take too much memory, and what would take longer than the longest job without tiles."""
+        # what would take too much memory, and what would take longer than the longest job without tiles
         width, height = request.width or 0, request.height or 0
         if request.enlarges and request.image is not None:
             width, height = request.image.size
@@ -182,6 +171,16 @@ class GenerationService:
                 "`tastemaker sample --upscale` has no limit"
             )
 
+        images = {"image": request.image is not None, "mask": request.mask is not None}
+        return StudioJob(
+            [replace(request, seed=seed + i) for i in range(number)],
+            client,
+            settings.model_dump() | {"seed": seed} | images,
+            bytes=parsed.bytes,
+            address=address,
+            cost=tiles_cost(tiles, self.sampler.tile),
+        )
+
     # ---------------------------------------------------------------------------------------------- running
 
     def _run(self, job: StudioJob, on_step: OnStep) -> Iterator[ImageLink]:
@@ -195,7 +194,13 @@ class GenerationService:
         job.cost = self.sampler.cost(job.requests)
         for generated in self.sampler.generate(job.requests, on_step):
             path = save_numbered(png(generated.image, generated.facts), self.out)
-            self._log(_describe(path, generated))
+            words = " ".join(generated.request.prompt.split())
+            prompt = words if len(words) <= 60 else words[:59] + "…"
+            note = ""
+            if generated.flagged:
+                shown = "blurred" if generated.facts["nsfw"]["blurred"] else "shown as it is"
+                note = f"  flagged as not safe for work: {generated.nsfw:.2f} of 1, {shown}"
+            self._log(f"{path}  {prompt!r}, seed {generated.request.seed}{note}")
             yield _link(path)
 
     def _explain(self, error: Exception) -> str:
@@ -316,14 +321,3 @@ def facts_in(path: Path) -> dict[str, Any] | None:
 def _link(path: Path) -> ImageLink:
     """An image's address; another one when the file is another, so that browsers may keep what they have."""
     return ImageLink(name=path.stem, url=f"/api/images/{path.stem}.png?v={path.stat().st_mtime_ns:x}")
-
-
-def _describe(path: Path, generated: Generated) -> str:
-    """An image in a line, for the terminal."""
-    words = " ".join(generated.request.prompt.split())
-    prompt = words if len(words) <= 60 else words[:59] + "…"
-    note = ""
-    if generated.flagged:
-        shown = "blurred" if generated.facts["nsfw"]["blurred"] else "shown as it is"
-        note = f"  flagged as not safe for work: {generated.nsfw:.2f} of 1, {shown}"
-    return f"{path}  {prompt!r}, seed {generated.request.seed}{note}"

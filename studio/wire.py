@@ -64,8 +64,7 @@ class JobRequest(BaseModel):
     image: str | None = Field(None, description="to begin with: base64 of a PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF")
     strength: float | None = Field(None, ge=0, le=1, allow_inf_nan=False, description="how much of it is regenerated")
     mask: str | None = Field(
-        None,
-        description="base64, as large as the image: white is regenerated; or what is painted on a transparent one",
+        None, description="base64, as large as the image: white is regenerated; or what is painted on a transparent one"
     )
     upscale: int = Field(1, ge=1, le=4, description="times; with an image that image is enlarged")
 
@@ -261,11 +260,21 @@ def parse_request(body: bytes) -> ParsedRequest:
             "plain base64, without `data:` and line ends)",
         )
     settings = _parse_settings(rest)
-    files = {n: _decode_base64(n, text, parts) for n in ("image", "mask") if (text := getattr(settings, n)) is not None}
-    size = 0
-    for name, data in files.items():
-        _, width, height = read_input(name, probe, data)
-        size += 3 * width * height
+    files = {}
+    for name, text in (("image", settings.image), ("mask", settings.mask)):
+        if text is None:
+            continue
+        data = text.encode("utf-8", "replace")
+        if text.startswith(_MARK) and (number := text.removeprefix(_MARK)).isdecimal() and int(number[:9]) < len(parts):
+            data = parts[int(number)]
+            for escape, sign in _ESCAPES if b"\\" in data else ():
+                data = data.replace(escape, sign)
+        try:
+            files[name] = base64.b64decode(data, validate=True)
+        except ValueError as e:
+            raise UserError(f"{name}: this is no base64 ({e})") from e
+    sizes = [read_input(name, probe, data)[1:] for name, data in files.items()]
+    size = sum(3 * width * height for width, height in sizes)
     return ParsedRequest(settings.model_copy(update={"image": None, "mask": None}), files, size)
 
 
@@ -293,19 +302,6 @@ def _parse_settings(data: bytes) -> JobRequest:
 
 def _invalid(kind: str, message: str) -> RequestValidationError:
     return RequestValidationError([{"type": kind, "loc": ("body",), "msg": message}])
-
-
-def _decode_base64(name: str, text: str, parts: list[bytes]) -> bytes:
-    """The bytes of an image's file."""
-    data = text.encode("utf-8", "replace")
-    if text.startswith(_MARK) and (number := text.removeprefix(_MARK)).isdecimal() and int(number[:9]) < len(parts):
-        data = parts[int(number)]
-        for escape, sign in _ESCAPES if b"\\" in data else ():
-            data = data.replace(escape, sign)
-    try:
-        return base64.b64decode(data, validate=True)
-    except ValueError as e:
-        raise UserError(f"{name}: this is no base64 ({e})") from e
 
 
 def read_input(name: str, read: Callable[[bytes, int], T], data: bytes) -> T:

@@ -9,11 +9,10 @@ import cv2
 import numpy as np
 
 from train.data import ImageDataset, Stream, open_samples, split
-from train.loop import LoopConfig, train
+from train.loop import LoopConfig, rank_and_size, train
 from train.models.presets import PRESETS
 from train.models.unet import add_lora, load_model, new_model, tokenize
 from train.tasks import Denoise
-from train.world import rank_and_size
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
 

@@ -9,7 +9,7 @@ import io
 import pytest
 from PIL import Image
 
-from curate.fetch.hashes import ALGORITHMS, verify_hash
+from curate.fetch.deny import ALGORITHMS, verify_hash
 from curate.ledger.schema import Reason, RowError
 from tests.small_web import picture
 

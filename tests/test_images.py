@@ -24,8 +24,7 @@ from aesthetic.errors import UserError
 from curate.images.config import MODES, ImagesConfig
 from curate.images.decode import decode
 from curate.images.header import probe
-from curate.images.process import process
-from curate.images.resize import perceptual_hash
+from curate.images.process import perceptual_hash, process
 from curate.ledger.schema import Reason, RowError
 
 OASIS = Path(__file__).parents[2] / "shared/data/oasis/images"

@@ -12,12 +12,26 @@ from aesthetic.errors import UserError
 from curate.store.files import write_json
 from tests.small_train import make_pictures, small_run
 from train.data import ImageDataset, open_samples, split
-from train.evaluate.distances import MIN_FRECHET, frechet, kernel, kid, kid_floor, mmd2, scaled
 from train.evaluate.evaluation import encode_images
-from train.evaluate.fidelity import InDomainSpace, clip_score, clip_score_of, retrieval
+from train.evaluate.figures import (
+    MIN_FRECHET,
+    InDomainSpace,
+    clip_score,
+    clip_score_of,
+    difference,
+    frechet,
+    kernel,
+    kid,
+    kid_floor,
+    mean,
+    memorisation,
+    mmd2,
+    nearest_training,
+    retrieval,
+    scaled,
+    share,
+)
 from train.evaluate.heldout import distinct_captions, find_held_out, in_hash_order, losses
-from train.evaluate.intervals import difference, mean, share
-from train.evaluate.memorisation import memorisation, nearest_training
 from train.models.presets import PRESETS
 from train.models.unet import load_model, tokenize
 

@@ -61,7 +61,12 @@ def save(
         raise e
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    _prune(folder, keep)
+
+    sweep(path.parent)  # what a process that was killed has left
+    good = best(folder)
+    for old in list(checkpoints(folder).values())[: -max(1, keep)]:
+        if old != good:
+            _remove(old)
     return path
 
 
@@ -97,14 +102,6 @@ def best(folder: Path) -> Path | None:
         if held_out.get("ema") is not None:
             losses[path] = float(held_out["ema"])
     return min(losses, key=lambda path: losses[path]) if losses else last(folder)
-
-
-def _prune(folder: Path, keep: int) -> None:
-    sweep(folder / "checkpoints")  # what a process that was killed has left
-    good = best(folder)
-    for path in list(checkpoints(folder).values())[: -max(1, keep)]:
-        if path != good:
-            _remove(path)
 
 
 def load_state(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:

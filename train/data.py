@@ -1,6 +1,6 @@
 """Captioned images to train on.
 
-`open_samples` gives a folder of them as a sequence of samples (curate.sources.captioned says of which kinds it may be);
+`open_samples` gives a folder of them as a sequence of samples (curate.sources.find says of which kinds it may be);
 `ImageDataset` prepares them for a model; `split` sets some aside; `Stream` is the endless order in which one rank meets
 its share, known by two integers.
 """
@@ -28,10 +28,10 @@ from aesthetic.splits import groups_of
 from aesthetic.untrusted import printable
 from curate.images.decode import decode
 from curate.images.header import probe
-from curate.images.resize import perceptual_hash
+from curate.images.process import perceptual_hash
 from curate.ledger.schema import RowError
-from curate.sources.captioned import open_folder
 from curate.sources.dataset import MapDataset, Sample
+from curate.sources.find import open_folder
 from curate.store.files import digest
 
 Ints = npt.NDArray[np.int64]
@@ -41,7 +41,7 @@ MIN_IMAGES = 8
 
 
 def open_samples(folder: str | Path, caption: str | None = None) -> MapDataset:
-    """The captioned images of a folder, whatever of the kinds it is that curate.sources.captioned reads.
+    """The captioned images of a folder, whatever of the kinds it is that curate.sources.find reads.
 
     `caption` is that of images without one. Raises UserError where there is no such folder, no image in it, too
     few, or none with a caption.
@@ -117,7 +117,7 @@ class ImageDataset:
         self._tokenize = tokenize
         self.shapes, self.bucket = [(size, size)], np.zeros(len(samples), np.int64)
         if buckets:
-            self.shapes, self.bucket = _buckets([_shape(samples, i) for i in range(len(samples))], size, step, least)
+            self.shapes, self.bucket = _buckets(samples, size, step, least)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -158,25 +158,23 @@ def crop_resize(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.N
     return np.ascontiguousarray(pixels)
 
 
-def _shape(samples: MapDataset, index: int) -> tuple[int, int]:
-    """(height, width) by the sample's facts where they are possible, else by the file's header."""
-    facts = samples.facts(index)
-    sides = [_number(facts.get(name)) for name in ("height", "width")]
-    if all(1 <= side <= 65_535 for side in sides):
-        return int(sides[0]), int(sides[1])
-    try:
-        _, width, height = probe(samples.image(index))
-    except RowError:  # whoever reads it gets the error; it is in no one's way here
-        return 1, 1
-    return height, width
-
-
-def _buckets(shapes: list[tuple[int, int]], size: int, step: int, least: int) -> tuple[list[tuple[int, int]], Ints]:
+def _buckets(samples: MapDataset, size: int, step: int, least: int) -> tuple[list[tuple[int, int]], Ints]:
     """The shapes in use and the shape of each image: the nearest in log aspect ratio that enough others share."""
     from diffusers.training_utils import generate_aspect_ratio_buckets
 
+    ratios = []
+    for index in range(len(samples)):  # by its facts where they are possible, else by the file's header
+        facts = samples.facts(index)
+        height, width = (_number(facts.get(name)) for name in ("height", "width"))
+        if not all(1 <= side <= 65_535 for side in (height, width)):
+            try:
+                _, width, height = probe(samples.image(index))
+            except RowError:  # whoever reads it gets the error; it is in no one's way here
+                height = width = 1
+        ratios.append(int(height) / int(width))
+
     ladder = generate_aspect_ratio_buckets(size, divisibility=step)
-    aspect = np.log([h / w for h, w in shapes])
+    aspect = np.log(ratios)
     while True:
         distance = np.abs(aspect[:, None] - np.log([h / w for h, w in ladder])[None])
         nearest = distance.argmin(1)

@@ -213,17 +213,14 @@ def choose_savings(
     ladder = _ladder(kind)
     if free is None:
         return ladder[0]
-    for measures in ladder:
-        if cost.peak(width, height, batch, measures, fused=kind != "mps") <= 0.9 * free:
-            return measures
-    return ladder[-1]
+    fused = kind != "mps"
+    return next((m for m in ladder if cost.peak(width, height, batch, m, fused=fused) <= 0.9 * free), ladder[-1])
 
 
 def next_savings(measures: MemorySavings, kind: str) -> MemorySavings | None:
     """What saves more memory than these measures on a device of this kind, or None."""
     ladder = _ladder(kind)
-    after = ladder[ladder.index(measures) + 1 :]
-    return after[0] if after else None
+    return next(iter(ladder[ladder.index(measures) + 1 :]), None)
 
 
 def _ladder(kind: str) -> list[MemorySavings]:

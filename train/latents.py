@@ -102,12 +102,18 @@ def precompute_latents(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "made.json").unlink(missing_ok=True)
     shards = shards_of(dataset, indices, shard_size)
-    missing = [i for i, part in enumerate(shards) if not _is_written(folder, i, part, made)]
+    missing = []
+    for i, part in enumerate(shards):
+        path = folder / f"{shard_name(i)}.safetensors"
+        record = read_json(path.with_suffix(".json"))
+        same = record and record["made"] == digest(made) and record["numbers"] == part.tolist()
+        if not (same and path.is_file() and path.stat().st_size == record["bytes"]):
+            missing.append(i)
     check_space(folder, sum(latents_size(pipeline, dataset, shards[i], text) for i in missing))
     tell(sum(map(len, shards)) - sum(len(shards[i]) for i in missing))
     if write_shards and missing:
         write_shards(made, missing)
-    elif missing:
+    else:
         for i in missing:
             write_shard(pipeline, dataset, shards[i], folder, i, made, text=text, threads=threads, tell=tell)
 
@@ -122,13 +128,6 @@ def precompute_latents(
     return LatentDataset(folder)
 
 
-def _is_written(folder: Path, shard: int, indices: Ints, made: dict[str, Any]) -> bool:
-    """Whether a shard of these images is there, whole and made with the same."""
-    record, path = read_json(folder / f"{shard_name(shard)}.json"), folder / f"{shard_name(shard)}.safetensors"
-    same = record and record["made"] == digest(made) and record["numbers"] == indices.tolist()
-    return bool(same and path.is_file() and path.stat().st_size == record["bytes"])
-
-
 @torch.no_grad()
 def write_shard(
     pipeline: Any,
@@ -139,12 +138,11 @@ def write_shard(
     made: dict[str, Any],
     *,
     text: bool = False,
-    batch: int = 32,
     threads: int = 2,
     tell: Tell = lambda count: None,
 ) -> None:
     """Encode the images of one shard and write its two files, each whole or absent, the record last."""
-    parts = [indices[i : i + batch].tolist() for i in range(0, len(indices), batch)]
+    parts = [indices[i : i + 32].tolist() for i in range(0, len(indices), 32)]
     keys: list[str] = []
     latents, words = [], []
     with ThreadPoolExecutor(threads) as pool:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from aesthetic.errors import UserError
@@ -28,7 +29,6 @@ from train.data import Batch, Ints, Stream, TrainDataset, ordered_batches
 from train.devices import autocast, out_of_memory
 from train.metrics import RecordLog, TrainMeter
 from train.tasks import Task, slice_batch
-from train.world import all_reduce, rank_and_size
 
 SCHEDULES = ("cosine", "constant")
 
@@ -73,6 +73,10 @@ class LoopConfig:
 
 class Diverged(UserError):
     """The loss or the gradient is not a number any more; says at which step and with which samples."""
+
+
+class PeerLost(RuntimeError):
+    """Another of the processes that train together is gone, so that they can't add up."""
 
 
 class Ema:
@@ -168,10 +172,11 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
     log = RecordLog(folder / "log.jsonl", step) if rank == 0 else None
 
+    names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
     for module in task.modules.values():
         module.train()
-        if config.checkpointing:
-            _enable_checkpointing(module)
+        if config.checkpointing:  # by the name that diffusers or transformers gives it
+            next((getattr(module, name) for name in names if hasattr(module, name)), lambda: None)()
         if config.compile:
             module.compile()
 
@@ -279,14 +284,6 @@ def _backward(
         micro_batch = max(1, min(micro_batch, len(batch.keys)) // 2)
 
 
-def _enable_checkpointing(module: nn.Module) -> None:
-    """Gradient checkpointing, by the name that diffusers or transformers gives it."""
-    for name in ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable"):
-        if hasattr(module, name):
-            getattr(module, name)()
-            return
-
-
 @torch.no_grad()
 def _held_out_loss(
     task: Task, dataset: TrainDataset, indices: Ints, seed: int, batch_size: int, ema: Ema, device: torch.device
@@ -320,3 +317,31 @@ def _diverged(folder: Path, step: int, batch: Batch, loss: float, grad_norm: flo
         f"{'and others ' if len(batch.keys) > 5 else ''}(all in {path}). Nothing of this step was kept. "
         f"A lower lr or clip, or the removal of a broken picture, would help; the last checkpoint is whole."
     )
+
+
+# ---------------------------------------------------------------------------------------------- several processes
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Which of the processes this is, from 0 on, and how many there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def all_reduce(tensors: list[Tensor]) -> None:
+    """Replace each tensor, in place, by its sum over all processes. They have the same shapes everywhere.
+
+    One message of all of them, laid end to end: a model has hundreds of small tensors. Raises PeerLost.
+    """
+    if rank_and_size()[1] == 1:
+        return
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    try:
+        dist.all_reduce(flat)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as e:  # gloo's and nccl's, which have no class of their own for it
+        raise PeerLost(f"another worker is gone: {e}") from e
+    for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        t.copy_(total.view_as(t))

@@ -81,6 +81,10 @@ class TrainMeter:
         if self._flops is None:
             self._flops = training_flops(task, batch, checkpointing=self._checkpointing)
         images_per_s = steps * self._batch / seconds
+        if self._device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self._device)
+        else:  # of this process
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         record = {
             "step": step,
             "steps": self._steps,
@@ -90,7 +94,7 @@ class TrainMeter:
             "tflop_s": images_per_s * self._flops / 1e12,
             "mfu": images_per_s * self._flops / self._peak if self._peak else None,
             "data_wait": self._wait / seconds,
-            "memory_gb": peak_memory(self._device) / 1e9,
+            "memory_gb": memory / 1e9,  # at most so far
             # at the pace of this process so far, with checkpoints, previews and whatever else took its time
             "eta_s": (self._steps - step) * (now - self._began) / self._done,
         }
@@ -113,13 +117,6 @@ def training_flops(task: Task, batch: Batch, *, checkpointing: bool = False) -> 
         torch.autograd.grad(loss, trained, allow_unused=True)
         backward = counter.get_total_flops() - forward
     return forward + backward * (2 / 3 if checkpointing else 1)  # 2 forward passes' worth of its 3
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes at most so far: of the GPU's memory, or of this process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def format_record(record: dict[str, Any]) -> str:

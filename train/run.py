@@ -26,7 +26,6 @@ from train import checkpoint
 from train.data import (
     MIN_IMAGES,
     ImageDataset,
-    Ints,
     Stream,
     TrainDataset,
     crop_resize,
@@ -37,22 +36,14 @@ from train.data import (
     split,
 )
 from train.latents import LatentDataset, Tell, latents_size, precompute_latents, shards_of, write_shard
-from train.loop import LoopConfig, train
+from train.loop import LoopConfig, rank_and_size, train
 from train.models.files import no_progress_bars
 from train.models.info import training_record
 from train.models.presets import Preset
 from train.models.release import is_released, release
-from train.models.unet import (
-    add_lora,
-    count_parameters,
-    default_size,
-    new_model,
-    size_step,
-    tokenize,
-)
+from train.models.unet import add_lora, count_parameters, default_size, new_model, size_step, tokenize
 from train.objective import GAMMA, objective_of
 from train.tasks import Denoise, Reconstruct, Task, fit_scale, psnr
-from train.world import rank_and_size
 
 Record = dict[str, Any]
 ShouldStop = Callable[[], bool]
@@ -131,13 +122,13 @@ def write_new_model(folder: Path, preset: Preset, captions: Sequence[str], objec
     scratch.rename(folder)
 
 
-def default_prompts(samples: MapDataset, held_out: Sequence[int], count: int = 4) -> tuple[str, ...]:
-    """Captions for previews: the first different ones of held-out images, and of others where these are too few."""
+def default_prompts(samples: MapDataset, held_out: Sequence[int]) -> tuple[str, ...]:
+    """Captions for previews: the first four of held-out images that differ, and of others where these are too few."""
     captions: dict[str, None] = {}
     for index in [*held_out, *range(len(samples))]:
         if caption := samples.facts(index)["caption"]:
             captions[caption] = None
-        if len(captions) == count:
+        if len(captions) == 4:
             break
     return tuple(captions)
 
@@ -179,7 +170,10 @@ class TrainRun:
         self.pipeline, self.samples, self.out, self.loop, self.device = pipeline, samples, out, loop, device
         self.new, self.lora, self.weight_by, self.prompts, self.identity = new, lora, weight_by, prompts, identity
         self.size = size or default_size(pipeline)
+        self.objective = objective_of(pipeline.scheduler).name  # flow, v or eps
         pipeline.unet.register_to_config(sample_size=self.size // pipeline.vae_scale_factor)  # what it will generate
+        self.vae_folder = out / "vae-training"  # its `vae/`, whole or absent, is the trained autoencoder
+        self.latents_folder = out / "latents"
         if (self.vae_folder / "vae").is_dir():
             self._load_vae(self.vae_folder / "vae")
         pipeline.to(device)
@@ -193,6 +187,7 @@ class TrainRun:
         left_out = {*facts["held_out"], *map(int, facts["unreadable"])}
         self.held_out = np.array(facts["held_out"], np.int64)
         self.chosen = np.array([i for i in range(len(samples)) if i not in left_out], np.int64)
+        self._encoded = np.sort(np.concatenate([self.chosen, self.held_out]))  # whose latents are wanted
         self.unreadable = len(facts["unreadable"])
         self.uses_latents = loop.steps * loop.batch > len(self.chosen)  # each image more than once
         self.images = ImageDataset(
@@ -203,21 +198,6 @@ class TrainRun:
             step=size_step(pipeline),
             least=loop.batch,
         )
-
-    @property
-    def vae_folder(self) -> Path:
-        """Where the autoencoder is trained; its `vae/`, whole or absent, is the result."""
-        return self.out / "vae-training"
-
-    @property
-    def latents_folder(self) -> Path:
-        """Where latents are precomputed."""
-        return self.out / "latents"
-
-    @property
-    def objective(self) -> str:
-        """flow, v or eps."""
-        return objective_of(self.pipeline.scheduler).name
 
     def check_space(self) -> None:
         """DiskFull before the first step where latents and checkpoints would not fit."""
@@ -247,11 +227,6 @@ class TrainRun:
 
         self.pipeline.vae = AutoencoderKL.from_pretrained(folder).to(self.device)
 
-    @property
-    def _encoded(self) -> Ints:
-        """The images whose latents are wanted."""
-        return np.sort(np.concatenate([self.chosen, self.held_out]))
-
     def precompute_latents(
         self, tell: Tell, write_shards: Callable[[dict[str, Any], list[int]], None] | None = None
     ) -> None:
@@ -274,19 +249,14 @@ class TrainRun:
         if self.lora:
             add_lora(self.pipeline, self.lora, self.loop.seed)
         dataset = LatentDataset(self.latents_folder) if self.uses_latents else self.images
-        real = self._real_images() if rank_and_size()[0] == 0 else {}
+        real: dict[str, Any] = {}  # the held-out image of each prompt that is the caption of one, for previews
+        for index in self.held_out.tolist() if rank_and_size()[0] == 0 else ():
+            caption = self.samples.facts(index)["caption"]
+            if caption in self.prompts and caption not in real:
+                real[caption] = crop_resize(decode_sample(self.samples[index], self.size), self.size, self.size)
         gamma = GAMMA if self.objective == "eps" else None
         task = Denoise(self.pipeline, text=self.new, gamma=gamma, real=real)
         return self._train(task, dataset, self.loop, self.out, should_stop)
-
-    def _real_images(self) -> dict[str, Any]:
-        """The held-out image of each prompt that is the caption of one, as the model would generate it."""
-        images: dict[str, Any] = {}
-        for index in self.held_out.tolist():
-            caption = self.samples.facts(index)["caption"]
-            if caption in self.prompts and caption not in images:
-                images[caption] = crop_resize(decode_sample(self.samples[index], self.size), self.size, self.size)
-        return images
 
     def _train(
         self, task: Task, dataset: TrainDataset, config: LoopConfig, folder: Path, should_stop: ShouldStop

@@ -193,7 +193,12 @@ def parse_url(text: str, allow: tuple[Allowed, ...], base: URL | None = None) ->
     if not host or not port:
         raise RowError(Reason.BAD_URL, "port 0" if host else "no host")
     if ":" in host or ENDS_IN_A_NUMBER.search(host):
-        _check_canonical(host)
+        try:
+            address = ip_address(host)
+        except ValueError as e:  # resolvers read it in other spellings too: 127.1, 0x7f.1
+            raise RowError(Reason.BAD_URL, f"host {host[:80]!r}: an address in an odd form") from e
+        if isinstance(address, IPv6Address) and address.scope_id is not None:
+            raise RowError(Reason.BAD_URL, f"host {host[:80]!r}: an address with a zone")
         check_address(host, port, allow)
     elif len(host) > 253 or not _HOST.fullmatch(host):
         raise RowError(Reason.BAD_URL, f"host {host[:80]!r}")
@@ -228,13 +233,3 @@ def _as_browsers_read(text: str, listed: bool) -> str:
     if (listed and not host) or _CONTROL.search(whole):
         return host + whole
     return host + _NOT_SENT.sub(lambda m: quote(m[0], safe=""), whole)
-
-
-def _check_canonical(host: str) -> None:
-    """Refuse an address that is not in its one canonical spelling: resolvers read others too (127.1, 0x7f.1)."""
-    try:
-        address = ip_address(host)
-    except ValueError as e:
-        raise RowError(Reason.BAD_URL, f"host {host[:80]!r}: an address in an odd form") from e
-    if isinstance(address, IPv6Address) and address.scope_id is not None:
-        raise RowError(Reason.BAD_URL, f"host {host[:80]!r}: an address with a zone")

@@ -1,8 +1,13 @@
-"""The body of an answer: read within bounds of size, memory and time, decompressed, or a reason why there is none."""
+"""The body of an answer: read within bounds of size, memory and time, decompressed, or a reason why there is none.
+
+`Memory` is the bytes of all bodies: those that arrive, and those that wait for a decoder.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +15,6 @@ from dataclasses import dataclass
 import aiohttp
 from multidict import CIMultiDictProxy
 
-from curate.fetch.memory import Reservation
 from curate.ledger.schema import FinalError, Reason, RowError
 
 REDIRECTS = {301, 302, 303, 307, 308}
@@ -134,3 +138,83 @@ class _Inflate:
     @property
     def complete(self) -> bool:
         return self._stream is not None and self._stream.eof
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+class Memory:
+    """The bytes that bodies may take. Where there is no more, the oldest body that wants some goes beyond, and no other
+    one until it is gone: so the excess is one body's, and bodies never wait for each other in a circle.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.used = 0
+        self.beyond: Reservation | None = None
+        self.waiting: list[tuple[int, Reservation, int, asyncio.Future[None]]] = []  # heap: age, who, bytes, ticket
+        self.ages = itertools.count()
+        self.half_free = asyncio.Event()  # then a body that is asked for will hardly wait when it comes
+        self.half_free.set()
+
+    def serve(self) -> None:
+        """Let bodies that wait have what there is, the oldest first."""
+        while self.waiting:
+            _, reservation, size, ticket = self.waiting[0]
+            if not ticket.done():
+                if self.used + size > self.size:
+                    if self.beyond is not None:
+                        return
+                    self.beyond = reservation
+                self.change(size)
+                ticket.set_result(None)
+            heapq.heappop(self.waiting)
+
+    def change(self, size: int) -> None:
+        """So many bytes more are taken, or fewer."""
+        self.used += size
+        if self.used < self.size / 2:
+            self.half_free.set()
+        else:
+            self.half_free.clear()
+
+
+class Reservation:
+    """The bytes that one body takes; none at first."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory, self.age = memory, next(memory.ages)
+        self.size = 0
+
+    async def grow(self, size: int, clock: asyncio.Timeout) -> None:
+        """Wait until there is room for so many bytes in all. The clock of a timeout stands still meanwhile."""
+        memory, more = self._memory, size - self.size
+        if self is memory.beyond or (memory.used + more <= memory.size and not memory.waiting):
+            memory.change(more)
+            self.size = size
+            return
+
+        loop = asyncio.get_running_loop()
+        left = (clock.when() or 0.0) - loop.time()
+        clock.reschedule(None)
+        ticket: asyncio.Future[None] = loop.create_future()
+        heapq.heappush(memory.waiting, (self.age, self, more, ticket))
+        memory.serve()
+        try:
+            await ticket
+        except asyncio.CancelledError:
+            if not ticket.cancelled():  # granted in the same moment
+                memory.change(-more)
+            memory.serve()
+            raise
+        clock.reschedule(loop.time() + left)
+        self.size = size
+
+    def release(self) -> None:
+        """The body is gone."""
+        memory = self._memory
+        if self is memory.beyond:
+            memory.beyond = None
+        memory.change(-self.size)
+        memory.serve()
+        self.size = 0

@@ -96,7 +96,12 @@ class Budget:
         worker = self._workers.setdefault(name, _Worker())
         worker.heard = now
         for other in [w for w, facts in self._workers.items() if facts.heard < now - LEASE]:
-            self._forget_worker(other, now)
+            del self._workers[other]
+            for domain, slots in list(self._domains.items()):
+                slots.wanted.pop(other, None)
+                while other in slots.holders:
+                    self._take_back(other, domain, now)
+                self._forget_idle(domain, now)
 
         for domain, wait in request.returned:
             self._take_back(name, domain, now + wait)
@@ -156,14 +161,6 @@ class Budget:
         if not slots.holders[name]:
             del slots.holders[name]
         slots.free.append(usable)
-
-    def _forget_worker(self, name: str, now: float) -> None:
-        del self._workers[name]
-        for domain, slots in list(self._domains.items()):
-            slots.wanted.pop(name, None)
-            while name in slots.holders:
-                self._take_back(name, domain, now)
-            self._forget_idle(domain, now)
 
     def _forget_idle(self, domain: str, now: float) -> None:
         slots = self._domains.get(domain)

@@ -31,11 +31,10 @@ from yarl import URL
 
 from aesthetic.errors import UserError
 from curate.fetch import addresses, budget, domains, optouts
-from curate.fetch.body import REDIRECTS, BodyLimits, read_body
+from curate.fetch.body import REDIRECTS, BodyLimits, Memory, Reservation, read_body
 from curate.fetch.config import FetchConfig
 from curate.fetch.deny import Deny
 from curate.fetch.dns import GuardedResolver, Lookup
-from curate.fetch.memory import Memory, Reservation
 from curate.ledger.schema import FinalError, Reason, RowError
 
 MEMORY = 128_000_000
@@ -50,7 +49,6 @@ _UNREACHABLE = {Reason.BLOCKED_ADDRESS, Reason.DNS, Reason.CONNECT, Reason.TLS, 
 _LONGEST_WAIT = 30.0  # seconds of Retry-After that are waited for; beyond, the row is left to `tastemaker retry`
 _PAUSE = 1.0  # seconds that a domain is left alone after a 429 that names no time
 _LONGEST_BAN = 3600.0  # seconds for which a Retry-After keeps us away from a domain
-_FIELD = 16_384  # bytes of one header field
 _FILES = 512  # open ones that are no requests under way: others, and to spare
 _KEPT_PER_SECOND = 4000  # connections: twice the answers that come, as aiohttp keeps some for twice the time
 
@@ -183,7 +181,7 @@ class Fetcher:
                 host = url.raw_host or ""
                 seconds -= await self._resolver.look_up(host)
                 async with self._permits.permit(budget.registered_domain(host)) as permit:
-                    await self._memory.wait_until_half_free()
+                    await self._memory.half_free.wait()
                     answer = await self._request(url, seconds, limits, opt_outs, permit)
                 seconds -= answer.seconds
                 if answer.status not in REDIRECTS:
@@ -205,7 +203,7 @@ class Fetcher:
     ) -> _HttpAnswer:
         """One request and its answer, and what it says about the domain."""
         status, retry_after = None, None
-        memory = self._memory.reserve()
+        memory = Reservation(self._memory)
         try:
             try:
                 async with asyncio.timeout(seconds) as clock, self._session.get(url, allow_redirects=False) as response:
@@ -226,29 +224,20 @@ class Fetcher:
                 permit.failed(e)
             elif status is not None:
                 permit.answered()
-            self._keep_away(e, retry_after, permit)
-            raise
+            if retry_after is None and e.reason is Reason.HTTP_429:
+                retry_after = _PAUSE
+            if retry_after is None or e.reason not in (Reason.HTTP_429, Reason.HTTP_5XX):
+                raise
+            if retry_after <= _LONGEST_WAIT:
+                permit.back_off(retry_after)
+                raise
+            detail = f"{e.detail}; asked to wait {retry_after:.0f} s"
+            final = FinalError(e.reason, detail, final_url=e.final_url, http_status=e.http_status)
+            permit.fail_fast(final, min(retry_after, _LONGEST_BAN))
+            raise final from e
         except BaseException:
             memory.release()
             raise
-
-    def _keep_away(self, error: RowError, retry_after: float | None, permit: domains.Permit) -> None:
-        """What a 429 or 5xx asks for. Raises FinalError where that is to wait for too long."""
-        if error.reason is Reason.HTTP_429 and retry_after is None:
-            retry_after = _PAUSE
-        if retry_after is None or error.reason not in (Reason.HTTP_429, Reason.HTTP_5XX):
-            return
-        if retry_after <= _LONGEST_WAIT:
-            permit.back_off(retry_after)
-            return
-        final = FinalError(
-            error.reason,
-            f"{error.detail}; asked to wait {retry_after:.0f} s",
-            final_url=error.final_url,
-            http_status=error.http_status,
-        )
-        permit.fail_fast(final, min(retry_after, _LONGEST_BAN))
-        raise final from error
 
     @property
     def _session(self) -> aiohttp.ClientSession:
@@ -271,7 +260,7 @@ class Fetcher:
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),  # _request has the only clock
                 auto_decompress=False,
                 trust_env=False,
-                max_field_size=_FIELD,
+                max_field_size=16_384,  # bytes of one header field
             )
         return self._opened
 

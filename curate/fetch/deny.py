@@ -1,11 +1,12 @@
-"""Deny-lists: URLs, domains and bytes that are never fetched, decoded, stored or shown.
+"""What must not come in: deny-lists, and bytes that are not those whose digest a list carries.
 
     deny = Deny.load(["deny.txt", "more.txt.gz"])
     deny.check_url(url)             # before a request, at every hop: RowError `denied`
     deny.check_body(data, sha256)   # before anything looks at the bytes: RowError `denied`
+    verify_hash(data, expected)     # RowError `hash_mismatch`
 
-A list is a text file, one entry a line; blank lines and what follows a `#` at the start of a line or after a blank are
-comments. An entry is one of
+A deny-list names URLs, domains and bytes that are never fetched, decoded, stored or shown. It is a text file, one entry
+a line; blank lines and what follows a `#` at the start of a line or after a blank are comments. An entry is one of
 
 - a URL, http or https: that URL, with or without a fragment;
 - a domain such as example.com: it and all its subdomains; or a host's address;
@@ -18,6 +19,7 @@ In memory all of it is digests, so here too nothing tells what is denied.
 
 from __future__ import annotations
 
+import base64
 import binascii
 import codecs
 import gzip
@@ -36,15 +38,17 @@ from yarl import URL
 from aesthetic.errors import UserError
 from aesthetic.untrusted import marked_encoding, open_regular
 from curate.fetch.addresses import Allowed, parse_url
-from curate.fetch.hashes import ALGORITHMS, digest
 from curate.ledger.schema import Reason, RowError
+
+ALGORITHMS = {16: "md5", 20: "sha1", 32: "sha256", 64: "sha512"}
+"""A digest's length in bytes tells which of these made it."""
 
 
 class Deny:
     """What is denied. An empty one denies nothing, is false, and costs nothing.
 
     Args:
-        digests: of the lengths in `hashes.ALGORITHMS`; in memory each takes its own length and no more.
+        digests: of the lengths in `ALGORITHMS`; in memory each takes its own length and no more.
     """
 
     def __init__(self, digests: Iterable[bytes] = ()) -> None:
@@ -249,8 +253,16 @@ def _entry(line: bytes) -> bytes:
     if _PLAIN.fullmatch(line) and b"&amp;" not in line.lower():
         return digest(line, "sha256")
     text = line.decode()
-    listed = url_text(_parse_anywhere(text)) if "://" in text else _parse_host(text)
-    return digest(listed.encode(), "sha256")
+    if "://" in text:
+        return digest(url_text(_parse_anywhere(text)).encode(), "sha256")
+    try:
+        host = str(ip_address(text))
+    except ValueError:
+        url = parse_url(f"http://{text}/", ())
+        host = (url.raw_host or "").rstrip(".")
+        if "." not in host or url.explicit_port is not None or url.raw_path_qs != "/":
+            raise ValueError("not a domain") from None
+    return digest(host.encode(), "sha256")
 
 
 def _parse_anywhere(text: str) -> URL:
@@ -259,13 +271,55 @@ def _parse_anywhere(text: str) -> URL:
     return parse_url(text, tuple(Allowed(network, port) for network in _EVERYWHERE))
 
 
-def _parse_host(text: str) -> str:
-    """A domain or an address; ValueError or RowError where it is neither."""
+# -------------------------------------------------------------------------------------------------------------- digests
+
+
+def digest(data: bytes, algorithm: str) -> bytes:
+    """The digest of `data` by one of `ALGORITHMS`; what it is for is recognition, also where it is md5."""
+    value: bytes = getattr(hashlib, algorithm)(data, usedforsecurity=False).digest()
+    return value
+
+
+_PREFIX = re.compile(r"(md5|sha-?(?:1|256|512))[:=-]", re.IGNORECASE)
+
+
+def verify_hash(data: bytes, expected: str | None, sha256: bytes | None = None) -> None:
+    """Refuse bytes that are not those whose digest a list carries.
+
+    Args:
+        data: the original bytes, as the server sent them.
+        expected: a digest by one of `ALGORITHMS`, told by its length: hexadecimal as img2dataset and DataComp have it,
+            or base64 as Open Images has it (`OriginalMD5`). Case of hexadecimal, blanks around it and a name before it
+            (`sha256:`, `md5-`) don't matter. None and "" mean that there is nothing to verify.
+        sha256: the sha256 of `data` where it is known already.
+
+    Raises:
+        RowError: hash_mismatch, also where `expected` is no such digest: then nothing vouches for the bytes.
+    """
+    text = (expected or "").strip()
+    if not text:
+        return
+    wanted = _read(text)
+    if wanted is None:
+        names = ", ".join(ALGORITHMS.values())
+        raise RowError(Reason.HASH_MISMATCH, f"the list's hash {text[:40]!r} is none of {names}")
+    algorithm = ALGORITHMS[len(wanted)]
+    found = sha256 if sha256 is not None and algorithm == "sha256" else digest(data, algorithm)
+    if found != wanted:
+        raise RowError(Reason.HASH_MISMATCH, f"{algorithm} of the bytes is {found.hex()}, the list says {wanted.hex()}")
+
+
+def _read(text: str) -> bytes | None:
+    prefix = _PREFIX.match(text)
+    text = text[prefix.end() :].strip() if prefix else text
     try:
-        return str(ip_address(text))
+        if len(text) in {2 * size for size in ALGORITHMS}:  # which no base64 of a digest has
+            value = bytes.fromhex(text)
+        else:
+            value = base64.b64decode(text, validate=True)
     except ValueError:
-        url = parse_url(f"http://{text}/", ())
-    host = (url.raw_host or "").rstrip(".")
-    if "." not in host or url.explicit_port is not None or url.raw_path_qs != "/":
-        raise ValueError("not a domain")
-    return host
+        return None
+    algorithm = ALGORITHMS.get(len(value))
+    if prefix and prefix[1].lower().replace("-", "") != algorithm:
+        return None
+    return value if algorithm else None

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from aiohttp.abc import AbstractResolver, ResolveResult
 
@@ -47,7 +48,7 @@ class GuardedResolver(AbstractResolver):
         self._allow, self._timeout = allow, timeout
         self._places = asyncio.Semaphore(_THREADS)
         self._threads = ThreadPoolExecutor(_THREADS, "dns")
-        self._lookup = lookup or self._ask_the_system
+        self._lookup = lookup
         self._cache = CoalescingCache(self._addresses, _seconds_kept, _NAMES)
 
     async def resolve(
@@ -90,7 +91,12 @@ class GuardedResolver(AbstractResolver):
             async with self._places:
                 began = time.monotonic()
                 async with asyncio.timeout(self._timeout):
-                    addresses = await self._lookup(host)
+                    if self._lookup is not None:
+                        addresses = await self._lookup(host)
+                    else:
+                        ask = partial(socket.getaddrinfo, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
+                        found = await asyncio.get_running_loop().run_in_executor(self._threads, ask, host, None)
+                        addresses = [str(address[0]) for *_, address in found]
         except TimeoutError:
             raise RowError(Reason.DNS, f"{host}: no answer within {self._timeout:g} s") from None
         except socket.gaierror as e:
@@ -101,13 +107,6 @@ class GuardedResolver(AbstractResolver):
         if not addresses:
             raise FinalError(Reason.DNS, f"{host}: no address")
         return addresses, time.monotonic() - began
-
-    async def _ask_the_system(self, host: str) -> list[str]:
-        answers = await asyncio.get_running_loop().run_in_executor(
-            self._threads,
-            lambda: socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG),
-        )
-        return [str(address[0]) for *_, address in answers]
 
 
 def _seconds_kept(outcome: tuple[list[str], float] | RowError) -> float:

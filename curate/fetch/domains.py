@@ -12,6 +12,7 @@ import contextlib
 import random
 import time
 from collections import deque
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from curate.fetch.budget import LEASE, LeaseReply, LeaseRequest, LeaseSlots
@@ -48,38 +49,27 @@ class _DomainState:
     fail_until: float = 0.0
 
 
+@dataclass
 class Permit:
-    """The right to have one request under way at a domain; what comes of it decides about the next ones.
+    """The right to have one request under way at a domain; what comes of it decides about the next ones."""
 
-    `async with permits.permit(domain) as permit` waits for a slot of the domain and a place, and holds them for the
-    block. It raises FinalError while the domain's breaker fails fast, and what asking the budget raised.
-    """
-
-    def __init__(self, permits: Permits, domain: str) -> None:
-        self._permits, self._domain = permits, domain
-        self._state: _DomainState
-        self._started = 0.0
-
-    async def __aenter__(self) -> Permit:
-        self._state = await self._permits.acquire(self._domain)
-        self._started = time.monotonic()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._permits.release(self._domain, self._state, self._started)
+    permits: Permits
+    domain: str
+    state: _DomainState
+    started: float
 
     def answered(self) -> None:
         """The domain gave an answer that counts as one, be it a refusal."""
-        state = self._state
+        state = self.state
         state.failures, state.half_open = 0, False
-        state.limit = min(2 * state.limit, self._permits.per_domain)
+        state.limit = min(2 * state.limit, self.permits.per_domain)
 
     def failed(self, error: RowError) -> None:
         """The domain failed in a transient way: its breaker opens after `MAX_FAILURES` of these in a row."""
-        state = self._state
+        state = self.state
         state.failures += 1
         state.limit = 1
-        if state.half_open and self._started >= state.backoff_until:
+        if state.half_open and self.started >= state.backoff_until:
             self.fail_fast(error, FAIL_FAST_SECONDS)
         elif state.failures >= MAX_FAILURES and not state.half_open:
             state.half_open = True
@@ -88,14 +78,14 @@ class Permit:
 
     def fail_fast(self, error: RowError, seconds: float) -> None:
         """Rows of the domain end with this error for so long."""
-        state = self._state
+        state = self.state
         state.fail_with, state.fail_until = error.with_traceback(None), time.monotonic() + seconds
         state.failures, state.half_open = 0, False
-        self._permits.start_rows(self._domain, state)
+        self.permits.start_rows(self.domain, state)
 
     def back_off(self, seconds: float) -> None:
         """Nobody asks the domain for so long; other workers are told."""
-        self._permits.back_off(self._domain, seconds)
+        self.permits.back_off(self.domain, seconds)
 
 
 class Permits:
@@ -126,17 +116,23 @@ class Permits:
         self._broken: Exception | None = None
         self._closing = False
 
-    def permit(self, domain: str) -> Permit:
-        """The right to ask a domain once, to be waited for."""
-        return Permit(self, domain)
+    @contextlib.asynccontextmanager
+    async def permit(self, domain: str) -> AsyncIterator[Permit]:
+        """Wait for a slot of the domain and a place, and hold them for the block.
 
-    async def acquire(self, domain: str) -> _DomainState:
-        """Wait for a slot and a place: see Permit."""
+        Raises FinalError while the domain's breaker fails fast, and what asking the budget raised.
+        """
         if self._syncing is None:
             self._syncing = asyncio.create_task(self._keep_in_sync())
         state = self._states.get(domain)
         if state is None:
-            self._forget_domains()
+            if len(self._states) >= self._full:  # domains that nobody waits for are forgotten
+                now = time.monotonic()
+                kept = {d: s for d, s in self._states.items() if s.waiting or s.busy or s.queued or s.fail_until > now}
+                for forgotten in self._states.keys() - kept.keys():
+                    self._return(forgotten, self._states[forgotten])
+                self._states = kept
+                self._full = max(_REMEMBERED, 2 * len(kept))  # looked through again only when as many more have come
             state = self._states[domain] = _DomainState()
         ticket: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         state.waiting.append(ticket)
@@ -145,11 +141,16 @@ class Permits:
             await ticket
         except asyncio.CancelledError:
             if ticket.done() and not ticket.cancelled() and ticket.exception() is None:
-                self.release(domain, state, time.monotonic())
+                self._release(domain, state, time.monotonic())
             raise
-        return state
 
-    def release(self, domain: str, state: _DomainState, started: float) -> None:
+        permit = Permit(self, domain, state, time.monotonic())
+        try:
+            yield permit
+        finally:
+            self._release(domain, state, permit.started)
+
+    def _release(self, domain: str, state: _DomainState, started: float) -> None:
         """A request that started then is over."""
         self._places += 1
         state.busy -= 1
@@ -223,18 +224,6 @@ class Permits:
         remembered = state.failures or state.half_open or max(state.fail_until, state.backoff_until) > time.monotonic()
         if not remembered and not state.busy and not state.queued and self._states.get(domain) is state:
             del self._states[domain]
-
-    def _forget_domains(self) -> None:
-        """Forget domains that nobody waits for, where there are too many."""
-        if len(self._states) < self._full:
-            return
-        now = time.monotonic()
-        kept = {d: s for d, s in self._states.items() if s.waiting or s.busy or s.queued or s.fail_until > now}
-        for domain, state in self._states.items():
-            if domain not in kept:
-                self._return(domain, state)
-        self._states = kept
-        self._full = max(_REMEMBERED, 2 * len(kept))  # looked through again only when as many more have come
 
     # ---------------------------------------------------------------------------------------- with the budget
 

@@ -28,14 +28,12 @@ from aesthetic.errors import UserError
 from curate.fetch.config import FetchConfig
 from curate.images.config import ImagesConfig
 from curate.images.decode import decode
-from curate.images.resize import perceptual_hash
+from curate.images.process import perceptual_hash
 from curate.ledger.schema import FETCHED_COLUMNS, Reason, RowError, Status, failure_facts
 from curate.shards.tar import image_member, index_tar, read_range
 from curate.sources.img2dataset import reason_of
 
-_DIRECTIVES = ["noai", "noimageai", "noindex", "noimageindex", "none"]
 _QUALITY = {"jpg": 95, "webp": 95, "png": 6}  # ours where none is given; img2dataset's own 95 is no level for png
-_CHILD = "from curate.fetch.engine_img2dataset import _serve; _serve()"
 
 
 def require(images: ImagesConfig) -> None:
@@ -84,6 +82,7 @@ def download(
 
 def _options(count: int, fetch: FetchConfig, images: ImagesConfig, folder: Path) -> dict[str, Any]:
     """Our settings under img2dataset's names."""
+    directives = ["noai", "noimageai", "noindex", "noimageindex", "none"]
     return {
         "url_list": str(folder / "list.parquet"),
         "input_format": "parquet",
@@ -105,7 +104,7 @@ def _options(count: int, fetch: FetchConfig, images: ImagesConfig, folder: Path)
         "number_sample_per_shard": count,
         "compute_hash": "sha256",
         "user_agent_token": "tastemaker",
-        "disallowed_header_directives": _DIRECTIVES if "x-robots-tag" in fetch.respect else [],
+        "disallowed_header_directives": directives if "x-robots-tag" in fetch.respect else [],
     }
 
 
@@ -116,11 +115,12 @@ def _run(options: dict[str, Any], folder: Path) -> None:
         "WANDB_MODE": "disabled",
         "NO_ALBUMENTATIONS_UPDATE": "1",  # else a library of its asks the network for its newest version
     }
+    serve = "from curate.fetch.engine_img2dataset import _serve; _serve()"
     log = folder / "log"
     with (
         open(log, "wb") as out,
         subprocess.Popen(
-            [sys.executable, "-c", _CHILD], stdin=-1, stdout=out, stderr=out, env=environment, start_new_session=True
+            [sys.executable, "-c", serve], stdin=-1, stdout=out, stderr=out, env=environment, start_new_session=True
         ) as child,
     ):
         assert child.stdin is not None

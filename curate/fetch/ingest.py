@@ -29,8 +29,7 @@ from aesthetic.files import as_disk_full, atomic, scratch_path
 from curate.fetch import engine_img2dataset
 from curate.fetch.client import Fetcher
 from curate.fetch.config import FetchConfig
-from curate.fetch.deny import Deny
-from curate.fetch.hashes import verify_hash
+from curate.fetch.deny import Deny, verify_hash
 from curate.images.config import ImagesConfig
 from curate.images.isolated import IsolatedDecoder
 from curate.images.process import ProcessedImage, process

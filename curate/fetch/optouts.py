@@ -108,7 +108,11 @@ class Rules:
         wild: dict[str, tuple[int, bool]] = {}
         for pattern, rank, refused in rules:
             kind = wild if "*" in pattern or pattern.endswith("$") else plain
-            pattern = _normal(pattern) if kind is wild else _comparable(pattern)
+            if kind is wild:
+                ends = "$" if pattern.endswith("$") else ""
+                pattern = "*".join(map(_comparable, _STARS.split(pattern.removesuffix("$")))) + ends
+            else:
+                pattern = _comparable(pattern)
             if pattern not in kind or kind[pattern][0] < rank:
                 kind[pattern] = rank, refused
         self._lengths = sorted({len(p) for p in plain})
@@ -200,26 +204,12 @@ def _comparable(text: str) -> str:
     return _ESCAPE.sub(one, quote(text, safe=_PLAIN, errors="replace"))
 
 
-def _normal(pattern: str) -> str:
-    """A pattern with wildcards in that spelling."""
-    ends = "$" if pattern.endswith("$") else ""
-    return "*".join(map(_comparable, _STARS.split(pattern.removesuffix("$")))) + ends
-
-
 MOST_RULES = 64_000_000
 """Bytes of rules that are remembered, of all origins together; the oldest are forgotten first, and read again."""
 
 _KEPT = 86_400.0  # seconds: RFC 9309 section 2.4 asks for no more than a day
 _KEPT_FAILURE = 300.0
 _ENTRY = 600  # bytes that remembering any origin takes
-
-
-def _seconds_kept(outcome: object) -> float:
-    return _KEPT_FAILURE if isinstance(outcome, RowError) else _KEPT
-
-
-def _bytes_kept(outcome: object) -> int:
-    return _ENTRY + (outcome.size if isinstance(outcome, Rules) else 0)
 
 
 class _OriginRules:
@@ -230,16 +220,17 @@ class _OriginRules:
     """
 
     path: str
+    parse: Callable[[bytes], Rules]  # the rules in a file
 
     def __init__(self, read: Read) -> None:
         self._read = read
-        self._cache = CoalescingCache(self._load, _seconds_kept, MOST_RULES, _bytes_kept)
+        self._cache = CoalescingCache(
+            self._load,
+            lambda rules: _KEPT_FAILURE if isinstance(rules, RowError) else _KEPT,
+            MOST_RULES,
+            lambda rules: _ENTRY + (rules.size if isinstance(rules, Rules) else 0),
+        )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rules")
-
-    @staticmethod
-    def parse(body: bytes) -> Rules:
-        """The rules in a file."""
-        raise NotImplementedError
 
     async def refuse(self, url: URL) -> bool:
         """Whether the rules refuse a URL; raises the RowError that reading them ended with."""

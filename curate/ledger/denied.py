@@ -97,6 +97,7 @@ class _Search:
 
         if not files:
             return
+        con = self._con
         data = ds.dataset([str(f) for f in files], format="parquet")
         names = [n for n in _COMPARED if n in data.schema.names]
         success = ds.field("status") == Status.SUCCESS.value if "status" in data.schema.names else None
@@ -105,31 +106,28 @@ class _Search:
             for name in _COMPARED:
                 if name not in names:
                     table = table.append_column(name, pa.nulls(len(table), pa.string()))
-            yield self._denied_in(table)
-
-    def _denied_in(self, table: pa.Table) -> list[str]:
-        con = self._con
-        con.register("_batch", table)
-        con.execute(
-            "CREATE OR REPLACE TEMP TABLE batch AS SELECT row_number() OVER () AS n, key, "
-            "CAST(sha256 AS VARCHAR) AS s, "
-            "[CAST(url AS VARCHAR), nullif(CAST(final_url AS VARCHAR), CAST(url AS VARCHAR))] AS us FROM _batch"
-        )
-        con.execute(
-            f"CREATE OR REPLACE TEMP TABLE named AS SELECT n, u, {PLAIN_SQL} AS plain, split_part(u, '/', 3) AS host "
-            "FROM (SELECT n, split_part(trim(unnest(us), ' '), '#', 1) AS u FROM batch) WHERE u IS NOT NULL"
-        )
-        hosts = [h for (h,) in con.execute("SELECT DISTINCT host FROM named WHERE plain").fetchall()]
-        for host in hosts:
-            if host not in self._hosts:
-                self._hosts[host] = self._deny.denies(f"http://{host}/") or self._deny.denies(f"https://{host}/x")
-        con.register("_hosts", pa.table({"h": pa.array([h for h in hosts if self._hosts[h]], pa.string())}))
-        odd = con.execute("SELECT n, u FROM named WHERE NOT plain").fetchall()
-        con.register("_odd", pa.table({"n": pa.array([n for n, u in odd if self._deny.denies(u)], pa.int64())}))
-        rows = con.execute(
-            "SELECT key FROM batch WHERE n IN (FROM _odd) "
-            "OR n IN (SELECT n FROM named WHERE plain AND "
-            "(host IN (FROM _hosts) OR unhex(sha256(u)) IN (FROM digests))) "
-            "OR CASE WHEN regexp_full_match(s, '[0-9a-fA-F]{64}') THEN unhex(s) END IN (FROM digests) ORDER BY n"
-        ).fetchall()
-        return [str(key) for (key,) in rows]
+            con.register("_batch", table)
+            con.execute(
+                "CREATE OR REPLACE TEMP TABLE batch AS SELECT row_number() OVER () AS n, key, "
+                "CAST(sha256 AS VARCHAR) AS s, "
+                "[CAST(url AS VARCHAR), nullif(CAST(final_url AS VARCHAR), CAST(url AS VARCHAR))] AS us FROM _batch"
+            )
+            con.execute(
+                f"CREATE OR REPLACE TEMP TABLE named AS SELECT n, u, {PLAIN_SQL} AS plain, "
+                "split_part(u, '/', 3) AS host "
+                "FROM (SELECT n, split_part(trim(unnest(us), ' '), '#', 1) AS u FROM batch) WHERE u IS NOT NULL"
+            )
+            hosts = [h for (h,) in con.execute("SELECT DISTINCT host FROM named WHERE plain").fetchall()]
+            for host in hosts:
+                if host not in self._hosts:
+                    self._hosts[host] = self._deny.denies(f"http://{host}/") or self._deny.denies(f"https://{host}/x")
+            con.register("_hosts", pa.table({"h": pa.array([h for h in hosts if self._hosts[h]], pa.string())}))
+            odd = con.execute("SELECT n, u FROM named WHERE NOT plain").fetchall()
+            con.register("_odd", pa.table({"n": pa.array([n for n, u in odd if self._deny.denies(u)], pa.int64())}))
+            rows = con.execute(
+                "SELECT key FROM batch WHERE n IN (FROM _odd) "
+                "OR n IN (SELECT n FROM named WHERE plain AND "
+                "(host IN (FROM _hosts) OR unhex(sha256(u)) IN (FROM digests))) "
+                "OR CASE WHEN regexp_full_match(s, '[0-9a-fA-F]{64}') THEN unhex(s) END IN (FROM digests) ORDER BY n"
+            ).fetchall()
+            yield [str(key) for (key,) in rows]

@@ -7,6 +7,7 @@ another rule did.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -101,8 +102,7 @@ def check_rules(
     """
     names = _Names(columns, source_columns)
     checked: list[Rule] = []
-    bounds = Bounds(connect())
-    try:
+    with contextlib.closing(Bounds(connect())) as bounds:
         for name, condition in rules.items():
             if not isinstance(name, str) or not name.strip() or not name.isprintable():
                 raise UserError(f"{name!r} can't be a rule's name: printable text is expected")
@@ -118,8 +118,6 @@ def check_rules(
             except RecursionError:
                 raise UserError(f"rule {name} ({condition}): it is nested too deep") from None
         _check_types(bounds, checked, columns, source_columns)
-    finally:
-        bounds.close()
     return checked
 
 
@@ -129,15 +127,12 @@ def read_rules(rules: Mapping[str, str], known: Collection[str]) -> dict[str, Ru
     Columns that are not known are passed over, so the SQL of a rule that names one may not run.
     """
     names, found = _Known(known), dict[str, Rule | None]()
-    bounds = Bounds(connect())
-    try:
+    with contextlib.closing(Bounds(connect())) as bounds:
         for name, condition in rules.items():
             try:
                 found[name] = _parse(bounds, name, condition, names, {}, 0)
             except (UserError, RecursionError):
                 found[name] = None
-    finally:
-        bounds.close()
     return found
 
 
@@ -154,7 +149,8 @@ class _Names:
         """The column behind a reference, as rules write it: `similarity`, `source.WIDTH`."""
         if parts[0].lower() == "source":
             if len(parts) == 1:
-                raise UserError("`source` alone is no column: write source.NAME" + self._there())
+                there = f"there are {', '.join(self.source)}" if self.source else "this list carries none"
+                raise UserError(f"`source` alone is no column: write source.NAME ({there})")
             if parts[1].lower() in self._theirs:
                 return f"source.{self._theirs[parts[1].lower()]}"
             raise UserError(f"the list has no column {parts[1]}{self._nearest('source.' + parts[1])}")
@@ -182,9 +178,6 @@ class _Names:
         if near := nearest(word, known):
             return f". Did you mean {near}?"
         return f". There are {', '.join(known)}."
-
-    def _there(self) -> str:
-        return f" (there are {', '.join(self.source)})" if self.source else " (this list carries none)"
 
 
 class _Known:

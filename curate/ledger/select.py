@@ -8,6 +8,7 @@ depends on all fetched rows and on nothing that another rule did.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -144,23 +145,26 @@ def select(data: Data, config: SelectConfig) -> Selection:
 
     types = {**columns, **{f"source.{n}": t for n, t in source.items()}}
     numbers = sorted(c for c in used if NUMBER.fullmatch(types[c]) and c not in scores)
-    bounds = Bounds(con := open_ledger(data, used | set(scores)))
+    con = open_ledger(data, used | set(scores))
 
     def ask() -> tuple[np.ndarray, list[np.ndarray], list[str], dict[str, dict[str, float]]]:
         _load_rows(con, used | set(scores))
         keys, states = _states(con, rules, types)
         odd = _odd_values(con, sorted(used), types)
-        return keys, states, odd, {c: q for c in [*scores, *numbers] if (q := _quantiles(con, c))}
+        quantiles = {}
+        for column in [*scores, *numbers]:
+            if len(values := _numbers(con, column)):
+                found = np.quantile(values, list(LEVELS.values()))
+                quantiles[column] = {level: float(f"{v:.6g}") for level, v in zip(LEVELS, found, strict=True)}
+        return keys, states, odd, quantiles
 
-    try:
-        fetched_keys, states, odd, quantiles = bounds.run(ask)
+    with contextlib.closing(Bounds(con)) as bounds:
+        fetched_keys, states, warnings, quantiles = bounds.run(ask)
         failed, not_fetched = bounds.run(lambda: failures(con))
-    finally:
-        bounds.close()
 
     fetched = len(fetched_keys)
     verdicts = np.full(fetched, len(rules) + 1, np.int16)  # i: the i-th rule, counted from one; the last: kept
-    counts = []
+    counts = list[RuleCount]()
     for i, (rule, state) in enumerate(zip(rules, states, strict=True), 1):
         first = (state != 0) & (verdicts == len(rules) + 1)
         verdicts[first] = i
@@ -173,6 +177,11 @@ def select(data: Data, config: SelectConfig) -> Selection:
                 nulls=int((state == 2).sum()),
             )
         )
+        if fetched and counts[-1].marginal == fetched:
+            without = " (no row has a value)" if counts[-1].nulls == fetched else ""
+            warnings.append(f"rule {rule.name} ({rule.condition}) rejects every image{without}")
+        elif fetched and counts[-1].marginal == 0:
+            warnings.append(f"rule {rule.name} ({rule.condition}) keeps every image")
     selection = Selection(
         name=config.name,
         rows=fetched + len(failed),
@@ -180,7 +189,7 @@ def select(data: Data, config: SelectConfig) -> Selection:
         rules=counts,
         kept=int((verdicts == len(rules) + 1).sum()),
         quantiles=quantiles,
-        warnings=[*odd, *_warnings(counts, fetched)],
+        warnings=warnings,
     )
     write_selection(data, selection, fetched_keys, verdicts, failed, config=identity, inputs=inputs)
     return selection
@@ -220,7 +229,12 @@ def _states(
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Keys of the fetched rows, and per rule: 0 where it is TRUE, 1 where it isn't, 2 where a column has no value."""
     computed = [f"({_computed_sql(con, c)}) AS {quote(c.place)}" for r in rules for c in r.computed]
-    items = [f"{_state_sql(rule, types)} AS s{i}" for i, rule in enumerate(rules)]
+    items = []
+    for i, rule in enumerate(rules):
+        empty = [f"{as_value(c)} IS NULL" for c in rule.columns]
+        empty += [no for c in rule.columns if (no := _no_value(c, types[c]))]
+        null = f"WHEN {' OR '.join(empty)} THEN 2 " if empty else ""
+        items.append(f"CAST(CASE {null}WHEN ({rule.sql}) THEN 0 ELSE 1 END AS TINYINT) AS s{i}")
     inner = f"(SELECT {', '.join(['*', *computed])} FROM rows)"
     try:
         found = con.execute(f"SELECT {', '.join([quote('#key'), *items])} FROM {inner}").fetchnumpy()
@@ -264,15 +278,6 @@ def _odd_values(con: duckdb.DuckDBPyConnection, columns: Sequence[str], types: M
     return found
 
 
-def _state_sql(rule: Rule, types: Mapping[str, str]) -> str:
-    empty = [
-        f"{as_value(c)} IS NULL" + (f" OR {_no_value(c, types[c])}" if _no_value(c, types[c]) else "")
-        for c in rule.columns
-    ]
-    null = f"WHEN {' OR '.join(empty)} THEN 2 " if empty else ""
-    return f"CAST(CASE {null}WHEN ({rule.sql}) THEN 0 ELSE 1 END AS TINYINT)"
-
-
 def _computed_sql(con: duckdb.DuckDBPyConnection, computed: Computed) -> str:
     """What `top` or `first_of` comes to on these rows, as a condition."""
     value = as_value(computed.column)
@@ -305,14 +310,6 @@ def _numbers(con: duckdb.DuckDBPyConnection, column: str) -> np.ndarray:
     return con.execute(f"SELECT {value} AS v FROM rows WHERE isfinite({value})").fetchnumpy()["v"]
 
 
-def _quantiles(con: duckdb.DuckDBPyConnection, column: str) -> dict[str, float]:
-    values = _numbers(con, column)
-    if not len(values):
-        return {}
-    found = np.quantile(values, list(LEVELS.values()))
-    return {level: float(f"{v:.6g}") for level, v in zip(LEVELS, found, strict=True)}
-
-
 def failures(con: duckdb.DuckDBPyConnection) -> tuple[np.ndarray, dict[str, int]]:
     """Keys of the rows without an image, and how many there are for each reason, the commonest first."""
     con.execute(
@@ -322,17 +319,6 @@ def failures(con: duckdb.DuckDBPyConnection) -> tuple[np.ndarray, dict[str, int]
     keys = con.execute("SELECT k FROM failed").fetchnumpy()["k"]
     reasons = con.execute("SELECT reason, count(*) AS n FROM failed GROUP BY 1 ORDER BY n DESC, 1").fetchall()
     return np.asarray(keys), dict(reasons)
-
-
-def _warnings(rules: Sequence[RuleCount], fetched: int) -> list[str]:
-    found = []
-    for rule in rules:
-        without = " (no row has a value)" if rule.nulls == fetched else ""
-        if fetched and rule.marginal == fetched:
-            found.append(f"rule {rule.name} ({rule.condition}) rejects every image{without}")
-        elif fetched and rule.marginal == 0:
-            found.append(f"rule {rule.name} ({rule.condition}) keeps every image")
-    return found
 
 
 def write_selection(
@@ -360,7 +346,9 @@ def write_selection(
         raise UserError(f"key {twice[0]} comes twice in {folder}: `tastemaker verify {data.root}` looks for damage")
     names = pa.array([NOT_FETCHED, *(r.name for r in selection.rules), KEPT])
     path, record = data.verdicts(selection.name), data.selection_record(selection.name)
-    width = _key_width(data)
+    # as many digits as the first key has: keys are numbers, zero-padded to that, and longer ones have no zeros
+    firsts = (b for table in tables(data)[0].files for b in pq.ParquetFile(table).iter_batches(1, columns=["key"]))
+    width = next((len(batch["key"][0].as_py()) for batch in firsts), 0)
     schema = pa.schema([("key", pa.string()), ("verdict", pa.dictionary(pa.int16(), pa.string()))])
     invalidate(record)
     with atomic(path) as f, pq.ParquetWriter(f, schema, compression="zstd", use_dictionary=["verdict"]) as out:
@@ -370,14 +358,6 @@ def write_selection(
             out.write_table(pa.table([padded, pa.DictionaryArray.from_arrays(codes[part], names)], schema=schema))
     facts = {**selection.to_json(), **(more or {})}
     commit(data.root, record, config=config, inputs=inputs, outputs=[path], facts=facts)
-
-
-def _key_width(data: Data) -> int:
-    """How many digits the first key has; keys are numbers, zero-padded to that, and longer ones have no zeros."""
-    for path in tables(data)[0].files:
-        for batch in pq.ParquetFile(path).iter_batches(1, columns=["key"]):
-            return len(batch["key"][0].as_py())
-    return 0
 
 
 def load_selection(data: Data, name: str) -> Selection:
@@ -437,23 +417,18 @@ def funnel_text(selection: Selection) -> str:
     lines = [
         ("rows", f"{selection.rows:,}", "rejected", "marginal", "share", ""),
         (NOT_FETCHED, "", f"{failed:,}", "-", share(failed), reasons),
-        *(
-            (r.name, "", f"{r.rejected:,}", f"{r.marginal:,}", share(r.rejected), _note(r, rules[r.name], selection))
-            for r in selection.rules
-        ),
-        (KEPT, f"{selection.kept:,}", "", "", share(selection.kept), ""),
     ]
+    for count in selection.rules:
+        rule = rules[count.name]
+        note = f"best {100 * rule.top.fraction:g}% of {rule.top.column}" if rule and rule.top else count.condition
+        named = [q for column, q in selection.quantiles.items() if rule and column in rule.columns]
+        if len(named) == 1:
+            note += f"   (median {named[0]['median']:.3g}, 90% {named[0]['90%']:.3g})"
+        if count.nulls:
+            note += f" · {count.nulls:,} without a value"
+        lines.append((count.name, "", f"{count.rejected:,}", f"{count.marginal:,}", share(count.rejected), note))
+    lines.append((KEPT, f"{selection.kept:,}", "", "", share(selection.kept), ""))
     return "\n".join(
         f"{name:<{width}}{rows:>12}{rejected:>12}{marginal:>12}{part:>8}   {note}".rstrip()
         for name, rows, rejected, marginal, part, note in lines
     )
-
-
-def _note(count: RuleCount, rule: Rule | None, selection: Selection) -> str:
-    """A rule's condition in words, with where its score lies and how many rows had no value."""
-    note = f"best {100 * rule.top.fraction:g}% of {rule.top.column}" if rule and rule.top else count.condition
-    named = [c for c in selection.quantiles if rule and c in rule.columns]
-    if len(named) == 1:
-        q = selection.quantiles[named[0]]
-        note += f"   (median {q['median']:.3g}, 90% {q['90%']:.3g})"
-    return note + (f" · {count.nulls:,} without a value" if count.nulls else "")

@@ -86,13 +86,6 @@ def _bytes(size: str) -> int:
     return int(float(number) * base ** ("KMGT".index(unit[0].upper()) + 1))
 
 
-def _seconds() -> float:
-    text = os.environ.get(SECONDS, "").strip() or str(_SECONDS)
-    if not re.fullmatch(r"\d{1,9}(\.\d*)?", text) or not float(text):
-        raise UserError(f"{SECONDS}={text}: a number of seconds is expected, such as 3600")
-    return float(text)
-
-
 class Bounds:
     """What SQL of others may take on one connection: all work is done through `run`, in a thread of its own.
 
@@ -102,7 +95,10 @@ class Bounds:
     def __init__(self, con: duckdb.DuckDBPyConnection) -> None:
         self.con = con
         self._memory = sql_memory()
-        self._left = self._allowed = _seconds()
+        seconds = os.environ.get(SECONDS, "").strip() or str(_SECONDS)
+        if not re.fullmatch(r"\d{1,9}(\.\d*)?", seconds) or not float(seconds):
+            raise UserError(f"{SECONDS}={seconds}: a number of seconds is expected, such as 3600")
+        self._left = self._allowed = float(seconds)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sql")
 
     def run(self, work: Callable[[], T]) -> T:
@@ -165,15 +161,10 @@ def _data_limit(more: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def batches(con: duckdb.DuckDBPyConnection, sql: str, size: int = 1 << 18) -> Iterator[pa.RecordBatch]:
+def batches(con: duckdb.DuckDBPyConnection, sql: str, size: int = 1 << 18) -> pa.RecordBatchReader:
     """The rows of a SELECT as they come, without holding them all."""
-    return iter(reader(con, sql, size))
-
-
-def reader(con: duckdb.DuckDBPyConnection, sql: str, size: int = 1 << 18) -> pa.RecordBatchReader:
-    """As `batches`, with its schema; the name of the method differs between DuckDBs."""
     relation = con.sql(sql)
-    new = getattr(relation, "to_arrow_reader", None)
+    new = getattr(relation, "to_arrow_reader", None)  # the name differs between DuckDBs
     return new(size) if new else relation.fetch_arrow_reader(size)
 
 

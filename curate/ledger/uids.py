@@ -62,8 +62,7 @@ def select_uids(data: Data, name: str, path: Path) -> Selection:
     inputs = {**table_digests(tables(data)[:1]), "uids": sha256_file(path)}
     if is_done(data.root, data.selection_record(name), config=config, inputs=inputs):
         return load_selection(data, name)
-    con = open_ledger(data, {column})
-    try:
+    with open_ledger(data, {column}) as con:
         keys, ours, missing = [np.zeros(0, np.uint64)], [np.zeros(0, "S16")], [np.zeros(0, np.uint64)]
         fetched = f"FROM ledger WHERE status = '{Status.SUCCESS}'"
         for batch in batches(con, f'SELECT CAST("key" AS UBIGINT) AS k, {as_value(column)} AS uid {fetched}'):
@@ -72,8 +71,6 @@ def select_uids(data: Data, name: str, path: Path) -> Selection:
             keys.append(batch["k"].filter(has).to_numpy())
             ours.append(_from_hex(batch["uid"].filter(has), column))
         failed, not_fetched = failures(con)
-    finally:
-        con.close()
     known, values = np.concatenate(keys), np.concatenate(ours)
     order = np.argsort(values, kind="stable")
     known, values = known[order], values[order]
@@ -106,16 +103,13 @@ def write_uids(data: Data, name: str, path: Path) -> int:
     """
     load_selection(data, name)
     column = _uid_column(data)
-    con = open_ledger(data, {column})
-    try:
+    with open_ledger(data, {column}) as con:
         kept = f"SELECT key FROM verdicts WHERE selection = '{name}' AND verdict = '{KEPT}'"
         parts = [np.zeros(0, "S16")]
         for batch in batches(con, f"SELECT {as_value(column)} AS uid FROM ledger WHERE key IN ({kept})"):
             if batch["uid"].null_count:
                 raise UserError(f"{batch['uid'].null_count:,} kept rows or more have no {column}")
             parts.append(_from_hex(batch["uid"], column))
-    finally:
-        con.close()
     values = np.unique(np.concatenate(parts))
     with atomic(path) as f:
         np.save(f, values.view(">u8").astype("<u8").view(UID))

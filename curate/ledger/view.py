@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError
 from curate.ledger.schema import EMBEDDED_COLUMNS, FETCHED_COLUMNS, URL_COLUMNS, Status, list_name
-from curate.ledger.sql import Bounds, check_one_select, connect, literal, parse, quote, reader, short, walk
+from curate.ledger.sql import Bounds, batches, check_one_select, connect, literal, parse, quote, short, walk
 from curate.store.files import digest, sha256_file
 from curate.store.records import output_digests, read_record
 
@@ -271,14 +271,6 @@ def current_tables(data: Data, found: Sequence[LedgerTable], used: Collection[st
     UserError where one of those that are `used`, by name, is not: its rows would count as rows without a value, and
     nobody would notice. One that nobody uses must not hold anything up.
     """
-    wrong = _not_current(data, found)
-    if first := next((wrong[t.name] for t in found if t.name in used and t.name in wrong), None):
-        raise UserError(first)
-    return [t for t in found if t.name not in wrong]
-
-
-def _not_current(data: Data, found: Sequence[LedgerTable]) -> dict[str, str]:
-    """The tables that lack a shard that has images, or were made from files that have changed since, and what to do."""
     fetched, *others = found
     made: dict[str, str] = {}  # what is there now: file -> sha256
     embedded = (read_record(data.embedded_record(s)) for s in data.shards(data.embedded_record))
@@ -288,7 +280,7 @@ def _not_current(data: Data, found: Sequence[LedgerTable]) -> dict[str, str]:
         made |= table_digests([t for t in found if t.name in ("fetched", "embedded")])
     with_images = {s for s, facts in zip(fetched.shards, fetched.facts, strict=True) if facts.get("successes", 1)}
 
-    wrong = {}
+    wrong = {}  # the tables that lack a shard, or were made from what has changed since, and what to do
     for table in others:
         again = f"tastemaker {'embed' if 'similarity' in table.columns else 'annotate'} {data.root}"
         if missing := with_images.difference(table.shards):
@@ -303,7 +295,10 @@ def _not_current(data: Data, found: Sequence[LedgerTable]) -> dict[str, str]:
                 shard_of = f"{table.name}/{shard:05d}"
                 wrong[table.name] = f"{shard_of} was made from an older {stale}. `{again}` makes it anew."
                 break
-    return wrong
+
+    if first := next((wrong[t.name] for t in found if t.name in used and t.name in wrong), None):
+        raise UserError(first)
+    return [t for t in found if t.name not in wrong]
 
 
 # -------------------------------------------------------------------------------------------------------------- query
@@ -321,7 +316,7 @@ class QueryResult:
         self._con = open_ledger(data, _mentioned(data, sql))
         self._bounds = Bounds(self._con)
         try:
-            self._rows = self._run(lambda: reader(self._con, sql, 1 << 14))
+            self._rows = self._run(lambda: batches(self._con, sql, 1 << 14))
         except BaseException:
             self._bounds.close()
             raise

@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import json
 import math
 import os
 import re
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +28,7 @@ import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError
 from aesthetic.files import atomic, scratch_path, write_atomic
+from aesthetic.untrusted import markdown, markdown_code
 from curate.layout import Data, shard_name
 from curate.ledger.rules import KEPT
 from curate.ledger.schema import RESERVED, list_name, stored_name
@@ -41,7 +43,6 @@ from curate.ledger.view import (
     table_digests,
     tables,
 )
-from curate.shards.card import dataset_card
 from curate.shards.tar import CorruptShard, TarWriter, image_member, index_tar, read_range
 from curate.store.files import check_space, digest, is_scratch, left_over, read_json, sha256_file, write_json
 from curate.store.records import is_done, read_record, record_digest
@@ -96,7 +97,13 @@ def pack(
         )
     found = current_tables(data, all_tables, made_from.keys())
     if not selection.kept:
-        raise NothingKept(_why_nothing(selection))
+        if not selection.fetched:
+            raise NothingKept(f"the selection {name} kept nothing: none of {selection.rows:,} rows has an image")
+        hardest = max(selection.rules, key=lambda r: r.marginal)
+        raise NothingKept(
+            f"the selection {name} kept none of {selection.fetched:,} images. "
+            f"The hardest rule is {hardest.name} ({hardest.condition}), which alone rejects {hardest.marginal:,}."
+        )
     inputs = {"selected": sha256_file(data.verdicts(name)), **{t.name: now[t.name] for t in found}}
     identity = digest([_FORMAT, asdict(config), selection.to_json()])
     folder = data.packed(name)
@@ -117,15 +124,18 @@ def pack(
         facts = _facts(data, selection, config, len(sizes), found, left_out)
         write_json(building / "sizes.json", sizes)
         columns = pq.read_schema(building / f"{shard_name(0)}.parquet").names
-        write_atomic(building / "README.md", dataset_card(facts, selection, columns).encode())
-        manifest = _write_manifest(building, name, {**facts, "config": identity, "inputs": inputs})
+        write_atomic(building / "README.md", _card(facts, selection, columns).encode())
+        files = sorted(building.iterdir())  # under the paths that they are going to have
+        outputs = {f"shards/{name}/{p.name}": {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in files}
+        facts |= {"config": identity, "inputs": inputs, "outputs": outputs}
+        write_json(building / "manifest.json", {**facts, "self": record_digest(facts)})
         if folder.exists():
             folder.rename(old)
         building.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return manifest
+    return read_json(data.manifest(name))
 
 
 def _check_folder(folder: Path) -> None:
@@ -145,16 +155,6 @@ def _check_folder(folder: Path) -> None:
             f"{folder} holds {others[0]}, which was not packed, and would be replaced as a whole: "
             "move it elsewhere, or give another --name"
         )
-
-
-def _why_nothing(selection: Selection) -> str:
-    if not selection.fetched:
-        return f"the selection {selection.name} kept nothing: none of {selection.rows:,} rows has an image"
-    hardest = max(selection.rules, key=lambda r: r.marginal)
-    return (
-        f"the selection {selection.name} kept none of {selection.fetched:,} images. "
-        f"The hardest rule is {hardest.name} ({hardest.condition}), which alone rejects {hardest.marginal:,}."
-    )
 
 
 # ----------------------------------------------------------------------------------------------------------- choosing
@@ -290,8 +290,7 @@ def _tables_in_order(
     source = [f.name for f in fields if f.name not in RESERVED]
     schema = pa.schema([*fields, *added])
     needed = {*(f.name for f in added), *(f"source.{n}" for n in fetched_columns(fetched)[1])}
-    con = open_ledger(data, needed, memory_limit=_MEMORY)
-    try:
+    with open_ledger(data, needed, memory_limit=_MEMORY) as con:
         con.register("_order", pa.table({"key": keys, "place": pa.array(np.arange(len(keys)))}))
         items = [f"l.{quote(n)}" for n in schema.names if n not in source] + (["l.source"] if source else [])
         joined = '_order o JOIN ledger l ON l."key" = o."key"'
@@ -313,8 +312,6 @@ def _tables_in_order(
                 for f in schema
             ]
             yield pa.table(columns, schema=schema)
-    finally:
-        con.close()
 
 
 # ----------------------------------------------------------------------------------------------------------- manifest
@@ -342,10 +339,72 @@ def _facts(
     }
 
 
-def _write_manifest(folder: Path, name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Write manifest.json, the record of the folder; its paths are those that the files are going to have."""
-    files = sorted(folder.iterdir())
-    outputs = {f"shards/{name}/{p.name}": {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in files}
-    value = {**facts, "outputs": outputs}
-    write_json(folder / "manifest.json", {**value, "self": record_digest(value)})
-    return read_json(folder / "manifest.json")
+# ---------------------------------------------------------------------------------------------------------------- card
+
+
+def _card(facts: Mapping[str, Any], selection: Selection, columns: Sequence[str]) -> str:
+    """A dataset card as the Hugging Face hub shows them: a YAML header, then what these shards are and came from."""
+    count = selection.kept
+    total = sum(selection.funnel.values())
+    bounds = [(10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M")]
+    size = next((word for bound, word in bounds if count < bound), "10M<n<100M" if count < 10**8 else "100M<n<1B")
+    header = {
+        "pretty_name": facts["name"],
+        "license": "other",
+        "license_name": "unknown-per-image",
+        "task_categories": ["text-to-image", "image-to-text"],
+        "size_categories": [size],
+        "tags": ["webdataset", "image-text"],
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "*.tar"}]}],
+    }
+    lines = ["---", *(f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in header.items()), "---", ""]
+    lines += [
+        f"# {facts['name']}",
+        "",
+        f"{count:,} images in {facts['shards']:,} webdataset shards, chosen from a list of {total:,} rows.",
+        "A sample is `KEY.jpg` (or its kind), `KEY.json` (the row) and `KEY.txt` (the caption, or nothing).",
+        "`NNNNN.parquet` holds the rows of `NNNNN.tar` in the same order, `sizes.json` the samples per shard,",
+        "`manifest.json` the sha256 of every file, the recipe and what each number was made by.",
+        "",
+        "## How the images were chosen",
+        "",
+        "| verdict | rows | share | marginal | condition |",
+        "|---|--:|--:|--:|---|",
+    ]
+    reasons = ", ".join(f"{r} {n:,}" for r, n in selection.not_fetched.items())
+    table = [("not_fetched", "", reasons)] + [
+        (r.name, f"{r.marginal:,}", markdown_code(r.condition)) for r in selection.rules
+    ]
+    for verdict, marginal, text in [*table, ("kept", "", "")]:
+        rows = selection.funnel[verdict]
+        lines.append(f"| {markdown(verdict)} | {rows:,} | {rows / total:.1%} | {marginal} | {text} |")
+    lines += [
+        "",
+        "Rules were applied in this order; a row counts for the first that rejected it.",
+        "*Marginal* is what a rule would reject without the others.",
+        "",
+    ]
+    if facts["columns"] or facts["space"]:
+        lines += ["## What the columns were made by", ""]
+        if encoder := facts["space"].get("encoder"):
+            lines.append(f"- embeddings: {markdown_code(encoder)}, space `{facts['space'].get('fingerprint', '')}`")
+        for column, made in facts["columns"].items():
+            maker = made.get("head") or made.get("annotator") or "unknown"
+            words = [markdown(str(word)) for word in (made.get("meaning"), made.get("unit")) if word]
+            if scale := made.get("scale"):
+                words.append(f"from {scale[0]:g} to {scale[1]:g}")
+            lines.append(f"- {markdown_code(column)}: {', '.join([markdown(maker), *words])}")
+        lines += ["", "A score means something only beside others of the same head.", ""]
+    lines += [
+        "## Columns",
+        "",
+        ", ".join(map(markdown_code, columns)),
+        "",
+        "## Licences",
+        "",
+        "The images belong to whoever made them, under terms that this collection neither knows nor changes;",
+        "a URL and a score grant no right. Columns of the list that speak of licences are kept with each sample.",
+        "Look up and respect the terms of each image before use, and remove it when its owner asks.",
+        "",
+    ]
+    return "\n".join(lines)

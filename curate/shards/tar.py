@@ -25,9 +25,16 @@ _ZEROS = bytes(_BLOCK)
 _REGULAR = (b"0", b"\0")
 _PLAIN = (*_REGULAR, b"1", b"2", b"3", b"4", b"5", b"6")  # and links, devices, folders: passed over
 
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
+
 
 class CorruptShard(Exception):
     """A tar that ends early or holds what a shard may not hold; names the file."""
+
+
+_EMPTY = tarfile.TarInfo()
+_EMPTY.mtime, _EMPTY.mode = 0, 0o444
+_HEADER = _EMPTY.tobuf(tarfile.USTAR_FORMAT)
 
 
 class TarWriter:
@@ -39,7 +46,14 @@ class TarWriter:
 
     def add(self, name: str, data: bytes) -> None:
         """Append one regular file. The name is ours: short, ASCII, with one dot."""
-        self._file.write(_header(name, len(data)))
+        raw = name.encode("ascii")
+        assert len(raw) <= 100 and len(data) < 8**11, f"{name}: {len(data)} bytes"
+        head = bytearray(_HEADER)  # name, size and checksum are filled in; tarfile takes ten times as long
+        head[: len(raw)] = raw
+        head[124:136] = b"%011o\0" % len(data)
+        head[148:156] = b" " * 8
+        head[148:156] = b"%06o\0 " % sum(head)
+        self._file.write(bytes(head))
         self._file.write(data)
         padding = -len(data) % _BLOCK
         self._file.write(bytes(padding))
@@ -52,39 +66,14 @@ class TarWriter:
         Face's refuses others, open_clip's drops them and then counts wrong).
         """
         self.add(f"{key}.{extension}", image)
-        self.add(f"{key}.json", sample_json(facts))
+        text = json.dumps(facts, sort_keys=True, ensure_ascii=False, allow_nan=False, default=str)  # JSON has no NaN
+        self.add(f"{key}.json", text.encode())
         self.add(f"{key}.txt", (caption or "").encode())
 
     def close(self) -> None:
         """Two zero blocks, then zeros up to tar's record size of 10,240 bytes."""
         end = self._length + 2 * _BLOCK
         self._file.write(bytes(2 * _BLOCK + -end % tarfile.RECORDSIZE))
-
-
-def _header(name: str, size: int) -> bytes:
-    """A member's header: the one below, with name, size and checksum filled in. tarfile takes ten times as long."""
-    raw = name.encode("ascii")
-    assert len(raw) <= 100 and size < 8**11, f"{name}: {size} bytes"
-    head = bytearray(_HEADER)
-    head[: len(raw)] = raw
-    head[124:136] = b"%011o\0" % size
-    head[148:156] = b" " * 8
-    head[148:156] = b"%06o\0 " % sum(head)
-    return bytes(head)
-
-
-def _empty_header() -> bytes:
-    info = tarfile.TarInfo()
-    info.mtime, info.mode = 0, 0o444
-    return info.tobuf(tarfile.USTAR_FORMAT)
-
-
-_HEADER = _empty_header()
-
-
-def sample_json(facts: dict[str, Any]) -> bytes:
-    """A sample's JSON: sorted keys, UTF-8, no NaN (JSON has none)."""
-    return json.dumps(facts, sort_keys=True, ensure_ascii=False, allow_nan=False, default=str).encode()
 
 
 def index_tar(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
@@ -120,7 +109,8 @@ def tar_members(path: Path) -> list[tuple[str, tuple[int, int]]]:
     """
     size = path.stat().st_size
     with open_regular(path) as f:  # a pipe of that name would be waited for, for ever
-        if packed := _packed(f.read(_BLOCK)):
+        head = f.read(_BLOCK)
+        if packed := next((name for mark, name in _COMPRESSED.items() if head.startswith(mark)), None):
             raise UserError(f"{path}: is compressed by {packed}, and tars are read by place. Unpack it first")
     if size < 2 * _BLOCK:
         raise CorruptShard(f"{path}: the end of the archive is missing")
@@ -152,12 +142,6 @@ def tar_members(path: Path) -> list[tuple[str, tuple[int, int]]]:
                 found.append((name.decode(errors="replace"), (at + _BLOCK, length)))
             at += _BLOCK + length + -length % _BLOCK
     raise CorruptShard(f"{path}: the end of the archive is missing")
-
-
-def _packed(head: bytes) -> str | None:
-    """What a file that is called a tar was compressed by, if it was."""
-    marks = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
-    return next((name for mark, name in marks.items() if head.startswith(mark)), None)
 
 
 class _Bounded(tarfile.TarInfo):

@@ -221,8 +221,13 @@ def _to_python(value: pa.Scalar) -> Any:
         return None
 
 
-def as_type(column: pa.Array, wanted: pa.DataType, problems: Problems | None = None, name: str = "") -> pa.Array:
-    """A plain column in the type that all files of the list agree on."""
+def column_as(
+    batch: pa.RecordBatch, name: str | None, wanted: pa.DataType, problems: Problems | None = None
+) -> pa.Array:
+    """A plain column of a batch in the type that all files of the list agree on; nulls where there is none."""
+    if name is None or name not in batch.schema.names:
+        return pa.nulls(batch.num_rows, wanted)
+    column = batch.column(name)
     if column.type == wanted:
         return column
     if pa.types.is_string(wanted) and pa.types.is_binary(column.type):
@@ -235,15 +240,6 @@ def as_type(column: pa.Array, wanted: pa.DataType, problems: Problems | None = N
         places[rows] = firsts
         return texts.filter(filled).take(pa.array(places, mask=places < 0))
     return column.cast(wanted, safe=not pa.types.is_floating(wanted))  # 2**53 + 1 rounds where others have fractions
-
-
-def column_as(
-    batch: pa.RecordBatch, name: str | None, wanted: pa.DataType, problems: Problems | None = None
-) -> pa.Array:
-    """A column of a batch as a type; nulls where there is no such column."""
-    if name is None or name not in batch.schema.names:
-        return pa.nulls(batch.num_rows, wanted)
-    return as_type(batch.column(name), wanted, problems, name)
 
 
 def stored_batch(

@@ -1,4 +1,4 @@
-"""What a LIST argument stands for: the files it means, found, copied where they are remote, and opened as inputs."""
+"""What a LIST argument stands for, and what a folder of images is: found, copied where it is remote, opened."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pyarrow as pa
+
 from aesthetic.errors import DiskFull, UserError
 from aesthetic.untrusted import check_regular, first_three
 from curate.shards.tar import CorruptShard
-from curate.sources.captioned import kind_of_folder, nothing_in
-from curate.sources.image_tables import ImageTableInput, image_column, tables_with_images
-from curate.sources.images import ImagesInput, MetadataInput
+from curate.sources.dataset import MapDataset
+from curate.sources.image_tables import ImageTableInput, ImageTables, image_column, tables_with_images
+from curate.sources.images import Images, ImagesInput, MetadataInput
 from curate.sources.img2dataset import tabled_folders
 from curate.sources.inputs import Input
 from curate.sources.listing import (
@@ -29,9 +31,8 @@ from curate.sources.listing import (
     list_format,
 )
 from curate.sources.lists import open_list
-from curate.sources.tars import TarInput, index_samples, tars_of, tars_passed_over
+from curate.sources.tars import PackedShards, TarInput, Tars, index_samples, packed_tars, tars_of, tars_passed_over
 
-_NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 _ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "croissant.json", "config.json")
 
 
@@ -51,7 +52,18 @@ class Found:
         """One of the files as an input. Raises UserError where it cannot be read."""
         if self.base is None:
             source = open_list(file, url, caption)
-            source.set_constants(self._partition(file))
+            # what its folders say of all rows, as Hive and Spark name them: lang=en/part-0.parquet
+            start = self.name
+            if not os.path.exists(start):  # a pattern: its folders before the first that is one
+                start = start.split("*")[0].split("?")[0].split("[")[0].rpartition("/")[0]
+            parts = [] if self.remote else file.parent.parts[len(Path(start).parts) :]
+            named = ((unquote(k), v) for k, equals, v in (part.partition("=") for part in parts) if k and equals)
+            source.constants = {
+                k: None if v == "__HIVE_DEFAULT_PARTITION__" else unquote(v)
+                for k, v in named
+                if k not in source.schema.names
+            }
+            source.schema = pa.schema([*source.schema, *((n, pa.string()) for n in source.constants)])
             return source
         match self.kind:
             case "tars":
@@ -61,15 +73,6 @@ class Found:
             case "parquet":
                 return ImageTableInput(file, self.base, url, caption)
         return MetadataInput(file, self.base, url, caption)
-
-    def _partition(self, file: Path) -> dict[str, str | None]:
-        """What the folders of a file say of all its rows, as Hive and Spark name them: lang=en/part-0.parquet."""
-        start = self.name
-        if not os.path.exists(start):  # a pattern: its folders before the first that is one
-            start = start.split("*")[0].split("?")[0].split("[")[0].rpartition("/")[0]
-        parts = [] if self.remote else file.parent.parts[len(Path(start).parts) :]
-        named = (part.partition("=") for part in parts)
-        return {unquote(k): None if v == _NO_VALUE else unquote(v) for k, equals, v in named if k and equals}
 
     @cached_property
     def _image_kind(self) -> str | None:
@@ -238,3 +241,84 @@ def stat(kind: str, path: Path) -> dict[str, Any]:
         "size": sum(s.st_size for s in stats),
         "mtime_ns": max((s.st_mtime_ns for s in stats), default=0),
     }
+
+
+# --------------------------------------------------------------------------------------------------- folders of images
+
+
+class NothingRead(UserError):
+    """A folder without an image that is read."""
+
+
+def open_folder(folder: str | Path, default_caption: str | None = None) -> MapDataset:
+    """The images of a folder, whatever it is, as a dataset; those without a caption have the default one.
+
+    An image's caption is, first to last:
+
+    - images: the row of the folder's metadata that names it; NAME.txt, NAME.caption, NAME.jpg.txt, NAME.jpg.caption;
+      NAME.json
+    - tars: KEY.txt, KEY.caption, KEY.jpg.txt; KEY.json
+    - parquet: its column
+
+    The column of a table or the name in a JSON object is `caption`, or one of its other usual names (`columns`). Bytes
+    that are no text, and JSON that cannot be read, cost an image its caption, are counted, and the first are named.
+    Raises UserError where there is no such folder, or none in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder. A folder of packed shards, of tars or of images is expected.")
+    try:
+        if packed_tars(folder) is not None:
+            found: MapDataset = PackedShards(folder)
+        else:
+            listing = list_folder(folder)
+            match kind_of_folder(listing):
+                case "imagefolder" | "images":
+                    found = Images(folder, listing)
+                case "tars":
+                    found = Tars(folder, listing)
+                case "parquet":
+                    found = ImageTables(folder, tables_with_images(listing), listing)
+                case _:
+                    raise NothingRead(nothing_in(listing))
+    except CorruptShard as e:
+        raise UserError(f"{e}. Remove or replace that file.") from e
+    if not len(found):
+        raise NothingRead(f"{folder}: holds neither tars nor images that are read. {' '.join(found.notes())}".strip())
+    found.default_caption = default_caption
+    return found
+
+
+def kind_of_folder(listing: Listing) -> str | None:
+    """imagefolder, tars, images or parquet: what a folder of images is; None where it holds none that are read.
+
+    Raises UserError where it is a data folder of ours.
+    """
+    folder, own_tars = listing.folder, any("/" not in t for t in listing.tars)
+    if not own_tars:
+        inner = [p.parent for pattern in ("shards/*/sizes.json", "*/sizes.json") for p in sorted(folder.glob(pattern))]
+        inner = [p for p in inner if packed_tars(p) is not None]
+        if inner:
+            raise UserError(f"{folder} holds packed shards, and is none itself. Did you mean {inner[0]}?")
+        if (folder / "plan" / "plan.json").is_file():
+            raise UserError(
+                f"{folder} is a data folder of ours: `tastemaker pack {folder}` makes {folder / 'shards'}/NAME, "
+                f"and {folder / 'fetched'} has all its images"
+            )
+    if listing.tables:
+        return "imagefolder"
+    if own_tars:
+        return "tars"
+    if listing.images:
+        return "images"
+    if listing.tars:
+        return "tars"
+    return "parquet" if tables_with_images(listing) else None
+
+
+def nothing_in(listing: Listing, what: str = "neither tars nor images") -> str:
+    """What to say of a folder in which there is no image that is read."""
+    notes = "; ".join(listing.notes())
+    if not notes and listing.unread_tables:
+        notes = f"{first_three(listing.unread_tables)} (save it as parquet: Dataset.to_parquet, DataFrame.to_parquet)"
+    return f"{listing.folder}: holds {what}" + (f" that are read: {notes}" if notes else "")

@@ -97,7 +97,14 @@ class ParquetImages:
     def _read_until(self, row: int) -> bytes | str | None:
         group = bisect_right(self._ends, row)
         if self._batches is None or group != self._group or self._next > row:
-            self._check_size(group)
+            # what would unpack to more than can be held is refused
+            found = self._file.metadata.row_group(group)
+            for column in map(found.column, range(found.num_columns)):
+                if column.path_in_schema.split(".")[0] == self.column and found.num_rows:
+                    mean = column.total_uncompressed_size / found.num_rows
+                    if mean > LARGEST_IMAGE:
+                        why = f"images of {mean:,.0f} bytes; at most {LARGEST_IMAGE:,} are read"
+                        raise RowError(Reason.TOO_LARGE, why)
             self._batches = self._file.iter_batches(1, row_groups=[group], columns=[self.column])
             self._group, self._next = group, self._ends[group - 1] if group else 0
         try:
@@ -117,28 +124,11 @@ class ParquetImages:
             self._batches = None
             raise RowError(Reason.DECODE_ERROR, f"row {row} of {self.path.name} cannot be read: {e}"[:300]) from e
 
-    def _check_size(self, group: int) -> None:
-        """Refuse what would unpack to more than can be held."""
-        found = self._file.metadata.row_group(group)
-        for column in map(found.column, range(found.num_columns)):
-            if column.path_in_schema.split(".")[0] == self.column and found.num_rows:
-                mean = column.total_uncompressed_size / found.num_rows
-                if mean > LARGEST_IMAGE:
-                    raise RowError(Reason.TOO_LARGE, f"images of {mean:,.0f} bytes; at most {LARGEST_IMAGE:,} are read")
-
 
 @lru_cache(maxsize=8)
 def parquet_images(path: Path) -> ParquetImages:
     """The images of a parquet file that was opened before, or is now."""
     return ParquetImages(path)
-
-
-def read_place(path: Path, offset: int, size: int | None) -> bytes:
-    """The bytes of an image where a plan says they are: a range of a file, or a row of a parquet file.
-
-    Raises RowError and UserError as `read_image` and `ParquetImages.read` do.
-    """
-    return parquet_images(path).read(offset) if size is None else read_image(path, offset, size)
 
 
 class ImageTables(PartedDataset):

@@ -84,13 +84,20 @@ class DataFolderVectors(ImageVectors):
         self.count = len(self.index)
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
-        return _encode_in(self.space, self._text_encoder(), texts, self.data.space)
+        encoder = self._text_encoder()
+        require_same(self.space, encoder.space(), str(self.data.space))
+        return encoder.encode_texts(texts)
 
     def names(self, by: str) -> pd.DataFrame:
         if by == "sha256":
             return self._fetched(self.index, ["sha256"])
         table = self._fetched(self.index, ["url"])
-        return table if "url" not in table else table.assign(path=[_path_of(u) for u in table["url"]])
+        if "url" not in table:
+            return table
+        # without scheme and host, where it has these
+        rests = ((u or "").partition("://") for u in table["url"])
+        paths = (rest.partition("/")[2] if scheme_ends else path for path, scheme_ends, rest in rests)
+        return table.assign(path=[path.partition("?")[0].partition("#")[0] for path in paths])
 
     def vectors(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         wanted = self.index.iloc[images]
@@ -176,7 +183,9 @@ class ClipFolderVectors(ImageVectors):
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         from curate.encoders.registry import load_encoder
 
-        return _encode_in(self.space, load_encoder(self.space.encoder), texts, self.root)
+        encoder = load_encoder(self.space.encoder)
+        require_same(self.space, encoder.space(), str(self.root))
+        return encoder.encode_texts(texts)
 
     def names(self, by: str) -> pd.DataFrame:
         named = self.table[[c for c in ("key", "url", "sha256") if c in self.table]]
@@ -217,7 +226,7 @@ class FolderVectors(ImageVectors):
         log: Callable[[str], None] = lambda line: None,
         progress: Callable[[int, int, float], None] = lambda done, total, seconds: None,
     ) -> None:
-        from curate.sources.captioned import NothingRead, open_folder
+        from curate.sources.find import NothingRead, open_folder
 
         self.root, self._encoder_name, self._log, self._progress = root, encoder, log, progress
         if not root.is_dir():
@@ -271,31 +280,30 @@ class FolderVectors(ImageVectors):
             return None
 
     def vectors(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        self._embed([int(i) for i in images if int(i) not in self._embedded])
+        new = [int(i) for i in images if int(i) not in self._embedded]
+        began, size = time.monotonic(), self.encoder.batch_size
+        batch: list[tuple[int, np.ndarray, dict[str, Any]]] = []
+        for done, (image, prepared) in enumerate(self._prepared_ahead(new), 1):
+            if prepared is None:
+                self._embedded[image] = None
+            else:
+                batch.append((image, *prepared))
+            if batch and (len(batch) == size or done == len(new)):
+                encoded = self.encoder.encode_prepared(np.stack([b[1] for b in batch]))
+                self._embedded |= {b[0]: (v, b[2]) for b, v in zip(batch, encoded, strict=True)}
+                batch = []
+            if not batch:
+                self._progress(done, len(new), time.monotonic() - began)
+        if new:
+            seconds = time.monotonic() - began
+            self._log(f"embedded {len(new):,} images in {seconds:.0f} s with {self.encoder.name}")
+
         found = [self._embedded[int(i)] for i in images]
         rows = [embedded[0] for embedded in found if embedded is not None]
         return (
             np.array(rows, np.float32).reshape(len(rows), self.encoder.dim),
             np.array([embedded is not None for embedded in found], bool),
         )
-
-    def _embed(self, images: list[int]) -> None:
-        began, size = time.monotonic(), self.encoder.batch_size
-        batch: list[tuple[int, np.ndarray, dict[str, Any]]] = []
-        for done, (image, prepared) in enumerate(self._prepared_ahead(images), 1):
-            if prepared is None:
-                self._embedded[image] = None
-            else:
-                batch.append((image, *prepared))
-            if batch and (len(batch) == size or done == len(images)):
-                vectors = self.encoder.encode_prepared(np.stack([b[1] for b in batch]))
-                self._embedded |= {b[0]: (v, b[2]) for b, v in zip(batch, vectors, strict=True)}
-                batch = []
-            if not batch:
-                self._progress(done, len(images), time.monotonic() - began)
-        if images:
-            seconds = time.monotonic() - began
-            self._log(f"embedded {len(images):,} images in {seconds:.0f} s with {self.encoder.name}")
 
     def _prepared_ahead(self, images: list[int]) -> Iterator[tuple[int, tuple[np.ndarray, dict[str, Any]] | None]]:
         """The images in their order, prepared in threads, three batches ahead."""
@@ -312,7 +320,7 @@ class FolderVectors(ImageVectors):
     def _prepare(self, image: int) -> tuple[np.ndarray, dict[str, Any]] | None:
         """An image as the encoder's input, and what copies of it are known by; None where it is none."""
         from curate.images.decode import decode
-        from curate.images.resize import perceptual_hash
+        from curate.images.process import perceptual_hash
         from curate.ledger.schema import RowError
 
         try:
@@ -334,12 +342,6 @@ class FolderVectors(ImageVectors):
         return {i: None if d is None else _thumbnail(d) for i, d in data.items()}
 
 
-def _encode_in(space: Space, encoder: Encoder, texts: Sequence[str], what: Path) -> np.ndarray:
-    """The texts' vectors, once the encoder is found to be of the space that belongs to `what`."""
-    require_same(space, encoder.space(), str(what))
-    return encoder.encode_texts(texts)
-
-
 def _thumbnail(data: bytes) -> Image.Image | None:
     from PIL import Image
 
@@ -358,10 +360,3 @@ def _with_domain(table: pd.DataFrame) -> pd.DataFrame:
     if "url" not in table:
         return table
     return table.assign(domain=[(u or "").partition("://")[2].partition("/")[0].lower() for u in table["url"]])
-
-
-def _path_of(url: str | None) -> str:
-    """The path part of a URL, without its first slash; a path stays what it is."""
-    rest = (url or "").partition("://")
-    path = rest[2].partition("/")[2] if rest[1] else rest[0]
-    return path.partition("?")[0].partition("#")[0]

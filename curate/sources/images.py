@@ -111,22 +111,17 @@ class Images(MapDataset):
         self._sidecars = Sidecars(self.listing, self.problems)
         self._names, self._rows = self.listing.images, dict[str, dict[str, Any]]()
         for table in self.listing.tables:
-            self._read_table(table)
+            source = open_metadata(self.folder / table, "url", "caption")
+            for batch, files, _ in read_metadata(source, source.schema.names, self.problems):
+                for row, file in zip(batch.to_pylist(), files, strict=True):
+                    if file and source.caption:
+                        row["caption"] = caption_of(row[source.caption])
+                    if file:
+                        self._rows[(PurePosixPath(table).parent / file).as_posix()] = row
+            self.problems.general += [f"{table}: {sentence}" for sentence in source.problems.sentences()]
+            self.problems.refuse_many("metadata", source.rows, str(self.folder / table))
         if others := self._rows.keys() - set(self._names):  # called like no image, and named as one
             self._names = sorted([*self._names, *others], key=lambda name: name.split("/"))
-
-    def _read_table(self, table: str) -> None:
-        """Take in the rows of a table; what it holds nothing of costs its own row."""
-        folder = PurePosixPath(table).parent
-        source = open_metadata(self.folder / table, "url", "caption")
-        for batch, files, _ in read_metadata(source, source.schema.names, self.problems):
-            for row, file in zip(batch.to_pylist(), files, strict=True):
-                if file and source.caption:
-                    row["caption"] = caption_of(row[source.caption])
-                if file:
-                    self._rows[(folder / file).as_posix()] = row
-        self.problems.general += [f"{table}: {sentence}" for sentence in source.problems.sentences()]
-        self.problems.refuse_many("metadata", source.rows, str(self.folder / table))
 
     def __len__(self) -> int:
         return len(self._names)
@@ -287,18 +282,14 @@ class MetadataInput(Input):
                 urls = [p["@path"] or name for p, name in zip(places, names, strict=True)]
                 arrays["url"] = pa.array(urls, pa.string())
             if self.caption and self.caption in columns and self._fill_captions:
-                arrays[self.caption] = self._captions(arrays.get(self.caption), files)
+                column = arrays.get(self.caption)
+                if column is None or (pa.types.is_string(column.type) and column.null_count):
+                    captions = column.to_pylist() if column is not None else [None] * len(files)
+                    for i, file in enumerate(files):
+                        if captions[i] is None and file:
+                            captions[i] = text = self._sidecars.caption(file) or caption_in(self._sidecars.facts(file))
+                            self._filled += [text] if text else []
+                    arrays[self.caption] = pa.array(captions, pa.string())
             for name, kind in PLACE_COLUMNS:
                 arrays[name] = pa.array([p[name] for p in places], kind)
             yield pa.RecordBatch.from_pydict(arrays)
-
-    def _captions(self, column: pa.Array | None, files: list[str]) -> pa.Array:
-        """Those of the table, and where it has none, those of files beside the images."""
-        if column is not None and (not pa.types.is_string(column.type) or not column.null_count):
-            return column
-        captions = column.to_pylist() if column is not None else [None] * len(files)
-        for i, file in enumerate(files):
-            if captions[i] is None and file:
-                captions[i] = caption = self._sidecars.caption(file) or caption_in(self._sidecars.facts(file))
-                self._filled += [caption] if caption else []
-        return pa.array(captions, pa.string())

@@ -83,7 +83,7 @@ class Input:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.constants: dict[str, str | None] = {}
+        self.constants: dict[str, str | None] = {}  # columns of one text in every row, that the file does not have
         self.problems = Problems()
 
     def digest(self) -> str:
@@ -93,11 +93,6 @@ class Input:
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """All rows in order, some at a time, with at least those of the named columns that the file has."""
         raise NotImplementedError
-
-    def set_constants(self, constants: Mapping[str, str | None]) -> None:
-        """Add columns that hold one text in every row, and that the file does not have."""
-        self.constants = {n: v for n, v in constants.items() if n not in self.schema.names}
-        self.schema = pa.schema([*self.schema, *((n, pa.string()) for n in self.constants)])
 
     def resolve(self, names: Sequence[str], url: str, caption: str | None) -> None:
         """Find the two columns among the names, which must differ from each other.

@@ -340,13 +340,13 @@ class CsvReader:
 _QUOTING_SAMPLE = 16 << 20  # bytes of a .tsv in which quoting is looked for
 
 
-def is_quoted(path: Path, shape: TableShape, usual: bool) -> bool:
+def is_quoted(path: Path, shape: TableShape) -> bool:
     """Whether the fields of a table stand in quotes as csv has it. Those of a .csv do; a .tsv's where it shows.
 
     That is: every field that begins with a quote also ends with one, quotes in between are doubled, and somewhere
     quotes were needed (around a tab, a line end, a quote), or the header or all lines have them.
     """
-    if usual:
+    if shape.delimiter != "\t":
         return True
     data = b""
     for block in blocks(path, shape.encoding, shape.start):

@@ -23,7 +23,6 @@ from curate.sources.parquet import BATCH, open_parquet, parquet_batches
 from curate.sources.problems import Problems
 
 _SPACE = re.compile(r"\s*")
-_CHUNK = 1 << 20  # characters of a JSON array that are read at a time
 _LONGEST_OBJECT = 64 << 20  # characters; a JSON object that is still open after that many is taken for a broken one
 
 
@@ -82,10 +81,18 @@ class CsvInput(Input):
         super().__init__(path)
         shape = table_shape(read_head(path), delimiter, str(path))
         self._names = [n.replace("\0", "") for n in shape.names]
-        self._check_header()
+        if any(n.startswith(("http://", "https://", "//")) for n in self._names):
+            raise UserError(f"{path}: has no header line with the column names; its first line is a row. Add one.")
+        if any("\ufffd" in n for n in self._names):
+            raise UserError(
+                f"{path}: the header is not UTF-8. Convert the list: `iconv -f WINDOWS-1252 -t UTF-8` "
+                "(or whatever it is)"
+            )
+        if len(self._names) > MOST_COLUMNS:
+            raise UserError(f"{path}: the header has {len(self._names):,} columns; at most {MOST_COLUMNS:,} are read")
         self.resolve(self._names, url, caption)
         url_index = self._names.index(self.url) if self.url else None
-        self._reader = CsvReader(path, shape, is_quoted(path, shape, usual=shape.delimiter != "\t"), url_index)
+        self._reader = CsvReader(path, shape, is_quoted(path, shape), url_index)
         possible = {n: [t for t in _WRITTEN_AS if n not in (self.url, self.caption)] for n in self._names}
         filled = set()
         self.rows = 0
@@ -101,19 +108,6 @@ class CsvInput(Input):
         self.check_broken(f". The header: {printable(shape.delimiter.join(self._names), 100)}")
         types = [(n, t[0] if t and n in filled else pa.string()) for n, t in possible.items()]
         self.schema = pa.schema(types)
-
-    def _check_header(self) -> None:
-        if any(n.startswith(("http://", "https://", "//")) for n in self._names):
-            raise UserError(f"{self.path}: has no header line with the column names; its first line is a row. Add one.")
-        if any("\ufffd" in n for n in self._names):
-            raise UserError(
-                f"{self.path}: the header is not UTF-8. Convert the list: `iconv -f WINDOWS-1252 -t UTF-8` "
-                "(or whatever it is)"
-            )
-        if len(self._names) > MOST_COLUMNS:
-            raise UserError(
-                f"{self.path}: the header has {len(self._names):,} columns; at most {MOST_COLUMNS:,} are read"
-            )
 
     def _as_text(
         self, columns: Sequence[str], problems: Problems | None = None
@@ -198,7 +192,8 @@ class JsonInput(RowsInput):
 
     def _items(self) -> Iterator[dict[str, Any]]:
         """The items of an array, of which only a piece is in memory."""
-        pieces = _characters(self.path, self._encoding, self._start)
+        # bytes that are no text are escaped as surrogates
+        pieces = codecs.iterdecode(as_utf8(self.path, self._encoding, self._start), "utf-8", "surrogateescape")
         decoder = json.JSONDecoder()
         buffer, items = next(pieces, ""), 0
         at = _after_space(buffer, 0)
@@ -230,15 +225,6 @@ class JsonInput(RowsInput):
                 beginning = printable(json.dumps(item), 60)
                 raise UserError(f"{self.path}, item {items}: an object {{...}} is needed, not {beginning}")
             yield item
-
-
-def _characters(path: Path, encoding: str, start: int) -> Iterator[str]:
-    """A file's text, a piece at a time; bytes that are none are escaped as surrogates."""
-    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    for data in as_utf8(path, encoding, start):
-        for at in range(0, len(data), _CHUNK):
-            yield decoder.decode(data[at : at + _CHUNK])
-    yield decoder.decode(b"", final=True)
 
 
 def _after_space(text: str, at: int) -> int:

@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 from aesthetic.errors import UserError
 from curate.ledger.schema import URL_COLUMNS, Reason, RowError, stored_schema
 from curate.sources.columns import column_as, stored_batch, stored_own
+from curate.sources.dataset import read_image
 from curate.sources.find import stat
-from curate.sources.image_tables import read_place
+from curate.sources.image_tables import parquet_images
 from curate.sources.inputs import FAILURES, PLACE_COLUMNS, with_constants
 from curate.sources.parquet import rows_between
 from curate.sources.problems import Problems
@@ -83,8 +84,10 @@ class Place:
 
         RowError where they are too many, or where a row of a parquet file holds none.
         """
-        data = read_place(self.path, self.offset, self.size)
-        if self.size is not None and len(data) != self.size:
+        if self.size is None:
+            return parquet_images(self.path).read(self.offset)
+        data = read_image(self.path, self.offset, self.size)
+        if len(data) != self.size:
             raise UserError(f"{self.path}: is shorter than when the plan was made. {ANEW}")
         return data
 
@@ -202,7 +205,14 @@ class Plan:
         s = self.shards[shard]
         fact = self.facts["inputs"][self.facts["made_of"][s.file]]
         was_cut = s.file in self.facts["cut"]
-        self._require_unchanged(fact, was_cut)
+        # else everything is in plan/, or Place.read finds out image by image
+        if not self.facts["remote"] and (not was_cut or self.facts["kind"] in ("tars", "parquet")):
+            now = stat(self.facts["kind"], Path(fact["path"]))
+            if any(now[k] != fact[k] for k in now):
+                raise UserError(
+                    f"{fact['path']}: has changed since the plan was made. If its content is the same, the command "
+                    f"that made the plan takes it up again; if not, it is another list. {ANEW}"
+                )
         base = self.facts["base"]
         beside = PLACE_COLUMNS if base is not None else FAILURES if fact.get("broken") else ()
         own = [(stored_own(name), kind) for name, kind in beside]
@@ -232,16 +242,6 @@ class Plan:
             Path(base) if base is not None else None,
             tuple(problems.sentences()),
         )
-
-    def _require_unchanged(self, fact: Mapping[str, Any], was_cut: bool) -> None:
-        if self.facts["remote"] or (was_cut and self.facts["kind"] not in ("tars", "parquet")):
-            return  # everything is in plan/, or Place.read finds out image by image
-        now = stat(self.facts["kind"], Path(fact["path"]))
-        if any(now[k] != fact[k] for k in now):
-            raise UserError(
-                f"{fact['path']}: has changed since the plan was made. If its content is the same, the command that "
-                f"made the plan takes it up again; if not, it is another list. {ANEW}"
-            )
 
     def check(self) -> None:
         """Read what the plan wrote again. Raises UserError where it is not what was written."""

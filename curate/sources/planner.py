@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,17 @@ def make_plan(list_path: str, data: Data, config: SourceConfig, limit: int | Non
         local = not (plan.facts["remote"] or is_remote(list_path))
         found = find(list_path, data.plan_folder) if local else None
         moved = _require_same(plan, list_path, found, config)
-        plan = _with_moved_inputs(plan, found, moved) if found is not None and moved else plan
+        if found is not None and moved:  # written anew with the paths and times of what moved or was touched
+            facts = json.loads(json.dumps(dict(plan.facts)))
+            paths = {}
+            for index, now in moved.items():
+                paths[facts["inputs"][index]["path"]] = now["path"]
+                facts["inputs"][index] |= now
+            for table in ("identities", "made_of"):
+                facts[table] = {paths.get(name, name): value for name, value in facts[table].items()}
+            facts |= {"list": found.name, "base": str(found.base) if found.base else None}
+            shards = [replace(s, file=paths.get(s.file, s.file)) for s in plan.shards]
+            plan = _write_plan(data, facts, shards, replaces=shards_file(plan.facts))
         return _grow(plan, list_path, config, limit) if _grows(plan, limit) else plan
     data.clear_plan()  # of a run that was killed before its plan was whole
     try:
@@ -113,7 +123,8 @@ def _cut_list(data: Data, found: Found, scan: ListScan, config: SourceConfig, li
         before = stat(found.kind, source.path)
         content = source.digest()
         identity: list[Any] = [content, source.url, source.caption, *([source.constants] if source.constants else [])]
-        if isinstance(source, ParquetInput) and source.largest_group <= _LARGEST_GROUP and not scan.is_filtered:
+        is_whole = scan.predicate is None and scan.limit_hash is None
+        if is_whole and isinstance(source, ParquetInput) and source.largest_group <= _LARGEST_GROUP:
             file = str(source.path.relative_to(data.root) if found.remote else source.path)
         else:
             file = f"plan/{index:05d}.parquet"
@@ -239,31 +250,16 @@ def _require_same(plan: Plan, list_path: str, found: Found | None, config: Sourc
             name = str(file) if same_path else f"{file} is not the list that was planned ({fact['path']})"
             if now["size"] != fact["size"]:
                 differences.append(f"{name}: it had {fact['size']:,} bytes and has {now['size']:,} now")
-            elif _content(found, file, config) != fact["sha256"]:
+                continue
+            is_list = found.base is None
+            content = sha256_file(file) if is_list else found.open(file, config.url, config.caption).digest()
+            if content != fact["sha256"]:
                 differences.append(f"{name}: the size is the same, the content is not")
             else:
                 moved[index] = now
     if differences:
         raise UserError(f"{plan.data.root} was made from something else: {'; '.join(differences)}. {ANEW}")
     return moved
-
-
-def _content(found: Found, file: Path, config: SourceConfig) -> str:
-    return sha256_file(file) if found.base is None else found.open(file, config.url, config.caption).digest()
-
-
-def _with_moved_inputs(plan: Plan, found: Found, moved: Mapping[int, dict[str, Any]]) -> Plan:
-    """The plan, written anew with the paths and times of inputs that moved or were touched."""
-    facts = json.loads(json.dumps(dict(plan.facts)))
-    paths = {}
-    for index, now in moved.items():
-        paths[facts["inputs"][index]["path"]] = now["path"]
-        facts["inputs"][index] |= now
-    for table in ("identities", "made_of"):
-        facts[table] = {paths.get(name, name): value for name, value in facts[table].items()}
-    facts |= {"list": found.name, "base": str(found.base) if found.base else None}
-    shards = [replace(s, file=paths.get(s.file, s.file)) for s in plan.shards]
-    return _write_plan(plan.data, facts, shards, replaces=shards_file(plan.facts))
 
 
 def _grows(plan: Plan, limit: int | None) -> bool:

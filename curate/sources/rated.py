@@ -118,13 +118,18 @@ def join_ratings(
     """
     columns = ["winner", "loser"] if ratings.kind == "pairs" else ["image"]
     names = images.names(ratings.by)
-    rows, reasons = {}, {}
+    table, rows, reasons = ratings.table, {}, {}
+    sources = table["source"].fillna("").to_numpy() if "source" in table else np.full(len(table), "")
     for column in columns:
-        rows[column], reasons[column] = _find(ratings, column, names)
+        found, why = np.full(len(table), -1), np.full(len(table), "", object)
+        for source in np.unique(sources):  # each by the way in which it names images
+            of_source = np.flatnonzero(sources == source)
+            found[of_source], why[of_source] = join(table[column].iloc[of_source].to_list(), ratings.by, names)
+        rows[column], reasons[column] = found, why.tolist()
     indices = np.unique(np.concatenate([r[r >= 0] for r in rows.values()]))
     if not len(indices):
-        first = ratings.table[columns[0]].iloc[0]
-        raise UserError(f"none of the {len(ratings.table):,} images rated is in {images.root}; the first is {first!r}")
+        first = table[columns[0]].iloc[0]
+        raise UserError(f"none of the {len(table):,} images rated is in {images.root}; the first is {first!r}")
     _check_enough(ratings, rows, names, name)
     unrated = np.setdiff1d(np.arange(images.count), indices)
     if need_unrated and not len(unrated):
@@ -158,17 +163,6 @@ def pair_groups(table: pd.DataFrame, winners: np.ndarray, losers: np.ndarray, im
             if isinstance(group, str):
                 groups[image] = min(groups.get(image, group), group)
     return [groups.get(i) for i in range(images)]
-
-
-def _find(ratings: Ratings, column: str, names: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
-    """The image of each row, -1 and why where there is none; each source by the way in which it names images."""
-    table = ratings.table
-    rows, reasons = np.full(len(table), -1), np.full(len(table), "", object)
-    sources = table["source"].fillna("").to_numpy() if "source" in table else np.full(len(table), "")
-    for source in np.unique(sources):
-        of_source = np.flatnonzero(sources == source)
-        rows[of_source], reasons[of_source] = join(table[column].iloc[of_source].to_list(), ratings.by, names)
-    return rows, reasons.tolist()
 
 
 def _check_enough(ratings: Ratings, rows: dict[str, np.ndarray], names: pd.DataFrame, name: str) -> None:

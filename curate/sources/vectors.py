@@ -141,9 +141,17 @@ class ImportedVectors:
         hashes = np.empty(self._starts[-1], np.uint64)
         for start, part in zip(self._starts, folder.parts, strict=False):
             at = int(start)
-            for names in _names_in(part.metadata):
-                hashes[at : at + len(names)] = names
-                at += len(names)
+            try:
+                with pq.ParquetFile(part.metadata) as file:
+                    for batch in file.iter_batches(columns=["image_path"], batch_size=1 << 16):
+                        paths = batch.column(0).cast(pa.string())
+                        if paths.null_count:
+                            raise UserError(f"{part.metadata} has a row without image_path")
+                        paths.validate(full=True)
+                        hashes[at : at + len(paths)] = _hashes(_names_of(paths))
+                        at += len(paths)
+            except (pa.ArrowException, OSError) as e:
+                raise UserError(f"{part.metadata} is not a parquet file that can be read: {e}") from e
         self._order = np.argsort(hashes, kind="stable")
         self._hashes = hashes[self._order]
 
@@ -197,20 +205,6 @@ class ImportedVectors:
         for index in np.unique(owner):
             places = np.flatnonzero(owner == index)
             yield self.folder.parts[index], places, rows[places] - self._starts[index]
-
-
-def _names_in(metadata: Path) -> Iterator[np.ndarray]:
-    """Hashes of the names in `image_path`: keys, or paths that end in one."""
-    try:
-        with pq.ParquetFile(metadata) as file:
-            for batch in file.iter_batches(columns=["image_path"], batch_size=1 << 16):
-                paths = batch.column(0).cast(pa.string())
-                if paths.null_count:
-                    raise UserError(f"{metadata} has a row without image_path")
-                paths.validate(full=True)
-                yield _hashes(_names_of(paths))
-    except (pa.ArrowException, OSError) as e:
-        raise UserError(f"{metadata} is not a parquet file that can be read: {e}") from e
 
 
 def _names_of(paths: pa.Array) -> pa.Array:
@@ -274,8 +268,13 @@ def import_shard(data: Data, shard: int, imported: ImportedVectors, encoder: Enc
     if encoder is not None:
         _compare_vectors(data, shard, encoder, [keys[i] for i in some], images[some], root)
     else:
-        ours = [table["caption"][int(i)].as_py() for i in some]
-        _compare_captions([keys[i] for i in some], ours, imported.captions(rows[some]), root)
+        for i, theirs in zip(some.tolist(), imported.captions(rows[some]), strict=True):
+            ours = table["caption"][i].as_py()
+            if ours is not None and theirs is not None and ours != theirs:
+                raise UserError(
+                    f"{root} was made from another list: {keys[i]} has the caption {theirs[:80]!r} there and "
+                    f"{ours[:80]!r} here"
+                )
     write_vectors(
         data, shard, table, images, texts, config=config, inputs=inputs, facts={"imported": str(root)}, began=began
     )
@@ -321,11 +320,3 @@ def _compare_vectors(data: Data, shard: int, encoder: Encoder, keys: list[str], 
             f"needed; the worst is {keys[worst]} with {cosines[worst]:.3f}. Name the encoder that made the folder as "
             "embed.encoder, and the list that it was made from."
         )
-
-
-def _compare_captions(keys: list[str], ours: list[str | None], theirs: list[str | None], root: Path) -> None:
-    for key, a, b in zip(keys, ours, theirs, strict=True):
-        if a is not None and b is not None and a != b:
-            raise UserError(
-                f"{root} was made from another list: {key} has the caption {b[:80]!r} there and {a[:80]!r} here"
-            )

@@ -22,11 +22,10 @@ from pipelines.runtime.cluster import quiet_ray_data, ray_cluster
 from train.data import open_samples
 from train.devices import default_device
 from train.latents import Tell
-from train.loop import LoopConfig
+from train.loop import LoopConfig, PeerLost, rank_and_size
 from train.models.presets import PRESETS
 from train.models.unet import load_model
 from train.run import Record, ShouldStop, TrainRun
-from train.world import PeerLost, rank_and_size
 
 if TYPE_CHECKING:
     from pipelines.commands.train import TrainOptions

@@ -26,15 +26,34 @@ from curate.annotators.registry import load_annotator
 from curate.encoders.base import Encoder
 from curate.encoders.bundled import FEATURES, BundledEncoder
 from curate.encoders.registry import load_encoder
-from curate.images.resize import perceptual_hash
+from curate.images.process import perceptual_hash
 from curate.sheets import Tile, enlarged, sheet
 from curate.sources.dataset import MapDataset
 from curate.store.files import read_json
 from train.data import ImageDataset, Ints, crop_resize, decode_sample
 from train.devices import default_device, versions
-from train.evaluate import distances, fidelity, heldout
-from train.evaluate.intervals import difference, mean, mean_of, share
-from train.evaluate.memorisation import MIN_CLOSE, NearestTraining, memorisation, nearest_training
+from train.evaluate import heldout
+from train.evaluate.figures import (
+    MAX_FITTED,
+    MIN_CLOSE,
+    MIN_FITTED,
+    MIN_FRECHET,
+    MIN_KID,
+    SUBSET,
+    InDomainSpace,
+    clip_score,
+    clip_score_of,
+    difference,
+    frechet,
+    kid,
+    kid_floor,
+    mean,
+    mean_of,
+    memorisation,
+    nearest_training,
+    retrieval,
+    share,
+)
 from train.evaluate.model import EvaluatedModel
 from train.generate.files import png, read_facts, read_image
 from train.generate.request import GenerationRequest, facts_of, resolve
@@ -69,9 +88,7 @@ class Progress(Protocol):
 
 
 def encode_images(
-    images: Iterable[Pixels],
-    models: Mapping[str, Encoder | Annotator],
-    on_done: Callable[[int], None] = heldout.ignore,
+    images: Iterable[Pixels], models: Mapping[str, Encoder | Annotator], on_done: heldout.OnDone = lambda count: None
 ) -> dict[str, npt.NDArray[Any]]:
     """What models see in images, (h, w, 3) uint8: by name (n, d) unit vectors of an encoder, or (n,) scores of others.
 
@@ -120,18 +137,7 @@ class Evaluation:
         self.given = prompts if isinstance(prompts, list) else None
         self.left_out: dict[str, str] = {}  # figure -> why it is not given
 
-        self._choose_images(prompts if isinstance(prompts, int) else len(prompts))
-        self.device = default_device()
-        self.encoder, self.heads = load_encoder(encoder), heads
-        self.detector = load_annotator(DETECTOR)
-        space = self.encoder.space() if heads else None
-        for head in heads:
-            assert space is not None
-            require_same(head.space, space, f"the head {head.name}")
-        self.features = self.encoder if isinstance(self.encoder, BundledEncoder) else load_encoder("bundled")
-
-    def _choose_images(self, count: int) -> None:
-        """Held-out and training images, and what is generated."""
+        count = prompts if isinstance(prompts, int) else len(prompts)
         record, total = self.model.record, len(self.samples)
         if record and record["settings"].get("data") == self.samples.fingerprint:
             self.held_out = heldout.find_held_out(self.model.folder, self.samples)  # the training run looked at them
@@ -155,6 +161,15 @@ class Evaluation:
         if self.held_out.training is not None:
             self.training = heldout.in_hash_order(self.held_out.training, self.held_out.trained_on)[:MAX_TRAINING]
 
+        self.device = default_device()
+        self.encoder, self.heads = load_encoder(encoder), heads
+        self.detector = load_annotator(DETECTOR)
+        space = self.encoder.space() if heads else None
+        for head in heads:
+            assert space is not None
+            require_same(head.space, space, f"the head {head.name}")
+        self.features = self.encoder if isinstance(self.encoder, BundledEncoder) else load_encoder("bundled")
+
     def describe(self) -> Iterator[str]:
         """Model, data and what is generated, a line each."""
         width, height = self.model.info.size
@@ -175,7 +190,19 @@ class Evaluation:
             log(line)
         figures: dict[str, Any] = {"held_out_loss": self._held_out_loss()}
         self._generate(log)
-        generated, real, training = self._encode_all()
+
+        models: dict[str, Encoder | Annotator] = {"vectors": self.encoder, "nsfw": self.detector}
+        if self.features is not self.encoder:
+            models["features"] = self.features
+        bar = self._progress("looked at", len(self.prompts) + len(self.real) + len(self.training), "img")
+        generated = encode_images((self._generated_image(i) for i in range(len(self.prompts))), models, bar)
+        real = encode_images((self._real_image(self.samples, i) for i in self.real), models, bar)
+        training = None
+        if (samples := self.held_out.training) is not None:
+            images = (self._real_image(samples, i) for i in self.training)
+            training = encode_images(images, {"vectors": self.encoder}, bar)
+        bar.end()
+
         figures |= self._fidelity(generated, real, training)
         figures["scores"] = self._scores(generated, real)
         figures["nsfw"] = {
@@ -243,21 +270,6 @@ class Evaluation:
         width, height = self.model.info.size
         return crop_resize(decode_sample(samples[int(index)], 2 * max(width, height)), height, width)
 
-    def _encode_all(self) -> tuple[Encoded, Encoded, Encoded | None]:
-        """Generated, real and training images as the models see them."""
-        models: dict[str, Encoder | Annotator] = {"vectors": self.encoder, "nsfw": self.detector}
-        if self.features is not self.encoder:
-            models["features"] = self.features
-        bar = self._progress("looked at", len(self.prompts) + len(self.real) + len(self.training), "img")
-        generated = encode_images((self._generated_image(i) for i in range(len(self.prompts))), models, bar)
-        real = encode_images((self._real_image(self.samples, i) for i in self.real), models, bar)
-        training = None
-        if (samples := self.held_out.training) is not None:
-            images = (self._real_image(samples, i) for i in self.training)
-            training = encode_images(images, {"vectors": self.encoder}, bar)
-        bar.end()
-        return generated, real, training
-
     # ----------------------------------------------------------------------------------------------------- figures
 
     def _held_out_loss(self) -> dict[str, Any] | None:
@@ -312,45 +324,42 @@ class Evaluation:
 
         def figures(images: Callable[[Any], Any], texts: Callable[[Any], Any]) -> dict[str, Any]:
             """Retrieval in a space to which `images` and `texts` bring what the encoder gives."""
-            found = {"drawn": fidelity.retrieval(images(generated["vectors"]), texts(prompts), seed=self.seed)}
+            found = {"drawn": retrieval(images(generated["vectors"]), texts(prompts), seed=self.seed)}
             if captions is not None:
-                found["real"] = fidelity.retrieval(images(real["vectors"][:n]), texts(captions), seed=self.seed)
+                found["real"] = retrieval(images(real["vectors"][:n]), texts(captions), seed=self.seed)
             return found
 
         all_figures: dict[str, Any] = {"retrieval": {"space": self.encoder.name, **figures(lambda x: x, lambda x: x)}}
-        if (fitted := self._fit_in_domain(real, training)) is not None:
-            space, count = fitted
-            all_figures["retrieval_in_domain"] = {
-                "space": "in-domain",
-                "fitted_to": count,
-                "fitted_on": "other real pictures" if training is None else "training pictures",
-                **figures(space.images, space.texts),
-            }
-        if name := fidelity.clip_score_of(self.encoder.name):
-            pairs = {"drawn": (generated["vectors"], self.prompts)}
-            if compare:
-                pairs["real"] = (real["vectors"][:n], self.captions)
-            all_figures["clip_score"] = {"model": name} | {
-                side: mean(fidelity.clip_score(vectors, encode([f"A photo depicts {w}" for w in words])), self.seed)
-                for side, (vectors, words) in pairs.items()
-            }
-        return all_figures
 
-    def _fit_in_domain(self, real: Encoded, training: Encoded | None) -> tuple[fidelity.InDomainSpace, int] | None:
-        """A space fitted to the training images, or to real ones that nothing else is told of; and to how many."""
+        # a space fitted to the training images, or to real ones that nothing else is told of
         samples, first = self.samples, len(self.captioned)
         indices, vectors = self.real[first:], real["vectors"][first:]
         if training is not None and self.held_out.training is not None:
             samples, indices, vectors = self.held_out.training, self.training, training["vectors"]
-        captions = [heldout.caption_of(samples, i) for i in indices]
-        used = [i for i, caption in enumerate(captions) if caption][: fidelity.MAX_FITTED]
-        if len(used) < fidelity.MIN_FITTED:
+        known = [heldout.caption_of(samples, i) for i in indices]
+        used = [i for i, caption in enumerate(known) if caption][:MAX_FITTED]
+        if len(used) < MIN_FITTED:
             self.left_out["retrieval in the in-domain space"] = (
-                f"{len(used)} captioned pictures beside those that are measured on: {fidelity.MIN_FITTED} are needed"
+                f"{len(used)} captioned pictures beside those that are measured on: {MIN_FITTED} are needed"
             )
-            return None
-        texts = self.encoder.encode_texts([captions[i] for i in used])
-        return fidelity.InDomainSpace(vectors[used], texts), len(used)
+        else:
+            space = InDomainSpace(vectors[used], encode([known[i] for i in used]))
+            all_figures["retrieval_in_domain"] = {
+                "space": "in-domain",
+                "fitted_to": len(used),
+                "fitted_on": "other real pictures" if training is None else "training pictures",
+                **figures(space.images, space.texts),
+            }
+
+        if name := clip_score_of(self.encoder.name):
+            pairs = {"drawn": (generated["vectors"], self.prompts)}
+            if compare:
+                pairs["real"] = (real["vectors"][:n], self.captions)
+            all_figures["clip_score"] = {"model": name} | {
+                side: mean(clip_score(vectors, encode([f"A photo depicts {w}" for w in words])), self.seed)
+                for side, (vectors, words) in pairs.items()
+            }
+        return all_figures
 
     def _scores(self, generated: Encoded, real: Encoded) -> dict[str, Any] | None:
         """Each head's mean on generated and on real images: those of the same captions, where these were generated."""
@@ -375,7 +384,8 @@ class Evaluation:
         return found or None
 
     def _memorisation(self, generated: Encoded, real: Encoded, training: Encoded | None) -> dict[str, Any] | None:
-        if training is None:
+        samples = self.held_out.training
+        if training is None or samples is None:
             self.left_out["memorisation"] = f"the training pictures are not at hand: {self.held_out.note}"
             return None
         ours, theirs = nearest_training(generated, training), nearest_training(real, training)
@@ -387,7 +397,23 @@ class Evaluation:
             self.left_out["pictures close to training pictures"] = (
                 f"{len(self.real)} real pictures to tell what is close: {MIN_CLOSE} are needed"
             )
-        self._draw_nearest(ours, theirs)
+
+        # `nearest.png`: generated images nearest to training images, then real ones that were not trained on
+        rows = []
+        for near, most in ((ours, SHEET_NEAREST), (theirs, SHEET_NEAREST_REAL)):
+            for i in map(int, np.argsort(-near.cosines[:, 0], kind="stable")[:most]):
+                if near is ours:
+                    title, kind, image = self.prompts[i], "generated", self._generated_image(i)
+                else:
+                    title = str(self.samples.facts(int(self.real[i]))["caption"] or "")
+                    kind, image = "real, not trained on", self._real_image(self.samples, self.real[i])
+                images = [image, *(self._real_image(samples, self.training[k]) for k in near.indices[i])]
+                words = [f"{kind}\n"] + [
+                    f"trained on\ncosine {c:.3f}, {b} of 64 bits"
+                    for c, b in zip(near.cosines[i], near.bits[i], strict=True)
+                ]
+                rows.append((title, _tiles(images, words, self._unsafe(images))))
+        sheet(self.out / "nearest.png", f"{Path(self.model.name).name}: the nearest training pictures", rows)
         return found
 
     def _distances(self, generated: Encoded, real: Encoded) -> dict[str, Any]:
@@ -399,25 +425,25 @@ class Evaluation:
         ours, theirs, seed = features(generated), features(real), self.seed
         count, few = min(len(ours), len(theirs)), f"{len(ours):,} generated and {len(theirs):,} real pictures: at least"
         figures: dict[str, Any] = {}
-        if count >= distances.MIN_KID:
-            subset = min(distances.SUBSET, count // 2)
+        if count >= MIN_KID:
+            subset = min(SUBSET, count // 2)
             rng, (width, height) = np.random.default_rng(seed), self.model.info.size
             noise = (rng.integers(0, 256, (height, width, 3), np.uint8) for _ in range(subset))
             nothing = features(encode_images(noise, {"vectors": self.features}))
             manifest = read_json(self.samples.folder / "manifest.json") or {}  # says by whose scores they were chosen
             figures["kid"] = {
                 "features": "EfficientNet-lite0",
-                "drawn": dataclasses.asdict(distances.kid(ours, theirs, subset=subset, seed=seed)),
-                "real_against_real": dataclasses.asdict(distances.kid_floor(theirs, subset=subset, seed=seed)),
-                "noise_against_real": dataclasses.asdict(distances.kid(nothing, theirs, subset=subset, seed=seed)),
+                "drawn": dataclasses.asdict(kid(ours, theirs, subset=subset, seed=seed)),
+                "real_against_real": dataclasses.asdict(kid_floor(theirs, subset=subset, seed=seed)),
+                "noise_against_real": dataclasses.asdict(kid(nothing, theirs, subset=subset, seed=seed)),
                 "circular": (manifest.get("space") or {}).get("encoder") == "bundled",
             }
         else:
-            self.left_out["KID"] = f"{few} {distances.MIN_KID} of each are needed"
-        if count >= distances.MIN_FRECHET:
-            figures["frechet"] = {"features": "EfficientNet-lite0", "value": distances.frechet(ours, theirs)}
+            self.left_out["KID"] = f"{few} {MIN_KID} of each are needed"
+        if count >= MIN_FRECHET:
+            figures["frechet"] = {"features": "EfficientNet-lite0", "value": frechet(ours, theirs)}
         else:
-            self.left_out["FID"] = f"{few} {distances.MIN_FRECHET:,} of each are needed, below which it is biased"
+            self.left_out["FID"] = f"{few} {MIN_FRECHET:,} of each are needed, below which it is biased"
         return figures
 
     # ------------------------------------------------------------------------------------------------------ sheets
@@ -435,25 +461,6 @@ class Evaluation:
                 rows.append(("real", _tiles(real, ["\n"] * len(real), self._unsafe(real))))
         title = f"{Path(self.model.name).name}: what was asked for, and what was generated"
         sheet(self.out / "sheet.png", title, rows)
-
-    def _draw_nearest(self, ours: NearestTraining, theirs: NearestTraining) -> None:
-        """`nearest.png`: generated images nearest to training images, then real ones that were not trained on."""
-        assert self.held_out.training is not None
-        rows = []
-        for near, most in ((ours, SHEET_NEAREST), (theirs, SHEET_NEAREST_REAL)):
-            for i in map(int, np.argsort(-near.cosines[:, 0], kind="stable")[:most]):
-                if near is ours:
-                    title, kind, image = self.prompts[i], "generated", self._generated_image(i)
-                else:
-                    title = str(self.samples.facts(int(self.real[i]))["caption"] or "")
-                    kind, image = "real, not trained on", self._real_image(self.samples, self.real[i])
-                images = [image, *(self._real_image(self.held_out.training, self.training[k]) for k in near.indices[i])]
-                words = [f"{kind}\n"] + [
-                    f"trained on\ncosine {c:.3f}, {b} of 64 bits"
-                    for c, b in zip(near.cosines[i], near.bits[i], strict=True)
-                ]
-                rows.append((title, _tiles(images, words, self._unsafe(images))))
-        sheet(self.out / "nearest.png", f"{Path(self.model.name).name}: the nearest training pictures", rows)
 
     def _unsafe(self, images: Sequence[Pixels]) -> list[bool]:
         return [bool(score >= UNSAFE) for score in scores_of(self.detector, images)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,6 @@ OnDone = Callable[[int], None]
 """Called with how many more images are done."""
 
 
-def ignore(count: int) -> None:
-    """Nobody looks at the progress."""
-
-
 @dataclass(frozen=True)
 class HeldOut:
     """The images to measure on, and those that the model was trained on where these are known."""
@@ -41,7 +38,7 @@ class HeldOut:
     note: str  # what is known, in a sentence
 
 
-def find_held_out(model: str | Path, samples: MapDataset, on_done: OnDone = ignore) -> HeldOut:
+def find_held_out(model: str | Path, samples: MapDataset, on_done: OnDone = lambda count: None) -> HeldOut:
     """Which of these images a model was not trained on.
 
     Where they are its training data, those that its run held out. Where they are others, all but near-duplicates of
@@ -72,8 +69,10 @@ def _held_out(model: str | Path, samples: MapDataset, on_done: OnDone) -> HeldOu
         note = "the model has no train.json, which would tell what it was trained on: it may have seen these pictures"
         return HeldOut(readable, len(scan.unreadable), None, nothing, None, note)
 
-    training = _still_there(Path(data["folder"]), settings)
-    if training is None:
+    training = None
+    with contextlib.suppress(UserError):
+        training = open_samples(Path(data["folder"]), settings.get("caption"))
+    if training is None or training.fingerprint != settings["data"]:
         note = f"other pictures than the model was trained on; those are no longer in {Path(data['folder']).name} as "
         note += "they were, so that near-duplicates of them can't be told"
         return HeldOut(readable, len(scan.unreadable), None, nothing, record, note)
@@ -111,15 +110,6 @@ def _sides_of_split(folder: Path, samples: MapDataset, on_done: OnDone) -> tuple
     return *split(samples, known=scan), len(scan.unreadable)
 
 
-def _still_there(folder: Path, settings: dict[str, Any]) -> MapDataset | None:
-    """The training data, where they are what they were."""
-    try:
-        samples = open_samples(folder, settings.get("caption"))
-    except UserError:
-        return None
-    return samples if samples.fingerprint == settings["data"] else None
-
-
 def in_hash_order(samples: MapDataset, indices: Ints) -> Ints:
     """Indices in the order of hashes of their keys: the first of them are as good as chosen at random."""
     names = [digest(["measured", str(samples.facts(int(i)).get("key", i))]) for i in indices]
@@ -143,7 +133,7 @@ def distinct_captions(samples: MapDataset, indices: Ints, count: int) -> list[in
 
 
 def losses(
-    pipeline: Any, examples: TrainDataset, indices: Ints, *, seed: int = 0, on_done: OnDone = ignore
+    pipeline: Any, examples: TrainDataset, indices: Ints, *, seed: int = 0, on_done: OnDone = lambda count: None
 ) -> npt.NDArray[np.float32]:
     """The loss on each image at each of the times that training measures at: (n, 8), as `Denoise.held_out_losses`.
 

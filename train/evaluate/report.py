@@ -28,7 +28,15 @@ def _rows(facts: dict[str, Any]) -> Iterator[Row]:
     if found := figures.get("frechet"):
         yield f"Frechet distance, {found['features']}", f"{found['value']:.3f}", "", "no FID: other features"
     if found := figures.get("memorisation"):
-        yield from _memorisation_rows(found)
+        of = f" of {found['of_training']:,}" if "of_training" in found else ""
+        among = f"{found['training']:,}{of} training pictures"
+        beside = f"real, not trained on {found['median_real']:.3f}"
+        yield f"cosine to the nearest of {among}", f"{found['median']:.3f}", "median", beside
+        if close := found["close"]:
+            border = f"nearer (cosine above {found['border']:.3f}) than 95% of real ones"
+            yield "share close to a training picture", *_value(close), f"expected {close['expected']:.0%}: {border}"
+        beside = f"real, not trained on {found['copies_real']} of {found['pictures_real']:,}"
+        yield "near-duplicates of training pictures", f"{found['copies']} of {found['pictures']:,}", "", beside
     loss = figures.get("held_out_loss")
     if loss:
         other = loss.get("training")
@@ -52,7 +60,19 @@ def summary(facts: dict[str, Any]) -> str:
     """What the figures mean, in a sentence: whether prompts steer the model, how near its pictures are to real ones,
     and whether it has learnt pictures by heart."""
     figures = facts["figures"]
-    clauses = [_steering(figures)]
+    # whether generated pictures find their captions: in the space that tells real ones apart, in-domain if both do
+    spaces = [found for name in ("retrieval_in_domain", "retrieval") if (found := figures.get(name))]
+    found = next((f for f in spaces if not _cannot_tell(f)), None)
+    if found is None:
+        clauses = ["whether prompts steer it cannot be told with these captions"]
+    else:
+        key = "recall_at_5" if "recall_at_5" in found["drawn"] else "recall_at_1"
+        ours = found["drawn"][key]
+        verdict = "" if ours["low"] > ours["shuffled"]["high"] else "nothing shows that "
+        beside = f"chance {ours['shuffled']['value']:.2f}"
+        if "real" in found:
+            beside += f", real pictures {found['real'][key]['value']:.2f}"
+        clauses = [f"{verdict}prompts steer it (R@{key.rpartition('_')[2]} {ours['value']:.2f}, {beside})"]
     if kid := figures.get("kid"):
         floor, noise = kid["real_against_real"], kid["noise_against_real"]["mean"]
         if kid["drawn"]["mean"] <= floor["mean"] + 2 * floor["sd"]:
@@ -74,23 +94,6 @@ def summary(facts: dict[str, Any]) -> str:
     return f"In short: {'; '.join(clauses)}."
 
 
-def _steering(figures: dict[str, Any]) -> str:
-    """Whether generated pictures find their captions: in the space that tells real ones apart, in-domain if both do."""
-    spaces = [found for name in ("retrieval_in_domain", "retrieval") if (found := figures.get(name))]
-    found = next((f for f in spaces if not _cannot_tell(f)), None)
-    if found is None:
-        return "whether prompts steer it cannot be told with these captions"
-    key = "recall_at_5" if "recall_at_5" in found["drawn"] else "recall_at_1"
-    ours = found["drawn"][key]
-    beside = f"chance {ours['shuffled']['value']:.2f}"
-    if "real" in found:
-        beside += f", real pictures {found['real'][key]['value']:.2f}"
-    numbers = f"R@{key.rpartition('_')[2]} {ours['value']:.2f}, {beside}"
-    if ours["low"] > ours["shuffled"]["high"]:
-        return f"prompts steer it ({numbers})"
-    return f"nothing shows that prompts steer it ({numbers})"
-
-
 def _retrieval_rows(found: dict[str, Any]) -> Iterator[Row]:
     ours, real = found["drawn"], found.get("real")
     for key in (k for k in ours if k != "captions"):
@@ -98,18 +101,6 @@ def _retrieval_rows(found: dict[str, Any]) -> Iterator[Row]:
         beside = f"shuffled {_number(ours[key]['shuffled'])}"
         beside += f" · real {_number(real[key])}" if real else ""
         yield f"{what}, {found['space']} space", *_value(ours[key]), beside
-
-
-def _memorisation_rows(found: dict[str, Any]) -> Iterator[Row]:
-    of = f" of {found['of_training']:,}" if "of_training" in found else ""
-    among = f"{found['training']:,}{of} training pictures"
-    beside = f"real, not trained on {found['median_real']:.3f}"
-    yield f"cosine to the nearest of {among}", f"{found['median']:.3f}", "median", beside
-    if close := found["close"]:
-        beside = f"expected {close['expected']:.0%}: nearer (cosine above {found['border']:.3f}) than 95% of real ones"
-        yield "share close to a training picture", *_value(close), beside
-    beside = f"real, not trained on {found['copies_real']} of {found['pictures_real']:,}"
-    yield "near-duplicates of training pictures", f"{found['copies']} of {found['pictures']:,}", "", beside
 
 
 def _notes(facts: dict[str, Any]) -> Iterator[str]:

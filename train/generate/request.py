@@ -12,7 +12,7 @@ from aesthetic.errors import UserError
 from aesthetic.untrusted import first_three
 from train.generate.files import pixels_digest
 from train.models.info import ModelInfo
-from train.models.schedulers import check_steps, scheduler_name, share_of_steps, try_steps
+from train.models.schedulers import check_steps, error_line, new_scheduler, scheduler_name, share_of_steps
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -135,7 +135,17 @@ def fitting_size(info: ModelInfo, size: tuple[int, int]) -> tuple[int, int]:
 
 def check_scheduler(info: ModelInfo, r: GenerationRequest) -> None:
     """Raise UserError where diffusers can't make the scheduler of a resolved request. Loads diffusers, no weights."""
-    try_steps(str(r.scheduler), info.scheduler, r.steps, info.folder / "scheduler" / "scheduler_config.json")
+    import numpy as np
+
+    name, path = str(r.scheduler), info.folder / "scheduler" / "scheduler_config.json"
+    try:
+        scheduler = new_scheduler(name, info.scheduler)
+        scheduler.set_timesteps(r.steps)
+        finite = all(np.isfinite(np.asarray(getattr(scheduler, n, 0.0))).all() for n in ("timesteps", "sigmas"))
+    except Exception as e:  # whatever settings that are none make of a constructor
+        raise UserError(f"{name} can't draw in {r.steps} steps with the settings of {path}: {error_line(e)}") from e
+    if not finite:
+        raise UserError(f"{path}: with these settings {name} computes times that are no numbers")
 
 
 _OTHERS = re.compile(

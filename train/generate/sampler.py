@@ -28,7 +28,7 @@ from curate.store.files import sha256_file
 from train import devices
 from train.devices import out_of_memory, versions
 from train.generate.request import GenerationRequest, check_scheduler, facts_of, resolve
-from train.generate.upscale import Network, by_tiles, restore_faces, tile_count, tiles_cost
+from train.generate.upscale import Network, by_tiles, restore_faces, tile_starts, tiles_cost
 from train.models.info import ModelInfo, read_model_info
 from train.models.lora import Lora, add_loras, check_lora
 from train.models.schedulers import new_scheduler
@@ -95,16 +95,27 @@ class Sampler:
 
         self.info = model if isinstance(model, ModelInfo) else read_model_info(model)
         self.loras, self.batch, self.blur = tuple(loras), batch, blur
+        width, height = (max(self.info.step, side - side % self.info.step) for side in self.info.size)
+        # in tiles an enlarged image is redrawn: (width, height) in pixels, as large as the model draws
+        self.tile = width, height
+        self._overlap = max(8, min(self.tile) // 8)  # pixels by which tiles do: an eighth, 64 of 512
         for lora in self.loras:
             check_lora(self.info, lora)
         self.device = device or devices.default_device()
         self.dtype = devices.precision(self.device, self.info)
+        self._precision = str(self.dtype).removeprefix("torch.")
         self.upscaler = Network(upscaler, "SR", self.device) if upscaler else None
         self.faces = Network(faces, "FaceSR", self.device) if faces else None
         self._extra_weights = {"upscaler": upscaler, "faces": faces}
 
         self._text = load_model(self.info, self.dtype)
-        self._scheduler_config = _scheduler_config(self._text.scheduler)
+        # not the settings of the file: of old models pipelines put two right, which `from_config` would take for
+        # defaults of that scheduler, and leave out
+        self._scheduler_config: dict[str, Any] = dict(self._text.scheduler.config)
+        defaults = self._scheduler_config.get("_use_default_values", ())
+        self._scheduler_config["_use_default_values"] = [
+            k for k in defaults if k not in ("steps_offset", "clip_sample")
+        ]
         if not isinstance(self._text.unet.config.sample_size, int):  # which image-to-image compares, and does not use
             self._text.unet.register_to_config(sample_size=64)
         self.notes = add_loras(self._text, self.loras, self.info.name)  # what is to be said, a line each
@@ -130,10 +141,6 @@ class Sampler:
         memory = "memory suffices" if self.savings == devices.MemorySavings() else f"memory saved by {self.savings}"
         return f"{self.device.type} · {self._precision} · {memory}"
 
-    @property
-    def _precision(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
     def check(self, request: GenerationRequest) -> GenerationRequest:
         """The request with nothing left open (see `resolve`). Raises UserError where it does not fit the model."""
         r = resolve(self.info, request, upscaler=self.upscaler is not None)
@@ -152,8 +159,19 @@ class Sampler:
         Raises UserError before the first is begun where one does not fit, and later where memory does not suffice.
         """
         checked = [self.check(r) for r in requests]
-        steps = _StepCounter(on_step, sum(self._steps_of(r) for r in checked))
-        for _, alike in groupby(checked, _batch_key):
+        total = 0
+        for r in checked:
+            if not r.enlarges:
+                total += r.steps if r.image is None else r.steps_of_image
+            total += r.steps_of_image * self.tiles(r)
+
+        def kind(r: GenerationRequest) -> tuple[Any, ...]:
+            """What images of one batch have in common."""
+            given = (r.image is not None, r.mask is not None)
+            return r.steps, r.guidance, r.width, r.height, r.scheduler, r.strength, r.upscale, given
+
+        steps = _StepCounter(on_step, total)
+        for _, alike in groupby(checked, kind):
             group = list(alike)
             while group:
                 batch, began = group[: self.batch], steps.done
@@ -168,12 +186,6 @@ class Sampler:
                 group = group[len(batch) :]
                 for request, image in zip(batch, images, strict=True):
                     yield self._finish(request, image)
-
-    def _steps_of(self, r: GenerationRequest) -> int:
-        """Steps that a resolved request takes."""
-        if r.upscale == 1:
-            return r.steps if r.image is None else r.steps_of_image
-        return (0 if r.enlarges else r.steps) + r.steps_of_image * self.tiles(r)
 
     def _save_memory(self, batch: Sequence[GenerationRequest], error: Exception) -> None:
         """After memory ran out: fewer at once, then stricter savings. UserError where there are none left."""
@@ -264,23 +276,16 @@ class Sampler:
 
     # ------------------------------------------------------------------------------------------------- enlarging
 
-    @property
-    def tile(self) -> tuple[int, int]:
-        """(width, height) in pixels of the tiles in which an enlarged image is redrawn: as large as the model draws."""
-        width, height = (max(self.info.step, side - side % self.info.step) for side in self.info.size)
-        return width, height
-
-    @property
-    def _overlap(self) -> int:
-        """Pixels by which tiles overlap: an eighth, 64 of 512."""
-        return max(8, min(self.tile) // 8)
-
     def tiles(self, r: GenerationRequest) -> int:
         """Tiles that a resolved request is enlarged in; 0 where nothing is redrawn."""
         if r.upscale == 1 or not r.steps_of_image:
             return 0
         assert r.width and r.height
-        return tile_count(r.width * r.upscale, r.height * r.upscale, self.tile, self._overlap)
+        across, down = (
+            len(tile_starts(side * r.upscale, tile, self._overlap))
+            for side, tile in zip((r.width, r.height), self.tile, strict=True)
+        )
+        return across * down
 
     def cost(self, requests: Iterable[GenerationRequest]) -> str:
         """What enlarging will take, in words, by the time of one tile that is redrawn; "" where it is little."""
@@ -377,12 +382,6 @@ def noise_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _batch_key(r: GenerationRequest) -> tuple[Any, ...]:
-    """What images of one batch have in common."""
-    kind = (r.image is not None, r.mask is not None)
-    return r.steps, r.guidance, r.width, r.height, r.scheduler, r.strength, r.upscale, kind
-
-
 def _fit(image: Image.Image, r: GenerationRequest) -> Image.Image:
     """Scaled and cut to the size that is generated, in the middle; as it is where it has that size or is enlarged."""
     from PIL import ImageOps
@@ -393,15 +392,6 @@ def _fit(image: Image.Image, r: GenerationRequest) -> Image.Image:
         return image
     is_mask = image.mode == "L"
     return ImageOps.fit(image, (r.width, r.height), Resampling.NEAREST if is_mask else Resampling.LANCZOS)
-
-
-def _scheduler_config(scheduler: Any) -> dict[str, Any]:
-    """A pipeline's own scheduler's settings. Not those of the file: of old models pipelines put two right, which
-    `from_config` would take for defaults of that scheduler, and leave out."""
-    settings = dict(scheduler.config)
-    put_right = ("steps_offset", "clip_sample")
-    settings["_use_default_values"] = [k for k in settings.get("_use_default_values", ()) if k not in put_right]
-    return settings
 
 
 @contextlib.contextmanager

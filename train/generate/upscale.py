@@ -34,11 +34,6 @@ def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
     return [round(i * (length - tile) / (count - 1)) for i in range(count)]
 
 
-def tile_count(width: int, height: int, tile: tuple[int, int], overlap: int) -> int:
-    """How many tiles that are."""
-    return len(tile_starts(width, tile[0], overlap)) * len(tile_starts(height, tile[1], overlap))
-
-
 MANY_TILES = 20
 """From so many on it is worth redrawing one for nothing, to know how long all will take."""
 

@@ -24,7 +24,6 @@ Small = Annotated[Number, Field(gt=0, le=1)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Positive = Annotated[Number, Field(gt=0, le=1e6)]
 Kernel = Annotated[int, Field(ge=1, le=15)]
-OnePerLevel = Annotated[list[Channels], Field(min_length=1, max_length=10)]
 
 
 class _Config(BaseModel):
@@ -52,9 +51,9 @@ class UnetConfig(_Config):
     up_block_types: Kinds = ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3
     layers_per_block: Layers | list[Layers] = 2
     transformer_layers_per_block: Layers | list[Layers | list[Layers]] = 1
-    cross_attention_dim: Channels | OnePerLevel = 1280
-    attention_head_dim: Channels | OnePerLevel | None = 8
-    num_attention_heads: Channels | OnePerLevel | None = None
+    cross_attention_dim: Channels | Levels = 1280
+    attention_head_dim: Channels | Levels | None = 8
+    num_attention_heads: Channels | Levels | None = None
     norm_num_groups: Channels | None = 32
     norm_eps: Small = 1e-5
     dropout: Share = 0.0
@@ -92,11 +91,11 @@ class UnetConfig(_Config):
 
     @model_validator(mode="after")
     def _levels(self) -> UnetConfig:
-        lists = (
+        _check_levels(
+            self,
             *("down_block_types", "up_block_types", "layers_per_block", "transformer_layers_per_block"),
             *("only_cross_attention", "cross_attention_dim", "attention_head_dim", "num_attention_heads"),
         )
-        _same_length(self, "block_out_channels", lists)
         return self
 
 
@@ -112,7 +111,7 @@ class VaeConfig(_Config):
     layers_per_block: Layers = 1
     norm_num_groups: Channels = 32
     sample_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
-    scaling_factor: Annotated[Number, Field(gt=0, le=1e6)] = 0.18215
+    scaling_factor: Positive = 0.18215
     shift_factor: Number | None = None
     latents_mean: list[Number] | None = None
     latents_std: list[Number] | None = None
@@ -123,8 +122,17 @@ class VaeConfig(_Config):
 
     @model_validator(mode="after")
     def _levels(self) -> VaeConfig:
-        _same_length(self, "block_out_channels", ("down_block_types", "up_block_types"))
+        _check_levels(self, "down_block_types", "up_block_types")
         return self
+
+
+def _check_levels(config: UnetConfig | VaeConfig, *names: str) -> None:
+    """Those of its lists that are given by level are as long as it has levels."""
+    count = len(config.block_out_channels)
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, list) and len(value) != count:
+            raise ValueError(f"{name} is for {len(value)} levels, and block_out_channels for {count}")
 
 
 class TextEncoderConfig(_Config):
@@ -219,11 +227,3 @@ def read_config(schema: type[_T], path: Path) -> tuple[_T, dict[str, Any]]:
         value = "" if not where else f", not {printable(repr(raw.get(where)), 60)}"
         what = found["msg"].removeprefix("Value error, ").removeprefix("Input ")
         raise UserError(f"{path}: {where}{' ' if where else ''}{what}{value}") from None
-
-
-def _same_length(config: BaseModel, levels: str, lists: tuple[str, ...]) -> None:
-    count = len(getattr(config, levels))
-    for name in lists:
-        value = getattr(config, name)
-        if isinstance(value, list) and len(value) != count:
-            raise ValueError(f"{name} is for {len(value)} levels, and {levels} for {count}")

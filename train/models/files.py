@@ -77,21 +77,14 @@ def _single_file_hint(file: Path) -> str:
     """What to do with a model that is a single file."""
     if file.suffix not in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
         return f"{file} is a file: a folder with model_index.json is expected, or a hub id."
-    if is_lora(file):
-        return f"{file} is a LoRA: give the model that it was trained on, and --lora {file}"
+    with contextlib.suppress(UserError):
+        if file.suffix == ".safetensors" and any("lora" in name for name in read_header(file).tensors):
+            return f"{file} is a LoRA: give the model that it was trained on, and --lora {file}"
     return (
         f"{file} is a model in a single file, and a diffusers folder is expected. Make one of it where the Hugging "
         f"Face hub can be reached, which says how such files are laid out: python -c 'from diffusers import "
         f'StableDiffusionPipeline as P; P.from_single_file("{file}").save_pretrained("{file.with_suffix("")}")\''
     )
-
-
-def is_lora(file: Path) -> bool:
-    """Whether a file of safetensors holds low-rank matrices, by the names of its tensors."""
-    try:
-        return file.suffix == ".safetensors" and any("lora" in name for name in read_header(file).tensors)
-    except UserError:
-        return False
 
 
 @contextlib.contextmanager
@@ -123,8 +116,16 @@ def weight_files(part: Path) -> list[Path]:
     for name in _WEIGHTS:
         stem, dot, end = name.rpartition(".")
         path = part / (name if variant is None else f"{stem}.{variant}{dot}{end}")
-        if path.is_file():
-            return _weight_shards(path) if ".index." in name else [path]
+        if not path.is_file():
+            continue
+        if ".index." not in name:
+            return [path]
+        content = read_json_file(path)
+        names = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+            raise UserError(f"{path}: no index of files of weights that lie beside it")
+        files = [part / name for name in sorted(set(names.values()))]
+        return files if all(f.is_file() for f in files) else []
     return []
 
 
@@ -134,16 +135,6 @@ def weight_variant(part: Path) -> str | None:
         return None
     found = [m["one"] or m["many"] for p in part.iterdir() if (m := _VARIANTS.fullmatch(p.name))]
     return min(found, key=lambda name: (name != "fp16", name != "bf16", name), default=None)
-
-
-def _weight_shards(index: Path) -> list[Path]:
-    """The files that an index of several names; none where one of them is not there."""
-    content = read_json_file(index)
-    names = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
-        raise UserError(f"{index}: no index of files of weights that lie beside it")
-    files = [index.parent / name for name in sorted(set(names.values()))]
-    return files if all(f.is_file() for f in files) else []
 
 
 def weights_header(part: Path) -> WeightsHeader | None:
@@ -182,11 +173,6 @@ class WeightsHeader:
     tensors: dict[str, TensorEntry]
     metadata: dict[str, str]
 
-    @property
-    def shapes(self) -> dict[str, list[int]]:
-        """Name -> shape."""
-        return {name: tensor.shape for name, tensor in self.tensors.items()}
-
 
 def read_header(path: Path) -> WeightsHeader:
     """The header of a safetensors file, checked against the file's size. Raises UserError where it can't be true."""
@@ -206,22 +192,21 @@ def read_header(path: Path) -> WeightsHeader:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         metadata = {}
-    tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in header.items()}
+    tensors = {}
+    for name, entry in header.items():
+        try:
+            kind, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            whole = all(type(n) is int and n >= 0 for n in (*shape, first, last)) and len(shape) <= 16
+            whole = whole and (last - first) * 8 == math.prod(shape) * _BITS[kind]
+        except (KeyError, TypeError, ValueError):
+            whole = False
+        if not whole:
+            raise UserError(f"{path} is damaged: its header says of {printable(name, 80)} what can't be")
+        tensors[name] = TensorEntry(kind, list(shape), 8 + length + first, 8 + length + last)
     end = max((t.end for t in tensors.values()), default=8 + length)
     if end > size:
         raise UserError(f"{path} is cut: it has {size:,} bytes, and its tensors end at {end:,}. Fetch it again.")
     return WeightsHeader(tensors, {str(k): str(v) for k, v in metadata.items()})
-
-
-def _tensor(path: Path, name: str, entry: Any, offset: int) -> TensorEntry:
-    try:
-        kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and len(shape) <= 16
-        if whole and (end - begin) * 8 == math.prod(shape) * _BITS[kind]:
-            return TensorEntry(kind, list(shape), offset + begin, offset + end)
-    except (KeyError, TypeError, ValueError):
-        pass
-    raise UserError(f"{path} is damaged: its header says of {printable(name, 80)} what can't be")
 
 
 def is_pointer(path: Path) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -74,11 +73,6 @@ class ModelInfo:
         return width * self.factor, height * self.factor
 
     @property
-    def training_step(self) -> int:
-        """Sides of images to train on are multiples of this: the autoencoder's factor times the UNet's."""
-        return int(self.factor * 2 ** (len(self.unet["block_out_channels"]) - 1))
-
-    @property
     def of_pixels(self) -> bool:
         """Whether its autoencoder is `model.pixel_vae`, which fp16 would break."""
         return len(self.vae["block_out_channels"]) == 1
@@ -103,19 +97,10 @@ class ModelInfo:
     @cached_property
     def digest(self) -> str:
         """One sha256 over configurations, tokenizer and weights: the same model, wherever it lies. Reads all of it."""
-        lines = [f"{p.relative_to(self.folder)} {sha256_file(p)}" for p in sorted(self._files())]
+        files = [p for part in PARTS for p in (self.folder / part).iterdir() if p.suffix in (".json", ".txt")]
+        files += [p for part in PARTS[:3] for p in weight_files(self.folder / part)]
+        lines = [f"{p.relative_to(self.folder)} {sha256_file(p)}" for p in sorted(files)]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-    @property
-    def bytes(self) -> int:
-        """What the weights take on disk."""
-        return sum(p.stat().st_size for part in PARTS[:3] for p in weight_files(self.folder / part))
-
-    def _files(self) -> Iterator[Path]:
-        for part in PARTS:
-            yield from (p for p in (self.folder / part).iterdir() if p.suffix in (".json", ".txt"))
-            if part in PARTS[:3]:
-                yield from weight_files(self.folder / part)
 
 
 def read_model_info(name: str | Path) -> ModelInfo:
@@ -147,10 +132,22 @@ def read_model_info(name: str | Path) -> ModelInfo:
     _check_tokenizer(folder / "tokenizer", text["max_position_embeddings"])
     record = training_record(folder)
     info = ModelInfo(str(name), folder, unet, vae, text, scheduler, record[1] if record else None)
-    _check_agreement(info)
-    for part in PARTS[:3]:
-        for file in weight_files(folder / part):
-            _check_weights(file)
+
+    path, latents, wide = folder / "unet" / "config.json", vae["latent_channels"], text["hidden_size"]
+    if unet["in_channels"] not in (latents, 2 * latents + 1) or unet["out_channels"] != latents:
+        raise UserError(
+            f"{path}: a UNet with {unet['in_channels']} channels in and {unet['out_channels']} out does not fit the "
+            f"autoencoder, whose latents have {latents}"
+        )
+    reads = unet["cross_attention_dim"]
+    if any(n != wide for n in (reads if isinstance(reads, list) else [reads])):
+        raise UserError(f"{path}: cross_attention_dim is {reads}, and the text encoder's hidden_size {wide}")
+
+    for file in (file for part in PARTS[:3] for file in weight_files(folder / part)):
+        if file.suffix == ".safetensors":
+            read_header(file)
+        elif check_regular(file) < 64 or is_pointer(file):
+            raise UserError(f"{file} holds no weights: it may be a pointer of Git LFS (`git lfs pull` fetches them)")
     return info
 
 
@@ -173,28 +170,6 @@ def _check_tokenizer(folder: Path, most: int) -> None:
         )
 
 
-def _check_agreement(info: ModelInfo) -> None:
-    """What parts say of each other."""
-    unet, latents, wide = info.unet, info.vae["latent_channels"], info.text["hidden_size"]
-    path = info.folder / "unet" / "config.json"
-    if unet["in_channels"] not in (latents, 2 * latents + 1) or unet["out_channels"] != latents:
-        raise UserError(
-            f"{path}: a UNet with {unet['in_channels']} channels in and {unet['out_channels']} out does not fit the "
-            f"autoencoder, whose latents have {latents}"
-        )
-    reads = unet["cross_attention_dim"]
-    if any(n != wide for n in (reads if isinstance(reads, list) else [reads])):
-        raise UserError(f"{path}: cross_attention_dim is {reads}, and the text encoder's hidden_size {wide}")
-
-
-def _check_weights(file: Path) -> None:
-    """UserError for a file that can't be weights: cut, a pointer of Git LFS, a page of HTML."""
-    if file.suffix == ".safetensors":
-        read_header(file)
-    elif check_regular(file) < 64 or is_pointer(file):
-        raise UserError(f"{file} holds no weights: it may be a pointer of Git LFS (`git lfs pull` fetches them)")
-
-
 def check_trainable(info: ModelInfo, size: int | None) -> None:
     """Raise UserError where a model can't be trained further, or not on images of this side."""
     config = info.scheduler
@@ -206,7 +181,10 @@ def check_trainable(info: ModelInfo, size: int | None) -> None:
         )
     if info.inpaints_only:
         raise UserError(f"{info.name} is no plain text-to-image model: its UNet takes more than latents (inpainting?)")
-    side, step = size or min(info.size), info.training_step
+    side = size or min(info.size)
+    step = int(
+        info.factor * 2 ** (len(info.unet["block_out_channels"]) - 1)
+    )  # the autoencoder's factor times the UNet's
     if side % step:
         near = max(step, round(side / step) * step)
         raise UserError(f"size {side} does not fit this model: sides are multiples of {step}. {near} would do.")

@@ -11,7 +11,7 @@ import contextlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,17 +109,6 @@ def _plain(name: str) -> str:
     return name.replace(".", "_").removeprefix("text_model_")
 
 
-def _aliases(part: str, module: str) -> Iterable[str]:
-    """All names that a module of the model goes by in LoRAs, written by `_plain`."""
-    name = _plain(module)
-    yield name
-    if part == "unet" and name.endswith("_to_out_0"):  # of old diffusers
-        yield name.removesuffix("_0")
-    for mine, old in (("_q_proj", "_to_q"), ("_k_proj", "_to_k"), ("_v_proj", "_to_v"), ("_out_proj", "_to_out")):
-        if part == "text_encoder" and name.endswith(mine):
-            yield name.removesuffix(mine) + old
-
-
 def match(
     header: WeightsHeader, layers: Mapping[str, Mapping[str, Sequence[int]]], name: str, model: str
 ) -> LoraLayers:
@@ -131,7 +120,18 @@ def match(
 
     Raises UserError where a tensor has no layer, or does not fit it: with counts, and the names of some.
     """
-    index = {part: {alias: m for m in modules for alias in _aliases(part, m)} for part, modules in layers.items()}
+    projections = (("_q_proj", "_to_q"), ("_k_proj", "_to_k"), ("_v_proj", "_to_v"), ("_out_proj", "_to_out"))
+    index: dict[str, dict[str, str]] = {part: {} for part in layers}  # part -> all names that a module goes by -> it
+    for part, shapes in layers.items():
+        for module in shapes:
+            plain = _plain(module)
+            index[part][plain] = module
+            if part == "unet" and plain.endswith("_to_out_0"):  # of old diffusers
+                index[part][plain.removesuffix("_0")] = module
+            for end, old in projections:
+                if part == "text_encoder" and plain.endswith(end):
+                    index[part][plain.removesuffix(end) + old] = module
+
     found: LoraLayers = {part: {} for part in layers}
     unknown, twice = [], []
     for key in header.tensors:
@@ -148,7 +148,15 @@ def match(
             twice.append(key)
         setattr(matrices, what, key)
     if unknown:
-        raise UserError(_refusal(unknown, len(header.tensors), name, model))
+        signs = (kind for words, kind in _OTHERS if any(word in key for key in unknown for word in words))
+        sign, of, some = next(signs, None), len(header.tensors), first_three(unknown, 100)
+        if len(unknown) == of and not any(_TENSOR.fullmatch(key) for key in unknown) and sign is None:
+            raise UserError(f"{name} is no LoRA: none of its {of:,} tensors is named so ({some})")
+        raise UserError(
+            f"the LoRA {name} was trained on another model than {model}, or in a form that is not read: "
+            f"{len(unknown):,} of its {of:,} tensors belong to no layer of it ({some})"
+            + (f". It looks like {sign}" if sign else "")
+        )
     if twice:
         raise UserError(f"the LoRA {name} holds two for one layer ({first_three(twice, 100)}): give a file with one")
     for part, modules in found.items():
@@ -168,18 +176,6 @@ def _place(module: str, index: Mapping[str, Mapping[str, str]]) -> tuple[str, st
             break
     module = _plain(module.removeprefix("base_model.model.").replace(".processor.", "."))  # the latter of old diffusers
     return next(((part, index[part][module]) for part in parts if module in index[part]), None)
-
-
-def _refusal(unknown: list[str], of: int, name: str, model: str) -> str:
-    signs = (kind for words, kind in _OTHERS if any(word in key for key in unknown for word in words))
-    sign = next(signs, None)
-    if len(unknown) == of and not any(_TENSOR.fullmatch(key) for key in unknown) and sign is None:
-        return f"{name} is no LoRA: none of its {of:,} tensors is named so ({first_three(unknown, 100)})"
-    return (
-        f"the LoRA {name} was trained on another model than {model}, or in a form that is not read: "
-        f"{len(unknown):,} of its {of:,} tensors belong to no layer of it ({first_three(unknown, 100)})"
-        + (f". It looks like {sign}" if sign else "")
-    )
 
 
 def _check_shapes(
@@ -203,19 +199,17 @@ def _check_shapes(
             f"{lora} was trained on another model than {model}: {layer} is {_format_shape(weight)} there, which its "
             f"matrices {_format_shape(up)} and {_format_shape(down)} do not fit"
         )
-    if matrices.magnitude and not _per_output(shape := header.tensors[matrices.magnitude].shape, weight[0]):
-        raise UserError(
-            f"{lora}: {printable(matrices.magnitude, 100)} has {_format_shape(shape)} numbers, and {layer} {weight[0]} "
-            "outputs"
-        )
+    if matrices.magnitude:
+        # one of each output, as in DoRA's paper and peft: LyCORIS has one of each input as well
+        shape, outputs = header.tensors[matrices.magnitude].shape, weight[0]
+        if shape not in ([outputs], [outputs, 1], [outputs, 1, 1, 1], [1, outputs, 1, 1]):
+            raise UserError(
+                f"{lora}: {printable(matrices.magnitude, 100)} has {_format_shape(shape)} numbers, and {layer} "
+                f"{outputs} outputs"
+            )
     if matrices.alpha and math.prod(header.tensors[matrices.alpha].shape) != 1:
         raise UserError(f"{lora}: {printable(matrices.alpha, 100)} is not one number")
     matrices.rank = rank
-
-
-def _per_output(shape: Sequence[int], outputs: int) -> bool:
-    """Whether a magnitude is one of each output, as in DoRA's paper and peft: LyCORIS has one of each input as well."""
-    return list(shape) in ([outputs], [outputs, 1], [outputs, 1, 1, 1], [1, outputs, 1, 1])
 
 
 def _format_shape(shape: Sequence[int]) -> str:
@@ -238,7 +232,14 @@ def check_lora(info: ModelInfo, lora: Lora) -> None:
     _read_configs(lora.file, header)
     headers = {part: weights_header(info.folder / part) for part in PARTS}
     if all(headers.values()):
-        layers = {part: _layers(weights.shapes) for part, weights in headers.items() if weights}
+        layers = {  # that a LoRA can change
+            part: {
+                name.removesuffix(".weight").removeprefix("text_model."): tensor.shape
+                for name, tensor in (weights.tensors.items() if weights else ())
+                if name.endswith(".weight") and len(tensor.shape) in (2, 4) and "_embedding.weight" not in name
+            }
+            for part, weights in headers.items()
+        }
         _set_scales(match(header, layers, str(lora.path), info.name), header, lora)
     for name in not_numbers(lora.file, header.tensors):
         raise UserError(f"the LoRA {lora.path} is broken: {printable(name, 100)} holds values that are no numbers")
@@ -250,15 +251,6 @@ def check_weight(lora: Lora) -> None:
         raise UserError(
             f"the LoRA {lora.path}: weight {lora.weight:g}: {-LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g} is read"
         )
-
-
-def _layers(shapes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
-    """The layers of a part that a LoRA can change, by the names and shapes of its weights."""
-    return {
-        name.removesuffix(".weight").removeprefix("text_model."): shape
-        for name, shape in shapes.items()
-        if name.endswith(".weight") and len(shape) in (2, 4) and "_embedding.weight" not in name
-    }
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,10 @@ def release(checkpoint: Path, folder: Path, facts: Mapping[str, Any]) -> None:
 
 def card(facts: Mapping[str, Any]) -> str:
     """A model card as the Hugging Face hub reads it: a YAML header, then what a reader wants to know."""
+
+    def quoted(text: str) -> str:
+        return printable(json.dumps(text, ensure_ascii=False))
+
     settings, data, result = facts["settings"], facts["data"], facts["result"]
     base, lora = settings["from"], settings["lora"]
     named = base if base and not Path(base).exists() else None  # a folder of somebody's is no name on the hub
@@ -74,17 +78,12 @@ def card(facts: Mapping[str, Any]) -> str:
         *([f"- held-out loss: {held['ema']:.4f} (of the raw weights {held['raw']:.4f})"] if held else []),
         "- made with: " + ", ".join(f"{k} {v}" for k, v in facts["made_with"].items()),
     ]
-    code = ["```python", *_how_to_draw(facts["prompts"][0], base if lora else None), "```"]
-    return "\n".join(["---", *header, "---", "", *lines, "", *code, ""])
-
-
-def _how_to_draw(prompt: str, base: str | None) -> list[str]:
-    """Lines of Python that draw an image with the model, or with the LoRA on its base."""
-    lines = [
+    code = [
+        "```python",
         "from diffusers import StableDiffusionPipeline",
-        f"p = StableDiffusionPipeline.from_pretrained({printable(json.dumps(base or 'MODEL', ensure_ascii=False))})",
-        f'p({printable(json.dumps(prompt, ensure_ascii=False))}).images[0].save("picture.png")',
+        f"p = StableDiffusionPipeline.from_pretrained({quoted(base if lora else 'MODEL')})",
+        *(['p.load_lora_weights("MODEL")'] if lora else []),
+        f'p({quoted(facts["prompts"][0])}).images[0].save("picture.png")',
+        "```",
     ]
-    if base:
-        lines.insert(2, 'p.load_lora_weights("MODEL")')
-    return lines
+    return "\n".join(["---", *header, "---", "", *lines, "", *code, ""])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
 from typing import Any
 
 from aesthetic.errors import UserError
@@ -64,7 +63,7 @@ def new_scheduler(name: str, config: dict[str, Any]) -> Any:
 def check_steps(name: str, config: dict[str, Any], steps: int) -> None:
     """Raise UserError where a scheduler can't do so many, or so few: PNDM needs four, LCM has fifty at most.
 
-    What is known without diffusers; `try_steps` asks it.
+    What is known without diffusers; `train.generate.request.check_scheduler` asks it.
     """
     most = config.get("original_inference_steps", 50)
     times = config.get("num_train_timesteps", 1000)
@@ -76,20 +75,6 @@ def check_steps(name: str, config: dict[str, Any], steps: int) -> None:
         )
     if steps > times:
         raise UserError(f"{name} can't draw in {steps} steps: the model was trained with {times}. Give another number")
-
-
-def try_steps(name: str, config: dict[str, Any], steps: int, path: Path) -> None:
-    """Raise UserError where diffusers can't make a scheduler of the model's settings, which are in the file `path`."""
-    import numpy as np
-
-    try:
-        scheduler = new_scheduler(name, config)
-        scheduler.set_timesteps(steps)
-        finite = all(np.isfinite(np.asarray(getattr(scheduler, n, 0.0))).all() for n in ("timesteps", "sigmas"))
-    except Exception as e:  # whatever settings that are none make of a constructor
-        raise UserError(f"{name} can't draw in {steps} steps with the settings of {path}: {error_line(e)}") from e
-    if not finite:
-        raise UserError(f"{path}: with these settings {name} computes times that are no numbers")
 
 
 def error_line(error: Exception) -> str:
