@@ -23,8 +23,8 @@ from curate.layout import Data
 from curate.ledger.schema import RowError
 from curate.ledger.select import SelectConfig, select
 from curate.shards.pack import PackConfig, pack
-from curate.sources.captioned import open_folder
 from curate.sources.dataset import MapDataset
+from curate.sources.find import open_folder
 from curate.sources.image_tables import parquet_images
 from curate.sources.plan import SourceConfig
 from curate.sources.planner import inspect, make_plan

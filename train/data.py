@@ -1,6 +1,6 @@
 """Captioned images to train on.
 
-`open_samples` gives a folder of them as a sequence of samples (curate.sources.captioned says of which kinds it may be);
+`open_samples` gives a folder of them as a sequence of samples (curate.sources.find says of which kinds it may be);
 `ImageDataset` prepares them for a model; `split` sets some aside; `Stream` is the endless order in which one rank meets
 its share, known by two integers.
 """
@@ -30,8 +30,8 @@ from curate.images.decode import decode
 from curate.images.header import probe
 from curate.images.process import perceptual_hash
 from curate.ledger.schema import RowError
-from curate.sources.captioned import open_folder
 from curate.sources.dataset import MapDataset, Sample
+from curate.sources.find import open_folder
 from curate.store.files import digest
 
 Ints = npt.NDArray[np.int64]
@@ -41,7 +41,7 @@ MIN_IMAGES = 8
 
 
 def open_samples(folder: str | Path, caption: str | None = None) -> MapDataset:
-    """The captioned images of a folder, whatever of the kinds it is that curate.sources.captioned reads.
+    """The captioned images of a folder, whatever of the kinds it is that curate.sources.find reads.
 
     `caption` is that of images without one. Raises UserError where there is no such folder, no image in it, too
     few, or none with a caption.

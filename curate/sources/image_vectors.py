@@ -226,7 +226,7 @@ class FolderVectors(ImageVectors):
         log: Callable[[str], None] = lambda line: None,
         progress: Callable[[int, int, float], None] = lambda done, total, seconds: None,
     ) -> None:
-        from curate.sources.captioned import NothingRead, open_folder
+        from curate.sources.find import NothingRead, open_folder
 
         self.root, self._encoder_name, self._log, self._progress = root, encoder, log, progress
         if not root.is_dir():
@@ -280,31 +280,30 @@ class FolderVectors(ImageVectors):
             return None
 
     def vectors(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        self._embed([int(i) for i in images if int(i) not in self._embedded])
+        new = [int(i) for i in images if int(i) not in self._embedded]
+        began, size = time.monotonic(), self.encoder.batch_size
+        batch: list[tuple[int, np.ndarray, dict[str, Any]]] = []
+        for done, (image, prepared) in enumerate(self._prepared_ahead(new), 1):
+            if prepared is None:
+                self._embedded[image] = None
+            else:
+                batch.append((image, *prepared))
+            if batch and (len(batch) == size or done == len(new)):
+                encoded = self.encoder.encode_prepared(np.stack([b[1] for b in batch]))
+                self._embedded |= {b[0]: (v, b[2]) for b, v in zip(batch, encoded, strict=True)}
+                batch = []
+            if not batch:
+                self._progress(done, len(new), time.monotonic() - began)
+        if new:
+            seconds = time.monotonic() - began
+            self._log(f"embedded {len(new):,} images in {seconds:.0f} s with {self.encoder.name}")
+
         found = [self._embedded[int(i)] for i in images]
         rows = [embedded[0] for embedded in found if embedded is not None]
         return (
             np.array(rows, np.float32).reshape(len(rows), self.encoder.dim),
             np.array([embedded is not None for embedded in found], bool),
         )
-
-    def _embed(self, images: list[int]) -> None:
-        began, size = time.monotonic(), self.encoder.batch_size
-        batch: list[tuple[int, np.ndarray, dict[str, Any]]] = []
-        for done, (image, prepared) in enumerate(self._prepared_ahead(images), 1):
-            if prepared is None:
-                self._embedded[image] = None
-            else:
-                batch.append((image, *prepared))
-            if batch and (len(batch) == size or done == len(images)):
-                vectors = self.encoder.encode_prepared(np.stack([b[1] for b in batch]))
-                self._embedded |= {b[0]: (v, b[2]) for b, v in zip(batch, vectors, strict=True)}
-                batch = []
-            if not batch:
-                self._progress(done, len(images), time.monotonic() - began)
-        if images:
-            seconds = time.monotonic() - began
-            self._log(f"embedded {len(images):,} images in {seconds:.0f} s with {self.encoder.name}")
 
     def _prepared_ahead(self, images: list[int]) -> Iterator[tuple[int, tuple[np.ndarray, dict[str, Any]] | None]]:
         """The images in their order, prepared in threads, three batches ahead."""

@@ -23,7 +23,6 @@ from curate.sources.parquet import BATCH, open_parquet, parquet_batches
 from curate.sources.problems import Problems
 
 _SPACE = re.compile(r"\s*")
-_CHUNK = 1 << 20  # characters of a JSON array that are read at a time
 _LONGEST_OBJECT = 64 << 20  # characters; a JSON object that is still open after that many is taken for a broken one
 
 
@@ -193,7 +192,8 @@ class JsonInput(RowsInput):
 
     def _items(self) -> Iterator[dict[str, Any]]:
         """The items of an array, of which only a piece is in memory."""
-        pieces = _characters(self.path, self._encoding, self._start)
+        # bytes that are no text are escaped as surrogates
+        pieces = codecs.iterdecode(as_utf8(self.path, self._encoding, self._start), "utf-8", "surrogateescape")
         decoder = json.JSONDecoder()
         buffer, items = next(pieces, ""), 0
         at = _after_space(buffer, 0)
@@ -225,15 +225,6 @@ class JsonInput(RowsInput):
                 beginning = printable(json.dumps(item), 60)
                 raise UserError(f"{self.path}, item {items}: an object {{...}} is needed, not {beginning}")
             yield item
-
-
-def _characters(path: Path, encoding: str, start: int) -> Iterator[str]:
-    """A file's text, a piece at a time; bytes that are none are escaped as surrogates."""
-    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    for data in as_utf8(path, encoding, start):
-        for at in range(0, len(data), _CHUNK):
-            yield decoder.decode(data[at : at + _CHUNK])
-    yield decoder.decode(b"", final=True)
 
 
 def _after_space(text: str, at: int) -> int:

@@ -123,7 +123,8 @@ def _cut_list(data: Data, found: Found, scan: ListScan, config: SourceConfig, li
         before = stat(found.kind, source.path)
         content = source.digest()
         identity: list[Any] = [content, source.url, source.caption, *([source.constants] if source.constants else [])]
-        if isinstance(source, ParquetInput) and source.largest_group <= _LARGEST_GROUP and not scan.is_filtered:
+        is_whole = scan.predicate is None and scan.limit_hash is None
+        if is_whole and isinstance(source, ParquetInput) and source.largest_group <= _LARGEST_GROUP:
             file = str(source.path.relative_to(data.root) if found.remote else source.path)
         else:
             file = f"plan/{index:05d}.parquet"

@@ -41,11 +41,6 @@ class ListScan:
     limit_hash: int | None = None  # rows whose hash is above it are beyond the limit
     planned_hash: int | None = None  # and those up to this one are in the plan that grows
 
-    @property
-    def is_filtered(self) -> bool:
-        """Whether some rows of the list may not be wanted."""
-        return self.predicate is not None or self.limit_hash is not None or self.planned_hash is not None
-
     def masks(self, index: int) -> Iterator[np.ndarray]:
         """What `where` keeps of an input, in pieces; without `where` no row is read."""
         source = self.inputs[index]

@@ -16,6 +16,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -144,26 +145,29 @@ def _left_by_lock(path: Path) -> bool:
     return found.st_size == 0 or (path.name == ".lock" and path.read_bytes()[:8] == b"process ")
 
 
+@dataclass(frozen=True)
 class Taken:
-    """A folder that this run holds the lock of; knows what was in it before, so that it can be put back."""
+    """A folder that this run holds the lock of, and what was in it before, so that it can be put back."""
 
-    def __init__(self, root: Path, before: set[str], made: list[Path], kept: dict[str, bytes], new: bool) -> None:
-        self.root = root
-        self._before, self._made, self._kept, self._new = before, made, kept, new
+    root: Path
+    before: set[str]  # the names in it
+    made: list[Path]  # it and those around it, as far as this run made them
+    kept: dict[str, bytes]  # what was in the small files that the run replaces
+    new: bool  # whether it was not ours before
 
     def undo(self, names: Iterable[str]) -> None:
         """Take back what this run made under these names, and put back what it replaced: the folder is as it was."""
         for name in names:
-            if name not in self._before:
+            if name not in self.before:
                 _remove(self.root / name)
-            elif name in self._kept and _bytes_of(self.root / name) != self._kept[name]:
+            elif name in self.kept and _bytes_of(self.root / name) != self.kept[name]:
                 with atomic(self.root / name) as f:
-                    f.write(self._kept[name])
-        if self._new:
+                    f.write(self.kept[name])
+        if self.new:
             for name in (MARK, ".workers", ".lock"):
-                if name not in self._before:
+                if name not in self.before:
                     _remove(self.root / name)
-            for folder in self._made:
+            for folder in self.made:
                 with contextlib.suppress(OSError):  # somebody else has put something there
                     folder.rmdir()
 
