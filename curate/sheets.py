@@ -164,7 +164,15 @@ class Page:
                 self.y += height + 48
             x = _MARGIN + (i % per_row) * (width + _GAP)
             self.box(x, self.y, width, height, _CARD, _LINE)
-            self._place(tile.image, x, self.y, width, height)
+            if tile.image is None:
+                self.text(x + width / 2, self.y + height / 2, "cannot be decoded", 11, _SOFT, anchor="mm")
+            else:
+                image = Image.fromarray(tile.image) if isinstance(tile.image, np.ndarray) else tile.image
+                room_w, room_h = round(width * _SCALE) - 4, round(height * _SCALE) - 4
+                fit = min(room_w / image.width, room_h / image.height, 2.0)  # a small image is seen to be small
+                w, h = max(1, round(image.width * fit)), max(1, round(image.height * fit))
+                left, top = round(x * _SCALE) + 2 + (room_w - w) // 2, round(self.y * _SCALE) + 2 + (room_h - h) // 2
+                self.image.paste(image.resize((w, h), Image.Resampling.LANCZOS), (left, top))
             if tile.blurred:
                 self.box(x + width / 2 - 28, self.y + height / 2 - 10, 56, 19, _CARD)
                 self.text(x + width / 2, self.y + height / 2, "blurred", 12, _SOFT, anchor="mm")
@@ -173,18 +181,6 @@ class Page:
             self.text(x, self.y + height + 22, second, 11, _SOFT, room=width)
         if tiles:
             self.y += height + 48
-
-    def _place(self, image: Pixels | None, x: float, y: float, width: float, height: float) -> None:
-        if image is None:
-            self.text(x + width / 2, y + height / 2, "cannot be decoded", 11, _SOFT, anchor="mm")
-            return
-        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-        room_w, room_h = round(width * _SCALE) - 4, round(height * _SCALE) - 4
-        fit = min(room_w / image.width, room_h / image.height, 2.0)  # a small image is seen to be small
-        size = max(1, round(image.width * fit)), max(1, round(image.height * fit))
-        shown = image.resize(size, Image.Resampling.LANCZOS)
-        at = round(x * _SCALE) + 2 + (room_w - size[0]) // 2, round(y * _SCALE) + 2 + (room_h - size[1]) // 2
-        self.image.paste(shown, at)
 
     def words(self, words: Iterable[str]) -> None:
         x: float = _MARGIN + 22

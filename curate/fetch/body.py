@@ -153,17 +153,9 @@ class Memory:
         self.used = 0
         self.beyond: Reservation | None = None
         self.waiting: list[tuple[int, Reservation, int, asyncio.Future[None]]] = []  # heap: age, who, bytes, ticket
-        self._ages = itertools.count()
-        self._half_free = asyncio.Event()
-        self._half_free.set()
-
-    def reserve(self) -> Reservation:
-        """Room for one body, none so far."""
-        return Reservation(self, next(self._ages))
-
-    async def wait_until_half_free(self) -> None:
-        """Then a body that is asked for will hardly wait when it comes."""
-        await self._half_free.wait()
+        self.ages = itertools.count()
+        self.half_free = asyncio.Event()  # then a body that is asked for will hardly wait when it comes
+        self.half_free.set()
 
     def serve(self) -> None:
         """Let bodies that wait have what there is, the oldest first."""
@@ -182,16 +174,16 @@ class Memory:
         """So many bytes more are taken, or fewer."""
         self.used += size
         if self.used < self.size / 2:
-            self._half_free.set()
+            self.half_free.set()
         else:
-            self._half_free.clear()
+            self.half_free.clear()
 
 
 class Reservation:
-    """The bytes that one body takes."""
+    """The bytes that one body takes; none at first."""
 
-    def __init__(self, memory: Memory, age: int) -> None:
-        self._memory, self.age = memory, age
+    def __init__(self, memory: Memory) -> None:
+        self._memory, self.age = memory, next(memory.ages)
         self.size = 0
 
     async def grow(self, size: int, clock: asyncio.Timeout) -> None:

@@ -181,7 +181,7 @@ class Fetcher:
                 host = url.raw_host or ""
                 seconds -= await self._resolver.look_up(host)
                 async with self._permits.permit(budget.registered_domain(host)) as permit:
-                    await self._memory.wait_until_half_free()
+                    await self._memory.half_free.wait()
                     answer = await self._request(url, seconds, limits, opt_outs, permit)
                 seconds -= answer.seconds
                 if answer.status not in REDIRECTS:
@@ -203,7 +203,7 @@ class Fetcher:
     ) -> _HttpAnswer:
         """One request and its answer, and what it says about the domain."""
         status, retry_after = None, None
-        memory = self._memory.reserve()
+        memory = Reservation(self._memory)
         try:
             try:
                 async with asyncio.timeout(seconds) as clock, self._session.get(url, allow_redirects=False) as response:
@@ -224,29 +224,20 @@ class Fetcher:
                 permit.failed(e)
             elif status is not None:
                 permit.answered()
-            self._keep_away(e, retry_after, permit)
-            raise
+            if retry_after is None and e.reason is Reason.HTTP_429:
+                retry_after = _PAUSE
+            if retry_after is None or e.reason not in (Reason.HTTP_429, Reason.HTTP_5XX):
+                raise
+            if retry_after <= _LONGEST_WAIT:
+                permit.back_off(retry_after)
+                raise
+            detail = f"{e.detail}; asked to wait {retry_after:.0f} s"
+            final = FinalError(e.reason, detail, final_url=e.final_url, http_status=e.http_status)
+            permit.fail_fast(final, min(retry_after, _LONGEST_BAN))
+            raise final from e
         except BaseException:
             memory.release()
             raise
-
-    def _keep_away(self, error: RowError, retry_after: float | None, permit: domains.Permit) -> None:
-        """What a 429 or 5xx asks for. Raises FinalError where that is to wait for too long."""
-        if error.reason is Reason.HTTP_429 and retry_after is None:
-            retry_after = _PAUSE
-        if retry_after is None or error.reason not in (Reason.HTTP_429, Reason.HTTP_5XX):
-            return
-        if retry_after <= _LONGEST_WAIT:
-            permit.back_off(retry_after)
-            return
-        final = FinalError(
-            error.reason,
-            f"{error.detail}; asked to wait {retry_after:.0f} s",
-            final_url=error.final_url,
-            http_status=error.http_status,
-        )
-        permit.fail_fast(final, min(retry_after, _LONGEST_BAN))
-        raise final from error
 
     @property
     def _session(self) -> aiohttp.ClientSession:

@@ -166,16 +166,13 @@ def fetched_schema(extra_columns: pa.Schema) -> pa.Schema:
     return pa.schema(URL_COLUMNS + list(stored_schema(extra_columns)) + FETCHED_COLUMNS)
 
 
-def row_digits(shard_size: int) -> int:
-    """Digits of a row number; img2dataset's ceil(log10(shard_size)), so that its keys and ours agree."""
-    return len(str(shard_size - 1)) if shard_size > 1 else 0
-
-
 def make_key(shard: int, row: int, shard_size: int, shard_digits: int = 5) -> str:
     """The name of a row: shard number and row number, zero-padded, without a dot (webdataset cuts keys at dots).
+
+    A row number has img2dataset's ceil(log10(shard_size)) digits, so that its keys and ours agree.
 
     >>> make_key(1, 5, 10000)
     '000010005'
     """
-    digits = row_digits(shard_size)
+    digits = len(str(shard_size - 1)) if shard_size > 1 else 0
     return f"{shard * 10**digits + row:0{shard_digits + digits}d}"

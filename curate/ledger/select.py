@@ -159,12 +159,12 @@ def select(data: Data, config: SelectConfig) -> Selection:
         return keys, states, odd, quantiles
 
     with contextlib.closing(Bounds(con)) as bounds:
-        fetched_keys, states, odd, quantiles = bounds.run(ask)
+        fetched_keys, states, warnings, quantiles = bounds.run(ask)
         failed, not_fetched = bounds.run(lambda: failures(con))
 
     fetched = len(fetched_keys)
     verdicts = np.full(fetched, len(rules) + 1, np.int16)  # i: the i-th rule, counted from one; the last: kept
-    counts = []
+    counts = list[RuleCount]()
     for i, (rule, state) in enumerate(zip(rules, states, strict=True), 1):
         first = (state != 0) & (verdicts == len(rules) + 1)
         verdicts[first] = i
@@ -177,6 +177,11 @@ def select(data: Data, config: SelectConfig) -> Selection:
                 nulls=int((state == 2).sum()),
             )
         )
+        if fetched and counts[-1].marginal == fetched:
+            without = " (no row has a value)" if counts[-1].nulls == fetched else ""
+            warnings.append(f"rule {rule.name} ({rule.condition}) rejects every image{without}")
+        elif fetched and counts[-1].marginal == 0:
+            warnings.append(f"rule {rule.name} ({rule.condition}) keeps every image")
     selection = Selection(
         name=config.name,
         rows=fetched + len(failed),
@@ -184,7 +189,7 @@ def select(data: Data, config: SelectConfig) -> Selection:
         rules=counts,
         kept=int((verdicts == len(rules) + 1).sum()),
         quantiles=quantiles,
-        warnings=[*odd, *_warnings(counts, fetched)],
+        warnings=warnings,
     )
     write_selection(data, selection, fetched_keys, verdicts, failed, config=identity, inputs=inputs)
     return selection
@@ -314,17 +319,6 @@ def failures(con: duckdb.DuckDBPyConnection) -> tuple[np.ndarray, dict[str, int]
     keys = con.execute("SELECT k FROM failed").fetchnumpy()["k"]
     reasons = con.execute("SELECT reason, count(*) AS n FROM failed GROUP BY 1 ORDER BY n DESC, 1").fetchall()
     return np.asarray(keys), dict(reasons)
-
-
-def _warnings(rules: Sequence[RuleCount], fetched: int) -> list[str]:
-    found = []
-    for rule in rules:
-        without = " (no row has a value)" if rule.nulls == fetched else ""
-        if fetched and rule.marginal == fetched:
-            found.append(f"rule {rule.name} ({rule.condition}) rejects every image{without}")
-        elif fetched and rule.marginal == 0:
-            found.append(f"rule {rule.name} ({rule.condition}) keeps every image")
-    return found
 
 
 def write_selection(

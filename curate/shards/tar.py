@@ -32,6 +32,11 @@ class CorruptShard(Exception):
     """A tar that ends early or holds what a shard may not hold; names the file."""
 
 
+_EMPTY = tarfile.TarInfo()
+_EMPTY.mtime, _EMPTY.mode = 0, 0o444
+_HEADER = _EMPTY.tobuf(tarfile.USTAR_FORMAT)
+
+
 class TarWriter:
     """Writes members to an open binary file; `close` ends the tar."""
 
@@ -41,7 +46,14 @@ class TarWriter:
 
     def add(self, name: str, data: bytes) -> None:
         """Append one regular file. The name is ours: short, ASCII, with one dot."""
-        self._file.write(_header(name, len(data)))
+        raw = name.encode("ascii")
+        assert len(raw) <= 100 and len(data) < 8**11, f"{name}: {len(data)} bytes"
+        head = bytearray(_HEADER)  # name, size and checksum are filled in; tarfile takes ten times as long
+        head[: len(raw)] = raw
+        head[124:136] = b"%011o\0" % len(data)
+        head[148:156] = b" " * 8
+        head[148:156] = b"%06o\0 " % sum(head)
+        self._file.write(bytes(head))
         self._file.write(data)
         padding = -len(data) % _BLOCK
         self._file.write(bytes(padding))
@@ -62,23 +74,6 @@ class TarWriter:
         """Two zero blocks, then zeros up to tar's record size of 10,240 bytes."""
         end = self._length + 2 * _BLOCK
         self._file.write(bytes(2 * _BLOCK + -end % tarfile.RECORDSIZE))
-
-
-_EMPTY = tarfile.TarInfo()
-_EMPTY.mtime, _EMPTY.mode = 0, 0o444
-_HEADER = _EMPTY.tobuf(tarfile.USTAR_FORMAT)
-
-
-def _header(name: str, size: int) -> bytes:
-    """A member's header: the one above, with name, size and checksum filled in. tarfile takes ten times as long."""
-    raw = name.encode("ascii")
-    assert len(raw) <= 100 and size < 8**11, f"{name}: {size} bytes"
-    head = bytearray(_HEADER)
-    head[: len(raw)] = raw
-    head[124:136] = b"%011o\0" % size
-    head[148:156] = b" " * 8
-    head[148:156] = b"%06o\0 " % sum(head)
-    return bytes(head)
 
 
 def index_tar(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
