@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,19 @@ def new_app(service: GenerationService, hosts: frozenset[str] | None = LOOPBACK,
     )
     app.state.service = service
     folder = resources.files("studio") / "page"
-    for path, name in {**PAGES, **SHARED}.items():
-        app.get(path, include_in_schema=False)(_sends((folder / name).read_bytes(), _TYPES[Path(name).suffix]))
+    files = {path: ((folder / name).read_bytes(), _TYPES[Path(name).suffix]) for path, name in (PAGES | SHARED).items()}
+
+    async def file(request: Request) -> Response:
+        """A file of a page. With the page itself a browser gets the cookie that tells its jobs from others'."""
+        data, kind = files[request.scope["path"]]
+        response = Response(data, media_type=kind, headers={"cache-control": "no-cache"})
+        if kind == "text/html" and draw.CLIENT not in request.cookies:
+            token = secrets.token_hex(16)
+            response.set_cookie(draw.CLIENT, token, max_age=365 * 86400, httponly=True, samesite="strict")
+        return response
+
+    for path in files:
+        app.get(path, include_in_schema=False)(file)
     for router in ROUTERS:
         app.include_router(router, responses=ERRORS)
     for error in (RequestValidationError, UserError, QueueFull, FolderGone, StarletteHTTPException, Exception):
@@ -68,19 +79,6 @@ def new_app(service: GenerationService, hosts: frozenset[str] | None = LOOPBACK,
         description["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         description["security"] = [{"token": []}]
     return Gate(app, hosts, token, (folder / "sign-in.html").read_text("utf-8"))
-
-
-def _sends(data: bytes, kind: str) -> Callable[[Request], Awaitable[Response]]:
-    """A file of a page. With the page itself a browser gets the cookie that tells its jobs from others'."""
-
-    async def send(request: Request) -> Response:
-        response = Response(data, media_type=kind, headers={"cache-control": "no-cache"})
-        if kind == "text/html" and draw.CLIENT not in request.cookies:
-            token = secrets.token_hex(16)
-            response.set_cookie(draw.CLIENT, token, max_age=365 * 86400, httponly=True, samesite="strict")
-        return response
-
-    return send
 
 
 async def _on_error(request: Request, error: Any) -> JSONResponse:

@@ -114,7 +114,7 @@ class Gate:
             right = _same(bearer, self._token) | _same(kept, cookie(self._token))
             if path not in OPEN and not ((bearer or kept) and await self._attempt(address, right)):
                 if path == "/" and method == "GET":
-                    return self._form(401, "")
+                    return self._form("")
                 raise Refused(
                     401,
                     "this server asks for a token",
@@ -193,13 +193,13 @@ class Gate:
         except ValueError as e:
             raise Refused(400, f"this is no sign-in: {e}") from None
         if not await self._attempt(address, _same(given.strip(), token)):
-            return self._form(401, "That is not the token. It is printed where the server was started.")
+            return self._form("That is not the token. It is printed where the server was started.")
         response = RedirectResponse("/", 303)
         response.set_cookie(COOKIE, cookie(token), max_age=30 * 86400, httponly=True, samesite="strict")
         return response
 
-    def _form(self, status: int, note: str) -> Response:
-        return HTMLResponse(self._sign_in.replace("{note}", note), status)
+    def _form(self, note: str) -> Response:
+        return HTMLResponse(self._sign_in.replace("{note}", note), 401)
 
     # ------------------------------------------------------------------------------------------------------ bodies
 

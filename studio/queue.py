@@ -109,11 +109,11 @@ class JobQueue:
             self._lock.notify_all()
         self._on_change()
 
-    def close(self, seconds: float = 1.0) -> None:
-        """Stop, and wait so long at most for the step that runs."""
+    def close(self) -> None:
+        """Stop, and wait a second at most for the step that runs."""
         self.stop()
         if self._thread.is_alive():
-            self._thread.join(seconds)
+            self._thread.join(1.0)
 
     def submit(self, job: StudioJob) -> StudioJob:
         """Let a job wait for its turn. Raises QueueFull."""

@@ -150,19 +150,8 @@ class GenerationService:
         )
         request = self.sampler.check(request)
         tiles = number * self.sampler.tiles(request)
-        self._check_size(request, tiles)
-        images = {"image": request.image is not None, "mask": request.mask is not None}
-        return StudioJob(
-            [replace(request, seed=seed + i) for i in range(number)],
-            client,
-            settings.model_dump() | {"seed": seed} | images,
-            bytes=parsed.bytes,
-            address=address,
-            cost=tiles_cost(tiles, self.sampler.tile),
-        )
 
-    def _check_size(self, request: GenerationRequest, tiles: int) -> None:
-        """Refuse what would take too much memory, and what would take longer than the longest job without tiles."""
+        # what would take too much memory, and what would take longer than the longest job without tiles
         width, height = request.width or 0, request.height or 0
         if request.enlarges and request.image is not None:
             width, height = request.image.size
@@ -181,6 +170,16 @@ class GenerationService:
                 "here. Ask for fewer steps, less strength (0 redraws nothing), or enlarge a smaller picture; "
                 "`tastemaker sample --upscale` has no limit"
             )
+
+        images = {"image": request.image is not None, "mask": request.mask is not None}
+        return StudioJob(
+            [replace(request, seed=seed + i) for i in range(number)],
+            client,
+            settings.model_dump() | {"seed": seed} | images,
+            bytes=parsed.bytes,
+            address=address,
+            cost=tiles_cost(tiles, self.sampler.tile),
+        )
 
     # ---------------------------------------------------------------------------------------------- running
 

@@ -64,8 +64,7 @@ class JobRequest(BaseModel):
     image: str | None = Field(None, description="to begin with: base64 of a PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF")
     strength: float | None = Field(None, ge=0, le=1, allow_inf_nan=False, description="how much of it is regenerated")
     mask: str | None = Field(
-        None,
-        description="base64, as large as the image: white is regenerated; or what is painted on a transparent one",
+        None, description="base64, as large as the image: white is regenerated; or what is painted on a transparent one"
     )
     upscale: int = Field(1, ge=1, le=4, description="times; with an image that image is enlarged")
 

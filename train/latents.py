@@ -138,12 +138,11 @@ def write_shard(
     made: dict[str, Any],
     *,
     text: bool = False,
-    batch: int = 32,
     threads: int = 2,
     tell: Tell = lambda count: None,
 ) -> None:
     """Encode the images of one shard and write its two files, each whole or absent, the record last."""
-    parts = [indices[i : i + batch].tolist() for i in range(0, len(indices), batch)]
+    parts = [indices[i : i + 32].tolist() for i in range(0, len(indices), 32)]
     keys: list[str] = []
     latents, words = [], []
     with ThreadPoolExecutor(threads) as pool:

@@ -172,10 +172,11 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
     log = RecordLog(folder / "log.jsonl", step) if rank == 0 else None
 
+    names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
     for module in task.modules.values():
         module.train()
-        if config.checkpointing:
-            _enable_checkpointing(module)
+        if config.checkpointing:  # by the name that diffusers or transformers gives it
+            next((getattr(module, name) for name in names if hasattr(module, name)), lambda: None)()
         if config.compile:
             module.compile()
 
@@ -281,14 +282,6 @@ def _backward(
         if device.type == "cuda":
             torch.cuda.empty_cache()
         micro_batch = max(1, min(micro_batch, len(batch.keys)) // 2)
-
-
-def _enable_checkpointing(module: nn.Module) -> None:
-    """Gradient checkpointing, by the name that diffusers or transformers gives it."""
-    for name in ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable"):
-        if hasattr(module, name):
-            getattr(module, name)()
-            return
 
 
 @torch.no_grad()

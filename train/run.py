@@ -41,14 +41,7 @@ from train.models.files import no_progress_bars
 from train.models.info import training_record
 from train.models.presets import Preset
 from train.models.release import is_released, release
-from train.models.unet import (
-    add_lora,
-    count_parameters,
-    default_size,
-    new_model,
-    size_step,
-    tokenize,
-)
+from train.models.unet import add_lora, count_parameters, default_size, new_model, size_step, tokenize
 from train.objective import GAMMA, objective_of
 from train.tasks import Denoise, Reconstruct, Task, fit_scale, psnr
 
@@ -129,13 +122,13 @@ def write_new_model(folder: Path, preset: Preset, captions: Sequence[str], objec
     scratch.rename(folder)
 
 
-def default_prompts(samples: MapDataset, held_out: Sequence[int], count: int = 4) -> tuple[str, ...]:
-    """Captions for previews: the first different ones of held-out images, and of others where these are too few."""
+def default_prompts(samples: MapDataset, held_out: Sequence[int]) -> tuple[str, ...]:
+    """Captions for previews: the first four of held-out images that differ, and of others where these are too few."""
     captions: dict[str, None] = {}
     for index in [*held_out, *range(len(samples))]:
         if caption := samples.facts(index)["caption"]:
             captions[caption] = None
-        if len(captions) == count:
+        if len(captions) == 4:
             break
     return tuple(captions)
 

@@ -41,7 +41,6 @@ from train.evaluate.figures import (
     MIN_KID,
     SUBSET,
     InDomainSpace,
-    NearestTraining,
     clip_score,
     clip_score_of,
     difference,
@@ -89,9 +88,7 @@ class Progress(Protocol):
 
 
 def encode_images(
-    images: Iterable[Pixels],
-    models: Mapping[str, Encoder | Annotator],
-    on_done: Callable[[int], None] = heldout.ignore,
+    images: Iterable[Pixels], models: Mapping[str, Encoder | Annotator], on_done: heldout.OnDone = lambda count: None
 ) -> dict[str, npt.NDArray[Any]]:
     """What models see in images, (h, w, 3) uint8: by name (n, d) unit vectors of an encoder, or (n,) scores of others.
 
@@ -333,14 +330,27 @@ class Evaluation:
             return found
 
         all_figures: dict[str, Any] = {"retrieval": {"space": self.encoder.name, **figures(lambda x: x, lambda x: x)}}
-        if (fitted := self._fit_in_domain(real, training)) is not None:
-            space, count = fitted
+
+        # a space fitted to the training images, or to real ones that nothing else is told of
+        samples, first = self.samples, len(self.captioned)
+        indices, vectors = self.real[first:], real["vectors"][first:]
+        if training is not None and self.held_out.training is not None:
+            samples, indices, vectors = self.held_out.training, self.training, training["vectors"]
+        known = [heldout.caption_of(samples, i) for i in indices]
+        used = [i for i, caption in enumerate(known) if caption][:MAX_FITTED]
+        if len(used) < MIN_FITTED:
+            self.left_out["retrieval in the in-domain space"] = (
+                f"{len(used)} captioned pictures beside those that are measured on: {MIN_FITTED} are needed"
+            )
+        else:
+            space = InDomainSpace(vectors[used], encode([known[i] for i in used]))
             all_figures["retrieval_in_domain"] = {
                 "space": "in-domain",
-                "fitted_to": count,
+                "fitted_to": len(used),
                 "fitted_on": "other real pictures" if training is None else "training pictures",
                 **figures(space.images, space.texts),
             }
+
         if name := clip_score_of(self.encoder.name):
             pairs = {"drawn": (generated["vectors"], self.prompts)}
             if compare:
@@ -350,22 +360,6 @@ class Evaluation:
                 for side, (vectors, words) in pairs.items()
             }
         return all_figures
-
-    def _fit_in_domain(self, real: Encoded, training: Encoded | None) -> tuple[InDomainSpace, int] | None:
-        """A space fitted to the training images, or to real ones that nothing else is told of; and to how many."""
-        samples, first = self.samples, len(self.captioned)
-        indices, vectors = self.real[first:], real["vectors"][first:]
-        if training is not None and self.held_out.training is not None:
-            samples, indices, vectors = self.held_out.training, self.training, training["vectors"]
-        captions = [heldout.caption_of(samples, i) for i in indices]
-        used = [i for i, caption in enumerate(captions) if caption][:MAX_FITTED]
-        if len(used) < MIN_FITTED:
-            self.left_out["retrieval in the in-domain space"] = (
-                f"{len(used)} captioned pictures beside those that are measured on: {MIN_FITTED} are needed"
-            )
-            return None
-        texts = self.encoder.encode_texts([captions[i] for i in used])
-        return InDomainSpace(vectors[used], texts), len(used)
 
     def _scores(self, generated: Encoded, real: Encoded) -> dict[str, Any] | None:
         """Each head's mean on generated and on real images: those of the same captions, where these were generated."""
@@ -390,7 +384,8 @@ class Evaluation:
         return found or None
 
     def _memorisation(self, generated: Encoded, real: Encoded, training: Encoded | None) -> dict[str, Any] | None:
-        if training is None:
+        samples = self.held_out.training
+        if training is None or samples is None:
             self.left_out["memorisation"] = f"the training pictures are not at hand: {self.held_out.note}"
             return None
         ours, theirs = nearest_training(generated, training), nearest_training(real, training)
@@ -402,7 +397,23 @@ class Evaluation:
             self.left_out["pictures close to training pictures"] = (
                 f"{len(self.real)} real pictures to tell what is close: {MIN_CLOSE} are needed"
             )
-        self._draw_nearest(ours, theirs)
+
+        # `nearest.png`: generated images nearest to training images, then real ones that were not trained on
+        rows = []
+        for near, most in ((ours, SHEET_NEAREST), (theirs, SHEET_NEAREST_REAL)):
+            for i in map(int, np.argsort(-near.cosines[:, 0], kind="stable")[:most]):
+                if near is ours:
+                    title, kind, image = self.prompts[i], "generated", self._generated_image(i)
+                else:
+                    title = str(self.samples.facts(int(self.real[i]))["caption"] or "")
+                    kind, image = "real, not trained on", self._real_image(self.samples, self.real[i])
+                images = [image, *(self._real_image(samples, self.training[k]) for k in near.indices[i])]
+                words = [f"{kind}\n"] + [
+                    f"trained on\ncosine {c:.3f}, {b} of 64 bits"
+                    for c, b in zip(near.cosines[i], near.bits[i], strict=True)
+                ]
+                rows.append((title, _tiles(images, words, self._unsafe(images))))
+        sheet(self.out / "nearest.png", f"{Path(self.model.name).name}: the nearest training pictures", rows)
         return found
 
     def _distances(self, generated: Encoded, real: Encoded) -> dict[str, Any]:
@@ -450,25 +461,6 @@ class Evaluation:
                 rows.append(("real", _tiles(real, ["\n"] * len(real), self._unsafe(real))))
         title = f"{Path(self.model.name).name}: what was asked for, and what was generated"
         sheet(self.out / "sheet.png", title, rows)
-
-    def _draw_nearest(self, ours: NearestTraining, theirs: NearestTraining) -> None:
-        """`nearest.png`: generated images nearest to training images, then real ones that were not trained on."""
-        assert self.held_out.training is not None
-        rows = []
-        for near, most in ((ours, SHEET_NEAREST), (theirs, SHEET_NEAREST_REAL)):
-            for i in map(int, np.argsort(-near.cosines[:, 0], kind="stable")[:most]):
-                if near is ours:
-                    title, kind, image = self.prompts[i], "generated", self._generated_image(i)
-                else:
-                    title = str(self.samples.facts(int(self.real[i]))["caption"] or "")
-                    kind, image = "real, not trained on", self._real_image(self.samples, self.real[i])
-                images = [image, *(self._real_image(self.held_out.training, self.training[k]) for k in near.indices[i])]
-                words = [f"{kind}\n"] + [
-                    f"trained on\ncosine {c:.3f}, {b} of 64 bits"
-                    for c, b in zip(near.cosines[i], near.bits[i], strict=True)
-                ]
-                rows.append((title, _tiles(images, words, self._unsafe(images))))
-        sheet(self.out / "nearest.png", f"{Path(self.model.name).name}: the nearest training pictures", rows)
 
     def _unsafe(self, images: Sequence[Pixels]) -> list[bool]:
         return [bool(score >= UNSAFE) for score in scores_of(self.detector, images)]

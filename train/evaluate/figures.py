@@ -185,13 +185,13 @@ class NearestTraining:
 
 
 def nearest_training(
-    encoded: Mapping[str, npt.NDArray[Any]], training: Mapping[str, npt.NDArray[Any]], count: int = 3
+    encoded: Mapping[str, npt.NDArray[Any]], training: Mapping[str, npt.NDArray[Any]]
 ) -> NearestTraining:
-    """For images and training images as `encode_images` gave them (`vectors`, `phash`): the `count` nearest by cosine.
+    """For images and training images as `encode_images` gave them (`vectors`, `phash`): the three nearest by cosine.
 
     By brute force, 256 rows at a time.
     """
-    count = min(count, len(training["vectors"]))
+    count = min(3, len(training["vectors"]))
     indices, cosines, bits, fewest = [], [], [], []
     flat = training["phash"] == 0  # flat images all have one hash
     for start in range(0, len(encoded["vectors"]), 256):

@@ -26,10 +26,6 @@ OnDone = Callable[[int], None]
 """Called with how many more images are done."""
 
 
-def ignore(count: int) -> None:
-    """Nobody looks at the progress."""
-
-
 @dataclass(frozen=True)
 class HeldOut:
     """The images to measure on, and those that the model was trained on where these are known."""
@@ -42,7 +38,7 @@ class HeldOut:
     note: str  # what is known, in a sentence
 
 
-def find_held_out(model: str | Path, samples: MapDataset, on_done: OnDone = ignore) -> HeldOut:
+def find_held_out(model: str | Path, samples: MapDataset, on_done: OnDone = lambda count: None) -> HeldOut:
     """Which of these images a model was not trained on.
 
     Where they are its training data, those that its run held out. Where they are others, all but near-duplicates of
@@ -137,7 +133,7 @@ def distinct_captions(samples: MapDataset, indices: Ints, count: int) -> list[in
 
 
 def losses(
-    pipeline: Any, examples: TrainDataset, indices: Ints, *, seed: int = 0, on_done: OnDone = ignore
+    pipeline: Any, examples: TrainDataset, indices: Ints, *, seed: int = 0, on_done: OnDone = lambda count: None
 ) -> npt.NDArray[np.float32]:
     """The loss on each image at each of the times that training measures at: (n, 8), as `Denoise.held_out_losses`.
 

@@ -89,26 +89,8 @@ def pixels_digest(image: Image.Image) -> str:
 
 
 def png(image: Image.Image, facts: Mapping[str, Any]) -> bytes:
-    """A PNG file with the facts in it: as JSON, and in a line as A1111's web UI writes it, which many programs read."""
-    return _png(image, {"parameters": infotext(facts), CHUNK: json.dumps(facts, sort_keys=True)})
-
-
-def grid_png(image: Image.Image, names: Sequence[str]) -> bytes:
-    """A PNG file of several images, with their names in it."""
-    return _png(image, {CHUNK: json.dumps({"pictures": list(names)})})
-
-
-def _png(image: Image.Image, texts: Mapping[str, str]) -> bytes:
-    info = PngImagePlugin.PngInfo()
-    for name, text in texts.items():
-        info.add_text(name, text)
-    data = io.BytesIO()
-    image.save(data, "PNG", pnginfo=info)
-    return data.getvalue()
-
-
-def infotext(facts: Mapping[str, Any]) -> str:
-    """Prompt and settings as AUTOMATIC1111's web UI writes them (`create_infotext` in modules/processing.py)."""
+    """A PNG file with the facts in it: as JSON, and as AUTOMATIC1111's web UI writes prompt and settings, which many
+    programs read (`create_infotext` in its modules/processing.py)."""
     settings = {
         "Steps": facts["steps"],
         "Sampler": facts["scheduler"],
@@ -124,7 +106,21 @@ def infotext(facts: Mapping[str, Any]) -> str:
     if facts["negative"]:
         lines.append(f"Negative prompt: {facts['negative']}")
     lines.append(", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None))
-    return "\n".join(lines)
+    return _png(image, {"parameters": "\n".join(lines), CHUNK: json.dumps(facts, sort_keys=True)})
+
+
+def grid_png(image: Image.Image, names: Sequence[str]) -> bytes:
+    """A PNG file of several images, with their names in it."""
+    return _png(image, {CHUNK: json.dumps({"pictures": list(names)})})
+
+
+def _png(image: Image.Image, texts: Mapping[str, str]) -> bytes:
+    info = PngImagePlugin.PngInfo()
+    for name, text in texts.items():
+        info.add_text(name, text)
+    data = io.BytesIO()
+    image.save(data, "PNG", pnginfo=info)
+    return data.getvalue()
 
 
 class _Facts(BaseModel):

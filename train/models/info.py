@@ -102,11 +102,6 @@ class ModelInfo:
         lines = [f"{p.relative_to(self.folder)} {sha256_file(p)}" for p in sorted(files)]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
-    @property
-    def bytes(self) -> int:
-        """What the weights take on disk."""
-        return sum(p.stat().st_size for part in PARTS[:3] for p in weight_files(self.folder / part))
-
 
 def read_model_info(name: str | Path) -> ModelInfo:
     """What there is to know of a model, a folder or a hub id (which is downloaded first).

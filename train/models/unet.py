@@ -144,14 +144,27 @@ def load_model(model: ModelInfo | str | Path, dtype: torch.dtype = torch.float32
     weight is no number.
     """
     import diffusers
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextModel, CLIPTokenizer
 
     info = model if isinstance(model, ModelInfo) else read_model_info(model)
     with no_progress_bars():
         unet = _part(info, "unet", diffusers.UNet2DConditionModel, dtype)
         vae = _part(info, "vae", diffusers.AutoencoderKL, dtype)
         text = _part(info, "text_encoder", CLIPTextModel, dtype)
-        tokenizer = _tokenizer(info)
+
+        folder = info.folder / "tokenizer"
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            last = max(tokenizer("a", truncation=True, padding="max_length", max_length=3).input_ids)
+            last = max(last, *tokenizer.get_vocab().values())
+        except Exception as e:  # whatever files that are none make of a constructor
+            raise UserError(f"{folder}: no tokenizer can be made of these files: {error_line(e)}") from e
+        if last >= info.text["vocab_size"]:
+            raise UserError(
+                f"{folder} has a token of number {last}, and the text encoder knows {info.text['vocab_size']} "
+                f"(vocab_size in {info.folder / 'text_encoder' / 'config.json'})"
+            )
+
         path = info.folder / "scheduler" / "scheduler_config.json"
         try:
             kind = getattr(diffusers, read_json_file(info.folder / "model_index.json")["scheduler"][1])
@@ -223,24 +236,6 @@ def check_computes(pipeline: Any, info: ModelInfo, error: Exception) -> None:
         except Exception as e:
             path = info.folder / name / "config.json"
             raise UserError(f"{path}: what it describes can't be computed: {error_line(e)}") from error
-
-
-def _tokenizer(info: ModelInfo) -> Any:
-    from transformers import CLIPTokenizer
-
-    folder = info.folder / "tokenizer"
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        last = max(tokenizer("a", truncation=True, padding="max_length", max_length=3).input_ids)
-        last = max(last, *tokenizer.get_vocab().values())
-    except Exception as e:  # as above
-        raise UserError(f"{folder}: no tokenizer can be made of these files: {error_line(e)}") from e
-    if last >= info.text["vocab_size"]:
-        raise UserError(
-            f"{folder} has a token of number {last}, and the text encoder knows {info.text['vocab_size']} "
-            f"(vocab_size in {info.folder / 'text_encoder' / 'config.json'})"
-        )
-    return tokenizer
 
 
 LORA = ("to_q", "to_k", "to_v", "to_out.0")
