@@ -17,6 +17,11 @@ Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 _BLOCK = 256  # rows converted at a time: 768 floats each stay in a core's cache
 
 
+def cpus() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def thread_map(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """`map` over as many threads as this process may use cores, at most that many items ahead of the reader.
 
@@ -24,7 +29,7 @@ def thread_map(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator
     """
     from threadpoolctl import threadpool_limits
 
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = cpus()
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
         ahead: deque[Any] = deque()
         for item in items:

@@ -134,7 +134,10 @@ def read_head(folder: Path) -> Head:
     if fields.space.probes is not None:
         expected[_PROBES] = (fields.space.probes, dim)
     weights = folder / "head.safetensors"
-    data = _read_bytes(weights, _MAX_WEIGHTS)
+    try:
+        data = read_bytes(weights, _MAX_WEIGHTS)
+    except UserError as e:
+        raise HeadError(str(e)) from e
     if hashlib.sha256(data).hexdigest() != fields.sha256.weights:
         raise HeadError(f"{weights} is not the file that head.json describes (sha256): written in part, or edited")
     tensors = read_safetensors(data, str(weights))
@@ -221,9 +224,8 @@ def check_replaces(folder: Path, head: Head) -> None:
 
 def _fields(path: Path) -> HeadFields:
     """What a head.json says, by its schema; raises HeadError naming the field that does not fit."""
-    data = _read_bytes(path, _MAX_JSON)
     try:
-        value = parse_json(data, str(path), unique=True)
+        value = parse_json(read_bytes(path, _MAX_JSON), str(path), unique=True)
     except UserError as e:
         raise HeadError(str(e)) from e
     if not isinstance(value, dict):
@@ -249,10 +251,3 @@ def _depth(value: Any) -> int:
         depth += 1
         level = [w for v in level for w in (v.values() if isinstance(v, dict) else v)]
     return depth
-
-
-def _read_bytes(path: Path, limit: int) -> bytes:
-    try:
-        return read_bytes(path, limit)
-    except UserError as e:
-        raise HeadError(str(e)) from e

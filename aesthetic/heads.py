@@ -46,7 +46,7 @@ def check_scale(what: str, scale: tuple[float, float]) -> None:
         raise HeadError(f"{what}: scale is {low} to {high}; it must be two finite numbers, the lower one first")
 
 
-def check_norms(name: str, space: Space, squares: npt.NDArray[np.floating], first: int = 0) -> None:
+def check_norms(name: str, space: Space, squares: npt.NDArray[np.floating], first: int) -> None:
     """Raise HeadError where rows of these squared lengths (n,), the first of them row `first`, have another norm than
     the space's vectors: 1 for "l2", the square root of dim for "l2_sqrt_d". A NaN is let pass."""
     length = {"l2": 1.0, "l2_sqrt_d": math.sqrt(space.dim)}.get(space.norm)

@@ -58,7 +58,29 @@ def suggest(
     n x d and four times d x d float64. Raises HeadError where the input does not fit together or is not
     finite.
     """
-    x, share, matters = _checked(rated, weights, pool, penalty, count, relevance)
+    x, w = np.array(rated, np.float64), np.asarray(weights, np.float64)
+    if x.ndim != 2 or not len(x):
+        raise HeadError(f"suggest: rated vectors of shape {x.shape}; (n, d) with at least one row is needed")
+    if pool.ndim != 2 or pool.shape[1] != x.shape[1]:
+        raise HeadError(f"suggest: a pool of shape {pool.shape}; the rated vectors give (m, {x.shape[1]})")
+    matters = np.ones(len(pool)) if relevance is None else np.asarray(relevance, np.float64)
+    if w.shape != (len(x),) or matters.shape != (len(pool),):
+        raise HeadError(
+            f"suggest: {w.shape} weights for {len(x):,} rated images, {matters.shape} relevances for a pool of "
+            f"{len(pool):,}; one number each is needed"
+        )
+    if not np.isfinite(x).all():
+        raise HeadError(f"suggest: the vector of rated row {int((~np.isfinite(x)).any(1).argmax())} is not finite")
+    if not (np.isfinite(w) & (w > 0)).all():
+        raise HeadError("suggest: a weight is not a positive number; leave out the rows that shall not count")
+    if not (np.isfinite(matters) & (matters >= 0)).all():
+        raise HeadError("suggest: a relevance is not a number of at least 0")
+    if not (np.isfinite(penalty) and penalty > 0):
+        raise HeadError(f"suggest: penalty {penalty}; it is a positive number, the one in the head's card")
+    if count < 1:
+        raise HeadError(f"suggest: {count} images; ask for at least one")
+
+    share = w / w.mean()
     n, d = x.shape
     centre = share @ x / n
     x -= centre
@@ -112,36 +134,3 @@ def _near(a: Array, b: Array, square: float) -> npt.NDArray[np.bool_]:
         some = b[start : start + _CHUNK]
         near |= (squares[:, None] + np.einsum("ij,ij->i", some, some) - 2 * a @ some.T).min(1, initial=np.inf) <= square
     return near
-
-
-def _checked(
-    rated: npt.ArrayLike,
-    weights: npt.ArrayLike,
-    pool: npt.NDArray[np.floating],
-    penalty: float,
-    count: int,
-    relevance: npt.ArrayLike | None,
-) -> tuple[Array, Array, Array]:
-    """The rated vectors and the relevance as float64, the weights with a mean of 1."""
-    x, w = np.array(rated, np.float64), np.asarray(weights, np.float64)
-    if x.ndim != 2 or not len(x):
-        raise HeadError(f"suggest: rated vectors of shape {x.shape}; (n, d) with at least one row is needed")
-    if pool.ndim != 2 or pool.shape[1] != x.shape[1]:
-        raise HeadError(f"suggest: a pool of shape {pool.shape}; the rated vectors give (m, {x.shape[1]})")
-    matters = np.ones(len(pool)) if relevance is None else np.asarray(relevance, np.float64)
-    if w.shape != (len(x),) or matters.shape != (len(pool),):
-        raise HeadError(
-            f"suggest: {w.shape} weights for {len(x):,} rated images, {matters.shape} relevances for a pool of "
-            f"{len(pool):,}; one number each is needed"
-        )
-    if not np.isfinite(x).all():
-        raise HeadError(f"suggest: the vector of rated row {int((~np.isfinite(x)).any(1).argmax())} is not finite")
-    if not (np.isfinite(w) & (w > 0)).all():
-        raise HeadError("suggest: a weight is not a positive number; leave out the rows that shall not count")
-    if not (np.isfinite(matters) & (matters >= 0)).all():
-        raise HeadError("suggest: a relevance is not a number of at least 0")
-    if not (np.isfinite(penalty) and penalty > 0):
-        raise HeadError(f"suggest: penalty {penalty}; it is a positive number, the one in the head's card")
-    if count < 1:
-        raise HeadError(f"suggest: {count} images; ask for at least one")
-    return x, w / w.mean(), matters

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,11 +19,8 @@ from pipelines.recipe import Recipe, stored_recipe
 STAGES = ("source", "fetch", "images", "embed")
 """The stages whose files a changed recipe would alter; what comes after them asks nothing."""
 
-Say = Callable[[str], None]
-"""Shows a line to whoever started the run."""
 
-
-def check_engine(recipe: Recipe, say: Say) -> None:
+def check_engine(recipe: Recipe) -> None:
     """UserError where the download engine that is asked for cannot be used here."""
     if recipe.fetch.engine == "img2dataset":
         from curate.fetch import engine_img2dataset
@@ -34,7 +31,7 @@ def check_engine(recipe: Recipe, say: Say) -> None:
                 "fetch.deny: img2dataset heeds no deny-list, so what is denied would be fetched. "
                 "`--set fetch.engine=native`, or `--set fetch.deny=[]`"
             )
-        say("warning: img2dataset checks no addresses and reads no robots.txt; keep it off private networks")
+        print("warning: img2dataset checks no addresses and reads no robots.txt; keep it off private networks")
 
 
 def check_selection(data: Data, recipe: Recipe, extra_columns: pa.Schema, annotators: Mapping[str, Annotator]) -> None:

@@ -20,7 +20,7 @@ from typing import NoReturn
 from aesthetic.errors import UserError, nearest
 from pipelines.commands import COMMANDS, find
 from pipelines.faults import check_limits, ensure_home, explain
-from pipelines.options import Options, Result, add_arguments, facts_of, flags_of, from_parsed
+from pipelines.options import Result, add_arguments, facts_of, flags_of, from_parsed
 from pipelines.terminal import SafeStream, open_descriptors, safe_streams
 
 EXAMPLES = """\
@@ -76,12 +76,23 @@ def _run(words: list[str]) -> int:
         signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTERM, interrupt)  # how a batch system asks for an end
         check_limits(parsed.command)
-        return _show(run(options), options)
-    except KeyboardInterrupt:
-        return _interrupted()
-    except Exception as e:
-        if signals:  # DuckDB, for one, makes an error of its own of it
-            return _interrupted()
+        result: Result = run(options)
+
+        # how every command ends: what it has to say, the paths it wrote, the next command, JSON where asked for
+        if result.text:
+            print(result.text)
+        if result.paths:
+            print("    ".join(f"{name}  {path}" for name, path in result.paths.items()))
+        if result.next:
+            print(f"next: {result.next}")
+        if options.json and not result.own_json:
+            paths = {name: str(path) for name, path in result.paths.items()}
+            print(json.dumps({**result.facts, "options": facts_of(options), "paths": paths}, default=str))
+        return result.code
+    except (KeyboardInterrupt, Exception) as e:
+        if signals or isinstance(e, KeyboardInterrupt):  # DuckDB, for one, makes an error of its own of a signal
+            _complain("interrupted; run the same command again to go on")
+            return 130
         if "--verbose" in words:
             traceback.print_exc()
         code, text = explain(e)
@@ -111,20 +122,6 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def _show(result: Result, options: Options) -> int:
-    """How every command ends: what it has to say, the paths it wrote, the next command, JSON where asked for."""
-    if result.text:
-        print(result.text)
-    if result.paths:
-        print("    ".join(f"{name}  {path}" for name, path in result.paths.items()))
-    if result.next:
-        print(f"next: {result.next}")
-    if options.json and not result.own_json:
-        paths = {name: str(path) for name, path in result.paths.items()}
-        print(json.dumps({**result.facts, "options": facts_of(options), "paths": paths}, default=str))
-    return result.code
-
-
 def _exit_code(code: int, out: SafeStream, err: SafeStream) -> int:
     """The exit code, once all is written: 1 where work was done and what it printed is lost.
 
@@ -136,11 +133,6 @@ def _exit_code(code: int, out: SafeStream, err: SafeStream) -> int:
         _complain(f"what was printed could not be written: {lost.strerror}")
         return code or 1
     return code
-
-
-def _interrupted() -> int:
-    _complain("interrupted; run the same command again to go on")
-    return 130
 
 
 def _complain(text: str) -> None:

@@ -26,7 +26,7 @@ from curate.sources.planner import inspect, make_plan
 from curate.store.files import check_space, read_json, sweep
 from curate.store.lock import Lock
 from curate.store.ownership import check_free, taken
-from pipelines.checks import Say, check_engine, check_selection, has_encoder, refuse_changes, refuse_denied
+from pipelines.checks import check_engine, check_selection, has_encoder, refuse_changes, refuse_denied
 from pipelines.options import Result, command
 from pipelines.recipe import Recipe, store_recipe
 from pipelines.runtime.cluster import check_reachable
@@ -50,12 +50,12 @@ class Request:
     restart_from: str | None = None
 
 
-def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
+def dry_run(request: Request) -> dict[str, Any]:
     """What would run. Raises what `run` would raise before its first URL; fetches and writes nothing."""
     recipe, data = request.recipe, Data(request.root)
     check_free(data.root, "data")
     annotators = make_annotators(recipe.columns, recipe.embed.encoder)
-    check_engine(recipe, say)
+    check_engine(recipe)
     refuse_denied(data, recipe, request.restart_from)
     refuse_changes(data, recipe, request.restart_from)
     if "embed" in request.stages and load_plan(data) is None:
@@ -71,7 +71,7 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
         work = bool(left.shards or rows)
     if work:
         if "embed" in request.stages and not has_encoder(recipe):
-            say(f"the weights of {recipe.embed.encoder} are not on this machine; the run fetches them first")
+            print(f"the weights of {recipe.embed.encoder} are not on this machine; the run fetches them first")
         if request.address is not None:
             check_reachable(request.address)
         there = next(folder for folder in (data.root, *data.root.parents) if folder.exists())
@@ -88,7 +88,7 @@ def dry_run(request: Request, say: Say = print) -> dict[str, Any]:
     }
 
 
-def run(request: Request, say: Say = print) -> Result:
+def run(request: Request) -> Result:
     """The whole job under the data folder's lock; what is done already is left alone.
 
     Raises UserError before anything starts, DiskFull, NothingKept, or the cause of what went wrong in a worker.
@@ -105,7 +105,7 @@ def run(request: Request, say: Say = print) -> Result:
     )
     check_free(data.root, "data")
     annotators = make_annotators(recipe.columns, recipe.embed.encoder)
-    check_engine(recipe, say)
+    check_engine(recipe)
     refuse_denied(data, recipe, request.restart_from)
     planned = data.plan_record.exists()
     if "embed" in request.stages and not planned:
@@ -126,7 +126,7 @@ def run(request: Request, say: Say = print) -> Result:
                 restart(data, recipe, request.restart_from, request.stages)
             make_plan(request.list, data, recipe.source, request.limit)
             store_recipe(data, recipe)
-            return _run_job(data, recipe, annotators, request.stages, request.address, say)
+            return _run_job(data, recipe, annotators, request.stages, request.address)
         except UserError:
             # refused before a job began: a data folder is as it was, and a new one is not there
             if not planned and not data.logs.exists():
@@ -142,7 +142,6 @@ def resume(
     retry: bool = False,
     address: str | None = None,
     restart_from: str | None = None,
-    say: Say = print,
 ) -> Result:
     """The main job on the plan that a data folder has; `retry` fetches again what failed for transient reasons."""
     if restart_from not in (None, "embed"):
@@ -150,7 +149,7 @@ def resume(
         raise UserError(f"--restart-from {restart_from} needs the list: `{again}`")
     annotators = make_annotators(recipe.columns, recipe.embed.encoder)
     if retry:
-        check_engine(recipe, say)
+        check_engine(recipe)
     refuse_denied(data, recipe)
     with Lock(data.root):
         sweep(data.root)
@@ -160,7 +159,7 @@ def resume(
         if restart_from is not None:
             restart(data, recipe, restart_from, stages)
         store_recipe(data, recipe)
-        return _run_job(data, recipe, annotators, stages, address, say, retry=retry)
+        return _run_job(data, recipe, annotators, stages, address, retry=retry)
 
 
 def restart(data: Data, recipe: Recipe, stage: str, stages: Sequence[str]) -> None:
@@ -180,30 +179,40 @@ def _run_job(
     annotators: dict[str, Annotator],
     stages: tuple[str, ...],
     address: str | None,
-    say: Say,
     retry: bool = False,
 ) -> Result:
     """Everything after the checks: the stages on Ray, then the selection and its shards."""
     from curate.duplicates.repeats import repeats
-    from curate.ledger.select import remembered, select
 
     plan = data.plan
-    say(" · ".join([headline(recipe), *columns_taken(plan.columns)]))
+    print(" · ".join([headline(recipe), *columns_taken(plan.columns)]))
     for warning in plan.warnings:
-        say(f"warning: {warning}")
+        print(f"warning: {warning}")
     if recipe.fetch.allow:
-        say(f"warning: private addresses are open to this list: {', '.join(recipe.fetch.allow)} (fetch.allow)")
+        print(f"warning: private addresses are open to this list: {', '.join(recipe.fetch.allow)} (fetch.allow)")
     facts = {"columns": plan.columns, "warnings": plan.warnings}
     result = Result(facts={"rows": plan.total_rows, "shards": len(plan.shards), **facts})
     had = _images(data) if retry else 0
-    screen = _run_on_ray(data, recipe, annotators, stages, address, say, retry)
+    left = remaining_work(data, recipe, annotators, stages, retry)
+    display: ProgressDisplay | None = None  # where all was done already
+    if left.shards:
+        if address is not None:
+            check_reachable(address)
+        check_space(data.root, estimate_bytes(recipe, left.rows))
+        if "embed" in stages and not has_encoder(recipe):  # before workers ask for the weights all at once
+            print(f"fetching the weights of {recipe.embed.encoder} ...")
+            fetch_weights(recipe.embed.encoder, recipe.embed.weights)
+        if len(left.shards) < len(plan.shards):
+            print(f"{len(plan.shards) - len(left.shards):,} of {len(plan.shards):,} shards are done already")
+        job = CurateJob(data, recipe, fetch="fetch" in stages, embed="embed" in stages, retry=retry)
+        display = run_job(job, left, address=address)
     if "embed" in stages:
         for name, annotator in annotators.items():
             if isinstance(annotator, TableAnnotator):
                 annotate_table(data, name, annotator)
-    if retry and screen is not None:
+    if retry and display is not None:
         result.facts["recovered"] = _images(data) - had
-        say(f"retry  {result.facts['recovered']:,} more images")
+        print(f"retry  {result.facts['recovered']:,} more images")
 
     # values of the list that could not be taken as they are: one that is used where it lies is read late
     records = {s.shard: read_json(data.fetched_record(s.shard)) or {} for s in plan.shards}
@@ -211,59 +220,43 @@ def _run_job(
     if notes:
         result.facts["notes"] = notes[:100]
         for note in notes[:3]:
-            say(f"warning: {note}")
+            print(f"warning: {note}")
         if len(notes) > 3:
-            say(f"    and in {len(notes) - 3:,} more shards")
+            print(f"    and in {len(notes) - 3:,} more shards")
     if found := repeats(data):
         result.facts["repeated"] = [{"sha256": r.sha256, "urls": r.urls, "url": r.url} for r in found[:100]]
-        say(f"the same bytes from many URLs, {len(found):,} times ({sum(r.urls for r in found):,} rows): placeholders?")
+        print(
+            f"the same bytes from many URLs, {len(found):,} times ({sum(r.urls for r in found):,} rows): placeholders?"
+        )
         for repeat in found[:3]:
-            say(f"    {repeat}")
-        say("    the rule first_of(sha256) keeps one of each; their sha256 in a list of fetch.deny keeps none")
+            print(f"    {repeat}")
+        print("    the rule first_of(sha256) keeps one of each; their sha256 in a list of fetch.deny keeps none")
 
-    if "select" not in stages:
+    if "select" in stages:
+        _select(data, recipe, result, display)
+    else:
         result.paths["fetched"] = str(data.root / "fetched")
         result.next = command("embed", data.root)
-        return result
-
-    try:
-        before = remembered(data, recipe.select.name)
-    except UserError:  # of a subset file that is gone
-        before = ({}, Path())
-    if before is not None and before != (recipe.select.rules, None):
-        say(f"the selection {recipe.select.name} was made by other rules; it is made anew by the recipe's")
-    selection = select(data, recipe.select)
-    show_selection(selection, say)
-    result.facts |= {"kept": selection.kept, "funnel": selection.funnel}
-    pack_selection(data, recipe, result)
-    if plan.listed_rows > plan.total_rows:
-        say(projection(data, plan.listed_rows, plan.total_rows, selection.kept, screen))
     return result
 
 
-def _run_on_ray(
-    data: Data,
-    recipe: Recipe,
-    annotators: dict[str, Annotator],
-    stages: tuple[str, ...],
-    address: str | None,
-    say: Say,
-    retry: bool,
-) -> ProgressDisplay | None:
-    """Fetch, embed and annotate what is missing, with Ray; returns what was seen of it (None where all was done)."""
-    fetch, embed = "fetch" in stages, "embed" in stages
-    left = remaining_work(data, recipe, annotators, stages, retry)
-    if not left.shards:
-        return None
-    if address is not None:
-        check_reachable(address)
-    check_space(data.root, estimate_bytes(recipe, left.rows))
-    if embed and not has_encoder(recipe):  # before workers ask for the weights all at once
-        say(f"fetching the weights of {recipe.embed.encoder} ...")
-        fetch_weights(recipe.embed.encoder, recipe.embed.weights)
-    if len(left.shards) < len(data.plan.shards):
-        say(f"{len(data.plan.shards) - len(left.shards):,} of {len(data.plan.shards):,} shards are done already")
-    return run_job(CurateJob(data, recipe, fetch=fetch, embed=embed, retry=retry), left, address=address)
+def _select(data: Data, recipe: Recipe, result: Result, display: ProgressDisplay | None) -> None:
+    """Select and pack; of a part of a list, say what the whole would take."""
+    from curate.ledger.select import remembered, select
+
+    name, plan = recipe.select.name, data.plan
+    try:
+        before = remembered(data, name)
+    except UserError:  # of a subset file that is gone
+        before = ({}, Path())
+    if before is not None and before != (recipe.select.rules, None):
+        print(f"the selection {name} was made by other rules; it is made anew by the recipe's")
+    selection = select(data, recipe.select)
+    show_selection(selection)
+    result.facts |= {"kept": selection.kept, "funnel": selection.funnel}
+    pack_selection(data, recipe, result)
+    if plan.listed_rows > plan.total_rows:
+        print(projection(data, plan.listed_rows, plan.total_rows, selection.kept, display))
 
 
 def _images(data: Data) -> int:
@@ -293,13 +286,13 @@ def remaining_work(
     return RemainingWork(shards, rows, images)
 
 
-def show_selection(selection: Selection, say: Say) -> None:
+def show_selection(selection: Selection) -> None:
     """The funnel, and what is odd about it."""
     from curate.ledger.select import funnel_text
 
-    say(funnel_text(selection))
+    print(funnel_text(selection))
     for warning in selection.warnings:
-        say(f"warning: {warning}")
+        print(f"warning: {warning}")
 
 
 def pack_selection(data: Data, recipe: Recipe, result: Result) -> None:
@@ -354,11 +347,11 @@ def estimate_bytes(recipe: Recipe, rows: int) -> int:
     return rows * (int(image * 1.5) + 2 * 2 * 1664)
 
 
-def projection(data: Data, listed: int, taken: int, kept: int, screen: ProgressDisplay | None) -> str:
+def projection(data: Data, listed: int, taken: int, kept: int, display: ProgressDisplay | None) -> str:
     """What the whole list would take, from the rows that were taken: time, size, and kept rows with a 95% interval."""
     share = kept / taken
     half = 1.96 * (share * (1 - share) / taken) ** 0.5
     size = sum(p.stat().st_size for p in (data.root / "fetched").glob("*.tar")) / taken * listed
-    seconds = screen.project(listed, round(_images(data) / taken * listed)) if screen is not None else None
+    seconds = display.project(listed, round(_images(data) / taken * listed)) if display is not None else None
     time = f"about {format_duration(seconds)} here, " if seconds is not None else ""
     return f"whole list: {listed:,} rows, {time}{size / 1e9:,.1f} GB, {share * listed:,.0f} ± {half * listed:,.0f} kept"

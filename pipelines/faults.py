@@ -44,16 +44,19 @@ def explain(error: BaseException) -> tuple[int, str]:
     from aesthetic.errors import DiskFull
     from curate.annotators.stage import EndsItsProcess
     from curate.ledger.select import NothingKept
+    from curate.shards.tar import CorruptShard
+
+    names = {c.__name__ for c in type(error).__mro__}  # of libraries that may not be loaded
 
     if isinstance(error, NothingKept):
         return 3, str(error)
     if isinstance(error, DiskFull | EndsItsProcess):
         return 1, str(error)
-    if _is_damage(error):
+    if isinstance(error, CorruptShard) or "ArrowInvalid" in names:
         return 1, f"{error}\n`tastemaker verify DATA` finds damaged files, and says what repairs them"
     if isinstance(error, RecursionError):
         return 1, "something is nested too deep to be read (--verbose shows where)"
-    if "RayError" in {c.__name__ for c in type(error).__mro__}:
+    if "RayError" in names:
         what = next(iter(str(error).strip().splitlines()), type(error).__name__)
         return 1, (
             f"Ray has lost what it needs ({type(error).__name__}: {what}). Mostly that is memory (`dmesg` tells), or a "
@@ -113,12 +116,6 @@ def _from_the_system(error: OSError) -> tuple[int, str] | None:
     if error.errno in (errno.EIO, errno.ESTALE):
         return 1, f"{where}: {error.strerror}: the disk, or the server that it is on, fails. {_GOES_ON}"
     return None
-
-
-def _is_damage(error: BaseException) -> bool:
-    from curate.shards.tar import CorruptShard
-
-    return isinstance(error, CorruptShard) or any(c.__name__ == "ArrowInvalid" for c in type(error).__mro__)
 
 
 def _limit(kind: int, name: str, unit: int = 1) -> str:

@@ -156,15 +156,13 @@ def _described(kind: type[Options]) -> list[tuple[dataclasses.Field[Any], dict[s
     depth = {
         name: i for i, base in reversed([*enumerate(kind.__mro__)]) for name in vars(base).get("__annotations__", ())
     }
-    fields = sorted(dataclasses.fields(kind), key=lambda f: depth[f.name])
-    return [(f, _keywords(f, hints[f.name])) for f in fields]
-
-
-def _keywords(f: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
-    keywords = {**_from_type(hint), **f.metadata}
-    if "nargs" in keywords or _is_positional(f):
-        keywords.pop("action", None)  # each value in its place, instead of one at a time
-    return {k: v for k, v in keywords.items() if k not in ("flag", "positional", "secret")}
+    described = []
+    for f in sorted(dataclasses.fields(kind), key=lambda f: depth[f.name]):
+        keywords = {**_from_type(hints[f.name]), **f.metadata}
+        if "nargs" in keywords or _is_positional(f):
+            keywords.pop("action", None)  # each value in its place, instead of one at a time
+        described.append((f, {k: v for k, v in keywords.items() if k not in ("flag", "positional", "secret")}))
+    return described
 
 
 def _from_type(hint: Any) -> dict[str, Any]:

@@ -260,12 +260,26 @@ def _validate(tree: dict[str, Any]) -> Recipe:
         except pydantic.ValidationError as e:
             errors = e.errors(include_url=False)
             error = next((e for e in errors if e["type"] == "unexpected_keyword_argument"), errors[0])
-        converted = _converted(error["type"], error["input"])
+        kind, value = error["type"], error["input"]
+        converted = _converted(kind, value)
         if converted is None:
-            names = [name for name in error["loc"] if isinstance(name, str)]  # without places in a list
-            raise UserError(_message(error["type"], names, error["input"]))
+            break
         *groups, name = error["loc"]
         functools.reduce(operator.getitem, groups, tree)[name] = converted  # type: ignore[arg-type, index]
+
+    names = [name for name in error["loc"] if isinstance(name, str)]  # without places in a list
+    where = printable(".".join(names), 200)
+    if kind == "unexpected_keyword_argument":
+        known = [f.name for f in dataclasses.fields(_type_at(names[:-1]))]
+        raise UserError(f"unknown key {where}{_did_you_mean(names[-1], known)}. Known here: {', '.join(known)}")
+    if names[0] == "columns" and len(names) > 1:
+        raise UserError(_not_a_column(names[1], value))
+    expected, hint = _EXPECTED[kind], ""
+    if kind == "int_type" and isinstance(value, str):
+        expected = "a whole number or a size such as 32MB is expected"
+    if kind == "string_type" and isinstance(value, int | float) and not isinstance(value, bool):
+        hint = "; put it in quotes"
+    raise UserError(f"{where}: {expected}, not {_repr(value)}{hint}")
 
 
 def _as_json(value: Any, where: str) -> Any:
@@ -317,22 +331,6 @@ def _converted(kind: str, value: Any) -> Any:
     if (kind in ("dict_type", "dataclass_type") and value is None) or (kind == "dict_type" and value == []):
         return {}
     return None
-
-
-def _message(kind: str, names: list[str], value: Any) -> str:
-    """What is wrong with the value at this path."""
-    where = printable(".".join(names), 200)
-    if kind == "unexpected_keyword_argument":
-        known = [f.name for f in dataclasses.fields(_type_at(names[:-1]))]
-        return f"unknown key {where}{_did_you_mean(names[-1], known)}. Known here: {', '.join(known)}"
-    if names[0] == "columns" and len(names) > 1:
-        return _not_a_column(names[1], value)
-    expected, hint = _EXPECTED[kind], ""
-    if kind == "int_type" and isinstance(value, str):
-        expected = "a whole number or a size such as 32MB is expected"
-    if kind == "string_type" and isinstance(value, int | float) and not isinstance(value, bool):
-        hint = "; put it in quotes"
-    return f"{where}: {expected}, not {_repr(value)}{hint}"
 
 
 def _not_a_column(name: str, value: Any) -> str:

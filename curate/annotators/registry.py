@@ -19,13 +19,13 @@ from typing import Any
 
 import pydantic
 
+from aesthetic.chunks import cpus
 from aesthetic.errors import UserError, nearest
 from aesthetic.space import Space
 from aesthetic.untrusted import printable
 from curate import annotators as package
 from curate.annotators.base import Annotator, Resources, column_specs
 from curate.encoders.base import Encoder
-from curate.encoders.onnx import cpus
 from curate.encoders.registry import canonical_name
 
 GROUP = "tastemaker.annotators"
@@ -95,7 +95,17 @@ def make_annotator(name: str, spec: Spec) -> Annotator:
     try:
         return kind(kind.Options.model_validate(options))
     except pydantic.ValidationError as e:
-        raise UserError(f"{where}: {_why(e, kind)}") from None
+        errors = e.errors(include_url=False)
+        wrong = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])  # a misspelt one is missing, too
+        option, known = ".".join(map(str, wrong["loc"])), list(kind.Options.model_fields)
+        why = f"{option or kind.name}: {wrong['msg'].removeprefix('Value error, ')}"
+        if wrong["type"] == "extra_forbidden":
+            near = nearest(option, known)
+            has = f"did you mean {near}?" if near else f"it has {', '.join(known) or 'none'}"
+            why = f"{kind.name} has no option {printable(option, 200)}; {has}"
+        elif wrong["type"] == "missing":
+            why = f"{kind.name} needs {option}: {{use: {kind.name}, {option}: ...}}"
+        raise UserError(f"{where}: {why}") from None
     except UserError as e:
         near = nearest(options["head"], known_annotators()) if use == "head" else None
         raise type(e)(f"{where}: {e}" + (f"; or the annotator {near}?" if near else "")) from None
@@ -103,27 +113,13 @@ def make_annotator(name: str, spec: Spec) -> Annotator:
 
 def load_annotator(spec: Spec, threads: int = 0) -> Annotator:
     """An annotator that needs no vectors, with its models loaded. `threads`: by default every core that we may use."""
+
+    def no_encoder() -> Encoder:
+        raise UserError("there are no vectors here")
+
     annotator = make_annotator("NAME", spec)
-    annotator.load(Resources(threads=threads or cpus(), space=None, encoder=_no_encoder))
+    annotator.load(Resources(threads=threads or cpus(), space=None, encoder=no_encoder))
     return annotator
-
-
-def _no_encoder() -> Encoder:
-    raise UserError("there are no vectors here")
-
-
-def _why(error: pydantic.ValidationError, kind: type[Annotator]) -> str:
-    """What is wrong with options, in words."""
-    errors = error.errors(include_url=False)
-    wrong = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])  # a misspelt one is missing, too
-    option, known = ".".join(map(str, wrong["loc"])), list(kind.Options.model_fields)
-    if wrong["type"] == "extra_forbidden":
-        near = nearest(option, known)
-        has = f"did you mean {near}?" if near else f"it has {', '.join(known) or 'none'}"
-        return f"{kind.name} has no option {printable(option, 200)}; {has}"
-    if wrong["type"] == "missing":
-        return f"{kind.name} needs {option}: {{use: {kind.name}, {option}: ...}}"
-    return f"{option or kind.name}: {wrong['msg'].removeprefix('Value error, ')}"
 
 
 def make_annotators(columns: Mapping[str, Spec], space: Space | str | None = None) -> dict[str, Annotator]:

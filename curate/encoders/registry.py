@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from aesthetic.chunks import cpus
 from aesthetic.errors import UserError
 from curate.encoders.base import PRECISIONS, Encoder, name_by_digest, name_by_tag
-from curate.encoders.onnx import cpus
 from curate.store.files import sha256_file
 
 

@@ -8,6 +8,7 @@ the list's own (`url`, `caption`, then what it carries), then img2dataset's unde
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import KW_ONLY, dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -62,6 +63,7 @@ _OF_THE_IMAGE = {Reason.NOT_AN_IMAGE, Reason.DECODE_ERROR, Reason.TOO_MANY_PIXEL
 _TRANSIENT = {Reason.DNS, Reason.CONNECT, Reason.TLS, Reason.TIMEOUT, Reason.HTTP_429, Reason.HTTP_5XX, Reason.PROTOCOL}
 
 
+@dataclass(eq=False, repr=False)
 class RowError(Exception):
     """A row has no image, for this reason. It ends one row, never a run.
 
@@ -70,23 +72,13 @@ class RowError(Exception):
     headers asked us to stay away.
     """
 
-    def __init__(
-        self,
-        reason: Reason,
-        detail: str = "",
-        *,
-        final_url: str | None = None,
-        http_status: int | None = None,
-        original_size: tuple[int, int] | None = None,
-        opt_out: str | None = None,
-    ) -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
-        self.final_url = final_url
-        self.http_status = http_status
-        self.original_size = original_size
-        self.opt_out = opt_out
+    reason: Reason
+    detail: str = ""
+    _: KW_ONLY
+    final_url: str | None = None
+    http_status: int | None = None
+    original_size: tuple[int, int] | None = None
+    opt_out: str | None = None
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else str(self.reason)
@@ -166,7 +158,7 @@ def fetched_schema(extra_columns: pa.Schema) -> pa.Schema:
     return pa.schema(URL_COLUMNS + list(stored_schema(extra_columns)) + FETCHED_COLUMNS)
 
 
-def make_key(shard: int, row: int, shard_size: int, shard_digits: int = 5) -> str:
+def make_key(shard: int, row: int, shard_size: int) -> str:
     """The name of a row: shard number and row number, zero-padded, without a dot (webdataset cuts keys at dots).
 
     A row number has img2dataset's ceil(log10(shard_size)) digits, so that its keys and ours agree.
@@ -175,4 +167,4 @@ def make_key(shard: int, row: int, shard_size: int, shard_digits: int = 5) -> st
     '000010005'
     """
     digits = len(str(shard_size - 1)) if shard_size > 1 else 0
-    return f"{shard * 10**digits + row:0{shard_digits + digits}d}"
+    return f"{shard * 10**digits + row:0{5 + digits}d}"

@@ -129,7 +129,6 @@ def select(data: Data, config: SelectConfig) -> Selection:
     first rule that isn't TRUE, or `kept`. Raises UserError for a rule that is wrong (see check_rules), for tables that
     are incomplete or stale, and for a rule that fails on a row (a cast, say).
     """
-    check_name(config.name)
     found = tables(data)
     columns, source = column_types(found)
     rules = check_rules(config.rules, columns, source, recorded_scales(found))

@@ -137,12 +137,12 @@ def _from_hex(texts: pa.Array, column: str) -> np.ndarray:
     return np.frombuffer(data, "S16")
 
 
-def _members(values: np.ndarray, uids: np.ndarray, path: Path, block: int = 1 << 22) -> np.ndarray:
+def _members(values: np.ndarray, uids: np.ndarray, path: Path) -> np.ndarray:
     """Which of the sorted `values` (S16) are among the sorted `uids`, read a block at a time. Bool, shape (n,)."""
     inside = np.zeros(len(values), bool)
     previous = b""
-    for start in range(0, len(uids), block):
-        part = np.array(uids[start : start + block]).view("<u8").astype(">u8").view("S16")
+    for start in range(0, len(uids), 1 << 22):
+        part = np.array(uids[start : start + (1 << 22)]).view("<u8").astype(">u8").view("S16")
         if (part[1:] < part[:-1]).any() or part[0] < previous:
             raise UserError(f"{path} is not sorted: sort it with numpy's sort, as DataComp's tools do")
         previous = part[-1]

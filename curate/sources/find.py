@@ -209,7 +209,6 @@ def _copy_remote(url: str, copies: Path) -> list[Path]:
 
 
 def _lists_below(folder: str, paths: list[str]) -> list[str]:
-    """The lists among the files of a remote folder."""
     below = {p: p.removeprefix(folder.rstrip("/")).lstrip("/") for p in paths}
     hidden = {p for p, name in below.items() if any(part.startswith((".", "_")) for part in name.split("/"))}
     return [p for p, name in below.items() if list_format(p) and p not in hidden and not _is_no_list(name)]

@@ -244,14 +244,12 @@ class FolderVectors(ImageVectors):
 
     @cached_property
     def encoder(self) -> Encoder:
-        """The encoder, loaded."""
         from curate.encoders.registry import load_encoder
 
         return load_encoder(self._encoder_name)
 
     @cached_property
     def space(self) -> Space:  # type: ignore[override]
-        """The encoder's."""
         return self.encoder.space()
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:

@@ -165,7 +165,9 @@ class RowsInput(Input):
                     continue
                 seen = kinds.setdefault(name, set())
                 if value is not None:
-                    seen.add(kind := _kind(value))
+                    is_long = type(value) is int and not -(2**63) <= value < 2**63
+                    kind = type(value) if isinstance(value, bool | int | float) and not is_long else str
+                    seen.add(kind)
                     if kind not in (int, float):
                         self._check(name, value)
             if len(kinds) > MOST_COLUMNS:
@@ -221,12 +223,6 @@ _ARROW = {
     frozenset([int, float]): pa.float64(),
 }
 _NO_UTF8 = re.compile("[\udc80-\udcff]")  # what bytes that are none become while JSON is read
-
-
-def _kind(value: Any) -> type:
-    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
-        return str
-    return type(value) if isinstance(value, bool | int | float) else str
 
 
 def _value(value: Any, wanted: pa.DataType) -> Any:

@@ -160,7 +160,6 @@ def _common_schema(inputs: list[Input]) -> pa.Schema:
 
 
 def _extra_columns(found: Found, inputs: list[Input], schema: pa.Schema, config: SourceConfig) -> pa.Schema:
-    """The columns beside URL and caption that are kept."""
     used = {n for source in inputs for n in (source.url, source.caption) if n}
     if config.caption is None:
         used.add("caption")

@@ -89,7 +89,18 @@ def open_vector_folder(config: EmbedConfig) -> VectorFolder:
     parts = []
     dims = {}
     for index in sorted(images):
-        part = Partition(images[index], texts.get(index), metadata[index], _rows(metadata[index]))
+        table = metadata[index]
+        try:
+            check_regular(table)
+            about = pq.read_metadata(table)
+            schema = about.schema.to_arrow_schema()
+        except (pa.ArrowException, OSError, ValueError) as e:
+            raise UserError(f"{table} is not a parquet file that can be read: {e}") from e
+        if "image_path" not in schema.names:
+            raise UserError(f"{table} has no column image_path")
+        if pa.types.is_nested(kind := schema.field("image_path").type):
+            raise UserError(f"{table}: image_path is {kind}; names are expected")
+        part = Partition(images[index], texts.get(index), table, int(about.num_rows))
         for path in filter(None, (part.images, part.texts)):
             vectors = open_vectors(path)
             if len(vectors) != part.rows:
@@ -114,21 +125,6 @@ def _partition_files(root: Path, kind: str, ending: str) -> dict[int, Path]:
     pattern = re.compile(rf"{kind}_(\d+)\.{ending}")
     found = ((pattern.fullmatch(p.name), p) for p in (root / kind).glob(f"*.{ending}"))
     return {int(match[1]): path for match, path in found if match}
-
-
-def _rows(metadata: Path) -> int:
-    """How many rows a partition's metadata has; UserError where it cannot be read, or has no names."""
-    try:
-        check_regular(metadata)
-        about = pq.read_metadata(metadata)
-        schema = about.schema.to_arrow_schema()
-    except (pa.ArrowException, OSError, ValueError) as e:
-        raise UserError(f"{metadata} is not a parquet file that can be read: {e}") from e
-    if "image_path" not in schema.names:
-        raise UserError(f"{metadata} has no column image_path")
-    if pa.types.is_nested(kind := schema.field("image_path").type):
-        raise UserError(f"{metadata}: image_path is {kind}; names are expected")
-    return int(about.num_rows)
 
 
 class ImportedVectors:

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
 from pipelines.options import Options, Result, argument, command, option
-
-if TYPE_CHECKING:
-    from curate.annotators.registry import Spec
-    from curate.layout import Data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,23 +22,7 @@ class AnnotateOptions(Options):
 
 
 def run(options: AnnotateOptions) -> Result:
-    """Compute columns; the next command selects by the last of them."""
-    from curate.ledger.sql import plain_name
-    from curate.store.ownership import open_data
-    from pipelines.recipe import parse_columns
-
-    data = open_data(options.data)
-    facts = annotate(data, parse_columns(options.columns), address=options.ray_address)
-    following = ""
-    for name, column in facts["columns"].items():
-        if column["type"] == "float":
-            setting = f"select.rules.{name}=top({plain_name(name)}, 0.1)"
-            following = command("select", data.root, "--name", "mine", "--set", setting)
-    return Result(facts=facts, paths={"annotated": data.root / "annotated"}, next=following)
-
-
-def annotate(data: Data, given: Mapping[str, Spec], *, address: str | None = None) -> dict[str, Any]:
-    """Compute the columns that are `given`, or else those of the data folder's recipe, where shards lack them.
+    """Compute the columns that are given, or else those of the data folder's recipe, where shards lack them.
 
     New ones are added to recipe.yaml, so that `embed` and `retry` keep them. Annotators that read pixels run on Ray.
     UserError, before anything is computed, where one can't be used, or there is nothing yet that it reads.
@@ -53,13 +31,17 @@ def annotate(data: Data, given: Mapping[str, Spec], *, address: str | None = Non
     from curate.annotators.base import TableAnnotator, column_specs
     from curate.annotators.registry import absolute, make_annotators
     from curate.annotators.stage import annotate_table, column_inputs
+    from curate.ledger.sql import plain_name
     from curate.store.files import read_json, sweep
     from curate.store.lock import Lock
+    from curate.store.ownership import open_data
     from curate.workers import EmbedWorker, annotated, per_shard, space_known
-    from pipelines.recipe import Recipe, store_recipe, stored_recipe
+    from pipelines.recipe import Recipe, parse_columns, store_recipe, stored_recipe
     from pipelines.runtime.cluster import check_reachable
     from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
 
+    data, address = open_data(options.data), options.ray_address
+    given = parse_columns(options.columns)
     stored = stored_recipe(data)
     recipe = stored or Recipe()
     given = {name: absolute(name, spec) for name, spec in given.items()}
@@ -103,8 +85,12 @@ def annotate(data: Data, given: Mapping[str, Spec], *, address: str | None = Non
             store_recipe(data, replace(stored, columns=recipe.columns))
     for name, count in fresh.items():
         print(f"{name}: {count:,} of {len(shards):,} shards annotated{'' if count else ' (all were)'}")
-    return {
-        "shards": len(shards),
-        "annotated": fresh,
-        "columns": {name: spec.facts() for name, spec in column_specs(annotators).items()},
-    }
+
+    # the next command selects by the last of them
+    columns, following = {name: spec.facts() for name, spec in column_specs(annotators).items()}, ""
+    for name, column in columns.items():
+        if column["type"] == "float":
+            setting = f"select.rules.{name}=top({plain_name(name)}, 0.1)"
+            following = command("select", data.root, "--name", "mine", "--set", setting)
+    facts = {"shards": len(shards), "annotated": fresh, "columns": columns}
+    return Result(facts=facts, paths={"annotated": data.root / "annotated"}, next=following)

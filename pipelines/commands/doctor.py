@@ -50,7 +50,12 @@ def examine(say: Callable[[str], None]) -> bool:
             else "pip install 'tastemaker[img2dataset]'"
         )
         say(f"note     img2dataset, the second download engine, is not installed ({why})")
-    good &= _ray_is_closed(say)
+    address, mode = os.environ.get("RAY_ADDRESS"), os.environ.get("RAY_AUTH_MODE", "token")
+    if address and mode != "token":  # whoever reaches an open cluster runs code on it
+        say(f"warning  RAY_ADDRESS={address} with RAY_AUTH_MODE={mode}: anyone who reaches it can run code")
+        good = False
+    else:
+        say("ok       Ray starts in this process, on the loopback interface, without a dashboard")
     good &= _recipes(say)
     return good
 
@@ -114,14 +119,3 @@ def _packages(say: Callable[[str], None]) -> bool:
             good = False
             say(f"missing  {package.name}{package.specifier} (here: {found}): install tastemaker again")
     return good
-
-
-def _ray_is_closed(say: Callable[[str], None]) -> bool:
-    """Whoever reaches an open Ray cluster runs code on it, so one without token authentication is pointed out."""
-    address = os.environ.get("RAY_ADDRESS")
-    if address and os.environ.get("RAY_AUTH_MODE", "token") != "token":
-        mode = os.environ["RAY_AUTH_MODE"]
-        say(f"warning  RAY_ADDRESS={address} with RAY_AUTH_MODE={mode}: anyone who reaches it can run code")
-        return False
-    say("ok       Ray starts in this process, on the loopback interface, without a dashboard")
-    return True

@@ -23,9 +23,6 @@ from pipelines.runtime.progress import ProgressBar, format_duration, redirect_ou
 if TYPE_CHECKING:
     from aesthetic.heads import Head
 
-PROMPTS = 128
-"""Captions that are generated where nothing is asked."""
-
 MIN_PROMPTS = 8
 
 
@@ -42,7 +39,7 @@ class EvaluateOptions(Options):
     out: Path = option("default: MODEL/evaluation", metavar="DIR", type=local_path)
     prompts: int | Path = option(
         "draw N captions (default 128), or the lines of a file, without real ones",
-        default=PROMPTS,
+        default=128,
         metavar="N|FILE",
         type=_number_or_file,
     )

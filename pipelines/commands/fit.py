@@ -7,7 +7,6 @@ import csv
 import re
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,8 +24,6 @@ from pipelines.runtime.progress import format_duration, format_rate
 from pipelines.terminal import CLEAR, RETURN
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from aesthetic.ratings import Kind
     from aesthetic.reports import FitResult
     from curate.encoders.base import Encoder
@@ -45,7 +42,6 @@ WRITTEN = (
 """The files of a head's folder."""
 
 _UNSAFE = re.compile("nsfw|unsafe|porn|hentai|nud|explicit|sexual", re.IGNORECASE)  # what a label may say of images
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +74,7 @@ class FitOptions(Options):
 
 
 def run(options: FitOptions) -> Result:
-    """Fit a head; what is going on goes to stderr."""
-    return fit(options, partial(print, file=sys.stderr))
-
-
-def fit(options: FitOptions, log: Log = lambda line: None) -> Result:
-    """Fit a head and write it, its report and its images under `options.out`.
+    """Fit a head and write it, its report and its images under `options.out`; what is going on goes to stderr.
 
     Raises UserError where the options make no sense, ask what the ratings are not for, `options.out` holds another
     head, or nothing joins; HeadError where the ratings make no sense or are too few. Nothing is written then.
@@ -97,10 +88,10 @@ def fit(options: FitOptions, log: Log = lambda line: None) -> Result:
         *options.ratings, image=options.key, score=options.score, group=options.group, positive=options.positive
     )
     _check_kind(options, ratings.kind)
-    _check_out(options, log)
+    _check_out(options)
     name, out = options.out.stem, options.out
-    rated = join_ratings(ratings, _images(options, log), name, need_unrated=options.suggest > 0, log=log)
-    fitted = _fit(options, rated, log)
+    rated = join_ratings(ratings, _images(options), name, need_unrated=options.suggest > 0, log=_log)
+    fitted = _fit(options, rated)
     fitted.report["asked"] = _digest(options)
     if rated.restated:
         fitted.report["left_aside"] = rated.restated
@@ -115,13 +106,17 @@ def fit(options: FitOptions, log: Log = lambda line: None) -> Result:
     if not rated.joined.all():
         rated.unjoined().to_csv(out / "unjoined.csv", index=False)
     if options.suggest:
-        paths |= _write_suggestions(options, rated, fitted, log)
+        paths |= _write_suggestions(options, rated, fitted)
     return Result(
         text=_text(options, rated, fitted),
         facts=fitted.report,
         paths=dict(paths),
         next=f"tastemaker annotate {options.data or 'DATA'} {column_for(name)}={out}",
     )
+
+
+def _log(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _check(options: FitOptions) -> None:
@@ -157,10 +152,15 @@ def _check(options: FitOptions) -> None:
         raise UserError(f"--prevalence {options.prevalence:g}: it is a share between 0 and 1, such as 0.01")
     if options.suggest and options.network:
         raise UserError("--suggest asks what would teach a straight line most, and --network may fit another: not both")
-    if options.suggest and _filled_in(options.out / "suggest.csv"):
-        raise UserError(
-            f"{options.out / 'suggest.csv'} has scores filled in, and --suggest would write over it: move it elsewhere"
-        )
+    suggested = options.out / "suggest.csv"
+    if options.suggest and suggested.is_file():
+        with open(suggested, newline="", encoding="utf-8-sig", errors="replace") as f:
+            try:
+                filled_in = any((row.get("score") or "").strip() for row in csv.DictReader(f))
+            except csv.Error:  # somebody's, at any rate
+                filled_in = True
+        if filled_in:
+            raise UserError(f"{suggested} has scores filled in, and --suggest would write over it: move it elsewhere")
 
 
 def _digest(options: FitOptions) -> str:
@@ -170,7 +170,7 @@ def _digest(options: FitOptions) -> str:
     return digest({"places": [p and str(Path(p).absolute()) for p in places], **{k: getattr(options, k) for k in same}})
 
 
-def _check_out(options: FitOptions, log: Log) -> None:
+def _check_out(options: FitOptions) -> None:
     """Raise UserError where a head of another command is there, or no file can be written."""
     out = options.out
     if (out / "head.json").exists():
@@ -179,7 +179,7 @@ def _check_out(options: FitOptions, log: Log) -> None:
             raise UserError(
                 f"--out {out} holds a head already, and not of this command: give another name, or remove that folder"
             )
-        log(f"{out} holds a head of this command, which the new one will replace")
+        _log(f"{out} holds a head of this command, which the new one will replace")
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -193,21 +193,9 @@ def _check_out(options: FitOptions, log: Log) -> None:
                 folder.rmdir()
 
 
-def _filled_in(suggested: Path) -> bool:
-    if not suggested.is_file():
-        return False
-    with open(suggested, newline="", encoding="utf-8-sig", errors="replace") as f:
-        try:
-            return any((row.get("score") or "").strip() for row in csv.DictReader(f))
-        except csv.Error:  # somebody's, at any rate
-            return True
-
-
-_HOLD = {"scores": "scores", "labels": "labels (each 0 or 1)", "pairs": "comparisons (a winner and a loser)"}
-
-
 def _check_kind(options: FitOptions, kind: Kind) -> None:
     """Raise UserError for an option that these ratings have no use for."""
+    hold = {"scores": "scores", "labels": "labels (each 0 or 1)", "pairs": "comparisons (a winner and a loser)"}
     for flag, given, kinds in (
         ("--scale", options.scale is not None, ("scores",)),
         ("--network", options.network, ("scores",)),
@@ -218,11 +206,11 @@ def _check_kind(options: FitOptions, kind: Kind) -> None:
         if given and kind not in kinds:
             raise UserError(
                 f"{flag} is for {' and '.join(kinds)}, and {', '.join(p.name for p in options.ratings)} "
-                f"{'hold' if len(options.ratings) > 1 else 'holds'} {_HOLD[kind]}: leave the option out"
+                f"{'hold' if len(options.ratings) > 1 else 'holds'} {hold[kind]}: leave the option out"
             )
 
 
-def _images(options: FitOptions, log: Log) -> ImageVectors:
+def _images(options: FitOptions) -> ImageVectors:
     """Where the images and their vectors are."""
     from curate.sources.image_vectors import ClipFolderVectors, DataFolderVectors, FolderVectors
 
@@ -240,27 +228,29 @@ def _images(options: FitOptions, log: Log) -> ImageVectors:
         return DataFolderVectors(data, text_encoder)
     if options.embeddings is not None:
         return ClipFolderVectors(options.embeddings, options.encoder)
-    progress = _show_progress if sys.stderr.isatty() else lambda done, total, seconds: None
-    return FolderVectors(options.images or Path(), options.encoder or "bundled", log, progress)
+
+    def show_progress(done: int, total: int, seconds: float) -> None:
+        if sys.stderr.isatty():
+            rate = done / seconds
+            left = format_duration((total - done) / rate)
+            line = f"embed  {done:,}/{total:,}  {format_rate(rate, 'img')}  eta {left} "
+            print(RETURN + (line if done < total else CLEAR), end="", file=sys.stderr)
+
+    return FolderVectors(options.images or Path(), options.encoder or "bundled", _log, show_progress)
 
 
-def _show_progress(done: int, total: int, seconds: float) -> None:
-    rate = done / seconds
-    line = f"embed  {done:,}/{total:,}  {format_rate(rate, 'img')}  eta {format_duration((total - done) / rate)} "
-    print(RETURN + (line if done < total else CLEAR), end="", file=sys.stderr)
-
-
-def _fit(options: FitOptions, rated: RatedImages, log: Log) -> FitResult:
+def _fit(options: FitOptions, rated: RatedImages) -> FitResult:
     from aesthetic.chunks import thread_map
     from aesthetic.classify import PREVALENCE, fit_classifier
     from aesthetic.compare import fit_comparisons
     from aesthetic.fit import fit_head
+    from aesthetic.ridge import reference_of
     from pipelines.runtime.cluster import ray_map
 
     ratings, space = rated.ratings, rated.images.space
     files = [{"file": p.name, "sha256": sha256_file(p)} for p in options.ratings]
     card = {"ratings": {"rows": len(ratings.table), "joined": int(rated.joined.sum()), "files": files}}
-    common: dict[str, Any] = {"name": options.out.stem, "card": card, "log": log}
+    common: dict[str, Any] = {"name": options.out.stem, "card": card, "log": _log}
     if options.task:
         common["task"] = options.task
     if ratings.kind == "labels":
@@ -272,26 +262,23 @@ def _fit(options: FitOptions, rated: RatedImages, log: Log) -> FitResult:
         wanted, against = rated.images.encode_texts([WANTED, AGAINST])
         common["prompts"] = np.asarray(wanted - against, np.float64)
     except UserError as e:
-        log(f"no zero-shot baseline: {str(e).splitlines()[0]}")
+        _log(f"no zero-shot baseline: {str(e).splitlines()[0]}")
     if ratings.kind == "pairs":
         return fit_comparisons(rated.vectors, space=space, **rated.comparisons(), **common)
+    scale = options.scale or ratings.scale
+    if scale is None:  # the range of the scores; of several sources that of the one to whose scale they are brought
+        table = rated.table
+        if "source" in table:
+            table = table[table["source"] == reference_of(table["source"].to_list())]
+        scale = float(table["score"].min()), float(table["score"].max())
     return fit_head(
         rated.examples(),
         space,
-        scale=options.scale or ratings.scale or _range(rated.table),
+        scale=scale,
         network=options.network,
         map=thread_map if options.address is None else partial(ray_map, options.address),
         **common,
     )
-
-
-def _range(table: pd.DataFrame) -> tuple[float, float]:
-    """The range of the scores; of several sources that of the one to whose scale they are brought."""
-    from aesthetic.ridge import reference_of
-
-    if "source" in table:
-        table = table[table["source"] == reference_of(table["source"].to_list())]
-    return float(table["score"].min()), float(table["score"].max())
 
 
 # What is written beside the head -------------------------------------------------------------------------------------
@@ -337,7 +324,7 @@ def _write_figures(options: FitOptions, rated: RatedImages, fitted: FitResult) -
     return {"look": out / "extremes.png"}
 
 
-def _write_suggestions(options: FitOptions, rated: RatedImages, fitted: FitResult, log: Log) -> dict[str, Path]:
+def _write_suggestions(options: FitOptions, rated: RatedImages, fitted: FitResult) -> dict[str, Path]:
     """Those of the images not rated that would teach the head most: a csv to fill in, and a sheet."""
     import pandas as pd
 
@@ -347,16 +334,17 @@ def _write_suggestions(options: FitOptions, rated: RatedImages, fitted: FitResul
 
     assert fitted.penalty is not None  # see _check and _check_kind
     images, out = rated.images, options.out
-    log(f"choosing {options.suggest} of {len(rated.unrated):,} images not rated")
+    _log(f"choosing {options.suggest} of {len(rated.unrated):,} images not rated")
     candidates, present = images.vectors(rated.unrated)
     finite = np.isfinite(candidates).all(1)
     unrated, candidates = rated.unrated[present][finite], candidates[finite]
     weights, relevance = np.ones(len(rated.vectors)), None
     if fitted.head.link == "sigmoid":  # a label of an image at p says p (1 - p) of what a rating would
-        weights, relevance = _information(fitted.head(rated.vectors)), _information(fitted.head(candidates))
+        each = (fitted.head(vectors) for vectors in (rated.vectors, candidates))
+        weights, relevance = (np.maximum(p.astype(np.float64) * (1 - p), 1e-6) for p in each)
     chosen = unrated[suggest(rated.vectors, weights, candidates, fitted.penalty, options.suggest, relevance=relevance)]
     if not len(chosen):
-        log(f"nothing to suggest: what is not rated is a copy of what is, or {images.missing}")
+        _log(f"nothing to suggest: what is not rated is a copy of what is, or {images.missing}")
         return {}
     keys, scores = images.facts(chosen)["key"], fitted.head(images.vectors(chosen)[0])
     listed = pd.DataFrame({"image": keys, "score": "", PREDICTED: np.round(scores, 3)})
@@ -371,11 +359,6 @@ def _write_suggestions(options: FitOptions, rated: RatedImages, fitted: FitResul
 def _unsafe(options: FitOptions, fitted: FitResult) -> bool:
     """Whether the images may be unsafe to look at: what they are rated or labelled for says so."""
     return bool(_UNSAFE.search(f"{fitted.head.task} {options.positive or ''}"))
-
-
-def _information(p: np.ndarray) -> np.ndarray:
-    """Fisher's, of a label about its log-odds."""
-    return np.maximum(p.astype(np.float64) * (1 - p), 1e-6)
 
 
 # What the terminal shows ---------------------------------------------------------------------------------------------
@@ -419,7 +402,8 @@ def _text(options: FitOptions, rated: RatedImages, fitted: FitResult) -> str:
     else:
         metric = "spearman"
         lines.append(f"Spearman {_interval(m[metric])} on images it had not seen")
-    values = {_BASELINES.get(k, k): v[metric]["value"] for k, v in r["baselines"].items() if metric in v}
+    known = {"nearest": "10 nearest", "prompts": "zero-shot", "metadata": "metadata only", "constant": "a coin"}
+    values = {known.get(k, k): v[metric]["value"] for k, v in r["baselines"].items() if metric in v}
     parts = [f"{name} none" if value is None else f"{name} {value:.2f}" for name, value in values.items()]
     if ratings.kind == "scores":
         guess = r["baselines"]["constant"]["rmse"]["value"]
@@ -434,9 +418,6 @@ def _text(options: FitOptions, rated: RatedImages, fitted: FitResult) -> str:
     more = to_halve(r)
     lines.append(r["verdict"] + (f"; about {more:,} more {what} would halve the interval" if more else ""))
     return "\n".join(lines)
-
-
-_BASELINES = {"nearest": "10 nearest", "prompts": "zero-shot", "metadata": "metadata only", "constant": "a coin"}
 
 
 def _worth(noise: dict[str, Any] | None) -> str:

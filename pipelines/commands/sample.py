@@ -70,7 +70,7 @@ def run(options: SampleOptions) -> Result:
     """
     out, err = sys.stdout, sys.stderr
     _check(options)
-    from train.generate.files import read_facts, read_image, read_mask
+    from train.generate.files import grid_png, read_facts, read_image, read_mask, save_numbered
     from train.generate.request import check_scheduler, foreign_syntax, request_of, resolve
     from train.generate.upscale import check_network
     from train.models.info import read_model_info
@@ -81,7 +81,7 @@ def run(options: SampleOptions) -> Result:
     if options.again is not None:
         record = read_facts(options.again)
         options = _from_record(options, record)
-    prompts = [] if record else _prompts(options)
+    prompts = [*options.prompt, *(read_prompts(options.prompts) if options.prompts else ())]
     for name, path in (("upscaler", options.upscaler), ("faces", options.faces)):
         if path is not None:
             check_network(path, f"--{name} {path}")
@@ -123,7 +123,13 @@ def run(options: SampleOptions) -> Result:
         finished = _generate(sampler, requests, options, out, err)
     paths = {"pictures": options.out}
     if options.grid:
-        paths["grid"] = _grid(finished, options)
+        from train.tasks import image_grid
+
+        count = options.n or 1
+        columns = count if count > 1 else max(1, round(len(finished) ** 0.5))  # a row for each prompt
+        grid = image_grid([generated.image for _, generated in finished], columns)
+        names = [path.name for path, _ in finished]
+        paths["grid"] = save_numbered(grid_png(grid, names), options.out, "grid-")
     if record and options.again:
         out.write(_compare(finished[0][1], options.again, record) + "\n")
     images = [{"path": str(path), "seed": g.request.seed, "nsfw": g.nsfw, "flagged": g.flagged} for path, g in finished]
@@ -159,12 +165,6 @@ def _check(options: SampleOptions) -> None:
         raise UserError("--upscaler enlarges: say how many times with --upscale")
 
 
-def _prompts(options: SampleOptions) -> list[str]:
-    if options.prompts is not None:
-        return [*options.prompt, *read_prompts(options.prompts)]
-    return list(options.prompt) or [""]  # an enlargement needs no words
-
-
 def _requests(
     options: SampleOptions,
     prompts: list[str],
@@ -176,7 +176,7 @@ def _requests(
     """Image i of the run has seed + i."""
     from train.generate.request import SEEDS, GenerationRequest, fitting_size
 
-    prompts = [p for p in prompts for _ in range(options.n or 1)]
+    prompts = [p for p in prompts or [""] for _ in range(options.n or 1)]  # an enlargement needs no words
     first = secrets.randbelow(SEEDS - len(prompts)) if options.seed is None else options.seed
     names = ("steps", "guidance", "width", "height", "scheduler", "strength", "upscale", "negative")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
@@ -290,17 +290,6 @@ def _generate(
     if bar:
         bar.end()
     return finished
-
-
-def _grid(finished: list[tuple[Path, Generated]], options: SampleOptions) -> Path:
-    """All images in one file, a row for each prompt."""
-    from train.generate.files import grid_png, save_numbered
-    from train.tasks import image_grid
-
-    count = options.n or 1
-    columns = count if count > 1 else max(1, round(len(finished) ** 0.5))
-    image = image_grid([generated.image for _, generated in finished], columns)
-    return save_numbered(grid_png(image, [path.name for path, _ in finished]), options.out, "grid-")
 
 
 @contextlib.contextmanager

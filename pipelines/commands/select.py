@@ -56,7 +56,7 @@ def run(options: SelectOptions) -> Result:
                 selection = select(data, recipe.select)
             except UserError as e:
                 raise UserError(f"{e}\n{note}" if (note := old_columns(data)) else str(e)) from None
-        show_selection(selection, print)
+        show_selection(selection)
         if options.write_uids is not None:
             subsets.write_uids(data, name, Path(options.write_uids))
     return Result(

@@ -68,8 +68,9 @@ def run(options: ServeOptions) -> Result:
 
     at = listen(options.host, options.port)
     try:
-        local = ipaddress.ip_address(at.getsockname()[0].partition("%")[0]).is_loopback
-        if not local and token is None:
+        address, port = at.getsockname()[:2]
+        ip = ipaddress.ip_address(address.partition("%")[0])
+        if not ip.is_loopback and token is None:
             token = secrets.token_urlsafe(24)
         options.out.mkdir(parents=True, exist_ok=True)
         with redirect_output(options.out / "logs" / "serve.log") as terminal:
@@ -95,7 +96,9 @@ def run(options: ServeOptions) -> Result:
             app = new_app(service, None if token else LOOPBACK | {options.host.lower()}, token)
 
             def ready() -> None:
-                log(f"draw at {_url(options.host, at)}   (Ctrl-C ends; pictures go to {options.out})")
+                name = socket.gethostname() if ip.is_unspecified else options.host  # all addresses are none to go to
+                url = f"http://{f'[{name}]' if ':' in name else name}:{port}/"
+                log(f"draw at {url}   (Ctrl-C ends; pictures go to {options.out})")
                 if token is not None:
                     log(f"token: {token}")
 
@@ -105,10 +108,3 @@ def run(options: ServeOptions) -> Result:
     finally:
         at.close()
     return Result(paths={"pictures": options.out})
-
-
-def _url(host: str, at: socket.socket) -> str:
-    """Where the page is: a name for all addresses is no address to go to."""
-    address, port = at.getsockname()[:2]
-    name = socket.gethostname() if ipaddress.ip_address(address.partition("%")[0]).is_unspecified else host
-    return f"http://{f'[{name}]' if ':' in name else name}:{port}/"

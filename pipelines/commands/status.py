@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, An
     """Where a run stands: shards per stage, outcomes, selections; and the next command."""
     from curate.ledger.schema import Reason, Status
     from curate.verify import command_again
+    from curate.workers import transient_failures
     from pipelines.checks import old_columns, refuse_denied
     from pipelines.recipe import stored_recipe
 
@@ -85,7 +86,8 @@ def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, An
     if recipe is not None and any(annotated.get(name, 0) < embedded for name in recipe.columns):
         return found, command("annotate", data.root)
     waiting = sum(n for reason, n in failures if Reason(reason).transient)
-    hopeless = _unrecovered(data, fetched)
+    last = {shard: record["retries"][-1] for shard, record in fetched.items() if record.get("retries")}
+    hopeless = sum(transient_failures(data, shard) for shard, retry in last.items() if not retry["recovered"])
     found["may_pass"], found["tried_in_vain"] = waiting, hopeless
     if waiting > hopeless:
         return found, command("retry", data.root)
@@ -132,11 +134,3 @@ def selections_there(data: Data) -> dict[str, dict[str, Any]]:
             packed = "now" if manifest.get("inputs", {}).get("selected") == made else "older"
         found[name] = {"kept": record["kept"], "stale": stale, "packed": packed}
     return found
-
-
-def _unrecovered(data: Data, fetched: Mapping[int, dict[str, Any]]) -> int:
-    """How many rows failed for reasons that may pass in shards whose last retry recovered nothing."""
-    from curate.workers import transient_failures
-
-    last = {shard: record["retries"][-1] for shard, record in fetched.items() if record.get("retries")}
-    return sum(transient_failures(data, shard) for shard, retry in last.items() if not retry["recovered"])

@@ -118,7 +118,7 @@ def run(options: TrainOptions) -> Result:
             return _result(options.out, record)
         if record is None:
             shutil.rmtree(options.out / "start", ignore_errors=True)
-        facts = record or {"settings": settings, "started": _now()}
+        facts = record or {"settings": settings, "started": datetime.now(UTC).isoformat(timespec="seconds")}
         write_json(options.out / "train.json", facts)
         try:
             train_run, trainer = _prepare(resolved, samples, prompts, facts, free, terminal, stack)
@@ -373,7 +373,7 @@ def _train(run: TrainRun, trainer: Trainer, facts: dict[str, Any], terminal: IO[
                 plot_loss(run.out)
 
     facts["result"] = run.result()
-    facts |= {"finished": _now(), "seconds": round(time.monotonic() - began)}
+    facts |= {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(time.monotonic() - began)}
     run.release(facts)
     return _result(run.out, facts)
 
@@ -406,10 +406,6 @@ def _stop_on_signal(terminal: IO[str], folder: Path) -> Iterator[Callable[[], bo
             signal.signal(s, handler)
     if received:
         raise KeyboardInterrupt
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _result(out: Path, facts: dict[str, Any]) -> Result:

@@ -144,6 +144,9 @@ def watch(work: Callable[[], None], progress: Any, every: float) -> Iterator[Non
 
     In a thread, because Ray Train takes Ctrl-C for itself in the main one.
     """
+    import ray
+    from ray.exceptions import RayError
+
     ended: list[BaseException] = []
     abandoned = threading.Event()
 
@@ -163,20 +166,12 @@ def watch(work: Callable[[], None], progress: Any, every: float) -> Iterator[Non
             thread.join(every)
             alive = thread.is_alive()
             yield
-            if (failure := _failure(progress)) is not None:
+            failure = None
+            with contextlib.suppress(RayError):  # a lost actor can't say whether a worker failed
+                failure = ray.get(progress.failure.remote(), timeout=5)
+            if failure is not None:
                 raise failure
     finally:
         abandoned.set()
     if ended:
         raise ended[0]
-
-
-def _failure(progress: Any) -> Exception | None:
-    """What went wrong in a worker; None where nothing did, or Ray can't say."""
-    import ray
-    from ray.exceptions import RayError
-
-    try:
-        return ray.get(progress.failure.remote(), timeout=5)
-    except RayError:
-        return None

@@ -16,9 +16,6 @@ from typing import Any
 from aesthetic.errors import UserError
 from aesthetic.files import atomic, scratch_path
 
-OBJECT_STORE = 200_000_000
-"""Bytes; only shard numbers, counts and records pass through it."""
-
 
 @contextlib.contextmanager
 def ray_cluster(address: str | None, folder: Path, *, cpus: int, gpus: int) -> Iterator[None]:
@@ -45,7 +42,7 @@ def ray_cluster(address: str | None, folder: Path, *, cpus: int, gpus: int) -> I
                 num_cpus=cpus,
                 num_gpus=gpus,
                 include_dashboard=False,
-                object_store_memory=OBJECT_STORE,
+                object_store_memory=200_000_000,  # only shard numbers, counts and records pass through it
                 log_to_driver=False,
                 logging_level=logging.WARNING,
             )

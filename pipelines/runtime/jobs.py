@@ -57,11 +57,6 @@ class PoolSizes:
     fetch_threads: int
     embed_threads: int
 
-    @property
-    def cpus(self) -> int:
-        """With which both pools run at once."""
-        return math.ceil(self.fetch * self.fetch_cpus + self.embed * self.embed_cpus)
-
 
 def size_pools(recipe: Recipe, cpus: int, gpus: int, nodes: int = 0) -> PoolSizes:
     """Pools for so many CPUs and GPUs, where the recipe does not say.
@@ -100,7 +95,8 @@ def run_job(job: CurateJob, work: RemainingWork, *, address: str | None = None) 
     with redirect_output(job.data.logs / "ray.log") as out:
         display = ProgressDisplay(out, work.rows, work.images, job.embed, largest)
         display.say("starting Ray ..." if address is None else f"joining the cluster at {address} ...")
-        with ray_cluster(address, job.data.root, cpus=sizes.cpus, gpus=local_gpus()):
+        cpus = math.ceil(sizes.fetch * sizes.fetch_cpus + sizes.embed * sizes.embed_cpus)  # both pools at once
+        with ray_cluster(address, job.data.root, cpus=cpus, gpus=local_gpus()):
             import ray  # not before: the switches that keep it to the loopback interface are read then
             from ray.exceptions import RayError
 
@@ -109,7 +105,7 @@ def run_job(job: CurateJob, work: RemainingWork, *, address: str | None = None) 
                 nodes = sum(node["Alive"] for node in ray.nodes())
                 sizes = size_pools(job.recipe, int(total.get("CPU", 1)), int(total.get("GPU", 0)), nodes)
             name, progress = start_progress()
-            budget: Any = ray.remote(Budget).options(name=_budget_name(name), num_cpus=0)
+            budget: Any = ray.remote(Budget).options(name=f"{name}-budget", num_cpus=0)
             budget = budget.remote(job.recipe.fetch.per_domain)  # lives as long as this
 
             def show(end: bool = False) -> None:
@@ -170,7 +166,7 @@ class FetchActor:
         self._job = job
         self._progress = start_worker(job.data.root, "fetch", progress)
         self._meter = Meter(self._progress.add.remote)
-        budget: Any = ray.get_actor(_budget_name(progress))
+        budget: Any = ray.get_actor(f"{progress}-budget")
         client = secrets.token_hex(8)
 
         async def lease(message: LeaseRequest) -> LeaseReply:
@@ -213,8 +209,3 @@ class EmbedActor:
             self._worker.run(int(row["shard"]))
         self._meter.flush()
         return row
-
-
-def _budget_name(progress: str) -> str:
-    """The name of the actor that lends the fetch workers of a job their turns at web sites."""
-    return f"{progress}-budget"

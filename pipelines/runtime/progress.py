@@ -70,13 +70,24 @@ class ProgressDisplay:
     def show(self, counts: Counts, hosts: list[tuple[str, int]], end: bool = False) -> None:
         """Show the counts so far."""
         now = time.monotonic()
-        self._warn_early(counts, hosts)
+        outcomes = Counter({outcome: n for (stage, outcome), n in counts.items() if stage == "fetch"})
+        rows = outcomes.total()
+        if not self._warned and rows and rows >= min(EARLY, self._rows):
+            self._warned = True
+            failed = rows - outcomes.pop("success", 0)
+            if failed > rows / 2:
+                reasons = " · ".join(f"{reason} {n}" for reason, n in outcomes.most_common(3))
+                worst = "    hosts: " + " · ".join(f"{host} {n}" for host, n in hosts) if hosts else ""
+                self.say(f"warning: {failed / rows:.0%} of the first {rows:,} rows failed: {reasons}{worst}")
+
         line = self._line(counts, now, end)  # each time, shown or not: rates need to see when rows come
         if not end and not self._live and now - self._last < 10:
             return
         self._last = now
         if self._live:
-            width = _columns(self._out)
+            width = 80  # where the terminal does not say, or is gone
+            with contextlib.suppress(OSError):
+                width = os.get_terminal_size(self._out.fileno()).columns or width
             self._out.write(RETURN)
             self._out.write(line[: width - 1].ljust(width - 1) + ("\n" if end else ""))
         else:
@@ -147,19 +158,6 @@ class ProgressDisplay:
         most = next(at for at, done in seen if done >= 0.9 * seen[-1][1]), 0.9 * seen[-1][1]
         return (most[0] - seen[0][0]) / most[1] * count + (seen[-1][0] - most[0])
 
-    def _warn_early(self, counts: Counts, hosts: list[tuple[str, int]]) -> None:
-        outcomes = Counter({outcome: n for (stage, outcome), n in counts.items() if stage == "fetch"})
-        rows = outcomes.total()
-        failed = rows - outcomes["success"]
-        if self._warned or not rows or rows < min(EARLY, self._rows):
-            return
-        self._warned = True
-        if failed > rows / 2:
-            del outcomes["success"]
-            reasons = " · ".join(f"{reason} {n}" for reason, n in outcomes.most_common(3))
-            worst = "    hosts: " + " · ".join(f"{host} {n}" for host, n in hosts) if hosts else ""
-            self.say(f"warning: {failed / rows:.0%} of the first {rows:,} rows failed: {reasons}{worst}")
-
 
 class ProgressBar:
     """One line about work of known length: how much is done, how fast, how long it still takes."""
@@ -190,14 +188,6 @@ class ProgressBar:
         done = f"{self._done:,} in {format_duration(seconds)}" if self._done else f"{self._total:,}, made before"
         self._out.write(f"{self._what}  {done}{more}\n")
         self._out.flush()
-
-
-def _columns(out: IO[str]) -> int:
-    """How wide the terminal is; 80 where it does not say, or is gone."""
-    try:
-        return os.get_terminal_size(out.fileno()).columns or 80
-    except OSError:
-        return 80
 
 
 def format_duration(seconds: float) -> str:

@@ -174,28 +174,27 @@ class RayTrainer:
 
     def precompute_latents(self, tell: Tell) -> None:
         """As a Ray Data stage: an actor per worker, a row per shard."""
-
-        def write_shards(made: dict[str, Any], missing: list[int]) -> None:
-            for count in self._messages(lambda: self._map_shards(made, missing)):
-                tell(count)
-
-        self._run.precompute_latents(tell, write_shards)
-
-    def _map_shards(self, made: dict[str, Any], missing: list[int]) -> None:
         import ray
         from ray.data import ActorPoolStrategy
 
-        quiet_ray_data()
-        rows: Any = ray.data.from_items([{"shard": i} for i in missing], override_num_blocks=len(missing))
-        rows = rows.map(
-            LatentsActor,
-            fn_constructor_args=(self._job, self._name, made),
-            compute=ActorPoolStrategy(size=min(self._workers, len(missing))),
-            num_cpus=self._cpus,
-            num_gpus=1 if self._gpu else None,
-        )
-        for _ in rows.iter_rows():
-            pass
+        def write_shards(made: dict[str, Any], missing: list[int]) -> None:
+            def map_shards() -> None:
+                quiet_ray_data()
+                rows: Any = ray.data.from_items([{"shard": i} for i in missing], override_num_blocks=len(missing))
+                rows = rows.map(
+                    LatentsActor,
+                    fn_constructor_args=(self._job, self._name, made),
+                    compute=ActorPoolStrategy(size=min(self._workers, len(missing))),
+                    num_cpus=self._cpus,
+                    num_gpus=1 if self._gpu else None,
+                )
+                for _ in rows.iter_rows():
+                    pass
+
+            for count in self._messages(map_shards):
+                tell(count)
+
+        self._run.precompute_latents(tell, write_shards)
 
     def _messages(self, work: Callable[[], None], should_stop: ShouldStop = lambda: False) -> Iterator[Any]:
         """What workers send while the work is done."""
