@@ -74,7 +74,7 @@ class ModelInfo:
 
     @property
     def of_pixels(self) -> bool:
-        """Whether its autoencoder is `model.pixel_vae`, which fp16 would break."""
+        """Whether its autoencoder is `unet.pixel_vae`, which fp16 would break."""
         return len(self.vae["block_out_channels"]) == 1
 
     @property

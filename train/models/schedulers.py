@@ -34,7 +34,7 @@ def scheduler_name(wanted: str | None, config: dict[str, Any]) -> str:
     """
     own = str(config.get("_class_name"))
     if wanted is None:
-        return own  # which `about.look` has found among SCHEDULERS
+        return own  # which `read_model_info` has found among SCHEDULERS
     known = {_plain(name): name for name in SCHEDULERS}
     name = own if _plain(wanted) == _plain(own) else known.get(_plain(wanted))
     if name is None:
