@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from curate.annotators.embed import pictures_of, write_vectors
 from PIL import Image
 
 from aesthetic.files import atomic
+from curate.encoders.embed import images_of, write_vectors
 from curate.encoders.registry import load_encoder
 from curate.layout import Data
 from curate.ledger.schema import fetched_schema, make_key
@@ -31,6 +31,7 @@ from curate.shards.tar import TarWriter
 from curate.sources.plan import SourceConfig
 from curate.sources.planner import make_plan
 from curate.store.records import commit
+from curate.workers import claim_space
 from pipelines.recipe import load_recipe, store_recipe
 
 SHARD = 10_000
@@ -82,8 +83,7 @@ def make_data(root: Path, images: int, ratings: int) -> Data:
     make_plan(str(root / "list.parquet"), Data(root / "data"), SourceConfig(shard_size=SHARD), None)
     data = Data(root / "data")
     space = load_encoder("bundled").space()
-    data.space.parent.mkdir(parents=True)
-    space.save(data.space)
+    claim_space(data, space)
     store_recipe(data, load_recipe("bundled", ["select.rules={}", "columns={}"]))
     files = [_jpeg(rng) for _ in range(1000)]
     taste = rng.standard_normal(space.dim)
@@ -94,7 +94,7 @@ def make_data(root: Path, images: int, ratings: int) -> Data:
         x /= np.linalg.norm(x, axis=1, keepdims=True)
         inputs = data.fetched_digests(s.shard)
         assert inputs is not None
-        table = pictures_of(data, s.shard)
+        table = images_of(data, s.shard)
         write_vectors(data, s.shard, table, x, None, config="bench", inputs=inputs, facts={}, began=time.time())
         share = ratings * s.rows // images
         rated += [f"{k},{5 + v:.2f}" for k, v in zip(keys[:share], x[:share] @ taste, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import tomllib
 from collections.abc import Iterator
@@ -111,3 +112,20 @@ def test_a_class_name_means_one_thing() -> None:
                 seen.setdefault(node.name, []).append(name)
     twice = {name: where for name, where in seen.items() if len(where) > 1}
     assert not twice, twice
+
+
+def test_every_import_of_ours_finds_what_it_names() -> None:
+    """Also those inside functions, and in benchmarks and examples, which no other test runs."""
+    missing = []
+    for folder in (*PACKAGES, "bench", "demo", "examples", "tests"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if not (isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in PACKAGES):
+                    continue
+                for name in (alias.name for alias in node.names):
+                    try:
+                        if not hasattr(importlib.import_module(node.module), name):
+                            importlib.import_module(f"{node.module}.{name}")
+                    except ImportError as e:
+                        missing.append(f"{path.relative_to(ROOT)}:{node.lineno}: {e}")
+    assert not missing, missing
