@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import gc
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +31,10 @@ from curate.sources.vectors import ImportedVectors, import_shard, open_vector_fo
 from curate.store.files import read_json
 from curate.store.records import commit, is_done
 
+GC_THRESHOLDS = (50_000, 20, 100)
+"""Thresholds of the garbage collector while shards are fetched: thousands of rows wait at once and leave next to no
+cycles behind, so looking through them for garbage again and again is in vain."""
+
 
 def ignore(stage: str, outcome: str, host: str) -> None:
     """The report of a worker that nobody watches."""
@@ -52,6 +58,7 @@ class FetchWorker:
     ) -> None:
         if fetch.engine == "img2dataset":
             engine_img2dataset.require(images)
+        self._untuned: tuple[tuple[int, int, int], int | None] | None = None  # GC thresholds, Linux's scheduler
         self.data, self.config = data, config
         count = threads or os.cpu_count() or 1
         deny = Deny.load(fetch.deny)
@@ -67,6 +74,7 @@ class FetchWorker:
 
     async def run(self, shard: int, retry: bool = False) -> None:
         """Fetch one shard unless it is done; with `retry`, fetch again what failed for transient reasons."""
+        self._tune_process()
         done = fetch_done(self.data, shard, self.config)
         if not done or (retry and transient_failures(self.data, shard)):
             try:
@@ -75,9 +83,29 @@ class FetchWorker:
                 await self._context.fetcher.return_slots()
 
     async def close(self) -> None:
-        """Close connections and threads."""
+        """Close connections and threads; the process is as it was."""
         await self._context.fetcher.close()
         self._context.threads.shutdown(cancel_futures=True)
+        if self._untuned is not None:
+            thresholds, policy = self._untuned
+            gc.set_threshold(*thresholds)
+            if policy is not None:
+                os.sched_setscheduler(0, policy, os.sched_param(0))
+
+    def _tune_process(self) -> None:
+        """Collect garbage rarely, and have Linux treat the event loop and the decoders that it starts as batch work:
+        else the loop takes a decoder's core at every packet, and the decoder's data are out of the cache when it goes
+        on. Together they save 13% of the time, 10% and 3% (docs/benchmarks.md)."""
+        if self._untuned is not None:
+            return
+        policy = None
+        if hasattr(os, "sched_setscheduler"):
+            with contextlib.suppress(OSError):  # a sandbox that forbids it
+                if (current := os.sched_getscheduler(0)) == os.SCHED_OTHER:
+                    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+                    policy = current
+        self._untuned = (gc.get_threshold(), policy)
+        gc.set_threshold(*GC_THRESHOLDS)
 
 
 class EmbedWorker:

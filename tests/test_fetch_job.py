@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import io
+import os
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -155,3 +158,28 @@ def test_four_workers_keep_a_domains_limits_together(tmp_path: Path) -> None:
     ended = [float(r.partition('"end_time": ')[2].partition(",")[0]) for r in records]
     assert max(ended) - min(began) >= (count / 2 - 3) / 20  # 80 rows of each host at 20 a second
     assert time.time() > max(ended) and Counter(table["reason"].to_pylist()) == {None: count}
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="a scheduler without batch work")
+def test_a_worker_is_batch_work_and_leaves_the_process_as_it_was(tmp_path: Path) -> None:
+    before = os.sched_getscheduler(0), gc.get_threshold()
+    policies: set[int] = set()
+
+    def report(stage: str, outcome: str, host: str) -> None:
+        decoders = [t for t in threading.enumerate() if t.name.startswith("decode")]
+        policies.update(os.sched_getscheduler(t.native_id or 0) for t in (*decoders, threading.current_thread()))
+        assert outcome != "success" or decoders
+
+    with Web({"/1.jpg": Route(body=picture(1)[1])}, hosts=1) as web:
+        pq.write_table(pa.table({"url": [web.url(0, "/1.jpg"), web.url(0, "/none")]}), tmp_path / "list.parquet")
+        make_plan(str(tmp_path / "list.parquet"), Data(tmp_path / "data"), SourceConfig(), None)
+
+        async def main() -> None:
+            config = FetchConfig(allow=(f"127.0.0.0/8:{web.port}",))
+            worker = FetchWorker(Data(tmp_path / "data"), config, ImagesConfig(size=64), "c", report)
+            await worker.run(0)
+            await worker.close()
+
+        asyncio.run(main())
+    assert policies == {os.SCHED_BATCH}
+    assert (os.sched_getscheduler(0), gc.get_threshold()) == before
