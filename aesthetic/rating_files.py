@@ -88,7 +88,7 @@ class RatingFile:
                 head = f.read(HEAD)
             found = kind_of(head)
             if found and not (kind == ".parquet" and head.startswith(b"PAR1")):
-                raise UserError(f"{path}: is {found}" + (": unpack it with `gunzip`" if "gzip" in found else ""))
+                raise UserError(f"{path}: is {found}")
             shape = None
             if kind in (".csv", ".tsv"):
                 shape = table_shape(head, "\t" if kind == ".tsv" else ",", str(path))

@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aesthetic.chunks import cpus
+
 if TYPE_CHECKING:
     import torch
 
@@ -46,7 +48,7 @@ class FreeCores:
 
     def __call__(self) -> int:
         """At least 1, at most as many as this process may use."""
-        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        allowed = cpus()
         busy, since, own = self._before
         seconds = time.monotonic() - since
         if busy is None or (now := _busy()) is None or seconds < 0.2:
