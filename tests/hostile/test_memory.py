@@ -1,4 +1,4 @@
-"""Memory (C1, requirement c): 256 answers of the worst kind at once stay within 512 MB of the worker's baseline."""
+"""Memory (C1, requirement c): as many of the worst answers as are fetched at once: 512 MB above the baseline."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from answers import AT_ONCE, path_of
 from hostile_web import Hostile, good_picture, measure
 from test_answers import fetch_hostile
 
-AT_A_TIME = 256  # the default concurrency
+from curate.fetch.config import FetchConfig
+
+AT_A_TIME = FetchConfig().concurrency
 NEIGHBOURS = 64
 
 
