@@ -3,7 +3,7 @@
 plan/         plan.json                   the record;  shards.parquet: the shards;  what of the list was cut or copied
 fetched/      NNNNN.tar, NNNNN.parquet    images and rows;  NNNNN_stats.json: the record (img2dataset's layout)
 embedded/     img_emb/, text_emb/         vectors;  metadata/: similarities;  stats/: records (clip-retrieval's layout)
-annotated/N./ NNNNN.parquet, NNNNN.json   columns of an annotator and their record
+annotated/N./ NNNNN.parquet, NNNNN.json   columns of an annotator and their record;  index/: what it keeps beside them
 selected/     NAME.parquet, NAME.json     verdicts and their record
 shards/NAME/  NNNNN.tar, NNNNN.parquet    the chosen images;  manifest.json: the record
 report/NAME/  sheet.png, scores.png
@@ -12,6 +12,7 @@ report/NAME/  sheet.png, scores.png
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -115,6 +116,10 @@ class Data:
     def annotated(self) -> list[str]:
         """The names under which there are columns."""
         return _folders(self.root / ANNOTATED)
+
+    def index(self, name: str) -> Path:
+        """A folder for what an annotator that reads the whole table keeps between runs, such as pairs."""
+        return self.root / ANNOTATED / name / "index"
 
     def old_columns(self) -> list[str]:
         """Columns in `scored/`, where they were before there was `annotated/`, that nobody has computed anew."""
@@ -225,6 +230,7 @@ class Data:
         clear(embedded / "stats", r"\d{5,}\.json|space\.json")
         clear(embedded, r"space\.json")
         for name in self.annotated():
+            shutil.rmtree(self.index(name), ignore_errors=True)
             clear(annotated / name, r"\d{5,}\.(parquet|json)")
         clear(annotated, "")
 

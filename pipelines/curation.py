@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
-from curate.annotators.base import Annotator, TableAnnotator
-from curate.annotators.registry import absolute, make_annotators
-from curate.annotators.stage import annotate_table
+from curate.annotators.base import Annotator
+from curate.annotators.registry import absolute, add_needs, make_annotators
 from curate.encoders.embed import recovered
 from curate.encoders.registry import fetch_weights
 from curate.fetch.ingest import check_verify
@@ -32,6 +31,7 @@ from pipelines.recipe import Recipe, store_recipe
 from pipelines.runtime.cluster import check_reachable
 from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
 from pipelines.runtime.progress import ProgressDisplay, format_duration
+from pipelines.runtime.tables import annotate_tables
 
 if TYPE_CHECKING:
     from curate.ledger.select import Selection
@@ -53,6 +53,7 @@ class Request:
 def dry_run(request: Request) -> dict[str, Any]:
     """What would run. Raises what `run` would raise before its first URL; fetches and writes nothing."""
     recipe, data = request.recipe, Data(request.root)
+    recipe = replace(recipe, columns=add_needs(recipe.columns))
     check_free(data.root, "data")
     annotators = make_annotators(recipe.columns, recipe.embed.encoder)
     check_engine(recipe)
@@ -101,7 +102,7 @@ def run(request: Request) -> Result:
         recipe,
         fetch=replace(recipe.fetch, deny=deny),
         embed=replace(recipe.embed, weights=weights),
-        columns={name: absolute(name, spec) for name, spec in recipe.columns.items()},
+        columns=add_needs({name: absolute(name, spec) for name, spec in recipe.columns.items()}),
     )
     check_free(data.root, "data")
     annotators = make_annotators(recipe.columns, recipe.embed.encoder)
@@ -147,6 +148,7 @@ def resume(
     if restart_from not in (None, "embed"):
         again = command("curate", data.plan.list, "--out", data.root, "--restart-from", restart_from)
         raise UserError(f"--restart-from {restart_from} needs the list: `{again}`")
+    recipe = replace(recipe, columns=add_needs(recipe.columns))
     annotators = make_annotators(recipe.columns, recipe.embed.encoder)
     if retry:
         check_engine(recipe)
@@ -207,9 +209,7 @@ def _run_job(
         job = CurateJob(data, recipe, fetch="fetch" in stages, embed="embed" in stages, retry=retry)
         display = run_job(job, left, address=address)
     if "embed" in stages:
-        for name, annotator in annotators.items():
-            if isinstance(annotator, TableAnnotator):
-                annotate_table(data, name, annotator)
+        annotate_tables(data, annotators, recipe.embed, address=address)
     if retry and display is not None:
         result.facts["recovered"] = _images(data) - had
         print(f"retry  {result.facts['recovered']:,} more images")

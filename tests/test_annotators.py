@@ -82,9 +82,9 @@ class Rank(TableAnnotator):
         super().__init__(options)
         self.columns = {"place": ColumnSpec(meaning="place among all images by size of file", type=pa.int64())}
 
-    def annotate_all(self, data, shards):
+    def annotate_all(self, run):
         good = [("status", "=", "success")]
-        sizes = [pq.read_table(data.table(s), filters=good)["bytes"].to_pylist() for s in shards]
+        sizes = [pq.read_table(run.data.table(s), filters=good)["bytes"].to_pylist() for s in run.shards]
         order = sorted(size for shard in sizes for size in shard)
         for shard in sizes:
             yield {"place": pa.array([order.index(size) for size in shard])}

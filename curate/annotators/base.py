@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from aesthetic.space import Space
     from curate.encoders.base import Encoder
     from curate.layout import Data
+
+Spec = str | Mapping[str, Any]
+"""An entry of a recipe's `columns`: an annotator's name, a head's name or folder, or {use: ANNOTATOR, option: ...}."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +84,11 @@ class Annotator(abc.ABC):
 
     A subclass says what it is called in recipes (`name`), what it reads, which options it has, and in `__init__`, which
     loads no model, what columns it has: a suffix -> its spec. The column of an annotator with one is called like the
-    entry of the recipe, NAME; those of one with several NAME_SUFFIX.
+    entry of the recipe, NAME; those of one with several NAME_SUFFIX, and NAME for the suffix "".
 
-    digest: changes with whatever changes values: weights, options, versions.    facts: what else a record says.
+    digest: changes with whatever changes values: weights, options, versions.    facts: what else a record says; `notes`
+    among them are sentences, which `status` and cards repeat.    needs: annotators whose columns it reads, NAME ->
+    spec; where a recipe has no such entry, one is added under that name.
     """
 
     name: ClassVar[str]
@@ -92,6 +97,7 @@ class Annotator(abc.ABC):
 
     columns: Mapping[str, ColumnSpec]
     facts: Mapping[str, Any] = {}
+    needs: Mapping[str, Spec] = {}
 
     def __init__(self, options: AnnotatorOptions) -> None:
         self.options = options
@@ -123,18 +129,44 @@ class Annotator(abc.ABC):
         """
 
 
+@dataclass(frozen=True, kw_only=True)
+class TableRun:
+    """What an annotator has that reads the whole table.
+
+    name: its entry in the recipe; files of its own lie in `data.index(name)`.    shards: those to compute, in order.
+    needs: what it needs -> the name under which that lies in `annotated/`.    encoder: that of the data's vectors.
+    map: like the built-in, in order, and perhaps on many machines: function and items are pickled, results are small,
+    and a function that writes files commits them, so that a run that was ended goes on. BLAS has one thread in it: bits
+    do not depend on the number of workers.    say: shows a line.
+    """
+
+    data: Data
+    name: str
+    shards: Sequence[int]
+    needs: Mapping[str, str]
+    encoder: Callable[[], Encoder]
+    map: Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
+    say: Callable[[str], None]
+
+
 class TableAnnotator(Annotator):
-    """Computes columns of which a value depends on all images; it runs once, where the other annotators have ended."""
+    """Computes columns from the files of a data folder; it runs where the other annotators have ended.
+
+    whole: a value depends on all images, so all shards are computed anew where one has changed; else on those of its
+    shard alone.    inputs: the tables that values depend on, beside those of what it needs.
+    """
 
     reads = "table"
+    whole: ClassVar[bool] = True
+    inputs: Sequence[Literal["fetched", "embedded"]] = ("fetched", "embedded")
 
     def annotate(self, batch: ImageBatch) -> dict[str, pa.Array]:
         """Not for these: a batch is not the whole."""
         raise NotImplementedError
 
     @abc.abstractmethod
-    def annotate_all(self, data: Data, shards: Sequence[int]) -> Iterator[dict[str, pa.Array]]:
-        """As `annotate`, for each of the fetched shards in turn, out of whatever the data folder holds."""
+    def annotate_all(self, run: TableRun) -> Iterator[dict[str, pa.Array]]:
+        """As `annotate`, for all images of each of the shards in turn. `facts` are read after each."""
 
 
 def scores_of(annotator: Annotator, images: Sequence[np.ndarray]) -> np.ndarray:
@@ -147,7 +179,7 @@ def scores_of(annotator: Annotator, images: Sequence[np.ndarray]) -> np.ndarray:
 
 def column_name(name: str, suffix: str, annotator: Annotator) -> str:
     """What a column is called in the ledger, for an entry NAME of a recipe's `columns`."""
-    return name if len(annotator.columns) == 1 else f"{name}_{suffix}"
+    return f"{name}_{suffix}" if suffix and len(annotator.columns) > 1 else name
 
 
 def column_specs(annotators: Mapping[str, Annotator]) -> dict[str, ColumnSpec]:

@@ -24,14 +24,11 @@ from aesthetic.errors import UserError, nearest
 from aesthetic.space import Space
 from aesthetic.untrusted import printable
 from curate import annotators as package
-from curate.annotators.base import Annotator, Resources, column_specs
+from curate.annotators.base import Annotator, Resources, Spec, column_specs
 from curate.encoders.base import Encoder
 from curate.encoders.registry import canonical_name
 
 GROUP = "tastemaker.annotators"
-
-Spec = str | Mapping[str, Any]
-"""An entry of a recipe's `columns`: an annotator's name, a head's name or folder, or {use: ANNOTATOR, option: ...}."""
 
 
 @functools.cache
@@ -141,6 +138,37 @@ def make_annotators(columns: Mapping[str, Spec], space: Space | str | None = Non
             except UserError as e:
                 raise type(e)(f"columns.{name}: {e}") from None
     return made
+
+
+def resolve_needs(annotators: Mapping[str, Annotator], name: str) -> dict[str, str | None]:
+    """What an annotator needs -> the entry that is it: of the same kind, and with the options that are asked for."""
+
+    def same(annotator: Annotator, spec: Spec) -> bool:
+        wanted = {"use": spec} if isinstance(spec, str) else dict(spec)
+        options = annotator.options.model_dump()
+        return annotator.name == wanted.pop("use") and all(options.get(k) == v for k, v in wanted.items())
+
+    needs = annotators[name].needs
+    return {need: next((n for n, a in annotators.items() if same(a, spec)), None) for need, spec in needs.items()}
+
+
+def add_needs(columns: Mapping[str, Spec]) -> dict[str, Spec]:
+    """A recipe's `columns` with the entries that others of them need and that are not there.
+
+    UserError where the name of such an entry is taken.
+    """
+    found, made = dict(columns), {name: make_annotator(name, spec) for name, spec in columns.items()}
+    for name, annotator in list(made.items()):
+        for need, entry in resolve_needs(made, name).items():
+            if entry is not None:
+                continue
+            if need in found:
+                raise UserError(
+                    f"columns.{need}: columns.{name} needs {need}: {annotator.needs[need]}; rename this one"
+                )
+            found[need] = annotator.needs[need]
+            made[need] = make_annotator(need, found[need])
+    return found
 
 
 def absolute(name: str, spec: Spec) -> Spec:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any
 
@@ -19,14 +19,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from aesthetic.errors import UserError
 from aesthetic.files import atomic
 from aesthetic.untrusted import open_vectors
-from curate.annotators.base import Annotator, ImageBatch, TableAnnotator, column_name, column_specs
+from curate.annotators.base import Annotator, ImageBatch, TableAnnotator, TableRun, column_name, column_specs
+from curate.annotators.registry import resolve_needs
 from curate.encoders.base import Encoder
 from curate.encoders.embed import caption_vectors, images_of, recovered, similarity, write_vectors
 from curate.fetch.ingest import Report, note_start
 from curate.images.decode import decode
-from curate.layout import Data
+from curate.layout import ANNOTATED, Data
 from curate.ledger.schema import Status
 from curate.shards.tar import read_images
 from curate.store.files import check_space, read_json
@@ -108,21 +110,58 @@ def column_inputs(data: Data, shard: int, annotator: Annotator) -> dict[str, str
     return {name: digests[name]} if name in digests else None
 
 
-def annotate_table(data: Data, name: str, annotator: TableAnnotator) -> int:
-    """Compute the columns of an annotator that reads the whole table, of all shards, unless that is done; returns how
-    many lacked them. What is new may change the values of what is old."""
+def annotate_table(
+    data: Data,
+    name: str,
+    annotators: Mapping[str, Annotator],
+    *,
+    encoder: Callable[[], Encoder],
+    map: Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]] = map,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Compute the columns of a TableAnnotator, of the fetched shards that lack them, or of all where it is `whole`;
+    returns how many lacked them. `encoder`, `map` and `say` as TableRun has them.
+
+    UserError where the columns that it needs are not there.
+    """
+    annotator = annotators[name]
+    assert isinstance(annotator, TableAnnotator)
+    needs = {need: entry for need, entry in resolve_needs(annotators, name).items() if entry is not None}
+    if lacking := annotator.needs.keys() - needs.keys():
+        raise UserError(f"columns.{name} needs the columns {', '.join(sorted(lacking))}")
+    fetched = [s.shard for s in data.plan.shards if data.fetched_digests(s.shard) is not None]
+    inputs = _table_inputs(data, annotator, [*needs.values()], fetched)
+    missing = [
+        shard
+        for shard in fetched
+        if not is_done(data.root, data.annotations_record(name, shard), config=annotator.digest, inputs=inputs[shard])
+    ]
+    shards = fetched if annotator.whole and missing else missing
+    if shards:
+        run = TableRun(data=data, name=name, shards=shards, needs=needs, encoder=encoder, map=map, say=say)
+        for shard, answer in zip(shards, annotator.annotate_all(run), strict=True):
+            keys = images_of(data, shard, ["key"])["key"]
+            values = _checked(annotator, answer, len(keys))
+            _write(data, shard, name, annotator, keys, values, keys, inputs[shard], False)
+    return len(missing)
+
+
+def _table_inputs(
+    data: Data, annotator: TableAnnotator, needs: Sequence[str], shards: Sequence[int]
+) -> dict[int, dict[str, str]]:
+    """What the columns of each shard are computed from, with its digest: whole tables, or the files of the shard."""
     from curate.ledger.view import table_digests, tables
 
-    shards = [s.shard for s in data.plan.shards if data.fetched_digests(s.shard) is not None]
-    inputs = table_digests([t for t in tables(data) if t.name in ("fetched", "embedded")])
-    records = [data.annotations_record(name, shard) for shard in shards]
-    missing = sum(not is_done(data.root, r, config=annotator.digest, inputs=inputs) for r in records)
-    if missing:
-        answers = annotator.annotate_all(data, shards)
-        for shard, answer in zip(shards, answers, strict=True):
-            keys = images_of(data, shard, ["key"])["key"]
-            _write(data, shard, name, annotator, keys, _checked(annotator, answer, len(keys)), keys, inputs, False)
-    return missing
+    if annotator.whole:
+        names = {*annotator.inputs, *(f"{ANNOTATED}/{need}" for need in needs)}
+        return dict.fromkeys(shards, table_digests([t for t in tables(data) if t.name in names]))
+    found = {}
+    for shard in shards:
+        records = [data.fetched_record(shard)] if "fetched" in annotator.inputs else []
+        records += [data.embedded_record(shard)] if "embedded" in annotator.inputs else []
+        records += [data.annotations_record(need, shard) for need in needs]
+        found[shard] = {k: v for r in records if (facts := read_json(r)) for k, v in output_digests(facts).items()}
+    return found
 
 
 def ask(annotator: Annotator, batch: ImageBatch) -> dict[str, pa.Array]:

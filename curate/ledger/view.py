@@ -274,10 +274,10 @@ def current_tables(data: Data, found: Sequence[LedgerTable], used: Collection[st
     fetched, *others = found
     made: dict[str, str] = {}  # what is there now: file -> sha256
     embedded = (read_record(data.embedded_record(s)) for s in data.shards(data.embedded_record))
-    for facts in (*fetched.facts, *embedded):
+    for facts in (*fetched.facts, *embedded, *(facts for table in others for facts in table.facts)):
         made |= output_digests(facts) if "outputs" in facts else {}
-    if any("fetched" in t.facts[0].get("inputs", {}) for t in others):  # those that read whole tables
-        made |= table_digests([t for t in found if t.name in ("fetched", "embedded")])
+    whole = {name for table in others for name in table.facts[0].get("inputs", {})}  # that some were made from
+    made |= table_digests([t for t in found if t.name in whole])
     with_images = {s for s, facts in zip(fetched.shards, fetched.facts, strict=True) if facts.get("successes", 1)}
 
     wrong = {}  # the tables that lack a shard, or were made from what has changed since, and what to do

@@ -28,9 +28,9 @@ def run(options: AnnotateOptions) -> Result:
     UserError, before anything is computed, where one can't be used, or there is nothing yet that it reads.
     """
     from aesthetic.space import Space
-    from curate.annotators.base import TableAnnotator, column_specs
-    from curate.annotators.registry import absolute, make_annotators
-    from curate.annotators.stage import annotate_table, column_inputs
+    from curate.annotators.base import column_specs
+    from curate.annotators.registry import absolute, add_needs, make_annotators, resolve_needs
+    from curate.annotators.stage import column_inputs
     from curate.ledger.sql import plain_name
     from curate.store.files import read_json, sweep
     from curate.store.lock import Lock
@@ -39,6 +39,7 @@ def run(options: AnnotateOptions) -> Result:
     from pipelines.recipe import Recipe, parse_columns, store_recipe, stored_recipe
     from pipelines.runtime.cluster import check_reachable
     from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
+    from pipelines.runtime.tables import annotate_tables
 
     data, address = open_data(options.data), options.ray_address
     given = parse_columns(options.columns)
@@ -46,11 +47,13 @@ def run(options: AnnotateOptions) -> Result:
     recipe = stored or Recipe()
     given = {name: absolute(name, spec) for name, spec in given.items()}
     recipe = replace(recipe, columns={**recipe.columns, **given})  # it knows which names a column may have
-    make_annotators(recipe.columns)  # and that no two are alike
+    recipe = replace(recipe, columns=add_needs(recipe.columns))
+    known = make_annotators(recipe.columns)  # and that no two are alike
     space = Space.load(data.space) if space_known(data) else None
     if space is not None:
         recipe = replace(recipe, embed=replace(recipe.embed, encoder=space.encoder))
-    wanted = replace(recipe, columns={name: recipe.columns[name] for name in given or recipe.columns})
+    names = [*given, *(n for name in given for n in resolve_needs(known, name).values() if n)] or recipe.columns
+    wanted = replace(recipe, columns={name: recipe.columns[name] for name in names})
     annotators = make_annotators(wanted.columns, space)
 
     shards = [s.shard for s in data.plan.shards if data.fetched_digests(s.shard) is not None]
@@ -78,9 +81,7 @@ def run(options: AnnotateOptions) -> Result:
             for shard in left:
                 worker.run(shard)
         fresh = {name: len(lacking) for name, lacking in missing.items()}
-        for name, annotator in annotators.items():
-            if isinstance(annotator, TableAnnotator):
-                fresh[name] = annotate_table(data, name, annotator)
+        fresh |= annotate_tables(data, annotators, recipe.embed, address=address)
         if stored is not None and given:
             store_recipe(data, replace(stored, columns=recipe.columns))
     for name, count in fresh.items():

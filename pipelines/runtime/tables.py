@@ -1,0 +1,96 @@
+"""Annotators that read the whole table: their tasks in threads of this process, or on a Ray cluster where there are many
+images."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from aesthetic.chunks import thread_map
+from curate.annotators.base import Annotator, TableAnnotator
+from curate.annotators.stage import annotate_table
+from curate.encoders.base import Encoder
+from curate.encoders.embed import EmbedConfig
+from curate.encoders.registry import load_encoder
+from curate.layout import Data
+from curate.store.files import read_json
+from pipelines.runtime.progress import ProgressBar, redirect_output
+
+IMAGES_FOR_RAY = 100_000
+"""Images from which a cluster of our own is started for the tasks: it takes five seconds, and each worker reads its
+arguments anew."""
+
+
+def annotate_tables(
+    data: Data, annotators: Mapping[str, Annotator], embed: EmbedConfig, *, address: str | None = None
+) -> dict[str, int]:
+    """Compute the columns of the TableAnnotators among a recipe's annotators, one after the other; how many shards
+    lacked those of each."""
+
+    @functools.cache
+    def encoder() -> Encoder:
+        return load_encoder(embed.encoder, weights=embed.weights, precision="fp32")
+
+    found = {}
+    for name, annotator in annotators.items():
+        if isinstance(annotator, TableAnnotator):
+            with contextlib.ExitStack() as stack:
+                tasks = _Tasks(data, name, address, stack)
+                found[name] = annotate_table(data, name, annotators, encoder=encoder, map=tasks.map, say=tasks.say)
+    return found
+
+
+class _Tasks:
+    """Runs the tasks of an annotator, with a progress line; a cluster is joined or started with the first of them."""
+
+    def __init__(self, data: Data, name: str, address: str | None, stack: contextlib.ExitStack) -> None:
+        self._data, self._name, self._address, self._stack = data, name, address, stack
+        self._out: Any = None  # the terminal, once Ray writes to where it was
+        images = sum((read_json(data.fetched_record(s.shard)) or {}).get("successes", 0) for s in data.plan.shards)
+        self._on_ray = address is not None or images >= IMAGES_FOR_RAY
+
+    def say(self, text: str) -> None:
+        print(text, file=self._out or sys.stdout)
+
+    def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        """See TableRun.map."""
+        if not items:
+            return
+        answers = self._ray_map(function, items) if self._on_ray else thread_map(function, items)
+        bar = ProgressBar(self._out or sys.stderr, self._name, len(items), "tasks")
+        for answer in answers:
+            yield answer
+            bar(1)
+        if self._on_ray:
+            bar.end()
+
+    def _ray_map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        from pipelines.runtime.cluster import local_gpus, ray_cluster, ray_map
+
+        if self._out is None:
+            self._out = self._stack.enter_context(redirect_output(self._data.logs / "ray.log"))
+            cluster = ray_cluster(self._address, self._data.root, cpus=os.cpu_count() or 1, gpus=local_gpus())
+            self._stack.enter_context(cluster)
+        from ray.exceptions import RayTaskError  # not before: the switches of a cluster of our own are read then
+
+        try:
+            yield from ray_map("auto", functools.partial(_call, self._data, function), items)
+        except RayTaskError as e:
+            raise e.cause from e
+
+
+def _call(data: Data, function: Callable[[Any], Any], item: Any) -> Any:
+    _hold_lock(data)
+    return function(item)
+
+
+@functools.cache
+def _hold_lock(data: Data) -> None:
+    """Once in a worker's process."""
+    from curate.store.lock import hold_worker_lock
+
+    hold_worker_lock(data.root)
