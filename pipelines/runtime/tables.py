@@ -1,5 +1,4 @@
-"""Annotators that read the whole table: their tasks in threads of this process, or on a Ray cluster where there are many
-images."""
+"""Whole-table annotators: their tasks in threads of this process, or on a Ray cluster where images are many."""
 
 from __future__ import annotations
 
