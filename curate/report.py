@@ -91,7 +91,7 @@ def contact_sheet(data: Data, name: str, column: str | None = None) -> Path:
         page.words(f"{reason} {n:,}" for reason, n in sorted(reasons.items(), key=lambda r: (-r[1], r[0])))
     if (all_shards := len(report.fetched.shards)) > len(report.picked):
         some = f"{len(report.picked)} of {all_shards:,}"
-        page.note(f"pictures from {some} shards, spread evenly; the counts are of all rows")
+        page.note(f"images from {some} shards, spread evenly; the counts are of all rows")
     return page.save(data.sheet(name))
 
 
