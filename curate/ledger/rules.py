@@ -294,8 +294,10 @@ def _of_column(
     if len(given) != (2 if kind == "top" else 1) or given[0].get("class") != "COLUMN_REF":
         raise UserError(f"{kind} is written {USAGE[kind]}")
     column = _whole_column(kind, given[0], names)
-    if column is None or kind == "first_of":
-        return column and Computed(kind, column, place)
+    if column is None:
+        return None
+    if kind == "first_of":
+        return Computed(kind, column, place)
     names.check_number(column)
     fraction = _constant(bounds, given[1])
     if fraction is None or not 0 < fraction <= 1:
@@ -319,7 +321,7 @@ def _grouped(
             if held.get("class") == "FUNCTION" and held["function_name"].lower() in USAGE:
                 raise UserError(f"the expression of {kind} can't hold {held['function_name']}()")
         expression = print_expression(by[0])
-    return group and Computed(kind, group, place, count=int(count), expression=expression)
+    return None if group is None else Computed(kind, group, place, count=int(count), expression=expression)
 
 
 def _whole_column(kind: str, reference: dict[str, Any], names: _Names | _Known) -> str | None:
