@@ -29,7 +29,7 @@ EXAMPLES = """\
   tastemaker pack data --name stricter                        the chosen images as shards
   tastemaker query data "select reason, count(*) from ledger group by all"
   tastemaker train data/shards/stricter --out model           a diffusion model of these
-  tastemaker sample model "a red fox in the snow" --n 4       pictures from it
+  tastemaker sample model "a red fox in the snow" --n 4       images from it
 """
 
 

@@ -21,7 +21,7 @@ import pytest
 from aesthetic.errors import UserError
 from aesthetic.prompts import prompt_head
 from aesthetic.space import Space
-from curate.annotators.registry import known_annotators, make_annotator, make_annotators
+from curate.annotators.registry import add_needs, known_annotators, make_annotator, make_annotators
 from curate.encoders.registry import load_encoder
 from curate.layout import Data
 from curate.ledger.select import SelectConfig, load_selection, select
@@ -90,6 +90,29 @@ class Rank(TableAnnotator):
             yield {"place": pa.array([order.index(size) for size in shard])}
 """
 
+RANK += """
+
+class Digits(TableAnnotator):
+    name = "digits"
+    whole = False
+    inputs = ("fetched",)
+    needs = {"length": {"use": "words", "most": 9}}
+
+    def __init__(self, options):
+        super().__init__(options)
+        self.columns = {
+            "": ColumnSpec(meaning="digits of the shard's number", type=pa.int64()),
+            "long": ColumnSpec(meaning="words, as digits", type=pa.string()),
+        }
+
+    def annotate_all(self, run):
+        for shard, digits in zip(run.shards, run.map(len, [str(s) for s in run.shards])):
+            words = pq.read_table(run.data.annotations(run.needs["length"], shard))
+            long = [None if n is None else str(n) for n in words[run.needs["length"]].to_pylist()]
+            self.facts = {"notes": [f"shard {shard} has {len(long)} images"]}
+            yield {"": pa.array([digits] * len(long)), "long": pa.array(long)}
+"""
+
 WRONG = """
 class Wrong(Words):
     name = "wrong"
@@ -115,6 +138,7 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (site / "brightness.py").write_text("\n\n".join([*WORDS, OUTSIDE, RANK, WRONG]))
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: brightness\nVersion: 1.0\n")
     names = {"brightness": "Brightness", "words": "Words", "rank": "Rank", "wrong": "Wrong", "gone": "Gone"}
+    names["digits"] = "Digits"
     lines = [f"{name} = brightness:{kind}" for name, kind in names.items()]
     (about / "entry_points.txt").write_text("\n".join(["[tastemaker.annotators]", *lines, "odd = json:loads", ""]))
     monkeypatch.syspath_prepend(str(site))
@@ -220,6 +244,41 @@ def test_one_that_reads_the_whole_table_runs_when_all_is_there(
     (data.fetched_record(0)).write_text(json.dumps({**record, "outputs": {}}))
     with pytest.raises(UserError, match=r"was made from an older fetched"):
         select(data, SelectConfig(name="t", rules={"large": "place > 9"}))
+
+
+@pytest.mark.parametrize("on_ray", [False, True], ids=["threads", "Ray"])
+def test_one_that_needs_columns_of_another_goes_shard_by_shard(
+    real_data: Data, outside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_ray: bool
+) -> None:
+    data = copy_of(real_data, tmp_path / "data")
+    if on_ray:
+        monkeypatch.setattr("pipelines.runtime.tables.IMAGES_FOR_RAY", 1)
+        monkeypatch.setenv("PYTHONPATH", f"{outside}{os.pathsep}{ROOT}")
+    assert main(["annotate", str(data.root), "n=digits"]) == 0
+    recipe = stored_recipe(data)
+    assert recipe is not None
+    assert recipe.columns == {"n": "digits", "length": {"use": "words", "most": 9}}  # what it needs was added
+    found = Data(data.root).ledger.filter("status = 'success'").df()
+    assert set(found["n"]) == {1}
+    assert found["n_long"].tolist() == [None if pd.isna(n) else str(int(n)) for n in found["length"]]
+    assert read_json(data.annotations_record("n", 2))["notes"][0].startswith("shard 2 has")
+
+    select(data, SelectConfig(name="s", rules={"few": "n = 1"}))
+    times = {shard: data.annotations("n", shard).stat().st_mtime_ns for shard in (0, 1, 2)}
+    data.annotations_record("length", 1).unlink()
+    assert main(["annotate", str(data.root), "length={use: words, most: 9}"]) == 0  # the same values again
+    assert main(["annotate", str(data.root), "n=digits"]) == 0
+    assert {shard: data.annotations("n", shard).stat().st_mtime_ns for shard in times} == times
+    data.annotations_record("n", 1).unlink()
+    assert main(["annotate", str(data.root), "n=digits"]) == 0
+    changed = [s for s in times if data.annotations("n", s).stat().st_mtime_ns != times[s]]
+    assert changed == [1]
+
+
+def test_a_name_that_a_need_would_take_is_said(outside: Path) -> None:
+    with pytest.raises(UserError, match=r"columns.length: columns.n needs length: \{'use': 'words', 'most': 9\}"):
+        add_needs({"n": "digits", "length": "words"})
+    assert add_needs({"n": "digits", "w": {"use": "words", "most": 9}}).keys() == {"n", "w"}
 
 
 def test_a_table_of_others_is_columns(real_data: Data, tmp_path: Path) -> None:

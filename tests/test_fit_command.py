@@ -1,4 +1,4 @@
-"""`tastemaker fit` from end to end: ratings, labels and comparisons of real pictures, in a folder or a data folder."""
+"""`tastemaker fit` from end to end: ratings, labels and comparisons of real images, in a folder or a data folder."""
 
 import json
 import re
@@ -19,7 +19,7 @@ COUNT = 60
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Pictures that are sharp and bright, or blurred and dark: how much is in `light`."""
+    """Images that are sharp and bright, or blurred and dark: how much is in `light`."""
     root = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     light = rng.random(COUNT)
@@ -45,7 +45,7 @@ def run(capsys, *words):
     return code, captured.out, captured.err
 
 
-def test_from_a_folder_of_pictures_to_a_head_in_one_command(folder, tmp_path, capsys):
+def test_from_a_folder_of_images_to_a_head_in_one_command(folder, tmp_path, capsys):
     root, light = folder
     table = pd.DataFrame({"image": names(), "score": np.round(1 + 9 * light, 2), "n": 20, "sd": 1.5})
     table.loc[COUNT] = ["copy.jpg", 1 + 9 * light[0], 20, 1.5]
@@ -67,8 +67,8 @@ def test_from_a_folder_of_pictures_to_a_head_in_one_command(folder, tmp_path, ca
     left = pd.read_csv(out / "unjoined.csv").set_index("image")["why"]
     assert left["absent.jpg"] == "not found"
     assert "decoded" in left["broken.jpg"]
-    for picture in ("scatter.png", "calibration.png", "learning_curve.png", "extremes.png"):
-        with Image.open(out / picture) as image:
+    for plot in ("scatter.png", "calibration.png", "learning_curve.png", "extremes.png"):
+        with Image.open(out / plot) as image:
             assert image.width > 600
     held_out = pd.read_csv(out / "held_out.csv")
     assert held_out["predicted"].notna().all() and len(held_out) == COUNT + 1
@@ -272,7 +272,7 @@ def vectors_folder(folder, x, space=None):
 
 
 def test_vectors_as_clip_retrieval_stores_them(tmp_path, capsys):
-    """No picture at hand: by key in a folder that says its space, by path in one whose encoder must be named."""
+    """No image at hand: by key in a folder that says its space, by path in one whose encoder must be named."""
     from aesthetic.space import require_same
     from curate.encoders.registry import load_encoder
 

@@ -63,7 +63,7 @@ def test_images_without_a_group_are_no_group_together():
     assert got.names[0] == got.names[1]
 
 
-def test_flat_pictures_are_no_copies_of_each_other():
+def test_flat_images_are_no_copies_of_each_other():
     assert groups_of(["a", "b"], phash=["0" * 16, "0" * 16]).count == 2
 
 

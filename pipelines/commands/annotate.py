@@ -81,7 +81,7 @@ def run(options: AnnotateOptions) -> Result:
             for shard in left:
                 worker.run(shard)
         fresh = {name: len(lacking) for name, lacking in missing.items()}
-        fresh |= annotate_tables(data, annotators, recipe.embed, address=address)
+        fresh |= annotate_tables(data, annotators, recipe.embed, recipe.images, address=address)
         if stored is not None and given:
             store_recipe(data, replace(stored, columns=recipe.columns))
     for name, count in fresh.items():
