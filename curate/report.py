@@ -143,7 +143,7 @@ class Report:
         How unsafe an image is, is no order of beauty; None where there is no other score.
         """
         good = [c for c in self.scores if c not in self.unsafe]
-        named = [c for rule in self.rules for c in self.columns_of(rule) if c in good]
+        named = [c for rule in self.rules.values() if rule for c in rule.values if c in good]
         return next(reversed(named), next(reversed(good), None))
 
     def kept(self, column: str | None) -> list[Example]:
@@ -164,8 +164,9 @@ class Report:
         return [replace(e, blurred=True) for e in found] if self._is_unsafe(name) else found
 
     def numbers_of(self, rule: str) -> list[str]:
-        """Those of a rule's columns that hold numbers."""
-        return [c for c in self.columns_of(rule) if c in self.scores or c in _SIZES]
+        """Those of the columns whose values a rule looks at that hold numbers."""
+        read = self.rules[rule]
+        return [c for c in read.values if c in self.scores or c in _SIZES] if read else []
 
     def columns_of(self, name: str) -> list[str]:
         """The ledger's own columns that a rule names, in the order in which it names them."""

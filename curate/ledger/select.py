@@ -1,9 +1,10 @@
 """Named rules over the ledger -> one verdict per row, in seconds and without opening an image.
 
 A rule is an SQL condition. It keeps a row only where it is TRUE, and rejects where any column that it names is NULL or
-not finite, whatever the function: DuckDB's `least` skips NULLs, and NaN >= 5 is TRUE there. The rows with an image are
-loaded once, with the columns that rules name; `top` and `first_of` become plain comparisons over them, because each
-depends on all fetched rows and on nothing that another rule did.
+not finite, whatever the function: DuckDB's `least` skips NULLs, and NaN >= 5 is TRUE there. (Not so the columns that it
+names inside `best_of` or `at_most` alone.) The rows with an image are loaded once, with the columns that rules name;
+`top`, `first_of`, `best_of` and `at_most` become plain comparisons over them, because each depends on all fetched rows
+and on nothing that another rule did.
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,9 +24,9 @@ import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
-from curate.ledger.rules import KEPT, NOT_FETCHED, NOT_IN_UIDS, NUMBER, Computed, Rule, check_rules, read_rules
-from curate.ledger.schema import Status
-from curate.ledger.sql import Bounds, quote, short, too_much
+from curate.ledger.judge import compute, failures, judge, load_rows, numbers_of, odd_values
+from curate.ledger.rules import KEPT, NOT_FETCHED, NOT_IN_UIDS, NUMBER, check_rules, read_rules
+from curate.ledger.sql import Bounds
 from curate.ledger.view import (
     OURS,
     column_types,
@@ -84,6 +84,9 @@ class RuleCount:
     rejected: int  # rows that no earlier rule had rejected
     marginal: int  # rows that it would reject if it were the only rule
     nulls: int  # those of `marginal` where a column that it names has no value
+    groups: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of `best_of` and `at_most`: group column -> how many `groups` of two or more fetched rows, `images` in them, and
+    the `median` and the `largest` of their sizes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +113,10 @@ class Selection:
 
     def to_json(self) -> dict[str, Any]:
         """The selection as its record has it, where marginal rejects are called `alone`."""
-        rules = [{("alone" if k == "marginal" else k): v for k, v in asdict(r).items()} for r in self.rules]
+        rules = [
+            {("alone" if k == "marginal" else k): v for k, v in asdict(r).items() if k != "groups" or v}
+            for r in self.rules
+        ]
         return {**asdict(self), "rules": rules}
 
     @staticmethod
@@ -146,13 +152,16 @@ def select(data: Data, config: SelectConfig) -> Selection:
     numbers = sorted(c for c in used if NUMBER.fullmatch(types[c]) and c not in scores)
     con = open_ledger(data, used | set(scores))
 
+    groups: list[dict[str, dict[str, float]]] = []  # of each rule
+
     def ask() -> tuple[np.ndarray, list[np.ndarray], list[str], dict[str, dict[str, float]]]:
-        _load_rows(con, used | set(scores))
-        keys, states = _states(con, rules, types)
-        odd = _odd_values(con, sorted(used), types)
+        load_rows(con, used | set(scores))
+        groups.extend(compute(con, rules, types))
+        keys, states = judge(con, rules, types)
+        odd = odd_values(con, sorted(used), types)
         quantiles = {}
         for column in [*scores, *numbers]:
-            if len(values := _numbers(con, column)):
+            if len(values := numbers_of(con, column)):
                 found = np.quantile(values, list(LEVELS.values()))
                 quantiles[column] = {level: float(f"{v:.6g}") for level, v in zip(LEVELS, found, strict=True)}
         return keys, states, odd, quantiles
@@ -174,6 +183,7 @@ def select(data: Data, config: SelectConfig) -> Selection:
                 rejected=int(first.sum()),
                 marginal=int(np.count_nonzero(state)),
                 nulls=int((state == 2).sum()),
+                groups=groups[i - 1],
             )
         )
         if fetched and counts[-1].marginal == fetched:
@@ -199,125 +209,6 @@ def check_name(name: str) -> None:
         raise UserError(
             f"{name!r} can't be a selection's name: it names files, so letters, digits and . _ + - are expected"
         )
-
-
-def as_value(column: str) -> str:
-    """A column, as rules name it, as SQL over the table `rows`."""
-    return f"source.{quote(column[7:])}" if column.startswith("source.") else quote(column)
-
-
-def _load_rows(con: duckdb.DuckDBPyConnection, columns: set[str]) -> None:
-    """The table `rows`: every fetched row with the columns that are needed, and its key as the number `#key`."""
-    ours = sorted(c for c in columns if not c.startswith("source."))
-    items = ['CAST("key" AS UBIGINT) AS "#key"', *(quote(c) for c in ours)]
-    if len(ours) < len(columns):
-        items.append("source")
-    wanted = ", ".join(items)
-    try:
-        con.execute(f"CREATE TEMP TABLE rows AS SELECT {wanted}, aligned FROM _aligned")
-    except duckdb.ConversionException as e:
-        raise UserError(f"a key in fetched/ is not a number: {short(e)}") from None
-    if con.execute("SELECT 1 FROM rows WHERE aligned IS NOT TRUE LIMIT 1").fetchone():
-        con.execute(
-            f"CREATE OR REPLACE TEMP TABLE rows AS SELECT {wanted} FROM ledger WHERE status = '{Status.SUCCESS}'"
-        )
-
-
-def _states(
-    con: duckdb.DuckDBPyConnection, rules: Sequence[Rule], types: Mapping[str, str]
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Keys of the fetched rows, and per rule: 0 where it is TRUE, 1 where it isn't, 2 where a column has no value."""
-    computed = [f"({_computed_sql(con, c)}) AS {quote(c.place)}" for r in rules for c in r.computed]
-    items = []
-    for i, rule in enumerate(rules):
-        empty = [f"{as_value(c)} IS NULL" for c in rule.columns]
-        empty += [no for c in rule.columns if (no := _no_value(c, types[c]))]
-        null = f"WHEN {' OR '.join(empty)} THEN 2 " if empty else ""
-        items.append(f"CAST(CASE {null}WHEN ({rule.sql}) THEN 0 ELSE 1 END AS TINYINT) AS s{i}")
-    inner = f"(SELECT {', '.join(['*', *computed])} FROM rows)"
-    try:
-        found = con.execute(f"SELECT {', '.join([quote('#key'), *items])} FROM {inner}").fetchnumpy()
-    except duckdb.InterruptException:
-        raise
-    except duckdb.Error as e:
-        for rule, item in zip(rules, items, strict=True):  # say which rule it was
-            try:
-                con.execute(f"SELECT max(s) FROM (SELECT {item.rpartition(' AS ')[0]} AS s FROM {inner})")
-            except duckdb.OutOfMemoryException:
-                raise UserError(f"rule {rule.name} ({rule.condition}) {too_much()}") from None
-            except duckdb.InterruptException:
-                raise
-            except duckdb.Error as e2:
-                raise UserError(f"rule {rule.name} ({rule.condition}) fails on a row: {short(e2)}") from None
-        if isinstance(e, duckdb.OutOfMemoryException):
-            raise
-        raise UserError(f"the rules fail on a row: {short(e)}") from None
-    return np.asarray(found["#key"]), [np.asarray(found[f"s{i}"]) for i in range(len(rules))]
-
-
-def _no_value(column: str, kind: str) -> str:
-    """SQL that is true where what a column holds counts as no value; empty where all does."""
-    value = as_value(column)
-    if kind in ("FLOAT", "DOUBLE"):
-        return f"NOT isfinite({value})"
-    return f"length({value}) <> 16" if column == "phash" else ""
-
-
-def _odd_values(con: duckdb.DuckDBPyConnection, columns: Sequence[str], types: Mapping[str, str]) -> list[str]:
-    """What is said of columns that hold infinities, or perceptual hashes that are none."""
-    found = []
-    for column in columns:
-        value, no = as_value(column), _no_value(column, types[column])
-        if not no:
-            continue
-        odd = f"isinf({value})" if types[column] in ("FLOAT", "DOUBLE") else no
-        row = con.execute(f"SELECT count(*), any_value({value}) FROM rows WHERE {odd}").fetchone()
-        if row and row[0]:
-            found.append(f"{column} is {str(row[1])[:40]!r} or the like in {row[0]:,} rows; that counts as no value")
-    return found
-
-
-def _computed_sql(con: duckdb.DuckDBPyConnection, computed: Computed) -> str:
-    """What `top` or `first_of` comes to on these rows, as a condition."""
-    value = as_value(computed.column)
-    if computed.kind == "first_of":
-        later = quote(f"later{computed.place}")
-        con.execute(
-            f'CREATE TEMP TABLE {later} AS SELECT "#key" FROM rows JOIN (SELECT {value} AS v, min("#key") AS first '
-            f'FROM rows GROUP BY 1 HAVING count(*) > 1) ON {value} = v WHERE "#key" <> first'
-        )
-        return f'"#key" NOT IN (FROM {later})'
-    value = f"CAST({value} AS DOUBLE)"
-    values = _numbers(con, computed.column)
-    if not len(values):
-        return "false"
-    # half up, so that a fraction of a row counts as a row from one half on; at least one
-    count = max(1, int(np.floor(computed.fraction * len(values) + 0.5)))
-    cut = float(np.partition(values, len(values) - count)[len(values) - count])
-    ties = count - int((values > cut).sum())
-    bound = f"CAST('{cut!r}' AS DOUBLE)"
-    last = con.execute(
-        f'SELECT "#key" FROM rows WHERE {value} = {bound} ORDER BY 1 LIMIT 1 OFFSET {ties - 1}'
-    ).fetchone()
-    assert last is not None
-    return f'{value} > {bound} OR ({value} = {bound} AND "#key" <= {last[0]})'
-
-
-def _numbers(con: duckdb.DuckDBPyConnection, column: str) -> np.ndarray:
-    """The values of a numeric column over the fetched rows that have one, as float64 in no order."""
-    value = f"CAST({as_value(column)} AS DOUBLE)"
-    return con.execute(f"SELECT {value} AS v FROM rows WHERE isfinite({value})").fetchnumpy()["v"]
-
-
-def failures(con: duckdb.DuckDBPyConnection) -> tuple[np.ndarray, dict[str, int]]:
-    """Keys of the rows without an image, and how many there are for each reason, the commonest first."""
-    con.execute(
-        'CREATE TEMP TABLE failed AS SELECT CAST("key" AS UBIGINT) AS k, '
-        f"coalesce(reason, status, 'unknown') AS reason FROM _fetched WHERE status IS DISTINCT FROM '{Status.SUCCESS}'"
-    )
-    keys = con.execute("SELECT k FROM failed").fetchnumpy()["k"]
-    reasons = con.execute("SELECT reason, count(*) AS n FROM failed GROUP BY 1 ORDER BY n DESC, 1").fetchall()
-    return np.asarray(keys), dict(reasons)
 
 
 def write_selection(
@@ -420,9 +311,13 @@ def funnel_text(selection: Selection) -> str:
     for count in selection.rules:
         rule = rules[count.name]
         note = f"best {100 * rule.top.fraction:g}% of {rule.top.column}" if rule and rule.top else count.condition
-        named = [q for column, q in selection.quantiles.items() if rule and column in rule.columns]
+        named = [q for column, q in selection.quantiles.items() if rule and column in rule.values]
         if len(named) == 1:
             note += f"   (median {named[0]['median']:.3g}, 90% {named[0]['90%']:.3g})"
+        for group, facts in count.groups.items():
+            note += f" · {facts['groups']:,} groups of {group}"
+            if facts["groups"]:
+                note += f" (median {facts['median']:g} images, largest {facts['largest']:,})"
         if count.nulls:
             note += f" · {count.nulls:,} without a value"
         lines.append((count.name, "", f"{count.rejected:,}", f"{count.marginal:,}", share(count.rejected), note))

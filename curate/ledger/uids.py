@@ -12,15 +12,14 @@ import pyarrow.compute as pc
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
 from aesthetic.untrusted import check_regular
+from curate.ledger.judge import as_value, failures
 from curate.ledger.rules import KEPT, NOT_IN_UIDS
 from curate.ledger.schema import Status
 from curate.ledger.select import (
     FORMAT,
     RuleCount,
     Selection,
-    as_value,
     check_name,
-    failures,
     load_selection,
     write_selection,
 )
