@@ -201,6 +201,7 @@ def _search(run: TableRun, table: Table, work: Path) -> tuple[Array, dict[str, A
     group, size = grouped(first, pairs)
     answer = np.zeros(n, ANSWER)
     answer["group"], answer["size"] = group, size
+    pairs["distance"] = np.minimum(pairs["distance"], 256.0 if modes.cosine is None else 1.0)  # halves may pass 1
     answer["nearest"], answer["of"] = nearest_of(n, pairs, largest=modes.cosine is not None)
     facts: dict[str, Any] = {"groups": _sizes(group, size), "recall": {}, "notes": []}
     facts["notes"].append(_group_note(facts["groups"], n))
