@@ -106,20 +106,21 @@ def selections_there(data: Data) -> dict[str, dict[str, Any]]:
     """Each selection: rows kept, why it is `stale` (nothing: it is not), and whether it is `packed`: "now", an "older"
     state of it, or None."""
     from curate.ledger.select import changed_since, remembered
-    from curate.ledger.view import table_digests, tables
+    from curate.ledger.view import hidden_columns, table_digests, tables
     from pipelines.recipe import stored_recipe
 
     recipe, found = stored_recipe(data), dict[str, dict[str, Any]]()
     names = data.selections()
     try:
-        now = table_digests(tables(data)) if names else {}
+        found_tables = tables(data) if names else []
     except UserError:  # nothing is fetched any more: the folder is being made again
-        now = {}
+        found_tables = []
+    now, hidden = table_digests(found_tables), hidden_columns(found_tables).values()
     for name in names:
         record = read_json(data.selection_record(name))
         if not isinstance(record, dict) or "kept" not in record:
             continue
-        changed = changed_since(data, name, now)
+        changed = changed_since(data, name, now, hidden)
         stale = [f"stale: {', '.join(changed)} changed since"] if changed else []
         try:
             before = remembered(data, name)
