@@ -367,7 +367,7 @@ def _no_column(data: Data, error: Exception) -> str:
     columns, source = column_types(tables(data))
     there = [*columns, *(f"source.{name}" for name in source), "selection", "verdict"]
     near = nearest(unknown[1], there)
-    return f"there is no column {unknown[1]}" + (f". Did you mean {near}?" if near else f". There are {', '.join(there)}")
+    return f"there is no column {unknown[1]}. " + (f"Did you mean {near}?" if near else f"There are {', '.join(there)}")
 
 
 def _mentioned(data: Data, sql: str) -> set[str] | None:
