@@ -83,12 +83,12 @@ def _list(options: HeadsOptions) -> Result:
     if absent:
         print(f"published, not here: {', '.join(absent)} (`tastemaker heads import NAME` fetches one)")
     annotators = [describe_annotator(name) for name in known_annotators()]
-    options = [", ".join(facts["options"]) for facts in annotators]
-    wide = max(map(len, options)) + 2
+    takes = [", ".join(facts["options"]) for facts in annotators]
+    wide = max(map(len, takes)) + 2
     width = max(width, *(len(facts["name"]) + 2 for facts in annotators))
     print(f"\n{'ANNOTATOR':{width}}{'READS':12}{'OPTIONS':{wide}}WHAT IT SAYS")
-    for facts, takes in zip(annotators, options, strict=True):
-        print(f"{facts['name']:{width}}{facts['reads']:12}{takes:{wide}}{facts['about'][0]}".rstrip())
+    for facts, taken in zip(annotators, takes, strict=True):
+        print(f"{facts['name']:{width}}{facts['reads']:12}{taken:{wide}}{facts['about'][0]}".rstrip())
     found = {"heads": list(known.values()), "annotators": annotators, "published": absent}
     return Result(facts=found, next="tastemaker heads show HEAD")
 
