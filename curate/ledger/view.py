@@ -5,6 +5,7 @@ DuckDB itself may touch no file (curate.ledger.sql): the tables reach it as pyar
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from aesthetic.errors import UserError
+from aesthetic.errors import UserError, nearest
 from curate.ledger.schema import EMBEDDED_COLUMNS, FETCHED_COLUMNS, URL_COLUMNS, Status, list_name
 from curate.ledger.sql import Bounds, batches, check_one_select, connect, literal, parse, quote, short, walk
 from curate.store.files import digest, sha256_file
@@ -336,6 +337,7 @@ class QueryResult:
     def __init__(self, data: Data, sql: str) -> None:
         """Raises UserError for other statements, for SQL errors, and where nothing is fetched."""
         check_one_select(sql)
+        self._data = data
         self._con = open_ledger(data, _mentioned(data, sql))
         self._bounds = Bounds(self._con)
         try:
@@ -371,13 +373,24 @@ class QueryResult:
         try:
             return self._bounds.run(work)
         except duckdb.Error as e:
-            raise UserError(short(e)) from None
+            raise UserError(_no_column(self._data, e) or short(e)) from None
 
 
 def query(data: Data, sql: str) -> pd.DataFrame:
     """The rows of one SELECT over `ledger` and `verdicts`, all at once. Raises what `QueryResult` does."""
     with QueryResult(data, sql) as answer:
         return pa.Table.from_batches(answer.batches(), answer.schema).to_pandas()
+
+
+def _no_column(data: Data, error: Exception) -> str:
+    """What to say of a column that there is not. DuckDB's own suggestions are of those that the query names."""
+    unknown = re.match(r'Binder Error: Referenced column "(.*)" not found in FROM clause', str(error))
+    if not unknown:
+        return ""
+    columns, source = column_types(tables(data))
+    there = [*columns, *(f"source.{name}" for name in source), "selection", "verdict"]
+    near = nearest(unknown[1], there)
+    return f"there is no column {unknown[1]}. " + (f"Did you mean {near}?" if near else f"There are {', '.join(there)}")
 
 
 def _mentioned(data: Data, sql: str) -> set[str] | None:

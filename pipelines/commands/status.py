@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class StatusOptions(Options):
-    data: str = argument("DATA")
+    data: str = argument("DATA", "the data folder")
 
 
 def run(options: StatusOptions) -> Result:
