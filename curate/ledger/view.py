@@ -230,9 +230,15 @@ def recorded_columns(found: Sequence[LedgerTable]) -> dict[str, dict[str, Any]]:
         if "similarity" in table.columns:
             continue
         record = {k: v for k, v in table.facts[0].items() if k not in ("inputs", "outputs", "self", "count")}
+        record |= {"notes": notes} if (notes := notes_of(table.facts)) else {}
         specs = record.pop("columns", {})
         facts |= {column: {**specs.get(column, {}), **record} for column in table.columns}
     return facts
+
+
+def notes_of(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The sentences that an annotator's records ask to be repeated, each once."""
+    return list(dict.fromkeys(str(note) for record in records for note in record.get("notes") or ()))
 
 
 def hidden_columns(found: Sequence[LedgerTable]) -> dict[str, str]:

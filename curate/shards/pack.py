@@ -30,7 +30,7 @@ from aesthetic.errors import UserError
 from aesthetic.files import atomic, scratch_path, write_atomic
 from aesthetic.untrusted import markdown, markdown_code
 from curate.layout import Data, shard_name
-from curate.ledger.rules import DENIED, KEPT, NOT_FETCHED
+from curate.ledger.rules import DENIED, KEPT, NOT_FETCHED, read_rules
 from curate.ledger.schema import RESERVED, list_name, stored_name
 from curate.ledger.select import NothingKept, Selection, load_selection
 from curate.ledger.sql import batches, quote
@@ -39,6 +39,7 @@ from curate.ledger.view import (
     current_tables,
     fetched_columns,
     hidden_columns,
+    notes_of,
     open_ledger,
     recorded_columns,
     table_digests,
@@ -392,6 +393,8 @@ def _card(facts: Mapping[str, Any], selection: Selection, columns: Sequence[str]
         "*Marginal* is what a rule would reject without the others.",
         "",
     ]
+    if notes := _notes(facts["columns"], selection):
+        lines += ["Of what these columns say:", "", *(f"- {markdown(note)}" for note in notes), ""]
     if facts["columns"] or facts["space"]:
         lines += ["## What the columns were made by", ""]
         if encoder := facts["space"].get("encoder"):
@@ -416,3 +419,11 @@ def _card(facts: Mapping[str, Any], selection: Selection, columns: Sequence[str]
         "",
     ]
     return "\n".join(lines)
+
+
+def _notes(columns: Mapping[str, Mapping[str, Any]], selection: Selection) -> list[str]:
+    """What is to be known of the columns that decided: those that a rule names, and those that hide images."""
+    rules = read_rules({r.name: r.condition for r in selection.rules}, columns)
+    named = {c for rule in rules.values() if rule for c in rule.columns}
+    decided = (made for column, made in columns.items() if column in named or made.get("hidden"))
+    return notes_of(decided)
