@@ -3,7 +3,7 @@
     python -m bench.neighbours --hashes 10000000
     python -m bench.neighbours --vectors 1000000 --dims 128 --folder DIR    (DIR takes 4 bytes per number)
 
-The numeric core alone (aesthetic/hashes, neighbours, groups), in one process: no Ray, no data folder.
+The numeric core alone (aesthetic/hashes, neighbours, groups), in one process and one thread: no Ray, no data folder.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
 from aesthetic.groups import link_groups
 from aesthetic.hashes import cross_hashes, near_hashes, pair_tables
@@ -28,7 +29,6 @@ Array = npt.NDArray[Any]
 
 COSINES = (0.9, 0.95, 0.98, 0.99)
 PLANTED = 2000  # pairs per cosine
-NEAREST = 8  # cells in which a row is compared
 BLOCK = 20_000
 
 
@@ -50,15 +50,17 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--dims", type=int, default=128)
     parser.add_argument("--cosine", type=float, default=0.95)
-    parser.add_argument("--cells", type=int, help="by default three times the root of N")
+    parser.add_argument("--cells", type=int, help="by default the root of N")
+    parser.add_argument("--nearest", type=int, default=8, help="cells in which a row is compared")
     parser.add_argument("--folder", type=Path, help="for the vectors; by default a temporary one")
     asked = parser.parse_args()
+    threadpool_limits(1)
     if asked.hashes:
         measure_hashes(asked.hashes, asked.bits)
     if asked.vectors:
         with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
-            cells = asked.cells or round(3 * asked.vectors**0.5)
-            measure_vectors(Path(folder), asked.vectors, asked.dims, asked.cosine, cells)
+            cells = asked.cells or round(asked.vectors**0.5)
+            measure_vectors(Path(folder), asked.vectors, asked.dims, asked.cosine, cells, asked.nearest)
 
 
 # -------------------------------------------------------------------------------------------------------------- hashes
@@ -75,7 +77,8 @@ def measure_hashes(n: int, bits: int) -> None:
         hashes[rng.integers(0, n - n // 20, n // 10)] = 0x0F0F0F0F0F0F0F0F
         base, other = hashes[at], hashes[n - len(at) :].copy()
     with step("equal ones collapsed"):
-        values = np.unique(hashes)
+        values = np.sort(hashes)
+        values = values[np.append(True, np.diff(values) != 0)]
     with step(f"pairs within {bits} bits, {pair_tables(len(values), bits)} tables"):
         pairs = near_hashes(values, bits)
     with step("groups"):
@@ -103,8 +106,8 @@ def _masks(rng: np.random.Generator, distance: Array) -> Array:
 # ------------------------------------------------------------------------------------------------------------- vectors
 
 
-def measure_vectors(folder: Path, n: int, dims: int, cosine: float, cells: int) -> None:
-    """Pairs within a cosine, each row compared with the members of the NEAREST cells that are nearest to it."""
+def measure_vectors(folder: Path, n: int, dims: int, cosine: float, cells: int, nearest: int) -> None:
+    """Pairs within a cosine, each row compared with the members of the cells that are nearest to it."""
     with step(f"{n:,} vectors of {dims} made up"):
         planted = make_vectors(folder / "vectors", n, dims)
     vectors = np.memmap(folder / "vectors", np.float16, "r", shape=(n, dims))
@@ -112,8 +115,8 @@ def measure_vectors(folder: Path, n: int, dims: int, cosine: float, cells: int) 
     with step(f"cells fitted, {cells:,} asked for"):
         rows = np.sort(rng.choice(n, min(n, 64 * cells), replace=False))
         centroids = fit_cells(vectors[rows], cells, 0)
-    with step(f"{NEAREST} nearest of {len(centroids):,} cells"):
-        near = nearest_cells(vectors, centroids, NEAREST)
+    with step(f"{nearest} nearest of {len(centroids):,} cells"):
+        near = nearest_cells(vectors, centroids, nearest)
     with step("sorted by cell, on disk"):
         order = np.argsort(near[:, 0], kind="stable").astype(np.int32)
         moved = np.memmap(folder / "sorted", np.float16, "w+", shape=(n, dims))
@@ -121,7 +124,7 @@ def measure_vectors(folder: Path, n: int, dims: int, cosine: float, cells: int) 
             moved[start : start + BLOCK] = vectors[order[start : start + BLOCK]]
         near = near[order]
         sizes = np.bincount(near[:, 0], minlength=len(centroids))
-        asking = np.argsort(near.ravel(), kind="stable")  # rows * NEAREST by the cell that they ask for
+        asking = np.argsort(near.ravel(), kind="stable")  # rows * nearest by the cell that they ask for
         asked = np.bincount(near.ravel(), minlength=len(centroids))
     weighted = (sizes.astype(float) ** 2).sum() / n
     print(f"  a cell has {sizes.mean():,.0f} members, at most {sizes.max():,}, where a member is {weighted:,.0f}")
@@ -129,7 +132,7 @@ def measure_vectors(folder: Path, n: int, dims: int, cosine: float, cells: int) 
     with step(f"pairs of cosine {cosine} or more"):
         for c in range(len(centroids)):
             members = slice(first[c], first[c] + sizes[c])
-            queries = asking[from_[c] : from_[c] + asked[c]] // NEAREST
+            queries = asking[from_[c] : from_[c] + asked[c]] // nearest
             pairs, _ = cell_pairs(moved[queries], order[queries], moved[members], order[members], cosine)
             found.append(pairs.astype(np.int32))
     with step("groups"):
