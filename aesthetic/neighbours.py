@@ -24,7 +24,7 @@ _MANY = 0.01  # share of a block's pairs from which one product of matrices is q
 _SLACK = 1e-5  # by how much a product of matrices may miss that of two rows
 
 ROUNDS = 4
-"""How often cells that are too large are split again, at most."""
+"""How often cells that are too large are split again, at most, where nothing else is said."""
 
 TOO_LARGE = 4.0
 """Cells with more than this many times the mean number of rows are split again: large ones take most of the time."""
@@ -138,18 +138,18 @@ def _one_thread() -> Iterator[None]:
         faiss.omp_set_num_threads(threads)
 
 
-def fit_cells(sample: Vectors, cells: int, seed: int) -> Floats:
+def fit_cells(sample: Vectors, cells: int, seed: int, rounds: int = ROUNDS) -> Floats:
     """Centroids (k, d) of about `cells` cells, unit norm: spherical k-means, and cells that are too large split again.
 
     sample: (n, d) unit vectors; of more than 256 per cell a random part is looked at. k is smaller where the sample has
     fewer different rows, and larger where cells were split: those with more than TOO_LARGE times the mean of rows,
-    ROUNDS times at most. On one thread, whatever number is set, so that all find the same.
+    `rounds` times at most. On one thread, whatever number is set, so that all find the same.
     """
     x = np.ascontiguousarray(sample, np.float32)
     if not len(x):
         return x
     centroids = _k_means(x, cells, seed)
-    for turn in range(1, ROUNDS + 1):
+    for turn in range(1, rounds + 1):
         cell = nearest_cells(x, centroids, 1)[:, 0]
         sizes = np.bincount(cell, minlength=len(centroids))
         mean = len(x) / len(centroids)

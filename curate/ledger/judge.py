@@ -7,7 +7,7 @@ The rows are loaded once into a table `rows`, with the columns that rules name. 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import duckdb
 import numpy as np
@@ -16,6 +16,7 @@ from aesthetic.errors import UserError
 from curate.ledger.rules import Computed, Rule
 from curate.ledger.schema import Status
 from curate.ledger.sql import quote, short, too_much
+from curate.ledger.view import hidden_condition
 
 
 def as_value(column: str) -> str:
@@ -23,8 +24,14 @@ def as_value(column: str) -> str:
     return f"source.{quote(column[7:])}" if column.startswith("source.") else quote(column)
 
 
-def load_rows(con: duckdb.DuckDBPyConnection, columns: set[str]) -> None:
-    """The table `rows`: every fetched row with the columns that are needed, and its key as the number `#key`."""
+def load_rows(
+    con: duckdb.DuckDBPyConnection, columns: set[str], hidden: Collection[str] = ()
+) -> tuple[np.ndarray, dict[str, int]]:
+    """The table `rows`: every fetched row with the columns that are needed, and its key as the number `#key`.
+
+    Rows that a column of `hidden` hides are not in it: no rule is asked of them, and none of a group is rejected for
+    their sake. Their keys are returned, and how many each column hides that none before it does.
+    """
     ours = sorted(c for c in columns if not c.startswith("source."))
     items = ['CAST("key" AS UBIGINT) AS "#key"', *(quote(c) for c in ours)]
     if len(ours) < len(columns):
@@ -38,6 +45,13 @@ def load_rows(con: duckdb.DuckDBPyConnection, columns: set[str]) -> None:
         con.execute(
             f"CREATE OR REPLACE TEMP TABLE rows AS SELECT {wanted} FROM ledger WHERE status = '{Status.SUCCESS}'"
         )
+    keys, counts = [np.zeros(0, np.uint64)], dict[str, int]()
+    for column in hidden:
+        condition = hidden_condition([column])
+        keys.append(con.execute(f'SELECT "#key" FROM rows WHERE {condition}').fetchnumpy()["#key"])
+        counts[column] = len(keys[-1])
+        con.execute(f"DELETE FROM rows WHERE {condition}")
+    return np.concatenate(keys), {column: count for column, count in counts.items() if count}
 
 
 def compute(
@@ -61,9 +75,10 @@ def compute(
 
 
 def judge(
-    con: duckdb.DuckDBPyConnection, rules: Sequence[Rule], types: Mapping[str, str]
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Keys of the fetched rows, and per rule: 0 where it is TRUE, 1 where it isn't, 2 where a column has no value."""
+    con: duckdb.DuckDBPyConnection, rules: Sequence[Rule], types: Mapping[str, str], beside: Sequence[str] = ()
+) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """Keys of the rows; per rule: 0 where it is TRUE, 1 where it isn't, 2 where a column has no value; and the values
+    of the columns `beside`, masked where these are null."""
     items = []
     for i, rule in enumerate(rules):
         empty = [f"{as_value(c)} IS NULL" for c in rule.required]
@@ -71,7 +86,8 @@ def judge(
         null = f"WHEN {' OR '.join(empty)} THEN 2 " if empty else ""
         items.append(f"CAST(CASE {null}WHEN ({rule.sql}) THEN 0 ELSE 1 END AS TINYINT) AS s{i}")
     try:
-        found = con.execute(f"SELECT {', '.join([quote('#key'), *items])} FROM judged").fetchnumpy()
+        values = [f"{quote(column)} AS b{i}" for i, column in enumerate(beside)]
+        found = con.execute(f"SELECT {', '.join([quote('#key'), *items, *values])} FROM judged").fetchnumpy()
     except duckdb.InterruptException:
         raise
     except duckdb.Error as e:
@@ -81,7 +97,8 @@ def judge(
         if isinstance(e, duckdb.OutOfMemoryException):
             raise
         raise UserError(f"the rules fail on a row: {short(e)}") from None
-    return np.asarray(found["#key"]), [np.asarray(found[f"s{i}"]) for i in range(len(rules))]
+    states = [np.asarray(found[f"s{i}"]) for i in range(len(rules))]
+    return np.asarray(found["#key"]), states, [found[f"b{i}"] for i in range(len(beside))]
 
 
 @contextlib.contextmanager
