@@ -20,7 +20,7 @@ from typing import NoReturn
 from aesthetic.errors import UserError, nearest
 from pipelines.commands import COMMANDS, find
 from pipelines.faults import check_limits, ensure_home, explain
-from pipelines.options import Result, add_arguments, facts_of, flags_of, from_parsed
+from pipelines.options import Result, add_arguments, facts_of, flags_of, from_here, from_parsed
 from pipelines.terminal import SafeStream, open_descriptors, safe_streams
 
 EXAMPLES = """\
@@ -82,7 +82,7 @@ def _run(words: list[str]) -> int:
         if result.text:
             print(result.text)
         if result.paths:
-            print("    ".join(f"{name}  {path}" for name, path in result.paths.items()))
+            print("    ".join(f"{name}  {from_here(path)}" for name, path in result.paths.items()))
         if result.next:
             print(f"next: {result.next}")
         if options.json and not result.own_json:
