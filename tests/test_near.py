@@ -217,6 +217,9 @@ def test_hash_lists(data: Data, photos: list[Image.Image], tmp_path: Path) -> No
     found = near(data, against=tmp_path / "pdq.txt")
     assert found["eval_of"][:3] == ["one", "two", "line 5"]
     assert found["eval_bits"][:3] == [0, 0, 0] and min(found["eval_bits"][3:]) > 31
+    mirrors = [to_hex(pdq(np.ascontiguousarray(image[:, ::-1]))[0])[0] for image in stored]
+    (tmp_path / "mirrored.txt").write_text("\n".join(mirrors))
+    assert max(near(data, against=tmp_path / "mirrored.txt")["eval_bits"][:3]) <= 31
     (tmp_path / "phash.csv").write_text("".join(f"{perceptual_hash(image)},{i}\n" for i, image in enumerate(stored)))
     perceptual = near(data, against=tmp_path / "phash.csv")
     assert perceptual["eval_of"][:3] == ["0", "1", "2"] and max(perceptual["eval_bits"][:3]) <= 2

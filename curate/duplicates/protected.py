@@ -24,7 +24,7 @@ from aesthetic.files import atomic
 from aesthetic.hashes import MIN_ONES
 from aesthetic.space import Space, require_same
 from aesthetic.untrusted import check_regular, first_three, open_vectors, read_json_file, read_text
-from curate.duplicates.hash_lists import read_hashes
+from curate.duplicates.hash_lists import mirrored_and_turned, read_hashes
 from curate.images.config import ImagesConfig
 from curate.store.files import digest, read_json, sha256_file
 from curate.store.records import commit, invalidate, is_done
@@ -222,7 +222,10 @@ def _read(path: Path, run: TableRun, space: Space | None) -> Protected:
     kind = kind_of(path)
     if kind == "hashes":
         listed = read_hashes(path)
-        return _protected(listed.labels, hashes=listed.values, hash_of=np.arange(len(listed.labels)))
+        values, of = listed.values, np.arange(len(listed.labels))
+        if listed.bits == 256:
+            values, of = mirrored_and_turned(values).reshape(-1, 4), np.repeat(of, 8)
+        return _protected(listed.labels, hashes=values, hash_of=of)
     if kind == "vectors":
         listed_vectors, names = read_vectors(path)
         if space is not None and (dim := listed_vectors.shape[1]) != space.dim:
