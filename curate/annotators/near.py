@@ -27,8 +27,8 @@ WITHIN = {256: 31, 64: 8}
 different photographs none is nearer than 84, of 316,000 pairs of drawings 3 are that near."""
 
 LIMITS_OF_BITS = (
-    "hashes find copies that were resized, encoded anew, made grey, mirrored or turned; not those that were cropped by "
-    "10% or framed by 5%"
+    "hashes find copies that were resized, encoded anew, made grey, mirrored or turned; few of those that were cropped "
+    "or framed by 5%, and none that were cropped by 10%"
 )
 LIMITS_OF_COSINES = "a cosine says that images look alike: it proves no copy, and not every copy has a high one"
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from aesthetic.hashes import hex_to_bits
 from aesthetic.neighbours import nearest
 from aesthetic.untrusted import open_vectors
-from curate.duplicates.protected import Protected, load_protected
+from curate.duplicates.protected import LITTLE, Protected, load_protected
 from curate.encoders.embed import images_of
 from curate.layout import Data
 
@@ -42,30 +42,20 @@ def compare_shard(
     hashes: the column of the images' hashes, NAME_hash of a `pdq` entry or phash; None: they are not compared.
     within: bits up to which the image of the nearest hash is the nearest, whatever cosines say.
 
-    An image without a hash, flat ones mostly, is no copy of one that has a hash: bits are as many as there are. With
-    images of the set that have none either it is compared by the perceptual hash, of which a bit counts for four.
-    Equal files are 0 bits apart in any case.
+    Where one of two images has too little detail for PDQ, and the other has not much more, they are compared by the
+    perceptual hash, of which a bit counts for four. An image without any hash, as flat ones are, is no copy of one that
+    shows something: bits are as many as there are. Equal files are 0 bits apart in any case.
     """
     protected = load_protected(folder, config)
     rows = images_of(data, shard, ["key", "sha256", "phash"])
     bits, index = np.full(len(rows), protected.bits, np.int64), np.full(len(rows), -1, np.int64)
     unhashed = 0
-    if hashes is not None:
-        phashes, has_phash = hex_to_bits(rows["phash"].to_pylist())
-        values, valid = phashes, has_phash
-        if hashes != "phash":
-            entry = hashes.removesuffix("_hash")
-            stored = pq.read_table(data.annotations(entry, shard), columns=["key", hashes])
-            assert stored["key"].equals(rows["key"]), f"annotated/{entry} holds other images than shard {shard}"
-            values, valid = hex_to_bits(stored[hashes].to_pylist(), 256)
-            small = np.flatnonzero(~valid & has_phash)
-            apart, index[small] = nearest_hashes(phashes[small], protected.small, protected.small_of)
-            bits[small] = np.minimum(4 * apart, protected.bits)
-        unhashed = int((~valid).sum())
+    if hashes == "phash":
+        values, valid = hex_to_bits(rows["phash"].to_pylist())
         bits[valid], index[valid] = nearest_hashes(values[valid], protected.hashes, protected.hash_of)
-        same = _equal_files(rows["sha256"], protected)
-        bits[same >= 0], index[same >= 0] = 0, same[same >= 0]
-
+        unhashed = int((~valid).sum())
+    elif hashes is not None:
+        bits, index, unhashed = _by_pdq(data, shard, rows, protected, hashes.removesuffix("_hash"))
     cosines = np.full(len(rows), np.nan, np.float32)
     if cosine and protected.vectors is not None:
         vectors = open_vectors(data.image_vectors(shard))
@@ -76,9 +66,29 @@ def compare_shard(
     return Nearest(bits.astype(np.int16), cosines, index, unhashed)
 
 
-def _equal_files(sha256: pa.ChunkedArray, protected: Protected) -> np.ndarray:
-    """Which protected image is the same file as each image, (n,) int64; -1 where none is."""
-    return pc.fill_null(pc.index_in(sha256, protected.sha256, skip_nulls=True), -1).to_numpy().astype(np.int64)
+def _by_pdq(
+    data: Data, shard: int, rows: pa.Table, protected: Protected, entry: str
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Bits, index and unhashed of `Nearest`, by the PDQ hashes in the columns of an entry."""
+    stored = pq.read_table(data.annotations(entry, shard), columns=["key", f"{entry}_hash", f"{entry}_quality"])
+    assert stored["key"].equals(rows["key"]), f"annotated/{entry} holds other images than shard {shard}"
+    bits, index = np.full(len(rows), protected.bits, np.int64), np.full(len(rows), -1, np.int64)
+    values, valid = hex_to_bits(stored[f"{entry}_hash"].to_pylist(), 256)
+    bits[valid], index[valid] = nearest_hashes(values[valid], protected.hashes, protected.hash_of)
+
+    # where either lacks PDQ: ours beside all with little detail, or ours with little detail beside theirs that lack it
+    phashes, shows = hex_to_bits(rows["phash"].to_pylist())
+    little = valid & (stored[f"{entry}_quality"].to_numpy() < LITTLE)
+    lacking = ~np.isin(protected.small_of, protected.hash_of)
+    for ours, theirs in ((~valid & shows, np.ones(len(lacking), bool)), (little & shows, lacking)):
+        some = np.flatnonzero(ours)
+        apart, whose = nearest_hashes(phashes[some], protected.small[theirs], protected.small_of[theirs])
+        nearer = 4 * apart < bits[some]
+        bits[some[nearer]], index[some[nearer]] = 4 * apart[nearer], whose[nearer]
+
+    same = pc.fill_null(pc.index_in(rows["sha256"], protected.sha256, skip_nulls=True), -1).to_numpy()
+    bits[same >= 0], index[same >= 0] = 0, same[same >= 0]
+    return bits, index, int((~valid).sum())
 
 
 def nearest_hashes(values: np.ndarray, others: np.ndarray, whose: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

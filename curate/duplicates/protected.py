@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 
 Kind = Literal["images", "vectors", "hashes"]
 
+LITTLE = 75
+"""PDQ's quality below which the perceptual hash of an image is compared with that of one without PDQ: hashes end at a
+quality of 50, and a copy may lie on the other side."""
+
 _FORM = 1  # of the files written here
 _FILES = ("names.parquet", "hashes.npz", "vectors.npy")
 _ARRAYS = ("hashes", "hash_of", "small", "small_of")
@@ -50,7 +54,7 @@ class Protected:
 
     names: (n,) what they are called.    sha256: (n,) of their files, null where there are none.
     hashes: (m, 4) uint64 PDQ, or (m,) perceptual hashes.    hash_of: (m,) whose each is. Images have eight: they may
-    be mirrored and turned.    small, small_of: perceptual hashes of images with too little detail for PDQ, likewise.
+    be mirrored and turned.    small, small_of: perceptual hashes of images with little detail, likewise.
     vectors: (n, dim) float32 of unit norm, or None.    unreadable: more files, which are no images.
     """
 
@@ -296,7 +300,7 @@ def _protected(names: Sequence[str], *, sha256: Sequence[str] | None = None, **p
 
 @dataclass(frozen=True, eq=False)
 class _Hashed:
-    """One image of a set: its PDQ hashes, (8, 4) or (0, 4); where it has none its perceptual ones, at most 8."""
+    """One image of a set: its PDQ hashes, (8, 4) or (0, 4); of those with little detail perceptual ones, at most 8."""
 
     index: int
     name: str
@@ -329,12 +333,14 @@ def _hash_image(dataset: MapDataset, index: int, images: ImagesConfig) -> _Hashe
     except (RowError, UserError) as e:
         return _Hashed(index, name, error=str(e))
     sha256 = hashlib.sha256(file).hexdigest()
-    if pdq(image)[1] >= MIN_QUALITY:
-        return _Hashed(index, name, sha256, hashes=symmetries(image))
+    quality = pdq(image)[1]
+    found = symmetries(image) if quality >= MIN_QUALITY else np.zeros((0, 4), np.uint64)
+    if quality >= LITTLE:
+        return _Hashed(index, name, sha256, found)
     turned = [np.rot90(view, k) for view in (image, image[:, ::-1]) for k in range(4)]
     small = [int(perceptual_hash(np.ascontiguousarray(view)), 16) for view in turned]
     seen = np.array(sorted({h for h in small if h.bit_count() >= MIN_ONES}), np.uint64)
-    return _Hashed(index, name, sha256, small=seen)
+    return _Hashed(index, name, sha256, found, seen)
 
 
 def _stored(file: bytes, images: ImagesConfig) -> np.ndarray:
