@@ -6,6 +6,8 @@ may be float16, and lie in files (np.memmap).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -122,14 +124,29 @@ def _merge(best: Floats, where: Ints, row: Ints, column: Ints, cosine: Floats) -
 # --------------------------------------------------------------------------------------------------------------- cells
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """faiss on one thread: with others the last bits of its products differ, and with them the cells of some rows."""
+    import faiss
+
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(threads)
+
+
 def fit_cells(sample: Vectors, cells: int, seed: int) -> Floats:
     """Centroids (k, d) of about `cells` cells, unit norm: spherical k-means, and cells that are too large split again.
 
-    sample: (n, d) unit vectors; of more than 256 per cell a random part is looked at. The same for any number of
-    threads. k is smaller where the sample has fewer different rows, and larger where cells were split: those with more
-    than TOO_LARGE times the mean of rows, ROUNDS times at most.
+    sample: (n, d) unit vectors; of more than 256 per cell a random part is looked at. k is smaller where the sample has
+    fewer different rows, and larger where cells were split: those with more than TOO_LARGE times the mean of rows,
+    ROUNDS times at most. On one thread, whatever number is set, so that all find the same.
     """
     x = np.ascontiguousarray(sample, np.float32)
+    if not len(x):
+        return x
     centroids = _k_means(x, cells, seed)
     for turn in range(1, ROUNDS + 1):
         cell = nearest_cells(x, centroids, 1)[:, 0]
@@ -158,13 +175,17 @@ def _k_means(x: Floats, cells: int, seed: int) -> Floats:
         min_points_per_centroid=1,
         max_points_per_centroid=_ROWS_PER_CELL,
     )
-    fit.train(x)
+    with _one_thread():
+        fit.train(x)
     centroids = np.asarray(fit.centroids, np.float32).reshape(cells, -1)
     return centroids[np.unique(nearest_cells(x, centroids, 1))]
 
 
 def nearest_cells(vectors: Vectors, centroids: Floats, count: int) -> npt.NDArray[np.int32]:
-    """The `count` cells whose centroids have the largest cosine to each vector: (n, count), nearest first."""
+    """The `count` cells whose centroids have the largest cosine to each vector: (n, count), nearest first.
+
+    Vectors (n, d), centroids (k, d); all cells where k is smaller. On one thread, as fit_cells.
+    """
     import faiss
 
     index = faiss.IndexFlatIP(centroids.shape[1])
@@ -172,7 +193,8 @@ def nearest_cells(vectors: Vectors, centroids: Floats, count: int) -> npt.NDArra
     found = np.empty((len(vectors), min(count, len(centroids))), np.int32)
     for start in range(0, len(vectors), 8 * _BLOCK):
         x = np.ascontiguousarray(vectors[start : start + 8 * _BLOCK], np.float32)
-        found[start : start + len(x)] = index.search(x, found.shape[1])[1]
+        with _one_thread():
+            found[start : start + len(x)] = index.search(x, found.shape[1])[1]
     return found
 
 

@@ -21,11 +21,19 @@ from PIL import Image
 from aesthetic.errors import UserError
 from curate.images.decode import decode
 from curate.layout import Data
-from curate.ledger.rules import NUMBER, Computed, read_rules
+from curate.ledger.rules import DENIED, NUMBER, Computed, read_rules
 from curate.ledger.schema import RowError, Status
 from curate.ledger.select import load_selection
 from curate.ledger.sql import literal, quote
-from curate.ledger.view import LedgerTable, column_types, open_ledger, recorded_columns, tables
+from curate.ledger.view import (
+    LedgerTable,
+    column_types,
+    hidden_columns,
+    hidden_condition,
+    open_ledger,
+    recorded_columns,
+    tables,
+)
 from curate.shards.tar import CorruptShard, image_member, index_tar, read_range
 from curate.sheets import GREEN, GREY, Page, Tile, small, tint
 
@@ -68,10 +76,12 @@ def contact_sheet(data: Data, name: str, column: str | None = None) -> Path:
     rejected = {r.name: report.rejected(r.name) for r in report.selection.rules if r.rejected}
     tiles = _tiles(data, [*kept, *(e for examples in rejected.values() for e in examples)])
 
-    page = Page(220 + 190 * -(-KEPT // 8) + 180 * (len(rejected) + 1))
+    page = Page(220 + 190 * -(-KEPT // 8) + 180 * (len(rejected) + 2))
     made = report.selection
     _title(page, report)
     parts = [("not fetched", made.rows - made.fetched, GREY)]
+    if denied := sum(made.denied.values()):
+        parts.append((DENIED, denied, GREY))
     parts += [(rule.name, rule.rejected, tint(i)) for i, rule in enumerate(made.rules)]
     page.bar([*parts, ("kept", made.kept, GREEN)])
     if kept:
@@ -86,6 +96,9 @@ def contact_sheet(data: Data, name: str, column: str | None = None) -> Path:
             aside = "narrow misses first" if report.numbers_of(rule.name) else ""
             page.heading(tint(i), rule.name, f"{rule.rejected:,} rejected", rule.condition, aside)
             page.tiles([tiles[e.key] for e in examples], per_row=REJECTED)
+    if denied:
+        page.heading(GREY, DENIED, f"{denied:,}", "not shown")
+        page.words(f"{column} {n:,}" for column, n in made.denied.items())
     if reasons := made.not_fetched:
         page.heading(GREY, "not fetched", f"{sum(reasons.values()):,}", "no image to show")
         page.words(f"{reason} {n:,}" for reason, n in sorted(reasons.items(), key=lambda r: (-r[1], r[0])))
@@ -132,7 +145,11 @@ class Report:
         self.unsafe = [c for c, facts in recorded_columns(found).items() if facts.get("unsafe")]
         known = [*self.columns, *(f"source.{n}" for n in source)]
         self.rules = read_rules({r.name: r.condition for r in self.selection.rules}, known)
-        shards = self.fetched.shards
+        hidden = hidden_columns(found)
+        self._hidden = hidden_condition(hidden)
+        # what nobody has asked yet whether it must not be seen is not shown either
+        asked = [set(t.shards) for t in found if t.name in hidden.values()]
+        shards = [s for s in self.fetched.shards if all(s in a for a in asked)]
         self.picked = [shards[i] for i in spread(len(shards), SHARDS)]
         self.db = self._candidates(found)
         self._blurred = " or ".join(self._unsafe_conditions()) or "false"
@@ -226,7 +243,7 @@ class Report:
         db.execute(
             f'create temp table candidate as select l.*, p.shard as "#shard", c.verdict as "#verdict"{absent} '
             "from ledger l join place p on p.key = l.key join chosen c on c.key = l.key "
-            f"where l.status = '{Status.SUCCESS}'"
+            f"where l.status = '{Status.SUCCESS}' and c.verdict <> '{DENIED}' and not ({self._hidden})"
         )
         return db
 

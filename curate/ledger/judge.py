@@ -7,7 +7,7 @@ The rows are loaded once into a table `rows`, with the columns that rules name. 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import duckdb
 import numpy as np
@@ -16,6 +16,7 @@ from aesthetic.errors import UserError
 from curate.ledger.rules import Computed, Rule
 from curate.ledger.schema import Status
 from curate.ledger.sql import quote, short, too_much
+from curate.ledger.view import hidden_condition
 
 
 def as_value(column: str) -> str:
@@ -23,8 +24,14 @@ def as_value(column: str) -> str:
     return f"source.{quote(column[7:])}" if column.startswith("source.") else quote(column)
 
 
-def load_rows(con: duckdb.DuckDBPyConnection, columns: set[str]) -> None:
-    """The table `rows`: every fetched row with the columns that are needed, and its key as the number `#key`."""
+def load_rows(
+    con: duckdb.DuckDBPyConnection, columns: set[str], hidden: Collection[str] = ()
+) -> tuple[np.ndarray, dict[str, int]]:
+    """The table `rows`: every fetched row with the columns that are needed, and its key as the number `#key`.
+
+    Rows that a column of `hidden` hides are not in it: no rule is asked of them, and none of a group is rejected for
+    their sake. Their keys are returned, and how many each column hides that none before it does.
+    """
     ours = sorted(c for c in columns if not c.startswith("source."))
     items = ['CAST("key" AS UBIGINT) AS "#key"', *(quote(c) for c in ours)]
     if len(ours) < len(columns):
@@ -38,6 +45,13 @@ def load_rows(con: duckdb.DuckDBPyConnection, columns: set[str]) -> None:
         con.execute(
             f"CREATE OR REPLACE TEMP TABLE rows AS SELECT {wanted} FROM ledger WHERE status = '{Status.SUCCESS}'"
         )
+    keys, counts = [np.zeros(0, np.uint64)], dict[str, int]()
+    for column in hidden:
+        condition = hidden_condition([column])
+        keys.append(con.execute(f'SELECT "#key" FROM rows WHERE {condition}').fetchnumpy()["#key"])
+        counts[column] = len(keys[-1])
+        con.execute(f"DELETE FROM rows WHERE {condition}")
+    return np.concatenate(keys), {column: count for column, count in counts.items() if count}
 
 
 def compute(
