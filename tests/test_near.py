@@ -33,6 +33,7 @@ from curate.sources.plan import SourceConfig
 from curate.sources.planner import make_plan
 from curate.store.files import read_json
 from curate.workers import EmbedWorker
+from pipelines.commands.status import status
 from tests.real_data import BUNDLED, IMAGES, fetch_all, image_files
 
 FLAT = Image.new("RGB", (240, 200), (250, 250, 250))
@@ -152,6 +153,9 @@ def test_an_equal_image_is_at_distance_0_in_a_tar_and_a_folder(
     assert any("broken.jpg" in note for note in record["notes"])
     assert any("no proof" in note or "proves no copy" in note for note in record["notes"])
     assert record["counts"]["within 31 bits of set"] == 1
+    lines: list[str] = []
+    status(data, lines.append)
+    assert any("2 images within 31 bits of set" in line for line in lines)  # of all shards
 
     tars = tmp_path / "tars"
     tars.mkdir()
