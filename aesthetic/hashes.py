@@ -157,9 +157,8 @@ def table_pairs(values: Hashes, bits: int, table: int) -> Ints:
 
     values: (n,) sorted and unique. No pair is found by two tables. Uses 8 bytes per hash beside those given.
     """
-    one, other = _table(values, bits, table)
-    pairs = np.stack([np.searchsorted(values, one), np.searchsorted(values, other)], 1)
-    return np.sort(pairs, axis=1)
+    one, other = (np.searchsorted(values, side) for side in _table(values, bits, table))
+    return np.stack([np.minimum(one, other), np.maximum(one, other)], 1)
 
 
 def near_hashes(values: Hashes, bits: int) -> Ints:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
@@ -21,6 +22,7 @@ from PIL import Image
 from aesthetic.errors import UserError
 from curate.images.decode import decode
 from curate.layout import Data
+from curate.ledger.balance import balance_words, cluster_columns
 from curate.ledger.rules import DENIED, NUMBER, Computed, read_rules
 from curate.ledger.schema import RowError, Status
 from curate.ledger.select import load_selection
@@ -109,19 +111,27 @@ def contact_sheet(data: Data, name: str, column: str | None = None) -> Path:
 
 
 def score_charts(data: Data, name: str) -> Path | None:
-    """Draw `report/NAME/scores.png`: each score's histogram over all fetched images and over the kept ones.
+    """Draw `report/NAME/scores.png`: each score's histogram over all fetched images and over the kept ones, and what
+    share clusters have of both.
 
-    A line marks where a rule cuts. None where the data folder has no scores.
+    A line marks where a rule cuts. None where the data folder has neither.
     """
     report = Report(data, name)
-    if not report.scores:
+    clusters = report.selection.clusters.keys() & report.tables.keys()
+    if not report.scores and not clusters:
         return None
-    page = Page(140 + 250 * len(report.scores))
+    page = Page(140 + 250 * len(report.scores) + 290 * len(clusters))
     _title(page, report)
     for column in report.scores:
         both = f"all {report.selection.fetched:,} images (grey), kept {report.selection.kept:,}"
         page.heading(GREEN, column, "", both)
         page.histogram(*report.histogram(column), report.cuts(column))
+    for column in sorted(clusters):
+        facts = report.selection.clusters[column]
+        page.heading(GREEN, column, "share of all images (grey), of those kept", balance_words(facts))
+        page.shares(*report.shares(column))
+        for word in ("grown", "shrunk"):
+            page.words([f"{word}:", *(f"cluster {c}: {before:.1%} to {after:.1%}" for c, before, after in facts[word])])
     return page.save(data.charts(name))
 
 
@@ -141,7 +151,8 @@ class Report:
         self.fetched, *others = found
         self.columns, source = column_types(found)
         self.tables = {c: t for t in others for c in t.columns}
-        self.scores = [c for c in self.tables if NUMBER.fullmatch(self.columns[c])]
+        clusters = cluster_columns(found)
+        self.scores = [c for c in self.tables if NUMBER.fullmatch(self.columns[c]) and c not in clusters]
         self.unsafe = [c for c, facts in recorded_columns(found).items() if facts.get("unsafe")]
         known = [*self.columns, *(f"source.{n}" for n in source)]
         self.rules = read_rules({r.name: r.condition for r in self.selection.rules}, known)
@@ -218,6 +229,19 @@ class Report:
         ).fetchall():
             everything[place], kept[place] = n, k
         return everything, kept, lo, hi
+
+    def shares(self, column: str) -> tuple[list[float], list[float]]:
+        """The share that clusters have of all images and of the kept ones, the largest first; of many, as many together
+        as make `BINS` bars."""
+        self._load_values(column)
+        rows = self.db.sql(
+            "select count(*), count(*) filter (chosen.verdict = 'kept') from value join chosen using (key) "
+            f"where chosen.verdict <> '{DENIED}' group by v order by 1 desc, v"
+        ).fetchall()
+        counts = np.array(rows or [(0, 0)], np.float64)
+        counts /= np.maximum(1, counts.sum(0))
+        bars = [part.sum(0) for part in np.array_split(counts, min(BINS, len(counts)))]
+        return [float(before) for before, _ in bars], [float(after) for _, after in bars]
 
     def cuts(self, column: str) -> list[tuple[float, str]]:
         """Where rules compare a column with a number, or take its best part: (value, words)."""

@@ -75,9 +75,10 @@ def compute(
 
 
 def judge(
-    con: duckdb.DuckDBPyConnection, rules: Sequence[Rule], types: Mapping[str, str]
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Keys of the fetched rows, and per rule: 0 where it is TRUE, 1 where it isn't, 2 where a column has no value."""
+    con: duckdb.DuckDBPyConnection, rules: Sequence[Rule], types: Mapping[str, str], beside: Sequence[str] = ()
+) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """Keys of the rows; per rule: 0 where it is TRUE, 1 where it isn't, 2 where a column has no value; and the values
+    of the columns `beside`, masked where these are null."""
     items = []
     for i, rule in enumerate(rules):
         empty = [f"{as_value(c)} IS NULL" for c in rule.required]
@@ -85,7 +86,8 @@ def judge(
         null = f"WHEN {' OR '.join(empty)} THEN 2 " if empty else ""
         items.append(f"CAST(CASE {null}WHEN ({rule.sql}) THEN 0 ELSE 1 END AS TINYINT) AS s{i}")
     try:
-        found = con.execute(f"SELECT {', '.join([quote('#key'), *items])} FROM judged").fetchnumpy()
+        values = [f"{quote(column)} AS b{i}" for i, column in enumerate(beside)]
+        found = con.execute(f"SELECT {', '.join([quote('#key'), *items, *values])} FROM judged").fetchnumpy()
     except duckdb.InterruptException:
         raise
     except duckdb.Error as e:
@@ -95,7 +97,8 @@ def judge(
         if isinstance(e, duckdb.OutOfMemoryException):
             raise
         raise UserError(f"the rules fail on a row: {short(e)}") from None
-    return np.asarray(found["#key"]), [np.asarray(found[f"s{i}"]) for i in range(len(rules))]
+    states = [np.asarray(found[f"s{i}"]) for i in range(len(rules))]
+    return np.asarray(found["#key"]), states, [found[f"b{i}"] for i in range(len(beside))]
 
 
 @contextlib.contextmanager

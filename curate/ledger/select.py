@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
+from curate.ledger.balance import balance, balance_words, cluster_columns
 from curate.ledger.judge import compute, failures, judge, load_rows, numbers_of, odd_values
 from curate.ledger.rules import DENIED, KEPT, NOT_FETCHED, NOT_IN_UIDS, NUMBER, check_rules, read_rules
 from curate.ledger.sql import Bounds
@@ -103,6 +104,8 @@ class Selection:
     warnings: list[str]
     denied: dict[str, int] = field(default_factory=dict)
     """Fetched rows that must not be seen: the column that says so -> rows that none before it does."""
+    clusters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Column of clusters -> what became of these (curate.ledger.balance)."""
 
     @property
     def fetched(self) -> int:
@@ -150,24 +153,28 @@ def select(data: Data, config: SelectConfig) -> Selection:
     read = {t.name for t in found if used.intersection(t.columns)}.union(hidden.values())
     current = current_tables(data, found, read)
     # quantiles are shown for columns of numbers that no rule names, too, where these are complete
-    scores = [c for t in current[1:] for c in t.columns if NUMBER.fullmatch(columns[c])]
+    clusters = cluster_columns(current)
+    scores = [c for t in current[1:] for c in t.columns if NUMBER.fullmatch(columns[c]) and c not in clusters]
     inputs = table_digests([t for t in current if t is current[0] or t.name in read])
-    identity = digest([FORMAT, list(config.rules.items()), scores, *([[*hidden]] if hidden else [])])
+    identity = digest([FORMAT, list(config.rules.items()), scores, *([[*hidden]] if hidden else []), *clusters])
     if is_done(data.root, data.selection_record(config.name), config=identity, inputs=inputs):
         return load_selection(data, config.name)
 
     types = {**columns, **{f"source.{n}": t for n, t in source.items()}}
-    numbers = sorted(c for c in used if NUMBER.fullmatch(types[c]) and c not in scores)
-    con = open_ledger(data, used | set(scores) | hidden.keys())
+    numbers = sorted(c for c in used if NUMBER.fullmatch(types[c]) and c not in {*scores, *clusters})
+    needed = {*used, *scores, *clusters, *hidden}
+    con = open_ledger(data, needed)
 
     denied, denied_by = np.zeros(0, np.uint64), dict[str, int]()
     groups: list[dict[str, dict[str, float]]] = []  # of each rule
+    cluster_values: list[np.ndarray] = []
 
     def ask() -> tuple[np.ndarray, list[np.ndarray], list[str], dict[str, dict[str, float]]]:
         nonlocal denied, denied_by
-        denied, denied_by = load_rows(con, used | set(scores) | hidden.keys(), hidden)
+        denied, denied_by = load_rows(con, needed, hidden)
         groups.extend(compute(con, rules, types))
-        keys, states = judge(con, rules, types)
+        keys, states, beside = judge(con, rules, types, clusters)
+        cluster_values.extend(beside)
         odd = odd_values(con, sorted(used), types)
         quantiles = {}
         for column in [*scores, *numbers]:
@@ -208,6 +215,7 @@ def select(data: Data, config: SelectConfig) -> Selection:
         denied=denied_by,
         rules=counts,
         kept=int((verdicts == len(rules) + 1).sum()),
+        clusters={c: balance(v, verdicts == len(rules) + 1) for c, v in zip(clusters, cluster_values, strict=True)},
         quantiles=quantiles,
         warnings=warnings,
     )
@@ -341,7 +349,8 @@ def funnel_text(selection: Selection) -> str:
             note += f" · {count.nulls:,} without a value"
         lines.append((count.name, "", f"{count.rejected:,}", f"{count.marginal:,}", share(count.rejected), note))
     lines.append((KEPT, f"{selection.kept:,}", "", "", share(selection.kept), ""))
-    return "\n".join(
+    shown = [
         f"{name:<{width}}{rows:>12}{rejected:>12}{marginal:>12}{part:>8}   {note}".rstrip()
         for name, rows, rejected, marginal, part, note in lines
-    )
+    ]
+    return "\n".join([*shown, *(f"{column}: {balance_words(facts)}" for column, facts in selection.clusters.items())])

@@ -6,6 +6,7 @@ DuckDB itself may touch no file (curate.ledger.sql): the tables reach it as pyar
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
@@ -231,14 +232,19 @@ def recorded_columns(found: Sequence[LedgerTable]) -> dict[str, dict[str, Any]]:
             continue
         record = {k: v for k, v in table.facts[0].items() if k not in ("inputs", "outputs", "self", "count")}
         record |= {"notes": notes} if (notes := notes_of(table.facts)) else {}
+        record.pop("counts", None)  # of its shard alone; notes have the sums
         specs = record.pop("columns", {})
         facts |= {column: {**specs.get(column, {}), **record} for column in table.columns}
     return facts
 
 
 def notes_of(records: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The sentences that an annotator's records ask to be repeated, each once."""
-    return list(dict.fromkeys(str(note) for record in records for note in record.get("notes") or ()))
+    """The sentences that an annotator's records ask to be repeated, each once; and of how many images they say what."""
+    notes, counts = dict[str, None](), Counter[str]()
+    for record in records:
+        notes |= dict.fromkeys(str(note) for note in record.get("notes") or ())
+        counts.update(record.get("counts") or {})
+    return [*notes, *(f"{count:,} images {what}" for what, count in counts.items())]
 
 
 def hidden_columns(found: Sequence[LedgerTable]) -> dict[str, str]:

@@ -30,6 +30,7 @@ from aesthetic.errors import UserError
 from aesthetic.files import atomic, scratch_path, write_atomic
 from aesthetic.untrusted import markdown, markdown_code
 from curate.layout import Data, shard_name
+from curate.ledger.balance import balance_words
 from curate.ledger.rules import DENIED, KEPT, NOT_FETCHED, read_rules
 from curate.ledger.schema import RESERVED, list_name, stored_name
 from curate.ledger.select import NothingKept, Selection, load_selection
@@ -393,6 +394,8 @@ def _card(facts: Mapping[str, Any], selection: Selection, columns: Sequence[str]
         "*Marginal* is what a rule would reject without the others.",
         "",
     ]
+    for column, became in selection.clusters.items():
+        lines += [f"{markdown_code(column)}: {balance_words(became)}.", ""]
     if notes := _notes(facts["columns"], selection):
         lines += ["Of what these columns say:", "", *(f"- {markdown(note)}" for note in notes), ""]
     if facts["columns"] or facts["space"]:
