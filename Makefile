@@ -1,4 +1,4 @@
-# make demo    install, then run the main job on real captioned pictures (IMAGES=folder: on your own)
+# make demo    install, then run the main job on real captioned images (IMAGES=folder: on your own)
 # make demo-train  train a small diffusion model on what the demo kept (minutes; STEPS=400)
 # make test    install, then lint, types and tests (at most 8 minutes on 2 cores)
 # make test-all  the long tests too: many kills, side environments

@@ -23,7 +23,7 @@ _LIMITS = [
     "top(COLUMN, 0.1) suit them better than thresholds.",
 ]
 _BUNDLED_LIMIT = (
-    "The bundled encoder is not CLIP: its pictures know their ten most probable ImageNet classes by name, and no "
+    "The bundled encoder is not CLIP: of an image it knows the ten most probable ImageNet classes by name, and no "
     "style, place or quality. So words for things work, and words such as beautiful or sharp do not; cosines with "
     "texts are at most 0.71."
 )
@@ -100,7 +100,7 @@ def prompt_head(
         layers=((weight, np.zeros(1, np.float32)),),
         link="sigmoid",
         card={
-            "about": "Zero-shot: how much nearer a picture lies to the wanted prompts than to those against them.",
+            "about": "Zero-shot: how much nearer an image lies to the wanted prompts than to those against them.",
             "data": {side: "; ".join(f"“{p}”" for p in prompts) for side, prompts in sides.items()},
             "source": f"CLIP-IQA's form: sigmoid({logit_scale:g} (cos(x, t+) - cos(x, t-))), t+ and t- the normalised "
             "means of each side's normalised vectors (Wang, Chan and Loy 2023, arXiv 2207.12396)",

@@ -25,7 +25,7 @@ def memory(bench: Bench, scale: float) -> dict[str, Any]:
         ("2 MB bodies", int(2_000 * scale), 2_000_000, 100),
     ):
         dice = random.Random(1)
-        with web.serving(bench.pictures, bench.certificates) as server:
+        with web.serving(bench.images, bench.certificates) as server:
             urls = [f"http://{spread(dice)}:{server.http}/x/{size}?n={n}" for n in range(count)]
             used = _worker(bench, urls, server.http, {"shard_size": max(1, int(shard_size * min(1.0, scale * 10)))})
         found = _last(used)
@@ -45,7 +45,7 @@ def memory(bench: Bench, scale: float) -> dict[str, Any]:
 def drips(bench: Bench, per_host: int, rounds: int = 3) -> dict[str, Any]:
     """The rate of 1,000 good rows on many hosts, alone and among rows of 64 hosts that drip a byte a second."""
     rates: dict[str, list[float]] = {"clean": [], "with drips": []}
-    with web.serving(bench.pictures, bench.certificates) as server:
+    with web.serving(bench.images, bench.certificates) as server:
         dice = random.Random(2)
         good: list[str] = []
         while len(good) < GOOD:
@@ -82,7 +82,7 @@ def mechanisms(bench: Bench, count: int, rounds: int) -> dict[str, Any]:
     seen: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, off in cases.items():
-            with web.serving(bench.pictures, bench.certificates, close=name == "no reuse") as server:
+            with web.serving(bench.images, bench.certificates, close=name == "no reuse") as server:
                 lists = Lists(bench, server, "photo", "https", count)
                 asked = bench.folder / "lookups"
                 used = bench.worker(

@@ -23,7 +23,7 @@ class Bench:
     folder: Path
     authority: Path  # certificate that signed the others
     python: str  # with img2dataset
-    pictures: Path
+    images: Path
     certificates: list[tuple[list[str], Path]]
     size: int  # short side, pixels
     quality: int
@@ -50,10 +50,10 @@ class Bench:
         return _figures(self._peer(lists, processes or self.processes, threads or self.threads))
 
     def limit(self, lists: Lists, threads: int) -> dict[str, Any]:
-        """The bare loop's turn, over the pictures that succeed."""
+        """The bare loop's turn, over the images that succeed."""
         numbers = self.folder / "numbers.json"
         numbers.write_text(json.dumps(lists.numbers))
-        words = [str(self.pictures), str(threads), str(self.size), str(self.quality), str(numbers)]
+        words = [str(self.images), str(threads), str(self.size), str(self.quality), str(numbers)]
         used = measure.run([sys.executable, "-m", "bench.limit", *words], self.environment, self.folder / "words")
         found, n = json.loads(used.output.splitlines()[-1]), len(lists.numbers)
         return {"cpu_ms": 1000 * found["cpu"] / n, "per_second": n / found["wall"], "peak_mb": used.peak}
@@ -109,7 +109,7 @@ class Lists:
         self.count = count
         self.port = server.https if scheme == "https" else server.http
         dice = random.Random(f"{kind} {count}")
-        by_kind = pictures.by_kind(bench.pictures)
+        by_kind = pictures.by_kind(bench.images)
         kinds = list(pictures.MIX) if kind == "mixed" else [kind]
         drawn = dice.choices(kinds, [pictures.MIX.get(k, 1) for k in kinds], k=count)
         turn = {k: shuffled([*by_kind[k]], dice) for k in kinds}

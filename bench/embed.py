@@ -1,6 +1,6 @@
 """How near the embed stage comes to what its models and decoders can do here: `python -m bench.embed`.
 
-Pictures of 683 x 512 are fetched from a folder into a shard; then, in turns, the whole stage runs over the shard, and
+Images of 683 x 512 are fetched from a folder into a shard; then, in turns, the whole stage runs over the shard, and
 its parts run alone: the models over prepared arrays, decoding and preprocessing in threads. All are bound by the CPU,
 so the stage can at best take the sum of what its parts take: the ceiling. The best of several rounds counts. Measure on
 a machine that does nothing else.
@@ -40,7 +40,7 @@ SCORES = {"open_nsfw": "open-nsfw"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.embed", description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=256, help="pictures (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=256, help="images (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of which the best counts (default: %(default)s)")
     parser.add_argument("--encoder", default="bundled")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON, last")
@@ -101,9 +101,9 @@ def measure(data: Data, encoder: str, rounds: int) -> dict[str, dict[str, float]
 
     def decode_and(*models: Any) -> None:
         def one(file: bytes) -> None:
-            picture = decode(file)
+            image = decode(file)
             for each in models:
-                each.preprocess(picture)
+                each.preprocess(image)
 
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             list(threads.map(one, files))

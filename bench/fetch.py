@@ -1,9 +1,9 @@
-"""Our fetch stage, img2dataset, and a bare loop as the limit, on the same pictures in one run: `python -m bench.fetch`.
+"""Our fetch stage, img2dataset, and a bare loop as the limit, on the same images in one run: `python -m bench.fetch`.
 
-A web of several hundred host names is served from this machine by processes of their own (bench.web): real pictures
+A web of several hundred host names is served from this machine by processes of their own (bench.web): real images
 (bench.pictures), latency with a long tail, errors, http and https with certificates that are verified. In every round
 each contender fetches the same list, in turn. Server and contenders share the cores, so the figure that counts is the
-CPU that a contender's processes use, user and system, per picture that succeeds, from the list to the written shards:
+CPU that a contender's processes use, user and system, per image that succeeds, from the list to the written shards:
 what they use to start and to import is not counted. Measure on a machine that does nothing else.
 
     python -m bench.fetch --peer-python .venv312/bin/python       the comparison
@@ -39,7 +39,7 @@ VARIANTS = {
 """What is on the list, the scheme, and whether the server closes after each answer."""
 
 GRID = [(p, t) for p in (1, 2, 3) for t in (32, 64, 128, 256)]
-PSNR_PICTURES = 240
+PSNR_IMAGES = 240
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def main() -> None:
             folder=Path(scratch),
             authority=root,
             python=options.peer_python,
-            pictures=shown,
+            images=shown,
             certificates=made,
             size=options.size,
             quality=options.quality,
@@ -79,13 +79,13 @@ def compare(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     """All contenders over all variants, in turns."""
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in options.variants}
     psnr: dict[str, Any] = {}
-    with web.serving(bench.pictures, bench.certificates) as server:  # so that no turn compiles modules
+    with web.serving(bench.images, bench.certificates) as server:  # so that no turn compiles modules
         first = Lists(bench, server, "mixed", "http", 64)
         bench.ours(first), bench.peer(first)
     for n in range(options.rounds):
         for name in options.variants:
             kind, scheme, close = VARIANTS[name]
-            with web.serving(bench.pictures, bench.certificates, close=close) as server:
+            with web.serving(bench.images, bench.certificates, close=close) as server:
                 lists = Lists(bench, server, kind, scheme, options.count)
                 found = {
                     "one thread": bench.limit(lists, 1),
@@ -97,7 +97,7 @@ def compare(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
                 if set(counts.values()) != {lists.good}:
                     raise SystemExit(f"{name}: {lists.good} rows can succeed; successes: {counts}: {found}")
                 if n == 0 and scheme == "http":
-                    psnr[name] = quality.compare(bench, lists, PSNR_PICTURES)
+                    psnr[name] = quality.compare(bench, lists, PSNR_IMAGES)
                 bench.clear()
             rounds[name].append(found)
             print(f"round {n + 1}: {tables.line(name, [found])}", flush=True)
@@ -109,7 +109,7 @@ def compare(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
 def tune(bench: Bench, options: argparse.Namespace) -> list[dict[str, Any]]:
     """img2dataset's settings: how it does with so many processes and threads each."""
     tried = []
-    with web.serving(bench.pictures, bench.certificates) as server:
+    with web.serving(bench.images, bench.certificates) as server:
         lists = Lists(bench, server, "photo", "http", options.count)
         for processes, threads in GRID:
             found = bench.peer(lists, processes, threads)
@@ -154,7 +154,7 @@ def _options() -> argparse.Namespace:
         metavar="PROCESSESxTHREADS",
         help="img2dataset's best settings, as --tune finds them (default: 2x128)",
     )
-    parser.add_argument("--cache", type=Path, default=_cache(), help="folder of the pictures (default: %(default)s)")
+    parser.add_argument("--cache", type=Path, default=_cache(), help="folder of the images (default: %(default)s)")
     parser.add_argument("--photos", type=Path, help="a folder of photographs of some 500 pixels, to be among them")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     modes = parser.add_mutually_exclusive_group()

@@ -1,10 +1,10 @@
 """The limit: a bare loop over bytes in memory that decodes, resizes, encodes and hashes by the fastest known way.
 
-    python -m bench.limit PICTURES THREADS SIZE QUALITY NUMBERS_FILE
+    python -m bench.limit IMAGES THREADS SIZE QUALITY NUMBERS_FILE
 
 Nothing of the product is used. No list, no network, no colour profile, no transparency, no file is written: nobody can
 use this, and nobody who does the same work in Python can be much faster. Like the product it decodes a JPEG at a half,
-a quarter or an eighth where that leaves enough pixels, and it refuses pictures that are cut off.
+a quarter or an eighth where that leaves enough pixels, and it refuses images that are cut off.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TURNED = np.ascontiguousarray(COSINES.T)
 
 
 def one(data: bytes, size: int, quality: int) -> tuple[bytes, str, str]:
-    """The picture with its short side at `size`, the hash of the original and the perceptual hash."""
+    """The image with its short side at `size`, the hash of the original and the perceptual hash."""
     if data[:2] == b"\xff\xd8":
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         scale = size / min(width, height)
@@ -65,9 +65,9 @@ def one(data: bytes, size: int, quality: int) -> tuple[bytes, str, str]:
 
 
 def main() -> None:
-    pictures, threads, size, quality = Path(sys.argv[1]), *map(int, sys.argv[2:5])
+    images, threads, size, quality = Path(sys.argv[1]), *map(int, sys.argv[2:5])
     numbers = json.loads(Path(sys.argv[5]).read_text())
-    found, data = entries(pictures), pictures.read_bytes()
+    found, data = entries(images), images.read_bytes()
     bodies = [data[e.offset : e.offset + e.size] for e in found]
     one(bodies[0], size, quality)
 

@@ -103,7 +103,7 @@ def make_data(root: Path, images: int, ratings: int) -> Data:
 
 
 def _jpeg(rng: np.random.Generator) -> bytes:
-    """A small picture of about 10 kB."""
+    """A small image of about 10 kB."""
     out = io.BytesIO()
     coarse = Image.fromarray(rng.integers(0, 255, (24, 32, 3)).astype(np.uint8))
     coarse.resize((320, 240), Image.Resampling.BICUBIC).save(out, "JPEG", quality=90)

@@ -1,8 +1,8 @@
-"""The pictures of bench.fetch: several hundred files as the web has them, in one file with an index beside it.
+"""The images of bench.fetch: several hundred files as the web has them, in one file with an index beside it.
 
 Photographs are crops and reductions of the photographs among Debian's wallpapers (as `make demo` gets them), of
 scikit-learn's two, and, where a folder of them is given, small ones as they are. Drawings are Debian's stamps and
-rendered wallpapers, as PNG with and without alpha or palette. The same sources give the same pictures.
+rendered wallpapers, as PNG with and without alpha or palette. The same sources give the same images.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from PIL import Image, ImageCms
 
 from demo.pictures import unpacked
 
-VERSION = 1  # counted up when pictures are made otherwise
+VERSION = 1  # counted up when images are made otherwise
 
 LONG_SIDES = {400: 14, 500: 16, 640: 17, 800: 15, 1024: 14, 1200: 9, 1600: 7, 2048: 4, 3000: 2, 4000: 2}
 """Pixels of the long side, and how many in a hundred photographs have it."""
@@ -30,7 +30,7 @@ LARGE = 1024
 
 COUNTS = {"photo": 480, "png": 120, "webp": 60}
 MIX = {"photo": 84, "png": 10, "webp": 6}
-"""How many different pictures of each kind there are, and how many in a hundred rows of a mixed list show one."""
+"""How many different images of each kind there are, and how many in a hundred rows of a mixed list show one."""
 
 PHOTOGRAPHS = {
     "mate-backgrounds": "Aqua Blinds Dune FreshFlower Garden GreenMeadow LadyBird RainDrops Storm TwoWings Wood "
@@ -43,7 +43,7 @@ STAMPS = "tuxpaint-stamps-default"
 
 
 class Entry(NamedTuple):
-    """Where one picture lies in the file."""
+    """Where one image lies in the file."""
 
     kind: str  # photo | png | webp; small | large
     extension: str
@@ -52,33 +52,33 @@ class Entry(NamedTuple):
 
 
 def prepare(cache: Path, small: Path | None = None) -> Path:
-    """The file of pictures, made if it is not there; `small` is a folder of photographs of some 500 pixels."""
+    """The file of images, made if it is not there; `small` is a folder of photographs of some 500 pixels."""
     own = hashlib.sha256(repr([VERSION, LONG_SIDES, COUNTS, small]).encode()).hexdigest()[:12]
     target = cache / f"pictures-{own}.bin"
     if not index_path(target).exists():
         cache.mkdir(parents=True, exist_ok=True)
-        print(f"making {sum(COUNTS.values())} pictures in {cache} (once, some two minutes)", flush=True)
+        print(f"making {sum(COUNTS.values())} images in {cache} (once, some two minutes)", flush=True)
         entries: list[Entry] = []
         with open(target, "wb") as f:
-            for kind, extension, data in _pictures(small):
+            for kind, extension, data in _images(small):
                 entries.append(Entry(kind, extension, f.tell(), len(data)))
                 f.write(data)
         index_path(target).write_text(json.dumps(entries))
     return target
 
 
-def index_path(pictures: Path) -> Path:
-    return pictures.with_suffix(".json")
+def index_path(images: Path) -> Path:
+    return images.with_suffix(".json")
 
 
-def entries(pictures: Path) -> list[Entry]:
-    """Of each picture, its kind and place."""
-    return [Entry(*e) for e in json.loads(index_path(pictures).read_text())]
+def entries(images: Path) -> list[Entry]:
+    """Of each image, its kind and place."""
+    return [Entry(*e) for e in json.loads(index_path(images).read_text())]
 
 
-def by_kind(pictures: Path) -> dict[str, dict[int, tuple[int, int]]]:
-    """The numbers of the pictures of each kind with their (width, height); large photographs are a kind once more."""
-    found, data = entries(pictures), pictures.read_bytes()
+def by_kind(images: Path) -> dict[str, dict[int, tuple[int, int]]]:
+    """The numbers of the images of each kind with their (width, height); large photographs are a kind once more."""
+    found, data = entries(images), images.read_bytes()
     kinds: dict[str, dict[int, tuple[int, int]]] = {}
     for number, e in enumerate(found):
         size = Image.open(io.BytesIO(data[e.offset : e.offset + e.size])).size
@@ -88,9 +88,9 @@ def by_kind(pictures: Path) -> dict[str, dict[int, tuple[int, int]]]:
     return kinds
 
 
-def describe(pictures: Path) -> str:
+def describe(images: Path) -> str:
     """The mix in a line."""
-    found, kinds = entries(pictures), by_kind(pictures)
+    found, kinds = entries(images), by_kind(images)
     parts = []
     for kind in ("photo", "large photo", "png", "webp"):
         pixels = np.mean([w * h for w, h in kinds[kind].values()]) / 1e6
@@ -99,7 +99,7 @@ def describe(pictures: Path) -> str:
     return ", ".join(parts)
 
 
-def _pictures(small: Path | None) -> Iterator[tuple[str, str, bytes]]:
+def _images(small: Path | None) -> Iterator[tuple[str, str, bytes]]:
     dice = random.Random(20)
     photos = list(_photographs())
     little = sorted(small.glob("*.jpg")) if small else []
@@ -113,8 +113,8 @@ def _pictures(small: Path | None) -> Iterator[tuple[str, str, bytes]]:
     yield from _pngs(dice, photos)
     for n in range(COUNTS["webp"]):
         out = io.BytesIO()
-        picture = _part(photos[n % len(photos)], dice.choice((500, 640, 800, 1024, 1200, 1600)), dice)
-        picture.save(out, "WEBP", quality=dice.choice((75, 80, 90)), method=2)
+        image = _part(photos[n % len(photos)], dice.choice((500, 640, 800, 1024, 1200, 1600)), dice)
+        image.save(out, "WEBP", quality=dice.choice((75, 80, 90)), method=2)
         yield "webp", "webp", out.getvalue()
     for kind, side in (("small", 160), ("large", 4000)):  # for bench.fetch --memory alone
         yield kind, "jpg", _as_jpeg(_part(photos[0], side, dice), dice)
@@ -145,7 +145,7 @@ def _part(photo: Image.Image, side: int, dice: random.Random) -> Image.Image:
     return part.rotate(90, expand=True) if dice.random() < 0.3 else part
 
 
-def _as_jpeg(picture: Image.Image, dice: random.Random) -> bytes:
+def _as_jpeg(image: Image.Image, dice: random.Random) -> bytes:
     """One in five progressive, one in four without chroma subsampling, one in three with EXIF, one in five with a
     profile that says sRGB."""
     options: dict[str, object] = {"quality": dice.choice((80, 85, 85, 90, 90, 95))}
@@ -159,12 +159,12 @@ def _as_jpeg(picture: Image.Image, dice: random.Random) -> bytes:
     if dice.random() < 0.2:
         options["icc_profile"] = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     out = io.BytesIO()
-    picture.save(out, "JPEG", **options)
+    image.save(out, "JPEG", **options)
     return out.getvalue()
 
 
 def _pngs(dice: random.Random, photos: list[Image.Image]) -> Iterator[tuple[str, str, bytes]]:
-    """Half stamps as they are, of at least 400 pixels as far as there are enough; the others rendered pictures and some
+    """Half stamps as they are, of at least 400 pixels as far as there are enough; the others rendered images and some
     photographs, with alpha, without, and with a palette."""
     stamps = sorted(unpacked(STAMPS).rglob("*.png"), key=lambda p: (-max(Image.open(p).size), p))
     half = COUNTS["png"] // 2
@@ -172,12 +172,12 @@ def _pngs(dice: random.Random, photos: list[Image.Image]) -> Iterator[tuple[str,
         yield "png", "png", path.read_bytes()
     files = [p for p in sorted(unpacked("plasma-workspace-wallpapers").rglob("*.png")) if "screenshot" not in p.name]
     opened = [Image.open(p) for p in files if set(RENDERED.split()) & set(p.parts) and max(Image.open(p).size) > 2000]
-    rendered = [image.convert("RGBA" if image.has_transparency_data else "RGB") for image in opened]
+    rendered = [o.convert("RGBA" if o.has_transparency_data else "RGB") for o in opened]
     for n in range(COUNTS["png"] - half):
         source = photos[n % len(photos)] if n % 4 == 0 else rendered[n % len(rendered)]
-        picture = _part(source, dice.choice((400, 640, 800, 1024, 1200, 1600)), dice)
+        image = _part(source, dice.choice((400, 640, 800, 1024, 1200, 1600)), dice)
         if n % 5 == 0:
-            picture = picture.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE)
+            image = image.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE)
         out = io.BytesIO()
-        picture.save(out, "PNG")
+        image.save(out, "PNG")
         yield "png", "png", out.getvalue()

@@ -1,4 +1,4 @@
-"""How near the stored pictures are to a reference: decoded in full, averaged over areas, not compressed again."""
+"""How near the stored images are to a reference: decoded in full, averaged over areas, not compressed again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from curate.shards.tar import image_member, index_tar, read_range
 
 def compare(bench: Bench, lists: Lists, count: int) -> dict[str, str]:
     """PSNR in dB, mean and worst, of what each contender stored; and of our pixels before they were compressed."""
-    found, data = entries(bench.pictures), bench.pictures.read_bytes()
+    found, data = entries(bench.images), bench.images.read_bytes()
     ratios: dict[str, list[float]] = {"ours": [], "img2dataset": [], "pixels": []}
     stored = {"ours": _stored(bench.folder / "ours" / "fetched"), "img2dataset": _stored(bench.folder / "peer")}
     paths = sorted(set(stored["ours"]) & set(stored["img2dataset"]))[:count]
@@ -59,12 +59,12 @@ def _pixels(data: bytes) -> np.ndarray:
 
 
 def _stored(folder: Path) -> dict[str, bytes]:
-    """The stored pictures by the path of their URL."""
-    pictures: dict[str, bytes] = {}
+    """The stored images by the path of their URL."""
+    images: dict[str, bytes] = {}
     for table in sorted(folder.glob("*.parquet")):
         index = index_tar(table.with_suffix(".tar"))
         with open(table.with_suffix(".tar"), "rb") as tar:
             for row in pq.read_table(table, columns=["key", "url", "status"]).to_pylist():
                 if row["status"] == "success" and (member := image_member(index[row["key"]])):
-                    pictures.setdefault(urlsplit(row["url"]).path, read_range(tar, member[1]))
-    return pictures
+                    images.setdefault(urlsplit(row["url"]).path, read_range(tar, member[1]))
+    return images

@@ -59,15 +59,15 @@ def main() -> None:
         taken: dict[str, list[tuple[float, float]]] = {"ours": [], "diffusers": []}
         for number in range(asked.rounds + 1):
             order = ("ours", "diffusers")[:: 1 if number % 2 else -1]
-            pictures = {}
+            images = {}
             for name in order:
                 began = time.perf_counter(), time.process_time()
                 now = replace(request, seed=number)
-                pictures[name] = ours(sampler, now, Path(scratch)) if name == "ours" else drawn(theirs, now, scratch)
+                images[name] = ours(sampler, now, Path(scratch)) if name == "ours" else drawn(theirs, now, scratch)
                 if number:  # the first warms up
                     taken[name].append((time.perf_counter() - began[0], time.process_time() - began[1]))
-            equal = np.array_equal(*(np.asarray(Image.open(p)) for p in pictures.values()))
-            assert equal, f"round {number}: the pictures differ"
+            equal = np.array_equal(*(np.asarray(Image.open(p)) for p in images.values()))
+            assert equal, f"round {number}: the images differ"
         size = f"{request.width} x {request.height}"
         print(f"{asked.kind}, {size}, {asked.steps} steps, {sampler}, {asked.threads} threads")
         for name, rounds in taken.items():
@@ -75,14 +75,14 @@ def main() -> None:
             print(f"    {name:12} {clock:7.2f} s, {cpu:7.2f} CPU-seconds")
         both = list(zip(taken["ours"], taken["diffusers"], strict=True))
         ratio, of_cpu = (median(b[i] / a[i] for a, b in both) for i in (0, 1))
-        print(f"    as fast as bare diffusers: {ratio:.3f}, by CPU-seconds {of_cpu:.3f}; pictures bit-identical")
+        print(f"    as fast as bare diffusers: {ratio:.3f}, by CPU-seconds {of_cpu:.3f}; images bit-identical")
     if asked.json:
         figures = {**vars(asked), "taken": taken, "ratio": ratio, "of_cpu": of_cpu}
         asked.json.write_text(json.dumps(figures, indent=1, default=str))
 
 
 def begin(sampler: Sampler, kind: str) -> dict[str, Any]:
-    """The picture to begin with, and the mask."""
+    """The image to begin with, and the mask."""
     if kind == "text":
         return {}
     width, height = sampler.info.size

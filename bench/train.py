@@ -5,7 +5,7 @@
 
 - The step: the same tensors in memory through our loop, and through the loop of diffusers' train_text_to_image example.
 - From files to weights: ours from a folder of tars with latents computed once, and without; theirs from image files.
-- The loader: pictures per second, ready for the model, from the same tars; beside what decoding alone takes.
+- The loader: images per second, ready for the model, from the same tars; beside what decoding alone takes.
 
 All in one process, with the same weights and the same number of threads, in turns of some steps each: every figure is a
 median over turns, every ratio the median of each round's ratios.
@@ -50,8 +50,8 @@ UNet, for Stable Diffusion 1.39 (1.117 and 0.803 TFLOP at 512 px)."""
 
 BATCH = 16
 STEPS = 4  # of a turn
-PICTURES = 256
-SIDES = (512, 384)  # of a picture in the tars
+IMAGES = 256
+SIDES = (512, 384)  # of an image in the tars
 TRAINED = (64, 256)  # at which sides the loader is measured
 
 Turn = Callable[[], float]
@@ -89,14 +89,14 @@ def main() -> None:
 def photographs(folder: Path | None) -> list[bytes]:
     """JPEG files: of a folder, or parts of 512 x 384 of scikit-learn's two photographs, a quarter of them upright."""
     if folder is not None:
-        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))[:PICTURES]
+        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))[:IMAGES]
         return [p.read_bytes() for p in paths]
     from sklearn.datasets import load_sample_image
 
     rng = np.random.default_rng(0)
     photos = [load_sample_image(name) for name in ("china.jpg", "flower.jpg")]  # (427, 640, 3) uint8
     files = []
-    for i in range(PICTURES):
+    for i in range(IMAGES):
         photo, (width, height) = photos[i % 2], SIDES if i % 4 else SIDES[::-1]
         left, top = rng.integers(0, photo.shape[1] - width + 1), rng.integers(0, max(1, photo.shape[0] - height + 1))
         part = Image.fromarray(np.ascontiguousarray(photo[top : top + height, left : left + width]))
@@ -107,7 +107,7 @@ def photographs(folder: Path | None) -> list[bytes]:
 
 
 def write(folder: Path, files: Sequence[bytes]) -> None:
-    """The same pictures as tars, for ours and webdataset, and as image files."""
+    """The same images as tars, for ours and webdataset, and as image files."""
     (folder / "tars").mkdir()
     (folder / "files").mkdir()
     for shard, start in enumerate(range(0, len(files), 64)):
@@ -125,7 +125,7 @@ def caption(number: int) -> str:
 
 def model() -> Any:
     """A pipeline of random weights, the same at each call."""
-    return new_model(MODEL, [caption(n) for n in range(PICTURES)], "eps")
+    return new_model(MODEL, [caption(n) for n in range(IMAGES)], "eps")
 
 
 def in_turn(contenders: dict[str, Turn], rounds: int) -> dict[str, list[float]]:
@@ -263,9 +263,9 @@ def from_files(folder: Path, files: Sequence[bytes], threads: int, rounds: int) 
     samples = open_samples(folder / "tars")
     every = np.arange(len(samples))
     pipelines = [model() for _ in range(3)]
-    pictures = ImageDataset(samples, lambda c: tokenize(pipelines[0], c), MODEL.size)
+    images = ImageDataset(samples, lambda c: tokenize(pipelines[0], c), MODEL.size)
     before = time.perf_counter()
-    latents = precompute_latents(pipelines[0], pictures, every, folder / "latents")
+    latents = precompute_latents(pipelines[0], images, every, folder / "latents")
     once = time.perf_counter() - before
 
     def stream(examples: TrainDataset) -> Stream:
@@ -276,7 +276,7 @@ def from_files(folder: Path, files: Sequence[bytes], threads: int, rounds: int) 
     their = theirs(_endless(folder / "files", tokenizer, MODEL.size, threads), pipelines[2])
     loops = [
         ours(stream(latents), folder / "from-latents", pipelines[0]),
-        ours(stream(pictures), folder / "from-pictures", pipelines[1]),
+        ours(stream(images), folder / "from-images", pipelines[1]),
         their,
     ]
     names = ["ours, latents computed once", "ours, from the tars", "diffusers' loop, from image files"]
@@ -353,13 +353,13 @@ def _close(loops: Sequence[Any]) -> None:
 
 
 def loader(folder: Path, files: Sequence[bytes], threads: int, rounds: int) -> dict[str, Any]:
-    """Pictures per second ready for the model, nothing else done; and decoding the same bytes alone."""
+    """Images per second ready for the model, nothing else done; and decoding the same bytes alone."""
     found: dict[str, Any] = {}
     pipeline = model()
     samples = open_samples(folder / "tars")
     for size in TRAINED:
-        pictures = ImageDataset(samples, lambda c: tokenize(pipeline, c), size)
-        stream = Stream(pictures, np.arange(len(samples)), batch=BATCH, workers=threads)
+        images = ImageDataset(samples, lambda c: tokenize(pipeline, c), size)
+        stream = Stream(images, np.arange(len(samples)), batch=BATCH, workers=threads)
         peer = _webdataset(folder, pipeline.tokenizer, size, threads)
         batches = {"ours": stream.batches(), "webdataset": peer}
         contenders = {name: _drawn(source, threads) for name, source in batches.items()}
@@ -368,7 +368,7 @@ def loader(folder: Path, files: Sequence[bytes], threads: int, rounds: int) -> d
             "decoding alone, OpenCV": _over(files, _opencv, threads),
             "decoding alone, Pillow": _over(files, _pillow, threads),
         }
-        print(f"\nThe loader at {size} px, {threads} workers, pictures a second")
+        print(f"\nThe loader at {size} px, {threads} workers, images a second")
         taken = in_turn(contenders, rounds)
         stream_of_ours, _ = batches.values()
         stream_of_ours.close()
@@ -380,7 +380,7 @@ def loader(folder: Path, files: Sequence[bytes], threads: int, rounds: int) -> d
     return found
 
 
-_LOADED = 16 * BATCH  # pictures of a turn
+_LOADED = 16 * BATCH  # images of a turn
 
 
 def _webdataset(folder: Path, tokenizer: Any, size: int, workers: int) -> Iterator[Any]:

@@ -1,10 +1,10 @@
-"""The web of bench.fetch: pictures from memory, with latency and errors, on many hosts, over http and https.
+"""The web of bench.fetch: images from memory, with latency and errors, on many hosts, over http and https.
 
 Processes of their own, a thread per connection: that costs the least per answer here, and the server shares the cores
 with those who are measured. What a URL answers, and when, is drawn from the URL, so it is the same for everybody.
 
-    /p/NUMBER?n=ROW   a picture, after 50 ms (median; log-normal, one in a hundred above 0.4 s); one URL in twenty fails
-    /x/BYTES?n=ROW    a thumbnail padded to that many bytes; from 100,000 on, a picture of 12 megapixels
+    /p/NUMBER?n=ROW   an image, after 50 ms (median; log-normal, one in a hundred above 0.4 s); one URL in twenty fails
+    /x/BYTES?n=ROW    a thumbnail padded to that many bytes; from 100,000 on, an image of 12 megapixels
     /drip?n=ROW       a body that comes at a byte a second
     /robots.txt       404
 """
@@ -80,12 +80,12 @@ class Web(NamedTuple):
 
 
 @contextlib.contextmanager
-def serving(pictures: Path, certificates: list[tuple[list[str], Path]], *, close: bool = False) -> Iterator[Web]:
+def serving(images: Path, certificates: list[tuple[list[str], Path]], *, close: bool = False) -> Iterator[Web]:
     """Serve in processes of their own; with `close`, each connection gives one answer."""
     with contextlib.ExitStack() as stack:
         listeners = [stack.enter_context(_listener(0)) for _ in range(2)]  # hold the ports
         ports = [s.getsockname()[1] for s in listeners]
-        words = [str(pictures), json.dumps([(n, str(p)) for n, p in certificates]), *map(str, ports)]
+        words = [str(images), json.dumps([(n, str(p)) for n, p in certificates]), *map(str, ports)]
         command = [sys.executable, "-m", "bench.web", *words, *(["--close"] if close else [])]
         processes = [
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -115,10 +115,10 @@ def _listener(port: int) -> socket.socket:
 
 
 class _Server:
-    def __init__(self, pictures: Path, close: bool) -> None:
-        with open(pictures, "rb") as f:
+    def __init__(self, images: Path, close: bool) -> None:
+        with open(images, "rb") as f:
             self.bodies = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
-        self.entries = entries(pictures)
+        self.entries = entries(images)
         self.small, self.large = (
             bytes(self._body([e.kind for e in self.entries].index(k))) for k in ("small", "large")
         )
@@ -128,8 +128,8 @@ class _Server:
         self.padded = functools.cache(self._pad)
 
     def _pad(self, size: int) -> bytes:
-        picture = self.small if size < 100_000 else self.large
-        return picture + bytes(max(0, size - len(picture)))
+        image = self.small if size < 100_000 else self.large
+        return image + bytes(max(0, size - len(image)))
 
     def _body(self, number: int) -> memoryview:
         e = self.entries[number % len(self.entries)]
@@ -222,7 +222,7 @@ def _contexts(certificates: list[tuple[list[str], str]]) -> ssl.SSLContext:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("pictures", type=Path)
+    parser.add_argument("images", type=Path)
     parser.add_argument("certificates", type=json.loads)
     parser.add_argument("http", type=int)
     parser.add_argument("https", type=int)
@@ -230,7 +230,7 @@ def main() -> None:
     options = parser.parse_args()
     threading.stack_size(512 * 1024)
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # a server elsewhere would not push clients aside
-    server = _Server(options.pictures, options.close)
+    server = _Server(options.images, options.close)
     for port, tls in ((options.http, None), (options.https, _contexts(options.certificates))):
         threading.Thread(target=server.accept, args=(_listener(port), tls), daemon=True).start()
     print("ready", flush=True)

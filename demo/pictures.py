@@ -1,4 +1,4 @@
-"""Where the demo's pictures come from: four Debian packages, or a folder of one's own.
+"""Where the demo's images come from: four Debian packages, or a folder of one's own.
 
 The packages are unpacked, never installed: `apt-get download` and `dpkg-deb -x` work as an ordinary user. They hold 785
 captioned stamps (photographs and drawings) and 66 wallpapers, named by their files; free licences all, stated in
@@ -25,25 +25,25 @@ PACKAGES = (STAMPS, "gnome-backgrounds", "mate-backgrounds", "plasma-workspace-w
 DOWNLOAD_MB = 334
 
 BOTH_WAYS = f"""\
-The demo needs pictures, and there are two ways to them:
+The demo needs images, and there are two ways to them:
   make demo                  on Debian or Ubuntu: four packages ({DOWNLOAD_MB} MB) are fetched with apt-get and unpacked
                              into a cache, not installed; no root needed
-  make demo IMAGES=folder    your own pictures, with captions from NAME.txt beside NAME.jpg, else from the names"""
+  make demo IMAGES=folder    your own images, with captions from NAME.txt beside NAME.jpg, else from the names"""
 
 _KEPT = {".png", ".jpg", ".jpeg", ".webp", ".txt"}
 _SIZE = re.compile(r"[_-]?\d{3,5}x\d{3,5}$")
 
 
-class Picture(NamedTuple):
-    """A picture on this disk, what is said about it, and the package or folder that it is from."""
+class DemoImage(NamedTuple):
+    """An image on this disk, what is said about it, and the package or folder that it is from."""
 
     path: Path
     caption: str
     package: str
 
 
-def pictures(folder: Path | None = None) -> list[Picture]:
-    """The demo's pictures, sorted by package and path: those of `folder`, or Debian's, fetched once into the cache.
+def demo_images(folder: Path | None = None) -> list[DemoImage]:
+    """The demo's images, sorted by package and path: those of `folder`, or Debian's, fetched once into the cache.
 
     Raises UserError where a folder holds none, or where packages cannot be had.
     """
@@ -51,7 +51,7 @@ def pictures(folder: Path | None = None) -> list[Picture]:
         return _own(folder)
     found = [p for package in PACKAGES for p in _of_package(package, unpacked(package))]
     if not found:
-        raise UserError(f"{cache()} holds no pictures: remove it and run again.")
+        raise UserError(f"{cache()} holds no images: remove it and run again.")
     return found
 
 
@@ -65,7 +65,7 @@ def cache() -> Path:
 
 
 def unpacked(package: str) -> Path:
-    """The folder of a package's pictures and texts; downloaded and unpacked if it is not there yet.
+    """The folder of a package's images and texts; downloaded and unpacked if it is not there yet.
 
     It appears under its name only when it is whole, so the name is the marker.
     """
@@ -87,7 +87,7 @@ def unpacked(package: str) -> Path:
 
 
 def unpack(deb: Path, target: Path) -> None:
-    """Unpack a package and keep only its pictures and texts: regular files, no links, no sounds."""
+    """Unpack a package and keep only its images and texts: regular files, no links, no sounds."""
     done = subprocess.run(["dpkg-deb", "-x", str(deb), str(target)], capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{deb.name} cannot be unpacked: {done.stderr.strip()}")
@@ -116,11 +116,11 @@ def _apt(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["apt-get", "-q", *words], cwd=folder, capture_output=True, text=True)
 
 
-def _of_package(package: str, home: Path) -> list[Picture]:
+def _of_package(package: str, home: Path) -> list[DemoImage]:
     files = sorted(p for p in home.rglob("*") if p.is_file() and p.suffix.lower() in _KEPT - {".txt"})
     if package == STAMPS:
-        return [Picture(p, c, package) for p in files if (c := caption_beside(p))]  # a mirror image has no text
-    return [Picture(p, wallpaper_name(p), package) for p in one_size_each(files)]
+        return [DemoImage(p, c, package) for p in files if (c := caption_beside(p))]  # a mirror image has no text
+    return [DemoImage(p, wallpaper_name(p), package) for p in one_size_each(files)]
 
 
 def one_size_each(files: list[Path]) -> list[Path]:
@@ -146,19 +146,19 @@ def wallpaper_name(path: Path) -> str:
     return readable(_SIZE.sub("", path.stem).removesuffix("-l"))
 
 
-# ----------------------------------------------------------------------------------------------------- own pictures
+# ----------------------------------------------------------------------------------------------------- own images
 
 
-def _own(folder: Path) -> list[Picture]:
+def _own(folder: Path) -> list[DemoImage]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder.")
     found = [
-        Picture(p, caption_beside(p) or readable(p.stem), p.relative_to(folder).parent.name or folder.resolve().name)
+        DemoImage(p, caption_beside(p) or readable(p.stem), p.relative_to(folder).parent.name or folder.resolve().name)
         for p in sorted(folder.rglob("*"))
         if p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and p.is_file()
     ]
     if not found:
-        raise UserError(f"{folder} holds no picture ({', '.join(IMAGE_EXTENSIONS)}), nor does any folder in it.")
+        raise UserError(f"{folder} holds no image ({', '.join(IMAGE_EXTENSIONS)}), nor does any folder in it.")
     return found
 
 

@@ -1,7 +1,7 @@
-"""`make demo`: real pictures, a real web of fifty hosts on this machine, one command line.
+"""`make demo`: real images, a real web of fifty hosts on this machine, one command line.
 
-Some 850 pictures are served over HTTP beside rows that fail in the ways the web does, and `tastemaker curate` makes a
-training set of them with the bundled encoder: no network, no GPU, nothing to download but the pictures themselves.
+Some 850 images are served over HTTP beside rows that fail in the ways the web does, and `tastemaker curate` makes a
+training set of them with the bundled encoder: no network, no GPU, nothing to download but the images themselves.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
-from demo.pictures import Picture, pictures
+from demo.pictures import DemoImage, demo_images
 from demo.web import Route, Web, address
 
 PORT = 8790  # not any free one: the URLs are part of the list, and another list would start anew
@@ -46,9 +46,9 @@ _HTML = b"<!doctype html><title>Sorry</title><p>This picture has moved. Sign in 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.run", description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="your own pictures instead of Debian's")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="your own images instead of Debian's")
     parser.add_argument("--out", type=Path, metavar="DATA", help="default: demo-data, or demo-data-own with --images")
-    parser.add_argument("--port", type=int, default=PORT, help="where the pictures are served (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=PORT, help="where the images are served (default: %(default)s)")
     options = parser.parse_args()
     try:
         out = options.out or Path("demo-data-own" if options.images else "demo-data")
@@ -61,14 +61,14 @@ def main() -> int:
 
 
 def demo(images: Path | None, out: Path, port: int = PORT) -> int:
-    """Serve the pictures, curate them into `out`, say where to look. Returns the command line's exit code."""
-    found = pictures(images)
+    """Serve the images, curate them into `out`, say where to look. Returns the command line's exit code."""
+    found = demo_images(images)
     rows, routes = web_of(found, port)
     listed = out / "list.parquet"
     with Web(routes, hosts=HOSTS, port=port) as web:
         write_list(listed, rows)
         print(
-            f"{len(found):,} pictures among {len(rows):,} rows of {listed}, "
+            f"{len(found):,} images among {len(rows):,} rows of {listed}, "
             f"served at {web.host(0)} to {web.host(HOSTS - 1)}",
             flush=True,
         )
@@ -106,46 +106,46 @@ again  the same command does nothing the second time, in seconds; rm -r {out} st
 
 
 def web_of(
-    found: list[Picture], port: int = PORT
+    found: list[DemoImage], port: int = PORT
 ) -> tuple[list[dict[str, object]], dict[str | tuple[int, str], Route]]:
-    """The list's rows and what their URLs answer: every picture once, a few twice, and a few rows that fail.
+    """The list's rows and what their URLs answer: every image once, a few twice, and a few rows that fail.
 
-    The same pictures give the same rows in the same order: which rows fail depends on nothing else.
+    The same images give the same rows in the same order: which rows fail depends on nothing else.
     """
     routes: dict[str | tuple[int, str], Route] = {}
     rows: list[dict[str, object]] = []
     dice = random.Random(0)
 
-    def add(picture: Picture, route: Route, tag: str = "", folder: str = "") -> None:
-        path = f"{folder}/{len(rows):05d}-{_slug(picture.path.stem)}{tag}{picture.path.suffix.lower()}"
+    def add(image: DemoImage, route: Route, tag: str = "", folder: str = "") -> None:
+        path = f"{folder}/{len(rows):05d}-{_slug(image.path.stem)}{tag}{image.path.suffix.lower()}"
         routes[path] = route
-        rows.append(_row(f"http://{address(len(rows) % HOSTS)}:{port}{path}", picture))
+        rows.append(_row(f"http://{address(len(rows) % HOSTS)}:{port}{path}", image))
 
-    for picture in found:
-        add(picture, Route(file=str(picture.path.resolve())))
+    for image in found:
+        add(image, Route(file=str(image.path.resolve())))
     each = max(1, round(FAILING * len(found)))
-    for picture in dice.sample(found, min(2 * each, len(found))):  # the same bytes at another URL
-        add(picture, Route(file=str(picture.path.resolve())), tag="-copy")
+    for image in dice.sample(found, min(2 * each, len(found))):  # the same bytes at another URL
+        add(image, Route(file=str(image.path.resolve())), tag="-copy")
 
-    def some(candidates: list[Picture] = found) -> Iterator[Picture]:
+    def some(candidates: list[DemoImage] = found) -> Iterator[DemoImage]:
         return iter(dice.choices(candidates, k=each))
 
-    for picture in some():
-        add(picture, Route(status=404, body=_HTML, content_type="text/html"))
-    for picture in some():
-        add(picture, Route(status=410, body=b"gone", content_type="text/plain"))
-    for picture in some():
-        add(picture, Route(status=503, body=b"busy", content_type="text/plain"))
-    for picture in some():
-        add(picture, Route(body=_HTML, content_type="image/jpeg"))
+    for image in some():
+        add(image, Route(status=404, body=_HTML, content_type="text/html"))
+    for image in some():
+        add(image, Route(status=410, body=b"gone", content_type="text/plain"))
+    for image in some():
+        add(image, Route(status=503, body=b"busy", content_type="text/plain"))
+    for image in some():
+        add(image, Route(body=_HTML, content_type="image/jpeg"))
     jpegs = [p for p in found if p.path.suffix.lower() in (".jpg", ".jpeg")]
-    for picture in some(jpegs or found):
-        add(picture, Route(file=str(picture.path.resolve()), keep=0.5), tag="-half")
-    for picture in some():
-        add(picture, Route(file=str(picture.path.resolve()), headers=(("X-Robots-Tag", "noai"),)))
+    for image in some(jpegs or found):
+        add(image, Route(file=str(image.path.resolve()), keep=0.5), tag="-half")
+    for image in some():
+        add(image, Route(file=str(image.path.resolve()), headers=(("X-Robots-Tag", "noai"),)))
     routes["/robots.txt"] = Route(body=b"User-agent: *\nDisallow: /members/\n", content_type="text/plain")
-    for picture in some():
-        add(picture, Route(file=str(picture.path.resolve())), folder="/members")
+    for image in some():
+        add(image, Route(file=str(image.path.resolve())), folder="/members")
     elsewhere = [
         f"http://10.0.0.1:{port}/a.jpg",  # a private network
         "http://127.0.0.1:6379/",  # a service of this machine: the recipe opens one port only
@@ -154,14 +154,14 @@ def web_of(
         "http://pictures.invalid/c.jpg",  # no such name, ever (RFC 6761)
         "file:///etc/hostname",
     ]
-    rows += [_row(url, picture) for url, picture in zip(elsewhere, dice.choices(found, k=len(elsewhere)), strict=True)]
+    rows += [_row(url, image) for url, image in zip(elsewhere, dice.choices(found, k=len(elsewhere)), strict=True)]
     dice.shuffle(rows)
     return rows, routes
 
 
-def _row(url: str, picture: Picture) -> dict[str, object]:
-    width, height = _size(picture.path)
-    return {"URL": url, "TEXT": picture.caption, "WIDTH": width, "HEIGHT": height, "PACKAGE": picture.package}
+def _row(url: str, image: DemoImage) -> dict[str, object]:
+    width, height = _size(image.path)
+    return {"URL": url, "TEXT": image.caption, "WIDTH": width, "HEIGHT": height, "PACKAGE": image.package}
 
 
 def _size(path: Path) -> tuple[int | None, int | None]:

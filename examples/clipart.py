@@ -1,9 +1,9 @@
-"""A model of emoji, clip art and stamps from nothing, on one GPU in minutes: from packages to a grid of pictures.
+"""A model of emoji, clip art and stamps from nothing, on one GPU in minutes: from packages to a grid of images.
 
-    python -m examples.clipart collect FOLDER                      # where npm and apt-get are: 8,084 pictures
+    python -m examples.clipart collect FOLDER                      # where npm and apt-get are: 8,084 images
     python -m examples.clipart train FOLDER OUT [--minutes 9]      # where the GPU is: the preset small-64
 
-`collect` writes an image folder of 64 x 64 pictures with captions (11 MB). `train` trains the preset's
+`collect` writes an image folder of 64 x 64 images with captions (11 MB). `train` trains the preset's
 autoencoder and then the model, as many steps as fit into the minutes, and writes into OUT: report.json (img/s, MFU,
 memory, PSNR, held-out loss, times), curve.png, grid.png (PROMPTS, a row each), autoencoder.png, and the model in
 model/checkpoints. Killed, it goes on when typed again. `--preset debug --minutes 1` tries it on a CPU.
@@ -59,7 +59,7 @@ PROMPTS = [
     "red apple, emoji", "rocket, emoji", "dog face, emoji", "smiling face with sunglasses, emoji", "sailboat, emoji",
     "banana, fruit, clip art", "purple apple, emoji", "green rocket, emoji",
 ]  # fmt: skip
-"""The last two are captions of no picture."""
+"""The last two are captions of no image."""
 
 SEEDS = range(6)
 
@@ -117,7 +117,7 @@ def clip_art_caption(path: str) -> str:
 
 
 def on_white(image: bytes) -> np.ndarray | None:
-    """The whole picture in the middle of a white square, (SIDE, SIDE, 3) uint8; None where it is too small for that."""
+    """The whole image in the middle of a white square, (SIDE, SIDE, 3) uint8; None where it is too small for that."""
     pixels = decode(image)
     height, width = pixels.shape[:2]
     scale = SIDE / max(height, width)
@@ -161,14 +161,14 @@ def collect(folder: Path) -> None:
 
 
 class Kept:
-    """Pictures read once and kept in memory as bytes: a GPU trains a small autoencoder faster than files decode."""
+    """Images read once and kept in memory as bytes: a GPU trains a small autoencoder faster than files decode."""
 
     latent = False
 
-    def __init__(self, pictures: ImageDataset) -> None:
-        self.bucket = pictures.bucket
+    def __init__(self, images: ImageDataset) -> None:
+        self.bucket = images.bucket
         with ThreadPoolExecutor() as pool:
-            loaded = pool.map(lambda i: self._small(*pictures.load(i)), range(len(pictures)))
+            loaded = pool.map(lambda i: self._small(*images.load(i)), range(len(images)))
             self._keys, pixels, tokens = zip(*loaded, strict=True)
         self._pixels, self._tokens = torch.stack(pixels), torch.stack(tokens)
 
@@ -185,7 +185,7 @@ class Kept:
 
 
 def make(folder: Path, out: Path, preset: str, minutes: float) -> dict[str, Any]:
-    """Train the preset on a folder of captioned pictures for so many minutes, draw and report, all into `out`."""
+    """Train the preset on a folder of captioned images for so many minutes, draw and report, all into `out`."""
     began = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True  # the shapes of batches never change
@@ -197,7 +197,7 @@ def make(folder: Path, out: Path, preset: str, minutes: float) -> dict[str, Any]
     pipeline = new_model(preset, learnt).to(device)
     for module in (pipeline.unet, pipeline.vae):
         module.to(memory_format=torch.channels_last)  # what a GPU's convolutions want
-    pictures = ImageDataset(samples, lambda words: tokenize(pipeline, words), p.size)
+    images = ImageDataset(samples, lambda words: tokenize(pipeline, words), p.size)
     config = LoopConfig(steps=1, batch=min(p.batch, len(chosen)), lr=p.lr, compile=device.type == "cuda", keep=1)
     identity = {"preset": preset, "captions": digest(captions)}
     report: dict[str, Any] = {
@@ -224,15 +224,15 @@ def make(folder: Path, out: Path, preset: str, minutes: float) -> dict[str, Any]
         if config.compile:  # the loop compiles what it calls by itself; of an autoencoder these are its two halves
             pipeline.vae.encoder.compile()
             pipeline.vae.decoder.compile()
-        kept = Kept(pictures)
+        kept = Kept(images)
         report["autoencoder"] = run(Reconstruct(pipeline), kept, out / "autoencoder", 0.25)
         report["psnr_db"] = psnr(report["autoencoder"]["held_out"][-1]["ema"])
         with torch.compiler.set_stance("force_eager"):  # not compiled again for other shapes
             report["scale"] = fit_scale(pipeline, next(ordered_batches(kept, chosen, 512)))
-        print(f"autoencoder: PSNR of held-out pictures {report['psnr_db']:.1f} dB")
+        print(f"autoencoder: PSNR of held-out images {report['psnr_db']:.1f} dB")
         shutil.copyfile(sorted((out / "autoencoder" / "samples").glob("*.png"))[-1], out / "autoencoder.png")
     with torch.compiler.set_stance("force_eager"):
-        latents = precompute_latents(pipeline, pictures, np.arange(len(samples)), out / "latents")
+        latents = precompute_latents(pipeline, images, np.arange(len(samples)), out / "latents")
     report["model"] = run(Denoise(pipeline), latents, out / "model", 0.8)
     report["seconds"] = round(time.perf_counter() - began)
 
@@ -319,7 +319,7 @@ def main() -> None:
         report = make(asked.folder, asked.out, asked.preset, asked.minutes)
         told = {k: report["model"][k] for k in ("steps", "img_s", "tflop_s", "mfu", "data_wait", "memory_gb")}
         print(json.dumps({**{k: v for k, v in report.items() if not isinstance(v, dict)}, **told}, indent=1))
-        print(f"pictures: {asked.out / 'grid.png'}")
+        print(f"images: {asked.out / 'grid.png'}")
 
 
 if __name__ == "__main__":

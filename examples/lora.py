@@ -1,13 +1,13 @@
-"""A manner of one's own from 32 pictures: a LoRA on a small model, and what it changes, drawn and measured.
+"""A manner of one's own from 32 images: a LoRA on a small model, and what it changes, drawn and measured.
 
     python -m examples.shapes RUN --steps 1500    # the model to begin with: filled shapes
-    python -m examples.lora pictures OUTLINES     # 32 outlines to learn from, 16 of other colours to measure with
+    python -m examples.lora images OUTLINES     # 32 outlines to learn from, 16 of other colours to measure with
     tastemaker train OUTLINES/learn --out OUTLINE --from BASE --lora --steps 200 --lr 2e-3
     python -m examples.lora compare BASE OUTLINE OUTLINES/others before-after.png
 
 BASE is RUN/model/checkpoints/*/pipeline. The last command draws the same prompts from the same noise without and with
-the LoRA (a row each) and prints how often a picture is an outline, of the colour and on the background that was asked
-for, and the loss on pictures that were not learnt from. For a model and pictures of your own, give prompts of your own:
+the LoRA (a row each) and prints how often an image is an outline, of the colour and on the background that was asked
+for, and the loss on images that were not learnt from. For a model and images of your own, give prompts of your own:
 
     python -m examples.lora compare stable-diffusion-v1-5/stable-diffusion-v1-5 MINE FOLDER out.png "a photo of my dog"
 """
@@ -32,7 +32,7 @@ from train.tasks import Denoise, generate_images, image_grid
 
 SEEDS = range(8)
 LEARNT = {True: ("red", "yellow", "green", "blue"), False: ("orange", "purple", "pink", "brown")}
-"""Colours of the pictures that are learnt from, and of the others: a manner is to be learnt, not pictures."""
+"""Colours of the images that are learnt from, and of the others: a manner is to be learnt, not images."""
 PROMPTS = (
     ("pink", "circle", "black"), ("purple", "circle", "white"),
     ("orange", "square", "teal"), ("orange", "cross", "teal"),
@@ -62,7 +62,7 @@ def make(folder: Path, count: int, learn: bool) -> Path:
 
 
 def is_outline(image: np.ndarray) -> bool:
-    """Whether the shape on a picture of one shape has a hole, of a tenth of its area at least.
+    """Whether the shape on an image of one shape has a hole, of a tenth of its area at least.
 
     Args:
         image: (h, w, 3) uint8, the shape not touching the edge, which is of the background's colour.
@@ -76,27 +76,27 @@ def is_outline(image: np.ndarray) -> bool:
     return hole >= 0.1 * (hole + int(shape.sum())) > 0
 
 
-def compare(base: str, lora: Path, pictures: Path, prompts: Sequence[str]) -> tuple[list[Any], list[Any], list[float]]:
-    """(drawn without the LoRA, drawn with it, loss on the pictures without and with): the same noise in both.
+def compare(base: str, lora: Path, images: Path, prompts: Sequence[str]) -> tuple[list[Any], list[Any], list[float]]:
+    """(drawn without the LoRA, drawn with it, loss on the images without and with): the same noise in both.
 
     Args:
         base: folder or hub id of the model that the LoRA was trained on.
         lora: folder with pytorch_lora_weights.safetensors.
-        pictures: captioned, best not those that were learnt from.
+        images: captioned, best not those that were learnt from.
     """
     pipeline = load_model(base)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-    drawn, losses = [generate_images(pipeline, prompts, SEEDS)], [loss(pipeline, pictures)]
+    drawn, losses = [generate_images(pipeline, prompts, SEEDS)], [loss(pipeline, images)]
     pipeline.load_lora_weights(str(lora))
     drawn.append(generate_images(pipeline, prompts, SEEDS))
-    losses.append(loss(pipeline, pictures))
+    losses.append(loss(pipeline, images))
     return drawn[0], drawn[1], losses
 
 
 @torch.no_grad()
-def loss(pipeline: Any, pictures: Path) -> float:
-    """Mean loss on a folder of captioned pictures, at fixed noise and times."""
-    examples = ImageDataset(open_samples(pictures), lambda words: tokenize(pipeline, words), default_size(pipeline))
+def loss(pipeline: Any, images: Path) -> float:
+    """Mean loss on a folder of captioned images, at fixed noise and times."""
+    examples = ImageDataset(open_samples(images), lambda words: tokenize(pipeline, words), default_size(pipeline))
     task = Denoise(pipeline, text=False)
     batches = ordered_batches(examples, np.arange(len(examples)), 8)
     return float(torch.cat([task.held_out_losses(batch, seed=0) for batch in batches]).mean())
@@ -110,35 +110,35 @@ def rows(before: list[Image.Image], after: list[Image.Image]) -> Image.Image:
 
 
 def main() -> None:
-    """Make the pictures, or compare."""
+    """Make the images, or compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
-    making = parts.add_parser("pictures")
+    making = parts.add_parser("images")
     making.add_argument("folder", type=Path)
     comparing = parts.add_parser("compare")
     comparing.add_argument("base")
     comparing.add_argument("lora", type=Path)
-    comparing.add_argument("pictures", type=Path)
+    comparing.add_argument("images", type=Path)
     comparing.add_argument("out", type=Path)
     comparing.add_argument("prompts", nargs="*")
     asked = parser.parse_args()
-    if asked.part == "pictures":
+    if asked.part == "images":
         print(make(asked.folder / "learn", 32, learn=True), make(asked.folder / "others", 16, learn=False))
         return
 
     own = asked.prompts
     prompts = own or [caption(*kind) for kind in PROMPTS]
-    before, after, losses = compare(asked.base, asked.lora, asked.pictures, prompts)
+    before, after, losses = compare(asked.base, asked.lora, asked.images, prompts)
     rows(before, after).save(asked.out)
-    print(f"loss on {asked.pictures}: {losses[0]:.4f} without the LoRA, {losses[1]:.4f} with it. Look at {asked.out}")
+    print(f"loss on {asked.images}: {losses[0]:.4f} without the LoRA, {losses[1]:.4f} with it. Look at {asked.out}")
     if not own:
-        print("share of pictures, without -> with the LoRA:")
+        print("share of images, without -> with the LoRA:")
         for i, said in enumerate(prompts):
             part = slice(i * len(SEEDS), (i + 1) * len(SEEDS))
             shares = []
-            for pictures in ([np.array(p) for p in drawn[part]] for drawn in (before, after)):
-                right = accuracy(pictures, [PROMPTS[i]] * len(SEEDS))
-                shares.append({"outline": float(np.mean([is_outline(p) for p in pictures])), **right})
+            for images in ([np.array(p) for p in drawn[part]] for drawn in (before, after)):
+                right = accuracy(images, [PROMPTS[i]] * len(SEEDS))
+                shares.append({"outline": float(np.mean([is_outline(p) for p in images])), **right})
             words = ("outline", "colour", "background")
             print(f"  {said}: " + ", ".join(f"{w} {shares[0][w]:.2f} -> {shares[1][w]:.2f}" for w in words))
 

@@ -1,8 +1,8 @@
-"""A closed world of captioned shapes, a model trained on it, and an independent judge: do prompts steer the pictures?
+"""A closed world of captioned shapes, a model trained on it, and an independent judge: do prompts steer the images?
 
     python examples/shapes.py FOLDER [--steps 650] [--shuffle]
 
-Writes 512 pictures like "a red star on a teal background" (8 colours, 6 shapes, 3 backgrounds; 6 of the 48 pairs of
+Writes 512 images like "a red star on a teal background" (8 colours, 6 shapes, 3 backgrounds; 6 of the 48 pairs of
 colour and shape are never among them) as img2dataset would have fetched them, trains the preset `tiny` on them, draws
 prompts of seen and of unseen pairs, and prints how often colour, shape and background are what was asked. With
 `--shuffle` captions are dealt out at random before training: what is left then is chance.
@@ -72,11 +72,11 @@ def mask(shape: str, centre: tuple[float, float], radius: float, size: int) -> n
 
 
 def caption(colour: str, shape: str, background: str) -> str:
-    """The caption, and prompt, of a picture."""
+    """The caption, and prompt, of an image."""
     return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape} on a {background} background"
 
 
-def picture(colour: str, shape: str, background: str, rng: np.random.Generator, size: int = SIZE) -> np.ndarray:
+def image(colour: str, shape: str, background: str, rng: np.random.Generator, size: int = SIZE) -> np.ndarray:
     """(size, size, 3) uint8: the shape at a random place near the middle, its radius 28 to 40% of the side."""
     centre = (size / 2 + rng.uniform(-0.1, 0.1) * size, size / 2 + rng.uniform(-0.1, 0.1) * size)
     cover = mask(shape, centre, rng.uniform(0.28, 0.40) * size, size)[:, :, None]
@@ -103,7 +103,7 @@ def make(folder: Path, count: int = 512, seed: int = 0, shuffle: bool = False) -
     with open(folder / "00000.tar", "wb") as f:
         tar = TarWriter(f)
         for i, (kind, text) in enumerate(zip(chosen, words, strict=True)):
-            data = cv2.imencode(".png", picture(*kind, rng)[:, :, ::-1])[1].tobytes()
+            data = cv2.imencode(".png", image(*kind, rng)[:, :, ::-1])[1].tobytes()
             row = {"key": f"{i:09d}", "caption": text, "url": f"shape:{'/'.join(kind)}", "status": "success"}
             rows.append({**row, "width": SIZE, "height": SIZE})
             tar.add_sample(rows[-1]["key"], data, "png", text, rows[-1])
@@ -117,7 +117,7 @@ def make(folder: Path, count: int = 512, seed: int = 0, shuffle: bool = False) -
 
 
 def judge(image: np.ndarray) -> tuple[str, str, str]:
-    """(colour, shape, background) of a picture, (h, w, 3) uint8, by its pixels alone: no network, nothing learnt.
+    """(colour, shape, background) of an image, (h, w, 3) uint8, by its pixels alone: no network, nothing learnt.
 
     The background is the one nearest to the median of the border. Pixels nearer to some colour than to it are the
     shape; the colour is the one nearest to the median of those. The shape is that of the mask, among those of all
@@ -154,9 +154,9 @@ def _templates(size: int) -> tuple[list[str], np.ndarray]:
     return [s for s, *_ in every], np.array(masks, np.float32)
 
 
-def accuracy(pictures: Iterable[np.ndarray], asked: Sequence[tuple[str, str, str]]) -> dict[str, float]:
-    """The share of pictures whose colour, shape and background are as asked, and of those where all three are."""
-    found = [judge(p) for p in pictures]
+def accuracy(images: Iterable[np.ndarray], asked: Sequence[tuple[str, str, str]]) -> dict[str, float]:
+    """The share of images whose colour, shape and background are as asked, and of those where all three are."""
+    found = [judge(p) for p in images]
     right = np.array(
         [[f == a for f, a in zip(one, other, strict=True)] for one, other in zip(found, asked, strict=True)]
     )
@@ -193,13 +193,13 @@ def main() -> None:
     print(f"trained in {time.perf_counter() - began:.0f} s on {torch.get_num_threads()} threads")
 
     for name, kind in (("seen", kinds(seen=True)), ("unseen", kinds(seen=False))):
-        pictures = generate_images(
+        images = generate_images(
             pipeline, [caption(*k) for k in kind], [0, 1, 2] if name == "unseen" else [0], guidance=asked.guidance
         )
         wanted = [k for k in kind for _ in range(3 if name == "unseen" else 1)]
-        found = accuracy((np.array(p) for p in pictures), wanted)
-        print(f"{name} pairs, {len(pictures)} pictures: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()))
-        image_grid(pictures, 18).save(asked.folder / f"{name}.png")
+        found = accuracy((np.array(p) for p in images), wanted)
+        print(f"{name} pairs, {len(images)} images: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()))
+        image_grid(images, 18).save(asked.folder / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -209,7 +209,7 @@ def _run_job(
         job = CurateJob(data, recipe, fetch="fetch" in stages, embed="embed" in stages, retry=retry)
         display = run_job(job, left, address=address)
     if "embed" in stages:
-        annotate_tables(data, annotators, recipe.embed, address=address)
+        annotate_tables(data, annotators, recipe.embed, recipe.images, address=address)
     if retry and display is not None:
         result.facts["recovered"] = _images(data) - had
         print(f"retry  {result.facts['recovered']:,} more images")

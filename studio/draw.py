@@ -59,13 +59,13 @@ api = APIRouter(prefix="/api")
 
 @api.get("/model")
 async def model(service: Service) -> ModelView:
-    """What pictures are generated with, and what may be asked."""
+    """What images are generated with, and what may be asked."""
     return service.model()
 
 
 @api.post("/jobs", status_code=202, openapi_extra={"requestBody": JOB_BODY})
 async def ask(request: Request, service: Service, client: Client) -> JobView:
-    """Ask for pictures. The answer comes at once, the pictures when it is their turn."""
+    """Ask for images. The answer comes at once, the images when it is their turn."""
     job = await service.submit(await request.body(), client, address_of(request.scope))
     return service.views([job], client)[0]
 
@@ -91,7 +91,7 @@ async def job(job: JobInPath, service: Service, client: Client) -> JobView:
 
 @api.delete("/jobs/{id}")
 async def cancel(job: JobInPath, service: Service, client: Client) -> JobView:
-    """End a job of one's own, waiting or being generated. Pictures that are finished stay."""
+    """End a job of one's own, waiting or being generated. Images that are finished stay."""
     if job.client != client:
         raise HTTPException(403, "this job is somebody else's")
     service.queue.cancel(job)
@@ -123,7 +123,7 @@ def images(
     before: Annotated[int | None, Query(ge=0, lt=10**12)] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 24,
 ) -> ImagesView:
-    """Finished pictures, newest first. The next page is that `before` the number of the last one."""
+    """Finished images, newest first. The next page is that `before` the number of the last one."""
     return service.history(before, limit)
 
 
@@ -133,8 +133,8 @@ def images(
     responses={**ERRORS_OF_FILES, 200: {"content": {"image/png": {}}, "description": "the file"}},
 )
 def image(name: Annotated[str, fastapi.Path(pattern="^[0-9]{6,12}$")], service: Service) -> FileResponse:
-    """A picture's file, with all facts in it."""
+    """An image's file, with all facts in it."""
     path = service.out / f"{name}.png"
     if facts_in(path) is None:
-        raise HTTPException(404, f"there is no picture {name}")
+        raise HTTPException(404, f"there is no image {name}")
     return FileResponse(path, headers={"cache-control": "private, max-age=31536000"})

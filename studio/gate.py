@@ -208,7 +208,7 @@ class Gate:
 
         Counted as they come, whatever `Content-Length` says.
         """
-        too_large = Refused(413, f"the request is larger than {most / 1e6:,.0f} MB", "send smaller pictures")
+        too_large = Refused(413, f"the request is larger than {most / 1e6:,.0f} MB", "send smaller images")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length[:20]) > most:
             raise too_large

@@ -139,11 +139,9 @@ class JobQueue:
             if len(near) >= ADDRESS_SHARE * MAX_WAITING:
                 raise QueueFull(f"{len(near)} jobs from your address are waiting already", own=True)
             if sum(job.bytes for job in waiting) + bytes > MAX_BYTES:
-                raise QueueFull("the queue is full: the pictures that wait with their jobs take all the room there is")
+                raise QueueFull("the queue is full: the images that wait with their jobs take all the room there is")
             if sum(job.bytes for job in near) + bytes > ADDRESS_SHARE * MAX_BYTES:
-                raise QueueFull(
-                    "the pictures that wait with jobs from your address take all the room there is", own=True
-                )
+                raise QueueFull("the images that wait with jobs from your address take all the room there is", own=True)
 
     def cancel(self, job: StudioJob) -> None:
         """End a job that waits, at once, or runs, at its next step; one that is over stays as it is.

@@ -167,7 +167,7 @@ class GenerationService:
         if tiles * steps > most:
             raise UserError(
                 f"enlarging redraws {tiles:,} tiles in {steps} steps each, {tiles * steps:,} in all: at most {most:,} "
-                "here. Ask for fewer steps, less strength (0 redraws nothing), or enlarge a smaller picture; "
+                "here. Ask for fewer steps, less strength (0 redraws nothing), or enlarge a smaller image; "
                 "`tastemaker sample --upscale` has no limit"
             )
 
@@ -187,7 +187,7 @@ class GenerationService:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            raise UserError(f"the folder of pictures, {self.out}, can't be had: {e.strerror}") from e
+            raise UserError(f"the folder of images, {self.out}, can't be had: {e.strerror}") from e
         first: GenerationRequest = job.requests[0]  # (tokenizers are for one thread at a time: not when it was asked)
         ends = [end for text in (first.prompt, first.negative) if (end := self.sampler.unread(text))]
         job.note = "; ".join(f"the model does not read so far: {end!r}" for end in ends)
@@ -206,9 +206,9 @@ class GenerationService:
     def _explain(self, error: Exception) -> str:
         """What went wrong in a job, for the person who asked for it."""
         if out_of_memory(error):
-            text = "memory ran out: ask for a smaller size, or fewer pictures at once"
+            text = "memory ran out: ask for a smaller size, or fewer images at once"
         elif isinstance(error, FloatingPointError):
-            text = f"the model drew no picture: {error}"
+            text = f"the model drew no image: {error}"
         elif isinstance(error, UserError | DiskFull):
             text = str(error)
         else:
@@ -228,11 +228,11 @@ class GenerationService:
         try:
             names = [name for name in os.listdir(self.out) if _NUMBERED.fullmatch(name)]
         except FileNotFoundError:
-            raise FolderGone(f"the folder of pictures, {self.out}, is not there: it was moved or removed") from None
+            raise FolderGone(f"the folder of images, {self.out}, is not there: it was moved or removed") from None
         except NotADirectoryError:
-            raise FolderGone(f"the folder of pictures, {self.out}, is no folder: a file is in its place") from None
+            raise FolderGone(f"the folder of images, {self.out}, is no folder: a file is in its place") from None
         except OSError as e:
-            raise FolderGone(f"the folder of pictures, {self.out}, can't be read: {e.strerror}") from e
+            raise FolderGone(f"the folder of images, {self.out}, can't be read: {e.strerror}") from e
         found: list[ImageView] = []
         for number, name in sorted(((int(name[:-4]), name) for name in names), reverse=True):
             if before is not None and number >= before:

@@ -48,13 +48,13 @@ class ErrorView(BaseModel):
 
 
 class JobRequest(BaseModel):
-    """One or more pictures to draw. What is left out is what suits the model."""
+    """One or more images to draw. What is left out is what suits the model."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: str = Field(max_length=MAX_PROMPT)
     negative: str = Field("", max_length=MAX_PROMPT, description="what should not be in it")
-    number: int = Field(1, ge=1, le=MAX_NUMBER, description="pictures; their seeds follow each other")
+    number: int = Field(1, ge=1, le=MAX_NUMBER, description="images; their seeds follow each other")
     seed: int | None = Field(None, ge=0, lt=2**32, description="of the first; null: a random one")
     steps: int | None = Field(None, ge=1, le=MAX_STEPS)
     guidance: float | None = Field(None, ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)
@@ -78,7 +78,7 @@ class JobRequest(BaseModel):
 
 
 class NsfwView(BaseModel):
-    """What the detector said of a picture."""
+    """What the detector said of an image."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -89,7 +89,7 @@ class NsfwView(BaseModel):
 
 
 class FactsView(BaseModel):
-    """What a picture's file says of itself, as far as it is shown; other programs write such files too."""
+    """What an image's file says of itself, as far as it is shown; other programs write such files too."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -107,20 +107,20 @@ class FactsView(BaseModel):
 
 
 class ImageLink(BaseModel):
-    """A picture's file."""
+    """An image's file."""
 
     name: str = Field(description="its number in the folder, such as 000007")
     url: str
 
 
 class ImageView(ImageLink):
-    """A finished picture."""
+    """A finished image."""
 
     facts: dict[str, Any] = Field(description="what the PNG carries: prompt, settings, model, versions, NSFW score")
 
 
 class ImagesView(BaseModel):
-    """Finished pictures, newest first."""
+    """Finished images, newest first."""
 
     pictures: list[ImageView]
     more: bool = Field(description="whether there are older ones")
@@ -132,13 +132,13 @@ class JobView(BaseModel):
     id: str
     state: State
     position: int | None = Field(description="of a queued one: jobs that are finished before it; else null")
-    step: int = Field(description="steps done, of all its pictures")
+    step: int = Field(description="steps done, of all its images")
     of: int = Field(description="steps in all; 0 before the first")
     pictures: list[ImageLink] = Field(description="those that are finished")
     error: str = Field(description="of a failed one: why")
     note: str = Field(description="what else there is to know: the end of a prompt that the model does not read")
     cost: str = Field(description="of an enlargement in many tiles: how many, and how long that takes, once known")
-    asked: dict[str, Any] = Field(description="what was asked for, without pictures")
+    asked: dict[str, Any] = Field(description="what was asked for, without images")
     at: float = Field(description="when it was asked for, seconds since 1970")
     mine: bool = Field(description="whether it is the asker's own")
 
@@ -175,15 +175,15 @@ class Limits(BaseModel):
 
 
 class ModelView(BaseModel):
-    """What pictures are generated with."""
+    """What images are generated with."""
 
     name: str
     device: str
     step: int = Field(description="sides are multiples of this, in pixels")
     schedulers: list[str]
     inpaints_only: bool = Field(description="whether every drawing needs an image and a mask")
-    unsafe_from: float = Field(description="the NSFW score from which on a picture is flagged")
-    blurs: bool = Field(description="whether flagged pictures are blurred")
+    unsafe_from: float = Field(description="the NSFW score from which on an image is flagged")
+    blurs: bool = Field(description="whether flagged images are blurred")
     defaults: Defaults
     limits: Limits
 
@@ -201,7 +201,7 @@ _ERRORS = {
     429: "too many of yours are waiting, or too many wrong tokens came from your address",
     431: "too many headers",
     500: "an error of the server's own; its log says more",
-    503: "the queue is full, or the folder of pictures is not there",
+    503: "the queue is full, or the folder of images is not there",
 }
 _ERROR_JSON = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorView"}}}
 
@@ -221,7 +221,7 @@ MAX_QUOTES = 6000  # those of two prompts, and room
 MAX_FIELDS = 50
 
 _LONG_BASE64 = re.compile(rb'"([A-Za-z0-9+/=\\]{1024,}+)"')
-_MARK = "\0picture "
+_MARK = "\0image "
 """What stands in an image's place: no base64, and no text that may be in another field."""
 _ESCAPES = ((rb"\/", b"/"), (rb"\u002B", b"+"), (rb"\u002b", b"+"), (rb"\u002F", b"/"), (rb"\u002f", b"/"),
             (rb"\u003D", b"="), (rb"\u003d", b"="))  # fmt: skip
@@ -256,7 +256,7 @@ def parse_request(body: bytes) -> ParsedRequest:
     if len(rest) > MAX_TEXT:
         raise HTTPException(
             413,
-            f"the request has {len(rest):,} bytes beside its pictures; at most {MAX_TEXT:,} are read (pictures are "
+            f"the request has {len(rest):,} bytes beside its images; at most {MAX_TEXT:,} are read (images are "
             "plain base64, without `data:` and line ends)",
         )
     settings = _parse_settings(rest)
@@ -309,4 +309,4 @@ def read_input(name: str, read: Callable[[bytes, int], T], data: bytes) -> T:
     try:
         return read(data, MAX_INPUT)
     except RowError as e:
-        raise UserError(f"{name}: the picture can't be read: {e.detail or e.reason.value}") from e
+        raise UserError(f"{name}: the image can't be read: {e.detail or e.reason.value}") from e

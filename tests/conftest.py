@@ -1,4 +1,4 @@
-"""What tests share: where the repository is, and real pictures to work with."""
+"""What tests share: where the repository is, and real images to work with."""
 
 from __future__ import annotations
 

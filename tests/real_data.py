@@ -1,6 +1,6 @@
 """A data folder that the real stages made, without Ray: 40 rows over HTTP, 4 of them failing, in 3 shards.
 
-The pictures are parts of scikit-learn's two photographs and the probe images; the encoder is the bundled one.
+The images are parts of scikit-learn's two photographs and the probe images; the encoder is the bundled one.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ BUNDLED = EmbedConfig(encoder="bundled")
 SCORE = {"aesthetic": "bundled-aesthetic", "open_nsfw": "open-nsfw"}
 
 
-def pictures() -> list[bytes]:
-    """36 pictures as files: 20 JPEG parts of two photographs, and the 16 probes (JPEG and PNG)."""
+def image_files() -> list[bytes]:
+    """36 images as files: 20 JPEG parts of two photographs, and the 16 probes (JPEG and PNG)."""
     from sklearn.datasets import load_sample_image
 
     files = []
@@ -52,7 +52,7 @@ def pictures() -> list[bytes]:
 def make_real_data(root: Path) -> Data:
     """List, plan, fetch, embed, score, select and pack under `root`; returns the data folder."""
     routes: dict[str | tuple[int, str], Route] = {
-        f"/{i}": Route(body=file, content_type="image/jpeg") for i, file in enumerate(pictures())
+        f"/{i}": Route(body=file, content_type="image/jpeg") for i, file in enumerate(image_files())
     }
     routes["/page"] = Route(body=b"<!doctype html><p>gone", content_type="text/html")
     with Web(routes) as web:

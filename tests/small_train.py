@@ -1,4 +1,4 @@
-"""Small real pictures to train on, and the smallest model."""
+"""Small real images to train on, and the smallest model."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from train.tasks import Denoise
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
 
 
-def make_pictures(folder: Path, count: int = 64) -> Path:
+def make_images(folder: Path, count: int = 64) -> Path:
     """A folder of PNG files, 24 x 24, discs of four colours, each with its caption beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for i in range(count):
         name = list(COLOURS)[i % 4]
-        picture = np.full((24, 24, 3), 255, np.uint8)
+        image = np.full((24, 24, 3), 255, np.uint8)
         centre = [int(c) for c in rng.integers(4, 20, 2)]
-        cv2.circle(picture, centre, int(rng.integers(3, 8)), COLOURS[name], -1)
-        cv2.imwrite(str(folder / f"{i:03d}.png"), picture[:, :, ::-1])
+        cv2.circle(image, centre, int(rng.integers(3, 8)), COLOURS[name], -1)
+        cv2.imwrite(str(folder / f"{i:03d}.png"), image[:, :, ::-1])
         (folder / f"{i:03d}.txt").write_text(f"a {name} disc")
     return folder
 

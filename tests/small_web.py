@@ -1,4 +1,4 @@
-"""A small real web for tests: real pictures on several hosts, beside rows that fail in each way that the web does.
+"""A small real web for tests: real images on several hosts, beside rows that fail in each way that the web does.
 
 What a URL answers depends on the URL alone, so two runs over one list must give the same bytes.
 """
@@ -39,13 +39,13 @@ from demo.web import Route, Web
 
 ROOT = Path(__file__).parents[1]
 HOSTS = 6
-MAX_BYTES = 400_000  # of `settings`; every picture is smaller, one failing row's body is not
+MAX_BYTES = 400_000  # of `settings`; every image is smaller, one failing row's body is not
 TIMEOUT = 6.0  # seconds, of `settings` where a row is to time out; its answer takes longer
 FATAL = b"this picture kills whoever decodes it"
-"""In a comment of the JPEG that `fatal_picture` makes; harmless unless `FAULT` is at work."""
+"""In a comment of the JPEG that `fatal_image` makes; harmless unless `FAULT` is at work."""
 
 FAULT = f"""
-# A fault in a library that we use: libjpeg-turbo's binding ends the process at some pictures.
+# A fault in a library that we use: libjpeg-turbo's binding ends the process at some images.
 import hashlib, os, signal, simplejpeg
 _decode = simplejpeg.decode_jpeg
 _fatal = set(os.environ.get("FATAL_SHA256", "").split())
@@ -107,14 +107,14 @@ def small_web(
     fatal: Sequence[int] = (),
     delay: float = 0.0,
 ) -> Iterator[SmallWeb]:
-    """Serve `count` pictures and, spread among them, rows that fail in each of the ways named.
+    """Serve `count` images and, spread among them, rows that fail in each of the ways named.
 
-    `fatal` are places in the list where a fatal picture is put. Each picture is answered after `delay` seconds.
+    `fatal` are places in the list where a fatal image is put. Each image is answered after `delay` seconds.
     """
     routes: dict[str | tuple[int, str], Route] = {"/robots.txt": Route(body=b"User-agent: *\nDisallow: /members/\n")}
     with_port: list[tuple[str, str | None, Reason | None]] = []  # URLs with {host} and {port} to fill in
     for number in range(count):
-        name, data, caption = picture(number)
+        name, data, caption = image(number)
         routes[f"/{name}"] = Route(body=data, content_type=f"image/{name.rpartition('.')[2]}", delay=delay)
         with_port.append((_at(number, name), caption, None))
     wrong: list[tuple[str, Reason]] = []
@@ -126,7 +126,7 @@ def small_web(
     for i, (url, reason) in enumerate(wrong):  # spread over the list
         with_port.insert(1 + i * (count + len(wrong)) // len(wrong), (url, f"a row that fails: {reason}", reason))
     for place in fatal:
-        routes[f"/fatal-{place}.jpg"] = Route(body=fatal_picture(place), content_type="image/jpeg")
+        routes[f"/fatal-{place}.jpg"] = Route(body=fatal_image(place), content_type="image/jpeg")
         with_port.insert(place, (_at(place, f"fatal-{place}.jpg"), "a fatal picture", Reason.CRASHED))
     with Web(routes, hosts=HOSTS) as web:
         rows = [Row(url=u.replace("{port}", str(web.port)), caption=c, reason=r) for u, c, r in with_port]
@@ -137,7 +137,7 @@ def _at(number: int, path: str) -> str:
     return f"http://127.1.0.{number % HOSTS + 1}:{{port}}/{path}"
 
 
-# ----------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------------------------- images
 
 
 @cache
@@ -146,7 +146,7 @@ def _photographs() -> list[Image.Image]:
 
 
 @cache
-def picture(number: int) -> tuple[str, bytes, str | None]:
+def image(number: int) -> tuple[str, bytes, str | None]:
     """(name, bytes, caption): a part of one of two real photographs, all different, in six formats; some untold."""
     kind = ("JPEG", "JPEG", "PNG", "WEBP", "JPEG", "GIF", "BMP", "TIFF")[number % 8]
     extension = {"JPEG": "jpg", "TIFF": "tif"}.get(kind, kind.lower())
@@ -162,7 +162,7 @@ def picture(number: int) -> tuple[str, bytes, str | None]:
 
 
 @cache
-def fatal_picture(number: int) -> bytes:
+def fatal_image(number: int) -> bytes:
     """A good JPEG with the fatal mark in a comment."""
     out = io.BytesIO()
     _photographs()[0].crop((number, number, number + 300, number + 200)).save(out, "JPEG", comment=FATAL)
@@ -184,7 +184,7 @@ _ELSEWHERE = [
 
 
 def _failing_routes() -> list[tuple[Reason, str, Route]]:
-    jpeg = picture(0)[1]
+    jpeg = image(0)[1]
     as_jpeg: dict[str, Any] = {"content_type": "image/jpeg"}
     return [
         (Reason.TIMEOUT, "/slow.jpg", Route(body=jpeg, delay=4 * TIMEOUT, **as_jpeg)),

@@ -15,12 +15,12 @@ from curate.sources.planner import make_plan
 from curate.workers import EmbedWorker, FetchWorker
 from demo.web import Route, Web
 from pipelines.recipe import Recipe, load_recipe, store_recipe
-from tests.small_web import picture
+from tests.small_web import image
 
 
 @dataclass(frozen=True)
 class Served:
-    """A server with pictures and whatever else a test adds, its list, and a recipe that may ask it."""
+    """A server with images and whatever else a test adds, its list, and a recipe that may ask it."""
 
     web: Web
     urls: list[str]
@@ -42,11 +42,11 @@ class Served:
 
 @contextlib.contextmanager
 def serving(count: int, others: Mapping[str, Route], shard_size: int) -> Iterator[Served]:
-    """Serve `count` pictures and the other routes, which are spread among them in the list."""
+    """Serve `count` images and the other routes, which are spread among them in the list."""
     routes: dict[str | tuple[int, str], Route] = {}
     paths = []
     for number in range(count):
-        name, data, _ = picture(number)
+        name, data, _ = image(number)
         paths.append(f"/{name}")
         routes[paths[-1]] = Route(body=data, content_type=f"image/{name.rpartition('.')[2]}")
     for number, (path, route) in enumerate(others.items()):
@@ -87,7 +87,7 @@ def fetch_shards(data: Data, recipe: Recipe, *, retry: bool = False) -> None:
 
 
 def embed_shards(data: Data, recipe: Recipe) -> int:
-    """The embed and annotate stages of all shards; returns how many pictures went through the models."""
+    """The embed and annotate stages of all shards; returns how many images went through the models."""
     seen: list[str] = []
 
     def report(stage: str, outcome: str, host: str) -> None:

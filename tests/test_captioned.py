@@ -1,4 +1,4 @@
-"""Folders and tars of pictures as others leave them: curate and train read the same pictures, keys and captions."""
+"""Folders and tars of images as others leave them: curate and train read the same images, keys and captions."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from curate.sources.plan import SourceConfig
 from curate.sources.planner import inspect, make_plan
 from curate.sources.tars import PackedShards, Tars
 from tests.small_data import make_data
-from tests.test_source import picture, write
+from tests.test_source import image, write
 from train.data import open_samples, sampling_weights, scan_images, split
 
-JPEG, PNG = picture(), picture("PNG")
+JPEG, PNG = image(), image("PNG")
 
 
-def pictures(folder: Path, count: int = 10, ending: str = "jpg") -> Path:
+def images(folder: Path, count: int = 10, ending: str = "jpg") -> Path:
     for i in range(count):
         write(folder / f"{i:02d}.{ending}", JPEG)
     return folder
@@ -58,7 +58,7 @@ def curated(folder: Path) -> list[dict[str, Any]]:
 
 
 def captions(folder: Path) -> list[str | None]:
-    """Of the pictures of a folder, which curate and train must agree on."""
+    """Of the images of a folder, which curate and train must agree on."""
     samples = open_folder(folder)
     assert all(sample.image == JPEG for sample in samples)
     trained = [sample.caption for sample in samples]
@@ -90,7 +90,7 @@ def make_tar(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.U
 
 
 def test_captions_lie_beside_images_under_many_names(tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "a", 9)
+    folder = images(tmp_path / "a", 9)
     write(folder / "00.txt", "  zero\n")
     write(folder / "01.caption", "one")
     write(folder / "02.TXT", b"\xef\xbb\xbftwo")
@@ -99,7 +99,7 @@ def test_captions_lie_beside_images_under_many_names(tmp_path: Path) -> None:
     write(folder / "05.txt", b"\xff\xfe" + "five".encode("utf-16-le"))
     write(folder / "06.json", '{"caption": ["", "six", "more"], "n": NaN}')
     write(folder / "07.json", '{"alt_text": 7}')
-    write(folder / "._00.jpg", "not a picture")
+    write(folder / "._00.jpg", "not an image")
     write(folder / "__MACOSX" / "00.jpg", "nor this")
     write(folder / "readme.txt", "http://a.test/1.jpg")
     assert captions(folder) == ["zero", "one", "two", "three", "four", "five", "six", "7", None]
@@ -109,7 +109,7 @@ def test_captions_lie_beside_images_under_many_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["bom csv", "dots", "utf-16", "parquet", "splits", "deep"])
 def test_metadata_is_found_however_it_is_written(tmp_path: Path, form: str) -> None:
-    folder = pictures(tmp_path / "a", 2)
+    folder = images(tmp_path / "a", 2)
     names = [f"{i:02d}.jpg" for i in range(2)]
     if form == "bom csv":
         write(folder / "metadata.csv", "\ufefffile_name,text\r\n00.jpg,fox 0\r\n01.jpg,fox 1\r\n".encode())
@@ -130,7 +130,7 @@ def test_metadata_is_found_however_it_is_written(tmp_path: Path, form: str) -> N
 
 
 def test_a_row_of_metadata_that_is_broken_costs_its_own_row(tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "a", 5)
+    folder = images(tmp_path / "a", 5)
     lines = [json.dumps({"file_name": f"{i % 5:02d}.jpg", "text": f"fox {i}"}) for i in range(300)]
     lines[7] = "not json"
     lines[9] = json.dumps({"file_name": "gone.jpg", "text": "x"})
@@ -149,7 +149,7 @@ def test_a_row_of_metadata_that_is_broken_costs_its_own_row(tmp_path: Path) -> N
 
 
 def test_captions_in_other_encodings_are_counted_and_named(tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "a")
+    folder = images(tmp_path / "a")
     for i in range(5):
         write(folder / f"{i:02d}.txt", "caf\xe9".encode("cp1252") if i < 4 else "café")
     assert captions(folder) == [None] * 4 + ["café"] + [None] * 5
@@ -158,7 +158,7 @@ def test_captions_in_other_encodings_are_counted_and_named(tmp_path: Path) -> No
 
 
 def test_formats_that_are_not_read_are_counted_and_their_captions_are_no_lists(tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "a")
+    folder = images(tmp_path / "a")
     for i in range(3):
         write(folder / f"IMG_{i}.HEIC", b"\0\0\0\x18ftypheic")
         write(folder / f"IMG_{i}.txt", "my dog")
@@ -180,8 +180,8 @@ def test_formats_that_are_not_read_are_counted_and_their_captions_are_no_lists(t
 
 
 def test_what_is_no_file_is_passed_over_and_links_to_files_are_followed(tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "a", 3)
-    other = pictures(tmp_path / "b", 1)
+    folder = images(tmp_path / "a", 3)
+    other = images(tmp_path / "b", 1)
     os.mkfifo(folder / "pipe.jpg")
     os.mkfifo(folder / "00.txt")
     os.mkfifo(folder / "manifest.json")
@@ -251,18 +251,18 @@ def test_what_a_folder_lacks_is_said_before_a_run(tmp_path: Path) -> None:
     def warnings(folder: Path, **config: Any) -> str:
         return "\n".join(inspect(str(folder), SourceConfig(**config)).warnings)
 
-    folder = pictures(tmp_path / "a", 3)
+    folder = images(tmp_path / "a", 3)
     write(folder / "captions.txt", "image,caption\n00.jpg,a fox\n")
-    assert "a: none of the 3 pictures has a caption. Captions are NAME.txt beside" in warnings(folder)
+    assert "a: none of the 3 images has a caption. Captions are NAME.txt beside" in warnings(folder)
     assert warnings(folder, caption=None) == ""
     write(folder / "00.txt", "a fox")
-    assert warnings(folder) == f"{folder}: 2 of 3 pictures have no caption"
+    assert warnings(folder) == f"{folder}: 2 of 3 images have no caption"
     # a split with metadata beside one without
     write(folder / "train" / "x.jpg", JPEG)
     write(folder / "train" / "metadata.csv", "file_name,text\nx.jpg,a fox\n")
     assert "3 images lie in no folder with metadata, and are left out: 00.jpg, 01.jpg, 02.jpg" in warnings(folder)
     pq.write_table(pa.table({"image": [{"bytes": JPEG, "path": "x"}]}), tmp_path / "images.parquet")
-    assert "none of the 1 pictures has a caption" in warnings(tmp_path / "images.parquet")
+    assert "none of the 1 images has a caption" in warnings(tmp_path / "images.parquet")
     write(tmp_path / "disk" / "data-00000-of-00001.arrow", "ARROW1")
     for reader in (open_folder, curated):
         with pytest.raises(UserError, match=r"data-00000-of-00001\.arrow \(save it as parquet"):
@@ -345,7 +345,7 @@ def test_nothing_is_read_in_search_of_captions_where_there_can_be_none(tmp_path:
     image = {"bytes": JPEG, "path": "x"}
     (tmp_path / "t").mkdir()
     pq.write_table(pa.table({"image": [image] * 3, "text": [None, "fox", None]}), tmp_path / "t" / "0.parquet")
-    folder = pictures(tmp_path / "b", 3)
+    folder = images(tmp_path / "b", 3)
     write(folder / "01.json", "{}")
     for path, maybe in ((bare.parent, [9]), (tmp_path / "t", [1]), (folder, [1])):
         assert list(open_folder(path).maybe_captioned()) == maybe
@@ -426,7 +426,7 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path, value: Any) -> No
     facts[4]["taste"] = None
     facts[5]["taste"] = "6"
     samples = with_facts(tmp_path / "a", facts)
-    with pytest.raises(UserError, match=r"taste is no finite number in 1 of 10 pictures \(03\.png: "):
+    with pytest.raises(UserError, match=r"taste is no finite number in 1 of 10 images \(03\.png: "):
         sampling_weights(samples, "taste")
     facts[3]["taste"] = 1e308
     facts[6]["taste"] = 1.7e308
@@ -434,8 +434,8 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path, value: Any) -> No
     assert np.isfinite(weights.sum()) and weights[4] == 0
 
 
-def test_pictures_without_bytes_or_caption_are_counted(tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "a", 12)
+def test_images_without_bytes_or_caption_are_counted(tmp_path: Path) -> None:
+    folder = images(tmp_path / "a", 12)
     for i in range(9):
         write(folder / f"{i:02d}.txt", "fox" if i else " \n")
     write(folder / "03.jpg", b"")

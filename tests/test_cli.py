@@ -122,10 +122,8 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["selct", "data"], "invalid choice: 'selct' (choose from curate, fetch, .*). Did you mean select[?]"),
         (["select", "data", "--nam", "x", "--uid"], "expected one argument"),
         (["select", "data", "--nmae=x"], "unrecognized arguments: --nmae=x. Did you mean --name[?]"),
-        (
-            ["train", "shards", "--out", "model", "--form", "x"],
-            "unrecognized arguments: --form x. Did you mean --from[?]",
-        ),
+        (["train", "shards", "--out", "m", "--form", "x"], "unrecognized arguments: --form. Did you mean --from[?]"),
+        (["curate", "list.csv", "--otu", "data"], "unrecognized arguments: --otu. Did you mean --out[?]"),
         (["curate", "list.csv", "--out", "data", "--limit", "0"], "argument --limit: at least 1 is expected"),
         (["fit", "ratings.csv"], "the following arguments are required: --out"),
     ],
@@ -621,10 +619,10 @@ def test_the_loop(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.long
 def test_fit_from_a_folder_of_images(real_data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from real_data import pictures
+    from real_data import image_files
 
-    for i, picture in enumerate(pictures()[:12]):
-        (tmp_path / f"{i}.jpg").write_bytes(picture)
+    for i, image in enumerate(image_files()[:12]):
+        (tmp_path / f"{i}.jpg").write_bytes(image)
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     rows = [f"{i}.jpg,{i % 7 + 1}" for i in range(12)] + ["broken.jpg,3", "absent.jpg,4"]
     (tmp_path / "ratings.tsv").write_text("image\tscore\n" + "\n".join(r.replace(",", "\t") for r in rows))

@@ -1,4 +1,4 @@
-"""The demo: its web, its pictures, its list. Real sockets, real packages, real pictures; no network."""
+"""The demo: its web, its images, its list. Real sockets, real packages, real images; no network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sklearn.datasets import load_sample_images
 
 from aesthetic.errors import UserError
 from demo import run
-from demo.pictures import BOTH_WAYS, one_size_each, pictures, readable, unpack, wallpaper_name
+from demo.pictures import BOTH_WAYS, demo_images, one_size_each, readable, unpack, wallpaper_name
 from demo.web import Route, Web
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Someone's own pictures: twelve parts of two real photographs, some with captions, in folders."""
+    """Someone's own images: twelve parts of two real photographs, some with captions, in folders."""
     here = tmp_path_factory.mktemp("pictures")
     (here / "garden").mkdir()
     photos = [Image.fromarray(p) for p in load_sample_images().images]
@@ -171,11 +171,11 @@ def test_the_server_ends_with_its_owner_however_that_ends(tmp_path: Path) -> Non
     pytest.fail("the server outlived its owner")
 
 
-# ----------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------------------------- images
 
 
-def test_own_pictures_and_their_captions(folder: Path) -> None:
-    found = pictures(folder)
+def test_own_images_and_their_captions(folder: Path) -> None:
+    found = demo_images(folder)
     assert [p.path for p in found] == sorted(p.path for p in found) and len(found) == 12
     by_name = {p.path.name: p for p in found}
     assert by_name["myFlower_0.JPG"].caption == "A red dahlia."
@@ -183,11 +183,11 @@ def test_own_pictures_and_their_captions(folder: Path) -> None:
     assert by_name["myFlower_2.png"].package == folder.name
 
 
-def test_no_pictures_is_an_error_that_says_so(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no picture"):
-        pictures(tmp_path)
+def test_no_images_is_an_error_that_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no image"):
+        demo_images(tmp_path)
     with pytest.raises(UserError, match="is not a folder"):
-        pictures(tmp_path / "nowhere")
+        demo_images(tmp_path / "nowhere")
 
 
 def test_names_made_readable() -> None:
@@ -213,7 +213,7 @@ def test_one_size_of_each_wallpaper(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
-def test_a_package_is_unpacked_to_its_pictures(tmp_path: Path) -> None:
+def test_a_package_is_unpacked_to_its_images(tmp_path: Path) -> None:
     made = tmp_path / "made"
     stamps = made / "usr" / "share" / "stamps"
     stamps.mkdir(parents=True)
@@ -248,7 +248,7 @@ def test_without_apt_and_without_a_folder_both_ways_are_printed(tmp_path: Path) 
 
 
 def test_the_list_is_the_same_each_time_and_fails_in_every_way(folder: Path, tmp_path: Path) -> None:
-    found = pictures(folder)
+    found = demo_images(folder)
     rows, routes = run.web_of(found)
     assert (rows, routes) == run.web_of(found)
     path = tmp_path / "list.parquet"

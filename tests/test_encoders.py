@@ -36,7 +36,7 @@ def bundled() -> Encoder:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[np.ndarray]:
+def probes() -> list[np.ndarray]:
     return [decode(f) for f in probe_files()]
 
 
@@ -62,8 +62,8 @@ assert not {"torch", "open_clip", "transformers"} & sys.modules.keys()
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_vectors_are_unit_rows(bundled: Encoder, pictures: list[np.ndarray]) -> None:
-    images = bundled.encode_images(pictures)
+def test_vectors_are_unit_rows(bundled: Encoder, probes: list[np.ndarray]) -> None:
+    images = bundled.encode_images(probes)
     texts = bundled.encode_texts(["a dog", "", "собака ☃", "word " * 2000])
     for vectors, n in ((images, 16), (texts, 4)):
         assert vectors.shape == (n, bundled.dim) == (n, 384 + 1280)
@@ -75,9 +75,9 @@ def test_vectors_are_unit_rows(bundled: Encoder, pictures: list[np.ndarray]) -> 
     assert bundled.encode_images([]).shape == bundled.encode_texts([]).shape == (0, bundled.dim)
 
 
-def test_vectors_do_not_depend_on_company_or_threads(bundled: Encoder, pictures: list[np.ndarray]) -> None:
+def test_vectors_do_not_depend_on_company_or_threads(bundled: Encoder, probes: list[np.ndarray]) -> None:
     with ThreadPoolExecutor(4) as pool:
-        batch = np.stack(list(pool.map(bundled.preprocess, [*pictures, *pictures[:4]])))
+        batch = np.stack(list(pool.map(bundled.preprocess, [*probes, *probes[:4]])))
     whole = bundled.encode_prepared(batch)
     assert (whole == bundled.encode_prepared(batch)).all()  # the same batches: the same bits
     np.testing.assert_allclose(whole[:4], whole[16:], atol=1e-6)
@@ -90,16 +90,16 @@ def test_vectors_do_not_depend_on_company_or_threads(bundled: Encoder, pictures:
     )
 
 
-def test_pil_images_are_set_upright_and_laid_over_white(bundled: Encoder, pictures: list[np.ndarray]) -> None:
+def test_pil_images_are_set_upright_and_laid_over_white(bundled: Encoder, probes: list[np.ndarray]) -> None:
     opened = [Image.open(io.BytesIO(f)) for f in probe_files()]
-    assert cosines(bundled.encode_images(opened), bundled.encode_images(pictures)).min() > 0.9999
+    assert cosines(bundled.encode_images(opened), bundled.encode_images(probes)).min() > 0.9999
     assert ImageOps.exif_transpose(opened[10]).size == (pixels(opened[10]).shape[1], pixels(opened[10]).shape[0])
     assert (pixels(Image.new("RGBA", (3, 2))) == 255).all()
     with pytest.raises(ValueError, match=r"height, width, 3.*\(3, 20, 20\)"):
         bundled.encode_images([np.zeros((3, 20, 20), np.uint8)])
 
 
-def test_any_size_of_picture(bundled: Encoder) -> None:
+def test_any_size_of_image(bundled: Encoder) -> None:
     sizes = [(1, 1, 3), (1, 30_000, 3), (30_000, 1, 3), (3, 2, 3)]
     assert np.isfinite(bundled.encode_images([np.full(s, 90, np.uint8) for s in sizes])).all()
 
@@ -232,7 +232,7 @@ def published(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(pretrained._PRETRAINED, name, {"our_tag": entry})
 
 
-def test_a_file_of_weights_gives_open_clips_vectors(tiny: Tiny, pictures: list[np.ndarray]) -> None:
+def test_a_file_of_weights_gives_open_clips_vectors(tiny: Tiny, probes: list[np.ndarray]) -> None:
     import open_clip
     import torch
 
@@ -241,15 +241,15 @@ def test_a_file_of_weights_gives_open_clips_vectors(tiny: Tiny, pictures: list[n
     assert encoder.name == f"open_clip:tiny/sha256-{digest[:12]}"
     assert (encoder.precision, encoder.batch_size, encoder.dim) == ("fp32", 32, 48)
 
-    images, texts = encoder.encode_images(pictures), encoder.encode_texts(["a dog", "word " * 200, ""])
+    images, texts = encoder.encode_images(probes), encoder.encode_texts(["a dog", "word " * 200, ""])
     transform = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(size=(48, 48)), is_train=False)
     with torch.inference_mode():
-        direct = tiny.model.encode_image(torch.stack([transform(Image.fromarray(p)) for p in pictures]), normalize=True)
+        direct = tiny.model.encode_image(torch.stack([transform(Image.fromarray(p)) for p in probes]), normalize=True)
         told = tiny.model.encode_text(open_clip.get_tokenizer("tiny")(["a dog", "word " * 200, ""]), normalize=True)
     np.testing.assert_allclose(images, direct.numpy(), atol=1e-5)
     np.testing.assert_allclose(texts, told.numpy(), atol=1e-5)
 
-    batch = np.stack([encoder.preprocess(p) for p in pictures])
+    batch = np.stack([encoder.preprocess(p) for p in probes])
     assert (encoder.encode_prepared(batch) == images).all()
     np.testing.assert_allclose(encoder.encode_prepared(batch[3:5]), images[3:5], atol=1e-5)
     assert np.isfinite(
@@ -308,7 +308,7 @@ def test_weights_in_the_hubs_cache_need_no_network(
     assert encoder.space().details["weights"] == sha256_file(file)
 
 
-def test_weights_as_openai_published_them(tiny: Tiny, tmp_path: Path, pictures: list[np.ndarray]) -> None:
+def test_weights_as_openai_published_them(tiny: Tiny, tmp_path: Path, probes: list[np.ndarray]) -> None:
     import torch
 
     class Holder(torch.nn.Module):
@@ -330,8 +330,8 @@ def test_weights_as_openai_published_them(tiny: Tiny, tmp_path: Path, pictures: 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.trace(Holder(), torch.zeros(1)).save(str(archive))
-    ours = load_encoder(f"open_clip:tiny/{archive}", device="cpu").encode_images(pictures[:3])
-    theirs = load_encoder(f"open_clip:tiny/{tiny.weights}", device="cpu").encode_images(pictures[:3])
+    ours = load_encoder(f"open_clip:tiny/{archive}", device="cpu").encode_images(probes[:3])
+    theirs = load_encoder(f"open_clip:tiny/{tiny.weights}", device="cpu").encode_images(probes[:3])
     np.testing.assert_array_equal(ours, theirs)
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong around the rows: pictures that kill, two runs at once, Ctrl-C, a full disk, and the second time."""
+"""What goes wrong around the rows: images that kill, two runs at once, Ctrl-C, a full disk, and the second time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from curate.store.lock import Lock, hold_worker_lock
 
 @pytest.fixture(scope="module")
 def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SmallWeb, Path]]:
-    """A web of 60 rows, among them every way to fail and two pictures that kill who decodes them; and its list."""
+    """A web of 60 rows, among them every way to fail and two images that kill who decodes them; and its list."""
     with small_web(38, fatal=(5, 33)) as web:
         yield web, web.write_list(tmp_path_factory.mktemp("list") / "list.parquet")
 
@@ -54,7 +54,7 @@ def tastemaker(*words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
-# ------------------------------------------------------------------------------------------------- pictures that kill
+# ------------------------------------------------------------------------------------------------- images that kill
 
 
 def fault(folder: Path) -> Path:
@@ -81,8 +81,8 @@ def check_every_row(web: SmallWeb, root: Path) -> None:
     assert verdicts.total() == selection["rows"] == len(web.rows)
 
 
-def test_fatal_pictures_and_every_other_failure(web: tuple[SmallWeb, Path], tmp_path: Path) -> None:
-    """Two starts die; at the third, each fatal picture costs its own row only. Every reason is among the rows."""
+def test_fatal_images_and_every_other_failure(web: tuple[SmallWeb, Path], tmp_path: Path) -> None:
+    """Two starts die; at the third, each fatal image costs its own row only. Every reason is among the rows."""
     small, listed = web
     unreachable = {Reason.DENIED, Reason.HASH_MISMATCH, Reason.BAD_LINE}  # parquet has no broken lines
     assert {row.reason for row in small.rows} == {None, *Reason} - unreachable
@@ -101,7 +101,7 @@ def fault_or_new(folder: Path) -> Path:
 
 
 @pytest.mark.long
-def test_fatal_pictures_with_ray(web: tuple[SmallWeb, Path], tmp_path: Path) -> None:
+def test_fatal_images_with_ray(web: tuple[SmallWeb, Path], tmp_path: Path) -> None:
     """One command: Ray starts the worker again, and the third time the shard decodes in a child."""
     small, listed = web
     run = Run(listed, tmp_path / "data", small.settings(30, TIMEOUT), PYTHONPATH=str(fault(tmp_path / "fault")))
@@ -113,7 +113,7 @@ def test_fatal_pictures_with_ray(web: tuple[SmallWeb, Path], tmp_path: Path) -> 
 def test_embedding_that_kills_is_not_tried_for_ever(
     slow: tuple[SmallWeb, Path, dict[str, str]], tmp_path: Path
 ) -> None:
-    """A stored picture that was decoded well before kills the worker: after three starts the run says so and ends."""
+    """A stored image that was decoded well before kills the worker: after three starts the run says so and ends."""
     small, listed, reference = slow
     made = start_here(listed, tmp_path / "data", small.settings(15))
     made.join()

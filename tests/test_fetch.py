@@ -123,7 +123,7 @@ async def failure(fetcher: Fetcher, url: str) -> RowError:
     return e.value
 
 
-def test_a_good_picture_and_what_is_sent() -> None:
+def test_a_good_image_and_what_is_sent() -> None:
     async def main() -> None:
         async with running() as (server, root, fetcher):
             for _ in range(3):
@@ -780,7 +780,7 @@ def test_robots_txt_is_asked_for_once_per_origin() -> None:
 
 
 async def outcome_of(page: Any, file: str = "/robots.txt", **config: Any) -> tuple[str, Server]:
-    """What becomes of a picture whose server has this page as that file, or, in a dict, these pages."""
+    """What becomes of an image whose server has this page as that file, or, in a dict, these pages."""
     async with running(**config) as (server, root, fetcher):
         server.pages |= page if isinstance(page, dict) else {file: page}
         try:
@@ -828,7 +828,7 @@ def test_robots_txt_is_not_asked_for_where_it_is_not_respected() -> None:
 
 
 def flaky(failures: int, answer: bytes) -> Callable[[asyncio.StreamWriter, str], Awaitable[None]]:
-    """The same answer so many times, then a picture."""
+    """The same answer so many times, then an image."""
     left = failures
 
     async def page(writer: asyncio.StreamWriter, _: str) -> None:

@@ -29,7 +29,7 @@ from curate.sources.plan import SourceConfig
 from curate.sources.planner import make_plan
 from curate.workers import FetchWorker
 from demo.web import Route, Web
-from tests.small_web import ROOT, picture
+from tests.small_web import ROOT, image
 
 
 def fetch(root: Path, rows: dict[str, list[Any]], allow: str, shard_size: int = 1000, **config: Any) -> pa.Table:
@@ -52,7 +52,7 @@ def fetch(root: Path, rows: dict[str, list[Any]], allow: str, shard_size: int = 
 @pytest.mark.parametrize("algorithm", ["md5", "sha256", "sha512"])
 def test_bytes_are_verified_and_denied_before_anything_is_made_of_them(tmp_path: Path, algorithm: str) -> None:
     """Rows in turn: right, wrong, unhashed, nonsense, denied by bytes, by domain, by a redirect to a denied URL."""
-    bodies = [picture(n)[1] for n in range(20)]
+    bodies = [image(n)[1] for n in range(20)]
     routes: dict[Any, Route] = {f"/{n}.jpg": Route(body=body) for n, body in enumerate(bodies)}
     routes["/moved"] = Route(status=302, headers=(("Location", "/7.jpg"),))
     with Web(routes, hosts=2) as web:
@@ -88,7 +88,7 @@ def test_what_cannot_be_verified_or_denied_is_said_before_anything_is_asked(tmp_
 
 
 def test_signals_that_are_not_respected_are_in_the_ledger(tmp_path: Path) -> None:
-    body = picture(0)[1]
+    body = image(0)[1]
     tag, tdm = ("X-Robots-Tag", "tastemaker: noai"), ("TDM-Reservation", "1")
     routes: dict[Any, Route] = {
         "/tag.jpg": Route(body=body, headers=(tag,)),
@@ -111,7 +111,7 @@ def test_placeholders_are_named(tmp_path: Path) -> None:
     out = io.BytesIO()
     Image.new("RGB", (100, 80), "lightgrey").save(out, "PNG")
     routes: dict[Any, Route] = {f"/{n}.png": Route(body=out.getvalue()) for n in range(30)}
-    routes |= {f"/{n}.jpg": Route(body=picture(n)[1]) for n in range(30)}
+    routes |= {f"/{n}.jpg": Route(body=image(n)[1]) for n in range(30)}
     with Web(routes, hosts=3) as web:
         urls = [web.url(n % 3, path) for n, path in enumerate(routes)]
         urls += [web.url(0, "/0.jpg")] * 20  # one URL many times is the list's affair
@@ -119,14 +119,14 @@ def test_placeholders_are_named(tmp_path: Path) -> None:
         assert table["status"].to_pylist() == ["success"] * 80
         (found,) = repeats(Data(tmp_path / "run" / "data"))
         assert (found.urls, found.hosts, found.width, found.height) == (30, 3, 80, 64)
-        assert "30 URLs of 3 hosts gave one picture of 80 x 64" in str(found)
+        assert "30 URLs of 3 hosts gave one image of 80 x 64" in str(found)
 
 
 @pytest.mark.long
 def test_a_moment_of_silence_costs_no_row(tmp_path: Path) -> None:
     """All hosts answer 503 at first; the second pass comes when they have recovered."""
     down = Route(status=503, body=b"down")
-    routes: dict[Any, Route] = {f"/{n}.jpg": Route(body=picture(n)[1], first=(down, down)) for n in range(24)}
+    routes: dict[Any, Route] = {f"/{n}.jpg": Route(body=image(n)[1], first=(down, down)) for n in range(24)}
     with Web(routes, hosts=6) as web:
         urls = [web.url(n, path) for n, path in enumerate(routes)]
         table = fetch(tmp_path / "run", {"url": urls, "caption": ["a"] * 24}, f"127.0.0.0/8:{web.port}", retries=2)
@@ -137,7 +137,7 @@ def test_a_moment_of_silence_costs_no_row(tmp_path: Path) -> None:
 def test_four_workers_keep_a_domains_limits_together(tmp_path: Path) -> None:
     """By the server's own count: at no time more than `per_domain`, and no more than `rate` a second; in order."""
     count = 160
-    routes: dict[Any, Route] = {f"/{n}.jpg": Route(body=picture(n % 40)[1], delay=0.03) for n in range(count)}
+    routes: dict[Any, Route] = {f"/{n}.jpg": Route(body=image(n % 40)[1], delay=0.03) for n in range(count)}
     with Web(routes, hosts=2) as web:
         urls = [web.url(n % 2, f"/{n}.jpg") for n in range(count)]
         pq.write_table(pa.table({"url": urls, "caption": ["a"] * count}), tmp_path / "list.parquet")
@@ -170,7 +170,7 @@ def test_a_worker_is_batch_work_and_leaves_the_process_as_it_was(tmp_path: Path)
         policies.update(os.sched_getscheduler(t.native_id or 0) for t in (*decoders, threading.current_thread()))
         assert outcome != "success" or decoders
 
-    with Web({"/1.jpg": Route(body=picture(1)[1])}, hosts=1) as web:
+    with Web({"/1.jpg": Route(body=image(1)[1])}, hosts=1) as web:
         pq.write_table(pa.table({"url": [web.url(0, "/1.jpg"), web.url(0, "/none")]}), tmp_path / "list.parquet")
         make_plan(str(tmp_path / "list.parquet"), Data(tmp_path / "data"), SourceConfig(), None)
 

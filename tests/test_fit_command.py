@@ -1,4 +1,4 @@
-"""`tastemaker fit` from end to end: ratings, labels and comparisons of real pictures, in a folder or a data folder."""
+"""`tastemaker fit` from end to end: ratings, labels and comparisons of real images, in a folder or a data folder."""
 
 import json
 import re
@@ -19,7 +19,7 @@ COUNT = 60
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Pictures that are sharp and bright, or blurred and dark: how much is in `light`."""
+    """Images that are sharp and bright, or blurred and dark: how much is in `light`."""
     root = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     light = rng.random(COUNT)
@@ -45,7 +45,7 @@ def run(capsys, *words):
     return code, captured.out, captured.err
 
 
-def test_from_a_folder_of_pictures_to_a_head_in_one_command(folder, tmp_path, capsys):
+def test_from_a_folder_of_images_to_a_head_in_one_command(folder, tmp_path, capsys):
     root, light = folder
     table = pd.DataFrame({"image": names(), "score": np.round(1 + 9 * light, 2), "n": 20, "sd": 1.5})
     table.loc[COUNT] = ["copy.jpg", 1 + 9 * light[0], 20, 1.5]
@@ -67,8 +67,8 @@ def test_from_a_folder_of_pictures_to_a_head_in_one_command(folder, tmp_path, ca
     left = pd.read_csv(out / "unjoined.csv").set_index("image")["why"]
     assert left["absent.jpg"] == "not found"
     assert "decoded" in left["broken.jpg"]
-    for picture in ("scatter.png", "calibration.png", "learning_curve.png", "extremes.png"):
-        with Image.open(out / picture) as image:
+    for plot in ("scatter.png", "calibration.png", "learning_curve.png", "extremes.png"):
+        with Image.open(out / plot) as image:
             assert image.width > 600
     held_out = pd.read_csv(out / "held_out.csv")
     assert held_out["predicted"].notna().all() and len(held_out) == COUNT + 1
@@ -78,17 +78,26 @@ def test_from_a_folder_of_pictures_to_a_head_in_one_command(folder, tmp_path, ca
 @pytest.mark.long
 def test_what_to_rate_next_is_listed_and_shown(folder, tmp_path, capsys):
     root, light = folder
-    pd.DataFrame({"path": names(40), "rating": light[:40]}).to_csv(tmp_path / "r.csv", index=False)
+    table = {"photo": names(40), "beauty_mean": light[:40], "theme": range(40)}
+    pd.DataFrame(table).to_csv(tmp_path / "r.csv", index=False)
     out = tmp_path / "h.head"
-    code, text, _ = run(capsys, "fit", tmp_path / "r.csv", "--images", root, "--out", out, "--suggest", 5)
+    words = ["--images", root, "--key", "photo", "--score", "beauty_mean", "--group", "theme"]
+    code, text, _ = run(capsys, "fit", tmp_path / "r.csv", *words, "--out", out, "--suggest", 5)
     assert code == 0
     assert "suggest.csv" in text
     listed = pd.read_csv(out / "suggest.csv")
     assert len(listed) == 5
-    assert set(listed["image"]) <= set(names()[40:])  # neither a rated one, nor the copy of one, nor the broken one
+    assert set(listed["photo"]) <= set(names()[40:])  # neither a rated one, nor the copy of one, nor the broken one
     with Image.open(out / "suggest.png") as sheet:
         assert sheet.width > 600
     assert "worth how many raters: unknown" in text
+    listed.loc[:2, ["beauty_mean", "theme"]] = [[0.2, 90], [0.5, 91], [0.7, 92]]  # and the same options read it
+    listed.to_csv(out / "suggest.csv", index=False)
+    files = [tmp_path / "r.csv", out / "suggest.csv"]
+    code, _, err = run(capsys, "fit", *files, *words, "--out", out, "--suggest", 5)
+    assert code == 2 and "has scores filled in" in err
+    code, text, _ = run(capsys, "fit", *files, *words, "--out", tmp_path / "more.head")
+    assert code == 0 and "43 ratings, 43 joined" in text
 
 
 def test_labels_make_a_classifier(folder, tmp_path, capsys):
@@ -272,7 +281,7 @@ def vectors_folder(folder, x, space=None):
 
 
 def test_vectors_as_clip_retrieval_stores_them(tmp_path, capsys):
-    """No picture at hand: by key in a folder that says its space, by path in one whose encoder must be named."""
+    """No image at hand: by key in a folder that says its space, by path in one whose encoder must be named."""
     from aesthetic.space import require_same
     from curate.encoders.registry import load_encoder
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from curate.fetch.deny import ALGORITHMS, verify_hash
 from curate.ledger.schema import Reason, RowError
-from tests.small_web import picture
+from tests.small_web import image
 
 DATA = b"the bytes as the server sent them"
 HEX = {name: hashlib.new(name, DATA).hexdigest() for name in ALGORITHMS.values()}
@@ -69,7 +69,7 @@ def test_a_thousand_rows_of_which_a_hundred_were_changed(algorithm: str) -> None
     """50 with a byte of their own, 50 encoded again: 100 refused, all others kept."""
     data, expected = [], []
     for n in range(1000):
-        body = picture(n % 40)[1] + n.to_bytes(2, "big")  # all different
+        body = image(n % 40)[1] + n.to_bytes(2, "big")  # all different
         expected.append(hashlib.new(algorithm, body).hexdigest())
         if n % 20 == 3:
             at = n * 7919 % len(body)

@@ -1,6 +1,6 @@
 """img2dataset 1.47 as an independent second opinion, as a download engine, and its folders as lists. No network.
 
-One list of real pictures and failing rows, served on loopback (img2dataset checks no addresses), goes through
+One list of real images and failing rows, served on loopback (img2dataset checks no addresses), goes through
 img2dataset itself, through our stage with the native engine, and through our stage with img2dataset as its engine.
 """
 
@@ -71,8 +71,8 @@ def test_the_engine_is_the_version_that_the_project_names() -> None:
 # --------------------------------------------------------------------------------------------------- one list, 3 ways
 
 
-def picture(number: int) -> tuple[str, bytes]:
-    """(extension, bytes) of one of 64 pictures: parts of two photographs, smaller and larger than what is stored."""
+def image(number: int) -> tuple[str, bytes]:
+    """(extension, bytes) of one of 64 images: parts of two photographs, smaller and larger than what is stored."""
     kind = ("jpg", "png", "webp")[number % 3]
     width, height = 90 + number * 53 % 500, 90 + number * 31 % 330
     photo = Image.fromarray(load_sample_images().images[number % 2])
@@ -104,7 +104,7 @@ def _orientation(value: int) -> Image.Exif:
 
 def failing() -> dict[str, tuple[Route, Reason, Reason]]:
     """Path -> what it answers, our reason, and what can be told from img2dataset's words."""
-    jpeg = picture(0)[1]
+    jpeg = image(0)[1]
     html = b"<!doctype html><title>Sorry</title><p>Sign in to see this picture."
     no_ai = (("X-Robots-Tag", "noai"),)
     return {
@@ -113,7 +113,7 @@ def failing() -> dict[str, tuple[Route, Reason, Reason]]:
         "/500.jpg": (Route(status=500, body=b"oops"), Reason.HTTP_5XX, Reason.HTTP_5XX),
         "/429.jpg": (Route(status=429, body=b"slow"), Reason.HTTP_429, Reason.HTTP_429),
         "/page.jpg": (Route(body=html, content_type="image/jpeg"), Reason.NOT_AN_IMAGE, Reason.DECODE_ERROR),
-        "/half.jpg": (Route(body=picture(33)[1], keep=0.5), Reason.DECODE_ERROR, Reason.DECODE_ERROR),
+        "/half.jpg": (Route(body=image(33)[1], keep=0.5), Reason.DECODE_ERROR, Reason.DECODE_ERROR),
         "/noai.jpg": (Route(body=jpeg, headers=no_ai), Reason.OPTED_OUT, Reason.OPTED_OUT),
         "/cut.jpg": (Route(body=jpeg, drop=True), Reason.PROTOCOL, Reason.PROTOCOL),
         "/slow.jpg": (Route(body=jpeg, delay=6.0), Reason.TIMEOUT, Reason.TIMEOUT),
@@ -126,7 +126,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     routes: dict[str | tuple[int, str], Route] = {"/robots.txt": Route(status=404)}
     paths = []
     for number in range(GOOD):
-        extension, data = picture(number)
+        extension, data = image(number)
         paths.append(f"/{number:02d}.{extension}")
         routes[paths[-1]] = Route(body=data, content_type=f"image/{extension}")
     routes |= {path: route for path, (route, _, _) in failing().items()}
@@ -208,7 +208,7 @@ def images_of(folder: Path) -> dict[str, np.ndarray]:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two pictures, dB."""
+    """Peak signal-to-noise ratio of two images, dB."""
     error = np.mean((a.astype(float) - b.astype(float)) ** 2)
     return float(10 * np.log10(255**2 / max(error, 1e-9)))
 
@@ -233,7 +233,7 @@ def test_keys_statuses_sizes_and_originals_are_the_same(runs: Runs) -> None:
             assert [engine[n] for n in others + sizes] == [theirs[n] for n in others + sizes]
         assert [native[n] for n in others] == [theirs[n] for n in others]
         if name_of(native) == f"/{ROTATED:02d}.jpg":
-            # img2dataset stores pictures as they lie in the file, though it drops the EXIF that says how to turn them
+            # img2dataset stores images as they lie in the file, though it drops the EXIF that says how to turn them
             assert (native["width"], native["height"]) == (theirs["height"], theirs["width"])
         elif name_of(native) == "/half.jpg":
             assert (native["original_width"], native["original_height"]) == (339, 123)  # what its header says
@@ -247,7 +247,7 @@ def test_reasons_are_the_same_where_words_can_tell(runs: Runs) -> None:
         name = name_of(native)
         ours, told = failing()[name][1:] if name in failing() else (Reason.HTTP_404, Reason.HTTP_404)
         if native["status"] != "success":
-            # one difference: a page that is served as an image is for it a picture that cannot be decoded
+            # one difference: a page that is served as an image is for it an image that cannot be decoded
             assert native["reason"] == ours, name
             seen.add(name)
             if engine is not None:
@@ -407,7 +407,7 @@ def test_a_child_that_fails_has_its_last_words_told(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_a_shard_where_all_rows_fail_and_its_retry(tmp_path: Path) -> None:
-    jpeg = picture(0)[1]
+    jpeg = image(0)[1]
     routes: dict[str | tuple[int, str], Route] = {
         "/flaky.jpg": Route(body=jpeg, content_type="image/jpeg", first=(Route(status=503),)),
         "/gone.jpg": Route(status=410),
@@ -448,7 +448,7 @@ list(download(urls, FetchConfig(concurrency=2, timeout=60, retries=0), ImagesCon
 @pytest.mark.long
 @pytest.mark.parametrize("who", ["its pool", "itself", "we"])
 def test_whoever_dies_nothing_hangs_and_nothing_goes_on(tmp_path: Path, who: str) -> None:
-    slow = {f"/{i}.jpg": Route(body=picture(0)[1], content_type="image/jpeg", delay=1.0) for i in range(60)}
+    slow = {f"/{i}.jpg": Route(body=image(0)[1], content_type="image/jpeg", delay=1.0) for i in range(60)}
     with Web(slow) as web:
         urls = [web.url(0, path) for path in slow]
         command = [sys.executable, "-c", OWNER, str(tmp_path / "folder"), *urls]

@@ -116,7 +116,7 @@ def test_our_own_folder_is_taken_without_its_encoder(real_data: Data, fresh: Dat
     assert fresh.space.read_bytes() == real_data.space.read_bytes()
 
 
-def test_pictures_read_from_tars_are_found_by_their_names_there(real_data: Data, tmp_path: Path) -> None:
+def test_images_read_from_tars_are_found_by_their_names_there(real_data: Data, tmp_path: Path) -> None:
     """The packed shards as a list: its samples are shuffled, and get keys of their own."""
     keys, images, texts, captions = vectors_of(real_data)
     embed = clip_retrieval_folder(tmp_path / "emb", keys, images, texts, captions, 7)
@@ -166,7 +166,7 @@ def refused(fresh: Data, config: EmbedConfig, words: str) -> None:
     assert not list((fresh.root / "embedded").glob("img_emb/*"))
 
 
-def test_missing_pictures_are_counted_and_the_first_is_named(real_data: Data, fresh: Data, tmp_path: Path) -> None:
+def test_missing_images_are_counted_and_the_first_is_named(real_data: Data, fresh: Data, tmp_path: Path) -> None:
     keys, images, _, _ = vectors_of(real_data)
     left = [i for i, key in enumerate(keys) if i not in (2, 5)]
     embed = clip_retrieval_folder(tmp_path / "emb", [keys[i] for i in left], images[left], None, None, 100)
@@ -179,7 +179,7 @@ def test_a_name_twice_is_refused(real_data: Data, fresh: Data, tmp_path: Path) -
     refused(fresh, clip_retrieval_folder(tmp_path / "emb", names, images, None, None, 100), f"2 rows .* {keys[0]}")
 
 
-def test_vectors_of_other_pictures_are_refused(real_data: Data, fresh: Data, tmp_path: Path) -> None:
+def test_vectors_of_other_images_are_refused(real_data: Data, fresh: Data, tmp_path: Path) -> None:
     keys, images, _, _ = vectors_of(real_data)
     embed = clip_retrieval_folder(tmp_path / "emb", keys, np.roll(images, 1, axis=0), None, None, 100)
     refused(fresh, embed, "does not hold bundled's vectors of these images: 8 of shard 0 .* 0.98 needed; the worst is")
@@ -226,7 +226,7 @@ def test_another_encoder_is_refused_by_name(real_data: Data, fresh: Data, tmp_pa
     refused(fresh, theirs, "1664 numbers a row, of bundled .1664., but embed.encoder is open_clip:ViT-B-32/x")
 
 
-def test_a_shard_without_pictures(tmp_path: Path) -> None:
+def test_a_shard_without_images(tmp_path: Path) -> None:
     """Empty partitions and an index without rows are no special case."""
     empty = clip_retrieval_folder(tmp_path / "emb", ["a"], np.zeros((0, 4), np.float16), None, None, 1)
     pq.write_table(pa.table({"image_path": pa.array([], pa.string())}), tmp_path / "emb/metadata/metadata_0.parquet")

@@ -58,7 +58,7 @@ def test_a_recipe_decides_about_pools() -> None:
 
 @pytest.fixture(scope="module")
 def web() -> Iterator[SmallWeb]:
-    """20 pictures and every way to fail."""
+    """20 images and every way to fail."""
     with small_web(20) as web:
         yield web
 

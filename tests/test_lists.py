@@ -32,7 +32,7 @@ from curate.sources.plan import Plan, SourceConfig
 from curate.sources.planner import inspect, make_plan
 from curate.store.records import commit
 from pipelines.recipe import Recipe, load_recipe
-from tests.small_web import picture
+from tests.small_web import image
 from tests.stages import fetch_shards, serving
 
 
@@ -401,7 +401,7 @@ def test_a_digest_of_the_list_is_compared_whether_or_not_it_is_kept(tmp_path: Pa
     import hashlib
 
     with serving(2, {}, 10) as served:
-        digests = [hashlib.sha256(picture(0)[1]).hexdigest(), "0" * 64]
+        digests = [hashlib.sha256(image(0)[1]).hexdigest(), "0" * 64]
         pq.write_table(pa.table({"url": served.urls, "sha256": digests, "uid": ["a", "b"]}), tmp_path / "l.parquet")
         settings = [*served.settings, "fetch.verify=sha256", "source.columns=[uid]"]
         recipe: Recipe = load_recipe("bundled", settings)

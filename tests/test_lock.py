@@ -35,16 +35,16 @@ from curate.sources.plan import SourceConfig
 from curate.sources.planner import make_plan
 from curate.workers import EmbedWorker
 from pipelines.cli import main
-from tests.real_data import fetch_all, pictures
+from tests.real_data import fetch_all, image_files
 from tests.tiny_clip import DIM, add_architectures, make_weights
 
-PICTURES = 7
+IMAGES = 7
 FIRST = "open_clip:toy-quickgelu/first"  # the space that the heads here belong to
 
 
 @dataclasses.dataclass
 class Toys:
-    """Files of weights, a data folder whose pictures are fetched, and a head of the space FIRST."""
+    """Files of weights, a data folder whose images are fetched, and a head of the space FIRST."""
 
     weights: dict[str, Path]
     fetched: Data
@@ -75,10 +75,10 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toys]:
 
     images = folder / "images"
     images.mkdir()
-    for i, picture in enumerate(pictures()[:20:3]):
-        (images / f"{i:06d}.jpg").write_bytes(picture)  # called like the keys, so that vectors can be imported
+    for i, image in enumerate(image_files()[:20:3]):
+        (images / f"{i:06d}.jpg").write_bytes(image)  # called like the keys, so that vectors can be imported
     data = Data(folder / "data")
-    make_plan(str(images), data, SourceConfig(shard_size=PICTURES))
+    make_plan(str(images), data, SourceConfig(shard_size=IMAGES))
     fetch_all(data)
 
     plain = {**pretrained.get_pretrained_cfg("ViT-B-32", "laion2b_e16"), "hf_hub": "", "url": ""}
@@ -109,7 +109,7 @@ def make_head(space: Space) -> Head:
 
 
 def embedded(toys: Toys, folder: Path, config: EmbedConfig, score: dict[str, str] | None = None) -> Data:
-    """A data folder of the fetched pictures, embedded by the embed stage, and scored there if asked for."""
+    """A data folder of the fetched images, embedded by the embed stage, and scored there if asked for."""
     if not folder.exists():
         shutil.copytree(toys.fetched.root, folder)
     data = Data(folder)
@@ -163,7 +163,7 @@ def assert_told(text: str, pattern: str) -> None:
     assert re.search(pattern, text, re.S), text
 
 
-def test_a_picture_left_on_its_side_is_another_space(toys: Toys, tmp_path: Path) -> None:
+def test_an_image_left_on_its_side_is_another_space(toys: Toys, tmp_path: Path) -> None:
     """A folder that somebody else embedded, without minding the EXIF orientation, and described truthfully."""
     encoder = toys.encoder()
 
@@ -231,7 +231,7 @@ def test_a_declared_head_knows_its_encoder_by_name(
     err = refused_by_score(data, save_head(declared, tmp_path / "declared.head"), capsys)
     assert_told(err, "differ in: the encoder")
     right = embedded(toys, tmp_path / "right", toys.config())
-    assert len(scored(right, tmp_path / "declared.head")) == PICTURES
+    assert len(scored(right, tmp_path / "declared.head")) == IMAGES
 
 
 def test_the_embed_stage_refuses_before_it_embeds(toys: Toys, tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_imported_vectors_meet_the_same_lock(toys: Toys, tmp_path: Path) -> None
         embedded(toys, tmp_path / "ours", folder, score)
     same = embedded(toys, tmp_path / "same", toys.config())
     ours = embedded(toys, tmp_path / "ours", toys.config(embeddings=str(same.root / "embedded")), score)
-    assert pq.read_table(ours.annotations("taste", 0)).num_rows == PICTURES
+    assert pq.read_table(ours.annotations("taste", 0)).num_rows == IMAGES
 
 
 # --------------------------------------------------------------------------------------------- four ways of being right
@@ -275,7 +275,7 @@ def test_half_precision_in_storage_is_the_same_space(toys: Toys, tmp_path: Path)
 def test_a_lower_precision_of_the_run_is_the_same_space(toys: Toys, tmp_path: Path) -> None:
     data = embedded(toys, tmp_path / "data", toys.config(precision="bf16"))
     assert Space.load(data.space).details["precision"] == "bf16"
-    assert len(scored(data, toys.head)) == PICTURES
+    assert len(scored(data, toys.head)) == IMAGES
 
 
 def test_other_threads_and_batches_are_the_same_space(toys: Toys, tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_other_threads_and_batches_are_the_same_space(toys: Toys, tmp_path: Path
     require_same(load_head(toys.head).space, encoder.space())
     data = embedded(toys, tmp_path / "data", toys.config())
     encoder.space().save(data.space)
-    assert len(scored(data, toys.head)) == PICTURES
+    assert len(scored(data, toys.head)) == IMAGES
 
 
 @contextlib.contextmanager
@@ -317,7 +317,7 @@ def test_other_arithmetic_is_the_same_space(
         space = encoder.space()
     assert not np.array_equal(space.probes, Space.load(data.space).probes)  # type: ignore[arg-type]
     space.save(data.space)
-    assert len(scored(data, toys.head)) == PICTURES
+    assert len(scored(data, toys.head)) == IMAGES
 
 
 def test_a_published_file_of_weights_and_its_copy_are_one_space(toys: Toys, tmp_path: Path) -> None:
@@ -325,4 +325,4 @@ def test_a_published_file_of_weights_and_its_copy_are_one_space(toys: Toys, tmp_
     copy = tmp_path / "copy.pt"
     shutil.copy(toys.weights["first"], copy)
     data = embedded(toys, tmp_path / "data", EmbedConfig(encoder=f"open_clip:toy-quickgelu/{copy}"))
-    assert len(scored(data, toys.head)) == PICTURES
+    assert len(scored(data, toys.head)) == IMAGES

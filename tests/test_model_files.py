@@ -1,4 +1,4 @@
-"""Models of others: whatever their files say, the outcome is an error that names the file, or a picture that is one."""
+"""Models of others: whatever their files say, the outcome is an error that names the file, or an image that is one."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_files_that_are_no_weights_are_told_without_loading(mine: Path) -> None:
             read_model_info(mine)
 
 
-def test_a_picture_of_values_that_are_no_numbers_is_not_drawn(model: Path) -> None:
+def test_an_image_of_values_that_are_no_numbers_is_not_drawn(model: Path) -> None:
     sampler = Sampler(model)
     sampler._text.unet.conv_out.weight.data[:] = 3e38
     with pytest.raises(NoImage, match="computed values that are no numbers"):
@@ -170,9 +170,7 @@ def test_nonsense_in_a_configuration_is_told_by_its_file_before_anything_is_load
 
 @pytest.mark.long
 @pytest.mark.parametrize("file", FILES)
-def test_whatever_a_configuration_says_there_is_a_picture_or_an_error_that_names_the_file(
-    mine: Path, file: str
-) -> None:
+def test_whatever_a_configuration_says_there_is_an_image_or_an_error_that_names_the_file(mine: Path, file: str) -> None:
     for text in mutations(mine / file):
         (mine / file).write_text(text)
         outcome(mine, file, draw)
@@ -239,7 +237,7 @@ def test_what_is_no_folder_of_a_model_says_what_to_do(mine: Path, tmp_path: Path
         read_model_info(mine)
 
 
-# ------------------------------------------------------------------------------------------------- pictures, prompts
+# ------------------------------------------------------------------------------------------------- images, prompts
 
 
 def about(size: int) -> ModelInfo:
@@ -247,7 +245,7 @@ def about(size: int) -> ModelInfo:
     return ModelInfo("m", Path("m"), {"sample_size": size // 8}, vae, {}, {}, None)
 
 
-def test_a_picture_to_begin_with_is_brought_to_a_size_that_the_model_draws(
+def test_an_image_to_begin_with_is_brought_to_a_size_that_the_model_draws(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fitting_size(about(512), (500, 333)) == (624, 416)

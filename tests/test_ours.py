@@ -102,14 +102,14 @@ COMMANDS: dict[str, list[str]] = {
     "status": ["status", "{out}"],
     "verify": ["verify", "{out}", "--repair"],
     "query": ["query", "{out}", "select 1"],
-    "fit": ["fit", "{ratings}", "--images", "{pictures}", "--out", "{out}"],
+    "fit": ["fit", "{ratings}", "--images", "{images}", "--out", "{out}"],
     "heads import": ["heads", "import", "{weights}", "--encoder", "bundled", "--out", "{out}"],
     "heads prompt": [
         *("heads", "prompt", "cat", "--encoder", "bundled", "--wanted", "a", "--against", "b", "--out", "{out}")
     ],
-    "train": ["train", "{pictures}", "--out", "{out}", "--preset", "debug", "--steps", "1"],
+    "train": ["train", "{images}", "--out", "{out}", "--preset", "debug", "--steps", "1"],
     "train nothing": ["train", "nosuch", "--out", "{out}"],
-    "evaluate": ["evaluate", "nosuch-model", "{pictures}", "--out", "{out}"],
+    "evaluate": ["evaluate", "nosuch-model", "{images}", "--out", "{out}"],
     "sample": ["sample", "nosuch-model", "a fox", "--out", "{out}"],
     "serve": ["serve", "nosuch-model", "--out", "{out}", "--port", "0"],
 }
@@ -126,10 +126,10 @@ def test_a_folder_of_somebodys_is_refused_and_stays_as_it_is(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     out = tmp_path / "out"
     foreign(out)
-    write(tmp_path, "pictures/a.jpg", "weights")
+    write(tmp_path, "images/a.jpg", "weights")
     (tmp_path / "list.csv").write_text("url,caption\nhttp://127.0.0.1:9/a.jpg,a dog\n")
     (tmp_path / "ratings.csv").write_text("image,score\na.jpg,1\n")
-    names = {"list": "list.csv", "ratings": "ratings.csv", "pictures": "pictures", "weights": "weights"}
+    names = {"list": "list.csv", "ratings": "ratings.csv", "images": "images", "weights": "weights"}
     before = tree(tmp_path)
     for what, words in COMMANDS.items():
         for place in (str(out), "linked"):

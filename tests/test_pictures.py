@@ -1,4 +1,4 @@
-"""Pictures of a head: what is drawn is what was given, in the same bytes each time, without pyplot."""
+"""Plots of a head: what is drawn is what was given, in the same bytes each time, without pyplot."""
 
 import io
 import subprocess
@@ -43,7 +43,7 @@ def pixels(path):
 
 
 def coloured(path, ink):
-    """Where a picture has that colour: (rows, columns)."""
+    """Where a plot has that colour: (rows, columns)."""
     return np.nonzero(np.abs(pixels(path) - ink).max(2) < 12)
 
 
@@ -89,7 +89,7 @@ def test_the_calibration_line_is_that_of_the_numbers(tmp_path):
         assert -np.polyfit(columns[seen], rows[seen], 1)[0] == pytest.approx(slope, abs=0.05)
 
 
-def test_predictions_outside_the_scale_are_still_in_the_picture(tmp_path):
+def test_predictions_outside_the_scale_are_still_in_the_plot(tmp_path):
     path = scatter(tmp_path / "a.png", [0.0, 3.0, 9.0], [1.0, 2.0, 7.0], (1, 7), title="")
     rows, columns = np.nonzero((np.abs(pixels(path) - (130, 179, 168)).max(2) < 20)[160:, :760])  # dots over paper
     assert np.ptp(columns) > 500 and np.ptp(rows) > 350
@@ -113,14 +113,14 @@ def test_bins_of_what_is_rare_are_seen_apart(tmp_path):
     assert np.count_nonzero(np.diff(dots.astype(int)) == 1) == len(bins)
 
 
-def test_the_ceiling_is_in_the_picture_however_high(tmp_path):
+def test_the_ceiling_is_in_the_plot_however_high(tmp_path):
     low = coloured(learning_curve(tmp_path / "a.png", POINTS, 0.65, title="t"), AMBER)
     high = coloured(learning_curve(tmp_path / "b.png", POINTS, 0.99, title="t"), AMBER)
     none = coloured(learning_curve(tmp_path / "c.png", POINTS, title="t"), AMBER)
     assert len(none[0]) == 0 and min(len(low[0]), len(high[0])) > 500
 
 
-def test_pictures_of_very_little(tmp_path):
+def test_plots_of_very_little(tmp_path):
     scatter(tmp_path / "one.png", [3.0], [4.0], (1, 7), title="one image")
     scatter(tmp_path / "flat.png", [3.0, 3.0], [4.0, 5.0], (1, 7), title="one prediction")
     reliability(tmp_path / "bin.png", BINS[:1], title="one bin", probability=True)

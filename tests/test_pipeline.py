@@ -51,7 +51,7 @@ def rows_of(data: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallWeb]:
-    """40 pictures and every way to fail, on six hosts; and its list."""
+    """40 images and every way to fail, on six hosts; and its list."""
     with small_web(40) as web:
         yield web
 
@@ -234,7 +234,7 @@ def test_a_folder_that_cannot_be_written_ends_the_run(web: SmallWeb, tmp_path: P
 
 
 @pytest.mark.long
-def test_a_list_without_a_single_picture_keeps_nothing(web: SmallWeb, tmp_path: Path) -> None:
+def test_a_list_without_a_single_image_keeps_nothing(web: SmallWeb, tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("url,caption\n" + "".join(f"{web.web.url(0, '/no.jpg')}?{i},x\n" for i in "abc"))
     words = ["curate", tmp_path / "list.csv", "--out", tmp_path / "data", "--recipe", "bundled", *settings(web, 20)]
     run = tastemaker(*words)

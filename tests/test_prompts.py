@@ -1,4 +1,4 @@
-"""Zero-shot heads: CLIP-IQA's formula, real pictures ranked by words, and what is refused."""
+"""Zero-shot heads: CLIP-IQA's formula, real images ranked by words, and what is refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def bundled() -> Encoder:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[np.ndarray]:
+def images() -> list[np.ndarray]:
     return [decode(f) for f in probe_files()]
 
 
@@ -40,7 +40,7 @@ def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
     return float((positive[:, None] > negative[None, :]).mean() + (positive[:, None] == negative[None, :]).mean() / 2)
 
 
-def test_the_score_is_clip_iqas_softmax_over_two_sides(pictures: list[np.ndarray], tmp_path: Path) -> None:
+def test_the_score_is_clip_iqas_softmax_over_two_sides(images: list[np.ndarray], tmp_path: Path) -> None:
     """With open_clip's own model: softmax over 100 times the cosines with both sides' mean vectors."""
     import open_clip
     import torch
@@ -51,7 +51,7 @@ def test_the_score_is_clip_iqas_softmax_over_two_sides(pictures: list[np.ndarray
     wanted, against = ["a sharp photo", "a crisp photo of something"], ["a blurry photo"]
     head = prompt_head(encoder.encode_texts, encoder.space(), wanted, against, name="sharp")
     with torch.inference_mode():
-        x = torch.from_numpy(encoder.encode_images(pictures))
+        x = torch.from_numpy(encoder.encode_images(images))
         tokenize = open_clip.get_tokenizer("toy")
         ends = [model.encode_text(tokenize(side), normalize=True).mean(0) for side in (wanted, against)]
         cosines = x @ torch.stack([e / e.norm() for e in ends]).T

@@ -201,7 +201,7 @@ def test_sheets_of_nothing(tmp_path: Path) -> None:
     assert contact_sheet(Data(make_data(tmp_path / "all", 20, {})), "mine").is_file()  # nothing rejected
 
 
-def test_a_picture_that_cannot_be_decoded_has_its_place(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_decoded_has_its_place(tmp_path: Path) -> None:
     root = make_data(tmp_path / "data", 8)
     tar = root / "fetched" / "00000.tar"
     damaged = tar.read_bytes().replace(b"\xff\xd8\xff\xe0", b"\x00\x00\x00\x00", 1)

@@ -36,16 +36,16 @@ from pipelines.commands.status import status
 from pipelines.curation import remaining_work, restart
 from pipelines.recipe import Recipe, load_recipe
 from pipelines.runtime.jobs import RemainingWork
-from tests.small_web import picture
+from tests.small_web import image
 from tests.stages import Served, choose, contents, embed_shards, fetch_shards, run_stages, serving
 
 ROOT = Path(__file__).parents[1]
-SHARD_SIZE, PICTURES = 12, 30  # three shards; the middle one has nothing that may pass
+SHARD_SIZE, IMAGES = 12, 30  # three shards; the middle one has nothing that may pass
 
 
 def flaky(number: int, *first: Route, **then: Any) -> Route:
-    """A picture that is answered after other answers."""
-    name, data, _ = picture(number)
+    """An image that is answered after other answers."""
+    name, data, _ = image(number)
     return Route(body=data, content_type=f"image/{name.rpartition('.')[2]}", first=first, **then)
 
 
@@ -66,7 +66,7 @@ WAITING = {"/flaky.jpg": 1, "/busy.jpg": 1, "/cut.jpg": 1, "/down.jpg": 1}
 
 @pytest.fixture
 def served() -> Iterator[Served]:
-    with serving(PICTURES, others(), SHARD_SIZE) as served:
+    with serving(IMAGES, others(), SHARD_SIZE) as served:
         yield served
 
 
@@ -75,7 +75,7 @@ def rows(data: Data, shard: int) -> list[dict[str, Any]]:
 
 
 def outcomes(data: Data) -> dict[str, str | None]:
-    """path -> reason of the rows that are not plain pictures."""
+    """path -> reason of the rows that are not plain images."""
     found = {"/" + r["url"].split("/", 3)[3]: r["reason"] for s in range(3) for r in rows(data, s)}
     return {path: found[path] for path in others()}
 
@@ -116,7 +116,7 @@ def test_retry_asks_for_what_may_pass_and_keeps_the_rest(served: Served, tmp_pat
     assert remaining_work(data, recipe, make_annotators(recipe.columns), ("fetch", "embed")) == RemainingWork(
         [0, 2], 0, 3
     )
-    assert embed_shards(data, recipe) == 3  # of 30 pictures, those that came back
+    assert embed_shards(data, recipe) == 3  # of 30 images, those that came back
     second = choose(data, recipe)
 
     assert asked(served, before) == WAITING
@@ -154,7 +154,7 @@ def test_retry_asks_for_what_may_pass_and_keeps_the_rest(served: Served, tmp_pat
 
 
 def same_but_for_rounding(root: Path, other: Path) -> None:
-    """Pictures that a retry recovers go through the models in other batches than in an undisturbed run: the last bits
+    """Images that a retry recovers go through the models in other batches than in an undisturbed run: the last bits
     of their numbers, and of nothing else, may differ."""
     a, b = contents(root), contents(other)
     assert a.keys() == b.keys()

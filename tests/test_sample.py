@@ -197,15 +197,15 @@ def test_the_command_draws_what_a_clean_process_with_diffusers_draws(models: dic
     assert (np.asarray(Image.open(tmp_path / "ours" / "000000.png")) == np.load(tmp_path / "theirs.npy")).all()
 
 
-# ------------------------------------------------------------------------------------------ on what a picture depends
+# ------------------------------------------------------------------------------------------ on what an image depends
 
 
 @pytest.mark.parametrize(
     "scheduler",
     ["EulerAncestralDiscrete", *(pytest.param(n, marks=pytest.mark.long) for n in SCHEDULERS if "EulerA" not in n)],
 )
-def test_a_batch_changes_pictures_by_rounding_at_most(artists: dict[str, Sampler], scheduler: str) -> None:
-    """Stochastic schedulers too: all noise is a picture's own."""
+def test_a_batch_changes_images_by_rounding_at_most(artists: dict[str, Sampler], scheduler: str) -> None:
+    """Stochastic schedulers too: all noise is an image's own."""
     sampler = artists["latents"]
     requests = [GenerationRequest(WORDS[i % 2], seed=i, steps=4, scheduler=scheduler) for i in range(3)]
     single = draw(sampler, *requests)
@@ -232,7 +232,7 @@ def test_requests_of_several_kinds_come_in_order_and_steps_add_up(
     assert heard[-1] == (3 + 2 + 3, 8) and heard == sorted(heard) and {of for _, of in heard} == {8}
 
 
-def test_an_exception_in_on_step_ends_it_and_the_next_picture_is_as_ever(artists: dict[str, Sampler]) -> None:
+def test_an_exception_in_on_step_ends_it_and_the_next_image_is_as_ever(artists: dict[str, Sampler]) -> None:
     sampler, r = artists["latents"], GenerationRequest("a red disc", seed=1, steps=3)
     (before,) = draw(sampler, r)
 
@@ -286,7 +286,7 @@ def test_enlarging_in_one_go_is_enlarging_the_result(artists: dict[str, Sampler]
     assert same(plain.image, lanczos)
 
 
-def test_flagged_pictures_are_blurred_and_never_black(
+def test_flagged_images_are_blurred_and_never_black(
     artists: dict[str, Sampler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampler, r = artists["latents"], GenerationRequest("a red disc", seed=5, steps=2)
@@ -360,8 +360,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_what_does_not_fit_is_refused_without_the_weights(
     models: dict[str, Path], photo: Image.Image, mask: Image.Image, given: dict[str, Any], message: str
 ) -> None:
-    pictures = {"photo": photo, "mask": mask, "small": mask.resize((8, 8)), "odd": photo.crop((0, 0, 13, 16))}
-    given = {"prompt": "a"} | {k: pictures[v] if k in ("image", "mask") else v for k, v in given.items()}
+    images = {"photo": photo, "mask": mask, "small": mask.resize((8, 8)), "odd": photo.crop((0, 0, 13, 16))}
+    given = {"prompt": "a"} | {k: images[v] if k in ("image", "mask") else v for k, v in given.items()}
     with pytest.raises(UserError, match=message):
         resolve(read_model_info(models["pixels"]), GenerationRequest(**given))
 

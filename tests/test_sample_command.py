@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def drawn(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two pictures of each of two prompts, and one that was begun with a picture."""
+    """Two images of each of two prompts, and one that was begun with an image."""
     out = tmp_path_factory.mktemp("out") / "samples"
     words = ["sample", str(model), "a red disc", "a blue disc", "--n", "2", "--steps", "2", "--seed", "40"]
     assert main([*words, "--grid", "--out", str(out)]) == 0
@@ -40,7 +40,7 @@ def drawn(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_pictures_get_numbers_and_say_what_they_are(drawn: Path, model: Path) -> None:
+def test_images_get_numbers_and_say_what_they_are(drawn: Path, model: Path) -> None:
     assert sorted(p.name for p in drawn.iterdir()) == [*(f"{i:06d}.png" for i in range(5)), "grid-000000.png"]
     facts = [read_facts(drawn / f"{i:06d}.png") for i in range(5)]
     assert [f["seed"] for f in facts] == [40, 41, 42, 43, 44]
@@ -60,13 +60,13 @@ def test_what_an_enlargement_will_take_is_said(model: Path, tmp_path: Path, caps
 
 
 @pytest.mark.parametrize("number", [1, 4])
-def test_a_picture_is_drawn_again_from_its_file_alone(
+def test_an_image_is_drawn_again_from_its_file_alone(
     drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int
 ) -> None:
     before = drawn / f"{number:06d}.png"
     assert main(["sample", "--again", str(before), "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert f"the same picture as {before}, bit for bit" in said
+    assert f"the same image as {before}, bit for bit" in said
     assert (tmp_path / "000000.png").read_bytes() == before.read_bytes()
 
 
@@ -76,11 +76,11 @@ def test_what_differs_from_then_is_said(drawn: Path, tmp_path: Path, capsys: pyt
     words = ["sample", str(tmp_path / "other"), "--again", str(drawn / "000001.png"), "--out", str(tmp_path / "o")]
     assert main(words) == 0
     told = capsys.readouterr()
-    assert "the model is not the one that" in told.err and "not the same picture as" in told.out
+    assert "the model is not the one that" in told.err and "not the same image as" in told.out
 
 
 @pytest.mark.long
-def test_flagged_pictures_are_said_plainly_and_kept_where_asked(
+def test_flagged_images_are_said_plainly_and_kept_where_asked(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sampler_module, "UNSAFE", 0.0)
@@ -95,7 +95,7 @@ def test_flagged_pictures_are_said_plainly_and_kept_where_asked(
 
 def refusals(model: Path, drawn: Path, tmp: Path) -> Iterator[tuple[list[Any], str]]:
     """(words after `sample`, what is said)."""
-    picture = drawn / "000000.png"
+    image = drawn / "000000.png"
     (tmp / "empty.txt").write_text("\n \n")
     (tmp / "lora").mkdir()
     (tmp / "words.safetensors").write_text("words, not numbers")
@@ -114,9 +114,9 @@ def refusals(model: Path, drawn: Path, tmp: Path) -> Iterator[tuple[list[Any], s
     yield [model, "a", "--scheduler", "EulerDiscrete"], "predicts flow"
     yield [model, "a", "--image", tmp / "none.png"], "none.png can't be read"
     yield [model, "a", "--image", tmp / "empty.txt"], "empty.txt can't be read"
-    yield [model, "a", "--image", picture, "--mask", tmp / "mask.png"], "the mask has another size than the image"
+    yield [model, "a", "--image", image, "--mask", tmp / "mask.png"], "the mask has another size than the image"
     yield [model, "a", "--mask", tmp / "mask.png"], "say which with --image"
-    yield [model, "a", "--strength", 0.5], "--strength is for a picture"
+    yield [model, "a", "--strength", 0.5], "--strength is for an image"
     yield [model, "a", "--upscaler", tmp / "x.pth"], "say how many times with --upscale"
     yield [model, "a", "--upscaler", tmp / "x.pth", "--upscale", 2], "there is no such file of weights"
     yield [model, "a", "--faces", tmp / "x.pth"], "there is no such file of weights"
@@ -124,8 +124,8 @@ def refusals(model: Path, drawn: Path, tmp: Path) -> Iterator[tuple[list[Any], s
     yield [model, "a", "--lora", tmp / "lora"], "holds no LoRA"
     yield [model, "a", "--lora", f"{tmp}/words.safetensors:0.5"], "is no safetensors file"
     yield [model, "a", "--lora", model / "unet"], "is no LoRA"
-    yield ["--again", picture, "--steps", 3], "it takes no --steps"
-    yield [model, "a", "--again", picture], "it takes no PROMPT"
+    yield ["--again", image, "--steps", 3], "it takes no --steps"
+    yield [model, "a", "--again", image], "it takes no PROMPT"
     yield ["--again", tmp / "mask.png"], "does not say how it was generated"
     yield ["--again", tmp / "none.png"], "none.png"
 

@@ -58,7 +58,7 @@ def test_tiles_cover_a_side_and_overlap() -> None:
         assert all(b - a <= tile - overlap for a, b in itertools.pairwise(starts))
 
 
-def test_tiles_that_are_not_changed_give_the_picture_back() -> None:
+def test_tiles_that_are_not_changed_give_the_image_back() -> None:
     rng = np.random.default_rng(0)
     for size in ((70, 45), (20, 9), (32, 32)):
         image = Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), np.uint8))
@@ -104,10 +104,10 @@ def test_memory_is_saved_as_far_as_it_must_be() -> None:
     assert peaks == sorted(peaks, reverse=True)
 
 
-def test_a_picture_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("words")
     for name in ("a.png", "absent.png"):
-        with pytest.raises(UserError, match=rf"the picture .*{name} can't be read"):
+        with pytest.raises(UserError, match=rf"the image .*{name} can't be read"):
             read_image(tmp_path / name)
 
 

@@ -1,4 +1,4 @@
-"""The page's server: pictures, turns, cancelling, what is refused, and that it lives on."""
+"""The page's server: images, turns, cancelling, what is refused, and that it lives on."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def refused(response: httpx.Response, status: int) -> str:
 # --------------------------------------------------------------------------------------------------------- drawing
 
 
-def test_a_picture_is_drawn_kept_and_described(served: Served, client: httpx.Client) -> None:
+def test_an_image_is_drawn_kept_and_described(served: Served, client: httpx.Client) -> None:
     asked = client.post("/api/jobs", json={**SEEN, "seed": 5, "number": 2, "negative": "blue"})
     assert asked.status_code == 202 and asked.json()["state"] == "queued" and asked.json()["mine"]
     job = finished(client, asked.json())
@@ -101,7 +101,7 @@ def test_the_same_request_draws_what_the_library_draws(served: Served, client: h
     assert opened(client, job["pictures"][0]).tobytes() == drawn.image.tobytes()
 
 
-def test_pictures_are_begun_with_redrawn_in_part_and_enlarged(client: httpx.Client) -> None:
+def test_images_are_begun_with_redrawn_in_part_and_enlarged(client: httpx.Client) -> None:
     half = Image.new("L", (16, 16), 0)
     half.paste(255, (8, 0, 16, 16))
     data = io.BytesIO()
@@ -114,10 +114,10 @@ def test_pictures_are_begun_with_redrawn_in_part_and_enlarged(client: httpx.Clie
     ):
         job = finished(client, client.post("/api/jobs", json={**SEEN, **more}).json())
         assert job["state"] == "done", job
-        picture = opened(client, job["pictures"][0])
-        assert picture.size == size
+        image = opened(client, job["pictures"][0])
+        assert image.size == size
         if "mask" in more:  # where it is black nothing is regenerated
-            assert {picture.getpixel((x, y)) for x in range(8) for y in range(16)} == {(200, 30, 30)}
+            assert {image.getpixel((x, y)) for x in range(8) for y in range(16)} == {(200, 30, 30)}
 
 
 def test_a_mask_painted_on_a_transparent_layer_redraws_what_is_painted(client: httpx.Client) -> None:
@@ -275,7 +275,7 @@ def test_people_are_served_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     while not all(j.is_over for j in jobs) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert drawn == ["a1", "b1", "c1", "a3", "b2", "a4"] and jobs[1].state == "cancelled"
-    assert all(j.requests == () for j in jobs)  # the pictures that came with them are freed
+    assert all(j.requests == () for j in jobs)  # the images that came with them are freed
     monkeypatch.setattr(queue_module, "REMEMBERED", 2)
     queue.cancel(queue.submit(StudioJob([], "a", {})))
     assert len(queue.jobs()) in (2, 3)  # it may have been drawn before it was cancelled
@@ -431,7 +431,7 @@ NUMBERS: list[tuple[str, str]] = [
     ('"strength": NaN', "strength"),
     ('"image": 7', "image"),
     ('"mask": ["a"]', "mask"),
-    ('"image": "\\u0000picture 0"', "image"),
+    ('"image": "\\u0000image 0"', "image"),
 ]
 
 
@@ -442,13 +442,13 @@ def test_numbers_that_cannot_be_are_refused_by_name(client: httpx.Client) -> Non
         assert said.startswith(f"{field}: "), (text[:40], said)
 
 
-def test_pictures_are_taken_however_base64_is_written_in_json(client: httpx.Client) -> None:
+def test_images_are_taken_however_base64_is_written_in_json(client: httpx.Client) -> None:
     """PHP escapes slashes, .NET signs; both are JSON."""
     data = io.BytesIO()
     Image.effect_noise((64, 64), 90).convert("RGB").save(data, "PNG")
-    picture = base64.b64encode(data.getvalue()).decode()
-    assert "/" in picture and "+" in picture and len(picture) > 2000
-    for written in (picture, picture.replace("/", r"\/"), picture.replace("+", r"\u002B").replace("=", r"\u003D")):
+    image = base64.b64encode(data.getvalue()).decode()
+    assert "/" in image and "+" in image and len(image) > 2000
+    for written in (image, image.replace("/", r"\/"), image.replace("+", r"\u002B").replace("=", r"\u003D")):
         text = json.dumps({**SEEN, "width": 16, "height": 16, "image": "HERE"}).replace("HERE", written)
         asked = client.post("/api/jobs", content=text.encode(), headers={"content-type": "application/json"})
         assert asked.status_code == 202, asked.text
@@ -456,7 +456,7 @@ def test_pictures_are_taken_however_base64_is_written_in_json(client: httpx.Clie
 
 
 def test_large_bodies_hold_nobody_up(served: Served, client: httpx.Client) -> None:
-    """What is no picture is refused by its size, before it is parsed; the long form is in test_serve_hostile.py."""
+    """What is no image is refused by its size, before it is parsed; the long form is in test_serve_hostile.py."""
     took: list[float] = []
     stop = threading.Event()
 

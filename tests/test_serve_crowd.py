@@ -43,7 +43,7 @@ def test_fifty_requests_of_ten_people_are_all_drawn_and_none_is_mixed_up(served:
 
     def person(n: int) -> None:
         with served.client() as client:
-            asked = [{"prompt": f"person {n} picture {i}", "seed": 1000 * n + i, "steps": 2} for i in range(5)]
+            asked = [{"prompt": f"person {n} image {i}", "seed": 1000 * n + i, "steps": 2} for i in range(5)]
             jobs = [client.post("/api/jobs", json=a).json() for a in asked]
             got.extend((a, finished(client, job, 120)) for a, job in zip(asked, jobs, strict=True))
 

@@ -128,8 +128,8 @@ BODIES: dict[str, Callable[[], bytes]] = {
     "long text": lambda: b'{"prompt": "' + b"a" * (SIZE - 100) + b'"}',
     "nested": lambda: b"[" * (SIZE - 100),
     "escapes in base64": lambda: b'{"prompt": "x", "image": "' + b"\\u002B" * ((SIZE - 100) // 6) + b'"}',
-    "a picture of 16 MB": lambda: ask(image=noise("PNG", 2350)),
-    "no picture of 17 MB": lambda: ask(image=base64.b64encode(bytes(17 << 20)).decode()),
+    "an image of 16 MB": lambda: ask(image=noise("PNG", 2350)),
+    "no image of 17 MB": lambda: ask(image=base64.b64encode(bytes(17 << 20)).decode()),
     **{
         f"a flat {kind} of 16 megapixels": lambda kind=kind, how=how: ask(image=flat(kind, **how), width=16, height=16)  # type: ignore[misc]
         for kind, how in {
@@ -137,7 +137,7 @@ BODIES: dict[str, Callable[[], bytes]] = {
             "TIFF": {"compression": "tiff_deflate"},
         }.items()
     },
-    "picture and mask": lambda: ask(image=flat("PNG"), mask=flat("PNG", mode="L"), width=16, height=16),
+    "image and mask": lambda: ask(image=flat("PNG"), mask=flat("PNG", mode="L"), width=16, height=16),
     "many small fields": lambda: json.dumps({f"k{i}": 1 for i in range(20_000)}).encode(),
 }  # fmt: skip
 

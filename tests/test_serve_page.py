@@ -79,7 +79,7 @@ def right_of(page: Any, name: str) -> float:
 
 
 def drop(page: Any, size: tuple[int, int], colour: str) -> None:
-    """A picture file is dropped onto the page."""
+    """An image file is dropped onto the page."""
     data = io.BytesIO()
     Image.new("RGB", size, colour).save(data, "PNG")
     text = base64.b64encode(data.getvalue()).decode()
@@ -96,7 +96,7 @@ def drop(page: Any, size: tuple[int, int], colour: str) -> None:
     page.locator("#begin").wait_for()
 
 
-def test_words_become_a_picture_by_the_keyboard_alone(page: Any, served: Served) -> None:
+def test_words_become_an_image_by_the_keyboard_alone(page: Any, served: Served) -> None:
     draw(page, "<b>a red disc</b>")
     assert page.locator("#caption").inner_text() == "<b>a red disc</b>"  # text, not markup
     assert newest(served)["prompt"] == "<b>a red disc</b>" and newest(served)["steps"] == 2
@@ -107,7 +107,7 @@ def test_words_become_a_picture_by_the_keyboard_alone(page: Any, served: Served)
     assert read_facts(download.value.path())["prompt"] == "<b>a red disc</b>"
 
 
-def test_settings_of_an_earlier_picture_draw_it_again(page: Any, served: Served) -> None:
+def test_settings_of_an_earlier_image_draw_it_again(page: Any, served: Served) -> None:
     draw(page, "one of many")
     first = max(served.service.out.glob("*.png"))
     draw(page, "another")
@@ -122,7 +122,7 @@ def test_settings_of_an_earlier_picture_draw_it_again(page: Any, served: Served)
     assert again != first and Image.open(again).tobytes() == Image.open(first).tobytes()
 
 
-def test_a_dropped_picture_is_begun_with_and_painted_in(page: Any, served: Served) -> None:
+def test_a_dropped_image_is_begun_with_and_painted_in(page: Any, served: Served) -> None:
     drop(page, (48, 48), "#2040e0")
     draw(page, "changed a little")
     facts = newest(served)
@@ -142,9 +142,9 @@ def test_a_dropped_picture_is_begun_with_and_painted_in(page: Any, served: Serve
     draw(page, "painted in")
     facts = newest(served)
     assert facts["image"] and facts["mask"] and facts["strength"] == 1
-    picture = Image.open(max(served.service.out.glob("*.png")))
-    assert picture.getpixel((8, 2)) == (0x20, 0x40, 0xE0)  # not painted: as it was
-    assert picture.getpixel((8, 13)) != (0x20, 0x40, 0xE0)
+    image = Image.open(max(served.service.out.glob("*.png")))
+    assert image.getpixel((8, 2)) == (0x20, 0x40, 0xE0)  # not painted: as it was
+    assert image.getpixel((8, 13)) != (0x20, 0x40, 0xE0)
     page.click("#remove")
     draw(page, "from nothing")
     assert newest(served)["image"] is None
@@ -229,7 +229,7 @@ def test_errors_are_said_beside_the_button(page: Any) -> None:
 
 
 def test_what_is_flagged_is_said_with_its_score(page: Any, served: Served) -> None:
-    """A file whose facts say so: no picture that the detector flags is kept in this repository."""
+    """A file whose facts say so: no image that the detector flags is kept in this repository."""
     from train.generate.files import png, save_numbered
 
     facts = {**newest(served), "prompt": "flagged one"}
@@ -245,7 +245,7 @@ def test_no_words_are_asked_about_before_anything_is_sent(page: Any, served: Ser
     before = len(served.service.queue.jobs())
     page.fill("#prompt", "  ")
     page.click("#draw")
-    page.locator("#asks", has_text="what should be in the picture").wait_for()
+    page.locator("#asks", has_text="what should be in the image").wait_for()
     assert page.evaluate("document.activeElement.id") == "prompt"
     assert len(served.service.queue.jobs()) == before
     page.fill("#prompt", "a fox")

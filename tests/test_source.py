@@ -80,7 +80,7 @@ def all_rows(plan: Plan) -> list[dict[str, Any]]:
     return [row for s in plan.shards for row in plan.read(s.shard).table.to_pylist()]
 
 
-def picture(format: str = "JPEG", colour: int = 0) -> bytes:
+def image(format: str = "JPEG", colour: int = 0) -> bytes:
     out = io.BytesIO()
     Image.new("RGB", (8, 6), (colour, 90, 90)).save(out, format)
     return out.getvalue()
@@ -538,7 +538,7 @@ def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
 
 
 def test_tar_shards(tmp_path: Path) -> None:
-    images = [picture(colour=i) for i in range(4)]
+    images = [image(colour=i) for i in range(4)]
     facts = {"url": "http://a.test/1", "width": 8, "key": "x", "similarity": 0.3, "punsafe": 1, "boxes": [[1, 2]]}
     folder = tmp_path / "tars"
     write_tar(
@@ -579,7 +579,7 @@ def test_tar_shards(tmp_path: Path) -> None:
 def test_img2dataset_failures_become_rows(tmp_path: Path) -> None:
     folder = tmp_path / "tars"
     facts = {"url": "http://a.test/ok", "caption": "fine", "hash": 5, "key": "000000001", "status": "success"}
-    write_tar(folder / "00000.tar", {"000000001": {"jpg": picture(), "json": json.dumps(facts).encode()}})
+    write_tar(folder / "00000.tar", {"000000001": {"jpg": image(), "json": json.dumps(facts).encode()}})
     errors = [None, "HTTP Error 404: Not Found", "Image decoding error", "<urlopen error timed out>"]
     columns: dict[str, list[Any]] = {
         "url": ["http://a.test/ok", "http://a.test/404", "http://a.test/text", "http://a.test/slow"],
@@ -597,7 +597,7 @@ def test_img2dataset_failures_become_rows(tmp_path: Path) -> None:
         zip(columns["url"], columns["caption"], columns["hash"], strict=True)
     )
     rows = plan.read(0).rows()
-    assert rows[0].place is not None and rows[0].place.read() == picture() and rows[0].failure is None
+    assert rows[0].place is not None and rows[0].place.read() == image() and rows[0].failure is None
     failures = [r.failure for r in rows[1:]]
     assert [f.reason if f else None for f in failures] == [Reason.HTTP_404, Reason.DECODE_ERROR, Reason.TIMEOUT]
     assert [f.detail if f else None for f in failures] == errors[1:]
@@ -634,18 +634,18 @@ def test_reasons_of_other_downloaders(message: str, reason: str) -> None:
 
 def test_image_folder(tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
-    write(folder / "b.png", picture("PNG"))
+    write(folder / "b.png", image("PNG"))
     write(folder / "b.txt", "a square \xe9".encode("latin-1"))
-    write(folder / "B" / "a.JPG", picture())
+    write(folder / "B" / "a.JPG", image())
     write(folder / "B" / "a.txt", "  a photo\n")
     write(folder / "readme.txt", "nothing to see")
-    write(folder / ".thumbnails" / "b.png", picture("PNG"))
+    write(folder / ".thumbnails" / "b.png", image("PNG"))
     plan = make_plan(str(folder), Data(tmp_path / "data"), SourceConfig())
     assert all_rows(plan) == [
         {"url": "B/a.JPG", "caption": "a photo"},
         {"url": "b.png", "caption": None},  # not UTF-8: not guessed
     ]
-    assert [r.place.read() for r in plan.read(0).rows() if r.place] == [picture(), picture("PNG")]
+    assert [r.place.read() for r in plan.read(0).rows() if r.place] == [image(), image("PNG")]
     assert make_plan(str(folder), Data(tmp_path / "data"), SourceConfig()).digest == plan.digest
     (folder / "b.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"b\.png: is shorter than when the plan was made"):
@@ -658,7 +658,7 @@ def test_image_folder(tmp_path: Path) -> None:
 def test_imagefolder(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "set"
     for name in ("a.png", "sub/b.jpg", "unlisted.jpg"):
-        write(folder / "train" / name, picture("PNG" if name.endswith("png") else "JPEG"))
+        write(folder / "train" / name, image("PNG" if name.endswith("png") else "JPEG"))
     rows: list[dict[str, Any]] = [
         {"file_name": "sub/b.jpg", "text": "bee", "rating": 3},
         {"file_name": "a.png", "text": None, "rating": 4},
@@ -675,15 +675,15 @@ def test_imagefolder(tmp_path: Path, kind: str) -> None:
         {"url": "train/sub/b.jpg", "caption": "bee", "rating": 3},
         {"url": "train/a.png", "caption": None, "rating": 4},
     ]
-    assert [r.place.read() for r in plan.read(0).rows() if r.place] == [picture(), picture("PNG")]
+    assert [r.place.read() for r in plan.read(0).rows() if r.place] == [image(), image("PNG")]
     few = make_plan(str(folder), Data(tmp_path / "few"), SourceConfig(where="rating > 3"), limit=5)
     assert (few.facts["kind"], few.total_rows, few.facts["inputs"][0]["caption"]) == ("imagefolder", 1, "text")
 
 
 def test_imagefolder_stays_inside(tmp_path: Path) -> None:
-    write(tmp_path / "secret.png", picture("PNG"))
+    write(tmp_path / "secret.png", image("PNG"))
     folder = tmp_path / "set"
-    write(folder / "a.png", picture("PNG"))
+    write(folder / "a.png", image("PNG"))
     for name in (
         "../secret.png",
         str(tmp_path / "secret.png"),
@@ -741,7 +741,7 @@ def test_wrong_columns(tmp_path: Path) -> None:
         ("l.json", b'["a"]', "item 1: an object"),
         ("l.jsonl", b'{"url": "a"}\n{"url"\n', "1 of 2 lines are broken, which is too many. line 2: not JSON"),
         ("l.xlsx", b"PK", "l.xlsx is not a list that can be read"),
-        ("l.png", picture("PNG"), "is an image. Give the folder"),
+        ("l.png", image("PNG"), "is an image. Give the folder"),
         ("l.tar", b"not a tar" * 200, r"l\.tar: cannot be read"),
     ],
 )
@@ -758,7 +758,7 @@ def test_broken_archives(tmp_path: Path) -> None:
         refused(tmp_path / name, "cannot be read|not JSON")
         (tmp_path / name).write_bytes(whole[:200] + b"no gzip" + whole[207:])
         refused(tmp_path / name, "cannot be read|not JSON")
-    tar = write_tar(tmp_path / "t" / "0.tar", {"a": {"jpg": picture(), "json": b"{"}})
+    tar = write_tar(tmp_path / "t" / "0.tar", {"a": {"jpg": image(), "json": b"{"}})
     refused(tar, r"0\.tar, a\.json: not JSON")
     tar.write_bytes(tar.read_bytes()[:600])
     refused(tar, r"0\.tar: cannot be read")
@@ -832,7 +832,7 @@ def test_ten_million_rows_in_a_gigabyte(tmp_path: Path) -> None:
             indices = pa.array(range(start, start + group))
             text = indices.cast(pa.string())
             columns = [
-                pc.binary_join_element_wise("https://images.example.test/a/rather/long/path", text, "picture.jpg", "/"),
+                pc.binary_join_element_wise("https://images.example.test/a/rather/long/path", text, "image.jpg", "/"),
                 pc.binary_join_element_wise("what it shows, in a dozen words or so, is this:", text, " "),
                 pc.cast(pc.bit_wise_and(indices, 1023), pa.int32()),
                 pc.cast(pc.divide(pc.cast(pc.bit_wise_and(indices, 255), pa.float64()), 256.0), pa.float32()),

@@ -28,7 +28,7 @@ def space(seed: int = 0, dim: int = 24, **changes: object) -> Space:
     return dataclasses.replace(whole, **changes)  # type: ignore[arg-type]
 
 
-def test_probes_are_sixteen_small_pictures_of_many_kinds() -> None:
+def test_probes_are_sixteen_small_images_of_many_kinds() -> None:
     files = probe_files()
     assert len(files) == len(probe_names()) == 16
     assert sum(map(len, files)) < 400_000

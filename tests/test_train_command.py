@@ -1,4 +1,4 @@
-"""`tastemaker train` from end to end: folders of pictures to models that diffusers loads; kills, workers, refusals."""
+"""`tastemaker train` from end to end: folders of images to models that diffusers loads; kills, workers, refusals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from pipelines.cli import main
-from tests.small_train import make_pictures
+from tests.small_train import make_images
 from train import checkpoint
 from train.models.presets import PRESETS
 from train.models.unet import load_model
@@ -43,21 +43,21 @@ assert not any(m.split(".")[0] in ("train", "curate", "pipelines") for m in sys.
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty that can be read, one that can't, one without a caption."""
     torch.set_num_threads(1)
-    folder = make_pictures(tmp_path_factory.mktemp("pictures") / "discs", 61)
+    folder = make_images(tmp_path_factory.mktemp("pictures") / "discs", 61)
     (folder / "060.png").write_bytes((folder / "060.png").read_bytes()[:70])
     (folder / "059.txt").unlink()
     return folder
 
 
 @pytest.fixture(scope="module")
-def trained(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model after eight steps; what was printed is in printed.txt."""
     out = tmp_path_factory.mktemp("models") / "discs"
     with open(out.parent / "printed.txt", "w") as printed, contextlib.redirect_stdout(printed):
-        assert main(["train", str(pictures), "--out", str(out), *DEBUG, "--steps", "8", "--json"]) == 0
+        assert main(["train", str(images), "--out", str(out), *DEBUG, "--steps", "8", "--json"]) == 0
     return out
 
 
@@ -90,7 +90,7 @@ def weights(model: Path) -> list[torch.Tensor]:
     return [*state["raw"], *state["mean"]]
 
 
-def test_a_folder_of_pictures_becomes_a_model(pictures: Path, trained: Path) -> None:
+def test_a_folder_of_images_becomes_a_model(images: Path, trained: Path) -> None:
     assert (trained / "model_index.json").is_file() and load_model(trained).unet.config.sample_size == 16
     facts = json.loads((trained / "train.json").read_text())
     printed = (trained.parent / "printed.txt").read_text().splitlines()
@@ -106,17 +106,17 @@ def test_a_folder_of_pictures_becomes_a_model(pictures: Path, trained: Path) -> 
     assert [s for s, _ in losses(trained)] == list(range(1, 9))
     assert len(facts["prompts"]) == 4 and (trained / "samples" / "000008.png").is_file()
     assert Image.open(trained / "loss.png").size == (1050, 630)
-    assert (trained / "latents" / "made.json").is_file()  # each picture is seen twice and more
+    assert (trained / "latents" / "made.json").is_file()  # each image is seen twice and more
     card = (trained / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: diffusers\n") and "54 captioned pictures of `discs`" in card
+    assert card.startswith("---\nlibrary_name: diffusers\n") and "54 captioned images of `discs`" in card
     assert not (trained / "start").exists() and not list(trained.rglob("*.tmp"))
 
 
 def test_the_same_command_again_finds_all_done_and_another_is_refused(
-    pictures: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+    images: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file()}
-    words = ["train", str(pictures), "--out", str(trained), *DEBUG, "--steps"]
+    words = ["train", str(images), "--out", str(trained), *DEBUG, "--steps"]
     assert main([*words, "8"]) == 0
     assert capsys.readouterr().out.splitlines()[0].startswith("trained 8 steps, ")
     assert main([*words, "9", "--lr", "0.01"]) == 2
@@ -125,54 +125,54 @@ def test_the_same_command_again_finds_all_done_and_another_is_refused(
     assert {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file()} == before
 
 
-def refusals(pictures: Path, trained: Path, tmp: Path) -> Iterator[tuple[list[Any], str]]:
+def refusals(images: Path, trained: Path, tmp: Path) -> Iterator[tuple[list[Any], str]]:
     """(words after `train`, what is said)."""
     (tmp / "empty.txt").write_text("\n \n")
     (tmp / "few").mkdir()
-    for name in sorted(pictures.iterdir())[:6]:
+    for name in sorted(images.iterdir())[:6]:
         shutil.copy(name, tmp / "few")
     (tmp / "silent").mkdir()
     (tmp / "broken").mkdir()
-    for i, name in enumerate(sorted(pictures.glob("*.png"))[:20]):
+    for i, name in enumerate(sorted(images.glob("*.png"))[:20]):
         shutil.copy(name, tmp / "silent")
         (tmp / "broken" / name.name).write_bytes(name.read_bytes()[: 10_000 if i < 5 else 60])
         (tmp / "broken" / f"{name.stem}.txt").write_text("a disc")
     (tmp / "lora").mkdir()
     (tmp / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"")
     yield [tmp / "absent"], "is no folder"
-    yield [tmp / "few"], "holds 3 pictures: too few"
+    yield [tmp / "few"], "holds 3 images: too few"
     yield [tmp / "silent"], "has a caption"
     yield [tmp / "broken", "--preset", "debug"], "can be read: at least 8 are needed"
-    yield [pictures, "--preset", "tinny"], "there is no preset 'tinny': debug, tiny"
-    yield [pictures, "--objective", "x0"], "there is no objective 'x0': flow, v, eps"
-    yield [pictures, "--preset", "debug", "--size", 17], "sides are multiples of 2"
-    yield [pictures, "--preset", "debug", "--batch", 62], "--batch 62 is more than the 61 pictures"
-    yield [pictures, "--preset", "debug", "--batch", 60], "--batch 60 is more than the 54 pictures to train on"
-    yield [pictures, "--batch", 9, "--workers", 2], "--batch 9 can't be shared evenly by 2 workers"
-    yield [pictures, "--lr", 0], "--lr 0.0: a number above 0"
-    yield [pictures, "--weight-by", "beauty"], "has a number 'beauty'"
-    yield [pictures, "--prompts", tmp / "none.txt"], "there is no such file"
-    yield [pictures, "--prompts", tmp / "empty.txt"], "is empty"
-    yield [pictures, "--lora"], "say which with --from"
-    yield [pictures, "--preset", "debug", "--from", trained], "exclude each other"
-    yield [pictures, "--from", trained, "--objective", "v"], "--objective is for new models"
-    yield [pictures, "--from", pictures], "holds no diffusers pipeline"
-    yield [pictures, "--from", tmp / "lora"], "is a LoRA: give --from the model"
-    yield [pictures, "--from", trained, "--size", 17], "sides are multiples of 2"
+    yield [images, "--preset", "tinny"], "there is no preset 'tinny': debug, tiny"
+    yield [images, "--objective", "x0"], "there is no objective 'x0': flow, v, eps"
+    yield [images, "--preset", "debug", "--size", 17], "sides are multiples of 2"
+    yield [images, "--preset", "debug", "--batch", 62], "--batch 62 is more than the 61 images"
+    yield [images, "--preset", "debug", "--batch", 60], "--batch 60 is more than the 54 images to train on"
+    yield [images, "--batch", 9, "--workers", 2], "--batch 9 can't be shared evenly by 2 workers"
+    yield [images, "--lr", 0], "--lr 0.0: a number above 0"
+    yield [images, "--weight-by", "beauty"], "has a number 'beauty'"
+    yield [images, "--prompts", tmp / "none.txt"], "there is no such file"
+    yield [images, "--prompts", tmp / "empty.txt"], "is empty"
+    yield [images, "--lora"], "say which with --from"
+    yield [images, "--preset", "debug", "--from", trained], "exclude each other"
+    yield [images, "--from", trained, "--objective", "v"], "--objective is for new models"
+    yield [images, "--from", images], "holds no diffusers pipeline"
+    yield [images, "--from", tmp / "lora"], "is a LoRA: give --from the model"
+    yield [images, "--from", trained, "--size", 17], "sides are multiples of 2"
 
 
 def test_what_cannot_be_trained_is_said_and_nothing_is_written(
-    pictures: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    images: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "model"
-    for words, message in refusals(pictures, trained, tmp_path):
+    for words, message in refusals(images, trained, tmp_path):
         code = main(["train", *map(str, words), "--out", str(out)])
         said = capsys.readouterr().err
         assert code == 2 and message in said, (words, said)
         assert not out.exists(), words
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
-    assert main(["train", str(pictures), "--out", str(tmp_path / "other")]) == 2
+    assert main(["train", str(images), "--out", str(tmp_path / "other")]) == 2
     assert "holds something else (thesis.tex)" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.tex"]
 
@@ -194,8 +194,8 @@ def test_diffusers_loads_the_folder_in_a_clean_process(trained: Path, tmp_path: 
 
 
 @pytest.mark.long
-def test_a_lora_and_further_training_begin_with_a_model(pictures: Path, trained: Path, tmp_path: Path) -> None:
-    common = ["train", str(pictures), "--from", str(trained), "--steps", "6", "--batch", "8", "--out"]
+def test_a_lora_and_further_training_begin_with_a_model(images: Path, trained: Path, tmp_path: Path) -> None:
+    common = ["train", str(images), "--from", str(trained), "--steps", "6", "--batch", "8", "--out"]
     assert main([*common, str(tmp_path / "lora"), "--lora", "4", "--lr", "0.01"]) == 0
     assert not (tmp_path / "lora" / "model_index.json").exists()
     facts = json.loads((tmp_path / "lora" / "train.json").read_text())
@@ -216,8 +216,8 @@ def test_a_lora_and_further_training_begin_with_a_model(pictures: Path, trained:
 
 
 @pytest.mark.long
-def test_shards_of_scored_pictures_in_several_shapes(tmp_path: Path) -> None:
-    words = ["train", str(pictures), "--out", str(tmp_path / "m"), *DEBUG[2:], "--preset", "small", "--steps", "20"]
+def test_shards_of_scored_images_in_several_shapes(tmp_path: Path) -> None:
+    words = ["train", str(images), "--out", str(tmp_path / "m"), *DEBUG[2:], "--preset", "small", "--steps", "20"]
     import cv2
 
     from curate.shards.tar import TarWriter
@@ -237,18 +237,18 @@ def test_shards_of_scored_pictures_in_several_shapes(tmp_path: Path) -> None:
     assert main(["train", str(tmp_path), "--out", str(out), *DEBUG, *words]) == 0
     facts = json.loads((out / "train.json").read_text())
     assert facts["prompts"] == ["noise", "more noise"] and facts["settings"]["weight_by"] == "taste"
-    assert not (out / "latents").exists()  # 48 pictures are drawn from 54
+    assert not (out / "latents").exists()  # 48 images are drawn from 54
 
 
 @pytest.mark.long
 def test_an_autoencoder_of_its_own_is_trained_first(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     small = replace(PRESETS["debug"], vae=(16, 16), factor=2, latents=4)
     monkeypatch.setitem(PRESETS, "small", small)
     words = [
         "train",
-        str(pictures),
+        str(images),
         "--out",
         str(tmp_path / "m"),
         "--preset",
@@ -272,22 +272,22 @@ LONG = (*DEBUG, "--steps", "120", "--save-every", "40")
 
 
 @pytest.fixture(scope="module")
-def unkilled(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unkilled(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("unkilled") / "model"
-    process = train(pictures, "--out", out, *LONG)
+    process = train(images, "--out", out, *LONG)
     assert process.wait() == 0, process.communicate()
     return out
 
 
 @pytest.mark.long
-def test_a_killed_run_goes_on_when_the_command_is_typed_again(pictures: Path, unkilled: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_when_the_command_is_typed_again(images: Path, unkilled: Path, tmp_path: Path) -> None:
     out = tmp_path / "model"
-    process = train(pictures, "--out", out, *LONG)
+    process = train(images, "--out", out, *LONG)
     wait_for_step(out, 48, process)
     process.kill()
     process.communicate()
     assert list(checkpoint.checkpoints(out)) == [40] and not (out / "model_index.json").exists()
-    process = train(pictures, "--out", out, *LONG)
+    process = train(images, "--out", out, *LONG)
     _, said = process.communicate()
     assert process.returncode == 0, said
     assert "step 42/120" in said and "step 39/120" not in said
@@ -300,10 +300,10 @@ def test_a_killed_run_goes_on_when_the_command_is_typed_again(pictures: Path, un
 
 @pytest.mark.long
 def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on_from_it(
-    pictures: Path, unkilled: Path, tmp_path: Path
+    images: Path, unkilled: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "model"
-    process = train(pictures, "--out", out, *LONG)
+    process = train(images, "--out", out, *LONG)
     wait_for_step(out, 45, process)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
@@ -313,7 +313,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on_from_it(
     last = max(there)
     assert 40 in there and last >= 45 and f"step {last}/120" in said
     load_model(there[last] / "pipeline")
-    process = train(pictures, "--out", out, *LONG)
+    process = train(images, "--out", out, *LONG)
     _, said = process.communicate()
     assert process.returncode == 0 and f"goes on from step {last}, {there[last]}" in said
     assert all(torch.equal(a, b) for a, b in zip(weights(out), weights(unkilled), strict=True))
@@ -323,11 +323,11 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on_from_it(
 
 
 @pytest.mark.long
-def test_two_workers_make_the_model_that_one_makes(pictures: Path, tmp_path: Path) -> None:
+def test_two_workers_make_the_model_that_one_makes(images: Path, tmp_path: Path) -> None:
     words = [*DEBUG, "--steps", "6"]
-    alone = train(pictures, "--out", tmp_path / "one", *words)
+    alone = train(images, "--out", tmp_path / "one", *words)
     assert alone.wait() == 0, alone.communicate()
-    together = train(pictures, "--out", tmp_path / "two", *words, "--workers", 2)
+    together = train(images, "--out", tmp_path / "two", *words, "--workers", 2)
     _, said = together.communicate()
     assert together.returncode == 0, said
     assert "2 workers" in said and "step 6/6" in said
@@ -341,10 +341,10 @@ def test_two_workers_make_the_model_that_one_makes(pictures: Path, tmp_path: Pat
 
 
 @pytest.mark.long
-def test_ctrl_c_saves_a_checkpoint_with_two_workers_too(pictures: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_a_checkpoint_with_two_workers_too(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "model"
     words = [*DEBUG, "--steps", "5000", "--save-every", "5000", "--workers", 2]
-    process = train(pictures, "--out", out, *words)
+    process = train(images, "--out", out, *words)
     wait_for_step(out, 100, process)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
@@ -366,12 +366,12 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 @pytest.mark.long
 @pytest.mark.parametrize("whom", [lambda workers: workers[:1], lambda workers: workers[1:]], ids=["first", "second"])
 def test_a_worker_that_is_killed_is_replaced(
-    pictures: Path, tmp_path: Path, whom: Callable[[list[psutil.Process]], list[psutil.Process]]
+    images: Path, tmp_path: Path, whom: Callable[[list[psutil.Process]], list[psutil.Process]]
 ) -> None:
     """The losses are in the end those of a run that nobody killed."""
-    whole = train(pictures, "--out", tmp_path / "whole", *LONG, "--workers", 2)
+    whole = train(images, "--out", tmp_path / "whole", *LONG, "--workers", 2)
     assert whole.wait() == 0, whole.communicate()
-    process = train(pictures, "--out", tmp_path / "killed", *LONG, "--workers", 2)
+    process = train(images, "--out", tmp_path / "killed", *LONG, "--workers", 2)
     wait_for_step(tmp_path / "killed", 45, process)
     for worker in whom(workers_of(process)):
         worker.kill()
@@ -382,10 +382,10 @@ def test_a_worker_that_is_killed_is_replaced(
 
 
 @pytest.mark.long
-def test_an_error_of_a_worker_is_no_lost_worker(pictures: Path, tmp_path: Path) -> None:
+def test_an_error_of_a_worker_is_no_lost_worker(images: Path, tmp_path: Path) -> None:
     """Weights of another shape are a RuntimeError of torch's: it is told at once, and not tried nine times."""
     out = tmp_path / "model"
-    process = train(pictures, "--out", out, *LONG, "--workers", 2)
+    process = train(images, "--out", out, *LONG, "--workers", 2)
     wait_for_step(out, 45, process)
     process.send_signal(signal.SIGINT)
     process.communicate()
@@ -397,6 +397,6 @@ def test_an_error_of_a_worker_is_no_lost_worker(pictures: Path, tmp_path: Path) 
     record = json.loads((folder / "record.json").read_text())
     record["files"]["trainer.pt"] = (folder / "trainer.pt").stat().st_size
     (folder / "record.json").write_text(json.dumps(record))
-    again = train(pictures, "--out", out, *LONG, "--workers", 2)
+    again = train(images, "--out", out, *LONG, "--workers", 2)
     _, said = again.communicate(timeout=300)
     assert again.returncode == 1 and "a worker was lost" not in said, said

@@ -23,7 +23,7 @@ from curate.shards.tar import TarWriter
 from curate.sources.images import Images
 from curate.sources.tars import PackedShards, Tars
 from tests.small_data import make_data
-from tests.small_train import make_pictures
+from tests.small_train import make_images
 from train.data import (
     ImageDataset,
     Stream,
@@ -74,12 +74,12 @@ def test_a_folder_that_is_not_whole_is_refused(root: Path, tmp_path: Path) -> No
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("pictures"), 50)
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("pictures"), 50)
 
 
 def write_tars(folder: Path, source: Path, facts: Any = lambda i: {}) -> Path:
-    """The pictures of a folder as two tars, as img2dataset lays them out."""
+    """The images of a folder as two tars, as img2dataset lays them out."""
     folder.mkdir()
     names = sorted(source.glob("*.png"))
     for shard in range(2):
@@ -93,25 +93,25 @@ def write_tars(folder: Path, source: Path, facts: Any = lambda i: {}) -> Path:
     return folder
 
 
-def test_tars_and_images_are_read_alike(pictures: Path, tmp_path: Path) -> None:
-    tars, images = open_samples(write_tars(tmp_path / "tars", pictures)), open_samples(pictures)
-    assert isinstance(tars, Tars) and isinstance(images, Images) and len(tars) == len(images) == 50
-    for one, other in zip(tars, images, strict=True):
+def test_tars_and_images_are_read_alike(images: Path, tmp_path: Path) -> None:
+    tars, files = open_samples(write_tars(tmp_path / "tars", images)), open_samples(images)
+    assert isinstance(tars, Tars) and isinstance(files, Images) and len(tars) == len(files) == 50
+    for one, other in zip(tars, files, strict=True):
         assert one.image == other.image and one.caption == other.caption and one.caption
-    assert tars[49].key == "000000049" and images[49].key == "049.png"
-    assert tars.path(49) == "000000049.png" and images.path(49) == "049.png"
+    assert tars[49].key == "000000049" and files[49].key == "049.png"
+    assert tars.path(49) == "000000049.png" and files.path(49) == "049.png"
 
 
-def test_the_kind_of_a_folder_is_told(root: Path, pictures: Path) -> None:
+def test_the_kind_of_a_folder_is_told(root: Path, images: Path) -> None:
     assert type(open_samples(root / "shards" / "all")) is PackedShards
     assert type(open_samples(root / "fetched")) is Tars
     with pytest.raises(UserError, match=r"Did you mean .*shards/all\?"):
         open_samples(root)
 
 
-def test_pictures_without_a_caption_can_be_given_one(pictures: Path, tmp_path: Path) -> None:
+def test_images_without_a_caption_can_be_given_one(images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bare"
-    shutil.copytree(pictures, folder, ignore=lambda _, names: [n for n in names if n.endswith(".txt") and n > "003"])
+    shutil.copytree(images, folder, ignore=lambda _, names: [n for n in names if n.endswith(".txt") and n > "003"])
     with pytest.raises(UserError, match="--caption TEXT gives"):
         open_samples(shutil.copytree(folder, tmp_path / "none", ignore=shutil.ignore_patterns("*.txt")))
     own, given = open_samples(folder), open_samples(folder, "a sks disc")
@@ -120,29 +120,29 @@ def test_pictures_without_a_caption_can_be_given_one(pictures: Path, tmp_path: P
     assert [s.image for s in given] == [s.image for s in own] and given.fingerprint != own.fingerprint
 
 
-def test_folders_that_cannot_be_trained_on_are_refused_with_what_to_do(pictures: Path, tmp_path: Path) -> None:
+def test_folders_that_cannot_be_trained_on_are_refused_with_what_to_do(images: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no folder"):
         open_samples(tmp_path / "absent")
     with pytest.raises(UserError, match="neither tars nor images"):
         open_samples(tmp_path)
     few = tmp_path / "few"
     few.mkdir()
-    for name in sorted(pictures.iterdir())[:6]:
+    for name in sorted(images.iterdir())[:6]:
         shutil.copy(name, few)
-    with pytest.raises(UserError, match="holds 3 pictures: too few to train on, at least 8"):
+    with pytest.raises(UserError, match="holds 3 images: too few to train on, at least 8"):
         open_samples(few)
     silent = tmp_path / "silent"
-    shutil.copytree(pictures, silent, ignore=shutil.ignore_patterns("*.txt"))
-    with pytest.raises(UserError, match=r"none of the 50 pictures .* has a caption"):
+    shutil.copytree(images, silent, ignore=shutil.ignore_patterns("*.txt"))
+    with pytest.raises(UserError, match=r"none of the 50 images .* has a caption"):
         open_samples(silent)
-    broken = write_tars(tmp_path / "broken", pictures)
+    broken = write_tars(tmp_path / "broken", images)
     tar = broken / "00001.tar"
     tar.write_bytes(tar.read_bytes()[:-20000])
     with pytest.raises(UserError, match=r"00001.tar.*Remove or replace"):
         open_samples(broken)
 
 
-# --------------------------------------------------------------------------------------------------- pictures and split
+# --------------------------------------------------------------------------------------------------- images and split
 
 
 def letters(captions: list[str]) -> torch.Tensor:
@@ -150,49 +150,49 @@ def letters(captions: list[str]) -> torch.Tensor:
     return torch.tensor([[len(c), *(ord(x) for x in c[:9].ljust(9))] for c in captions])
 
 
-def test_pictures_come_scaled_cut_and_centred() -> None:
+def test_images_come_scaled_cut_and_centred() -> None:
     wide = np.zeros((10, 40, 3), np.uint8)
     wide[:, 15:25] = 255
     assert (crop_resize(wide, 10, 10) == 255).all()
     assert crop_resize(wide, 20, 20).shape == (20, 20, 3) and crop_resize(wide.swapaxes(0, 1), 4, 8).shape == (4, 8, 3)
 
 
-def test_values_lie_between_minus_one_and_one(pictures: Path) -> None:
-    examples = ImageDataset(open_samples(pictures), letters, 16)
+def test_values_lie_between_minus_one_and_one(images: Path) -> None:
+    examples = ImageDataset(open_samples(images), letters, 16)
     key, image, tokens = examples.load(0)
     assert key == "000.png" and tokens[0] == len("a red disc")
     assert image.shape == (3, 16, 16) and image.dtype == torch.float32
     assert image.max() == 1 and -1 <= image.min() < -0.5
 
 
-def test_a_picture_that_cannot_be_read_is_named(pictures: Path, tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read_is_named(images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "images"
-    shutil.copytree(pictures, folder)
+    shutil.copytree(images, folder)
     (folder / "007.png").write_bytes((folder / "007.png").read_bytes()[:60])
     samples = open_samples(folder)
-    with pytest.raises(UserError, match=r"the picture 007\.png can't be read"):
+    with pytest.raises(UserError, match=r"the image 007\.png can't be read"):
         split(samples)
-    with pytest.raises(UserError, match=r"the picture 007\.png can't be read"):
+    with pytest.raises(UserError, match=r"the image 007\.png can't be read"):
         for _ in zip(
             range(7), Stream(ImageDataset(samples, letters, 16), np.arange(50), batch=8).batches(), strict=False
         ):
             pass
 
 
-def test_a_survey_finds_what_cannot_be_read_and_leaves_it_out(pictures: Path, tmp_path: Path) -> None:
+def test_a_survey_finds_what_cannot_be_read_and_leaves_it_out(images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "images"
-    shutil.copytree(pictures, folder)
+    shutil.copytree(images, folder)
     (folder / "007.png").write_bytes((folder / "007.png").read_bytes()[:60])
     samples, told = open_samples(folder), []
     known = scan_images(samples, told.append)
     assert sum(told) == 50 and list(known.unreadable) == [7] and known.keys[7] == "007.png"
     chosen, held = split(samples, 0.2, known=known)
     assert sorted([*chosen, *held]) == [i for i in range(50) if i != 7]
-    ImageDataset(samples, letters, 16, buckets=True)  # whose shapes are told by the pictures' headers
+    ImageDataset(samples, letters, 16, buckets=True)  # whose shapes are told by the images' headers
 
 
 @pytest.mark.long
-def test_pictures_of_several_shapes_go_into_buckets(tmp_path: Path) -> None:
+def test_images_of_several_shapes_go_into_buckets(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for i in range(60):
         height, width = [(32, 32), (32, 64), (64, 32), (32, 600)][3 if i == 0 else i % 3]
@@ -228,8 +228,8 @@ def test_no_near_duplicate_of_what_is_held_out_is_trained_on(tmp_path: Path) -> 
 # --------------------------------------------------------------------------------------------------------- the stream
 
 
-def test_a_stream_goes_on_exactly_where_its_cursor_says(pictures: Path) -> None:
-    examples = ImageDataset(open_samples(pictures), letters, 16)
+def test_a_stream_goes_on_exactly_where_its_cursor_says(images: Path) -> None:
+    examples = ImageDataset(open_samples(images), letters, 16)
     stream = Stream(examples, np.arange(50), batch=8, seed=3)
     batches = list(itertools.islice(stream.batches(), 20))
     assert [b.cursor for b in batches[:8]] == [(0, 1), (0, 2), (0, 3), (0, 4), (0, 5), (0, 6), (1, 0), (1, 1)]
@@ -244,8 +244,8 @@ def test_a_stream_goes_on_exactly_where_its_cursor_says(pictures: Path) -> None:
     assert other.keys != batches[0].keys
 
 
-def test_ranks_share_the_batches_that_one_would_see(pictures: Path) -> None:
-    examples = ImageDataset(open_samples(pictures), letters, 16)
+def test_ranks_share_the_batches_that_one_would_see(images: Path) -> None:
+    examples = ImageDataset(open_samples(images), letters, 16)
     one = Stream(examples, np.arange(50), batch=12).batches()
     ranks = [Stream(examples, np.arange(50), batch=12, rank=r, ranks=3).batches() for r in range(3)]
     for _ in range(10):
@@ -258,8 +258,8 @@ def test_ranks_share_the_batches_that_one_would_see(pictures: Path) -> None:
         Stream(examples, np.arange(50), batch=10, ranks=3)
 
 
-def test_a_tenth_of_captions_is_dropped(pictures: Path) -> None:
-    examples = ImageDataset(open_samples(pictures), letters, 16)
+def test_a_tenth_of_captions_is_dropped(images: Path) -> None:
+    examples = ImageDataset(open_samples(images), letters, 16)
     drawn = itertools.islice(Stream(examples, np.arange(50), batch=50).batches(), 40)
     share = np.mean([float((b.tokens[:, 0] == 0).float().mean()) for b in drawn])
     assert abs(share - 0.1) < 0.03  # 2,000 captions: four standard deviations
@@ -269,11 +269,11 @@ def test_a_tenth_of_captions_is_dropped(pictures: Path) -> None:
     assert [len(b.keys) for b in held] == [8, 8, 4] and all((b.tokens[:, 0] > 0).all() for b in held)
 
 
-def test_pictures_of_a_higher_score_come_more_often(pictures: Path, tmp_path: Path) -> None:
+def test_images_of_a_higher_score_come_more_often(images: Path, tmp_path: Path) -> None:
     def facts(i: int) -> dict[str, Any]:
         return {"taste": None if i == 7 else 1 + i % 3}
 
-    samples = open_samples(write_tars(tmp_path / "tars", pictures, facts))
+    samples = open_samples(write_tars(tmp_path / "tars", images, facts))
     weights = sampling_weights(samples, "taste")
     stream = Stream(ImageDataset(samples, letters, 16), np.arange(50), batch=10, weights=weights)
     counts = np.bincount(np.concatenate([stream.epoch_order(epoch).ravel() for epoch in range(200)]), minlength=50)

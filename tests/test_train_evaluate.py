@@ -10,7 +10,7 @@ import torch
 
 from aesthetic.errors import UserError
 from curate.store.files import write_json
-from tests.small_train import make_pictures, small_run
+from tests.small_train import make_images, small_run
 from train.data import ImageDataset, open_samples, split
 from train.evaluate.evaluation import encode_images
 from train.evaluate.figures import (
@@ -48,23 +48,23 @@ def unit(x: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="module")
 def discs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
-    return make_pictures(tmp_path_factory.mktemp("evaluate") / "discs")
+    return make_images(tmp_path_factory.mktemp("evaluate") / "discs")
 
 
-def test_the_loss_by_picture_and_time_averages_to_what_training_measures(discs: Path, tmp_path: Path) -> None:
+def test_the_loss_by_image_and_time_averages_to_what_training_measures(discs: Path, tmp_path: Path) -> None:
     record = list(small_run(discs, tmp_path, steps=1))[-1]
     pipeline = load_model(Path(record["checkpoint"]) / "pipeline")
     samples = open_samples(discs)
     _, held = split(samples, 0.2)
-    pictures = ImageDataset(samples, lambda c: tokenize(pipeline, c), PRESETS["debug"].size)
+    images = ImageDataset(samples, lambda c: tokenize(pipeline, c), PRESETS["debug"].size)
     told: list[int] = []
-    found = losses(pipeline, pictures, held[::-1].copy(), seed=0, on_done=told.append)
+    found = losses(pipeline, images, held[::-1].copy(), seed=0, on_done=told.append)
     assert found.shape == (len(held), 8) and sum(told) == len(held)
     assert found.mean() == pytest.approx(record["held_out"]["ema"], rel=1e-6)
     assert np.ptp(found.mean(0)) > 0.05  # times differ
-    one = losses(pipeline, pictures, held[:1], seed=0)
+    one = losses(pipeline, images, held[:1], seed=0)
     np.testing.assert_allclose(one[0], found[-1], rtol=1e-4)  # whatever it is measured with
-    assert not np.allclose(losses(pipeline, pictures, held[:1], seed=1), one)  # other noise
+    assert not np.allclose(losses(pipeline, images, held[:1], seed=1), one)  # other noise
 
 
 @pytest.mark.long
@@ -93,7 +93,7 @@ def test_the_interval_of_a_share_is_wilsons() -> None:
 # ------------------------------------------------------------------------------------------------------------ retrieval
 
 
-def test_retrieval_tells_pictures_that_follow_their_captions_from_those_that_do_not() -> None:
+def test_retrieval_tells_images_that_follow_their_captions_from_those_that_do_not() -> None:
     rng = np.random.default_rng(2)
     texts = unit(rng.normal(size=(40, 64)))
     good = retrieval(unit(texts + 0.5 * unit(rng.normal(size=(40, 64)))), texts)
@@ -108,33 +108,33 @@ def test_retrieval_tells_pictures_that_follow_their_captions_from_those_that_do_
 
 def test_recall_is_what_a_loop_counts_and_ties_count_as_often_as_order_decides() -> None:
     rng = np.random.default_rng(3)
-    pictures, texts = unit(rng.normal(size=(12, 8))), unit(rng.normal(size=(12, 8)))
-    hits = [sum(p @ t > p @ texts[i] for t in texts) < 5 for i, p in enumerate(pictures)]
-    assert retrieval(pictures, texts)["recall_at_5"]["value"] == pytest.approx(np.mean(hits))
+    images, texts = unit(rng.normal(size=(12, 8))), unit(rng.normal(size=(12, 8)))
+    hits = [sum(p @ t > p @ texts[i] for t in texts) < 5 for i, p in enumerate(images)]
+    assert retrieval(images, texts)["recall_at_5"]["value"] == pytest.approx(np.mean(hits))
     same = np.repeat(texts[:1], 12, axis=0)  # an encoder that can't tell captions apart gets what chance gets
-    assert retrieval(pictures, same)["recall_at_1"]["value"] == pytest.approx(1 / 12)
-    one = np.repeat(pictures[:1], 12, axis=0)  # so does a model that draws one picture for all of them
+    assert retrieval(images, same)["recall_at_1"]["value"] == pytest.approx(1 / 12)
+    one = np.repeat(images[:1], 12, axis=0)  # so does a model that draws one image for all of them
     assert retrieval(one, texts)["recall_at_1"]["value"] == pytest.approx(1 / 12)
 
 
-def test_the_in_domain_space_finds_what_pictures_and_captions_share() -> None:
+def test_the_in_domain_space_finds_what_images_and_captions_share() -> None:
     rng = np.random.default_rng(4)
     hidden, seen, said = rng.normal(size=(400, 6)), rng.normal(size=(6, 30)), rng.normal(size=(6, 20))
-    pictures = unit(hidden @ seen + 0.3 * rng.normal(size=(400, 30)))
+    images = unit(hidden @ seen + 0.3 * rng.normal(size=(400, 30)))
     texts = np.hstack([unit(hidden @ said + 3), np.zeros((400, 4))])
-    space = InDomainSpace(pictures[:350], texts[:350])
-    mapped, words = space.images(pictures[350:]), space.texts(texts[350:])
+    space = InDomainSpace(images[:350], texts[:350])
+    mapped, words = space.images(images[350:]), space.texts(texts[350:])
     assert mapped.shape == words.shape == (50, 20)
     found = retrieval(mapped, words)["recall_at_1"]
     assert found["value"] > 0.5 > found["shuffled"]["high"]
-    shuffled = InDomainSpace(pictures[:350], texts[rng.permutation(350)])  # nothing to be found
-    found = retrieval(shuffled.images(pictures[350:]), shuffled.texts(texts[350:]))["recall_at_1"]
+    shuffled = InDomainSpace(images[:350], texts[rng.permutation(350)])  # nothing to be found
+    found = retrieval(shuffled.images(images[350:]), shuffled.texts(texts[350:]))["recall_at_1"]
     assert found["value"] <= 0.1
 
 
 def test_clip_score_is_that_of_its_paper_and_only_of_its_models() -> None:
-    pictures, texts = np.eye(3), unit(np.array([[1.0, 0, 0], [1, 1, 0], [0, 0, -1]]))
-    np.testing.assert_allclose(clip_score(pictures, texts), [2.5, 2.5 / np.sqrt(2), 0])
+    images, texts = np.eye(3), unit(np.array([[1.0, 0, 0], [1, 1, 0], [0, 0, -1]]))
+    np.testing.assert_allclose(clip_score(images, texts), [2.5, 2.5 / np.sqrt(2), 0])
     assert clip_score_of("open_clip:ViT-B-32-quickgelu/openai") == "ViT-B/32"
     assert clip_score_of("open_clip:ViT-L-14/openai") == "ViT-L/14"
     assert clip_score_of("open_clip:ViT-L-14/laion2b_s32b_b82k") is None and clip_score_of("bundled") is None
@@ -143,18 +143,18 @@ def test_clip_score_is_that_of_its_paper_and_only_of_its_models() -> None:
 # --------------------------------------------------------------------------------------------------------- memorisation
 
 
-def test_a_model_that_replays_training_pictures_is_found_and_one_that_does_not_is_not(discs: Path) -> None:
-    """Real pictures through the function that looks at them; the space is what they are at 4 x 4."""
+def test_a_model_that_replays_training_images_is_found_and_one_that_does_not_is_not(discs: Path) -> None:
+    """Real images through the function that looks at them; the space is what they are at 4 x 4."""
     samples = open_samples(discs)
 
     class Small:
-        """The least encoder: a picture's own pixels."""
+        """The least encoder: an image's own pixels."""
 
         def encode_images(self, images: list[np.ndarray]) -> np.ndarray:
             small = np.stack([image[::4, ::4].astype(np.float32).ravel() for image in images])
             return unit(small - 255 + RNG.normal(0, 1e-3, (len(small), 1)))
 
-    def pictures(numbers: range, noise: int = 0) -> list[np.ndarray]:
+    def decoded(numbers: range, noise: int = 0) -> list[np.ndarray]:
         from train.data import decode_sample
 
         rng = np.random.default_rng(5)
@@ -164,12 +164,12 @@ def test_a_model_that_replays_training_pictures_is_found_and_one_that_does_not_i
     def seen(images: list[np.ndarray]) -> dict[str, np.ndarray]:
         return encode_images(images, {"vectors": Small()})  # type: ignore[dict-item]
 
-    training, held = seen(pictures(range(36))), seen(pictures(range(36, 64)))
+    training, held = seen(decoded(range(36))), seen(decoded(range(36, 64)))
     real = nearest_training(held, training)
-    replayed = memorisation(nearest_training(seen(pictures(range(20), noise=2)), training), real)
+    replayed = memorisation(nearest_training(seen(decoded(range(20), noise=2)), training), real)
     assert replayed["close"]["value"] > 0.9 and replayed["close"]["low"] > 0.5
     assert replayed["copies"] >= 15 and replayed["median"] > 0.99
-    near = nearest_training(seen(pictures(range(3))), training)
+    near = nearest_training(seen(decoded(range(3))), training)
     assert near.indices[:, 0].tolist() == [0, 1, 2] and near.bits[:, 0].tolist() == [0, 0, 0]
     assert (np.diff(near.cosines, axis=1) <= 0).all()
     honest = memorisation(real, real)
@@ -243,7 +243,7 @@ def record(folder: Path, samples: Path, **more: object) -> Path:
     return folder
 
 
-def test_a_models_own_held_out_pictures_are_measured_on(discs: Path, tmp_path: Path) -> None:
+def test_a_models_own_held_out_images_are_measured_on(discs: Path, tmp_path: Path) -> None:
     samples, model = open_samples(discs), record(tmp_path / "model", discs)
     chosen, held = split(samples)
     found = find_held_out(model, samples)  # split again: data.json is gone
@@ -256,8 +256,8 @@ def test_a_models_own_held_out_pictures_are_measured_on(discs: Path, tmp_path: P
         assert found.training is samples and "held out by the training run" in found.note
 
 
-def test_of_other_pictures_near_duplicates_of_training_pictures_are_taken_out(discs: Path, tmp_path: Path) -> None:
-    others = make_pictures(tmp_path / "others", 40)  # the first forty of them again, but for the colours below
+def test_of_other_images_near_duplicates_of_training_images_are_taken_out(discs: Path, tmp_path: Path) -> None:
+    others = make_images(tmp_path / "others", 40)  # the first forty of them again, but for the colours below
     rng = np.random.default_rng(9)
     import cv2
 
@@ -269,7 +269,7 @@ def test_of_other_pictures_near_duplicates_of_training_pictures_are_taken_out(di
     found = find_held_out(model, open_samples(others))
     assert set(range(10)) == set(found.indices.tolist()), found.note
     assert "30 more are left out as near-duplicates" in found.note
-    with pytest.raises(UserError, match="no picture to measure on"):
+    with pytest.raises(UserError, match="no image to measure on"):
         find_held_out(model, replace_folder(open_samples(discs), tmp_path))
     gone = find_held_out(
         record(tmp_path / "gone", discs, data={"folder": str(tmp_path / "nowhere")}), open_samples(others)
@@ -280,7 +280,7 @@ def test_of_other_pictures_near_duplicates_of_training_pictures_are_taken_out(di
 
 
 def replace_folder(samples: object, folder: Path) -> object:
-    """The same pictures under another name: other samples, all of them near-duplicates."""
+    """The same images under another name: other samples, all of them near-duplicates."""
     import shutil
 
     copied = folder / "copied"

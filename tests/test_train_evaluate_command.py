@@ -1,4 +1,4 @@
-"""`tastemaker evaluate` from end to end: models and pictures to figures, sheets and refusals."""
+"""`tastemaker evaluate` from end to end: models and images to figures, sheets and refusals."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ def discs(folder: Path, count: int, seed: int = 0) -> Path:
     order = rng.permutation(len(pairs))
     for i in range(count):
         front, back = pairs[order[i % len(pairs)]]
-        picture = np.full((16, 16, 3), COLOURS[back], np.uint8)
-        cv2.circle(picture, [int(c) for c in rng.integers(5, 11, 2)], int(rng.integers(3, 6)), COLOURS[front], -1)
-        cv2.imwrite(str(folder / f"{i:04d}.png"), picture[:, :, ::-1])
+        image = np.full((16, 16, 3), COLOURS[back], np.uint8)
+        cv2.circle(image, [int(c) for c in rng.integers(5, 11, 2)], int(rng.integers(3, 6)), COLOURS[front], -1)
+        cv2.imwrite(str(folder / f"{i:04d}.png"), image[:, :, ::-1])
         (folder / f"{i:04d}.txt").write_text(f"a {front} disc on {back}")
     return folder
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     return discs(tmp_path_factory.mktemp("evaluate") / "discs", 10)
 
 
 @pytest.fixture(scope="module")
-def untrained(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def untrained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of random weights that does not say where it comes from."""
     out = tmp_path_factory.mktemp("models") / "untrained"
-    new_model("debug", [p.read_text() for p in pictures.glob("*.txt")]).save_pretrained(out)
+    new_model("debug", [p.read_text() for p in images.glob("*.txt")]).save_pretrained(out)
     return out
 
 
@@ -59,15 +59,15 @@ def evaluation(out: Path) -> dict[str, Any]:
 
 
 def test_a_model_of_which_nothing_is_known_is_measured_and_what_is_left_out_is_said(
-    pictures: Path, untrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    images: Path, untrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["evaluate", str(untrained), str(pictures), "--out", str(tmp_path), "--steps", "2", "--prompts", "8"]
+    words = ["evaluate", str(untrained), str(images), "--out", str(tmp_path), "--steps", "2", "--prompts", "8"]
     assert main([*words, "--json"]) == 0
     said = capsys.readouterr().out
     told = json.loads(said.splitlines()[-1])
     facts = evaluation(tmp_path)
     assert told["figures"] == facts["figures"]
-    assert "it may have seen these pictures" in said and "held-out loss (flow)" in said
+    assert "it may have seen these images" in said and "held-out loss (flow)" in said
     loss = facts["figures"]["held_out_loss"]["held_out"]
     assert loss["low"] < loss["value"] < loss["high"] and len(loss["by_time"]) == 8 and loss["pictures"] == 10
     assert np.mean([t["value"] for t in loss["by_time"].values()]) == pytest.approx(loss["value"], rel=1e-5)
@@ -87,7 +87,7 @@ def test_a_model_of_which_nothing_is_known_is_measured_and_what_is_left_out_is_s
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(
-    pictures: Path, untrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    images: Path, untrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     short, taken, broken = tmp_path / "short.txt", tmp_path / "taken", tmp_path / "broken"
     short.write_text("one\ntwo\n\ntwo\n")
@@ -100,19 +100,19 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
         (same / f"{i:04d}.txt").write_text("a disc")
     out = tmp_path / "out"
     for model, data, more, said in (
-        (untrained, pictures, ["--out", str(taken)], "thesis.txt"),
-        (tmp_path / "none", pictures, [], "none holds no diffusers pipeline"),
-        (broken, pictures, [], "unet"),
+        (untrained, images, ["--out", str(taken)], "thesis.txt"),
+        (tmp_path / "none", images, [], "none holds no diffusers pipeline"),
+        (broken, images, [], "unet"),
         (untrained, tmp_path / "nothing", [], "is no folder"),
-        (untrained, pictures, ["--prompts", "3"], "--prompts 3: at least 8"),
-        (untrained, pictures, ["--prompts", str(short)], "2 different prompts"),
-        (untrained, pictures, ["--prompts", str(tmp_path / "absent.txt")], "neither a number nor a file"),
-        (untrained, pictures, ["--encoder", "clap"], "no encoder"),
-        (untrained, pictures, ["--heads", "laion-v2"], "reads vectors of open_clip:"),
-        (untrained, pictures, ["--heads", "nobodys"], "no head nobodys"),
-        (untrained, pictures, ["--steps", "5000"], "steps 5000"),
-        (untrained, pictures, ["--guidance", "-1"], "guidance -1"),
-        (untrained, same, [], "1 different captions among 9 pictures"),
+        (untrained, images, ["--prompts", "3"], "--prompts 3: at least 8"),
+        (untrained, images, ["--prompts", str(short)], "2 different prompts"),
+        (untrained, images, ["--prompts", str(tmp_path / "absent.txt")], "neither a number nor a file"),
+        (untrained, images, ["--encoder", "clap"], "no encoder"),
+        (untrained, images, ["--heads", "laion-v2"], "reads vectors of open_clip:"),
+        (untrained, images, ["--heads", "nobodys"], "no head nobodys"),
+        (untrained, images, ["--steps", "5000"], "steps 5000"),
+        (untrained, images, ["--guidance", "-1"], "guidance -1"),
+        (untrained, same, [], "1 different captions among 9 images"),
     ):
         words = ["evaluate", str(model), str(data), *([] if "--out" in more else ["--out", str(out)]), *more]
         assert main(words) == 2, said
@@ -123,7 +123,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model that has learnt colours, and its pictures."""
+    """A model that has learnt colours, and its images."""
     folder = tmp_path_factory.mktemp("trained")
     data = discs(folder / "discs", 1500)
     words = ["train", str(data), "--out", str(folder / "model"), "--preset", "debug", "--steps", "600"]
@@ -146,7 +146,7 @@ def test_a_model_that_has_learnt_colours_is_told_from_one_that_has_not(
     kid = figures["kid"]
     assert abs(kid["real_against_real"]["mean"]) < kid["drawn"]["mean"] < kid["noise_against_real"]["mean"]
     assert not kid["circular"] and (tmp_path / "a" / "nearest.png").is_file()
-    # the same pictures, of which random weights know nothing; their fingerprint makes them its own
+    # the same images, of which random weights know nothing; their fingerprint makes them its own
     shutil.copytree(untrained, tmp_path / "deaf")
     for name in ("train.json", "data.json"):
         shutil.copy(model / name, tmp_path / "deaf" / name)
@@ -159,7 +159,7 @@ def test_a_model_that_has_learnt_colours_is_told_from_one_that_has_not(
 
 
 @pytest.mark.long
-def test_the_same_seed_gives_the_same_figures_and_pictures_that_are_there_are_not_drawn_again(
+def test_the_same_seed_gives_the_same_figures_and_images_that_are_there_are_not_drawn_again(
     trained: tuple[Path, Path], tmp_path: Path
 ) -> None:
     model, data = trained
@@ -170,7 +170,7 @@ def test_the_same_seed_gives_the_same_figures_and_pictures_that_are_there_are_no
     (b / "evaluation.json").write_text(json.dumps({"asked": evaluation(tmp_path / "a")["asked"]}))
     for i in range(8):  # as a run leaves it that was killed after its first batch
         shutil.copy2(tmp_path / "a" / "samples" / f"{i:06d}.png", b / "samples")
-    shutil.copy(b / "samples" / "000001.png", b / "samples" / "000012.png")  # a picture of another prompt
+    shutil.copy(b / "samples" / "000001.png", b / "samples" / "000012.png")  # an image of another prompt
     were = [(b / "samples" / f"{i:06d}.png").stat().st_mtime_ns for i in range(8)]
     assert main([*words, "--out", str(b)]) == 0
     assert [(b / "samples" / f"{i:06d}.png").stat().st_mtime_ns for i in range(8)] == were
@@ -181,7 +181,7 @@ def test_the_same_seed_gives_the_same_figures_and_pictures_that_are_there_are_no
 
 
 @pytest.mark.long
-def test_prompts_of_ones_own_other_pictures_and_a_lora_are_measured_too(
+def test_prompts_of_ones_own_other_images_and_a_lora_are_measured_too(
     trained: tuple[Path, Path], tmp_path: Path
 ) -> None:
     model, data = trained
@@ -194,7 +194,7 @@ def test_prompts_of_ones_own_other_pictures_and_a_lora_are_measured_too(
     assert main(["evaluate", str(model), str(others), *words, "--out", str(tmp_path / "a")]) == 0
     facts = evaluation(tmp_path / "a")
     assert facts["pictures"]["drawn"] == 9 and facts["pictures"]["training"] > 1000
-    assert "other pictures than the model was trained on" in facts["about"][1]
+    assert "other images than the model was trained on" in facts["about"][1]
     assert facts["figures"]["retrieval"]["real"]["captions"] == 9
     score = facts["figures"]["scores"]["bundled-aesthetic"]
     assert score["difference"]["value"] == pytest.approx(score["drawn"]["value"] - score["real"]["value"])

@@ -67,9 +67,9 @@ FACTS = {
 }
 
 SHORT = (
-    "In short: prompts steer it (R@5 0.27, chance 0.05, real pictures 1.00); its pictures are at a KID of 1.87 from "
-    "real ones, where noise is at 6.77; they are no nearer to training pictures than real ones are; its loss is "
-    "clearly lower on training pictures, which is how learning by heart begins."
+    "In short: prompts steer it (R@5 0.27, chance 0.05, real images 1.00); its images are at a KID of 1.87 from "
+    "real ones, where noise is at 6.77; they are no nearer to training images than real ones are; its loss is "
+    "clearly lower on training images, which is how learning by heart begins."
 )
 
 
@@ -91,12 +91,12 @@ def test_what_says_most_stands_first_and_a_sentence_says_what_it_means():
             lambda f: f["retrieval_in_domain"]["drawn"]["recall_at_5"].update(low=0.08),
             "nothing shows that prompts steer it",
         ),
-        (lambda f: f["kid"]["drawn"].update(mean=0.1), "KID cannot tell its pictures from real ones"),
+        (lambda f: f["kid"]["drawn"].update(mean=0.1), "KID cannot tell its images from real ones"),
         (
             lambda f: f["memorisation"].update(copies=3),
-            "some of them are nearly training pictures (look at nearest.png)",
+            "some of them are nearly training images (look at nearest.png)",
         ),
-        (lambda f: f["memorisation"]["close"].update(low=0.2), "some of them are nearly training pictures"),
+        (lambda f: f["memorisation"]["close"].update(low=0.2), "some of them are nearly training images"),
     ],
 )
 def test_the_sentence_says_no_more_than_the_figures(change, told):

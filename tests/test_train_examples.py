@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from examples import clipart, lora
-from examples.shapes import BACKGROUNDS, COLOURS, judge, picture
-from tests.small_train import make_pictures, small_run
+from examples.shapes import BACKGROUNDS, COLOURS, image, judge
+from tests.small_train import make_images, small_run
 from train import checkpoint
 from train.models.presets import PRESETS
 
@@ -37,7 +37,7 @@ def test_clip_art_is_captioned_by_its_path_without_its_author(path: str, caption
     assert clipart.clip_art_caption(path) == caption
 
 
-def test_a_picture_is_put_whole_on_a_white_square() -> None:
+def test_an_image_is_put_whole_on_a_white_square() -> None:
     def png(pixels: np.ndarray) -> bytes:
         return cv2.imencode(".png", pixels)[1].tobytes()
 
@@ -55,13 +55,13 @@ def test_a_picture_is_put_whole_on_a_white_square() -> None:
 def test_outlines_are_told_from_what_is_filled_in_every_colour(noise: float) -> None:
     rng = np.random.default_rng(0)
 
-    def seen(picture: np.ndarray) -> bool:
-        return lora.is_outline(np.clip(picture + rng.normal(0, noise, picture.shape), 0, 255).astype(np.uint8))
+    def seen(image: np.ndarray) -> bool:
+        return lora.is_outline(np.clip(image + rng.normal(0, noise, image.shape), 0, 255).astype(np.uint8))
 
     kinds = [(c, s, b) for c in COLOURS for s in ("circle", "square") for b in BACKGROUNDS]
     outlines = [lora.outline(*kind, rng) for kind in kinds]
     assert np.mean([seen(p) for p in outlines]) >= 0.95
-    assert np.mean([seen(picture(*kind, rng)) for kind in kinds]) <= 0.05
+    assert np.mean([seen(image(*kind, rng)) for kind in kinds]) <= 0.05
     told = [judge(p) for p in outlines]
     assert [(c, b) for c, _, b in told] == [(c, b) for c, _, b in kinds]
 
@@ -80,7 +80,7 @@ def test_clip_art_trains_an_autoencoder_and_a_model_reports_both_and_goes_on(
 ) -> None:
     small = replace(PRESETS["debug"], latents=4, factor=2, vae=(8, 16))
     monkeypatch.setitem(PRESETS, "debug-latent", small)
-    folder, out = make_pictures(tmp_path / "pictures"), tmp_path / "out"
+    folder, out = make_images(tmp_path / "pictures"), tmp_path / "out"
     monkeypatch.setattr(clipart, "PROMPTS", ["a red disc", "a purple disc"])
     report = clipart.make(folder, out, "debug-latent", 0.5)
 
@@ -110,15 +110,15 @@ def test_clip_art_needs_neither_ray_nor_a_database_nor_open_clip(tmp_path: Path)
         "from examples import clipart; from pathlib import Path\n"
         "clipart.make(Path(sys.argv[1]), Path(sys.argv[2]), 'debug', 0.2)"
     )
-    folder, out = make_pictures(tmp_path / "pictures"), tmp_path / "out"
+    folder, out = make_images(tmp_path / "pictures"), tmp_path / "out"
     done = subprocess.run([sys.executable, "-c", code, folder, out], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (out / "grid.png").is_file() and (out / "curve.png").is_file()
 
 
 @pytest.mark.long
-def test_a_lora_learns_from_32_pictures_and_one_that_learnt_nothing_changes_nothing(tmp_path: Path) -> None:
-    for _ in small_run(make_pictures(tmp_path / "discs"), tmp_path / "base", steps=150):
+def test_a_lora_learns_from_32_images_and_one_that_learnt_nothing_changes_nothing(tmp_path: Path) -> None:
+    for _ in small_run(make_images(tmp_path / "discs"), tmp_path / "base", steps=150):
         pass
     base = checkpoint.checkpoints(tmp_path / "base")[150] / "pipeline"
     learn, others = lora.make(tmp_path / "learn", 32, learn=True), lora.make(tmp_path / "others", 16, learn=False)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from aesthetic.errors import UserError
-from tests.small_train import make_pictures
+from tests.small_train import make_images
 from train.data import ImageDataset, MapDataset, Stream, open_samples
 from train.latents import LatentDataset, precompute_latents
 from train.models.presets import PRESETS
@@ -21,7 +21,7 @@ from train.tasks import Denoise
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> MapDataset:
-    return open_samples(make_pictures(tmp_path_factory.mktemp("pictures"), 50))
+    return open_samples(make_images(tmp_path_factory.mktemp("pictures"), 50))
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +30,15 @@ def pipeline(samples: MapDataset) -> Any:
     return new_model(small, [str(s.caption) for s in samples])
 
 
-def test_the_loss_from_latents_is_that_from_pictures(pipeline: Any, samples: MapDataset, tmp_path: Path) -> None:
-    pictures = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
-    latents = precompute_latents(pipeline, pictures, np.arange(50), tmp_path / "latents", shard_size=20)
+def test_the_loss_from_latents_is_that_from_images(pipeline: Any, samples: MapDataset, tmp_path: Path) -> None:
+    images = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
+    latents = precompute_latents(pipeline, images, np.arange(50), tmp_path / "latents", shard_size=20)
     assert sorted(p.name for p in (tmp_path / "latents").glob("0*.safetensors")) == [
         f"{i:05d}.safetensors" for i in range(3)
     ]
     assert len(latents) == 50
     task = Denoise(pipeline)
-    one, other = (Stream(e, np.arange(50), batch=8, seed=1).batches() for e in (pictures, latents))
+    one, other = (Stream(e, np.arange(50), batch=8, seed=1).batches() for e in (images, latents))
     for step in range(4):
         a, b = next(one), next(other)
         assert a.keys == b.keys and torch.equal(a.tokens, b.tokens) and not a.latent and b.latent
@@ -47,26 +47,26 @@ def test_the_loss_from_latents_is_that_from_pictures(pipeline: Any, samples: Map
 
 
 def test_what_a_frozen_text_encoder_says_is_kept_too(pipeline: Any, samples: MapDataset, tmp_path: Path) -> None:
-    pictures = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
+    images = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
     numbers = np.arange(3, 50, 2)
-    latents = precompute_latents(pipeline, pictures, numbers, tmp_path, text=True)
+    latents = precompute_latents(pipeline, images, numbers, tmp_path, text=True)
     assert len(latents) == len(numbers)
     task = Denoise(pipeline, text=False)
-    one, other = (Stream(e, numbers, batch=8, seed=1, drop=0.5).batches() for e in (pictures, latents))
+    one, other = (Stream(e, numbers, batch=8, seed=1, drop=0.5).batches() for e in (images, latents))
     for step in range(3):
         a, b = next(one), next(other)
         assert a.keys == b.keys and b.tokens.shape == (8, 16, 32)
         assert torch.allclose(task.losses(a, 0, step), task.losses(b, 0, step), rtol=2e-3)
-    with pytest.raises(IndexError, match="picture 2 has no latents"):
+    with pytest.raises(IndexError, match="image 2 has no latents"):
         latents.load(2)
 
 
 def test_a_shard_that_is_there_is_not_made_again(pipeline: Any, samples: MapDataset, tmp_path: Path) -> None:
-    pictures = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
+    images = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
     told: list[int] = []
 
     def written() -> list[int]:
-        precompute_latents(pipeline, pictures, np.arange(50), tmp_path, shard_size=20, tell=told.append)
+        precompute_latents(pipeline, images, np.arange(50), tmp_path, shard_size=20, tell=told.append)
         assert sum(told) == 50
         return [(tmp_path / f"{i:05d}.safetensors").stat().st_mtime_ns for i in range(3)]
 
@@ -81,10 +81,10 @@ def test_a_shard_that_is_there_is_not_made_again(pipeline: Any, samples: MapData
 def test_they_are_made_once_and_again_when_something_changed(
     pipeline: Any, samples: MapDataset, tmp_path: Path
 ) -> None:
-    pictures = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
+    images = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
 
     def written() -> int:
-        precompute_latents(pipeline, pictures, np.arange(20), tmp_path)
+        precompute_latents(pipeline, images, np.arange(20), tmp_path)
         return (tmp_path / "00000.safetensors").stat().st_mtime_ns
 
     first = written()
@@ -97,8 +97,8 @@ def test_they_are_made_once_and_again_when_something_changed(
 def test_a_folder_that_is_not_whole_is_refused(pipeline: Any, samples: MapDataset, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no precomputed latents"):
         LatentDataset(tmp_path)
-    pictures = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
-    precompute_latents(pipeline, pictures, np.arange(20), tmp_path)
+    images = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
+    precompute_latents(pipeline, images, np.arange(20), tmp_path)
     path = tmp_path / "00000.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"00000\.safetensors is missing or cut"):

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from aesthetic.errors import DiskFull, UserError
-from tests.small_train import make_pictures, small_run
+from tests.small_train import make_images, small_run
 from train import checkpoint
 from train.data import ImageDataset, Stream, open_samples, ordered_batches, split
 from train.devices import FreeCores
@@ -34,17 +34,17 @@ from train.models.unet import encode_images, load_model, new_model, tokenize
 from train.tasks import Denoise, Reconstruct, fit_scale, generate_images, psnr, slice_batch
 
 
-def run(pictures: Path, out: Path, said: Any, settings: dict[str, Any]) -> None:
+def run(images: Path, out: Path, said: Any, settings: dict[str, Any]) -> None:
     """In a process of its own: train, and send each step's number when it is done."""
     torch.set_num_threads(1)
-    for record in small_run(pictures, out, **settings):
+    for record in small_run(images, out, **settings):
         said.send(record["step"])
 
 
-def start(processes: Any, pictures: Path, out: Path, **settings: Any) -> tuple[Any, Any]:
+def start(processes: Any, images: Path, out: Path, **settings: Any) -> tuple[Any, Any]:
     """(process, the end of a pipe on which its steps arrive)."""
     here, there = processes.Pipe(duplex=False)
-    process = processes.Process(target=run, args=(pictures, out, there, settings))
+    process = processes.Process(target=run, args=(images, out, there, settings))
     process.start()
     there.close()
     return process, here
@@ -71,9 +71,9 @@ def processes() -> Any:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
+    return make_images(tmp_path_factory.mktemp("pictures"))
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -88,10 +88,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("objective", ["flow", "v", "eps"])
-def test_the_loss_is_that_of_a_loop_written_by_hand_with_diffusers(pictures: Path, objective: str) -> None:
+def test_the_loss_is_that_of_a_loop_written_by_hand_with_diffusers(images: Path, objective: str) -> None:
     from diffusers import DDPMScheduler
 
-    samples = open_samples(pictures)
+    samples = open_samples(images)
     pipeline = new_model("debug", ["a red disc"] * 4, objective)
     examples = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
     batch = next(Stream(examples, np.arange(len(samples)), batch=8).batches())
@@ -121,16 +121,16 @@ def test_the_loss_is_that_of_a_loop_written_by_hand_with_diffusers(pictures: Pat
     assert torch.allclose(mine, pipeline.unet.conv_in.weight.grad, atol=1e-6)
 
 
-def test_a_run_learns_and_leaves_what_it_promises(pictures: Path, tmp_path: Path) -> None:
+def test_a_run_learns_and_leaves_what_it_promises(images: Path, tmp_path: Path) -> None:
     settings = {"steps": 45, "batch": 16, "log_every": 15, "save_every": 15, "keep": 1}
-    records = list(small_run(pictures, tmp_path, **settings))
+    records = list(small_run(images, tmp_path, **settings))
     assert [r["step"] for r in records] == [15, 30, 45]
     held = [r["held_out"]["ema"] for r in records]
     assert records[-1]["loss"] < 0.6 * records[0]["loss"] and held[-1] < 0.7 * held[0]
     for r in records:
         assert r["img_s"] > 0 and r["tflop_s"] > 0 and 0 <= r["data_wait"] < 1 and r["memory_gb"] > 0.1
         assert r["mfu"] is None and Image.open(r["samples"]).width == 2480  # a sheet, with labels
-    assert records[-1]["eta_s"] == 0 and records[-1]["epoch"] == 45 * 16 // 64  # 52 pictures fill 4 batches
+    assert records[-1]["eta_s"] == 0 and records[-1]["epoch"] == 45 * 16 // 64  # 52 images fill 4 batches
     said = format_record(records[-1])
     assert said.startswith("step 45/45  loss ") and "img/s" in said and "data-wait" in said and "\n" not in said
     assert [json.loads(t) for t in (tmp_path / "log.jsonl").read_text().splitlines()] == records
@@ -142,18 +142,18 @@ def test_a_run_learns_and_leaves_what_it_promises(pictures: Path, tmp_path: Path
     assert torch.equal(first, state["mean"][0]) and not torch.equal(first, state["raw"][0])
 
 
-def test_a_run_that_is_stopped_saves_where_it_is_and_goes_on_to_the_same_bits(pictures: Path, tmp_path: Path) -> None:
-    whole = [r["loss"] for r in small_run(pictures, tmp_path / "whole", steps=6)]
+def test_a_run_that_is_stopped_saves_where_it_is_and_goes_on_to_the_same_bits(images: Path, tmp_path: Path) -> None:
+    whole = [r["loss"] for r in small_run(images, tmp_path / "whole", steps=6)]
     asked = iter([False, False, True])
-    records = list(small_run(pictures, tmp_path / "stopped", steps=6, stop=lambda: next(asked)))
+    records = list(small_run(images, tmp_path / "stopped", steps=6, stop=lambda: next(asked)))
     assert [r["step"] for r in records] == [1, 2, 3] and records[-1]["stopped"]
     assert list(checkpoint.checkpoints(tmp_path / "stopped")) == [3]
     assert "samples" not in records[-1] and "held_out" not in records[-1]  # whoever stops a run does not want to wait
-    rest = list(small_run(pictures, tmp_path / "stopped", steps=6))
+    rest = list(small_run(images, tmp_path / "stopped", steps=6))
     assert [r["loss"] for r in records + rest] == whole
 
 
-def test_what_is_drawn_is_shown_large_beside_the_real_picture_of_the_caption(tmp_path: Path) -> None:
+def test_what_is_drawn_is_shown_large_beside_the_real_image_of_the_caption(tmp_path: Path) -> None:
     real = np.full((16, 16, 3), (255, 0, 0), np.uint8)
     task = Denoise(new_model("debug", ["a red disc"]), real={"a red disc": real})
     rows = task.preview(["a red disc", "no such thing"], [0, 1])
@@ -178,10 +178,10 @@ def test_threads_are_chosen_by_what_others_leave_free() -> None:
 
 
 @pytest.mark.long
-def test_a_lora_is_trained_and_checkpointed_on_top_of_a_model(pictures: Path, tmp_path: Path) -> None:
-    first = list(small_run(pictures, tmp_path / "base", steps=2))[-1]["held_out"]["ema"]
+def test_a_lora_is_trained_and_checkpointed_on_top_of_a_model(images: Path, tmp_path: Path) -> None:
+    first = list(small_run(images, tmp_path / "base", steps=2))[-1]["held_out"]["ema"]
     base = tmp_path / "base" / "checkpoints" / "000002" / "pipeline"
-    records = list(small_run(pictures, tmp_path / "lora", start=base, steps=60, log_every=30))
+    records = list(small_run(images, tmp_path / "lora", start=base, steps=60, log_every=30))
     assert records[-1]["held_out"]["ema"] < first - 0.05 and records[1]["loss"] < records[0]["loss"]
     saved = tmp_path / "lora" / "checkpoints" / "000060"
     assert sorted(p.name for p in saved.iterdir()) == ["lora", "record.json", "trainer.pt"]
@@ -192,8 +192,8 @@ def test_a_lora_is_trained_and_checkpointed_on_top_of_a_model(pictures: Path, tm
 
 
 @pytest.mark.long
-def test_an_autoencoder_learns_to_reproduce_by_the_same_loop(pictures: Path, tmp_path: Path) -> None:
-    samples = open_samples(pictures)
+def test_an_autoencoder_learns_to_reproduce_by_the_same_loop(images: Path, tmp_path: Path) -> None:
+    samples = open_samples(images)
     small = replace(PRESETS["debug"], vae=(16, 16), factor=2, latents=4)
     pipeline = new_model(small, ["a red disc"] * 4)
     examples = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
@@ -225,21 +225,21 @@ def test_the_best_is_kept_beside_the_last(tmp_path: Path) -> None:
     assert state is not None and state["step"] == 4
 
 
-def test_other_settings_do_not_go_on_with_a_run(pictures: Path, tmp_path: Path) -> None:
-    list(small_run(pictures, tmp_path, steps=2))
+def test_other_settings_do_not_go_on_with_a_run(images: Path, tmp_path: Path) -> None:
+    list(small_run(images, tmp_path, steps=2))
     with pytest.raises(UserError, match=r"trained otherwise \(lr: 0.002 then, 0.01 now\)"):
-        list(small_run(pictures, tmp_path, steps=2, lr=0.01))
+        list(small_run(images, tmp_path, steps=2, lr=0.01))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("half", [10, 50])
 def test_half_a_run_a_kill_and_the_other_half_are_one_run_bit_for_bit(
-    half: int, pictures: Path, tmp_path: Path, processes: Any
+    half: int, images: Path, tmp_path: Path, processes: Any
 ) -> None:
     """Killed between two checkpoints, so that some steps are done twice."""
     settings = {"steps": 2 * half, "batch": 4, "save_every": half}
-    whole, _ = start(processes, pictures, tmp_path / "whole", **settings)
-    process, said = start(processes, pictures, tmp_path / "killed", **settings)
+    whole, _ = start(processes, images, tmp_path / "whole", **settings)
+    process, said = start(processes, images, tmp_path / "killed", **settings)
     for step in steps(said):
         if step == half + 4:
             os.kill(process.pid, signal.SIGKILL)
@@ -248,7 +248,7 @@ def test_half_a_run_a_kill_and_the_other_half_are_one_run_bit_for_bit(
     assert process.exitcode == -signal.SIGKILL
     assert list(checkpoint.checkpoints(tmp_path / "killed")) == [half]
     assert losses(tmp_path / "killed")[-1][0] >= half + 4
-    process, said = start(processes, pictures, tmp_path / "killed", **settings)
+    process, said = start(processes, images, tmp_path / "killed", **settings)
     assert next(steps(said)) == half + 1
     process.join()
     whole.join()
@@ -259,14 +259,14 @@ def test_half_a_run_a_kill_and_the_other_half_are_one_run_bit_for_bit(
 
 
 @pytest.mark.long
-def test_a_run_that_is_killed_anywhere_always_goes_on(pictures: Path, tmp_path: Path, processes: Any) -> None:
+def test_a_run_that_is_killed_anywhere_always_goes_on(images: Path, tmp_path: Path, processes: Any) -> None:
     """Checkpoints at every second step, kills at random times until the run is through; the same curve in the end."""
     settings = {"steps": 60, "batch": 4, "save_every": 2}
-    whole, _ = start(processes, pictures, tmp_path / "whole", **settings)
+    whole, _ = start(processes, images, tmp_path / "whole", **settings)
     whole.join()
     rng = np.random.default_rng(0)
     for _attempt in range(60):
-        process, said = start(processes, pictures, tmp_path / "killed", **settings)
+        process, said = start(processes, images, tmp_path / "killed", **settings)
         next(steps(said), None)
         time.sleep(float(rng.uniform(0, 4)))
         process.kill()
@@ -280,29 +280,29 @@ def test_a_run_that_is_killed_anywhere_always_goes_on(pictures: Path, tmp_path: 
 
 
 @pytest.mark.long
-def test_micro_batches_change_nothing(pictures: Path, tmp_path: Path) -> None:
-    one = [r["loss"] for r in small_run(pictures, tmp_path / "a", steps=4)]
-    other = [r["loss"] for r in small_run(pictures, tmp_path / "b", steps=4, micro_batch=3, checkpointing=True)]
+def test_micro_batches_change_nothing(images: Path, tmp_path: Path) -> None:
+    one = [r["loss"] for r in small_run(images, tmp_path / "a", steps=4)]
+    other = [r["loss"] for r in small_run(images, tmp_path / "b", steps=4, micro_batch=3, checkpointing=True)]
     assert np.allclose(one, other, atol=1e-5)
 
 
-def rank(rank: int, store: Path, pictures: Path, out: Path) -> None:
+def rank(rank: int, store: Path, images: Path, out: Path) -> None:
     """One of two workers."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    list(small_run(pictures, out, steps=6, batch=16))
+    list(small_run(images, out, steps=6, batch=16))
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.long
 def test_two_workers_make_the_model_that_one_makes_with_the_doubled_batch(
-    pictures: Path, tmp_path: Path, processes: Any
+    images: Path, tmp_path: Path, processes: Any
 ) -> None:
-    arguments = (tmp_path / "store", pictures, tmp_path / "two")
+    arguments = (tmp_path / "store", images, tmp_path / "two")
     ranks = [processes.Process(target=rank, args=(r, *arguments)) for r in range(2)]
     for process in ranks:
         process.start()
-    list(small_run(pictures, tmp_path / "one", steps=6, batch=16))
+    list(small_run(images, tmp_path / "one", steps=6, batch=16))
     for process in ranks:
         process.join()
     assert [p.exitcode for p in ranks] == [0, 0]
@@ -311,12 +311,12 @@ def test_two_workers_make_the_model_that_one_makes_with_the_doubled_batch(
     assert max(float((one[k] - two[k]).abs().max()) for k in one) < 1e-5
 
 
-def test_a_run_that_diverges_stops_with_the_keys_of_its_batch(pictures: Path, tmp_path: Path) -> None:
+def test_a_run_that_diverges_stops_with_the_keys_of_its_batch(images: Path, tmp_path: Path) -> None:
     with pytest.raises(Diverged, match=r"Samples \d\d\d.png") as told:
-        list(small_run(pictures, tmp_path, steps=50, lr=1e30, warmup=0, clip=1e30))
+        list(small_run(images, tmp_path, steps=50, lr=1e30, warmup=0, clip=1e30))
     step = int(str(told.value).split()[1].strip(":"))
     keys = json.loads((tmp_path / "diverged-0.json").read_text())["keys"]
-    assert len(keys) == 8 and all((pictures / k).is_file() for k in keys)
+    assert len(keys) == 8 and all((images / k).is_file() for k in keys)
     assert [s for s, _ in losses(tmp_path)] == list(range(1, step))  # and none after
 
 
@@ -344,7 +344,7 @@ def test_the_learning_rate_is_a_function_of_the_step() -> None:
     assert learning_rate(constant, 99) == 1
 
 
-def test_speed_waiting_and_time_left_are_what_a_clock_beside_the_loop_says(pictures: Path, tmp_path: Path) -> None:
+def test_speed_waiting_and_time_left_are_what_a_clock_beside_the_loop_says(images: Path, tmp_path: Path) -> None:
     class SlowDisk(ImageDataset):
         def load(self, index: int, dropped: bool = False) -> Any:
             time.sleep(0.01)
@@ -361,7 +361,7 @@ def test_speed_waiting_and_time_left_are_what_a_clock_beside_the_loop_says(pictu
                 self.waited += time.perf_counter() - before
                 yield batch
 
-    samples = open_samples(pictures)
+    samples = open_samples(images)
     pipeline = new_model("debug", ["a red disc"] * 4)
     examples = SlowDisk(samples, lambda c: tokenize(pipeline, c), 16)
     stream = Clocked(examples, np.arange(len(samples)), batch=8, workers=1)
@@ -382,9 +382,9 @@ def test_speed_waiting_and_time_left_are_what_a_clock_beside_the_loop_says(pictu
     records.close()
 
 
-def test_flops_are_those_of_the_layers_and_a_frozen_autoencoder_counts_once(pictures: Path) -> None:
+def test_flops_are_those_of_the_layers_and_a_frozen_autoencoder_counts_once(images: Path) -> None:
     """Beside a count by hand: multiply-adds of convolutions and linear layers; attention's products are left out."""
-    samples = open_samples(pictures)
+    samples = open_samples(images)
     pipeline = new_model("debug", ["a red disc"] * 4)
     examples = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
     batch = next(Stream(examples, np.arange(len(samples)), batch=8).batches())
@@ -412,31 +412,31 @@ def test_flops_are_those_of_the_layers_and_a_frozen_autoencoder_counts_once(pict
     assert training_flops(task, latents, checkpointing=True) == pytest.approx(from_latents, rel=0.1)
 
 
-def run_in_little_memory(pictures: Path, out: Path, said: Any, megabytes: int, settings: dict[str, Any]) -> None:
+def run_in_little_memory(images: Path, out: Path, said: Any, megabytes: int, settings: dict[str, Any]) -> None:
     """In a process of its own: train with so much more memory than a small batch leaves in use."""
     torch.set_num_threads(1)
-    list(small_run(pictures, out / "small", steps=1))
+    list(small_run(images, out / "small", steps=1))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (megabytes << 20), -1))
-    for record in small_run(pictures, out / "whole", **settings):
+    for record in small_run(images, out / "whole", **settings):
         said.send((record["step"], record["loss"], record["grad_norm"], record["micro_batch"]))
     said.close()
 
 
 @pytest.mark.long
 def test_where_memory_runs_out_the_micro_batch_is_halved_and_the_update_is_the_same(
-    pictures: Path, tmp_path: Path, processes: Any
+    images: Path, tmp_path: Path, processes: Any
 ) -> None:
     settings = {"steps": 3, "batch": 512, "save_every": 3}
     here, there = processes.Pipe(duplex=False)
-    arguments = (pictures, tmp_path / "little", there, LITTLE, settings)
+    arguments = (images, tmp_path / "little", there, LITTLE, settings)
     process = processes.Process(target=run_in_little_memory, args=arguments)
     process.start()
     there.close()
     told = list(steps(here))
     process.join()
     assert process.exitcode == 0
-    enough = list(small_run(pictures, tmp_path / "enough", **settings))
+    enough = list(small_run(images, tmp_path / "enough", **settings))
     assert [r["micro_batch"] for r in enough] == [512] * 3
     assert [t[3] for t in told] == [told[0][3]] * 3 and told[0][3] < 512  # found once, then kept
     for (_, loss, norm, _), record in zip(told, enough, strict=True):
@@ -460,20 +460,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", disk], check=True)
 
 
-def test_a_disk_too_small_for_checkpoints_is_told_before_the_first_step(pictures: Path, small_disk: Path) -> None:
+def test_a_disk_too_small_for_checkpoints_is_told_before_the_first_step(images: Path, small_disk: Path) -> None:
     (small_disk / "ballast").write_bytes(bytes(40 << 20))
     with pytest.raises(DiskFull, match=r"has \d+ MB free, and \d+ MB are needed"):
-        next(small_run(pictures, small_disk / "model"))
+        next(small_run(images, small_disk / "model"))
     assert not list((small_disk / "model").iterdir())
 
 
 @pytest.mark.long
 def test_a_disk_that_fills_up_leaves_whole_checkpoints_to_go_on_from(
-    pictures: Path, tmp_path: Path, small_disk: Path
+    images: Path, tmp_path: Path, small_disk: Path
 ) -> None:
     settings = {"steps": 6, "save_every": 2}
-    list(small_run(pictures, tmp_path / "whole", **settings))
-    records = small_run(pictures, small_disk / "model", **settings)
+    list(small_run(images, tmp_path / "whole", **settings))
+    records = small_run(images, small_disk / "model", **settings)
     while next(records)["step"] < 3:
         pass
     ballast = small_disk / "ballast"
@@ -484,7 +484,7 @@ def test_a_disk_that_fills_up_leaves_whole_checkpoints_to_go_on_from(
     assert list(checkpoint.checkpoints(small_disk / "model")) == [2]
     assert [p.name for p in (small_disk / "model" / "checkpoints").iterdir()] == ["000002"]
     ballast.unlink()
-    list(small_run(pictures, small_disk / "model", **settings))
+    list(small_run(images, small_disk / "model", **settings))
     assert losses(small_disk / "model") == losses(tmp_path / "whole")
 
 

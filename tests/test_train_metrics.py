@@ -16,13 +16,13 @@ from train.metrics import SCALARS, log_to_tensorboard
 
 
 def record(folder: Path, step: int, **more: Any) -> dict[str, Any]:
-    picture = folder / f"{step}.png"
-    Image.fromarray(np.full((8, 16, 3), step, np.uint8)).save(picture)
-    return {**dict.fromkeys(SCALARS, float(step)), "mfu": None, "step": step, "samples": str(picture), **more}
+    image = folder / f"{step}.png"
+    Image.fromarray(np.full((8, 16, 3), step, np.uint8)).save(image)
+    return {**dict.fromkeys(SCALARS, float(step)), "mfu": None, "step": step, "samples": str(image), **more}
 
 
 @pytest.mark.skipif(find_spec("tensorboard") is None, reason="the extra tensorboard is not installed")
-def test_tensorboard_shows_scalars_and_pictures_and_a_step_done_again_once(tmp_path: Path) -> None:
+def test_tensorboard_shows_scalars_and_images_and_a_step_done_again_once(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     killed = [record(tmp_path, s, held_out={"raw": 0.5, "ema": 0.25}, loss=9.0) for s in (1, 2, 3)]

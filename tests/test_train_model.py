@@ -72,11 +72,11 @@ def test_every_objective_draws_in_the_same_pipeline_class(name: str) -> None:
     from diffusers import StableDiffusionImg2ImgPipeline
 
     made = new_model("debug", CAPTIONS, name)
-    picture = generate_images(made, ["a red star"], [0], steps=4)[0]
-    assert np.array(picture).std() > 1
+    image = generate_images(made, ["a red star"], [0], steps=4)[0]
+    assert np.array(image).std() > 1
     over = StableDiffusionImg2ImgPipeline.from_pipe(made)
     over.set_progress_bar_config(disable=True)
-    assert over("a red star", image=picture.resize((16, 16)), strength=0.5, num_inference_steps=4).images[0].size == (
+    assert over("a red star", image=image.resize((16, 16)), strength=0.5, num_inference_steps=4).images[0].size == (
         16,
         16,
     )

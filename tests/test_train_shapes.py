@@ -8,22 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from examples.shapes import BACKGROUNDS, COLOURS, SHAPES, UNSEEN, accuracy, caption, judge, kinds, make, picture
+from examples.shapes import BACKGROUNDS, COLOURS, SHAPES, UNSEEN, accuracy, caption, image, judge, kinds, make
 from train.data import open_samples
 
 
 @pytest.mark.long
-def test_the_judge_is_right_on_real_pictures_and_at_chance_on_shuffled_ones() -> None:
+def test_the_judge_is_right_on_real_images_and_at_chance_on_shuffled_ones() -> None:
     rng = np.random.default_rng(5)
     every = (kinds(seen=True) + kinds(seen=False)) * 2
-    pictures = [picture(*kind, rng) for kind in every]
-    right = accuracy(pictures, every)
+    images = [image(*kind, rng) for kind in every]
+    right = accuracy(images, every)
     assert right["colour"] == right["background"] == 1 and right["shape"] > 0.99
-    noisy = [np.clip(p + rng.normal(0, 20, p.shape), 0, 255).astype(np.uint8) for p in pictures]
+    noisy = [np.clip(p + rng.normal(0, 20, p.shape), 0, 255).astype(np.uint8) for p in images]
     assert min(accuracy(noisy, every).values()) > 0.9
-    drowned = [np.clip(p + rng.normal(0, 60, p.shape), 0, 255).astype(np.uint8) for p in pictures]
+    drowned = [np.clip(p + rng.normal(0, 60, p.shape), 0, 255).astype(np.uint8) for p in images]
     assert accuracy(drowned, every)["shape"] > 0.95  # noise is not taken for another shape
-    chance = accuracy(pictures, [every[i] for i in rng.permutation(len(every))])
+    chance = accuracy(images, [every[i] for i in rng.permutation(len(every))])
     assert abs(chance["colour"] - 1 / 8) < 0.06 and abs(chance["shape"] - 1 / 6) < 0.07
     assert judge(np.full((32, 32, 3), 255, np.uint8)) == ("none", "none", "white")
 

@@ -48,13 +48,11 @@ def open_samples(folder: str | Path, caption: str | None = None) -> MapDataset:
     """
     samples = open_folder(folder, caption)
     if len(samples) < MIN_IMAGES:
-        raise UserError(
-            f"{folder} holds {len(samples)} pictures: too few to train on, at least {MIN_IMAGES} are needed"
-        )
+        raise UserError(f"{folder} holds {len(samples)} images: too few to train on, at least {MIN_IMAGES} are needed")
     if not samples.has_captions():
         samples.problems.refuse_many("json", len(samples), str(folder))
         raise UserError(
-            f"none of the {len(samples)} pictures in {folder} has a caption. Captions are NAME.txt beside NAME.jpg, "
+            f"none of the {len(samples)} images in {folder} has a caption. Captions are NAME.txt beside NAME.jpg, "
             f"or a column `text` of metadata.csv or metadata.jsonl beside `file_name`; --caption TEXT gives all of "
             "them the same. " + " ".join(samples.notes())
         )
@@ -143,7 +141,7 @@ def decode_sample(sample: Sample, min_side: int) -> npt.NDArray[np.uint8]:
 
 
 def _unreadable(key: str, reason: str) -> UserError:
-    return UserError(f"the picture {key} can't be read ({reason}). Remove it, or curate the folder first.")
+    return UserError(f"the image {key} can't be read ({reason}). Remove it, or curate the folder first.")
 
 
 def crop_resize(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
@@ -270,14 +268,12 @@ def sampling_weights(samples: MapDataset, column: str) -> npt.NDArray[np.float64
     wrong = [i for i in wrong if not (isinstance(values[i], float) and math.isnan(values[i]))]  # one way to say none
     if len(wrong) == len(values) or (np.isnan(scores).all() and not wrong):
         known = sorted(k for k, v in samples.facts(0).items() if isinstance(v, int | float))
-        raise UserError(
-            f"no picture in {samples.folder} has a number {column!r}; there are {', '.join(known) or 'none'}"
-        )
+        raise UserError(f"no image in {samples.folder} has a number {column!r}; there are {', '.join(known) or 'none'}")
     if wrong:
         first = ", ".join(f"{printable(samples.key(i), 80)}: {printable(repr(values[i]), 40)}" for i in wrong[:3])
         raise UserError(
-            f"{column} is no finite number in {len(wrong):,} of {len(values):,} pictures ({first}): to weight by it, "
-            f"correct these, or leave them empty (such pictures are not drawn)"
+            f"{column} is no finite number in {len(wrong):,} of {len(values):,} images ({first}): to weight by it, "
+            f"correct these, or leave them empty (such images are not drawn)"
         )
     weights = np.nan_to_num(scores)
     with np.errstate(over="ignore"):
@@ -333,7 +329,7 @@ class Stream:
         if batch < 1 or batch % ranks:
             raise UserError(f"a batch of {batch} can't be shared evenly by {ranks} workers")
         if not len(indices):
-            raise UserError("there is no picture to train on")
+            raise UserError("there is no image to train on")
         self.dataset, self._indices, self._batch, self._seed, self._drop = dataset, indices, batch, seed, drop
         self._weights = None if weights is None else weights[indices] / weights[indices].sum()
         self._rank, self._ranks, self._workers = rank, ranks, max(1, workers)

@@ -220,6 +220,6 @@ class LatentDataset:
         """(key, (c, h, w) float32, tokens, or the text encoder's states (length, width) float32)."""
         shard, row = self._place[index].tolist()
         if shard < 0:
-            raise IndexError(f"picture {index} has no latents in {self.folder}")
+            raise IndexError(f"image {index} has no latents in {self.folder}")
         latents, words = self._mapped[shard]
         return self._keys[shard][row], latents[row].float(), self._empty if dropped else self._typed(words[row])

@@ -315,7 +315,7 @@ def _diverged(folder: Path, step: int, batch: Batch, loss: float, grad_norm: flo
     return Diverged(
         f"step {step + 1}: the loss is {loss}, the gradient's norm {grad_norm}. Samples {', '.join(batch.keys[:5])} "
         f"{'and others ' if len(batch.keys) > 5 else ''}(all in {path}). Nothing of this step was kept. "
-        f"A lower lr or clip, or the removal of a broken picture, would help; the last checkpoint is whole."
+        f"A lower lr or clip, or the removal of a broken image, would help; the last checkpoint is whole."
     )
 
 

@@ -133,7 +133,7 @@ def format_record(record: dict[str, Any]) -> str:
     if held_out := record.get("held_out"):
         text += f"  held-out {held_out['raw']:.4f} (EMA {held_out['ema']:.4f})"
     if "samples" in record:
-        text += f"  pictures: {record['samples']}"
+        text += f"  images: {record['samples']}"
     return text
 
 

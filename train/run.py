@@ -67,7 +67,7 @@ def earlier_run(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     before = record["settings"]
     other = [f"{k}: {before.get(k)} then, {v} now" for k, v in settings.items() if before.get(k) != v and k != "data"]
     if before["data"] != settings["data"]:
-        other.append("its pictures or captions were not those that are there now")
+        other.append("its images or captions were not those that are there now")
     if not other:
         return record
     if not (any(out.glob("checkpoints/*")) or any(out.glob("vae-training/*")) or is_released(out)):
@@ -101,7 +101,7 @@ def hold_out(samples: MapDataset, out: Path, tell: Tell) -> dict[str, Any]:
     chosen, held_out = split(samples, known=known)
     readable = len(chosen) + len(held_out)
     if readable < MIN_IMAGES:
-        raise UserError(f"{readable} pictures in {samples.folder} can be read: at least {MIN_IMAGES} are needed")
+        raise UserError(f"{readable} images in {samples.folder} can be read: at least {MIN_IMAGES} are needed")
     facts = {
         "data": samples.fingerprint,
         "held_out": held_out.tolist(),

@@ -170,7 +170,7 @@ class Reconstruct:
             both = torch.cat([self._first, self._reconstruct(self._first)])
         pixels = ((both + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
         shown = [enlarged(p, str(i % len(self._first) + 1)) for i, p in enumerate(pixels)]
-        return [("pictures", shown[: len(self._first)]), ("their reconstructions", shown[len(self._first) :])]
+        return [("images", shown[: len(self._first)]), ("their reconstructions", shown[len(self._first) :])]
 
     def save(self, folder: Path) -> None:
         """`vae/`: an AutoencoderKL."""

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pydantic
 
+from curate.images.config import ImagesConfig
 from curate.store.files import digest
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ class ColumnSpec:
     type: Arrow's; DuckDB gets the same.    unit: of its values, where they have one.    meaning: in one line.
     scale: the lowest and the highest value; a rule that compares with a constant beyond is refused.
     unsafe: whether high values say that the image is unsafe to show. Reports blur it then.
+    hidden: a boolean that says of an image that it must not be seen: where it is true, no rule is asked, the verdict is
+    `denied`, and nothing packs or shows it.
     """
 
     meaning: str
@@ -36,6 +39,7 @@ class ColumnSpec:
     scale: tuple[float, float] | None = None
     unit: str = ""
     unsafe: bool = False
+    hidden: bool = False
 
     def facts(self) -> dict[str, Any]:
         """What a record says of the column."""
@@ -46,6 +50,7 @@ class ColumnSpec:
             "unit": self.unit,
             "meaning": self.meaning,
             "unsafe": self.unsafe,
+            "hidden": self.hidden,
         }
 
 
@@ -87,8 +92,8 @@ class Annotator(abc.ABC):
     entry of the recipe, NAME; those of one with several NAME_SUFFIX, and NAME for the suffix "".
 
     digest: changes with whatever changes values: weights, options, versions.    facts: what else a record says; `notes`
-    among them are sentences, which `status` and cards repeat.    needs: annotators whose columns it reads, NAME ->
-    spec; where a recipe has no such entry, one is added under that name.
+    among them are sentences, which `status` and cards repeat, and `counts` says of how many images of a shard what.
+    needs: annotators whose columns it reads, NAME -> spec; where a recipe has no such entry, one is added.
     """
 
     name: ClassVar[str]
@@ -135,6 +140,7 @@ class TableRun:
 
     name: its entry in the recipe; files of its own lie in `data.index(name)`.    shards: those to compute, in order.
     needs: what it needs -> the name under which that lies in `annotated/`.    encoder: that of the data's vectors.
+    images: how the data's images are stored.
     map: like the built-in, in order, and perhaps on many machines: function and items are pickled, results are small,
     and a function that writes files commits them, so that a run that was ended goes on. BLAS has one thread in it: bits
     do not depend on the number of workers.    say: shows a line.
@@ -145,6 +151,7 @@ class TableRun:
     shards: Sequence[int]
     needs: Mapping[str, str]
     encoder: Callable[[], Encoder]
+    images: ImagesConfig
     map: Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
     say: Callable[[str], None]
 

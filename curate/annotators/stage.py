@@ -27,6 +27,7 @@ from curate.annotators.registry import resolve_needs
 from curate.encoders.base import Encoder
 from curate.encoders.embed import caption_vectors, images_of, recovered, similarity, write_vectors
 from curate.fetch.ingest import Report, note_start
+from curate.images.config import ImagesConfig
 from curate.images.decode import decode
 from curate.layout import ANNOTATED, Data
 from curate.ledger.schema import Status
@@ -116,11 +117,12 @@ def annotate_table(
     annotators: Mapping[str, Annotator],
     *,
     encoder: Callable[[], Encoder],
+    images: ImagesConfig | None = None,
     map: Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]] = map,
     say: Callable[[str], None] = print,
 ) -> int:
     """Compute the columns of a TableAnnotator, of the fetched shards that lack them, or of all where it is `whole`;
-    returns how many lacked them. `encoder`, `map` and `say` as TableRun has them.
+    returns how many lacked them. `encoder`, `images`, `map` and `say` as TableRun has them.
 
     UserError where the columns that it needs are not there.
     """
@@ -138,7 +140,16 @@ def annotate_table(
     ]
     shards = fetched if annotator.whole and missing else missing
     if shards:
-        run = TableRun(data=data, name=name, shards=shards, needs=needs, encoder=encoder, map=map, say=say)
+        run = TableRun(
+            data=data,
+            name=name,
+            shards=shards,
+            needs=needs,
+            encoder=encoder,
+            images=images or ImagesConfig(),
+            map=map,
+            say=say,
+        )
         for shard, answer in zip(shards, annotator.annotate_all(run), strict=True):
             keys = images_of(data, shard, ["key"])["key"]
             values = _checked(annotator, answer, len(keys))

@@ -1,4 +1,4 @@
-"""Bytes that came from many URLs: placeholders such as "image not available", and pictures that everybody copies."""
+"""Bytes that came from many URLs: placeholders such as "image not available", and images that everybody copies."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from curate.layout import Data
 from curate.ledger.view import open_ledger
 
 MANY = 10
-"""URLs from which the same bytes are named. One shop's few pages share a picture; a placeholder has more."""
+"""URLs from which the same bytes are named. One shop's few pages share an image; a placeholder has more."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class Repeat:
 
     def __str__(self) -> str:
         where = f"{self.hosts:,} hosts" if self.hosts > 1 else "one host"
-        return f"{self.urls:,} URLs of {where} gave one picture of {self.width} x {self.height}: {self.url[:100]}"
+        return f"{self.urls:,} URLs of {where} gave one image of {self.width} x {self.height}: {self.url[:100]}"
 
 
 def repeats(data: Data) -> list[Repeat]:
     """What more than `MANY` URLs gave alike, the most repeated first.
 
-    Placeholders pass every check of a picture, and may score well. The rule `first_of(sha256)` keeps one of each; the
+    Placeholders pass every check of an image, and may score well. The rule `first_of(sha256)` keeps one of each; the
     hashes in a deny-list (`fetch.deny`) keep none.
     """
     with open_ledger(data, set(), memory_limit="2GB") as con:  # and as much of the disk as it takes

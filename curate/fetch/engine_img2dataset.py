@@ -50,7 +50,7 @@ def require(images: ImagesConfig) -> None:
         raise UserError(f"fetch.engine: img2dataset is not installed: {why}")
     if images.keep_original:
         raise UserError(
-            "images.keep_original: img2dataset would keep what lies beside the picture (EXIF, places, names) as well. "
+            "images.keep_original: img2dataset would keep what lies beside the image (EXIF, places, names) as well. "
             "`--set images.keep_original=false`, or `--set fetch.engine=native`"
         )
 

@@ -187,7 +187,7 @@ def literal(text: str) -> str:
 
 
 def short(error: Exception) -> str:
-    """DuckDB's message without the picture of the line that follows it."""
+    """DuckDB's message without the drawing of the line that follows it."""
     message = str(error).split("\n\nLINE")[0].strip()
     unknown = re.match(r"Catalog Error: Table with name (.*) does not exist!", message)
     # DuckDB's own suggestions are tables of its catalog

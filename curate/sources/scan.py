@@ -202,12 +202,12 @@ def _warnings(found: Found, inputs: list[Input], wants_captions: bool) -> list[s
         where = first.path if len(inputs) == 1 else first.path.parent
         if without == rows:
             warnings.append(
-                f"{where}: none of the {rows:,} pictures has a caption. Captions are NAME.txt beside NAME.jpg (in a "
-                "tar or a folder), or a column `text` or `caption` of the table that the pictures are in, or that "
+                f"{where}: none of the {rows:,} images has a caption. Captions are NAME.txt beside NAME.jpg (in a "
+                "tar or a folder), or a column `text` or `caption` of the table that the images are in, or that "
                 "names them"
             )
         elif without:
-            warnings.append(f"{where}: {without:,} of {rows:,} pictures have no caption")
+            warnings.append(f"{where}: {without:,} of {rows:,} images have no caption")
     lacking = [s for s in inputs if s.caption is None and not s.local and s.rows]
     if lacking:
         texts = [f.name for f in lacking[0].schema if pa.types.is_string(f.type) and f.name != lacking[0].url]
@@ -239,7 +239,7 @@ def _paths_for_urls(source: Input) -> list[str]:
         return []
     return [
         f"{source.path}: the first {len(values):,} values of column {printable(source.url, 80)!r} are paths, not URLs: "
-        f"{printable(values[0], 80)!r}. Pictures on this machine are given as the folder that they lie in"
+        f"{printable(values[0], 80)!r}. Images on this machine are given as the folder that they lie in"
     ]
 
 

@@ -23,10 +23,10 @@ COMMANDS = {
     "query": "ask the whole ledger, as one table",
     "fit": "train a head from ratings, labels or comparisons",
     "heads": "list and show heads, import one, or make one from words",
-    "train": "train a text-to-image diffusion model on captioned pictures",
-    "sample": "draw pictures with a model: from words, from a picture, into one, or enlarged",
+    "train": "train a text-to-image diffusion model on captioned images",
+    "sample": "draw images with a model: from words, from an image, into one, or enlarged",
     "serve": "draw with a model on a page in the browser, alone or with others",
-    "evaluate": "measure a model beside chance, real pictures and noise",
+    "evaluate": "measure a model beside chance, real images and noise",
     "recipe": "print a recipe, resolved; without a name, list them",
     "doctor": "say what this machine has, and what is missing",
 }

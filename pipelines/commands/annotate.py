@@ -10,7 +10,7 @@ from pipelines.options import Options, Result, argument, command, option
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotateOptions(Options):
-    data: str = argument("DATA")
+    data: str = argument("DATA", "the data folder")
     columns: tuple[str, ...] = argument(
         "NAME=SPEC",
         "a column NAME by a head's name or folder, an annotator's name, or {use: ANNOTATOR, option: value} (default: "
@@ -81,7 +81,7 @@ def run(options: AnnotateOptions) -> Result:
             for shard in left:
                 worker.run(shard)
         fresh = {name: len(lacking) for name, lacking in missing.items()}
-        fresh |= annotate_tables(data, annotators, recipe.embed, address=address)
+        fresh |= annotate_tables(data, annotators, recipe.embed, recipe.images, address=address)
         if stored is not None and given:
             store_recipe(data, replace(stored, columns=recipe.columns))
     for name, count in fresh.items():

@@ -1,4 +1,4 @@
-"""`tastemaker evaluate`: what a model has learnt, beside what chance, real pictures and noise would give.
+"""`tastemaker evaluate`: what a model has learnt, beside what chance, real images and noise would give.
 
 OUT/evaluation.json    what was asked, of which model and data, with which versions; every figure
     README.md          the same for people
@@ -35,7 +35,7 @@ class EvaluateOptions(Options):
     """None: what suits the model or the encoder."""
 
     model: str = argument("MODEL", "a folder that train made, a diffusers folder, a LoRA, or a hub id")
-    data: Path = argument("SHARDS", "the captioned pictures that it was trained on (those held out count) or others")
+    data: Path = argument("SHARDS", "the captioned images that it was trained on (those held out count) or others")
     out: Path = option("default: MODEL/evaluation", metavar="DIR", type=local_path)
     prompts: int | Path = option(
         "draw N captions (default 128), or the lines of a file, without real ones",
@@ -47,7 +47,7 @@ class EvaluateOptions(Options):
     heads: tuple[str, ...] | None = option(
         "default: those of this encoder that come with tastemaker", metavar="HEAD", nargs="+"
     )
-    seed: int = option("of the first picture; the next ones count on", default=0, metavar="N")
+    seed: int = option("of the first image; the next ones count on", default=0, metavar="N")
     guidance: float | None = option("default: what suits the model, as in sample", metavar="X")
     steps: int = option("of drawing (default 30)", default=30, metavar="N", type=positive_int)
 

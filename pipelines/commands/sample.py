@@ -1,4 +1,4 @@
-"""`tastemaker sample`: pictures from a model, each a PNG of the next free number that says how it was generated."""
+"""`tastemaker sample`: images from a model, each a PNG of the next free number that says how it was generated."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from train.models.info import ModelInfo
 
 STAYS = ("model", "out", "again", "image", "mask", "lora", "upscaler", "faces", "show_flagged", "verbose", "json")
-"""What may be given beside --again: where things are, not how the picture is generated."""
+"""What may be given beside --again: where things are, not how the image is generated."""
 
 
 def _folder(text: str) -> Path:
-    """A folder as it was given: relative, so that pictures do not tell where somebody's folders lie."""
+    """A folder as it was given: relative, so that images do not tell where somebody's folders lie."""
     return local_path(text) if "://" in text else Path(text).expanduser()
 
 
@@ -41,25 +41,27 @@ class SampleOptions(Options):
     )
     prompt: tuple[str, ...] = argument("PROMPT", nargs="*", default=())
     prompts: Path | None = option("a prompt on each line", metavar="FILE")
-    out: Path = option("pictures get its next free numbers", default=Path("samples"), metavar="FOLDER", type=_folder)
-    again: Path | None = option("draw this picture again: it says how it was generated", metavar="FILE.png")
+    out: Path = option(
+        "images get its next free numbers (default: samples)", default=Path("samples"), metavar="FOLDER", type=_folder
+    )
+    again: Path | None = option("draw this image again: it says how it was generated", metavar="FILE.png")
     negative: str | None = option("what should not be in it", metavar="TEXT")
     steps: int | None = option("default: 30", metavar="N")
     guidance: float | None = option("how closely to keep to the prompt (7.5, or 3)", metavar="X")
-    seed: int | None = option("of the first picture; the next has one more (default: any)", metavar="N")
-    n: int | None = option("pictures of each prompt (default: 1)", metavar="N")
-    batch: int | None = option("pictures drawn at once (default: 1)", metavar="N")
+    seed: int | None = option("of the first image; the next has one more (default: any)", metavar="N")
+    n: int | None = option("images of each prompt (default: 1)", metavar="N")
+    batch: int | None = option("images drawn at once (default: 1)", metavar="N")
     width: int | None = option("default: the model's own size, or that of --image", metavar="PX")
     height: int | None = option(metavar="PX")
     scheduler: str | None = option("a class of diffusers, such as EulerAncestralDiscrete", metavar="NAME")
-    image: Path | None = option("begin with this picture", metavar="FILE")
+    image: Path | None = option("begin with this image", metavar="FILE")
     strength: float | None = option("how much of it is regenerated, 0 to 1 (default: 0.8)", metavar="X")
-    mask: Path | None = option("draw only where this is white; of the picture's size", metavar="FILE")
+    mask: Path | None = option("draw only where this is white; of the image's size", metavar="FILE")
     upscale: int | None = option("enlarge the result, or --image, so many times (2 to 4)", metavar="N")
     upscaler: Path | None = option("with ESRGAN-type weights (extra `upscale`)", metavar="FILE")
     faces: Path | None = option("restore faces with GFPGAN's weights (extra `upscale`)", metavar="FILE")
     lora: tuple[str, ...] = option("repeatable", default=(), metavar="PATH[:WEIGHT]")
-    grid: bool = option("all pictures in one file, too", default=False)
+    grid: bool = option("all images in one file, too", default=False)
     show_flagged: bool = option("do not blur what the NSFW detector flags", default=False)
 
 
@@ -158,9 +160,9 @@ def _check(options: SampleOptions) -> None:
         raise UserError('what is to be generated? tastemaker sample MODEL "a red fox in the snow", or --prompts FILE')
     check_out(options.out)
     if options.mask and not options.image:
-        raise UserError("--mask says what of a picture is regenerated: say which with --image")
+        raise UserError("--mask says what of an image is regenerated: say which with --image")
     if options.strength is not None and not options.image and not enlarges:
-        raise UserError("--strength is for a picture to begin with (--image), or for --upscale")
+        raise UserError("--strength is for an image to begin with (--image), or for --upscale")
     if options.upscaler and not enlarges and not options.again:
         raise UserError("--upscaler enlarges: say how many times with --upscale")
 
@@ -213,7 +215,7 @@ def _from_record(options: SampleOptions, record: dict[str, Any]) -> SampleOption
             found[name] = Path(str(fact.get("path")))
             if not found[name].is_file():
                 raise UserError(
-                    f"{options.again} was generated with a picture to begin with that is not here "
+                    f"{options.again} was generated with an image to begin with that is not here "
                     f"({fact.get('path')}): give it with --{name}"
                 )
     for name in ("upscaler", "faces"):
@@ -240,12 +242,12 @@ def _compare(generated: Generated, before: Path, record: dict[str, Any]) -> str:
         return f"{before} is blurred, this one is not" if record["nsfw"]["blurred"] else f"{before} is not blurred"
     old, new = np.asarray(Image.open(before).convert("RGB"), int), np.asarray(generated.image.convert("RGB"), int)
     if old.shape == new.shape and (old == new).all():
-        return f"the same picture as {before}, bit for bit"
+        return f"the same image as {before}, bit for bit"
     apart = f"on average {np.abs(old - new).mean():.2f} of 255 apart" if old.shape == new.shape else "another size"
     then, now = ({**f["made_with"], "device": f["device"], "dtype": f["dtype"]} for f in (record, facts))
     other = [f"{name} {then.get(name)} then, {value} now" for name, value in now.items() if then.get(name) != value]
     why = f" ({'; '.join(other)})" if other else ""
-    return f"not the same picture as {before}: {apart}{why}"
+    return f"not the same image as {before}: {apart}{why}"
 
 
 # -------------------------------------------------------------------------------------------------------------- images

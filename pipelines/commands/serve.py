@@ -1,6 +1,6 @@
 """`tastemaker serve`: one model, and a page in the browser to draw with it.
 
-OUT/000000.png ...      every picture, with how it was generated in it: the page's history
+OUT/000000.png ...      every image, with how it was generated in it: the page's history
     logs/serve.log      what libraries say, and the tracebacks of errors
 """
 
@@ -27,13 +27,20 @@ MIN_TOKEN = 16
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(Options):
     model: str = argument("MODEL", "a diffusers folder (Stable Diffusion type) or hub id")
-    out: Path = option("pictures get its next free numbers", default=Path("samples"), metavar="FOLDER", type=local_path)
-    host: str = option("another address than this one needs a token", default="127.0.0.1", metavar="H")
+    out: Path = option(
+        "images get its next free numbers (default: samples)",
+        default=Path("samples"),
+        metavar="FOLDER",
+        type=local_path,
+    )
+    host: str = option(
+        "default: 127.0.0.1, this machine alone; any other needs a token", default="127.0.0.1", metavar="H"
+    )
     port: int = option("default: 7860; 0: any that is free", default=7860, metavar="N")
     token: str | None = option(
         "what people must know to draw (default: one is made where needed)", metavar="T", secret=True
     )
-    batch: int = option("pictures of a job drawn at once", default=1, metavar="N", type=positive_int)
+    batch: int = option("images of a job drawn at once", default=1, metavar="N", type=positive_int)
     upscaler: Path | None = option("enlarge with ESRGAN-type weights (extra `upscale`)", metavar="FILE")
     faces: Path | None = option("restore faces with GFPGAN's weights (extra `upscale`)", metavar="FILE")
     lora: tuple[str, ...] = option("repeatable", default=(), metavar="PATH[:WEIGHT]")
@@ -98,7 +105,7 @@ def run(options: ServeOptions) -> Result:
             def ready() -> None:
                 name = socket.gethostname() if ip.is_unspecified else options.host  # all addresses are none to go to
                 url = f"http://{f'[{name}]' if ':' in name else name}:{port}/"
-                log(f"draw at {url}   (Ctrl-C ends; pictures go to {options.out})")
+                log(f"draw at {url}   (Ctrl-C ends; images go to {options.out})")
                 if token is not None:
                     log(f"token: {token}")
 

@@ -63,23 +63,23 @@ class TrainOptions(Options):
     )
     objective: str | None = option("of a new model: flow (default), v or eps", metavar="O")
     steps: int | None = option("default: the preset's; 1000 with --from", metavar="N", type=positive_int)
-    batch: int | None = option("pictures a step, over all workers", metavar="N", type=positive_int)
+    batch: int | None = option("images a step, over all workers", metavar="N", type=positive_int)
     lr: float | None = option("highest learning rate of AdamW", metavar="X")
-    size: int | None = option("side of the pictures (default: the model's own)", metavar="PX", type=positive_int)
-    buckets: bool = option("keep pictures' aspect ratios: several shapes of one area", default=False)
-    caption: str | None = option("of pictures without a caption of their own: 'a photo of sks dog'", metavar="TEXT")
-    weight_by: str | None = option("draw pictures in proportion to this score", metavar="COLUMN")
+    size: int | None = option("side of the images (default: the model's own)", metavar="PX", type=positive_int)
+    buckets: bool = option("keep images' aspect ratios: several shapes of one area", default=False)
+    caption: str | None = option("of images without a caption of their own: 'a photo of sks dog'", metavar="TEXT")
+    weight_by: str | None = option("draw images in proportion to this score", metavar="COLUMN")
     workers: int | None = option("default: one per GPU, or one", metavar="N", type=positive_int)
     prompts: Path | None = option("drawn as training goes on, a line each (default: 4 captions)", metavar="FILE")
     save_every: int | None = option(
         "steps between checkpoints (default: a fifth of all)", metavar="N", type=positive_int
     )
-    look_every: int | None = option("steps between pictures (default: at checkpoints)", metavar="N", type=positive_int)
-    micro_batch: int | None = option("pictures at a time on a worker, to save memory", metavar="N", type=positive_int)
+    look_every: int | None = option("steps between images (default: at checkpoints)", metavar="N", type=positive_int)
+    micro_batch: int | None = option("images at a time on a worker, to save memory", metavar="N", type=positive_int)
     checkpointing: bool = option("recompute activations: less memory, a third slower", default=False)
     compile: bool = option("torch.compile: minutes at first, then faster on GPUs", default=False)
     tensorboard: bool = option("write MODEL/tensorboard too (extra `tensorboard`)", default=False)
-    seed: int = option(default=0, metavar="N")
+    seed: int = option("of weights, order and noise", default=0, metavar="N")
     address: str | None = option("train on this Ray cluster (`auto` finds it)", flag="--ray-address", metavar="ADDRESS")
 
 
@@ -206,7 +206,7 @@ def _resolve(options: TrainOptions, samples: MapDataset) -> TrainOptions:
             batch //= 2
         batch = max(workers, batch - batch % workers)
     if batch > len(samples):
-        raise UserError(f"--batch {batch} is more than the {len(samples)} pictures in {samples.folder}")
+        raise UserError(f"--batch {batch} is more than the {len(samples)} images in {samples.folder}")
     steps = options.steps or (preset.steps if preset else FROM_STEPS)
     return replace(
         options,
@@ -274,7 +274,7 @@ def _prepare(
         say(f"{samples.folder}: {note}")
     pipeline = load_model(resolved.start) if resolved.start else None
 
-    count = ProgressBar(terminal, "pictures", len(samples))
+    count = ProgressBar(terminal, "images", len(samples))
     scanned = (read_json(out / "data.json") or {}).get("data") == samples.fingerprint
     data = hold_out(samples, out, count)
     if not scanned:
@@ -282,9 +282,9 @@ def _prepare(
     left_out = {*data["held_out"], *map(int, data["unreadable"])}
     chosen = [i for i in range(len(samples)) if i not in left_out]
     if resolved.batch and resolved.batch > len(chosen):
-        raise UserError(f"--batch {resolved.batch} is more than the {len(chosen)} pictures to train on")
+        raise UserError(f"--batch {resolved.batch} is more than the {len(chosen)} images to train on")
     if resolved.weight_by and not sampling_weights(samples, resolved.weight_by)[chosen].sum() > 0:
-        raise UserError(f"no picture to train on has a {resolved.weight_by} above 0")
+        raise UserError(f"no image to train on has a {resolved.weight_by} above 0")
 
     if resolved.preset:
         captions = [samples.facts(i)["caption"] or "" for i in range(len(samples)) if i not in set(data["held_out"])]
@@ -333,13 +333,13 @@ def _headline(run: TrainRun, resolved: TrainOptions, by: str, *, preset_given: b
         yield f"       its autoencoder of {vae:.2f} M parameters is trained first, {run.vae_loop.steps:,} steps"
     without = sum(1 for i in run.chosen.tolist() if not run.samples.facts(i)["caption"])
     yield (
-        f"data   {len(run.chosen):,} pictures to train on, {len(run.held_out):,} held out"
+        f"data   {len(run.chosen):,} images to train on, {len(run.held_out):,} held out"
         + (f", {run.unreadable:,} can't be read (data.json names them)" if run.unreadable else "")
         + (f", {without:,} without a caption" if without else "")
         + (f", in {len(run.images.shapes)} shapes" if resolved.buckets else "")
     )
     yield (
-        f"steps  {loop.steps:,} of {loop.batch} pictures ({loop.steps * loop.batch / len(run.chosen):,.1f} "
+        f"steps  {loop.steps:,} of {loop.batch} images ({loop.steps * loop.batch / len(run.chosen):,.1f} "
         f"epochs) · lr {loop.lr:g} · {by} · a checkpoint every {loop.save_every:,}"
     )
 

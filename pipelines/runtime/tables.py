@@ -15,6 +15,7 @@ from curate.annotators.stage import annotate_table
 from curate.encoders.base import Encoder
 from curate.encoders.embed import EmbedConfig
 from curate.encoders.registry import load_encoder
+from curate.images.config import ImagesConfig
 from curate.layout import Data
 from curate.store.files import read_json
 from pipelines.runtime.progress import ProgressBar, redirect_output
@@ -25,7 +26,12 @@ arguments anew."""
 
 
 def annotate_tables(
-    data: Data, annotators: Mapping[str, Annotator], embed: EmbedConfig, *, address: str | None = None
+    data: Data,
+    annotators: Mapping[str, Annotator],
+    embed: EmbedConfig,
+    images: ImagesConfig,
+    *,
+    address: str | None = None,
 ) -> dict[str, int]:
     """Compute the columns of the TableAnnotators among a recipe's annotators, one after the other; how many shards
     lacked those of each."""
@@ -39,7 +45,9 @@ def annotate_tables(
         if isinstance(annotator, TableAnnotator):
             with contextlib.ExitStack() as stack:
                 tasks = _Tasks(data, name, address, stack)
-                found[name] = annotate_table(data, name, annotators, encoder=encoder, map=tasks.map, say=tasks.say)
+                found[name] = annotate_table(
+                    data, name, annotators, encoder=encoder, images=images, map=tasks.map, say=tasks.say
+                )
     return found
 
 

@@ -1,7 +1,7 @@
-// The mask: strokes over a picture, kept as lines, so that they can be undone and drawn at any size.
+// The mask: strokes over an image, kept as lines, so that they can be undone and drawn at any size.
 
 export class Mask {
-  // strokes: {size, points} with all numbers as shares of the picture's width; or {invert: true}
+  // strokes: {size, points} with all numbers as shares of the image's width; or {invert: true}
   constructor(strokes = []) {
     this.strokes = strokes;
   }
@@ -25,7 +25,7 @@ export class Mask {
         pen.globalCompositeOperation = "source-over";
         continue;
       }
-      pen.lineWidth = Math.max(2, stroke.size * width); // a tap marks a pixel at least, on the smallest of pictures
+      pen.lineWidth = Math.max(2, stroke.size * width); // a tap marks a pixel at least, on the smallest of images
       pen.beginPath();
       const [first, ...rest] = stroke.points;
       pen.moveTo(first[0] * width, first[1] * width);
@@ -35,7 +35,7 @@ export class Mask {
     return canvas;
   }
 
-  // Tint what is marked on a canvas that shows the picture.
+  // Tint what is marked on a canvas that shows the image.
   show(canvas) {
     if (this.empty) return;
     const { width, height } = canvas;
@@ -50,24 +50,24 @@ export class Mask {
   }
 }
 
-// Open the dialog over a picture (a canvas); resolves to the mask when it is closed.
-export function paint(dialog, picture, mask) {
+// Open the dialog over an image (a canvas); resolves to the mask when it is closed.
+export function paint(dialog, image, mask) {
   const canvas = dialog.querySelector("#mask");
   const size = dialog.querySelector("#brush-size");
-  const scale = Math.max(1, 768 / Math.max(picture.width, picture.height));
-  canvas.width = Math.round(picture.width * scale);
-  canvas.height = Math.round(picture.height * scale);
+  const scale = Math.max(1, 768 / Math.max(image.width, image.height));
+  canvas.width = Math.round(image.width * scale);
+  canvas.height = Math.round(image.height * scale);
   const strokes = [...mask.strokes];
   let stroke = null;
 
   const redraw = () => {
     const pen = canvas.getContext("2d");
-    pen.imageSmoothingEnabled = picture.width >= 160;
-    pen.drawImage(picture, 0, 0, canvas.width, canvas.height);
+    pen.imageSmoothingEnabled = image.width >= 160;
+    pen.drawImage(image, 0, 0, canvas.width, canvas.height);
     new Mask(strokes).show(canvas);
   };
   const at = (event) => {
-    const box = canvas.getBoundingClientRect(); // the picture is fitted into it, centred
+    const box = canvas.getBoundingClientRect(); // the image is fitted into it, centred
     const fit = Math.min(box.width / canvas.width, box.height / canvas.height);
     const x = (event.clientX - box.left - (box.width - canvas.width * fit) / 2) / fit;
     const y = (event.clientY - box.top - (box.height - canvas.height * fit) / 2) / fit;

@@ -1,4 +1,4 @@
-// The page: what is asked for on the left, the picture in the middle, what was generated before at the bottom.
+// The page: what is asked for on the left, the image in the middle, what was generated before at the bottom.
 // Text of people's goes into the page as text only (textContent), never as HTML.
 
 import { Mask, paint } from "/brush.js";
@@ -9,12 +9,12 @@ const FIELDS = ["prompt", "negative", "width", "height", "number", "steps", "gui
 const ACTIVE = ["queued", "drawing"];
 
 let model; // what GET /api/model says
-let source = null; // the picture to begin with: an ImageBitmap
+let source = null; // the image to begin with: an ImageBitmap
 let mask = new Mask();
-let shown = null; // the picture on the stage, as GET /api/images gives it
+let shown = null; // the image on the stage, as GET /api/images gives it
 let jobs = []; // mine that are queued or drawn
 const failures = new Map(); // id -> {prompt, error}, until they are dismissed
-const pictures = new Map(); // name -> picture, all that the history shows
+const images = new Map(); // name -> image, all that the history shows
 
 // ------------------------------------------------------------------------------------------------------ the server
 
@@ -92,10 +92,10 @@ async function update(all) {
   jobs = all.filter((job) => ACTIVE.includes(job.state)).sort((a, b) => (a.position ?? -1) - (b.position ?? -1));
   listJobs();
   const links = all.flatMap((job) => job.pictures);
-  if (links.some((link) => !pictures.has(link.name))) {
+  if (links.some((link) => !images.has(link.name))) {
     await load();
-    const newest = links.filter((link) => pictures.has(link.name)).sort((a, b) => b.name - a.name)[0];
-    if (newest) show(pictures.get(newest.name), all.find((job) => job.pictures.includes(newest)).note);
+    const newest = links.filter((link) => images.has(link.name)).sort((a, b) => b.name - a.name)[0];
+    if (newest) show(images.get(newest.name), all.find((job) => job.pictures.includes(newest)).note);
     const writes = document.activeElement.matches("textarea, input");
     if (newest && narrow() && !writes) $("frame").scrollIntoView({ block: "nearest", behavior: "smooth" });
   }
@@ -103,7 +103,7 @@ async function update(all) {
 
 // ------------------------------------------------------------------------------------------------------- messages
 
-const narrow = () => matchMedia("(max-width: 900px)").matches; // one column: the picture is below the form
+const narrow = () => matchMedia("(max-width: 900px)").matches; // one column: the image is below the form
 
 function showError(text) {
   $("error").hidden = !text;
@@ -163,7 +163,7 @@ function listJobs() {
 
 // --------------------------------------------------------------------------------------------------------- history
 
-let folderError = ""; // why the folder of pictures could not be read
+let folderError = ""; // why the folder of images could not be read
 let retryTimer; // the timer of the next try
 
 async function load(before) {
@@ -178,41 +178,41 @@ async function load(before) {
   }
   folderError = "";
   showNotice("");
-  for (const picture of page.pictures) pictures.set(picture.name, picture);
-  const all = [...pictures.values()].sort((a, b) => b.name - a.name);
+  for (const image of page.pictures) images.set(image.name, image);
+  const all = [...images.values()].sort((a, b) => b.name - a.name);
   const there = new Map([...$("history").children].map((item) => [item.dataset.name, item]));
-  $("history").replaceChildren(...all.map((picture) => there.get(picture.name) ?? thumbnail(picture)));
+  $("history").replaceChildren(...all.map((image) => there.get(image.name) ?? thumbnail(image)));
   if (before || all.length === page.pictures.length) $("older").hidden = !page.more;
   document.querySelector(".history").hidden = !all.length;
 }
 
-function thumbnail(picture) {
+function thumbnail(image) {
   const item = element("li", "");
-  item.dataset.name = picture.name;
+  item.dataset.name = image.name;
   const button = element("button", "", { type: "button" });
-  const image = element("img", "", { loading: "lazy", alt: picture.facts.prompt || `Picture ${Number(picture.name)}` });
-  image.onload = () => image.classList.toggle("small", image.naturalWidth < 160);
-  image.src = picture.url;
-  button.append(image);
-  if (picture.facts.nsfw?.flagged) button.append(element("em", "flagged"));
+  const view = element("img", "", { loading: "lazy", alt: image.facts.prompt || `Image ${Number(image.name)}` });
+  view.onload = () => view.classList.toggle("small", view.naturalWidth < 160);
+  view.src = image.url;
+  button.append(view);
+  if (image.facts.nsfw?.flagged) button.append(element("em", "flagged"));
   button.onclick = () => {
-    show(picture);
+    show(image);
     $("frame").scrollIntoView({ block: "nearest", behavior: "smooth" });
   };
   item.append(button);
   return item;
 }
 
-function show(picture, note = "") {
-  shown = picture;
+function show(image, note = "") {
+  shown = image;
   $("note").hidden = !note;
   $("note").textContent = note;
-  const { facts } = picture;
-  const image = $("shown");
-  image.onload = () => image.classList.toggle("small", image.naturalWidth < 160);
-  image.src = picture.url;
-  image.alt = facts.prompt || "a picture without a prompt";
-  image.hidden = false;
+  const { facts } = image;
+  const view = $("shown");
+  view.onload = () => view.classList.toggle("small", view.naturalWidth < 160);
+  view.src = image.url;
+  view.alt = facts.prompt || "an image without a prompt";
+  view.hidden = false;
   $("empty").hidden = true;
   $("about").hidden = false;
   $("caption").textContent = facts.prompt || "(no prompt)";
@@ -221,22 +221,22 @@ function show(picture, note = "") {
   $("flag").textContent = nsfw.flagged
     ? `Flagged as not safe for work: ${nsfw.score.toFixed(2)} of 1 (from ${nsfw.threshold})` + (nsfw.blurred ? ", and blurred" : "")
     : "";
-  const begun = facts.mask ? "redrawn in part" : facts.upscale > 1 ? `enlarged ${facts.upscale}×` : facts.image ? "from a picture" : "";
+  const begun = facts.mask ? "redrawn in part" : facts.upscale > 1 ? `enlarged ${facts.upscale}×` : facts.image ? "from an image" : "";
   $("details").textContent = [
-    `No. ${Number(picture.name)}`, `seed ${facts.seed}`, `${facts.steps} steps`, `guidance ${facts.guidance}`,
+    `No. ${Number(image.name)}`, `seed ${facts.seed}`, `${facts.steps} steps`, `guidance ${facts.guidance}`,
     facts.scheduler?.replace("Scheduler", ""), facts.upscale > 1 ? "" : `${facts.width} × ${facts.height}`, begun,
     facts.negative && `without: ${facts.negative}`,
   ].filter(Boolean).join(" · ");
-  $("download").href = picture.url;
-  $("download").download = `${picture.name}.png`;
+  $("download").href = image.url;
+  $("download").download = `${image.name}.png`;
   for (const button of document.querySelectorAll("#history button")) {
-    button.setAttribute("aria-current", String(button.parentElement.dataset.name === picture.name));
+    button.setAttribute("aria-current", String(button.parentElement.dataset.name === image.name));
   }
 }
 
 // ----------------------------------------------------------------------------------------------- what is begun with
 
-// The picture as it is sent: cut to the shape that is asked for, from its middle.
+// The image as it is sent: cut to the shape that is asked for, from its middle.
 function cut(width, height) {
   const canvas = Object.assign(document.createElement("canvas"), { width, height });
   const scale = Math.max(width / source.width, height / source.height);
@@ -269,12 +269,12 @@ async function beginWith(blob, { fit = true } = {}) {
   try {
     source = await createImageBitmap(blob);
   } catch {
-    return showError("This file is no picture that a browser can read.");
+    return showError("This file is no image that a browser can read.");
   }
   showError("");
   mask = new Mask();
   if (fit) {
-    const { width, height } = model.defaults; // as many pixels as the model draws by itself, in the picture's shape
+    const { width, height } = model.defaults; // as many pixels as the model draws by itself, in the image's shape
     const ratio = Math.sqrt((width * height) / (source.width * source.height));
     const whole = (side) => Math.max(model.step, Math.round((side * ratio) / model.step) * model.step);
     [form.width.value, form.height.value] = [whole(source.width), whole(source.height)];
@@ -285,7 +285,7 @@ async function beginWith(blob, { fit = true } = {}) {
 
 function drop(blob) {
   if (blob?.type.startsWith("image/")) beginWith(blob);
-  else if (blob) showError("This is no picture.");
+  else if (blob) showError("This is no image.");
 }
 
 async function base64(blob) {
@@ -365,7 +365,7 @@ function asksForWords() {
   const asked = !$("asks").hidden;
   $("asks").hidden = Boolean(form.prompt.value.trim()) || asked;
   if ($("asks").hidden) return false;
-  $("asks").textContent = "Say what should be in the picture. Or draw once more, for a picture without words.";
+  $("asks").textContent = "Say what should be in the image. Or draw once more, for an image without words.";
   form.prompt.focus();
   return true;
 }
@@ -447,8 +447,8 @@ function bind() {
       if (facts[name] !== null && facts[name] !== undefined) form[name].value = facts[name];
     }
     form.number.value = 1;
-    $("lock").setAttribute("aria-pressed", "true"); // else the next picture would be another one
-    showError(facts.image ? "It was generated from another picture, which you would have to add again." : "");
+    $("lock").setAttribute("aria-pressed", "true"); // else the next image would be another one
+    showError(facts.image ? "It was generated from another image, which you would have to add again." : "");
     changed();
   };
   $("again").onclick = async () => {
@@ -467,7 +467,7 @@ function bind() {
       showError(error.message);
     }
   };
-  $("older").onclick = () => load([...pictures.keys()].sort((a, b) => a - b)[0]).catch(() => {});
+  $("older").onclick = () => load([...images.keys()].sort((a, b) => a - b)[0]).catch(() => {});
   document.addEventListener("visibilitychange", () => document.hidden || load().catch(() => {}));
 }
 
@@ -486,7 +486,7 @@ async function open() {
   await restore();
   bind();
   await load().catch(() => {}); // it has shown why
-  const newest = [...pictures.values()].sort((a, b) => b.name - a.name)[0];
+  const newest = [...images.values()].sort((a, b) => b.name - a.name)[0];
   if (newest) show(newest);
   await resume();
   document.body.dataset.ready = "true";

@@ -24,7 +24,7 @@ class Answer:
     reason: Reason | None
 
 
-PICTURE = hostile_web.good_picture()
+IMAGE = hostile_web.good_image()
 PROTOCOL, LARGE, TIMEOUT, CONNECT = Reason.PROTOCOL, Reason.TOO_LARGE, Reason.TIMEOUT, Reason.CONNECT
 NOISE = random.Random(5).randbytes(1 << 16)
 
@@ -41,12 +41,12 @@ SIZES = {  # N9
     "10 GB declared": Answer(pieces(head("Content-Length: 10000000000"), bytes(1000), rest=60), LARGE),
     "one byte more": Answer(sized(MAX_BYTES + 1), LARGE),
     "exactly": Answer(sized(MAX_BYTES), OK),
-    "length lies high": Answer(head("Content-Length: 100000") + PICTURE, PROTOCOL),
-    "length lies high, by one": Answer(head(f"Content-Length: {len(PICTURE) + 1}") + PICTURE, PROTOCOL),
-    "negative length": Answer(head("Content-Length: -1") + PICTURE, PROTOCOL),
-    "length with a plus": Answer(head(f"Content-Length: +{len(PICTURE)}") + PICTURE, PROTOCOL),
-    "length in hex": Answer(head("Content-Length: 0x10") + PICTURE, PROTOCOL),
-    "length of 2^64 + 5": Answer(head(f"Content-Length: {2**64 + 5}") + PICTURE, PROTOCOL),
+    "length lies high": Answer(head("Content-Length: 100000") + IMAGE, PROTOCOL),
+    "length lies high, by one": Answer(head(f"Content-Length: {len(IMAGE) + 1}") + IMAGE, PROTOCOL),
+    "negative length": Answer(head("Content-Length: -1") + IMAGE, PROTOCOL),
+    "length with a plus": Answer(head(f"Content-Length: +{len(IMAGE)}") + IMAGE, PROTOCOL),
+    "length in hex": Answer(head("Content-Length: 0x10") + IMAGE, PROTOCOL),
+    "length of 2^64 + 5": Answer(head(f"Content-Length: {2**64 + 5}") + IMAGE, PROTOCOL),
     "two lengths": Answer(head("Content-Length: 5", "Content-Length: 6") + b"abcdef", PROTOCOL),
     "list of lengths": Answer(head("Content-Length: 5, 6") + b"abcdef", PROTOCOL),
     "length and chunked": Answer(head("Content-Length: 5", CHUNKED) + b"3\r\nabc\r\n0\r\n\r\n", PROTOCOL),
@@ -77,17 +77,17 @@ BOMBS = {  # N10: a megabyte that becomes a thousand
     "br": Answer(whole(b"\x1b" + bytes(1000), "Content-Encoding: br"), PROTOCOL),
     "zstd": Answer(whole(b"\x28\xb5\x2f\xfd" + bytes(1000), "Content-Encoding: zstd"), PROTOCOL),
     "compress": Answer(whole(b"\x1f\x9d" + bytes(1000), "Content-Encoding: compress"), PROTOCOL),
-    "unheard of": Answer(whole(PICTURE, "Content-Encoding: " + "x" * 5000), OK),
-    "no gzip": Answer(whole(PICTURE, GZIP), PROTOCOL),
+    "unheard of": Answer(whole(IMAGE, "Content-Encoding: " + "x" * 5000), OK),
+    "no gzip": Answer(whole(IMAGE, GZIP), PROTOCOL),
     "gzip cut short": Answer(whole(gzip.compress(NOISE)[:-30000], GZIP), PROTOCOL),
-    "gzip with a wrong sum": Answer(whole(gzip.compress(PICTURE)[:-8] + bytes(8), GZIP), PROTOCOL),
+    "gzip with a wrong sum": Answer(whole(gzip.compress(IMAGE)[:-8] + bytes(8), GZIP), PROTOCOL),
     "many members": Answer(endless(head(GZIP), gzip.compress(b"x") * 1000), LARGE),
     "gzip as transfer": Answer(endless(head("Transfer-Encoding: gzip"), gzip.compress(bytes(1 << 20))), LARGE),  # as is
 }
 
 SLOW = {  # N11: each is held until the deadline
     "silence": pieces(rest=60),
-    "head by the byte": pieces(*(bytes([b]) for b in whole(PICTURE)), pause=0.1, rest=60),
+    "head by the byte": pieces(*(bytes([b]) for b in whole(IMAGE)), pause=0.1, rest=60),
     "status line by the byte": endless(b"HTTP/1.1 200 ", b"O", 0.1),
     "a header without end": endless(b"HTTP/1.1 200 OK\r\nA: ", b"b", 0.1),
     "headers without end": endless(b"HTTP/1.1 200 OK\r\n", b"A: b\r\n", 0.1),
@@ -97,8 +97,8 @@ SLOW = {  # N11: each is held until the deadline
     "chunk size by the byte": endless(head(CHUNKED), b"0", 0.1),
     "chunk extension by the byte": endless(head(CHUNKED) + b"3;", b"x", 0.1),
     "trailers by the byte": endless(head(CHUNKED) + b"3\r\nabc\r\n0\r\n", b"A: b\r\n", 0.1),
-    "stall in the middle": pieces(head(f"Content-Length: {len(PICTURE)}") + PICTURE[: len(PICTURE) // 2], rest=60),
-    "stall before the last byte": pieces(head(f"Content-Length: {len(PICTURE)}") + PICTURE[:-1], rest=60),
+    "stall in the middle": pieces(head(f"Content-Length: {len(IMAGE)}") + IMAGE[: len(IMAGE) // 2], rest=60),
+    "stall before the last byte": pieces(head(f"Content-Length: {len(IMAGE)}") + IMAGE[:-1], rest=60),
     "interim answers": endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.1),
     "a flood of interim answers": endless(b"", b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" * 20, 0.005),
     "gzip by the byte": endless(head(GZIP) + deflated(b"", 31)[:10], b"\0\0\0\xff\xff", 0.1),
@@ -107,23 +107,23 @@ SLOW = {  # N11: each is held until the deadline
 SLOW_ANSWERS = {name: Answer(page, TIMEOUT) for name, page in SLOW.items()}
 
 BROKEN = {  # N12
-    "10,000 headers": Answer(head(*(f"A{i}: {'b' * 100}" for i in range(10_000))) + PICTURE, PROTOCOL),
-    "a header of 1 MB": Answer(head("A: " + "b" * 1_000_000) + PICTURE, PROTOCOL),
-    "a name of 1 MB": Answer(head("b" * 1_000_000 + ": A") + PICTURE, PROTOCOL),
-    "a status of 1 MB": Answer(head(status="200 " + "b" * 1_000_000) + PICTURE, PROTOCOL),
+    "10,000 headers": Answer(head(*(f"A{i}: {'b' * 100}" for i in range(10_000))) + IMAGE, PROTOCOL),
+    "a header of 1 MB": Answer(head("A: " + "b" * 1_000_000) + IMAGE, PROTOCOL),
+    "a name of 1 MB": Answer(head("b" * 1_000_000 + ": A") + IMAGE, PROTOCOL),
+    "a status of 1 MB": Answer(head(status="200 " + "b" * 1_000_000) + IMAGE, PROTOCOL),
     "headers for ever": Answer(endless(b"HTTP/1.1 200 OK\r\n", b"A: bbbbbbbbb\r\n" * 1000), PROTOCOL),
     "a header for ever": Answer(endless(b"HTTP/1.1 200 OK\r\nA: ", b"b" * 10_000), PROTOCOL),
-    "CR in a header": Answer(head("A: b\rLocation: http://127.0.0.1/") + PICTURE, PROTOCOL),
-    "NUL in a header": Answer(head("A: b\0c") + PICTURE, PROTOCOL),
-    "NUL in a name": Answer(head("A\0: b") + PICTURE, PROTOCOL),
-    "blank in a name": Answer(head("Content-Length : 3") + PICTURE, PROTOCOL),
-    "no colon": Answer(head("no colon here") + PICTURE, PROTOCOL),
-    "no name": Answer(head(": b") + PICTURE, PROTOCOL),
-    "bad status line": Answer(b"HELLO\r\n\r\n" + PICTURE, PROTOCOL),
-    "status of words": Answer(b"HTTP/1.1 abc OK\r\n\r\n" + PICTURE, PROTOCOL),
+    "CR in a header": Answer(head("A: b\rLocation: http://127.0.0.1/") + IMAGE, PROTOCOL),
+    "NUL in a header": Answer(head("A: b\0c") + IMAGE, PROTOCOL),
+    "NUL in a name": Answer(head("A\0: b") + IMAGE, PROTOCOL),
+    "blank in a name": Answer(head("Content-Length : 3") + IMAGE, PROTOCOL),
+    "no colon": Answer(head("no colon here") + IMAGE, PROTOCOL),
+    "no name": Answer(head(": b") + IMAGE, PROTOCOL),
+    "bad status line": Answer(b"HELLO\r\n\r\n" + IMAGE, PROTOCOL),
+    "status of words": Answer(b"HTTP/1.1 abc OK\r\n\r\n" + IMAGE, PROTOCOL),
     "status 99": Answer(b"HTTP/1.1 99 OK\r\nContent-Length: 0\r\n\r\n", PROTOCOL),
     "status 2000": Answer(b"HTTP/1.1 2000 OK\r\nContent-Length: 0\r\n\r\n", PROTOCOL),
-    "HTTP/0.9": Answer(PICTURE, PROTOCOL),
+    "HTTP/0.9": Answer(IMAGE, PROTOCOL),
     "HTTP/2 settings": Answer(b"\0\0\x12\x04\0\0\0\0\0" + bytes(18), PROTOCOL),
     "version 9.9": Answer(b"HTTP/9.9 200 OK\r\nContent-Length: 3\r\n\r\nabc", PROTOCOL),
     "a TLS alert": Answer(b"\x15\x03\x03\x00\x02\x02\x28" * 10, PROTOCOL),
@@ -133,12 +133,12 @@ BROKEN = {  # N12
     "only blank lines": Answer(b"\r\n" * 50_000, CONNECT),
     "head cut short": Answer(b"HTTP/1.1 200 OK\r\nContent-Le", PROTOCOL),
     "a reset": Answer(reset, CONNECT),
-    "204 with a body": Answer(whole(PICTURE, status="204 No Content"), PROTOCOL),
-    "205 with a body": Answer(whole(PICTURE, status="205 Reset Content"), PROTOCOL),
-    "206 unasked": Answer(whole(PICTURE, "Content-Range: bytes 0-9/99", status="206 Partial"), PROTOCOL),
+    "204 with a body": Answer(whole(IMAGE, status="204 No Content"), PROTOCOL),
+    "205 with a body": Answer(whole(IMAGE, status="205 Reset Content"), PROTOCOL),
+    "206 unasked": Answer(whole(IMAGE, "Content-Range: bytes 0-9/99", status="206 Partial"), PROTOCOL),
     "304 unasked": Answer(head("ETag: x", status="304 Not Modified"), PROTOCOL),
     "101 unasked": Answer(head("Upgrade: websocket", "Connection: Upgrade", status="101 Switching") + b"abc", PROTOCOL),
-    "two answers": Answer(whole(PICTURE) + whole(b"another"), OK),
+    "two answers": Answer(whole(IMAGE) + whole(b"another"), OK),
 }
 
 REDIRECTS = {  # N7

@@ -1,6 +1,6 @@
 """A web server that means harm, in a process of its own; and a way to measure who fetches from it.
 
-It answers by path: `PAGES` says how, `/good...` gives a real picture, robots.txt is absent. `Hostile` is its handle.
+It answers by path: `PAGES` says how, `/good...` gives a real image, robots.txt is absent. `Hostile` is its handle.
 Names such as a.test are for a fetcher whose resolver is `at_home`; for the system's resolver it also listens at
 `hosts` addresses, 127.4.0.1 and on.
 """
@@ -43,11 +43,11 @@ async def at_home(name: str) -> list[str]:
 
 
 @functools.cache
-def good_picture() -> bytes:
+def good_image() -> bytes:
     """A real JPEG of 64 x 48 pixels."""
-    picture = Image.radial_gradient("L").resize((64, 48)).convert("RGB")
+    image = Image.radial_gradient("L").resize((64, 48)).convert("RGB")
     out = io.BytesIO()
-    picture.save(out, "JPEG")
+    image.save(out, "JPEG")
     return out.getvalue()
 
 
@@ -273,7 +273,7 @@ class _Server:
             if self.delay:
                 await asyncio.sleep(self.delay)
             good = path.startswith("/good")
-            writer.write(whole(good_picture(), "Content-Type: image/jpeg") if good else whole(b"", status="404 None"))
+            writer.write(whole(good_image(), "Content-Type: image/jpeg") if good else whole(b"", status="404 None"))
             await writer.drain()
             return True
         if isinstance(page, bytes):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 from answers import ANSWERS, MAX_BYTES, path_of
-from hostile_web import Hostile, Measured, at_home, good_picture, measure
+from hostile_web import Hostile, Measured, at_home, good_image, measure
 
 from curate.fetch.client import Fetcher
 from curate.fetch.config import FetchConfig
@@ -121,7 +121,7 @@ def test_what_never_gets_to_an_answer(measured: Measured, name: str) -> None:
 def test_neighbours_are_unharmed_and_memory_is_bounded(measured: Measured) -> None:
     for number in range(NEIGHBOURS):
         ended = measured.result[f"good {number}"]
-        assert (ended.reason, ended.size, ended.status) == (None, len(good_picture()), 200), ended
+        assert (ended.reason, ended.size, ended.status) == (None, len(good_image()), 200), ended
     print(f"{measured.growth / 1e6:.0f} MB above the baseline, {measured.seconds:.1f} s")
     assert measured.growth < 512e6
     assert measured.seconds < TIMEOUT + 2

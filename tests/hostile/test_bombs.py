@@ -1,4 +1,4 @@
-"""Pictures that are small as files and huge as pixels, or as work (I1, I2): refused from the header, or cheap."""
+"""Images that are small as files and huge as pixels, or as work (I1, I2): refused from the header, or cheap."""
 
 from __future__ import annotations
 
@@ -140,9 +140,9 @@ def animated(name: str, frames: int) -> bytes:
         one = encoded(photograph(8, 8), "gif")
         at = one.index(b"\x2c\0\0\0\0\x08\0\x08\0")
         return one[:-1] + one[at:-1] * (frames - 1) + b";"
-    pictures = [Image.new("RGB", (8, 8), (n % 250, n // 250, 0)) for n in range(frames)]
+    images = [Image.new("RGB", (8, 8), (n % 250, n // 250, 0)) for n in range(frames)]
     out = io.BytesIO()
-    pictures[0].save(out, name, save_all=True, append_images=pictures[1:], duration=20)
+    images[0].save(out, name, save_all=True, append_images=images[1:], duration=20)
     return out.getvalue()
 
 
@@ -151,8 +151,8 @@ def cost(case: tuple[str, bytes]) -> tuple[Reason | None, tuple[int, int] | None
     forget_peak()
     before, start = memory(), time.process_time()
     try:
-        picture = process(case[1], ImagesConfig(size=64))
-        end: tuple[Reason | None, tuple[int, int] | None] = None, (picture.original_width, picture.original_height)
+        image = process(case[1], ImagesConfig(size=64))
+        end: tuple[Reason | None, tuple[int, int] | None] = None, (image.original_width, image.original_height)
     except RowError as e:
         end = e.reason, e.original_size
     return *end, time.process_time() - start, peak() - before
@@ -160,7 +160,7 @@ def cost(case: tuple[str, bytes]) -> tuple[Reason | None, tuple[int, int] | None
 
 @pytest.fixture(scope="module")
 def costs() -> Report:
-    """All of them, one after the other, in a process that has decoded good pictures before."""
+    """All of them, one after the other, in a process that has decoded good images before."""
     warm = [(name, encoded(photograph(64, 48), name)) for name in ("jpg", "png", "webp", "gif", "tiff", "bmp", "avif")]
     cases = [(name, make()) for name, make in itertools.chain(PIXELS.items(), COSTLY.items())]
     report = run(cost, [*warm, *cases])
@@ -177,7 +177,7 @@ def test_too_many_pixels_are_refused_from_the_header(costs: Report, name: str) -
 
 
 @pytest.mark.parametrize("name", COSTLY)
-def test_costly_pictures_cost_little(costs: Report, name: str) -> None:
+def test_costly_images_cost_little(costs: Report, name: str) -> None:
     reason, size, seconds, growth = costs.outcomes[name]
     assert reason in (None, Reason.DECODE_ERROR, Reason.TOO_MANY_PIXELS), reason
     assert seconds < 1.0 and growth < 64e6

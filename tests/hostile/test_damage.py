@@ -1,8 +1,8 @@
 """Damaged files of every format (I3, I4): cut anywhere, bytes changed at random. None may kill, hang or half succeed.
 
-A half picture is told by what a decoder leaves behind: a band along an edge, at least a tenth of the side, all of one
-colour to the last bit, where the undamaged picture has none. PNG, GIF, BMP, TIFF and lossless WebP give none. In
-the lossy formats a changed byte can be a perfectly good code for another picture, with such a band in it; nothing in
+A half image is told by what a decoder leaves behind: a band along an edge, at least a tenth of the side, all of one
+colour to the last bit, where the undamaged image has none. PNG, GIF, BMP, TIFF and lossless WebP give none. In
+the lossy formats a changed byte can be a perfectly good code for another image, with such a band in it; nothing in
 the file tells the two apart (a hash column does: `fetch.verify`). Less than one mutant in a hundred is of that kind.
 """
 
@@ -130,7 +130,7 @@ def test_cut_at_every_tenth_of_a_per_cent_and_around_the_ends(name: str) -> None
     assert set(counted) <= {*REFUSED, "whole"}
 
 
-def test_a_progressive_jpeg_cut_between_two_scans_is_no_picture() -> None:
+def test_a_progressive_jpeg_cut_between_two_scans_is_no_image() -> None:
     data, _ = original("progressive", 0)
     scans = [at for at in range(len(data)) if data.startswith(b"\xff\xda", at)]
     assert len(scans) > 5
@@ -141,7 +141,7 @@ def test_a_progressive_jpeg_cut_between_two_scans_is_no_picture() -> None:
                 decode(data[:end])
 
 
-def test_a_tiff_whose_strips_do_not_cover_it_is_no_picture() -> None:
+def test_a_tiff_whose_strips_do_not_cover_it_is_no_image() -> None:
     data, whole = original("tiff", 0)
     rows_per_strip = struct.pack("<HHI", 278, 4, 1)
     at = data.index(rows_per_strip) + len(rows_per_strip)
@@ -150,14 +150,14 @@ def test_a_tiff_whose_strips_do_not_cover_it_is_no_picture() -> None:
         decode(data[:at] + struct.pack("<I", 18) + data[at + 4 :])
 
 
-def test_a_gif_whose_frame_does_not_cover_it_is_no_picture() -> None:
+def test_a_gif_whose_frame_does_not_cover_it_is_no_image() -> None:
     data, whole = original("gif", 0)
     assert struct.unpack_from("<HH", data, 6) == whole.shape[1::-1]
     with pytest.raises(RowError):
         decode(data[:6] + struct.pack("<HH", 160, 3000) + data[10:])
 
 
-def test_a_tiff_with_a_jpeg_that_ends_early_is_no_picture() -> None:
+def test_a_tiff_with_a_jpeg_that_ends_early_is_no_image() -> None:
     data, _ = original("tiff_jpeg", 0)
     start = data.index(b"\xff\xda", 8)
     middle = start + 2000

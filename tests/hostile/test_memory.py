@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from answers import AT_ONCE, path_of
-from hostile_web import Hostile, good_picture, measure
+from hostile_web import Hostile, good_image, measure
 from test_answers import fetch_hostile
 
 from curate.fetch.config import FetchConfig
@@ -37,5 +37,5 @@ def test_the_worst_of_each_kind_at_once(server: Hostile, name: str) -> None:
     good = [ended for key, ended in measured.result.items() if key.startswith("good")]
     print(f"{name}: {measured.growth / 1e6:.0f} MB above the baseline, {measured.seconds:.1f} s")
     assert bad == {reason: AT_A_TIME}
-    assert all((ended.reason, ended.size) == (None, len(good_picture())) for ended in good)
+    assert all((ended.reason, ended.size) == (None, len(good_image())) for ended in good)
     assert measured.growth < 512e6

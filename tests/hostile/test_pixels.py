@@ -1,4 +1,4 @@
-"""What is in a file beside its picture stays out (I9); colour, depth and orientation against references (I7, I8)."""
+"""What is in a file beside its image stays out (I9); colour, depth and orientation against references (I7, I8)."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ OWN = {"jpg": {"e0", "db", "c0", "c4"}, "png": {"IHDR", "IDAT", "IEND"}, "webp":
 
 
 @pytest.mark.parametrize("name", POLYGLOTS)
-def test_nothing_but_the_picture_comes_out(name: str) -> None:
+def test_nothing_but_the_image_comes_out(name: str) -> None:
     data = POLYGLOTS[name]()
     assert MARK[:6] in data or name == "PNG, packed text"
     for format_, keep in itertools.product(("jpg", "png", "webp"), (False, True)):
@@ -158,7 +158,7 @@ def test_nothing_but_the_picture_comes_out(name: str) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("name", ["jpg", "progressive", "png", "webp", "tiff", "tiff_jpeg", "avif"])
-def test_orientation_is_that_of_the_upright_picture(name: str, orientation: int) -> None:
+def test_orientation_is_that_of_the_upright_image(name: str, orientation: int) -> None:
     """By a part that no symmetry maps to itself, and by the sizes that are told."""
     stored = photograph(96, 56)
     exif = Image.Exif()
@@ -186,17 +186,17 @@ def srgb(linear: np.ndarray) -> np.ndarray:
     return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 
-def by_lcms(picture: Image.Image, profile: bytes) -> np.ndarray:
+def by_lcms(image: Image.Image, profile: bytes) -> np.ndarray:
     """Through LittleCMS at its full precision, to sRGB."""
     transform = ImageCms.buildTransform(
         ImageCms.ImageCmsProfile(io.BytesIO(profile)),
         ImageCms.createProfile("sRGB"),
-        picture.mode,
+        image.mode,
         "RGB",
         renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
         flags=ImageCms.Flags.BLACKPOINTCOMPENSATION | ImageCms.Flags.HIGHRESPRECALC,
     )
-    made = ImageCms.applyTransform(picture, transform)
+    made = ImageCms.applyTransform(image, transform)
     assert made is not None
     return np.asarray(made)
 
@@ -266,8 +266,8 @@ def palette_alpha() -> tuple[bytes, np.ndarray]:
 
 
 def premultiplied() -> bytes:
-    picture = Image.frombytes("RGBA", (96, 64), Image.fromarray(RGBA).convert("RGBa").tobytes())
-    data = encoded(picture, "tiff")
+    image = Image.frombytes("RGBA", (96, 64), Image.fromarray(RGBA).convert("RGBa").tobytes())
+    data = encoded(image, "tiff")
     return patched(data, data.index(struct.pack("<HHI", 338, 3, 1)) + 8, b"\x01")  # 1: associated alpha
 
 

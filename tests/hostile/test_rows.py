@@ -14,7 +14,7 @@ import hostile_web
 import pyarrow as pa
 import pytest
 from fetched import fetch_list, write_list
-from hostile_web import Hostile, good_picture, hosts, whole
+from hostile_web import Hostile, good_image, hosts, whole
 
 from curate.fetch.config import FetchConfig
 from curate.ledger.schema import Reason
@@ -213,13 +213,13 @@ SERVED: dict[str, tuple[bytes, Reason | None]] = {
         Reason.NOT_AN_IMAGE,
     ),
     "/empty.jpg": (whole(b"", "Content-Type: image/jpeg"), Reason.NOT_AN_IMAGE),
-    "/picture.html": (whole(good_picture(), "Content-Type: text/html"), None),
-    "/picture.exe": (whole(good_picture(), "Content-Type: application/x-msdownload"), None),
+    "/picture.html": (whole(good_image(), "Content-Type: text/html"), None),
+    "/picture.exe": (whole(good_image(), "Content-Type: application/x-msdownload"), None),
     "/png.jpg": (whole(PNG, "Content-Type: image/jpeg"), None),
     "/gif.png": (whole(GIF, "Content-Type: image/svg+xml"), None),
-    "/untold": (whole(good_picture()), None),
-    "/odd.jpg": (whole(good_picture(), "Content-Type: image/\xff; charset=\xfe"), None),
-    "/download.jpg": (whole(good_picture(), 'Content-Disposition: attachment; filename="../../x.sh"'), None),
+    "/untold": (whole(good_image()), None),
+    "/odd.jpg": (whole(good_image(), "Content-Type: image/\xff; charset=\xfe"), None),
+    "/download.jpg": (whole(good_image(), 'Content-Disposition: attachment; filename="../../x.sh"'), None),
 }
 hostile_web.PAGES.update({path: page for path, (page, _) in SERVED.items()})
 

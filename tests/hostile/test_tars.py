@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 from fetched import fetch_list
-from hostile_web import good_picture
+from hostile_web import good_image
 from in_a_child import forget_peak, memory, peak, run
 from watched import watched
 
 from curate.fetch.config import FetchConfig
 from curate.shards.tar import CorruptShard, TarWriter, image_member, index_tar, read_images
 
-JPEG = good_picture()
+JPEG = good_image()
 
 
 def member(
@@ -201,7 +201,7 @@ def as_npy(payload: Canary) -> bytes:
 
 @pytest.mark.parametrize("extension", ["pkl", "pickle", "pyd", "pth", "pt", "npy", "npz", "ten"])
 def test_members_that_would_run_are_never_loaded(tmp_path: Path, extension: str) -> None:
-    """Through the plan and the images stage: the picture is taken, the payload beside it is left alone."""
+    """Through the plan and the images stage: the image is taken, the payload beside it is left alone."""
     canary = tmp_path / "ran"
     payload = as_npy(Canary(canary)) if extension in ("npy", "npz") else pickle.dumps(Canary(canary))
     (tmp_path / "in").mkdir()

@@ -14,8 +14,8 @@ from open_clip_train.data import get_dataset_size, get_wds_dataset
 from torchvision.transforms.v2 import functional
 
 
-def preprocess(picture) -> torch.Tensor:
-    return functional.resize(functional.to_image(picture), [32, 32])
+def preprocess(image) -> torch.Tensor:
+    return functional.resize(functional.to_image(image), [32, 32])
 
 
 def tokenizer(text: str) -> list:

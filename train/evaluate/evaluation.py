@@ -121,7 +121,7 @@ class Evaluation:
         if record and record["settings"].get("data") == self.samples.fingerprint:
             self.held_out = heldout.find_held_out(self.model.folder, self.samples)  # the training run looked at them
         else:
-            bar = self._progress("pictures", total + (record.get("data") or {}).get("pictures", 0), "img")
+            bar = self._progress("images", total + (record.get("data") or {}).get("pictures", 0), "img")
             self.held_out = heldout.find_held_out(self.model.folder, self.samples, bar)
             bar.end()
         pool = heldout.in_hash_order(self.samples, self.held_out.indices)
@@ -130,9 +130,9 @@ class Evaluation:
         self.prompts = self.given or self.captions
         if len(self.prompts) < MIN_IMAGES:
             raise UserError(
-                f"{self.samples.folder}: {len(self.captioned)} different captions among {len(pool)} pictures that the "
+                f"{self.samples.folder}: {len(self.captioned)} different captions among {len(pool)} images that the "
                 f"model was not trained on ({self.held_out.note}); at least {MIN_IMAGES} are needed. Give other "
-                f"captioned pictures, or --prompts FILE."
+                f"captioned images, or --prompts FILE."
             )
         rest = pool[~np.isin(pool, self.captioned)][: max(0, max(MAX_REAL, count) - len(self.captioned))]
         self.real: Ints = np.concatenate([np.array(self.captioned, np.int64), rest])  # image i has caption i
@@ -155,7 +155,7 @@ class Evaluation:
         lora = " with its LoRA" if self.model.loras else ""
         yield f"model  {self.model.name}{lora} · {width} x {height} px · sha256 {self.model.digest[:16]}"
         lacking = f", {self.held_out.unreadable:,} can't be read" if self.held_out.unreadable else ""
-        yield f"data   {len(self.held_out.indices):,} pictures to measure on{lacking}: {self.held_out.note}"
+        yield f"data   {len(self.held_out.indices):,} images to measure on{lacking}: {self.held_out.note}"
         yield (
             f"draws  {len(self.prompts):,} {'prompts' if self.given else 'captions of these'}, {self.steps} steps, "
             f"guidance {self.guidance:g}, seeds from {self.seed}; looked at in the space of {self.encoder.name}"
@@ -227,7 +227,7 @@ class Evaluation:
                 for i, generated in zip(batch, images, strict=True):
                     with atomic(self._sample(i)) as f:
                         f.write(png(generated.image, generated.facts))
-        bar.end(f", {len(requests)} pictures in {self._sample(0).parent}")
+        bar.end(f", {len(requests)} images in {self._sample(0).parent}")
 
     def _sample(self, index: int) -> Path:
         return self.out / "samples" / f"{index:06d}.png"
@@ -295,8 +295,8 @@ class Evaluation:
         n, encode = len(self.prompts), self.encoder.encode_texts
         compare = len(self.captions) == n
         if not compare:
-            self.left_out["retrieval with real pictures"] = (
-                f"{n} prompts, and {len(self.captions)} different captions among real pictures: not comparable"
+            self.left_out["retrieval with real images"] = (
+                f"{n} prompts, and {len(self.captions)} different captions among real images: not comparable"
             )
         prompts = encode(self.prompts)
         captions = (encode(self.captions) if self.given else prompts) if compare else None
@@ -319,14 +319,14 @@ class Evaluation:
         used = [i for i, caption in enumerate(known) if caption][: figures.MAX_FITTED]
         if len(used) < figures.MIN_FITTED:
             self.left_out["retrieval in the in-domain space"] = (
-                f"{len(used)} captioned pictures beside those that are measured on: {figures.MIN_FITTED} are needed"
+                f"{len(used)} captioned images beside those that are measured on: {figures.MIN_FITTED} are needed"
             )
         else:
             space = figures.InDomainSpace(vectors[used], encode([known[i] for i in used]))
             measured["retrieval_in_domain"] = {
                 "space": "in-domain",
                 "fitted_to": len(used),
-                "fitted_on": "other real pictures" if training is None else "training pictures",
+                "fitted_on": "other real images" if training is None else "training images",
                 **both_sides(space.images, space.texts),
             }
 
@@ -351,7 +351,7 @@ class Evaluation:
                 theirs = theirs[: len(ours)]
             if min(len(ours), len(theirs)) < MIN_IMAGES:
                 self.left_out[head.name] = (
-                    f"{len(ours)} generated and {len(theirs)} real pictures: {MIN_IMAGES} are needed"
+                    f"{len(ours)} generated and {len(theirs)} real images: {MIN_IMAGES} are needed"
                 )
                 continue
             found[head.name] = {
@@ -367,7 +367,7 @@ class Evaluation:
     def _memorisation(self, generated: Encoded, real: Encoded, training: Encoded | None) -> dict[str, Any] | None:
         samples = self.held_out.training
         if training is None or samples is None:
-            self.left_out["memorisation"] = f"the training pictures are not at hand: {self.held_out.note}"
+            self.left_out["memorisation"] = f"the training images are not at hand: {self.held_out.note}"
             return None
         ours, theirs = figures.nearest_training(generated, training), figures.nearest_training(real, training)
         found = figures.memorisation(ours, theirs, self.seed)
@@ -375,8 +375,8 @@ class Evaluation:
         if len(self.training) < len(self.held_out.trained_on):
             found["of_training"] = len(self.held_out.trained_on)
         if found["close"] is None:
-            self.left_out["pictures close to training pictures"] = (
-                f"{len(self.real)} real pictures to tell what is close: {figures.MIN_CLOSE} are needed"
+            self.left_out["images close to training images"] = (
+                f"{len(self.real)} real images to tell what is close: {figures.MIN_CLOSE} are needed"
             )
 
         # `nearest.png`: generated images nearest to training images, then real ones that were not trained on
@@ -394,7 +394,7 @@ class Evaluation:
                     for c, b in zip(near.cosines[i], near.bits[i], strict=True)
                 ]
                 rows.append((title, _tiles(images, words, self._unsafe(images))))
-        sheet(self.out / "nearest.png", f"{Path(self.model.name).name}: the nearest training pictures", rows)
+        sheet(self.out / "nearest.png", f"{Path(self.model.name).name}: the nearest training images", rows)
         return found
 
     def _distances(self, generated: Encoded, real: Encoded) -> dict[str, Any]:
@@ -404,7 +404,7 @@ class Evaluation:
             return encoded.get("features", encoded["vectors"])[:, FEATURES]
 
         ours, theirs, seed = features(generated), features(real), self.seed
-        count, few = min(len(ours), len(theirs)), f"{len(ours):,} generated and {len(theirs):,} real pictures: at least"
+        count, few = min(len(ours), len(theirs)), f"{len(ours):,} generated and {len(theirs):,} real images: at least"
         measured: dict[str, Any] = {}
         if count >= figures.MIN_KID:
             subset = min(figures.SUBSET, count // 2)

@@ -49,7 +49,7 @@ def find_held_out(model: str | Path, samples: MapDataset, on_done: OnDone = lamb
     """
     found = _held_out(model, samples, on_done)
     if not len(found.indices):
-        raise UserError(f"{samples.folder}: there is no picture to measure on ({found.note}). Give others.")
+        raise UserError(f"{samples.folder}: there is no image to measure on ({found.note}). Give others.")
     return found
 
 
@@ -66,14 +66,14 @@ def _held_out(model: str | Path, samples: MapDataset, on_done: OnDone) -> HeldOu
     readable = np.array([i for i in range(len(samples)) if i not in scan.unreadable], np.int64)
     nothing = np.zeros(0, np.int64)
     if not known:
-        note = "the model has no train.json, which would tell what it was trained on: it may have seen these pictures"
+        note = "the model has no train.json, which would tell what it was trained on: it may have seen these images"
         return HeldOut(readable, len(scan.unreadable), None, nothing, None, note)
 
     training = None
     with contextlib.suppress(UserError):
         training = open_samples(Path(data["folder"]), settings.get("caption"))
     if training is None or training.fingerprint != settings["data"]:
-        note = f"other pictures than the model was trained on; those are no longer in {Path(data['folder']).name} as "
+        note = f"other images than the model was trained on; those are no longer in {Path(data['folder']).name} as "
         note += "they were, so that near-duplicates of them can't be told"
         return HeldOut(readable, len(scan.unreadable), None, nothing, record, note)
 
@@ -86,9 +86,9 @@ def _held_out(model: str | Path, samples: MapDataset, on_done: OnDone) -> HeldOu
     ).names
     seen = set(groups[len(readable) :])
     new = np.array([group not in seen for group in groups[: len(readable)]], bool)
-    note = "other pictures than the model was trained on"
+    note = "other images than the model was trained on"
     if not new.all():
-        note += f"; {(~new).sum():,} more are left out as near-duplicates of training pictures"
+        note += f"; {(~new).sum():,} more are left out as near-duplicates of training images"
     return HeldOut(readable[new], len(scan.unreadable), training, trained_on, record, note)
 
 

@@ -29,18 +29,18 @@ def _rows(facts: dict[str, Any]) -> Iterator[Row]:
         yield f"Frechet distance, {found['features']}", f"{found['value']:.3f}", "", "no FID: other features"
     if found := figures.get("memorisation"):
         of = f" of {found['of_training']:,}" if "of_training" in found else ""
-        among = f"{found['training']:,}{of} training pictures"
+        among = f"{found['training']:,}{of} training images"
         beside = f"real, not trained on {found['median_real']:.3f}"
         yield f"cosine to the nearest of {among}", f"{found['median']:.3f}", "median", beside
         if close := found["close"]:
             border = f"nearer (cosine above {found['border']:.3f}) than 95% of real ones"
-            yield "share close to a training picture", *_value(close), f"expected {close['expected']:.0%}: {border}"
+            yield "share close to a training image", *_value(close), f"expected {close['expected']:.0%}: {border}"
         beside = f"real, not trained on {found['copies_real']} of {found['pictures_real']:,}"
-        yield "near-duplicates of training pictures", f"{found['copies']} of {found['pictures']:,}", "", beside
+        yield "near-duplicates of training images", f"{found['copies']} of {found['pictures']:,}", "", beside
     loss = figures.get("held_out_loss")
     if loss:
         other = loss.get("training")
-        with_it = [f"training pictures {_number(other)}"] if other else []
+        with_it = [f"training images {_number(other)}"] if other else []
         if (then := loss["at_the_end_of_training"]) is not None:
             with_it.append(f"at the end of training {then:.4f}")
         yield f"held-out loss ({loss['objective']})", *_value(loss["held_out"], 4), " · ".join(with_it)
@@ -57,10 +57,10 @@ def _rows(facts: dict[str, Any]) -> Iterator[Row]:
 
 
 def summary(facts: dict[str, Any]) -> str:
-    """What the figures mean, in a sentence: whether prompts steer the model, how near its pictures are to real ones,
-    and whether it has learnt pictures by heart."""
+    """What the figures mean, in a sentence: whether prompts steer the model, how near its images are to real ones,
+    and whether it has learnt images by heart."""
     figures = facts["figures"]
-    # whether generated pictures find their captions: in the space that tells real ones apart, in-domain if both do
+    # whether generated images find their captions: in the space that tells real ones apart, in-domain if both do
     spaces = [found for name in ("retrieval_in_domain", "retrieval") if (found := figures.get(name))]
     found = next((f for f in spaces if not _cannot_tell(f)), None)
     if found is None:
@@ -71,26 +71,26 @@ def summary(facts: dict[str, Any]) -> str:
         verdict = "" if ours["low"] > ours["shuffled"]["high"] else "nothing shows that "
         beside = f"chance {ours['shuffled']['value']:.2f}"
         if "real" in found:
-            beside += f", real pictures {found['real'][key]['value']:.2f}"
+            beside += f", real images {found['real'][key]['value']:.2f}"
         clauses = [f"{verdict}prompts steer it (R@{key.rpartition('_')[2]} {ours['value']:.2f}, {beside})"]
     if kid := figures.get("kid"):
         floor, noise = kid["real_against_real"], kid["noise_against_real"]["mean"]
         if kid["drawn"]["mean"] <= floor["mean"] + 2 * floor["sd"]:
-            clauses.append("KID cannot tell its pictures from real ones")
+            clauses.append("KID cannot tell its images from real ones")
         else:
             clauses.append(
-                f"its pictures are at a KID of {kid['drawn']['mean']:.2f} from real ones, where noise is at {noise:.2f}"
+                f"its images are at a KID of {kid['drawn']['mean']:.2f} from real ones, where noise is at {noise:.2f}"
             )
     if found := figures.get("memorisation"):
         close = found["close"]
         if found["copies"] > found["copies_real"] or (close and close["low"] > close["expected"]):
-            clauses.append("some of them are nearly training pictures (look at nearest.png)")
+            clauses.append("some of them are nearly training images (look at nearest.png)")
         elif close:
-            clauses.append("they are no nearer to training pictures than real ones are")
+            clauses.append("they are no nearer to training images than real ones are")
     loss = figures.get("held_out_loss") or {}
     least, most = loss.get("held_out", {}).get("low"), loss.get("training", {}).get("high")
     if least is not None and most is not None and most < least:
-        clauses.append("its loss is clearly lower on training pictures, which is how learning by heart begins")
+        clauses.append("its loss is clearly lower on training images, which is how learning by heart begins")
     return f"In short: {'; '.join(clauses)}."
 
 
@@ -108,18 +108,18 @@ def _notes(facts: dict[str, Any]) -> Iterator[str]:
     figures = facts["figures"]
     if figures.get("kid", {}).get("circular"):
         yield (
-            "KID is circular here: the pictures were chosen by scores in the space whose features it compares. A model "
+            "KID is circular here: the images were chosen by scores in the space whose features it compares. A model "
             "that has learnt the chooser's preferences gets a better figure than it deserves."
         )
     for found in (figures["retrieval"], figures.get("retrieval_in_domain")):
         if found and _cannot_tell(found):
             yield (
-                f"In the {found['space']} space real pictures find their captions no more often than by chance: it "
-                f"can't tell these captions apart, and so tells nothing of generated pictures either."
+                f"In the {found['space']} space real images find their captions no more often than by chance: it "
+                f"can't tell these captions apart, and so tells nothing of generated images either."
             )
     if found := figures.get("retrieval_in_domain"):
         yield (
-            f"in-domain: a linear map from pictures to captions, fitted to {found['fitted_to']:,} "
+            f"in-domain: a linear map from images to captions, fitted to {found['fitted_to']:,} "
             f"{found['fitted_on']}; its figures compare with no other data's."
         )
     for what, why in facts["left_out"].items():
@@ -127,7 +127,7 @@ def _notes(facts: dict[str, Any]) -> Iterator[str]:
 
 
 def _cannot_tell(found: dict[str, Any]) -> bool:
-    """Whether real pictures find their captions no more often than shuffled ones do."""
+    """Whether real images find their captions no more often than shuffled ones do."""
     real = found.get("real", {}).get("recall_at_1")
     return bool(real and real["value"] <= real["shuffled"]["high"])
 
@@ -160,8 +160,8 @@ def readme(facts: dict[str, Any]) -> str:
     rows = [f"| {' | '.join(map(markdown, row))} |" for row in _rows(facts)]
     table = "\n".join(["| | value | 95% interval | beside it |", "|---|---|---|---|", *rows])
     notes = "\n".join(f"- {markdown(note)}" for note in _notes(facts))
-    sheets = ["![generated and real pictures](sheet.png)"]
+    sheets = ["![generated and real images](sheet.png)"]
     if "memorisation" in facts["figures"]:
-        sheets.append("![the nearest training pictures](nearest.png)")
+        sheets.append("![the nearest training images](nearest.png)")
     made = f"Made with {', '.join(f'{k} {v}' for k, v in facts['made_with'].items())}.\n"
     return "\n\n".join(["# Evaluation", summary(facts), about, table, notes, *sheets, made])

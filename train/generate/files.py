@@ -51,7 +51,7 @@ def _read(path: Path | str, decode: Callable[[bytes], T]) -> T:
         why = printable(e.detail or e.reason.value)
     except UserError as e:
         why = str(e).removeprefix(f"{path}: ")
-    raise UserError(f"the picture {path} can't be read: {why}")
+    raise UserError(f"the image {path} can't be read: {why}")
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -173,7 +173,7 @@ def read_facts(path: Path | str) -> dict[str, Any]:
     if not isinstance(text, str):
         raise UserError(
             f"{path} does not say how it was generated: it holds no text chunk {CHUNK!r} (programs that edit or send "
-            "pictures often drop it)"
+            "images often drop it)"
         )
     facts = parse_json(text, f"{path}, its text chunk {CHUNK!r}")
     if not isinstance(facts, dict):
@@ -205,7 +205,7 @@ def check_out(folder: Path) -> None:
     """Raise UserError or DiskFull where images can't be written to a folder, which need not be there yet."""
     above = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     if not above.is_dir():
-        raise UserError(f"--out {folder} is a file: a folder for pictures is expected")
+        raise UserError(f"--out {folder} is a file: a folder for images is expected")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"--out {folder} can't be written to: give another folder")
     check_space(above)

@@ -185,10 +185,10 @@ def request_of(
     for name, given in (("image", image), ("mask", mask)):
         wanted = facts.get(name)
         if wanted and given is None:
-            raise UserError(f"the picture was generated with an {name} to begin with: give it too")
+            raise UserError(f"the image was generated with an {name} to begin with: give it too")
         if wanted and given is not None and pixels_digest(given) != wanted["sha256"]:
-            raise UserError(f"the picture was generated with another {name} than the one given (their pixels differ)")
+            raise UserError(f"the image was generated with another {name} than the one given (their pixels differ)")
     try:
         return GenerationRequest(**{name: facts[name] for name in _PLAIN}, image=image, mask=mask)
     except (KeyError, TypeError) as e:
-        raise UserError(f"the picture's facts are incomplete or damaged: {e}") from e
+        raise UserError(f"the image's facts are incomplete or damaged: {e}") from e

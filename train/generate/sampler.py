@@ -202,7 +202,7 @@ class Sampler:
         else:
             raise UserError(
                 f"{batch[0].width} x {batch[0].height} pixels need more memory than {self.device.type} has, also with "
-                f"{self.savings}: draw a smaller picture"
+                f"{self.savings}: draw a smaller image"
             ) from error
 
     # -------------------------------------------------------------------------------------------- which pipeline
@@ -268,7 +268,7 @@ class Sampler:
             self._text.maybe_free_model_hooks()
         if not np.isfinite(pixels).all():  # which as pixels would be black
             raise NoImage(
-                f"{self.info.name} computed values that are no numbers, and so no picture, though its weights in "
+                f"{self.info.name} computed values that are no numbers, and so no image, though its weights in "
                 f"{self.info.folder} are numbers: they are too large for {self._precision}, or the LoRA or guidance is"
             )
         images: list[Image.Image] = pipeline.image_processor.numpy_to_pil(pixels)

@@ -67,13 +67,13 @@ def card(facts: Mapping[str, Any]) -> str:
     lines = [
         f"{what}, with `tastemaker train`.",
         "",
-        f"- data: {data['trained_on']:,} captioned pictures of {markdown_code(Path(data['folder']).name)}"
+        f"- data: {data['trained_on']:,} captioned images of {markdown_code(Path(data['folder']).name)}"
         + (f", manifest sha256 `{data['manifest_sha256']}`" if data["manifest_sha256"] else "")
         + f"; {data['held_out']:,} more held out, no near-duplicates of these among them",
-        f"- training: {settings['steps']:,} steps of {settings['batch']} pictures, {facts['size']} px, AdamW at "
+        f"- training: {settings['steps']:,} steps of {settings['batch']} images, {facts['size']} px, AdamW at "
         f"{settings['lr']:g}, seed {settings['seed']}"
-        + (f"; pictures drawn in proportion to {markdown_code(settings['weight_by'])}" if settings["weight_by"] else "")
-        + (f"; pictures without a caption had {markdown_code(settings['caption'])}" if settings.get("caption") else ""),
+        + (f"; images drawn in proportion to {markdown_code(settings['weight_by'])}" if settings["weight_by"] else "")
+        + (f"; images without a caption had {markdown_code(settings['caption'])}" if settings.get("caption") else ""),
         "- weights: the running average of those of the steps (EMA)",
         *([f"- held-out loss: {held['ema']:.4f} (of the raw weights {held['raw']:.4f})"] if held else []),
         "- made with: " + ", ".join(f"{k} {v}" for k, v in facts["made_with"].items()),
@@ -83,7 +83,7 @@ def card(facts: Mapping[str, Any]) -> str:
         "from diffusers import StableDiffusionPipeline",
         f"p = StableDiffusionPipeline.from_pretrained({quoted(base if lora else 'MODEL')})",
         *(['p.load_lora_weights("MODEL")'] if lora else []),
-        f'p({quoted(facts["prompts"][0])}).images[0].save("picture.png")',
+        f'p({quoted(facts["prompts"][0])}).images[0].save("image.png")',
         "```",
     ]
     return "\n".join(["---", *header, "---", "", *lines, "", *code, ""])

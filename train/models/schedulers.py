@@ -20,7 +20,7 @@ FLOW = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMul
 """Those that draw with models of rectified flow. (DEIS takes their settings too, and leaves noise in the image.)"""
 
 _UNSUPPORTED = {
-    "DPMSolverSDEScheduler": "its noise does not come from a picture's own seed; "
+    "DPMSolverSDEScheduler": "its noise does not come from an image's own seed; "
     "DPMSolverMultistep and EulerAncestralDiscrete are near to it",
     "FlowMatchEulerDiscreteScheduler": "it does not work in StableDiffusionPipeline; "
     "flow models are drawn with DPMSolverMultistep or UniPCMultistep",
