@@ -52,7 +52,7 @@ class Originals:
         self.topics = unit(rng.standard_normal((max(20, rows // 500), dims), np.float32))
         self.cone = unit(rng.standard_normal((1, dims), np.float32))
         self.vectors = self.draw(rng, count)
-        self.phash = rng.integers(0, 2**64, count, np.uint64)
+        self.phash = draw_phash(rng, count)
         self.pdq = rng.integers(0, 2**64, (count, 4), np.uint64)
 
     def draw(self, rng: np.random.Generator, count: int) -> Floats:
@@ -66,7 +66,7 @@ class Originals:
     ) -> tuple[Floats, npt.NDArray, npt.NDArray, Sequence]:
         """Vectors, perceptual hashes and PDQ of a shard's rows, and (row, original) of its copies."""
         vectors = self.draw(rng, count)
-        phash, pdq = rng.integers(0, 2**64, count, np.uint64), rng.integers(0, 2**64, (count, 4), np.uint64)
+        phash, pdq = draw_phash(rng, count), rng.integers(0, 2**64, (count, 4), np.uint64)
         row = np.arange(count)
         own = row[(first + row) % EVERY == 0]
         of = (first + own) // EVERY
@@ -82,6 +82,14 @@ class Originals:
         aside = unit(aside - (aside * self.vectors[of]).sum(1, keepdims=True) * self.vectors[of])
         vectors[copies] = cosine * self.vectors[of] + np.sqrt(1 - cosine**2) * aside
         return vectors, phash, pdq, list(zip((first + copies).tolist(), (of * EVERY).tolist(), strict=True))
+
+
+def draw_phash(rng: np.random.Generator, count: int) -> npt.NDArray[np.uint64]:
+    """Perceptual hashes with about as many ones as zeros, as those of images that are not flat have."""
+    found = np.zeros(count, np.uint64)
+    while len(few := np.flatnonzero(np.bitwise_count(found) < 32)):
+        found[few] = rng.integers(0, 2**64, len(few), np.uint64)
+    return found
 
 
 def unit(x: Floats) -> Floats:
@@ -170,7 +178,7 @@ def planted_recall(root: Path) -> float:
     """The share of the planted copies that are in one group with their original."""
     copies, data = np.load(root / "copies.npy"), Data(root / "data")
     groups = pa.concat_tables(
-        pq.read_table(data.annotations("dup", s.shard), columns=["dup"]) for s in data.plan.shards
+        pq.read_table(data.annotations("dup", shard), columns=["dup"]) for shard in data.shards(data.fetched_record)
     )["dup"]
     ids = groups.combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy()
     copies = copies[copies.max(1) < len(ids)]
