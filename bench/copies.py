@@ -35,6 +35,7 @@ MODES = {
     "equal bytes": "{use: near-duplicates}",
     "phash 4": "{use: near-duplicates, phash: 4}",
     "phash 8": "{use: near-duplicates, phash: 8}",
+    "phash 8, pdq 60": "{use: near-duplicates, phash: 8, pdq: 60}",
     "cosine 0.95": "{use: near-duplicates, cosine: 0.95}",
     "cosine 0.90": "{use: near-duplicates, cosine: 0.9}",
     "phash 8, cosine 0.95": "{use: near-duplicates, phash: 8, cosine: 0.95}",
@@ -45,7 +46,7 @@ MODES = {
 RECIPE = """\
 images: {size: 512, mode: keep_ratio, only_if_bigger: true, quality: 95}
 embed: {encoder: bundled}
-columns: {}
+columns: {pdq: {use: pdq, mirror: true}}
 select: {name: all, rules: {}}
 """
 TOGETHER, ALIKE, CHAINS = "together", "alike", "chains"
@@ -126,7 +127,7 @@ def peers(folder: Path, data: Data, rows: pd.DataFrame, asked: argparse.Namespac
     index.add(vectors)
     limits, _, near = index.range_search(vectors, 0.95)
     names = rows["url"].tolist()
-    of = np.repeat(np.arange(len(vectors)), np.diff(limits))
+    of = np.repeat(np.arange(len(vectors)), np.diff(limits.astype(np.int64)))
     found = {"faiss IndexFlatIP, 0.95": [{names[a], names[b]} for a, b in zip(of, near, strict=True) if a < b]}
     for tool in ("imagededup", "fastdup"):
         python, out = getattr(asked, tool), folder / f"{tool}.json"
@@ -178,14 +179,14 @@ def kept_apart(found: Found, names: Iterable[str]) -> dict[str, tuple[int, int]]
 
 def chained(data: Data, rows: pd.DataFrame, mode: str, column: str) -> dict[str, int]:
     """Groups of the views, the size of the largest, and how many groups lack a member that all others are near."""
-    bits, cosine = (re.search(rf"{what}: ([\d.]+)", MODES[mode]) for what in ("phash", "cosine"))
+    bits, pdq, cosine = (re.search(rf"{what}: ([\d.]+)", MODES[mode]) for what in ("phash", "pdq", "cosine"))
     vectors = np.concatenate([np.load(data.image_vectors(s.shard)) for s in data.plan.shards]).astype(np.float64)
     near = np.eye(len(rows), dtype=bool)
     if cosine:
         near |= vectors @ vectors.T >= float(cosine[1]) - 1e-3
     if bits:
         within = []
-        for name, most in (("phash", int(bits[1])), ("pdq_hash", 31)):
+        for name, most in (("phash", int(bits[1])), ("pdq_hash", int(pdq[1]) if pdq else 31)):
             words = [bytes.fromhex(text or "") for text in rows[name]]
             unpacked = np.stack([np.unpackbits(np.frombuffer(w, np.uint8)) for w in words])
             within.append((unpacked[:, None] != unpacked[None]).sum(-1) <= most)
