@@ -23,7 +23,7 @@ _LIMITS = [
     "top(COLUMN, 0.1) suit them better than thresholds.",
 ]
 _BUNDLED_LIMIT = (
-    "The bundled encoder is not CLIP: its images know their ten most probable ImageNet classes by name, and no "
+    "The bundled encoder is not CLIP: of an image it knows the ten most probable ImageNet classes by name, and no "
     "style, place or quality. So words for things work, and words such as beautiful or sharp do not; cosines with "
     "texts are at most 0.71."
 )

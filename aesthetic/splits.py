@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from aesthetic.hashes import hex_to_bits, near_hashes
 from aesthetic.heads import HeadError
+from aesthetic.neighbours import near_vectors
 
 Ints = npt.NDArray[np.int64]
 
@@ -36,9 +37,6 @@ interval is narrow by then (half-width of Spearman's about .05 for 600 images)."
 
 _MIN_GROUPS = 3
 _FEW_GROUPS = 50  # below this folds are dealt evenly, because hashing could leave one nearly empty
-_FILTER_DIMS = 32
-_BLOCK = 2048
-_MANY = 0.01  # share of a block's pairs from which one product of matrices is quicker than so many of rows
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,9 @@ def groups_of(
     """Groups as given, or one for each id; then groups that share a near-duplicate become one (union-find).
 
     A group that is None or NaN is its image's own. Near-duplicates are equal files (sha256), perceptual hashes (16 hex
-    digits) within NEAR_BITS, and vectors (n, d) of unit norm with a cosine of at least NEAR_COSINE. A group of several
-    has the name whose hash is the smallest.
+    digits) within NEAR_BITS, and vectors (n, d) of unit norm with a cosine of at least NEAR_COSINE. Of hashes with few
+    ones (hashes.MIN_ONES), as flat images and simple drawings have, only equal ones count, and those of none never. A
+    group of several has the name whose hash is the smallest.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -75,15 +74,10 @@ def groups_of(
     if groups is not None:
         each = [f"image {i}" if g is None or g != g else str(g) for g, i in zip(groups, ids, strict=True)]
     names, group = np.unique(np.asarray(each, str), return_inverse=True)
-    last: dict[str, int] = {}  # file -> row
-    copies = []  # neighbours in each run of equal files
-    for i, value in enumerate(sha256 or ()):
-        if value is not None:
-            copies.append((last.get(value, i), i))
-            last[value] = i
-    pairs = [np.array(copies, np.int64).reshape(-1, 2), _near_hashes(phash)]
+    looks = [h.lower() if h and h.strip("0") else None for h in phash or ()]
+    pairs = [_equal(sha256 or ()), _equal(looks), _near_hashes(looks)]
     if vectors is not None:
-        pairs.append(near_duplicates(vectors))
+        pairs.append(near_vectors(vectors, NEAR_COSINE))
     linked = group[np.concatenate([p.reshape(-1, 2) for p in pairs])]
     linked = linked[linked[:, 0] != linked[:, 1]]
     graph = coo_array((np.ones(len(linked), np.int8), (linked[:, 0], linked[:, 1])), shape=(len(names), len(names)))
@@ -95,65 +89,24 @@ def groups_of(
     return Groups([name_of[int(component[g])] for g in group], groups is not None, len(np.unique(linked, axis=0)))
 
 
-def _near_hashes(hashes: Sequence[str | None] | None) -> Ints:
-    """Pairs of hashes that differ in at most NEAR_BITS bits: they agree in one of NEAR_BITS + 1 bands."""
-    known = [(i, int(h, 16)) for i, h in enumerate(hashes or ()) if h and int(h, 16) != 0]  # 0: a flat image
-    if not known:
-        return np.zeros((0, 2), np.int64)
-    rows = np.array([i for i, _ in known], np.int64)
-    bits = np.array([h for _, h in known], np.uint64)
-    edges = [64 * b // (NEAR_BITS + 1) for b in range(NEAR_BITS + 2)]
-    found = []
-    for low, high in pairwise(edges):
-        band = (bits >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
-        order = np.argsort(band, kind="stable")
-        for run in np.split(order, np.flatnonzero(np.diff(band[order])) + 1):
-            for start in range(0, len(run) if len(run) > 1 else 0, _BLOCK):
-                part = run[start : start + _BLOCK]
-                differ = np.bitwise_count(bits[part][:, None] ^ bits[run][None, :])
-                a, b = np.nonzero(differ <= NEAR_BITS)
-                found.append(np.stack([part[a], run[b]], 1)[part[a] < run[b]])
-    return rows[np.unique(np.concatenate(found), axis=0)] if found else np.zeros((0, 2), np.int64)
+def _equal(values: Sequence[str | None]) -> Ints:
+    """Each row whose value has been there before, with the row that had it last."""
+    last: dict[str, int] = {}
+    pairs = []
+    for i, value in enumerate(values):
+        if value is not None:
+            if value in last:
+                pairs.append((last[value], i))
+            last[value] = i
+    return np.array(pairs, np.int64).reshape(-1, 2)
 
 
-def near_duplicates(vectors: npt.NDArray[Any]) -> Ints:
-    """All pairs (i < j) of unit vectors (n, d) with a cosine of at least NEAR_COSINE: (pairs, 2).
-
-    Exact. A projection onto directions at right angles shortens distances only, so most pairs are ruled out by the 32
-    directions in which the vectors differ most, and rows that lie too far apart along the first are never compared. For
-    20,000 vectors as the bundled encoder makes them that takes 1.2 s of CPU, and all products of 1,664 numbers 5.8 s.
-    """
-    x = np.ascontiguousarray(vectors, np.float32)
-    n, d = x.shape
-    if n < 2:
-        return np.zeros((0, 2), np.int64)
-    radius2 = 2 - 2 * NEAR_COSINE + 1e-4
-    sample = x[:: max(1, n // 10_000)].astype(np.float64)
-    sample = sample - sample.mean(0)
-    k = min(_FILTER_DIMS, d)
-    directions = np.linalg.eigh(sample.T @ sample)[1][:, ::-1][:, :k].astype(np.float32)
-    p = x @ directions
-    order = np.argsort(p[:, 0], kind="stable")
-    x, p = x[order], p[order]
-    halves, ones = -np.einsum("ij,ij->i", p, p)[:, None] / 2, np.ones((n, 1), np.float32)
-    left, right = np.hstack([p, halves, ones]), np.hstack([p, ones, halves])  # their product is -distance^2 / 2
-    found = []
-    for i in range(0, n, _BLOCK):
-        a = slice(i, min(i + _BLOCK, n))
-        reach = p[a.stop - 1, 0] + np.sqrt(radius2)
-        for j in range(i, n, _BLOCK):
-            if p[j, 0] > reach:
-                break
-            b = slice(j, min(j + _BLOCK, n))
-            near = np.flatnonzero(left[a] @ right[b].T >= -radius2 / 2)
-            if len(near) > _MANY * (a.stop - i) * (b.stop - j):
-                near = np.flatnonzero(x[a] @ x[b].T >= NEAR_COSINE - 1e-5)
-            rows, columns = np.divmod(near, b.stop - j)
-            rows, columns = rows + i, columns + j
-            rows, columns = rows[rows < columns], columns[rows < columns]
-            close = np.einsum("ij,ij->i", x[rows], x[columns]) >= NEAR_COSINE
-            found.append(np.sort(np.stack([order[rows[close]], order[columns[close]]], 1), axis=1))
-    return np.unique(np.concatenate(found), axis=0)
+def _near_hashes(hashes: Sequence[str | None]) -> Ints:
+    """Pairs of rows, the first with its hash each, whose hashes are within NEAR_BITS."""
+    bits, there = hex_to_bits(hashes)
+    rows = np.flatnonzero(there)
+    values, first = np.unique(bits[rows], return_index=True)
+    return rows[first[near_hashes(values, NEAR_BITS)]]
 
 
 def _digest(name: str, salt: str = "") -> int:

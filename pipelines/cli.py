@@ -8,6 +8,7 @@ Help, query, select, status and recipe start neither Ray nor torch, so imports h
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -20,7 +21,7 @@ from typing import NoReturn
 from aesthetic.errors import UserError, nearest
 from pipelines.commands import COMMANDS, find
 from pipelines.faults import check_limits, ensure_home, explain
-from pipelines.options import Result, add_arguments, facts_of, flags_of, from_parsed
+from pipelines.options import Result, add_arguments, facts_of, flags_of, from_here, from_parsed
 from pipelines.terminal import SafeStream, open_descriptors, safe_streams
 
 EXAMPLES = """\
@@ -59,9 +60,14 @@ def _run(words: list[str]) -> int:
         if command is not None and command not in COMMANDS:
             hint = _did_you_mean(command, COMMANDS)
             parser.error(f"argument COMMAND: invalid choice: {command!r} (choose from {', '.join(COMMANDS)}){hint}")
+        flags = ["--help", "--version", *(flags_of(find(command)[0]) if command else ())]
+        options = itertools.takewhile(lambda word: word != "--", words)
+        for word in options:
+            if word.startswith("--") and " " not in word and not any(f.startswith(word.split("=")[0]) for f in flags):
+                # before argparse misses the one that was meant
+                parser.error(f"unrecognized arguments: {word}{_did_you_mean(word.split('=')[0], flags)}")
         parsed, unknown = parser.parse_known_args(words)
         if unknown:
-            flags = flags_of(find(parsed.command)[0]) if parsed.command else ["--help", "--version"]
             parser.error(f"unrecognized arguments: {' '.join(unknown)}{_did_you_mean(unknown[0], flags)}")
         if parsed.version:
             from importlib.metadata import version
@@ -82,7 +88,7 @@ def _run(words: list[str]) -> int:
         if result.text:
             print(result.text)
         if result.paths:
-            print("    ".join(f"{name}  {path}" for name, path in result.paths.items()))
+            print("    ".join(f"{name}  {from_here(path)}" for name, path in result.paths.items()))
         if result.next:
             print(f"next: {result.next}")
         if options.json and not result.own_json:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shlex
 import types
 import typing
@@ -187,4 +188,11 @@ def _flag(f: dataclasses.Field[Any]) -> str:
 
 def command(*words: object) -> str:
     """A command to type, quoted as a shell reads it."""
-    return shlex.join(["tastemaker", *map(str, words)])
+    return shlex.join(["tastemaker", *map(from_here, words)])
+
+
+def from_here(path: object) -> str:
+    """A path as one would type it: from the working folder where it lies below that. Any other word as it is."""
+    text = str(path)
+    rest = text.removeprefix(f"{os.getcwd()}/")
+    return text if rest.startswith("-") or not rest else rest

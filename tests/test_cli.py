@@ -122,10 +122,8 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["selct", "data"], "invalid choice: 'selct' (choose from curate, fetch, .*). Did you mean select[?]"),
         (["select", "data", "--nam", "x", "--uid"], "expected one argument"),
         (["select", "data", "--nmae=x"], "unrecognized arguments: --nmae=x. Did you mean --name[?]"),
-        (
-            ["train", "shards", "--out", "model", "--form", "x"],
-            "unrecognized arguments: --form x. Did you mean --from[?]",
-        ),
+        (["train", "shards", "--out", "m", "--form", "x"], "unrecognized arguments: --form. Did you mean --from[?]"),
+        (["curate", "list.csv", "--otu", "data"], "unrecognized arguments: --otu. Did you mean --out[?]"),
         (["curate", "list.csv", "--out", "data", "--limit", "0"], "argument --limit: at least 1 is expected"),
         (["fit", "ratings.csv"], "the following arguments are required: --out"),
     ],

@@ -78,17 +78,26 @@ def test_from_a_folder_of_images_to_a_head_in_one_command(folder, tmp_path, caps
 @pytest.mark.long
 def test_what_to_rate_next_is_listed_and_shown(folder, tmp_path, capsys):
     root, light = folder
-    pd.DataFrame({"path": names(40), "rating": light[:40]}).to_csv(tmp_path / "r.csv", index=False)
+    table = {"photo": names(40), "beauty_mean": light[:40], "theme": range(40)}
+    pd.DataFrame(table).to_csv(tmp_path / "r.csv", index=False)
     out = tmp_path / "h.head"
-    code, text, _ = run(capsys, "fit", tmp_path / "r.csv", "--images", root, "--out", out, "--suggest", 5)
+    words = ["--images", root, "--key", "photo", "--score", "beauty_mean", "--group", "theme"]
+    code, text, _ = run(capsys, "fit", tmp_path / "r.csv", *words, "--out", out, "--suggest", 5)
     assert code == 0
     assert "suggest.csv" in text
     listed = pd.read_csv(out / "suggest.csv")
     assert len(listed) == 5
-    assert set(listed["image"]) <= set(names()[40:])  # neither a rated one, nor the copy of one, nor the broken one
+    assert set(listed["photo"]) <= set(names()[40:])  # neither a rated one, nor the copy of one, nor the broken one
     with Image.open(out / "suggest.png") as sheet:
         assert sheet.width > 600
     assert "worth how many raters: unknown" in text
+    listed.loc[:2, ["beauty_mean", "theme"]] = [[0.2, 90], [0.5, 91], [0.7, 92]]  # and the same options read it
+    listed.to_csv(out / "suggest.csv", index=False)
+    files = [tmp_path / "r.csv", out / "suggest.csv"]
+    code, _, err = run(capsys, "fit", *files, *words, "--out", out, "--suggest", 5)
+    assert code == 2 and "has scores filled in" in err
+    code, text, _ = run(capsys, "fit", *files, *words, "--out", tmp_path / "more.head")
+    assert code == 0 and "43 ratings, 43 joined" in text
 
 
 def test_labels_make_a_classifier(folder, tmp_path, capsys):

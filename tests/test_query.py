@@ -188,3 +188,5 @@ def test_deep_expressions_are_refused(data: Path) -> None:
 def test_a_table_that_is_not_there(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["query", str(data), "select * from legder"]) == 2
     assert "there is no table legder, but `ledger` and `verdicts`" in capsys.readouterr().err
+    assert main(["query", str(data), "select capton from ledger"]) == 2
+    assert "there is no column capton. Did you mean caption?" in capsys.readouterr().err

@@ -204,7 +204,7 @@ def test_the_words_for_a_person(data: Data, recipe: Recipe, capsys: pytest.Captu
     assert cli.main(["verify", str(data.root), "--repair"]) == 1
     told = capsys.readouterr().out
     root = data.root
-    assert "3 records taken back" in told
+    assert "3 records removed" in told
     listed = data.plan.list
     assert f"next: tastemaker curate {listed} --out {root} --recipe {root}/recipe.yaml\n" in told
     assert f"tastemaker select {root} --name other --set 'select.rules.large=original_width >= 150' --set " in told

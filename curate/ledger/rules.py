@@ -1,14 +1,13 @@
 """Rules: SQL conditions over the ledger, understood and checked before anything runs.
 
 Each is parsed to DuckDB's syntax tree, checked there, and printed back from the tree, so that what runs is what was
-checked. `top` and `first_of` become plain comparisons, because each depends on all fetched rows and on nothing that
-another rule did.
+checked. `top`, `first_of`, `best_of` and `at_most` become plain comparisons, because each depends on all fetched rows
+and on nothing that another rule did.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,18 +32,35 @@ from curate.ledger.sql import (
 KEPT = "kept"
 NOT_FETCHED = "not_fetched"
 NOT_IN_UIDS = "not_in_uids"
-RESERVED = (KEPT, NOT_FETCHED, NOT_IN_UIDS)
+DENIED = "denied"
+RESERVED = (KEPT, NOT_FETCHED, NOT_IN_UIDS, DENIED)
 """Verdicts that are ours: a rule may not be called so."""
+
+
+USAGE = {
+    "top": "top(COLUMN, FRACTION), for example top(similarity, 0.3)",
+    "first_of": "first_of(COLUMN)",
+    "best_of": "best_of(GROUP, EXPRESSION), for example best_of(phash, original_width * original_height)",
+    "at_most": "at_most(N, GROUP) or at_most(N, GROUP, EXPRESSION), for example at_most(3, phash)",
+}
+"""The functions that look at all fetched rows, and how each is written."""
 
 
 @dataclass(frozen=True)
 class Computed:
-    """A `top` or `first_of` inside a rule; in the rule's SQL it is a boolean column called `place`."""
+    """One of these functions inside a rule; in the rule's SQL it is a boolean column called `place`."""
 
-    kind: Literal["top", "first_of"]
-    column: str
-    fraction: float  # of `top`
+    kind: Literal["top", "first_of", "best_of", "at_most"]
+    column: str  # of `best_of` and `at_most`: the one whose values are groups
     place: str
+    fraction: float = 1.0  # of `top`
+    count: int = 1  # of `best_of` and `at_most`: how many of each group stay
+    expression: str = ""  # of these: SQL by which a group's rows are ordered, the best first; empty: by key alone
+
+    @property
+    def grouped(self) -> bool:
+        """Whether it keeps some of each group."""
+        return self.kind in ("best_of", "at_most")
 
 
 @dataclass(frozen=True)
@@ -59,12 +75,17 @@ class Cut:
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule that was understood. Columns are named as rules name them, `similarity` or `source.WIDTH`."""
+    """A rule that was understood. Columns are named as rules name them, `similarity` or `source.WIDTH`.
+
+    required: those of `columns` without whose value a row is rejected. Those that are named inside `best_of` or
+    `at_most` alone are not: a row without a group is alone, and one without a value for the expression comes last.
+    """
 
     name: str
     condition: str
-    sql: str  # printed from the syntax tree, with a column in the place of each `top` and `first_of`
+    sql: str  # printed from the syntax tree, with a column in the place of each function of all rows
     columns: tuple[str, ...]  # in the order in which the condition names them
+    required: tuple[str, ...]
     computed: tuple[Computed, ...]
     cuts: tuple[Cut, ...]
 
@@ -74,6 +95,12 @@ class Rule:
         only = self.computed[0] if len(self.computed) == 1 else None
         return only if only and only.kind == "top" and self.sql == quote(only.place) else None
 
+    @property
+    def values(self) -> tuple[str, ...]:
+        """The columns whose values it looks at: not those that only name groups."""
+        groups = {c.column for c in self.computed if c.grouped}.difference(self.required)
+        return tuple(c for c in self.columns if c not in groups)
+
 
 _EXPRESSIONS = {
     "COMPARISON", "CONJUNCTION", "FUNCTION", "CONSTANT", "COLUMN_REF", "OPERATOR", "CASE", "BETWEEN", "CAST",
@@ -81,7 +108,7 @@ _EXPRESSIONS = {
 }  # fmt: skip
 _REFUSED = {
     "SUBQUERY": "a query inside it",
-    "WINDOW": "a window function (top and first_of are there for what needs all rows)",
+    "WINDOW": f"a window function ({', '.join(USAGE)} are there for what needs all rows)",
     "STAR": "a star",
     "PARAMETER": "a parameter",
 }
@@ -205,7 +232,7 @@ def _parse(
     scales: Mapping[str, tuple[float, float]],
     place: int,
 ) -> Rule:
-    """One rule as a tree, its columns found, `top` and `first_of` taken out, and the rest as SQL again.
+    """One rule as a tree, its columns found, functions of all rows taken out, and the rest as SQL again.
 
     The SQL that runs is printed from the tree, so nothing can hide from these checks in how a rule is written.
     """
@@ -219,8 +246,9 @@ def _parse(
             )
         if sign:
             cuts.append(Cut(compared, sign, value, f"{sign} {print_expression(constant)}"))
-    columns: dict[str, None] = {}
+    columns, required = dict[str, None](), dict[str, None]()
     computed: list[Computed] = []
+    inside = set[int]()  # what `best_of` and `at_most` hold, by identity; the list keeps all of it
     for part in list(references(expression)):
         kind = part["class"]
         if kind not in _EXPRESSIONS:
@@ -229,41 +257,79 @@ def _parse(
             raise UserError(f"{part['function_name']}() gives another value each time, and a selection may not")
         if kind == "COLUMN_REF" and (column := names.find(part["column_names"])):
             columns[column] = None
-        elif found := _computed(bounds, part, names, place + len(computed)):
-            computed.append(found)
+            if id(part) not in inside:
+                required[column] = None
+        elif kind == "FUNCTION" and part["function_name"].lower() in USAGE:
+            held = [id(node) for node in walk(arguments(part))]
+            if found := _computed(bounds, part, names, place + len(computed)):
+                computed.append(found)
+                inside.update(held if found.grouped else [])
     if expression.get("alias"):
         raise UserError(f"what does {expression['alias']!r} at its end mean? One condition is expected")
     sql = print_expression(expression)
-    return Rule(name, condition, sql, tuple(columns), tuple(computed), tuple(cuts))
+    return Rule(name, condition, sql, tuple(columns), tuple(required), tuple(computed), tuple(cuts))
 
 
 def _computed(bounds: Bounds, function: dict[str, Any], names: _Names | _Known, number: int) -> Computed | None:
-    """Understand a `top` or `first_of` and leave a column in its place; None for others, or of an unknown column."""
-    if function["class"] != "FUNCTION" or function["function_name"].lower() not in ("top", "first_of"):
-        return None
-    kind: Literal["top", "first_of"] = "top" if function["function_name"].lower() == "top" else "first_of"
-    usage = "top(COLUMN, FRACTION), for example top(similarity, 0.3)" if kind == "top" else "first_of(COLUMN)"
-    given = arguments(function)
-    if len(given) != (2 if kind == "top" else 1) or given[0].get("class") != "COLUMN_REF":
+    """Understand a function of all rows and leave a column in its place; None where it is of an unknown column."""
+    kind: Any = function["function_name"].lower()
+    usage, given = USAGE[kind], arguments(function)
+    if function.get("distinct") or function.get("filter") or (function.get("order_bys") or {}).get("orders"):
         raise UserError(f"{kind} is written {usage}")
-    reference = copy.deepcopy(given[0])
-    if len(reference["column_names"]) > (2 if reference["column_names"][0].lower() == "source" else 1):
-        raise UserError(f"{kind} takes a whole column, not a part of one")
-    column = names.find(reference["column_names"])
+    place = f"#{number}"
+    if kind in ("best_of", "at_most"):
+        found = _grouped(bounds, kind, given, names, place)
+    else:
+        found = _of_column(bounds, kind, given, names, place)
+    if found is not None:
+        (reference := parse_condition("x"))["column_names"] = [place]
+        function.clear()
+        function.update(reference)
+    return found
+
+
+def _of_column(
+    bounds: Bounds, kind: Literal["top", "first_of"], given: Sequence[Any], names: _Names | _Known, place: str
+) -> Computed | None:
+    """A `top` or a `first_of` with these arguments."""
+    if len(given) != (2 if kind == "top" else 1) or given[0].get("class") != "COLUMN_REF":
+        raise UserError(f"{kind} is written {USAGE[kind]}")
+    column = _whole_column(kind, given[0], names)
     if column is None:
         return None
-    fraction = 1.0
-    if kind == "top":
-        names.check_number(column)
-        value = _constant(bounds, given[1])
-        if value is None or not 0 < value <= 1:
-            raise UserError(f"the fraction in {usage} must be above 0 and at most 1")
-        fraction = value
-    result = Computed(kind, column, fraction, f"#{number}")
-    reference["column_names"] = [result.place]
-    function.clear()
-    function.update(reference)
-    return result
+    if kind == "first_of":
+        return Computed(kind, column, place)
+    names.check_number(column)
+    fraction = _constant(bounds, given[1])
+    if fraction is None or not 0 < fraction <= 1:
+        raise UserError(f"the fraction in {USAGE[kind]} must be above 0 and at most 1")
+    return Computed(kind, column, place, fraction=fraction)
+
+
+def _grouped(
+    bounds: Bounds, kind: Literal["best_of", "at_most"], given: Sequence[Any], names: _Names | _Known, place: str
+) -> Computed | None:
+    """A `best_of` or an `at_most` with these arguments."""
+    first, lengths = (0, {2}) if kind == "best_of" else (1, {2, 3})  # where the group stands
+    if len(given) not in lengths or given[first].get("class") != "COLUMN_REF":
+        raise UserError(f"{kind} is written {USAGE[kind]}")
+    group, expression = _whole_column(kind, given[first], names), ""
+    count = 1.0 if kind == "best_of" else _constant(bounds, given[0])
+    if count is None or count < 1 or count % 1:
+        raise UserError(f"the number in {USAGE[kind]} must be whole and at least 1")
+    if by := given[first + 1 :]:
+        for held in walk(by):
+            if held.get("class") == "FUNCTION" and held["function_name"].lower() in USAGE:
+                raise UserError(f"the expression of {kind} can't hold {held['function_name']}()")
+        expression = print_expression(by[0])
+    return None if group is None else Computed(kind, group, place, count=int(count), expression=expression)
+
+
+def _whole_column(kind: str, reference: dict[str, Any], names: _Names | _Known) -> str | None:
+    parts = reference["column_names"]
+    if len(parts) > (2 if parts[0].lower() == "source" else 1):
+        raise UserError(f"{kind} takes a whole column, not a part of one")
+    return names.find(parts)
 
 
 def _constant(bounds: Bounds, expression: dict[str, Any]) -> float | None:
@@ -315,21 +381,32 @@ def _comparisons(
 
 
 def _check_types(bounds: Bounds, rules: Sequence[Rule], columns: Mapping[str, str], source: Mapping[str, str]) -> None:
-    """Bind every rule to an empty ledger: functions exist, types fit, the result is a boolean."""
+    """Bind every rule to an empty ledger: functions exist, types fit, the result is a boolean, and what orders groups
+    a number."""
     parts = [f"{quote(n)} {t}" for n, t in columns.items()]
     if source:
         parts.append("source STRUCT(" + ", ".join(f"{quote(n)} {t}" for n, t in source.items()) + ")")
     parts += [f"{quote(c.place)} BOOLEAN" for r in rules for c in r.computed]
     bounds.con.execute(f"CREATE TABLE ledger ({', '.join(parts)})")
     for rule in rules:
-        try:
-            # beside a column, so that an aggregate is refused too
-            row = bounds.first(f'SELECT column_type FROM (DESCRIBE SELECT ({rule.sql}) AS c, "key" FROM ledger)')
-        except duckdb.Error as e:
-            raise UserError(f"rule {rule.name} ({rule.condition}): {short(e)}") from None
-        assert row is not None
-        if row[0] != "BOOLEAN":
-            kind = "NULL" if row[0] == '"NULL"' else row[0]
+        for computed in rule.computed:
+            if computed.expression and not NUMBER.fullmatch(kind := _type(bounds, rule, computed.expression)):
+                raise UserError(
+                    f"rule {rule.name} ({rule.condition}): {computed.kind} takes the best by a number, and "
+                    f"{computed.expression} is {kind}"
+                )
+        if (kind := _type(bounds, rule, rule.sql)) != "BOOLEAN":
             raise UserError(
                 f"rule {rule.name} ({rule.condition}): it gives {kind}, and a rule is a condition (true or false)"
             )
+
+
+def _type(bounds: Bounds, rule: Rule, sql: str) -> str:
+    """The type of an expression of a rule's over the empty ledger."""
+    try:
+        # beside a column, so that an aggregate is refused too
+        row = bounds.first(f'SELECT column_type FROM (DESCRIBE SELECT ({sql}) AS c, "key" FROM ledger)')
+    except duckdb.Error as e:
+        raise UserError(f"rule {rule.name} ({rule.condition}): {short(e)}") from None
+    assert row is not None
+    return "NULL" if row[0] == '"NULL"' else row[0]

@@ -1,9 +1,10 @@
 """Named rules over the ledger -> one verdict per row, in seconds and without opening an image.
 
 A rule is an SQL condition. It keeps a row only where it is TRUE, and rejects where any column that it names is NULL or
-not finite, whatever the function: DuckDB's `least` skips NULLs, and NaN >= 5 is TRUE there. The rows with an image are
-loaded once, with the columns that rules name; `top` and `first_of` become plain comparisons over them, because each
-depends on all fetched rows and on nothing that another rule did.
+not finite, whatever the function: DuckDB's `least` skips NULLs, and NaN >= 5 is TRUE there. (Not so the columns that it
+names inside `best_of` or `at_most` alone.) The rows with an image are loaded once, with the columns that rules name;
+`top`, `first_of`, `best_of` and `at_most` become plain comparisons over them, because each depends on all fetched rows
+and on nothing that another rule did.
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,13 +24,15 @@ import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
-from curate.ledger.rules import KEPT, NOT_FETCHED, NOT_IN_UIDS, NUMBER, Computed, Rule, check_rules, read_rules
-from curate.ledger.schema import Status
-from curate.ledger.sql import Bounds, quote, short, too_much
+from curate.ledger.balance import balance, balance_words, cluster_columns
+from curate.ledger.judge import compute, failures, judge, load_rows, numbers_of, odd_values
+from curate.ledger.rules import DENIED, KEPT, NOT_FETCHED, NOT_IN_UIDS, NUMBER, check_rules, read_rules
+from curate.ledger.sql import Bounds
 from curate.ledger.view import (
     OURS,
     column_types,
     current_tables,
+    hidden_columns,
     open_ledger,
     recorded_scales,
     table_digests,
@@ -84,11 +86,14 @@ class RuleCount:
     rejected: int  # rows that no earlier rule had rejected
     marginal: int  # rows that it would reject if it were the only rule
     nulls: int  # those of `marginal` where a column that it names has no value
+    groups: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of `best_of` and `at_most`: group column -> how many `groups` of two or more fetched rows, `images` in them, and
+    the `median` and the `largest` of their sizes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What a selection did with every row: rows == not fetched + the sum of `rejected` over rules + kept."""
+    """What a selection did with every row: rows == not fetched + denied + the sum of `rejected` over rules + kept."""
 
     name: str
     rows: int
@@ -97,6 +102,10 @@ class Selection:
     kept: int
     quantiles: dict[str, dict[str, float]]  # numeric column -> level -> value, over the fetched rows that have one
     warnings: list[str]
+    denied: dict[str, int] = field(default_factory=dict)
+    """Fetched rows that must not be seen: the column that says so -> rows that none before it does."""
+    clusters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Column of clusters -> what became of these (curate.ledger.balance)."""
 
     @property
     def fetched(self) -> int:
@@ -106,17 +115,23 @@ class Selection:
     @property
     def funnel(self) -> dict[str, int]:
         """Verdict -> rows, in the order of the rules; the values sum to `rows`."""
-        return {NOT_FETCHED: self.rows - self.fetched, **{r.name: r.rejected for r in self.rules}, KEPT: self.kept}
+        failed, rejected = self.rows - self.fetched, {r.name: r.rejected for r in self.rules}
+        denied = {DENIED: sum(self.denied.values())} if self.denied else {}
+        return {NOT_FETCHED: failed, **denied, **rejected, KEPT: self.kept}
 
     def to_json(self) -> dict[str, Any]:
         """The selection as its record has it, where marginal rejects are called `alone`."""
-        rules = [{("alone" if k == "marginal" else k): v for k, v in asdict(r).items()} for r in self.rules]
+        rules = [
+            {("alone" if k == "marginal" else k): v for k, v in asdict(r).items() if k != "groups" or v}
+            for r in self.rules
+        ]
         return {**asdict(self), "rules": rules}
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Selection:
         rules = [RuleCount(**{("marginal" if k == "alone" else k): v for k, v in r.items()}) for r in value["rules"]]
-        return Selection(**{k: value[k] for k in Selection.__dataclass_fields__ if k != "rules"}, rules=rules)
+        fields = Selection.__dataclass_fields__.keys() - {"rules"}
+        return Selection(**{k: value[k] for k in fields & value.keys()}, rules=rules)
 
 
 # ---------------------------------------------------------------------------------------------------------- selecting
@@ -125,34 +140,45 @@ class Selection:
 def select(data: Data, config: SelectConfig) -> Selection:
     """Apply the rules to every row of the ledger and write `selected/NAME.parquet` and `.json`, unless that is done.
 
-    `selected/NAME.parquet` holds (key, verdict) for every row, in the order of keys: `not_fetched`, the name of the
-    first rule that isn't TRUE, or `kept`. Raises UserError for a rule that is wrong (see check_rules), for tables that
-    are incomplete or stale, and for a rule that fails on a row (a cast, say).
+    `selected/NAME.parquet` holds (key, verdict) for every row, in the order of keys: `not_fetched`, `denied` where a
+    column says that the image must not be seen, the name of the first rule that isn't TRUE, or `kept`. Raises UserError
+    for a rule that is wrong (see check_rules), for tables that are incomplete or stale, and for a rule that fails on a
+    row (a cast, say).
     """
     found = tables(data)
     columns, source = column_types(found)
     rules = check_rules(config.rules, columns, source, recorded_scales(found))
     used = {c for r in rules for c in r.columns}
-    read = {t.name for t in found if used.intersection(t.columns)}
+    hidden = hidden_columns(found)
+    read = {t.name for t in found if used.intersection(t.columns)}.union(hidden.values())
     current = current_tables(data, found, read)
     # quantiles are shown for columns of numbers that no rule names, too, where these are complete
-    scores = [c for t in current[1:] for c in t.columns if NUMBER.fullmatch(columns[c])]
+    clusters = cluster_columns(current)
+    scores = [c for t in current[1:] for c in t.columns if NUMBER.fullmatch(columns[c]) and c not in clusters]
     inputs = table_digests([t for t in current if t is current[0] or t.name in read])
-    identity = digest([FORMAT, list(config.rules.items()), scores])
+    identity = digest([FORMAT, list(config.rules.items()), scores, *([[*hidden]] if hidden else []), *clusters])
     if is_done(data.root, data.selection_record(config.name), config=identity, inputs=inputs):
         return load_selection(data, config.name)
 
     types = {**columns, **{f"source.{n}": t for n, t in source.items()}}
-    numbers = sorted(c for c in used if NUMBER.fullmatch(types[c]) and c not in scores)
-    con = open_ledger(data, used | set(scores))
+    numbers = sorted(c for c in used if NUMBER.fullmatch(types[c]) and c not in {*scores, *clusters})
+    needed = {*used, *scores, *clusters, *hidden}
+    con = open_ledger(data, needed)
+
+    denied, denied_by = np.zeros(0, np.uint64), dict[str, int]()
+    groups: list[dict[str, dict[str, float]]] = []  # of each rule
+    cluster_values: list[np.ndarray] = []
 
     def ask() -> tuple[np.ndarray, list[np.ndarray], list[str], dict[str, dict[str, float]]]:
-        _load_rows(con, used | set(scores))
-        keys, states = _states(con, rules, types)
-        odd = _odd_values(con, sorted(used), types)
+        nonlocal denied, denied_by
+        denied, denied_by = load_rows(con, needed, hidden)
+        groups.extend(compute(con, rules, types))
+        keys, states, beside = judge(con, rules, types, clusters)
+        cluster_values.extend(beside)
+        odd = odd_values(con, sorted(used), types)
         quantiles = {}
         for column in [*scores, *numbers]:
-            if len(values := _numbers(con, column)):
+            if len(values := numbers_of(con, column)):
                 found = np.quantile(values, list(LEVELS.values()))
                 quantiles[column] = {level: float(f"{v:.6g}") for level, v in zip(LEVELS, found, strict=True)}
         return keys, states, odd, quantiles
@@ -174,6 +200,7 @@ def select(data: Data, config: SelectConfig) -> Selection:
                 rejected=int(first.sum()),
                 marginal=int(np.count_nonzero(state)),
                 nulls=int((state == 2).sum()),
+                groups=groups[i - 1],
             )
         )
         if fetched and counts[-1].marginal == fetched:
@@ -183,13 +210,17 @@ def select(data: Data, config: SelectConfig) -> Selection:
             warnings.append(f"rule {rule.name} ({rule.condition}) keeps every image")
     selection = Selection(
         name=config.name,
-        rows=fetched + len(failed),
+        rows=fetched + len(denied) + len(failed),
         not_fetched=not_fetched,
+        denied=denied_by,
         rules=counts,
         kept=int((verdicts == len(rules) + 1).sum()),
+        clusters={c: balance(v, verdicts == len(rules) + 1) for c, v in zip(clusters, cluster_values, strict=True)},
         quantiles=quantiles,
         warnings=warnings,
     )
+    fetched_keys = np.concatenate([fetched_keys, denied])
+    verdicts = np.concatenate([verdicts, np.full(len(denied), len(rules) + 2, np.int16)])
     write_selection(data, selection, fetched_keys, verdicts, failed, config=identity, inputs=inputs)
     return selection
 
@@ -199,125 +230,6 @@ def check_name(name: str) -> None:
         raise UserError(
             f"{name!r} can't be a selection's name: it names files, so letters, digits and . _ + - are expected"
         )
-
-
-def as_value(column: str) -> str:
-    """A column, as rules name it, as SQL over the table `rows`."""
-    return f"source.{quote(column[7:])}" if column.startswith("source.") else quote(column)
-
-
-def _load_rows(con: duckdb.DuckDBPyConnection, columns: set[str]) -> None:
-    """The table `rows`: every fetched row with the columns that are needed, and its key as the number `#key`."""
-    ours = sorted(c for c in columns if not c.startswith("source."))
-    items = ['CAST("key" AS UBIGINT) AS "#key"', *(quote(c) for c in ours)]
-    if len(ours) < len(columns):
-        items.append("source")
-    wanted = ", ".join(items)
-    try:
-        con.execute(f"CREATE TEMP TABLE rows AS SELECT {wanted}, aligned FROM _aligned")
-    except duckdb.ConversionException as e:
-        raise UserError(f"a key in fetched/ is not a number: {short(e)}") from None
-    if con.execute("SELECT 1 FROM rows WHERE aligned IS NOT TRUE LIMIT 1").fetchone():
-        con.execute(
-            f"CREATE OR REPLACE TEMP TABLE rows AS SELECT {wanted} FROM ledger WHERE status = '{Status.SUCCESS}'"
-        )
-
-
-def _states(
-    con: duckdb.DuckDBPyConnection, rules: Sequence[Rule], types: Mapping[str, str]
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Keys of the fetched rows, and per rule: 0 where it is TRUE, 1 where it isn't, 2 where a column has no value."""
-    computed = [f"({_computed_sql(con, c)}) AS {quote(c.place)}" for r in rules for c in r.computed]
-    items = []
-    for i, rule in enumerate(rules):
-        empty = [f"{as_value(c)} IS NULL" for c in rule.columns]
-        empty += [no for c in rule.columns if (no := _no_value(c, types[c]))]
-        null = f"WHEN {' OR '.join(empty)} THEN 2 " if empty else ""
-        items.append(f"CAST(CASE {null}WHEN ({rule.sql}) THEN 0 ELSE 1 END AS TINYINT) AS s{i}")
-    inner = f"(SELECT {', '.join(['*', *computed])} FROM rows)"
-    try:
-        found = con.execute(f"SELECT {', '.join([quote('#key'), *items])} FROM {inner}").fetchnumpy()
-    except duckdb.InterruptException:
-        raise
-    except duckdb.Error as e:
-        for rule, item in zip(rules, items, strict=True):  # say which rule it was
-            try:
-                con.execute(f"SELECT max(s) FROM (SELECT {item.rpartition(' AS ')[0]} AS s FROM {inner})")
-            except duckdb.OutOfMemoryException:
-                raise UserError(f"rule {rule.name} ({rule.condition}) {too_much()}") from None
-            except duckdb.InterruptException:
-                raise
-            except duckdb.Error as e2:
-                raise UserError(f"rule {rule.name} ({rule.condition}) fails on a row: {short(e2)}") from None
-        if isinstance(e, duckdb.OutOfMemoryException):
-            raise
-        raise UserError(f"the rules fail on a row: {short(e)}") from None
-    return np.asarray(found["#key"]), [np.asarray(found[f"s{i}"]) for i in range(len(rules))]
-
-
-def _no_value(column: str, kind: str) -> str:
-    """SQL that is true where what a column holds counts as no value; empty where all does."""
-    value = as_value(column)
-    if kind in ("FLOAT", "DOUBLE"):
-        return f"NOT isfinite({value})"
-    return f"length({value}) <> 16" if column == "phash" else ""
-
-
-def _odd_values(con: duckdb.DuckDBPyConnection, columns: Sequence[str], types: Mapping[str, str]) -> list[str]:
-    """What is said of columns that hold infinities, or perceptual hashes that are none."""
-    found = []
-    for column in columns:
-        value, no = as_value(column), _no_value(column, types[column])
-        if not no:
-            continue
-        odd = f"isinf({value})" if types[column] in ("FLOAT", "DOUBLE") else no
-        row = con.execute(f"SELECT count(*), any_value({value}) FROM rows WHERE {odd}").fetchone()
-        if row and row[0]:
-            found.append(f"{column} is {str(row[1])[:40]!r} or the like in {row[0]:,} rows; that counts as no value")
-    return found
-
-
-def _computed_sql(con: duckdb.DuckDBPyConnection, computed: Computed) -> str:
-    """What `top` or `first_of` comes to on these rows, as a condition."""
-    value = as_value(computed.column)
-    if computed.kind == "first_of":
-        later = quote(f"later{computed.place}")
-        con.execute(
-            f'CREATE TEMP TABLE {later} AS SELECT "#key" FROM rows JOIN (SELECT {value} AS v, min("#key") AS first '
-            f'FROM rows GROUP BY 1 HAVING count(*) > 1) ON {value} = v WHERE "#key" <> first'
-        )
-        return f'"#key" NOT IN (FROM {later})'
-    value = f"CAST({value} AS DOUBLE)"
-    values = _numbers(con, computed.column)
-    if not len(values):
-        return "false"
-    # half up, so that a fraction of a row counts as a row from one half on; at least one
-    count = max(1, int(np.floor(computed.fraction * len(values) + 0.5)))
-    cut = float(np.partition(values, len(values) - count)[len(values) - count])
-    ties = count - int((values > cut).sum())
-    bound = f"CAST('{cut!r}' AS DOUBLE)"
-    last = con.execute(
-        f'SELECT "#key" FROM rows WHERE {value} = {bound} ORDER BY 1 LIMIT 1 OFFSET {ties - 1}'
-    ).fetchone()
-    assert last is not None
-    return f'{value} > {bound} OR ({value} = {bound} AND "#key" <= {last[0]})'
-
-
-def _numbers(con: duckdb.DuckDBPyConnection, column: str) -> np.ndarray:
-    """The values of a numeric column over the fetched rows that have one, as float64 in no order."""
-    value = f"CAST({as_value(column)} AS DOUBLE)"
-    return con.execute(f"SELECT {value} AS v FROM rows WHERE isfinite({value})").fetchnumpy()["v"]
-
-
-def failures(con: duckdb.DuckDBPyConnection) -> tuple[np.ndarray, dict[str, int]]:
-    """Keys of the rows without an image, and how many there are for each reason, the commonest first."""
-    con.execute(
-        'CREATE TEMP TABLE failed AS SELECT CAST("key" AS UBIGINT) AS k, '
-        f"coalesce(reason, status, 'unknown') AS reason FROM _fetched WHERE status IS DISTINCT FROM '{Status.SUCCESS}'"
-    )
-    keys = con.execute("SELECT k FROM failed").fetchnumpy()["k"]
-    reasons = con.execute("SELECT reason, count(*) AS n FROM failed GROUP BY 1 ORDER BY n DESC, 1").fetchall()
-    return np.asarray(keys), dict(reasons)
 
 
 def write_selection(
@@ -334,7 +246,8 @@ def write_selection(
     """Write the verdicts in the order of keys, and commit them. Refuses a key that comes twice.
 
     `fetched` are the keys (numbers) of rows with an image, `verdicts` theirs: i the i-th rule, counted from one, and
-    after the last rule kept. `failed` are the keys of the other rows. `more` goes into the record.
+    after the last rule kept, and after that denied. `failed` are the keys of the other rows. `more` goes into the
+    record.
     """
     keys = np.concatenate([fetched, failed])
     codes = np.concatenate([verdicts, np.zeros(len(failed), np.int16)])
@@ -343,7 +256,7 @@ def write_selection(
     if twice := keys[1:][keys[1:] == keys[:-1]][:1].tolist():
         folder = data.table(0).parent
         raise UserError(f"key {twice[0]} comes twice in {folder}: `tastemaker verify {data.root}` looks for damage")
-    names = pa.array([NOT_FETCHED, *(r.name for r in selection.rules), KEPT])
+    names = pa.array([NOT_FETCHED, *(r.name for r in selection.rules), KEPT, *([DENIED] if selection.denied else [])])
     path, record = data.verdicts(selection.name), data.selection_record(selection.name)
     # as many digits as the first key has: keys are numbers, zero-padded to that, and longer ones have no zeros
     firsts = (b for table in tables(data)[0].files for b in pq.ParquetFile(table).iter_batches(1, columns=["key"]))
@@ -393,10 +306,12 @@ def remembered(data: Data, name: str) -> tuple[dict[str, str], Path | None] | No
     return {}, file
 
 
-def changed_since(data: Data, name: str, now: Mapping[str, str]) -> list[str]:
-    """The tables that a selection was made from and that have changed; `now` is what `table_digests` says of all."""
+def changed_since(data: Data, name: str, now: Mapping[str, str], hidden: Collection[str] = ()) -> list[str]:
+    """The tables that a selection was made from and that have changed, and those of `hidden_columns` that it was not
+    made from; `now` is what `table_digests` says of all."""
     then = (read_json(data.selection_record(name)) or {}).get("inputs", {})
-    return [table for table, digest in then.items() if table != "uids" and now.get(table) != digest]
+    changed = [table for table, digest in then.items() if table != "uids" and now.get(table) != digest]
+    return changed + sorted({*hidden} - then.keys())
 
 
 # ------------------------------------------------------------------------------------------------------------- funnel
@@ -417,17 +332,25 @@ def funnel_text(selection: Selection) -> str:
         ("rows", f"{selection.rows:,}", "rejected", "marginal", "share", ""),
         (NOT_FETCHED, "", f"{failed:,}", "-", share(failed), reasons),
     ]
+    if denied := sum(selection.denied.values()):
+        columns = " · ".join(f"{column} {n:,}" for column, n in selection.denied.items())
+        lines.append((DENIED, "", f"{denied:,}", "-", share(denied), columns))
     for count in selection.rules:
         rule = rules[count.name]
         note = f"best {100 * rule.top.fraction:g}% of {rule.top.column}" if rule and rule.top else count.condition
-        named = [q for column, q in selection.quantiles.items() if rule and column in rule.columns]
+        named = [q for column, q in selection.quantiles.items() if rule and column in rule.values]
         if len(named) == 1:
             note += f"   (median {named[0]['median']:.3g}, 90% {named[0]['90%']:.3g})"
+        for group, facts in count.groups.items():
+            note += f" · {facts['groups']:,} groups of {group}"
+            if facts["groups"]:
+                note += f" (median {facts['median']:g} images, largest {facts['largest']:,})"
         if count.nulls:
             note += f" · {count.nulls:,} without a value"
         lines.append((count.name, "", f"{count.rejected:,}", f"{count.marginal:,}", share(count.rejected), note))
     lines.append((KEPT, f"{selection.kept:,}", "", "", share(selection.kept), ""))
-    return "\n".join(
+    shown = [
         f"{name:<{width}}{rows:>12}{rejected:>12}{marginal:>12}{part:>8}   {note}".rstrip()
         for name, rows, rejected, marginal, part, note in lines
-    )
+    ]
+    return "\n".join([*shown, *(f"{column}: {balance_words(facts)}" for column, facts in selection.clusters.items())])

@@ -5,6 +5,8 @@ DuckDB itself may touch no file (curate.ledger.sql): the tables reach it as pyar
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
@@ -13,9 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from aesthetic.errors import UserError
+from aesthetic.errors import UserError, nearest
 from curate.ledger.schema import EMBEDDED_COLUMNS, FETCHED_COLUMNS, URL_COLUMNS, Status, list_name
 from curate.ledger.sql import Bounds, batches, check_one_select, connect, literal, parse, quote, short, walk
 from curate.store.files import digest, sha256_file
@@ -222,15 +225,48 @@ def column_types(found: Sequence[LedgerTable]) -> tuple[dict[str, str], dict[str
 
 
 def recorded_columns(found: Sequence[LedgerTable]) -> dict[str, dict[str, Any]]:
-    """What records say of annotators' columns: name -> type, scale, unit, meaning, unsafe, and what made it."""
+    """What records say of annotators' columns: name -> type, scale, unit, meaning, unsafe, hidden, and what made it."""
     facts = dict[str, dict[str, Any]]()
     for table in found[1:]:
         if "similarity" in table.columns:
             continue
         record = {k: v for k, v in table.facts[0].items() if k not in ("inputs", "outputs", "self", "count")}
+        record |= {"notes": notes} if (notes := notes_of(table.facts)) else {}
+        record.pop("counts", None)  # of its shard alone; notes have the sums
         specs = record.pop("columns", {})
         facts |= {column: {**specs.get(column, {}), **record} for column in table.columns}
     return facts
+
+
+def notes_of(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The sentences that an annotator's records ask to be repeated, each once; and of how many images they say what."""
+    notes, counts = dict[str, None](), Counter[str]()
+    for record in records:
+        notes |= dict.fromkeys(str(note) for note in record.get("notes") or ())
+        counts.update(record.get("counts") or {})
+    return [*notes, *(f"{count:,} images {what}" for what, count in counts.items())]
+
+
+def hidden_columns(found: Sequence[LedgerTable]) -> dict[str, str]:
+    """The columns that say which images must not be seen (`ColumnSpec.hidden`), and the table of each."""
+    hidden = [column for column, facts in recorded_columns(found).items() if facts.get("hidden")]
+    return {column: table.name for column in hidden for table in found[1:] if column in table.columns}
+
+
+def hidden_condition(columns: Iterable[str]) -> str:
+    """SQL that is true of what such columns hide, and false of all else."""
+    return " OR ".join(f"coalesce({quote(c)}, false)" for c in columns) or "false"
+
+
+def hidden_keys(found: Sequence[LedgerTable], shard: int) -> set[str]:
+    """The keys of the images of a shard that must not be seen."""
+    keys = set[str]()
+    for column, name in hidden_columns(found).items():
+        table = next(t for t in found if t.name == name).of([shard])
+        for file in table.files:
+            rows = pq.read_table(file, columns=[table.key, column])
+            keys.update(rows.filter(pc.fill_null(rows[column], False))[table.key].to_pylist())
+    return keys
 
 
 def recorded_scales(found: Sequence[LedgerTable]) -> dict[str, tuple[float, float]]:
@@ -313,6 +349,7 @@ class QueryResult:
     def __init__(self, data: Data, sql: str) -> None:
         """Raises UserError for other statements, for SQL errors, and where nothing is fetched."""
         check_one_select(sql)
+        self._data = data
         self._con = open_ledger(data, _mentioned(data, sql))
         self._bounds = Bounds(self._con)
         try:
@@ -348,13 +385,24 @@ class QueryResult:
         try:
             return self._bounds.run(work)
         except duckdb.Error as e:
-            raise UserError(short(e)) from None
+            raise UserError(_no_column(self._data, e) or short(e)) from None
 
 
 def query(data: Data, sql: str) -> pd.DataFrame:
     """The rows of one SELECT over `ledger` and `verdicts`, all at once. Raises what `QueryResult` does."""
     with QueryResult(data, sql) as answer:
         return pa.Table.from_batches(answer.batches(), answer.schema).to_pandas()
+
+
+def _no_column(data: Data, error: Exception) -> str:
+    """What to say of a column that there is not. DuckDB's own suggestions are of those that the query names."""
+    unknown = re.match(r'Binder Error: Referenced column "(.*)" not found in FROM clause', str(error))
+    if not unknown:
+        return ""
+    columns, source = column_types(tables(data))
+    there = [*columns, *(f"source.{name}" for name in source), "selection", "verdict"]
+    near = nearest(unknown[1], there)
+    return f"there is no column {unknown[1]}. " + (f"Did you mean {near}?" if near else f"There are {', '.join(there)}")
 
 
 def _mentioned(data: Data, sql: str) -> set[str] | None:

@@ -10,7 +10,7 @@ from pipelines.options import Options, Result, argument, command, option
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotateOptions(Options):
-    data: str = argument("DATA")
+    data: str = argument("DATA", "the data folder")
     columns: tuple[str, ...] = argument(
         "NAME=SPEC",
         "a column NAME by a head's name or folder, an annotator's name, or {use: ANNOTATOR, option: value} (default: "

@@ -61,7 +61,7 @@ def run_fetch(options: FetchOptions) -> Result:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedOptions(StageOptions):
-    data: str = argument("DATA")
+    data: str = argument("DATA", "the data folder")
 
 
 def run_embed(options: EmbedOptions, *, retry: bool = False) -> Result:

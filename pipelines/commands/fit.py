@@ -122,6 +122,7 @@ def _log(line: str) -> None:
 def _check(options: FitOptions) -> None:
     """Raise UserError (HeadError for a scale) for what is wrong with the options themselves: before a file is read."""
     from aesthetic.heads import HeadError, check_name, check_scale
+    from curate.sources.rated import PREDICTED
 
     if sum(place is not None for place in (options.data, options.images, options.embeddings)) != 1:
         raise UserError(
@@ -156,7 +157,9 @@ def _check(options: FitOptions) -> None:
     if options.suggest and suggested.is_file():
         with open(suggested, newline="", encoding="utf-8-sig", errors="replace") as f:
             try:
-                filled_in = any((row.get("score") or "").strip() for row in csv.DictReader(f))
+                rows = list(csv.DictReader(f))
+                names = {options.key or "image", PREDICTED}
+                filled_in = any(str(v or "").strip() for row in rows for name, v in row.items() if name not in names)
             except csv.Error:  # somebody's, at any rate
                 filled_in = True
         if filled_in:
@@ -346,9 +349,13 @@ def _write_suggestions(options: FitOptions, rated: RatedImages, fitted: FitResul
     if not len(chosen):
         _log(f"nothing to suggest: what is not rated is a copy of what is, or {images.missing}")
         return {}
-    keys, scores = images.facts(chosen)["key"], fitted.head(images.vectors(chosen)[0])
-    listed = pd.DataFrame({"image": keys, "score": "", PREDICTED: np.round(scores, 3)})
-    listed.to_csv(out / "suggest.csv", index=False)
+    facts, scores = images.facts(chosen), fitted.head(images.vectors(chosen)[0])
+    keys, by = facts["key"], rated.ratings.by
+    # called as in the files of ratings, so that the same options read it beside them
+    listed = {options.key or "image": facts[by] if options.key and by in facts else keys}
+    listed |= {options.score or ("label" if rated.ratings.kind == "labels" else "score"): ""}
+    listed |= {options.group: ""} if options.group else {}
+    pd.DataFrame(listed | {PREDICTED: np.round(scores, 3)}).to_csv(out / "suggest.csv", index=False)
     loaded, unsafe = images.thumbnails(chosen.tolist()), _unsafe(options, fitted)
     captions = [f"{score:.2f}\n{key}" for score, key in zip(scores, keys, strict=True)]
     tiles = [Tile(loaded[int(i)], caption, unsafe) for i, caption in zip(chosen, captions, strict=True)]

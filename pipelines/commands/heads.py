@@ -47,6 +47,8 @@ def run(options: HeadsOptions) -> Result:
     every = {name for _, names in _ACTIONS.values() for name in names}
     if odd := sorted(name for name in every - set(takes) if getattr(options, name) not in (None, ())):
         raise UserError(f"tastemaker heads {options.action} takes no --{odd[0]}")
+    if options.action == "prompt" and not options.head:
+        raise UserError("tastemaker heads prompt NAME --wanted PROMPT --against PROMPT: give the new head a name")
     if options.action != "list" and not options.head:
         raise UserError(
             f"tastemaker heads {options.action} HEAD: which one? `tastemaker heads` lists those that are here"
@@ -81,10 +83,12 @@ def _list(options: HeadsOptions) -> Result:
     if absent:
         print(f"published, not here: {', '.join(absent)} (`tastemaker heads import NAME` fetches one)")
     annotators = [describe_annotator(name) for name in known_annotators()]
-    print(f"\n{'ANNOTATOR':{width}}{'READS':12}{'OPTIONS':37}")
-    for facts in annotators:
-        line = f"{facts['name']:{width}}{facts['reads']:12}{', '.join(facts['options']):37}{facts['about'][0]}"
-        print(line.rstrip())
+    takes = [", ".join(facts["options"]) for facts in annotators]
+    wide = max(map(len, takes)) + 2
+    width = max(width, *(len(facts["name"]) + 2 for facts in annotators))
+    print(f"\n{'ANNOTATOR':{width}}{'READS':12}{'OPTIONS':{wide}}WHAT IT SAYS")
+    for facts, taken in zip(annotators, takes, strict=True):
+        print(f"{facts['name']:{width}}{facts['reads']:12}{taken:{wide}}{facts['about'][0]}".rstrip())
     found = {"heads": list(known.values()), "annotators": annotators, "published": absent}
     return Result(facts=found, next="tastemaker heads show HEAD")
 

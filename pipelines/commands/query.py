@@ -11,7 +11,7 @@ from pipelines.options import Options, Result, argument, option
 
 @dataclass(frozen=True, kw_only=True)
 class QueryOptions(Options):
-    data: str = argument("DATA")
+    data: str = argument("DATA", "the data folder")
     sql: str = argument("SQL", "one SELECT over `ledger`; the list's own columns are source.NAME")
     out: Path | None = option("write all rows to a new .csv, .parquet or .jsonl", metavar="FILE")
 

@@ -9,8 +9,8 @@ from pipelines.options import Options, Result, argument, option
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeOptions(Options):
-    name: str | None = argument("name", default=None, nargs="?")
-    set: tuple[str, ...] = option(default=(), metavar="A.B=C")
+    name: str | None = argument("RECIPE", "a shipped recipe or a YAML file", default=None, nargs="?")
+    set: tuple[str, ...] = option("lay a value over the recipe (repeatable)", default=(), metavar="A.B=C")
 
 
 def run(options: RecipeOptions) -> Result:

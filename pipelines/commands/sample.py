@@ -41,7 +41,9 @@ class SampleOptions(Options):
     )
     prompt: tuple[str, ...] = argument("PROMPT", nargs="*", default=())
     prompts: Path | None = option("a prompt on each line", metavar="FILE")
-    out: Path = option("images get its next free numbers", default=Path("samples"), metavar="FOLDER", type=_folder)
+    out: Path = option(
+        "images get its next free numbers (default: samples)", default=Path("samples"), metavar="FOLDER", type=_folder
+    )
     again: Path | None = option("draw this image again: it says how it was generated", metavar="FILE.png")
     negative: str | None = option("what should not be in it", metavar="TEXT")
     steps: int | None = option("default: 30", metavar="N")

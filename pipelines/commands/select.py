@@ -12,7 +12,7 @@ from pipelines.options import Result, WithRecipe, argument, command, option
 
 @dataclass(frozen=True, kw_only=True)
 class SelectOptions(WithRecipe):
-    data: str = argument("DATA")
+    data: str = argument("DATA", "the data folder")
     name: str | None = option("the selection's name (default: the recipe's)")
     uids: str | None = option("keep the rows of a DataComp subset file instead of applying rules", metavar="FILE.npy")
     write_uids: str | None = option("also write what is kept as a DataComp subset file", metavar="FILE.npy")
@@ -68,7 +68,7 @@ def run(options: SelectOptions) -> Result:
 
 @dataclass(frozen=True, kw_only=True)
 class PackOptions(WithRecipe):
-    data: str = argument("DATA")
+    data: str = argument("DATA", "the data folder")
     name: str | None = option("the selection's name (default: the recipe's)")
 
 

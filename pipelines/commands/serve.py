@@ -27,8 +27,15 @@ MIN_TOKEN = 16
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(Options):
     model: str = argument("MODEL", "a diffusers folder (Stable Diffusion type) or hub id")
-    out: Path = option("images get its next free numbers", default=Path("samples"), metavar="FOLDER", type=local_path)
-    host: str = option("another address than this one needs a token", default="127.0.0.1", metavar="H")
+    out: Path = option(
+        "images get its next free numbers (default: samples)",
+        default=Path("samples"),
+        metavar="FOLDER",
+        type=local_path,
+    )
+    host: str = option(
+        "default: 127.0.0.1, this machine alone; any other needs a token", default="127.0.0.1", metavar="H"
+    )
     port: int = option("default: 7860; 0: any that is free", default=7860, metavar="N")
     token: str | None = option(
         "what people must know to draw (default: one is made where needed)", metavar="T", secret=True

@@ -79,7 +79,7 @@ class TrainOptions(Options):
     checkpointing: bool = option("recompute activations: less memory, a third slower", default=False)
     compile: bool = option("torch.compile: minutes at first, then faster on GPUs", default=False)
     tensorboard: bool = option("write MODEL/tensorboard too (extra `tensorboard`)", default=False)
-    seed: int = option(default=0, metavar="N")
+    seed: int = option("of weights, order and noise", default=0, metavar="N")
     address: str | None = option("train on this Ray cluster (`auto` finds it)", flag="--ray-address", metavar="ADDRESS")
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipelines.options import Options, Result, argument, option
+from pipelines.options import Options, Result, argument, command, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions(Options):
-    data: str = argument("DATA")
+    data: str = argument("DATA", "the data folder")
     repair: bool = option(
-        "take back the records of damaged shards, so that the same command makes them again", default=False
+        "remove the records of damaged shards, so that the same command makes them again", default=False
     )
 
 
@@ -41,10 +41,11 @@ def run(options: VerifyOptions) -> Result:
     if not damages:
         return Result(facts=facts)
 
-    following = [f"tastemaker verify {data.root} --repair"]
+    following = [command("verify", data.root, "--repair")]
     if options.repair:
         following = verify.remedies(data, damages)
         with Lock(data.root):
             verify.repair(damages)
-        print(f"{len({d.record for d in damages}):,} records taken back")
+        removed = len({d.record for d in damages})
+        print(f"{removed:,} record{'s' if removed != 1 else ''} removed")
     return Result(facts=facts, next="\n      ".join(following), code=1)

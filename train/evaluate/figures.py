@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from aesthetic.hashes import MIN_ONES, cross_hashes, hamming
 from aesthetic.metrics import Estimate, Statistic, estimate
+from aesthetic.neighbours import nearest
 from aesthetic.splits import NEAR_BITS
 
 Array = npt.NDArray[np.float64]
@@ -181,30 +183,19 @@ class NearestTraining:
     indices: Ints  # (n, k)
     cosines: Array  # (n, k), of their vectors
     bits: Ints  # (n, k): in which their perceptual hashes differ, of 64
-    fewest_bits: Ints  # (n,): to whichever training image differs in fewest; 64 where an image is flat
+    copies: npt.NDArray[np.bool_]  # (n,): whether a training image's hash is near, as aesthetic.splits has it
 
 
 def nearest_training(
     encoded: Mapping[str, npt.NDArray[Any]], training: Mapping[str, npt.NDArray[Any]]
 ) -> NearestTraining:
-    """For images and training images as `encode_images` gave them (`vectors`, `phash`): the three nearest by cosine.
-
-    By brute force, 256 rows at a time.
-    """
-    count = min(3, len(training["vectors"]))
-    indices, cosines, bits, fewest = [], [], [], []
-    flat = training["phash"] == 0  # flat images all have one hash
-    for start in range(0, len(encoded["vectors"]), 256):
-        rows = slice(start, start + 256)
-        phash = encoded["phash"][rows, None]
-        near = encoded["vectors"][rows] @ training["vectors"].T
-        best = np.argsort(-near, axis=1, kind="stable")[:, :count]
-        differ = np.bitwise_count(phash ^ training["phash"][None]).astype(np.int64)
-        indices.append(best)
-        cosines.append(np.take_along_axis(near, best, axis=1).astype(np.float64))
-        bits.append(np.take_along_axis(differ, best, axis=1))
-        fewest.append(np.where(flat[None] | (phash == 0), 64, differ).min(1))
-    return NearestTraining(*(np.concatenate(parts) for parts in (indices, cosines, bits, fewest)))
+    """For images and training images as `encode_images` gave them (`vectors`, `phash`): the three nearest by cosine."""
+    indices, cosines = nearest(encoded["vectors"], training["vectors"], 3)
+    hashes, theirs = encoded["phash"], training["phash"]
+    rows, others = (np.flatnonzero(np.bitwise_count(h) >= MIN_ONES) for h in (hashes, theirs))
+    copies = np.isin(hashes, theirs[theirs != 0])
+    copies[rows[cross_hashes(hashes[rows], theirs[others], NEAR_BITS)[:, 0]]] = True
+    return NearestTraining(indices, cosines.astype(np.float64), hamming(hashes[:, None], theirs[indices]), copies)
 
 
 def memorisation(generated: NearestTraining, held_out: NearestTraining, seed: int = 0) -> dict[str, Any]:
@@ -229,8 +220,8 @@ def memorisation(generated: NearestTraining, held_out: NearestTraining, seed: in
     found: dict[str, Any] = {
         "median": float(np.median(ours)),
         "median_real": float(np.median(real)),
-        "copies": int((generated.fewest_bits <= NEAR_BITS).sum()),
-        "copies_real": int((held_out.fewest_bits <= NEAR_BITS).sum()),
+        "copies": int(generated.copies.sum()),
+        "copies_real": int(held_out.copies.sum()),
         "pictures": len(ours),
         "pictures_real": len(real),
         "close": None,

@@ -1,0 +1,207 @@
+"""Rules over the rows with an image, in DuckDB: whether each is TRUE of each row, and what functions of all rows say.
+
+The rows are loaded once into a table `rows`, with the columns that rules name. `top` and `first_of` become comparisons;
+`best_of` and `at_most` a table of the keys that they do not keep.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import duckdb
+import numpy as np
+
+from aesthetic.errors import UserError
+from curate.ledger.rules import Computed, Rule
+from curate.ledger.schema import Status
+from curate.ledger.sql import quote, short, too_much
+from curate.ledger.view import hidden_condition
+
+
+def as_value(column: str) -> str:
+    """A column, as rules name it, as SQL over the table `rows`."""
+    return f"source.{quote(column[7:])}" if column.startswith("source.") else quote(column)
+
+
+def load_rows(
+    con: duckdb.DuckDBPyConnection, columns: set[str], hidden: Collection[str] = ()
+) -> tuple[np.ndarray, dict[str, int]]:
+    """The table `rows`: every fetched row with the columns that are needed, and its key as the number `#key`.
+
+    Rows that a column of `hidden` hides are not in it: no rule is asked of them, and none of a group is rejected for
+    their sake. Their keys are returned, and how many each column hides that none before it does.
+    """
+    ours = sorted(c for c in columns if not c.startswith("source."))
+    items = ['CAST("key" AS UBIGINT) AS "#key"', *(quote(c) for c in ours)]
+    if len(ours) < len(columns):
+        items.append("source")
+    wanted = ", ".join(items)
+    try:
+        con.execute(f"CREATE TEMP TABLE rows AS SELECT {wanted}, aligned FROM _aligned")
+    except duckdb.ConversionException as e:
+        raise UserError(f"a key in fetched/ is not a number: {short(e)}") from None
+    if con.execute("SELECT 1 FROM rows WHERE aligned IS NOT TRUE LIMIT 1").fetchone():
+        con.execute(
+            f"CREATE OR REPLACE TEMP TABLE rows AS SELECT {wanted} FROM ledger WHERE status = '{Status.SUCCESS}'"
+        )
+    keys, counts = [np.zeros(0, np.uint64)], dict[str, int]()
+    for column in hidden:
+        condition = hidden_condition([column])
+        keys.append(con.execute(f'SELECT "#key" FROM rows WHERE {condition}').fetchnumpy()["#key"])
+        counts[column] = len(keys[-1])
+        con.execute(f"DELETE FROM rows WHERE {condition}")
+    return np.concatenate(keys), {column: count for column, count in counts.items() if count}
+
+
+def compute(
+    con: duckdb.DuckDBPyConnection, rules: Sequence[Rule], types: Mapping[str, str]
+) -> list[dict[str, dict[str, float]]]:
+    """Give `rows` the column of each function of all rows that rules hold; what is said of each rule's groups."""
+    items, groups = [], []
+    for rule in rules:
+        found = {}
+        with _blame(rule):
+            for computed in rule.computed:
+                if computed.grouped:
+                    found[computed.column] = _rank(con, computed, types)
+                    sql = f'"#key" NOT IN (FROM {quote(f"later{computed.place}")})'
+                else:
+                    sql = _condition(con, computed)
+                items.append(f"({sql}) AS {quote(computed.place)}")
+        groups.append(found)
+    con.execute(f"CREATE TEMP VIEW judged AS SELECT {', '.join(['*', *items])} FROM rows")
+    return groups
+
+
+def judge(
+    con: duckdb.DuckDBPyConnection, rules: Sequence[Rule], types: Mapping[str, str], beside: Sequence[str] = ()
+) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """Keys of the rows; per rule: 0 where it is TRUE, 1 where it isn't, 2 where a column has no value; and the values
+    of the columns `beside`, masked where these are null."""
+    items = []
+    for i, rule in enumerate(rules):
+        empty = [f"{as_value(c)} IS NULL" for c in rule.required]
+        empty += [no for c in rule.required if (no := _no_value(c, types[c]))]
+        null = f"WHEN {' OR '.join(empty)} THEN 2 " if empty else ""
+        items.append(f"CAST(CASE {null}WHEN ({rule.sql}) THEN 0 ELSE 1 END AS TINYINT) AS s{i}")
+    try:
+        values = [f"{quote(column)} AS b{i}" for i, column in enumerate(beside)]
+        found = con.execute(f"SELECT {', '.join([quote('#key'), *items, *values])} FROM judged").fetchnumpy()
+    except duckdb.InterruptException:
+        raise
+    except duckdb.Error as e:
+        for rule, item in zip(rules, items, strict=True):  # say which rule it was
+            with _blame(rule):
+                con.execute(f"SELECT max(s) FROM (SELECT {item.rpartition(' AS ')[0]} AS s FROM judged)")
+        if isinstance(e, duckdb.OutOfMemoryException):
+            raise
+        raise UserError(f"the rules fail on a row: {short(e)}") from None
+    states = [np.asarray(found[f"s{i}"]) for i in range(len(rules))]
+    return np.asarray(found["#key"]), states, [found[f"b{i}"] for i in range(len(beside))]
+
+
+@contextlib.contextmanager
+def _blame(rule: Rule) -> Iterator[None]:
+    """Say of DuckDB's errors which rule they are of."""
+    try:
+        yield
+    except duckdb.OutOfMemoryException:
+        raise UserError(f"rule {rule.name} ({rule.condition}) {too_much()}") from None
+    except duckdb.InterruptException:
+        raise
+    except duckdb.Error as e:
+        raise UserError(f"rule {rule.name} ({rule.condition}) fails on a row: {short(e)}") from None
+
+
+def _no_value(column: str, kind: str) -> str:
+    """SQL that is true where what a column holds counts as no value; empty where all does."""
+    value = as_value(column)
+    if kind in ("FLOAT", "DOUBLE"):
+        return f"NOT isfinite({value})"
+    return f"length({value}) <> 16" if column == "phash" else ""
+
+
+def odd_values(con: duckdb.DuckDBPyConnection, columns: Sequence[str], types: Mapping[str, str]) -> list[str]:
+    """What is said of columns that hold infinities, or perceptual hashes that are none."""
+    found = []
+    for column in columns:
+        value, no = as_value(column), _no_value(column, types[column])
+        if not no:
+            continue
+        odd = f"isinf({value})" if types[column] in ("FLOAT", "DOUBLE") else no
+        row = con.execute(f"SELECT count(*), any_value({value}) FROM rows WHERE {odd}").fetchone()
+        if row and row[0]:
+            found.append(f"{column} is {str(row[1])[:40]!r} or the like in {row[0]:,} rows; that counts as no value")
+    return found
+
+
+def _condition(con: duckdb.DuckDBPyConnection, computed: Computed) -> str:
+    """What a `top` or a `first_of` comes to on these rows, as a condition."""
+    value = as_value(computed.column)
+    if computed.kind == "first_of":
+        later = quote(f"later{computed.place}")
+        con.execute(
+            f'CREATE TEMP TABLE {later} AS SELECT "#key" FROM rows JOIN (SELECT {value} AS "#v", min("#key") AS '
+            f'"#first" FROM rows GROUP BY 1 HAVING count(*) > 1) ON {value} = "#v" WHERE "#key" <> "#first"'
+        )
+        return f'"#key" NOT IN (FROM {later})'
+    value = f"CAST({value} AS DOUBLE)"
+    values = numbers_of(con, computed.column)
+    if not len(values):
+        return "false"
+    # half up, so that a fraction of a row counts as a row from one half on; at least one
+    count = max(1, int(np.floor(computed.fraction * len(values) + 0.5)))
+    cut = float(np.partition(values, len(values) - count)[len(values) - count])
+    ties = count - int((values > cut).sum())
+    bound = f"CAST('{cut!r}' AS DOUBLE)"
+    last = con.execute(
+        f'SELECT "#key" FROM rows WHERE {value} = {bound} ORDER BY 1 LIMIT 1 OFFSET {ties - 1}'
+    ).fetchone()
+    assert last is not None
+    return f'{value} > {bound} OR ({value} = {bound} AND "#key" <= {last[0]})'
+
+
+def _rank(con: duckdb.DuckDBPyConnection, computed: Computed, types: Mapping[str, str]) -> dict[str, float]:
+    """Make the table `laterPLACE` of the keys that a `best_of` or an `at_most` does not keep; facts about its groups.
+
+    Only rows of groups that are larger than what stays of each are put in order.
+    """
+    value, sizes, later = as_value(computed.column), quote(f"sizes{computed.place}"), quote(f"later{computed.place}")
+    no = _no_value(computed.column, types[computed.column])
+    con.execute(
+        f'CREATE TEMP TABLE {sizes} AS SELECT {value} AS "#group", count(*) AS "#size" FROM rows '
+        f"WHERE {value} IS NOT NULL {f'AND NOT ({no})' if no else ''} GROUP BY 1 HAVING count(*) > 1"
+    )
+    order = '"#key"'
+    if computed.expression:
+        number = f"CAST(({computed.expression}) AS DOUBLE)"
+        order = f"CASE WHEN isfinite({number}) THEN {number} END DESC NULLS LAST, {order}"
+    con.execute(
+        f'CREATE TEMP TABLE {later} AS SELECT "#key" FROM ('
+        f'SELECT "#key", row_number() OVER (PARTITION BY "#group" ORDER BY {order}) AS "#rank" FROM rows '
+        f'JOIN {sizes} ON {value} = "#group" WHERE "#size" > {computed.count}) WHERE "#rank" > {computed.count}'
+    )
+    row = con.execute(
+        'SELECT count(*), coalesce(sum("#size"), 0), coalesce(median("#size"), 0), coalesce(max("#size"), 0) '
+        f"FROM {sizes}"
+    ).fetchone()
+    assert row is not None
+    return {"groups": row[0], "images": int(row[1]), "median": row[2], "largest": row[3]}
+
+
+def numbers_of(con: duckdb.DuckDBPyConnection, column: str) -> np.ndarray:
+    """The values of a numeric column over the fetched rows that have one, as float64 in no order."""
+    value = f"CAST({as_value(column)} AS DOUBLE)"
+    return con.execute(f"SELECT {value} AS v FROM rows WHERE isfinite({value})").fetchnumpy()["v"]
+
+
+def failures(con: duckdb.DuckDBPyConnection) -> tuple[np.ndarray, dict[str, int]]:
+    """Keys of the rows without an image, and how many there are for each reason, the commonest first."""
+    con.execute(
+        'CREATE TEMP TABLE failed AS SELECT CAST("key" AS UBIGINT) AS k, '
+        f"coalesce(reason, status, 'unknown') AS reason FROM _fetched WHERE status IS DISTINCT FROM '{Status.SUCCESS}'"
+    )
+    keys = con.execute("SELECT k FROM failed").fetchnumpy()["k"]
+    reasons = con.execute("SELECT reason, count(*) AS n FROM failed GROUP BY 1 ORDER BY n DESC, 1").fetchall()
+    return np.asarray(keys), dict(reasons)
