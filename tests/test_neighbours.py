@@ -125,7 +125,7 @@ def test_pairs_of_a_cell(most: int) -> None:
 
 
 def test_a_cell_of_equal_images_takes_no_more_pairs_than_are_needed() -> None:
-    x, ids = np.repeat(cone(1, 16), 6000, axis=0), np.arange(3000)
+    x, ids = np.repeat(cone(1, 16), 3000, axis=0), np.arange(3000)
     start = time.process_time()
     pairs, _ = cell_pairs(x, ids, x, ids, 0.95)
     assert time.process_time() - start < 10
