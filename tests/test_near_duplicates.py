@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageOps
 
+from aesthetic.errors import UserError
 from aesthetic.neighbours import near_vectors
+from curate.annotators.registry import make_annotator
+from curate.annotators.stage import annotate_table
 from curate.duplicates.captions import normalised_caption
+from curate.duplicates.recall import recall_sentence, wilson
+from curate.images.config import ImagesConfig
 from curate.layout import Data
 from curate.sources.plan import SourceConfig
 from curate.sources.planner import make_plan
@@ -21,8 +32,9 @@ from curate.store.records import invalidate
 from curate.workers import EmbedWorker
 from pipelines.cli import main
 from pipelines.recipe import load_recipe, store_recipe
+from tests.conftest import ROOT
 from tests.real_data import BUNDLED, fetch_all
-from tests.small_near import found, plan_near, search, with_neighbours, write_near
+from tests.small_near import found, plan_near, search, unit, with_neighbours, write_near
 
 # ------------------------------------------------------------------------------------------- real photographs, planted
 
@@ -259,3 +271,229 @@ def test_many_cells_miss_little_and_say_how_much(tmp_path: Path, monkeypatch: py
     share = len(kept) / len(true)
     assert found_recall["low"] - 0.02 <= share <= found_recall["high"] + 0.02  # grouped ones count as found
     assert not list(data.index("dup").glob("work-*")) and found_recall["sample"] <= recall.SAMPLE
+
+
+# ---------------------------------------------------------------------------------------------------- made-up hashes
+
+
+def flipped(rng: np.random.Generator, hashes: np.ndarray, bits: int) -> np.ndarray:
+    """Hashes (n, words) with up to so many bits turned over."""
+    words = hashes.copy()
+    for row in range(len(words)):
+        for bit in rng.choice(64 * words.shape[1], int(rng.integers(0, bits + 1)), replace=False):
+            words[row, bit // 64] ^= np.uint64(1) << np.uint64(bit % 64)
+    return words
+
+
+def made_up_hashes(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) and (n, 4) hashes of images: strangers, copies, strangers with one perceptual hash, 200 that are alike."""
+    phash = rng.integers(1 << 63, (1 << 64) - 1, n, np.uint64, endpoint=True) | np.uint64(0x5555_5555_5555)
+    pdq = rng.integers(0, (1 << 64) - 1, (n, 4), np.uint64, endpoint=True)
+    third = n // 3
+    phash[third : 2 * third] = flipped(rng, phash[:third, None], 6)[:, 0]
+    pdq[third : 2 * third] = flipped(rng, pdq[:third], 40)
+    phash[-300:] = phash[-1]  # strangers whose perceptual hash says the same
+    pdq[-200:] = flipped(rng, np.repeat(pdq[-1:], 200, 0), 12)  # of which 200 are alike
+    return phash, pdq
+
+
+def test_hash_pairs_are_those_of_brute_force(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    n = 900
+    phash, pdq = made_up_hashes(rng, n)
+    data = plan_near(tmp_path / "x", n, 300)
+    for shard in range(3):
+        part = slice(shard * 300, (shard + 1) * 300)
+        write_near(data, shard, 300, phash=phash[part], pdq=pdq[part])
+    search(data, phash=4)
+    table = found(data, range(3))
+    keys, of = table["key"].to_pylist(), table["dup_of"].to_pylist()
+    few = np.bitwise_count(phash[:, None] ^ phash[None]) <= 4
+    bits = np.bitwise_count(pdq[:, None] ^ pdq[None]).sum(-1).astype(float)
+    bits[~few | (bits > 31)] = np.inf
+    np.fill_diagonal(bits, np.inf)
+    nearest = np.array([np.inf if x is None else x for x in table["dup_nearest"].to_pylist()])
+    alone = np.arange(n) < n - 200  # the 200 are compared with the first of them alone
+    np.testing.assert_array_equal(nearest[alone], bits.min(1)[alone])
+    for row in np.flatnonzero(np.isfinite(nearest)).tolist():
+        assert bits[row, keys.index(of[row])] == nearest[row]
+    alike = table["dup"].to_pylist()[-200:]
+    assert alike == [keys[-200]] * 200 and set(table["dup_size"].to_pylist()[-200:]) == {200}
+    recall = read_json(data.annotations_record("dup", 0))["recall"]["pdq"]
+    wanted = (np.bitwise_count(pdq[:, None] ^ pdq[None]).sum(-1) <= 31) & ~np.eye(n, dtype=bool)
+    assert recall["neighbours"] <= wanted.sum() and 0.8 < recall["recall"] < 1  # 6 bits of 64 are not proposed
+
+
+def test_mirrored_hashes_meet(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    phash, pdq = made_up_hashes(rng, 400)
+    phash, pdq = phash[:100], pdq[:100]
+    mirror_phash, mirror_pdq = phash[::-1].copy(), pdq[::-1].copy()  # image i is the mirror image of image 99 - i
+    data = plan_near(tmp_path / "x", 100, 100)
+    write_near(data, 0, 100, phash=phash, pdq=pdq, mirror_phash=mirror_phash, mirror_pdq=mirror_pdq)
+    search(data, phash=4, mirror=True)
+    table = found(data, [0])
+    keys = table["key"].to_pylist()
+    assert table["dup_of"].to_pylist() == keys[::-1] and set(table["dup_size"].to_pylist()) == {2}
+    search(data, phash=4)
+    assert found(data, [0])["dup"].null_count == 100
+
+
+def test_ten_thousand_placeholders_are_one_group_in_linear_time(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    seconds = []
+    for n in (10_000, 20_000):
+        data = plan_near(tmp_path / str(n), n + 50, n + 50)
+        phash, pdq = made_up_hashes(rng, 400)
+        sha = [f"{i + 1:064x}"[::-1] for i in range(50)] + ["f" * 64] * (n // 2)
+        sha += [f"{i + 999:064x}"[::-1] for i in range(n // 2)]
+        take = np.array([*range(50), *([60] * n)])  # half have equal bytes, half equal hashes and vectors
+        vectors = unit(rng.standard_normal((100, 32)))[take]
+        write_near(data, 0, n + 50, sha256=sha, phash=phash[take], pdq=pdq[take], vectors=vectors)
+        began = time.process_time()
+        search(data, phash=4, cosine=0.99)
+        seconds.append(time.process_time() - began)
+        table = found(data, [0])
+        assert table["dup_size"].to_pylist() == [None] * 50 + [n] * n
+        assert table["dup_nearest"].to_pylist() == [None] * 50 + [pytest.approx(1, abs=1e-3)] * n
+    assert seconds[1] < 4 * seconds[0] + 1
+
+
+# ------------------------------------------------------------------------------------------------- kills, Ray, errors
+
+
+def test_ended_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from curate.duplicates import vectors as module
+
+    monkeypatch.setattr(module, "ONE_CELL", 100)
+    rng = np.random.default_rng(6)
+    n = 600
+    vectors = with_neighbours(rng, n, 16, 0.97, 0.9)
+    phash, pdq = made_up_hashes(rng, n)
+
+    def write(data: Data, shards: Iterable[int]) -> None:
+        for shard in shards:
+            part = slice(shard * 200, (shard + 1) * 200)
+            write_near(data, shard, 200, vectors=vectors[part], phash=phash[part], pdq=pdq[part])
+
+    def files(data: Data) -> dict[str, bytes]:
+        folder = data.annotations("dup", 0).parent
+        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+    whole, ended = (plan_near(tmp_path / name, n, 200) for name in ("whole", "ended"))
+    tasks: list[int] = []
+
+    def counting(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterable[Any]:
+        for item in items:
+            tasks.append(1)
+            yield function(item)
+
+    for data in (whole, ended):
+        write(data, range(2))
+        search(data, phash=4, cosine=0.95)
+        write(data, [2])
+    search(whole, phash=4, cosine=0.95, map=counting)
+    count, wanted = len(tasks), files(whole)
+    copy = tmp_path / "copy"
+    for most in range(0, count, 3):
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(ended.root.parent, copy)
+        data = Data(copy / "data")
+        left = iter(range(most))
+
+        def ending(function: Callable[[Any], Any], items: Sequence[Any], left: Any = left) -> Iterable[Any]:
+            for item in items:
+                if next(left, None) is None:
+                    raise KeyboardInterrupt
+                yield function(item)
+
+        with pytest.raises(KeyboardInterrupt):
+            search(data, phash=4, cosine=0.95, map=ending)
+        search(data, phash=4, cosine=0.95)
+        assert files(data) == wanted
+
+
+RUN = """
+import sys
+from pathlib import Path
+from curate.encoders.embed import EmbedConfig
+from curate.annotators.registry import make_annotators
+from curate.images.config import ImagesConfig
+from curate.layout import Data
+from pipelines.runtime import tables
+
+tables.IMAGES_FOR_RAY = 0
+cpus = int(sys.argv[2])
+tables.os.cpu_count = lambda: cpus
+columns = {"pdq": "pdq", "dup": {"use": "near-duplicates", "phash": 4, "cosine": 0.95}}
+data, embed = Data(Path(sys.argv[1])), EmbedConfig(encoder="bundled")
+tables.annotate_tables(data, make_annotators(columns), embed, ImagesConfig())
+"""
+
+
+@pytest.mark.long
+def test_ray_with_any_number_of_workers_and_a_kill_give_the_same_bytes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(7)
+    n = 24_000  # two cells and more
+    vectors = with_neighbours(rng, n, 32, 0.97, 0.9)
+    phash, pdq = made_up_hashes(rng, n)
+    data = plan_near(tmp_path / "0", n, 3000)
+    for shard in range(8):
+        part = slice(shard * 3000, (shard + 1) * 3000)
+        write_near(data, shard, 3000, vectors=vectors[part], phash=phash[part], pdq=pdq[part])
+    for name in "124k":
+        shutil.copytree(tmp_path / "0", tmp_path / name)
+    search(data, phash=4, cosine=0.95)
+    wanted = [data.annotations("dup", shard).read_bytes() for shard in range(8)]
+    wanted += [data.annotations_record("dup", shard).read_bytes() for shard in range(8)]
+
+    def start(name: str, workers: int) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", RUN, str(tmp_path / name / "data"), str(workers)]
+        return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.DEVNULL, start_new_session=True)
+
+    killed = start("k", 2)
+    index = Data(tmp_path / "k" / "data").index("dup")
+    deadline = time.monotonic() + 120
+    while not list(index.glob("work-*/pairs-*.json")) and time.monotonic() < deadline and killed.poll() is None:
+        time.sleep(0.02)
+    assert killed.poll() is None
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not list(index.glob("groups.json"))
+    for name, workers in (("1", 1), ("2", 2), ("4", 4), ("k", 2)):
+        assert start(name, workers).wait(timeout=240) == 0
+        other = Data(tmp_path / name / "data")
+        files = [other.annotations("dup", s) for s in range(8)] + [other.annotations_record("dup", s) for s in range(8)]
+        assert [f.read_bytes() for f in files] == wanted, name
+
+
+def test_what_cannot_be_is_said_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for spec, words in (
+        ({"mirror": True}, "it needs phash"),
+        ({"cosine": 1.5}, "cosine: Input should be less than or equal to 1"),
+        ({"phash": 40}, "phash: Input should be less than or equal to 16"),
+        ({"cosin": 0.9}, "no option cosin; did you mean cosine"),
+    ):
+        with pytest.raises(UserError, match=words):
+            make_annotator("dup", {"use": "near-duplicates", **spec})
+    data = plan_near(tmp_path / "x", 20, 10)
+    write_near(data, 0, 10, vectors=unit(np.eye(10)))
+    write_near(data, 1, 10, captions=["a caption of words"] * 10)
+    with pytest.raises(UserError, match="shard 00001 has none: `tastemaker embed"):
+        search(data, cosine=0.9)
+    with pytest.raises(UserError, match=r"columns\.dup needs the columns pdq"):
+        annotators = {"dup": make_annotator("dup", {"use": "near-duplicates", "phash": 4})}
+        annotate_table(data, "dup", annotators, encoder=lambda: None, images=ImagesConfig())  # type: ignore[arg-type, return-value]
+    from curate.duplicates import search as module
+
+    monkeypatch.setattr(module, "memory", lambda: 1 << 20)
+    with pytest.raises(UserError, match=r"of 20 images take about .* GB of memory, and here are 0\.0 GB"):
+        search(data, captions=True)
+
+
+def test_recall_in_words() -> None:
+    low, high = wilson(0.9, 100)
+    assert (low, high) == (pytest.approx(0.8256, abs=1e-4), pytest.approx(0.9448, abs=1e-4))
+    assert wilson(1.0, 10)[1] == 1 and wilson(1.0, 10)[0] == pytest.approx(0.7225, abs=1e-4)
+    none = {"recall": None, "sample": 50, "low": None, "high": None, "neighbours": 0, "with_neighbours": 0}
+    assert "none of 50 images taken at random has twins" in recall_sentence(none, "twins")

@@ -22,6 +22,7 @@ SHARE = 0.05
 
 _LEAST = 100  # images of the sample, where there are so many
 _FREE = {"cosine": 5e7, "bits": 4e8}  # comparisons that take a second or two: made in any case
+_NEIGHBOURS = 1024  # of an image of the sample, about: of images by the thousand that look alike some will do
 _TASK_IMAGES = 200_000
 _BLOCK = 4096
 _SLACK = 1e-5  # by how much a product of matrices may miss that of two rows
@@ -128,11 +129,14 @@ def _by_cosine(table: Table, at: int, rows: Array, sample: Array) -> list[Array]
     assert cosine is not None
     ours = gather(table, sample).astype(np.float32)
     vectors = open_vectors(table.data.image_vectors(table.shards[at])) if len(rows) else None
+    most = max(2, _NEIGHBOURS // sum(-(-count // _BLOCK) for count in table.counts))
     for start in range(0, len(rows), _BLOCK):
         assert vectors is not None
         part = rows[start : start + _BLOCK]
         theirs = vectors[part].astype(np.float32)
         i, j = np.nonzero(ours @ theirs.T >= cosine - _SLACK)
+        some = _spread(np.searchsorted(i, np.arange(len(ours) + 1)), most)
+        i, j = i[some], j[some]
         exact = np.einsum("ij,ij->i", ours[i], theirs[j])
         found.append(_pairs(sample[i], table.offsets[at] + part[j], exact, exact >= cosine))
     return found
@@ -142,14 +146,25 @@ def _by_bits(table: Table, at: int, rows: Array, sample: Array) -> list[Array]:
     words = np.load(table.rows(table.shards[at]), mmap_mode="r")["pdq"][rows].T.copy()  # (4, n): a word after the other
     places, in_shard = table.place(sample)
     found, ours = [], np.zeros((len(sample), 4), np.uint64)
+    most = max(4, _NEIGHBOURS // len(table.shards))
     for shard in np.unique(places).tolist():
         mine = places == shard
         ours[mine] = np.load(table.rows(table.shards[shard]), mmap_mode="r")["pdq"][in_shard[mine]]
     for image, hash in zip(sample.tolist(), ours, strict=True):
         bits = sum(np.bitwise_count(word ^ own) for word, own in zip(words, hash, strict=True))
         near = np.flatnonzero(bits <= table.modes.pdq)
+        near = near[_spread(np.array([0, len(near)]), most)]
         found.append(_pairs(np.full(len(near), image), table.offsets[at] + rows[near], bits[near], True))
     return found
+
+
+def _spread(edges: Array, most: int) -> Array:
+    """Of runs of indices, from one edge to the next, at most so many of each, evenly spread: their indices."""
+    size = np.diff(edges)
+    run = np.repeat(np.arange(len(size)), size)
+    rank = np.arange(len(run)) - edges[run]
+    share = np.maximum(size, most)[run]
+    return np.flatnonzero((rank + 1) * most // share > rank * most // share)
 
 
 def _pairs(one: Array, other: Array, distance: Array, keep: Any) -> Array:

@@ -188,7 +188,7 @@ def _search(run: TableRun, table: Table, work: Path) -> tuple[Array, dict[str, A
         open_pairs.append(equal_captions(table, own))
     if modes.cosine is not None:
         (flags,) = read_rows(table, "known")
-        use = own & ((flags & FLAT) == 0)
+        use = (first == np.arange(n)) & ((flags & FLAT) == 0)
         near, cost, config = vector_pairs(run, table, work, use)
         known.append(near)
         by_cosine = partial(measured_recall, table, work, config, "cosine", use, cost, run_map=run.map)
