@@ -24,7 +24,7 @@ _MANY = 0.01  # share of a block's pairs from which one product of matrices is q
 _SLACK = 1e-5  # by how much a product of matrices may miss that of two rows
 
 ROUNDS = 4
-"""How often cells that are too large are split again, at most."""
+"""How often cells that are too large are split again, at most, where nothing else is said."""
 
 TOO_LARGE = 4.0
 """Cells with more than this many times the mean number of rows are split again: large ones take most of the time."""
@@ -69,8 +69,9 @@ def near_vectors(vectors: Vectors, cosine: float) -> Ints:
             rows, columns = rows + i, columns + j
             rows, columns = rows[rows < columns], columns[rows < columns]
             close = _cosines(x, rows, x, columns) >= cosine
-            found.append(np.sort(np.stack([order[rows[close]], order[columns[close]]], 1), axis=1))
-    return np.unique(np.concatenate(found), axis=0)
+            one, other = order[rows[close]], order[columns[close]]
+            found.append(np.minimum(one, other) * n + np.maximum(one, other))
+    return np.stack(np.divmod(np.sort(np.concatenate(found)), n), 1)
 
 
 def _cosines(x: Vectors, rows: Ints, y: Vectors, columns: Ints) -> Floats:
@@ -137,18 +138,18 @@ def _one_thread() -> Iterator[None]:
         faiss.omp_set_num_threads(threads)
 
 
-def fit_cells(sample: Vectors, cells: int, seed: int) -> Floats:
+def fit_cells(sample: Vectors, cells: int, seed: int, rounds: int = ROUNDS) -> Floats:
     """Centroids (k, d) of about `cells` cells, unit norm: spherical k-means, and cells that are too large split again.
 
     sample: (n, d) unit vectors; of more than 256 per cell a random part is looked at. k is smaller where the sample has
     fewer different rows, and larger where cells were split: those with more than TOO_LARGE times the mean of rows,
-    ROUNDS times at most. On one thread, whatever number is set, so that all find the same.
+    `rounds` times at most. On one thread, whatever number is set, so that all find the same.
     """
     x = np.ascontiguousarray(sample, np.float32)
     if not len(x):
         return x
     centroids = _k_means(x, cells, seed)
-    for turn in range(1, ROUNDS + 1):
+    for turn in range(1, rounds + 1):
         cell = nearest_cells(x, centroids, 1)[:, 0]
         sizes = np.bincount(cell, minlength=len(centroids))
         mean = len(x) / len(centroids)
@@ -209,7 +210,7 @@ def cell_pairs(
 
     Args:
         query_vectors, member_vectors: (q, d) and (m, d) of unit norm.
-        query_ids, member_ids: (q,) and (m,) int64; no pair is made of a row and itself.
+        query_ids, member_ids: (q,) and (m,) int64, each id once; no pair is made of a row and itself.
     """
     order = np.argsort(member_ids, kind="stable")
     member_ids = np.asarray(member_ids, np.int64)[order]
@@ -218,9 +219,10 @@ def cell_pairs(
         ids = np.asarray(query_ids[start : start + _CELL_BLOCK], np.int64)
         x = np.asarray(query_vectors[start : start + _CELL_BLOCK], np.float32)
         row, column, exact = _partners(x, ids, member_vectors, member_ids, order, cosine, most)
-        found.append(np.stack([ids[row], member_ids[column]], 1))
+        one, other = ids[row], member_ids[column]
+        found.append(np.stack([np.minimum(one, other), np.maximum(one, other)], 1))
         cosines.append(exact)
-    pairs, values = np.sort(np.concatenate(found), axis=1), np.concatenate(cosines)
+    pairs, values = np.concatenate(found), np.concatenate(cosines)
     if not len(pairs):
         return pairs, values
     at = np.lexsort((pairs[:, 1], pairs[:, 0]))
@@ -233,26 +235,34 @@ def _partners(
     x: Floats, ids: Ints, members: Vectors, member_ids: Ints, order: Ints, cosine: float, most: int
 ) -> tuple[Ints, Ints, Floats]:
     """Of one block of queries: (row, member, cosine). member_ids ascend, members[order] are theirs."""
-    every, m = np.arange(len(x)), len(member_ids)
+    m = len(member_ids)
     kept = np.zeros(len(x), np.int64)  # partners of each query that are certain
     best, where = np.full(len(x), -np.inf, np.float32), np.full(len(x), -1, np.int64)
     found = [np.zeros(0, np.int64)]  # row * m + member
     for at in range(0, m, _CELL_BLOCK):
         part = slice(at, at + _CELL_BLOCK)
         near = x @ np.asarray(members[order[part]], np.float32).T
-        near[ids[:, None] == member_ids[part]] = -np.inf
-        height = near.max(1)
-        better = height > best + _SLACK  # so that rounding does not choose among equal ones
-        where[better] = (near[better] >= height[better, None] - _SLACK).argmax(1) + at
-        best = np.maximum(best, height)
-        row, column = np.nonzero((near >= cosine - _SLACK) & (kept < most)[:, None])
-        certain = near[row, column] >= cosine + _SLACK
+        own = np.searchsorted(member_ids[part], ids).clip(max=near.shape[1] - 1)
+        near[np.flatnonzero(member_ids[part][own] == ids), own[member_ids[part][own] == ids]] = -np.inf
+        row, column = np.nonzero(near >= cosine - _SLACK)
+        if not len(row):
+            continue
+        value, start = near[row, column], np.flatnonzero(np.diff(row, prepend=-1))
+        rows, length = row[start], np.diff(start, append=len(row))
+        height = np.maximum.reduceat(value, start)
+        # rounding must not choose among equal ones: the first of all that are as near
+        nearest_one = np.flatnonzero(value >= np.repeat(height - _SLACK, length))
+        nearest_one = nearest_one[np.flatnonzero(np.diff(row[nearest_one], prepend=-1))]
+        better = height > best[rows] + _SLACK
+        where[rows[better]] = column[nearest_one[better]] + at
+        best[rows] = np.maximum(best[rows], height)
+        certain = value >= cosine + _SLACK
         until = np.concatenate([[0], np.cumsum(certain)])
-        before = until[:-1] - until[np.searchsorted(row, every)][row] + kept[row]  # of the same query, smaller ids
+        before = until[:-1] - np.repeat(until[start] - kept[rows], length)  # of the same query, with smaller ids
         kept += np.bincount(row[certain], minlength=len(x))
         found.append((row * m + column + at)[before < most])
-    code = np.unique(np.concatenate([*found, (every * m + where)[where >= 0]]))
-    row, column = np.divmod(code, max(m, 1))
+    code = np.sort(np.concatenate([*found, (np.arange(len(x)) * m + where)[where >= 0]]))
+    row, column = np.divmod(code[np.flatnonzero(np.diff(code, prepend=-1))], max(m, 1))
     exact = _cosines(x, row, members, order[column])
     row, column, exact = row[exact >= cosine], column[exact >= cosine], exact[exact >= cosine]
     keep = (np.arange(len(row)) - np.searchsorted(row, row) < most) | (where[row] == column)

@@ -222,6 +222,22 @@ class Page:
             self.text(_MARGIN + room * i / 4, base + 5, f"{at:.2f}", 12, _SOFT, anchor=anchor)
         self.y += height + 46
 
+    def shares(self, before: list[float], after: list[float]) -> None:
+        """A bar for each of several parts: its share before, and in it, narrower, its share after."""
+        room, height = _WIDTH - 2 * _MARGIN, 150
+        top, wide = max([*before, *after]) or 1.0, room / len(before)
+        base = self.y + height + 16
+        for i, pair in enumerate(zip(before, after, strict=True)):
+            for share, ink, inset in ((pair[0], GREY, 0.08), (pair[1], GREEN, 0.3)):
+                if share:
+                    tall = max(1.0, height * share / top)
+                    self.box(_MARGIN + (i + inset) * wide, base - tall, wide * (1 - 2 * inset), tall, ink)
+        self.box(_MARGIN, base, room, 1, _LINE)
+        self.text(_MARGIN, self.y - 4, f"{top:.1%}", 12, _SOFT)
+        self.text(_MARGIN, base + 5, "largest before", 12, _SOFT)
+        self.text(_MARGIN + room, base + 5, "smallest", 12, _SOFT, anchor="ra")
+        self.y += height + 46
+
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:

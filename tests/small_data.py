@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,25 @@ def write_annotated(root: Path, shard: int, column: str, score: Any) -> None:
     record = path.with_suffix(".json")
     facts = {"head": "laion-v2", "columns": {column: {"scale": [1.0, 10.0]}}}
     commit(root, record, config="c", inputs=_fetched_digests(root, shard), outputs=[path], facts=facts)
+
+
+def write_column(
+    root: Path,
+    name: str,
+    kind: pa.DataType,
+    value: Callable[[int], Any],
+    facts: Mapping[str, Any] | None = None,
+    **spec: Any,
+) -> None:
+    """Write and commit a column of any type; `value` maps a row's number to its value, `spec` is said of the column,
+    `facts` of the whole."""
+    for shard in range(SHARDS):
+        path = root / "annotated" / name / f"{shard_name(shard)}.parquet"
+        values = pa.array(map(value, fetched_numbers(shard)), kind, from_pandas=False)
+        with atomic(path) as f:
+            pq.write_table(pa.table({"key": _keys(shard), name: values}), f)
+        said, inputs = {"annotator": name, "columns": {name: spec}, **(facts or {})}, _fetched_digests(root, shard)
+        commit(root, path.with_suffix(".json"), config="c", inputs=inputs, outputs=[path], facts=said)
 
 
 def _fetched_digests(root: Path, shard: int) -> dict[str, str]:

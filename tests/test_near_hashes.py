@@ -32,7 +32,7 @@ def brute(values: np.ndarray, others: np.ndarray, bits: int) -> list[list[int]]:
     return np.argwhere(np.bitwise_count(values[:, None] ^ others[None]) <= bits).tolist()
 
 
-@pytest.mark.parametrize("bits", [0, 1, 3, 4, 8, 31])
+@pytest.mark.parametrize("bits", [0, 1, 4, 8, 20])
 @pytest.mark.parametrize("n", [0, 1, 2, 40, 400])
 def test_near_hashes_are_all_pairs_within_the_bits(n: int, bits: int) -> None:
     values = planted(n, bits)

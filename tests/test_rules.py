@@ -4,38 +4,21 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_data import EXTRA_COLUMNS, REASONS, SHARD_SIZE, SHARDS, fetched_numbers, make_data
+from small_data import EXTRA_COLUMNS, REASONS, SHARD_SIZE, make_data, write_column
 
 from aesthetic.errors import UserError
 from curate.layout import Data
 from curate.ledger.rules import check_rules, read_rules
-from curate.ledger.schema import make_key
 from curate.ledger.select import SelectConfig, Selection, funnel_text, select
 from curate.ledger.view import ledger_types, source_types
-from curate.store.records import commit
 
 FETCHED = [n for n in range(60) if n % SHARD_SIZE not in REASONS]
 ALONE = 20  # from this number on rows have no group
-
-
-def write_column(root: Path, name: str, kind: pa.DataType, value: Callable[[int], Any]) -> None:
-    """Write and commit a column of an annotator; `value` maps a row's number to its value."""
-    data = Data(root)
-    for shard in range(SHARDS):
-        numbers = fetched_numbers(shard)
-        keys = [make_key(shard, n % SHARD_SIZE, SHARD_SIZE) for n in numbers]
-        file = data.annotations(name, shard)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table({"key": keys, name: pa.array(map(value, numbers), kind, from_pandas=False)}), file)
-        facts, inputs = {"annotator": name, "columns": {}}, data.fetched_digests(shard) or {}
-        commit(root, data.annotations_record(name, shard), config="c", inputs=inputs, outputs=[file], facts=facts)
 
 
 @pytest.fixture(scope="module")

@@ -92,8 +92,8 @@ class Annotator(abc.ABC):
     entry of the recipe, NAME; those of one with several NAME_SUFFIX, and NAME for the suffix "".
 
     digest: changes with whatever changes values: weights, options, versions.    facts: what else a record says; `notes`
-    among them are sentences, which `status` and cards repeat.    needs: annotators whose columns it reads, NAME ->
-    spec; where a recipe has no such entry, one is added under that name.
+    among them are sentences, which `status` and cards repeat, and `counts` says of how many images of a shard what.
+    needs: annotators whose columns it reads, NAME -> spec; where a recipe has no such entry, one is added.
     """
 
     name: ClassVar[str]

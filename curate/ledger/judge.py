@@ -7,15 +7,19 @@ The rows are loaded once into a table `rows`, with the columns that rules name. 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 
 from aesthetic.errors import UserError
+from curate.ledger.neighbours import far_from_best
 from curate.ledger.rules import Computed, Rule
 from curate.ledger.schema import Status
 from curate.ledger.sql import quote, short, too_much
+from curate.ledger.view import hidden_condition
 
 
 def as_value(column: str) -> str:
@@ -23,8 +27,14 @@ def as_value(column: str) -> str:
     return f"source.{quote(column[7:])}" if column.startswith("source.") else quote(column)
 
 
-def load_rows(con: duckdb.DuckDBPyConnection, columns: set[str]) -> None:
-    """The table `rows`: every fetched row with the columns that are needed, and its key as the number `#key`."""
+def load_rows(
+    con: duckdb.DuckDBPyConnection, columns: set[str], hidden: Collection[str] = ()
+) -> tuple[np.ndarray, dict[str, int]]:
+    """The table `rows`: every fetched row with the columns that are needed, and its key as the number `#key`.
+
+    Rows that a column of `hidden` hides are not in it: no rule is asked of them, and none of a group is rejected for
+    their sake. Their keys are returned, and how many each column hides that none before it does.
+    """
     ours = sorted(c for c in columns if not c.startswith("source."))
     items = ['CAST("key" AS UBIGINT) AS "#key"', *(quote(c) for c in ours)]
     if len(ours) < len(columns):
@@ -38,19 +48,32 @@ def load_rows(con: duckdb.DuckDBPyConnection, columns: set[str]) -> None:
         con.execute(
             f"CREATE OR REPLACE TEMP TABLE rows AS SELECT {wanted} FROM ledger WHERE status = '{Status.SUCCESS}'"
         )
+    keys, counts = [np.zeros(0, np.uint64)], dict[str, int]()
+    for column in hidden:
+        condition = hidden_condition([column])
+        keys.append(con.execute(f'SELECT "#key" FROM rows WHERE {condition}').fetchnumpy()["#key"])
+        counts[column] = len(keys[-1])
+        con.execute(f"DELETE FROM rows WHERE {condition}")
+    return np.concatenate(keys), {column: count for column, count in counts.items() if count}
 
 
 def compute(
-    con: duckdb.DuckDBPyConnection, rules: Sequence[Rule], types: Mapping[str, str]
+    con: duckdb.DuckDBPyConnection,
+    rules: Sequence[Rule],
+    types: Mapping[str, str],
+    neighbours: Mapping[str, tuple[Path, str]],
 ) -> list[dict[str, dict[str, float]]]:
-    """Give `rows` the column of each function of all rows that rules hold; what is said of each rule's groups."""
+    """Give `rows` the column of each function of all rows that rules hold; what is said of each rule's groups.
+
+    neighbours: of columns of groups, which members are near each other (curate.ledger.neighbours).
+    """
     items, groups = [], []
     for rule in rules:
         found = {}
         with _blame(rule):
             for computed in rule.computed:
                 if computed.grouped:
-                    found[computed.column] = _rank(con, computed, types)
+                    found[computed.column] = _rank(con, computed, types, neighbours)
                     sql = f'"#key" NOT IN (FROM {quote(f"later{computed.place}")})'
                 else:
                     sql = _condition(con, computed)
@@ -61,9 +84,10 @@ def compute(
 
 
 def judge(
-    con: duckdb.DuckDBPyConnection, rules: Sequence[Rule], types: Mapping[str, str]
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Keys of the fetched rows, and per rule: 0 where it is TRUE, 1 where it isn't, 2 where a column has no value."""
+    con: duckdb.DuckDBPyConnection, rules: Sequence[Rule], types: Mapping[str, str], beside: Sequence[str] = ()
+) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """Keys of the rows; per rule: 0 where it is TRUE, 1 where it isn't, 2 where a column has no value; and the values
+    of the columns `beside`, masked where these are null."""
     items = []
     for i, rule in enumerate(rules):
         empty = [f"{as_value(c)} IS NULL" for c in rule.required]
@@ -71,7 +95,8 @@ def judge(
         null = f"WHEN {' OR '.join(empty)} THEN 2 " if empty else ""
         items.append(f"CAST(CASE {null}WHEN ({rule.sql}) THEN 0 ELSE 1 END AS TINYINT) AS s{i}")
     try:
-        found = con.execute(f"SELECT {', '.join([quote('#key'), *items])} FROM judged").fetchnumpy()
+        values = [f"{quote(column)} AS b{i}" for i, column in enumerate(beside)]
+        found = con.execute(f"SELECT {', '.join([quote('#key'), *items, *values])} FROM judged").fetchnumpy()
     except duckdb.InterruptException:
         raise
     except duckdb.Error as e:
@@ -81,7 +106,8 @@ def judge(
         if isinstance(e, duckdb.OutOfMemoryException):
             raise
         raise UserError(f"the rules fail on a row: {short(e)}") from None
-    return np.asarray(found["#key"]), [np.asarray(found[f"s{i}"]) for i in range(len(rules))]
+    states = [np.asarray(found[f"s{i}"]) for i in range(len(rules))]
+    return np.asarray(found["#key"]), states, [found[f"b{i}"] for i in range(len(beside))]
 
 
 @contextlib.contextmanager
@@ -145,7 +171,12 @@ def _condition(con: duckdb.DuckDBPyConnection, computed: Computed) -> str:
     return f'{value} > {bound} OR ({value} = {bound} AND "#key" <= {last[0]})'
 
 
-def _rank(con: duckdb.DuckDBPyConnection, computed: Computed, types: Mapping[str, str]) -> dict[str, float]:
+def _rank(
+    con: duckdb.DuckDBPyConnection,
+    computed: Computed,
+    types: Mapping[str, str],
+    neighbours: Mapping[str, tuple[Path, str]],
+) -> dict[str, float]:
     """Make the table `laterPLACE` of the keys that a `best_of` or an `at_most` does not keep; facts about its groups.
 
     Only rows of groups that are larger than what stays of each are put in order.
@@ -156,21 +187,37 @@ def _rank(con: duckdb.DuckDBPyConnection, computed: Computed, types: Mapping[str
         f'CREATE TEMP TABLE {sizes} AS SELECT {value} AS "#group", count(*) AS "#size" FROM rows '
         f"WHERE {value} IS NOT NULL {f'AND NOT ({no})' if no else ''} GROUP BY 1 HAVING count(*) > 1"
     )
-    order = '"#key"'
-    if computed.expression:
-        number = f"CAST(({computed.expression}) AS DOUBLE)"
-        order = f"CASE WHEN isfinite({number}) THEN {number} END DESC NULLS LAST, {order}"
+    number = f"CAST(({computed.expression}) AS DOUBLE)" if computed.expression else "0.0"
+    number = f"CASE WHEN isfinite({number}) THEN {number} END"
     con.execute(
-        f'CREATE TEMP TABLE {later} AS SELECT "#key" FROM ('
-        f'SELECT "#key", row_number() OVER (PARTITION BY "#group" ORDER BY {order}) AS "#rank" FROM rows '
+        f'CREATE TEMP TABLE {later} AS SELECT "#key" FROM (SELECT "#key", '
+        f'row_number() OVER (PARTITION BY "#group" ORDER BY {number} DESC NULLS LAST, "#key") AS "#rank" FROM rows '
         f'JOIN {sizes} ON {value} = "#group" WHERE "#size" > {computed.count}) WHERE "#rank" > {computed.count}'
     )
+    split = {}
+    if computed.kind == "best_of" and computed.column in neighbours:
+        rows = con.execute(f'SELECT "#key", {number} AS v FROM rows JOIN {sizes} ON {value} = "#group"').fetchnumpy()
+        keys = np.asarray(rows["#key"])
+        known, stay = far_from_best(neighbours[computed.column][0], keys, np.ma.filled(rows["v"], np.nan))
+        con.register("_near", pa.table({"k": keys[known], "stay": stay[known]}))
+        con.execute(f'DELETE FROM {later} WHERE "#key" IN (SELECT k FROM _near)')
+        con.execute(f"INSERT INTO {later} SELECT k FROM _near WHERE NOT stay")
+        several = (
+            f'SELECT 1 FROM rows JOIN {sizes} ON {value} = "#group" JOIN _near ON k = "#key" WHERE stay '
+            'GROUP BY "#group" HAVING count(*) > 1'
+        )
+        split = {"split": _count(con, f"({several})")}
+        con.unregister("_near")
     row = con.execute(
         'SELECT count(*), coalesce(sum("#size"), 0), coalesce(median("#size"), 0), coalesce(max("#size"), 0) '
         f"FROM {sizes}"
     ).fetchone()
     assert row is not None
-    return {"groups": row[0], "images": int(row[1]), "median": row[2], "largest": row[3]}
+    return {"groups": row[0], "images": int(row[1]), "median": row[2], "largest": row[3], **split}
+
+
+def _count(con: duckdb.DuckDBPyConnection, table: str) -> int:
+    return int(con.execute(f"SELECT count(*) FROM {table}").fetchall()[0][0])  # so that the result is at its end
 
 
 def numbers_of(con: duckdb.DuckDBPyConnection, column: str) -> np.ndarray:

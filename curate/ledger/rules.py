@@ -32,7 +32,8 @@ from curate.ledger.sql import (
 KEPT = "kept"
 NOT_FETCHED = "not_fetched"
 NOT_IN_UIDS = "not_in_uids"
-RESERVED = (KEPT, NOT_FETCHED, NOT_IN_UIDS)
+DENIED = "denied"
+RESERVED = (KEPT, NOT_FETCHED, NOT_IN_UIDS, DENIED)
 """Verdicts that are ours: a rule may not be called so."""
 
 

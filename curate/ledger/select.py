@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +24,16 @@ import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
+from curate.ledger.balance import balance, balance_words, cluster_columns
 from curate.ledger.judge import compute, failures, judge, load_rows, numbers_of, odd_values
-from curate.ledger.rules import KEPT, NOT_FETCHED, NOT_IN_UIDS, NUMBER, check_rules, read_rules
+from curate.ledger.neighbours import known_neighbours
+from curate.ledger.rules import DENIED, KEPT, NOT_FETCHED, NOT_IN_UIDS, NUMBER, check_rules, read_rules
 from curate.ledger.sql import Bounds
 from curate.ledger.view import (
     OURS,
     column_types,
     current_tables,
+    hidden_columns,
     open_ledger,
     recorded_scales,
     table_digests,
@@ -86,12 +89,13 @@ class RuleCount:
     nulls: int  # those of `marginal` where a column that it names has no value
     groups: dict[str, dict[str, float]] = field(default_factory=dict)
     """Of `best_of` and `at_most`: group column -> how many `groups` of two or more fetched rows, `images` in them, and
-    the `median` and the `largest` of their sizes."""
+    the `median` and the `largest` of their sizes; `split`: groups of which several stay, as not all are near the best
+    (where that is known)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What a selection did with every row: rows == not fetched + the sum of `rejected` over rules + kept."""
+    """What a selection did with every row: rows == not fetched + denied + the sum of `rejected` over rules + kept."""
 
     name: str
     rows: int
@@ -100,6 +104,10 @@ class Selection:
     kept: int
     quantiles: dict[str, dict[str, float]]  # numeric column -> level -> value, over the fetched rows that have one
     warnings: list[str]
+    denied: dict[str, int] = field(default_factory=dict)
+    """Fetched rows that must not be seen: the column that says so -> rows that none before it does."""
+    clusters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Column of clusters -> what became of these (curate.ledger.balance)."""
 
     @property
     def fetched(self) -> int:
@@ -109,7 +117,9 @@ class Selection:
     @property
     def funnel(self) -> dict[str, int]:
         """Verdict -> rows, in the order of the rules; the values sum to `rows`."""
-        return {NOT_FETCHED: self.rows - self.fetched, **{r.name: r.rejected for r in self.rules}, KEPT: self.kept}
+        failed, rejected = self.rows - self.fetched, {r.name: r.rejected for r in self.rules}
+        denied = {DENIED: sum(self.denied.values())} if self.denied else {}
+        return {NOT_FETCHED: failed, **denied, **rejected, KEPT: self.kept}
 
     def to_json(self) -> dict[str, Any]:
         """The selection as its record has it, where marginal rejects are called `alone`."""
@@ -122,7 +132,8 @@ class Selection:
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Selection:
         rules = [RuleCount(**{("marginal" if k == "alone" else k): v for k, v in r.items()}) for r in value["rules"]]
-        return Selection(**{k: value[k] for k in Selection.__dataclass_fields__ if k != "rules"}, rules=rules)
+        fields = Selection.__dataclass_fields__.keys() - {"rules"}
+        return Selection(**{k: value[k] for k in fields & value.keys()}, rules=rules)
 
 
 # ---------------------------------------------------------------------------------------------------------- selecting
@@ -131,33 +142,52 @@ class Selection:
 def select(data: Data, config: SelectConfig) -> Selection:
     """Apply the rules to every row of the ledger and write `selected/NAME.parquet` and `.json`, unless that is done.
 
-    `selected/NAME.parquet` holds (key, verdict) for every row, in the order of keys: `not_fetched`, the name of the
-    first rule that isn't TRUE, or `kept`. Raises UserError for a rule that is wrong (see check_rules), for tables that
-    are incomplete or stale, and for a rule that fails on a row (a cast, say).
+    `selected/NAME.parquet` holds (key, verdict) for every row, in the order of keys: `not_fetched`, `denied` where a
+    column says that the image must not be seen, the name of the first rule that isn't TRUE, or `kept`. Raises UserError
+    for a rule that is wrong (see check_rules), for tables that are incomplete or stale, and for a rule that fails on a
+    row (a cast, say).
     """
     found = tables(data)
     columns, source = column_types(found)
     rules = check_rules(config.rules, columns, source, recorded_scales(found))
     used = {c for r in rules for c in r.columns}
-    read = {t.name for t in found if used.intersection(t.columns)}
+    hidden = hidden_columns(found)
+    read = {t.name for t in found if used.intersection(t.columns)}.union(hidden.values())
     current = current_tables(data, found, read)
     # quantiles are shown for columns of numbers that no rule names, too, where these are complete
-    scores = [c for t in current[1:] for c in t.columns if NUMBER.fullmatch(columns[c])]
+    clusters = cluster_columns(current)
+    scores = [c for t in current[1:] for c in t.columns if NUMBER.fullmatch(columns[c]) and c not in clusters]
     inputs = table_digests([t for t in current if t is current[0] or t.name in read])
-    identity = digest([FORMAT, list(config.rules.items()), scores])
+    grouped = {x.column for r in rules for x in r.computed if x.kind == "best_of"}
+    neighbours = known_neighbours(data, [t for t in found if t is found[0] or grouped.intersection(t.columns)])
+    identity = digest(
+        [
+            FORMAT,
+            list(config.rules.items()),
+            scores,
+            *([[*hidden]] if hidden else []),
+            *clusters,
+            *(sha for _, sha in neighbours.values()),
+        ]
+    )
     if is_done(data.root, data.selection_record(config.name), config=identity, inputs=inputs):
         return load_selection(data, config.name)
 
     types = {**columns, **{f"source.{n}": t for n, t in source.items()}}
-    numbers = sorted(c for c in used if NUMBER.fullmatch(types[c]) and c not in scores)
-    con = open_ledger(data, used | set(scores))
+    numbers = sorted(c for c in used if NUMBER.fullmatch(types[c]) and c not in {*scores, *clusters})
+    needed = {*used, *scores, *clusters, *hidden}
+    con = open_ledger(data, needed)
 
+    denied, denied_by = np.zeros(0, np.uint64), dict[str, int]()
     groups: list[dict[str, dict[str, float]]] = []  # of each rule
+    cluster_values: list[np.ndarray] = []
 
     def ask() -> tuple[np.ndarray, list[np.ndarray], list[str], dict[str, dict[str, float]]]:
-        load_rows(con, used | set(scores))
-        groups.extend(compute(con, rules, types))
-        keys, states = judge(con, rules, types)
+        nonlocal denied, denied_by
+        denied, denied_by = load_rows(con, needed, hidden)
+        groups.extend(compute(con, rules, types, neighbours))
+        keys, states, beside = judge(con, rules, types, clusters)
+        cluster_values.extend(beside)
         odd = odd_values(con, sorted(used), types)
         quantiles = {}
         for column in [*scores, *numbers]:
@@ -193,13 +223,17 @@ def select(data: Data, config: SelectConfig) -> Selection:
             warnings.append(f"rule {rule.name} ({rule.condition}) keeps every image")
     selection = Selection(
         name=config.name,
-        rows=fetched + len(failed),
+        rows=fetched + len(denied) + len(failed),
         not_fetched=not_fetched,
+        denied=denied_by,
         rules=counts,
         kept=int((verdicts == len(rules) + 1).sum()),
+        clusters={c: balance(v, verdicts == len(rules) + 1) for c, v in zip(clusters, cluster_values, strict=True)},
         quantiles=quantiles,
         warnings=warnings,
     )
+    fetched_keys = np.concatenate([fetched_keys, denied])
+    verdicts = np.concatenate([verdicts, np.full(len(denied), len(rules) + 2, np.int16)])
     write_selection(data, selection, fetched_keys, verdicts, failed, config=identity, inputs=inputs)
     return selection
 
@@ -225,7 +259,8 @@ def write_selection(
     """Write the verdicts in the order of keys, and commit them. Refuses a key that comes twice.
 
     `fetched` are the keys (numbers) of rows with an image, `verdicts` theirs: i the i-th rule, counted from one, and
-    after the last rule kept. `failed` are the keys of the other rows. `more` goes into the record.
+    after the last rule kept, and after that denied. `failed` are the keys of the other rows. `more` goes into the
+    record.
     """
     keys = np.concatenate([fetched, failed])
     codes = np.concatenate([verdicts, np.zeros(len(failed), np.int16)])
@@ -234,7 +269,7 @@ def write_selection(
     if twice := keys[1:][keys[1:] == keys[:-1]][:1].tolist():
         folder = data.table(0).parent
         raise UserError(f"key {twice[0]} comes twice in {folder}: `tastemaker verify {data.root}` looks for damage")
-    names = pa.array([NOT_FETCHED, *(r.name for r in selection.rules), KEPT])
+    names = pa.array([NOT_FETCHED, *(r.name for r in selection.rules), KEPT, *([DENIED] if selection.denied else [])])
     path, record = data.verdicts(selection.name), data.selection_record(selection.name)
     # as many digits as the first key has: keys are numbers, zero-padded to that, and longer ones have no zeros
     firsts = (b for table in tables(data)[0].files for b in pq.ParquetFile(table).iter_batches(1, columns=["key"]))
@@ -284,10 +319,12 @@ def remembered(data: Data, name: str) -> tuple[dict[str, str], Path | None] | No
     return {}, file
 
 
-def changed_since(data: Data, name: str, now: Mapping[str, str]) -> list[str]:
-    """The tables that a selection was made from and that have changed; `now` is what `table_digests` says of all."""
+def changed_since(data: Data, name: str, now: Mapping[str, str], hidden: Collection[str] = ()) -> list[str]:
+    """The tables that a selection was made from and that have changed, and those of `hidden_columns` that it was not
+    made from; `now` is what `table_digests` says of all."""
     then = (read_json(data.selection_record(name)) or {}).get("inputs", {})
-    return [table for table, digest in then.items() if table != "uids" and now.get(table) != digest]
+    changed = [table for table, digest in then.items() if table != "uids" and now.get(table) != digest]
+    return changed + sorted({*hidden} - then.keys())
 
 
 # ------------------------------------------------------------------------------------------------------------- funnel
@@ -308,6 +345,9 @@ def funnel_text(selection: Selection) -> str:
         ("rows", f"{selection.rows:,}", "rejected", "marginal", "share", ""),
         (NOT_FETCHED, "", f"{failed:,}", "-", share(failed), reasons),
     ]
+    if denied := sum(selection.denied.values()):
+        columns = " · ".join(f"{column} {n:,}" for column, n in selection.denied.items())
+        lines.append((DENIED, "", f"{denied:,}", "-", share(denied), columns))
     for count in selection.rules:
         rule = rules[count.name]
         note = f"best {100 * rule.top.fraction:g}% of {rule.top.column}" if rule and rule.top else count.condition
@@ -318,11 +358,14 @@ def funnel_text(selection: Selection) -> str:
             note += f" · {facts['groups']:,} groups of {group}"
             if facts["groups"]:
                 note += f" (median {facts['median']:g} images, largest {facts['largest']:,})"
+            if facts.get("split"):
+                note += f", {facts['split']:,} of them split: not all are near the best"
         if count.nulls:
             note += f" · {count.nulls:,} without a value"
         lines.append((count.name, "", f"{count.rejected:,}", f"{count.marginal:,}", share(count.rejected), note))
     lines.append((KEPT, f"{selection.kept:,}", "", "", share(selection.kept), ""))
-    return "\n".join(
+    shown = [
         f"{name:<{width}}{rows:>12}{rejected:>12}{marginal:>12}{part:>8}   {note}".rstrip()
         for name, rows, rejected, marginal, part, note in lines
-    )
+    ]
+    return "\n".join([*shown, *(f"{column}: {balance_words(facts)}" for column, facts in selection.clusters.items())])

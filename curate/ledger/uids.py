@@ -12,9 +12,8 @@ import pyarrow.compute as pc
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
 from aesthetic.untrusted import check_regular
-from curate.ledger.judge import as_value, failures
+from curate.ledger.judge import as_value, failures, load_rows
 from curate.ledger.rules import KEPT, NOT_IN_UIDS
-from curate.ledger.schema import Status
 from curate.ledger.select import (
     FORMAT,
     RuleCount,
@@ -24,7 +23,7 @@ from curate.ledger.select import (
     write_selection,
 )
 from curate.ledger.sql import batches
-from curate.ledger.view import column_types, open_ledger, table_digests, tables
+from curate.ledger.view import column_types, current_tables, hidden_columns, open_ledger, table_digests, tables
 from curate.store.files import digest, sha256_file
 from curate.store.records import is_done
 
@@ -57,14 +56,17 @@ def select_uids(data: Data, name: str, path: Path) -> Selection:
     """
     check_name(name)
     uids = read_uids(path)
-    column, config = _uid_column(data), digest([FORMAT, NOT_IN_UIDS])
-    inputs = {**table_digests(tables(data)[:1]), "uids": sha256_file(path)}
+    found = tables(data)
+    hidden = hidden_columns(found)
+    column, config = _uid_column(data), digest([FORMAT, NOT_IN_UIDS, *([[*hidden]] if hidden else [])])
+    read = [t for t in current_tables(data, found, hidden.values()) if t is found[0] or t.name in hidden.values()]
+    inputs = {**table_digests(read), "uids": sha256_file(path)}
     if is_done(data.root, data.selection_record(name), config=config, inputs=inputs):
         return load_selection(data, name)
-    with open_ledger(data, {column}) as con:
+    with open_ledger(data, {column, *hidden}) as con:
         keys, ours, missing = [np.zeros(0, np.uint64)], [np.zeros(0, "S16")], [np.zeros(0, np.uint64)]
-        fetched = f"FROM ledger WHERE status = '{Status.SUCCESS}'"
-        for batch in batches(con, f'SELECT CAST("key" AS UBIGINT) AS k, {as_value(column)} AS uid {fetched}'):
+        denied, denied_by = load_rows(con, {column, *hidden}, hidden)
+        for batch in batches(con, f'SELECT "#key" AS k, {as_value(column)} AS uid FROM rows'):
             has = pc.is_valid(batch["uid"])
             missing.append(batch["k"].filter(pc.invert(has)).to_numpy())
             keys.append(batch["k"].filter(has).to_numpy())
@@ -75,13 +77,14 @@ def select_uids(data: Data, name: str, path: Path) -> Selection:
     known, values = known[order], values[order]
     inside = _members(values, uids, path)
     without = np.concatenate(missing)
-    verdicts = np.concatenate([np.where(inside, 2, 1), np.ones(len(without))]).astype(np.int16)
+    verdicts = np.concatenate([np.where(inside, 2, 1), np.ones(len(without)), np.full(len(denied), 3)]).astype(np.int16)
     rejected = int((verdicts == 1).sum())
     condition = f"uid in {path.name}"
     selection = Selection(
         name=name,
         rows=len(verdicts) + len(failed),
         not_fetched=not_fetched,
+        denied=denied_by,
         rules=[
             RuleCount(name=NOT_IN_UIDS, condition=condition, rejected=rejected, marginal=rejected, nulls=len(without))
         ],
@@ -89,7 +92,7 @@ def select_uids(data: Data, name: str, path: Path) -> Selection:
         quantiles={},
         warnings=[] if inside.any() else [f"no fetched row has a uid that is in {path}"],
     )
-    fetched_keys = np.concatenate([known, without])
+    fetched_keys = np.concatenate([known, without, denied])
     more = {"uids": str(path.absolute())}
     write_selection(data, selection, fetched_keys, verdicts, failed, config=config, inputs=inputs, more=more)
     return selection

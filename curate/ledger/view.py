@@ -6,6 +6,7 @@ DuckDB itself may touch no file (curate.ledger.sql): the tables reach it as pyar
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError, nearest
@@ -223,15 +225,48 @@ def column_types(found: Sequence[LedgerTable]) -> tuple[dict[str, str], dict[str
 
 
 def recorded_columns(found: Sequence[LedgerTable]) -> dict[str, dict[str, Any]]:
-    """What records say of annotators' columns: name -> type, scale, unit, meaning, unsafe, and what made it."""
+    """What records say of annotators' columns: name -> type, scale, unit, meaning, unsafe, hidden, and what made it."""
     facts = dict[str, dict[str, Any]]()
     for table in found[1:]:
         if "similarity" in table.columns:
             continue
         record = {k: v for k, v in table.facts[0].items() if k not in ("inputs", "outputs", "self", "count")}
+        record |= {"notes": notes} if (notes := notes_of(table.facts)) else {}
+        record.pop("counts", None)  # of its shard alone; notes have the sums
         specs = record.pop("columns", {})
         facts |= {column: {**specs.get(column, {}), **record} for column in table.columns}
     return facts
+
+
+def notes_of(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The sentences that an annotator's records ask to be repeated, each once; and of how many images they say what."""
+    notes, counts = dict[str, None](), Counter[str]()
+    for record in records:
+        notes |= dict.fromkeys(str(note) for note in record.get("notes") or ())
+        counts.update(record.get("counts") or {})
+    return [*notes, *(f"{count:,} image{'' if count == 1 else 's'} {what}" for what, count in counts.items())]
+
+
+def hidden_columns(found: Sequence[LedgerTable]) -> dict[str, str]:
+    """The columns that say which images must not be seen (`ColumnSpec.hidden`), and the table of each."""
+    hidden = [column for column, facts in recorded_columns(found).items() if facts.get("hidden")]
+    return {column: table.name for column in hidden for table in found[1:] if column in table.columns}
+
+
+def hidden_condition(columns: Iterable[str]) -> str:
+    """SQL that is true of what such columns hide, and false of all else."""
+    return " OR ".join(f"coalesce({quote(c)}, false)" for c in columns) or "false"
+
+
+def hidden_keys(found: Sequence[LedgerTable], shard: int) -> set[str]:
+    """The keys of the images of a shard that must not be seen."""
+    keys = set[str]()
+    for column, name in hidden_columns(found).items():
+        table = next(t for t in found if t.name == name).of([shard])
+        for file in table.files:
+            rows = pq.read_table(file, columns=[table.key, column])
+            keys.update(rows.filter(pc.fill_null(rows[column], False))[table.key].to_pylist())
+    return keys
 
 
 def recorded_scales(found: Sequence[LedgerTable]) -> dict[str, tuple[float, float]]:

@@ -30,7 +30,8 @@ from aesthetic.errors import UserError
 from aesthetic.files import atomic, scratch_path, write_atomic
 from aesthetic.untrusted import markdown, markdown_code
 from curate.layout import Data, shard_name
-from curate.ledger.rules import KEPT
+from curate.ledger.balance import balance_words
+from curate.ledger.rules import DENIED, KEPT, NOT_FETCHED, read_rules
 from curate.ledger.schema import RESERVED, list_name, stored_name
 from curate.ledger.select import NothingKept, Selection, load_selection
 from curate.ledger.sql import batches, quote
@@ -38,6 +39,8 @@ from curate.ledger.view import (
     LedgerTable,
     current_tables,
     fetched_columns,
+    hidden_columns,
+    notes_of,
     open_ledger,
     recorded_columns,
     table_digests,
@@ -90,7 +93,11 @@ def pack(
     made_from: Mapping[str, str] = read_record(data.selection_record(name))["inputs"]
     all_tables = tables(data)
     now = table_digests(all_tables)
-    if stale := [t for t in made_from if t in now and now[t] != made_from[t]]:
+    stale = [t for t in made_from if t in now and now[t] != made_from[t]]
+    stale += sorted(
+        {*hidden_columns(all_tables).values()} - made_from.keys()
+    )  # what says which images must not be seen
+    if stale:
         raise UserError(
             f"the selection {name} was made before {', '.join(stale)} changed. "
             f"`tastemaker select {data.root} --name {name}` makes it anew."
@@ -99,6 +106,8 @@ def pack(
     if not selection.kept:
         if not selection.fetched:
             raise NothingKept(f"the selection {name} kept nothing: none of {selection.rows:,} rows has an image")
+        if sum(selection.denied.values()) == selection.fetched:
+            raise NothingKept(f"the selection {name} kept nothing: all of {selection.fetched:,} images are denied")
         hardest = max(selection.rules, key=lambda r: r.marginal)
         raise NothingKept(
             f"the selection {name} kept none of {selection.fetched:,} images. "
@@ -372,10 +381,11 @@ def _card(facts: Mapping[str, Any], selection: Selection, columns: Sequence[str]
         "|---|--:|--:|--:|---|",
     ]
     reasons = ", ".join(f"{r} {n:,}" for r, n in selection.not_fetched.items())
-    table = [("not_fetched", "", reasons)] + [
+    denied = ", ".join(f"{markdown_code(column)} {n:,}" for column, n in selection.denied.items())
+    table = [(NOT_FETCHED, "", reasons), *([(DENIED, "", denied)] if denied else [])] + [
         (r.name, f"{r.marginal:,}", markdown_code(r.condition)) for r in selection.rules
     ]
-    for verdict, marginal, text in [*table, ("kept", "", "")]:
+    for verdict, marginal, text in [*table, (KEPT, "", "")]:
         rows = selection.funnel[verdict]
         lines.append(f"| {markdown(verdict)} | {rows:,} | {rows / total:.1%} | {marginal} | {text} |")
     lines += [
@@ -384,6 +394,10 @@ def _card(facts: Mapping[str, Any], selection: Selection, columns: Sequence[str]
         "*Marginal* is what a rule would reject without the others.",
         "",
     ]
+    for column, became in selection.clusters.items():
+        lines += [f"{markdown_code(column)}: {balance_words(became)}.", ""]
+    if notes := _notes(facts["columns"], selection):
+        lines += ["Of what these columns say:", "", *(f"- {markdown(note)}" for note in notes), ""]
     if facts["columns"] or facts["space"]:
         lines += ["## What the columns were made by", ""]
         if encoder := facts["space"].get("encoder"):
@@ -408,3 +422,11 @@ def _card(facts: Mapping[str, Any], selection: Selection, columns: Sequence[str]
         "",
     ]
     return "\n".join(lines)
+
+
+def _notes(columns: Mapping[str, Mapping[str, Any]], selection: Selection) -> list[str]:
+    """What is to be known of the columns that decided: those that a rule names, and those that hide images."""
+    rules = read_rules({r.name: r.condition for r in selection.rules}, columns)
+    named = {c for rule in rules.values() if rule for c in rule.columns}
+    decided = (made for column, made in columns.items() if column in named or made.get("hidden"))
+    return notes_of(decided)

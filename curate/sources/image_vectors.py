@@ -59,7 +59,8 @@ class ImageVectors(ABC):
 
 
 class DataFolderVectors(ImageVectors):
-    """The embedded images of a data folder. Vectors are read from their files, and no image is opened for them."""
+    """The embedded images of a data folder, without those that must not be seen. Vectors are read from their files, and
+    no image is opened for them."""
 
     missing = "no vector"
 
@@ -67,16 +68,19 @@ class DataFolderVectors(ImageVectors):
         import pandas as pd
         import pyarrow.parquet as pq
 
+        from curate.ledger.view import hidden_keys, tables
         from curate.store.ownership import open_data
 
         self.data = open_data(root)
         self.root, self._text_encoder = self.data.root, text_encoder
         parts = []
         if self.data.space.exists():
+            found = tables(self.data)
             for shard in (s.shard for s in self.data.plan.shards):
                 if self.data.embedded_record(shard).exists():
                     keys = pq.read_table(self.data.metadata(shard), columns=["key"])["key"].to_numpy()
-                    parts.append(pd.DataFrame({"key": keys, "shard": shard, "row": np.arange(len(keys))}))
+                    part = pd.DataFrame({"key": keys, "shard": shard, "row": np.arange(len(keys))})
+                    parts.append(part[~part["key"].isin(hidden_keys(found, shard))])
         if not parts:
             raise UserError(f"{self.root} holds no vectors yet. `tastemaker embed {self.root}` makes them.")
         self.space = Space.load(self.data.space)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
+from aesthetic.untrusted import printable
 from curate.store.files import read_json
 from pipelines.options import Options, Result, argument, command
 
@@ -32,6 +33,8 @@ def run(options: StatusOptions) -> Result:
 def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, Any], str]:
     """Where a run stands: shards per stage, outcomes, selections; and the next command."""
     from curate.ledger.schema import Reason, Status
+    from curate.ledger.view import notes_of
+    from curate.store.records import read_record
     from curate.verify import command_again
     from curate.workers import transient_failures
     from pipelines.checks import old_columns, refuse_denied
@@ -52,9 +55,19 @@ def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, An
     if failures:
         say("          " + " · ".join(f"{reason} {n:,}" for reason, n in failures))
     say(f"embedded  {embedded:,}/{shards:,} shards")
-    annotated = {name: len(data.shards(partial(data.annotations_record, name))) for name in data.annotated()}
-    for name, count in annotated.items():
-        say(f"annotated {count:,}/{shards:,} shards   {name}")
+    annotated, notes, recall = dict[str, int](), dict[str, list[str]](), dict[str, Any]()
+    for name in data.annotated():
+        made = [
+            read_record(data.annotations_record(name, s)) for s in data.shards(partial(data.annotations_record, name))
+        ]
+        annotated[name] = len(made)
+        say(f"annotated {len(made):,}/{shards:,} shards   {name}")
+        if noted := notes_of(made):
+            notes[name] = noted
+            for note in noted:
+                say(f"          {printable(note, 500)}")
+        if measured := [record["recall"] for record in made if "recall" in record]:
+            recall[name] = measured[-1]
     if note := old_columns(data):
         say(f"old       {note}")
     selections = selections_there(data)
@@ -69,6 +82,8 @@ def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, An
         "fetched": len(fetched),
         "embedded": embedded,
         "annotated": annotated,
+        "notes": notes,
+        "recall": recall,
         "outcomes": outcomes,
         "selected": selections,
     }
@@ -106,20 +121,21 @@ def selections_there(data: Data) -> dict[str, dict[str, Any]]:
     """Each selection: rows kept, why it is `stale` (nothing: it is not), and whether it is `packed`: "now", an "older"
     state of it, or None."""
     from curate.ledger.select import changed_since, remembered
-    from curate.ledger.view import table_digests, tables
+    from curate.ledger.view import hidden_columns, table_digests, tables
     from pipelines.recipe import stored_recipe
 
     recipe, found = stored_recipe(data), dict[str, dict[str, Any]]()
     names = data.selections()
     try:
-        now = table_digests(tables(data)) if names else {}
+        found_tables = tables(data) if names else []
     except UserError:  # nothing is fetched any more: the folder is being made again
-        now = {}
+        found_tables = []
+    now, hidden = table_digests(found_tables), hidden_columns(found_tables).values()
     for name in names:
         record = read_json(data.selection_record(name))
         if not isinstance(record, dict) or "kept" not in record:
             continue
-        changed = changed_since(data, name, now)
+        changed = changed_since(data, name, now, hidden)
         stale = [f"stale: {', '.join(changed)} changed since"] if changed else []
         try:
             before = remembered(data, name)
