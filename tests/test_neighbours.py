@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from small_data import REASONS, SHARD_SIZE, make_data, write_column
+from small_near import plan_near, search, unit, write_near
 
+from aesthetic.chunks import thread_map
 from aesthetic.errors import UserError
 from curate.layout import Data
 from curate.ledger.neighbours import FACT, FILE, far_from_best, write_neighbours
@@ -91,3 +94,34 @@ def test_best_of_splits_a_group_whose_ends_are_not_near_each_other(tmp_path: Pat
     file.write_bytes(b"")
     with pytest.raises(UserError, match=r"is not what it was when dup was made. Remove annotated/dup"):
         kept("best_of(dup, width)")
+
+
+def test_every_rejected_image_of_a_search_is_near_one_that_stays(tmp_path: Path) -> None:
+    """Chains of vectors, each within the threshold of the next, and copies: what `best_of` rejects is compared with all
+    that it keeps."""
+    rng, size, cosine = np.random.default_rng(0), 200, 0.96
+    data = plan_near(tmp_path / "near", 2 * size, size)
+    angle = np.arccos(cosine) * 0.8  # every second one of a chain is too far
+    turns = np.tile(np.arange(5) * angle, 2 * size // 5)
+    planes = np.repeat(np.arange(2 * size // 5), 5)
+    x = np.zeros((2 * size, 4 * size // 5), np.float32)
+    x[np.arange(2 * size), 2 * planes], x[np.arange(2 * size), 2 * planes + 1] = np.cos(turns), np.sin(turns)
+    x = unit(x[rng.permutation(2 * size)])
+    x[300:] = x[rng.integers(0, 300, 100)]
+    for shard in range(2):
+        write_near(data, shard, size, vectors=x[shard * size : (shard + 1) * size])
+    search(data, cosine=cosine)
+
+    selection = select(data, SelectConfig(name="s", rules={"once": "best_of(dup, hash(key) % 1000)"}))
+    verdicts = np.array(pq.read_table(data.verdicts("s"))["verdict"].to_pylist())
+    y = x.astype(np.float32)
+    y /= np.linalg.norm(y, axis=1, keepdims=True)
+    near = y[verdicts == "once"] @ y[verdicts == "kept"].T >= cosine - 1e-3
+    assert near.any(axis=1).all() and len(near) > 100
+    facts = selection.rules[0].groups["dup"]
+    assert facts["split"] > 10 and selection.kept > facts["groups"]
+    search(data, cosine=cosine)
+    before = (data.index("dup") / FILE).read_bytes()
+    shutil.rmtree(data.annotations("dup", 0).parent)
+    search(data, cosine=cosine, map=thread_map)
+    assert (data.index("dup") / FILE).read_bytes() == before
