@@ -36,10 +36,13 @@ MODES = {
     "phash 4": "{use: near-duplicates, phash: 4}",
     "phash 8": "{use: near-duplicates, phash: 8}",
     "phash 8, pdq 60": "{use: near-duplicates, phash: 8, pdq: 60}",
+    "phash 12, pdq 70": "{use: near-duplicates, phash: 12, pdq: 70}",
     "cosine 0.95": "{use: near-duplicates, cosine: 0.95}",
     "cosine 0.90": "{use: near-duplicates, cosine: 0.9}",
+    "cosine 0.8, cosine_pdq 90": "{use: near-duplicates, cosine: 0.8, cosine_pdq: 90}",
     "phash 8, cosine 0.95": "{use: near-duplicates, phash: 8, cosine: 0.95}",
     "the same, mirror": "{use: near-duplicates, phash: 8, cosine: 0.95, mirror: true}",
+    "widest": "{use: near-duplicates, phash: 12, pdq: 70, cosine: 0.8, cosine_pdq: 90, mirror: true}",
 }
 """What is shown of a mode -> its spec."""
 
