@@ -178,7 +178,7 @@ def _search(run: TableRun, table: Table, work: Path) -> tuple[Array, dict[str, A
         distinct[hashes.first[~hashes.mirrored]] = True
         measure = partial(measured_recall, table, work, config, "bits", distinct, 0.0, run_map=run.map)
         recalls.append(
-            lambda pairs, group: ("pdq", measure(pairs, group), f"images within {modes.pdq} bits of a PDQ hash")
+            lambda pairs, group: ("pdq", measure(pairs, group), f"pairs with different PDQ hashes within {modes.pdq} bits")
         )
     if modes.captions:
         open_pairs.append(equal_captions(table, own))
@@ -192,7 +192,7 @@ def _search(run: TableRun, table: Table, work: Path) -> tuple[Array, dict[str, A
             lambda pairs, group: (
                 "cosine",
                 by_cosine(pairs, group),
-                f"images with a cosine of {modes.cosine:g} or more",
+                f"pairs with a cosine of {modes.cosine:g} or more",
             )
         )
     pairs = _with_distances(run, table, known, open_pairs)
