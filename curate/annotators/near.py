@@ -96,7 +96,7 @@ class Near(TableAnnotator):
 
     @property
     def _set(self) -> str:
-        return "what must not be in" if self.options.deny else self.path.name
+        return "what must not be in" if self.options.deny else f"the protected set {self.path.name}"
 
     @cached_property
     def digest(self) -> str:
@@ -156,10 +156,10 @@ class Near(TableAnnotator):
     def _facts(self, prepared: Prepared, counts: dict[str, int]) -> dict[str, Any]:
         """What the record of a shard says; names and places of what must not be in stay out of it."""
         deny, lost = self.options.deny, prepared.unreadable
-        notes = [f"compared with {prepared.images:,} {self._kind}" + ("" if deny else f" of {self.path.name}")]
+        notes = [f"compared with {prepared.images:,} {self._kind} of {self._set}"]
         if lost:
             some = "" if deny else f": {prepared.some_unreadable}"
-            notes.append(f"{lost:,} images of the protected set can't be read, so nothing was compared with them{some}")
+            notes.append(f"{lost:,} of its images can't be read, so nothing was compared with them{some}")
         notes += [LIMITS_OF_BITS] if self._of_bits else []
         notes += [LIMITS_OF_COSINES] if self._cosine else []
         against = {} if deny else {"against": str(self.path)}

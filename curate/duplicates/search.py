@@ -28,6 +28,8 @@ from curate.duplicates.recall import measured_recall, recall_sentence
 from curate.duplicates.rows import CAPTION, FLAT, SHA, Array, Modes, Table, make_rows, read_rows
 from curate.duplicates.vectors import PAIR, as_pairs, check_vectors, pair_cosines, unique_pairs
 from curate.encoders.embed import images_of
+from curate.layout import Data
+from curate.ledger.neighbours import FACT, FILE, write_neighbours
 from curate.store.files import digest, read_json
 from curate.store.records import commit, is_done, output_digests, read_record
 
@@ -36,6 +38,7 @@ ANSWER = np.dtype([("group", "<i8"), ("size", "<i4"), ("nearest", "<f4"), ("of",
 other image, NaN where none was found; and which that is, -1 where none was."""
 
 _ALL_PAIRS = 16  # images with one caption, up to which each is paired with each
+_KNOWN_PAIRS = 64  # of an image, as many as are kept for certain (aesthetic.neighbours.cell_pairs; perceptual)
 _TASK_PAIRS = 100_000
 
 
@@ -43,7 +46,8 @@ def find_groups(run: TableRun, modes: Modes, config: str) -> tuple[Table, Array,
     """The groups of all images: the table, its ANSWER (n,), and the facts of the record. config: of the annotator."""
     table = _table(run, modes)
     root, record = table.data.root, table.index / "groups.json"
-    if not is_done(root, record, config=config, inputs={"images": table.digest}):
+    done = is_done(root, record, config=config, inputs={"images": table.digest})
+    if not done or not (table.index / FILE).is_file():
         check_memory(table, check_vectors(table) if modes.cosine is not None else 0)
         work = table.index / f"work-{digest([config, table.digest])}"
         _clear(table.index, keep=work)
@@ -210,7 +214,29 @@ def _search(run: TableRun, table: Table, work: Path) -> tuple[Array, dict[str, A
         facts["recall"][name] = found
         facts["notes"].append(recall_sentence(found, what))
     facts["notes"] += _limits(modes)
+    facts[FACT] = keep_neighbours(table, first, group, pairs)
     return answer, facts
+
+
+def keep_neighbours(table: Table, first: Array, group: Array, pairs: Array) -> str:
+    """Keep which members of groups are near each other, for `best_of`; the file's sha256.
+
+    Not of groups with so many different images that not all of their pairs were looked for.
+    """
+    keys = np.concatenate([image_keys(table.data, s) for s in table.shards] or [np.zeros(0, np.uint64)])
+    copies = np.flatnonzero(first != np.arange(len(first)))
+    a, b = first[pairs["a"]], first[pairs["b"]]
+    stands = np.flatnonzero((first == np.arange(len(first))) & (group >= 0))
+    different = np.bincount(group[stands], minlength=len(first))
+    near = (a != b) & (group[a] == group[b]) & (group[a] >= 0)
+    near[near] = different[group[a[near]]] <= (_ALL_PAIRS if table.modes.captions else _KNOWN_PAIRS)
+    linked = np.unique(np.sort(np.stack([a[near], b[near]], 1), axis=1), axis=0)
+    return write_neighbours(table.index / FILE, np.stack([keys[copies], keys[first[copies]]], 1), keys[linked])
+
+
+def image_keys(data: Data, shard: int) -> Array:
+    """The keys of a shard's images, as numbers (n,) uint64."""
+    return images_of(data, shard, ["key"])["key"].cast(pa.uint64()).to_numpy()
 
 
 def equal_files(table: Table) -> Array:

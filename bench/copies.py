@@ -1,0 +1,242 @@
+"""Which planted copies each mode of `near-duplicates` finds, and what it takes for a copy; beside other tools.
+
+    python -m bench.copies PHOTOGRAPHS                          300 photographs, each kind of copy: half an hour
+    python -m bench.copies PHOTOGRAPHS --kinds grey mirrored    only these; results add up in WORK/results.json
+    python -m bench.copies PHOTOGRAPHS --imagededup PYTHON --fastdup PYTHON     interpreters that have these
+
+Each kind has a folder of its own, which holds each photograph and one copy of it, and is curated and annotated by
+`tastemaker` as anybody's would be. "together" is all photographs and all copies in one folder. Photographs whose names
+differ in their last digits only are of one theme, and the trap: different images of one thing. "alike" and "chains" are
+images that must not be found, or not all as one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bench.planted import BETWEEN, KINDS, alike, chain, plant
+from curate.layout import Data
+from curate.store.ownership import open_data
+from train.evaluate.figures import share
+
+MODES = {
+    "equal bytes": "{use: near-duplicates}",
+    "phash 4": "{use: near-duplicates, phash: 4}",
+    "phash 8": "{use: near-duplicates, phash: 8}",
+    "phash 8, pdq 60": "{use: near-duplicates, phash: 8, pdq: 60}",
+    "cosine 0.95": "{use: near-duplicates, cosine: 0.95}",
+    "cosine 0.90": "{use: near-duplicates, cosine: 0.9}",
+    "phash 8, cosine 0.95": "{use: near-duplicates, phash: 8, cosine: 0.95}",
+    "the same, mirror": "{use: near-duplicates, phash: 8, cosine: 0.95, mirror: true}",
+}
+"""What is shown of a mode -> its spec."""
+
+RECIPE = """\
+images: {size: 512, mode: keep_ratio, only_if_bigger: true, quality: 95}
+embed: {encoder: bundled}
+columns: {pdq: {use: pdq, mirror: true}}
+select: {name: all, rules: {}}
+"""
+TOGETHER, ALIKE, CHAINS = "together", "alike", "chains"
+
+Found = list[set[str]]
+"""Groups of file names; a peer's pairs are groups of two."""
+
+
+def main() -> None:
+    """Plant, curate, annotate, compare; print tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photographs", type=Path, metavar="PHOTOGRAPHS", help="a folder of .jpg")
+    parser.add_argument("--work", type=Path, default=Path("bench-copies"), help="where folders and results lie")
+    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--kinds", nargs="*", default=[*KINDS, TOGETHER, ALIKE, CHAINS])
+    parser.add_argument("--imagededup", metavar="PYTHON", help="a Python that has imagededup")
+    parser.add_argument("--fastdup", metavar="PYTHON", help="a Python that has fastdup")
+    asked = parser.parse_args()
+    files = sorted(asked.photographs.glob("*.jpg"))
+    files = [files[i * len(files) // asked.count] for i in range(min(asked.count, len(files)))]
+    results = asked.work / "results.json"
+    for kind in asked.kinds:
+        folder = asked.work / re.sub(r"\W+", "-", kind)
+        if not (folder / "images").exists():
+            _make(kind, files, folder / "making")
+            (folder / "making").rename(folder / "images")
+        data = curated(folder)
+        rows = data.ledger.df().sort_values("key")
+        found = {mode: groups(rows, _column(mode)) for mode in MODES}
+        if kind == CHAINS:
+            result: dict[str, Any] = {mode: chained(data, rows, mode, _column(mode)) for mode in MODES}
+        else:
+            found |= peers(folder, data, rows, asked)
+            score = kept_apart if kind == ALIKE else compared
+            result = {who: score(where, rows["url"].tolist()) for who, where in found.items()}
+        known = json.loads(results.read_text()) if results.exists() else {}
+        results.write_text(json.dumps(known | {kind: result}, indent=1))
+        print(kind, json.dumps(result), flush=True)
+    print("\n" + tables(json.loads(results.read_text())))
+
+
+def _make(kind: str, files: Sequence[Path], folder: Path) -> None:
+    if kind == ALIKE:
+        alike(folder)
+    elif kind == CHAINS:
+        chain(files[::30], folder)
+    else:
+        plant(files, folder, KINDS if kind == TOGETHER else [kind])
+
+
+def curated(folder: Path) -> Data:
+    """A folder's images, curated and annotated by the command line: what it has done before it does not do again."""
+    (folder / "recipe.yaml").write_text(RECIPE)
+    command = [sys.executable, "-m", "pipelines.cli"]
+    curate = ["curate", str(folder / "images"), "--out", str(folder / "data"), "--recipe", str(folder / "recipe.yaml")]
+    if not (folder / "data" / "selected").exists():
+        subprocess.run([*command, *curate], check=True, stdout=subprocess.DEVNULL)
+    specs = [f"{_column(mode)}={spec}" for mode, spec in MODES.items()]
+    subprocess.run([*command, "annotate", str(folder / "data"), *specs], check=True, stdout=subprocess.DEVNULL)
+    return open_data(folder / "data")
+
+
+def _column(mode: str) -> str:
+    return "m_" + re.sub(r"\W+", "_", mode)
+
+
+def groups(rows: pd.DataFrame, column: str) -> Found:
+    """The files of each group."""
+    return [set(names) for _, names in rows[rows[column].notna()].groupby(column)["url"]]
+
+
+def peers(folder: Path, data: Data, rows: pd.DataFrame, asked: argparse.Namespace) -> dict[str, Found]:
+    """What others find in the same images; and faiss, used plainly on the same vectors."""
+    import faiss
+
+    vectors = np.concatenate([np.load(data.image_vectors(s.shard)) for s in data.plan.shards]).astype(np.float32)
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors)
+    limits, _, near = index.range_search(vectors, 0.95)
+    names = rows["url"].tolist()
+    of = np.repeat(np.arange(len(vectors)), np.diff(limits.astype(np.int64)))
+    found = {"faiss IndexFlatIP, 0.95": [{names[a], names[b]} for a, b in zip(of, near, strict=True) if a < b]}
+    for tool in ("imagededup", "fastdup"):
+        python, out = getattr(asked, tool), folder / f"{tool}.json"
+        if python:
+            script = str(Path(__file__).with_name("copies_peer.py"))
+            subprocess.run(
+                [python, script, tool, str(folder / "images"), str(out)], check=True, stdout=subprocess.DEVNULL
+            )
+            found |= {who: [set(pair) for pair in pairs] for who, pairs in json.loads(out.read_text()).items()}
+    return found
+
+
+def photograph(name: str) -> str:
+    """That of which a file is a copy."""
+    return Path(name).stem.split(BETWEEN)[0]
+
+
+def theme(name: str) -> str:
+    return photograph(name).rstrip("0123456789")
+
+
+def compared(found: Found, names: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """recall: copies that lie in a group (or a pair) with their photograph, of all.    precision: pairs of files in one
+    group that are of one photograph, of all pairs in one group.    trap: pairs of photographs of one theme that lie in
+    one group, of all such pairs."""
+    pairs = {frozenset(p) for group in found for p in combinations(sorted(group), 2)}
+    right = sum(len({photograph(n) for n in pair}) == 1 for pair in pairs)
+    own = {photograph(n): n for n in names if BETWEEN not in n}
+    copies = [n for n in names if BETWEEN in n]
+    themes = defaultdict(list)
+    for name in own.values():
+        themes[theme(name)].append(name)
+    trap = [frozenset(p) for members in themes.values() for p in combinations(members, 2)]
+    return {
+        "recall": (sum(frozenset((n, own[photograph(n)])) in pairs for n in copies), len(copies)),
+        "precision": (right, len(pairs)),
+        "trap": (sum(p in pairs for p in trap), len(trap)),
+    }
+
+
+def kept_apart(found: Found, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Of each class of look-alikes, how many images lie in a group, of all."""
+    grouped, counts = set[str]().union(*found), defaultdict(lambda: [0, 0])
+    for name in names:
+        counts[photograph(name)][0] += name in grouped
+        counts[photograph(name)][1] += 1
+    return {name: (hits, n) for name, (hits, n) in counts.items()}
+
+
+def chained(data: Data, rows: pd.DataFrame, mode: str, column: str) -> dict[str, int]:
+    """Groups of the views, the size of the largest, and how many groups lack a member that all others are near."""
+    bits, pdq, cosine = (re.search(rf"{what}: ([\d.]+)", MODES[mode]) for what in ("phash", "pdq", "cosine"))
+    vectors = np.concatenate([np.load(data.image_vectors(s.shard)) for s in data.plan.shards]).astype(np.float64)
+    near = np.eye(len(rows), dtype=bool)
+    if cosine:
+        near |= vectors @ vectors.T >= float(cosine[1]) - 1e-3
+    if bits:
+        within = []
+        for name, most in (("phash", int(bits[1])), ("pdq_hash", int(pdq[1]) if pdq else 31)):
+            words = [bytes.fromhex(text or "") for text in rows[name]]
+            unpacked = np.stack([np.unpackbits(np.frombuffer(w, np.uint8)) for w in words])
+            within.append((unpacked[:, None] != unpacked[None]).sum(-1) <= most)
+        near |= within[0] & within[1]
+    members = [np.flatnonzero(rows[column] == group) for group in rows[column].dropna().unique()]
+    lacking = sum(not near[np.ix_(m, m)].all(1).any() for m in members)
+    return {
+        "images": len(rows),
+        "groups": len(members),
+        "largest": max(map(len, members), default=0),
+        "no centre": lacking,
+    }
+
+
+def tables(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown: recall, then precision by kind and mode; the trap; look-alikes; chains."""
+    kinds = [kind for kind in [*KINDS, TOGETHER] if kind in results]
+    who = list(results[kinds[0]]) if kinds else []
+    parts = []
+    for figure in ("recall", "precision"):
+        parts += [f"{figure}:", "", _line([figure, *who]), "|---" * (len(who) + 1) + "|"]
+        parts += [_line([kind, *(_share(*results[kind][w][figure]) for w in who)]) for kind in kinds]
+        if figure == "precision":
+            traps = [[results[k][w]["trap"] for k in kinds] for w in who]
+            parts.append(_line(["pairs of the trap, of all", *(f"{max(t)[0]} of {t[0][1]}" for t in traps)]))
+        parts.append("")
+    for kind in (ALIKE, CHAINS):
+        if kind in results:
+            found = results[kind]
+            figures = list(next(iter(found.values())))
+            parts += [_line([kind, *found]), "|---" * (len(found) + 1) + "|"]
+            for figure in figures:
+                values = [f[figure] for f in found.values()]
+                cells = [f"{v[0]} of {v[1]}" if isinstance(v, list) else str(v) for v in values]
+                parts.append(_line([figure, *cells]))
+            parts.append("")
+    return "\n".join(parts)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _share(hits: int, n: int) -> str:
+    """A share with Wilson's interval, in per cent."""
+    if n == 0:
+        return "-"
+    found = share(np.repeat([1, 0], [hits, n - hits]))
+    return f"{100 * found['value']:.0f} [{100 * found['low']:.0f}, {100 * found['high']:.0f}]"
+
+
+if __name__ == "__main__":
+    main()
