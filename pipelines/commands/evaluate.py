@@ -17,7 +17,7 @@ from aesthetic.errors import UserError
 from aesthetic.files import write_atomic
 from curate.store.files import local_path, read_json, sha256_file, sweep, write_json
 from pipelines.commands.train import check_data
-from pipelines.options import Options, Result, argument, option, positive_int, read_prompts
+from pipelines.options import Options, Result, argument, command, option, positive_int, read_prompts
 from pipelines.runtime.progress import ProgressBar, format_duration, redirect_output
 
 if TYPE_CHECKING:
@@ -191,4 +191,4 @@ def _outcome(options: EvaluateOptions, facts: dict[str, Any]) -> Result:
     if "memorisation" in facts["figures"]:
         paths["nearest"] = out / "nearest.png"
     text = f"{table(facts)}\nevaluated in {format_duration(facts['seconds'])}\n{summary(facts)}"
-    return Result(text=text, facts=facts, paths=paths, next=f"tastemaker sample {options.model} PROMPT")
+    return Result(text=text, facts=facts, paths=paths, next=command("sample", options.model, "PROMPT"))
