@@ -36,10 +36,13 @@ MODES = {
     "phash 4": "{use: near-duplicates, phash: 4}",
     "phash 8": "{use: near-duplicates, phash: 8}",
     "phash 8, pdq 60": "{use: near-duplicates, phash: 8, pdq: 60}",
+    "phash 12, pdq 70": "{use: near-duplicates, phash: 12, pdq: 70}",
     "cosine 0.95": "{use: near-duplicates, cosine: 0.95}",
     "cosine 0.90": "{use: near-duplicates, cosine: 0.9}",
+    "cosine 0.8, cosine_pdq 90": "{use: near-duplicates, cosine: 0.8, cosine_pdq: 90}",
     "phash 8, cosine 0.95": "{use: near-duplicates, phash: 8, cosine: 0.95}",
     "the same, mirror": "{use: near-duplicates, phash: 8, cosine: 0.95, mirror: true}",
+    "widest": "{use: near-duplicates, phash: 12, pdq: 70, cosine: 0.8, cosine_pdq: 90, mirror: true}",
 }
 """What is shown of a mode -> its spec."""
 
@@ -132,10 +135,10 @@ def peers(folder: Path, data: Data, rows: pd.DataFrame, asked: argparse.Namespac
     for tool in ("imagededup", "fastdup"):
         python, out = getattr(asked, tool), folder / f"{tool}.json"
         if python:
-            script = str(Path(__file__).with_name("copies_peer.py"))
-            subprocess.run(
-                [python, script, tool, str(folder / "images"), str(out)], check=True, stdout=subprocess.DEVNULL
-            )
+            if not out.exists():
+                script = str(Path(__file__).with_name("copies_peer.py"))
+                command = [python, script, tool, str(folder / "images"), str(out)]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             found |= {who: [set(pair) for pair in pairs] for who, pairs in json.loads(out.read_text()).items()}
     return found
 
@@ -202,27 +205,31 @@ def chained(data: Data, rows: pd.DataFrame, mode: str, column: str) -> dict[str,
 
 
 def tables(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown: recall, then precision by kind and mode; the trap; look-alikes; chains."""
+    """Markdown: recall by kind, and what was taken for copies, of our modes, of others; precision by kind; chains."""
     kinds = [kind for kind in [*KINDS, TOGETHER] if kind in results]
-    who = list(results[kinds[0]]) if kinds else []
+    found = list(results[kinds[0]]) if kinds else []
+    sides = [[w for w in found if w in MODES], [w for w in found if w not in MODES]]
     parts = []
-    for figure in ("recall", "precision"):
-        parts += [f"{figure}:", "", _line([figure, *who]), "|---" * (len(who) + 1) + "|"]
-        parts += [_line([kind, *(_share(*results[kind][w][figure]) for w in who)]) for kind in kinds]
-        if figure == "precision":
-            traps = [[results[k][w]["trap"] for k in kinds] for w in who]
-            parts.append(_line(["pairs of the trap, of all", *(f"{max(t)[0]} of {t[0][1]}" for t in traps)]))
+    for who in filter(None, sides):
+        parts += [_line(["recall, %", *who]), "|---" * (len(who) + 1) + "|"]
+        parts += [_line([kind, *(_share(*results[kind][w]["recall"]) for w in who)]) for kind in kinds]
+        single = [kind for kind in kinds if kind != TOGETHER]
+        pooled = [[sum(results[k][w]["precision"][side] for k in single) for side in (0, 1)] for w in who]
+        parts.append(_line(["precision, %, of all kinds", *(_share(*p) for p in pooled)]))
+        traps = [max(results[k][w]["trap"] for k in kinds) for w in who]
+        parts.append(_line(["pairs of the trap taken for copies", *(f"{hits} of {n}" for hits, n in traps)]))
+        for kind in next(iter(results[ALIKE].values())) if ALIKE in results else ():
+            counts = [results[ALIKE][w][kind] for w in who]
+            parts.append(_line([f"{kind}: in a group", *(f"{hits} of {n}" for hits, n in counts)]))
         parts.append("")
-    for kind in (ALIKE, CHAINS):
-        if kind in results:
-            found = results[kind]
-            figures = list(next(iter(found.values())))
-            parts += [_line([kind, *found]), "|---" * (len(found) + 1) + "|"]
-            for figure in figures:
-                values = [f[figure] for f in found.values()]
-                cells = [f"{v[0]} of {v[1]}" if isinstance(v, list) else str(v) for v in values]
-                parts.append(_line([figure, *cells]))
-            parts.append("")
+    for who in filter(None, sides):
+        parts += [_line(["precision, %", *who]), "|---" * (len(who) + 1) + "|"]
+        parts += [_line([kind, *(_share(*results[kind][w]["precision"]) for w in who)]) for kind in kinds] + [""]
+    if CHAINS in results:
+        modes = results[CHAINS]
+        parts += [_line([CHAINS, *modes]), "|---" * (len(modes) + 1) + "|"]
+        for figure in next(iter(modes.values())):
+            parts.append(_line([figure, *(str(mode[figure]) for mode in modes.values())]))
     return "\n".join(parts)
 
 

@@ -99,9 +99,13 @@ class Near(TableAnnotator):
         return "what must not be in" if self.options.deny else f"the protected set {self.path.name}"
 
     @cached_property
+    def _content(self) -> str:
+        return digest_of(self.path)
+
+    @cached_property
     def digest(self) -> str:
         """Of what is in the protected set, and of how it is compared."""
-        return digest([self.name, digest_of(self.path), self._of_bits, self._cosine, self._within, self.options.deny])
+        return digest([self.name, self._content, self._of_bits, self._cosine, self._within, self.options.deny])
 
     def check(self, space: Space | str) -> None:
         """UserError where vectors are not as long as those of the space."""
@@ -117,7 +121,7 @@ class Near(TableAnnotator):
                 f"columns.{run.name} compares vectors, and shard {bare[0]:05d} has none yet. "
                 f"`tastemaker embed {run.data.root}` makes them."
             )
-        prepared = prepare(self.path, digest_of(self.path), run, cosine=self._cosine, named=not self.options.deny)
+        prepared = prepare(self.path, self._content, run, cosine=self._cosine, named=not self.options.deny)
         names = load_protected(prepared.folder, prepared.config).names
         hashes = f"{run.needs['pdq']}_hash" if "pdq" in run.needs else "phash" if self._of_bits else None
         task = functools.partial(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from aesthetic.untrusted import open_vectors
-from curate.duplicates.rows import Array, Table, keep_array, read_rows
+from curate.duplicates.rows import Array, Table, hashes_agree, keep_array, read_rows
 from curate.duplicates.vectors import PAIR, gather
 
 SAMPLE = 1000
@@ -138,7 +138,8 @@ def _by_cosine(table: Table, at: int, rows: Array, sample: Array) -> list[Array]
         some = _spread(np.searchsorted(i, np.arange(len(ours) + 1)), most)
         i, j = i[some], j[some]
         exact = np.einsum("ij,ij->i", ours[i], theirs[j])
-        found.append(_pairs(sample[i], table.offsets[at] + part[j], exact, exact >= cosine))
+        one, other = sample[i], table.offsets[at] + part[j]
+        found.append(_pairs(one, other, exact, (exact >= cosine) & hashes_agree(table, one, other)))
     return found
 
 

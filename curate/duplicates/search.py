@@ -144,7 +144,7 @@ def check_memory(table: Table, dim: int) -> None:
 
 def memory_needed(modes: Modes, images: int, dim: int) -> int:
     """Bytes, about: of this process, and of a task on each core."""
-    each = 150 + (150 if modes.phash is not None else 0) + (150 if modes.mirror else 0) + (60 if modes.captions else 0)
+    each = 150 + (150 if modes.hashes else 0) + (150 if modes.mirror else 0) + (60 if modes.captions else 0)
     task = (400 << 20) + 16 * images if dim else 16 * images
     return images * each + cpus() * task + (4 << 30 if dim and images > 10**6 else 500 << 20)
 
@@ -348,7 +348,12 @@ def _limits(modes: Modes) -> list[str]:
             + ("" if modes.mirror else ", mirrored")
             + " or largely written over, and of flat images there are none."
         )
-    if modes.cosine is not None:
+    if modes.cosine_pdq is not None:
+        found.append(
+            "Vectors and PDQ hashes that must both be near don't find copies that were cropped or framed by more than "
+            "about 5%" + ("" if modes.mirror else ", mirrored") + ", or that are small or grey in the encoder's eyes."
+        )
+    elif modes.cosine is not None:
         found.append(
             "A cosine says that two images show alike things in the encoder's eyes, not that one is a copy of the "
             "other; copies that are small, grey or strongly compressed may lie below it."

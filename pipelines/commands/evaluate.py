@@ -54,7 +54,9 @@ class EvaluateOptions(Options):
     def __post_init__(self) -> None:
         if vars(self)["out"] is None:
             if not Path(self.model).is_dir():
-                raise UserError(f"{self.model} is no folder here: say with --out where its evaluation goes")
+                raise UserError(
+                    f"{self.model} is no folder here. Of a model of the hub, say with --out where its figures go"
+                )
             object.__setattr__(self, "out", Path(self.model) / "evaluation")
 
 
