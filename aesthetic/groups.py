@@ -25,7 +25,7 @@ def link_groups(n: int, pairs: npt.NDArray[Any], order: npt.NDArray[Any] | None 
         pairs: (m, 2) indices of rows, in any order; equal pairs count once, and a row is no neighbour of itself.
         order: (n,) which row comes before which, all different; that of the indices by default.
 
-    Linear in the pairs, but for long chains (m log m). About 40 bytes of memory per pair.
+    Linear in the pairs, but for long chains (m log m). About 100 bytes of memory per pair.
     """
     found = np.full(n, -1, np.int64)
     pairs = np.asarray(pairs)

@@ -261,8 +261,8 @@ def _partners(
         before = until[:-1] - np.repeat(until[start] - kept[rows], length)  # of the same query, with smaller ids
         kept += np.bincount(row[certain], minlength=len(x))
         found.append((row * m + column + at)[before < most])
-    code = np.unique(np.concatenate([*found, (np.arange(len(x)) * m + where)[where >= 0]]))
-    row, column = np.divmod(code, max(m, 1))
+    code = np.sort(np.concatenate([*found, (np.arange(len(x)) * m + where)[where >= 0]]))
+    row, column = np.divmod(code[np.flatnonzero(np.diff(code, prepend=-1))], max(m, 1))
     exact = _cosines(x, row, members, order[column])
     row, column, exact = row[exact >= cosine], column[exact >= cosine], exact[exact >= cosine]
     keep = (np.arange(len(row)) - np.searchsorted(row, row) < most) | (where[row] == column)

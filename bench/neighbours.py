@@ -136,7 +136,8 @@ def measure_vectors(folder: Path, n: int, dims: int, cosine: float, cells: int, 
             pairs, _ = cell_pairs(moved[queries], order[queries], moved[members], order[members], cosine)
             found.append(pairs.astype(np.int32))
     with step("groups"):
-        codes = np.unique(np.concatenate([p[:, 0] * np.int64(n) + p[:, 1] for p in found]))
+        codes = np.sort(np.concatenate([p[:, 0] * np.int64(n) + p[:, 1] for p in found]))
+        codes = codes[np.flatnonzero(np.diff(codes, prepend=-1))]
         group = link_groups(n, np.stack(np.divmod(codes, n), 1))
     largest = np.bincount(group[group >= 0], minlength=1).max()
     print(f"  {len(codes):,} pairs; {len(np.unique(group)) - 1:,} groups, the largest of {largest:,}")

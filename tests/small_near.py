@@ -128,7 +128,7 @@ def search(
 ) -> None:
     """Compute the columns `dup` of a data folder, in this process unless `map` does otherwise."""
     columns: Mapping[str, Spec] = {"dup": {"use": "near-duplicates", **options}}
-    if "phash" in options:
+    if "phash" in options or "cosine_pdq" in options:
         columns = {**columns, "pdq": {"use": "pdq", "mirror": options.get("mirror", False)}}
 
     def no_encoder() -> Any:

@@ -61,7 +61,11 @@ def listed(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["curate", "--help"], ["recipe"], ["recipe", "bundled"], ["status"], ["query"], ["select"]]
+    "words",
+    [
+        *(["--help"], ["curate", "--help"], ["recipe"], ["recipe", "bundled"], ["status"], ["query"], ["select"]),
+        *(["heads"], ["heads", "show", "laion-v2"]),
+    ],
 )
 def test_light_commands_load_neither_torch_nor_ray(words: list[str], data: Data) -> None:
     if words[0] in ("status", "query", "select") and len(words) == 1:
@@ -73,7 +77,8 @@ try:
     main({words!r})
 except SystemExit as e:
     assert not e.code
-heavy = {{"torch", "ray", "open_clip", "onnxruntime", "transformers", "sklearn", "matplotlib"}} & sys.modules.keys()
+heavy = {{"torch", "ray", "faiss", "open_clip", "onnxruntime", "transformers", "sklearn", "matplotlib"}}
+heavy &= sys.modules.keys()
 print(heavy or "none", file=sys.stderr, flush=True)
 sys.stdout.flush()
 os._exit(bool(heavy))  # as the console script ends
@@ -94,7 +99,8 @@ from pipelines.cli import main
 for command in {[*COMMANDS]!r}:
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
         main([command, "--help"])
-heavy = "torch ray pyarrow duckdb pandas pydantic cv2 PIL aiohttp open_clip transformers sklearn matplotlib".split()
+heavy = "torch ray pyarrow duckdb pandas pydantic cv2 PIL aiohttp open_clip transformers sklearn matplotlib faiss"
+heavy = [*heavy.split(), "safetensors"]
 print([name for name in heavy if name in sys.modules])
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

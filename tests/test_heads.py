@@ -349,7 +349,12 @@ def test_shipped_heads_load_and_their_cards_are_current():
 
 
 def test_importing_the_package_is_light():
-    code = "import aesthetic, aesthetic.heads, sys; aesthetic.load_head('laion-v2'); print(*sys.modules)"
+    code = """
+import sys, aesthetic, aesthetic.heads
+assert "safetensors" not in sys.modules  # which reads weights, without torch
+aesthetic.load_head('laion-v2')
+print(*sys.modules)
+"""
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "pandas", "scipy", "sklearn", "pyarrow", "cv2", "onnxruntime"} & set(loaded)
 

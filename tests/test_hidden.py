@@ -12,6 +12,7 @@ import pytest
 from small_data import REASONS, SHARD_SIZE, make_data, uid_of, write_column
 
 from aesthetic.errors import UserError
+from curate.duplicates.repeats import repeats
 from curate.layout import Data
 from curate.ledger.rules import check_rules
 from curate.ledger.schema import make_key
@@ -138,3 +139,16 @@ def test_whoever_reads_a_data_folders_vectors_does_not_get_them(data: Data) -> N
     hide(data, *NEVER)
     found = tables(data)
     assert [sorted(map(NUMBERS.get, hidden_keys(found, shard))) for shard in range(3)] == [[0], [21, 26], []]
+
+
+def test_bytes_that_many_urls_gave_are_not_named_where_they_are_hidden(data: Data) -> None:
+    for shard in range(3):
+        table = pq.read_table(data.table(shard))
+        same = pa.array([None if s is None else "ab" * 32 for s in table["sha256"].to_pylist()], pa.string())
+        table = table.set_column(table.column_names.index("sha256"), table.schema.field("sha256"), same)
+        pq.write_table(table, data.table(shard))
+    assert [r.urls for r in repeats(data)] == [48]
+    hide(data, 3)
+    assert [r.urls for r in repeats(data)] == [48]
+    hide(data, 21)
+    assert repeats(data) == []

@@ -29,6 +29,7 @@ from curate.images.decode import decode
 from curate.images.process import perceptual_hash, process
 from curate.layout import Data
 from curate.ledger.select import SelectConfig, load_selection, select
+from curate.shards.pack import PackConfig, pack
 from curate.sources.plan import SourceConfig
 from curate.sources.planner import make_plan
 from curate.store.files import read_json
@@ -152,10 +153,10 @@ def test_an_equal_image_is_at_distance_0_in_a_tar_and_a_folder(
     assert (record["protected"], record["unreadable"]) == (2, 1)
     assert any("broken.jpg" in note for note in record["notes"])
     assert any("no proof" in note or "proves no copy" in note for note in record["notes"])
-    assert record["counts"]["within 31 bits of set"] == 1
+    assert record["counts"]["within 31 bits of the protected set set"] == 1
     lines: list[str] = []
     status(data, lines.append)
-    assert any("2 images within 31 bits of set" in line for line in lines)  # of all shards
+    assert any("2 images within 31 bits of the protected set set" in line for line in lines)  # of all shards
 
     tars = tmp_path / "tars"
     tars.mkdir()
@@ -320,6 +321,13 @@ def test_deny(data: Data, photos: list[Image.Image], tmp_path: Path) -> None:
     assert "nobody should read" not in told and "never.txt" not in told
     written = b"".join(p.read_bytes() for p in (data.root / "annotated" / "eval").rglob("*") if p.is_file())
     assert b"nobody should read" not in written
+    select(data, SelectConfig(name="all", rules={"any": "width > 0"}))
+    counts = load_selection(data, "all")
+    assert counts.kept == 21 and pq.read_table(data.verdicts("all")).to_pydict()["verdict"].count("denied") == 1
+    pack(data, "all", PackConfig())
+    keys = Data(data.root).ledger.filter("eval_denied").df()["key"].tolist()
+    packed = pq.read_table(data.packed("all") / "00000.parquet")["key"].to_pylist()
+    assert len(packed) == 21 and len(keys) == 1 and keys[0] not in packed
     wide = near(data, against=tmp_path / "never.txt", deny=True, within=128)
     assert sum(wide["eval_denied"]) > 1
 

@@ -1,140 +1,127 @@
-"""Neighbours among vectors, against all compared with all."""
+"""`best_of` rejects only what is near to what it keeps, where that is known."""
 
 from __future__ import annotations
 
-import time
+import shutil
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from small_ratings import unit
+from small_data import REASONS, SHARD_SIZE, make_data, write_column
+from small_near import plan_near, search, unit, write_near
 
-from aesthetic.neighbours import TOO_LARGE, cell_pairs, fit_cells, near_vectors, nearest, nearest_cells
+from aesthetic.chunks import thread_map
+from aesthetic.errors import UserError
+from curate.layout import Data
+from curate.ledger.neighbours import FACT, FILE, far_from_best, write_neighbours
+from curate.ledger.schema import make_key
+from curate.ledger.select import SelectConfig, funnel_text, select
 
 
-def cone(n: int, dim: int, seed: int = 0, spread: float = 0.0) -> np.ndarray:
-    """Unit vectors in a cone, as CLIP's; equally wide everywhere, or in some directions more than in others."""
+def by_hand(keys: list[int], values: list[float], stands: dict[int, int], near: set[frozenset[int]]) -> set[int]:
+    """What stays, one after the other."""
+    order = sorted(range(len(keys)), key=lambda i: (np.isnan(values[i]), -np.nan_to_num(values[i]), keys[i]))
+    left, stay = [keys[i] for i in order], set[int]()
+    while left:
+        best = left.pop(0)
+        stay.add(best)
+        of = stands.get(best, best)
+        left = [k for k in left if stands.get(k, k) != of and frozenset((stands.get(k, k), of)) not in near]
+    return stay
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_best_that_is_left_stays_and_rejects_its_neighbours(seed: int, tmp_path: Path) -> None:
     rng = np.random.default_rng(seed)
-    x = rng.standard_normal((n, dim)) * np.arange(1, dim + 1) ** -float(spread) + 1.0 / (1 + 3 * spread)
-    copies = rng.integers(0, n, (n // 10, 2))
-    x[copies[:, 0]] = x[copies[:, 1]] + rng.uniform(0, 0.6, (len(copies), 1)) * rng.standard_normal((len(copies), dim))
-    return np.asarray(unit(x))
+    keys = (rng.permutation(300)[:200] * 7).astype(np.uint64)
+    values = rng.integers(0, 5, 200).astype(float)
+    values[rng.random(200) < 0.2] = np.nan
+    stands = {int(k): int(keys[i // 4 * 4]) for i, k in enumerate(keys) if i % 4 and rng.random() < 0.5}
+    standing = [int(k) for k in keys if int(k) not in stands]
+    pairs = {frozenset(rng.choice(standing, 2, replace=False).tolist()) for _ in range(250)}
+    beyond = [frozenset((standing[0], 10**6))]  # an image that is not here
+    copies = np.array(list(stands.items()), np.uint64)
+    linked = np.array([sorted(pair) for pair in [*pairs, *beyond]], np.uint64)
+    write_neighbours(tmp_path / FILE, copies, linked)
+    known, stay = far_from_best(tmp_path / FILE, keys, values)
+    in_pairs = {k for pair in pairs for k in pair} | {standing[0]}
+    assert known.tolist() == [stands.get(int(k), int(k)) in in_pairs for k in keys]
+    assert set(keys[stay].tolist()) == by_hand(keys.tolist(), values.tolist(), stands, pairs)
 
 
-def brute(x: np.ndarray, cosine: float) -> np.ndarray:
-    return np.argwhere(np.triu(x.astype(float) @ x.astype(float).T >= cosine, 1)) @ [len(x), 1]
+def test_without_pairs_or_without_rows_nothing_is_known(tmp_path: Path) -> None:
+    nothing = np.zeros((0, 2), np.uint64)
+    write_neighbours(tmp_path / FILE, nothing, nothing)
+    assert not far_from_best(tmp_path / FILE, np.arange(3, dtype=np.uint64), np.zeros(3))[0].any()
+    write_neighbours(tmp_path / FILE, nothing, np.array([[1, 2]], np.uint64))
+    assert len(far_from_best(tmp_path / FILE, np.zeros(0, np.uint64), np.zeros(0))[0]) == 0
 
 
-@pytest.mark.parametrize("cosine", [0.9, 0.95])
-@pytest.mark.parametrize(("n", "dim", "spread"), [(300, 16, 0), (3000, 96, 0), (3000, 96, 1)])
-def test_near_vectors_are_all_pairs_above_the_cosine(n: int, dim: int, spread: float, cosine: float) -> None:
-    x = cone(n, dim, spread=spread)
-    found = near_vectors(x, cosine) @ [n, 1]
-    assert (np.diff(found) > 0).all()
-    assert np.isin(brute(x, cosine + 1e-6), found).all()  # the products are float32
-    assert np.isin(found, brute(x, cosine - 1e-6)).all()
-    assert len(found) > n // 40
+def test_best_of_splits_a_group_whose_ends_are_not_near_each_other(tmp_path: Path) -> None:
+    """Of rows 0 to 10 row 4 is the centre, and all are near it; beyond, only those next to each other are. 8 equals 6.
+    Of rows 20 to 34 nothing is known, so one stays."""
+    data = Data(make_data(tmp_path / "data"))
+    fetched = [n for n in range(60) if n % SHARD_SIZE not in REASONS]
 
+    def key(n: int) -> int:
+        return int(make_key(n // SHARD_SIZE, n % SHARD_SIZE, SHARD_SIZE))
 
-def test_the_nearest_of_more_others_than_fit_a_block() -> None:
-    x, others = cone(1100, 24, 1), cone(17_000, 24, 2)
-    others[9000:9005] = x[:5]
-    others[5:10] = x[:5]  # equal ones: the smaller index first
-    indices, cosines = nearest(x, others.astype(np.float16), 4)
-    exact = x.astype(float) @ others.astype(np.float16).astype(float).T
-    assert np.allclose(cosines, -np.sort(-exact, axis=1)[:, :4], atol=1e-6)
-    assert np.allclose(cosines, np.take_along_axis(exact, indices, axis=1), atol=1e-6)
-    assert indices[:5, :2].tolist() == [[5 + i, 9000 + i] for i in range(5)]
-    assert all(len(set(row)) == 4 for row in indices.tolist())
-
-
-def test_the_nearest_of_few_others_or_none() -> None:
-    x = cone(7, 8)
-    assert nearest(x, x[:2], 3)[0].shape == (7, 2)
-    assert nearest(x, x, 7)[0][:, 0].tolist() == list(range(7))
-    assert nearest(x, x[:0], 3)[1].shape == (7, 0)
-    assert nearest(x[:0], x, 3)[0].shape == (0, 3)
-
-
-# --------------------------------------------------------------------------------------------------------------- cells
-
-
-def test_cells_are_the_same_for_any_number_of_threads() -> None:
-    import faiss
-
-    x = np.concatenate([cone(6000, 48), unit(np.eye(48)[:1] + 0.1 * cone(1500, 48, 3))])
-    threads = faiss.omp_get_max_threads()
-    try:
-        found = []
-        for n in (1, 2, 4):
-            faiss.omp_set_num_threads(n)
-            found.append(fit_cells(x, 40, 5))
-    finally:
-        faiss.omp_set_num_threads(threads)
-    assert found[0].tobytes() == found[1].tobytes() == found[2].tobytes()
-    assert found[0].tobytes() != fit_cells(x, 40, 6).tobytes()
-    assert np.allclose(np.linalg.norm(found[0], axis=1), 1, atol=1e-5)
-
-
-def test_cells_that_are_too_large_are_split_but_not_equal_rows() -> None:
-    rng = np.random.default_rng(0)
-    topics = unit(rng.standard_normal((200, 32)))
-    dense = unit(topics[0] + 0.02 * rng.standard_normal((4000, 32)))
-    equal = np.repeat(topics[1:2], 1000, axis=0)
-    x = np.concatenate(
-        [unit(topics[rng.integers(2, 200, 2000)] + 0.05 * rng.standard_normal((2000, 32))), dense, equal]
+    chain = [n for n in fetched if n <= 10]  # 0 1 2 4 5 6 8 9 10
+    pairs = {(n, 4) for n in chain if n not in (4, 8)} | {(0, 1), (1, 2), (5, 6), (6, 9), (9, 10)}
+    file = data.index("dup") / FILE
+    file.parent.mkdir(parents=True)
+    sha = write_neighbours(
+        file, np.array([[key(8), key(6)]], np.uint64), np.array([[key(a), key(b)] for a, b in sorted(pairs)], np.uint64)
     )
-    centroids = fit_cells(x, 50, 0)
-    cell = nearest_cells(x, centroids, 1)[:, 0]
-    sizes = np.bincount(cell, minlength=len(centroids))
-    assert len(centroids) > 50 and sizes.min() > 0
-    assert sum(sizes > TOO_LARGE * len(x) / len(centroids)) <= 1  # the equal ones
-    assert len(set(cell[-1000:].tolist())) == 1
-    assert fit_cells(equal[:10], 4, 0).shape == (1, 32)
-    assert fit_cells(x[:3], 8, 0).shape == (3, 32)
-    assert fit_cells(x[:0], 8, 0).shape == (0, 32)
+    write_column(
+        data.root, "dup", pa.string(), lambda n: "a" if n in chain else "b" if 20 <= n < 35 else None, facts={FACT: sha}
+    )
+
+    def kept(rule: str) -> list[int]:
+        selection = select(data, SelectConfig(name="s", rules={"once": rule}))
+        assert sum(selection.funnel.values()) == 60
+        verdicts = pq.read_table(data.verdicts("s"))["verdict"].to_pylist()
+        return [n for n, v in enumerate(verdicts) if v == "kept" and n < 35 and (n in chain or n >= 20)]
+
+    assert kept(f"best_of(dup, CAST(key = '{make_key(0, 4, SHARD_SIZE)}' AS INT))") == [4, 20]
+    # 10 rejects 9 and 4; 8, which equals 6, rejects 6 and 5; 2 rejects 1
+    assert kept("best_of(dup, original_width)") == [0, 2, 8, 10, 34]
+    text = funnel_text(select(data, SelectConfig(name="s", rules={"once": "best_of(dup, original_width)"})))
+    assert "2 groups of dup (median 10.5 images, largest 12), 1 of them split: not all are near the best" in text
+    assert kept("at_most(1, dup, original_width)") == [10, 34], "a number is a number"
+    file.write_bytes(b"")
+    with pytest.raises(UserError, match=r"is not what it was when dup was made. Remove annotated/dup"):
+        kept("best_of(dup, width)")
 
 
-def test_the_nearest_cells() -> None:
-    x, centroids = cone(300, 16), cone(20, 16, 1)
-    found = nearest_cells(x.astype(np.float16), centroids, 8)
-    exact = np.argsort(-(x.astype(np.float16).astype(np.float32) @ centroids.T), axis=1, kind="stable")[:, :8]
-    assert found.dtype == np.int32 and (found == exact).mean() > 0.99
-    assert nearest_cells(x, centroids[:3], 8).shape == (300, 3)
+def test_every_rejected_image_of_a_search_is_near_one_that_stays(tmp_path: Path) -> None:
+    """Chains of vectors, each within the threshold of the next, and copies: what `best_of` rejects is compared with all
+    that it keeps."""
+    rng, size, cosine = np.random.default_rng(0), 200, 0.96
+    data = plan_near(tmp_path / "near", 2 * size, size)
+    angle = np.arccos(cosine) * 0.8  # every second one of a chain is too far
+    turns = np.tile(np.arange(5) * angle, 2 * size // 5)
+    planes = np.repeat(np.arange(2 * size // 5), 5)
+    x = np.zeros((2 * size, 4 * size // 5), np.float32)
+    x[np.arange(2 * size), 2 * planes], x[np.arange(2 * size), 2 * planes + 1] = np.cos(turns), np.sin(turns)
+    x = unit(x[rng.permutation(2 * size)])
+    x[300:] = x[rng.integers(0, 300, 100)]
+    for shard in range(2):
+        write_near(data, shard, size, vectors=x[shard * size : (shard + 1) * size])
+    search(data, cosine=cosine)
 
-
-@pytest.mark.parametrize("most", [1, 5, 64, 5000])
-def test_pairs_of_a_cell(most: int) -> None:
-    rng = np.random.default_rng(1)
-    x = cone(2600, 24).astype(np.float16)
-    x[:300] = x[0]  # equal images
-    ids = rng.permutation(10**12 + np.arange(2600))
-    query, member = rng.permutation(2600)[:1500], rng.permutation(2600)[:2200]
-    near = x[query].astype(np.float32) @ x[member].astype(np.float32).T
-    expected = {}
-    for i, q in enumerate(query):
-        hits = sorted((int(ids[m]), near[i, j]) for j, m in enumerate(member) if m != q and near[i, j] >= 0.8)
-        top = max((c for _, c in hits), default=0)
-        best = next((k for k, c in hits if c >= top - 1e-5), None)  # of those as near the smallest id
-        for n, (k, c) in enumerate(hits):
-            if n < most or k == best:
-                expected[min(k, int(ids[q])), max(k, int(ids[q]))] = c
-    pairs, cosines = cell_pairs(x[query], ids[query], x[member], ids[member], 0.8, most)
-    assert cosines.dtype == np.float32
-    assert [tuple(p) for p in pairs.tolist()] == sorted(expected)
-    assert np.allclose(cosines, [expected[a, b] for a, b in pairs.tolist()], atol=1e-5)
-
-
-def test_a_cell_of_equal_images_takes_no_more_pairs_than_are_needed() -> None:
-    x, ids = np.repeat(cone(1, 16), 3000, axis=0), np.arange(3000)
-    start = time.process_time()
-    pairs, _ = cell_pairs(x, ids, x, ids, 0.95)
-    assert time.process_time() - start < 10
-    assert len(pairs) < 66 * 3000 and np.bincount(pairs[:, 0])[0] == 2999
-
-
-def test_no_pairs_of_nothing() -> None:
-    x, none = cone(5, 8), np.zeros(0, np.int64)
-    for q, m in ((x, x[:0]), (x[:0], x), (x[:1], x[:1])):
-        ids = np.arange(5)
-        pairs, cosines = cell_pairs(q, ids[: len(q)], m, ids[: len(m)], 0.5)
-        assert pairs.shape == (0, 2) and cosines.shape == none.shape
+    selection = select(data, SelectConfig(name="s", rules={"once": "best_of(dup, hash(key) % 1000)"}))
+    verdicts = np.array(pq.read_table(data.verdicts("s"))["verdict"].to_pylist())
+    y = x.astype(np.float32)
+    y /= np.linalg.norm(y, axis=1, keepdims=True)
+    near = y[verdicts == "once"] @ y[verdicts == "kept"].T >= cosine - 1e-3
+    assert near.any(axis=1).all() and len(near) > 100
+    facts = selection.rules[0].groups["dup"]
+    assert facts["split"] > 10 and selection.kept > facts["groups"]
+    search(data, cosine=cosine)
+    before = (data.index("dup") / FILE).read_bytes()
+    shutil.rmtree(data.annotations("dup", 0).parent)
+    search(data, cosine=cosine, map=thread_map)
+    assert (data.index("dup") / FILE).read_bytes() == before

@@ -96,12 +96,16 @@ class Near(TableAnnotator):
 
     @property
     def _set(self) -> str:
-        return "what must not be in" if self.options.deny else self.path.name
+        return "what must not be in" if self.options.deny else f"the protected set {self.path.name}"
+
+    @cached_property
+    def _content(self) -> str:
+        return digest_of(self.path)
 
     @cached_property
     def digest(self) -> str:
         """Of what is in the protected set, and of how it is compared."""
-        return digest([self.name, digest_of(self.path), self._of_bits, self._cosine, self._within, self.options.deny])
+        return digest([self.name, self._content, self._of_bits, self._cosine, self._within, self.options.deny])
 
     def check(self, space: Space | str) -> None:
         """UserError where vectors are not as long as those of the space."""
@@ -117,7 +121,7 @@ class Near(TableAnnotator):
                 f"columns.{run.name} compares vectors, and shard {bare[0]:05d} has none yet. "
                 f"`tastemaker embed {run.data.root}` makes them."
             )
-        prepared = prepare(self.path, digest_of(self.path), run, cosine=self._cosine, named=not self.options.deny)
+        prepared = prepare(self.path, self._content, run, cosine=self._cosine, named=not self.options.deny)
         names = load_protected(prepared.folder, prepared.config).names
         hashes = f"{run.needs['pdq']}_hash" if "pdq" in run.needs else "phash" if self._of_bits else None
         task = functools.partial(
@@ -156,10 +160,10 @@ class Near(TableAnnotator):
     def _facts(self, prepared: Prepared, counts: dict[str, int]) -> dict[str, Any]:
         """What the record of a shard says; names and places of what must not be in stay out of it."""
         deny, lost = self.options.deny, prepared.unreadable
-        notes = [f"compared with {prepared.images:,} {self._kind}" + ("" if deny else f" of {self.path.name}")]
+        notes = [f"compared with {prepared.images:,} {self._kind} of {self._set}"]
         if lost:
             some = "" if deny else f": {prepared.some_unreadable}"
-            notes.append(f"{lost:,} images of the protected set can't be read, so nothing was compared with them{some}")
+            notes.append(f"{lost:,} of its images can't be read, so nothing was compared with them{some}")
         notes += [LIMITS_OF_BITS] if self._of_bits else []
         notes += [LIMITS_OF_COSINES] if self._cosine else []
         against = {} if deny else {"against": str(self.path)}

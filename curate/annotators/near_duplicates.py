@@ -16,25 +16,28 @@ class NearDuplicates(TableAnnotator):
     """Groups of images that are nearly the same, and the nearest other image of each.
 
     Equal bytes always count; with `phash` perceptual hashes within so many bits that PDQ hashes confirm; with `cosine`
-    vectors at least so near; with `captions` equal captions; with `mirror` hashes of mirrored images as well. Every
-    member of a group is near its centre, so a chain of look-alikes is cut. `once: best_of(NAME, ...)` keeps one of each
-    group. docs/duplicates.md says what each mode finds.
+    vectors at least so near, which with `cosine_pdq` PDQ hashes confirm; with `captions` equal captions; with `mirror`
+    hashes of mirrored images as well. Every member of a group is near its centre, so a chain of look-alikes is cut.
+    `once: best_of(NAME, ...)` keeps one of each group. docs/duplicates.md says what each mode finds.
     """
 
     name = "near-duplicates"
 
     class Options(AnnotatorOptions):
-        """phash: bits of 64 (up to 16).    pdq: bits of 256.    cosine: from there to 1."""
+        """phash: bits of 64 (up to 16).    pdq, cosine_pdq: bits of 256.    cosine: from there to 1."""
 
         phash: int | None = pydantic.Field(None, ge=0, le=16)
         pdq: int = pydantic.Field(31, ge=0, le=90)
         cosine: float | None = pydantic.Field(None, ge=0.3, le=1)
+        cosine_pdq: int | None = pydantic.Field(None, ge=0, le=110)
         captions: bool = False
         mirror: bool = False
 
         @pydantic.model_validator(mode="after")
-        def _mirror_has_hashes(self) -> NearDuplicates.Options:
-            if self.mirror and self.phash is None:
+        def _options_go_together(self) -> NearDuplicates.Options:
+            if self.cosine_pdq is not None and self.cosine is None:
+                raise ValueError("cosine_pdq: it confirms a cosine, so it needs one, such as cosine: 0.8")
+            if self.mirror and self.phash is None and self.cosine_pdq is None:
                 raise ValueError("mirror: hashes are mirrored, so it needs phash, such as phash: 4")
             return self
 
@@ -42,7 +45,7 @@ class NearDuplicates(TableAnnotator):
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
-        if options.phash is not None:
+        if options.phash is not None or options.cosine_pdq is not None:
             self.needs = {"pdq": {"use": "pdq", "mirror": True} if options.mirror else "pdq"}
         self.inputs = ("fetched",) if options.cosine is None else ("fetched", "embedded")
         by_cosine = options.cosine is not None

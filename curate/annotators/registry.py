@@ -29,6 +29,8 @@ from curate.encoders.base import Encoder
 from curate.encoders.registry import canonical_name
 
 GROUP = "tastemaker.annotators"
+DETECTOR: Spec = "open-nsfw"
+"""What looks at images that were generated, unless another is named: the one place that says it."""
 
 
 @functools.cache

@@ -41,7 +41,7 @@ def vector_pairs(run: TableRun, table: Table, work: Path, use: Array) -> tuple[A
         pass
     kept, old = read_compared(table, cells, use)
     state = np.where(use, USE, 0).astype(np.uint8) | np.where(use & ~old, NEW, 0).astype(np.uint8)
-    config = digest([VERSION, cells, table.digest, table.modes.cosine])
+    config = digest([VERSION, cells, table.digest, table.modes.of_vectors])
     compared = digest([config, read_record(table.index / "compared.json").get("self")])
     ranges, cost = cell_ranges(table, work, compared)
     if (use & ~old).any():
@@ -98,7 +98,7 @@ def write_compared(table: Table, cells: str, use: Array, pairs: Array) -> None:
         at, row = table.place(pairs[side])
         stored[side], stored[f"{side}_row"] = np.array(table.shards, np.int64)[at], row
     stored["cosine"] = pairs["distance"]
-    name = digest([cells, table.digest, table.modes.cosine])
+    name = digest([cells, table.digest, table.modes.of_vectors])
     files = [table.index / f"{what}-{name}.npy" for what in ("pairs", "used")]
     for path, array in zip(files, (stored, use), strict=True):
         with atomic(path) as f:
@@ -110,4 +110,4 @@ def write_compared(table: Table, cells: str, use: Array, pairs: Array) -> None:
 
 
 def _config(table: Table, cells: str) -> str:
-    return digest([VERSION, cells, table.modes.cosine])
+    return digest([VERSION, cells, table.modes.of_vectors])

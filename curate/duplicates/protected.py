@@ -117,7 +117,9 @@ def digest_of(path: Path) -> str:
         return digest([kind, hashlib.sha256(listed.values.tobytes()).hexdigest(), listed.labels])
     if kind == "vectors":
         return digest([kind, sha256_file(path), _names_beside(path)])
-    files = _open(path).files()
+    from curate.sources.find import open_folder
+
+    files = open_folder(path).files()
     found = zip(files, thread_map(_sha256, files), strict=True)
     return digest([kind, [[str(file.relative_to(path)), sha256] for file, sha256 in found]])
 
@@ -169,7 +171,9 @@ def _names_beside(path: Path) -> list[str] | None:
     return None
 
 
-def _open(folder: Path) -> MapDataset:
+@functools.lru_cache(maxsize=1)
+def _open(folder: Path, content: str) -> MapDataset:
+    """The images of a folder, which is not listed again for each task."""
     from curate.sources.find import open_folder
 
     return open_folder(folder)
@@ -205,7 +209,7 @@ def prepare(path: Path, content: str, run: TableRun, *, cosine: bool, named: boo
     made_of = [_FORM, content, dataclasses.asdict(run.images), named, space and space.fingerprint]
     config = digest(made_of)
     if not is_done(data.root, record, config=config, inputs={}):
-        found = _read(path, run, space)
+        found = _read(path, content, run, space)
         invalidate(record)
         written = _write(folder, found, named)
         some = first_three(found.unreadable) if named else ""
@@ -221,7 +225,7 @@ def prepare(path: Path, content: str, run: TableRun, *, cosine: bool, named: boo
     )
 
 
-def _read(path: Path, run: TableRun, space: Space | None) -> Protected:
+def _read(path: Path, content: str, run: TableRun, space: Space | None) -> Protected:
     """What is compared of a set: hashes of images or of a file, vectors of images or of a file."""
     kind = kind_of(path)
     if kind == "hashes":
@@ -235,8 +239,10 @@ def _read(path: Path, run: TableRun, space: Space | None) -> Protected:
         if space is not None and (dim := listed_vectors.shape[1]) != space.dim:
             raise UserError(f"{path}: vectors of {dim} numbers; those of {space.encoder} have {space.dim}")
         return _protected(names, vectors=listed_vectors)
-    task = functools.partial(_hash_images, path, run.images)
-    hashed = [image for images in run.map(task, _chunks(path)) for image in images]
+    count = len(_open(path, content))
+    chunks = [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
+    task = functools.partial(_hash_images, path, content, run.images)
+    hashed = [image for images in run.map(task, chunks) for image in images]
     good = [image for image in hashed if image.error is None]
     if not good:
         raise UserError(f"{path}: none of its {len(hashed):,} images can be read; {hashed[0].name}: {hashed[0].error}")
@@ -245,7 +251,7 @@ def _read(path: Path, run: TableRun, space: Space | None) -> Protected:
         encoder = run.encoder()
         require_same(encoder.space(), space, str(path))
         run.say(f"{run.name}: {len(good):,} protected images go through {encoder.name}")
-        vectors = _encode(path, run.images, encoder, [image.index for image in good])
+        vectors = _encode(_open(path, content), run.images, encoder, [image.index for image in good])
     places = np.arange(len(good))
     return _protected(
         [image.name for image in good],
@@ -310,14 +316,9 @@ class _Hashed:
     error: str | None = None
 
 
-def _chunks(folder: Path) -> list[range]:
-    count = len(_open(folder))
-    return [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
-
-
-def _hash_images(folder: Path, images: ImagesConfig, rows: range) -> list[_Hashed]:
+def _hash_images(folder: Path, content: str, images: ImagesConfig, rows: range) -> list[_Hashed]:
     """A task: some of a folder's images, hashed as they would be stored."""
-    dataset = _open(folder)
+    dataset = _open(folder, content)
     return [_hash_image(dataset, index, images) for index in rows]
 
 
@@ -351,9 +352,8 @@ def _stored(file: bytes, images: ImagesConfig) -> np.ndarray:
     return decode(process(file, images).data)
 
 
-def _encode(folder: Path, images: ImagesConfig, encoder: Encoder, rows: Sequence[int]) -> np.ndarray:
-    """The vectors of a folder's images, (n, dim) float32."""
-    dataset = _open(folder)
+def _encode(dataset: MapDataset, images: ImagesConfig, encoder: Encoder, rows: Sequence[int]) -> np.ndarray:
+    """The vectors of some of a folder's images, (n, dim) float32."""
 
     def batches() -> Iterator[np.ndarray]:
         for start in range(0, len(rows), _CHUNK):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from aesthetic.untrusted import open_vectors
-from curate.duplicates.rows import Array, Table, keep_array, read_rows
+from curate.duplicates.rows import Array, Table, hashes_agree, keep_array, read_rows
 from curate.duplicates.vectors import PAIR, gather
 
 SAMPLE = 1000
@@ -138,7 +138,8 @@ def _by_cosine(table: Table, at: int, rows: Array, sample: Array) -> list[Array]
         some = _spread(np.searchsorted(i, np.arange(len(ours) + 1)), most)
         i, j = i[some], j[some]
         exact = np.einsum("ij,ij->i", ours[i], theirs[j])
-        found.append(_pairs(sample[i], table.offsets[at] + part[j], exact, exact >= cosine))
+        one, other = sample[i], table.offsets[at] + part[j]
+        found.append(_pairs(one, other, exact, (exact >= cosine) & hashes_agree(table, one, other)))
     return found
 
 
@@ -174,9 +175,9 @@ def _pairs(one: Array, other: Array, distance: Array, keep: Any) -> Array:
 
 
 def recall_sentence(facts: dict[str, Any], what: str) -> str:
-    """What a record's notes say of it: `what` are the pairs, such as "images with a cosine of 0.96 or more"."""
+    """What a record's notes say of it: `what` are the pairs, such as "pairs with a cosine of 0.96 or more"."""
     if facts["recall"] is None:
-        return f"Recall: none of {facts['sample']:,} images taken at random has {what}, so it could not be measured."
+        return f"Recall: {facts['sample']:,} images taken at random are in no {what}, so it could not be measured."
     return (
         f"Recall: {_percent(facts['recall'])} of {what} were found (95% interval {_percent(facts['low'])} to "
         f"{_percent(facts['high'])}): {facts['neighbours']:,} neighbours of {facts['with_neighbours']:,} images, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from curate.layout import Data
-from curate.ledger.view import open_ledger
+from curate.ledger.view import hidden_columns, hidden_condition, open_ledger, tables
 
 MANY = 10
 """URLs from which the same bytes are named. One shop's few pages share an image; a placeholder has more."""
@@ -31,9 +31,11 @@ def repeats(data: Data) -> list[Repeat]:
     """What more than `MANY` URLs gave alike, the most repeated first.
 
     Placeholders pass every check of an image, and may score well. The rule `first_of(sha256)` keeps one of each; the
-    hashes in a deny-list (`fetch.deny`) keep none.
+    hashes in a deny-list (`fetch.deny`) keep none. Images that must not be seen are not named.
     """
-    with open_ledger(data, set(), memory_limit="2GB") as con:  # and as much of the disk as it takes
+    hidden = hidden_columns(tables(data))
+    with open_ledger(data, {*hidden}, memory_limit="2GB") as con:  # and as much of the disk as it takes
+        denied = f"SELECT sha256 FROM ledger WHERE ({hidden_condition(hidden)}) AND sha256 IS NOT NULL"
         found = con.execute(
             # by a short hash first: at ten million rows a table of all digests would take gigabytes
             f"""
@@ -41,6 +43,7 @@ def repeats(data: Data) -> list[Repeat]:
                    any_value(width), any_value(height)
             FROM _fetched WHERE hash(sha256) IN (
                 SELECT hash(sha256) FROM _fetched WHERE sha256 IS NOT NULL GROUP BY 1 HAVING count(*) > {MANY})
+                {f"AND sha256 NOT IN ({denied})" if hidden else ""}
             GROUP BY sha256 HAVING urls > {MANY} ORDER BY urls DESC, sha256
             """
         ).fetchall()

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
-from aesthetic.hashes import hex_to_bits
+from aesthetic.hashes import hamming, hex_to_bits
 from curate.duplicates.captions import normalised_caption
 from curate.encoders.embed import images_of
 from curate.layout import Data, shard_name
@@ -28,11 +28,16 @@ from curate.store.records import commit, invalidate, is_done
 
 Array = npt.NDArray[Any]
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the search finds other groups from the same images."""
 
 SHA, HASH, MIRROR, FLAT, CAPTION = 1, 2, 4, 8, 16
-"""Bits of `known`: what an image has that can be compared. FLAT: a perceptual hash that says nothing."""
+"""Bits of `known`: what an image has that can be compared. FLAT: there is nothing to see, so vectors say
+nothing either."""
+
+FLAT_ONES = 16
+"""Fewer ones in the perceptual hash make an image flat. Measured: images of one colour, gradients and noise of a level
+have 0 to 2; pages of text 26 and more, 317 photographs 25 and more, some of them too few for a hash to be compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +47,24 @@ class Modes:
     phash: int | None = None
     pdq: int = 31
     cosine: float | None = None
+    cosine_pdq: int | None = None
     captions: bool = False
     mirror: bool = False
+
+    @property
+    def hashes(self) -> bool:
+        """Whether hashes are compared."""
+        return self.phash is not None or self.cosine_pdq is not None
+
+    @property
+    def of_vectors(self) -> list[Any]:
+        """What pairs of vectors depend on."""
+        return [self.cosine, self.cosine_pdq, self.cosine_pdq is not None and self.mirror]
 
     def fields(self) -> np.dtype[Any]:
         """An image's entry in a shard's array; `mark` is a hash of its key."""
         fields: list[Any] = [("known", "u1"), ("mark", "<u8"), ("sha", "<u8", 2)]
-        fields += [("phash", "<u8"), ("pdq", "<u8", 4)] if self.phash is not None else []
+        fields += [("phash", "<u8"), ("pdq", "<u8", 4)] if self.hashes else []
         fields += [("mirror_phash", "<u8"), ("mirror_pdq", "<u8", 4)] if self.mirror else []
         fields += [("caption", "<u8", 2)] if self.captions else []
         return np.dtype(fields)
@@ -122,13 +138,13 @@ def _entries(table: Table, shard: int, dtype: np.dtype[Any]) -> Array:
     _put(found, "sha", SHA, [None if s is None else s[:32] for s in rows["sha256"].to_pylist()], 128)
     digits: list[str | None] = rows["phash"].to_pylist()
     phash, usable = hex_to_bits(digits)
-    flat = rows["phash"].is_valid().to_numpy() & ~usable
+    flat = rows["phash"].is_valid().to_numpy() & ~hex_to_bits(digits, least=FLAT_ONES)[1]
     found["known"] |= np.where(flat, FLAT, 0).astype(np.uint8)
     if modes.captions:
         texts = map(normalised_caption, rows["caption"].to_pylist())
         hashes = [None if t is None else hashlib.blake2b(t.encode(), digest_size=16).hexdigest() for t in texts]
         _put(found, "caption", CAPTION, hashes, 128)
-    if modes.phash is not None:
+    if modes.hashes:
         assert table.pdq is not None
         pdq = pq.read_table(table.data.annotations(table.pdq, shard))
         if not pdq["key"].equals(rows["key"]):
@@ -163,3 +179,27 @@ def read_rows(table: Table, *fields: str) -> tuple[Array, ...]:
     arrays = [np.load(table.rows(s), mmap_mode="r") for s in table.shards]
     empty = np.zeros(0, table.modes.fields())
     return tuple(np.concatenate([empty[f], *(a[f] for a in arrays)]) for f in fields)
+
+
+def hashes_agree(table: Table, a: Array, b: Array) -> npt.NDArray[np.bool_]:
+    """Whether PDQ hashes let images `a` and `b` (n,), whose vectors are near, be copies: all do without `cosine_pdq`.
+
+    With `mirror` also that of a mirrored image of one of them. Images without a hash have no copies.
+    """
+    modes = table.modes
+    if modes.cosine_pdq is None or not len(a):
+        return np.ones(len(a), np.bool_)
+    numbers, where = np.unique(np.concatenate([a, b]), return_inverse=True)
+    at, rows = table.place(numbers)
+    found = np.zeros(len(numbers), modes.fields())
+    edges = np.searchsorted(at, np.arange(len(table.shards) + 1))
+    for shard, low, high in zip(table.shards, edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        if low < high:
+            found[low:high] = np.load(table.rows(shard), mmap_mode="r")[rows[low:high]]
+    one, other = found[where[: len(a)]], found[where[len(a) :]]
+    agree = hamming(one["pdq"], other["pdq"]) <= modes.cosine_pdq
+    agree &= (one["known"] & other["known"] & HASH) != 0
+    if modes.mirror:
+        mirrored = hamming(one["pdq"], other["mirror_pdq"]) <= modes.cosine_pdq
+        agree |= mirrored & ((one["known"] & HASH) != 0) & ((other["known"] & MIRROR) != 0)
+    return agree

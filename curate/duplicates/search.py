@@ -28,6 +28,8 @@ from curate.duplicates.recall import measured_recall, recall_sentence
 from curate.duplicates.rows import CAPTION, FLAT, SHA, Array, Modes, Table, make_rows, read_rows
 from curate.duplicates.vectors import PAIR, as_pairs, check_vectors, pair_cosines, unique_pairs
 from curate.encoders.embed import images_of
+from curate.layout import Data
+from curate.ledger.neighbours import FACT, FILE, write_neighbours
 from curate.store.files import digest, read_json
 from curate.store.records import commit, is_done, output_digests, read_record
 
@@ -36,6 +38,7 @@ ANSWER = np.dtype([("group", "<i8"), ("size", "<i4"), ("nearest", "<f4"), ("of",
 other image, NaN where none was found; and which that is, -1 where none was."""
 
 _ALL_PAIRS = 16  # images with one caption, up to which each is paired with each
+_KNOWN_PAIRS = 64  # of an image, as many as are kept for certain (aesthetic.neighbours.cell_pairs; perceptual)
 _TASK_PAIRS = 100_000
 
 
@@ -59,17 +62,20 @@ def find_groups(run: TableRun, modes: Modes, config: str) -> tuple[Table, Array,
             record,
             config=config,
             inputs={"images": table.digest},
-            outputs=[path],
+            outputs=[path, table.index / FILE],
             facts={"facts": facts, "shards": shards},
         )
         if moved:
             run.say(f"{run.name}: {moved:,} images that were in a group before are in another one, or in none")
     known = read_record(record)
     _clear(table.index, keep=None)
-    (name,) = known["outputs"]
     for note in known["facts"]["notes"][:2]:
         run.say(f"{run.name}: {note}")
-    return table, np.load(root / name, mmap_mode="r"), known["facts"]
+    return table, np.load(_answer_file(table, known), mmap_mode="r"), known["facts"]
+
+
+def _answer_file(table: Table, record: dict[str, Any]) -> Path:
+    return next(table.data.root / name for name in record["outputs"] if name.endswith(".npy"))
 
 
 def answers(table: Table, answer: Array) -> Iterator[dict[str, pa.Array]]:
@@ -138,7 +144,7 @@ def check_memory(table: Table, dim: int) -> None:
 
 def memory_needed(modes: Modes, images: int, dim: int) -> int:
     """Bytes, about: of this process, and of a task on each core."""
-    each = 150 + (150 if modes.phash is not None else 0) + (150 if modes.mirror else 0) + (60 if modes.captions else 0)
+    each = 150 + (150 if modes.hashes else 0) + (150 if modes.mirror else 0) + (60 if modes.captions else 0)
     task = (400 << 20) + 16 * images if dim else 16 * images
     return images * each + cpus() * task + (4 << 30 if dim and images > 10**6 else 500 << 20)
 
@@ -177,9 +183,8 @@ def _search(run: TableRun, table: Table, work: Path) -> tuple[Array, dict[str, A
         distinct = np.zeros(n, np.bool_)
         distinct[hashes.first[~hashes.mirrored]] = True
         measure = partial(measured_recall, table, work, config, "bits", distinct, 0.0, run_map=run.map)
-        recalls.append(
-            lambda pairs, group: ("pdq", measure(pairs, group), f"images within {modes.pdq} bits of a PDQ hash")
-        )
+        what = f"pairs with different PDQ hashes within {modes.pdq} bits"
+        recalls.append(lambda pairs, group: ("pdq", measure(pairs, group), what))
     if modes.captions:
         open_pairs.append(equal_captions(table, own))
     if modes.cosine is not None:
@@ -192,7 +197,7 @@ def _search(run: TableRun, table: Table, work: Path) -> tuple[Array, dict[str, A
             lambda pairs, group: (
                 "cosine",
                 by_cosine(pairs, group),
-                f"images with a cosine of {modes.cosine:g} or more",
+                f"pairs with a cosine of {modes.cosine:g} or more",
             )
         )
     pairs = _with_distances(run, table, known, open_pairs)
@@ -210,7 +215,29 @@ def _search(run: TableRun, table: Table, work: Path) -> tuple[Array, dict[str, A
         facts["recall"][name] = found
         facts["notes"].append(recall_sentence(found, what))
     facts["notes"] += _limits(modes)
+    facts[FACT] = keep_neighbours(table, first, group, pairs)
     return answer, facts
+
+
+def keep_neighbours(table: Table, first: Array, group: Array, pairs: Array) -> str:
+    """Keep which members of groups are near each other, for `best_of`; the file's sha256.
+
+    Not of groups with so many different images that not all of their pairs were looked for.
+    """
+    keys = np.concatenate([image_keys(table.data, s) for s in table.shards] or [np.zeros(0, np.uint64)])
+    copies = np.flatnonzero(first != np.arange(len(first)))
+    a, b = first[pairs["a"]], first[pairs["b"]]
+    stands = np.flatnonzero((first == np.arange(len(first))) & (group >= 0))
+    different = np.bincount(group[stands], minlength=len(first))
+    near = (a != b) & (group[a] == group[b]) & (group[a] >= 0)
+    near[near] = different[group[a[near]]] <= (_ALL_PAIRS if table.modes.captions else _KNOWN_PAIRS)
+    linked = np.unique(np.sort(np.stack([a[near], b[near]], 1), axis=1), axis=0)
+    return write_neighbours(table.index / FILE, np.stack([keys[copies], keys[first[copies]]], 1), keys[linked])
+
+
+def image_keys(data: Data, shard: int) -> Array:
+    """The keys of a shard's images, as numbers (n,) uint64."""
+    return images_of(data, shard, ["key"])["key"].cast(pa.uint64()).to_numpy()
 
 
 def equal_files(table: Table) -> Array:
@@ -321,7 +348,12 @@ def _limits(modes: Modes) -> list[str]:
             + ("" if modes.mirror else ", mirrored")
             + " or largely written over, and of flat images there are none."
         )
-    if modes.cosine is not None:
+    if modes.cosine_pdq is not None:
+        found.append(
+            "Vectors and PDQ hashes that must both be near don't find copies that were cropped or framed by more than "
+            "about 5%" + ("" if modes.mirror else ", mirrored") + ", or that are small or grey in the encoder's eyes."
+        )
+    elif modes.cosine is not None:
         found.append(
             "A cosine says that two images show alike things in the encoder's eyes, not that one is a copy of the "
             "other; copies that are small, grey or strongly compressed may lie below it."
@@ -335,8 +367,7 @@ def _moved(table: Table, group: Array, before: dict[str, Any], config: str) -> i
     """How many images of shards that are as they were are in another group than before, or in none."""
     if before.get("config") != config or "shards" not in before:
         return 0
-    (name,) = before["outputs"]
-    path = table.data.root / name
+    path = _answer_file(table, before)
     if not path.is_file():
         return 0
     old, numbers, offset = np.load(path, mmap_mode="r")["group"], [], 0

@@ -18,7 +18,7 @@ from aesthetic.errors import UserError
 from aesthetic.files import atomic
 from aesthetic.neighbours import cell_pairs, fit_cells, nearest_cells
 from aesthetic.untrusted import open_vectors
-from curate.duplicates.rows import VERSION, Array, Table, keep_array
+from curate.duplicates.rows import VERSION, Array, Table, hashes_agree, keep_array
 from curate.layout import shard_name
 from curate.store.files import digest, read_json
 from curate.store.records import commit, invalidate, is_done, read_record
@@ -228,7 +228,8 @@ def _pairs(task: CellRange) -> Array:
             queries = np.array_split(queries, task.parts)[task.part]
         for q, m in ((queries[new[queries]], members), (queries[~new[queries]], members[new[members]])):
             for part in _split(q):
-                found.append(_of_cell(vectors, numbers, part, m, table.modes.cosine))
+                near = _of_cell(vectors, numbers, part, m, table.modes.cosine)
+                found.append(near[hashes_agree(table, near["a"], near["b"])])
     return unique_pairs(np.concatenate(found))
 
 

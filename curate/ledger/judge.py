@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 
 from aesthetic.errors import UserError
+from curate.ledger.neighbours import far_from_best
 from curate.ledger.rules import Computed, Rule
 from curate.ledger.schema import Status
 from curate.ledger.sql import quote, short, too_much
@@ -55,16 +58,22 @@ def load_rows(
 
 
 def compute(
-    con: duckdb.DuckDBPyConnection, rules: Sequence[Rule], types: Mapping[str, str]
+    con: duckdb.DuckDBPyConnection,
+    rules: Sequence[Rule],
+    types: Mapping[str, str],
+    neighbours: Mapping[str, tuple[Path, str]],
 ) -> list[dict[str, dict[str, float]]]:
-    """Give `rows` the column of each function of all rows that rules hold; what is said of each rule's groups."""
+    """Give `rows` the column of each function of all rows that rules hold; what is said of each rule's groups.
+
+    neighbours: of columns of groups, which members are near each other (curate.ledger.neighbours).
+    """
     items, groups = [], []
     for rule in rules:
         found = {}
         with _blame(rule):
             for computed in rule.computed:
                 if computed.grouped:
-                    found[computed.column] = _rank(con, computed, types)
+                    found[computed.column] = _rank(con, computed, types, neighbours)
                     sql = f'"#key" NOT IN (FROM {quote(f"later{computed.place}")})'
                 else:
                     sql = _condition(con, computed)
@@ -162,7 +171,12 @@ def _condition(con: duckdb.DuckDBPyConnection, computed: Computed) -> str:
     return f'{value} > {bound} OR ({value} = {bound} AND "#key" <= {last[0]})'
 
 
-def _rank(con: duckdb.DuckDBPyConnection, computed: Computed, types: Mapping[str, str]) -> dict[str, float]:
+def _rank(
+    con: duckdb.DuckDBPyConnection,
+    computed: Computed,
+    types: Mapping[str, str],
+    neighbours: Mapping[str, tuple[Path, str]],
+) -> dict[str, float]:
     """Make the table `laterPLACE` of the keys that a `best_of` or an `at_most` does not keep; facts about its groups.
 
     Only rows of groups that are larger than what stays of each are put in order.
@@ -173,21 +187,37 @@ def _rank(con: duckdb.DuckDBPyConnection, computed: Computed, types: Mapping[str
         f'CREATE TEMP TABLE {sizes} AS SELECT {value} AS "#group", count(*) AS "#size" FROM rows '
         f"WHERE {value} IS NOT NULL {f'AND NOT ({no})' if no else ''} GROUP BY 1 HAVING count(*) > 1"
     )
-    order = '"#key"'
-    if computed.expression:
-        number = f"CAST(({computed.expression}) AS DOUBLE)"
-        order = f"CASE WHEN isfinite({number}) THEN {number} END DESC NULLS LAST, {order}"
+    number = f"CAST(({computed.expression}) AS DOUBLE)" if computed.expression else "0.0"
+    number = f"CASE WHEN isfinite({number}) THEN {number} END"
     con.execute(
-        f'CREATE TEMP TABLE {later} AS SELECT "#key" FROM ('
-        f'SELECT "#key", row_number() OVER (PARTITION BY "#group" ORDER BY {order}) AS "#rank" FROM rows '
+        f'CREATE TEMP TABLE {later} AS SELECT "#key" FROM (SELECT "#key", '
+        f'row_number() OVER (PARTITION BY "#group" ORDER BY {number} DESC NULLS LAST, "#key") AS "#rank" FROM rows '
         f'JOIN {sizes} ON {value} = "#group" WHERE "#size" > {computed.count}) WHERE "#rank" > {computed.count}'
     )
+    split = {}
+    if computed.kind == "best_of" and computed.column in neighbours:
+        rows = con.execute(f'SELECT "#key", {number} AS v FROM rows JOIN {sizes} ON {value} = "#group"').fetchnumpy()
+        keys = np.asarray(rows["#key"])
+        known, stay = far_from_best(neighbours[computed.column][0], keys, np.ma.filled(rows["v"], np.nan))
+        con.register("_near", pa.table({"k": keys[known], "stay": stay[known]}))
+        con.execute(f'DELETE FROM {later} WHERE "#key" IN (SELECT k FROM _near)')
+        con.execute(f"INSERT INTO {later} SELECT k FROM _near WHERE NOT stay")
+        several = (
+            f'SELECT 1 FROM rows JOIN {sizes} ON {value} = "#group" JOIN _near ON k = "#key" WHERE stay '
+            'GROUP BY "#group" HAVING count(*) > 1'
+        )
+        split = {"split": _count(con, f"({several})")}
+        con.unregister("_near")
     row = con.execute(
         'SELECT count(*), coalesce(sum("#size"), 0), coalesce(median("#size"), 0), coalesce(max("#size"), 0) '
         f"FROM {sizes}"
     ).fetchone()
     assert row is not None
-    return {"groups": row[0], "images": int(row[1]), "median": row[2], "largest": row[3]}
+    return {"groups": row[0], "images": int(row[1]), "median": row[2], "largest": row[3], **split}
+
+
+def _count(con: duckdb.DuckDBPyConnection, table: str) -> int:
+    return int(con.execute(f"SELECT count(*) FROM {table}").fetchall()[0][0])  # so that the result is at its end
 
 
 def numbers_of(con: duckdb.DuckDBPyConnection, column: str) -> np.ndarray:

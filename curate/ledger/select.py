@@ -26,6 +26,7 @@ from aesthetic.errors import UserError
 from aesthetic.files import atomic
 from curate.ledger.balance import balance, balance_words, cluster_columns
 from curate.ledger.judge import compute, failures, judge, load_rows, numbers_of, odd_values
+from curate.ledger.neighbours import known_neighbours
 from curate.ledger.rules import DENIED, KEPT, NOT_FETCHED, NOT_IN_UIDS, NUMBER, check_rules, read_rules
 from curate.ledger.sql import Bounds
 from curate.ledger.view import (
@@ -88,7 +89,8 @@ class RuleCount:
     nulls: int  # those of `marginal` where a column that it names has no value
     groups: dict[str, dict[str, float]] = field(default_factory=dict)
     """Of `best_of` and `at_most`: group column -> how many `groups` of two or more fetched rows, `images` in them, and
-    the `median` and the `largest` of their sizes."""
+    the `median` and the `largest` of their sizes; `split`: groups of which several stay, as not all are near the best
+    (where that is known)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +158,18 @@ def select(data: Data, config: SelectConfig) -> Selection:
     clusters = cluster_columns(current)
     scores = [c for t in current[1:] for c in t.columns if NUMBER.fullmatch(columns[c]) and c not in clusters]
     inputs = table_digests([t for t in current if t is current[0] or t.name in read])
-    identity = digest([FORMAT, list(config.rules.items()), scores, *([[*hidden]] if hidden else []), *clusters])
+    grouped = {x.column for r in rules for x in r.computed if x.kind == "best_of"}
+    neighbours = known_neighbours(data, [t for t in found if t is found[0] or grouped.intersection(t.columns)])
+    identity = digest(
+        [
+            FORMAT,
+            list(config.rules.items()),
+            scores,
+            *([[*hidden]] if hidden else []),
+            *clusters,
+            *(sha for _, sha in neighbours.values()),
+        ]
+    )
     if is_done(data.root, data.selection_record(config.name), config=identity, inputs=inputs):
         return load_selection(data, config.name)
 
@@ -172,7 +185,7 @@ def select(data: Data, config: SelectConfig) -> Selection:
     def ask() -> tuple[np.ndarray, list[np.ndarray], list[str], dict[str, dict[str, float]]]:
         nonlocal denied, denied_by
         denied, denied_by = load_rows(con, needed, hidden)
-        groups.extend(compute(con, rules, types))
+        groups.extend(compute(con, rules, types, neighbours))
         keys, states, beside = judge(con, rules, types, clusters)
         cluster_values.extend(beside)
         odd = odd_values(con, sorted(used), types)
@@ -345,6 +358,8 @@ def funnel_text(selection: Selection) -> str:
             note += f" · {facts['groups']:,} groups of {group}"
             if facts["groups"]:
                 note += f" (median {facts['median']:g} images, largest {facts['largest']:,})"
+            if facts.get("split"):
+                note += f", {facts['split']:,} of them split: not all are near the best"
         if count.nulls:
             note += f" · {count.nulls:,} without a value"
         lines.append((count.name, "", f"{count.rejected:,}", f"{count.marginal:,}", share(count.rejected), note))

@@ -244,7 +244,7 @@ def notes_of(records: Iterable[Mapping[str, Any]]) -> list[str]:
     for record in records:
         notes |= dict.fromkeys(str(note) for note in record.get("notes") or ())
         counts.update(record.get("counts") or {})
-    return [*notes, *(f"{count:,} images {what}" for what, count in counts.items())]
+    return [*notes, *(f"{count:,} image{'' if count == 1 else 's'} {what}" for what, count in counts.items())]
 
 
 def hidden_columns(found: Sequence[LedgerTable]) -> dict[str, str]:

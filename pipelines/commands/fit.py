@@ -19,7 +19,7 @@ from aesthetic.untrusted import printable
 from curate.encoders.registry import check_available, check_named
 from curate.store.files import digest, read_json, sha256_file, write_json
 from pipelines.commands.heads import column_for
-from pipelines.options import REQUIRED, Options, Result, argument, option, positive_int
+from pipelines.options import REQUIRED, Options, Result, argument, command, option, positive_int
 from pipelines.runtime.progress import format_duration, format_rate
 from pipelines.terminal import CLEAR, RETURN
 
@@ -111,7 +111,7 @@ def run(options: FitOptions) -> Result:
         text=_text(options, rated, fitted),
         facts=fitted.report,
         paths=dict(paths),
-        next=f"tastemaker annotate {options.data or 'DATA'} {column_for(name)}={out}",
+        next=command("annotate", options.data or "DATA", f"{column_for(name)}={out}"),
     )
 
 

@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
 from curate.store.files import local_path, sha256_file
-from pipelines.options import Options, Result, argument, option, read_prompts
+from pipelines.options import Options, Result, argument, command, option, read_prompts
 from pipelines.runtime.progress import ProgressBar
 from pipelines.terminal import CLEAR
 
@@ -135,7 +135,7 @@ def run(options: SampleOptions) -> Result:
     if record and options.again:
         out.write(_compare(finished[0][1], options.again, record) + "\n")
     images = [{"path": str(path), "seed": g.request.seed, "nsfw": g.nsfw, "flagged": g.flagged} for path, g in finished]
-    return Result(facts={"pictures": images}, paths=paths, next=f"tastemaker sample --again {finished[-1][0]}")
+    return Result(facts={"pictures": images}, paths=paths, next=command("sample", "--again", finished[-1][0]))
 
 
 # ------------------------------------------------------------------------------------------- before the model is loaded

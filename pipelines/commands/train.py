@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import shutil
 import signal
 import threading
@@ -26,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from aesthetic.errors import DiskFull, UserError
 from curate.store.files import local_path, read_json, sweep, write_json
-from pipelines.options import REQUIRED, Options, Result, argument, option, positive_int, read_prompts
+from pipelines.options import REQUIRED, Options, Result, argument, command, option, positive_int, read_prompts
 from pipelines.runtime.progress import ProgressBar, format_duration, redirect_output
 
 if TYPE_CHECKING:
@@ -423,5 +422,5 @@ def _result(out: Path, facts: dict[str, Any]) -> Result:
     if (out / "loss.png").is_file():
         paths["loss"] = out / "loss.png"
     model, lora = (facts["settings"]["from"], ["--lora", out]) if facts["settings"]["lora"] else (out, [])
-    following = shlex.join(map(str, ["tastemaker", "sample", model, facts["prompts"][0], *lora]))
+    following = command("sample", model, facts["prompts"][0], *lora)
     return Result(text=text, facts=facts, paths=dict(paths), next=following)

@@ -22,7 +22,7 @@ from aesthetic.heads import Head
 from aesthetic.metrics import estimate
 from aesthetic.space import require_same
 from curate.annotators.base import Annotator, scores_of
-from curate.annotators.registry import load_annotator
+from curate.annotators.registry import DETECTOR, load_annotator
 from curate.encoders.base import Encoder
 from curate.encoders.bundled import FEATURES, BundledEncoder
 from curate.encoders.registry import load_encoder
@@ -36,7 +36,7 @@ from train.evaluate import figures, heldout
 from train.evaluate.model import EvaluatedModel
 from train.generate.files import png, read_facts, read_image
 from train.generate.request import GenerationRequest, facts_of, resolve
-from train.generate.sampler import DETECTOR, UNSAFE, Sampler
+from train.generate.sampler import UNSAFE, Sampler
 from train.models.lora import add_loras
 from train.models.unet import load_model, size_step, tokenize
 from train.objective import objective_of

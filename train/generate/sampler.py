@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
+from curate.annotators.base import Spec
+from curate.annotators.registry import DETECTOR, load_annotator
 from curate.store.files import sha256_file
 from train import devices
 from train.devices import out_of_memory, versions
@@ -45,8 +47,6 @@ OnStep = Callable[[int, int], None]
 UNSAFE = 0.2
 """The NSFW score from which on an image is blurred: Yahoo calls what is below 0.2 safe (README of open_nsfw). Our
 recipes keep images for training by the same number."""
-DETECTOR = "open-nsfw"
-"""The annotator that looks at every image that is generated."""
 
 
 class NoImage(UserError, FloatingPointError):
@@ -77,6 +77,7 @@ class Sampler:
         batch: int = 1,
         size: tuple[int, int] | None = None,
         blur: bool = True,
+        detector: Spec = DETECTOR,
         device: torch.device | None = None,
     ) -> None:
         """Load a model. Raises UserError where it, a LoRA or other weights can't be loaded.
@@ -87,10 +88,10 @@ class Sampler:
             batch: images that are generated at once at most.
             size: (width, height) in pixels of the largest that will be generated; memory is saved as these need it.
             blur: images that the NSFW detector flags.
+            detector: an annotator of one column that tells from 0 to 1 what is unsafe to show.
         """
         from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 
-        from curate.annotators.registry import load_annotator
         from train.models.unet import count_parameters, load_model
 
         self.info = model if isinstance(model, ModelInfo) else read_model_info(model)
@@ -133,7 +134,7 @@ class Sampler:
         self._image, self._mask = StableDiffusionImg2ImgPipeline(**same), StableDiffusionInpaintPipeline(**same)
         for pipeline in (self._text, self._image, self._mask):
             pipeline.set_progress_bar_config(disable=True)
-        self._detector = load_annotator(DETECTOR)
+        self._detector = load_annotator(detector)
         self._digest = ThreadPoolExecutor(1).submit(lambda: self.info.digest)  # reads all weights once more
 
     def __str__(self) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import re
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,9 +69,24 @@ def find_model_folder(name: str | Path) -> Path:
     except (OSError, ValueError) as e:
         raise UserError(
             f"the model {name} is neither a folder here nor could it be had from the Hugging Face hub "
-            f"({str(e).splitlines()[0]}). Where the hub is blocked, download it elsewhere (`hf download {name}`) and "
+            f"({_why_not(e)}). Where the hub is blocked, download it elsewhere (`hf download {name}`) and "
             f"give the folder, or set HF_ENDPOINT to a mirror."
         ) from e
+
+
+def _why_not(error: BaseException) -> str:
+    """Why the hub gave nothing, from what its clients raised, one because of another."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    first = str(error).splitlines()[0]
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, (ConnectionError, TimeoutError, socket.gaierror)):
+            return f"{constants.ENDPOINT} does not answer"
+        cause = cause.__cause__ or cause.__context__
+    return first
 
 
 def _single_file_hint(file: Path) -> str:
