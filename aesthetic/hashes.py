@@ -25,10 +25,12 @@ drawings have no ones at all, 47 fewer than 29, and 2 of 1,349 photographs."""
 _BLOCK = 1 << 15  # hashes at a time, so that what is made of them stays in the processor's cache
 
 
-def hex_to_bits(hashes: Sequence[str | None], bits: int = 64) -> tuple[Hashes, npt.NDArray[np.bool_]]:
+def hex_to_bits(
+    hashes: Sequence[str | None], bits: int = 64, least: int = MIN_ONES
+) -> tuple[Hashes, npt.NDArray[np.bool_]]:
     """Hex digits -> uint64 (n,), or (n, bits / 64) for longer hashes, first digits first, and which are there (n,).
 
-    Absent are None, what isn't bits / 4 hex digits, and of 64-bit hashes those with fewer than MIN_ONES ones; absent
+    Absent are None, what isn't bits / 4 hex digits, and of 64-bit hashes those with fewer than `least` ones; absent
     ones are 0, and must be compared with nothing.
     """
     digits, words = bits // 4, bits // 64
@@ -44,7 +46,7 @@ def hex_to_bits(hashes: Sequence[str | None], bits: int = 64) -> tuple[Hashes, n
     found[valid] = np.frombuffer(data, ">u8").reshape(-1, words)
     if words == 1:
         found = found[:, 0]
-        valid &= np.bitwise_count(found) >= MIN_ONES
+        valid &= np.bitwise_count(found) >= least
     found[~valid] = 0
     return found, valid
 

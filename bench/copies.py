@@ -135,10 +135,10 @@ def peers(folder: Path, data: Data, rows: pd.DataFrame, asked: argparse.Namespac
     for tool in ("imagededup", "fastdup"):
         python, out = getattr(asked, tool), folder / f"{tool}.json"
         if python:
-            script = str(Path(__file__).with_name("copies_peer.py"))
-            subprocess.run(
-                [python, script, tool, str(folder / "images"), str(out)], check=True, stdout=subprocess.DEVNULL
-            )
+            if not out.exists():
+                script = str(Path(__file__).with_name("copies_peer.py"))
+                command = [python, script, tool, str(folder / "images"), str(out)]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             found |= {who: [set(pair) for pair in pairs] for who, pairs in json.loads(out.read_text()).items()}
     return found
 
@@ -182,18 +182,19 @@ def kept_apart(found: Found, names: Iterable[str]) -> dict[str, tuple[int, int]]
 
 def chained(data: Data, rows: pd.DataFrame, mode: str, column: str) -> dict[str, int]:
     """Groups of the views, the size of the largest, and how many groups lack a member that all others are near."""
-    bits, pdq, cosine = (re.search(rf"{what}: ([\d.]+)", MODES[mode]) for what in ("phash", "pdq", "cosine"))
+    asked = {what: float(value) for what, value in re.findall(r"(\w+): ([\d.]+)", MODES[mode])}
     vectors = np.concatenate([np.load(data.image_vectors(s.shard)) for s in data.plan.shards]).astype(np.float64)
+    bits = {}
+    for own, mirrored in (("phash", "pdq_mirror_phash"), ("pdq_hash", "pdq_mirror_hash")):
+        here, there = (np.array([list(bytes.fromhex(h)) for h in rows[c]], np.uint8) for c in (own, mirrored))
+        bits[own] = np.bitwise_count(here[:, None] ^ here[None]).sum(-1, dtype=np.int64)
+        if "mirror: true" in MODES[mode]:
+            bits[own] = np.minimum(bits[own], np.bitwise_count(here[:, None] ^ there[None]).sum(-1, dtype=np.int64))
     near = np.eye(len(rows), dtype=bool)
-    if cosine:
-        near |= vectors @ vectors.T >= float(cosine[1]) - 1e-3
-    if bits:
-        within = []
-        for name, most in (("phash", int(bits[1])), ("pdq_hash", int(pdq[1]) if pdq else 31)):
-            words = [bytes.fromhex(text or "") for text in rows[name]]
-            unpacked = np.stack([np.unpackbits(np.frombuffer(w, np.uint8)) for w in words])
-            within.append((unpacked[:, None] != unpacked[None]).sum(-1) <= most)
-        near |= within[0] & within[1]
+    if "cosine" in asked:
+        near |= (vectors @ vectors.T >= asked["cosine"] - 1e-3) & (bits["pdq_hash"] <= asked.get("cosine_pdq", 256))
+    if "phash" in asked:
+        near |= (bits["phash"] <= asked["phash"]) & (bits["pdq_hash"] <= asked.get("pdq", 31))
     members = [np.flatnonzero(rows[column] == group) for group in rows[column].dropna().unique()]
     lacking = sum(not near[np.ix_(m, m)].all(1).any() for m in members)
     return {
@@ -205,27 +206,31 @@ def chained(data: Data, rows: pd.DataFrame, mode: str, column: str) -> dict[str,
 
 
 def tables(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown: recall, then precision by kind and mode; the trap; look-alikes; chains."""
+    """Markdown: recall by kind, and what was taken for copies, of our modes, of others; precision by kind; chains."""
     kinds = [kind for kind in [*KINDS, TOGETHER] if kind in results]
-    who = list(results[kinds[0]]) if kinds else []
+    found = list(results[kinds[0]]) if kinds else []
+    sides = [[w for w in found if w in MODES], [w for w in found if w not in MODES]]
     parts = []
-    for figure in ("recall", "precision"):
-        parts += [f"{figure}:", "", _line([figure, *who]), "|---" * (len(who) + 1) + "|"]
-        parts += [_line([kind, *(_share(*results[kind][w][figure]) for w in who)]) for kind in kinds]
-        if figure == "precision":
-            traps = [[results[k][w]["trap"] for k in kinds] for w in who]
-            parts.append(_line(["pairs of the trap, of all", *(f"{max(t)[0]} of {t[0][1]}" for t in traps)]))
+    for who in filter(None, sides):
+        parts += [_line(["recall, %", *who]), "|---" * (len(who) + 1) + "|"]
+        parts += [_line([kind, *(_share(*results[kind][w]["recall"]) for w in who)]) for kind in kinds]
+        single = [kind for kind in kinds if kind != TOGETHER]
+        pooled = [[sum(results[k][w]["precision"][side] for k in single) for side in (0, 1)] for w in who]
+        parts.append(_line(["precision, %, of all kinds", *(_share(*p) for p in pooled)]))
+        traps = [max(results[k][w]["trap"] for k in kinds) for w in who]
+        parts.append(_line(["pairs of the trap taken for copies", *(f"{hits} of {n}" for hits, n in traps)]))
+        for kind in next(iter(results[ALIKE].values())) if ALIKE in results else ():
+            counts = [results[ALIKE][w][kind] for w in who]
+            parts.append(_line([f"{kind}: in a group", *(f"{hits} of {n}" for hits, n in counts)]))
         parts.append("")
-    for kind in (ALIKE, CHAINS):
-        if kind in results:
-            found = results[kind]
-            figures = list(next(iter(found.values())))
-            parts += [_line([kind, *found]), "|---" * (len(found) + 1) + "|"]
-            for figure in figures:
-                values = [f[figure] for f in found.values()]
-                cells = [f"{v[0]} of {v[1]}" if isinstance(v, list) else str(v) for v in values]
-                parts.append(_line([figure, *cells]))
-            parts.append("")
+    for who in filter(None, sides):
+        parts += [_line(["precision, %", *who]), "|---" * (len(who) + 1) + "|"]
+        parts += [_line([kind, *(_share(*results[kind][w]["precision"]) for w in who)]) for kind in kinds] + [""]
+    if CHAINS in results:
+        modes = results[CHAINS]
+        parts += [_line([CHAINS, *modes]), "|---" * (len(modes) + 1) + "|"]
+        for figure in next(iter(modes.values())):
+            parts.append(_line([figure, *(str(mode[figure]) for mode in modes.values())]))
     return "\n".join(parts)
 
 

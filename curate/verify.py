@@ -57,12 +57,16 @@ def verify(data: Data) -> Iterator[Damage | None]:
 
 
 def strays(data: Data) -> list[Path]:
-    """Files of the stages that no record names: what a killed run left, or a shard whose record is gone."""
+    """Files of the stages that no record names: what a killed run left, or a shard whose record is gone.
+
+    What annotators keep between runs (`Data.index`) they clear themselves.
+    """
     named = set[Path]()
     for record, value in _records(data):
         named |= {record, *(data.root / name for name in _outputs(value))}
     found = (p for stage in STAGES for p in (data.root / stage).rglob("*"))
-    return sorted(p for p in found if p.is_file() and p not in named)
+    kept = tuple(f"{data.index(name)}/" for name in data.annotated())
+    return sorted(p for p in found if p.is_file() and p not in named and not str(p).startswith(kept))
 
 
 def unfinished(data: Data) -> dict[str, list[int]]:
@@ -128,6 +132,9 @@ def _records(data: Data) -> Iterator[tuple[Path, dict[str, Any]]]:
     yield data.plan_record, read_record(data.plan_record)
     for stage in STAGES[1:]:
         for record in data.records(stage):
+            yield record, read_record(record)
+    for name in data.annotated():
+        for record in sorted(data.index(name).rglob("*.json")):
             yield record, read_record(record)
 
 

@@ -22,7 +22,7 @@ import sys
 import time
 import zlib
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -221,7 +221,7 @@ def curate_here(listed: Path, root: Path, settings: list[str], fault: Path | Non
 
     `fault` is the folder of a sitecustomize.py: it is run here, and Python processes that are started from here run it.
     """
-    from curate.annotators.registry import make_annotators
+    from curate.annotators.registry import add_needs, make_annotators
     from curate.layout import Data
     from curate.sources.planner import make_plan
     from curate.store.files import sweep
@@ -235,6 +235,7 @@ def curate_here(listed: Path, root: Path, settings: list[str], fault: Path | Non
         sys.path.insert(0, str(fault))
         runpy.run_path(str(fault / "sitecustomize.py"))
     recipe, data = load_recipe("bundled", settings), Data(root)
+    recipe = replace(recipe, columns=add_needs(recipe.columns))
     annotators = make_annotators(recipe.columns, recipe.embed.encoder)
     fetch_hash, embed_hash = recipe.hashes()
     with Lock(root):

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from curate.annotators.registry import add_needs, make_annotators
 from curate.layout import Data
 from curate.ledger.select import Selection, select
 from curate.shards.pack import pack
@@ -15,6 +16,7 @@ from curate.sources.planner import make_plan
 from curate.workers import EmbedWorker, FetchWorker
 from demo.web import Route, Web
 from pipelines.recipe import Recipe, load_recipe, store_recipe
+from pipelines.runtime.tables import annotate_tables
 from tests.small_web import image
 
 
@@ -93,9 +95,11 @@ def embed_shards(data: Data, recipe: Recipe) -> int:
     def report(stage: str, outcome: str, host: str) -> None:
         seen.append(stage)
 
-    worker = EmbedWorker(data, recipe.embed, recipe.columns, recipe.hashes()[1], report, threads=2)
+    columns = add_needs(recipe.columns)
+    worker = EmbedWorker(data, recipe.embed, columns, recipe.hashes()[1], report, threads=2)
     for s in data.plan.shards:
         worker.run(s.shard)
+    annotate_tables(data, make_annotators(columns), recipe.embed, recipe.images)
     return len(seen)
 
 

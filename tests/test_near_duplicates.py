@@ -496,4 +496,4 @@ def test_recall_in_words() -> None:
     assert (low, high) == (pytest.approx(0.8256, abs=1e-4), pytest.approx(0.9448, abs=1e-4))
     assert wilson(1.0, 10)[1] == 1 and wilson(1.0, 10)[0] == pytest.approx(0.7225, abs=1e-4)
     none = {"recall": None, "sample": 50, "low": None, "high": None, "neighbours": 0, "with_neighbours": 0}
-    assert "none of 50 images taken at random has twins" in recall_sentence(none, "twins")
+    assert "50 images taken at random are in no twins" in recall_sentence(none, "twins")

@@ -83,7 +83,8 @@ def outcomes(data: Data) -> dict[str, str | None]:
 def written(data: Data, shard: int) -> dict[str, int]:
     """When each file of a shard was written, ns; another time is another file."""
     found = (p for stage in ("fetched", "embedded", "annotated") for p in (data.root / stage).rglob(f"*{shard:05d}*"))
-    return {str(p): p.stat().st_mtime_ns for p in found}
+    whole = data.annotations("dup", shard).parent  # depends on all images
+    return {str(p): p.stat().st_mtime_ns for p in found if not p.is_relative_to(whole)}
 
 
 def asked(served: Served, before: dict[str, int]) -> dict[str, int]:

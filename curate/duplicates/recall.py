@@ -175,9 +175,9 @@ def _pairs(one: Array, other: Array, distance: Array, keep: Any) -> Array:
 
 
 def recall_sentence(facts: dict[str, Any], what: str) -> str:
-    """What a record's notes say of it: `what` are the pairs, such as "images with a cosine of 0.96 or more"."""
+    """What a record's notes say of it: `what` are the pairs, such as "pairs with a cosine of 0.96 or more"."""
     if facts["recall"] is None:
-        return f"Recall: none of {facts['sample']:,} images taken at random has {what}, so it could not be measured."
+        return f"Recall: {facts['sample']:,} images taken at random are in no {what}, so it could not be measured."
     return (
         f"Recall: {_percent(facts['recall'])} of {what} were found (95% interval {_percent(facts['low'])} to "
         f"{_percent(facts['high'])}): {facts['neighbours']:,} neighbours of {facts['with_neighbours']:,} images, "

@@ -46,8 +46,7 @@ def find_groups(run: TableRun, modes: Modes, config: str) -> tuple[Table, Array,
     """The groups of all images: the table, its ANSWER (n,), and the facts of the record. config: of the annotator."""
     table = _table(run, modes)
     root, record = table.data.root, table.index / "groups.json"
-    done = is_done(root, record, config=config, inputs={"images": table.digest})
-    if not done or not (table.index / FILE).is_file():
+    if not is_done(root, record, config=config, inputs={"images": table.digest}):
         check_memory(table, check_vectors(table) if modes.cosine is not None else 0)
         work = table.index / f"work-{digest([config, table.digest])}"
         _clear(table.index, keep=work)
@@ -63,17 +62,20 @@ def find_groups(run: TableRun, modes: Modes, config: str) -> tuple[Table, Array,
             record,
             config=config,
             inputs={"images": table.digest},
-            outputs=[path],
+            outputs=[path, table.index / FILE],
             facts={"facts": facts, "shards": shards},
         )
         if moved:
             run.say(f"{run.name}: {moved:,} images that were in a group before are in another one, or in none")
     known = read_record(record)
     _clear(table.index, keep=None)
-    (name,) = known["outputs"]
     for note in known["facts"]["notes"][:2]:
         run.say(f"{run.name}: {note}")
-    return table, np.load(root / name, mmap_mode="r"), known["facts"]
+    return table, np.load(_answer_file(table, known), mmap_mode="r"), known["facts"]
+
+
+def _answer_file(table: Table, record: dict[str, Any]) -> Path:
+    return next(table.data.root / name for name in record["outputs"] if name.endswith(".npy"))
 
 
 def answers(table: Table, answer: Array) -> Iterator[dict[str, pa.Array]]:
@@ -181,9 +183,8 @@ def _search(run: TableRun, table: Table, work: Path) -> tuple[Array, dict[str, A
         distinct = np.zeros(n, np.bool_)
         distinct[hashes.first[~hashes.mirrored]] = True
         measure = partial(measured_recall, table, work, config, "bits", distinct, 0.0, run_map=run.map)
-        recalls.append(
-            lambda pairs, group: ("pdq", measure(pairs, group), f"images within {modes.pdq} bits of a PDQ hash")
-        )
+        what = f"pairs with different PDQ hashes within {modes.pdq} bits"
+        recalls.append(lambda pairs, group: ("pdq", measure(pairs, group), what))
     if modes.captions:
         open_pairs.append(equal_captions(table, own))
     if modes.cosine is not None:
@@ -192,13 +193,10 @@ def _search(run: TableRun, table: Table, work: Path) -> tuple[Array, dict[str, A
         near, cost, config = vector_pairs(run, table, work, use)
         known.append(near)
         by_cosine = partial(measured_recall, table, work, config, "cosine", use, cost, run_map=run.map)
-        recalls.append(
-            lambda pairs, group: (
-                "cosine",
-                by_cosine(pairs, group),
-                f"images with a cosine of {modes.cosine:g} or more",
-            )
-        )
+        what = f"pairs with a cosine of {modes.cosine:g} or more"
+        if modes.cosine_pdq is not None:
+            what += f" and PDQ hashes within {modes.cosine_pdq} bits"
+        recalls.append(lambda pairs, group: ("cosine", by_cosine(pairs, group), what))
     pairs = _with_distances(run, table, known, open_pairs)
     while (again := first[first] != first).any():
         first[again] = first[first][again]
@@ -366,8 +364,7 @@ def _moved(table: Table, group: Array, before: dict[str, Any], config: str) -> i
     """How many images of shards that are as they were are in another group than before, or in none."""
     if before.get("config") != config or "shards" not in before:
         return 0
-    (name,) = before["outputs"]
-    path = table.data.root / name
+    path = _answer_file(table, before)
     if not path.is_file():
         return 0
     old, numbers, offset = np.load(path, mmap_mode="r")["group"], [], 0
