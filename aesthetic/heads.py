@@ -75,9 +75,9 @@ class Head:
     task: str  # "aesthetic", "nsfw", or whatever the ratings were about
     space: Space
     scale: tuple[float, float]  # lowest and highest possible rating
-    layers: tuple[Layer, ...]  # (weight (out, in), bias (out,)) float32, the last with out = 1
+    layers: tuple[Layer, ...] = field(repr=False)  # (weight (out, in), bias (out,)) float32, the last with out = 1
     link: str = "identity"  # or "sigmoid"
-    card: dict[str, Any] = field(default_factory=dict)
+    card: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse what could not be applied or written: raises HeadError."""

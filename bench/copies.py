@@ -182,18 +182,19 @@ def kept_apart(found: Found, names: Iterable[str]) -> dict[str, tuple[int, int]]
 
 def chained(data: Data, rows: pd.DataFrame, mode: str, column: str) -> dict[str, int]:
     """Groups of the views, the size of the largest, and how many groups lack a member that all others are near."""
-    bits, pdq, cosine = (re.search(rf"{what}: ([\d.]+)", MODES[mode]) for what in ("phash", "pdq", "cosine"))
+    asked = {what: float(value) for what, value in re.findall(r"(\w+): ([\d.]+)", MODES[mode])}
     vectors = np.concatenate([np.load(data.image_vectors(s.shard)) for s in data.plan.shards]).astype(np.float64)
+    bits = {}
+    for own, mirrored in (("phash", "pdq_mirror_phash"), ("pdq_hash", "pdq_mirror_hash")):
+        here, there = (np.array([list(bytes.fromhex(h)) for h in rows[c]], np.uint8) for c in (own, mirrored))
+        bits[own] = np.bitwise_count(here[:, None] ^ here[None]).sum(-1, dtype=np.int64)
+        if "mirror: true" in MODES[mode]:
+            bits[own] = np.minimum(bits[own], np.bitwise_count(here[:, None] ^ there[None]).sum(-1, dtype=np.int64))
     near = np.eye(len(rows), dtype=bool)
-    if cosine:
-        near |= vectors @ vectors.T >= float(cosine[1]) - 1e-3
-    if bits:
-        within = []
-        for name, most in (("phash", int(bits[1])), ("pdq_hash", int(pdq[1]) if pdq else 31)):
-            words = [bytes.fromhex(text or "") for text in rows[name]]
-            unpacked = np.stack([np.unpackbits(np.frombuffer(w, np.uint8)) for w in words])
-            within.append((unpacked[:, None] != unpacked[None]).sum(-1) <= most)
-        near |= within[0] & within[1]
+    if "cosine" in asked:
+        near |= (vectors @ vectors.T >= asked["cosine"] - 1e-3) & (bits["pdq_hash"] <= asked.get("cosine_pdq", 256))
+    if "phash" in asked:
+        near |= (bits["phash"] <= asked["phash"]) & (bits["pdq_hash"] <= asked.get("pdq", 31))
     members = [np.flatnonzero(rows[column] == group) for group in rows[column].dropna().unique()]
     lacking = sum(not near[np.ix_(m, m)].all(1).any() for m in members)
     return {

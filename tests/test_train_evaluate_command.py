@@ -182,7 +182,7 @@ def test_the_same_seed_gives_the_same_figures_and_images_that_are_there_are_not_
 
 @pytest.mark.long
 def test_prompts_of_ones_own_other_images_and_a_lora_are_measured_too(
-    trained: tuple[Path, Path], tmp_path: Path
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, data = trained
     others = discs(tmp_path / "others", 60, seed=1)
@@ -201,6 +201,7 @@ def test_prompts_of_ones_own_other_images_and_a_lora_are_measured_too(
     lora = tmp_path / "lora"
     assert main(["train", str(others), "--out", str(lora), "--from", str(model), "--lora", "--steps", "4"]) == 0
     assert main(["evaluate", str(lora), str(data), "--steps", "3", "--prompts", "8", "--out", str(tmp_path / "b")]) == 0
+    assert f"next: tastemaker sample {model} PROMPT --lora {lora}" in capsys.readouterr().out
     with_lora = evaluation(tmp_path / "b")
     assert "with its LoRA" in with_lora["about"][0] and "+" in with_lora["asked"]["model"]["sha256"]
     assert with_lora["pictures"]["training"] == 54

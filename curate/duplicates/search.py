@@ -193,13 +193,10 @@ def _search(run: TableRun, table: Table, work: Path) -> tuple[Array, dict[str, A
         near, cost, config = vector_pairs(run, table, work, use)
         known.append(near)
         by_cosine = partial(measured_recall, table, work, config, "cosine", use, cost, run_map=run.map)
-        recalls.append(
-            lambda pairs, group: (
-                "cosine",
-                by_cosine(pairs, group),
-                f"pairs with a cosine of {modes.cosine:g} or more",
-            )
-        )
+        what = f"pairs with a cosine of {modes.cosine:g} or more"
+        if modes.cosine_pdq is not None:
+            what += f" and PDQ hashes within {modes.cosine_pdq} bits"
+        recalls.append(lambda pairs, group: ("cosine", by_cosine(pairs, group), what))
     pairs = _with_distances(run, table, known, open_pairs)
     while (again := first[first] != first).any():
         first[again] = first[first][again]

@@ -310,7 +310,8 @@ def _missing(name: str, published: dict[str, Any], why: str) -> UserError:
     where = f"{files[0]} of the hub's repository {repository}" if repository else published.get("url", "")
     return UserError(
         f"the weights of {name} are not on this machine, and {why}. Two ways on: get {where} on another machine "
-        "and give the file as `embed.weights: FILE`; or use `--recipe bundled`, whose encoder needs no download."
+        f"and give the file, in a recipe as `embed.weights: FILE`, else in the name, {name.rpartition('/')[0]}/FILE; "
+        "or use the encoder `bundled` (`--recipe bundled`), which needs no download."
     )
 
 

@@ -22,6 +22,7 @@ from pipelines.runtime.progress import ProgressBar, format_duration, redirect_ou
 
 if TYPE_CHECKING:
     from aesthetic.heads import Head
+    from train.evaluate.model import EvaluatedModel
 
 MIN_PROMPTS = 8
 
@@ -100,14 +101,14 @@ def run(options: EvaluateOptions) -> Result:
         "guidance": model.info.guidance if options.guidance is None else options.guidance,
     }
     if (done := _finished(options.out, asked)) is not None:
-        return _outcome(options, done)
+        return _outcome(options, model, done)
     with (
         taken(options.out, "evaluation") as folder,
         redirect_output(options.out / "logs" / "evaluate.log") as terminal,
     ):
         sweep(options.out)
         if (done := _finished(options.out, asked)) is not None:  # again: another run may have been at work until now
-            return _outcome(options, done)
+            return _outcome(options, model, done)
         for note in samples.notes():
             terminal.write(f"{samples.folder}: {note}\n")
         try:
@@ -128,7 +129,7 @@ def run(options: EvaluateOptions) -> Result:
         facts = {"asked": asked, **evaluation.run(lambda line: print(line, file=terminal))}
         write_atomic(options.out / "README.md", readme(facts).encode())
         write_json(options.out / "evaluation.json", facts)
-        return _outcome(options, facts)
+        return _outcome(options, model, facts)
 
 
 def _prompts(options: EvaluateOptions) -> list[str] | int:
@@ -185,7 +186,7 @@ def _finished(out: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     return before if "figures" in before else None
 
 
-def _outcome(options: EvaluateOptions, facts: dict[str, Any]) -> Result:
+def _outcome(options: EvaluateOptions, model: EvaluatedModel, facts: dict[str, Any]) -> Result:
     from train.evaluate.report import summary, table
 
     out = options.out
@@ -193,4 +194,5 @@ def _outcome(options: EvaluateOptions, facts: dict[str, Any]) -> Result:
     if "memorisation" in facts["figures"]:
         paths["nearest"] = out / "nearest.png"
     text = f"{table(facts)}\nevaluated in {format_duration(facts['seconds'])}\n{summary(facts)}"
-    return Result(text=text, facts=facts, paths=paths, next=command("sample", options.model, "PROMPT"))
+    words = [model.info.folder, "PROMPT", "--lora", options.model] if model.loras else [options.model, "PROMPT"]
+    return Result(text=text, facts=facts, paths=paths, next=command("sample", *words))
