@@ -108,7 +108,7 @@ def _table(run: TableRun, modes: Modes) -> Table:
         counts.append(int(read_record(data.fetched_record(shard))["successes"]))
         inputs.append(digest([digests, made]))
     return Table(
-        data=data,
+        data=Data(data.root),  # without the plan, which would go along with every task
         index=data.index(run.name),
         modes=modes,
         shards=tuple(run.shards),
