@@ -52,6 +52,7 @@ def test_both_must_be_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cell
             assert (nearest <= best + 1e-3).all() and (nearest > 0).sum() > 0.8 * (best > 0).sum()
         facts = read_json(data.annotations_record("dup", 0))
         assert facts["recall"]["cosine"]["neighbours"] == true.sum()
+        assert "pairs with a cosine of 0.9 or more and PDQ hashes within 90 bits" in facts["notes"][1]
         assert any("PDQ hashes that must both be near" in note for note in facts["notes"])
         assert facts["recall"]["cosine"]["recall"] == 1 or cell < N
 

@@ -356,6 +356,8 @@ def test_ten_thousand_placeholders_are_one_group_in_linear_time(tmp_path: Path) 
         table = found(data, [0])
         assert table["dup_size"].to_pylist() == [None] * 50 + [n] * n
         assert table["dup_nearest"].to_pylist() == [None] * 50 + [pytest.approx(1, abs=1e-3)] * n
+        notes = read_json(data.annotations_record("dup", 0))["notes"]
+        assert "PDQ hashes within 31 bits" in notes[1] and "a cosine of 0.99 or more" in notes[2]
     assert seconds[1] < 4 * seconds[0] + 1
 
 

@@ -35,7 +35,7 @@ def by_hand(keys: list[int], values: list[float], stands: dict[int, int], near: 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_best_that_is_left_stays_and_rejects_its_neighbours(seed: int, tmp_path: Path) -> None:
     rng = np.random.default_rng(seed)
-    keys = (rng.permutation(300)[:200] * 7).astype(np.uint64)
+    keys = (rng.permutation(300)[:200] * (7 if seed % 2 else 1) + 5).astype(np.uint64)
     values = rng.integers(0, 5, 200).astype(float)
     values[rng.random(200) < 0.2] = np.nan
     stands = {int(k): int(keys[i // 4 * 4]) for i, k in enumerate(keys) if i % 4 and rng.random() < 0.5}

@@ -39,6 +39,6 @@ def test_notes_are_in_status_and_in_the_card_of_what_they_decided(tmp_path: Path
         select(data, SelectConfig(name=name, rules={"r": rule}))
         made = pack(data, name, PackConfig())
         card = (data.packed(name) / "README.md").read_text()
-        assert (f"- {FOUND}\n- {MISSED}\n" in card) == there and "concern" not in card
+        assert (f"- `dup`: {FOUND}\n- `dup`: {MISSED}\n" in card) == there and "concern" not in card
         assert made["columns"]["dup"]["notes"] == [FOUND, MISSED]
         assert made["count"] == (12 if there else 60 - 3 * len(REASONS))

@@ -107,7 +107,7 @@ def proposed(
     """(unique perceptual hashes, pairs of them within the bits that the entry says, as indices)."""
     bits, root = table.modes.phash, table.data.root
     assert bits is not None
-    values = np.unique(phash)
+    values = phash[np.flatnonzero(np.append(True, phash[1:] != phash[:-1]))] if len(phash) else phash  # they are sorted
     if len(values) < 2:
         return values, np.zeros((0, 2), np.int64)
     keep_array(root, work / "hashes.npy", lambda: values, config=config)

@@ -108,7 +108,7 @@ def _table(run: TableRun, modes: Modes) -> Table:
         counts.append(int(read_record(data.fetched_record(shard))["successes"]))
         inputs.append(digest([digests, made]))
     return Table(
-        data=data,
+        data=Data(data.root),  # without the plan, which would go along with every task
         index=data.index(run.name),
         modes=modes,
         shards=tuple(run.shards),
@@ -169,7 +169,7 @@ def _search(run: TableRun, table: Table, work: Path) -> tuple[Array, dict[str, A
     copies = np.flatnonzero(same != np.arange(n))
     known = [as_pairs(same[copies], copies, 0.0 if modes.cosine is None else 1.0)]  # pairs whose distance is known
     open_pairs = [np.zeros(0, PAIR)]
-    recalls: list[Callable[[Array, Array], tuple[str, dict[str, Any], str]]] = []
+    recalls: dict[str, tuple[Callable[[Array, Array], dict[str, Any]], str]] = {}  # how it is measured, and of what
     first = same.copy()
     own = same == np.arange(n)
 
@@ -183,8 +183,7 @@ def _search(run: TableRun, table: Table, work: Path) -> tuple[Array, dict[str, A
         distinct = np.zeros(n, np.bool_)
         distinct[hashes.first[~hashes.mirrored]] = True
         measure = partial(measured_recall, table, work, config, "bits", distinct, 0.0, run_map=run.map)
-        what = f"pairs with different PDQ hashes within {modes.pdq} bits"
-        recalls.append(lambda pairs, group: ("pdq", measure(pairs, group), what))
+        recalls["pdq"] = measure, f"pairs with different PDQ hashes within {modes.pdq} bits"
     if modes.captions:
         open_pairs.append(equal_captions(table, own))
     if modes.cosine is not None:
@@ -192,14 +191,11 @@ def _search(run: TableRun, table: Table, work: Path) -> tuple[Array, dict[str, A
         use = (first == np.arange(n)) & ((flags & FLAT) == 0)
         near, cost, config = vector_pairs(run, table, work, use)
         known.append(near)
-        by_cosine = partial(measured_recall, table, work, config, "cosine", use, cost, run_map=run.map)
-        recalls.append(
-            lambda pairs, group: (
-                "cosine",
-                by_cosine(pairs, group),
-                f"pairs with a cosine of {modes.cosine:g} or more",
-            )
-        )
+        measure = partial(measured_recall, table, work, config, "cosine", use, cost, run_map=run.map)
+        what = f"pairs with a cosine of {modes.cosine:g} or more"
+        if modes.cosine_pdq is not None:
+            what += f" and PDQ hashes within {modes.cosine_pdq} bits"
+        recalls["cosine"] = measure, what
     pairs = _with_distances(run, table, known, open_pairs)
     while (again := first[first] != first).any():
         first[again] = first[first][again]
@@ -210,9 +206,8 @@ def _search(run: TableRun, table: Table, work: Path) -> tuple[Array, dict[str, A
     answer["nearest"], answer["of"] = nearest_of(n, pairs, largest=modes.cosine is not None)
     facts: dict[str, Any] = {"groups": _sizes(group, size), "recall": {}, "notes": []}
     facts["notes"].append(_group_note(facts["groups"], n))
-    for recall in recalls:
-        name, found, what = recall(pairs, group)
-        facts["recall"][name] = found
+    for name, (measured, what) in recalls.items():
+        facts["recall"][name] = found = measured(pairs, group)
         facts["notes"].append(recall_sentence(found, what))
     facts["notes"] += _limits(modes)
     facts[FACT] = keep_neighbours(table, first, group, pairs)
@@ -231,7 +226,8 @@ def keep_neighbours(table: Table, first: Array, group: Array, pairs: Array) -> s
     different = np.bincount(group[stands], minlength=len(first))
     near = (a != b) & (group[a] == group[b]) & (group[a] >= 0)
     near[near] = different[group[a[near]]] <= (_ALL_PAIRS if table.modes.captions else _KNOWN_PAIRS)
-    linked = np.unique(np.sort(np.stack([a[near], b[near]], 1), axis=1), axis=0)
+    low, high = np.minimum(a[near], b[near]), np.maximum(a[near], b[near])
+    linked = np.stack(np.divmod(np.unique(low * len(first) + high), max(1, len(first))), 1)
     return write_neighbours(table.index / FILE, np.stack([keys[copies], keys[first[copies]]], 1), keys[linked])
 
 

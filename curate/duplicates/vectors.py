@@ -47,8 +47,8 @@ _QUERIES = 1 << 14  # of one cell in a task, where it has many
 
 
 def cell_count(images: int) -> int:
-    """How many cells: 2 sqrt(n). More make it dearer to find an image's cells, fewer to compare it in them."""
-    return 1 if images <= ONE_CELL else round(2 * math.sqrt(images))
+    """How many cells: sqrt(n). More make it dearer to fit them, and part more neighbours; fewer, to compare in them."""
+    return 1 if images <= ONE_CELL else round(math.sqrt(images))
 
 
 def find_cells(table: Table, say: Callable[[str], None]) -> str:

@@ -189,24 +189,25 @@ def _rank(
     )
     number = f"CAST(({computed.expression}) AS DOUBLE)" if computed.expression else "0.0"
     number = f"CASE WHEN isfinite({number}) THEN {number} END"
-    con.execute(
-        f'CREATE TEMP TABLE {later} AS SELECT "#key" FROM (SELECT "#key", '
-        f'row_number() OVER (PARTITION BY "#group" ORDER BY {number} DESC NULLS LAST, "#key") AS "#rank" FROM rows '
-        f'JOIN {sizes} ON {value} = "#group" WHERE "#size" > {computed.count}) WHERE "#rank" > {computed.count}'
-    )
-    split = {}
+    joined, split = f'rows JOIN {sizes} ON {value} = "#group"', dict[str, float]()
+    con.execute(f'CREATE TEMP TABLE {later} ("#key" UBIGINT)')
+    ranked = f'{joined} WHERE "#size" > {computed.count}'
     if computed.kind == "best_of" and computed.column in neighbours:
-        rows = con.execute(f'SELECT "#key", {number} AS v FROM rows JOIN {sizes} ON {value} = "#group"').fetchnumpy()
-        keys = np.asarray(rows["#key"])
-        known, stay = far_from_best(neighbours[computed.column][0], keys, np.ma.filled(rows["v"], np.nan))
-        con.register("_near", pa.table({"k": keys[known], "stay": stay[known]}))
-        con.execute(f'DELETE FROM {later} WHERE "#key" IN (SELECT k FROM _near)')
-        con.execute(f"INSERT INTO {later} SELECT k FROM _near WHERE NOT stay")
-        several = (
-            f'SELECT 1 FROM rows JOIN {sizes} ON {value} = "#group" JOIN _near ON k = "#key" WHERE stay '
-            'GROUP BY "#group" HAVING count(*) > 1'
-        )
-        split = {"split": _count(con, f"({several})")}
+        found = con.execute(f'SELECT "#key", {number} AS v FROM {joined}').fetchnumpy()
+        keys, values = np.asarray(found["#key"]), np.ma.filled(found["v"], np.nan)
+        del found
+        known, stay = far_from_best(neighbours[computed.column][0], keys, values)
+        con.register("_near", pa.table({"#k": keys[known], "#stay": stay[known]}))
+        con.execute(f'INSERT INTO {later} SELECT "#k" FROM _near WHERE NOT "#stay"')
+        ranked += ' AND "#key" NOT IN (SELECT "#k" FROM _near)'
+        several = f'{joined} JOIN _near ON "#k" = "#key" WHERE "#stay" GROUP BY "#group" HAVING count(*) > 1'
+        split["split"] = con.execute(f"SELECT count(*) FROM (SELECT 1 FROM {several})").fetchall()[0][0]
+    con.execute(
+        f'INSERT INTO {later} SELECT "#key" FROM (SELECT "#key", '
+        f'row_number() OVER (PARTITION BY "#group" ORDER BY {number} DESC NULLS LAST, "#key") AS "#rank" '
+        f'FROM {ranked}) WHERE "#rank" > {computed.count}'
+    )
+    if split:
         con.unregister("_near")
     row = con.execute(
         'SELECT count(*), coalesce(sum("#size"), 0), coalesce(median("#size"), 0), coalesce(max("#size"), 0) '
@@ -214,10 +215,6 @@ def _rank(
     ).fetchone()
     assert row is not None
     return {"groups": row[0], "images": int(row[1]), "median": row[2], "largest": row[3], **split}
-
-
-def _count(con: duckdb.DuckDBPyConnection, table: str) -> int:
-    return int(con.execute(f"SELECT count(*) FROM {table}").fetchall()[0][0])  # so that the result is at its end
 
 
 def numbers_of(con: duckdb.DuckDBPyConnection, column: str) -> np.ndarray:

@@ -397,7 +397,12 @@ def _card(facts: Mapping[str, Any], selection: Selection, columns: Sequence[str]
     for column, became in selection.clusters.items():
         lines += [f"{markdown_code(column)}: {balance_words(became)}.", ""]
     if notes := _notes(facts["columns"], selection):
-        lines += ["Of what these columns say:", "", *(f"- {markdown(note)}" for note in notes), ""]
+        lines += [
+            "Of what these columns say:",
+            "",
+            *(f"- {markdown_code(column)}: {markdown(note)}" for note, column in notes.items()),
+            "",
+        ]
     if facts["columns"] or facts["space"]:
         lines += ["## What the columns were made by", ""]
         if encoder := facts["space"].get("encoder"):
@@ -424,9 +429,14 @@ def _card(facts: Mapping[str, Any], selection: Selection, columns: Sequence[str]
     return "\n".join(lines)
 
 
-def _notes(columns: Mapping[str, Mapping[str, Any]], selection: Selection) -> list[str]:
-    """What is to be known of the columns that decided: those that a rule names, and those that hide images."""
+def _notes(columns: Mapping[str, Mapping[str, Any]], selection: Selection) -> dict[str, str]:
+    """What is to be known of the columns that decided, those that a rule names and those that hide images: note -> the
+    first of these columns that it is of."""
     rules = read_rules({r.name: r.condition for r in selection.rules}, columns)
     named = {c for rule in rules.values() if rule for c in rule.columns}
-    decided = (made for column, made in columns.items() if column in named or made.get("hidden"))
-    return notes_of(decided)
+    decided = {column: made for column, made in columns.items() if column in named or made.get("hidden")}
+    notes = dict[str, str]()
+    for column, made in decided.items():
+        for note in notes_of([made]):
+            notes.setdefault(note, column)
+    return notes
