@@ -281,6 +281,17 @@ def test_a_name_that_a_need_would_take_is_said(outside: Path) -> None:
     assert add_needs({"n": "digits", "w": {"use": "words", "most": 9}}).keys() == {"n", "w"}
 
 
+def test_one_entry_serves_all_that_need_it() -> None:
+    plain = {"use": "near-duplicates", "phash": 4}
+    mirror = {**plain, "mirror": True}
+    assert add_needs({"a": plain})["pdq"] == "pdq"
+    for columns in ({"a": plain, "b": mirror}, {"b": mirror, "a": plain}):
+        found = add_needs(columns)
+        assert found == {**columns, "pdq": {"use": "pdq", "mirror": True}} and add_needs(found) == found
+    with pytest.raises(UserError, match="give this one another name"):
+        add_needs({"a": mirror, "pdq": "pdq"})
+
+
 def test_a_table_of_others_is_columns(real_data: Data, tmp_path: Path) -> None:
     data = copy_of(real_data, tmp_path / "data")
     keys = sorted(data.ledger.filter("status = 'success'").df()["key"])

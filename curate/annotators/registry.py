@@ -159,18 +159,19 @@ def add_needs(columns: Mapping[str, Spec]) -> dict[str, Spec]:
 
     UserError where the name of such an entry is taken.
     """
-    found, made = dict(columns), {name: make_annotator(name, spec) for name, spec in columns.items()}
+    made = {name: make_annotator(name, spec) for name, spec in columns.items()}
+    added = dict[str, Spec]()
     for name, annotator in list(made.items()):
         for need, entry in resolve_needs(made, name).items():
             if entry is not None:
                 continue
-            if need in found:
-                raise UserError(
-                    f"columns.{need}: columns.{name} needs {need}: {annotator.needs[need]}; rename this one"
-                )
-            found[need] = annotator.needs[need]
-            made[need] = make_annotator(need, found[need])
-    return found
+            if need in columns:
+                wanted = f"{need}: {annotator.needs[need]}"
+                raise UserError(f"columns.{need}: columns.{name} needs {wanted}; give this one another name")
+            before, spec = added.get(need, {}), annotator.needs[need]  # of two, all that they ask for
+            added[need] = spec if isinstance(before, str) or isinstance(spec, str) else {**before, **spec}
+            made[need] = make_annotator(need, added[need])
+    return {**columns, **added}
 
 
 def absolute(name: str, spec: Spec) -> Spec:
