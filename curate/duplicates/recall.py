@@ -21,7 +21,7 @@ SHARE = 0.05
 """Of the comparisons of the whole search that the sample may cost, about."""
 
 _LEAST = 100  # images of the sample, where there are so many
-_FREE = {"cosine": 1e9, "bits": 1e9}  # comparisons that take some seconds: made in any case
+_FREE = {"cosine": 1e9, "bits": 1e10}  # comparisons that take some seconds: made in any case
 _NEIGHBOURS = 1024  # of an image of the sample, about: of images by the thousand that look alike some will do
 _TASK_IMAGES = 200_000
 _BLOCK = 4096
