@@ -126,7 +126,7 @@ def _merge(best: Floats, where: Ints, row: Ints, column: Ints, cosine: Floats) -
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """faiss on one thread: with others the last bits of its products differ, and with them the cells of some rows."""
     import faiss
 
@@ -176,7 +176,7 @@ def _k_means(x: Floats, cells: int, seed: int) -> Floats:
         min_points_per_centroid=1,
         max_points_per_centroid=_ROWS_PER_CELL,
     )
-    with _one_thread():
+    with one_thread():
         fit.train(x)
     centroids = np.asarray(fit.centroids, np.float32).reshape(cells, -1)
     return centroids[np.unique(nearest_cells(x, centroids, 1))]
@@ -194,7 +194,7 @@ def nearest_cells(vectors: Vectors, centroids: Floats, count: int) -> npt.NDArra
     found = np.empty((len(vectors), min(count, len(centroids))), np.int32)
     for start in range(0, len(vectors), 8 * _BLOCK):
         x = np.ascontiguousarray(vectors[start : start + 8 * _BLOCK], np.float32)
-        with _one_thread():
+        with one_thread():
             found[start : start + len(x)] = index.search(x, found.shape[1])[1]
     return found
 

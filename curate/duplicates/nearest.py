@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aesthetic.hashes import hex_to_bits
-from aesthetic.neighbours import nearest
+from aesthetic.neighbours import nearest, one_thread
 from aesthetic.untrusted import open_vectors
 from curate.duplicates.protected import LITTLE, Protected, load_protected
 from curate.encoders.embed import images_of
@@ -105,12 +105,8 @@ def nearest_hashes(values: np.ndarray, others: np.ndarray, whose: np.ndarray) ->
     if len(values) and len(others):
         searcher = faiss.IndexBinaryFlat(width)
         searcher.add(_as_bytes(others))
-        threads = faiss.omp_get_max_threads()
-        faiss.omp_set_num_threads(1)  # of this thread: tasks run beside each other
-        try:
+        with one_thread():  # tasks run beside each other
             apart, found = searcher.search(_as_bytes(values), 1)
-        finally:
-            faiss.omp_set_num_threads(threads)
         bits, index = apart[:, 0].astype(np.int64), whose[found[:, 0]]
     return bits, index
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from aesthetic.untrusted import open_vectors
-from curate.duplicates.rows import Array, Table, hashes_agree, keep_array, read_rows
+from curate.duplicates.rows import Array, Table, gather_rows, hashes_agree, keep_array, read_rows
 from curate.duplicates.vectors import PAIR, gather
 
 SAMPLE = 1000
@@ -70,6 +70,11 @@ def measured_recall(
     (marks,) = read_rows(table, "mark")
     sample = np.sort(images[np.argsort(marks[images], kind="stable")[:size]])
     keep_array(table.data.root, work / f"sample-{measure}.npy", lambda: sample, config=config)
+
+    def compared() -> Array:  # here, once: it lies in all shards
+        return gather(table, sample) if measure == "cosine" else gather_rows(table, sample)["pdq"]
+
+    keep_array(table.data.root, work / f"compared-{measure}.npy", compared, config=config)
     keep_array(table.data.root, work / f"eligible-{measure}.npy", lambda: eligible, config=config)
     tasks, first = [], 0
     for at in range(len(table.shards)):
@@ -113,21 +118,22 @@ def compare_sample(task: BruteForce) -> None:
 
     def make() -> Array:
         sample = np.load(task.work / f"sample-{task.measure}.npy")
+        ours = np.load(task.work / f"compared-{task.measure}.npy")
         eligible = np.load(task.work / f"eligible-{task.measure}.npy", mmap_mode="r")
         found = [np.zeros(0, PAIR)]
         if len(sample):
             for at in range(task.first, task.last):
                 rows = np.flatnonzero(eligible[task.table.offsets[at] : task.table.offsets[at + 1]])
-                found += compare(task.table, at, rows, sample)
+                found += compare(task.table, at, rows, sample, ours)
         return np.concatenate(found)
 
     keep_array(task.table.data.root, task.path, make, config=task.config)
 
 
-def _by_cosine(table: Table, at: int, rows: Array, sample: Array) -> list[Array]:
+def _by_cosine(table: Table, at: int, rows: Array, sample: Array, ours: Array) -> list[Array]:
     cosine, found = table.modes.cosine, []
     assert cosine is not None
-    ours = gather(table, sample).astype(np.float32)
+    ours = ours.astype(np.float32)
     vectors = open_vectors(table.data.image_vectors(table.shards[at])) if len(rows) else None
     most = max(2, _NEIGHBOURS // sum(-(-count // _BLOCK) for count in table.counts))
     for start in range(0, len(rows), _BLOCK):
@@ -143,14 +149,10 @@ def _by_cosine(table: Table, at: int, rows: Array, sample: Array) -> list[Array]
     return found
 
 
-def _by_bits(table: Table, at: int, rows: Array, sample: Array) -> list[Array]:
+def _by_bits(table: Table, at: int, rows: Array, sample: Array, ours: Array) -> list[Array]:
     words = np.load(table.rows(table.shards[at]), mmap_mode="r")["pdq"][rows].T.copy()  # (4, n): a word after the other
-    places, in_shard = table.place(sample)
-    found, ours = [], np.zeros((len(sample), 4), np.uint64)
+    found = []
     most = max(4, _NEIGHBOURS // len(table.shards))
-    for shard in np.unique(places).tolist():
-        mine = places == shard
-        ours[mine] = np.load(table.rows(table.shards[shard]), mmap_mode="r")["pdq"][in_shard[mine]]
     for image, hash in zip(sample.tolist(), ours, strict=True):
         bits = sum(np.bitwise_count(word ^ own) for word, own in zip(words, hash, strict=True))
         near = np.flatnonzero(bits <= table.modes.pdq)

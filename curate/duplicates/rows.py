@@ -7,7 +7,7 @@ and is made anew where the shard has changed.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,8 @@ def _entries(table: Table, shard: int, dtype: np.dtype[Any]) -> Array:
     rows = images_of(table.data, shard, ["key", "sha256", "phash", *(["caption"] if modes.captions else [])])
     found = np.zeros(len(rows), dtype)
     found["mark"] = pd.util.hash_array(np.array(rows["key"].to_pylist(), dtype=object), categorize=False)
-    _put(found, "sha", SHA, [None if s is None else s[:32] for s in rows["sha256"].to_pylist()], 128)
+    found["sha"], known = hex_to_bits([None if s is None else s[:32] for s in rows["sha256"].to_pylist()], 128)
+    found["known"] |= np.where(known, SHA, 0).astype(np.uint8)
     digits: list[str | None] = rows["phash"].to_pylist()
     phash, usable = hex_to_bits(digits)
     flat = rows["phash"].is_valid().to_numpy() & ~hex_to_bits(digits, least=FLAT_ONES)[1]
@@ -143,7 +144,8 @@ def _entries(table: Table, shard: int, dtype: np.dtype[Any]) -> Array:
     if modes.captions:
         texts = map(normalised_caption, rows["caption"].to_pylist())
         hashes = [None if t is None else hashlib.blake2b(t.encode(), digest_size=16).hexdigest() for t in texts]
-        _put(found, "caption", CAPTION, hashes, 128)
+        found["caption"], known = hex_to_bits(hashes, 128)
+        found["known"] |= np.where(known, CAPTION, 0).astype(np.uint8)
     if modes.hashes:
         assert table.pdq is not None
         pdq = pq.read_table(table.data.annotations(table.pdq, shard))
@@ -166,19 +168,22 @@ def _column(table: pa.Table, entry: str, suffix: str) -> list[str | None]:
     return table[f"{entry}_{suffix}"].to_pylist()
 
 
-def _put(found: Array, field: str, bit: int, hashes: Sequence[str | None], bits: int) -> None:
-    """Hex digits into a field of 64-bit words, and into `known` which are there."""
-    known = np.array([h is not None for h in hashes], bool)
-    data = bytes.fromhex("".join(h or "0" * (bits // 4) for h in hashes))
-    found[field] = np.frombuffer(data, ">u8").reshape(len(hashes), -1)
-    found["known"] |= np.where(known, bit, 0).astype(np.uint8)
-
-
 def read_rows(table: Table, *fields: str) -> tuple[Array, ...]:
     """Fields of all images, in their order; the files of the shards are mapped, not read whole."""
     arrays = [np.load(table.rows(s), mmap_mode="r") for s in table.shards]
     empty = np.zeros(0, table.modes.fields())
     return tuple(np.concatenate([empty[f], *(a[f] for a in arrays)]) for f in fields)
+
+
+def gather_rows(table: Table, images: Array) -> Array:
+    """The entries of images by number, in ascending order."""
+    at, rows = table.place(images)
+    found = np.zeros(len(images), table.modes.fields())
+    edges = np.searchsorted(at, np.arange(len(table.shards) + 1))
+    for shard, low, high in zip(table.shards, edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        if low < high:
+            found[low:high] = np.load(table.rows(shard), mmap_mode="r")[rows[low:high]]
+    return found
 
 
 def hashes_agree(table: Table, a: Array, b: Array) -> npt.NDArray[np.bool_]:
@@ -190,12 +195,7 @@ def hashes_agree(table: Table, a: Array, b: Array) -> npt.NDArray[np.bool_]:
     if modes.cosine_pdq is None or not len(a):
         return np.ones(len(a), np.bool_)
     numbers, where = np.unique(np.concatenate([a, b]), return_inverse=True)
-    at, rows = table.place(numbers)
-    found = np.zeros(len(numbers), modes.fields())
-    edges = np.searchsorted(at, np.arange(len(table.shards) + 1))
-    for shard, low, high in zip(table.shards, edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        if low < high:
-            found[low:high] = np.load(table.rows(shard), mmap_mode="r")[rows[low:high]]
+    found = gather_rows(table, numbers)
     one, other = found[where[: len(a)]], found[where[len(a) :]]
     agree = hamming(one["pdq"], other["pdq"]) <= modes.cosine_pdq
     agree &= (one["known"] & other["known"] & HASH) != 0
