@@ -1,0 +1,1 @@
+"""Captions written anew: by a server or a model here."""
