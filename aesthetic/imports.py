@@ -19,7 +19,6 @@ import urllib.request
 import zipfile
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +46,7 @@ def import_head(
     encoder: str | None = None,
     norm: str = "l2",
     scale: tuple[float, float] | None = None,
-    activation: Literal["none", "relu"] | None = None,
+    activation: str | None = None,
     task: str = "aesthetic",
 ) -> Head:
     """A head from a file of weights; `save_head` then writes it, and that file is not needed again.
@@ -91,6 +90,8 @@ def import_head(
         )
     if norm not in NORMS:
         raise HeadError(f"{path}: the norm is {norm!r}; it is one of {', '.join(NORMS)}")
+    if activation not in (None, *ACTIVATIONS):
+        raise HeadError(f"{path}: the activation is {activation!r}; it is one of {', '.join(ACTIVATIONS)}")
     if scale is None:
         raise HeadError(f"{path}: on which scale are its ratings? --scale LO HI, such as --scale 1 10")
     if any(name == p.name for p in published_heads()):
