@@ -112,6 +112,11 @@ class Annotator(abc.ABC):
         """By default that of the name and the options."""
         return digest([self.name, self.options.model_dump(mode="json")])
 
+    def pinned(self) -> Mapping[str, Any]:
+        """Options that mean on another day what those given mean now, such as a commit in place of a branch; a recipe
+        that is stored has these. Called in the driver; paths are made whole without it."""
+        return {}
+
     def check(self, space: Space | str) -> None:  # noqa: B027
         """Refuse, before anything runs, vectors of this space, or of an encoder of this name. Loads no model."""
 
