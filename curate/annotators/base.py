@@ -124,6 +124,11 @@ class Annotator(abc.ABC):
         """What the records of its columns carry: its digest, and which images it looks at."""
         return self.digest if self.where is None else digest([self.digest, self.where])
 
+    def pinned(self) -> Mapping[str, Any]:
+        """Options that mean on another day what those given mean now, such as a commit in place of a branch; a recipe
+        that is stored has these. Called in the driver; paths are made whole without it."""
+        return {}
+
     def check(self, space: Space | str) -> None:  # noqa: B027
         """Refuse, before anything runs, vectors of this space, or of an encoder of this name. Loads no model."""
 

@@ -166,10 +166,14 @@ def add_needs(columns: Mapping[str, Spec]) -> dict[str, Spec]:
 
 
 def absolute(name: str, spec: Spec) -> Spec:
-    """An entry NAME of `columns` with whole paths, so that a command given in another folder finds the same files."""
+    """An entry NAME of `columns` with whole paths and pinned revisions, so that a command given in another folder or on
+    another day means the same files. UserError where a server has to be asked for a revision, and can't be."""
     if isinstance(spec, str):
         folder = Path(spec).expanduser()
         return str(folder.absolute()) if spec not in known_annotators() and folder.is_dir() else spec
-    options = make_annotator(name, spec).options
-    paths = {k: v for k, v in options if isinstance(v, Path)}
-    return {**spec, **{k: str(v.expanduser().absolute()) for k, v in paths.items()}}
+    annotator = make_annotator(name, spec)
+    paths = {k: str(v.expanduser().absolute()) for k, v in annotator.options if isinstance(v, Path)}
+    try:
+        return {**spec, **paths, **annotator.pinned()}
+    except UserError as e:
+        raise type(e)(f"columns.{printable(name, 200)}: {e}") from None
