@@ -173,8 +173,8 @@ class _Server:
             return await self._fail(request, fault)
         async with self.slots:
             await asyncio.sleep(self.b.latency)
-        content: Any = self.b.text or ("A red square." if red else said_of(sha256, prompt))
-        body = _answer(value["model"], [{"type": "text", "text": content}] if fault == "list" else content)
+        content = self.b.text or ("A red square." if red else said_of(sha256, prompt))
+        body = _answer(value["model"], content)
         response = web.Response(body=body, content_type="application/json")
         await response.prepare(request)
         await response.write_eof()
@@ -205,6 +205,7 @@ class _Server:
             "empty-choices": b'{"choices": []}',
             "number": b'{"choices": [{"message": {"content": 5}}]}',
             "html": b"<html><body>proxy error</body></html>",
+            "list": _answer("tiny-vl", [{"type": "text", "text": "A quiet garden with a bench."}]),
             "huge": _answer("m", "word " * 600_000),
             "null": _answer("tiny-vl", None),
             "loop": _answer("tiny-vl", "a red car and " * 50),

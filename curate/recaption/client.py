@@ -43,6 +43,7 @@ LARGEST = 2_000_000
 
 _BACKOFF, _LONGEST_BACKOFF = 1.0, 30.0  # seconds before the second attempt, on average; doubles with each one
 _PAUSE = 1.0  # seconds without requests after a 429 that names no time; doubles while they go on
+_SAID_AFTER = 5.0  # seconds without any request
 _KEPT_OPEN = 4.0  # seconds that an unused connection is kept; uvicorn, by which vLLM serves, closes after 5
 _FOR_ALL = {401, 402, 403, 404, 405}
 _OVERLOADED = {429, 503, 529}
@@ -106,6 +107,7 @@ class CaptionClient:
         self.slots = slots
         self._url, self._key, self._timeout, self._max_requests, self._say = URL(url), key, timeout, max_requests, say
         self._refused_since: float | None = None
+        self._said = False
         self._pause = _PAUSE
         self._failed = 0  # requests on end
         self._session: aiohttp.ClientSession
@@ -211,8 +213,10 @@ class CaptionClient:
         """Keep all requests back for a while; UserError where the server has taken none for too long."""
         now = asyncio.get_running_loop().time()
         if self._refused_since is None:
-            self._refused_since = now
-            self._say(f"{self._url} takes no more requests for now: {e}")
+            self._refused_since, self._said = now, False
+        if not self._said and now - self._refused_since > _SAID_AFTER:
+            self._said = True
+            self._say(f"{self._url} takes no requests for now, they wait: {e}")
         if now - self._refused_since > PATIENCE or (e.after or 0) > PATIENCE:
             asked = f", and asks to wait {e.after:,.0f} s" if e.after else ""
             raise ServerRefuses(f"{self._url} has taken no requests for {now - self._refused_since:,.0f} s{asked}: {e}")

@@ -31,6 +31,7 @@ class CaptionOptions(AnnotatorOptions):
 
     base_url: str | None = None
     model: str = pydantic.Field(min_length=1)
+    revision: str | None = None
     prompt: str | dict[str, str] = PROMPT
     max_tokens: int = pydantic.Field(300, ge=1)
     temperature: float = pydantic.Field(0.2, ge=0, le=2)

@@ -34,6 +34,8 @@ NO_ANSWER = {
 }
 """Outcomes without an answer, beside those of curate.recaption.answers.OUTCOMES."""
 
+WITH_CAPTION = ("ok", "truncated", "copied")
+
 QUALITY = 90
 """Of the JPEGs that are sent, where the stored image can't be sent as it is."""
 
@@ -55,6 +57,8 @@ class ServedCaptions(TableAnnotator):
     def __init__(self, options: CaptionOptions) -> None:
         super().__init__(options)
         assert options.base_url is not None
+        if options.revision is not None:
+            raise UserError(f"revision is for a model that runs here; which one {options.base_url} has, it decides")
         parameters = {**options.parameters, "max_tokens": options.max_tokens, "temperature": options.temperature}
         image = {"pixels": options.pixels, "quality": QUALITY}
         self.requests = {n: Request(options.model, text, parameters, image) for n, text in options.prompts.items()}
@@ -97,9 +101,7 @@ class ServedCaptions(TableAnnotator):
             client=partial(self._client, run.say),
             probe=self._probe,
         )
-        progress = CaptionProgress(
-            flow, run.name, sum(len(keys) for _, keys in shards), run.say, getattr(run, "show", lambda text: None)
-        )
+        progress = CaptionProgress(flow, run.name, sum(len(keys) for _, keys in shards), run.say, run.show)
         try:
             with flow:
                 for answers in flow.results(progress):
@@ -108,7 +110,7 @@ class ServedCaptions(TableAnnotator):
                     yield columns
         except UserError as e:
             raise type(e)(f"columns.{run.name}: {e}. {flow.kept()}") from e
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, GeneratorExit):
             run.say(f"{run.name}: {flow.kept()}")
             raise
         finally:
@@ -168,7 +170,13 @@ class ServedCaptions(TableAnnotator):
         """What the record of a shard says of these answers."""
         times = sorted(str(line["at"]) for line in lines if line.get("at"))
         prompts = {n or "prompt": r.prompt for n, r in self.requests.items()}
-        counts = {f"{'of ' + n if n else 'of captions'}: {o}": k for n, c in outcomes.items() for o, k in c.items()}
+        counts = Counter[str]()
+        for name, found in outcomes.items():
+            of, of_them = (f" ({name})", f"{name}: ") if name else ("", "")
+            for outcome, number in found.items():
+                kept = outcome in WITH_CAPTION
+                counts[f"captioned{of}" if kept else f"not captioned ({of_them}{outcome})"] += number
+        again = ["`tastemaker annotate DATA --retry` asks again about images that got no answer"] if unanswered else []
         return {
             "server": self.options.base_url,
             "model": self.options.model,
@@ -186,8 +194,8 @@ class ServedCaptions(TableAnnotator):
             "first": times[0] if times else None,
             "last": times[-1] if times else None,
             "unanswered": unanswered,
-            "notes": [f"by {self.options.model} at {self.options.base_url}"],
-            "counts": counts,
+            "notes": [f"by {self.options.model} at {self.options.base_url}", *again],
+            "counts": dict(counts),
         }
 
 

@@ -11,8 +11,11 @@ from collections.abc import AsyncIterator
 FIRST, MOST = 8, 256
 """Requests at a time at first, and at most."""
 
-GAIN = 1.15
-"""How many times the answers a second twice as many requests must bring; else the server is busy with fewer."""
+DOUBLE = 1.6
+"""How many times the answers a second twice as many requests must bring for the number to double again."""
+
+STEP, MORE = 1.25, 1.05
+"""Then the number grows by smaller steps, as long as each brings so many times the answers a second."""
 
 SPARE = 1.15
 """Requests at a time over those that keep a server busy, so that the next one is there when an answer leaves."""
@@ -29,8 +32,8 @@ class SlotsClosed(Exception):
 class Slots:
     """Places for requests; whoever waits longest is next.
 
-    The number doubles as long as the server then gives GAIN times the answers a second, measured over as many answers
-    as say it; then it is what the best rate needed, and SPARE. A server that says it has too much (429, 503) gets 0.7
+    The number doubles as long as the server then gives DOUBLE times the answers a second, measured over as many answers
+    as say it; then it is what that rate needs, and SPARE, and grows by STEP as long as that brings MORE. A server that says it has too much (429, 503) gets 0.7
     times as many, and none at all until the time that it names. With `fixed` the number stays.
     """
 
@@ -116,17 +119,19 @@ class Slots:
             self._set(self._more())
             return
         level, slower = self._before
-        gain, needed = rate / slower, GAIN if self._ramping else 1 + (GAIN - 1) / 4
-        if gain >= needed and self.limit < MOST:
+        gain = rate / slower
+        if gain >= (DOUBLE if self._ramping else MORE):
             self._before = self.limit, rate
             self._set(self._more())
-            return
-        if gain < needed:  # the rate was that of `level`, or of as many more as it grew by
-            self._set(min(self.limit, math.ceil(level * max(1.0, gain) * SPARE) + 1) if self._ramping else level)
-        self._before, self._ramping, self._hold = None, False, _HOLD
+        elif self._ramping:  # as many as the rate grew by are busy
+            self._before, self._ramping, self._hold = None, False, 0 if gain >= MORE else _HOLD
+            self._set(min(self.limit, math.ceil(level * max(1.0, gain) * SPARE) + 1))
+        else:
+            self._before, self._hold = None, _HOLD
+            self._set(level)
 
     def _more(self) -> int:
-        return min(MOST, 2 * self.limit if self._ramping else math.ceil(1.25 * self.limit))
+        return min(MOST, 2 * self.limit if self._ramping else math.ceil(STEP * self.limit))
 
     def _set(self, limit: int) -> None:
         self.limit, self._changed = limit, asyncio.get_running_loop().time()
