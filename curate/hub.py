@@ -6,12 +6,14 @@ that has pickles alone, or wants code of its own to be run (`auto_map`), is refu
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import re
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -143,7 +145,8 @@ class ModelFiles:
         """
         folder = self.fetch()
         try:
-            return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+            with no_progress_bars():
+                return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
         except MemoryError:
             raise
         except Exception as e:  # whatever files of others make of a constructor
@@ -198,6 +201,21 @@ class ModelFiles:
         if isinstance(error, errors.RemoteEntryNotFoundError):
             return UserError(f"{self.name} has no config.json: it is no model in transformers' format")
         return self._missing(f"it could not be fetched ({error_line(error)})")
+
+
+@contextlib.contextmanager
+def no_progress_bars(*libraries: str) -> Iterator[None]:
+    """Without the progress bars that transformers, and further `libraries` with a module utils.logging such as its,
+    draw while they load and save."""
+    found = [importlib.import_module(f"{library}.utils.logging") for library in ("transformers", *libraries)]
+    drawing = [log for log in found if log.is_progress_bar_enabled()]
+    for log in drawing:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in drawing:
+            log.enable_progress_bar()
 
 
 def unreachable(server: str, *, hub: bool) -> str | None:
