@@ -7,7 +7,6 @@ that has pickles alone, or wants code of its own to be run (`auto_map`), is refu
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import re
 import ssl
@@ -20,7 +19,7 @@ from typing import Any
 
 from aesthetic.errors import UserError
 from aesthetic.untrusted import error_line, printable, read_json_file
-from curate.store.files import sha256_file
+from curate.store.files import sha256_once
 from curate.weight_files import read_header, weight_files
 
 PATIENCE = 5.0
@@ -78,7 +77,7 @@ class ModelFiles:
         patterns = (*_CONFIGS, *_WORDS, *_WEIGHTS)
         files = sorted(self.folder.iterdir()) if self.folder is not None else []
         wanted = [path for path in files if any(fnmatch(path.name, pattern) for pattern in patterns)]
-        return {path.name: _sha256(path, path.stat().st_size, path.stat().st_mtime_ns) for path in wanted}
+        return {path.name: sha256_once(path) for path in wanted}
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -307,9 +306,3 @@ def _no_folder(name: str, path: Path) -> str:
             "prints the folder to give"
         )
     return f"{shown}: there is no such folder, nor is it a hub's ORG/NAME"
-
-
-@functools.lru_cache(maxsize=256)
-def _sha256(path: Path, size: int, mtime_ns: int) -> str:
-    """Many ask, and another size or time is another file."""
-    return sha256_file(path)

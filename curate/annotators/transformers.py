@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,15 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from aesthetic.errors import UserError, nearest
+from aesthetic.errors import UserError
 from aesthetic.untrusted import first_three, printable
 from curate.annotators.base import Annotator, AnnotatorOptions, ColumnSpec, ImageBatch, Resources
+from curate.annotators.labels import check_labels, label_columns, label_suffixes, middle, wanted_labels
 from curate.hub import ModelFiles
 from curate.store.files import digest
-
-WIDEST = 32
-"""Long side over short side of what a processor gets to see that resizes the short side and then cuts out the middle:
-50000 x 1 pixels would become 11 million columns. What is cut off here, it would cut off anyway."""
 
 _TOGETHER = 32  # images that a GPU gets at once
 
@@ -51,18 +47,16 @@ class ImageClassifier(Annotator):
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         self.files = ModelFiles(options.model, options.revision)
-        self._labels = (options.label,) if isinstance(options.label, str) else options.label or ()
+        self._labels = wanted_labels(options.label)
         self._check_labels()
-        suffixes = [re.sub(r"\W+", "_", label.lower()).strip("_") for label in self._labels]
-        if len({*suffixes}) < len(suffixes) or "" in suffixes:
-            raise UserError(f"label: {first_three(self._labels)}: each needs a column's name of its own")
+        self._suffixes = label_suffixes(self._labels)
         self.columns = {
             suffix: ColumnSpec(
                 meaning=f"probability of “{printable(label, 80)}”, by {printable(options.model, 120)}",
                 scale=(0, 1),
                 unsafe=options.unsafe,
             )
-            for suffix, label in zip(suffixes, self._labels, strict=True)
+            for suffix, label in zip(self._suffixes, self._labels, strict=True)
         }
 
     @property
@@ -93,9 +87,7 @@ class ImageClassifier(Annotator):
         self._model = model.to(self._device)
         names = {name: index for index, name in sorted(model.config.id2label.items(), reverse=True)}
         if self._labels != tuple(label for label in self._labels if label in names):
-            raise UserError(
-                f"{self.files.name}: loaded, it has the labels {first_three([*names])}, and not those asked for"
-            )
+            raise UserError(f"{self.files.name}: once it is loaded its labels are others: {first_three([*names])}")
         self._places = [names[label] for label in self._labels]
         self._several = model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1
         self._squeezes = {"height", "width"} <= {*(getattr(self._processor, "size", None) or {})}
@@ -105,10 +97,8 @@ class ImageClassifier(Annotator):
             logits = self._logits([self._processed(np.full((64, 64, 3), 128, np.uint8))])
         except Exception as e:  # whatever two that do not fit make of an image
             raise UserError(f"{self.files.name}: its processor and its model do not fit each other: {e}") from e
-        if logits.shape != (1, len(names)):
-            raise UserError(
-                f"{self.files.name}: it gives {logits.shape[1:]} numbers an image, and has {len(names)} labels"
-            )
+        if logits.shape != (1, model.config.num_labels):
+            raise UserError(f"{self.files.name}: it has {len(names)} labels, and gives numbers of shape {logits.shape}")
         packages = ("transformers", "torch", "torchvision", *(["timm"] if "Timm" in type(model).__name__ else []))
         self.facts = {
             **self.files.facts,
@@ -137,19 +127,13 @@ class ImageClassifier(Annotator):
 
     def annotate(self, batch: ImageBatch) -> dict[str, pa.Array]:
         """The probabilities, float32; null where the model gives no number."""
+        from scipy.special import expit, softmax
+
         if not len(batch.inputs):
             return {suffix: pa.nulls(0, pa.float32()) for suffix in self.columns}
         logits = self._logits(batch.inputs).astype(np.float64)
-        if self._several:
-            values = 1 / (1 + np.exp(-logits))
-        else:
-            values = np.exp(logits - logits.max(axis=1, keepdims=True))
-            values /= values.sum(axis=1, keepdims=True)
-        wanted = values[:, self._places].astype(np.float32)
-        return {
-            suffix: pa.array(column, mask=~np.isfinite(column))
-            for suffix, column in zip(self.columns, wanted.T, strict=True)
-        }
+        values = expit(logits) if self._several else softmax(logits, axis=1)
+        return label_columns(values[:, self._places], self._suffixes)
 
     def _logits(self, inputs: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """(n, labels) float32. On a CPU each image runs alone on one thread: its numbers depend on nothing else."""
@@ -176,20 +160,10 @@ class ImageClassifier(Annotator):
     def _check_labels(self) -> None:
         """UserError where no label is asked for, or one that the model does not have, as far as that is known yet."""
         config = self.files.config
-        if config is None:
-            if not self._labels:
-                raise UserError(f"label is missing: {self.files.name} says which there are in its config.json")
-            return
-        known = model_labels(config)
-        for label in self._labels or ("",):
-            if label in known:
-                continue
-            near = nearest(label, known) if label else None
-            listed = ", ".join(printable(k, 60) for k in known[:20]) + (f", ... ({len(known):,})" if known[20:] else "")
-            has = f"did you mean {printable(near, 60)}?" if near else f"it has {listed or 'none: write id2label there'}"
-            what = f"has no label {printable(label, 60)}" if label else "needs label: which"
-            raise UserError(f"label: {self.files.name}, by its config.json, {what}; {has}")
-        if config.get("problem_type") == "regression":
+        if config is None and self._labels:
+            return  # once it is fetched
+        check_labels(self._labels, model_labels(config or {}), f"{self.files.name} (by its config.json)")
+        if config and config.get("problem_type") == "regression":
             raise UserError(f"{self.files.name} gives no probabilities: its config.json says regression")
 
 
@@ -199,14 +173,6 @@ def model_labels(config: Mapping[str, Any]) -> list[str]:
     if isinstance(names, dict) and all(str(key).isdecimal() for key in names):
         names = [names[key] for key in sorted(names, key=int)]
     return [str(name) for name in names] if isinstance(names, list) else []
-
-
-def middle(image: np.ndarray) -> np.ndarray:
-    """An image, (height, width, 3); of one that is longer than WIDEST allows, the middle."""
-    height, width = image.shape[:2]
-    longest = WIDEST * min(height, width)
-    top, left = max(0, (height - longest) // 2), max(0, (width - longest) // 2)
-    return np.ascontiguousarray(image[top : top + longest, left : left + longest])
 
 
 @contextlib.contextmanager
