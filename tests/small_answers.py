@@ -40,7 +40,8 @@ def case(
 LONG = (
     "A weathered wooden fishing boat, painted in faded shades of blue and white, rests on a pebbled shore at low "
     "tide. Coils of rope and a bright orange buoy lie in its bow. Behind it, a calm grey sea stretches to a horizon "
-    "veiled in mist, and two gulls circle over a distant lighthouse. The light is soft and even, as on an overcast morning."
+    "veiled in mist, and two gulls circle over a distant lighthouse. The light is soft and even, as "
+    "on an overcast morning."
 )
 LIST_LIKE = (
     "On the shelf, from left to right, stand a red mug, a blue mug, a green mug, a yellow mug and a white mug, each "
