@@ -39,6 +39,8 @@ def column_sheet(data: Data, name: str) -> Path | None:
     Of numbers: a histogram, the lowest and the highest images. Of a column with few values: images of each. Of texts:
     some images with theirs. The same data folder gives the same bytes.
     """
+    if not data.shards(lambda shard: data.annotations_record(name, shard)):
+        return None
     sheet = _Sheet(data, name)
     columns = [c for c in sheet.columns if sheet.count(c)]
     if not columns:
@@ -75,7 +77,7 @@ class _Sheet:
         self.data = data
         found = tables(data)
         folder = data.annotations(name, 0).parent.relative_to(data.root)
-        self.table = next((t for t in found if t.name == str(folder)), LedgerTable("", "key", (), (), (), ()))
+        self.table = next(t for t in found if t.name == str(folder))
         self.columns = self.table.columns
         self.types, self.facts = column_types(found)[0], recorded_columns(found)
         hidden = hidden_columns(found)
