@@ -26,6 +26,7 @@ from curate.recaption import served
 from curate.recaption.answer_log import AnswerLog
 from curate.recaption.client import NonsenseError, read_reply
 from curate.recaption.served import in_the_clear, jpeg_of
+from curate.shards.tar import CorruptShard
 from curate.store.records import read_record
 from pipelines.cli import main
 from tests.conftest import ROOT
@@ -515,3 +516,12 @@ def test_slots_pass_on_places_whatever_is_cancelled() -> None:
         return done
 
     assert asyncio.run(run()) >= 150
+
+
+def test_a_damaged_shard_ends_the_run(server: CaptionServer, tmp_path: Path) -> None:
+    server.become(Behaviour())
+    data = make_images(tmp_path / "d", 20, 5)
+    data.tar(2).write_bytes(data.tar(2).read_bytes()[:700])
+    with pytest.raises(CorruptShard, match=r"00002\.tar"):
+        caption(data, spec_of(server))
+    assert set(data.shards(lambda s: data.annotations_record("cap", s))) <= {0, 1}

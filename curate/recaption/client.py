@@ -23,7 +23,7 @@ from yarl import URL
 
 from aesthetic.errors import UserError
 from aesthetic.untrusted import first_three, printable
-from curate.recaption.protocol import NonsenseError, Reply, Request, error_text, read_models, read_reply
+from curate.recaption.protocol import CaptionRequest, NonsenseError, Reply, error_text, read_models, read_reply
 from curate.recaption.slots import Slots
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ class CaptionClient:
 
     # ------------------------------------------------------------------------------------------------ before the run
 
-    async def probe(self, request: Request) -> str | None:
+    async def probe(self, request: CaptionRequest) -> str | None:
         """Ask the server about a red square, as images will be asked; the name that it has for the model.
 
         UserError, saying what to do, where it isn't there, knows no such model, refuses the key or takes no images.

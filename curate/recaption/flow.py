@@ -29,7 +29,8 @@ from curate.layout import Data
 from curate.ledger.schema import RowError
 from curate.recaption.answer_log import AnswerLog, Name
 from curate.recaption.client import BudgetSpent, CaptionClient, NoReply
-from curate.recaption.protocol import Request
+from curate.recaption.protocol import CaptionRequest
+from curate.recaption.slots import SlotsClosed
 from curate.shards.tar import read_images
 
 AHEAD = 128
@@ -66,7 +67,7 @@ class _Read:
     shard: ShardAnswers
     sha256: str
     data: bytes
-    requests: list[Request]
+    requests: list[CaptionRequest]
 
 
 Encode = Callable[[bytes], bytes]
@@ -85,7 +86,7 @@ class Flow:
         data: Data,
         name: str,
         shards: Sequence[tuple[int, list[str]]],
-        requests: Sequence[Request],
+        requests: Sequence[CaptionRequest],
         *,
         encode: Encode,
         client: Callable[[], CaptionClient],
@@ -103,7 +104,8 @@ class Flow:
         self.problems = Counter[str]()
         self.answered = self.rows = self.rows_read = 0  # requests answered now; rows of whole shards; rows seen to
         self.client_in_use: CaptionClient | None = None
-        self.dropped, self.problem = 0, ""
+        self.dropped = 0
+        self._fatal: Exception | None = None
 
     # --------------------------------------------------------------------------------------- in the caller's thread
 
@@ -173,7 +175,9 @@ class Flow:
                 stop.cancel()
                 main.cancel()  # where it has not ended
                 ended = (await asyncio.gather(main, return_exceptions=True))[0]
-                await self._drain(client, tasks, ended)
+                await self._drain(client, tasks)
+            if self._fatal is not None:
+                raise self._fatal
             if isinstance(ended, BaseException) and not isinstance(ended, asyncio.CancelledError):
                 raise ended
         finally:
@@ -183,17 +187,15 @@ class Flow:
             for shard in self._open.values():
                 shard.log.close()
 
-    async def _drain(self, client: CaptionClient, tasks: set[asyncio.Task[None]], ended: object) -> None:
+    async def _drain(self, client: CaptionClient, tasks: set[asyncio.Task[None]]) -> None:
         """Wait for what is under way: GRACE seconds or until that is cut short, and for all of it where the budget is
         spent."""
         client.slots.close()
         began = time.monotonic()
-        while pending := [task for task in tasks if not task.done()]:
-            if time.monotonic() - began > self._grace and not isinstance(ended, BudgetSpent):
-                break
-            await asyncio.wait(pending, timeout=0.1)
-        self.dropped = len(pending)
-        for task in pending:
+        while tasks and (time.monotonic() - began < self._grace or isinstance(self._fatal, BudgetSpent)):
+            await asyncio.wait(tasks, timeout=0.1)
+        self.dropped = len(tasks)
+        for task in [*tasks]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -207,7 +209,7 @@ class Flow:
         """All images, through the server; ends when the last one is answered, or with what ends the run."""
         ready: asyncio.Queue[tuple[_Read, asyncio.Future[bytes | RowError]] | None] = asyncio.Queue(AHEAD)
         feeder = asyncio.create_task(self._feed(ready, reader, encoders))
-        probed = False
+        probed, one_less = False, asyncio.Event()
         try:
             while (got := await ready.get()) is not None:
                 read, encoded = got
@@ -221,39 +223,40 @@ class Flow:
                     probed = True
                 for request in read.requests:
                     while len(tasks) >= client.slots.limit + _WAITING:
-                        await self._first(tasks)
+                        one_less.clear()
+                        await one_less.wait()
                     name = read.sha256, request.digest
-                    tasks.add(asyncio.create_task(self._ask(client, read.shard, name, request.body(jpeg), jpeg)))
+                    task = asyncio.create_task(self._ask(client, read.shard, name, request.body(jpeg), jpeg))
+                    tasks.add(task)
+                    task.add_done_callback(lambda task: (tasks.discard(task), one_less.set()))
             await feeder
-            while tasks:
-                await self._first(tasks)
+            if tasks:
+                await asyncio.wait(tasks)
         finally:
             feeder.cancel()
             await asyncio.gather(feeder, return_exceptions=True)
 
-    async def _first(self, tasks: set[asyncio.Task[None]]) -> None:
-        """Wait until one has ended, and raise what it raised."""
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        tasks -= done
-        if errors := [error for task in done if (error := task.exception()) is not None]:
-            raise errors[0]
-
     async def _feed(self, ready: asyncio.Queue[Any], reader: ThreadPoolExecutor, encoders: ThreadPoolExecutor) -> None:
         """Read shard after shard, and have their images encoded, as far ahead as the queue is long."""
         assert self._loop is not None and self._room is not None
-        for number, keys in self._shards:
-            while self._open_rows >= MOST_ROWS:
-                self._room.clear()
-                await self._room.wait()
-            shard = await self._loop.run_in_executor(reader, self._begin, number, keys)
-            self._open[number] = shard
-            self._open_rows += len(keys)
-            images = self._images(shard)
-            while (read := await self._loop.run_in_executor(reader, next, images, None)) is not None:
-                shard.pending += len(read.requests)
-                await ready.put((read, self._loop.run_in_executor(encoders, self._encoded, read.data)))
-            shard.whole = True
-            self._finish(shard)
+        try:
+            for number, keys in self._shards:
+                while self._open_rows >= MOST_ROWS:
+                    self._room.clear()
+                    await self._room.wait()
+                shard = await self._loop.run_in_executor(reader, self._begin, number, keys)
+                self._open[number] = shard
+                self._open_rows += len(keys)
+                images = self._images(shard)
+                while (read := await self._loop.run_in_executor(reader, next, images, None)) is not None:
+                    shard.pending += len(read.requests)
+                    await ready.put((read, self._loop.run_in_executor(encoders, self._encoded, read.data)))
+                shard.whole = True
+                self._finish(shard)
+        except Exception as e:  # a shard that is damaged, say
+            self._fatal = e
+            assert self._stopping is not None
+            self._stopping.set()
         await ready.put(None)
 
     def _encoded(self, data: bytes) -> bytes | RowError:
@@ -281,11 +284,21 @@ class Flow:
                 yield _Read(shard, sha256, data, missing)
 
     async def _ask(self, client: CaptionClient, shard: ShardAnswers, name: Name, body: bytes, jpeg: bytes) -> None:
+        """One request to its end; an error that is not its own ends the run."""
+        try:
+            await self._ask_once(client, shard, name, body, jpeg)
+        except SlotsClosed:
+            pass
+        except Exception as e:
+            self._fatal = self._fatal or e
+            assert self._stopping is not None
+            self._stopping.set()
+
+    async def _ask_once(self, client: CaptionClient, shard: ShardAnswers, name: Name, body: bytes, jpeg: bytes) -> None:
         began = time.monotonic()
         try:
             reply, sent = await client.ask(body)
         except NoReply as e:
-            self.problem = str(e)
             self._settle(shard, name, e.reason)
             return
         answer = {

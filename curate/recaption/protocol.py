@@ -23,7 +23,7 @@ TEXT_SHOWN = 300
 
 
 @dataclass(frozen=True)
-class Request:
+class CaptionRequest:
     """What is asked of each image. `image` says how it is encoded: other pixels, other answers."""
 
     model: str

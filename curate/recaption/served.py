@@ -16,7 +16,7 @@ from aesthetic.untrusted import printable
 from curate.annotators.base import ColumnSpec, TableAnnotator, TableRun
 from curate.recaption.answers import OUTCOMES, VERSION, Answer, read_answer
 from curate.recaption.options import CaptionOptions
-from curate.recaption.protocol import Request
+from curate.recaption.protocol import CaptionRequest
 from curate.store.files import digest
 
 if TYPE_CHECKING:
@@ -61,7 +61,9 @@ class ServedCaptions(TableAnnotator):
             raise UserError(f"revision is for a model that runs here; which one {options.base_url} has, it decides")
         parameters = {**options.parameters, "max_tokens": options.max_tokens, "temperature": options.temperature}
         image = {"pixels": options.pixels, "quality": QUALITY}
-        self.requests = {n: Request(options.model, text, parameters, image) for n, text in options.prompts.items()}
+        self.requests = {
+            n: CaptionRequest(options.model, text, parameters, image) for n, text in options.prompts.items()
+        }
         self.columns = {}
         for name, request in self.requests.items():
             asked = f"{options.model}: {printable(request.prompt, 80)}"

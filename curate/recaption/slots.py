@@ -33,8 +33,9 @@ class Slots:
     """Places for requests; whoever waits longest is next.
 
     The number doubles as long as the server then gives DOUBLE times the answers a second, measured over as many answers
-    as say it; then it is what that rate needs, and SPARE, and grows by STEP as long as that brings MORE. A server that says it has too much (429, 503) gets 0.7
-    times as many, and none at all until the time that it names. With `fixed` the number stays.
+    as say it; then it is what that rate needs, and SPARE, and grows by STEP as long as that brings MORE. A server that
+    says it has too much (429, 503) gets 0.7 times as many, and none at all until the time that it names. With `fixed`
+    the number stays.
     """
 
     def __init__(self, fixed: int | None = None) -> None:
