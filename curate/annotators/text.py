@@ -35,23 +35,22 @@ from edge to edge. Tall lines of one or two characters never count."""
 _MOST_LINES, _MOST_CHARACTERS = 64, 2000
 _READ_HEIGHT, _READ_WIDTHS = 48, (48, 1536)  # pixels, of a line as it is read; rapidocr pads to 320 and more
 
-_AGENCIES = """123rf 500px 699pic adobestock age fotostock alamy agefotostock bigstock canstock colourbox corbis
-    depositphotos dreamstime envato featurepics fotolia freepik fotosearch gettyimages getty images ibaotu istock
-    mostphotos nipic picfair pixta pond5 shutterstock stocksy superstock tuchong vecteezy vectorstock visualchina
+_AGENCIES = """123rf 500px 699pic adobestock agefotostock alamy bigstock canstock colourbox corbis depositphotos
+    dreamstime envato featurepics fotolia fotosearch freepik gettyimages ibaotu istock mostphotos nipic picfair pixta
+    pond5 shutterstock stocksy superstock tuchong vecteezy vectorstock visualchina
     图虫 昵图网 千图网 摄图网 包图网 视觉中国"""
-_NO_IMAGE = """imagenotavailable imageunavailable imagenotfound imageremoved imagehasbeenremoved imagecomingsoon noimage
-    nolongeravailable notavailable photonotavailable photounavailable photocomingsoon nophoto nopicture
-    picturenotavailable thisimageiscurrentlyunavailable bandwidthexceeded hotlink"""
-_ENDINGS = "com|net|org|info|biz|edu|gov|io|co|de|fr|it|es|nl|pl|ru|cn|jp|kr|br|in|au|uk|eu|us|ca|ch|at|me|tv"
-_ANYWHERE = "|".join(sorted({*_AGENCIES.split(), *_NO_IMAGE.split()} - {"age", "fotostock", "getty", "images"}))
-_MARK = re.compile(
-    rf"""{_ANYWHERE}            # in the text without its blanks, which readers drop
-    |https?:|www\.              # addresses
-    |[a-z0-9-]{{2,}}\.(?:{_ENDINGS})(?![a-z0-9.])
-    |©|\(c\)(?:19|20)\d\d|copyright|allrightsreserved|alleRechte""",
+_REPLACED = """bandwidthexceeded comingsoon hasbeenremoved hotlink imagenotfound imageremoved nolongeravailable
+    notavailable temporarilyunavailable currentlyunavailable imageunavailable photounavailable"""
+_ENDINGS = "com|net|org|info|biz|edu|gov|de|fr|nl|pl|ru|cn|jp|kr|br|uk|eu|ch"
+_MARK = re.compile(  # in the text without its blanks, of which a reader drops some
+    rf"""{"|".join([*_AGENCIES.split(), *_REPLACED.split()])}
+    |https?:|www\.|[a-z0-9-]{{2,}}\.(?:{_ENDINGS})(?![a-z0-9.])
+    |©|\(c\)(?:19|20)\d\d|allrightsreserved""",
     re.VERBOSE | re.IGNORECASE,
 )
-_MARK_WORDS = re.compile(r"\b(?:sample|preview|proof|specimen|watermark|copyright|getty)\b", re.IGNORECASE)
+_MARK_WORDS = re.compile(
+    r"\b(?:sample|preview|proof|specimen|watermark|copyright|getty|no\s?(?:image|photo|picture))\b", re.IGNORECASE
+)
 
 
 class Text(Annotator):
@@ -74,9 +73,12 @@ class Text(Annotator):
         self.columns = {
             "area": ColumnSpec(scale=(0, 1), unit="share", meaning="of the image's area, covered by lines of text"),
             "boxes": ColumnSpec(type=pa.int32(), meaning="lines of text"),
-            "words": ColumnSpec(type=pa.string(), meaning="what could be read of them, from top to bottom; may be empty"),
+            "words": ColumnSpec(
+                type=pa.string(), meaning="what could be read of them, from top to bottom; may be empty"
+            ),
             "mark": ColumnSpec(
-                type=pa.bool_(), meaning="whether they name an agency or an address, claim copyright or replace an image"
+                type=pa.bool_(),
+                meaning="whether they name an agency or an address, claim copyright or replace an image",
             ),
         }
 
@@ -163,7 +165,9 @@ def _is_line(box: np.ndarray, side: int) -> bool:
     Of 159 photographs four had such a thing that could not be read; of 24 with a line in Cyrillic letters 23, in
     Arabic ones ten.
     """
-    width, height = sorted((float(np.linalg.norm(box[0] - box[1])), float(np.linalg.norm(box[0] - box[3]))), reverse=True)
+    width, height = sorted(
+        (float(np.linalg.norm(box[0] - box[1])), float(np.linalg.norm(box[0] - box[3]))), reverse=True
+    )
     return width > 3 * height and height < 0.15 * side
 
 
@@ -178,7 +182,7 @@ def is_mark(lines: list[str]) -> bool:
 
 @functools.cache
 def _models() -> tuple[Path, Path]:
-    """The files of both models. UserError where the package is not there or does not hold them: nothing is downloaded."""
+    """The files of both models; UserError where they are not in the package, or it is not here. Nothing is downloaded."""
     spec = importlib.util.find_spec(_PACKAGE)
     folder = Path(spec.origin).parent / "models" if spec is not None and spec.origin else Path()
     missing = [name for name in (_FINDER, _READER) if not (folder / name).is_file()]

@@ -30,8 +30,8 @@ def require_detector() -> None:
         importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
-            f"looking for faces needs the package {PACKAGE}, which is not here (it exists for Linux and Windows on x86-64): "
-            f"pip install {PACKAGE}"
+            f"looking for faces needs the package {PACKAGE}, which is not here (it is made for Linux and Windows on "
+            f"x86-64): pip install {PACKAGE}"
         ) from None
 
 
@@ -45,8 +45,7 @@ def find_faces(image: np.ndarray) -> np.ndarray:
     """Faces of an sRGB image (height, width, 3) uint8: (n, 5) float32 of x, y, width, height, as shares of the image's
     width and height, and the confidence, 0.3 to 1, best first.
 
-    Looks as large as half the image and small as about 12 of 512 pixels are found, back views and most profiles beyond
-    three quarters are not.
+    Found are faces from about 12 of 512 pixels to most of the image; profiles often, backs of heads not.
     """
     detect = _detector()
     height, width = image.shape[:2]
@@ -55,10 +54,11 @@ def find_faces(image: np.ndarray) -> np.ndarray:
     how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     small = cv2.resize(image, size, interpolation=how)
     found = np.array(detect(*size, small.tobytes()), np.float32).reshape(-1, 5)
-    found = found / np.array([size[0], size[1], size[0], size[1], 100], np.float32)
+    found /= np.array([size[0], size[1], size[0], size[1], 100], np.float32)
     corners = np.clip(np.hstack([found[:, :2], found[:, :2] + found[:, 2:4]]), 0, 1)
     found[:, :2], found[:, 2:4] = corners[:, :2], corners[:, 2:] - corners[:, :2]
-    return found[np.argsort(-found[:, 4], kind="stable")]
+    order = np.argsort(-found[:, 4], kind="stable")
+    return found[order]
 
 
 def blur_faces(image: np.ndarray) -> tuple[np.ndarray, int]:
