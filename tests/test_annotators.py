@@ -125,7 +125,7 @@ class Wrong(Words):
         return {"count": pa.array([float("nan")] * len(batch.rows))}
 """
 
-WORDS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(), re.S)
+WORDS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "annotators.md").read_text(), re.S)
 """The annotator that the documentation shows."""
 
 

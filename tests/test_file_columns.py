@@ -13,25 +13,28 @@ import pyarrow.parquet as pq
 import pytest
 
 from aesthetic.errors import UserError
-from curate.annotators.file import FileColumns
-from curate.annotators.registry import make_annotator
+from curate.annotators.registry import make_annotator, make_annotators
+from curate.annotators.stage import annotate_table
 from curate.layout import Data
 from curate.ledger.view import recorded_columns, tables
 from curate.store.files import read_json
 from pipelines.cli import main
-from tests.real_data import BUNDLED, embed_all
+from pipelines.recipe import load_recipe, store_recipe
 
 
 @pytest.fixture
 def data(real_data: Data, tmp_path: Path) -> Data:
     shutil.copytree(real_data.root, tmp_path / "data")
+    store_recipe(Data(tmp_path / "data"), load_recipe("bundled", ["columns={}", "select.rules={}"]))
     return Data(tmp_path / "data")
 
 
 def annotate(data: Data, **columns: Any) -> pd.DataFrame:
     """The fetched rows of the ledger, by key, with these columns."""
-    embed_all(data, BUNDLED, columns)
-    return data.ledger.filter("status = 'success'").order("key").df().set_index("key")
+    made = make_annotators(columns)
+    for name in made:
+        annotate_table(data, name, made, encoder=lambda: 1 / 0, say=lambda line: None)  # type: ignore[arg-type]
+    return Data(data.root).ledger.filter("status = 'success'").order("key").df().set_index("key")
 
 
 def written(path: Path, table: pd.DataFrame) -> str:
@@ -61,9 +64,8 @@ def test_scores_of_others_by_url(data: Data, tmp_path: Path, suffix: str) -> Non
         }
     )
     path = written(tmp_path / f"theirs{suffix}", theirs.sample(frac=1, random_state=0))
-    found = annotate(data, theirs={"use": "file", "path": path, "on": "url"}, **{
-        "score": {"use": "file", "path": path, "on": "url", "columns": ["AESTHETIC_SCORE"]}
-    })  # fmt: skip
+    spec = {"use": "file", "path": path, "on": "url"}
+    found = annotate(data, theirs=spec, score={**spec, "columns": ["AESTHETIC_SCORE"]})
     expected = found["url"].map(theirs.set_index("URL")["AESTHETIC_SCORE"])
     assert expected.notna().sum() == 8
     np.testing.assert_array_equal(found["score"], expected)
@@ -86,39 +88,14 @@ def test_scores_of_others_by_url(data: Data, tmp_path: Path, suffix: str) -> Non
 
 @pytest.mark.parametrize("on", ["key", "sha256", "uid"])
 def test_what_names_an_image(data: Data, tmp_path: Path, on: str) -> None:
-    if on == "uid":  # as a list of DataComp's carries it
-        for shard in data.plan.shards:
-            table = pq.read_table(data.table(shard.shard))
-            uids = pa.array([f"{i:032x}" for i in range(len(table))])
-            pq.write_table(table.append_column("uid", uids), data.table(shard.shard))
-    files = [pq.read_table(data.table(s.shard)).to_pandas() for s in data.plan.shards]
-    rows = pd.concat(files) if on != "uid" else files[0]
-    rows = rows[rows["status"] == "success"]
-    values = rows[on].str.upper() if on != "key" else rows[on]
-    theirs = pd.DataFrame({on.upper(): [*values[:5]], "label": ["cat", "dog", None, "", "bird"], "url": "x"})
-    file = written(tmp_path / "labels.parquet", theirs.drop(columns="url") if on == "key" else theirs)
-    annotator = make_annotator("label", {"use": "file", "path": file, "on": on})
-    assert isinstance(annotator, FileColumns) and [*annotator.columns] == ["label"]
-    found: dict[str, Any] = {}
-    for shard, answer in zip(data.plan.shards, annotator.annotate_all(run_of(data)), strict=True):
-        keys = pq.read_table(data.table(shard.shard)).to_pandas().query("status == 'success'")["key"]
-        found |= dict(zip(keys, answer["label"].to_pylist(), strict=True))
-    assert {k: found[k] for k in rows["key"][:5]} == dict(zip(rows["key"][:5], theirs["label"], strict=True))
-    if on != "uid":
-        assert all(v is None for k, v in found.items() if k not in {*rows["key"][:5]})
+    rows = data.ledger.select("*, source.uid AS uid").filter("status = 'success'").order("key").df()
+    assert rows[on].is_unique
+    labels = ["cat", "dog", None, "", "bird"]
+    theirs = pd.DataFrame({on.upper(): rows[on][:5].str.upper(), "label": labels, "sha1": "x"})
+    file = written(tmp_path / "labels.parquet", theirs)
+    found = annotate(data, label={"use": "file", "path": file, "on": on, "columns": ["label"]})["label"]
+    assert found[:5].to_list() == labels and found[5:].isna().all()
     assert not (data.index("label") / "unmatched.parquet").exists()
-
-
-def run_of(data: Data) -> Any:
-    """What annotate_table hands over, as far as a file needs it."""
-    from curate.annotators.base import TableRun
-    from curate.images.config import ImagesConfig
-
-    shards = [s.shard for s in data.plan.shards]
-    return TableRun(
-        data=data, name="label", shards=shards, needs={}, encoder=lambda: 1 / 0, images=ImagesConfig(), map=map,
-        say=lambda line: None,
-    )  # fmt: skip
 
 
 def test_keys_of_another_data_folder_are_refused(data: Data, tmp_path: Path) -> None:
@@ -143,13 +120,13 @@ def test_a_changed_file_is_read_again_and_an_unchanged_one_is_not(data: Data, tm
     url = data.ledger.filter("status = 'success'").order("key").df()["url"][0]
     spec = {"use": "file", "path": str(tmp_path / "x.csv"), "on": "url"}
     (tmp_path / "x.csv").write_text(f"url,score\n{url},3\n")
-    assert annotate(data, score=spec)["score"][0] == 3
+    assert annotate(data, score=spec)["score"].iloc[0] == 3
     record = data.annotations_record("score", 0)
     before = record.read_bytes()
     annotate(data, score=spec)
     assert record.read_bytes() == before and read_json(record)["columns"]["score"]["type"] == "int64"
     (tmp_path / "x.csv").write_text(f"url,score\n{url},2.5\n")
-    assert annotate(data, score=spec)["score"][0] == 2.5
+    assert annotate(data, score=spec)["score"].iloc[0] == 2.5
 
 
 def test_from_the_command_line_and_as_a_rule(data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,7 +146,7 @@ def test_from_the_command_line_and_as_a_rule(data: Data, tmp_path: Path, capsys:
     [
         ({"u": ["a"], "v": [1]}, {}, "has no column url; it has u, v"),
         ({"url": ["a"]}, {}, "no column of values"),
-        ({"url": ["a"], "v": [[1, 2]], "w": [1]}, {}, r"v holds list<.*> expected. `columns: \[w\]` leaves it out"),
+        ({"url": ["a"], "v": [[1, 2]], "w": [1]}, {}, r"v holds list<.*expected. `columns: \[w\]` leaves it out"),
         ({"url": ["a"], "v": [b"x"]}, {}, "v holds binary; numbers, text, dates or booleans are expected$"),
         ({"url": ["a"], "v": [{"a": 1}]}, {}, "v holds struct<"),
         ({"url": ["a"], "a b": [1], "a_b": [2]}, {}, "two columns have one name"),
@@ -189,6 +166,9 @@ def test_two_rows_of_one_image_are_refused_and_so_is_a_list_without_uids(data: D
     file = written(tmp_path / "x.parquet", pd.DataFrame({"url": [url, "b", url], "uid": ["0" * 32] * 3, "v": 1}))
     with pytest.raises(UserError, match="has two rows of the url http"):
         annotate(data, x={"use": "file", "path": file, "on": "url"})
+    for shard in data.plan.shards:
+        table = pq.read_table(data.table(shard.shard))
+        pq.write_table(table.drop_columns("uid"), data.table(shard.shard))
     with pytest.raises(UserError, match="the list carries no text column uid"):
         annotate(data, x={"use": "file", "path": file, "on": "uid"})
     (tmp_path / "page.parquet").write_text("<html>")
