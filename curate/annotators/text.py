@@ -182,7 +182,7 @@ def is_mark(lines: list[str]) -> bool:
 
 @functools.cache
 def _models() -> tuple[Path, Path]:
-    """The files of both models; UserError where they are not in the package, or it is not here. Nothing is downloaded."""
+    """The files of both models; UserError where they are not in the package, or it is not here. Nothing is fetched."""
     spec = importlib.util.find_spec(_PACKAGE)
     folder = Path(spec.origin).parent / "models" if spec is not None and spec.origin else Path()
     missing = [name for name in (_FINDER, _READER) if not (folder / name).is_file()]
