@@ -228,7 +228,8 @@ class Flow:
                     name = read.sha256, request.digest
                     task = asyncio.create_task(self._ask(client, read.shard, name, request.body(jpeg), jpeg))
                     tasks.add(task)
-                    task.add_done_callback(lambda task: (tasks.discard(task), one_less.set()))
+                    task.add_done_callback(tasks.discard)
+                    task.add_done_callback(lambda _: one_less.set())
             await feeder
             if tasks:
                 await asyncio.wait(tasks)
