@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from aesthetic.chunks import thread_map
-from curate.annotators.base import Annotator, TableAnnotator
+from curate.annotators.base import Annotator
 from curate.annotators.stage import annotate_table
 from curate.encoders.base import Encoder
 from curate.encoders.embed import EmbedConfig
@@ -31,23 +31,23 @@ def annotate_tables(
     embed: EmbedConfig,
     images: ImagesConfig,
     *,
+    names: Sequence[str],
     address: str | None = None,
 ) -> dict[str, int]:
-    """Compute the columns of the TableAnnotators among a recipe's annotators, one after the other; how many shards
-    lacked those of each."""
+    """Compute the columns of these entries of a recipe, whose annotators read the whole table, one after the other; how
+    many shards lacked those of each."""
 
     @functools.cache
     def encoder() -> Encoder:
         return load_encoder(embed.encoder, weights=embed.weights, precision="fp32")
 
     found = {}
-    for name, annotator in annotators.items():
-        if isinstance(annotator, TableAnnotator):
-            with contextlib.ExitStack() as stack:
-                tasks = _Tasks(data, name, address, stack)
-                found[name] = annotate_table(
-                    data, name, annotators, encoder=encoder, images=images, map=tasks.map, say=tasks.say
-                )
+    for name in names:
+        with contextlib.ExitStack() as stack:
+            tasks = _Tasks(data, name, address, stack)
+            found[name] = annotate_table(
+                data, name, annotators, encoder=encoder, images=images, map=tasks.map, say=tasks.say
+            )
     return found
 
 

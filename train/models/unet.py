@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from aesthetic.errors import UserError
-from aesthetic.untrusted import read_json_file
+from aesthetic.untrusted import error_line, read_json_file
+from curate.weight_files import weight_files, weight_variant
 from train.devices import out_of_memory
-from train.models.files import no_progress_bars, weight_files, weight_variant
+from train.models.files import no_progress_bars
 from train.models.info import ModelInfo, read_model_info
 from train.models.presets import PRESETS, Preset
-from train.models.schedulers import error_line
 from train.objective import training_scheduler
 
 START, END = "<|startoftext|>", "<|endoftext|>"
