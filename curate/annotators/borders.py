@@ -16,6 +16,9 @@ TOLERANCE = 12
 UNIFORM = 0.98
 """Share of a line's pixels that have the border's colour."""
 
+RINGING, RINGING_UNIFORM, RINGING_LINES = 24, 0.95, 8
+"""The same of the lines next to the image, where JPEG's blocks of 8 pixels carry some of it into the border."""
+
 DEPARTS = 8
 """Levels by which a pixel just inside differs from the border beside it: fewer, for many images are dark there."""
 
@@ -108,8 +111,16 @@ def _departs(pixels: np.ndarray, colour: np.ndarray, levels: int) -> np.ndarray:
 
 def _lines_of_border(view: np.ndarray, colour: np.ndarray) -> int:
     """How many lines from the top are of a colour."""
+    count = _uniform_lines(view, colour, TOLERANCE, UNIFORM)
+    if not count:
+        return 0
+    return count + _uniform_lines(view[count : count + RINGING_LINES], colour, RINGING, RINGING_UNIFORM)
+
+
+def _uniform_lines(view: np.ndarray, colour: np.ndarray, levels: int, share: float) -> int:
+    """How many lines from the top have so large a share of pixels within so many levels of a colour."""
     for start in range(0, len(view), 32):  # most images have no border: their first lines say so
-        uniform = (~_departs(view[start : start + 32], colour, TOLERANCE)).mean(1) >= UNIFORM
+        uniform = (~_departs(view[start : start + 32], colour, levels)).mean(1) >= share
         if not uniform.all():
             return start + int(np.argmin(uniform))
     return len(view)
