@@ -6,19 +6,20 @@ that has pickles alone, or wants code of its own to be run (`auto_map`), is refu
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import importlib
 import re
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from aesthetic.errors import UserError
 from aesthetic.untrusted import error_line, printable, read_json_file
-from curate.store.files import sha256_file
+from curate.store.files import sha256_once
 from curate.weight_files import read_header, weight_files
 
 PATIENCE = 5.0
@@ -76,7 +77,7 @@ class ModelFiles:
         patterns = (*_CONFIGS, *_WORDS, *_WEIGHTS)
         files = sorted(self.folder.iterdir()) if self.folder is not None else []
         wanted = [path for path in files if any(fnmatch(path.name, pattern) for pattern in patterns)]
-        return {path.name: _sha256(path, path.stat().st_size, path.stat().st_mtime_ns) for path in wanted}
+        return {path.name: sha256_once(path) for path in wanted}
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -143,7 +144,8 @@ class ModelFiles:
         """
         folder = self.fetch()
         try:
-            return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+            with no_progress_bars():
+                return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
         except MemoryError:
             raise
         except Exception as e:  # whatever files of others make of a constructor
@@ -198,6 +200,21 @@ class ModelFiles:
         if isinstance(error, errors.RemoteEntryNotFoundError):
             return UserError(f"{self.name} has no config.json: it is no model in transformers' format")
         return self._missing(f"it could not be fetched ({error_line(error)})")
+
+
+@contextlib.contextmanager
+def no_progress_bars(*libraries: str) -> Iterator[None]:
+    """Without the progress bars that transformers, and further `libraries` with a module utils.logging such as its,
+    draw while they load and save."""
+    found = [importlib.import_module(f"{library}.utils.logging") for library in ("transformers", *libraries)]
+    drawing = [log for log in found if log.is_progress_bar_enabled()]
+    for log in drawing:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in drawing:
+            log.enable_progress_bar()
 
 
 def unreachable(server: str, *, hub: bool) -> str | None:
@@ -289,9 +306,3 @@ def _no_folder(name: str, path: Path) -> str:
             "prints the folder to give"
         )
     return f"{shown}: there is no such folder, nor is it a hub's ORG/NAME"
-
-
-@functools.lru_cache(maxsize=256)
-def _sha256(path: Path, size: int, mtime_ns: int) -> str:
-    """Many ask, and another size or time is another file."""
-    return sha256_file(path)

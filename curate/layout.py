@@ -150,6 +150,10 @@ class Data:
     def sheet(self, name: str) -> Path:
         return self.root / "report" / name / "sheet.png"
 
+    def column_sheet(self, name: str) -> Path:
+        """What an annotator says, in images; a selection of the same name has a folder beside it."""
+        return self.root / "report" / f"{name}.png"
+
     def charts(self, name: str) -> Path:
         return self.root / "report" / name / "scores.png"
 

@@ -31,6 +31,7 @@ def run(options: AnnotateOptions) -> Result:
     from curate.annotators.base import column_specs
     from curate.annotators.order import waited_for
     from curate.annotators.registry import absolute, add_needs, make_annotators
+    from curate.column_sheet import column_sheet
     from curate.ledger.select import SelectConfig
     from curate.ledger.sql import plain_name
     from curate.store.files import sweep
@@ -68,6 +69,7 @@ def run(options: AnnotateOptions) -> Result:
         fresh = annotate_passes(data, recipe, annotators, first=True, address=options.ray_address)
         if stored is not None and given:
             store_recipe(data, replace(stored, columns=recipe.columns))
+        sheets = {name: column_sheet(data, name) for name, count in fresh.items() if count}
     for name, count in fresh.items():
         print(f"{name}: {count:,} of {len(shards):,} shards annotated{'' if count else ' (all were)'}")
 
@@ -77,5 +79,7 @@ def run(options: AnnotateOptions) -> Result:
         if column["type"] == "float":
             setting = f"select.rules.{name}=top({plain_name(name)}, 0.1)"
             following = command("select", data.root, "--name", "mine", "--set", setting)
+    paths = {"annotated": str(data.root / "annotated")}
+    paths |= {f"{name} by its values": str(path) for name, path in sheets.items() if path is not None}
     facts = {"shards": len(shards), "annotated": fresh, "columns": columns}
-    return Result(facts=facts, paths={"annotated": data.root / "annotated"}, next=following)
+    return Result(facts=facts, paths=paths, next=following)

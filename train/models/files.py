@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
+from curate.hub import no_progress_bars
 from curate.weight_files import read_header
 
 
@@ -43,7 +43,7 @@ def find_model_folder(name: str | Path) -> Path:
 
     logging.set_verbosity_error()  # we say ourselves that the hub can't be reached
     try:
-        with no_progress_bars():
+        with no_progress_bars("diffusers"):
             return Path(DiffusionPipeline.download(str(name), safety_checker=None))
     except (OSError, ValueError) as e:
         raise UserError(
@@ -80,20 +80,3 @@ def _single_file_hint(file: Path) -> str:
         f"Face hub can be reached, which says how such files are laid out: python -c 'from diffusers import "
         f'StableDiffusionPipeline as P; P.from_single_file("{file}").save_pretrained("{file.with_suffix("")}")\''
     )
-
-
-@contextlib.contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Without the progress bars that diffusers and transformers draw while they load and save."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    were = [(log, log.is_progress_bar_enabled()) for log in (diffusers_logging, transformers_logging)]
-    for log, _ in were:
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log, was in were:
-            if was:
-                log.enable_progress_bar()
