@@ -51,8 +51,12 @@ _BOILERPLATE = re.compile(
     | \bplace[ ]?holder\b | \bimage[ ]result[ ]for\b | \bopens[ ]in[ ](a[ ])?new[ ](window|tab)\b
     | \bclick[ ](here|to|on|for|image|photo|picture|through)\b | \btap[ ](here|to)\b | \bclick\b.{0,30}\benlarge
     | \b(enlarge|view)[ ](the[ ])?(larger|full|bigger|image|photo|picture)\b | \bskip[ ]to[ ](content|main)\b
-    | \bshare[ ](this|on|via|to)\b | \b(tweet|pin)[ ]it\b | \bon[ ]pinterest\b | \bread[ ]more\b | \bsubscribe\b
-    | \bsign[ ](in|up)\b | \blog[ ]in\b | \bloading\.\.\. | \badd[ ]to[ ](cart|basket|bag|wish ?list)\b
+    | \bshare[ ](this[ ])?(on|via)[ ](facebook|twitter|pinterest|e?mail)\b
+    | \bshare[ ]this[ ](image|photo|page|post|pin)\b | \b(tweet|pin)[ ]it\b | \bon[ ]pinterest\b
+    | \bread[ ]more\b | \bsubscribe[ ](to|now|here)\b
+    | \bloading\.\.\.
+    | \b(sign|log)[ ](in|up)[ ](to|for|with|now|here)\b | ^\W*(sign|log)[ ](in|up)\W*$
+    | \badd[ ]to[ ](cart|basket|bag|wish[ ]?list)\b
     | \bfree[ ](shipping|delivery|download)\b | \bbuy\b.{0,200}\bonline\b
     | \broyalty[- ]free\b | \bstock[- ](photo|image|vector|illustration|picture|footage|clip)\w* | \blizenzfrei
     | \bstock(foto|bild|vektor|photo|vector)\w* | \bfoto[ ]de[ ]stock\b | \blibre[ ]de[ ]droits\b | стоковое[ ]фото
