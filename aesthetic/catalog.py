@@ -40,7 +40,7 @@ class PublishedHead:
     @property
     def by_hand(self) -> str:
         """What to do to have it here."""
-        return f"Download {self.url} and run: tastemaker heads import {self.file}"
+        return f"download {self.url} and run: tastemaker heads import {self.file}"
 
 
 @functools.cache
@@ -119,7 +119,10 @@ def find_head(name_or_folder: str | Path) -> Path:
             f"{folder} is a file; a head is a folder. A published .pth file: tastemaker heads import {folder}"
         )
     if published := next((p for p in published_heads() if p.name == text), None):
-        raise HeadError(f"{text} is not here yet. {published.by_hand}")
+        raise HeadError(
+            f"{text} is not here yet: `tastemaker heads import {text}` fetches it from its publisher. Where that can't "
+            f"be reached: {published.by_hand}"
+        )
     names = list_heads()
     near = nearest(text, names)
     raise HeadError(

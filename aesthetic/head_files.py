@@ -21,6 +21,7 @@ from aesthetic.errors import UserError
 from aesthetic.files import write_atomic
 from aesthetic.heads import HEAD_FORMAT, MAX_LAYERS, Head, HeadError
 from aesthetic.model_card import model_card
+from aesthetic.pth import from_bfloat16
 from aesthetic.space import Space, SpaceError
 from aesthetic.untrusted import parse_json, printable, read_bytes, read_json_file
 
@@ -29,6 +30,7 @@ _MAX_WEIGHTS = 64 << 20  # bytes of head.safetensors; the largest head known (76
 _MAX_HEADER = 64 << 10  # bytes of the header of head.safetensors; ours are below 2 KB
 _MAX_DEPTH = 30  # of what a card may nest; ours nest four deep
 _PROBES = "space.probes"
+_FLOATS = {"F32": "<f4", "F16": "<f2"}
 
 
 class _Strict(BaseModel):
@@ -172,8 +174,9 @@ def read_head(folder: Path) -> Head:
     )
 
 
-def read_safetensors(data: bytes, what: str) -> dict[str, npt.NDArray[np.float32]]:
-    """The tensors in the bytes of a safetensors file, which must all be float32; raises HeadError, naming `what`."""
+def read_safetensors(data: bytes, what: str, half: bool = False) -> dict[str, npt.NDArray[np.float32]]:
+    """The tensors in the bytes of a safetensors file, which must all be float32, or where `half` says so of half
+    precision, as float32; raises HeadError, naming `what`."""
     from safetensors import SafetensorError, deserialize
 
     length = int.from_bytes(data[:8], "little")
@@ -186,13 +189,14 @@ def read_safetensors(data: bytes, what: str) -> dict[str, npt.NDArray[np.float32
         raise HeadError(f"{what}: not a safetensors file that can be read: {str(e)[:200]}") from e
     except UserError as e:
         raise HeadError(str(e)) from e
+    arrays = {}
     for name, tensor in tensors:
-        if tensor["dtype"] != "F32":
-            raise HeadError(f"{what}: {printable(name, 100)} is {tensor['dtype']}, not float32")
-    return {
-        name: np.frombuffer(tensor["data"], "<f4").reshape(tensor["shape"]).astype(np.float32)
-        for name, tensor in tensors
-    }
+        kind, numbers = tensor["dtype"], tensor["data"]
+        if kind != "F32" and not (half and kind in ("F16", "BF16")):
+            raise HeadError(f"{what}: {printable(name, 100)} is {kind}, not float32")
+        arrays[name] = from_bfloat16(numbers) if kind == "BF16" else np.frombuffer(numbers, _FLOATS[kind])
+        arrays[name] = arrays[name].astype(np.float32).reshape(tensor["shape"])
+    return arrays
 
 
 def check_free(folder: Path) -> None:

@@ -97,12 +97,17 @@ def read_pth(data: bytes, what: str) -> dict[str, npt.NDArray[np.float32]]:
                 f"{what}: {key}: its storage {storage.key!r} is missing or not {storage.length} numbers long"
             )
         count, start = math.prod(tensor.shape), width * tensor.offset
-        if dtype == "bfloat16":  # the upper half of a float32
-            values = (np.frombuffer(numbers, "<u2", count, start).astype(np.uint32) << 16).view(np.float32)
+        if dtype == "bfloat16":
+            values = from_bfloat16(numbers, count, start)
         else:
             values = np.frombuffer(numbers, dtype, count, start).astype(np.float32)
         arrays[key] = values.reshape(tensor.shape)
     return arrays
+
+
+def from_bfloat16(data: bytes, count: int = -1, offset: int = 0) -> npt.NDArray[np.float32]:
+    """Little-endian bfloat16 numbers as float32, whose upper half they are."""
+    return (np.frombuffer(data, "<u2", count, offset).astype(np.uint32) << 16).view(np.float32)
 
 
 def _zip_members(data: bytes, what: str) -> dict[str, bytes]:

@@ -249,6 +249,12 @@ def printable(text: object, most: int | None = None) -> str:
     return shown if most is None or len(shown) <= most else shown[: most - 1] + "…"
 
 
+def error_line(error: Exception) -> str:
+    """What a library said of a file that others made, in a line."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return printable(f"{type(error).__name__}: {first}" if not isinstance(error, (ValueError, OSError)) else first, 300)
+
+
 def first_three(names: Sequence[str], most: int = 240) -> str:
     """Up to three names, as they may be shown, and whether there are more."""
     return ", ".join(printable(n, most) for n in names[:3]) + (", ..." if len(names) > 3 else "")

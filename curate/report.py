@@ -76,7 +76,7 @@ def contact_sheet(data: Data, name: str, column: str | None = None) -> Path:
         raise UserError(f"{data.root} has no scores called {column!r}. It has: {known}.")
     kept = report.kept(column)
     rejected = {r.name: report.rejected(r.name) for r in report.selection.rules if r.rejected}
-    tiles = _tiles(data, [*kept, *(e for examples in rejected.values() for e in examples)])
+    tiles = load_tiles(data, [*kept, *(e for examples in rejected.values() for e in examples)])
 
     page = Page(220 + 190 * -(-KEPT // 8) + 180 * (len(rejected) + 2))
     made = report.selection
@@ -211,7 +211,7 @@ class Report:
             f"qualify list_contains({places}::bigint[], row_number() over (order by {order}) - 1) order by {order}"
         ).fetchall()
         return [
-            Example(key, shard, _in_words(dict(zip(shown, found, strict=True))), caption or "", bool(blurred))
+            Example(key, shard, value_words(dict(zip(shown, found, strict=True))), caption or "", bool(blurred))
             for key, shard, caption, blurred, *found in rows
         ]
 
@@ -331,7 +331,7 @@ def spread(total: int, limit: int) -> list[int]:
     return [round(i * (total - 1) / (limit - 1)) for i in range(limit)]
 
 
-def _in_words(values: dict[str, Any]) -> str:
+def value_words(values: dict[str, Any]) -> str:
     """The values that a rule looked at, short: `83 x 120`, `0.71`."""
     words = []
     for side, other in (("original_width", "original_height"), ("width", "height")):
@@ -347,7 +347,7 @@ def _in_words(values: dict[str, Any]) -> str:
     return "  ".join(words)
 
 
-def _tiles(data: Data, examples: Sequence[Example]) -> dict[str, Tile]:
+def load_tiles(data: Data, examples: Sequence[Example]) -> dict[str, Tile]:
     """The examples with their images by key, each tar opened once."""
     tiles = {}
     for shard in sorted({e.shard for e in examples}):

@@ -182,6 +182,15 @@ class Page:
         if tiles:
             self.y += height + 48
 
+    def passage(self, tile: Tile, text: str, below: str) -> None:
+        """An image with a text beside it, broken into lines, and one more line below."""
+        side, lines, y = 130, _broken(_printable(text), _font(13), (_WIDTH - 2 * _MARGIN - 150) * _SCALE), self.y
+        self.tiles([Tile(tile.image, "", tile.blurred)], per_row=8)
+        for i, line in enumerate(lines[: side // 18]):
+            self.text(_MARGIN + 154, y + 18 * i, line, 13)
+        self.text(_MARGIN + 154, y + 18 * min(len(lines), side // 18) + 2, below, 11, _SOFT, room=_WIDTH - 300)
+        self.y -= 30  # no line stands under the image
+
     def words(self, words: Iterable[str]) -> None:
         x: float = _MARGIN + 22
         for word in words:
@@ -264,6 +273,17 @@ def _printable(text: str) -> str:
     """The text in letters that the font has: accents are dropped, and so is what has no letter at all."""
     text = unicodedata.normalize("NFKD", text.translate(_SPELT))
     return " ".join("".join(" " if c.isspace() else c if _has_letter(c) else "" for c in text).split())
+
+
+def _broken(text: str, font: ImageFont.FreeTypeFont, room: float) -> list[str]:
+    """The text in lines of at most `room` pixels, broken between words."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= room:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(_cut(word, font, room))
+    return lines
 
 
 def _cut(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:

@@ -7,12 +7,13 @@ import contextlib
 import functools
 import gc
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from aesthetic.errors import UserError
 from aesthetic.space import Space, require_same
 from curate.annotators.base import Annotator, Resources
+from curate.annotators.order import passes
 from curate.annotators.registry import Spec, make_annotators
 from curate.annotators.stage import annotate_shard, column_inputs
 from curate.encoders.base import Encoder
@@ -29,7 +30,7 @@ from curate.layout import Data
 from curate.ledger.schema import Reason, Status
 from curate.sources.vectors import ImportedVectors, import_shard, open_vector_folder
 from curate.store.files import read_json
-from curate.store.records import commit, is_done
+from curate.store.records import commit, invalidate, is_done, read_record
 
 GC_THRESHOLDS = (50_000, 20, 100)
 """Thresholds of the garbage collector while shards are fetched: thousands of rows wait at once and leave next to no
@@ -147,7 +148,7 @@ class EmbedWorker:
             return load_encoder(embed.encoder, weights=embed.weights, precision="fp32", threads=count)
 
         resources = Resources(threads=count, space=space, encoder=functools.cache(exact))
-        self.annotators = per_shard(make_annotators(columns))
+        self.annotators = {name: a for name, a in make_annotators(columns).items() if a.reads != "table"}
         for name, annotator in self.annotators.items():
             try:
                 annotator.load(resources)
@@ -175,11 +176,6 @@ class EmbedWorker:
         )
 
 
-def per_shard(annotators: Mapping[str, Annotator]) -> dict[str, Annotator]:
-    """The annotators that run shard by shard: all but those that read the whole table."""
-    return {name: a for name, a in annotators.items() if a.reads != "table"}
-
-
 def claim_space(data: Data, space: Space) -> None:
     """Note the space of a data folder's vectors; SpaceMismatch where it already holds vectors of another one."""
     if space_known(data):
@@ -188,6 +184,16 @@ def claim_space(data: Data, space: Space) -> None:
         data.space.parent.mkdir(parents=True, exist_ok=True)
         space.save(data.space)
         commit(data.root, data.space_record, config="", inputs={}, outputs=[data.space], facts={})
+
+
+def forget_unanswered(data: Data, names: Iterable[str]) -> None:
+    """Take back the records of these columns whose facts say that images are `unanswered`, so that they are asked
+    about once more; what was answered is kept elsewhere."""
+    for name in names:
+        for shard in data.shards(functools.partial(data.annotations_record, name)):
+            record = data.annotations_record(name, shard)
+            if read_record(record).get("unanswered"):
+                invalidate(record)
 
 
 def space_known(data: Data) -> bool:
@@ -208,15 +214,15 @@ def transient_failures(data: Data, shard: int) -> int:
 
 
 def embed_done(data: Data, shard: int, config: str, annotators: Mapping[str, Annotator]) -> bool:
-    """Whether a fetched shard is embedded and has every column. Loads no model."""
+    """Whether a fetched shard is embedded and has every column of the first pass. Loads no model."""
     inputs = data.fetched_digests(shard)
     if inputs is None or not space_known(data):
         return False
     embedded = is_done(data.root, data.embedded_record(shard), config=config, inputs=inputs)
-    return embedded and all(annotated(data, shard, name, a) for name, a in per_shard(annotators).items())
+    return embedded and all(annotated(data, shard, name, annotators[name]) for name in passes(annotators)[0])
 
 
 def annotated(data: Data, shard: int, name: str, annotator: Annotator) -> bool:
     """Whether a shard has an annotator's columns, of what it is now. Loads no model."""
     inputs, record = column_inputs(data, shard, annotator), data.annotations_record(name, shard)
-    return inputs is not None and is_done(data.root, record, config=annotator.digest, inputs=inputs)
+    return inputs is not None and is_done(data.root, record, config=annotator.config, inputs=inputs)

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from aesthetic.errors import UserError
 from curate.annotators.base import Annotator, column_specs
+from curate.annotators.order import check_where, passes
 from curate.fetch.deny import Deny
 from curate.layout import Data
 from curate.verify import command_again
@@ -35,7 +36,7 @@ def check_engine(recipe: Recipe) -> None:
 
 
 def check_selection(data: Data, recipe: Recipe, extra_columns: pa.Schema, annotators: Mapping[str, Annotator]) -> None:
-    """UserError where a rule names a column that there will not be, or a threshold outside a column's scale."""
+    """UserError where a rule or a `where` names a column that there will not be, or a threshold outside its scale."""
     from curate.ledger.rules import check_rules
     from curate.ledger.view import known_columns, ledger_types, source_types, sql_types
 
@@ -45,6 +46,8 @@ def check_selection(data: Data, recipe: Recipe, extra_columns: pa.Schema, annota
     types = {**ledger_types(), **known_types, **made}
     scales = known_scales | {name: c.scale for name, c in specs.items() if c.scale is not None}
     check_rules(recipe.select.rules, types, source_types(extra_columns), scales)
+    check_where(annotators, types, source_types(extra_columns), scales)
+    passes(annotators)
 
 
 def has_encoder(recipe: Recipe) -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
 from curate.annotators.base import Annotator
+from curate.annotators.order import passes
 from curate.annotators.registry import absolute, add_needs, make_annotators
 from curate.encoders.embed import recovered
 from curate.encoders.registry import fetch_weights
@@ -30,8 +31,8 @@ from pipelines.options import Result, command
 from pipelines.recipe import Recipe, store_recipe
 from pipelines.runtime.cluster import check_reachable
 from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
+from pipelines.runtime.passes import annotate_passes
 from pipelines.runtime.progress import ProgressDisplay, format_duration
-from pipelines.runtime.tables import annotate_tables
 
 if TYPE_CHECKING:
     from curate.ledger.select import Selection
@@ -195,8 +196,16 @@ def _run_job(
     facts = {"columns": plan.columns, "warnings": plan.warnings}
     result = Result(facts={"rows": plan.total_rows, "shards": len(plan.shards), **facts})
     had = _images(data) if retry else 0
+    if retry:
+        from curate.workers import forget_unanswered
+
+        forget_unanswered(data, annotators)
     left = remaining_work(data, recipe, annotators, stages, retry)
     display: ProgressDisplay | None = None  # where all was done already
+    if "embed" in stages:
+        for annotator in annotators.values():
+            if left.shards or annotator.reads != "table":  # those see to it when something is missing
+                annotator.fetch_weights()
     if left.shards:
         if address is not None:
             check_reachable(address)
@@ -206,10 +215,11 @@ def _run_job(
             fetch_weights(recipe.embed.encoder, recipe.embed.weights)
         if len(left.shards) < len(plan.shards):
             print(f"{len(plan.shards) - len(left.shards):,} of {len(plan.shards):,} shards are done already")
-        job = CurateJob(data, recipe, fetch="fetch" in stages, embed="embed" in stages, retry=retry)
+        together = replace(recipe, columns={name: recipe.columns[name] for name in passes(annotators)[0]})
+        job = CurateJob(data, together, fetch="fetch" in stages, embed="embed" in stages, retry=retry)
         display = run_job(job, left, address=address)
     if "embed" in stages:
-        annotate_tables(data, annotators, recipe.embed, recipe.images, address=address)
+        annotate_passes(data, recipe, annotators, first=False, address=address)
     if retry and display is not None:
         result.facts["recovered"] = _images(data) - had
         print(f"retry  {result.facts['recovered']:,} more images")

@@ -21,6 +21,26 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture
+def imported_v25(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of imported heads, with one of the name, space and scale of Aesthetic Predictor V2.5, and of other
+    weights: it is not shipped."""
+    import numpy as np
+
+    from aesthetic.catalog import published_heads
+    from aesthetic.head_files import save_head
+    from aesthetic.imports import build_published
+
+    known = next(p for p in published_heads() if p.name == "aesthetic-predictor-v2.5")
+    tensors = {}
+    for prefix, inputs, outputs in zip(known.layers, known.sizes, known.sizes[1:], strict=False):
+        tensors[f"{prefix}weight"] = np.full((outputs, inputs), 1 / inputs, np.float32)
+        tensors[f"{prefix}bias"] = np.ones(outputs, np.float32)
+    monkeypatch.setenv("TASTEMAKER_HEADS", str(tmp_path / "heads"))
+    save_head(build_published(known, tensors, known.name), tmp_path / "heads" / known.name)
+    return tmp_path / "heads"
+
+
 @pytest.fixture(scope="session")
 def real_data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     """A data folder that the real stages made; for reading only."""

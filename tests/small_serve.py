@@ -13,12 +13,12 @@ from typing import Any
 import httpx
 import torch
 
+from curate.hub import no_progress_bars
 from studio.app import LOOPBACK, new_app
 from studio.server import StudioServer, listen
 from studio.service import GenerationService
 from tests.small_train import COLOURS
 from train.generate.sampler import Sampler
-from train.models.files import no_progress_bars
 from train.models.unet import new_model
 
 SEEN = {"prompt": "a red disc", "steps": 2}
@@ -27,7 +27,7 @@ SEEN = {"prompt": "a red disc", "steps": 2}
 def small_sampler(folder: Path) -> Sampler:
     """The debug model, 16 px, untrained: what it draws is noise that depends on prompt and seed."""
     torch.set_num_threads(1)
-    with no_progress_bars():
+    with no_progress_bars("diffusers"):
         new_model("debug", [f"a {c} disc" for c in COLOURS]).save_pretrained(folder)
     return Sampler(folder)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from curate.annotators.order import passes
 from curate.annotators.registry import add_needs, make_annotators
 from curate.layout import Data
 from curate.ledger.select import Selection, select
@@ -16,7 +17,7 @@ from curate.sources.planner import make_plan
 from curate.workers import EmbedWorker, FetchWorker
 from demo.web import Route, Web
 from pipelines.recipe import Recipe, load_recipe, store_recipe
-from pipelines.runtime.tables import annotate_tables
+from pipelines.runtime.passes import annotate_passes
 from tests.small_web import image
 
 
@@ -68,6 +69,7 @@ def serving(count: int, others: Mapping[str, Route], shard_size: int) -> Iterato
 
 def run_stages(listed: Path | str, data: Data, recipe: Recipe) -> Selection:
     """Plan, fetch, embed, score, select and pack what is not done yet."""
+    recipe = replace(recipe, columns=add_needs(recipe.columns))
     make_plan(str(listed), data, recipe.source)
     store_recipe(data, recipe)
     fetch_shards(data, recipe)
@@ -96,10 +98,12 @@ def embed_shards(data: Data, recipe: Recipe) -> int:
         seen.append(stage)
 
     columns = add_needs(recipe.columns)
-    worker = EmbedWorker(data, recipe.embed, columns, recipe.hashes()[1], report, threads=2)
+    annotators = make_annotators(columns)
+    first = {name: columns[name] for name in passes(annotators)[0]}
+    worker = EmbedWorker(data, recipe.embed, first, recipe.hashes()[1], report, threads=2)
     for s in data.plan.shards:
         worker.run(s.shard)
-    annotate_tables(data, make_annotators(columns), recipe.embed, recipe.images)
+    annotate_passes(data, replace(recipe, columns=columns), annotators, first=False)
     return len(seen)
 
 

@@ -413,7 +413,7 @@ def test_a_dry_run_finds_a_full_disk(listed: Path, tmp_path: Path, capsys: pytes
     assert "MB are needed" in capsys.readouterr().err
 
 
-def test_doctor_says_which_recipes_can_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_says_which_recipes_can_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, imported_v25: Path) -> None:
     """With the hub out of reach; a copy of the weights in the hub's cache is enough."""
     import huggingface_hub.constants
 
@@ -427,11 +427,12 @@ def test_doctor_says_which_recipes_can_run(tmp_path: Path, monkeypatch: pytest.M
     assert "ok       recipe bundled\n" in text and "ok       recipe everything\n" in text
     assert "note     recipe laion-aesthetics-5 (the default) cannot run: the weights of open_clip:ViT-L-14" in text
     assert said[-1].startswith("note     run with `--recipe bundled`")
-    snapshot = tmp_path / "models--timm--vit_large_patch14_clip_224.openai" / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
-    (snapshot / "open_clip_model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}      ")
+    for repository in ("vit_large_patch14_clip_224.openai", "ViT-SO400M-14-SigLIP-384"):
+        snapshot = tmp_path / f"models--timm--{repository}" / "snapshots" / ("0" * 40)
+        snapshot.mkdir(parents=True)
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+        (snapshot / "open_clip_model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}      ")
     said.clear()
     assert examine(said.append)
     assert "ok       recipe laion-aesthetics-5 (the default)" in said and not any("cannot run" in line for line in said)

@@ -384,10 +384,10 @@ def test_out_of_reach_the_two_ways_on_are_told_at_once(
 ) -> None:
     import huggingface_hub.constants
 
-    from curate.encoders import openclip
+    from curate import hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(openclip, "_HUB_PATIENCE", 0.5)
+    monkeypatch.setattr(hub, "PATIENCE", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
         for address in ("127.0.0.1:9", f"127.0.0.1:{silent.getsockname()[1]}"):
             monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://{address}")

@@ -20,11 +20,11 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
 from aesthetic.errors import UserError
+from curate.weight_files import weight_variant
 from pipelines.cli import main
 from train.generate.files import read_facts
 from train.generate.request import GenerationRequest, fitting_size, foreign_syntax
 from train.generate.sampler import NoImage, Sampler
-from train.models.files import weight_variant
 from train.models.info import ModelInfo, check_trainable, read_model_info
 from train.models.presets import PRESETS
 from train.models.unet import load_model, new_model

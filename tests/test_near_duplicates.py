@@ -429,7 +429,7 @@ cpus = int(sys.argv[2])
 tables.os.cpu_count = lambda: cpus
 columns = {"pdq": "pdq", "dup": {"use": "near-duplicates", "phash": 4, "cosine": 0.95}}
 data, embed = Data(Path(sys.argv[1])), EmbedConfig(encoder="bundled")
-tables.annotate_tables(data, make_annotators(columns), embed, ImagesConfig())
+tables.annotate_tables(data, make_annotators(columns), embed, ImagesConfig(), names=["dup"])
 """
 
 

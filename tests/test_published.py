@@ -10,6 +10,7 @@ import threading
 import zipfile
 from collections import OrderedDict
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +208,117 @@ def test_what_is_known_of_a_published_head_cannot_be_declared_otherwise():
             import_head(DATA / published("laion-v1-b32").file, **declared)
 
 
+# Heads of today: several layers, in bfloat16 ------------------------------------------------------------------------
+
+SIGLIP = "open_clip:ViT-SO400M-14-SigLIP-384/webli"
+V25 = "aesthetic-predictor-v2.5"
+
+
+def predictor_like_v25(seed=0, activation=None):
+    """Random weights in bfloat16 of the published architecture: its own module, its dropout switched off."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        modules = []
+        for inputs, outputs in pairwise((1152, 1024, 128, 64, 16, 1)):
+            modules += [torch.nn.Linear(inputs, outputs), activation() if activation else torch.nn.Dropout(0.5)]
+        for linear in modules[::2]:  # as lively as the published one, whose weight has a length of 25
+            linear.weight.data *= 3.3
+        predictor = torch.nn.Module()
+        predictor.scoring_head = torch.nn.Sequential(*modules[:-1])
+    return predictor.bfloat16().eval()
+
+
+def scores_of_module(predictor, x):
+    import torch
+
+    with torch.inference_mode():
+        return predictor.double().scoring_head(torch.from_numpy(x).double())[:, 0].numpy()
+
+
+def test_aesthetic_predictor_v25_is_one_affine_map_of_its_layers(tmp_path):
+    """The published file is known by its sha256; here its format and its layers, with other numbers."""
+    import torch
+
+    predictor = predictor_like_v25()
+    torch.save(predictor.state_dict(), tmp_path / "aesthetic_predictor_v2_5.pth")
+    known = published(V25)
+    head = build_published(known, read_pth((tmp_path / known.file).read_bytes(), known.file), known.name)
+    x = unit(500, 1152)
+    theirs = scores_of_module(predictor, x)
+    assert np.ptp(theirs) > 1  # what is compared varies
+    np.testing.assert_allclose(head(x), theirs, atol=1e-5)
+    assert head.affine and (head.space.encoder, head.space.dim, head.scale) == (SIGLIP, 1152, (1, 10))
+    assert "AGPL-3.0" in head.card["licence"] and ">= 5.5" in head.card["thresholds"]
+    assert load_head(save_head(head, tmp_path / "head")).digest == head.digest
+    assert not (SHIPPED / V25).exists()
+    with pytest.raises(
+        HeadError,
+        match=r"heads import aesthetic-predictor-v2.5` fetches it.*download .*heads import aesthetic_predictor_v2_5",
+    ):
+        load_head(V25)
+    with pytest.raises(HeadError, match="sha256 is"):  # other numbers are not the published file
+        import_head(tmp_path / known.file)
+
+
+def test_layers_are_multiplied_out_where_it_is_said_that_nothing_stands_between_them(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    predictor, x = predictor_like_v25(), unit(500, 1152)
+    torch.save(predictor.state_dict(), tmp_path / "mine.pth")
+    save_file(predictor.state_dict(), tmp_path / "mine.safetensors")
+    for file in ("mine.pth", "mine.safetensors"):
+        declared = {"encoder": SIGLIP, "scale": (1, 10)}
+        with pytest.raises(
+            HeadError, match=r"5 linear layers \(1152-1024-128-64-16-1\).*--activation none.*--activation"
+        ):
+            import_head(tmp_path / file, **declared)
+        head = import_head(tmp_path / file, activation="none", **declared)
+        assert head.affine and "declared without activation" in head.card["source"]
+        np.testing.assert_allclose(head(x), scores_of_module(predictor, x), atol=1e-5)
+        scaled = import_head(tmp_path / file, activation="none", norm="l2_sqrt_d", **declared)
+        np.testing.assert_allclose(scaled(x), scores_of_module(predictor, x * 1152**0.5), atol=2e-4)
+
+
+def test_layers_with_relu_stay_layers(tmp_path):
+    import torch
+
+    predictor, x = predictor_like_v25(activation=torch.nn.ReLU), unit(500, 1152)
+    torch.save(predictor.state_dict(), tmp_path / "mine.pth")
+    head = import_head(tmp_path / "mine.pth", encoder=SIGLIP, scale=(1, 10), activation="relu")
+    assert not head.affine and load_head(save_head(head, tmp_path / "head")).digest == head.digest
+    np.testing.assert_allclose(head(x), scores_of_module(predictor, x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "names", "message"),
+    [
+        ((8, 4, 4, 1), ("fc1", "fc2", "out"), None),
+        ((8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 1), tuple(f"layers.{i}" for i in range(11)), None),  # 10 comes after 9
+        ((8, 4, 2, 1), ("input", "hidden", "output"), None),  # in the order in which the file has them
+        ((8, 4, 4, 4, 1), ("in", "b", "a", "out"), "whose names don't say which comes first"),
+        ((8, 4, 2), ("0", "1"), "the last gives one number"),
+    ],
+)
+def test_the_order_of_layers_is_that_of_their_numbers_and_shapes(tmp_path, sizes, names, message):
+    rng = np.random.default_rng(0)
+    layers = [((rng.standard_normal((b, a)) / a**0.5).astype("f4"), np.ones(b, "f4")) for a, b in pairwise(sizes)]
+    tensors = OrderedDict()
+    for name, (weight, bias) in zip(names, layers, strict=True):
+        tensors |= {f"{name}.weight": weight, f"{name}.bias": bias}
+    path, declared = saved_by_torch(tmp_path / "x.pth", tensors), {"encoder": SIGLIP, "scale": (0, 1)}
+    if message:
+        with pytest.raises(HeadError, match=message):
+            import_head(path, activation="none", **declared)
+        return
+    x = chained = unit(20, sizes[0])
+    for weight, bias in layers:
+        chained = chained @ weight.T + bias
+    np.testing.assert_allclose(import_head(path, activation="none", **declared)(x), chained[:, 0], atol=1e-5)
+
+
 WEIGHT, BIAS = np.zeros((1, 4), np.float32), np.zeros(1, np.float32)
 
 
@@ -215,17 +327,17 @@ WEIGHT, BIAS = np.zeros((1, 4), np.float32), np.zeros(1, np.float32)
     ("tensors", "message"),
     [
         ({"weight": WEIGHT}, r"it holds weight \[1, 4\]"),
-        ({"weight": WEIGHT, "bias": BIAS, "more": BIAS}, "not a single linear layer"),
-        ({"0.weight": WEIGHT, "1.bias": BIAS}, "not a single linear layer"),
+        ({"weight": WEIGHT, "bias": BIAS, "more": BIAS}, "not linear layers alone"),
+        ({"0.weight": WEIGHT, "1.bias": BIAS}, "not linear layers alone"),
         ({"weight": WEIGHT.T.copy(), "bias": BIAS}, r"weight \[4, 1\]"),
-        ({"weight": WEIGHT[0], "bias": BIAS}, "not a single linear layer"),
-        ({"weight": np.zeros((2, 4), np.float32), "bias": np.zeros(2, np.float32)}, "not a single linear layer"),
-        ({"weight": WEIGHT, "bias": np.zeros((1, 1), np.float32)}, "not a single linear layer"),
+        ({"weight": WEIGHT[0], "bias": BIAS}, "not linear layers alone"),
+        ({"weight": np.zeros((2, 4), np.float32), "bias": np.zeros(2, np.float32)}, "the last gives one number"),
+        ({"weight": WEIGHT, "bias": np.zeros((1, 1), np.float32)}, "not linear layers alone"),
         ({"weight": np.full((1, 4), np.nan, np.float32), "bias": BIAS}, "weight holds values that are not finite"),
         ({"weight": WEIGHT, "bias": np.full(1, np.inf, np.float32)}, "bias holds values that are not finite"),
     ],
 )
-def test_what_is_not_one_linear_layer_is_refused(tmp_path, save, tensors, message):
+def test_what_is_not_linear_layers_is_refused(tmp_path, save, tensors, message):
     path = save(tmp_path / "x.file", OrderedDict(tensors))
     with pytest.raises(HeadError, match=message):
         import_head(path, encoder=L14, scale=(1, 10))
@@ -257,11 +369,11 @@ GOOD = {"weight": entry([1, 4], 0, 16), "bias": entry([1], 16, 20)}
         (container({}, b""), "it holds no tensors"),
         (container(GOOD | {"weight": 7}, bytes(20)), "invalid JSON in header"),
         (container(GOOD | {"weight": entry([1, "4"], 0, 16)}, bytes(20)), "invalid JSON in header"),
-        (container({"weight": entry([1, 0], 0, 0), "bias": entry([1], 0, 4)}, bytes(4)), "not a single linear layer"),
+        (container({"weight": entry([1, 0], 0, 0), "bias": entry([1], 0, 4)}, bytes(4)), "not linear layers alone"),
         (container(GOOD | {"weight": entry([1, -4], 0, 16)}, bytes(20)), "invalid JSON in header"),
         (container(GOOD | {"weight": entry([1, 10**12], 0, 16)}, bytes(20)), "invalid shape"),
         (container(GOOD | {"weight": entry([1, 10**12], 0, 4 * 10**12)}, bytes(20)), "invalid offset"),
-        (container(GOOD | {"weight": entry([1, 8], 0, 16, "F16")}, bytes(20)), "weight is F16, not float32"),
+        (container(GOOD | {"weight": entry([1, 4], 0, 16, "I32")}, bytes(20)), "weight is I32, not float32"),
         (container(GOOD | {"bias": entry([1], 0, 4)}, bytes(20)), "invalid offset"),
         (bytes(17 << 20), "at most 16,777,216"),
     ],

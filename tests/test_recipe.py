@@ -34,12 +34,19 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_shipped_recipes_are_these() -> None:
-    assert shipped() == ["bundled", "datacomp-basic", "everything", "laion-aesthetics-5", "sd2-base"]
+    assert shipped() == [
+        "bundled",
+        "datacomp-basic",
+        "everything",
+        "laion-aesthetics-5",
+        "sd2-base",
+        "siglip-aesthetics",
+    ]
     assert DEFAULT in shipped()
 
 
 @pytest.mark.parametrize("name", shipped())
-def test_a_shipped_recipe_is_whole(name: str, tmp_path: Path) -> None:
+def test_a_shipped_recipe_is_whole(name: str, tmp_path: Path, imported_v25: Path) -> None:
     """Its heads exist and read its encoder's vectors, its rules bind to the columns that there will be."""
     recipe = load_recipe(name)
     assert recipe.select.name == name
@@ -47,6 +54,13 @@ def test_a_shipped_recipe_is_whole(name: str, tmp_path: Path) -> None:
     columns = make_annotators(recipe.columns, recipe.embed.encoder)
     check_selection(Data(tmp_path), recipe, pa.schema([]), columns)
     assert parse_recipe(to_yaml(recipe)) == recipe
+
+
+def test_a_recipe_whose_head_is_not_here_says_how_to_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TASTEMAKER_HEADS", str(tmp_path))
+    recipe = load_recipe("siglip-aesthetics")
+    with pytest.raises(UserError, match=r"columns.aesthetic_v25: .*`tastemaker heads import aesthetic-predictor-v2.5`"):
+        make_annotators(recipe.columns, recipe.embed.encoder)
 
 
 @pytest.mark.parametrize(
@@ -266,6 +280,7 @@ def test_hashes_are_those_of_before() -> None:
         "datacomp-basic": (source, fetch, "2572fd20aacf53fa", clip),
         "bundled": (source, fetch, images, "88e8a454209e60b2"),
         "everything": (source, fetch, images, "88e8a454209e60b2"),
+        "siglip-aesthetics": (source, fetch, images, "ea7c966dbbc6eadd"),
     }
     assert {name: tuple(load_recipe(name).stage_hashes().values()) for name in shipped()} == expected
     settings = ["source.columns=[a]", "source.where=x > 1", "fetch.max_bytes=1.5kB", "fetch.allow=10.0.0.0/8:80"]

@@ -20,6 +20,7 @@ import torch
 
 from aesthetic.errors import UserError
 from aesthetic.files import scratch_path
+from curate.hub import no_progress_bars
 from curate.sources.dataset import MapDataset
 from curate.store.files import check_space, read_json, sha256_file, write_json
 from train import checkpoint
@@ -37,7 +38,6 @@ from train.data import (
 )
 from train.latents import LatentDataset, Tell, latents_size, precompute_latents, shards_of, write_shard
 from train.loop import LoopConfig, rank_and_size, train
-from train.models.files import no_progress_bars
 from train.models.info import training_record
 from train.models.presets import Preset
 from train.models.release import is_released, release
@@ -117,7 +117,7 @@ def write_new_model(folder: Path, preset: Preset, captions: Sequence[str], objec
         return
     pipeline = new_model(preset, captions, objective, seed)
     scratch = scratch_path(folder)
-    with no_progress_bars():
+    with no_progress_bars("diffusers"):
         pipeline.save_pretrained(scratch)
     scratch.rename(folder)
 

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from curate.hub import no_progress_bars
 from curate.sheets import Tile, enlarged
 from train.data import Batch
-from train.models.files import no_progress_bars
 from train.models.unet import encode_images, has_lora, save_lora
 from train.objective import TIMES, Objective, objective_of
 
@@ -128,7 +128,7 @@ class Denoise:
 
     def save(self, folder: Path) -> None:
         """`pipeline/`; of a LoRA `lora/`, which goes on top of the pipeline that training began with."""
-        with no_progress_bars():
+        with no_progress_bars("diffusers"):
             if has_lora(self.pipeline):
                 save_lora(self.pipeline, folder / "lora")
             else:

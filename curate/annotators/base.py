@@ -94,6 +94,7 @@ class Annotator(abc.ABC):
     digest: changes with whatever changes values: weights, options, versions.    facts: what else a record says; `notes`
     among them are sentences, which `status` and cards repeat, and `counts` says of how many images of a shard what.
     needs: annotators whose columns it reads, NAME -> spec; where a recipe has no such entry, one is added.
+    where: `where` of its entry in the recipe, SQL over other columns: the images that it looks at. All others are null.
     """
 
     name: ClassVar[str]
@@ -103,17 +104,39 @@ class Annotator(abc.ABC):
     columns: Mapping[str, ColumnSpec]
     facts: Mapping[str, Any] = {}
     needs: Mapping[str, Spec] = {}
+    where: str | None = None
 
     def __init__(self, options: AnnotatorOptions) -> None:
         self.options = options
+
+    @classmethod
+    def make(cls, options: AnnotatorOptions) -> Annotator:
+        """The annotator with these options; another class's where they ask for that."""
+        return cls(options)
 
     @property
     def digest(self) -> str:
         """By default that of the name and the options."""
         return digest([self.name, self.options.model_dump(mode="json")])
 
+    @property
+    def config(self) -> str:
+        """What the records of its columns carry: its digest, and which images it looks at."""
+        return self.digest if self.where is None else digest([self.digest, self.where])
+
+    def pinned(self) -> Mapping[str, Any]:
+        """Options that mean on another day what those given mean now, such as a commit in place of a branch; a recipe
+        that is stored has these. Called in the driver; paths are made whole without it."""
+        return {}
+
     def check(self, space: Space | str) -> None:  # noqa: B027
         """Refuse, before anything runs, vectors of this space, or of an encoder of this name. Loads no model."""
+
+    def fetch_weights(self) -> None:  # noqa: B027
+        """Have what `load` reads on this machine, or a server at hand; called once, before the first URL.
+
+        UserError, within seconds, where it can't be had: what to put where.
+        """
 
     def load(self, resources: Resources) -> None:  # noqa: B027
         """Load what `annotate` needs; called once in each worker. UserError, SpaceMismatch where it can't be used."""
@@ -140,10 +163,11 @@ class TableRun:
 
     name: its entry in the recipe; files of its own lie in `data.index(name)`.    shards: those to compute, in order.
     needs: what it needs -> the name under which that lies in `annotated/`.    encoder: that of the data's vectors.
-    images: how the data's images are stored.
+    images: how the data's images are stored.    wanted: of a shard, the keys of the images to look at, in order: all,
+    or those for which `where` holds.
     map: like the built-in, in order, and perhaps on many machines: function and items are pickled, results are small,
     and a function that writes files commits them, so that a run that was ended goes on. BLAS has one thread in it: bits
-    do not depend on the number of workers.    say: shows a line.
+    do not depend on the number of workers.    say: shows a line.    show: one that the next one takes the place of.
     """
 
     data: Data
@@ -152,15 +176,18 @@ class TableRun:
     needs: Mapping[str, str]
     encoder: Callable[[], Encoder]
     images: ImagesConfig
+    wanted: Callable[[int], pa.ChunkedArray]
     map: Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
     say: Callable[[str], None]
+    show: Callable[[str], None]
 
 
 class TableAnnotator(Annotator):
     """Computes columns from the files of a data folder; it runs where the other annotators have ended.
 
-    whole: a value depends on all images, so all shards are computed anew where one has changed; else on those of its
-    shard alone.    inputs: the tables that values depend on, beside those of what it needs.
+    whole: a value depends on all images, so all shards are computed anew where one has changed, and its entry can have
+    no `where`; else on those of its shard alone.    inputs: the tables that values depend on, beside those of what it
+    needs.
     """
 
     reads = "table"
@@ -173,7 +200,7 @@ class TableAnnotator(Annotator):
 
     @abc.abstractmethod
     def annotate_all(self, run: TableRun) -> Iterator[dict[str, pa.Array]]:
-        """As `annotate`, for all images of each of the shards in turn. `facts` are read after each."""
+        """As `annotate`, for the wanted images of each of the shards in turn. `facts` are read after each."""
 
 
 def scores_of(annotator: Annotator, images: Sequence[np.ndarray]) -> np.ndarray:

@@ -25,6 +25,7 @@ from aesthetic.space import Space
 from aesthetic.untrusted import printable
 from curate import annotators as package
 from curate.annotators.base import Annotator, Resources, Spec, column_specs
+from curate.annotators.order import read_where, resolve_needs
 from curate.encoders.base import Encoder
 from curate.encoders.registry import canonical_name
 
@@ -81,18 +82,27 @@ def make_annotator(name: str, spec: Spec) -> Annotator:
     if isinstance(spec, str):
         spec = {"use": spec} if spec in known_annotators() else {"use": "head", "head": spec}
     options = dict(spec)
-    use = options.pop("use", None)
+    use, condition = options.pop("use", None), options.pop("where", None)
     if not isinstance(use, str):
         raise UserError(
             f"{where}: a head's or an annotator's name, or {{use: ANNOTATOR, ...}}, is expected; there are "
             f"{', '.join(known_annotators())}"
+        )
+    if use == "table":  # as it was called before
+        new = {"path" if k == "file" else "on" if k == "by" else k: v for k, v in options.items()}
+        line = ", ".join(f"{k}: {v}" for k, v in {"path": "FILE", "on": "url", **new}.items())
+        raise UserError(
+            f"{where}: `table` is called `file` now, and `on` says what names images: key, url, sha256 or uid. "
+            f"Write in its place:\n  {printable(name, 200)}: {{use: file, {printable(line, 500)}}}"
         )
     try:
         kind = find_annotator(use)
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
     try:
-        return kind(kind.Options.model_validate(options))
+        annotator = kind.make(kind.Options.model_validate(options))
+        annotator.where = read_where(condition, annotator)
+        return annotator
     except pydantic.ValidationError as e:
         errors = e.errors(include_url=False)
         wrong = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])  # a misspelt one is missing, too
@@ -142,18 +152,6 @@ def make_annotators(columns: Mapping[str, Spec], space: Space | str | None = Non
     return made
 
 
-def resolve_needs(annotators: Mapping[str, Annotator], name: str) -> dict[str, str | None]:
-    """What an annotator needs -> the entry that is it: of the same kind, and with the options that are asked for."""
-
-    def same(annotator: Annotator, spec: Spec) -> bool:
-        wanted = {"use": spec} if isinstance(spec, str) else dict(spec)
-        options = annotator.options.model_dump()
-        return annotator.name == wanted.pop("use") and all(options.get(k) == v for k, v in wanted.items())
-
-    needs = annotators[name].needs
-    return {need: next((n for n, a in annotators.items() if same(a, spec)), None) for need, spec in needs.items()}
-
-
 def add_needs(columns: Mapping[str, Spec]) -> dict[str, Spec]:
     """A recipe's `columns` with the entries that others of them need and that are not there.
 
@@ -175,10 +173,14 @@ def add_needs(columns: Mapping[str, Spec]) -> dict[str, Spec]:
 
 
 def absolute(name: str, spec: Spec) -> Spec:
-    """An entry NAME of `columns` with whole paths, so that a command given in another folder finds the same files."""
+    """An entry NAME of `columns` with whole paths and pinned revisions, so that a command given in another folder or on
+    another day means the same files. UserError where a server has to be asked for a revision, and can't be."""
     if isinstance(spec, str):
         folder = Path(spec).expanduser()
         return str(folder.absolute()) if spec not in known_annotators() and folder.is_dir() else spec
-    options = make_annotator(name, spec).options
-    paths = {k: v for k, v in options if isinstance(v, Path)}
-    return {**spec, **{k: str(v.expanduser().absolute()) for k, v in paths.items()}}
+    annotator = make_annotator(name, spec)
+    paths = {k: str(v.expanduser().absolute()) for k, v in annotator.options if isinstance(v, Path)}
+    try:
+        return {**spec, **paths, **annotator.pinned()}
+    except UserError as e:
+        raise type(e)(f"columns.{printable(name, 200)}: {e}") from None

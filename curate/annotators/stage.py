@@ -8,10 +8,12 @@ rows of the others stay as they are.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from aesthetic.errors import UserError
 from aesthetic.files import atomic
 from aesthetic.untrusted import open_vectors
 from curate.annotators.base import Annotator, ImageBatch, TableAnnotator, TableRun, column_name, column_specs
-from curate.annotators.registry import resolve_needs
+from curate.annotators.order import resolve_needs, wanted_keys, where_inputs
 from curate.encoders.base import Encoder
 from curate.encoders.embed import caption_vectors, images_of, recovered, similarity, write_vectors
 from curate.fetch.ingest import Report, note_start
@@ -33,7 +35,7 @@ from curate.layout import ANNOTATED, Data
 from curate.ledger.schema import Status
 from curate.shards.tar import read_images
 from curate.store.files import check_space, read_json
-from curate.store.records import commit, invalidate, is_done, output_digests, recommit
+from curate.store.records import commit, invalidate, is_done, output_digests, outputs_present, recommit
 
 STARTS = 3
 """How often a run begins a shard. Its images have been decoded before: what ends the process each time is no single
@@ -62,17 +64,24 @@ def annotate_shard(
     inputs = data.fetched_digests(shard)
     assert inputs is not None, f"shard {shard} is annotated before it is fetched"
     of_images = {name: a for name, a in annotators.items() if a.reads in ("pixels", "row", "captions")}
-    records = {name: (data.annotations_record(name, shard), a.digest) for name, a in of_images.items()}
+    records = {name: (data.annotations_record(name, shard), a.config) for name, a in of_images.items()}
     if encoder is not None:
         records[_VECTORS] = data.embedded_record(shard), config
 
-    missing: dict[str, set[str] | None] = {}  # name -> keys that retries have added since; None: all are missing
+    missing = dict[str, _Missing]()
     for name, (record, digest) in records.items():
-        if not is_done(data.root, record, config=digest, inputs=inputs):
-            missing[name] = recovered(data, shard, record, digest)
-            if missing[name] == set():  # a retry that changed nothing but reasons
+        annotator = of_images.get(name)
+        if annotator is not None and annotator.where is not None:
+            there = column_inputs(data, shard, annotator)
+            if there is not None and not is_done(data.root, record, config=digest, inputs=there):
+                missing[name] = _missing_where(data, shard, name, annotator, there)
+        elif not is_done(data.root, record, config=digest, inputs=inputs):
+            added = recovered(data, shard, record, digest)
+            if added == set():  # a retry that changed nothing but reasons
                 recommit(data.root, record, inputs)
-                del missing[name]
+                continue
+            file = data.annotations(name, shard) if annotator is not None and added is not None else None
+            missing[name] = _Missing(inputs, added, None if file is None else pq.read_table(file))
     if missing:
         check_space(data.root)
         if (starts := note_start(data.embed_starts(shard))) > STARTS:
@@ -85,30 +94,69 @@ def annotate_shard(
             if name not in missing or annotator.reads == "pixels":
                 continue
             rows = images_of(data, shard, None if annotator.reads == "row" else ["key", "caption"])
-            fresh = _only(rows, missing[name])
-            values = ask(annotator, ImageBatch(rows=fresh))
-            _write(data, shard, name, annotator, fresh["key"], values, rows["key"], inputs, missing[name] is not None)
+            fresh = _only(rows, missing[name].keys)
+            _write(data, shard, name, annotator, fresh["key"], ask(annotator, ImageBatch(rows=fresh)), missing[name])
         data.embed_starts(shard).unlink(missing_ok=True)
 
     for name, annotator in annotators.items():
         if annotator.reads != "vectors":
             continue
-        vectors, record = column_inputs(data, shard, annotator), data.annotations_record(name, shard)
-        if vectors is None or is_done(data.root, record, config=annotator.digest, inputs=vectors):
+        there, record = column_inputs(data, shard, annotator), data.annotations_record(name, shard)
+        if there is None or is_done(data.root, record, config=annotator.config, inputs=there):
             continue  # there are none yet, or all is done
         rows = pq.read_table(data.metadata(shard), columns=["key", "caption"])
         values = ask(annotator, ImageBatch(rows=rows, vectors=open_vectors(data.image_vectors(shard))))
-        _write(data, shard, name, annotator, rows["key"], values, rows["key"], vectors, False)
+        # heads are cheap, and the last bit of a product of matrices depends on what else is in them: so all are asked
+        wanted = pc.is_in(rows["key"], wanted_keys(data, shard, annotator.where).combine_chunks())
+        values = {suffix: value.filter(wanted.combine_chunks()) for suffix, value in values.items()}
+        _write(data, shard, name, annotator, rows["key"].filter(wanted), values, _Missing(there))
 
 
 def column_inputs(data: Data, shard: int, annotator: Annotator) -> dict[str, str] | None:
     """What an annotator's columns of a shard are computed from, with its sha256; None where it is not there."""
     if annotator.reads != "vectors":
-        return data.fetched_digests(shard)
-    record = read_json(data.embedded_record(shard))
-    name = str(data.image_vectors(shard).relative_to(data.root))
-    digests = output_digests(record) if record else {}
-    return {name: digests[name]} if name in digests else None
+        found = data.fetched_digests(shard)
+    else:
+        record = read_json(data.embedded_record(shard))
+        name = str(data.image_vectors(shard).relative_to(data.root))
+        digests = output_digests(record) if record else {}
+        found = {name: digests[name]} if name in digests else None
+    if found is None or annotator.where is None:
+        return found
+    more = where_inputs(data, shard, annotator.where)
+    return None if more is None else found | more
+
+
+@dataclass(frozen=True)
+class _Missing:
+    """What is missing of a shard's columns: the keys to compute (None: all), and the rows that stay as they are.
+
+    inputs: the files from which they are computed, with their sha256.
+    """
+
+    inputs: Mapping[str, str]
+    keys: set[str] | None = None
+    stored: pa.Table | None = None
+
+
+def _missing_where(data: Data, shard: int, name: str, annotator: Annotator, inputs: Mapping[str, str]) -> _Missing:
+    """What is missing of an annotator with a `where`: the images that it holds for and that have no value yet.
+
+    Values stay where the same annotator has computed them of the same images, whatever `where` was then.
+    """
+    from curate.fetch.ingest import recovered_since  # brings aiohttp, for which a recipe need not wait
+
+    wanted = wanted_keys(data, shard, annotator.where).combine_chunks()
+    record, fetched = read_json(data.annotations_record(name, shard)), data.fetched_digests(shard)
+    if not record or record.get("digest") != annotator.digest or not outputs_present(data.root, record):
+        return _Missing(inputs, {*wanted.to_pylist()})
+    then = {k: v for k, v in record["inputs"].items() if k in (fetched or {})}
+    if then != fetched and recovered_since(data, shard, then) is None:
+        return _Missing(inputs, {*wanted.to_pylist()})
+    stored = pq.read_table(data.annotations(name, shard))
+    columns = [pc.is_valid(stored[column]) for column in stored.column_names if column != "key"]
+    stored = stored.filter(pc.and_(pc.is_in(stored["key"], wanted), functools.reduce(pc.or_, columns)))
+    return _Missing(inputs, {*wanted.to_pylist()}.difference(stored["key"].to_pylist()), stored)
 
 
 def annotate_table(
@@ -120,9 +168,10 @@ def annotate_table(
     images: ImagesConfig | None = None,
     map: Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]] = map,
     say: Callable[[str], None] = print,
+    show: Callable[[str], None] = lambda text: None,
 ) -> int:
     """Compute the columns of a TableAnnotator, of the fetched shards that lack them, or of all where it is `whole`;
-    returns how many lacked them. `encoder`, `images`, `map` and `say` as TableRun has them.
+    returns how many lacked them. The other arguments as TableRun has them.
 
     UserError where the columns that it needs are not there.
     """
@@ -135,8 +184,8 @@ def annotate_table(
     inputs = _table_inputs(data, annotator, [*needs.values()], fetched)
     missing = [
         shard
-        for shard in fetched
-        if not is_done(data.root, data.annotations_record(name, shard), config=annotator.digest, inputs=inputs[shard])
+        for shard, there in inputs.items()
+        if not is_done(data.root, data.annotations_record(name, shard), config=annotator.config, inputs=there)
     ]
     shards = fetched if annotator.whole and missing else missing
     if shards:
@@ -147,20 +196,25 @@ def annotate_table(
             needs=needs,
             encoder=encoder,
             images=images or ImagesConfig(),
+            wanted=lambda shard: wanted_keys(data, shard, annotator.where),
             map=map,
             say=say,
+            show=show,
         )
         for shard, answer in zip(shards, annotator.annotate_all(run), strict=True):
-            keys = images_of(data, shard, ["key"])["key"]
+            keys = wanted_keys(data, shard, annotator.where)
             values = _checked(annotator, answer, len(keys))
-            _write(data, shard, name, annotator, keys, values, keys, inputs[shard], False)
+            _write(data, shard, name, annotator, keys, values, _Missing(inputs[shard]))
     return len(missing)
 
 
 def _table_inputs(
     data: Data, annotator: TableAnnotator, needs: Sequence[str], shards: Sequence[int]
 ) -> dict[int, dict[str, str]]:
-    """What the columns of each shard are computed from, with its digest: whole tables, or the files of the shard."""
+    """What the columns of each shard are computed from, with its digest: whole tables, or the files of the shard.
+
+    A shard that lacks a column which `where` names is not among them.
+    """
     from curate.ledger.view import table_digests, tables
 
     if annotator.whole:
@@ -171,7 +225,10 @@ def _table_inputs(
         records = [data.fetched_record(shard)] if "fetched" in annotator.inputs else []
         records += [data.embedded_record(shard)] if "embedded" in annotator.inputs else []
         records += [data.annotations_record(need, shard) for need in needs]
-        found[shard] = {k: v for r in records if (facts := read_json(r)) for k, v in output_digests(facts).items()}
+        more = {} if annotator.where is None else where_inputs(data, shard, annotator.where)
+        if more is not None:
+            files = {k: v for r in records if (facts := read_json(r)) for k, v in output_digests(facts).items()}
+            found[shard] = files | more
     return found
 
 
@@ -212,7 +269,7 @@ def _from_pixels(
     annotators: Mapping[str, Annotator],
     encoder: Encoder | None,
     config: str,
-    missing: Mapping[str, set[str] | None],
+    missing: Mapping[str, _Missing],
     threads: Executor,
     report: Report,
 ) -> None:
@@ -225,28 +282,30 @@ def _from_pixels(
     began, inputs = time.time(), data.fetched_digests(shard)
     assert inputs is not None
     rows = images_of(data, shard, ["key", "caption"])
-    added = [missing[name] for name in models]
+    added = [missing[name].keys for name in models]
     added_keys = None if None in added else set[str]().union(*(keys for keys in added if keys is not None))
     fresh = _only(rows, added_keys)
 
     # in batches that do not depend on what else is wanted (annotators cut them as they like)
     vectors, answers = list[np.ndarray](), {name: list[dict[str, pa.Array]]() for name in models if name != _VECTORS}
     size = _BATCH if encoder is None else encoder.batch_size
-    for start, batch in _prepared(data, shard, fresh["key"].to_pylist(), models, size, threads):
-        part = fresh.slice(start, len(next(iter(batch.values()))))
+    wanted = {name: missing[name].keys for name in answers} | {name: None for name in models if name == _VECTORS}
+    for start, batch in _prepared(data, shard, fresh["key"].to_pylist(), models, wanted, size, threads):
+        part = fresh.slice(start, len(batch))
         for name, model in models.items():
             if name == _VECTORS:
-                vectors.append(model.encode_prepared(np.stack(batch[name])))
-            else:
-                answers[name].append(ask(model, ImageBatch(rows=part, inputs=batch[name])))
+                vectors.append(model.encode_prepared(np.stack([found[name] for found in batch])))
+            elif chosen := [i for i, found in enumerate(batch) if name in found]:
+                inputs_of = [batch[i][name] for i in chosen]
+                answers[name].append(ask(model, ImageBatch(rows=part.take(chosen), inputs=inputs_of)))
         for _ in range(len(part)):
             report("embed", Status.SUCCESS, "")
 
     for name, parts in answers.items():
-        annotator = annotators[name]
-        parts = parts or [ask(annotator, ImageBatch(rows=fresh))]
+        annotator, own = annotators[name], _only(rows, missing[name].keys)
+        parts = parts or [ask(annotator, ImageBatch(rows=own))]
         values = {suffix: pa.chunked_array([p[suffix] for p in parts]) for suffix in annotator.columns}
-        _write(data, shard, name, annotator, fresh["key"], values, rows["key"], inputs, added_keys is not None)
+        _write(data, shard, name, annotator, own["key"], values, missing[name])
     if _VECTORS in models:
         assert encoder is not None
         images = np.concatenate(vectors) if vectors else np.zeros((0, encoder.dim), np.float32)
@@ -267,23 +326,33 @@ def _from_pixels(
 
 
 def _prepared(
-    data: Data, shard: int, keys: list[str], models: Mapping[str, Any], size: int, threads: Executor
-) -> Iterator[tuple[int, dict[str, list[Any]]]]:
-    """Batches (first row, inputs of each model), decoded and preprocessed in threads, two batches ahead."""
+    data: Data,
+    shard: int,
+    keys: list[str],
+    models: Mapping[str, Any],
+    wanted: Mapping[str, set[str] | None],
+    size: int,
+    threads: Executor,
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Batches (first row, and of each image the inputs of the models that want it: None, all), decoded and preprocessed
+    in threads, two batches ahead."""
 
-    def prepare(image: bytes) -> dict[str, Any]:
-        pixels = decode(image)
-        return {name: model.preprocess(pixels) for name, model in models.items()}
+    def prepare(key: str, image: bytes) -> dict[str, Any]:
+        pixels, found = decode(image), dict[str, Any]()
+        for name, model in models.items():
+            own = wanted[name]
+            if own is None or key in own:
+                found[name] = model.preprocess(pixels)
+        return found
 
     ahead: deque[Future[dict[str, Any]]] = deque()
-    wanted = set(keys)
-    stored = (image for image in read_images(data.tar(shard)) if image[0] in wanted)
+    known = set(keys)
+    stored = (image for image in read_images(data.tar(shard)) if image[0] in known)
     for start in range(0, len(keys), size):
         count = min(size, len(keys) - start)
         while len(ahead) < 3 * size and (item := next(stored, None)) is not None:
-            ahead.append(threads.submit(prepare, item[2]))
-        rows = [ahead.popleft().result() for _ in range(count)]
-        yield start, {name: [r[name] for r in rows] for name in models}
+            ahead.append(threads.submit(prepare, item[0], item[2]))
+        yield start, [ahead.popleft().result() for _ in range(count)]
     assert not ahead and next(stored, None) is None, f"{data.tar(shard)} holds more images than its table"
 
 
@@ -304,20 +373,25 @@ def _write(
     annotator: Annotator,
     fresh: pa.ChunkedArray,
     values: Mapping[str, pa.Array | pa.ChunkedArray],
-    keys: pa.ChunkedArray,
-    inputs: Mapping[str, str],
-    stored: bool,
+    missing: _Missing,
 ) -> None:
-    """Write and commit one shard of an annotator's columns: values of the keys `fresh`, and where values are `stored`
-    those of the other keys."""
+    """Write and commit one shard of an annotator's columns: values of the keys `fresh` and those that are stored; null
+    for all other images."""
     columns = {column_name(name, suffix, annotator): value for suffix, value in values.items()}
     table = pa.table({"key": fresh, **columns})
     file, record = data.annotations(name, shard), data.annotations_record(name, shard)
-    if stored:
-        table = _joined(table, pq.read_table(file), keys)
+    if missing.stored is not None:
+        table = pa.concat_tables([table, missing.stored.cast(table.schema)])
+    keys = images_of(data, shard, ["key"])["key"]
+    asked = len(table)
+    if not keys.equals(table["key"]):
+        table = table.drop(["key"]).take(pc.index_in(keys, table["key"].combine_chunks()))
+        table = table.add_column(0, "key", keys)
     invalidate(record)
     with atomic(file) as f:
         pq.write_table(table, f, compression="zstd")
     specs = {column: spec.facts() for column, spec in column_specs({name: annotator}).items()}
     facts = {"count": len(table), "annotator": annotator.name, "columns": specs, **annotator.facts}
-    commit(data.root, record, config=annotator.digest, inputs=inputs, outputs=[file], facts=facts)
+    if annotator.where is not None:
+        facts |= {"where": annotator.where, "asked": asked, "digest": annotator.digest}
+    commit(data.root, record, config=annotator.config, inputs=missing.inputs, outputs=[file], facts=facts)

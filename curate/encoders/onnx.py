@@ -47,10 +47,12 @@ class RowByRow:
     two cores, and would take most of many.
     """
 
-    def __init__(self, model: Path, threads: int) -> None:
-        self._session = onnx_session(model, 1)
+    def __init__(self, model: Path | onnxruntime.InferenceSession, threads: int) -> None:
+        """Of a file, or of a session of one thread."""
+        self._session = onnx_session(model, 1) if isinstance(model, Path) else model
         self._input = self._session.get_inputs()[0].name
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix=model.stem)
+        self.outputs = [output.name for output in self._session.get_outputs()]
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="onnx")
 
     def run(self, rows: np.ndarray) -> list[np.ndarray]:
         """The model's outputs for (n, ...) rows, n of at least 1: a list of arrays (n, ...)."""

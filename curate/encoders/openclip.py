@@ -10,11 +10,8 @@ import importlib.util
 import json
 import logging
 import pickle
-import ssl
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -27,14 +24,13 @@ import numpy as np
 
 from aesthetic.errors import UserError
 from curate.encoders.base import Encoder, name_by_digest, name_by_tag
+from curate.hub import unreachable
 from curate.store.files import sha256_file
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
-
-_HUB_PATIENCE = 5.0  # seconds to wait for the first sign of life of a server that has weights
 
 _WIDEST = 32
 """Long side over short side of what an open_clip transform gets to see. It resizes the short side to the model's input
@@ -321,16 +317,8 @@ def _require_reachable(name: str, published: dict[str, Any]) -> None:
 
     repository, _ = _place(published)
     server = constants.ENDPOINT if repository else published.get("url", "")
-    if repository and constants.HF_HUB_OFFLINE:
-        raise _missing(name, published, "HF_HUB_OFFLINE is set")
-    try:  # any answer at all, within seconds: the hub's client itself would try for minutes
-        urllib.request.urlopen(urllib.request.Request(server, method="HEAD"), timeout=_HUB_PATIENCE).close()
-    except urllib.error.HTTPError:
-        return
-    except OSError as e:
-        # one that is not trusted is there: that is for the client to say
-        if not (isinstance(e, urllib.error.URLError) and isinstance(e.reason, ssl.SSLError)):
-            raise _missing(name, published, f"{server} does not answer") from None
+    if why := unreachable(server, hub=bool(repository)):
+        raise _missing(name, published, why)
 
 
 def _build(architecture: str, weights: Path, published: dict[str, Any]) -> Any:

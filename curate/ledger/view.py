@@ -66,22 +66,23 @@ class LedgerTable:
         return digest(digests)
 
 
-def tables(data: Data) -> list[LedgerTable]:
-    """The tables that a data folder holds, `fetched` first. A shard without its record is not there yet.
+def tables(data: Data, shards: Sequence[int] | None = None) -> list[LedgerTable]:
+    """The tables that a data folder holds, `fetched` first, or their part of these shards. A shard without its record
+    is not there yet.
 
     Raises UserError where nothing is fetched, or where two tables have a column of the same name.
     """
-    fetched = _table(data, data.table(0).parent, data.fetched_record, data.table)
+    fetched = _table(data, shards, data.table(0).parent, data.fetched_record, data.table)
     if fetched is None:
         raise UserError(f"{data.root} holds no fetched shard. `tastemaker fetch LIST --out {data.root}` makes them.")
     found = [replace(fetched, columns=())]
-    embedded = _table(data, data.space.parent, data.embedded_record, data.metadata)
+    embedded = _table(data, shards, data.space.parent, data.embedded_record, data.metadata)
     if embedded and "similarity" in embedded.columns:
         found.append(replace(embedded, columns=("similarity",)))
     taken = {n.lower() for n in OURS} | {"similarity", "source"}
     for name in data.annotated():
         folder = data.annotations(name, 0).parent
-        table = _table(data, folder, partial(data.annotations_record, name), partial(data.annotations, name))
+        table = _table(data, shards, folder, partial(data.annotations_record, name), partial(data.annotations, name))
         if table is None:
             continue
         for column in table.columns:
@@ -92,9 +93,16 @@ def tables(data: Data) -> list[LedgerTable]:
     return found
 
 
-def _table(data: Data, folder: Path, record: Callable[[int], Path], file: Callable[[int], Path]) -> LedgerTable | None:
-    """The committed shards of a table, with all its columns; None where there is none."""
-    shards = tuple(s for s in data.shards(record) if file(s).is_file())
+def _table(
+    data: Data,
+    wanted: Sequence[int] | None,
+    folder: Path,
+    record: Callable[[int], Path],
+    file: Callable[[int], Path],
+) -> LedgerTable | None:
+    """The committed shards of a table, or of those wanted, with all its columns; None where there is none."""
+    there = data.shards(record) if wanted is None else [s for s in wanted if record(s).is_file()]
+    shards = tuple(s for s in there if file(s).is_file())
     if not shards:
         return None
     names = pq.read_schema(file(shards[0])).names

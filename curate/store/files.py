@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -42,6 +43,17 @@ def sha256_file(path: Path) -> str:
     """The sha256 of a file's bytes, in hex."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sha256_once(path: Path) -> str:
+    """As `sha256_file`, of a large file that many ask about: read again only where its size or time is another."""
+    stat = path.stat()
+    return _sha256_once(path.absolute(), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _sha256_once(path: Path, size: int, mtime_ns: int) -> str:
+    return sha256_file(path)
 
 
 def digest(value: Any) -> str:

@@ -18,6 +18,7 @@ class AnnotateOptions(Options):
         nargs="*",
         default=(),
     )
+    retry: bool = option("ask again about images of which a server gave no answer", default=False)
     ray_address: str | None = option("run on this Ray cluster where pixels are read", metavar="ADDRESS")
 
 
@@ -29,19 +30,20 @@ def run(options: AnnotateOptions) -> Result:
     """
     from aesthetic.space import Space
     from curate.annotators.base import column_specs
-    from curate.annotators.registry import absolute, add_needs, make_annotators, resolve_needs
-    from curate.annotators.stage import column_inputs
+    from curate.annotators.order import waited_for
+    from curate.annotators.registry import absolute, add_needs, make_annotators
+    from curate.column_sheet import column_sheet
+    from curate.ledger.select import SelectConfig
     from curate.ledger.sql import plain_name
-    from curate.store.files import read_json, sweep
+    from curate.store.files import sweep
     from curate.store.lock import Lock
     from curate.store.ownership import open_data
-    from curate.workers import EmbedWorker, annotated, per_shard, space_known
+    from curate.workers import forget_unanswered, space_known
+    from pipelines.checks import check_selection
     from pipelines.recipe import Recipe, parse_columns, store_recipe, stored_recipe
-    from pipelines.runtime.cluster import check_reachable
-    from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
-    from pipelines.runtime.tables import annotate_tables
+    from pipelines.runtime.passes import annotate_passes
 
-    data, address = open_data(options.data), options.ray_address
+    data = open_data(options.data)
     given = parse_columns(options.columns)
     stored = stored_recipe(data)
     recipe = stored or Recipe()
@@ -52,9 +54,9 @@ def run(options: AnnotateOptions) -> Result:
     space = Space.load(data.space) if space_known(data) else None
     if space is not None:
         recipe = replace(recipe, embed=replace(recipe.embed, encoder=space.encoder))
-    names = [*given, *(n for name in given for n in resolve_needs(known, name).values() if n)] or recipe.columns
-    wanted = replace(recipe, columns={name: recipe.columns[name] for name in names})
-    annotators = make_annotators(wanted.columns, space)
+    check_selection(data, replace(recipe, select=SelectConfig()), data.plan.extra_columns, known)
+    names = waited_for(known, [*given] or [*known])
+    annotators = make_annotators({name: recipe.columns[name] for name in names}, space)
 
     shards = [s.shard for s in data.plan.shards if data.fetched_digests(s.shard) is not None]
     if not shards:
@@ -63,27 +65,15 @@ def run(options: AnnotateOptions) -> Result:
         raise UserError(f"{data.root} holds no vectors yet. `tastemaker embed {data.root}` makes them.")
     with Lock(data.root):
         sweep(data.root)
-        missing = {
-            name: [s for s in shards if column_inputs(data, s, a) is not None and not annotated(data, s, name, a)]
-            for name, a in per_shard(annotators).items()
-        }
-        left = sorted(set[int]().union(*missing.values()))
-        on_ray = any(annotators[name].reads == "pixels" for name, lacking in missing.items() if lacking)
-        worker = None if on_ray else EmbedWorker(data, wanted.embed, wanted.columns, "", vectors=False)
-        if worker is None:
-            if address is not None:
-                check_reachable(address)
-            images = sum(read_json(data.fetched_record(shard))["successes"] for shard in left)
-            run_job(
-                CurateJob(data, wanted, fetch=False, vectors=False), RemainingWork(left, 0, images), address=address
-            )
-        else:
-            for shard in left:
-                worker.run(shard)
-        fresh = {name: len(lacking) for name, lacking in missing.items()}
-        fresh |= annotate_tables(data, annotators, recipe.embed, recipe.images, address=address)
+        if options.retry:
+            forget_unanswered(data, annotators)
+        for annotator in annotators.values():
+            if annotator.reads != "table":  # those see to it when something is missing
+                annotator.fetch_weights()
+        fresh = annotate_passes(data, recipe, annotators, first=True, address=options.ray_address)
         if stored is not None and given:
             store_recipe(data, replace(stored, columns=recipe.columns))
+        sheets = {name: column_sheet(data, name) for name, count in fresh.items() if count}
     for name, count in fresh.items():
         print(f"{name}: {count:,} of {len(shards):,} shards annotated{'' if count else ' (all were)'}")
 
@@ -93,5 +83,7 @@ def run(options: AnnotateOptions) -> Result:
         if column["type"] == "float":
             setting = f"select.rules.{name}=top({plain_name(name)}, 0.1)"
             following = command("select", data.root, "--name", "mine", "--set", setting)
+    paths = {"annotated": str(data.root / "annotated")}
+    paths |= {f"{name} by its values": str(path) for name, path in sheets.items() if path is not None}
     facts = {"shards": len(shards), "annotated": fresh, "columns": columns}
-    return Result(facts=facts, paths={"annotated": data.root / "annotated"}, next=following)
+    return Result(facts=facts, paths=paths, next=following)

@@ -34,6 +34,10 @@ class HeadsOptions(Options):
         choices=("l2", "l2_sqrt_d"),
     )
     scale: tuple[float, float] | None = option("import: the scale of its ratings", metavar=("LO", "HI"))
+    activation: str | None = option(
+        "import: what stands between the linear layers of such a file, where there are several; dropout is none",
+        choices=("none", "relu"),
+    )
     weights: str | None = option("prompt: a local copy of the encoder's weights", metavar="FILE")
     wanted: tuple[str, ...] = option("prompt: what scores high (repeatable)", default=(), metavar="PROMPT")
     against: tuple[str, ...] = option("prompt: what scores low (repeatable)", default=(), metavar="PROMPT")
@@ -117,7 +121,7 @@ def _import(options: HeadsOptions) -> Result:
 
     file = str(options.head)
     if not Path(file).exists():
-        if options.encoder or options.norm or options.scale:
+        if options.encoder or options.norm or options.scale or options.activation:
             raise UserError(f"there is no file {file}")
         return _save(options, fetch_head(file))
     if options.encoder is not None:
@@ -127,6 +131,7 @@ def _import(options: HeadsOptions) -> Result:
         encoder=None if options.encoder is None else canonical_name(options.encoder),
         norm=options.norm or "l2",
         scale=options.scale,
+        activation=options.activation,
         task=options.task or "aesthetic",
     )
     if options.encoder is not None:
@@ -161,7 +166,7 @@ def _prompt(options: HeadsOptions) -> Result:
 _ACTIONS: dict[str, tuple[Callable[[HeadsOptions], Result], tuple[str, ...]]] = {
     "list": (_list, ()),
     "show": (_show, ()),
-    "import": (_import, ("out", "encoder", "task", "norm", "scale")),
+    "import": (_import, ("out", "encoder", "task", "norm", "scale", "activation")),
     "prompt": (_prompt, ("out", "encoder", "task", "weights", "wanted", "against")),
 }
 """What can be done, and the options that each takes."""

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
-from aesthetic.untrusted import first_three
+from aesthetic.untrusted import error_line, first_three
 from train.generate.files import pixels_digest
 from train.models.info import ModelInfo
-from train.models.schedulers import check_steps, error_line, new_scheduler, scheduler_name, share_of_steps
+from train.models.schedulers import check_steps, new_scheduler, scheduler_name, share_of_steps
 
 if TYPE_CHECKING:
     from PIL import Image

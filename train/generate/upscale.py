@@ -14,7 +14,7 @@ from PIL import Image
 
 from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
-from train.models.files import is_pointer, read_header
+from curate.weight_files import is_pointer, read_header
 
 if TYPE_CHECKING:
     import torch

@@ -13,6 +13,7 @@ from typing import Any
 from aesthetic.errors import UserError
 from aesthetic.untrusted import check_regular, printable, read_json_file
 from curate.store.files import sha256_file
+from curate.weight_files import is_pointer, read_header, weight_files
 from train.models.configs import (
     ModelIndexConfig,
     SchedulerConfig,
@@ -23,7 +24,7 @@ from train.models.configs import (
     VaeConfig,
     read_config,
 )
-from train.models.files import find_model_folder, is_pointer, read_header, weight_files
+from train.models.files import find_model_folder
 from train.models.schedulers import SCHEDULERS
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")

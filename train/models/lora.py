@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
 from aesthetic.untrusted import check_regular, first_three, open_regular, parse_json, printable, read_json_file
-from train.models.files import WeightsHeader, not_numbers, read_header, read_tensor, weights_header
+from curate.weight_files import WeightsHeader, not_numbers, read_header, read_tensor, weights_header
 from train.models.info import ModelInfo
 from train.models.release import LORA_FILE
 

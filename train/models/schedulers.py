@@ -6,7 +6,6 @@ import difflib
 from typing import Any
 
 from aesthetic.errors import UserError
-from aesthetic.untrusted import printable
 
 SCHEDULERS = (
     "DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler",
@@ -75,12 +74,6 @@ def check_steps(name: str, config: dict[str, Any], steps: int) -> None:
         )
     if steps > times:
         raise UserError(f"{name} can't draw in {steps} steps: the model was trained with {times}. Give another number")
-
-
-def error_line(error: Exception) -> str:
-    """What a library said of a file that others made, in a line."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return printable(f"{type(error).__name__}: {first}" if not isinstance(error, (ValueError, OSError)) else first, 300)
 
 
 def is_flow(config: dict[str, Any]) -> bool:

@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from aesthetic.errors import UserError
-from aesthetic.untrusted import read_json_file
+from aesthetic.untrusted import error_line, read_json_file
+from curate.hub import no_progress_bars
+from curate.weight_files import weight_files, weight_variant
 from train.devices import out_of_memory
-from train.models.files import no_progress_bars, weight_files, weight_variant
 from train.models.info import ModelInfo, read_model_info
 from train.models.presets import PRESETS, Preset
-from train.models.schedulers import error_line
 from train.objective import training_scheduler
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -147,7 +147,7 @@ def load_model(model: ModelInfo | str | Path, dtype: torch.dtype = torch.float32
     from transformers import CLIPTextModel, CLIPTokenizer
 
     info = model if isinstance(model, ModelInfo) else read_model_info(model)
-    with no_progress_bars():
+    with no_progress_bars("diffusers"):
         unet = _part(info, "unet", diffusers.UNet2DConditionModel, dtype)
         vae = _part(info, "vae", diffusers.AutoencoderKL, dtype)
         text = _part(info, "text_encoder", CLIPTextModel, dtype)

@@ -1,0 +1,151 @@
+"""What an entry of a recipe's `columns` waits for: columns that it needs, and those that its `where` names, SQL that
+says which images it looks at. From that follows the order in which entries run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from aesthetic.errors import UserError
+from curate.annotators.base import Annotator, Spec, TableAnnotator, column_specs
+from curate.encoders.embed import images_of
+from curate.layout import Data
+from curate.ledger.rules import USAGE, check_rules
+from curate.ledger.schema import RESERVED
+from curate.ledger.sql import Bounds, batches, parse_condition, print_expression, references, short
+from curate.ledger.view import open_ledger, tables
+from curate.store.records import output_digests, read_record
+
+
+def read_where(condition: Any, annotator: Annotator) -> str | None:
+    """The `where` of an entry. UserError where it is no condition, or the annotator can have none."""
+    if condition is None:
+        return None
+    if not isinstance(condition, str) or not condition.strip():
+        raise UserError(f"where: an SQL condition in quotes is expected, not {condition!r}")
+    if isinstance(annotator, TableAnnotator) and annotator.whole:
+        raise UserError(f"where: {annotator.name} compares all images with each other, so it can't leave any out")
+    tree = parse_condition(condition)
+    for part in references(tree):
+        if part["class"] == "FUNCTION" and part["function_name"].lower() in USAGE:
+            raise UserError(
+                f"where: {part['function_name']}() needs all rows, and `where` is asked shard by shard. A comparison "
+                "with a constant is expected, such as aesthetic > 5"
+            )
+    return print_expression(tree)
+
+
+def named_columns(where: str | None) -> set[str]:
+    """The columns that a condition names, in lower case: `similarity`, `source.width`."""
+    if where is None:
+        return set()
+    found = [part["column_names"] for part in references(parse_condition(where)) if part["class"] == "COLUMN_REF"]
+    return {".".join(names[:2] if names[0].lower() == "source" else names[:1]).lower() for names in found}
+
+
+def check_where(
+    annotators: Mapping[str, Annotator],
+    columns: Mapping[str, str],
+    source_columns: Mapping[str, str],
+    scales: Mapping[str, tuple[float, float]],
+) -> None:
+    """UserError where a `where` names a column that there will not be, or is no condition. Arguments as check_rules has
+    them."""
+    for name, annotator in annotators.items():
+        if annotator.where is None:
+            continue
+        own = {column.lower() for column in column_specs({name: annotator})}
+        if own & named_columns(annotator.where):
+            raise UserError(f"columns.{name}.where names the entry's own column")
+        try:
+            check_rules({"where": annotator.where}, columns, source_columns, scales)
+        except UserError as e:
+            raise UserError(f"columns.{name}: {str(e).removeprefix('rule ')}") from None
+
+
+def resolve_needs(annotators: Mapping[str, Annotator], name: str) -> dict[str, str | None]:
+    """What an annotator needs -> the entry that is it: for all images, and with the options that are
+    asked for."""
+
+    def same(annotator: Annotator, spec: Spec) -> bool:
+        wanted = {"use": spec} if isinstance(spec, str) else dict(spec)
+        options = annotator.options.model_dump()
+        if annotator.name != wanted.pop("use") or annotator.where is not None:
+            return False
+        return all(options.get(k) == v for k, v in wanted.items())
+
+    needs = annotators[name].needs
+    return {need: next((n for n, a in annotators.items() if same(a, spec)), None) for need, spec in needs.items()}
+
+
+def passes(annotators: Mapping[str, Annotator]) -> list[list[str]]:
+    """The order in which entries run: first what looks at each image and asks for nothing; then what reads whole tables
+    and what has a `where`, each after the entries whose columns it names or needs.
+
+    A pass holds entries that run over one shard after the other together, or one that reads the whole table.
+    UserError where entries wait for each other.
+    """
+    made = {column.lower(): name for name, a in annotators.items() for column in column_specs({name: a})}
+    waits = {
+        name: {made[c] for c in named_columns(a.where) if c in made}
+        | {entry for entry in resolve_needs(annotators, name).values() if entry is not None}
+        for name, a in annotators.items()
+    }
+    order = [[name for name, a in annotators.items() if a.reads != "table" and a.where is None]]
+    done, left = set(order[0]), [name for name in annotators if name not in order[0]]
+    while left:
+        ready = [name for name in left if waits[name] <= done]
+        if not ready:
+            raise UserError(f"columns.{left[0]} and columns.{left[-1]} wait for each other's columns (`where`)")
+        together = [name for name in ready if annotators[name].reads != "table"] or ready[:1]
+        order.append(together)
+        done.update(together)
+        left = [name for name in left if name not in together]
+    return order
+
+
+def waited_for(annotators: Mapping[str, Annotator], names: Sequence[str]) -> list[str]:
+    """These entries and all whose columns they need or name in `where`, in the order in which they run."""
+    made = {column.lower(): name for name, a in annotators.items() for column in column_specs({name: a})}
+    found, left = set[str](), [*names]
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            left += [made[c] for c in named_columns(annotators[name].where) if c in made]
+            left += [entry for entry in resolve_needs(annotators, name).values() if entry is not None]
+    return [name for group in passes(annotators) for name in group if name in found]
+
+
+def where_inputs(data: Data, shard: int, where: str) -> dict[str, str] | None:
+    """The files of a fetched shard that hold the columns which a condition names, beside the images' own, each with its
+    sha256; None where one is not there yet."""
+    found, wanted = dict[str, str](), named_columns(where)
+    for table in tables(data, [shard])[1:]:
+        if wanted.intersection(column.lower() for column in table.columns):
+            found |= output_digests(read_record(table.records[0]))
+            wanted -= {column.lower() for column in table.columns}
+    return found if all(c in RESERVED or c.startswith("source.") for c in wanted) else None
+
+
+def wanted_keys(data: Data, shard: int, where: str | None) -> pa.ChunkedArray:
+    """The keys of the images of a fetched shard for which a condition holds (None: of all), in the ledger's order.
+
+    UserError where SQL meets an error in a row, or takes too much.
+    """
+    keys = images_of(data, shard, ["key"])["key"]
+    if where is None:
+        return keys
+    con = open_ledger(data, named_columns(where), found=tables(data, [shard]))
+    with contextlib.closing(Bounds(con)) as bounds:
+        try:
+            sql = f'SELECT "key" FROM ledger WHERE ({where})'
+            held = pa.table(bounds.run(lambda: batches(con, sql).read_all()))
+        except duckdb.Error as e:
+            raise UserError(f"where ({where}): {short(e)}") from None
+    return keys.filter(pc.is_in(keys, held["key"].combine_chunks().cast(pa.string())))

@@ -1,0 +1,63 @@
+"""Annotators pass by pass: over the shards, or over the whole table, each after those whose columns it waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from curate.annotators.base import Annotator
+from curate.annotators.order import passes
+from curate.annotators.stage import column_inputs
+from curate.layout import Data
+from curate.store.files import read_json
+from curate.workers import EmbedWorker, annotated
+from pipelines.recipe import Recipe
+from pipelines.runtime.cluster import check_reachable
+from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
+from pipelines.runtime.tables import annotate_tables
+
+
+def annotate_passes(
+    data: Data, recipe: Recipe, annotators: Mapping[str, Annotator], *, first: bool, address: str | None = None
+) -> dict[str, int]:
+    """Compute what is missing of the columns of annotators, pass by pass; of each entry how many shards lacked them.
+
+    `recipe` has their entries. The first pass, which asks for no other's columns, is left out without `first`: it has
+    run while images were fetched and embedded.
+    """
+    found = dict[str, int]()
+    for number, names in enumerate(passes(annotators)):
+        if number == 0 and not first:
+            continue
+        if any(annotators[name].reads == "table" for name in names):
+            found |= annotate_tables(data, annotators, recipe.embed, recipe.images, names=names, address=address)
+        else:
+            found |= _over_shards(data, recipe, {name: annotators[name] for name in names}, address)
+    return found
+
+
+def _over_shards(
+    data: Data, recipe: Recipe, annotators: Mapping[str, Annotator], address: str | None
+) -> dict[str, int]:
+    """One pass over the shards that lack some of these columns: on Ray where pixels are read, else here."""
+    missing = {name: _lacking(data, name, annotator) for name, annotator in annotators.items()}
+    left = sorted(set[int]().union(*missing.values()))
+    wanted = replace(recipe, columns={name: recipe.columns[name] for name in annotators})
+    if any(annotators[name].reads == "pixels" for name, lacking in missing.items() if lacking):
+        if address is not None:
+            check_reachable(address)
+        images = sum(read_json(data.fetched_record(shard))["successes"] for shard in left)
+        job = CurateJob(data, wanted, fetch=False, vectors=False)
+        run_job(job, RemainingWork(left, 0, images), address=address)
+    elif left:
+        worker = EmbedWorker(data, wanted.embed, wanted.columns, "", vectors=False)
+        for shard in left:
+            worker.run(shard)
+    return {name: len(lacking) for name, lacking in missing.items()}
+
+
+def _lacking(data: Data, name: str, annotator: Annotator) -> Sequence[int]:
+    """The fetched shards that lack an entry's columns and have what it reads."""
+    shards = [s.shard for s in data.plan.shards if data.fetched_digests(s.shard) is not None]
+    there = [s for s in shards if not annotated(data, s, name, annotator)]
+    return [s for s in there if column_inputs(data, s, annotator) is not None]
