@@ -133,8 +133,9 @@ def _edge(view: np.ndarray, widths: Sequence[int], side: int) -> float:
     end, reach = widths[side], max(2, round(LEAST * len(view)))
     between = slice(before, view.shape[1] - after)
     beside = view[max(0, end - reach), between].astype(np.int16)
-    departs = _departs(view[end : end + reach, between], beside, DEPARTS).any(0)
-    return float(departs.mean()) if len(departs) else 0.0
+    if not len(beside):
+        return 0.0
+    return float(_departs(view[end : end + reach, between], beside, DEPARTS).any(0).mean())
 
 
 def _straight_enough(same: Sequence[int], widths: Sequence[int], views: Sequence[np.ndarray]) -> float:
