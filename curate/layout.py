@@ -3,7 +3,7 @@
 plan/         plan.json                   the record;  shards.parquet: the shards;  what of the list was cut or copied
 fetched/      NNNNN.tar, NNNNN.parquet    images and rows;  NNNNN_stats.json: the record (img2dataset's layout)
 embedded/     img_emb/, text_emb/         vectors;  metadata/: similarities;  stats/: records (clip-retrieval's layout)
-annotated/N./ NNNNN.parquet, NNNNN.json   columns of an annotator and their record;  index/: what it keeps beside them
+annotated/N./ NNNNN.parquet, NNNNN.json   columns of an annotator and their record;  index/, answers/: what it keeps
 selected/     NAME.parquet, NAME.json     verdicts and their record
 shards/NAME/  NNNNN.tar, NNNNN.parquet    the chosen images;  manifest.json: the record
 report/NAME/  sheet.png, scores.png
@@ -120,6 +120,10 @@ class Data:
     def index(self, name: str) -> Path:
         """A folder for what an annotator that reads the whole table keeps between runs, such as pairs."""
         return self.root / ANNOTATED / name / "index"
+
+    def answers(self, name: str, shard: int) -> Path:
+        """What a server was paid to say of a shard's images; it stays when everything else is made anew."""
+        return self.root / ANNOTATED / name / "answers" / f"{shard_name(shard)}.jsonl"
 
     def old_columns(self) -> list[str]:
         """Columns in `scored/`, where they were before there was `annotated/`, that nobody has computed anew."""

@@ -59,13 +59,13 @@ def verify(data: Data) -> Iterator[Damage | None]:
 def strays(data: Data) -> list[Path]:
     """Files of the stages that no record names: what a killed run left, or a shard whose record is gone.
 
-    What annotators keep between runs (`Data.index`) they clear themselves.
+    What annotators keep between runs (`Data.index`, `Data.answers`) they clear themselves.
     """
     named = set[Path]()
     for record, value in _records(data):
         named |= {record, *(data.root / name for name in _outputs(value))}
     found = (p for stage in STAGES for p in (data.root / stage).rglob("*"))
-    kept = tuple(f"{data.index(name)}/" for name in data.annotated())
+    kept = tuple(f"{p}/" for name in data.annotated() for p in (data.index(name), data.answers(name, 0).parent))
     return sorted(p for p in found if p.is_file() and p not in named and not str(p).startswith(kept))
 
 

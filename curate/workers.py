@@ -7,7 +7,7 @@ import contextlib
 import functools
 import gc
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from aesthetic.errors import UserError
@@ -30,7 +30,7 @@ from curate.layout import Data
 from curate.ledger.schema import Reason, Status
 from curate.sources.vectors import ImportedVectors, import_shard, open_vector_folder
 from curate.store.files import read_json
-from curate.store.records import commit, is_done
+from curate.store.records import commit, invalidate, is_done, read_record
 
 GC_THRESHOLDS = (50_000, 20, 100)
 """Thresholds of the garbage collector while shards are fetched: thousands of rows wait at once and leave next to no
@@ -184,6 +184,16 @@ def claim_space(data: Data, space: Space) -> None:
         data.space.parent.mkdir(parents=True, exist_ok=True)
         space.save(data.space)
         commit(data.root, data.space_record, config="", inputs={}, outputs=[data.space], facts={})
+
+
+def forget_unanswered(data: Data, names: Iterable[str]) -> None:
+    """Take back the records of these columns whose facts say that images are `unanswered`, so that they are asked
+    about once more; what was answered is kept elsewhere."""
+    for name in names:
+        for shard in data.shards(functools.partial(data.annotations_record, name)):
+            record = data.annotations_record(name, shard)
+            if read_record(record).get("unanswered"):
+                invalidate(record)
 
 
 def space_known(data: Data) -> bool:

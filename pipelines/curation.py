@@ -196,11 +196,16 @@ def _run_job(
     facts = {"columns": plan.columns, "warnings": plan.warnings}
     result = Result(facts={"rows": plan.total_rows, "shards": len(plan.shards), **facts})
     had = _images(data) if retry else 0
+    if retry:
+        from curate.workers import forget_unanswered
+
+        forget_unanswered(data, annotators)
     left = remaining_work(data, recipe, annotators, stages, retry)
     display: ProgressDisplay | None = None  # where all was done already
     if "embed" in stages:
         for annotator in annotators.values():
-            annotator.fetch_weights()
+            if left.shards or annotator.reads != "table":  # those see to it when something is missing
+                annotator.fetch_weights()
     if left.shards:
         if address is not None:
             check_reachable(address)

@@ -125,7 +125,7 @@ class Wrong(Words):
         return {"count": pa.array([float("nan")] * len(batch.rows))}
 """
 
-WORDS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(), re.S)
+WORDS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "annotators.md").read_text(), re.S)
 """The annotator that the documentation shows."""
 
 
@@ -166,7 +166,7 @@ def annotate(data: Data, columns: dict[str, Any]) -> dict[str, Any]:
 def test_one_from_another_package_is_used_in_a_recipe_and_its_columns_select(
     real_data: Data, outside: Path, tmp_path: Path
 ) -> None:
-    assert {"brightness", "words", "head", "open-nsfw", "table", "zero-shot"} <= set(known_annotators())
+    assert {"brightness", "words", "head", "open-nsfw", "file", "zero-shot"} <= set(known_annotators())
     data = copy_of(real_data, tmp_path / "data")
     recipe = load_recipe("bundled", ["columns={}", "columns.light={use: brightness}", "columns.length=words"])
     found = annotate(data, recipe.columns)
@@ -292,43 +292,6 @@ def test_one_entry_serves_all_that_need_it() -> None:
         add_needs({"a": mirror, "pdq": "pdq"})
 
 
-def test_a_table_of_others_is_columns(real_data: Data, tmp_path: Path) -> None:
-    data = copy_of(real_data, tmp_path / "data")
-    keys = sorted(data.ledger.filter("status = 'success'").df()["key"])
-    urls = data.ledger.order("key").filter("status = 'success'").df()["url"].tolist()
-    theirs = pa.table(
-        {
-            "key": [*reversed(keys[:20]), "999999999", None],
-            "Their Score": pa.array([*range(19), np.nan, 7, 8], pa.float64()),
-            "caption2": pa.array([f"text {i}" for i in range(22)]).dictionary_encode(),
-            "n": pa.array(range(22), pa.int64()),
-        }
-    )
-    pq.write_table(theirs, tmp_path / "theirs.parquet")
-    pq.write_table(pa.table({"URL": urls[3:9], "v": list(range(6))}), tmp_path / "urls.parquet")
-    file = str(tmp_path / "theirs.parquet")
-    found = annotate(
-        data,
-        {
-            "theirs": {"use": "table", "file": file},
-            "n": {"use": "table", "file": file, "columns": ["n"]},
-            "v": {"use": "table", "file": str(tmp_path / "urls.parquet")},
-        },
-    )
-    by_key = {key: i for i, key in enumerate(found["key"])}
-    for i, key in enumerate(reversed(keys[:20])):
-        row = by_key[key]
-        assert found["n"][row] == i and found["theirs_n"][row] == i and found["theirs_caption2"][row] == f"text {i}"
-        score = found["theirs_their_score"][row]
-        assert score == i or (i == 19 and np.isnan(score))
-    assert all(pd.isna(found["n"][by_key[key]]) for key in keys[20:])
-    assert [found["v"][found["url"].index(url)] for url in urls[3:9]] == [0, 1, 2, 3, 4, 5]
-    first = data.annotations("n", 0).read_bytes()
-    pq.write_table(theirs.slice(0, 5), tmp_path / "theirs.parquet")  # another file: other columns
-    annotate(data, {"n": {"use": "table", "file": file, "columns": ["n"]}})
-    assert data.annotations("n", 0).read_bytes() != first
-
-
 def test_prompts_are_a_column_in_the_space_of_the_data(real_data: Data, tmp_path: Path) -> None:
     data = copy_of(real_data, tmp_path / "data")
     spec = {"use": "zero-shot", "wanted": ["a photo of a flower"], "against": ["a photo"]}
@@ -348,8 +311,9 @@ def test_prompts_are_a_column_in_the_space_of_the_data(real_data: Data, tmp_path
         ({"use": "brightness", "higest": 3}, "columns.x: brightness has no option higest; did you mean highest?"),
         ({"use": "brightness", "highest": "much"}, "columns.x: highest: Input should be a valid number"),
         ({"use": "words", "a": 3}, "words has no option a; it has most"),
-        ({"use": "table"}, r"columns.x: table needs file: \{use: table, file: \.\.\.\}"),
-        ({"use": "table", "file": "nothing.parquet"}, "columns.x: .*nothing.parquet"),
+        ({"use": "file", "on": "url"}, r"columns.x: file needs path: \{use: file, path: \.\.\.\}"),
+        ({"use": "file", "path": "nothing.parquet", "on": "url"}, "columns.x: nothing.parquet: there is no such file"),
+        ({"use": "table", "file": "a.parquet", "by": "key"}, r"x: \{use: file, path: a.parquet, on: key\}$"),
         ({"use": "zero-shot", "wantd": ["a"], "against": ["b"]}, "no option wantd; did you mean wanted"),
         ({"use": "zero-shot", "wanted": [], "against": ["b"]}, "wanted: Tuple should have at least 1 item"),
         ({"use": "gone"}, "the annotator gone .brightness:Gone. can't be imported: AttributeError"),

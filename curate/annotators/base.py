@@ -167,7 +167,7 @@ class TableRun:
     or those for which `where` holds.
     map: like the built-in, in order, and perhaps on many machines: function and items are pickled, results are small,
     and a function that writes files commits them, so that a run that was ended goes on. BLAS has one thread in it: bits
-    do not depend on the number of workers.    say: shows a line.
+    do not depend on the number of workers.    say: shows a line.    show: one that the next one takes the place of.
     """
 
     data: Data
@@ -179,6 +179,7 @@ class TableRun:
     wanted: Callable[[int], pa.ChunkedArray]
     map: Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
     say: Callable[[str], None]
+    show: Callable[[str], None]
 
 
 class TableAnnotator(Annotator):

@@ -88,6 +88,13 @@ def make_annotator(name: str, spec: Spec) -> Annotator:
             f"{where}: a head's or an annotator's name, or {{use: ANNOTATOR, ...}}, is expected; there are "
             f"{', '.join(known_annotators())}"
         )
+    if use == "table":  # as it was called before
+        new = {"path" if k == "file" else "on" if k == "by" else k: v for k, v in options.items()}
+        line = ", ".join(f"{k}: {v}" for k, v in {"path": "FILE", "on": "url", **new}.items())
+        raise UserError(
+            f"{where}: `table` is called `file` now, and `on` says what names images: key, url, sha256 or uid. "
+            f"Write in its place:\n  {printable(name, 200)}: {{use: file, {printable(line, 500)}}}"
+        )
     try:
         kind = find_annotator(use)
     except UserError as e:

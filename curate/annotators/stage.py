@@ -168,9 +168,10 @@ def annotate_table(
     images: ImagesConfig | None = None,
     map: Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]] = map,
     say: Callable[[str], None] = print,
+    show: Callable[[str], None] = lambda text: None,
 ) -> int:
     """Compute the columns of a TableAnnotator, of the fetched shards that lack them, or of all where it is `whole`;
-    returns how many lacked them. `encoder`, `images`, `map` and `say` as TableRun has them.
+    returns how many lacked them. The other arguments as TableRun has them.
 
     UserError where the columns that it needs are not there.
     """
@@ -198,6 +199,7 @@ def annotate_table(
             wanted=lambda shard: wanted_keys(data, shard, annotator.where),
             map=map,
             say=say,
+            show=show,
         )
         for shard, answer in zip(shards, annotator.annotate_all(run), strict=True):
             keys = wanted_keys(data, shard, annotator.where)

@@ -49,6 +49,7 @@ _UNREACHABLE = {Reason.BLOCKED_ADDRESS, Reason.DNS, Reason.CONNECT, Reason.TLS, 
 _LONGEST_WAIT = 30.0  # seconds of Retry-After that are waited for; beyond, the row is left to `tastemaker retry`
 _PAUSE = 1.0  # seconds that a domain is left alone after a 429 that names no time
 _LONGEST_BAN = 3600.0  # seconds for which a Retry-After keeps us away from a domain
+_READ = 65_536  # bytes that a connection holds unread before it waits, or twice as many; aiohttp's 256 kB are too many
 _FILES = 512  # open ones that are no requests under way: others, and to spare
 _KEPT_PER_SECOND = 4000  # connections: twice the answers that come, as aiohttp keeps some for twice the time
 
@@ -261,6 +262,7 @@ class Fetcher:
                 auto_decompress=False,
                 trust_env=False,
                 max_field_size=16_384,  # bytes of one header field
+                read_bufsize=_READ,
             )
         return self._opened
 

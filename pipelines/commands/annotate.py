@@ -18,6 +18,7 @@ class AnnotateOptions(Options):
         nargs="*",
         default=(),
     )
+    retry: bool = option("ask again about images of which a server gave no answer", default=False)
     ray_address: str | None = option("run on this Ray cluster where pixels are read", metavar="ADDRESS")
 
 
@@ -37,7 +38,7 @@ def run(options: AnnotateOptions) -> Result:
     from curate.store.files import sweep
     from curate.store.lock import Lock
     from curate.store.ownership import open_data
-    from curate.workers import space_known
+    from curate.workers import forget_unanswered, space_known
     from pipelines.checks import check_selection
     from pipelines.recipe import Recipe, parse_columns, store_recipe, stored_recipe
     from pipelines.runtime.passes import annotate_passes
@@ -64,8 +65,11 @@ def run(options: AnnotateOptions) -> Result:
         raise UserError(f"{data.root} holds no vectors yet. `tastemaker embed {data.root}` makes them.")
     with Lock(data.root):
         sweep(data.root)
+        if options.retry:
+            forget_unanswered(data, annotators)
         for annotator in annotators.values():
-            annotator.fetch_weights()
+            if annotator.reads != "table":  # those see to it when something is missing
+                annotator.fetch_weights()
         fresh = annotate_passes(data, recipe, annotators, first=True, address=options.ray_address)
         if stored is not None and given:
             store_recipe(data, replace(stored, columns=recipe.columns))

