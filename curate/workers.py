@@ -26,6 +26,7 @@ from curate.fetch.config import FetchConfig
 from curate.fetch.deny import Deny
 from curate.fetch.ingest import IngestContext, Report, ingest_shard
 from curate.images.config import ImagesConfig
+from curate.images.faces import require_detector
 from curate.layout import Data
 from curate.ledger.schema import Reason, Status
 from curate.sources.vectors import ImportedVectors, import_shard, open_vector_folder
@@ -59,6 +60,8 @@ class FetchWorker:
     ) -> None:
         if fetch.engine == "img2dataset":
             engine_img2dataset.require(images)
+        if images.blur_faces:
+            require_detector()
         self._untuned: tuple[tuple[int, int, int], int | None] | None = None  # GC thresholds, Linux's scheduler
         self.data, self.config = data, config
         count = threads or os.cpu_count() or 1

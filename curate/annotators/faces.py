@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from curate.annotators.base import Annotator, AnnotatorOptions, ColumnSpec, ImageBatch, Resources
-from curate.images.faces import SURE, detector_digest, find_faces, require_detector
+from curate.images.faces import SURE, detector, find_faces, require_detector
 from curate.store.files import digest
 
 
@@ -36,7 +36,7 @@ class Faces(Annotator):
     @property
     def digest(self) -> str:
         """Of the detector, and of how it is asked."""
-        return digest([self.name, detector_digest()])
+        return digest([self.name, detector()])
 
     def load(self, resources: Resources) -> None:
         """Have the detector ready."""

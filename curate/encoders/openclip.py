@@ -180,7 +180,26 @@ def check_weights(architecture: str, pretrained: str, weights: str | None) -> bo
         raise UserError(
             f"{meant.file} holds no weights: it begins with {head!r}, and is neither safetensors nor torch's"
         )
+    _require_tokenizer(architecture)
     return True
+
+
+def _require_tokenizer(architecture: str) -> None:
+    """UserError where an architecture's tokenizer is one of the hub's (as SigLIP's), and can't be had."""
+    repository = ((_config(architecture) or {}).get("text_cfg") or {}).get("hf_tokenizer_name")
+    if not repository or Path(repository).is_dir():
+        return
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(repository, "tokenizer_config.json"), str):
+        return
+    if why := unreachable(constants.ENDPOINT, hub=True):
+        folder = f"models--{repository.replace('/', '--')}"
+        raise UserError(
+            f"the tokenizer of {architecture} is not on this machine, and {why}. On another machine: `hf download "
+            f"{repository} --include '*token*'`; then copy the folder {folder} of its ~/.cache/huggingface/hub into "
+            f"{constants.HF_HUB_CACHE} here"
+        )
 
 
 def _resolve(architecture: str, pretrained: str, weights: str | None) -> _Weights:

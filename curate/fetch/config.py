@@ -21,7 +21,7 @@ class FetchConfig:
 
     engine: str = "native"  # or img2dataset: its downloader in place of ours (no address guard, no robots.txt)
     timeout: float = 20.0  # seconds for one attempt: names, TLS, redirects and body; waiting in line not counted
-    concurrency: int = 320  # requests in flight per worker
+    concurrency: int = 384  # requests in flight per worker
     per_domain: int = 6  # requests in flight per registered domain (example.co.uk), of all workers together
     rate: float = 50.0  # requests started per second and registered domain, of all workers together; 0: any number
     max_bytes: int = 32_000_000  # of one body, after decompression

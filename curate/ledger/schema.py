@@ -107,6 +107,7 @@ FETCHED_COLUMNS = [
     ("bytes", pa.int64()),  # length of the original body
     ("phash", pa.string()),  # 16 hex digits
     ("opt_out", pa.string()),  # opt-out headers that were seen, respected or not: "x-robots-tag: noai"
+    ("faces_blurred", pa.int32()),  # how many; null unless images.blur_faces
 ]
 """What the fetch and images stages add: img2dataset's columns under their names, then ours."""
 

@@ -69,7 +69,7 @@ def test_more_domains_than_files(server: Hostile, soft: int, hard: int) -> None:
 
 
 def test_too_few_files_for_the_requests_are_told_at_once() -> None:
-    assert measure(refused, 500, 500).result.startswith("fetch.concurrency: 320 requests at a time need 832 open files")
+    assert measure(refused, 500, 500).result.startswith("fetch.concurrency: 384 requests at a time need 896 open files")
 
 
 def refused(ready: Callable[[], None], soft: int, hard: int) -> str:
