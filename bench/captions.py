@@ -1,10 +1,10 @@
 """How much of a caption server's own limit is reached: `python -m bench.captions [--images N]`.
 
-The server, in a process of its own, works on so many requests at a time, each for a fixed time. Its limit is what a bare
-loop gets from it, in the same run, which sends requests made beforehand, twice as many at a time. Shards are small, so
-that one's last answers are waited for again and again. The first share of the limit is the whole run's, from the first
-request (the probe apart) to the last answer; the second that of its second half, when the number of requests at a time
-has been found.
+The server, in a process of its own, works on so many requests at a time, each for a fixed time. Its limit is what a
+bare loop gets from it, in the same run, which sends requests made beforehand, twice as many at a time. Shards are
+small, so that one's last answers are waited for again and again. The first share of the limit is the whole run's, from
+the first request (the probe apart) to the last answer; the second that of its second half, when the number of requests
+at a time has been found.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         data = make_images(Path(scratch) / "data", options.images, options.shard, (options.size, options.size * 3 // 4))
         for slots in options.slots:
-            one = measure(data, slots, slots / options.rate, f"cap{slots}")
+            latency = slots / options.rate
+            one = measure(data, slots, latency, f"cap{slots}")
             found.append(one)
             print(
-                f"{slots:3} slots of {one['latency']:.2f} s: {one['whole']:.1%} of {one['limit']:.1f} answers a second, "
+                f"{slots:3} slots of {latency:.2f} s: {one['whole']:.1%} of {one['limit']:.1f} answers a second, "
                 f"{one['second_half']:.1%} in the second half, {one['cpu_ms']:.1f} ms of a core per image, at most "
                 f"{one['peak']} requests at a time"
             )

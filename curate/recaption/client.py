@@ -9,7 +9,6 @@ requests would fare alike (401, 404, a redirect), the run ends.
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import random
 import socket
@@ -313,7 +312,7 @@ def _why(error: Exception) -> str:
     """Why there is no connection, in the system's words."""
     if isinstance(error, aiohttp.ClientConnectorError):
         error = error.os_error
-    if isinstance(error, OSError) and error.errno in errno.errorcode and not isinstance(error, socket.gaierror):
+    if isinstance(error, OSError) and not isinstance(error, socket.gaierror) and error.errno is not None:
         return os.strerror(error.errno)
     return f"{type(error).__name__}: {error}" if str(error) else "it is silent"
 
