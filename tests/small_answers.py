@@ -218,6 +218,7 @@ CHANGED = [
         "**Subject:** A red car on a road.\n\n**Background:** Two trees and a barn.",
         caption="Subject: A red car on a road. Background: Two trees and a barn.",
     ),
+    case("**Mood:** calm\n**Setting:** a garden", caption="Mood: calm. Setting: a garden"),
     case("- dog\n- beach\n- sunset", caption="dog, beach, sunset", prompt="List tags."),
     case(
         'Here are three captions for the image:\n\n1. "A red car waits in the rain."\n2. Lonely road.\n3. Autumn.',
@@ -311,6 +312,9 @@ REFUSED = [
         ("<think>Is this allowed?</think>I'm sorry, but I can't describe this image.", {}),
         ("I'm sorry, but I can't assist with that", {"finish": "length"}),
         ("This image violates our content policy.", {}),
+        ("There doesn't seem to be an image attached to your message.", {}),
+        ("Identifying real people from photos is not something I can do.", {}),
+        ("Lamento, no puedo describir esta imagen.", {}),
         ("Es tut mir leid, aber ich kann dieses Bild nicht beschreiben.", {}),
         ("Leider kann ich das Bild nicht sehen.", {}),
         ("Je suis désolé, mais je ne peux pas décrire cette image.", {}),

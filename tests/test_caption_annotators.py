@@ -63,17 +63,20 @@ def test_languages_are_told_apart() -> None:
     found = values("language", [caption for captions in CAPTIONS.values() for caption in captions])
     right = sum(one == other for one, other in zip(found[""], truth, strict=True))
     assert right >= len(truth) - 1
-    assert all((language is None) == (score is None) for language, score in zip(found[""], found["score"], strict=True))
-    assert min(score for score in found["score"] if score is not None) >= 0.5
+    assert min(score for code, score in zip(found[""], found["score"], strict=True) if code != "und") >= 0.5
+    assert (
+        values("language", ["A brown hen.", "A rabbit.", "Boom!!!", "T-shirt"])[""] == ["und"] * 4
+    )  # too short to say
     shouted = values("language", [c.upper() for language in ("en", "de", "ru") for c in CAPTIONS[language]])
     assert shouted[""] == ["en", "en", "de", "de", "ru", "ru"]
     assert values("language", ["a dog\r\non a\tbeach at sunset", "a dog on a beach at sunset"])[""] == ["en", "en"]
 
 
 def test_what_has_no_language() -> None:
-    captions = [None, "", "  ", "12345", "🙂🙂🙂", "ab", "狗", "IMG_1234", "\0", "x" * 100_000]
-    found = values("language", captions)
-    assert found[""] == [None] * len(captions) and found["score"] == [None] * len(captions)
+    unclear = ["12345", "🙂🙂🙂", "ab", "狗", "IMG_1234", "\0", "x" * 100_000]
+    found = values("language", [None, "", "  ", *unclear])
+    assert found[""] == [None] * 3 + ["und"] * len(unclear)
+    assert found["score"][:3] == [None] * 3 and found["score"][3:7] == [0] * 4 and max(found["score"][3:]) < 0.5
 
 
 def test_language_asks_no_network_and_writes_nothing(tmp_path: Path) -> None:
@@ -192,10 +195,10 @@ def test_long_and_hostile_captions_take_no_time() -> None:
     pieces = ["-a", "a", "buy ", "<a", "a-", "!", "_", "&a", "click ", "1", "view ", "狗", "img 1", ". ", "\0", "a_"]
     for piece in pieces:
         before = time.process_time()
-        for text in (piece * (100_000 // len(piece)) + "x", (piece * 255)[:254]):
+        for text in (piece * (40_000 // len(piece)) + "x", (piece * 255)[:254]):
             values("caption-stats", [text])
             normalised(text)
-        assert time.process_time() - before < 3, piece
+        assert time.process_time() - before < 2, piece
 
 
 def repeats(data: Data) -> list[list[int | None]]:

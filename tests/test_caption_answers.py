@@ -8,9 +8,9 @@ import zlib
 from collections import Counter
 
 import pytest
-from small_answers import ALL, CHANGED, DESCRIBE, GOOD, LONG, REFUSED, Case
 
 from curate.recaption.answers import OUTCOMES, is_copy, longest_run, loops, read_answer
+from tests.small_answers import ALL, CHANGED, DESCRIBE, GOOD, LONG, REFUSED, Case
 
 
 def read(case: Case) -> tuple[str, str | None]:

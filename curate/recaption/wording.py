@@ -143,7 +143,7 @@ def _as_prose(text: str, changes: list[str]) -> str:
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     items = [bool(_BULLET.match(line)) for line in lines]
     if sum(items) < 2 and not (items and items[0] and len(lines) == 1):
-        return text
+        return re.sub(r"(?<=[^\W\d])\n+(?=[A-Z][\w ]{0,30}: )", ". ", text)  # labels, a line each
     first = items.index(True)
     offered = any(_OFFERED.search(line) for line in lines[:first]) or _OPTION.match(lines[first])
     bare = [_BULLET.sub("", line) for line in lines]

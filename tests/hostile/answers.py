@@ -185,3 +185,4 @@ AT_ONCE = {
     "headers for ever": (BROKEN["headers for ever"].page, PROTOCOL),
 }
 hostile_web.PAGES.update({path_of(f"at once/{name}"): page for name, (page, _) in AT_ONCE.items()})
+hostile_web.PAGES[path_of("at once/bodies of 4 MB")] = sized(4_000_000)

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import ssl
 import struct
 import sys
 import time
@@ -23,6 +24,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -139,12 +141,15 @@ class Hostile:
 
     `pages` names the module whose import fills PAGES. Ports: `port` speaks HTTP, `mute` accepts and says nothing,
     `slow_tls` begins a TLS answer and goes on by a byte each 0.1 s, `full` has no room for another connection.
+    With a certificate (a file of it and its key), `port` speaks https.
     """
 
-    def __init__(self, pages: str = "", hosts: int = 0, delay: float = 0.0) -> None:
+    def __init__(self, pages: str = "", hosts: int = 0, delay: float = 0.0, certificate: Path | None = None) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, pages, hosts, delay, sys.path), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(theirs, pages, hosts, delay, certificate, sys.path), daemon=True
+        )
         self._process.start()
         self.port, self.mute, self.slow_tls, self.full = self._pipe.recv()
 
@@ -177,18 +182,21 @@ class Hostile:
         return tuple(f"127.0.0.0/8:{port}" for port in (self.port, self.mute, self.slow_tls, self.full))
 
 
-def _serve(pipe: Connection, pages: str, hosts: int, delay: float, path: list[str]) -> None:
+def _serve(pipe: Connection, pages: str, hosts: int, delay: float, certificate: Path | None, path: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.path[:] = path
     if pages:
         __import__(pages)
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_Server(pipe, hosts, delay).run())
+        asyncio.run(_Server(pipe, hosts, delay, certificate).run())
 
 
 class _Server:
-    def __init__(self, pipe: Connection, hosts: int, delay: float) -> None:
+    def __init__(self, pipe: Connection, hosts: int, delay: float, certificate: Path | None) -> None:
         self.pipe, self.hosts, self.delay = pipe, hosts, delay
+        self.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH) if certificate else None
+        if self.tls:
+            self.tls.load_cert_chain(certificate)
         self.counts, self.mode = Counts(), "up"
         self.open_now: Counter[str] = Counter()
         self.listeners: list[asyncio.Server] = []
@@ -197,7 +205,7 @@ class _Server:
     async def listen(self) -> None:
         addresses = ["127.0.0.1", *(f"127.4.{n // 250}.{n % 250 + 1}" for n in range(self.hosts))]
         for address in addresses:
-            listener = await asyncio.start_server(self.serve, address, self.port, backlog=1000)
+            listener = await asyncio.start_server(self.serve, address, self.port, backlog=1000, ssl=self.tls)
             self.port = listener.sockets[0].getsockname()[1]
             self.listeners.append(listener)
 
