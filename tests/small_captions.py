@@ -36,7 +36,8 @@ WORDS = ("street", "garden", "harbour", "kitchen", "mountain", "river", "library
 @dataclass(frozen=True, kw_only=True)
 class Behaviour:
     """slots: requests that are worked on at a time, each `latency` seconds; others wait.    models: those it has.
-    key: what must be sent.    faults: what becomes of images, by their bytes, `times` times each; "" is none.
+    key: what must be sent.    faults: what becomes of images, by their bytes, `times` times each unless it is one of
+    SAYS; "" is none.
     sees: whether it takes images.    quota: requests a second; beyond 429.    text: what it says of all images.
     """
 
@@ -58,6 +59,7 @@ class Seen:
     requests: int = 0
     answered: Counter[tuple[str, str]] = field(default_factory=Counter)
     statuses: Counter[int] = field(default_factory=Counter)
+    times: list[float] = field(default_factory=list)  # of these answers, in seconds of the server's clock
     peak: int = 0
     headers: list[dict[str, str]] = field(default_factory=list)  # of the last requests
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -168,17 +170,18 @@ class _Server:
                 return web.json_response({"error": "slow down"}, status=429, headers={"Retry-After": "1"})
         red = Image.open(io.BytesIO(jpeg)).size == (64, 64)
         fault = "" if red else self.b.faults[int(sha256[:8], 16) % len(self.b.faults)]
-        if fault and self.failed[sha256] < self.b.times:
+        if fault and fault not in SAYS and self.failed[sha256] < self.b.times:
             self.failed[sha256] += 1
             return await self._fail(request, fault)
         async with self.slots:
-            await asyncio.sleep(self.b.latency)
+            await asyncio.sleep(0.5 if fault == "slow" else self.b.latency)
         content = self.b.text or ("A red square." if red else said_of(sha256, prompt))
-        body = _answer(value["model"], content)
+        body = SAYS[fault] if fault in SAYS else _answer(value["model"], content)
         response = web.Response(body=body, content_type="application/json")
         await response.prepare(request)
         await response.write_eof()
         self.seen.answered[sha256, prompt] += 1
+        self.seen.times.append(asyncio.get_running_loop().time())
         return response
 
     async def _fail(self, request: web.Request, fault: str) -> web.StreamResponse:
@@ -186,8 +189,6 @@ class _Server:
             return web.json_response({"error": {"message": f"fault {fault}"}}, status=int(fault))
         if fault in ("429-after", "503-after"):
             return web.json_response({"error": "busy"}, status=int(fault[:3]), headers={"Retry-After": "1"})
-        if fault == "slow":
-            await asyncio.sleep(0.5)
         if fault == "hang":
             await asyncio.sleep(3600)
         if fault in ("cut", "reset"):
@@ -205,14 +206,7 @@ class _Server:
             "empty-choices": b'{"choices": []}',
             "number": b'{"choices": [{"message": {"content": 5}}]}',
             "html": b"<html><body>proxy error</body></html>",
-            "list": _answer("tiny-vl", [{"type": "text", "text": "A quiet garden with a bench."}]),
             "huge": _answer("m", "word " * 600_000),
-            "null": _answer("tiny-vl", None),
-            "loop": _answer("tiny-vl", "a red car and " * 50),
-            "refusal": _answer("tiny-vl", None, refusal="I'm sorry, but I can't help with that."),
-            "filtered": _answer("tiny-vl", "", finish="content_filter"),
-            "cut-off": _answer("tiny-vl", "A long street with many houses and a", finish="length"),
-            "slow": _answer("tiny-vl", "A slow river under a wooden bridge."),
         }
         return web.Response(body=bodies[fault], content_type="text/html" if fault == "html" else "application/json")
 
@@ -223,6 +217,18 @@ def _answer(model: str, content: Any, finish: str = "stop", refusal: str | None 
     usage = {"prompt_tokens": 300, "completion_tokens": 20}
     value = {"id": "x", "model": f"{model}-q4", "system_fingerprint": "fp_1", "choices": [choice], "usage": usage}
     return json.dumps(value).encode()
+
+
+SAYS = {
+    "list": _answer("tiny-vl", [{"type": "text", "text": "A quiet garden with a bench."}]),
+    "null": _answer("tiny-vl", None),
+    "loop": _answer("tiny-vl", "a red car and " * 50),
+    "refusal": _answer("tiny-vl", None, refusal="I'm sorry, but I can't help with that."),
+    "filtered": _answer("tiny-vl", "", finish="content_filter"),
+    "cut-off": _answer("tiny-vl", "A long street with many houses and a", finish="length"),
+    "slow": _answer("tiny-vl", "A slow river under a wooden bridge."),
+}
+"""Faults that are what the server says of an image, each time."""
 
 
 def _serve(behaviour: Behaviour, listening: socket.socket, pipe: Connection) -> None:

@@ -14,7 +14,6 @@ import torch
 
 from aesthetic.catalog import load_head
 from aesthetic.untrusted import open_vectors
-from curate.encoders.embed import EmbedConfig
 from curate.images.decode import decode
 from curate.layout import Data
 from curate.shards.tar import read_images
@@ -22,8 +21,9 @@ from curate.sources.plan import SourceConfig
 from curate.sources.planner import make_plan
 from curate.workers import EmbedWorker
 from pipelines.cli import main
-from pipelines.recipe import load_recipe, store_recipe
+from pipelines.recipe import Recipe, load_recipe, store_recipe
 from tests.real_data import fetch_all, image_files
+from tests.small_captions import Behaviour, CaptionServer
 from tests.tiny_clip import DIM, add_architectures, make_weights
 
 SIGLIP = "open_clip:toy-sigmoid/first"
@@ -50,35 +50,51 @@ def predictor() -> torch.nn.Module:
             linear = torch.nn.Linear(inputs, outputs)
             linear.weight.data *= 4  # so that scores differ
             modules += [linear, torch.nn.Dropout(0.5)]
+        linear.bias.data += 3.3  # about half of the images are above 5.5
         head = torch.nn.Module()
         head.scoring_head = torch.nn.Sequential(*modules[:-1])
     return head.bfloat16().eval()
+
+
+def encoder(folder: Path) -> list[str]:
+    return [f"embed.encoder={SIGLIP}", f"embed.weights={folder / 'model.pt'}"]
+
+
+def embedded(folder: Path, recipe: Recipe) -> Data:
+    """Twenty images with captions, fetched and embedded by this recipe's encoder."""
+    images, data = folder / "images", Data(folder / "data")
+    images.mkdir()
+    for i, image in enumerate(image_files()[:20]):
+        (images / f"{i:02d}.jpg").write_bytes(image)
+        (images / f"{i:02d}.txt").write_text("a photograph of a temple in China" if i < 10 else "une fleur rouge")
+    make_plan(str(images), data, SourceConfig(shard_size=8))
+    store_recipe(data, recipe)
+    fetch_all(data)
+    worker = EmbedWorker(data, recipe.embed, {}, recipe.hashes()[1], threads=1)
+    for shard in data.plan.shards:
+        worker.run(shard.shard)
+    return data
+
+
+def import_predictor(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`tastemaker heads import`, as `taste`: refused until it is said what stands between the layers."""
+    torch.save(predictor().state_dict(), folder / "taste.pth")
+    declared = ["heads", "import", str(folder / "taste.pth"), "--encoder", SIGLIP, "--scale", "1", "10"]
+    assert main(declared) == 2
+    assert "3 linear layers (64-32-16-1)" in capsys.readouterr().err
+    assert main([*declared, "--activation", "none"]) == 0
+    assert load_head("taste").affine
 
 
 def test_an_imported_head_and_scores_of_others_choose_images(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TASTEMAKER_HEADS", str(tmp_path / "heads"))
-    (tmp_path / "images").mkdir()
-    for i, image in enumerate(image_files()[:20]):
-        (tmp_path / "images" / f"{i:02d}.jpg").write_bytes(image)
-    data, root = Data(tmp_path / "data"), str(tmp_path / "data")
-    make_plan(str(tmp_path / "images"), data, SourceConfig(shard_size=8))
-    settings = ["columns={}", "select.rules={}", f"embed.encoder={SIGLIP}", f"embed.weights={tmp_path / 'model.pt'}"]
-    store_recipe(data, load_recipe("everything", settings))
-    fetch_all(data)
-    embed = EmbedConfig(encoder=SIGLIP, weights=str(tmp_path / "model.pt"))
-    worker = EmbedWorker(data, embed, {}, load_recipe("everything", settings).hashes()[1], threads=1)
-    for shard in data.plan.shards:
-        worker.run(shard.shard)
-
+    settings = ["columns={}", "select.rules={}"]
+    data = embedded(tmp_path, load_recipe("everything", [*settings, *encoder(tmp_path)]))
+    root = str(data.root)
+    import_predictor(tmp_path, capsys)
     head = predictor()
-    torch.save(head.state_dict(), tmp_path / "taste.pth")
-    declared = ["--encoder", SIGLIP, "--scale", "1", "10"]
-    assert main(["heads", "import", str(tmp_path / "taste.pth"), *declared]) == 2
-    assert "3 linear layers (64-32-16-1)" in capsys.readouterr().err
-    assert main(["heads", "import", str(tmp_path / "taste.pth"), *declared, "--activation", "none"]) == 0
-    assert load_head("taste").affine
     theirs = pd.DataFrame(
         {"sha256": data.ledger.order("key").df()["sha256"], "label": [f"l{i % 4}" for i in range(20)]}
     )
@@ -104,6 +120,32 @@ def test_an_imported_head_and_scores_of_others_choose_images(
     kept = pq.read_table(data.verdicts("everything"), filters=[("verdict", "=", "kept")])["key"].to_pylist()
     assert kept == [k for i, k in enumerate(found["key"]) if found["taste"][i] > limit and i % 4 < 2]
     assert 0 < len(kept) < 10
+
+
+@pytest.mark.long
+def test_the_recipe_modern_goes_the_whole_way(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its columns, conditions and rules as they are, but for the size; with the tiny model, a head like V2.5, and a
+    server of captions."""
+    monkeypatch.setenv("TASTEMAKER_HEADS", str(tmp_path / "heads"))
+    import_predictor(tmp_path, capsys)
+    with CaptionServer(Behaviour()) as server:
+        settings = [f"columns.recaption.base_url={server.url}", "columns.recaption.model=tiny-vl"]
+        settings += ["columns.aesthetic_v25=taste", "select.rules.large=", *encoder(tmp_path)]
+        recipe = load_recipe("modern", settings)
+        data = embedded(tmp_path, recipe)
+        assert main(["annotate", str(data.root)]) == 0, capsys.readouterr().err
+    assert main(["select", str(data.root)]) == 0
+    rows = Data(data.root).ledger.order("key").df()
+    wanted = (rows["aesthetic_v25"] >= 5.5) & (rows["open_nsfw"] < 0.2) & (rows["text_area"] < 0.05)
+    assert 0 < wanted.sum() < 20
+    assert [*rows["recaption"].notna()] == [*wanted]  # only those were asked about
+    assert [*rows["recaption_outcome"][wanted].unique()] == ["ok"]
+    assert {*rows["lang"].dropna()} == {"en", "fr"}
+    kept = pq.read_table(data.verdicts("modern"), filters=[("verdict", "=", "kept")])["key"].to_pylist()
+    fine = (rows["quality_sharpness"] > 50) & (rows["borders_share"] < 0.05) & ~rows["text_mark"].astype(bool)
+    assert 0 < len(kept) <= (wanted & fine).sum() and {*kept} <= {*rows["key"][wanted & fine]}
 
 
 def _squash(image: np.ndarray) -> np.ndarray:

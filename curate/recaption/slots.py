@@ -105,7 +105,7 @@ class Slots:
         self._answers += 1
         if self._answers == self.limit:  # what began with fewer under way has left
             self._began = now
-        elif self._answers >= self.limit + max(_WINDOW, 2 * self.limit):
+        elif self._answers >= self.limit + max(_WINDOW, (1 if self._ramping else 2) * self.limit):
             rate = (self._answers - self.limit) / max(now - self._began, 1e-6)
             self._answers = 0
             self._judge(rate)
