@@ -79,7 +79,7 @@ class Rule:
 
     required: those of `columns` without whose value a row is rejected. Those that are named inside `best_of` or
     `at_most` alone are not: a row without a group is alone, and one without a value for the expression comes last.
-    Nor are those of which the condition itself says what holds without a value: `language = 'en' or language is null`.
+    Nor are those of which the condition itself says what holds without a value: `text_area < 0.1 or text_area is null`.
     finite: those whose values must be finite where there are any; the required ones, and these last.
     """
 
