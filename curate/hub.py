@@ -144,7 +144,7 @@ class ModelFiles:
         """
         folder = self.fetch()
         try:
-            with no_progress_bars():
+            with no_progress_bars(), no_warnings():
                 return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
         except MemoryError:
             raise
@@ -215,6 +215,19 @@ def no_progress_bars(*libraries: str) -> Iterator[None]:
     finally:
         for log in drawing:
             log.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def no_warnings() -> Iterator[None]:
+    """Without what transformers warns of while it loads: a processor that has no variant on torchvision, say."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def unreachable(server: str, *, hub: bool) -> str | None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 from aesthetic.errors import UserError
 from curate.annotators.base import Annotator, column_specs
 from curate.annotators.order import check_where, passes
+from curate.annotators.registry import make_annotator
 from curate.fetch.deny import Deny
 from curate.layout import Data
 from curate.verify import command_again
@@ -58,13 +59,17 @@ def check_selection(data: Data, recipe: Recipe, extra_columns: pa.Schema, annota
 
 
 def has_encoder(recipe: Recipe) -> bool:
-    """Whether the vectors can be made at once; UserError where neither the encoder's weights nor a folder of them can
-    be had."""
+    """Whether the vectors can be made at once, and words be made ones; UserError where neither the encoder's weights
+    nor, where they are enough, a folder of vectors can be had."""
     from curate.encoders.registry import check_available
     from curate.sources.vectors import open_vector_folder
 
     if recipe.embed.embeddings is not None and open_vector_folder(recipe.embed).space is not None:
-        return True
+        asking = [name for name, spec in recipe.columns.items() if make_annotator(name, spec).asks_encoder]
+        try:
+            return not asking or check_available(recipe.embed.encoder, recipe.embed.weights)
+        except UserError as e:
+            raise UserError(f"columns.{asking[0]} has words, and {recipe.embed.encoder} must read them: {e}") from None
     return check_available(recipe.embed.encoder, recipe.embed.weights)
 
 

