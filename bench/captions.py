@@ -1,24 +1,29 @@
 """How much of a caption server's own limit is reached: `python -m bench.captions [--images N]`.
 
-The server, in a process of its own, works on so many requests at a time, each for a fixed time: its limit is slots over
-seconds. Shards are small, so that one's last answers are waited for again and again. The first share is the whole
-run's, from the first request (the probe apart) to the last answer; the second that of its second half, when the number
-of requests at a time has been found.
+The server, in a process of its own, works on so many requests at a time, each for a fixed time. Its limit is what a
+bare loop gets from it, in the same run, which sends requests made beforehand, twice as many at a time. Shards are
+small, so that one's last answers are waited for again and again. The first share of the limit is the whole run's, from
+the first request (the probe apart) to the last answer; the second that of its second half, when the number of requests
+at a time has been found.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+
 from curate.annotators.registry import make_annotators
 from curate.annotators.stage import annotate_table
 from curate.layout import Data
-from tests.small_captions import Behaviour, CaptionServer, make_images
+from curate.recaption.protocol import CaptionRequest
+from tests.small_captions import Behaviour, CaptionServer, jpeg, make_images
 
 
 def main() -> None:
@@ -36,10 +41,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         data = make_images(Path(scratch) / "data", options.images, options.shard, (options.size, options.size * 3 // 4))
         for slots in options.slots:
-            one = measure(data, slots, slots / options.rate, f"cap{slots}")
+            latency = slots / options.rate
+            one = measure(data, slots, latency, f"cap{slots}")
             found.append(one)
             print(
-                f"{slots:3} slots of {one['latency']:.2f} s: {one['whole']:.1%} of {options.rate:g} answers a second, "
+                f"{slots:3} slots of {latency:.2f} s: {one['whole']:.1%} of {one['limit']:.1f} answers a second, "
                 f"{one['second_half']:.1%} in the second half, {one['cpu_ms']:.1f} ms of a core per image, at most "
                 f"{one['peak']} requests at a time"
             )
@@ -49,22 +55,43 @@ def main() -> None:
 
 def measure(data: Data, slots: int, latency: float, name: str) -> dict[str, Any]:
     """Shares of the server's limit that one run reaches."""
-    with CaptionServer(Behaviour(slots=slots, latency=latency)) as server:
+    behaviour = Behaviour(slots=slots, latency=latency)
+    with CaptionServer(behaviour) as server:
         annotators = make_annotators({name: {"use": "captions", "base_url": server.url, "model": "tiny-vl"}})
+        limit = asyncio.run(bare_loop(server.url, 200 + 10 * slots, 2 * slots))
+        server.become(behaviour)
         began = time.process_time()
         annotate_table(data, name, annotators, encoder=_none, say=lambda text: None)
         cpu, seen = time.process_time() - began, server.seen()
     times = sorted(seen.times)[1:]  # the first is of the red square
-    images, half, limit = len(times), len(times) // 2, slots / latency
+    images, half = len(times), len(times) // 2
     return {
         "slots": slots,
         "latency": latency,
+        "limit": limit,
         # the first answer came a latency after its request
         "whole": images / (times[-1] - times[0] + latency) / limit,
         "second_half": (images - half) / (times[-1] - times[half - 1]) / limit,
         "cpu_ms": 1000 * cpu / images,
         "peak": seen.peak,
     }
+
+
+async def bare_loop(url: str, requests: int, together: int) -> float:
+    """Answers a second, where so many requests are under way at a time."""
+    asked = CaptionRequest("tiny-vl", "Describe it.", {"max_tokens": 300}, {})
+    bodies = [asked.body(jpeg(n, (512, 384))) for n in range(requests)]
+    places, times = asyncio.Semaphore(together), []
+
+    async def ask(session: aiohttp.ClientSession, body: bytes) -> None:
+        async with places, session.post(f"{url}/chat/completions", data=body) as response:
+            await response.read()
+        times.append(time.monotonic())
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        await asyncio.gather(*(ask(session, body) for body in bodies))
+    first = 2 * together  # until all places are taken
+    return (len(times) - first) / (times[-1] - times[first - 1])
 
 
 def _none() -> Any:

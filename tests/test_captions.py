@@ -242,7 +242,11 @@ def test_a_log_drops_a_torn_line_and_nothing_else(tmp_path: Path) -> None:
         (Behaviour(models=("other", "third")), {}, "It serves other, third, and no tiny-vl"),
         (Behaviour(sees=False), {}, "image input is not supported"),
         (Behaviour(key=KEY), {}, "key_env"),
-        (Behaviour(), {"base_url": "http://127.0.0.1:1/v1"}, "no server answers at http://127.0.0.1:1/v1"),
+        (
+            Behaviour(),
+            {"base_url": "http://127.0.0.1:1/v1"},
+            r"no server answers at http://127.0.0.1:1/v1 \(Connection refused\)",
+        ),
         (Behaviour(), {"base_url": "{}/../moved"}, "give the address that it leads to"),
         (Behaviour(faults=("400",), times=99), {"pixels": 4096}, None),
     ],

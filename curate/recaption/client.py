@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import socket
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -193,7 +194,7 @@ class CaptionClient:
         except TimeoutError:
             raise NoReply("timeout", f"no answer within {self._timeout:g} s") from None
         except aiohttp.ClientConnectorError as e:
-            raise _Refused(self._clean(f"it takes no connection ({e.os_error.strerror or e.os_error})")) from None
+            raise _Refused(f"it takes no connection ({_why(e)})") from None
         except (aiohttp.ClientError, HttpProcessingError, OSError) as e:
             raise NoReply("connection", self._clean(f"{type(e).__name__}: {e}")) from None
 
@@ -254,8 +255,9 @@ class CaptionClient:
                 async with self._session.get(self._url / "models", allow_redirects=False) as response:
                     status, data = response.status, await _bounded(response)
         except (aiohttp.ClientError, HttpProcessingError, OSError) as e:  # TimeoutError is an OSError
-            why = self._clean(f"{type(e).__name__}: {e}") if str(e) else "it is silent"
-            raise UserError(f"no server answers at {self._url} ({why}). Start it, or give another base_url.") from None
+            raise UserError(
+                f"no server answers at {self._url} ({self._clean(_why(e))}). Start it, or give another base_url."
+            ) from None
         except NoReply:
             return []
         if status in (401, 403) or 300 <= status < 400:
@@ -304,6 +306,15 @@ def _seconds(value: str | None) -> float | None:
         return None
     when = when if when.tzinfo is not None else when.replace(tzinfo=UTC)
     return max(0.0, (when - datetime.now(UTC)).total_seconds())
+
+
+def _why(error: Exception) -> str:
+    """Why there is no connection, in the system's words."""
+    if isinstance(error, aiohttp.ClientConnectorError):
+        error = error.os_error
+    if isinstance(error, OSError) and not isinstance(error, socket.gaierror) and error.errno is not None:
+        return os.strerror(error.errno)
+    return f"{type(error).__name__}: {error}" if str(error) else "it is silent"
 
 
 def _hint(status: int) -> str:
