@@ -340,6 +340,8 @@ def value_words(values: dict[str, Any]) -> str:
     for value in values.values():
         if value is None:
             words.append("no value")
+        elif isinstance(value, bool):
+            words.append(str(value).lower())
         elif isinstance(value, float):
             words.append(f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}")
         else:

@@ -203,3 +203,36 @@ def save_vit_gpt2(folder: Path, seed: int = 0) -> Path:
     tokenizer.save_pretrained(folder)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
+
+
+def save_git(folder: Path, seed: int = 0) -> Path:
+    """A captioner of GIT's kind, whose prompt is the beginning of the caption."""
+    from transformers import CLIPImageProcessor, GitConfig, GitForCausalLM, GitProcessor
+
+    tokenizer = _bert_tokenizer(folder)
+    torch.manual_seed(seed)
+    config = GitConfig(
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 16,
+            "initializer_range": 1.0,
+        },
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
+        bos_token_id=2,
+        eos_token_id=3,
+        pad_token_id=0,
+        initializer_range=0.6,
+        max_position_embeddings=64,
+    )
+    GitForCausalLM(config).save_pretrained(folder)
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    GitProcessor(CLIPImageProcessor(**sizes), tokenizer).save_pretrained(folder)
+    return folder

@@ -212,7 +212,9 @@ def test_annotate_runs_what_reads_pixels_on_ray_and_embeds_nothing(
     environment = {**os.environ, "PYTHONPATH": f"{outside}{os.pathsep}{ROOT}"}
 
     def run(*words: str) -> dict[str, Any]:
-        command = [sys.executable, "-m", "pipelines.cli", *words, "--json"]
+        start = "import sys; from pipelines.runtime import passes; passes.IMAGES_FOR_RAY = 1; "
+        start += "from pipelines.cli import main; sys.exit(main(sys.argv[1:]))"
+        command = [sys.executable, "-c", start, *words, "--json"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170, check=False)
         assert done.returncode == 0, done.stderr
         assert "light: " in done.stdout

@@ -23,6 +23,7 @@ from curate.annotators.base import Annotator, ImageBatch, Resources, column_spec
 from curate.annotators.registry import absolute, load_annotator, make_annotator
 from curate.images.decode import decode
 from curate.layout import Data
+from curate.ledger.view import recorded_columns, tables
 from curate.shards.tar import read_images
 from curate.store.files import read_json, sha256_file
 from pipelines.recipe import load_recipe, store_recipe, stored_recipe
@@ -267,15 +268,20 @@ def test_open_nsfw_by_a_card(images: list[np.ndarray], tmp_path: Path) -> None:
     np.testing.assert_allclose(ours, theirs.annotate(ImageBatch(rows=rows, inputs=inputs))["score"], atol=1e-5)
 
 
-def test_what_is_no_number_is_null(images: list[np.ndarray], tmp_path: Path) -> None:
+def _root() -> Any:
+    """A model that has no number for dark images."""
     import torch
 
     class Root(torch.nn.Module):
         def forward(self, x: Any) -> Any:
             return (x.mean((1, 2, 3)) - 0.4).sqrt()[:, None]
 
+    return Root()
+
+
+def test_what_is_no_number_is_null(images: list[np.ndarray], tmp_path: Path) -> None:
     card = {"input": {"size": 48, "resize": "squash"}, "outputs": [{"labels": ["root"], "activation": "none"}]}
-    annotator = load_annotator(with_card(export(Root(), tmp_path / "root.onnx"), card), 1)
+    annotator = load_annotator(with_card(export(_root(), tmp_path / "root.onnx"), card), 1)
     dark, light = (np.full((48, 48, 3), value, np.uint8) for value in (10, 200))
     rows = pa.table({"key": ["0", "1"]})
     found = annotator.annotate(ImageBatch(rows=rows, inputs=[annotator.preprocess(i) for i in (dark, light)]))["root"]
@@ -383,7 +389,10 @@ def test_both_become_columns_offline_and_what_is_missing_is_said_at_once(
     refused = run("a={use: transformers, model: someone/absent, label: x}")
     assert refused.returncode == 2 and not data.logs.exists(), refused.stderr
     assert re.search(r"columns\.a: .*someone/absent.*HF_HUB_OFFLINE.*hf download someone/absent", refused.stderr)
+    root = {"input": {"size": 48, "resize": "squash"}, "outputs": [{"labels": ["root"], "activation": "none"}]}
+    with_card(export(_root(), tmp_path / "root.onnx"), root)
     done = run(
+        "root={use: onnx, file: root.onnx}",
         "kind={use: transformers, model: here, label: [Not Safe, photo], unsafe: true}",
         "marked={use: onnx, file: net.onnx, label: marked}",
     )
@@ -401,6 +410,11 @@ def test_both_become_columns_offline_and_what_is_missing_is_said_at_once(
         here = values_of(load_annotator(spec, 1), stored)
         for column, values in zip(columns, here.values(), strict=True):
             assert found[column].to_numpy(np.float32).tobytes() == values.tobytes()
+    nulls = int(found["root"].isna().sum())
+    assert 0 < nulls < len(found)  # dark ones have no root
+    notes = recorded_columns(tables(data))["root"]["notes"]
+    assert notes == [f"{nulls} images got no number from the model"]
     record = read_json(data.annotations_record("kind", 0))
+    assert "counts" not in record
     assert record["labels"] == {"not_safe": "Not Safe", "photo": "photo"} and record["columns"]["kind_photo"]["unsafe"]
     assert record["sha256"]["model.safetensors"] == sha256_file(models / "tiny" / "model.safetensors")

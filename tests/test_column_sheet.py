@@ -34,7 +34,7 @@ def data(real_data: Data, tmp_path: Path) -> Data:
         }
     )
     pq.write_table(table, tmp_path / "given.parquet")
-    assert main(["annotate", str(data.root), f"given={{use: table, file: {tmp_path / 'given.parquet'}}}"]) == 0
+    assert main(["annotate", str(data.root), f"given={{use: file, path: {tmp_path / 'given.parquet'}, on: key}}"]) == 0
     return Data(data.root)
 
 

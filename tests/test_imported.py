@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -125,7 +126,11 @@ def test_words_need_the_encoder_of_imported_vectors(
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    embed = EmbedConfig(encoder="open_clip:ViT-B-32/laion2b_s34b_b79k", embeddings=str(real_data.root / "embedded"))
+    theirs = shutil.copytree(real_data.root / "embedded", tmp_path / "theirs")
+    name = "open_clip:ViT-B-32/laion2b_s34b_b79k"
+    space = read_json(theirs / real_data.space.name)
+    (theirs / real_data.space.name).write_text(json.dumps({**space, "encoder": name}))
+    embed = EmbedConfig(encoder=name, embeddings=str(theirs))
     assert has_encoder(Recipe(embed=embed))
     words = {"cats": {"use": "zero-shot", "wanted": ["a cat"], "against": ["a dog"]}}
     with pytest.raises(UserError, match=r"columns\.cats has words.*not on this machine.*does not answer"):

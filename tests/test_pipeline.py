@@ -124,7 +124,7 @@ def test_the_funnel_adds_up(done: Done, web: SmallWeb) -> None:
 
 def test_the_terminal_is_ours_and_rays_words_are_in_a_log(done: Done) -> None:
     assert done.out.startswith("recipe bundled")
-    ours = r"starting Ray \.\.\.|fetch  [\d,]+/\d+  .*|embed .*|"
+    ours = r"starting Ray \.\.\.|fetch  [\d,]+/\d+  .*|embed .*|text  .*|"
     for line in done.err.splitlines():
         assert re.fullmatch(ours, line), f"not one of our lines: {line}"
     assert "fetch  " in done.err and re.search(r"% ok +embed +\d+/\d+ .* \d+ s$", done.err.strip())

@@ -76,8 +76,16 @@ def test_a_row_without_a_value_is_not_rejected_for_it_unless_the_rule_names_the_
     assert kept == [1, 12, 16, *(n for n in alone if n % 10 != 9)], "9 is the best of its group and has no similarity"
     _, kept = run(data, once="best_of(g, worth) and worth < 0")
     assert kept == [1, 9, 12, 16, *(n for n in alone if n % 5)]
-    _, kept = run(data, once="best_of(g, worth) or g is null")
+    _, kept = run(data, once="best_of(g, worth) and g <> 'none'")
     assert kept == [1, 9, 12, 16], "here g is named, and rows without one are rejected as ever"
+    _, kept = run(data, once="best_of(g, worth) and (g <> 'none' or g is null)")
+    assert kept == [1, 9, 12, 16, *alone], "here the rule says what holds without one"
+    _, kept = run(data, once="similarity < 0 or similarity is null")
+    assert kept == [n for n in FETCHED if n % 10 == 9]
+    _, kept = run(data, once="worth is not null and g is null")
+    assert kept == [n for n in alone if n % 5]
+    _, kept = run(data, once="worth is null and worth < 0")
+    assert kept == []
     _, kept = run(data, rest="not best_of(g, worth)")
     assert kept == [n for n in FETCHED if n < ALONE and n not in (1, 9, 12, 16)]
 

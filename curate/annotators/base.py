@@ -93,6 +93,7 @@ class Annotator(abc.ABC):
 
     digest: changes with whatever changes values: weights, options, versions.    facts: what else a record says; `notes`
     among them are sentences, which `status` and cards repeat, and `counts` says of how many images of a shard what.
+    null_says: what a null says of an image, where `counts` shall have it (a shard's, of those that it looks at).
     asks_encoder: whether `load` wants the encoder itself, also where vectors are those of others.
     needs: annotators whose columns it reads, NAME -> spec; where a recipe has no such entry, one is added.
     where: `where` of its entry in the recipe, SQL over other columns: the images that it looks at. All others are null.
@@ -102,6 +103,7 @@ class Annotator(abc.ABC):
     reads: ClassVar[Literal["row", "captions", "pixels", "vectors", "table"]]
     Options: ClassVar[type[AnnotatorOptions]] = AnnotatorOptions
     asks_encoder: ClassVar[bool] = False
+    null_says: ClassVar[str] = ""
 
     columns: Mapping[str, ColumnSpec]
     facts: Mapping[str, Any] = {}

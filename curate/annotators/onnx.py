@@ -26,6 +26,7 @@ class OnnxClassifier(Annotator):
 
     name = "onnx"
     reads = "pixels"
+    null_says = "got no number from the model"
 
     class Options(AnnotatorOptions):
         """label: which of the card's labels, one or several; by default all."""

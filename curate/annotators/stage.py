@@ -383,7 +383,7 @@ def _write(
     if missing.stored is not None:
         table = pa.concat_tables([table, missing.stored.cast(table.schema)])
     keys = images_of(data, shard, ["key"])["key"]
-    asked = len(table)
+    asked, nulls = len(table), max(table[column].null_count for column in columns)
     if not keys.equals(table["key"]):
         table = table.drop(["key"]).take(pc.index_in(keys, table["key"].combine_chunks()))
         table = table.add_column(0, "key", keys)
@@ -392,6 +392,8 @@ def _write(
         pq.write_table(table, f, compression="zstd")
     specs = {column: spec.facts() for column, spec in column_specs({name: annotator}).items()}
     facts = {"count": len(table), "annotator": annotator.name, "columns": specs, **annotator.facts}
+    if annotator.null_says and nulls:
+        facts["counts"] = {annotator.null_says: nulls}
     if annotator.where is not None:
         facts |= {"where": annotator.where, "asked": asked, "digest": annotator.digest}
     commit(data.root, record, config=annotator.config, inputs=missing.inputs, outputs=[file], facts=facts)

@@ -31,6 +31,7 @@ class ImageClassifier(Annotator):
 
     name = "transformers"
     reads = "pixels"
+    null_says = "got no number from the model"
 
     class Options(AnnotatorOptions):
         """label: one, as the model's config.json spells it, or several: a column each.    revision: of a repository; by

@@ -91,7 +91,7 @@ def judge(
     items = []
     for i, rule in enumerate(rules):
         empty = [f"{as_value(c)} IS NULL" for c in rule.required]
-        empty += [no for c in rule.required if (no := _no_value(c, types[c]))]
+        empty += [no for c in rule.finite if (no := _no_value(c, types[c]))]
         null = f"WHEN {' OR '.join(empty)} THEN 2 " if empty else ""
         items.append(f"CAST(CASE {null}WHEN ({rule.sql}) THEN 0 ELSE 1 END AS TINYINT) AS s{i}")
     try:

@@ -79,6 +79,8 @@ class Rule:
 
     required: those of `columns` without whose value a row is rejected. Those that are named inside `best_of` or
     `at_most` alone are not: a row without a group is alone, and one without a value for the expression comes last.
+    Nor are those of which the condition itself says what holds without a value: `text_area < 0.1 or text_area is null`.
+    finite: those whose values must be finite where there are any; the required ones, and these last.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Rule:
     sql: str  # printed from the syntax tree, with a column in the place of each function of all rows
     columns: tuple[str, ...]  # in the order in which the condition names them
     required: tuple[str, ...]
+    finite: tuple[str, ...]
     computed: tuple[Computed, ...]
     cuts: tuple[Cut, ...]
 
@@ -98,7 +101,7 @@ class Rule:
     @property
     def values(self) -> tuple[str, ...]:
         """The columns whose values it looks at: not those that only name groups."""
-        groups = {c.column for c in self.computed if c.grouped}.difference(self.required)
+        groups = {c.column for c in self.computed if c.grouped}.difference(self.finite)
         return tuple(c for c in self.columns if c not in groups)
 
 
@@ -249,12 +252,16 @@ def _parse(
     columns, required = dict[str, None](), dict[str, None]()
     computed: list[Computed] = []
     inside = set[int]()  # what `best_of` and `at_most` hold, by identity; the list keeps all of it
+    said = set[str]()  # columns of which the condition says what holds without a value
     for part in list(references(expression)):
         kind = part["class"]
         if kind not in _EXPRESSIONS:
             raise UserError(f"a rule can't hold {_REFUSED.get(kind, kind.lower())}")
         if kind == "FUNCTION" and part["function_name"].lower() in volatile_functions():
             raise UserError(f"{part['function_name']}() gives another value each time, and a selection may not")
+        if part.get("type") in ("OPERATOR_IS_NULL", "OPERATOR_IS_NOT_NULL"):
+            asked = (names.find(n["column_names"]) for n in part["children"] if "column_names" in n)
+            said.update(filter(None, asked))
         if kind == "COLUMN_REF" and (column := names.find(part["column_names"])):
             columns[column] = None
             if id(part) not in inside:
@@ -267,7 +274,8 @@ def _parse(
     if expression.get("alias"):
         raise UserError(f"what does {expression['alias']!r} at its end mean? One condition is expected")
     sql = print_expression(expression)
-    return Rule(name, condition, sql, tuple(columns), tuple(required), tuple(computed), tuple(cuts))
+    needed = tuple(column for column in required if column not in said)
+    return Rule(name, condition, sql, tuple(columns), needed, tuple(required), tuple(computed), tuple(cuts))
 
 
 def _computed(bounds: Bounds, function: dict[str, Any], names: _Names | _Known, number: int) -> Computed | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import inspect
 import math
 import queue
 from collections.abc import Mapping, Sequence
@@ -107,6 +108,7 @@ class LocalCaptions(Annotator):
         ends = ends if isinstance(ends, list) else [ends]
         self._ends = {*ends, tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
         self._prompts = self._asked()
+        self._takes = {*inspect.signature(model.forward).parameters}
         threads = 1 if cuda else resources.threads
         self._models: queue.SimpleQueue[Any] = queue.SimpleQueue()
         shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
@@ -236,6 +238,7 @@ class LocalCaptions(Annotator):
         given = {
             name: value.to(self._device, self._dtype) if value.is_floating_point() else value.to(self._device)
             for name, value in inputs.items()
+            if name in self._takes or name != "token_type_ids"  # a tokenizer of BERT's gives them to GIT, too
         }
         with torch.inference_mode():
             found = model.generate(**given, max_new_tokens=most, do_sample=False, num_beams=1).cpu()

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from curate.annotators.base import Annotator
-from curate.annotators.order import passes
+from curate.annotators.order import passes, wanted_keys
 from curate.annotators.stage import column_inputs
 from curate.layout import Data
 from curate.store.files import read_json
-from curate.workers import EmbedWorker, annotated
+from curate.workers import EmbedWorker, annotated, ignore
 from pipelines.recipe import Recipe
 from pipelines.runtime.cluster import check_reachable
 from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
+from pipelines.runtime.progress import ProgressBar
 from pipelines.runtime.tables import annotate_tables
+
+IMAGES_FOR_RAY = 2_000
+"""Images in the shards that are left from which a cluster of our own is started for their pixels: it takes some
+seconds, and on one machine it has one worker for them, as this process would be."""
 
 
 def annotate_passes(
@@ -39,20 +45,28 @@ def annotate_passes(
 def _over_shards(
     data: Data, recipe: Recipe, annotators: Mapping[str, Annotator], address: str | None
 ) -> dict[str, int]:
-    """One pass over the shards that lack some of these columns: on Ray where pixels are read, else here."""
+    """One pass over the shards that lack some of these columns: on Ray where the pixels of many are read, else here."""
     missing = {name: _lacking(data, name, annotator) for name, annotator in annotators.items()}
     left = sorted(set[int]().union(*missing.values()))
     wanted = replace(recipe, columns={name: recipe.columns[name] for name in annotators})
-    if any(annotators[name].reads == "pixels" for name, lacking in missing.items() if lacking):
+    images = sum(read_json(data.fetched_record(shard))["successes"] for shard in left)
+    pixels = any(annotators[name].reads == "pixels" for name, lacking in missing.items() if lacking)
+    if pixels and (address is not None or images >= IMAGES_FOR_RAY):
         if address is not None:
             check_reachable(address)
-        images = sum(read_json(data.fetched_record(shard))["successes"] for shard in left)
         job = CurateJob(data, wanted, fetch=False, vectors=False)
         run_job(job, RemainingWork(left, 0, images), address=address)
     elif left:
-        worker = EmbedWorker(data, wanted.embed, wanted.columns, "", vectors=False)
+        seeing = [a for a in annotators.values() if a.reads == "pixels"]
+        images = max((sum(len(wanted_keys(data, s, a.where)) for s in left) for a in seeing), default=0)
+        bar = ProgressBar(sys.stderr, ", ".join(annotators), images) if pixels else None
+        worker = EmbedWorker(
+            data, wanted.embed, wanted.columns, "", report=ignore if bar is None else lambda *_: bar(1), vectors=False
+        )
         for shard in left:
             worker.run(shard)
+        if bar is not None:
+            bar.end()
     return {name: len(lacking) for name, lacking in missing.items()}
 
 
