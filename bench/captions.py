@@ -58,7 +58,7 @@ def measure(data: Data, slots: int, latency: float, name: str) -> dict[str, Any]
     behaviour = Behaviour(slots=slots, latency=latency)
     with CaptionServer(behaviour) as server:
         annotators = make_annotators({name: {"use": "captions", "base_url": server.url, "model": "tiny-vl"}})
-        limit = asyncio.run(bare_loop(server.url, 200 + 10 * slots, 2 * slots))
+        limit = asyncio.run(bare_loop(server.url, 200 + 16 * slots, 2 * slots))
         server.become(behaviour)
         began = time.process_time()
         annotate_table(data, name, annotators, encoder=_none, say=lambda text: None)
@@ -90,8 +90,8 @@ async def bare_loop(url: str, requests: int, together: int) -> float:
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         await asyncio.gather(*(ask(session, body) for body in bodies))
-    first = 2 * together  # until all places are taken
-    return (len(times) - first) / (times[-1] - times[first - 1])
+    full = times[2 * together : -together]  # while all places are taken
+    return (len(full) - 1) / (full[-1] - full[0])
 
 
 def _none() -> Any:

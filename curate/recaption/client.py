@@ -181,7 +181,7 @@ class CaptionClient:
             self.counts.answers += 1
             self.counts.prompt_tokens += reply.prompt_tokens or 0
             self.counts.completion_tokens += reply.completion_tokens or 0
-            self.slots.answered()
+            self.slots.answered(began)
             return reply
 
     async def _post(self, body: bytes) -> tuple[int, bytes, float | None]:

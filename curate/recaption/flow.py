@@ -102,7 +102,8 @@ class Flow:
         self._open_rows, self._open = 0, dict[int, ShardAnswers]()
         self._room: asyncio.Event | None = None
         self.problems = Counter[str]()
-        self.answered = self.rows = self.rows_read = 0  # requests answered now; rows of whole shards; rows seen to
+        self.answered = 0  # requests, in this run
+        self.done_before = self.done_now = 0.0  # images: by the logs, and by what was asked; a prompt of two is half
         self.client_in_use: CaptionClient | None = None
         self.dropped = 0
         self._fatal: Exception | None = None
@@ -276,11 +277,12 @@ class Flow:
         for key, _, data in read_images(self._data.tar(shard.number)) if wanted else ():
             if key not in wanted:
                 continue
-            self.rows_read += 1
             sha256 = hashlib.sha256(data).hexdigest()
             shard.images[key] = sha256
             missing = [r for r in self._requests if (sha256, r.digest) not in shard.log.answers]
-            if missing and sha256 not in asked:
+            ask = missing if sha256 not in asked else []
+            self.done_before += 1 - len(ask) / len(self._requests)
+            if ask:
                 asked.add(sha256)
                 yield _Read(shard, sha256, data, missing)
 
@@ -323,13 +325,13 @@ class Flow:
             shard.failed[name] = reason
             self.problems[reason] += 1
         shard.pending -= 1
+        self.done_now += 1 / len(self._requests)
         self._finish(shard)
 
     def _finish(self, shard: ShardAnswers) -> None:
         """Hand on a shard of which all is answered."""
         if shard.whole and not shard.pending and self._open.pop(shard.number, None) is not None:
             self._open_rows -= len(shard.keys)
-            self.rows += len(shard.keys)
             assert self._room is not None
             self._room.set()
             self._out.put(shard)

@@ -38,12 +38,13 @@ class CaptionProgress:
         """The line, as things stand."""
         flow = self._flow
         asked = flow.answered
-        left = self._left(asked)
+        done = flow.done_before + flow.done_now
+        left = (self._total - done) * (time.monotonic() - self._began) / max(flow.done_now, 1.0)
         if asked >= PROJECT_AFTER and not self._projected:
             self._projected = True
             if left > 60:
-                self._say(self._projection(asked, left))
-        parts = [f"{self._name}  {flow.rows:,}/{self._total:,}", f"{asked:,} answers, {self._rate(asked):.3g} a second"]
+                self._say(self._projection(asked, round(self._total - done), left))
+        parts = [f"{self._name}  {int(done):,}/{self._total:,}", f"{asked:,} answers, {self._rate(asked):.3g} a second"]
         if flow.client_in_use is not None:
             parts.append(f"{flow.client_in_use.slots.active} at a time")
         parts += [f"eta {_duration(left)}"] if asked else []
@@ -79,18 +80,11 @@ class CaptionProgress:
     def _rate(self, asked: int) -> float:
         return asked / max(time.monotonic() - self._began, 1e-3)
 
-    def _left(self, asked: int) -> float:
-        """Seconds, as far as the rate so far says."""
-        done = max(1, self._flow.rows_read)
-        share = max(0, self._total - done) / done
-        return (time.monotonic() - self._began) * share
-
-    def _projection(self, asked: int, left: float) -> str:
+    def _projection(self, asked: int, rest: int, left: float) -> str:
         client = self._flow.client_in_use
         assert client is not None
         counts = client.counts
-        per = (counts.prompt_tokens + counts.completion_tokens) / max(1, counts.answers)
-        rest = self._total - self._flow.rows_read
+        per = (counts.prompt_tokens + counts.completion_tokens) / max(1.0, self._flow.done_now)
         tokens = f" and {per * rest / 1e6:,.1f}M tokens ({per:,.0f} each)" if per else ""
         return (
             f"{self._name}: after {asked:,} answers, {self._rate(asked):.3g} a second: the other {rest:,} images take "

@@ -45,7 +45,7 @@ class Slots:
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._paused_until = 0.0
         self._changed = 0.0  # when the limit changed last
-        self._answers, self._began, self._any = 0, 0.0, False  # since the limit changed, or since it was full
+        self._answers, self._spent, self._any = 0, 0.0, False  # since the limit changed, or since it was full
         self._before: tuple[int, float] | None = None  # the limit before this one, and its rate
         self._ramping, self._hold = True, 0
 
@@ -83,7 +83,7 @@ class Slots:
         """No request begins for so long."""
         loop = asyncio.get_running_loop()
         self._paused_until = max(self._paused_until, loop.time() + seconds)
-        self._answers = 0
+        self._answers, self._spent = 0, 0.0
         loop.call_at(self._paused_until + 0.001, self._wake)
 
     def overloaded(self, began: float) -> None:
@@ -93,21 +93,22 @@ class Slots:
         self._set(max(1, int(0.7 * self.limit)))
         self._before, self._ramping, self._hold = None, False, _HOLD_AFTER_REFUSAL
 
-    def answered(self) -> None:
-        """A request was answered."""
+    def answered(self, began: float) -> None:
+        """A request that began then was answered."""
         if self._fixed:
             return
         self._any = True
-        now = asyncio.get_running_loop().time()
         if not self._waiters:  # it is we who are slow
-            self._answers = 0
+            self._answers, self._spent = 0, 0.0
             return
         self._answers += 1
-        if self._answers == self.limit:  # what began with fewer under way has left
-            self._began = now
-        elif self._answers >= self.limit + max(_WINDOW, (1 if self._ramping else 2) * self.limit):
-            rate = (self._answers - self.limit) / max(now - self._began, 1e-6)
-            self._answers = 0
+        if self._answers <= self.limit:  # of when fewer were under way
+            return
+        self._spent += asyncio.get_running_loop().time() - began
+        count = self._answers - self.limit
+        if count >= max(_WINDOW, (1 if self._ramping else 2) * self.limit):
+            rate = count * self.limit / max(self._spent, 1e-6)  # Little's law: answers may come in bursts
+            self._answers, self._spent = 0, 0.0
             self._judge(rate)
 
     def _judge(self, rate: float) -> None:
@@ -136,7 +137,7 @@ class Slots:
 
     def _set(self, limit: int) -> None:
         self.limit, self._changed = limit, asyncio.get_running_loop().time()
-        self._answers, self._any = 0, False
+        self._answers, self._spent, self._any = 0, 0.0, False
         self._wake()
 
     def _wake(self) -> None:
