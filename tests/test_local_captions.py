@@ -87,11 +87,11 @@ def bare(folder: Path, image: np.ndarray, prompt: str | None) -> str:
     ("kind", "prompt"),
     [
         ("qwen2_vl", ASKED),
-        ("llava", ASKED),
+        pytest.param("llava", ASKED, marks=pytest.mark.long),
         ("blip", None),
-        ("blip", "a small"),
-        ("git", "a small"),
-        ("vit_gpt2", None),
+        pytest.param("blip", "a small", marks=pytest.mark.long),
+        pytest.param("git", "a small", marks=pytest.mark.long),
+        pytest.param("vit_gpt2", None, marks=pytest.mark.long),
     ],
 )
 def test_it_says_what_transformers_says(models: dict[str, Path], kind: str, prompt: str | None) -> None:
@@ -110,6 +110,7 @@ def test_it_says_what_transformers_says(models: dict[str, Path], kind: str, prom
     assert {end for _, end in said} <= {"stop", "length"} and "length" in {end for _, end in said}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["qwen2_vl", "llava", "vit_gpt2"])
 def test_what_it_says_depends_on_no_other_image_and_not_on_threads(models: dict[str, Path], kind: str) -> None:
     few, many = loaded(1, model=str(models[kind])), loaded(4, model=str(models[kind]))

@@ -34,7 +34,8 @@ OUTCOMES = {
 
 MAX_COMPRESSION = 2.4
 """Length over zlib's length of a text that loops; Whisper's threshold for its own loops (openai/whisper,
-`compression_ratio_threshold`). Captions of 20 to 300 words have 0.8 to 1.9."""
+`compression_ratio_threshold`). Good captions of
+the tests stay below 2."""
 
 _BLOCKED = ("content_filter", "safety", "prohibited_content", "blocklist", "recitation", "blocked")
 _CUT = ("length", "max_tokens", "max_length")
