@@ -34,8 +34,7 @@ OUTCOMES = {
 
 MAX_COMPRESSION = 2.4
 """Length over zlib's length of a text that loops; Whisper's threshold for its own loops (openai/whisper,
-`compression_ratio_threshold`). Good captions of
-the tests stay below 2."""
+`compression_ratio_threshold`). Good captions of the tests stay below 2."""
 
 _BLOCKED = ("content_filter", "safety", "prohibited_content", "blocklist", "recitation", "blocked")
 _CUT = ("length", "max_tokens", "max_length")
