@@ -127,7 +127,7 @@ def test_the_terminal_is_ours_and_rays_words_are_in_a_log(done: Done) -> None:
     ours = r"starting Ray \.\.\.|fetch  [\d,]+/\d+  .*|embed .*|text  .*|"
     for line in done.err.splitlines():
         assert re.fullmatch(ours, line), f"not one of our lines: {line}"
-    assert "fetch  " in done.err and re.search(r"% ok +embed +\d+/\d+ .* \d+ s$", done.err.strip())
+    assert "fetch  " in done.err and re.search(r"% ok +embed +\d+/\d+ .* \d+ s$", done.err.strip(), re.MULTILINE)
     for word in ("ray::", "raylet", "INFO", "WARNING", "Traceback", "(pid="):
         assert word not in done.out + done.err
     assert (done.data / "logs" / "ray.log").exists()
