@@ -16,7 +16,7 @@ from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
 from curate.annotators.base import Annotator
 from curate.annotators.order import passes
-from curate.annotators.registry import absolute, add_needs, make_annotators
+from curate.annotators.registry import absolute, add_needs, fetch_annotators, make_annotators
 from curate.encoders.embed import recovered
 from curate.encoders.registry import fetch_weights
 from curate.fetch.ingest import check_verify
@@ -203,9 +203,7 @@ def _run_job(
     left = remaining_work(data, recipe, annotators, stages, retry)
     display: ProgressDisplay | None = None  # where all was done already
     if "embed" in stages:
-        for annotator in annotators.values():
-            if left.shards or annotator.reads != "table":  # those see to it when something is missing
-                annotator.fetch_weights()
+        fetch_annotators(annotators, tables=bool(left.shards))
     if left.shards:
         if address is not None:
             check_reachable(address)

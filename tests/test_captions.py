@@ -436,13 +436,10 @@ def test_an_interrupt_waits_for_what_is_paid_for_and_says_how_to_go_on(server: C
 def test_a_server_is_kept_busy_and_no_busier(server: CaptionServer, tmp_path: Path) -> None:
     server.become(Behaviour(slots=20, latency=0.1))
     data = make_images(tmp_path / "d", 500, 25)  # small shards
-    began = time.monotonic()
     said = caption(data, spec_of(server))
-    took = time.monotonic() - began
     seen = server.seen()
-    assert len(seen.answered) == 501
+    assert len(seen.answered) == 501  # how fast: bench/captions.py
     assert 20 <= seen.peak <= 128  # 32 are tried here, and 64 or more where other work disturbs the measuring
-    assert took < 1.6 * 500 / 200, took  # of a machine that has other things to do; bench/captions.py measures
     assert any(line.startswith("cap: 501 requests, 150,300 + 10,020 tokens") for line in said)
 
 

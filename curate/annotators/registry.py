@@ -152,6 +152,19 @@ def make_annotators(columns: Mapping[str, Spec], space: Space | str | None = Non
     return made
 
 
+def fetch_annotators(annotators: Mapping[str, Annotator], tables: bool) -> None:
+    """Have on this machine what a recipe's annotators load. UserError, which names the entry, where it can't be had.
+
+    Those that read whole tables are asked with `tables` alone: they see to it themselves where something is missing.
+    """
+    for name, annotator in annotators.items():
+        if tables or annotator.reads != "table":
+            try:
+                annotator.fetch_weights()
+            except UserError as e:
+                raise type(e)(f"columns.{name}: {e}") from None
+
+
 def add_needs(columns: Mapping[str, Spec]) -> dict[str, Spec]:
     """A recipe's `columns` with the entries that others of them need and that are not there.
 

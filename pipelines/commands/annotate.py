@@ -31,7 +31,7 @@ def run(options: AnnotateOptions) -> Result:
     from aesthetic.space import Space
     from curate.annotators.base import column_specs
     from curate.annotators.order import waited_for
-    from curate.annotators.registry import absolute, add_needs, make_annotators
+    from curate.annotators.registry import absolute, add_needs, fetch_annotators, make_annotators
     from curate.column_sheet import column_sheet
     from curate.ledger.select import SelectConfig
     from curate.ledger.sql import plain_name
@@ -67,9 +67,7 @@ def run(options: AnnotateOptions) -> Result:
         sweep(data.root)
         if options.retry:
             forget_unanswered(data, annotators)
-        for annotator in annotators.values():
-            if annotator.reads != "table":  # those see to it when something is missing
-                annotator.fetch_weights()
+        fetch_annotators(annotators, tables=False)
         fresh = annotate_passes(data, recipe, annotators, first=True, address=options.ray_address)
         if stored is not None and given:
             store_recipe(data, replace(stored, columns=recipe.columns))
