@@ -51,16 +51,22 @@ def column_sheet(data: Data, name: str) -> Path | None:
         facts = sheet.facts.get(column, {})
         about = " ".join(filter(None, [facts.get("meaning", ""), f"[{facts['unit']}]" if facts.get("unit") else ""]))
         page.heading(GREEN, column, f"{sheet.count(column):,} values", about)
-        if NUMBER.fullmatch(sheet.types[column]) and sheet.distinct(column) > VALUES:
+        kind = sheet.types[column]
+        if kind in ("FLOAT", "DOUBLE") or (NUMBER.fullmatch(kind) and sheet.distinct(column) > VALUES):
             page.histogram(*sheet.histogram(column), [])
             for words, examples in (("lowest", sheet.ends(column)), ("highest", sheet.ends(column, "desc"))):
                 page.words([f"{words}, {examples[0].value} to {examples[-1].value}" if examples else words])
                 page.tiles(sheet.tiles(examples), per_row=10)
         elif sheet.distinct(column) <= VALUES * 4:
-            for value, count in sheet.values(column):
-                page.words([f"{value}: {count:,}"])
+            values = sheet.values(column)
+            for value, count in values:
+                page.words([f"{value or 'empty'}: {count:,}"])
                 found = sheet.examples(f"{quote(column)}::varchar = {literal(value)}", "key", OF_EACH, column)
                 page.tiles(sheet.tiles(found), per_row=10)
+            shown = ", ".join(literal(value) for value, _ in values) or "''"
+            if others := sheet.examples(f"{quote(column)}::varchar not in ({shown})", "key", ENDS, column):
+                page.words(["others"] if values else [])
+                page.tiles(sheet.tiles(others), per_row=10)
         else:
             found = sheet.examples(f"{quote(column)} is not null", "key", TEXTS, column)
             for tile, example in zip(sheet.tiles(found), found, strict=True):
@@ -110,11 +116,11 @@ class _Sheet:
         return int(self.db.sql(f"select count(distinct {quote(column)}) from candidate").fetchall()[0][0])
 
     def values(self, column: str) -> list[tuple[str, int]]:
-        """The commonest values, and how many images have each."""
+        """The commonest values of more than one image, and how many have each."""
         c = quote(column)
         return self.db.sql(
             f"select {c}::varchar, count(*) from candidate where {c} is not null "
-            f"group by 1 order by 2 desc, 1 limit {VALUES}"
+            f"group by 1 having count(*) > 1 order by 2 desc, 1 limit {VALUES}"
         ).fetchall()
 
     def ends(self, column: str, order: str = "asc") -> list[Example]:
