@@ -111,7 +111,8 @@ class ServedCaptions(TableAnnotator):
                     progress.add(answers.keys, columns)
                     yield columns
         except UserError as e:
-            raise type(e)(f"columns.{run.name}: {e}. {flow.kept()}") from e
+            kept = f". {flow.kept()}" if flow.answered else ""
+            raise type(e)(f"columns.{run.name}: {str(e).rstrip('.')}{kept}") from e
         except (KeyboardInterrupt, GeneratorExit):
             run.say(f"{run.name}: {flow.kept()}")
             raise
