@@ -59,7 +59,7 @@ def _over_shards(
     elif left:
         seeing = [a for a in annotators.values() if a.reads == "pixels"]
         images = max((sum(len(wanted_keys(data, s, a.where)) for s in left) for a in seeing), default=0)
-        bar = ProgressBar(sys.stderr, ", ".join(annotators), images) if pixels else None
+        bar = ProgressBar(sys.stderr, ", ".join(annotators), images) if images else None
         worker = EmbedWorker(
             data, wanted.embed, wanted.columns, "", report=ignore if bar is None else lambda *_: bar(1), vectors=False
         )
