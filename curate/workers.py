@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from aesthetic.errors import UserError
 from aesthetic.space import Space, require_same
 from curate.annotators.base import Annotator, Resources
-from curate.annotators.order import passes
+from curate.annotators.order import first_pass
 from curate.annotators.registry import Spec, make_annotators
 from curate.annotators.stage import annotate_shard, column_inputs
 from curate.encoders.base import Encoder
@@ -222,7 +222,7 @@ def embed_done(data: Data, shard: int, config: str, annotators: Mapping[str, Ann
     if inputs is None or not space_known(data):
         return False
     embedded = is_done(data.root, data.embedded_record(shard), config=config, inputs=inputs)
-    return embedded and all(annotated(data, shard, name, annotators[name]) for name in passes(annotators)[0])
+    return embedded and all(annotated(data, shard, name, annotators[name]) for name in first_pass(annotators))
 
 
 def annotated(data: Data, shard: int, name: str, annotator: Annotator) -> bool:

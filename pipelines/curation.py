@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
 from curate.annotators.base import Annotator
-from curate.annotators.order import passes
+from curate.annotators.order import first_pass
 from curate.annotators.registry import absolute, add_needs, fetch_annotators, make_annotators
 from curate.encoders.embed import recovered
 from curate.encoders.registry import fetch_weights
@@ -213,7 +213,7 @@ def _run_job(
             fetch_weights(recipe.embed.encoder, recipe.embed.weights)
         if len(left.shards) < len(plan.shards):
             print(f"{len(plan.shards) - len(left.shards):,} of {len(plan.shards):,} shards are done already")
-        together = replace(recipe, columns={name: recipe.columns[name] for name in passes(annotators)[0]})
+        together = replace(recipe, columns={name: recipe.columns[name] for name in first_pass(annotators)})
         job = CurateJob(data, together, fetch="fetch" in stages, embed="embed" in stages, retry=retry)
         display = run_job(job, left, address=address)
     if "embed" in stages:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from curate.annotators.order import passes
+from curate.annotators.order import first_pass
 from curate.annotators.registry import add_needs, make_annotators
 from curate.layout import Data
 from curate.ledger.select import Selection, select
@@ -99,7 +99,7 @@ def embed_shards(data: Data, recipe: Recipe) -> int:
 
     columns = add_needs(recipe.columns)
     annotators = make_annotators(columns)
-    first = {name: columns[name] for name in passes(annotators)[0]}
+    first = {name: columns[name] for name in first_pass(annotators)}
     worker = EmbedWorker(data, recipe.embed, first, recipe.hashes()[1], report, threads=2)
     for s in data.plan.shards:
         worker.run(s.shard)

@@ -4,6 +4,7 @@ says which images it looks at. From that follows the order in which entries run.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,12 +41,13 @@ def read_where(condition: Any, annotator: Annotator) -> str | None:
     return print_expression(tree)
 
 
-def named_columns(where: str | None) -> set[str]:
+@functools.cache
+def named_columns(where: str | None) -> frozenset[str]:
     """The columns that a condition names, in lower case: `similarity`, `source.width`."""
     if where is None:
-        return set()
+        return frozenset()
     found = [part["column_names"] for part in references(parse_condition(where)) if part["class"] == "COLUMN_REF"]
-    return {".".join(names[:2] if names[0].lower() == "source" else names[:1]).lower() for names in found}
+    return frozenset(".".join(names[:2] if names[0].lower() == "source" else names[:1]).lower() for names in found)
 
 
 def check_where(
@@ -83,20 +85,20 @@ def resolve_needs(annotators: Mapping[str, Annotator], name: str) -> dict[str, s
     return {need: next((n for n, a in annotators.items() if same(a, spec)), None) for need, spec in needs.items()}
 
 
+def first_pass(annotators: Mapping[str, Annotator]) -> list[str]:
+    """The entries that look at each image and wait for nothing: they run while images come in."""
+    return [name for name, a in annotators.items() if a.reads != "table" and a.where is None]
+
+
 def passes(annotators: Mapping[str, Annotator]) -> list[list[str]]:
-    """The order in which entries run: first what looks at each image and asks for nothing; then what reads whole tables
-    and what has a `where`, each after the entries whose columns it names or needs.
+    """The order in which entries run: the first pass; then what reads whole tables and what has a `where`, each after
+    the entries whose columns it names or needs.
 
     A pass holds entries that run over one shard after the other together, or one that reads the whole table.
     UserError where entries wait for each other.
     """
-    made = {column.lower(): name for name, a in annotators.items() for column in column_specs({name: a})}
-    waits = {
-        name: {made[c] for c in named_columns(a.where) if c in made}
-        | {entry for entry in resolve_needs(annotators, name).values() if entry is not None}
-        for name, a in annotators.items()
-    }
-    order = [[name for name, a in annotators.items() if a.reads != "table" and a.where is None]]
+    waits = _waits(annotators)
+    order = [first_pass(annotators)]
     done, left = set(order[0]), [name for name in annotators if name not in order[0]]
     while left:
         ready = [name for name in left if waits[name] <= done]
@@ -111,26 +113,38 @@ def passes(annotators: Mapping[str, Annotator]) -> list[list[str]]:
 
 def waited_for(annotators: Mapping[str, Annotator], names: Sequence[str]) -> list[str]:
     """These entries and all whose columns they need or name in `where`, in the order in which they run."""
-    made = {column.lower(): name for name, a in annotators.items() for column in column_specs({name: a})}
-    found, left = set[str](), [*names]
+    waits, found, left = _waits(annotators), set[str](), [*names]
     while left:
         name = left.pop()
         if name not in found:
             found.add(name)
-            left += [made[c] for c in named_columns(annotators[name].where) if c in made]
-            left += [entry for entry in resolve_needs(annotators, name).values() if entry is not None]
+            left += waits[name]
     return [name for group in passes(annotators) for name in group if name in found]
+
+
+def _waits(annotators: Mapping[str, Annotator]) -> dict[str, set[str]]:
+    """The entries whose columns each entry needs or names."""
+    made = {column.lower(): name for name, a in annotators.items() for column in column_specs({name: a})}
+    return {
+        name: {made[c] for c in named_columns(a.where) if c in made}
+        | {entry for entry in resolve_needs(annotators, name).values() if entry is not None}
+        for name, a in annotators.items()
+    }
 
 
 def where_inputs(data: Data, shard: int, where: str) -> dict[str, str] | None:
     """The files of a fetched shard that hold the columns which a condition names, beside the images' own, each with its
-    sha256; None where one is not there yet."""
-    found, wanted = dict[str, str](), named_columns(where)
-    for table in tables(data, [shard])[1:]:
-        if wanted.intersection(column.lower() for column in table.columns):
-            found |= output_digests(read_record(table.records[0]))
-            wanted -= {column.lower() for column in table.columns}
-    return found if all(c in RESERVED or c.startswith("source.") for c in wanted) else None
+    sha256; None where one is not there yet. Reads records alone: it is asked of every shard at each start."""
+    wanted = {c for c in named_columns(where) if c not in RESERVED and not c.startswith("source.")}
+    records = [(["similarity"], data.embedded_record(shard))] if "similarity" in wanted else []
+    found = dict[str, str]()
+    for columns, record in [*records, *((None, data.annotations_record(name, shard)) for name in data.annotated())]:
+        facts = read_record(record)
+        made = {column.lower() for column in columns or facts.get("columns", ())}
+        if "outputs" in facts and wanted & made:
+            found |= output_digests(facts)
+            wanted -= made
+    return found if not wanted else None
 
 
 def wanted_keys(data: Data, shard: int, where: str | None) -> pa.ChunkedArray:
@@ -141,7 +155,7 @@ def wanted_keys(data: Data, shard: int, where: str | None) -> pa.ChunkedArray:
     keys = images_of(data, shard, ["key"])["key"]
     if where is None:
         return keys
-    con = open_ledger(data, named_columns(where), found=tables(data, [shard]))
+    con = open_ledger(data, set(named_columns(where)), found=tables(data, [shard]))
     with contextlib.closing(Bounds(con)) as bounds:
         try:
             sql = f'SELECT "key" FROM ledger WHERE ({where})'
