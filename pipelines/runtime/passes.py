@@ -11,7 +11,8 @@ from curate.annotators.order import passes, wanted_keys
 from curate.annotators.stage import column_inputs
 from curate.layout import Data
 from curate.store.files import read_json
-from curate.workers import EmbedWorker, annotated, ignore
+from curate.store.records import is_done
+from curate.workers import EmbedWorker, ignore
 from pipelines.recipe import Recipe
 from pipelines.runtime.cluster import check_reachable
 from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
@@ -72,6 +73,10 @@ def _over_shards(
 
 def _lacking(data: Data, name: str, annotator: Annotator) -> Sequence[int]:
     """The fetched shards that lack an entry's columns and have what it reads."""
-    shards = [s.shard for s in data.plan.shards if data.fetched_digests(s.shard) is not None]
-    there = [s for s in shards if not annotated(data, s, name, annotator)]
-    return [s for s in there if column_inputs(data, s, annotator) is not None]
+    inputs = {s.shard: column_inputs(data, s.shard, annotator) for s in data.plan.shards}
+    return [
+        shard
+        for shard, there in inputs.items()
+        if there is not None
+        and not is_done(data.root, data.annotations_record(name, shard), config=annotator.config, inputs=there)
+    ]
