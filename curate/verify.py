@@ -16,7 +16,8 @@ import yaml
 
 from curate.layout import ANNOTATED, EMBEDDED, FETCHED, PACKED, PLAN, SELECTED, STAGES, Data
 from curate.store.files import json_bytes, sha256_file
-from curate.store.records import invalidate, read_record, record_digest
+from curate.store.index import COMPACTED
+from curate.store.records import read_record, record_digest
 
 _REPAIR = {
     PLAN: "the list is read and cut again",
@@ -64,7 +65,7 @@ def strays(data: Data) -> list[Path]:
     named = set[Path]()
     for record, value in _records(data):
         named |= {record, *(data.root / name for name in _outputs(value))}
-    found = (p for stage in STAGES for p in (data.root / stage).rglob("*"))
+    found = (p for stage in STAGES for p in (data.root / stage).rglob("*") if p.name != COMPACTED)
     kept = tuple(f"{p}/" for name in data.annotated() for p in (data.index(name), data.answers(name, 0).parent))
     return sorted(p for p in found if p.is_file() and p not in named and not str(p).startswith(kept))
 
@@ -80,10 +81,9 @@ def unfinished(data: Data) -> dict[str, list[int]]:
     return {stage: shards for stage, shards in missing.items() if shards}
 
 
-def repair(damages: Sequence[Damage]) -> None:
+def repair(data: Data, damages: Sequence[Damage]) -> None:
     """Invalidate the records of damaged files: the commands of `remedies` then make them again."""
-    for damage in damages:
-        invalidate(damage.record)
+    data.invalidate(*(damage.record for damage in damages))
 
 
 def remedies(data: Data, damages: Sequence[Damage]) -> list[str]:
@@ -101,7 +101,7 @@ def remedies(data: Data, damages: Sequence[Damage]) -> list[str]:
         if stage == ANNOTATED and name not in columns:
             others.append(f"tastemaker annotate {root} {name}=SPEC")
         elif stage == SELECTED and name != own:
-            rules = read_record(data.selection_record(name)).get("rules") or []  # where it can still be read
+            rules = data.record(data.selection_record(name)).get("rules") or []  # where it can still be read
             settings = [shlex.quote(f"select.rules.{r['name']}={r['condition']}") for r in rules]
             others.append(" --set ".join([f"tastemaker select {root} --name {name}", *settings]))
         elif stage == PACKED and name != own:

@@ -23,8 +23,7 @@ from curate.fetch.ingest import check_verify
 from curate.layout import Data
 from curate.sources.plan import load_plan
 from curate.sources.planner import inspect, make_plan
-from curate.store.files import check_space, read_json, sweep
-from curate.store.lock import Lock
+from curate.store.files import check_space, sweep
 from curate.store.ownership import check_free, taken
 from pipelines.checks import check_engine, check_selection, has_encoder, refuse_changes, refuse_denied
 from pipelines.options import Result, command
@@ -128,7 +127,9 @@ def run(request: Request) -> Result:
                 restart(data, recipe, request.restart_from, request.stages)
             make_plan(request.list, data, recipe.source, request.limit)
             store_recipe(data, recipe)
-            return _run_job(data, recipe, annotators, request.stages, request.address)
+            result = _run_job(data, recipe, annotators, request.stages, request.address)
+            data.compact()
+            return result
         except UserError:
             # refused before a job began: a data folder is as it was, and a new one is not there
             if not planned and not data.logs.exists():
@@ -154,7 +155,7 @@ def resume(
     if retry:
         check_engine(recipe)
     refuse_denied(data, recipe)
-    with Lock(data.root):
+    with data.hold():
         sweep(data.root)
         refuse_changes(data, recipe, restart_from)
         check_selection(data, recipe, data.plan.extra_columns, annotators)
@@ -223,7 +224,7 @@ def _run_job(
         print(f"retry  {result.facts['recovered']:,} more images")
 
     # values of the list that could not be taken as they are: one that is used where it lies is read late
-    records = {s.shard: read_json(data.fetched_record(s.shard)) or {} for s in plan.shards}
+    records = {s.shard: data.record(data.fetched_record(s.shard)) for s in plan.shards}
     notes = [f"shard {shard}: {note}" for shard, record in records.items() for note in record.get("notes", [])]
     if notes:
         result.facts["notes"] = notes[:100]
@@ -269,7 +270,7 @@ def _select(data: Data, recipe: Recipe, result: Result, display: ProgressDisplay
 
 def _images(data: Data) -> int:
     """How many images are fetched."""
-    return sum((read_json(data.fetched_record(s.shard)) or {}).get("successes", 0) for s in data.plan.shards)
+    return sum(data.record(data.fetched_record(s.shard)).get("successes", 0) for s in data.plan.shards)
 
 
 def remaining_work(
@@ -290,7 +291,7 @@ def remaining_work(
             rows += waiting
             if unembedded:  # after a retry, the images that it recovered
                 added = recovered(data, s.shard, data.embedded_record(s.shard), embed_hash)
-                images += read_json(data.fetched_record(s.shard))["successes"] if added is None else len(added)
+                images += data.record(data.fetched_record(s.shard))["successes"] if added is None else len(added)
     return RemainingWork(shards, rows, images)
 
 

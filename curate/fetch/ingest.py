@@ -48,8 +48,8 @@ from curate.ledger.schema import (
 from curate.shards.tar import TarWriter, image_member, index_tar, read_range
 from curate.sources.columns import listed
 from curate.sources.plan import Row, SourceShard
-from curate.store.files import check_space, read_json
-from curate.store.records import commit, invalidate, output_digests
+from curate.store.files import check_space
+from curate.store.records import output_digests
 
 TRUSTED_STARTS = 2
 """How often a shard is begun with decoding in the worker itself; after that each decode may die alone."""
@@ -108,7 +108,7 @@ async def ingest_shard(
     isolate = starts > TRUSTED_STARTS
     with _scratch(data, shard) as scratch:
         results = ShardResults(scratch)
-        before = read_json(data.fetched_record(shard)) if retry else None
+        before = data.record(data.fetched_record(shard)) if retry else None
         if retry:
             _keep_final(data, shard, results)
         missing = [(i, row) for i, row in enumerate(source.rows()) if i not in results.facts]
@@ -143,7 +143,7 @@ def recovered_since(data: Data, shard: int, files: Mapping[str, str]) -> list[st
 
     None where retries alone do not lead from those files to those of now. All other images are the same, byte for byte.
     """
-    record = read_json(data.fetched_record(shard)) or {}
+    record = data.record(data.fetched_record(shard))
     retries = record.get("retries", [])
     for i, retry in enumerate(retries):
         if retry["files"] == dict(files):
@@ -303,7 +303,7 @@ def _commit(
         tar.close()
         pq.write_table(table, g, compression="zstd")
         # as late as can be: a retry that is killed before this line has changed nothing
-        invalidate(data.fetched_record(shard))
+        data.invalidate(data.fetched_record(shard))
 
     data.starts(shard).unlink(missing_ok=True)  # all is decoded; after the record, a kill would leave it for ever
     done = time.time()
@@ -311,8 +311,7 @@ def _commit(
     faces = [facts["faces_blurred"] for facts in rows if facts["faces_blurred"] is not None]
     if faces:
         extra = {**extra, "faces_blurred": sum(faces), "face_detector": detector()}
-    return commit(
-        data.root,
+    return data.commit(
         data.fetched_record(shard),
         config=config,
         inputs={"plan": data.plan.shard_digest(shard)},

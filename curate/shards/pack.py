@@ -48,7 +48,7 @@ from curate.ledger.view import (
 )
 from curate.shards.tar import CorruptShard, TarWriter, image_member, index_tar, read_range
 from curate.store.files import check_space, digest, is_scratch, left_over, read_json, sha256_file, write_json
-from curate.store.records import is_done, read_record, record_digest
+from curate.store.records import read_record, record_digest
 
 _FORMAT = 1  # of the shards; part of what makes them stale
 _OPEN_FILES = 64
@@ -90,7 +90,7 @@ def pack(
     other data than is there now, CorruptShard where an image is not in its tar, DiskFull.
     """
     selection = load_selection(data, name)
-    made_from: Mapping[str, str] = read_record(data.selection_record(name))["inputs"]
+    made_from: Mapping[str, str] = data.record(data.selection_record(name))["inputs"]
     all_tables = tables(data)
     now = table_digests(all_tables)
     stale = [t for t in made_from if t in now and now[t] != made_from[t]]
@@ -116,8 +116,8 @@ def pack(
     inputs = {"selected": sha256_file(data.verdicts(name)), **{t.name: now[t.name] for t in found}}
     identity = digest([_FORMAT, asdict(config), selection.to_json()])
     folder = data.packed(name)
-    if is_done(data.root, data.manifest(name), config=identity, inputs=inputs):
-        return read_json(data.manifest(name))
+    if data.is_done(data.manifest(name), config=identity, inputs=inputs):
+        return data.record(data.manifest(name))
 
     _check_folder(folder)
     for leftover in left_over(folder.parent):  # of a process that was killed
@@ -144,7 +144,7 @@ def pack(
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return read_json(data.manifest(name))
+    return data.record(data.manifest(name))
 
 
 def _check_folder(folder: Path) -> None:

@@ -29,7 +29,6 @@ from curate.images.decode import decode
 from curate.layout import Data
 from curate.shards.tar import IMAGE_EXTENSIONS, image_member, index_tar, read_range
 from curate.store.files import check_space
-from curate.store.records import is_done, recommit
 
 MIN_COSINE = 0.98
 """The least that the median of those images' cosines may be. Single images move further when they are stored anew
@@ -240,10 +239,10 @@ def import_shard(data: Data, shard: int, imported: ImportedVectors, encoder: Enc
     """
     inputs = data.fetched_digests(shard)
     assert inputs is not None, f"shard {shard} is embedded before it is fetched"
-    if is_done(data.root, data.embedded_record(shard), config=config, inputs=inputs):
+    if data.is_done(data.embedded_record(shard), config=config, inputs=inputs):
         return 0
     if recovered(data, shard, data.embedded_record(shard), config) == set():
-        recommit(data.root, data.embedded_record(shard), inputs)
+        data.recommit(data.embedded_record(shard), inputs)
         return 0
     check_space(data.root)
     began = time.time()

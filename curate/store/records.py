@@ -22,15 +22,23 @@ def commit(
     outputs: list[Path],
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write the record that makes a shard done, last of all its files.
+    """Write the record that makes a shard done, last of all its files. Of a data folder, `Data.commit` does.
 
     `config` is the hash of the part of the recipe that the stage reads, `inputs` maps names to sha256, `outputs` are
     the files just written, `facts` what else is worth knowing (counts, times). Paths are kept relative to `root`.
     """
+    value = record_value(root, config=config, inputs=inputs, outputs=outputs, facts=facts)
+    write_json(record, value)
+    return value
+
+
+def record_value(
+    root: Path, *, config: str, inputs: Mapping[str, str], outputs: list[Path], facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `commit` writes."""
     written = {str(p.relative_to(root)): {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in outputs}
     value = {**facts, "config": config, "inputs": dict(inputs), "outputs": written}
-    write_json(record, {**value, "self": record_digest(value)})
-    return value
+    return {**value, "self": record_digest(value)}
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -36,7 +36,6 @@ def run(options: AnnotateOptions) -> Result:
     from curate.ledger.select import SelectConfig
     from curate.ledger.sql import plain_name
     from curate.store.files import sweep
-    from curate.store.lock import Lock
     from curate.store.ownership import open_data
     from curate.workers import forget_unanswered, space_known
     from pipelines.checks import check_selection
@@ -63,7 +62,7 @@ def run(options: AnnotateOptions) -> Result:
         raise UserError(f"{data.root} holds no fetched shard. `tastemaker curate LIST --out {data.root}` makes them.")
     if any(a.reads == "vectors" for a in annotators.values()) and space is None:
         raise UserError(f"{data.root} holds no vectors yet. `tastemaker embed {data.root}` makes them.")
-    with Lock(data.root):
+    with data.hold():
         sweep(data.root)
         if options.retry:
             forget_unanswered(data, annotators)

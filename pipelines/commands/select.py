@@ -25,7 +25,6 @@ def run(options: SelectOptions) -> Result:
     """
     from curate.ledger import uids as subsets
     from curate.ledger.select import remembered, select
-    from curate.store.lock import Lock
     from curate.store.ownership import open_data
     from pipelines.checks import old_columns, refuse_denied
     from pipelines.curation import show_selection
@@ -48,7 +47,7 @@ def run(options: SelectOptions) -> Result:
         recipe = replace(recipe, select=replace(recipe.select, rules=rules))
 
     refuse_denied(data, recipe)
-    with Lock(data.root):
+    with data.hold():
         if uids is not None:
             selection = subsets.select_uids(data, name, Path(uids))
         else:
@@ -75,7 +74,6 @@ class PackOptions(WithRecipe):
 def run_pack(options: PackOptions) -> Result:
     """Copy what was selected."""
     from curate.store.files import sweep
-    from curate.store.lock import Lock
     from curate.store.ownership import open_data
     from pipelines.checks import refuse_denied
     from pipelines.curation import pack_selection
@@ -85,7 +83,7 @@ def run_pack(options: PackOptions) -> Result:
     recipe = recipe_of(data, options.recipe, options.set, select=options.name)
     result = Result()
     refuse_denied(data, recipe)
-    with Lock(data.root):
+    with data.hold():
         sweep(data.root)
         pack_selection(data, recipe, result)
     return result
