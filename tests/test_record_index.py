@@ -51,8 +51,8 @@ def opened(data, monkeypatch):
     """The records that a fresh look at the folder opens, by name, while it asks about all of them."""
     from curate.store import disk
 
-    read, names = disk.read_json, []
-    monkeypatch.setattr(disk, "read_json", lambda path: [names.append(path.name), read(path)][1])
+    read, names = disk.read_record, []
+    monkeypatch.setattr(disk, "read_record", lambda path: [names.append(path.name), read(path)][1])
     fresh = Data(data.root)
     facts = [fresh.record(fresh.fetched_record(shard)).get("n") for shard in range(SHARDS)]
     monkeypatch.undo()

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from curate.store.files import read_json, write_json
+from curate.store.files import write_json
 from curate.store.lock import Lock
+from curate.store.records import read_record
 
 Stamp = tuple[int, str]
 """A file's size in bytes, and what changes when it is written again (of an object, its ETag)."""
@@ -75,15 +76,15 @@ class Disk:
         """The names of the folders in a folder, sorted."""
         return [name for name in self.names(parent) if (parent / name).is_dir()]
 
-    def read_records(self, paths: Iterable[Path]) -> dict[Path, tuple[dict, str]]:
-        """Of records, what each says ({} for what is no record of ours), and the mark of its outputs (see `seal`)."""
+    def read_records(self, paths: Iterable[Path]) -> dict[Path, tuple[dict[str, Any], Stamp, str]]:
+        """Of the records that are there, what each says, its stamp, and the mark of its outputs."""
         found = {}
         for path in paths:
-            value = read_json(path)
-            found[path] = (value if isinstance(value, dict) else {}, "")
+            if (stamp := self.stamp(path)) is not None:
+                found[path] = read_record(path), stamp, ""
         return found
 
-    def write_record(self, path: Path, value: Mapping, outputs: Iterable[Path]) -> None:
+    def write_record(self, path: Path, value: Mapping[str, Any], outputs: Iterable[Path]) -> None:
         """Put outputs there, and last of all the record that names them."""
         write_json(path, value)
 

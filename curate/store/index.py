@@ -108,10 +108,9 @@ class RecordIndex:
     def look(self, paths: Iterable[Path]) -> None:
         """Read the records among these that are not known, all together: on an object store many at a time."""
         unknown = [path for path in paths if not self._known(path)]
-        for path, (value, mark) in self._store.read_records(unknown).items():
-            if (stamp := self._store.stamp(path)) is not None:
-                self._lines[path] = _Line(stamp, mark, value)
-                self._changed.add(self._stage(path))
+        for path, (value, stamp, mark) in self._store.read_records(unknown).items():
+            self._lines[path] = _Line(stamp, mark, value)
+            self._changed.add(self._stage(path))
 
     def compact(self) -> None:
         """Write the file of each stage in which records were read from their own files; whoever holds the lock may."""

@@ -6,11 +6,12 @@ read, so a shard is done exactly when its record still matches.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from curate.store.files import digest, read_json, sha256_file, write_json
+from curate.store.files import digest, sha256_file, write_json
 
 
 def commit(
@@ -43,7 +44,18 @@ def record_value(
 
 def read_record(path: Path) -> dict[str, Any]:
     """What a record says; {} where there is none, or where it is none of ours."""
-    value = read_json(path)
+    try:
+        return parse_record(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+
+
+def parse_record(content: bytes) -> dict[str, Any]:
+    """What a record says; {} where it is none of ours."""
+    try:
+        value = json.loads(content)
+    except ValueError:
+        return {}
     return value if isinstance(value, dict) else {}
 
 
