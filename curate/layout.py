@@ -62,6 +62,14 @@ class Data:
     root: Path
     url: str | None = None
 
+    @staticmethod
+    def at(place: str | Path) -> Data:
+        """The data folder at a path or a URL, whether there is one or not. UserError where that is neither."""
+        from curate.store.mirror import open_store
+
+        store = open_store(str(place))
+        return Data(store.root, store.url)
+
     def __str__(self) -> str:
         return self.url or str(self.root)
 
@@ -73,7 +81,11 @@ class Data:
     @cached_property
     def store(self) -> Disk:
         """Where the files are."""
-        return Disk(self.root)
+        if self.url is None:
+            return Disk(self.root)
+        from curate.store.mirror import open_mirror
+
+        return open_mirror(self.url)
 
     def without_plan(self) -> Data:
         """The same folder, light enough to go along with each of many tasks."""
@@ -337,8 +349,7 @@ class Data:
 
 def _in_worker(root: Path | None, url: str | None, token: str | None) -> Data:
     """As a Data is read from a pickle."""
-    assert root is not None
-    data = Data(root, url)
+    data = Data.at(url) if url is not None else Data(root or Path())
     data.store.token = token
     data.__dict__["_index"] = RecordIndex(data.store, compacted=False)
     return data

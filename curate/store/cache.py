@@ -90,7 +90,7 @@ def _sweep(parent: Path) -> None:
                 os.close(fd)
 
 
-# ----------------------------------------------------------------------------------------------------------- all together
+# ------------------------------------------------------------------------------------------------------ all together
 
 
 def link(cached: Path, path: Path, size: int) -> bool:
@@ -131,9 +131,7 @@ def make_room(size: int) -> None:
         return
     left = -free
     with os.scandir(folder / "objects") as entries:
-        found = [
-            (stat.st_mtime, stat.st_size, stat.st_nlink, entry.path) for entry in entries if (stat := _stat(entry))
-        ]
+        found = [(s.st_mtime, s.st_size, s.st_nlink, entry.path) for entry in entries if (s := _stat(entry))]
     total = sum(size for _, size, _, _ in found)
     for _, bytes_, links, path in sorted(found):
         if total <= limit * 0.9 and left <= 0:  # some more than must be, so that not each file looks at all

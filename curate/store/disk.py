@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from aesthetic.errors import UserError
+from aesthetic.untrusted import read_bytes
 from curate.store.files import write_json
 from curate.store.lock import Lock
 from curate.store.records import read_record
@@ -30,6 +33,14 @@ class Disk:
 
     def __str__(self) -> str:
         return str(self.root)
+
+    def read_small(self, path: Path, most: int) -> bytes | None:
+        """The bytes of a small file; None where there is none, a link, or one of more bytes than `most`."""
+        self.bring([path])
+        with contextlib.suppress(OSError, UserError):
+            if stat.S_ISREG(os.lstat(path).st_mode):
+                return read_bytes(path, most)
+        return None
 
     def lock(self) -> contextlib.AbstractContextManager[Any]:
         """One run at a time, while the block runs. UserError where another one is at work."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,8 @@ from urllib.parse import quote
 
 from curate.store.cache import cache_folder, keep, link, make_room, own_folder
 from curate.store.disk import Disk, Stamp
-from curate.store.files import digest, json_bytes
+from curate.store.clients import is_url
+from curate.store.files import digest, json_bytes, local_path
 from curate.store.lease import Lease, LeaseLost, check_token
 from curate.store.objects import Changed, ObjectStore, StoredObject
 from curate.store.records import parse_record
@@ -21,6 +23,17 @@ _FETCHES = 32  # files at a time
 _MARK = "outputs"
 """User metadata of a record's object: a digest of the ETags of its outputs. The record itself holds the same bytes as
 on a disk; by its mark it is known when somebody whose lease was lost has written over one of them."""
+
+
+def open_store(place: str) -> Disk:
+    """The store of a folder: at a path, or at a URL. UserError where that is none."""
+    return open_mirror(ObjectStore(place).url) if is_url(place) else Disk(local_path(place))
+
+
+@functools.cache
+def open_mirror(url: str) -> Mirror:
+    """The mirror of a URL in this process, which has but one."""
+    return Mirror(url)
 
 
 class Mirror(Disk):
@@ -34,6 +47,7 @@ class Mirror(Disk):
         self._objects = ObjectStore(url)
         self.url = self._objects.url
         super().__init__(own_folder() / quote(self.url, safe=""))
+        self._lease: Lease | None = None
         self._listing: _Listing | None = None
         self._here: dict[str, tuple[StoredObject, Any]] = {}  # what of the store lies here, and its file's identity
 
@@ -45,19 +59,22 @@ class Mirror(Disk):
 
     @contextlib.contextmanager
     def _leased(self) -> Iterator[None]:
-        with Lease(self._objects) as lease:
-            self.token = lease.token
+        with Lease(self._objects, waiting=print) as lease:
+            self._lease, self.token = lease, lease.token
             try:
                 self.refresh()
                 yield
             finally:
-                self.token = None
+                self._lease = self.token = None
 
     def refresh(self) -> None:
         self._listing = _Listing(self._objects.list())
 
     def _check(self) -> None:
-        if self.token is not None:
+        """LeaseLost where another run has taken the folder over meanwhile."""
+        if self._lease is not None:
+            self._lease.check()
+        elif self.token is not None:  # a worker's
             check_token(self._objects, self.token)
 
     def _name(self, path: Path) -> str:
@@ -84,8 +101,11 @@ class Mirror(Disk):
 
     def _in(self, folder: Path) -> tuple[Iterable[str], Iterable[str]]:
         """The names of the files, and of the folders, in a folder."""
-        name = self._name(folder)
-        return self._objects.names(name) if self._listing is None else self._listing.names(name)
+        name = self._name(folder).removeprefix(".")
+        if self._listing is not None:
+            return self._listing.names(name)
+        files, folders = self._objects.names(name)
+        return [stored.name.rpartition("/")[2] for stored in files], folders
 
     # ------------------------------------------------------------------------------------------------------ moving
 
@@ -218,7 +238,6 @@ class _Listing:
         return self._files.get(folder, {}).get(own)
 
     def names(self, folder: str) -> tuple[Iterable[str], Iterable[str]]:
-        folder = "" if folder == "." else folder
         return self._files.get(folder, {}), self._folders.get(folder, ())
 
     def add(self, stored: StoredObject) -> None:
