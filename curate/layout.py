@@ -78,6 +78,10 @@ class Data:
         plan = {"plan": self.plan} if "plan" in self.__dict__ else None
         return _in_worker, (None if self.url else self.root, self.url, self.store.token), plan
 
+    def shown(self, path: Path) -> str:
+        """Where a file of the folder is, for people: its path or its URL."""
+        return f"{self}/{path.relative_to(self.root).as_posix()}"
+
     @cached_property
     def store(self) -> Disk:
         """Where the files are."""
@@ -112,9 +116,18 @@ class Data:
         """Have these files here, whole and as they are now, before they are read."""
         self.store.bring(paths)
 
+    def local(self, path: Path) -> Path:
+        """The path of a file to read, which is brought where it is not here."""
+        self.store.bring([path])
+        return path
+
     def push(self, *paths: Path) -> None:
         """Put these files where they belong, as they are here."""
         self.store.push(paths)
+
+    def release(self, *paths: Path) -> None:
+        """Let go of what lies there as well: its room here may be used for others."""
+        self.store.release(paths)
 
     def exists(self, path: Path) -> bool:
         """Whether there is such a file, here or not."""

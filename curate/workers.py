@@ -133,7 +133,7 @@ class EmbedWorker:
             self.imported = ImportedVectors(open_vector_folder(embed))
             space = self.imported.folder.space
         elif not vectors and space_known(data):
-            space = Space.load(data.space)
+            space = Space.load(data.local(data.space))
         if vectors and space is None:
             self.encoder = load_encoder(embed.encoder, weights=embed.weights, precision=embed.precision, threads=count)
             space = self.encoder.space()
@@ -180,7 +180,7 @@ class EmbedWorker:
 def claim_space(data: Data, space: Space) -> None:
     """Note the space of a data folder's vectors; SpaceMismatch where it already holds vectors of another one."""
     if space_known(data):
-        require_same(Space.load(data.space), space, f"{data.root / 'embedded'}")
+        require_same(Space.load(data.local(data.space)), space, f"{data}/embedded")
     else:
         data.space.parent.mkdir(parents=True, exist_ok=True)
         space.save(data.space)

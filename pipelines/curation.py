@@ -42,7 +42,7 @@ class Request:
     """What the command line asks of the main job."""
 
     list: str
-    root: Path
+    data: Data
     recipe: Recipe
     limit: int | None = None
     address: str | None = None
@@ -52,9 +52,9 @@ class Request:
 
 def dry_run(request: Request) -> dict[str, Any]:
     """What would run. Raises what `run` would raise before its first URL; fetches and writes nothing."""
-    recipe, data = request.recipe, Data(request.root)
+    recipe, data = request.recipe, request.data
     recipe = replace(recipe, columns=add_needs(recipe.columns))
-    check_free(data.root, "data")
+    check_free(data.store, "data")
     annotators = make_annotators(recipe.columns, recipe.embed.encoder)
     check_engine(recipe)
     refuse_denied(data, recipe, request.restart_from)
@@ -75,8 +75,9 @@ def dry_run(request: Request) -> dict[str, Any]:
             print(f"the weights of {recipe.embed.encoder} are not on this machine; the run fetches them first")
         if request.address is not None:
             check_reachable(request.address)
-        there = next(folder for folder in (data.root, *data.root.parents) if folder.exists())
-        check_space(there, estimate_bytes(recipe, rows))
+        if data.url is None:
+            there = next(folder for folder in (data.root, *data.root.parents) if folder.exists())
+            check_space(there, estimate_bytes(recipe, rows))
     return {
         "rows": found.total_rows,
         "listed_rows": found.listed_rows,
@@ -94,7 +95,7 @@ def run(request: Request) -> Result:
 
     Raises UserError before anything starts, DiskFull, NothingKept, or the cause of what went wrong in a worker.
     """
-    recipe, data = request.recipe, Data(request.root)
+    recipe, data = request.recipe, request.data
     # whole paths of its files, as later commands may be given in another folder
     deny = tuple(str(Path(f).expanduser().absolute()) for f in recipe.fetch.deny)
     weights = recipe.embed.weights and str(Path(recipe.embed.weights).expanduser().absolute())
@@ -104,15 +105,15 @@ def run(request: Request) -> Result:
         embed=replace(recipe.embed, weights=weights),
         columns=add_needs({name: absolute(name, spec) for name, spec in recipe.columns.items()}),
     )
-    check_free(data.root, "data")
+    check_free(data.store, "data")
     annotators = make_annotators(recipe.columns, recipe.embed.encoder)
     check_engine(recipe)
     refuse_denied(data, recipe, request.restart_from)
-    planned = data.plan_record.exists()
+    planned = data.exists(data.plan_record)
     if "embed" in request.stages and not planned:
         has_encoder(recipe)  # before a long list is read; where a plan is there, all may be embedded
-    with taken(data.root, "data", replaces=["recipe.yaml"]) as folder:
-        planned = data.plan_record.exists()  # again: another run may have been at work until now
+    with taken(data.store, "data", replaces=["recipe.yaml"]) as folder:
+        planned = data.exists(data.plan_record)  # again: another run may have been at work until now
         try:
             sweep(data.root)
             refuse_changes(data, recipe, request.restart_from)
@@ -132,7 +133,7 @@ def run(request: Request) -> Result:
             return result
         except UserError:
             # refused before a job began: a data folder is as it was, and a new one is not there
-            if not planned and not data.logs.exists():
+            if not planned and not data.shards(data.fetched_record) and not data.logs.exists():
                 data.clear_plan()
                 folder.undo(["recipe.yaml"])
             raise
@@ -148,7 +149,7 @@ def resume(
 ) -> Result:
     """The main job on the plan that a data folder has; `retry` fetches again what failed for transient reasons."""
     if restart_from not in (None, "embed"):
-        again = command("curate", data.plan.list, "--out", data.root, "--restart-from", restart_from)
+        again = command("curate", data.plan.list, "--out", data, "--restart-from", restart_from)
         raise UserError(f"--restart-from {restart_from} needs the list: `{again}`")
     recipe = replace(recipe, columns=add_needs(recipe.columns))
     annotators = make_annotators(recipe.columns, recipe.embed.encoder)
@@ -208,7 +209,8 @@ def _run_job(
     if left.shards:
         if address is not None:
             check_reachable(address)
-        check_space(data.root, estimate_bytes(recipe, left.rows))
+        if data.url is None:  # else what is done goes there, shard by shard
+            check_space(data.root, estimate_bytes(recipe, left.rows))
         if "embed" in stages and not has_encoder(recipe):  # before workers ask for the weights all at once
             print(f"fetching the weights of {recipe.embed.encoder} ...")
             fetch_weights(recipe.embed.encoder, recipe.embed.weights)
@@ -244,8 +246,8 @@ def _run_job(
     if "select" in stages:
         _select(data, recipe, result, display)
     else:
-        result.paths["fetched"] = str(data.root / "fetched")
-        result.next = command("embed", data.root)
+        result.paths["fetched"] = data.shown(data.root / "fetched")
+        result.next = command("embed", data)
     return result
 
 
@@ -315,19 +317,25 @@ def pack_selection(data: Data, recipe: Recipe, result: Result) -> None:
     name = recipe.select.name
     pack(data, name, recipe.pack)
     folder, sheet = data.packed(name), data.sheet(name)
-    if not sheet.exists() or sheet.stat().st_mtime < data.manifest(name).stat().st_mtime:
+    if not data.exists(sheet):  # `pack` removes that of another selection
         score_charts(data, name)
         contact_sheet(data, name)
-    result.paths |= {"shards": f"{folder}/", "look": str(sheet)}
+        data.push(*(path for path in (sheet, data.charts(name)) if path.exists()))
+    result.paths |= {"shards": f"{data.shown(folder)}/", "look": data.shown(sheet)}
 
     # next: a command that selects less than this did, or trains on it where nothing shows how
-    result.next = command("train", data.packed(name), "--out", "model")
+    result.next = command("train", data.shown(folder), "--out", "model")
     selection = load_selection(data, name)
     conditions = {r.name: r.condition for r in selection.rules}
     for rule, reading in read_rules(conditions, selection.quantiles).items():
-        if reading and reading.top and not data.selection_record("stricter").exists() and re.fullmatch(r"\w+", rule):
+        if (
+            reading
+            and reading.top
+            and not data.exists(data.selection_record("stricter"))
+            and re.fullmatch(r"\w+", rule)
+        ):
             setting = f"select.rules.{rule}=top({plain_name(reading.top.column)}, {reading.top.fraction / 2:g})"
-            result.next = command("select", data.root, "--name", "stricter", "--set", setting)
+            result.next = command("select", data, "--name", "stricter", "--set", setting)
 
 
 # ---------------------------------------------------------------------------------------------------- words and sums

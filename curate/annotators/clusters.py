@@ -58,11 +58,11 @@ class Clusters(TableAnnotator):
         data = run.data
         records = {s.shard: data.record(data.fetched_record(s.shard)) for s in data.plan.shards}
         fetched = [shard for shard, record in records.items() if record]
-        embedded = [shard for shard in fetched if data.embedded_record(shard).exists()]
+        embedded = [shard for shard in fetched if data.exists(data.embedded_record(shard))]
         if lacking := [s for s in fetched if s not in {*embedded} and records[s].get("successes", 1)]:
             raise UserError(
                 f"columns.{run.name}: clusters reads vectors, and shard {lacking[0]:05d} has none. "
-                f"`tastemaker embed {data.root}` makes them."
+                f"`tastemaker embed {data}` makes them."
             )
         self._fit(run, embedded, anew=not {*embedded} - {*run.shards})
         centroids = _centroids(run)
@@ -84,9 +84,9 @@ class Clusters(TableAnnotator):
             if not anew:
                 raise UserError(
                     f"{file} is not what it was, and other shards were assigned by it. Remove {file.parent.parent}: "
-                    f"`tastemaker annotate {data.root}` then computes {run.name} anew."
+                    f"`tastemaker annotate {data}` then computes {run.name} anew."
                 )
-            counts = [pq.read_metadata(data.metadata(s)).num_rows for s in shards]
+            counts = [pq.read_metadata(data.local(data.metadata(s))).num_rows for s in shards]
             if sum(counts) < k:
                 raise UserError(f"columns.{run.name}: k: {k:,} clusters are asked for, of {sum(counts):,} images")
             sample = _sample([data.image_vectors(s) for s in shards], counts, PER_CLUSTER * k)

@@ -81,10 +81,10 @@ def annotate_shard(
                 data.recommit(record, inputs)
                 continue
             file = data.annotations(name, shard) if annotator is not None and added is not None else None
-            missing[name] = _Missing(inputs, added, None if file is None else pq.read_table(file))
+            missing[name] = _Missing(inputs, added, None if file is None else pq.read_table(data.local(file)))
     if missing:
         check_space(data.root)
-        if (starts := note_start(data.embed_starts(shard))) > STARTS:
+        if (starts := note_start(data, data.embed_starts(shard))) > STARTS:
             raise EndsItsProcess(
                 f"embedding shard {shard:05d} has ended its process {starts - 1} times: out of memory, or a crash in a "
                 f"library. {data.logs / 'embed.log'} or the system's log may say why; all that is done stays done."
@@ -96,7 +96,7 @@ def annotate_shard(
             rows = images_of(data, shard, None if annotator.reads == "row" else ["key", "caption"])
             fresh = _only(rows, missing[name].keys)
             _write(data, shard, name, annotator, fresh["key"], ask(annotator, ImageBatch(rows=fresh)), missing[name])
-        data.embed_starts(shard).unlink(missing_ok=True)
+        data.remove(data.embed_starts(shard))
 
     for name, annotator in annotators.items():
         if annotator.reads != "vectors":
@@ -104,6 +104,7 @@ def annotate_shard(
         there, record = column_inputs(data, shard, annotator), data.annotations_record(name, shard)
         if there is None or data.is_done(record, config=annotator.config, inputs=there):
             continue  # there are none yet, or all is done
+        data.bring(data.metadata(shard), data.image_vectors(shard))
         rows = pq.read_table(data.metadata(shard), columns=["key", "caption"])
         values = ask(annotator, ImageBatch(rows=rows, vectors=open_vectors(data.image_vectors(shard))))
         # heads are cheap, and the last bit of a product of matrices depends on what else is in them: so all are asked
@@ -154,7 +155,7 @@ def _missing_where(data: Data, shard: int, name: str, annotator: Annotator, inpu
     then = {k: v for k, v in record["inputs"].items() if k in (fetched or {})}
     if then != fetched and recovered_since(data, shard, then) is None:
         return _Missing(inputs, {*wanted.to_pylist()})
-    stored = pq.read_table(data.annotations(name, shard))
+    stored = pq.read_table(data.local(data.annotations(name, shard)))
     columns = [pc.is_valid(stored[column]) for column in stored.column_names if column != "key"]
     stored = stored.filter(pc.and_(pc.is_in(stored["key"], wanted), functools.reduce(pc.or_, columns)))
     return _Missing(inputs, {*wanted.to_pylist()}.difference(stored["key"].to_pylist()), stored)
@@ -314,6 +315,7 @@ def _from_pixels(
         texts = caption_vectors(captions, encoder)
         cosines = similarity(captions, images, texts)
         if added_keys is not None:
+            data.bring(data.metadata(shard), data.image_vectors(shard), data.text_vectors(shard))
             stored = pq.read_table(data.metadata(shard), columns=["key", "similarity"])
             now = _joined(pa.table({"key": fresh["key"], "similarity": cosines}), stored, rows["key"])
             cosines = now["similarity"].combine_chunks()
@@ -348,7 +350,7 @@ def _prepared(
 
     ahead: deque[Future[dict[str, Any]]] = deque()
     known = set(keys)
-    stored = (image for image in read_images(data.tar(shard)) if image[0] in known)
+    stored = (image for image in read_images(data.local(data.tar(shard))) if image[0] in known)
     for start in range(0, len(keys), size):
         count = min(size, len(keys) - start)
         while len(ahead) < 3 * size and (item := next(stored, None)) is not None:

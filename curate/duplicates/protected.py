@@ -204,7 +204,7 @@ def prepare(path: Path, content: str, run: TableRun, *, cosine: bool, named: boo
     """
     data, folder = run.data, run.data.index(run.name)
     record = folder / "protected.json"
-    space = Space.load(data.space) if cosine else None
+    space = Space.load(data.local(data.space)) if cosine else None
     made_of = [_FORM, content, dataclasses.asdict(run.images), named, space and space.fingerprint]
     config = digest(made_of)
     if not data.is_done(record, config=config, inputs={}):

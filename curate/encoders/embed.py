@@ -38,7 +38,7 @@ class EmbedConfig:
 def images_of(data: Data, shard: int, columns: list[str] | None = None) -> pa.Table:
     """The rows of a fetched shard that have an image, in the order of the ledger; None: with every column."""
     names = None if columns is None else [*columns, "status"]
-    table = pq.read_table(data.table(shard), columns=names)
+    table = pq.read_table(data.local(data.table(shard)), columns=names)
     table = table.filter(pa.compute.equal(table["status"], Status.SUCCESS.value))
     return table if columns is None else table.select(columns)
 
@@ -107,7 +107,7 @@ def write_vectors(
             raise ValueError(f"{path.name}: the vector of {bad} is not finite")
 
     data.invalidate(data.embedded_record(shard))
-    data.text_vectors(shard).unlink(missing_ok=True)  # of a run that had them
+    data.remove(data.text_vectors(shard))  # of a run that had them
     for path, vectors in stored.items():
         with atomic(path) as f:
             np.save(f, vectors.astype(np.float16))

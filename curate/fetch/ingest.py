@@ -104,7 +104,7 @@ async def ingest_shard(
     check_verify(context.fetch, data.plan.extra_columns)
     began = time.time()
     source = data.plan.read(shard)
-    starts = note_start(data.starts(shard))
+    starts = note_start(data, data.starts(shard))
     isolate = starts > TRUSTED_STARTS
     with _scratch(data, shard) as scratch:
         results = ShardResults(scratch)
@@ -165,15 +165,17 @@ def check_verify(fetch: FetchConfig, extra_columns: pa.Schema) -> None:
         raise UserError(f"fetch.verify: column {fetch.verify} holds {kind}, not digests as text")
 
 
-def note_start(path: Path) -> int:
-    """Note on disk that a shard is begun, a byte each time; returns how often it has been, this time included."""
+def note_start(data: Data, path: Path) -> int:
+    """Note that a shard is begun, a byte each time; returns how often it has been, this time included."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    stamp = data.store.stamp(path)
+    starts = 1 + (stamp[0] if stamp else 0)
     try:
-        with open(path, "ab") as f:
-            f.write(b".")
-            return f.tell()
+        path.write_bytes(b"." * starts)
+        data.push(path)
     except OSError as e:
         raise as_disk_full(e, path.parent) from e
+    return starts
 
 
 @contextmanager
@@ -190,6 +192,7 @@ def _scratch(data: Data, shard: int) -> Iterator[BinaryIO]:
 
 def _keep_final(data: Data, shard: int, results: ShardResults) -> None:
     """Take over the rows of a fetched shard that a retry keeps: all but the transient failures."""
+    data.bring(data.tar(shard), data.table(shard))
     members = index_tar(data.tar(shard))
     with open(data.tar(shard), "rb") as tar:
         for i, row in enumerate(pq.read_table(data.table(shard)).to_pylist()):
@@ -305,7 +308,7 @@ def _commit(
         # as late as can be: a retry that is killed before this line has changed nothing
         data.invalidate(data.fetched_record(shard))
 
-    data.starts(shard).unlink(missing_ok=True)  # all is decoded; after the record, a kill would leave it for ever
+    data.remove(data.starts(shard))  # all is decoded; after the record, a kill would leave it for ever
     done = time.time()
     statuses = Counter(facts["status"] for facts in rows)
     faces = [facts["faces_blurred"] for facts in rows if facts["faces_blurred"] is not None]

@@ -268,12 +268,13 @@ def write_selection(
     order = np.argsort(keys, kind="stable")
     keys, codes = keys[order], codes[order]
     if twice := keys[1:][keys[1:] == keys[:-1]][:1].tolist():
-        folder = data.table(0).parent
-        raise UserError(f"key {twice[0]} comes twice in {folder}: `tastemaker verify {data.root}` looks for damage")
+        folder = f"{data}/fetched"
+        raise UserError(f"key {twice[0]} comes twice in {folder}: `tastemaker verify {data}` looks for damage")
     names = pa.array([NOT_FETCHED, *(r.name for r in selection.rules), KEPT, *([DENIED] if selection.denied else [])])
     path, record = data.verdicts(selection.name), data.selection_record(selection.name)
     # as many digits as the first key has: keys are numbers, zero-padded to that, and longer ones have no zeros
-    firsts = (b for table in tables(data)[0].files for b in pq.ParquetFile(table).iter_batches(1, columns=["key"]))
+    files = (pq.ParquetFile(data.local(table)) for table in tables(data)[0].files)
+    firsts = (batch for file in files for batch in file.iter_batches(1, columns=["key"]))
     width = next((len(batch["key"][0].as_py()) for batch in firsts), 0)
     schema = pa.schema([("key", pa.string()), ("verdict", pa.dictionary(pa.int16(), pa.string()))])
     data.invalidate(record)
@@ -294,7 +295,7 @@ def load_selection(data: Data, name: str) -> Selection:
         others = data.selections()
         known = f" There are {', '.join(others)}." if others else ""
         raise UserError(
-            f"{data.root} has no selection {name}.{known} "
+            f"{data} has no selection {name}.{known} "
             f"`tastemaker select {shlex.quote(str(data.root))} --name {name}` makes it."
         )
     return Selection.from_json(value)

@@ -76,7 +76,7 @@ def tables(data: Data, shards: Sequence[int] | None = None) -> list[LedgerTable]
     """
     fetched = _table(data, shards, data.table(0).parent, data.fetched_record, data.table)
     if fetched is None:
-        raise UserError(f"{data.root} holds no fetched shard. `tastemaker fetch LIST --out {data}` makes them.")
+        raise UserError(f"{data} holds no fetched shard. `tastemaker fetch LIST --out {data}` makes them.")
     found = [replace(fetched, columns=())]
     embedded = _table(data, shards, data.space.parent, data.embedded_record, data.metadata)
     if embedded and "similarity" in embedded.columns:
@@ -145,6 +145,7 @@ def open_ledger(
     wanted = None if needed is None else {n.lower() for n in needed}
     joined = [t for t in found[1:] if wanted is None or any(c.lower() in wanted for c in t.columns)]
     for i, table in enumerate([found[0], *joined]):
+        data.bring(*table.files)
         con.register(f"_table{i}", ds.dataset([str(p) for p in table.files], format="parquet"))
     columns, source = fetched_columns(pq.read_schema(found[0].files[0]))
     fields = [(name, c) for name, c in source.items() if wanted is None or f"source.{name}".lower() in wanted]
@@ -153,8 +154,8 @@ def open_ledger(
     con.execute(f"CREATE VIEW _aligned AS {_join(columns, fields, joined, by_position=True)}")
 
     parts = ["SELECT '' AS selection, '' AS key, '' AS verdict WHERE false"]
-    for i, name in enumerate(n for n in data.selections() if data.verdicts(n).exists()):
-        con.register(f"_selected{i}", ds.dataset(str(data.verdicts(name)), format="parquet"))
+    for i, name in enumerate(n for n in data.selections() if data.exists(data.verdicts(n))):
+        con.register(f"_selected{i}", ds.dataset(str(data.local(data.verdicts(name))), format="parquet"))
         parts.append(f"SELECT {literal(name)}, key, CAST(verdict AS VARCHAR) FROM _selected{i}")
     con.execute(f"CREATE VIEW verdicts AS {' UNION ALL '.join(parts)}")
     return con
@@ -275,6 +276,7 @@ def hidden_keys(found: Sequence[LedgerTable], shard: int) -> set[str]:
     for column, name in hidden_columns(found).items():
         table = next(t for t in found if t.name == name).of([shard])
         for file in table.files:
+            table.data.bring(file)
             rows = pq.read_table(file, columns=[table.key, column])
             keys.update(rows.filter(pc.fill_null(rows[column], False))[table.key].to_pylist())
     return keys
@@ -329,7 +331,7 @@ def current_tables(data: Data, found: Sequence[LedgerTable], used: Collection[st
 
     wrong = {}  # the tables that lack a shard, or were made from what has changed since, and what to do
     for table in others:
-        again = f"tastemaker {'embed' if 'similarity' in table.columns else 'annotate'} {data.root}"
+        again = f"tastemaker {'embed' if 'similarity' in table.columns else 'annotate'} {data}"
         if missing := with_images.difference(table.shards):
             wrong[table.name] = (
                 f"{table.name} lacks {len(missing):,} of {len(with_images):,} fetched shards "

@@ -282,7 +282,7 @@ def _names(data: Data, shard: int, keys: list[str]) -> list[str]:
         return keys
     source = data.plan.read(shard)
     assert source.own_columns is not None and source.base is not None
-    statuses = pq.read_table(data.table(shard), columns=["status"])["status"]
+    statuses = pq.read_table(data.local(data.table(shard)), columns=["status"])["status"]
     places = source.own_columns.filter(pc.equal(statuses, "success")).to_pylist()
     named: dict[str, dict[int, str]] = {}
     names = []
@@ -299,7 +299,7 @@ def _names(data: Data, shard: int, keys: list[str]) -> list[str]:
 
 def _compare_vectors(data: Data, shard: int, encoder: Encoder, keys: list[str], theirs: np.ndarray, root: Path) -> None:
     """UserError unless the encoder gives, for most of these images, the vectors that the folder holds."""
-    index = index_tar(data.tar(shard))
+    index = index_tar(data.local(data.tar(shard)))
     images = []
     with open(data.tar(shard), "rb") as tar:
         for key in keys:

@@ -64,13 +64,16 @@ def own_folder() -> Path:
 def _own_folder(pid: int) -> Path:
     parent = cache_folder() / "mirrors"
     _sweep(parent)
-    folder = parent / f"{pid}-{secrets.token_hex(4)}"
-    folder.mkdir()
-    # held until the process ends, however it ends; a number alone may be another process's in a container
-    fd = os.open(folder / ".alive", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-    fcntl.flock(fd, fcntl.LOCK_EX)
-    atexit.register(_leave, folder, pid)
-    return folder
+    while True:
+        folder = parent / f"{pid}-{secrets.token_hex(4)}"
+        folder.mkdir()
+        # held until the process ends, however it ends; a number alone may be another process's in a container
+        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if folder.exists():  # nobody swept it away before it was locked
+            atexit.register(_leave, folder, pid)
+            return folder
+        os.close(fd)
 
 
 def _leave(folder: Path, pid: int) -> None:
@@ -82,7 +85,7 @@ def _sweep(parent: Path) -> None:
     """Remove the folders of processes that are gone."""
     for folder in parent.iterdir():
         with contextlib.suppress(OSError):
-            fd = os.open(folder / ".alive", os.O_RDWR | os.O_CLOEXEC)
+            fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)

@@ -34,7 +34,7 @@ class Disk:
     def __str__(self) -> str:
         return str(self.root)
 
-    def read_small(self, path: Path, most: int) -> bytes | None:
+    def read_small(self, path: Path, most: int = 1 << 28) -> bytes | None:
         """The bytes of a small file; None where there is none, a link, or one of more bytes than `most`."""
         self.bring([path])
         with contextlib.suppress(OSError, UserError):
@@ -86,6 +86,11 @@ class Disk:
     def folders(self, parent: Path) -> list[str]:
         """The names of the folders in a folder, sorted."""
         return [name for name in self.names(parent) if (parent / name).is_dir()]
+
+    def walk(self, folder: Path) -> list[Path]:
+        """All files below a folder, sorted."""
+        below = [path for name in self.folders(folder) for path in self.walk(folder / name)]
+        return sorted([*below, *(folder / name for name in {*self.names(folder)}.difference(self.folders(folder)))])
 
     def read_records(self, paths: Iterable[Path]) -> dict[Path, tuple[dict[str, Any], Stamp, str]]:
         """Of the records that are there, what each says, its stamp, and the mark of its outputs."""

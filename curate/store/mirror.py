@@ -11,8 +11,8 @@ from typing import Any
 from urllib.parse import quote
 
 from curate.store.cache import cache_folder, keep, link, make_room, own_folder
-from curate.store.disk import Disk, Stamp
 from curate.store.clients import is_url
+from curate.store.disk import Disk, Stamp
 from curate.store.files import digest, json_bytes, local_path
 from curate.store.lease import Lease, LeaseLost, check_token
 from curate.store.objects import Changed, ObjectStore, StoredObject
@@ -47,6 +47,7 @@ class Mirror(Disk):
         self._objects = ObjectStore(url)
         self.url = self._objects.url
         super().__init__(own_folder() / quote(self.url, safe=""))
+        self.root.mkdir(exist_ok=True)
         self._lease: Lease | None = None
         self._listing: _Listing | None = None
         self._here: dict[str, tuple[StoredObject, Any]] = {}  # what of the store lies here, and its file's identity
@@ -195,9 +196,10 @@ class Mirror(Disk):
         etags = [self._put_file(output).etag for output in outputs]
         self._check()  # as late as can be: an upload takes its time
         before = self._find(path)
+        content = json_bytes(value)
         try:
             put = self._objects.put(
-                json_bytes(value),
+                content,
                 self._name(path),
                 create=before is None,
                 replaces=None if before is None else before.etag,
@@ -205,7 +207,9 @@ class Mirror(Disk):
             )
         except (Changed, FileExistsError) as e:
             raise LeaseLost(f"{self}: another run has written {self._name(path)} meanwhile; this one ends here") from e
-        self._note(put, None)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        self._note(put, path)
 
     def mark(self, outputs: Iterable[Path]) -> str:
         found = [self._find(path) for path in outputs]

@@ -42,7 +42,7 @@ def run(options: SelectOptions) -> Result:
             uids = str(file)
             print(f"made again from {file}, as before")
         elif rules != recipe.select.rules:
-            theirs = shlex.quote(str(data.recipe))
+            theirs = shlex.quote(data.shown(data.recipe))
             print(f"by the rules that {name} was made by (the recipe's: --recipe {theirs})")
         recipe = replace(recipe, select=replace(recipe.select, rules=rules))
 
@@ -60,8 +60,8 @@ def run(options: SelectOptions) -> Result:
             subsets.write_uids(data, name, Path(options.write_uids))
     return Result(
         facts={"kept": selection.kept, "funnel": selection.funnel},
-        paths={"selected": data.verdicts(name)},
-        next=command("pack", data.root, "--name", name) if selection.kept else "",
+        paths={"selected": data.shown(data.verdicts(name))},
+        next=command("pack", data, "--name", name) if selection.kept else "",
     )
 
 

@@ -41,7 +41,7 @@ def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, An
     plan = data.plan
     records = {s.shard: data.record(data.fetched_record(s.shard)) for s in plan.shards}
     fetched = {shard: r for shard, r in records.items() if r}
-    embedded = sum(data.embedded_record(shard).exists() for shard in fetched)
+    embedded = sum(data.exists(data.embedded_record(shard)) for shard in fetched)
     outcomes = Counter[str]()
     for record in fetched.values():
         outcomes.update(record.get("status_dict", {}))
@@ -95,23 +95,23 @@ def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, An
     if len(fetched) < shards:
         return found, command_again(data)
     if embedded < sum(1 for r in fetched.values() if r.get("successes", 1)):
-        return found, command("embed", data.root)
+        return found, command("embed", data)
     if recipe is not None and any(annotated.get(name, 0) < embedded for name in recipe.columns):
-        return found, command("annotate", data.root)
+        return found, command("annotate", data)
     waiting = sum(n for reason, n in failures if Reason(reason).transient)
     last = {shard: record["retries"][-1] for shard, record in fetched.items() if record.get("retries")}
     hopeless = sum(transient_failures(data, shard) for shard, retry in last.items() if not retry["recovered"])
     found["may_pass"], found["tried_in_vain"] = waiting, hopeless
     if waiting > hopeless:
-        return found, command("retry", data.root)
+        return found, command("retry", data)
     if waiting:
-        once_more, failed = command("retry", data.root), f"{waiting:,} rows that failed for transient reasons"
+        once_more, failed = command("retry", data), f"{waiting:,} rows that failed for transient reasons"
         say(f"retry     the last one had back none of {failed}; `{once_more}` tries anew")
     for name, facts in selections.items():
         if facts["stale"]:
-            return found, command("select", data.root, "--name", name)
+            return found, command("select", data, "--name", name)
         if facts["kept"] and facts["packed"] != "now":
-            return found, command("pack", data.root, "--name", name)
+            return found, command("pack", data, "--name", name)
     return found, ""
 
 

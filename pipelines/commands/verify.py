@@ -40,7 +40,7 @@ def run(options: VerifyOptions) -> Result:
     if not damages:
         return Result(facts=facts)
 
-    following = [command("verify", data.root, "--repair")]
+    following = [command("verify", data, "--repair")]
     if options.repair:
         following = verify.remedies(data, damages)
         with data.hold():

@@ -119,6 +119,7 @@ def run_job(job: CurateJob, work: RemainingWork, *, address: str | None = None) 
             finally:
                 del budget
                 show(end=True)
+    job.data.store.refresh()  # workers wrote there
     return display
 
 
