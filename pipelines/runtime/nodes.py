@@ -68,9 +68,9 @@ class NodeCheck:
             if not seen:
                 shared = "Put it on a file system that all nodes share, or on an object store"
                 yield f"it does not see {self.folder}. {shared}"
-        for path in self.paths:
-            if not Path(path).exists():
-                yield f"there is no {path}, which is read there. Copy it to all nodes, or put it where all see it"
+        for name in self.paths:
+            if not Path(name).exists():
+                yield f"there is no {name}, which is read there. Copy it to all nodes, or put it where all see it"
 
     def _models(self) -> Iterator[str]:
         from curate.annotators.registry import fetch_annotators, make_annotators
