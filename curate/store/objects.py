@@ -223,11 +223,11 @@ class ObjectStore:
     def _version_of(self, name: str, etag: str | None) -> dict[str, str]:
         """What a conditional write must name: the etag; on GCS the generation, which is asked for."""
         if self._place.kind != "gs":
-            return {"e_tag": str(etag)}
+            return {"e_tag": f'"{etag}"'}
         now = self.head(name)
         if now is None or now.etag != etag or now.version is None:
             raise Changed(f"{self.url}: {name} is not what was to be replaced")
-        return {"e_tag": now.etag, "version": now.version}
+        return {"e_tag": f'"{etag}"', "version": now.version}
 
     def _ours(self, name: str, size: int, nonce: str) -> StoredObject | None:
         try:
@@ -365,7 +365,8 @@ def _interruptible(request: Callable[[], T]) -> T:
 
 
 def _stored(name: str, meta: Mapping[str, Any]) -> StoredObject:
-    return StoredObject(name, meta["size"], meta["e_tag"] or meta["version"] or "", meta["version"])
+    # Azure's answers quote an etag, and its listings do not
+    return StoredObject(name, meta["size"], (meta["e_tag"] or meta["version"] or "").strip('"'), meta["version"])
 
 
 def _check_name(name: str) -> str:
