@@ -469,7 +469,7 @@ class _Maker:
         pq.write_table(pa.table(named), data.metadata(shard), compression="zstd")
         files = [file, data.metadata(shard)]
         made = commit(
-            data.root, data.embedded_record(shard), config=self.embed_hash, inputs=inputs, outputs=files, facts={}
+            data.root, data.embedded_record(shard), config=self.embed_hash, inputs=inputs, outputs=files, facts={"sample_count": n}
         )
         name = str(file.relative_to(data.root))
         return {name: made["outputs"][name]["sha256"]}
