@@ -111,9 +111,10 @@ class DataFolderVectors(ImageVectors):
 
         columns = ["key", "sha256" if by == "sha256" else "url"]
 
-        def called(index: int) -> pa.Table:
+        def called(index: int, paths: bool) -> pa.Table:
             table = _read(self.data.table(self._shards[index]), columns)
-            return table.append_column("path", _paths(table["url"])) if "url" in table.column_names else table
+            with_path = paths and "url" in table.column_names
+            return table.append_column("path", _paths(table["url"])) if with_path else table
 
         def image_of(index: int, table: pa.Table) -> np.ndarray:
             keys = self._keys(index)
@@ -206,9 +207,9 @@ class ClipFolderVectors(ImageVectors):
         return encoder.encode_texts(texts)
 
     def names(self, ids: Sequence[str], by: str) -> pd.DataFrame:
-        def called(index: int) -> pa.Table:
+        def called(index: int, paths: bool) -> pa.Table:
             table = self._read(index, ["image_path", "url", "sha256"])
-            return table.append_column("path", table["key"])
+            return table.append_column("path", table["key"]) if paths else table
 
         def image_of(index: int, table: pa.Table) -> np.ndarray:
             return self._starts[index] + table["row"].to_numpy()
@@ -401,13 +402,13 @@ def _find(
     ids: Sequence[str],
     by: str,
     files: int,
-    called: Callable[[int], pa.Table],
+    called: Callable[[int, bool], pa.Table],
     image_of: Callable[[int, pa.Table], np.ndarray],
 ) -> pd.DataFrame:
     """`ImageVectors.names` of a folder in files.
 
-    called: the names of a file's rows.    image_of: the images of those rows that are left, -1 where one has none;
-    `row` says where they were.
+    called: the names of a file's rows, with paths where these are asked for.    image_of: the images of those rows that
+    are left, -1 where one has none; `row` says where they were.
     """
     import pyarrow as pa
 
@@ -416,12 +417,11 @@ def _find(
     def look(paths: bool) -> pa.Table:
         parts = []
         for index in range(files):
-            table = called(index)
+            table = called(index, paths)
             rows = np.flatnonzero(wanted.rows(dict(zip(table.column_names, table.columns, strict=True)), paths=paths))
             table = table.take(pa.array(rows)).append_column("row", pa.array(rows))
             images = image_of(index, table) if len(rows) else rows
-            table = table.append_column("image", pa.array(images)).drop(["row"])
-            parts.append(table if len(rows) == 0 or images.min() >= 0 else table.filter(pa.array(images >= 0)))
+            parts.append(table.append_column("image", pa.array(images)).drop(["row"]).filter(pa.array(images >= 0)))
         return pa.concat_tables(parts, promote_options="permissive")
 
     found = look(paths=False)
