@@ -79,7 +79,7 @@ class KeptKeys:
         self._verdicts, self._file = verdicts, hashes
         with open(hashes, "wb") as f:
             for keys in self._kept():
-                f.write(order_hashes(keys.to_pylist(), seed))
+                f.write(order_hashes(keys.to_pylist(), seed).tobytes())
         self._begin()
 
     def hashes(self) -> Iterator[Hashes]:
