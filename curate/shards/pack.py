@@ -48,7 +48,7 @@ from curate.ledger.view import (
 )
 from curate.shards.tar import CorruptShard, TarWriter, image_member, index_tar, read_range
 from curate.store.files import check_space, digest, is_scratch, left_over, read_json, sha256_file, write_json
-from curate.store.records import is_done, read_record, record_digest
+from curate.store.records import read_record, record_digest
 
 _FORMAT = 1  # of the shards; part of what makes them stale
 _OPEN_FILES = 64
@@ -90,7 +90,7 @@ def pack(
     other data than is there now, CorruptShard where an image is not in its tar, DiskFull.
     """
     selection = load_selection(data, name)
-    made_from: Mapping[str, str] = read_record(data.selection_record(name))["inputs"]
+    made_from: Mapping[str, str] = data.record(data.selection_record(name))["inputs"]
     all_tables = tables(data)
     now = table_digests(all_tables)
     stale = [t for t in made_from if t in now and now[t] != made_from[t]]
@@ -100,7 +100,7 @@ def pack(
     if stale:
         raise UserError(
             f"the selection {name} was made before {', '.join(stale)} changed. "
-            f"`tastemaker select {data.root} --name {name}` makes it anew."
+            f"`tastemaker select {data} --name {name}` makes it anew."
         )
     found = current_tables(data, all_tables, made_from.keys())
     if not selection.kept:
@@ -113,13 +113,14 @@ def pack(
             f"the selection {name} kept none of {selection.fetched:,} images. "
             f"The hardest rule is {hardest.name} ({hardest.condition}), which alone rejects {hardest.marginal:,}."
         )
-    inputs = {"selected": sha256_file(data.verdicts(name)), **{t.name: now[t.name] for t in found}}
+    inputs = {"selected": sha256_file(data.local(data.verdicts(name))), **{t.name: now[t.name] for t in found}}
     identity = digest([_FORMAT, asdict(config), selection.to_json()])
     folder = data.packed(name)
-    if is_done(data.root, data.manifest(name), config=identity, inputs=inputs):
-        return read_json(data.manifest(name))
+    if data.is_done(data.manifest(name), config=identity, inputs=inputs):
+        return data.record(data.manifest(name))
 
     _check_folder(folder)
+    data.remove(data.sheet(name), data.charts(name))  # of what was packed before
     for leftover in left_over(folder.parent):  # of a process that was killed
         if leftover.name.startswith(f".{name}.") and leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -138,13 +139,17 @@ def pack(
         outputs = {f"shards/{name}/{p.name}": {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in files}
         facts |= {"config": identity, "inputs": inputs, "outputs": outputs}
         write_json(building / "manifest.json", {**facts, "self": record_digest(facts)})
+        if data.url is not None:  # on a disk the whole folder is replaced at once
+            data.invalidate(data.manifest(name))
         if folder.exists():
             folder.rename(old)
         building.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
+        data.remove(*(folder / found for found in data.store.names(folder) if not (folder / found).exists()))
+        data.push(*sorted(folder.glob("[0-9R]*")), *sorted(folder.glob("*.json"), reverse=True))
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return read_json(data.manifest(name))
+    return data.record(data.manifest(name))
 
 
 def _check_folder(folder: Path) -> None:
@@ -171,7 +176,7 @@ def _check_folder(folder: Path) -> None:
 
 def _choose(data: Data, name: str, config: PackConfig, found: list[LedgerTable]) -> _Chosen:
     """Find the image of every kept row, and shuffle."""
-    verdicts = pq.read_table(data.verdicts(name))
+    verdicts = pq.read_table(data.local(data.verdicts(name)))
     kept = verdicts.filter(pc.equal(verdicts["verdict"].cast(pa.string()), KEPT))["key"].combine_chunks()
     del verdicts
     seed = str(config.seed).encode()
@@ -187,6 +192,7 @@ def _choose(data: Data, name: str, config: PackConfig, found: list[LedgerTable])
     extension, extensions, tars = np.zeros(len(kept), np.int16), list[str](), list[Path]()
     numbers = kept.cast(pa.uint64()).to_numpy()  # ascending
     for table in found[0].files:
+        data.bring(table)
         keys = pq.read_table(table, columns=["key"])["key"]
         if not len(keys):
             continue
@@ -196,14 +202,12 @@ def _choose(data: Data, name: str, config: PackConfig, found: list[LedgerTable])
         if not len(places):
             continue
         tars.append(table.with_suffix(".tar"))
-        index = index_tar(tars[-1])
+        index = index_tar(data.local(tars[-1]))
         for place in places:
             key = kept[int(place)].as_py()
             image = image_member(index.get(key, {}))
             if image is None:
-                raise CorruptShard(
-                    f"{tars[-1]} holds no image of {key}. `tastemaker verify {data.root}` looks for damage."
-                )
+                raise CorruptShard(f"{tars[-1]} holds no image of {key}. `tastemaker verify {data}` looks for damage.")
             kind, (at, length) = image
             if kind not in extensions:
                 extensions.append(kind)
@@ -310,7 +314,7 @@ def _tables_in_order(
             while sum(p.num_rows for p in parts) < end - start:
                 batch = next(stream, None)
                 if batch is None:
-                    raise UserError(f"{data.root} lost rows while they were packed: is another process at work there?")
+                    raise UserError(f"{data} lost rows while they were packed: is another process at work there?")
                 parts.append(pa.Table.from_batches([batch]))
             table = pa.concat_tables(parts)
             rest = table.slice(end - start)
@@ -331,7 +335,7 @@ def _facts(
 ) -> dict[str, Any]:
     """What the manifest says beside files and digests."""
     hashes = {facts.get("denied_hashes") for facts in found[0].facts}
-    recipe = data.recipe.read_text() if data.recipe.exists() else None
+    recipe = data.local(data.recipe).read_text() if data.exists(data.recipe) else None
     return {
         "name": selection.name,
         "count": selection.kept,
@@ -339,7 +343,7 @@ def _facts(
         "pack": asdict(config),
         "selection": selection.to_json(),
         "funnel": selection.funnel,
-        "space": {k: v for k, v in read_record(data.space).items() if k != "probes"},
+        "space": {k: v for k, v in read_record(data.local(data.space)).items() if k != "probes"},
         "columns": recorded_columns(found),
         "left_out": left_out,  # tables that were not complete
         "recipe": recipe,

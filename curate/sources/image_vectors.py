@@ -74,22 +74,22 @@ class DataFolderVectors(ImageVectors):
         self.data = open_data(root)
         self.root, self._text_encoder = self.data.root, text_encoder
         parts = []
-        if self.data.space.exists():
+        if self.data.exists(self.data.space):
             found = tables(self.data)
             for shard in (s.shard for s in self.data.plan.shards):
-                if self.data.embedded_record(shard).exists():
-                    keys = pq.read_table(self.data.metadata(shard), columns=["key"])["key"].to_numpy()
+                if self.data.exists(self.data.embedded_record(shard)):
+                    keys = pq.read_table(self.data.local(self.data.metadata(shard)), columns=["key"])["key"].to_numpy()
                     part = pd.DataFrame({"key": keys, "shard": shard, "row": np.arange(len(keys))})
                     parts.append(part[~part["key"].isin(hidden_keys(found, shard))])
         if not parts:
-            raise UserError(f"{self.root} holds no vectors yet. `tastemaker embed {self.root}` makes them.")
-        self.space = Space.load(self.data.space)
+            raise UserError(f"{self.data} holds no vectors yet. `tastemaker embed {self.data}` makes them.")
+        self.space = Space.load(self.data.local(self.data.space))
         self.index = pd.concat(parts, ignore_index=True)
         self.count = len(self.index)
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         encoder = self._text_encoder()
-        require_same(self.space, encoder.space(), str(self.data.space))
+        require_same(self.space, encoder.space(), f"{self.data}/embedded")
         return encoder.encode_texts(texts)
 
     def names(self, by: str) -> pd.DataFrame:
@@ -107,7 +107,7 @@ class DataFolderVectors(ImageVectors):
         wanted = self.index.iloc[images]
         out = np.empty((len(images), self.space.dim), np.float16)
         for shard, part in wanted.reset_index(drop=True).groupby("shard"):
-            stored = open_vectors(self.data.image_vectors(int(shard)))
+            stored = open_vectors(self.data.local(self.data.image_vectors(int(shard))))
             out[part.index.to_numpy()] = stored[part["row"].to_numpy()]
         return out, np.ones(len(images), bool)
 
@@ -123,7 +123,7 @@ class DataFolderVectors(ImageVectors):
 
         parts = []
         for shard, part in index.groupby("shard"):
-            path = self.data.table(int(shard))
+            path = self.data.local(self.data.table(int(shard)))
             present = [c for c in columns if c in pq.read_schema(path).names]
             table = pq.read_table(path, columns=["key", *present]).to_pandas().drop_duplicates("key").set_index("key")
             parts.append(table.reindex(part["key"]).set_axis(part.index).assign(key=part["key"]))
@@ -134,7 +134,7 @@ class DataFolderVectors(ImageVectors):
 
         found: dict[int, Image.Image | None] = {}
         for shard, part in self.index.iloc[list(images)].groupby("shard"):
-            tar = self.data.tar(int(shard))
+            tar = self.data.local(self.data.tar(int(shard)))
             members = index_tar(tar)
             with open(tar, "rb") as f:
                 for image, key in zip(part.index, part["key"], strict=True):
