@@ -26,6 +26,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.stores import KEYS, weed_command
+
 ROOT = Path(__file__).parents[1]
 TOOLS = ("unshare", "nsenter", "setpriv", "ip", "mount")
 
@@ -74,7 +76,7 @@ class Machine:
 
     def _enter(self, command: Sequence[str]) -> list[str]:
         inside = ["nsenter", "--target", str(self.pid), "--net", "--mount", "--uts", "--pid"]
-        return [*inside, f"--wd={self.here}", "setpriv", "--pdeathsig", "KILL", *command]
+        return [*inside, "setpriv", "--pdeathsig", "KILL", "sh", "-c", 'cd "$0" && exec "$@"', str(self.here), *command]
 
     def run(
         self, command: Sequence[str], *, timeout: float = 120, env: Mapping[str, str] = {}
@@ -131,6 +133,24 @@ class Machine:
     def mend(self) -> None:
         """Put the cable back."""
         _run("nsenter", "--target", str(self.bridge), "--net", "ip", "link", "set", f"v-{self.name}", "up")
+
+
+def serve_s3(machine: Machine) -> dict[str, str]:
+    """Start a real S3 server on a machine, with a bucket `bucket`; what others need in their environment to use it."""
+    machine.start(weed_command(machine.folder, machine.ip, 9333, 8080, 8888, 8333), "weed.txt")
+    ask = (
+        "import time, urllib.request as u, urllib.error as e\n"
+        "for method, url in (('POST', 'http://{0}:8888/buckets/bucket/'), ('GET', 'http://{0}:8333/')):\n"
+        "    for _ in range(300):\n"
+        "        try: u.urlopen(u.Request(url, method=method), timeout=5); break\n"
+        "        except e.HTTPError as x:\n"
+        "            if x.code < 500: break\n"
+        "        except OSError: pass\n"
+        "        time.sleep(0.2)\n"
+        "    else: raise SystemExit(1)\n"
+    )
+    assert machine.run([sys.executable, "-c", ask.format(machine.ip)]).returncode == 0
+    return {**KEYS, "AWS_REGION": "us-east-1", "AWS_ENDPOINT_URL": f"http://{machine.ip}:8333"}
 
 
 TOKEN = "5" * 64

@@ -344,7 +344,7 @@ def _from_pixels(
             )
         facts = {"batch_halved": encoder.halved, "spent": took[_VECTORS]}
         if added_keys is not None:
-            facts["spent"] = total_spent(read_json(data.embedded_record(shard)).get("spent"), took[_VECTORS])
+            facts["spent"] = total_spent(data.record(data.embedded_record(shard)).get("spent"), took[_VECTORS])
         write_vectors(data, shard, rows, images, texts, cosines, config=config, inputs=inputs, facts=facts, began=began)
 
 

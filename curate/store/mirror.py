@@ -72,7 +72,9 @@ class Mirror(Disk):
         self._listing = _Listing(self._objects.list())
 
     def _check(self) -> None:
-        """LeaseLost where another run has taken the folder over meanwhile."""
+        """LeaseLost where another run has taken the folder over meanwhile, or another worker the shard."""
+        if self.fence is not None:
+            self.fence()
         if self._lease is not None:
             self._lease.check()
         elif self.token is not None:  # a worker's

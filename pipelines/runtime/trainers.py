@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from aesthetic.errors import UserError
+from curate.store.disk import Disk
 from pipelines.runtime.channel import report_errors, start_progress, start_worker, stop_check, watch
 from pipelines.runtime.cluster import ray_cluster
-from pipelines.runtime.nodes import NodeCheck, versions
+from pipelines.runtime.nodes import NodeCheck, place_of, versions
 from pipelines.runtime.pool import Pool, Staff, Stage
 from train.data import open_samples
 from train.devices import default_device
@@ -106,7 +107,7 @@ def ray_trainer(job: TrainJob, run: TrainRun, say: Callable[[str], None]) -> Ite
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")  # torch on a cold disk takes its minute
     options = job.options
     cpus = max(os.cpu_count() or 1, options.workers or 0)
-    check = NodeCheck(folder=options.out, versions=versions(), paths=(str(options.data),))
+    check = NodeCheck(place=place_of(Disk(options.out)), versions=versions(), paths=(str(options.data),))
     with ray_cluster(options.address, check, cpus=cpus, gpus=torch.cuda.device_count()):
         yield RayTrainer(job, run, say)
 
@@ -210,7 +211,7 @@ def _train_worker(job: TrainJob, stage: str, name: str) -> None:
     import ray
     import ray.train.torch
 
-    progress = start_worker(job.options.out, stage, name)
+    progress = start_worker(Disk(job.options.out), stage, name)
     rank, _ = rank_and_size()
     if rank == 0:
         ray.get(progress.put.remote(STARTED))
@@ -229,7 +230,7 @@ def _train_worker(job: TrainJob, stage: str, name: str) -> None:
 
 def open_latents(job: TrainJob, name: str, made: dict[str, Any], threads: int) -> Callable[[int, int], None]:
     """Writes shards of latents, in an actor."""
-    progress = start_worker(job.options.out, "latents", name)
+    progress = start_worker(Disk(job.options.out), "latents", name)
     with report_errors(progress):
         run = job.open(default_device())
 
