@@ -61,7 +61,8 @@ class _Tasks:
         self._shown, self._last = "", time.monotonic()
         self._out: Any = None  # the terminal, once Ray writes to where it was
         images = sum(data.record(data.fetched_record(s.shard)).get("successes", 0) for s in data.plan.shards)
-        self._on_ray = address is not None or images >= IMAGES_FOR_RAY
+        # tasks write files for each other, which nodes that share no disk would not see
+        self._on_ray = data.url is None and (address is not None or images >= IMAGES_FOR_RAY)
 
     def say(self, text: str) -> None:
         self.show("")
