@@ -106,17 +106,12 @@ class Machine:
     def processes(self, words: str) -> list[psutil.Process]:
         """Its processes whose command line has these words."""
         found = []
-        for process in psutil.Process(self.pid).children(recursive=True) + self._entered():
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-                if words in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
-
-    def _entered(self) -> list[psutil.Process]:
-        found = []
-        for process in self.started:
+        for pid in (self.pid, *(process.pid for process in self.started)):
             with contextlib.suppress(psutil.NoSuchProcess):
-                found += psutil.Process(process.pid).children(recursive=True)
+                for process in psutil.Process(pid).children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                        if words in " ".join(process.cmdline()):
+                            found.append(process)
         return found
 
     def die(self) -> None:
@@ -181,7 +176,9 @@ class Net:
             f"&& touch {folder}/up && exec sleep infinity"
         )
         spaces = ["--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        holder = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", "unshare", *spaces, "sh", "-c", inside])
+        with open(folder / "machine.txt", "wb") as log:
+            command = ["setpriv", "--pdeathsig", "KILL", "unshare", *spaces, "sh", "-c", inside]
+            holder = subprocess.Popen(command, stderr=log)
         deadline = time.monotonic() + 20
         while not (folder / "up").exists():
             assert holder.poll() is None and time.monotonic() < deadline, f"machine {name} did not start"

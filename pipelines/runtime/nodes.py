@@ -19,6 +19,7 @@ from aesthetic.errors import UserError
 from aesthetic.files import scratch_path, write_atomic
 from curate.layout import Data
 from curate.store.disk import Disk
+from curate.store.mirror import open_store
 from pipelines.recipe import Recipe
 
 PACKAGES = (
@@ -43,6 +44,12 @@ class Place:
     proof: tuple[str, str] | None = None  # the file, and what it says
     url: str | None = None
     token: str | None = None
+
+    def open(self) -> Disk:
+        """The store, as a worker has it."""
+        store = open_store(self.url or self.folder)
+        store.token = self.token
+        return store
 
     def problems(self) -> Iterator[str]:
         """What keeps this node from it."""
