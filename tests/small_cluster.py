@@ -68,6 +68,7 @@ class Machine:
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "eth0",  # names of machines mean nothing here
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": TOKEN,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import os
 import platform
 import secrets
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -94,7 +96,7 @@ class NodeCheck:
 
     place: where results lie.
     encoder, weights, columns: what is loaded there, as a recipe has them; configs: what the columns' values depend on.
-    paths: files and folders that are read there.
+    paths: files and folders that are read there.    gloo: whether workers there talk to each other by it.
     """
 
     place: Place
@@ -104,10 +106,11 @@ class NodeCheck:
     columns: Mapping[str, Any] = field(default_factory=dict)
     configs: Mapping[str, str] = field(default_factory=dict)
     paths: tuple[str, ...] = ()
+    gloo: bool = False
 
     def problems(self) -> list[str]:
         """What this node lacks, and what to do about each; [] where it is fit. Fetches weights that are not here."""
-        return [*self._software(), *self._storage(), *self._models()]
+        return [*self._software(), *self._storage(), *self._models(), *self._network()]
 
     def _software(self) -> Iterator[str]:
         here = versions()
@@ -120,6 +123,19 @@ class NodeCheck:
         for name in self.paths:
             if not Path(name).exists():
                 yield f"there is no {name}, which is read there. Copy it to all nodes, or put it where all see it"
+
+    def _network(self) -> Iterator[str]:
+        if not self.gloo or os.environ.get("GLOO_SOCKET_IFNAME"):
+            return
+        try:  # as gloo finds the address that it tells others
+            address = socket.gethostbyname(socket.gethostname())
+        except OSError:
+            address = "nothing"
+        if address == "nothing" or address.startswith("127."):
+            yield (
+                f"its name {socket.gethostname()} means {address} there, so workers elsewhere can't reach those on it. "
+                "Start Ray there with GLOO_SOCKET_IFNAME=eth0, or whatever its network interface is called"
+            )
 
     def _models(self) -> Iterator[str]:
         from curate.annotators.registry import fetch_annotators, make_annotators

@@ -124,7 +124,8 @@ def ray_trainer(job: TrainJob, run: TrainRun, say: Callable[[str], None]) -> Ite
     options = job.options
     cpus = max(os.cpu_count() or 1, options.workers or 0)
     paths = () if job.data.url else (job.data.folder,)
-    check = NodeCheck(place=job.model, versions=versions(), paths=paths)
+    gloo = options.address is not None and not torch.cuda.is_available()
+    check = NodeCheck(place=job.model, versions=versions(), paths=paths, gloo=gloo)
     with ray_cluster(options.address, check, cpus=cpus, gpus=torch.cuda.device_count()):
         yield RayTrainer(job, run, say)
 
