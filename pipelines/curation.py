@@ -32,6 +32,7 @@ from pipelines.options import Result, command
 from pipelines.recipe import Recipe, store_recipe
 from pipelines.runtime.cluster import check_reachable
 from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
+from pipelines.runtime.nodes import node_check
 from pipelines.runtime.passes import annotate_passes
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ def _run_job(
             print(f"{len(plan.shards) - len(left.shards):,} of {len(plan.shards):,} shards are done already")
         together = replace(recipe, columns={name: recipe.columns[name] for name in first_pass(annotators)})
         job = CurateJob(data, together, fetch="fetch" in stages, embed="embed" in stages, retry=retry)
-        display = run_job(job, left, address=address)
+        display = run_job(job, left, check=node_check(data, recipe), address=address)
         times.add(display)
     if "embed" in stages:
         with times.stage("annotate"):

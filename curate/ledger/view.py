@@ -5,6 +5,7 @@ DuckDB itself may touch no file (curate.ledger.sql): the tables reach it as pyar
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -266,13 +267,14 @@ def hidden_condition(columns: Iterable[str]) -> str:
     return " OR ".join(f"coalesce({quote(c)}, false)" for c in columns) or "false"
 
 
-def hidden_keys(found: Sequence[LedgerTable], shard: int) -> set[str]:
-    """The keys of the images of a shard that must not be seen."""
+def hidden_keys(found: Sequence[LedgerTable], hidden: Mapping[str, str], shard: int) -> set[str]:
+    """The keys of the images of a shard that must not be seen; `hidden` as `hidden_columns` has it."""
     keys = set[str]()
-    for column, name in hidden_columns(found).items():
-        table = next(t for t in found if t.name == name).of([shard])
-        for file in table.files:
-            rows = pq.read_table(file, columns=[table.key, column])
+    for column, name in hidden.items():
+        table = next(t for t in found if t.name == name)
+        at = bisect.bisect_left(table.shards, shard)
+        if table.shards[at : at + 1] == (shard,):
+            rows = pq.read_table(table.files[at], columns=[table.key, column])
             keys.update(rows.filter(pc.fill_null(rows[column], False))[table.key].to_pylist())
     return keys
 

@@ -181,26 +181,33 @@ class ImportedVectors:
 
     def _gather(self, rows: np.ndarray, kind: str) -> np.ndarray:
         vectors = np.zeros((len(rows), self.folder.dim), np.float32)
-        for part, places, inside in self._by_part(rows):
-            vectors[places] = open_vectors(getattr(part, kind))[inside]
+        for index, places, inside in by_part(self._starts, rows):
+            vectors[places] = open_vectors(getattr(self.folder.parts[index], kind))[inside]
         return vectors
 
     def captions(self, rows: np.ndarray) -> list[str | None]:
         """The captions of rows; None where the folder has none."""
         captions: list[str | None] = [None] * len(rows)
-        for part, places, inside in self._by_part(rows):
-            if "caption" in pq.read_schema(part.metadata).names:
-                column = pq.read_table(part.metadata, columns=["caption"])["caption"]
+        for index, places, inside in by_part(self._starts, rows):
+            metadata = self.folder.parts[index].metadata
+            if "caption" in pq.read_schema(metadata).names:
+                column = pq.read_table(metadata, columns=["caption"])["caption"]
                 for place, caption in zip(places, column.take(pa.array(inside)).to_pylist(), strict=True):
                     captions[place] = caption
         return captions
 
-    def _by_part(self, rows: np.ndarray) -> Iterator[tuple[Partition, np.ndarray, np.ndarray]]:
-        """The partitions that hold these rows: (partition, places in `rows`, rows of the partition)."""
-        owner = np.searchsorted(self._starts, rows, "right") - 1
-        for index in np.unique(owner):
-            places = np.flatnonzero(owner == index)
-            yield self.folder.parts[index], places, rows[places] - self._starts[index]
+
+def by_part(starts: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Rows counted through several files, file by file: (index of the file, places in `rows`, rows within the file).
+
+    starts: the first row of each file, and how many there are in all.
+    """
+    owner = np.searchsorted(starts, rows, "right") - 1
+    order = np.argsort(owner, kind="stable")
+    for places in np.split(order, np.flatnonzero(np.diff(owner[order])) + 1):
+        if len(places):
+            index = int(owner[places[0]])
+            yield index, places, rows[places] - starts[index]
 
 
 def _names_of(paths: pa.Array) -> pa.Array:
