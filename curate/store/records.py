@@ -44,12 +44,21 @@ def record_digest(value: Mapping[str, Any]) -> str:
     return digest({k: v for k, v in value.items() if k != "self"})
 
 
-def recommit(root: Path, record: Path, inputs: Mapping[str, str]) -> None:
-    """Write a record again for other inputs from which the same files would come."""
-    value = read_record(record)
-    facts = {k: v for k, v in value.items() if k not in ("config", "inputs", "outputs", "self")}
+def recommit(
+    root: Path,
+    record: Path,
+    inputs: Mapping[str, str],
+    *,
+    config: str | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a record again for other inputs, or another configuration, from which the same files would come; facts are
+    laid over those that it has, and None takes one away."""
+    value, facts = read_record(record), facts or {}
+    gone = {"config", "inputs", "outputs", "self", *(k for k, v in facts.items() if v is None)}
+    kept = {k: v for k, v in {**value, **facts}.items() if k not in gone}
     outputs = [root / name for name in value["outputs"]]
-    commit(root, record, config=value["config"], inputs=inputs, outputs=outputs, facts=facts)
+    commit(root, record, config=config or value["config"], inputs=inputs, outputs=outputs, facts=kept)
 
 
 def invalidate(record: Path) -> None:

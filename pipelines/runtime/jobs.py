@@ -11,8 +11,8 @@ import contextlib
 import math
 import os
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -34,6 +34,7 @@ class CurateJob:
     embed: bool = True
     vectors: bool = True  # with false, embedding makes no vectors: columns alone
     retry: bool = False
+    early: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # of entries and the encoder: EmbedWorker
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,7 @@ class EmbedActor:
                 self._meter,
                 threads,
                 vectors=job.vectors,
+                early=job.early,
             )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
