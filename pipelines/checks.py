@@ -44,7 +44,9 @@ def check_engine(recipe: Recipe) -> None:
 
 
 def check_selection(data: Data, recipe: Recipe, extra_columns: pa.Schema, annotators: Mapping[str, Annotator]) -> None:
-    """UserError where a rule or a `where` names a column that there will not be, or a threshold outside its scale."""
+    """UserError where a rule or a `where` names a column that there will not be, or a threshold outside its scale, and
+    where a rule can't be early."""
+    from curate.ledger.early import check_early
     from curate.ledger.rules import check_rules
     from curate.ledger.view import known_columns, ledger_types, source_types, sql_types
 
@@ -53,7 +55,9 @@ def check_selection(data: Data, recipe: Recipe, extra_columns: pa.Schema, annota
     known_types, known_scales = known_columns(data)
     types = {**ledger_types(), **known_types, **made}
     scales = known_scales | {name: c.scale for name, c in specs.items() if c.scale is not None}
-    check_rules(recipe.select.rules, types, source_types(extra_columns), scales)
+    rules = check_rules(recipe.select.rules, types, source_types(extra_columns), scales)
+    tables = column_specs({name: a for name, a in annotators.items() if a.reads == "table"})
+    check_early(rules, recipe.select.early, specs, tables)
     check_where(annotators, types, source_types(extra_columns), scales)
     passes(annotators)
 

@@ -88,12 +88,7 @@ def judge(
 ) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
     """Keys of the rows; per rule: 0 where it is TRUE, 1 where it isn't, 2 where a column has no value; and the values
     of the columns `beside`, masked where these are null."""
-    items = []
-    for i, rule in enumerate(rules):
-        empty = [f"{as_value(c)} IS NULL" for c in rule.required]
-        empty += [no for c in rule.finite if (no := _no_value(c, types[c]))]
-        null = f"WHEN {' OR '.join(empty)} THEN 2 " if empty else ""
-        items.append(f"CAST(CASE {null}WHEN ({rule.sql}) THEN 0 ELSE 1 END AS TINYINT) AS s{i}")
+    items = [f"{state_sql(rule, types)} AS s{i}" for i, rule in enumerate(rules)]
     try:
         values = [f"{quote(column)} AS b{i}" for i, column in enumerate(beside)]
         found = con.execute(f"SELECT {', '.join([quote('#key'), *items, *values])} FROM judged").fetchnumpy()
@@ -108,6 +103,17 @@ def judge(
         raise UserError(f"the rules fail on a row: {short(e)}") from None
     states = [np.asarray(found[f"s{i}"]) for i in range(len(rules))]
     return np.asarray(found["#key"]), states, [found[f"b{i}"] for i in range(len(beside))]
+
+
+def state_sql(rule: Rule, types: Mapping[str, str]) -> str:
+    """SQL over a row's columns: 0 where a rule is TRUE of it, 1 where it isn't, 2 where a column has no value.
+
+    types: of the columns that rules name, `similarity` or `source.WIDTH`, as DuckDB calls them.
+    """
+    empty = [f"{as_value(c)} IS NULL" for c in rule.required]
+    empty += [no for c in rule.finite if (no := _no_value(c, types[c]))]
+    null = f"WHEN {' OR '.join(empty)} THEN 2 " if empty else ""
+    return f"CAST(CASE {null}WHEN ({rule.sql}) THEN 0 ELSE 1 END AS TINYINT)"
 
 
 @contextlib.contextmanager

@@ -69,10 +69,12 @@ class NothingKept(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class SelectConfig:
-    """A selection: a name, and rules in order. `rules` maps a rule's name to an SQL condition over the ledger."""
+    """A selection: a name, and rules in order. `rules` maps a rule's name to an SQL condition over the ledger; `early`
+    names those of them that are applied as soon as their columns are known (curate.ledger.early)."""
 
     name: str = "default"
     rules: dict[str, str] = field(default_factory=dict)
+    early: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_name(self.name)
