@@ -7,7 +7,7 @@ condition counts, so that a wider one costs the new images alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curate.annotators.base import Annotator, all_of, config_of
+from curate.annotators.base import Annotator, TableAnnotator, all_of, config_of
 from curate.annotators.order import wanted_keys, where_inputs
 from curate.encoders.embed import images_of
 from curate.layout import Data
-from curate.store.files import read_json
+from curate.store.files import digest, read_json
 from curate.store.records import is_done, output_digests, outputs_present, read_record, recommit
 
 
@@ -33,8 +33,8 @@ def column_inputs(data: Data, shard: int, annotator: Annotator) -> dict[str, str
         name = str(data.image_vectors(shard).relative_to(data.root))
         digests = output_digests(record) if record else {}
         found = {name: digests[name]} if name in digests else None
-        if found and record and "early" in record:  # the same vectors may be of a part of other images
-            found |= data.fetched_digests(shard) or {}
+        if found and record and "early" in record:  # the same vectors may be a part of other images', by other rules
+            found |= {**(data.fetched_digests(shard) or {}), "early": digest(record["early"])}
     if found is None or annotator.condition is None:
         return found
     more = where_inputs(data, shard, annotator.condition)
@@ -104,7 +104,7 @@ class Wanted:
         from curate.fetch.ingest import recovered_since  # brings aiohttp, for which a recipe need not wait
 
         record, fetched = read_record(self.record), self.data.fetched_digests(self.shard) or {}
-        if not record or record.get("digest", record["config"]) != self.digest:
+        if not record or record.get("digest", record.get("config")) != self.digest:
             return None
         then = {k: v for k, v in record["inputs"].items() if k in fetched}
         changed = then != fetched and recovered_since(self.data, self.shard, then) is None
@@ -119,11 +119,20 @@ class Wanted:
         return stored.filter(functools.reduce(pc.or_, valid))
 
 
+def inherited_early(data: Data, shard: int, annotator: Annotator, needs: Sequence[str] = ()) -> dict[str, str]:
+    """The early rules that left images of a shard out of what an annotator's columns are computed from: vectors, and
+    the columns of the entries that it needs."""
+    records = [data.annotations_record(need, shard) for need in needs]
+    of_vectors = isinstance(annotator, TableAnnotator) and "embedded" in annotator.inputs
+    records += [data.embedded_record(shard)] if of_vectors or annotator.reads == "vectors" else []
+    return {name: sql for record in records for name, sql in (read_record(record).get("early") or {}).items()}
+
+
 _CONDITIONAL = ("where", "early", "asked", "digest")
 
 
-def condition_facts(digest: str, where: str | None, early: Mapping[str, str], asked: int) -> dict[str, Any]:
+def condition_facts(own: str, where: str | None, early: Mapping[str, str], asked: int) -> dict[str, Any]:
     """What a record says of the images that were looked at, where these are not all."""
     facts = {} if where is None else {"where": where}
     facts |= {"early": dict(early)} if early else {}
-    return {**facts, "asked": asked, "digest": digest} if facts else {}
+    return {**facts, "asked": asked, "digest": own} if facts else {}

@@ -121,15 +121,15 @@ def early_of(annotators: Mapping[str, Annotator], rules: Mapping[str, str]) -> d
 
 def set_early(
     annotators: Mapping[str, Annotator], rules: Mapping[str, str], *, imported: bool = False
-) -> dict[str, str]:
-    """Give each entry the early rules (name -> condition) that it waits for; returns those of the encoder: none where
-    vectors are imported, as these cost nothing."""
+) -> dict[str, dict[str, str]]:
+    """Give each entry the early rules (name -> condition) that it waits for, and return them, with those of ENCODER:
+    none where vectors are imported, as these cost nothing."""
     for annotator in annotators.values():
         annotator.early = {}
     found = early_of(annotators, rules)
     for name, annotator in annotators.items():
         annotator.early = found[name]
-    return {} if imported else found[ENCODER]
+    return {**found, ENCODER: {}} if imported else found
 
 
 def made_late(annotators: Mapping[str, Annotator]) -> set[str]:

@@ -31,7 +31,7 @@ from curate.annotators.base import (
     column_specs,
     config_of,
 )
-from curate.annotators.missing import Missing, Wanted, column_inputs, condition_facts
+from curate.annotators.missing import Missing, Wanted, column_inputs, condition_facts, inherited_early
 from curate.annotators.order import ENCODER, resolve_needs, steps, wanted_keys, where_inputs
 from curate.encoders.base import Encoder
 from curate.encoders.embed import caption_vectors, images_of, similarity, write_vectors
@@ -119,7 +119,8 @@ def _from_vectors(data: Data, shard: int, name: str, annotator: Annotator) -> No
     # heads are cheap, and the last bit of a product of matrices depends on what else is in them: so all are asked
     wanted = pc.is_in(rows["key"], wanted_keys(data, shard, annotator.condition).combine_chunks())
     values = {suffix: value.filter(wanted.combine_chunks()) for suffix, value in values.items()}
-    _write(data, shard, name, annotator, rows["key"].filter(wanted), values, Missing(there))
+    left_out = inherited_early(data, shard, annotator)
+    _write(data, shard, name, annotator, rows["key"].filter(wanted), values, Missing(there), left_out)
 
 
 def annotate_table(
@@ -170,7 +171,8 @@ def annotate_table(
                 chosen = pc.is_in(images, keys.combine_chunks()).combine_chunks()
                 answer = {suffix: value.filter(chosen) for suffix, value in answer.items()}
             values = _checked(annotator, answer, len(keys))
-            _write(data, shard, name, annotator, keys, values, Missing(inputs[shard]))
+            left_out = inherited_early(data, shard, annotator, [*needs.values()])
+            _write(data, shard, name, annotator, keys, values, Missing(inputs[shard]), left_out)
     return len(missing)
 
 
@@ -377,9 +379,10 @@ def _write(
     fresh: pa.ChunkedArray,
     values: Mapping[str, pa.Array | pa.ChunkedArray],
     missing: Missing,
+    inherited: Mapping[str, str] | None = None,
 ) -> None:
     """Write and commit one shard of an annotator's columns: values of the keys `fresh` and those that are stored; null
-    for all other images."""
+    for all other images. inherited: the early rules that left images out of what the values are computed from."""
     columns = {column_name(name, suffix, annotator): value for suffix, value in values.items()}
     table = pa.table({"key": fresh, **columns})
     file, record = data.annotations(name, shard), data.annotations_record(name, shard)
@@ -397,5 +400,6 @@ def _write(
     facts = {"count": len(table), "annotator": annotator.name, "columns": specs, **annotator.facts}
     if annotator.null_says and nulls:
         facts["counts"] = {annotator.null_says: nulls}
-    facts |= condition_facts(annotator.digest, annotator.where, annotator.early, asked)
+    early = {**(inherited or {}), **annotator.early}
+    facts |= condition_facts(annotator.digest, annotator.where, early, asked)
     commit(data.root, record, config=annotator.config, inputs=missing.inputs, outputs=[file], facts=facts)
