@@ -20,6 +20,7 @@ from curate.annotators.stage import annotate_shard
 from curate.encoders.base import Encoder
 from curate.encoders.embed import EmbedConfig
 from curate.encoders.registry import load_encoder
+from curate.estimate.spent import Spent
 from curate.fetch import engine_img2dataset
 from curate.fetch.budget import LeaseSlots
 from curate.fetch.client import Fetcher
@@ -165,6 +166,7 @@ class EmbedWorker:
         if vectors and space is not None:
             claim_space(data, space)
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="decode")
+        self._spent = Spent()
 
     def run(self, shard: int) -> None:
         """Embed and annotate one fetched shard; what is done is left alone."""
@@ -182,6 +184,7 @@ class EmbedWorker:
             threads=self._threads,
             report=self.report,
             early=self.early,
+            spent=self._spent,
         )
 
 

@@ -35,6 +35,7 @@ from curate.annotators.missing import Missing, Wanted, column_inputs, condition_
 from curate.annotators.order import ENCODER, resolve_needs, steps, wanted_keys, where_inputs
 from curate.encoders.base import Encoder
 from curate.encoders.embed import caption_vectors, images_of, similarity, write_vectors
+from curate.estimate.spent import Spent, of_models, total_spent
 from curate.fetch.ingest import Report, note_start
 from curate.images.config import ImagesConfig
 from curate.images.decode import decode
@@ -65,6 +66,7 @@ def annotate_shard(
     threads: Executor,
     report: Report,
     early: Mapping[str, str] | None = None,
+    spent: Spent | None = None,
 ) -> None:
     """Compute what is missing of a fetched shard: its vectors by `encoder` (config: the hash of its settings), where
     one is given, then the columns of annotators that are loaded.
@@ -72,7 +74,7 @@ def annotate_shard(
     early: rules, NAME -> SQL, that leave out images which need no vector; those of annotators are their own.
     """
     assert data.fetched_digests(shard) is not None, f"shard {shard} is annotated before it is fetched"
-    begun = False
+    begun, spent = False, spent or Spent()
     for names in steps(annotators, None if encoder is None else early or {}):
         missing = dict[str, Missing]()
         for name in names:
@@ -94,22 +96,23 @@ def annotate_shard(
                     "done."
                 )
             begun = True
-            _from_pixels(data, shard, annotators, encoder, config, early or {}, missing, threads, report)
+            _from_pixels(data, shard, annotators, encoder, config, early or {}, missing, threads, report, spent)
             for name in missing.keys() - {ENCODER}:
                 annotator = annotators[name]
                 if annotator.reads != "pixels":
                     rows = images_of(data, shard, None if annotator.reads == "row" else ["key", "caption"])
                     fresh = _only(rows, missing[name].keys)
                     values = ask(annotator, ImageBatch(rows=fresh))
-                    _write(data, shard, name, annotator, fresh["key"], values, missing[name])
+                    took = spent.take(images=len(fresh))
+                    _write(data, shard, name, annotator, fresh["key"], values, missing[name], took)
         for name in names:
             if name != ENCODER and annotators[name].reads == "vectors":
-                _from_vectors(data, shard, name, annotators[name])
+                _from_vectors(data, shard, name, annotators[name], spent)
     if begun:
         data.embed_starts(shard).unlink(missing_ok=True)
 
 
-def _from_vectors(data: Data, shard: int, name: str, annotator: Annotator) -> None:
+def _from_vectors(data: Data, shard: int, name: str, annotator: Annotator, spent: Spent) -> None:
     """The columns of one that reads vectors, where they are not done and there are vectors."""
     there, record = column_inputs(data, shard, annotator), data.annotations_record(name, shard)
     if there is None or is_done(data.root, record, config=annotator.config, inputs=there):
@@ -119,8 +122,8 @@ def _from_vectors(data: Data, shard: int, name: str, annotator: Annotator) -> No
     # heads are cheap, and the last bit of a product of matrices depends on what else is in them: so all are asked
     wanted = pc.is_in(rows["key"], wanted_keys(data, shard, annotator.condition).combine_chunks())
     values = {suffix: value.filter(wanted.combine_chunks()) for suffix, value in values.items()}
-    left_out = inherited_early(data, shard, annotator)
-    _write(data, shard, name, annotator, rows["key"].filter(wanted), values, Missing(there), left_out)
+    left_out, took = inherited_early(data, shard, annotator), spent.take(images=len(rows))
+    _write(data, shard, name, annotator, rows["key"].filter(wanted), values, Missing(there), took, left_out)
 
 
 def annotate_table(
@@ -165,6 +168,7 @@ def annotate_table(
             say=say,
             show=show,
         )
+        spent, began = Spent(), time.perf_counter()
         for shard, answer in zip(shards, annotator.annotate_all(run), strict=True):
             keys, images = wanted_keys(data, shard, annotator.condition), images_of(data, shard, ["key"])["key"]
             if all(len(value) == len(images) for value in answer.values()):
@@ -172,7 +176,9 @@ def annotate_table(
                 answer = {suffix: value.filter(chosen) for suffix, value in answer.items()}
             values = _checked(annotator, answer, len(keys))
             left_out = inherited_early(data, shard, annotator, [*needs.values()])
-            _write(data, shard, name, annotator, keys, values, Missing(inputs[shard]), left_out)
+            took = spent.take(images=len(keys), seconds=time.perf_counter() - began)
+            _write(data, shard, name, annotator, keys, values, Missing(inputs[shard]), took, left_out)
+            began = time.perf_counter()
     return len(missing)
 
 
@@ -241,6 +247,7 @@ def _from_pixels(
     missing: Mapping[str, Missing],
     threads: Executor,
     report: Report,
+    spent: Spent,
 ) -> None:
     """One pass over the pixels of a shard: its vectors, and the columns of those that read pixels, and are missing."""
     models: dict[str, Any] = {n: annotators[n] for n in missing if n != ENCODER and annotators[n].reads == "pixels"}
@@ -258,52 +265,56 @@ def _from_pixels(
     vectors, waiting = list[np.ndarray](), list[Any]()
     answers = {name: list[dict[str, pa.Array]]() for name in models if name != ENCODER}
     size = _BATCH if encoder is None else encoder.batch_size
-    wanted = {name: missing[name].keys for name in models}
-    for start, batch in _prepared(data, shard, fresh["key"].to_pylist(), models, wanted, size, threads):
+    wanted, seen = {name: missing[name].keys for name in models}, dict.fromkeys(models, 0)
+    for start, batch in _prepared(data, shard, fresh["key"].to_pylist(), models, wanted, size, threads, spent):
         part = fresh.slice(start, len(batch))
         for name, model in models.items():
             chosen = [i for i, found in enumerate(batch) if name in found]
             inputs_of = [batch[i].pop(name) for i in chosen]
-            if name == ENCODER:
-                waiting += inputs_of
-                while len(waiting) >= size:
-                    vectors.append(model.encode_prepared(np.stack(waiting[:size])))
-                    del waiting[:size]
-            elif chosen:
-                answers[name].append(ask(model, ImageBatch(rows=part.take(chosen), inputs=inputs_of)))
+            seen[name] += len(chosen)
+            with spent.model(name):
+                if name == ENCODER:
+                    waiting += inputs_of
+                    while len(waiting) >= size:
+                        vectors.append(model.encode_prepared(np.stack(waiting[:size])))
+                        del waiting[:size]
+                elif chosen:
+                    answers[name].append(ask(model, ImageBatch(rows=part.take(chosen), inputs=inputs_of)))
         for _ in range(len(part)):
             report("embed", Status.SUCCESS, "")
-    if waiting:
-        assert encoder is not None
-        vectors.append(encoder.encode_prepared(np.stack(waiting)))
-
+    images = texts = np.zeros((0, 0), np.float32)
+    if encoder is not None and ENCODER in models:
+        with spent.model(ENCODER):
+            vectors += [encoder.encode_prepared(np.stack(waiting))] if waiting else []
+            texts = caption_vectors(_only(rows, missing[ENCODER].keys)["caption"].to_pylist(), encoder)
+        images = np.concatenate(vectors) if vectors else np.zeros((0, encoder.dim), np.float32)
+    took = of_models(spent.take(), seen)
     for name, parts in answers.items():
         annotator, own = annotators[name], _only(rows, missing[name].keys)
         parts = parts or [ask(annotator, ImageBatch(rows=own))]
         values = {suffix: pa.chunked_array([p[suffix] for p in parts]) for suffix in annotator.columns}
-        _write(data, shard, name, annotator, own["key"], values, missing[name])
+        _write(data, shard, name, annotator, own["key"], values, missing[name], took[name])
     if ENCODER in models:
         assert encoder is not None
-        images = np.concatenate(vectors) if vectors else np.zeros((0, encoder.dim), np.float32)
-        _write_vectors(data, shard, encoder, images, missing[ENCODER], config, early, began)
+        facts = {"batch_halved": encoder.halved, "spent": took[ENCODER]}
+        _write_vectors(data, shard, images, texts, missing[ENCODER], config, early, facts, began)
 
 
 def _write_vectors(
     data: Data,
     shard: int,
-    encoder: Encoder,
     images: np.ndarray,
+    texts: np.ndarray,
     missing: Missing,
     config: str,
     early: Mapping[str, str],
+    facts: dict[str, Any],
     began: float,
 ) -> None:
-    """Write and commit the vectors just made of a shard, with those of their captions, and those that are stored."""
+    """Write and commit the vectors just made of a shard's images and captions, and those that are stored."""
     rows = images_of(data, shard, ["key", "caption"])
     fresh = _only(rows, missing.keys)
-    captions = fresh["caption"].to_pylist()
-    texts = caption_vectors(captions, encoder)
-    cosines = similarity(captions, images, texts)
+    cosines = similarity(fresh["caption"].to_pylist(), images, texts)
     if missing.stored is None:
         rows = fresh
     else:
@@ -316,6 +327,7 @@ def _write_vectors(
             np.concatenate([new, np.load(file, allow_pickle=False).astype(np.float32)])[order]
             for new, file in ((images, data.image_vectors(shard)), (texts, data.text_vectors(shard)))
         )
+        facts["spent"] = total_spent(read_json(data.embedded_record(shard)).get("spent"), facts["spent"])
     write_vectors(
         data,
         shard,
@@ -325,7 +337,7 @@ def _write_vectors(
         cosines,
         config=config_of(config, None, early),
         inputs=dict(missing.inputs),
-        facts={"batch_halved": encoder.halved, **condition_facts(config, None, early, len(rows))},
+        facts={**facts, **condition_facts(config, None, early, len(rows))},
         began=began,
     )
 
@@ -338,17 +350,19 @@ def _prepared(
     wanted: Mapping[str, set[str] | None],
     size: int,
     threads: Executor,
+    spent: Spent,
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Batches (first row, and of each image the inputs of the models that want it: None, all), decoded and preprocessed
     in threads, two batches ahead."""
 
     def prepare(key: str, image: bytes) -> dict[str, Any]:
-        pixels, found = decode(image), dict[str, Any]()
-        for name, model in models.items():
-            own = wanted[name]
-            if own is None or key in own:
-                found[name] = model.preprocess(pixels)
-        return found
+        with spent.thread("decode"):
+            pixels, found = decode(image), dict[str, Any]()
+            for name, model in models.items():
+                own = wanted[name]
+                if own is None or key in own:
+                    found[name] = model.preprocess(pixels)
+            return found
 
     ahead: deque[Future[dict[str, Any]]] = deque()
     known = set(keys)
@@ -379,6 +393,7 @@ def _write(
     fresh: pa.ChunkedArray,
     values: Mapping[str, pa.Array | pa.ChunkedArray],
     missing: Missing,
+    spent: Mapping[str, Any],
     inherited: Mapping[str, str] | None = None,
 ) -> None:
     """Write and commit one shard of an annotator's columns: values of the keys `fresh` and those that are stored; null
@@ -393,11 +408,13 @@ def _write(
     if not keys.equals(table["key"]):
         table = table.drop(["key"]).take(pc.index_in(keys, table["key"].combine_chunks()))
         table = table.add_column(0, "key", keys)
+    before = (read_json(record) or {}).get("spent") if missing.stored is not None else None
     invalidate(record)
     with atomic(file) as f:
         pq.write_table(table, f, compression="zstd")
     specs = {column: spec.facts() for column, spec in column_specs({name: annotator}).items()}
     facts = {"count": len(table), "annotator": annotator.name, "columns": specs, **annotator.facts}
+    facts["spent"] = total_spent(before, spent)
     if annotator.null_says and nulls:
         facts["counts"] = {annotator.null_says: nulls}
     early = {**(inherited or {}), **annotator.early}
