@@ -94,7 +94,8 @@ class Wanted:
         keys = {*needed.to_pylist()}.difference(kept["key"].to_pylist())
         whole = columns is None or pq.read_metadata(columns).num_rows == len(images_of(self.data, self.shard, ["key"]))
         if not keys and len(kept) == len(stored) and whole:  # as after a retry that changed nothing but reasons
-            facts = {**dict.fromkeys(_CONDITIONAL), **condition_facts(self.digest, self.where, self.early, len(kept))}
+            facts: dict[str, Any] = dict.fromkeys(_CONDITIONAL)
+            facts |= condition_facts(self.digest, self.where, self.early, len(kept))
             recommit(self.data.root, self.record, inputs, config=config, facts=facts)
             return None
         return Missing(inputs, keys, kept)
@@ -133,6 +134,6 @@ _CONDITIONAL = ("where", "early", "asked", "digest")
 
 def condition_facts(own: str, where: str | None, early: Mapping[str, str], asked: int) -> dict[str, Any]:
     """What a record says of the images that were looked at, where these are not all."""
-    facts = {} if where is None else {"where": where}
+    facts: dict[str, Any] = {} if where is None else {"where": where}
     facts |= {"early": dict(early)} if early else {}
     return {**facts, "asked": asked, "digest": own} if facts else {}

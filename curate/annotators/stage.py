@@ -170,9 +170,9 @@ def annotate_table(
         )
         spent, began = Spent(), time.perf_counter()
         for shard, answer in zip(shards, annotator.annotate_all(run), strict=True):
-            keys, images = wanted_keys(data, shard, annotator.condition), images_of(data, shard, ["key"])["key"]
-            if all(len(value) == len(images) for value in answer.values()):
-                chosen = pc.is_in(images, keys.combine_chunks()).combine_chunks()
+            keys, every = wanted_keys(data, shard, annotator.condition), images_of(data, shard, ["key"])["key"]
+            if all(len(value) == len(every) for value in answer.values()):
+                chosen = pc.is_in(every, keys.combine_chunks()).combine_chunks()
                 answer = {suffix: value.filter(chosen) for suffix, value in answer.items()}
             values = _checked(annotator, answer, len(keys))
             left_out = inherited_early(data, shard, annotator, [*needs.values()])
