@@ -49,9 +49,7 @@ def main() -> None:
             found, embedded, decoded, seconds = run(data, names, options.text)
             kept.add(frozenset(found))
             each, name = 1000 * seconds / len(found), ", ".join(names) or "none"
-            print(
-                f"{name:18} {len(found):6} {embedded:9} {decoded:8} {seconds:7.1f} {each:18.1f}"
-            )
+            print(f"{name:18} {len(found):6} {embedded:9} {decoded:8} {seconds:7.1f} {each:18.1f}")
         assert len(kept) == 1, "early rules changed what is kept"
 
 

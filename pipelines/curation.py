@@ -31,6 +31,7 @@ from pipelines.options import Result, command
 from pipelines.recipe import Recipe, store_recipe
 from pipelines.runtime.cluster import check_reachable
 from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
+from pipelines.runtime.nodes import node_check
 from pipelines.runtime.passes import annotate_passes
 from pipelines.runtime.progress import ProgressDisplay, format_duration
 
@@ -217,7 +218,7 @@ def _run_job(
         columns = {name: recipe.columns[name] for name in first_pass(annotators, early[ENCODER])}
         fetch, embed = "fetch" in stages, "embed" in stages
         job = CurateJob(data, replace(recipe, columns=columns), fetch, embed, retry=retry, early=early)
-        display = run_job(job, left, address=address)
+        display = run_job(job, left, check=node_check(data, recipe), address=address)
     if "embed" in stages:
         annotate_passes(data, recipe, annotators, first=False, early=early[ENCODER], address=address)
     if retry and display is not None:

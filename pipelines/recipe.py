@@ -51,7 +51,6 @@ class RayConfig:
     embed_workers: int = 0
     embed_cpus: float = 0.0  # of a worker; decoding for a GPU takes many
     embed_gpus: float = 0.0  # 1 where the machine has CUDA, unless set
-    wave: int = 1000  # shards submitted at a time
 
     def __post_init__(self) -> None:
         for key in ("fetch_workers", "fetch_cpus", "embed_workers", "embed_cpus", "embed_gpus"):
@@ -59,8 +58,6 @@ class RayConfig:
                 raise UserError(f"ray.{key}: {getattr(self, key)} must be at least 0")
             if getattr(self, key) > 1_000_000:
                 raise UserError(f"ray.{key}: {getattr(self, key)} is more than any cluster has")
-        if self.wave < 1:
-            raise UserError(f"ray.wave: {self.wave} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +151,8 @@ def parse_recipe(text: str, settings: Sequence[str] = (), what: str = "recipe") 
         raise UserError(f"{what} is not a recipe: a mapping of stages is expected, as `tastemaker recipe` prints")
     if text.startswith(RECIPE_HEADER) and "score" in tree:  # of a data folder of before there was `columns`
         tree["columns"] = tree.pop("score")
+    if text.startswith(RECIPE_HEADER) and isinstance(tree.get("ray"), dict):
+        tree["ray"].pop("wave", None)  # which there is no more
     own = copy.deepcopy(tree)
     for setting in settings:
         _lay_over(tree, setting)

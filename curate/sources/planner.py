@@ -20,9 +20,10 @@ from aesthetic.files import atomic, write_atomic
 from curate.layout import Data
 from curate.ledger.schema import URL_COLUMNS, stored_schema
 from curate.sources.columns import stored_batch, stored_own
-from curate.sources.find import Found, find, is_remote, stat
+from curate.sources.find import Found, find, stat
 from curate.sources.lists import ParquetInput
 from curate.sources.plan import ANEW, MOST_HELD, SHARDS, VERSION, Plan, ShardPlan, SourceConfig, load_plan, shards_file
+from curate.sources.remote import is_remote
 from curate.sources.scan import ListScan, scan_list
 from curate.store.files import digest, sha256_file, write_json
 from curate.store.records import record_digest

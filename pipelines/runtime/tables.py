@@ -96,10 +96,12 @@ class _Tasks:
 
     def _ray_map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
         from pipelines.runtime.cluster import local_gpus, ray_cluster, ray_map
+        from pipelines.runtime.nodes import NodeCheck, versions
 
         if self._out is None:
             self._out = self._stack.enter_context(redirect_output(self._data.logs / "ray.log"))
-            cluster = ray_cluster(self._address, self._data.root, cpus=os.cpu_count() or 1, gpus=local_gpus())
+            check = NodeCheck(folder=self._data.root, versions=versions())
+            cluster = ray_cluster(self._address, check, cpus=os.cpu_count() or 1, gpus=local_gpus())
             self._stack.enter_context(cluster)
         from ray.exceptions import RayTaskError  # not before: the switches of a cluster of our own are read then
 
