@@ -23,6 +23,7 @@ from curate.annotators.registry import make_annotators
 from curate.encoders.bundled import BundledEncoder
 from curate.layout import Data
 from curate.ledger.select import select
+from curate.ledger.view import open_ledger
 from curate.store.files import read_json, sweep
 from pipelines.checks import check_selection
 from pipelines.recipe import Recipe, load_recipe
@@ -66,8 +67,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
 def embed(data: Data, recipe: Recipe, seen: Counter[str]) -> dict[str, int]:
     seen.clear()
-    embed_shards(data, recipe)
-    return dict(seen)
+    reported = embed_shards(data, recipe)
+    did = dict(seen)
+    seen["reported"] = reported
+    return did
 
 
 def vectors(data: Data) -> dict[str, np.ndarray]:
@@ -188,6 +191,8 @@ def test_only_what_is_left_is_embedded_and_the_rest_comes_when_it_is_wanted(
     assert record["early"] == {"english": "(lang IN ('en', 'und'))"}
     assert read_json(data.annotations_record("aesthetic", 0))["early"] == record["early"]
     assert not any(verify.verify(data))
+    with open_ledger(data) as con:  # joined by position where all images have a row, else by key
+        assert con.execute("SELECT count(*), bool_and(aligned) FROM _aligned").fetchall() == [(len(lang), True)]
     assert kept(data, early) == kept(everything, early) == kept(everything, recipe_of())
     assert embed(data, early, counted) == {}
 
@@ -216,6 +221,7 @@ def test_pixels_that_are_asked_early_are_asked_of_what_captions_leave(
     assert 5 < len(left) < len(readable)
     did = embed(data, early, counted)
     assert did == {"quality": len(readable), "encoded": len(left), "decoded": len(readable) + len(left)}
+    assert counted["reported"] == len(facts)  # each once, also what was left out
     assert vectors(data).keys() == left and kept(data, early) == kept(everything, early)
     # wider by one rule: only what that one left out
     did = embed(data, recipe_of("select.early=[english]"), counted)

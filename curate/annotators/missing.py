@@ -45,12 +45,13 @@ def column_inputs(data: Data, shard: int, annotator: Annotator) -> dict[str, str
 class Missing:
     """What is missing of a shard's columns: the keys to compute (None: all), and the rows that stay as they are.
 
-    inputs: the files from which they are computed, with their sha256.
+    inputs: the files from which they are computed, with their sha256.    left_out: images that need not be looked at.
     """
 
     inputs: Mapping[str, str]
     keys: set[str] | None = None
     stored: pa.Table | None = None
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,21 +85,23 @@ class Wanted:
         if is_done(self.data.root, self.record, config=config, inputs=inputs):
             return None
         needed = wanted_keys(self.data, self.shard, condition)
+        images = len(images_of(self.data, self.shard, ["key"]))
         stored = self._stored(columns)
         if stored is None:
-            return Missing(inputs, None if condition is None else {*needed.to_pylist()})
+            keys = None if condition is None else {*needed.to_pylist()}
+            return Missing(inputs, keys, left_out=images - len(needed))
         kept = stored
         if self.where is not None:
             allowed = wanted_keys(self.data, self.shard, self.where)
             kept = stored.filter(pc.is_in(stored["key"], allowed.combine_chunks()))
         keys = {*needed.to_pylist()}.difference(kept["key"].to_pylist())
-        whole = columns is None or pq.read_metadata(columns).num_rows == len(images_of(self.data, self.shard, ["key"]))
+        whole = columns is None or pq.read_metadata(columns).num_rows == images
         if not keys and len(kept) == len(stored) and whole:  # as after a retry that changed nothing but reasons
             facts: dict[str, Any] = dict.fromkeys(_CONDITIONAL)
             facts |= condition_facts(self.digest, self.where, self.early, len(kept))
             recommit(self.data.root, self.record, inputs, config=config, facts=facts)
             return None
-        return Missing(inputs, keys, kept)
+        return Missing(inputs, keys, kept, left_out=images - len(kept) - len(keys))
 
     def _stored(self, columns: Path | None) -> pa.Table | None:
         """The rows that are there of the images that were looked at; None where they are not those of now."""

@@ -71,11 +71,15 @@ def annotate_shard(
     """Compute what is missing of a fetched shard: its vectors by `encoder` (config: the hash of its settings), where
     one is given, then the columns of annotators that are loaded.
 
-    early: rules, NAME -> SQL, that leave out images which need no vector; those of annotators are their own.
+    early: rules, NAME -> SQL, that leave out images which need no vector; those of annotators are their own. An image
+    is reported once: where the encoder sees it, or need not, or else where pixels are seen last.
     """
     assert data.fetched_digests(shard) is not None, f"shard {shard} is annotated before it is fetched"
     begun, spent = False, spent or Spent()
-    for names in steps(annotators, None if encoder is None else early or {}):
+    order = steps(annotators, None if encoder is None else early or {})
+    seeing = [names for names in order if any(n == ENCODER or annotators[n].reads == "pixels" for n in names)]
+    reported = next((names for names in order if ENCODER in names), seeing[-1] if seeing else None)
+    for names in order:
         missing = dict[str, Missing]()
         for name in names:
             if name == ENCODER:
@@ -96,7 +100,10 @@ def annotate_shard(
                     "done."
                 )
             begun = True
-            _from_pixels(data, shard, annotators, encoder, config, early or {}, missing, threads, report, spent)
+            say = report if names is reported else lambda *_: None
+            for _ in range(missing[ENCODER].left_out if ENCODER in missing else 0):
+                say("embed", Status.SUCCESS, "")
+            _from_pixels(data, shard, annotators, encoder, config, early or {}, missing, threads, say, spent)
             for name in missing.keys() - {ENCODER}:
                 annotator = annotators[name]
                 if annotator.reads != "pixels":
