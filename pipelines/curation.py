@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
-from curate.annotators.base import Annotator, config_of
+from curate.annotators.base import Annotator
 from curate.annotators.order import ENCODER, first_pass, set_early
 from curate.annotators.registry import absolute, add_needs, fetch_annotators, make_annotators
-from curate.encoders.embed import recovered
 from curate.encoders.registry import fetch_weights
 from curate.fetch.ingest import check_verify
 from curate.layout import Data
@@ -26,6 +25,7 @@ from curate.sources.planner import inspect, make_plan
 from curate.store.files import check_space, read_json, sweep
 from curate.store.lock import Lock
 from curate.store.ownership import check_free, taken
+from curate.store.records import outputs_present, read_record
 from pipelines.checks import check_engine, check_selection, has_encoder, refuse_changes, refuse_denied
 from pipelines.options import Result, command
 from pipelines.recipe import Recipe, store_recipe
@@ -291,7 +291,6 @@ def remaining_work(
     fetch, embed = "fetch" in stages, "embed" in stages
     fetch_hash, embed_hash = recipe.hashes()
     early = early_rules(recipe, annotators)[ENCODER]
-    vectors_hash = config_of(embed_hash, None, early)
     shards, rows, images = [], 0, 0
     for s in data.plan.shards:
         fetched = fetch_done(data, s.shard, fetch_hash)
@@ -300,9 +299,11 @@ def remaining_work(
         if (waiting and fetch) or unembedded:
             shards.append(s.shard)
             rows += waiting
-            if unembedded:  # after a retry, the images that it recovered
-                added = recovered(data, s.shard, data.embedded_record(s.shard), vectors_hash)
-                images += read_json(data.fetched_record(s.shard))["successes"] if added is None else len(added)
+            if unembedded:  # after a retry, or a wider condition, those that have no vector yet
+                record = read_record(data.embedded_record(s.shard))
+                same = record.get("digest", record.get("config")) == embed_hash
+                there = record["sample_count"] if same and outputs_present(data.root, record) else 0
+                images += max(0, read_json(data.fetched_record(s.shard))["successes"] - there)
     return RemainingWork(shards, rows, images)
 
 
