@@ -63,7 +63,7 @@ def make_data(root: Path, count: int) -> Data:
     for i in range(count):
         left, top = dice.integers(0, 200), dice.integers(0, 80)
         part = photos[i % 2].crop((left, top, left + 440, top + 330)).resize((683, 512), Image.Resampling.LANCZOS)
-        part = part.filter(ImageFilter.GaussianBlur(2)) if dice.random() < 0.5 else part
+        part = part.filter(ImageFilter.GaussianBlur(4)) if dice.random() < 0.5 else part
         part.save(folder / f"{i:05d}.jpg", quality=95)
         german = dice.random() < 0.3
         text = "ein Bild von einem alten Haus am Wasser" if german else "a photograph of an old house by the water"
