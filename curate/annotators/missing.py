@@ -20,8 +20,8 @@ from curate.annotators.base import Annotator, TableAnnotator, all_of, config_of
 from curate.annotators.order import wanted_keys, where_inputs
 from curate.encoders.embed import images_of
 from curate.layout import Data
-from curate.store.files import digest, read_json
-from curate.store.records import is_done, output_digests, outputs_present, read_record, recommit
+from curate.store.files import digest
+from curate.store.records import output_digests
 
 
 def column_inputs(data: Data, shard: int, annotator: Annotator) -> dict[str, str] | None:
@@ -29,7 +29,7 @@ def column_inputs(data: Data, shard: int, annotator: Annotator) -> dict[str, str
     if annotator.reads != "vectors":
         found = data.fetched_digests(shard)
     else:
-        record = read_json(data.embedded_record(shard))
+        record = data.record(data.embedded_record(shard))
         name = str(data.image_vectors(shard).relative_to(data.root))
         digests = output_digests(record) if record else {}
         found = {name: digests[name]} if name in digests else None
@@ -82,7 +82,7 @@ class Wanted:
                 return None
             inputs = inputs | more
         config = config_of(self.digest, self.where, self.early)
-        if is_done(self.data.root, self.record, config=config, inputs=inputs):
+        if self.data.is_done(self.record, config=config, inputs=inputs):
             return None
         needed = wanted_keys(self.data, self.shard, condition)
         images = len(images_of(self.data, self.shard, ["key"]))
@@ -95,11 +95,11 @@ class Wanted:
             allowed = wanted_keys(self.data, self.shard, self.where)
             kept = stored.filter(pc.is_in(stored["key"], allowed.combine_chunks()))
         keys = {*needed.to_pylist()}.difference(kept["key"].to_pylist())
-        whole = columns is None or pq.read_metadata(columns).num_rows == images
+        whole = columns is None or pq.read_metadata(self.data.local(columns)).num_rows == images
         if not keys and len(kept) == len(stored) and whole:  # as after a retry that changed nothing but reasons
             facts: dict[str, Any] = dict.fromkeys(_CONDITIONAL)
             facts |= condition_facts(self.digest, self.where, self.early, len(kept))
-            recommit(self.data.root, self.record, inputs, config=config, facts=facts)
+            self.data.recommit(self.record, inputs, config=config, facts=facts)
             return None
         return Missing(inputs, keys, kept, left_out=images - len(kept) - len(keys))
 
@@ -107,16 +107,16 @@ class Wanted:
         """The rows that are there of the images that were looked at; None where they are not those of now."""
         from curate.fetch.ingest import recovered_since  # brings aiohttp, for which a recipe need not wait
 
-        record, fetched = read_record(self.record), self.data.fetched_digests(self.shard) or {}
+        record, fetched = self.data.record(self.record), self.data.fetched_digests(self.shard) or {}
         if not record or record.get("digest", record.get("config")) != self.digest:
             return None
         then = {k: v for k, v in record["inputs"].items() if k in fetched}
         changed = then != fetched and recovered_since(self.data, self.shard, then) is None
-        if changed or not outputs_present(self.data.root, record):
+        if changed or not self.data.outputs_present(self.record):
             return None
         if columns is None:
-            return pq.read_table(self.data.metadata(self.shard), columns=["key", "similarity"])
-        stored = pq.read_table(columns)
+            return pq.read_table(self.data.local(self.data.metadata(self.shard)), columns=["key", "similarity"])
+        stored = pq.read_table(self.data.local(columns))
         if "digest" not in record:  # all were looked at
             return stored
         valid = [pc.is_valid(stored[column]) for column in stored.column_names if column != "key"]
@@ -129,7 +129,7 @@ def inherited_early(data: Data, shard: int, annotator: Annotator, needs: Sequenc
     records = [data.annotations_record(need, shard) for need in needs]
     of_vectors = isinstance(annotator, TableAnnotator) and "embedded" in annotator.inputs
     records += [data.embedded_record(shard)] if of_vectors or annotator.reads == "vectors" else []
-    return {name: sql for record in records for name, sql in (read_record(record).get("early") or {}).items()}
+    return {name: sql for record in records for name, sql in (data.record(record).get("early") or {}).items()}
 
 
 _CONDITIONAL = ("where", "early", "asked", "digest")

@@ -42,8 +42,8 @@ from curate.images.decode import decode
 from curate.layout import ANNOTATED, Data
 from curate.ledger.schema import Status
 from curate.shards.tar import read_images
-from curate.store.files import check_space, read_json
-from curate.store.records import commit, invalidate, is_done, output_digests
+from curate.store.files import check_space
+from curate.store.records import output_digests
 
 STARTS = 3
 """How often a run begins a shard. Its images have been decoded before: what ends the process each time is no single
@@ -93,7 +93,7 @@ def annotate_shard(
                 missing[name] = found
         if missing:
             check_space(data.root)
-            if not begun and (starts := note_start(data.embed_starts(shard))) > STARTS:
+            if not begun and (starts := note_start(data, data.embed_starts(shard))) > STARTS:
                 raise EndsItsProcess(
                     f"embedding shard {shard:05d} has ended its process {starts - 1} times: out of memory, or a crash "
                     f"in a library. {data.logs / 'embed.log'} or the system's log may say why; all that is done stays "
@@ -116,14 +116,15 @@ def annotate_shard(
             if name != ENCODER and annotators[name].reads == "vectors":
                 _from_vectors(data, shard, name, annotators[name], spent)
     if begun:
-        data.embed_starts(shard).unlink(missing_ok=True)
+        data.remove(data.embed_starts(shard))
 
 
 def _from_vectors(data: Data, shard: int, name: str, annotator: Annotator, spent: Spent) -> None:
     """The columns of one that reads vectors, where they are not done and there are vectors."""
     there, record = column_inputs(data, shard, annotator), data.annotations_record(name, shard)
-    if there is None or is_done(data.root, record, config=annotator.config, inputs=there):
+    if there is None or data.is_done(record, config=annotator.config, inputs=there):
         return
+    data.bring(data.metadata(shard), data.image_vectors(shard))
     rows = pq.read_table(data.metadata(shard), columns=["key", "caption"])
     values = ask(annotator, ImageBatch(rows=rows, vectors=open_vectors(data.image_vectors(shard))))
     # heads are cheap, and the last bit of a product of matrices depends on what else is in them: so all are asked
@@ -159,7 +160,7 @@ def annotate_table(
     missing = [
         shard
         for shard, there in inputs.items()
-        if not is_done(data.root, data.annotations_record(name, shard), config=annotator.config, inputs=there)
+        if not data.is_done(data.annotations_record(name, shard), config=annotator.config, inputs=there)
     ]
     shards = fetched if annotator.whole and missing else missing
     if shards:
@@ -208,7 +209,7 @@ def _table_inputs(
         records += [data.annotations_record(need, shard) for need in needs]
         more = {} if annotator.condition is None else where_inputs(data, shard, annotator.condition)
         if more is not None:
-            files = {k: v for r in records if (facts := read_json(r)) for k, v in output_digests(facts).items()}
+            files = {k: v for r in records if (facts := data.record(r)) for k, v in output_digests(facts).items()}
             found[shard] = files | more
     return found
 
@@ -325,6 +326,7 @@ def _write_vectors(
     if missing.stored is None:
         rows = fresh
     else:
+        data.bring(data.image_vectors(shard), data.text_vectors(shard))
         stored = missing.stored
         new = pa.table({"key": fresh["key"], "similarity": cosines})
         rows = _only(rows, {*fresh["key"].to_pylist(), *stored["key"].to_pylist()})
@@ -334,7 +336,7 @@ def _write_vectors(
             np.concatenate([new, np.load(file, allow_pickle=False).astype(np.float32)])[order]
             for new, file in ((images, data.image_vectors(shard)), (texts, data.text_vectors(shard)))
         )
-        facts["spent"] = total_spent(read_json(data.embedded_record(shard)).get("spent"), facts["spent"])
+        facts["spent"] = total_spent(data.record(data.embedded_record(shard)).get("spent"), facts["spent"])
     write_vectors(
         data,
         shard,
@@ -373,7 +375,7 @@ def _prepared(
 
     ahead: deque[Future[dict[str, Any]]] = deque()
     known = set(keys)
-    stored = (image for image in read_images(data.tar(shard)) if image[0] in known)
+    stored = (image for image in read_images(data.local(data.tar(shard))) if image[0] in known)
     for start in range(0, len(keys), size):
         count = min(size, len(keys) - start)
         while len(ahead) < 3 * size and (item := next(stored, None)) is not None:
@@ -415,8 +417,8 @@ def _write(
     if not keys.equals(table["key"]):
         table = table.drop(["key"]).take(pc.index_in(keys, table["key"].combine_chunks()))
         table = table.add_column(0, "key", keys)
-    before = (read_json(record) or {}).get("spent") if missing.stored is not None else None
-    invalidate(record)
+    before = data.record(record).get("spent") if missing.stored is not None else None
+    data.invalidate(record)
     with atomic(file) as f:
         pq.write_table(table, f, compression="zstd")
     specs = {column: spec.facts() for column, spec in column_specs({name: annotator}).items()}
@@ -426,4 +428,4 @@ def _write(
         facts["counts"] = {annotator.null_says: nulls}
     early = {**(inherited or {}), **annotator.early}
     facts |= condition_facts(annotator.digest, annotator.where, early, asked)
-    commit(data.root, record, config=annotator.config, inputs=missing.inputs, outputs=[file], facts=facts)
+    data.commit(record, config=annotator.config, inputs=missing.inputs, outputs=[file], facts=facts)

@@ -55,7 +55,7 @@ def cell_count(images: int) -> int:
 def find_cells(table: Table, say: Callable[[str], None]) -> str:
     """Fit the cells, unless those that are there will do; returns their digest."""
     root, record, path = table.data.root, table.index / "cells.json", table.index / "cells.npy"
-    images, config = int(table.offsets[-1]), digest([VERSION, read_json(table.data.space)])
+    images, config = int(table.offsets[-1]), digest([VERSION, read_json(table.data.local(table.data.space))])
     known = read_record(record)
     if not is_done(root, record, config=config, inputs={}) or cell_count(images) > REFIT * known["cells"]:
         if known:
@@ -70,7 +70,11 @@ def find_cells(table: Table, say: Callable[[str], None]) -> str:
 
 
 def _fitted(table: Table, images: int) -> Array:
-    vectors = [open_vectors(table.data.image_vectors(s)) for s, n in zip(table.shards, table.counts, strict=True) if n]
+    vectors = [
+        open_vectors(table.data.local(table.data.image_vectors(s)))
+        for s, n in zip(table.shards, table.counts, strict=True)
+        if n
+    ]
     dim = vectors[0].shape[1] if vectors else 1
     cells = cell_count(images)
     if cells == 1:
@@ -97,10 +101,10 @@ def check_vectors(table: Table) -> int:
     dim = 1
     for shard, count in zip(table.shards, table.counts, strict=True):
         path = table.data.image_vectors(shard)
-        if not path.is_file() or not table.data.embedded_record(shard).is_file():
+        if not table.data.exists(path) or not table.data.exists(table.data.embedded_record(shard)):
             raise UserError(
                 f"near-duplicates with `cosine` compares vectors, and shard {shard_name(shard)} has none: "
-                f"`tastemaker embed {table.data.root}` makes them"
+                f"`tastemaker embed {table.data}` makes them"
             )
         if count:
             vectors = open_vectors(path)

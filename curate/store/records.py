@@ -6,11 +6,12 @@ read, so a shard is done exactly when its record still matches.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from curate.store.files import digest, read_json, sha256_file, write_json
+from curate.store.files import digest, sha256_file, write_json
 
 
 def commit(
@@ -22,20 +23,39 @@ def commit(
     outputs: list[Path],
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write the record that makes a shard done, last of all its files.
+    """Write the record that makes a shard done, last of all its files. Of a data folder, `Data.commit` does.
 
     `config` is the hash of the part of the recipe that the stage reads, `inputs` maps names to sha256, `outputs` are
     the files just written, `facts` what else is worth knowing (counts, times). Paths are kept relative to `root`.
     """
+    value = record_value(root, config=config, inputs=inputs, outputs=outputs, facts=facts)
+    write_json(record, value)
+    return value
+
+
+def record_value(
+    root: Path, *, config: str, inputs: Mapping[str, str], outputs: list[Path], facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `commit` writes."""
     written = {str(p.relative_to(root)): {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in outputs}
     value = {**facts, "config": config, "inputs": dict(inputs), "outputs": written}
-    write_json(record, {**value, "self": record_digest(value)})
-    return value
+    return {**value, "self": record_digest(value)}
 
 
 def read_record(path: Path) -> dict[str, Any]:
     """What a record says; {} where there is none, or where it is none of ours."""
-    value = read_json(path)
+    try:
+        return parse_record(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+
+
+def parse_record(content: bytes) -> dict[str, Any]:
+    """What a record says; {} where it is none of ours."""
+    try:
+        value = json.loads(content)
+    except ValueError:
+        return {}
     return value if isinstance(value, dict) else {}
 
 
@@ -44,21 +64,12 @@ def record_digest(value: Mapping[str, Any]) -> str:
     return digest({k: v for k, v in value.items() if k != "self"})
 
 
-def recommit(
-    root: Path,
-    record: Path,
-    inputs: Mapping[str, str],
-    *,
-    config: str | None = None,
-    facts: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a record again for other inputs, or another configuration, from which the same files would come; facts are
-    laid over those that it has, and None takes one away."""
-    value, facts = read_record(record), facts or {}
-    gone = {"config", "inputs", "outputs", "self", *(k for k, v in facts.items() if v is None)}
-    kept = {k: v for k, v in {**value, **facts}.items() if k not in gone}
+def recommit(root: Path, record: Path, inputs: Mapping[str, str]) -> None:
+    """Write a record again for other inputs from which the same files would come."""
+    value = read_record(record)
+    facts = {k: v for k, v in value.items() if k not in ("config", "inputs", "outputs", "self")}
     outputs = [root / name for name in value["outputs"]]
-    commit(root, record, config=config or value["config"], inputs=inputs, outputs=outputs, facts=kept)
+    commit(root, record, config=value["config"], inputs=inputs, outputs=outputs, facts=facts)
 
 
 def invalidate(record: Path) -> None:

@@ -130,6 +130,7 @@ def run_job(
             finally:
                 del budget
                 show(end=True)
+    job.data.store.refresh()  # workers wrote there
     return display
 
 
