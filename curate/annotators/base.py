@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pydantic
 
 from curate.images.config import ImagesConfig
+from curate.ledger.sql import parse_condition, print_expression
 from curate.store.files import digest
 
 if TYPE_CHECKING:
@@ -97,7 +99,7 @@ class Annotator(abc.ABC):
     asks_encoder: whether `load` wants the encoder itself, also where vectors are those of others.
     needs: annotators whose columns it reads, NAME -> spec; where a recipe has no such entry, one is added.
     where: `where` of its entry in the recipe, SQL over other columns: the images that it looks at. All others are null.
-    early: early rules, NAME -> SQL, that leave out what it need not look at; values that are there already stay.
+    early: early rules, NAME -> condition, that leave out what it need not look at; values that are there already stay.
     """
 
     name: ClassVar[str]
@@ -216,8 +218,14 @@ class TableAnnotator(Annotator):
 
 def all_of(where: str | None, early: Mapping[str, str]) -> str | None:
     """SQL that holds of the images that `where` and early rules leave; None where neither leaves any out."""
-    conditions = [*([] if where is None else [where]), *early.values()]
+    conditions = [*([] if where is None else [where]), *map(_printed, early.values())]
     return " AND ".join(f"({condition})" for condition in conditions) or None
+
+
+@functools.cache
+def _printed(condition: str) -> str:
+    """A condition as SQL that can stand within other SQL."""
+    return print_expression(parse_condition(condition))
 
 
 def config_of(own: str, where: str | None, early: Mapping[str, str]) -> str:

@@ -90,7 +90,7 @@ ENCODER = ""
 
 
 def early_of(annotators: Mapping[str, Annotator], rules: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Which early rules (name -> condition) each entry, and ENCODER, waits for: name -> rule -> SQL.
+    """Which early rules (name -> condition) each entry, and ENCODER, waits for: by name.
 
     What early rules need runs first: what reads rows and captions, then what reads pixels, for the images that the
     former leave, then the encoder; and all else for the images that all of them leave. What says that an image must not
@@ -102,10 +102,9 @@ def early_of(annotators: Mapping[str, Annotator], rules: Mapping[str, str]) -> d
         needed[rule] = _closure(waits, _entries_named(annotators, condition))
         pixels = any(annotators[name].reads == "pixels" for name in needed[rule] - {ENCODER})
         level[rule] = 2 if ENCODER in needed[rule] else 1 if pixels else 0
-    sql = {rule: print_expression(parse_condition(condition)) for rule, condition in rules.items()}
 
     def before(last: int) -> dict[str, str]:
-        return {rule: sql[rule] for rule in rules if level[rule] < last}
+        return {rule: condition for rule, condition in rules.items() if level[rule] < last}
 
     hidden = [name for name, a in annotators.items() if any(spec.hidden for spec in a.columns.values())]
     free = _closure(waits, hidden)

@@ -71,8 +71,8 @@ def annotate_shard(
     """Compute what is missing of a fetched shard: its vectors by `encoder` (config: the hash of its settings), where
     one is given, then the columns of annotators that are loaded.
 
-    early: rules, NAME -> SQL, that leave out images which need no vector; those of annotators are their own. An image
-    is reported once: where the encoder sees it, or need not, or else where pixels are seen last.
+    early: rules, NAME -> condition, that leave out images which need no vector; those of annotators are their own. An
+    image is reported once: where the encoder sees it, or need not, or else where pixels are seen last.
     """
     assert data.fetched_digests(shard) is not None, f"shard {shard} is annotated before it is fetched"
     begun, spent = False, spent or Spent()
