@@ -284,6 +284,11 @@ class Data:
     def logs(self) -> Path:
         return self.root / "logs"
 
+    @property
+    def rates(self) -> Path:
+        """What the last run measured, for `tastemaker plan`."""
+        return self.root / "logs" / "rates.json"
+
     # what is there
 
     def shards(self, record: Callable[[int], Path]) -> list[int]:
