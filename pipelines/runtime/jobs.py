@@ -161,7 +161,7 @@ def open_fetch(job: CurateJob, progress: str, threads: int) -> Callable[[int, in
 
     from curate.workers import FetchWorker
 
-    actor = start_worker(job.data.root, "fetch", progress)
+    actor = start_worker(job.data.store, "fetch", progress)
     meter = Meter(actor.add.remote)
     budget: Any = ray.get_actor(f"{progress}-budget")
     client = secrets.token_hex(8)
@@ -185,7 +185,7 @@ def open_embed(job: CurateJob, progress: str, threads: int) -> Callable[[int, in
     """An EmbedWorker in an actor."""
     from curate.workers import EmbedWorker
 
-    actor, recipe = start_worker(job.data.root, "embed", progress), job.recipe
+    actor, recipe = start_worker(job.data.store, "embed", progress), job.recipe
     meter = Meter(actor.add.remote)
     with report_errors(actor):
         worker = EmbedWorker(
