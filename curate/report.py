@@ -73,7 +73,7 @@ def contact_sheet(data: Data, name: str, column: str | None = None) -> Path:
     column = report.default_column() if column is None else column
     if column is not None and column not in report.scores:
         known = ", ".join(report.scores) or "none"
-        raise UserError(f"{data.root} has no scores called {column!r}. It has: {known}.")
+        raise UserError(f"{data} has no scores called {column!r}. It has: {known}.")
     kept = report.kept(column)
     rejected = {r.name: report.rejected(r.name) for r in report.selection.rules if r.rejected}
     tiles = load_tiles(data, [*kept, *(e for examples in rejected.values() for e in examples)])
@@ -153,7 +153,9 @@ class Report:
         self.tables = {c: t for t in others for c in t.columns}
         clusters = cluster_columns(found)
         self.scores = [c for c in self.tables if NUMBER.fullmatch(self.columns[c]) and c not in clusters]
-        self.unsafe = [c for c, facts in recorded_columns(found).items() if facts.get("unsafe")]
+        recorded = recorded_columns(found)
+        self.unsafe = [c for c, facts in recorded.items() if facts.get("unsafe")]
+        self._unasked = {c for c in self.unsafe if recorded[c].get("early")}  # of some images, as early rules say no
         known = [*self.columns, *(f"source.{n}" for n in source)]
         self.rules = read_rules({r.name: r.condition for r in self.selection.rules}, known)
         hidden = hidden_columns(found)
@@ -259,7 +261,9 @@ class Report:
         here = [t.of(self.picked) for t in found]
         named = {c for rule in self.rules.values() if rule for c in rule.columns}
         db = open_ledger(self.data, {*self.columns, *named}, found=[t for t in here if t.shards])
-        db.register("chosen", ds.dataset(str(self.data.verdicts(self.selection.name)), format="parquet"))
+        db.register(
+            "chosen", ds.dataset(str(self.data.local(self.data.verdicts(self.selection.name))), format="parquet")
+        )
         keys = [pq.read_table(file, columns=["key"])["key"] for file in here[0].files]
         shards = [pa.array([shard] * len(k), pa.int64()) for shard, k in zip(self.picked, keys, strict=True)]
         db.register("place", pa.table({"key": pa.chunked_array(keys), "shard": pa.chunked_array(shards)}))
@@ -304,7 +308,7 @@ class Report:
         """
         cuts = [cut for rule in self.rules.values() if rule for cut in rule.cuts]
         strictest = {c: min([BLURRED_FROM, *(cut.value for cut in cuts if cut.column == c)]) for c in self.unsafe}
-        found = [f"coalesce({quote(c)} >= {BLURRED_FROM}, false)" for c in self.unsafe]
+        found = [f"coalesce({quote(c)} >= {BLURRED_FROM}, {str(c in self._unasked).lower()})" for c in self.unsafe]
         for name, rule in self.rules.items():
             if not self._is_unsafe(name):
                 continue
@@ -353,7 +357,7 @@ def load_tiles(data: Data, examples: Sequence[Example]) -> dict[str, Tile]:
     """The examples with their images by key, each tar opened once."""
     tiles = {}
     for shard in sorted({e.shard for e in examples}):
-        tar = data.tar(shard)
+        tar = data.local(data.tar(shard))
         index = index_tar(tar)
         with open(tar, "rb") as f:
             for e in (e for e in examples if e.shard == shard):

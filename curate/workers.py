@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 from aesthetic.errors import UserError
 from aesthetic.space import Space, require_same
-from curate.annotators.base import Annotator, Resources
-from curate.annotators.order import first_pass
+from curate.annotators.base import Annotator, Resources, all_of, config_of
+from curate.annotators.missing import column_inputs
+from curate.annotators.order import ENCODER, first_pass, where_inputs
 from curate.annotators.registry import Spec, make_annotators
-from curate.annotators.stage import annotate_shard, column_inputs
+from curate.annotators.stage import annotate_shard
 from curate.encoders.base import Encoder
 from curate.encoders.embed import EmbedConfig
 from curate.encoders.registry import load_encoder
@@ -31,8 +32,6 @@ from curate.images.faces import require_detector
 from curate.layout import Data
 from curate.ledger.schema import Reason, Status
 from curate.sources.vectors import ImportedVectors, import_shard, open_vector_folder
-from curate.store.files import read_json
-from curate.store.records import commit, invalidate, is_done, read_record
 
 GC_THRESHOLDS = (50_000, 20, 100)
 """Thresholds of the garbage collector while shards are fetched: thousands of rows wait at once and leave next to no
@@ -125,8 +124,10 @@ class EmbedWorker:
         report: Report = ignore,
         threads: int = 0,
         vectors: bool = True,
+        early: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
-        """With `vectors` false, it makes none: columns alone, of what is there."""
+        """With `vectors` false, it makes none: columns alone, of what is there. early: the early rules that each entry
+        and the encoder wait for (curate.annotators.order.early_of)."""
         self.data, self.config, self.report = data, config, report
         count = threads or os.cpu_count() or 1
         self.imported: ImportedVectors | None = None
@@ -136,7 +137,7 @@ class EmbedWorker:
             self.imported = ImportedVectors(open_vector_folder(embed))
             space = self.imported.folder.space
         elif not vectors and space_known(data):
-            space = Space.load(data.space)
+            space = Space.load(data.local(data.space))
         if vectors and space is None:
             self.encoder = load_encoder(embed.encoder, weights=embed.weights, precision=embed.precision, threads=count)
             space = self.encoder.space()
@@ -153,7 +154,9 @@ class EmbedWorker:
 
         resources = Resources(threads=count, space=space, encoder=functools.cache(exact))
         self.annotators = {name: a for name, a in make_annotators(columns).items() if a.reads != "table"}
+        self.early = (early or {}).get(ENCODER, {})
         for name, annotator in self.annotators.items():
+            annotator.early = (early or {}).get(name, {})
             try:
                 annotator.load(resources)
             except UserError as e:
@@ -178,6 +181,7 @@ class EmbedWorker:
             config=self.config,
             threads=self._threads,
             report=self.report,
+            early=self.early,
             spent=self._spent,
         )
 
@@ -185,11 +189,11 @@ class EmbedWorker:
 def claim_space(data: Data, space: Space) -> None:
     """Note the space of a data folder's vectors; SpaceMismatch where it already holds vectors of another one."""
     if space_known(data):
-        require_same(Space.load(data.space), space, f"{data.root / 'embedded'}")
+        require_same(Space.load(data.local(data.space)), space, f"{data}/embedded")
     else:
         data.space.parent.mkdir(parents=True, exist_ok=True)
         space.save(data.space)
-        commit(data.root, data.space_record, config="", inputs={}, outputs=[data.space], facts={})
+        data.commit(data.space_record, config="", inputs={}, outputs=[data.space], facts={})
 
 
 def forget_unanswered(data: Data, names: Iterable[str]) -> None:
@@ -198,37 +202,46 @@ def forget_unanswered(data: Data, names: Iterable[str]) -> None:
     for name in names:
         for shard in data.shards(functools.partial(data.annotations_record, name)):
             record = data.annotations_record(name, shard)
-            if read_record(record).get("unanswered"):
-                invalidate(record)
+            if data.record(record).get("unanswered"):
+                data.invalidate(record)
 
 
 def space_known(data: Data) -> bool:
     """Whether the space of a data folder's vectors is noted."""
-    return is_done(data.root, data.space_record, config="", inputs={})
+    return data.is_done(data.space_record, config="", inputs={})
 
 
 def fetch_done(data: Data, shard: int, config: str) -> bool:
     """Whether a shard is fetched with this configuration from this list."""
     inputs = {"plan": data.plan.shard_digest(shard)}
-    return is_done(data.root, data.fetched_record(shard), config=config, inputs=inputs)
+    return data.is_done(data.fetched_record(shard), config=config, inputs=inputs)
 
 
 def transient_failures(data: Data, shard: int) -> int:
     """How many rows of a fetched shard failed for a transient reason."""
-    outcomes = (read_json(data.fetched_record(shard)) or {}).get("status_dict", {})
+    outcomes = data.record(data.fetched_record(shard)).get("status_dict", {})
     return sum(n for reason, n in outcomes.items() if reason != Status.SUCCESS and Reason(reason).transient)
 
 
-def embed_done(data: Data, shard: int, config: str, annotators: Mapping[str, Annotator]) -> bool:
-    """Whether a fetched shard is embedded and has every column of the first pass. Loads no model."""
+def embed_done(
+    data: Data, shard: int, config: str, annotators: Mapping[str, Annotator], early: Mapping[str, str] | None = None
+) -> bool:
+    """Whether a fetched shard is embedded, but for what early rules leave out, and has every column of the first pass.
+    Loads no model."""
     inputs = data.fetched_digests(shard)
     if inputs is None or not space_known(data):
         return False
-    embedded = is_done(data.root, data.embedded_record(shard), config=config, inputs=inputs)
-    return embedded and all(annotated(data, shard, name, annotators[name]) for name in first_pass(annotators))
+    if (condition := all_of(None, early or {})) is not None:
+        more = where_inputs(data, shard, condition)
+        if more is None:
+            return False
+        inputs = inputs | more
+    config = config_of(config, None, early or {})
+    embedded = data.is_done(data.embedded_record(shard), config=config, inputs=inputs)
+    return embedded and all(annotated(data, shard, name, annotators[name]) for name in first_pass(annotators, early))
 
 
 def annotated(data: Data, shard: int, name: str, annotator: Annotator) -> bool:
     """Whether a shard has an annotator's columns, of what it is now. Loads no model."""
     inputs, record = column_inputs(data, shard, annotator), data.annotations_record(name, shard)
-    return inputs is not None and is_done(data.root, record, config=annotator.config, inputs=inputs)
+    return inputs is not None and data.is_done(record, config=annotator.config, inputs=inputs)

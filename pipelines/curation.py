@@ -15,25 +15,23 @@ from typing import TYPE_CHECKING, Any
 from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
 from curate.annotators.base import Annotator
-from curate.annotators.order import first_pass
+from curate.annotators.order import ENCODER, first_pass, set_early
 from curate.annotators.registry import absolute, add_needs, fetch_annotators, make_annotators
-from curate.encoders.embed import recovered
 from curate.encoders.registry import fetch_weights
 from curate.fetch.ingest import check_verify
 from curate.layout import Data
 from curate.sources.plan import load_plan
 from curate.sources.planner import inspect, make_plan
-from curate.store.files import check_space, read_json, sweep
-from curate.store.lock import Lock
+from curate.store.files import check_space, sweep
 from curate.store.ownership import check_free, taken
 from pipelines.checks import check_engine, check_selection, has_encoder, refuse_changes, refuse_denied
+from pipelines.estimates import RunTimes, keep_rates, project
 from pipelines.options import Result, command
 from pipelines.recipe import Recipe, store_recipe
 from pipelines.runtime.cluster import check_reachable
 from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
 from pipelines.runtime.nodes import node_check
 from pipelines.runtime.passes import annotate_passes
-from pipelines.runtime.progress import ProgressDisplay, format_duration
 
 if TYPE_CHECKING:
     from curate.ledger.select import Selection
@@ -44,7 +42,7 @@ class Request:
     """What the command line asks of the main job."""
 
     list: str
-    root: Path
+    data: Data
     recipe: Recipe
     limit: int | None = None
     address: str | None = None
@@ -54,9 +52,9 @@ class Request:
 
 def dry_run(request: Request) -> dict[str, Any]:
     """What would run. Raises what `run` would raise before its first URL; fetches and writes nothing."""
-    recipe, data = request.recipe, Data(request.root)
+    recipe, data = request.recipe, request.data
     recipe = replace(recipe, columns=add_needs(recipe.columns))
-    check_free(data.root, "data")
+    check_free(data.store, "data")
     annotators = make_annotators(recipe.columns, recipe.embed.encoder)
     check_engine(recipe)
     refuse_denied(data, recipe, request.restart_from)
@@ -77,8 +75,9 @@ def dry_run(request: Request) -> dict[str, Any]:
             print(f"the weights of {recipe.embed.encoder} are not on this machine; the run fetches them first")
         if request.address is not None:
             check_reachable(request.address)
-        there = next(folder for folder in (data.root, *data.root.parents) if folder.exists())
-        check_space(there, estimate_bytes(recipe, rows))
+        if data.url is None:
+            there = next(folder for folder in (data.root, *data.root.parents) if folder.exists())
+            check_space(there, estimate_bytes(recipe, rows))
     return {
         "rows": found.total_rows,
         "listed_rows": found.listed_rows,
@@ -96,7 +95,7 @@ def run(request: Request) -> Result:
 
     Raises UserError before anything starts, DiskFull, NothingKept, or the cause of what went wrong in a worker.
     """
-    recipe, data = request.recipe, Data(request.root)
+    recipe, data = request.recipe, request.data
     # whole paths of its files, as later commands may be given in another folder
     deny = tuple(str(Path(f).expanduser().absolute()) for f in recipe.fetch.deny)
     weights = recipe.embed.weights and str(Path(recipe.embed.weights).expanduser().absolute())
@@ -106,15 +105,15 @@ def run(request: Request) -> Result:
         embed=replace(recipe.embed, weights=weights),
         columns=add_needs({name: absolute(name, spec) for name, spec in recipe.columns.items()}),
     )
-    check_free(data.root, "data")
+    check_free(data.store, "data")
     annotators = make_annotators(recipe.columns, recipe.embed.encoder)
     check_engine(recipe)
     refuse_denied(data, recipe, request.restart_from)
-    planned = data.plan_record.exists()
+    planned = data.exists(data.plan_record)
     if "embed" in request.stages and not planned:
         has_encoder(recipe)  # before a long list is read; where a plan is there, all may be embedded
-    with taken(data.root, "data", replaces=["recipe.yaml"]) as folder:
-        planned = data.plan_record.exists()  # again: another run may have been at work until now
+    with taken(data.store, "data", replaces=["recipe.yaml"]) as folder:
+        planned = data.exists(data.plan_record)  # again: another run may have been at work until now
         try:
             sweep(data.root)
             refuse_changes(data, recipe, request.restart_from)
@@ -129,10 +128,12 @@ def run(request: Request) -> Result:
                 restart(data, recipe, request.restart_from, request.stages)
             make_plan(request.list, data, recipe.source, request.limit)
             store_recipe(data, recipe)
-            return _run_job(data, recipe, annotators, request.stages, request.address)
+            result = _run_job(data, recipe, annotators, request.stages, request.address)
+            data.compact()
+            return result
         except UserError:
             # refused before a job began: a data folder is as it was, and a new one is not there
-            if not planned and not data.logs.exists():
+            if not planned and not data.shards(data.fetched_record) and not data.logs.exists():
                 data.clear_plan()
                 folder.undo(["recipe.yaml"])
             raise
@@ -148,14 +149,14 @@ def resume(
 ) -> Result:
     """The main job on the plan that a data folder has; `retry` fetches again what failed for transient reasons."""
     if restart_from not in (None, "embed"):
-        again = command("curate", data.plan.list, "--out", data.root, "--restart-from", restart_from)
+        again = command("curate", data.plan.list, "--out", data, "--restart-from", restart_from)
         raise UserError(f"--restart-from {restart_from} needs the list: `{again}`")
     recipe = replace(recipe, columns=add_needs(recipe.columns))
     annotators = make_annotators(recipe.columns, recipe.embed.encoder)
     if retry:
         check_engine(recipe)
     refuse_denied(data, recipe)
-    with Lock(data.root):
+    with data.hold():
         sweep(data.root)
         refuse_changes(data, recipe, restart_from)
         check_selection(data, recipe, data.plan.extra_columns, annotators)
@@ -201,30 +202,35 @@ def _run_job(
         from curate.workers import forget_unanswered
 
         forget_unanswered(data, annotators)
+    early = early_rules(recipe, annotators)
     left = remaining_work(data, recipe, annotators, stages, retry)
-    display: ProgressDisplay | None = None  # where all was done already
+    times, display = RunTimes(), None  # where all was done already
     if "embed" in stages:
         fetch_annotators(annotators, tables=bool(left.shards))
     if left.shards:
         if address is not None:
             check_reachable(address)
-        check_space(data.root, estimate_bytes(recipe, left.rows))
+        if data.url is None:  # else what is done goes there, shard by shard
+            check_space(data.root, estimate_bytes(recipe, left.rows))
         if "embed" in stages and not has_encoder(recipe):  # before workers ask for the weights all at once
             print(f"fetching the weights of {recipe.embed.encoder} ...")
             fetch_weights(recipe.embed.encoder, recipe.embed.weights)
         if len(left.shards) < len(plan.shards):
             print(f"{len(plan.shards) - len(left.shards):,} of {len(plan.shards):,} shards are done already")
-        together = replace(recipe, columns={name: recipe.columns[name] for name in first_pass(annotators)})
-        job = CurateJob(data, together, fetch="fetch" in stages, embed="embed" in stages, retry=retry)
+        columns = {name: recipe.columns[name] for name in first_pass(annotators, early[ENCODER])}
+        fetch, embed = "fetch" in stages, "embed" in stages
+        job = CurateJob(data, replace(recipe, columns=columns), fetch, embed, retry=retry, early=early)
         display = run_job(job, left, check=node_check(data, recipe), address=address)
+        times.add(display)
     if "embed" in stages:
-        annotate_passes(data, recipe, annotators, first=False, address=address)
+        with times.stage("annotate"):
+            annotate_passes(data, recipe, annotators, first=False, early=early[ENCODER], address=address)
     if retry and display is not None:
         result.facts["recovered"] = _images(data) - had
         print(f"retry  {result.facts['recovered']:,} more images")
 
     # values of the list that could not be taken as they are: one that is used where it lies is read late
-    records = {s.shard: read_json(data.fetched_record(s.shard)) or {} for s in plan.shards}
+    records = {s.shard: data.record(data.fetched_record(s.shard)) for s in plan.shards}
     notes = [f"shard {shard}: {note}" for shard, record in records.items() for note in record.get("notes", [])]
     if notes:
         result.facts["notes"] = notes[:100]
@@ -242,16 +248,16 @@ def _run_job(
         print("    the rule first_of(sha256) keeps one of each; their sha256 in a list of fetch.deny keeps none")
 
     if "select" in stages:
-        _select(data, recipe, result, display)
+        _select(data, recipe, result, times)
     else:
-        result.paths["fetched"] = str(data.root / "fetched")
-        result.next = command("embed", data.root)
+        result.paths["fetched"] = data.shown(data.root / "fetched")
+        result.next = command("embed", data)
     return result
 
 
-def _select(data: Data, recipe: Recipe, result: Result, display: ProgressDisplay | None) -> None:
-    """Select and pack; of a part of a list, say what the whole would take."""
-    from curate.ledger.select import remembered, select
+def _select(data: Data, recipe: Recipe, result: Result, times: RunTimes) -> None:
+    """Select and pack; keep what the run took, and of a part of a list, say what the whole would take."""
+    from curate.ledger.select import NothingKept, remembered, select
 
     name, plan = recipe.select.name, data.plan
     try:
@@ -260,17 +266,35 @@ def _select(data: Data, recipe: Recipe, result: Result, display: ProgressDisplay
         before = ({}, Path())
     if before is not None and before != (recipe.select.rules, None):
         print(f"the selection {name} was made by other rules; it is made anew by the recipe's")
-    selection = select(data, recipe.select)
+    with times.stage("select"):
+        selection = select(data, recipe.select)
     show_selection(selection)
     result.facts |= {"kept": selection.kept, "funnel": selection.funnel}
-    pack_selection(data, recipe, result)
-    if plan.listed_rows > plan.total_rows:
-        print(projection(data, plan.listed_rows, plan.total_rows, selection.kept, display))
+
+    def keep() -> None:
+        rates = keep_rates(data, recipe, times, selection.kept)
+        if rates is not None and plan.listed_rows > plan.total_rows:
+            print(project(rates, selection, result.facts))
+
+    try:
+        with times.stage("pack"):
+            pack_selection(data, recipe, result)
+    except NothingKept:
+        keep()
+        raise
+    keep()
 
 
 def _images(data: Data) -> int:
     """How many images are fetched."""
-    return sum((read_json(data.fetched_record(s.shard)) or {}).get("successes", 0) for s in data.plan.shards)
+    return sum(data.record(data.fetched_record(s.shard)).get("successes", 0) for s in data.plan.shards)
+
+
+def early_rules(recipe: Recipe, annotators: Mapping[str, Annotator]) -> dict[str, dict[str, str]]:
+    """Have each annotator wait for the recipe's early rules; returns which those are, and those of the encoder."""
+    select = recipe.select
+    rules = {name: condition for name, condition in select.rules.items() if name in select.early}
+    return set_early(annotators, rules, imported=recipe.embed.embeddings is not None)
 
 
 def remaining_work(
@@ -281,17 +305,21 @@ def remaining_work(
 
     fetch, embed = "fetch" in stages, "embed" in stages
     fetch_hash, embed_hash = recipe.hashes()
+    early = early_rules(recipe, annotators)[ENCODER]
     shards, rows, images = [], 0, 0
     for s in data.plan.shards:
         fetched = fetch_done(data, s.shard, fetch_hash)
         waiting = transient_failures(data, s.shard) if fetched and retry else 0 if fetched else s.rows
-        unembedded = fetched and embed and not embed_done(data, s.shard, embed_hash, annotators)
+        unembedded = fetched and embed and not embed_done(data, s.shard, embed_hash, annotators, early)
         if (waiting and fetch) or unembedded:
             shards.append(s.shard)
             rows += waiting
-            if unembedded:  # after a retry, the images that it recovered
-                added = recovered(data, s.shard, data.embedded_record(s.shard), embed_hash)
-                images += read_json(data.fetched_record(s.shard))["successes"] if added is None else len(added)
+            if unembedded:  # after a retry, or a wider condition, those that have no vector yet
+                path = data.embedded_record(s.shard)
+                record = data.record(path)
+                same = record.get("digest", record.get("config")) == embed_hash
+                there = record["sample_count"] if same and data.outputs_present(path) else 0
+                images += max(0, data.record(data.fetched_record(s.shard))["successes"] - there)
     return RemainingWork(shards, rows, images)
 
 
@@ -315,19 +343,25 @@ def pack_selection(data: Data, recipe: Recipe, result: Result) -> None:
     name = recipe.select.name
     pack(data, name, recipe.pack)
     folder, sheet = data.packed(name), data.sheet(name)
-    if not sheet.exists() or sheet.stat().st_mtime < data.manifest(name).stat().st_mtime:
+    if not data.exists(sheet):  # `pack` removes that of another selection
         score_charts(data, name)
         contact_sheet(data, name)
-    result.paths |= {"shards": f"{folder}/", "look": str(sheet)}
+        data.push(*(path for path in (sheet, data.charts(name)) if path.exists()))
+    result.paths |= {"shards": f"{data.shown(folder)}/", "look": data.shown(sheet)}
 
     # next: a command that selects less than this did, or trains on it where nothing shows how
-    result.next = command("train", data.packed(name), "--out", "model")
+    result.next = command("train", data.shown(folder), "--out", "model")
     selection = load_selection(data, name)
     conditions = {r.name: r.condition for r in selection.rules}
     for rule, reading in read_rules(conditions, selection.quantiles).items():
-        if reading and reading.top and not data.selection_record("stricter").exists() and re.fullmatch(r"\w+", rule):
+        if (
+            reading
+            and reading.top
+            and not data.exists(data.selection_record("stricter"))
+            and re.fullmatch(r"\w+", rule)
+        ):
             setting = f"select.rules.{rule}=top({plain_name(reading.top.column)}, {reading.top.fraction / 2:g})"
-            result.next = command("select", data.root, "--name", "stricter", "--set", setting)
+            result.next = command("select", data, "--name", "stricter", "--set", setting)
 
 
 # ---------------------------------------------------------------------------------------------------- words and sums
@@ -354,13 +388,3 @@ def estimate_bytes(recipe: Recipe, rows: int) -> int:
     side = recipe.images.size if recipe.images.mode != "no" else 1024
     image = int(side * side * 1.33 * 0.14)
     return rows * (int(image * 1.5) + 2 * 2 * 1664)
-
-
-def projection(data: Data, listed: int, taken: int, kept: int, display: ProgressDisplay | None) -> str:
-    """What the whole list would take, from the rows that were taken: time, size, and kept rows with a 95% interval."""
-    share = kept / taken
-    half = 1.96 * (share * (1 - share) / taken) ** 0.5
-    size = sum(p.stat().st_size for p in (data.root / "fetched").glob("*.tar")) / taken * listed
-    seconds = display.project(listed, round(_images(data) / taken * listed)) if display is not None else None
-    time = f"about {format_duration(seconds)} here, " if seconds is not None else ""
-    return f"whole list: {listed:,} rows, {time}{size / 1e9:,.1f} GB, {share * listed:,.0f} ± {half * listed:,.0f} kept"

@@ -371,9 +371,9 @@ def to_yaml(recipe: Recipe) -> str:
 
 def stored_recipe(data: Data) -> Recipe | None:
     """The recipe that a data folder was made with."""
-    if not data.recipe.exists():
+    if not data.exists(data.recipe):
         return None
-    return parse_recipe(read_recipe(data.recipe), what=str(data.recipe))
+    return parse_recipe(read_recipe(data.local(data.recipe)), what=data.shown(data.recipe))
 
 
 def store_recipe(data: Data, recipe: Recipe) -> None:
@@ -381,6 +381,7 @@ def store_recipe(data: Data, recipe: Recipe) -> None:
     lines = [f"{RECIPE_HEADER}; a hash per stage over the keys that its files depend on"]
     lines += [f"# {stage}: {value}" for stage, value in recipe.stage_hashes().items()]
     write_atomic(data.recipe, "\n".join([*lines, to_yaml(recipe)]).encode())
+    data.push(data.recipe)
 
 
 def recipe_of(data: Data, name: str | None, settings: Sequence[str], select: str | None = None) -> Recipe:
@@ -388,8 +389,8 @@ def recipe_of(data: Data, name: str | None, settings: Sequence[str], select: str
 
     A recipe.yaml where no plan is belongs to somebody else.
     """
-    if name is None and data.recipe.exists() and data.plan_record.exists():
-        recipe = parse_recipe(read_recipe(data.recipe), settings, what=str(data.recipe))
+    if name is None and data.exists(data.recipe) and data.exists(data.plan_record):
+        recipe = parse_recipe(read_recipe(data.local(data.recipe)), settings, what=data.shown(data.recipe))
     else:
         recipe = load_recipe(name or DEFAULT, settings)
     return recipe if select is None else replace(recipe, select=replace(recipe.select, name=select))

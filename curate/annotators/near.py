@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pydantic
 
@@ -116,10 +117,10 @@ class Near(TableAnnotator):
         """The columns, shard by shard. UserError where vectors are wanted and a shard has none."""
         from curate.duplicates.nearest import compare_shard
 
-        if self._cosine and (bare := [s for s in run.shards if not run.data.embedded_record(s).exists()]):
+        if self._cosine and (bare := [s for s in run.shards if not run.data.exists(run.data.embedded_record(s))]):
             raise UserError(
                 f"columns.{run.name} compares vectors, and shard {bare[0]:05d} has none yet. "
-                f"`tastemaker embed {run.data.root}` makes them."
+                f"`tastemaker embed {run.data}` makes them."
             )
         prepared = prepare(self.path, self._content, run, cosine=self._cosine, named=not self.options.deny)
         names = load_protected(prepared.folder, prepared.config).names
@@ -141,7 +142,7 @@ class Near(TableAnnotator):
         if self._of_bits:
             found["bits"] = pa.array(nearest.bits)
         if self._cosine:
-            found["cosine"] = pa.array(nearest.cosine)
+            found["cosine"] = pa.array(nearest.cosine, mask=np.isnan(nearest.cosine))
         if self.options.deny:
             return found | {"denied": pa.array(nearest.bits <= self._within)}
         return found | {"of": names.take(pa.array(nearest.index, mask=nearest.index < 0))}

@@ -1,7 +1,7 @@
 """The vectors of one shard: from an encoder, to clip-retrieval's files.
 
-`img_emb/img_emb_NNNNN.npy` and `text_emb/...` hold fp16 unit rows, exactly one for each fetched image, in the order of
-the ledger; a missing caption is a row of zeros and a null similarity.
+`img_emb/img_emb_NNNNN.npy` and `text_emb/...` hold fp16 unit rows, exactly one for each fetched image, but for those
+that early rules leave out, in the order of the ledger; a missing caption is a row of zeros and a null similarity.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aesthetic.files import atomic
+from aesthetic.untrusted import open_vectors
 from curate.encoders.base import Encoder
 from curate.encoders.registry import check_settings
 from curate.layout import Data
 from curate.ledger.schema import Status
-from curate.store.files import read_json
-from curate.store.records import commit, invalidate, outputs_present
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,21 +41,43 @@ class EmbedConfig:
 def images_of(data: Data, shard: int, columns: list[str] | None = None) -> pa.Table:
     """The rows of a fetched shard that have an image, in the order of the ledger; None: with every column."""
     names = None if columns is None else [*columns, "status"]
-    table = pq.read_table(data.table(shard), columns=names)
-    table = table.filter(pa.compute.equal(table["status"], Status.SUCCESS.value))
+    table = pq.read_table(data.local(data.table(shard)), columns=names)
+    table = table.filter(pc.equal(table["status"], Status.SUCCESS.value))
     return table if columns is None else table.select(columns)
 
 
 def recovered(data: Data, shard: int, record: Path, config: str) -> set[str] | None:
     """Keys of the images that retries added since this record of vectors or columns was written; the others are the
     same. None where it is another configuration's, or its images are others."""
-    value = read_json(record)
-    if not isinstance(value, dict) or value.get("config") != config or not outputs_present(data.root, value):
+    value = data.record(record)
+    if not value or value.get("config") != config or not data.outputs_present(record):
         return None
     from curate.fetch.ingest import recovered_since  # brings aiohttp, for which a recipe need not wait
 
     keys = recovered_since(data, shard, value["inputs"])
     return None if keys is None else set(keys)
+
+
+def vector_rows(data: Data, shard: int) -> npt.NDArray[np.int64] | None:
+    """The row, in the shard's vectors, of each of its images in the order of the ledger, -1 for those without a vector;
+    None where every image has one, so that both are the same."""
+    if "early" not in data.record(data.embedded_record(shard)):
+        return None
+    keys = pq.read_table(data.local(data.metadata(shard)), columns=["key"])["key"].combine_chunks()
+    places = pc.index_in(images_of(data, shard, ["key"])["key"], keys)
+    return pc.fill_null(places, -1).to_numpy().astype(np.int64)
+
+
+def take_vectors(data: Data, shard: int, images: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.float16]:
+    """The vectors of a shard's images, of some by their place in the order of the ledger: (n, d), mapped where that
+    will do; zeros for those without one."""
+    vectors, rows = open_vectors(data.local(data.image_vectors(shard))), vector_rows(data, shard)
+    if rows is None:
+        return vectors if images is None else vectors[images]
+    rows = rows if images is None else rows[images]
+    found = np.zeros((len(rows), vectors.shape[1]), vectors.dtype)
+    found[rows >= 0] = vectors[rows[rows >= 0]]
+    return found
 
 
 def caption_vectors(captions: list[str | None], encoder: Encoder) -> np.ndarray:
@@ -108,8 +131,8 @@ def write_vectors(
             bad = rows["key"][int(np.argmin(np.isfinite(vectors).all(axis=1)))]
             raise ValueError(f"{path.name}: the vector of {bad} is not finite")
 
-    invalidate(data.embedded_record(shard))
-    data.text_vectors(shard).unlink(missing_ok=True)  # of a run that had them
+    data.invalidate(data.embedded_record(shard))
+    data.remove(data.text_vectors(shard))  # of a run that had them
     for path, vectors in stored.items():
         with atomic(path) as f:
             np.save(f, vectors.astype(np.float16))
@@ -117,8 +140,7 @@ def write_vectors(
         # image_path is clip-retrieval's name for the key
         metadata = rows.add_column(0, "image_path", rows["key"]).append_column("similarity", cosines)
         pq.write_table(metadata, f, compression="zstd")
-    commit(
-        data.root,
+    data.commit(
         data.embedded_record(shard),
         config=config,
         inputs=inputs,

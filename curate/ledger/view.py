@@ -9,7 +9,7 @@ import bisect
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,7 +23,7 @@ from aesthetic.errors import UserError, nearest
 from curate.ledger.schema import EMBEDDED_COLUMNS, FETCHED_COLUMNS, URL_COLUMNS, Status, list_name
 from curate.ledger.sql import Bounds, batches, check_one_select, connect, literal, parse, quote, short, walk
 from curate.store.files import digest, sha256_file
-from curate.store.records import output_digests, read_record
+from curate.store.records import output_digests
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,6 +40,7 @@ OURS = [name for name, _ in URL_COLUMNS + FETCHED_COLUMNS]
 class LedgerTable:
     """One table of a data folder, in files of committed shards: `fetched`, `embedded`, or that of an annotator."""
 
+    data: Data = field(repr=False)
     name: str  # the folder: `annotated/aesthetic`
     key: str  # its key column
     columns: tuple[str, ...]  # what it adds to the ledger; nothing for `fetched`
@@ -56,7 +57,13 @@ class LedgerTable:
     @cached_property
     def facts(self) -> list[dict[str, Any]]:
         """What the records say, {} for what is none of ours."""
-        return [read_record(record) for record in self.records]
+        self.data.look(self.records)
+        return [self.data.record(record) for record in self.records]
+
+    @property
+    def partial(self) -> bool:
+        """Whether it lacks rows of images that early rules left out, as its first record says: vectors alone may."""
+        return self.columns == ("similarity",) and "early" in self.data.record(self.records[0])
 
     def digest(self) -> str:
         """A short digest over the sha256 of the files: what a stage that reads whole tables notes as its input."""
@@ -75,7 +82,7 @@ def tables(data: Data, shards: Sequence[int] | None = None) -> list[LedgerTable]
     """
     fetched = _table(data, shards, data.table(0).parent, data.fetched_record, data.table)
     if fetched is None:
-        raise UserError(f"{data.root} holds no fetched shard. `tastemaker fetch LIST --out {data.root}` makes them.")
+        raise UserError(f"{data} holds no fetched shard. `tastemaker fetch LIST --out {data}` makes them.")
     found = [replace(fetched, columns=())]
     embedded = _table(data, shards, data.space.parent, data.embedded_record, data.metadata)
     if embedded and "similarity" in embedded.columns:
@@ -102,15 +109,16 @@ def _table(
     file: Callable[[int], Path],
 ) -> LedgerTable | None:
     """The committed shards of a table, or of those wanted, with all its columns; None where there is none."""
-    there = data.shards(record) if wanted is None else [s for s in wanted if record(s).is_file()]
-    shards = tuple(s for s in there if file(s).is_file())
+    there = data.shards(record) if wanted is None else [s for s in wanted if data.exists(record(s))]
+    shards = tuple(s for s in there if data.exists(file(s)))
     if not shards:
         return None
+    data.bring(file(shards[0]))
     names = pq.read_schema(file(shards[0])).names
     key = "key" if "key" in names else "image_path"  # as clip-retrieval has it
     columns = tuple(n for n in names if n != key)
     name = str(folder.relative_to(data.root))
-    return LedgerTable(name, key, columns, shards, tuple(map(file, shards)), tuple(map(record, shards)))
+    return LedgerTable(data, name, key, columns, shards, tuple(map(file, shards)), tuple(map(record, shards)))
 
 
 # ------------------------------------------------------------------------------------------------------------ opening
@@ -133,7 +141,7 @@ def open_ledger(
 
     `_fetched` is the same without joins. `_aligned` holds the rows with an image alone and joins by position: its
     column `aligned` is TRUE where the keys agree, as they do by the data folder's contract. That takes half the time
-    of the join by key.
+    of the join by key, which remains for a table that is partial.
     Raises UserError where nothing is fetched.
     """
     import pyarrow.dataset as ds  # slow: it brings pandas
@@ -143,6 +151,7 @@ def open_ledger(
     wanted = None if needed is None else {n.lower() for n in needed}
     joined = [t for t in found[1:] if wanted is None or any(c.lower() in wanted for c in t.columns)]
     for i, table in enumerate([found[0], *joined]):
+        data.bring(*table.files)
         con.register(f"_table{i}", ds.dataset([str(p) for p in table.files], format="parquet"))
     columns, source = fetched_columns(pq.read_schema(found[0].files[0]))
     fields = [(name, c) for name, c in source.items() if wanted is None or f"source.{name}".lower() in wanted]
@@ -151,8 +160,8 @@ def open_ledger(
     con.execute(f"CREATE VIEW _aligned AS {_join(columns, fields, joined, by_position=True)}")
 
     parts = ["SELECT '' AS selection, '' AS key, '' AS verdict WHERE false"]
-    for i, name in enumerate(n for n in data.selections() if data.verdicts(n).exists()):
-        con.register(f"_selected{i}", ds.dataset(str(data.verdicts(name)), format="parquet"))
+    for i, name in enumerate(n for n in data.selections() if data.exists(data.verdicts(n))):
+        con.register(f"_selected{i}", ds.dataset(str(data.local(data.verdicts(name))), format="parquet"))
         parts.append(f"SELECT {literal(name)}, key, CAST(verdict AS VARCHAR) FROM _selected{i}")
     con.execute(f"CREATE VIEW verdicts AS {' UNION ALL '.join(parts)}")
     return con
@@ -195,16 +204,14 @@ def _join(
     items += [f"t{i}.{quote(c)}" for i, t in enumerate(joined, 1) for c in t.columns]
     count = 1 + max([i for i in columns.values() if i is not None] + [i for _, i in fields])
     fetched = f"_table0 AS f({', '.join(f'c{i}' for i in range(count))})"
+    same = {i: f"t{i}.{quote(t.key)} = {values['key']}" for i, t in enumerate(joined, 1)}
+    placed = [i for i, t in enumerate(joined, 1) if by_position and not t.partial]
     if by_position:
-        same = [f"t{i}.{quote(t.key)} = {values['key']}" for i, t in enumerate(joined, 1)]
-        items.append(f"({' AND '.join(same) or 'true'}) AS aligned")
+        items.append(f"({' AND '.join(same[i] for i in placed) or 'true'}) AS aligned")
         fetched = f"(SELECT * FROM {fetched} WHERE {values['status']} = '{Status.SUCCESS}') AS f"
-        joins = "".join(f" POSITIONAL JOIN _table{i} AS t{i}" for i in range(1, len(joined) + 1))
-    else:
-        joins = "".join(
-            f" LEFT JOIN _table{i} AS t{i} ON t{i}.{quote(t.key)} = {values['key']}" for i, t in enumerate(joined, 1)
-        )
-    return f"SELECT {', '.join(items)} FROM {fetched}{joins}"
+    joins = [f" POSITIONAL JOIN _table{i} AS t{i}" for i in placed]
+    joins += [f" LEFT JOIN _table{i} AS t{i} ON {sql}" for i, sql in same.items() if i not in placed]
+    return f"SELECT {', '.join(items)} FROM {fetched}{''.join(joins)}"
 
 
 # -------------------------------------------------------------------------------------------------------------- types
@@ -319,7 +326,7 @@ def current_tables(data: Data, found: Sequence[LedgerTable], used: Collection[st
     """
     fetched, *others = found
     made: dict[str, str] = {}  # what is there now: file -> sha256
-    embedded = (read_record(data.embedded_record(s)) for s in data.shards(data.embedded_record))
+    embedded = (data.record(data.embedded_record(s)) for s in data.shards(data.embedded_record))
     for facts in (*fetched.facts, *embedded, *(facts for table in others for facts in table.facts)):
         made |= output_digests(facts) if "outputs" in facts else {}
     whole = {name for table in others for name in table.facts[0].get("inputs", {})}  # that some were made from
@@ -328,7 +335,7 @@ def current_tables(data: Data, found: Sequence[LedgerTable], used: Collection[st
 
     wrong = {}  # the tables that lack a shard, or were made from what has changed since, and what to do
     for table in others:
-        again = f"tastemaker {'embed' if 'similarity' in table.columns else 'annotate'} {data.root}"
+        again = f"tastemaker {'embed' if 'similarity' in table.columns else 'annotate'} {data}"
         if missing := with_images.difference(table.shards):
             wrong[table.name] = (
                 f"{table.name} lacks {len(missing):,} of {len(with_images):,} fetched shards "

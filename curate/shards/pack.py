@@ -44,7 +44,7 @@ from curate.ledger.view import (
 from curate.shards.shuffle import Buckets, Hashes, KeptKeys, cuts, first_hashes
 from curate.shards.tar import CorruptShard, TarWriter, image_member, index_tar, read_range
 from curate.store.files import check_space, digest, is_scratch, left_over, read_json, sha256_file, write_json
-from curate.store.records import is_done, read_record, record_digest
+from curate.store.records import read_record, record_digest
 
 _FORMAT = 1  # of the shards; part of what makes them stale
 _AT_ONCE = 1000  # samples that are made of rows at once
@@ -73,7 +73,7 @@ def pack(
     other data than is there now, CorruptShard where an image is not in its tar, DiskFull.
     """
     selection = load_selection(data, name)
-    made_from: Mapping[str, str] = read_record(data.selection_record(name))["inputs"]
+    made_from: Mapping[str, str] = data.record(data.selection_record(name))["inputs"]
     all_tables = tables(data)
     now = table_digests(all_tables)
     stale = [t for t in made_from if t in now and now[t] != made_from[t]]
@@ -83,7 +83,7 @@ def pack(
     if stale:
         raise UserError(
             f"the selection {name} was made before {', '.join(stale)} changed. "
-            f"`tastemaker select {data.root} --name {name}` makes it anew."
+            f"`tastemaker select {data} --name {name}` makes it anew."
         )
     found = current_tables(data, all_tables, made_from.keys())
     if not selection.kept:
@@ -96,13 +96,14 @@ def pack(
             f"the selection {name} kept none of {selection.fetched:,} images. "
             f"The hardest rule is {hardest.name} ({hardest.condition}), which alone rejects {hardest.marginal:,}."
         )
-    inputs = {"selected": sha256_file(data.verdicts(name)), **{t.name: now[t.name] for t in found}}
+    inputs = {"selected": sha256_file(data.local(data.verdicts(name))), **{t.name: now[t.name] for t in found}}
     identity = digest([_FORMAT, asdict(config), selection.to_json()])
     folder = data.packed(name)
-    if is_done(data.root, data.manifest(name), config=identity, inputs=inputs):
-        return read_json(data.manifest(name))
+    if data.is_done(data.manifest(name), config=identity, inputs=inputs):
+        return data.record(data.manifest(name))
 
     _check_folder(folder)
+    data.remove(data.sheet(name), data.charts(name))  # of what was packed before
     for leftover in left_over(folder.parent):  # of a process that was killed
         if leftover.name.startswith(f".{name}.") and leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -119,13 +120,17 @@ def pack(
         named = {f"shards/{name}/{file}": output for file, output in sorted(outputs.items())}  # where they will be
         facts |= {"config": identity, "inputs": inputs, "outputs": named}
         write_json(building / "manifest.json", {**facts, "self": record_digest(facts)})
+        if data.url is not None:  # on a disk the whole folder is replaced at once
+            data.invalidate(data.manifest(name))
         if folder.exists():
             folder.rename(old)
         building.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
+        data.remove(*(folder / found for found in data.store.names(folder) if not (folder / found).exists()))
+        data.push(*sorted(folder.glob("[0-9R]*")), *sorted(folder.glob("*.json"), reverse=True))
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return read_json(data.manifest(name))
+    return data.record(data.manifest(name))
 
 
 def _check_folder(folder: Path) -> None:
@@ -315,7 +320,7 @@ def _facts(
 ) -> dict[str, Any]:
     """What the manifest says beside files and digests."""
     hashes = {facts.get("denied_hashes") for facts in found[0].facts}
-    recipe = data.recipe.read_text() if data.recipe.exists() else None
+    recipe = data.local(data.recipe).read_text() if data.exists(data.recipe) else None
     return {
         "name": selection.name,
         "count": selection.kept,
@@ -323,7 +328,7 @@ def _facts(
         "pack": asdict(config),
         "selection": selection.to_json(),
         "funnel": selection.funnel,
-        "space": {k: v for k, v in read_record(data.space).items() if k != "probes"},
+        "space": {k: v for k, v in read_record(data.local(data.space)).items() if k != "probes"},
         "columns": recorded_columns(found),
         "left_out": left_out,  # tables that were not complete
         "recipe": recipe,

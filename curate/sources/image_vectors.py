@@ -103,7 +103,7 @@ class DataFolderVectors(ImageVectors):
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         encoder = self._text_encoder()
-        require_same(self.space, encoder.space(), str(self.data.space))
+        require_same(self.space, encoder.space(), f"{self.data}/embedded")
         return encoder.encode_texts(texts)
 
     def names(self, ids: Sequence[str], by: str) -> pd.DataFrame:

@@ -140,7 +140,7 @@ def _cut_list(data: Data, found: Found, scan: ListScan, config: SourceConfig, li
                 source.path.unlink()
         if not found.remote and stat(found.kind, source.path) != before:
             raise UserError(f"{source.path}: changed while it was read. Run the same command again.")
-        fact = {**before, "sha256": content, "url": source.url, "caption": source.caption}
+        fact = {**before, **source.origin, "sha256": content, "url": source.url, "caption": source.caption}
         if broken := source.problems.counts["broken"]:
             fact["broken"] = broken
         if source.constants:
@@ -215,10 +215,13 @@ def _write_plan(data: Data, facts: dict[str, Any], shards: list[ShardPlan], repl
     if replaces is not None:  # a kill between the two files leaves the old plan whole
         facts["shards"] = f"plan/shards-{facts['shards_sha256'][:8]}.parquet"
     write_atomic(data.root / shards_file(facts), table.getvalue())
+    written = [data.root / name for name in facts["made_of"] if (data.root / name).is_relative_to(data.root)]
+    data.push(*(path for path in written if path.exists()), data.root / shards_file(facts))
     facts = {k: v for k, v in facts.items() if k != "self"}
     write_json(data.plan_record, {**facts, "self": record_digest(facts)})
+    data.push(data.plan_record)
     if replaces is not None and replaces != facts["shards"]:
-        (data.root / replaces).unlink(missing_ok=True)
+        data.remove(data.root / replaces)
     return Plan.of(data, facts, shards)
 
 
@@ -259,7 +262,7 @@ def _require_same(plan: Plan, list_path: str, found: Found | None, config: Sourc
             else:
                 moved[index] = now
     if differences:
-        raise UserError(f"{plan.data.root} was made from something else: {'; '.join(differences)}. {ANEW}")
+        raise UserError(f"{plan.data} was made from something else: {'; '.join(differences)}. {ANEW}")
     return moved
 
 
@@ -268,7 +271,7 @@ def _grows(plan: Plan, limit: int | None) -> bool:
     wanted = plan.listed_rows if limit is None else min(limit, plan.listed_rows)
     if wanted < plan.total_rows:
         raise UserError(
-            f"{plan.data.root} holds {plan.total_rows:,} rows of the list, and --limit {limit} is fewer. "
+            f"{plan.data} holds {plan.total_rows:,} rows of the list, and --limit {limit} is fewer. "
             f"Leave --limit out for the whole list, give {plan.total_rows} or more, or another --out."
         )
     return wanted > plan.total_rows
@@ -293,7 +296,7 @@ def _grow(plan: Plan, list_path: str, config: SourceConfig, limit: int | None) -
         size = _rows_per_shard(config, sum(scan.kept))
         try:
             for index, (source, kept) in enumerate(zip(scan.inputs, scan.kept, strict=True)):
-                if found.remote and sha256_file(source.path) != facts["inputs"][index]["sha256"]:
+                if found.remote and source.digest() != facts["inputs"][index]["sha256"]:
                     raise UserError(f"{list_path}: has changed since the plan was made. {ANEW}")
                 if not kept:
                     continue

@@ -29,7 +29,6 @@ from curate.images.decode import decode
 from curate.layout import Data
 from curate.shards.tar import IMAGE_EXTENSIONS, image_member, index_tar, read_range
 from curate.store.files import check_space
-from curate.store.records import is_done, recommit
 
 MIN_COSINE = 0.98
 """The least that the median of those images' cosines may be. Single images move further when they are stored anew
@@ -247,10 +246,10 @@ def import_shard(data: Data, shard: int, imported: ImportedVectors, encoder: Enc
     """
     inputs = data.fetched_digests(shard)
     assert inputs is not None, f"shard {shard} is embedded before it is fetched"
-    if is_done(data.root, data.embedded_record(shard), config=config, inputs=inputs):
+    if data.is_done(data.embedded_record(shard), config=config, inputs=inputs):
         return 0
     if recovered(data, shard, data.embedded_record(shard), config) == set():
-        recommit(data.root, data.embedded_record(shard), inputs)
+        data.recommit(data.embedded_record(shard), inputs)
         return 0
     check_space(data.root)
     began = time.time()
@@ -290,7 +289,7 @@ def _names(data: Data, shard: int, keys: list[str]) -> list[str]:
         return keys
     source = data.plan.read(shard)
     assert source.own_columns is not None and source.base is not None
-    statuses = pq.read_table(data.table(shard), columns=["status"])["status"]
+    statuses = pq.read_table(data.local(data.table(shard)), columns=["status"])["status"]
     places = source.own_columns.filter(pc.equal(statuses, "success")).to_pylist()
     named: dict[str, dict[int, str]] = {}
     names = []
@@ -298,7 +297,8 @@ def _names(data: Data, shard: int, keys: list[str]) -> list[str]:
         path = place["@path"]
         if path.endswith(".tar"):
             if path not in named:
-                index = index_tar(source.base / path)
+                file = source.file(path)
+                index = index_tar(file if isinstance(file, Path) else file.local())
                 named[path] = {at: key for key, found in index.items() for at, _ in found.values()}
             path = named[path][place["@offset"]]
         names.append(path)
@@ -307,7 +307,7 @@ def _names(data: Data, shard: int, keys: list[str]) -> list[str]:
 
 def _compare_vectors(data: Data, shard: int, encoder: Encoder, keys: list[str], theirs: np.ndarray, root: Path) -> None:
     """UserError unless the encoder gives, for most of these images, the vectors that the folder holds."""
-    index = index_tar(data.tar(shard))
+    index = index_tar(data.local(data.tar(shard)))
     images = []
     with open(data.tar(shard), "rb") as tar:
         for key in keys:

@@ -101,6 +101,18 @@ class ObjectStore:
                 last = meta["path"]
                 yield _stored(last, meta)
 
+    def names(self, folder: str) -> tuple[_Stored, set[str]]:
+        """The objects in a folder ("": the uppermost), and the names of the folders in it."""
+        if folder:
+            _check_name(folder)
+
+        def read() -> Any:
+            return self._client().list_with_delimiter(folder or None)
+
+        answer = self._ask(f"listing {folder or 'it'}", read)
+        own = [_stored(meta["path"], meta) for meta in answer["objects"]]
+        return own, {prefix.rstrip("/").rpartition("/")[2] for prefix in answer["common_prefixes"]}
+
     def head(self, name: str) -> StoredObject | None:
         """What an object is; None where there is none."""
         try:
