@@ -175,7 +175,14 @@ class FetchActor:
         recipe = job.recipe
         with report_errors(self._progress):
             self._worker = FetchWorker(
-                job.data, recipe.fetch, recipe.images, recipe.hashes()[0], self._meter, threads, lease
+                job.data,
+                recipe.fetch,
+                recipe.images,
+                recipe.hashes()[0],
+                self._meter,
+                threads,
+                lease,
+                recipe.early_fetch(),
             )
 
     async def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
