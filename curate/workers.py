@@ -22,6 +22,7 @@ from curate.annotators.stage import annotate_shard, column_inputs
 from curate.encoders.base import Encoder
 from curate.encoders.embed import EmbedConfig
 from curate.encoders.registry import load_encoder
+from curate.estimate.spent import Spent
 from curate.fetch import engine_img2dataset
 from curate.fetch.budget import LeaseSlots
 from curate.fetch.client import Fetcher
@@ -169,6 +170,7 @@ class EmbedWorker:
         if vectors and space is not None:
             claim_space(data, space)
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="decode")
+        self._spent = Spent()
 
     def run(self, shard: int) -> None:
         """Embed and annotate one fetched shard; what is done is left alone."""
@@ -185,6 +187,7 @@ class EmbedWorker:
             config=self.config,
             threads=self._threads,
             report=self.report,
+            spent=self._spent,
         )
 
 

@@ -45,12 +45,14 @@ def explain(error: BaseException) -> tuple[int, str]:
     from curate.annotators.stage import EndsItsProcess
     from curate.ledger.select import NothingKept
     from curate.shards.tar import CorruptShard
+    from curate.store.clients import StoreUnavailable
+    from curate.store.lease import LeaseLost
 
     names = {c.__name__ for c in type(error).__mro__}  # of libraries that may not be loaded
 
     if isinstance(error, NothingKept):
         return 3, str(error)
-    if isinstance(error, DiskFull | EndsItsProcess):
+    if isinstance(error, DiskFull | EndsItsProcess | StoreUnavailable | LeaseLost):
         return 1, str(error)
     if isinstance(error, CorruptShard) or "ArrowInvalid" in names:
         return 1, f"{error}\n`tastemaker verify DATA` finds damaged files, and says what repairs them"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from curate.layout import Data
+from tests.stores import Server
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -47,3 +49,18 @@ def real_data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     from tests.real_data import make_real_data
 
     return make_real_data(tmp_path_factory.mktemp("real"))
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[Server]:
+    """A real S3 server; one for all tests of a process that ask."""
+    from tests.stores import seaweed
+
+    with seaweed() as server:
+        yield server
+
+
+@pytest.fixture
+def s3_url(s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty folder on it, the environment set."""
+    return s3_server.use(monkeypatch)

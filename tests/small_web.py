@@ -384,7 +384,7 @@ def gone(processes: Sequence[psutil.Process], timeout: float = 10) -> list[str]:
 
 # ----------------------------------------------------------------------------------------------- what a run left behind
 
-_CLOCKS = {"start_time", "end_time", "duration", "starts", "isolated", "batch_halved", "self"}
+_CLOCKS = {"start_time", "end_time", "duration", "starts", "isolated", "batch_halved", "spent", "self"}
 """What the records of shards say about the run and not about the data."""
 
 
@@ -396,7 +396,7 @@ def digests(root: Path) -> dict[str, str]:
         if name in (".lock", ".workers", ".tastemaker") or name.startswith("logs/"):
             continue
         data = path.read_bytes()
-        if (name.startswith("fetched/") and name.endswith("_stats.json")) or name.startswith("embedded/stats/"):
+        if name.endswith(".json") and name.startswith(("fetched/", "embedded/stats/", "annotated/")):
             record = {k: v for k, v in json.loads(data).items() if k not in _CLOCKS}
             data = json.dumps(record, sort_keys=True).encode()
         found[name] = hashlib.sha256(data).hexdigest()

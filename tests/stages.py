@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,12 +116,16 @@ def choose(data: Data, recipe: Recipe) -> Selection:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """Every file that a rerun must give back to the byte: all but records, which hold times, logs and hidden files."""
-    return {
-        str(path.relative_to(root)): path.read_bytes()
-        for path in sorted(root.rglob("*"))
-        if path.is_file() and not is_record(path, root) and not path.name.startswith(".") and "logs" not in path.parts
-    }
+    """Every file that a rerun must give back to the byte: all but records, which hold times, logs and hidden files.
+    Records of columns are there without what they took."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and not is_record(path, root) and not path.name.startswith(".") and "logs" not in path.parts:
+            found[str(path.relative_to(root))] = path.read_bytes()
+    for name in [n for n in found if n.startswith("annotated/") and n.endswith(".json")]:
+        record = {k: v for k, v in json.loads(found[name]).items() if k not in ("spent", "self")}
+        found[name] = json.dumps(record).encode()
+    return found
 
 
 def is_record(path: Path, root: Path) -> bool:

@@ -28,6 +28,7 @@ from curate.annotators.base import Annotator, ImageBatch, TableAnnotator, TableR
 from curate.annotators.order import resolve_needs, wanted_keys, where_inputs
 from curate.encoders.base import Encoder
 from curate.encoders.embed import caption_vectors, images_of, recovered, similarity, write_vectors
+from curate.estimate.spent import Spent, of_models, total_spent
 from curate.fetch.ingest import Report, note_start
 from curate.images.config import ImagesConfig
 from curate.images.decode import decode
@@ -58,11 +59,13 @@ def annotate_shard(
     config: str,
     threads: Executor,
     report: Report,
+    spent: Spent | None = None,
 ) -> None:
     """Compute what is missing of a fetched shard: its vectors by `encoder` (config: the hash of its settings), where
     one is given, then the columns of annotators that are loaded."""
     inputs = data.fetched_digests(shard)
     assert inputs is not None, f"shard {shard} is annotated before it is fetched"
+    spent = spent or Spent()
     of_images = {name: a for name, a in annotators.items() if a.reads in ("pixels", "row", "captions")}
     records = {name: (data.annotations_record(name, shard), a.config) for name, a in of_images.items()}
     if encoder is not None:
@@ -89,13 +92,15 @@ def annotate_shard(
                 f"embedding shard {shard:05d} has ended its process {starts - 1} times: out of memory, or a crash in a "
                 f"library. {data.logs / 'embed.log'} or the system's log may say why; all that is done stays done."
             )
-        _from_pixels(data, shard, annotators, encoder, config, missing, threads, report)
+        _from_pixels(data, shard, annotators, encoder, config, missing, threads, report, spent)
         for name, annotator in of_images.items():
             if name not in missing or annotator.reads == "pixels":
                 continue
             rows = images_of(data, shard, None if annotator.reads == "row" else ["key", "caption"])
             fresh = _only(rows, missing[name].keys)
-            _write(data, shard, name, annotator, fresh["key"], ask(annotator, ImageBatch(rows=fresh)), missing[name])
+            values = ask(annotator, ImageBatch(rows=fresh))
+            took = spent.take(images=len(fresh))
+            _write(data, shard, name, annotator, fresh["key"], values, missing[name], took)
         data.embed_starts(shard).unlink(missing_ok=True)
 
     for name, annotator in annotators.items():
@@ -109,7 +114,8 @@ def annotate_shard(
         # heads are cheap, and the last bit of a product of matrices depends on what else is in them: so all are asked
         wanted = pc.is_in(rows["key"], wanted_keys(data, shard, annotator.where).combine_chunks())
         values = {suffix: value.filter(wanted.combine_chunks()) for suffix, value in values.items()}
-        _write(data, shard, name, annotator, rows["key"].filter(wanted), values, _Missing(there))
+        took = spent.take(images=len(rows))
+        _write(data, shard, name, annotator, rows["key"].filter(wanted), values, _Missing(there), took)
 
 
 def column_inputs(data: Data, shard: int, annotator: Annotator) -> dict[str, str] | None:
@@ -201,10 +207,13 @@ def annotate_table(
             say=say,
             show=show,
         )
+        spent, began = Spent(), time.perf_counter()
         for shard, answer in zip(shards, annotator.annotate_all(run), strict=True):
             keys = wanted_keys(data, shard, annotator.where)
             values = _checked(annotator, answer, len(keys))
-            _write(data, shard, name, annotator, keys, values, _Missing(inputs[shard]))
+            took = spent.take(images=len(keys), seconds=time.perf_counter() - began)
+            _write(data, shard, name, annotator, keys, values, _Missing(inputs[shard]), took)
+            began = time.perf_counter()
     return len(missing)
 
 
@@ -272,6 +281,7 @@ def _from_pixels(
     missing: Mapping[str, _Missing],
     threads: Executor,
     report: Report,
+    spent: Spent,
 ) -> None:
     """One pass over the pixels of a shard: its vectors, and the columns of those that read pixels, and are missing."""
     models: dict[str, Any] = {n: a for n, a in annotators.items() if n in missing and a.reads == "pixels"}
@@ -290,27 +300,35 @@ def _from_pixels(
     vectors, answers = list[np.ndarray](), {name: list[dict[str, pa.Array]]() for name in models if name != _VECTORS}
     size = _BATCH if encoder is None else encoder.batch_size
     wanted = {name: missing[name].keys for name in answers} | {name: None for name in models if name == _VECTORS}
-    for start, batch in _prepared(data, shard, fresh["key"].to_pylist(), models, wanted, size, threads):
+    seen = {name: len(fresh) if name == _VECTORS else 0 for name in models}
+    for start, batch in _prepared(data, shard, fresh["key"].to_pylist(), models, wanted, size, threads, spent):
         part = fresh.slice(start, len(batch))
         for name, model in models.items():
             if name == _VECTORS:
-                vectors.append(model.encode_prepared(np.stack([found[name] for found in batch])))
+                with spent.model(name):
+                    vectors.append(model.encode_prepared(np.stack([found[name] for found in batch])))
             elif chosen := [i for i, found in enumerate(batch) if name in found]:
                 inputs_of = [batch[i][name] for i in chosen]
-                answers[name].append(ask(model, ImageBatch(rows=part.take(chosen), inputs=inputs_of)))
+                with spent.model(name):
+                    answers[name].append(ask(model, ImageBatch(rows=part.take(chosen), inputs=inputs_of)))
+                seen[name] += len(chosen)
         for _ in range(len(part)):
             report("embed", Status.SUCCESS, "")
 
+    images = texts = np.zeros((0, 0), np.float32)
+    if encoder is not None and _VECTORS in models:
+        images = np.concatenate(vectors) if vectors else np.zeros((0, encoder.dim), np.float32)
+        with spent.model(_VECTORS):
+            texts = caption_vectors(fresh["caption"].to_pylist(), encoder)
+    took = of_models(spent.take(), seen)
     for name, parts in answers.items():
         annotator, own = annotators[name], _only(rows, missing[name].keys)
         parts = parts or [ask(annotator, ImageBatch(rows=own))]
         values = {suffix: pa.chunked_array([p[suffix] for p in parts]) for suffix in annotator.columns}
-        _write(data, shard, name, annotator, own["key"], values, missing[name])
+        _write(data, shard, name, annotator, own["key"], values, missing[name], took[name])
     if _VECTORS in models:
         assert encoder is not None
-        images = np.concatenate(vectors) if vectors else np.zeros((0, encoder.dim), np.float32)
         captions = fresh["caption"].to_pylist()
-        texts = caption_vectors(captions, encoder)
         cosines = similarity(captions, images, texts)
         if added_keys is not None:
             stored = pq.read_table(data.metadata(shard), columns=["key", "similarity"])
@@ -321,7 +339,9 @@ def _from_pixels(
                 np.concatenate([new, np.load(file, allow_pickle=False).astype(np.float32)])[order]
                 for new, file in ((images, data.image_vectors(shard)), (texts, data.text_vectors(shard)))
             )
-        facts = {"batch_halved": encoder.halved}
+        facts = {"batch_halved": encoder.halved, "spent": took[_VECTORS]}
+        if added_keys is not None:
+            facts["spent"] = total_spent(read_json(data.embedded_record(shard)).get("spent"), took[_VECTORS])
         write_vectors(data, shard, rows, images, texts, cosines, config=config, inputs=inputs, facts=facts, began=began)
 
 
@@ -333,17 +353,19 @@ def _prepared(
     wanted: Mapping[str, set[str] | None],
     size: int,
     threads: Executor,
+    spent: Spent,
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Batches (first row, and of each image the inputs of the models that want it: None, all), decoded and preprocessed
     in threads, two batches ahead."""
 
     def prepare(key: str, image: bytes) -> dict[str, Any]:
-        pixels, found = decode(image), dict[str, Any]()
-        for name, model in models.items():
-            own = wanted[name]
-            if own is None or key in own:
-                found[name] = model.preprocess(pixels)
-        return found
+        with spent.thread("decode"):
+            pixels, found = decode(image), dict[str, Any]()
+            for name, model in models.items():
+                own = wanted[name]
+                if own is None or key in own:
+                    found[name] = model.preprocess(pixels)
+            return found
 
     ahead: deque[Future[dict[str, Any]]] = deque()
     known = set(keys)
@@ -374,6 +396,7 @@ def _write(
     fresh: pa.ChunkedArray,
     values: Mapping[str, pa.Array | pa.ChunkedArray],
     missing: _Missing,
+    spent: Mapping[str, Any],
 ) -> None:
     """Write and commit one shard of an annotator's columns: values of the keys `fresh` and those that are stored; null
     for all other images."""
@@ -387,11 +410,13 @@ def _write(
     if not keys.equals(table["key"]):
         table = table.drop(["key"]).take(pc.index_in(keys, table["key"].combine_chunks()))
         table = table.add_column(0, "key", keys)
+    before = (read_json(record) or {}).get("spent") if missing.stored is not None else None
     invalidate(record)
     with atomic(file) as f:
         pq.write_table(table, f, compression="zstd")
     specs = {column: spec.facts() for column, spec in column_specs({name: annotator}).items()}
     facts = {"count": len(table), "annotator": annotator.name, "columns": specs, **annotator.facts}
+    facts["spent"] = total_spent(before, spent)
     if annotator.null_says and nulls:
         facts["counts"] = {annotator.null_says: nulls}
     if annotator.where is not None:

@@ -21,6 +21,7 @@ import functools
 import random
 import resource
 import ssl
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -31,6 +32,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
 from aesthetic.errors import UserError
+from curate.estimate.spent import Spent
 from curate.fetch import addresses, budget, domains, optouts
 from curate.fetch.body import REDIRECTS, BodyLimits, Memory, Reservation, read_body
 from curate.fetch.config import FetchConfig
@@ -110,6 +112,7 @@ class Fetcher:
         self._rules_limits = BodyLimits(optouts.ROBOTS_MAX_BYTES, truncate=True, respect=frozenset())
         self._keepalive = _seconds_kept_open(config.concurrency)
         self._opened: aiohttp.ClientSession | None = None
+        self.spent = Spent()  # `requests`, the bytes that they `received`, and their seconds `in_flight`
 
     async def get(self, url: str) -> Body:
         """Fetch one URL.
@@ -204,8 +207,9 @@ class Fetcher:
         self, url: URL, seconds: float, limits: BodyLimits, opt_outs: dict[str, str], permit: domains.Permit
     ) -> _HttpAnswer:
         """One request and its answer, and what it says about the domain."""
-        status, retry_after = None, None
+        status, retry_after, response = None, None, None
         memory = Reservation(self._memory)
+        began = time.monotonic()
         try:
             try:
                 async with asyncio.timeout(seconds) as clock, self._session.get(url, allow_redirects=False) as response:
@@ -240,6 +244,9 @@ class Fetcher:
         except BaseException:
             memory.release()
             raise
+        finally:
+            received = 0 if response is None else response.content.total_bytes
+            self.spent.add(requests=1, received=received, in_flight=time.monotonic() - began)
 
     @property
     def _session(self) -> aiohttp.ClientSession:

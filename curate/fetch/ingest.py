@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError
 from aesthetic.files import as_disk_full, atomic, scratch_path
+from curate.estimate.spent import Spent, total_spent
 from curate.fetch import engine_img2dataset
 from curate.fetch.client import Fetcher
 from curate.fetch.config import FetchConfig
@@ -147,7 +148,8 @@ async def ingest_shard(
             facts["notes"] = list(source.notes)
         if context.deny.hashes is not None:
             facts["denied_hashes"] = context.deny.hashes
-        return await asyncio.to_thread(_commit, data, shard, source.table, results, config, began, facts)
+        spent = context.fetcher.spent, (before or {}).get("spent")
+        return await asyncio.to_thread(_commit, data, shard, source.table, results, config, began, facts, *spent)
 
 
 def recovered_since(data: Data, shard: int, files: Mapping[str, str]) -> list[str] | None:
@@ -238,11 +240,12 @@ async def _fetch_and_decode(
 
     def check_and_process(body: bytes, digest: str | None) -> ProcessedImage | None:
         """In a thread: what is denied or not what the list names is not even decoded."""
-        if context.deny or digest:
-            sha256 = hashlib.sha256(body).digest()
-            context.deny.check_body(body, sha256)
-            verify_hash(body, digest, sha256)
-        return None if isolated is not None else process(body, context.images)
+        with context.fetcher.spent.thread("decode"):
+            if context.deny or digest:
+                sha256 = hashlib.sha256(body).digest()
+                context.deny.check_body(body, sha256)
+                verify_hash(body, digest, sha256)
+            return None if isolated is not None else process(body, context.images)
 
     async def decode(body: bytes, index: int) -> ProcessedImage:
         early.check_prefix(index, body)
@@ -343,7 +346,15 @@ def _host(url: str | None) -> str:
 
 
 def _commit(
-    data: Data, shard: int, table: pa.Table, results: ShardResults, config: str, began: float, extra: dict[str, Any]
+    data: Data,
+    shard: int,
+    table: pa.Table,
+    results: ShardResults,
+    config: str,
+    began: float,
+    extra: dict[str, Any],
+    spent: Spent,
+    spent_before: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Write tar, table and record, in the order of the list."""
     rows = [results.facts[i] for i in range(table.num_rows)]
@@ -391,6 +402,7 @@ def _commit(
             "start_time": began,
             "end_time": done,
             "status_dict": dict(Counter(counted(facts) for facts in rows)),
+            "spent": total_spent(spent_before, spent.take()),
             **extra,
         },
     )

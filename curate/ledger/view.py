@@ -238,7 +238,7 @@ def recorded_columns(found: Sequence[LedgerTable]) -> dict[str, dict[str, Any]]:
     for table in found[1:]:
         if "similarity" in table.columns:
             continue
-        record = {k: v for k, v in table.facts[0].items() if k not in ("inputs", "outputs", "self", "count")}
+        record = {k: v for k, v in table.facts[0].items() if k not in ("inputs", "outputs", "self", "count", "spent")}
         record |= {"notes": notes} if (notes := notes_of(table.facts)) else {}
         record.pop("counts", None)  # of its shard alone; notes have the sums
         specs = record.pop("columns", {})
