@@ -257,7 +257,7 @@ def select(data: Data, config: SelectConfig) -> Selection:
             warnings.append(f"rule {rule.name} ({rule.condition}) keeps every image")
     kept_images = verdicts[:fetched] == kept
     if count := int((verdicts == unjudged).sum()):
-        warnings.append(_unjudged(data, count, applied_early(found), config.rules))
+        warnings.append(words_for_unjudged(data, count, applied_early(found), config.rules))
     selection = Selection(
         name=config.name,
         rows=fetched + len(denied) + len(failed) + len(early_keys),
@@ -277,7 +277,7 @@ def select(data: Data, config: SelectConfig) -> Selection:
     return selection
 
 
-def _unjudged(data: Data, count: int, applied: Mapping[str, Collection[str]], rules: Mapping[str, str]) -> str:
+def words_for_unjudged(data: Data, count: int, applied: Mapping[str, Collection[str]], rules: Mapping[str, str]) -> str:
     """What is said of rows that can't be judged, and how they can."""
     stay = [name for name, conditions in applied.items() if {rules.get(name)} == {*conditions}]
     again = f"tastemaker retry {shlex.quote(str(data.root))} --early"
