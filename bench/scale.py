@@ -66,10 +66,10 @@ def main() -> None:
         tars = "real" if "pack" in names else "links"
         if not (root / f"made-{tars}").exists() and not (root / "made-real").exists():
             shutil.rmtree(root, ignore_errors=True)
-            cpu, mb = _measure("make", root, rows, asked.shard_size, tars)
+            cpu, mb = measure("make", root, rows, asked.shard_size, tars)
             print(f"{rows:,} rows made: {cpu:.0f} CPU-s, {mb:,.0f} MB", file=sys.stderr)
         for name in names:
-            cpu, mb = _measure(name, root)
+            cpu, mb = measure(name, root)
             note(asked.folder / "measured.json", name, rows, asked.shard_size, cpu, mb)
             print(
                 f"{rows:,} rows in {-(-rows // asked.shard_size):,} shards  {name}: {cpu:.1f} CPU-s, {mb:,.0f} MB",
@@ -80,7 +80,7 @@ def main() -> None:
     print(table(json.loads((asked.folder / "measured.json").read_text())))
 
 
-def _measure(*words: Any) -> tuple[float, float]:
+def measure(*words: Any) -> tuple[float, float]:
     """CPU-seconds and peak MB of a process that does this. It is started from one as small as this, whose own size
     would else count."""
     command = [sys.executable, "-m", "bench.scale", "--child", *map(str, words)]
@@ -96,6 +96,7 @@ def _measure(*words: Any) -> tuple[float, float]:
 
 def _child(name: str, root: str, *words: str) -> None:
     if name == "make":
+        os.fsync = lambda fd: None  # a hundred thousand files would wait for the disk, and nothing here is worth that
         make(Path(root), int(words[0]), int(words[1]), words[2] == "real")
     else:
         OPERATIONS[name](Path(root))
@@ -279,7 +280,6 @@ def make(root: Path, rows: int, shard_size: int, real_tars: bool) -> None:
     from curate.workers import claim_space
     from pipelines.recipe import load_recipe, store_recipe
 
-    os.fsync = lambda fd: None  # a hundred thousand files would wait for the disk, and nothing here is worth that
     data = _data(root)
     root.mkdir(parents=True)
     with pq.ParquetWriter(root / "list.parquet", _listed(0, 1).schema, compression="zstd") as out:
@@ -298,9 +298,9 @@ def make(root: Path, rows: int, shard_size: int, real_tars: bool) -> None:
 
     pool = Originals(100_000, DIMS)
     files = [pool.draw(np.random.default_rng([1, i]), shard_size) for i in range(VECTOR_FILES)]
-    maker = _Maker(root, rows, shard_size, recipe.hashes(), make_annotators(recipe.columns), real_tars, files)
+    maker = _Maker(data, rows, recipe.hashes(), make_annotators(recipe.columns), real_tars, files)
     for s in data.plan.shards:
-        maker.shard(s.shard, s.rows)
+        maker.shard(s.shard, s.offset, s.rows)
     chosen = np.sort(rng.choice(rows, min(3 * RATINGS, rows), replace=False))
     chosen = chosen[chosen % 20 > 0][:: max(1, len(chosen) // (2 * RATINGS))][:RATINGS]
     taste = rng.standard_normal(DIMS).astype(np.float32)
@@ -355,9 +355,8 @@ class _Maker:
 
     def __init__(
         self,
-        root: Path,
+        data: Any,
         rows: int,
-        shard_size: int,
         hashes: tuple[str, str],
         annotators: dict[str, Any],
         real_tars: bool,
@@ -365,7 +364,7 @@ class _Maker:
     ) -> None:
         from bench.near_duplicates import draw_phash
 
-        self.root, self.data, self.shard_size = root, _data(root), shard_size
+        self.data, self.shard_size = data, data.plan.shard_size
         self.fetch_hash, self.embed_hash = hashes
         self.annotators, self.real_tars = annotators, real_tars
         self.vectors = [w.astype(np.float16) for w in vectors]
@@ -379,16 +378,16 @@ class _Maker:
         for name in annotators:
             self.data.annotations(name, 0).parent.mkdir(parents=True, exist_ok=True)
 
-    def shard(self, shard: int, count: int) -> None:
-        """Everything of one shard."""
+    def shard(self, shard: int, first: int, count: int) -> None:
+        """Everything of one shard, whose first row is this one of the list."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
         rng, row = np.random.default_rng([4, shard]), np.arange(count)
-        good = (shard * self.shard_size + row) % 20 > 0
+        good = (first + row) % 20 > 0
         digits = len(str(self.shard_size - 1)) if self.shard_size > 1 else 0
         keys = pc.utf8_lpad(pa.array(shard * 10**digits + row).cast(pa.string()), 5 + digits, "0")
-        listed = _listed(shard * self.shard_size, count)
+        listed = _listed(first, count)
         phash, pdq = self._hashes(rng, shard, count)
         inputs = self._fetched(shard, keys, listed, good, phash, rng)
         keys, captions, pdq = keys.filter(pa.array(good)), listed["caption"].filter(pa.array(good)), pdq[good]
@@ -420,7 +419,7 @@ class _Maker:
 
         data, n = self.data, len(keys)
         sha256 = rng.integers(0, 2**64, (n, 4), np.uint64)
-        sha256[(shard * self.shard_size + np.arange(n)) % 1000 == 7] = 7
+        sha256[np.arange(n) % 1000 == 7] = 7
         sides = rng.integers(100, 3000, (2, n))
         of_image = {
             "width": np.full(n, 256),
@@ -469,7 +468,12 @@ class _Maker:
         pq.write_table(pa.table(named), data.metadata(shard), compression="zstd")
         files = [file, data.metadata(shard)]
         made = commit(
-            data.root, data.embedded_record(shard), config=self.embed_hash, inputs=inputs, outputs=files, facts={}
+            data.root,
+            data.embedded_record(shard),
+            config=self.embed_hash,
+            inputs=inputs,
+            outputs=files,
+            facts={"sample_count": n},
         )
         name = str(file.relative_to(data.root))
         return {name: made["outputs"][name]["sha256"]}
@@ -516,8 +520,8 @@ class _Maker:
 
     def vector(self, row: int) -> npt.NDArray[np.float32]:
         """That of a row with an image."""
-        shard = row // self.shard_size
-        before = np.count_nonzero(np.arange(shard * self.shard_size, row) % 20)
+        size = self.data.plan.shards[0].rows  # all but the last have as many
+        shard, before = row // size, np.count_nonzero(np.arange(row // size * size, row) % 20)
         return self.vectors[shard % VECTOR_FILES][before].astype(np.float32)
 
 

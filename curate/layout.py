@@ -11,17 +11,21 @@ report/NAME/  sheet.png, scores.png
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
-from curate.store.files import clear, read_json
-from curate.store.records import invalidate, output_digests
+from curate.store.disk import Disk
+from curate.store.files import clear
+from curate.store.index import RecordIndex
+from curate.store.records import output_digests
 
 if TYPE_CHECKING:
     import duckdb
@@ -50,9 +54,118 @@ def shard_name(shard: int) -> str:
 
 @dataclass(frozen=True)
 class Data:
-    """The paths of one data folder; opens nothing by itself."""
+    """The paths of one data folder; opens nothing by itself.
+
+    On an object store `root` is a mirror here, of which only those files are there that were brought.
+    """
 
     root: Path
+    url: str | None = None
+
+    @staticmethod
+    def at(place: str | Path) -> Data:
+        """The data folder at a path or a URL, whether there is one or not. UserError where that is neither."""
+        from curate.store.mirror import open_store
+
+        store = open_store(str(place))
+        return Data(store.root, store.url)
+
+    def __str__(self) -> str:
+        return self.url or str(self.root)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To a worker go the place and the plan; a mirror is its own, and it reads the records of its shards alone."""
+        plan = {"plan": self.plan} if "plan" in self.__dict__ else None
+        return _in_worker, (None if self.url else self.root, self.url, self.store.token), plan
+
+    def shown(self, path: Path) -> str:
+        """Where a file of the folder is, for people: its path or its URL."""
+        return f"{self}/{path.relative_to(self.root).as_posix()}"
+
+    @cached_property
+    def store(self) -> Disk:
+        """Where the files are."""
+        if self.url is None:
+            return Disk(self.root)
+        from curate.store.mirror import open_mirror
+
+        return open_mirror(self.url)
+
+    def without_plan(self) -> Data:
+        """The same folder, light enough to go along with each of many tasks."""
+        return Data(self.root, self.url)
+
+    @cached_property
+    def _index(self) -> RecordIndex:
+        return RecordIndex(self.store)
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Be the only run at work on the folder while the block runs. UserError where another one is."""
+        with self.store.lock():
+            yield
+            self.compact()
+
+    def compact(self) -> None:
+        """Have the next run read all records from one file per stage; of whoever holds the folder."""
+        self._index.compact()
+
+    # files and records; on a disk nothing is moved
+
+    def bring(self, *paths: Path) -> None:
+        """Have these files here, whole and as they are now, before they are read."""
+        self.store.bring(paths)
+
+    def local(self, path: Path) -> Path:
+        """The path of a file to read, which is brought where it is not here."""
+        self.store.bring([path])
+        return path
+
+    def push(self, *paths: Path) -> None:
+        """Put these files where they belong, as they are here."""
+        self.store.push(paths)
+
+    def release(self, *paths: Path) -> None:
+        """Let go of what lies there as well: its room here may be used for others."""
+        self.store.release(paths)
+
+    def exists(self, path: Path) -> bool:
+        """Whether there is such a file, here or not."""
+        return self.store.stamp(path) is not None
+
+    def remove(self, *paths: Path) -> None:
+        """Remove these files, as far as they are there."""
+        self.store.remove(paths)
+
+    def record(self, path: Path) -> dict[str, Any]:
+        """What a record says; {} where there is none, or where it is none of ours. Not to be changed by who asks."""
+        return self._index.read(path)
+
+    def is_done(self, record: Path, *, config: str, inputs: Mapping[str, str]) -> bool:
+        """Whether a record still matches: same configuration, same inputs, every file there as it was written."""
+        return self._index.is_done(record, config=config, inputs=inputs)
+
+    def outputs_present(self, record: Path) -> bool:
+        """Whether every file that a record names is there, as it was written."""
+        return self._index.outputs_present(record)
+
+    def commit(
+        self, record: Path, *, config: str, inputs: Mapping[str, str], outputs: list[Path], facts: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Write the record that makes a shard done, last of all its files; see RecordIndex.commit."""
+        return self._index.commit(record, config=config, inputs=inputs, outputs=outputs, facts=facts)
+
+    def recommit(self, record: Path, inputs: Mapping[str, str]) -> None:
+        """Write a record again for other inputs from which the same files would come."""
+        self._index.recommit(record, inputs)
+
+    def invalidate(self, *records: Path) -> None:
+        """Take records back before their files are replaced, so that none that is half replaced is taken for done."""
+        self._index.invalidate(records)
+
+    def look(self, records: Iterable[Path]) -> None:
+        """Read these records all together, before they are asked about one by one."""
+        self._index.look(records)
 
     # plan/
 
@@ -115,7 +228,7 @@ class Data:
 
     def annotated(self) -> list[str]:
         """The names under which there are columns."""
-        return _folders(self.root / ANNOTATED)
+        return self._folders(self.root / ANNOTATED)
 
     def index(self, name: str) -> Path:
         """A folder for what an annotator that reads the whole table keeps between runs, such as pairs."""
@@ -127,7 +240,7 @@ class Data:
 
     def old_columns(self) -> list[str]:
         """Columns in `scored/`, where they were before there was `annotated/`, that nobody has computed anew."""
-        return [name for name in _folders(self.root / "scored") if name not in self.annotated()]
+        return [name for name in self._folders(self.root / "scored") if name not in self.annotated()]
 
     # selected/, shards/, report/
 
@@ -149,7 +262,7 @@ class Data:
 
     def packs(self) -> list[str]:
         """The names of the selections that are packed."""
-        return [name for name in _folders(self.root / PACKED) if self.manifest(name).exists()]
+        return [name for name in self._folders(self.root / PACKED) if self.exists(self.manifest(name))]
 
     def sheet(self, name: str) -> Path:
         return self.root / "report" / name / "sheet.png"
@@ -175,14 +288,20 @@ class Data:
         """The shards that have a record, in order: `data.shards(data.fetched_record)`."""
         example = record(0)
         before, after = example.name.split(shard_name(0))
-        folder = example.parent
-        names = (p.name.removeprefix(before).removesuffix(after) for p in folder.glob(f"{before}*{after}"))
-        return sorted(int(name) for name in names if re.fullmatch(r"\d{5,}", name))
+        name = re.compile(re.escape(before) + r"(\d{5,})" + re.escape(after))
+        return sorted(int(match[1]) for found in self.store.names(example.parent) if (match := name.fullmatch(found)))
 
     def records(self, stage: str) -> list[Path]:
         """The records of a stage, in the order of their names: of its shards, of its selections, of its packs."""
-        found = (self.root / stage).glob(_RECORDS[stage])
-        return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(self.root).parts))
+        *folders, pattern = _RECORDS[stage].split("/")
+        within = [self.root / stage]
+        for folder in folders:
+            within = [at / name for at in within for name in (self._folders(at) if folder == "*" else [folder])]
+        names = ((at, name) for at in within for name in self.store.names(at) if not name.startswith("."))
+        return [at / name for at, name in names if fnmatch.fnmatchcase(name, pattern)]
+
+    def _folders(self, parent: Path) -> list[str]:
+        return [name for name in self.store.folders(parent) if not name.startswith(".")]
 
     def stage_of(self, record: Path) -> tuple[str, str]:
         """The stage of a record, and the name of the selection or columns that it is of ("" for shards alone)."""
@@ -197,8 +316,7 @@ class Data:
         plan = load_plan(self)
         if plan is None:
             raise UserError(
-                f"{self.root} is not a data folder: it has no plan. "
-                f"`tastemaker curate LIST --out {self.root}` makes one."
+                f"{self} is not a data folder: it has no plan. `tastemaker curate LIST --out {self}` makes one."
             )
         return plan
 
@@ -211,16 +329,15 @@ class Data:
 
     def fetched_digests(self, shard: int) -> dict[str, str] | None:
         """The sha256 of a fetched shard's files, from its record; None where it is not committed."""
-        record = read_json(self.fetched_record(shard))
-        return output_digests(record) if record and "outputs" in record else None
+        record = self.record(self.fetched_record(shard))
+        return output_digests(record) if "outputs" in record else None
 
     def invalidate_from(self, stage: str) -> None:
         """Invalidate the records of a stage (source, fetch, images or embed) and of those after it, as far as they are
         a shard's. Files stay until they are replaced."""
         for made in (EMBEDDED, ANNOTATED) if stage == "embed" else (FETCHED, EMBEDDED, ANNOTATED):
-            for record in self.records(made):
-                invalidate(record)
-        self.space.unlink(missing_ok=True)
+            self.invalidate(*self.records(made))
+        self.remove(self.space)
 
     # what goes, where all is made anew; what somebody else has put beside it stays
 
@@ -231,19 +348,21 @@ class Data:
     def clear_shards(self) -> None:
         """Remove what the stages from fetch to annotate wrote."""
         embedded, annotated = self.root / EMBEDDED, self.root / ANNOTATED
-        clear(self.root / FETCHED, r"\d{5,}(\.tar|\.parquet|_stats\.json)|\.\d{5,}\.starts")
+        clear(self.root / FETCHED, r"\d{5,}(\.tar|\.parquet|_stats\.json)|\.\d{5,}\.starts|\.records\.parquet")
         clear(embedded / "img_emb", r"img_emb_\d{5,}\.npy")
         clear(embedded / "text_emb", r"text_emb_\d{5,}\.npy")
         clear(embedded / "metadata", r"metadata_\d{5,}\.parquet")
         clear(embedded / "stats", r"\d{5,}\.json|space\.json")
-        clear(embedded, r"space\.json")
+        clear(embedded, r"space\.json|\.records\.parquet")
         for name in self.annotated():
             shutil.rmtree(self.index(name), ignore_errors=True)
             clear(annotated / name, r"\d{5,}\.(parquet|json)")
-        clear(annotated, "")
+        clear(annotated, r"\.records\.parquet")
 
 
-def _folders(parent: Path) -> list[str]:
-    if not parent.is_dir():
-        return []
-    return sorted(p.name for p in parent.iterdir() if p.is_dir() and not p.name.startswith("."))
+def _in_worker(root: Path | None, url: str | None, token: str | None) -> Data:
+    """As a Data is read from a pickle."""
+    data = Data.at(url) if url is not None else Data(root or Path())
+    data.store.token = token
+    data.__dict__["_index"] = RecordIndex(data.store, compacted=False)
+    return data

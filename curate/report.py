@@ -73,7 +73,7 @@ def contact_sheet(data: Data, name: str, column: str | None = None) -> Path:
     column = report.default_column() if column is None else column
     if column is not None and column not in report.scores:
         known = ", ".join(report.scores) or "none"
-        raise UserError(f"{data.root} has no scores called {column!r}. It has: {known}.")
+        raise UserError(f"{data} has no scores called {column!r}. It has: {known}.")
     kept = report.kept(column)
     rejected = {r.name: report.rejected(r.name) for r in report.selection.rules if r.rejected}
     tiles = load_tiles(data, [*kept, *(e for examples in rejected.values() for e in examples)])
@@ -261,7 +261,9 @@ class Report:
         here = [t.of(self.picked) for t in found]
         named = {c for rule in self.rules.values() if rule for c in rule.columns}
         db = open_ledger(self.data, {*self.columns, *named}, found=[t for t in here if t.shards])
-        db.register("chosen", ds.dataset(str(self.data.verdicts(self.selection.name)), format="parquet"))
+        db.register(
+            "chosen", ds.dataset(str(self.data.local(self.data.verdicts(self.selection.name))), format="parquet")
+        )
         keys = [pq.read_table(file, columns=["key"])["key"] for file in here[0].files]
         shards = [pa.array([shard] * len(k), pa.int64()) for shard, k in zip(self.picked, keys, strict=True)]
         db.register("place", pa.table({"key": pa.chunked_array(keys), "shard": pa.chunked_array(shards)}))
@@ -355,7 +357,7 @@ def load_tiles(data: Data, examples: Sequence[Example]) -> dict[str, Tile]:
     """The examples with their images by key, each tar opened once."""
     tiles = {}
     for shard in sorted({e.shard for e in examples}):
-        tar = data.tar(shard)
+        tar = data.local(data.tar(shard))
         index = index_tar(tar)
         with open(tar, "rb") as f:
             for e in (e for e in examples if e.shard == shard):

@@ -16,7 +16,8 @@ import yaml
 
 from curate.layout import ANNOTATED, EMBEDDED, FETCHED, PACKED, PLAN, SELECTED, STAGES, Data
 from curate.store.files import json_bytes, sha256_file
-from curate.store.records import invalidate, read_record, record_digest
+from curate.store.index import COMPACTED
+from curate.store.records import read_record, record_digest
 
 _REPAIR = {
     PLAN: "the list is read and cut again",
@@ -45,14 +46,15 @@ def verify(data: Data) -> Iterator[Damage | None]:
         repair = _REPAIR[stage].format(name=name, shard=record.stem.removesuffix("_stats"))
         if record == data.space_record:
             repair = "the encoder's probes are measured again"
-        if not record.exists():
+        if not data.exists(record):
             yield Damage(record, "missing", record, repair)
-        elif not _is_whole(record, value):
+        elif not _is_whole(data.local(record), value):
             yield Damage(record, "the record itself is damaged", record, repair)
         else:
             yield None
             for file, expected in _outputs(value).items():
-                what = _difference(data.root / file, expected)
+                what = _difference(data.local(data.root / file), expected)
+                data.release(data.root / file)
                 yield Damage(data.root / file, what, record, repair) if what else None
 
 
@@ -64,44 +66,43 @@ def strays(data: Data) -> list[Path]:
     named = set[Path]()
     for record, value in _records(data):
         named |= {record, *(data.root / name for name in _outputs(value))}
-    found = (p for stage in STAGES for p in (data.root / stage).rglob("*"))
+    found = (p for stage in STAGES for p in data.store.walk(data.root / stage) if p.name != COMPACTED)
     kept = tuple(f"{p}/" for name in data.annotated() for p in (data.index(name), data.answers(name, 0).parent))
-    return sorted(p for p in found if p.is_file() and p not in named and not str(p).startswith(kept))
+    return sorted(p for p in found if p not in named and not str(p).startswith(kept))
 
 
 def unfinished(data: Data) -> dict[str, list[int]]:
     """The planned shards without a record, by stage, for stages that are begun. UserError where the plan is damaged."""
     stages = {FETCHED: data.fetched_record, EMBEDDED: data.embedded_record}
     missing = {
-        stage: [s.shard for s in data.plan.shards if not record(s.shard).exists()]
+        stage: [s.shard for s in data.plan.shards if not data.exists(record(s.shard))]
         for stage, record in stages.items()
-        if (data.root / stage).exists()
+        if data.store.names(data.root / stage)
     }
     return {stage: shards for stage, shards in missing.items() if shards}
 
 
-def repair(damages: Sequence[Damage]) -> None:
+def repair(data: Data, damages: Sequence[Damage]) -> None:
     """Invalidate the records of damaged files: the commands of `remedies` then make them again."""
-    for damage in damages:
-        invalidate(damage.record)
+    data.invalidate(*(damage.record for damage in damages))
 
 
 def remedies(data: Data, damages: Sequence[Damage]) -> list[str]:
     """The commands that make damaged files again once their records are gone. Call it before `repair`."""
     try:
-        recipe = yaml.safe_load(data.recipe.read_text(encoding="utf-8"))
+        recipe = yaml.safe_load(data.local(data.recipe).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, yaml.YAMLError):
         recipe = None
     recipe = recipe if isinstance(recipe, dict) else {}
     own = (recipe.get("select") or {}).get("name")
     columns = recipe.get("columns") or {}
-    root = shlex.quote(str(data.root))
+    root = shlex.quote(str(data))
     main, others = False, []
     for stage, name in dict.fromkeys(data.stage_of(d.record) for d in damages):
         if stage == ANNOTATED and name not in columns:
             others.append(f"tastemaker annotate {root} {name}=SPEC")
         elif stage == SELECTED and name != own:
-            rules = read_record(data.selection_record(name)).get("rules") or []  # where it can still be read
+            rules = data.record(data.selection_record(name)).get("rules") or []  # where it can still be read
             settings = [shlex.quote(f"select.rules.{r['name']}={r['condition']}") for r in rules]
             others.append(" --set ".join([f"tastemaker select {root} --name {name}", *settings]))
         elif stage == PACKED and name != own:
@@ -113,15 +114,15 @@ def remedies(data: Data, damages: Sequence[Damage]) -> list[str]:
 
 def command_again(data: Data) -> str:
     """The command that made the data folder, which goes on where it stopped."""
-    root = shlex.quote(str(data.root))
-    plan = read_record(data.plan_record)
+    root = shlex.quote(str(data))
+    plan = read_record(data.local(data.plan_record))
     if not _is_whole(data.plan_record, plan):
         plan = {}  # its words may be wrong
-    command = "curate" if data.space.parent.exists() else "fetch"
+    command = "curate" if data.store.names(data.space.parent) else "fetch"
     limit = (plan.get("source") or {}).get("--limit")
     parts = [f"tastemaker {command} {shlex.quote(str(plan.get('list', 'LIST')))} --out {root}"]
-    if data.recipe.exists():
-        parts.append(f"--recipe {shlex.quote(str(data.recipe))}")
+    if data.exists(data.recipe):
+        parts.append(f"--recipe {shlex.quote(data.shown(data.recipe))}")
     if limit is not None:
         parts.append(f"--limit {limit}")
     return " ".join(parts)
@@ -129,13 +130,13 @@ def command_again(data: Data) -> str:
 
 def _records(data: Data) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Every record of every stage, the plan first, whether it is there or not."""
-    yield data.plan_record, read_record(data.plan_record)
+    yield data.plan_record, read_record(data.local(data.plan_record))
     for stage in STAGES[1:]:
         for record in data.records(stage):
-            yield record, read_record(record)
+            yield record, read_record(data.local(record))
     for name in data.annotated():
-        for record in sorted(data.index(name).rglob("*.json")):
-            yield record, read_record(record)
+        for record in (path for path in data.store.walk(data.index(name)) if path.suffix == ".json"):
+            yield record, read_record(data.local(record))
 
 
 def _outputs(value: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

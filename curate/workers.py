@@ -35,8 +35,6 @@ from curate.images.faces import require_detector
 from curate.layout import Data
 from curate.ledger.schema import Reason, Status
 from curate.sources.vectors import ImportedVectors, import_shard, open_vector_folder
-from curate.store.files import read_json
-from curate.store.records import commit, invalidate, is_done, read_record
 
 GC_THRESHOLDS = (50_000, 20, 100)
 """Thresholds of the garbage collector while shards are fetched: thousands of rows wait at once and leave next to no
@@ -145,7 +143,7 @@ class EmbedWorker:
             self.imported = ImportedVectors(open_vector_folder(embed))
             space = self.imported.folder.space
         elif not vectors and space_known(data):
-            space = Space.load(data.space)
+            space = Space.load(data.local(data.space))
         if vectors and space is None:
             self.encoder = load_encoder(embed.encoder, weights=embed.weights, precision=embed.precision, threads=count)
             space = self.encoder.space()
@@ -194,11 +192,11 @@ class EmbedWorker:
 def claim_space(data: Data, space: Space) -> None:
     """Note the space of a data folder's vectors; SpaceMismatch where it already holds vectors of another one."""
     if space_known(data):
-        require_same(Space.load(data.space), space, f"{data.root / 'embedded'}")
+        require_same(Space.load(data.local(data.space)), space, f"{data}/embedded")
     else:
         data.space.parent.mkdir(parents=True, exist_ok=True)
         space.save(data.space)
-        commit(data.root, data.space_record, config="", inputs={}, outputs=[data.space], facts={})
+        data.commit(data.space_record, config="", inputs={}, outputs=[data.space], facts={})
 
 
 def forget_unanswered(data: Data, names: Iterable[str]) -> None:
@@ -207,30 +205,30 @@ def forget_unanswered(data: Data, names: Iterable[str]) -> None:
     for name in names:
         for shard in data.shards(functools.partial(data.annotations_record, name)):
             record = data.annotations_record(name, shard)
-            if read_record(record).get("unanswered"):
-                invalidate(record)
+            if data.record(record).get("unanswered"):
+                data.invalidate(record)
 
 
 def space_known(data: Data) -> bool:
     """Whether the space of a data folder's vectors is noted."""
-    return is_done(data.root, data.space_record, config="", inputs={})
+    return data.is_done(data.space_record, config="", inputs={})
 
 
 def fetch_done(data: Data, shard: int, config: str) -> bool:
     """Whether a shard is fetched with this configuration from this list."""
     inputs = {"plan": data.plan.shard_digest(shard)}
-    return is_done(data.root, data.fetched_record(shard), config=config, inputs=inputs)
+    return data.is_done(data.fetched_record(shard), config=config, inputs=inputs)
 
 
 def transient_failures(data: Data, shard: int) -> int:
     """How many rows of a fetched shard failed for a transient reason."""
-    outcomes = (read_json(data.fetched_record(shard)) or {}).get("status_dict", {})
+    outcomes = data.record(data.fetched_record(shard)).get("status_dict", {})
     return sum(n for reason, n in outcomes.items() if reason != Status.SUCCESS and Reason(reason).transient)
 
 
 def left_out(data: Data, shard: int, early: Mapping[str, str]) -> int:
     """How many rows of a fetched shard early rules rejected, where the rules were not those of now."""
-    record = read_record(data.fetched_record(shard))
+    record = data.record(data.fetched_record(shard))
     return 0 if record.get("early", {}) == dict(early) else sum(record.get("rejected_early", {}).values())
 
 
@@ -239,11 +237,11 @@ def embed_done(data: Data, shard: int, config: str, annotators: Mapping[str, Ann
     inputs = data.fetched_digests(shard)
     if inputs is None or not space_known(data):
         return False
-    embedded = is_done(data.root, data.embedded_record(shard), config=config, inputs=inputs)
+    embedded = data.is_done(data.embedded_record(shard), config=config, inputs=inputs)
     return embedded and all(annotated(data, shard, name, annotators[name]) for name in first_pass(annotators))
 
 
 def annotated(data: Data, shard: int, name: str, annotator: Annotator) -> bool:
     """Whether a shard has an annotator's columns, of what it is now. Loads no model."""
     inputs, record = column_inputs(data, shard, annotator), data.annotations_record(name, shard)
-    return inputs is not None and is_done(data.root, record, config=annotator.config, inputs=inputs)
+    return inputs is not None and data.is_done(record, config=annotator.config, inputs=inputs)

@@ -83,7 +83,7 @@ def refuse_denied(data: Data, recipe: Recipe, restart_from: str | None = None) -
     Such a list would be obeyed for what is fetched from now on, and its owner would think for all.
     """
     deny = Deny.load(recipe.fetch.deny)
-    if not deny or not data.root.is_dir():
+    if not deny or not data.shards(data.fetched_record):
         return
     from curate.ledger.denied import denied_images
 
@@ -101,14 +101,14 @@ def refuse_denied(data: Data, recipe: Recipe, restart_from: str | None = None) -
             "what was fetched without them, because originals are not kept"
         )
     denied += [f"perhaps images of shards/{name}, for the same reason" for name in found.unknown_packs]
-    root = shlex.quote(str(data.root))
+    root = shlex.quote(str(data))
     steps = [f"  rm -r {root}/shards/{name} {root}/report/{name}" for name in [*found.packs, *found.unknown_packs]]
     if found.images or found.unknown:
         files = [str(Path(f).absolute()) for f in recipe.fetch.deny]
         setting = shlex.quote(f"fetch.deny=[{', '.join(files)}]")
         steps.append(f"  {command_again(data)} --set {setting} --restart-from fetch")
     raise UserError(
-        f"fetch.deny names what {data.root} holds already: {'; '.join(denied)}.\n"
+        f"fetch.deny names what {data} holds already: {'; '.join(denied)}.\n"
         "A list that is given later takes nothing away, so nothing is done. Give another --out, or be rid of them:\n"
         + "\n".join(steps)
     )
@@ -123,9 +123,9 @@ def refuse_changes(data: Data, recipe: Recipe, restart_from: str | None = None, 
     stored = stored_recipe(data)
     if stored is None:
         return
-    of_fetched = next(data.root.glob("fetched/*_stats.json"), None) is not None
-    of_embedded = next(data.root.glob("embedded/stats/*.json"), None) is not None
-    made = {"source": data.plan_record.exists(), "fetch": of_fetched, "images": of_fetched, "embed": of_embedded}
+    of_fetched = bool(data.shards(data.fetched_record))
+    of_embedded = bool(data.shards(data.embedded_record))
+    made = {"source": data.exists(data.plan_record), "fetch": of_fetched, "images": of_fetched, "embed": of_embedded}
     kept = STAGES[: STAGES.index(restart_from)] if restart_from else STAGES
     ours, theirs = recipe.identity(), stored.identity()
     changed = [
@@ -139,7 +139,7 @@ def refuse_changes(data: Data, recipe: Recipe, restart_from: str | None = None, 
     if changed:
         first = next(stage for stage in kept if any(line.startswith(f"  {stage}.") for line in changed))
         raise UserError(
-            f"{data.root} holds shards made with other settings:\n" + "\n".join(changed) + "\n"
+            f"{data} holds shards made with other settings:\n" + "\n".join(changed) + "\n"
             f"Give another --out, or `--restart-from {first}` to make them again on purpose."
         )
 
@@ -153,8 +153,8 @@ def _refuse_early(data: Data, theirs: Mapping[str, str], ours: Mapping[str, str]
     ]
     if changed:
         raise UserError(
-            f"{data.root} was fetched by other early rules (select.early):\n" + "\n".join(changed) + "\n"
-            f"`{command('retry', data.root, '--early')}`, with the same --recipe and --set, fetches what was left out "
+            f"{data} was fetched by other early rules (select.early):\n" + "\n".join(changed) + "\n"
+            f"`{command('retry', data, '--early')}`, with the same --recipe and --set, fetches what was left out "
             "and is not now; what is here stays. Or give another --out. Another selection alone: `tastemaker select`."
         )
 
@@ -172,7 +172,7 @@ def refuse_same_early(data: Data, recipe: Recipe) -> None:
             f"select.early is what it was ({rules}), so all rows would be left out again: say which of its rules stay, "
             "`--set select.early=[]` for none"
             if rules
-            else f"{data.root} has no early rules (select.early), so nothing was left out"
+            else f"{data} has no early rules (select.early), so nothing was left out"
         )
 
 
@@ -185,5 +185,5 @@ def old_columns(data: Data) -> str:
     """What is said of a data folder that has columns of before there was `annotated/`; nothing where it has none."""
     if not (names := data.old_columns()):
         return ""
-    again = command("annotate", data.root)
+    again = command("annotate", data)
     return f"{data.root / 'scored'} ({', '.join(names)}) is read no more: `{again}` computes them anew"

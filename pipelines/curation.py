@@ -23,8 +23,7 @@ from curate.fetch.ingest import check_verify
 from curate.layout import Data
 from curate.sources.plan import load_plan
 from curate.sources.planner import inspect, make_plan
-from curate.store.files import check_space, read_json, sweep
-from curate.store.lock import Lock
+from curate.store.files import check_space, sweep
 from curate.store.ownership import check_free, taken
 from pipelines.checks import (
     check_engine,
@@ -38,6 +37,7 @@ from pipelines.options import Result, command
 from pipelines.recipe import Recipe, store_recipe
 from pipelines.runtime.cluster import check_reachable
 from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
+from pipelines.runtime.nodes import node_check
 from pipelines.runtime.passes import annotate_passes
 from pipelines.runtime.progress import ProgressDisplay, format_duration
 
@@ -50,7 +50,7 @@ class Request:
     """What the command line asks of the main job."""
 
     list: str
-    root: Path
+    data: Data
     recipe: Recipe
     limit: int | None = None
     address: str | None = None
@@ -60,9 +60,9 @@ class Request:
 
 def dry_run(request: Request) -> dict[str, Any]:
     """What would run. Raises what `run` would raise before its first URL; fetches and writes nothing."""
-    recipe, data = request.recipe, Data(request.root)
+    recipe, data = request.recipe, request.data
     recipe = replace(recipe, columns=add_needs(recipe.columns))
-    check_free(data.root, "data")
+    check_free(data.store, "data")
     annotators = make_annotators(recipe.columns, recipe.embed.encoder)
     check_engine(recipe)
     refuse_denied(data, recipe, request.restart_from)
@@ -83,8 +83,9 @@ def dry_run(request: Request) -> dict[str, Any]:
             print(f"the weights of {recipe.embed.encoder} are not on this machine; the run fetches them first")
         if request.address is not None:
             check_reachable(request.address)
-        there = next(folder for folder in (data.root, *data.root.parents) if folder.exists())
-        check_space(there, estimate_bytes(recipe, rows))
+        if data.url is None:
+            there = next(folder for folder in (data.root, *data.root.parents) if folder.exists())
+            check_space(there, estimate_bytes(recipe, rows))
     return {
         "rows": found.total_rows,
         "listed_rows": found.listed_rows,
@@ -102,7 +103,7 @@ def run(request: Request) -> Result:
 
     Raises UserError before anything starts, DiskFull, NothingKept, or the cause of what went wrong in a worker.
     """
-    recipe, data = request.recipe, Data(request.root)
+    recipe, data = request.recipe, request.data
     # whole paths of its files, as later commands may be given in another folder
     deny = tuple(str(Path(f).expanduser().absolute()) for f in recipe.fetch.deny)
     weights = recipe.embed.weights and str(Path(recipe.embed.weights).expanduser().absolute())
@@ -112,15 +113,15 @@ def run(request: Request) -> Result:
         embed=replace(recipe.embed, weights=weights),
         columns=add_needs({name: absolute(name, spec) for name, spec in recipe.columns.items()}),
     )
-    check_free(data.root, "data")
+    check_free(data.store, "data")
     annotators = make_annotators(recipe.columns, recipe.embed.encoder)
     check_engine(recipe)
     refuse_denied(data, recipe, request.restart_from)
-    planned = data.plan_record.exists()
+    planned = data.exists(data.plan_record)
     if "embed" in request.stages and not planned:
         has_encoder(recipe)  # before a long list is read; where a plan is there, all may be embedded
-    with taken(data.root, "data", replaces=["recipe.yaml"]) as folder:
-        planned = data.plan_record.exists()  # again: another run may have been at work until now
+    with taken(data.store, "data", replaces=["recipe.yaml"]) as folder:
+        planned = data.exists(data.plan_record)  # again: another run may have been at work until now
         try:
             sweep(data.root)
             refuse_changes(data, recipe, request.restart_from)
@@ -135,10 +136,12 @@ def run(request: Request) -> Result:
                 restart(data, recipe, request.restart_from, request.stages)
             make_plan(request.list, data, recipe.source, request.limit)
             store_recipe(data, recipe)
-            return _run_job(data, recipe, annotators, request.stages, request.address)
+            result = _run_job(data, recipe, annotators, request.stages, request.address)
+            data.compact()
+            return result
         except UserError:
             # refused before a job began: a data folder is as it was, and a new one is not there
-            if not planned and not data.logs.exists():
+            if not planned and not data.shards(data.fetched_record) and not data.logs.exists():
                 data.clear_plan()
                 folder.undo(["recipe.yaml"])
             raise
@@ -156,14 +159,14 @@ def resume(
     """The main job on the plan that a data folder has; `retry` fetches again what failed for transient reasons, `early`
     what early rules left out that are others now."""
     if restart_from not in (None, "embed"):
-        again = command("curate", data.plan.list, "--out", data.root, "--restart-from", restart_from)
+        again = command("curate", data.plan.list, "--out", data, "--restart-from", restart_from)
         raise UserError(f"--restart-from {restart_from} needs the list: `{again}`")
     recipe = replace(recipe, columns=add_needs(recipe.columns))
     annotators = make_annotators(recipe.columns, recipe.embed.encoder)
     if retry or early:
         check_engine(recipe)
     refuse_denied(data, recipe)
-    with Lock(data.root):
+    with data.hold():
         sweep(data.root)
         refuse_changes(data, recipe, restart_from, early=early)
         check_selection(data, recipe, data.plan.extra_columns, annotators)
@@ -219,7 +222,8 @@ def _run_job(
     if left.shards:
         if address is not None:
             check_reachable(address)
-        check_space(data.root, estimate_bytes(recipe, left.rows))
+        if data.url is None:  # else what is done goes there, shard by shard
+            check_space(data.root, estimate_bytes(recipe, left.rows))
         if "embed" in stages and not has_encoder(recipe):  # before workers ask for the weights all at once
             print(f"fetching the weights of {recipe.embed.encoder} ...")
             fetch_weights(recipe.embed.encoder, recipe.embed.weights)
@@ -227,7 +231,7 @@ def _run_job(
             print(f"{len(plan.shards) - len(left.shards):,} of {len(plan.shards):,} shards are done already")
         together = replace(recipe, columns={name: recipe.columns[name] for name in first_pass(annotators)})
         job = CurateJob(data, together, fetch="fetch" in stages, embed="embed" in stages, retry=retry)
-        display = run_job(job, left, address=address)
+        display = run_job(job, left, check=node_check(data, recipe), address=address)
     if "embed" in stages:
         annotate_passes(data, recipe, annotators, first=False, address=address)
     if (retry or early) and display is not None:
@@ -235,7 +239,7 @@ def _run_job(
         print(f"retry  {result.facts['recovered']:,} more images")
 
     # values of the list that could not be taken as they are: one that is used where it lies is read late
-    records = {s.shard: read_json(data.fetched_record(s.shard)) or {} for s in plan.shards}
+    records = {s.shard: data.record(data.fetched_record(s.shard)) for s in plan.shards}
     notes = [f"shard {shard}: {note}" for shard, record in records.items() for note in record.get("notes", [])]
     if notes:
         result.facts["notes"] = notes[:100]
@@ -255,8 +259,8 @@ def _run_job(
     if "select" in stages:
         _select(data, recipe, result, display)
     else:
-        result.paths["fetched"] = str(data.root / "fetched")
-        result.next = command("embed", data.root)
+        result.paths["fetched"] = data.shown(data.root / "fetched")
+        result.next = command("embed", data)
     return result
 
 
@@ -281,7 +285,7 @@ def _select(data: Data, recipe: Recipe, result: Result, display: ProgressDisplay
 
 def _images(data: Data) -> int:
     """How many images are fetched."""
-    return sum((read_json(data.fetched_record(s.shard)) or {}).get("successes", 0) for s in data.plan.shards)
+    return sum(data.record(data.fetched_record(s.shard)).get("successes", 0) for s in data.plan.shards)
 
 
 def remaining_work(
@@ -304,7 +308,7 @@ def remaining_work(
             rows += waiting if fetch else 0
             if unembedded:  # after a retry, the images that it recovered
                 added = recovered(data, s.shard, data.embedded_record(s.shard), embed_hash)
-                images += read_json(data.fetched_record(s.shard))["successes"] if added is None else len(added)
+                images += data.record(data.fetched_record(s.shard))["successes"] if added is None else len(added)
     return RemainingWork(shards, rows, images)
 
 
@@ -328,19 +332,25 @@ def pack_selection(data: Data, recipe: Recipe, result: Result) -> None:
     name = recipe.select.name
     pack(data, name, recipe.pack)
     folder, sheet = data.packed(name), data.sheet(name)
-    if not sheet.exists() or sheet.stat().st_mtime < data.manifest(name).stat().st_mtime:
+    if not data.exists(sheet):  # `pack` removes that of another selection
         score_charts(data, name)
         contact_sheet(data, name)
-    result.paths |= {"shards": f"{folder}/", "look": str(sheet)}
+        data.push(*(path for path in (sheet, data.charts(name)) if path.exists()))
+    result.paths |= {"shards": f"{data.shown(folder)}/", "look": data.shown(sheet)}
 
     # next: a command that selects less than this did, or trains on it where nothing shows how
-    result.next = command("train", data.packed(name), "--out", "model")
+    result.next = command("train", data.shown(folder), "--out", "model")
     selection = load_selection(data, name)
     conditions = {r.name: r.condition for r in selection.rules}
     for rule, reading in read_rules(conditions, selection.quantiles).items():
-        if reading and reading.top and not data.selection_record("stricter").exists() and re.fullmatch(r"\w+", rule):
+        if (
+            reading
+            and reading.top
+            and not data.exists(data.selection_record("stricter"))
+            and re.fullmatch(r"\w+", rule)
+        ):
             setting = f"select.rules.{rule}=top({plain_name(reading.top.column)}, {reading.top.fraction / 2:g})"
-            result.next = command("select", data.root, "--name", "stricter", "--set", setting)
+            result.next = command("select", data, "--name", "stricter", "--set", setting)
 
 
 # ---------------------------------------------------------------------------------------------------- words and sums

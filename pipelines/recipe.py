@@ -52,7 +52,6 @@ class RayConfig:
     embed_workers: int = 0
     embed_cpus: float = 0.0  # of a worker; decoding for a GPU takes many
     embed_gpus: float = 0.0  # 1 where the machine has CUDA, unless set
-    wave: int = 1000  # shards submitted at a time
 
     def __post_init__(self) -> None:
         for key in ("fetch_workers", "fetch_cpus", "embed_workers", "embed_cpus", "embed_gpus"):
@@ -60,8 +59,6 @@ class RayConfig:
                 raise UserError(f"ray.{key}: {getattr(self, key)} must be at least 0")
             if getattr(self, key) > 1_000_000:
                 raise UserError(f"ray.{key}: {getattr(self, key)} is more than any cluster has")
-        if self.wave < 1:
-            raise UserError(f"ray.wave: {self.wave} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +157,8 @@ def parse_recipe(text: str, settings: Sequence[str] = (), what: str = "recipe") 
         raise UserError(f"{what} is not a recipe: a mapping of stages is expected, as `tastemaker recipe` prints")
     if text.startswith(RECIPE_HEADER) and "score" in tree:  # of a data folder of before there was `columns`
         tree["columns"] = tree.pop("score")
+    if text.startswith(RECIPE_HEADER) and isinstance(tree.get("ray"), dict):
+        tree["ray"].pop("wave", None)  # which there is no more
     own = copy.deepcopy(tree)
     for setting in settings:
         _lay_over(tree, setting)
@@ -378,9 +377,9 @@ def to_yaml(recipe: Recipe) -> str:
 
 def stored_recipe(data: Data) -> Recipe | None:
     """The recipe that a data folder was made with."""
-    if not data.recipe.exists():
+    if not data.exists(data.recipe):
         return None
-    return parse_recipe(read_recipe(data.recipe), what=str(data.recipe))
+    return parse_recipe(read_recipe(data.local(data.recipe)), what=data.shown(data.recipe))
 
 
 def store_recipe(data: Data, recipe: Recipe) -> None:
@@ -388,6 +387,7 @@ def store_recipe(data: Data, recipe: Recipe) -> None:
     lines = [f"{RECIPE_HEADER}; a hash per stage over the keys that its files depend on"]
     lines += [f"# {stage}: {value}" for stage, value in recipe.stage_hashes().items()]
     write_atomic(data.recipe, "\n".join([*lines, to_yaml(recipe)]).encode())
+    data.push(data.recipe)
 
 
 def recipe_of(data: Data, name: str | None, settings: Sequence[str], select: str | None = None) -> Recipe:
@@ -395,8 +395,8 @@ def recipe_of(data: Data, name: str | None, settings: Sequence[str], select: str
 
     A recipe.yaml where no plan is belongs to somebody else.
     """
-    if name is None and data.recipe.exists() and data.plan_record.exists():
-        recipe = parse_recipe(read_recipe(data.recipe), settings, what=str(data.recipe))
+    if name is None and data.exists(data.recipe) and data.exists(data.plan_record):
+        recipe = parse_recipe(read_recipe(data.local(data.recipe)), settings, what=data.shown(data.recipe))
     else:
         recipe = load_recipe(name or DEFAULT, settings)
     return recipe if select is None else replace(recipe, select=replace(recipe.select, name=select))

@@ -67,6 +67,7 @@ def seaweed() -> Iterator[Server]:
             {"name": name, "credentials": [{"accessKey": name, "secretKey": "secret"}], "actions": actions}
             for name, actions in identities
         ]
+        keys.append({"name": "anonymous", "actions": [f"{a}:bucket" for a in ("Read", "Write", "List")]})
         access.write_text(json.dumps({"identities": keys}))
         (Path(folder) / "data").mkdir()
         with contextlib.ExitStack() as held:  # all at once, so that they differ; its grpc ports are 10,000 above
@@ -146,6 +147,7 @@ class Faults:
     requests: list[str] = field(default_factory=list)  # those that matched
     done: list[str] = field(default_factory=list)  # the faults, as they were made
     down: bool = False  # every connection is refused
+    blind: bool = False  # the conditions of writes do not arrive (which are signed: only of who does not sign)
 
     def next(self, request: str) -> str | None:
         """What becomes of a request."""
@@ -191,7 +193,7 @@ class Proxy:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """All requests of one connection; each goes to the server on a connection of its own."""
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             while not self.faults.down:
                 head = await reader.readuntil(b"\r\n\r\n")
                 match = _HTTP.match(head)
@@ -218,6 +220,8 @@ class Proxy:
             writer.write(b"" if method == "HEAD" else text)
             await writer.drain()
             return True
+        if self.faults.blind:
+            head = re.sub(rb"\r\nif-(none-)?match: [^\r]*", b"", head, flags=re.I)
         up, down = await asyncio.open_connection("127.0.0.1", self.server)
         try:
             down.write(head.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") + body)

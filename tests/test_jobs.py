@@ -1,4 +1,4 @@
-"""How the job is laid out on Ray: pools, waves, and clusters that were there before. Real clusters, on this machine."""
+"""How the job is laid out on Ray: pools, and clusters that were there before. Real clusters, on this machine."""
 
 from __future__ import annotations
 
@@ -97,10 +97,10 @@ def curate(listed: Path, data: Path, options: list[str], *words: str, **env: str
 
 
 @pytest.mark.long
-def test_waves_and_several_workers_give_the_same_bytes(web: SmallWeb, alone: dict[str, str], tmp_path: Path) -> None:
-    """Five shards, two at a time, two workers of each kind."""
+def test_several_workers_give_the_same_bytes(web: SmallWeb, alone: dict[str, str], tmp_path: Path) -> None:
+    """Five shards, two workers of each kind."""
     listed = web.write_list(tmp_path / "list.parquet")
-    two = ["ray.wave=2", "ray.fetch_workers=2", f"ray.embed_workers={os.cpu_count() or 2}"]
+    two = ["ray.fetch_workers=2", f"ray.embed_workers={os.cpu_count() or 2}"]
     done = curate(listed, tmp_path / "data", [*settings(web), *two])
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["shards"] == 5
@@ -210,7 +210,7 @@ def test_a_node_that_does_not_see_the_data_is_refused(web: SmallWeb, cluster: Cl
     before = web.web.counts().requests.total()
     done = curate(listed, tmp_path / "data", settings(web), "--ray-address", cluster.address, **cluster.environment)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert re.search(rf"node \S+ \([\d.]+\) does not see {tmp_path / 'data'}", done.stderr)
+    assert re.search(rf"node \S+ \([\d.]+\): it does not see {tmp_path / 'data'}", done.stderr)
     assert "file system that all nodes share" in done.stderr and "Traceback" not in done.stderr
     assert web.web.counts().requests.total() == before
 

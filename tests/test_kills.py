@@ -122,7 +122,7 @@ def test_driver_killed_with_ray(slow: tuple[SmallWeb, Path, dict[str, str]], tmp
     assert not gone(family)
 
 
-WORKER_KILLS = {"Map(FetchActor)": "fetched/*_stats.json", "Map(EmbedActor)": "embedded/stats/0*.json"}
+WORKER_KILLS = {"FetchWorker": "fetched/*_stats.json", "EmbedWorker": "embedded/stats/0*.json"}
 """The worker that is killed, and the file event that it is killed at."""
 
 

@@ -7,11 +7,12 @@ import errno
 import fcntl
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -396,16 +397,33 @@ def test_a_sweep_stays_within_the_folder(tmp_path: Path) -> None:
     assert set(tree(tmp_path)) == {"elsewhere", "elsewhere/.x.4194305-0123abcd.tmp", "data", "data/fetched"}
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO, errno.ENOSYS])
-def test_a_file_system_without_locks_is_no_other_process(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As the kernel answers on some network file systems."""
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library under which flock answers with the error number in $FLOCK, as the kernel does on some mounts."""
+    if (compiler := shutil.which("cc")) is None:
+        pytest.skip("there is no C compiler")
+    source, library = (tmp_path_factory.mktemp("flock") / name for name in ("flock.c", "flock.so"))
+    source.write_text(
+        "#include <errno.h>\n#include <stdlib.h>\n"
+        'int flock(int fd, int kind) { errno = atoi(getenv("FLOCK")); return -1; }\n'
+    )
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
+    return library
 
-    def flock(fd: Any, kind: int) -> None:
-        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(fcntl, "flock", flock)
-    for hold in (lambda: Lock(tmp_path).__enter__(), lambda: hold_worker_lock(tmp_path)):
-        with pytest.raises(UserError, match=r"cannot lock files \(.*local disk"):
-            hold()
+_TAKE = "import sys; from curate.store.lock import {0}; from pathlib import Path; {0}(Path(sys.argv[1])){1}"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EWOULDBLOCK, errno.EIO])
+def test_a_file_system_without_locks_is_no_other_process(number: int, refusing: Path, tmp_path: Path) -> None:
+    """NFS without a lock manager, Lustre without -o flock; beside them a folder in use, and a server that fails."""
+    told = {errno.EWOULDBLOCK: "is in use by another process", errno.EIO: "OSError: [Errno 5] Input/output error"}
+    for name, enter in (("Lock", ".__enter__()"), ("hold_worker_lock", "")):
+        if number == errno.EWOULDBLOCK and not enter:
+            continue  # it waits
+        command = [sys.executable, "-c", _TAKE.format(name, enter), str(tmp_path)]
+        environment = {**os.environ, "LD_PRELOAD": str(refusing), "FLOCK": str(number)}
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == 1
+        expected = told.get(number, f"cannot lock files ({os.strerror(number)})")
+        assert expected in ended.stderr, ended.stderr

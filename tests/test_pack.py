@@ -19,7 +19,8 @@ from aesthetic.errors import UserError
 from curate.layout import Data
 from curate.ledger.schema import make_key
 from curate.ledger.select import NothingKept, SelectConfig, select
-from curate.shards.pack import PackConfig, _cuts, pack
+from curate.shards.pack import PackConfig, pack
+from curate.shards.shuffle import cuts
 from curate.shards.tar import CorruptShard, read_images
 from curate.store.files import sha256_file
 from curate.store.records import output_digests, outputs_present, record_digest
@@ -206,7 +207,7 @@ def test_what_a_killed_process_left_is_swept(data: Path) -> None:
 
 @pytest.mark.parametrize(("count", "size"), [(1, 10), (10, 10), (11, 10), (99, 10), (100, 7), (3, 1)])
 def test_cuts_are_even(count: int, size: int) -> None:
-    sizes = np.diff(_cuts(count, size))
+    sizes = np.diff(cuts(count, size))
     assert sizes.sum() == count
     assert sizes.max() <= size
     assert sizes.max() - sizes.min() <= 1

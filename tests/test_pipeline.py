@@ -170,7 +170,7 @@ def test_a_sample_of_a_bad_list(web: SmallWeb, tmp_path: Path) -> None:
     urls = [w.url for w in good] + [web.web.url(4, f"/no.jpg?{i}") for i in range(64)]
     order = np.random.default_rng(0).permutation(len(urls))
     pq.write_table(pa.table({"url": [urls[i] for i in order]}), tmp_path / "bad.parquet")
-    options = settings(web, 5, "ray.wave=2")
+    options = settings(web, 5)
     words = ["curate", tmp_path / "bad.parquet", "--out", tmp_path / "data", "--recipe", "everything", *options]
     run = tastemaker(*words, "--limit", "25", "--json")
     assert run.returncode == 0, run.stdout + run.stderr

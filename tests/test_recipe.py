@@ -101,7 +101,6 @@ def test_a_recipe_whose_head_is_not_here_says_how_to_have_it(tmp_path: Path, mon
         ("embed: {precision: fp8}", "embed.precision"),
         ("pack: {shard_size: 0}", "pack.shard_size"),
         ("source: {shard_size: 0}", "source.shard_size"),
-        ("ray: {wave: 0}", "ray.wave: 0 must be at least 1"),
         ("ray: {embed_gpus: -1}", "ray.embed_gpus: -1.0 must be at least 0"),
         ("- a\n- b", "is not a recipe"),
         ("just words", "is not a recipe"),
@@ -306,7 +305,6 @@ def test_hashes_change_only_for_keys_that_change_files() -> None:
         "select.rules.x=true",
         "pack.shard_size=7",
         "pack.seed=7",
-        "ray.wave=7",
         "ray.fetch_workers=2",
     ):
         assert changed(same) == set(), same

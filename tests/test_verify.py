@@ -175,7 +175,7 @@ def test_only_what_depends_on_the_damage_is_made_again(
     path = data.annotations("aesthetic", 1)
     content = path.read_bytes()
     path.write_bytes(content[:-1] + b"?")
-    verify.repair(damaged(data))
+    verify.repair(data, damaged(data))
     requests = served.requests()
     run_stages(finished.parent / "list.tsv", Data(data.root), recipe)
     assert served.requests() == requests and path.read_bytes() == content

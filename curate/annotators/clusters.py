@@ -18,7 +18,7 @@ from aesthetic.untrusted import open_vectors
 from curate.annotators.base import AnnotatorOptions, ColumnSpec, TableAnnotator, TableRun
 from curate.ledger.balance import CLUSTER
 from curate.store.files import digest
-from curate.store.records import commit, invalidate, is_done, output_digests, read_record
+from curate.store.records import output_digests
 
 PER_CLUSTER = 256
 """Images of each cluster, on average, on which the centroids are fitted; faiss takes as many by itself."""
@@ -56,13 +56,13 @@ class Clusters(TableAnnotator):
     def annotate_all(self, run: TableRun) -> Iterator[dict[str, pa.Array]]:
         """UserError where there are fewer images than clusters, or vectors or the centroids are not there."""
         data = run.data
-        records = {s.shard: read_record(data.fetched_record(s.shard)) for s in data.plan.shards}
+        records = {s.shard: data.record(data.fetched_record(s.shard)) for s in data.plan.shards}
         fetched = [shard for shard, record in records.items() if record]
-        embedded = [shard for shard in fetched if data.embedded_record(shard).exists()]
+        embedded = [shard for shard in fetched if data.exists(data.embedded_record(shard))]
         if lacking := [s for s in fetched if s not in {*embedded} and records[s].get("successes", 1)]:
             raise UserError(
                 f"columns.{run.name}: clusters reads vectors, and shard {lacking[0]:05d} has none. "
-                f"`tastemaker embed {data.root}` makes them."
+                f"`tastemaker embed {data}` makes them."
             )
         self._fit(run, embedded, anew=not {*embedded} - {*run.shards})
         centroids = _centroids(run)
@@ -77,27 +77,27 @@ class Clusters(TableAnnotator):
 
         data, k = run.data, self.options.k
         record, file = run.data.index(run.name) / "fit.json", _centroids(run)
-        before = read_record(record)
-        made_of = [sorted(output_digests(read_record(data.embedded_record(shard))).items()) for shard in shards]
+        before = data.record(record)
+        made_of = [sorted(output_digests(data.record(data.embedded_record(shard))).items()) for shard in shards]
         inputs = {"embedded": digest(made_of)} if anew else before.get("inputs", {})
-        if not is_done(data.root, record, config=self.digest, inputs=inputs):
+        if not data.is_done(record, config=self.digest, inputs=inputs):
             if not anew:
                 raise UserError(
                     f"{file} is not what it was, and other shards were assigned by it. Remove {file.parent.parent}: "
-                    f"`tastemaker annotate {data.root}` then computes {run.name} anew."
+                    f"`tastemaker annotate {data}` then computes {run.name} anew."
                 )
-            counts = [pq.read_metadata(data.metadata(s)).num_rows for s in shards]
+            counts = [pq.read_metadata(data.local(data.metadata(s))).num_rows for s in shards]
             if sum(counts) < k:
                 raise UserError(f"columns.{run.name}: k: {k:,} clusters are asked for, of {sum(counts):,} images")
             sample = _sample([data.image_vectors(s) for s in shards], counts, PER_CLUSTER * k)
             run.say(f"{run.name}: fitting {k:,} clusters to {len(sample):,} images")
             centroids = fit_cells(sample, k, seed=0, rounds=0)
-            invalidate(record)
+            data.invalidate(record)
             file.parent.mkdir(parents=True, exist_ok=True)
             with atomic(file) as f:
                 np.save(f, centroids)
             facts = {"clusters": len(centroids), "fitted_on": len(sample), "images": sum(counts)}
-            before = commit(data.root, record, config=self.digest, inputs=inputs, outputs=[file], facts=facts)
+            before = data.commit(record, config=self.digest, inputs=inputs, outputs=[file], facts=facts)
         note = (
             f"{before['clusters']:,} clusters, fitted on {before['fitted_on']:,} of the {before['images']:,} images "
             "that there were then; later ones are assigned to the nearest"

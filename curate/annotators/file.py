@@ -215,7 +215,9 @@ def _images(run: TableRun, on: str, counts: list[int]) -> Iterator[pa.RecordBatc
     Appends the number of images of each shard."""
     column, at = _uid_column(run.data) if on == "uid" else on, 0
     for shard in run.shards:
-        table = pq.read_table(run.data.table(shard), columns=list(dict.fromkeys([column, "url", "status"])))
+        table = pq.read_table(
+            run.data.local(run.data.table(shard)), columns=list(dict.fromkeys([column, "url", "status"]))
+        )
         fetched = pc.equal(table["status"], Status.SUCCESS.value).combine_chunks()
         place = pc.add(pc.cumulative_sum(fetched.cast(pa.int64())), at - 1)
         name, url = (table[c].cast(pa.string()).combine_chunks() for c in (column, "url"))
@@ -228,7 +230,9 @@ def _images(run: TableRun, on: str, counts: list[int]) -> Iterator[pa.RecordBatc
 
 def _uid_column(data: Data) -> str:
     """The list's own column uid, as it is stored."""
-    schema = pq.read_schema(data.table(next(s.shard for s in data.plan.shards if data.table(s.shard).exists())))
+    schema = pq.read_schema(
+        data.local(data.table(next(s.shard for s in data.plan.shards if data.exists(data.table(s.shard)))))
+    )
     for field in schema:
         if field.name.lower() == "uid" and pa.types.is_string(field.type):
             return str(field.name)

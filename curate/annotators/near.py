@@ -116,10 +116,10 @@ class Near(TableAnnotator):
         """The columns, shard by shard. UserError where vectors are wanted and a shard has none."""
         from curate.duplicates.nearest import compare_shard
 
-        if self._cosine and (bare := [s for s in run.shards if not run.data.embedded_record(s).exists()]):
+        if self._cosine and (bare := [s for s in run.shards if not run.data.exists(run.data.embedded_record(s))]):
             raise UserError(
                 f"columns.{run.name} compares vectors, and shard {bare[0]:05d} has none yet. "
-                f"`tastemaker embed {run.data.root}` makes them."
+                f"`tastemaker embed {run.data}` makes them."
             )
         prepared = prepare(self.path, self._content, run, cosine=self._cosine, named=not self.options.deny)
         names = load_protected(prepared.folder, prepared.config).names

@@ -20,7 +20,7 @@ from curate.ledger.rules import USAGE, check_rules
 from curate.ledger.schema import RESERVED
 from curate.ledger.sql import Bounds, batches, parse_condition, print_expression, references, short
 from curate.ledger.view import open_ledger, tables
-from curate.store.records import output_digests, read_record
+from curate.store.records import output_digests
 
 
 def read_where(condition: Any, annotator: Annotator) -> str | None:
@@ -139,7 +139,7 @@ def where_inputs(data: Data, shard: int, where: str) -> dict[str, str] | None:
     records = [(["similarity"], data.embedded_record(shard))] if "similarity" in wanted else []
     found = dict[str, str]()
     for columns, record in [*records, *((None, data.annotations_record(name, shard)) for name in data.annotated())]:
-        facts = read_record(record)
+        facts = data.record(record)
         made = {column.lower() for column in columns or facts.get("columns", ())}
         if "outputs" in facts and wanted & made:
             found |= output_digests(facts)

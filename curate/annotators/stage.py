@@ -35,8 +35,8 @@ from curate.images.decode import decode
 from curate.layout import ANNOTATED, Data
 from curate.ledger.schema import Status
 from curate.shards.tar import read_images
-from curate.store.files import check_space, read_json
-from curate.store.records import commit, invalidate, is_done, output_digests, outputs_present, recommit
+from curate.store.files import check_space
+from curate.store.records import output_digests
 
 STARTS = 3
 """How often a run begins a shard. Its images have been decoded before: what ends the process each time is no single
@@ -76,18 +76,18 @@ def annotate_shard(
         annotator = of_images.get(name)
         if annotator is not None and annotator.where is not None:
             there = column_inputs(data, shard, annotator)
-            if there is not None and not is_done(data.root, record, config=digest, inputs=there):
+            if there is not None and not data.is_done(record, config=digest, inputs=there):
                 missing[name] = _missing_where(data, shard, name, annotator, there)
-        elif not is_done(data.root, record, config=digest, inputs=inputs):
+        elif not data.is_done(record, config=digest, inputs=inputs):
             added = recovered(data, shard, record, digest)
             if added == set():  # a retry that changed nothing but reasons
-                recommit(data.root, record, inputs)
+                data.recommit(record, inputs)
                 continue
             file = data.annotations(name, shard) if annotator is not None and added is not None else None
-            missing[name] = _Missing(inputs, added, None if file is None else pq.read_table(file))
+            missing[name] = _Missing(inputs, added, None if file is None else pq.read_table(data.local(file)))
     if missing:
         check_space(data.root)
-        if (starts := note_start(data.embed_starts(shard))) > STARTS:
+        if (starts := note_start(data, data.embed_starts(shard))) > STARTS:
             raise EndsItsProcess(
                 f"embedding shard {shard:05d} has ended its process {starts - 1} times: out of memory, or a crash in a "
                 f"library. {data.logs / 'embed.log'} or the system's log may say why; all that is done stays done."
@@ -101,14 +101,15 @@ def annotate_shard(
             values = ask(annotator, ImageBatch(rows=fresh))
             took = spent.take(images=len(fresh))
             _write(data, shard, name, annotator, fresh["key"], values, missing[name], took)
-        data.embed_starts(shard).unlink(missing_ok=True)
+        data.remove(data.embed_starts(shard))
 
     for name, annotator in annotators.items():
         if annotator.reads != "vectors":
             continue
         there, record = column_inputs(data, shard, annotator), data.annotations_record(name, shard)
-        if there is None or is_done(data.root, record, config=annotator.config, inputs=there):
+        if there is None or data.is_done(record, config=annotator.config, inputs=there):
             continue  # there are none yet, or all is done
+        data.bring(data.metadata(shard), data.image_vectors(shard))
         rows = pq.read_table(data.metadata(shard), columns=["key", "caption"])
         values = ask(annotator, ImageBatch(rows=rows, vectors=open_vectors(data.image_vectors(shard))))
         # heads are cheap, and the last bit of a product of matrices depends on what else is in them: so all are asked
@@ -123,7 +124,7 @@ def column_inputs(data: Data, shard: int, annotator: Annotator) -> dict[str, str
     if annotator.reads != "vectors":
         found = data.fetched_digests(shard)
     else:
-        record = read_json(data.embedded_record(shard))
+        record = data.record(data.embedded_record(shard))
         name = str(data.image_vectors(shard).relative_to(data.root))
         digests = output_digests(record) if record else {}
         found = {name: digests[name]} if name in digests else None
@@ -153,13 +154,14 @@ def _missing_where(data: Data, shard: int, name: str, annotator: Annotator, inpu
     from curate.fetch.ingest import recovered_since  # brings aiohttp, for which a recipe need not wait
 
     wanted = wanted_keys(data, shard, annotator.where).combine_chunks()
-    record, fetched = read_json(data.annotations_record(name, shard)), data.fetched_digests(shard)
-    if not record or record.get("digest") != annotator.digest or not outputs_present(data.root, record):
+    path, fetched = data.annotations_record(name, shard), data.fetched_digests(shard)
+    record = data.record(path)
+    if not record or record.get("digest") != annotator.digest or not data.outputs_present(path):
         return _Missing(inputs, {*wanted.to_pylist()})
     then = {k: v for k, v in record["inputs"].items() if k in (fetched or {})}
     if then != fetched and recovered_since(data, shard, then) is None:
         return _Missing(inputs, {*wanted.to_pylist()})
-    stored = pq.read_table(data.annotations(name, shard))
+    stored = pq.read_table(data.local(data.annotations(name, shard)))
     columns = [pc.is_valid(stored[column]) for column in stored.column_names if column != "key"]
     stored = stored.filter(pc.and_(pc.is_in(stored["key"], wanted), functools.reduce(pc.or_, columns)))
     return _Missing(inputs, {*wanted.to_pylist()}.difference(stored["key"].to_pylist()), stored)
@@ -191,7 +193,7 @@ def annotate_table(
     missing = [
         shard
         for shard, there in inputs.items()
-        if not is_done(data.root, data.annotations_record(name, shard), config=annotator.config, inputs=there)
+        if not data.is_done(data.annotations_record(name, shard), config=annotator.config, inputs=there)
     ]
     shards = fetched if annotator.whole and missing else missing
     if shards:
@@ -236,7 +238,7 @@ def _table_inputs(
         records += [data.annotations_record(need, shard) for need in needs]
         more = {} if annotator.where is None else where_inputs(data, shard, annotator.where)
         if more is not None:
-            files = {k: v for r in records if (facts := read_json(r)) for k, v in output_digests(facts).items()}
+            files = {k: v for r in records if (facts := data.record(r)) for k, v in output_digests(facts).items()}
             found[shard] = files | more
     return found
 
@@ -331,6 +333,7 @@ def _from_pixels(
         captions = fresh["caption"].to_pylist()
         cosines = similarity(captions, images, texts)
         if added_keys is not None:
+            data.bring(data.metadata(shard), data.image_vectors(shard), data.text_vectors(shard))
             stored = pq.read_table(data.metadata(shard), columns=["key", "similarity"])
             now = _joined(pa.table({"key": fresh["key"], "similarity": cosines}), stored, rows["key"])
             cosines = now["similarity"].combine_chunks()
@@ -341,7 +344,7 @@ def _from_pixels(
             )
         facts = {"batch_halved": encoder.halved, "spent": took[_VECTORS]}
         if added_keys is not None:
-            facts["spent"] = total_spent(read_json(data.embedded_record(shard)).get("spent"), took[_VECTORS])
+            facts["spent"] = total_spent(data.record(data.embedded_record(shard)).get("spent"), took[_VECTORS])
         write_vectors(data, shard, rows, images, texts, cosines, config=config, inputs=inputs, facts=facts, began=began)
 
 
@@ -369,7 +372,7 @@ def _prepared(
 
     ahead: deque[Future[dict[str, Any]]] = deque()
     known = set(keys)
-    stored = (image for image in read_images(data.tar(shard)) if image[0] in known)
+    stored = (image for image in read_images(data.local(data.tar(shard))) if image[0] in known)
     for start in range(0, len(keys), size):
         count = min(size, len(keys) - start)
         while len(ahead) < 3 * size and (item := next(stored, None)) is not None:
@@ -410,8 +413,8 @@ def _write(
     if not keys.equals(table["key"]):
         table = table.drop(["key"]).take(pc.index_in(keys, table["key"].combine_chunks()))
         table = table.add_column(0, "key", keys)
-    before = (read_json(record) or {}).get("spent") if missing.stored is not None else None
-    invalidate(record)
+    before = data.record(record).get("spent") if missing.stored is not None else None
+    data.invalidate(record)
     with atomic(file) as f:
         pq.write_table(table, f, compression="zstd")
     specs = {column: spec.facts() for column, spec in column_specs({name: annotator}).items()}
@@ -421,4 +424,4 @@ def _write(
         facts["counts"] = {annotator.null_says: nulls}
     if annotator.where is not None:
         facts |= {"where": annotator.where, "asked": asked, "digest": annotator.digest}
-    commit(data.root, record, config=annotator.config, inputs=missing.inputs, outputs=[file], facts=facts)
+    data.commit(record, config=annotator.config, inputs=missing.inputs, outputs=[file], facts=facts)

@@ -58,7 +58,7 @@ def compare_shard(
         bits, index, unhashed = _by_pdq(data, shard, rows, protected, hashes.removesuffix("_hash"))
     cosines = np.full(len(rows), np.nan, np.float32)
     if cosine and protected.vectors is not None:
-        vectors = open_vectors(data.image_vectors(shard))
+        vectors = open_vectors(data.local(data.image_vectors(shard)))
         assert len(vectors) == len(rows), f"shard {shard} has {len(rows)} images and {len(vectors)} vectors"
         place, largest = nearest(vectors, protected.vectors, 1)
         cosines = np.clip(largest[:, 0], -1, 1)
@@ -70,7 +70,9 @@ def _by_pdq(
     data: Data, shard: int, rows: pa.Table, protected: Protected, entry: str
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Bits, index and unhashed of `Nearest`, by the PDQ hashes in the columns of an entry."""
-    stored = pq.read_table(data.annotations(entry, shard), columns=["key", f"{entry}_hash", f"{entry}_quality"])
+    stored = pq.read_table(
+        data.local(data.annotations(entry, shard)), columns=["key", f"{entry}_hash", f"{entry}_quality"]
+    )
     assert stored["key"].equals(rows["key"]), f"annotated/{entry} holds other images than shard {shard}"
     bits, index = np.full(len(rows), protected.bits, np.int64), np.full(len(rows), -1, np.int64)
     values, valid = hex_to_bits(stored[f"{entry}_hash"].to_pylist(), 256)

@@ -26,8 +26,7 @@ from aesthetic.space import Space, require_same
 from aesthetic.untrusted import check_regular, first_three, open_vectors, read_json_file, read_text
 from curate.duplicates.hash_lists import mirrored_and_turned, read_hashes
 from curate.images.config import ImagesConfig
-from curate.store.files import digest, read_json, sha256_file
-from curate.store.records import commit, invalidate, is_done
+from curate.store.files import digest, sha256_file
 
 if TYPE_CHECKING:
     from curate.annotators.base import TableRun
@@ -205,17 +204,17 @@ def prepare(path: Path, content: str, run: TableRun, *, cosine: bool, named: boo
     """
     data, folder = run.data, run.data.index(run.name)
     record = folder / "protected.json"
-    space = Space.load(data.space) if cosine else None
+    space = Space.load(data.local(data.space)) if cosine else None
     made_of = [_FORM, content, dataclasses.asdict(run.images), named, space and space.fingerprint]
     config = digest(made_of)
-    if not is_done(data.root, record, config=config, inputs={}):
+    if not data.is_done(record, config=config, inputs={}):
         found = _read(path, content, run, space)
-        invalidate(record)
+        data.invalidate(record)
         written = _write(folder, found, named)
         some = first_three(found.unreadable) if named else ""
         said = {"images": len(found.names), "unreadable": len(found.unreadable), "some_unreadable": some}
-        commit(data.root, record, config=config, inputs={}, outputs=written, facts=said)
-    facts = read_json(record)
+        data.commit(record, config=config, inputs={}, outputs=written, facts=said)
+    facts = data.record(record)
     return Prepared(
         folder=folder,
         config=config,

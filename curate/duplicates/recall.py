@@ -134,7 +134,7 @@ def _by_cosine(table: Table, at: int, rows: Array, sample: Array, ours: Array) -
     cosine, found = table.modes.cosine, []
     assert cosine is not None
     ours = ours.astype(np.float32)
-    vectors = open_vectors(table.data.image_vectors(table.shards[at])) if len(rows) else None
+    vectors = open_vectors(table.data.local(table.data.image_vectors(table.shards[at]))) if len(rows) else None
     most = max(2, _NEIGHBOURS // sum(-(-count // _BLOCK) for count in table.counts))
     for start in range(0, len(rows), _BLOCK):
         assert vectors is not None

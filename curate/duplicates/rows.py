@@ -148,7 +148,7 @@ def _entries(table: Table, shard: int, dtype: np.dtype[Any]) -> Array:
         found["known"] |= np.where(known, CAPTION, 0).astype(np.uint8)
     if modes.hashes:
         assert table.pdq is not None
-        pdq = pq.read_table(table.data.annotations(table.pdq, shard))
+        pdq = pq.read_table(table.data.local(table.data.annotations(table.pdq, shard)))
         if not pdq["key"].equals(rows["key"]):
             raise UserError(f"{table.data.annotations(table.pdq, shard)} is of other images: annotate {table.pdq} anew")
         for prefix, bit, values in (

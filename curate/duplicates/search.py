@@ -30,8 +30,8 @@ from curate.duplicates.vectors import PAIR, as_pairs, check_vectors, pair_cosine
 from curate.encoders.embed import images_of
 from curate.layout import Data
 from curate.ledger.neighbours import FACT, FILE, write_neighbours
-from curate.store.files import digest, read_json
-from curate.store.records import commit, is_done, output_digests, read_record
+from curate.store.files import digest
+from curate.store.records import output_digests, read_record
 
 ANSWER = np.dtype([("group", "<i8"), ("size", "<i4"), ("nearest", "<f4"), ("of", "<i8")])
 """Of an image: the first image of its group, -1 where it is alone; images in the group; the distance to the nearest
@@ -45,20 +45,19 @@ _TASK_PAIRS = 100_000
 def find_groups(run: TableRun, modes: Modes, config: str) -> tuple[Table, Array, dict[str, Any]]:
     """The groups of all images: the table, its ANSWER (n,), and the facts of the record. config: of the annotator."""
     table = _table(run, modes)
-    root, record = table.data.root, table.index / "groups.json"
-    if not is_done(root, record, config=config, inputs={"images": table.digest}):
+    record = table.index / "groups.json"
+    if not table.data.is_done(record, config=config, inputs={"images": table.digest}):
         check_memory(table, check_vectors(table) if modes.cosine is not None else 0)
         work = table.index / f"work-{digest([config, table.digest])}"
         _clear(table.index, keep=work)
         answer, facts = _search(run, table, work)
-        before = read_record(record)
+        before = table.data.record(record)
         facts["moved"] = moved = _moved(table, answer["group"], before, config)
         path = table.index / f"groups-{table.digest}-{config}.npy"
         with atomic(path) as f:
             np.save(f, answer)
         shards = [list(s) for s in zip(table.shards, table.counts, table.inputs, strict=True)]
-        commit(
-            root,
+        table.data.commit(
             record,
             config=config,
             inputs={"images": table.digest},
@@ -67,7 +66,7 @@ def find_groups(run: TableRun, modes: Modes, config: str) -> tuple[Table, Array,
         )
         if moved:
             run.say(f"{run.name}: {moved:,} images that were in a group before are in another one, or in none")
-    known = read_record(record)
+    known = table.data.record(record)
     _clear(table.index, keep=None)
     for note in known["facts"]["notes"][:2]:
         run.say(f"{run.name}: {note}")
@@ -104,11 +103,11 @@ def _table(run: TableRun, modes: Modes) -> Table:
         digests = data.fetched_digests(shard)
         records = [data.annotations_record(pdq, shard)] if pdq is not None else []
         records += [data.embedded_record(shard)] if modes.cosine is not None else []
-        made = [sorted(output_digests(found).items()) for r in records if (found := read_json(r))]
-        counts.append(int(read_record(data.fetched_record(shard))["successes"]))
+        made = [sorted(output_digests(found).items()) for r in records if (found := data.record(r))]
+        counts.append(int(data.record(data.fetched_record(shard))["successes"]))
         inputs.append(digest([digests, made]))
     return Table(
-        data=Data(data.root),  # without the plan, which would go along with every task
+        data=data.without_plan(),  # without the plan, which would go along with every task
         index=data.index(run.name),
         modes=modes,
         shards=tuple(run.shards),

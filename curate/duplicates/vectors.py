@@ -54,7 +54,7 @@ def cell_count(images: int) -> int:
 def find_cells(table: Table, say: Callable[[str], None]) -> str:
     """Fit the cells, unless those that are there will do; returns their digest."""
     root, record, path = table.data.root, table.index / "cells.json", table.index / "cells.npy"
-    images, config = int(table.offsets[-1]), digest([VERSION, read_json(table.data.space)])
+    images, config = int(table.offsets[-1]), digest([VERSION, read_json(table.data.local(table.data.space))])
     known = read_record(record)
     if not is_done(root, record, config=config, inputs={}) or cell_count(images) > REFIT * known["cells"]:
         if known:
@@ -69,7 +69,11 @@ def find_cells(table: Table, say: Callable[[str], None]) -> str:
 
 
 def _fitted(table: Table, images: int) -> Array:
-    vectors = [open_vectors(table.data.image_vectors(s)) for s, n in zip(table.shards, table.counts, strict=True) if n]
+    vectors = [
+        open_vectors(table.data.local(table.data.image_vectors(s)))
+        for s, n in zip(table.shards, table.counts, strict=True)
+        if n
+    ]
     dim = vectors[0].shape[1] if vectors else 1
     cells = cell_count(images)
     if cells == 1:
@@ -86,7 +90,7 @@ def gather(table: Table, images: Array) -> Array:
     parts = []
     for shard, low, high in zip(table.shards, edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         if low < high:
-            parts.append(open_vectors(table.data.image_vectors(shard))[rows[low:high]])
+            parts.append(open_vectors(table.data.local(table.data.image_vectors(shard)))[rows[low:high]])
     return np.concatenate(parts) if parts else np.zeros((0, 1), np.float16)
 
 
@@ -95,10 +99,10 @@ def check_vectors(table: Table) -> int:
     dim = 1
     for shard, count in zip(table.shards, table.counts, strict=True):
         path = table.data.image_vectors(shard)
-        if not path.is_file() or not table.data.embedded_record(shard).is_file():
+        if not table.data.exists(path) or not table.data.exists(table.data.embedded_record(shard)):
             raise UserError(
                 f"near-duplicates with `cosine` compares vectors, and shard {shard_name(shard)} has none: "
-                f"`tastemaker embed {table.data.root}` makes them"
+                f"`tastemaker embed {table.data}` makes them"
             )
         if count:
             vectors = open_vectors(path)
@@ -139,7 +143,9 @@ def make_cells(item: tuple[Table, int, str]) -> None:
         if k == 1 or n == 0:
             found = np.zeros((n, 1), np.int32)
         else:
-            found = nearest_cells(open_vectors(table.data.image_vectors(shard)), centroids, min(NEAREST, k))
+            found = nearest_cells(
+                open_vectors(table.data.local(table.data.image_vectors(shard))), centroids, min(NEAREST, k)
+            )
         parts = [np.array([n], np.int32)]
         for columns in (found[:, :1], found[:, 1:]):
             cell = columns.ravel()

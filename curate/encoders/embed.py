@@ -20,8 +20,6 @@ from curate.encoders.base import Encoder
 from curate.encoders.registry import check_settings
 from curate.layout import Data
 from curate.ledger.schema import Status
-from curate.store.files import read_json
-from curate.store.records import commit, invalidate, outputs_present
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +38,7 @@ class EmbedConfig:
 def images_of(data: Data, shard: int, columns: list[str] | None = None) -> pa.Table:
     """The rows of a fetched shard that have an image, in the order of the ledger; None: with every column."""
     names = None if columns is None else [*columns, "status"]
-    table = pq.read_table(data.table(shard), columns=names)
+    table = pq.read_table(data.local(data.table(shard)), columns=names)
     table = table.filter(pa.compute.equal(table["status"], Status.SUCCESS.value))
     return table if columns is None else table.select(columns)
 
@@ -48,8 +46,8 @@ def images_of(data: Data, shard: int, columns: list[str] | None = None) -> pa.Ta
 def recovered(data: Data, shard: int, record: Path, config: str) -> set[str] | None:
     """Keys of the images that retries added since this record of vectors or columns was written; the others are the
     same. None where it is another configuration's, or its images are others."""
-    value = read_json(record)
-    if not isinstance(value, dict) or value.get("config") != config or not outputs_present(data.root, value):
+    value = data.record(record)
+    if not value or value.get("config") != config or not data.outputs_present(record):
         return None
     from curate.fetch.ingest import recovered_since  # brings aiohttp, for which a recipe need not wait
 
@@ -108,8 +106,8 @@ def write_vectors(
             bad = rows["key"][int(np.argmin(np.isfinite(vectors).all(axis=1)))]
             raise ValueError(f"{path.name}: the vector of {bad} is not finite")
 
-    invalidate(data.embedded_record(shard))
-    data.text_vectors(shard).unlink(missing_ok=True)  # of a run that had them
+    data.invalidate(data.embedded_record(shard))
+    data.remove(data.text_vectors(shard))  # of a run that had them
     for path, vectors in stored.items():
         with atomic(path) as f:
             np.save(f, vectors.astype(np.float16))
@@ -117,8 +115,7 @@ def write_vectors(
         # image_path is clip-retrieval's name for the key
         metadata = rows.add_column(0, "image_path", rows["key"]).append_column("similarity", cosines)
         pq.write_table(metadata, f, compression="zstd")
-    commit(
-        data.root,
+    data.commit(
         data.embedded_record(shard),
         config=config,
         inputs=inputs,

@@ -52,8 +52,8 @@ from curate.ledger.schema import (
 from curate.shards.tar import TarWriter, image_member, index_tar, read_range
 from curate.sources.columns import listed
 from curate.sources.plan import Row, SourceShard
-from curate.store.files import check_space, read_json
-from curate.store.records import commit, invalidate, output_digests
+from curate.store.files import check_space
+from curate.store.records import output_digests
 
 TRUSTED_STARTS = 2
 """How often a shard is begun with decoding in the worker itself; after that each decode may die alone."""
@@ -112,12 +112,12 @@ async def ingest_shard(
     check_verify(context.fetch, data.plan.extra_columns)
     began = time.time()
     source = data.plan.read(shard)
-    starts = note_start(data.starts(shard))
+    starts = note_start(data, data.starts(shard))
     isolate = starts > TRUSTED_STARTS
     keys = [make_key(shard, i, data.plan.shard_size) for i in range(source.table.num_rows)]
     with _scratch(data, shard) as scratch, ShardRules(context.early, source.table, keys) as early:
         results = ShardResults(scratch)
-        before = read_json(data.fetched_record(shard)) if again else None
+        before = data.record(data.fetched_record(shard)) if again else None
         if again:
             _keep_final(data, shard, results, early, retry)
         missing = [(i, row) for i, row in enumerate(source.rows()) if i not in results.facts]
@@ -157,7 +157,7 @@ def recovered_since(data: Data, shard: int, files: Mapping[str, str]) -> list[st
 
     None where retries alone do not lead from those files to those of now. All other images are the same, byte for byte.
     """
-    record = read_json(data.fetched_record(shard)) or {}
+    record = data.record(data.fetched_record(shard))
     retries = record.get("retries", [])
     for i, retry in enumerate(retries):
         if retry["files"] == dict(files):
@@ -179,15 +179,17 @@ def check_verify(fetch: FetchConfig, extra_columns: pa.Schema) -> None:
         raise UserError(f"fetch.verify: column {fetch.verify} holds {kind}, not digests as text")
 
 
-def note_start(path: Path) -> int:
-    """Note on disk that a shard is begun, a byte each time; returns how often it has been, this time included."""
+def note_start(data: Data, path: Path) -> int:
+    """Note that a shard is begun, a byte each time; returns how often it has been, this time included."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    stamp = data.store.stamp(path)
+    starts = 1 + (stamp[0] if stamp else 0)
     try:
-        with open(path, "ab") as f:
-            f.write(b".")
-            return f.tell()
+        path.write_bytes(b"." * starts)
+        data.push(path)
     except OSError as e:
         raise as_disk_full(e, path.parent) from e
+    return starts
 
 
 @contextmanager
@@ -205,6 +207,7 @@ def _scratch(data: Data, shard: int) -> Iterator[BinaryIO]:
 def _keep_final(data: Data, shard: int, results: ShardResults, early: ShardRules, retry: bool) -> None:
     """Take over the rows of a fetched shard that stay: all but what early rules of before rejected and those of now do
     not, and with `retry` the transient failures."""
+    data.bring(data.tar(shard), data.table(shard))
     members = index_tar(data.tar(shard))
     with open(data.tar(shard), "rb") as tar:
         for i, row in enumerate(pq.read_table(data.table(shard)).to_pylist()):
@@ -376,9 +379,9 @@ def _commit(
         tar.close()
         pq.write_table(table, g, compression="zstd")
         # as late as can be: a retry that is killed before this line has changed nothing
-        invalidate(data.fetched_record(shard))
+        data.invalidate(data.fetched_record(shard))
 
-    data.starts(shard).unlink(missing_ok=True)  # all is decoded; after the record, a kill would leave it for ever
+    data.remove(data.starts(shard))  # all is decoded; after the record, a kill would leave it for ever
     done = time.time()
     statuses = Counter(facts["status"] for facts in rows)
     if rejected := Counter(facts["reason"] for facts in rows if facts["status"] == Status.REJECTED_EARLY):
@@ -386,8 +389,7 @@ def _commit(
     faces = [facts["faces_blurred"] for facts in rows if facts["faces_blurred"] is not None]
     if faces:
         extra = {**extra, "faces_blurred": sum(faces), "face_detector": detector()}
-    return commit(
-        data.root,
+    return data.commit(
         data.fetched_record(shard),
         config=config,
         inputs={"plan": data.plan.shard_digest(shard)},

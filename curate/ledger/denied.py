@@ -16,7 +16,6 @@ from curate.layout import shard_name
 from curate.ledger.schema import Status
 from curate.ledger.sql import connect
 from curate.ledger.view import tables
-from curate.store.records import read_record
 
 if TYPE_CHECKING:
     from curate.layout import Data
@@ -71,7 +70,7 @@ def denied_images(data: Data, deny: Deny, *, fetched: bool = True) -> DeniedImag
 
         now = table.digest() if table else None
         for name in data.packs():
-            manifest = read_record(data.manifest(name))
+            manifest = data.record(data.manifest(name))
             fresh = fetched and manifest.get("inputs", {}).get("fetched") == now
             if fresh and not found:  # it is a part of what was looked at
                 continue

@@ -55,7 +55,7 @@ def known_neighbours(data: Data, found: Sequence[LedgerTable]) -> dict[str, tupl
         if not file.is_file() or sha256_file(file) != sha:
             raise UserError(
                 f"{file} is not what it was when {name} was made. Remove {table.name}: "
-                f"`tastemaker annotate {data.root}` makes both anew."
+                f"`tastemaker annotate {data}` makes both anew."
             )
         files[name] = file, sha
     return files

@@ -50,8 +50,7 @@ from curate.ledger.view import (
     table_digests,
     tables,
 )
-from curate.store.files import digest, read_json, sha256_file
-from curate.store.records import commit, invalidate, is_done
+from curate.store.files import digest, sha256_file
 
 if TYPE_CHECKING:
     from curate.layout import Data
@@ -195,7 +194,7 @@ def select(data: Data, config: SelectConfig) -> Selection:
             *(sha for _, sha in neighbours.values()),
         ]
     )
-    if is_done(data.root, data.selection_record(config.name), config=identity, inputs=inputs):
+    if data.is_done(data.selection_record(config.name), config=identity, inputs=inputs):
         return load_selection(data, config.name)
 
     types = {**columns, **{f"source.{n}": t for n, t in source.items()}}
@@ -280,7 +279,7 @@ def select(data: Data, config: SelectConfig) -> Selection:
 def words_for_unjudged(data: Data, count: int, applied: Mapping[str, Collection[str]], rules: Mapping[str, str]) -> str:
     """What is said of rows that can't be judged, and how they can."""
     stay = [name for name, conditions in applied.items() if {rules.get(name)} == {*conditions}]
-    again = f"tastemaker retry {shlex.quote(str(data.root))} --early"
+    again = f"tastemaker retry {shlex.quote(str(data))} --early"
     if stay:
         again += f" --set {shlex.quote('select.early=[' + ', '.join(stay) + ']')}"
     without = ", ".join(name for name in applied if name not in stay)
@@ -319,34 +318,35 @@ def write_selection(
     order = np.argsort(keys, kind="stable")
     keys, codes = keys[order], codes[order]
     if twice := keys[1:][keys[1:] == keys[:-1]][:1].tolist():
-        folder = data.table(0).parent
-        raise UserError(f"key {twice[0]} comes twice in {folder}: `tastemaker verify {data.root}` looks for damage")
+        folder = f"{data}/fetched"
+        raise UserError(f"key {twice[0]} comes twice in {folder}: `tastemaker verify {data}` looks for damage")
     more_words = [DENIED, UNJUDGED] if selection.unjudged else [DENIED] if selection.denied else []
     names = pa.array([NOT_FETCHED, *(r.name for r in selection.rules), KEPT, *more_words])
     path, record = data.verdicts(selection.name), data.selection_record(selection.name)
     # as many digits as the first key has: keys are numbers, zero-padded to that, and longer ones have no zeros
-    firsts = (b for table in tables(data)[0].files for b in pq.ParquetFile(table).iter_batches(1, columns=["key"]))
+    files = (pq.ParquetFile(data.local(table)) for table in tables(data)[0].files)
+    firsts = (batch for file in files for batch in file.iter_batches(1, columns=["key"]))
     width = next((len(batch["key"][0].as_py()) for batch in firsts), 0)
     schema = pa.schema([("key", pa.string()), ("verdict", pa.dictionary(pa.int16(), pa.string()))])
-    invalidate(record)
+    data.invalidate(record)
     with atomic(path) as f, pq.ParquetWriter(f, schema, compression="zstd", use_dictionary=["verdict"]) as out:
         for start in range(0, len(keys), 1 << 20):
             part = slice(start, start + (1 << 20))
             padded = pc.utf8_lpad(pa.array(keys[part]).cast(pa.string()), width=width, padding="0")
             out.write_table(pa.table([padded, pa.DictionaryArray.from_arrays(codes[part], names)], schema=schema))
     facts = {**selection.to_json(), **(more or {})}
-    commit(data.root, record, config=config, inputs=inputs, outputs=[path], facts=facts)
+    data.commit(record, config=config, inputs=inputs, outputs=[path], facts=facts)
 
 
 def load_selection(data: Data, name: str) -> Selection:
     """A selection that was made before. UserError where there is none of that name, naming those that there are."""
     check_name(name)
-    value = read_json(data.selection_record(name))
+    value = data.record(data.selection_record(name))
     if not isinstance(value, dict) or "kept" not in value:
         others = data.selections()
         known = f" There are {', '.join(others)}." if others else ""
         raise UserError(
-            f"{data.root} has no selection {name}.{known} "
+            f"{data} has no selection {name}.{known} "
             f"`tastemaker select {shlex.quote(str(data.root))} --name {name}` makes it."
         )
     return Selection.from_json(value)
@@ -357,7 +357,7 @@ def remembered(data: Data, name: str) -> tuple[dict[str, str], Path | None] | No
 
     Raises UserError where that file is not what it was.
     """
-    record = read_json(data.selection_record(name))
+    record = data.record(data.selection_record(name))
     if not isinstance(record, dict) or not isinstance(record.get("rules"), list):
         return None
     rules = {r["name"]: r["condition"] for r in record["rules"]}
@@ -375,7 +375,7 @@ def remembered(data: Data, name: str) -> tuple[dict[str, str], Path | None] | No
 def changed_since(data: Data, name: str, now: Mapping[str, str], hidden: Collection[str] = ()) -> list[str]:
     """The tables that a selection was made from and that have changed, and those of `hidden_columns` that it was not
     made from; `now` is what `table_digests` says of all."""
-    then = (read_json(data.selection_record(name)) or {}).get("inputs", {})
+    then = data.record(data.selection_record(name)).get("inputs", {})
     changed = [table for table, digest in then.items() if table != "uids" and now.get(table) != digest]
     return changed + sorted({*hidden} - then.keys())
 

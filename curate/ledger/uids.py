@@ -28,7 +28,6 @@ from curate.ledger.select import (
 from curate.ledger.sql import batches
 from curate.ledger.view import column_types, current_tables, hidden_columns, open_ledger, table_digests, tables
 from curate.store.files import digest, sha256_file
-from curate.store.records import is_done
 
 if TYPE_CHECKING:
     from curate.layout import Data
@@ -64,7 +63,7 @@ def select_uids(data: Data, name: str, path: Path) -> Selection:
     column, config = _uid_column(data), digest([FORMAT, NOT_IN_UIDS, *([[*hidden]] if hidden else [])])
     read = [t for t in current_tables(data, found, hidden.values()) if t is found[0] or t.name in hidden.values()]
     inputs = {**table_digests(read), "uids": sha256_file(path)}
-    if is_done(data.root, data.selection_record(name), config=config, inputs=inputs):
+    if data.is_done(data.selection_record(name), config=config, inputs=inputs):
         return load_selection(data, name)
     with open_ledger(data, {column, *hidden}) as con:
         keys, ours, missing = [np.zeros(0, np.uint64)], [np.zeros(0, "S16")], [np.zeros(0, np.uint64)]

@@ -5,10 +5,11 @@ DuckDB itself may touch no file (curate.ledger.sql): the tables reach it as pyar
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,7 +23,7 @@ from aesthetic.errors import UserError, nearest
 from curate.ledger.schema import EMBEDDED_COLUMNS, FETCHED_COLUMNS, URL_COLUMNS, Status, list_name
 from curate.ledger.sql import Bounds, batches, check_one_select, connect, literal, parse, quote, short, walk
 from curate.store.files import digest, sha256_file
-from curate.store.records import output_digests, read_record
+from curate.store.records import output_digests
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,6 +40,7 @@ OURS = [name for name, _ in URL_COLUMNS + FETCHED_COLUMNS]
 class LedgerTable:
     """One table of a data folder, in files of committed shards: `fetched`, `embedded`, or that of an annotator."""
 
+    data: Data = field(repr=False)
     name: str  # the folder: `annotated/aesthetic`
     key: str  # its key column
     columns: tuple[str, ...]  # what it adds to the ledger; nothing for `fetched`
@@ -55,7 +57,8 @@ class LedgerTable:
     @cached_property
     def facts(self) -> list[dict[str, Any]]:
         """What the records say, {} for what is none of ours."""
-        return [read_record(record) for record in self.records]
+        self.data.look(self.records)
+        return [self.data.record(record) for record in self.records]
 
     def digest(self) -> str:
         """A short digest over the sha256 of the files: what a stage that reads whole tables notes as its input."""
@@ -74,7 +77,7 @@ def tables(data: Data, shards: Sequence[int] | None = None) -> list[LedgerTable]
     """
     fetched = _table(data, shards, data.table(0).parent, data.fetched_record, data.table)
     if fetched is None:
-        raise UserError(f"{data.root} holds no fetched shard. `tastemaker fetch LIST --out {data.root}` makes them.")
+        raise UserError(f"{data} holds no fetched shard. `tastemaker fetch LIST --out {data}` makes them.")
     found = [replace(fetched, columns=())]
     embedded = _table(data, shards, data.space.parent, data.embedded_record, data.metadata)
     if embedded and "similarity" in embedded.columns:
@@ -101,15 +104,16 @@ def _table(
     file: Callable[[int], Path],
 ) -> LedgerTable | None:
     """The committed shards of a table, or of those wanted, with all its columns; None where there is none."""
-    there = data.shards(record) if wanted is None else [s for s in wanted if record(s).is_file()]
-    shards = tuple(s for s in there if file(s).is_file())
+    there = data.shards(record) if wanted is None else [s for s in wanted if data.exists(record(s))]
+    shards = tuple(s for s in there if data.exists(file(s)))
     if not shards:
         return None
+    data.bring(file(shards[0]))
     names = pq.read_schema(file(shards[0])).names
     key = "key" if "key" in names else "image_path"  # as clip-retrieval has it
     columns = tuple(n for n in names if n != key)
     name = str(folder.relative_to(data.root))
-    return LedgerTable(name, key, columns, shards, tuple(map(file, shards)), tuple(map(record, shards)))
+    return LedgerTable(data, name, key, columns, shards, tuple(map(file, shards)), tuple(map(record, shards)))
 
 
 # ------------------------------------------------------------------------------------------------------------ opening
@@ -142,6 +146,7 @@ def open_ledger(
     wanted = None if needed is None else {n.lower() for n in needed}
     joined = [t for t in found[1:] if wanted is None or any(c.lower() in wanted for c in t.columns)]
     for i, table in enumerate([found[0], *joined]):
+        data.bring(*table.files)
         con.register(f"_table{i}", ds.dataset([str(p) for p in table.files], format="parquet"))
     columns, source = fetched_columns(pq.read_schema(found[0].files[0]))
     fields = [(name, c) for name, c in source.items() if wanted is None or f"source.{name}".lower() in wanted]
@@ -150,8 +155,8 @@ def open_ledger(
     con.execute(f"CREATE VIEW _aligned AS {_join(columns, fields, joined, by_position=True)}")
 
     parts = ["SELECT '' AS selection, '' AS key, '' AS verdict WHERE false"]
-    for i, name in enumerate(n for n in data.selections() if data.verdicts(n).exists()):
-        con.register(f"_selected{i}", ds.dataset(str(data.verdicts(name)), format="parquet"))
+    for i, name in enumerate(n for n in data.selections() if data.exists(data.verdicts(n))):
+        con.register(f"_selected{i}", ds.dataset(str(data.local(data.verdicts(name))), format="parquet"))
         parts.append(f"SELECT {literal(name)}, key, CAST(verdict AS VARCHAR) FROM _selected{i}")
     con.execute(f"CREATE VIEW verdicts AS {' UNION ALL '.join(parts)}")
     return con
@@ -266,13 +271,14 @@ def hidden_condition(columns: Iterable[str]) -> str:
     return " OR ".join(f"coalesce({quote(c)}, false)" for c in columns) or "false"
 
 
-def hidden_keys(found: Sequence[LedgerTable], shard: int) -> set[str]:
-    """The keys of the images of a shard that must not be seen."""
+def hidden_keys(found: Sequence[LedgerTable], hidden: Mapping[str, str], shard: int) -> set[str]:
+    """The keys of the images of a shard that must not be seen; `hidden` as `hidden_columns` has it."""
     keys = set[str]()
-    for column, name in hidden_columns(found).items():
-        table = next(t for t in found if t.name == name).of([shard])
-        for file in table.files:
-            rows = pq.read_table(file, columns=[table.key, column])
+    for column, name in hidden.items():
+        table = next(t for t in found if t.name == name)
+        at = bisect.bisect_left(table.shards, shard)
+        if table.shards[at : at + 1] == (shard,):
+            rows = pq.read_table(table.files[at], columns=[table.key, column])
             keys.update(rows.filter(pc.fill_null(rows[column], False))[table.key].to_pylist())
     return keys
 
@@ -317,7 +323,7 @@ def current_tables(data: Data, found: Sequence[LedgerTable], used: Collection[st
     """
     fetched, *others = found
     made: dict[str, str] = {}  # what is there now: file -> sha256
-    embedded = (read_record(data.embedded_record(s)) for s in data.shards(data.embedded_record))
+    embedded = (data.record(data.embedded_record(s)) for s in data.shards(data.embedded_record))
     for facts in (*fetched.facts, *embedded, *(facts for table in others for facts in table.facts)):
         made |= output_digests(facts) if "outputs" in facts else {}
     whole = {name for table in others for name in table.facts[0].get("inputs", {})}  # that some were made from
@@ -326,7 +332,7 @@ def current_tables(data: Data, found: Sequence[LedgerTable], used: Collection[st
 
     wrong = {}  # the tables that lack a shard, or were made from what has changed since, and what to do
     for table in others:
-        again = f"tastemaker {'embed' if 'similarity' in table.columns else 'annotate'} {data.root}"
+        again = f"tastemaker {'embed' if 'similarity' in table.columns else 'annotate'} {data}"
         if missing := with_images.difference(table.shards):
             wrong[table.name] = (
                 f"{table.name} lacks {len(missing):,} of {len(with_images):,} fetched shards "

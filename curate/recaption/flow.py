@@ -274,7 +274,7 @@ class Flow:
     def _images(self, shard: ShardAnswers) -> Iterator[_Read]:
         """The images of a shard about which something is not answered yet, each once."""
         wanted, asked = set(shard.keys), set[str]()
-        for key, _, data in read_images(self._data.tar(shard.number)) if wanted else ():
+        for key, _, data in read_images(self._data.local(self._data.tar(shard.number))) if wanted else ():
             if key not in wanted:
                 continue
             sha256 = hashlib.sha256(data).hexdigest()

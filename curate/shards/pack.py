@@ -2,24 +2,22 @@
 
 What comes out is what webdataset, open_clip and clip-retrieval read: even shards with contiguous numbers, `sizes.json`,
 a parquet beside each tar, keys that say which row of the list a sample was. The folder appears as a whole or not at
-all. Memory holds a few numbers for each chosen row and the text of one shard, never the images.
+all. Each source shard is read once, in order (curate.shards.shuffle).
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import itertools
+import io
 import json
 import math
 import os
 import re
 import shutil
-from collections import OrderedDict
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,25 +32,23 @@ from curate.ledger.balance import balance_words
 from curate.ledger.rules import DENIED, KEPT, NOT_FETCHED, UNJUDGED, read_rules
 from curate.ledger.schema import RESERVED, list_name, stored_name
 from curate.ledger.select import NothingKept, Selection, load_selection
-from curate.ledger.sql import batches, quote
 from curate.ledger.view import (
     LedgerTable,
     current_tables,
-    fetched_columns,
     hidden_columns,
     notes_of,
-    open_ledger,
     recorded_columns,
     table_digests,
     tables,
 )
+from curate.shards.shuffle import Buckets, Hashes, KeptKeys, cuts, first_hashes
 from curate.shards.tar import CorruptShard, TarWriter, image_member, index_tar, read_range
 from curate.store.files import check_space, digest, is_scratch, left_over, read_json, sha256_file, write_json
-from curate.store.records import is_done, read_record, record_digest
+from curate.store.records import read_record, record_digest
 
 _FORMAT = 1  # of the shards; part of what makes them stale
-_OPEN_FILES = 64
-_MEMORY = "2GB"  # of DuckDB, which sorts the rows' text and spills the rest beside the data
+_AT_ONCE = 1000  # samples that are made of rows at once
+_PLAIN = frozenset((str, int, bool, type(None)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,30 +63,17 @@ class PackConfig:
             raise UserError(f"pack.shard_size is {self.shard_size}: at least 1 is expected")
 
 
-@dataclass(frozen=True)
-class _Chosen:
-    """The chosen rows in the order in which they are packed: arrays of one length, and the tars they index."""
-
-    keys: pa.Array
-    tar: np.ndarray  # which tar of `tars`
-    offset: np.ndarray  # of the image in it, bytes
-    size: np.ndarray
-    extension: np.ndarray  # which of `extensions`
-    tars: list[Path]
-    extensions: list[str]
-
-
 def pack(
     data: Data, name: str, config: PackConfig, progress: Callable[[int], None] = lambda packed: None
 ) -> dict[str, Any]:
     """Write `shards/NAME/` from the selection NAME, unless that is done; returns the manifest.
 
-    The order is a function of keys and seed alone. `progress` is called with the number of samples packed so far.
+    The order is a function of keys and seed alone. `progress` is called with how far it is, in samples.
     Raises NothingKept where the selection kept nothing, UserError where there is no such selection or it was made from
     other data than is there now, CorruptShard where an image is not in its tar, DiskFull.
     """
     selection = load_selection(data, name)
-    made_from: Mapping[str, str] = read_record(data.selection_record(name))["inputs"]
+    made_from: Mapping[str, str] = data.record(data.selection_record(name))["inputs"]
     all_tables = tables(data)
     now = table_digests(all_tables)
     stale = [t for t in made_from if t in now and now[t] != made_from[t]]
@@ -100,7 +83,7 @@ def pack(
     if stale:
         raise UserError(
             f"the selection {name} was made before {', '.join(stale)} changed. "
-            f"`tastemaker select {data.root} --name {name}` makes it anew."
+            f"`tastemaker select {data} --name {name}` makes it anew."
         )
     found = current_tables(data, all_tables, made_from.keys())
     if not selection.kept:
@@ -113,38 +96,41 @@ def pack(
             f"the selection {name} kept none of {selection.fetched:,} images. "
             f"The hardest rule is {hardest.name} ({hardest.condition}), which alone rejects {hardest.marginal:,}."
         )
-    inputs = {"selected": sha256_file(data.verdicts(name)), **{t.name: now[t.name] for t in found}}
+    inputs = {"selected": sha256_file(data.local(data.verdicts(name))), **{t.name: now[t.name] for t in found}}
     identity = digest([_FORMAT, asdict(config), selection.to_json()])
     folder = data.packed(name)
-    if is_done(data.root, data.manifest(name), config=identity, inputs=inputs):
-        return read_json(data.manifest(name))
+    if data.is_done(data.manifest(name), config=identity, inputs=inputs):
+        return data.record(data.manifest(name))
 
     _check_folder(folder)
+    data.remove(data.sheet(name), data.charts(name))  # of what was packed before
     for leftover in left_over(folder.parent):  # of a process that was killed
         if leftover.name.startswith(f".{name}.") and leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
     building, old = scratch_path(folder), scratch_path(folder)
     building.mkdir(parents=True)
     try:
-        chosen = _choose(data, name, config, found)
-        check_space(data.root, int(chosen.size.sum()))
-        sizes = _write_shards(data, building, chosen, config, found, progress)
+        sizes, outputs = _write_shards(data, building, selection, config, found, progress)
         left_out = [t.name for t in all_tables if t not in found]
         facts = _facts(data, selection, config, len(sizes), found, left_out)
         write_json(building / "sizes.json", sizes)
         columns = pq.read_schema(building / f"{shard_name(0)}.parquet").names
         write_atomic(building / "README.md", _card(facts, selection, columns).encode())
-        files = sorted(building.iterdir())  # under the paths that they are going to have
-        outputs = {f"shards/{name}/{p.name}": {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in files}
-        facts |= {"config": identity, "inputs": inputs, "outputs": outputs}
+        outputs |= {file: _output(building / file) for file in ("sizes.json", "README.md")}
+        named = {f"shards/{name}/{file}": output for file, output in sorted(outputs.items())}  # where they will be
+        facts |= {"config": identity, "inputs": inputs, "outputs": named}
         write_json(building / "manifest.json", {**facts, "self": record_digest(facts)})
+        if data.url is not None:  # on a disk the whole folder is replaced at once
+            data.invalidate(data.manifest(name))
         if folder.exists():
             folder.rename(old)
         building.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
+        data.remove(*(folder / found for found in data.store.names(folder) if not (folder / found).exists()))
+        data.push(*sorted(folder.glob("[0-9R]*")), *sorted(folder.glob("*.json"), reverse=True))
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return read_json(data.manifest(name))
+    return data.record(data.manifest(name))
 
 
 def _check_folder(folder: Path) -> None:
@@ -166,161 +152,164 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-# ----------------------------------------------------------------------------------------------------------- choosing
+# ----------------------------------------------------------------------------------------------------------- samples
 
 
-def _choose(data: Data, name: str, config: PackConfig, found: list[LedgerTable]) -> _Chosen:
-    """Find the image of every kept row, and shuffle."""
-    verdicts = pq.read_table(data.verdicts(name))
-    kept = verdicts.filter(pc.equal(verdicts["verdict"].cast(pa.string()), KEPT))["key"].combine_chunks()
-    del verdicts
-    seed = str(config.seed).encode()
-    marks = np.fromiter(
-        (int.from_bytes(hashlib.blake2b(k.encode(), digest_size=8, key=seed).digest()) for k in kept.to_pylist()),
-        np.uint64,
-        len(kept),
-    )
-    order = np.argsort(marks, kind="stable")  # where marks agree, the order of keys
-    shuffled = kept.take(pa.array(order))
+def _stored_bytes(data: Data, selection: Selection, fetched: LedgerTable) -> int:
+    """About how many bytes the kept images and their rows take: their share of all."""
+    files = [path for table in fetched.files for path in (table, table.with_suffix(".tar")) if path.exists()]
+    return sum(path.stat().st_size for path in files) * selection.kept // selection.fetched
 
-    tar, offset, size = np.full(len(kept), -1, np.int32), np.zeros(len(kept), np.int64), np.zeros(len(kept), np.int64)
-    extension, extensions, tars = np.zeros(len(kept), np.int16), list[str](), list[Path]()
-    numbers = kept.cast(pa.uint64()).to_numpy()  # ascending
-    for table in found[0].files:
-        keys = pq.read_table(table, columns=["key"])["key"]
-        if not len(keys):
-            continue
-        bounds = pc.min_max(keys.cast(pa.uint64())).as_py()
-        low, high = np.searchsorted(numbers, bounds["min"], "left"), np.searchsorted(numbers, bounds["max"], "right")
-        places = low + pc.index_in(keys, kept[low:high]).drop_null().to_numpy()
-        if not len(places):
-            continue
-        tars.append(table.with_suffix(".tar"))
-        index = index_tar(tars[-1])
-        for place in places:
-            key = kept[int(place)].as_py()
-            image = image_member(index.get(key, {}))
-            if image is None:
-                raise CorruptShard(
-                    f"{tars[-1]} holds no image of {key}. `tastemaker verify {data.root}` looks for damage."
-                )
-            kind, (at, length) = image
-            if kind not in extensions:
-                extensions.append(kind)
-            tar[place], offset[place], size[place] = len(tars) - 1, at, length
-            extension[place] = extensions.index(kind)
-    if (tar < 0).any():
-        lost = kept[int(np.argmax(tar < 0))].as_py()
-        raise UserError(f"the selection {name} keeps {lost}, which fetched/ does not hold: make the selection anew")
-    return _Chosen(shuffled, tar[order], offset[order], size[order], extension[order], tars, extensions)
+
+def _gather(
+    found: list[LedgerTable], columns: _Columns, kept: KeptKeys, progress: Callable[[int], None]
+) -> Iterator[tuple[pa.Table, Hashes, list[bytes]]]:
+    """The kept samples in the order of their sources: rows, the hashes that order them, and the members of their tar.
+
+    Each shard's files are read once, the images from the tar's beginning to its end.
+    """
+    others = [dict(zip(table.shards, table.files, strict=True)) for table in found[1:]]
+    for shard, path in zip(found[0].shards, found[0].files, strict=True):
+        with pq.ParquetFile(path) as file:
+            keys = file.read(["key"])["key"].cast(pa.uint64()).to_numpy()
+            if not len(keys):
+                continue
+            among, hashes = kept.among(keys)
+            if not among.any():
+                continue
+            rows = file.read().filter(pa.array(among))
+        tar = path.with_suffix(".tar")
+        index = index_tar(tar)
+        images = [image_member(index.get(key, {})) for key in rows["key"].to_pylist()]
+        del index
+        if None in images:
+            key = rows["key"][images.index(None)].as_py()
+            raise CorruptShard(
+                f"{tar} holds no image of {key}. `tastemaker verify {columns.data.root}` looks for damage."
+            )
+        order = np.argsort([at for _, (at, _) in filter(None, images)], kind="stable")
+        rows = columns.of(rows.take(order), [files.get(shard) for files in others])
+        hashes = hashes[order]
+        with open(tar, "rb") as f:
+            for start in range(0, len(rows), _AT_ONCE):
+                part = rows.slice(start, _AT_ONCE)
+                samples = []
+                for i, row in zip(order[start:], part.to_pylist(), strict=False):
+                    extension, place = images[i]  # type: ignore[misc] # none is None
+                    sample = io.BytesIO()
+                    TarWriter(sample).add_sample(
+                        row["key"], read_range(f, place), extension, row["caption"], _without_nan(row)
+                    )
+                    samples.append(sample.getvalue())
+                yield part, hashes[start : start + _AT_ONCE], samples
+                progress(len(part))
+
+
+class _Columns:
+    """The columns of packed rows: those of `fetched` under the names that they have there, then the other tables'."""
+
+    def __init__(self, data: Data, found: list[LedgerTable]) -> None:
+        self.data = data
+        self._fetched = pq.read_schema(found[0].files[0])
+        self._others = list[tuple[str, pa.Schema]]()  # the key of a table, and what it adds
+        for table in found[1:]:
+            schema = pq.read_schema(table.files[0])
+            self._others.append((table.key, pa.schema([schema.field(c) for c in table.columns])))
+        added = [pa.field(f.name, f.type) for _, schema in self._others for f in schema]
+        taken = RESERVED | {f.name for f in added}
+        # a list may have a column that is called like one of an annotator's
+        own = [f if f.name in RESERVED else f.with_name(stored_name(list_name(f.name), taken)) for f in self._fetched]
+        self.schema = pa.schema([*own, *added])
+
+    def of(self, rows: pa.Table, others: list[Path | None]) -> pa.Table:
+        """Rows of a fetched shard, and those of the same keys in the other tables, null where they have none."""
+        columns = _cast(rows, self._fetched)
+        for (key, schema), path in zip(self._others, others, strict=True):
+            if path is None:
+                columns += [pa.nulls(len(rows), f.type) for f in schema]
+                continue
+            with pq.ParquetFile(path) as file:
+                table = file.read()
+            places = pc.index_in(rows["key"], table[key].combine_chunks())
+            columns += [column.take(places) for column in _cast(table, schema)]
+        return pa.table(columns, schema=self.schema)
+
+
+def _cast(table: pa.Table, schema: pa.Schema) -> list[Any]:
+    """The columns of a schema, null where a table lacks them."""
+    there = {*table.column_names}
+    return [table[f.name].cast(f.type) if f.name in there else pa.nulls(len(table), f.type) for f in schema]
+
+
+def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity: they become null."""
+    return {k: v if type(v) in _PLAIN else _finite(v) for k, v in row.items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return value
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
-def _cuts(count: int, shard_size: int) -> list[int]:
-    """Where shards begin and end: as few as shard_size allows, of sizes that differ by one at most."""
-    shards = math.ceil(count / shard_size)
-    return [count * i // shards for i in range(shards + 1)]
-
-
 def _write_shards(
     data: Data,
     folder: Path,
-    chosen: _Chosen,
+    selection: Selection,
     config: PackConfig,
     found: list[LedgerTable],
     progress: Callable[[int], None],
-) -> dict[str, int]:
-    """Write each shard's tar and parquet; returns {tar: samples}."""
-    cuts = _cuts(len(chosen.keys), config.shard_size)
-    sizes = {}
-    parts = _tables_in_order(data, chosen.keys, found, cuts)
-    with _OpenTars() as tars, contextlib.closing(parts):
-        for shard, table in enumerate(parts):
-            path = folder / f"{shard_name(shard)}.tar"
-            with atomic(path) as f:
-                out = TarWriter(f)
-                for i, row in enumerate(table.to_pylist(), cuts[shard]):
-                    tar = chosen.tars[chosen.tar[i]]
-                    image = read_range(tars.get(tar), (int(chosen.offset[i]), int(chosen.size[i])))
-                    extension = chosen.extensions[chosen.extension[i]]
-                    out.add_sample(row["key"], image, extension, row["caption"], _without_nan(row))
-                out.close()
-            with atomic(path.with_suffix(".parquet")) as f:
-                pq.write_table(table, f, compression="zstd")
-            sizes[path.name] = len(table)
-            progress(cuts[shard + 1])
-    return sizes
+) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
+    """Write each shard's tar and parquet; returns {tar: samples} and {file: its sha256 and bytes}."""
+    ranks = cuts(selection.kept, config.shard_size)
+    scratch = folder / "scratch"
+    scratch.mkdir()
+    kept = KeptKeys(data.verdicts(selection.name), scratch / "hashes", config.seed)
+    columns = _Columns(data, found)
+    buckets = Buckets(scratch, first_hashes(kept.hashes, ranks[1:-1]), columns.schema)
+    stored = _stored_bytes(data, selection, found[0])
+    check_space(data.root, stored + stored // buckets.count)  # each sample once, and those of a bucket twice
+    done = 0
+
+    def half(more: int) -> None:  # of the work: each sample is gathered, then written
+        nonlocal done
+        done += more
+        progress(done // 2)
+
+    for rows, hashes, samples in _gather(found, columns, kept, half):
+        buckets.add(rows, hashes, samples)
+    if done < selection.kept:
+        raise UserError(
+            f"the selection {selection.name} keeps {selection.kept - done:,} rows that fetched/ does not hold: "
+            "make the selection anew"
+        )
+    sizes, outputs = dict[str, int](), dict[str, dict[str, Any]]()
+    for shard, (rows, members) in enumerate(buckets.shards()):
+        path = folder / f"{shard_name(shard)}.tar"
+        with atomic(path) as f:
+            tar = TarWriter(f)
+            for sample in members:
+                tar.add_members(sample)
+            tar.close()
+        with atomic(path.with_suffix(".parquet")) as f:
+            pq.write_table(rows, f, compression="zstd")
+        for file in (path, path.with_suffix(".parquet")):
+            outputs[file.name] = _output(file)
+        sizes[path.name] = len(rows)
+        half(len(rows))
+    shutil.rmtree(scratch)
+    return sizes, outputs
 
 
-class _OpenTars:
-    """Tars kept open, the least recently used closed first."""
-
-    def __init__(self) -> None:
-        self._files: OrderedDict[Path, BinaryIO] = OrderedDict()
-
-    def __enter__(self) -> _OpenTars:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            file.close()
-
-    def get(self, path: Path) -> BinaryIO:
-        if path not in self._files:
-            if len(self._files) == _OPEN_FILES:
-                self._files.popitem(last=False)[1].close()
-            self._files[path] = open(path, "rb")  # noqa: SIM115 - closed when it is the oldest, or at the end
-        self._files.move_to_end(path)
-        return self._files[path]
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(v) for v in value]
-    return value
-
-
-def _tables_in_order(
-    data: Data, keys: pa.Array, found: list[LedgerTable], cuts: list[int]
-) -> Generator[pa.Table, None, None]:
-    """The ledger's rows in the packed order, a table for each shard. DuckDB sorts, and spills what does not fit."""
-    fetched = pq.read_schema(found[0].files[0])
-    added = [pa.field(c, pq.read_schema(t.files[0]).field(c).type) for t in found[1:] for c in t.columns]
-    taken = RESERVED | {f.name for f in added}
-    # a list may have a column that is called like one of an annotator's
-    fields = [f if f.name in RESERVED else f.with_name(stored_name(list_name(f.name), taken)) for f in fetched]
-    source = [f.name for f in fields if f.name not in RESERVED]
-    schema = pa.schema([*fields, *added])
-    needed = {*(f.name for f in added), *(f"source.{n}" for n in fetched_columns(fetched)[1])}
-    with open_ledger(data, needed, memory_limit=_MEMORY) as con:
-        con.register("_order", pa.table({"key": keys, "place": pa.array(np.arange(len(keys)))}))
-        items = [f"l.{quote(n)}" for n in schema.names if n not in source] + (["l.source"] if source else [])
-        joined = '_order o JOIN ledger l ON l."key" = o."key"'
-        stream = batches(con, f"SELECT {', '.join(items)} FROM {joined} ORDER BY o.place", 1 << 14)
-        rest = pa.table({})
-        for start, end in itertools.pairwise(cuts):
-            parts = [rest] if rest.num_rows else []
-            while sum(p.num_rows for p in parts) < end - start:
-                batch = next(stream, None)
-                if batch is None:
-                    raise UserError(f"{data.root} lost rows while they were packed: is another process at work there?")
-                parts.append(pa.Table.from_batches([batch]))
-            table = pa.concat_tables(parts)
-            rest = table.slice(end - start)
-            columns = [
-                (pc.struct_field(table["source"], source.index(f.name)) if f.name in source else table[f.name])
-                .slice(0, end - start)
-                .cast(f.type)
-                for f in schema
-            ]
-            yield pa.table(columns, schema=schema)
+def _output(path: Path) -> dict[str, Any]:
+    return {"sha256": sha256_file(path), "bytes": path.stat().st_size}
 
 
 # ----------------------------------------------------------------------------------------------------------- manifest
@@ -331,7 +320,7 @@ def _facts(
 ) -> dict[str, Any]:
     """What the manifest says beside files and digests."""
     hashes = {facts.get("denied_hashes") for facts in found[0].facts}
-    recipe = data.recipe.read_text() if data.recipe.exists() else None
+    recipe = data.local(data.recipe).read_text() if data.exists(data.recipe) else None
     return {
         "name": selection.name,
         "count": selection.kept,
@@ -339,7 +328,7 @@ def _facts(
         "pack": asdict(config),
         "selection": selection.to_json(),
         "funnel": selection.funnel,
-        "space": {k: v for k, v in read_record(data.space).items() if k != "probes"},
+        "space": {k: v for k, v in read_record(data.local(data.space)).items() if k != "probes"},
         "columns": recorded_columns(found),
         "left_out": left_out,  # tables that were not complete
         "recipe": recipe,

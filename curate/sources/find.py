@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import glob
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import pyarrow as pa
 
-from aesthetic.errors import DiskFull, UserError
+from aesthetic.errors import UserError
 from aesthetic.untrusted import check_regular, first_three
 from curate.shards.tar import CorruptShard
 from curate.sources.dataset import MapDataset
@@ -27,13 +27,14 @@ from curate.sources.listing import (
     UNREAD_EXTENSIONS,
     Listing,
     is_image,
+    is_no_list,
     list_folder,
     list_format,
+    require_one_format,
 )
 from curate.sources.lists import open_list
+from curate.sources.remote import copy_lists, is_remote
 from curate.sources.tars import PackedShards, TarInput, Tars, index_samples, packed_tars, tars_of, tars_passed_over
-
-_ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "croissant.json", "config.json")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Found:
     files: list[Path]  # list files, tars, tables of an imagefolder, parquet with images, or the one folder of images
     base: Path | None = None  # what the places of images are relative to; None for lists
     remote: bool = False
+    names: dict[Path, str] = field(default_factory=dict, repr=False)  # of copies: their paths below the list's folder
     listing: Listing | None = field(default=None, repr=False)  # of a folder
     notes: list[str] = field(default_factory=list)  # what of a folder is not read, in sentences
 
@@ -53,10 +55,13 @@ class Found:
         if self.base is None:
             source = open_list(file, url, caption)
             # what its folders say of all rows, as Hive and Spark name them: lang=en/part-0.parquet
-            start = self.name
-            if not os.path.exists(start):  # a pattern: its folders before the first that is one
-                start = start.split("*")[0].split("?")[0].split("[")[0].rpartition("/")[0]
-            parts = [] if self.remote else file.parent.parts[len(Path(start).parts) :]
+            if self.remote:
+                parts: Sequence[str] = self.names.get(file, "").split("/")[:-1]
+            else:
+                start = self.name
+                if not os.path.exists(start):  # a pattern: its folders before the first that is one
+                    start = start.split("*")[0].split("?")[0].split("[")[0].rpartition("/")[0]
+                parts = file.parent.parts[len(Path(start).parts) :]
             named = ((unquote(k), v) for k, equals, v in (part.partition("=") for part in parts) if k and equals)
             source.constants = {
                 k: None if v == "__HIVE_DEFAULT_PARTITION__" else unquote(v)
@@ -89,17 +94,13 @@ class Found:
         return None
 
 
-def is_remote(name: str) -> bool:
-    """Whether a LIST argument is not on this machine's file system."""
-    return "://" in name and not name.startswith("file://")
-
-
 def find(name: str, copies: Path) -> Found:
     """The files of a LIST argument: a file, a folder, a glob, or a URL, whose files are copied into `copies`."""
     if not name.strip():
         raise UserError("LIST is empty: name a file, a folder, a glob or a URL")  # and not the folder one is in
     if is_remote(name):
-        return Found(name, "list", _copy_remote(name, copies), remote=True)
+        copied = copy_lists(name, copies)
+        return Found(name, "list", list(copied), remote=True, names=copied)
     path = Path(name.removeprefix("file://")).expanduser().absolute()
     if os.path.isdir(path):
         return _find_in_folder(path)
@@ -117,7 +118,7 @@ def find(name: str, copies: Path) -> Found:
         raise UserError(f"{name}: is an image. Give the folder that it lies in.")
     if packed := [p.name for p in files if p.name.lower().endswith(ARCHIVES)]:
         raise UserError(f"{name}: {packed[0]} is compressed: unpack it, and give what comes out (tars, or a folder)")
-    _require_one_format(name, [p.name for p in files])
+    require_one_format(name, [p.name for p in files])
     if list_format(files[0].name) == "parquet" and image_column(files[0]) is not None:
         return Found(str(path), "parquet", files, base)
     return Found(str(path), "list", files)
@@ -140,7 +141,7 @@ def _find_in_folder(folder: Path) -> Found:
         case "parquet":
             return Found(str(folder), kind, tables_with_images(listing), folder, notes=notes)
 
-    lists = [name for name in listing.lists if not _is_no_list(name)]
+    lists = [name for name in listing.lists if not is_no_list(name)]
     own = [name for name in lists if "/" not in name]
     if kind == "images":
         about = {f"{name}.parquet" for name in tabled_folders(listing)}
@@ -156,68 +157,8 @@ def _find_in_folder(folder: Path) -> Found:
     own = own or lists  # as Spark and the Hugging Face hub lay them out
     if not own:
         raise UserError(f"{nothing_in(listing, 'neither a list nor images')}. Lists are {KNOWN_FORMATS}.")
-    _require_one_format(str(folder), own)
+    require_one_format(str(folder), own)
     return Found(str(folder), "list", [folder / name for name in own], notes=notes)
-
-
-def _is_no_list(name: str) -> bool:
-    """Whether a file is about a data set (the hub's, Spark's, Delta's), and no part of it."""
-    *folders, file = name.split("/")
-    return file in _ABOUT or file.lower() in ("readme.txt", "license.txt") or any(f.startswith("_") for f in folders)
-
-
-def _require_one_format(name: str, files: list[str]) -> None:
-    formats = {list_format(f): f for f in files}
-    if None in formats:
-        raise UserError(f"{name}: {formats[None]} is not a list that can be read. Lists are {KNOWN_FORMATS}.")
-    if len(formats) > 1:
-        raise UserError(f"{name}: lists of several formats ({', '.join(sorted(formats.values()))}). Give one of them.")
-
-
-def _copy_remote(url: str, copies: Path) -> list[Path]:
-    """Copy the files of a remote list, in the order of their names."""
-    import fsspec
-
-    web = url.startswith(("http://", "https://"))
-    # each file system has error types of its own: botocore's, aiohttp's, huggingface_hub's, a missing package's
-    try:
-        fs, path = fsspec.core.url_to_fs(url)
-        if web:  # one file: a ? in its address is no pattern, and the web has no folders
-            paths = [path]
-        elif glob.has_magic(path):
-            paths = [p for p in fs.glob(path) if fs.isfile(p)]
-        elif fs.isdir(path):
-            paths = _lists_below(path, fs.ls(path, detail=False)) or _lists_below(path, fs.find(path))
-        else:
-            paths = [path]
-    except Exception as e:
-        raise _remote_error(url, e) from e
-    names = {p: Path(urlsplit(p).path if web else p).name for p in sorted(paths)}
-    if not names:
-        raise UserError(f"{url}: no list is there. Lists are {KNOWN_FORMATS}.")
-    _require_one_format(url, list(names.values()))
-    copies.mkdir(parents=True, exist_ok=True)
-    copied = [copies / f"list-{index:05d}-{name}" for index, name in enumerate(names.values())]
-    for path, copy in zip(names, copied, strict=True):
-        try:
-            fs.get_file(path, str(copy))
-        except Exception as e:
-            if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise DiskFull(f"no space left while copying {path}") from e
-            raise _remote_error(path, e) from e
-    return copied
-
-
-def _lists_below(folder: str, paths: list[str]) -> list[str]:
-    below = {p: p.removeprefix(folder.rstrip("/")).lstrip("/") for p in paths}
-    hidden = {p for p, name in below.items() if any(part.startswith((".", "_")) for part in name.split("/"))}
-    return [p for p, name in below.items() if list_format(p) and p not in hidden and not _is_no_list(name)]
-
-
-def _remote_error(url: str, e: Exception) -> UserError:
-    if isinstance(e, ImportError):
-        return UserError(f"{url}: {e}. `pip install 'tastemaker[remote]'` brings what it needs.")
-    return UserError(f"{url}: cannot be read: {type(e).__name__}: {e}")
 
 
 def stat(kind: str, path: Path) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """Images with their vectors, to which ratings can be joined: of a data folder, of a clip-retrieval folder, or of a
 folder of images, which are embedded when they are asked for.
+
+Of a folder that holds vectors already the names are read file by file, and what no rating means is not kept: memory
+does not grow with the number of images.
 """
 
 from __future__ import annotations
@@ -17,16 +20,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aesthetic.errors import UserError
+from aesthetic.join import WantedImages
 from aesthetic.space import Space, require_same
 from aesthetic.untrusted import open_vectors
+from curate.sources.vectors import by_part
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
     from PIL import Image
 
     from curate.encoders.base import Encoder
 
 THUMBNAIL = 320  # pixels of its longer side
+_SEED = 0x7461737465  # of the images that are drawn; a change draws others for everyone
 
 
 class ImageVectors(ABC):
@@ -38,8 +45,9 @@ class ImageVectors(ABC):
     missing: str  # why an image that is listed may have no vector
 
     @abstractmethod
-    def names(self, by: str) -> pd.DataFrame:
-        """What ratings may call each image: columns out of key, path, url, sha256. by: as `aesthetic.join` has it."""
+    def names(self, ids: Sequence[str], by: str) -> pd.DataFrame:
+        """What the images that these ids of ratings may mean are called, and perhaps others: columns out of key, path,
+        url, sha256; the index is the image's. by: as `aesthetic.join` has it."""
 
     @abstractmethod
     def vectors(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -53,6 +61,18 @@ class ImageVectors(ABC):
     def thumbnails(self, images: Sequence[int]) -> dict[int, Image.Image | None]:
         """The images, small; None for one that can't be decoded."""
 
+    def draw(self, without: np.ndarray, most: int) -> np.ndarray:
+        """Images other than these, in order: all, or where they are more than `most`, that many drawn at random, the
+        same ones at each call."""
+        count = min(self.count, most + len(without))
+        drawn = np.random.default_rng(_SEED).choice(self.count, count, replace=False)
+        drawn = drawn[~np.isin(drawn, without) & self._shown(drawn)]
+        return np.sort(drawn[:most])
+
+    def _shown(self, images: np.ndarray) -> np.ndarray:
+        """Which of these images may be seen, (n,) bool."""
+        return np.ones(len(images), bool)
+
     @abstractmethod
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Vectors of texts (n, d) in the images' space; raises UserError where that can't be had."""
@@ -65,81 +85,94 @@ class DataFolderVectors(ImageVectors):
     missing = "no vector"
 
     def __init__(self, root: str, text_encoder: Callable[[], Encoder]) -> None:
-        import pandas as pd
-        import pyarrow.parquet as pq
-
-        from curate.ledger.view import hidden_keys, tables
+        from curate.ledger.view import hidden_columns, tables
         from curate.store.ownership import open_data
+        from curate.store.records import read_record
 
         self.data = open_data(root)
         self.root, self._text_encoder = self.data.root, text_encoder
-        parts = []
-        if self.data.space.exists():
-            found = tables(self.data)
-            for shard in (s.shard for s in self.data.plan.shards):
-                if self.data.embedded_record(shard).exists():
-                    keys = pq.read_table(self.data.metadata(shard), columns=["key"])["key"].to_numpy()
-                    part = pd.DataFrame({"key": keys, "shard": shard, "row": np.arange(len(keys))})
-                    parts.append(part[~part["key"].isin(hidden_keys(found, shard))])
-        if not parts:
+        self._tables, planned = tables(self.data), {s.shard for s in self.data.plan.shards}
+        self._shards = [s for s in self.data.shards(self.data.embedded_record) if s in planned]
+        if not self._shards or not self.data.space.exists():
             raise UserError(f"{self.root} holds no vectors yet. `tastemaker embed {self.root}` makes them.")
+        self._hidden = hidden_columns(self._tables)
         self.space = Space.load(self.data.space)
-        self.index = pd.concat(parts, ignore_index=True)
-        self.count = len(self.index)
+        records = [read_record(self.data.embedded_record(s)) for s in self._shards]
+        self._starts = np.cumsum([0, *(record["sample_count"] for record in records)])
+        self.count = int(self._starts[-1])
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         encoder = self._text_encoder()
-        require_same(self.space, encoder.space(), str(self.data.space))
+        require_same(self.space, encoder.space(), f"{self.data}/embedded")
         return encoder.encode_texts(texts)
 
-    def names(self, by: str) -> pd.DataFrame:
-        if by == "sha256":
-            return self._fetched(self.index, ["sha256"])
-        table = self._fetched(self.index, ["url"])
-        if "url" not in table:
-            return table
-        # without scheme and host, where it has these
-        rests = ((u or "").partition("://") for u in table["url"])
-        paths = (rest.partition("/")[2] if scheme_ends else path for path, scheme_ends, rest in rests)
-        return table.assign(path=[path.partition("?")[0].partition("#")[0] for path in paths])
+    def names(self, ids: Sequence[str], by: str) -> pd.DataFrame:
+        import pyarrow.compute as pc
+
+        columns = ["key", "sha256" if by == "sha256" else "url"]
+
+        def called(index: int, paths: bool) -> pa.Table:
+            table = _read(self.data.table(self._shards[index]), columns)
+            with_path = paths and "url" in table.column_names
+            return table.append_column("path", _paths(table["url"])) if with_path else table
+
+        def image_of(index: int, table: pa.Table) -> np.ndarray:
+            keys = self._keys(index)
+            rows = pc.fill_null(pc.index_in(table["key"], value_set=keys), -1).to_numpy()
+            images = np.where(rows >= 0, self._starts[index] + rows, -1)  # a row without an image has no vector
+            images[rows >= 0] = np.where(self._shown(images[rows >= 0]), images[rows >= 0], -1)
+            return images
+
+        return _find(ids, by, len(self._shards), called, image_of)
+
+    def _keys(self, index: int) -> pa.Array:
+        """The keys of a shard's vectors, in their order."""
+        return _read(self.data.metadata(self._shards[index]), ["key"])["key"].combine_chunks()
+
+    def _shown(self, images: np.ndarray) -> np.ndarray:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        from curate.ledger.view import hidden_keys
+
+        shown = np.ones(len(images), bool)
+        for index, places, rows in by_part(self._starts, images) if self._hidden else ():
+            if hidden := hidden_keys(self._tables, self._hidden, self._shards[index]):
+                keys = self._keys(index).take(pa.array(rows))
+                shown[places] = ~pc.is_in(keys, pa.array(sorted(hidden))).to_numpy(zero_copy_only=False)
+        return shown
 
     def vectors(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        wanted = self.index.iloc[images]
         out = np.empty((len(images), self.space.dim), np.float16)
-        for shard, part in wanted.reset_index(drop=True).groupby("shard"):
-            stored = open_vectors(self.data.image_vectors(int(shard)))
-            out[part.index.to_numpy()] = stored[part["row"].to_numpy()]
+        for index, places, rows in by_part(self._starts, images):
+            out[places] = open_vectors(self.data.image_vectors(self._shards[index]))[rows]
         return out, np.ones(len(images), bool)
 
     def facts(self, images: np.ndarray) -> pd.DataFrame:
-        wanted = self.index.iloc[images].reset_index(drop=True)
-        table = self._fetched(wanted, ["url", "sha256", "phash", "original_width", "original_height"])
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        columns = ["key", "url", "sha256", "phash", "original_width", "original_height"]
+
+        def known(index: int, rows: np.ndarray) -> pa.Table:
+            table, keys = _read(self.data.table(self._shards[index]), columns), self._keys(index).take(pa.array(rows))
+            found = table.take(pc.index_in(keys, value_set=table["key"].combine_chunks()))
+            return found.set_column(found.column_names.index("key"), "key", keys)
+
+        table = _gather(images, self._starts, known)
         return _with_domain(table.rename(columns={"original_width": "width", "original_height": "height"}))
-
-    def _fetched(self, index: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-        """These columns of `fetched/` for the images of an index, as far as the folder has them."""
-        import pandas as pd
-        import pyarrow.parquet as pq
-
-        parts = []
-        for shard, part in index.groupby("shard"):
-            path = self.data.table(int(shard))
-            present = [c for c in columns if c in pq.read_schema(path).names]
-            table = pq.read_table(path, columns=["key", *present]).to_pandas().drop_duplicates("key").set_index("key")
-            parts.append(table.reindex(part["key"]).set_axis(part.index).assign(key=part["key"]))
-        return pd.concat(parts).sort_index() if parts else index[["key"]]
 
     def thumbnails(self, images: Sequence[int]) -> dict[int, Image.Image | None]:
         from curate.shards.tar import image_member, index_tar, read_range
 
         found: dict[int, Image.Image | None] = {}
-        for shard, part in self.index.iloc[list(images)].groupby("shard"):
-            tar = self.data.tar(int(shard))
+        for index, places, rows in by_part(self._starts, np.asarray(images, np.int64)):
+            tar, keys = self.data.tar(self._shards[index]), self._keys(index)
             members = index_tar(tar)
             with open(tar, "rb") as f:
-                for image, key in zip(part.index, part["key"], strict=True):
-                    member = image_member(members.get(key, {}))
-                    found[int(image)] = None if member is None else _thumbnail(read_range(f, member[1]))
+                for place, row in zip(places, rows, strict=True):
+                    member = image_member(members.get(keys[int(row)].as_py(), {}))
+                    found[int(images[place])] = None if member is None else _thumbnail(read_range(f, member[1]))
         return found
 
 
@@ -149,10 +182,6 @@ class ClipFolderVectors(ImageVectors):
     missing = "no vector"
 
     def __init__(self, root: Path, encoder: str | None) -> None:
-        import pandas as pd
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         from curate.encoders.embed import EmbedConfig
         from curate.encoders.registry import canonical_name
         from curate.sources.vectors import open_vector_folder
@@ -167,22 +196,8 @@ class ClipFolderVectors(ImageVectors):
         folder = open_vector_folder(EmbedConfig(encoder=name, embeddings=str(root)))
         self.root, self.parts = root, folder.parts
         self.space = folder.space or Space(encoder=canonical_name(name), dim=folder.dim)
-        texts, sizes = ["image_path", "url", "sha256", "phash"], ["original_width", "original_height"]
-        tables = []
-        for i, part in enumerate(self.parts):
-            present = pq.read_schema(part.metadata).names
-            try:
-                table = pq.read_table(part.metadata, columns=[c for c in texts + sizes if c in present])
-                for column in (c for c in texts if c in present):  # whatever their type
-                    table = table.set_column(table.column_names.index(column), column, table[column].cast(pa.string()))
-                table.validate(full=True)
-            except (pa.ArrowException, OSError) as e:
-                raise UserError(f"{part.metadata} is not a parquet file that can be read: {e}") from e
-            tables.append(table.to_pandas().assign(part=i, row=np.arange(table.num_rows)))
-        self.table = pd.concat(tables, ignore_index=True).rename(
-            columns={"image_path": "key", "original_width": "width", "original_height": "height"}
-        )
-        self.count = len(self.table)
+        self._starts = np.cumsum([0, *(part.rows for part in self.parts)])
+        self.count = int(self._starts[-1])
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         from curate.encoders.registry import load_encoder
@@ -191,27 +206,54 @@ class ClipFolderVectors(ImageVectors):
         require_same(self.space, encoder.space(), str(self.root))
         return encoder.encode_texts(texts)
 
-    def names(self, by: str) -> pd.DataFrame:
-        named = self.table[[c for c in ("key", "url", "sha256") if c in self.table]]
-        return named.assign(path=named["key"])
+    def names(self, ids: Sequence[str], by: str) -> pd.DataFrame:
+        def called(index: int, paths: bool) -> pa.Table:
+            table = self._read(index, ["image_path", "url", "sha256"])
+            return table.append_column("path", table["key"]) if paths else table
+
+        def image_of(index: int, table: pa.Table) -> np.ndarray:
+            return self._starts[index] + table["row"].to_numpy()
+
+        return _find(ids, by, len(self.parts), called, image_of)
+
+    def _read(self, index: int, columns: list[str]) -> pa.Table:
+        """These columns of a partition as far as it has them, names as text; UserError where that can't be read."""
+        import pyarrow as pa
+
+        path = self.parts[index].metadata
+        try:
+            table = _read(path, columns)
+            for at, column in enumerate(table.column_names):
+                if column in ("image_path", "url", "sha256", "phash"):  # whatever their type
+                    table = table.set_column(at, column, table[column].cast(pa.string()))
+            table.validate(full=True)
+        except (pa.ArrowException, OSError) as e:
+            raise UserError(f"{path} is not a parquet file that can be read: {e}") from e
+        called = {"image_path": "key", "original_width": "width", "original_height": "height"}
+        return table.rename_columns([called.get(name, name) for name in table.column_names])
 
     def vectors(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         out = np.empty((len(images), self.space.dim), np.float16)
-        for i, part in self.table.iloc[images].reset_index(drop=True).groupby("part"):
-            path, rows = self.parts[int(i)].images, part["row"].to_numpy()
+        for index, places, rows in by_part(self._starts, images):
+            path = self.parts[index].images
             taken = open_vectors(path)[rows].astype(np.float32)
             lengths = np.linalg.norm(taken, axis=1)
             if (long := np.abs(lengths - 1) > 0.01).any():  # not so of NaN: such a row is left out
                 row = int(long.argmax())
                 raise UserError(f"{path}: row {rows[row]:,} has the length {lengths[row]:.4g}, not 1")
-            out[part.index.to_numpy()] = taken
+            out[places] = taken
         return out, np.ones(len(images), bool)
 
     def facts(self, images: np.ndarray) -> pd.DataFrame:
-        return _with_domain(self.table.iloc[images].reset_index(drop=True))
+        import pyarrow as pa
+
+        columns = ["image_path", "url", "sha256", "phash", "original_width", "original_height"]
+        table = _gather(images, self._starts, lambda index, rows: self._read(index, columns).take(pa.array(rows)))
+        return _with_domain(table)
 
     def thumbnails(self, images: Sequence[int]) -> dict[int, Image.Image | None]:
-        files = {int(i): Path(str(self.table["key"].iloc[i])) for i in images}
+        keys = self.facts(np.asarray(images, np.int64))["key"]
+        files = {int(i): Path(str(key)) for i, key in zip(images, keys, strict=True)}
         return {i: _thumbnail(f.read_bytes()) if f.is_file() else None for i, f in files.items()}
 
 
@@ -259,7 +301,7 @@ class FolderVectors(ImageVectors):
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         return self.encoder.encode_texts(texts)
 
-    def names(self, by: str) -> pd.DataFrame:
+    def names(self, ids: Sequence[str], by: str) -> pd.DataFrame:
         import pandas as pd
 
         if by == "url":
@@ -342,6 +384,77 @@ class FolderVectors(ImageVectors):
     def thumbnails(self, images: Sequence[int]) -> dict[int, Image.Image | None]:
         data = {int(i): self._read(int(i)) for i in images}
         return {i: None if d is None else _thumbnail(d) for i, d in data.items()}
+
+
+# ------------------------------------------------------------------------------------------------------ file by file
+
+
+def _read(path: Path, columns: Sequence[str]) -> pa.Table:
+    """These columns of a parquet file, as far as it has them."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        present = file.schema_arrow.names
+        return file.read([c for c in columns if c in present], use_threads=False)
+
+
+def _find(
+    ids: Sequence[str],
+    by: str,
+    files: int,
+    called: Callable[[int, bool], pa.Table],
+    image_of: Callable[[int, pa.Table], np.ndarray],
+) -> pd.DataFrame:
+    """`ImageVectors.names` of a folder in files.
+
+    called: the names of a file's rows, with paths where these are asked for.    image_of: the images of those rows that
+    are left, -1 where one has none; `row` says where they were.
+    """
+    import pyarrow as pa
+
+    wanted = WantedImages(ids, by)
+
+    def look(paths: bool) -> pa.Table:
+        parts = []
+        for index in range(files):
+            table = called(index, paths)
+            rows = np.flatnonzero(wanted.rows(dict(zip(table.column_names, table.columns, strict=True)), paths=paths))
+            table = table.take(pa.array(rows)).append_column("row", pa.array(rows))
+            images = image_of(index, table) if len(rows) else rows
+            parts.append(table.append_column("image", pa.array(images)).drop(["row"]).filter(pa.array(images >= 0)))
+        return pa.concat_tables(parts, promote_options="permissive")
+
+    found = look(paths=False)
+    if by == "image" and not wanted.are_keys(found["key"]):
+        found = look(paths=True)
+    table = found.to_pandas().set_index("image").sort_index()
+    return table[~table.index.duplicated()]
+
+
+def _gather(images: np.ndarray, starts: np.ndarray, take: Callable[[int, np.ndarray], pa.Table]) -> pd.DataFrame:
+    """Rows of the files of a folder: take(file, its rows) for all of these images, in their order."""
+    import pandas as pd
+    import pyarrow as pa
+
+    if not len(images):
+        return pd.DataFrame({"key": []})
+    parts, order = [], []
+    for index, places, rows in by_part(starts, images):
+        parts.append(take(index, rows))
+        order.append(places)
+    table = pa.concat_tables(parts, promote_options="permissive")
+    return table.take(pa.array(np.argsort(np.concatenate(order)))).to_pandas()
+
+
+def _paths(urls: pa.ChunkedArray) -> pa.ChunkedArray:
+    """URLs without scheme and host, where they have these, and without what follows the path."""
+    import pyarrow.compute as pc
+
+    paths = pc.replace_substring_regex(pc.fill_null(urls, ""), r"^(?s:.*?)://[^/]*/?", "")
+    return pc.replace_substring_regex(paths, r"[?#](?s:.*)$", "")
+
+
+# ---------------------------------------------------------------------------------------------------------- thumbnails
 
 
 def _thumbnail(data: bytes) -> Image.Image | None:

@@ -17,6 +17,8 @@ from aesthetic.errors import UserError
 from aesthetic.untrusted import first_three, marked_encoding
 from curate.shards.tar import IMAGE_EXTENSIONS
 
+_ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "croissant.json", "config.json")
+
 KNOWN_FORMATS = ".parquet, or .csv, .tsv, .json, .jsonl, .ndjson, .txt, each also with .gz"
 _TEXT_FORMATS = ("csv", "tsv", "json", "jsonl", "ndjson", "txt")
 
@@ -55,6 +57,21 @@ def list_format(name: str) -> str | None:
 def is_image(name: str) -> bool:
     """Whether a file is called like an image that can be read."""
     return not name.startswith(".") and "." in name and name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+
+
+def is_no_list(name: str) -> bool:
+    """Whether a file is about a data set (the hub's, Spark's, Delta's), and no part of it."""
+    *folders, file = name.split("/")
+    return file in _ABOUT or file.lower() in ("readme.txt", "license.txt") or any(f.startswith("_") for f in folders)
+
+
+def require_one_format(name: str, files: list[str]) -> None:
+    """UserError unless all files are lists of one format; `name` is what they were given as."""
+    formats = {list_format(f): f for f in files}
+    if None in formats:
+        raise UserError(f"{name}: {formats[None]} is not a list that can be read. Lists are {KNOWN_FORMATS}.")
+    if len(formats) > 1:
+        raise UserError(f"{name}: lists of several formats ({', '.join(sorted(formats.values()))}). Give one of them.")
 
 
 @dataclass

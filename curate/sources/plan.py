@@ -223,6 +223,8 @@ class Plan:
         schema = pa.schema([*self.schema, *own])
         problems = Problems()  # what was cut has been checked, so these are of a list that is used where it lies
         path = self.data.root / s.file
+        if path.is_relative_to(self.data.root):
+            self.data.bring(path)
         if was_cut:
             batches = [
                 pa.RecordBatch.from_arrays([column_as(batch, f.name, f.type) for f in schema], schema=schema)
@@ -250,7 +252,7 @@ class Plan:
     def check(self) -> None:
         """Read what the plan wrote again. Raises UserError where it is not what was written."""
         for name, sha256 in self.facts["cut"].items():
-            path = self.data.root / name
+            path = self.data.local(self.data.root / name)
             if not path.exists() or sha256_file(path) != sha256:
                 raise UserError(f"{path}: is damaged. Remove {self.data.plan_folder}; {_AGAIN}")
 
@@ -262,7 +264,7 @@ def shards_file(facts: Mapping[str, Any]) -> str:
 
 def load_plan(data: Data) -> Plan | None:
     """The plan that a data folder holds, or None. Raises UserError where it is damaged or of another version."""
-    facts = read_json(data.plan_record)
+    facts = read_json(data.local(data.plan_record))
     if facts is None:
         return None
     remove = f"Remove {data.plan_folder}; {_AGAIN}"
@@ -272,9 +274,9 @@ def load_plan(data: Data) -> Plan | None:
         raise UserError(f"{data.plan_record}: is damaged. {remove}")
     file = data.root / shards_file(facts)
     try:
-        content = file.read_bytes()
+        content = data.local(file).read_bytes()
     except FileNotFoundError:
-        if read_json(data.plan_record) != facts:  # it has grown between the two readings
+        if read_json(data.local(data.plan_record)) != facts:  # it has grown between the two readings
             return load_plan(data)
         content = b""
     if hashlib.sha256(content).hexdigest() != facts["shards_sha256"]:

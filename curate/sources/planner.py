@@ -20,9 +20,10 @@ from aesthetic.files import atomic, write_atomic
 from curate.layout import Data
 from curate.ledger.schema import URL_COLUMNS, stored_schema
 from curate.sources.columns import stored_batch, stored_own
-from curate.sources.find import Found, find, is_remote, stat
+from curate.sources.find import Found, find, stat
 from curate.sources.lists import ParquetInput
 from curate.sources.plan import ANEW, MOST_HELD, SHARDS, VERSION, Plan, ShardPlan, SourceConfig, load_plan, shards_file
+from curate.sources.remote import is_remote
 from curate.sources.scan import ListScan, scan_list
 from curate.store.files import digest, sha256_file, write_json
 from curate.store.records import record_digest
@@ -214,10 +215,13 @@ def _write_plan(data: Data, facts: dict[str, Any], shards: list[ShardPlan], repl
     if replaces is not None:  # a kill between the two files leaves the old plan whole
         facts["shards"] = f"plan/shards-{facts['shards_sha256'][:8]}.parquet"
     write_atomic(data.root / shards_file(facts), table.getvalue())
+    written = [data.root / name for name in facts["made_of"] if (data.root / name).is_relative_to(data.root)]
+    data.push(*(path for path in written if path.exists()), data.root / shards_file(facts))
     facts = {k: v for k, v in facts.items() if k != "self"}
     write_json(data.plan_record, {**facts, "self": record_digest(facts)})
+    data.push(data.plan_record)
     if replaces is not None and replaces != facts["shards"]:
-        (data.root / replaces).unlink(missing_ok=True)
+        data.remove(data.root / replaces)
     return Plan.of(data, facts, shards)
 
 
@@ -258,7 +262,7 @@ def _require_same(plan: Plan, list_path: str, found: Found | None, config: Sourc
             else:
                 moved[index] = now
     if differences:
-        raise UserError(f"{plan.data.root} was made from something else: {'; '.join(differences)}. {ANEW}")
+        raise UserError(f"{plan.data} was made from something else: {'; '.join(differences)}. {ANEW}")
     return moved
 
 
@@ -267,7 +271,7 @@ def _grows(plan: Plan, limit: int | None) -> bool:
     wanted = plan.listed_rows if limit is None else min(limit, plan.listed_rows)
     if wanted < plan.total_rows:
         raise UserError(
-            f"{plan.data.root} holds {plan.total_rows:,} rows of the list, and --limit {limit} is fewer. "
+            f"{plan.data} holds {plan.total_rows:,} rows of the list, and --limit {limit} is fewer. "
             f"Leave --limit out for the whole list, give {plan.total_rows} or more, or another --out."
         )
     return wanted > plan.total_rows

@@ -16,6 +16,7 @@ from aesthetic.errors import UserError
 from aesthetic.examples import Examples, check_scores
 from aesthetic.join import join
 from aesthetic.ratings import Ratings
+from aesthetic.suggest import CONSIDERED
 from curate.sources.image_vectors import ImageVectors
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ class RatedImages:
     """Ratings, and which images they mean.
 
     indices: the images that are meant and have a vector, as `images` counts them; vectors (m, d), facts (m rows):
-        theirs. unrated: the images that no rating means, counted likewise.
+        theirs. pool: images that no rating means, counted likewise, to choose from what to rate next: all, or where
+        these are more than CONSIDERED, that many, drawn at random; none where none was asked for.
     rows: by the column of the rating table that names images, for each rating its row in these, or -1.
     reasons: likewise, why it has none, or "".
     """
@@ -38,7 +40,7 @@ class RatedImages:
     ratings: Ratings
     images: ImageVectors
     indices: np.ndarray
-    unrated: np.ndarray
+    pool: np.ndarray
     vectors: np.ndarray
     facts: pd.DataFrame
     rows: dict[str, np.ndarray]
@@ -108,46 +110,49 @@ def join_ratings(
     images: ImageVectors,
     name: str,
     *,
-    need_unrated: bool = False,
+    need_pool: bool = False,
     log: Callable[[str], None] = lambda line: None,
 ) -> RatedImages:
     """Find the images that ratings mean, and their vectors; these are made now where the images were not embedded.
 
-    Raises UserError where no image is found, or `need_unrated` and all are rated, and HeadError, naming the head
+    Raises UserError where no image is found, or `need_pool` and all are rated, and HeadError, naming the head
     `name`, where too few are to fit one to: each before anything is embedded.
     """
     columns = ["winner", "loser"] if ratings.kind == "pairs" else ["image"]
-    names = images.names(ratings.by)
     table, rows, reasons = ratings.table, {}, {}
+    names = images.names([name for column in columns for name in table[column]], ratings.by)
+    image_at = names.index.to_numpy(np.int64)
     sources = table["source"].fillna("").to_numpy() if "source" in table else np.full(len(table), "")
     for column in columns:
         found, why = np.full(len(table), -1), np.full(len(table), "", object)
         for source in np.unique(sources):  # each by the way in which it names images
             of_source = np.flatnonzero(sources == source)
-            found[of_source], why[of_source] = join(table[column].iloc[of_source].to_list(), ratings.by, names)
+            at, why[of_source] = join(table[column].iloc[of_source].to_list(), ratings.by, names)
+            found[of_source[at >= 0]] = image_at[at[at >= 0]]
         rows[column], reasons[column] = found, why.tolist()
     indices = np.unique(np.concatenate([r[r >= 0] for r in rows.values()]))
     if not len(indices):
         first = table[columns[0]].iloc[0]
         raise UserError(f"none of the {len(table):,} images rated is in {images.root}; the first is {first!r}")
     _check_enough(ratings, rows, names, name)
-    unrated = np.setdiff1d(np.arange(images.count), indices)
-    if need_unrated and not len(unrated):
+    pool = images.draw(indices, CONSIDERED) if need_pool else np.zeros(0, np.int64)
+    if need_pool and not len(pool):
         raise UserError(f"--suggest: every image of {images.root} is rated already")
 
     vectors, present = images.vectors(indices)
     if not (finite := np.isfinite(vectors).all(1)).all():
         log(f"{int((~finite).sum()):,} of {len(finite):,} vectors hold NaN or infinity, and are left out")
         present[present], vectors = finite, vectors[finite]
-    row_of = np.full(images.count, -1)
-    row_of[indices[present]] = np.arange(len(vectors))
+    row_of = np.where(present, np.cumsum(present) - 1, -1)  # of each of `indices` its row in `vectors`
     for column in columns:
         found = rows[column] >= 0
-        lost = found & (row_of[rows[column]] < 0)
+        row = row_of[np.searchsorted(indices, rows[column][found])]
+        lost = np.zeros(len(found), bool)
+        lost[found] = row < 0
         reasons[column] = [images.missing if gone else r for gone, r in zip(lost, reasons[column], strict=True)]
-        rows[column] = np.where(found & ~lost, row_of[rows[column]], -1)
+        rows[column][found] = row
     indices = indices[present]
-    rated = RatedImages(ratings, images, indices, unrated, vectors, images.facts(indices), rows, reasons)
+    rated = RatedImages(ratings, images, indices, pool, vectors, images.facts(indices), rows, reasons)
     if not rated.joined.any():
         raise UserError(f"none of the images rated in {images.root} has a vector: {images.missing}")
     return rated
@@ -171,7 +176,7 @@ def _check_enough(ratings: Ratings, rows: dict[str, np.ndarray], names: pd.DataF
     if ratings.kind == "pairs":
         images, codes = np.unique([rows["winner"][joined], rows["loser"][joined]], return_inverse=True)
         win, lose = codes.reshape(2, -1)
-        ids = [str(v) for v in names["key" if "key" in names else names.columns[0]].iloc[images]]
+        ids = [str(v) for v in names["key" if "key" in names else names.columns[0]].loc[images]]
         check_comparisons(win, lose, ids, pair_groups(table, win, lose, len(images)), name)
         return
     scores = table["score"].to_numpy(np.float64)

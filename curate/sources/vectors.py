@@ -29,7 +29,6 @@ from curate.images.decode import decode
 from curate.layout import Data
 from curate.shards.tar import IMAGE_EXTENSIONS, image_member, index_tar, read_range
 from curate.store.files import check_space
-from curate.store.records import is_done, recommit
 
 MIN_COSINE = 0.98
 """The least that the median of those images' cosines may be. Single images move further when they are stored anew
@@ -181,26 +180,33 @@ class ImportedVectors:
 
     def _gather(self, rows: np.ndarray, kind: str) -> np.ndarray:
         vectors = np.zeros((len(rows), self.folder.dim), np.float32)
-        for part, places, inside in self._by_part(rows):
-            vectors[places] = open_vectors(getattr(part, kind))[inside]
+        for index, places, inside in by_part(self._starts, rows):
+            vectors[places] = open_vectors(getattr(self.folder.parts[index], kind))[inside]
         return vectors
 
     def captions(self, rows: np.ndarray) -> list[str | None]:
         """The captions of rows; None where the folder has none."""
         captions: list[str | None] = [None] * len(rows)
-        for part, places, inside in self._by_part(rows):
-            if "caption" in pq.read_schema(part.metadata).names:
-                column = pq.read_table(part.metadata, columns=["caption"])["caption"]
+        for index, places, inside in by_part(self._starts, rows):
+            metadata = self.folder.parts[index].metadata
+            if "caption" in pq.read_schema(metadata).names:
+                column = pq.read_table(metadata, columns=["caption"])["caption"]
                 for place, caption in zip(places, column.take(pa.array(inside)).to_pylist(), strict=True):
                     captions[place] = caption
         return captions
 
-    def _by_part(self, rows: np.ndarray) -> Iterator[tuple[Partition, np.ndarray, np.ndarray]]:
-        """The partitions that hold these rows: (partition, places in `rows`, rows of the partition)."""
-        owner = np.searchsorted(self._starts, rows, "right") - 1
-        for index in np.unique(owner):
-            places = np.flatnonzero(owner == index)
-            yield self.folder.parts[index], places, rows[places] - self._starts[index]
+
+def by_part(starts: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Rows counted through several files, file by file: (index of the file, places in `rows`, rows within the file).
+
+    starts: the first row of each file, and how many there are in all.
+    """
+    owner = np.searchsorted(starts, rows, "right") - 1
+    order = np.argsort(owner, kind="stable")
+    for places in np.split(order, np.flatnonzero(np.diff(owner[order])) + 1):
+        if len(places):
+            index = int(owner[places[0]])
+            yield index, places, rows[places] - starts[index]
 
 
 def _names_of(paths: pa.Array) -> pa.Array:
@@ -240,10 +246,10 @@ def import_shard(data: Data, shard: int, imported: ImportedVectors, encoder: Enc
     """
     inputs = data.fetched_digests(shard)
     assert inputs is not None, f"shard {shard} is embedded before it is fetched"
-    if is_done(data.root, data.embedded_record(shard), config=config, inputs=inputs):
+    if data.is_done(data.embedded_record(shard), config=config, inputs=inputs):
         return 0
     if recovered(data, shard, data.embedded_record(shard), config) == set():
-        recommit(data.root, data.embedded_record(shard), inputs)
+        data.recommit(data.embedded_record(shard), inputs)
         return 0
     check_space(data.root)
     began = time.time()
@@ -283,7 +289,7 @@ def _names(data: Data, shard: int, keys: list[str]) -> list[str]:
         return keys
     source = data.plan.read(shard)
     assert source.own_columns is not None and source.base is not None
-    statuses = pq.read_table(data.table(shard), columns=["status"])["status"]
+    statuses = pq.read_table(data.local(data.table(shard)), columns=["status"])["status"]
     places = source.own_columns.filter(pc.equal(statuses, "success")).to_pylist()
     named: dict[str, dict[int, str]] = {}
     names = []
@@ -300,7 +306,7 @@ def _names(data: Data, shard: int, keys: list[str]) -> list[str]:
 
 def _compare_vectors(data: Data, shard: int, encoder: Encoder, keys: list[str], theirs: np.ndarray, root: Path) -> None:
     """UserError unless the encoder gives, for most of these images, the vectors that the folder holds."""
-    index = index_tar(data.tar(shard))
+    index = index_tar(data.local(data.tar(shard)))
     images = []
     with open(data.tar(shard), "rb") as tar:
         for key in keys:

@@ -153,9 +153,7 @@ def _s3_config() -> tuple[Any, Any]:
     endpoint = endpoint or profile.get("s3.endpoint_url") or profile.get("endpoint_url")
     if endpoint:
         if not re.match(r"https?://[^/\s]+", endpoint):
-            raise UserError(
-                f"AWS_ENDPOINT_URL: {endpoint!r} is no address: http://host:port or https://host is expected"
-            )
+            raise UserError(f"AWS_ENDPOINT_URL: {endpoint!r} is no address: give http://host:port or https://host")
         config["endpoint"] = endpoint.rstrip("/")
     if region := env("AWS_REGION") or env("AWS_DEFAULT_REGION") or profile.get("region"):
         config["region"] = region

@@ -62,12 +62,12 @@ def digest(value: Any) -> str:
 
 
 def local_path(text: str) -> Path:
-    """A data folder's path. Object stores are refused until they are tested (renames there are not atomic)."""
+    """The path of a folder on a disk. UserError where the text names another place."""
     if not text.strip():  # of a variable that is not set, say: not the folder one is in
         raise UserError("the name of a folder is empty")
     if "://" in text and not text.startswith("file://"):
         raise UserError(
-            f"{text}: a data folder must be on a local or shared file system; object stores are not supported yet."
+            f"{text}: a folder on a disk is expected here, or one on an object store: s3://, gs:// or az://"
         )
     try:
         return Path(text.removeprefix("file://")).expanduser().absolute()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import os
@@ -105,7 +106,14 @@ def _flock(fd: int, kind: int, root: Path, wait: bool = False) -> bool:
     except BlockingIOError:
         return False
     except OSError as e:
+        if e.errno not in _NO_LOCKS:  # a server that fails, say
+            raise OSError(e.errno, e.strerror, str(root)) from e
         raise UserError(
             f"{root} is on a file system that cannot lock files ({e.strerror}), so nothing would keep two runs apart. "
-            "Give a folder on a local disk, or mount it with locks (NFS: version 4, or a lock manager that runs)."
+            "Give a folder on a local disk or on an object store, or mount it with locks (NFS: version 4, or a lock "
+            "manager that runs; Lustre: -o flock)."
         ) from e
+
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""What the kernel says of NFS without a lock manager, of Lustre without -o flock, and of what knows no flock at all."""

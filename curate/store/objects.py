@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import random
 import re
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,14 +77,41 @@ class ObjectStore:
     # ---------------------------------------------------------------------------------------------------- reading
 
     def list(self, prefix: str = "") -> Iterator[StoredObject]:
-        """All objects, or those below a folder, in no order: 1,000 a request."""
-        if prefix:
-            _check_name(prefix.rstrip("/"))
-        with self._explained(f"listing {prefix or 'it'}"):
-            pages = iter(self._client().list(prefix.rstrip("/") or None, chunk_size=1000))
-        while page := self._ask(f"listing {prefix or 'it'}", lambda: next(pages, None)):
-            for meta in page:
-                yield _stored(meta["path"], meta)
+        """All objects, or those below a folder, each once, in no order: 1,000 a request."""
+        folder = _check_name(prefix.rstrip("/")) if prefix else None
+        pages: Any = None
+        last, ascending = "", True
+
+        def page() -> Any:
+            """The next page. A listing that failed is at its end, says the client: it is begun again after `last`."""
+            nonlocal pages
+            try:
+                if pages is None:
+                    if not ascending:  # what comes after it is not what is left
+                        raise StoreUnavailable(f"{self.url}: the listing broke off")
+                    pages = iter(self._client().list(folder, offset=last or None, chunk_size=1000))
+                return next(pages, None)
+            except BaseException:
+                pages = None
+                raise
+
+        while (found := self._ask(f"listing {prefix or 'it'}", page)) is not None:
+            for meta in found:
+                ascending = ascending and meta["path"].encode() > last.encode()
+                last = meta["path"]
+                yield _stored(last, meta)
+
+    def names(self, folder: str) -> tuple[_Stored, set[str]]:
+        """The objects in a folder ("": the uppermost), and the names of the folders in it."""
+        if folder:
+            _check_name(folder)
+
+        def read() -> Any:
+            return self._client().list_with_delimiter(folder or None)
+
+        answer = self._ask(f"listing {folder or 'it'}", read)
+        own = [_stored(meta["path"], meta) for meta in answer["objects"]]
+        return own, {prefix.rstrip("/").rpartition("/")[2] for prefix in answer["common_prefixes"]}
 
     def head(self, name: str) -> StoredObject | None:
         """What an object is; None where there is none."""
@@ -195,7 +224,10 @@ class ObjectStore:
             return _stored(name, {**self._ask(f"writing {name}", write), "size": len(data)})
         except (Changed, FileExistsError, StoreUnavailable) as e:
             refusal = e
-        found = self._get(name)
+        try:
+            found = self._get(name)
+        except StoreUnavailable:
+            raise refusal from None
         if found is not None and found[0] == data and found[2].get(_NONCE) == attributes[_NONCE]:
             return found[1]
         raise refusal
@@ -203,11 +235,11 @@ class ObjectStore:
     def _version_of(self, name: str, etag: str | None) -> dict[str, str]:
         """What a conditional write must name: the etag; on GCS the generation, which is asked for."""
         if self._place.kind != "gs":
-            return {"e_tag": str(etag)}
+            return {"e_tag": f'"{etag}"'}
         now = self.head(name)
         if now is None or now.etag != etag or now.version is None:
             raise Changed(f"{self.url}: {name} is not what was to be replaced")
-        return {"e_tag": now.etag, "version": now.version}
+        return {"e_tag": f'"{etag}"', "version": now.version}
 
     def _ours(self, name: str, size: int, nonce: str) -> StoredObject | None:
         try:
@@ -220,7 +252,7 @@ class ObjectStore:
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects, 1,000 a request where the store can; those that are not there are fine."""
         left = iter(names)
-        while some := [_check_name(name) for name in islice(left, 1000)]:
+        while some := [_check_name(name) for name in itertools.islice(left, 1000)]:
             try:
                 self._ask(f"deleting {some[0]}", lambda: self._client().delete(some))
             except FileNotFoundError:  # of which one is not said
@@ -284,13 +316,17 @@ class ObjectStore:
         return self._opened
 
     def _ask(self, doing: str, request: Callable[[], T]) -> T:
-        """What the client answers; in the main thread Ctrl-C ends the wait, which the client alone would not let it."""
-        with self._explained(doing):
-            if threading.current_thread() is not threading.main_thread():
-                return request()
-            future: Future[T] = Future()
-            threading.Thread(target=_run, args=(future, request), daemon=True).start()
-            return future.result()
+        """What the client answers, asked again where it gave up at once: at a short answer cut off, a conflict."""
+        deadline = time.monotonic() + self.patience / 2
+        for attempt in itertools.count():
+            try:
+                with self._explained(doing):
+                    return _interruptible(request)
+            except StoreUnavailable:
+                if attempt == 5 or time.monotonic() > deadline:
+                    raise
+            time.sleep(random.uniform(0.5, 1.0) * 0.1 * 2**attempt)
+        raise AssertionError
 
     @contextlib.contextmanager
     def _explained(self, doing: str) -> Iterator[None]:
@@ -300,10 +336,12 @@ class ObjectStore:
         _used = True
         try:
             yield
-        except exceptions.AlreadyExistsError as e:
+        except (exceptions.AlreadyExistsError, exceptions.PreconditionError) as e:
+            if "ConditionalRequestConflict" in str(e):  # another writes it just now: S3's answer is "ask again"
+                raise StoreUnavailable(f"{self.url}: {doing}: others write it all the time") from e
+            if isinstance(e, exceptions.PreconditionError):
+                raise Changed(f"{self.url}: {doing}: it is not what was to be replaced") from e
             raise FileExistsError(f"{self.url}: {doing}: there is one already") from e
-        except exceptions.PreconditionError as e:
-            raise Changed(f"{self.url}: {doing}: it is not what was to be replaced") from e
         except FileNotFoundError as e:
             raise FileNotFoundError(f"{self.url}: {doing}: it is not there") from e
         except (exceptions.BaseError, NotImplementedError) as e:
@@ -322,15 +360,25 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def _run(future: Future[T], request: Callable[[], T]) -> None:
-    try:
-        future.set_result(request())
-    except BaseException as e:
-        future.set_exception(e)
+def _interruptible(request: Callable[[], T]) -> T:
+    """request(), where Ctrl-C ends the wait for it: the client alone would not let it."""
+    if threading.current_thread() is not threading.main_thread():
+        return request()
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(request())
+        except BaseException as e:
+            future.set_exception(e)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result()
 
 
 def _stored(name: str, meta: Mapping[str, Any]) -> StoredObject:
-    return StoredObject(name, meta["size"], meta["e_tag"] or meta["version"] or "", meta["version"])
+    # Azure's answers quote an etag, and its listings do not
+    return StoredObject(name, meta["size"], (meta["e_tag"] or meta["version"] or "").strip('"'), meta["version"])
 
 
 def _check_name(name: str) -> str:
@@ -353,9 +401,9 @@ def _ahead(work: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
     items = iter(items)
     pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="objects")
     try:
-        waiting = deque(pool.submit(work, item) for item in islice(items, 2 * IN_FLIGHT))
+        waiting = deque(pool.submit(work, item) for item in itertools.islice(items, 2 * IN_FLIGHT))
         while waiting:
             yield waiting.popleft().result()
-            waiting.extend(pool.submit(work, item) for item in islice(items, 1))
+            waiting.extend(pool.submit(work, item) for item in itertools.islice(items, 1))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -22,9 +22,10 @@ from typing import Any
 
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
-from aesthetic.untrusted import read_bytes, read_json_file
+from aesthetic.untrusted import parse_json
 from curate.layout import Data
-from curate.store.files import is_scratch, local_path
+from curate.store.disk import Disk
+from curate.store.files import is_scratch
 from curate.store.lock import Lock
 
 MARK = ".tastemaker"
@@ -35,68 +36,66 @@ RECIPE_HEADER = "# what was asked for, resolved"
 _WHAT = {"data": "a data folder", "model": "a model", "evaluation": "an evaluation"}
 
 
-def kind_of(root: Path) -> str | None:
+def kind_of(place: Path | Disk) -> str | None:
     """What a folder says it is: data, model or evaluation; None where it does not say that it is ours."""
-    if marked := _marked(root):
+    store = place if isinstance(place, Disk) else Disk(place)
+    if marked := _marked(store):
         return marked
-    data = Data(root)
-    if {"version", "list", "shards_sha256"} <= _record(data.plan_record).keys():
+    data = Data(store.root)
+    if {"version", "list", "shards_sha256"} <= _record(store, data.plan_record).keys():
         return "data"
-    with contextlib.suppress(OSError, UserError), open(_no_link(data.recipe), "rb") as f:
-        if f.read(len(RECIPE_HEADER)) == RECIPE_HEADER.encode():
-            return "data"
+    if (store.read_small(data.recipe) or b"").startswith(RECIPE_HEADER.encode()):
+        return "data"
     for kind, record, key in (("model", "train.json", "settings"), ("evaluation", "evaluation.json", "asked")):
-        if isinstance(_record(root / record).get(key), dict):
+        if isinstance(_record(store, store.root / record).get(key), dict):
             return kind
     return None
 
 
-def _marked(root: Path) -> str | None:
-    try:
-        words = read_bytes(_no_link(root / MARK), 1000).decode("ascii", "replace").split()
-    except UserError:
-        return None
+def _marked(store: Disk) -> str | None:
+    words = (store.read_small(store.root / MARK, 1000) or b"").decode("ascii", "replace").split()
     return words[1] if len(words) > 1 and words[0] == "tastemaker" and words[1] in _WHAT else None
 
 
-def _record(path: Path) -> dict[str, Any]:
+def _record(store: Disk, path: Path) -> dict[str, Any]:
     try:
-        value = read_json_file(_no_link(path), 1 << 28)
+        value = parse_json(store.read_small(path) or b"", str(path))
     except UserError:
         return {}
     return value if isinstance(value, dict) else {}
 
 
-def _no_link(path: Path) -> Path:
-    """The path, where a regular file lies there. UserError otherwise: what we write is no link."""
-    try:
-        if stat.S_ISREG(os.lstat(path).st_mode):
-            return path
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from e
-    raise UserError(f"{path}: is no regular file")
-
-
-def open_data(path: str | Path) -> Data:
-    """Open an existing data folder. UserError where there is none."""
-    root = local_path(str(path))
-    if not _is_planned(root):
-        if around := next((p for p in root.parents if _is_planned(p)), None):
+def open_data(place: str | Path) -> Data:
+    """Open an existing data folder, at a path or a URL. UserError where there is none."""
+    data = Data.at(place)
+    if not _is_planned(data):
+        root = data.root
+        if data.url is not None:
+            raise UserError(
+                f"{data} is no data folder (no plan/ in it). `tastemaker curate LIST --out {data}` makes one."
+            )
+        if around := next((p for p in root.parents if _is_planned(Data(p))), None):
             raise UserError(f"{root} is not a data folder, but lies in one. Did you mean {around}?")
         if not root.is_dir():
             raise UserError(f"{root} is not a data folder: {'it is a file' if root.exists() else 'it is not there'}.")
         raise UserError(
             f"{root} is not a data folder (no plan/ in it). `tastemaker curate LIST --out {root}` makes one."
         )
-    return Data(root)
+    data.store.refresh()
+    return data
 
 
-def _is_planned(root: Path) -> bool:
-    return Data(root).plan_folder.is_dir() and kind_of(root) == "data"
+def _is_planned(data: Data) -> bool:
+    return bool(data.store.names(data.plan_folder)) and kind_of(data.store) == "data"
 
 
-def check_free(root: Path, kind: str) -> None:
+def check_free(place: Path | Disk, kind: str) -> None:
     """UserError where a run may not write to a folder: it is a file, or holds what is not ours. Touches nothing."""
+    store = place if isinstance(place, Disk) else Disk(place)
+    if store.url is not None:
+        _check_free_there(store, kind)
+        return
+    root = store.root
     if root.is_symlink() and not root.exists():
         raise UserError(f"{root} is a link that leads nowhere: give a folder with --out")
     if root.exists() and not root.is_dir():
@@ -122,6 +121,15 @@ def check_free(root: Path, kind: str) -> None:
         raise UserError(f"{root} holds something else ({others[0]}): give a folder of its own with --out")
     if found != kind:
         raise UserError(f"{root} holds {_WHAT[found]}, not {_WHAT[kind]}: give another folder with --out")
+
+
+def _check_free_there(store: Disk, kind: str) -> None:
+    others = [name for name in store.names(store.root) if name != ".lease"]
+    found = kind_of(store) if others else kind
+    if found is None:
+        raise UserError(f"{store} holds something else ({others[0]}): give a place of its own with --out")
+    if found != kind:
+        raise UserError(f"{store} holds {_WHAT[found]}, not {_WHAT[kind]}: give another place with --out")
 
 
 def _names(root: Path) -> set[str]:
@@ -186,13 +194,53 @@ def _bytes_of(path: Path) -> bytes | None:
         return None
 
 
+@dataclass(frozen=True)
+class TakenStore:
+    """As `Taken`, of a place on an object store."""
+
+    store: Disk
+    before: set[str]
+    kept: dict[str, bytes]
+
+    def undo(self, names: Iterable[str]) -> None:
+        """As `Taken.undo`."""
+        for name in (*names, *([MARK] if MARK not in self.before else [])):
+            path = self.store.root / name
+            if name not in self.before:
+                self.store.remove([path])
+            elif name in self.kept:
+                with atomic(path) as f:
+                    f.write(self.kept[name])
+                self.store.push([path])
+
+
 @contextlib.contextmanager
-def taken(root: Path, kind: str, replaces: Iterable[str] = ()) -> Iterator[Taken]:
+def _taken_there(store: Disk, kind: str, replaces: Iterable[str]) -> Iterator[TakenStore]:
+    check_free(store, kind)
+    with store.lock():
+        check_free(store, kind)
+        before = {*store.names(store.root)}
+        kept = {name: found for name in replaces if (found := store.read_small(store.root / name)) is not None}
+        if MARK not in before:
+            with atomic(store.root / MARK) as f:
+                f.write(f"tastemaker {kind}\n".encode())
+            store.push([store.root / MARK])
+        yield TakenStore(store, before, kept)
+
+
+@contextlib.contextmanager
+def taken(place: Path | Disk, kind: str, replaces: Iterable[str] = ()) -> Iterator[Taken | TakenStore]:
     """Hold a folder that is ours, made or taken now where it is not there or empty. `replaces`: small files in it that
     a run writes anew, for `undo`.
 
     Raises UserError, and leaves nothing behind, where it holds something else or is in use.
     """
+    store = place if isinstance(place, Disk) else Disk(place)
+    if store.url is not None:
+        with _taken_there(store, kind, replaces) as there_taken:
+            yield there_taken
+        return
+    root = store.root
     check_free(root, kind)
     made = [p for p in (root, *root.parents) if not p.exists()]
     there = _names(root)
@@ -211,7 +259,7 @@ def taken(root: Path, kind: str, replaces: Iterable[str] = ()) -> Iterator[Taken
             before = _names(root) - hidden
             kept = {name: found for name in replaces if (found := _bytes_of(root / name)) is not None}
             folder = Taken(root, before, made, kept, new)
-            if _marked(root) is None:
+            if _marked(store) is None:
                 with atomic(root / MARK) as f:
                     f.write(f"tastemaker {kind}\n".encode())
             yield folder

@@ -6,11 +6,12 @@ read, so a shard is done exactly when its record still matches.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from curate.store.files import digest, read_json, sha256_file, write_json
+from curate.store.files import digest, sha256_file, write_json
 
 
 def commit(
@@ -22,20 +23,39 @@ def commit(
     outputs: list[Path],
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write the record that makes a shard done, last of all its files.
+    """Write the record that makes a shard done, last of all its files. Of a data folder, `Data.commit` does.
 
     `config` is the hash of the part of the recipe that the stage reads, `inputs` maps names to sha256, `outputs` are
     the files just written, `facts` what else is worth knowing (counts, times). Paths are kept relative to `root`.
     """
+    value = record_value(root, config=config, inputs=inputs, outputs=outputs, facts=facts)
+    write_json(record, value)
+    return value
+
+
+def record_value(
+    root: Path, *, config: str, inputs: Mapping[str, str], outputs: list[Path], facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `commit` writes."""
     written = {str(p.relative_to(root)): {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in outputs}
     value = {**facts, "config": config, "inputs": dict(inputs), "outputs": written}
-    write_json(record, {**value, "self": record_digest(value)})
-    return value
+    return {**value, "self": record_digest(value)}
 
 
 def read_record(path: Path) -> dict[str, Any]:
     """What a record says; {} where there is none, or where it is none of ours."""
-    value = read_json(path)
+    try:
+        return parse_record(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+
+
+def parse_record(content: bytes) -> dict[str, Any]:
+    """What a record says; {} where it is none of ours."""
+    try:
+        value = json.loads(content)
+    except ValueError:
+        return {}
     return value if isinstance(value, dict) else {}
 
 

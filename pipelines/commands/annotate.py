@@ -36,7 +36,6 @@ def run(options: AnnotateOptions) -> Result:
     from curate.ledger.select import SelectConfig
     from curate.ledger.sql import plain_name
     from curate.store.files import sweep
-    from curate.store.lock import Lock
     from curate.store.ownership import open_data
     from curate.workers import forget_unanswered, space_known
     from pipelines.checks import check_selection
@@ -51,7 +50,7 @@ def run(options: AnnotateOptions) -> Result:
     recipe = replace(recipe, columns={**recipe.columns, **given})  # it knows which names a column may have
     recipe = replace(recipe, columns=add_needs(recipe.columns))
     known = make_annotators(recipe.columns)  # and that no two are alike
-    space = Space.load(data.space) if space_known(data) else None
+    space = Space.load(data.local(data.space)) if space_known(data) else None
     if space is not None:
         recipe = replace(recipe, embed=replace(recipe.embed, encoder=space.encoder))
     check_selection(data, replace(recipe, select=SelectConfig()), data.plan.extra_columns, known)
@@ -60,10 +59,10 @@ def run(options: AnnotateOptions) -> Result:
 
     shards = [s.shard for s in data.plan.shards if data.fetched_digests(s.shard) is not None]
     if not shards:
-        raise UserError(f"{data.root} holds no fetched shard. `tastemaker curate LIST --out {data.root}` makes them.")
+        raise UserError(f"{data} holds no fetched shard. `tastemaker curate LIST --out {data}` makes them.")
     if any(a.reads == "vectors" for a in annotators.values()) and space is None:
-        raise UserError(f"{data.root} holds no vectors yet. `tastemaker embed {data.root}` makes them.")
-    with Lock(data.root):
+        raise UserError(f"{data} holds no vectors yet. `tastemaker embed {data}` makes them.")
+    with data.hold():
         sweep(data.root)
         if options.retry:
             forget_unanswered(data, annotators)
@@ -72,6 +71,7 @@ def run(options: AnnotateOptions) -> Result:
         if stored is not None and given:
             store_recipe(data, replace(stored, columns=recipe.columns))
         sheets = {name: column_sheet(data, name) for name, count in fresh.items() if count}
+        data.push(*(path for path in sheets.values() if path is not None))
     for name, count in fresh.items():
         print(f"{name}: {count:,} of {len(shards):,} shards annotated{'' if count else ' (all were)'}")
 
@@ -80,8 +80,8 @@ def run(options: AnnotateOptions) -> Result:
     for name, column in columns.items():
         if column["type"] == "float":
             setting = f"select.rules.{name}=top({plain_name(name)}, 0.1)"
-            following = command("select", data.root, "--name", "mine", "--set", setting)
-    paths = {"annotated": str(data.root / "annotated")}
-    paths |= {f"{name} by its values": str(path) for name, path in sheets.items() if path is not None}
+            following = command("select", data, "--name", "mine", "--set", setting)
+    paths = {"annotated": data.shown(data.root / "annotated")}
+    paths |= {f"{name} by its values": data.shown(path) for name, path in sheets.items() if path is not None}
     facts = {"shards": len(shards), "annotated": fresh, "columns": columns}
     return Result(facts=facts, paths=paths, next=following)

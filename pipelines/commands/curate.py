@@ -22,15 +22,14 @@ class CurateOptions(StageOptions):
 def run(options: CurateOptions, *, fetch_only: bool = False) -> Result:
     """The whole job, or with `fetch_only` its first stages."""
     from curate.layout import Data
-    from curate.store.files import local_path
     from pipelines import curation
     from pipelines.recipe import recipe_of, to_yaml
 
-    root = local_path(options.out)
+    data = Data.at(options.out)
     request = curation.Request(
         list=options.list,
-        root=root,
-        recipe=recipe_of(Data(root), options.recipe, options.set),
+        data=data,
+        recipe=recipe_of(data, options.recipe, options.set),
         limit=options.limit,
         address=options.ray_address,
         stages=("fetch",) if fetch_only else ("fetch", "embed", "select", "pack"),

@@ -90,7 +90,7 @@ def run(options: FitOptions) -> Result:
     _check_kind(options, ratings.kind)
     _check_out(options)
     name, out = options.out.stem, options.out
-    rated = join_ratings(ratings, _images(options), name, need_unrated=options.suggest > 0, log=_log)
+    rated = join_ratings(ratings, _images(options), name, need_pool=options.suggest > 0, log=_log)
     fitted = _fit(options, rated)
     fitted.report["asked"] = _digest(options)
     if rated.restated:
@@ -337,15 +337,17 @@ def _write_suggestions(options: FitOptions, rated: RatedImages, fitted: FitResul
 
     assert fitted.penalty is not None  # see _check and _check_kind
     images, out = rated.images, options.out
-    _log(f"choosing {options.suggest} of {len(rated.unrated):,} images not rated")
-    candidates, present = images.vectors(rated.unrated)
+    left = images.count - len(rated.indices)
+    drawn = f", drawn at random from {left:,}" if left > len(rated.pool) else ""
+    _log(f"choosing {options.suggest} of {len(rated.pool):,} images not rated{drawn}")
+    candidates, present = images.vectors(rated.pool)
     finite = np.isfinite(candidates).all(1)
-    unrated, candidates = rated.unrated[present][finite], candidates[finite]
+    pool, candidates = rated.pool[present][finite], candidates[finite]
     weights, relevance = np.ones(len(rated.vectors)), None
     if fitted.head.link == "sigmoid":  # a label of an image at p says p (1 - p) of what a rating would
         each = (fitted.head(vectors) for vectors in (rated.vectors, candidates))
         weights, relevance = (np.maximum(p.astype(np.float64) * (1 - p), 1e-6) for p in each)
-    chosen = unrated[suggest(rated.vectors, weights, candidates, fitted.penalty, options.suggest, relevance=relevance)]
+    chosen = pool[suggest(rated.vectors, weights, candidates, fitted.penalty, options.suggest, relevance=relevance)]
     if not len(chosen):
         _log(f"nothing to suggest: what is not rated is a copy of what is, or {images.missing}")
         return {}

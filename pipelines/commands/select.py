@@ -25,7 +25,6 @@ def run(options: SelectOptions) -> Result:
     """
     from curate.ledger import uids as subsets
     from curate.ledger.select import remembered, select
-    from curate.store.lock import Lock
     from curate.store.ownership import open_data
     from pipelines.checks import old_columns, refuse_denied
     from pipelines.curation import show_selection
@@ -43,12 +42,12 @@ def run(options: SelectOptions) -> Result:
             uids = str(file)
             print(f"made again from {file}, as before")
         elif rules != recipe.select.rules:
-            theirs = shlex.quote(str(data.recipe))
+            theirs = shlex.quote(data.shown(data.recipe))
             print(f"by the rules that {name} was made by (the recipe's: --recipe {theirs})")
         recipe = replace(recipe, select=replace(recipe.select, rules=rules))
 
     refuse_denied(data, recipe)
-    with Lock(data.root):
+    with data.hold():
         if uids is not None:
             selection = subsets.select_uids(data, name, Path(uids))
         else:
@@ -61,8 +60,8 @@ def run(options: SelectOptions) -> Result:
             subsets.write_uids(data, name, Path(options.write_uids))
     return Result(
         facts={"kept": selection.kept, "funnel": selection.funnel},
-        paths={"selected": data.verdicts(name)},
-        next=command("pack", data.root, "--name", name) if selection.kept else "",
+        paths={"selected": data.shown(data.verdicts(name))},
+        next=command("pack", data, "--name", name) if selection.kept else "",
     )
 
 
@@ -75,7 +74,6 @@ class PackOptions(WithRecipe):
 def run_pack(options: PackOptions) -> Result:
     """Copy what was selected."""
     from curate.store.files import sweep
-    from curate.store.lock import Lock
     from curate.store.ownership import open_data
     from pipelines.checks import refuse_denied
     from pipelines.curation import pack_selection
@@ -85,7 +83,7 @@ def run_pack(options: PackOptions) -> Result:
     recipe = recipe_of(data, options.recipe, options.set, select=options.name)
     result = Result()
     refuse_denied(data, recipe)
-    with Lock(data.root):
+    with data.hold():
         sweep(data.root)
         pack_selection(data, recipe, result)
     return result

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
-from curate.store.files import read_json
 from pipelines.options import Options, Result, argument, command
 
 if TYPE_CHECKING:
@@ -34,16 +33,15 @@ def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, An
     """Where a run stands: shards per stage, outcomes, selections; and the next command."""
     from curate.ledger.schema import Reason, Status
     from curate.ledger.view import notes_of
-    from curate.store.records import read_record
     from curate.verify import command_again
     from curate.workers import transient_failures
     from pipelines.checks import old_columns, refuse_denied
     from pipelines.recipe import stored_recipe
 
     plan = data.plan
-    records = {s.shard: read_json(data.fetched_record(s.shard)) for s in plan.shards}
+    records = {s.shard: data.record(data.fetched_record(s.shard)) for s in plan.shards}
     fetched = {shard: r for shard, r in records.items() if r}
-    embedded = sum(data.embedded_record(shard).exists() for shard in fetched)
+    embedded = sum(data.exists(data.embedded_record(shard)) for shard in fetched)
     outcomes = Counter[str]()
     for record in fetched.values():
         outcomes.update(record.get("status_dict", {}))
@@ -64,7 +62,7 @@ def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, An
     annotated, notes, recall = dict[str, int](), dict[str, list[str]](), dict[str, Any]()
     for name in data.annotated():
         made = [
-            read_record(data.annotations_record(name, s)) for s in data.shards(partial(data.annotations_record, name))
+            data.record(data.annotations_record(name, s)) for s in data.shards(partial(data.annotations_record, name))
         ]
         annotated[name] = len(made)
         say(f"annotated {len(made):,}/{shards:,} shards   {name}")
@@ -104,23 +102,23 @@ def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, An
     if len(fetched) < shards:
         return found, command_again(data)
     if embedded < sum(1 for r in fetched.values() if r.get("successes", 1)):
-        return found, command("embed", data.root)
+        return found, command("embed", data)
     if recipe is not None and any(annotated.get(name, 0) < embedded for name in recipe.columns):
-        return found, command("annotate", data.root)
+        return found, command("annotate", data)
     waiting = sum(n for reason, n in failures if Reason(reason).transient)
     last = {shard: record["retries"][-1] for shard, record in fetched.items() if record.get("retries")}
     hopeless = sum(transient_failures(data, shard) for shard, retry in last.items() if not retry["recovered"])
     found["may_pass"], found["tried_in_vain"] = waiting, hopeless
     if waiting > hopeless:
-        return found, command("retry", data.root)
+        return found, command("retry", data)
     if waiting:
-        once_more, failed = command("retry", data.root), f"{waiting:,} rows that failed for transient reasons"
+        once_more, failed = command("retry", data), f"{waiting:,} rows that failed for transient reasons"
         say(f"retry     the last one had back none of {failed}; `{once_more}` tries anew")
     for name, facts in selections.items():
         if facts["stale"]:
-            return found, command("select", data.root, "--name", name)
+            return found, command("select", data, "--name", name)
         if facts["kept"] and facts["packed"] != "now":
-            return found, command("pack", data.root, "--name", name)
+            return found, command("pack", data, "--name", name)
     return found, ""
 
 
@@ -139,7 +137,7 @@ def selections_there(data: Data) -> dict[str, dict[str, Any]]:
         found_tables = []
     now, hidden = table_digests(found_tables), hidden_columns(found_tables).values()
     for name in names:
-        record = read_json(data.selection_record(name))
+        record = data.record(data.selection_record(name))
         if not isinstance(record, dict) or "kept" not in record:
             continue
         changed = changed_since(data, name, now, hidden)
@@ -150,10 +148,10 @@ def selections_there(data: Data) -> dict[str, dict[str, Any]]:
             before = None
         if recipe is not None and name == recipe.select.name and before != (recipe.select.rules, None):
             stale.append("by other rules than recipe.yaml's")
-        manifest = read_json(data.manifest(name))
+        manifest = data.record(data.manifest(name))
         made = record.get("outputs", {}).get(f"selected/{name}.parquet", {}).get("sha256")
         packed = None
-        if isinstance(manifest, dict):
+        if manifest:
             packed = "now" if manifest.get("inputs", {}).get("selected") == made else "older"
         found[name] = {"kept": record["kept"], "stale": stale, "packed": packed}
     return found

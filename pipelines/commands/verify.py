@@ -18,7 +18,6 @@ class VerifyOptions(Options):
 def run(options: VerifyOptions) -> Result:
     """Find damaged files, and say what repairs them; exit code 1 where there are some."""
     from curate import verify
-    from curate.store.lock import Lock
     from curate.store.ownership import open_data
 
     data = open_data(options.data)
@@ -41,11 +40,11 @@ def run(options: VerifyOptions) -> Result:
     if not damages:
         return Result(facts=facts)
 
-    following = [command("verify", data.root, "--repair")]
+    following = [command("verify", data, "--repair")]
     if options.repair:
         following = verify.remedies(data, damages)
-        with Lock(data.root):
-            verify.repair(damages)
+        with data.hold():
+            verify.repair(data, damages)
         removed = len({d.record for d in damages})
         print(f"{removed:,} record{'s' if removed != 1 else ''} removed")
     return Result(facts=facts, next="\n      ".join(following), code=1)

@@ -35,6 +35,8 @@ class ProgressActor:
         self._messages: list[Any] = []
         self._failure: Exception | None = None
         self._stop = False
+        self._heard: dict[str, float] = {}  # workers by their names, and when they gave the last sign of life
+        self._dismissed: set[str] = set()
 
     def add(self, counts: Counts, hosts: dict[str, int]) -> None:
         """Add up rows by stage and outcome, and failures by host."""
@@ -56,9 +58,28 @@ class ProgressActor:
         messages, self._messages = self._messages, []
         return messages
 
-    def fail(self, error: Exception) -> None:
+    def alive(self, worker: str) -> None:
+        """A sign of life of a worker."""
+        if worker not in self._dismissed:
+            self._heard[worker] = time.monotonic()
+
+    def silence(self) -> dict[str, float]:
+        """Seconds since the last sign of life of each worker."""
+        return {worker: time.monotonic() - at for worker, at in self._heard.items()}
+
+    def dismiss(self, worker: str) -> None:
+        """Hear no more of a worker: others do what it was at."""
+        self._dismissed.add(worker)
+        self._heard.pop(worker, None)
+
+    def at_work(self, worker: str) -> bool:
+        """Whether a worker is still the one that does what it was asked to do."""
+        return worker not in self._dismissed
+
+    def fail(self, error: Exception, worker: str | None = None) -> None:
         """Keep what went wrong in a worker; the first error is the cause of those after it."""
-        self._failure = self._failure or error
+        if worker not in self._dismissed:
+            self._failure = self._failure or error
 
     def failure(self) -> Exception | None:
         """What went wrong in a worker, as it was raised there."""
@@ -77,7 +98,16 @@ def start_progress() -> tuple[str, Any]:
     import ray
 
     name = f"tastemaker-{os.getpid()}-{secrets.token_hex(4)}"
-    return name, ray.remote(ProgressActor).options(name=name, num_cpus=0).remote()
+    return name, ray.remote(ProgressActor).options(name=name, **beside_driver()).remote()
+
+
+def beside_driver() -> dict[str, Any]:
+    """Options of an actor that runs on the driver's node and sets nothing aside: no other node's end is its end."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
 
 
 # ------------------------------------------------------------------------------------------------------- in a worker
@@ -115,7 +145,7 @@ def report_errors(progress: Any) -> Iterator[None]:
             pickle.loads(pickle.dumps(error))
         except Exception:  # whatever a class of exceptions does when it is copied
             error = RuntimeError(f"{type(error).__name__}: {error}")
-        ray.get(progress.fail.remote(error))
+        ray.get(progress.fail.remote(error, ray.get_runtime_context().get_actor_name()))
         raise
 
 

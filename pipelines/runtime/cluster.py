@@ -1,26 +1,26 @@
-"""A Ray cluster: one of our own on this machine, or the one at an address; tasks on it, and what its nodes see."""
+"""A Ray cluster: one of our own on this machine, or the one at an address; `map` on it."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
-import secrets
 import signal
 import socket
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from aesthetic.errors import UserError
-from aesthetic.files import atomic, scratch_path
+from pipelines.runtime.nodes import NodeCheck, check_nodes, proven
 
 
 @contextlib.contextmanager
-def ray_cluster(address: str | None, folder: Path, *, cpus: int, gpus: int) -> Iterator[None]:
-    """Be a driver while the block runs: of the cluster at an address, all of whose nodes must see `folder`, or of one
-    of our own, of this process and on the loopback interface, with so many CPUs and GPUs.
+def ray_cluster(address: str | None, check: NodeCheck, *, cpus: int, gpus: int) -> Iterator[NodeCheck]:
+    """Be a driver while the block runs: of the cluster at an address, all of whose nodes must pass a check, or of one
+    of our own, of this process and on the loopback interface, with so many CPUs and GPUs. Gives what nodes that join
+    later are to be asked.
 
     Ray reads its switches when it is imported: nothing imports it before this.
     """
@@ -33,10 +33,12 @@ def ray_cluster(address: str | None, folder: Path, *, cpus: int, gpus: int) -> I
     import ray
 
     on_sigterm = signal.getsignal(signal.SIGTERM)
+    stack = contextlib.ExitStack()
     try:
         if address is not None:
             connect(address)
-            check_nodes(folder)
+            check = stack.enter_context(proven(check))
+            check_nodes(check)
         else:
             ray.init(
                 num_cpus=cpus,
@@ -48,8 +50,9 @@ def ray_cluster(address: str | None, folder: Path, *, cpus: int, gpus: int) -> I
             )
         if callable(on_sigterm):  # Ray has put its own in place, which ends with a code that says nothing
             signal.signal(signal.SIGTERM, on_sigterm)
-        yield
+        yield check
     finally:
+        stack.close()
         ray.shutdown()
 
 
@@ -89,65 +92,33 @@ def _unreachable(address: str, error: Exception) -> UserError:
     )
 
 
-def check_nodes(folder: Path) -> None:
-    """Have every node of the cluster read a nonce from a folder; a node that cannot is refused by name."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    nonce = secrets.token_hex(8)
-    path = scratch_path(folder / "nonce")
-    with atomic(path) as f:
-        f.write(nonce.encode())
-
-    @ray.remote(num_cpus=0)
-    def read(file: str) -> str | None:
-        try:
-            with open(file, encoding="ascii") as f:
-                return f.read()
-        except OSError:
-            return None
-
-    try:
-        for node in ray.nodes():
-            if node["Alive"]:
-                strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                if ray.get(read.options(scheduling_strategy=strategy).remote(str(path))) != nonce:
-                    raise UserError(
-                        f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}) does not see {folder}. "
-                        "Put --out on a file system that all nodes share."
-                    )
-    finally:
-        path.unlink(missing_ok=True)
-
-
 def ray_map(address: str, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """`map` as tasks of the Ray cluster at an address, in order, two items a core ahead of the reader."""
+    """`map` on the Ray cluster at an address, in order, by a worker a core; two items a core ahead of the reader."""
     import ray
-    from threadpoolctl import threadpool_limits
+
+    from pipelines.runtime.channel import start_progress
+    from pipelines.runtime.pool import Pool, Staff, Stage
 
     if not ray.is_initialized():
         connect(address)
+    cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    stage = Stage("map", functools.partial(_open_map, function), lambda size: Staff(max(1, size.cpus), 1.0))
+    _, progress = start_progress()
+    pool = Pool([stage], items, progress, ahead=3 * cores)
+    early: dict[int, Any] = {}  # answers that came before one that was asked for earlier
+    following = 0
+    for number, answer in pool.results():
+        early[number] = answer
+        while following in early:
+            yield early.pop(following)
+            following += 1
 
-    def call(item: Any) -> Any:
+
+def _open_map(function: Callable[[Any], Any], threads: int) -> Callable[[Any, int], Any]:
+    from threadpoolctl import threadpool_limits
+
+    def call(item: Any, lost: int) -> Any:
         with threadpool_limits(1, user_api="blas"):  # the same bits as on another number of cores
             return function(item)
 
-    task = ray.remote(num_cpus=1)(call)
-    ahead: deque[Any] = deque()
-    most = 2 * int(ray.cluster_resources().get("CPU", 1))
-    for item in items:
-        ahead.append(task.remote(item))
-        if len(ahead) > most:
-            yield ray.get(ahead.popleft())
-    while ahead:
-        yield ray.get(ahead.popleft())
-
-
-def quiet_ray_data() -> None:
-    """Ray Data without progress bars of its own, ended by the first error: a row's error is data already."""
-    from ray.data import DataContext
-
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.max_errored_blocks = 0
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    return call

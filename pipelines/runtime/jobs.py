@@ -1,26 +1,28 @@
-"""The curation job on Ray: shard rows through two actor pools, fetch and embed. No pixels go through the object store.
+"""The curation job on Ray: shards through two pools of workers, fetch and embed. No pixels go through Ray itself.
 
-A row is a shard number; its files lie in the data folder, which every node must see. What is done is skipped inside
-the workers, so a lost worker's shards simply run again. A row of the list never raises here: an exception is an error
-of ours, and ends the job with its cause.
+What goes through are shard numbers; the files lie in the data folder, which every node must reach. What is done is
+skipped inside the workers, so a lost worker's shards simply run again. A row of the list never raises here: an
+exception is an error of ours, and ends the job with its cause.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from curate.fetch.budget import Budget, LeaseReply, LeaseRequest
 from curate.layout import Data
 from pipelines.recipe import Recipe
-from pipelines.runtime.channel import report_errors, start_progress, start_worker, watch
-from pipelines.runtime.cluster import local_gpus, quiet_ray_data, ray_cluster
+from pipelines.runtime.channel import beside_driver, report_errors, start_progress, start_worker, watch
+from pipelines.runtime.cluster import local_gpus, ray_cluster
+from pipelines.runtime.nodes import NodeCheck, node_check
+from pipelines.runtime.pool import Pool, Size, Staff, Stage
 from pipelines.runtime.progress import Meter, ProgressDisplay, redirect_output
 
 
@@ -88,24 +90,25 @@ def shards_together(rows: int) -> int:
     return max(2, min(16, 20_000 // rows))
 
 
-def run_job(job: CurateJob, work: RemainingWork, *, address: str | None = None) -> ProgressDisplay:
-    """Run the pools over what is left to do. Raises the cause of what went wrong in a worker."""
+def run_job(
+    job: CurateJob, work: RemainingWork, *, check: NodeCheck | None = None, address: str | None = None
+) -> ProgressDisplay:
+    """Run the pools over what is left to do, on nodes that pass a check (by default, that the job can run there).
+
+    Raises the cause of what went wrong in a worker."""
     largest = max(job.data.plan.shards[shard].rows for shard in work.shards)
     sizes = size_pools(job.recipe, os.cpu_count() or 1, local_gpus())
     with redirect_output(job.data.logs / "ray.log") as out:
         display = ProgressDisplay(out, work.rows, work.images, job.embed, largest)
         display.say("starting Ray ..." if address is None else f"joining the cluster at {address} ...")
         cpus = math.ceil(sizes.fetch * sizes.fetch_cpus + sizes.embed * sizes.embed_cpus)  # both pools at once
-        with ray_cluster(address, job.data.root, cpus=cpus, gpus=local_gpus()):
+        check = check or node_check(job.data, job.recipe)
+        with ray_cluster(address, check, cpus=cpus, gpus=local_gpus()) as check:
             import ray  # not before: the switches that keep it to the loopback interface are read then
             from ray.exceptions import RayError
 
-            if address is not None:
-                total = ray.cluster_resources()
-                nodes = sum(node["Alive"] for node in ray.nodes())
-                sizes = size_pools(job.recipe, int(total.get("CPU", 1)), int(total.get("GPU", 0)), nodes)
             name, progress = start_progress()
-            budget: Any = ray.remote(Budget).options(name=f"{name}-budget", num_cpus=0)
+            budget: Any = ray.remote(Budget).options(name=f"{name}-budget", **beside_driver())
             budget = budget.remote(job.recipe.fetch.per_domain)  # lives as long as this
 
             def show(end: bool = False) -> None:
@@ -113,106 +116,86 @@ def run_job(job: CurateJob, work: RemainingWork, *, address: str | None = None) 
                     counts, hosts = ray.get(progress.counts.remote(), timeout=5)
                     display.show(counts, hosts, end)
 
+            def work_through() -> None:
+                stages = _stages(job, name, largest, sizes if address is None else None)
+                joined = None if address is None else check.problems
+                pool = Pool(stages, work.shards, progress, check=joined, grow=address is not None, say=display.say)
+                for _ in pool.results():
+                    pass
+
             try:
-                for _ in watch(lambda: _run_waves(job, work.shards, sizes, name), progress, 0.5):
+                for _ in watch(work_through, progress, 0.5):
                     show()
             finally:
                 del budget
                 show(end=True)
+    job.data.store.refresh()  # workers wrote there
     return display
 
 
-def _run_waves(job: CurateJob, shards: Sequence[int], sizes: PoolSizes, progress: str) -> None:
+def _stages(job: CurateJob, progress: str, rows: int, sizes: PoolSizes | None) -> list[Stage]:
+    """Fetch and embed, as far as the job does them, for shards of so many rows at the most, in pools of these sizes or
+    of what the cluster can carry."""
+
+    def staff(size: Size) -> tuple[Staff, Staff]:
+        ray, s = job.recipe.ray, sizes or size_pools(job.recipe, size.cpus, size.gpus, size.nodes)
+        return (
+            Staff(s.fetch, s.fetch_cpus, threads=s.fetch_threads, most=ray.fetch_workers),
+            Staff(s.embed, s.embed_cpus, s.embed_gpus, s.embed_threads, most=ray.embed_workers),
+        )
+
+    fetch = Stage(
+        "fetch",
+        functools.partial(open_fetch, job, progress),
+        lambda size: staff(size)[0],
+        together=shards_together(rows),
+        is_async=True,
+    )
+    embed = Stage("embed", functools.partial(open_embed, job, progress), lambda size: staff(size)[1])
+    return [stage for stage, wanted in ((fetch, job.fetch), (embed, job.embed)) if wanted]
+
+
+def open_fetch(job: CurateJob, progress: str, threads: int) -> Callable[[int, int], Awaitable[None]]:
+    """A FetchWorker in an actor."""
     import ray
-    from ray.data import ActorPoolStrategy
 
-    quiet_ray_data()
-    remaining = iter(shards)
-    while wave := list(islice(remaining, job.recipe.ray.wave)):
-        # one block per shard: Ray's default packs 200 blocks, and a block comes out only when it is complete
-        ds: Any = ray.data.from_items([{"shard": shard} for shard in wave], override_num_blocks=len(wave))
-        if job.fetch:
-            together = shards_together(max(job.data.plan.shards[shard].rows for shard in wave))
-            ds = ds.map(
-                FetchActor,
-                fn_constructor_args=(job, progress, sizes.fetch_threads),
-                compute=ActorPoolStrategy(
-                    size=min(sizes.fetch, len(wave)),
-                    max_tasks_in_flight_per_actor=together,
-                    max_concurrent_calls_per_actor=together,
-                ),
-                num_cpus=sizes.fetch_cpus,
-            )
-        if job.embed:
-            ds = ds.map(
-                EmbedActor,
-                fn_constructor_args=(job, progress, sizes.embed_threads),
-                compute=ActorPoolStrategy(size=min(sizes.embed, len(wave))),
-                num_cpus=sizes.embed_cpus,
-                num_gpus=sizes.embed_gpus or None,
-            )
-        for _ in ds.iter_rows():
-            pass
+    from curate.workers import FetchWorker
+
+    actor = start_worker(job.data.root, "fetch", progress)
+    meter = Meter(actor.add.remote)
+    budget: Any = ray.get_actor(f"{progress}-budget")
+    client = secrets.token_hex(8)
+
+    async def lease(message: LeaseRequest) -> LeaseReply:
+        return await budget.lease.remote(client, message)
+
+    recipe = job.recipe
+    with report_errors(actor):
+        early = recipe.early_fetch()
+        worker = FetchWorker(job.data, recipe.fetch, recipe.images, recipe.hashes()[0], meter, threads, lease, early)
+
+    async def run(shard: int, lost: int) -> None:
+        with report_errors(actor):
+            await worker.run(shard, retry=job.retry)
+        meter.flush()
+
+    return run
 
 
-class FetchActor:
-    """A FetchWorker in an actor; `async` is the only form in which Ray Data lets two shards overlap."""
-
-    def __init__(self, job: CurateJob, progress: str, threads: int) -> None:
-        import ray
-
-        from curate.workers import FetchWorker
-
-        self._job = job
-        self._progress = start_worker(job.data.root, "fetch", progress)
-        self._meter = Meter(self._progress.add.remote)
-        budget: Any = ray.get_actor(f"{progress}-budget")
-        client = secrets.token_hex(8)
-
-        async def lease(message: LeaseRequest) -> LeaseReply:
-            return await budget.lease.remote(client, message)
-
-        recipe = job.recipe
-        with report_errors(self._progress):
-            self._worker = FetchWorker(
-                job.data,
-                recipe.fetch,
-                recipe.images,
-                recipe.hashes()[0],
-                self._meter,
-                threads,
-                lease,
-                recipe.early_fetch(),
-            )
-
-    async def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        with report_errors(self._progress):
-            await self._worker.run(int(row["shard"]), retry=self._job.retry)
-        self._meter.flush()
-        return row
-
-
-class EmbedActor:
+def open_embed(job: CurateJob, progress: str, threads: int) -> Callable[[int, int], None]:
     """An EmbedWorker in an actor."""
+    from curate.workers import EmbedWorker
 
-    def __init__(self, job: CurateJob, progress: str, threads: int) -> None:
-        from curate.workers import EmbedWorker
+    actor, recipe = start_worker(job.data.root, "embed", progress), job.recipe
+    meter = Meter(actor.add.remote)
+    with report_errors(actor):
+        worker = EmbedWorker(
+            job.data, recipe.embed, recipe.columns, recipe.hashes()[1], meter, threads, vectors=job.vectors
+        )
 
-        self._progress = start_worker(job.data.root, "embed", progress)
-        self._meter = Meter(self._progress.add.remote)
-        with report_errors(self._progress):
-            self._worker = EmbedWorker(
-                job.data,
-                job.recipe.embed,
-                job.recipe.columns,
-                job.recipe.hashes()[1],
-                self._meter,
-                threads,
-                vectors=job.vectors,
-            )
+    def run(shard: int, lost: int) -> None:
+        with report_errors(actor):
+            worker.run(shard)
+        meter.flush()
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        with report_errors(self._progress):
-            self._worker.run(int(row["shard"]))
-        self._meter.flush()
-        return row
+    return run

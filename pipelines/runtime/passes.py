@@ -10,8 +10,6 @@ from curate.annotators.base import Annotator
 from curate.annotators.order import passes, wanted_keys
 from curate.annotators.stage import column_inputs
 from curate.layout import Data
-from curate.store.files import read_json
-from curate.store.records import is_done
 from curate.workers import EmbedWorker, ignore
 from pipelines.recipe import Recipe
 from pipelines.runtime.cluster import check_reachable
@@ -50,7 +48,7 @@ def _over_shards(
     missing = {name: _lacking(data, name, annotator) for name, annotator in annotators.items()}
     left = sorted(set[int]().union(*missing.values()))
     wanted = replace(recipe, columns={name: recipe.columns[name] for name in annotators})
-    images = sum(read_json(data.fetched_record(shard))["successes"] for shard in left)
+    images = sum(data.record(data.fetched_record(shard))["successes"] for shard in left)
     pixels = any(annotators[name].reads == "pixels" for name, lacking in missing.items() if lacking)
     if pixels and (address is not None or images >= IMAGES_FOR_RAY):
         if address is not None:
@@ -78,5 +76,5 @@ def _lacking(data: Data, name: str, annotator: Annotator) -> Sequence[int]:
         shard
         for shard, there in inputs.items()
         if there is not None
-        and not is_done(data.root, data.annotations_record(name, shard), config=annotator.config, inputs=there)
+        and not data.is_done(data.annotations_record(name, shard), config=annotator.config, inputs=there)
     ]

@@ -19,7 +19,6 @@ from curate.encoders.embed import EmbedConfig
 from curate.encoders.registry import load_encoder
 from curate.images.config import ImagesConfig
 from curate.layout import Data
-from curate.store.files import read_json
 from pipelines.runtime.progress import ProgressBar, redirect_output
 from pipelines.terminal import CLEAR
 
@@ -61,7 +60,7 @@ class _Tasks:
         self._data, self._name, self._address, self._stack = data, name, address, stack
         self._shown, self._last = "", time.monotonic()
         self._out: Any = None  # the terminal, once Ray writes to where it was
-        images = sum((read_json(data.fetched_record(s.shard)) or {}).get("successes", 0) for s in data.plan.shards)
+        images = sum(data.record(data.fetched_record(s.shard)).get("successes", 0) for s in data.plan.shards)
         self._on_ray = address is not None or images >= IMAGES_FOR_RAY
 
     def say(self, text: str) -> None:
@@ -96,10 +95,12 @@ class _Tasks:
 
     def _ray_map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
         from pipelines.runtime.cluster import local_gpus, ray_cluster, ray_map
+        from pipelines.runtime.nodes import NodeCheck, versions
 
         if self._out is None:
             self._out = self._stack.enter_context(redirect_output(self._data.logs / "ray.log"))
-            cluster = ray_cluster(self._address, self._data.root, cpus=os.cpu_count() or 1, gpus=local_gpus())
+            check = NodeCheck(folder=self._data.root, versions=versions())
+            cluster = ray_cluster(self._address, check, cpus=os.cpu_count() or 1, gpus=local_gpus())
             self._stack.enter_context(cluster)
         from ray.exceptions import RayTaskError  # not before: the switches of a cluster of our own are read then
 

@@ -7,6 +7,7 @@ they tell (records, counts, what went wrong) goes through one small actor.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import time
@@ -18,7 +19,9 @@ import torch
 
 from aesthetic.errors import UserError
 from pipelines.runtime.channel import report_errors, start_progress, start_worker, stop_check, watch
-from pipelines.runtime.cluster import quiet_ray_data, ray_cluster
+from pipelines.runtime.cluster import ray_cluster
+from pipelines.runtime.nodes import NodeCheck, versions
+from pipelines.runtime.pool import Pool, Staff, Stage
 from train.data import open_samples
 from train.devices import default_device
 from train.latents import Tell
@@ -103,7 +106,8 @@ def ray_trainer(job: TrainJob, run: TrainRun, say: Callable[[str], None]) -> Ite
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")  # torch on a cold disk takes its minute
     options = job.options
     cpus = max(os.cpu_count() or 1, options.workers or 0)
-    with ray_cluster(options.address, options.out, cpus=cpus, gpus=torch.cuda.device_count()):
+    check = NodeCheck(folder=options.out, versions=versions(), paths=(str(options.data),))
+    with ray_cluster(options.address, check, cpus=cpus, gpus=torch.cuda.device_count()):
         yield RayTrainer(job, run, say)
 
 
@@ -173,22 +177,17 @@ class RayTrainer:
             ) from e
 
     def precompute_latents(self, tell: Tell) -> None:
-        """As a Ray Data stage: an actor per worker, a row per shard."""
-        import ray
-        from ray.data import ActorPoolStrategy
+        """In a pool of as many workers, shard by shard."""
 
         def write_shards(made: dict[str, Any], missing: list[int]) -> None:
+            stage = Stage(
+                "latents",
+                functools.partial(open_latents, self._job, self._name, made),
+                lambda size: Staff(self._workers, self._cpus, 1.0 if self._gpu else 0.0, most=self._workers),
+            )
+
             def map_shards() -> None:
-                quiet_ray_data()
-                rows: Any = ray.data.from_items([{"shard": i} for i in missing], override_num_blocks=len(missing))
-                rows = rows.map(
-                    LatentsActor,
-                    fn_constructor_args=(self._job, self._name, made),
-                    compute=ActorPoolStrategy(size=min(self._workers, len(missing))),
-                    num_cpus=self._cpus,
-                    num_gpus=1 if self._gpu else None,
-                )
-                for _ in rows.iter_rows():
+                for _ in Pool([stage], missing, self._progress, say=self._say).results():
                     pass
 
             for count in self._messages(map_shards):
@@ -228,16 +227,14 @@ def _train_worker(job: TrainJob, stage: str, name: str) -> None:
         raise lost
 
 
-class LatentsActor:
-    """Writes shards of latents."""
+def open_latents(job: TrainJob, name: str, made: dict[str, Any], threads: int) -> Callable[[int, int], None]:
+    """Writes shards of latents, in an actor."""
+    progress = start_worker(job.options.out, "latents", name)
+    with report_errors(progress):
+        run = job.open(default_device())
 
-    def __init__(self, job: TrainJob, name: str, made: dict[str, Any]) -> None:
-        self._progress = start_worker(job.options.out, "latents", name)
-        self._made = made
-        with report_errors(self._progress):
-            self._run = job.open(default_device())
+    def write(shard: int, lost: int) -> None:
+        with report_errors(progress):
+            run.write_latents(shard, made, progress.put.remote)
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        with report_errors(self._progress):
-            self._run.write_latents(int(row["shard"]), self._made, self._progress.put.remote)
-        return row
+    return write

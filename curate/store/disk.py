@@ -1,0 +1,110 @@
+"""Where the files of a data folder are: on a disk, as they lie. A mirror of an object store answers the same."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from aesthetic.errors import UserError
+from aesthetic.untrusted import read_bytes
+from curate.store.files import write_json
+from curate.store.lock import Lock
+from curate.store.records import read_record
+
+Stamp = tuple[int, str]
+"""A file's size in bytes, and what changes when it is written again (of an object, its ETag)."""
+
+_TICK = 2_000_000_000  # nanoseconds, with a large margin; FAT counts in two seconds
+
+
+class Disk:
+    """A folder on a local or shared file system. Nothing has to be moved; `Mirror` is the same of an object store."""
+
+    url: str | None = None
+    token: str | None = None  # of the lease that this run holds; a disk has a lock, which nobody alive loses
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def read_small(self, path: Path, most: int = 1 << 28) -> bytes | None:
+        """The bytes of a small file; None where there is none, a link, or one of more bytes than `most`."""
+        self.bring([path])
+        with contextlib.suppress(OSError, UserError):
+            if stat.S_ISREG(os.lstat(path).st_mode):
+                return read_bytes(path, most)
+        return None
+
+    def lock(self) -> contextlib.AbstractContextManager[Any]:
+        """One run at a time, while the block runs. UserError where another one is at work."""
+        return Lock(self.root)
+
+    def refresh(self) -> None:
+        """Look again at what lies there, as other processes write too."""
+
+    def bring(self, paths: Iterable[Path]) -> None:
+        """Have files of the folder here, whole and as they are now; one that is not there is not here either."""
+
+    def push(self, paths: Iterable[Path]) -> None:
+        """Put files there as they are here, each whole or not at all, in this order."""
+
+    def release(self, paths: Iterable[Path]) -> None:
+        """Let go of the files here that lie there: their room may be used for others."""
+
+    def remove(self, paths: Iterable[Path]) -> None:
+        """Remove files, here and there; those that are not there are fine."""
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+    def stamp(self, path: Path) -> Stamp | None:
+        """The stamp of a file, None where there is none."""
+        try:
+            found = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return found.st_size, f"{found.st_mtime_ns}-{found.st_ino}"
+
+    def lasting(self, stamp: Stamp) -> bool:
+        """Whether a file could not have been written again since without that its stamp is another: clocks of file
+        systems tick each few milliseconds."""
+        return time.time_ns() - int(stamp[1].split("-")[0]) > _TICK
+
+    def names(self, folder: Path) -> list[str]:
+        """The names of the files and folders in a folder, sorted; none where it is not there."""
+        try:
+            return sorted(os.listdir(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def folders(self, parent: Path) -> list[str]:
+        """The names of the folders in a folder, sorted."""
+        return [name for name in self.names(parent) if (parent / name).is_dir()]
+
+    def walk(self, folder: Path) -> list[Path]:
+        """All files below a folder, sorted."""
+        below = [path for name in self.folders(folder) for path in self.walk(folder / name)]
+        return sorted([*below, *(folder / name for name in {*self.names(folder)}.difference(self.folders(folder)))])
+
+    def read_records(self, paths: Iterable[Path]) -> dict[Path, tuple[dict[str, Any], Stamp, str]]:
+        """Of the records that are there, what each says, its stamp, and the mark of its outputs."""
+        found = {}
+        for path in paths:
+            if (stamp := self.stamp(path)) is not None:
+                found[path] = read_record(path), stamp, ""
+        return found
+
+    def write_record(self, path: Path, value: Mapping[str, Any], outputs: Iterable[Path]) -> None:
+        """Put outputs there, and last of all the record that names them."""
+        write_json(path, value)
+
+    def mark(self, outputs: Iterable[Path]) -> str:
+        """What the outputs of a record are there, in short, where a size says too little: on a disk nobody writes
+        them whose lock is lost."""
+        return ""
