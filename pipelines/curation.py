@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
 from curate.annotators.base import Annotator
-from curate.annotators.order import first_pass
+from curate.annotators.order import ENCODER, first_pass, set_early
 from curate.annotators.registry import absolute, add_needs, fetch_annotators, make_annotators
-from curate.encoders.embed import recovered
 from curate.encoders.registry import fetch_weights
 from curate.fetch.ingest import check_verify
 from curate.layout import Data
@@ -33,13 +32,13 @@ from pipelines.checks import (
     refuse_denied,
     refuse_same_early,
 )
+from pipelines.estimates import RunTimes, keep_rates, project
 from pipelines.options import Result, command
 from pipelines.recipe import Recipe, store_recipe
 from pipelines.runtime.cluster import check_reachable
 from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
 from pipelines.runtime.nodes import node_check
 from pipelines.runtime.passes import annotate_passes
-from pipelines.runtime.progress import ProgressDisplay, format_duration
 
 if TYPE_CHECKING:
     from curate.ledger.select import Selection
@@ -176,7 +175,7 @@ def resume(
         if restart_from is not None:
             restart(data, recipe, restart_from, stages)
         store_recipe(data, recipe)
-        return _run_job(data, recipe, annotators, stages, address, retry=retry, early=early)
+        return _run_job(data, recipe, annotators, stages, address, retry=retry, regain=early)
 
 
 def restart(data: Data, recipe: Recipe, stage: str, stages: Sequence[str]) -> None:
@@ -197,9 +196,10 @@ def _run_job(
     stages: tuple[str, ...],
     address: str | None,
     retry: bool = False,
-    early: bool = False,
+    regain: bool = False,
 ) -> Result:
-    """Everything after the checks: the stages on Ray, then the selection and its shards."""
+    """Everything after the checks: the stages on Ray, then the selection and its shards. regain: what early rules left
+    out is fetched, and counted."""
     from curate.duplicates.repeats import repeats
 
     plan = data.plan
@@ -210,13 +210,14 @@ def _run_job(
         print(f"warning: private addresses are open to this list: {', '.join(recipe.fetch.allow)} (fetch.allow)")
     facts = {"columns": plan.columns, "warnings": plan.warnings}
     result = Result(facts={"rows": plan.total_rows, "shards": len(plan.shards), **facts})
-    had = _images(data) if retry or early else 0
+    had = _images(data) if retry or regain else 0
     if retry:
         from curate.workers import forget_unanswered
 
         forget_unanswered(data, annotators)
+    early = early_rules(recipe, annotators)
     left = remaining_work(data, recipe, annotators, stages, retry)
-    display: ProgressDisplay | None = None  # where all was done already
+    times, display = RunTimes(), None  # where all was done already
     if "embed" in stages:
         fetch_annotators(annotators, tables=bool(left.shards))
     if left.shards:
@@ -229,12 +230,15 @@ def _run_job(
             fetch_weights(recipe.embed.encoder, recipe.embed.weights)
         if len(left.shards) < len(plan.shards):
             print(f"{len(plan.shards) - len(left.shards):,} of {len(plan.shards):,} shards are done already")
-        together = replace(recipe, columns={name: recipe.columns[name] for name in first_pass(annotators)})
-        job = CurateJob(data, together, fetch="fetch" in stages, embed="embed" in stages, retry=retry)
+        columns = {name: recipe.columns[name] for name in first_pass(annotators, early[ENCODER])}
+        fetch, embed = "fetch" in stages, "embed" in stages
+        job = CurateJob(data, replace(recipe, columns=columns), fetch, embed, retry=retry, early=early)
         display = run_job(job, left, check=node_check(data, recipe), address=address)
+        times.add(display)
     if "embed" in stages:
-        annotate_passes(data, recipe, annotators, first=False, address=address)
-    if (retry or early) and display is not None:
+        with times.stage("annotate"):
+            annotate_passes(data, recipe, annotators, first=False, early=early[ENCODER], address=address)
+    if (retry or regain) and display is not None:
         result.facts["recovered"] = _images(data) - had
         print(f"retry  {result.facts['recovered']:,} more images")
 
@@ -257,16 +261,16 @@ def _run_job(
         print("    the rule first_of(sha256) keeps one of each; their sha256 in a list of fetch.deny keeps none")
 
     if "select" in stages:
-        _select(data, recipe, result, display)
+        _select(data, recipe, result, times)
     else:
         result.paths["fetched"] = data.shown(data.root / "fetched")
         result.next = command("embed", data)
     return result
 
 
-def _select(data: Data, recipe: Recipe, result: Result, display: ProgressDisplay | None) -> None:
-    """Select and pack; of a part of a list, say what the whole would take."""
-    from curate.ledger.select import remembered, select
+def _select(data: Data, recipe: Recipe, result: Result, times: RunTimes) -> None:
+    """Select and pack; keep what the run took, and of a part of a list, say what the whole would take."""
+    from curate.ledger.select import NothingKept, remembered, select
 
     name, plan = recipe.select.name, data.plan
     try:
@@ -275,17 +279,35 @@ def _select(data: Data, recipe: Recipe, result: Result, display: ProgressDisplay
         before = ({}, Path())
     if before is not None and before != (recipe.select.rules, None):
         print(f"the selection {name} was made by other rules; it is made anew by the recipe's")
-    selection = select(data, recipe.select)
+    with times.stage("select"):
+        selection = select(data, recipe.select)
     show_selection(selection)
     result.facts |= {"kept": selection.kept, "funnel": selection.funnel}
-    pack_selection(data, recipe, result)
-    if plan.listed_rows > plan.total_rows:
-        print(projection(data, plan.listed_rows, plan.total_rows, selection.kept, display))
+
+    def keep() -> None:
+        rates = keep_rates(data, recipe, times, selection.kept)
+        if rates is not None and plan.listed_rows > plan.total_rows:
+            print(project(rates, selection, result.facts))
+
+    try:
+        with times.stage("pack"):
+            pack_selection(data, recipe, result)
+    except NothingKept:
+        keep()
+        raise
+    keep()
 
 
 def _images(data: Data) -> int:
     """How many images are fetched."""
     return sum(data.record(data.fetched_record(s.shard)).get("successes", 0) for s in data.plan.shards)
+
+
+def early_rules(recipe: Recipe, annotators: Mapping[str, Annotator]) -> dict[str, dict[str, str]]:
+    """Have each annotator wait for the recipe's early rules; returns which those are, and those of the encoder."""
+    select = recipe.select
+    rules = {name: condition for name, condition in select.rules.items() if name in select.early}
+    return set_early(annotators, rules, imported=recipe.embed.embeddings is not None)
 
 
 def remaining_work(
@@ -296,19 +318,23 @@ def remaining_work(
 
     fetch, embed = "fetch" in stages, "embed" in stages
     fetch_hash, embed_hash = recipe.hashes()
-    early = recipe.early_fetch()
+    early = early_rules(recipe, annotators)[ENCODER]
+    of_fetch = recipe.early_fetch()
     shards, rows, images = [], 0, 0
     for s in data.plan.shards:
         fetched = fetch_done(data, s.shard, fetch_hash)
-        waiting = left_out(data, s.shard, early) if fetched else s.rows
+        waiting = left_out(data, s.shard, of_fetch) if fetched else s.rows
         waiting += transient_failures(data, s.shard) if fetched and retry else 0
-        unembedded = fetched and embed and not embed_done(data, s.shard, embed_hash, annotators)
+        unembedded = fetched and embed and not embed_done(data, s.shard, embed_hash, annotators, early)
         if (waiting and fetch) or unembedded:
             shards.append(s.shard)
             rows += waiting if fetch else 0
-            if unembedded:  # after a retry, the images that it recovered
-                added = recovered(data, s.shard, data.embedded_record(s.shard), embed_hash)
-                images += data.record(data.fetched_record(s.shard))["successes"] if added is None else len(added)
+            if unembedded:  # after a retry, or a wider condition, those that have no vector yet
+                path = data.embedded_record(s.shard)
+                record = data.record(path)
+                same = record.get("digest", record.get("config")) == embed_hash
+                there = record["sample_count"] if same and data.outputs_present(path) else 0
+                images += max(0, data.record(data.fetched_record(s.shard))["successes"] - there)
     return RemainingWork(shards, rows, images)
 
 
@@ -377,13 +403,3 @@ def estimate_bytes(recipe: Recipe, rows: int) -> int:
     side = recipe.images.size if recipe.images.mode != "no" else 1024
     image = int(side * side * 1.33 * 0.14)
     return rows * (int(image * 1.5) + 2 * 2 * 1664)
-
-
-def projection(data: Data, listed: int, taken: int, kept: int, display: ProgressDisplay | None) -> str:
-    """What the whole list would take, from the rows that were taken: time, size, and kept rows with a 95% interval."""
-    share = kept / taken
-    half = 1.96 * (share * (1 - share) / taken) ** 0.5
-    size = sum(p.stat().st_size for p in (data.root / "fetched").glob("*.tar")) / taken * listed
-    seconds = display.project(listed, round(_images(data) / taken * listed)) if display is not None else None
-    time = f"about {format_duration(seconds)} here, " if seconds is not None else ""
-    return f"whole list: {listed:,} rows, {time}{size / 1e9:,.1f} GB, {share * listed:,.0f} ± {half * listed:,.0f} kept"

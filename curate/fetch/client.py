@@ -112,7 +112,7 @@ class Fetcher:
         self._rules_limits = BodyLimits(optouts.ROBOTS_MAX_BYTES, truncate=True, respect=frozenset())
         self._keepalive = _seconds_kept_open(config.concurrency)
         self._opened: aiohttp.ClientSession | None = None
-        self.spent = Spent()  # `requests`, the bytes that they `received`, and their seconds `in_flight`
+        self.spent = Spent()  # `requests`, `rules` among them (robots.txt), bytes `received`, seconds `in_flight`
 
     async def get(self, url: str) -> Body:
         """Fetch one URL.
@@ -246,7 +246,8 @@ class Fetcher:
             raise
         finally:
             received = 0 if response is None else response.content.total_bytes
-            self.spent.add(requests=1, received=received, in_flight=time.monotonic() - began)
+            seconds = time.monotonic() - began
+            self.spent.add(requests=1, rules=float(limits.truncate), received=received, in_flight=seconds)
 
     @property
     def _session(self) -> aiohttp.ClientSession:

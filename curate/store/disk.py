@@ -6,7 +6,7 @@ import contextlib
 import os
 import stat
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Disk:
 
     url: str | None = None
     token: str | None = None  # of the lease that this run holds; a disk has a lock, which nobody alive loses
+    fence: Callable[[], None] | None = None  # in a worker: raises LeaseLost where others do what it was at
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -102,6 +103,8 @@ class Disk:
 
     def write_record(self, path: Path, value: Mapping[str, Any], outputs: Iterable[Path]) -> None:
         """Put outputs there, and last of all the record that names them."""
+        if self.fence is not None:
+            self.fence()
         write_json(path, value)
 
     def mark(self, outputs: Iterable[Path]) -> str:

@@ -33,7 +33,17 @@ def open_store(place: str) -> Disk:
 @functools.cache
 def open_mirror(url: str) -> Mirror:
     """The mirror of a URL in this process, which has but one."""
-    return Mirror(url)
+    mirror = _mirrors[url] = Mirror(url)
+    return mirror
+
+
+def store_at(path: Path) -> Disk:
+    """The store of a file or folder here: the mirror that it is in, else the disk, with it as the root."""
+    found = (mirror for mirror in _mirrors.values() if path.is_relative_to(mirror.root))
+    return max(found, key=lambda mirror: len(mirror.root.parts), default=Disk(path))
+
+
+_mirrors: dict[str, Mirror] = {}
 
 
 class Mirror(Disk):
@@ -72,7 +82,9 @@ class Mirror(Disk):
         self._listing = _Listing(self._objects.list())
 
     def _check(self) -> None:
-        """LeaseLost where another run has taken the folder over meanwhile."""
+        """LeaseLost where another run has taken the folder over meanwhile, or another worker the shard."""
+        if self.fence is not None:
+            self.fence()
         if self._lease is not None:
             self._lease.check()
         elif self.token is not None:  # a worker's

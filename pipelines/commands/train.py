@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import threading
 import time
@@ -24,9 +23,11 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from aesthetic.errors import DiskFull, UserError
-from curate.store.files import local_path, read_json, sweep, write_json
+from curate.store.files import read_json, sweep, write_json
+from curate.store.mirror import store_at
 from pipelines.options import REQUIRED, Options, Result, argument, command, option, positive_int, read_prompts
 from pipelines.runtime.progress import ProgressBar, format_duration, redirect_output
+from train.places import bring, discard, local_folder, push, shown
 
 if TYPE_CHECKING:
     from curate.sources.dataset import MapDataset
@@ -49,9 +50,11 @@ SETTINGS = (
 class TrainOptions(Options):
     """None: what the preset or the model suggests."""
 
-    data: Path = argument("SHARDS", "a folder of packed shards, of img2dataset's or webdataset's tars, or of images")
+    data: Path = argument(
+        "SHARDS", "a folder of packed shards, of img2dataset's or webdataset's tars, or of images", type=local_folder
+    )
     out: Path = option(
-        "the model's folder, which diffusers loads when done", default=REQUIRED, metavar="MODEL", type=local_path
+        "the model's folder, which diffusers loads when done", default=REQUIRED, metavar="MODEL", type=local_folder
     )
     preset: str | None = option(
         "a new model: debug, tiny (default without a GPU), small-64 (default with one), base-128, sd15", metavar="P"
@@ -97,6 +100,9 @@ def run(options: TrainOptions) -> Result:
     from train.models.release import is_released
     from train.run import earlier_run
 
+    bring(options.data)
+    check_data(options.data)
+    bring(options.out)
     samples = open_samples(options.data, options.caption)
     if options.weight_by:
         sampling_weights(samples, options.weight_by)
@@ -107,7 +113,7 @@ def run(options: TrainOptions) -> Result:
     if record and record.get("finished") and is_released(options.out):
         return _result(options.out, record)
     with (
-        taken(options.out, "model", replaces=["train.json", "data.json"]) as folder,
+        taken(store_at(options.out), "model", replaces=["train.json", "data.json"]) as folder,
         redirect_output(options.out / "logs" / "train.log") as terminal,
         contextlib.ExitStack() as stack,
     ):
@@ -116,7 +122,7 @@ def run(options: TrainOptions) -> Result:
         if record and record.get("finished") and is_released(options.out):
             return _result(options.out, record)
         if record is None:
-            shutil.rmtree(options.out / "start", ignore_errors=True)
+            discard(options.out, "start")
         facts = record or {"settings": settings, "started": datetime.now(UTC).isoformat(timespec="seconds")}
         write_json(options.out / "train.json", facts)
         try:
@@ -127,7 +133,10 @@ def run(options: TrainOptions) -> Result:
             raise
         for line in _headline(train_run, resolved, trainer.about, preset_given=options.preset is not None):
             terminal.write(line + "\n")
-        return _train(train_run, trainer, facts, terminal, tensorboard=options.tensorboard)
+        try:
+            return _train(train_run, trainer, facts, terminal, tensorboard=options.tensorboard)
+        finally:
+            push(options.out)
 
 
 # ---------------------------------------------------------------------------------------- before anything is written
@@ -149,8 +158,9 @@ def check_options(options: TrainOptions) -> None:
         raise UserError(f"there is no objective {objective!r}: {', '.join(OBJECTIVES)}")
     if options.preset:
         _check_preset(options.preset, options.size)
-    check_data(options.data)
-    check_free(options.out, "model")
+    if store_at(options.data).url is None:
+        check_data(options.data)
+    check_free(store_at(options.out), "model")
     if options.tensorboard and find_spec("tensorboard") is None:
         raise UserError("--tensorboard: it is not installed here: `pip install 'tastemaker[tensorboard]'`")
     if options.lr is not None and not options.lr > 0:
@@ -180,9 +190,9 @@ def _check_preset(name: str, size: int | None) -> None:
 def check_data(folder: Path) -> None:
     """UserError where there is no folder, or nothing in it: what `open_samples` would say, without torch."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder. A folder of packed shards, of tars or of images is expected.")
+        raise UserError(f"{shown(folder)} is no folder. A folder of packed shards, of tars or of images is expected.")
     if not any(folder.iterdir()):
-        raise UserError(f"{folder}: holds neither tars nor images")
+        raise UserError(f"{shown(folder)}: holds neither tars nor images")
 
 
 def _resolve(options: TrainOptions, samples: MapDataset) -> TrainOptions:
@@ -257,6 +267,7 @@ def _prepare(
     """All that can be refused, and all that is done once; adds to `facts` what is known then."""
     import torch
 
+    from pipelines.runtime.nodes import place_of
     from pipelines.runtime.trainers import LocalTrainer, TrainJob, ray_trainer
     from train.data import sampling_weights
     from train.devices import default_device, set_threads, versions
@@ -294,7 +305,14 @@ def _prepare(
     if pipeline is not None:
         identity["weights"] = weights_digest(pipeline.unet)
     prompts = prompts or default_prompts(samples, data["held_out"])
-    job = TrainJob(options=resolved, loop=_loop_config(resolved), prompts=prompts, identity=identity)
+    job = TrainJob(
+        options=resolved,
+        loop=_loop_config(resolved),
+        prompts=prompts,
+        identity=identity,
+        data=place_of(store_at(resolved.data)),
+        model=place_of(store_at(out)),
+    )
     alone = resolved.address is None and (resolved.workers or torch.cuda.device_count()) <= 1
     device = default_device() if alone else torch.device("cpu")
     by = str(device)
@@ -306,6 +324,7 @@ def _prepare(
     train_run = job.open(device, pipeline)
     train_run.check_space()
     trainer: Trainer = LocalTrainer(train_run, by)
+    push(out)  # workers begin with it
     if not alone:
         trainer = stack.enter_context(ray_trainer(job, train_run, say))
     facts |= {"data": train_run.data_facts(), "made_with": versions(), "by": trainer.about}
@@ -359,9 +378,11 @@ def _train(run: TrainRun, trainer: Trainer, facts: dict[str, Any], terminal: IO[
                 quality = f"  PSNR {psnr(held_out['ema']):.1f} dB" if held_out else ""
                 say(f"autoencoder {format_record(record)}{quality}")
         run.finish_autoencoder()
+        push(run.out)
     if run.uses_latents:
         count = ProgressBar(terminal, "latents", len(run.chosen) + len(run.held_out))
         trainer.precompute_latents(count)
+        push(run.out)
         size = sum(p.stat().st_size for p in run.latents_folder.iterdir())
         count.end(f", {size / 1e6:,.1f} MB in {run.latents_folder}")
     with _stop_on_signal(terminal, run.out) as should_stop:
@@ -418,9 +439,10 @@ def _result(out: Path, facts: dict[str, Any]) -> Result:
     if (decibel := result.get("autoencoder_psnr_db")) is not None:
         text += f" · autoencoder {decibel:.1f} dB"
     previews = sorted((out / "samples").glob("*.png"))
-    paths = {"model": out, **({"pictures": previews[-1]} if previews else {}), "card": out / "README.md"}
+    place = shown(out)
+    paths = {"model": place, **({"pictures": shown(previews[-1])} if previews else {}), "card": f"{place}/README.md"}
     if (out / "loss.png").is_file():
-        paths["loss"] = out / "loss.png"
-    model, lora = (facts["settings"]["from"], ["--lora", out]) if facts["settings"]["lora"] else (out, [])
+        paths["loss"] = f"{place}/loss.png"
+    model, lora = (facts["settings"]["from"], ["--lora", place]) if facts["settings"]["lora"] else (place, [])
     following = command("sample", model, facts["prompts"][0], *lora)
     return Result(text=text, facts=facts, paths=dict(paths), next=following)

@@ -7,6 +7,7 @@ text, in wrappings that vary.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -20,10 +21,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from curate.store.disk import Disk
 from curate.store.files import open_log
+from curate.store.lease import LeaseLost
 from curate.store.lock import hold_worker_lock
 from pipelines.runtime.progress import Counts
 from pipelines.terminal import LogFormatter
+
+NOT_ASKED = 30.0
+"""Seconds in which a driver must answer a worker; after so many of silence again, others have its items."""
 
 
 class ProgressActor:
@@ -113,13 +119,34 @@ def beside_driver() -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------- in a worker
 
 
-def start_worker(folder: Path, stage: str, progress: str) -> Any:
-    """In a new worker's process: hold the folder's worker lock, log to `folder/logs`, find the ProgressActor."""
+def start_worker(store: Disk, stage: str, progress: str) -> Any:
+    """In a new worker's process: hold the folder's worker lock, log to its logs, find the ProgressActor. Nothing is
+    committed there any more by a worker whose items others have.
+
+    Beside an object store Ray keeps what a worker says.
+    """
     import ray
 
-    hold_worker_lock(folder)
-    log_to_file(folder / "logs", stage)
-    return ray.get_actor(progress)
+    actor = ray.get_actor(progress)
+    if store.url is None:
+        hold_worker_lock(store.root)
+        log_to_file(store.root / "logs", stage)
+    if (name := ray.get_runtime_context().get_actor_name()) is not None:
+        store.fence = functools.partial(_check_at_work, actor, name)
+    return actor
+
+
+def _check_at_work(progress: Any, worker: str) -> None:
+    import ray
+    from ray.exceptions import RayError
+
+    why = "others do what this worker was at, as nothing was heard of it"
+    try:
+        if ray.get(progress.at_work.remote(worker), timeout=NOT_ASKED):
+            return
+    except RayError as e:
+        why = f"its driver can't be asked whether the work is still this worker's ({type(e).__name__})"
+    raise LeaseLost(f"{worker}: {why}")
 
 
 def log_to_file(logs: Path, stage: str) -> None:

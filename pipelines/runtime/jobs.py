@@ -12,8 +12,8 @@ import functools
 import math
 import os
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from curate.fetch.budget import Budget, LeaseReply, LeaseRequest
@@ -36,6 +36,7 @@ class CurateJob:
     embed: bool = True
     vectors: bool = True  # with false, embedding makes no vectors: columns alone
     retry: bool = False
+    early: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # of entries and the encoder: EmbedWorker
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def open_fetch(job: CurateJob, progress: str, threads: int) -> Callable[[int, in
 
     from curate.workers import FetchWorker
 
-    actor = start_worker(job.data.root, "fetch", progress)
+    actor = start_worker(job.data.store, "fetch", progress)
     meter = Meter(actor.add.remote)
     budget: Any = ray.get_actor(f"{progress}-budget")
     client = secrets.token_hex(8)
@@ -186,11 +187,18 @@ def open_embed(job: CurateJob, progress: str, threads: int) -> Callable[[int, in
     """An EmbedWorker in an actor."""
     from curate.workers import EmbedWorker
 
-    actor, recipe = start_worker(job.data.root, "embed", progress), job.recipe
+    actor, recipe = start_worker(job.data.store, "embed", progress), job.recipe
     meter = Meter(actor.add.remote)
     with report_errors(actor):
         worker = EmbedWorker(
-            job.data, recipe.embed, recipe.columns, recipe.hashes()[1], meter, threads, vectors=job.vectors
+            job.data,
+            recipe.embed,
+            recipe.columns,
+            recipe.hashes()[1],
+            meter,
+            threads,
+            vectors=job.vectors,
+            early=job.early,
         )
 
     def run(shard: int, lost: int) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import os
 import platform
 import secrets
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,6 +20,8 @@ from typing import Any
 from aesthetic.errors import UserError
 from aesthetic.files import scratch_path, write_atomic
 from curate.layout import Data
+from curate.store.disk import Disk
+from curate.store.mirror import open_store
 from pipelines.recipe import Recipe
 
 PACKAGES = (
@@ -26,31 +30,87 @@ PACKAGES = (
 )
 """Those whose versions decide which bytes come out."""
 
+ROOM = 2 * 10**9
+"""Bytes that must be free for the cache of a node: a shard that comes, one that goes, and their scratch."""
+
 PATIENCE = 600.0
 """Seconds in which a node must answer; it may have to fetch weights first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where all nodes must be able to read and write: a folder with a file in it that proves that it is the same one,
+    or a URL, with the token of the lease that this run holds there."""
+
+    folder: str = ""
+    proof: tuple[str, str] | None = None  # the file, and what it says
+    url: str | None = None
+    token: str | None = None
+
+    def open(self) -> Disk:
+        """The store, as a worker has it."""
+        store = open_store(self.url or self.folder)
+        store.token = self.token
+        return store
+
+    def problems(self) -> Iterator[str]:
+        """What keeps this node from it."""
+        if self.url is not None:
+            yield from self._of_url(self.url)
+        elif self.proof is not None:
+            path, text = self.proof
+            try:
+                seen = Path(path).read_text() == text
+            except (OSError, ValueError):
+                seen = False
+            if not seen:
+                shared = "Put it on a file system that all nodes share, or on an object store"
+                yield f"it does not see {self.folder}. {shared}"
+
+    def _of_url(self, url: str) -> Iterator[str]:
+        from curate.store.cache import cache_folder
+        from curate.store.lease import LeaseLost, check_token
+        from curate.store.objects import ObjectStore, StoreUnavailable
+
+        try:
+            folder = cache_folder()
+            if (free := shutil.disk_usage(folder).free) < ROOM:
+                yield (
+                    f"{folder} has {free / 1e9:.1f} GB free, and {ROOM / 1e9:.0f} are needed for what comes and goes. "
+                    "Set TASTEMAKER_CACHE there to a folder on a larger disk"
+                )
+            if self.token is not None:
+                check_token(ObjectStore(url, patience=20), self.token)
+        except (UserError, StoreUnavailable, LeaseLost) as e:
+            yield str(e)
+
+
+def place_of(store: Disk) -> Place:
+    """The place of a store, as nodes are asked for it."""
+    return Place(folder=str(store.root)) if store.url is None else Place(url=store.url, token=store.token)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeCheck:
     """What is asked of every node; plain values, as Ray carries it there.
 
-    folder: where results lie, one that all nodes see, with a file `proof` in it.
+    place: where results lie.
     encoder, weights, columns: what is loaded there, as a recipe has them; configs: what the columns' values depend on.
-    paths: files and folders that are read there.
+    paths: files and folders that are read there.    gloo: whether workers there talk to each other by it.
     """
 
-    folder: Path
+    place: Place
     versions: Mapping[str, str]
-    proof: tuple[Path, str] | None = None
     encoder: str | None = None
     weights: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
     configs: Mapping[str, str] = field(default_factory=dict)
     paths: tuple[str, ...] = ()
+    gloo: bool = False
 
     def problems(self) -> list[str]:
         """What this node lacks, and what to do about each; [] where it is fit. Fetches weights that are not here."""
-        return [*self._software(), *self._storage(), *self._models()]
+        return [*self._software(), *self._storage(), *self._models(), *self._network()]
 
     def _software(self) -> Iterator[str]:
         here = versions()
@@ -59,18 +119,23 @@ class NodeCheck:
             yield f"other software than the driver's: {'; '.join(other)}. Install the same on all nodes"
 
     def _storage(self) -> Iterator[str]:
-        if self.proof is not None:
-            path, text = self.proof
-            try:
-                seen = path.read_text() == text
-            except (OSError, ValueError):
-                seen = False
-            if not seen:
-                shared = "Put it on a file system that all nodes share, or on an object store"
-                yield f"it does not see {self.folder}. {shared}"
+        yield from self.place.problems()
         for name in self.paths:
             if not Path(name).exists():
                 yield f"there is no {name}, which is read there. Copy it to all nodes, or put it where all see it"
+
+    def _network(self) -> Iterator[str]:
+        if not self.gloo or os.environ.get("GLOO_SOCKET_IFNAME"):
+            return
+        try:  # as gloo finds the address that it tells others
+            address = socket.gethostbyname(socket.gethostname())
+        except OSError:
+            address = "nothing"
+        if address == "nothing" or address.startswith("127."):
+            yield (
+                f"its name {socket.gethostname()} means {address} there, so workers elsewhere can't reach those on it. "
+                "Start Ray there with GLOO_SOCKET_IFNAME=eth0, or whatever its network interface is called"
+            )
 
     def _models(self) -> Iterator[str]:
         from curate.annotators.registry import fetch_annotators, make_annotators
@@ -99,7 +164,7 @@ def node_check(data: Data, recipe: Recipe) -> NodeCheck:
     annotators = {name: a for name, a in make_annotators(recipe.columns).items() if a.reads != "table"}
     wanted = embeds or any(a.asks_encoder for a in annotators.values())
     return NodeCheck(
-        folder=data.root,
+        place=place_of(data.store),
         versions=versions(),
         encoder=recipe.embed.encoder if wanted else None,
         weights=recipe.embed.weights,
@@ -145,10 +210,13 @@ def _own_version() -> str:
 @contextlib.contextmanager
 def proven(check: NodeCheck) -> Iterator[NodeCheck]:
     """A check with a file in its folder that nodes must read; the file goes when the block ends."""
-    path, text = scratch_path(check.folder / "nonce"), secrets.token_hex(8)
+    if check.place.url is not None:  # there the lease is proof enough
+        yield check
+        return
+    path, text = scratch_path(Path(check.place.folder) / "nonce"), secrets.token_hex(8)
     write_atomic(path, text.encode())
     try:
-        yield replace(check, proof=(path, text))
+        yield replace(check, place=replace(check.place, proof=(str(path), text)))
     finally:
         path.unlink(missing_ok=True)
 
@@ -210,9 +278,3 @@ def _unfit(error: Exception) -> str | None:
     if isinstance(error, RayTaskError):
         return f"it can't run what it is asked: {(str(error).strip().splitlines() or [''])[-1]}"
     return None
-
-
-def free_bytes(folder: Path) -> int:
-    """What is free where a folder is, or will be."""
-    there = next(p for p in (folder, *folder.parents) if p.exists())
-    return shutil.disk_usage(there).free

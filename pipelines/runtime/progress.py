@@ -143,23 +143,17 @@ class ProgressDisplay:
                 del seen[1:-1:2]
         return count / max(seen[-1][0] - seen[0][0], 1e-3)
 
-    def project(self, rows: int, images: int) -> float | None:
-        """Seconds that so many rows and images would take here: start-up and the slow last rows once, the rest by the
-        rates that this run had. None where it saw nothing of a stage."""
-        if "fetch" not in self._seen or (self._embeds and images and "embed" not in self._seen):
-            return None
-        began = self._seen["fetch"][0][0]
-        seconds = self._scaled("fetch", rows)
-        if self._embeds and images:
-            seconds = max(seconds, self._seen["embed"][0][0] - began + self._scaled("embed", images))
-        return began - self._began + seconds
-
-    def _scaled(self, stage: str, count: int) -> float:
-        """Seconds of a stage for so many: the time of its first nine tenths to scale, and that of the others as it was;
-        those wait for slow servers, of which there are not more at a time in a longer list."""
-        seen = self._seen[stage]
-        most = next(at for at, done in seen if done >= 0.9 * seen[-1][1]), 0.9 * seen[-1][1]
-        return (most[0] - seen[0][0]) / most[1] * count + (seen[-1][0] - most[0])
+    def timing(self) -> dict[str, dict[str, float]]:
+        """How the run went by the clock, for a projection: of fetch and embed, `begin` (seconds after the start), the
+        seconds that the first nine tenths of the rows took for `each`, and the `tail` of the others; those wait for
+        slow servers, of which there are not more at a time in a longer list."""
+        found = {}
+        for stage, seen in self._seen.items():
+            (first, _), (last, count) = seen[0], seen[-1]
+            most = next(at for at, done in seen if done >= 0.9 * count)
+            each = (most - first) / (0.9 * count)
+            found[stage] = {"begin": first - self._began, "each": each, "tail": last - most, "count": count}
+        return found
 
 
 class ProgressBar:

@@ -61,7 +61,8 @@ class _Tasks:
         self._shown, self._last = "", time.monotonic()
         self._out: Any = None  # the terminal, once Ray writes to where it was
         images = sum(data.record(data.fetched_record(s.shard)).get("successes", 0) for s in data.plan.shards)
-        self._on_ray = address is not None or images >= IMAGES_FOR_RAY
+        # tasks write files for each other, which nodes that share no disk would not see
+        self._on_ray = data.url is None and (address is not None or images >= IMAGES_FOR_RAY)
 
     def say(self, text: str) -> None:
         self.show("")
@@ -95,11 +96,11 @@ class _Tasks:
 
     def _ray_map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
         from pipelines.runtime.cluster import local_gpus, ray_cluster, ray_map
-        from pipelines.runtime.nodes import NodeCheck, versions
+        from pipelines.runtime.nodes import NodeCheck, place_of, versions
 
         if self._out is None:
             self._out = self._stack.enter_context(redirect_output(self._data.logs / "ray.log"))
-            check = NodeCheck(folder=self._data.root, versions=versions())
+            check = NodeCheck(place=place_of(self._data.store), versions=versions())
             cluster = ray_cluster(self._address, check, cpus=os.cpu_count() or 1, gpus=local_gpus())
             self._stack.enter_context(cluster)
         from ray.exceptions import RayTaskError  # not before: the switches of a cluster of our own are read then

@@ -10,17 +10,21 @@ import contextlib
 import functools
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from aesthetic.errors import UserError
+from curate.layout import shard_name
+from curate.store.mirror import store_at
 from pipelines.runtime.channel import report_errors, start_progress, start_worker, stop_check, watch
 from pipelines.runtime.cluster import ray_cluster
-from pipelines.runtime.nodes import NodeCheck, versions
+from pipelines.runtime.nodes import NodeCheck, Place, versions
 from pipelines.runtime.pool import Pool, Staff, Stage
 from train.data import open_samples
 from train.devices import default_device
@@ -28,6 +32,7 @@ from train.latents import Tell
 from train.loop import LoopConfig, PeerLost, rank_and_size
 from train.models.presets import PRESETS
 from train.models.unet import load_model
+from train.places import bring, push
 from train.run import Record, ShouldStop, TrainRun
 
 if TYPE_CHECKING:
@@ -45,6 +50,15 @@ class TrainJob:
     loop: LoopConfig
     prompts: tuple[str, ...]
     identity: dict[str, Any]  # what must be the same for a run to go on
+    data: Place
+    model: Place
+
+    def there(self) -> TrainJob:
+        """In a worker: the same job, with the folders that this process has of data and model, and what lies there."""
+        data, model = self.data.open(), self.model.open()
+        bring(data.root)
+        bring(model.root)
+        return replace(self, options=replace(self.options, data=data.root, out=model.root))
 
     def open(self, device: torch.device, pipeline: Any = None) -> TrainRun:
         """Open model and data; `pipeline` where the model is loaded already."""
@@ -76,7 +90,10 @@ class LocalTrainer:
 
     def train(self, stage: str, should_stop: ShouldStop) -> Iterator[Record]:
         """Train `autoencoder` or `model` to the end, or until `should_stop`; records as `train.loop.train` yields."""
-        return train_stage(self._run, stage, should_stop)
+        for record in train_stage(self._run, stage, should_stop):
+            if "checkpoint" in record:
+                push(self._run.out)
+            yield record
 
     def precompute_latents(self, tell: Tell) -> None:
         """Write the latents that are missing; `tell` hears how many more images are done."""
@@ -106,7 +123,9 @@ def ray_trainer(job: TrainJob, run: TrainRun, say: Callable[[str], None]) -> Ite
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")  # torch on a cold disk takes its minute
     options = job.options
     cpus = max(os.cpu_count() or 1, options.workers or 0)
-    check = NodeCheck(folder=options.out, versions=versions(), paths=(str(options.data),))
+    paths = () if job.data.url else (job.data.folder,)
+    gloo = options.address is not None and not torch.cuda.is_available()
+    check = NodeCheck(place=job.model, versions=versions(), paths=paths, gloo=gloo)
     with ray_cluster(options.address, check, cpus=cpus, gpus=torch.cuda.device_count()):
         yield RayTrainer(job, run, say)
 
@@ -137,15 +156,17 @@ class RayTrainer:
     def train(self, stage: str, should_stop: ShouldStop) -> Iterator[Record]:
         """Train with Ray Train's TorchTrainer."""
         started = False
+        push(self._run.out)
         for message in self._messages(lambda: self._fit(stage), should_stop):
             if message != STARTED:
                 yield message
                 if "stopped" in message:
-                    return  # the other workers end with Ray
+                    break  # the other workers end with Ray
             elif started:
                 self._say("a worker was lost: all go on from the last checkpoint")
             else:
                 started = True
+        bring(self._run.out)
 
     def _fit(self, stage: str) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -162,7 +183,7 @@ class RayTrainer:
             ),
             run_config=RunConfig(
                 name=f"{stage}-{time.time_ns()}",
-                storage_path=str(job.options.out / "logs" / "ray"),
+                storage_path=_ray_folder(job),
                 failure_config=FailureConfig(max_failures=RESTARTS),
             ),
             torch_config=TorchConfig(backend="nccl" if self._gpu else "gloo"),
@@ -189,7 +210,9 @@ class RayTrainer:
             def map_shards() -> None:
                 for _ in Pool([stage], missing, self._progress, say=self._say).results():
                     pass
+                bring(self._run.out)
 
+            push(self._run.out)
             for count in self._messages(map_shards):
                 tell(count)
 
@@ -205,12 +228,20 @@ class RayTrainer:
             yield from ray.get(self._progress.take.remote())
 
 
+def _ray_folder(job: TrainJob) -> str:
+    """Where Ray Train keeps what it knows of a run: checkpoints are ours, so nothing in it is for other machines."""
+    if job.model.url is None:
+        return str(job.options.out / "logs" / "ray")
+    return str(Path(tempfile.gettempdir()) / f"tastemaker-{os.getuid()}" / "ray-train")
+
+
 def _train_worker(job: TrainJob, stage: str, name: str) -> None:
     """One worker of a TorchTrainer, from the last checkpoint to the last step."""
     import ray
     import ray.train.torch
 
-    progress = start_worker(job.options.out, stage, name)
+    job = job.there()
+    progress = start_worker(store_at(job.options.out), stage, name)
     rank, _ = rank_and_size()
     if rank == 0:
         ray.get(progress.put.remote(STARTED))
@@ -220,6 +251,8 @@ def _train_worker(job: TrainJob, stage: str, name: str) -> None:
             run = job.open(torch.device(ray.train.torch.get_device()))
             for record in train_stage(run, stage, stop_check(progress)):
                 if rank == 0:
+                    if "checkpoint" in record:
+                        push(run.out)
                     ray.get(progress.put.remote(record))
         except (PeerLost, torch.distributed.DistError) as e:  # no error of ours: Ray starts all of them anew
             lost = e
@@ -229,12 +262,16 @@ def _train_worker(job: TrainJob, stage: str, name: str) -> None:
 
 def open_latents(job: TrainJob, name: str, made: dict[str, Any], threads: int) -> Callable[[int, int], None]:
     """Writes shards of latents, in an actor."""
-    progress = start_worker(job.options.out, "latents", name)
+    job = job.there()
+    progress = start_worker(store_at(job.options.out), "latents", name)
     with report_errors(progress):
         run = job.open(default_device())
+        run.latents_folder.mkdir(exist_ok=True)
 
     def write(shard: int, lost: int) -> None:
         with report_errors(progress):
             run.write_latents(shard, made, progress.put.remote)
+            file = run.latents_folder / f"{shard_name(shard)}.safetensors"
+            store_at(file).push([file, file.with_suffix(".json")])
 
     return write

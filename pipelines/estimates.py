@@ -1,0 +1,158 @@
+"""What a run measured, kept in `logs/rates.json`, and what it says of the whole list; numbers in words."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from curate.estimate.rates import Figure, Rates, lay_over, measure
+from curate.estimate.spent import Spent
+from curate.estimate.whole import Projection, projection_facts, whole_list
+from curate.layout import Data
+from curate.store.files import read_json, write_json
+from pipelines.runtime.progress import ProgressDisplay, format_duration
+
+if TYPE_CHECKING:
+    from curate.ledger.select import Selection
+    from pipelines.recipe import Recipe
+
+
+@dataclass
+class RunTimes:
+    """How a run goes by the clock, and what the stages take that have no records of shards."""
+
+    began: float = field(default_factory=time.time)
+    wall: dict[str, dict[str, float]] = field(default_factory=dict)
+    spent: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure a stage that comes after fetch and embed."""
+        counter, began = Spent(), time.monotonic()
+        yield
+        self.wall[name] = {"seconds": round(time.monotonic() - began, 3)}
+        self.spent[name] = counter.take()
+
+    def add(self, display: ProgressDisplay | None) -> None:
+        """What was seen of fetch and embed."""
+        if display is not None:
+            self.wall |= display.timing()
+
+
+def keep_rates(data: Data, recipe: Recipe, times: RunTimes, kept: int) -> Rates | None:
+    """Write `logs/rates.json`, from which `tastemaker plan` makes plans; None where no record says what it took.
+
+    What an earlier run measured stays where this one found it done, or had fewer rows of it.
+    """
+    kept_before = read_json(data.rates)
+    before: dict[str, Any] = kept_before if isinstance(kept_before, dict) else {}
+    wall, name = dict(before.get("wall", {})), recipe.select.name
+    for stage, record in (("select", data.selection_record(name)), ("pack", data.manifest(name))):
+        if record.exists() and record.stat().st_mtime >= times.began:
+            outputs = (read_json(record) or {}).get("outputs", {})
+            times.spent[stage]["bytes"] = sum(fact["bytes"] for fact in outputs.values())
+        else:
+            times.spent.pop(stage, None)
+            times.wall.pop(stage, None)
+    for stage, now in times.wall.items():
+        if now.get("count", now.get("seconds", 0.0)) >= wall.get(stage, {}).get("count", 0.0):
+            wall[stage] = now
+    fetch = recipe.fetch
+    rates = measure(
+        data,
+        kept=kept,
+        spent=times.spent,
+        settings={
+            "concurrency": fetch.concurrency,
+            "per_domain": fetch.per_domain,
+            "rate": fetch.rate,
+            "shard_size": recipe.source.shard_size,
+        },
+        made=datetime.now(UTC).date().isoformat(),
+        machine=f"{os.cpu_count() or 1} cores",
+        encoder=recipe.embed.encoder,
+        wall=wall,
+    )
+    if rates is None:
+        return None
+    tree = rates.to_json()
+    tree["stages"] = {k: v for k, v in before.get("stages", {}).items() if k in ("select", "pack")} | tree["stages"]
+    data.logs.mkdir(exist_ok=True)
+    write_json(data.rates, tree)
+    return lay_over([(str(data.rates), tree)])
+
+
+def read_kept_rates(data: Data) -> Rates | None:
+    """The rates that the last run of a data folder kept."""
+    tree = read_json(data.rates)
+    return lay_over([(str(data.rates), tree)]) if isinstance(tree, dict) else None
+
+
+def projection_text(found: Projection, selection: Selection) -> str:
+    """What the whole list would take, in lines for people."""
+    lines = [
+        f"whole list: {found.rows:,} rows, by these {found.taken:,}, which are spread at random over it (95% intervals)"
+    ]
+    if found.kept is not None:
+        lines.append(f"    kept      {interval(found.kept)}    of {interval(found.images)} images")
+    if found.seconds is not None:
+        s = found.seconds
+        span = f"({format_duration(s.low or 0)} to {format_duration(s.high or 0)}: stages overlap wholly, not at all)"
+        lines.append(f"    time      about {format_duration(s.value)} here  {span}")
+    lines.append(f"    disk      {interval(found.disk, size)}")
+    if found.requests.value:
+        lines.append(f"    requests  {interval(found.requests)}    {interval(found.received, size)} received")
+    gpu = f"{interval(found.gpu, hours)} GPU-hours, " if found.gpu.value else ""
+    lines.append(f"    compute   {gpu}{interval(found.cpu, hours)} core-hours")
+    compared = [r.name for r in selection.rules if re.search(r"\b(first_of|best_of|at_most)\s*\(", r.condition, re.I)]
+    if compared:
+        rules = ", ".join(compared)
+        lines.append(f"    {rules}: a longer list has more rows alike, so fewer of them are kept than is said here")
+    return "\n".join(lines)
+
+
+def project(rates: Rates, selection: Selection, facts: dict[str, Any]) -> str:
+    """The projection of a part of a list to the whole: its text, and into `facts` its figures."""
+    found = whole_list(rates, os.cpu_count() or 1)
+    facts["whole"] = projection_facts(found)
+    return projection_text(found, selection)
+
+
+# ------------------------------------------------------------------------------------------------------------- words
+
+
+def interval(figure: Figure, words: Any = None) -> str:
+    """A figure and its interval: `1,234 (1,100 to 1,400)`."""
+    say = words or (lambda value: f"{value:,.0f}")
+    if figure.low is None or figure.high is None:
+        return str(say(figure.value))
+    return f"{say(figure.value)} ({say(figure.low)} to {say(figure.high)})"
+
+
+def size(count: float) -> str:
+    """Bytes as people say them.
+
+    >>> size(1_234_000), size(5.6e9), size(120)
+    ('1.2 MB', '5.6 GB', '120 B')
+    """
+    units = ["B", "kB", "MB", "GB", "TB", "PB"]
+    while count >= 1000 and len(units) > 1:
+        count, units = count / 1000, units[1:]
+    unit = units[0]
+    return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+
+
+def hours(seconds: float) -> str:
+    """Seconds as hours, in three digits at most.
+
+    >>> hours(3600), hours(36), hours(7_200_000)
+    ('1', '0.01', '2,000')
+    """
+    value = seconds / 3600
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
