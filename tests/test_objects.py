@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pickle
 import threading
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from curate.store.objects import Changed, ObjectStore, StoredObject
+from tests.stores import Server
 
 
 @pytest.fixture
@@ -44,6 +46,19 @@ def test_names_of_all_kinds(store: ObjectStore) -> None:
             store.put(b"", name)
     store.delete([*names, "missing"])
     assert not list(store.list())
+
+
+def test_folders_that_a_console_made_are_no_objects(store: ObjectStore, s3_server: Server) -> None:
+    """Empty objects whose keys end with a slash; obstore writes none, so they are put by hand."""
+    store.put(b"", "a/empty")
+    for key in ("", "a/", "new/"):
+        place = f"http://127.0.0.1:{s3_server.port}/{store.url.removeprefix('s3://')}/{key}"
+        urllib.request.urlopen(urllib.request.Request(place, method="PUT", data=b"")).close()
+    assert [o.name for o in store.list()] == ["a/empty"]
+    assert [o.name for o in store.list("a")] == ["a/empty"]
+    assert not list(store.list("new"))
+    assert store.names("") == ([], {"a", "new"})
+    assert [o.name for o in store.names("a")[0]] == ["a/empty"]
 
 
 def test_files(store: ObjectStore, tmp_path: Path) -> None:
