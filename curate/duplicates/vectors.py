@@ -16,16 +16,12 @@ import numpy.typing as npt
 
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
-from aesthetic.neighbours import cell_pairs, fit_cells, nearest_cells
+from aesthetic.neighbours import NEAREST, cell_pairs, fit_cells, nearest_cells
 from aesthetic.untrusted import open_vectors
 from curate.duplicates.rows import VERSION, Array, Table, hashes_agree, keep_array
 from curate.encoders.embed import take_vectors, vector_rows
 from curate.layout import shard_name
 from curate.store.files import digest, read_json
-
-NEAREST = 8
-"""Cells in which an image's neighbours are looked for. By measurement on made-up vectors like CLIP's: of pairs with a
-cosine of .95 97% lie in one another's eight nearest cells, and 63% in one cell."""
 
 ONE_CELL = 20_000
 """Up to so many images all are compared with all."""
