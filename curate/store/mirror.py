@@ -13,7 +13,7 @@ from urllib.parse import quote
 from curate.store.cache import cache_folder, keep, link, make_room, own_folder
 from curate.store.clients import is_url
 from curate.store.disk import Disk, Stamp
-from curate.store.files import digest, json_bytes, local_path
+from curate.store.files import digest, is_scratch, json_bytes, local_path
 from curate.store.lease import Lease, LeaseLost, check_token
 from curate.store.objects import Changed, ObjectStore, StoredObject
 from curate.store.records import parse_record
@@ -73,7 +73,8 @@ class Mirror(Disk):
         with Lease(self._objects, waiting=print) as lease:
             self._lease, self.token = lease, lease.token
             try:
-                self.refresh()
+                listing = self._listing = _Listing(self._objects.list())
+                self.remove(self.root / name for name in listing if is_scratch(name.rpartition("/")[2]))
                 yield
             finally:
                 self._lease = self.token = None
@@ -247,6 +248,10 @@ class _Listing:
         self._folders: dict[str, set[str]] = {}
         for stored in found:
             self.add(stored)
+
+    def __iter__(self) -> Iterator[str]:
+        for folder, files in self._files.items():
+            yield from (f"{folder}/{name}" if folder else name for name in files)
 
     def get(self, name: str) -> StoredObject | None:
         folder, _, own = name.rpartition("/")
