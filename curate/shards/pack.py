@@ -157,8 +157,8 @@ def _check_folder(folder: Path) -> None:
 
 def _stored_bytes(data: Data, selection: Selection, fetched: LedgerTable) -> int:
     """About how many bytes the kept images and their rows take: their share of all."""
-    files = [path for table in fetched.files for path in (table, table.with_suffix(".tar")) if path.exists()]
-    return sum(path.stat().st_size for path in files) * selection.kept // selection.fetched
+    stamps = (data.store.stamp(path) for table in fetched.files for path in (table, table.with_suffix(".tar")))
+    return sum(stamp[0] for stamp in stamps if stamp) * selection.kept // selection.fetched
 
 
 def _gather(
@@ -168,9 +168,9 @@ def _gather(
 
     Each shard's files are read once, the images from the tar's beginning to its end.
     """
-    others = [dict(zip(table.shards, table.files, strict=True)) for table in found[1:]]
+    data, others = columns.data, [dict(zip(table.shards, table.files, strict=True)) for table in found[1:]]
     for shard, path in zip(found[0].shards, found[0].files, strict=True):
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(data.local(path)) as file:
             keys = file.read(["key"])["key"].cast(pa.uint64()).to_numpy()
             if not len(keys):
                 continue
@@ -179,14 +179,12 @@ def _gather(
                 continue
             rows = file.read().filter(pa.array(among))
         tar = path.with_suffix(".tar")
-        index = index_tar(tar)
+        index = index_tar(data.local(tar))
         images = [image_member(index.get(key, {})) for key in rows["key"].to_pylist()]
         del index
         if None in images:
             key = rows["key"][images.index(None)].as_py()
-            raise CorruptShard(
-                f"{tar} holds no image of {key}. `tastemaker verify {columns.data.root}` looks for damage."
-            )
+            raise CorruptShard(f"{tar} holds no image of {key}. `tastemaker verify {columns.data}` looks for damage.")
         order = np.argsort([at for _, (at, _) in filter(None, images)], kind="stable")
         rows = columns.of(rows.take(order), [files.get(shard) for files in others])
         hashes = hashes[order]
@@ -203,6 +201,7 @@ def _gather(
                     samples.append(sample.getvalue())
                 yield part, hashes[start : start + _AT_ONCE], samples
                 progress(len(part))
+        data.release(path, tar)
 
 
 class _Columns:
@@ -210,10 +209,10 @@ class _Columns:
 
     def __init__(self, data: Data, found: list[LedgerTable]) -> None:
         self.data = data
-        self._fetched = pq.read_schema(found[0].files[0])
+        self._fetched = pq.read_schema(data.local(found[0].files[0]))
         self._others = list[tuple[str, pa.Schema]]()  # the key of a table, and what it adds
         for table in found[1:]:
-            schema = pq.read_schema(table.files[0])
+            schema = pq.read_schema(data.local(table.files[0]))
             self._others.append((table.key, pa.schema([schema.field(c) for c in table.columns])))
         added = [pa.field(f.name, f.type) for _, schema in self._others for f in schema]
         taken = RESERVED | {f.name for f in added}
@@ -228,7 +227,7 @@ class _Columns:
             if path is None:
                 columns += [pa.nulls(len(rows), f.type) for f in schema]
                 continue
-            with pq.ParquetFile(path) as file:
+            with pq.ParquetFile(self.data.local(path)) as file:
                 table = file.read()
             places = pc.index_in(rows["key"], table[key].combine_chunks())
             columns += [column.take(places) for column in _cast(table, schema)]
@@ -271,7 +270,7 @@ def _write_shards(
     ranks = cuts(selection.kept, config.shard_size)
     scratch = folder / "scratch"
     scratch.mkdir()
-    kept = KeptKeys(data.verdicts(selection.name), scratch / "hashes", config.seed)
+    kept = KeptKeys(data.local(data.verdicts(selection.name)), scratch / "hashes", config.seed)
     columns = _Columns(data, found)
     buckets = Buckets(scratch, first_hashes(kept.hashes, ranks[1:-1]), columns.schema)
     stored = _stored_bytes(data, selection, found[0])
