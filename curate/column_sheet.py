@@ -100,7 +100,7 @@ class _Sheet:
         here = [part for t in found if (part := t.of(self.picked)).shards] or [found[0].of(())]
         there = {c for t in here for c in t.columns}
         db = open_ledger(self.data, needed, found=here)
-        keys = [pq.read_table(file, columns=["key"])["key"] for file in here[0].files]
+        keys = [pq.read_table(here[0].data.local(file), columns=["key"])["key"] for file in here[0].files]
         places = [pa.array([shard] * len(k), pa.int64()) for shard, k in zip(self.picked, keys, strict=True)]
         db.register("place", pa.table({"key": pa.chunked_array(keys), "shard": pa.chunked_array(places)}))
         absent = "".join(f", null::{self.types[c]} as {quote(c)}" for c in sorted(needed - there))

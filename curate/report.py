@@ -266,7 +266,7 @@ class Report:
         db.register(
             "chosen", ds.dataset(str(self.data.local(self.data.verdicts(self.selection.name))), format="parquet")
         )
-        keys = [pq.read_table(file, columns=["key"])["key"] for file in here[0].files]
+        keys = [pq.read_table(here[0].data.local(file), columns=["key"])["key"] for file in here[0].files]
         shards = [pa.array([shard] * len(k), pa.int64()) for shard, k in zip(self.picked, keys, strict=True)]
         db.register("place", pa.table({"key": pa.chunked_array(keys), "shard": pa.chunked_array(shards)}))
         absent = "".join(f", null::{self.columns[c]} as {quote(c)}" for t in here if not t.shards for c in t.columns)
@@ -280,6 +280,7 @@ class Report:
     def _load_values(self, column: str) -> None:
         """The table `value` (key, v): one score of every image that has one."""
         table, c = self.tables[column], quote(column)
+        table.data.bring(*table.files)
         self.db.register("stored", ds.dataset([str(p) for p in table.files], format="parquet"))
         self.db.execute(
             "create or replace temp table value as "

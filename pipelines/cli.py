@@ -142,6 +142,8 @@ def _exit_code(code: int, out: SafeStream, err: SafeStream) -> int:
 
 
 def _complain(text: str) -> None:
+    if cache := sys.modules.get("curate.store.cache"):  # where files of an object store are mirrored
+        text = cache.in_urls(text)
     print(f"tastemaker: {text}", file=sys.stderr)
 
 
@@ -159,6 +161,8 @@ def script() -> NoReturn:
         code = e.code if isinstance(e.code, int) else 1
     except KeyboardInterrupt:  # before there was anything to interrupt
         code = 130
+    if cache := sys.modules.get("curate.store.cache"):
+        cache.leave()
     os._exit(code)
 
 

@@ -61,7 +61,7 @@ def denied_images(data: Data, deny: Deny, *, fetched: bool = True) -> DeniedImag
             hashes.add(facts.get("denied_hashes"))
             if not fetched or facts.get("denied_by") == deny.digest:
                 continue
-            if keys := [key for batch in search.denied([path]) for key in batch]:
+            if keys := [key for batch in search.denied([data.local(path)]) for key in batch]:
                 found.images += len(keys)
                 found.keys = [*found.keys, *keys][:3]
                 found.shards.append(shard_name(shard))
@@ -74,7 +74,9 @@ def denied_images(data: Data, deny: Deny, *, fetched: bool = True) -> DeniedImag
             fresh = fetched and manifest.get("inputs", {}).get("fetched") == now
             if fresh and not found:  # it is a part of what was looked at
                 continue
-            if count := sum(len(keys) for keys in search.denied(sorted(data.packed(name).glob("*.parquet")))):
+            files = [path for path in data.store.walk(data.packed(name)) if path.suffix == ".parquet"]
+            data.bring(*files)
+            if count := sum(len(keys) for keys in search.denied(files)):
                 found.packs[name] = count
             elif deny.hashes is not None and (hashes if fresh else {manifest.get("denied_hashes")}) != {deny.hashes}:
                 found.unknown_packs.append(name)

@@ -233,9 +233,9 @@ def column_types(found: Sequence[LedgerTable]) -> tuple[dict[str, str], dict[str
     """(columns of the ledger, fields of `source`) that the tables hold, with their DuckDB types."""
     types = {n: t for n, t in ledger_types().items() if n in OURS}
     for table in found[1:]:
-        schema = pq.read_schema(table.files[0])
+        schema = pq.read_schema(table.data.local(table.files[0]))
         types |= zip(table.columns, sql_types([schema.field(c).type for c in table.columns]), strict=True)
-    fetched = pq.read_schema(found[0].files[0])
+    fetched = pq.read_schema(found[0].data.local(found[0].files[0]))
     source = fetched_columns(fetched)[1]
     return types, dict(zip(source, sql_types([fetched.types[i] for i in source.values()]), strict=True))
 

@@ -21,6 +21,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from urllib.parse import unquote
 
 from aesthetic.errors import DiskFull, UserError
 from curate.store.files import RESERVE
@@ -71,14 +72,26 @@ def _own_folder(pid: int) -> Path:
         fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
         fcntl.flock(fd, fcntl.LOCK_EX)
         if folder.exists():  # nobody swept it away before it was locked
-            atexit.register(_leave, folder, pid)
+            atexit.register(leave)
+            _own.append((folder, pid))
             return folder
         os.close(fd)
 
 
-def _leave(folder: Path, pid: int) -> None:
-    if os.getpid() == pid:  # not in a process forked from it
-        shutil.rmtree(folder, ignore_errors=True)
+_own: list[tuple[Path, int]] = []
+
+
+def leave() -> None:
+    """Remove the folder of this process, which ends."""
+    for folder, pid in _own:
+        if os.getpid() == pid:  # not in a process forked from it
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def in_urls(text: str) -> str:
+    """A text in which paths of mirrors of this process are the URLs that they mirror."""
+    own = re.escape(f"{cache_folder()}/mirrors/") + r"\d+-[0-9a-f]{8}/([^/\s]+)"
+    return re.sub(own, lambda match: unquote(match[1]), text)
 
 
 def _sweep(parent: Path) -> None:
