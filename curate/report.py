@@ -23,7 +23,7 @@ from aesthetic.errors import UserError
 from curate.images.decode import decode
 from curate.layout import Data
 from curate.ledger.balance import balance_words, cluster_columns
-from curate.ledger.rules import DENIED, NUMBER, Computed, read_rules
+from curate.ledger.rules import DENIED, NUMBER, UNJUDGED, Computed, read_rules
 from curate.ledger.schema import RowError, Status
 from curate.ledger.select import load_selection
 from curate.ledger.sql import literal, quote
@@ -81,10 +81,12 @@ def contact_sheet(data: Data, name: str, column: str | None = None) -> Path:
     page = Page(220 + 190 * -(-KEPT // 8) + 180 * (len(rejected) + 2))
     made = report.selection
     _title(page, report)
-    parts = [("not fetched", made.rows - made.fetched, GREY)]
+    parts = [("not fetched", sum(made.not_fetched.values()), GREY)]
     if denied := sum(made.denied.values()):
         parts.append((DENIED, denied, GREY))
     parts += [(rule.name, rule.rejected, tint(i)) for i, rule in enumerate(made.rules)]
+    if made.unjudged:
+        parts.append((UNJUDGED, made.unjudged, GREY))
     page.bar([*parts, ("kept", made.kept, GREEN)])
     if kept:
         page.heading(
@@ -153,7 +155,9 @@ class Report:
         self.tables = {c: t for t in others for c in t.columns}
         clusters = cluster_columns(found)
         self.scores = [c for c in self.tables if NUMBER.fullmatch(self.columns[c]) and c not in clusters]
-        self.unsafe = [c for c, facts in recorded_columns(found).items() if facts.get("unsafe")]
+        recorded = recorded_columns(found)
+        self.unsafe = [c for c, facts in recorded.items() if facts.get("unsafe")]
+        self._unasked = {c for c in self.unsafe if recorded[c].get("early")}  # of some images, as early rules say no
         known = [*self.columns, *(f"source.{n}" for n in source)]
         self.rules = read_rules({r.name: r.condition for r in self.selection.rules}, known)
         hidden = hidden_columns(found)
@@ -306,7 +310,7 @@ class Report:
         """
         cuts = [cut for rule in self.rules.values() if rule for cut in rule.cuts]
         strictest = {c: min([BLURRED_FROM, *(cut.value for cut in cuts if cut.column == c)]) for c in self.unsafe}
-        found = [f"coalesce({quote(c)} >= {BLURRED_FROM}, false)" for c in self.unsafe]
+        found = [f"coalesce({quote(c)} >= {BLURRED_FROM}, {str(c in self._unasked).lower()})" for c in self.unsafe]
         for name, rule in self.rules.items():
             if not self._is_unsafe(name):
                 continue

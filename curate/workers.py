@@ -9,13 +9,17 @@ import gc
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
+
+import pyarrow as pa
 
 from aesthetic.errors import UserError
 from aesthetic.space import Space, require_same
-from curate.annotators.base import Annotator, Resources
-from curate.annotators.order import first_pass
+from curate.annotators.base import Annotator, Resources, all_of, config_of
+from curate.annotators.missing import column_inputs
+from curate.annotators.order import ENCODER, first_pass, where_inputs
 from curate.annotators.registry import Spec, make_annotators
-from curate.annotators.stage import annotate_shard, column_inputs
+from curate.annotators.stage import annotate_shard
 from curate.encoders.base import Encoder
 from curate.encoders.embed import EmbedConfig
 from curate.encoders.registry import load_encoder
@@ -25,6 +29,7 @@ from curate.fetch.budget import LeaseSlots
 from curate.fetch.client import Fetcher
 from curate.fetch.config import FetchConfig
 from curate.fetch.deny import Deny
+from curate.fetch.early import EarlyRules
 from curate.fetch.ingest import IngestContext, Report, ingest_shard
 from curate.images.config import ImagesConfig
 from curate.images.faces import require_detector
@@ -56,7 +61,9 @@ class FetchWorker:
         report: Report = ignore,
         threads: int = 0,
         lease: LeaseSlots | None = None,
+        early: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        """early: rules that are judged while rows are fetched, name -> condition (curate.ledger.early)."""
         if fetch.engine == "img2dataset":
             engine_img2dataset.require(images)
         if images.blur_faces:
@@ -73,15 +80,18 @@ class FetchWorker:
             threads=ThreadPoolExecutor(count, thread_name_prefix="decode"),
             local_reads=asyncio.Semaphore(4 * count),
             report=report,
+            early=EarlyRules(early, data.plan.extra_columns if early else pa.schema([])),
         )
 
     async def run(self, shard: int, retry: bool = False) -> None:
-        """Fetch one shard unless it is done; with `retry`, fetch again what failed for transient reasons."""
+        """Fetch one shard unless it is done, and what early rules left out of it that are others now; with `retry`,
+        fetch again what failed for transient reasons."""
         self._tune_process()
         done = fetch_done(self.data, shard, self.config)
-        if not done or (retry and transient_failures(self.data, shard)):
+        left = done and left_out(self.data, shard, self._context.early.conditions)
+        if not done or left or (retry and transient_failures(self.data, shard)):
             try:
-                await ingest_shard(self.data, shard, self._context, self.config, retry=done)
+                await ingest_shard(self.data, shard, self._context, self.config, again=done, retry=retry)
             finally:
                 await self._context.fetcher.return_slots()
 
@@ -123,8 +133,10 @@ class EmbedWorker:
         report: Report = ignore,
         threads: int = 0,
         vectors: bool = True,
+        early: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
-        """With `vectors` false, it makes none: columns alone, of what is there."""
+        """With `vectors` false, it makes none: columns alone, of what is there. early: the early rules that each entry
+        and the encoder wait for (curate.annotators.order.early_of)."""
         self.data, self.config, self.report = data, config, report
         count = threads or os.cpu_count() or 1
         self.imported: ImportedVectors | None = None
@@ -151,7 +163,9 @@ class EmbedWorker:
 
         resources = Resources(threads=count, space=space, encoder=functools.cache(exact))
         self.annotators = {name: a for name, a in make_annotators(columns).items() if a.reads != "table"}
+        self.early = (early or {}).get(ENCODER, {})
         for name, annotator in self.annotators.items():
+            annotator.early = (early or {}).get(name, {})
             try:
                 annotator.load(resources)
             except UserError as e:
@@ -176,6 +190,7 @@ class EmbedWorker:
             config=self.config,
             threads=self._threads,
             report=self.report,
+            early=self.early,
             spent=self._spent,
         )
 
@@ -217,13 +232,28 @@ def transient_failures(data: Data, shard: int) -> int:
     return sum(n for reason, n in outcomes.items() if reason != Status.SUCCESS and Reason(reason).transient)
 
 
-def embed_done(data: Data, shard: int, config: str, annotators: Mapping[str, Annotator]) -> bool:
-    """Whether a fetched shard is embedded and has every column of the first pass. Loads no model."""
+def left_out(data: Data, shard: int, early: Mapping[str, str]) -> int:
+    """How many rows of a fetched shard early rules rejected, where the rules were not those of now."""
+    record = data.record(data.fetched_record(shard))
+    return 0 if record.get("early", {}) == dict(early) else sum(record.get("rejected_early", {}).values())
+
+
+def embed_done(
+    data: Data, shard: int, config: str, annotators: Mapping[str, Annotator], early: Mapping[str, str] | None = None
+) -> bool:
+    """Whether a fetched shard is embedded, but for what early rules leave out, and has every column of the first pass.
+    Loads no model."""
     inputs = data.fetched_digests(shard)
     if inputs is None or not space_known(data):
         return False
+    if (condition := all_of(None, early or {})) is not None:
+        more = where_inputs(data, shard, condition)
+        if more is None:
+            return False
+        inputs = inputs | more
+    config = config_of(config, None, early or {})
     embedded = data.is_done(data.embedded_record(shard), config=config, inputs=inputs)
-    return embedded and all(annotated(data, shard, name, annotators[name]) for name in first_pass(annotators))
+    return embedded and all(annotated(data, shard, name, annotators[name]) for name in first_pass(annotators, early))
 
 
 def annotated(data: Data, shard: int, name: str, annotator: Annotator) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +11,8 @@ import pyarrow.parquet as pq
 
 from aesthetic.hashes import hex_to_bits
 from aesthetic.neighbours import nearest, one_thread
-from aesthetic.untrusted import open_vectors
 from curate.duplicates.protected import LITTLE, Protected, load_protected
-from curate.encoders.embed import images_of
+from curate.encoders.embed import images_of, take_vectors
 from curate.layout import Data
 
 
@@ -23,7 +21,7 @@ class Nearest:
     """What is nearest to each of n images.
 
     bits: by which the nearest hash differs, (n,) int16; as many as a hash has where nothing can be compared.
-    cosine: the largest, (n,) float32, NaN where vectors aren't compared.
+    cosine: the largest, (n,) float32, NaN where vectors aren't compared, and where an image has none.
     index: which protected image that is, (n,) int64, -1 where it is none.
     unhashed: images that have no hash, because there is too little in them to see.
     """
@@ -35,9 +33,9 @@ class Nearest:
 
 
 def compare_shard(
-    data: Data, folder: Path, config: str, hashes: str | None, cosine: bool, within: int, shard: int
+    data: Data, name: str, config: str, hashes: str | None, cosine: bool, within: int, shard: int
 ) -> Nearest:
-    """A task: the images of one shard beside a protected set that was prepared (folder, config).
+    """A task: the images of one shard beside a protected set that was prepared (name, config).
 
     hashes: the column of the images' hashes, NAME_hash of a `pdq` entry or phash; None: they are not compared.
     within: bits up to which the image of the nearest hash is the nearest, whatever cosines say.
@@ -46,7 +44,7 @@ def compare_shard(
     perceptual hash, of which a bit counts for four. An image without any hash, as flat ones are, is no copy of one that
     shows something: bits are as many as there are. Equal files are 0 bits apart in any case.
     """
-    protected = load_protected(folder, config)
+    protected = load_protected(data, name, config)
     rows = images_of(data, shard, ["key", "sha256", "phash"])
     bits, index = np.full(len(rows), protected.bits, np.int64), np.full(len(rows), -1, np.int64)
     unhashed = 0
@@ -58,11 +56,12 @@ def compare_shard(
         bits, index, unhashed = _by_pdq(data, shard, rows, protected, hashes.removesuffix("_hash"))
     cosines = np.full(len(rows), np.nan, np.float32)
     if cosine and protected.vectors is not None:
-        vectors = open_vectors(data.local(data.image_vectors(shard)))
+        vectors = take_vectors(data, shard)
         assert len(vectors) == len(rows), f"shard {shard} has {len(rows)} images and {len(vectors)} vectors"
         place, largest = nearest(vectors, protected.vectors, 1)
-        cosines = np.clip(largest[:, 0], -1, 1)
-        index = np.where(bits <= within, index, place[:, 0])
+        has = vectors.any(axis=1)
+        cosines = np.where(has, np.clip(largest[:, 0], -1, 1), np.nan).astype(np.float32)
+        index = np.where((bits <= within) | ~has, index, place[:, 0])
     return Nearest(bits.astype(np.int16), cosines, index, unhashed)
 
 

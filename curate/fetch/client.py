@@ -22,8 +22,8 @@ import random
 import resource
 import ssl
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
@@ -32,7 +32,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
 from aesthetic.errors import UserError
-from curate.estimate.spent import Spent
+from curate.estimate.spent import count
 from curate.fetch import addresses, budget, domains, optouts
 from curate.fetch.body import REDIRECTS, BodyLimits, Memory, Reservation, read_body
 from curate.fetch.config import FetchConfig
@@ -112,7 +112,6 @@ class Fetcher:
         self._rules_limits = BodyLimits(optouts.ROBOTS_MAX_BYTES, truncate=True, respect=frozenset())
         self._keepalive = _seconds_kept_open(config.concurrency)
         self._opened: aiohttp.ClientSession | None = None
-        self.spent = Spent()  # `requests`, `rules` among them (robots.txt), bytes `received`, seconds `in_flight`
 
     async def get(self, url: str) -> Body:
         """Fetch one URL.
@@ -124,15 +123,15 @@ class Fetcher:
             return body
 
     @contextlib.asynccontextmanager
-    async def body(self, url: str) -> AsyncIterator[Body]:
-        """As `get`, for `async with`: the body counts as held until the block ends.
+    async def body(self, url: str, look: Callable[[bytes], bool] | None = None) -> AsyncIterator[Body]:
+        """As `get`, for `async with`: the body counts as held until the block ends. `look` is as `BodyLimits` has it.
 
         While half of the memory is held, nothing new is asked for: a web that is faster than the decoders doesn't fill
         it.
         """
         opt_outs: dict[str, str] = {}
         parsed = addresses.parse_url(url, self._allow)
-        answer = await self._get_with_retries(parsed, self._image_limits, opt_outs)
+        answer = await self._get_with_retries(parsed, replace(self._image_limits, look=look), opt_outs)
         try:
             yield Body(answer.data, str(answer.url), answer.status, _as_text(opt_outs))
         finally:
@@ -247,7 +246,7 @@ class Fetcher:
         finally:
             received = 0 if response is None else response.content.total_bytes
             seconds = time.monotonic() - began
-            self.spent.add(requests=1, rules=float(limits.truncate), received=received, in_flight=seconds)
+            count(requests=1, rules=float(limits.truncate), received=received, in_flight=seconds)
 
     @property
     def _session(self) -> aiohttp.ClientSession:
