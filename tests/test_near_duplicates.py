@@ -379,12 +379,11 @@ def test_ended_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch
             part = slice(shard * 200, (shard + 1) * 200)
             write_near(data, shard, 200, vectors=vectors[part], phash=phash[part], pdq=pdq[part])
 
-    def files(data: Data) -> dict[str, Any]:
-        """All but how long it took."""
+    def files(data: Data) -> dict[str, bytes]:
         folder = data.annotations("dup", 0).parent
-        found: dict[str, Any] = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-        for name in (p.name for p in folder.glob("*.json")):
-            found[name] = {k: v for k, v in json.loads(found[name]).items() if k not in ("spent", "self")}
+        found = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+        for name in [n for n in found if n.count("/") == 0 and n.endswith(".json")]:  # which say what they took
+            found[name] = str({k: v for k, v in json.loads(found[name]).items() if k not in ("spent", "self")}).encode()
         return found
 
     whole, ended = (plan_near(tmp_path / name, n, 200) for name in ("whole", "ended"))
