@@ -369,7 +369,12 @@ class Data:
 
 def _in_worker(root: Path | None, url: str | None, token: str | None) -> Data:
     """As a Data is read from a pickle."""
-    data = Data.at(url) if url is not None else Data(root or Path())
+    if url is not None:
+        from curate.store.mirror import open_mirror
+
+        root = open_mirror(url).root
+    assert root is not None
+    data = Data(root, url)
     data.store.token = token
     data.__dict__["_index"] = RecordIndex(data.store, compacted=False)
     return data

@@ -248,9 +248,12 @@ def test_names_that_are_near_a_data_folder(listed: Path, tmp_path: Path, capsys:
         assert told in capsys.readouterr().err
 
 
-def test_an_object_store_is_refused(listed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_object_store_without_credentials(
+    listed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TASTEMAKER_CACHE", str(tmp_path))
     assert main(["curate", str(listed), "--out", "s3://bucket/data"]) == 2
-    assert "object stores are not supported yet" in capsys.readouterr().err
+    assert "s3://bucket/data: no credentials for it are here: set AWS_ACCESS_KEY_ID" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

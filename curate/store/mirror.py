@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from aesthetic.errors import UserError
 from curate.store.cache import cache_folder, keep, link, make_room, own_folder
-from curate.store.clients import is_url
+from curate.store.clients import StoreUnavailable, is_url
 from curate.store.disk import Disk, Stamp
 from curate.store.files import digest, is_scratch, json_bytes, local_path
 from curate.store.lease import Lease, LeaseLost, check_token
@@ -19,6 +20,7 @@ from curate.store.objects import Changed, ObjectStore, StoredObject
 from curate.store.records import parse_record
 
 _FETCHES = 32  # files at a time
+_PATIENCE = 8.0  # seconds that a store is asked for before anything is done
 
 _MARK = "outputs"
 """User metadata of a record's object: a digest of the ETags of its outputs. The record itself holds the same bytes as
@@ -26,8 +28,16 @@ on a disk; by its mark it is known when somebody whose lease was lost has writte
 
 
 def open_store(place: str) -> Disk:
-    """The store of a folder: at a path, or at a URL. UserError where that is none."""
-    return open_mirror(ObjectStore(place).url) if is_url(place) else Disk(local_path(place))
+    """The store of a folder: at a path, or at a URL, which is looked at. UserError where that is none, or cannot be
+    reached."""
+    if not is_url(place):
+        return Disk(local_path(place))
+    objects = ObjectStore(place, patience=_PATIENCE)
+    try:
+        objects.names("")
+    except StoreUnavailable as e:
+        raise UserError(str(e)) from e
+    return open_mirror(objects.url)
 
 
 @functools.cache
@@ -70,6 +80,7 @@ class Mirror(Disk):
 
     @contextlib.contextmanager
     def _leased(self) -> Iterator[None]:
+        self._objects.probe()
         with Lease(self._objects, waiting=print) as lease:
             self._lease, self.token = lease, lease.token
             try:

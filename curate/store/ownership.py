@@ -86,7 +86,7 @@ def open_data(place: str | Path) -> Data:
 
 
 def _is_planned(data: Data) -> bool:
-    return bool(data.store.names(data.plan_folder)) and kind_of(data.store) == "data"
+    return "plan" in data.store.folders(data.root) and kind_of(data.store) == "data"
 
 
 def check_free(place: Path | Disk, kind: str) -> None:
