@@ -34,6 +34,7 @@ from curate.ledger.schema import RESERVED, list_name, stored_name
 from curate.ledger.select import NothingKept, Selection, load_selection
 from curate.ledger.view import (
     LedgerTable,
+    conform,
     current_tables,
     hidden_columns,
     notes_of,
@@ -43,7 +44,16 @@ from curate.ledger.view import (
 )
 from curate.shards.shuffle import Buckets, Hashes, KeptKeys, cuts, first_hashes
 from curate.shards.tar import CorruptShard, TarWriter, image_member, index_tar, read_range
-from curate.store.files import check_space, digest, is_scratch, left_over, read_json, sha256_file, write_json
+from curate.store.files import (
+    check_space,
+    digest,
+    is_scratch,
+    left_over,
+    read_json,
+    read_table,
+    sha256_file,
+    write_json,
+)
 from curate.store.records import read_record, record_digest
 
 _FORMAT = 1  # of the shards; part of what makes them stale
@@ -223,22 +233,15 @@ class _Columns:
 
     def of(self, rows: pa.Table, others: list[Path | None]) -> pa.Table:
         """Rows of a fetched shard, and those of the same keys in the other tables, null where they have none."""
-        columns = _cast(rows, self._fetched)
+        columns = conform(rows, self._fetched).columns
         for (key, schema), path in zip(self._others, others, strict=True):
             if path is None:
                 columns += [pa.nulls(len(rows), f.type) for f in schema]
                 continue
-            with pq.ParquetFile(path) as file:
-                table = file.read()
+            table = read_table(path)
             places = pc.index_in(rows["key"], table[key].combine_chunks())
-            columns += [column.take(places) for column in _cast(table, schema)]
+            columns += [column.take(places) for column in conform(table, schema).columns]
         return pa.table(columns, schema=self.schema)
-
-
-def _cast(table: pa.Table, schema: pa.Schema) -> list[Any]:
-    """The columns of a schema, null where a table lacks them."""
-    there = {*table.column_names}
-    return [table[f.name].cast(f.type) if f.name in there else pa.nulls(len(table), f.type) for f in schema]
 
 
 def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
