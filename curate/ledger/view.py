@@ -193,14 +193,12 @@ def _load(con: duckdb.DuckDBPyConnection, name: str, table: LedgerTable, places:
     read = schema if places is None else pa.schema([schema.field(i) for i in places])
     names = read.names if places is None else [f"c{i}" for i in places]
     stored = pa.schema([f.with_name(name) for f, name in zip(read, names, strict=True)])
-
-    def rows() -> Iterator[pa.RecordBatch]:
-        for start in range(0, len(table.files), 1000):
-            parts = [conform(read_table(file, read.names), read) for file in table.files[start : start + 1000]]
-            yield from pa.concat_tables(parts).rename_columns(names).combine_chunks().to_batches()
-
-    con.register("_rows", pa.RecordBatchReader.from_batches(stored, rows()))
+    con.register("_rows", stored.empty_table())
     con.execute(f"CREATE TEMP TABLE {name} AS FROM _rows")
+    for start in range(0, len(table.files), 1000):  # a reader of all would have DuckDB's threads wait busily for it
+        parts = [conform(read_table(file, read.names), read) for file in table.files[start : start + 1000]]
+        con.register("_rows", pa.concat_tables(parts).rename_columns(names).combine_chunks())
+        con.execute(f"INSERT INTO {name} FROM _rows")
     con.unregister("_rows")
 
 
