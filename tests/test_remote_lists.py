@@ -64,12 +64,14 @@ def test_what_is_no_list(store: ObjectStore, tmp_path: Path) -> None:
     store.put(b"", "mixed/a.csv")
     store.put(b"", "mixed/b.parquet")
     store.put(b"", "notes/README.md")
+    store.put(b"", "photos/a.jpg")
     for path, told in (
         ("missing", "there is no such object or folder"),
         ("missing/*.csv", "there is no such object or folder"),
         ("mixed", "lists of several formats"),
         ("mixed/*.json", "no list is there"),
-        ("notes", "no list is there"),
+        ("notes", "no list is there, and no tars"),
+        ("photos", r"Images are there \(.*/photos/a\.jpg\): pack them into tars"),
         ("notes/README.md", "is not a list that can be read"),
         ("../x", "cannot be on an object store"),
     ):

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from aesthetic.errors import DiskFull, UserError
-from curate.sources.listing import KNOWN_FORMATS, is_no_list, list_format, require_one_format
+from curate.sources.listing import KNOWN_FORMATS, is_image, is_no_list, list_format, require_one_format
 from curate.store.files import check_space
 from curate.store.objects import ObjectStore, StoredObject
 
@@ -65,11 +65,11 @@ def copy_lists(url: str, copies: Path) -> list[Path]:
     return copied
 
 
-def _check_lists(url: str, names: Iterable[str]) -> None:
-    """UserError unless there are files, all lists of one format."""
+def _check_lists(url: str, names: Iterable[str], images: str = "") -> None:
+    """UserError unless there are files, all lists of one format. `images`: what to say where images are there."""
     files = [name.rpartition("/")[2] for name in names]
     if not files:
-        raise UserError(f"{url}: no list is there. Lists are {KNOWN_FORMATS}.")
+        raise UserError(f"{url}: no list is there, and no tars. Lists are {KNOWN_FORMATS}. {images}".strip())
     require_one_format(url, files)
 
 
@@ -126,7 +126,9 @@ def find_objects(url: str) -> RemoteFiles:
         files = files or _lists_below(folder, names)
     tars = bool(files) and all(map(_is_tar, files))
     if not tars:
-        _check_lists(url, files)
+        image = next((n for n in names if is_image(n.rpartition("/")[2])), None)
+        loose = f"Images are there ({image}): pack them into tars, or copy them to a disk." if image else ""
+        _check_lists(url, files, loose)
     if tars and wanted is not None:  # as for a pattern on a disk: what all of them have in common
         folder = posixpath.commonpath([n.rpartition("/")[0] for n in files])
     below = {n: replace(o, name=n.removeprefix(folder).lstrip("/")) for n, o in objects.items()}
