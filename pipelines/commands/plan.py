@@ -127,9 +127,6 @@ def plan_text(rates: Rates, listed: ListPlan, plans: list[FleetPlan]) -> str:
     where = f"measured on {rates.machine} on {rates.made}, {rates.taken:,} rows" if rates.taken else "others', no trial"
     of = f" of {from_here(rates.of)}" if rates.of else ""
     lines = [f"{listed.rows:,.0f} rows{of}    rates: {where}", ""]
-        f"{listed.rows:,.0f} rows" + (f" of {from_here(rates.of)}" if rates.of else "") + f"    rates: {where}",
-        "",
-    ]
     lines.append(f"{'stage':16}{'looks at':>16}  {'each takes':<22}{'in all':<22}rate")
     for stage in plans[0].stages:
         figure, unit = (stage.gpu, "GPU") if stage.gpu else (stage.cpu, "core")
