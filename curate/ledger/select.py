@@ -190,6 +190,7 @@ def select(data: Data, config: SelectConfig) -> Selection:
             list(config.rules.items()),
             scores,
             *([[*hidden]] if hidden else []),
+            *([["early", *config.early]] if config.early else []),
             *clusters,
             *(sha for _, sha in neighbours.values()),
         ]
@@ -212,7 +213,7 @@ def select(data: Data, config: SelectConfig) -> Selection:
     def ask() -> tuple[np.ndarray, list[np.ndarray], list[str], dict[str, dict[str, float]]]:
         nonlocal denied, denied_by, early_keys, early_states
         denied, denied_by = load_rows(con, needed, hidden)
-        groups.extend(compute(con, rules, types, neighbours))
+        groups.extend(compute(con, rules, types, neighbours, config.early))
         keys, states, beside = judge(con, rules, types, clusters, out)
         early_keys, early_states = judge_early(con, rules, types)
         cluster_values.extend(beside)
