@@ -244,7 +244,7 @@ def test_functions_of_all_rows_see_what_early_rules_leave_whenever_these_came(
     real_data: Data, everything: Data, tmp_path: Path
 ) -> None:
     data, rules = unembedded(real_data, tmp_path / "data"), "select.rules={english: \"lang in ('en', 'und')\", "
-    rules += "nice: top(aesthetic, 0.4), one: at_most(2, width, aesthetic)}"
+    rules += 'nice: "top(aesthetic, 0.4)", one: "at_most(2, width, aesthetic)"}'
     early = recipe_of(rules, "select.early=[english]")
     embed_shards(data, early)
     left = vectors(data).keys()
