@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from aesthetic.errors import UserError
 from curate.estimate.rates import Figure, Rates, lay_over, measure
 from curate.estimate.spent import Spent
 from curate.estimate.whole import Projection, projection_facts, whole_list
@@ -50,18 +51,21 @@ def keep_rates(data: Data, recipe: Recipe, times: RunTimes, kept: int) -> Rates 
 
     What an earlier run measured stays where this one found it done, or had fewer rows of it.
     """
-    kept_before = read_json(data.rates)
-    before: dict[str, Any] = kept_before if isinstance(kept_before, dict) else {}
+    before = read_kept_rates(data) or {}
+    try:
+        lay_over([(str(data.rates), before)])
+    except UserError:  # somebody has written in it
+        before = {}
     wall, name = dict(before.get("wall", {})), recipe.select.name
     for stage, record in (("select", data.selection_record(name)), ("pack", data.manifest(name))):
-        if record.exists() and record.stat().st_mtime >= times.began:
-            outputs = (read_json(record) or {}).get("outputs", {})
+        outputs = data.record(record).get("outputs", {})
+        if outputs and record.exists() and record.stat().st_mtime >= times.began:
             times.spent[stage]["bytes"] = sum(fact["bytes"] for fact in outputs.values())
         else:
             times.spent.pop(stage, None)
             times.wall.pop(stage, None)
     for stage, now in times.wall.items():
-        if now.get("count", now.get("seconds", 0.0)) >= wall.get(stage, {}).get("count", 0.0):
+        if _size(now) >= _size(wall.get(stage, {})):
             wall[stage] = now
     fetch = recipe.fetch
     rates = measure(
@@ -83,15 +87,24 @@ def keep_rates(data: Data, recipe: Recipe, times: RunTimes, kept: int) -> Rates 
         return None
     tree = rates.to_json()
     tree["stages"] = {k: v for k, v in before.get("stages", {}).items() if k in ("select", "pack")} | tree["stages"]
-    data.logs.mkdir(exist_ok=True)
-    write_json(data.rates, tree)
+    if {**tree, "made": ""} != {**before, "made": ""} and not data.logs.is_symlink():
+        data.logs.mkdir(exist_ok=True)
+        write_json(data.rates, tree)
+        data.push(data.rates)
     return lay_over([(str(data.rates), tree)])
 
 
-def read_kept_rates(data: Data) -> Rates | None:
-    """The rates that the last run of a data folder kept."""
-    tree = read_json(data.rates)
-    return lay_over([(str(data.rates), tree)]) if isinstance(tree, dict) else None
+def _size(wall: dict[str, float]) -> float:
+    """How much of a stage a run saw: rows, or seconds where they are not counted."""
+    return wall.get("count", wall.get("seconds", 0.0))
+
+
+def read_kept_rates(data: Data) -> dict[str, Any] | None:
+    """The rates that the last run of a data folder kept; None where none did."""
+    if not data.exists(data.rates):
+        return None
+    tree = read_json(data.local(data.rates))
+    return tree if isinstance(tree, dict) else None
 
 
 def projection_text(found: Projection, selection: Selection) -> str:

@@ -146,7 +146,11 @@ def serve_s3(machine: Machine) -> dict[str, str]:
         "    else: raise SystemExit(1)\n"
     )
     assert machine.run([sys.executable, "-c", ask.format(machine.ip)]).returncode == 0
-    return {**KEYS, "AWS_REGION": "us-east-1", "AWS_ENDPOINT_URL": f"http://{machine.ip}:8333"}
+    use = {**KEYS, "AWS_REGION": "us-east-1", "AWS_ENDPOINT_URL": f"http://{machine.ip}:8333"}
+    first = "from curate.store.objects import ObjectStore\nObjectStore('s3://bucket').put(b'bytes', 'first')"
+    done = machine.run([sys.executable, "-c", first], env=use, timeout=300)  # its first write takes 5 s
+    assert done.returncode == 0, done.stderr
+    return use
 
 
 TOKEN = "5" * 64

@@ -30,12 +30,23 @@ def shown(path: Path) -> str:
     return str(path) if store.url is None else store.url + ("" if below == "." else f"/{below}")
 
 
-def bring(folder: Path) -> None:
-    """Have all files of a folder here, as they are there now."""
+def bring(folder: Path, *names: str) -> None:
+    """Have files of a folder here, as they are there now: all, or some by name."""
     store = store_at(folder)
     if store.url is not None:
         store.refresh()
-        store.bring([path for path in {*store.walk(folder), *_files(folder)} if _is_shared(folder, path)])
+        found = {folder / name for name in names} or {*store.walk(folder), *_files(folder)}
+        store.bring([path for path in found if _is_shared(folder, path)])
+
+
+def bring_model(url: str) -> Path:
+    """The folder of a finished model at a URL, without what it was trained with."""
+    folder = local_folder(url)
+    store = store_at(folder)
+    others = ("checkpoints/", "latents/", "vae-training/", "start/", "samples/", "logs/", ".")
+    names = (path.relative_to(folder).as_posix() for path in store.walk(folder))
+    bring(folder, *(name for name in names if not name.startswith(others)))
+    return folder
 
 
 def push(folder: Path) -> None:

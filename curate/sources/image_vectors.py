@@ -33,13 +33,14 @@ if TYPE_CHECKING:
     from curate.encoders.base import Encoder
 
 THUMBNAIL = 320  # pixels of its longer side
+_AHEAD = 16  # tables that are brought together
 _SEED = 0x7461737465  # of the images that are drawn; a change draws others for everyone
 
 
 class ImageVectors(ABC):
     """Images by index, 0 to count - 1, with vectors of one space."""
 
-    root: Path
+    place: str  # the folder, for people
     space: Space
     count: int
     missing: str  # why an image that is listed may have no vector
@@ -87,18 +88,18 @@ class DataFolderVectors(ImageVectors):
     def __init__(self, root: str, text_encoder: Callable[[], Encoder]) -> None:
         from curate.ledger.view import hidden_columns, tables
         from curate.store.ownership import open_data
-        from curate.store.records import read_record
 
         self.data = open_data(root)
-        self.root, self._text_encoder = self.data.root, text_encoder
+        self.place, self._text_encoder = str(self.data), text_encoder
         self._tables, planned = tables(self.data), {s.shard for s in self.data.plan.shards}
         self._shards = [s for s in self.data.shards(self.data.embedded_record) if s in planned]
-        if not self._shards or not self.data.space.exists():
-            raise UserError(f"{self.root} holds no vectors yet. `tastemaker embed {self.root}` makes them.")
+        if not self._shards or not self.data.exists(self.data.space):
+            raise UserError(f"{self.data} holds no vectors yet. `tastemaker embed {self.data}` makes them.")
         self._hidden = hidden_columns(self._tables)
-        self.space = Space.load(self.data.space)
-        records = [read_record(self.data.embedded_record(s)) for s in self._shards]
-        self._starts = np.cumsum([0, *(record["sample_count"] for record in records)])
+        self.space = Space.load(self.data.local(self.data.space))
+        records = [self.data.embedded_record(s) for s in self._shards]
+        self.data.look(records)
+        self._starts = np.cumsum([0, *(self.data.record(record)["sample_count"] for record in records)])
         self.count = int(self._starts[-1])
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
@@ -112,7 +113,9 @@ class DataFolderVectors(ImageVectors):
         columns = ["key", "sha256" if by == "sha256" else "url"]
 
         def called(index: int, paths: bool) -> pa.Table:
-            table = _read(self.data.table(self._shards[index]), columns)
+            if index % _AHEAD == 0:
+                self.data.bring(*map(self.data.table, self._shards[index : index + _AHEAD]))
+            table = self._read(self.data.table(self._shards[index]), columns)
             with_path = paths and "url" in table.column_names
             return table.append_column("path", _paths(table["url"])) if with_path else table
 
@@ -127,7 +130,12 @@ class DataFolderVectors(ImageVectors):
 
     def _keys(self, index: int) -> pa.Array:
         """The keys of a shard's vectors, in their order."""
-        return _read(self.data.metadata(self._shards[index]), ["key"])["key"].combine_chunks()
+        return self._read(self.data.metadata(self._shards[index]), ["key"])["key"].combine_chunks()
+
+    def _read(self, path: Path, columns: Sequence[str]) -> pa.Table:
+        table = _read(self.data.local(path), columns)
+        self.data.release(path)  # there may be more of them than room
+        return table
 
     def _shown(self, images: np.ndarray) -> np.ndarray:
         import pyarrow as pa
@@ -145,7 +153,9 @@ class DataFolderVectors(ImageVectors):
     def vectors(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         out = np.empty((len(images), self.space.dim), np.float16)
         for index, places, rows in by_part(self._starts, images):
-            out[places] = open_vectors(self.data.image_vectors(self._shards[index]))[rows]
+            path = self.data.image_vectors(self._shards[index])
+            out[places] = open_vectors(self.data.local(path))[rows]
+            self.data.release(path)
         return out, np.ones(len(images), bool)
 
     def facts(self, images: np.ndarray) -> pd.DataFrame:
@@ -155,7 +165,8 @@ class DataFolderVectors(ImageVectors):
         columns = ["key", "url", "sha256", "phash", "original_width", "original_height"]
 
         def known(index: int, rows: np.ndarray) -> pa.Table:
-            table, keys = _read(self.data.table(self._shards[index]), columns), self._keys(index).take(pa.array(rows))
+            table = self._read(self.data.table(self._shards[index]), columns)
+            keys = self._keys(index).take(pa.array(rows))
             found = table.take(pc.index_in(keys, value_set=table["key"].combine_chunks()))
             return found.set_column(found.column_names.index("key"), "key", keys)
 
@@ -167,12 +178,13 @@ class DataFolderVectors(ImageVectors):
 
         found: dict[int, Image.Image | None] = {}
         for index, places, rows in by_part(self._starts, np.asarray(images, np.int64)):
-            tar, keys = self.data.tar(self._shards[index]), self._keys(index)
+            tar, keys = self.data.local(self.data.tar(self._shards[index])), self._keys(index)
             members = index_tar(tar)
             with open(tar, "rb") as f:
                 for place, row in zip(places, rows, strict=True):
                     member = image_member(members.get(keys[int(row)].as_py(), {}))
                     found[int(images[place])] = None if member is None else _thumbnail(read_range(f, member[1]))
+            self.data.release(tar)
         return found
 
 
@@ -194,7 +206,7 @@ class ClipFolderVectors(ImageVectors):
             )
         name = encoder or Space.load(described).encoder
         folder = open_vector_folder(EmbedConfig(encoder=name, embeddings=str(root)))
-        self.root, self.parts = root, folder.parts
+        self.place, self.parts = str(root), folder.parts
         self.space = folder.space or Space(encoder=canonical_name(name), dim=folder.dim)
         self._starts = np.cumsum([0, *(part.rows for part in self.parts)])
         self.count = int(self._starts[-1])
@@ -203,7 +215,7 @@ class ClipFolderVectors(ImageVectors):
         from curate.encoders.registry import load_encoder
 
         encoder = load_encoder(self.space.encoder)
-        require_same(self.space, encoder.space(), str(self.root))
+        require_same(self.space, encoder.space(), self.place)
         return encoder.encode_texts(texts)
 
     def names(self, ids: Sequence[str], by: str) -> pd.DataFrame:
@@ -274,7 +286,7 @@ class FolderVectors(ImageVectors):
     ) -> None:
         from curate.sources.find import NothingRead, open_folder
 
-        self.root, self._encoder_name, self._log, self._progress = root, encoder, log, progress
+        self.place, self._encoder_name, self._log, self._progress = str(root), encoder, log, progress
         if not root.is_dir():
             raise UserError(f"--images {root}: there is no such folder")
         try:
@@ -305,7 +317,7 @@ class FolderVectors(ImageVectors):
         import pandas as pd
 
         if by == "url":
-            raise UserError(f"the ratings name URLs, and {self.root} is a folder of images: name files, or use --data")
+            raise UserError(f"the ratings name URLs, and {self.place} is a folder of images: name files, or use --data")
         images = range(self.count)
         table = pd.DataFrame(
             {"key": [self.samples.key(i) for i in images], "path": [self.samples.path(i) for i in images]}

@@ -9,12 +9,14 @@ from pathlib import Path
 from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
 from curate.hub import no_progress_bars
+from curate.store.objects import is_url
 from curate.weight_files import read_header
+from train.places import bring_model
 
 
 def find_model_folder(name: str | Path) -> Path:
     """The folder of a model. One on the hub is downloaded into the hub's cache, where it is not there yet."""
-    folder = Path(name).expanduser()
+    folder = bring_model(str(name)) if is_url(str(name)) else Path(name).expanduser()
     if (folder / "model_index.json").is_file():
         return folder
     if folder.is_file():
