@@ -62,7 +62,8 @@ def recovered(data: Data, shard: int, record: Path, config: str) -> set[str] | N
 def vector_rows(data: Data, shard: int) -> npt.NDArray[np.int64] | None:
     """The row, in the shard's vectors, of each of its images in the order of the ledger, -1 for those without a vector;
     None where every image has one, so that both are the same."""
-    if "early" not in data.record(data.embedded_record(shard)):
+    record = data.record(data.embedded_record(shard))
+    if "early" not in record or record["sample_count"] == data.record(data.fetched_record(shard)).get("successes"):
         return None
     keys = pq.read_table(data.local(data.metadata(shard)), columns=["key"])["key"].combine_chunks()
     places = pc.index_in(images_of(data, shard, ["key"])["key"], keys)

@@ -64,8 +64,9 @@ class LedgerTable:
 
     @property
     def partial(self) -> bool:
-        """Whether it lacks rows of images that early rules left out, as its first record says: vectors alone may."""
-        return self.columns == ("similarity",) and "early" in self.data.record(self.records[0])
+        """Whether it lacks rows of images that early rules left out, by its first shard: vectors alone may."""
+        record, fetched = (self.data.record(p) for p in (self.records[0], self.data.fetched_record(self.shards[0])))
+        return "early" in record and record.get("sample_count", 0) < fetched.get("successes", 0)
 
     def digest(self) -> str:
         """A short digest over the sha256 of the files: what a stage that reads whole tables notes as its input."""
