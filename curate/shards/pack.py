@@ -34,6 +34,7 @@ from curate.ledger.schema import RESERVED, list_name, stored_name
 from curate.ledger.select import NothingKept, Selection, load_selection
 from curate.ledger.view import (
     LedgerTable,
+    conform,
     current_tables,
     hidden_columns,
     notes_of,
@@ -43,7 +44,16 @@ from curate.ledger.view import (
 )
 from curate.shards.shuffle import Buckets, Hashes, KeptKeys, cuts, first_hashes
 from curate.shards.tar import CorruptShard, TarWriter, image_member, index_tar, read_range
-from curate.store.files import check_space, digest, is_scratch, left_over, read_json, sha256_file, write_json
+from curate.store.files import (
+    check_space,
+    digest,
+    is_scratch,
+    left_over,
+    read_json,
+    read_table,
+    sha256_file,
+    write_json,
+)
 from curate.store.records import read_record, record_digest
 
 _FORMAT = 1  # of the shards; part of what makes them stale
@@ -157,8 +167,9 @@ def _check_folder(folder: Path) -> None:
 
 def _stored_bytes(data: Data, selection: Selection, fetched: LedgerTable) -> int:
     """About how many bytes the kept images and their rows take: their share of all."""
-    stamps = (data.store.stamp(path) for table in fetched.files for path in (table, table.with_suffix(".tar")))
-    return sum(stamp[0] for stamp in stamps if stamp) * selection.kept // selection.fetched
+    files = [path for table in fetched.files for path in (table, table.with_suffix(".tar"))]
+    sizes = [stamp[0] for path in files if (stamp := data.store.stamp(path))]
+    return sum(sizes) * selection.kept // selection.fetched
 
 
 def _gather(
@@ -178,13 +189,15 @@ def _gather(
             if not among.any():
                 continue
             rows = file.read().filter(pa.array(among))
-        tar = path.with_suffix(".tar")
-        index = index_tar(data.local(tar))
+        tar = data.local(path.with_suffix(".tar"))
+        index = index_tar(tar)
         images = [image_member(index.get(key, {})) for key in rows["key"].to_pylist()]
         del index
         if None in images:
             key = rows["key"][images.index(None)].as_py()
-            raise CorruptShard(f"{tar} holds no image of {key}. `tastemaker verify {columns.data}` looks for damage.")
+            raise CorruptShard(
+                f"{data.shown(tar)} holds no image of {key}. `tastemaker verify {data}` looks for damage."
+            )
         order = np.argsort([at for _, (at, _) in filter(None, images)], kind="stable")
         rows = columns.of(rows.take(order), [files.get(shard) for files in others])
         hashes = hashes[order]
@@ -201,7 +214,7 @@ def _gather(
                     samples.append(sample.getvalue())
                 yield part, hashes[start : start + _AT_ONCE], samples
                 progress(len(part))
-        data.release(path, tar)
+        data.release(tar)
 
 
 class _Columns:
@@ -222,22 +235,15 @@ class _Columns:
 
     def of(self, rows: pa.Table, others: list[Path | None]) -> pa.Table:
         """Rows of a fetched shard, and those of the same keys in the other tables, null where they have none."""
-        columns = _cast(rows, self._fetched)
+        columns = conform(rows, self._fetched).columns
         for (key, schema), path in zip(self._others, others, strict=True):
             if path is None:
                 columns += [pa.nulls(len(rows), f.type) for f in schema]
                 continue
-            with pq.ParquetFile(self.data.local(path)) as file:
-                table = file.read()
+            table = read_table(self.data.local(path))
             places = pc.index_in(rows["key"], table[key].combine_chunks())
-            columns += [column.take(places) for column in _cast(table, schema)]
+            columns += [column.take(places) for column in conform(table, schema).columns]
         return pa.table(columns, schema=self.schema)
-
-
-def _cast(table: pa.Table, schema: pa.Schema) -> list[Any]:
-    """The columns of a schema, null where a table lacks them."""
-    there = {*table.column_names}
-    return [table[f.name].cast(f.type) if f.name in there else pa.nulls(len(table), f.type) for f in schema]
 
 
 def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
