@@ -143,7 +143,7 @@ class Mirror(Disk):
                 if known is not None:  # it was removed there; what was written here and not yet put there stays
                     path.unlink(missing_ok=True)
                     del self._here[name]
-            elif (known is None or known[0] != found) if known or not path.exists() else False:
+            elif (known is not None and known[0] != found) or not path.exists():
                 wanted.append((path, found))
         if len(wanted) == 1:
             self._fetch(*wanted[0])
