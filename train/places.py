@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from aesthetic.errors import UserError
 from curate.store.files import is_scratch
 from curate.store.mirror import open_store, store_at
 
@@ -21,6 +22,15 @@ _LAST = ("train.json", "model_index.json")
 def local_folder(place: str) -> Path:
     """The folder at a path, or of a URL the folder that mirrors it here. UserError where it is neither."""
     return open_store(place).root
+
+
+def bring_images(folder: Path) -> Path:
+    """Have all of a folder of images here. UserError where it is a data folder of ours, which may have terabytes."""
+    store = store_at(folder)
+    if store.url is not None and store.stamp(folder / "plan" / "plan.json") is not None:
+        raise UserError(f"{store} is a data folder of ours: give packed shards in it, {store}/shards/NAME")
+    bring(folder)
+    return folder
 
 
 def shown(path: Path) -> str:

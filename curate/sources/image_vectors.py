@@ -7,6 +7,7 @@ does not grow with the number of images.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from abc import ABC, abstractmethod
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from curate.encoders.base import Encoder
 
 THUMBNAIL = 320  # pixels of its longer side
+_AHEAD = 32  # shards whose files are fetched at a time, where they are on an object store
 _SEED = 0x7461737465  # of the images that are drawn; a change draws others for everyone
 
 
@@ -87,19 +89,28 @@ class DataFolderVectors(ImageVectors):
     def __init__(self, root: str, text_encoder: Callable[[], Encoder]) -> None:
         from curate.ledger.view import hidden_columns, tables
         from curate.store.ownership import open_data
-        from curate.store.records import read_record
 
         self.data = open_data(root)
         self.root, self._text_encoder = self.data.root, text_encoder
         self._tables, planned = tables(self.data), {s.shard for s in self.data.plan.shards}
         self._shards = [s for s in self.data.shards(self.data.embedded_record) if s in planned]
-        if not self._shards or not self.data.space.exists():
-            raise UserError(f"{self.root} holds no vectors yet. `tastemaker embed {self.root}` makes them.")
+        if not self._shards or not self.data.exists(self.data.space):
+            raise UserError(f"{self.data} holds no vectors yet. `tastemaker embed {self.data}` makes them.")
         self._hidden = hidden_columns(self._tables)
-        self.space = Space.load(self.data.space)
-        records = [read_record(self.data.embedded_record(s)) for s in self._shards]
+        self.space = Space.load(self.data.local(self.data.space))
+        self.data.look(map(self.data.embedded_record, self._shards))
+        records = [self.data.record(self.data.embedded_record(s)) for s in self._shards]
         self._starts = np.cumsum([0, *(record["sample_count"] for record in records)])
         self.count = int(self._starts[-1])
+
+    @contextlib.contextmanager
+    def _local(self, path_of: Callable[[int], Path], index: int) -> Iterator[Path]:
+        """A file of a shard to read; where it has to be fetched, the next ones are, too, and let go of when read."""
+        if self.data.url is not None and index % _AHEAD == 0:
+            self.data.bring(*map(path_of, self._shards[index : index + _AHEAD]))
+        path = self.data.local(path_of(self._shards[index]))
+        yield path
+        self.data.release(path)
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         encoder = self._text_encoder()
@@ -112,7 +123,8 @@ class DataFolderVectors(ImageVectors):
         columns = ["key", "sha256" if by == "sha256" else "url"]
 
         def called(index: int, paths: bool) -> pa.Table:
-            table = _read(self.data.table(self._shards[index]), columns)
+            with self._local(self.data.table, index) as path:
+                table = _read(path, columns)
             with_path = paths and "url" in table.column_names
             return table.append_column("path", _paths(table["url"])) if with_path else table
 
@@ -127,7 +139,8 @@ class DataFolderVectors(ImageVectors):
 
     def _keys(self, index: int) -> pa.Array:
         """The keys of a shard's vectors, in their order."""
-        return _read(self.data.metadata(self._shards[index]), ["key"])["key"].combine_chunks()
+        with self._local(self.data.metadata, index) as path:
+            return _read(path, ["key"])["key"].combine_chunks()
 
     def _shown(self, images: np.ndarray) -> np.ndarray:
         import pyarrow as pa
@@ -145,7 +158,8 @@ class DataFolderVectors(ImageVectors):
     def vectors(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         out = np.empty((len(images), self.space.dim), np.float16)
         for index, places, rows in by_part(self._starts, images):
-            out[places] = open_vectors(self.data.image_vectors(self._shards[index]))[rows]
+            with self._local(self.data.image_vectors, index) as path:
+                out[places] = open_vectors(path)[rows]
         return out, np.ones(len(images), bool)
 
     def facts(self, images: np.ndarray) -> pd.DataFrame:
@@ -155,7 +169,9 @@ class DataFolderVectors(ImageVectors):
         columns = ["key", "url", "sha256", "phash", "original_width", "original_height"]
 
         def known(index: int, rows: np.ndarray) -> pa.Table:
-            table, keys = _read(self.data.table(self._shards[index]), columns), self._keys(index).take(pa.array(rows))
+            keys = self._keys(index).take(pa.array(rows))
+            with self._local(self.data.table, index) as path:
+                table = _read(path, columns)
             found = table.take(pc.index_in(keys, value_set=table["key"].combine_chunks()))
             return found.set_column(found.column_names.index("key"), "key", keys)
 
@@ -167,12 +183,13 @@ class DataFolderVectors(ImageVectors):
 
         found: dict[int, Image.Image | None] = {}
         for index, places, rows in by_part(self._starts, np.asarray(images, np.int64)):
-            tar, keys = self.data.tar(self._shards[index]), self._keys(index)
+            tar, keys = self.data.local(self.data.tar(self._shards[index])), self._keys(index)
             members = index_tar(tar)
             with open(tar, "rb") as f:
                 for place, row in zip(places, rows, strict=True):
                     member = image_member(members.get(keys[int(row)].as_py(), {}))
                     found[int(images[place])] = None if member is None else _thumbnail(read_range(f, member[1]))
+            self.data.release(tar)
         return found
 
 

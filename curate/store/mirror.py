@@ -43,6 +43,37 @@ def store_at(path: Path) -> Disk:
     return max(found, key=lambda mirror: len(mirror.root.parts), default=Disk(path))
 
 
+def here(place: str, without: Iterable[str] = ()) -> Path:
+    """The path of a file or folder to read: of one at a URL, of its copy here, brought once in a process.
+
+    `without`: names in the folder of what is not wanted. What is not there is not here either.
+    """
+    return _copied(place, frozenset(without)) if is_url(place) else Path(place).expanduser()
+
+
+@functools.cache
+def _copied(url: str, without: frozenset[str]) -> Path:
+    above, _, name = ObjectStore(url).url.rpartition("/")
+    if "." in name and above.count("/") > 2:  # as a file is called, below a bucket
+        store = open_mirror(above)
+        if store.stamp(store.root / name) is not None:
+            store.bring([store.root / name])
+            return store.root / name
+    store = open_mirror(ObjectStore(url).url)
+    store.refresh()
+    wanted = [n for n in store.names(store.root) if n not in without]
+    folders = {*store.folders(store.root)}
+    store.bring(p for n in wanted for p in (store.walk(store.root / n) if n in folders else [store.root / n]))
+    return store.root
+
+
+def in_urls(text: str) -> str:
+    """A text, such as an error's, with URLs in place of the paths of their mirrors: what people know."""
+    for url, mirror in sorted(_mirrors.items(), reverse=True):  # the path of one may begin as another's
+        text = text.replace(str(mirror.root), url)
+    return text
+
+
 _mirrors: dict[str, Mirror] = {}
 
 
@@ -158,6 +189,14 @@ class Mirror(Disk):
         for path in paths:
             self._put_file(path)
 
+    def create(self, path: Path, data: bytes) -> None:
+        """Write a file here and there, of a name that nobody has there. Raises FileExistsError."""
+        self._check()
+        put = self._objects.put(data, self._name(path), create=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        self._note(put, path)
+
     def _put_file(self, path: Path) -> StoredObject:
         """Put a file there, unless it lies there as it is here."""
         name = self._name(path)
@@ -191,7 +230,8 @@ class Mirror(Disk):
             self._objects.delete(names)
         for path, name in zip(paths, names, strict=True):
             path.unlink(missing_ok=True)
-            self._here.pop(name, None)
+            if (known := self._here.pop(name, None)) is not None:
+                self._cached(known[0]).unlink(missing_ok=True)  # nobody will want it any more
 
     # ----------------------------------------------------------------------------------------------------- records
 
