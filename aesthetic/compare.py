@@ -87,9 +87,7 @@ def fit_comparisons(
     report: dict[str, Any] = {
         "n": len(win),
         "images": len(x),
-        "groups": image_groups.count,
-        "groups_given": image_groups.given,
-        "near_duplicates_joined": image_groups.joined,
+        **image_groups.facts,
         "how": "nested cross-validation by group; both images of a tested comparison are new",
         "tested": int(tested.sum()),
         "test_sha256": sha256_of(f"{ids[a]}\t{ids[b]}" for a, b in zip(win[tested], lose[tested], strict=True)),

@@ -29,8 +29,14 @@ ROUNDS = 4
 TOO_LARGE = 4.0
 """Cells with more than this many times the mean number of rows are split again: large ones take most of the time."""
 
+NEAREST = 8
+"""Cells in which a row's neighbours are looked for. By measurement on made-up vectors like CLIP's: of pairs with a
+cosine of .95 97% lie in one another's eight nearest cells, and 63% in one cell."""
+
 _ITERATIONS = 10
 _ROWS_PER_CELL = 256  # of a sample, that k-means looks at
+_SAMPLE_PER_CELL = 64  # rows that cells are fitted on, where all lie in memory
+_COMPARED = 500  # rows that are compared with all, to say how many pairs were found
 
 
 def near_vectors(vectors: Vectors, cosine: float) -> Ints:
@@ -136,6 +142,55 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         faiss.omp_set_num_threads(threads)
+
+
+def near_vectors_in_cells(vectors: Vectors, cosine: float) -> tuple[Ints, float | None]:
+    """Most pairs (i < j) of unit vectors (n, d) with at least this cosine, (pairs, 2), sorted; and the recall.
+
+    A row is compared with those of the NEAREST of sqrt(n) cells, so the time grows with n^1.5: 50,000 vectors of 768
+    numbers take 4 s of CPU, and all with all 8 s; 1 million about 5 minutes, in place of an hour. Of a row's partners
+    some may be left out where they are tied to it by others (cell_pairs).
+
+    Recall: the share of the near pairs of 500 rows, compared with all, whose two rows are connected; None where they
+    have none.
+    """
+    n = len(vectors)
+    cells, rng = round(n**0.5), np.random.default_rng(0)
+    centroids = fit_cells(vectors[np.sort(rng.permutation(n)[: _SAMPLE_PER_CELL * cells])], cells, 0)
+    near = nearest_cells(vectors, centroids, NEAREST)
+    queries, query_edges = _by_cell(near, len(centroids))
+    members, member_edges = _by_cell(near[:, :1], len(centroids))
+    codes = [np.zeros(0, np.int64)]
+    for cell in range(len(centroids)):
+        q = queries[query_edges[cell] : query_edges[cell + 1]]
+        m = members[member_edges[cell] : member_edges[cell + 1]]
+        pairs, _ = cell_pairs(vectors[q], q, vectors[m], m, cosine)
+        codes.append(pairs[:, 0] * n + pairs[:, 1])
+    pairs = np.stack(np.divmod(np.unique(np.concatenate(codes)), max(n, 1)), 1)
+    return pairs, _recall(vectors, np.sort(rng.permutation(n)[:_COMPARED]), cosine, pairs)
+
+
+def _by_cell(near: npt.NDArray[np.int32], cells: int) -> tuple[Ints, Ints]:
+    """Rows in the order of their cells (n, count), and where each cell begins, (cells + 1,)."""
+    order = np.argsort(near.ravel(), kind="stable")
+    return order // near.shape[1], np.searchsorted(near.ravel()[order], np.arange(cells + 1))
+
+
+def _recall(vectors: Vectors, sample: Ints, cosine: float, pairs: Ints) -> float | None:
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    n = len(vectors)
+    ends = coo_array((np.ones(len(pairs), np.int8), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
+    component = connected_components(ends, directed=False)[1]
+    true, found, x = 0, 0, np.asarray(vectors[sample], np.float32)
+    for start in range(0, n, 8 * _BLOCK):
+        others = np.asarray(vectors[start : start + 8 * _BLOCK], np.float32)
+        row, other = np.nonzero(x @ others.T >= cosine)
+        row, other = sample[row], other + start
+        row, other = row[row != other], other[row != other]
+        true, found = true + len(row), found + int((component[row] == component[other]).sum())
+    return found / true if true else None
 
 
 def fit_cells(sample: Vectors, cells: int, seed: int, rounds: int = ROUNDS) -> Floats:

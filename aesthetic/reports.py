@@ -40,9 +40,7 @@ def facts_of(data: PreparedExamples, tested: npt.NDArray[np.bool_], splits: Sequ
     rows = np.flatnonzero(tested)
     return {
         "n": len(data.y),
-        "groups": data.groups.count,
-        "groups_given": data.groups.given,
-        "near_duplicates_joined": data.groups.joined,
+        **data.groups.facts,
         "how": f"nested cross-validation in {len(splits)} folds by group" if len(splits) > 1 else "held-back test set",
         "tested": len(rows),
         "tested_groups": len({data.groups.names[i] for i in rows}),

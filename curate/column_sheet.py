@@ -91,8 +91,9 @@ class _Sheet:
         shards = [s for s in self.table.shards if all(s in a for a in asked)]
         self.picked = [shards[i] for i in spread(len(shards), SHARDS)]
         self.images = sum(int(facts.get("count", 0)) for facts in self.table.facts)
-        unsafe = [c for c, facts in self.facts.items() if facts.get("unsafe")]
-        self.blurred = " or ".join(f"coalesce({quote(c)} >= {BLURRED_FROM}, false)" for c in unsafe) or "false"
+        unsafe = {c: bool(facts.get("early")) for c, facts in self.facts.items() if facts.get("unsafe")}
+        blurred = [f"coalesce({quote(c)} >= {BLURRED_FROM}, {str(unasked).lower()})" for c, unasked in unsafe.items()]
+        self.blurred = " or ".join(blurred) or "false"  # also what early rules left out before it was asked
         self.db = self._candidates(found, hidden_condition(hidden), {*self.columns, *unsafe, *hidden})
 
     def _candidates(self, found: list[LedgerTable], hidden: str, needed: set[str]) -> duckdb.DuckDBPyConnection:

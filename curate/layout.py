@@ -155,9 +155,11 @@ class Data:
         """Write the record that makes a shard done, last of all its files; see RecordIndex.commit."""
         return self._index.commit(record, config=config, inputs=inputs, outputs=outputs, facts=facts)
 
-    def recommit(self, record: Path, inputs: Mapping[str, str]) -> None:
-        """Write a record again for other inputs from which the same files would come."""
-        self._index.recommit(record, inputs)
+    def recommit(
+        self, record: Path, inputs: Mapping[str, str], config: str | None = None, facts: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write a record again for other inputs, or another configuration; see RecordIndex.recommit."""
+        self._index.recommit(record, inputs, config, facts)
 
     def invalidate(self, *records: Path) -> None:
         """Take records back before their files are replaced, so that none that is half replaced is taken for done."""

@@ -153,7 +153,9 @@ class Report:
         self.tables = {c: t for t in others for c in t.columns}
         clusters = cluster_columns(found)
         self.scores = [c for c in self.tables if NUMBER.fullmatch(self.columns[c]) and c not in clusters]
-        self.unsafe = [c for c, facts in recorded_columns(found).items() if facts.get("unsafe")]
+        recorded = recorded_columns(found)
+        self.unsafe = [c for c, facts in recorded.items() if facts.get("unsafe")]
+        self._unasked = {c for c in self.unsafe if recorded[c].get("early")}  # of some images, as early rules say no
         known = [*self.columns, *(f"source.{n}" for n in source)]
         self.rules = read_rules({r.name: r.condition for r in self.selection.rules}, known)
         hidden = hidden_columns(found)
@@ -306,7 +308,7 @@ class Report:
         """
         cuts = [cut for rule in self.rules.values() if rule for cut in rule.cuts]
         strictest = {c: min([BLURRED_FROM, *(cut.value for cut in cuts if cut.column == c)]) for c in self.unsafe}
-        found = [f"coalesce({quote(c)} >= {BLURRED_FROM}, false)" for c in self.unsafe]
+        found = [f"coalesce({quote(c)} >= {BLURRED_FROM}, {str(c in self._unasked).lower()})" for c in self.unsafe]
         for name, rule in self.rules.items():
             if not self._is_unsafe(name):
                 continue

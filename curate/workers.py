@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 from aesthetic.errors import UserError
 from aesthetic.space import Space, require_same
-from curate.annotators.base import Annotator, Resources
-from curate.annotators.order import first_pass
+from curate.annotators.base import Annotator, Resources, all_of, config_of
+from curate.annotators.missing import column_inputs
+from curate.annotators.order import ENCODER, first_pass, where_inputs
 from curate.annotators.registry import Spec, make_annotators
-from curate.annotators.stage import annotate_shard, column_inputs
+from curate.annotators.stage import annotate_shard
 from curate.encoders.base import Encoder
 from curate.encoders.embed import EmbedConfig
 from curate.encoders.registry import load_encoder
@@ -123,8 +124,10 @@ class EmbedWorker:
         report: Report = ignore,
         threads: int = 0,
         vectors: bool = True,
+        early: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
-        """With `vectors` false, it makes none: columns alone, of what is there."""
+        """With `vectors` false, it makes none: columns alone, of what is there. early: the early rules that each entry
+        and the encoder wait for (curate.annotators.order.early_of)."""
         self.data, self.config, self.report = data, config, report
         count = threads or os.cpu_count() or 1
         self.imported: ImportedVectors | None = None
@@ -151,7 +154,9 @@ class EmbedWorker:
 
         resources = Resources(threads=count, space=space, encoder=functools.cache(exact))
         self.annotators = {name: a for name, a in make_annotators(columns).items() if a.reads != "table"}
+        self.early = (early or {}).get(ENCODER, {})
         for name, annotator in self.annotators.items():
+            annotator.early = (early or {}).get(name, {})
             try:
                 annotator.load(resources)
             except UserError as e:
@@ -176,6 +181,7 @@ class EmbedWorker:
             config=self.config,
             threads=self._threads,
             report=self.report,
+            early=self.early,
             spent=self._spent,
         )
 
@@ -217,13 +223,22 @@ def transient_failures(data: Data, shard: int) -> int:
     return sum(n for reason, n in outcomes.items() if reason != Status.SUCCESS and Reason(reason).transient)
 
 
-def embed_done(data: Data, shard: int, config: str, annotators: Mapping[str, Annotator]) -> bool:
-    """Whether a fetched shard is embedded and has every column of the first pass. Loads no model."""
+def embed_done(
+    data: Data, shard: int, config: str, annotators: Mapping[str, Annotator], early: Mapping[str, str] | None = None
+) -> bool:
+    """Whether a fetched shard is embedded, but for what early rules leave out, and has every column of the first pass.
+    Loads no model."""
     inputs = data.fetched_digests(shard)
     if inputs is None or not space_known(data):
         return False
+    if (condition := all_of(None, early or {})) is not None:
+        more = where_inputs(data, shard, condition)
+        if more is None:
+            return False
+        inputs = inputs | more
+    config = config_of(config, None, early or {})
     embedded = data.is_done(data.embedded_record(shard), config=config, inputs=inputs)
-    return embedded and all(annotated(data, shard, name, annotators[name]) for name in first_pass(annotators))
+    return embedded and all(annotated(data, shard, name, annotators[name]) for name in first_pass(annotators, early))
 
 
 def annotated(data: Data, shard: int, name: str, annotator: Annotator) -> bool:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from aesthetic.errors import UserError
 from curate.annotators.base import Annotator, column_specs
-from curate.annotators.order import check_where, passes
+from curate.annotators.order import check_where, made_late, passes
 from curate.annotators.registry import make_annotator
 from curate.fetch.deny import Deny
 from curate.layout import Data
@@ -56,8 +56,7 @@ def check_selection(data: Data, recipe: Recipe, extra_columns: pa.Schema, annota
     types = {**ledger_types(), **known_types, **made}
     scales = known_scales | {name: c.scale for name, c in specs.items() if c.scale is not None}
     rules = check_rules(recipe.select.rules, types, source_types(extra_columns), scales)
-    tables = column_specs({name: a for name, a in annotators.items() if a.reads == "table"})
-    check_early(rules, recipe.select.early, specs, tables)
+    check_early(rules, recipe.select.early, specs, made_late(annotators))
     check_where(annotators, types, source_types(extra_columns), scales)
     passes(annotators)
 

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
 from curate.annotators.base import Annotator
-from curate.annotators.order import first_pass
+from curate.annotators.order import ENCODER, first_pass, set_early
 from curate.annotators.registry import absolute, add_needs, fetch_annotators, make_annotators
-from curate.encoders.embed import recovered
 from curate.encoders.registry import fetch_weights
 from curate.fetch.ingest import check_verify
 from curate.layout import Data
@@ -203,6 +202,7 @@ def _run_job(
         from curate.workers import forget_unanswered
 
         forget_unanswered(data, annotators)
+    early = early_rules(recipe, annotators)
     left = remaining_work(data, recipe, annotators, stages, retry)
     times, display = RunTimes(), None  # where all was done already
     if "embed" in stages:
@@ -217,13 +217,14 @@ def _run_job(
             fetch_weights(recipe.embed.encoder, recipe.embed.weights)
         if len(left.shards) < len(plan.shards):
             print(f"{len(plan.shards) - len(left.shards):,} of {len(plan.shards):,} shards are done already")
-        together = replace(recipe, columns={name: recipe.columns[name] for name in first_pass(annotators)})
-        job = CurateJob(data, together, fetch="fetch" in stages, embed="embed" in stages, retry=retry)
+        columns = {name: recipe.columns[name] for name in first_pass(annotators, early[ENCODER])}
+        fetch, embed = "fetch" in stages, "embed" in stages
+        job = CurateJob(data, replace(recipe, columns=columns), fetch, embed, retry=retry, early=early)
         display = run_job(job, left, check=node_check(data, recipe), address=address)
         times.add(display)
     if "embed" in stages:
         with times.stage("annotate"):
-            annotate_passes(data, recipe, annotators, first=False, address=address)
+            annotate_passes(data, recipe, annotators, first=False, early=early[ENCODER], address=address)
     if retry and display is not None:
         result.facts["recovered"] = _images(data) - had
         print(f"retry  {result.facts['recovered']:,} more images")
@@ -289,6 +290,13 @@ def _images(data: Data) -> int:
     return sum(data.record(data.fetched_record(s.shard)).get("successes", 0) for s in data.plan.shards)
 
 
+def early_rules(recipe: Recipe, annotators: Mapping[str, Annotator]) -> dict[str, dict[str, str]]:
+    """Have each annotator wait for the recipe's early rules; returns which those are, and those of the encoder."""
+    select = recipe.select
+    rules = {name: condition for name, condition in select.rules.items() if name in select.early}
+    return set_early(annotators, rules, imported=recipe.embed.embeddings is not None)
+
+
 def remaining_work(
     data: Data, recipe: Recipe, annotators: Mapping[str, Annotator], stages: Sequence[str], retry: bool = False
 ) -> RemainingWork:
@@ -297,17 +305,21 @@ def remaining_work(
 
     fetch, embed = "fetch" in stages, "embed" in stages
     fetch_hash, embed_hash = recipe.hashes()
+    early = early_rules(recipe, annotators)[ENCODER]
     shards, rows, images = [], 0, 0
     for s in data.plan.shards:
         fetched = fetch_done(data, s.shard, fetch_hash)
         waiting = transient_failures(data, s.shard) if fetched and retry else 0 if fetched else s.rows
-        unembedded = fetched and embed and not embed_done(data, s.shard, embed_hash, annotators)
+        unembedded = fetched and embed and not embed_done(data, s.shard, embed_hash, annotators, early)
         if (waiting and fetch) or unembedded:
             shards.append(s.shard)
             rows += waiting
-            if unembedded:  # after a retry, the images that it recovered
-                added = recovered(data, s.shard, data.embedded_record(s.shard), embed_hash)
-                images += data.record(data.fetched_record(s.shard))["successes"] if added is None else len(added)
+            if unembedded:  # after a retry, or a wider condition, those that have no vector yet
+                path = data.embedded_record(s.shard)
+                record = data.record(path)
+                same = record.get("digest", record.get("config")) == embed_hash
+                there = record["sample_count"] if same and data.outputs_present(path) else 0
+                images += max(0, data.record(data.fetched_record(s.shard))["successes"] - there)
     return RemainingWork(shards, rows, images)
 
 

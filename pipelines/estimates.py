@@ -50,12 +50,11 @@ def keep_rates(data: Data, recipe: Recipe, times: RunTimes, kept: int) -> Rates 
 
     What an earlier run measured stays where this one found it done, or had fewer rows of it.
     """
-    kept_before = read_json(data.rates)
-    before: dict[str, Any] = kept_before if isinstance(kept_before, dict) else {}
+    before = read_kept_rates(data) or {}
     wall, name = dict(before.get("wall", {})), recipe.select.name
     for stage, record in (("select", data.selection_record(name)), ("pack", data.manifest(name))):
-        if record.exists() and record.stat().st_mtime >= times.began:
-            outputs = (read_json(record) or {}).get("outputs", {})
+        outputs = data.record(record).get("outputs", {})
+        if outputs and record.exists() and record.stat().st_mtime >= times.began:
             times.spent[stage]["bytes"] = sum(fact["bytes"] for fact in outputs.values())
         else:
             times.spent.pop(stage, None)
@@ -85,13 +84,16 @@ def keep_rates(data: Data, recipe: Recipe, times: RunTimes, kept: int) -> Rates 
     tree["stages"] = {k: v for k, v in before.get("stages", {}).items() if k in ("select", "pack")} | tree["stages"]
     data.logs.mkdir(exist_ok=True)
     write_json(data.rates, tree)
+    data.push(data.rates)
     return lay_over([(str(data.rates), tree)])
 
 
-def read_kept_rates(data: Data) -> Rates | None:
-    """The rates that the last run of a data folder kept."""
-    tree = read_json(data.rates)
-    return lay_over([(str(data.rates), tree)]) if isinstance(tree, dict) else None
+def read_kept_rates(data: Data) -> dict[str, Any] | None:
+    """The rates that the last run of a data folder kept; None where none did."""
+    if not data.exists(data.rates):
+        return None
+    tree = read_json(data.local(data.rates))
+    return tree if isinstance(tree, dict) else None
 
 
 def projection_text(found: Projection, selection: Selection) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from curate.annotators.order import first_pass
+from curate.annotators.order import ENCODER, first_pass
 from curate.annotators.registry import add_needs, make_annotators
 from curate.layout import Data
 from curate.ledger.select import Selection, select
@@ -17,6 +17,7 @@ from curate.shards.pack import pack
 from curate.sources.planner import make_plan
 from curate.workers import EmbedWorker, FetchWorker
 from demo.web import Route, Web
+from pipelines.curation import early_rules
 from pipelines.recipe import Recipe, load_recipe, store_recipe
 from pipelines.runtime.passes import annotate_passes
 from tests.small_web import image
@@ -100,11 +101,12 @@ def embed_shards(data: Data, recipe: Recipe) -> int:
 
     columns = add_needs(recipe.columns)
     annotators = make_annotators(columns)
-    first = {name: columns[name] for name in first_pass(annotators)}
-    worker = EmbedWorker(data, recipe.embed, first, recipe.hashes()[1], report, threads=2)
+    early = early_rules(recipe, annotators)
+    first = {name: columns[name] for name in first_pass(annotators, early[ENCODER])}
+    worker = EmbedWorker(data, recipe.embed, first, recipe.hashes()[1], report, threads=2, early=early)
     for s in data.plan.shards:
         worker.run(s.shard)
-    annotate_passes(data, replace(recipe, columns=columns), annotators, first=False)
+    annotate_passes(data, replace(recipe, columns=columns), annotators, first=False, early=early[ENCODER])
     return len(seen)
 
 

@@ -7,7 +7,9 @@ import pytest
 from small_ratings import unit
 
 from aesthetic.heads import HeadError
+from aesthetic.neighbours import near_vectors, near_vectors_in_cells
 from aesthetic.splits import (
+    EXACT_UP_TO,
     NESTED_UP_TO,
     TEST,
     Groups,
@@ -105,3 +107,38 @@ def test_rounds_predict_every_row_once_or_hold_a_test_set_back():
     assert 0.15 < len(only.test) / len(many.names) < 0.25
     with pytest.raises(HeadError, match="have 2 groups"):
         make_splits(Groups(["a", "b"] * 20, True, 0), "a")
+
+
+def _with_copies(rows: int, dims: int) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors in a cone, of clusters of unlike sizes, and which rows are near copies of which others."""
+    rng = np.random.default_rng(3)
+    topics = unit(rng.standard_normal((rows // 50, dims)))
+    topic = np.minimum(rng.zipf(1.3, rows) - 1, len(topics) - 1)
+    x = unit(dims**-0.5 + unit(topics[topic] + unit(rng.standard_normal((rows, dims)))))
+    copies = rng.choice(rows, (rows // 20, 2), replace=False)
+    x[copies[:, 1]] = unit(x[copies[:, 0]] + 0.2 * unit(rng.standard_normal((len(copies), dims))))
+    return x.astype(np.float32), copies
+
+
+def test_near_vectors_are_looked_for_in_cells_and_how_many_are_found_is_measured():
+    x, _ = _with_copies(4000, 48)
+    true = near_vectors(x, 0.95)
+    found, recall = near_vectors_in_cells(x, 0.95)
+    assert len(true) >= 200
+    codes = np.isin(found[:, 0] * 4000 + found[:, 1], true[:, 0] * 4000 + true[:, 1])
+    assert codes.all() and len(found) >= 0.97 * len(true)
+    assert np.array_equal(found, np.unique(found, axis=0)) and recall > 0.95
+    assert np.array_equal(near_vectors_in_cells(x, 0.95)[0], found)
+    assert near_vectors_in_cells(unit(np.eye(400)).astype(np.float32), 0.95)[1] is None
+
+
+@pytest.mark.long
+def test_the_groups_of_very_many_images_state_their_recall():
+    rows = EXACT_UP_TO + 1000
+    x, copies = _with_copies(rows, 64)
+    ids = [f"{i}" for i in range(rows)]
+    few, many = groups_of(ids[:-1000], vectors=x[:-1000]), groups_of(ids, vectors=x)
+    assert few.recall is None and "near_duplicates_recall" not in few.facts
+    assert many.recall > 0.95 and many.facts["near_duplicates_recall"] == round(many.recall, 4)
+    together = [many.names[a] == many.names[b] for a, b in copies]
+    assert np.mean(together) > 0.97

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pydantic
 
 from curate.images.config import ImagesConfig
+from curate.ledger.sql import parse_condition, print_expression
 from curate.store.files import digest
 
 if TYPE_CHECKING:
@@ -97,6 +99,7 @@ class Annotator(abc.ABC):
     asks_encoder: whether `load` wants the encoder itself, also where vectors are those of others.
     needs: annotators whose columns it reads, NAME -> spec; where a recipe has no such entry, one is added.
     where: `where` of its entry in the recipe, SQL over other columns: the images that it looks at. All others are null.
+    early: early rules, NAME -> condition, that leave out what it need not look at; values that are there already stay.
     """
 
     name: ClassVar[str]
@@ -109,6 +112,7 @@ class Annotator(abc.ABC):
     facts: Mapping[str, Any] = {}
     needs: Mapping[str, Spec] = {}
     where: str | None = None
+    early: Mapping[str, str] = {}
 
     def __init__(self, options: AnnotatorOptions) -> None:
         self.options = options
@@ -126,7 +130,12 @@ class Annotator(abc.ABC):
     @property
     def config(self) -> str:
         """What the records of its columns carry: its digest, and which images it looks at."""
-        return self.digest if self.where is None else digest([self.digest, self.where])
+        return config_of(self.digest, self.where, self.early)
+
+    @property
+    def condition(self) -> str | None:
+        """SQL that says which images it looks at: `where` and early rules; None: all."""
+        return all_of(self.where, self.early)
 
     def pinned(self) -> Mapping[str, Any]:
         """Options that mean on another day what those given mean now, such as a commit in place of a branch; a recipe
@@ -204,7 +213,26 @@ class TableAnnotator(Annotator):
 
     @abc.abstractmethod
     def annotate_all(self, run: TableRun) -> Iterator[dict[str, pa.Array]]:
-        """As `annotate`, for the wanted images of each of the shards in turn. `facts` are read after each."""
+        """As `annotate`, for the wanted images of each shard in turn, or for all. `facts` are read after each."""
+
+
+def all_of(where: str | None, early: Mapping[str, str]) -> str | None:
+    """SQL that holds of the images that `where` and early rules leave; None where neither leaves any out."""
+    conditions = [*([] if where is None else [where]), *map(_printed, early.values())]
+    return " AND ".join(f"({condition})" for condition in conditions) or None
+
+
+@functools.cache
+def _printed(condition: str) -> str:
+    """A condition as SQL that can stand within other SQL."""
+    return print_expression(parse_condition(condition))
+
+
+def config_of(own: str, where: str | None, early: Mapping[str, str]) -> str:
+    """The configuration that a record carries of what has this digest and looks at these images."""
+    if not early:
+        return own if where is None else digest([own, where])
+    return digest([own, where, [*early.values()]])
 
 
 def scores_of(annotator: Annotator, images: Sequence[np.ndarray]) -> np.ndarray:

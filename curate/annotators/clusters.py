@@ -16,6 +16,7 @@ from aesthetic.errors import UserError
 from aesthetic.files import atomic
 from aesthetic.untrusted import open_vectors
 from curate.annotators.base import AnnotatorOptions, ColumnSpec, TableAnnotator, TableRun
+from curate.encoders.embed import vector_rows
 from curate.ledger.balance import CLUSTER
 from curate.store.files import digest
 from curate.store.records import output_digests
@@ -67,8 +68,11 @@ class Clusters(TableAnnotator):
         self._fit(run, embedded, anew=not {*embedded} - {*run.shards})
         centroids = _centroids(run)
         items = [(data.image_vectors(s) if s in {*embedded} else None, centroids) for s in run.shards]
-        for cell, cosine in run.map(_assign, items):
-            yield {"": pa.array(cell, pa.int32()), "cosine": pa.array(cosine, pa.float32())}
+        for shard, (cell, cosine) in zip(run.shards, run.map(_assign, items), strict=True):
+            values = {"": pa.array(cell, pa.int32()), "cosine": pa.array(cosine, pa.float32())}
+            if shard in {*embedded} and (rows := vector_rows(data, shard)) is not None:
+                values = {suffix: value.take(pa.array(rows, mask=rows < 0)) for suffix, value in values.items()}
+            yield values
 
     def _fit(self, run: TableRun, shards: Sequence[int], anew: bool) -> None:
         """Make the centroids, where these are not there yet, and set the facts about them; anew: no shard has clusters,

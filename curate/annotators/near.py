@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pydantic
 
@@ -141,7 +142,7 @@ class Near(TableAnnotator):
         if self._of_bits:
             found["bits"] = pa.array(nearest.bits)
         if self._cosine:
-            found["cosine"] = pa.array(nearest.cosine)
+            found["cosine"] = pa.array(nearest.cosine, mask=np.isnan(nearest.cosine))
         if self.options.deny:
             return found | {"denied": pa.array(nearest.bits <= self._within)}
         return found | {"of": names.take(pa.array(nearest.index, mask=nearest.index < 0))}

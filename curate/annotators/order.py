@@ -1,11 +1,11 @@
-"""What an entry of a recipe's `columns` waits for: columns that it needs, and those that its `where` names, SQL that
-says which images it looks at. From that follows the order in which entries run."""
+"""What an entry of a recipe's `columns` waits for: columns that it needs, and those that its `where` and early rules
+name, SQL that says which images it looks at. From that follows the order in which entries run."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import duckdb
@@ -85,25 +85,88 @@ def resolve_needs(annotators: Mapping[str, Annotator], name: str) -> dict[str, s
     return {need: next((n for n, a in annotators.items() if same(a, spec)), None) for need, spec in needs.items()}
 
 
-def first_pass(annotators: Mapping[str, Annotator]) -> list[str]:
-    """The entries that look at each image and wait for nothing: they run while images come in."""
-    return [name for name, a in annotators.items() if a.reads != "table" and a.where is None]
+ENCODER = ""
+"""In place of an entry's name: what makes the vectors."""
 
 
-def passes(annotators: Mapping[str, Annotator]) -> list[list[str]]:
+def early_of(annotators: Mapping[str, Annotator], rules: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Which early rules (name -> condition) each entry, and ENCODER, waits for: by name.
+
+    What early rules need runs first: what reads rows and captions, then what reads pixels, for the images that the
+    former leave, then the encoder; and all else for the images that all of them leave. What says that an image must not
+    be seen looks at all, as does what it needs; what compares all images, or reads vectors, takes what there is.
+    """
+    waits = _waits(annotators)
+    needed, level = dict[str, set[str]](), dict[str, int]()
+    for rule, condition in rules.items():
+        needed[rule] = _closure(waits, _entries_named(annotators, condition))
+        pixels = any(annotators[name].reads == "pixels" for name in needed[rule] - {ENCODER})
+        level[rule] = 2 if ENCODER in needed[rule] else 1 if pixels else 0
+
+    def before(last: int) -> dict[str, str]:
+        return {rule: condition for rule, condition in rules.items() if level[rule] < last}
+
+    hidden = [name for name, a in annotators.items() if any(spec.hidden for spec in a.columns.values())]
+    free = _closure(waits, hidden)
+    found = {ENCODER: before(2)}
+    for name, annotator in annotators.items():
+        whole = isinstance(annotator, TableAnnotator) and annotator.whole
+        if name in free or whole or annotator.reads == "vectors":
+            found[name] = {}
+        else:
+            found[name] = before(min((level[rule] for rule in rules if name in needed[rule]), default=3))
+    return found
+
+
+def set_early(
+    annotators: Mapping[str, Annotator], rules: Mapping[str, str], *, imported: bool = False
+) -> dict[str, dict[str, str]]:
+    """Give each entry the early rules (name -> condition) that it waits for, and return them, with those of ENCODER:
+    none where vectors are imported, as these cost nothing."""
+    for annotator in annotators.values():
+        annotator.early = {}
+    found = early_of(annotators, rules)
+    for name, annotator in annotators.items():
+        annotator.early = found[name]
+    return {**found, ENCODER: {}} if imported else found
+
+
+def made_late(annotators: Mapping[str, Annotator]) -> set[str]:
+    """The columns that no early rule can name: those of entries that read whole tables, or wait for such."""
+    waits = _waits(annotators)
+    tables = {name for name, a in annotators.items() if a.reads == "table"}
+    late = {name: annotators[name] for name in annotators if tables & _closure(waits, [name])}
+    return {*column_specs(late)}
+
+
+def first_pass(annotators: Mapping[str, Annotator], early: Mapping[str, str] | None = None) -> list[str]:
+    """The entries that run while images come in: those that look at each image and wait for nothing but early rules,
+    and those that early rules wait for; `early` are those of the encoder."""
+    waits = _waits(annotators)
+    rules = [*(early or {}).values(), *(sql for a in annotators.values() for sql in a.early.values())]
+    asked = _closure(waits, {name for sql in rules for name in _entries_named(annotators, sql)})
+    return [name for name, a in annotators.items() if a.reads != "table" and (a.where is None or name in asked)]
+
+
+def passes(annotators: Mapping[str, Annotator], early: Mapping[str, str] | None = None) -> list[list[str]]:
     """The order in which entries run: the first pass; then what reads whole tables and what has a `where`, each after
     the entries whose columns it names or needs.
 
     A pass holds entries that run over one shard after the other together, or one that reads the whole table.
     UserError where entries wait for each other.
     """
-    waits = _waits(annotators)
-    order = [first_pass(annotators)]
+    waits = {name: others - {ENCODER} for name, others in _waits(annotators).items()}
+    done, left = set[str](), [*annotators]
+    while ready := [name for name in left if waits[name] <= done]:
+        done.update(ready)
+        left = [name for name in left if name not in ready]
+    if left:
+        raise UserError(f"columns.{left[0]} and columns.{left[-1]} wait for each other's columns (`where`)")
+
+    order = [first_pass(annotators, early)]
     done, left = set(order[0]), [name for name in annotators if name not in order[0]]
     while left:
         ready = [name for name in left if waits[name] <= done]
-        if not ready:
-            raise UserError(f"columns.{left[0]} and columns.{left[-1]} wait for each other's columns (`where`)")
         together = [name for name in ready if annotators[name].reads != "table"] or ready[:1]
         order.append(together)
         done.update(together)
@@ -111,23 +174,59 @@ def passes(annotators: Mapping[str, Annotator]) -> list[list[str]]:
     return order
 
 
+def steps(annotators: Mapping[str, Annotator], early: Mapping[str, str] | None) -> list[list[str]]:
+    """The order in which a pass's entries, and ENCODER, look at one shard: each after those whose columns early rules
+    or `where` name. Pixels are decoded once in each step, so what they wait for comes before, and the rest together.
+
+    early: the rules that ENCODER waits for; None: it makes no vectors in this pass.
+    """
+    waits = _waits(annotators)
+    if early is not None:
+        waits[ENCODER] = {name for sql in early.values() for name in _entries_named(annotators, sql)}
+    left = [*([ENCODER] if early is not None else []), *annotators]
+    waits = {name: waits[name] & {*left} for name in left}
+    order, done = list[list[str]](), set[str]()
+    while left:
+        ready = [name for name in left if waits[name] <= done]
+        assert ready, f"{left} wait for each other, which `passes` refuses"
+        later = [n for n in left if n not in ready and (n == ENCODER or annotators[n].reads == "pixels")]
+        step = [name for name in ready if name in _closure(waits, later)] if later else ready
+        order.append(step)
+        done.update(step)
+        left = [name for name in left if name not in step]
+    return order
+
+
 def waited_for(annotators: Mapping[str, Annotator], names: Sequence[str]) -> list[str]:
     """These entries and all whose columns they need or name in `where`, in the order in which they run."""
-    waits, found, left = _waits(annotators), set[str](), [*names]
+    found = _closure(_waits(annotators), names)
+    return [name for group in passes(annotators) for name in group if name in found]
+
+
+def _closure(waits: Mapping[str, set[str]], names: Iterable[str]) -> set[str]:
+    """These and all that they wait for, and so on."""
+    found, left = set[str](), [*names]
     while left:
         name = left.pop()
         if name not in found:
             found.add(name)
-            left += waits[name]
-    return [name for group in passes(annotators) for name in group if name in found]
+            left += waits.get(name, ())
+    return found
+
+
+def _entries_named(annotators: Mapping[str, Annotator], condition: str | None) -> set[str]:
+    """The entries whose columns a condition names; ENCODER's is `similarity`."""
+    made = {column.lower(): name for name, a in annotators.items() for column in column_specs({name: a})}
+    made["similarity"] = ENCODER
+    return {made[column] for column in named_columns(condition) if column in made}
 
 
 def _waits(annotators: Mapping[str, Annotator]) -> dict[str, set[str]]:
-    """The entries whose columns each entry needs or names."""
-    made = {column.lower(): name for name, a in annotators.items() for column in column_specs({name: a})}
+    """The entries whose columns each entry needs or names, and ENCODER where it reads vectors."""
     return {
-        name: {made[c] for c in named_columns(a.where) if c in made}
+        name: _entries_named(annotators, a.condition)
         | {entry for entry in resolve_needs(annotators, name).values() if entry is not None}
+        | ({ENCODER} if a.reads == "vectors" else set())
         for name, a in annotators.items()
     }
 

@@ -8,12 +8,10 @@ rows of the others stay as they are.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,10 +22,19 @@ import pyarrow.parquet as pq
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
 from aesthetic.untrusted import open_vectors
-from curate.annotators.base import Annotator, ImageBatch, TableAnnotator, TableRun, column_name, column_specs
-from curate.annotators.order import resolve_needs, wanted_keys, where_inputs
+from curate.annotators.base import (
+    Annotator,
+    ImageBatch,
+    TableAnnotator,
+    TableRun,
+    column_name,
+    column_specs,
+    config_of,
+)
+from curate.annotators.missing import Missing, Wanted, column_inputs, condition_facts, inherited_early
+from curate.annotators.order import ENCODER, resolve_needs, steps, wanted_keys, where_inputs
 from curate.encoders.base import Encoder
-from curate.encoders.embed import caption_vectors, images_of, recovered, similarity, write_vectors
+from curate.encoders.embed import caption_vectors, images_of, similarity, write_vectors
 from curate.estimate.spent import Spent, of_models, total_spent
 from curate.fetch.ingest import Report, note_start
 from curate.images.config import ImagesConfig
@@ -42,7 +49,6 @@ STARTS = 3
 """How often a run begins a shard. Its images have been decoded before: what ends the process each time is no single
 image, and whoever restarts it would do so for ever."""
 
-_VECTORS = ""  # in place of an annotator's name: the encoder
 _BATCH = 32  # images that are decoded together where no encoder says how many
 
 
@@ -59,112 +65,73 @@ def annotate_shard(
     config: str,
     threads: Executor,
     report: Report,
+    early: Mapping[str, str] | None = None,
     spent: Spent | None = None,
 ) -> None:
     """Compute what is missing of a fetched shard: its vectors by `encoder` (config: the hash of its settings), where
-    one is given, then the columns of annotators that are loaded."""
-    inputs = data.fetched_digests(shard)
-    assert inputs is not None, f"shard {shard} is annotated before it is fetched"
-    spent = spent or Spent()
-    of_images = {name: a for name, a in annotators.items() if a.reads in ("pixels", "row", "captions")}
-    records = {name: (data.annotations_record(name, shard), a.config) for name, a in of_images.items()}
-    if encoder is not None:
-        records[_VECTORS] = data.embedded_record(shard), config
+    one is given, then the columns of annotators that are loaded.
 
-    missing = dict[str, _Missing]()
-    for name, (record, digest) in records.items():
-        annotator = of_images.get(name)
-        if annotator is not None and annotator.where is not None:
-            there = column_inputs(data, shard, annotator)
-            if there is not None and not data.is_done(record, config=digest, inputs=there):
-                missing[name] = _missing_where(data, shard, name, annotator, there)
-        elif not data.is_done(record, config=digest, inputs=inputs):
-            added = recovered(data, shard, record, digest)
-            if added == set():  # a retry that changed nothing but reasons
-                data.recommit(record, inputs)
+    early: rules, NAME -> condition, that leave out images which need no vector; those of annotators are their own. An
+    image is reported once: where the encoder sees it, or need not, or else where pixels are seen last.
+    """
+    assert data.fetched_digests(shard) is not None, f"shard {shard} is annotated before it is fetched"
+    begun, spent = False, spent or Spent()
+    order = steps(annotators, None if encoder is None else early or {})
+    seeing = [names for names in order if any(n == ENCODER or annotators[n].reads == "pixels" for n in names)]
+    reported = next((names for names in order if ENCODER in names), seeing[-1] if seeing else None)
+    for names in order:
+        missing = dict[str, Missing]()
+        for name in names:
+            if name == ENCODER:
+                wanted = Wanted(data, shard, data.embedded_record(shard), config, early=early or {})
+            elif annotators[name].reads == "vectors":
                 continue
-            file = data.annotations(name, shard) if annotator is not None and added is not None else None
-            missing[name] = _Missing(inputs, added, None if file is None else pq.read_table(data.local(file)))
-    if missing:
-        check_space(data.root)
-        if (starts := note_start(data, data.embed_starts(shard))) > STARTS:
-            raise EndsItsProcess(
-                f"embedding shard {shard:05d} has ended its process {starts - 1} times: out of memory, or a crash in a "
-                f"library. {data.logs / 'embed.log'} or the system's log may say why; all that is done stays done."
-            )
-        _from_pixels(data, shard, annotators, encoder, config, missing, threads, report, spent)
-        for name, annotator in of_images.items():
-            if name not in missing or annotator.reads == "pixels":
-                continue
-            rows = images_of(data, shard, None if annotator.reads == "row" else ["key", "caption"])
-            fresh = _only(rows, missing[name].keys)
-            values = ask(annotator, ImageBatch(rows=fresh))
-            took = spent.take(images=len(fresh))
-            _write(data, shard, name, annotator, fresh["key"], values, missing[name], took)
+            else:
+                a = annotators[name]
+                wanted = Wanted(data, shard, data.annotations_record(name, shard), a.digest, a.where, a.early)
+            if found := wanted.missing(None if name == ENCODER else data.annotations(name, shard)):
+                missing[name] = found
+        if missing:
+            check_space(data.root)
+            if not begun and (starts := note_start(data, data.embed_starts(shard))) > STARTS:
+                raise EndsItsProcess(
+                    f"embedding shard {shard:05d} has ended its process {starts - 1} times: out of memory, or a crash "
+                    f"in a library. {data.logs / 'embed.log'} or the system's log may say why; all that is done stays "
+                    "done."
+                )
+            begun = True
+            say = report if names is reported else lambda *_: None
+            for _ in range(missing[ENCODER].left_out if ENCODER in missing else 0):
+                say("embed", Status.SUCCESS, "")
+            _from_pixels(data, shard, annotators, encoder, config, early or {}, missing, threads, say, spent)
+            for name in missing.keys() - {ENCODER}:
+                annotator = annotators[name]
+                if annotator.reads != "pixels":
+                    rows = images_of(data, shard, None if annotator.reads == "row" else ["key", "caption"])
+                    fresh = _only(rows, missing[name].keys)
+                    values = ask(annotator, ImageBatch(rows=fresh))
+                    took = spent.take(images=len(fresh))
+                    _write(data, shard, name, annotator, fresh["key"], values, missing[name], took)
+        for name in names:
+            if name != ENCODER and annotators[name].reads == "vectors":
+                _from_vectors(data, shard, name, annotators[name], spent)
+    if begun:
         data.remove(data.embed_starts(shard))
 
-    for name, annotator in annotators.items():
-        if annotator.reads != "vectors":
-            continue
-        there, record = column_inputs(data, shard, annotator), data.annotations_record(name, shard)
-        if there is None or data.is_done(record, config=annotator.config, inputs=there):
-            continue  # there are none yet, or all is done
-        data.bring(data.metadata(shard), data.image_vectors(shard))
-        rows = pq.read_table(data.metadata(shard), columns=["key", "caption"])
-        values = ask(annotator, ImageBatch(rows=rows, vectors=open_vectors(data.image_vectors(shard))))
-        # heads are cheap, and the last bit of a product of matrices depends on what else is in them: so all are asked
-        wanted = pc.is_in(rows["key"], wanted_keys(data, shard, annotator.where).combine_chunks())
-        values = {suffix: value.filter(wanted.combine_chunks()) for suffix, value in values.items()}
-        took = spent.take(images=len(rows))
-        _write(data, shard, name, annotator, rows["key"].filter(wanted), values, _Missing(there), took)
 
-
-def column_inputs(data: Data, shard: int, annotator: Annotator) -> dict[str, str] | None:
-    """What an annotator's columns of a shard are computed from, with its sha256; None where it is not there."""
-    if annotator.reads != "vectors":
-        found = data.fetched_digests(shard)
-    else:
-        record = data.record(data.embedded_record(shard))
-        name = str(data.image_vectors(shard).relative_to(data.root))
-        digests = output_digests(record) if record else {}
-        found = {name: digests[name]} if name in digests else None
-    if found is None or annotator.where is None:
-        return found
-    more = where_inputs(data, shard, annotator.where)
-    return None if more is None else found | more
-
-
-@dataclass(frozen=True)
-class _Missing:
-    """What is missing of a shard's columns: the keys to compute (None: all), and the rows that stay as they are.
-
-    inputs: the files from which they are computed, with their sha256.
-    """
-
-    inputs: Mapping[str, str]
-    keys: set[str] | None = None
-    stored: pa.Table | None = None
-
-
-def _missing_where(data: Data, shard: int, name: str, annotator: Annotator, inputs: Mapping[str, str]) -> _Missing:
-    """What is missing of an annotator with a `where`: the images that it holds for and that have no value yet.
-
-    Values stay where the same annotator has computed them of the same images, whatever `where` was then.
-    """
-    from curate.fetch.ingest import recovered_since  # brings aiohttp, for which a recipe need not wait
-
-    wanted = wanted_keys(data, shard, annotator.where).combine_chunks()
-    path, fetched = data.annotations_record(name, shard), data.fetched_digests(shard)
-    record = data.record(path)
-    if not record or record.get("digest") != annotator.digest or not data.outputs_present(path):
-        return _Missing(inputs, {*wanted.to_pylist()})
-    then = {k: v for k, v in record["inputs"].items() if k in (fetched or {})}
-    if then != fetched and recovered_since(data, shard, then) is None:
-        return _Missing(inputs, {*wanted.to_pylist()})
-    stored = pq.read_table(data.local(data.annotations(name, shard)))
-    columns = [pc.is_valid(stored[column]) for column in stored.column_names if column != "key"]
-    stored = stored.filter(pc.and_(pc.is_in(stored["key"], wanted), functools.reduce(pc.or_, columns)))
-    return _Missing(inputs, {*wanted.to_pylist()}.difference(stored["key"].to_pylist()), stored)
+def _from_vectors(data: Data, shard: int, name: str, annotator: Annotator, spent: Spent) -> None:
+    """The columns of one that reads vectors, where they are not done and there are vectors."""
+    there, record = column_inputs(data, shard, annotator), data.annotations_record(name, shard)
+    if there is None or data.is_done(record, config=annotator.config, inputs=there):
+        return
+    data.bring(data.metadata(shard), data.image_vectors(shard))
+    rows = pq.read_table(data.metadata(shard), columns=["key", "caption"])
+    values = ask(annotator, ImageBatch(rows=rows, vectors=open_vectors(data.image_vectors(shard))))
+    # heads are cheap, and the last bit of a product of matrices depends on what else is in them: so all are asked
+    wanted = pc.is_in(rows["key"], wanted_keys(data, shard, annotator.condition).combine_chunks())
+    values = {suffix: value.filter(wanted.combine_chunks()) for suffix, value in values.items()}
+    left_out, took = inherited_early(data, shard, annotator), spent.take(images=len(rows))
+    _write(data, shard, name, annotator, rows["key"].filter(wanted), values, Missing(there), took, left_out)
 
 
 def annotate_table(
@@ -204,17 +171,21 @@ def annotate_table(
             needs=needs,
             encoder=encoder,
             images=images or ImagesConfig(),
-            wanted=lambda shard: wanted_keys(data, shard, annotator.where),
+            wanted=lambda shard: wanted_keys(data, shard, annotator.condition),
             map=map,
             say=say,
             show=show,
         )
         spent, began = Spent(), time.perf_counter()
         for shard, answer in zip(shards, annotator.annotate_all(run), strict=True):
-            keys = wanted_keys(data, shard, annotator.where)
+            keys, every = wanted_keys(data, shard, annotator.condition), images_of(data, shard, ["key"])["key"]
+            if all(len(value) == len(every) for value in answer.values()):
+                chosen = pc.is_in(every, keys.combine_chunks()).combine_chunks()
+                answer = {suffix: value.filter(chosen) for suffix, value in answer.items()}
             values = _checked(annotator, answer, len(keys))
+            left_out = inherited_early(data, shard, annotator, [*needs.values()])
             took = spent.take(images=len(keys), seconds=time.perf_counter() - began)
-            _write(data, shard, name, annotator, keys, values, _Missing(inputs[shard]), took)
+            _write(data, shard, name, annotator, keys, values, Missing(inputs[shard]), took, left_out)
             began = time.perf_counter()
     return len(missing)
 
@@ -236,7 +207,7 @@ def _table_inputs(
         records = [data.fetched_record(shard)] if "fetched" in annotator.inputs else []
         records += [data.embedded_record(shard)] if "embedded" in annotator.inputs else []
         records += [data.annotations_record(need, shard) for need in needs]
-        more = {} if annotator.where is None else where_inputs(data, shard, annotator.where)
+        more = {} if annotator.condition is None else where_inputs(data, shard, annotator.condition)
         if more is not None:
             files = {k: v for r in records if (facts := data.record(r)) for k, v in output_digests(facts).items()}
             found[shard] = files | more
@@ -280,72 +251,104 @@ def _from_pixels(
     annotators: Mapping[str, Annotator],
     encoder: Encoder | None,
     config: str,
-    missing: Mapping[str, _Missing],
+    early: Mapping[str, str],
+    missing: Mapping[str, Missing],
     threads: Executor,
     report: Report,
     spent: Spent,
 ) -> None:
     """One pass over the pixels of a shard: its vectors, and the columns of those that read pixels, and are missing."""
-    models: dict[str, Any] = {n: a for n, a in annotators.items() if n in missing and a.reads == "pixels"}
-    if _VECTORS in missing:
-        models[_VECTORS] = encoder
+    models: dict[str, Any] = {n: annotators[n] for n in missing if n != ENCODER and annotators[n].reads == "pixels"}
+    if ENCODER in missing:
+        models[ENCODER] = encoder
     if not models:
         return
-    began, inputs = time.time(), data.fetched_digests(shard)
-    assert inputs is not None
+    began = time.time()
     rows = images_of(data, shard, ["key", "caption"])
     added = [missing[name].keys for name in models]
     added_keys = None if None in added else set[str]().union(*(keys for keys in added if keys is not None))
     fresh = _only(rows, added_keys)
 
-    # in batches that do not depend on what else is wanted (annotators cut them as they like)
-    vectors, answers = list[np.ndarray](), {name: list[dict[str, pa.Array]]() for name in models if name != _VECTORS}
+    # annotators cut batches as they like; the encoder's do not depend on what else is wanted
+    vectors, waiting = list[np.ndarray](), list[Any]()
+    answers = {name: list[dict[str, pa.Array]]() for name in models if name != ENCODER}
     size = _BATCH if encoder is None else encoder.batch_size
-    wanted = {name: missing[name].keys for name in answers} | {name: None for name in models if name == _VECTORS}
-    seen = {name: len(fresh) if name == _VECTORS else 0 for name in models}
+    wanted, seen = {name: missing[name].keys for name in models}, dict.fromkeys(models, 0)
     for start, batch in _prepared(data, shard, fresh["key"].to_pylist(), models, wanted, size, threads, spent):
         part = fresh.slice(start, len(batch))
         for name, model in models.items():
-            if name == _VECTORS:
-                with spent.model(name):
-                    vectors.append(model.encode_prepared(np.stack([found[name] for found in batch])))
-            elif chosen := [i for i, found in enumerate(batch) if name in found]:
-                inputs_of = [batch[i][name] for i in chosen]
-                with spent.model(name):
+            chosen = [i for i, found in enumerate(batch) if name in found]
+            inputs_of = [batch[i].pop(name) for i in chosen]
+            seen[name] += len(chosen)
+            with spent.model(name):
+                if name == ENCODER:
+                    waiting += inputs_of
+                    while len(waiting) >= size:
+                        vectors.append(model.encode_prepared(np.stack(waiting[:size])))
+                        del waiting[:size]
+                elif chosen:
                     answers[name].append(ask(model, ImageBatch(rows=part.take(chosen), inputs=inputs_of)))
-                seen[name] += len(chosen)
         for _ in range(len(part)):
             report("embed", Status.SUCCESS, "")
-
     images = texts = np.zeros((0, 0), np.float32)
-    if encoder is not None and _VECTORS in models:
+    if encoder is not None and ENCODER in models:
+        with spent.model(ENCODER):
+            vectors += [encoder.encode_prepared(np.stack(waiting))] if waiting else []
+            texts = caption_vectors(_only(rows, missing[ENCODER].keys)["caption"].to_pylist(), encoder)
         images = np.concatenate(vectors) if vectors else np.zeros((0, encoder.dim), np.float32)
-        with spent.model(_VECTORS):
-            texts = caption_vectors(fresh["caption"].to_pylist(), encoder)
     took = of_models(spent.take(), seen)
     for name, parts in answers.items():
         annotator, own = annotators[name], _only(rows, missing[name].keys)
         parts = parts or [ask(annotator, ImageBatch(rows=own))]
         values = {suffix: pa.chunked_array([p[suffix] for p in parts]) for suffix in annotator.columns}
         _write(data, shard, name, annotator, own["key"], values, missing[name], took[name])
-    if _VECTORS in models:
+    if ENCODER in models:
         assert encoder is not None
-        captions = fresh["caption"].to_pylist()
-        cosines = similarity(captions, images, texts)
-        if added_keys is not None:
-            data.bring(data.metadata(shard), data.image_vectors(shard), data.text_vectors(shard))
-            stored = pq.read_table(data.metadata(shard), columns=["key", "similarity"])
-            now = _joined(pa.table({"key": fresh["key"], "similarity": cosines}), stored, rows["key"])
-            cosines = now["similarity"].combine_chunks()
-            order = pc.index_in(rows["key"], pa.concat_arrays([*fresh["key"].chunks, *stored["key"].chunks])).to_numpy()
-            images, texts = (
-                np.concatenate([new, np.load(file, allow_pickle=False).astype(np.float32)])[order]
-                for new, file in ((images, data.image_vectors(shard)), (texts, data.text_vectors(shard)))
-            )
-        facts = {"batch_halved": encoder.halved, "spent": took[_VECTORS]}
-        if added_keys is not None:
-            facts["spent"] = total_spent(data.record(data.embedded_record(shard)).get("spent"), took[_VECTORS])
-        write_vectors(data, shard, rows, images, texts, cosines, config=config, inputs=inputs, facts=facts, began=began)
+        facts = {"batch_halved": encoder.halved, "spent": took[ENCODER]}
+        _write_vectors(data, shard, images, texts, missing[ENCODER], config, early, facts, began)
+
+
+def _write_vectors(
+    data: Data,
+    shard: int,
+    images: np.ndarray,
+    texts: np.ndarray,
+    missing: Missing,
+    config: str,
+    early: Mapping[str, str],
+    facts: dict[str, Any],
+    began: float,
+) -> None:
+    """Write and commit the vectors just made of a shard's images and captions, and those that are stored."""
+    rows = images_of(data, shard, ["key", "caption"])
+    fresh = _only(rows, missing.keys)
+    cosines = similarity(fresh["caption"].to_pylist(), images, texts)
+    if missing.stored is None:
+        rows = fresh
+    else:
+        data.bring(data.image_vectors(shard), data.text_vectors(shard))
+        stored = missing.stored
+        new = pa.table({"key": fresh["key"], "similarity": cosines})
+        rows = _only(rows, {*fresh["key"].to_pylist(), *stored["key"].to_pylist()})
+        cosines = _joined(new, stored, rows["key"])["similarity"].combine_chunks()
+        order = pc.index_in(rows["key"], pa.concat_arrays([*fresh["key"].chunks, *stored["key"].chunks])).to_numpy()
+        images, texts = (
+            np.concatenate([new, np.load(file, allow_pickle=False).astype(np.float32)])[order]
+            for new, file in ((images, data.image_vectors(shard)), (texts, data.text_vectors(shard)))
+        )
+        facts["spent"] = total_spent(data.record(data.embedded_record(shard)).get("spent"), facts["spent"])
+    write_vectors(
+        data,
+        shard,
+        rows,
+        images,
+        texts,
+        cosines,
+        config=config_of(config, None, early),
+        inputs=dict(missing.inputs),
+        facts={**facts, **condition_facts(config, None, early, len(rows))},
+        began=began,
+    )
 
 
 def _prepared(
@@ -398,11 +401,12 @@ def _write(
     annotator: Annotator,
     fresh: pa.ChunkedArray,
     values: Mapping[str, pa.Array | pa.ChunkedArray],
-    missing: _Missing,
+    missing: Missing,
     spent: Mapping[str, Any],
+    inherited: Mapping[str, str] | None = None,
 ) -> None:
     """Write and commit one shard of an annotator's columns: values of the keys `fresh` and those that are stored; null
-    for all other images."""
+    for all other images. inherited: the early rules that left images out of what the values are computed from."""
     columns = {column_name(name, suffix, annotator): value for suffix, value in values.items()}
     table = pa.table({"key": fresh, **columns})
     file, record = data.annotations(name, shard), data.annotations_record(name, shard)
@@ -422,6 +426,6 @@ def _write(
     facts["spent"] = total_spent(before, spent)
     if annotator.null_says and nulls:
         facts["counts"] = {annotator.null_says: nulls}
-    if annotator.where is not None:
-        facts |= {"where": annotator.where, "asked": asked, "digest": annotator.digest}
+    early = {**(inherited or {}), **annotator.early}
+    facts |= condition_facts(annotator.digest, annotator.where, early, asked)
     data.commit(record, config=annotator.config, inputs=missing.inputs, outputs=[file], facts=facts)

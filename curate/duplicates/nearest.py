@@ -12,9 +12,8 @@ import pyarrow.parquet as pq
 
 from aesthetic.hashes import hex_to_bits
 from aesthetic.neighbours import nearest, one_thread
-from aesthetic.untrusted import open_vectors
 from curate.duplicates.protected import LITTLE, Protected, load_protected
-from curate.encoders.embed import images_of
+from curate.encoders.embed import images_of, take_vectors
 from curate.layout import Data
 
 
@@ -23,7 +22,7 @@ class Nearest:
     """What is nearest to each of n images.
 
     bits: by which the nearest hash differs, (n,) int16; as many as a hash has where nothing can be compared.
-    cosine: the largest, (n,) float32, NaN where vectors aren't compared.
+    cosine: the largest, (n,) float32, NaN where vectors aren't compared, and where an image has none.
     index: which protected image that is, (n,) int64, -1 where it is none.
     unhashed: images that have no hash, because there is too little in them to see.
     """
@@ -58,11 +57,12 @@ def compare_shard(
         bits, index, unhashed = _by_pdq(data, shard, rows, protected, hashes.removesuffix("_hash"))
     cosines = np.full(len(rows), np.nan, np.float32)
     if cosine and protected.vectors is not None:
-        vectors = open_vectors(data.local(data.image_vectors(shard)))
+        vectors = take_vectors(data, shard)
         assert len(vectors) == len(rows), f"shard {shard} has {len(rows)} images and {len(vectors)} vectors"
         place, largest = nearest(vectors, protected.vectors, 1)
-        cosines = np.clip(largest[:, 0], -1, 1)
-        index = np.where(bits <= within, index, place[:, 0])
+        has = vectors.any(axis=1)
+        cosines = np.where(has, np.clip(largest[:, 0], -1, 1), np.nan).astype(np.float32)
+        index = np.where((bits <= within) | ~has, index, place[:, 0])
     return Nearest(bits.astype(np.int16), cosines, index, unhashed)
 
 

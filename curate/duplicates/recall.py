@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from aesthetic.untrusted import open_vectors
 from curate.duplicates.rows import Array, Table, gather_rows, hashes_agree, keep_array, read_rows
 from curate.duplicates.vectors import PAIR, gather
+from curate.encoders.embed import take_vectors
 
 SAMPLE = 1000
 """Images that are compared with all, at most."""
@@ -134,7 +134,7 @@ def _by_cosine(table: Table, at: int, rows: Array, sample: Array, ours: Array) -
     cosine, found = table.modes.cosine, []
     assert cosine is not None
     ours = ours.astype(np.float32)
-    vectors = open_vectors(table.data.local(table.data.image_vectors(table.shards[at]))) if len(rows) else None
+    vectors = take_vectors(table.data, table.shards[at]) if len(rows) else None
     most = max(2, _NEIGHBOURS // sum(-(-count // _BLOCK) for count in table.counts))
     for start in range(0, len(rows), _BLOCK):
         assert vectors is not None

@@ -21,7 +21,7 @@ from aesthetic.errors import UserError
 from aesthetic.files import atomic
 from aesthetic.hashes import hamming, hex_to_bits
 from curate.duplicates.captions import normalised_caption
-from curate.encoders.embed import images_of
+from curate.encoders.embed import images_of, vector_rows
 from curate.layout import Data, shard_name
 from curate.store.files import digest
 from curate.store.records import commit, invalidate, is_done
@@ -161,6 +161,8 @@ def _entries(table: Table, shard: int, dtype: np.dtype[Any]) -> Array:
             found[f"{prefix}pdq"], ok = hex_to_bits(_column(pdq, table.pdq, f"{prefix}hash"), 256)
             ok &= usable & values[1]
             found["known"] |= np.where(ok, bit, 0).astype(np.uint8)
+    if modes.cosine is not None and (places := vector_rows(table.data, shard)) is not None:
+        found["known"][places < 0] = FLAT  # what early rules left out is compared with nothing
     return found
 
 

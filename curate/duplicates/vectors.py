@@ -16,16 +16,13 @@ import numpy.typing as npt
 
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
-from aesthetic.neighbours import cell_pairs, fit_cells, nearest_cells
+from aesthetic.neighbours import NEAREST, cell_pairs, fit_cells, nearest_cells
 from aesthetic.untrusted import open_vectors
 from curate.duplicates.rows import VERSION, Array, Table, hashes_agree, keep_array
+from curate.encoders.embed import take_vectors, vector_rows
 from curate.layout import shard_name
 from curate.store.files import digest, read_json
 from curate.store.records import commit, invalidate, is_done, read_record
-
-NEAREST = 8
-"""Cells in which an image's neighbours are looked for. By measurement on made-up vectors like CLIP's: of pairs with a
-cosine of .95 97% lie in one another's eight nearest cells, and 63% in one cell."""
 
 ONE_CELL = 20_000
 """Up to so many images all are compared with all."""
@@ -80,7 +77,8 @@ def _fitted(table: Table, images: int) -> Array:
         return np.eye(1, dim, dtype=np.float32)  # which does not matter
     rows = min(images, _SAMPLE_ROWS * cells, _SAMPLE_BYTES // (4 * dim))
     chosen = np.sort(np.random.default_rng(0).choice(images, rows, replace=False))
-    return fit_cells(gather(table, chosen), cells, seed=0)
+    sample = gather(table, chosen)
+    return fit_cells(sample[sample.any(axis=1)], cells, seed=0)  # without those that have no vector
 
 
 def gather(table: Table, images: Array) -> Array:
@@ -90,7 +88,7 @@ def gather(table: Table, images: Array) -> Array:
     parts = []
     for shard, low, high in zip(table.shards, edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         if low < high:
-            parts.append(open_vectors(table.data.local(table.data.image_vectors(shard)))[rows[low:high]])
+            parts.append(take_vectors(table.data, shard, rows[low:high]))
     return np.concatenate(parts) if parts else np.zeros((0, 1), np.float16)
 
 
@@ -106,7 +104,7 @@ def check_vectors(table: Table) -> int:
             )
         if count:
             vectors = open_vectors(path)
-            if len(vectors) != count:
+            if len(vectors) != count and vector_rows(table.data, shard) is None:
                 raise UserError(
                     f"{path} has {len(vectors):,} rows, not one for each of {count:,} images: embed it anew"
                 )
@@ -143,9 +141,7 @@ def make_cells(item: tuple[Table, int, str]) -> None:
         if k == 1 or n == 0:
             found = np.zeros((n, 1), np.int32)
         else:
-            found = nearest_cells(
-                open_vectors(table.data.local(table.data.image_vectors(shard))), centroids, min(NEAREST, k)
-            )
+            found = nearest_cells(take_vectors(table.data, shard), centroids, min(NEAREST, k))
         parts = [np.array([n], np.int32)]
         for columns in (found[:, :1], found[:, 1:]):
             cell = columns.ravel()

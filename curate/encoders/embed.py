@@ -1,7 +1,7 @@
 """The vectors of one shard: from an encoder, to clip-retrieval's files.
 
-`img_emb/img_emb_NNNNN.npy` and `text_emb/...` hold fp16 unit rows, exactly one for each fetched image, in the order of
-the ledger; a missing caption is a row of zeros and a null similarity.
+`img_emb/img_emb_NNNNN.npy` and `text_emb/...` hold fp16 unit rows, exactly one for each fetched image, but for those
+that early rules leave out, in the order of the ledger; a missing caption is a row of zeros and a null similarity.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aesthetic.files import atomic
+from aesthetic.untrusted import open_vectors
 from curate.encoders.base import Encoder
 from curate.encoders.registry import check_settings
 from curate.layout import Data
@@ -39,7 +42,7 @@ def images_of(data: Data, shard: int, columns: list[str] | None = None) -> pa.Ta
     """The rows of a fetched shard that have an image, in the order of the ledger; None: with every column."""
     names = None if columns is None else [*columns, "status"]
     table = pq.read_table(data.local(data.table(shard)), columns=names)
-    table = table.filter(pa.compute.equal(table["status"], Status.SUCCESS.value))
+    table = table.filter(pc.equal(table["status"], Status.SUCCESS.value))
     return table if columns is None else table.select(columns)
 
 
@@ -53,6 +56,28 @@ def recovered(data: Data, shard: int, record: Path, config: str) -> set[str] | N
 
     keys = recovered_since(data, shard, value["inputs"])
     return None if keys is None else set(keys)
+
+
+def vector_rows(data: Data, shard: int) -> npt.NDArray[np.int64] | None:
+    """The row, in the shard's vectors, of each of its images in the order of the ledger, -1 for those without a vector;
+    None where every image has one, so that both are the same."""
+    if "early" not in data.record(data.embedded_record(shard)):
+        return None
+    keys = pq.read_table(data.local(data.metadata(shard)), columns=["key"])["key"].combine_chunks()
+    places = pc.index_in(images_of(data, shard, ["key"])["key"], keys)
+    return pc.fill_null(places, -1).to_numpy().astype(np.int64)
+
+
+def take_vectors(data: Data, shard: int, images: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.float16]:
+    """The vectors of a shard's images, of some by their place in the order of the ledger: (n, d), mapped where that
+    will do; zeros for those without one."""
+    vectors, rows = open_vectors(data.local(data.image_vectors(shard))), vector_rows(data, shard)
+    if rows is None:
+        return vectors if images is None else vectors[images]
+    rows = rows if images is None else rows[images]
+    found = np.zeros((len(rows), vectors.shape[1]), vectors.dtype)
+    found[rows >= 0] = vectors[rows[rows >= 0]]
+    return found
 
 
 def caption_vectors(captions: list[str | None], encoder: Encoder) -> np.ndarray:

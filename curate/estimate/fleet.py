@@ -185,7 +185,7 @@ def plan_fleet(rates: Rates, rows: float, fleet: Fleet) -> FleetPlan:
             cpu += on_cpu.value * n if on_gpu is None and on_cpu else 0.0
             gpu += on_gpu.value * n if on_gpu else 0.0
 
-    busy = rates.busy.value
+    busy = rates.busy.value if rates.busy else 1.0
     limits = {"cores": cpu / (fleet.cpus * busy)}
     if gpu:
         limits["GPUs"] = gpu / (fleet.gpus * busy)

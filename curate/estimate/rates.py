@@ -19,7 +19,6 @@ import pydantic
 from aesthetic.errors import UserError
 from aesthetic.untrusted import printable, read_text
 from curate.estimate import intervals
-from curate.store.files import read_json
 
 if TYPE_CHECKING:
     from curate.layout import Data
@@ -126,7 +125,7 @@ class Rates:
     gpus: dict[str, AnyFigure] = field(default_factory=dict)  # speed of a kind of GPU beside the others
     encoders: dict[str, dict[str, AnyFigure]] = field(default_factory=dict)  # encoder -> gpu -> seconds an image
     store: StorePrices | None = None
-    busy: AnyFigure = field(default_factory=lambda: AnyFigure(value=1.0))  # share of the time that cores and GPUs work
+    busy: AnyFigure | None = None  # share of the time that cores and GPUs work
 
     def to_json(self) -> dict[str, Any]:
         """As `read_rates` takes it; what is not known is left out."""
@@ -218,7 +217,7 @@ def measure(
     plan = data.plan
     shards = [s.shard for s in plan.shards]
     shards = shards[:: max(1, -(-len(shards) // SHARDS))]
-    records = {s: read_json(data.fetched_record(s)) or {} for s in shards}
+    records = {s: data.record(data.fetched_record(s)) for s in shards}
     shards = [s for s in shards if "spent" in records[s]]
     if not shards:
         return None
@@ -296,7 +295,7 @@ def _collect(
         made = {"encode": data.embedded_record(shard)}
         made |= {name: data.annotations_record(name, shard) for name in data.annotated()}
         for name, path in made.items():
-            record = read_json(path) or {}
+            record = data.record(path)
             if "outputs" not in record:
                 continue
             sums, spent = models.setdefault(name, _Sums()), record.get("spent", {})
@@ -335,7 +334,7 @@ def _asked(data: Data, shard: int, record: Mapping[str, Any]) -> float:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    table = pq.read_table(data.table(shard), columns=["status", "http_status"])
+    table = pq.read_table(data.local(data.table(shard)), columns=["status", "http_status"])
     never = pc.and_(pc.equal(table["status"], "rejected_early"), pc.is_null(table["http_status"]))
     return float(len(table) - (pc.sum(never).as_py() or 0))
 
@@ -346,7 +345,7 @@ def _urls(data: Data, shards: Sequence[int]) -> list[str]:
     urls: list[str] = []
     each = max(1, HOSTS // len(shards))
     for shard in shards:
-        column = pq.read_table(data.table(shard), columns=["url"])["url"]
+        column = pq.read_table(data.local(data.table(shard)), columns=["url"])["url"]
         urls += [u for u in column.slice(0, each).to_pylist() if u]
     return urls
 

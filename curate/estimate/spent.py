@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 
@@ -19,8 +20,9 @@ def cpu_seconds() -> float:
 
 
 class Spent:
-    """Counts of one process, which each record takes as they are since the last: shards that are under way together
-    share what cannot be told apart, so sums over shards are right and single ones are not."""
+    """Counts of one process, or of one shard in it, which a record takes as they are since the last time. CPU seconds
+    are always the process's: shards that are under way together share them as it happens, so that sums over shards are
+    right and single ones are not."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -62,6 +64,26 @@ class Spent:
             now = cpu_seconds()
             cpu, self._cpu = now - self._cpu, now
         return {name: round(value, 6) for name, value in sorted({**counts, "cpu": cpu}.items())}
+
+
+_CURRENT: ContextVar[Spent | None] = ContextVar("spent", default=None)
+
+
+@contextlib.contextmanager
+def counting(spent: Spent) -> Iterator[None]:
+    """Have `count` add to this, in the block and in the tasks that it starts."""
+    token = _CURRENT.set(spent)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def count(**amounts: float) -> None:
+    """So much more of these, for whom it is done; for nobody, where nobody counts."""
+    spent = _CURRENT.get()
+    if spent is not None:
+        spent.add(**amounts)
 
 
 def of_models(counts: Mapping[str, float], images: Mapping[str, int]) -> dict[str, dict[str, Any]]:

@@ -32,7 +32,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
 from aesthetic.errors import UserError
-from curate.estimate.spent import Spent
+from curate.estimate.spent import count
 from curate.fetch import addresses, budget, domains, optouts
 from curate.fetch.body import REDIRECTS, BodyLimits, Memory, Reservation, read_body
 from curate.fetch.config import FetchConfig
@@ -112,7 +112,6 @@ class Fetcher:
         self._rules_limits = BodyLimits(optouts.ROBOTS_MAX_BYTES, truncate=True, respect=frozenset())
         self._keepalive = _seconds_kept_open(config.concurrency)
         self._opened: aiohttp.ClientSession | None = None
-        self.spent = Spent()  # `requests`, `rules` among them (robots.txt), bytes `received`, seconds `in_flight`
 
     async def get(self, url: str) -> Body:
         """Fetch one URL.
@@ -247,7 +246,7 @@ class Fetcher:
         finally:
             received = 0 if response is None else response.content.total_bytes
             seconds = time.monotonic() - began
-            self.spent.add(requests=1, rules=float(limits.truncate), received=received, in_flight=seconds)
+            count(requests=1, rules=float(limits.truncate), received=received, in_flight=seconds)
 
     @property
     def _session(self) -> aiohttp.ClientSession:

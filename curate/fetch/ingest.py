@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError
 from aesthetic.files import as_disk_full, atomic, scratch_path
-from curate.estimate.spent import Spent, total_spent
+from curate.estimate.spent import Spent, counting, total_spent
 from curate.fetch import engine_img2dataset
 from curate.fetch.client import Fetcher
 from curate.fetch.config import FetchConfig
@@ -72,6 +72,7 @@ class IngestContext:
     threads: Executor  # decoders
     local_reads: asyncio.Semaphore  # local files read ahead of the decoders; the fetcher bounds what it downloads
     report: Report
+    cpu: Spent = field(default_factory=Spent)  # of the process
 
 
 @dataclass
@@ -103,7 +104,7 @@ async def ingest_shard(
     """
     check_space(data.root)
     check_verify(context.fetch, data.plan.extra_columns)
-    began = time.time()
+    began, spent = time.time(), Spent()
     source = data.plan.read(shard)
     starts = note_start(data, data.starts(shard))
     isolate = starts > TRUSTED_STARTS
@@ -117,7 +118,8 @@ async def ingest_shard(
             folder = scratch_path(data.tar(shard))
             await asyncio.to_thread(_download_by_img2dataset, missing, context, results, folder)
         else:
-            await _fetch_and_decode(missing, source, context, results, isolate)
+            with counting(spent):
+                await _fetch_and_decode(missing, source, context, results, isolate, spent)
 
         facts: dict[str, Any] = {
             "starts": starts,
@@ -136,8 +138,11 @@ async def ingest_shard(
             facts["notes"] = list(source.notes)
         if context.deny.hashes is not None:
             facts["denied_hashes"] = context.deny.hashes
-        spent = context.fetcher.spent, (before or {}).get("spent")
-        return await asyncio.to_thread(_commit, data, shard, source.table, results, config, began, facts, *spent)
+
+        def took() -> dict[str, Any]:
+            return total_spent((before or {}).get("spent"), spent.take() | {"cpu": context.cpu.take()["cpu"]})
+
+        return await asyncio.to_thread(_commit, data, shard, source.table, results, config, began, facts, took)
 
 
 def recovered_since(data: Data, shard: int, files: Mapping[str, str]) -> list[str] | None:
@@ -208,7 +213,12 @@ def _keep_final(data: Data, shard: int, results: ShardResults) -> None:
 
 
 async def _fetch_and_decode(
-    rows: list[tuple[int, Row]], source: SourceShard, context: IngestContext, results: ShardResults, isolate: bool
+    rows: list[tuple[int, Row]],
+    source: SourceShard,
+    context: IngestContext,
+    results: ShardResults,
+    isolate: bool,
+    spent: Spent,
 ) -> None:
     """Fetch and decode rows, all at once: the fetcher knows how many requests at a time. Whatever a row does ends in
     its own facts."""
@@ -218,7 +228,7 @@ async def _fetch_and_decode(
 
     def check_and_process(body: bytes, digest: str | None) -> ProcessedImage | None:
         """In a thread: what is denied or not what the list names is not even decoded."""
-        with context.fetcher.spent.thread("decode"):
+        with spent.thread("decode"):
             if context.deny or digest:
                 sha256 = hashlib.sha256(body).digest()
                 context.deny.check_body(body, sha256)
@@ -294,8 +304,7 @@ def _commit(
     config: str,
     began: float,
     extra: dict[str, Any],
-    spent: Spent,
-    spent_before: dict[str, Any] | None,
+    took: Callable[[], dict[str, Any]],
 ) -> dict[str, Any]:
     """Write tar, table and record, in the order of the list."""
     rows = [results.facts[i] for i in range(table.num_rows)]
@@ -340,7 +349,7 @@ def _commit(
             "start_time": began,
             "end_time": done,
             "status_dict": dict(Counter(facts["reason"] or Status.SUCCESS.value for facts in rows)),
-            "spent": total_spent(spent_before, spent.take()),
+            "spent": took(),
             **extra,
         },
     )

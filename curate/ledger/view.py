@@ -60,6 +60,11 @@ class LedgerTable:
         self.data.look(self.records)
         return [self.data.record(record) for record in self.records]
 
+    @property
+    def partial(self) -> bool:
+        """Whether it lacks rows of images that early rules left out, as its first record says: vectors alone may."""
+        return self.columns == ("similarity",) and "early" in self.data.record(self.records[0])
+
     def digest(self) -> str:
         """A short digest over the sha256 of the files: what a stage that reads whole tables notes as its input."""
         digests = {
@@ -136,7 +141,7 @@ def open_ledger(
 
     `_fetched` is the same without joins. `_aligned` holds the rows with an image alone and joins by position: its
     column `aligned` is TRUE where the keys agree, as they do by the data folder's contract. That takes half the time
-    of the join by key.
+    of the join by key, which remains for a table that is partial.
     Raises UserError where nothing is fetched.
     """
     import pyarrow.dataset as ds  # slow: it brings pandas
@@ -199,16 +204,14 @@ def _join(
     items += [f"t{i}.{quote(c)}" for i, t in enumerate(joined, 1) for c in t.columns]
     count = 1 + max([i for i in columns.values() if i is not None] + [i for _, i in fields])
     fetched = f"_table0 AS f({', '.join(f'c{i}' for i in range(count))})"
+    same = {i: f"t{i}.{quote(t.key)} = {values['key']}" for i, t in enumerate(joined, 1)}
+    placed = [i for i, t in enumerate(joined, 1) if by_position and not t.partial]
     if by_position:
-        same = [f"t{i}.{quote(t.key)} = {values['key']}" for i, t in enumerate(joined, 1)]
-        items.append(f"({' AND '.join(same) or 'true'}) AS aligned")
+        items.append(f"({' AND '.join(same[i] for i in placed) or 'true'}) AS aligned")
         fetched = f"(SELECT * FROM {fetched} WHERE {values['status']} = '{Status.SUCCESS}') AS f"
-        joins = "".join(f" POSITIONAL JOIN _table{i} AS t{i}" for i in range(1, len(joined) + 1))
-    else:
-        joins = "".join(
-            f" LEFT JOIN _table{i} AS t{i} ON t{i}.{quote(t.key)} = {values['key']}" for i, t in enumerate(joined, 1)
-        )
-    return f"SELECT {', '.join(items)} FROM {fetched}{joins}"
+    joins = [f" POSITIONAL JOIN _table{i} AS t{i}" for i in placed]
+    joins += [f" LEFT JOIN _table{i} AS t{i} ON {sql}" for i, sql in same.items() if i not in placed]
+    return f"SELECT {', '.join(items)} FROM {fetched}{''.join(joins)}"
 
 
 # -------------------------------------------------------------------------------------------------------------- types

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -33,8 +33,12 @@ from curate.sources.listing import (
     require_one_format,
 )
 from curate.sources.lists import open_list
-from curate.sources.remote import copy_lists, is_remote
+from curate.sources.remote import copy_lists, copy_objects, find_objects, is_remote
 from curate.sources.tars import PackedShards, TarInput, Tars, index_samples, packed_tars, tars_of, tars_passed_over
+from curate.store.clients import is_url
+
+if TYPE_CHECKING:
+    from curate.sources.remote_tars import RemoteTars
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,10 @@ class Found:
     name: str  # as it was given; absolute where it is on this machine
     kind: str  # list, tars, images, imagefolder or parquet
     files: list[Path]  # list files, tars, tables of an imagefolder, parquet with images, or the one folder of images
-    base: Path | None = None  # what the places of images are relative to; None for lists
+    base: Path | str | None = None  # what the places of images are relative to (a URL's, too); None for lists
     remote: bool = False
     names: dict[Path, str] = field(default_factory=dict, repr=False)  # of copies: their paths below the list's folder
+    tars: RemoteTars | None = field(default=None, repr=False)  # where they are remote
     listing: Listing | None = field(default=None, repr=False)  # of a folder
     notes: list[str] = field(default_factory=list)  # what of a folder is not read, in sentences
 
@@ -70,6 +75,9 @@ class Found:
             }
             source.schema = pa.schema([*source.schema, *((n, pa.string()) for n in source.constants)])
             return source
+        if self.tars is not None:
+            return self.tars.open(file, url, caption)
+        assert isinstance(self.base, Path)
         match self.kind:
             case "tars":
                 return TarInput(file, self.base, url, caption, self._image_kind)
@@ -99,8 +107,7 @@ def find(name: str, copies: Path) -> Found:
     if not name.strip():
         raise UserError("LIST is empty: name a file, a folder, a glob or a URL")  # and not the folder one is in
     if is_remote(name):
-        copied = copy_lists(name, copies)
-        return Found(name, "list", list(copied), remote=True, names=copied)
+        return _find_remote(name, copies)
     path = Path(name.removeprefix("file://")).expanduser().absolute()
     if os.path.isdir(path):
         return _find_in_folder(path)
@@ -122,6 +129,19 @@ def find(name: str, copies: Path) -> Found:
     if list_format(files[0].name) == "parquet" and image_column(files[0]) is not None:
         return Found(str(path), "parquet", files, base)
     return Found(str(path), "list", files)
+
+
+def _find_remote(url: str, copies: Path) -> Found:
+    if not is_url(url):
+        return Found(url, "list", copy_lists(url, copies), remote=True)
+    found = find_objects(url)
+    if found.tars:
+        from curate.sources.remote_tars import RemoteTars  # and what mirrors a folder: for these alone
+
+        tars = RemoteTars(found, copies)
+        return Found(url, "tars", list(tars.files), found.store.url, remote=True, tars=tars)
+    names = copy_objects(found, copies)
+    return Found(url, "list", list(names), remote=True, names=names)
 
 
 def _find_in_folder(folder: Path) -> Found:

@@ -83,6 +83,7 @@ class Input:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.origin: dict[str, Any] = {}  # of a copy: what it is a copy of
         self.constants: dict[str, str | None] = {}  # columns of one text in every row, that the file does not have
         self.problems = Problems()
 

@@ -25,11 +25,13 @@ from curate.sources.image_tables import parquet_images
 from curate.sources.inputs import FAILURES, PLACE_COLUMNS, with_constants
 from curate.sources.parquet import rows_between
 from curate.sources.problems import Problems
+from curate.store.clients import is_url
 from curate.store.files import digest, read_json, sha256_file
 from curate.store.records import record_digest
 
 if TYPE_CHECKING:
     from curate.layout import Data
+    from curate.sources.remote_tars import RemoteTarFile
 
 VERSION = 1
 
@@ -73,9 +75,9 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an image's bytes lie on this machine."""
+    """Where an image's bytes lie: on this machine, or in a tar on an object store."""
 
-    path: Path
+    path: Path | RemoteTarFile
     offset: int
     size: int | None  # None: `offset` is a row of a parquet file
 
@@ -84,9 +86,10 @@ class Place:
 
         RowError where they are too many, or where a row of a parquet file holds none.
         """
+        path = self.path if isinstance(self.path, Path) else self.path.local()
         if self.size is None:
-            return parquet_images(self.path).read(self.offset)
-        data = read_image(self.path, self.offset, self.size)
+            return parquet_images(path).read(self.offset)
+        data = read_image(path, self.offset, self.size)
         if len(data) != self.size:
             raise UserError(f"{self.path}: is shorter than when the plan was made. {ANEW}")
         return data
@@ -112,13 +115,23 @@ class SourceShard:
     own_columns: pa.Table | None = (
         None  # PLACE_COLUMNS of folders of images; @reason, @error of lists with broken lines
     )
-    base: Path | None = None  # of the places
+    base: Path | str | None = None  # of the places; of those on an object store its URL
+    etag: str = ""  # of the tar there
     notes: tuple[str, ...] = ()  # what of these rows could not be taken as it is, in sentences
 
     @property
     def local(self) -> bool:
         """Whether nothing of this shard is to be fetched."""
         return self.base is not None
+
+    def file(self, name: str) -> Path | RemoteTarFile:
+        """The file that a place is in."""
+        assert self.base is not None
+        if isinstance(self.base, Path):
+            return self.base / name
+        from curate.sources.remote_tars import RemoteTarFile
+
+        return RemoteTarFile(self.base, name, self.etag)
 
     def rows(self) -> list[Row]:
         """The rows one by one, in the order of the table."""
@@ -129,7 +142,7 @@ class SourceShard:
             if own.get("@reason"):
                 failure = RowError(Reason(own["@reason"]), own["@error"] or "")
             elif self.base is not None:
-                place = Place(self.base / own["@path"], own["@offset"], own["@size"])
+                place = Place(self.file(own["@path"]), own["@offset"], own["@size"])
             rows.append(Row(urls[i], captions[i], place, failure))
         return rows
 
@@ -241,7 +254,8 @@ class Plan:
             table.select(self.schema.names),
             self.shard_digest(shard),
             table.select([name for name, _ in own]) if own else None,
-            Path(base) if base is not None else None,
+            base if base is None or is_url(base) else Path(base),
+            fact.get("etag", ""),
             tuple(problems.sentences()),
         )
 

@@ -140,7 +140,7 @@ def _cut_list(data: Data, found: Found, scan: ListScan, config: SourceConfig, li
                 source.path.unlink()
         if not found.remote and stat(found.kind, source.path) != before:
             raise UserError(f"{source.path}: changed while it was read. Run the same command again.")
-        fact = {**before, "sha256": content, "url": source.url, "caption": source.caption}
+        fact = {**before, **source.origin, "sha256": content, "url": source.url, "caption": source.caption}
         if broken := source.problems.counts["broken"]:
             fact["broken"] = broken
         if source.constants:
@@ -296,7 +296,7 @@ def _grow(plan: Plan, list_path: str, config: SourceConfig, limit: int | None) -
         size = _rows_per_shard(config, sum(scan.kept))
         try:
             for index, (source, kept) in enumerate(zip(scan.inputs, scan.kept, strict=True)):
-                if found.remote and sha256_file(source.path) != facts["inputs"][index]["sha256"]:
+                if found.remote and source.digest() != facts["inputs"][index]["sha256"]:
                     raise UserError(f"{list_path}: has changed since the plan was made. {ANEW}")
                 if not kept:
                     continue

@@ -297,7 +297,8 @@ def _names(data: Data, shard: int, keys: list[str]) -> list[str]:
         path = place["@path"]
         if path.endswith(".tar"):
             if path not in named:
-                index = index_tar(source.base / path)
+                file = source.file(path)
+                index = index_tar(file if isinstance(file, Path) else file.local())
                 named[path] = {at: key for key, found in index.items() for at, _ in found.values()}
             path = named[path][place["@offset"]]
         names.append(path)

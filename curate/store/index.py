@@ -91,9 +91,14 @@ class RecordIndex:
         self._lines.pop(path, None)
         return value
 
-    def recommit(self, path: Path, inputs: Mapping[str, str]) -> None:
-        """Write a record again for other inputs from which the same files would come."""
-        value = {**self.read(path), "inputs": dict(inputs)}
+    def recommit(
+        self, path: Path, inputs: Mapping[str, str], config: str | None = None, facts: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write a record again for other inputs, or another configuration, from which the same files would come. Facts
+        are laid over those that it has; None takes one away."""
+        before, facts = self.read(path), facts or {}
+        kept = {k: v for k, v in {**before, **facts}.items() if k != "self" and (k not in facts or v is not None)}
+        value = {**kept, "config": config or before["config"], "inputs": dict(inputs)}
         outputs = [self._store.root / name for name in value["outputs"]]
         self._store.write_record(path, {**value, "self": record_digest(value)}, outputs)
         self._lines.pop(path, None)

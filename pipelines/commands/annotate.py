@@ -30,7 +30,7 @@ def run(options: AnnotateOptions) -> Result:
     """
     from aesthetic.space import Space
     from curate.annotators.base import column_specs
-    from curate.annotators.order import waited_for
+    from curate.annotators.order import ENCODER, waited_for
     from curate.annotators.registry import absolute, add_needs, fetch_annotators, make_annotators
     from curate.column_sheet import column_sheet
     from curate.ledger.select import SelectConfig
@@ -39,6 +39,7 @@ def run(options: AnnotateOptions) -> Result:
     from curate.store.ownership import open_data
     from curate.workers import forget_unanswered, space_known
     from pipelines.checks import check_selection
+    from pipelines.curation import early_rules
     from pipelines.recipe import Recipe, parse_columns, store_recipe, stored_recipe
     from pipelines.runtime.passes import annotate_passes
 
@@ -54,8 +55,11 @@ def run(options: AnnotateOptions) -> Result:
     if space is not None:
         recipe = replace(recipe, embed=replace(recipe.embed, encoder=space.encoder))
     check_selection(data, replace(recipe, select=SelectConfig()), data.plan.extra_columns, known)
+    early = early_rules(recipe, known)
     names = waited_for(known, [*given] or [*known])
     annotators = make_annotators({name: recipe.columns[name] for name in names}, space)
+    for name in names:
+        annotators[name].early = known[name].early
 
     shards = [s.shard for s in data.plan.shards if data.fetched_digests(s.shard) is not None]
     if not shards:
@@ -67,7 +71,7 @@ def run(options: AnnotateOptions) -> Result:
         if options.retry:
             forget_unanswered(data, annotators)
         fetch_annotators(annotators, tables=False)
-        fresh = annotate_passes(data, recipe, annotators, first=True, address=options.ray_address)
+        fresh = annotate_passes(data, recipe, annotators, first=True, early=early[ENCODER], address=options.ray_address)
         if stored is not None and given:
             store_recipe(data, replace(stored, columns=recipe.columns))
         sheets = {name: column_sheet(data, name) for name, count in fresh.items() if count}

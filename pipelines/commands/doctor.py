@@ -14,7 +14,6 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from pipelines.options import Options, Result
-from pipelines.runtime.cluster import local_gpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +37,8 @@ def examine(say: Callable[[str], None]) -> bool:
     """Print a line per finding; returns whether the main job can run here."""
     say(f"ok       Python {sys.version.split()[0]}, {os.cpu_count()} cores")
     good = _packages(say)
+    from pipelines.runtime.cluster import local_gpus  # brings the store
+
     gpus = local_gpus()
     found = f"ok       {gpus} NVIDIA GPU{'s' if gpus > 1 else ''}"
     say(found if gpus else "note     no NVIDIA GPU: encoders run on the CPU")

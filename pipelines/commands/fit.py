@@ -402,6 +402,7 @@ def _text(options: FitOptions, rated: RatedImages, fitted: FitResult) -> str:
     what = {"scores": "ratings", "labels": "labels", "pairs": "comparisons"}[ratings.kind]
     groups = f"{r['groups']:,} groups" + ("" if r["groups_given"] else ", each image its own")
     copies = f", {r['near_duplicates_joined']:,} near-duplicates kept together" if r["near_duplicates_joined"] else ""
+    copies += f" ({r['near_duplicates_recall']:.1%} of them found)" if "near_duplicates_recall" in r else ""
     lines = [f"{total:,} {what}, {used:,} joined{missing} · {groups}{copies}"]
     if ratings.unrated:
         lines.append(f"left out: {ratings.unrated:,} without a {'choice' if ratings.kind == 'pairs' else 'score'}")

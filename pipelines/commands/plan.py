@@ -71,16 +71,17 @@ def _rates(options: PlanOptions) -> Rates:
 
     from curate.estimate.rates import lay_over, published, read_rates_file
     from curate.layout import Data
-    from curate.store.files import local_path, read_json
+    from curate.store.clients import is_url
+    from pipelines.estimates import read_kept_rates
 
     base, trees, listed = published(), list[tuple[str, dict[str, Any]]](), None
     if options.target is not None:
-        data = Data(local_path(options.target)) if "://" not in options.target else None
-        if data is not None and data.plan_record.exists():
-            tree = read_json(data.rates)
-            if not isinstance(tree, dict):
-                again = command("curate", "LIST", "--out", data.root)
-                raise UserError(f"{data.root} holds no rates, as `{again} --limit 1000` in a new folder keeps them")
+        data = Data.at(options.target) if is_url(options.target) or "://" not in options.target else None
+        if data is not None and data.exists(data.plan_record):
+            tree = read_kept_rates(data)
+            if tree is None:
+                again = command("curate", "LIST", "--out", "DATA", "--limit", 1000)
+                raise UserError(f"{data} holds no rates; a trial keeps them: `{again}`")
             trees.append((str(data.rates), tree))
         else:
             listed = _sites(options)
@@ -146,8 +147,7 @@ def plan_text(rates: Rates, listed: ListPlan, plans: list[FleetPlan]) -> str:
             f"{plan.fleet.name:28}{hours(plan.hours * 3600):>8}{money:>12}  {plan.bottleneck[:27]:<28}{plan.gbit:>8.2g}"
         )
     lines += sorted({f"note: {note}" for plan in plans for note in plan.notes})
-    lines.append(
-        f"cores and GPUs at work {rates.busy.value:.0%} of the time ({rates.busy.origin}); prices change: "
-        "--json has each with its source and date, --rates lays your own over them"
-    )
+    if rates.busy is not None:
+        lines.append(f"cores and GPUs count as at work {rates.busy.value:.0%} of the time ({rates.busy.origin})")
+    lines.append("prices change: --json has each with its source and date, --rates lays your own over them")
     return "\n".join(lines)

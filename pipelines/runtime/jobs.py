@@ -12,8 +12,8 @@ import functools
 import math
 import os
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from curate.fetch.budget import Budget, LeaseReply, LeaseRequest
@@ -36,6 +36,7 @@ class CurateJob:
     embed: bool = True
     vectors: bool = True  # with false, embedding makes no vectors: columns alone
     retry: bool = False
+    early: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # of entries and the encoder: EmbedWorker
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,14 @@ def open_embed(job: CurateJob, progress: str, threads: int) -> Callable[[int, in
     meter = Meter(actor.add.remote)
     with report_errors(actor):
         worker = EmbedWorker(
-            job.data, recipe.embed, recipe.columns, recipe.hashes()[1], meter, threads, vectors=job.vectors
+            job.data,
+            recipe.embed,
+            recipe.columns,
+            recipe.hashes()[1],
+            meter,
+            threads,
+            vectors=job.vectors,
+            early=job.early,
         )
 
     def run(shard: int, lost: int) -> None:

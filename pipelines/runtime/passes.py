@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from curate.annotators.base import Annotator
+from curate.annotators.missing import column_inputs
 from curate.annotators.order import passes, wanted_keys
-from curate.annotators.stage import column_inputs
 from curate.layout import Data
 from curate.workers import EmbedWorker, ignore
 from pipelines.recipe import Recipe
@@ -23,15 +23,21 @@ seconds, and on one machine it has one worker for them, as this process would be
 
 
 def annotate_passes(
-    data: Data, recipe: Recipe, annotators: Mapping[str, Annotator], *, first: bool, address: str | None = None
+    data: Data,
+    recipe: Recipe,
+    annotators: Mapping[str, Annotator],
+    *,
+    first: bool,
+    early: Mapping[str, str] | None = None,
+    address: str | None = None,
 ) -> dict[str, int]:
     """Compute what is missing of the columns of annotators, pass by pass; of each entry how many shards lacked them.
 
-    `recipe` has their entries. The first pass, which asks for no other's columns, is left out without `first`: it has
-    run while images were fetched and embedded.
+    `recipe` has their entries. The first pass, which waits for nothing but early rules (`early`: the encoder's), is
+    left out without `first`: it has run while images were fetched and embedded.
     """
     found = dict[str, int]()
-    for number, names in enumerate(passes(annotators)):
+    for number, names in enumerate(passes(annotators, early)):
         if number == 0 and not first:
             continue
         if any(annotators[name].reads == "table" for name in names):
@@ -48,20 +54,20 @@ def _over_shards(
     missing = {name: _lacking(data, name, annotator) for name, annotator in annotators.items()}
     left = sorted(set[int]().union(*missing.values()))
     wanted = replace(recipe, columns={name: recipe.columns[name] for name in annotators})
+    early = {name: dict(annotator.early) for name, annotator in annotators.items()}
     images = sum(data.record(data.fetched_record(shard))["successes"] for shard in left)
     pixels = any(annotators[name].reads == "pixels" for name, lacking in missing.items() if lacking)
     if pixels and (address is not None or images >= IMAGES_FOR_RAY):
         if address is not None:
             check_reachable(address)
-        job = CurateJob(data, wanted, fetch=False, vectors=False)
+        job = CurateJob(data, wanted, fetch=False, vectors=False, early=early)
         run_job(job, RemainingWork(left, 0, images), address=address)
     elif left:
         seeing = [a for a in annotators.values() if a.reads == "pixels"]
-        images = max((sum(len(wanted_keys(data, s, a.where)) for s in left) for a in seeing), default=0)
+        images = max((sum(len(wanted_keys(data, s, a.condition)) for s in left) for a in seeing), default=0)
         bar = ProgressBar(sys.stderr, ", ".join(annotators), images) if images else None
-        worker = EmbedWorker(
-            data, wanted.embed, wanted.columns, "", report=ignore if bar is None else lambda *_: bar(1), vectors=False
-        )
+        report = ignore if bar is None else lambda *_: bar(1)
+        worker = EmbedWorker(data, wanted.embed, wanted.columns, "", report=report, vectors=False, early=early)
         for shard in left:
             worker.run(shard)
         if bar is not None:
