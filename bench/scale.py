@@ -276,6 +276,7 @@ def make(root: Path, rows: int, shard_size: int, real_tars: bool) -> None:
     from aesthetic.heads import Head
     from bench.near_duplicates import Originals
     from curate.annotators.registry import make_annotators
+    from curate.layout import ANNOTATED, EMBEDDED, FETCHED
     from curate.sources.planner import make_plan
     from curate.workers import claim_space
     from pipelines.recipe import load_recipe, store_recipe
@@ -310,6 +311,9 @@ def make(root: Path, rows: int, shard_size: int, real_tars: bool) -> None:
     import pandas as pd
 
     pd.DataFrame({"url": urls.to_pylist(), "score": scores}).to_csv(root / "ratings.csv", index=False)
+    with data.hold():  # records lie together, as a run leaves them
+        for stage in (FETCHED, EMBEDDED, ANNOTATED):
+            data.look(data.records(stage))
     (root / f"made-{'real' if real_tars else 'links'}").touch()
 
 

@@ -23,7 +23,7 @@ from aesthetic.errors import UserError
 from curate.images.decode import decode
 from curate.layout import Data
 from curate.ledger.balance import balance_words, cluster_columns
-from curate.ledger.rules import DENIED, NUMBER, Computed, read_rules
+from curate.ledger.rules import DENIED, NUMBER, UNJUDGED, Computed, read_rules
 from curate.ledger.schema import RowError, Status
 from curate.ledger.select import load_selection
 from curate.ledger.sql import literal, quote
@@ -81,10 +81,12 @@ def contact_sheet(data: Data, name: str, column: str | None = None) -> Path:
     page = Page(220 + 190 * -(-KEPT // 8) + 180 * (len(rejected) + 2))
     made = report.selection
     _title(page, report)
-    parts = [("not fetched", made.rows - made.fetched, GREY)]
+    parts = [("not fetched", sum(made.not_fetched.values()), GREY)]
     if denied := sum(made.denied.values()):
         parts.append((DENIED, denied, GREY))
     parts += [(rule.name, rule.rejected, tint(i)) for i, rule in enumerate(made.rules)]
+    if made.unjudged:
+        parts.append((UNJUDGED, made.unjudged, GREY))
     page.bar([*parts, ("kept", made.kept, GREEN)])
     if kept:
         page.heading(

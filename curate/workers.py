@@ -9,6 +9,9 @@ import gc
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
+
+import pyarrow as pa
 
 from aesthetic.errors import UserError
 from aesthetic.space import Space, require_same
@@ -26,6 +29,7 @@ from curate.fetch.budget import LeaseSlots
 from curate.fetch.client import Fetcher
 from curate.fetch.config import FetchConfig
 from curate.fetch.deny import Deny
+from curate.fetch.early import EarlyRules
 from curate.fetch.ingest import IngestContext, Report, ingest_shard
 from curate.images.config import ImagesConfig
 from curate.images.faces import require_detector
@@ -57,7 +61,9 @@ class FetchWorker:
         report: Report = ignore,
         threads: int = 0,
         lease: LeaseSlots | None = None,
+        early: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        """early: rules that are judged while rows are fetched, name -> condition (curate.ledger.early)."""
         if fetch.engine == "img2dataset":
             engine_img2dataset.require(images)
         if images.blur_faces:
@@ -74,15 +80,18 @@ class FetchWorker:
             threads=ThreadPoolExecutor(count, thread_name_prefix="decode"),
             local_reads=asyncio.Semaphore(4 * count),
             report=report,
+            early=EarlyRules(early, data.plan.extra_columns if early else pa.schema([])),
         )
 
     async def run(self, shard: int, retry: bool = False) -> None:
-        """Fetch one shard unless it is done; with `retry`, fetch again what failed for transient reasons."""
+        """Fetch one shard unless it is done, and what early rules left out of it that are others now; with `retry`,
+        fetch again what failed for transient reasons."""
         self._tune_process()
         done = fetch_done(self.data, shard, self.config)
-        if not done or (retry and transient_failures(self.data, shard)):
+        left = done and left_out(self.data, shard, self._context.early.conditions)
+        if not done or left or (retry and transient_failures(self.data, shard)):
             try:
-                await ingest_shard(self.data, shard, self._context, self.config, retry=done)
+                await ingest_shard(self.data, shard, self._context, self.config, again=done, retry=retry)
             finally:
                 await self._context.fetcher.return_slots()
 
@@ -221,6 +230,12 @@ def transient_failures(data: Data, shard: int) -> int:
     """How many rows of a fetched shard failed for a transient reason."""
     outcomes = data.record(data.fetched_record(shard)).get("status_dict", {})
     return sum(n for reason, n in outcomes.items() if reason != Status.SUCCESS and Reason(reason).transient)
+
+
+def left_out(data: Data, shard: int, early: Mapping[str, str]) -> int:
+    """How many rows of a fetched shard early rules rejected, where the rules were not those of now."""
+    record = data.record(data.fetched_record(shard))
+    return 0 if record.get("early", {}) == dict(early) else sum(record.get("rejected_early", {}).values())
 
 
 def embed_done(

@@ -113,10 +113,11 @@ def refuse_denied(data: Data, recipe: Recipe, restart_from: str | None = None) -
     )
 
 
-def refuse_changes(data: Data, recipe: Recipe, restart_from: str | None = None) -> None:
+def refuse_changes(data: Data, recipe: Recipe, restart_from: str | None = None, *, early: bool = False) -> None:
     """UserError where the recipe would alter shards that are finished, naming keys and both values.
 
-    Stages from `restart_from` on may differ: they are about to be made again.
+    Stages from `restart_from` on may differ: they are about to be made again. With `early`, so may the early rules that
+    are judged while rows are fetched.
     """
     stored = stored_recipe(data)
     if stored is None:
@@ -132,11 +133,45 @@ def refuse_changes(data: Data, recipe: Recipe, restart_from: str | None = None) 
         for key in ours[stage]
         if ours[stage][key] != theirs[stage][key] and made[stage]
     ]
+    if not changed and not early and "fetch" in kept and made["fetch"]:
+        _refuse_early(data, stored.early_fetch(), recipe.early_fetch())
     if changed:
         first = next(stage for stage in kept if any(line.startswith(f"  {stage}.") for line in changed))
         raise UserError(
             f"{data} holds shards made with other settings:\n" + "\n".join(changed) + "\n"
             f"Give another --out, or `--restart-from {first}` to make them again on purpose."
+        )
+
+
+def _refuse_early(data: Data, theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:
+    """UserError where rows would stay left out, or be here, by other early rules than those asked for."""
+    changed = [
+        f"  {name}: {theirs.get(name, 'not early')!r} there, {ours.get(name, 'not early')!r} asked for"
+        for name in {**theirs, **ours}
+        if theirs.get(name) != ours.get(name)
+    ]
+    if changed:
+        raise UserError(
+            f"{data} was fetched by other early rules (select.early):\n" + "\n".join(changed) + "\n"
+            f"`{command('retry', data, '--early')}`, with the same --recipe and --set, fetches what was left out "
+            "and is not now; what is here stays. Or give another --out. Another selection alone: `tastemaker select`."
+        )
+
+
+def refuse_same_early(data: Data, recipe: Recipe) -> None:
+    """UserError where all that early rules left out would be left out again."""
+    from curate.workers import left_out
+
+    stored, early = stored_recipe(data), recipe.early_fetch()
+    if stored is None or stored.select.early != recipe.select.early or stored.early_fetch() != early:
+        return
+    if not any(left_out(data, s.shard, early) for s in data.plan.shards):
+        rules = ", ".join(recipe.select.early)
+        raise UserError(
+            f"select.early is what it was ({rules}), so all rows would be left out again: say which of its rules stay, "
+            "`--set select.early=[]` for none"
+            if rules
+            else f"{data} has no early rules (select.early), so nothing was left out"
         )
 
 

@@ -24,7 +24,14 @@ from curate.sources.plan import load_plan
 from curate.sources.planner import inspect, make_plan
 from curate.store.files import check_space, sweep
 from curate.store.ownership import check_free, taken
-from pipelines.checks import check_engine, check_selection, has_encoder, refuse_changes, refuse_denied
+from pipelines.checks import (
+    check_engine,
+    check_selection,
+    has_encoder,
+    refuse_changes,
+    refuse_denied,
+    refuse_same_early,
+)
 from pipelines.estimates import RunTimes, keep_rates, project
 from pipelines.options import Result, command
 from pipelines.recipe import Recipe, store_recipe
@@ -144,27 +151,31 @@ def resume(
     recipe: Recipe,
     *,
     retry: bool = False,
+    early: bool = False,
     address: str | None = None,
     restart_from: str | None = None,
 ) -> Result:
-    """The main job on the plan that a data folder has; `retry` fetches again what failed for transient reasons."""
+    """The main job on the plan that a data folder has; `retry` fetches again what failed for transient reasons, `early`
+    what early rules left out that are others now."""
     if restart_from not in (None, "embed"):
         again = command("curate", data.plan.list, "--out", data, "--restart-from", restart_from)
         raise UserError(f"--restart-from {restart_from} needs the list: `{again}`")
     recipe = replace(recipe, columns=add_needs(recipe.columns))
     annotators = make_annotators(recipe.columns, recipe.embed.encoder)
-    if retry:
+    if retry or early:
         check_engine(recipe)
     refuse_denied(data, recipe)
     with data.hold():
         sweep(data.root)
-        refuse_changes(data, recipe, restart_from)
+        refuse_changes(data, recipe, restart_from, early=early)
         check_selection(data, recipe, data.plan.extra_columns, annotators)
-        stages = ("fetch", "embed", "select", "pack") if retry else ("embed", "select", "pack")
+        if early:
+            refuse_same_early(data, recipe)
+        stages = ("fetch", "embed", "select", "pack") if retry or early else ("embed", "select", "pack")
         if restart_from is not None:
             restart(data, recipe, restart_from, stages)
         store_recipe(data, recipe)
-        return _run_job(data, recipe, annotators, stages, address, retry=retry)
+        return _run_job(data, recipe, annotators, stages, address, retry=retry, regain=early)
 
 
 def restart(data: Data, recipe: Recipe, stage: str, stages: Sequence[str]) -> None:
@@ -185,8 +196,10 @@ def _run_job(
     stages: tuple[str, ...],
     address: str | None,
     retry: bool = False,
+    regain: bool = False,
 ) -> Result:
-    """Everything after the checks: the stages on Ray, then the selection and its shards."""
+    """Everything after the checks: the stages on Ray, then the selection and its shards. regain: what early rules left
+    out is fetched, and counted."""
     from curate.duplicates.repeats import repeats
 
     plan = data.plan
@@ -197,7 +210,7 @@ def _run_job(
         print(f"warning: private addresses are open to this list: {', '.join(recipe.fetch.allow)} (fetch.allow)")
     facts = {"columns": plan.columns, "warnings": plan.warnings}
     result = Result(facts={"rows": plan.total_rows, "shards": len(plan.shards), **facts})
-    had = _images(data) if retry else 0
+    had = _images(data) if retry or regain else 0
     if retry:
         from curate.workers import forget_unanswered
 
@@ -225,7 +238,7 @@ def _run_job(
     if "embed" in stages:
         with times.stage("annotate"):
             annotate_passes(data, recipe, annotators, first=False, early=early[ENCODER], address=address)
-    if retry and display is not None:
+    if (retry or regain) and display is not None:
         result.facts["recovered"] = _images(data) - had
         print(f"retry  {result.facts['recovered']:,} more images")
 
@@ -301,19 +314,21 @@ def remaining_work(
     data: Data, recipe: Recipe, annotators: Mapping[str, Annotator], stages: Sequence[str], retry: bool = False
 ) -> RemainingWork:
     """The shards that are not fetched, embedded and annotated, as far as these stages do that."""
-    from curate.workers import embed_done, fetch_done, transient_failures
+    from curate.workers import embed_done, fetch_done, left_out, transient_failures
 
     fetch, embed = "fetch" in stages, "embed" in stages
     fetch_hash, embed_hash = recipe.hashes()
     early = early_rules(recipe, annotators)[ENCODER]
+    of_fetch = recipe.early_fetch()
     shards, rows, images = [], 0, 0
     for s in data.plan.shards:
         fetched = fetch_done(data, s.shard, fetch_hash)
-        waiting = transient_failures(data, s.shard) if fetched and retry else 0 if fetched else s.rows
+        waiting = left_out(data, s.shard, of_fetch) if fetched else s.rows
+        waiting += transient_failures(data, s.shard) if fetched and retry else 0
         unembedded = fetched and embed and not embed_done(data, s.shard, embed_hash, annotators, early)
         if (waiting and fetch) or unembedded:
             shards.append(s.shard)
-            rows += waiting
+            rows += waiting if fetch else 0
             if unembedded:  # after a retry, or a wider condition, those that have no vector yet
                 path = data.embedded_record(s.shard)
                 record = data.record(path)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from aesthetic.errors import UserError
 from curate.estimate.rates import Figure, Rates, lay_over, measure
 from curate.estimate.spent import Spent
 from curate.estimate.whole import Projection, projection_facts, whole_list
@@ -51,6 +52,10 @@ def keep_rates(data: Data, recipe: Recipe, times: RunTimes, kept: int) -> Rates 
     What an earlier run measured stays where this one found it done, or had fewer rows of it.
     """
     before = read_kept_rates(data) or {}
+    try:
+        lay_over([(str(data.rates), before)])
+    except UserError:  # somebody has written in it
+        before = {}
     wall, name = dict(before.get("wall", {})), recipe.select.name
     for stage, record in (("select", data.selection_record(name)), ("pack", data.manifest(name))):
         outputs = data.record(record).get("outputs", {})
@@ -60,7 +65,7 @@ def keep_rates(data: Data, recipe: Recipe, times: RunTimes, kept: int) -> Rates 
             times.spent.pop(stage, None)
             times.wall.pop(stage, None)
     for stage, now in times.wall.items():
-        if now.get("count", now.get("seconds", 0.0)) >= wall.get(stage, {}).get("count", 0.0):
+        if _size(now) >= _size(wall.get(stage, {})):
             wall[stage] = now
     fetch = recipe.fetch
     rates = measure(
@@ -82,10 +87,16 @@ def keep_rates(data: Data, recipe: Recipe, times: RunTimes, kept: int) -> Rates 
         return None
     tree = rates.to_json()
     tree["stages"] = {k: v for k, v in before.get("stages", {}).items() if k in ("select", "pack")} | tree["stages"]
-    data.logs.mkdir(exist_ok=True)
-    write_json(data.rates, tree)
-    data.push(data.rates)
+    if {**tree, "made": ""} != {**before, "made": ""} and not data.logs.is_symlink():
+        data.logs.mkdir(exist_ok=True)
+        write_json(data.rates, tree)
+        data.push(data.rates)
     return lay_over([(str(data.rates), tree)])
+
+
+def _size(wall: dict[str, float]) -> float:
+    """How much of a stage a run saw: rows, or seconds where they are not counted."""
+    return wall.get("count", wall.get("seconds", 0.0))
 
 
 def read_kept_rates(data: Data) -> dict[str, Any] | None:

@@ -30,6 +30,7 @@ from curate.encoders.embed import EmbedConfig
 from curate.fetch.config import FetchConfig
 from curate.images.config import ImagesConfig
 from curate.layout import Data
+from curate.ledger.early import split_early
 from curate.ledger.schema import EMBEDDED_COLUMNS, RESERVED
 from curate.ledger.select import SelectConfig
 from curate.shards.pack import PackConfig
@@ -101,6 +102,11 @@ class Recipe:
         """The configuration hashes that fetched and embedded records carry."""
         stages = self.stage_hashes()
         return stages["fetch"] + stages["images"], stages["embed"]
+
+    def early_fetch(self) -> dict[str, str]:
+        """The early rules that are judged while rows are fetched, name -> condition."""
+        early = split_early(self.select.rules, self.select.early)
+        return {**early["list"], **early["header"]}
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """The keys of each stage that decide what its files hold."""

@@ -83,7 +83,8 @@ def fetch_shards(data: Data, recipe: Recipe, *, retry: bool = False) -> None:
     """The fetch and images stages of all shards."""
 
     async def run() -> None:
-        worker = FetchWorker(data, recipe.fetch, recipe.images, recipe.hashes()[0], threads=2)
+        early = recipe.early_fetch()
+        worker = FetchWorker(data, recipe.fetch, recipe.images, recipe.hashes()[0], threads=2, early=early)
         try:
             await asyncio.gather(*(worker.run(s.shard, retry=retry) for s in data.plan.shards))
         finally:

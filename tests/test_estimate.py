@@ -17,7 +17,7 @@ import pytest
 
 from curate.estimate.fleet import FleetPlan, parse_fleet, plan_fleet, plan_list
 from curate.estimate.intervals import distinct, ratio, share
-from curate.estimate.rates import Rates, domains_of, lay_over, published
+from curate.estimate.rates import Figure, Rates, domains_of, lay_over, published
 from curate.estimate.spent import Spent, of_models, total_spent
 from curate.estimate.whole import whole_list
 from pipelines import cli
@@ -302,7 +302,8 @@ def test_a_trial_says_what_the_whole_takes(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_rates_of_a_run_without_ray(tmp_path: Path) -> None:
-    """What records of stages that ran here say: each stage has its part of the CPU, and each request is counted."""
+    """What records of stages that ran here say: each stage has its part of the CPU, each request is counted, and of
+    images that an early rule left out the encoder takes nothing: a plan counts those that it sees."""
     from curate.estimate.rates import measure
     from curate.layout import Data
     from pipelines.recipe import load_recipe
@@ -310,22 +311,32 @@ def test_rates_of_a_run_without_ray(tmp_path: Path) -> None:
 
     data = Data(tmp_path / "data")
     with small_trial(tmp_path, 120) as trial:
-        recipe = load_recipe("everything", [*trial.settings, "source.shard_size=30"])
-        run_stages(trial.list, data, recipe)
+        columns = "columns={quality: quality, aesthetic: bundled-aesthetic}"
+        rules = ["select.rules={sharp: quality_sharpness > 60}", "select.early=[sharp]"]
+        run_stages(trial.list, data, load_recipe("everything", [*trial.settings, columns, *rules]))
         asked = trial.web.counts().requests
-    rates = measure(data, kept=50)
-    assert rates is not None and rates.domains is not None
-    fetch, images, encode = (rates.stages[name] for name in ("fetch", "images", "encode"))
-    assert fetch.requests is not None and fetch.requests.value == 1 and fetch.cpu is not None and fetch.cpu.value > 0
+    images = data.ledger.filter("status = 'success'").count("*").fetchall()[0][0]
+    seen = data.ledger.filter("quality_sharpness > 60").count("*").fetchall()[0][0]
+    rates = measure(data, kept=seen)
+    assert rates is not None and rates.domains is not None and 0 < seen < images
+    fetch, pixels = rates.stages["fetch"], rates.stages["images"]
+    assert fetch.requests is not None and fetch.requests == Figure(value=1, low=1, high=1, origin="measured")
+    assert fetch.cpu is not None and fetch.cpu.value > 0
     assert rates.domains.rules.value == sum(n for (_, p), n in asked.items() if p == "/robots.txt") / 12
-    assert images.cpu is not None and images.bytes is not None and 0.0002 < images.cpu.value < 0.1
-    assert encode.cpu is not None and encode.share is not None and encode.share.value == 1
-    assert {"decode", "aesthetic", "open_nsfw"} < rates.stages.keys()
-    found = whole_list(replace(rates, wall={"fetch": {"begin": 5, "each": 0.01, "tail": 2, "count": 120}}), cores=2)
-    assert found.rows == 120 and found.kept is not None and found.kept.value == 50
+    assert pixels.cpu is not None and pixels.bytes is not None and 0.0002 < pixels.cpu.value < 0.1
+    shares = {name: stage.share.value for name, stage in rates.stages.items() if stage.share is not None}
+    assert shares["encode"] == pytest.approx(seen / images) and shares["quality"] == 1
+    assert {"decode", "aesthetic"} < rates.stages.keys()
+
+    timed = replace(rates, wall={"fetch": {"begin": 5, "each": 0.01, "tail": 2, "count": 120}})
+    found = whole_list(timed, cores=2)
+    assert found.rows == 120 and found.kept is not None and found.kept.value == seen
     assert found.seconds is not None and found.seconds.value == pytest.approx(5 + 1.2 + 2)
-    same = lay_over([("again", rates.to_json())])
-    assert whole_list(same, cores=2).disk == whole_list(rates, cores=2).disk
+    again = lay_over([("rates", rates.to_json()), ("prices", {"nodes": HAND["nodes"]})])
+    assert whole_list(again, cores=2).disk == whole_list(rates, cores=2).disk
+    counts = {s.name: s.count for s in plan_fleet(again, 1e6, parse_fleet("16cpu", again.nodes)).stages}
+    assert counts["encode"] == pytest.approx(1e6 * seen / 120)
+    assert counts["quality"] == pytest.approx(1e6 * images / 120)
 
 
 def test_domains_are_registered_ones_and_hosts_are_hosts() -> None:

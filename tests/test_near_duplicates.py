@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -380,7 +381,10 @@ def test_ended_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch
 
     def files(data: Data) -> dict[str, bytes]:
         folder = data.annotations("dup", 0).parent
-        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+        found = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+        for name in [n for n in found if n.count("/") == 0 and n.endswith(".json")]:  # which say what they took
+            found[name] = str({k: v for k, v in json.loads(found[name]).items() if k not in ("spent", "self")}).encode()
+        return found
 
     whole, ended = (plan_near(tmp_path / name, n, 200) for name in ("whole", "ended"))
     tasks: list[int] = []

@@ -17,6 +17,7 @@ from aesthetic.files import atomic
 from aesthetic.untrusted import open_vectors
 from curate.annotators.base import AnnotatorOptions, ColumnSpec, TableAnnotator, TableRun
 from curate.encoders.embed import vector_rows
+from curate.layout import Data
 from curate.ledger.balance import CLUSTER
 from curate.store.files import digest
 from curate.store.records import output_digests
@@ -66,8 +67,7 @@ class Clusters(TableAnnotator):
                 f"`tastemaker embed {data}` makes them."
             )
         self._fit(run, embedded, anew=not {*embedded} - {*run.shards})
-        centroids = _centroids(run)
-        items = [(data.image_vectors(s) if s in {*embedded} else None, centroids) for s in run.shards]
+        items = [(data.without_plan(), s if s in {*embedded} else None, run.name) for s in run.shards]
         for shard, (cell, cosine) in zip(run.shards, run.map(_assign, items), strict=True):
             values = {"": pa.array(cell, pa.int32()), "cosine": pa.array(cosine, pa.float32())}
             if shard in {*embedded} and (rows := vector_rows(data, shard)) is not None:
@@ -80,7 +80,7 @@ class Clusters(TableAnnotator):
         from aesthetic.neighbours import fit_cells
 
         data, k = run.data, self.options.k
-        record, file = run.data.index(run.name) / "fit.json", _centroids(run)
+        record, file = run.data.index(run.name) / "fit.json", _centroids(data, run.name)
         before = data.record(record)
         made_of = [sorted(output_digests(data.record(data.embedded_record(shard))).items()) for shard in shards]
         inputs = {"embedded": digest(made_of)} if anew else before.get("inputs", {})
@@ -93,7 +93,7 @@ class Clusters(TableAnnotator):
             counts = [pq.read_metadata(data.local(data.metadata(s))).num_rows for s in shards]
             if sum(counts) < k:
                 raise UserError(f"columns.{run.name}: k: {k:,} clusters are asked for, of {sum(counts):,} images")
-            sample = _sample([data.image_vectors(s) for s in shards], counts, PER_CLUSTER * k)
+            sample = _sample([data.local(data.image_vectors(s)) for s in shards], counts, PER_CLUSTER * k)
             run.say(f"{run.name}: fitting {k:,} clusters to {len(sample):,} images")
             centroids = fit_cells(sample, k, seed=0, rounds=0)
             data.invalidate(record)
@@ -109,8 +109,8 @@ class Clusters(TableAnnotator):
         self.facts = {**{key: before[key] for key in ("clusters", "fitted_on", "images")}, "notes": [note]}
 
 
-def _centroids(run: TableRun) -> Path:
-    return run.data.index(run.name) / "centroids.npy"
+def _centroids(data: Data, name: str) -> Path:
+    return data.index(name) / "centroids.npy"
 
 
 def _sample(files: Sequence[Path], counts: Sequence[int], most: int) -> npt.NDArray[np.float32]:
@@ -133,13 +133,15 @@ def _sample(files: Sequence[Path], counts: Sequence[int], most: int) -> npt.NDAr
     return sample
 
 
-def _assign(item: tuple[Path | None, Path]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """The nearest of the centroids in one file to each vector in another (n,), and the cosine to it (n,)."""
+def _assign(item: tuple[Data, int | None, str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """The nearest of an entry's centroids to each vector of a shard (n,), and the cosine to it (n,)."""
     from aesthetic.neighbours import nearest_cells
 
-    if item[0] is None:
+    data, shard, name = item
+    if shard is None:
         return np.zeros(0, np.int32), np.zeros(0, np.float32)
-    vectors, centroids = open_vectors(item[0]), np.load(item[1], allow_pickle=False)
+    vectors = open_vectors(data.local(data.image_vectors(shard)))
+    centroids = np.load(data.local(_centroids(data, name)), allow_pickle=False)
     cell, cosine = np.zeros(len(vectors), np.int32), np.zeros(len(vectors), np.float32)
     for start in range(0, len(vectors), _BLOCK):
         part = slice(start, start + _BLOCK)

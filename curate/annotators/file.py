@@ -105,6 +105,10 @@ class FileColumns(TableAnnotator):
             _fill(con, "ours", _images(run, self.options.on, counts))
             self._check(con)
             unmatched = self._write_unmatched(con, folder / "unmatched.parquet")
+            if unmatched:
+                run.data.push(folder / "unmatched.parquet")
+            else:
+                run.data.remove(folder / "unmatched.parquet")
             note = self._note(con, unmatched, str(folder.relative_to(run.data.root)))
             run.say(f"{run.name}: {note}")
             values = ", ".join(f"v{i}" for i in range(len(self._columns)))
@@ -166,8 +170,6 @@ class FileColumns(TableAnnotator):
             for batch in reader:
                 writer.write_batch(batch)
                 count += len(batch)
-        if not count:
-            path.unlink()
         return count
 
     def _note(self, con: duckdb.DuckDBPyConnection, unmatched: int, folder: str) -> str:

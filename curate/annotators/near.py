@@ -123,10 +123,10 @@ class Near(TableAnnotator):
                 f"`tastemaker embed {run.data}` makes them."
             )
         prepared = prepare(self.path, self._content, run, cosine=self._cosine, named=not self.options.deny)
-        names = load_protected(prepared.folder, prepared.config).names
+        names = load_protected(run.data, prepared.name, prepared.config).names
         hashes = f"{run.needs['pdq']}_hash" if "pdq" in run.needs else "phash" if self._of_bits else None
         task = functools.partial(
-            compare_shard, run.data, prepared.folder, prepared.config, hashes, self._cosine, self._within
+            compare_shard, run.data.without_plan(), prepared.name, prepared.config, hashes, self._cosine, self._within
         )
         seen = Counter[str]()
         for nearest in run.map(task, run.shards):

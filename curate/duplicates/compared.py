@@ -21,7 +21,6 @@ from curate.duplicates.vectors import (
     unique_pairs,
 )
 from curate.store.files import digest
-from curate.store.records import commit, is_done, read_record
 
 STORED = np.dtype([("a", "<i4"), ("a_row", "<i4"), ("b", "<i4"), ("b_row", "<i4"), ("cosine", "<f4")])
 """A pair as it is kept: shards and rows, since the number of an image changes with shards before it."""
@@ -30,22 +29,21 @@ MOST_PAIRS = 300_000_000
 """More would take 24 GB."""
 
 
-def vector_pairs(run: TableRun, table: Table, work: Path, use: Array) -> tuple[Array, float, str]:
+def vector_pairs(run: TableRun, table: Table, work: str, use: Array) -> tuple[Array, float, str]:
     """(PAIRs of the images within the cosine, comparisons that all of them take, a digest of the cells and images).
 
     use: (n,) bool, which images are compared. Only those that are new are compared with all.
     """
-    root = table.data.root
     cells = find_cells(table, run.say)
     for _ in run.map(make_cells, [(table, at, cells) for at in range(len(table.shards))]):
         pass
     kept, old = read_compared(table, cells, use)
     state = np.where(use, USE, 0).astype(np.uint8) | np.where(use & ~old, NEW, 0).astype(np.uint8)
     config = digest([VERSION, cells, table.digest, table.modes.of_vectors])
-    compared = digest([config, read_record(table.index / "compared.json").get("self")])
+    compared = digest([config, table.data.record(table.index / "compared.json").get("self")])
     ranges, cost = cell_ranges(table, work, compared)
     if (use & ~old).any():
-        keep_array(root, work / "state.npy", lambda: state, config=compared)
+        keep_array(table.data, table.index / work / "state.npy", lambda: state, config=compared)
         count = 0
         for found in run.map(compare_cells, ranges):
             count += found
@@ -54,21 +52,21 @@ def vector_pairs(run: TableRun, table: Table, work: Path, use: Array) -> tuple[A
                     f"more than {MOST_PAIRS:,} pairs have a cosine of {table.modes.cosine} or more: so low a threshold "
                     "makes neighbours of everything; raise columns.NAME.cosine"
                 )
-        kept = unique_pairs(np.concatenate([kept, *(np.load(r.path) for r in ranges)]))
+        kept = unique_pairs(np.concatenate([kept, *(table.load(r.path) for r in ranges)]))
     write_compared(table, cells, use, kept)
     return kept, cost, config
 
 
 def read_compared(table: Table, cells: str, use: Array) -> tuple[Array, Array]:
     """(PAIRs that were found before, of images that are compared now, too; (n,) bool: which were compared before)."""
-    record, root = table.index / "compared.json", table.data.root
+    record, data = table.index / "compared.json", table.data
     old = np.zeros(int(table.offsets[-1]), np.bool_)
     nothing = np.zeros(0, PAIR)
-    known = read_record(record)
-    if not is_done(root, record, config=_config(table, cells), inputs={}):
+    known = data.record(record)
+    if not data.is_done(record, config=_config(table, cells), inputs={}):
         return nothing, old
-    files = {Path(name).name.split("-")[0]: root / name for name in known["outputs"]}
-    stored, used = np.load(files["pairs"]), np.load(files["used"])
+    files = {Path(name).name.split("-")[0]: data.root / name for name in known["outputs"]}
+    stored, used = table.load(files["pairs"]), table.load(files["used"])
     offsets, at = {}, 0  # of shards that are as they were
     now = dict(zip(table.shards, zip(table.inputs, table.offsets.tolist(), strict=False), strict=True))
     for shard, count, inputs in known["shards"]:
@@ -88,10 +86,10 @@ def read_compared(table: Table, cells: str, use: Array) -> tuple[Array, Array]:
 
 def write_compared(table: Table, cells: str, use: Array, pairs: Array) -> None:
     """Keep them for later runs, in place of what was kept before."""
-    record, root = table.index / "compared.json", table.data.root
+    record, data = table.index / "compared.json", table.data
     shards = [list(s) for s in zip(table.shards, table.counts, table.inputs, strict=True)]
-    before = read_record(record)
-    if before.get("shards") == shards and is_done(root, record, config=_config(table, cells), inputs={}):
+    before = data.record(record)
+    if before.get("shards") == shards and data.is_done(record, config=_config(table, cells), inputs={}):
         return
     stored = np.empty(len(pairs), STORED)
     for side in ("a", "b"):
@@ -103,10 +101,9 @@ def write_compared(table: Table, cells: str, use: Array, pairs: Array) -> None:
     for path, array in zip(files, (stored, use), strict=True):
         with atomic(path) as f:
             np.save(f, array)
-    commit(root, record, config=_config(table, cells), inputs={}, outputs=files, facts={"shards": shards})
-    for path in (*table.index.glob("pairs-*.npy"), *table.index.glob("used-*.npy")):
-        if path not in files:
-            path.unlink()
+    data.commit(record, config=_config(table, cells), inputs={}, outputs=files, facts={"shards": shards})
+    old = (table.index / name for name in data.store.names(table.index) if name.startswith(("pairs-", "used-")))
+    data.remove(*(path for path in old if path not in files))
 
 
 def _config(table: Table, cells: str) -> str:

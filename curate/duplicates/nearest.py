@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -34,9 +33,9 @@ class Nearest:
 
 
 def compare_shard(
-    data: Data, folder: Path, config: str, hashes: str | None, cosine: bool, within: int, shard: int
+    data: Data, name: str, config: str, hashes: str | None, cosine: bool, within: int, shard: int
 ) -> Nearest:
-    """A task: the images of one shard beside a protected set that was prepared (folder, config).
+    """A task: the images of one shard beside a protected set that was prepared (name, config).
 
     hashes: the column of the images' hashes, NAME_hash of a `pdq` entry or phash; None: they are not compared.
     within: bits up to which the image of the nearest hash is the nearest, whatever cosines say.
@@ -45,7 +44,7 @@ def compare_shard(
     perceptual hash, of which a bit counts for four. An image without any hash, as flat ones are, is no copy of one that
     shows something: bits are as many as there are. Equal files are 0 bits apart in any case.
     """
-    protected = load_protected(folder, config)
+    protected = load_protected(data, name, config)
     rows = images_of(data, shard, ["key", "sha256", "phash"])
     bits, index = np.full(len(rows), protected.bits, np.int64), np.full(len(rows), -1, np.int64)
     unhashed = 0

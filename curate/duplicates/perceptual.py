@@ -80,43 +80,43 @@ def _distinct(images: Array, phash: Array, pdq: Array, mirrored: bool) -> Hashes
 class HashTables:
     """A task: some of the tables in which near hashes are looked for."""
 
-    root: Path
-    work: Path
+    table: Table
+    work: str
     config: str
     bits: int
     tables: tuple[int, ...]
 
     @property
     def path(self) -> Path:
-        return self.work / f"hashes-{self.tables[0]:05d}.npy"
+        return self.table.index / self.work / f"hashes-{self.tables[0]:05d}.npy"
 
 
 def search_tables(task: HashTables) -> None:
     """A task: write the pairs of unique hashes that these tables propose, as indices."""
 
     def make() -> Array:
-        values = np.load(task.work / "hashes.npy")
+        values = task.table.load(task.table.index / task.work / "hashes.npy")
         return np.concatenate([table_pairs(values, task.bits, table) for table in task.tables])
 
-    keep_array(task.root, task.path, make, config=task.config)
+    keep_array(task.table.data, task.path, make, config=task.config)
 
 
 def proposed(
-    table: Table, work: Path, config: str, phash: Array, run_map: Callable[[Callable[[Any], Any], Sequence[Any]], Any]
+    table: Table, work: str, config: str, phash: Array, run_map: Callable[[Callable[[Any], Any], Sequence[Any]], Any]
 ) -> tuple[Array, Array]:
     """(unique perceptual hashes, pairs of them within the bits that the entry says, as indices)."""
-    bits, root = table.modes.phash, table.data.root
+    bits = table.modes.phash
     assert bits is not None
     values = phash[np.flatnonzero(np.append(True, phash[1:] != phash[:-1]))] if len(phash) else phash  # they are sorted
     if len(values) < 2:
         return values, np.zeros((0, 2), np.int64)
-    keep_array(root, work / "hashes.npy", lambda: values, config=config)
+    keep_array(table.data, table.index / work / "hashes.npy", lambda: values, config=config)
     count = pair_tables(len(values), bits)
     each = max(1, math.ceil(_TASK_HASHES / len(values)))
-    tasks = [HashTables(root, work, config, bits, tuple(range(count)[t : t + each])) for t in range(0, count, each)]
+    tasks = [HashTables(table, work, config, bits, tuple(range(count)[t : t + each])) for t in range(0, count, each)]
     for _ in run_map(search_tables, tasks):
         pass
-    return values, np.concatenate([np.zeros((0, 2), np.int64), *(np.load(task.path) for task in tasks)])
+    return values, np.concatenate([np.zeros((0, 2), np.int64), *(table.load(task.path) for task in tasks)])
 
 
 # -------------------------------------------------------------------------------------------------------- confirmation

@@ -26,6 +26,7 @@ from aesthetic.space import Space, require_same
 from aesthetic.untrusted import check_regular, first_three, open_vectors, read_json_file, read_text
 from curate.duplicates.hash_lists import mirrored_and_turned, read_hashes
 from curate.images.config import ImagesConfig
+from curate.layout import Data
 from curate.store.files import digest, sha256_file
 
 if TYPE_CHECKING:
@@ -185,11 +186,11 @@ def _open(folder: Path, content: str) -> MapDataset:
 class Prepared:
     """A protected set as tasks find it.
 
-    folder, config: what `load_protected` takes.    images: how many, that could be read.    unreadable: how many could
+    name, config: what `load_protected` takes.    images: how many, that could be read.    unreadable: how many could
     not, and some_unreadable: the first three of them.
     """
 
-    folder: Path
+    name: str
     config: str
     images: int
     unreadable: int
@@ -210,13 +211,13 @@ def prepare(path: Path, content: str, run: TableRun, *, cosine: bool, named: boo
     if not data.is_done(record, config=config, inputs={}):
         found = _read(path, content, run, space)
         data.invalidate(record)
-        written = _write(folder, found, named)
+        written = _write(data, folder, found, named)
         some = first_three(found.unreadable) if named else ""
         said = {"images": len(found.names), "unreadable": len(found.unreadable), "some_unreadable": some}
         data.commit(record, config=config, inputs={}, outputs=written, facts=said)
     facts = data.record(record)
     return Prepared(
-        folder=folder,
+        name=run.name,
         config=config,
         images=facts["images"],
         unreadable=facts["unreadable"],
@@ -264,7 +265,7 @@ def _read(path: Path, content: str, run: TableRun, space: Space | None) -> Prote
     )
 
 
-def _write(folder: Path, found: Protected, named: bool) -> list[Path]:
+def _write(data: Data, folder: Path, found: Protected, named: bool) -> list[Path]:
     """Write what is compared; the files."""
     names = found.names if named else pa.array([""] * len(found.names))
     arrays = {name: getattr(found, name) for name in _ARRAYS}
@@ -273,7 +274,7 @@ def _write(folder: Path, found: Protected, named: bool) -> list[Path]:
         pq.write_table(pa.table({"name": names, "sha256": found.sha256}), f, compression="zstd")
     with atomic(hashes) as f:
         np.savez(f, **arrays)
-    vectors.unlink(missing_ok=True)
+    data.remove(vectors)
     if found.vectors is None:
         return [table, hashes]
     with atomic(vectors) as f:
@@ -282,9 +283,10 @@ def _write(folder: Path, found: Protected, named: bool) -> list[Path]:
 
 
 @functools.lru_cache(maxsize=2)
-def load_protected(folder: Path, config: str) -> Protected:
-    """What `prepare` has made; each process keeps it."""
-    table, hashes, vectors = (folder / name for name in _FILES)
+def load_protected(data: Data, name: str, config: str) -> Protected:
+    """What `prepare` has made in the index of an entry; each process keeps it."""
+    files = table, hashes, vectors = [data.index(name) / file for file in _FILES]
+    data.bring(*files)
     names = pq.read_table(table)
     with np.load(hashes, allow_pickle=False) as arrays:
         return Protected(

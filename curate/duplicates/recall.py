@@ -35,7 +35,7 @@ class BruteForce:
     """A task: the sample against some shards (positions first to last, not included)."""
 
     table: Table
-    work: Path
+    work: str
     config: str
     measure: Measure
     first: int
@@ -43,12 +43,12 @@ class BruteForce:
 
     @property
     def path(self) -> Path:
-        return self.work / f"recall-{self.measure}-{self.first:05d}.npy"
+        return self.table.index / self.work / f"recall-{self.measure}-{self.first:05d}.npy"
 
 
 def measured_recall(
     table: Table,
-    work: Path,
+    work: str,
     config: str,
     measure: Measure,
     eligible: Array,
@@ -69,13 +69,13 @@ def measured_recall(
     size = int(min(SAMPLE, len(images), max(_LEAST, max(SHARE * cost, _FREE[measure]) / max(1, len(images)))))
     (marks,) = read_rows(table, "mark")
     sample = np.sort(images[np.argsort(marks[images], kind="stable")[:size]])
-    keep_array(table.data.root, work / f"sample-{measure}.npy", lambda: sample, config=config)
+    keep_array(table.data, table.index / work / f"sample-{measure}.npy", lambda: sample, config=config)
 
     def compared() -> Array:  # here, once: it lies in all shards
         return gather(table, sample) if measure == "cosine" else gather_rows(table, sample)["pdq"]
 
-    keep_array(table.data.root, work / f"compared-{measure}.npy", compared, config=config)
-    keep_array(table.data.root, work / f"eligible-{measure}.npy", lambda: eligible, config=config)
+    keep_array(table.data, table.index / work / f"compared-{measure}.npy", compared, config=config)
+    keep_array(table.data, table.index / work / f"eligible-{measure}.npy", lambda: eligible, config=config)
     tasks, first = [], 0
     for at in range(len(table.shards)):
         if sum(table.counts[first : at + 1]) >= _TASK_IMAGES or at == len(table.shards) - 1:
@@ -83,7 +83,7 @@ def measured_recall(
             first = at + 1
     for _ in run_map(compare_sample, tasks):
         pass
-    true = np.concatenate([np.zeros(0, PAIR), *(np.load(task.path) for task in tasks)])
+    true = np.concatenate([np.zeros(0, PAIR), *(table.load(task.path) for task in tasks)])
     one, other, n = true["a"], true["b"], len(eligible)
     keys = found["a"] * n + found["b"]
     wanted = np.minimum(one, other) * n + np.maximum(one, other)
@@ -117,9 +117,9 @@ def compare_sample(task: BruteForce) -> None:
     compare = _by_cosine if task.measure == "cosine" else _by_bits
 
     def make() -> Array:
-        sample = np.load(task.work / f"sample-{task.measure}.npy")
-        ours = np.load(task.work / f"compared-{task.measure}.npy")
-        eligible = np.load(task.work / f"eligible-{task.measure}.npy", mmap_mode="r")
+        table, work = task.table, task.table.index / task.work
+        sample, ours = (table.load(work / f"{what}-{task.measure}.npy") for what in ("sample", "compared"))
+        eligible = table.load(work / f"eligible-{task.measure}.npy", mapped=True)
         found = [np.zeros(0, PAIR)]
         if len(sample):
             for at in range(task.first, task.last):
@@ -127,7 +127,7 @@ def compare_sample(task: BruteForce) -> None:
                 found += compare(task.table, at, rows, sample, ours)
         return np.concatenate(found)
 
-    keep_array(task.table.data.root, task.path, make, config=task.config)
+    keep_array(task.table.data, task.path, make, config=task.config)
 
 
 def _by_cosine(table: Table, at: int, rows: Array, sample: Array, ours: Array) -> list[Array]:
@@ -150,7 +150,7 @@ def _by_cosine(table: Table, at: int, rows: Array, sample: Array, ours: Array) -
 
 
 def _by_bits(table: Table, at: int, rows: Array, sample: Array, ours: Array) -> list[Array]:
-    words = np.load(table.rows(table.shards[at]), mmap_mode="r")["pdq"][rows].T.copy()  # (4, n): a word after the other
+    words = table.load(table.rows(table.shards[at]), mapped=True)["pdq"][rows].T.copy()
     found = []
     most = max(4, _NEIGHBOURS // len(table.shards))
     for image, hash in zip(sample.tolist(), ours, strict=True):

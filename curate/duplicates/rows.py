@@ -24,7 +24,6 @@ from curate.duplicates.captions import normalised_caption
 from curate.encoders.embed import images_of, vector_rows
 from curate.layout import Data, shard_name
 from curate.store.files import digest
-from curate.store.records import commit, invalidate, is_done
 
 Array = npt.NDArray[Any]
 
@@ -74,17 +73,26 @@ class Modes:
 class Table:
     """The shards that are compared, of one data folder.
 
-    index: the folder that holds what is kept between runs.    counts: images of each shard.    inputs: a digest of the
-    files that each shard is.    pdq: the entry of the annotator pdq.
+    name: the entry, in whose index lies what is kept between runs.    counts: images of each shard.    inputs: a digest
+    of the files that each shard is.    pdq: the entry of the annotator pdq.
     """
 
     data: Data
-    index: Path
+    name: str
     modes: Modes
     shards: tuple[int, ...]
     counts: tuple[int, ...]
     inputs: tuple[str, ...]
     pdq: str | None
+
+    @property
+    def index(self) -> Path:
+        """The folder of what is kept between runs, in this process."""
+        return self.data.index(self.name)
+
+    def load(self, path: Path, *, mapped: bool = False) -> Array:
+        """An array of a file in it."""
+        return np.load(self.data.local(path), mmap_mode="r" if mapped else None)
 
     @property
     def offsets(self) -> npt.NDArray[np.int64]:
@@ -106,17 +114,17 @@ class Table:
         return at, images - self.offsets[at]
 
 
-def keep_array(root: Path, path: Path, make: Callable[[], Array], *, config: str, of: str = "") -> None:
+def keep_array(data: Data, path: Path, make: Callable[[], Array], *, config: str, of: str = "") -> None:
     """Make an array, once: write it with a record beside it, unless a record of the same configuration is there, and
     of the same images (a digest)."""
     record, inputs = path.with_suffix(".json"), {"images": of}
-    if is_done(root, record, config=config, inputs=inputs):
+    if data.is_done(record, config=config, inputs=inputs):
         return
     array = make()
-    invalidate(record)
+    data.invalidate(record)
     with atomic(path) as f:
         np.save(f, array)
-    commit(root, record, config=config, inputs=inputs, outputs=[path], facts={})
+    data.commit(record, config=config, inputs=inputs, outputs=[path], facts={})
 
 
 def make_rows(item: tuple[Table, int]) -> None:
@@ -125,7 +133,7 @@ def make_rows(item: tuple[Table, int]) -> None:
     shard, dtype = table.shards[at], table.modes.fields()
     config = digest([VERSION, dtype.descr])
     make = lambda: _entries(table, shard, dtype)  # noqa: E731
-    keep_array(table.data.root, table.rows(shard), make, config=config, of=table.inputs[at])
+    keep_array(table.data, table.rows(shard), make, config=config, of=table.inputs[at])
 
 
 def _entries(table: Table, shard: int, dtype: np.dtype[Any]) -> Array:
@@ -172,6 +180,7 @@ def _column(table: pa.Table, entry: str, suffix: str) -> list[str | None]:
 
 def read_rows(table: Table, *fields: str) -> tuple[Array, ...]:
     """Fields of all images, in their order; the files of the shards are mapped, not read whole."""
+    table.data.bring(*map(table.rows, table.shards))
     arrays = [np.load(table.rows(s), mmap_mode="r") for s in table.shards]
     empty = np.zeros(0, table.modes.fields())
     return tuple(np.concatenate([empty[f], *(a[f] for a in arrays)]) for f in fields)
@@ -184,7 +193,7 @@ def gather_rows(table: Table, images: Array) -> Array:
     edges = np.searchsorted(at, np.arange(len(table.shards) + 1))
     for shard, low, high in zip(table.shards, edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         if low < high:
-            found[low:high] = np.load(table.rows(shard), mmap_mode="r")[rows[low:high]]
+            found[low:high] = table.load(table.rows(shard), mapped=True)[rows[low:high]]
     return found
 
 

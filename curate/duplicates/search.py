@@ -31,7 +31,7 @@ from curate.encoders.embed import images_of
 from curate.layout import Data
 from curate.ledger.neighbours import FACT, FILE, write_neighbours
 from curate.store.files import digest
-from curate.store.records import output_digests, read_record
+from curate.store.records import output_digests
 
 ANSWER = np.dtype([("group", "<i8"), ("size", "<i4"), ("nearest", "<f4"), ("of", "<i8")])
 """Of an image: the first image of its group, -1 where it is alone; images in the group; the distance to the nearest
@@ -48,8 +48,8 @@ def find_groups(run: TableRun, modes: Modes, config: str) -> tuple[Table, Array,
     record = table.index / "groups.json"
     if not table.data.is_done(record, config=config, inputs={"images": table.digest}):
         check_memory(table, check_vectors(table) if modes.cosine is not None else 0)
-        work = table.index / f"work-{digest([config, table.digest])}"
-        _clear(table.index, keep=work)
+        work = f"work-{digest([config, table.digest])}"
+        _clear(table, keep=work)
         answer, facts = _search(run, table, work)
         before = table.data.record(record)
         facts["moved"] = moved = _moved(table, answer["group"], before, config)
@@ -67,10 +67,10 @@ def find_groups(run: TableRun, modes: Modes, config: str) -> tuple[Table, Array,
         if moved:
             run.say(f"{run.name}: {moved:,} images that were in a group before are in another one, or in none")
     known = table.data.record(record)
-    _clear(table.index, keep=None)
+    _clear(table, keep=None)
     for note in known["facts"]["notes"][:2]:
         run.say(f"{run.name}: {note}")
-    return table, np.load(_answer_file(table, known), mmap_mode="r"), known["facts"]
+    return table, table.load(_answer_file(table, known), mapped=True), known["facts"]
 
 
 def _answer_file(table: Table, record: dict[str, Any]) -> Path:
@@ -108,7 +108,7 @@ def _table(run: TableRun, modes: Modes) -> Table:
         inputs.append(digest([digests, made]))
     return Table(
         data=data.without_plan(),  # without the plan, which would go along with every task
-        index=data.index(run.name),
+        name=run.name,
         modes=modes,
         shards=tuple(run.shards),
         counts=tuple(counts),
@@ -117,15 +117,16 @@ def _table(run: TableRun, modes: Modes) -> Table:
     )
 
 
-def _clear(index: Path, *, keep: Path | None) -> None:
+def _clear(table: Table, *, keep: str | None) -> None:
     """Remove what runs that have ended left to work with."""
-    record = read_record(index / "groups.json")
-    for path in index.glob("work-*"):
-        if path != keep:
-            shutil.rmtree(path)
-    for path in index.glob("groups-*.npy"):
-        if path.name not in {Path(name).name for name in record.get("outputs", {})}:
-            path.unlink()
+    data, index = table.data, table.index
+    for name in data.store.folders(index):
+        if name.startswith("work-") and name != keep:
+            data.remove(*data.store.walk(index / name))
+            shutil.rmtree(index / name, ignore_errors=True)
+    kept = {data.root / name for name in data.record(index / "groups.json").get("outputs", {})}
+    answers_there = {index / n for n in data.store.names(index) if n.startswith("groups-") and n.endswith(".npy")}
+    data.remove(*answers_there - kept)
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
@@ -160,7 +161,7 @@ def memory() -> int:
 # -------------------------------------------------------------------------------------------------------------- search
 
 
-def _search(run: TableRun, table: Table, work: Path) -> tuple[Array, dict[str, Any]]:
+def _search(run: TableRun, table: Table, work: str) -> tuple[Array, dict[str, Any]]:
     modes, config, n = table.modes, digest([table.digest]), int(table.offsets[-1])
     for _ in run.map(make_rows, [(table, at) for at in range(len(table.shards))]):
         pass
@@ -363,9 +364,9 @@ def _moved(table: Table, group: Array, before: dict[str, Any], config: str) -> i
     if before.get("config") != config or "shards" not in before:
         return 0
     path = _answer_file(table, before)
-    if not path.is_file():
+    if not table.data.exists(path):
         return 0
-    old, numbers, offset = np.load(path, mmap_mode="r")["group"], [], 0
+    old, numbers, offset = table.load(path, mapped=True)["group"], [], 0
     now = {s: (i, o) for s, i, o in zip(table.shards, table.inputs, table.offsets.tolist(), strict=False)}
     for shard, count, inputs in before["shards"]:  # an old number -> the number that it has now, -1 if it is gone
         same = shard in now and now[shard][0] == inputs

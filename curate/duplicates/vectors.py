@@ -22,7 +22,6 @@ from curate.duplicates.rows import VERSION, Array, Table, hashes_agree, keep_arr
 from curate.encoders.embed import take_vectors, vector_rows
 from curate.layout import shard_name
 from curate.store.files import digest, read_json
-from curate.store.records import commit, invalidate, is_done, read_record
 
 ONE_CELL = 20_000
 """Up to so many images all are compared with all."""
@@ -50,18 +49,18 @@ def cell_count(images: int) -> int:
 
 def find_cells(table: Table, say: Callable[[str], None]) -> str:
     """Fit the cells, unless those that are there will do; returns their digest."""
-    root, record, path = table.data.root, table.index / "cells.json", table.index / "cells.npy"
-    images, config = int(table.offsets[-1]), digest([VERSION, read_json(table.data.local(table.data.space))])
-    known = read_record(record)
-    if not is_done(root, record, config=config, inputs={}) or cell_count(images) > REFIT * known["cells"]:
+    data, record, path = table.data, table.index / "cells.json", table.index / "cells.npy"
+    images, config = int(table.offsets[-1]), digest([VERSION, read_json(data.local(data.space))])
+    known = data.record(record)
+    if not data.is_done(record, config=config, inputs={}) or cell_count(images) > REFIT * known["cells"]:
         if known:
             say(f"{images:,} images: cells are fitted anew, and all vectors are compared again")
         centroids = _fitted(table, images)
-        invalidate(record)
+        data.invalidate(record)
         with atomic(path) as f:
             np.save(f, centroids)
         facts = {"cells": cell_count(images), "images": images}
-        known = commit(root, record, config=config, inputs={}, outputs=[path], facts=facts)
+        known = data.commit(record, config=config, inputs={}, outputs=[path], facts=facts)
     return digest([config, known["outputs"]])
 
 
@@ -103,7 +102,7 @@ def check_vectors(table: Table) -> int:
                 f"`tastemaker embed {table.data}` makes them"
             )
         if count:
-            vectors = open_vectors(path)
+            vectors = open_vectors(table.data.local(path))
             if len(vectors) != count and vector_rows(table.data, shard) is None:
                 raise UserError(
                     f"{path} has {len(vectors):,} rows, not one for each of {count:,} images: embed it anew"
@@ -136,7 +135,7 @@ def make_cells(item: tuple[Table, int, str]) -> None:
     shard = table.shards[at]
 
     def make() -> Array:
-        centroids = np.load(table.index / "cells.npy")
+        centroids = table.load(table.index / "cells.npy")
         k, n = len(centroids), table.counts[at]
         if k == 1 or n == 0:
             found = np.zeros((n, 1), np.int32)
@@ -150,12 +149,12 @@ def make_cells(item: tuple[Table, int, str]) -> None:
             parts += [starts.astype(np.int32), (order // max(1, columns.shape[1])).astype(np.int32)]
         return np.concatenate(parts)
 
-    keep_array(table.data.root, _cells_path(table, shard), make, config=cells, of=table.inputs[at])
+    keep_array(table.data, _cells_path(table, shard), make, config=cells, of=table.inputs[at])
 
 
 def read_cells(table: Table, shard: int, k: int) -> ShardCells:
     """The file that `make_cells` wrote, mapped."""
-    array = np.load(_cells_path(table, shard), mmap_mode="r")
+    array = table.load(_cells_path(table, shard), mapped=True)
     n, k = int(array[0]), k + 1
     return ShardCells(
         array[1 : 1 + k], array[1 + k : 1 + k + n], array[1 + k + n : 1 + 2 * k + n], array[1 + 2 * k + n :]
@@ -170,7 +169,7 @@ class CellRange:
     """A task: cells first to last (not included), and where it is one with many images, a part of those."""
 
     table: Table
-    work: Path
+    work: str
     config: str
     first: int
     last: int
@@ -179,12 +178,12 @@ class CellRange:
 
     @property
     def path(self) -> Path:
-        return self.work / f"pairs-{self.first:07d}-{self.part:04d}.npy"
+        return self.table.index / self.work / f"pairs-{self.first:07d}-{self.part:04d}.npy"
 
 
-def cell_ranges(table: Table, work: Path, config: str) -> tuple[list[CellRange], float]:
+def cell_ranges(table: Table, work: str, config: str) -> tuple[list[CellRange], float]:
     """The tasks, and how many cosines they are, where all images are new."""
-    centroids = np.load(table.index / "cells.npy", mmap_mode="r")
+    centroids = table.load(table.index / "cells.npy", mapped=True)
     k, dim = centroids.shape
     home, other = np.zeros(k, np.int64), np.zeros(k, np.int64)
     for shard in table.shards:
@@ -209,13 +208,13 @@ def cell_ranges(table: Table, work: Path, config: str) -> tuple[list[CellRange],
 
 def compare_cells(task: CellRange) -> int:
     """A task: write the pairs that it finds; returns how many."""
-    keep_array(task.table.data.root, task.path, lambda: _pairs(task), config=task.config)
-    return len(np.load(task.path, mmap_mode="r"))
+    keep_array(task.table.data, task.path, lambda: _pairs(task), config=task.config)
+    return len(task.table.load(task.path, mapped=True))
 
 
 def _pairs(task: CellRange) -> Array:
     table = task.table
-    state = np.load(task.work / "state.npy", mmap_mode="r")  # USE, NEW
+    state = table.load(table.index / task.work / "state.npy", mapped=True)  # USE, NEW
     image, cell, is_home = _range_images(task, state)
     numbers, where = np.unique(image, return_inverse=True)
     vectors = gather(table, numbers)
@@ -251,7 +250,7 @@ def _of_cell(vectors: Array, numbers: Array, queries: Array, members: Array, cos
 def _range_images(task: CellRange, state: Array) -> tuple[Array, Array, npt.NDArray[np.bool_]]:
     """The images that have a cell of the range among their nearest: (number, cell, whether it is the nearest)."""
     table, parts = task.table, []
-    k = len(np.load(table.index / "cells.npy", mmap_mode="r"))
+    k = len(table.load(table.index / "cells.npy", mapped=True))
     for shard, offset in zip(table.shards, table.offsets.tolist(), strict=False):
         cells = read_cells(table, shard, k)
         for home, starts, rows in (

@@ -6,21 +6,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import itertools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import aiohttp
 from multidict import CIMultiDictProxy
 
-from curate.ledger.schema import FinalError, Reason, RowError
+from curate.ledger.schema import FinalError, Reason, RejectedEarly, RowError
 
 REDIRECTS = {301, 302, 303, 307, 308}
 
 _FIRST_BYTES = 65_536  # that a body is first given; doubled as it grows
 _PIECE = 262_144  # bytes that are decompressed at a time
+_FIRST_LOOK = 512  # bytes of a body that are looked at; then twice as many, until they say enough
+_DRAINED = 32_768  # bytes of a body nobody wants that are read all the same, so that the connection can be kept
 _SLOW, _SLOW_AFTER = 1000.0, 5.0  # bytes per second that a body must bring, on the average of more than so many seconds
 
 _REASONS = {404: Reason.HTTP_404, 429: Reason.HTTP_429, 4: Reason.HTTP_4XX, 5: Reason.HTTP_5XX}
@@ -38,6 +41,8 @@ class BodyLimits:
     max_bytes: int
     truncate: bool  # a longer body is cut there, not refused
     respect: frozenset[str]  # opt-out headers that end the row
+    look: Callable[[bytes], bool] | None = None
+    """Sees the first bytes, and more of them, until it says that it has seen enough; what it raises ends the row."""
 
 
 async def read_body(
@@ -78,6 +83,7 @@ async def read_body(
     coding = _coding(response.headers)
     inflate = _Inflate(coding) if coding else None
     pieces: list[bytes] = []
+    look, next_look = limits.look, _FIRST_LOOK
     received = size = 0
     left_at_first = seconds_left()
     async for chunk in response.content.iter_any():
@@ -95,6 +101,14 @@ async def read_body(
                 raise RowError(Reason.TOO_LARGE, f"more than {most} bytes")
             await have_room(size)
             pieces.append(piece)
+            if look is not None and size >= next_look:
+                try:
+                    look = None if look(b"".join(pieces)) else look
+                except RejectedEarly:
+                    if declared is not None and declared - received <= _DRAINED:
+                        await _drain(response, clock)
+                    raise
+                next_look = 2 * size
         if received > most and not limits.truncate:
             raise RowError(Reason.TOO_LARGE, f"more than {most} bytes")
         elapsed = left_at_first - seconds_left()  # without what was waited for memory
@@ -103,6 +117,15 @@ async def read_body(
     if inflate is not None and not inflate.complete:
         raise RowError(Reason.PROTOCOL, f"{coding} body cut short")
     return b"".join(pieces)
+
+
+async def _drain(response: aiohttp.ClientResponse, clock: asyncio.Timeout) -> None:
+    """Read what is left of a body, if it comes within a second: a connection with an answer in it can't be kept."""
+    clock.reschedule(None)
+    with contextlib.suppress(TimeoutError, aiohttp.ClientError):
+        async with asyncio.timeout(1.0):
+            async for _ in response.content.iter_any():
+                pass
 
 
 def _coding(headers: CIMultiDictProxy[str]) -> str:

@@ -22,8 +22,8 @@ import random
 import resource
 import ssl
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
@@ -123,15 +123,15 @@ class Fetcher:
             return body
 
     @contextlib.asynccontextmanager
-    async def body(self, url: str) -> AsyncIterator[Body]:
-        """As `get`, for `async with`: the body counts as held until the block ends.
+    async def body(self, url: str, look: Callable[[bytes], bool] | None = None) -> AsyncIterator[Body]:
+        """As `get`, for `async with`: the body counts as held until the block ends. `look` is as `BodyLimits` has it.
 
         While half of the memory is held, nothing new is asked for: a web that is faster than the decoders doesn't fill
         it.
         """
         opt_outs: dict[str, str] = {}
         parsed = addresses.parse_url(url, self._allow)
-        answer = await self._get_with_retries(parsed, self._image_limits, opt_outs)
+        answer = await self._get_with_retries(parsed, replace(self._image_limits, look=look), opt_outs)
         try:
             yield Body(answer.data, str(answer.url), answer.status, _as_text(opt_outs))
         finally:

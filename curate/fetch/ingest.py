@@ -10,11 +10,12 @@ its starts, and from the third on each image is decoded in a child process that 
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from curate.fetch import engine_img2dataset
 from curate.fetch.client import Fetcher
 from curate.fetch.config import FetchConfig
 from curate.fetch.deny import Deny, verify_hash
+from curate.fetch.early import EarlyRules, ShardRules
 from curate.images.config import ImagesConfig
 from curate.images.faces import detector
 from curate.images.isolated import IsolatedDecoder
@@ -39,6 +41,7 @@ from curate.layout import Data
 from curate.ledger.schema import (
     FETCHED_COLUMNS,
     Reason,
+    RejectedEarly,
     RowError,
     Status,
     failure_facts,
@@ -54,6 +57,8 @@ from curate.store.records import output_digests
 
 TRUSTED_STARTS = 2
 """How often a shard is begun with decoding in the worker itself; after that each decode may die alone."""
+
+_BEGINNING = 65_536  # bytes of a local file that are looked at before all of it is read
 
 _RETRIES_KEPT = 10  # in a record; embedding needs those since it last ran
 
@@ -72,6 +77,7 @@ class IngestContext:
     threads: Executor  # decoders
     local_reads: asyncio.Semaphore  # local files read ahead of the decoders; the fetcher bounds what it downloads
     report: Report
+    early: EarlyRules
     cpu: Spent = field(default_factory=Spent)  # of the process
 
 
@@ -94,12 +100,13 @@ class ShardResults:
 
 
 async def ingest_shard(
-    data: Data, shard: int, context: IngestContext, config: str, retry: bool = False
+    data: Data, shard: int, context: IngestContext, config: str, again: bool = False, retry: bool = False
 ) -> dict[str, Any]:
     """Fetch, decode and commit one shard; returns its record, which carries the hash `config`.
 
-    With `retry`, rows that succeeded or failed for good keep what they have, and only the others are fetched; the
-    record says what of that came of it (`retries`).
+    With `again`, rows that have an image keep it, and so does what failed keep its failure; with `retry`, what failed
+    for transient reasons is fetched once more. What early rules rejected is fetched where those of now do not reject
+    it. The record says what came of that (`retries`).
     Raises DiskFull where the disk has no room, and whatever is our own error; a row's error ends only the row.
     """
     check_space(data.root)
@@ -108,18 +115,21 @@ async def ingest_shard(
     source = data.plan.read(shard)
     starts = note_start(data, data.starts(shard))
     isolate = starts > TRUSTED_STARTS
-    with _scratch(data, shard) as scratch:
+    keys = [make_key(shard, i, data.plan.shard_size) for i in range(source.table.num_rows)]
+    with _scratch(data, shard) as scratch, ShardRules(context.early, source.table, keys) as early:
         results = ShardResults(scratch)
-        before = data.record(data.fetched_record(shard)) if retry else None
-        if retry:
-            _keep_final(data, shard, results)
+        before = data.record(data.fetched_record(shard)) if again else None
+        if again:
+            _keep_final(data, shard, results, early, retry)
         missing = [(i, row) for i, row in enumerate(source.rows()) if i not in results.facts]
         if context.fetch.engine == "img2dataset" and not source.local:
             folder = scratch_path(data.tar(shard))
-            await asyncio.to_thread(_download_by_img2dataset, missing, context, results, folder)
+            wanted = _not_rejected(missing, context, results, early)
+            await asyncio.to_thread(_download_by_img2dataset, wanted, context, results, folder)
+            _reject_by_size(wanted, results, early)
         else:
             with counting(spent):
-                await _fetch_and_decode(missing, source, context, results, isolate, spent)
+                await _fetch_and_decode(missing, source, context, results, early, isolate, spent)
 
         facts: dict[str, Any] = {
             "starts": starts,
@@ -131,9 +141,11 @@ async def ingest_shard(
             this = {
                 "files": output_digests(before),
                 "tried": len(missing),
-                "recovered": [make_key(shard, i, data.plan.shard_size) for i in recovered],
+                "recovered": [keys[i] for i in recovered],
             }
             facts["retries"] = [*before.get("retries", []), this][-_RETRIES_KEPT:]
+        if context.early:
+            facts["early"] = context.early.conditions
         if source.notes:
             facts["notes"] = list(source.notes)
         if context.deny.hashes is not None:
@@ -197,8 +209,9 @@ def _scratch(data: Data, shard: int) -> Iterator[BinaryIO]:
         path.unlink(missing_ok=True)
 
 
-def _keep_final(data: Data, shard: int, results: ShardResults) -> None:
-    """Take over the rows of a fetched shard that a retry keeps: all but the transient failures."""
+def _keep_final(data: Data, shard: int, results: ShardResults, early: ShardRules, retry: bool) -> None:
+    """Take over the rows of a fetched shard that stay: all but what early rules of before rejected and those of now do
+    not, and with `retry` the transient failures."""
     data.bring(data.tar(shard), data.table(shard))
     members = index_tar(data.tar(shard))
     with open(data.tar(shard), "rb") as tar:
@@ -208,7 +221,14 @@ def _keep_final(data: Data, shard: int, results: ShardResults) -> None:
                 found = image_member(members[facts["key"]])
                 assert found is not None, f"{facts['key']} has no image in {data.tar(shard)}"
                 results.add(i, facts, read_range(tar, found[1]), found[0])
-            elif not Reason(facts["reason"]).transient:
+            elif facts["status"] == Status.REJECTED_EARLY:
+                try:
+                    early.check_row(i)
+                    if facts["original_width"] is not None:
+                        early.check_size(i, facts["original_width"], facts["original_height"])
+                except RejectedEarly as e:
+                    results.add(i, facts | {"reason": e.rule, "error_message": e.detail}, None)
+            elif not (retry and Reason(facts["reason"]).transient):
                 results.add(i, facts, None)
 
 
@@ -217,6 +237,7 @@ async def _fetch_and_decode(
     source: SourceShard,
     context: IngestContext,
     results: ShardResults,
+    early: ShardRules,
     isolate: bool,
     spent: Spent,
 ) -> None:
@@ -236,9 +257,12 @@ async def _fetch_and_decode(
             return None if isolated is not None else process(body, context.images)
 
     async def decode(body: bytes, index: int) -> ProcessedImage:
+        early.check_prefix(index, body)
         digest = expected[index] if expected else None
         image = await loop.run_in_executor(context.threads, check_and_process, body, digest)
-        return image or await isolated.decode(body)  # type: ignore[union-attr]
+        image = image or await isolated.decode(body)  # type: ignore[union-attr]
+        early.check_size(index, image.original_width, image.original_height)  # now it is known for sure
+        return image
 
     async def ingest_row(index: int, row: Row) -> None:
         facts: dict[str, Any] = {name: None for name, _ in FETCHED_COLUMNS}
@@ -246,13 +270,17 @@ async def _fetch_and_decode(
         try:
             if row.failure is not None:
                 raise row.failure
+            early.check_row(index)
+            look = functools.partial(early.check_prefix, index)
             if row.place is not None:
                 async with context.local_reads:
+                    if context.early.header:
+                        look(await asyncio.to_thread(row.place.begin, _BEGINNING))
                     body = await asyncio.to_thread(row.place.read)
                     facts["bytes"] = len(body)
                     image = await decode(body, index)
             else:
-                async with context.fetcher.body(row.url or "") as answer:
+                async with context.fetcher.body(row.url or "", look if context.early.header else None) as answer:
                     facts |= {"final_url": answer.final_url, "http_status": answer.http_status}
                     facts |= {"bytes": len(answer.data), "opt_out": answer.opt_out}
                     image = await decode(answer.data, index)
@@ -261,7 +289,7 @@ async def _fetch_and_decode(
         except RowError as e:
             facts |= {name: value for name, value in failure_facts(e).items() if value is not None}
             results.add(index, facts, None)
-        context.report("fetch", facts["reason"] or Status.SUCCESS, _host(row.url))
+        context.report("fetch", counted(facts), _host(row.url))
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -274,17 +302,47 @@ async def _fetch_and_decode(
             isolated.close()
 
 
-def _download_by_img2dataset(
-    rows: list[tuple[int, Row]], context: IngestContext, results: ShardResults, folder: Path
-) -> None:
+def _not_rejected(
+    rows: list[tuple[int, Row]], context: IngestContext, results: ShardResults, early: ShardRules
+) -> dict[int, str | None]:
+    """The URLs of the rows that img2dataset is given, by index: neither broken lines nor what early rules reject."""
+    urls = dict[int, str | None]()
     for index, row in rows:
-        if row.failure is not None:
-            results.add(index, failure_facts(row.failure), None)
-            context.report("fetch", row.failure.reason, "")
-    urls = {index: row.url for index, row in rows if row.failure is None}
+        try:
+            if row.failure is not None:
+                raise row.failure
+            early.check_row(index)
+            urls[index] = row.url
+        except RowError as e:
+            results.add(index, failure_facts(e), None)
+            context.report("fetch", e.reason, "")
+    return urls
+
+
+def _download_by_img2dataset(
+    urls: Mapping[int, str | None], context: IngestContext, results: ShardResults, folder: Path
+) -> None:
     for index, facts, image, extension in engine_img2dataset.download(urls, context.fetch, context.images, folder):
         results.add(index, facts, image, extension)
         context.report("fetch", facts["reason"] or Status.SUCCESS, _host(urls[index]))
+
+
+def _reject_by_size(indices: Collection[int], results: ShardResults, early: ShardRules) -> None:
+    """Take images out again that early rules reject, once img2dataset has downloaded them. Its own `min_image_size` is
+    not asked for: it takes sides before they are upright, and there is no more than one number to it."""
+    for index in indices:
+        facts = results.facts[index]
+        try:
+            if index in results.places:
+                early.check_size(index, facts["original_width"], facts["original_height"])
+        except RejectedEarly as e:
+            del results.places[index]
+            results.facts[index] = failure_facts(e)
+
+
+def counted(facts: Mapping[str, Any]) -> str:
+    """As what a row is counted: its reason where it failed, else its status; rules have any names."""
+    return facts["status"] if facts["status"] in (Status.SUCCESS, Status.REJECTED_EARLY) else facts["reason"]
 
 
 _HOST = re.compile(r"(?i)https?://(?:[^/?#]*@)?(\[[^\]/?#]*\]|[^/?#:]*)")
@@ -331,6 +389,8 @@ def _commit(
     data.remove(data.starts(shard))  # all is decoded; after the record, a kill would leave it for ever
     done = time.time()
     statuses = Counter(facts["status"] for facts in rows)
+    if rejected := Counter(facts["reason"] for facts in rows if facts["status"] == Status.REJECTED_EARLY):
+        extra = {**extra, "rejected_early": dict(rejected)}
     faces = [facts["faces_blurred"] for facts in rows if facts["faces_blurred"] is not None]
     if faces:
         extra = {**extra, "faces_blurred": sum(faces), "face_detector": detector()}
@@ -348,7 +408,7 @@ def _commit(
             "duration": round(done - began, 3),
             "start_time": began,
             "end_time": done,
-            "status_dict": dict(Counter(facts["reason"] or Status.SUCCESS.value for facts in rows)),
+            "status_dict": dict(Counter(counted(facts) for facts in rows)),
             "spent": took(),
             **extra,
         },

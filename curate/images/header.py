@@ -66,7 +66,7 @@ def open_header(data: bytes, max_pixels: int | None) -> ImageFile.ImageFile:
 
     The plugin is called directly: `Image.open` adds a global limit on pixels, and tries formats we do not take.
     """
-    name = _sniff(data)
+    name = sniff(data)
     if name is None:
         begins = f"it begins with {data[:16]!r}" if data else "it is empty"
         raise RowError(Reason.NOT_AN_IMAGE, f"not one of {', '.join(PLUGINS)}: {begins}")
@@ -84,7 +84,7 @@ def open_header(data: bytes, max_pixels: int | None) -> ImageFile.ImageFile:
     return opened
 
 
-def _sniff(data: bytes) -> str | None:
+def sniff(data: bytes) -> str | None:
     """Which format the first bytes say; what the server or the name said is not asked."""
     if data.startswith(b"\xff\xd8\xff"):
         return "JPEG"

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from aesthetic.errors import UserError
+from curate.ledger.early import when_known
 from curate.ledger.neighbours import far_from_best
 from curate.ledger.rules import Computed, Rule
 from curate.ledger.schema import Status
@@ -84,11 +85,21 @@ def compute(
 
 
 def judge(
-    con: duckdb.DuckDBPyConnection, rules: Sequence[Rule], types: Mapping[str, str], beside: Sequence[str] = ()
+    con: duckdb.DuckDBPyConnection,
+    rules: Sequence[Rule],
+    types: Mapping[str, str],
+    beside: Sequence[str] = (),
+    left_out: Mapping[str, str] | None = None,
 ) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
-    """Keys of the rows; per rule: 0 where it is TRUE, 1 where it isn't, 2 where a column has no value; and the values
-    of the columns `beside`, masked where these are null."""
-    items = [f"{state_sql(rule, types)} AS s{i}" for i, rule in enumerate(rules)]
+    """Keys of the rows; per rule: 0 where it is TRUE, 1 where it isn't, 2 where a column has no value, UNKNOWN where
+    early rules left the row out of a column; and the values of the columns `beside`, masked where these are null.
+
+    left_out: column -> SQL that is TRUE of the rows that have no value in it for that reason.
+    """
+    items = []
+    for i, rule in enumerate(rules):
+        unknown = [sql for c in rule.columns if (sql := (left_out or {}).get(c)) is not None]
+        items.append(f"{state_sql(rule, types, unknown)} AS s{i}")
     try:
         values = [f"{quote(column)} AS b{i}" for i, column in enumerate(beside)]
         found = con.execute(f"SELECT {', '.join([quote('#key'), *items, *values])} FROM judged").fetchnumpy()
@@ -105,14 +116,43 @@ def judge(
     return np.asarray(found["#key"]), states, [found[f"b{i}"] for i in range(len(beside))]
 
 
-def state_sql(rule: Rule, types: Mapping[str, str]) -> str:
+UNKNOWN = 3
+"""Of a rule and a row: an early rule rejected the row before the rule's columns were known."""
+
+
+def judge_early(
+    con: duckdb.DuckDBPyConnection, rules: Sequence[Rule], types: Mapping[str, str]
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Keys of the rows that early rules kept from having an image, and of each rule what `judge` says of them: UNKNOWN
+    where it needs more than the list and, if the header was seen, the sizes that it said."""
+    items = ['CAST("key" AS UBIGINT) AS "#key"']
+    for i, rule in enumerate(rules):
+        when = "annotator" if rule.computed else when_known(rule.condition)
+        if when == "annotator":
+            sql = f"CAST({UNKNOWN} AS TINYINT)"
+        else:
+            sql = state_sql(rule, types, ["original_width IS NULL"] if when == "header" else [])
+        items.append(f"{sql} AS s{i}")
+    try:
+        sql = f"SELECT {', '.join(items)} FROM _fetched WHERE status = '{Status.REJECTED_EARLY}'"
+        found = con.execute(sql).fetchnumpy()
+    except (duckdb.OutOfMemoryException, duckdb.InterruptException):
+        raise
+    except duckdb.Error as e:
+        raise UserError(f"the rules fail on a row that was rejected early: {short(e)}") from None
+    return np.asarray(found["#key"]), [np.asarray(found[f"s{i}"]) for i in range(len(rules))]
+
+
+def state_sql(rule: Rule, types: Mapping[str, str], unknown: Sequence[str] = ()) -> str:
     """SQL over a row's columns: 0 where a rule is TRUE of it, 1 where it isn't, 2 where a column has no value.
 
-    types: of the columns that rules name, `similarity` or `source.WIDTH`, as DuckDB calls them.
+    types: of the columns that rules name, `similarity` or `source.WIDTH`, as DuckDB calls them. unknown: SQL that is
+    TRUE where nothing can be said.
     """
     empty = [f"{as_value(c)} IS NULL" for c in rule.required]
     empty += [no for c in rule.finite if (no := _no_value(c, types[c]))]
-    null = f"WHEN {' OR '.join(empty)} THEN 2 " if empty else ""
+    null = f"WHEN {' OR '.join(unknown)} THEN {UNKNOWN} " if unknown else ""
+    null += f"WHEN {' OR '.join(empty)} THEN 2 " if empty else ""
     return f"CAST(CASE {null}WHEN ({rule.sql}) THEN 0 ELSE 1 END AS TINYINT)"
 
 
@@ -230,11 +270,18 @@ def numbers_of(con: duckdb.DuckDBPyConnection, column: str) -> np.ndarray:
 
 
 def failures(con: duckdb.DuckDBPyConnection) -> tuple[np.ndarray, dict[str, int]]:
-    """Keys of the rows without an image, and how many there are for each reason, the commonest first."""
+    """Keys of the rows that failed, and how many there are for each reason, the commonest first."""
     con.execute(
         'CREATE TEMP TABLE failed AS SELECT CAST("key" AS UBIGINT) AS k, '
-        f"coalesce(reason, status, 'unknown') AS reason FROM _fetched WHERE status IS DISTINCT FROM '{Status.SUCCESS}'"
+        f"coalesce(reason, status, 'unknown') AS reason FROM _fetched WHERE "
+        f"status IS DISTINCT FROM '{Status.SUCCESS}' AND status IS DISTINCT FROM '{Status.REJECTED_EARLY}'"
     )
     keys = con.execute("SELECT k FROM failed").fetchnumpy()["k"]
     reasons = con.execute("SELECT reason, count(*) AS n FROM failed GROUP BY 1 ORDER BY n DESC, 1").fetchall()
     return np.asarray(keys), dict(reasons)
+
+
+def rejected_early(con: duckdb.DuckDBPyConnection) -> dict[str, int]:
+    """How many rows each early rule kept from having an image, the commonest first."""
+    sql = f"SELECT reason, count(*) AS n FROM _fetched WHERE status = '{Status.REJECTED_EARLY}' GROUP BY 1"
+    return dict(con.execute(f"{sql} ORDER BY n DESC, 1").fetchall())

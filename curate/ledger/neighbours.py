@@ -52,9 +52,9 @@ def known_neighbours(data: Data, found: Sequence[LedgerTable]) -> dict[str, tupl
         if not sha or name not in table.columns:
             continue
         file = data.index(name) / FILE
-        if not file.is_file() or sha256_file(file) != sha:
+        if not data.exists(file) or sha256_file(data.local(file)) != sha:
             raise UserError(
-                f"{file} is not what it was when {name} was made. Remove {table.name}: "
+                f"{data.shown(file)} is not what it was when {name} was made. Remove {table.name}: "
                 f"`tastemaker annotate {data}` makes both anew."
             )
         files[name] = file, sha

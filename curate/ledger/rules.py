@@ -33,7 +33,8 @@ KEPT = "kept"
 NOT_FETCHED = "not_fetched"
 NOT_IN_UIDS = "not_in_uids"
 DENIED = "denied"
-RESERVED = (KEPT, NOT_FETCHED, NOT_IN_UIDS, DENIED)
+UNJUDGED = "unjudged"
+RESERVED = (KEPT, NOT_FETCHED, NOT_IN_UIDS, DENIED, UNJUDGED)
 """Verdicts that are ours: a rule may not be called so."""
 
 

@@ -1,7 +1,8 @@
 """The row: what every line of the input list becomes, and the words for it.
 
-Every row of the list has exactly one line in the ledger, and on that line one `status` (img2dataset's three words) and,
-where there is no image, one `reason` from a closed list. The columns below are those of `fetched/NNNNN.parquet`: first
+Every row of the list has exactly one line in the ledger, and on that line one `status` (img2dataset's three words, and
+one of ours for what an early rule rejected) and, where there is no image, one `reason`: from a closed list, or the
+name of that rule. The columns below are those of `fetched/NNNNN.parquet`: first
 the list's own (`url`, `caption`, then what it carries), then img2dataset's under their names, then ours.
 """
 
@@ -16,11 +17,12 @@ import pyarrow as pa
 
 
 class Status(StrEnum):
-    """What became of a row; img2dataset's words, so that its readers count right."""
+    """What became of a row; img2dataset's words, so that its readers count right, and what an early rule rejected."""
 
     SUCCESS = "success"
     FAILED_TO_DOWNLOAD = "failed_to_download"
     FAILED_TO_RESIZE = "failed_to_resize"
+    REJECTED_EARLY = "rejected_early"
 
 
 class Reason(StrEnum):
@@ -47,10 +49,13 @@ class Reason(StrEnum):
     TOO_MANY_PIXELS = "too_many_pixels"
     HASH_MISMATCH = "hash_mismatch"
     CRASHED = "crashed"
+    REJECTED_EARLY = "rejected_early"  # as rows are counted; on a row's line stands the rule's name
 
     @property
     def status(self) -> Status:
-        """The img2dataset word that a row with this reason carries."""
+        """The word that a row with this reason carries."""
+        if self is Reason.REJECTED_EARLY:
+            return Status.REJECTED_EARLY
         return Status.FAILED_TO_RESIZE if self in _OF_THE_IMAGE else Status.FAILED_TO_DOWNLOAD
 
     @property
@@ -86,6 +91,14 @@ class RowError(Exception):
 
 class FinalError(RowError):
     """A row's error that trying again in this run would not change, whatever its reason."""
+
+
+class RejectedEarly(FinalError):
+    """An early rule rejected a row, before it was fetched or by what its header said."""
+
+    def __init__(self, rule: str, condition: str, size: tuple[int, int] | None = None) -> None:
+        super().__init__(Reason.REJECTED_EARLY, condition, original_size=size)
+        self.rule = rule
 
 
 URL_COLUMNS = [("url", pa.string()), ("caption", pa.string())]
@@ -144,7 +157,7 @@ def failure_facts(error: RowError) -> dict[str, Any]:
     width, height = error.original_size or (None, None)
     return {name: None for name, _ in FETCHED_COLUMNS} | {
         "status": error.reason.status.value,
-        "reason": error.reason.value,
+        "reason": error.rule if isinstance(error, RejectedEarly) else error.reason.value,
         "error_message": error.detail,
         "original_width": width,
         "original_height": height,

@@ -25,9 +25,20 @@ import pyarrow.parquet as pq
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
 from curate.ledger.balance import balance, balance_words, cluster_columns
-from curate.ledger.judge import compute, failures, judge, load_rows, numbers_of, odd_values
+from curate.ledger.early import applied_early, left_out
+from curate.ledger.judge import (
+    UNKNOWN,
+    compute,
+    failures,
+    judge,
+    judge_early,
+    load_rows,
+    numbers_of,
+    odd_values,
+    rejected_early,
+)
 from curate.ledger.neighbours import known_neighbours
-from curate.ledger.rules import DENIED, KEPT, NOT_FETCHED, NOT_IN_UIDS, NUMBER, check_rules, read_rules
+from curate.ledger.rules import DENIED, KEPT, NOT_FETCHED, NOT_IN_UIDS, NUMBER, UNJUDGED, check_rules, read_rules
 from curate.ledger.sql import Bounds
 from curate.ledger.view import (
     OURS,
@@ -62,6 +73,10 @@ LEVELS = {
 FORMAT = 1  # of selected/NAME.parquet and .json; part of what makes a selection stale
 
 
+_IF_ANY = ("groups", "unknown", "early", "unjudged")
+"""Counts that a record has where there are any."""
+
+
 class NothingKept(Exception):
     """A selection kept no row, so there is nothing to pack (exit code 3). The message says which rules did it."""
 
@@ -81,13 +96,14 @@ class SelectConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RuleCount:
-    """What one rule did. Counts are of fetched rows."""
+    """What one rule did. Counts are of rows that are fetched, or were left by early rules."""
 
     name: str
     condition: str
     rejected: int  # rows that no earlier rule had rejected
-    marginal: int  # rows that it would reject if it were the only rule
+    marginal: int  # rows that it would reject if it were the only rule, as far as that is known
     nulls: int  # those of `marginal` where a column that it names has no value
+    unknown: int = 0  # rows of which that is not known, as an early rule rejected them before its columns were there
     groups: dict[str, dict[str, float]] = field(default_factory=dict)
     """Of `best_of` and `at_most`: group column -> how many `groups` of two or more fetched rows, `images` in them, and
     the `median` and the `largest` of their sizes; `split`: groups of which several stay, as not all are near the best
@@ -96,7 +112,8 @@ class RuleCount:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What a selection did with every row: rows == not fetched + denied + the sum of `rejected` over rules + kept."""
+    """What a selection did with every row: rows == not fetched + denied + the sum of `rejected` over rules + unjudged
+    + kept."""
 
     name: str
     rows: int
@@ -107,28 +124,33 @@ class Selection:
     warnings: list[str]
     denied: dict[str, int] = field(default_factory=dict)
     """Fetched rows that must not be seen: the column that says so -> rows that none before it does."""
+    early: dict[str, int] = field(default_factory=dict)
+    """Rows that an early rule kept from having an image: the rule, as the ledger names it -> rows."""
+    unjudged: int = 0
+    """Rows that an early rule rejected before all was known that these rules ask, and that none of them rejects."""
     clusters: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Column of clusters -> what became of these (curate.ledger.balance)."""
 
     @property
     def fetched(self) -> int:
         """Rows that have an image."""
-        return self.rows - sum(self.not_fetched.values())
+        return self.rows - sum(self.not_fetched.values()) - sum(self.early.values())
 
     @property
     def funnel(self) -> dict[str, int]:
         """Verdict -> rows, in the order of the rules; the values sum to `rows`."""
-        failed, rejected = self.rows - self.fetched, {r.name: r.rejected for r in self.rules}
+        failed, rejected = sum(self.not_fetched.values()), {r.name: r.rejected for r in self.rules}
         denied = {DENIED: sum(self.denied.values())} if self.denied else {}
-        return {NOT_FETCHED: failed, **denied, **rejected, KEPT: self.kept}
+        unjudged = {UNJUDGED: self.unjudged} if self.unjudged else {}
+        return {NOT_FETCHED: failed, **denied, **rejected, **unjudged, KEPT: self.kept}
 
     def to_json(self) -> dict[str, Any]:
         """The selection as its record has it, where marginal rejects are called `alone`."""
         rules = [
-            {("alone" if k == "marginal" else k): v for k, v in asdict(r).items() if k != "groups" or v}
-            for r in self.rules
+            {("alone" if k == "marginal" else k): v for k, v in asdict(rule).items() if v or k not in _IF_ANY}
+            for rule in self.rules
         ]
-        return {**asdict(self), "rules": rules}
+        return {**{k: v for k, v in asdict(self).items() if v or k not in _IF_ANY}, "rules": rules}
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Selection:
@@ -144,7 +166,8 @@ def select(data: Data, config: SelectConfig) -> Selection:
     """Apply the rules to every row of the ledger and write `selected/NAME.parquet` and `.json`, unless that is done.
 
     `selected/NAME.parquet` holds (key, verdict) for every row, in the order of keys: `not_fetched`, `denied` where a
-    column says that the image must not be seen, the name of the first rule that isn't TRUE, or `kept`. Raises UserError
+    column says that the image must not be seen, the name of the first rule that isn't TRUE as far as is known,
+    `unjudged` where an early rule rejected the row and no rule here does, or `kept`. Raises UserError
     for a rule that is wrong (see check_rules), for tables that are incomplete or stale, and for a rule that fails on a
     row (a cast, say).
     """
@@ -176,18 +199,22 @@ def select(data: Data, config: SelectConfig) -> Selection:
 
     types = {**columns, **{f"source.{n}": t for n, t in source.items()}}
     numbers = sorted(c for c in used if NUMBER.fullmatch(types[c]) and c not in {*scores, *clusters})
-    needed = {*used, *scores, *clusters, *hidden}
+    out, of_early = left_out(current, types)
+    needed = {*used, *scores, *clusters, *hidden, *of_early}
     con = open_ledger(data, needed)
 
     denied, denied_by = np.zeros(0, np.uint64), dict[str, int]()
     groups: list[dict[str, dict[str, float]]] = []  # of each rule
     cluster_values: list[np.ndarray] = []
 
+    early_keys, early_states = np.zeros(0, np.uint64), list[np.ndarray]()
+
     def ask() -> tuple[np.ndarray, list[np.ndarray], list[str], dict[str, dict[str, float]]]:
-        nonlocal denied, denied_by
+        nonlocal denied, denied_by, early_keys, early_states
         denied, denied_by = load_rows(con, needed, hidden)
         groups.extend(compute(con, rules, types, neighbours))
-        keys, states, beside = judge(con, rules, types, clusters)
+        keys, states, beside = judge(con, rules, types, clusters, out)
+        early_keys, early_states = judge_early(con, rules, types)
         cluster_values.extend(beside)
         odd = odd_values(con, sorted(used), types)
         quantiles = {}
@@ -200,43 +227,66 @@ def select(data: Data, config: SelectConfig) -> Selection:
     with contextlib.closing(Bounds(con)) as bounds:
         fetched_keys, states, warnings, quantiles = bounds.run(ask)
         failed, not_fetched = bounds.run(lambda: failures(con))
+        early = bounds.run(lambda: rejected_early(con))
 
-    fetched = len(fetched_keys)
-    verdicts = np.full(fetched, len(rules) + 1, np.int16)  # i: the i-th rule, counted from one; the last: kept
+    fetched, kept, unjudged = len(fetched_keys), len(rules) + 1, len(rules) + 3
+    # i: the i-th rule, counted from one; then kept, denied and unjudged
+    verdicts = np.concatenate([np.full(fetched, kept, np.int16), np.full(len(early_keys), unjudged, np.int16)])
     counts = list[RuleCount]()
-    for i, (rule, state) in enumerate(zip(rules, states, strict=True), 1):
-        first = (state != 0) & (verdicts == len(rules) + 1)
+    for i, (rule, *both) in enumerate(zip(rules, states, early_states, strict=True), 1):
+        state = np.concatenate(both)
+        verdicts[(state == UNKNOWN) & (verdicts == kept)] = unjudged
+        first = (state != 0) & (state != UNKNOWN) & ((verdicts == kept) | (verdicts == unjudged))
         verdicts[first] = i
         counts.append(
             RuleCount(
                 name=rule.name,
                 condition=rule.condition,
                 rejected=int(first.sum()),
-                marginal=int(np.count_nonzero(state)),
+                marginal=int(((state != 0) & (state != UNKNOWN)).sum()),
                 nulls=int((state == 2).sum()),
+                unknown=int((state == UNKNOWN).sum()),
                 groups=groups[i - 1],
             )
         )
-        if fetched and counts[-1].marginal == fetched:
-            without = " (no row has a value)" if counts[-1].nulls == fetched else ""
+        if fetched and both[0].all() and not (both[0] == UNKNOWN).any():
+            without = " (no row has a value)" if (both[0] == 2).all() else ""
             warnings.append(f"rule {rule.name} ({rule.condition}) rejects every image{without}")
         elif fetched and counts[-1].marginal == 0:
             warnings.append(f"rule {rule.name} ({rule.condition}) keeps every image")
+    kept_images = verdicts[:fetched] == kept
+    if count := int((verdicts == unjudged).sum()):
+        warnings.append(words_for_unjudged(data, count, applied_early(found), config.rules))
     selection = Selection(
         name=config.name,
-        rows=fetched + len(denied) + len(failed),
+        rows=fetched + len(denied) + len(failed) + len(early_keys),
         not_fetched=not_fetched,
         denied=denied_by,
         rules=counts,
-        kept=int((verdicts == len(rules) + 1).sum()),
-        clusters={c: balance(v, verdicts == len(rules) + 1) for c, v in zip(clusters, cluster_values, strict=True)},
+        early=early,
+        unjudged=count,
+        kept=int(kept_images.sum()),
+        clusters={c: balance(v, kept_images) for c, v in zip(clusters, cluster_values, strict=True)},
         quantiles=quantiles,
         warnings=warnings,
     )
-    fetched_keys = np.concatenate([fetched_keys, denied])
+    fetched_keys = np.concatenate([fetched_keys, early_keys, denied])
     verdicts = np.concatenate([verdicts, np.full(len(denied), len(rules) + 2, np.int16)])
     write_selection(data, selection, fetched_keys, verdicts, failed, config=identity, inputs=inputs)
     return selection
+
+
+def words_for_unjudged(data: Data, count: int, applied: Mapping[str, Collection[str]], rules: Mapping[str, str]) -> str:
+    """What is said of rows that can't be judged, and how they can."""
+    stay = [name for name, conditions in applied.items() if {rules.get(name)} == {*conditions}]
+    again = f"tastemaker retry {shlex.quote(str(data))} --early"
+    if stay:
+        again += f" --set {shlex.quote('select.early=[' + ', '.join(stay) + ']')}"
+    without = ", ".join(name for name in applied if name not in stay)
+    return (
+        f"{count:,} rows can't be judged: no rule here rejects them, and early rules ({without or ', '.join(applied)}) "
+        f"did before all was known of them. `{again}` fetches what was left out, and makes their columns"
+    )
 
 
 def check_name(name: str) -> None:
@@ -259,9 +309,9 @@ def write_selection(
 ) -> None:
     """Write the verdicts in the order of keys, and commit them. Refuses a key that comes twice.
 
-    `fetched` are the keys (numbers) of rows with an image, `verdicts` theirs: i the i-th rule, counted from one, and
-    after the last rule kept, and after that denied. `failed` are the keys of the other rows. `more` goes into the
-    record.
+    `fetched` are the keys (numbers) of rows that did not fail, `verdicts` theirs: i the i-th rule, counted from one,
+    and after the last rule kept, then denied, then unjudged. `failed` are the keys of the other rows. `more` goes into
+    the record.
     """
     keys = np.concatenate([fetched, failed])
     codes = np.concatenate([verdicts, np.zeros(len(failed), np.int16)])
@@ -270,7 +320,8 @@ def write_selection(
     if twice := keys[1:][keys[1:] == keys[:-1]][:1].tolist():
         folder = f"{data}/fetched"
         raise UserError(f"key {twice[0]} comes twice in {folder}: `tastemaker verify {data}` looks for damage")
-    names = pa.array([NOT_FETCHED, *(r.name for r in selection.rules), KEPT, *([DENIED] if selection.denied else [])])
+    more_words = [DENIED, UNJUDGED] if selection.unjudged else [DENIED] if selection.denied else []
+    names = pa.array([NOT_FETCHED, *(r.name for r in selection.rules), KEPT, *more_words])
     path, record = data.verdicts(selection.name), data.selection_record(selection.name)
     # as many digits as the first key has: keys are numbers, zero-padded to that, and longer ones have no zeros
     files = (pq.ParquetFile(data.local(table)) for table in tables(data)[0].files)
@@ -342,7 +393,7 @@ def funnel_text(selection: Selection) -> str:
     def share(count: int) -> str:
         return f"{count / selection.rows:.1%}" if selection.rows else "-"
 
-    failed = selection.rows - selection.fetched
+    failed = sum(selection.not_fetched.values())
     lines = [
         ("rows", f"{selection.rows:,}", "rejected", "marginal", "share", ""),
         (NOT_FETCHED, "", f"{failed:,}", "-", share(failed), reasons),
@@ -364,7 +415,12 @@ def funnel_text(selection: Selection) -> str:
                 note += f", {facts['split']:,} of them split: not all are near the best"
         if count.nulls:
             note += f" · {count.nulls:,} without a value"
+        if count.unknown:
+            note += f" · {count.unknown:,} unknown, as early rules rejected them"
         lines.append((count.name, "", f"{count.rejected:,}", f"{count.marginal:,}", share(count.rejected), note))
+    if selection.unjudged:
+        note = "rejected early, by rules that are not among these"
+        lines.append((UNJUDGED, "", f"{selection.unjudged:,}", "-", share(selection.unjudged), note))
     lines.append((KEPT, f"{selection.kept:,}", "", "", share(selection.kept), ""))
     shown = [
         f"{name:<{width}}{rows:>12}{rejected:>12}{marginal:>12}{part:>8}   {note}".rstrip()

@@ -12,14 +12,17 @@ import pyarrow.compute as pc
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
 from aesthetic.untrusted import check_regular
-from curate.ledger.judge import as_value, failures, load_rows
+from curate.ledger.early import applied_early
+from curate.ledger.judge import as_value, failures, load_rows, rejected_early
 from curate.ledger.rules import KEPT, NOT_IN_UIDS
+from curate.ledger.schema import Status
 from curate.ledger.select import (
     FORMAT,
     RuleCount,
     Selection,
     check_name,
     load_selection,
+    words_for_unjudged,
     write_selection,
 )
 from curate.ledger.sql import batches
@@ -64,19 +67,27 @@ def select_uids(data: Data, name: str, path: Path) -> Selection:
         return load_selection(data, name)
     with open_ledger(data, {column, *hidden}) as con:
         keys, ours, missing = [np.zeros(0, np.uint64)], [np.zeros(0, "S16")], [np.zeros(0, np.uint64)]
+        early = [np.zeros(0, bool)]
         denied, denied_by = load_rows(con, {column, *hidden}, hidden)
-        for batch in batches(con, f'SELECT "#key" AS k, {as_value(column)} AS uid FROM rows'):
+        left = f"_fetched WHERE status = '{Status.REJECTED_EARLY}'"  # they may be in it, but have no image
+        uid = f"{as_value(column)} AS uid"
+        sql = f'SELECT "#key" AS k, {uid}, false AS early FROM rows'
+        for batch in batches(con, f'{sql} UNION ALL SELECT CAST("key" AS UBIGINT), {uid}, true FROM {left}'):
             has = pc.is_valid(batch["uid"])
+            early.append(batch["early"].filter(has).to_numpy(zero_copy_only=False))
             missing.append(batch["k"].filter(pc.invert(has)).to_numpy())
             keys.append(batch["k"].filter(has).to_numpy())
             ours.append(_from_hex(batch["uid"].filter(has), column))
         failed, not_fetched = failures(con)
+        left_by = rejected_early(con)
     known, values = np.concatenate(keys), np.concatenate(ours)
     order = np.argsort(values, kind="stable")
     known, values = known[order], values[order]
     inside = _members(values, uids, path)
+    unjudged = inside & np.concatenate(early)[order]
     without = np.concatenate(missing)
-    verdicts = np.concatenate([np.where(inside, 2, 1), np.ones(len(without)), np.full(len(denied), 3)]).astype(np.int16)
+    states = np.where(unjudged, 4, np.where(inside, 2, 1))
+    verdicts = np.concatenate([states, np.ones(len(without)), np.full(len(denied), 3)]).astype(np.int16)
     rejected = int((verdicts == 1).sum())
     condition = f"uid in {path.name}"
     selection = Selection(
@@ -87,10 +98,14 @@ def select_uids(data: Data, name: str, path: Path) -> Selection:
         rules=[
             RuleCount(name=NOT_IN_UIDS, condition=condition, rejected=rejected, marginal=rejected, nulls=len(without))
         ],
-        kept=int(inside.sum()),
+        early=left_by,
+        unjudged=int(unjudged.sum()),
+        kept=int((states == 2).sum()),
         quantiles={},
-        warnings=[] if inside.any() else [f"no fetched row has a uid that is in {path}"],
+        warnings=[] if (states == 2).any() else [f"no fetched row has a uid that is in {path}"],
     )
+    if selection.unjudged:
+        selection.warnings.append(words_for_unjudged(data, selection.unjudged, applied_early(found), {}))
     fetched_keys = np.concatenate([known, without, denied])
     more = {"uids": str(path.absolute())}
     write_selection(data, selection, fetched_keys, verdicts, failed, config=config, inputs=inputs, more=more)

@@ -281,7 +281,7 @@ def hidden_keys(found: Sequence[LedgerTable], hidden: Mapping[str, str], shard: 
         table = next(t for t in found if t.name == name)
         at = bisect.bisect_left(table.shards, shard)
         if table.shards[at : at + 1] == (shard,):
-            rows = pq.read_table(table.files[at], columns=[table.key, column])
+            rows = pq.read_table(table.data.local(table.files[at]), columns=[table.key, column])
             keys.update(rows.filter(pc.fill_null(rows[column], False))[table.key].to_pylist())
     return keys
 

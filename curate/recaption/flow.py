@@ -44,6 +44,7 @@ GRACE = 10.0
 
 _WAITING = 64  # requests beyond those that the server has places for: they wait for one, or to be asked again
 _FLUSH = 1.0  # seconds between flushes of logs to the disk
+_PUSH = 30.0  # seconds between their copies to an object store, where DATA is on one
 
 
 @dataclass
@@ -126,7 +127,7 @@ class Flow:
         finally:
             while not self._out.empty():
                 if isinstance(left := self._out.get(), ShardAnswers):
-                    left.log.close()
+                    self._close(left)
 
     def _stop(self) -> None:
         if self._loop is not None and self._stopping is not None:
@@ -145,7 +146,7 @@ class Flow:
                     continue
                 if isinstance(got, BaseException):
                     raise got
-                got.log.close()
+                self._close(got)
                 done[got.number] = got
             yield done.pop(number)
             show()
@@ -186,7 +187,7 @@ class Flow:
             reader.shutdown(cancel_futures=True)
             encoders.shutdown(cancel_futures=True)
             for shard in self._open.values():
-                shard.log.close()
+                self._close(shard)
 
     async def _drain(self, client: CaptionClient, tasks: set[asyncio.Task[None]]) -> None:
         """Wait for what is under way: GRACE seconds or until that is cut short, and for all of it where the budget is
@@ -267,7 +268,13 @@ class Flow:
         except RowError as e:
             return e
 
+    def _close(self, shard: ShardAnswers) -> None:
+        shard.log.close()
+        if shard.log.path.exists():
+            self._data.push(shard.log.path)
+
     def _begin(self, number: int, keys: list[str]) -> ShardAnswers:
+        self._data.bring(self._data.answers(self._name, number))
         log = AnswerLog(self._data.answers(self._name, number), {r.digest for r in self._requests})
         return ShardAnswers(number, keys, log)
 
@@ -337,7 +344,12 @@ class Flow:
             self._out.put(shard)
 
     async def _flush(self) -> None:
+        pushed = time.monotonic()
         while True:
             await asyncio.sleep(_FLUSH)
             for shard in list(self._open.values()):
                 await asyncio.to_thread(shard.log.sync)
+            if time.monotonic() - pushed > _PUSH:
+                logs = [shard.log.path for shard in self._open.values()]
+                await asyncio.to_thread(self._data.push, *(path for path in logs if path.exists()))
+                pushed = time.monotonic()

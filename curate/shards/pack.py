@@ -29,7 +29,7 @@ from aesthetic.files import atomic, scratch_path, write_atomic
 from aesthetic.untrusted import markdown, markdown_code
 from curate.layout import Data, shard_name
 from curate.ledger.balance import balance_words
-from curate.ledger.rules import DENIED, KEPT, NOT_FETCHED, read_rules
+from curate.ledger.rules import DENIED, KEPT, NOT_FETCHED, UNJUDGED, read_rules
 from curate.ledger.schema import RESERVED, list_name, stored_name
 from curate.ledger.select import NothingKept, Selection, load_selection
 from curate.ledger.view import (
@@ -374,6 +374,8 @@ def _card(facts: Mapping[str, Any], selection: Selection, columns: Sequence[str]
     table = [(NOT_FETCHED, "", reasons), *([(DENIED, "", denied)] if denied else [])] + [
         (r.name, f"{r.marginal:,}", markdown_code(r.condition)) for r in selection.rules
     ]
+    if selection.unjudged:
+        table.append((UNJUDGED, "", "rejected by early rules that are not among these"))
     for verdict, marginal, text in [*table, (KEPT, "", "")]:
         rows = selection.funnel[verdict]
         lines.append(f"| {markdown(verdict)} | {rows:,} | {rows / total:.1%} | {marginal} | {text} |")
@@ -383,6 +385,13 @@ def _card(facts: Mapping[str, Any], selection: Selection, columns: Sequence[str]
         "*Marginal* is what a rule would reject without the others.",
         "",
     ]
+    if selection.early:
+        early = ", ".join(f"{markdown(rule)} {n:,}" for rule, n in selection.early.items())
+        lines += [
+            f"Some rules were applied early, and what they rejected was not stored ({early} rows): other rules say",
+            "nothing of these, and what looks at all rows (`top`, `best_of` and the like) looked at the others.",
+            "",
+        ]
     for column, became in selection.clusters.items():
         lines += [f"{markdown_code(column)}: {balance_words(became)}.", ""]
     if notes := _notes(facts["columns"], selection):

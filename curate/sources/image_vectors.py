@@ -7,7 +7,6 @@ does not grow with the number of images.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import time
 from abc import ABC, abstractmethod
@@ -34,14 +33,14 @@ if TYPE_CHECKING:
     from curate.encoders.base import Encoder
 
 THUMBNAIL = 320  # pixels of its longer side
-_AHEAD = 32  # shards whose files are fetched at a time, where they are on an object store
+_AHEAD = 16  # tables that are brought together
 _SEED = 0x7461737465  # of the images that are drawn; a change draws others for everyone
 
 
 class ImageVectors(ABC):
     """Images by index, 0 to count - 1, with vectors of one space."""
 
-    root: Path
+    place: str  # the folder, for people
     space: Space
     count: int
     missing: str  # why an image that is listed may have no vector
@@ -91,26 +90,17 @@ class DataFolderVectors(ImageVectors):
         from curate.store.ownership import open_data
 
         self.data = open_data(root)
-        self.root, self._text_encoder = self.data.root, text_encoder
+        self.place, self._text_encoder = str(self.data), text_encoder
         self._tables, planned = tables(self.data), {s.shard for s in self.data.plan.shards}
         self._shards = [s for s in self.data.shards(self.data.embedded_record) if s in planned]
         if not self._shards or not self.data.exists(self.data.space):
             raise UserError(f"{self.data} holds no vectors yet. `tastemaker embed {self.data}` makes them.")
         self._hidden = hidden_columns(self._tables)
         self.space = Space.load(self.data.local(self.data.space))
-        self.data.look(map(self.data.embedded_record, self._shards))
-        records = [self.data.record(self.data.embedded_record(s)) for s in self._shards]
-        self._starts = np.cumsum([0, *(record["sample_count"] for record in records)])
+        records = [self.data.embedded_record(s) for s in self._shards]
+        self.data.look(records)
+        self._starts = np.cumsum([0, *(self.data.record(record)["sample_count"] for record in records)])
         self.count = int(self._starts[-1])
-
-    @contextlib.contextmanager
-    def _local(self, path_of: Callable[[int], Path], index: int) -> Iterator[Path]:
-        """A file of a shard to read; where it has to be fetched, the next ones are, too, and let go of when read."""
-        if self.data.url is not None and index % _AHEAD == 0:
-            self.data.bring(*map(path_of, self._shards[index : index + _AHEAD]))
-        path = self.data.local(path_of(self._shards[index]))
-        yield path
-        self.data.release(path)
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         encoder = self._text_encoder()
@@ -123,8 +113,9 @@ class DataFolderVectors(ImageVectors):
         columns = ["key", "sha256" if by == "sha256" else "url"]
 
         def called(index: int, paths: bool) -> pa.Table:
-            with self._local(self.data.table, index) as path:
-                table = _read(path, columns)
+            if index % _AHEAD == 0:
+                self.data.bring(*map(self.data.table, self._shards[index : index + _AHEAD]))
+            table = self._read(self.data.table(self._shards[index]), columns)
             with_path = paths and "url" in table.column_names
             return table.append_column("path", _paths(table["url"])) if with_path else table
 
@@ -139,8 +130,12 @@ class DataFolderVectors(ImageVectors):
 
     def _keys(self, index: int) -> pa.Array:
         """The keys of a shard's vectors, in their order."""
-        with self._local(self.data.metadata, index) as path:
-            return _read(path, ["key"])["key"].combine_chunks()
+        return self._read(self.data.metadata(self._shards[index]), ["key"])["key"].combine_chunks()
+
+    def _read(self, path: Path, columns: Sequence[str]) -> pa.Table:
+        table = _read(self.data.local(path), columns)
+        self.data.release(path)  # there may be more of them than room
+        return table
 
     def _shown(self, images: np.ndarray) -> np.ndarray:
         import pyarrow as pa
@@ -158,8 +153,9 @@ class DataFolderVectors(ImageVectors):
     def vectors(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         out = np.empty((len(images), self.space.dim), np.float16)
         for index, places, rows in by_part(self._starts, images):
-            with self._local(self.data.image_vectors, index) as path:
-                out[places] = open_vectors(path)[rows]
+            path = self.data.image_vectors(self._shards[index])
+            out[places] = open_vectors(self.data.local(path))[rows]
+            self.data.release(path)
         return out, np.ones(len(images), bool)
 
     def facts(self, images: np.ndarray) -> pd.DataFrame:
@@ -169,9 +165,8 @@ class DataFolderVectors(ImageVectors):
         columns = ["key", "url", "sha256", "phash", "original_width", "original_height"]
 
         def known(index: int, rows: np.ndarray) -> pa.Table:
+            table = self._read(self.data.table(self._shards[index]), columns)
             keys = self._keys(index).take(pa.array(rows))
-            with self._local(self.data.table, index) as path:
-                table = _read(path, columns)
             found = table.take(pc.index_in(keys, value_set=table["key"].combine_chunks()))
             return found.set_column(found.column_names.index("key"), "key", keys)
 
@@ -211,7 +206,7 @@ class ClipFolderVectors(ImageVectors):
             )
         name = encoder or Space.load(described).encoder
         folder = open_vector_folder(EmbedConfig(encoder=name, embeddings=str(root)))
-        self.root, self.parts = root, folder.parts
+        self.place, self.parts = str(root), folder.parts
         self.space = folder.space or Space(encoder=canonical_name(name), dim=folder.dim)
         self._starts = np.cumsum([0, *(part.rows for part in self.parts)])
         self.count = int(self._starts[-1])
@@ -220,7 +215,7 @@ class ClipFolderVectors(ImageVectors):
         from curate.encoders.registry import load_encoder
 
         encoder = load_encoder(self.space.encoder)
-        require_same(self.space, encoder.space(), str(self.root))
+        require_same(self.space, encoder.space(), self.place)
         return encoder.encode_texts(texts)
 
     def names(self, ids: Sequence[str], by: str) -> pd.DataFrame:
@@ -291,7 +286,7 @@ class FolderVectors(ImageVectors):
     ) -> None:
         from curate.sources.find import NothingRead, open_folder
 
-        self.root, self._encoder_name, self._log, self._progress = root, encoder, log, progress
+        self.place, self._encoder_name, self._log, self._progress = str(root), encoder, log, progress
         if not root.is_dir():
             raise UserError(f"--images {root}: there is no such folder")
         try:
@@ -322,7 +317,7 @@ class FolderVectors(ImageVectors):
         import pandas as pd
 
         if by == "url":
-            raise UserError(f"the ratings name URLs, and {self.root} is a folder of images: name files, or use --data")
+            raise UserError(f"the ratings name URLs, and {self.place} is a folder of images: name files, or use --data")
         images = range(self.count)
         table = pd.DataFrame(
             {"key": [self.samples.key(i) for i in images], "path": [self.samples.path(i) for i in images]}

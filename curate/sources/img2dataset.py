@@ -35,6 +35,9 @@ def tabled_folders(listing: Listing) -> list[str]:
 def failed_place(row: dict[str, Any]) -> dict[str, Any]:
     """PLACE_COLUMNS of a row that has no image, with the reason that it came with."""
     error = str(row.get("error_message") or "")
+    if row.get("status") == Status.REJECTED_EARLY:  # of a run of ours; that rule is not this run's
+        rule = row.get("reason")
+        return no_place(Reason.NOT_AN_IMAGE, f"it was never stored, as the rule {rule} rejected it early ({error})")
     return no_place(reason_of(error, row.get("status"), row.get("reason")), error)
 
 

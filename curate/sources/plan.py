@@ -81,6 +81,12 @@ class Place:
     offset: int
     size: int | None  # None: `offset` is a row of a parquet file
 
+    def begin(self, most: int) -> bytes:
+        """The first bytes, `most` at most; none where they can't be had without the others, or are all."""
+        if self.size is None or self.size <= most or not isinstance(self.path, Path):
+            return b""
+        return read_image(self.path, self.offset, most)
+
     def read(self) -> bytes:
         """The bytes. Raises UserError where they are gone: the folder is not the one that was planned.
 

@@ -133,11 +133,11 @@ def join_ratings(
     indices = np.unique(np.concatenate([r[r >= 0] for r in rows.values()]))
     if not len(indices):
         first = table[columns[0]].iloc[0]
-        raise UserError(f"none of the {len(table):,} images rated is in {images.root}; the first is {first!r}")
+        raise UserError(f"none of the {len(table):,} images rated is in {images.place}; the first is {first!r}")
     _check_enough(ratings, rows, names, name)
     pool = images.draw(indices, CONSIDERED) if need_pool else np.zeros(0, np.int64)
     if need_pool and not len(pool):
-        raise UserError(f"--suggest: every image of {images.root} is rated already")
+        raise UserError(f"--suggest: every image of {images.place} is rated already")
 
     vectors, present = images.vectors(indices)
     if not (finite := np.isfinite(vectors).all(1)).all():
@@ -154,7 +154,7 @@ def join_ratings(
     indices = indices[present]
     rated = RatedImages(ratings, images, indices, pool, vectors, images.facts(indices), rows, reasons)
     if not rated.joined.any():
-        raise UserError(f"none of the images rated in {images.root} has a vector: {images.missing}")
+        raise UserError(f"none of the images rated in {images.place} has a vector: {images.missing}")
     return rated
 
 

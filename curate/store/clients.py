@@ -223,7 +223,7 @@ def explain(error: BaseException, place: StoreURL, doing: str) -> Exception:
     code = next(iter(re.findall(r"<Code>(\w+)</Code>", text)), "")
     status = next(iter(re.findall(r"status code: (\d{3})", text)), "")
     names = {c.__name__ for c in type(error).__mro__}
-    said = _first_line(error)
+    said = _first_line(error) + (f": {code}" if code else "")
     if any(host in text for host in _METADATA):
         return UserError(f"{url}: no credentials for it are here: {_CREDENTIALS[kind]}. ({said})")
     if code in ("NoSuchBucket", "ContainerNotFound"):
@@ -234,7 +234,8 @@ def explain(error: BaseException, place: StoreURL, doing: str) -> Exception:
         return UserError(f"{url}: {doing} is not allowed with these credentials. {_rights(kind)} ({said})")
     if code in ("RequestTimeTooSkewed",):
         return UserError(f"{url}: the clock of this machine is wrong, so the store refuses its requests. ({said})")
-    if names & {"PermissionDeniedError", "UnauthenticatedError"} or status in ("401", "403"):
+    refused = status in ("401", "403") or code in ("ExpiredToken", "InvalidToken", "TokenRefreshRequired")
+    if refused or names & {"PermissionDeniedError", "UnauthenticatedError"}:
         return UserError(f"{url}: these credentials are refused ({code or status}): {_CREDENTIALS[kind]}. ({said})")
     if "NotSupportedError" in names or status == "501" or "NotImplementedError" in names:
         return UserError(f"{url}: the store cannot do what {doing} needs. ({said})")

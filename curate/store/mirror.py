@@ -245,7 +245,7 @@ class Mirror(Disk):
 
     def write_record(self, path: Path, value: Mapping[str, Any], outputs: Iterable[Path]) -> None:
         self._check()
-        etags = [self._put_file(output).etag for output in outputs]
+        etags = {self._name(output): self._put_file(output).etag for output in outputs}
         self._check()  # as late as can be: an upload takes its time
         before = self._find(path)
         content = json_bytes(value)
@@ -264,8 +264,7 @@ class Mirror(Disk):
         self._note(put, path)
 
     def mark(self, outputs: Iterable[Path]) -> str:
-        found = [self._find(path) for path in outputs]
-        return digest([stored.etag if stored else "" for stored in found])
+        return digest({self._name(path): stored.etag if (stored := self._find(path)) else "" for path in outputs})
 
     def _cached(self, found: StoredObject) -> Path:
         return cache_folder() / "objects" / digest([self.url, found.name, found.etag, found.size])

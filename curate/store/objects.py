@@ -99,7 +99,15 @@ class ObjectStore:
             for meta in found:
                 ascending = ascending and meta["path"].encode() > last.encode()
                 last = meta["path"]
-                yield _stored(last, meta)
+                if not self._is_marker(meta, folder or ""):
+                    yield _stored(last, meta)
+
+    def _is_marker(self, meta: Mapping[str, Any], folder: str) -> bool:
+        """Whether something listed is no object but an empty folder, as consoles of stores "create" them.
+
+        It is an empty object whose key ends with a slash, which the client leaves out.
+        """
+        return meta["size"] == 0 and (meta["path"] in ("", folder) or self.head(meta["path"]) is None)
 
     def names(self, folder: str) -> tuple[_Stored, set[str]]:
         """The objects in a folder ("": the uppermost), and the names of the folders in it."""
@@ -110,7 +118,7 @@ class ObjectStore:
             return self._client().list_with_delimiter(folder or None)
 
         answer = self._ask(f"listing {folder or 'it'}", read)
-        own = [_stored(meta["path"], meta) for meta in answer["objects"]]
+        own = [_stored(meta["path"], meta) for meta in answer["objects"] if not self._is_marker(meta, folder)]
         return own, {prefix.rstrip("/").rpartition("/")[2] for prefix in answer["common_prefixes"]}
 
     def head(self, name: str) -> StoredObject | None:
@@ -343,6 +351,8 @@ class ObjectStore:
                 raise Changed(f"{self.url}: {doing}: it is not what was to be replaced") from e
             raise FileExistsError(f"{self.url}: {doing}: there is one already") from e
         except FileNotFoundError as e:
+            if e.errno is not None:  # of a file here
+                raise
             raise FileNotFoundError(f"{self.url}: {doing}: it is not there") from e
         except (exceptions.BaseError, NotImplementedError) as e:
             raise explain(e, self._place, doing) from e

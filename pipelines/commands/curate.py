@@ -1,12 +1,12 @@
 """`tastemaker curate`, and parts of it: a list to curated shards.
 
 fetch       its first stages;  embed: the others, on what is fetched
-retry       what failed for transient reasons is fetched again, and then embedded
+retry       what failed for transient reasons is fetched again, and then embedded; or what early rules left out
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipelines.options import REQUIRED, Result, StageOptions, argument, command_line, option, positive_int
 
@@ -63,22 +63,35 @@ class EmbedOptions(StageOptions):
     data: str = argument("DATA", "the data folder")
 
 
-def run_embed(options: EmbedOptions, *, retry: bool = False) -> Result:
-    """The main job on what a data folder already plans; with `retry`, what failed is fetched again first."""
+def run_embed(options: EmbedOptions, *, retry: bool = False, early: bool = False) -> Result:
+    """The main job on what a data folder already plans; with `retry`, what failed is fetched again first; with `early`,
+    what early rules left out: none is early any more, unless the options say which."""
     from curate.store.ownership import open_data
     from pipelines import curation
     from pipelines.recipe import recipe_of
 
     data = open_data(options.data)
     recipe = recipe_of(data, options.recipe, options.set)
-    return curation.resume(data, recipe, retry=retry, address=options.ray_address, restart_from=options.restart_from)
+    if early and options.recipe is None and not any(s.partition("=")[0].strip()[:6] == "select" for s in options.set):
+        recipe = replace(recipe, select=replace(recipe.select, early=()))
+    return curation.resume(
+        data,
+        recipe,
+        retry=retry,
+        early=early,
+        address=options.ray_address,
+        restart_from=options.restart_from,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetryOptions(EmbedOptions):
-    pass
+    early: bool = option(
+        "instead of failures, fetch what early rules left out; `--set select.early=[...]` says which stay early",
+        default=False,
+    )
 
 
 def run_retry(options: RetryOptions) -> Result:
-    """The main job on what a data folder already plans, with the failed rows once more."""
-    return run_embed(options, retry=True)
+    """The main job on what a data folder already plans, with the failed rows, or those left out, once more."""
+    return run_embed(options, retry=not options.early, early=options.early)

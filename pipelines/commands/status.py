@@ -45,13 +45,19 @@ def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, An
     outcomes = Counter[str]()
     for record in fetched.values():
         outcomes.update(record.get("status_dict", {}))
-    total, shards = sum(outcomes.values()), len(plan.shards)
+    early = Counter[str]()
+    for record in fetched.values():
+        early.update(record.get("rejected_early", {}))
+    total, shards = sum(outcomes.values()) - early.total(), len(plan.shards)
     say(f"rows      {plan.total_rows:,} in {shards:,} shards of {plan.list}")
     good = f"   {outcomes[Status.SUCCESS] / total:.1%} ok" if total else ""
     say(f"fetched   {len(fetched):,}/{shards:,} shards{good}")
-    failures = [(reason, n) for reason, n in outcomes.most_common() if reason != Status.SUCCESS]
+    left = [(reason, n) for reason, n in outcomes.most_common() if reason != Status.REJECTED_EARLY]
+    failures = [(reason, n) for reason, n in left if reason != Status.SUCCESS]
     if failures:
         say("          " + " · ".join(f"{reason} {n:,}" for reason, n in failures))
+    if early:
+        say("early     " + " · ".join(f"{rule} {n:,}" for rule, n in early.most_common()) + " rejected early")
     say(f"embedded  {embedded:,}/{shards:,} shards")
     annotated, notes, recall = dict[str, int](), dict[str, list[str]](), dict[str, Any]()
     for name in data.annotated():
@@ -83,6 +89,7 @@ def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, An
         "notes": notes,
         "recall": recall,
         "outcomes": outcomes,
+        "rejected_early": early,
         "selected": selections,
     }
     try:

@@ -172,7 +172,8 @@ def open_fetch(job: CurateJob, progress: str, threads: int) -> Callable[[int, in
 
     recipe = job.recipe
     with report_errors(actor):
-        worker = FetchWorker(job.data, recipe.fetch, recipe.images, recipe.hashes()[0], meter, threads, lease)
+        early = recipe.early_fetch()
+        worker = FetchWorker(job.data, recipe.fetch, recipe.images, recipe.hashes()[0], meter, threads, lease, early)
 
     async def run(shard: int, lost: int) -> None:
         with report_errors(actor):

@@ -38,7 +38,7 @@ PATIENCE = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Location:
     """Where all nodes must be able to read and write: a folder with a file in it that proves that it is the same one,
     or a URL, with the token of the lease that this run holds there."""
 
@@ -85,9 +85,9 @@ class Place:
             yield str(e)
 
 
-def place_of(store: Disk) -> Place:
+def place_of(store: Disk) -> Location:
     """The place of a store, as nodes are asked for it."""
-    return Place(folder=str(store.root)) if store.url is None else Place(url=store.url, token=store.token)
+    return Location(folder=str(store.root)) if store.url is None else Location(url=store.url, token=store.token)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ class NodeCheck:
     paths: files and folders that are read there.    gloo: whether workers there talk to each other by it.
     """
 
-    place: Place
+    place: Location
     versions: Mapping[str, str]
     encoder: str | None = None
     weights: str | None = None

@@ -71,6 +71,7 @@ class ProgressDisplay:
         """Show the counts so far."""
         now = time.monotonic()
         outcomes = Counter({outcome: n for (stage, outcome), n in counts.items() if stage == "fetch"})
+        del outcomes["rejected_early"]  # as it was asked for
         rows = outcomes.total()
         if not self._warned and rows and rows >= min(EARLY, self._rows):
             self._warned = True
@@ -108,7 +109,9 @@ class ProgressDisplay:
         parts, eta = [], ""
         fetching = 0.0  # seconds until all is fetched
         if self._rows:
-            share = f"  {good / fetched:.1%} ok" if fetched else ""
+            early = counts.get(("fetch", "rejected_early"), 0)
+            share = f"  {good / (fetched - early):.1%} ok" if fetched > early else ""
+            share += f"  {early / fetched:.1%} rejected early" if early else ""
             rate = self._rate("fetch", fetched, now)
             parts.append(f"fetch  {fetched:,}/{self._rows:,}  {format_rate(rate, 'rows')}{share}")
             fetching = (self._rows - fetched) / rate if rate else 0.0

@@ -93,6 +93,7 @@ class _Tasks:
             bar(1)
         if self._on_ray:
             bar.end()
+            self._data.store.refresh()  # tasks wrote there
 
     def _ray_map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
         from pipelines.runtime.cluster import local_gpus, ray_cluster, ray_map

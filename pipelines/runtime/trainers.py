@@ -24,7 +24,7 @@ from curate.layout import shard_name
 from curate.store.mirror import store_at
 from pipelines.runtime.channel import report_errors, start_progress, start_worker, stop_check, watch
 from pipelines.runtime.cluster import ray_cluster
-from pipelines.runtime.nodes import NodeCheck, Place, versions
+from pipelines.runtime.nodes import Location, NodeCheck, versions
 from pipelines.runtime.pool import Pool, Staff, Stage
 from train.data import open_samples
 from train.devices import default_device
@@ -50,8 +50,8 @@ class TrainJob:
     loop: LoopConfig
     prompts: tuple[str, ...]
     identity: dict[str, Any]  # what must be the same for a run to go on
-    data: Place
-    model: Place
+    data: Location
+    model: Location
 
     def there(self) -> TrainJob:
         """In a worker: the same job, with the folders that this process has of data and model, and what lies there."""

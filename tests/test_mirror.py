@@ -1,0 +1,223 @@
+"""A data folder on an object store holds the bytes that it would hold on a disk, whatever happens on the way."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stages import Served, contents, run_stages, serving
+
+from aesthetic.errors import UserError
+from curate.layout import Data
+from curate.ledger.view import query
+from curate.shards.pack import pack
+from curate.store import cache, mirror
+from curate.store.lease import LeaseLost
+from curate.store.objects import ObjectStore
+from curate.store.ownership import open_data
+from curate.verify import strays, verify
+from tests.stores import Faults, Proxy, Server
+
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(["stages", "curate.store.mirror", "pyarrow.parquet", "onnxruntime"])
+
+
+def forget() -> None:
+    """Be as a process that has just been started, on a machine that has seen nothing."""
+    shutil.rmtree(cache.cache_folder())
+    cache._own_folder.cache_clear()
+    mirror.open_mirror.cache_clear()
+
+
+@pytest.fixture
+def s3(s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of an empty folder, and a cache of its own."""
+    monkeypatch.setenv("TASTEMAKER_CACHE", str(tmp_path / "cache"))
+    forget()
+    yield s3_url
+    forget()
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    with serving(22, {}, 8) as served:
+        yield served
+
+
+def downloaded(url: str, folder: Path) -> Path:
+    """All that lies there, as files."""
+    store = ObjectStore(url)
+    store.get_files([(stored.name, folder / stored.name) for stored in store.list() if stored.name != ".lease"])
+    return folder
+
+
+def run_there(listed: Path, url: str, served: Served) -> None:
+    """The stages on a data folder there, as the only run."""
+    data = Data.at(url)
+    with data.hold():
+        run_stages(listed, data, served.recipe)
+
+
+def test_the_same_bytes_as_on_a_disk(served: Served, s3: str, tmp_path: Path) -> None:
+    listed = served.write_list(tmp_path / "list.tsv")
+    here = Data(tmp_path / "data")
+    run_stages(listed, here, served.recipe)
+    run_there(listed, s3, served)
+    forget()
+    there = downloaded(s3, tmp_path / "there")
+    assert contents(there) == contents(here.root)
+
+    asked = served.requests()
+    before = {stored.name: stored.etag for stored in ObjectStore(s3).list() if stored.name != ".lease"}
+    run_there(listed, s3, served)  # again does nothing
+    assert served.requests() == asked
+    assert {stored.name: stored.etag for stored in ObjectStore(s3).list() if stored.name != ".lease"} == before
+
+    forget()
+    data = open_data(s3)  # as `query`, `status` and `verify` do, which hold nothing
+    sql = "SELECT key, sha256, aesthetic FROM ledger ORDER BY key"
+    assert query(data, sql).equals(query(here, sql))
+    assert [damage for damage in verify(data) if damage] == strays(data) == []
+
+
+def test_damage_is_seen_and_made_again(served: Served, s3: str, tmp_path: Path) -> None:
+    listed = served.write_list(tmp_path / "list.tsv")
+    run_there(listed, s3, served)
+    store, whole = ObjectStore(s3), downloaded(s3, tmp_path / "whole")
+    tar = store.get("fetched/00001.tar")
+    assert tar is not None
+    store.put(bytes([tar[0][0] ^ 1, *tar[0][1:]]), "fetched/00001.tar")  # of the same size: a late writer's
+    store.delete(["annotated/aesthetic/00000.parquet"])
+    forget()
+    data = open_data(s3)
+    damaged = sorted(data.shown(damage.path) for damage in verify(data) if damage)
+    assert damaged == [f"{s3}/annotated/aesthetic/00000.parquet", f"{s3}/fetched/00001.tar"]
+    run_there(listed, s3, served)
+    forget()
+    assert contents(downloaded(s3, tmp_path / "again")) == contents(whole)
+
+
+def test_a_cache_that_holds_nothing(served: Served, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TASTEMAKER_CACHE_SIZE", "1k")
+    listed = served.write_list(tmp_path / "list.tsv")
+    run_there(listed, s3, served)
+    kept = sum(path.stat().st_size for path in (cache.cache_folder() / "objects").iterdir())
+    assert kept < 100_000
+    monkeypatch.setenv("TASTEMAKER_CACHE_SIZE", "many")
+    forget()
+    with pytest.raises(UserError, match="TASTEMAKER_CACHE_SIZE: 'many' is no size"):
+        open_data(s3)
+
+
+def test_what_is_not_there(s3: str) -> None:
+    with pytest.raises(UserError, match="is no data folder"):
+        open_data(s3)
+    with pytest.raises(UserError, match="one on an object store"):
+        Data.at("ftp://host/data")
+    ObjectStore(s3).put(b"theirs", "notes.txt")
+    from curate.store.ownership import check_free
+
+    with pytest.raises(UserError, match=r"holds something else \(notes\.txt\)"):
+        check_free(Data.at(s3).store, "data")
+
+
+def test_who_lost_the_lease_commits_nothing(served: Served, s3: str, tmp_path: Path) -> None:
+    listed = served.write_list(tmp_path / "list.tsv")
+    run_there(listed, s3, served)
+    data = Data.at(s3)
+    with pytest.raises(LeaseLost), data.hold():
+        name = served.recipe.select.name
+        lease = ObjectStore(s3).get(".lease")
+        assert lease is not None
+        ObjectStore(s3).put(lease[0].replace(b'"epoch"', b'"epoch": 99, "was"'), ".lease")
+        data.store._lease = None  # type: ignore[attr-defined]  # as a worker of its, which has the token alone
+        data.invalidate(data.manifest(name))
+        pack(data, name, served.recipe.pack)
+
+
+# --------------------------------------------------------------------------------------------------------------- faults
+
+
+def child(listed: Path, url: str, served: Any, cache_folder: str, port: int) -> None:
+    os.environ |= {"TASTEMAKER_CACHE": cache_folder, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+    os.environ |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
+    run_there(listed, url, served)
+
+
+class Killing(Faults):
+    """Kills a process as its n-th request arrives, before or after it is done."""
+
+    process: Any = None
+    after: bool = False
+
+    def next(self, request: str) -> str | None:
+        self.requests.append(request)
+        if len(self.requests) == self.n and self.process is not None:
+            os.kill(self.process.pid, signal.SIGKILL)
+            return "lost" if self.after else "reset"
+        return None
+
+    n = 0
+
+
+@pytest.mark.long
+def test_killed_at_every_request(served: Served, s3: str, s3_server: Server, tmp_path: Path) -> None:
+    """A run that is killed as its n-th request arrives, the next at its (n + 1)-th: nothing is ever half, and in the
+    end there is what there is after a run that nobody stops."""
+    listed = served.write_list(tmp_path / "list.tsv")
+    here = Data(tmp_path / "data")
+    run_stages(listed, here, served.recipe)
+    faults, n, done = Killing(), 0, False
+    asked = (served.urls, served.recipe, served.settings)
+    with Proxy(s3_server.port, faults) as proxy:
+        while not done:
+            n += 1
+            faults.n, faults.after = n, bool(n % 2)
+            faults.requests.clear()
+            arguments = (listed, s3, Served(None, *asked), str(tmp_path / "child"), proxy.port)  # type: ignore[arg-type]
+            faults.process = process = forkserver.Process(target=child, args=arguments)
+            process.start()
+            process.join(120)
+            assert process.exitcode in (0, -signal.SIGKILL), f"killed at {n}: {faults.requests[-3:]}"
+            done = process.exitcode == 0
+            if n % 10 == 0:
+                whole(s3)
+    forget()
+    print(f"\nkilled {n - 1} times")
+    assert contents(downloaded(s3, tmp_path / "there")) == contents(here.root)
+
+
+def whole(url: str) -> None:
+    """What a record names is there, byte for byte."""
+    forget()
+    data = Data.at(url)
+    data.store.refresh()
+    damaged = [damage for damage in verify(data) if damage and damage.path != data.plan_record]
+    assert damaged == []
+
+
+@pytest.mark.long
+def test_faults_of_a_twentieth_of_all_requests(served: Served, s3: str, s3_server: Server, tmp_path: Path) -> None:
+    listed = served.write_list(tmp_path / "list.tsv")
+    took = {}
+    for share in (0.0, 0.05):
+        url = f"{s3}/{share}"
+        faults = Faults(share=share, kinds=("503", "429", "reset", "cut", "lost", "slow"), seed=3)
+        with Proxy(s3_server.port, faults) as proxy, pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+            forget()
+            began = time.monotonic()
+            run_there(listed, url, served)
+            took[share] = time.monotonic() - began
+        print(f"\n{share:.0%} faults: {len(faults.requests)} requests, {len(faults.done)} faults, {took[share]:.1f} s")
+        assert not share or len(faults.done) > 5
+    forget()
+    one, other = (contents(downloaded(f"{s3}/{share}", tmp_path / str(share))) for share in took)
+    assert one == other
