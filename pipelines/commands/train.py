@@ -25,7 +25,17 @@ from typing import IO, TYPE_CHECKING, Any
 from aesthetic.errors import DiskFull, UserError
 from curate.store.files import read_json, sweep, write_json
 from curate.store.mirror import store_at
-from pipelines.options import REQUIRED, Options, Result, argument, command, option, positive_int, read_prompts
+from pipelines.options import (
+    REQUIRED,
+    Options,
+    Result,
+    argument,
+    command,
+    input_file,
+    option,
+    positive_int,
+    read_prompts,
+)
 from pipelines.runtime.progress import ProgressBar, format_duration, redirect_output
 from train.places import bring, bring_images, discard, local_folder, push, shown
 
@@ -72,7 +82,9 @@ class TrainOptions(Options):
     caption: str | None = option("of images without a caption of their own: 'a photo of sks dog'", metavar="TEXT")
     weight_by: str | None = option("draw images in proportion to this score", metavar="COLUMN")
     workers: int | None = option("default: one per GPU, or one", metavar="N", type=positive_int)
-    prompts: Path | None = option("drawn as training goes on, a line each (default: 4 captions)", metavar="FILE")
+    prompts: Path | None = option(
+        "drawn as training goes on, a line each (default: 4 captions)", metavar="FILE", type=input_file
+    )
     save_every: int | None = option(
         "steps between checkpoints (default: a fifth of all)", metavar="N", type=positive_int
     )
