@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from curate.store.cache import cache_folder, keep, link, make_room, own_folder
+from curate.store.cache import cache_folder, keep, link, make_room, one_at_a_time, own_folder
 from curate.store.clients import is_url
 from curate.store.disk import Disk, Stamp
 from curate.store.files import digest, json_bytes, local_path
@@ -54,14 +54,16 @@ def here(place: str, without: Iterable[str] = ()) -> Path:
 @functools.cache
 def _copied(url: str, without: frozenset[str]) -> Path:
     above, _, name = ObjectStore(url).url.rpartition("/")
-    if "." in name and above.count("/") > 2:  # as a file is called, below a bucket
-        store = open_mirror(above)
-        if store.stamp(store.root / name) is not None:
-            store.bring([store.root / name])
-            return store.root / name
+    file = None if above.endswith("/") else open_mirror(above).root / name  # where it is no bucket
+    if file is not None and "." in name:  # as files are called
+        open_mirror(above).bring([file])
+        if file.is_file():
+            return file
     store = open_mirror(ObjectStore(url).url)
     store.refresh()
     wanted = [n for n in store.names(store.root) if n not in without]
+    if not wanted and file is not None:
+        return file  # which is not there
     folders = {*store.folders(store.root)}
     store.bring(p for n in wanted for p in (store.walk(store.root / n) if n in folders else [store.root / n]))
     return store.root
@@ -173,15 +175,18 @@ class Mirror(Disk):
     def _fetch(self, path: Path, found: StoredObject) -> None:
         """Link an object of the cache to its path, after it is fetched where it is not there."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not link(self._cached(found), path, found.size):
-            make_room(found.size)
-            try:
-                found = self._objects.get_file(found.name, path)  # it may be a newer one by now
-            except FileNotFoundError:  # gone since it was listed
-                path.unlink(missing_ok=True)
-                self._here.pop(found.name, None)
-                return
-            keep(path, self._cached(found))
+        cached = self._cached(found)
+        if not link(cached, path, found.size):
+            with one_at_a_time(cached):  # the workers of a machine want the same shards at the same time
+                if not link(cached, path, found.size):
+                    make_room(found.size)
+                    try:
+                        found = self._objects.get_file(found.name, path)  # it may be a newer one by now
+                    except FileNotFoundError:  # gone since it was listed
+                        path.unlink(missing_ok=True)
+                        self._here.pop(found.name, None)
+                        return
+                    keep(path, self._cached(found))
         self._note(found, path)
 
     def push(self, paths: Iterable[Path]) -> None:
