@@ -227,7 +227,9 @@ class TrainRun:
     def _load_vae(self, folder: Path) -> None:
         from diffusers import AutoencoderKL
 
-        self.pipeline.vae = AutoencoderKL.from_pretrained(folder).to(self.device)
+        vae = AutoencoderKL.from_pretrained(folder)
+        vae.register_to_config(_name_or_path="")  # what is saved would say where it was read
+        self.pipeline.vae = vae.to(self.device)
 
     def precompute_latents(
         self, tell: Tell, write_shards: Callable[[dict[str, Any], list[int]], None] | None = None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from aesthetic.errors import UserError
 from curate.store.cache import cache_folder, keep, link, make_room, one_at_a_time, own_folder
 from curate.store.clients import is_url
 from curate.store.disk import Disk, Stamp
@@ -64,6 +65,8 @@ def _copied(url: str, without: frozenset[str]) -> Path:
     wanted = [n for n in store.names(store.root) if n not in without]
     if not wanted and file is not None:
         return file  # which is not there
+    if store.stamp(store.root / "plan" / "plan.json") is not None:
+        raise UserError(f"{url} is a data folder of ours, which may have terabytes: it is not copied whole")
     folders = {*store.folders(store.root)}
     store.bring(p for n in wanted for p in (store.walk(store.root / n) if n in folders else [store.root / n]))
     return store.root
