@@ -18,9 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
+from aesthetic.catalog import load_head
+from aesthetic.errors import UserError
+from curate.annotators.registry import make_annotator
 from curate.layout import Data
 from curate.store.objects import ObjectStore
 from pipelines.cli import main
+from pipelines.recipe import parse_recipe
 from tests.small_train import make_images
 from tests.stores import Server
 from train.generate.files import read_facts
@@ -110,6 +114,11 @@ def test_a_head_on_a_store_is_that_of_a_disk(
     assert report[0].pop("asked") != report[1].pop("asked") and report[0] == report[1]
     assert there == here
 
+    for spec in (out, {"use": "head", "head": out}):  # as a recipe names it
+        assert make_annotator("taste", spec).digest == load_head(tmp_path / "taste").digest
+    parse_recipe(f"columns: {{taste: '{out}'}}")
+    with pytest.raises(UserError, match="a file or folder on a disk"):
+        parse_recipe(f"embed: {{weights: '{out}'}}")
     said = run(capsys, "heads", "show", out)
     assert f"tastemaker annotate DATA taste={out}" in said
     assert main(["fit", str(tmp_path / "r.csv"), "--data", data, "--out", out]) == 2
