@@ -40,12 +40,13 @@ def shown(path: Path) -> str:
     return str(path) if store.url is None else store.url + ("" if below == "." else f"/{below}")
 
 
-def bring(folder: Path) -> None:
-    """Have all files of a folder here, as they are there now."""
+def bring(folder: Path, *names: str) -> None:
+    """Have files of a folder here, as they are there now: all, or some by name."""
     store = store_at(folder)
     if store.url is not None:
         store.refresh()
-        store.bring([path for path in {*store.walk(folder), *_files(folder)} if _is_shared(folder, path)])
+        found = {folder / name for name in names} or {*store.walk(folder), *_files(folder)}
+        store.bring([path for path in found if _is_shared(folder, path)])
 
 
 def push(folder: Path) -> None:

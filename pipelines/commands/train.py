@@ -398,12 +398,13 @@ def _train(run: TrainRun, trainer: Trainer, facts: dict[str, Any], terminal: IO[
         trainer.precompute_latents(count)
         push(run.out)
         size = sum(p.stat().st_size for p in run.latents_folder.iterdir())
-        count.end(f", {size / 1e6:,.1f} MB in {run.latents_folder}")
+        count.end(f", {size / 1e6:,.1f} MB in {shown(run.latents_folder)}")
     with _stop_on_signal(terminal, run.out) as should_stop:
         records = trainer.train("model", should_stop)
         for record in log_to_tensorboard(records, run.out) if tensorboard else records:
             say(format_record(record))
             if "checkpoint" in record:
+                bring(run.out, "log.jsonl")
                 plot_loss(run.out)
 
     facts["result"] = run.result()

@@ -152,6 +152,7 @@ class Pool:
         self._opening: dict[Any, _Hired] = {}
         self._fit, self._unfit = set(fit), dict[str, str]()  # ids of nodes
         self._names = dict[str, str]()
+        self._heard = set[str]()  # names of workers that Ray has placed
         self._size = Size(0, 0, 0)
         self._staff: list[Staff] = []
         self._looked, self._ended_in_a_row = 0.0, 0
@@ -298,16 +299,18 @@ class Pool:
         have = Counter[str]()
         for node in nodes:
             have.update({kind: int(n) for kind, n in node["Resources"].items() if kind in ("CPU", "GPU")})
-        size = Size(have["CPU"], have["GPU"], len(nodes))
-        if size != self._size:
-            self._size, self._staff = size, [stage.staff(size) for stage in self._stages]
-            for worker in [w for w in self._hired if w.node is None]:  # asked for when the cluster was another
-                wanted = self._staff[worker.stage]
-                if (worker.staff.cpus, worker.staff.gpus) != (wanted.cpus, wanted.gpus):
-                    self._fire(worker)
+        size = Size(have["CPU"], have["GPU"], sum(node["Resources"].get("CPU", 0) >= 1 for node in nodes) or 1)
         silence: dict[str, float] = {}
         with contextlib.suppress(GetTimeoutError):  # the actor's own silence says nothing of workers
             silence = ray.get(self._progress.silence.remote(), timeout=5)
+            self._heard = {*silence}
+        if size != self._size:
+            self._size, self._staff = size, [stage.staff(size) for stage in self._stages]
+            # those that Ray has not placed yet were asked for when the cluster was another
+            for worker in [w for w in self._hired if w.node is None and w.name not in self._heard]:
+                wanted = self._staff[worker.stage]
+                if (worker.staff.cpus, worker.staff.gpus) != (wanted.cpus, wanted.gpus):
+                    self._fire(worker)
         for worker in [w for w in self._hired if silence.get(w.name, 0.0) > SILENT]:
             self._lose(worker)
 
