@@ -245,7 +245,7 @@ def curate_here(listed: Path, root: Path, settings: list[str], fault: Path | Non
         store_recipe(data, recipe)
 
         async def fetch() -> None:
-            worker = FetchWorker(data, recipe.fetch, recipe.images, fetch_hash, threads=1)
+            worker = FetchWorker(data, recipe.fetch, recipe.images, fetch_hash, threads=1, early=recipe.early_fetch())
             await asyncio.gather(*(worker.run(shard) for shard in shards))
             await worker.close()
 

@@ -240,6 +240,32 @@ def test_an_early_rule_on_vectors_spares_what_comes_after_them(
     assert kept(data, early) == kept(everything, early)
 
 
+def test_functions_of_all_rows_see_what_early_rules_leave_whenever_these_came(
+    real_data: Data, everything: Data, tmp_path: Path
+) -> None:
+    data, rules = unembedded(real_data, tmp_path / "data"), "select.rules={english: \"lang in ('en', 'und')\", "
+    rules += 'nice: "top(aesthetic, 0.4)", one: "at_most(2, width, aesthetic)"}'
+    early = recipe_of(rules, "select.early=[english]")
+    embed_shards(data, early)
+    left = vectors(data).keys()
+    chosen = kept(data, early)
+    assert chosen == kept(everything, early) and 0 < len(chosen) <= round(0.4 * len(left))
+    nice = recipe_of(rules, "select.early=[english]", "select.rules.one=")
+    assert len(kept(data, nice)) == round(0.4 * len(left)) and kept(data, nice) == kept(everything, nice)
+
+
+def test_a_later_selection_says_what_it_can_not_judge(real_data: Data, everything: Data, tmp_path: Path) -> None:
+    data = unembedded(real_data, tmp_path / "data")
+    embed_shards(data, recipe_of("select.early=[english]"))
+    later = recipe_of("select.rules.english=", "select.rules.sharp=").select  # liked: aesthetic
+    selection = select(data, later)
+    images, left = len(vectors(everything)), len(vectors(data))
+    assert selection.unjudged == images - left > 0
+    assert any("can't be judged" in w and "retry" in w and "--early" in w for w in selection.warnings)
+    stricter = select(data, replace(later, rules={"english": "lang in ('en', 'und')", **later.rules}))
+    assert stricter.unjudged == 0 and not any("judged" in w for w in stricter.warnings)
+
+
 def test_duplicates_and_clusters_are_looked_for_among_what_has_vectors(
     real_data: Data, everything: Data, tmp_path: Path
 ) -> None:

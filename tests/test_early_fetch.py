@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import multiprocessing
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +31,7 @@ from curate.ledger.rules import check_rules
 from curate.ledger.schema import RejectedEarly, RowError
 from curate.ledger.select import SelectConfig, funnel_text, select
 from curate.ledger.view import ledger_types, source_types
+from curate.sources.planner import make_plan
 from curate.store.files import read_json
 from curate.workers import fetch_done, left_out
 from pipelines import cli
@@ -36,6 +39,7 @@ from pipelines.checks import refuse_changes, refuse_same_early
 from pipelines.commands.status import status
 from pipelines.curation import remaining_work
 from pipelines.recipe import Recipe, store_recipe
+from tests.small_web import Watch
 from tests.stages import Served, contents, fetch_shards, run_stages, serving
 
 RULES = {
@@ -162,6 +166,23 @@ def test_a_later_selection_says_what_it_cannot_judge(both: tuple[Data, Data, dic
     assert f"`tastemaker retry {data.root} --early`" in next(w for w in none.warnings if "judged" in w)
 
 
+def test_an_image_that_models_did_not_see_is_no_image_without_a_value(served: Served, tmp_path: Path) -> None:
+    listed, data = served.write_list(tmp_path / "list.tsv"), Data(tmp_path / "data")
+    sharp = {"sharp": "quality_sharpness > 100"}
+    chosen = run_stages(listed, data, recipe(served, "sharp", **sharp))
+    blurred = next(rule.rejected for rule in chosen.rules if rule.name == "sharp")
+    assert blurred and chosen.kept and not chosen.unjudged and not chosen.early
+    alike = {"alike": "similarity > -2", **sharp}
+    both = select(data, SelectConfig(name="both", rules=alike))
+    rule = both.rules[0]
+    # without a caption there is no similarity, which is known; of what was not embedded nothing is
+    assert rule.unknown > 0 and not both.unjudged and rule.nulls == rule.marginal
+    alone = select(data, SelectConfig(name="alone", rules={"alike": alike["alike"]}))
+    assert alone.unjudged == rule.unknown and alone.kept + alone.unjudged + rule.marginal == alone.rows
+    assert "early rules (sharp) did" in next(w for w in alone.warnings if "judged" in w)
+    assert set(verdicts(data, "alone").values()) == {"kept", "unjudged", "alike"}
+
+
 def test_what_was_left_out_is_fetched_later_and_nothing_else(served: Served, tmp_path: Path) -> None:
     listed, data, whole = served.write_list(tmp_path / "list.tsv"), Data(tmp_path / "data"), Data(tmp_path / "whole")
     run_stages(listed, data, recipe(served, *EARLY))
@@ -203,6 +224,41 @@ def test_what_was_left_out_is_fetched_later_and_nothing_else(served: Served, tmp
             assert ours[name] == theirs[name], name
     with pytest.raises(UserError, match=r"has no early rules"):
         refuse_same_early(data, none)
+
+
+@pytest.mark.long
+def test_killed_while_it_fetches_what_was_left_out(served: Served, tmp_path: Path) -> None:
+    """At every file event in `fetched/` but the first few: what was there stays, and the next run ends as any other."""
+    listed, early, now = served.write_list(tmp_path / "list.tsv"), recipe(served, *EARLY), recipe(served, "told")
+    first, whole = Data(tmp_path / "first"), Data(tmp_path / "whole")
+    for data, wanted in ((first, early), (whole, now)):
+        make_plan(str(listed), data, wanted.source)
+        fetch_shards(data, wanted)
+    events = 0
+    for kill_at in (1, 3, 5, 7, 9, 99):
+        data = Data(tmp_path / f"killed-{kill_at}")
+        shutil.copytree(first.root, data.root)
+        watch = Watch(data.root)
+        child = multiprocessing.get_context("forkserver").Process(target=fetch_shards, args=(data, now))
+        child.start()
+        seen = 0
+        while child.is_alive():
+            for _ in watch.events(0.01):
+                seen += 1
+                if seen == kill_at:
+                    child.kill()
+        child.join()
+        watch.close()
+        events = max(events, seen)
+        data = Data(data.root)
+        for s in data.plan.shards:
+            assert not fetch_done(data, s.shard, now.hashes()[0]) or data.table(s.shard).exists()
+        fetch_shards(data, now)
+        ours, theirs = contents(data.root), contents(whole.root)
+        assert {n: b for n, b in ours.items() if n.startswith("fetched/")} == {
+            n: b for n, b in theirs.items() if n.startswith("fetched/")
+        }
+    assert events > 9
 
 
 def test_local_files_are_not_read_to_the_end(served: Served, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ RULES = {
 
 def test_a_rule_is_judged_when_its_latest_column_is_known() -> None:
     assert when_known("length(url) < 200 and source.punsafe < 0.1 and key > '0'") == "list"
-    assert when_known("len(list_filter([1, 2], x -> x > 1)) = 1 and caption is not null") == "list"
+    assert when_known("len(list_filter([1, 2], lambda x: x > 1)) = 1 and caption is not null") == "list"
     assert when_known("original_width <= 3 * original_height or caption = ''") == "header"
     assert when_known("original_width > 100 and similarity > 0.3") == "annotator"
     assert split_early(RULES, ("safe", "large", "words", "stored")) == {

@@ -16,9 +16,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import cv2
@@ -178,12 +179,18 @@ def run_img2dataset(listed: Path, out: Path) -> None:
 
 
 def fetch(
-    data: Data, config: FetchConfig, shards: int = 1, *, retry: bool = False, images: ImagesConfig = IMAGES
+    data: Data,
+    config: FetchConfig,
+    shards: int = 1,
+    *,
+    retry: bool = False,
+    images: ImagesConfig = IMAGES,
+    early: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Fetch the first shards of a plan, or retry, as the job's workers do."""
 
     async def run() -> None:
-        worker = FetchWorker(data, config, images, "config", threads=2)
+        worker = FetchWorker(data, config, images, "config", threads=2, early=early)
         try:
             await asyncio.gather(*(worker.run(shard, retry=retry) for shard in range(shards)))
         finally:
@@ -346,6 +353,29 @@ def test_a_folder_that_is_not_whole_is_refused(runs: Runs, tmp_path: Path) -> No
 
 
 # ----------------------------------------------------------------------------------------------- how the engine fails
+
+
+@pytest.mark.long
+def test_early_rules_are_judged_before_and_after_it(runs: Runs, tmp_path: Path) -> None:
+    """On the list before it is asked, on upright sizes after its download."""
+    data = Data(tmp_path)
+    make_plan(str(runs.list), data, SourceConfig(shard_size=SHARD_SIZE))
+    config = FetchConfig(engine="img2dataset", retries=0, timeout=4.0, concurrency=32)
+    early = {"even": "source.number % 2 = 0", "tall": "original_height >= 150"}
+    before = runs.web.counts().requests
+    fetch(data, config, early=early)
+    asked = {path for (_, path) in (runs.web.counts().requests - before)}
+    for row, native in zip(table(data.root / "fetched"), table(runs.native.root / "fetched"), strict=False):
+        assert (name_of(row) in asked) == (row["number"] % 2 == 0)
+        if row["number"] % 2:
+            assert (row["status"], row["reason"]) == ("rejected_early", "even")
+        elif native["status"] == "success" and native["original_height"] < 150:
+            assert (row["status"], row["reason"], row["sha256"]) == ("rejected_early", "tall", None)
+            assert row["original_height"] == native["original_height"]
+        else:
+            assert row["status"] == native["status"]
+    counts = json.loads(data.fetched_record(0).read_text())["rejected_early"]
+    assert counts["even"] == SHARD_SIZE // 2 and counts["tall"] > 0
 
 
 def test_without_img2dataset_the_run_ends_before_anything_is_written(tmp_path: Path) -> None:

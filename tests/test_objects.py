@@ -73,8 +73,16 @@ def test_folders_that_a_console_made_are_no_objects(store: ObjectStore, s3_serve
     assert [o.name for o in store.list()] == ["a/empty"]
     assert [o.name for o in store.list("a")] == ["a/empty"]
     assert not list(store.list("new"))
-    assert store.names("") == ([], {"a", "new"})
+    assert store.names("") == ([], {"a"})
     assert [o.name for o in store.names("a")[0]] == ["a/empty"]
+
+
+def test_folders_that_were_emptied(store: ObjectStore) -> None:
+    """SeaweedFS lists them for a while."""
+    store.put(b"1", "a/b/c")
+    assert store.names("") == ([], {"a"})
+    store.delete(["a/b/c"])
+    assert store.names("") == ([], set())
 
 
 def test_files(store: ObjectStore, tmp_path: Path) -> None:

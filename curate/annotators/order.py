@@ -235,6 +235,8 @@ def where_inputs(data: Data, shard: int, where: str) -> dict[str, str] | None:
     """The files of a fetched shard that hold the columns which a condition names, beside the images' own, each with its
     sha256; None where one is not there yet. Reads records alone: it is asked of every shard at each start."""
     wanted = {c for c in named_columns(where) if c not in RESERVED and not c.startswith("source.")}
+    if not wanted:  # as rules of the list and of sizes, of which every image that is here is fetched
+        return {}
     records = [(["similarity"], data.embedded_record(shard))] if "similarity" in wanted else []
     found = dict[str, str]()
     for columns, record in [*records, *((None, data.annotations_record(name, shard)) for name in data.annotated())]:

@@ -23,6 +23,7 @@ from curate.encoders.base import Encoder
 from curate.encoders.registry import check_settings
 from curate.layout import Data
 from curate.ledger.schema import Status
+from curate.store.files import read_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class EmbedConfig:
 def images_of(data: Data, shard: int, columns: list[str] | None = None) -> pa.Table:
     """The rows of a fetched shard that have an image, in the order of the ledger; None: with every column."""
     names = None if columns is None else [*columns, "status"]
-    table = pq.read_table(data.local(data.table(shard)), columns=names)
+    table = read_table(data.local(data.table(shard)), names)
     table = table.filter(pc.equal(table["status"], Status.SUCCESS.value))
     return table if columns is None else table.select(columns)
 
@@ -61,7 +62,8 @@ def recovered(data: Data, shard: int, record: Path, config: str) -> set[str] | N
 def vector_rows(data: Data, shard: int) -> npt.NDArray[np.int64] | None:
     """The row, in the shard's vectors, of each of its images in the order of the ledger, -1 for those without a vector;
     None where every image has one, so that both are the same."""
-    if "early" not in data.record(data.embedded_record(shard)):
+    record = data.record(data.embedded_record(shard))
+    if "early" not in record or record["sample_count"] == data.record(data.fetched_record(shard)).get("successes"):
         return None
     keys = pq.read_table(data.local(data.metadata(shard)), columns=["key"])["key"].combine_chunks()
     places = pc.index_in(images_of(data, shard, ["key"])["key"], keys)

@@ -69,7 +69,7 @@ class ShardRules:
         self._sizes: dict[Any, Rule | None] = {}  # what was asked before
         if not rules:
             return
-        self._bounds = Bounds(connect())
+        self._bounds = Bounds(connect(threads=1))
         try:
             self._load(table, keys)
             self._judge_list()

@@ -63,12 +63,17 @@ def compute(
     rules: Sequence[Rule],
     types: Mapping[str, str],
     neighbours: Mapping[str, tuple[Path, str]],
+    early: Collection[str] = (),
 ) -> list[dict[str, dict[str, float]]]:
     """Give `rows` the column of each function of all rows that rules hold; what is said of each rule's groups.
 
-    neighbours: of columns of groups, which members are near each other (curate.ledger.neighbours).
+    neighbours: of columns of groups, which members are near each other (curate.ledger.neighbours). early: the names of
+    the early rules. All rows are those that these leave, the view `compared`: the others may have been rejected before
+    they had a value, so whether they have one must make no difference.
     """
     items, groups = [], []
+    left = " AND ".join(f"{state_sql(rule, types)} = 0" for rule in rules if rule.name in early) or "true"
+    con.execute(f"CREATE TEMP VIEW compared AS SELECT * FROM rows WHERE {left}")
     for rule in rules:
         found = {}
         with _blame(rule):
@@ -197,8 +202,8 @@ def _condition(con: duckdb.DuckDBPyConnection, computed: Computed) -> str:
     if computed.kind == "first_of":
         later = quote(f"later{computed.place}")
         con.execute(
-            f'CREATE TEMP TABLE {later} AS SELECT "#key" FROM rows JOIN (SELECT {value} AS "#v", min("#key") AS '
-            f'"#first" FROM rows GROUP BY 1 HAVING count(*) > 1) ON {value} = "#v" WHERE "#key" <> "#first"'
+            f'CREATE TEMP TABLE {later} AS SELECT "#key" FROM compared JOIN (SELECT {value} AS "#v", min("#key") AS '
+            f'"#first" FROM compared GROUP BY 1 HAVING count(*) > 1) ON {value} = "#v" WHERE "#key" <> "#first"'
         )
         return f'"#key" NOT IN (FROM {later})'
     value = f"CAST({value} AS DOUBLE)"
@@ -211,7 +216,7 @@ def _condition(con: duckdb.DuckDBPyConnection, computed: Computed) -> str:
     ties = count - int((values > cut).sum())
     bound = f"CAST('{cut!r}' AS DOUBLE)"
     last = con.execute(
-        f'SELECT "#key" FROM rows WHERE {value} = {bound} ORDER BY 1 LIMIT 1 OFFSET {ties - 1}'
+        f'SELECT "#key" FROM compared WHERE {value} = {bound} ORDER BY 1 LIMIT 1 OFFSET {ties - 1}'
     ).fetchone()
     assert last is not None
     return f'{value} > {bound} OR ({value} = {bound} AND "#key" <= {last[0]})'
@@ -230,12 +235,12 @@ def _rank(
     value, sizes, later = as_value(computed.column), quote(f"sizes{computed.place}"), quote(f"later{computed.place}")
     no = _no_value(computed.column, types[computed.column])
     con.execute(
-        f'CREATE TEMP TABLE {sizes} AS SELECT {value} AS "#group", count(*) AS "#size" FROM rows '
+        f'CREATE TEMP TABLE {sizes} AS SELECT {value} AS "#group", count(*) AS "#size" FROM compared '
         f"WHERE {value} IS NOT NULL {f'AND NOT ({no})' if no else ''} GROUP BY 1 HAVING count(*) > 1"
     )
     number = f"CAST(({computed.expression}) AS DOUBLE)" if computed.expression else "0.0"
     number = f"CASE WHEN isfinite({number}) THEN {number} END"
-    joined, split = f'rows JOIN {sizes} ON {value} = "#group"', dict[str, float]()
+    joined, split = f'compared JOIN {sizes} ON {value} = "#group"', dict[str, float]()
     con.execute(f'CREATE TEMP TABLE {later} ("#key" UBIGINT)')
     ranked = f'{joined} WHERE "#size" > {computed.count}'
     if computed.kind == "best_of" and computed.column in neighbours:
@@ -264,9 +269,9 @@ def _rank(
 
 
 def numbers_of(con: duckdb.DuckDBPyConnection, column: str) -> np.ndarray:
-    """The values of a numeric column over the fetched rows that have one, as float64 in no order."""
+    """The values of a numeric column over the rows that are compared and have one, as float64 in no order."""
     value = f"CAST({as_value(column)} AS DOUBLE)"
-    return con.execute(f"SELECT {value} AS v FROM rows WHERE isfinite({value})").fetchnumpy()["v"]
+    return con.execute(f"SELECT {value} AS v FROM compared WHERE isfinite({value})").fetchnumpy()["v"]
 
 
 def failures(con: duckdb.DuckDBPyConnection) -> tuple[np.ndarray, dict[str, int]]:

@@ -184,12 +184,14 @@ def select(data: Data, config: SelectConfig) -> Selection:
     inputs = table_digests([t for t in current if t is current[0] or t.name in read])
     grouped = {x.column for r in rules for x in r.computed if x.kind == "best_of"}
     neighbours = known_neighbours(data, [t for t in found if t is found[0] or grouped.intersection(t.columns)])
+    early_names = [name for name in config.rules if name in config.early]
     identity = digest(
         [
             FORMAT,
             list(config.rules.items()),
             scores,
             *([[*hidden]] if hidden else []),
+            *([["early", *early_names]] if early_names else []),
             *clusters,
             *(sha for _, sha in neighbours.values()),
         ]
@@ -212,7 +214,7 @@ def select(data: Data, config: SelectConfig) -> Selection:
     def ask() -> tuple[np.ndarray, list[np.ndarray], list[str], dict[str, dict[str, float]]]:
         nonlocal denied, denied_by, early_keys, early_states
         denied, denied_by = load_rows(con, needed, hidden)
-        groups.extend(compute(con, rules, types, neighbours))
+        groups.extend(compute(con, rules, types, neighbours, early_names))
         keys, states, beside = judge(con, rules, types, clusters, out)
         early_keys, early_states = judge_early(con, rules, types)
         cluster_values.extend(beside)

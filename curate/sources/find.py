@@ -87,6 +87,13 @@ class Found:
                 return ImageTableInput(file, self.base, url, caption)
         return MetadataInput(file, self.base, url, caption)
 
+    def shown(self, source: Input) -> str:
+        """What to call an input in messages: where it lies, also where what is read is a copy."""
+        if not self.remote:
+            return str(source.path)
+        name = source.origin.get("path") or self.names.get(source.path, source.path.name)
+        return self.name if len(self.files) == 1 else f"{self.name}, {name}"
+
     @cached_property
     def _image_kind(self) -> str | None:
         """Which image of a sample is meant: the first tar that has any decides for all."""

@@ -140,6 +140,8 @@ def _cut_list(data: Data, found: Found, scan: ListScan, config: SourceConfig, li
                 source.path.unlink()
         if not found.remote and stat(found.kind, source.path) != before:
             raise UserError(f"{source.path}: changed while it was read. Run the same command again.")
+        if found.remote:  # of a copy nothing is compared; the plan is the same wherever and whenever it was made
+            before = {"path": found.names.get(source.path, source.path.name), "size": before["size"]}
         fact = {**before, **source.origin, "sha256": content, "url": source.url, "caption": source.caption}
         if broken := source.problems.counts["broken"]:
             fact["broken"] = broken

@@ -47,7 +47,7 @@ class RemoteTars:
             source = _RemoteTar(copied, folder, file, url, caption, self._kind)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        source.origin = {"object": tar.name, "etag": tar.etag, "bytes": tar.size}
+        source.origin = {"path": tar.name, "etag": tar.etag, "size": tar.size}
         self._kind = self._kind or source.kind
         return source
 

@@ -194,12 +194,12 @@ def _warnings(found: Found, inputs: list[Input], wants_captions: bool) -> list[s
     warnings = [f"{found.name}: {note}" for note in found.notes]
     if found.base is None:
         warnings += _paths_for_urls(first)
-    warnings += [f"{s.path}: {sentence}" for s in inputs for sentence in s.problems.sentences()]
+    warnings += [f"{found.shown(s)}: {sentence}" for s in inputs for sentence in s.problems.sentences()]
     if not wants_captions:
         return warnings
     if first.local:
         rows, without = sum(s.rows for s in inputs), sum(s.uncaptioned for s in inputs)
-        where = first.path if len(inputs) == 1 else first.path.parent
+        where = found.name if found.remote else first.path if len(inputs) == 1 else first.path.parent
         if without == rows:
             warnings.append(
                 f"{where}: none of the {rows:,} images has a caption. Captions are NAME.txt beside NAME.jpg (in a "
@@ -213,7 +213,7 @@ def _warnings(found: Found, inputs: list[Input], wants_captions: bool) -> list[s
         texts = [f.name for f in lacking[0].schema if pa.types.is_string(f.type) and f.name != lacking[0].url]
         of = f" ({len(lacking):,} of {len(inputs):,} files)" if len(inputs) > 1 else ""
         warnings.append(
-            f"{lacking[0].path}{of}: no column of captions was found, so all captions are null. "
+            f"{found.shown(lacking[0])}{of}: no column of captions was found, so all captions are null. "
             + (
                 f"Columns of text: {listed(texts)}. `--set source.caption=NAME` takes one"
                 if texts

@@ -119,7 +119,10 @@ class ObjectStore:
 
         answer = self._ask(f"listing {folder or 'it'}", read)
         own = [_stored(meta["path"], meta) for meta in answer["objects"] if not self._is_marker(meta, folder)]
-        return own, {prefix.rstrip("/").rpartition("/")[2] for prefix in answer["common_prefixes"]}
+        folders = {prefix.rstrip("/").rpartition("/")[2] for prefix in answer["common_prefixes"]}
+        if not own:  # some stores list folders from which all was deleted, and made ones: is there anything in them?
+            folders = {name for name in folders if any(True for _ in self.list(f"{folder}/{name}".lstrip("/")))}
+        return own, folders
 
     def head(self, name: str) -> StoredObject | None:
         """What an object is; None where there is none."""
