@@ -99,7 +99,7 @@ class _Sheet:
     def _candidates(self, found: list[LedgerTable], hidden: str, needed: set[str]) -> duckdb.DuckDBPyConnection:
         here = [part for t in found if (part := t.of(self.picked)).shards] or [found[0].of(())]
         there = {c for t in here for c in t.columns}
-        db = open_ledger(self.data, needed, found=here)
+        db = open_ledger(self.data, {*needed, "caption"}, found=here)
         keys = [pq.read_table(file, columns=["key"])["key"] for file in here[0].files]
         places = [pa.array([shard] * len(k), pa.int64()) for shard, k in zip(self.picked, keys, strict=True)]
         db.register("place", pa.table({"key": pa.chunked_array(keys), "shard": pa.chunked_array(places)}))

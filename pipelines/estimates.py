@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
-from curate.estimate.rates import Figure, Rates, lay_over, measure
+from curate.estimate.rates import Figure, Rates, lay_over, measure, published_late
 from curate.estimate.spent import Spent
 from curate.estimate.whole import Projection, projection_facts, whole_list
 from curate.layout import Data
@@ -91,7 +91,7 @@ def keep_rates(data: Data, recipe: Recipe, times: RunTimes, kept: int) -> Rates 
         data.logs.mkdir(exist_ok=True)
         write_json(data.rates, tree)
         data.push(data.rates)
-    return lay_over([(str(data.rates), tree)])
+    return lay_over([("published.json", published_late()), (str(data.rates), tree)])
 
 
 def _size(wall: dict[str, float]) -> float:
@@ -143,8 +143,9 @@ def project(rates: Rates, selection: Selection, facts: dict[str, Any]) -> str:
 def interval(figure: Figure, words: Any = None) -> str:
     """A figure and its interval: `1,234 (1,100 to 1,400)`."""
     say = words or (lambda value: f"{value:,.0f}")
-    if figure.low is None or figure.high is None:
-        return str(say(figure.value))
+    value = str(say(figure.value))
+    if figure.low is None or figure.high is None or value == say(figure.low) == say(figure.high):
+        return value
     return f"{say(figure.value)} ({say(figure.low)} to {say(figure.high)})"
 
 

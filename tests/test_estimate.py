@@ -298,7 +298,8 @@ def test_a_trial_says_what_the_whole_takes(tmp_path: Path, capsys: pytest.Captur
     assert code == 0, err
     facts = json.loads(out.splitlines()[-1])
     assert facts["rates"]["taken"] == 600 and facts["list"]["rows"] == 3000
-    assert {s["cpu"]["origin"] for s in facts["plans"][0]["stages"]} == {"measured"}
+    origins = {s["name"]: s["cpu"]["origin"] for s in facts["plans"][0]["stages"]}
+    assert {name for name, origin in origins.items() if origin != "measured"} == {"select", "pack"}  # too few rows
 
 
 def test_rates_of_a_run_without_ray(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ from curate.images.decode import decode
 from curate.layout import ANNOTATED, Data
 from curate.ledger.schema import Status
 from curate.shards.tar import read_images
-from curate.store.files import check_space
+from curate.store.files import check_space, read_table
 from curate.store.records import output_digests
 
 STARTS = 3
@@ -125,13 +125,15 @@ def _from_vectors(data: Data, shard: int, name: str, annotator: Annotator, spent
     if there is None or data.is_done(record, config=annotator.config, inputs=there):
         return
     data.bring(data.metadata(shard), data.image_vectors(shard))
-    rows = pq.read_table(data.metadata(shard), columns=["key", "caption"])
+    rows = read_table(data.metadata(shard), ["key", "caption"])
     values = ask(annotator, ImageBatch(rows=rows, vectors=open_vectors(data.image_vectors(shard))))
     # heads are cheap, and the last bit of a product of matrices depends on what else is in them: so all are asked
-    wanted = pc.is_in(rows["key"], wanted_keys(data, shard, annotator.condition).combine_chunks())
-    values = {suffix: value.filter(wanted.combine_chunks()) for suffix, value in values.items()}
-    left_out, took = inherited_early(data, shard, annotator), spent.take(images=len(rows))
-    _write(data, shard, name, annotator, rows["key"].filter(wanted), values, Missing(there), took, left_out)
+    keys, took = rows["key"], spent.take(images=len(rows))
+    if annotator.condition is not None:
+        wanted = pc.is_in(keys, wanted_keys(data, shard, annotator.condition).combine_chunks())
+        keys, values = keys.filter(wanted), {k: value.filter(wanted.combine_chunks()) for k, value in values.items()}
+    left_out = inherited_early(data, shard, annotator)
+    _write(data, shard, name, annotator, keys, values, Missing(there), took, left_out)
 
 
 def annotate_table(

@@ -34,7 +34,9 @@ def repeats(data: Data) -> list[Repeat]:
     hashes in a deny-list (`fetch.deny`) keep none. Images that must not be seen are not named.
     """
     hidden = hidden_columns(tables(data))
-    with open_ledger(data, {*hidden}, memory_limit="2GB") as con:  # and as much of the disk as it takes
+    with open_ledger(
+        data, {"sha256", "url", "width", "height", *hidden}, memory_limit="2GB"
+    ) as con:  # and as much of the disk as it takes
         denied = f"SELECT sha256 FROM ledger WHERE ({hidden_condition(hidden)}) AND sha256 IS NOT NULL"
         found = con.execute(
             # by a short hash first: at ten million rows a table of all digests would take gigabytes

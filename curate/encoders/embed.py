@@ -23,6 +23,7 @@ from curate.encoders.base import Encoder
 from curate.encoders.registry import check_settings
 from curate.layout import Data
 from curate.ledger.schema import Status
+from curate.store.files import read_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class EmbedConfig:
 def images_of(data: Data, shard: int, columns: list[str] | None = None) -> pa.Table:
     """The rows of a fetched shard that have an image, in the order of the ledger; None: with every column."""
     names = None if columns is None else [*columns, "status"]
-    table = pq.read_table(data.local(data.table(shard)), columns=names)
+    table = read_table(data.local(data.table(shard)), names)
     table = table.filter(pc.equal(table["status"], Status.SUCCESS.value))
     return table if columns is None else table.select(columns)
 

@@ -15,6 +15,8 @@ _PART = 5_000_000
 
 _GPU_STAGES = ("encode",)
 
+_ORDER = {"fetch": 0, "images": 1, "decode": 2, "encode": 3, "select": 5, "pack": 6}  # columns between
+
 
 class NoRate(UserError):
     """A stage whose rate on the machines in question nobody measured or published."""
@@ -162,7 +164,7 @@ def plan_fleet(rates: Rates, rows: float, fleet: Fleet) -> FleetPlan:
     gpu_rates = _on_gpus(rates, fleet, notes) if fleet.gpus else {}
     units = counts(rates, rows)
     stages, cpu, gpu = [], 0.0, 0.0
-    for name, stage in rates.stages.items():
+    for name, stage in sorted(rates.stages.items(), key=lambda item: _ORDER.get(item[0], 4)):
         n = units[stage.per].value
         on_gpu, on_cpu = gpu_rates.get(name), stage.cpu
         if on_gpu is None and on_cpu is None and stage.gpu is None and name != "encode":

@@ -29,6 +29,10 @@ SHARDS = 400
 HOSTS = 100_000
 """Rows whose domains are counted."""
 
+STARTS_UP = 100_000
+"""Rows or images from which on the time of select and pack grows with them; below, what others took of a long list
+says more."""
+
 Unit = Literal["listed", "fetched", "images", "kept"]
 """What a stage's figures are for one of: a row of the list, one that is asked for, an image, an image that is kept."""
 
@@ -143,6 +147,11 @@ def published() -> dict[str, Any]:
     """The figures that come along: of others' reports and list prices, each with its source and date."""
     text = (resources.files("curate.estimate") / "published.json").read_text(encoding="utf-8")
     return dict(json.loads(text))
+
+
+def published_late() -> dict[str, Any]:
+    """Those of select and pack, of which a short trial shows the start-up alone."""
+    return {"stages": {name: stage for name, stage in published()["stages"].items() if name in ("select", "pack")}}
 
 
 def read_rates_file(path: Path) -> dict[str, Any]:
@@ -262,9 +271,10 @@ def measure(
     for name, per, units in (("select", "listed", plan.total_rows), ("pack", "kept", kept or 0)):
         took = (spent or {}).get(name)
         if took and units:
-            left = {"bytes": Figure(value=took["bytes"] / units, origin="measured")} if took.get("bytes") else {}
-            cpu = Figure(value=took["cpu"] / units, origin="measured")
-            stages[name] = StageRates(per=per, cpu=cpu, **left)  # type: ignore[arg-type]
+            # of a short list it is start-up, and the sheet
+            cpu = Figure(value=took["cpu"] / units, origin="measured") if units >= STARTS_UP else None
+            left = Figure(value=took.get("bytes", 0.0) / units, origin="measured")
+            stages[name] = StageRates(per=per, cpu=cpu, bytes=left)  # type: ignore[arg-type]
     return Rates(
         listed=plan.listed_rows,
         taken=plan.total_rows,

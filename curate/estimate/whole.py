@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from curate.estimate.intervals import distinct
+from curate.estimate import intervals
 from curate.estimate.rates import Figure, Rates
 
 
@@ -60,7 +60,7 @@ def requests_of(rates: Rates, units: Mapping[str, Figure]) -> Figure:
     d = rates.domains
     if d is None:
         return found
-    hosts = distinct(d.rows, d.hosts, d.once, d.twice, max(0.0, units["listed"].value - d.rows))
+    hosts = intervals.distinct(d.rows, d.hosts, d.once, d.twice, max(0.0, units["listed"].value - d.rows))
     value, low, high = found.value + d.rules.value * hosts, None, None
     if found.low is not None and found.high is not None:
         low, high = found.low + d.rules.value * d.hosts, found.high + d.rules.value * (2 * hosts - d.hosts)
@@ -88,8 +88,8 @@ def _seconds(rates: Rates, units: Mapping[str, Figure], cores: int) -> Figure | 
     """Seconds here: start-up and the slow last rows once, the rest by the clock's rates of the trial.
 
     Fetching and embedding run at once as far as there are cores. At best each takes what it took alone; at worst they
-    wait for each other all the time. Between these, the cores' time that both took decides. What comes after them grows
-    with the rows.
+    wait for each other all the time. Between these, the cores' time that both took decides. Columns that are computed
+    after them take in proportion to the rows.
     """
     fetch, embed = rates.wall.get("fetch"), rates.wall.get("embed")
     if not fetch:
@@ -101,8 +101,12 @@ def _seconds(rates: Rates, units: Mapping[str, Figure], cores: int) -> Figure | 
         tail = max(tail, embed["tail"])
     used = [min(1.0, _cores(rates, name) / cores) for name in ("fetch", "embed")]
     busy = sum(took * share for took, share in zip(seconds, used, strict=False))
-    later = sum(w["seconds"] for name, w in rates.wall.items() if name not in ("fetch", "embed"))
-    later *= rates.listed / max(rates.taken, 1)
+    more = rates.listed / max(rates.taken, 1)
+    later = rates.wall.get("annotate", {}).get("seconds", 0.0) * more
+    for name in ("select", "pack"):  # start-up as it was, and what the other rows add
+        stage = rates.stages.get(name)
+        slope = stage.cpu.value * units[stage.per].value * (1 - 1 / more) if stage and stage.cpu else 0.0
+        later += rates.wall.get(name, {}).get("seconds", 0.0) + slope
     floor = _largest_site(rates, units)
     once = starts + tail + later
     low, high = max(*seconds, floor, 0.0), max(sum(seconds), floor)

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from aesthetic.errors import UserError, nearest
 from curate.ledger.schema import EMBEDDED_COLUMNS, FETCHED_COLUMNS, URL_COLUMNS, Status, list_name
 from curate.ledger.sql import Bounds, batches, check_one_select, connect, literal, parse, quote, short, walk
-from curate.store.files import digest, sha256_file
+from curate.store.files import digest, read_table, sha256_file
 from curate.store.records import output_digests
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from curate.layout import Data
 
 T = TypeVar("T")
+
+_MANY, _SMALL = 64, 64_000  # files of a table, and bytes of one, from and up to which they are read one by one
 
 OURS = [name for name, _ in URL_COLUMNS + FETCHED_COLUMNS]
 """The columns of `fetched/` that are ours; every other one is the list's, under `source` (`schema.stored_name`)."""
@@ -110,8 +112,11 @@ def _table(
     file: Callable[[int], Path],
 ) -> LedgerTable | None:
     """The committed shards of a table, or of those wanted, with all its columns; None where there is none."""
-    there = data.shards(record) if wanted is None else [s for s in wanted if data.exists(record(s))]
-    shards = tuple(s for s in there if data.exists(file(s)))
+    if wanted is None:
+        there = {*data.shards(file)}
+        shards = tuple(s for s in data.shards(record) if s in there)
+    else:
+        shards = tuple(s for s in wanted if data.exists(record(s)) and data.exists(file(s)))
     if not shards:
         return None
     data.bring(file(shards[0]))
@@ -137,7 +142,7 @@ def open_ledger(
     Columns: `key`, the other columns of `fetched/` that are ours, `source` (a STRUCT of the list's own columns),
     `similarity` and those of the annotators; null where a row has no image. Where the list has two columns that differ
     in case only, the second is called NAME_1. With `needed` (names as rules write them: `similarity`, `source.WIDTH`),
-    only these tables are joined and only these fields are in `source`: joining costs seconds at ten million rows.
+    only these columns are there, and key, status, reason: joining costs seconds at ten million rows.
     `found` are the tables, or parts of them, instead of all that the folder holds.
 
     `_fetched` is the same without joins. `_aligned` holds the rows with an image alone and joins by position: its
@@ -151,14 +156,22 @@ def open_ledger(
     con = connect(data.root.resolve(), memory_limit)
     wanted = None if needed is None else {n.lower() for n in needed}
     joined = [t for t in found[1:] if wanted is None or any(c.lower() in wanted for c in t.columns)]
+    columns, source = fetched_columns(schema := pq.read_schema(found[0].files[0]))
+    if wanted is not None:
+        columns = {n: i for n, i in columns.items() if n in wanted or n in ("key", "status", "reason")}
+    fields = [(name, c) for name, c in source.items() if wanted is None or f"source.{name}".lower() in wanted]
+    places = sorted({c for c in columns.values() if c is not None}.union(c for _, c in fields))
+    fetched = f"_table0 AS f({', '.join(f'c{i}' for i in range(len(schema)))})"
     for i, table in enumerate([found[0], *joined]):
         data.bring(*table.files)
-        con.register(f"_table{i}", ds.dataset([str(p) for p in table.files], format="parquet"))
-    columns, source = fetched_columns(pq.read_schema(found[0].files[0]))
-    fields = [(name, c) for name, c in source.items() if wanted is None or f"source.{name}".lower() in wanted]
-    con.execute(f"CREATE VIEW ledger AS {_join(columns, fields, joined, by_position=False)}")
-    con.execute(f"CREATE VIEW _fetched AS {_join(columns, fields, [], by_position=False)}")
-    con.execute(f"CREATE VIEW _aligned AS {_join(columns, fields, joined, by_position=True)}")
+        if _small(table):
+            _load(con, f"_table{i}", table, None if i else places)
+            fetched = fetched if i else "_table0 AS f"
+        else:
+            con.register(f"_table{i}", ds.dataset([str(p) for p in table.files], format="parquet"))
+    con.execute(f"CREATE VIEW ledger AS {_join(fetched, columns, fields, joined, by_position=False)}")
+    con.execute(f"CREATE VIEW _fetched AS {_join(fetched, columns, fields, [], by_position=False)}")
+    con.execute(f"CREATE VIEW _aligned AS {_join(fetched, columns, fields, joined, by_position=True)}")
 
     parts = ["SELECT '' AS selection, '' AS key, '' AS verdict WHERE false"]
     for i, name in enumerate(n for n in data.selections() if data.exists(data.verdicts(n))):
@@ -166,6 +179,35 @@ def open_ledger(
         parts.append(f"SELECT {literal(name)}, key, CAST(verdict AS VARCHAR) FROM _selected{i}")
     con.execute(f"CREATE VIEW verdicts AS {' UNION ALL '.join(parts)}")
     return con
+
+
+def _small(table: LedgerTable) -> bool:
+    """Whether a table is in so many and so small files that opening them costs more than their rows: pyarrow's datasets
+    take 0.5 ms and 50 kB for each, each time."""
+    sizes = [stamp[0] for file in table.files if (stamp := table.data.store.stamp(file))]
+    return len(sizes) >= _MANY and sum(sizes) < _SMALL * len(sizes)
+
+
+def _load(con: duckdb.DuckDBPyConnection, name: str, table: LedgerTable, places: Sequence[int] | None) -> None:
+    """Copy a table into DuckDB's memory, which spills: all columns, or those at these places as c0, c1 and so on."""
+    schema = pq.read_schema(table.files[0])
+    read = schema if places is None else pa.schema([schema.field(i) for i in places])
+    names = read.names if places is None else [f"c{i}" for i in places]
+    stored = pa.schema([f.with_name(name) for f, name in zip(read, names, strict=True)])
+    con.register("_rows", stored.empty_table())
+    con.execute(f"CREATE TEMP TABLE {name} AS FROM _rows")
+    for start in range(0, len(table.files), 1000):  # a reader of all would have DuckDB's threads wait busily for it
+        parts = [conform(read_table(file, read.names), read) for file in table.files[start : start + 1000]]
+        con.register("_rows", pa.concat_tables(parts).rename_columns(names).combine_chunks())
+        con.execute(f"INSERT INTO {name} FROM _rows")
+    con.unregister("_rows")
+
+
+def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The columns of a schema, null where a table lacks them."""
+    there = {*table.column_names}
+    columns = [table[f.name].cast(f.type) if f.name in there else pa.nulls(len(table), f.type) for f in schema]
+    return pa.table(columns, schema=schema)
 
 
 def fetched_columns(schema: pa.Schema) -> tuple[dict[str, int | None], dict[str, int]]:
@@ -189,6 +231,7 @@ def _distinct(names: Iterable[str], same: Callable[[str], str] = str.lower) -> l
 
 
 def _join(
+    fetched: str,
     columns: Mapping[str, int | None],
     fields: Sequence[tuple[str, int]],
     joined: Sequence[LedgerTable],
@@ -203,8 +246,6 @@ def _join(
         packed = ", ".join(f"{quote(name)} := f.c{i}" for name, i in fields)
         items.append(f"struct_pack({packed}) AS source")
     items += [f"t{i}.{quote(c)}" for i, t in enumerate(joined, 1) for c in t.columns]
-    count = 1 + max([i for i in columns.values() if i is not None] + [i for _, i in fields])
-    fetched = f"_table0 AS f({', '.join(f'c{i}' for i in range(count))})"
     same = {i: f"t{i}.{quote(t.key)} = {values['key']}" for i, t in enumerate(joined, 1)}
     placed = [i for i, t in enumerate(joined, 1) if by_position and not t.partial]
     if by_position:

@@ -34,6 +34,7 @@ from curate.ledger.schema import RESERVED, list_name, stored_name
 from curate.ledger.select import NothingKept, Selection, load_selection
 from curate.ledger.view import (
     LedgerTable,
+    conform,
     current_tables,
     hidden_columns,
     notes_of,
@@ -43,7 +44,16 @@ from curate.ledger.view import (
 )
 from curate.shards.shuffle import Buckets, Hashes, KeptKeys, cuts, first_hashes
 from curate.shards.tar import CorruptShard, TarWriter, image_member, index_tar, read_range
-from curate.store.files import check_space, digest, is_scratch, left_over, read_json, sha256_file, write_json
+from curate.store.files import (
+    check_space,
+    digest,
+    is_scratch,
+    left_over,
+    read_json,
+    read_table,
+    sha256_file,
+    write_json,
+)
 from curate.store.records import read_record, record_digest
 
 _FORMAT = 1  # of the shards; part of what makes them stale
@@ -157,8 +167,9 @@ def _check_folder(folder: Path) -> None:
 
 def _stored_bytes(data: Data, selection: Selection, fetched: LedgerTable) -> int:
     """About how many bytes the kept images and their rows take: their share of all."""
-    files = [path for table in fetched.files for path in (table, table.with_suffix(".tar")) if path.exists()]
-    return sum(path.stat().st_size for path in files) * selection.kept // selection.fetched
+    files = [path for table in fetched.files for path in (table, table.with_suffix(".tar"))]
+    sizes = [stamp[0] for path in files if (stamp := data.store.stamp(path))]
+    return sum(sizes) * selection.kept // selection.fetched
 
 
 def _gather(
@@ -168,9 +179,9 @@ def _gather(
 
     Each shard's files are read once, the images from the tar's beginning to its end.
     """
-    others = [dict(zip(table.shards, table.files, strict=True)) for table in found[1:]]
+    data, others = columns.data, [dict(zip(table.shards, table.files, strict=True)) for table in found[1:]]
     for shard, path in zip(found[0].shards, found[0].files, strict=True):
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(data.local(path)) as file:
             keys = file.read(["key"])["key"].cast(pa.uint64()).to_numpy()
             if not len(keys):
                 continue
@@ -178,14 +189,14 @@ def _gather(
             if not among.any():
                 continue
             rows = file.read().filter(pa.array(among))
-        tar = path.with_suffix(".tar")
+        tar = data.local(path.with_suffix(".tar"))
         index = index_tar(tar)
         images = [image_member(index.get(key, {})) for key in rows["key"].to_pylist()]
         del index
         if None in images:
             key = rows["key"][images.index(None)].as_py()
             raise CorruptShard(
-                f"{tar} holds no image of {key}. `tastemaker verify {columns.data.root}` looks for damage."
+                f"{data.shown(tar)} holds no image of {key}. `tastemaker verify {data}` looks for damage."
             )
         order = np.argsort([at for _, (at, _) in filter(None, images)], kind="stable")
         rows = columns.of(rows.take(order), [files.get(shard) for files in others])
@@ -203,6 +214,7 @@ def _gather(
                     samples.append(sample.getvalue())
                 yield part, hashes[start : start + _AT_ONCE], samples
                 progress(len(part))
+        data.release(tar)
 
 
 class _Columns:
@@ -210,10 +222,10 @@ class _Columns:
 
     def __init__(self, data: Data, found: list[LedgerTable]) -> None:
         self.data = data
-        self._fetched = pq.read_schema(found[0].files[0])
+        self._fetched = pq.read_schema(data.local(found[0].files[0]))
         self._others = list[tuple[str, pa.Schema]]()  # the key of a table, and what it adds
         for table in found[1:]:
-            schema = pq.read_schema(table.files[0])
+            schema = pq.read_schema(data.local(table.files[0]))
             self._others.append((table.key, pa.schema([schema.field(c) for c in table.columns])))
         added = [pa.field(f.name, f.type) for _, schema in self._others for f in schema]
         taken = RESERVED | {f.name for f in added}
@@ -223,22 +235,15 @@ class _Columns:
 
     def of(self, rows: pa.Table, others: list[Path | None]) -> pa.Table:
         """Rows of a fetched shard, and those of the same keys in the other tables, null where they have none."""
-        columns = _cast(rows, self._fetched)
+        columns = conform(rows, self._fetched).columns
         for (key, schema), path in zip(self._others, others, strict=True):
             if path is None:
                 columns += [pa.nulls(len(rows), f.type) for f in schema]
                 continue
-            with pq.ParquetFile(path) as file:
-                table = file.read()
+            table = read_table(self.data.local(path))
             places = pc.index_in(rows["key"], table[key].combine_chunks())
-            columns += [column.take(places) for column in _cast(table, schema)]
+            columns += [column.take(places) for column in conform(table, schema).columns]
         return pa.table(columns, schema=self.schema)
-
-
-def _cast(table: pa.Table, schema: pa.Schema) -> list[Any]:
-    """The columns of a schema, null where a table lacks them."""
-    there = {*table.column_names}
-    return [table[f.name].cast(f.type) if f.name in there else pa.nulls(len(table), f.type) for f in schema]
 
 
 def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
@@ -271,7 +276,7 @@ def _write_shards(
     ranks = cuts(selection.kept, config.shard_size)
     scratch = folder / "scratch"
     scratch.mkdir()
-    kept = KeptKeys(data.verdicts(selection.name), scratch / "hashes", config.seed)
+    kept = KeptKeys(data.local(data.verdicts(selection.name)), scratch / "hashes", config.seed)
     columns = _Columns(data, found)
     buckets = Buckets(scratch, first_hashes(kept.hashes, ranks[1:-1]), columns.schema)
     stored = _stored_bytes(data, selection, found[0])

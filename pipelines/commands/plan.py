@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
-from pipelines.options import Result, WithRecipe, argument, command, option
+from pipelines.options import Result, WithRecipe, argument, command, from_here, option
 
 if TYPE_CHECKING:
     from curate.estimate.fleet import FleetPlan, ListPlan
@@ -69,7 +69,7 @@ def _rates(options: PlanOptions) -> Rates:
     """The published figures, over them those of a trial or the sites of a list, over them the files that were given."""
     from dataclasses import replace
 
-    from curate.estimate.rates import lay_over, published, read_rates_file
+    from curate.estimate.rates import lay_over, published, published_late, read_rates_file
     from curate.layout import Data
     from curate.store.clients import is_url
     from pipelines.estimates import read_kept_rates
@@ -88,7 +88,7 @@ def _rates(options: PlanOptions) -> Rates:
             trees.append((options.target, listed))
     trees += [(file, read_rates_file(Path(file).expanduser())) for file in options.rates]
     if any(tree.get("taken") for _, tree in trees):  # measured as a whole: what others published of stages goes
-        base = {key: value for key, value in base.items() if key not in ("stages", "shares")}
+        base = {key: value for key, value in base.items() if key != "shares"} | published_late()
     rates = lay_over([("published.json", base), *trees])
     if listed is not None:  # a file of rates is of another list
         rates = replace(rates, listed=listed["listed"], of=listed["of"])
@@ -125,7 +125,8 @@ def plan_text(rates: Rates, listed: ListPlan, plans: list[FleetPlan]) -> str:
     from pipelines.estimates import hours, interval, size
 
     where = f"measured on {rates.machine} on {rates.made}, {rates.taken:,} rows" if rates.taken else "others', no trial"
-    lines = [f"{listed.rows:,.0f} rows" + (f" of {rates.of}" if rates.of else "") + f"    rates: {where}", ""]
+    of = f" of {from_here(rates.of)}" if rates.of else ""
+    lines = [f"{listed.rows:,.0f} rows{of}    rates: {where}", ""]
     lines.append(f"{'stage':16}{'looks at':>16}  {'each takes':<22}{'in all':<22}rate")
     for stage in plans[0].stages:
         figure, unit = (stage.gpu, "GPU") if stage.gpu else (stage.cpu, "core")
