@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -133,10 +134,11 @@ class Machine:
 
 def serve_s3(machine: Machine) -> dict[str, str]:
     """Start a real S3 server on a machine, with a bucket `bucket`; what others need in their environment to use it."""
-    machine.start(weed_command(machine.folder, machine.ip, 9333, 8080, 8888, 8333), "weed.txt")
+    port = random.randrange(11_000, 30_000)  # its parts find each other by sockets in /tmp, named after ports
+    machine.start(weed_command(machine.folder, machine.ip, port, port + 1, port + 2, port + 3), "weed.txt")
     ask = (
         "import time, urllib.request as u, urllib.error as e\n"
-        "for method, url in (('POST', 'http://{0}:8888/buckets/bucket/'), ('GET', 'http://{0}:8333/')):\n"
+        "for method, url in (('POST', 'http://{0}:{1}/buckets/bucket/'), ('GET', 'http://{0}:{2}/')):\n"
         "    for _ in range(300):\n"
         "        try: u.urlopen(u.Request(url, method=method), timeout=5); break\n"
         "        except e.HTTPError as x:\n"
@@ -145,8 +147,8 @@ def serve_s3(machine: Machine) -> dict[str, str]:
         "        time.sleep(0.2)\n"
         "    else: raise SystemExit(1)\n"
     )
-    assert machine.run([sys.executable, "-c", ask.format(machine.ip)]).returncode == 0
-    use = {**KEYS, "AWS_REGION": "us-east-1", "AWS_ENDPOINT_URL": f"http://{machine.ip}:8333"}
+    assert machine.run([sys.executable, "-c", ask.format(machine.ip, port + 2, port + 3)]).returncode == 0
+    use = {**KEYS, "AWS_REGION": "us-east-1", "AWS_ENDPOINT_URL": f"http://{machine.ip}:{port + 3}"}
     first = "from curate.store.objects import ObjectStore\nObjectStore('s3://bucket').put(b'bytes', 'first')"
     done = machine.run([sys.executable, "-c", first], env=use, timeout=300)  # its first write takes 5 s
     assert done.returncode == 0, done.stderr
