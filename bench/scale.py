@@ -157,7 +157,7 @@ def _start(root: Path) -> None:
     from pipelines.recipe import stored_recipe
 
     data = _data(root)
-    run(Request(list=data.plan.list, root=data.root, recipe=_known(stored_recipe(data)), stages=("fetch", "embed")))
+    run(Request(list=data.plan.list, data=data, recipe=_known(stored_recipe(data)), stages=("fetch", "embed")))
 
 
 def _command(root: Path, *words: str) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from aesthetic.errors import UserError, nearest
+from curate.store.cache import leave
 from pipelines.commands import COMMANDS, find
 from pipelines.faults import check_limits, ensure_home, explain
 from pipelines.options import Result, add_arguments, facts_of, flags_of, from_here, from_parsed
@@ -142,8 +143,6 @@ def _exit_code(code: int, out: SafeStream, err: SafeStream) -> int:
 
 
 def _complain(text: str) -> None:
-    if cache := sys.modules.get("curate.store.cache"):  # where files of an object store are mirrored
-        text = cache.in_urls(text)
     print(f"tastemaker: {text}", file=sys.stderr)
 
 
@@ -161,8 +160,7 @@ def script() -> NoReturn:
         code = e.code if isinstance(e.code, int) else 1
     except KeyboardInterrupt:  # before there was anything to interrupt
         code = 130
-    if cache := sys.modules.get("curate.store.cache"):
-        cache.leave()
+    leave()
     os._exit(code)
 
 

@@ -24,6 +24,7 @@ from small_data import (
 
 from aesthetic.errors import UserError
 from curate.layout import Data
+from curate.ledger import view
 from curate.ledger.rules import check_rules
 from curate.ledger.schema import make_key
 from curate.ledger.select import SelectConfig, Selection, changed_since, funnel_text, load_selection, remembered, select
@@ -542,3 +543,18 @@ def test_a_list_without_uids_says_so(data: Path, tmp_path: Path) -> None:
     select(Data(data), SelectConfig(name="s"))
     with pytest.raises(UserError, match="no text column uid"):
         write_uids(Data(data), "s", tmp_path / "x.npy")
+
+
+def test_tables_of_many_small_files_say_the_same(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = (
+        "SELECT * FROM ledger ORDER BY key",
+        "SELECT key, laion_v2, source.WIDTH AS wide, width FROM ledger WHERE similarity > 0.1 ORDER BY key",
+        "SELECT reason, count(*) AS n FROM ledger GROUP BY reason ORDER BY reason",
+    )
+    rules = {"large": "original_width >= 300", "once": "first_of(phash)", "taste": "top(laion_v2, 0.5)"}
+    before, verdicts = [query(Data(data), sql).to_json() for sql in asked], run(data, **rules)
+    monkeypatch.setattr(view, "_MANY", 1)
+    for record in (data / "selected").glob("*.json"):
+        record.unlink()
+    assert [query(Data(data), sql).to_json() for sql in asked] == before
+    assert run(data, **rules) == verdicts
