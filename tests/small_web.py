@@ -255,7 +255,7 @@ def curate_here(listed: Path, root: Path, settings: list[str], fault: Path | Non
             embedder = EmbedWorker(data, recipe.embed, recipe.columns, embed_hash, threads=1)
             for shard in waiting:
                 embedder.run(shard)
-    run(Request(list=str(listed), root=root, recipe=recipe))
+    run(Request(list=str(listed), data=Data(root), recipe=recipe))
 
 
 def start_here(*args: Any) -> BaseProcess:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
 from aesthetic.files import write_atomic
-from curate.annotators.heads import head_here
 from curate.store.files import read_json, sha256_file, sweep, write_json
 from curate.store.mirror import store_at
 from curate.store.objects import is_url
@@ -169,6 +168,7 @@ def _prompts(options: EvaluateOptions) -> list[str] | int:
 def _heads(options: EvaluateOptions) -> Sequence[Head]:
     """Those that were asked for, else those that come with tastemaker and read this encoder's vectors."""
     from aesthetic.catalog import SHIPPED, list_heads, load_head
+    from curate.annotators.heads import head_here
     from curate.encoders.registry import canonical_name
 
     encoder = canonical_name(options.encoder)
