@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 from aesthetic.errors import UserError
 from aesthetic.untrusted import read_text
+from curate.store.mirror import here
+from curate.store.objects import is_url
 
 REQUIRED: Any = dataclasses.MISSING
 """The default of an option that must be given."""
@@ -44,6 +46,18 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError("at least 1 is expected")
     return value
+
+
+def input_file(text: str) -> Path:
+    """A file to read, or the copy here of one on an object store."""
+    return here(text) if is_url(text) else Path(text)
+
+
+def local_file(text: str) -> Path:
+    """A file to write on a disk. UserError where the text names another place."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text}: a file on a disk is expected here")
+    return Path(text)
 
 
 def read_prompts(path: Path) -> list[str]:

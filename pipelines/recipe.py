@@ -36,6 +36,8 @@ from curate.ledger.select import SelectConfig
 from curate.shards.pack import PackConfig
 from curate.sources.plan import SourceConfig
 from curate.store.files import digest
+from curate.store.mirror import here
+from curate.store.objects import is_url
 from curate.store.ownership import RECIPE_HEADER
 from pipelines.yaml12 import LARGEST, read_yaml, write_yaml
 
@@ -126,7 +128,7 @@ def recipe_text(name: str) -> str:
     if name in shipped():
         return (_RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
     try:
-        path = Path(name).expanduser()
+        path = here(name)
     except RuntimeError as e:  # ~nobody
         raise UserError(f"--recipe {printable(name, 200)}: {e}") from None
     if not os.path.lexists(path):
@@ -173,11 +175,29 @@ def parse_recipe(text: str, settings: Sequence[str] = (), what: str = "recipe") 
             now.pop("quality", None)
 
     try:
+        _refuse_urls(tree)
         return _validate(tree)
     except UserError as e:
         if settings and not _is_refused(own, str(e)):
             raise
         raise UserError(f"{what}: {e}") from None
+
+
+def _refuse_urls(tree: dict[str, Any]) -> None:
+    """UserError where a file that every node reads where it lies is named by a URL; a head may lie anywhere."""
+
+    def look(value: Any, at: str) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                if not (at.startswith("columns.") and key == "head"):
+                    look(inner, f"{at}.{key}" if at else str(key))
+        elif isinstance(value, list):
+            for inner in value:
+                look(inner, at)
+        elif isinstance(value, str) and is_url(value) and at.count(".") - at.startswith("columns."):
+            raise UserError(f"{at}: {printable(value, 200)}: a file or folder on a disk is expected, on every node")
+
+    look(tree, "")
 
 
 def _is_refused(tree: dict[str, Any], message: str) -> bool:

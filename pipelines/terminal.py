@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from aesthetic.untrusted import printable
+from curate.store.mirror import in_urls
 
 
 class Verbatim(str):
@@ -47,7 +48,10 @@ def escape_controls(text: str) -> str:
 
 
 class SafeStream:
-    """A text stream of a terminal, a pipe or a file. Writing never raises; the first error is kept in `write_error`."""
+    """A text stream of a terminal, a pipe or a file. Writing never raises; the first error is kept in `write_error`.
+
+    What lies on an object store is called by its URL, not by the path of the mirror in which we work on it.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -61,7 +65,8 @@ class SafeStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        self._try(lambda: self._stream.write(text if isinstance(text, Verbatim) else escape_controls(text)))
+        shown = text if isinstance(text, Verbatim) else escape_controls(in_urls(text))
+        self._try(lambda: self._stream.write(shown))
         return len(text)
 
     def writelines(self, lines: Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from aesthetic.errors import UserError
 from curate.store.files import is_scratch
 from curate.store.mirror import open_store, store_at
 
@@ -21,6 +22,15 @@ _LAST = ("train.json", "model_index.json")
 def local_folder(place: str) -> Path:
     """The folder at a path, or of a URL the folder that mirrors it here. UserError where it is neither."""
     return open_store(place).root
+
+
+def bring_images(folder: Path) -> Path:
+    """Have all of a folder of images here. UserError where it is a data folder of ours, which may have terabytes."""
+    store = store_at(folder)
+    if store.url is not None and store.stamp(folder / "plan" / "plan.json") is not None:
+        raise UserError(f"{store} is a data folder of ours: give packed shards in it, {store}/shards/NAME")
+    bring(folder)
+    return folder
 
 
 def shown(path: Path) -> str:
@@ -37,16 +47,6 @@ def bring(folder: Path, *names: str) -> None:
         store.refresh()
         found = {folder / name for name in names} or {*store.walk(folder), *_files(folder)}
         store.bring([path for path in found if _is_shared(folder, path)])
-
-
-def bring_model(url: str) -> Path:
-    """The folder of a finished model at a URL, without what it was trained with."""
-    folder = local_folder(url)
-    store = store_at(folder)
-    others = ("checkpoints/", "latents/", "vae-training/", "start/", "samples/", "logs/", ".")
-    names = (path.relative_to(folder).as_posix() for path in store.walk(folder))
-    bring(folder, *(name for name in names if not name.startswith(others)))
-    return folder
 
 
 def push(folder: Path) -> None:

@@ -38,6 +38,7 @@ from train.data import (
 )
 from train.latents import LatentDataset, Tell, latents_size, precompute_latents, shards_of, write_shard
 from train.loop import LoopConfig, rank_and_size, train
+from train.models.files import model_folder
 from train.models.info import training_record
 from train.models.presets import Preset
 from train.models.release import is_released, release
@@ -85,7 +86,7 @@ def further_lr(start: str, *, lora: bool) -> float:
     For Stable Diffusion these are 1e-4 and 1e-5, the rates of diffusers' own examples.
     """
     folder, facts = training_record(start) or (None, {})
-    own = folder == Path(start).expanduser().absolute()  # and not of the run whose checkpoint it is
+    own = folder == model_folder(start).absolute()  # and not of the run whose checkpoint it is
     rate = float((facts["settings"].get("lr") if own else None) or SD_LR)
     return rate if lora else rate / 10
 
@@ -226,7 +227,9 @@ class TrainRun:
     def _load_vae(self, folder: Path) -> None:
         from diffusers import AutoencoderKL
 
-        self.pipeline.vae = AutoencoderKL.from_pretrained(folder).to(self.device)
+        vae = AutoencoderKL.from_pretrained(folder)
+        vae.register_to_config(_name_or_path="")  # what is saved would say where it was read
+        self.pipeline.vae = vae.to(self.device)
 
     def precompute_latents(
         self, tell: Tell, write_shards: Callable[[dict[str, Any], list[int]], None] | None = None

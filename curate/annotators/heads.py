@@ -7,16 +7,23 @@ import pyarrow as pa
 from aesthetic.catalog import load_head
 from aesthetic.space import Space, SpaceMismatch, require_same
 from curate.annotators.base import Annotator, AnnotatorOptions, ColumnSpec, ImageBatch, Resources
+from curate.store.mirror import here
+from curate.store.objects import is_url
+
+
+def head_here(name: str) -> str:
+    """A head's name or folder as `load_head` takes it: of a head at a URL, the folder of its copy here."""
+    return str(here(name)) if is_url(name) else name
 
 
 class HeadAnnotator(Annotator):
-    """The scores of a head (aesthetic.heads), by its name or folder."""
+    """The scores of a head (aesthetic.heads), by its name, folder or URL."""
 
     name = "head"
     reads = "vectors"
 
     class Options(AnnotatorOptions):
-        """head: a shipped or imported head's name, or a folder."""
+        """head: a shipped or imported head's name, or a folder, on a disk or an object store."""
 
         head: str
 
@@ -24,7 +31,7 @@ class HeadAnnotator(Annotator):
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
-        self.head = load_head(options.head)
+        self.head = load_head(head_here(options.head))
         unsafe = self.head.task == "nsfw"
         meaning = f"{self.head.task}, by the head {self.head.name}"
         self.columns = {"score": ColumnSpec(meaning=meaning, scale=self.head.scale, unsafe=unsafe)}

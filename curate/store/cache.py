@@ -2,6 +2,7 @@
 
     CACHE/objects/DIGEST          what lay under a URL and an ETag, for all processes of this machine
     CACHE/mirrors/PID-NONCE/      the files of one process, under their own names; gone when it ends, or has ended
+    CACHE/locks/                  so that each file is fetched once
 
 A file of a mirror is a hard link to one of the cache, so that what a process lets go of may stay for the next who wants
 it, and what is evicted from the cache stays for who has it. CACHE is TASTEMAKER_CACHE, else ~/.cache/tastemaker;
@@ -20,6 +21,7 @@ import secrets
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from aesthetic.errors import DiskFull, UserError
@@ -114,6 +116,17 @@ def keep(path: Path, cached: Path) -> None:
     with contextlib.suppress(OSError):  # the cache is a convenience
         _replace(path, cached)
         _known.add(path.stat().st_size)
+
+
+@contextlib.contextmanager
+def one_at_a_time(cached: Path) -> Iterator[None]:
+    """While the block runs, no other thread or process of this machine fetches the same file. Few locks stand for all
+    files: those of which two have one are fetched one after the other."""
+    folder = cache_folder() / "locks"
+    folder.mkdir(exist_ok=True)
+    with open(folder / cached.name[:3], "wb") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
 
 
 def _replace(file: Path, path: Path) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from curate.store.cache import cache_folder, keep, link, make_room, own_folder
+from aesthetic.errors import UserError
+from curate.store.cache import cache_folder, keep, link, make_room, one_at_a_time, own_folder
 from curate.store.clients import is_url
 from curate.store.disk import Disk, Stamp
 from curate.store.files import digest, json_bytes, local_path
@@ -41,6 +42,41 @@ def store_at(path: Path) -> Disk:
     """The store of a file or folder here: the mirror that it is in, else the disk, with it as the root."""
     found = (mirror for mirror in _mirrors.values() if path.is_relative_to(mirror.root))
     return max(found, key=lambda mirror: len(mirror.root.parts), default=Disk(path))
+
+
+def here(place: str, without: Iterable[str] = ()) -> Path:
+    """The path of a file or folder to read: of one at a URL, of its copy here, brought once in a process.
+
+    `without`: names in the folder of what is not wanted. What is not there is not here either.
+    """
+    return _copied(place, frozenset(without)) if is_url(place) else Path(place).expanduser()
+
+
+@functools.cache
+def _copied(url: str, without: frozenset[str]) -> Path:
+    above, _, name = ObjectStore(url).url.rpartition("/")
+    file = None if above.endswith("/") else open_mirror(above).root / name  # where it is no bucket
+    if file is not None and "." in name:  # as files are called
+        open_mirror(above).bring([file])
+        if file.is_file():
+            return file
+    store = open_mirror(ObjectStore(url).url)
+    store.refresh()
+    wanted = [n for n in store.names(store.root) if n not in without]
+    if not wanted and file is not None:
+        return file  # which is not there
+    if store.stamp(store.root / "plan" / "plan.json") is not None:
+        raise UserError(f"{url} is a data folder of ours, which may have terabytes: it is not copied whole")
+    folders = {*store.folders(store.root)}
+    store.bring(p for n in wanted for p in (store.walk(store.root / n) if n in folders else [store.root / n]))
+    return store.root
+
+
+def in_urls(text: str) -> str:
+    """A text, such as an error's, with URLs in place of the paths of their mirrors: what people know."""
+    for url, mirror in sorted(_mirrors.items(), reverse=True):  # the path of one may begin as another's
+        text = text.replace(str(mirror.root), url)
+    return text
 
 
 _mirrors: dict[str, Mirror] = {}
@@ -142,21 +178,32 @@ class Mirror(Disk):
     def _fetch(self, path: Path, found: StoredObject) -> None:
         """Link an object of the cache to its path, after it is fetched where it is not there."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not link(self._cached(found), path, found.size):
-            make_room(found.size)
-            try:
-                found = self._objects.get_file(found.name, path)  # it may be a newer one by now
-            except FileNotFoundError:  # gone since it was listed
-                path.unlink(missing_ok=True)
-                self._here.pop(found.name, None)
-                return
-            keep(path, self._cached(found))
+        cached = self._cached(found)
+        if not link(cached, path, found.size):
+            with one_at_a_time(cached):  # the workers of a machine want the same shards at the same time
+                if not link(cached, path, found.size):
+                    make_room(found.size)
+                    try:
+                        found = self._objects.get_file(found.name, path)  # it may be a newer one by now
+                    except FileNotFoundError:  # gone since it was listed
+                        path.unlink(missing_ok=True)
+                        self._here.pop(found.name, None)
+                        return
+                    keep(path, self._cached(found))
         self._note(found, path)
 
     def push(self, paths: Iterable[Path]) -> None:
         self._check()
         for path in paths:
             self._put_file(path)
+
+    def create(self, path: Path, data: bytes) -> None:
+        """Write a file here and there, of a name that nobody has there. Raises FileExistsError."""
+        self._check()
+        put = self._objects.put(data, self._name(path), create=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        self._note(put, path)
 
     def _put_file(self, path: Path) -> StoredObject:
         """Put a file there, unless it lies there as it is here."""
@@ -191,7 +238,8 @@ class Mirror(Disk):
             self._objects.delete(names)
         for path, name in zip(paths, names, strict=True):
             path.unlink(missing_ok=True)
-            self._here.pop(name, None)
+            if (known := self._here.pop(name, None)) is not None:
+                self._cached(known[0]).unlink(missing_ok=True)  # nobody will want it any more
 
     # ----------------------------------------------------------------------------------------------------- records
 

@@ -207,7 +207,8 @@ class TakenStore:
         for name in (*names, *([MARK] if MARK not in self.before else [])):
             path = self.store.root / name
             if name not in self.before:
-                self.store.remove([path])
+                self.store.remove(self.store.walk(path) if path.is_dir() else [path])
+                _remove(path)
             elif name in self.kept:
                 with atomic(path) as f:
                     f.write(self.kept[name])

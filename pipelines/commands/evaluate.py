@@ -15,10 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
 from aesthetic.files import write_atomic
-from curate.store.files import local_path, read_json, sha256_file, sweep, write_json
+from curate.annotators.heads import head_here
+from curate.store.files import read_json, sha256_file, sweep, write_json
+from curate.store.mirror import store_at
+from curate.store.objects import is_url
 from pipelines.commands.train import check_data
-from pipelines.options import Options, Result, argument, command, option, positive_int, read_prompts
+from pipelines.options import Options, Result, argument, command, input_file, option, positive_int, read_prompts
 from pipelines.runtime.progress import ProgressBar, format_duration, redirect_output
+from train.places import bring, bring_images, local_folder, push, shown
 
 if TYPE_CHECKING:
     from aesthetic.heads import Head
@@ -28,7 +32,7 @@ MIN_PROMPTS = 8
 
 
 def _number_or_file(text: str) -> int | Path:
-    return int(text) if text.isdigit() else Path(text)
+    return int(text) if text.isdigit() else input_file(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +40,10 @@ class EvaluateOptions(Options):
     """None: what suits the model or the encoder."""
 
     model: str = argument("MODEL", "a folder that train made, a diffusers folder, a LoRA, or a hub id")
-    data: Path = argument("SHARDS", "the captioned images that it was trained on (those held out count) or others")
-    out: Path = option("default: MODEL/evaluation", metavar="DIR", type=local_path)
+    data: Path = argument(
+        "SHARDS", "the captioned images that it was trained on (those held out count) or others", type=local_folder
+    )
+    out: Path = option("default: MODEL/evaluation", metavar="DIR", type=local_folder)
     prompts: int | Path = option(
         "draw N captions (default 128), or the lines of a file, without real ones",
         default=128,
@@ -54,11 +60,12 @@ class EvaluateOptions(Options):
 
     def __post_init__(self) -> None:
         if vars(self)["out"] is None:
-            if not Path(self.model).is_dir():
+            if not is_url(self.model) and not Path(self.model).is_dir():
                 raise UserError(
                     f"{self.model} is no folder here. Of a model of the hub, say with --out where its figures go"
                 )
-            object.__setattr__(self, "out", Path(self.model) / "evaluation")
+            inner = f"{self.model.rstrip('/')}/evaluation"
+            object.__setattr__(self, "out", local_folder(inner) if is_url(self.model) else Path(inner))
 
 
 def run(options: EvaluateOptions) -> Result:
@@ -68,8 +75,9 @@ def run(options: EvaluateOptions) -> Result:
     """
     from curate.store.ownership import check_free, taken
 
-    check_data(options.data)
-    check_free(options.out, "evaluation")
+    if store_at(options.data).url is None:
+        check_data(options.data)
+    check_free(store_at(options.out), "evaluation")
     prompts = _prompts(options)
     from curate.encoders.registry import canonical_name, check_available
     from train.evaluate.model import EvaluatedModel
@@ -77,6 +85,8 @@ def run(options: EvaluateOptions) -> Result:
     model = EvaluatedModel.of(options.model)
     heads = _heads(options)
     check_available(options.encoder)
+    bring_images(options.data)
+    check_data(options.data)
     # these bring torch and diffusers: after all that is told without them
     from train.data import open_samples
     from train.evaluate.evaluation import Evaluation
@@ -90,7 +100,7 @@ def run(options: EvaluateOptions) -> Result:
     asked = {  # what must be the same for the figures to be the same, but for versions and machine
         "model": {"name": options.model, "sha256": model.digest},
         "data": {
-            "folder": str(samples.folder.absolute()),
+            "folder": shown(samples.folder.absolute()),
             "fingerprint": samples.fingerprint,
             "manifest_sha256": sha256_file(manifest) if manifest.is_file() else None,
         },
@@ -100,13 +110,15 @@ def run(options: EvaluateOptions) -> Result:
         **same,
         "guidance": model.info.guidance if options.guidance is None else options.guidance,
     }
+    bring(options.out)
     if (done := _finished(options.out, asked)) is not None:
         return _outcome(options, model, done)
     with (
-        taken(options.out, "evaluation") as folder,
+        taken(store_at(options.out), "evaluation") as folder,
         redirect_output(options.out / "logs" / "evaluate.log") as terminal,
     ):
         sweep(options.out)
+        bring(options.out)
         if (done := _finished(options.out, asked)) is not None:  # again: another run may have been at work until now
             return _outcome(options, model, done)
         for note in samples.notes():
@@ -126,9 +138,15 @@ def run(options: EvaluateOptions) -> Result:
             folder.undo(["logs"])
             raise
         write_json(options.out / "evaluation.json", {"asked": asked})
-        facts = {"asked": asked, **evaluation.run(lambda line: print(line, file=terminal))}
+
+        def say(line: str) -> None:
+            print(line, file=terminal)
+            push(options.out)  # what is drawn so far
+
+        facts = {"asked": asked, **evaluation.run(say)}
         write_atomic(options.out / "README.md", readme(facts).encode())
         write_json(options.out / "evaluation.json", facts)
+        push(options.out)
         return _outcome(options, model, facts)
 
 
@@ -157,7 +175,7 @@ def _heads(options: EvaluateOptions) -> Sequence[Head]:
     if options.heads is None:
         shipped = [load_head(name) for name in list_heads() if (SHIPPED / name / "head.json").is_file()]
         return [head for head in shipped if head.space.encoder == encoder]
-    heads = [load_head(name) for name in options.heads]
+    heads = [load_head(head_here(name)) for name in options.heads]
     for head in heads:
         if head.space.encoder != encoder:
             raise UserError(

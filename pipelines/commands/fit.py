@@ -18,10 +18,13 @@ from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
 from curate.encoders.registry import check_available, check_named
 from curate.store.files import digest, read_json, sha256_file, write_json
-from pipelines.commands.heads import column_for
-from pipelines.options import REQUIRED, Options, Result, argument, command, option, positive_int
+from curate.store.mirror import in_urls, store_at
+from curate.store.objects import is_url
+from pipelines.commands.heads import column_for, head_out
+from pipelines.options import REQUIRED, Options, Result, argument, command, input_file, option, positive_int
 from pipelines.runtime.progress import format_duration, format_rate
 from pipelines.terminal import CLEAR, RETURN
+from train.places import push
 
 if TYPE_CHECKING:
     from aesthetic.ratings import Kind
@@ -51,11 +54,14 @@ class FitOptions(Options):
         "csv, tsv, parquet or AVA.txt: an image (key, path, url or sha256) and its score, label or votes; "
         "or winner and loser. Several files are several sources, each on its own scale",
         nargs="+",
+        type=input_file,
     )
-    out: Path = option("the head's folder", default=REQUIRED, metavar="HEAD")
+    out: Path = option("the head's folder", default=REQUIRED, metavar="HEAD", type=head_out)
     data: str | None = option("the data folder that holds the images and their vectors", metavar="DATA")
-    images: Path | None = option("or a folder of images, embedded with --encoder", metavar="FOLDER")
-    embeddings: Path | None = option("or vectors as clip-retrieval stores them, made with --encoder", metavar="FOLDER")
+    images: Path | None = option("or a folder of images, embedded with --encoder", metavar="FOLDER", type=input_file)
+    embeddings: Path | None = option(
+        "or vectors as clip-retrieval stores them, made with --encoder", metavar="FOLDER", type=input_file
+    )
     encoder: str | None = option("bundled (default for --images) or open_clip:ARCH/PRETRAINED", metavar="E")
     key: str | None = option("the column that names the image (default: a usual name)", metavar="COLUMN")
     score: str | None = option("the column of the score or label (default: a usual name)", metavar="COLUMN")
@@ -98,15 +104,17 @@ def run(options: FitOptions) -> Result:
 
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "report.json", fitted.report)  # first: by it the same command, killed here, knows its own head
+    store_at(out).push([out / "report.json"])
     save_head(fitted.head, out)
     paths = {"head": out}
     if ratings.kind != "pairs":
         paths |= _write_figures(options, rated, fitted)
-    (out / "unjoined.csv").unlink(missing_ok=True)  # of another fit
+    store_at(out).remove([out / "unjoined.csv"])  # of another fit
     if not rated.joined.all():
         rated.unjoined().to_csv(out / "unjoined.csv", index=False)
     if options.suggest:
         paths |= _write_suggestions(options, rated, fitted)
+    push(out)
     return Result(
         text=_text(options, rated, fitted),
         facts=fitted.report,
@@ -170,7 +178,11 @@ def _digest(options: FitOptions) -> str:
     """A digest of what a head depends on, but for what is in the ratings: more of them are to make it anew."""
     places = [options.data, options.images, options.embeddings, *options.ratings]
     same = ("encoder", "key", "score", "group", "positive", "scale", "task", "prevalence", "network")
-    return digest({"places": [p and str(Path(p).absolute()) for p in places], **{k: getattr(options, k) for k in same}})
+    return digest({"places": [p and _place(p) for p in places], **{k: getattr(options, k) for k in same}})
+
+
+def _place(path: Path | str) -> str:
+    return str(path) if is_url(str(path)) else in_urls(str(Path(path).absolute()))
 
 
 def _check_out(options: FitOptions) -> None:

@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
+from curate.store.files import local_path
+from curate.store.mirror import here, open_store
+from curate.store.objects import is_url
 from pipelines.options import Options, Result, argument, option
+from train.places import push
 
 if TYPE_CHECKING:
     from aesthetic.heads import Head
@@ -58,7 +62,7 @@ def run(options: HeadsOptions) -> Result:
             f"tastemaker heads {options.action} HEAD: which one? `tastemaker heads` lists those that are here"
         )
     if options.out is not None:
-        check_free(Path(options.out))
+        check_free(head_out(options.out))
     return action(options)
 
 
@@ -100,6 +104,7 @@ def _list(options: HeadsOptions) -> Result:
 def _show(options: HeadsOptions) -> Result:
     from aesthetic.catalog import find_head, load_head
     from aesthetic.model_card import describe
+    from curate.annotators.heads import head_here
     from curate.annotators.registry import describe_annotator, known_annotators
 
     name = str(options.head)
@@ -109,7 +114,8 @@ def _show(options: HeadsOptions) -> Result:
         spec = f"'{column_for(name)}={{use: {name}{wanted}}}'" if wanted else f"{column_for(name)}={name}"
         print(f"{name}, an annotator: it reads {facts['reads']}\n" + "\n".join(facts["about"]) + "\n")
         return Result(facts=facts, next=f"tastemaker annotate DATA {spec}")
-    head, folder = load_head(name), find_head(name)
+    folder = find_head(head_here(name))
+    head = load_head(folder)
     print(describe(head) + "\n")
     following = f"tastemaker annotate DATA {column_for(head.name)}={name}"
     return Result(facts={**_facts(head), "card": head.card}, paths={"head": folder}, next=following)
@@ -119,7 +125,7 @@ def _import(options: HeadsOptions) -> Result:
     from aesthetic.imports import fetch_head, import_head
     from curate.encoders.registry import canonical_name, check_named
 
-    file = str(options.head)
+    file = str(here(str(options.head)))
     if not Path(file).exists():
         if options.encoder or options.norm or options.scale or options.activation:
             raise UserError(f"there is no file {file}")
@@ -163,6 +169,18 @@ def _prompt(options: HeadsOptions) -> Result:
     return _save(options, head)
 
 
+def head_out(text: str) -> Path:
+    """A head's folder; of a URL, in the mirror of the folder that it is in, so that it has its name."""
+    if not is_url(text):
+        return local_path(text) if "://" in text else Path(text)
+    above, _, name = text.rstrip("/").rpartition("/")
+    if above.endswith("/"):
+        raise UserError(f"--out {text} is a bucket: a head is a folder in it")
+    store = open_store(above)
+    store.bring(store.walk(store.root / name))
+    return store.root / name
+
+
 _ACTIONS: dict[str, tuple[Callable[[HeadsOptions], Result], tuple[str, ...]]] = {
     "list": (_list, ()),
     "show": (_show, ()),
@@ -186,11 +204,12 @@ def _save(options: HeadsOptions, head: Head) -> Result:
     from aesthetic.head_files import check_replaces, save_head
     from aesthetic.model_card import describe
 
-    folder = Path(options.out or heads_folder() / head.name)
+    folder = head_out(options.out) if options.out else heads_folder() / head.name
     check_replaces(folder, head)
     save_head(head, folder)
+    push(folder)
     print(describe(head) + "\n")
-    following = f"tastemaker annotate DATA {column_for(head.name)}={folder if options.out else head.name}"
+    following = f"tastemaker annotate DATA {column_for(head.name)}={options.out or head.name}"
     return Result(facts=_facts(head), paths={"head": folder}, next=following)
 
 

@@ -6,14 +6,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.options import Options, Result, argument, option
+from pipelines.options import Options, Result, argument, local_file, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class QueryOptions(Options):
     data: str = argument("DATA", "the data folder")
     sql: str = argument("SQL", "one SELECT over `ledger`; the list's own columns are source.NAME")
-    out: Path | None = option("write all rows to a new .csv, .parquet or .jsonl", metavar="FILE")
+    out: Path | None = option("write all rows to a new .csv, .parquet or .jsonl", metavar="FILE", type=local_file)
 
 
 def run(options: QueryOptions) -> Result:

@@ -12,7 +12,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
 from curate.store.files import local_path, sha256_file
-from pipelines.options import Options, Result, argument, command, option, read_prompts
+from curate.store.mirror import here, in_urls, open_store
+from curate.store.objects import is_url
+from pipelines.options import Options, Result, argument, command, input_file, option, read_prompts
 from pipelines.runtime.progress import ProgressBar
 from pipelines.terminal import CLEAR
 
@@ -28,7 +30,12 @@ STAYS = ("model", "out", "again", "image", "mask", "lora", "upscaler", "faces", 
 
 
 def _folder(text: str) -> Path:
-    """A folder as it was given: relative, so that images do not tell where somebody's folders lie."""
+    """A folder as it was given: relative, so that images do not tell where somebody's folders lie. Of a URL its
+    mirror."""
+    if is_url(text):
+        store = open_store(text)
+        store.refresh()  # the numbers that are taken
+        return store.root
     return local_path(text) if "://" in text else Path(text).expanduser()
 
 
@@ -40,11 +47,13 @@ class SampleOptions(Options):
         "MODEL", "a diffusers folder (Stable Diffusion type) or hub id", nargs="?", default=None
     )
     prompt: tuple[str, ...] = argument("PROMPT", nargs="*", default=())
-    prompts: Path | None = option("a prompt on each line", metavar="FILE")
+    prompts: Path | None = option("a prompt on each line", metavar="FILE", type=input_file)
     out: Path = option(
         "images get its next free numbers (default: samples)", default=Path("samples"), metavar="FOLDER", type=_folder
     )
-    again: Path | None = option("draw this image again: it says how it was generated", metavar="FILE.png")
+    again: Path | None = option(
+        "draw this image again: it says how it was generated", metavar="FILE.png", type=input_file
+    )
     negative: str | None = option("what should not be in it", metavar="TEXT")
     steps: int | None = option("default: 30", metavar="N")
     guidance: float | None = option("how closely to keep to the prompt (7.5, or 3)", metavar="X")
@@ -54,12 +63,14 @@ class SampleOptions(Options):
     width: int | None = option("default: the model's own size, or that of --image", metavar="PX")
     height: int | None = option(metavar="PX")
     scheduler: str | None = option("a class of diffusers, such as EulerAncestralDiscrete", metavar="NAME")
-    image: Path | None = option("begin with this image", metavar="FILE")
+    image: Path | None = option("begin with this image", metavar="FILE", type=input_file)
     strength: float | None = option("how much of it is regenerated, 0 to 1 (default: 0.8)", metavar="X")
-    mask: Path | None = option("draw only where this is white; of the image's size", metavar="FILE")
+    mask: Path | None = option("draw only where this is white; of the image's size", metavar="FILE", type=input_file)
     upscale: int | None = option("enlarge the result, or --image, so many times (2 to 4)", metavar="N")
-    upscaler: Path | None = option("with ESRGAN-type weights (extra `upscale`)", metavar="FILE")
-    faces: Path | None = option("restore faces with GFPGAN's weights (extra `upscale`)", metavar="FILE")
+    upscaler: Path | None = option("with ESRGAN-type weights (extra `upscale`)", metavar="FILE", type=input_file)
+    faces: Path | None = option(
+        "restore faces with GFPGAN's weights (extra `upscale`)", metavar="FILE", type=input_file
+    )
     lora: tuple[str, ...] = option("repeatable", default=(), metavar="PATH[:WEIGHT]")
     grid: bool = option("all images in one file, too", default=False)
     show_flagged: bool = option("do not blur what the NSFW detector flags", default=False)
@@ -205,14 +216,14 @@ def _from_record(options: SampleOptions, record: dict[str, Any]) -> SampleOption
     from train.models.lora import Lora
 
     model = str(options.model or record["model"]["name"])
-    if not options.model and model.count("/") != 1 and not Path(model).exists():
+    if not options.model and model.count("/") != 1 and not (is_url(model) or Path(model).exists()):
         raise UserError(
             f"{options.again} was generated with {model}, which is not there: tastemaker sample MODEL --again ..."
         )
     found: dict[str, Any] = {"model": model}
     for name in ("image", "mask"):
         if getattr(options, name) is None and (fact := record.get(name)):
-            found[name] = Path(str(fact.get("path")))
+            found[name] = here(str(fact.get("path")))
             if not found[name].is_file():
                 raise UserError(
                     f"{options.again} was generated with an image to begin with that is not here "
@@ -220,12 +231,12 @@ def _from_record(options: SampleOptions, record: dict[str, Any]) -> SampleOption
                 )
     for name in ("upscaler", "faces"):
         if getattr(options, name) is None and (fact := record.get(name)):
-            found[name] = Path(fact["name"])
+            found[name] = here(fact["name"])
             if not found[name].is_file() or sha256_file(found[name]) != fact["sha256"]:
                 raise UserError(f"{found[name]} is not there any more, or another file: say where with --{name}")
     if not options.lora:
         for fact in record.get("loras", ()):
-            lora = Lora(Path(fact["name"]))
+            lora = Lora(here(fact["name"]))
             if not lora.path.exists() or sha256_file(lora.file) != fact["sha256"]:
                 raise UserError(f"the LoRA {lora.path} is not there any more, or another one: say where with --lora")
         found["lora"] = tuple(f"{fact['name']}:{fact.get('weight', 1.0)}" for fact in record.get("loras", ()))
@@ -277,7 +288,7 @@ def _generate(
         facts = generated.facts
         for name in ("image", "mask"):
             if facts[name] and (given := getattr(options, name)):
-                facts[name]["path"] = str(given)
+                facts[name]["path"] = in_urls(str(given))
         path = save_numbered(png(generated.image, facts), options.out)
         finished.append((path, generated))
         flagged = ""

@@ -7,15 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aesthetic.errors import UserError
-from pipelines.options import Result, WithRecipe, argument, command, option
+from pipelines.options import Result, WithRecipe, argument, command, local_file, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectOptions(WithRecipe):
     data: str = argument("DATA", "the data folder")
     name: str | None = option("the selection's name (default: the recipe's)")
-    uids: str | None = option("keep the rows of a DataComp subset file instead of applying rules", metavar="FILE.npy")
-    write_uids: str | None = option("also write what is kept as a DataComp subset file", metavar="FILE.npy")
+    uids: Path | None = option(
+        "keep the rows of a DataComp subset file instead of applying rules", metavar="FILE.npy", type=local_file
+    )
+    write_uids: Path | None = option(
+        "also write what is kept as a DataComp subset file", metavar="FILE.npy", type=local_file
+    )
 
 
 def run(options: SelectOptions) -> Result:
@@ -39,7 +43,7 @@ def run(options: SelectOptions) -> Result:
     if not given and (before := remembered(data, name)) is not None:
         rules, file = before
         if file is not None:
-            uids = str(file)
+            uids = file
             print(f"made again from {file}, as before")
         elif rules != recipe.select.rules:
             theirs = shlex.quote(data.shown(data.recipe))
@@ -49,7 +53,7 @@ def run(options: SelectOptions) -> Result:
     refuse_denied(data, recipe)
     with data.hold():
         if uids is not None:
-            selection = subsets.select_uids(data, name, Path(uids))
+            selection = subsets.select_uids(data, name, uids)
         else:
             try:
                 selection = select(data, recipe.select)
@@ -57,7 +61,7 @@ def run(options: SelectOptions) -> Result:
                 raise UserError(f"{e}\n{note}" if (note := old_columns(data)) else str(e)) from None
         show_selection(selection)
         if options.write_uids is not None:
-            subsets.write_uids(data, name, Path(options.write_uids))
+            subsets.write_uids(data, name, options.write_uids)
     return Result(
         facts={"kept": selection.kept, "funnel": selection.funnel},
         paths={"selected": data.shown(data.verdicts(name))},

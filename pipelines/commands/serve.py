@@ -17,11 +17,18 @@ from pathlib import Path
 
 from aesthetic.errors import UserError
 from curate.store.files import local_path
-from pipelines.options import Options, Result, argument, option, positive_int
+from curate.store.objects import is_url
+from pipelines.options import Options, Result, argument, input_file, option, positive_int
 from pipelines.runtime.progress import redirect_output
 
 MIN_TOKEN = 16
 """Characters of a token that somebody chose: whoever reaches the port may guess, a few a second."""
+
+
+def _folder(text: str) -> Path:
+    if is_url(text):
+        raise UserError(f"--out {text}: a page keeps its images on a disk, where it looks at them again")
+    return local_path(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +38,7 @@ class ServeOptions(Options):
         "images get its next free numbers (default: samples)",
         default=Path("samples"),
         metavar="FOLDER",
-        type=local_path,
+        type=_folder,
     )
     host: str = option(
         "default: 127.0.0.1, this machine alone; any other needs a token", default="127.0.0.1", metavar="H"
@@ -41,8 +48,12 @@ class ServeOptions(Options):
         "what people must know to draw (default: one is made where needed)", metavar="T", secret=True
     )
     batch: int = option("images of a job drawn at once", default=1, metavar="N", type=positive_int)
-    upscaler: Path | None = option("enlarge with ESRGAN-type weights (extra `upscale`)", metavar="FILE")
-    faces: Path | None = option("restore faces with GFPGAN's weights (extra `upscale`)", metavar="FILE")
+    upscaler: Path | None = option(
+        "enlarge with ESRGAN-type weights (extra `upscale`)", metavar="FILE", type=input_file
+    )
+    faces: Path | None = option(
+        "restore faces with GFPGAN's weights (extra `upscale`)", metavar="FILE", type=input_file
+    )
     lora: tuple[str, ...] = option("repeatable", default=(), metavar="PATH[:WEIGHT]")
     show_flagged: bool = option("do not blur what the NSFW detector flags", default=False)
 

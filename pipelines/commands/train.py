@@ -25,9 +25,19 @@ from typing import IO, TYPE_CHECKING, Any
 from aesthetic.errors import DiskFull, UserError
 from curate.store.files import read_json, sweep, write_json
 from curate.store.mirror import store_at
-from pipelines.options import REQUIRED, Options, Result, argument, command, option, positive_int, read_prompts
+from pipelines.options import (
+    REQUIRED,
+    Options,
+    Result,
+    argument,
+    command,
+    input_file,
+    option,
+    positive_int,
+    read_prompts,
+)
 from pipelines.runtime.progress import ProgressBar, format_duration, redirect_output
-from train.places import bring, discard, local_folder, push, shown
+from train.places import bring, bring_images, discard, local_folder, push, shown
 
 if TYPE_CHECKING:
     from curate.sources.dataset import MapDataset
@@ -72,7 +82,9 @@ class TrainOptions(Options):
     caption: str | None = option("of images without a caption of their own: 'a photo of sks dog'", metavar="TEXT")
     weight_by: str | None = option("draw images in proportion to this score", metavar="COLUMN")
     workers: int | None = option("default: one per GPU, or one", metavar="N", type=positive_int)
-    prompts: Path | None = option("drawn as training goes on, a line each (default: 4 captions)", metavar="FILE")
+    prompts: Path | None = option(
+        "drawn as training goes on, a line each (default: 4 captions)", metavar="FILE", type=input_file
+    )
     save_every: int | None = option(
         "steps between checkpoints (default: a fifth of all)", metavar="N", type=positive_int
     )
@@ -100,7 +112,7 @@ def run(options: TrainOptions) -> Result:
     from train.models.release import is_released
     from train.run import earlier_run
 
-    bring(options.data)
+    bring_images(options.data)
     check_data(options.data)
     bring(options.out)
     samples = open_samples(options.data, options.caption)
@@ -118,6 +130,7 @@ def run(options: TrainOptions) -> Result:
         contextlib.ExitStack() as stack,
     ):
         sweep(options.out)
+        bring(options.out)
         record = earlier_run(options.out, settings)  # again: another run may have been at work until now
         if record and record.get("finished") and is_released(options.out):
             return _result(options.out, record)
@@ -168,10 +181,11 @@ def check_options(options: TrainOptions) -> None:
     if options.workers and options.batch and options.batch % options.workers:
         raise UserError(f"--batch {options.batch} can't be shared evenly by {options.workers} workers")
     if start is not None:
+        from train.models.files import model_folder
         from train.models.info import check_trainable, read_model_info
         from train.models.release import LORA_FILE
 
-        folder = Path(start)
+        folder = model_folder(start)
         if (folder / LORA_FILE).is_file() and not (folder / "model_index.json").is_file():
             raise UserError(f"{start} is a LoRA: give --from the model that it was trained on (its README.md names it)")
         check_trainable(read_model_info(start), options.size)

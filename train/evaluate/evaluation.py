@@ -30,6 +30,7 @@ from curate.images.process import perceptual_hash
 from curate.sheets import Tile, enlarged, sheet
 from curate.sources.dataset import MapDataset
 from curate.store.files import read_json
+from curate.store.mirror import store_at
 from train.data import ImageDataset, Ints, crop_resize, decode_sample
 from train.devices import default_device, versions
 from train.evaluate import figures, heldout
@@ -225,8 +226,9 @@ class Evaluation:
             for batch in missing:
                 images = sampler.generate([requests[i] for i in batch], on_more_steps(bar))
                 for i, generated in zip(batch, images, strict=True):
-                    with atomic(self._sample(i)) as f:
+                    with atomic(path := self._sample(i)) as f:
                         f.write(png(generated.image, generated.facts))
+                    store_at(path).push([path])
         bar.end(f", {len(requests)} images in {self._sample(0).parent}")
 
     def _sample(self, index: int) -> Path:

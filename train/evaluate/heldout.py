@@ -20,6 +20,7 @@ from train.data import Ints, TrainDataset, open_samples, ordered_batches, scan_i
 from train.devices import autocast, out_of_memory
 from train.models.info import training_record
 from train.objective import GAMMA, objective_of
+from train.places import bring_images, local_folder
 from train.tasks import HELD_OUT_TIMES, Denoise, eval_mode
 
 OnDone = Callable[[int], None]
@@ -71,7 +72,7 @@ def _held_out(model: str | Path, samples: MapDataset, on_done: OnDone) -> HeldOu
 
     training = None
     with contextlib.suppress(UserError):
-        training = open_samples(Path(data["folder"]), settings.get("caption"))
+        training = open_samples(bring_images(local_folder(str(data["folder"]))), settings.get("caption"))
     if training is None or training.fingerprint != settings["data"]:
         note = f"other images than the model was trained on; those are no longer in {Path(data['folder']).name} as "
         note += "they were, so that near-duplicates of them can't be told"

@@ -9,6 +9,7 @@ from typing import Any
 
 from aesthetic.errors import UserError
 from curate.store.files import read_json, sha256_file
+from train.models.files import model_folder
 from train.models.info import ModelInfo, read_model_info, training_record
 from train.models.lora import Lora, check_lora
 from train.models.release import LORA_FILE
@@ -26,7 +27,7 @@ class EvaluatedModel:
     @staticmethod
     def of(name: str) -> EvaluatedModel:
         """A model's folder or hub id, or the folder of a LoRA that says to which model it belongs. Raises UserError."""
-        folder = Path(name)
+        folder = model_folder(name)
         if not (folder / LORA_FILE).is_file() or (folder / "model_index.json").is_file():
             info = read_model_info(name)
             return EvaluatedModel(name, info, (), info.folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -21,6 +22,7 @@ from aesthetic.untrusted import parse_json, printable, read_bytes
 from curate.images.decode import decode, decode_alpha
 from curate.ledger.schema import RowError
 from curate.store.files import check_space
+from curate.store.mirror import Mirror, store_at
 
 CHUNK = "tastemaker"
 """The PNG text chunk with the facts, as JSON."""
@@ -215,6 +217,8 @@ def save_numbered(data: bytes, folder: Path, prefix: str = "") -> Path:
     """Write a file under the next free number, as `000007.png`: whole or absent, never over another, also where several
     processes do so at once."""
     folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(store := store_at(folder), Mirror):
+        return _put_numbered(store, data, folder, prefix)
     scratch = scratch_path(folder / "image.png")
     try:
         with open(scratch, "wb") as f:
@@ -232,10 +236,20 @@ def save_numbered(data: bytes, folder: Path, prefix: str = "") -> Path:
     return path
 
 
+def _put_numbered(store: Mirror, data: bytes, folder: Path, prefix: str) -> Path:
+    number = next_number(folder, prefix)
+    while True:
+        path = folder / f"{prefix}{number:06d}.png"
+        with contextlib.suppress(FileExistsError):  # another process's, made since the folder was listed
+            store.create(path, data)
+            return path
+        number += 1
+
+
 def next_number(folder: Path, prefix: str = "") -> int:
     """One more than the highest number of an image in a folder."""
     pattern = re.compile(rf"{re.escape(prefix)}(\d{{6,}})\.png")
-    return max((int(m[1]) for name in os.listdir(folder) if (m := pattern.fullmatch(name))), default=-1) + 1
+    return max((int(m[1]) for name in store_at(folder).names(folder) if (m := pattern.fullmatch(name))), default=-1) + 1
 
 
 def _claim(path: Path, scratch: Path) -> bool:

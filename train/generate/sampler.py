@@ -27,6 +27,7 @@ from aesthetic.errors import UserError
 from curate.annotators.base import Spec
 from curate.annotators.registry import DETECTOR, load_annotator
 from curate.store.files import sha256_file
+from curate.store.mirror import in_urls
 from train import devices
 from train.devices import out_of_memory, versions
 from train.generate.request import GenerationRequest, check_scheduler, facts_of, resolve
@@ -351,9 +352,11 @@ class Sampler:
     def _model_facts(self) -> dict[str, Any]:
         """What is the same for all images."""
         return {
-            "loras": [{"name": str(x.path), "weight": x.weight, "sha256": sha256_file(x.file)} for x in self.loras],
+            "loras": [
+                {"name": in_urls(str(x.path)), "weight": x.weight, "sha256": sha256_file(x.file)} for x in self.loras
+            ],
             **{
-                name: None if path is None else {"name": str(path), "sha256": sha256_file(path)}
+                name: None if path is None else {"name": in_urls(str(path)), "sha256": sha256_file(path)}
                 for name, path in self._extra_weights.items()
             },
             "model": {"name": self.info.name, "sha256": self._digest.result()},

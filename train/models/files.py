@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 from pathlib import Path
 
 from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
 from curate.hub import no_progress_bars
-from curate.store.objects import is_url
+from curate.store.mirror import here, open_store
 from curate.weight_files import read_header
-from train.places import bring_model
+
+_TRAINING = ("checkpoints", "latents", "start", "vae-training", "samples", "evaluation", "logs", "tensorboard")
+"""What lies in a model's folder beside the model."""
+
+
+def model_folder(name: str | Path) -> Path:
+    """The folder that a name of a model means, whether there is one or not: of a URL, a copy of the model in it."""
+    if found := re.fullmatch(r"(.+://.+)/(checkpoints/\d+)/pipeline/?", str(name)):  # train.json lies above it
+        store = open_store(found[1])
+        folder = store.root / found[2] / "pipeline"
+        store.bring([store.root / "train.json", store.root / "data.json", *store.walk(folder)])
+        return folder
+    return here(str(name), _TRAINING)
 
 
 def find_model_folder(name: str | Path) -> Path:
     """The folder of a model. One on the hub is downloaded into the hub's cache, where it is not there yet."""
-    folder = bring_model(str(name)) if is_url(str(name)) else Path(name).expanduser()
+    folder = model_folder(name)
     if (folder / "model_index.json").is_file():
         return folder
     if folder.is_file():
         raise UserError(_single_file_hint(folder))
-    if folder.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") != 1:
+    if folder.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") != 1:  # so has a URL
         inner = sorted(folder.glob("checkpoints/*/pipeline")) if folder.is_dir() else []
         files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.ckpt")) if folder.is_dir() else []
         hint = " A folder with model_index.json is expected, or a hub id."

@@ -24,7 +24,7 @@ from train.models.configs import (
     VaeConfig,
     read_config,
 )
-from train.models.files import find_model_folder
+from train.models.files import find_model_folder, model_folder
 from train.models.schedulers import SCHEDULERS
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
@@ -196,7 +196,7 @@ def training_record(model: str | Path) -> tuple[Path, dict[str, Any]] | None:
 
     Raises UserError where it is one of ours and says what can't be.
     """
-    folder = Path(model).expanduser().absolute()
+    folder = model_folder(model).absolute()
     places = [folder]
     if len(folder.parents) > 2 and folder.parents[1].name == "checkpoints":
         places.append(folder.parents[2])

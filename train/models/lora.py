@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from aesthetic.errors import UserError
 from aesthetic.untrusted import check_regular, first_three, open_regular, parse_json, printable, read_json_file
 from curate.weight_files import WeightsHeader, not_numbers, read_header, read_tensor, weights_header
+from train.models.files import model_folder
 from train.models.info import ModelInfo
 from train.models.release import LORA_FILE
 
@@ -425,9 +426,9 @@ def _add(
 
 
 def parse_lora(text: str) -> Lora:
-    """A LoRA as the command line names it: PATH or PATH:WEIGHT."""
+    """A LoRA as the command line names it: PATH or PATH:WEIGHT; a URL is as good as a path."""
     path, colon, weight = text.rpartition(":")
     if colon and not Path(text).exists():
         with contextlib.suppress(ValueError):
-            return Lora(Path(path), float(weight))
-    return Lora(Path(text))
+            return Lora(model_folder(path), float(weight))
+    return Lora(model_folder(text))

@@ -11,6 +11,7 @@ from typing import Any
 from aesthetic.files import atomic, scratch_path
 from aesthetic.untrusted import markdown, markdown_code, printable
 from curate.store.files import read_json, write_json
+from curate.store.objects import is_url
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -50,7 +51,8 @@ def card(facts: Mapping[str, Any]) -> str:
 
     settings, data, result = facts["settings"], facts["data"], facts["result"]
     base, lora = settings["from"], settings["lora"]
-    named = base if base and not Path(base).exists() else None  # a folder of somebody's is no name on the hub
+    a_folder = base and (is_url(base) or Path(base).exists())
+    named = base if base and not a_folder else None  # a folder of somebody's is no name on the hub
     if base and not named:
         base = Path(base).name
     header = ["library_name: diffusers", "pipeline_tag: text-to-image"]

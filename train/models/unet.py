@@ -209,6 +209,8 @@ def _part(info: ModelInfo, name: str, kind: Any, dtype: torch.dtype) -> Any:
                 f"{files}: the weights {key} hold values that are no numbers{precision}: the model is broken, and "
                 "would draw nothing"
             )
+    if name != "text_encoder":  # what is saved of it would say where it was read
+        part.register_to_config(_name_or_path="")
     return part
 
 
