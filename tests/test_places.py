@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -22,6 +23,7 @@ from aesthetic.catalog import load_head
 from aesthetic.errors import UserError
 from curate.annotators.registry import make_annotator
 from curate.layout import Data
+from curate.store.mirror import store_at
 from curate.store.objects import ObjectStore
 from pipelines.cli import main
 from pipelines.recipe import parse_recipe
@@ -29,6 +31,7 @@ from tests.small_train import make_images
 from tests.stores import Server
 from train.generate.files import read_facts
 from train.models.unet import new_model
+from train.places import bring, local_folder, push
 
 TRAINING = ("--preset", "debug", "--batch", "16", "--steps", "60", "--save-every", "20", "--seed", "3")
 
@@ -176,6 +179,34 @@ def killed(shards: Path, s3_server: Server, tmp_path_factory: pytest.TempPathFac
         assert process.returncode == 0, said
         assert str(folder) not in said, said
         return data, model, said
+
+
+def test_what_was_removed_here_is_removed_there_and_nothing_of_others(s3_url: str, cache: Path) -> None:
+    folder = local_folder(f"{s3_url}/model")
+    for step in ("000010", "000020"):
+        (folder / "checkpoints" / step).mkdir(parents=True)
+        (folder / "checkpoints" / step / "record.json").write_text(step)
+    push(folder)
+    ObjectStore(f"{s3_url}/model").put(b"a worker's", "checkpoints/000030/record.json")
+    store_at(folder).refresh()
+    shutil.rmtree(folder / "checkpoints" / "000010")
+    push(folder)
+    found = on_store(f"{s3_url}/model")
+    assert found == {"checkpoints/000020/record.json": b"000020", "checkpoints/000030/record.json": b"a worker's"}
+    bring(folder)
+    assert (folder / "checkpoints" / "000030" / "record.json").read_text() == "a worker's"
+
+
+def test_a_run_that_is_refused_leaves_nothing_on_a_store(
+    s3_url: str, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = make_images(tmp_path / "discs", 8)
+    (images / "003.png").write_bytes(b"\x89PNG")
+    data, model = put(images, f"{s3_url}/discs"), f"{s3_url}/model"
+    assert main(["train", data, "--out", model, "--preset", "debug"]) == 2
+    said = capsys.readouterr().err
+    assert f"7 images in {data} can be read" in said and str(cache) not in said
+    assert [found.name for found in ObjectStore(model).list()] == [".lease"]
 
 
 @pytest.mark.long

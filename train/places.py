@@ -12,10 +12,9 @@ from pathlib import Path
 
 from aesthetic.errors import UserError
 from curate.store.files import is_scratch
-from curate.store.mirror import open_store, store_at
+from curate.store.mirror import Mirror, open_store, store_at
 
-_OWN = ("logs/ray", ".lease")  # what is each machine's own, or the store's
-_GONE = ("checkpoints", "vae-training", "start")  # of which old parts are removed
+_OWN = ("logs/ray", ".lease", ".lock", ".workers")  # what is each machine's own, or the store's
 _LAST = ("train.json", "model_index.json")
 
 
@@ -50,14 +49,14 @@ def bring(folder: Path, *names: str) -> None:
 
 
 def push(folder: Path) -> None:
-    """Put all files of a folder there that were made or changed here, records last, and remove what was removed."""
+    """Put all files of a folder there that were made or changed here, records last, and remove what was removed.
+
+    What others put there meanwhile, such as the checkpoints of a worker, stays.
+    """
     store = store_at(folder)
-    if store.url is None:
-        return
-    here = {path for path in _files(folder) if _is_shared(folder, path)}
-    store.push(sorted(here, key=_order))
-    gone = [p for name in _GONE for p in store.walk(folder / name) if p not in here]
-    store.remove(sorted(gone, key=_order, reverse=True))
+    if isinstance(store, Mirror):
+        store.push(sorted((path for path in _files(folder) if _is_shared(folder, path)), key=_order))
+        store.remove(sorted(store.gone(folder), key=_order, reverse=True))
 
 
 def discard(folder: Path, name: str) -> None:

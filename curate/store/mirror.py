@@ -233,6 +233,11 @@ class Mirror(Disk):
         if self._listing is not None:
             self._listing.add(found)
 
+    def gone(self, folder: Path) -> list[Path]:
+        """What lay there and here below a folder, and is no longer here."""
+        paths = (self.root / name for name in [*self._here])
+        return [path for path in paths if path.is_relative_to(folder) and not path.exists()]
+
     def release(self, paths: Iterable[Path]) -> None:
         for path in paths:
             if self._here.pop(self._name(path), None) is not None:
