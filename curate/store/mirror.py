@@ -219,9 +219,11 @@ class Mirror(Disk):
     def _put_file(self, path: Path) -> StoredObject:
         """Put a file there, unless it lies there as it is here."""
         name = self._name(path)
-        known = self._here.get(name)
-        if known is not None and known[1] == _identity(path):
+        known, found = self._here.get(name), _identity(path)
+        if known is not None and known[1] == found:
             return known[0]
+        if found is None and (there := self._find(path)) is not None:  # a record is written again, of what lies there
+            return there
         put = self._objects.put_file(path, name)
         keep(path, self._cached(put))
         self._note(put, path)
@@ -271,7 +273,8 @@ class Mirror(Disk):
         self._check()
         etags = {self._name(output): self._put_file(output).etag for output in outputs}
         self._check()  # as late as can be: an upload takes its time
-        before = self._find(path)
+        # of what a worker was asked to do nothing is another run's: where one that is lost wrote it, it is replaced
+        before = self._find(path) if self._lease is not None else self._objects.head(self._name(path))
         content = json_bytes(value)
         try:
             put = self._objects.put(
