@@ -167,6 +167,25 @@ class Killing(Faults):
     n = 0
 
 
+class Killer:
+    """Starts runs in processes of their own, whose requests go through a proxy that may kill them."""
+
+    def __init__(self, proxy: Proxy, faults: Killing, listed: Path, served: Served, folder: Path) -> None:
+        self._proxy, self._faults, self._listed, self._folder = proxy, faults, listed, folder
+        self._served: Any = Served(None, served.urls, served.recipe, served.settings)  # type: ignore[arg-type]
+
+    def run(self, url: str, n: int = 0, after: bool = False) -> bool:
+        """Whether a run came to its end. n: the request at which it is killed; after: once that is done."""
+        self._faults.n, self._faults.after = n, after
+        self._faults.requests.clear()
+        arguments = self._listed, url, self._served, str(self._folder), self._proxy.port
+        self._faults.process = process = forkserver.Process(target=child, args=arguments)
+        process.start()
+        process.join(120)
+        assert process.exitcode in (0, -signal.SIGKILL), f"killed at {n}: {self._faults.requests[-3:]}"
+        return process.exitcode == 0
+
+
 @pytest.mark.long
 def test_killed_at_every_request(served: Served, s3: str, s3_server: Server, tmp_path: Path) -> None:
     """A run that is killed as its n-th request arrives, the next at its (n + 1)-th: nothing is ever half, and in the
@@ -174,24 +193,37 @@ def test_killed_at_every_request(served: Served, s3: str, s3_server: Server, tmp
     listed = served.write_list(tmp_path / "list.tsv")
     here = Data(tmp_path / "data")
     run_stages(listed, here, served.recipe)
-    faults, n, done = Killing(), 0, False
-    asked = (served.urls, served.recipe, served.settings)
+    faults, n = Killing(), 1
     with Proxy(s3_server.port, faults) as proxy:
-        while not done:
+        killer = Killer(proxy, faults, listed, served, tmp_path / "child")
+        while not killer.run(s3, n, after=bool(n % 2)):
             n += 1
-            faults.n, faults.after = n, bool(n % 2)
-            faults.requests.clear()
-            arguments = (listed, s3, Served(None, *asked), str(tmp_path / "child"), proxy.port)  # type: ignore[arg-type]
-            faults.process = process = forkserver.Process(target=child, args=arguments)
-            process.start()
-            process.join(120)
-            assert process.exitcode in (0, -signal.SIGKILL), f"killed at {n}: {faults.requests[-3:]}"
-            done = process.exitcode == 0
             if n % 10 == 0:
                 whole(s3)
     forget()
     print(f"\nkilled {n - 1} times")
     assert contents(downloaded(s3, tmp_path / "there")) == contents(here.root)
+
+
+@pytest.mark.long
+def test_killed_at_requests_of_a_whole_run(served: Served, s3: str, s3_server: Server, tmp_path: Path) -> None:
+    """As above, each time from the beginning, at every sixth request; the run after it comes to its end."""
+    listed = served.write_list(tmp_path / "list.tsv")
+    here = Data(tmp_path / "data")
+    run_stages(listed, here, served.recipe)
+    wanted, faults = contents(here.root), Killing()
+    with Proxy(s3_server.port, faults) as proxy:
+        killer = Killer(proxy, faults, listed, served, tmp_path / "child")
+        assert killer.run(f"{s3}/whole")
+        count = len(faults.requests)
+        for n in range(1, count, 6):
+            if killer.run(f"{s3}/{n}", n, after=bool(n % 4 == 1)):
+                continue  # some requests more or fewer are asked for in another run
+            whole(f"{s3}/{n}")
+            assert killer.run(f"{s3}/{n}")
+            forget()
+            assert contents(downloaded(f"{s3}/{n}", tmp_path / str(n))) == wanted, n
+    print(f"\n{count} requests")
 
 
 def whole(url: str) -> None:
