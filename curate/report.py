@@ -246,7 +246,7 @@ class Report:
             for cluster, counts in zip(clusters.tolist(), both, strict=True):
                 sizes[cluster] = sizes.get(cluster, 0) + counts
         rows = [sizes[cluster] for cluster in sorted(sizes, key=lambda c: (-sizes[c][0], c))]
-        counts = np.array(rows or [(0, 0)], np.float64)
+        counts = np.array(rows, np.float64) if rows else np.zeros((1, 2))
         counts /= np.maximum(1, counts.sum(0))
         bars = [part.sum(0) for part in np.array_split(counts, min(BINS, len(counts)))]
         return [float(before) for before, _ in bars], [float(after) for _, after in bars]
