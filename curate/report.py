@@ -141,7 +141,7 @@ def score_charts(data: Data, name: str) -> Path | None:
 def _title(page: Page, report: Report) -> None:
     made = report.selection
     share = f" ({made.kept / made.rows:.1%})" if made.rows else ""
-    page.title(made.name, report.data.root.name, f"{made.rows:,} rows, {made.kept:,} kept{share}")
+    page.title(made.name, report.data.name, f"{made.rows:,} rows, {made.kept:,} kept{share}")
 
 
 class Report:

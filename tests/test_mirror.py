@@ -104,6 +104,20 @@ def test_damage_is_seen_and_made_again(served: Served, s3: str, tmp_path: Path) 
     assert contents(downloaded(s3, tmp_path / "again")) == contents(whole)
 
 
+def test_what_others_put_beside_packed_shards_stays(served: Served, s3: str, tmp_path: Path) -> None:
+    listed = served.write_list(tmp_path / "list.tsv")
+    run_there(listed, s3, served)
+    name = served.recipe.select.name
+    ObjectStore(s3).put(b"theirs", f"shards/{name}/notes.txt")
+    ObjectStore(s3).delete([f"shards/{name}/manifest.json"])
+    with pytest.raises(UserError, match=rf"{s3}/shards/{name} holds notes\.txt, which was not packed"):
+        run_there(listed, s3, served)
+    ObjectStore(s3).delete([f"shards/{name}/notes.txt"])
+    ObjectStore(s3).put(b"of more shards than there are now", f"shards/{name}/00099.tar")
+    run_there(listed, s3, served)
+    assert ObjectStore(s3).head(f"shards/{name}/00099.tar") is None
+
+
 def test_a_cache_that_holds_nothing(served: Served, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TASTEMAKER_CACHE_SIZE", "1k")
     listed = served.write_list(tmp_path / "list.tsv")
