@@ -46,7 +46,7 @@ def column_sheet(data: Data, name: str) -> Path | None:
     if not columns:
         return None
     page = Page(160 + sum(420 + 190 * (2 * ENDS // 8 + VALUES) for _ in columns))
-    page.title(name, f"{data.root.name}/annotated", f"{sheet.images:,} images")
+    page.title(name, f"{data.name}/annotated", f"{sheet.images:,} images")
     for column in columns:
         facts = sheet.facts.get(column, {})
         about = " ".join(filter(None, [facts.get("meaning", ""), f"[{facts['unit']}]" if facts.get("unit") else ""]))

@@ -62,6 +62,11 @@ class Data:
     root: Path
     url: str | None = None
 
+    @property
+    def name(self) -> str:
+        """The last part of its path or URL."""
+        return str(self).rstrip("/").rpartition("/")[2]
+
     @staticmethod
     def at(place: str | Path) -> Data:
         """The data folder at a path or a URL, whether there is one or not. UserError where that is neither."""

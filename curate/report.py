@@ -14,8 +14,8 @@ from typing import Any
 
 import duckdb
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -23,6 +23,7 @@ from aesthetic.errors import UserError
 from curate.images.decode import decode
 from curate.layout import Data
 from curate.ledger.balance import balance_words, cluster_columns
+from curate.ledger.counts import Verdicts, quantile, value_range, values_of
 from curate.ledger.rules import DENIED, NUMBER, UNJUDGED, Computed, read_rules
 from curate.ledger.schema import RowError, Status
 from curate.ledger.select import load_selection
@@ -140,7 +141,7 @@ def score_charts(data: Data, name: str) -> Path | None:
 def _title(page: Page, report: Report) -> None:
     made = report.selection
     share = f" ({made.kept / made.rows:.1%})" if made.rows else ""
-    page.title(made.name, report.data.root.name, f"{made.rows:,} rows, {made.kept:,} kept{share}")
+    page.title(made.name, report.data.name, f"{made.rows:,} rows, {made.kept:,} kept{share}")
 
 
 class Report:
@@ -166,6 +167,7 @@ class Report:
         asked = [set(t.shards) for t in found if t.name in hidden.values()]
         shards = [s for s in self.fetched.shards if all(s in a for a in asked)]
         self.picked = [shards[i] for i in spread(len(shards), SHARDS)]
+        self._verdicts = Verdicts(data.local(data.verdicts(name)))
         self.db = self._candidates(found)
         self._blurred = " or ".join(self._unsafe_conditions()) or "false"
 
@@ -221,28 +223,30 @@ class Report:
 
     def histogram(self, column: str) -> tuple[list[int], list[int], float, float]:
         """Counts per bin of all images that have a value and of the kept ones, and the range (lo, hi) that is cut."""
-        self._load_values(column)
-        everything, kept = [0] * BINS, [0] * BINS
-        lo, hi = self.db.sql("select min(v), max(v) from value").fetchall()[0]
-        if lo is None:
-            return everything, kept, 0.0, 1.0
+        table, everything, kept = self.tables[column], np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
+        lo, hi = value_range(table, column) or (0.0, 1.0)
         hi = hi if hi > lo else lo + 1.0
-        for place, n, k in self.db.sql(
-            f"select least(floor((v - {lo}) / {hi - lo} * {BINS})::int, {BINS - 1}), count(*), "
-            "count(*) filter (chosen.verdict = 'kept') from value join chosen using (key) group by 1"
-        ).fetchall():
-            everything[place], kept[place] = n, k
-        return everything, kept, lo, hi
+        for keys, values in values_of(table, column):
+            places = np.minimum(((values - lo) / (hi - lo) * BINS).astype(np.int64), BINS - 1)
+            verdicts = self._verdicts.of(keys)
+            everything += np.bincount(places[verdicts >= 0], minlength=BINS)
+            kept += np.bincount(places[self._verdicts.kept(verdicts)], minlength=BINS)
+        return everything.tolist(), kept.tolist(), lo, hi
 
     def shares(self, column: str) -> tuple[list[float], list[float]]:
         """The share that clusters have of all images and of the kept ones, the largest first; of many, as many together
         as make `BINS` bars."""
-        self._load_values(column)
-        rows = self.db.sql(
-            "select count(*), count(*) filter (chosen.verdict = 'kept') from value join chosen using (key) "
-            f"where chosen.verdict <> '{DENIED}' group by v order by 1 desc, v"
-        ).fetchall()
-        counts = np.array(rows or [(0, 0)], np.float64)
+        sizes = dict[float, npt.NDArray[np.int64]]()  # cluster -> all, kept
+        for keys, values in values_of(self.tables[column], column):
+            verdicts = self._verdicts.of(keys)
+            seen = (verdicts >= 0) & ~self._verdicts.denied(verdicts)
+            clusters, places = np.unique(values[seen], return_inverse=True)
+            kept = self._verdicts.kept(verdicts[seen])
+            both = np.stack([np.bincount(places[some], minlength=len(clusters)) for some in (slice(None), kept)], 1)
+            for cluster, counts in zip(clusters.tolist(), both, strict=True):
+                sizes[cluster] = sizes.get(cluster, 0) + counts
+        rows = [sizes[cluster] for cluster in sorted(sizes, key=lambda c: (-sizes[c][0], c))]
+        counts = np.array(rows, np.float64) if rows else np.zeros((1, 2))
         counts /= np.maximum(1, counts.sum(0))
         bars = [part.sum(0) for part in np.array_split(counts, min(BINS, len(counts)))]
         return [float(before) for before, _ in bars], [float(after) for _, after in bars]
@@ -259,40 +263,30 @@ class Report:
 
     def _candidates(self, found: Sequence[LedgerTable]) -> duckdb.DuckDBPyConnection:
         """A connection with the table `candidate`: the ledger's rows of the images of the picked shards, with `#shard`
-        and `#verdict`; and `chosen`: all verdicts of the selection."""
+        and `#verdict`."""
         here = [t.of(self.picked) for t in found]
         named = {c for rule in self.rules.values() if rule for c in rule.columns}
         db = open_ledger(self.data, {*self.columns, *named}, found=[t for t in here if t.shards])
-        db.register(
-            "chosen", ds.dataset(str(self.data.local(self.data.verdicts(self.selection.name))), format="parquet")
-        )
         keys = [pq.read_table(here[0].data.local(file), columns=["key"])["key"] for file in here[0].files]
         shards = [pa.array([shard] * len(k), pa.int64()) for shard, k in zip(self.picked, keys, strict=True)]
-        db.register("place", pa.table({"key": pa.chunked_array(keys), "shard": pa.chunked_array(shards)}))
+        columns = {"key": pa.chunked_array(keys, pa.string()), "shard": pa.chunked_array(shards, pa.int64())}
+        verdicts = self._verdicts.of(columns["key"])
+        words = pa.array(self._verdicts.words, pa.string())
+        columns["verdict"] = words.take(pa.array(verdicts, mask=verdicts < 0))
+        db.register("place", pa.table(columns))
         absent = "".join(f", null::{self.columns[c]} as {quote(c)}" for t in here if not t.shards for c in t.columns)
         db.execute(
-            f'create temp table candidate as select l.*, p.shard as "#shard", c.verdict as "#verdict"{absent} '
-            "from ledger l join place p on p.key = l.key join chosen c on c.key = l.key "
-            f"where l.status = '{Status.SUCCESS}' and c.verdict <> '{DENIED}' and not ({self._hidden})"
+            f'create temp table candidate as select l.*, p.shard as "#shard", p.verdict as "#verdict"{absent} '
+            "from ledger l join place p on p.key = l.key "
+            f"where l.status = '{Status.SUCCESS}' and p.verdict <> '{DENIED}' and not ({self._hidden})"
         )
         return db
-
-    def _load_values(self, column: str) -> None:
-        """The table `value` (key, v): one score of every image that has one."""
-        table, c = self.tables[column], quote(column)
-        table.data.bring(*table.files)
-        self.db.register("stored", ds.dataset([str(p) for p in table.files], format="parquet"))
-        self.db.execute(
-            "create or replace temp table value as "
-            f"select {quote(table.key)} as key, {c} as v from stored where isfinite({c}::double)"
-        )
 
     def _cut_of(self, top: Computed) -> float | None:
         """From which value on a `top` keeps; None where no image has one."""
         if top.column not in self.tables:
             return None
-        self._load_values(top.column)
-        return self.db.sql(f"select quantile_disc(v, {1 - top.fraction}) from value").fetchall()[0][0]
+        return quantile(self.tables[top.column], top.column, 1 - top.fraction)
 
     def _is_unsafe(self, name: str) -> bool:
         """Whether a rule looks at how unsafe images are; one that can't be read does if it has such a column's name."""

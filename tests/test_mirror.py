@@ -87,6 +87,7 @@ def test_the_same_bytes_as_on_a_disk(served: Served, s3: str, tmp_path: Path) ->
     assert [damage for damage in verify(data) if damage] == strays(data) == []
 
 
+@pytest.mark.long
 def test_damage_is_seen_and_made_again(served: Served, s3: str, tmp_path: Path) -> None:
     listed = served.write_list(tmp_path / "list.tsv")
     run_there(listed, s3, served)
@@ -104,6 +105,22 @@ def test_damage_is_seen_and_made_again(served: Served, s3: str, tmp_path: Path) 
     assert contents(downloaded(s3, tmp_path / "again")) == contents(whole)
 
 
+@pytest.mark.long
+def test_what_others_put_beside_packed_shards_stays(served: Served, s3: str, tmp_path: Path) -> None:
+    listed = served.write_list(tmp_path / "list.tsv")
+    run_there(listed, s3, served)
+    name = served.recipe.select.name
+    ObjectStore(s3).put(b"theirs", f"shards/{name}/notes.txt")
+    ObjectStore(s3).delete([f"shards/{name}/manifest.json"])
+    with pytest.raises(UserError, match=rf"{s3}/shards/{name} holds notes\.txt, which was not packed"):
+        run_there(listed, s3, served)
+    ObjectStore(s3).delete([f"shards/{name}/notes.txt"])
+    ObjectStore(s3).put(b"of more shards than there are now", f"shards/{name}/00099.tar")
+    run_there(listed, s3, served)
+    assert ObjectStore(s3).head(f"shards/{name}/00099.tar") is None
+
+
+@pytest.mark.long
 def test_a_cache_that_holds_nothing(served: Served, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TASTEMAKER_CACHE_SIZE", "1k")
     listed = served.write_list(tmp_path / "list.tsv")
@@ -128,6 +145,7 @@ def test_what_is_not_there(s3: str) -> None:
         check_free(Data.at(s3).store, "data")
 
 
+@pytest.mark.long
 def test_who_lost_the_lease_commits_nothing(served: Served, s3: str, tmp_path: Path) -> None:
     listed = served.write_list(tmp_path / "list.tsv")
     run_there(listed, s3, served)
@@ -140,6 +158,23 @@ def test_who_lost_the_lease_commits_nothing(served: Served, s3: str, tmp_path: P
         data.store._lease = None  # type: ignore[attr-defined]  # as a worker of its, which has the token alone
         data.invalidate(data.manifest(name))
         pack(data, name, served.recipe.pack)
+
+
+@pytest.mark.long
+def test_a_listing_that_lags(served: Served, s3: str, tmp_path: Path) -> None:
+    """What was written lately is not listed: it is made once more, and nothing breaks."""
+    listed = served.write_list(tmp_path / "list.tsv")
+    run_there(listed, s3, served)
+    forget()
+    before = contents(downloaded(s3, tmp_path / "before"))
+    data = Data.at(s3)
+    with data.hold():
+        late = [name for name in data.store._listing if name.startswith(("selected/", "annotated/dup/", "embedded/"))]  # type: ignore[attr-defined]
+        assert len(late) > 10
+        data.store._listing.remove(late)  # type: ignore[attr-defined]
+        run_stages(listed, data, served.recipe)
+    forget()
+    assert contents(downloaded(s3, tmp_path / "after")) == before
 
 
 # --------------------------------------------------------------------------------------------------------------- faults
@@ -167,6 +202,25 @@ class Killing(Faults):
     n = 0
 
 
+class Killer:
+    """Starts runs in processes of their own, whose requests go through a proxy that may kill them."""
+
+    def __init__(self, proxy: Proxy, faults: Killing, listed: Path, served: Served, folder: Path) -> None:
+        self._proxy, self._faults, self._listed, self._folder = proxy, faults, listed, folder
+        self._served: Any = Served(None, served.urls, served.recipe, served.settings)  # type: ignore[arg-type]
+
+    def run(self, url: str, n: int = 0, after: bool = False) -> bool:
+        """Whether a run came to its end. n: the request at which it is killed; after: once that is done."""
+        self._faults.n, self._faults.after = n, after
+        self._faults.requests.clear()
+        arguments = self._listed, url, self._served, str(self._folder), self._proxy.port
+        self._faults.process = process = forkserver.Process(target=child, args=arguments)
+        process.start()
+        process.join(120)
+        assert process.exitcode in (0, -signal.SIGKILL), f"killed at {n}: {self._faults.requests[-3:]}"
+        return process.exitcode == 0
+
+
 @pytest.mark.long
 def test_killed_at_every_request(served: Served, s3: str, s3_server: Server, tmp_path: Path) -> None:
     """A run that is killed as its n-th request arrives, the next at its (n + 1)-th: nothing is ever half, and in the
@@ -174,24 +228,37 @@ def test_killed_at_every_request(served: Served, s3: str, s3_server: Server, tmp
     listed = served.write_list(tmp_path / "list.tsv")
     here = Data(tmp_path / "data")
     run_stages(listed, here, served.recipe)
-    faults, n, done = Killing(), 0, False
-    asked = (served.urls, served.recipe, served.settings)
+    faults, n = Killing(), 1
     with Proxy(s3_server.port, faults) as proxy:
-        while not done:
+        killer = Killer(proxy, faults, listed, served, tmp_path / "child")
+        while not killer.run(s3, n, after=bool(n % 2)):
             n += 1
-            faults.n, faults.after = n, bool(n % 2)
-            faults.requests.clear()
-            arguments = (listed, s3, Served(None, *asked), str(tmp_path / "child"), proxy.port)  # type: ignore[arg-type]
-            faults.process = process = forkserver.Process(target=child, args=arguments)
-            process.start()
-            process.join(120)
-            assert process.exitcode in (0, -signal.SIGKILL), f"killed at {n}: {faults.requests[-3:]}"
-            done = process.exitcode == 0
             if n % 10 == 0:
                 whole(s3)
     forget()
     print(f"\nkilled {n - 1} times")
     assert contents(downloaded(s3, tmp_path / "there")) == contents(here.root)
+
+
+@pytest.mark.long
+def test_killed_at_requests_of_a_whole_run(served: Served, s3: str, s3_server: Server, tmp_path: Path) -> None:
+    """As above, each time from the beginning, at every sixth request; the run after it comes to its end."""
+    listed = served.write_list(tmp_path / "list.tsv")
+    here = Data(tmp_path / "data")
+    run_stages(listed, here, served.recipe)
+    wanted, faults = contents(here.root), Killing()
+    with Proxy(s3_server.port, faults) as proxy:
+        killer = Killer(proxy, faults, listed, served, tmp_path / "child")
+        assert killer.run(f"{s3}/whole")
+        count = len(faults.requests)
+        for n in range(1, count, 6):
+            if killer.run(f"{s3}/{n}", n, after=bool(n % 4 == 1)):
+                continue  # some requests more or fewer are asked for in another run
+            whole(f"{s3}/{n}")
+            assert killer.run(f"{s3}/{n}")
+            forget()
+            assert contents(downloaded(f"{s3}/{n}", tmp_path / str(n))) == wanted, n
+    print(f"\n{count} requests")
 
 
 def whole(url: str) -> None:

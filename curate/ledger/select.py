@@ -42,6 +42,7 @@ from curate.ledger.rules import DENIED, KEPT, NOT_FETCHED, NOT_IN_UIDS, NUMBER, 
 from curate.ledger.sql import Bounds
 from curate.ledger.view import (
     OURS,
+    LedgerTable,
     column_types,
     current_tables,
     hidden_columns,
@@ -203,7 +204,7 @@ def select(data: Data, config: SelectConfig) -> Selection:
     numbers = sorted(c for c in used if NUMBER.fullmatch(types[c]) and c not in {*scores, *clusters})
     out, of_early = left_out(current, types)
     needed = {*used, *scores, *clusters, *hidden, *of_early}
-    con = open_ledger(data, needed)
+    con = open_ledger(data, needed, found=found)
 
     denied, denied_by = np.zeros(0, np.uint64), dict[str, int]()
     groups: list[dict[str, dict[str, float]]] = []  # of each rule
@@ -222,7 +223,7 @@ def select(data: Data, config: SelectConfig) -> Selection:
         quantiles = {}
         for column in [*scores, *numbers]:
             if len(values := numbers_of(con, column)):
-                found = np.quantile(values, list(LEVELS.values()))
+                found = np.quantile(values, list(LEVELS.values()), overwrite_input=True)
                 quantiles[column] = {level: float(f"{v:.6g}") for level, v in zip(LEVELS, found, strict=True)}
         return keys, states, odd, quantiles
 
@@ -274,7 +275,7 @@ def select(data: Data, config: SelectConfig) -> Selection:
     )
     fetched_keys = np.concatenate([fetched_keys, early_keys, denied])
     verdicts = np.concatenate([verdicts, np.full(len(denied), len(rules) + 2, np.int16)])
-    write_selection(data, selection, fetched_keys, verdicts, failed, config=identity, inputs=inputs)
+    write_selection(found[0], selection, fetched_keys, verdicts, failed, config=identity, inputs=inputs)
     return selection
 
 
@@ -299,7 +300,7 @@ def check_name(name: str) -> None:
 
 
 def write_selection(
-    data: Data,
+    table: LedgerTable,
     selection: Selection,
     fetched: np.ndarray,
     verdicts: np.ndarray,
@@ -311,11 +312,11 @@ def write_selection(
 ) -> None:
     """Write the verdicts in the order of keys, and commit them. Refuses a key that comes twice.
 
-    `fetched` are the keys (numbers) of rows that did not fail, `verdicts` theirs: i the i-th rule, counted from one,
-    and after the last rule kept, then denied, then unjudged. `failed` are the keys of the other rows. `more` goes into
-    the record.
+    `table` is that of what was fetched. `fetched` are the keys (numbers) of rows that did not fail, `verdicts` theirs:
+    i the i-th rule, counted from one, and after the last rule kept, then denied, then unjudged. `failed` are the keys
+    of the other rows. `more` goes into the record.
     """
-    keys = np.concatenate([fetched, failed])
+    data, keys = table.data, np.concatenate([fetched, failed])
     codes = np.concatenate([verdicts, np.zeros(len(failed), np.int16)])
     order = np.argsort(keys, kind="stable")
     keys, codes = keys[order], codes[order]
@@ -326,7 +327,7 @@ def write_selection(
     names = pa.array([NOT_FETCHED, *(r.name for r in selection.rules), KEPT, *more_words])
     path, record = data.verdicts(selection.name), data.selection_record(selection.name)
     # as many digits as the first key has: keys are numbers, zero-padded to that, and longer ones have no zeros
-    files = (pq.ParquetFile(data.local(table)) for table in tables(data)[0].files)
+    files = (pq.ParquetFile(data.local(file)) for file in table.files)
     firsts = (batch for file in files for batch in file.iter_batches(1, columns=["key"]))
     width = next((len(batch["key"][0].as_py()) for batch in firsts), 0)
     schema = pa.schema([("key", pa.string()), ("verdict", pa.dictionary(pa.int16(), pa.string()))])

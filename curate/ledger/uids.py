@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,15 @@ from curate.ledger.select import (
     write_selection,
 )
 from curate.ledger.sql import batches
-from curate.ledger.view import column_types, current_tables, hidden_columns, open_ledger, table_digests, tables
+from curate.ledger.view import (
+    LedgerTable,
+    column_types,
+    current_tables,
+    hidden_columns,
+    open_ledger,
+    table_digests,
+    tables,
+)
 from curate.store.files import digest, sha256_file
 
 if TYPE_CHECKING:
@@ -60,12 +69,12 @@ def select_uids(data: Data, name: str, path: Path) -> Selection:
     uids = read_uids(path)
     found = tables(data)
     hidden = hidden_columns(found)
-    column, config = _uid_column(data), digest([FORMAT, NOT_IN_UIDS, *([[*hidden]] if hidden else [])])
+    column, config = _uid_column(found), digest([FORMAT, NOT_IN_UIDS, *([[*hidden]] if hidden else [])])
     read = [t for t in current_tables(data, found, hidden.values()) if t is found[0] or t.name in hidden.values()]
     inputs = {**table_digests(read), "uids": sha256_file(path)}
     if data.is_done(data.selection_record(name), config=config, inputs=inputs):
         return load_selection(data, name)
-    with open_ledger(data, {column, *hidden}) as con:
+    with open_ledger(data, {column, *hidden}, found=found) as con:
         keys, ours, missing = [np.zeros(0, np.uint64)], [np.zeros(0, "S16")], [np.zeros(0, np.uint64)]
         early = [np.zeros(0, bool)]
         denied, denied_by = load_rows(con, {column, *hidden}, hidden)
@@ -108,7 +117,7 @@ def select_uids(data: Data, name: str, path: Path) -> Selection:
         selection.warnings.append(words_for_unjudged(data, selection.unjudged, applied_early(found), {}))
     fetched_keys = np.concatenate([known, without, denied])
     more = {"uids": str(path.absolute())}
-    write_selection(data, selection, fetched_keys, verdicts, failed, config=config, inputs=inputs, more=more)
+    write_selection(found[0], selection, fetched_keys, verdicts, failed, config=config, inputs=inputs, more=more)
     return selection
 
 
@@ -118,8 +127,9 @@ def write_uids(data: Data, name: str, path: Path) -> int:
     Raises UserError where the list carries no uid, or a kept row has none.
     """
     load_selection(data, name)
-    column = _uid_column(data)
-    with open_ledger(data, {column}) as con:
+    found = tables(data)
+    column = _uid_column(found)
+    with open_ledger(data, {column}, found=found) as con:
         kept = f"SELECT key FROM verdicts WHERE selection = '{name}' AND verdict = '{KEPT}'"
         parts = [np.zeros(0, "S16")]
         for batch in batches(con, f"SELECT {as_value(column)} AS uid FROM ledger WHERE key IN ({kept})"):
@@ -132,8 +142,8 @@ def write_uids(data: Data, name: str, path: Path) -> int:
     return len(values)
 
 
-def _uid_column(data: Data) -> str:
-    columns = column_types(tables(data))[1]
+def _uid_column(found: Sequence[LedgerTable]) -> str:
+    columns = column_types(found)[1]
     for name, kind in columns.items():
         if name.lower() == "uid" and kind == "VARCHAR":
             return f"source.{name}"

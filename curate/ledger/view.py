@@ -62,6 +62,11 @@ class LedgerTable:
         self.data.look(self.records)
         return [self.data.record(record) for record in self.records]
 
+    @cached_property
+    def notes(self) -> list[str]:
+        """What the records ask to be repeated (`notes_of`), which takes a look at each."""
+        return notes_of(self.facts)
+
     @property
     def partial(self) -> bool:
         """Whether it lacks rows of images that early rules left out, by its first shard: vectors alone may."""
@@ -289,7 +294,7 @@ def recorded_columns(found: Sequence[LedgerTable]) -> dict[str, dict[str, Any]]:
         if "similarity" in table.columns:
             continue
         record = {k: v for k, v in table.facts[0].items() if k not in ("inputs", "outputs", "self", "count", "spent")}
-        record |= {"notes": notes} if (notes := notes_of(table.facts)) else {}
+        record |= {"notes": [*table.notes]} if table.notes else {}
         record.pop("counts", None)  # of its shard alone; notes have the sums
         specs = record.pop("columns", {})
         facts |= {column: {**specs.get(column, {}), **record} for column in table.columns}
@@ -409,7 +414,8 @@ class QueryResult:
         """Raises UserError for other statements, for SQL errors, and where nothing is fetched."""
         check_one_select(sql)
         self._data = data
-        self._con = open_ledger(data, _mentioned(data, sql))
+        found = tables(data)
+        self._con = open_ledger(data, _mentioned(found, sql), found=found)
         self._bounds = Bounds(self._con)
         try:
             self._rows = self._run(lambda: batches(self._con, sql, 1 << 14))
@@ -464,7 +470,7 @@ def _no_column(data: Data, error: Exception) -> str:
     return f"there is no column {unknown[1]}. " + (f"Did you mean {near}?" if near else f"There are {', '.join(there)}")
 
 
-def _mentioned(data: Data, sql: str) -> set[str] | None:
+def _mentioned(found: Sequence[LedgerTable], sql: str) -> set[str] | None:
     """The columns whose names occur in a query; None (all) where it may mean columns that it doesn't name."""
     tree = parse(sql)
     nodes = list(walk(tree))
@@ -477,6 +483,6 @@ def _mentioned(data: Data, sql: str) -> set[str] | None:
     )
     if tree["error"] or whole:
         return None
-    columns, source = column_types(tables(data))
+    columns, source = column_types(found)
     text = sql.lower().replace('""', '"')
     return {n for n in columns if n.lower() in text} | {f"source.{n}" for n in source if n.lower() in text}

@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -112,52 +111,56 @@ def pack(
     if data.is_done(data.manifest(name), config=identity, inputs=inputs):
         return data.record(data.manifest(name))
 
-    _check_folder(folder)
+    _check_folder(data, folder)
     data.remove(data.sheet(name), data.charts(name))  # of what was packed before
     for leftover in left_over(folder.parent):  # of a process that was killed
         if leftover.name.startswith(f".{name}.") and leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
-    building, old = scratch_path(folder), scratch_path(folder)
-    building.mkdir(parents=True)
+    # on a disk the whole folder is replaced at once; on a store each file is put as it is made, the manifest last
+    building, old = scratch_path(folder) if data.url is None else folder, scratch_path(folder)
+    if data.url is not None:
+        data.invalidate(data.manifest(name))
+    building.mkdir(parents=True, exist_ok=True)
     try:
         sizes, outputs = _write_shards(data, building, selection, config, found, progress)
         left_out = [t.name for t in all_tables if t not in found]
         facts = _facts(data, selection, config, len(sizes), found, left_out)
         write_json(building / "sizes.json", sizes)
-        columns = pq.read_schema(building / f"{shard_name(0)}.parquet").names
+        columns = pq.read_schema(data.local(building / f"{shard_name(0)}.parquet")).names
         write_atomic(building / "README.md", _card(facts, selection, columns).encode())
         outputs |= {file: _output(building / file) for file in ("sizes.json", "README.md")}
         named = {f"shards/{name}/{file}": output for file, output in sorted(outputs.items())}  # where they will be
         facts |= {"config": identity, "inputs": inputs, "outputs": named}
         write_json(building / "manifest.json", {**facts, "self": record_digest(facts)})
-        if data.url is not None:  # on a disk the whole folder is replaced at once
-            data.invalidate(data.manifest(name))
-        if folder.exists():
-            folder.rename(old)
-        building.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-        data.remove(*(folder / found for found in data.store.names(folder) if not (folder / found).exists()))
-        data.push(*sorted(folder.glob("[0-9R]*")), *sorted(folder.glob("*.json"), reverse=True))
+        if data.url is None:
+            if folder.exists():
+                folder.rename(old)
+            building.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            data.remove(*(folder / found for found in data.store.names(folder) if found not in outputs))
+            data.push(*(folder / file for file in ("sizes.json", "README.md", "manifest.json")))
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return data.record(data.manifest(name))
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(data: Data, folder: Path) -> None:
     """UserError where the folder of packed shards, which is replaced as a whole, holds a file that we did not pack."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UserError(
             f"{folder} is a link or a file; shards are packed into a folder of that name: move it elsewhere"
         )
-    if not folder.is_dir():
+    if data.url is None and not folder.is_dir():
         return
-    record = read_json(folder / "manifest.json")
-    packed = (folder / "sizes.json").is_file() if record is None else "self" in record
+    record = read_json(data.local(folder / "manifest.json"))
+    # on a store what was packed by a run that was killed lies there without them
+    packed = data.url is not None or (folder / "sizes.json").is_file() if record is None else "self" in record
     ours = re.compile(r"manifest\.json|sizes\.json|README\.md|\d{5,}\.(tar|parquet)" if packed else "")
-    others = sorted(n for n in os.listdir(folder) if not (ours.fullmatch(n) or is_scratch(n)))
+    others = sorted(n for n in data.store.names(folder) if not (ours.fullmatch(n) or is_scratch(n)))
     if others:
         raise UserError(
-            f"{folder} holds {others[0]}, which was not packed, and would be replaced as a whole: "
+            f"{data.shown(folder)} holds {others[0]}, which was not packed, and would be replaced as a whole: "
             "move it elsewhere, or give another --name"
         )
 
@@ -305,8 +308,11 @@ def _write_shards(
             tar.close()
         with atomic(path.with_suffix(".parquet")) as f:
             pq.write_table(rows, f, compression="zstd")
-        for file in (path, path.with_suffix(".parquet")):
-            outputs[file.name] = _output(file)
+        files = path, path.with_suffix(".parquet")
+        outputs |= {file.name: _output(file) for file in files}
+        if data.url is not None:
+            data.push(*files)
+            data.release(*files)
         sizes[path.name] = len(rows)
         half(len(rows))
     shutil.rmtree(scratch)

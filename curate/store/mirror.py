@@ -272,9 +272,10 @@ class Mirror(Disk):
     def write_record(self, path: Path, value: Mapping[str, Any], outputs: Iterable[Path]) -> None:
         self._check()
         etags = {self._name(output): self._put_file(output).etag for output in outputs}
-        self._check()  # as late as can be: an upload takes its time
-        # of what a worker was asked to do nothing is another run's: where one that is lost wrote it, it is replaced
-        before = self._find(path) if self._lease is not None else self._objects.head(self._name(path))
+        # whoever has the folder by now either wrote the record before this, and the check says so, or the put finds
+        # another than is seen here; a listing may lag behind
+        before = self._objects.head(self._name(path))
+        self._check()
         content = json_bytes(value)
         try:
             put = self._objects.put(
