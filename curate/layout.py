@@ -249,6 +249,12 @@ class Data:
         """Columns in `scored/`, where they were before there was `annotated/`, that nobody has computed anew."""
         return [name for name in self._folders(self.root / "scored") if name not in self.annotated()]
 
+    def release_shard(self, shard: int, columns: Iterable[str] = ()) -> None:
+        """Let go of the files of a shard that lie there as well: of whole lists there is no room here."""
+        made = (self.annotations(name, shard) for name in columns)
+        vectors = self.image_vectors(shard), self.text_vectors(shard), self.metadata(shard)
+        self.release(self.tar(shard), self.table(shard), *vectors, *made)
+
     # selected/, shards/, report/
 
     def verdicts(self, name: str) -> Path:

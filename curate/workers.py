@@ -94,6 +94,7 @@ class FetchWorker:
                 await ingest_shard(self.data, shard, self._context, self.config, again=done, retry=retry)
             finally:
                 await self._context.fetcher.return_slots()
+                self.data.release_shard(shard)
 
     async def close(self) -> None:
         """Close connections and threads; the process is as it was."""
@@ -193,6 +194,7 @@ class EmbedWorker:
             early=self.early,
             spent=self._spent,
         )
+        self.data.release_shard(shard, self.annotators)
 
 
 def claim_space(data: Data, space: Space) -> None:

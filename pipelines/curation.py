@@ -243,14 +243,16 @@ def _run_job(
         print(f"retry  {result.facts['recovered']:,} more images")
 
     # values of the list that could not be taken as they are: one that is used where it lies is read late
-    records = {s.shard: data.record(data.fetched_record(s.shard)) for s in plan.shards}
-    notes = [f"shard {shard}: {note}" for shard, record in records.items() for note in record.get("notes", [])]
+    notes, count = list[str](), 0
+    for shard, said in ((s.shard, data.record(data.fetched_record(s.shard)).get("notes", [])) for s in plan.shards):
+        notes += [f"shard {shard}: {note}" for note in said[: 100 - len(notes)]]
+        count += len(said)
     if notes:
-        result.facts["notes"] = notes[:100]
+        result.facts["notes"] = notes
         for note in notes[:3]:
             print(f"warning: {note}")
-        if len(notes) > 3:
-            print(f"    and in {len(notes) - 3:,} more shards")
+        if count > 3:
+            print(f"    and in {count - 3:,} more shards")
     if found := repeats(data):
         result.facts["repeated"] = [{"sha256": r.sha256, "urls": r.urls, "url": r.url} for r in found[:100]]
         print(

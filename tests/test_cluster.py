@@ -6,6 +6,7 @@ prints for clusters of others, as far as it can be checked without them.
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from PIL import Image
 from small_cluster import Machine, Net, machines, needs_machines, serve_s3
 from small_web import digests, image
 
@@ -45,6 +48,8 @@ class Cluster:
         rows: dict[str, list[Any]] = {"url": [], "caption": []}
         for number in range(IMAGES):
             name, content, caption = image(number)
+            if number % 10 == 9:  # a copy of the one before it
+                name, content = f"{number:03d}.jpg", encoded_anew(image(number - 1)[1])
             (web / name).write_bytes(content)
             rows["url"].append(f"http://{self.store.ip}:8000/{name}")
             rows["caption"].append(caption or f"part {number}")
@@ -92,6 +97,13 @@ class Cluster:
         return len(re.findall(r"GET /\d+\.\w+ ", (self.store.folder / "web.txt").read_text()))
 
 
+def encoded_anew(content: bytes) -> bytes:
+    """An image as somebody else would store it."""
+    out = io.BytesIO()
+    Image.open(io.BytesIO(content)).convert("RGB").save(out, "JPEG", quality=80)
+    return out.getvalue()
+
+
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
     with machines(tmp_path) as net:
@@ -110,10 +122,16 @@ def stages(folder: Path) -> dict[str, str]:
     }
 
 
+def values(folder: Path) -> pa.Table:
+    """The columns of an annotator, of all shards."""
+    return pa.concat_tables(pq.read_table(file) for file in sorted(folder.glob("*.parquet")))
+
+
 @needs_machines
 @pytest.mark.long
 def test_two_machines_without_a_shared_disk_and_one_dies(cluster: Cluster) -> None:
-    """Its bytes are those of a run on a disk, by one machine. Then a model is trained on it, by two."""
+    """Its bytes are those of a run on a disk, by one machine, and so are those of columns of the whole table that two
+    compute. Then they fit a head and train a model on it."""
     alone = cluster.head.run(cluster.curate("alone", "ray.embed_workers=2", cluster=False), env=cluster.s3, timeout=600)
     assert alone.returncode == 0, alone.stdout + alone.stderr
     cluster.start_head()
@@ -131,18 +149,35 @@ def test_two_machines_without_a_shared_disk_and_one_dies(cluster: Cluster) -> No
     assert re.search(r"a worker \(embed\) on other \(10\.77\.0\.3\) has died; what it was at goes to others", said), (
         said
     )
-    assert cluster.head.run([sys.executable, "-c", COPY], env=cluster.s3).returncode == 0
-    assert stages(cluster.head.folder / "copy") == stages(cluster.head.folder / "alone")
 
     third = cluster.net.add("third")
     cluster.join(third)
+    columns = ["like={use: near-duplicates, phash: 4, cosine: 0.9}", "kind={use: clusters, k: 3}"]
+    columns += ["said=caption-repeats"]
+    for words in (["alone", *columns], ["s3://bucket/data", *columns, "--ray-address", HEAD]):
+        annotated = cluster.tastemaker("annotate", *words)
+        assert annotated.returncode == 0, annotated.stdout + annotated.stderr
+    assert cluster.head.run([sys.executable, "-c", COPY], env=cluster.s3).returncode == 0
+    assert stages(cluster.head.folder / "copy") == stages(cluster.head.folder / "alone")
+    assert pc.count(values(cluster.head.folder / "copy/annotated/dup")["dup"]).as_py() >= 2 * (IMAGES // 10 - 2)
+    tasks = cluster.head.folder / "copy/annotated/like/index"
+    assert {"rows", "cells"} <= {path.name for path in tasks.iterdir()}
+
+    rated = values(cluster.head.folder / "alone/annotated/aesthetic").rename_columns(["key", "score"])
+    pq.write_table(rated.slice(0, 60), cluster.head.folder / "rated.parquet")
+    for words in (["alone", "--out", "one.head"], ["s3://bucket/data", "--out", "two.head", "--ray-address", HEAD]):
+        fitted = cluster.tastemaker("fit", "rated.parquet", "--data", *words)
+        assert fitted.returncode == 0, fitted.stdout + fitted.stderr
+    one, two = (digests(cluster.head.folder / head) for head in ("one.head", "two.head"))
+    assert one["head.safetensors"] == two["head.safetensors"]
+
     words = ["train", "s3://bucket/data/shards/bundled", "--out", "s3://bucket/model", "--preset", "debug"]
-    words += ["--steps", "6", "--batch", "2", "--workers", "2", "--save-every", "3", "--ray-address", HEAD]
+    words += ["--steps", "15", "--batch", "2", "--workers", "2", "--save-every", "8", "--ray-address", HEAD]
     trained = cluster.tastemaker(*words)
     assert trained.returncode == 0, trained.stdout + trained.stderr
     assert "2 workers with" in trained.stderr and "model  s3://bucket/model" in trained.stdout
     names = cluster.head.run([sys.executable, "-c", LISTED], env=cluster.s3).stdout.split()
-    assert {"model/model_index.json", "model/checkpoints/000006/trainer.pt", "model/latents/made.json"} <= {*names}
+    assert {"model/model_index.json", "model/checkpoints/000015/trainer.pt", "model/latents/made.json"} <= {*names}
     assert not [name for name in names if name.startswith("model/start/")]
 
 

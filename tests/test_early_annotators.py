@@ -312,6 +312,7 @@ def _embed_until(root: Path, kill_at: int) -> None:
     embed_shards(Data(root), recipe_of("select.early=[english, sharp]"))
 
 
+@pytest.mark.long
 def test_killed_in_either_pass_it_goes_on_where_it_was(real_data: Data, tmp_path: Path) -> None:
     early = recipe_of("select.early=[english, sharp]")
     fresh = unembedded(real_data, tmp_path / "fresh")

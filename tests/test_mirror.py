@@ -87,6 +87,7 @@ def test_the_same_bytes_as_on_a_disk(served: Served, s3: str, tmp_path: Path) ->
     assert [damage for damage in verify(data) if damage] == strays(data) == []
 
 
+@pytest.mark.long
 def test_damage_is_seen_and_made_again(served: Served, s3: str, tmp_path: Path) -> None:
     listed = served.write_list(tmp_path / "list.tsv")
     run_there(listed, s3, served)
@@ -104,6 +105,7 @@ def test_damage_is_seen_and_made_again(served: Served, s3: str, tmp_path: Path) 
     assert contents(downloaded(s3, tmp_path / "again")) == contents(whole)
 
 
+@pytest.mark.long
 def test_what_others_put_beside_packed_shards_stays(served: Served, s3: str, tmp_path: Path) -> None:
     listed = served.write_list(tmp_path / "list.tsv")
     run_there(listed, s3, served)
@@ -118,6 +120,7 @@ def test_what_others_put_beside_packed_shards_stays(served: Served, s3: str, tmp
     assert ObjectStore(s3).head(f"shards/{name}/00099.tar") is None
 
 
+@pytest.mark.long
 def test_a_cache_that_holds_nothing(served: Served, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TASTEMAKER_CACHE_SIZE", "1k")
     listed = served.write_list(tmp_path / "list.tsv")
@@ -142,6 +145,7 @@ def test_what_is_not_there(s3: str) -> None:
         check_free(Data.at(s3).store, "data")
 
 
+@pytest.mark.long
 def test_who_lost_the_lease_commits_nothing(served: Served, s3: str, tmp_path: Path) -> None:
     listed = served.write_list(tmp_path / "list.tsv")
     run_there(listed, s3, served)
@@ -154,6 +158,23 @@ def test_who_lost_the_lease_commits_nothing(served: Served, s3: str, tmp_path: P
         data.store._lease = None  # type: ignore[attr-defined]  # as a worker of its, which has the token alone
         data.invalidate(data.manifest(name))
         pack(data, name, served.recipe.pack)
+
+
+@pytest.mark.long
+def test_a_listing_that_lags(served: Served, s3: str, tmp_path: Path) -> None:
+    """What was written lately is not listed: it is made once more, and nothing breaks."""
+    listed = served.write_list(tmp_path / "list.tsv")
+    run_there(listed, s3, served)
+    forget()
+    before = contents(downloaded(s3, tmp_path / "before"))
+    data = Data.at(s3)
+    with data.hold():
+        late = [name for name in data.store._listing if name.startswith(("selected/", "annotated/dup/", "embedded/"))]  # type: ignore[attr-defined]
+        assert len(late) > 10
+        data.store._listing.remove(late)  # type: ignore[attr-defined]
+        run_stages(listed, data, served.recipe)
+    forget()
+    assert contents(downloaded(s3, tmp_path / "after")) == before
 
 
 # --------------------------------------------------------------------------------------------------------------- faults

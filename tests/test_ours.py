@@ -274,24 +274,24 @@ def test_the_list_is_read_anew_and_what_others_put_into_the_folder_stays(tmp_pat
 
 def test_packed_shards_are_replaced_only_where_all_of_them_is_ours(tmp_path: Path) -> None:
     folder = tmp_path / "shards" / "s"
-    _check_folder(folder)
+    _check_folder(Data(tmp_path), folder)
     write(folder, "notes.txt")
     with pytest.raises(UserError, match=r"holds notes\.txt, which was not packed"):
-        _check_folder(folder)
+        _check_folder(Data(tmp_path), folder)
     (folder / "notes.txt").unlink()
-    _check_folder(folder)
+    _check_folder(Data(tmp_path), folder)
     write(folder, "00000.tar")  # somebody's: no record says that we packed it
     with pytest.raises(UserError, match=r"holds 00000\.tar"):
-        _check_folder(folder)
+        _check_folder(Data(tmp_path), folder)
     (folder / "manifest.json").write_text('{"self": ""}')
     write(folder, "sizes.json", "00000.parquet", "README.md")
-    _check_folder(folder)
+    _check_folder(Data(tmp_path), folder)
     write(folder, "notes.txt")
     with pytest.raises(UserError, match=r"holds notes\.txt"):
-        _check_folder(folder)
+        _check_folder(Data(tmp_path), folder)
     (tmp_path / "shards" / "linked").symlink_to("s")
     with pytest.raises(UserError, match="is a link"):
-        _check_folder(tmp_path / "shards" / "linked")
+        _check_folder(Data(tmp_path), tmp_path / "shards" / "linked")
 
 
 @pytest.mark.parametrize("name", [".lock", ".workers"])

@@ -148,4 +148,5 @@ def _assign(item: tuple[Data, int | None, str]) -> tuple[npt.NDArray[np.int32], 
         x = np.asarray(vectors[part], np.float32)
         cell[part] = nearest_cells(x, centroids, 1)[:, 0]
         cosine[part] = np.einsum("ij,ij->i", x, centroids[cell[part]]).clip(-1, 1)
+    data.release(data.image_vectors(shard))
     return cell, cosine

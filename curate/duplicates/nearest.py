@@ -62,6 +62,7 @@ def compare_shard(
         has = vectors.any(axis=1)
         cosines = np.where(has, np.clip(largest[:, 0], -1, 1), np.nan).astype(np.float32)
         index = np.where((bits <= within) | ~has, index, place[:, 0])
+        data.release(data.image_vectors(shard))
     return Nearest(bits.astype(np.int16), cosines, index, unhashed)
 
 

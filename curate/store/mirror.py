@@ -219,9 +219,11 @@ class Mirror(Disk):
     def _put_file(self, path: Path) -> StoredObject:
         """Put a file there, unless it lies there as it is here."""
         name = self._name(path)
-        known = self._here.get(name)
-        if known is not None and known[1] == _identity(path):
+        known, found = self._here.get(name), _identity(path)
+        if known is not None and known[1] == found:
             return known[0]
+        if found is None and (there := self._find(path)) is not None:  # a record is written again, of what lies there
+            return there
         put = self._objects.put_file(path, name)
         keep(path, self._cached(put))
         self._note(put, path)
@@ -270,8 +272,10 @@ class Mirror(Disk):
     def write_record(self, path: Path, value: Mapping[str, Any], outputs: Iterable[Path]) -> None:
         self._check()
         etags = {self._name(output): self._put_file(output).etag for output in outputs}
-        self._check()  # as late as can be: an upload takes its time
-        before = self._find(path)
+        # whoever has the folder by now either wrote the record before this, and the check says so, or the put finds
+        # another than is seen here; a listing may lag behind
+        before = self._objects.head(self._name(path))
+        self._check()
         content = json_bytes(value)
         try:
             put = self._objects.put(

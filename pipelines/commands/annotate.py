@@ -19,7 +19,7 @@ class AnnotateOptions(Options):
         default=(),
     )
     retry: bool = option("ask again about images of which a server gave no answer", default=False)
-    ray_address: str | None = option("run on this Ray cluster where pixels are read", metavar="ADDRESS")
+    ray_address: str | None = option("run on this Ray cluster what reads pixels or the whole table", metavar="ADDRESS")
 
 
 def run(options: AnnotateOptions) -> Result:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aesthetic.errors import UserError
+from curate.layout import Data
 from pipelines.runtime.nodes import NodeCheck, check_nodes, proven
 
 
@@ -92,8 +93,18 @@ def _unreachable(address: str, error: Exception) -> UserError:
     )
 
 
-def ray_map(address: str, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """`map` on the Ray cluster at an address, in order, by a worker a core; two items a core ahead of the reader."""
+def ray_map(
+    address: str,
+    function: Callable[[Any], Any],
+    items: Iterable[Any],
+    data: Data | None = None,
+    check: Callable[[], list[str]] | None = None,
+) -> Iterator[Any]:
+    """`map` on the Ray cluster at an address, in order, by a worker a core; two items a core ahead of the reader.
+
+    data: the folder that the function reads and writes, if any, as it is now: no item needs what another one writes.
+    check: what a node lacks that joins meanwhile.
+    """
     import ray
 
     from pipelines.runtime.channel import start_progress
@@ -102,9 +113,10 @@ def ray_map(address: str, function: Callable[[Any], Any], items: Iterable[Any]) 
     if not ray.is_initialized():
         connect(address)
     cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    stage = Stage("map", functools.partial(_open_map, function), lambda size: Staff(max(1, size.cpus), 1.0))
-    _, progress = start_progress()
-    pool = Pool([stage], items, progress, ahead=3 * cores)
+    name, progress = start_progress()
+    make = functools.partial(_open_map, function, data and data.without_plan(), name)
+    stage = Stage("map", make, lambda size: Staff(max(1, size.cpus), 1.0))
+    pool = Pool([stage], items, progress, check=check, ahead=3 * cores)
     early: dict[int, Any] = {}  # answers that came before one that was asked for earlier
     following = 0
     for number, answer in pool.results():
@@ -114,8 +126,16 @@ def ray_map(address: str, function: Callable[[Any], Any], items: Iterable[Any]) 
             following += 1
 
 
-def _open_map(function: Callable[[Any], Any], threads: int) -> Callable[[Any, int], Any]:
+def _open_map(
+    function: Callable[[Any], Any], data: Data | None, progress: str, threads: int
+) -> Callable[[Any, int], Any]:
     from threadpoolctl import threadpool_limits
+
+    from pipelines.runtime.channel import start_worker
+
+    if data is not None:
+        start_worker(data.store, "tables", progress)
+        data.store.refresh()  # one listing, rather than to ask for each file of each item
 
     def call(item: Any, lost: int) -> Any:
         with threadpool_limits(1, user_api="blas"):  # the same bits as on another number of cores

@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from aesthetic.chunks import thread_map
@@ -46,7 +47,7 @@ def annotate_tables(
     found = {}
     for name in names:
         with contextlib.ExitStack() as stack:
-            tasks = _Tasks(data, name, address, stack)
+            tasks = _Tasks(data, name, annotators[name], address, stack)
             found[name] = annotate_table(
                 data, name, annotators, encoder=encoder, images=images, map=tasks.map, say=tasks.say, show=tasks.show
             )
@@ -56,13 +57,16 @@ def annotate_tables(
 class _Tasks:
     """Runs the tasks of an annotator, with a progress line; a cluster is joined or started with the first of them."""
 
-    def __init__(self, data: Data, name: str, address: str | None, stack: contextlib.ExitStack) -> None:
+    def __init__(
+        self, data: Data, name: str, annotator: Annotator, address: str | None, stack: contextlib.ExitStack
+    ) -> None:
         self._data, self._name, self._address, self._stack = data, name, address, stack
+        self._paths = tuple(str(value) for _, value in annotator.options if isinstance(value, Path))
+        self._check: Callable[[], list[str]] | None = None
         self._shown, self._last = "", time.monotonic()
         self._out: Any = None  # the terminal, once Ray writes to where it was
         images = sum(data.record(data.fetched_record(s.shard)).get("successes", 0) for s in data.plan.shards)
-        # tasks write files for each other, which nodes that share no disk would not see
-        self._on_ray = data.url is None and (address is not None or images >= IMAGES_FOR_RAY)
+        self._on_ray = address is not None or images >= IMAGES_FOR_RAY
 
     def say(self, text: str) -> None:
         self.show("")
@@ -101,25 +105,13 @@ class _Tasks:
 
         if self._out is None:
             self._out = self._stack.enter_context(redirect_output(self._data.logs / "ray.log"))
-            check = NodeCheck(place=place_of(self._data.store), versions=versions())
+            check = NodeCheck(place=place_of(self._data.store), versions=versions(), paths=self._paths)
             cluster = ray_cluster(self._address, check, cpus=os.cpu_count() or 1, gpus=local_gpus())
-            self._stack.enter_context(cluster)
+            check = self._stack.enter_context(cluster)
+            self._check = check.problems if self._address is not None else None
         from ray.exceptions import RayTaskError  # not before: the switches of a cluster of our own are read then
 
         try:
-            yield from ray_map("auto", functools.partial(_call, self._data, function), items)
+            yield from ray_map("auto", function, items, self._data, self._check)
         except RayTaskError as e:
             raise e.cause from e
-
-
-def _call(data: Data, function: Callable[[Any], Any], item: Any) -> Any:
-    _hold_lock(data)
-    return function(item)
-
-
-@functools.cache
-def _hold_lock(data: Data) -> None:
-    """Once in a worker's process."""
-    from curate.store.lock import hold_worker_lock
-
-    hold_worker_lock(data.root)
