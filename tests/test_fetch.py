@@ -948,22 +948,22 @@ def test_a_domain_that_only_fails_is_left_alone_and_tried_once_more(monkeypatch:
 
 def test_no_host_gets_more_than_its_share_and_waiting_rows_hold_no_place() -> None:
     async def main() -> None:
-        async with running(per_domain=3, concurrency=8, timeout=0.5) as (server, root, fetcher):
+        async with running(per_domain=3, concurrency=8, timeout=1.5) as (server, root, fetcher):
 
             async def slow(writer: asyncio.StreamWriter, _: str) -> None:
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(0.3)
                 writer.write(reply(200, PIXELS))
 
             for i in range(30):
                 server[f"//a.test/{i}"] = slow
             start = time.monotonic()
-            # 30 rows of one slow host wait for their turns for a second, twice their own deadline, and all succeed ...
+            # 30 rows of one slow host wait for their turns for three seconds, twice their own deadline, and all succeed ...
             crowd = [asyncio.create_task(fetcher.get(f"{root}{i}")) for i in range(30)]
             await asyncio.sleep(0.05)
             # ... while others pass at once.
             others = [fetcher.get(f"{root.replace('a.test', f'h{i}.test')}x") for i in range(40)]
             await asyncio.gather(*others)
-            assert time.monotonic() - start < 0.7
+            assert time.monotonic() - start < 2
             await asyncio.gather(*crowd)
             assert server.busiest["a.test"] == 3
             assert sum(server.busiest[h] for h in server.busiest) > 3
