@@ -957,7 +957,7 @@ def test_no_host_gets_more_than_its_share_and_waiting_rows_hold_no_place() -> No
             for i in range(30):
                 server[f"//a.test/{i}"] = slow
             start = time.monotonic()
-            # 30 rows of one slow host wait for their turns for three seconds, twice their own deadline, and all succeed ...
+            # 30 rows of one slow host wait three seconds for their turns, twice their own deadline, and all succeed ...
             crowd = [asyncio.create_task(fetcher.get(f"{root}{i}")) for i in range(30)]
             await asyncio.sleep(0.05)
             # ... while others pass at once.
