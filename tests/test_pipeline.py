@@ -180,7 +180,8 @@ def test_a_sample_of_a_bad_list(web: SmallWeb, tmp_path: Path) -> None:
     assert failed > 13
     assert f"warning: {failed / 25:.0%} of the first 25 rows failed: http_404 {failed}" in run.stderr
     assert f"hosts: 127.1.0.5 {failed}" in run.stderr
-    assert re.search(r"^whole list: 80 rows, by these 25, which are spread at random over it", run.stdout, re.M), run.stdout
+    said = r"^whole list: 80 rows, by these 25, which are spread at random over it"
+    assert re.search(said, run.stdout, re.M), run.stdout
     whole = facts["whole"]
     assert round(whole["kept"]["value"]) == round((25 - failed) / 25 * 80)
     assert whole["kept"]["low"] <= 16 <= whole["kept"]["high"]  # the truth
