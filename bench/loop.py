@@ -30,7 +30,6 @@ from curate.ledger.schema import fetched_schema, make_key
 from curate.shards.tar import TarWriter
 from curate.sources.plan import SourceConfig
 from curate.sources.planner import make_plan
-from curate.store.records import commit
 from curate.workers import claim_space
 from pipelines.recipe import load_recipe, store_recipe
 
@@ -133,8 +132,7 @@ def _write_fetched(data: Data, shard: int, count: int, files: list[bytes]) -> li
         out.close()
     with atomic(data.table(shard)) as f:
         pq.write_table(pa.Table.from_pylist(rows, schema=fetched_schema(pa.schema([]))), f)
-    commit(
-        data.root,
+    data.commit(
         data.fetched_record(shard),
         config="bench",
         inputs={},

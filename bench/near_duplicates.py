@@ -33,7 +33,6 @@ from curate.layout import Data
 from curate.ledger.schema import fetched_schema, make_key
 from curate.sources.plan import SourceConfig
 from curate.sources.planner import make_plan
-from curate.store.records import commit
 from curate.workers import claim_space
 from pipelines.recipe import load_recipe, store_recipe
 
@@ -142,7 +141,7 @@ def write_shard(data: Data, shard: int, vectors: Floats, phash: npt.NDArray, pdq
     pq.write_table(pa.table(columns, schema=schema), data.table(shard))
     facts = {"count": n, "successes": n, "status_dict": {"success": n}}
     inputs = {"plan": data.plan.shard_digest(shard)}
-    commit(data.root, data.fetched_record(shard), config="b", inputs=inputs, outputs=[data.table(shard)], facts=facts)
+    data.commit(data.fetched_record(shard), config="b", inputs=inputs, outputs=[data.table(shard)], facts=facts)
 
     files = [data.image_vectors(shard), data.metadata(shard)]
     for file in files:
@@ -151,7 +150,7 @@ def write_shard(data: Data, shard: int, vectors: Floats, phash: npt.NDArray, pdq
     empty = pa.nulls(n, pa.float32())
     pq.write_table(pa.table({"image_path": keys, "key": keys, "caption": keys, "similarity": empty}), files[1])
     inputs = data.fetched_digests(shard) or {}
-    commit(data.root, data.embedded_record(shard), config="b", inputs=inputs, outputs=files, facts={})
+    data.commit(data.embedded_record(shard), config="b", inputs=inputs, outputs=files, facts={})
 
     annotator = make_annotator("pdq", "pdq")
     file = data.annotations("pdq", shard)
@@ -159,8 +158,7 @@ def write_shard(data: Data, shard: int, vectors: Floats, phash: npt.NDArray, pdq
     values = {"pdq_hash": hexadecimal(pdq), "pdq_quality": pa.array([100] * n, annotator.columns["quality"].type)}
     pq.write_table(pa.table({"key": keys, **values}), file)
     specs = {column: spec.facts() for column, spec in column_specs({"pdq": annotator}).items()}
-    commit(
-        data.root,
+    data.commit(
         data.annotations_record("pdq", shard),
         config=annotator.digest,
         inputs=inputs,

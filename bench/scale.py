@@ -419,7 +419,6 @@ class _Maker:
         import pyarrow.parquet as pq
 
         from curate.ledger.schema import fetched_schema
-        from curate.store.records import commit
 
         data, n = self.data, len(keys)
         sha256 = rng.integers(0, 2**64, (n, 4), np.uint64)
@@ -448,8 +447,7 @@ class _Maker:
         self._tar(shard, keys.filter(pa.array(good)))
         count = int(good.sum())
         facts = {"count": n, "successes": count, "status_dict": {"success": count, "http_404": n - count}}
-        commit(
-            data.root,
+        data.commit(
             data.fetched_record(shard),
             config=self.fetch_hash,
             inputs={"plan": data.plan.shard_digest(shard)},
@@ -462,8 +460,6 @@ class _Maker:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        from curate.store.records import commit
-
         data, n, file = self.data, len(keys), self.data.image_vectors(shard)
         if not self._link(f"vectors-{shard % VECTOR_FILES}", n, file):
             np.save(file, self.vectors[shard % VECTOR_FILES][:n])
@@ -471,8 +467,7 @@ class _Maker:
         named = {"image_path": keys, "key": keys, "caption": captions, "similarity": similarity}
         pq.write_table(pa.table(named), data.metadata(shard), compression="zstd")
         files = [file, data.metadata(shard)]
-        made = commit(
-            data.root,
+        made = data.commit(
             data.embedded_record(shard),
             config=self.embed_hash,
             inputs=inputs,
@@ -487,7 +482,6 @@ class _Maker:
         import pyarrow.parquet as pq
 
         from curate.annotators.base import column_name, column_specs
-        from curate.store.records import commit
 
         data, annotator = self.data, self.annotators[name]
         columns = {"key": keys}
@@ -495,8 +489,7 @@ class _Maker:
             columns[column_name(name, suffix, annotator)] = pa.array(value).cast(spec.type)
         pq.write_table(pa.table(columns), data.annotations(name, shard), compression="zstd")
         specs = {column: spec.facts() for column, spec in column_specs({name: annotator}).items()}
-        commit(
-            data.root,
+        data.commit(
             data.annotations_record(name, shard),
             config=annotator.config,
             inputs=inputs,

@@ -27,7 +27,6 @@ from PIL import Image
 from curate.layout import Data
 from curate.ledger.schema import fetched_schema, make_key
 from curate.shards.tar import TarWriter
-from curate.store.records import commit
 from tests.small_near import plan_near
 
 WORDS = ("street", "garden", "harbour", "kitchen", "mountain", "river", "library", "market", "bridge", "meadow")
@@ -312,8 +311,7 @@ def write_images(data: Data, shard: int, images: dict[str, bytes]) -> None:
         for k, v in columns.items()
     }
     pq.write_table(pa.table(arrays, schema=schema), data.table(shard))
-    commit(
-        data.root,
+    data.commit(
         data.fetched_record(shard),
         config="made",
         inputs={"plan": data.plan.shard_digest(shard)},

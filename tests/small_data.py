@@ -18,11 +18,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from aesthetic.files import atomic
-from curate.layout import shard_name
+from curate.layout import Data, shard_name
 from curate.ledger.schema import FETCHED_COLUMNS, Reason, fetched_schema, make_key
 from curate.shards.tar import TarWriter
 from curate.store.files import read_json
-from curate.store.records import commit
 
 SHARDS, SHARD_SIZE = 3, 20
 EXTRA_COLUMNS = pa.schema(
@@ -101,7 +100,7 @@ def write_fetched(root: Path, shard: int, salt: str = "") -> None:
         pq.write_table(pa.Table.from_pylist(rows, schema=fetched_schema(EXTRA_COLUMNS)), f)
     record = root / "fetched" / f"{shard_name(shard)}_stats.json"
     facts = {"count": len(rows), "successes": successes}
-    commit(root, record, config="c", inputs={}, outputs=[tar, table], facts=facts)
+    Data(root).commit(record, config="c", inputs={}, outputs=[tar, table], facts=facts)
 
 
 def fetched_numbers(shard: int) -> list[int]:
@@ -129,7 +128,7 @@ def write_embedded(root: Path, shard: int) -> None:
     with atomic(path) as f:
         pq.write_table(table, f)
     record = root / "embedded" / "stats" / f"{shard_name(shard)}.json"
-    commit(root, record, config="c", inputs=_fetched_digests(root, shard), outputs=[path], facts={})
+    Data(root).commit(record, config="c", inputs=_fetched_digests(root, shard), outputs=[path], facts={})
 
 
 def write_annotated(root: Path, shard: int, column: str, score: Any) -> None:
@@ -140,7 +139,7 @@ def write_annotated(root: Path, shard: int, column: str, score: Any) -> None:
         pq.write_table(pa.table({"key": _keys(shard), column: scores}), f)
     record = path.with_suffix(".json")
     facts = {"head": "laion-v2", "columns": {column: {"scale": [1.0, 10.0]}}}
-    commit(root, record, config="c", inputs=_fetched_digests(root, shard), outputs=[path], facts=facts)
+    Data(root).commit(record, config="c", inputs=_fetched_digests(root, shard), outputs=[path], facts=facts)
 
 
 def write_column(
@@ -159,7 +158,7 @@ def write_column(
         with atomic(path) as f:
             pq.write_table(pa.table({"key": _keys(shard), name: values}), f)
         said, inputs = {"annotator": name, "columns": {name: spec}, **(facts or {})}, _fetched_digests(root, shard)
-        commit(root, path.with_suffix(".json"), config="c", inputs=inputs, outputs=[path], facts=said)
+        Data(root).commit(path.with_suffix(".json"), config="c", inputs=inputs, outputs=[path], facts=said)
 
 
 def _fetched_digests(root: Path, shard: int) -> dict[str, str]:

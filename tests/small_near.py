@@ -20,7 +20,6 @@ from curate.layout import Data
 from curate.ledger.schema import fetched_schema, make_key
 from curate.sources.plan import SourceConfig
 from curate.sources.planner import make_plan
-from curate.store.records import commit, invalidate
 
 Array = npt.NDArray[Any]
 
@@ -67,10 +66,9 @@ def write_near(
     }
     schema = fetched_schema(pa.schema([]))
     table = pa.table([pa.array(columns[f.name] or [None] * n, f.type) for f in schema], schema=schema)
-    invalidate(data.fetched_record(shard))
+    data.invalidate(data.fetched_record(shard))
     _write(data.table(shard), table)
-    fetched = commit(
-        data.root,
+    fetched = data.commit(
         data.fetched_record(shard),
         config="c",
         inputs={},
@@ -83,8 +81,7 @@ def write_near(
             np.save(f, vectors.astype(np.float16))
         metadata = {"image_path": keys, "caption": pa.array(texts, pa.string()), "key": keys}
         _write(data.metadata(shard), pa.table({**metadata, "similarity": pa.nulls(n, pa.float32())}))
-        commit(
-            data.root,
+        data.commit(
             data.embedded_record(shard),
             config="c",
             inputs=inputs,
@@ -98,8 +95,7 @@ def write_near(
             found |= {"pdq_mirror_hash": hex_of(mirror_pdq), "pdq_mirror_phash": hex_of(mirror_phash)}
         _write(data.annotations("pdq", shard), pa.table(found))
         annotator = make_annotator("pdq", {"use": "pdq", "mirror": mirror})
-        commit(
-            data.root,
+        data.commit(
             data.annotations_record("pdq", shard),
             config=annotator.digest,
             inputs=inputs,

@@ -16,7 +16,6 @@ from aesthetic.space import Space
 from bench import scale
 from curate.layout import Data
 from curate.sources.image_vectors import ClipFolderVectors, DataFolderVectors
-from curate.store.records import commit
 from pipelines.cli import main
 
 ROWS, SHARD = 1200, 150  # a short list has eight shards at least
@@ -62,8 +61,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(exist_ok=True)
         pq.write_table(pa.table({"key": keys, "never": [k.endswith("099") for k in keys]}), path)
         specs = {"never": {"meaning": "", "type": "bool", "hidden": True}}
-        commit(
-            data.root,
+        data.commit(
             data.annotations_record("never", shard),
             config="c",
             inputs={},

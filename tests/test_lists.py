@@ -30,7 +30,6 @@ from curate.sources import lines
 from curate.sources.columns import CAPTION_NAMES, find_column
 from curate.sources.plan import Plan, SourceConfig
 from curate.sources.planner import inspect, make_plan
-from curate.store.records import commit
 from pipelines.recipe import Recipe, load_recipe
 from tests.small_web import image
 from tests.stages import fetch_shards, serving
@@ -384,7 +383,7 @@ def _check_names(data: Data) -> None:
         path = data.root / "annotated" / "aesthetic" / f"{shard:05d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"key": keys, "aesthetic": pa.array([0.5] * len(keys), pa.float32())}), path)
-        commit(data.root, path.with_suffix(".json"), config="c", inputs={}, outputs=[path], facts={})
+        data.commit(path.with_suffix(".json"), config="c", inputs={}, outputs=[path], facts={})
     rules = {"wide": "source.width >= 8 and width > 0", "good": "aesthetic > 0.4 and source.aesthetic <> 'x'"}
     assert select(data, SelectConfig(name="s", rules=rules)).kept == 2
     pack(data, "s", PackConfig())

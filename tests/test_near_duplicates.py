@@ -29,7 +29,6 @@ from curate.layout import Data
 from curate.sources.plan import SourceConfig
 from curate.sources.planner import make_plan
 from curate.store.files import read_json
-from curate.store.records import invalidate
 from curate.workers import EmbedWorker
 from pipelines.cli import main
 from pipelines.recipe import load_recipe, store_recipe
@@ -244,7 +243,7 @@ def test_old_pairs_are_not_computed_again(tmp_path: Path, monkeypatch: pytest.Mo
     search(data, cosine=0.95)
     assert sum(counted) == 300 * 900 + 600 * 300
     counted.clear()
-    invalidate(data.annotations_record("dup", 1))
+    data.invalidate(data.annotations_record("dup", 1))
     search(data, cosine=0.95)
     assert not counted
 

@@ -23,7 +23,7 @@ from curate.shards.pack import PackConfig, pack
 from curate.shards.shuffle import cuts
 from curate.shards.tar import CorruptShard, read_images
 from curate.store.files import sha256_file
-from curate.store.records import output_digests, outputs_present, record_digest
+from curate.store.records import output_digests, record_digest
 
 RULES = {"large": "original_width >= 300", "good": "laion_v2 >= 5 OR original_width < 600"}
 
@@ -137,7 +137,7 @@ def test_the_order_of_a_sample_depends_on_its_key_and_the_seed_alone(data: Path)
 def test_the_manifest_is_a_record_like_others_and_says_what_made_the_numbers(data: Path) -> None:
     manifest = pack(Data(data), "s", PackConfig(shard_size=10))
     assert manifest["self"] == record_digest(manifest)
-    assert outputs_present(data, manifest)
+    assert Data(data).outputs_present(Data(data).manifest("s"))
     assert all(sha256_file(data / name) == sha for name, sha in output_digests(manifest).items())
     assert len(manifest["outputs"]) == 2 * 4 + 2
     assert manifest["space"] == {"encoder": "bundled", "fingerprint": "ab12"}

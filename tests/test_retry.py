@@ -28,7 +28,6 @@ from curate.ledger.denied import _Search
 from curate.ledger.sql import connect
 from curate.shards.tar import index_tar, read_images
 from curate.store.files import read_json
-from curate.store.records import invalidate, is_done
 from curate.workers import embed_done, fetch_done
 from demo.web import Route
 from pipelines import cli
@@ -187,10 +186,10 @@ def test_retries_before_the_next_embedding_add_up(served: Served, tmp_path: Path
     for shard in range(3):
         kept = [v.tobytes() for v in np.load(data.image_vectors(shard))]
         assert {v.tobytes() for v in vectors[shard]} <= set(kept)
-    invalidate(data.fetched_record(0))
+    data.invalidate(data.fetched_record(0))
     fetch_shards(data, recipe)
     assert "retries" not in read_json(data.fetched_record(0))
-    invalidate(data.annotations_record("open_nsfw", 0))  # a detector alone has the pixels decoded again
+    data.invalidate(data.annotations_record("open_nsfw", 0))  # a detector alone has the pixels decoded again
     assert embed_shards(data, recipe) == read_json(data.fetched_record(0))["successes"]
 
 
@@ -416,7 +415,7 @@ def test_a_restart_that_is_killed_is_taken_up_by_the_old_recipe_too(
     assert not any(fetch_done(copy, s, recipe.hashes()[0]) for s in range(3))
     run_stages(finished.parent / "list.tsv", copy, recipe)
     assert contents(copy.root) == before
-    assert is_done(copy.root, copy.space_record, config="", inputs={})
+    assert copy.is_done(copy.space_record, config="", inputs={})
 
 
 @pytest.mark.long

@@ -13,9 +13,10 @@ import pytest
 
 from aesthetic.errors import DiskFull, UserError
 from aesthetic.files import atomic
+from curate.layout import Data
 from curate.store.files import check_space, digest, local_path, sweep
 from curate.store.lock import Lock
-from curate.store.records import commit, is_done, record_digest
+from curate.store.records import record_digest
 
 
 def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
@@ -33,10 +34,10 @@ def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
 def test_a_record_matches_until_something_changes(tmp_path: Path) -> None:
     out, record = tmp_path / "out", tmp_path / "record.json"
     out.write_bytes(b"12345")
-    commit(tmp_path, record, config="c", inputs={"in": "1"}, outputs=[out], facts={"count": 5})
+    Data(tmp_path).commit(record, config="c", inputs={"in": "1"}, outputs=[out], facts={"count": 5})
 
     def done(config: str = "c", given: str = "1") -> bool:
-        return is_done(tmp_path, record, config=config, inputs={"in": given})
+        return Data(tmp_path).is_done(record, config=config, inputs={"in": given})
 
     assert done()
     assert not done(config="d")
@@ -51,12 +52,12 @@ def test_a_record_matches_until_something_changes(tmp_path: Path) -> None:
 def test_a_torn_record_means_not_done(tmp_path: Path, text: str) -> None:
     record = tmp_path / "record.json"
     record.write_text(text, encoding="latin1")
-    assert not is_done(tmp_path, record, config="c", inputs={})
+    assert not Data(tmp_path).is_done(record, config="c", inputs={})
 
 
 def test_a_record_carries_a_digest_of_itself(tmp_path: Path) -> None:
     record = tmp_path / "record.json"
-    commit(tmp_path, record, config="c", inputs={}, outputs=[], facts={"count": 5})
+    Data(tmp_path).commit(record, config="c", inputs={}, outputs=[], facts={"count": 5})
     value = json.loads(record.read_text())
     assert value["self"] == record_digest(value)
     assert value["self"] != record_digest({**value, "count": 6})
