@@ -1,9 +1,8 @@
-"""One web application: the page to draw on with a model, and the JSON API behind it; people are served in turn.
+"""One web application: explore a data folder, rate its images, draw with a model; a page for each, a JSON API behind.
 
->>> service = GenerationService(Sampler("model"), Path("samples"))
->>> app = new_app(service)                                                           # an ASGI app
->>> StudioServer(app, service.queue.stop).run(sockets=[listen("127.0.0.1", 7860)])   # until Ctrl-C
+>>> app = new_app(data=StudioData(data), draw=GenerationService(Sampler("model"), Path("samples")))   # an ASGI app
+>>> StudioServer(app, stop).run(sockets=[listen("127.0.0.1", 7860)])   # until Ctrl-C
 
-From outside: `app.new_app`, `server` (listen, StudioServer), `service.GenerationService`. A further page adds its
-routes to `app.ROUTERS` and its files to `app.PAGES`; gate, queue and style.css are the same for all.
+From outside: `app.new_app`, `server` (listen, StudioServer), `data.StudioData`, `draw.service.GenerationService`. Each
+folder has its routes in `api`; gate, queue, errors, clients and page/style.css are the same for all.
 """

@@ -1,104 +1,116 @@
-"""The web application: where pages are mounted, what errors look like, and the gate around all of it."""
+"""The web application: which pages there are, their files and their APIs, and the gate around all of it."""
 
 from __future__ import annotations
 
 import contextlib
-import secrets
+import html
 from collections.abc import AsyncIterator
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError, StarletteHTTPException
-from fastapi.responses import JSONResponse
 
-from aesthetic.errors import UserError
-from studio import draw
-from studio.gate import Gate, error_response
-from studio.queue import QueueFull
-from studio.service import FolderGone, GenerationService
-from studio.wire import ERRORS, JobRequest
+from studio.clients import set_client
+from studio.draw import api as draw_api
+from studio.draw.wire import JobRequest
+from studio.errors import ERRORS, HANDLED, on_error
+from studio.explore import api as explore_api
+from studio.gate import Gate
 from train.devices import versions
+
+if TYPE_CHECKING:
+    from studio.data import StudioData
+    from studio.draw.service import GenerationService
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 """Names of this machine to itself: what a server without a token answers to."""
 
-PAGES = {"/": "draw.html", "/draw.js": "draw.js", "/brush.js": "brush.js"}
-SHARED = {"/style.css": "style.css", "/icon.svg": "icon.svg"}
-"""Files of the folder page/, by address: those of each page, and those of all. A page's routes are below."""
-
-ROUTERS = (draw.api,)
-
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+_TABS = "<!-- tabs -->"
+"""Where the links to all pages go in a page."""
 
 
-def new_app(service: GenerationService, hosts: frozenset[str] | None = LOOPBACK, token: str | None = None) -> Gate:
+def new_app(
+    *,
+    draw: GenerationService | None = None,
+    data: StudioData | None = None,
+    hosts: frozenset[str] | None = LOOPBACK,
+    token: str | None = None,
+) -> Gate:
     """The ASGI app: pages and API, behind the gate, which the last two arguments are for.
 
-    Its lifespan starts and ends the thread that generates.
+    draw: a model; there is a page to draw on then. data: a data folder; there are pages to explore it and to rate its
+    images then. Its lifespan starts and ends the threads of both.
     """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.queue.start()
+        if draw is not None:
+            draw.queue.start()
         yield
-        service.close()
+        if draw is not None:
+            draw.close()
+        if data is not None:
+            data.close()
 
     app = FastAPI(
         title="Tastemaker",
-        description="Draw with a diffusion model. Every error is `{error, hint}`.",
+        description="Look at a data folder, decide, rate, and draw with a model. Every error is `{error, hint}`.",
         version=versions().get("tastemaker", "unknown"),
         lifespan=lifespan,
         openapi_url="/api/openapi.json",
         docs_url=None,  # their pages come from another host
         redoc_url=None,
     )
-    app.state.service = service
-    folder = resources.files("studio") / "page"
-    files = {path: ((folder / name).read_bytes(), _TYPES[Path(name).suffix]) for path, name in (PAGES | SHARED).items()}
+    app.state.service, app.state.data = draw, data
+    pages = {"Explore": "explore.html", "Rate": "rate.html"} if data is not None else {}
+    if data is not None and data.read_only:
+        del pages["Rate"]
+    pages |= {"Draw": "draw.html"} if draw is not None else {}
+    _mount(app, pages)
+    routers = [*(explore_api.ROUTERS if data is not None else ()), *([draw_api.api] if draw is not None else ())]
+    for router in routers:
+        app.include_router(router, responses=ERRORS)
+    for error in HANDLED:
+        app.add_exception_handler(error, on_error)
+    description = app.openapi()
+    if draw is not None:
+        description["components"]["schemas"]["JobRequest"] = JobRequest.model_json_schema()
+    if token is not None:
+        description["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        description["security"] = [{"token": []}]
+    sign_in = (resources.files("studio") / "page" / "sign-in.html").read_text("utf-8")
+    return Gate(app, hosts, token, sign_in, {_address(i, title) for i, title in enumerate(pages)})
+
+
+def _address(place: int, title: str) -> str:
+    """Where a page is: the first one at the root."""
+    return "/" if place == 0 else f"/{title.lower()}"
+
+
+def _mount(app: FastAPI, pages: dict[str, str]) -> None:
+    """Serve the pages, each with links to all of them, and what lies beside them in page/: scripts, style, icon."""
+    files: dict[str, tuple[bytes, str]] = {}
+    for item in sorted((resources.files("studio") / "page").iterdir(), key=lambda f: f.name):
+        if (suffix := Path(item.name).suffix) in _TYPES and suffix != ".html":
+            files[f"/{item.name}"] = item.read_bytes(), _TYPES[suffix]
+    for place, (title, name) in enumerate(pages.items()):
+        links = [
+            f'<a href="{_address(i, other)}"{" aria-current=page" if other == title else ""}>{html.escape(other)}</a>'
+            for i, other in enumerate(pages)
+        ]
+        text = (resources.files("studio") / "page" / name).read_text("utf-8")
+        tabs = "".join(links) if len(links) > 1 else ""
+        files[_address(place, title)] = text.replace(_TABS, tabs).encode(), _TYPES[".html"]
 
     async def file(request: Request) -> Response:
-        """A file of a page. With the page itself a browser gets the cookie that tells its jobs from others'."""
-        data, kind = files[request.scope["path"]]
-        response = Response(data, media_type=kind, headers={"cache-control": "no-cache"})
-        if kind == "text/html" and draw.CLIENT not in request.cookies:
-            token = secrets.token_hex(16)
-            response.set_cookie(draw.CLIENT, token, max_age=365 * 86400, httponly=True, samesite="strict")
+        """A file of a page. With the page itself a browser gets the cookie that tells its requests from others'."""
+        content, kind = files[request.scope["path"]]
+        response = Response(content, media_type=kind, headers={"cache-control": "no-cache"})
+        if kind == _TYPES[".html"]:
+            set_client(request, response)
         return response
 
     for path in files:
         app.get(path, include_in_schema=False)(file)
-    for router in ROUTERS:
-        app.include_router(router, responses=ERRORS)
-    for error in (RequestValidationError, UserError, QueueFull, FolderGone, StarletteHTTPException, Exception):
-        app.add_exception_handler(error, _on_error)
-    description = app.openapi()
-    description["components"]["schemas"]["JobRequest"] = JobRequest.model_json_schema()
-    if token is not None:
-        description["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-        description["security"] = [{"token": []}]
-    return Gate(app, hosts, token, (folder / "sign-in.html").read_text("utf-8"))
-
-
-async def _on_error(request: Request, error: Any) -> JSONResponse:
-    """Every error in one shape, with what to do about it."""
-    soon = {"retry-after": "10"}
-    match error:
-        case RequestValidationError():
-            found = [f"{'.'.join(str(part) for part in e['loc'][1:]) or 'body'}: {e['msg']}" for e in error.errors()]
-            more = f" (and {len(found) - 5} more)" if len(found) > 5 else ""
-            text = ("; ".join(found[:5]) + more)[:1000]
-            return error_response(422, text, "GET /api/openapi.json says what can be asked")
-        case UserError():
-            return error_response(422, str(error))
-        case QueueFull(own=True):
-            return error_response(429, str(error), "cancel some, or wait", soon)
-        case QueueFull():
-            return error_response(503, str(error), "try again in a while", soon)
-        case FolderGone():
-            return error_response(503, str(error), "put it back, or draw: then it is made anew", soon)
-        case StarletteHTTPException():
-            return error_response(error.status_code, str(error.detail), headers=error.headers)
-        case _:
-            return error_response(500, f"an error of the server's own: {type(error).__name__}", "its log says where")

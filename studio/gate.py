@@ -15,7 +15,7 @@ import math
 import secrets
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -70,10 +70,13 @@ class Gate:
             does not matter: the cookie belongs to the name under which it was set.
         token: what a client must know; None: nothing.
         sign_in: the HTML of the form that asks for the token, with `{note}` where a note goes.
+        pages: the addresses of pages: what people come to by a link, and where the form is shown.
     """
 
-    def __init__(self, app: ASGIApp, hosts: frozenset[str] | None, token: str | None, sign_in: str) -> None:
-        self._app, self._hosts, self._token, self._sign_in = app, hosts, token, sign_in
+    def __init__(
+        self, app: ASGIApp, hosts: frozenset[str] | None, token: str | None, sign_in: str, pages: Collection[str]
+    ) -> None:
+        self._app, self._hosts, self._token, self._sign_in, self._pages = app, hosts, token, sign_in, pages
         self._reading: Counter[str] = Counter()  # bytes, by address
         self._attempts = TokenAttempts()
 
@@ -113,7 +116,7 @@ class Gate:
             kept = HTTPConnection(scope).cookies.get(COOKIE, "")
             right = _same(bearer, self._token) | _same(kept, cookie(self._token))
             if path not in OPEN and not ((bearer or kept) and await self._attempt(address, right)):
-                if path == "/" and method == "GET":
+                if path in self._pages and method == "GET":
                     return self._form("")
                 raise Refused(
                     401,
@@ -161,7 +164,7 @@ class Gate:
 
         # what a browser sends because another site told it to; whoever is no browser says nothing of the kind
         site, mode, origin = (headers.get(name) for name in ("sec-fetch-site", "sec-fetch-mode", "origin"))
-        link = method == "GET" and path == "/" and mode == "navigate"  # to come here by a link is fine
+        link = method == "GET" and path in self._pages and mode == "navigate"  # to come here by a link is fine
         foreign = site not in (None, "same-origin", "none") and not link
         if origin is not None and method not in ("GET", "HEAD"):
             foreign |= origin.partition("://")[2].lower() != headers.get("host", "").lower()

@@ -1,11 +1,11 @@
-"""A real server with a real, very small model, in this process."""
+"""A real server in this process, with a real, very small model, or with a data folder."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,12 @@ import httpx
 import torch
 
 from curate.hub import no_progress_bars
+from curate.layout import Data
 from studio.app import LOOPBACK, new_app
+from studio.data import StudioData
+from studio.draw.service import GenerationService
+from studio.gate import Gate
 from studio.server import StudioServer, listen
-from studio.service import GenerationService
 from tests.small_train import COLOURS
 from train.generate.sampler import Sampler
 from train.models.unet import new_model
@@ -50,24 +53,63 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(sampler: Sampler, out: Path, token: str | None = None) -> Iterator[Served]:
-    """A server on a free port of this machine."""
-    said: list[str] = []
-    faults: list[Exception] = []
-    out.mkdir(parents=True, exist_ok=True)
-    service = GenerationService(sampler, out, log=said.append, on_fault=faults.append)
+def running(app: Gate, stop: Callable[[], None]) -> Iterator[str]:
+    """An app that is served on a free port of this machine; its URL."""
     at = listen("127.0.0.1", 0)
     ready = threading.Event()
-    server = StudioServer(new_app(service, None if token else LOOPBACK, token), service.queue.stop, ready.set)
+    server = StudioServer(app, stop, ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [at]})
     thread.start()
     try:
         assert ready.wait(30)
-        yield Served(f"http://127.0.0.1:{at.getsockname()[1]}", service, said, faults)
+        yield f"http://127.0.0.1:{at.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def serving(sampler: Sampler, out: Path, token: str | None = None) -> Iterator[Served]:
+    """A model that is drawn with on a free port of this machine."""
+    said: list[str] = []
+    faults: list[Exception] = []
+    out.mkdir(parents=True, exist_ok=True)
+    service = GenerationService(sampler, out, log=said.append, on_fault=faults.append)
+    app = new_app(draw=service, hosts=None if token else LOOPBACK, token=token)
+    with running(app, service.queue.stop) as url:
+        yield Served(url, service, said, faults)
+
+
+@dataclass(frozen=True)
+class ServedData:
+    """A data folder in a studio that runs."""
+
+    url: str
+    folder: StudioData
+    said: list[str]
+    faults: list[Exception]
+
+    @contextlib.contextmanager
+    def client(self) -> Iterator[httpx.Client]:
+        """A client that is known by a cookie of its own, as a browser is after it has seen the page."""
+        with httpx.Client(base_url=self.url, timeout=60) as client:
+            client.get("/")
+            yield client
+
+
+@contextlib.contextmanager
+def serving_data(
+    data: Data, *, token: str | None = None, draw: GenerationService | None = None, **more: Any
+) -> Iterator[ServedData]:
+    """A data folder in a studio on a free port of this machine; `more` are arguments of StudioData."""
+    said: list[str] = []
+    faults: list[Exception] = []
+    folder = StudioData(data, log=said.append, on_fault=faults.append, **more)
+    app = new_app(data=folder, draw=draw, hosts=None if token else LOOPBACK, token=token)
+    with running(app, folder.close) as url:
+        yield ServedData(url, folder, said, faults)
+    assert not faults, faults
 
 
 def finished(client: httpx.Client, job: dict[str, Any], seconds: float = 60) -> dict[str, Any]:

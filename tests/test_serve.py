@@ -22,8 +22,9 @@ from PIL import Image, PngImagePlugin
 
 from aesthetic.errors import UserError
 from pipelines.cli import main
-from studio import gate, server, service
+from studio import gate, server
 from studio import queue as queue_module
+from studio.draw import service
 from studio.gate import TokenAttempts
 from studio.queue import JobQueue, QueueFull, StudioJob
 from studio.server import listen

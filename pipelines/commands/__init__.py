@@ -26,6 +26,7 @@ COMMANDS = {
     "heads": "list and show heads, import one, or make one from words",
     "train": "train a text-to-image diffusion model on captioned images",
     "sample": "draw images with a model: from words, from an image, into one, or enlarged",
+    "studio": "look at a data folder in the browser: histograms, rules, images; rate and decide",
     "serve": "draw with a model on a page in the browser, alone or with others",
     "evaluate": "measure a model beside chance, real images and noise",
     "recipe": "print a recipe, resolved; without a name, list them",

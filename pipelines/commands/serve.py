@@ -6,10 +6,6 @@ OUT/000000.png ...      every image, with how it was generated in it: the page's
 
 from __future__ import annotations
 
-import contextlib
-import ipaddress
-import secrets
-import socket
 import time
 import traceback
 from dataclasses import dataclass
@@ -18,11 +14,9 @@ from pathlib import Path
 from aesthetic.errors import UserError
 from curate.store.files import local_path
 from curate.store.objects import is_url
-from pipelines.options import Options, Result, argument, input_file, option, positive_int
+from pipelines.options import Result, argument, input_file, option, positive_int
 from pipelines.runtime.progress import redirect_output
-
-MIN_TOKEN = 16
-"""Characters of a token that somebody chose: whoever reaches the port may guess, a few a second."""
+from pipelines.serving import ServingOptions, check_serving, serve, take_address
 
 
 def _folder(text: str) -> Path:
@@ -32,20 +26,13 @@ def _folder(text: str) -> Path:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(Options):
+class ServeOptions(ServingOptions):
     model: str = argument("MODEL", "a diffusers folder (Stable Diffusion type) or hub id")
     out: Path = option(
         "images get its next free numbers (default: samples)",
         default=Path("samples"),
         metavar="FOLDER",
         type=_folder,
-    )
-    host: str = option(
-        "default: 127.0.0.1, this machine alone; any other needs a token", default="127.0.0.1", metavar="H"
-    )
-    port: int = option("default: 7860; 0: any that is free", default=7860, metavar="N")
-    token: str | None = option(
-        "what people must know to draw (default: one is made where needed)", metavar="T", secret=True
     )
     batch: int = option("images of a job drawn at once", default=1, metavar="N", type=positive_int)
     upscaler: Path | None = option(
@@ -63,11 +50,7 @@ class ServeOptions(Options):
 
 def run(options: ServeOptions) -> Result:
     """Serve until Ctrl-C or SIGTERM. Raises UserError before the model loads where something does not fit."""
-    token = options.token
-    if token is not None and (len(token) < MIN_TOKEN or not (token.isascii() and token.isprintable()) or " " in token):
-        raise UserError(f"--token: {MIN_TOKEN} characters at least, of ASCII, without spaces")
-    if not 0 <= options.port <= 65535:
-        raise UserError(f"--port {options.port}: 0 to 65535 are there")
+    check_serving(options)
     from train.generate.files import check_out
     from train.generate.upscale import check_network
     from train.models.info import read_model_info
@@ -81,22 +64,16 @@ def run(options: ServeOptions) -> Result:
         if path is not None:
             check_network(path, f"--{name} {path}")
     check_out(options.out)
-    from studio.app import LOOPBACK, new_app
-    from studio.server import StudioServer, listen
+    from studio.app import new_app
 
-    at = listen(options.host, options.port)
-    try:
-        address, port = at.getsockname()[:2]
-        ip = ipaddress.ip_address(address.partition("%")[0])
-        if not ip.is_loopback and token is None:
-            token = secrets.token_urlsafe(24)
+    with take_address(options) as address:
         options.out.mkdir(parents=True, exist_ok=True)
         with redirect_output(options.out / "logs" / "serve.log") as terminal:
 
             def log(line: str) -> None:
                 terminal.write(f"{time.strftime('%H:%M:%S')}  {line}\n")
 
-            from studio.service import GenerationService
+            from studio.draw.service import GenerationService
             from train.generate.sampler import Sampler
 
             log(f"loading {options.model}")
@@ -111,18 +88,7 @@ def run(options: ServeOptions) -> Result:
             for line in (str(sampler), *sampler.notes):
                 log(line)
             service = GenerationService(sampler, options.out, log=log, on_fault=traceback.print_exception)
-            app = new_app(service, None if token else LOOPBACK | {options.host.lower()}, token)
-
-            def ready() -> None:
-                name = socket.gethostname() if ip.is_unspecified else options.host  # all addresses are none to go to
-                url = f"http://{f'[{name}]' if ':' in name else name}:{port}/"
-                log(f"draw at {url}   (Ctrl-C ends; images go to {options.out})")
-                if token is not None:
-                    log(f"token: {token}")
-
-            with contextlib.suppress(KeyboardInterrupt):  # how it is meant to end
-                StudioServer(app, service.queue.stop, ready).run(sockets=[at])
-            log("ended")
-    finally:
-        at.close()
+            app = new_app(draw=service, hosts=address.hosts, token=address.token)
+            ready = f"draw at {{url}}   (Ctrl-C ends; images go to {options.out})"
+            serve(address, app, service.queue.stop, log, ready)
     return Result(paths={"pictures": options.out})

@@ -40,13 +40,6 @@ MAX_INPUT = 16_000_000
 # ------------------------------------------------------------------------------------------------------------ schemas
 
 
-class ErrorView(BaseModel):
-    """Every error."""
-
-    error: str = Field(description="what is wrong")
-    hint: str = Field(description="what to do about it, where that is not plain")
-
-
 class JobRequest(BaseModel):
     """One or more images to draw. What is left out is what suits the model."""
 
@@ -187,31 +180,6 @@ class ModelView(BaseModel):
     defaults: Defaults
     limits: Limits
 
-
-_ERRORS = {
-    400: "no request that could be understood",
-    401: "a token is needed",
-    403: "not from here, or not yours",
-    404: "there is no such thing",
-    405: "this address does not do that",
-    408: "the request did not arrive in time",
-    413: "too large",
-    415: "not JSON",
-    422: "something in it can't be",
-    429: "too many of yours are waiting, or too many wrong tokens came from your address",
-    431: "too many headers",
-    500: "an error of the server's own; its log says more",
-    503: "the queue is full, or the folder of images is not there",
-}
-_ERROR_JSON = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorView"}}}
-
-ERRORS: dict[int | str, dict[str, Any]] = {s: {"model": ErrorView, "description": d} for s, d in _ERRORS.items()}
-"""What each address may answer beside what it is for."""
-
-ERRORS_OF_FILES: dict[int | str, dict[str, Any]] = {
-    s: {"content": _ERROR_JSON, "description": d} for s, d in _ERRORS.items()
-}
-"""The same, of addresses whose answer is no JSON: else FastAPI describes errors in the kind of the answer."""
 
 # ----------------------------------------------------------------------------------------------------- bounded reading
 

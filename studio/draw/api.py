@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncIterator
 from typing import Annotated
 
@@ -11,24 +10,17 @@ from fastapi import APIRouter, Depends, HTTPException, Query, Request
 from fastapi.responses import FileResponse
 from fastapi.sse import EventSourceResponse
 
+from studio.clients import Client
+from studio.draw.service import GenerationService, facts_in
+from studio.draw.wire import ImagesView, JobsView, JobView, ModelView
+from studio.errors import ERRORS_OF_FILES
 from studio.gate import address_of
 from studio.queue import StudioJob
-from studio.service import GenerationService, facts_in
-from studio.wire import ERRORS_OF_FILES, ImagesView, JobsView, JobView, ModelView
-
-CLIENT = "tastemaker_client"
-"""The cookie by which a browser's jobs are told from others'."""
 
 
 async def _service(request: Request) -> GenerationService:
     service: GenerationService = request.app.state.service
     return service
-
-
-async def client_of(request: Request) -> str:
-    """Who asks: a browser by its cookie, anybody else by address."""
-    known = request.cookies.get(CLIENT, "")
-    return known if re.fullmatch(r"[0-9a-f]{32}", known) else address_of(request.scope)
 
 
 async def _stream(request: Request) -> AsyncIterator[None]:
@@ -37,7 +29,6 @@ async def _stream(request: Request) -> AsyncIterator[None]:
 
 
 Service = Annotated[GenerationService, Depends(_service)]
-Client = Annotated[str, Depends(client_of)]
 OneStream = Depends(_stream)
 """Takes a place among the streams until the last event was sent."""
 
@@ -50,7 +41,7 @@ async def _job(id: Annotated[str, fastapi.Path(pattern="^[0-9a-f]{16}$")], servi
 
 JobInPath = Annotated[StudioJob, Depends(_job)]
 JOB_BODY = {"required": True, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobRequest"}}}}
-"""The body of a request to draw, for the description: it is parsed by `studio.wire`, off the event loop."""
+"""The body of a request to draw, for the description: it is parsed by `studio.draw.wire`, off the event loop."""
 api = APIRouter(prefix="/api")
 
 

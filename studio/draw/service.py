@@ -25,8 +25,7 @@ from pydantic_core import PydanticSerializationError
 
 from aesthetic.errors import DiskFull, UserError
 from aesthetic.untrusted import open_regular, parse_json
-from studio.queue import BoundedExecutor, JobQueue, OnStep, QueueFull, StudioJob
-from studio.wire import (
+from studio.draw.wire import (
     MAX_INPUT,
     MAX_NUMBER,
     MAX_STEPS,
@@ -43,6 +42,8 @@ from studio.wire import (
     parse_request,
     read_input,
 )
+from studio.errors import NotHere
+from studio.queue import BoundedExecutor, JobQueue, OnStep, QueueFull, StudioJob
 from train.devices import out_of_memory
 from train.generate.files import CHUNK, decode_image, decode_mask, png, save_numbered
 from train.generate.request import SEEDS, GenerationRequest
@@ -58,10 +59,6 @@ _HEAD = 1 << 20
 MAX_STREAMS = 64
 """Streams of events to one address, and four times as many to all: each is written at every step of a job."""
 _MAX_FACTS = 256 << 10  # two prompts of 10,000 characters, each an escape, take 120 kB
-
-
-class FolderGone(Exception):
-    """The folder of images is not there, or no longer a folder."""
 
 
 class GenerationService:
@@ -223,16 +220,16 @@ class GenerationService:
     def history(self, before: int | None, limit: int) -> ImagesView:
         """Images in the folder that say how they were generated, newest first, of numbers below `before`.
 
-        Raises FolderGone.
+        Raises NotHere.
         """
         try:
             names = [name for name in os.listdir(self.out) if _NUMBERED.fullmatch(name)]
         except FileNotFoundError:
-            raise FolderGone(f"the folder of images, {self.out}, is not there: it was moved or removed") from None
+            raise _gone(f"the folder of images, {self.out}, is not there: it was moved or removed") from None
         except NotADirectoryError:
-            raise FolderGone(f"the folder of images, {self.out}, is no folder: a file is in its place") from None
+            raise _gone(f"the folder of images, {self.out}, is no folder: a file is in its place") from None
         except OSError as e:
-            raise FolderGone(f"the folder of images, {self.out}, can't be read: {e.strerror}") from e
+            raise _gone(f"the folder of images, {self.out}, can't be read: {e.strerror}") from e
         found: list[ImageView] = []
         for number, name in sorted(((int(name[:-4]), name) for name in names), reverse=True):
             if before is not None and number >= before:
@@ -316,6 +313,10 @@ def facts_in(path: Path) -> dict[str, Any] | None:
     except (UserError, ValidationError, PydanticSerializationError, RecursionError):
         return None
     return facts if isinstance(facts, dict) else None
+
+
+def _gone(message: str) -> NotHere:
+    return NotHere(message, "put it back, or draw: then it is made anew")
 
 
 def _link(path: Path) -> ImageLink:

@@ -1,0 +1,30 @@
+"""A data folder in the studio: all that its pages ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from curate.layout import Data
+
+
+class StudioData:
+    """A data folder that people look at.
+
+    Args:
+        read_only: nothing may be written: no ratings, no selections, no deny-list.
+        log: called with a line about what was done.
+        on_fault: called with exceptions that are nobody's fault but ours.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        *,
+        read_only: bool = False,
+        log: Callable[[str], None] = lambda line: None,
+        on_fault: Callable[[Exception], None] = lambda error: None,
+    ) -> None:
+        self.data, self.read_only, self.log, self.on_fault = data, read_only, log, on_fault
+
+    def close(self) -> None:
+        """End what runs."""
