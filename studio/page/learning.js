@@ -128,7 +128,7 @@ export class Learning {
     if (head.worth_raters) more.push(`It is worth about ${plural(head.worth_raters, "person", "people")} asked.`);
     if (head.more) more.push(`${head.more.toLocaleString("en")} more ratings would halve the line.`);
     if (more.length) parts.push(element("p", { className: "hint" }, more.join(" ")));
-    const use = element("button", { type: "button", className: "primary", onclick: () => openUse(this.set, head) }, "Use it on all images");
+    const use = element("button", { type: "button", className: "primary", onclick: () => openUse(this.set) }, "Use it on all images");
     parts.push(use);
     if (head.best?.length) parts.push(...faces("It would rate highest", head.best), ...faces("and lowest", head.worst));
     if (head.of) parts.push(element("p", { className: "hint" }, `Out of ${head.of.toLocaleString("en")} images that you have not rated.`));

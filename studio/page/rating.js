@@ -72,6 +72,7 @@ export class Rating {
     $("answers").dataset.count = this.answers.length;
     $("images").className = this.set.kind === "pairs" ? "two" : "one";
     $("stage").hidden = false;
+    for (const behind of document.querySelectorAll("body > .top, main")) behind.inert = true;
     document.body.classList.add("rating");
     this.#listen();
     this.#said();
@@ -88,6 +89,7 @@ export class Rating {
     this.learning.close();
     if (document.fullscreenElement) document.exitFullscreen();
     document.body.classList.remove("rating");
+    for (const behind of document.querySelectorAll("body > .top, main")) behind.inert = false;
     $("stage").hidden = true;
     this.onLeave();
   }
@@ -224,6 +226,7 @@ export class Rating {
   #said() {
     const waiting = this.outbox?.count ?? 0;
     const total = this.mine + (this.outbox?.bodies.filter((body) => "score" in body || "label" in body || "choice" in body).length ?? 0);
+    $("status").dataset.waiting = waiting;
     $("status").replaceChildren(
       element("b", {}, total.toLocaleString("en")), " rated",
       element("span", { className: waiting ? "waiting" : "hint" }, waiting > 1 || this.outbox?.trouble ? ` · ${waiting} not saved yet` : ""),
@@ -304,6 +307,7 @@ export class Rating {
 function figure(image) {
   const view = element("img", { alt: image.caption || "", decoding: "sync", draggable: false });
   const made = element("figure", { className: "photo" }, view);
+  made.dataset.key = image.key;
   if (image.blurred) made.append(element("figcaption", {}, "Blurred: it may be unsafe. R shows it."));
   view.src = `/api/data/images/${encodeURIComponent(image.key)}${image.revealed ? "?reveal=true" : ""}`;
   view.decode().then(
