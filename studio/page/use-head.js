@@ -5,9 +5,9 @@ import { $, call, element } from "/api.js";
 
 const ENDED = ["done", "failed", "cancelled"];
 
-export function openUse(set) {
+export function openUse(set, head) {
   const dialog = $("use");
-  const commands = element("pre", { tabIndex: 0 });
+  const commands = element("pre", { tabIndex: 0 }, [head.command, head.apply].filter(Boolean).join("\n"));
   const said = element("p", { role: "status" });
   const bar = element("progress", { hidden: true });
   const output = element("pre", { hidden: true, tabIndex: 0 });
@@ -30,7 +30,8 @@ export function openUse(set) {
     said.className = "";
     try {
       for (const action of actions) await run(action, { said, bar, output });
-      said.replaceChildren("Done. ", sorted(set.name));
+      said.replaceChildren("Done.");
+      close.before(linkTo(set.name));
       go.hidden = true;
     } catch (error) {
       said.className = "error";
@@ -41,19 +42,14 @@ export function openUse(set) {
   };
   dialog.showModal();
   go.focus();
-  preview(actions).then((text) => (commands.textContent = text), (error) => (said.textContent = error.message));
 }
 
 const asked = ({ says, ...action }) => action;
 
-async function preview(actions) {
-  const found = await Promise.all(actions.map((action) => call("/api/commands/preview", { body: asked(action) })));
-  return found.map(({ command }) => command).join("\n");
-}
-
 // Where the Explore page shows all images by this column, the highest first.
-function sorted(column) {
-  return element("a", { href: `/#${new URLSearchParams({ show: "all", sort: column, descending: "true" })}` }, "See them in order");
+export function linkTo(column) {
+  const query = new URLSearchParams({ show: "all", sort: column, descending: "true" });
+  return element("a", { className: "button", href: `/#${query}` }, "See all images in this order");
 }
 
 // Run a command, and show how far it is until it is over. Throws an Error with its last line where it fails.
