@@ -17,6 +17,8 @@ from studio.draw.wire import JobRequest
 from studio.errors import ERRORS, HANDLED, on_error
 from studio.explore import api as explore_api
 from studio.gate import Gate
+from studio.images import api as images_api
+from studio.streams import EventStreams
 from train.devices import versions
 
 if TYPE_CHECKING:
@@ -27,6 +29,10 @@ LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 """Names of this machine to itself: what a server without a token answers to."""
 
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+OF_DATA = (explore_api, images_api)
+"""The APIs over a data folder, each a module: `api`, its routes, and where it has any `writing`, those that write. They
+are left out where a studio is to be looked at only."""
+
 _TABS = "<!-- tabs -->"
 """Where the links to all pages go in a page."""
 
@@ -63,13 +69,16 @@ def new_app(
         docs_url=None,  # their pages come from another host
         redoc_url=None,
     )
-    app.state.service, app.state.data = draw, data
+    app.state.service, app.state.data, app.state.streams = draw, data, EventStreams()
     pages = {"Explore": "explore.html", "Rate": "rate.html"} if data is not None else {}
     if data is not None and data.read_only:
         del pages["Rate"]
     pages |= {"Draw": "draw.html"} if draw is not None else {}
     _mount(app, pages)
-    routers = [*(explore_api.ROUTERS if data is not None else ()), *([draw_api.api] if draw is not None else ())]
+    routers = [draw_api.api] if draw is not None else []
+    if data is not None:
+        routers += [part.api for part in OF_DATA]
+        routers += [part.writing for part in OF_DATA if hasattr(part, "writing") and not data.read_only]
     for router in routers:
         app.include_router(router, responses=ERRORS)
     for error in HANDLED:

@@ -16,6 +16,7 @@ from studio.draw.wire import ImagesView, JobsView, JobView, ModelView
 from studio.errors import ERRORS_OF_FILES
 from studio.gate import address_of
 from studio.queue import StudioJob
+from studio.streams import OneStream
 
 
 async def _service(request: Request) -> GenerationService:
@@ -23,14 +24,7 @@ async def _service(request: Request) -> GenerationService:
     return service
 
 
-async def _stream(request: Request) -> AsyncIterator[None]:
-    with request.app.state.service.stream(address_of(request.scope)):
-        yield
-
-
 Service = Annotated[GenerationService, Depends(_service)]
-OneStream = Depends(_stream)
-"""Takes a place among the streams until the last event was sent."""
 
 
 async def _job(id: Annotated[str, fastapi.Path(pattern="^[0-9a-f]{16}$")], service: Service) -> StudioJob:

@@ -13,7 +13,6 @@ import os
 import re
 import secrets
 import warnings
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +42,8 @@ from studio.draw.wire import (
     read_input,
 )
 from studio.errors import NotHere
-from studio.queue import BoundedExecutor, JobQueue, OnStep, QueueFull, StudioJob
+from studio.queue import BoundedExecutor, JobQueue, OnStep, StudioJob
+from studio.streams import ChangeSignal
 from train.devices import out_of_memory
 from train.generate.files import CHUNK, decode_image, decode_mask, png, save_numbered
 from train.generate.request import SEEDS, GenerationRequest
@@ -56,8 +56,6 @@ _SETTINGS = ("steps", "guidance", "width", "height", "scheduler", "strength")
 _VIEWED = ("id", "state", "step", "of", "pictures", "error", "note", "cost", "asked", "at")
 _HEAD = 1 << 20
 """Bytes at the beginning of an image's file that are read for its facts, which stand before the pixels."""
-MAX_STREAMS = 64
-"""Streams of events to one address, and four times as many to all: each is written at every step of a job."""
 _MAX_FACTS = 256 << 10  # two prompts of 10,000 characters, each an escape, take 120 kB
 
 
@@ -79,13 +77,10 @@ class GenerationService:
         on_fault: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         self.sampler, self.out, self._log, self._on_fault = sampler, out, log, on_fault
+        self._changed = ChangeSignal()
         self.queue = JobQueue(self._run, self._explain, self._changed)
         self._reading = BoundedExecutor("reading", 2)
         self._opening = BoundedExecutor("opening", 2)  # images: one of MAX_INPUT may take 200 MB while it is decoded
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._streams: Counter[str] = Counter()  # that are open, by address
-        self._change = asyncio.Event()  # set at the next change, and then replaced
-
         width, height = sampler.info.size
         self.limits = Limits(pixels=MAX_TIMES * width * height)
 
@@ -253,27 +248,11 @@ class GenerationService:
             for job in jobs
         ]
 
-    @contextlib.contextmanager
-    def stream(self, address: str) -> Iterator[None]:
-        """While events are sent to somebody. Raises QueueFull where too many are."""
-        if self._streams[address] >= MAX_STREAMS:
-            raise QueueFull(f"{MAX_STREAMS} streams of events to your address are open already", own=True)
-        if self._streams.total() >= 4 * MAX_STREAMS:
-            raise QueueFull(f"{4 * MAX_STREAMS} streams of events are open already")
-        self._streams[address] += 1
-        try:
-            yield
-        finally:
-            self._streams[address] -= 1
-            if not self._streams[address]:
-                del self._streams[address]
-
     async def changes(self, jobs: Callable[[], list[StudioJob]], client: str) -> AsyncIterator[list[JobView]]:
         """Jobs each time that they change, until all are over or the server ends."""
-        self._loop = asyncio.get_running_loop()
         last: list[JobView] | None = None
         while True:
-            change = self._change  # taken before looking, so that none is missed
+            change = self._changed.next()
             views = self.views(jobs(), client)
             if views != last:
                 yield views
@@ -282,16 +261,6 @@ class GenerationService:
                 return
             await change.wait()
             await asyncio.sleep(0.05)  # quick models change more often than anybody looks
-
-    def _changed(self) -> None:
-        """From any thread: wake those who look."""
-        if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody looks any more
-                self._loop.call_soon_threadsafe(self._wake)
-
-    def _wake(self) -> None:
-        change, self._change = self._change, asyncio.Event()
-        change.set()
 
 
 def facts_in(path: Path) -> dict[str, Any] | None:

@@ -25,7 +25,6 @@ async def _data(request: Request) -> StudioData:
 
 Folder = Annotated[StudioData, Depends(_data)]
 api = APIRouter(prefix="/api")
-ROUTERS = (api,)
 
 
 @api.get("/data")
