@@ -7,6 +7,7 @@ from collections.abc import Callable
 from curate.layout import Data
 from studio.commands.actions import CommandLine
 from studio.commands.service import CommandService
+from studio.images.service import ImageService
 
 
 class StudioData:
@@ -29,6 +30,7 @@ class StudioData:
         on_fault: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         self.data, self.read_only, self.log, self.on_fault = data, read_only, log, on_fault
+        self.images = ImageService(data, keep=not read_only, log=log)
         self.commands = CommandService(command_line, after=self.look, log=log, on_fault=on_fault)
 
     def look(self) -> None:
@@ -42,3 +44,4 @@ class StudioData:
         """Stop, and wait for what runs to end."""
         self.stop()
         self.commands.close()
+        self.images.close()
