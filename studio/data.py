@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from curate.layout import Data
+from studio.rate.service import RatingService
 
 
 class StudioData:
@@ -25,6 +26,8 @@ class StudioData:
         on_fault: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         self.data, self.read_only, self.log, self.on_fault = data, read_only, log, on_fault
+        self.ratings = RatingService(self)
 
     def close(self) -> None:
         """End what runs."""
+        self.ratings.close()
