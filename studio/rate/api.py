@@ -12,7 +12,7 @@ from aesthetic.errors import UserError
 from studio.explore.api import Folder
 from studio.rate.files import NAME, RatingLog, RatingSet, Row, SetKind
 from studio.rate.learning import METRICS
-from studio.rate.service import How, RatingService, Wanted
+from studio.rate.service import How, NextQuery, RatingService
 
 api = APIRouter(prefix="/api")
 writing = APIRouter(prefix="/api")
@@ -194,7 +194,7 @@ def next_ones(
 ) -> NextView:
     """Images, or pairs, that a rater has not rated yet: at random; around a cut, a column and its value; or those that
     teach most. Of a live selection's rows, where one is given."""
-    service, wanted = folder.ratings, Wanted(rater, how, count, selection, column, value)
+    service, wanted = folder.ratings, NextQuery(rater, how, count, selection, column, value)
     if service.log(name).about.kind == "pairs":
         found = service.next_pairs(name, wanted)
         return NextView(pairs=[(RatedImage(key=a), RatedImage(key=b)) for a, b in found])

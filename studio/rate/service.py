@@ -26,7 +26,7 @@ How = Literal["random", "around", "teach"]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class NextQuery:
     """Which images a rater wants next."""
 
     rater: str
@@ -113,7 +113,7 @@ class RatingService:
 
     # --------------------------------------------------------------------------------------------- which are next
 
-    def next_images(self, name: str, wanted: Wanted) -> list[str]:
+    def next_images(self, name: str, wanted: NextQuery) -> list[str]:
         """Keys of images that the rater has not rated yet, the next one first; fewer where there are no more."""
         log = self.log(name)
         rows = log.rows()
@@ -122,7 +122,7 @@ class RatingService:
             return self._telling(name, wanted, {row[0] for row in rows})
         return self._first(self._random(name, wanted), own, wanted.count)
 
-    def next_pairs(self, name: str, wanted: Wanted) -> list[tuple[str, str]]:
+    def next_pairs(self, name: str, wanted: NextQuery) -> list[tuple[str, str]]:
         """Pairs of images that the rater has not compared yet."""
         log = self.log(name)
         seen = {frozenset(row[:2]) for row in log.rows() if row[-1] == wanted.rater}
@@ -132,7 +132,7 @@ class RatingService:
         rows = np.arange(len(sample.keys))
         return choosing.pairs(sample.keys, rows, scores, seen, wanted.count, choosing.seed_of(name, wanted.rater))
 
-    def _telling(self, name: str, wanted: Wanted, rated: set[str]) -> list[str]:
+    def _telling(self, name: str, wanted: NextQuery, rated: set[str]) -> list[str]:
         vectors, sample = self.vectors()
         known = vectors.images(sorted(rated))
         known = np.unique(known[known >= 0])
@@ -141,7 +141,7 @@ class RatingService:
         chosen = choosing.most_telling(learnt, vectors.vectors(known)[0], sample.vectors[rows], wanted.count)
         return [sample.keys[row] for row in rows[chosen]]
 
-    def _random(self, name: str, wanted: Wanted) -> Iterator[list[str]]:
+    def _random(self, name: str, wanted: NextQuery) -> Iterator[list[str]]:
         """Keys in a random order, the same for every rater: so several rate the same images, and it shows how far they
         agree."""
         vectors, _ = self.vectors()
