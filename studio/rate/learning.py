@@ -162,7 +162,7 @@ class HeadLearner:
         with self._changed:
             return self._learnt.get(name), name in self._wanted or self._running == name
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """Begin nothing more."""
         with self._changed:
             self._closed = True

@@ -48,9 +48,9 @@ class RatingService:
         self._opening = threading.Lock()
         self._vectors: tuple[object, KeptVectors, VectorSample] | None = None
 
-    def close(self) -> None:
-        """End what runs."""
-        self.learner.close()
+    def stop(self) -> None:
+        """Begin nothing more."""
+        self.learner.stop()
 
     # ----------------------------------------------------------------------------------------------------- sets
 
