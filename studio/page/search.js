@@ -43,8 +43,8 @@ class SearchBox {
     this.words.setAttribute("aria-label", "Search by words");
     this.file = element("input", { type: "file", accept: "image/*", className: "hidden", tabIndex: -1 });
     this.file.setAttribute("aria-label", "An image to search by");
-    this.choose = element("button", { type: "button", className: "quiet", title: "Choose an image to search by" }, "Image");
-    this.more = element("button", { type: "button", className: "quiet", title: "Words to move away from" }, "Without");
+    this.choose = element("button", { type: "button", className: "quiet search-choose", title: "Choose an image to search by" }, "Image");
+    this.more = element("button", { type: "button", className: "quiet search-more", title: "Words to move away from" }, "Without");
     this.without = element("input", { type: "search", className: "search-without", placeholder: "without: blurry, text", hidden: true, maxLength: 1000 });
     this.without.setAttribute("aria-label", "Without these words");
     this.clear = element("button", { type: "button", className: "quiet", title: "Clear the search (Esc)", hidden: true }, "×");
