@@ -7,6 +7,7 @@ from collections.abc import Callable
 from curate.layout import Data
 from curate.ledger.select import SelectConfig
 from studio.explore.explorer import Explorer
+from studio.images.service import ImageService
 
 
 class StudioData:
@@ -30,7 +31,9 @@ class StudioData:
     ) -> None:
         self.data, self.read_only, self.log, self.on_fault = data, read_only, log, on_fault
         self.explorer = Explorer(data, recipe, log=log, on_fault=on_fault)
+        self.images = ImageService(data, keep=not read_only, log=log)
 
     def close(self) -> None:
         """End what runs."""
         self.explorer.close()
+        self.images.close()

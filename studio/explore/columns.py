@@ -213,7 +213,7 @@ def linear_edges(low: float, high: float, whole: bool) -> npt.NDArray[np.float64
         return float(low) + float(step) * np.arange(count + 1, dtype=np.float64)
     if low == high:
         return np.array([low - 0.5, low + 0.5])
-    edges: npt.NDArray[np.float64] = 2 * np.linspace(low / 2, high / 2, BINS + 1)  # halves, as the difference may be more than any number
+    edges: npt.NDArray[np.float64] = 2 * np.linspace(low / 2, high / 2, BINS + 1)  # halves: no overflow
     edges[0], edges[-1] = low, high
     return np.unique(edges)  # there may be fewer numbers between than bins
 

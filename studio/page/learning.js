@@ -2,7 +2,7 @@
 // high end of what is likely; what more ratings would do; the best and the worst unseen images; and how to use it.
 
 import { call, element } from "/api.js";
-import { openUse } from "/use-head.js";
+import { linkTo, openUse } from "/use-head.js";
 
 const AGAIN = 700; // milliseconds between questions while it is being fitted
 const SHOWN = 6; // best and worst images
@@ -60,7 +60,6 @@ export class Learning {
   #timer = null;
   #asking = false;
   #again = false;
-  #head = null;
 
   constructor(panel, set) {
     Object.assign(this, { panel, set, shown: true });
@@ -96,46 +95,42 @@ export class Learning {
     }
   }
 
-  // While a new one is fitted the last one stays in sight.
+  // While a new one is fitted the figures are those of the last one.
   #draw(head) {
-    const fitting = head.state === "fitting";
-    if (!fitting || !this.#head) this.#head = head;
-    const parts = head.state === "few" || (fitting && !hasMeasure(this.#head)) ? this.#few(head) : this.#ready(this.#head);
-    this.panel.replaceChildren(this.#title(head, fitting), ...parts);
+    const measure = Object.keys(MEASURES).find((name) => typeof head[name]?.value === "number");
+    const parts = head.state === "failed" ? [element("p", { className: "error" }, head.error)]
+      : measure ? this.#ready(head, measure)
+      : [element("p", {}, head.error ? sentence(head.error) : "A few more ratings, and it begins to learn.")];
+    this.panel.replaceChildren(this.#title(head, Boolean(measure)), ...parts);
     this.panel.dataset.state = head.state;
     this.panel.dataset.ratings = head.ratings;
   }
 
-  #title(head, fitting) {
-    const text = head.state === "few" ? "It learns from you" : head.state === "failed" ? "It could not learn" : "What it has learnt";
+  #title(head, learnt) {
+    const title = learnt ? "What it has learnt" : "It learns from you";
     const of = `${head.ratings.toLocaleString("en")} ratings`;
+    const fitting = head.state === "fitting";
     return element(
-      "header", {}, element("h2", {}, text),
-      element("p", { className: fitting ? "hint busy" : "hint" }, fitting ? `${of} · learning …` : of),
+      "header", {}, element("h2", {}, title),
+      element("p", { className: fitting ? "hint busy" : "hint" }, fitting ? "learning …" : of),
     );
   }
 
-  #few(head) {
-    return [element("p", {}, head.error || "A few more ratings, and it begins to learn.")];
-  }
-
-  #ready(head) {
-    if (head.state === "failed") return [element("p", { className: "error" }, head.error)];
-    const name = Object.keys(MEASURES).find((measure) => head[measure]);
-    const parts = name ? [picture(name, head[name], head.ceiling)] : [];
+  #ready(head, measure) {
+    const parts = [picture(measure, head[measure], head.ceiling)];
     if (head.verdict) parts.push(element("p", {}, sentence(head.verdict)));
     const more = [];
     if (head.worth_raters) more.push(`It is worth about ${plural(head.worth_raters, "person", "people")} asked.`);
     if (head.more) more.push(`${head.more.toLocaleString("en")} more ratings would halve the line.`);
     if (more.length) parts.push(element("p", { className: "hint" }, more.join(" ")));
-    const use = element("button", { type: "button", className: "primary", onclick: () => openUse(this.set, head) }, "Use it on all images");
-    parts.push(use);
+    const use = () => openUse(this.set, head);
+    parts.push(element("button", { type: "button", className: "primary", onclick: use }, "Use it on all images"));
+    if (head.column) parts.push(linkTo(head.column));
     if (head.best?.length) parts.push(...faces("It would rate highest", head.best), ...faces("and lowest", head.worst));
-    if (head.of) parts.push(element("p", { className: "hint" }, `Out of ${head.of.toLocaleString("en")} images that you have not rated.`));
+    if (head.of) parts.push(element("p", { className: "hint" }, `Out of ${head.of.toLocaleString("en")} images that nobody has rated.`));
     return parts;
   }
 }
 
-const hasMeasure = (head) => Object.keys(MEASURES).some((measure) => head[measure]);
 const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
 const plural = (count, one, many) => `${Number(count).toLocaleString("en", { maximumFractionDigits: 1 })} ${count === 1 ? one : many}`;

@@ -6,19 +6,30 @@ import { call } from "/api.js";
 const PAUSES = [0.3, 1, 2, 4]; // seconds before an answer is sent again; then always the last
 const FINAL = [400, 403, 404, 405, 413, 415, 422]; // what no further try would change
 
-export class Outbox {
+const outboxes = new Map();
+
+addEventListener("beforeunload", (event) => {
+  if ([...outboxes.values()].some((outbox) => outbox.count)) event.preventDefault(); // the browser asks first
+});
+
+// The outbox of this name: there is one of it in a tab, also after its page was left and opened again.
+// handlers: onChange(outbox), onConfirmed(entry, answer), onRefused(entry, error).
+export function outboxOf(name, handlers) {
+  const outbox = outboxes.get(name) ?? new Outbox(name);
+  outboxes.set(name, Object.assign(outbox, handlers));
+  return outbox;
+}
+
+class Outbox {
+  trouble = ""; // why nothing can be sent now
   #name;
   #entries;
   #sending = false;
-  #wake = null;
 
-  // name: whose answers these are. onChange(outbox), onConfirmed(entry, answer), onRefused(entry, error).
-  constructor(name, { onChange, onConfirmed, onRefused }) {
-    Object.assign(this, { onChange, onConfirmed, onRefused, trouble: "" });
+  constructor(name) {
     this.#name = `tastemaker.outbox.${name}`;
     this.#entries = JSON.parse(sessionStorage.getItem(this.#name) ?? "[]");
-    addEventListener("online", () => this.#wake?.());
-    this.#send();
+    setTimeout(() => this.#send()); // once there are handlers
   }
 
   get count() {
@@ -71,7 +82,7 @@ export class Outbox {
         }
         this.trouble = error.message;
         this.onChange(this);
-        await this.#pause(PAUSES[Math.min(tries++, PAUSES.length - 1)]);
+        await pause(PAUSES[Math.min(tries++, PAUSES.length - 1)]);
       }
     }
     this.#sending = false;
@@ -82,11 +93,6 @@ export class Outbox {
     this.#entries.splice(this.#entries.indexOf(entry), 1);
     this.#keep();
   }
-
-  #pause(seconds) {
-    return new Promise((done) => {
-      const timer = setTimeout(done, seconds * 1000);
-      this.#wake = () => (clearTimeout(timer), done());
-    });
-  }
 }
+
+const pause = (seconds) => new Promise((done) => setTimeout(done, seconds * 1000));

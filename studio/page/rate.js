@@ -6,9 +6,12 @@ import { Rating } from "/rating.js";
 const form = $("form");
 const NEW = "a new one"; // no name of a set has a space in it
 
+const SOME = 12; // images beside the form
+
 let place = ""; // the data folder's
 let sets = [];
 let columns = []; // numeric ones
+let selections = []; // saved ones
 
 const KINDS = {
   scores: (set) => `marks ${set.scale[0]} to ${set.scale[1]}`,
@@ -53,7 +56,6 @@ function listSets(selected) {
 function show() {
   const fresh = picked() === NEW;
   $("new").hidden = !fresh;
-  $("name").required = fresh;
   $("scale-field").hidden = form.kind.value !== "scores";
   $("concept-field").hidden = form.kind.value !== "labels";
   $("concept").required = fresh && form.kind.value === "labels";
@@ -94,22 +96,42 @@ function middle() {
 
 // ------------------------------------------------------------------------------------------------------------ begin
 
+// What the name of a set can be: it is that of its head and of its column, too.
+function slug(text) {
+  return text.toLowerCase().replace(/[^a-z0-9]+/g, "_").replace(/^[^a-z]+|_+$/g, "").slice(0, 36);
+}
+
+function nameOfSet(kind) {
+  const name = slug($("name").value) || (kind === "labels" && slug(form.concept.value)) || (kind === "pairs" ? "pairs" : "taste");
+  for (let i = 1; ; i++) {
+    const free = i === 1 ? name : `${name}_${i}`;
+    if (!sets.some((set) => set.name === free)) return free;
+  }
+}
+
 async function newSet() {
   const kind = form.kind.value;
-  const made = { name: form.elements.name.value || "taste", kind };
+  const made = { name: nameOfSet(kind), kind };
   if (kind === "scores") made.scale = form.scale.value.split(" ").map(Number);
   if (kind === "labels") made.concept = form.concept.value.trim();
   return call("/api/ratings", { body: made });
 }
 
+const on = ({ name, condition }) => ({ name, condition, on: true });
+
 async function begin() {
   showError("");
   keep();
   const set = chosen() ?? (await newSet());
-  const how = { how: form.how.value, selection: form.selection.value };
+  const how = { how: form.how.value };
   if (how.how === "around") Object.assign(how, { column: form.column.value, value: form.value.value });
-  location.hash = new URLSearchParams({ rating: "now", set: set.name, rater: form.rater.value.trim(), ...how });
-  const rating = new Rating({ place, set, rater: form.rater.value.trim(), how, onLeave: left });
+  const selection = form.selection.value;
+  const rater = form.rater.value.trim();
+  const address = new URLSearchParams({ rating: "now", set: set.name, rater, selection, ...how });
+  history.replaceState(null, "", `#${address}`);
+  const { rules } = selections.find((one) => one.name === selection) ?? {};
+  const select = rules && (async () => (await call("/api/selections", { body: { rules: rules.map(on) } })).id);
+  const rating = new Rating({ place, set, rater, how, select, onLeave: left });
   await rating.open();
 }
 
@@ -127,13 +149,24 @@ async function load() {
   $("data").textContent = data.name;
   form.column.replaceChildren(...columns.map(({ name }) => element("option", { value: name }, name)));
   form.querySelector("[name=how][value=around]").closest("label").hidden = !columns.length;
-  const selections = data.selections ?? [];
+  selections = data.selections ?? [];
   const option = (name) => element("option", { value: name }, `${name}: what it keeps`);
   form.selection.replaceChildren(element("option", { value: "" }, "All images"), ...selections.map(({ name }) => option(name)));
   $("from-field").hidden = !selections.length;
   const asked = restore();
   if (!form.value.value) middle();
   return asked;
+}
+
+// Some of the folder's images, beside the form.
+async function showSome() {
+  const { id } = await call("/api/selections", { body: { rules: [] } });
+  const { rows } = await call(`/api/rows?selection=${id}&show=all&sort=random&limit=${SOME}`);
+  const images = rows.map(({ key }) => {
+    const image = element("img", { alt: "", loading: "lazy", src: `/api/thumbnails/${encodeURIComponent(key)}?side=320` });
+    return element("li", {}, image);
+  });
+  $("mosaic").replaceChildren(...images);
 }
 
 async function open() {
@@ -152,6 +185,7 @@ async function open() {
   if (asked.rating === "now" && asked.rater && chosen()) await begin();
   else (form.rater.value ? $("start") : form.rater).focus();
   document.body.dataset.ready = "true";
+  if (innerWidth > 900) showSome().catch(() => {}); // they are there to look at, no more
 }
 
 open().catch((error) => showNotice(error.message));

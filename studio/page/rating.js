@@ -3,16 +3,18 @@
 
 import { $, call, element } from "/api.js";
 import { Learning } from "/learning.js";
-import { Outbox } from "/outbox.js";
+import { outboxOf } from "/outbox.js";
 
 const BATCH = 24; // images asked for at once
+const MOST = 200; // that the server gives at once
 const FEW = 10; // left: ask for more
 const AHEAD = 5; // of them are loaded and decoded before they are shown
-const LARGER = 2; // times its own pixels an image is shown at most
+const LARGER = 3; // times its own pixels an image is shown at most
 const ROUND = [10, 20, 50, 100, 200, 300, 500, 1000];
 
 const pathOf = (set) => `/api/ratings/${encodeURIComponent(set)}`;
-const keysOf = (body) => (body.key !== undefined ? [body.key] : [body.a, body.b]);
+const keysOf = (body) => (body.key != null ? [body.key] : [body.a, body.b]);
+const isAnswer = (body) => "score" in body || "label" in body || "choice" in body; // else it takes one back
 const idOf = (keys) => [...keys].sort().join(" ");
 
 // The answers of a set: what is sent, what its button says, and which keys give it.
@@ -48,9 +50,10 @@ function questionOf(set) {
 }
 
 export class Rating {
-  // place: the data folder's, so that answers of one folder never go to another. how: {how, selection, column, value}.
-  constructor({ place, set, rater, how, onLeave }) {
-    Object.assign(this, { set, rater, how, onLeave });
+  // place: the data folder's, so that answers of one folder never go to another. how: {how, column, value}. select: gives
+  // the id of the selection whose images are rated, where it is not all of them.
+  constructor({ place, set, rater, how, select, onLeave }) {
+    Object.assign(this, { set, rater, how, select, onLeave });
     this.answers = answersOf(set);
     this.coming = []; // items: {keys, images: [element]}
     this.past = []; // {item, entry}: what this visit answered; entry is null where it was skipped
@@ -58,12 +61,12 @@ export class Rating {
     this.current = null;
     this.mine = set.raters?.[rater] ?? 0; // confirmed ones
     this.learning = new Learning($("panel"), set);
-    this.outbox = new Outbox(`${place}.${set.name}.${rater}`, {
+    this.outbox = outboxOf(`${place}.${set.name}.${rater}`, {
       onChange: () => this.#said(),
       onConfirmed: (entry, answer) => this.#confirmed(entry, answer),
       onRefused: (entry, error) => this.#refused(entry, error),
     });
-    for (const body of this.outbox.bodies) if (!body.undo) this.known.add(idOf(keysOf(body)));
+    for (const body of this.outbox.bodies.filter(isAnswer)) this.known.add(idOf(keysOf(body)));
   }
 
   async open() {
@@ -72,6 +75,7 @@ export class Rating {
     $("answers").dataset.count = this.answers.length;
     $("images").className = this.set.kind === "pairs" ? "two" : "one";
     $("stage").hidden = false;
+    for (const behind of document.querySelectorAll("body > .top, main")) behind.inert = true;
     document.body.classList.add("rating");
     this.#listen();
     this.#said();
@@ -88,6 +92,7 @@ export class Rating {
     this.learning.close();
     if (document.fullscreenElement) document.exitFullscreen();
     document.body.classList.remove("rating");
+    for (const behind of document.querySelectorAll("body > .top, main")) behind.inert = false;
     $("stage").hidden = true;
     this.onLeave();
   }
@@ -97,10 +102,11 @@ export class Rating {
   async #more() {
     if (this.fetching || this.exhausted) return;
     this.fetching = true;
-    const without = this.known.size - this.coming.length; // of which some may come again: skipped, or not yet saved
-    const asked = new URLSearchParams({ rater: this.rater, count: String(Math.min(200, BATCH + Math.min(without, 176))) });
-    for (const [name, value] of Object.entries(this.how)) if (value !== "" && value != null) asked.set(name, value);
+    const skipped = this.past.filter(({ entry }) => !entry).length;
+    const again = skipped + this.coming.length + this.outbox.count; // may be among the answer, and are left out here
+    const asked = new URLSearchParams({ ...this.how, rater: this.rater, count: Math.min(MOST, BATCH + again) });
     try {
+      if (this.select) asked.set("selection", (this.selection ??= await this.select()));
       const answer = await call(`${pathOf(this.set.name)}/next?${asked}`);
       const fresh = (answer.pairs ?? answer.images.map((image) => [image])).filter((images) => {
         const id = idOf(images.map((image) => image.key));
@@ -110,6 +116,7 @@ export class Rating {
       this.exhausted = !fresh.length;
       this.#trouble("");
     } catch (error) {
+      if (error.status === 404) this.selection = null; // of before a restart
       this.#trouble(error.message);
       if (!this.listening.signal.aborted) setTimeout(() => this.#more().then(() => this.current ?? this.#next()), 2000);
     }
@@ -210,8 +217,9 @@ export class Rating {
 
   // --------------------------------------------------------------------------------------------- what is said of it
 
-  #confirmed(entry) {
-    this.mine += entry.path.endsWith("/undo") ? -1 : 1;
+  #confirmed(entry, answer) {
+    if (!entry.path.endsWith("/undo")) this.mine += 1;
+    else if (answer.undone && !answer.restored) this.mine -= 1;
     this.#said();
     this.learning.refresh();
   }
@@ -223,7 +231,9 @@ export class Rating {
 
   #said() {
     const waiting = this.outbox?.count ?? 0;
-    const total = this.mine + (this.outbox?.bodies.filter((body) => "score" in body || "label" in body || "choice" in body).length ?? 0);
+    const bodies = this.outbox?.bodies ?? [];
+    const total = this.mine + 2 * bodies.filter(isAnswer).length - bodies.length;
+    $("status").dataset.waiting = waiting;
     $("status").replaceChildren(
       element("b", {}, total.toLocaleString("en")), " rated",
       element("span", { className: waiting ? "waiting" : "hint" }, waiting > 1 || this.outbox?.trouble ? ` · ${waiting} not saved yet` : ""),
@@ -295,8 +305,6 @@ export class Rating {
     document.addEventListener("keydown", onkey, { signal });
     const clicks = { leave: "Escape", undo: "u", skip: "s", reveal: "r", full: "f", "panel-button": "h" };
     for (const [id, key] of Object.entries(clicks)) $(id).addEventListener("click", () => acts[key](), { signal });
-    const warn = (event) => this.outbox.count && event.preventDefault();
-    addEventListener("beforeunload", warn, { signal });
   }
 }
 
@@ -304,6 +312,7 @@ export class Rating {
 function figure(image) {
   const view = element("img", { alt: image.caption || "", decoding: "sync", draggable: false });
   const made = element("figure", { className: "photo" }, view);
+  made.dataset.key = image.key;
   if (image.blurred) made.append(element("figcaption", {}, "Blurred: it may be unsafe. R shows it."));
   view.src = `/api/data/images/${encodeURIComponent(image.key)}${image.revealed ? "?reveal=true" : ""}`;
   view.decode().then(
