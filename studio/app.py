@@ -12,24 +12,32 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI, Request, Response
 
 from studio.clients import set_client
+from studio.commands import api as commands_api
 from studio.draw import api as draw_api
 from studio.draw.wire import JobRequest
 from studio.errors import ERRORS, HANDLED, on_error
 from studio.explore import api as explore_api
 from studio.gate import Gate
 from studio.images import api as images_api
+from studio.rate import api as rate_api
 from studio.streams import EventStreams
 from train.devices import versions
 
 if TYPE_CHECKING:
     from studio.data import StudioData
+    from studio.draw.loading import LoadingModel
     from studio.draw.service import GenerationService
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 """Names of this machine to itself: what a server without a token answers to."""
 
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-OF_DATA = (explore_api, images_api)
+OF_DATA = (
+    explore_api,
+    images_api,
+    commands_api,
+    rate_api,
+)
 """The APIs over a data folder, each a module: `api`, its routes, and where it has any `writing`, those that write. They
 are left out where a studio is to be looked at only."""
 
@@ -39,7 +47,7 @@ _TABS = "<!-- tabs -->"
 
 def new_app(
     *,
-    draw: GenerationService | None = None,
+    draw: GenerationService | LoadingModel | None = None,
     data: StudioData | None = None,
     hosts: frozenset[str] | None = LOOPBACK,
     token: str | None = None,
@@ -53,7 +61,7 @@ def new_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if draw is not None:
-            draw.queue.start()
+            draw.start()
         yield
         if draw is not None:
             draw.close()
@@ -69,7 +77,7 @@ def new_app(
         docs_url=None,  # their pages come from another host
         redoc_url=None,
     )
-    app.state.service, app.state.data, app.state.streams = draw, data, EventStreams()
+    app.state.draw, app.state.data, app.state.streams = draw, data, EventStreams()
     pages = {"Explore": "explore.html", "Rate": "rate.html"} if data is not None else {}
     if data is not None and data.read_only:
         del pages["Rate"]
