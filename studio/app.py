@@ -19,6 +19,7 @@ from studio.errors import ERRORS, HANDLED, on_error
 from studio.explore import api as explore_api
 from studio.gate import Gate
 from studio.images import api as images_api
+from studio.rate import api as rate_api
 from studio.streams import EventStreams
 from train.devices import versions
 
@@ -35,6 +36,7 @@ OF_DATA = (
     explore_api,
     images_api,
     commands_api,
+    rate_api,
 )
 """The APIs over a data folder, each a module: `api`, its routes, and where it has any `writing`, those that write. They
 are left out where a studio is to be looked at only."""

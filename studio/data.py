@@ -8,6 +8,7 @@ from curate.layout import Data
 from studio.commands.actions import CommandLine
 from studio.commands.service import CommandService
 from studio.images.service import ImageService
+from studio.rate.service import RatingService
 
 
 class StudioData:
@@ -31,6 +32,7 @@ class StudioData:
     ) -> None:
         self.data, self.read_only, self.log, self.on_fault = data, read_only, log, on_fault
         self.images = ImageService(data, keep=not read_only, log=log)
+        self.ratings = RatingService(self)
         self.commands = CommandService(command_line, after=self.look, log=log, on_fault=on_fault)
 
     def look(self) -> None:
@@ -39,6 +41,7 @@ class StudioData:
     def stop(self) -> None:
         """Begin nothing more, and let streams of events end."""
         self.commands.stop()
+        self.ratings.stop()
 
     def close(self) -> None:
         """Stop, and wait for what runs to end."""

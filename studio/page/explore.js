@@ -4,6 +4,7 @@
 import { $, ApiError, call, element } from "/api.js";
 import { ImageGrid } from "/grid.js";
 import { startColumns } from "/histogram.js";
+import { followAddress, openFromGrid } from "/image.js";
 import { KEYS } from "/keys.js";
 import { count, share, short } from "/numbers.js";
 import { imagesJudged, startRules } from "/rules.js";
@@ -25,6 +26,7 @@ async function start() {
   subscribe(["live", "failure"], renderFunnel);
   subscribe(["view", "live", "data"], renderView);
   subscribe(["view", "live"], showImages);
+  followAddress(grid, ofNow);
   await loadData();
   watchData();
   document.body.dataset.ready = "true";
@@ -322,22 +324,11 @@ function renderPlace() {
   $("at").textContent = grid.total ? `${count(state.place + 1)} of ${count(grid.total)}` : "";
 }
 
-// Why this image: image.js has it where it is part of the page.
-async function openRow(row, index) {
-  const context = {
-    selection: state.live?.id,
-    next: () => step(1),
-    previous: () => step(-1),
-  };
-  const step = async (by) => {
-    const at = grid.current + by;
-    const other = await grid.row(at);
-    if (other) grid.setCurrent(at);
-    return other?.key ?? null;
-  };
-  grid.setCurrent(index);
-  const { openImage } = await import("/image.js");
-  openImage(row.key, context);
+// Why this image: the dialog of one image, which goes through the grid as it is.
+const ofNow = { selection: () => state.live?.id };
+
+function openRow(row, index) {
+  openFromGrid(grid, row, index, ofNow);
 }
 
 // -------------------------------------------------------------------------------------------------- panel and keys
