@@ -7,6 +7,7 @@ annotated/N./ NNNNN.parquet, NNNNN.json   columns of an annotator and their reco
 selected/     NAME.parquet, NAME.json     verdicts and their record
 shards/NAME/  NNNNN.tar, NNNNN.parquet    the chosen images;  manifest.json: the record
 report/NAME/  sheet.png, scores.png
+deny.txt      what people denied while they looked
 """
 
 from __future__ import annotations
@@ -290,6 +291,11 @@ class Data:
     @property
     def recipe(self) -> Path:
         return self.root / "recipe.yaml"
+
+    @property
+    def deny_list(self) -> Path:
+        """What the studio was told to deny: a file for `fetch.deny`."""
+        return self.root / "deny.txt"
 
     @property
     def logs(self) -> Path:

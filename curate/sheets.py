@@ -66,9 +66,12 @@ def small(image: Pixels | None, side: int, blurred: bool) -> Image.Image | None:
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     image = image.convert("RGB")  # a copy
     image.thumbnail((side * _SCALE, side * _SCALE), Image.Resampling.LANCZOS)
-    if blurred:
-        image = image.resize((7, 7), Image.Resampling.BOX).resize(image.size, Image.Resampling.BICUBIC)
-    return image
+    return blur(image) if blurred else image
+
+
+def blur(image: Image.Image) -> Image.Image:
+    """An image of which 7 x 7 values are left and no more."""
+    return image.resize((7, 7), Image.Resampling.BOX).resize(image.size, Image.Resampling.BICUBIC)
 
 
 def tint(i: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from curate.annotators.order import check_where, made_late, passes
 from curate.annotators.registry import make_annotator
 from curate.fetch.deny import Deny
 from curate.layout import Data
-from curate.verify import command_again
 from pipelines.options import command
 from pipelines.recipe import Recipe, stored_recipe
 
@@ -84,7 +82,7 @@ def refuse_denied(data: Data, recipe: Recipe, restart_from: str | None = None) -
     deny = Deny.load(recipe.fetch.deny)
     if not deny or not data.shards(data.fetched_record):
         return
-    from curate.ledger.denied import denied_images
+    from curate.ledger.denied import denied_images, removal
 
     found = denied_images(data, deny, fetched=restart_from in (None, "embed"))
     if not found:
@@ -100,16 +98,11 @@ def refuse_denied(data: Data, recipe: Recipe, restart_from: str | None = None) -
             "what was fetched without them, because originals are not kept"
         )
     denied += [f"perhaps images of shards/{name}, for the same reason" for name in found.unknown_packs]
-    root = shlex.quote(str(data))
-    steps = [f"  rm -r {root}/shards/{name} {root}/report/{name}" for name in [*found.packs, *found.unknown_packs]]
-    if found.images or found.unknown:
-        files = [str(Path(f).absolute()) for f in recipe.fetch.deny]
-        setting = shlex.quote(f"fetch.deny=[{', '.join(files)}]")
-        steps.append(f"  {command_again(data)} --set {setting} --restart-from fetch")
+    steps = removal(data, found, [str(Path(f).absolute()) for f in recipe.fetch.deny])
     raise UserError(
         f"fetch.deny names what {data} holds already: {'; '.join(denied)}.\n"
         "A list that is given later takes nothing away, so nothing is done. Give another --out, or be rid of them:\n"
-        + "\n".join(steps)
+        + "\n".join(f"  {step}" for step in steps)
     )
 
 

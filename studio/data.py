@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from curate.layout import Data
+from studio.images.service import ImageService
 
 
 class StudioData:
@@ -25,6 +26,8 @@ class StudioData:
         on_fault: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         self.data, self.read_only, self.log, self.on_fault = data, read_only, log, on_fault
+        self.images = ImageService(data, keep=not read_only, log=log)
 
     def close(self) -> None:
         """End what runs."""
+        self.images.close()

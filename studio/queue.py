@@ -230,16 +230,17 @@ class JobQueue:
 
 
 class BoundedExecutor:
-    """Work off the event loop: `places` pieces at a time, one at a time of each client, and as many that wait as jobs.
+    """Work off the event loop: `places` pieces at a time, `each` of them of one client, and as many that wait as jobs.
 
-    So nobody waits for more than one piece of each of the others.
+    So nobody waits for more than `each` pieces of each of the others.
     """
 
-    def __init__(self, name: str, places: int) -> None:
+    def __init__(self, name: str, places: int, each: int = 1) -> None:
         self._pool = ThreadPoolExecutor(places, thread_name_prefix=name)
         self._places = asyncio.Semaphore(places)
         self._waiting: Counter[str] = Counter()
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._each = each
+        self._own: dict[str, asyncio.Semaphore] = {}
 
     async def run(self, client: str, work: Callable[[], T]) -> T:
         """What `work` returns, or raises. Raises QueueFull where too many wait already."""
@@ -249,12 +250,12 @@ class BoundedExecutor:
             raise QueueFull(f"the queue is full: {MAX_WAITING} requests are being read already")
         self._waiting[client] += 1
         try:
-            async with self._locks.setdefault(client, asyncio.Lock()), self._places:
+            async with self._own.setdefault(client, asyncio.Semaphore(self._each)), self._places:
                 return await asyncio.get_running_loop().run_in_executor(self._pool, work)
         finally:
             self._waiting[client] -= 1
             if not self._waiting[client]:
-                del self._waiting[client], self._locks[client]
+                del self._waiting[client], self._own[client]
 
     def close(self) -> None:
         """Begin nothing more."""

@@ -53,9 +53,9 @@ class Served:
 
 
 @contextlib.contextmanager
-def running(app: Gate, stop: Callable[[], None]) -> Iterator[str]:
-    """An app that is served on a free port of this machine; its URL."""
-    at = listen("127.0.0.1", 0)
+def running(app: Gate, stop: Callable[[], None], port: int = 0) -> Iterator[str]:
+    """An app that is served on a port of this machine, a free one by default; its URL."""
+    at = listen("127.0.0.1", port)
     ready = threading.Event()
     server = StudioServer(app, stop, ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [at]})
@@ -100,14 +100,14 @@ class ServedData:
 
 @contextlib.contextmanager
 def serving_data(
-    data: Data, *, token: str | None = None, draw: GenerationService | None = None, **more: Any
+    data: Data, *, token: str | None = None, draw: GenerationService | None = None, port: int = 0, **more: Any
 ) -> Iterator[ServedData]:
-    """A data folder in a studio on a free port of this machine; `more` are arguments of StudioData."""
+    """A data folder in a studio on a port of this machine, a free one by default; `more` are StudioData's arguments."""
     said: list[str] = []
     faults: list[Exception] = []
     folder = StudioData(data, log=said.append, on_fault=faults.append, **more)
     app = new_app(data=folder, draw=draw, hosts=None if token else LOOPBACK, token=token)
-    with running(app, folder.close) as url:
+    with running(app, folder.close, port) as url:
         yield ServedData(url, folder, said, faults)
     assert not faults, faults
 

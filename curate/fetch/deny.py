@@ -149,6 +149,24 @@ def domains(host: str) -> list[str]:
     return [".".join(labels[i:]) for i in range(len(labels) - 1)]
 
 
+def url_entry(text: str) -> str | None:
+    """A URL as a list of images has it, as it is listed; None where it is none."""
+    try:
+        return url_text(_parse_anywhere(text))
+    except (ValueError, IndexError, RowError):  # yarl, see parse_url
+        return None
+
+
+def domain_entry(text: str) -> str | None:
+    """The domain of a URL as it is listed, whose it is by the list of public suffixes; None where it has none."""
+    from curate.fetch.budget import registered_domain
+
+    if (entry := url_entry(text)) is None:
+        return None
+    domain = registered_domain(URL(entry, encoded=True).raw_host or "")
+    return domain if "." in domain or ":" in domain else None  # a name of this machine's network is no entry
+
+
 # ------------------------------------------------------------------------------------------------------------- reading
 
 # What most lines are made of, and what `parse_url` would leave as it is. Without this shortcut a list takes seven times

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from curate.layout import shard_name
 from curate.ledger.schema import Status
 from curate.ledger.sql import connect
 from curate.ledger.view import tables
+from curate.verify import command_again
 
 if TYPE_CHECKING:
     from curate.layout import Data
@@ -81,6 +83,29 @@ def denied_images(data: Data, deny: Deny, *, fetched: bool = True) -> DeniedImag
             elif deny.hashes is not None and (hashes if fresh else {manifest.get("denied_hashes")}) != {deny.hashes}:
                 found.unknown_packs.append(name)
     return found
+
+
+_FEW_SHARDS = 100  # that are made anew one by one
+
+
+def removal(data: Data, found: DeniedImages, files: Sequence[str], *, shards: bool = False) -> list[str]:
+    """The commands that take denied images out: packs go, and what is fetched is made anew under the deny-lists.
+
+    files: all that `fetch.deny` is to name. shards: where that is possible, only the shards that hold such images are
+    fetched again, not all.
+    """
+    root = shlex.quote(str(data))
+    steps = [f"rm -r {root}/shards/{name} {root}/report/{name}" for name in [*found.packs, *found.unknown_packs]]
+    if found.images or found.unknown:
+        setting = shlex.quote(f"fetch.deny=[{', '.join(files)}]")
+        again = f"{command_again(data)} --set {setting}"
+        these = sorted({*found.shards, *found.unknown})
+        if shards and data.url is None and len(these) <= _FEW_SHARDS:
+            records = (f"{root}/{data.fetched_record(int(s)).relative_to(data.root).as_posix()}" for s in these)
+            steps += [f"rm {' '.join(records)}", again]
+        else:
+            steps.append(f"{again} --restart-from fetch")
+    return steps
 
 
 class _Search:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import stat
 import time
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from aesthetic.errors import UserError
-from aesthetic.untrusted import read_bytes
-from curate.store.files import write_json
+from aesthetic.files import write_atomic
+from aesthetic.untrusted import open_regular, read_bytes
+from curate.store.files import open_own, write_json
 from curate.store.lock import Lock
 from curate.store.records import read_record
 
@@ -20,6 +22,10 @@ Stamp = tuple[int, str]
 """A file's size in bytes, and what changes when it is written again (of an object, its ETag)."""
 
 _TICK = 2_000_000_000  # nanoseconds, with a large margin; FAT counts in two seconds
+
+
+class FileChanged(Exception):
+    """A file is no longer the one with the stamp that was named, or is gone."""
 
 
 class Disk:
@@ -70,12 +76,39 @@ class Disk:
             found = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return found.st_size, f"{found.st_mtime_ns}-{found.st_ino}"
+        return _stamp(found)
 
     def lasting(self, stamp: Stamp) -> bool:
         """Whether a file could not have been written again since without that its stamp is another: clocks of file
         systems tick each few milliseconds."""
         return time.time_ns() - int(stamp[1].split("-")[0]) > _TICK
+
+    def read_range(self, path: Path, start: int, length: int, stamp: Stamp) -> bytes:
+        """Bytes of a file, fewer where it ends before, without the rest of it. FileChanged where another has its name
+        by now than the one with this stamp."""
+        try:
+            with open_regular(path) as f:
+                if _stamp(os.fstat(f.fileno())) != stamp:
+                    raise FileChanged(str(path))
+                return os.pread(f.fileno(), length, start)
+        except UserError as e:
+            raise FileChanged(str(path)) from e
+
+    def change(self, path: Path, edit: Callable[[bytes], bytes]) -> bytes:
+        """Write a small file anew from what it holds (b"" where it is not there), whole and flushed to the disk; of
+        several who change it at once, here or elsewhere, each sees what the one before wrote. The bytes that it has
+        then."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = open_own(path.with_name(f".{path.name}.lock"), os.O_RDWR)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            before = read_bytes(path) if path.exists() else b""
+            after = edit(before)
+            if after != before:
+                write_atomic(path, after)
+            return after
+        finally:
+            os.close(fd)
 
     def names(self, folder: Path) -> list[str]:
         """The names of the files and folders in a folder, sorted; none where it is not there."""
@@ -111,3 +144,7 @@ class Disk:
         """What the outputs of a record are there, in short, where a size says too little: on a disk nobody writes
         them whose lock is lost."""
         return ""
+
+
+def _stamp(found: os.stat_result) -> Stamp:
+    return found.st_size, f"{found.st_mtime_ns}-{found.st_ino}"

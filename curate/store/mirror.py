@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from aesthetic.errors import UserError
+from aesthetic.files import write_atomic
 from curate.store.cache import cache_folder, keep, link, make_room, one_at_a_time, own_folder
 from curate.store.clients import StoreUnavailable, is_url
-from curate.store.disk import Disk, Stamp
+from curate.store.disk import Disk, FileChanged, Stamp
 from curate.store.files import digest, is_scratch, json_bytes, local_path
 from curate.store.lease import Lease, LeaseLost, check_token
 from curate.store.objects import Changed, ObjectStore, StoredObject
@@ -166,6 +168,34 @@ class Mirror(Disk):
             return self._listing.names(name)
         files, folders = self._objects.names(name)
         return [stored.name.rpartition("/")[2] for stored in files], folders
+
+    def read_range(self, path: Path, start: int, length: int, stamp: Stamp) -> bytes:
+        found = StoredObject(self._name(path), *stamp)
+        with contextlib.suppress(OSError), open(self._cached(found), "rb") as f:  # as whoever brings it
+            if os.fstat(f.fileno()).st_size == found.size:
+                return os.pread(f.fileno(), length, start)
+        try:
+            return self._objects.range(found.name, start, length, found.etag)
+        except (Changed, FileNotFoundError) as e:
+            raise FileChanged(f"{self}/{found.name}") from e
+
+    def change(self, path: Path, edit: Callable[[bytes], bytes]) -> bytes:
+        name = self._name(path)
+        while True:
+            found = self._objects.get(name)
+            before = b"" if found is None else found[0]
+            after = edit(before)
+            if after == before:
+                return after
+            try:
+                etag = None if found is None else found[1].etag
+                put = self._objects.put(after, name, create=found is None, replaces=etag)
+            except (Changed, FileExistsError):  # another was quicker
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, after)
+            self._note(put, path)
+            return after
 
     # ------------------------------------------------------------------------------------------------------ moving
 

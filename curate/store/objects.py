@@ -182,13 +182,18 @@ class ObjectStore:
             scratch.unlink(missing_ok=True)
         return stored
 
-    def range(self, name: str, start: int, length: int) -> bytes:
-        """Bytes of an object from `start` on; fewer where it ends before. Raises FileNotFoundError."""
+    def range(self, name: str, start: int, length: int, etag: str | None = None) -> bytes:
+        """Bytes of an object from `start` on; fewer where it ends before. Raises FileNotFoundError, and Changed where
+        it is not the one with this etag."""
         if length <= 0:
             return b""
-        return self._ask(
-            f"reading {name}", lambda: bytes(self._client().get_range(_check_name(name), start=start, length=length))
-        )
+        only = {} if etag is None else {"if_match": f'"{etag}"'}
+
+        def read() -> bytes:
+            options = {"range": (start, start + length), **only}
+            return bytes(self._client().get(_check_name(name), options=options).bytes())
+
+        return self._ask(f"reading {name}", read)
 
     # ---------------------------------------------------------------------------------------------------- writing
 

@@ -1,9 +1,9 @@
 // The page: what is asked for on the left, the image in the middle, what was generated before at the bottom.
 // Text of people's goes into the page as text only (textContent), never as HTML.
 
+import { $, call, element } from "/api.js";
 import { Mask, paint } from "/brush.js";
 
-const $ = (id) => document.getElementById(id);
 const form = $("form");
 const FIELDS = ["prompt", "negative", "width", "height", "number", "steps", "guidance", "scheduler", "seed", "strength"];
 const ACTIVE = ["queued", "drawing"];
@@ -18,25 +18,9 @@ const images = new Map(); // name -> image, all that the history shows
 
 // ------------------------------------------------------------------------------------------------------ the server
 
-class ApiError extends Error {}
-
-async function call(path, options) {
-  let response;
-  try {
-    response = await fetch(path, options);
-  } catch {
-    throw new ApiError("The server can’t be reached. Is it still running?");
-  }
-  if (response.status === 401) location.reload(); // to the form that asks for the token
-  const answer = await response.json().catch(() => ({ error: `The server answered ${response.status}.`, hint: "" }));
-  if (!response.ok) throw new ApiError([answer.error, answer.hint].filter(Boolean).join(" — "));
-  return answer;
-}
-
 async function submit(wanted) {
   showError("");
-  const headers = { "content-type": "application/json" };
-  const job = await call("/api/jobs", { method: "POST", headers, body: JSON.stringify(wanted) });
+  const job = await call("/api/jobs", { body: wanted });
   jobs = [...jobs.filter((known) => known.id !== job.id), job]; // the stream may have sent it before this answer
   listJobs();
   if (narrow()) $("queue").lastElementChild?.scrollIntoView({ block: "nearest", behavior: "smooth" });
@@ -116,10 +100,6 @@ function showNotice(text) {
   $("notice").textContent = text;
 }
 
-function element(kind, text, more = {}) {
-  return Object.assign(document.createElement(kind), { textContent: text, ...more });
-}
-
 function listJobs() {
   const drawn = jobs.find((job) => job.state === "drawing");
   const share = drawn?.of ? Math.round((100 * drawn.step) / drawn.of) : 0;
@@ -127,12 +107,12 @@ function listJobs() {
   $("progress").setAttribute("aria-valuenow", share);
   $("progress").firstElementChild.style.width = `${share}%`;
   const rows = jobs.map((job) => {
-    const row = element("li", "");
+    const row = element("li");
     const where =
       job.state === "drawing"
         ? job.of ? `step ${job.step} of ${job.of}` : "beginning"
         : job.position ? `${job.position} before it` : "next";
-    const cancel = element("button", "Cancel", { type: "button" });
+    const cancel = element("button", { type: "button" }, "Cancel");
     cancel.setAttribute("aria-label", `Cancel ${job.asked.prompt}`);
     cancel.onclick = async () => {
       cancel.disabled = true;
@@ -143,17 +123,17 @@ function listJobs() {
       }
     };
     const status = [where, job.cost].filter(Boolean).join(" · ");
-    row.append(element("b", job.asked.prompt || "(no prompt)"), element("span", status, { className: "hint" }), cancel);
+    row.append(element("b", {}, job.asked.prompt || "(no prompt)"), element("span", { className: "hint" }, status), cancel);
     return row;
   });
   for (const [id, { prompt, error }] of failures) {
-    const row = element("li", "", { className: "failed" });
-    const dismiss = element("button", "Dismiss", { type: "button" });
+    const row = element("li", { className: "failed" });
+    const dismiss = element("button", { type: "button" }, "Dismiss");
     dismiss.onclick = () => {
       failures.delete(id);
       listJobs();
     };
-    row.append(element("b", prompt || "(no prompt)"), element("span", error), dismiss);
+    row.append(element("b", {}, prompt || "(no prompt)"), element("span", {}, error), dismiss);
     rows.push(row);
   }
   const focused = [...$("queue").children].findIndex((row) => row.contains(document.activeElement));
@@ -187,14 +167,14 @@ async function load(before) {
 }
 
 function thumbnail(image) {
-  const item = element("li", "");
+  const item = element("li");
   item.dataset.name = image.name;
-  const button = element("button", "", { type: "button" });
-  const view = element("img", "", { loading: "lazy", alt: image.facts.prompt || `Image ${Number(image.name)}` });
+  const button = element("button", { type: "button" });
+  const view = element("img", { loading: "lazy", alt: image.facts.prompt || `Image ${Number(image.name)}` });
   view.onload = () => view.classList.toggle("small", view.naturalWidth < 160);
   view.src = image.url;
   button.append(view);
-  if (image.facts.nsfw?.flagged) button.append(element("em", "flagged"));
+  if (image.facts.nsfw?.flagged) button.append(element("em", {}, "flagged"));
   button.onclick = () => {
     show(image);
     $("frame").scrollIntoView({ block: "nearest", behavior: "smooth" });
@@ -481,7 +461,7 @@ async function open() {
   form.steps.max = model.limits.steps;
   form.prompt.maxLength = form.negative.maxLength = model.limits.prompt;
   form.scheduler.replaceChildren(
-    ...model.schedulers.map((name) => element("option", name.replace("Scheduler", ""), { value: name })),
+    ...model.schedulers.map((name) => element("option", { value: name }, name.replace("Scheduler", ""))),
   );
   await restore();
   bind();

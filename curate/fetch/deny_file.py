@@ -1,0 +1,108 @@
+"""DATA/deny.txt: a deny-list that people write while they look at images. A run heeds it once `fetch.deny` names it.
+
+    https://example.com/a.jpg  # image 000010005
+    example.com  # domain of 000010005
+
+Lines that people put there themselves stay. Nothing is taken away by writing to it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from yarl import URL
+
+from aesthetic.errors import UserError
+from curate.fetch.deny import domain_entry, domains, url_entry
+
+if TYPE_CHECKING:
+    from curate.layout import Data
+
+What = Literal["image", "domain"]
+
+_HEAD = "# What must not come in: denied while looking at images. A run heeds it where fetch.deny names this file.\n"
+_SAID = {"image": "image", "domain": "domain of"}
+_COMMENT = re.compile(r"(?:^|\s)#\s*(.*)")
+_OF_KEY = re.compile(r"(image|domain of) (\d{5,20})")
+_LONGEST = 64 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class DenyEntry:
+    """A line of the file."""
+
+    entry: str  # a URL, a domain, or a digest
+    what: What
+    key: str | None  # of the image at which it was decided, where the line says it
+
+
+def entry_for(key: str, what: What, url: str | None, sha256: str | None) -> DenyEntry:
+    """What denies an image or its domain; an image without a URL is denied by the sha256 of its original bytes.
+
+    UserError where it has none of these.
+    """
+    entry = (url_entry if what == "image" else domain_entry)(url or "")
+    if entry is None and what == "image":
+        entry = sha256 if sha256 and re.fullmatch("[0-9a-f]{64}", sha256) else None
+    if entry is None:
+        wanted = "a domain, which this one's URL does not have" if what == "domain" else "a URL or a sha256"
+        raise UserError(f"image {key} can't be denied so: that takes {wanted}")
+    return DenyEntry(entry, what, key)
+
+
+def read_entries(data: Data) -> list[DenyEntry]:
+    """What the file lists, in its order; nothing where there is none."""
+    return _entries(data.store.read_small(data.deny_list, _LONGEST) or b"")
+
+
+def naming(entries: Iterable[DenyEntry], urls: Iterable[str | None], sha256: str | None) -> DenyEntry | None:
+    """The first entry that names one of these URLs, a domain of theirs, or the bytes with this digest."""
+    names = {sha256}
+    for url in filter(None, urls):
+        if (listed := url_entry(url)) is not None:
+            names |= {listed, *domains(URL(listed, encoded=True).raw_host or "")}
+    return next((e for e in entries if e.entry in names), None)
+
+
+def add_entry(data: Data, entry: DenyEntry) -> list[DenyEntry]:
+    """Add a line, unless the same is listed; what is listed then. Whole and on the disk, or put on the store, then.
+
+    UserError where the folder can't be written to.
+    """
+
+    def edit(before: bytes) -> bytes:
+        if any(e.entry == entry.entry for e in _entries(before)):
+            return before
+        ends = b"" if before.endswith(b"\n") or not before else b"\n"
+        line = f"{entry.entry}  # {_SAID[entry.what]} {entry.key}\n"
+        return (before or _HEAD.encode()) + ends + line.encode()
+
+    return _entries(data.store.change(data.deny_list, edit))
+
+
+def remove_entry(data: Data, entry: str) -> list[DenyEntry]:
+    """Remove the lines that list it; what is listed then."""
+
+    def edit(before: bytes) -> bytes:
+        lines = before.splitlines(keepends=True)
+        return b"".join(line for line in lines if all(e.entry != entry for e in _entries(line)))
+
+    if not data.exists(data.deny_list):
+        return []
+    return _entries(data.store.change(data.deny_list, edit))
+
+
+def _entries(content: bytes) -> list[DenyEntry]:
+    found = []
+    for line in content.decode("utf-8-sig", "replace").splitlines():
+        comment = _COMMENT.search(line)
+        entry = (line[: comment.start()] if comment else line).strip()
+        if not entry:
+            continue
+        said = _OF_KEY.fullmatch(comment[1].strip()) if comment else None
+        is_domain = said[1] == "domain of" if said else "://" not in entry and "." in entry
+        found.append(DenyEntry(entry, "domain" if is_domain else "image", said[2] if said else None))
+    return found

@@ -1,0 +1,105 @@
+"""Denying from the page: what is written to the data folder's deny-list, and the command that takes it out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from aesthetic.errors import UserError
+from curate.fetch.deny import Deny
+from curate.fetch.deny_file import DenyEntry, What, add_entry, entry_for, read_entries, remove_entry
+from curate.ledger.denied import DeniedImages, denied_images, removal
+from curate.ledger.why import explain
+
+if TYPE_CHECKING:
+    from curate.layout import Data
+    from studio.data import StudioData
+
+LOOKED_AT = 500_000
+"""Rows of a data folder whose URLs are compared at once, in some 2 s; of a larger one the command is for all shards."""
+
+
+class DenyRequest(BaseModel):
+    """An image to deny, or its domain."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    key: str = Field(pattern="^[0-9]{5,20}$")
+    what: What = "image"
+
+
+class DenyEntryView(BaseModel):
+    """A line of the deny-list."""
+
+    entry: str = Field(description="a URL, a domain with all below it, or a digest of bytes")
+    what: What
+    key: str | None = Field(description="the image at which it was decided")
+
+
+class DenyView(BaseModel):
+    """The studio's deny-list. It takes nothing away by itself."""
+
+    file: str = Field(description="its path or URL")
+    entries: list[DenyEntryView] = Field(description="the last 10,000")
+    count: int
+    command: str | None = Field(
+        description="what takes out of the data folder what the list names, a command a line; null where it holds none"
+    )
+
+
+def deny(folder: StudioData, request: DenyRequest) -> DenyView:
+    """Add a line for an image or its domain. KeyError where there is no such image, UserError where it has no URL."""
+    entry = _entry(folder, request.key, request.what)
+    entries = add_entry(folder.data, entry)
+    folder.log(f"denied: {request.what} {request.key}")
+    return _view(folder, entries)
+
+
+def allow(folder: StudioData, key: str, what: What) -> DenyView:
+    """Remove the line again."""
+    entries = remove_entry(folder.data, _entry(folder, key, what).entry)
+    folder.log(f"no longer denied: {what} {key}")
+    return _view(folder, entries)
+
+
+def deny_view(folder: StudioData) -> DenyView:
+    """What the list names."""
+    return _view(folder, read_entries(folder.data))
+
+
+def _entry(folder: StudioData, key: str, what: What) -> DenyEntry:
+    shown, _ = folder.images.columns()
+    found = explain(folder.data, key, shown.found)
+    return entry_for(key, what, found.url or found.download.get("final_url"), found.download.get("sha256"))
+
+
+def _view(folder: StudioData, entries: list[DenyEntry]) -> DenyView:
+    data = folder.data
+    lines = [DenyEntryView(entry=e.entry, what=e.what, key=e.key) for e in entries[-10_000:]]
+    command = removal_command(data, sum(s.rows for s in data.plan.shards)) if entries else None
+    return DenyView(file=data.shown(data.deny_list), entries=lines, count=len(entries), command=command)
+
+
+def removal_command(data: Data, rows: int) -> str | None:
+    """The commands, one a line, after which the data folder holds nothing that its deny-list names."""
+    lists = _lists_of(data)
+    files = [*lists, *([own] if (own := data.shown(data.deny_list)) not in lists else [])]
+    if rows > LOOKED_AT:
+        every = DeniedImages(images=1, packs=dict.fromkeys(data.packs(), 1))
+        return "\n".join(removal(data, every, files))
+    try:
+        found = denied_images(data, Deny.load([data.local(data.deny_list)]))
+    except UserError as e:  # a line that somebody wrote is no entry
+        return f"# {e}"
+    return "\n".join(removal(data, found, files, shards=True)) or None
+
+
+def _lists_of(data: Data) -> list[str]:
+    """The deny-lists that the folder's recipe names already."""
+    try:
+        recipe = yaml.safe_load(data.local(data.recipe).read_text(encoding="utf-8"))
+        return [str(file) for file in recipe["fetch"]["deny"]]
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
+        return []
