@@ -21,7 +21,7 @@ from studio.search.groups import CopyGroups
 from studio.search.request import ParsedSearch
 from studio.search.scan import Mask, Rows, Scores
 from studio.search.vectors import VectorTable
-from studio.search.words import DataEncoder, SearchAbility
+from studio.search.words import DataEncoder, EncoderAbility
 
 if TYPE_CHECKING:
     from studio.explore.explorer import Explorer
@@ -79,9 +79,9 @@ class SearchService:
         self.encoder, self.groups = DataEncoder(data), CopyGroups(explorer)
         self.reading = BoundedExecutor("search-reading", 2)
         self.searching = BoundedExecutor("searching", 2)
-        self._lock, self._closed = threading.Lock(), False
+        self._lock, self._making, self._closed = threading.Lock(), threading.Lock(), False
         self._version: _Version | None = None
-        self._ability: SearchAbility | None = None
+        self._ability, self._looked = EncoderAbility(False, "the encoder is being looked for", False), -1
         self._texts = OrderedDict[str, Scores]()
 
     def close(self) -> None:
@@ -94,20 +94,21 @@ class SearchService:
 
     # ------------------------------------------------------------------------------------------ what there is to say
 
-    def ability(self) -> SearchAbility:
+    def ability(self) -> EncoderAbility:
         """What can be searched for, as far as it is known: it is looked up beside, the first time."""
-        if self._ability is None:
-            self._ability = SearchAbility(False, "the encoder is being looked for", False)
-            threading.Thread(target=self._look, name="encoder", daemon=True).start()
+        with self._lock:
+            if self._looked != self._explorer.version:  # else what is known of the version before holds meanwhile
+                self._looked = self._explorer.version
+                threading.Thread(target=self._look, name="encoder", daemon=True).start()
         return self._ability
 
     def _look(self) -> None:
         try:
             self._ability = self.encoder.ability()
         except UserError as e:
-            self._ability = SearchAbility(False, str(e), False)
+            self._ability = EncoderAbility(False, str(e), False)
         except Exception as e:
-            self._ability = SearchAbility(False, "the encoder could not be looked for; the log says why", False)
+            self._ability = EncoderAbility(False, "the encoder could not be looked for; the log says why", False)
             self._on_fault(e)
 
     @property
@@ -211,14 +212,14 @@ class SearchService:
 
     def _current(self) -> _Version:
         """The vectors as they are now. UserError where there are none."""
-        with self._lock:
+        with self._making:
             number, before = self._explorer.version, self._version
             if before is not None and before.number == number:
                 return before
             version = _Version(number, VectorTable(self._data, self._explorer))
             if before is not None and before.builder is not None:
                 before.builder.stop()
-            self._version, self._ability = version, None
+            self._version = version
             if not version.table.is_small and not self._closed:
 
                 def ready(index: CodeIndex) -> None:

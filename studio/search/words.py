@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SearchAbility:
+class EncoderAbility:
     """What can be searched for. words: words, and images that are not in the data; why: if not, why not, and else what
     there is to know.    images: images of the data."""
 
@@ -46,21 +46,21 @@ class DataEncoder:
         self._data, self._lock = data, threading.Lock()
         self._encoder: Encoder | None = None
 
-    def ability(self) -> SearchAbility:
+    def ability(self) -> EncoderAbility:
         """What can be searched for; loads no model, and looks at most for the file of its weights."""
         data = self._data
         if not data.exists(data.space) or not data.shards(data.embedded_record):
-            return SearchAbility(False, f"there are no vectors yet: `tastemaker embed {data}` makes them", False)
+            return EncoderAbility(False, f"there are no vectors yet: `tastemaker embed {data}` makes them", False)
         name, weights = self._name()
         try:
             here = check_available(name, weights)
         except UserError as e:
-            return SearchAbility(False, str(e), True)
+            return EncoderAbility(False, str(e), True)
         if not here:
             why = f"the weights of {name} are not on this machine: `tastemaker embed {data}` brings them"
-            return SearchAbility(False, why, True)
+            return EncoderAbility(False, why, True)
         note = "the bundled encoder knows plain names of things; CLIP's vectors know more" if name == "bundled" else ""
-        return SearchAbility(True, note, True)
+        return EncoderAbility(True, note, True)
 
     def text(self, words: str) -> Scores:
         """The vector of words, (dim,) of unit length. UserError where the encoder can't be had, or reads no such."""
