@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from curate.layout import Data
+from curate.ledger.select import SelectConfig
+from studio.explore.explorer import Explorer
 from studio.images.service import ImageService
 
 
@@ -12,6 +14,7 @@ class StudioData:
     """A data folder that people look at.
 
     Args:
+        recipe: the selection of the recipe in effect: its early rules, and what it calls unsafe.
         read_only: nothing may be written: no ratings, no selections, no deny-list.
         log: called with a line about what was done.
         on_fault: called with exceptions that are nobody's fault but ours.
@@ -21,13 +24,16 @@ class StudioData:
         self,
         data: Data,
         *,
+        recipe: SelectConfig | None = None,
         read_only: bool = False,
         log: Callable[[str], None] = lambda line: None,
         on_fault: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         self.data, self.read_only, self.log, self.on_fault = data, read_only, log, on_fault
+        self.explorer = Explorer(data, recipe, log=log, on_fault=on_fault)
         self.images = ImageService(data, keep=not read_only, log=log)
 
     def close(self) -> None:
         """End what runs."""
+        self.explorer.close()
         self.images.close()

@@ -21,16 +21,20 @@ def run(options: StudioOptions) -> Result:
     """Serve until Ctrl-C or SIGTERM."""
     check_serving(options)
     from curate.store.ownership import open_data
+    from pipelines.recipe import recipe_of
     from studio.app import new_app
     from studio.data import StudioData
 
     data = open_data(options.data)
+    recipe = recipe_of(data, None, ()).select
     with take_address(options) as address, redirect_output(data.logs / "studio.log") as terminal:
 
         def log(line: str) -> None:
             terminal.write(f"{time.strftime('%H:%M:%S')}  {line}\n")
 
-        folder = StudioData(data, read_only=options.read_only, log=log, on_fault=traceback.print_exception)
+        folder = StudioData(
+            data, recipe=recipe, read_only=options.read_only, log=log, on_fault=traceback.print_exception
+        )
         app = new_app(data=folder, hosts=address.hosts, token=address.token)
         serve(address, app, folder.close, log, "the studio is at {url}   (Ctrl-C ends)")
     return Result()

@@ -5,7 +5,8 @@ export const $ = (id) => document.getElementById(id);
 
 export class ApiError extends Error {}
 
-// The answer to a request as JSON; `body` is sent as JSON. Throws ApiError with what is wrong and what to do.
+// The answer to a request as JSON; `body` is sent as JSON. Throws ApiError with what is wrong and what to do; `answer`
+// is all that the server said of it.
 export async function call(path, { method = "GET", body, signal } = {}) {
   const options = { method, signal };
   if (body !== undefined) {
@@ -25,6 +26,7 @@ export async function call(path, { method = "GET", body, signal } = {}) {
   if (!response.ok) {
     const error = new ApiError([answer.error, answer.hint].filter(Boolean).join(" — "));
     error.status = response.status;
+    error.answer = answer;
     throw error;
   }
   return answer;

@@ -1,0 +1,251 @@
+// Save: the selection under a name, packed, as a contact sheet, or its recipe as YAML. Each is one command, which is
+// shown before it runs, and can be copied; what runs is shown with its last lines until it is over, and after.
+
+import { ApiError, call, element, $ } from "/api.js";
+import { commandLine, copyButton, many, opensUnder } from "/panels.js";
+import { loadData, state, subscribe } from "/store.js";
+
+const LINES = 6; // of a command's last ones
+const ACTIVE = ["waiting", "running"];
+const WORDS = { waiting: "waits", done: "Done", failed: "Failed", cancelled: "Cancelled" };
+const WAYS = [
+  { actions: ["select"], button: "Save", title: "Selection", hint: "which images are kept, under this name" },
+  { actions: ["select", "pack"], button: "Save and pack", title: "Pack", hint: "its images, copied into shards to train on" },
+  { actions: ["select", "sheet"], button: "Save and draw", title: "Contact sheet", hint: "kept and rejected images on one PNG" },
+];
+
+class SaveMenu {
+  constructor(place) {
+    this.readOnly = state.data.read_only;
+    this.jobs = [];
+    this.streams = new Map(); // id -> EventSource of a command that is not over
+    this.button = element("button", { type: "button", className: "save-open" }, this.readOnly ? "Recipe" : "Save");
+    this.panel = element("div", { className: "save", role: "dialog" });
+    this.panel.setAttribute("aria-label", this.button.textContent);
+    place.append(this.button, this.panel);
+    opensUnder(this.button, this.panel);
+    this.build();
+    this.panel.addEventListener("toggle", (event) => event.newState === "open" && this.opened());
+    subscribe(["rules", "failure", "data"], () => this.changed());
+    if (!this.readOnly) this.resume();
+  }
+
+  get isOpen() {
+    return this.panel.matches(":popover-open");
+  }
+
+  build() {
+    this.name = element("input", { type: "text", id: "save-name", maxLength: 100, spellcheck: false, autocomplete: "off", value: state.data.recipe_name ?? "" });
+    this.name.oninput = () => this.changed();
+    this.note = element("p", { className: "hint" });
+    this.error = element("p", { className: "error" });
+    this.error.setAttribute("role", "alert");
+    this.ways = element("div", { className: "save-ways" });
+    this.yaml = element("pre", { className: "save-yaml", tabIndex: 0 });
+    this.yaml.setAttribute("aria-label", "Recipe as YAML");
+    const recipe = element("details", { className: "save-recipe", open: this.readOnly },
+      element("summary", {}, "The recipe as YAML"), this.yaml, copyButton(() => this.yaml.textContent, "Copy the YAML"));
+    this.list = element("ul", { className: "jobs" });
+    this.list.setAttribute("aria-label", "Commands that run or ran");
+    const label = element("label", { htmlFor: "save-name" }, "Name");
+    const ways = this.readOnly ? [] : WAYS;
+    for (const way of ways) this.ways.append(this.way(way));
+    if (this.readOnly) {
+      this.command = element("div", { className: "save-commands" });
+      this.ways.append(element("p", { className: "hint" }, "This studio writes nothing. In a terminal this saves the selection:"), this.command);
+    }
+    this.panel.append(element("div", { className: "save-name" }, label, this.name), this.note, this.error, this.ways, recipe, this.list);
+  }
+
+  way(way) {
+    way.run = element("button", { type: "button", onclick: () => this.run(way) }, way.button);
+    if (way === WAYS[0]) way.run.classList.add("primary");
+    way.commands = element("div", { className: "save-commands" });
+    const words = element("div", {}, element("b", {}, way.title), " ", element("span", { className: "hint" }, way.hint));
+    return element("div", { className: "save-way" }, words, way.run, way.commands);
+  }
+
+  opened() {
+    this.changed(true);
+    this.name.focus();
+    this.name.select();
+  }
+
+  // ------------------------------------------------------------------------------------------------------ previews
+
+  get rules() {
+    return state.rules.map(({ name, condition, on }) => ({ name, condition, on }));
+  }
+
+  body(action) {
+    const body = { action, name: this.name.value.trim() };
+    return action === "select" || action === "recipe" ? { ...body, rules: this.rules } : body;
+  }
+
+  // The commands of now, a moment after the last change.
+  changed(now = false) {
+    if (!this.isOpen) return;
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this.preview(), now ? 0 : 250);
+    const known = state.data.selections.find(({ name }) => name === this.name.value.trim());
+    const kept = state.live ? `${many(state.live.kept, "image")} kept` : "";
+    this.note.textContent = [kept, known && !this.isSaved(known) ? `replaces what is saved as ${known.name}` : known ? "saved just so already" : ""].filter(Boolean).join(" · ");
+  }
+
+  isSaved({ rules, stale }) {
+    const on = this.rules.filter((rule) => rule.on);
+    return !stale && JSON.stringify(rules.map(({ name, condition }) => [name, condition])) === JSON.stringify(on.map(({ name, condition }) => [name, condition]));
+  }
+
+  async preview() {
+    const names = ["select", "recipe", ...(this.readOnly ? [] : ["pack", "sheet"])];
+    const seen = (this.seen = {});
+    try {
+      if (state.failure) throw new ApiError(state.failure.message);
+      const found = await Promise.all(names.map((action) => call("/api/commands/preview", { body: this.body(action) })));
+      if (seen !== this.seen) return;
+      const shown = Object.fromEntries(names.map((action, i) => [action, found[i]]));
+      this.error.textContent = "";
+      this.yaml.textContent = shown.recipe.yaml || shown.select.yaml;
+      if (this.readOnly) this.command.replaceChildren(commandLine(shown.select.command));
+      else for (const way of WAYS) way.commands.replaceChildren(commandLine(shown[way.actions.at(-1)].command));
+    } catch (error) {
+      if (seen !== this.seen) return;
+      if (!(error instanceof ApiError)) throw error;
+      this.error.textContent = error.message;
+    }
+    for (const way of WAYS) if (way.run) way.run.disabled = Boolean(this.error.textContent);
+  }
+
+  // ---------------------------------------------------------------------------------------------------------- jobs
+
+  // One command after the other: the next only where the one before it went well.
+  async run(way) {
+    this.error.textContent = "";
+    const bodies = way.actions.map((action) => this.body(action));
+    way.run.disabled = true;
+    try {
+      for (const body of bodies) {
+        const job = await call("/api/commands", { body });
+        this.note.textContent = "";
+        if ((await this.follow(job)).state !== "done") break;
+      }
+    } catch (error) {
+      if (!(error instanceof ApiError)) throw error;
+      this.error.textContent = error.message;
+    }
+    way.run.disabled = false;
+  }
+
+  async resume() {
+    try {
+      const { jobs } = await call("/api/commands");
+      this.jobs = jobs;
+      this.showJobs();
+      for (const job of jobs) if (ACTIVE.includes(job.state)) this.follow(job);
+    } catch (error) {
+      if (!(error instanceof ApiError)) throw error;
+    }
+  }
+
+  // A promise of the job when it is over; it is shown meanwhile.
+  async follow(job) {
+    this.update(job);
+    while (ACTIVE.includes(job.state)) {
+      job = await this.change(job);
+      this.update(job);
+    }
+    await loadData();
+    this.changed(true);
+    return job;
+  }
+
+  // The job when it is over, shown as it goes; where the server is away, asked again.
+  change(job) {
+    return new Promise((resolve) => {
+      const stream = new EventSource(`/api/commands/${job.id}/events`);
+      stream.onmessage = (event) => {
+        const now = JSON.parse(event.data);
+        this.update(now);
+        if (ACTIVE.includes(now.state)) return;
+        stream.close();
+        resolve(now);
+      };
+      stream.onerror = async () => {
+        stream.close();
+        await new Promise((wait) => setTimeout(wait, 1000));
+        const gone = { ...job, state: "failed", lines: [...job.lines, "The studio was started anew meanwhile."] };
+        resolve(await call(`/api/commands/${job.id}`).catch((error) => (error.status === 404 ? gone : job)));
+      };
+    });
+  }
+
+  update(job) {
+    const at = this.jobs.findIndex(({ id }) => id === job.id);
+    if (at < 0) this.jobs = [job, ...this.jobs];
+    else this.jobs = this.jobs.with(at, job);
+    this.showJobs();
+  }
+
+  showJobs() {
+    const active = this.jobs.filter(({ state: how }) => ACTIVE.includes(how));
+    this.button.classList.toggle("busy", active.length > 0);
+    this.button.textContent = active.length ? `Save · ${active.length} running` : this.readOnly ? "Recipe" : "Save";
+    const open = new Set([...this.list.querySelectorAll("details[open]")].map((one) => one.dataset.id));
+    const focused = this.list.contains(document.activeElement) ? document.activeElement.dataset.id : null;
+    this.list.replaceChildren(...this.jobs.slice(0, 8).map((job) => this.jobRow(job, open.has(job.id))));
+    if (focused) this.list.querySelector(`button[data-id="${CSS.escape(focused)}"]`)?.focus();
+  }
+
+  jobRow(job, open) {
+    const active = ACTIVE.includes(job.state);
+    const row = element("li", { className: `job ${job.state}` });
+    const { progress } = job;
+    const far = progress ? `${progress.done.toLocaleString("en")} of ${progress.of.toLocaleString("en")}${progress.eta ? `, ${progress.eta} left` : ""}` : "runs";
+    const seconds = job.seconds ? ` in ${job.seconds < 10 ? job.seconds.toFixed(1) : Math.round(job.seconds)} s` : "";
+    const says = job.state === "running" ? far : `${WORDS[job.state] ?? job.state}${job.state === "done" ? seconds : job.state === "failed" && job.exit !== null ? ` (exit code ${job.exit})` : ""}`;
+    row.append(element("code", { title: job.command }, job.command), element("span", { className: "job-state" }, says));
+    if (active) {
+      const cancel = element("button", { type: "button" }, "Cancel");
+      cancel.dataset.id = job.id;
+      cancel.onclick = () => this.cancel(job, cancel);
+      const bar = element("progress", { max: progress?.of || 1 });
+      if (progress) bar.value = progress.done;
+      row.append(cancel, bar);
+    }
+    const lines = job.lines.slice(-LINES).join("\n");
+    if (lines && (active || job.state === "failed")) row.append(element("pre", { textContent: lines }));
+    else if (job.lines.length) row.append(lastLines(job, open));
+    row.append(...Object.entries(job.paths ?? {}).map(([name, path]) => written(name, path, job)));
+    return row;
+  }
+
+  async cancel(job, button) {
+    button.disabled = true;
+    try {
+      this.update(await call(`/api/commands/${job.id}`, { method: "DELETE" }));
+    } catch (error) {
+      this.error.textContent = error.message;
+    }
+  }
+}
+
+function lastLines(job, open) {
+  const all = element("details", { open }, element("summary", {}, "What it said"), element("pre", { textContent: job.lines.join("\n") }));
+  all.dataset.id = job.id;
+  return all;
+}
+
+// A file that a command wrote: its path, to copy.
+function written(name, path) {
+  return element("p", { className: "job-path" }, element("span", { className: "hint" }, name), element("code", { title: path }, path), copyButton(path));
+}
+
+let menu = null;
+
+function mount() {
+  if (!menu && state.data && $("save")) menu = new SaveMenu($("save"));
+}
+
+subscribe("data", mount);
+mount();
