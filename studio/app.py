@@ -18,6 +18,7 @@ from studio.errors import ERRORS, HANDLED, on_error
 from studio.explore import api as explore_api
 from studio.gate import Gate
 from studio.images import api as images_api
+from studio.search import api as search_api
 from studio.streams import EventStreams
 from train.devices import versions
 
@@ -29,7 +30,7 @@ LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 """Names of this machine to itself: what a server without a token answers to."""
 
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-OF_DATA = (explore_api, images_api)
+OF_DATA = (explore_api, images_api, search_api)
 """The APIs over a data folder, each a module: `api`, its routes, and where it has any `writing`, those that write. They
 are left out where a studio is to be looked at only."""
 

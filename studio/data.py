@@ -8,6 +8,7 @@ from curate.layout import Data
 from curate.ledger.select import SelectConfig
 from studio.explore.explorer import Explorer
 from studio.images.service import ImageService
+from studio.search.service import SearchService
 
 
 class StudioData:
@@ -32,8 +33,10 @@ class StudioData:
         self.data, self.read_only, self.log, self.on_fault = data, read_only, log, on_fault
         self.explorer = Explorer(data, recipe, log=log, on_fault=on_fault)
         self.images = ImageService(data, keep=not read_only, log=log)
+        self.search = SearchService(data, self.explorer, data.search_index, on_fault)
 
     def close(self) -> None:
         """End what runs."""
+        self.search.close()
         self.explorer.close()
         self.images.close()

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +25,7 @@ from curate.layout import Data
 from curate.ledger.select import SelectConfig
 from curate.shards.tar import image_member, index_tar, read_range
 from curate.store import cache, mirror
-from tests.real_data import embed_all, image_files
+from tests.real_data import IMAGES, embed_all, image_files
 from tests.small_data import make_data
 from tests.small_serve import ServedData, serving_data
 from tests.tiny_clip import add_architectures, make_weights
@@ -33,16 +34,25 @@ Served = tuple[ServedData, httpx.Client]
 
 
 @pytest.fixture(scope="module")
-def served(real_data: Data) -> Iterator[Served]:
-    with serving_data(real_data) as server, server.client() as client:
+def data(real_data: Data, tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """The data, with the recipe by which it was made; for reading only."""
+    root = tmp_path_factory.mktemp("searched") / "data"
+    shutil.copytree(real_data.root, root)
+    Data(root).recipe.write_text(f"embed:\n  encoder: bundled\nimages:\n  size: {IMAGES.size}\n")
+    return Data(root)
+
+
+@pytest.fixture(scope="module")
+def served(data: Data) -> Iterator[Served]:
+    with serving_data(data) as server, server.client() as client:
         server.folder.explorer.wait()
         yield server, client
 
 
 @pytest.fixture
-def copied(real_data: Data, tmp_path: Path) -> Data:
+def copied(data: Data, tmp_path: Path) -> Data:
     """A copy of the data, to be changed."""
-    shutil.copytree(real_data.root, tmp_path / "data")
+    shutil.copytree(data.root, tmp_path / "data")
     return Data(tmp_path / "data")
 
 
@@ -50,6 +60,16 @@ def search(client: httpx.Client, **asked: Any) -> dict[str, Any]:
     answer = client.post("/api/search", json=asked)
     assert answer.status_code == 200, answer.text
     return dict(answer.json())
+
+
+def ability(client: httpx.Client) -> dict[str, Any]:
+    """What can be searched for, once it has been looked up; GET /api/data says the same."""
+    deadline = time.monotonic() + 60
+    while "looked for" in (state := client.get("/api/search").json())["why"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert client.get("/api/data").json()["search"] == {k: state[k] for k in ("words", "why", "images")}
+    return dict(state)
 
 
 def rows(client: httpx.Client, id: str, **more: Any) -> list[tuple[str, float]]:
@@ -87,20 +107,20 @@ def encode(image: Image.Image, kind: str = "JPEG") -> str:
 # ------------------------------------------------------------------------------------------------------ what is found
 
 
-def test_by_an_image_of_the_data(real_data: Data, served: Served) -> None:
-    keys, vectors = vectors_of(real_data)
+def test_by_an_image_of_the_data(data: Data, served: Served) -> None:
+    keys, vectors = vectors_of(data)
     for at in (0, 17, len(keys) - 1):
         found = search(served[1], key=keys[at])
         assert found["exact"] and found["recall"] is None and found["of"] == len(keys) == 36
         ranking = rows(served[1], found["id"])
         assert ranking[0] == (keys[at], pytest.approx(1, abs=1e-3))
-        assert_ranking(real_data, vectors[at], ranking)
+        assert_ranking(data, vectors[at], ranking)
 
 
-def test_by_words_without_others_and_like_an_image(real_data: Data, served: Served) -> None:
+def test_by_words_without_others_and_like_an_image(data: Data, served: Served) -> None:
     encoder = load_encoder("bundled")
     wanted, unwanted = encoder.encode_texts(["a flower", "a temple"]).astype(np.float64)
-    keys, vectors = vectors_of(real_data)
+    keys, vectors = vectors_of(data)
     for asked, query in (
         ({"words": "a flower"}, wanted),
         ({"words": "  a flower "}, wanted),
@@ -109,23 +129,23 @@ def test_by_words_without_others_and_like_an_image(real_data: Data, served: Serv
         ({"words": "a flower", "key": keys[5]}, (wanted + vectors[5]) / 2),
         ({"key": keys[5], "without": "a flower", "words": "a temple"}, (vectors[5] + unwanted) / 2 - wanted),
     ):
-        assert_ranking(real_data, query, rows(served[1], search(served[1], **asked)["id"]))
-    state = served[1].get("/api/search").json()
+        assert_ranking(data, query, rows(served[1], search(served[1], **asked)["id"]))
+    state = ability(served[1])
     assert state["words"] and state["images"] and "bundled" in state["why"]
 
 
-def test_a_dropped_image_finds_itself(real_data: Data, served: Served) -> None:
+def test_a_dropped_image_finds_itself(data: Data, served: Served) -> None:
     """As it came, which is how the data got it; and as it is stored, which is how people save it from the page."""
     _, client = served
     sha256 = {}
-    for shard in real_data.shards(real_data.fetched_record):
-        table = pq.read_table(real_data.table(shard), columns=["key", "sha256"])
+    for shard in data.shards(data.fetched_record):
+        table = pq.read_table(data.table(shard), columns=["key", "sha256"])
         sha256 |= dict(zip(table["sha256"].to_pylist(), table["key"].to_pylist(), strict=True))
     for file in (image_files()[3], image_files()[12], image_files()[25]):
         key = sha256[hashlib.sha256(file).hexdigest()]
         found = rows(client, search(client, image=base64.b64encode(file).decode())["id"])
         assert found[0] == (key, pytest.approx(1, abs=1e-3))
-    tar = real_data.tar(0)
+    tar = data.tar(0)
     for key, members in sorted(index_tar(tar).items())[:4]:
         member = image_member(members)
         assert member is not None
@@ -135,10 +155,10 @@ def test_a_dropped_image_finds_itself(real_data: Data, served: Served) -> None:
         assert found[0] == (key, pytest.approx(1, abs=1e-3))
 
 
-def test_together_with_rules(real_data: Data, served: Served) -> None:
+def test_together_with_rules(data: Data, served: Served) -> None:
     """A search among what a selection keeps is a search among that alone."""
     _, client = served
-    keys, vectors = vectors_of(real_data)
+    keys, vectors = vectors_of(data)
     rules = [{"name": "good", "condition": "top(aesthetic, 0.3)", "on": True}]
     selection = client.post("/api/selections", json={"rules": rules, "columns": [], "log": []}).json()
     kept = client.get("/api/rows", params={"selection": selection["id"], "show": "kept", "limit": 200}).json()
@@ -158,14 +178,14 @@ def test_words_that_open_clip_reads(copied: Data, tmp_path: Path) -> None:
     shutil.rmtree(copied.root / "embedded")
     shutil.rmtree(copied.root / "annotated")
     embed_all(copied, EmbedConfig(encoder=name), {})
-    copied.recipe.write_text(f"embed:\n  encoder: {name}\nimages:\n  size: 96\n")
+    copied.recipe.write_text(f"embed:\n  encoder: {name}\nimages:\n  size: {IMAGES.size}\n")
     with serving_data(Data(copied.root)) as server, server.client() as client:
         server.folder.explorer.wait()
         found = search(client, words="a photo of a dog")
         assert_ranking(copied, load_encoder(name).encode_texts(["a photo of a dog"])[0], rows(client, found["id"]))
         file = base64.b64encode(image_files()[0]).decode()
         assert rows(client, search(client, image=file)["id"])[0][1] == pytest.approx(1, abs=1e-3)
-        assert client.get("/api/search").json()["words"]
+        assert ability(client)["words"]
 
         copied.recipe.write_text("embed:\n  encoder: bundled\n")  # another one than the vectors are of
     with serving_data(Data(copied.root)) as server, server.client() as client:
@@ -181,11 +201,7 @@ def test_weights_that_are_not_here(copied: Data, tmp_path: Path) -> None:
         server.folder.explorer.wait()
         answer = client.post("/api/search", json={"words": "a dog"})
         assert answer.status_code == 422 and "gone.pt" in answer.json()["error"]
-        state = client.get("/api/search").json()
-        for _ in range(100):
-            if "looked for" not in state["why"]:
-                break
-            state = client.get("/api/search").json()
+        state = ability(client)
         assert not state["words"] and state["images"] and "gone.pt" in state["why"]
         keys, vectors = vectors_of(copied)
         assert_ranking(copied, vectors[0], rows(client, search(client, key=keys[0])["id"]))
@@ -246,8 +262,7 @@ def test_a_folder_without_vectors(tmp_path: Path) -> None:
         for asked in ({"words": "a dog"}, {"key": "0000000"}):
             answer = client.post("/api/search", json=asked)
             assert answer.status_code == 422 and "tastemaker embed" in answer.json()["error"], answer.text
-        client.get("/api/search")
-        state = client.get("/api/search").json()
+        state = ability(client)
         assert not state["words"] and not state["images"]
 
 
@@ -282,23 +297,23 @@ def test_data_that_grows(copied: Data) -> None:
 
 
 @pytest.mark.long
-def test_data_on_an_object_store(real_data: Data, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_on_an_object_store(data: Data, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TASTEMAKER_CACHE", str(tmp_path / "cache"))
     cache._own_folder.cache_clear()
     mirror.open_mirror.cache_clear()
-    data = Data.at(s3_url)
-    files = [path.relative_to(real_data.root) for path in sorted(real_data.root.rglob("*")) if path.is_file()]
+    there = Data.at(s3_url)
+    files = [path.relative_to(data.root) for path in sorted(data.root.rglob("*")) if path.is_file()]
     for file in files:
-        (data.root / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(real_data.root / file, data.root / file)
-    data.push(*(data.root / file for file in files))
-    shutil.rmtree(data.root)
+        (there.root / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(data.root / file, there.root / file)
+    there.push(*(there.root / file for file in files))
+    shutil.rmtree(there.root)
     mirror.open_mirror.cache_clear()
     there = Data.at(s3_url)
     with serving_data(there) as server, server.client() as client:
         server.folder.explorer.wait()
-        keys, vectors = vectors_of(real_data)
-        assert_ranking(real_data, vectors[7], rows(client, search(client, key=keys[7])["id"]))
+        keys, vectors = vectors_of(data)
+        assert_ranking(data, vectors[7], rows(client, search(client, key=keys[7])["id"]))
     mirror.open_mirror.cache_clear()
     cache._own_folder.cache_clear()
 
@@ -306,9 +321,9 @@ def test_data_on_an_object_store(real_data: Data, s3_url: str, tmp_path: Path, m
 # ------------------------------------------------------------------------------------------------------- many, hostile
 
 
-def test_many_at_once(real_data: Data, served: Served) -> None:
+def test_many_at_once(data: Data, served: Served) -> None:
     """Each gets his own answer."""
-    keys, _ = vectors_of(real_data)
+    keys, _ = vectors_of(data)
     server, _ = served
 
     def ask(i: int) -> tuple[str, str]:

@@ -102,7 +102,7 @@ class CopyGroups:
         kept, rule = members[:1], ""
         if best := self._best_of(column.name):
             with contextlib.suppress(UserError):  # a column that the recipe names is not there
-                by_rule = explorer.select({"kept": best[1]}).kept[members]
+                by_rule = explorer.select({"best": best[1]}).kept[members]
                 if by_rule.any():
                     kept, rule = members[by_rule], best[0]
         size = len(members)
