@@ -40,6 +40,7 @@ def fit_classifier(
     positive: str = "positives",
     prompts: npt.NDArray[Any] | None = None,
     card: dict[str, Any] | None = None,
+    quick: bool = False,
     log: Callable[[str], None] = lambda line: None,
 ) -> FitResult:
     """Fit a head to labels (scores 0 or 1), and measure it on labels that it has not seen.
@@ -48,7 +49,9 @@ def fit_classifier(
     are predicted in nested cross-validation, and the calibration (Platt's) is made on the inner folds' predictions;
     with more, a test set is held back by hash, and one fold serves calibration alone. prevalence: the share of
     positives where the head will be used, for what it would miss. positive: what the label 1 means, for the verdict.
-    prompts: (d,) a direction from text prompts. log: called with what is going on.
+    prompts: (d,) a direction from text prompts. quick: leave out what does not touch the head (baselines, calibration,
+    all statistics but AUROC and what the verdict needs); the rest is the same, bit for bit. log: called with what is
+    going on.
 
     Raises HeadError where the input does not fit together, or there are fewer than 10 images of either label.
     """
@@ -75,16 +78,18 @@ def fit_classifier(
         calibrated, plain, _ = _calibrated(model, split.folds, nested=nested)
         x = data.x[split.test]
         found = {"head": _probability(calibrated(x)), "uncalibrated": _probability(plain(x))}
+        if quick:
+            return found
         return found | baselines.predict(data.x, data.y, data.w, columns, split.train, split.test)
 
     predicted = predict_splits(splits, len(data.y), predict)
     tested = np.isfinite(predicted["head"])
-    if prompts is not None:
+    if prompts is not None and not quick:
         predicted["prompts"] = np.where(tested, data.x.astype(np.float64) @ prompts, np.nan)
     final = frozenset(int(f) for f in np.unique(fold)) - {TEST}
     linear, _, penalty = _calibrated(model, final, nested=nested)
     log(f"measuring on {int(tested.sum()):,} images not seen")
-    report = facts_of(data, tested, splits) | _report(data, tested, predicted, prevalence) | {"penalty": penalty}
+    report = facts_of(data, tested, splits) | _report(data, tested, predicted, prevalence, quick) | {"penalty": penalty}
     report["verdict"] = verdict(report, task, positive)
     head = Head(
         name=name,
@@ -131,7 +136,11 @@ def _probability(odds: Array) -> Array:
 
 
 def _report(
-    data: PreparedExamples, tested: npt.NDArray[np.bool_], predicted: dict[str, Array], prevalence: float
+    data: PreparedExamples,
+    tested: npt.NDArray[np.bool_],
+    predicted: dict[str, Array],
+    prevalence: float,
+    quick: bool,
 ) -> dict[str, Any]:
     names, y = data.group_names(tested), data.y[tested]
     p, uncalibrated = predicted["head"][tested], predicted["uncalibrated"][tested]
@@ -149,9 +158,11 @@ def _report(
     for what in others:
         other = metrics.auroc_of(predicted[what][tested], y)
         statistics |= {f"{what}_auroc": other, f"{what}_difference": metrics.difference(head, other)}
+    if quick:
+        statistics = {name: statistics[name] for name in ("auroc", *(k for k in statistics if "_1%_" in k))}
     found = metrics.estimate(statistics, names)
     positives = int(y.sum())
-    for loss in metrics.CLEAN_LOSSES:
+    for loss in metrics.CLEAN_LOSSES[:1] if quick else metrics.CLEAN_LOSSES:
         recall = found[f"recall_at_{loss:.0%}_clean_loss"]
         if recall["value"] == 1.0:  # a bootstrap of no misses never misses: Clopper and Pearson 1934 instead
             lowest = 0.05 ** (1 / positives)
@@ -169,7 +180,7 @@ def _report(
         "baselines": compared,
         "metrics": found,
         "thresholds": {f"{loss:.0%}": metrics.threshold_of(p, y, loss) for loss in metrics.CLEAN_LOSSES},
-        "calibration": metrics.calibration_table(p, y, names),
+        "calibration": [] if quick else metrics.calibration_table(p, y, names),
         "quantiles": quantiles_of(p),
     }
 

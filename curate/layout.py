@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 PLAN, FETCHED, EMBEDDED, ANNOTATED, SELECTED, PACKED = "plan", "fetched", "embedded", "annotated", "selected", "shards"
 """The folders of the stages, in the order in which they are made."""
 
+RATINGS, HEADS = "ratings", "heads"
+"""What people made by hand: it stays when everything else is made anew."""
+
 STAGES = (PLAN, FETCHED, EMBEDDED, ANNOTATED, SELECTED, PACKED)
 
 _RECORDS = {
@@ -269,6 +272,25 @@ class Data:
     def selections(self) -> list[str]:
         """The names of the selections that are there."""
         return [record.stem for record in self.records(SELECTED)]
+
+    # ratings/, heads/: what people said in the studio, and what was learnt from it; no stage makes or removes them
+
+    def ratings(self, name: str) -> Path:
+        """What people said of images, as `tastemaker fit` reads it."""
+        return self.root / RATINGS / f"{name}.csv"
+
+    def ratings_record(self, name: str) -> Path:
+        """What was asked in a set of ratings: its kind, its scale."""
+        return self.root / RATINGS / f"{name}.json"
+
+    def rated(self) -> list[str]:
+        """The names of the sets of ratings that are there."""
+        names = self.store.names(self.root / RATINGS)
+        return [name.removesuffix(".json") for name in names if name.endswith(".json") and not name.startswith(".")]
+
+    def head(self, name: str) -> Path:
+        """The folder of a head that was fitted to the ratings of that name."""
+        return self.root / HEADS / f"{name}.head"
 
     def packed(self, name: str) -> Path:
         return self.root / PACKED / name

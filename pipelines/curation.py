@@ -7,6 +7,7 @@ will be, heads and weights, changes that would alter finished shards, the disk.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from pipelines.runtime.cluster import check_reachable
 from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
 from pipelines.runtime.nodes import node_check
 from pipelines.runtime.passes import annotate_passes
+from pipelines.runtime.progress import ProgressBar
 
 if TYPE_CHECKING:
     from curate.ledger.select import Selection
@@ -298,6 +300,7 @@ def _select(data: Data, recipe: Recipe, result: Result, times: RunTimes) -> None
         keep()
         raise
     keep()
+    result.look = command("studio", data)
 
 
 def _images(data: Data) -> int:
@@ -349,21 +352,36 @@ def show_selection(selection: Selection) -> None:
         print(f"warning: {warning}")
 
 
+def draw_sheets(data: Data, name: str) -> dict[str, Any]:
+    """Draw what a selection did, as images; where to look."""
+    from curate.report import contact_sheet, score_charts
+
+    score_charts(data, name)
+    sheet = contact_sheet(data, name)
+    data.push(*(path for path in (sheet, data.charts(name)) if path.exists()))
+    return {"look": data.shown(sheet)}
+
+
 def pack_selection(data: Data, recipe: Recipe, result: Result) -> None:
     """The shards of a selection and a sheet to look at, and into `result` where they are and what comes next."""
     from curate.ledger.rules import read_rules
     from curate.ledger.select import load_selection
     from curate.ledger.sql import plain_name
-    from curate.report import contact_sheet, score_charts
     from curate.shards.pack import pack
 
     name = recipe.select.name
-    pack(data, name, recipe.pack)
+    bar, packed = ProgressBar(sys.stderr, "pack", load_selection(data, name).kept), 0
+
+    def progress(now: int) -> None:
+        nonlocal packed
+        bar(now - packed)
+        packed = now
+
+    pack(data, name, recipe.pack, progress)
+    bar.clear()
     folder, sheet = data.packed(name), data.sheet(name)
     if not data.exists(sheet):  # `pack` removes that of another selection
-        score_charts(data, name)
-        contact_sheet(data, name)
-        data.push(*(path for path in (sheet, data.charts(name)) if path.exists()))
+        draw_sheets(data, name)
     result.paths |= {"shards": f"{data.shown(folder)}/", "look": data.shown(sheet)}
 
     # next: a command that selects less than this did, or trains on it where nothing shows how

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections import Counter
 from typing import Any
@@ -81,3 +82,10 @@ def read_yaml(text: str, where: str) -> Any:
 def write_yaml(value: Any) -> str:
     """Plain values as YAML, in their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def write_flow(value: Any) -> str:
+    """Plain values as YAML on one line, as `--set` takes it."""
+    return yaml.dump(
+        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf, default_flow_style=True
+    ).rstrip("\n")

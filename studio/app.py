@@ -9,28 +9,38 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 
-from studio.clients import set_client
+from studio.clients import Client, set_client
+from studio.commands import api as commands_api
 from studio.draw import api as draw_api
 from studio.draw.wire import JobRequest
 from studio.errors import ERRORS, HANDLED, on_error
 from studio.explore import api as explore_api
-from studio.gate import Gate
+from studio.gate import Gate, address_of
 from studio.images import api as images_api
+from studio.queue import Turns
+from studio.rate import api as rate_api
 from studio.search import api as search_api
 from studio.streams import EventStreams
 from train.devices import versions
 
 if TYPE_CHECKING:
     from studio.data import StudioData
+    from studio.draw.loading import LoadingModel
     from studio.draw.service import GenerationService
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 """Names of this machine to itself: what a server without a token answers to."""
 
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-OF_DATA = (explore_api, images_api, search_api)
+OF_DATA = (
+    explore_api,
+    images_api,
+    commands_api,
+    rate_api,
+    search_api,
+)
 """The APIs over a data folder, each a module: `api`, its routes, and where it has any `writing`, those that write. They
 are left out where a studio is to be looked at only."""
 
@@ -40,7 +50,7 @@ _TABS = "<!-- tabs -->"
 
 def new_app(
     *,
-    draw: GenerationService | None = None,
+    draw: GenerationService | LoadingModel | None = None,
     data: StudioData | None = None,
     hosts: frozenset[str] | None = LOOPBACK,
     token: str | None = None,
@@ -54,7 +64,7 @@ def new_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if draw is not None:
-            draw.queue.start()
+            draw.start()
         yield
         if draw is not None:
             draw.close()
@@ -70,18 +80,28 @@ def new_app(
         docs_url=None,  # their pages come from another host
         redoc_url=None,
     )
-    app.state.service, app.state.data, app.state.streams = draw, data, EventStreams()
+    app.state.draw, app.state.data, app.state.streams = draw, data, EventStreams()
     pages = {"Explore": "explore.html", "Rate": "rate.html"} if data is not None else {}
     if data is not None and data.read_only:
         del pages["Rate"]
     pages |= {"Draw": "draw.html"} if draw is not None else {}
     _mount(app, pages)
-    routers = [draw_api.api] if draw is not None else []
+    if draw is not None:
+        app.include_router(draw_api.api, responses=ERRORS)
     if data is not None:
-        routers += [part.api for part in OF_DATA]
+        routers = [part.api for part in OF_DATA]
         routers += [part.writing for part in OF_DATA if hasattr(part, "writing") and not data.read_only]
-    for router in routers:
-        app.include_router(router, responses=ERRORS)
+        turns = Turns()
+
+        async def turn(request: Request, client: Client) -> AsyncIterator[None]:
+            if request.url.path.endswith("/events"):  # lasts, and takes no thread
+                yield
+                return
+            async with turns.take(client, address_of(request.scope)):
+                yield
+
+        for router in routers:
+            app.include_router(router, responses=ERRORS, dependencies=[Depends(turn)])
     for error in HANDLED:
         app.add_exception_handler(error, on_error)
     description = app.openapi()

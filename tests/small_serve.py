@@ -15,6 +15,7 @@ import torch
 
 from curate.hub import no_progress_bars
 from curate.layout import Data
+from pipelines.actions import DataCommands
 from studio.app import LOOPBACK, new_app
 from studio.data import StudioData
 from studio.draw.service import GenerationService
@@ -105,9 +106,10 @@ def serving_data(
     """A data folder in a studio on a port of this machine, a free one by default; `more` are StudioData's arguments."""
     said: list[str] = []
     faults: list[Exception] = []
-    folder = StudioData(data, log=said.append, on_fault=faults.append, **more)
+    line = DataCommands(data, str(data))
+    folder = StudioData(data, command_line=line, log=said.append, on_fault=faults.append, **more)
     app = new_app(data=folder, draw=draw, hosts=None if token else LOOPBACK, token=token)
-    with running(app, folder.close, port) as url:
+    with running(app, folder.stop, port) as url:
         yield ServedData(url, folder, said, faults)
     assert not faults, faults
 

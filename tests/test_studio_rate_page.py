@@ -73,7 +73,7 @@ def start(page: Any, rater: str = "Ada", kind: str = "scores", name: str = "tast
 
 def shown(page: Any) -> tuple[str, ...]:
     """The keys of the image or images on the stage, once they are there."""
-    page.wait_for_function("document.querySelector('.photo') && !document.querySelector('.photo:not(.seen)')")
+    page.wait_for_selector("#images:has(.photo):not(:has(.photo:not(.seen)))")
     return tuple(page.evaluate("[...document.querySelectorAll('.photo')].map((f) => f.dataset.key)"))
 
 
@@ -85,7 +85,7 @@ def press(page: Any, key: str) -> tuple[str, ...]:
 
 
 def all_saved(page: Any) -> None:
-    page.wait_for_function("document.querySelector('#status').dataset.waiting === '0'")
+    page.wait_for_selector("#status[data-waiting='0']")
 
 
 def ratings(data: Data, name: str = "taste") -> list[dict[str, str]]:
@@ -269,5 +269,5 @@ def test_it_fits_narrow_and_wide_windows(
             assert box["y"] >= 0 and box["y"] + box["height"] <= 844, name
         for button in page.locator("#answers button").all():
             assert button.bounding_box()["width"] >= 40
-    image = page.locator(".photo img").bounding_box()
-    assert image["height"] > 0.55 * 844 or image["width"] > 0.8 * width
+    room = page.locator("#images").bounding_box()
+    assert room["height"] > 0.7 * 844 and room["width"] >= 0.95 * width

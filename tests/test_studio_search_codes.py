@@ -173,5 +173,5 @@ def test_a_folder_that_can_not_be_written(made: Data, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     builder = CodeBuilder(table_of(made), tmp_path / "file" / "index", lambda index: None, _raise)
     builder.start()
-    builder._thread.join(30)
+    builder.wait(30)
     assert "could not be made" in builder.error

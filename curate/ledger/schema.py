@@ -8,6 +8,7 @@ the list's own (`url`, `caption`, then what it carries), then img2dataset's unde
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import KW_ONLY, dataclass
 from enum import StrEnum
@@ -180,5 +181,22 @@ def make_key(shard: int, row: int, shard_size: int) -> str:
     >>> make_key(1, 5, 10000)
     '000010005'
     """
-    digits = len(str(shard_size - 1)) if shard_size > 1 else 0
+    digits = _row_digits(shard_size)
     return f"{shard * 10**digits + row:0{5 + digits}d}"
+
+
+def shard_of_key(key: str, shard_size: int) -> int | None:
+    """The shard of a row by its key; None of a text that `make_key` does not give.
+
+    >>> shard_of_key("000010005", 10000)
+    1
+    """
+    digits = _row_digits(shard_size)
+    if not re.fullmatch(r"[0-9]{5,20}", key):
+        return None
+    shard, row = divmod(int(key), 10**digits)
+    return shard if make_key(shard, row, shard_size) == key else None
+
+
+def _row_digits(shard_size: int) -> int:
+    return len(str(shard_size - 1)) if shard_size > 1 else 0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aesthetic.chunks import Map, thread_map
 from aesthetic.classify import check_labels
 from aesthetic.compare import check_comparisons
 from aesthetic.errors import UserError
@@ -21,6 +22,8 @@ from curate.sources.image_vectors import ImageVectors
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from aesthetic.reports import FitResult
 
 PREDICTED = "predicted"
 """A column that an earlier head wrote into a file of images to rate next: no metadata."""
@@ -156,6 +159,48 @@ def join_ratings(
     if not rated.joined.any():
         raise UserError(f"none of the images rated in {images.place} has a vector: {images.missing}")
     return rated
+
+
+def fit_rated(
+    rated: RatedImages,
+    name: str,
+    *,
+    scale: tuple[float, float] | None = None,
+    prevalence: float | None = None,
+    positive: str = "positives",
+    network: bool = False,
+    map: Map = thread_map,
+    quick: bool = False,
+    prompts: Callable[[], np.ndarray | None] = lambda: None,
+    **common: Any,
+) -> FitResult:
+    """Fit a head of this name to what people said of images, whatever kind of ratings that is.
+
+    scale: of scores; None: what the ratings say, else the range of the scores. quick: leave out what does not touch the
+    head, as `fit_head` says. prompts: asked for the direction of the zero-shot baseline, where there is one. common:
+    card, task, log. Raises HeadError as `fit_head`, `fit_classifier` and `fit_comparisons` do.
+    """
+    from aesthetic.classify import PREVALENCE, fit_classifier
+    from aesthetic.compare import fit_comparisons
+    from aesthetic.fit import fit_head
+    from aesthetic.ridge import reference_of
+
+    ratings, space = rated.ratings, rated.images.space
+    if ratings.kind == "labels":
+        prevalence = PREVALENCE if prevalence is None else prevalence
+        more: dict[str, Any] = {"prevalence": prevalence, "positive": positive, "quick": quick}
+        return fit_classifier(rated.examples(), space, name=name, **more, **common)
+    common["prompts"] = None if quick else prompts()
+    if ratings.kind == "pairs":
+        return fit_comparisons(rated.vectors, space=space, name=name, **rated.comparisons(), **common)
+    scale = scale or ratings.scale
+    if scale is None:  # the range of the scores; of several sources that of the one to whose scale they are brought
+        table = rated.table
+        if "source" in table:
+            table = table[table["source"] == reference_of(table["source"].to_list())]
+        scale = float(table["score"].min()), float(table["score"].max())
+    more = {"scale": scale, "network": network, "map": map, "quick": quick}
+    return fit_head(rated.examples(), space, name=name, **more, **common)
 
 
 def pair_groups(table: pd.DataFrame, winners: np.ndarray, losers: np.ndarray, images: int) -> list[str | None] | None:

@@ -256,42 +256,32 @@ def _images(options: FitOptions) -> ImageVectors:
 
 def _fit(options: FitOptions, rated: RatedImages) -> FitResult:
     from aesthetic.chunks import thread_map
-    from aesthetic.classify import PREVALENCE, fit_classifier
-    from aesthetic.compare import fit_comparisons
-    from aesthetic.fit import fit_head
-    from aesthetic.ridge import reference_of
+    from curate.sources.rated import fit_rated
     from pipelines.runtime.cluster import ray_map
 
-    ratings, space = rated.ratings, rated.images.space
+    ratings = rated.ratings
     files = [{"file": p.name, "sha256": sha256_file(p)} for p in options.ratings]
     card = {"ratings": {"rows": len(ratings.table), "joined": int(rated.joined.sum()), "files": files}}
-    common: dict[str, Any] = {"name": options.out.stem, "card": card, "log": _log}
-    if options.task:
-        common["task"] = options.task
-    if ratings.kind == "labels":
-        prevalence = PREVALENCE if options.prevalence is None else options.prevalence
-        positive = f"{options.positive!r}" if options.positive else "positives"
-        return fit_classifier(rated.examples(), space, prevalence=prevalence, positive=positive, **common)
+    common: dict[str, Any] = {"card": card, "log": _log} | ({"task": options.task} if options.task else {})
 
-    try:  # the zero-shot baseline's direction
-        wanted, against = rated.images.encode_texts([WANTED, AGAINST])
-        common["prompts"] = np.asarray(wanted - against, np.float64)
-    except UserError as e:
-        _log(f"no zero-shot baseline: {str(e).splitlines()[0]}")
-    if ratings.kind == "pairs":
-        return fit_comparisons(rated.vectors, space=space, **rated.comparisons(), **common)
-    scale = options.scale or ratings.scale
-    if scale is None:  # the range of the scores; of several sources that of the one to whose scale they are brought
-        table = rated.table
-        if "source" in table:
-            table = table[table["source"] == reference_of(table["source"].to_list())]
-        scale = float(table["score"].min()), float(table["score"].max())
-    return fit_head(
-        rated.examples(),
-        space,
-        scale=scale,
+    def prompts() -> np.ndarray | None:
+        """The zero-shot baseline's direction."""
+        try:
+            wanted, against = rated.images.encode_texts([WANTED, AGAINST])
+        except UserError as e:
+            _log(f"no zero-shot baseline: {str(e).splitlines()[0]}")
+            return None
+        return np.asarray(wanted - against, np.float64)
+
+    return fit_rated(
+        rated,
+        options.out.stem,
+        scale=options.scale,
+        prevalence=options.prevalence,
+        positive=f"{options.positive!r}" if options.positive else "positives",
         network=options.network,
         map=thread_map if options.address is None else partial(ray_map, options.address),
+        prompts=prompts,
         **common,
     )
 

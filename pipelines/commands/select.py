@@ -20,6 +20,7 @@ class SelectOptions(WithRecipe):
     write_uids: Path | None = option(
         "also write what is kept as a DataComp subset file", metavar="FILE.npy", type=local_file
     )
+    sheet: bool = option("also draw its contact sheet, as `pack` does", default=False)
 
 
 def run(options: SelectOptions) -> Result:
@@ -31,7 +32,7 @@ def run(options: SelectOptions) -> Result:
     from curate.ledger.select import remembered, select
     from curate.store.ownership import open_data
     from pipelines.checks import old_columns, refuse_denied
-    from pipelines.curation import show_selection
+    from pipelines.curation import draw_sheets, show_selection
     from pipelines.recipe import recipe_of
 
     data = open_data(options.data)
@@ -62,9 +63,10 @@ def run(options: SelectOptions) -> Result:
         show_selection(selection)
         if options.write_uids is not None:
             subsets.write_uids(data, name, options.write_uids)
+        sheets = draw_sheets(data, name) if options.sheet else {}
     return Result(
         facts={"kept": selection.kept, "funnel": selection.funnel},
-        paths={"selected": data.shown(data.verdicts(name))},
+        paths={"selected": data.shown(data.verdicts(name)), **sheets},
         next=command("pack", data, "--name", name) if selection.kept else "",
     )
 

@@ -21,6 +21,17 @@ Counts = dict[tuple[str, str], int]
 EARLY = 500
 """Rows after which a failure rate over one half is said at once: the list, the network or the resolver is broken."""
 
+LINE_SECONDS = "TASTEMAKER_PROGRESS_SECONDS"
+"""Environment variable: how often a command that writes to no terminal says how far it is. Default: 10."""
+
+
+def line_seconds() -> float:
+    """Seconds between two lines about progress, where there is no terminal."""
+    try:
+        return float(os.environ.get(LINE_SECONDS, "10"))
+    except ValueError:
+        return 10.0
+
 
 class Meter:
     """Counts rows in a worker and hands them on once a second, from a thread of its own."""
@@ -65,6 +76,7 @@ class ProgressDisplay:
         self._began = self._last = time.monotonic()
         self._seen: dict[str, list[tuple[float, int]]] = {}
         self._live = out.isatty()
+        self._every = line_seconds()
         self._warned = False
 
     def show(self, counts: Counts, hosts: list[tuple[str, int]], end: bool = False) -> None:
@@ -82,7 +94,7 @@ class ProgressDisplay:
                 self.say(f"warning: {failed / rows:.0%} of the first {rows:,} rows failed: {reasons}{worst}")
 
         line = self._line(counts, now, end)  # each time, shown or not: rates need to see when rows come
-        if not end and not self._live and now - self._last < 10:
+        if not end and not self._live and now - self._last < self._every:
             return
         self._last = now
         if self._live:
@@ -163,12 +175,13 @@ class ProgressBar:
         self._out, self._what, self._total, self._unit = out, what, total, unit
         self._began = self._last = time.monotonic()
         self._done, self._live = 0, out.isatty()
+        self._every = 0.2 if self._live else line_seconds()
 
     def __call__(self, more: int) -> None:
         """So many more are done."""
         self._done += more
         now = time.monotonic()
-        if now - self._last < (0.2 if self._live else 10):
+        if now - self._last < self._every:
             return
         self._last = now
         rate = self._done / (now - self._began)
@@ -176,6 +189,11 @@ class ProgressBar:
         text = f"{self._what}  {self._done:,}/{self._total:,}  {format_rate(rate, self._unit)}  eta {left}"
         self._out.write(CLEAR if self._live else "")
         self._out.write(text if self._live else f"{text}\n")
+        self._out.flush()
+
+    def clear(self) -> None:
+        """Take the line off a terminal: what is done is said by others."""
+        self._out.write(CLEAR if self._live else "")
         self._out.flush()
 
     def end(self, more: str = "") -> None:

@@ -20,7 +20,7 @@ from studio.streams import OneStream
 
 
 async def _service(request: Request) -> GenerationService:
-    service: GenerationService = request.app.state.service
+    service: GenerationService = request.app.state.draw.service
     return service
 
 

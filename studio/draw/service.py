@@ -83,6 +83,19 @@ class GenerationService:
         width, height = sampler.info.size
         self.limits = Limits(pixels=MAX_TIMES * width * height)
 
+    @property
+    def service(self) -> GenerationService:
+        """Itself: it is there, other than a model that is being loaded."""
+        return self
+
+    def start(self) -> None:
+        """Draw what is asked for."""
+        self.queue.start()
+
+    def stop(self) -> None:
+        """Draw nothing more; does not wait."""
+        self.queue.stop()
+
     def close(self) -> None:
         """Begin nothing more, and wait a second for the step that runs."""
         self._reading.close()

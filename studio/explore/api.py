@@ -15,7 +15,7 @@ from studio.data import StudioData
 from studio.explore.describe import describe_data, describe_rule
 from studio.explore.explorer import Explorer, UnknownSelection
 from studio.explore.histograms import histogram as count_all
-from studio.explore.listing import Listing, Show, place_of, value_at
+from studio.explore.listing import RowOrder, Show, place_of, value_at
 from studio.explore.live import LiveSelection
 from studio.explore.wire import (
     CompareRequest,
@@ -144,7 +144,7 @@ class _Filter:
         self.selection, self.show, self.rule, self.other = selection, show, rule, other
         self.sort, self.descending = sort, descending
 
-    def listing(self, explorer: Explorer) -> tuple[LiveSelection | None, Listing]:
+    def listing(self, explorer: Explorer) -> tuple[LiveSelection | None, RowOrder]:
         """The rows; UnknownSelection becomes a 404."""
         try:
             selection = None if self.selection is None else explorer.selection(self.selection)

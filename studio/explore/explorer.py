@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import threading
 import time
@@ -22,8 +23,8 @@ from curate.store.files import digest
 from studio.errors import NotHere
 from studio.explore import listing as listings
 from studio.explore.histograms import kept_counts
-from studio.explore.index import IndexStopped, make_index, part_digests, steps
-from studio.explore.listing import Listing, Ranking, Show
+from studio.explore.index import IndexStopped, make_index, part_digests, part_folders, steps
+from studio.explore.listing import Ranking, RowOrder, Show
 from studio.explore.live import LiveSelection, RuleAnswer, RuleBook, selection_id
 from studio.explore.remembered import Remembered
 from studio.explore.snapshot import Snapshot, snapshot_digest
@@ -57,6 +58,7 @@ class Explorer:
 
     Args:
         recipe: whose early rules are applied early, and whose cuts say what is unsafe to look at.
+        keep: the index is kept in the data folder, where that can be written to; else it is made for this run alone.
         log: called with a line about what was done.
         on_fault: called with exceptions that are nobody's fault but ours.
     """
@@ -66,10 +68,12 @@ class Explorer:
         data: Data,
         recipe: SelectConfig | None = None,
         *,
+        keep: bool = True,
         log: Callable[[str], None] = lambda line: None,
         on_fault: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         self.data, self.recipe, self._log, self._on_fault = data, recipe or SelectConfig(), log, on_fault
+        self._keep = keep
         self.version = 0
         self._book: RuleBook | None = None
         self._state = IndexState("building")
@@ -77,16 +81,20 @@ class Explorer:
         self._lock = threading.Lock()
         self._looked, self._seen = 0.0, ""
         self._selections = Remembered[str, LiveSelection](_SELECTIONS, lambda s: s.bytes)
-        self._listings = Remembered[Any, Listing](_LISTINGS, lambda found: found.bytes)
+        self._listings = Remembered[Any, RowOrder](_LISTINGS, lambda found: found.bytes)
         self._rankings = Remembered[str, Ranking](_RANKINGS, lambda r: r.rows.nbytes + r.scores.nbytes)
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self.work = BoundedExecutor("explore", 2)
         self._builder = self._start()
 
-    def close(self) -> None:
-        """End what runs."""
+    def stop(self) -> None:
+        """Begin nothing more."""
         self._stopped.set()
         self.work.close()
+
+    def close(self) -> None:
+        """End what runs."""
+        self.stop()
         self._builder.join(5)
         if self._temporary is not None:
             self._temporary.cleanup()
@@ -111,6 +119,10 @@ class Explorer:
                 return False
             self._builder = self._start()
             return self._book is not None
+
+    def look(self) -> None:
+        """Look whether the data changed when the next one asks, however lately somebody did."""
+        self._looked = 0.0
 
     def _start(self) -> threading.Thread:
         thread = threading.Thread(target=self._build, name="index", daemon=True)
@@ -166,7 +178,7 @@ class Explorer:
         """The index of these tables, made where it is missing. Another server may remove a part as it is opened."""
         for last in (False, False, True):
             try:
-                folders = make_index(self._folder(), found, on_step)
+                folders = make_index(self._folder(found), found, on_step)
                 whole = snapshot_digest(part_digests(found), self.recipe)
                 return Snapshot.open(self.data, self.recipe, found, folders, whole)
             except FileNotFoundError:
@@ -174,18 +186,19 @@ class Explorer:
                     raise
         raise AssertionError
 
-    def _folder(self) -> Path:
-        """Where the index is: in the data folder, or, where nothing can be written there, for this run alone."""
-        if self._temporary is not None:
-            return Path(self._temporary.name)
+    def _folder(self, found: Sequence[LedgerTable]) -> Path:
+        """Where the index is: in the data folder, or, where nothing may be written there, for this run alone."""
         folder = self.data.studio_index
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                return folder
-        except OSError:
+        if self._keep:
+            with contextlib.suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    return folder
+        elif all(part.exists() for part in part_folders(folder, found).values()):
+            return folder
+        if self._temporary is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="tastemaker-studio-")
-            return Path(self._temporary.name)
+        return Path(self._temporary.name)
 
     @property
     def book(self) -> RuleBook:
@@ -331,7 +344,7 @@ class Explorer:
         other: LiveSelection | None = None,
         sort: str = "key",
         descending: bool = False,
-    ) -> Listing:
+    ) -> RowOrder:
         """Which rows are shown, in their order. Raises UserError for what can't be shown or sorted by."""
         ids = tuple(None if s is None else s.id for s in (selection, other))
         key = (self.snapshot.digest, *ids, show, rule, sort, descending)
@@ -345,7 +358,7 @@ class Explorer:
         other: LiveSelection | None,
         sort: str,
         descending: bool,
-    ) -> Listing:
+    ) -> RowOrder:
         snapshot = self.snapshot if selection is None else selection.snapshot
         mask = None
         if selection is not None and (show != "all"):

@@ -97,8 +97,9 @@ def part_digests(found: Sequence[LedgerTable]) -> dict[str, str]:
     return parts
 
 
-def part_folder(root: Path, name: str, part_digest: str) -> Path:
-    return root / f"{name.rpartition('/')[2] if name.startswith('annotated') else '@' + name}-{part_digest}"
+def part_folders(root: Path, found: Sequence[LedgerTable]) -> dict[str, Path]:
+    """Table -> where its part is in the folder `root`, once it is made."""
+    return {name: root / f"{name.replace('/', '@')}-{d}" for name, d in part_digests(found).items()}
 
 
 def make_index(root: Path, found: Sequence[LedgerTable], on_step: OnStep) -> dict[str, Path]:
@@ -106,10 +107,13 @@ def make_index(root: Path, found: Sequence[LedgerTable], on_step: OnStep) -> dic
 
     Steps: a shard of a table each, of all tables (see `steps`). Raises UserError where tables hold what they must not.
     """
+    folders = part_folders(root, found)
+    if all(folder.exists() for folder in folders.values()):
+        on_step(steps(found))
+        return folders
     root.mkdir(parents=True, exist_ok=True)
     for scratch in left_over(root):
         shutil.rmtree(scratch, ignore_errors=True)
-    folders = {name: part_folder(root, name, d) for name, d in part_digests(found).items()}
     if folders["rows"].exists():
         on_step(len(found[0].shards))
     else:

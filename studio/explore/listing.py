@@ -30,7 +30,7 @@ class Ranking:
 
 
 @dataclass(frozen=True, eq=False)
-class Listing:
+class RowOrder:
     """Rows in an order. The first `valued` have a value in the column that they are sorted by."""
 
     rows: npt.NDArray[np.uint32]
@@ -86,17 +86,17 @@ def filtered(
     return mask
 
 
-def order_of(snapshot: Snapshot, mask: Mask | None, sort: str, descending: bool) -> Listing:
+def order_of(snapshot: Snapshot, mask: Mask | None, sort: str, descending: bool) -> RowOrder:
     """The rows of a filter (None: all) by `key`, `random`, or the values of a column; those without a value last.
 
     Rows of one value are in the order of keys; a descending order is an ascending one reversed.
     """
     if sort == "key":
         rows = np.arange(snapshot.count, dtype=np.uint32) if mask is None else np.flatnonzero(mask).astype(np.uint32)
-        return Listing(rows[::-1] if descending else rows, len(rows))
+        return RowOrder(rows[::-1] if descending else rows, len(rows))
     if sort == "random":
         rows = _kept_of(snapshot.rows.random, mask)
-        return Listing(rows[::-1] if descending else rows, len(rows))
+        return RowOrder(rows[::-1] if descending else rows, len(rows))
     column = snapshot.columns.get(sort)
     if column is None or not column.facts.stored:
         if sort in snapshot.all_types:
@@ -106,7 +106,7 @@ def order_of(snapshot: Snapshot, mask: Mask | None, sort: str, descending: bool)
     with_value, without = _kept_of(column.order[:count], mask), _kept_of(column.order[count:], mask)
     valued = len(with_value)
     first = with_value[::-1] if descending else with_value
-    return Listing(np.concatenate([first, without]) if len(without) else first, valued, sort, descending)
+    return RowOrder(np.concatenate([first, without]) if len(without) else first, valued, sort, descending)
 
 
 def _kept_of(order: npt.NDArray[np.uint32], mask: Mask | None) -> npt.NDArray[np.uint32]:
@@ -117,7 +117,7 @@ def _sortable(snapshot: Snapshot) -> str:
     return f"There are key, random, {', '.join(c for c, column in snapshot.columns.items() if column.facts.stored)}"
 
 
-def order_of_ranking(ranking: Ranking, mask: Mask | None, descending: bool) -> Listing:
+def order_of_ranking(ranking: Ranking, mask: Mask | None, descending: bool) -> RowOrder:
     """The rows of a filter that a search found, the best first; `descending` is that order reversed."""
     rows, scores = ranking.rows, ranking.scores
     if mask is not None and ranking.again is not None:
@@ -128,10 +128,10 @@ def order_of_ranking(ranking: Ranking, mask: Mask | None, descending: bool) -> L
         rows, scores = rows[some], scores[some]
     if descending:
         rows, scores = rows[::-1], scores[::-1]
-    return Listing(rows, len(rows), scores=scores)
+    return RowOrder(rows, len(rows), scores=scores)
 
 
-def nearest(snapshot: Snapshot, mask: Mask, column: str, cuts: list[float]) -> Listing:
+def nearest(snapshot: Snapshot, mask: Mask, column: str, cuts: list[float]) -> RowOrder:
     """The rows of a filter by the distance of their value from the nearest of some cuts; those without a value last."""
     listing = order_of(snapshot, mask, column, False)
     rows = listing.rows[: listing.valued]
@@ -141,7 +141,7 @@ def nearest(snapshot: Snapshot, mask: Mask, column: str, cuts: list[float]) -> L
     split = int(np.searchsorted(values, cuts[0]))
     turned = np.concatenate([np.arange(split - 1, -1, -1), np.arange(split, len(rows))])
     order = turned[np.argsort(distance[turned], kind="stable")]
-    return Listing(np.concatenate([rows[order], listing.rows[listing.valued :]]), listing.valued, column, near=cuts[0])
+    return RowOrder(np.concatenate([rows[order], listing.rows[listing.valued :]]), listing.valued, column, near=cuts[0])
 
 
 def cut_of(snapshot: Snapshot, answer: RuleAnswer) -> tuple[str, list[float]] | None:
@@ -171,7 +171,7 @@ def top_value(snapshot: Snapshot, answer: RuleAnswer) -> float | None:
     return float(column.values[order[int(np.argmax(kept))]])
 
 
-def place_of(snapshot: Snapshot, listing: Listing, value: float) -> int:
+def place_of(snapshot: Snapshot, listing: RowOrder, value: float) -> int:
     """Where in a listing its sort column crosses a value: how many rows come before the first at or beyond it."""
     if listing.column is None or listing.near is not None:
         raise UserError("a place is looked for among rows that are sorted by a column")
@@ -184,7 +184,7 @@ def place_of(snapshot: Snapshot, listing: Listing, value: float) -> int:
     return listing.valued - column.up_to(value, turned, listing.valued)
 
 
-def value_at(snapshot: Snapshot, listing: Listing, i: int) -> Any:
+def value_at(snapshot: Snapshot, listing: RowOrder, i: int) -> Any:
     """What the i-th row of a listing is sorted by: its value in the column, or its score."""
     if listing.scores is not None:
         return float(listing.scores[i])

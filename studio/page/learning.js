@@ -121,7 +121,7 @@ export class Learning {
     if (head.verdict) parts.push(element("p", {}, sentence(head.verdict)));
     const more = [];
     if (head.worth_raters) more.push(`It is worth about ${plural(head.worth_raters, "person", "people")} asked.`);
-    if (head.more) more.push(`${head.more.toLocaleString("en")} more ratings would halve the line.`);
+    if (head.more) more.push(`${head.more.toLocaleString("en")} more ratings would make it twice as sure.`);
     if (more.length) parts.push(element("p", { className: "hint" }, more.join(" ")));
     const use = () => openUse(this.set, head);
     parts.push(element("button", { type: "button", className: "primary", onclick: use }, "Use it on all images"));

@@ -145,9 +145,12 @@ class CodeBuilder:
         """Begin."""
         self._thread.start()
 
-    def stop(self, seconds: float = 2.0) -> None:
+    def stop(self) -> None:
         """End after the shard that it is at."""
         self._stopped.set()
+
+    def wait(self, seconds: float = 5.0) -> None:
+        """Wait until it has ended."""
         if self._thread.is_alive():
             self._thread.join(seconds)
 

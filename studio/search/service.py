@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
 from collections import OrderedDict
@@ -83,14 +84,23 @@ class SearchService:
         self._version: _Version | None = None
         self._ability, self._looked = EncoderAbility(False, "the encoder is being looked for", False), -1
         self._texts = OrderedDict[str, Scores]()
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
-    def close(self) -> None:
-        """End what runs."""
+    def stop(self) -> None:
+        """Begin nothing more."""
         self._closed = True
         self.reading.close()
         self.searching.close()
         if self._version is not None and self._version.builder is not None:
             self._version.builder.stop()
+
+    def close(self) -> None:
+        """Stop, and wait for what runs to end."""
+        self.stop()
+        if self._version is not None and self._version.builder is not None:
+            self._version.builder.wait()
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     # ------------------------------------------------------------------------------------------ what there is to say
 
@@ -219,12 +229,16 @@ class SearchService:
             version = _Version(number, VectorTable(self._data, self._explorer))
             if before is not None and before.builder is not None:
                 before.builder.stop()
+                before.builder.wait()
             self._version = version
             if not version.table.is_small and not self._closed:
 
                 def ready(index: CodeIndex) -> None:
                     version.index = index
 
+                if self._folder is None:
+                    self._temporary = tempfile.TemporaryDirectory(prefix="tastemaker-studio-")
+                    self._folder = Path(self._temporary.name)
                 version.builder = CodeBuilder(version.table, self._folder, ready, self._on_fault)
                 version.builder.start()
             return version
