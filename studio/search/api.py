@@ -72,7 +72,7 @@ class NearestView(_View):
     cosine: float
 
 
-class DuplicatesView(_View):
+class LookAlikesView(_View):
     """The near-duplicates of an image, and what else looks like it."""
 
     groups: list[CopyGroupView] = Field(description="of each column of near-duplicates in which it has one")
@@ -109,13 +109,13 @@ async def search(request: Request, service: Service, client: Client) -> SearchVi
 @api.get("/duplicates/{key}")
 async def duplicates(
     key: Annotated[str, fastapi.Path(max_length=40)], service: Service, client: Client
-) -> DuplicatesView:
+) -> LookAlikesView:
     """The near-duplicates of an image: its groups, which of each is kept, and the images nearest to it."""
 
-    def find() -> DuplicatesView:
+    def find() -> LookAlikesView:
         row = service.row(key)
         nearest = [NearestView(key=other, cosine=cosine) for other, cosine in service.nearest(row)]
-        return DuplicatesView(
+        return LookAlikesView(
             groups=[CopyGroupView.model_validate(group) for group in service.groups.of(row)], nearest=nearest
         )
 
