@@ -75,7 +75,9 @@ class SearchService:
     many an index is made in the background, in `folder`; until it is ready every vector is compared.
     """
 
-    def __init__(self, data: Data, explorer: Explorer, folder: Path, on_fault: Callable[[Exception], None]) -> None:
+    def __init__(
+        self, data: Data, explorer: Explorer, folder: Path | None, on_fault: Callable[[Exception], None]
+    ) -> None:
         self._data, self._explorer, self._folder, self._on_fault = data, explorer, folder, on_fault
         self.encoder, self.groups = DataEncoder(data), CopyGroups(explorer)
         self.reading = BoundedExecutor("search-reading", 2)
