@@ -12,6 +12,7 @@ import functools
 import io
 import math
 import re
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -63,8 +64,12 @@ class UprightImage:
     opened: ImageFile.ImageFile  # as far as it was read
 
 
-def upright(opened: ImageFile.ImageFile, data: bytes, least: tuple[int, int]) -> UprightImage:
-    """Decode. `least` is the size that the caller needs, (width, height) as stored; there will be no fewer pixels."""
+def upright(
+    opened: ImageFile.ImageFile, data: bytes, least: tuple[int, int], *, eighths: Sequence[int] = (1, 2, 4)
+) -> UprightImage:
+    """Decode. `least` is the size that the caller needs, (width, height) as stored; there will be no fewer pixels.
+
+    eighths: of its size at which a JPEG may be decoded instead of whole, ascending."""
     size = opened.size
     profile = opened.info.get("icc_profile") or None
     with decoder_errors(size):
@@ -75,7 +80,7 @@ def upright(opened: ImageFile.ImageFile, data: bytes, least: tuple[int, int]) ->
             except ValueError as e:  # Pillow takes the few odd ones, whole and less strictly
                 turbo = "Could not determine subsampling" not in str(e)
         if turbo:
-            pixels = _decode_jpeg(opened, data, least)
+            pixels = _decode_jpeg(opened, data, least, eighths)
             deep = alpha = False
         else:
             _check_covered(opened, data)
@@ -92,23 +97,25 @@ def upright(opened: ImageFile.ImageFile, data: bytes, least: tuple[int, int]) ->
     return UprightImage(pixels=turn_upright(pixels, turned), width=width, height=height, plain=plain, opened=opened)
 
 
-def _decode_jpeg(opened: ImageFile.ImageFile, data: bytes, least: tuple[int, int]) -> np.ndarray:
-    """A JPEG's sRGB pixels as stored, at 1/1, 1/2, 1/4 or 1/8 of its size.
+def _decode_jpeg(
+    opened: ImageFile.ImageFile, data: bytes, least: tuple[int, int], eighths: Sequence[int]
+) -> np.ndarray:
+    """A JPEG's sRGB pixels as stored, at so many eighths of its size.
 
-    Only these four scales have fast code in libjpeg-turbo, through simplejpeg: 20% of the images stage on photographs,
+    Only 1, 2, 4 and 8 have fast code in libjpeg-turbo, through simplejpeg: 20% of the images stage on photographs,
     against Pillow's draft mode, which does not tell of corrupt data either.
     """
     width, height = opened.size
-    k = next((k for k in (8, 4, 2) if -(-width // k) >= least[0] and -(-height // k) >= least[1]), 1)
-    if k >= 4 and opened.info.get("progressive"):
+    n = next((n for n in eighths if -(-width * n // 8) >= least[0] and -(-height * n // 8) >= least[1]), 8)
+    if n <= 2 and opened.info.get("progressive"):
         data = without_fine_scans(data)  # 15% of the images stage on photographs, a fifth of them progressive
     profile = opened.info.get("icc_profile") or None
     mode = opened.mode if opened.mode == "CMYK" or (profile and opened.mode == "L") else "RGB"
-    pixels = _libjpeg(data, "GRAY" if mode == "L" else mode, -(-width // k), -(-height // k))
-    if pixels.shape[:2] != (-(-height // k), -(-width // k)):
+    pixels = _libjpeg(data, "GRAY" if mode == "L" else mode, -(-width * n // 8), -(-height * n // 8))
+    if pixels.shape[:2] != (-(-height * n // 8), -(-width * n // 8)):
         raise ValueError("two decoders read two sizes from its header")
     # A last row or column that stands for less than half a pixel would shift the image.
-    pixels = pixels[: max(least[1], round(height / k)), : max(least[0], round(width / k))]
+    pixels = pixels[: max(least[1], round(height * n / 8)), : max(least[0], round(width * n / 8))]
     if mode == "CMYK" and "adobe" in opened.info:
         pixels = 255 - pixels  # Adobe's files hold 255 - ink, others ink (libjpeg.txt, "Special color spaces")
     if mode == "RGB" and _is_srgb(profile):

@@ -12,7 +12,7 @@ from fastapi import APIRouter, HTTPException, Query, Request, Response
 from curate.fetch.deny_file import What
 from studio.clients import Client
 from studio.data import StudioData
-from studio.errors import ERRORS_OF_FILES
+from studio.errors import ERRORS_OF_FILES, NotHere
 from studio.explore.api import Folder
 from studio.images import denying
 from studio.images.denying import DenyRequest, DenyView
@@ -123,8 +123,19 @@ async def allow(key: Key, folder: Folder, client: Client, what: What = "image") 
 
 
 async def _run(folder: StudioData, client: str, key: str, work: Callable[[], T]) -> T:
-    """Work about one row, when it is the client's turn."""
+    """Work about one row, when it is the client's turn; once more where tables were written meanwhile."""
+
+    def twice() -> T:
+        try:
+            return work()
+        except FileNotFoundError:
+            folder.images.look_again()
+        try:
+            return work()
+        except FileNotFoundError:
+            raise NotHere("the data folder is being written", "try again in a while") from None
+
     try:
-        return await folder.images.questions.run(client, work)
+        return await folder.images.questions.run(client, twice)
     except KeyError:
         raise HTTPException(404, f"there is no row {key} here") from None

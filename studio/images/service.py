@@ -93,9 +93,10 @@ class ImageService:
 
     def known(self, key: str) -> PlacedImage | None:
         """The same from memory alone, without waiting; None where files must be read first."""
-        if self._columns is None or (self.data.url is not None and self._is_due(self._columns[0])):
+        known = self._columns
+        if known is None or self._is_due(known[0]):
             return None
-        _, columns, shape = self._columns
+        _, columns, shape = known
         at = shape.split(key)
         with self._lock:
             found = self._shards.get(at[0]) if at is not None else None
@@ -108,14 +109,20 @@ class ImageService:
 
         UserError where nothing is fetched.
         """
-        if self._columns is None or self._is_due(self._columns[0]):
+        known = self._columns
+        if known is None or self._is_due(known[0]):
             with self._one_at_a_time(-1):
-                if self._columns is None or self._is_due(self._columns[0]):
+                known = self._columns
+                if known is None or self._is_due(known[0]):
                     if self.data.url is not None:
                         self.data.store.refresh()
                     columns = ShownColumns.of(self.data)
-                    self._columns = time.monotonic(), columns, KeyShape.of(columns.found[0])
-        return self._columns[1:]
+                    known = self._columns = time.monotonic(), columns, KeyShape.of(columns.found[0])
+        return known[1:]
+
+    def look_again(self) -> None:
+        """Look for tables again: a file that was there is not, or is another."""
+        self._columns = None
 
     def _is_due(self, since: float) -> bool:
         return time.monotonic() - since > (_LOOK if self.data.url is None else _LOOK_THERE)
@@ -193,7 +200,8 @@ class ImageService:
                     return image, found
                 data = self.read(image)
                 break
-            except FileChanged:  # between the two: find it in what is there now
+            except (FileChanged, FileNotFoundError):  # between the two: find it in what is there now
+                self.look_again()
                 if last:
                     raise NotHere("this shard is being written", "try again when that is done") from None
             except CorruptShard as e:
