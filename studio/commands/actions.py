@@ -98,6 +98,10 @@ class CommandLine(Protocol):
     """The command line, as whoever starts a studio hands it over."""
 
     @property
+    def given(self) -> str:
+        """The data folder, as it was named when the studio was started."""
+
+    @property
     def program(self) -> Sequence[str]:
         """What starts it: the beginning of an argv."""
 
