@@ -314,9 +314,16 @@ class Explorer:
 
     # ---------------------------------------------------------------------------------------------- listings
 
-    def add_ranking(self, rows: npt.NDArray[Any], scores: npt.NDArray[Any], what: str) -> str:
-        """Remember rows that a search found, the best first, under an id for `sort=search:ID`."""
-        found = Ranking(np.asarray(rows, np.uint32), np.asarray(scores, np.float32), what)
+    def add_ranking(
+        self,
+        rows: npt.NDArray[Any],
+        scores: npt.NDArray[Any],
+        what: str,
+        again: Callable[[listings.Mask], tuple[npt.NDArray[Any], npt.NDArray[Any]]] | None = None,
+    ) -> str:
+        """Remember rows that a search found, the best first, under an id for `sort=search:ID`. again: searches among
+        some rows, (n,) bool, alone."""
+        found = Ranking(np.asarray(rows, np.uint32), np.asarray(scores, np.float32), what, again)
         id = digest([self.version, what, found.rows.tobytes().hex()[:4096], len(rows), time.monotonic_ns()])
         self._rankings.put(id, found)
         return id
