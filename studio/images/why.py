@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, Field
 
 from curate.fetch.deny import domain_entry
-from curate.fetch.deny_file import What, naming, read_entries
+from curate.fetch.deny_file import What, read_entries
 from curate.ledger.rules import NUMBER
 from curate.ledger.schema import Status
 from curate.ledger.view import LedgerTable, column_types, recorded_columns
 from curate.ledger.why import Explanation, RuleState, State, explain
+from studio.images.denying import named_by
 
 if TYPE_CHECKING:
     from studio.data import StudioData
@@ -161,7 +162,7 @@ def why_view(folder: StudioData, key: str, selection: str | None) -> WhyView:
         download={name: json_value(value) for name, value in download.items() if value is not None},
         list=ListView(name=explained.list, file=explained.file, line=explained.line),
         duplicates=_duplicates(explained, facts),
-        denied=denied_by(folder, explained),
+        denied=_denied(folder, explained),
         commands=[f"tastemaker query {root} \"SELECT * FROM ledger WHERE key = '{key}'\""],
     )
 
@@ -198,10 +199,8 @@ def _duplicates(explained: Explanation, facts: Mapping[str, Mapping[str, Any]]) 
     return found
 
 
-def denied_by(folder: StudioData, explained: Explanation) -> DeniedView | None:
-    """The entry of the studio's deny-list that names a row: by its URL, its domain, or its bytes."""
-    urls = (explained.url, explained.download.get("final_url"))
-    entry = naming(read_entries(folder.data), urls, explained.download.get("sha256"))
+def _denied(folder: StudioData, explained: Explanation) -> DeniedView | None:
+    entry = named_by(explained, read_entries(folder.data))
     return None if entry is None else DeniedView(entry=entry.entry, what=entry.what)
 
 
