@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +50,11 @@ def image_files() -> list[bytes]:
     return files + probe_files()
 
 
-def make_real_data(root: Path) -> Data:
-    """List, plan, fetch, embed, score, select and pack under `root`; returns the data folder."""
+def make_real_data(root: Path, captions: Mapping[int, str] | None = None) -> Data:
+    """List, plan, fetch, embed, score, select and pack under `root`; returns the data folder.
+
+    captions: number of an image -> what is said of it, in place of the usual.
+    """
     routes: dict[str | tuple[int, str], Route] = {
         f"/{i}": Route(body=file, content_type="image/jpeg") for i, file in enumerate(image_files())
     }
@@ -60,7 +64,7 @@ def make_real_data(root: Path) -> Data:
         order = np.random.default_rng(0).permutation(len(paths))
         rows = {
             "url": [web.url(0, paths[i]) for i in order],
-            "caption": [None if i % 4 == 1 else f"picture {i}, naïve “ö”" for i in order],
+            "caption": [(captions or {}).get(int(i), None if i % 4 == 1 else f"picture {i}, naïve “ö”") for i in order],
             "WIDTH": pa.array([200 + int(i) for i in order], pa.int32()),
             "uid": [f"{int(i) * 0x9E3779B97F4A7C15:032x}"[-32:] for i in order],
         }

@@ -4,6 +4,7 @@
 import { $, ApiError, call, element } from "/api.js";
 import { ImageGrid } from "/grid.js";
 import { startColumns } from "/histogram.js";
+import { followAddress, openFromGrid } from "/image.js";
 import { KEYS } from "/keys.js";
 import { count, share, short } from "/numbers.js";
 import { imagesJudged, startRules } from "/rules.js";
@@ -25,6 +26,7 @@ async function start() {
   subscribe(["live", "failure"], renderFunnel);
   subscribe(["view", "live", "data"], renderView);
   subscribe(["view", "live"], showImages);
+  followAddress(grid, ofNow);
   await loadData();
   watchData();
   document.body.dataset.ready = "true";
@@ -140,7 +142,7 @@ function choices() {
     ["all", "All", state.data?.images],
     ["kept", "Kept", live?.kept],
     ["rejected", "Rejected", live ? judged - live.kept : undefined],
-    ["around", "Around a cut", undefined],
+    ["around", "At a cut", undefined],
   ];
   if (live?.unjudged) found.push(["unjudged", "Not judged", live.unjudged]);
   if (COMPARED.includes(view.show)) found.push([view.show, "Compared", undefined]);
@@ -200,8 +202,8 @@ function sortOptions() {
 }
 
 function directionText() {
-  if (state.view.sort === "key") return state.view.descending ? "last first" : "first first";
-  return state.view.descending ? "highest first" : "lowest first";
+  if (state.view.sort === "key") return state.view.descending ? "last to first" : "first to last";
+  return state.view.descending ? "high to low" : "low to high";
 }
 
 function choose(name) {
@@ -251,7 +253,7 @@ async function showNewest() {
       const divider = await findDivider(query);
       if (String(query) === shownQuery && !divider) continue;
       shownQuery = String(query);
-      await grid.reload({ fetchRows, place: state.place, divider, plain: divider ? state.view.rule : plainVerdict() });
+      await grid.reload({ fetchRows, place: state.place, divider, plain: divider ? state.view.rule : plainVerdict(), line: hasLine() });
       $("total").textContent = totalText();
       renderPlace();
     } catch (error) {
@@ -262,6 +264,9 @@ async function showNewest() {
 
 // Where all have the same verdict it is not said of each.
 const plainVerdict = () => (["rejected", "marginal"].includes(state.view.show) ? state.view.rule : "");
+
+// Whether there is something to say under each image.
+const hasLine = () => !["key", "random"].includes(state.view.sort) || !["kept", "rejected", "marginal"].includes(state.view.show);
 
 // Across the grid, where the column that it is sorted by crosses the rule's cut.
 async function findDivider(query) {
@@ -322,22 +327,11 @@ function renderPlace() {
   $("at").textContent = grid.total ? `${count(state.place + 1)} of ${count(grid.total)}` : "";
 }
 
-// Why this image: image.js has it where it is part of the page.
-async function openRow(row, index) {
-  const context = {
-    selection: state.live?.id,
-    next: () => step(1),
-    previous: () => step(-1),
-  };
-  const step = async (by) => {
-    const at = grid.current + by;
-    const other = await grid.row(at);
-    if (other) grid.setCurrent(at);
-    return other?.key ?? null;
-  };
-  grid.setCurrent(index);
-  const { openImage } = await import("/image.js");
-  openImage(row.key, context);
+// Why this image: the dialog of one image, which goes through the grid as it is.
+const ofNow = { selection: () => state.live?.id };
+
+function openRow(row, index) {
+  openFromGrid(grid, row, index, ofNow);
 }
 
 // -------------------------------------------------------------------------------------------------- panel and keys

@@ -1,5 +1,6 @@
-// Save: the selection under a name, packed, as a contact sheet, or its recipe as YAML. Each is one command, which is
-// shown before it runs, and can be copied; what runs is shown with its last lines until it is over, and after.
+// Save: the selection under a name, packed, as a contact sheet, or its recipe as YAML. Each is one command (two where it
+// has to be saved first), which is shown before it runs, and can be copied; what runs is shown with its last lines until
+// it is over, and after.
 
 import { ApiError, call, element, $ } from "/api.js";
 import { commandLine, copyButton, many, opensUnder } from "/panels.js";
@@ -9,16 +10,15 @@ const LINES = 6; // of a command's last ones
 const ACTIVE = ["waiting", "running"];
 const WORDS = { waiting: "waits", done: "Done", failed: "Failed", cancelled: "Cancelled" };
 const WAYS = [
-  { actions: ["select"], button: "Save", title: "Selection", hint: "which images are kept, under this name" },
-  { actions: ["select", "pack"], button: "Save and pack", title: "Pack", hint: "its images, copied into shards to train on" },
-  { actions: ["select", "sheet"], button: "Save and draw", title: "Contact sheet", hint: "kept and rejected images on one PNG" },
+  { action: "select", button: "Save", title: "Selection", hint: "which images are kept, under this name" },
+  { action: "pack", button: "Pack", title: "Pack", hint: "its images, copied into shards to train on" },
+  { action: "sheet", button: "Draw", title: "Contact sheet", hint: "kept and rejected images on one PNG" },
 ];
 
 class SaveMenu {
   constructor(place) {
     this.readOnly = state.data.read_only;
     this.jobs = [];
-    this.streams = new Map(); // id -> EventSource of a command that is not over
     this.button = element("button", { type: "button", className: "save-open" }, this.readOnly ? "Recipe" : "Save");
     this.panel = element("div", { className: "save", role: "dialog" });
     this.panel.setAttribute("aria-label", this.button.textContent);
@@ -87,9 +87,19 @@ class SaveMenu {
     if (!this.isOpen) return;
     clearTimeout(this.timer);
     this.timer = setTimeout(() => this.preview(), now ? 0 : 250);
-    const known = state.data.selections.find(({ name }) => name === this.name.value.trim());
+    const known = this.known;
     const kept = state.live ? `${many(state.live.kept, "image")} kept` : "";
     this.note.textContent = [kept, known && !this.isSaved(known) ? `replaces what is saved as ${known.name}` : known ? "saved just so already" : ""].filter(Boolean).join(" · ");
+  }
+
+  // The saved selection of this name.
+  get known() {
+    return state.data.selections.find(({ name }) => name === this.name.value.trim());
+  }
+
+  // What has to be run: what is saved just so need not be saved again.
+  actionsOf({ action }) {
+    return action === "select" || (this.known && this.isSaved(this.known)) ? [action] : ["select", action];
   }
 
   isSaved({ rules, stale }) {
@@ -108,7 +118,11 @@ class SaveMenu {
       this.error.textContent = "";
       this.yaml.textContent = shown.recipe.yaml || shown.select.yaml;
       if (this.readOnly) this.command.replaceChildren(commandLine(shown.select.command));
-      else for (const way of WAYS) way.commands.replaceChildren(commandLine(shown[way.actions.at(-1)].command));
+      else for (const way of WAYS) {
+        const actions = this.actionsOf(way);
+        way.commands.replaceChildren(commandLine(actions.map((action) => shown[action].command).join(" && ")));
+        way.run.textContent = actions.length > 1 ? `Save and ${way.button.toLowerCase()}` : way.button;
+      }
     } catch (error) {
       if (seen !== this.seen) return;
       if (!(error instanceof ApiError)) throw error;
@@ -122,7 +136,7 @@ class SaveMenu {
   // One command after the other: the next only where the one before it went well.
   async run(way) {
     this.error.textContent = "";
-    const bodies = way.actions.map((action) => this.body(action));
+    const bodies = this.actionsOf(way).map((action) => this.body(action));
     way.run.disabled = true;
     try {
       for (const body of bodies) {
@@ -151,7 +165,7 @@ class SaveMenu {
   // A promise of the job when it is over; it is shown meanwhile.
   async follow(job) {
     this.update(job);
-    while (ACTIVE.includes(job.state)) {
+    while (ACTIVE.includes(job.state)) { // again where the server was away
       job = await this.change(job);
       this.update(job);
     }
@@ -160,7 +174,7 @@ class SaveMenu {
     return job;
   }
 
-  // The job when it is over, shown as it goes; where the server is away, asked again.
+  // The job when it is over, shown as it goes; where the stream ends before that, what it is a second later.
   change(job) {
     return new Promise((resolve) => {
       const stream = new EventSource(`/api/commands/${job.id}/events`);

@@ -27,6 +27,7 @@ class SearchBox {
   constructor(place) {
     this.asked = { ...NOTHING }; // image: {name, text (base64), url}
     this.found = null; // the last answer
+    this.text = ""; // what the address says of it
     this.before = null; // sort and direction before the search
     this.request = null;
     this.build(place);
@@ -42,8 +43,8 @@ class SearchBox {
     this.words.setAttribute("aria-label", "Search by words");
     this.file = element("input", { type: "file", accept: "image/*", className: "hidden", tabIndex: -1 });
     this.file.setAttribute("aria-label", "An image to search by");
-    this.choose = element("button", { type: "button", className: "quiet", title: "Choose an image to search by" }, "Image");
-    this.more = element("button", { type: "button", className: "quiet", title: "Words to move away from" }, "Without");
+    this.choose = element("button", { type: "button", className: "quiet search-choose", title: "Choose an image to search by" }, "Image");
+    this.more = element("button", { type: "button", className: "quiet search-more", title: "Words to move away from" }, "Without");
     this.without = element("input", { type: "search", className: "search-without", placeholder: "without: blurry, text", hidden: true, maxLength: 1000 });
     this.without.setAttribute("aria-label", "Without these words");
     this.clear = element("button", { type: "button", className: "quiet", title: "Clear the search (Esc)", hidden: true }, "×");
@@ -195,8 +196,10 @@ class SearchBox {
     if (!sort.startsWith("search:")) this.before = { sort, descending };
     const { words, without, key } = this.asked;
     const kept = Object.fromEntries(Object.entries({ words, without, key }).filter(([, value]) => value));
-    change({ more: { ...state.more, search: Object.keys(kept).length ? JSON.stringify(kept) : "" } }, { history: "none" });
-    show({ sort: `search:${this.found.id}`, descending: true });
+    this.text = Object.keys(kept).length ? JSON.stringify(kept) : "";
+    const view = { ...state.view, sort: `search:${this.found.id}`, descending: false };
+    change({ more: { ...state.more, search: this.text }, view, place: 0 }, { history: this.restores ? "replace" : "push" });
+    this.restores = false;
     this.showFound();
   }
 
@@ -226,19 +229,19 @@ class SearchBox {
     this.asked = { ...NOTHING, without: keepWithout ? this.asked.without : "" };
     this.words.value = "";
     if (!keepWithout) [this.without.value, this.without.hidden] = ["", true];
-    this.found = null;
+    [this.found, this.text] = [null, ""];
     this.say("");
     this.showTokens();
     if (state.view.sort.startsWith("search:")) {
-      change({ more: { ...state.more, search: "" } }, { history: "none" });
-      show(this.before ?? { sort: "key", descending: false });
+      const view = { ...state.view, ...(this.before ?? { sort: "key", descending: false }) };
+      change({ more: { ...state.more, search: "" }, view, place: 0 });
     }
   }
 
-  // Another order was chosen, or one went back to an earlier address.
+  // Another order was chosen, or one went to another address.
   followAddress(changed) {
     const searched = state.view.sort.startsWith("search:");
-    if (searched && changed.has("more") && this.found && state.view.sort !== `search:${this.found.id}`) this.begin();
+    if (searched && changed.has("more") && (state.more.search ?? "") !== this.text) this.begin();
     else if (this.found && !searched) this.offerOrder();
     else if (this.found && this.any()) this.showFound();
   }
@@ -251,10 +254,12 @@ class SearchBox {
   // A link with a search in it: asked again, since a server that was started anew knows nothing of it.
   begin() {
     if (!state.data) return;
-    const kept = read(state.more.search);
+    this.text = state.more.search ?? "";
+    const kept = read(this.text);
     if (this.any(kept)) {
       this.asked = { ...NOTHING, ...kept };
       this.words.value = kept.words;
+      this.restores = true;
       this.ask({});
     } else if (state.view.sort.startsWith("search:") && state.view.sort !== `search:${this.found?.id}`) show({ sort: "key", descending: false });
   }
