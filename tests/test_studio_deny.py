@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,6 +26,8 @@ from curate.ledger.schema import make_key
 from curate.store import cache as store_cache
 from curate.store import mirror
 from curate.store.objects import ObjectStore
+
+ROOT = Path(__file__).parents[1]
 
 
 def key_of(number: int) -> str:
@@ -124,36 +124,42 @@ def add_many(place: str, start: int) -> None:
             remove_entry(data, f"http://example.com/{number}.jpg")
 
 
+WRITER = """
+import sys
+from curate.fetch.deny_file import DenyEntry, add_entry, remove_entry
+from curate.layout import Data
+
+for number in map(int, sys.argv[2:]):
+    add_entry(Data.at(sys.argv[1]), DenyEntry(f"http://example.com/{number}.jpg", "image", f"{number:07d}"))
+    if number % 4 == 0:
+        remove_entry(Data.at(sys.argv[1]), f"http://example.com/{number}.jpg")
+"""
+
+
+def writer(data: Data, numbers: Iterable[int]) -> subprocess.Popen[bytes]:
+    """A process that denies images of these numbers, one after the other, and takes each fourth back."""
+    return subprocess.Popen([sys.executable, "-c", WRITER, str(data.root), *map(str, numbers)], cwd=ROOT)
+
+
 def test_two_processes_and_many_threads_lose_nothing(data: Data) -> None:
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=add_many, args=(str(data.root), 1000))
-    process.start()
+    process = writer(data, range(1000, 1012))
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda start: add_many(str(data.root), start), [0, 100]))
-    process.join(60)
-    assert process.exitcode == 0
+    assert process.wait(60) == 0
     numbers = sorted(int(key) for _, _, key in entries_of(data) if key)
     assert numbers == [s + n for s in (0, 100, 1000) for n in range(12) if n % 4]
     assert Deny.load([data.deny_list])
 
 
-def write_for_ever(place: str) -> None:
-    for start in range(0, 10**9, 12):
-        add_many(place, start)
-
-
 @pytest.mark.long
 def test_a_writer_that_is_killed_leaves_a_whole_file(data: Data) -> None:
-    context = multiprocessing.get_context("spawn")
     for pause in (0.05, 0.11, 0.3):
-        process = context.Process(target=write_for_ever, args=(str(data.root),))
-        process.start()
+        process = writer(data, range(5000))
         while not data.deny_list.exists():
             time.sleep(0.01)
         time.sleep(pause)
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        process.kill()
+        process.wait()
         Deny.load([data.deny_list])
         assert all(e.entry == f"http://example.com/{int(e.key or 0)}.jpg" for e in read_entries(data))
         add_entry(data, DenyEntry("example.org", "domain", "0000001"))  # the lock went with it
