@@ -32,10 +32,10 @@ def main(data: Path, out: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(shutil.copytree(data, Path(scratch) / data.name))
         command = [sys.executable, "-P", "-m", "pipelines.cli", "studio", copy.name, "--port", "0"]
-        studio = subprocess.Popen(command, cwd=scratch, stdout=subprocess.PIPE, text=True)
+        studio = subprocess.Popen(command, cwd=scratch, stderr=subprocess.PIPE, text=True)
         try:
-            assert studio.stdout is not None
-            url = next(filter(None, (re.search(r"http://\S+:\d+", line) for line in studio.stdout)))[0]
+            assert studio.stderr is not None
+            url = next(filter(None, (re.search(r"http://\S+:\d+", line) for line in studio.stderr)))[0]
             rate(url, len(list(copy.glob("fetched/*.tar"))))
             take(url, out)
         finally:
@@ -86,7 +86,9 @@ def show_a_photo(page: Any) -> None:
     """Skip until there is an image large enough to fill the stage."""
     for _ in range(60):
         page.wait_for_selector(".photo.seen")
-        width, height = page.evaluate("(({naturalWidth: w, naturalHeight: h}) => [w, h])(document.querySelector('.photo img'))")
+        width, height = page.evaluate(
+            "(({naturalWidth: w, naturalHeight: h}) => [w, h])(document.querySelector('.photo img'))"
+        )
         if height >= 330 and width >= 1.2 * height:
             break
         page.keyboard.press("s")
