@@ -87,13 +87,6 @@ def make(root: Path, rows: int, dims: int) -> None:
         data.commit(data.embedded_record(shard), config="b", inputs=inputs, outputs=files, facts={"sample_count": n})
 
 
-class AllRows:
-    """The rows of the folder, without an index of its columns."""
-
-    def __init__(self, rows: int) -> None:
-        self.count, self.keys = rows, np.arange(rows, dtype=np.uint64)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -102,8 +95,8 @@ def main() -> None:
     options = parser.parse_args()
     if not options.folder.exists():
         report("made", lambda: make(options.folder, options.rows, options.dims))
-    rows: Any = AllRows(options.rows)
-    table = report("keys read", lambda: VectorTable(Data(options.folder), rows))
+    keys = np.arange(options.rows, dtype=np.uint64)
+    table = report("keys read", lambda: VectorTable(Data(options.folder), keys))
     cone, rng = Cone(options.rows, options.dims), np.random.default_rng(3)
     images, words = cone.draw(rng, QUERIES), cone.draw_words(rng, QUERIES)
     queries = {"image": images, "words": words, "both": unit(images + words)}

@@ -26,6 +26,7 @@ class Ranking:
     rows: npt.NDArray[np.uint32]
     scores: npt.NDArray[np.float32]
     what: str
+    of: str = ""  # the digest of all rows, by which they are numbered
     again: Callable[[Mask], tuple[npt.NDArray[Any], npt.NDArray[Any]]] | None = None
 
 

@@ -91,7 +91,7 @@ api = APIRouter(prefix="/api")
 
 
 @api.get("/search")
-async def state(service: Service) -> SearchStateView:
+def state(service: Service) -> SearchStateView:
     """What can be searched for, and how far the index is."""
     ability = service.ability()
     index = SearchIndexView.model_validate(service.index_state)
@@ -113,10 +113,9 @@ async def duplicates(
     """The near-duplicates of an image: its groups, which of each is kept, and the images nearest to it."""
 
     def find() -> LookAlikesView:
-        row = service.row(key)
-        nearest = [NearestView(key=other, cosine=cosine) for other, cosine in service.nearest(row)]
+        nearest = [NearestView(key=other, cosine=cosine) for other, cosine in service.nearest(key)]
         return LookAlikesView(
-            groups=[CopyGroupView.model_validate(group) for group in service.groups.of(row)], nearest=nearest
+            groups=[CopyGroupView.model_validate(group) for group in service.groups.of(key)], nearest=nearest
         )
 
     return await service.searching.run(client, find)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from fastapi import HTTPException
 
 from aesthetic.errors import UserError
 from curate.layout import ANNOTATED
@@ -75,9 +76,13 @@ class CopyGroups:
         self._explorer, self._lock = explorer, threading.Lock()
         self._read: tuple[Snapshot, list[GroupColumn]] | None = None
 
-    def of(self, row: int) -> list[CopyGroup]:
-        """The groups that an image is in."""
+    def of(self, key: str) -> list[CopyGroup]:
+        """The groups that an image is in. HTTPException 404 where there is no such image, or it must not be seen."""
         found = list[CopyGroup]()
+        try:
+            row = self._explorer.row(key)
+        except KeyError:
+            raise HTTPException(404, f"there is no image {key}") from None
         for column in self._columns():
             members = column.members(row)
             if len(members):

@@ -26,6 +26,7 @@ from studio.search.words import DataEncoder, EncoderAbility
 
 if TYPE_CHECKING:
     from studio.explore.explorer import Explorer
+    from studio.explore.snapshot import Snapshot
 
 NEAREST = 10
 """Images that are shown as nearest to one."""
@@ -60,9 +61,10 @@ class SearchIndexState:
 
 @dataclass(eq=False)
 class _Version:
-    """The vectors of one version of the data; its index once it is made, and what makes it."""
+    """The rows and vectors of one version of the data; their index once it is made, and what makes it."""
 
     number: int
+    rows: Snapshot
     table: VectorTable
     index: CodeIndex | None = None
     builder: CodeBuilder | None = None
@@ -84,9 +86,11 @@ class SearchService:
         self.searching = BoundedExecutor("searching", 2)
         self._lock, self._making, self._closed = threading.Lock(), threading.Lock(), False
         self._version: _Version | None = None
-        self._ability, self._looked = EncoderAbility(False, "the encoder is being looked for", False), -1
+        self._ability: EncoderAbility | None = None
+        self._looked, self.looked_up = -1, threading.Event()  # for which version, and whether it was once
         self._texts = OrderedDict[str, Scores]()
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self.ability()
 
     def stop(self) -> None:
         """Begin nothing more."""
@@ -107,12 +111,18 @@ class SearchService:
     # ------------------------------------------------------------------------------------------ what there is to say
 
     def ability(self) -> EncoderAbility:
-        """What can be searched for, as far as it is known: it is looked up beside, the first time."""
+        """What can be searched for. Whether the encoder is here is looked up beside; until that is known it is said to
+        be, where there are vectors."""
         with self._lock:
-            if self._looked != self._explorer.version:  # else what is known of the version before holds meanwhile
+            if self._looked != self._explorer.version:
                 self._looked = self._explorer.version
+                there = self._data.exists(self._data.space)
+                self._ability = self._ability or EncoderAbility(
+                    there, "" if there else "there are no vectors yet", there
+                )
                 threading.Thread(target=self._look, name="encoder", daemon=True).start()
-        return self._ability
+            assert self._ability is not None
+            return self._ability
 
     def _look(self) -> None:
         try:
@@ -122,6 +132,7 @@ class SearchService:
         except Exception as e:
             self._ability = EncoderAbility(False, "the encoder could not be looked for; the log says why", False)
             self._on_fault(e)
+        self.looked_up.set()
 
     @property
     def index_state(self) -> SearchIndexState:
@@ -141,13 +152,11 @@ class SearchService:
         began = time.perf_counter()
         version = self._current()
         table = version.table
-        query = self._query(table, asked)
+        query = self._query(version, asked)
         exact = True
 
         def find(rows: Mask | None) -> tuple[Rows, Scores]:
             nonlocal exact
-            if version.number != self._explorer.version:
-                raise UserError("the data changed since: search again")
             if version.index is not None:
                 found, scores, exact = version.index.nearest(query, asked.limit, rows)
             else:
@@ -155,17 +164,18 @@ class SearchService:
             return found, np.clip(scores, -1, 1)
 
         rows, scores = find(None)
-        id = self._explorer.add_ranking(rows, scores, asked.what, find)
+        id = self._explorer.add_ranking(rows, scores, asked.what, find, version.rows.rows.digest)
         recall = None
         if not exact and version.index is not None:
             kind = "images" if asked.key or asked.image is not None else "words"
             recall = version.index.recall.get(kind)
         return SearchResult(id, asked.what, time.perf_counter() - began, exact, recall, table.shown)
 
-    def _query(self, table: VectorTable, asked: ParsedSearch) -> Scores:
+    def _query(self, version: _Version, asked: ParsedSearch) -> Scores:
         """What is searched for as one vector of unit length: the mean of what it should be like, less what not."""
+        table = version.table
         like = [self._text(asked.words)] if asked.words else []
-        like += [self._of_image(table, self.row(asked.key))] if asked.key else []
+        like += [self._of_image(version, asked.key)] if asked.key else []
         like += [self._of_file(table, asked.image)] if asked.image is not None else []
         query = np.mean(like, axis=0) if like else np.zeros(table.dim, np.float32)
         if asked.without:
@@ -187,18 +197,15 @@ class SearchService:
                 self._texts.popitem(last=False)
         return vector
 
-    def row(self, key: str) -> int:
-        """The row of an image. HTTPException 404 where there is none, or it must not be seen."""
+    def _of_image(self, version: _Version, key: str) -> Scores:
+        """HTTPException 404 where there is no such image, or it must not be seen; UserError where it has no vector."""
         try:
-            return self._explorer.row(key)
+            row = version.rows.row(key)
         except KeyError:
             raise HTTPException(404, f"there is no image {key}") from None
-
-    def _of_image(self, table: VectorTable, row: int) -> Scores:
-        if table.vector_of[row] < 0:
-            key = self._explorer.key(row)
+        if version.table.vector_of[row] < 0:
             raise UserError(f"the image {key} has no vector yet. `tastemaker embed {self._data}` makes it.")
-        return table.vectors(np.array([row]))[0]
+        return version.table.vectors(np.array([row]))[0]
 
     def _of_file(self, table: VectorTable, file: bytes) -> Scores:
         """The vector of an image file; where there are two ways to look at it, that which is nearer to any image."""
@@ -207,20 +214,20 @@ class SearchService:
             return vectors[0]
         return vectors[int(np.argmax([table.nearest(vector, 1)[1].max(initial=-1) for vector in vectors]))]
 
-    def nearest(self, row: int) -> list[tuple[str, float]]:
+    def nearest(self, key: str) -> list[tuple[str, float]]:
         """The images nearest to one of the data, and their cosines, nearest first; none where there are no vectors, or
-        it has none."""
+        it has none. HTTPException 404 where there is no such image."""
         try:
             version = self._current()
-            query = self._of_image(version.table, row)
+            query = self._of_image(version, key)
         except UserError:
             return []
         if version.index is not None:
             rows, cosines, _ = version.index.nearest(query, NEAREST + 1)
         else:
             rows, cosines = version.table.nearest(query, NEAREST + 1)
-        others = [(r, min(1.0, float(c))) for r, c in zip(rows.tolist(), cosines, strict=True) if r != row]
-        return [(self._explorer.key(r), cosine) for r, cosine in others[:NEAREST]]
+        found = [(version.rows.key(r), min(1.0, float(c))) for r, c in zip(rows.tolist(), cosines, strict=True)]
+        return [(other, cosine) for other, cosine in found if other != key][:NEAREST]
 
     def _current(self) -> _Version:
         """The vectors as they are now. UserError where there are none."""
@@ -228,7 +235,8 @@ class SearchService:
             number, before = self._explorer.version, self._version
             if before is not None and before.number == number:
                 return before
-            version = _Version(number, VectorTable(self._data, self._explorer))
+            rows = self._explorer.snapshot
+            version = _Version(number, rows, VectorTable(self._data, rows.rows.keys))
             if before is not None and before.builder is not None:
                 before.builder.stop()
                 before.builder.wait()

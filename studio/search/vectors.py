@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +19,6 @@ from aesthetic.errors import UserError
 from aesthetic.untrusted import open_vectors
 from curate.layout import Data
 from studio.search.scan import MappedIndex, Mask, Rows, Scores, exact_index
-
-if TYPE_CHECKING:
-    from studio.explore.explorer import Explorer
 
 T = TypeVar("T")
 
@@ -86,8 +83,9 @@ class VectorTable:
     vector_of: (n,) int32, the vector of each row, -1 where it has none.
     """
 
-    def __init__(self, data: Data, explorer: Explorer) -> None:
-        """Reads the keys of all vectors, and no vector. UserError where the folder has none."""
+    def __init__(self, data: Data, rows: npt.NDArray[np.uint64]) -> None:
+        """rows: the keys of all rows, (n,), ascending. Reads the keys of all vectors, and no vector. UserError where
+        the folder has none."""
         shards = data.shards(data.embedded_record) if data.exists(data.space) else []
         data.look(map(data.embedded_record, shards))
         self.data, self.files = data, list[VectorFile]()
@@ -105,8 +103,8 @@ class VectorTable:
         if not self.files:
             raise UserError(f"{data} holds no vectors yet. `tastemaker embed {data}` makes them.")
         self.dim, self.count = dim, first
-        self.row_of = _places(np.concatenate(keys), explorer.keys)
-        self.vector_of = np.full(explorer.count, -1, np.int32)
+        self.row_of = _places(np.concatenate(keys), rows)
+        self.vector_of = np.full(len(rows), -1, np.int32)
         shown = np.flatnonzero(self.row_of >= 0)
         self.vector_of[self.row_of[shown]] = shown
         self.shown = len(shown)
