@@ -220,7 +220,7 @@ def _duplicates(
     """The groups of the image, by the columns that near-duplicates made."""
     snapshot = folder.explorer.snapshot_or_none
     if snapshot is not None and snapshot.count <= GROUPED:
-        groups = folder.search.groups.of(snapshot.row(explained.key))
+        groups = folder.search.groups.of(explained.key)
         return [
             DuplicatesView(
                 column=g.column, group=g.group, size=g.size, keeper=g.keeper, members=[m.key for m in g.members]
