@@ -33,6 +33,7 @@ export class Axis {
     const middle = this.value(0.5);
     const digits = Math.max(0, 2 - Math.floor(Math.log10(Math.max(this.high - this.low, 1e-12))));
     const round = (v) => (this.log ? Number(v.toPrecision(2)) : Number(v.toFixed(Math.min(digits, 12))));
+    if (this.low === this.high) return [short(round(this.low))];
     return [this.low, middle, this.high].map((v) => short(round(v)));
   }
 }

@@ -142,7 +142,7 @@ function choices() {
     ["all", "All", state.data?.images],
     ["kept", "Kept", live?.kept],
     ["rejected", "Rejected", live ? judged - live.kept : undefined],
-    ["around", "Around a cut", undefined],
+    ["around", "At a cut", undefined],
   ];
   if (live?.unjudged) found.push(["unjudged", "Not judged", live.unjudged]);
   if (COMPARED.includes(view.show)) found.push([view.show, "Compared", undefined]);
@@ -202,8 +202,8 @@ function sortOptions() {
 }
 
 function directionText() {
-  if (state.view.sort === "key") return state.view.descending ? "last first" : "first first";
-  return state.view.descending ? "highest first" : "lowest first";
+  if (state.view.sort === "key") return state.view.descending ? "last to first" : "first to last";
+  return state.view.descending ? "high to low" : "low to high";
 }
 
 function choose(name) {
@@ -253,7 +253,7 @@ async function showNewest() {
       const divider = await findDivider(query);
       if (String(query) === shownQuery && !divider) continue;
       shownQuery = String(query);
-      await grid.reload({ fetchRows, place: state.place, divider, plain: divider ? state.view.rule : plainVerdict() });
+      await grid.reload({ fetchRows, place: state.place, divider, plain: divider ? state.view.rule : plainVerdict(), line: hasLine() });
       $("total").textContent = totalText();
       renderPlace();
     } catch (error) {
@@ -264,6 +264,9 @@ async function showNewest() {
 
 // Where all have the same verdict it is not said of each.
 const plainVerdict = () => (["rejected", "marginal"].includes(state.view.show) ? state.view.rule : "");
+
+// Whether there is something to say under each image.
+const hasLine = () => !["key", "random"].includes(state.view.sort) || !["kept", "rejected", "marginal"].includes(state.view.show);
 
 // Across the grid, where the column that it is sorted by crosses the rule's cut.
 async function findDivider(query) {

@@ -6,9 +6,10 @@
 //     onOpen(row, index),                Enter, Space or a click on an image
 //     onPlace(index), onError(error), label, empty, size: "s" | "m" | "l",
 //   });
-//   grid.reload({fetchRows, place, divider, plain})   other rows: what is seen stays until the new ones are there; asked
-//                                        again while that is under way, the newest wins. divider: {at, node, centre} is
-//                                        an element across the grid, before image number `at`; plain: see Tile.fill
+//   grid.reload({fetchRows, place, divider, plain, line})   other rows: what is seen stays until the new ones are there;
+//                                        asked again while that is under way, the newest wins. divider: {at, node,
+//                                        centre} is an element across the grid, before image number `at`; plain: see
+//                                        Tile.fill; line: false where nothing is to be said under the images
 //   grid.goTo(index)                     the image in sight;   grid.setSize(size)
 //   grid.current                         number of the image that keys act on;   grid.setCurrent(index)
 //   grid.row(index)                      promise of a row, null behind the last;   grid.total
@@ -44,6 +45,7 @@ export class ImageGrid {
     this.spare = [];
     this.revealed = new Set();
     this.divider = null;
+    this.line = true;
     this.space = element("div", { className: "grid-space" });
     this.note = element("p", { className: "grid-note hint", textContent: empty, hidden: true });
     this.node = element("div", { className: "grid", tabIndex: 0, role: "listbox", ariaLabel: label }, this.space, this.note);
@@ -73,7 +75,7 @@ export class ImageGrid {
     this.height = this.node.clientHeight;
     this.columns = Math.max(1, Math.floor((width + GAP) / (SIZES[this.size] + GAP)));
     this.side = Math.floor((width - (this.columns - 1) * GAP) / this.columns);
-    this.rowHeight = this.side + LINE + GAP;
+    this.rowHeight = this.side + (this.line ? LINE : 0) + GAP;
     if (this.width === undefined) this.lay();
     else if (this.width !== width || this.laidSize !== this.size) {
       this.lay();
@@ -282,8 +284,8 @@ export class ImageGrid {
 
   // -------------------------------------------------------------------------------------------------- other rows
 
-  reload({ fetchRows = this.fetchRows, place = this.first(), divider = null, plain = "" }) {
-    this.next = { fetchRows, place, divider, plain };
+  reload({ fetchRows = this.fetchRows, place = this.first(), divider = null, plain = "", line = true }) {
+    this.next = { fetchRows, place, divider, plain, line };
     this.swapping ??= this.swap().finally(() => (this.swapping = null));
     return this.swapping;
   }
@@ -316,10 +318,12 @@ export class ImageGrid {
     return found;
   }
 
-  take({ fetchRows, place, divider, plain }, found) {
+  take({ fetchRows, place, divider, plain, line }, found) {
     this.dropPages(() => true);
     this.divider?.node.remove();
-    Object.assign(this, { fetchRows, divider, plain, total: found[0][1].total, known: true });
+    Object.assign(this, { fetchRows, divider, plain, line, total: found[0][1].total, known: true });
+    this.rowHeight = this.side + (line ? LINE : 0) + GAP;
+    this.node.classList.toggle("is-bare", !line);
     for (const [number, { rows }] of found) this.pages.set(number, rows);
     if (divider) this.space.append(divider.node);
     this.current = Math.max(0, Math.min(this.current, this.total - 1));

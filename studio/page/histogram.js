@@ -6,7 +6,7 @@ import { Axis, countAbove, outline } from "/axis.js";
 import { Handle } from "/handle.js";
 import { count, share, short } from "/numbers.js";
 import { addRule } from "/rules.js";
-import { columnWord, readValues, writeNumber, writeValues } from "/sql.js";
+import { columnWord, columnsIn, readValues, writeNumber, writeValues } from "/sql.js";
 import { setRules, show, state, subscribe, viewFor, want } from "/store.js";
 
 const HEIGHT = 64;
@@ -23,6 +23,7 @@ export function startColumns() {
   $("find-column").oninput = filter;
   subscribe("data", renderColumns);
   subscribe(["live", "rules"], () => views.forEach((view) => view.render()));
+  subscribe("live", () => seen.forEach((view) => view.load())); // those that failed while the server was away
   if (state.data) renderColumns();
 }
 
@@ -50,7 +51,7 @@ function wantSeen() {
 
 let version = "";
 
-// Columns that rules use come first, then numbers, then categories; texts have no histogram.
+// Columns that rules use come first, in the order of the rules, then numbers, then categories; texts have no histogram.
 function renderColumns() {
   const shown = state.data.columns.filter(({ kind }) => kind !== "text");
   const now = JSON.stringify([state.data.version, state.data.rows, shown.map(({ name, count: n }) => [name, n])]);
@@ -59,9 +60,7 @@ function renderColumns() {
   views.forEach((view) => sight.unobserve(view.node));
   views.clear();
   seen.clear();
-  const used = state.rules.map(({ condition }) => condition).join("\n");
-  const place = ({ name, kind }) => (used.includes(name) ? 0 : kind === "number" ? 1 : 2);
-  for (const column of [...shown].sort((a, b) => place(a) - place(b))) {
+  for (const column of byPlace(shown)) {
     const view = column.kind === "number" ? new NumberView(column) : new ValuesView(column);
     views.set(column.name, view);
     sight.observe(view.node);
@@ -69,6 +68,12 @@ function renderColumns() {
   $("columns").replaceChildren(...[...views.values()].map(({ node }) => node));
   $("find-column").hidden = views.size < 6;
   filter();
+}
+
+function byPlace(columns) {
+  const used = state.rules.flatMap(({ condition }) => columnsIn(condition));
+  const place = ({ name, kind }) => (used.includes(name) ? used.indexOf(name) : used.length + (kind === "number" ? 0 : 1));
+  return [...columns].sort((a, b) => place(a) - place(b));
 }
 
 function filter() {
@@ -162,19 +167,31 @@ class NumberView extends ColumnView {
   }
 
   addLog() {
-    const button = element("button", { type: "button", className: "quiet icon", textContent: "log", title: "Logarithmic axis" });
-    button.ariaPressed = "false";
-    button.onclick = () => {
-      this.log = !this.log;
-      button.ariaPressed = String(this.log);
-      this.histogram = null;
+    this.logButton = element("button", { type: "button", className: "quiet icon", textContent: "log", title: "Logarithmic axis" });
+    this.logButton.ariaPressed = "false";
+    this.logButton.onclick = () => {
+      this.setLog(!this.log);
       this.load();
     };
-    this.head.append(button);
+    this.head.append(this.logButton);
+  }
+
+  setLog(log) {
+    [this.log, this.histogram, this.chosen] = [log, null, true];
+    this.logButton.ariaPressed = String(log);
+  }
+
+  // Most values in a twentieth of a linear axis: nothing could be told apart there.
+  get isCrowded() {
+    const { counts } = this.histogram;
+    const all = counts.reduce((a, b) => a + b, 0);
+    const near = counts.slice(0, Math.ceil(counts.length / 20)).reduce((a, b) => a + b, 0);
+    return all > 0 && near / all > 0.5;
   }
 
   take(histogram) {
     this.histogram = histogram;
+    if (this.logButton && !this.chosen && this.isCrowded) return this.setLog(true);
     this.axis = new Axis(histogram.edges, histogram.log);
     const bins = histogram.counts.length;
     this.drawing.setAttribute("viewBox", `0 0 ${bins} ${HEIGHT}`);

@@ -1,7 +1,7 @@
 // The keys of the Explore page, as its `?` dialog lists them.
 
 export const KEYS = [
-  ["1 2 3 4", "all, kept, rejected images; around a cut"],
+  ["1 2 3 4", "all, kept, rejected images; at a cut"],
   ["G", "to the images"],
   ["/", "to the search; Esc clears it"],
   ["← → ↑ ↓", "from image to image; moves a cut that has the focus (Shift: ten times)"],

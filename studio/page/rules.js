@@ -57,13 +57,13 @@ class Chip {
     this.on.checked = rule.on;
     if (this.sql.textContent !== rule.condition) this.sql.textContent = rule.condition;
     const known = live && rule.on;
-    this.rejected.textContent = known ? `−${count(live.rejected)}` : "";
+    this.rejected.textContent = known ? (live.rejected ? `−${count(live.rejected)}` : "0") : "";
     this.rejected.title = known ? rejectedTitle(live) : "";
     this.marginal.textContent = known && live.marginal ? `${count(live.marginal)} alone` : "";
     this.rejected.hidden = !known;
     this.marginal.hidden = !(known && live.marginal);
     const [stay, go] = this.bar.children;
-    this.bar.hidden = !known;
+    this.bar.hidden = !known || Boolean(this.form);
     if (known) {
       stay.style.width = `${(100 * (before.reach - live.rejected)) / (before.all || 1)}%`;
       go.style.width = `${(100 * live.rejected) / (before.all || 1)}%`;

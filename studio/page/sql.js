@@ -49,6 +49,11 @@ const plain = (name) => name.replaceAll(/"|\s/g, "").toLowerCase();
 const FLIPPED = { "<": ">", "<=": ">=", ">": "<", ">=": "<=" };
 const COMPARING = Object.keys(FLIPPED);
 
+// The words of a condition that may be columns, as columns are called.
+export function columnsIn(condition) {
+  return (tokens(condition) ?? []).filter(({ kind }) => kind === "word").map(({ text }) => text.replaceAll('"', ""));
+}
+
 const numberOf = (token) => Number(token.text.replaceAll("_", ""));
 
 // Where the constant of a cut {column, sign, value} stands in a condition: {start, end}.

@@ -172,25 +172,23 @@ async function isAway(error) {
 export async function loadData() {
   try {
     const data = await call("/api/data");
-    const first = state.data === null;
-    publish({ data, away: "" });
-    if (first) begin();
-    else if (data.index.state === "ready" && !state.live) refresh();
+    if (state.data === null) begin(data);
+    else publish({ data, away: "" });
+    if (data.index.state === "ready" && !state.live) refresh();
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;
     publish({ away: error.message });
   }
 }
 
-function begin() {
-  const { rules, ...rest } = readAddress();
-  settled = rules;
-  publish({ rules, ...rest });
-  if (state.data.index.state === "ready") refresh();
+function begin(data) {
+  const found = readAddress(data);
+  settled = found.rules;
+  publish({ data, away: "", ...found });
 }
 
-export function recipeRules() {
-  return (state.data?.recipe_rules ?? []).map(({ name, condition }) => ({ name, condition, on: true }));
+export function recipeRules(data = state.data) {
+  return (data?.recipe_rules ?? []).map(({ name, condition }) => ({ name, condition, on: true }));
 }
 
 // ---------------------------------------------------------------------------------------------------------- address
@@ -215,24 +213,24 @@ function writeAddress(history) {
   else window.history.pushState(null, "", address);
 }
 
-function defaultView() {
-  return { ...VIEW, show: recipeRules().length ? "kept" : "all" };
+function defaultView(data = state.data) {
+  return { ...VIEW, show: recipeRules(data).length ? "kept" : "all" };
 }
 
-function readAddress() {
+function readAddress(data = state.data) {
   const parts = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
   const { rules: written, place = "0", ...rest } = parts;
-  const view = defaultView();
+  const view = defaultView(data);
   for (const name of Object.keys(view)) {
     if (name in rest) view[name] = name === "descending" ? rest[name] === "true" : rest[name];
     delete rest[name];
   }
-  return { rules: readRules(written), view, place: Math.max(0, parseInt(place, 10) || 0), more: rest };
+  return { rules: readRules(written, data), view, place: Math.max(0, parseInt(place, 10) || 0), more: rest };
 }
 
 // Rules as a link has them; a link that somebody broke has the recipe's.
-function readRules(written) {
-  if (written === undefined) return recipeRules();
+function readRules(written, data) {
+  if (written === undefined) return recipeRules(data);
   try {
     return JSON.parse(written).map(([name, condition, on]) => ({
       name: String(name),
@@ -240,7 +238,7 @@ function readRules(written) {
       on: Boolean(on),
     }));
   } catch {
-    return recipeRules();
+    return recipeRules(data);
   }
 }
 
