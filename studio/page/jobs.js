@@ -1,0 +1,59 @@
+// Commands that wait, run or ran, as a list: how far each is, its last lines, how it ended, what it wrote.
+
+import { element } from "/api.js";
+import { count } from "/numbers.js";
+import { button, copyButton, hint } from "/panels.js";
+
+const LINES = 6; // of a command's last ones, while it runs
+const ACTIVE = ["waiting", "running"];
+const WORDS = { waiting: "waits", done: "Done", failed: "Failed", cancelled: "Cancelled" };
+
+export const isActive = ({ state }) => ACTIVE.includes(state);
+
+// What is opened or has the focus stays so.
+export function showJobs(list, jobs, cancel) {
+  const open = new Set([...list.querySelectorAll("details[open]")].map((one) => one.dataset.id));
+  const focused = list.contains(document.activeElement) ? document.activeElement.dataset.id : null;
+  list.replaceChildren(...jobs.map((job) => jobRow(job, open.has(job.id), cancel)));
+  if (focused) list.querySelector(`button[data-id="${CSS.escape(focused)}"]`)?.focus();
+}
+
+function jobRow(job, open, cancel) {
+  const row = element("li", { className: `job ${job.state}` });
+  row.append(element("code", { title: job.command }, job.command), element("span", { className: "job-state" }, says(job)));
+  if (isActive(job)) row.append(...running(job, cancel));
+  const last = job.lines.slice(-LINES).join("\n");
+  if (last && (isActive(job) || job.state === "failed")) row.append(element("pre", { textContent: last }));
+  else if (last) row.append(lastLines(job, open));
+  row.append(...Object.entries(job.paths ?? {}).map(written));
+  return row;
+}
+
+function says({ state, progress, seconds, exit }) {
+  if (state === "running") {
+    if (!progress) return "runs";
+    return `${count(progress.done)} of ${count(progress.of)}${progress.eta ? `, ${progress.eta} left` : ""}`;
+  }
+  if (state === "done" && seconds) return `Done in ${seconds < 10 ? seconds.toFixed(1) : Math.round(seconds)} s`;
+  return state === "failed" && exit !== null ? `Failed (exit code ${exit})` : (WORDS[state] ?? state);
+}
+
+function running(job, cancel) {
+  const stop = button("Cancel", () => cancel(job, stop));
+  stop.dataset.id = job.id;
+  const bar = element("progress", { max: job.progress?.of || 1 });
+  if (job.progress) bar.value = job.progress.done;
+  return [stop, bar];
+}
+
+function lastLines({ id, lines }, open) {
+  const all = element("pre", { textContent: lines.join("\n") });
+  const made = element("details", { open }, element("summary", {}, "What it said"), all);
+  made.dataset.id = id;
+  return made;
+}
+
+// A file that a command wrote: its path, to copy.
+function written([name, path]) {
+  return element("p", { className: "job-path" }, hint(name), element("code", { title: path }, path), copyButton(path));
+}
