@@ -7,6 +7,7 @@ annotated/N./ NNNNN.parquet, NNNNN.json   columns of an annotator and their reco
 selected/     NAME.parquet, NAME.json     verdicts and their record
 shards/NAME/  NNNNN.tar, NNNNN.parquet    the chosen images;  manifest.json: the record
 report/NAME/  sheet.png, scores.png
+studio/       index/: columns as the studio maps them into memory, made of the above and never needed
 deny.txt      what people denied while they looked
 """
 
@@ -309,6 +310,11 @@ class Data:
 
     def charts(self, name: str) -> Path:
         return self.root / "report" / name / "scores.png"
+
+    @property
+    def studio_index(self) -> Path:
+        """The columns as the studio maps them into memory: made of the tables, on this machine alone."""
+        return self.root / "studio" / "index"
 
     @property
     def recipe(self) -> Path:

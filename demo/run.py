@@ -24,6 +24,7 @@ from aesthetic.errors import UserError
 from aesthetic.files import atomic
 from demo.pictures import DemoImage, demo_images
 from demo.web import Route, Web, address
+from pipelines.options import from_here
 
 PORT = 8790  # not any free one: the URLs are part of the list, and another list would start anew
 HOSTS = 50  # one host would measure fetch.per_domain, not the fetcher
@@ -97,9 +98,13 @@ def _quoted(word: str) -> str:
 
 
 def _what_next(out: Path) -> str:
+    program = Path(sys.executable).with_name("tastemaker")
+    typed = from_here(program) if program.exists() else "tastemaker"
     return f"""
-try    tastemaker query {out} "select reason, count(*) from ledger group by reason"
-again  the same command does nothing the second time, in seconds; rm -r {out} starts over"""
+try    {typed} query {out} "select reason, count(*) from ledger group by reason"
+again  the same command does nothing the second time, in seconds; rm -r {out} starts over
+look   {typed} studio {out}
+       in the browser: what there is, what each rule turns down, and why; decide and rate by looking"""
 
 
 # ----------------------------------------------------------------------------------------------------------- the list

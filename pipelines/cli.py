@@ -29,6 +29,7 @@ EXAMPLES = """\
   tastemaker curate laion.parquet --out data --limit 1000     a list to curated shards
   tastemaker select data --name stricter --set select.rules.beautiful='laion_v2 >= 5.5'
   tastemaker pack data --name stricter                        the chosen images as shards
+  tastemaker studio data                                      the same and more in the browser: look, decide, rate
   tastemaker query data "select reason, count(*) from ledger group by all"
   tastemaker train data/shards/stricter --out model           a diffusion model of these
   tastemaker sample model "a red fox in the snow" --n 4       images from it
@@ -85,11 +86,13 @@ def _run(words: list[str]) -> int:
         check_limits(parsed.command)
         result: Result = run(options)
 
-        # how every command ends: what it has to say, the paths it wrote, the next command, JSON where asked for
+        # how every command ends: what it has to say, the paths it wrote, what to type next, JSON where asked for
         if result.text:
             print(result.text)
         if result.paths:
             print("    ".join(f"{name}  {from_here(path)}" for name, path in result.paths.items()))
+        if result.look:
+            print(f"look: {result.look}")
         if result.next:
             print(f"next: {result.next}")
         if options.json and not result.own_json:

@@ -300,6 +300,7 @@ def _select(data: Data, recipe: Recipe, result: Result, times: RunTimes) -> None
         keep()
         raise
     keep()
+    result.look = command("studio", data)
 
 
 def _images(data: Data) -> int:

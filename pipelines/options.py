@@ -107,12 +107,14 @@ class StageOptions(WithRecipe):
 
 @dataclass(kw_only=True)
 class Result:
-    """What a command did: a text for people, facts for --json, the paths it wrote, the next command, the exit code."""
+    """What a command did: a text for people, facts for --json, the paths it wrote, the command that shows what was made
+    and the one that goes on with it, the exit code."""
 
     text: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
     own_json: bool = False  # the command has printed the JSON that was asked for
     paths: dict[str, Any] = field(default_factory=dict)
+    look: str = ""
     next: str = ""
     code: int = 0
 

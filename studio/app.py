@@ -9,16 +9,17 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 
-from studio.clients import set_client
+from studio.clients import Client, set_client
 from studio.commands import api as commands_api
 from studio.draw import api as draw_api
 from studio.draw.wire import JobRequest
 from studio.errors import ERRORS, HANDLED, on_error
 from studio.explore import api as explore_api
-from studio.gate import Gate
+from studio.gate import Gate, address_of
 from studio.images import api as images_api
+from studio.queue import Turns
 from studio.rate import api as rate_api
 from studio.streams import EventStreams
 from train.devices import versions
@@ -83,12 +84,22 @@ def new_app(
         del pages["Rate"]
     pages |= {"Draw": "draw.html"} if draw is not None else {}
     _mount(app, pages)
-    routers = [draw_api.api] if draw is not None else []
+    if draw is not None:
+        app.include_router(draw_api.api, responses=ERRORS)
     if data is not None:
-        routers += [part.api for part in OF_DATA]
+        routers = [part.api for part in OF_DATA]
         routers += [part.writing for part in OF_DATA if hasattr(part, "writing") and not data.read_only]
-    for router in routers:
-        app.include_router(router, responses=ERRORS)
+        turns = Turns()
+
+        async def turn(request: Request, client: Client) -> AsyncIterator[None]:
+            if request.url.path.endswith("/events"):  # lasts, and takes no thread
+                yield
+                return
+            async with turns.take(client, address_of(request.scope)):
+                yield
+
+        for router in routers:
+            app.include_router(router, responses=ERRORS, dependencies=[Depends(turn)])
     for error in HANDLED:
         app.add_exception_handler(error, on_error)
     description = app.openapi()

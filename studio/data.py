@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from curate.layout import Data
+from curate.ledger.select import SelectConfig
 from studio.commands.actions import CommandLine
 from studio.commands.service import CommandService
+from studio.explore.explorer import Explorer
 from studio.images.service import ImageService
 from studio.rate.service import RatingService
 
@@ -15,6 +17,7 @@ class StudioData:
     """A data folder that people look at.
 
     Args:
+        recipe: the selection of the recipe in effect: its early rules, and what it calls unsafe.
         read_only: nothing may be written: no ratings, no selections, no deny-list.
         command_line: what runs commands; without it a page can run none.
         log: called with a line about what was done.
@@ -25,26 +28,31 @@ class StudioData:
         self,
         data: Data,
         *,
+        recipe: SelectConfig | None = None,
         read_only: bool = False,
         command_line: CommandLine | None = None,
         log: Callable[[str], None] = lambda line: None,
         on_fault: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         self.data, self.read_only, self.log, self.on_fault = data, read_only, log, on_fault
+        self.explorer = Explorer(data, recipe, keep=not read_only, log=log, on_fault=on_fault)
         self.images = ImageService(data, keep=not read_only, log=log)
         self.ratings = RatingService(self)
         self.commands = CommandService(command_line, after=self.look, log=log, on_fault=on_fault)
 
     def look(self) -> None:
         """A command has run: look whether the data folder has changed."""
+        self.explorer.look()
 
     def stop(self) -> None:
         """Begin nothing more, and let streams of events end."""
         self.commands.stop()
         self.ratings.stop()
+        self.explorer.stop()
 
     def close(self) -> None:
         """Stop, and wait for what runs to end."""
         self.stop()
         self.commands.close()
+        self.explorer.close()
         self.images.close()

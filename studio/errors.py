@@ -19,6 +19,7 @@ class ErrorView(BaseModel):
 
     error: str = Field(description="what is wrong")
     hint: str = Field(description="what to do about it, where that is not plain")
+    rule: str = Field(default="", description="the rule that is wrong, where it is one of several")
 
 
 class NotHere(Exception):
@@ -67,7 +68,7 @@ async def on_error(request: Request, error: Any) -> JSONResponse:
             text = ("; ".join(found[:5]) + more)[:1000]
             return error_response(422, text, "GET /api/openapi.json says what can be asked")
         case UserError():
-            return error_response(422, str(error))
+            return error_response(422, str(error), more={"rule": error.rule} if hasattr(error, "rule") else {})
         case QueueFull(own=True):
             return error_response(429, str(error), "cancel some, or wait", soon)
         case QueueFull():

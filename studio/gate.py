@@ -48,9 +48,11 @@ PROTECTION = {
 """Headers of every response: nothing from other hosts, no script in the page's text, in nobody's frame."""
 
 
-def error_response(status: int, error: str, hint: str = "", headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """The one shape of every error: what is wrong, and what to do about it."""
-    return JSONResponse({"error": error, "hint": hint}, status, headers)
+def error_response(
+    status: int, error: str, hint: str = "", headers: Mapping[str, str] | None = None, more: Mapping[str, str] = {}
+) -> JSONResponse:
+    """The one shape of every error: what is wrong, and what to do about it; `more` goes beside it."""
+    return JSONResponse({"error": error, "hint": hint, **more}, status, headers)
 
 
 class Refused(Exception):

@@ -7,11 +7,12 @@ next job is the first of whoever's turn is longest ago.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -260,3 +261,33 @@ class BoundedExecutor:
     def close(self) -> None:
         """Begin nothing more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+AT_ONCE, ADDRESS_AT_ONCE = 8, 30
+"""Requests of one client, and from one address, that are worked on at a time. A browser sends six; 40 threads work."""
+
+
+class Turns:
+    """Lets a request wait where its client, or its address, has many that are worked on already: so that whoever asks
+    for much at once, or for what takes long, leaves threads for others."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, tuple[asyncio.Semaphore, int]] = {}  # and how many hold or want one
+
+    @contextlib.asynccontextmanager
+    async def take(self, client: str, address: str) -> AsyncIterator[None]:
+        """While a request is worked on."""
+        async with self._place(client, AT_ONCE), self._place(f"address {address}", ADDRESS_AT_ONCE):
+            yield
+
+    @contextlib.asynccontextmanager
+    async def _place(self, who: str, most: int) -> AsyncIterator[None]:
+        places, count = self._places.get(who, (asyncio.Semaphore(most), 0))
+        self._places[who] = places, count + 1
+        try:
+            async with places:
+                yield
+        finally:
+            places, count = self._places.pop(who)
+            if count > 1:
+                self._places[who] = places, count - 1

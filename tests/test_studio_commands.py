@@ -198,7 +198,10 @@ def test_a_command_runs_and_says_what_it_wrote(data: Data, client: httpx.Client)
         "{" in x for x in events[-1]["lines"]
     )
     view = over(client, sheet)
-    assert view["state"] == "done" and Path(view["paths"]["look"]).read_bytes().startswith(b"\x89PNG")
+    drawn = Path(view["paths"]["look"]).read_bytes()
+    assert view["state"] == "done" and drawn.startswith(b"\x89PNG")
+    assert client.get("/api/sheets/mine.png").content == drawn
+    assert client.get("/api/sheets/none.png").status_code == client.get("/api/sheets/..%2fmine.png").status_code == 404
     assert [j["id"] for j in client.get("/api/commands").json()["jobs"]] == [sheet["id"], job["id"]]
 
 

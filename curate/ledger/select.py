@@ -26,8 +26,8 @@ from aesthetic.errors import UserError
 from aesthetic.files import atomic
 from curate.ledger.balance import balance, balance_words, cluster_columns
 from curate.ledger.early import applied_early, left_out
+from curate.ledger.funnel import RuleCount, StateCounts, count_rules, first_rejects
 from curate.ledger.judge import (
-    UNKNOWN,
     compute,
     failures,
     judge,
@@ -93,22 +93,6 @@ class SelectConfig:
 
     def __post_init__(self) -> None:
         check_name(self.name)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RuleCount:
-    """What one rule did. Counts are of rows that are fetched, or were left by early rules."""
-
-    name: str
-    condition: str
-    rejected: int  # rows that no earlier rule had rejected
-    marginal: int  # rows that it would reject if it were the only rule, as far as that is known
-    nulls: int  # those of `marginal` where a column that it names has no value
-    unknown: int = 0  # rows of which that is not known, as an early rule rejected them before its columns were there
-    groups: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Of `best_of` and `at_most`: group column -> how many `groups` of two or more fetched rows, `images` in them, and
-    the `median` and the `largest` of their sizes; `split`: groups of which several stay, as not all are near the best
-    (where that is known)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,8 +186,8 @@ def select(data: Data, config: SelectConfig) -> Selection:
 
     types = {**columns, **{f"source.{n}": t for n, t in source.items()}}
     numbers = sorted(c for c in used if NUMBER.fullmatch(types[c]) and c not in {*scores, *clusters})
-    out, of_early = left_out(current, types)
-    needed = {*used, *scores, *clusters, *hidden, *of_early}
+    out, left_out_by = left_out(current, types)
+    needed = {*used, *scores, *clusters, *hidden, *left_out_by}
     con = open_ledger(data, needed, found=found)
 
     denied, denied_by = np.zeros(0, np.uint64), dict[str, int]()
@@ -232,33 +216,19 @@ def select(data: Data, config: SelectConfig) -> Selection:
         failed, not_fetched = bounds.run(lambda: failures(con))
         early = bounds.run(lambda: rejected_early(con))
 
-    fetched, kept, unjudged = len(fetched_keys), len(rules) + 1, len(rules) + 3
-    # i: the i-th rule, counted from one; then kept, denied and unjudged
-    verdicts = np.concatenate([np.full(fetched, kept, np.int16), np.full(len(early_keys), unjudged, np.int16)])
-    counts = list[RuleCount]()
-    for i, (rule, *both) in enumerate(zip(rules, states, early_states, strict=True), 1):
-        state = np.concatenate(both)
-        verdicts[(state == UNKNOWN) & (verdicts == kept)] = unjudged
-        first = (state != 0) & (state != UNKNOWN) & ((verdicts == kept) | (verdicts == unjudged))
-        verdicts[first] = i
-        counts.append(
-            RuleCount(
-                name=rule.name,
-                condition=rule.condition,
-                rejected=int(first.sum()),
-                marginal=int(((state != 0) & (state != UNKNOWN)).sum()),
-                nulls=int((state == 2).sum()),
-                unknown=int((state == UNKNOWN).sum()),
-                groups=groups[i - 1],
-            )
-        )
-        if fetched and both[0].all() and not (both[0] == UNKNOWN).any():
-            without = " (no row has a value)" if (both[0] == 2).all() else ""
-            warnings.append(f"rule {rule.name} ({rule.condition}) rejects every image{without}")
-        elif fetched and counts[-1].marginal == 0:
-            warnings.append(f"rule {rule.name} ({rule.condition}) keeps every image")
-    kept_images = verdicts[:fetched] == kept
-    if count := int((verdicts == unjudged).sum()):
+    fetched = len(fetched_keys)
+    of_images = first_rejects(states, fetched)
+    of_early = first_rejects(early_states, len(early_keys), early=True)
+    counts, odd = count_rules(
+        rules,
+        groups,
+        (of_images, [StateCounts.of(state) for state in states]),
+        (of_early, [StateCounts.of(state) for state in early_states]),
+    )
+    warnings += odd
+    verdicts = np.concatenate([of_images.verdicts, of_early.verdicts])
+    kept_images = of_images.verdicts == of_images.kept
+    if count := int((verdicts == of_images.unjudged).sum()):
         warnings.append(words_for_unjudged(data, count, applied_early(found), config.rules))
     selection = Selection(
         name=config.name,

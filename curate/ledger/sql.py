@@ -15,6 +15,7 @@ import re
 import resource
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -96,13 +97,14 @@ class Bounds:
     DuckDB sees Ctrl-C only in a thread that works, and a thread that waits in Python sees it at once.
     """
 
-    def __init__(self, con: duckdb.DuckDBPyConnection) -> None:
+    def __init__(self, con: duckdb.DuckDBPyConnection, seconds: float = _SECONDS) -> None:
+        """seconds: how long all work together may take, where the environment does not say."""
         self.con = con
         self._memory = sql_memory()
-        seconds = os.environ.get(SECONDS, "").strip() or str(_SECONDS)
-        if not re.fullmatch(r"\d{1,9}(\.\d*)?", seconds) or not float(seconds):
-            raise UserError(f"{SECONDS}={seconds}: a number of seconds is expected, such as 3600")
-        self._left = self._allowed = float(seconds)
+        seconds_set = os.environ.get(SECONDS, "").strip() or f"{seconds:g}"
+        if not re.fullmatch(r"\d{1,9}(\.\d*)?", seconds_set) or not float(seconds_set):
+            raise UserError(f"{SECONDS}={seconds_set}: a number of seconds is expected, such as 3600")
+        self._left = self._allowed = float(seconds_set)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sql")
 
     def run(self, work: Callable[[], T]) -> T:
@@ -141,28 +143,44 @@ class Bounds:
         self.con.close()
 
 
+_limits_lock = threading.Lock()
+_limits: list[int] = []
+"""Of all threads that are inside `_data_limit`: how many bytes the process may have meanwhile. The largest holds."""
+_limit_before = (0, 0)
+
+
 @contextlib.contextmanager
 def _data_limit(more: int) -> Iterator[None]:
     """Let this process have so many more bytes, and no more, while the block runs.
 
     DuckDB's own limit counts its tables, and not a value such as `range(1000000000)` while it is computed.
     """
+    global _limit_before
     try:
         with open("/proc/self/status", encoding="ascii") as f:
             now = next(int(line.split()[1]) << 10 for line in f if line.startswith("VmData:"))
     except (OSError, StopIteration):  # no Linux
         yield
         return
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     allowed = now + more
-    if any(limit != resource.RLIM_INFINITY and limit < allowed for limit in (soft, hard)):
-        yield  # less is allowed anyway
-        return
-    resource.setrlimit(resource.RLIMIT_DATA, (allowed, hard))
+    with _limits_lock:
+        if not _limits:
+            _limit_before = resource.getrlimit(resource.RLIMIT_DATA)
+        _limits.append(allowed)
+        _set_limit()
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+        with _limits_lock:
+            _limits.remove(allowed)
+            _set_limit()
+
+
+def _set_limit() -> None:
+    """What the process may have now; never more than before."""
+    soft, hard = _limit_before
+    known = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min([*known, max(_limits)]) if _limits else soft, hard))
 
 
 def batches(con: duckdb.DuckDBPyConnection, sql: str, size: int = 1 << 18) -> pa.RecordBatchReader:

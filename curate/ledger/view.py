@@ -371,6 +371,14 @@ def current_tables(data: Data, found: Sequence[LedgerTable], used: Collection[st
     UserError where one of those that are `used`, by name, is not: its rows would count as rows without a value, and
     nobody would notice. One that nobody uses must not hold anything up.
     """
+    wrong = outdated_tables(data, found)
+    if first := next((wrong[t.name] for t in found if t.name in used and t.name in wrong), None):
+        raise UserError(first)
+    return [t for t in found if t.name not in wrong]
+
+
+def outdated_tables(data: Data, found: Sequence[LedgerTable]) -> dict[str, str]:
+    """The tables that lack a shard, or were made from what has changed since, and what to do about each."""
     fetched, *others = found
     made: dict[str, str] = {}  # what is there now: file -> sha256
     embedded = (data.record(data.embedded_record(s)) for s in data.shards(data.embedded_record))
@@ -380,7 +388,7 @@ def current_tables(data: Data, found: Sequence[LedgerTable], used: Collection[st
     made |= table_digests([t for t in found if t.name in whole])
     with_images = {s for s, facts in zip(fetched.shards, fetched.facts, strict=True) if facts.get("successes", 1)}
 
-    wrong = {}  # the tables that lack a shard, or were made from what has changed since, and what to do
+    wrong = {}
     for table in others:
         again = f"tastemaker {'embed' if 'similarity' in table.columns else 'annotate'} {data}"
         if missing := with_images.difference(table.shards):
@@ -396,9 +404,7 @@ def current_tables(data: Data, found: Sequence[LedgerTable], used: Collection[st
                 wrong[table.name] = f"{shard_of} was made from an older {stale}. `{again}` makes it anew."
                 break
 
-    if first := next((wrong[t.name] for t in found if t.name in used and t.name in wrong), None):
-        raise UserError(first)
-    return [t for t in found if t.name not in wrong]
+    return wrong
 
 
 # -------------------------------------------------------------------------------------------------------------- query

@@ -42,10 +42,12 @@ def run(options: StudioOptions) -> Result:
     data = open_data(options.data)
     load = None if options.model is None else check_drawing(options, options.model)
     from pipelines.actions import DataCommands
+    from pipelines.recipe import recipe_of
     from studio.app import new_app
     from studio.data import StudioData
     from studio.draw.loading import LoadingModel
 
+    recipe = recipe_of(data, None, ()).select
     with take_address(options) as address, _terminal(options, data) as terminal:
 
         def log(line: str) -> None:
@@ -53,7 +55,9 @@ def run(options: StudioOptions) -> Result:
 
         fault = traceback.print_exception
         line = DataCommands(data, options.data)
-        folder = StudioData(data, read_only=options.read_only, command_line=line, log=log, on_fault=fault)
+        folder = StudioData(
+            data, recipe=recipe, read_only=options.read_only, command_line=line, log=log, on_fault=fault
+        )
         draw = None if load is None else LoadingModel(lambda: load(log), log=log, on_fault=fault)
 
         def stop() -> None:

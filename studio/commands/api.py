@@ -8,11 +8,13 @@ from typing import Annotated
 
 import fastapi
 from fastapi import APIRouter, Depends, HTTPException, Request
+from fastapi.responses import FileResponse
 from fastapi.sse import EventSourceResponse
 from pydantic import BaseModel, Field
 
+from curate.layout import Data
 from studio.clients import Client
-from studio.commands.actions import Action, CommandLine, Preview
+from studio.commands.actions import Action, CommandLine, Preview, SelectionName
 from studio.commands.service import CommandJob, CommandService, State
 from studio.errors import ERRORS_OF_FILES
 from studio.streams import OneStream
@@ -120,6 +122,20 @@ async def events(job: JobInPath, service: Service, client: Client) -> AsyncItera
         if view != last:
             yield view
         last = view
+
+
+@api.get(
+    "/sheets/{name}.png",
+    response_class=FileResponse,
+    responses={**ERRORS_OF_FILES, 200: {"content": {"image/png": {}}, "description": "the sheet"}},
+)
+def sheet(name: Annotated[SelectionName, fastapi.Path()], request: Request) -> FileResponse:
+    """The contact sheet of a selection, where `sheet` or `pack` has drawn one; unsafe images are blurred in it."""
+    data: Data = request.app.state.data.data
+    path = data.sheet(name)
+    if not data.exists(path):
+        raise HTTPException(404, f"there is no sheet of {name} yet")
+    return FileResponse(data.local(path), media_type="image/png", headers={"cache-control": "private, no-cache"})
 
 
 @writing.delete("/commands/{id}")
