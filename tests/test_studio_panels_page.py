@@ -181,7 +181,7 @@ def test_why_an_image_by_the_keyboard_alone(served: ServedData, opened: Open) ->
 
 
 def test_the_verdict_rule_by_rule(served: ServedData, opened: Open) -> None:
-    rules = "[['wide','width > 90',1],['fair','aesthetic > 100',1],['none','dup_nearest > 0',1]]".replace("'", '"')
+    rules = "[['wide','width > 90',1],['fair','aesthetic > 6.9',1],['none','dup_nearest > 0',1]]".replace("'", '"')
     page = opened(served.url, f"#show=all&rules={rules}")
     open_image(page)
     lines = page.locator(".why-verdict li")

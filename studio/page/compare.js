@@ -106,8 +106,8 @@ class Comparison {
     }
     try {
       if (!text.startsWith("rules:")) return null;
-      const rules = JSON.parse(text.slice(6));
-      return { name: "", rules: rules.map(([name, condition]) => ({ name: String(name), condition: String(condition) })) };
+      const rule = ([name, condition]) => ({ name: String(name), condition: String(condition) });
+      return { name: "", rules: JSON.parse(text.slice(6)).map(rule) };
     } catch {
       return null;
     }

@@ -20,7 +20,8 @@ export function showJobs(list, jobs, cancel) {
 
 function jobRow(job, open, cancel) {
   const row = element("li", { className: `job ${job.state}` });
-  row.append(element("code", { title: job.command }, job.command), element("span", { className: "job-state" }, says(job)));
+  const state = element("span", { className: "job-state" }, says(job));
+  row.append(element("code", { title: job.command }, job.command), state);
   if (isActive(job)) row.append(...running(job, cancel));
   const last = job.lines.slice(-LINES).join("\n");
   if (last && (isActive(job) || job.state === "failed")) row.append(element("pre", { textContent: last }));
