@@ -7,7 +7,8 @@ annotated/N./ NNNNN.parquet, NNNNN.json   columns of an annotator and their reco
 selected/     NAME.parquet, NAME.json     verdicts and their record
 shards/NAME/  NNNNN.tar, NNNNN.parquet    the chosen images;  manifest.json: the record
 report/NAME/  sheet.png, scores.png
-studio/       index/: columns as the studio maps them into memory, made of the above and never needed
+studio/       index/: columns as the studio maps them into memory, search/: codes of vectors; made of the above, and
+              never needed
 deny.txt      what people denied while they looked
 """
 
@@ -315,6 +316,11 @@ class Data:
     def studio_index(self) -> Path:
         """The columns as the studio maps them into memory: made of the tables, on this machine alone."""
         return self.root / "studio" / "index"
+
+    @property
+    def search_index(self) -> Path:
+        """The codes by which the studio searches many vectors: made of `embedded/`, on this machine alone."""
+        return self.root / "studio" / "search"
 
     @property
     def recipe(self) -> Path:

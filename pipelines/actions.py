@@ -12,7 +12,18 @@ from pipelines.options import from_here
 from pipelines.recipe import DEFAULT, Recipe, recipe_of, to_yaml
 from pipelines.runtime.progress import LINE_SECONDS
 from pipelines.yaml12 import write_flow, write_yaml
-from studio.commands.actions import AnnotateAction, PackAction, Preview, RecipeAction, RuleOfPage, SelectAction
+from studio.commands.actions import (
+    AnnotateAction,
+    ApplyAction,
+    FitAction,
+    PackAction,
+    Preview,
+    RecipeAction,
+    RuleOfPage,
+    SelectAction,
+)
+from studio.rate.commands import apply_words, fit_words
+from studio.rate.files import read_set
 
 MAX_BYTES = 100_000
 """Of a command's words: the kernel takes 128 kB for one of them."""
@@ -25,21 +36,28 @@ class DataCommands:
     environment = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", LINE_SECONDS: "1"}  # noqa: RUF012
 
     def __init__(self, data: Data, given: str) -> None:
-        self._data, self._given = data, from_here(given)
+        self._data, self.given = data, from_here(given)
 
     def words(self, action: Preview) -> list[str]:
         """What stands after `tastemaker`."""
         match action:
             case SelectAction():
-                words = ["select", self._given, "--name", action.name, *self._settings(action)]
+                words = ["select", self.given, "--name", action.name, *self._settings(action)]
             case RecipeAction():
                 words = ["recipe", self._recipe_name(), "--set", f"select.name={action.name}", *self._settings(action)]
             case PackAction():
-                words = ["pack", self._given, "--name", action.name]
+                words = ["pack", self.given, "--name", action.name]
             case AnnotateAction():
-                words = ["annotate", self._given, f"{action.column}={action.spec}"]
+                words = ["annotate", self.given, f"{action.column}={action.spec}"]
+            case FitAction():
+                about = read_set(self._data, action.name)
+                if about is None:
+                    raise UserError(f"there are no ratings called {action.name}")
+                words = fit_words(self._data, about, self.given)
+            case ApplyAction():
+                words = apply_words(self._data, action.name, self.given)
             case _:
-                words = ["select", self._given, "--name", action.name, "--sheet"]
+                words = ["select", self.given, "--name", action.name, "--sheet"]
         if (size := sum(len(word.encode("utf-8", "replace")) for word in words)) > MAX_BYTES:
             raise UserError(f"the rules make a command of {size:,} bytes: at most {MAX_BYTES:,}. Write a recipe file.")
         return words
@@ -57,7 +75,7 @@ class DataCommands:
     def _recipe_name(self) -> str:
         """The recipe that `recipe_of` takes."""
         its_own = self._data.exists(self._data.recipe) and self._data.exists(self._data.plan_record)
-        return f"{self._given.rstrip('/')}/{self._data.recipe.name}" if its_own else DEFAULT
+        return f"{self.given.rstrip('/')}/{self._data.recipe.name}" if its_own else DEFAULT
 
     def _recipe(self, action: SelectAction | RecipeAction) -> Recipe:
         """The data folder's recipe with these rules; those of them that are early in it stay so."""

@@ -21,6 +21,7 @@ from studio.gate import Gate, address_of
 from studio.images import api as images_api
 from studio.queue import Turns
 from studio.rate import api as rate_api
+from studio.search import api as search_api
 from studio.streams import EventStreams
 from train.devices import versions
 
@@ -38,6 +39,7 @@ OF_DATA = (
     images_api,
     commands_api,
     rate_api,
+    search_api,
 )
 """The APIs over a data folder, each a module: `api`, its routes, and where it has any `writing`, those that write. They
 are left out where a studio is to be looked at only."""

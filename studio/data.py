@@ -11,6 +11,7 @@ from studio.commands.service import CommandService
 from studio.explore.explorer import Explorer
 from studio.images.service import ImageService
 from studio.rate.service import RatingService
+from studio.search.service import SearchService
 
 
 class StudioData:
@@ -37,6 +38,7 @@ class StudioData:
         self.data, self.read_only, self.log, self.on_fault = data, read_only, log, on_fault
         self.explorer = Explorer(data, recipe, keep=not read_only, log=log, on_fault=on_fault)
         self.images = ImageService(data, keep=not read_only, log=log)
+        self.search = SearchService(data, self.explorer, data.search_index if not read_only else None, on_fault)
         self.ratings = RatingService(self)
         self.commands = CommandService(command_line, after=self.look, log=log, on_fault=on_fault)
 
@@ -48,11 +50,13 @@ class StudioData:
         """Begin nothing more, and let streams of events end."""
         self.commands.stop()
         self.ratings.stop()
+        self.search.stop()
         self.explorer.stop()
 
     def close(self) -> None:
         """Stop, and wait for what runs to end."""
         self.stop()
         self.commands.close()
+        self.search.close()
         self.explorer.close()
         self.images.close()

@@ -248,6 +248,7 @@ def test_read_only_runs_nothing(data: Data) -> None:
 class Scripts:
     """In place of the command line: Python, which is given a script."""
 
+    given = "data"
     program = (sys.executable, "-uc")
     environment: dict[str, str] = {}  # noqa: RUF012
 

@@ -271,3 +271,25 @@ def test_it_fits_narrow_and_wide_windows(
             assert button.bounding_box()["width"] >= 40
     room = page.locator("#images").bounding_box()
     assert room["height"] > 0.7 * 844 and room["width"] >= 0.95 * width
+
+
+def test_the_head_learns_beside_the_images_and_becomes_a_column(opened: Open, data: Data) -> None:
+    with serving_data(data) as served:
+        page = opened(served.url)
+        start(page)
+        few = page.locator("#panel p").last
+        assert "more" in few.inner_text()
+        for _ in range(35):
+            press(page, str(1 + int(shown(page)[0]) % 7))
+        all_saved(page)
+        page.wait_for_selector("#panel[data-state='ready'][data-ratings='35']", timeout=60_000)
+        assert page.locator("#panel svg").get_attribute("aria-label").startswith("Agreement with you: ")
+        page.keyboard.press("h")
+        assert page.locator("#panel").is_hidden()
+        page.keyboard.press("h")
+        page.click("text=Use it on all images")
+        command = page.locator("#use pre").first.inner_text()
+        assert command.splitlines()[0].startswith("tastemaker fit ") and "--scale 1 7" in command
+        page.click("text=Score all images")
+        page.locator("#use .button", has_text="See all images").wait_for(timeout=180_000)
+    assert "taste" in data.annotated()

@@ -7,11 +7,14 @@ from typing import Annotated, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from studio.rate.files import NAME as RATINGS_NAME
+
 MAX_RULES = 200
 MAX_CONDITION = 20_000  # characters
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"
 
 SelectionName = Annotated[str, Field(min_length=1, max_length=100, pattern=NAME, description="of a selection")]
+RatingsName = Annotated[str, Field(pattern=f"^{RATINGS_NAME}$", description="of a set of ratings")]
 ColumnName = Annotated[str, Field(max_length=100, pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
@@ -62,6 +65,20 @@ class AnnotateAction(_Action):
     spec: Annotated[str, Field(max_length=200, pattern=NAME, description="the head's or annotator's name")]
 
 
+class FitAction(_Action):
+    """Fit the head of a set of ratings."""
+
+    action: Literal["fit"]
+    name: RatingsName
+
+
+class ApplyAction(_Action):
+    """Score every image by the head of a set of ratings: a column of the set's name."""
+
+    action: Literal["apply"]
+    name: RatingsName
+
+
 class RecipeAction(_Action):
     """The data folder's recipe with these rules; printed, so there is nothing to run."""
 
@@ -70,16 +87,19 @@ class RecipeAction(_Action):
     rules: Rules
 
 
-Action = Annotated[SelectAction | PackAction | SheetAction | AnnotateAction, Field(discriminator="action")]
+_Run = SelectAction | PackAction | SheetAction | AnnotateAction | FitAction | ApplyAction
+Action = Annotated[_Run, Field(discriminator="action")]
 """What can be run."""
-Preview = Annotated[
-    SelectAction | PackAction | SheetAction | AnnotateAction | RecipeAction, Field(discriminator="action")
-]
+Preview = Annotated[_Run | RecipeAction, Field(discriminator="action")]
 """What can be shown."""
 
 
 class CommandLine(Protocol):
     """The command line, as whoever starts a studio hands it over."""
+
+    @property
+    def given(self) -> str:
+        """The data folder, as it was named when the studio was started."""
 
     @property
     def program(self) -> Sequence[str]:

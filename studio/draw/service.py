@@ -24,8 +24,8 @@ from pydantic_core import PydanticSerializationError
 
 from aesthetic.errors import DiskFull, UserError
 from aesthetic.untrusted import open_regular, parse_json
+from studio.bodies import MAX_INPUT, read_input
 from studio.draw.wire import (
-    MAX_INPUT,
     MAX_NUMBER,
     MAX_STEPS,
     MAX_TIMES,
@@ -39,7 +39,6 @@ from studio.draw.wire import (
     ModelView,
     ParsedRequest,
     parse_request,
-    read_input,
 )
 from studio.errors import NotHere
 from studio.queue import BoundedExecutor, JobQueue, OnStep, StudioJob

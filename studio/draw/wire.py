@@ -1,28 +1,18 @@
-"""What page, or another client, and server say to each other in JSON, and how much of it is read.
+"""What page, or another client, and server say to each other in JSON to draw.
 
-Of a request's bytes only the images, in base64, may be many. They are cut out of the bytes first, so that what is
-parsed is small whatever it says; and an image's header says how large it will be before it is decoded. `parse_request`
-is work for threads, of which a `BoundedExecutor` has few, so that it can hold up neither the event loop nor the memory.
+`parse_request` is work for threads, of which a `BoundedExecutor` has few, so that it can hold up neither the event loop
+nor the memory.
 """
 
 from __future__ import annotations
 
-import base64
-import json
-import math
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-from fastapi import HTTPException
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from aesthetic.errors import UserError
-from aesthetic.untrusted import decode_text
 from curate.images.header import probe
-from curate.ledger.schema import RowError
+from studio.bodies import MAX_INPUT, check_characters, parse_body, read_input
 from studio.gate import MAX_BODY
 from studio.queue import State
 from train.generate.request import STRENGTH, STRENGTH_MASK
@@ -34,8 +24,6 @@ MAX_GUIDANCE = 30.0
 MAX_TIMES = 4
 """Images may have so many times the pixels that the model draws by itself: memory for attention grows with their
 square, and where it runs out on a CPU, the kernel ends the whole process."""
-MAX_INPUT = 16_000_000
-"""Pixels of an image to begin with (4,000 x 4,000), and of an enlarged one; checked before anything is decoded."""
 
 # ------------------------------------------------------------------------------------------------------------ schemas
 
@@ -64,10 +52,7 @@ class JobRequest(BaseModel):
     @field_validator("prompt", "negative", "scheduler")
     @classmethod
     def _is_text(cls, text: str | None) -> str | None:
-        for character in text or "":
-            if "\ud800" <= character <= "\udfff" or (character < " " and character not in "\t\n\r"):
-                raise ValueError(f"the character {character!r} can't be in a text")
-        return text
+        return text and check_characters(text)
 
 
 class NsfwView(BaseModel):
@@ -183,20 +168,6 @@ class ModelView(BaseModel):
 
 # ----------------------------------------------------------------------------------------------------- bounded reading
 
-MAX_TEXT = 256 << 10
-"""Bytes of a request's JSON beside its images: both prompts, every character written as an escape, take 48 kB."""
-MAX_QUOTES = 6000  # those of two prompts, and room
-MAX_FIELDS = 50
-
-_LONG_BASE64 = re.compile(rb'"([A-Za-z0-9+/=\\]{1024,}+)"')
-_MARK = "\0image "
-"""What stands in an image's place: no base64, and no text that may be in another field."""
-_ESCAPES = ((rb"\/", b"/"), (rb"\u002B", b"+"), (rb"\u002b", b"+"), (rb"\u002F", b"/"), (rb"\u002f", b"/"),
-            (rb"\u003D", b"="), (rb"\u003d", b"="))  # fmt: skip
-"""How PHP and .NET write the signs of base64 in JSON."""
-
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class ParsedRequest:
@@ -212,69 +183,6 @@ def parse_request(body: bytes) -> ParsedRequest:
 
     Raises HTTPException (400, 413), RequestValidationError or UserError, which name the field where it is one's.
     """
-    if body.count(b'"') > MAX_QUOTES:
-        raise HTTPException(413, "the request holds more text than can be asked")
-    parts: list[bytes] = []
-
-    def cut(match: re.Match[bytes]) -> bytes:
-        parts.append(match[1])
-        return json.dumps(f"{_MARK}{len(parts) - 1}").encode()
-
-    rest = _LONG_BASE64.sub(cut, body)
-    if len(rest) > MAX_TEXT:
-        raise HTTPException(
-            413,
-            f"the request has {len(rest):,} bytes beside its images; at most {MAX_TEXT:,} are read (images are "
-            "plain base64, without `data:` and line ends)",
-        )
-    settings = _parse_settings(rest)
-    files = {}
-    for name, text in (("image", settings.image), ("mask", settings.mask)):
-        if text is None:
-            continue
-        data = text.encode("utf-8", "replace")
-        if text.startswith(_MARK) and (number := text.removeprefix(_MARK)).isdecimal() and int(number[:9]) < len(parts):
-            data = parts[int(number)]
-            for escape, sign in _ESCAPES if b"\\" in data else ():
-                data = data.replace(escape, sign)
-        try:
-            files[name] = base64.b64decode(data, validate=True)
-        except ValueError as e:
-            raise UserError(f"{name}: this is no base64 ({e})") from e
+    settings, files = parse_body(body, JobRequest, ("image", "mask"))
     sizes = [read_input(name, probe, data)[1:] for name, data in files.items()]
-    size = sum(3 * width * height for width, height in sizes)
-    return ParsedRequest(settings.model_copy(update={"image": None, "mask": None}), files, size)
-
-
-def _parse_settings(data: bytes) -> JobRequest:
-    found = decode_text(data)
-    if not found.certain:
-        raise HTTPException(400, "the request is not UTF-8")
-    if not found.text.strip():
-        raise _invalid("missing", "Field required")
-    try:  # an integer that no field could hold is infinite, for the field's own check to find
-        value = json.loads(found.text, parse_int=lambda digits: int(digits) if len(digits) < 400 else math.inf)
-    except RecursionError:
-        raise HTTPException(400, "the request is nested too deep") from None
-    except ValueError as e:
-        raise _invalid("json_invalid", f"this is no JSON: {e}") from None
-    if isinstance(value, dict) and len(value) > MAX_FIELDS:
-        known = len(JobRequest.model_fields)
-        raise _invalid("too_long", f"{len(value):,} fields; there are {known} that can be asked")
-    try:
-        return JobRequest.model_validate(value)
-    except ValidationError as e:
-        errors = e.errors(include_url=False, include_context=False, include_input=False)
-        raise RequestValidationError([{**error, "loc": ("body", *error["loc"])} for error in errors]) from None
-
-
-def _invalid(kind: str, message: str) -> RequestValidationError:
-    return RequestValidationError([{"type": kind, "loc": ("body",), "msg": message}])
-
-
-def read_input(name: str, read: Callable[[bytes, int], T], data: bytes) -> T:
-    """What `read(data, MAX_INPUT)` returns. Raises UserError where there is no image, or it is too large."""
-    try:
-        return read(data, MAX_INPUT)
-    except RowError as e:
-        raise UserError(f"{name}: the image can't be read: {e.detail or e.reason.value}") from e
+    return ParsedRequest(settings, files, sum(3 * width * height for width, height in sizes))

@@ -71,7 +71,7 @@ def describe_data(folder: StudioData) -> DataView:
         ],
         recipe_name=recipe.name,
         packs=store.packs(),
-        search=SearchAbility(),
+        search=SearchAbility.model_validate(folder.search.ability(), from_attributes=True),
         unsafe=[c.name for c in columns if c.unsafe],
     )
 

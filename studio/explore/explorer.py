@@ -314,17 +314,26 @@ class Explorer:
 
     # ---------------------------------------------------------------------------------------------- listings
 
-    def add_ranking(self, rows: npt.NDArray[Any], scores: npt.NDArray[Any], what: str) -> str:
-        """Remember rows that a search found, the best first, under an id for `sort=search:ID`."""
-        found = Ranking(np.asarray(rows, np.uint32), np.asarray(scores, np.float32), what)
+    def add_ranking(
+        self,
+        rows: npt.NDArray[Any],
+        scores: npt.NDArray[Any],
+        what: str,
+        again: Callable[[listings.Mask], tuple[npt.NDArray[Any], npt.NDArray[Any]]] | None = None,
+        of: str | None = None,
+    ) -> str:
+        """Remember rows that a search found, the best first, under an id for `sort=search:ID`. again: searches among
+        some rows, (n,) bool, alone.    of: the digest of all rows, by which they are numbered; None: as now."""
+        of = of or self.snapshot.rows.digest
+        found = Ranking(np.asarray(rows, np.uint32), np.asarray(scores, np.float32), what, of, again)
         id = digest([self.version, what, found.rows.tobytes().hex()[:4096], len(rows), time.monotonic_ns()])
         self._rankings.put(id, found)
         return id
 
     def ranking(self, id: str) -> Ranking:
-        """UnknownSelection where it is not remembered."""
+        """UnknownSelection where it is not remembered, or its rows are others now."""
         found = self._rankings.get(id)
-        if found is None:
+        if found is None or found.of != self.snapshot.rows.digest:
             raise UnknownSelection(id)
         return found
 

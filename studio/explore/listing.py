@@ -20,11 +20,14 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """Rows that a search found, the best first, with their scores."""
+    """Rows that a search found, the best first, with their scores. again: searches among some rows alone, (n,) bool, of
+    which there may be too few among those that were found of all."""
 
     rows: npt.NDArray[np.uint32]
     scores: npt.NDArray[np.float32]
     what: str
+    of: str = ""  # the digest of all rows, by which they are numbered
+    again: Callable[[Mask], tuple[npt.NDArray[Any], npt.NDArray[Any]]] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +121,10 @@ def _sortable(snapshot: Snapshot) -> str:
 def order_of_ranking(ranking: Ranking, mask: Mask | None, descending: bool) -> RowOrder:
     """The rows of a filter that a search found, the best first; `descending` is that order reversed."""
     rows, scores = ranking.rows, ranking.scores
-    if mask is not None:
+    if mask is not None and ranking.again is not None:
+        found, scores = ranking.again(mask)
+        rows = found.astype(np.uint32)
+    elif mask is not None:
         some = mask[rows]
         rows, scores = rows[some], scores[some]
     if descending:

@@ -66,9 +66,9 @@ class RecipeRule(BaseModel):
 class SearchAbility(BaseModel):
     """What can be searched by."""
 
-    words: bool = False
-    why: str = Field(default="", description="why not by words")
-    images: bool = False
+    words: bool = Field(description="words, and images that are not in the data")
+    why: str = Field(description="why not by words; else what there is to know of them")
+    images: bool = Field(description="images of the data")
 
 
 class DataView(BaseModel):

@@ -50,15 +50,19 @@ function renderNotice() {
   else if (data?.stale && state.live) notice.append("The data has changed. ", button("Show the new state", showNewState));
   notice.hidden = !notice.hasChildNodes();
   if (data) document.title = `${data.name} · Tastemaker`;
-  const index = data?.index ?? { state: "building", done: 0, of: 0 };
+  const index = data?.index ?? { state: "building", done: 0, of: 0, seconds: 0 };
   const isReady = index.state === "ready" || Boolean(state.live);
   $("waiting").hidden = isReady || Boolean(away);
   if (isReady) return;
-  const left = index.seconds ? `, about ${count(Math.ceil(index.seconds))} s left` : "";
-  $("waiting-text").textContent = index.of
-    ? `Reading the columns once: ${count(index.done)} of ${count(index.of)} shards${left}.`
-    : "Reading the columns once.";
+  $("waiting-text").textContent = index.error || waitingText(index);
+  $("waiting-bar").hidden = Boolean(index.error);
   $("waiting-bar").value = index.of ? index.done / index.of : 0;
+}
+
+// `seconds`: since it was begun.
+function waitingText({ done, of, seconds }) {
+  const left = done ? Math.ceil((seconds * (of - done)) / done) : 0;
+  return `The columns are read once, for all later visits.${left > 2 ? ` About ${count(left)} s more.` : ""}`;
 }
 
 const button = (text, onclick) => element("button", { type: "button", textContent: text, onclick });
@@ -137,7 +141,7 @@ function setSize(size) {
 
 function choices() {
   const { live, view } = state;
-  const judged = imagesJudged(live);
+  const judged = (state.data?.images ?? 0) - (live?.unjudged ?? 0);
   const found = [
     ["all", "All", state.data?.images],
     ["kept", "Kept", live?.kept],
@@ -197,7 +201,7 @@ function sortOptions() {
   const options = [["key", "list order"], ["random", "random"]];
   if (rule) options.push(["nearest", "nearest to the cut"]);
   if (sort.startsWith("search:")) options.push([sort, "likeness"]);
-  const columns = state.data.columns.filter(({ kind }) => kind === "number" || kind === "flag");
+  const columns = state.data.columns.filter(({ kind, sortable }) => sortable && kind !== "text");
   return [...options, ...columns.map(({ name }) => [name, name])];
 }
 

@@ -128,14 +128,15 @@ class ColumnView {
 
   get kept() {
     const counts = state.live?.kept_histograms[this.column.name];
-    return counts?.length === this.histogram?.counts.length ? counts : null;
+    return counts && this.histogram && counts.length >= this.histogram.counts.length ? counts : null;
   }
 }
 
 function about({ meaning, unit, made_by: madeBy, count: values, low, high, type }) {
   const range = low !== null && low !== undefined ? `from ${short(low)} to ${short(high)}` : "";
   const facts = [meaning, unit && `Unit: ${unit}.`, range && `Values ${range}.`, madeBy && `Made by ${madeBy}.`];
-  return [...facts, `${count(values)} images have a value (${type}).`].filter(Boolean).join(" ");
+  const counted = Number.isInteger(values) ? `${count(values)} images have a value (${type}).` : "";
+  return [...facts, counted].filter(Boolean).join(" ");
 }
 
 // --------------------------------------------------------------------------------------------------------- numbers
@@ -298,7 +299,7 @@ class ValuesView extends ColumnView {
   take(histogram) {
     this.histogram = histogram;
     this.most = Math.max(1, ...histogram.counts);
-    this.bars = histogram.values.map((value, i) => this.bar(value, histogram.counts[i]));
+    this.bars = histogram.values.map((value, i) => this.bar(this.typed(value), histogram.counts[i]));
     this.body.replaceChildren(...this.bars.map(({ node }) => node));
     if (histogram.others) this.body.append(element("p", { className: "hint", textContent: `${count(histogram.others)} in other values` }));
     this.render();
@@ -313,6 +314,12 @@ class ValuesView extends ColumnView {
     const node = element("button", { type: "button", className: "value" }, name, element("span", { className: "value-bar" }, all, kept), number);
     node.onclick = () => this.toggle(value);
     return { node, kept, value, images };
+  }
+
+  // A value as a rule has it: the server gives all as text.
+  typed(value) {
+    if (this.column.kind === "flag") return value === true || value === "true";
+    return WHOLE.test(this.column.type) ? Number(value) : value;
   }
 
   get rule() {

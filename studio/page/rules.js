@@ -69,10 +69,10 @@ class Chip {
       go.style.width = `${(100 * live.rejected) / (before.all || 1)}%`;
     }
     const { failure } = state;
-    const isWrong = failure !== null && failure.rule === this.name;
-    this.node.classList.toggle("is-wrong", isWrong);
-    this.error.hidden = !isWrong;
-    this.error.textContent = isWrong ? failure.message : "";
+    const wrong = failure !== null && failure.rule === this.name ? failure.message : (live?.error ?? "");
+    this.node.classList.toggle("is-wrong", Boolean(wrong));
+    this.error.hidden = !wrong;
+    this.error.textContent = wrong;
   }
 
   edit() {

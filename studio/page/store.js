@@ -128,7 +128,7 @@ export function want(columns, log) {
   const had = new Set(wanted.columns);
   const more = columns.some((name) => !had.has(name)) || !same(log, wanted.log);
   wanted = { columns, log };
-  if (more && state.live) refresh();
+  if (more && (state.live || asking)) refresh();
 }
 
 function asked(rules) {

@@ -16,7 +16,7 @@ export function openUse(set, head) {
   const close = element("button", { className: "quiet", type: "button", onclick: () => dialog.close() }, "Close");
   const actions = [
     { action: "fit", name: set.name, says: "Fitting the head …" },
-    { action: "annotate", column: set.name, spec: set.name, says: "Scoring all images …" },
+    { action: "apply", name: set.name, says: "Scoring all images …" },
   ];
   dialog.replaceChildren(
     element("h2", { id: "use-title" }, "Use what it has learnt"),

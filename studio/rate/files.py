@@ -95,7 +95,8 @@ class RatingLog:
                 rows = [*self._rows[:old], *self._rows[old + 1 :], row]
                 replaced = self._rows[old]
                 self._write(rows)
-                self._before[row] = old, replaced
+                if replaced != row:  # else it is the same answer, sent again
+                    self._before[row] = old, replaced
             return len(self._rows)
 
     def undo(self, rater: str, images: Sequence[str] = ()) -> tuple[Row | None, Row | None, int]:

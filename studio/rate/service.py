@@ -15,6 +15,7 @@ from fastapi import HTTPException
 from aesthetic.errors import UserError
 from curate.layout import Data
 from studio.rate import choosing
+from studio.rate.commands import apply_words, fit_words
 from studio.rate.files import ANSWERS, NAME, RATER, RatingLog, RatingSet, Row, make_set, read_set
 from studio.rate.learning import HeadLearner, LearntHead, VectorSample
 
@@ -184,12 +185,10 @@ class RatingService:
 
     def commands(self, log: RatingLog, kind: str) -> tuple[str, str]:
         """What fits the head in a terminal, and what makes a column of it then."""
-        name, head = log.about.name, self.data.shown(self.data.head(log.about.name))
-        words = ["tastemaker", "fit", self.data.shown(log.path), "--data", str(self.data)]
-        if log.about.scale is not None and kind == "scores":
-            words += ["--scale", *(f"{v:g}" for v in log.about.scale)]
-        words += ["--out", head]
-        return shlex.join(words), shlex.join(["tastemaker", "annotate", str(self.data), f"{name}={head}"])
+        line, name = self.folder.commands.line, log.about.name
+        given = str(self.data) if line is None else line.given
+        both = fit_words(self.data, log.about, given, kind), apply_words(self.data, name, given)
+        return shlex.join(["tastemaker", *both[0]]), shlex.join(["tastemaker", *both[1]])
 
 
 def check_row(about: RatingSet, row: Row) -> None:
