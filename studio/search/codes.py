@@ -32,7 +32,7 @@ from studio.search.vectors import VectorFile, VectorTable, largest
 
 VERSION = 1  # of the files
 
-DEPTH = 4000
+DEPTH = 10_000
 """Images that look nearest by their codes, which are compared exactly."""
 
 _BLOCK = 500_000  # vectors whose codes are one file, about

@@ -86,9 +86,11 @@ class SearchService:
         self.searching = BoundedExecutor("searching", 2)
         self._lock, self._making, self._closed = threading.Lock(), threading.Lock(), False
         self._version: _Version | None = None
-        self._ability, self._looked = EncoderAbility(False, "the encoder is being looked for", False), -1
+        self._ability: EncoderAbility | None = None
+        self._looked, self.looked_up = -1, threading.Event()  # for which version, and whether it was once
         self._texts = OrderedDict[str, Scores]()
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self.ability()
 
     def stop(self) -> None:
         """Begin nothing more."""
@@ -109,12 +111,18 @@ class SearchService:
     # ------------------------------------------------------------------------------------------ what there is to say
 
     def ability(self) -> EncoderAbility:
-        """What can be searched for, as far as it is known: it is looked up beside, the first time."""
+        """What can be searched for. Whether the encoder is here is looked up beside; until that is known it is said to
+        be, where there are vectors."""
         with self._lock:
-            if self._looked != self._explorer.version:  # else what is known of the version before holds meanwhile
+            if self._looked != self._explorer.version:
                 self._looked = self._explorer.version
+                there = self._data.exists(self._data.space)
+                self._ability = self._ability or EncoderAbility(
+                    there, "" if there else "there are no vectors yet", there
+                )
                 threading.Thread(target=self._look, name="encoder", daemon=True).start()
-        return self._ability
+            assert self._ability is not None
+            return self._ability
 
     def _look(self) -> None:
         try:
@@ -124,6 +132,7 @@ class SearchService:
         except Exception as e:
             self._ability = EncoderAbility(False, "the encoder could not be looked for; the log says why", False)
             self._on_fault(e)
+        self.looked_up.set()
 
     @property
     def index_state(self) -> SearchIndexState:
