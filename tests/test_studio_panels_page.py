@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tests.real_data import make_real_data
 from tests.small_near import search as find_near_duplicates
 from tests.small_serve import ServedData, serving_data
 from tests.test_serve_page import browser as browser  # a fixture
+from tests.tiny_clip import add_architectures
 
 pytestmark = pytest.mark.long
 
@@ -120,7 +122,7 @@ def open_image(page: Any, n: int = 0) -> None:
 def is_shown(page: Any) -> None:
     """Wait until the dialog has the image and all that is known of it."""
     page.wait_for_selector(".why[open] .why-panel:not([aria-busy]) .why-columns")
-    page.wait_for_function("document.querySelector('.why-main img').naturalWidth > 0")
+    page.wait_for_function("() => document.querySelector('.why-main img').naturalWidth > 0")
 
 
 def key_shown(page: Any) -> str:
@@ -225,7 +227,7 @@ def test_a_hundred_per_cent_and_what_is_blurred(served: ServedData, opened: Open
     page.locator(".why-blurred").wait_for()
     assert "reveal" not in page.locator(".why-main img").get_attribute("src")
     page.keyboard.press("r")
-    page.wait_for_function("document.querySelector('.why-main img').src.includes('reveal=true')")
+    page.wait_for_function("() => document.querySelector('.why-main img').src.includes('reveal=true')")
     assert page.locator(".why-blurred").count() == 0
 
 
@@ -243,7 +245,7 @@ def test_near_duplicates_side_by_side(served: ServedData, opened: Open, keys: di
     key = other.get_attribute("data-key")
     other.focus()
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelector('.why-other img').naturalWidth > 0")
+    page.wait_for_function("() => document.querySelector('.why-other img').naturalWidth > 0")
     assert page.locator(".why-other").is_visible() and key in page.locator(".why-other .why-label").inner_text()
     left, right = (page.locator(f".why-{side} img").bounding_box() for side in ("main", "other"))
     assert left["x"] + left["width"] <= right["x"]
@@ -302,7 +304,7 @@ def drop(page: Any, content: bytes) -> None:
 
 
 def is_ordered(page: Any) -> None:
-    page.wait_for_function("location.hash.includes('sort=search')")
+    page.wait_for_function("() => location.hash.includes('sort=search')")
     page.locator(".search-says", has_text="By likeness").wait_for()
     page.wait_for_selector("#grid .grid:not([aria-busy])")
 
@@ -314,7 +316,7 @@ def test_similar_images_and_back(served: ServedData, opened: Open) -> None:
     page.keyboard.press("f")
     is_ordered(page)
     assert page.locator(".search-token").count() == 1
-    page.wait_for_function(f"document.querySelector('#grid .tile img').src.includes('{before[3]}')")
+    page.wait_for_function(f"() => document.querySelector('#grid .tile img').src.includes('{before[3]}')")
     assert grid_keys(page)[0] == before[3]  # nothing is more like it than itself
     assert page.evaluate("document.activeElement.className") == "search-words"
     page.reload()
@@ -322,7 +324,7 @@ def test_similar_images_and_back(served: ServedData, opened: Open) -> None:
     assert grid_keys(page)[0] == before[3]
     page.keyboard.press("/")
     page.keyboard.press("Escape")
-    page.wait_for_function("!location.hash.includes('search')")
+    page.wait_for_function("() => !location.hash.includes('search')")
     assert page.locator(".search-token").count() == 0
 
 
@@ -332,22 +334,49 @@ def test_a_dropped_image_finds_itself(served: ServedData, opened: Open, keys: di
         content = client.get(f"/api/data/images/{keys[12]}").content
     drop(page, content)
     is_ordered(page)
-    page.wait_for_function(f"document.querySelector('#grid .tile img').src.includes('{keys[12]}')")
+    page.wait_for_function(f"() => document.querySelector('#grid .tile img').src.includes('{keys[12]}')")
     assert page.locator(".search-token").inner_text().startswith("dropped.jpg")
     page.locator(".search-token button").click()
-    page.wait_for_function("!location.hash.includes('search')")
+    page.wait_for_function("() => !location.hash.includes('search')")
 
 
-def test_words_that_cannot_be_read(served: ServedData, opened: Open, keys: dict[int, str]) -> None:
+def test_words_and_without_others(served: ServedData, opened: Open) -> None:
     page = opened(served.url)
     page.keyboard.press("/")
-    page.keyboard.type("a red boat")
-    page.keyboard.press("Enter")
-    page.locator(".search-says.error", has_text="Words can’t be searched here").wait_for()
-    page.fill(".search-words", keys[8])  # the number of an image is no word
+    page.keyboard.type("a flower")
     page.keyboard.press("Enter")
     is_ordered(page)
-    assert grid_keys(page)[0] == keys[8]
+    with served.client() as client:
+        found = client.post("/api/search", json={"words": "a flower"}).json()
+        unlike = client.post("/api/search", json={"words": "a flower", "without": "a temple"}).json()
+    first = rows_of(served, sort=f"search:{found['id']}")
+    assert grid_keys(page) == first[: len(grid_keys(page))]
+    page.locator(".search-more").click()
+    page.keyboard.type("a temple")
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => location.hash.includes('temple')")
+    is_ordered(page)
+    assert grid_keys(page)[:8] == rows_of(served, sort=f"search:{unlike['id']}")[:8]
+
+
+def test_words_that_cannot_be_read(data: Data, tmp_path: Path, opened: Open, keys: dict[int, str]) -> None:
+    add_architectures(tmp_path)
+    data.recipe.write_text(f"embed:\n  encoder: open_clip:toy/{tmp_path / 'gone.pt'}\n")
+    with serving_data(data) as served:
+        with served.client() as client:
+            deadline = time.monotonic() + 60
+            while client.get("/api/data").json()["search"]["words"]:  # until the weights were looked for
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        page = opened(served.url)
+        page.keyboard.press("/")
+        page.keyboard.type("a red boat")
+        page.keyboard.press("Enter")
+        page.locator(".search-says.error", has_text="gone.pt").wait_for()
+        page.fill(".search-words", keys[8])  # the number of an image is no word
+        page.keyboard.press("Enter")
+        is_ordered(page)
+        assert grid_keys(page)[0] == keys[8]
 
 
 # --------------------------------------------------------------------------------------------------------- compare
@@ -361,14 +390,14 @@ def test_what_comes_and_goes(served: ServedData, opened: Open) -> None:
     page.evaluate(
         "import('/store.js').then((s) => s.setRules([{ name: 'fair', condition: 'aesthetic < 4.5', on: true }]))"
     )
-    page.wait_for_function("document.querySelector('.compare-part.only b')?.textContent !== '0'")
+    page.wait_for_function("() => document.querySelector('.compare-part.only b')?.textContent !== '0'")
     with served.client() as client:
         ids = [
             client.post("/api/selections", json={"rules": [{"name": "fair", "condition": c, "on": True}]}).json()["id"]
             for c in ("aesthetic < 4.5", "aesthetic > 4.3")
         ]
         counts = client.post("/api/compare", json={"a": ids[0], "b": ids[1]}).json()
-    page.wait_for_function(f"document.querySelector('.compare-part.only b').textContent === '{counts['only_a']}'")
+    page.wait_for_function(f"() => document.querySelector('.compare-part.only b').textContent === '{counts['only_a']}'")
     for side, name in (("other", "only_b"), ("both", "both"), ("only", "only_a")):
         assert page.locator(f".compare-part.{side} b").inner_text() == str(counts[name])
     for side in ("other", "only"):
@@ -400,7 +429,7 @@ def test_save_pack_and_sheet(served: ServedData, data: Data, opened: Open) -> No
     page = opened(served.url, '#show=kept&rules=[["fair","aesthetic > 4.3",1],["off","false",0]]')
     panel = save_panel(page)
     page.fill("#save-name", "taste")
-    page.wait_for_function("document.querySelector('.save-way code').textContent.includes('--name taste')")
+    page.wait_for_function("() => document.querySelector('.save-way code').textContent.includes('--name taste')")
     command = panel.locator(".save-way code").first.inner_text()
     assert command.startswith("tastemaker select ") and "aesthetic > 4.3" in command
     panel.locator(".save-recipe summary").click()
@@ -416,10 +445,11 @@ def test_save_pack_and_sheet(served: ServedData, data: Data, opened: Open) -> No
         assert kept == live["kept"] > 0
     panel.locator("p", has_text="saved just so already").wait_for()
     panel.get_by_role("button", name="Draw", exact=True).click()
-    page.wait_for_function("document.querySelectorAll('.job.done').length === 2", timeout=120_000)
-    assert any(path.suffix == ".png" for path in Path(data.root).rglob("report/taste/*"))
+    page.wait_for_function("() => document.querySelectorAll('.job.done').length === 2", timeout=120_000)
+    page.wait_for_function("() => document.querySelector('.job img')?.naturalWidth > 0")
+    assert data.sheet("taste").exists()
     panel.get_by_role("button", name="Pack", exact=True).click()
-    page.wait_for_function("document.querySelectorAll('.job.done').length === 3", timeout=120_000)
+    page.wait_for_function("() => document.querySelectorAll('.job.done').length === 3", timeout=120_000)
     assert "taste" in data.packs()
     page.reload()
     save_panel(page).locator(".job.done").nth(2).wait_for()
@@ -484,4 +514,6 @@ def test_a_pasted_image_and_the_order_it_had(served: ServedData, opened: Open) -
     )
     is_ordered(page)
     page.get_by_label("Clear the search").click()
-    page.wait_for_function("location.hash.includes('sort=aesthetic') && location.hash.includes('descending=true')")
+    page.wait_for_function(
+        "() => location.hash.includes('sort=aesthetic') && location.hash.includes('descending=true')"
+    )

@@ -46,12 +46,11 @@ class ImageView {
     this.stage = element("div", { className: "why-stage" }, this.main.box, this.other.box);
     this.frame = element("div", { className: "why-frame" }, this.stage, this.back, this.forth, this.scale);
     this.panel = new WhyPanel({
-      close: () => this.dialog.close(),
-      open: (key) => this.visit(key),
+      close: (after) => this.close(after),
       beside: (key, text) => this.beside(key, text),
       back: () => this.goBack(),
     });
-    this.dialog = element("dialog", { className: "why" }, this.frame, this.panel.box);
+    this.dialog = element("dialog", { className: "why", tabIndex: -1 }, this.frame, this.panel.box);
     this.dialog.setAttribute("aria-label", "One image");
     document.body.append(this.dialog);
     this.dialog.addEventListener("close", () => this.closed());
@@ -72,6 +71,12 @@ class ImageView {
     this.show(key);
   }
 
+  // after: what is done then, in place of giving the focus back.
+  close(after = null) {
+    this.after = after;
+    this.dialog.close();
+  }
+
   closed() {
     name(null);
     this.seen += 1;
@@ -80,6 +85,8 @@ class ImageView {
     if (closed) closed(this.key);
     else if (this.opener?.isConnected) this.opener.focus();
     this.key = null;
+    this.after?.();
+    this.after = null;
   }
 
   // Show an image at once, what is known of it as soon as the server says.
@@ -88,6 +95,7 @@ class ImageView {
     this.revealed = false;
     this.whole = false;
     this.beside(null);
+    if (!this.dialog.contains(document.activeElement)) this.dialog.focus(); // what was pressed may be gone
     name(key);
     const seen = ++this.seen;
     this.back.disabled = this.forth.disabled = false;

@@ -14,11 +14,12 @@ export const isActive = ({ state }) => ACTIVE.includes(state);
 export function showJobs(list, jobs, cancel) {
   const open = new Set([...list.querySelectorAll("details[open]")].map((one) => one.dataset.id));
   const focused = list.contains(document.activeElement) ? document.activeElement.dataset.id : null;
-  list.replaceChildren(...jobs.map((job) => jobRow(job, open.has(job.id), cancel)));
+  const drawn = jobs.find(({ paths }) => paths?.look); // the newest sheet is shown, of the others the file
+  list.replaceChildren(...jobs.map((job) => jobRow(job, { open: open.has(job.id), cancel, sheet: job === drawn })));
   if (focused) list.querySelector(`button[data-id="${CSS.escape(focused)}"]`)?.focus();
 }
 
-function jobRow(job, open, cancel) {
+function jobRow(job, { open, cancel, sheet }) {
   const row = element("li", { className: `job ${job.state}` });
   const state = element("span", { className: "job-state" }, says(job));
   row.append(element("code", { title: job.command }, job.command), state);
@@ -27,6 +28,7 @@ function jobRow(job, open, cancel) {
   if (last && (isActive(job) || job.state === "failed")) row.append(element("pre", { textContent: last }));
   else if (last) row.append(lastLines(job, open));
   row.append(...Object.entries(job.paths ?? {}).map(written));
+  if (sheet) row.append(sheetOf(job));
   return row;
 }
 
@@ -54,7 +56,15 @@ function lastLines({ id, lines }, open) {
   return made;
 }
 
+// The contact sheet that a command drew: below report/ in the folder of its selection.
+function sheetOf({ id, paths }) {
+  const name = paths.look.split("/").at(-2);
+  const address = `/api/sheets/${encodeURIComponent(name)}.png?${id}`;
+  const image = element("img", { src: address, alt: `Contact sheet of ${name}`, loading: "lazy" });
+  return element("a", { href: address, target: "_blank", title: "Open it large" }, image);
+}
+
 // A file that a command wrote: its path, to copy.
 function written([name, path]) {
-  return element("p", { className: "job-path" }, hint(name), element("code", { title: path }, path), copyButton(path));
+  return element("p", { className: "job-path" }, hint(name === "look" ? "sheet" : name), element("code", { title: path }, path), copyButton(path));
 }

@@ -211,7 +211,8 @@ class SearchBox {
     const { seconds, of, exact, recall } = this.found;
     const nearly = recall ? `, ${Math.round(recall * 100)} % of the nearest are found` : ", nearly all of the nearest";
     const took = seconds < 1 ? `${Math.max(1, Math.round(seconds * 1000))} ms` : `${seconds.toFixed(1)} s`;
-    this.say(`By likeness, among ${many(of, "image")} in ${took}${exact ? "" : nearly}`);
+    const known = this.asked.words && state.data.search.why ? ` · ${state.data.search.why}` : "";
+    this.say(`By likeness, among ${many(of, "image")} in ${took}${exact ? "" : nearly}${known}`);
   }
 
   showTokens() {

@@ -18,7 +18,7 @@ const MARKS = {
 const SAID = ["status", "final_url", "domain", "width", "height", "original_width", "original_height", "bytes"];
 
 export class WhyPanel {
-  // actions: close(), open(key), beside(key, text), reveal()
+  // actions: close(after), back(), beside(key, text)
   constructor(actions) {
     this.actions = actions;
     this.title = element("h2", {});
@@ -29,7 +29,7 @@ export class WhyPanel {
     this.question = element("div", { className: "why-question", hidden: true });
     this.question.setAttribute("role", "alert");
     this.buttons = element("div", { className: "why-actions" });
-    const leave = button("×", actions.close, { className: "why-close", title: "Close (Esc)", label: "Close" });
+    const leave = button("×", () => actions.close(), { className: "why-close", title: "Close (Esc)", label: "Close" });
     const head = element("header", { className: "why-head" }, this.title, this.copied, this.where, this.from, leave);
     this.box = element("aside", { className: "why-panel" }, head, this.body, this.question, this.buttons);
   }
@@ -89,17 +89,18 @@ export class WhyPanel {
     }
   }
 
-  group({ column, keeper, members }, own) {
+  group({ column, keeper, rule, size, members }, own) {
     if (members.every(({ key }) => key === own)) return [];
-    const kept = !keeper ? "" : keeper === own ? ", this one is kept of them" : `, ${keeper} is kept of them`;
-    const cards = members.map(({ key, values }) => {
-      const roles = [key === own && "this image", key === keeper && "keeper"].filter(Boolean).join(", ");
+    const by = rule ? ` by ${rule}` : "";
+    const says = keeper ? `, ${keeper === own ? "this one" : keeper} is kept of them${by}` : "";
+    const cards = members.map(({ key, kept = key === keeper, values }) => {
+      const roles = [key === own && "this image", kept && "keeper"].filter(Boolean).join(", ");
       const known = Object.entries(values ?? {}).filter(([, value]) => value !== null);
       const lines = [roles, ...known.map(([name, value]) => `${name} ${said(value)}`)].filter(Boolean);
       return this.card(key, lines.join(" · "), lines.length ? lines : [key], key === own);
     });
-    const says = hint(`by ${column}: ${many(members.length, "image")}${kept}`);
-    return [element("h3", {}, "Near-duplicates ", says), element("div", { className: "why-cards" }, ...cards)];
+    const title = element("h3", {}, "Near-duplicates ", hint(`by ${column}: ${many(size, "image")}${says}`));
+    return [title, element("div", { className: "why-cards" }, ...cards)];
   }
 
   // One image that can be shown at the side of this one, and what is said under it.
@@ -132,8 +133,7 @@ export class WhyPanel {
   similar() {
     if (!this.key || !canFindSimilar()) return;
     const { key } = this;
-    this.actions.close();
-    findSimilar(key);
+    this.actions.close(() => findSimilar(key));
   }
 
   copyKey() {
