@@ -55,6 +55,9 @@ class ImageView {
     document.body.append(this.dialog);
     this.dialog.addEventListener("close", () => this.closed());
     this.dialog.addEventListener("keydown", (event) => this.pressed(event));
+    document.addEventListener("keydown", (event) => { // what had the focus may be gone
+      if (this.dialog.open && event.target === document.body) this.pressed(event);
+    });
     this.main.image.addEventListener("click", (event) => this.zoom(event));
     new ResizeObserver(() => this.fit()).observe(this.stage);
     this.swipes();
@@ -95,7 +98,6 @@ class ImageView {
     this.revealed = false;
     this.whole = false;
     this.beside(null);
-    if (!this.dialog.contains(document.activeElement)) this.dialog.focus(); // what was pressed may be gone
     name(key);
     const seen = ++this.seen;
     this.back.disabled = this.forth.disabled = false;

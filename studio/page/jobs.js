@@ -66,5 +66,6 @@ function sheetOf({ id, paths }) {
 
 // A file that a command wrote: its path, to copy.
 function written([name, path]) {
-  return element("p", { className: "job-path" }, hint(name === "look" ? "sheet" : name), element("code", { title: path }, path), copyButton(path));
+  const what = hint(name === "look" ? "sheet" : name);
+  return element("p", { className: "job-path" }, what, element("code", { title: path }, path), copyButton(path));
 }

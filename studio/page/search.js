@@ -113,6 +113,9 @@ class SearchBox {
       event.stopPropagation();
       if (this.any() || this.words.value || this.without.value) this.end();
       else document.activeElement.blur();
+    } else if (event.key === "Enter" && event.target.matches("input")) { // of two fields a browser sends none by itself
+      event.preventDefault();
+      this.typed();
     } else if (event.key === "Backspace" && event.target === this.words && !this.words.value) {
       if (this.asked.image) this.ask({ image: null });
       else if (this.asked.key) this.ask({ key: "" });
