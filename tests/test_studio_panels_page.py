@@ -36,7 +36,7 @@ HOSTILE = {
 """Number of an image -> its caption."""
 UNSAFE = 6
 """Number of the image that is blurred."""
-AWAY = ("status of 404", "status of 422", "status of 503", "ERR_CONNECTION_REFUSED")
+AWAY = ("status of 404", "status of 422", "status of 503", "ERR_CONNECTION")
 
 
 def number_of(row: dict[str, Any]) -> int:
