@@ -327,7 +327,7 @@ def test_a_tar_that_is_written_meanwhile(data: Data) -> None:
     put_images(data, 0, lambda number: photograph(number + 4))
     with pytest.raises(FileChanged):
         service.read(image)
-    found, file = service.make(key_of(6), None, False)
+    found, file = service.patiently(lambda: service.make(key_of(6), None, False))
     assert file.content == photograph(10) and found.name != image.name
 
 

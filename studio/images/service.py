@@ -9,18 +9,23 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
+from aesthetic.errors import DiskFull
 from curate.layout import Data
 from curate.ledger.why import KeyShape
 from curate.shards.tar import CorruptShard
+from curate.store.clients import StoreUnavailable
 from curate.store.disk import FileChanged, Stamp
 from studio.errors import NotHere
 from studio.images.places import ShardPlaces, load_places
 from studio.images.shown import Mask, ShownColumns
 from studio.images.thumbnails import VERSION, ByteCache, ImageFile, thumbnail, whole
 from studio.queue import BoundedExecutor
+
+T = TypeVar("T")
 
 CACHED = 64 << 20
 """Bytes of ready thumbnails in memory: some 3,000."""
@@ -108,7 +113,9 @@ class ImageService:
         at = shape.split(key)
         with self._lock:
             found = self._shards.get(at[0]) if at is not None else None
-        if at is None or found is None or not self._is_current(at[0], found, columns):
+        if at is None or found is None or (self.data.url is not None and self._is_due(found.asked)):
+            return None
+        if not self._is_current(at[0], found, columns):
             return None
         return self._placed(key, at[0], at[1], found)
 
@@ -184,6 +191,23 @@ class ImageService:
         with self._lock:
             return self._making.setdefault(shard, threading.Lock())
 
+    def patiently(self, work: Callable[[], T]) -> T:
+        """What work on the files of the folder returns; once more, on what is there then, where they were written
+        meanwhile. NotHere where that, or a disk or store that fails, goes on."""
+        for last in (False, True):
+            try:
+                return work()
+            except (FileChanged, FileNotFoundError):
+                self.look_again()
+                if last:
+                    raise NotHere("these files are being written", "try again when that is done") from None
+            except CorruptShard as e:
+                self._log(str(e))
+                raise NotHere("the tar of this image is damaged", f"`tastemaker verify {self.data}` says more") from e
+            except (DiskFull, StoreUnavailable) as e:
+                raise NotHere(str(e), "try again when that is put right") from e
+        raise AssertionError
+
     # ----------------------------------------------------------------------------------------------------- reading
 
     def read(self, image: PlacedImage) -> bytes:
@@ -199,22 +223,12 @@ class ImageService:
     def make(self, key: str, side: int | None, reveal: bool) -> tuple[PlacedImage, ImageFile]:
         """An image, cut to `side` pixels (None: whole), blurred where it is unsafe and not to be revealed.
 
-        KeyError as `find`. Of bytes that can't be decoded, and of a damaged tar, `decoded` is False.
+        KeyError as `find`, FileChanged as `read`. Of bytes that can't be decoded `decoded` is False.
         """
-        for last in (False, True):
-            try:
-                image = self.find(key)
-                if (found := self.ready(image, side, reveal)) is not None:
-                    return image, found
-                data = self.read(image)
-                break
-            except (FileChanged, FileNotFoundError):  # between the two: find it in what is there now
-                self.look_again()
-                if last:
-                    raise NotHere("this shard is being written", "try again when that is done") from None
-            except CorruptShard as e:
-                self._log(str(e))
-                raise NotHere("the tar of this image is damaged", f"`tastemaker verify {self.data}` says more") from e
+        image = self.find(key)
+        if (found := self.ready(image, side, reveal)) is not None:
+            return image, found
+        data = self.read(image)
         blur = image.blurred and not reveal
         file = whole(data, blur) if side is None else thumbnail(data, side, blur)
         if side is not None or blur:
