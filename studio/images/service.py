@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 import time
 from collections import OrderedDict
@@ -31,6 +30,8 @@ CACHED = 64 << 20
 """Bytes of ready thumbnails in memory: some 3,000."""
 SHARDS = 256
 """Shards whose places are in memory: of 10,000 images each 36 MB."""
+PLACES = 4
+"""Images that are decoded at once; one person has all but one of these places."""
 LONGEST = 256 << 20
 """Bytes of an image that is read at all."""
 
@@ -85,8 +86,8 @@ class ImageService:
         self._lock = threading.Lock()
         self._making: dict[int, threading.Lock] = {}
         self._columns: tuple[float, ShownColumns, KeyShape] | None = None
-        places = min(4, os.cpu_count() or 1)
-        self.executor = BoundedExecutor("images", places, each=max(1, places - 1))
+        self._folders: list[Stamp | None] | None = None
+        self.executor = BoundedExecutor("images", PLACES, each=PLACES - 1)
         self.questions = BoundedExecutor("why", 2)  # about single images: these may take longer
 
     def close(self) -> None:
@@ -129,11 +130,26 @@ class ImageService:
             with self._one_at_a_time(-1):
                 known = self._columns
                 if known is None or self._is_due(known[0]):
-                    if self.data.url is not None:
-                        self.data.store.refresh()
-                    columns = ShownColumns.of(self.data, self._rules)
-                    known = self._columns = time.monotonic(), columns, KeyShape.of(columns.found[0])
+                    known = self._columns = self._look(known)
         return known[1:]
+
+    def _look(self, known: tuple[float, ShownColumns, KeyShape] | None) -> tuple[float, ShownColumns, KeyShape]:
+        """Look for tables; on a disk only where a folder of theirs has changed: of many shards it takes a while."""
+        data = self.data
+        if data.url is not None:
+            data.store.refresh()
+            folders = None
+        else:
+            annotated = data.annotations("", 0).parent
+            embedded = data.metadata(0).parent, data.embedded_record(0).parent
+            paths = [data.table(0).parent, *embedded, annotated, *(annotated / name for name in data.annotated())]
+            folders = [data.store.stamp(path) for path in paths]
+        if known is not None and folders is not None and folders == self._folders:
+            return time.monotonic(), *known[1:]
+        lasting = folders is not None and all(stamp is None or data.store.lasting(stamp) for stamp in folders)
+        columns = ShownColumns.of(data, self._rules)
+        self._folders = folders if lasting else None
+        return time.monotonic(), columns, KeyShape.of(columns.found[0])
 
     def look_again(self) -> None:
         """Look for tables again: a file that was there is not, or is another."""
