@@ -130,7 +130,8 @@ class ImageView {
     }
   }
 
-  // What is shown stays until the next image is there: first its thumbnail, which the browser has, then all of it.
+  // What is shown stays until the next image is there: first its thumbnail, which the browser has, then all of it. Of
+  // what can't be decoded the server sends one grey pixel.
   async load(figure, key) {
     const wanted = (figure.wanted = {});
     const place = async (source) => {
@@ -151,6 +152,7 @@ class ImageView {
       const image = new Image();
       image.src = imageUrl(key, figure === this.main && this.revealed);
       await image.decode();
+      if (image.naturalWidth * image.naturalHeight === 1) throw new Error("one grey pixel: it can't be decoded");
       await small;
       if (figure.wanted !== wanted) return;
       whole = true;
