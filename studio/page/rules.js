@@ -171,8 +171,14 @@ function dragChip(chip, event) {
   chip.node.classList.add("is-dragged");
   chip.grip.onpointermove = ({ clientY }) => {
     const others = [...$("rules").children].filter((node) => node !== chip.node);
-    const next = others.find((node) => clientY < node.getBoundingClientRect().top + node.offsetHeight / 2);
-    if ((next ?? null) !== chip.node.nextElementSibling) $("rules").insertBefore(chip.node, next ?? null);
+    const isAbove = (node) => clientY > node.getBoundingClientRect().top + node.offsetHeight / 2;
+    // The others go around it: a node that is moved itself would lose the pointer.
+    for (const node of others) {
+      if (isAbove(node)) $("rules").insertBefore(node, chip.node);
+    }
+    for (const node of others) {
+      if (!isAbove(node)) $("rules").append(node);
+    }
   };
   chip.grip.onlostpointercapture = () => {
     chip.grip.onpointermove = chip.grip.onlostpointercapture = null;
