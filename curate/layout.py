@@ -7,8 +7,8 @@ annotated/N./ NNNNN.parquet, NNNNN.json   columns of an annotator and their reco
 selected/     NAME.parquet, NAME.json     verdicts and their record
 shards/NAME/  NNNNN.tar, NNNNN.parquet    the chosen images;  manifest.json: the record
 report/NAME/  sheet.png, scores.png
-studio/       index/: columns as the studio maps them into memory, search/: codes of vectors; made of the above, and
-              never needed
+studio/       index/: columns as the studio maps them into memory, search/: codes of vectors, images/: where they lie in
+              tars; made of the above, and never needed
 deny.txt      what people denied while they looked
 """
 
@@ -325,6 +325,10 @@ class Data:
     @property
     def recipe(self) -> Path:
         return self.root / "recipe.yaml"
+
+    def image_places(self, shard: int) -> Path:
+        """Where the images of a shard lie in its tar, as the studio found out."""
+        return self.root / "studio" / "images" / f"{shard_name(shard)}.places"
 
     @property
     def deny_list(self) -> Path:

@@ -37,7 +37,7 @@ class StudioData:
     ) -> None:
         self.data, self.read_only, self.log, self.on_fault = data, read_only, log, on_fault
         self.explorer = Explorer(data, recipe, keep=not read_only, log=log, on_fault=on_fault)
-        self.images = ImageService(data, keep=not read_only, log=log)
+        self.images = ImageService(data, self.explorer.recipe.rules, keep=not read_only, log=log)
         self.search = SearchService(data, self.explorer, data.search_index if not read_only else None, on_fault)
         self.ratings = RatingService(self)
         self.commands = CommandService(command_line, after=self.look, log=log, on_fault=on_fault)

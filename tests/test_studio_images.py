@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import shlex
 import shutil
 import threading
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
@@ -27,12 +29,14 @@ from aesthetic.files import atomic
 from curate.images.decode import decode
 from curate.layout import Data
 from curate.ledger.schema import make_key
+from curate.ledger.select import SelectConfig, select
+from curate.ledger.view import query
 from curate.shards.tar import TarWriter, index_tar
 from curate.store import cache as store_cache
 from curate.store import mirror
 from curate.store.disk import FileChanged
 from curate.store.objects import ObjectStore
-from studio.images.places import ShardPlaces, places_file
+from studio.images.places import ShardPlaces
 from studio.images.service import ImageService, etag
 from studio.images.thumbnails import ByteCache, ImageFile, thumbnail, undecodable
 from tests.stores import Faults, Proxy, Server
@@ -281,7 +285,7 @@ def test_what_can_not_be_decoded_is_one_grey_pixel(data: Data) -> None:
 def test_places_are_kept_and_believed_of_the_same_tar_only(data: Data) -> None:
     service = ImageService(data)
     image = service.find(key_of(21))
-    file = places_file(data, 1)
+    file = data.image_places(1)
     kept = file.read_bytes()
     assert len(kept) == len(b"tastemaker places 1\n") + 65 + 12 * 16
     for key, members in index_tar(data.tar(1)).items():
@@ -462,3 +466,52 @@ def test_tables_without_images(tmp_path: Path) -> None:
         for path in ("thumbnails", "data/images", "why"):
             answer = client.get(f"/api/{path}/{key_of(2)}")
             assert answer.status_code == 422 and "holds no fetched shard" in answer.json()["error"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- why
+
+
+def test_why_says_what_the_explorer_and_select_say(data: Data) -> None:
+    """The verdict and the rules of a selection, each value's place among all, beside what the tables say."""
+    write_column(data.root, "nsfw", pa.float32(), lambda n: None if n == 8 else n / 100, unsafe=True, meaning="how bad")
+    rules = {"large": "original_width >= 300", "safe": "nsfw < 0.4", "once": "best_of(phash, -original_width)"}
+    posted = [{"name": name, "condition": condition, "on": True} for name, condition in rules.items()]
+    select(data, SelectConfig(name="saved", rules=rules))
+    verdicts = dict(zip(*pq.read_table(data.verdicts("saved")).to_pydict().values(), strict=True))
+    recipe = SelectConfig(name="r", rules={"safe": "nsfw < 0.4"})
+    with serving_data(data, recipe=recipe) as served, served.client() as client:
+        served.folder.explorer.wait()
+        live = client.post("/api/selections", json={"rules": posted, "columns": [], "log": []}).json()
+        rows = client.get("/api/rows", params={"selection": live["id"], "limit": 200}).json()["rows"]
+        assert [row["key"] for row in rows] == [key_of(n) for n in ROWS]
+        values = sorted(n / 100 for n in ROWS if n != 8)
+        for row in rows[::3]:
+            why = client.get(f"/api/why/{row['key']}", params={"selection": live["id"]}).json()
+            number = next(n for n in ROWS if key_of(n) == row["key"])
+            assert why["verdict"] == row["verdict"] == verdicts[row["key"]]
+            assert why["selections"] == [{"name": "saved", "verdict": why["verdict"]}]
+            assert why["blurred"] == row["blurred"] == (number >= 40 or number == 8), "as the recipe's rule says"
+            shown = pixels(client.get(f"/api/thumbnails/{row['key']}"))
+            assert is_blurred(shown, number) == why["blurred"]
+            states = {rule["name"]: rule for rule in why["rules"]}
+            assert list(states) == list(rules)
+            assert states["large"]["state"] == ("true" if 100 + 20 * number >= 300 else "false")
+            assert states["large"]["values"] == {"original_width": 100 + 20 * number}
+            assert states["safe"]["state"] == ("null" if number == 8 else "true" if number < 40 else "false")
+            column = next(c for c in why["columns"] if c["name"] == "nsfw")
+            assert (column["meaning"], column["unsafe"], column["kind"]) == ("how bad", True, "number")
+            if number == 8:
+                assert column["value"] is None and column["percentile"] is None
+            else:
+                below = sum(value < number / 100 for value in values)
+                assert column["percentile"] == pytest.approx(100 * (below + 0.5) / len(values))
+        failed = client.get(f"/api/why/{key_of(3)}", params={"selection": live["id"]}).json()
+        assert (failed["status"], failed["reason"], failed["image"]) == ("failed_to_download", "dns", None)
+        assert failed["verdict"] is None and failed["rules"] == [] and failed["licence"] == {"LICENSE": "?"}
+        answer = client.get(f"/api/why/{key_of(2)}?selection=0123456789abcdef")
+        assert answer.status_code == 404 and "post its rules again" in answer.json()["error"]
+        assert client.get(f"/api/why/{key_of(2)}?selection=x").status_code == 422
+        command = client.get(f"/api/why/{key_of(2)}").json()["commands"][0]
+        words = shlex.split(command)
+        assert words[:3] == ["tastemaker", "query", str(data.root)]
+        assert query(data, words[3])["url"].tolist() == ["http://example.com/2.jpg"]

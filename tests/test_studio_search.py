@@ -6,7 +6,6 @@ import base64
 import hashlib
 import io
 import shutil
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -62,12 +61,10 @@ def search(client: httpx.Client, **asked: Any) -> dict[str, Any]:
     return dict(answer.json())
 
 
-def ability(client: httpx.Client) -> dict[str, Any]:
+def ability(server: ServedData, client: httpx.Client) -> dict[str, Any]:
     """What can be searched for, once it has been looked up; GET /api/data says the same."""
-    deadline = time.monotonic() + 60
-    while "looked for" in (state := client.get("/api/search").json())["why"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    assert server.folder.search.looked_up.wait(60)
+    state = client.get("/api/search").json()
     assert client.get("/api/data").json()["search"] == {k: state[k] for k in ("words", "why", "images")}
     return dict(state)
 
@@ -130,7 +127,7 @@ def test_by_words_without_others_and_like_an_image(data: Data, served: Served) -
         ({"key": keys[5], "without": "a flower", "words": "a temple"}, (vectors[5] + unwanted) / 2 - wanted),
     ):
         assert_ranking(data, query, rows(served[1], search(served[1], **asked)["id"]))
-    state = ability(served[1])
+    state = ability(*served)
     assert state["words"] and state["images"] and "bundled" in state["why"]
 
 
@@ -185,7 +182,7 @@ def test_words_that_open_clip_reads(copied: Data, tmp_path: Path) -> None:
         assert_ranking(copied, load_encoder(name).encode_texts(["a photo of a dog"])[0], rows(client, found["id"]))
         file = base64.b64encode(image_files()[0]).decode()
         assert rows(client, search(client, image=file)["id"])[0][1] == pytest.approx(1, abs=1e-3)
-        assert ability(client)["words"]
+        assert ability(server, client)["words"]
 
         copied.recipe.write_text("embed:\n  encoder: bundled\n")  # another one than the vectors are of
     with serving_data(Data(copied.root)) as server, server.client() as client:
@@ -201,7 +198,7 @@ def test_weights_that_are_not_here(copied: Data, tmp_path: Path) -> None:
         server.folder.explorer.wait()
         answer = client.post("/api/search", json={"words": "a dog"})
         assert answer.status_code == 422 and "gone.pt" in answer.json()["error"]
-        state = ability(client)
+        state = ability(server, client)
         assert not state["words"] and state["images"] and "gone.pt" in state["why"]
         keys, vectors = vectors_of(copied)
         assert_ranking(copied, vectors[0], rows(client, search(client, key=keys[0])["id"]))
@@ -262,7 +259,7 @@ def test_a_folder_without_vectors(tmp_path: Path) -> None:
         for asked in ({"words": "a dog"}, {"key": "0000000"}):
             answer = client.post("/api/search", json=asked)
             assert answer.status_code == 422 and "tastemaker embed" in answer.json()["error"], answer.text
-        state = ability(client)
+        state = ability(server, client)
         assert not state["words"] and not state["images"]
 
 

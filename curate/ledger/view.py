@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -350,6 +350,11 @@ def known_columns(data: Data) -> tuple[dict[str, str], dict[str, tuple[float, fl
 
 def sql_types(kinds: Sequence[pa.DataType]) -> list[str]:
     """What DuckDB calls Arrow types."""
+    return _sql_types(tuple(kinds))
+
+
+@lru_cache(256)  # asking takes 20 ms
+def _sql_types(kinds: tuple[pa.DataType, ...]) -> list[str]:
     if not kinds:
         return []
     with duckdb.connect(":memory:") as con:

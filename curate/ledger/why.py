@@ -46,6 +46,9 @@ _KEY = re.compile(r"[0-9]{5,20}")
 
 State = Literal["true", "false", "null", "unknown"]
 
+STATES: Mapping[int, State] = {0: "true", 1: "false", 2: "null", UNKNOWN: "unknown"}
+"""What `curate.ledger.judge` says of a row, in words."""
+
 
 @dataclass(frozen=True)
 class KeyShape:
@@ -288,5 +291,4 @@ def _states(
     con = open_ledger(data, needed, found=there)
     with contextlib.closing(Bounds(con)) as bounds:
         codes = bounds.run(ask)
-    words: dict[int, State] = {0: "true", 1: "false", 2: "null", UNKNOWN: "unknown"}
-    return states | {rule.name: words[code] for rule, code in zip(asked, codes, strict=True)}
+    return states | {rule.name: STATES[code] for rule, code in zip(asked, codes, strict=True)}

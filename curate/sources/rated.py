@@ -16,6 +16,7 @@ from aesthetic.compare import check_comparisons
 from aesthetic.errors import UserError
 from aesthetic.examples import Examples, check_scores
 from aesthetic.join import join
+from aesthetic.rating_files import RATER_NAMES
 from aesthetic.ratings import Ratings
 from aesthetic.suggest import CONSIDERED
 from curate.sources.image_vectors import ImageVectors
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 PREDICTED = "predicted"
 """A column that an earlier head wrote into a file of images to rate next: no metadata."""
+
+_RATERS = {name for name in RATER_NAMES if not name.startswith("user")}
+"""Who rated an image is no metadata of it: raters grade on different curves. A user may be the photographer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +77,11 @@ class RatedImages:
         table, images = self.table, self.image_of()
         facts = self.facts.iloc[images]
         no_metadata = {"image", "score", "n", "sd", "group", "source", PREDICTED, *self.ratings.restated}
-        metadata = {str(c): table[c].to_list() for c in table.columns if c not in no_metadata}
+        metadata = {
+            str(c): table[c].to_list()
+            for c in table.columns
+            if c not in no_metadata and str(c).lower().replace(" ", "_") not in _RATERS
+        }
         metadata |= {c: facts[c].to_list() for c in ("width", "height", "domain") if c in facts}
         return Examples(
             vectors=self.vectors[images],

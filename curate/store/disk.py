@@ -62,6 +62,14 @@ class Disk:
     def push(self, paths: Iterable[Path]) -> None:
         """Put files there as they are here, each whole or not at all, in this order."""
 
+    def bring_newest(self, path: Path) -> None:
+        """Have a small file here that others may write at any time, as it is now."""
+
+    def replace(self, path: Path, data: bytes) -> None:
+        """Write a small file, whole or not at all, in place of what was brought last; on a store Changed where somebody
+        else has written it since, and on a disk whoever writes it takes turns."""
+        write_atomic(path, data)
+
     def release(self, paths: Iterable[Path]) -> None:
         """Let go of the files here that lie there: their room may be used for others."""
 

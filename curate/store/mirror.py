@@ -238,6 +238,27 @@ class Mirror(Disk):
         for path in paths:
             self._put_file(path)
 
+    def bring_newest(self, path: Path) -> None:
+        name = self._name(path)
+        found = self._objects.head(name)
+        if self._listing is not None:
+            if found is not None:
+                self._listing.add(found)
+            elif self._listing.get(name) is not None:
+                self._listing.remove([name])
+        self.bring([path])
+
+    def replace(self, path: Path, data: bytes) -> None:
+        self._check()
+        name = self._name(path)
+        known = self._here.get(name)
+        try:
+            put = self._objects.put(data, name, create=known is None, replaces=None if known is None else known[0].etag)
+        except FileExistsError as e:
+            raise Changed(f"{self}: somebody else has written {name} meanwhile") from e
+        write_atomic(path, data)
+        self._note(put, path)
+
     def create(self, path: Path, data: bytes) -> None:
         """Write a file here and there, of a name that nobody has there. Raises FileExistsError."""
         self._check()

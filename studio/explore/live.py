@@ -128,7 +128,11 @@ class RuleBook:
         neighbours = snapshot.neighbours([rule])
         types = snapshot.all_types
         mapped = snapshot.holds(needed)
-        con = snapshot.connect(sorted(needed)) if mapped else open_ledger(snapshot.data, needed, found=snapshot.found)
+        if mapped:
+            con = snapshot.connect(sorted(needed))
+        else:
+            needed |= {*snapshot.hidden}
+            con = open_ledger(snapshot.data, needed, found=snapshot.found)
 
         def ask() -> tuple[States, dict[str, dict[str, float]], list[str]]:
             if not mapped:

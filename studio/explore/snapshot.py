@@ -19,7 +19,7 @@ from aesthetic.errors import UserError
 from curate.layout import Data
 from curate.ledger.early import applied_early, left_out
 from curate.ledger.neighbours import known_neighbours
-from curate.ledger.rules import Rule, read_rules
+from curate.ledger.rules import Rule
 from curate.ledger.select import SelectConfig
 from curate.ledger.sql import connect, quote
 from curate.ledger.view import (
@@ -31,10 +31,10 @@ from curate.ledger.view import (
     recorded_columns,
     recorded_scales,
 )
-from curate.report import BLURRED_FROM
 from curate.store.files import digest, read_table
 from studio.explore.columns import IndexedColumn
 from studio.explore.index import IndexedRows, open_columns, open_rows
+from studio.images.shown import blurred_from
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,27 +165,20 @@ class Snapshot:
     # what must not be shown as it is
 
     @cached_property
-    def unsafe(self) -> dict[str, tuple[float, bool]]:
-        """Columns that say how unsafe an image is -> from which value it is blurred (what the recipe rejects is), and
-        whether it is where there is no value: an early rule had the image passed over."""
-        found = {}
-        for column, facts in self.recorded.items():
-            if facts.get("unsafe") and self.holds([column]):
-                found[column] = self._strictest(column), bool(facts.get("early"))
-        return found
-
-    def _strictest(self, column: str) -> float:
-        rules = read_rules(self.recipe.rules, self.all_types)
-        cuts = [c.value for r in rules.values() if r for c in r.cuts if c.column == column and c.sign in ("<", "<=")]
-        return min([BLURRED_FROM, *cuts])
+    def unsafe(self) -> dict[str, float]:
+        """Columns that say how unsafe an image is -> from which value it is blurred. It is also where it has no value
+        and others have."""
+        facts = self.recorded.items()
+        named = [c for c, said in facts if said.get("unsafe") and self.holds([c]) and self.columns[c].facts.count]
+        return blurred_from(tuple(named), tuple(self.recipe.rules.items()), tuple(sorted(self.all_types)))
 
     def blurred(self, rows: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         """Which of some rows are unsafe to look at."""
         found = np.zeros(len(rows), np.bool_)
-        for column, (limit, without) in self.unsafe.items():
+        for column, limit in self.unsafe.items():
             indexed = self.columns[column]
             there = indexed.has_value(rows)
-            found |= np.where(there, indexed.values[rows] >= limit, without)
+            found |= ~there | ~(indexed.values[rows] < limit)
         return found
 
     # values of a few rows

@@ -14,6 +14,8 @@ from studio.clients import Client
 from studio.data import StudioData
 from studio.errors import ERRORS_OF_FILES, NotHere
 from studio.explore.api import Folder
+from studio.explore.explorer import UnknownSelection
+from studio.explore.wire import SelectionId
 from studio.images import denying
 from studio.images.denying import DenyRequest, DenyView
 from studio.images.service import etag
@@ -98,7 +100,7 @@ async def why(
     key: Key,
     folder: Folder,
     client: Client,
-    selection: Annotated[str | None, Query(max_length=64, description="whose rules are asked")] = None,
+    selection: Annotated[SelectionId | None, Query(description="whose rules are asked")] = None,
 ) -> WhyView:
     """All that is known of one row: captions, columns with their place among all, verdicts, licence, download."""
     return await _run(folder, client, key, lambda: why_view(folder, key, selection))
@@ -137,5 +139,7 @@ async def _run(folder: StudioData, client: str, key: str, work: Callable[[], T])
 
     try:
         return await folder.images.questions.run(client, twice)
+    except UnknownSelection:
+        raise HTTPException(404, "there is no such selection, or no longer: post its rules again") from None
     except KeyError:
         raise HTTPException(404, f"there is no row {key} here") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import yaml
@@ -9,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from aesthetic.errors import UserError
 from curate.fetch.deny import Deny
-from curate.fetch.deny_file import DenyEntry, What, add_entry, entry_for, read_entries, remove_entry
+from curate.fetch.deny_file import DenyEntry, What, add_entry, entry_for, naming, read_entries, remove_entry
 from curate.ledger.denied import DeniedImages, denied_images, removal
-from curate.ledger.why import explain
+from curate.ledger.why import Explanation, explain
 
 if TYPE_CHECKING:
     from curate.layout import Data
@@ -51,15 +52,18 @@ class DenyView(BaseModel):
 
 def deny(folder: StudioData, request: DenyRequest) -> DenyView:
     """Add a line for an image or its domain. KeyError where there is no such image, UserError where it has no URL."""
-    entry = _entry(folder, request.key, request.what)
+    entry = _entry(_row(folder, request.key), request.what)
     entries = add_entry(folder.data, entry)
     folder.log(f"denied: {request.what} {request.key}")
     return _view(folder, entries)
 
 
 def allow(folder: StudioData, key: str, what: What) -> DenyView:
-    """Remove the line again."""
-    entries = remove_entry(folder.data, _entry(folder, key, what).entry)
+    """Remove the line again, and others that name the image, or its domain, in other words."""
+    row = _row(folder, key)
+    entries = remove_entry(folder.data, _entry(row, what).entry)
+    while (other := named_by(row, [e for e in entries if e.what == what])) is not None:
+        entries = remove_entry(folder.data, other.entry)
     folder.log(f"no longer denied: {what} {key}")
     return _view(folder, entries)
 
@@ -69,16 +73,26 @@ def deny_view(folder: StudioData) -> DenyView:
     return _view(folder, read_entries(folder.data))
 
 
-def _entry(folder: StudioData, key: str, what: What) -> DenyEntry:
+def _row(folder: StudioData, key: str) -> Explanation:
     shown, _ = folder.images.columns()
-    found = explain(folder.data, key, shown.found)
-    return entry_for(key, what, found.url or found.download.get("final_url"), found.download.get("sha256"))
+    return explain(folder.data, key, shown.found)
+
+
+def _entry(row: Explanation, what: What) -> DenyEntry:
+    return entry_for(row.key, what, row.url or row.download.get("final_url"), row.download.get("sha256"))
+
+
+def named_by(row: Explanation, entries: Iterable[DenyEntry]) -> DenyEntry | None:
+    """The first entry that names a row: by its URL, its domain, or its bytes."""
+    return naming(entries, (row.url, row.download.get("final_url")), row.download.get("sha256"))
 
 
 def _view(folder: StudioData, entries: list[DenyEntry]) -> DenyView:
     data = folder.data
     lines = [DenyEntryView(entry=e.entry, what=e.what, key=e.key) for e in entries[-10_000:]]
-    command = removal_command(data, sum(s.rows for s in data.plan.shards)) if entries else None
+    shown, _ = folder.images.columns()
+    rows = sum(int(facts.get("count", 0)) for facts in shown.found[0].facts)
+    command = removal_command(data, rows) if entries else None
     return DenyView(file=data.shown(data.deny_list), entries=lines, count=len(entries), command=command)
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from aesthetic.errors import DiskFull, UserError
 from aesthetic.files import write_atomic
-from curate.layout import Data, shard_name
+from curate.layout import Data
 from curate.ledger.why import KeyShape
 from curate.shards.tar import image_member, index_tar
 from curate.store.clients import StoreUnavailable
@@ -58,11 +58,6 @@ class ShardPlaces:
         return ShardPlaces(tag, rows, blocks, sizes)
 
 
-def places_file(data: Data, shard: int) -> Path:
-    """Where the places of a shard are kept."""
-    return data.root / "studio" / "images" / f"{shard_name(shard)}.places"
-
-
 def tar_tag(data: Data, shard: int, stamp: Stamp) -> str:
     """A name for the bytes of a shard's tar: their digest by the shard's record; of a folder of img2dataset's, whose
     records name no files, its stamp."""
@@ -78,7 +73,7 @@ def load_places(data: Data, shape: KeyShape, shard: int, stamp: Stamp, *, keep: 
 
     keep: whether they may be written down. Raises CorruptShard where the tar is damaged.
     """
-    tag, file = tar_tag(data, shard, stamp), places_file(data, shard)
+    tag, file = tar_tag(data, shard, stamp), data.image_places(shard)
     with contextlib.suppress(StoreUnavailable):
         data.bring(file)
     with contextlib.suppress(OSError):

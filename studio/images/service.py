@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -61,12 +61,20 @@ class ImageService:
     """Thumbnails and whole images of a data folder.
 
     Args:
+        rules: of the recipe, name -> condition: what they reject as unsafe is blurred.
         keep: whether what is found out may be written into the folder.
         log: called with a line about what is wrong with a tar.
     """
 
-    def __init__(self, data: Data, *, keep: bool = True, log: Callable[[str], None] = lambda line: None) -> None:
-        self.data, self._keep, self._log = data, keep, log
+    def __init__(
+        self,
+        data: Data,
+        rules: Mapping[str, str] | None = None,
+        *,
+        keep: bool = True,
+        log: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.data, self._rules, self._keep, self._log = data, rules or {}, keep, log
         self._ready = ByteCache(CACHED)
         self._shards: OrderedDict[int, _Shard] = OrderedDict()
         self._lock = threading.Lock()
@@ -116,7 +124,7 @@ class ImageService:
                 if known is None or self._is_due(known[0]):
                     if self.data.url is not None:
                         self.data.store.refresh()
-                    columns = ShownColumns.of(self.data)
+                    columns = ShownColumns.of(self.data, self._rules)
                     known = self._columns = time.monotonic(), columns, KeyShape.of(columns.found[0])
         return known[1:]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from curate.layout import Data
 from curate.ledger.counts import key_numbers
+from curate.ledger.rules import read_rules
 from curate.ledger.view import LedgerTable, recorded_columns, tables
 from curate.ledger.why import KeyShape
 from curate.report import BLURRED_FROM
@@ -30,17 +31,18 @@ class ShownColumns:
 
     found: Sequence[LedgerTable]
     hidden: tuple[tuple[LedgerTable, str], ...]  # an image of which one is true must not be seen
-    unsafe: tuple[tuple[LedgerTable, str], ...]  # of which one says BLURRED_FROM or more is blurred
+    unsafe: tuple[tuple[LedgerTable, str, float], ...]  # and the value from which on it has an image blurred
 
     @staticmethod
-    def of(data: Data) -> ShownColumns:
-        """UserError where nothing is fetched."""
+    def of(data: Data, rules: Mapping[str, str]) -> ShownColumns:
+        """rules: of the recipe, name -> condition. UserError where nothing is fetched."""
         found = tables(data)
         facts = recorded_columns(found)
         table = {column: t for t in found[1:] for column in t.columns}
         hidden = tuple((table[c], c) for c, said in facts.items() if said.get("hidden"))
-        unsafe = tuple((table[c], c) for c, said in facts.items() if said.get("unsafe") and not said.get("hidden"))
-        return ShownColumns(found, hidden, tuple((t, c) for t, c in unsafe if _has_value(t, c)))
+        unsafe = [c for c, said in facts.items() if said.get("unsafe") and not said.get("hidden")]
+        limits = blurred_from(tuple(unsafe), tuple(rules.items()), tuple(sorted(table)))
+        return ShownColumns(found, hidden, tuple((table[c], c, limits[c]) for c in unsafe if _has_value(table[c], c)))
 
     @cached_property
     def shards(self) -> frozenset[int]:
@@ -51,17 +53,18 @@ class ShownColumns:
         """Whether the same columns decide."""
         return self is other or self._names() == other._names()
 
-    def _names(self) -> list[list[tuple[str, str]]]:
-        return [[(table.name, column) for table, column in pairs] for pairs in (self.hidden, self.unsafe)]
+    def _names(self) -> list[tuple[str, str, float]]:
+        hidden = [(table.name, column, -1.0) for table, column in self.hidden]
+        return hidden + [(table.name, column, limit) for table, column, limit in self.unsafe]
 
     @property
     def unsafe_names(self) -> list[str]:
         """The columns by which images are blurred."""
-        return [column for _, column in self.unsafe]
+        return [column for _, column, _ in self.unsafe]
 
     def stamps(self, data: Data, shard: int) -> tuple[Stamp | None, ...]:
         """What changes when a table of the shard is written again."""
-        names = dict.fromkeys(table.name for table, _ in (*self.hidden, *self.unsafe))
+        names = dict.fromkeys(name for name, _, _ in self._names())
         return tuple(data.store.stamp(_file(data, name, shard)) for name in names)
 
     def masks(self, data: Data, shape: KeyShape, shard: int, rows: npt.NDArray[np.uint32]) -> tuple[Mask, Mask]:
@@ -72,9 +75,20 @@ class ShownColumns:
         hidden, blurred = np.zeros(len(rows), bool), np.zeros(len(rows), bool)
         for table, column in self.hidden:
             hidden |= _flags(data, table, column, shape, shard, rows, _is_true, unasked=True)
-        for table, column in self.unsafe:
-            blurred |= _flags(data, table, column, shape, shard, rows, _is_unsafe, unasked=True)
+        for table, column, limit in self.unsafe:
+            blurred |= _flags(data, table, column, shape, shard, rows, partial(_is_unsafe, limit=limit), unasked=True)
         return hidden, blurred
+
+
+@lru_cache(16)
+def blurred_from(
+    columns: tuple[str, ...], rules: tuple[tuple[str, str], ...], known: tuple[str, ...]
+) -> dict[str, float]:
+    """From which value on such columns have an image blurred: BLURRED_FROM, or what the recipe's rules, name and
+    condition, reject where that is less. known: the columns that these may name."""
+    cuts = [cut for rule in read_rules(dict(rules), known).values() if rule for cut in rule.cuts]
+    upper = [cut for cut in cuts if cut.sign in ("<", "<=")]
+    return {c: min([BLURRED_FROM, *(cut.value for cut in upper if cut.column == c)]) for c in columns}
 
 
 def _file(data: Data, table: str, shard: int) -> Path:
@@ -110,12 +124,12 @@ def _is_true(values: pa.ChunkedArray) -> Mask:
     return pc.fill_null(pc.cast(values, pa.bool_()), False).to_numpy(zero_copy_only=False).astype(bool)
 
 
-def _is_unsafe(values: pa.ChunkedArray) -> Mask:
-    """BLURRED_FROM or more, or no value, which NaN is too."""
+def _is_unsafe(values: pa.ChunkedArray, limit: float) -> Mask:
+    """So much or more, or no value, which NaN is too."""
     if not _can_compare(values.type):
         return np.ones(len(values), bool)
     numbers = pc.cast(values, pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-    return ~(numbers < BLURRED_FROM)  # true of NaN, which null is here
+    return ~(numbers < limit)  # true of NaN, which null is here
 
 
 def _can_compare(kind: pa.DataType) -> bool:

@@ -6,23 +6,29 @@ import base64
 import datetime
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field
 
 from curate.fetch.deny import domain_entry
-from curate.fetch.deny_file import What, naming, read_entries
+from curate.fetch.deny_file import What, read_entries
 from curate.ledger.rules import NUMBER
 from curate.ledger.schema import Status
-from curate.ledger.view import LedgerTable, column_types, recorded_columns
-from curate.ledger.why import Explanation, RuleState, State, explain
+from curate.ledger.view import column_types, recorded_columns
+from curate.ledger.why import STATES, Explanation, RuleState, State, explain
+from studio.images.denying import named_by
 
 if TYPE_CHECKING:
     from studio.data import StudioData
 
+Kind = Literal["number", "category", "flag", "text"]
+
 LONGEST = 20_000
 """Characters of a text, and values of a list, that are shown."""
+GROUPED = 200_000
+"""Images up to which the whole groups of near-duplicates are told here; of more it takes seconds until it is known who
+is kept of each, and GET /api/duplicates tells it."""
 
 
 class ValueView(BaseModel):
@@ -34,7 +40,7 @@ class ValueView(BaseModel):
         description="0 to 100: the share of images with a smaller value, half of those with the same; null where the "
         "column has no order, the image no value, or the index is not made yet"
     )
-    kind: Literal["number", "category", "flag", "text"]
+    kind: Kind
     meaning: str
     unit: str
     unsafe: bool = Field(description="whether high values say that the image is unsafe to show")
@@ -64,8 +70,8 @@ class DuplicatesView(BaseModel):
     column: str
     group: str = Field(description="its first key")
     size: int
-    keeper: str | None
-    members: list[str] = Field(description="keys, the first 100")
+    keeper: str | None = Field(description="null where that is not known here: GET /api/duplicates tells it")
+    members: list[str] = Field(description="keys, the first 100; of a large data folder the nearest alone")
 
 
 class ListView(BaseModel):
@@ -119,7 +125,7 @@ def why_view(folder: StudioData, key: str, selection: str | None) -> WhyView:
     placed = folder.images.find(key) if has_image else None
     facts = recorded_columns(found)
     types, _ = column_types(found)
-    verdict, states = _judged(folder, explained, found, selection)
+    verdict, states = (None, []) if selection is None else _judged(folder, explained, selection)
     domain = domain_entry(explained.url or "")
     download = {"status": explained.status, "domain": domain, **explained.download}
     root = shlex.quote(str(folder.data))
@@ -145,8 +151,8 @@ def why_view(folder: StudioData, key: str, selection: str | None) -> WhyView:
             ValueView(
                 name=column,
                 value=json_value(explained.value(column)),
-                percentile=_percentile(folder, column, explained.value(column), types.get(column, "")),
-                kind=_kind(types.get(column, "")),
+                percentile=_percentile(folder, column, explained.value(column)),
+                kind=_kind(folder, column, types.get(column, "")),
                 meaning=_meaning(column, facts.get(column, {})),
                 unit=str(facts.get(column, {}).get("unit") or ""),
                 unsafe=column in shown.unsafe_names,
@@ -160,25 +166,47 @@ def why_view(folder: StudioData, key: str, selection: str | None) -> WhyView:
         packs=[name for name, holds in explained.packs.items() if holds],
         download={name: json_value(value) for name, value in download.items() if value is not None},
         list=ListView(name=explained.list, file=explained.file, line=explained.line),
-        duplicates=_duplicates(explained, facts),
-        denied=denied_by(folder, explained),
+        duplicates=_duplicates(folder, explained, facts) if has_image else [],
+        denied=_denied(folder, explained),
         commands=[f"tastemaker query {root} \"SELECT * FROM ledger WHERE key = '{key}'\""],
     )
 
 
-def _judged(
-    folder: StudioData, explained: Explanation, found: Sequence[LedgerTable], selection: str | None
-) -> tuple[str | None, list[RuleState]]:
-    """The verdict of a selection that lives in the studio, and what its rules say."""
-    return None, []
+def _judged(folder: StudioData, explained: Explanation, selection: str) -> tuple[str | None, list[RuleState]]:
+    """The verdict of a selection that lives in the studio, and what its rules say; nothing of a row without an image.
+
+    UnknownSelection where there is none of this id.
+    """
+    found = folder.explorer.selection(selection)
+    if explained.status != Status.SUCCESS:
+        return None, []
+    row = found.snapshot.row(explained.key)
+    states = [
+        RuleState(
+            answer.rule.name,
+            answer.rule.condition,
+            STATES[int(answer.states[row])],
+            {column: explained.value(column) for column in answer.rule.columns},
+        )
+        for answer in found.answers
+    ]
+    return found.verdict(row), states
 
 
-def _percentile(folder: StudioData, column: str, value: Any, kind: str) -> float | None:
+def _percentile(folder: StudioData, column: str, value: Any) -> float | None:
     """The share of images with a smaller value, 0 to 100."""
-    return None
+    snapshot = folder.explorer.snapshot_or_none
+    indexed = None if snapshot is None else snapshot.columns.get(column)
+    if indexed is None or indexed.facts.kind != "number" or isinstance(value, bool):
+        return None
+    return folder.explorer.percentile(column, float(value)) if isinstance(value, int | float) else None
 
 
-def _kind(kind: str) -> Literal["number", "category", "flag", "text"]:
+def _kind(folder: StudioData, column: str, kind: str) -> Kind:
+    snapshot = folder.explorer.snapshot_or_none
+    if snapshot is not None and (indexed := snapshot.columns.get(column)) is not None:
+        kinds: dict[str, Kind] = {"number": "number", "category": "category", "flag": "flag"}
+        return kinds.get(indexed.facts.kind, "text")
     return "number" if NUMBER.fullmatch(kind) else "flag" if kind == "BOOLEAN" else "text"
 
 
@@ -186,8 +214,19 @@ def _meaning(column: str, facts: Mapping[str, Any]) -> str:
     return "cosine of image and caption" if column == "similarity" else str(facts.get("meaning") or "")
 
 
-def _duplicates(explained: Explanation, facts: Mapping[str, Mapping[str, Any]]) -> list[DuplicatesView]:
+def _duplicates(
+    folder: StudioData, explained: Explanation, facts: Mapping[str, Mapping[str, Any]]
+) -> list[DuplicatesView]:
     """The groups of the image, by the columns that near-duplicates made."""
+    snapshot = folder.explorer.snapshot_or_none
+    if snapshot is not None and snapshot.count <= GROUPED:
+        groups = folder.search.groups.of(explained.key)
+        return [
+            DuplicatesView(
+                column=g.column, group=g.group, size=g.size, keeper=g.keeper, members=[m.key for m in g.members]
+            )
+            for g in groups
+        ]
     found = []
     for column, value in explained.columns.items():
         is_group = facts.get(column, {}).get("annotator") == "near-duplicates" and f"{column}_size" in explained.columns
@@ -198,10 +237,8 @@ def _duplicates(explained: Explanation, facts: Mapping[str, Mapping[str, Any]]) 
     return found
 
 
-def denied_by(folder: StudioData, explained: Explanation) -> DeniedView | None:
-    """The entry of the studio's deny-list that names a row: by its URL, its domain, or its bytes."""
-    urls = (explained.url, explained.download.get("final_url"))
-    entry = naming(read_entries(folder.data), urls, explained.download.get("sha256"))
+def _denied(folder: StudioData, explained: Explanation) -> DeniedView | None:
+    entry = named_by(explained, read_entries(folder.data))
     return None if entry is None else DeniedView(entry=entry.entry, what=entry.what)
 
 

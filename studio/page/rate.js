@@ -146,7 +146,7 @@ async function load() {
   place = data.place;
   sets = found.sets;
   columns = (data.columns ?? []).filter((column) => column.kind === "number" && column.count);
-  $("data").textContent = data.name;
+  document.title = `Rate · ${data.name}`;
   form.column.replaceChildren(...columns.map(({ name }) => element("option", { value: name }, name)));
   form.querySelector("[name=how][value=around]").closest("label").hidden = !columns.length;
   selections = data.selections ?? [];

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import fastapi
@@ -12,7 +13,7 @@ from aesthetic.errors import UserError
 from studio.explore.api import Folder
 from studio.rate.files import NAME, RatingLog, RatingSet, Row, SetKind
 from studio.rate.learning import METRICS
-from studio.rate.service import How, NextQuery, RatingService
+from studio.rate.service import How, NextQuery, RatingService, ShownImage
 
 api = APIRouter(prefix="/api")
 writing = APIRouter(prefix="/api")
@@ -65,6 +66,10 @@ class RatedImage(BaseModel):
     key: str
     caption: str = ""
     blurred: bool = False
+
+    @staticmethod
+    def of(image: ShownImage) -> RatedImage:
+        return RatedImage(key=image.key, caption=image.caption, blurred=image.blurred)
 
 
 class NextView(BaseModel):
@@ -194,11 +199,11 @@ def next_ones(
 ) -> NextView:
     """Images, or pairs, that a rater has not rated yet: at random; around a cut, a column and its value; or those that
     teach most. Of a live selection's rows, where one is given."""
-    service, wanted = folder.ratings, NextQuery(rater, how, count, selection, column, value)
+    service, query = folder.ratings, NextQuery(rater, how, count, selection, column, value)
     if service.log(name).about.kind == "pairs":
-        found = service.next_pairs(name, wanted)
-        return NextView(pairs=[(RatedImage(key=a), RatedImage(key=b)) for a, b in found])
-    return NextView(images=[RatedImage(key=key) for key in service.next_images(name, wanted)])
+        found = service.next_pairs(name, query)
+        return NextView(pairs=[(RatedImage.of(a), RatedImage.of(b)) for a, b in found])
+    return NextView(images=[RatedImage.of(image) for image in service.next_images(name, query)])
 
 
 @writing.post("/ratings/{name}")
@@ -238,12 +243,17 @@ def head(folder: Folder, name: Name) -> HeadView:
         worth_raters=learnt.worth,
         more=learnt.more,
         verdict=learnt.verdict,
-        best=[ScoredImage(key=key, score=score) for key, score in learnt.best],
-        worst=[ScoredImage(key=key, score=score) for key, score in learnt.worst],
+        best=_scored(service, learnt.best),
+        worst=_scored(service, learnt.worst),
         of=learnt.of,
         seconds=learnt.seconds,
         **common,
     )
+
+
+def _scored(service: RatingService, found: Iterable[tuple[str, float]]) -> list[ScoredImage]:
+    shown = ((service.shown(key), score) for key, score in found)
+    return [ScoredImage(key=i.key, score=score, blurred=i.blurred) for i, score in shown if i is not None]
 
 
 def _row(about: RatingSet, body: NewRating) -> Row:

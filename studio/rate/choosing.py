@@ -10,15 +10,17 @@ import numpy as np
 import numpy.typing as npt
 
 from aesthetic.splits import FOLDS, folds_of
-from studio.rate.learning import LearntHead, VectorSample
+from studio.rate.learning import LearntHead
 
 Rows = npt.NDArray[np.int64]
 
 _WHOLE = 200_000  # rows up to which they are put in a random order at once
-_POOL = 4000  # images that stand for all where those are chosen that teach most: 0.4 s for vectors of 512 numbers
+POOL = 4000
+"""Images that stand for all where those are chosen that teach most: in half a second, of vectors of 512 numbers."""
 _FIRST_PENALTY = 0.01
 """Of a head that does not exist yet: what is chosen by vectors of unit norm, most often."""
 _TRIES = 200  # pairs that are looked at before it is said that there are no more
+_FEW_IMAGES = 60
 _NEAR = 0.1  # share of the images, by score, within which two are near each other
 
 
@@ -67,8 +69,8 @@ def most_telling(
     a spread of the images, while there is no head. known (n, d): the vectors of what is rated, `learnt` or not."""
     from aesthetic.suggest import suggest
 
-    if len(pool) > _POOL:
-        even = np.arange(_POOL) * len(pool) // _POOL
+    if len(pool) > POOL:
+        even = np.arange(POOL) * len(pool) // POOL
         return even[most_telling(learnt, known, pool[even], count)]
     if not len(pool):
         return np.zeros(0, np.int64)
@@ -114,7 +116,9 @@ def pairs(
             name, *others = (keys[row] for row in rows[[first, *near]])
             fold = _folds([name, *others])
             same = [other for other, its in zip(others, fold[1:], strict=True) if its == fold[0]]
-            yield from ((name, other) for other in (same or others)[:1])
+            if len(rows) < _FEW_IMAGES:  # folds are dealt, whatever is chosen here
+                same = others
+            yield from ((name, other) for other in same[:1])
 
     for pair in islice(drawn(), _TRIES + 10 * count):
         if (both := frozenset(pair)) not in seen and len(both) == 2:
@@ -128,8 +132,3 @@ def _folds(names: list[str]) -> list[int]:
     """The fold of each image, as `fit_comparisons` has it where there are many."""
     filler = [f" {i}" for i in range(60)]  # of few groups folds would be dealt, not hashed
     return folds_of([*names, *filler], FOLDS)[: len(names)].tolist()
-
-
-def unrated(sample: VectorSample, rated: Rows) -> Rows:
-    """The rows of a sample whose images are not among these."""
-    return np.flatnonzero(~np.isin(sample.images, rated))

@@ -20,19 +20,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from aesthetic.errors import DiskFull, UserError
-from aesthetic.files import write_atomic
 from aesthetic.untrusted import read_bytes
 from curate.layout import Data
 from curate.store.clients import StoreUnavailable
-from curate.store.files import open_own, read_json, write_json
+from curate.store.files import json_bytes, open_own, read_json
 from curate.store.objects import Changed
 from studio.errors import NotHere
 
 SetKind = Literal["scores", "labels", "pairs"]
 Row = tuple[str, ...]
+T = TypeVar("T")
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "scores": ("image", "score", "rater"),
@@ -48,6 +48,7 @@ MOST = 1_000_000
 """Ratings in one set."""
 
 _LARGEST = 256 << 20  # bytes of a file
+_TRIES = 20  # on an object store, where somebody else was first
 _PATIENCE = 10.0  # seconds in which another process ends its write: it takes milliseconds
 
 
@@ -85,38 +86,58 @@ class RatingLog:
     def add(self, row: Row) -> int:
         """Write a rating, in place of the same rater's of the same image(s); how many there are. It is on the disk
         when this returns. Raises NotHere where it could not be written; nothing has changed then."""
-        with self.held():
-            if len(self._rows) >= MOST:
-                raise UserError(f"{self.path.name} holds {MOST:,} ratings, as many as one set may: begin another")
-            old = self._place.get(self.about.identity(row))
-            if old is None:
-                self._append(row)
-            else:
-                rows = [*self._rows[:old], *self._rows[old + 1 :], row]
-                replaced = self._rows[old]
-                self._write(rows)
-                if replaced != row:  # else it is the same answer, sent again
-                    self._before[row] = old, replaced
-            return len(self._rows)
+        return self._retried(lambda: self._add(row))
+
+    def _add(self, row: Row) -> int:
+        if len(self._rows) >= MOST:
+            raise UserError(f"{self.path.name} holds {MOST:,} ratings, as many as one set may: begin another")
+        old = self._place.get(self.about.identity(row))
+        if old is None:
+            self._append(row)
+        else:
+            replaced = self._rows[old]
+            self._write([*self._rows[:old], *self._rows[old + 1 :], row])
+            if replaced != row:  # else it is the same answer, sent again
+                self._before[row] = old, replaced
+        return len(self._rows)
 
     def undo(self, rater: str, images: Sequence[str] = ()) -> tuple[Row | None, Row | None, int]:
         """Take back the rater's last rating, or that of these images: it, what stood there before where that is still
         known, and how many there are now. (None, None, ...) where there is none. Raises NotHere as `add`."""
-        with self.held():
-            if images:
-                at = self._place.get((*sorted(images), rater))
-            else:
-                at = next((i for i in range(len(self._rows) - 1, -1, -1) if self._rows[i][-1] == rater), None)
-            if at is None:
-                return None, None, len(self._rows)
-            row = self._rows[at]
-            rows = [*self._rows[:at], *self._rows[at + 1 :]]
-            place, before = self._before.get(row, (0, None))
-            if before is not None:
-                rows.insert(min(place, len(rows)), before)
-            self._write(rows)
-            self._before.pop(row, None)
-            return row, before, len(self._rows)
+        return self._retried(lambda: self._undo(rater, images))
+
+    def _undo(self, rater: str, images: Sequence[str]) -> tuple[Row | None, Row | None, int]:
+        if images:
+            at = self._place.get((*sorted(images), rater))
+        else:
+            at = next((i for i in range(len(self._rows) - 1, -1, -1) if self._rows[i][-1] == rater), None)
+        if at is None:
+            return None, None, len(self._rows)
+        row = self._rows[at]
+        rows = [*self._rows[:at], *self._rows[at + 1 :]]
+        place, before = self._before.get(row, (0, None))
+        if before is not None:
+            rows.insert(min(place, len(rows)), before)
+        self._write(rows)
+        self._before.pop(row, None)
+        return row, before, len(self._rows)
+
+    def _retried(self, work: Callable[[], T]) -> T:
+        """What `work` returns while nobody else writes. On an object store others can: then again, on what they wrote.
+        Raises NotHere where nothing could be written; nothing has changed then."""
+        for tries in range(_TRIES):
+            with self.held():
+                try:
+                    return work()
+                except (OSError, DiskFull, StoreUnavailable, Changed) as e:
+                    self._stamp = None  # read again, whatever lies there now
+                    if isinstance(e, Changed) and tries + 1 < _TRIES:
+                        continue
+                    why = (e.strerror or str(e)) if isinstance(e, OSError) else str(e).split(". ")[0]
+                    hint = "make room or put right what is wrong, then do it again; all that was confirmed is there"
+                    shown = self.data.shown(self.path)
+                    raise NotHere(f"{shown} could not be written: {why}. This was not saved.", hint) from e
+        raise AssertionError
 
     def rows(self) -> list[Row]:
         """All ratings, in the order of the file."""
@@ -136,9 +157,12 @@ class RatingLog:
                 yield
                 return
             with _locked(self.path.parent / ".lock"):
-                self.data.bring(self.path)
-                if self._stamp is None or self._stamp != _stamp(self.path):
-                    self._read()
+                try:
+                    self.data.store.bring_newest(self.path)
+                    if self._stamp is None or self._stamp != _stamp(self.path):
+                        self._read()
+                except (OSError, DiskFull, StoreUnavailable, Changed) as e:
+                    raise NotHere(f"{self.data.shown(self.path)} cannot be read: {e}", "try again in a while") from e
                 self._is_held = True
                 try:
                     yield
@@ -152,7 +176,7 @@ class RatingLog:
         whole = content[: content.rfind(b"\n") + 1]
         if whole != content:
             self._log(f"{self.path}: the last line was not whole and was left out: {content[len(whole) :][:200]!r}")
-            write_atomic(self.path, whole or self._line(COLUMNS[self.about.kind]))
+            self.data.store.replace(self.path, whole or self._line(COLUMNS[self.about.kind]))
         self._take(self._parse(whole))
 
     def _parse(self, content: bytes) -> list[Row]:
@@ -178,50 +202,29 @@ class RatingLog:
         self._stamp, self.version = _stamp(self.path), self.version + 1
 
     def _append(self, row: Row) -> None:
-        if not self.path.exists():  # somebody took it away
+        if self.data.url is not None or not self.path.exists():  # there objects are written whole; or it was taken away
             self._write([*self._rows, row])
             return
-        with self._undone_if_it_fails():
-            fd = open_own(self.path, os.O_WRONLY | os.O_APPEND)
-            size = os.fstat(fd).st_size
-            try:
-                line = self._line(row)
-                if os.write(fd, line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(fd)
-                self.data.push(self.path)
-            except BaseException:
-                os.ftruncate(fd, size)
-                raise
-            finally:
-                os.close(fd)
+        fd = open_own(self.path, os.O_WRONLY | os.O_APPEND)
+        size = os.fstat(fd).st_size
+        try:
+            line = self._line(row)
+            if os.write(fd, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(fd)
+        except BaseException:
+            os.ftruncate(fd, size)
+            raise
+        finally:
+            os.close(fd)
         self._place[self.about.identity(row)] = len(self._rows)
         self._rows.append(row)
         self._raters[row[-1]] += 1
         self._stamp, self.version = _stamp(self.path), self.version + 1
 
     def _write(self, rows: list[Row]) -> None:
-        content = b"".join(map(self._line, [COLUMNS[self.about.kind], *rows]))
-        with self._undone_if_it_fails():
-            before = self.path.read_bytes() if self.data.url and self.path.exists() else None
-            write_atomic(self.path, content)
-            try:
-                self.data.push(self.path)
-            except BaseException:
-                if before is not None:
-                    write_atomic(self.path, before)
-                raise
+        self.data.store.replace(self.path, b"".join(map(self._line, [COLUMNS[self.about.kind], *rows])))
         self._take(rows)
-
-    @contextlib.contextmanager
-    def _undone_if_it_fails(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, DiskFull, StoreUnavailable, Changed) as e:
-            self._stamp = None  # read again, whatever lies there now
-            why = (e.strerror or str(e)) if isinstance(e, OSError) else str(e).split(". ")[0]
-            hint = "make room or put right what is wrong, then do it again; all that was confirmed is there"
-            raise NotHere(f"{self.data.shown(self.path)} could not be written: {why}. This was not saved.", hint) from e
 
     def _line(self, row: Row) -> bytes:
         text = io.StringIO(newline="")
@@ -269,15 +272,15 @@ def make_set(data: Data, about: RatingSet, log: Callable[[str], None]) -> None:
     """Write an empty set of ratings. UserError where there is one of that name, NotHere where it can't be written."""
     record, path = data.ratings_record(about.name), data.ratings(about.name)
     with _locked(record.parent / ".lock"):
-        data.bring(record, path)
+        data.store.bring_newest(record)
+        data.store.bring_newest(path)
         if record.exists() or path.exists():
             raise UserError(f"there are ratings called {about.name} already: rate on in these, or choose another name")
         scale = None if about.scale is None else list(about.scale)
         try:
-            write_atomic(path, ",".join(COLUMNS[about.kind]).encode() + b"\n")
-            write_json(record, {"kind": about.kind, "scale": scale, "concept": about.concept})
-            data.push(path, record)
-        except (OSError, DiskFull, StoreUnavailable) as e:
+            data.store.replace(path, ",".join(COLUMNS[about.kind]).encode() + b"\n")
+            data.store.replace(record, json_bytes({"kind": about.kind, "scale": scale, "concept": about.concept}))
+        except (OSError, DiskFull, StoreUnavailable, Changed) as e:
             raise NotHere(f"{data.shown(path)} could not be written: {e}", "make room, then do it again") from e
     log(f"ratings {about.name}: {about.kind}")
 

@@ -29,9 +29,9 @@ METRICS = {"scores": "spearman", "labels": "auroc", "pairs": "accuracy"}
 class LearntHead:
     """A head, and how good it is; or why there is none yet.
 
-    version: of the ratings that it was fitted to. kind: what `tastemaker fit` took these for: labels of which several
-    raters' differ are scores. best, worst: (key, score) of images that nobody has rated, `of` so many. rated (n, d):
-    the vectors learnt from; penalty: the ridge's.
+    version: of the ratings that it was fitted to; -1 where these were not looked at. kind: what `tastemaker fit` took
+    these for: labels of which several raters' differ are scores. best, worst: (key, score) of images that nobody has
+    rated, `of` so many. rated (n, d): the vectors learnt from; penalty: the ridge's.
     """
 
     version: int
@@ -65,7 +65,12 @@ class VectorSample:
 
     @staticmethod
     def of(vectors: KeptVectors) -> VectorSample:
-        images = vectors.draw(np.zeros(0, np.int64), LOOKED_AT)
+        """All, or LOOKED_AT of them."""
+        return VectorSample.at(vectors, vectors.draw(np.zeros(0, np.int64), LOOKED_AT))
+
+    @staticmethod
+    def at(vectors: KeptVectors, images: np.ndarray) -> VectorSample:
+        """These, but for those whose vector is not finite."""
         found = vectors.read_vectors(images)
         whole = np.isfinite(found).all(1)
         return VectorSample(images[whole], vectors.keys(images[whole]), found[whole])
@@ -103,7 +108,7 @@ def learn(log: RatingLog, vectors: KeptVectors, sample: VectorSample) -> LearntH
 
     return LearntHead(
         version=version,
-        ratings=int(rated.joined.sum()),
+        ratings=count,
         kind=ratings.kind,
         metric=report["metrics"][METRICS[ratings.kind]],
         ceiling=noise.get("ceiling"),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import threading
-from collections.abc import Collection, Iterator
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -14,9 +18,11 @@ from fastapi import HTTPException
 
 from aesthetic.errors import UserError
 from curate.layout import Data
+from curate.store.files import digest
 from studio.rate import choosing
+from studio.rate.choosing import Rows
 from studio.rate.commands import apply_words, fit_words
-from studio.rate.files import ANSWERS, NAME, RATER, RatingLog, RatingSet, Row, make_set, read_set
+from studio.rate.files import ANSWERS, RATER, RatingLog, RatingSet, Row, make_set, read_set
 from studio.rate.learning import HeadLearner, LearntHead, VectorSample
 
 if TYPE_CHECKING:
@@ -24,6 +30,19 @@ if TYPE_CHECKING:
     from studio.data import StudioData
 
 How = Literal["random", "around", "teach"]
+
+
+_LOOK = 5.0  # seconds after which it is seen whether vectors were made anew
+_SELECTIONS = 4  # of which images to choose from are kept
+
+
+@dataclass(frozen=True)
+class ShownImage:
+    """An image to rate."""
+
+    key: str
+    caption: str
+    blurred: bool
 
 
 @dataclass(frozen=True)
@@ -45,13 +64,18 @@ class RatingService:
         self.folder, self.data = folder, folder.data
         self.learner = HeadLearner(self.vectors, folder.on_fault)
         self._logs: dict[str, RatingLog] = {}
-        self._lock = threading.Lock()
-        self._opening = threading.Lock()
-        self._vectors: tuple[object, KeptVectors, VectorSample] | None = None
+        self._lock, self._opening = threading.Lock(), threading.Lock()
+        self._opened: tuple[str, KeptVectors, VectorSample] | None = None
+        self._looked = 0.0
+        self._of_selections: OrderedDict[str, VectorSample] = OrderedDict()
 
     def stop(self) -> None:
         """Begin nothing more."""
         self.learner.stop()
+
+    def look(self) -> None:
+        """The data folder may have changed."""
+        self._looked = 0.0
 
     # ----------------------------------------------------------------------------------------------------- sets
 
@@ -72,8 +96,6 @@ class RatingService:
 
     def make(self, about: RatingSet) -> RatingLog:
         """Begin a set of ratings. UserError where its name is taken, or can't be that of a column."""
-        if not re.fullmatch(NAME, about.name):
-            raise UserError(f"{about.name!r}: a name is lower case letters, digits and _, and begins with a letter")
         if about.name in _taken_names(self.data):
             raise UserError(f"there is a column {about.name} already, and what is learnt goes into one of its name")
         make_set(self.data, about, self.folder.log)
@@ -85,18 +107,17 @@ class RatingService:
         """Write a rating: cells as the set's file has them. How many there are. A 404 where there is no such image."""
         log = self.log(name)
         check_row(log.about, row)
-        images = row[:-2]
-        for key in images:
-            if not self.is_shown(key):
-                raise HTTPException(404, f"there is no image {key[:60]}")
+        for key in row[:-2]:
+            if self.shown(key) is None:
+                raise HTTPException(404, f"there is no image {key}")
         count = log.add(row)
         self.learner.want(log)
         return count
 
-    def undo(self, name: str, rater: str, images: Collection[str] = ()) -> tuple[Row | None, Row | None, int]:
+    def undo(self, name: str, rater: str, images: Sequence[str] = ()) -> tuple[Row | None, Row | None, int]:
         """Take back a rater's last rating, or that of these images; as `RatingLog.undo`."""
         log = self.log(name)
-        found = log.undo(rater, tuple(images))
+        found = log.undo(rater, images)
         self.learner.want(log)
         return found
 
@@ -114,68 +135,132 @@ class RatingService:
 
     # --------------------------------------------------------------------------------------------- which are next
 
-    def next_images(self, name: str, wanted: NextQuery) -> list[str]:
-        """Keys of images that the rater has not rated yet, the next one first; fewer where there are no more."""
-        log = self.log(name)
-        rows = log.rows()
-        own = {row[0] for row in rows if row[-1] == wanted.rater}
-        if wanted.how == "teach":
-            return self._telling(name, wanted, {row[0] for row in rows})
-        return self._first(self._random(name, wanted), own, wanted.count)
+    def next_images(self, name: str, query: NextQuery) -> list[ShownImage]:
+        """Images that the rater has not rated yet, the next one first; fewer where there are no more."""
+        rows = self.log(name).rows()
+        own = {row[0] for row in rows if row[-1] == query.rater}
+        if query.how == "teach":
+            return list(self._shown(self._telling(name, query, {row[0] for row in rows})))
+        found: Iterable[str]
+        if query.how == "around":
+            found = self._around(query, query.count + len(own))
+        else:
+            found = self._random(choosing.seed_of(name), query)
+        return list(islice(self._shown(key for key in found if key not in own), query.count))
 
-    def next_pairs(self, name: str, wanted: NextQuery) -> list[tuple[str, str]]:
-        """Pairs of images that the rater has not compared yet."""
-        log = self.log(name)
-        seen = {frozenset(row[:2]) for row in log.rows() if row[-1] == wanted.rater}
-        _, sample = self.vectors()
+    def next_pairs(self, name: str, query: NextQuery) -> list[tuple[ShownImage, ShownImage]]:
+        """Pairs of images that the rater has not compared yet; by the present head they are about as good."""
+        seen = {frozenset(row[:2]) for row in self.log(name).rows() if row[-1] == query.rater}
+        sample, scores, seed = self._sample(query), None, choosing.seed_of(name, query.rater)
         learnt, _ = self.learner.get(name)
-        scores = None if learnt is None or learnt.sample is not sample else learnt.scores
-        rows = np.arange(len(sample.keys))
-        return choosing.pairs(sample.keys, rows, scores, seen, wanted.count, choosing.seed_of(name, wanted.rater))
+        if learnt is not None and learnt.head is not None and len(sample.vectors):
+            scores = learnt.scores if sample is learnt.sample else learnt.head(sample.vectors).astype(np.float64)
+        found = choosing.pairs(sample.keys, np.arange(len(sample.keys)), scores, seen, query.count, seed)
+        shown = ((self.shown(a), self.shown(b)) for a, b in found)
+        return [(a, b) for a, b in shown if a is not None and b is not None]
 
-    def _telling(self, name: str, wanted: NextQuery, rated: set[str]) -> list[str]:
-        vectors, sample = self.vectors()
+    def _telling(self, name: str, query: NextQuery, rated: set[str]) -> list[str]:
+        vectors, _ = self.vectors()
+        sample = self._sample(query)
         known = vectors.images(sorted(rated))
         known = np.unique(known[known >= 0])
-        rows = choosing.unrated(sample, known)
+        rows = np.flatnonzero(~np.isin(sample.images, known))
         learnt, _ = self.learner.get(name)
-        chosen = choosing.most_telling(learnt, vectors.vectors(known)[0], sample.vectors[rows], wanted.count)
+        chosen = choosing.most_telling(learnt, vectors.vectors(known)[0], sample.vectors[rows], query.count)
         return [sample.keys[row] for row in rows[chosen]]
 
-    def _random(self, name: str, wanted: NextQuery) -> Iterator[list[str]]:
-        """Keys in a random order, the same for every rater: so several rate the same images, and it shows how far they
-        agree."""
-        vectors, _ = self.vectors()
-        order = choosing.shuffled(vectors.count, choosing.seed_of(name))
-        while images := [image for image, _ in zip(order, range(wanted.count + 20), strict=False)]:
-            found = np.array(images, np.int64)
-            yield vectors.keys(found[vectors.shown(found)])
+    def _around(self, query: NextQuery, most: int) -> list[str]:
+        explorer = self.folder.explorer
+        values, rows = explorer.values(query.column), self._rows(query.selection)
+        rows = np.arange(len(values)) if rows is None else rows
+        return [explorer.key(int(row)) for row in choosing.around(values[rows], rows, query.value, most)]
 
-    @staticmethod
-    def _first(found: Iterator[list[str]], without: Collection[str], count: int) -> list[str]:
-        keys: list[str] = []
-        for some in found:
-            keys += [key for key in some if key not in without]
-            if len(keys) >= count:
-                break
-        return keys[:count]
+    def _random(self, seed: int, query: NextQuery) -> Iterator[str]:
+        """Keys in a random order, the same for every rater: so several rate the same images, and it shows how far they
+        agree. Images without a vector are left out, where there are vectors: no head can learn from them."""
+        explorer, vectors = self.folder.explorer, self._vectors_or_none()
+        rows = self._rows(query.selection)
+        if vectors is not None and rows is None:
+            order = choosing.shuffled(vectors.count, seed)
+            while some := list(islice(order, query.count + 20)):
+                yield from vectors.keys(np.array(some))
+            return
+        order = choosing.shuffled(explorer.count if rows is None else len(rows), seed)
+        while some := list(islice(order, query.count + 20)):
+            keys = [explorer.key(int(row)) for row in (some if rows is None else rows[some])]
+            if vectors is not None:
+                keys = [key for key, image in zip(keys, vectors.images(keys), strict=True) if image >= 0]
+            yield from keys
+
+    def _rows(self, selection: str) -> Rows | None:
+        """The rows that a live selection keeps; None where all are meant."""
+        if not selection:
+            return None
+        try:
+            return np.flatnonzero(self.folder.explorer.selection(selection).kept)
+        except KeyError:
+            raise HTTPException(404, f"there is no selection {selection}, or no longer: make it again") from None
+
+    def _sample(self, query: NextQuery) -> VectorSample:
+        """Images to choose from: those of the sample of all, or some of a selection."""
+        if not query.selection and self._vectors_or_none() is not None:
+            return self.vectors()[1]
+        with self._lock:
+            if (found := self._of_selections.get(query.selection)) is not None:
+                return found
+        vectors = self._vectors_or_none()
+        keys = list(islice(self._random(choosing.seed_of(query.selection), query), choosing.POOL))
+        if vectors is None:
+            return VectorSample(np.full(len(keys), -1), keys, np.zeros((0, 0), np.float16))
+        found = VectorSample.at(vectors, np.sort(vectors.images(keys)))
+        with self._lock:
+            self._of_selections[query.selection] = found
+            while len(self._of_selections) > _SELECTIONS:
+                self._of_selections.popitem(last=False)
+        return found
 
     # ---------------------------------------------------------------------------------------------- what is asked
 
-    def is_shown(self, key: str) -> bool:
-        """Whether there is an image of this key that may be seen."""
-        vectors, _ = self.vectors()
-        return bool(vectors.images([key])[0] >= 0)
+    def shown(self, key: str) -> ShownImage | None:
+        """An image by its key; None where there is none, or it must not be seen."""
+        try:
+            found = self.folder.images.find(key)
+        except KeyError:
+            return None
+        caption, snapshot = "", self.folder.explorer.snapshot_or_none
+        with contextlib.suppress(KeyError):
+            caption = (snapshot.rows.caption(snapshot.row(key)) if snapshot else None) or ""
+        return ShownImage(key, caption, found.blurred)
+
+    def _shown(self, keys: Iterable[str]) -> Iterator[ShownImage]:
+        return (image for key in keys if (image := self.shown(key)) is not None)
+
+    def _vectors_or_none(self) -> KeptVectors | None:
+        try:
+            return self.vectors()[0]
+        except UserError:
+            return None
 
     def vectors(self) -> tuple[KeptVectors, VectorSample]:
         """The folder's vectors, and a sample of them in memory; UserError where there are none."""
         from curate.sources.kept_vectors import KeptVectors
 
         with self._opening:
-            if self._vectors is None:
-                vectors = KeptVectors(str(self.data))
-                self._vectors = None, vectors, VectorSample.of(vectors)
-            return self._vectors[1:]
+            if self._opened is None or time.monotonic() - self._looked > _LOOK:
+                signature = self._signature()
+                if self._opened is None or self._opened[0] != signature:
+                    vectors = KeptVectors(str(self.data))
+                    self._opened = signature, vectors, VectorSample.of(vectors)
+                    with self._lock:
+                        self._of_selections.clear()
+                self._looked = time.monotonic()
+            return self._opened[1:]
+
+    def _signature(self) -> str:
+        """What is another when vectors were made anew, or there are other columns, which may hide images."""
+        data = self.data
+        records = [data.embedded_record(shard) for shard in data.shards(data.embedded_record)]
+        return digest([[data.store.stamp(record) for record in records], data.annotated()])
 
     # -------------------------------------------------------------------------------------------------- commands
 

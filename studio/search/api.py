@@ -91,7 +91,7 @@ api = APIRouter(prefix="/api")
 
 
 @api.get("/search")
-async def state(service: Service) -> SearchStateView:
+def state(service: Service) -> SearchStateView:
     """What can be searched for, and how far the index is."""
     ability = service.ability()
     index = SearchIndexView.model_validate(service.index_state)

@@ -32,7 +32,7 @@ from studio.search.vectors import VectorFile, VectorTable, largest
 
 VERSION = 1  # of the files
 
-DEPTH = 4000
+DEPTH = 10_000
 """Images that look nearest by their codes, which are compared exactly."""
 
 _BLOCK = 500_000  # vectors whose codes are one file, about
@@ -71,8 +71,7 @@ class CodeIndex:
         """The `count` rows, of all or of some, nearest to a query (dim,), with the products, largest first; and
         whether each was compared exactly. Of more than DEPTH rows there are DEPTH at most."""
         table = self._table
-        kept = table.shown if rows is None else int((table.vector_of[rows] >= 0).sum())
-        if kept <= DEPTH:
+        if table.shown_of(rows) <= DEPTH:
             some = np.flatnonzero(table.vector_of >= 0 if rows is None else rows & (table.vector_of >= 0))
             return *table.ranked(query, some, count), True
         found = self.candidates(query, table.among(rows))

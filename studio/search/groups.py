@@ -132,15 +132,19 @@ class CopyGroups:
 
 
 def _read_column(table: LedgerTable, keys: npt.NDArray[np.uint64]) -> GroupColumn:
-    """The groups of a table's column that is called like its entry; rows that are not shown are in none."""
+    """The groups of a table's column that is called like its entry; rows that are not shown are in none. UserError
+    where it can't be read."""
     name = table.name.removeprefix(f"{ANNOTATED}/")
     own, groups = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
-    for file in table.files:
-        with pq.ParquetFile(table.data.local(file)) as stored:
-            read = stored.read([table.key, name], use_threads=False)
-        read = read.filter(pc.is_valid(read[name]))
-        own.append(pc.cast(read[table.key], pa.uint64()).to_numpy())
-        groups.append(pc.cast(read[name], pa.uint64()).to_numpy())
+    try:
+        for file in table.files:
+            with pq.ParquetFile(table.data.local(file)) as stored:
+                read = stored.read([table.key, name], use_threads=False)
+            read = read.filter(pc.is_valid(read[name]))
+            own.append(pc.cast(read[table.key], pa.uint64()).to_numpy())
+            groups.append(pc.cast(read[name], pa.uint64()).to_numpy())
+    except (OSError, pa.ArrowException) as e:
+        raise UserError(f"{table.name} can't be read ({e}). If it is being made anew, try again in a while.") from e
     key, group = np.concatenate(own), np.concatenate(groups)
     at = np.minimum(np.searchsorted(keys, key), max(0, len(keys) - 1)).astype(np.int32)
     shown = keys[at] == key if len(keys) else np.zeros(len(key), np.bool_)

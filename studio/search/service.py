@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import threading
 import time
@@ -16,6 +17,7 @@ from fastapi import HTTPException
 
 from aesthetic.errors import UserError
 from curate.layout import Data
+from studio.errors import NotHere
 from studio.queue import BoundedExecutor
 from studio.search.codes import CodeBuilder, CodeIndex
 from studio.search.groups import CopyGroups
@@ -73,8 +75,9 @@ class _Version:
 class SearchService:
     """Search over a data folder's vectors, for all who look at it.
 
-    Nothing is read before somebody searches. Vectors are looked up anew where the data has changed. Where they are too
-    many an index is made in the background, in `folder`; until it is ready every vector is compared.
+    Vectors are looked up anew where the data has changed; of those on an object store none is read before somebody
+    searches. Where they are too many an index is made in the background, in `folder` (None: for this time alone); until
+    it is ready every vector is compared.
     """
 
     def __init__(
@@ -86,9 +89,11 @@ class SearchService:
         self.searching = BoundedExecutor("searching", 2)
         self._lock, self._making, self._closed = threading.Lock(), threading.Lock(), False
         self._version: _Version | None = None
-        self._ability, self._looked = EncoderAbility(False, "the encoder is being looked for", False), -1
+        self._ability: EncoderAbility | None = None
+        self._looked, self.looked_up = -1, threading.Event()  # for which version, and whether it was once
         self._texts = OrderedDict[str, Scores]()
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self.ability()
 
     def stop(self) -> None:
         """Begin nothing more."""
@@ -101,6 +106,7 @@ class SearchService:
     def close(self) -> None:
         """Stop, and wait for what runs to end."""
         self.stop()
+        self._looking.join(1)
         if self._version is not None and self._version.builder is not None:
             self._version.builder.wait()
         if self._temporary is not None:
@@ -109,21 +115,32 @@ class SearchService:
     # ------------------------------------------------------------------------------------------ what there is to say
 
     def ability(self) -> EncoderAbility:
-        """What can be searched for, as far as it is known: it is looked up beside, the first time."""
+        """What can be searched for. Whether the encoder is here is looked up beside; until that is known it is said to
+        be, where there are vectors."""
         with self._lock:
-            if self._looked != self._explorer.version:  # else what is known of the version before holds meanwhile
+            if self._looked != self._explorer.version:
                 self._looked = self._explorer.version
-                threading.Thread(target=self._look, name="encoder", daemon=True).start()
-        return self._ability
+                there = self._data.exists(self._data.space)
+                self._ability = self._ability or EncoderAbility(
+                    there, "" if there else "there are no vectors yet", there
+                )
+                self._looking = threading.Thread(target=self._look, name="encoder", daemon=True)
+                self._looking.start()
+            assert self._ability is not None
+            return self._ability
 
     def _look(self) -> None:
         try:
             self._ability = self.encoder.ability()
+            if self._data.url is None and self._explorer.version:  # so that the first search need not wait
+                with contextlib.suppress(UserError, NotHere):
+                    self._current()
         except UserError as e:
             self._ability = EncoderAbility(False, str(e), False)
         except Exception as e:
             self._ability = EncoderAbility(False, "the encoder could not be looked for; the log says why", False)
             self._on_fault(e)
+        self.looked_up.set()
 
     @property
     def index_state(self) -> SearchIndexState:
@@ -142,33 +159,25 @@ class SearchService:
         be done."""
         began = time.perf_counter()
         version = self._current()
-        table = version.table
         query = self._query(version, asked)
-        exact = True
 
-        def find(rows: Mask | None) -> tuple[Rows, Scores]:
-            nonlocal exact
-            if version.index is not None:
-                found, scores, exact = version.index.nearest(query, asked.limit, rows)
-            else:
-                found, scores = table.nearest(query, asked.limit, rows)
-            return found, np.clip(scores, -1, 1)
+        def again(rows: Mask) -> tuple[Rows, Scores]:  # of the rows as they are: whatever has become of their vectors
+            return _best(self._current(), query, asked.limit, rows)[:2]
 
-        rows, scores = find(None)
-        id = self._explorer.add_ranking(rows, scores, asked.what, find, version.rows.rows.digest)
+        rows, scores, exact = _best(version, query, asked.limit)
+        id = self._explorer.add_ranking(rows, scores, asked.what, again, version.rows.rows.digest)
         recall = None
         if not exact and version.index is not None:
             kind = "images" if asked.key or asked.image is not None else "words"
             recall = version.index.recall.get(kind)
-        return SearchResult(id, asked.what, time.perf_counter() - began, exact, recall, table.shown)
+        return SearchResult(id, asked.what, time.perf_counter() - began, exact, recall, version.table.shown)
 
     def _query(self, version: _Version, asked: ParsedSearch) -> Scores:
         """What is searched for as one vector of unit length: the mean of what it should be like, less what not."""
-        table = version.table
         like = [self._text(asked.words)] if asked.words else []
         like += [self._of_image(version, asked.key)] if asked.key else []
-        like += [self._of_file(table, asked.image)] if asked.image is not None else []
-        query = np.mean(like, axis=0) if like else np.zeros(table.dim, np.float32)
+        like += [self._of_file(version, asked.image)] if asked.image is not None else []
+        query = np.mean(like, axis=0) if like else np.zeros(version.table.dim, np.float32)
         if asked.without:
             query = query - self._text(asked.without)
         length = np.linalg.norm(query)
@@ -198,12 +207,12 @@ class SearchService:
             raise UserError(f"the image {key} has no vector yet. `tastemaker embed {self._data}` makes it.")
         return version.table.vectors(np.array([row]))[0]
 
-    def _of_file(self, table: VectorTable, file: bytes) -> Scores:
+    def _of_file(self, version: _Version, file: bytes) -> Scores:
         """The vector of an image file; where there are two ways to look at it, that which is nearer to any image."""
         vectors = self.encoder.image(file)
         if len(vectors) == 1:
             return vectors[0]
-        return vectors[int(np.argmax([table.nearest(vector, 1)[1].max(initial=-1) for vector in vectors]))]
+        return vectors[int(np.argmax([_best(version, vector, 1)[1].max(initial=-1) for vector in vectors]))]
 
     def nearest(self, key: str) -> list[tuple[str, float]]:
         """The images nearest to one of the data, and their cosines, nearest first; none where there are no vectors, or
@@ -213,11 +222,8 @@ class SearchService:
             query = self._of_image(version, key)
         except UserError:
             return []
-        if version.index is not None:
-            rows, cosines, _ = version.index.nearest(query, NEAREST + 1)
-        else:
-            rows, cosines = version.table.nearest(query, NEAREST + 1)
-        found = [(version.rows.key(r), min(1.0, float(c))) for r, c in zip(rows.tolist(), cosines, strict=True)]
+        rows, cosines, _ = _best(version, query, NEAREST + 1)
+        found = [(version.rows.key(r), c) for r, c in zip(rows.tolist(), cosines.tolist(), strict=True)]
         return [(other, cosine) for other, cosine in found if other != key][:NEAREST]
 
     def _current(self) -> _Version:
@@ -243,3 +249,13 @@ class SearchService:
                 version.builder = CodeBuilder(version.table, self._folder, ready, self._on_fault)
                 version.builder.start()
             return version
+
+
+def _best(version: _Version, query: Scores, count: int, rows: Mask | None = None) -> tuple[Rows, Scores, bool]:
+    """The rows nearest to a query, of all or of some; their cosines; and whether every vector was compared."""
+    if version.index is not None:
+        found, scores, exact = version.index.nearest(query, count, rows)
+    else:
+        found, scores = version.table.nearest(query, count, rows)
+        exact = True
+    return found, np.clip(scores, -1, 1), exact

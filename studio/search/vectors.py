@@ -85,7 +85,13 @@ class VectorTable:
 
     def __init__(self, data: Data, rows: npt.NDArray[np.uint64]) -> None:
         """rows: the keys of all rows, (n,), ascending. Reads the keys of all vectors, and no vector. UserError where
-        the folder has none."""
+        the folder has none, or they can't be read."""
+        try:
+            self._read(data, rows)
+        except (OSError, pa.ArrowException) as e:
+            raise _unreadable(data, e) from e
+
+    def _read(self, data: Data, rows: npt.NDArray[np.uint64]) -> None:
         shards = data.shards(data.embedded_record) if data.exists(data.space) else []
         data.look(map(data.embedded_record, shards))
         self.data, self.files = data, list[VectorFile]()
@@ -108,6 +114,7 @@ class VectorTable:
         shown = np.flatnonzero(self.row_of >= 0)
         self.vector_of[self.row_of[shown]] = shown
         self.shown = len(shown)
+        self._is_whole = self.shown == self.count == len(rows) and bool((np.diff(self.row_of) > 0).all())
         self._starts = np.array([file.first for file in self.files])
         self._pool = ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="vectors")
 
@@ -122,17 +129,31 @@ class VectorTable:
         out = np.empty((len(rows), self.dim), np.float32)
         order = np.argsort(wanted, kind="stable")
         edges = np.searchsorted(wanted[order], [*self._starts, self.count])
-        for file, low, high in zip(self.files, edges[:-1], edges[1:], strict=True):
-            if low < high:
-                places = order[low:high]
+        needed = [
+            (f, order[low:high]) for f, low, high in zip(self.files, edges, edges[1:], strict=False) if low < high
+        ]
+        try:
+            self.data.bring(*(file.path for file, _ in needed))
+            for file, places in needed:
                 out[places] = file.read(wanted[places] - file.first)
+                self.release(file)
+        except OSError as e:
+            raise _unreadable(self.data, e) from e
         return out
 
     def among(self, rows: Mask | None) -> Mask | None:
         """Which vectors are of these rows, (m,), of all that are shown where `rows` is None; None: all are."""
+        if self._is_whole:  # vector i is row i
+            return rows
         if rows is None:
             return None if self.shown == self.count else self.row_of >= 0
         return (self.row_of >= 0) & rows[self.row_of]  # of -1 the last row is asked, in vain
+
+    def shown_of(self, rows: Mask | None) -> int:
+        """How many of these rows, of all where it is None, have a vector."""
+        if rows is None:
+            return self.shown
+        return int(np.count_nonzero(rows if self._is_whole else rows & (self.vector_of >= 0)))
 
     def nearest(self, query: Scores, count: int, rows: Mask | None = None) -> tuple[Rows, Scores]:
         """The `count` rows, of all or of some, whose vectors have the largest product with a query (dim,), and these
@@ -142,6 +163,7 @@ class VectorTable:
         def of_file(file: VectorFile) -> tuple[Rows, Scores]:
             part = None if among is None else among[file.first : file.first + file.count]
             found, scores = file.index(self.is_small).best(query, count, part)
+            self.release(file)
             return found + file.first, scores
 
         self.bring()
@@ -180,6 +202,10 @@ def largest(rows: Rows, scores: Scores, count: int) -> tuple[Rows, Scores]:
         rows, scores = rows[some], scores[some]
     order = np.lexsort((rows, -scores))[:count]
     return rows[order], scores[order]
+
+
+def _unreadable(data: Data, error: Exception) -> UserError:
+    return UserError(f"{data}/embedded can't be read ({error}). If it is being made anew, try again in a while.")
 
 
 def _keys(metadata: Path) -> npt.NDArray[np.uint64]:
