@@ -181,8 +181,7 @@ def test_the_keyboard_alone(opened: Open) -> None:
     page.wait_for_selector(".tile[aria-setsize='36']")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowDown")
-    chosen = page.locator(".tile[aria-selected=true]")
-    assert int(chosen.get_attribute("aria-posinset")) > 2
+    until(page, "+document.querySelector('.tile[aria-selected=true]').ariaPosInSet > 2")
     page.keyboard.press("End")
     page.wait_for_selector(".tile[aria-selected=true][aria-posinset='36']")
     page.keyboard.press("Enter")
@@ -272,6 +271,8 @@ def test_the_address_keeps_rules_and_view(opened: Open) -> None:
     page.select_option("#sort", "aesthetic")
     page.click("#direction")
     until(page, "location.hash.includes('descending=true')")
+    page.wait_for_timeout(200)
+    until(page, "!document.querySelector('#grid .grid').hasAttribute('aria-busy')")
     first = page.wait_for_selector(".tile.is-there[aria-posinset='1']").get_attribute("title")
     link = page.url
     page.reload()
