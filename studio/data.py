@@ -45,6 +45,7 @@ class StudioData:
     def look(self) -> None:
         """A command has run: look whether the data folder has changed."""
         self.explorer.look()
+        self.ratings.look()
 
     def stop(self) -> None:
         """Begin nothing more, and let streams of events end."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import os
 import resource
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import pandas as pd
 import pytest
 from small_serve import ServedData, serving_data
 
+from aesthetic.errors import UserError
 from aesthetic.head_files import read_head
 from aesthetic.ratings import read_ratings
 from bench import scale
@@ -24,9 +28,15 @@ from curate.layout import Data
 from curate.sources.image_vectors import DataFolderVectors
 from curate.sources.kept_vectors import KeptVectors
 from curate.sources.rated import fit_rated, join_ratings
-from curate.store.files import read_json
+from curate.store.files import read_json, sweep
+from curate.store.mirror import Mirror
+from curate.store.objects import ObjectStore
+from curate.verify import strays
 from pipelines.cli import main
+from studio.errors import NotHere
 from studio.rate import choosing
+from studio.rate.files import RatingLog, RatingSet, make_set
+from tests.stores import Proxy
 
 ROWS, SHARD = 600, 75
 
@@ -418,11 +428,50 @@ def test_verify_sweep_and_a_new_start_leave_ratings_alone(made: Path, client: ht
     (made / "data" / "heads" / "x.head").mkdir(parents=True, exist_ok=True)
     data = Data(made / "data")
     kept = {path: path.read_bytes() for path in (data.ratings(name), data.ratings_record(name))}
-    from curate.store.files import sweep
-    from curate.verify import strays
-
     sweep(data.root)
     assert not [path for path in strays(data) if "ratings" in str(path) or "heads" in str(path)]
     assert {path: path.read_bytes() for path in kept} == kept
     assert data.rated() and name in data.rated()
     assert os.listdir(data.root / "heads")
+
+
+WRITER = """
+import sys
+from curate.layout import Data
+from studio.rate.files import RatingLog, read_set
+data = Data.at(sys.argv[1])
+log = RatingLog(data, read_set(data, "taste"))
+for i in range(15):
+    log.add((f"{i:09d}", "2", "ben"))
+    if i % 5 == 4:
+        log.undo("ben")
+"""
+
+
+def test_on_an_object_store_each_rating_is_there_before_it_is_confirmed(
+    s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes write, each in a cache of its own; then the store is away."""
+    monkeypatch.setenv("TASTEMAKER_CACHE", str(tmp_path / "cache"))
+    data = Data.at(s3_url)
+    make_set(data, RatingSet("taste", "scores", (1, 7)), print)
+    with pytest.raises(UserError, match="already"):
+        make_set(data, RatingSet("taste", "labels"), print)
+    log = RatingLog(data, RatingSet("taste", "scores", (1, 7)))
+    environment = {**os.environ, "TASTEMAKER_CACHE": str(tmp_path / "other")}
+    with subprocess.Popen([sys.executable, "-c", WRITER, s3_url], env=environment) as other:
+        for i in range(15):
+            count = log.add((f"{i:09d}", "3", "anna"))
+            found = ObjectStore(s3_url).get("ratings/taste.csv")
+            assert found is not None and f"{i:09d},3,anna".encode() in found[0] and count > i
+        assert other.wait(60) == 0
+    assert log.raters() == {"anna": 15, "ben": 12}
+    before = log.rows()
+    with Proxy(1) as nowhere:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{nowhere.port}")
+        away = RatingLog(Data(data.root, s3_url), log.about)
+        monkeypatch.setattr(ObjectStore, "__init__", partialmethod(ObjectStore.__init__, patience=0.5))
+        away.data.__dict__["store"] = Mirror(s3_url)
+        with pytest.raises(NotHere, match="ratings/taste"):
+            away.add(("000000099", "1", "anna"))
+    assert log.rows() == before and log.add(("000000099", "1", "anna")) == 28

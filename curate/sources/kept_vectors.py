@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curate.ledger.schema import make_key, shard_of_key
-from curate.sources.image_vectors import DataFolderVectors
+from curate.sources.image_vectors import _SEED, DataFolderVectors
 from curate.sources.vectors import by_part
 
 if TYPE_CHECKING:
@@ -111,6 +111,15 @@ class KeptVectors(DataFolderVectors):
                 self._vector_of |= zip(new.tolist(), super().vectors(new)[0], strict=True)
             found = [self._vector_of[i] for i in images.tolist()]
         return np.array(found, np.float16).reshape(len(found), self.space.dim), np.ones(len(images), bool)
+
+    def draw_in_files(self, most: int, files: int) -> np.ndarray:
+        """Images of so many files of vectors, `most` at most, drawn at random, in order; the same ones at each call."""
+        rng = np.random.default_rng(_SEED)
+        chosen = np.sort(rng.choice(len(self._shards), min(files, len(self._shards)), replace=False))
+        images = np.concatenate([np.arange(self._starts[i], self._starts[i + 1]) for i in chosen])
+        if len(images) > most:
+            images = np.sort(rng.choice(images, most, replace=False))
+        return images[self.shown(images)]
 
     def read_vectors(self, images: np.ndarray) -> np.ndarray:
         """The vectors of many images (n, d), of which none is kept here."""

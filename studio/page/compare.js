@@ -1,12 +1,12 @@
-// Two selections side by side: the present one, and a saved one or what was pinned. How many are kept by both and by one
-// alone, as a bar, and their images; it follows while cuts are dragged. What it is compared with is in the address
+// Two selections side by side: the present one, and a saved one or what was pinned. How many are kept by both and by
+// one alone, as a bar, and their images; it follows while cuts are dragged. What it is compared with is in the address
 // (`compare`): "saved:NAME", or "rules:" and the rules that were pinned.
 
 import { ApiError, call, element, $ } from "/api.js";
 import { ImageGrid } from "/grid.js";
 import { openFromGrid } from "/image.js";
 import { count } from "/numbers.js";
-import { opensUnder } from "/panels.js";
+import { button, hint, opensUnder } from "/panels.js";
 import { change, state, subscribe } from "/store.js";
 
 const SIDES = ["other", "both", "only"]; // as GET /api/rows calls them, from left to right
@@ -18,7 +18,7 @@ class Comparison {
     this.counts = null;
     this.shown = "sides"; // or one of SIDES
     this.grids = new Map();
-    this.button = element("button", { type: "button" }, "Compare");
+    this.button = button("Compare", null);
     this.menu = element("div", { className: "compare-menu", role: "dialog" });
     this.menu.setAttribute("aria-label", "Compare with");
     place.append(this.button, this.menu);
@@ -39,35 +39,34 @@ class Comparison {
     this.parts = Object.fromEntries(SIDES.map((side) => [side, this.part(side)]));
     this.bar = element("div", { className: "compare-bar", role: "group" }, ...SIDES.map((side) => this.parts[side]));
     this.bar.setAttribute("aria-label", "What is kept by both, and by one alone");
-    this.sides = element("button", { type: "button", onclick: () => this.choose("sides") }, "Side by side");
-    const leave = element("button", { type: "button", className: "quiet", title: "Stop comparing", onclick: () => this.leave() }, "×");
-    leave.setAttribute("aria-label", "Stop comparing");
+    this.sides = button("Side by side", () => this.choose("sides"));
+    const leave = button("×", () => this.leave(), { className: "quiet", label: "Stop comparing" });
     this.error = element("p", { className: "error", hidden: true });
     this.error.setAttribute("role", "alert");
-    this.panes = Object.fromEntries(SIDES.map((side) => [side, element("div", { className: `compare-pane ${side}` }, element("h3", {}), element("div", { className: "compare-grid" }))]));
+    this.panes = Object.fromEntries(SIDES.map((side) => [side, pane(side)]));
+    const panes = element("div", { className: "compare-panes" }, ...Object.values(this.panes));
     const head = element("div", { className: "compare-head" }, this.title, this.sides, leave);
-    this.box = element("section", { className: "compared", hidden: true }, head, this.bar, this.error, element("div", { className: "compare-panes" }, ...SIDES.map((side) => this.panes[side])));
+    this.box = element("section", { className: "compared", hidden: true }, head, this.bar, this.error, panes);
     this.box.setAttribute("aria-label", "Two selections");
-    const grid = $("grid");
-    grid.before(this.box);
+    $("grid").before(this.box);
   }
 
   part(side) {
-    return element("button", { type: "button", className: `compare-part ${side}`, onclick: () => this.choose(this.shown === side ? "sides" : side) });
+    const choose = () => this.choose(this.shown === side ? "sides" : side);
+    return button("", choose, { className: `compare-part ${side}` });
   }
 
   // ----------------------------------------------------------------------------------------------- what it is with
 
   offer() {
-    const pin = element("button", { type: "button", onclick: () => this.begin({ rules: onOnly(state.rules) }) }, "Pin the selection as it is now");
+    const pin = button("Pin the selection as it is now", () => this.begin({ rules: onOnly(state.rules) }));
     const saved = state.data.selections.map(({ name, kept, stale, rules }) => {
-      const button = element("button", { type: "button", onclick: () => this.begin({ name, rules }) }, name, " ", element("span", { className: "hint" }, `${count(kept)} kept${stale ? ", of before the data changed" : ""}`));
-      return element("li", {}, button);
+      const words = hint(`${count(kept)} kept${stale ? ", of before the data changed" : ""}`);
+      return element("li", {}, button([name, " ", words], () => this.begin({ name, rules })));
     });
-    this.menu.replaceChildren(
-      pin, element("p", { className: "hint" }, "then change the rules: what comes and goes is shown side by side"),
-      ...(saved.length ? [element("h3", {}, "Or compare with a saved one"), element("ul", {}, ...saved)] : []),
-    );
+    const others = [element("h3", {}, "Or compare with a saved one"), element("ul", {}, ...saved)];
+    const then = hint("then change the rules: what comes and goes is shown side by side");
+    this.menu.replaceChildren(pin, then, ...(saved.length ? others : []));
     pin.focus();
   }
 
@@ -94,7 +93,7 @@ class Comparison {
     document.body.classList.toggle("comparing", Boolean(this.with));
     this.button.setAttribute("aria-pressed", String(Boolean(this.with)));
     if (!this.with) return this.close();
-    this.title.textContent = this.with.name ? `The rules now, beside ${this.with.name}` : "The rules now, beside those that were pinned";
+    this.title.textContent = `The rules now, beside ${this.with.name || "those that were pinned"}`;
     this.choose(narrow() ? "only" : "sides");
     this.follow();
   }
@@ -106,8 +105,9 @@ class Comparison {
       return rules ? { name, rules } : null;
     }
     try {
-      const rules = text.startsWith("rules:") && JSON.parse(text.slice(6)).map(([name, condition]) => ({ name: String(name), condition: String(condition) }));
-      return rules ? { name: "", rules } : null;
+      if (!text.startsWith("rules:")) return null;
+      const rule = ([name, condition]) => ({ name: String(name), condition: String(condition) });
+      return { name: "", rules: JSON.parse(text.slice(6)).map(rule) };
     } catch {
       return null;
     }
@@ -161,7 +161,7 @@ class Comparison {
       part.replaceChildren(element("b", {}, count(number)), ` ${words[side]}`);
       part.style.flexGrow = String(Math.max(number, 0));
       part.title = titles[side];
-      this.panes[side].firstChild.replaceChildren(titles[side], " ", element("span", { className: "hint" }, count(number)));
+      this.panes[side].firstChild.replaceChildren(titles[side], " ", hint(count(number)));
     }
   }
 
@@ -183,11 +183,11 @@ class Comparison {
 
   reload() {
     if (!this.with || !this.counts || !this.other) return;
-    const [a, b] = [state.live.id, this.other];
+    const sort = state.view.sort === "nearest" ? "key" : state.view.sort;
+    const asked = { selection: state.live.id, other: this.other, sort, descending: state.view.descending };
     for (const side of this.shown === "sides" ? ["other", "only"] : [this.shown]) {
-      const { sort, descending } = state.view;
-      const query = new URLSearchParams({ selection: a, other: b, show: side, sort: sort === "nearest" ? "key" : sort, descending });
-      const fetchRows = (offset, limit, signal) => call(`/api/rows?${query}&offset=${offset}&limit=${limit}`, { signal });
+      const path = `/api/rows?${new URLSearchParams({ ...asked, show: side })}`;
+      const fetchRows = (offset, limit, signal) => call(`${path}&offset=${offset}&limit=${limit}`, { signal });
       const grid = this.grids.get(side);
       if (grid) grid.reload({ fetchRows });
       else this.grids.set(side, this.newGrid(side, fetchRows));
@@ -209,6 +209,11 @@ class Comparison {
     });
     return grid;
   }
+}
+
+function pane(side) {
+  const grid = element("div", { className: "compare-grid" });
+  return element("div", { className: `compare-pane ${side}` }, element("h3", {}), grid);
 }
 
 const narrow = () => matchMedia("(max-width: 900px)").matches;

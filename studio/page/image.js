@@ -3,11 +3,13 @@
 //   openImage(key, { next, previous, selection, closed })
 //
 // next(key), previous(key): the neighbour in the order of whatever it was opened from, or null; may be promises.
-// where(key): which one of how many it is, in words. selection: the id of the selection whose rules are shown, or a function that gives it. closed(key): called with the
-// image that was seen last. While it is open the page's address names the image (`image=KEY` in the fragment).
+// where(key): which one of how many it is, in words. selection: the id of the selection whose rules are shown, or a
+// function that gives it. closed(key): called with the image that was seen last.
+// While it is open the page's address names the image (`image=KEY` in the fragment).
 
 import { ApiError, call, element } from "/api.js";
 import { count } from "/numbers.js";
+import { button } from "/panels.js";
 import { change, state, subscribe } from "/store.js";
 import { thumbnail } from "/tile.js";
 import { WhyPanel } from "/why.js";
@@ -39,21 +41,23 @@ class ImageView {
     this.other = figure("why-other");
     this.other.box.hidden = true;
     this.scale = element("output", { className: "why-scale" });
-    this.back = button("previous", "‹", "Previous image (←)", () => this.step(-1));
-    this.forth = button("next", "›", "Next image (→)", () => this.step(1));
+    this.back = button("‹", () => this.step(-1), { className: "why-step previous", label: "Previous image (←)" });
+    this.forth = button("›", () => this.step(1), { className: "why-step next", label: "Next image (→)" });
     this.stage = element("div", { className: "why-stage" }, this.main.box, this.other.box);
     this.frame = element("div", { className: "why-frame" }, this.stage, this.back, this.forth, this.scale);
     this.panel = new WhyPanel({
-      close: () => this.dialog.close(),
-      open: (key) => this.visit(key),
+      close: (after) => this.close(after),
       beside: (key, text) => this.beside(key, text),
       back: () => this.goBack(),
     });
-    this.dialog = element("dialog", { className: "why" }, this.frame, this.panel.box);
+    this.dialog = element("dialog", { className: "why", tabIndex: -1 }, this.frame, this.panel.box);
     this.dialog.setAttribute("aria-label", "One image");
     document.body.append(this.dialog);
     this.dialog.addEventListener("close", () => this.closed());
     this.dialog.addEventListener("keydown", (event) => this.pressed(event));
+    document.addEventListener("keydown", (event) => { // what had the focus may be gone
+      if (this.dialog.open && event.target === document.body) this.pressed(event);
+    });
     this.main.image.addEventListener("click", (event) => this.zoom(event));
     new ResizeObserver(() => this.fit()).observe(this.stage);
     this.swipes();
@@ -70,6 +74,12 @@ class ImageView {
     this.show(key);
   }
 
+  // after: what is done then, in place of giving the focus back.
+  close(after = null) {
+    this.after = after;
+    this.dialog.close();
+  }
+
   closed() {
     name(null);
     this.seen += 1;
@@ -78,6 +88,8 @@ class ImageView {
     if (closed) closed(this.key);
     else if (this.opener?.isConnected) this.opener.focus();
     this.key = null;
+    this.after?.();
+    this.after = null;
   }
 
   // Show an image at once, what is known of it as soon as the server says.
@@ -89,7 +101,7 @@ class ImageView {
     name(key);
     const seen = ++this.seen;
     this.back.disabled = this.forth.disabled = false;
-    const picture = this.load(this.main, key);
+    const loaded = this.load(this.main, key);
     this.panel.wait(key, this.trail.at(-1) ?? "", this.trail.length ? "" : (this.context.where?.(key) ?? ""));
     try {
       const why = await this.ask(key);
@@ -101,7 +113,7 @@ class ImageView {
     } catch (error) {
       if (seen === this.seen) this.panel.fail(error);
     }
-    await picture;
+    await loaded;
     if (seen === this.seen) this.prepare(seen);
   }
 
@@ -118,7 +130,8 @@ class ImageView {
     }
   }
 
-  // What is shown stays until the next image is there: first its thumbnail, which the browser has, then all of it.
+  // What is shown stays until the next image is there: first its thumbnail, which the browser has, then all of it. Of
+  // what can't be decoded the server sends one grey pixel.
   async load(figure, key) {
     const wanted = (figure.wanted = {});
     const place = async (source) => {
@@ -139,6 +152,7 @@ class ImageView {
       const image = new Image();
       image.src = imageUrl(key, figure === this.main && this.revealed);
       await image.decode();
+      if (image.naturalWidth * image.naturalHeight === 1) throw new Error("one grey pixel: it can't be decoded");
       await small;
       if (figure.wanted !== wanted) return;
       whole = true;
@@ -155,7 +169,7 @@ class ImageView {
   async prepare(seen) {
     const { next, previous } = this.context;
     const at = this.trail[0] ?? this.key;
-    const [after, before] = await Promise.all([next?.(at), previous?.(at)].map((one) => Promise.resolve(one).catch(() => null)));
+    const [after, before] = await Promise.all([next, previous].map((find) => neighbour(find, at)));
     if (seen !== this.seen) return;
     this.back.disabled = !before && !this.trail.length;
     this.forth.disabled = !after;
@@ -191,8 +205,8 @@ class ImageView {
     this.whole = false;
     this.other.label.replaceChildren(
       element("span", {}, text || key),
-      element("button", { type: "button", onclick: () => this.visit(key) }, "Open"),
-      element("button", { type: "button", title: "Only one image", onclick: () => this.beside(null) }, "Close"),
+      button("Open", () => this.visit(key)),
+      button("Close", () => this.beside(null), { title: "Only one image" }),
     );
     this.other.image.alt = `Image ${key}`;
     this.other.note("");
@@ -225,8 +239,9 @@ class ImageView {
   // On a phone a wide image leaves its room to what is said of it.
   lower() {
     const [width, height] = this.main.size ?? [1, 1];
-    const high = this.whole || !matchMedia("(max-width: 900px)").matches ? "" : `${Math.max(180, Math.min(innerHeight * 0.62, (this.frame.clientWidth * height) / width + 16))}px`;
-    this.frame.style.height = high;
+    const low = !this.whole && matchMedia("(max-width: 900px)").matches;
+    const high = Math.min(innerHeight * 0.62, (this.frame.clientWidth * height) / width + 16);
+    this.frame.style.height = low ? `${Math.max(180, high)}px` : "";
   }
 
   // 100 %, or as large as fits; a click keeps the place that was clicked under the pointer.
@@ -304,14 +319,18 @@ function figure(className) {
   return { box, room, image, label, note, size: null };
 }
 
-function blurNote(reveal) {
-  return element("button", { type: "button", className: "why-blurred", onclick: reveal }, "Blurred: it may be unsafe. ", element("b", {}, "Show it"), element("kbd", {}, "R"));
+// The image before or after one, null where there is none or nobody knows.
+async function neighbour(find, key) {
+  try {
+    return (await find?.(key)) ?? null;
+  } catch {
+    return null;
+  }
 }
 
-function button(className, text, label, onclick) {
-  const made = element("button", { type: "button", className: `why-step ${className}`, title: label, onclick }, text);
-  made.setAttribute("aria-label", label);
-  return made;
+function blurNote(reveal) {
+  const words = ["Blurred: it may be unsafe. ", element("b", {}, "Show it"), element("kbd", {}, "R")];
+  return button(words, reveal, { className: "why-blurred" });
 }
 
 // The image that the address names, as a link to it has it: opened now, and whenever one goes back to it.

@@ -1,14 +1,13 @@
-// Save: the selection under a name, packed, as a contact sheet, or its recipe as YAML. Each is one command (two where it
-// has to be saved first), which is shown before it runs, and can be copied; what runs is shown with its last lines until
-// it is over, and after.
+// Save: the selection under a name, packed, as a contact sheet, or its recipe as YAML. Each is one command (two where
+// it has to be saved first), which is shown before it runs, and can be copied; what runs is shown with its last lines
+// until it is over, and after (jobs.js).
 
 import { ApiError, call, element, $ } from "/api.js";
-import { commandLine, copyButton, many, opensUnder } from "/panels.js";
+import { isActive, showJobs } from "/jobs.js";
+import { button, commandLine, copyButton, hint, many, opensUnder } from "/panels.js";
 import { loadData, state, subscribe } from "/store.js";
 
-const LINES = 6; // of a command's last ones
-const ACTIVE = ["waiting", "running"];
-const WORDS = { waiting: "waits", done: "Done", failed: "Failed", cancelled: "Cancelled" };
+const SHOWN = 8; // commands
 const WAYS = [
   { action: "select", button: "Save", title: "Selection", hint: "which images are kept, under this name" },
   { action: "pack", button: "Pack", title: "Pack", hint: "its images, copied into shards to train on" },
@@ -35,7 +34,8 @@ class SaveMenu {
   }
 
   build() {
-    this.name = element("input", { type: "text", id: "save-name", maxLength: 100, spellcheck: false, autocomplete: "off", value: state.data.recipe_name ?? "" });
+    const plain = { type: "text", maxLength: 100, spellcheck: false, autocomplete: "off" };
+    this.name = element("input", { ...plain, id: "save-name", value: state.data.recipe_name ?? "" });
     this.name.oninput = () => this.changed();
     this.note = element("p", { className: "hint" });
     this.error = element("p", { className: "error" });
@@ -43,8 +43,9 @@ class SaveMenu {
     this.ways = element("div", { className: "save-ways" });
     this.yaml = element("pre", { className: "save-yaml", tabIndex: 0 });
     this.yaml.setAttribute("aria-label", "Recipe as YAML");
-    const recipe = element("details", { className: "save-recipe", open: this.readOnly },
-      element("summary", {}, "The recipe as YAML"), this.yaml, copyButton(() => this.yaml.textContent, "Copy the YAML"));
+    const copy = copyButton(() => this.yaml.textContent, "Copy the YAML");
+    const summary = element("summary", {}, "The recipe as YAML");
+    const recipe = element("details", { className: "save-recipe", open: this.readOnly }, summary, this.yaml, copy);
     this.list = element("ul", { className: "jobs" });
     this.list.setAttribute("aria-label", "Commands that run or ran");
     const label = element("label", { htmlFor: "save-name" }, "Name");
@@ -52,16 +53,17 @@ class SaveMenu {
     for (const way of ways) this.ways.append(this.way(way));
     if (this.readOnly) {
       this.command = element("div", { className: "save-commands" });
-      this.ways.append(element("p", { className: "hint" }, "This studio writes nothing. In a terminal this saves the selection:"), this.command);
+      this.ways.append(hint("This studio writes nothing. In a terminal this saves the selection:"), this.command);
     }
-    this.panel.append(element("div", { className: "save-name" }, label, this.name), this.note, this.error, this.ways, recipe, this.list);
+    const name = element("div", { className: "save-name" }, label, this.name);
+    this.panel.append(name, this.note, this.error, this.ways, recipe, this.list);
   }
 
   way(way) {
-    way.run = element("button", { type: "button", onclick: () => this.run(way) }, way.button);
+    way.run = button(way.button, () => this.run(way));
     if (way === WAYS[0]) way.run.classList.add("primary");
     way.commands = element("div", { className: "save-commands" });
-    const words = element("div", {}, element("b", {}, way.title), " ", element("span", { className: "hint" }, way.hint));
+    const words = element("div", {}, element("b", {}, way.title), " ", hint(way.hint));
     return element("div", { className: "save-way" }, words, way.run, way.commands);
   }
 
@@ -88,8 +90,9 @@ class SaveMenu {
     clearTimeout(this.timer);
     this.timer = setTimeout(() => this.preview(), now ? 0 : 250);
     const known = this.known;
-    const kept = state.live ? `${many(state.live.kept, "image")} kept` : "";
-    this.note.textContent = [kept, known && !this.isSaved(known) ? `replaces what is saved as ${known.name}` : known ? "saved just so already" : ""].filter(Boolean).join(" · ");
+    const notes = state.live ? [`${many(state.live.kept, "image")} kept`] : [];
+    if (known) notes.push(this.isSaved(known) ? "saved just so already" : `replaces what is saved as ${known.name}`);
+    this.note.textContent = notes.join(" · ");
   }
 
   // The saved selection of this name.
@@ -103,8 +106,8 @@ class SaveMenu {
   }
 
   isSaved({ rules, stale }) {
-    const on = this.rules.filter((rule) => rule.on);
-    return !stale && JSON.stringify(rules.map(({ name, condition }) => [name, condition])) === JSON.stringify(on.map(({ name, condition }) => [name, condition]));
+    const text = (some) => JSON.stringify(some.map(({ name, condition }) => [name, condition]));
+    return !stale && text(rules) === text(this.rules.filter(({ on }) => on));
   }
 
   async preview() {
@@ -112,7 +115,8 @@ class SaveMenu {
     const seen = (this.seen = {});
     try {
       if (state.failure) throw new ApiError(state.failure.message);
-      const found = await Promise.all(names.map((action) => call("/api/commands/preview", { body: this.body(action) })));
+      const ask = (action) => call("/api/commands/preview", { body: this.body(action) });
+      const found = await Promise.all(names.map(ask));
       if (seen !== this.seen) return;
       const shown = Object.fromEntries(names.map((action, i) => [action, found[i]]));
       this.error.textContent = "";
@@ -156,7 +160,7 @@ class SaveMenu {
       const { jobs } = await call("/api/commands");
       this.jobs = jobs;
       this.showJobs();
-      for (const job of jobs) if (ACTIVE.includes(job.state)) this.follow(job);
+      for (const job of jobs) if (isActive(job)) this.follow(job);
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
     }
@@ -165,7 +169,7 @@ class SaveMenu {
   // A promise of the job when it is over; it is shown meanwhile.
   async follow(job) {
     this.update(job);
-    while (ACTIVE.includes(job.state)) { // again where the server was away
+    while (isActive(job)) { // again where the server was away
       job = await this.change(job);
       this.update(job);
     }
@@ -181,7 +185,7 @@ class SaveMenu {
       stream.onmessage = (event) => {
         const now = JSON.parse(event.data);
         this.update(now);
-        if (ACTIVE.includes(now.state)) return;
+        if (isActive(now)) return;
         stream.close();
         resolve(now);
       };
@@ -202,57 +206,20 @@ class SaveMenu {
   }
 
   showJobs() {
-    const active = this.jobs.filter(({ state: how }) => ACTIVE.includes(how));
+    const active = this.jobs.filter(isActive);
     this.button.classList.toggle("busy", active.length > 0);
     this.button.textContent = active.length ? `Save · ${active.length} running` : this.readOnly ? "Recipe" : "Save";
-    const open = new Set([...this.list.querySelectorAll("details[open]")].map((one) => one.dataset.id));
-    const focused = this.list.contains(document.activeElement) ? document.activeElement.dataset.id : null;
-    this.list.replaceChildren(...this.jobs.slice(0, 8).map((job) => this.jobRow(job, open.has(job.id))));
-    if (focused) this.list.querySelector(`button[data-id="${CSS.escape(focused)}"]`)?.focus();
+    showJobs(this.list, this.jobs.slice(0, SHOWN), (job, cancel) => this.cancel(job, cancel));
   }
 
-  jobRow(job, open) {
-    const active = ACTIVE.includes(job.state);
-    const row = element("li", { className: `job ${job.state}` });
-    const { progress } = job;
-    const far = progress ? `${progress.done.toLocaleString("en")} of ${progress.of.toLocaleString("en")}${progress.eta ? `, ${progress.eta} left` : ""}` : "runs";
-    const seconds = job.seconds ? ` in ${job.seconds < 10 ? job.seconds.toFixed(1) : Math.round(job.seconds)} s` : "";
-    const says = job.state === "running" ? far : `${WORDS[job.state] ?? job.state}${job.state === "done" ? seconds : job.state === "failed" && job.exit !== null ? ` (exit code ${job.exit})` : ""}`;
-    row.append(element("code", { title: job.command }, job.command), element("span", { className: "job-state" }, says));
-    if (active) {
-      const cancel = element("button", { type: "button" }, "Cancel");
-      cancel.dataset.id = job.id;
-      cancel.onclick = () => this.cancel(job, cancel);
-      const bar = element("progress", { max: progress?.of || 1 });
-      if (progress) bar.value = progress.done;
-      row.append(cancel, bar);
-    }
-    const lines = job.lines.slice(-LINES).join("\n");
-    if (lines && (active || job.state === "failed")) row.append(element("pre", { textContent: lines }));
-    else if (job.lines.length) row.append(lastLines(job, open));
-    row.append(...Object.entries(job.paths ?? {}).map(([name, path]) => written(name, path, job)));
-    return row;
-  }
-
-  async cancel(job, button) {
-    button.disabled = true;
+  async cancel(job, pressed) {
+    pressed.disabled = true;
     try {
       this.update(await call(`/api/commands/${job.id}`, { method: "DELETE" }));
     } catch (error) {
       this.error.textContent = error.message;
     }
   }
-}
-
-function lastLines(job, open) {
-  const all = element("details", { open }, element("summary", {}, "What it said"), element("pre", { textContent: job.lines.join("\n") }));
-  all.dataset.id = job.id;
-  return all;
-}
-
-// A file that a command wrote: its path, to copy.
-function written(name, path) {
-  return element("p", { className: "job-path" }, element("span", { className: "hint" }, name), element("code", { title: path }, path), copyButton(path));
 }
 
 let menu = null;

@@ -1,5 +1,5 @@
-// Search: by words, by an image of the data, by one that is dropped, pasted or chosen, away from other words; any of them
-// together. The answer is an order of the grid ("by likeness"), beside whatever filter holds.
+// Search: by words, by an image of the data, by one that is dropped, pasted or chosen, away from other words; any of
+// them together. The answer is an order of the grid ("by likeness"), beside whatever filter holds.
 //
 //   findSimilar(key)      searches by an image of the data, beside what is searched already
 //   canFindSimilar()      whether this page can
@@ -7,7 +7,7 @@
 // What is searched is kept in the address (`search`), but for a dropped image: that is nobody else's.
 
 import { ApiError, call, element, $ } from "/api.js";
-import { many } from "/panels.js";
+import { button, many } from "/panels.js";
 import { change, show, state, subscribe } from "/store.js";
 import { thumbnail } from "/tile.js";
 
@@ -39,19 +39,20 @@ class SearchBox {
 
   build(place) {
     this.tokens = element("span", { className: "search-tokens" });
-    this.words = element("input", { type: "search", className: "search-words", autocomplete: "off", spellcheck: false, maxLength: 1000 });
-    this.words.setAttribute("aria-label", "Search by words");
+    this.words = field("search-words", "Search by words");
+    this.without = field("search-without", "Without these words");
+    Object.assign(this.without, { placeholder: "without: blurry, text", hidden: true });
     this.file = element("input", { type: "file", accept: "image/*", className: "hidden", tabIndex: -1 });
     this.file.setAttribute("aria-label", "An image to search by");
-    this.choose = element("button", { type: "button", className: "quiet search-choose", title: "Choose an image to search by" }, "Image");
-    this.more = element("button", { type: "button", className: "quiet search-more", title: "Words to move away from" }, "Without");
-    this.without = element("input", { type: "search", className: "search-without", placeholder: "without: blurry, text", hidden: true, maxLength: 1000 });
-    this.without.setAttribute("aria-label", "Without these words");
-    this.clear = element("button", { type: "button", className: "quiet", title: "Clear the search (Esc)", hidden: true }, "×");
-    this.clear.setAttribute("aria-label", "Clear the search");
+    const quiet = (name, title) => ({ className: `quiet ${name}`, title });
+    this.choose = button("Image", () => this.file.click(), quiet("search-choose", "Choose an image to search by"));
+    this.more = button("Without", () => this.openWithout(), quiet("search-more", "Words to move away from"));
+    this.clear = button("×", () => this.end(), { ...quiet("", "Clear the search (Esc)"), label: "Clear the search" });
+    this.clear.hidden = true;
     this.says = element("p", { className: "search-says hint" });
     this.says.setAttribute("role", "status");
-    const line = element("div", { className: "search-line" }, this.tokens, this.words, this.without, this.more, this.choose, this.clear, this.file);
+    const buttons = [this.more, this.choose, this.clear, this.file];
+    const line = element("div", { className: "search-line" }, this.tokens, this.words, this.without, ...buttons);
     this.form = element("form", { className: "search", autocomplete: "off" }, line, this.says);
     this.form.setAttribute("role", "search");
     place.append(this.form);
@@ -64,26 +65,21 @@ class SearchBox {
       this.typed();
     });
     this.form.addEventListener("keydown", (event) => this.pressed(event));
-    this.choose.onclick = () => this.file.click();
     this.file.onchange = () => {
       this.take(this.file.files[0]);
       this.file.value = "";
     };
-    this.clear.onclick = () => this.end();
-    this.more.onclick = () => {
-      this.without.hidden = !this.without.hidden;
-      if (!this.without.hidden) this.without.focus();
-      else if (this.asked.without) this.ask({ without: (this.without.value = "") });
-    };
-    for (const field of [this.words, this.without]) { // the browser's own cross in the field
-      field.addEventListener("search", () => field.value === "" && this.typed());
+    for (const one of [this.words, this.without]) { // the browser's own cross in the field
+      one.addEventListener("search", () => one.value === "" && this.typed());
     }
     document.addEventListener("paste", (event) => {
       const file = [...(event.clipboardData?.files ?? [])].find((one) => one.type.startsWith("image/"));
       if (file && !document.querySelector("dialog[open]")) this.take(file);
     });
     document.addEventListener("dragover", (event) => this.over(event));
-    document.addEventListener("dragleave", (event) => event.relatedTarget === null && this.form.classList.remove("over"));
+    document.addEventListener("dragleave", ({ relatedTarget }) => {
+      if (relatedTarget === null) this.form.classList.remove("over");
+    });
     document.addEventListener("drop", (event) => {
       this.form.classList.remove("over");
       const file = event.dataTransfer?.files[0];
@@ -99,6 +95,12 @@ class SearchBox {
     });
   }
 
+  openWithout() {
+    this.without.hidden = !this.without.hidden;
+    if (!this.without.hidden) this.without.focus();
+    else if (this.asked.without) this.ask({ without: (this.without.value = "") });
+  }
+
   over(event) {
     if (![...(event.dataTransfer?.types ?? [])].includes("Files")) return;
     event.preventDefault();
@@ -111,6 +113,9 @@ class SearchBox {
       event.stopPropagation();
       if (this.any() || this.words.value || this.without.value) this.end();
       else document.activeElement.blur();
+    } else if (event.key === "Enter" && event.target.matches("input")) { // of two fields a browser sends none by itself
+      event.preventDefault();
+      this.typed();
     } else if (event.key === "Backspace" && event.target === this.words && !this.words.value) {
       if (this.asked.image) this.ask({ image: null });
       else if (this.asked.key) this.ask({ key: "" });
@@ -122,7 +127,8 @@ class SearchBox {
     const can = state.data?.search;
     if (!can) return;
     const nothing = !can.words && !can.images;
-    this.words.placeholder = can.words ? "Search by words, or drop an image" : can.images ? "Drop or paste an image to search by" : "No search here";
+    const byImages = can.images ? "Drop or paste an image to search by" : "No search here";
+    this.words.placeholder = can.words ? "Search by words, or drop an image" : byImages;
     this.words.title = can.words ? "Press / to come here" : can.why;
     this.words.disabled = this.choose.disabled = nothing;
     this.choose.hidden = !can.images;
@@ -198,15 +204,18 @@ class SearchBox {
     const kept = Object.fromEntries(Object.entries({ words, without, key }).filter(([, value]) => value));
     this.text = Object.keys(kept).length ? JSON.stringify(kept) : "";
     const view = { ...state.view, sort: `search:${this.found.id}`, descending: false };
-    change({ more: { ...state.more, search: this.text }, view, place: 0 }, { history: this.restores ? "replace" : "push" });
+    const history = this.restores ? "replace" : "push";
+    change({ more: { ...state.more, search: this.text }, view, place: 0 }, { history });
     this.restores = false;
     this.showFound();
   }
 
   showFound() {
     const { seconds, of, exact, recall } = this.found;
-    const how = exact ? "" : recall ? `, ${Math.round(recall * 100)} % of the nearest are found` : ", nearly all of the nearest";
-    this.say(`By likeness, among ${many(of, "image")} in ${seconds < 1 ? `${Math.max(1, Math.round(seconds * 1000))} ms` : `${seconds.toFixed(1)} s`}${how}`);
+    const nearly = recall ? `, ${Math.round(recall * 100)} % of the nearest are found` : ", nearly all of the nearest";
+    const took = seconds < 1 ? `${Math.max(1, Math.round(seconds * 1000))} ms` : `${seconds.toFixed(1)} s`;
+    const known = this.asked.words && state.data.search.why ? ` · ${state.data.search.why}` : "";
+    this.say(`By likeness, among ${many(of, "image")} in ${took}${exact ? "" : nearly}${known}`);
   }
 
   showTokens() {
@@ -247,7 +256,7 @@ class SearchBox {
   }
 
   offerOrder() {
-    const again = element("button", { type: "button", className: "quiet", onclick: () => this.ask({}) }, "Back to likeness");
+    const again = button("Back to likeness", () => this.ask({}), { className: "quiet" });
     this.says.replaceChildren("Another order is shown. ", again);
   }
 
@@ -261,7 +270,9 @@ class SearchBox {
       this.words.value = kept.words;
       this.restores = true;
       this.ask({});
-    } else if (state.view.sort.startsWith("search:") && state.view.sort !== `search:${this.found?.id}`) show({ sort: "key", descending: false });
+    } else if (state.view.sort.startsWith("search:") && state.view.sort !== `search:${this.found?.id}`) {
+      show({ sort: "key", descending: false }); // by an image that was dropped: nobody has it any more
+    }
   }
 }
 
@@ -274,10 +285,15 @@ function read(text) {
   }
 }
 
+function field(className, label) {
+  const made = element("input", { type: "search", className, autocomplete: "off", spellcheck: false, maxLength: 1000 });
+  made.setAttribute("aria-label", label);
+  return made;
+}
+
 function token(source, text, onclick) {
   const image = element("img", { src: source, alt: "" });
-  const leave = element("button", { type: "button", className: "quiet", title: "Remove it from the search", onclick }, "×");
-  leave.setAttribute("aria-label", `Remove ${text} from the search`);
+  const leave = button("×", onclick, { className: "quiet", label: `Remove ${text} from the search` });
   return element("span", { className: "search-token", title: text }, image, element("span", {}, text), leave);
 }
 

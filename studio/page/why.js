@@ -2,8 +2,9 @@
 // in as text only.
 
 import { call, element } from "/api.js";
-import { commandLine, copyButton, imageButton, many, said } from "/panels.js";
-import { findSimilar, canFindSimilar } from "/search.js";
+import { count } from "/numbers.js";
+import { button, commandLine, copyButton, hint, imageButton, many, said } from "/panels.js";
+import { canFindSimilar, findSimilar } from "/search.js";
 import { state } from "/store.js";
 
 const MARKS = {
@@ -13,22 +14,24 @@ const MARKS = {
   unknown: ["?", "none", "not known"],
 };
 
+// Of a download: what is said in words of its own.
+const SAID = ["status", "final_url", "domain", "width", "height", "original_width", "original_height", "bytes"];
+
 export class WhyPanel {
-  // actions: close(), open(key), beside(key, text), reveal()
+  // actions: close(after), back(), beside(key, text)
   constructor(actions) {
     this.actions = actions;
     this.title = element("h2", {});
     this.where = element("span", { className: "hint why-where" });
     this.copied = copyButton(() => this.key, "Copy", { title: "Copy the key (C)" });
-    this.from = element("button", { type: "button", className: "quiet", hidden: true, onclick: () => actions.back() });
+    this.from = button("", actions.back, { className: "quiet", hidden: true, title: "Back to that image (Backspace)" });
     this.body = element("div", { className: "why-body" });
     this.question = element("div", { className: "why-question", hidden: true });
     this.question.setAttribute("role", "alert");
     this.buttons = element("div", { className: "why-actions" });
-    const leave = element("button", { type: "button", className: "why-close", title: "Close (Esc)", onclick: actions.close }, "×");
-    leave.setAttribute("aria-label", "Close");
-    this.head = element("header", { className: "why-head" }, this.title, this.copied, this.where, this.from, leave);
-    this.box = element("aside", { className: "why-panel" }, this.head, this.body, this.question, this.buttons);
+    const leave = button("×", () => actions.close(), { className: "why-close", title: "Close (Esc)", label: "Close" });
+    const head = element("header", { className: "why-head" }, this.title, this.copied, this.where, this.from, leave);
+    this.box = element("aside", { className: "why-panel" }, head, this.body, this.question, this.buttons);
   }
 
   wait(key, from, where) {
@@ -38,7 +41,6 @@ export class WhyPanel {
     this.title.textContent = key;
     this.from.hidden = !from;
     this.from.textContent = from ? `‹ ${from}` : "";
-    this.from.title = from ? "Back to that image (Backspace)" : "";
     this.box.setAttribute("aria-busy", "true");
     this.dropQuestion();
   }
@@ -59,9 +61,9 @@ export class WhyPanel {
     const { scrollTop } = this.body;
     const similar = element("section", { className: "why-similar" });
     this.denied = element("section", { className: "why-denied" }, ...this.deniedLine(why));
-    this.body.replaceChildren(...[
-      this.denied, verdict(why), captions(why), columns(why.columns), similar, selections(why), facts(why), commands(why),
-    ].filter(Boolean));
+    const before = [this.denied, verdict(why), captions(why), columns(why.columns)];
+    const after = [selections(why), facts(why), commands(why)];
+    this.body.replaceChildren(...[...before, similar, ...after].filter(Boolean));
     this.body.scrollTop = scrollTop;
     this.box.removeAttribute("aria-busy");
     this.showButtons();
@@ -75,9 +77,9 @@ export class WhyPanel {
     try {
       found = await call(`/api/duplicates/${encodeURIComponent(why.key)}`);
     } catch (error) { // without vectors the columns still say what is a near-duplicate
-      const groups = (why.duplicates ?? []).map((group) => ({ ...group, members: group.members.map((key) => ({ key })) }));
-      found = { groups, nearest: [] };
-      if (error.status !== 503 && error.status !== 404) place.append(element("p", { className: "hint" }, error.message));
+      const groups = why.duplicates ?? [];
+      found = { groups: groups.map((one) => ({ ...one, members: one.members.map((key) => ({ key })) })), nearest: [] };
+      if (error.status !== 503 && error.status !== 404) place.append(hint(error.message));
     }
     if (this.why !== why) return;
     for (const group of found.groups) place.append(...this.group(group, why.key));
@@ -87,31 +89,34 @@ export class WhyPanel {
     }
   }
 
-  group({ column, keeper, members }, own) {
+  group({ column, keeper, rule, size, members }, own) {
     if (members.every(({ key }) => key === own)) return [];
-    const kept = !keeper ? "" : keeper === own ? ", this one is kept of them" : `, ${keeper} is kept of them`;
-    const cards = members.map(({ key, values }) => {
-      const roles = [key === own && "this image", key === keeper && "keeper"].filter(Boolean).join(", ");
-      const facts = Object.entries(values ?? {}).filter(([, value]) => value !== null).map(([name, value]) => `${name} ${said(value)}`);
-      const lines = [roles, ...facts].filter(Boolean);
+    const by = rule ? ` by ${rule}` : "";
+    const says = keeper ? `, ${keeper === own ? "this one" : keeper} is kept of them${by}` : "";
+    const cards = members.map(({ key, kept = key === keeper, values }) => {
+      const roles = [key === own && "this image", kept && "keeper"].filter(Boolean).join(", ");
+      const known = Object.entries(values ?? {}).filter(([, value]) => value !== null);
+      const lines = [roles, ...known.map(([name, value]) => `${name} ${said(value)}`)].filter(Boolean);
       return this.card(key, lines.join(" · "), lines.length ? lines : [key], key === own);
     });
-    const says = element("span", { className: "hint" }, `by ${column}: ${many(members.length, "image")}${kept}`);
-    return [element("h3", {}, "Near-duplicates ", says), element("div", { className: "why-cards" }, ...cards)];
+    const title = element("h3", {}, "Near-duplicates ", hint(`by ${column}: ${many(size, "image")}${says}`));
+    return [title, element("div", { className: "why-cards" }, ...cards)];
   }
 
   // One image that can be shown at the side of this one, and what is said under it.
   card(key, text, lines, own = false) {
     const show = () => this.actions.beside(this.beside === key ? null : key, [key, text].filter(Boolean).join(" · "));
-    const made = imageButton(key, show, { title: own ? "" : `${key}: beside this image`, label: `Show ${key} beside this image, ${text}` });
+    const label = `Show ${key} beside this image, ${text}`;
+    const made = imageButton(key, show, { title: own ? "" : `${key}: beside this image`, label });
     made.dataset.key = key;
     made.disabled = own;
-    return element("div", { className: "why-card" }, made, ...lines.map((line) => element("span", { title: line }, line)));
+    const under = lines.map((line) => element("span", { title: line }, line));
+    return element("div", { className: "why-card" }, made, ...under);
   }
 
   mark(key) {
     this.beside = key;
-    for (const one of this.body.querySelectorAll(".why-card .thumb")) one.setAttribute("aria-pressed", String(one.dataset.key === key));
+    for (const one of this.body.querySelectorAll(".why-card .thumb")) one.ariaPressed = String(one.dataset.key === key);
   }
 
   // --------------------------------------------------------------------------------------------------------- actions
@@ -128,8 +133,7 @@ export class WhyPanel {
   similar() {
     if (!this.key || !canFindSimilar()) return;
     const { key } = this;
-    this.actions.close();
-    findSimilar(key);
+    this.actions.close(() => findSimilar(key));
   }
 
   copyKey() {
@@ -140,12 +144,13 @@ export class WhyPanel {
   askToDeny(what) {
     if (!this.may(what)) return;
     const { why } = this;
-    const [name, its] = what === "image" ? ["this image", "Its address goes"] : [why.download.domain, "The domain goes"];
-    const yes = element("button", { type: "button", className: "primary", onclick: () => this.deny(why, what) }, what === "image" ? "Deny it" : "Deny the domain");
-    const no = element("button", { type: "button", onclick: () => this.dropQuestion() }, "Leave it");
+    const isImage = what === "image";
+    const yes = button(isImage ? "Deny it" : "Deny the domain", () => this.deny(why, what), { className: "primary" });
+    const no = button("Leave it", () => this.dropQuestion());
+    const goes = isImage ? "Its address goes" : "The domain goes";
     this.ask(
-      element("p", {}, element("b", {}, `Deny ${name}?`)),
-      element("p", { className: "hint" }, `${its} into the deny-list of this folder. Nothing is deleted: a command, which is shown then, does that.`),
+      element("b", {}, `Deny ${isImage ? "this image" : why.download.domain}?`),
+      hint(`${goes} into the deny-list of this folder. Nothing is deleted: a command, which is shown then, does that.`),
       element("div", { className: "row" }, yes, no),
     );
     yes.focus();
@@ -165,12 +170,13 @@ export class WhyPanel {
 
   sayDenied(key, what, { file, entries, command }) {
     const mine = entries.filter((one) => one.key === key && one.what === what).at(-1) ?? entries.at(-1);
-    const undo = element("button", { type: "button", onclick: () => this.allow(key, what) }, "Undo");
+    const undo = button("Undo", () => this.allow(key, what));
+    const done = button("Done", () => this.dropQuestion());
     this.ask(
       element("p", {}, element("b", {}, "Denied: "), mine?.entry ?? ""),
-      element("p", { className: "hint" }, `Written to ${file}.`, command ? " This takes out of the data what it names:" : ""),
+      hint(`Written to ${file}.`, command ? " This takes out of the data what it names:" : ""),
       ...(command ? [commandLine(command)] : []),
-      element("div", { className: "row" }, undo, element("button", { type: "button", onclick: () => this.dropQuestion() }, "Done")),
+      element("div", { className: "row" }, undo, done),
     );
     undo.focus();
   }
@@ -197,8 +203,9 @@ export class WhyPanel {
 
   deniedLine({ key, denied }) {
     if (!denied) return [];
-    const words = element("p", {}, element("b", {}, denied.what === "domain" ? "Its domain is denied: " : "Denied: "), denied.entry);
-    return [words, ...(this.may(denied.what) ? [element("button", { type: "button", onclick: () => this.allow(key, denied.what) }, "Undo")] : [])];
+    const what = element("b", {}, denied.what === "domain" ? "Its domain is denied: " : "Denied: ");
+    const undo = button("Undo", () => this.allow(key, denied.what));
+    return [element("p", {}, what, denied.entry), ...(this.may(denied.what) ? [undo] : [])];
   }
 
   ask(...parts) {
@@ -217,32 +224,34 @@ export class WhyPanel {
   }
 }
 
-function action(text, key, onclick) {
-  return element("button", { type: "button", onclick }, `${text} `, ...(key ? [element("kbd", {}, key)] : []));
-}
+const action = (text, key, onclick) => button([`${text} `, ...(key ? [element("kbd", {}, key)] : [])], onclick);
 
-// --------------------------------------------------------------------------------------------------------- what it says
+// ---------------------------------------------------------------------------------------------------- what it says
 
 function verdict({ verdict: text, rules }) {
   const failed = rules.filter(({ state: how }) => how !== "true");
   const kept = rules.length ? !failed.length : text === "kept";
-  const words = !rules.length ? text ?? "" : kept
-    ? `Kept: true of ${rules.length === 1 ? "the one rule" : `all ${rules.length} rules`}`
-    : `Rejected by ${failed[0].name}${failed.length > 1 ? ` and ${failed.length - 1} more` : ""}`;
+  const words = rules.length ? (kept ? keptWords(rules) : rejectedWords(failed)) : text;
   if (!words) return null;
-  const section = element("section", { className: "why-verdict" }, element("p", { className: kept ? "kept" : "rejected" }, words));
-  const list = element("ul", {});
-  for (const rule of rules) {
-    const [mark, className, spoken] = MARKS[rule.state] ?? MARKS.unknown;
-    const sign = element("span", { className: `why-mark ${className}` }, mark);
-    sign.setAttribute("role", "img");
-    sign.setAttribute("aria-label", spoken);
-    const values = Object.entries(rule.values ?? {}).map(([name, value]) => element("span", { className: "why-value" }, `${name} `, element("b", {}, said(value))));
-    const says = ["null", "unknown"].includes(rule.state) ? [element("em", {}, spoken)] : [];
-    list.append(element("li", {}, sign, element("span", { className: "name" }, rule.name), element("span", { className: "values" }, ...values, ...says), element("code", {}, rule.condition)));
-  }
-  if (rules.length) section.append(list);
-  return section;
+  const title = element("p", { className: kept ? "kept" : "rejected" }, words);
+  const list = rules.length ? [element("ul", {}, ...rules.map(ruleLine))] : [];
+  return element("section", { className: "why-verdict" }, title, ...list);
+}
+
+const keptWords = (rules) => `Kept: true of ${rules.length === 1 ? "the one rule" : `all ${rules.length} rules`}`;
+
+function rejectedWords([first, ...others]) {
+  return `Rejected by ${first.name}${others.length ? ` and ${others.length} more` : ""}`;
+}
+
+function ruleLine({ name, condition, state: how, values }) {
+  const [sign, className, spoken] = MARKS[how] ?? MARKS.unknown;
+  const mark = element("span", { className: `why-mark ${className}`, role: "img", ariaLabel: spoken }, sign);
+  const value = ([column, of]) => element("span", {}, `${column} `, element("b", {}, said(of)));
+  const shown = Object.entries(values ?? {}).map(value);
+  if (className === "none") shown.push(element("em", {}, spoken));
+  const all = element("span", { className: "values" }, ...shown);
+  return element("li", {}, mark, element("span", { className: "name" }, name), all, element("code", {}, condition));
 }
 
 function captions({ caption, captions: more }) {
@@ -260,11 +269,11 @@ function long(text) {
   if (text === null || text === undefined || text === "") return element("p", { className: "hint" }, "no caption");
   const place = element("p", { className: "text", dir: "auto", textContent: text.slice(0, 600) });
   if (text.length <= 600) return place;
-  const all = element("button", { type: "button", className: "quiet" }, `Show all ${text.length.toLocaleString("en")} characters`);
-  all.onclick = () => {
+  const showAll = () => {
     place.textContent = text;
     all.remove();
   };
+  const all = button(`Show all ${count(text.length)} characters`, showAll, { className: "quiet" });
   return element("div", {}, place, all);
 }
 
@@ -272,56 +281,65 @@ function long(text) {
 function columns(all) {
   const known = all.filter(({ value }) => value !== null && value !== undefined);
   const placed = known.filter(({ percentile: p }) => p !== null && p !== undefined);
-  const list = element("dl", { className: "why-columns" }, ...placed.map(placedColumn));
-  for (const { name, value, unit, meaning } of known.filter((one) => !placed.includes(one))) {
-    const text = element("dd", { title: String(value), dir: "auto" }, said(value), ...(unit ? [element("small", {}, ` ${unit}`)] : []));
-    list.append(element("div", { className: "why-text", title: meaning ?? "" }, element("dt", {}, name), text));
-  }
+  const others = known.filter((one) => !placed.includes(one));
   const none = all.filter((one) => !known.includes(one)).map(({ name }) => name);
   if (!all.length) return null;
-  const title = element("h3", {}, "Columns ", element("span", { className: "hint" }, placed.length ? "with its place among all images" : ""));
+  const title = element("h3", {}, "Columns ", ...(placed.length ? [hint("with its place among all images")] : []));
+  const list = element("dl", { className: "why-columns" }, ...placed.map(placedColumn), ...others.map(otherColumn));
   const rest = none.length ? [element("p", { className: "hint why-none" }, `No value: ${none.join(", ")}`)] : [];
   return element("section", {}, title, list, ...rest);
 }
 
 function placedColumn({ name, value, percentile, meaning, unit }) {
-  const bar = element("span", { className: "why-bar", title: `larger than ${said(percentile)} % of all images` }, element("i", {}));
-  bar.firstChild.style.width = `${percentile}%`;
-  const number = element("dd", { title: String(value) }, said(value), ...(unit ? [element("small", {}, ` ${unit}`)] : []));
+  const share = element("i", {});
+  share.style.width = `${percentile}%`;
+  const bar = element("span", { className: "why-bar", title: `larger than ${said(percentile)} % of all` }, share);
   const place = element("dd", { className: "why-place" }, `${Math.round(percentile)} %`);
+  const number = element("dd", { title: String(value) }, ...withUnit(value, unit));
   return element("div", { title: meaning ?? "" }, element("dt", {}, name), element("dd", {}, bar), number, place);
 }
 
+function otherColumn({ name, value, meaning, unit }) {
+  const text = element("dd", { title: String(value), dir: "auto" }, ...withUnit(value, unit));
+  return element("div", { className: "why-text", title: meaning ?? "" }, element("dt", {}, name), text);
+}
+
+const withUnit = (value, unit) => [said(value), ...(unit ? [element("small", {}, ` ${unit}`)] : [])];
+
 function selections({ selections: all, packs }) {
-  if (!all?.length && !packs?.length) return null;
-  const list = element("p", { className: "why-chips" });
-  for (const { name, verdict: text } of all ?? []) {
-    const kept = text === "kept";
-    list.append(element("span", { className: kept ? "why-chip kept" : "why-chip" }, name, element("small", {}, kept ? " kept" : text ? ` ${text}` : "")));
-  }
-  for (const name of packs ?? []) list.append(element("span", { className: "why-chip kept" }, name, element("small", {}, " packed")));
-  return element("section", {}, element("h3", {}, "Selections"), list);
+  const chip = (name, kept, text) => {
+    return element("span", { className: kept ? "why-chip kept" : "why-chip" }, name, element("small", {}, ` ${text}`));
+  };
+  const chips = [
+    ...(all ?? []).map(({ name, verdict: text }) => chip(name, text === "kept", text ?? "")),
+    ...(packs ?? []).map((name) => chip(name, true, "packed")),
+  ];
+  if (!chips.length) return null;
+  return element("section", {}, element("h3", {}, "Selections"), element("p", { className: "why-chips" }, ...chips));
 }
 
 function facts(why) {
   const { download = {}, licence = {}, list, source = {} } = why;
   const rows = [];
-  const add = (name, value) => value !== null && value !== undefined && value !== "" && rows.push([name, value]);
+  const add = (name, value) => {
+    if (value === null || value === undefined || value === "") return;
+    rows.push(element("dt", {}, name), element("dd", { dir: "auto" }, value instanceof Node ? value : said(value)));
+  };
   add("address", why.url && link(why.url));
   add("came from", download.final_url && download.final_url !== why.url ? link(download.final_url) : null);
   add("domain", download.domain);
   for (const [name, text] of Object.entries(licence)) add(name.replace(/^source\./, ""), text);
-  if (why.width) add("size", `${why.width} × ${why.height}`);
+  add("size", why.width && `${why.width} × ${why.height}`);
   const { original_width: width, original_height: height } = download;
-  if (width && (width !== why.width || height !== why.height)) add("original size", `${width} × ${height}`);
-  add("bytes", download.bytes && said(download.bytes));
-  const known = ["status", "final_url", "domain", "width", "height", "original_width", "original_height", "bytes"];
-  for (const [name, value] of Object.entries(download)) if (!known.includes(name)) add(name.replaceAll("_", " "), value === null ? null : said(value));
-  add("list", list?.name && `${list.name}${list.line !== null && list.line !== undefined ? `, row ${list.line.toLocaleString("en")}` : ""}`);
-  for (const [name, value] of Object.entries(source)) if (!(name in licence) && !(`source.${name}` in licence)) add(name, value === null ? null : said(value));
-  const table = element("dl", { className: "why-facts" });
-  for (const [name, value] of rows) table.append(element("dt", {}, name), element("dd", { dir: "auto" }, value instanceof Node ? value : String(value)));
-  return element("section", {}, element("h3", {}, "Where it is from"), table);
+  add("original size", width && (width !== why.width || height !== why.height) ? `${width} × ${height}` : null);
+  add("bytes", download.bytes);
+  for (const [name, value] of Object.entries(download)) if (!SAID.includes(name)) add(name.replaceAll("_", " "), value);
+  const line = list?.line ?? null;
+  add("list", list?.name && `${list.name}${line === null ? "" : `, row ${count(line)}`}`);
+  const own = Object.entries(source).filter(([name]) => !(name in licence || `source.${name}` in licence));
+  for (const [name, value] of own) add(name, value);
+  const all = element("dl", { className: "why-facts" }, ...rows);
+  return element("section", {}, element("h3", {}, "Where it is from"), all);
 }
 
 // An address as a link, where a browser should follow it.

@@ -15,8 +15,8 @@ from studio.rate.learning import LearntHead
 Rows = npt.NDArray[np.int64]
 
 _WHOLE = 200_000  # rows up to which they are put in a random order at once
-POOL = 4000
-"""Images that stand for all where those are chosen that teach most: in half a second, of vectors of 512 numbers."""
+POOL = 2000
+"""Images that stand for all where those are chosen that teach most: CPU_TIME, of vectors of 768 numbers."""
 _FIRST_PENALTY = 0.01
 """Of a head that does not exist yet: what is chosen by vectors of unit norm, most often."""
 _TRIES = 200  # pairs that are looked at before it is said that there are no more

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 LOOKED_AT = 100_000
 """Images that the new head is asked about: all, or where there are more, that many of them, drawn once."""
+FILES_THERE = 16
+"""Files of vectors that are fetched from an object store to draw images from; each has some 15 MB."""
+_LONGEST_REST = 2.0  # seconds
 SHOWN = 12
 """Of the best and of the worst."""
 
@@ -65,15 +68,18 @@ class VectorSample:
 
     @staticmethod
     def of(vectors: KeptVectors) -> VectorSample:
-        """All, or LOOKED_AT of them."""
-        return VectorSample.at(vectors, vectors.draw(np.zeros(0, np.int64), LOOKED_AT))
+        """All, or LOOKED_AT of them; on an object store, from which files are fetched whole, of FILES_THERE alone."""
+        if vectors.data.url is None:
+            return VectorSample.at(vectors, vectors.draw(np.zeros(0, np.int64), LOOKED_AT))
+        return VectorSample.at(vectors, vectors.draw_in_files(LOOKED_AT, FILES_THERE))
 
     @staticmethod
     def at(vectors: KeptVectors, images: np.ndarray) -> VectorSample:
         """These, but for those whose vector is not finite."""
         found = vectors.read_vectors(images)
-        whole = np.isfinite(found).all(1)
-        return VectorSample(images[whole], vectors.keys(images[whole]), found[whole])
+        if not (whole := np.isfinite(found).all(1)).all():
+            images, found = images[whole], found[whole]
+        return VectorSample(images, vectors.keys(images), found)
 
 
 def learn(log: RatingLog, vectors: KeptVectors, sample: VectorSample) -> LearntHead:
@@ -133,7 +139,8 @@ def scale_of(about: RatingSet, kind: str) -> tuple[float, float] | None:
 
 
 class HeadLearner:
-    """A thread that fits a set's head whenever its ratings have changed; what comes meanwhile is taken together.
+    """A thread that fits a set's head whenever its ratings have changed; what comes meanwhile is taken together. It
+    rests for as long as it has worked, so that a machine of one core answers, too.
 
     open_vectors: the folder's vectors and a sample of them; called before each fit, UserError where there are none.
     """
@@ -149,12 +156,12 @@ class HeadLearner:
         self._learnt: dict[str, LearntHead] = {}
         self._running = ""
         self._thread: threading.Thread | None = None
-        self._closed = False
+        self._stopped = threading.Event()
 
     def want(self, log: RatingLog) -> None:
         """Have the head of a set fitted to its ratings as they are, soon."""
         with self._changed:
-            if self._closed:
+            if self._stopped.is_set():
                 return
             self._wanted[log.about.name] = log
             if self._thread is None:
@@ -170,21 +177,24 @@ class HeadLearner:
     def stop(self) -> None:
         """Begin nothing more."""
         with self._changed:
-            self._closed = True
+            self._stopped.set()
             self._changed.notify()
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._wanted and not self._closed:
+                while not self._wanted and not self._stopped.is_set():
                     self._changed.wait()
-                if self._closed:
+                if self._stopped.is_set():
                     return
                 name = next(iter(self._wanted))
                 log, self._running = self._wanted.pop(name), name
+            began = time.monotonic()
             found = self._fit(log)
+            took = time.monotonic() - began
             with self._changed:
                 self._learnt[name], self._running = found, ""
+            self._stopped.wait(min(took, _LONGEST_REST))
 
     def _fit(self, log: RatingLog) -> LearntHead:
         try:

@@ -64,8 +64,9 @@ class RatingService:
         self.folder, self.data = folder, folder.data
         self.learner = HeadLearner(self.vectors, folder.on_fault)
         self._logs: dict[str, RatingLog] = {}
-        self._lock, self._opening = threading.Lock(), threading.Lock()
-        self._opened: tuple[str, KeptVectors, VectorSample] | None = None
+        self._lock, self._opening, self._sampling = threading.Lock(), threading.Lock(), threading.Lock()
+        self._opened: tuple[str, KeptVectors] | None = None
+        self._sampled: tuple[KeptVectors, VectorSample] | None = None
         self._looked = 0.0
         self._of_selections: OrderedDict[str, VectorSample] = OrderedDict()
 
@@ -160,8 +161,7 @@ class RatingService:
         return [(a, b) for a, b in shown if a is not None and b is not None]
 
     def _telling(self, name: str, query: NextQuery, rated: set[str]) -> list[str]:
-        vectors, _ = self.vectors()
-        sample = self._sample(query)
+        vectors, sample = self.kept(), self._sample(query)
         known = vectors.images(sorted(rated))
         known = np.unique(known[known >= 0])
         rows = np.flatnonzero(~np.isin(sample.images, known))
@@ -178,12 +178,13 @@ class RatingService:
     def _random(self, seed: int, query: NextQuery) -> Iterator[str]:
         """Keys in a random order, the same for every rater: so several rate the same images, and it shows how far they
         agree. Images without a vector are left out, where there are vectors: no head can learn from them."""
-        explorer, vectors = self.folder.explorer, self._vectors_or_none()
+        explorer, vectors = self.folder.explorer, self._kept_or_none()
         rows = self._rows(query.selection)
         if vectors is not None and rows is None:
-            order = choosing.shuffled(vectors.count, seed)
+            images = None if self.data.url is None else self.vectors()[1].images  # each file of others would be fetched
+            order = choosing.shuffled(vectors.count if images is None else len(images), seed)
             while some := list(islice(order, query.count + 20)):
-                yield from vectors.keys(np.array(some))
+                yield from vectors.keys(np.array(some) if images is None else images[some])
             return
         order = choosing.shuffled(explorer.count if rows is None else len(rows), seed)
         while some := list(islice(order, query.count + 20)):
@@ -203,12 +204,12 @@ class RatingService:
 
     def _sample(self, query: NextQuery) -> VectorSample:
         """Images to choose from: those of the sample of all, or some of a selection."""
-        if not query.selection and self._vectors_or_none() is not None:
+        if not query.selection and self._kept_or_none() is not None:
             return self.vectors()[1]
         with self._lock:
             if (found := self._of_selections.get(query.selection)) is not None:
                 return found
-        vectors = self._vectors_or_none()
+        vectors = self._kept_or_none()
         keys = list(islice(self._random(choosing.seed_of(query.selection), query), choosing.POOL))
         if vectors is None:
             return VectorSample(np.full(len(keys), -1), keys, np.zeros((0, 0), np.float16))
@@ -235,26 +236,33 @@ class RatingService:
     def _shown(self, keys: Iterable[str]) -> Iterator[ShownImage]:
         return (image for key in keys if (image := self.shown(key)) is not None)
 
-    def _vectors_or_none(self) -> KeptVectors | None:
+    def _kept_or_none(self) -> KeptVectors | None:
         try:
-            return self.vectors()[0]
+            return self.kept()
         except UserError:
             return None
 
-    def vectors(self) -> tuple[KeptVectors, VectorSample]:
-        """The folder's vectors, and a sample of them in memory; UserError where there are none."""
+    def kept(self) -> KeptVectors:
+        """The folder's vectors; UserError where there are none."""
         from curate.sources.kept_vectors import KeptVectors
 
         with self._opening:
             if self._opened is None or time.monotonic() - self._looked > _LOOK:
                 signature = self._signature()
                 if self._opened is None or self._opened[0] != signature:
-                    vectors = KeptVectors(str(self.data))
-                    self._opened = signature, vectors, VectorSample.of(vectors)
+                    self._opened = signature, KeptVectors(str(self.data))
                     with self._lock:
                         self._of_selections.clear()
                 self._looked = time.monotonic()
-            return self._opened[1:]
+            return self._opened[1]
+
+    def vectors(self) -> tuple[KeptVectors, VectorSample]:
+        """They and a sample of them in memory, which is read at first: seconds where there are millions."""
+        with self._sampling:
+            kept = self.kept()
+            if self._sampled is None or self._sampled[0] is not kept:
+                self._sampled = kept, VectorSample.of(kept)
+            return self._sampled
 
     def _signature(self) -> str:
         """What is another when vectors were made anew, or there are other columns, which may hide images."""
