@@ -143,7 +143,8 @@ def test_dragging_a_cut_changes_rule_funnel_histogram_and_images(opened: Open, s
     now = condition(page, "pretty")
     value = float(now.removeprefix("aesthetic > "))
     assert value > 3.6 and len(now) <= len("aesthetic > 0.00000")  # written in few digits
-    assert kept(page) == kept_by_select(served, f"original_width >= 100 and open_nsfw < 0.9 and aesthetic > {value}") < before[0]
+    expected = kept_by_select(served, f"original_width >= 100 and open_nsfw < 0.9 and aesthetic > {value}")
+    assert kept(page) == expected < before[0]
     until(page, "(d) => document.querySelector('[data-column=aesthetic] path.kept').getAttribute('d') !== d", before[1])
     assert outline(page, "aesthetic", "all") == before[2]
     until(page, f"document.querySelector('.tile').ariaSetSize === '{kept(page)}'")
