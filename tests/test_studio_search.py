@@ -272,6 +272,7 @@ def test_vectors_that_are_not_what_their_record_says(copied: Data) -> None:
         assert answer.status_code == 422 and "img_emb_00000.npy" in answer.json()["error"]
 
 
+@pytest.mark.long
 def test_data_that_grows(copied: Data) -> None:
     """A shard whose vectors are made while the studio is open is searched as soon as it says that the data changed."""
     keys, _ = vectors_of(copied)
@@ -328,7 +329,7 @@ def test_many_at_once(data: Data, served: Served) -> None:
             return rows(client, search(client, key=keys[i % len(keys)])["id"])[0][0], keys[i % len(keys)]
 
     with ThreadPoolExecutor(12) as threads:
-        for found, key in threads.map(ask, range(48)):
+        for found, key in threads.map(ask, range(24)):
             assert found == key
 
 

@@ -248,6 +248,7 @@ class SearchService:
                     self._folder = Path(self._temporary.name)
                 version.builder = CodeBuilder(version.table, self._folder, ready, self._on_fault)
                 version.builder.start()
+                version.builder.wait(1.0)  # where it was made before it is there at once
             return version
 
 
