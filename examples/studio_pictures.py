@@ -110,7 +110,7 @@ def small(image: Image.Image) -> bytes:
     for colours in (256, 128, 64):
         for dither in (Image.Dither.FLOYDSTEINBERG, Image.Dither.NONE):
             file = io.BytesIO()
-            image.quantize(colours, dither=dither).save(file, "PNG", optimize=True)
+            image.quantize(palette=image.quantize(colours), dither=dither).save(file, "PNG", optimize=True)
             if file.tell() <= LARGEST:
                 return file.getvalue()
     return file.getvalue()

@@ -88,13 +88,14 @@ def data(tmp_path: Path) -> Data:
 def planned(root: Path) -> Data:
     """The small data folder, with what shows commands that it is one."""
     data = Data.at(make_data(root))
-    write_json(data.plan_record, {})
+    data.plan_folder.mkdir()
     (root / MARK).write_text("tastemaker data\n")
     return data
 
 
 def with_recipe(data: Data) -> Recipe:
     """Give a data folder a recipe of its own, as a run leaves it."""
+    write_json(data.plan_record, {})
     store_recipe(data, recipe := load_recipe("bundled"))
     return recipe
 
@@ -312,12 +313,15 @@ def test_the_end_of_the_server_ends_what_runs(commands: CommandService) -> None:
 
 
 def test_only_so_many_wait(commands: CommandService) -> None:
-    for _ in range(service_module.MAX_WAITING):
-        commands.submit([LASTING], "me")
-    wait_for(lambda: any(j.state == "running" for j in commands.jobs()))
     commands.submit([LASTING], "me")
-    with pytest.raises(QueueFull, match="20 commands"):
-        commands.submit([LASTING], "me")
+    wait_for(lambda: commands.jobs()[0].state == "running")
+    for person in ("me", "you"):
+        for _ in range(20):
+            commands.submit([LASTING], person)
+        with pytest.raises(QueueFull, match="20 of your"):
+            commands.submit([LASTING], person)
+    with pytest.raises(QueueFull, match="40 commands"):
+        commands.submit([LASTING], "third")
 
 
 def test_the_last_lines_are_kept_and_controls_are_shown(commands: CommandService) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,34 @@ def test_yes_and_no(opened: Open, served: ServedData, data: Data) -> None:
     keys = [press(page, key)[0] for key in ("y", "n", "ArrowRight", "ArrowLeft")]
     all_saved(page)
     assert [(r["image"], r["label"]) for r in ratings(data, "boats")] == list(zip(keys, ["yes", "no"] * 2, strict=True))
+
+
+def test_images_around_a_cut_and_out_of_a_selection(opened: Open, served: ServedData, data: Data) -> None:
+    with served.client() as client:
+        deadline = time.monotonic() + 30
+        while (about := client.get("/api/data").json())["index"]["state"] != "ready":
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        (selection,) = about["selections"]
+        order = client.post("/api/selections", json={"rules": [r | {"on": True} for r in selection["rules"]]}).json()
+        query = {"selection": order["id"], "show": "kept", "sort": "aesthetic"}
+        rows = client.get("/api/rows", params=query).json()["rows"]
+    values = {row["key"]: row["value"] for row in rows}
+    cut = sorted(values.values())[len(values) // 2]
+    page = opened(served.url)
+    page.locator("input[value=around]").check(force=True)
+    page.select_option("#column", "aesthetic")
+    page.fill("#value", str(cut))
+    page.select_option("#selection", selection["name"])
+    (first,) = start(page)
+    assert values[first] in sorted(values.values(), key=lambda value: abs(value - cut))[:4]
+    keys = {press(page, "3")[0] for _ in values}
+    page.locator("#images", has_text="You have seen all").wait_for()
+    assert keys == set(values)
+    page.reload()
+    page.locator("#images", has_text="You have seen all").wait_for()
+    all_saved(page)
+    assert scores(data) == dict.fromkeys(values, 3.0)
 
 
 @pytest.mark.parametrize("width", [390, 1600])

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from curate.ledger.judge import UNKNOWN
 from curate.ledger.rules import Rule
+
+_PART = 1 << 18  # rows that are judged at a time
 
 States = npt.NDArray[np.int8]
 """(n,) of a rule: 0 where it is TRUE of a row, 1 where it isn't, 2 where a column has no value, UNKNOWN."""
@@ -46,16 +50,18 @@ class StateCounts:
 
     @staticmethod
     def of(states: States) -> StateCounts:
-        false, null, unknown = (int(np.count_nonzero(states == s)) for s in (1, 2, UNKNOWN))
-        return StateCounts(len(states) - false - null - unknown, false, null, unknown)
+        true, false, null, unknown = count_bytes(states.view(np.uint8))[: UNKNOWN + 1].tolist()
+        return StateCounts(true, false, null, unknown)
 
 
 @dataclass(frozen=True)
 class RowFunnel:
     """Verdicts of rows: i where the i-th rule, counted from one, is the first that rejects, else `kept`, `unjudged`."""
 
-    verdicts: npt.NDArray[np.int16]
+    verdicts: npt.NDArray[Any]  # uint8, of very many rules int16
     rejected: list[int]  # of each rule
+    kept_count: int
+    unjudged_count: int
 
     @property
     def kept(self) -> int:
@@ -69,21 +75,35 @@ class RowFunnel:
 
 
 def first_rejects(states: Sequence[States], rows: int, early: bool = False) -> RowFunnel:
-    """The verdicts of rows. early: they have no image, as an early rule rejected them, so none of them is kept."""
+    """The verdicts of rows. early: they have no image, as an early rule rejected them, so none of them is kept.
+
+    A part of the rows at a time, which stays within a cache: ten million rows take 10 ms a rule, and not 30.
+    """
     kept, unjudged = len(states) + 1, len(states) + 3
-    verdicts = np.full(rows, unjudged if early else kept, np.int16)
-    left = np.ones(rows, np.bool_)  # no rule has rejected them
-    rejected = []
-    for i, state in enumerate(states, 1):
-        unsigned = state.view(np.uint8)
-        rejects = (unsigned - np.uint8(1)) < 2  # 1 or 2: of unsigned numbers 0 - 1 is the largest
-        if not early:
-            np.copyto(verdicts, unjudged, where=left & (unsigned == UNKNOWN))
-        rejects &= left
-        np.copyto(verdicts, i, where=rejects)
-        rejected.append(int(np.count_nonzero(rejects)))
-        left ^= rejects
-    return RowFunnel(verdicts, rejected)
+    dtype: Any = np.uint8 if unjudged < 256 else np.int16
+    none = unjudged if early else kept  # what those are that no rule rejects; larger than any rule's number
+    verdicts = np.full(rows, none, dtype)
+    for start in range(0, rows, _PART):
+        part = verdicts[start : start + _PART]
+        unknown = np.zeros(len(part), np.bool_)
+        for i, state in enumerate(states, 1):
+            said = state[start : start + _PART].view(np.uint8)
+            rejects = (said - np.uint8(1)) < 2  # 1 or 2: of unsigned numbers 0 - 1 is the largest
+            np.minimum(part, dtype(none) - rejects * dtype(none - i), out=part)
+            unknown |= said == UNKNOWN
+        if unknown.any() and not early:
+            part[unknown & (part == kept)] = unjudged
+    counts = count_bytes(verdicts) if dtype is np.uint8 else np.bincount(verdicts, minlength=unjudged + 1)
+    return RowFunnel(verdicts, counts[1:kept].tolist(), int(counts[kept]), int(counts[unjudged]))
+
+
+def count_bytes(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """How often each of 256 values is there. Pillow does it in C: ten million in 4 to 10 ms, numpy's bincount in 40."""
+    counts = np.zeros(256, np.int64)
+    for start in range(0, len(values), 1 << 30):
+        part = values[start : start + (1 << 30)]
+        counts += Image.frombuffer("L", (len(part), 1), part, "raw", "L", 0, 1).histogram()
+    return counts
 
 
 def count_rules(

@@ -7,8 +7,9 @@ The rows are loaded once into a table `rows`, with the columns that rules name. 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -64,6 +65,7 @@ def compute(
     types: Mapping[str, str],
     neighbours: Mapping[str, tuple[Path, str]],
     early: Collection[str] = (),
+    cut_of: CutOf | None = None,
 ) -> list[dict[str, dict[str, float]]]:
     """Give `rows` the column of each function of all rows that rules hold; what is said of each rule's groups.
 
@@ -82,7 +84,7 @@ def compute(
                     found[computed.column] = _rank(con, computed, types, neighbours)
                     sql = f'"#key" NOT IN (FROM {quote(f"later{computed.place}")})'
                 else:
-                    sql = _condition(con, computed)
+                    sql = _condition(con, computed, cut_of)
                 items.append(f"({sql}) AS {quote(computed.place)}")
         groups.append(found)
     con.execute(f"CREATE TEMP VIEW judged AS SELECT {', '.join(['*', *items])} FROM rows")
@@ -95,11 +97,13 @@ def judge(
     types: Mapping[str, str],
     beside: Sequence[str] = (),
     left_out: Mapping[str, str] | None = None,
+    with_keys: bool = True,
 ) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
     """Keys of the rows; per rule: 0 where it is TRUE, 1 where it isn't, 2 where a column has no value, UNKNOWN where
     early rules left the row out of a column; and the values of the columns `beside`, masked where these are null.
 
-    left_out: column -> SQL that is TRUE of the rows that have no value in it for that reason.
+    left_out: column -> SQL that is TRUE of the rows that have no value in it for that reason. with_keys: without them,
+    which are most of what is read, for who knows that the rows stay in their order.
     """
     items = []
     for i, rule in enumerate(rules):
@@ -107,7 +111,8 @@ def judge(
         items.append(f"{state_sql(rule, types, unknown)} AS s{i}")
     try:
         values = [f"{quote(column)} AS b{i}" for i, column in enumerate(beside)]
-        found = con.execute(f"SELECT {', '.join([quote('#key'), *items, *values])} FROM judged").fetchnumpy()
+        keys = [quote("#key")] if with_keys else []
+        found = con.execute(f"SELECT {', '.join([*keys, *items, *values])} FROM judged").fetchnumpy()
     except duckdb.InterruptException:
         raise
     except duckdb.Error as e:
@@ -118,7 +123,7 @@ def judge(
             raise
         raise UserError(f"the rules fail on a row: {short(e)}") from None
     states = [np.asarray(found[f"s{i}"]) for i in range(len(rules))]
-    return np.asarray(found["#key"]), states, [found[f"b{i}"] for i in range(len(beside))]
+    return np.asarray(found.get("#key", np.zeros(0, np.uint64))), states, [found[f"b{i}"] for i in range(len(beside))]
 
 
 UNKNOWN = 3
@@ -192,11 +197,16 @@ def odd_values(con: duckdb.DuckDBPyConnection, columns: Sequence[str], types: Ma
         odd = f"isinf({value})" if types[column] in ("FLOAT", "DOUBLE") else no
         row = con.execute(f"SELECT count(*), any_value({value}) FROM rows WHERE {odd}").fetchone()
         if row and row[0]:
-            found.append(f"{column} is {str(row[1])[:40]!r} or the like in {row[0]:,} rows; that counts as no value")
+            found.append(odd_words(column, row[1], row[0]))
     return found
 
 
-def _condition(con: duckdb.DuckDBPyConnection, computed: Computed) -> str:
+def odd_words(column: str, value: Any, count: int) -> str:
+    """What is said of a column where some values are none."""
+    return f"{column} is {str(value)[:40]!r} or the like in {count:,} rows; that counts as no value"
+
+
+def _condition(con: duckdb.DuckDBPyConnection, computed: Computed, cut_of: CutOf | None) -> str:
     """What a `top` or a `first_of` comes to on these rows, as a condition."""
     value = as_value(computed.column)
     if computed.kind == "first_of":
@@ -207,19 +217,28 @@ def _condition(con: duckdb.DuckDBPyConnection, computed: Computed) -> str:
         )
         return f'"#key" NOT IN (FROM {later})'
     value = f"CAST({value} AS DOUBLE)"
-    values = numbers_of(con, computed.column)
-    if not len(values):
-        return "false"
-    # half up, so that a fraction of a row counts as a row from one half on; at least one
-    count = max(1, int(np.floor(computed.fraction * len(values) + 0.5)))
-    cut = float(np.partition(values, len(values) - count)[len(values) - count])
-    ties = count - int((values > cut).sum())
+    if cut_of is not None and (known := cut_of(computed)) is not None:
+        cut, last = known
+    else:
+        values = numbers_of(con, computed.column)
+        if not len(values):
+            return "false"
+        count = top_count(computed.fraction, len(values))
+        cut = float(np.partition(values, len(values) - count)[len(values) - count])
+        equal = f"SELECT \"#key\" FROM compared WHERE {value} = CAST('{cut!r}' AS DOUBLE) ORDER BY 1"
+        ((last,),) = con.execute(f"{equal} LIMIT 1 OFFSET {count - int((values > cut).sum()) - 1}").fetchall()
     bound = f"CAST('{cut!r}' AS DOUBLE)"
-    last = con.execute(
-        f'SELECT "#key" FROM compared WHERE {value} = {bound} ORDER BY 1 LIMIT 1 OFFSET {ties - 1}'
-    ).fetchone()
-    assert last is not None
-    return f'{value} > {bound} OR ({value} = {bound} AND "#key" <= {last[0]})'
+    return f'{value} > {bound} OR ({value} = {bound} AND "#key" <= {last})'
+
+
+CutOf = Callable[[Computed], tuple[float, int] | None]
+"""A `top` -> the least value that it keeps, and the last key that it keeps of this value; None: to be found out."""
+
+
+def top_count(fraction: float, count: int) -> int:
+    """How many of so many rows the best fraction is: half up, so that a fraction of a row counts as a row from one half
+    on; at least one."""
+    return max(1, int(np.floor(fraction * count + 0.5)))
 
 
 def _rank(

@@ -226,9 +226,9 @@ def select(data: Data, config: SelectConfig) -> Selection:
         (of_early, [StateCounts.of(state) for state in early_states]),
     )
     warnings += odd
-    verdicts = np.concatenate([of_images.verdicts, of_early.verdicts])
+    verdicts = np.concatenate([of_images.verdicts, of_early.verdicts]).astype(np.int16)
     kept_images = of_images.verdicts == of_images.kept
-    if count := int((verdicts == of_images.unjudged).sum()):
+    if count := of_images.unjudged_count + of_early.unjudged_count:
         warnings.append(words_for_unjudged(data, count, applied_early(found), config.rules))
     selection = Selection(
         name=config.name,
@@ -238,7 +238,7 @@ def select(data: Data, config: SelectConfig) -> Selection:
         rules=counts,
         early=early,
         unjudged=count,
-        kept=int(kept_images.sum()),
+        kept=of_images.kept_count,
         clusters={c: balance(v, kept_images) for c, v in zip(clusters, cluster_values, strict=True)},
         quantiles=quantiles,
         warnings=warnings,

@@ -27,7 +27,7 @@ State = Literal["waiting", "running", "done", "failed", "cancelled"]
 
 MAX_LINES, MAX_LINE = 200, 2000
 """Lines of a command that are kept, the last ones, and characters of each."""
-MAX_WAITING, REMEMBERED = 20, 100
+MAX_WAITING, MAX_WAITING_OF_ONE, REMEMBERED = 40, 20, 100
 GRACE = 10.0
 """Seconds that a command has to end after it was interrupted, before it is killed."""
 
@@ -99,6 +99,8 @@ class CommandService:
             waiting = [job for job in self._jobs.values() if job.state == "waiting"]
             if self.closed:
                 raise QueueFull("the server is being stopped")
+            if sum(job.client == client for job in waiting) >= MAX_WAITING_OF_ONE:
+                raise QueueFull(f"{MAX_WAITING_OF_ONE} of your commands are waiting already", own=True)
             if len(waiting) >= MAX_WAITING:
                 raise QueueFull(f"{MAX_WAITING} commands are waiting already")
             job = CommandJob(list(words), client)

@@ -15,6 +15,7 @@ from studio.data import StudioData
 from studio.explore.describe import describe_data, describe_rule
 from studio.explore.explorer import Explorer, UnknownSelection
 from studio.explore.histograms import histogram as count_all
+from studio.explore.histograms import kept_counts
 from studio.explore.listing import RowOrder, Show, place_of, value_at
 from studio.explore.live import LiveSelection
 from studio.explore.wire import (
@@ -104,7 +105,7 @@ def _select(explorer: Explorer, asked: SelectionRequest) -> LiveView:
             )
             continue
         live.append(describe_rule(selection.snapshot, answer, counts.get(rule.name), rule.name))
-    kept = {c: explorer.kept_counts(selection, c, c in asked.log) for c in dict.fromkeys(asked.columns)}
+    kept = kept_counts(selection.snapshot, selection.kept, {c: c in asked.log for c in asked.columns})
     rows = selection.snapshot.rows
     return LiveView(
         id=selection.id,

@@ -22,7 +22,6 @@ from curate.ledger.view import LedgerTable, tables
 from curate.store.files import digest
 from studio.errors import NotHere
 from studio.explore import listing as listings
-from studio.explore.histograms import kept_counts
 from studio.explore.index import IndexStopped, make_index, part_digests, part_folders, steps
 from studio.explore.listing import Ranking, RowOrder, Show
 from studio.explore.live import LiveSelection, RuleAnswer, RuleBook, selection_id
@@ -33,7 +32,7 @@ from studio.queue import BoundedExecutor
 _LOOK, _LOOK_STORE = 2.0, 60.0
 """Seconds between two looks whether the data changed: on a disk, on an object store."""
 
-_SELECTIONS, _LISTINGS, _RANKINGS = 400 << 20, 300 << 20, 100 << 20
+_SELECTIONS, _LISTINGS, _RANKINGS = 200 << 20, 200 << 20, 100 << 20
 """Bytes of each that are remembered."""
 
 
@@ -307,10 +306,6 @@ class Explorer:
         book = RuleBook(selection.snapshot) if selection.snapshot is not self.snapshot else self.book
         early = [rule for rule in selection.rules if rule.name in self.recipe.early]
         return book.answer(book.check({name: selection.off[name]})[0], early)
-
-    def kept_counts(self, selection: LiveSelection, column: str, log: bool) -> list[int]:
-        """The histogram of a column over the rows that a selection keeps."""
-        return kept_counts(selection.snapshot, selection.kept, column, log)
 
     # ---------------------------------------------------------------------------------------------- listings
 

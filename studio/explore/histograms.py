@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from aesthetic.errors import UserError
+from curate.ledger.funnel import count_bytes
 from studio.explore.columns import OTHER, ColumnFacts
 from studio.explore.snapshot import Snapshot
 
 _KEPT = 128  # added to the bin of a row that is kept
-_ROWS = 1 << 22  # that are counted at a time
+_PART = 1 << 20  # rows that are counted at a time: they stay within a cache
 
 
-def kept_counts(snapshot: Snapshot, kept: npt.NDArray[np.bool_], column: str, log: bool) -> list[int]:
-    """The counts of `kept` rows in the bins of a column's histogram; of values, one more for all others.
+def kept_counts(snapshot: Snapshot, kept: npt.NDArray[np.bool_], columns: Mapping[str, bool]) -> dict[str, list[int]]:
+    """Column -> the counts of `kept` rows in the bins of its histogram; of values, one more for all others.
 
-    Pillow counts bytes in C: 4 ms for ten million, where numpy takes 53 ms for those that are kept.
+    columns: those that are wanted, and whether logarithmic.
     """
-    facts = facts_of(snapshot, column, log)
-    bins, marks = snapshot.columns[column].bins(log), kept.view(np.uint8) << 7
-    counts = np.zeros(256, np.int64)
-    for start in range(0, len(bins), _ROWS):
-        part = bins[start : start + _ROWS] | marks[start : start + _ROWS]
-        counts += Image.frombuffer("L", (len(part), 1), part, "raw", "L", 0, 1).histogram()
-    found = counts[_KEPT:]
-    if facts.kind == "number":
-        return list(found[: len(facts.log_counts if log else facts.counts)].tolist())
-    return [*found[: len(facts.values)].tolist(), int(found[OTHER])]
+    bins = {c: snapshot.columns[facts_of(snapshot, c, log).name].bins(log) for c, log in columns.items()}
+    counts = {column: np.zeros(256, np.int64) for column in columns}
+    for start in range(0, snapshot.count, _PART):
+        marks = kept[start : start + _PART].view(np.uint8) << np.uint8(7)
+        for column in columns:
+            counts[column] += count_bytes(bins[column][start : start + _PART] | marks)
+    found = dict[str, list[int]]()
+    for column, log in columns.items():
+        facts, of_kept = snapshot.columns[column].facts, counts[column][_KEPT:]
+        if facts.kind == "number":
+            found[column] = of_kept[: len(facts.log_counts if log else facts.counts)].tolist()
+        else:
+            found[column] = [*of_kept[: len(facts.values)].tolist(), int(of_kept[OTHER])]
+    return found
 
 
 def facts_of(snapshot: Snapshot, column: str, log: bool) -> ColumnFacts:

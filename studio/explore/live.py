@@ -71,7 +71,7 @@ class LiveSelection:
 
     @property
     def kept_count(self) -> int:
-        return int(np.count_nonzero(self.kept))
+        return self.funnel.kept_count
 
     def verdict(self, row: int) -> str:
         """The verdict of a row, in the words of `select`."""
@@ -88,28 +88,30 @@ class LiveSelection:
 class RuleBook:
     """The answers to rules of one snapshot."""
 
-    def __init__(self, snapshot: Snapshot, most_bytes: int = 600 << 20) -> None:
+    def __init__(self, snapshot: Snapshot, most_bytes: int = 300 << 20) -> None:
         self.snapshot = snapshot
         self._answers = Remembered[Any, RuleAnswer](most_bytes, lambda answer: answer.bytes)
         self._checked = Remembered[tuple[str, str], Rule](2000, lambda rule: 1)
 
     def check(self, rules: dict[str, str]) -> list[Rule]:
         """The rules, understood; UserError as `select` says it."""
-        columns, source = self.snapshot.types
+        snapshot = self.snapshot
+
+        def understand(some: dict[str, str]) -> list[Rule]:
+            return check_rules(some, *snapshot.types, snapshot.scales, snapshot.database.cursor())
+
         found = {item: self._checked.get(item) for item in rules.items()}
         missing = {name: condition for (name, condition), rule in found.items() if rule is None}
         if missing:
-            try:
-                new = check_rules(missing, columns, source, self.snapshot.scales)
+            try:  # each by itself: places of computed columns count from 0
+                new = [understand({name: condition})[0] for name, condition in missing.items()]
             except UserError:
-                check_rules(rules, columns, source, self.snapshot.scales)  # the first that is wrong, of all
+                understand(rules)  # the first that is wrong, of all
                 raise
-            if len(missing) > 1:  # each by itself: places of computed columns count from 0
-                new = [check_rules({n: c}, columns, source, self.snapshot.scales)[0] for n, c in missing.items()]
             for rule in new:
                 found[rule.name, rule.condition] = self._checked.put((rule.name, rule.condition), rule)
         checked = [rule for rule in found.values() if rule is not None]
-        self.snapshot.check_tables(checked)
+        snapshot.check_tables(checked)
         return checked
 
     def answer(self, rule: Rule, early: Sequence[Rule]) -> RuleAnswer:
@@ -137,12 +139,14 @@ class RuleBook:
         def ask() -> tuple[States, dict[str, dict[str, float]], list[str]]:
             if not mapped:
                 load_rows(con, needed, snapshot.hidden)
-            groups = compute(con, [*before, rule], types, neighbours, [r.name for r in early])[-1]
-            keys, states, _ = judge(con, [rule], types, [], out)
-            odd = odd_values(con, sorted(rule.columns), types)
-            if not mapped or rule.computed:
-                states = [self._in_order(keys, states[0])]
-            return np.ascontiguousarray(states[0]), groups, odd
+            known = snapshot.cut_of if mapped and not before else None
+            groups = compute(con, [*before, rule], types, neighbours, [r.name for r in early], known)[-1]
+            # a plain look at each row leaves them in their order; a join may not
+            joined = not mapped or any(c.kind != "top" for c in rule.computed)
+            keys, states, _ = judge(con, [rule], types, [], out, with_keys=joined)
+            unknown = [c for c in sorted(rule.columns) if not mapped or snapshot.columns[c].facts.stored != "number"]
+            odd = [*odd_values(con, unknown, types), *(snapshot.odd(c) for c in rule.columns if c not in unknown)]
+            return self._in_order(keys, states[0]) if joined else states[0], groups, [words for words in odd if words]
 
         with contextlib.closing(Bounds(con, SECONDS)) as bounds:
             states, groups, odd = _run(bounds, rule, ask)
@@ -154,12 +158,12 @@ class RuleBook:
     def _in_order(self, keys: npt.NDArray[np.uint64], states: States) -> States:
         """States in the order of rows."""
         own = self.snapshot.rows.keys
-        if np.array_equal(keys, own):
-            return states
-        order = np.argsort(keys, kind="stable")
-        if not np.array_equal(keys[order], own):
+        if not np.array_equal(keys, own):
+            order = np.argsort(keys, kind="stable")
+            keys, states = keys[order], states[order]
+        if not np.array_equal(keys, own):
             raise UserError("the data folder changed meanwhile: try again in a while")
-        return states[order]
+        return states
 
     def _ask_early(self, rule: Rule) -> States:
         """What it says of the rows that early rules kept from having an image, in their order."""
@@ -190,7 +194,7 @@ class RuleBook:
             (of_images, [a.counts for a in answers]),
             (of_early, [a.early_counts for a in answers]),
         )
-        unjudged = sum(int(np.count_nonzero(f.verdicts == f.unjudged)) for f in (of_images, of_early))
+        unjudged = of_images.unjudged_count + of_early.unjudged_count
         odd = list(dict.fromkeys(words for answer in answers for words in answer.odd))
         if unjudged:
             warnings.append(words_for_unjudged(snapshot.data, unjudged, snapshot.applied_early, rules))

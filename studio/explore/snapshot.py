@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 from aesthetic.errors import UserError
 from curate.layout import Data
 from curate.ledger.early import applied_early, left_out
+from curate.ledger.judge import odd_words, top_count
 from curate.ledger.neighbours import known_neighbours
-from curate.ledger.rules import Rule
+from curate.ledger.rules import Computed, Rule
 from curate.ledger.select import SelectConfig
 from curate.ledger.sql import connect, quote
 from curate.ledger.view import (
@@ -141,6 +142,12 @@ class Snapshot:
 
     # what DuckDB sees
 
+    @cached_property
+    def database(self) -> duckdb.DuckDBPyConnection:
+        """One for all questions: making it takes longer than most of them. Each is asked of a cursor of its own, whose
+        tables and views nobody else sees."""
+        return connect(self.data.root.resolve())
+
     def holds(self, columns: Collection[str]) -> bool:
         """Whether the values of all these columns are in the index."""
         return all(c in self.columns and self.columns[c].facts.stored for c in columns)
@@ -148,7 +155,7 @@ class Snapshot:
     def connect(self, columns: Collection[str]) -> duckdb.DuckDBPyConnection:
         """A connection with the view `rows` over the memory of the index, as `curate.ledger.judge` needs it: `#key`
         and these columns, which the index holds."""
-        con = connect(self.data.root.resolve())
+        con = self.database.cursor()
         arrays = [pa.array(self.rows.keys), *(self.columns[c].arrow for c in columns)]
         con.register("_index", pa.table(arrays, names=["#key", *(f"c{i}" for i in range(len(columns)))]))
         items, fields = ['"#key"'], []
@@ -161,6 +168,23 @@ class Snapshot:
             items.append(f"struct_pack({', '.join(fields)}) AS source")
         con.execute(f"CREATE TEMP VIEW rows AS SELECT {', '.join(items)} FROM _index")
         return con
+
+    def cut_of(self, top: Computed) -> tuple[float, int] | None:
+        """What `curate.ledger.judge` is told of a `top` over all rows, by the order of the column's values."""
+        column = self.columns[top.column]
+        low, high = column.facts.low, column.facts.high
+        if low is None or high is None or max(abs(low), abs(high)) > 1 << 53:  # as doubles, whole numbers may be equal
+            return None
+        have = column.facts.count or 0
+        count = top_count(top.fraction, have)
+        cut = float(column.values[column.order[have - count]])
+        first, after = column.below(cut), column.up_to(cut)  # those that equal it, in the order of keys
+        return cut, int(self.rows.keys[column.order[first + count - (have - after) - 1]])
+
+    def odd(self, column: str) -> str:
+        """What is said of a column of numbers that holds infinities; "" of others."""
+        count, value = self.columns[column].facts.infinite
+        return odd_words(column, value, count) if count else ""
 
     # what must not be shown as it is
 

@@ -78,6 +78,9 @@ function restore() {
   const asked = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
   const values = { ...kept, ...asked };
   listSets(sets.some((set) => set.name === values.set) ? values.set : undefined);
+  if (values.column && !columns.some((one) => one.name === values.column)) { // the index is being made
+    form.column.append(element("option", { value: values.column }, values.column));
+  }
   for (const name of ["rater", "kind", "scale", "concept", "how", "column", "value", "selection"]) {
     if (values[name] !== undefined) form[name].value = values[name];
   }
@@ -131,7 +134,7 @@ async function begin() {
   history.replaceState(null, "", `#${address}`);
   const { rules } = selections.find((one) => one.name === selection) ?? {};
   const select = rules && (async () => (await call("/api/selections", { body: { rules: rules.map(on) } })).id);
-  const rating = new Rating({ place, set, rater, how, select, onLeave: left });
+  const rating = new Rating({ place, set, rater, how, select, onLeave: left, onWaiting: showNotice });
   await rating.open();
 }
 
@@ -141,25 +144,36 @@ async function left() {
   $("start").focus();
 }
 
+function listColumns(data) {
+  columns = data.columns.filter((column) => column.kind === "number" && column.count);
+  form.column.replaceChildren(...columns.map(({ name }) => element("option", { value: name }, name)));
+  form.querySelector("[name=how][value=around]").closest("label").hidden = !columns.length;
+  if (!form.value.value) middle();
+}
+
 async function load() {
   const [data, found] = await Promise.all([call("/api/data"), call("/api/ratings")]);
   place = data.place;
   sets = found.sets;
-  columns = (data.columns ?? []).filter((column) => column.kind === "number" && column.count);
   document.title = `Rate · ${data.name}`;
-  form.column.replaceChildren(...columns.map(({ name }) => element("option", { value: name }, name)));
-  form.querySelector("[name=how][value=around]").closest("label").hidden = !columns.length;
-  selections = data.selections ?? [];
+  listColumns(data);
+  selections = data.selections;
   const option = (name) => element("option", { value: name }, `${name}: what it keeps`);
   form.selection.replaceChildren(element("option", { value: "" }, "All images"), ...selections.map(({ name }) => option(name)));
   $("from-field").hidden = !selections.length;
-  const asked = restore();
-  if (!form.value.value) middle();
-  return asked;
+  return restore();
 }
 
-// Some of the folder's images, beside the form.
+// Once the folder's index is made: its columns, and some of its images beside the form.
 async function showSome() {
+  let data = await call("/api/data");
+  while (data.index.state === "building") {
+    await new Promise((resolve) => setTimeout(resolve, 1000));
+    data = await call("/api/data");
+  }
+  if (data.index.state !== "ready") return;
+  if (!columns.length) listColumns(data);
+  if (innerWidth <= 900) return;
   const { id } = await call("/api/selections", { body: { rules: [] } });
   const { rows } = await call(`/api/rows?selection=${id}&show=all&sort=random&limit=${SOME}`);
   const images = rows.map(({ key }) => {
@@ -185,7 +199,7 @@ async function open() {
   if (asked.rating === "now" && asked.rater && chosen()) await begin();
   else (form.rater.value ? $("start") : form.rater).focus();
   document.body.dataset.ready = "true";
-  if (innerWidth > 900) showSome().catch(() => {}); // they are there to look at, no more
+  showSome().catch(() => {}); // the form does without
 }
 
 open().catch((error) => showNotice(error.message));

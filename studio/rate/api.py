@@ -36,7 +36,9 @@ class SetView(BaseModel):
 
     name: str
     kind: SetKind
-    scale: tuple[float, float] | None = Field(description="the lowest and the highest score; null for other kinds")
+    scale: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
+        description="the lowest and the highest score; null for other kinds"
+    )
     concept: str = Field(description="what is judged, in words")
     count: int = Field(description="ratings in it")
     images: int = Field(description="images that have any")
@@ -284,7 +286,7 @@ def _set_view(service: RatingService, log: RatingLog) -> SetView:
     return SetView(
         name=about.name,
         kind=about.kind,
-        scale=about.scale,
+        scale=None if about.scale is None else [*about.scale],
         concept=about.concept,
         count=len(rows),
         images=len({key for row in rows for key in row[:-2]}),
