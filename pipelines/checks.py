@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import pyarrow as pa
 
@@ -11,7 +10,7 @@ from aesthetic.errors import UserError
 from curate.annotators.base import Annotator, column_specs
 from curate.annotators.order import check_where, made_late, passes
 from curate.annotators.registry import make_annotator
-from curate.fetch.deny import Deny
+from curate.fetch.deny import Deny, deny_place
 from curate.layout import Data
 from pipelines.options import command
 from pipelines.recipe import Recipe, stored_recipe
@@ -98,7 +97,7 @@ def refuse_denied(data: Data, recipe: Recipe, restart_from: str | None = None) -
             "what was fetched without them, because originals are not kept"
         )
     denied += [f"perhaps images of shards/{name}, for the same reason" for name in found.unknown_packs]
-    steps = removal(data, found, [str(Path(f).absolute()) for f in recipe.fetch.deny])
+    steps = removal(data, found, [*map(deny_place, recipe.fetch.deny)])
     raise UserError(
         f"fetch.deny names what {data} holds already: {'; '.join(denied)}.\n"
         "A list that is given later takes nothing away, so nothing is done. Give another --out, or be rid of them:\n"

@@ -19,6 +19,7 @@ from curate.annotators.base import Annotator
 from curate.annotators.order import ENCODER, first_pass, set_early
 from curate.annotators.registry import absolute, add_needs, fetch_annotators, make_annotators
 from curate.encoders.registry import fetch_weights
+from curate.fetch.deny import deny_place
 from curate.fetch.ingest import check_verify
 from curate.layout import Data
 from curate.sources.plan import load_plan
@@ -106,7 +107,7 @@ def run(request: Request) -> Result:
     """
     recipe, data = request.recipe, request.data
     # whole paths of its files, as later commands may be given in another folder
-    deny = tuple(str(Path(f).expanduser().absolute()) for f in recipe.fetch.deny)
+    deny = tuple(map(deny_place, recipe.fetch.deny))
     weights = recipe.embed.weights and str(Path(recipe.embed.weights).expanduser().absolute())
     recipe = replace(
         recipe,

@@ -184,12 +184,13 @@ def parse_recipe(text: str, settings: Sequence[str] = (), what: str = "recipe") 
 
 
 def _refuse_urls(tree: dict[str, Any]) -> None:
-    """UserError where a file that every node reads where it lies is named by a URL; a head may lie anywhere."""
+    """UserError where a file that every node reads where it lies is named by a URL; heads and deny-lists may lie
+    anywhere."""
 
     def look(value: Any, at: str) -> None:
         if isinstance(value, dict):
             for key, inner in value.items():
-                if not (at.startswith("columns.") and key == "head"):
+                if not (at.startswith("columns.") and key == "head") and (at, key) != ("fetch", "deny"):
                     look(inner, f"{at}.{key}" if at else str(key))
         elif isinstance(value, list):
             for inner in value:

@@ -100,7 +100,8 @@ def test_words_become_an_image_by_the_keyboard_alone(page: Any, served: Served) 
     draw(page, "<b>a red disc</b>")
     assert page.locator("#caption").inner_text() == "<b>a red disc</b>"  # text, not markup
     assert newest(served)["prompt"] == "<b>a red disc</b>" and newest(served)["steps"] == 2
-    page.wait_for_function("document.querySelector('#shown').naturalWidth === 16")
+    page.locator("#shown.small").wait_for()  # it is loaded
+    assert page.evaluate("document.querySelector('#shown').naturalWidth") == 16
     assert page.locator("#history li").count() == len(list(served.service.out.glob("*.png")))
     with page.expect_download() as download:
         page.click("#download")

@@ -268,7 +268,10 @@ def shell(command: str) -> str:
 
 def stored(data: Data) -> dict[str, str]:
     """Of each image that a file of the data folder holds, its URL."""
-    files = [*(data.root / "fetched").glob("*.parquet"), *(data.root / "shards").rglob("*.parquet")]
+    data.store.refresh()
+    found = [*data.store.walk(data.root / "fetched"), *data.store.walk(data.root / "shards")]
+    files = [path for path in found if path.suffix == ".parquet" and not path.name.startswith(".")]
+    data.bring(*files)
     rows = [row for file in files for row in pq.read_table(file, columns=["key", "url", "status"]).to_pylist()]
     return {row["key"]: row["url"] for row in rows if row["status"] == "success"}
 
@@ -315,3 +318,27 @@ def test_after_the_command_the_image_is_gone(looked_at: int, tmp_path: Path, mon
         shell(f"tastemaker select {shlex.quote(str(data))}")  # the folder's recipe heeds the list from now on
         shell(f"tastemaker retry {shlex.quote(str(data))}")
         assert stored(data).keys() == before.keys() - of_domain
+
+
+@pytest.mark.long
+def test_after_the_command_it_is_gone_from_an_object_store(there: str, tmp_path: Path) -> None:
+    place = f"{there}/data"
+    with small_web(40) as web:
+        listed = web.write_list(tmp_path / "list.parquet")
+        options = " ".join(f"--set {shlex.quote(s)}" for s in (*web.settings(20), "fetch.timeout=2"))
+        shell(f"tastemaker curate {listed} --out {place} --recipe bundled {options}")
+        data = Data.at(place)
+        before, packs = stored(data), data.packs()
+        key = next(key for key in before if list(before.values()).count(before[key]) == 1)
+        with serving_data(data) as served, served.client() as client:
+            command = client.post("/api/deny", json={"key": key}).json()["command"]
+            assert client.get(f"/api/thumbnails/{key}").status_code == 200
+        lines = command.splitlines()
+        assert f"fetch.deny=[{place}/deny.txt]" in lines[-1] and "--restart-from fetch" in lines[-1]
+        for line in lines[:-1]:  # its program is not here
+            assert line == f"aws s3 rm --recursive {place}/shards/{packs[0]}/"
+            store = ObjectStore(place)
+            store.delete([found.name for found in store.list(f"shards/{packs[0]}")])
+        shell(lines[-1])
+        assert stored(data).keys() == before.keys() - {key}
+        shell(f"tastemaker select {place}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +14,20 @@ from studio.search.codes import DEPTH, BuildStopped, CodeBuilder, CodeIndex
 from studio.search.scan import MappedIndex, exact_index
 from studio.search.vectors import VectorTable
 
-ROWS, DIMS = 45_000, 48
+ROWS, DIMS = 25_000, 32
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """45,000 vectors in five shards; for reading only."""
+    """25,000 vectors in three shards; for reading only."""
     root = tmp_path_factory.mktemp("vectors") / "data"
     make(root, ROWS, DIMS)
     return Data(root)
+
+
+@pytest.fixture(scope="module")
+def index(made: Data, tmp_path_factory: pytest.TempPathFactory) -> CodeIndex:
+    return build(made, tmp_path_factory.mktemp("codes"))
 
 
 def table_of(data: Data, rows: int = ROWS) -> VectorTable:
@@ -60,12 +64,12 @@ def test_files_are_compared_where_they_lie(made: Data) -> None:
     assert isinstance(exact_index(np.asfortranarray(vectors[:5])), MappedIndex)
 
 
-def test_what_is_found(made: Data, tmp_path: Path) -> None:
+def test_what_is_found(made: Data, index: CodeIndex) -> None:
     """Most of the hundred nearest of all, of half and of few; and the recall that it says is near that of others."""
-    index, vectors = build(made, tmp_path), all_vectors(made)
+    vectors = all_vectors(made)
     rng = np.random.default_rng(7)
     kept = rng.random(ROWS)
-    for rows, exact in ((None, False), (kept < 0.5, False), (kept < 0.3, False), (kept < DEPTH / ROWS / 2, True)):
+    for rows, exact in ((None, False), (kept < 0.5, False), (kept < 0.45, False), (kept < DEPTH / ROWS / 2, True)):
         recalls = []
         for query in Cone(ROWS, DIMS).draw(rng, 10):
             found, products, was_exact = index.nearest(query, 100, rows)
@@ -80,11 +84,11 @@ def test_what_is_found(made: Data, tmp_path: Path) -> None:
     assert images is not None and words is not None and 0.95 < images <= 1 and 0.9 < words <= 1
 
 
-def test_the_page_is_filled_whatever_is_kept(made: Data, tmp_path: Path) -> None:
+def test_the_page_is_filled_whatever_is_kept(made: Data, index: CodeIndex) -> None:
     """Rules that keep what looks least like the query leave as much to be seen."""
-    index, vectors = build(made, tmp_path), all_vectors(made)
+    vectors = all_vectors(made)
     query = Cone(ROWS, DIMS).draw(np.random.default_rng(8), 1)[0]
-    far = vectors @ query < np.quantile(vectors @ query, 0.3)
+    far = vectors @ query < np.quantile(vectors @ query, 0.45)
     found, _, exact = index.nearest(query, 1000, far)
     assert len(found) == 1000 and far[found].all() and not exact
 
@@ -112,10 +116,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two shards make a file of codes."""
     monkeypatch.setattr("studio.search.codes._BLOCK", 20_000)
-    return lambda: None
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -123,20 +126,18 @@ def test_shards_that_come_later(made: Data, tmp_path: Path) -> None:
     """What is there is kept; codes of changed shards are made anew, and old ones go."""
     data = Data(tmp_path / "data")
     shutil.copytree(made.root, data.root)
-    records = {shard: data.embedded_record(shard).read_bytes() for shard in (3, 4)}
-    for shard in records:
-        data.embedded_record(shard).unlink()
+    record = data.embedded_record(2).read_bytes()
+    data.embedded_record(2).unlink()
     build(Data(data.root), tmp_path / "index")
     before = contents(tmp_path / "index")
-    for shard, record in records.items():
-        data.embedded_record(shard).write_bytes(record)
+    data.embedded_record(2).write_bytes(record)
     index = build(Data(data.root), tmp_path / "index")
     after = contents(tmp_path / "index")
     codes = [name for name in after if name.startswith("codes-")]
-    assert len(codes) == 3 and len(after) == 5
+    assert len(codes) == 2 and len(after) == 4
     assert sum(name in before for name in codes) == 1  # shards 0 and 1
     vectors = all_vectors(data)
-    for row in (5, 25_000, 44_999):
+    for row in (5, 15_000, 24_999):
         assert index.nearest(vectors[row], 3)[0][0] == row
 
 
@@ -147,7 +148,7 @@ def test_a_build_that_ends_early_goes_on_where_it_was(made: Data, tmp_path: Path
 
     def stop_late() -> None:
         calls.append(1)
-        if len(calls) == 8:
+        if len(calls) == 6:
             builder.stop()
         check()
 
@@ -155,7 +156,7 @@ def test_a_build_that_ends_early_goes_on_where_it_was(made: Data, tmp_path: Path
     with pytest.raises(BuildStopped):
         builder.build()
     left = contents(tmp_path)
-    assert 1 <= len([name for name in left if name.startswith("codes-")]) < 3 and not any(
+    assert 1 <= len([name for name in left if name.startswith("codes-")]) < 2 and not any(
         n.endswith("tmp") for n in left
     )
     build(made, tmp_path)

@@ -39,6 +39,7 @@ from aesthetic.errors import UserError
 from aesthetic.untrusted import marked_encoding, open_regular
 from curate.fetch.addresses import Allowed, parse_url
 from curate.ledger.schema import Reason, RowError
+from curate.store.clients import is_url
 
 ALGORITHMS = {16: "md5", 20: "sha1", 32: "sha256", 64: "sha512"}
 """A digest's length in bytes tells which of these made it."""
@@ -68,13 +69,13 @@ class Deny:
 
     @classmethod
     def load(cls, files: Sequence[str | Path]) -> Deny:
-        """Read deny-lists; compressed ones too.
+        """Read deny-lists, at paths or URLs; compressed ones too.
 
         Raises:
             UserError: a file that cannot be read, or lines that are no entries, by file and number: their count and
                 the first three. The lines themselves are not repeated: they would end in a log.
         """
-        return cls(chain.from_iterable(_entries(Path(file)) for file in files))
+        return cls(chain.from_iterable(_entries(_here(file)) for file in files))
 
     def __bool__(self) -> bool:
         return bool(self._sorted)
@@ -194,6 +195,19 @@ _RATIO, _AT_LEAST = 100, 1 << 26
 """A compressed list may decompress to this many times its size, and to so many bytes in any case."""
 
 _MOST_WRONG = 1000  # lines that are no entries, after which the rest is not counted
+
+
+def deny_place(text: str) -> str:
+    """The name of a deny-list that means the same in every folder: its whole path, or its URL."""
+    return text if is_url(text) else str(Path(text).expanduser().absolute())
+
+
+def _here(file: str | Path) -> Path:
+    if not is_url(str(file)):
+        return Path(file)
+    from curate.store.mirror import here
+
+    return here(str(file))
 
 
 def _entries(file: Path) -> Iterator[bytes]:

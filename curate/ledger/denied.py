@@ -85,6 +85,9 @@ def denied_images(data: Data, deny: Deny, *, fetched: bool = True) -> DeniedImag
     return found
 
 
+_REMOVE = {"s3": "aws s3 rm --recursive", "gs": "gcloud storage rm --recursive"}
+"""What removes a folder of an object store, by its scheme; of others there is no one tool."""
+
 _FEW_SHARDS = 100  # that are made anew one by one
 
 
@@ -95,7 +98,11 @@ def removal(data: Data, found: DeniedImages, files: Sequence[str], *, shards: bo
     fetched again, not all.
     """
     root = shlex.quote(str(data))
-    steps = [f"rm -r {root}/shards/{name} {root}/report/{name}" for name in [*found.packs, *found.unknown_packs]]
+    packs, remove = [*found.packs, *found.unknown_packs], _REMOVE.get((data.url or "").partition("://")[0], "# remove")
+    if data.url is None:
+        steps = [f"rm -r {root}/shards/{name} {root}/report/{name}" for name in packs]
+    else:
+        steps = [f"{remove} {root}/shards/{name}/" for name in packs]
     if found.images or found.unknown:
         setting = shlex.quote(f"fetch.deny=[{', '.join(files)}]")
         again = f"{command_again(data)} --set {setting}"

@@ -34,7 +34,7 @@ from curate.ledger.view import (
     recorded_scales,
     tables,
 )
-from curate.store.files import read_table, sha256_file
+from curate.store.files import read_table, sha256_once
 
 if TYPE_CHECKING:
     from curate.layout import Data
@@ -203,7 +203,7 @@ def _in_pack(data: Data, name: str, verdicts: Mapping[str, str]) -> bool | None:
     """Whether a pack holds a row: what its selection kept, where that is the one that was packed."""
     packed = data.record(data.manifest(name)).get("inputs", {}).get("selected")
     path = data.verdicts(name)
-    if not data.exists(path) or packed != sha256_file(data.local(path)):
+    if not data.exists(path) or packed != sha256_once(data.local(path)):
         return None
     return verdicts.get(name) == KEPT
 

@@ -14,7 +14,7 @@ from typing import Any
 from aesthetic.errors import UserError
 from aesthetic.files import write_atomic
 from aesthetic.untrusted import open_regular, read_bytes
-from curate.store.files import open_own, write_json
+from curate.store.files import cannot_write, open_own, write_json
 from curate.store.lock import Lock
 from curate.store.records import read_record
 
@@ -105,9 +105,12 @@ class Disk:
     def change(self, path: Path, edit: Callable[[bytes], bytes]) -> bytes:
         """Write a small file anew from what it holds (b"" where it is not there), whole and flushed to the disk; of
         several who change it at once, here or elsewhere, each sees what the one before wrote. The bytes that it has
-        then."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd = open_own(path.with_name(f".{path.name}.lock"), os.O_RDWR)
+        then. UserError where that can't be, DiskFull."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd = open_own(path.with_name(f".{path.name}.lock"), os.O_RDWR)
+        except OSError as e:
+            raise cannot_write(path, e) from e
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             before = read_bytes(path) if path.exists() else b""

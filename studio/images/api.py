@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
+from functools import partial
 from typing import Annotated, TypeVar
 
 import fastapi
@@ -12,7 +13,7 @@ from fastapi import APIRouter, HTTPException, Query, Request, Response
 from curate.fetch.deny_file import What
 from studio.clients import Client
 from studio.data import StudioData
-from studio.errors import ERRORS_OF_FILES, NotHere
+from studio.errors import ERRORS_OF_FILES
 from studio.explore.api import Folder
 from studio.explore.explorer import UnknownSelection
 from studio.explore.wire import SelectionId
@@ -73,7 +74,8 @@ async def _image(
                 return Response(status_code=304, headers=_headers(name, reveal))
             if (ready := images.ready(known, side, reveal)) is not None:
                 return _answer(ready, name, reveal)
-        image, file = await images.executor.run(client, lambda: images.make(key, side, reveal))
+        make = partial(images.make, key, side, reveal)
+        image, file = await images.executor.run(client, lambda: images.patiently(make))
     except KeyError:
         raise _no_image(key) from None
     return _answer(file, etag(image, side, reveal), reveal)
@@ -109,7 +111,7 @@ async def why(
 @api.get("/deny")
 async def denied(folder: Folder, client: Client) -> DenyView:
     """The deny-list that is written from here, and what takes out what it names. It takes nothing away by itself."""
-    return await folder.images.questions.run(client, lambda: denying.deny_view(folder))
+    return await folder.images.questions.run(client, lambda: folder.images.patiently(lambda: denying.deny_view(folder)))
 
 
 @writing.post("/deny")
@@ -125,20 +127,9 @@ async def allow(key: Key, folder: Folder, client: Client, what: What = "image") 
 
 
 async def _run(folder: StudioData, client: str, key: str, work: Callable[[], T]) -> T:
-    """Work about one row, when it is the client's turn; once more where tables were written meanwhile."""
-
-    def twice() -> T:
-        try:
-            return work()
-        except FileNotFoundError:
-            folder.images.look_again()
-        try:
-            return work()
-        except FileNotFoundError:
-            raise NotHere("the data folder is being written", "try again in a while") from None
-
+    """Work about one row, when it is the client's turn."""
     try:
-        return await folder.images.questions.run(client, twice)
+        return await folder.images.questions.run(client, lambda: folder.images.patiently(work))
     except UnknownSelection:
         raise HTTPException(404, "there is no such selection, or no longer: post its rules again") from None
     except KeyError:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -91,13 +92,19 @@ def _view(folder: StudioData, entries: list[DenyEntry]) -> DenyView:
     data = folder.data
     lines = [DenyEntryView(entry=e.entry, what=e.what, key=e.key) for e in entries[-10_000:]]
     shown, _ = folder.images.columns()
-    rows = sum(int(facts.get("count", 0)) for facts in shown.found[0].facts)
-    command = removal_command(data, rows) if entries else None
+    fetched = shown.found[0]
+    rows = sum(int(facts.get("count", 0)) for facts in fetched.facts)
+    state = data.store.stamp(data.deny_list), data.store.stamp(data.recipe), fetched.digest(), tuple(data.packs())
+    command = _removal_command(data, rows, state) if entries else None
     return DenyView(file=data.shown(data.deny_list), entries=lines, count=len(entries), command=command)
 
 
-def removal_command(data: Data, rows: int) -> str | None:
-    """The commands, one a line, after which the data folder holds nothing that its deny-list names."""
+@lru_cache(16)
+def _removal_command(data: Data, rows: int, state: tuple[Any, ...]) -> str | None:
+    """The commands, one a line, after which the data folder holds nothing that its deny-list names.
+
+    state: what is another when the answer may be.
+    """
     lists = _lists_of(data)
     files = [*lists, *([own] if (own := data.shown(data.deny_list)) not in lists else [])]
     if rows > LOOKED_AT:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
+from aesthetic.errors import DiskFull
 from curate.layout import Data
 from curate.ledger.why import KeyShape
 from curate.shards.tar import CorruptShard
+from curate.store.clients import StoreUnavailable
 from curate.store.disk import FileChanged, Stamp
 from studio.errors import NotHere
 from studio.images.places import ShardPlaces, load_places
@@ -22,10 +24,14 @@ from studio.images.shown import Mask, ShownColumns
 from studio.images.thumbnails import VERSION, ByteCache, ImageFile, thumbnail, whole
 from studio.queue import BoundedExecutor
 
+T = TypeVar("T")
+
 CACHED = 64 << 20
 """Bytes of ready thumbnails in memory: some 3,000."""
 SHARDS = 256
 """Shards whose places are in memory: of 10,000 images each 36 MB."""
+PLACES = 4
+"""Images that are decoded at once; one person has all but one of these places."""
 LONGEST = 256 << 20
 """Bytes of an image that is read at all."""
 
@@ -80,8 +86,8 @@ class ImageService:
         self._lock = threading.Lock()
         self._making: dict[int, threading.Lock] = {}
         self._columns: tuple[float, ShownColumns, KeyShape] | None = None
-        places = min(4, os.cpu_count() or 1)
-        self.executor = BoundedExecutor("images", places, each=max(1, places - 1))
+        self._folders: list[Stamp | None] | None = None
+        self.executor = BoundedExecutor("images", PLACES, each=PLACES - 1)
         self.questions = BoundedExecutor("why", 2)  # about single images: these may take longer
 
     def close(self) -> None:
@@ -108,7 +114,9 @@ class ImageService:
         at = shape.split(key)
         with self._lock:
             found = self._shards.get(at[0]) if at is not None else None
-        if at is None or found is None or not self._is_current(at[0], found, columns):
+        if at is None or found is None or (self.data.url is not None and self._is_due(found.asked)):
+            return None
+        if not self._is_current(at[0], found, columns):
             return None
         return self._placed(key, at[0], at[1], found)
 
@@ -122,11 +130,26 @@ class ImageService:
             with self._one_at_a_time(-1):
                 known = self._columns
                 if known is None or self._is_due(known[0]):
-                    if self.data.url is not None:
-                        self.data.store.refresh()
-                    columns = ShownColumns.of(self.data, self._rules)
-                    known = self._columns = time.monotonic(), columns, KeyShape.of(columns.found[0])
+                    known = self._columns = self._look(known)
         return known[1:]
+
+    def _look(self, known: tuple[float, ShownColumns, KeyShape] | None) -> tuple[float, ShownColumns, KeyShape]:
+        """Look for tables; on a disk only where a folder of theirs has changed: of many shards it takes a while."""
+        data = self.data
+        if data.url is not None:
+            data.store.refresh()
+            folders = None
+        else:
+            annotated = data.annotations("", 0).parent
+            embedded = data.metadata(0).parent, data.embedded_record(0).parent
+            paths = [data.table(0).parent, *embedded, annotated, *(annotated / name for name in data.annotated())]
+            folders = [data.store.stamp(path) for path in paths]
+        if known is not None and folders is not None and folders == self._folders:
+            return time.monotonic(), *known[1:]
+        lasting = folders is not None and all(stamp is None or data.store.lasting(stamp) for stamp in folders)
+        columns = ShownColumns.of(data, self._rules)
+        self._folders = folders if lasting else None
+        return time.monotonic(), columns, KeyShape.of(columns.found[0])
 
     def look_again(self) -> None:
         """Look for tables again: a file that was there is not, or is another."""
@@ -184,6 +207,23 @@ class ImageService:
         with self._lock:
             return self._making.setdefault(shard, threading.Lock())
 
+    def patiently(self, work: Callable[[], T]) -> T:
+        """What work on the files of the folder returns; once more, on what is there then, where they were written
+        meanwhile. NotHere where that, or a disk or store that fails, goes on."""
+        for last in (False, True):
+            try:
+                return work()
+            except (FileChanged, FileNotFoundError):
+                self.look_again()
+                if last:
+                    raise NotHere("these files are being written", "try again when that is done") from None
+            except CorruptShard as e:
+                self._log(str(e))
+                raise NotHere("the tar of this image is damaged", f"`tastemaker verify {self.data}` says more") from e
+            except (DiskFull, StoreUnavailable) as e:
+                raise NotHere(str(e), "try again when that is put right") from e
+        raise AssertionError
+
     # ----------------------------------------------------------------------------------------------------- reading
 
     def read(self, image: PlacedImage) -> bytes:
@@ -199,22 +239,12 @@ class ImageService:
     def make(self, key: str, side: int | None, reveal: bool) -> tuple[PlacedImage, ImageFile]:
         """An image, cut to `side` pixels (None: whole), blurred where it is unsafe and not to be revealed.
 
-        KeyError as `find`. Of bytes that can't be decoded, and of a damaged tar, `decoded` is False.
+        KeyError as `find`, FileChanged as `read`. Of bytes that can't be decoded `decoded` is False.
         """
-        for last in (False, True):
-            try:
-                image = self.find(key)
-                if (found := self.ready(image, side, reveal)) is not None:
-                    return image, found
-                data = self.read(image)
-                break
-            except (FileChanged, FileNotFoundError):  # between the two: find it in what is there now
-                self.look_again()
-                if last:
-                    raise NotHere("this shard is being written", "try again when that is done") from None
-            except CorruptShard as e:
-                self._log(str(e))
-                raise NotHere("the tar of this image is damaged", f"`tastemaker verify {self.data}` says more") from e
+        image = self.find(key)
+        if (found := self.ready(image, side, reveal)) is not None:
+            return image, found
+        data = self.read(image)
         blur = image.blurred and not reveal
         file = whole(data, blur) if side is None else thumbnail(data, side, blur)
         if side is not None or blur:

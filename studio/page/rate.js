@@ -134,7 +134,7 @@ async function begin() {
   history.replaceState(null, "", `#${address}`);
   const { rules } = selections.find((one) => one.name === selection) ?? {};
   const select = rules && (async () => (await call("/api/selections", { body: { rules: rules.map(on) } })).id);
-  const rating = new Rating({ place, set, rater, how, select, onLeave: left });
+  const rating = new Rating({ place, set, rater, how, select, onLeave: left, onWaiting: showNotice });
   await rating.open();
 }
 

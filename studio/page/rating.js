@@ -52,8 +52,9 @@ function questionOf(set) {
 export class Rating {
   // place: the data folder's, so that answers of one folder never go to another. how: {how, column, value}. select: gives
   // the id of the selection whose images are rated, where it is not all of them.
-  constructor({ place, set, rater, how, select, onLeave }) {
-    Object.assign(this, { set, rater, how, select, onLeave });
+  // onLeave(): the stage is closed; onWaiting(text): what to say then of answers that are not saved yet, "" once they are.
+  constructor({ place, set, rater, how, select, onLeave, onWaiting }) {
+    Object.assign(this, { set, rater, how, select, onLeave, onWaiting });
     this.answers = answersOf(set);
     this.coming = []; // items: {keys, images: [element]}
     this.past = []; // {item, entry}: what this visit answered; entry is null where it was skipped
@@ -95,6 +96,7 @@ export class Rating {
     for (const behind of document.querySelectorAll("body > .top, main")) behind.inert = false;
     $("stage").hidden = true;
     this.onLeave();
+    this.#said();
   }
 
   // ------------------------------------------------------------------------------------------- what is shown next
@@ -231,6 +233,7 @@ export class Rating {
 
   #said() {
     const waiting = this.outbox?.count ?? 0;
+    if (this.listening?.signal.aborted) this.onWaiting(waiting ? `Answers on their way to be saved: ${waiting}.` : "");
     const bodies = this.outbox?.bodies ?? [];
     const total = this.mine + 2 * bodies.filter(isAnswer).length - bodies.length;
     $("status").dataset.waiting = waiting;

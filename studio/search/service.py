@@ -81,10 +81,15 @@ class SearchService:
     """
 
     def __init__(
-        self, data: Data, explorer: Explorer, folder: Path | None, on_fault: Callable[[Exception], None]
+        self,
+        data: Data,
+        explorer: Explorer,
+        encoder: DataEncoder,
+        folder: Path | None,
+        on_fault: Callable[[Exception], None],
     ) -> None:
         self._data, self._explorer, self._folder, self._on_fault = data, explorer, folder, on_fault
-        self.encoder, self.groups = DataEncoder(data), CopyGroups(explorer)
+        self.encoder, self.groups = encoder, CopyGroups(explorer)
         self.reading = BoundedExecutor("search-reading", 2)
         self.searching = BoundedExecutor("searching", 2)
         self._lock, self._making, self._closed = threading.Lock(), threading.Lock(), False
@@ -248,6 +253,7 @@ class SearchService:
                     self._folder = Path(self._temporary.name)
                 version.builder = CodeBuilder(version.table, self._folder, ready, self._on_fault)
                 version.builder.start()
+                version.builder.wait(1.0)  # where it was made before it is there at once
             return version
 
 
