@@ -21,7 +21,7 @@ from tests.test_serve_page import browser as browser  # a fixture
 pytestmark = pytest.mark.long
 
 Open = Callable[..., Any]
-RULES = [["large", "width >= 40", 1], ["safe", "open_nsfw < 0.9", 1], ["pretty", "aesthetic > 2", 1]]
+RULES = [["large", "original_width >= 100", 1], ["safe", "open_nsfw < 0.9", 1], ["pretty", "aesthetic > 3.6", 1]]
 EXPECTED = ("status of 422", "status of 404", "ERR_INTERNET_DISCONNECTED")  # of requests that tests make fail
 MANY = 10_000_000
 
@@ -47,7 +47,7 @@ def opened(browser: Any, served: ServedData) -> Iterator[Open]:
         page.set_default_timeout(60_000)
         page.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") else None)
         page.on("pageerror", lambda e: wrong.append(str(e)))
-        page.goto(f"{served.url}/#{urlencode({'rules': json.dumps(rules), **view})}")
+        page.goto(f"{served.url}/#{urlencode({'rules': json.dumps(rules), 'show': 'kept', **view})}")
         page.wait_for_selector("body[data-ready]")
         until(page, "document.querySelector('#funnel-text').textContent !== ''")
         page.wait_for_selector(".tile.is-there, .grid-note:not([hidden])")
@@ -93,10 +93,11 @@ def kept_by_select(served: ServedData, where: str) -> int:
     root = Path(str(served.folder.data))
     con = duckdb.connect()
     scores = " ".join(
-        f"join read_parquet('{folder}/*.parquet') using (key)" for folder in sorted((root / "annotated").iterdir())
+        f"join read_parquet('{folder}/*.parquet') as {folder.name} using (key)"
+        for folder in sorted((root / "annotated").iterdir())
     )
     found = con.execute(
-        f"select count(*) from read_parquet('{root / 'fetched'}/*.parquet') {scores} "
+        f"select count(*) from read_parquet('{root / 'fetched'}/*.parquet') as fetched {scores} "
         f"where status = 'success' and {where}"
     ).fetchone()
     assert found is not None
@@ -136,18 +137,19 @@ def test_dragging_a_cut_changes_rule_funnel_histogram_and_images(opened: Open, s
     page = opened()
     see(page, "aesthetic")
     before = kept(page), outline(page, "aesthetic", "kept"), outline(page, "aesthetic", "all")
-    assert before[0] == kept_by_select(served, "width >= 40 and open_nsfw < 0.9 and aesthetic > 2")
+    assert before[0] == kept_by_select(served, "original_width >= 100 and open_nsfw < 0.9 and aesthetic > 3.6")
     with page.expect_request(re.compile("/api/rows")):
         drag(page, page.locator(".cut[data-rule=pretty]"), 170)
     now = condition(page, "pretty")
     value = float(now.removeprefix("aesthetic > "))
-    assert value > 2 and len(now) <= len("aesthetic > 0.00000")  # written in few digits
-    assert kept(page) == kept_by_select(served, f"width >= 40 and open_nsfw < 0.9 and aesthetic > {value}") < before[0]
+    assert value > 3.6 and len(now) <= len("aesthetic > 0.00000")  # written in few digits
+    expected = kept_by_select(served, f"original_width >= 100 and open_nsfw < 0.9 and aesthetic > {value}")
+    assert kept(page) == expected < before[0]
     until(page, "(d) => document.querySelector('[data-column=aesthetic] path.kept').getAttribute('d') !== d", before[1])
     assert outline(page, "aesthetic", "all") == before[2]
     until(page, f"document.querySelector('.tile').ariaSetSize === '{kept(page)}'")
     page.keyboard.press("Control+z")
-    until(page, "document.querySelector('.rule[data-name=pretty] .rule-sql').textContent === 'aesthetic > 2'")
+    until(page, "document.querySelector('.rule[data-name=pretty] .rule-sql').textContent === 'aesthetic > 3.6'")
     assert kept(page) == before[0]
     page.keyboard.press("Control+Shift+Z")
     until(page, "(now) => document.querySelector('.rule[data-name=pretty] .rule-sql').textContent === now", now)
@@ -169,7 +171,7 @@ def test_the_keyboard_alone(opened: Open) -> None:
     small = float(condition(page, "pretty").split(">")[1])
     page.keyboard.press("Shift+ArrowRight")
     large = float(condition(page, "pretty").split(">")[1])
-    assert 2 < small < large and large - small == pytest.approx(10 * (small - 2), rel=0.35)
+    assert 3.6 < small < large and large - small == pytest.approx(10 * (small - 3.6), rel=0.35)
     page.keyboard.press("End")
     assert kept(page) < before
     assert page.evaluate("document.activeElement.dataset.rule") == "pretty"
@@ -180,8 +182,7 @@ def test_the_keyboard_alone(opened: Open) -> None:
     page.wait_for_selector(".tile[aria-setsize='36']")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowDown")
-    chosen = page.locator(".tile[aria-selected=true]")
-    assert int(chosen.get_attribute("aria-posinset")) > 2
+    until(page, "+document.querySelector('.tile[aria-selected=true]').ariaPosInSet > 2")
     page.keyboard.press("End")
     page.wait_for_selector(".tile[aria-selected=true][aria-posinset='36']")
     page.keyboard.press("Enter")
@@ -202,7 +203,7 @@ def test_rules_are_edited_moved_made_and_removed(opened: Open, served: ServedDat
     page.wait_for_selector(".rule-form .error:not([hidden])")
     shown = page.locator(".rule-form .error").inner_text()
     assert said["error"] in shown and "open_nsfw" in shown  # the command line's own words
-    assert condition(page, "pretty") == "aesthetic > 2" and kept(page) > 0  # all is as it was
+    assert condition(page, "pretty") == "aesthetic > 3.6" and kept(page) > 0  # all is as it was
     page.fill(".rule-form textarea", "")
     page.keyboard.type("open_n")
     page.keyboard.press("Tab")  # takes the suggestion
@@ -226,10 +227,10 @@ def test_rules_are_edited_moved_made_and_removed(opened: Open, served: ServedDat
     assert names(page) == ["pretty", "decent"]
     page.click("#add-rule")
     page.keyboard.type("small")
-    page.fill(".rule-form textarea", "width < 96")
+    page.fill(".rule-form textarea", "original_width < 240")
     page.keyboard.press("Enter")
     page.wait_for_selector(".rule[data-name=small]")
-    where = "aesthetic > 2 and open_nsfw < 0.5 and width < 96"
+    where = "aesthetic > 3.6 and open_nsfw < 0.5 and original_width < 240"
     assert kept(page) == kept_by_select(served, where)
     see(page, "bytes")
     plot = page.locator("[data-column=bytes] .plot").bounding_box()
@@ -271,6 +272,8 @@ def test_the_address_keeps_rules_and_view(opened: Open) -> None:
     page.select_option("#sort", "aesthetic")
     page.click("#direction")
     until(page, "location.hash.includes('descending=true')")
+    page.wait_for_timeout(200)
+    until(page, "!document.querySelector('#grid .grid').hasAttribute('aria-busy')")
     first = page.wait_for_selector(".tile.is-there[aria-posinset='1']").get_attribute("title")
     link = page.url
     page.reload()
@@ -304,7 +307,7 @@ def test_nothing_overflows_and_the_panel_opens(opened: Open, width: int, scheme:
         panel = page.locator("#panel")
         assert panel.evaluate("panel => panel.scrollWidth <= panel.clientWidth")
         drag(page, page.locator(".cut[data-rule=pretty]"), 30)
-        assert condition(page, "pretty") != "aesthetic > 2"
+        assert condition(page, "pretty") != "aesthetic > 3.6"
         page.keyboard.press("Escape")
         assert not panel.is_visible()
 

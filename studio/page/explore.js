@@ -22,7 +22,7 @@ async function start() {
   startView();
   startPanel();
   startKeys();
-  subscribe(["data", "away", "live"], renderNotice);
+  subscribe(["data", "away", "live", "version"], renderNotice);
   subscribe(["live", "failure"], renderFunnel);
   subscribe(["view", "live", "data"], renderView);
   subscribe(["view", "live"], showImages);
@@ -47,7 +47,9 @@ function renderNotice() {
   const notice = $("notice");
   notice.replaceChildren();
   if (away) notice.append(away);
-  else if (data?.stale && state.live) notice.append("The data has changed. ", button("Show the new state", showNewState));
+  else if (data && state.live && data.version !== state.version) {
+    notice.append("The data has changed. ", button("Show the new state", showNewState));
+  } else if (data?.stale) notice.append("The data has changed; its columns are being read anew.");
   notice.hidden = !notice.hasChildNodes();
   if (data) document.title = `${data.name} · Tastemaker`;
   const index = data?.index ?? { state: "building", done: 0, of: 0, seconds: 0 };
@@ -68,8 +70,9 @@ function waitingText({ done, of, seconds }) {
 const button = (text, onclick) => element("button", { type: "button", textContent: text, onclick });
 
 async function showNewState() {
-  await loadData();
+  change({ version: state.data.version });
   await refresh();
+  shownQuery = "";
   showImages();
 }
 
@@ -127,7 +130,7 @@ function startView() {
   for (const choice of $("sizes").children) choice.onclick = () => setSize(choice.dataset.size);
   setSize(size);
   $("of-rule").onchange = ({ target }) => showRule(target.value);
-  $("alone").onchange = ({ target }) => show({ show: target.checked ? "marginal" : "rejected" });
+  $("marginal").onchange = ({ target }) => show({ show: target.checked ? "marginal" : "rejected" });
   $("sort").onchange = ({ target }) => show({ sort: target.value, descending: false });
   $("direction").onclick = () => show({ descending: !state.view.descending });
   $("place").oninput = ({ target }) => grid.goTo(Number(target.value));
@@ -168,8 +171,8 @@ function renderView() {
   const byRule = ["rejected", "marginal", "around"].includes(view.show);
   $("of-rule").hidden = !byRule;
   if (byRule) fillSelect($("of-rule"), ruleOptions(), view.rule);
-  $("alone-label").hidden = !(view.rule && ["rejected", "marginal"].includes(view.show));
-  $("alone").checked = view.show === "marginal";
+  $("marginal-label").hidden = !(view.rule && ["rejected", "marginal"].includes(view.show));
+  $("marginal").checked = view.show === "marginal";
   if (data) fillSelect($("sort"), sortOptions(), view.sort);
   $("direction").textContent = directionText();
   $("direction").hidden = ["random", "nearest"].includes(view.sort) || view.sort.startsWith("search:");

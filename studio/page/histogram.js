@@ -6,7 +6,7 @@ import { Axis, countAbove, outline } from "/axis.js";
 import { Handle } from "/handle.js";
 import { count, share, short } from "/numbers.js";
 import { addRule } from "/rules.js";
-import { columnWord, columnsIn, readValues, writeNumber, writeValues } from "/sql.js";
+import { columnWord, columnsIn, cutColumnsIn, readValues, writeNumber, writeValues } from "/sql.js";
 import { setRules, show, state, subscribe, viewFor, want } from "/store.js";
 
 const HEIGHT = 64;
@@ -21,7 +21,7 @@ let sight = null;
 export function startColumns() {
   sight = new IntersectionObserver((entries) => entries.forEach(noteSight), { root: $("panel"), rootMargin: "200px" });
   $("find-column").oninput = filter;
-  subscribe("data", renderColumns);
+  subscribe(["data", "version"], renderColumns);
   subscribe(["live", "rules"], () => views.forEach((view) => view.render()));
   subscribe("live", () => seen.forEach((view) => view.load())); // those that failed while the server was away
   if (state.data) renderColumns();
@@ -49,14 +49,15 @@ function wantSeen() {
   }, 60);
 }
 
-let version = "";
+let version = null; // of the data whose columns are shown
 
-// Columns that rules use come first, in the order of the rules, then numbers, then categories; texts have no histogram.
+// Columns that rules cut come first, in the order of the rules, then those that they name, then the other numbers, then
+// categories; texts have no histogram.
 function renderColumns() {
-  const shown = state.data.columns.filter(({ kind }) => kind !== "text");
-  const now = JSON.stringify([state.data.version, state.data.rows, shown.map(({ name, count: n }) => [name, n])]);
-  if (now === version || state.data.index.state !== "ready") return;
-  version = now;
+  const { data } = state;
+  if (data.index.state !== "ready" || data.version !== state.version || version === state.version) return;
+  version = state.version;
+  const shown = data.columns.filter(({ kind }) => kind !== "text");
   views.forEach((view) => sight.unobserve(view.node));
   views.clear();
   seen.clear();
@@ -71,7 +72,8 @@ function renderColumns() {
 }
 
 function byPlace(columns) {
-  const used = state.rules.flatMap(({ condition }) => columnsIn(condition));
+  const cut = state.rules.flatMap(({ condition }) => cutColumnsIn(condition));
+  const used = [...cut, ...state.rules.flatMap(({ condition }) => columnsIn(condition))];
   const place = ({ name, kind }) => (used.includes(name) ? used.indexOf(name) : used.length + (kind === "number" ? 0 : 1));
   return [...columns].sort((a, b) => place(a) - place(b));
 }
@@ -192,6 +194,7 @@ class NumberView extends ColumnView {
 
   take(histogram) {
     this.histogram = histogram;
+    if (!histogram.edges.length) return this.hasNone();
     if (this.logButton && !this.chosen && this.isCrowded) return this.setLog(true);
     this.axis = new Axis(histogram.edges, histogram.log);
     const bins = histogram.counts.length;
@@ -203,8 +206,13 @@ class NumberView extends ColumnView {
     this.render();
   }
 
+  hasNone() {
+    this.node.classList.add("is-empty");
+    this.body.replaceChildren(element("p", { className: "hint", textContent: "No image has a value." }));
+  }
+
   render() {
-    if (!this.histogram) return;
+    if (!this.axis || !this.histogram) return;
     const kept = this.kept;
     if (kept) this.keeps.setAttribute("d", outline(kept, this.most, HEIGHT));
     this.renderHandles();
@@ -301,6 +309,7 @@ class ValuesView extends ColumnView {
     this.most = Math.max(1, ...histogram.counts);
     this.bars = histogram.values.map((value, i) => this.bar(this.typed(value), histogram.counts[i]));
     this.body.replaceChildren(...this.bars.map(({ node }) => node));
+    if (!this.bars.length) this.body.append(element("p", { className: "hint", textContent: "No image has a value." }));
     if (histogram.others) this.body.append(element("p", { className: "hint", textContent: `${count(histogram.others)} in other values` }));
     this.render();
   }

@@ -208,6 +208,7 @@ class ImageView {
       button("Open", () => this.visit(key)),
       button("Close", () => this.beside(null), { title: "Only one image" }),
     );
+    this.frame.scrollIntoView({ block: "nearest" });
     this.other.image.alt = `Image ${key}`;
     this.other.note("");
     this.load(this.other, key);
@@ -240,7 +241,8 @@ class ImageView {
   lower() {
     const [width, height] = this.main.size ?? [1, 1];
     const low = !this.whole && matchMedia("(max-width: 900px)").matches;
-    const high = Math.min(innerHeight * 0.62, (this.frame.clientWidth * height) / width + 16);
+    const both = this.other.box.hidden ? 1 : 2; // side by side each has half of the width
+    const high = Math.min(innerHeight * 0.62, (this.frame.clientWidth * height) / width / both + 16 + 80 * (both - 1));
     this.frame.style.height = low ? `${Math.max(180, high)}px` : "";
   }
 

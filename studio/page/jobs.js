@@ -67,5 +67,7 @@ function sheetOf({ id, paths }) {
 // A file that a command wrote: its path, to copy.
 function written([name, path]) {
   const what = hint(name === "look" ? "sheet" : name);
-  return element("p", { className: "job-path" }, what, element("code", { title: path }, path), copyButton(path));
+  const parts = path.split("/");
+  const end = element("code", { title: path }, parts.length > 3 ? `…/${parts.slice(-3).join("/")}` : path);
+  return element("p", { className: "job-path" }, what, end, copyButton(path));
 }

@@ -6,6 +6,7 @@ import { thumbnail } from "/tile.js";
 
 export function said(value) {
   if (value === null || value === undefined) return "no value";
+  if (value === "") return "empty";
   return typeof value === "object" ? JSON.stringify(value) : short(value);
 }
 

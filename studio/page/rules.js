@@ -34,7 +34,7 @@ class Chip {
     this.title = element("b", { className: "rule-name", textContent: name });
     this.rejected = element("button", { type: "button", className: "count" });
     this.rejected.onclick = () => show({ show: "rejected", rule: name, other: "", sort: "nearest" });
-    this.marginal = element("button", { type: "button", className: "count", title: "Images that this rule alone rejects" });
+    this.marginal = element("button", { type: "button", className: "count", title: "All images that this rule rejects, also where an earlier one does" });
     this.marginal.onclick = () => show({ show: "marginal", rule: name, other: "", sort: "nearest" });
     this.on = element("input", { type: "checkbox", ariaLabel: `${name} is on`, title: "On or off" });
     this.on.setAttribute("role", "switch");
@@ -59,9 +59,10 @@ class Chip {
     const known = live && rule.on;
     this.rejected.textContent = known ? (live.rejected ? `−${count(live.rejected)}` : "0") : "";
     this.rejected.title = known ? rejectedTitle(live) : "";
-    this.marginal.textContent = known && live.marginal ? `${count(live.marginal)} alone` : "";
+    const isMore = Boolean(known) && live.marginal > live.rejected;
+    this.marginal.textContent = isMore ? `${count(live.marginal)} in all` : "";
     this.rejected.hidden = !known;
-    this.marginal.hidden = !(known && live.marginal);
+    this.marginal.hidden = !isMore;
     const [stay, go] = this.bar.children;
     this.bar.hidden = !known || Boolean(this.form);
     if (known) {
@@ -171,8 +172,14 @@ function dragChip(chip, event) {
   chip.node.classList.add("is-dragged");
   chip.grip.onpointermove = ({ clientY }) => {
     const others = [...$("rules").children].filter((node) => node !== chip.node);
-    const next = others.find((node) => clientY < node.getBoundingClientRect().top + node.offsetHeight / 2);
-    if ((next ?? null) !== chip.node.nextElementSibling) $("rules").insertBefore(chip.node, next ?? null);
+    const isAbove = (node) => clientY > node.getBoundingClientRect().top + node.offsetHeight / 2;
+    // The others go around it: a node that is moved itself would lose the pointer.
+    for (const node of others) {
+      if (isAbove(node)) $("rules").insertBefore(node, chip.node);
+    }
+    for (const node of others) {
+      if (!isAbove(node)) $("rules").append(node);
+    }
   };
   chip.grip.onlostpointercapture = () => {
     chip.grip.onpointermove = chip.grip.onlostpointercapture = null;

@@ -129,7 +129,7 @@ class SearchBox {
     const nothing = !can.words && !can.images;
     const byImages = can.images ? "Drop or paste an image to search by" : "No search here";
     this.words.placeholder = can.words ? "Search by words, or drop an image" : byImages;
-    this.words.title = can.words ? "Press / to come here" : can.why;
+    this.words.title = can.why || "Press / to come here";
     this.words.disabled = this.choose.disabled = nothing;
     this.choose.hidden = !can.images;
     this.more.hidden = !can.words;
@@ -214,8 +214,8 @@ class SearchBox {
     const { seconds, of, exact, recall } = this.found;
     const nearly = recall ? `, ${Math.round(recall * 100)} % of the nearest are found` : ", nearly all of the nearest";
     const took = seconds < 1 ? `${Math.max(1, Math.round(seconds * 1000))} ms` : `${seconds.toFixed(1)} s`;
-    const known = this.asked.words && state.data.search.why ? ` · ${state.data.search.why}` : "";
-    this.say(`By likeness, among ${many(of, "image")} in ${took}${exact ? "" : nearly}${known}`);
+    this.say(`By likeness, among ${many(of, "image")} in ${took}${exact ? "" : nearly}`);
+    this.says.title = this.asked.words ? state.data.search.why : ""; // what there is to know of words
   }
 
   showTokens() {

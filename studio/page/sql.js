@@ -54,6 +54,13 @@ export function columnsIn(condition) {
   return (tokens(condition) ?? []).filter(({ kind }) => kind === "word").map(({ text }) => text.replaceAll('"', ""));
 }
 
+// Those that are compared with something, or of which the best are kept.
+export function cutColumnsIn(condition) {
+  const all = tokens(condition) ?? [];
+  const isCut = (i) => COMPARING.includes(all[i + 1]?.text) || COMPARING.includes(all[i - 1]?.text) || isWord(all[i - 2], "top");
+  return all.filter(({ kind }, i) => kind === "word" && isCut(i)).map(({ text }) => text.replaceAll('"', ""));
+}
+
 const numberOf = (token) => Number(token.text.replaceAll("_", ""));
 
 // Where the constant of a cut {column, sign, value} stands in a condition: {start, end}.

@@ -5,6 +5,7 @@
 //     .data            answer of GET /api/data, null before it came
 //     .rules           [{name, condition, on}], in the order in which they are applied
 //     .view            which images: {show, rule, other, sort, descending}, as GET /api/rows takes them ("" is none)
+//     .version         .data.version of what is shown; another one where the data has changed since
 //     .place           the first image that the grid shows, counted from 0
 //     .more            {name: text}: what other modules keep in the address (image, search, compare, …)
 //     .live            the last answer of POST /api/selections, null before it came; .live.id names it in requests
@@ -30,6 +31,7 @@ const STEPS = 200; // changes that can be undone
 
 export const state = {
   data: null,
+  version: null,
   rules: [],
   view: { ...VIEW },
   place: 0,
@@ -173,7 +175,7 @@ export async function loadData() {
   try {
     const data = await call("/api/data");
     if (state.data === null) begin(data);
-    else publish({ data, away: "" });
+    else publish({ data, version: state.live ? state.version : data.version, away: "" });
     if (data.index.state === "ready" && !state.live) refresh();
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;
@@ -184,7 +186,7 @@ export async function loadData() {
 function begin(data) {
   const found = readAddress(data);
   settled = found.rules;
-  publish({ data, away: "", ...found });
+  publish({ data, version: data.version, away: "", ...found });
 }
 
 export function recipeRules(data = state.data) {

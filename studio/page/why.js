@@ -95,12 +95,11 @@ export class WhyPanel {
     const says = keeper ? `, ${keeper === own ? "this one" : keeper} is kept of them${by}` : "";
     const cards = members.map(({ key, kept = key === keeper, values }) => {
       const roles = [key === own && "this image", kept && "keeper"].filter(Boolean).join(", ");
-      const known = Object.entries(values ?? {}).filter(([, value]) => value !== null);
-      const lines = [roles, ...known.map(([name, value]) => `${name} ${said(value)}`)].filter(Boolean);
+      const lines = [roles, ...copyLines(column, values ?? {})].filter(Boolean);
       return this.card(key, lines.join(" · "), lines.length ? lines : [key], key === own);
     });
     const title = element("h3", {}, "Near-duplicates ", hint(`by ${column}: ${many(size, "image")}${says}`));
-    return [title, element("div", { className: "why-cards" }, ...cards)];
+    return [title, element("div", { className: "why-cards wide" }, ...cards)];
   }
 
   // One image that can be shown at the side of this one, and what is said under it.
@@ -224,6 +223,12 @@ export class WhyPanel {
   }
 }
 
+// Of a near-duplicate: its size, and what the annotator says of it alone.
+function copyLines(column, { original_width: width, original_height: height, ...values }) {
+  const own = Object.entries(values).filter(([name]) => ![`${column}_size`, `${column}_of`].includes(name));
+  return [width && `${width} × ${height}`, ...own.map(([name, value]) => `${name} ${said(value)}`)].filter(Boolean);
+}
+
 const action = (text, key, onclick) => button([`${text} `, ...(key ? [element("kbd", {}, key)] : [])], onclick);
 
 // ---------------------------------------------------------------------------------------------------- what it says
@@ -290,21 +295,26 @@ function columns(all) {
   return element("section", {}, title, list, ...rest);
 }
 
-function placedColumn({ name, value, percentile, meaning, unit }) {
+function placedColumn(column) {
+  const { name, value, percentile, unit } = column;
   const share = element("i", {});
   share.style.width = `${percentile}%`;
   const bar = element("span", { className: "why-bar", title: `larger than ${said(percentile)} % of all` }, share);
   const place = element("dd", { className: "why-place" }, `${Math.round(percentile)} %`);
   const number = element("dd", { title: String(value) }, ...withUnit(value, unit));
-  return element("div", { title: meaning ?? "" }, element("dt", {}, name), element("dd", {}, bar), number, place);
+  return element("div", { title: meaningOf(column) }, element("dt", {}, name), element("dd", {}, bar), number, place);
 }
 
-function otherColumn({ name, value, meaning, unit }) {
+function otherColumn(column) {
+  const { name, value, unit } = column;
   const text = element("dd", { title: String(value), dir: "auto" }, ...withUnit(value, unit));
-  return element("div", { className: "why-text", title: meaning ?? "" }, element("dt", {}, name), text);
+  return element("div", { className: "why-text", title: meaningOf(column) }, element("dt", {}, name), text);
 }
 
-const withUnit = (value, unit) => [said(value), ...(unit ? [element("small", {}, ` ${unit}`)] : [])];
+const LONG = 7; // characters of a unit that there is no room for: then it is said with the meaning
+
+const withUnit = (value, unit) => [said(value), ...(unit?.length < LONG ? [element("small", {}, ` ${unit}`)] : [])];
+const meaningOf = ({ meaning, unit }) => [meaning, unit && `(${unit})`].filter(Boolean).join(" ");
 
 function selections({ selections: all, packs }) {
   const chip = (name, kept, text) => {
