@@ -18,7 +18,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -106,12 +106,13 @@ class Bounds:
             raise UserError(f"{SECONDS}={seconds_set}: a number of seconds is expected, such as 3600")
         self._left = self._allowed = float(seconds_set)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sql")
+        self._task: Future[Any] | None = None
 
     def run(self, work: Callable[[], T]) -> T:
         """The result of `work`, which asks the connection. UserError where it takes too much memory or time."""
         began = time.monotonic()
         with _data_limit(_bytes(self._memory) + _BESIDE):
-            task = self._thread.submit(work)
+            task = self._task = self._thread.submit(work)
             try:
                 if wait([task], self._left).not_done:
                     self._stop(task)
@@ -138,9 +139,13 @@ class Bounds:
             wait([task], 5)
 
     def close(self) -> None:
-        """Close the connection, and its thread. One that is still at work is left alone: it was told to end."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        self.con.close()
+        """Close the connection, and its thread. One that is still at work is left alone: it was told to end, and closes
+        the connection then."""
+        if self._task is not None and not self._task.done():
+            self._task.add_done_callback(lambda _: self.con.close())
+        else:
+            self.con.close()
+        self._thread.shutdown(wait=False)
 
 
 _limits_lock = threading.Lock()
