@@ -455,6 +455,19 @@ def test_save_pack_and_sheet(served: ServedData, data: Data, opened: Open) -> No
     save_panel(page).locator(".job.done").nth(2).wait_for()
 
 
+def test_what_waits_is_cancelled(served: ServedData, opened: Open) -> None:
+    page = opened(served.url)
+    with served.client() as client:
+        for name in ("one", "two", "three"):
+            client.post("/api/commands", json={"action": "select", "name": name, "rules": []})
+        panel = save_panel(page)
+        job = panel.locator(".job", has_text="--name three")
+        job.get_by_role("button", name="Cancel").click()
+        job.locator(".job-state", has_text="Cancelled").wait_for()
+        page.wait_for_function("() => document.querySelectorAll('.job.done').length === 2", timeout=60_000)
+        assert {s["name"] for s in client.get("/api/data").json()["selections"]} == {"bundled", "one", "two"}
+
+
 def test_a_wrong_rule_is_not_saved(served: ServedData, opened: Open) -> None:
     page = opened(served.url, '#show=all&rules=[["fair","aesthetic > 4.3",1]]')
     page.evaluate("import('/store.js').then((s) => s.setRules([{ name: 'fair', condition: 'no_such > 1', on: true }]))")

@@ -14,6 +14,7 @@ import { change, state, subscribe } from "/store.js";
 import { thumbnail } from "/tile.js";
 import { WhyPanel } from "/why.js";
 
+const REST = 60; // ms that an image is looked at before it is asked why: a key that is held goes on
 const LARGEST = 4; // times its own pixels: beyond that a small image is only blurrier
 let view = null; // the one dialog, made when it is first wanted
 
@@ -98,17 +99,21 @@ class ImageView {
     this.revealed = false;
     this.whole = false;
     this.beside(null);
+    this.main.box.classList.remove("broken");
+    this.main.note("");
     name(key);
     const seen = ++this.seen;
     this.back.disabled = this.forth.disabled = false;
     const loaded = this.load(this.main, key);
     this.panel.wait(key, this.trail.at(-1) ?? "", this.trail.length ? "" : (this.context.where?.(key) ?? ""));
     try {
+      await new Promise((done) => setTimeout(done, REST));
+      if (seen !== this.seen) return;
       const why = await this.ask(key);
       if (seen !== this.seen) return;
       this.why = why;
       this.main.image.alt = why.caption?.slice(0, 300) || `Image ${key}`;
-      this.main.note(why.blurred ? blurNote(() => this.reveal()) : "");
+      if (why.blurred) this.main.note(blurNote(() => this.reveal()));
       await this.panel.show(why, this.context);
     } catch (error) {
       if (seen === this.seen) this.panel.fail(error);
