@@ -137,12 +137,18 @@ def nearest(snapshot: Snapshot, mask: Mask, column: str, cuts: list[float]) -> R
     listing = order_of(snapshot, mask, column, False)
     rows = listing.rows[: listing.valued]
     values = snapshot.columns[column].values[rows].astype(np.float64)
-    distance = np.min([np.abs(values - cut) for cut in cuts], axis=0)
-    # two runs that ascend, for one cut: a stable sort merges them
     split = int(np.searchsorted(values, cuts[0]))
-    turned = np.concatenate([np.arange(split - 1, -1, -1), np.arange(split, len(rows))])
-    order = turned[np.argsort(distance[turned], kind="stable")]
-    return RowOrder(np.concatenate([rows[order], listing.rows[listing.valued :]]), listing.valued, column, near=cuts[0])
+    distance = np.abs(values - cuts[0])
+    for cut in cuts[1:]:
+        np.minimum(distance, np.abs(values - cut), out=distance)
+    del values
+    # outwards from the cut: with one these are two runs that ascend, which a stable sort merges
+    turned = np.concatenate([rows[:split][::-1], rows[split:]])
+    distance[:split] = distance[:split][::-1].copy()
+    order = np.argsort(distance, kind="stable")
+    return RowOrder(
+        np.concatenate([turned[order], listing.rows[listing.valued :]]), listing.valued, column, near=cuts[0]
+    )
 
 
 def cut_of(snapshot: Snapshot, answer: RuleAnswer) -> tuple[str, list[float]] | None:
@@ -151,25 +157,14 @@ def cut_of(snapshot: Snapshot, answer: RuleAnswer) -> tuple[str, list[float]] | 
     for cut in rule.cuts:
         if numeric(snapshot, cut.column):
             return cut.column, sorted({c.value for c in rule.cuts if c.column == cut.column})
-    if rule.top and (value := top_value(snapshot, answer)) is not None:
-        return rule.top.column, [value]
+    if rule.top and answer.cut is not None:
+        return rule.top.column, [answer.cut]
     return None
 
 
 def numeric(snapshot: Snapshot, column: str) -> bool:
     found = snapshot.columns.get(column)
     return found is not None and found.facts.stored == "number" and bool(found.facts.count)
-
-
-def top_value(snapshot: Snapshot, answer: RuleAnswer) -> float | None:
-    """The least value that a rule which is a `top` and nothing else keeps; None where it keeps nothing."""
-    top = answer.rule.top
-    if top is None or not numeric(snapshot, top.column) or not answer.counts.true:
-        return None
-    column = snapshot.columns[top.column]
-    order = column.order[: column.facts.count]
-    kept = answer.states[order] == 0
-    return float(column.values[order[int(np.argmax(kept))]])
 
 
 def place_of(snapshot: Snapshot, listing: RowOrder, value: float) -> int:

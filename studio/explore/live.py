@@ -7,8 +7,10 @@ table that is loaded. Rules that name columns which the index does not hold are 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import duckdb
@@ -24,6 +26,8 @@ from curate.ledger.select import words_for_unjudged
 from curate.ledger.sql import Bounds, short
 from curate.ledger.view import open_ledger
 from curate.store.files import digest
+from studio.errors import NotHere
+from studio.explore.answers import SLOW, KeptAnswers, RuleAnswer
 from studio.explore.remembered import Remembered
 from studio.explore.snapshot import Snapshot
 
@@ -31,23 +35,6 @@ SECONDS = 60
 """How long the SQL of one rule may work."""
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False)
-class RuleAnswer:
-    """What one rule says of all rows."""
-
-    rule: Rule
-    states: States
-    counts: StateCounts
-    early_states: States  # of the rows that early rules kept from having an image
-    early_counts: StateCounts
-    groups: dict[str, dict[str, float]]
-    odd: tuple[str, ...]  # what is odd about its columns
-
-    @property
-    def bytes(self) -> int:
-        return self.states.nbytes + self.early_states.nbytes + 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +75,9 @@ class LiveSelection:
 class RuleBook:
     """The answers to rules of one snapshot."""
 
-    def __init__(self, snapshot: Snapshot, most_bytes: int = 300 << 20) -> None:
-        self.snapshot = snapshot
+    def __init__(self, snapshot: Snapshot, kept: Path | None = None, most_bytes: int = 200 << 20) -> None:
+        """kept: a folder for answers that took long."""
+        self.snapshot, self._kept = snapshot, KeptAnswers(kept)
         self._answers = Remembered[Any, RuleAnswer](most_bytes, lambda answer: answer.bytes)
         self._checked = Remembered[tuple[str, str], Rule](2000, lambda rule: 1)
 
@@ -117,8 +105,19 @@ class RuleBook:
     def answer(self, rule: Rule, early: Sequence[Rule]) -> RuleAnswer:
         """What a rule says of all rows; `early` are the rules of the same selection that are early ones."""
         before = [r.condition for r in early] if rule.computed else []
-        made = self._answers.get_or_make((rule.condition, *before), lambda: self._ask(rule, early))
+        made = self._answers.get_or_make((rule.condition, *before), lambda: self._find_or_ask(rule, early, before))
         return RuleAnswer(**{**vars(made), "rule": rule})  # it may have another name
+
+    def _find_or_ask(self, rule: Rule, early: Sequence[Rule], before: Sequence[str]) -> RuleAnswer:
+        """The answer that was kept, else what the tables say; that is kept where it took long."""
+        key = digest([self.snapshot.digest, rule.condition, *before])
+        if (found := self._kept.find(key, rule, self.snapshot.count)) is not None:
+            return found
+        began = time.monotonic()
+        answer = self._ask(rule, early)
+        if time.monotonic() - began > SLOW:
+            self._kept.keep(key, answer)
+        return answer
 
     def _ask(self, rule: Rule, early: Sequence[Rule]) -> RuleAnswer:
         snapshot = self.snapshot
@@ -151,9 +150,9 @@ class RuleBook:
         with contextlib.closing(Bounds(con, SECONDS)) as bounds:
             states, groups, odd = _run(bounds, rule, ask)
         early_states = self._ask_early(rule)
-        return RuleAnswer(
-            rule, states, StateCounts.of(states), early_states, StateCounts.of(early_states), groups, tuple(odd)
-        )
+        counts = StateCounts.of(states), StateCounts.of(early_states)
+        cut = snapshot.least_kept(rule.top, states) if rule.top and counts[0].true else None
+        return RuleAnswer(rule, states, counts[0], early_states, counts[1], groups, tuple(odd), cut)
 
     def _in_order(self, keys: npt.NDArray[np.uint64], states: States) -> States:
         """States in the order of rows."""
@@ -199,7 +198,7 @@ class RuleBook:
         if unjudged:
             warnings.append(words_for_unjudged(snapshot.data, unjudged, snapshot.applied_early, rules))
         return LiveSelection(
-            selection_id(snapshot, rules),
+            selection_id(snapshot, rules, off),
             snapshot,
             tuple(checked),
             answers,
@@ -211,15 +210,17 @@ class RuleBook:
         )
 
 
-def selection_id(snapshot: Snapshot, rules: dict[str, str]) -> str:
-    """What names a selection: what is kept depends on nothing else."""
-    return digest([snapshot.digest, list(rules.items())])
+def selection_id(snapshot: Snapshot, rules: dict[str, str], off: dict[str, str]) -> str:
+    """What names a selection: nothing that is said of it depends on anything else."""
+    return digest([snapshot.digest, list(rules.items()), list(off.items())])
 
 
 def _run(bounds: Bounds, rule: Rule, work: Callable[[], T]) -> T:
     """The result of work that asks one rule; what goes wrong is told with its name."""
     try:
         return bounds.run(work)
+    except (duckdb.IOException, OSError) as e:
+        raise NotHere(f"the data folder is being changed: {short(e)}", "try again in a while") from None
     except duckdb.Error as e:
         raise UserError(f"rule {rule.name} ({rule.condition}): {short(e)}") from None
     except UserError as e:
