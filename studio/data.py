@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from curate.encoders.embed import EmbedConfig
+from curate.images.config import ImagesConfig
 from curate.layout import Data
 from curate.ledger.select import SelectConfig
 from studio.commands.actions import CommandLine
@@ -12,6 +14,7 @@ from studio.explore.explorer import Explorer
 from studio.images.service import ImageService
 from studio.rate.service import RatingService
 from studio.search.service import SearchService
+from studio.search.words import DataEncoder
 
 
 class StudioData:
@@ -19,6 +22,7 @@ class StudioData:
 
     Args:
         recipe: the selection of the recipe in effect: its early rules, and what it calls unsafe.
+        embed, stored: how the recipe makes vectors, and images before that; what is searched for is made likewise.
         read_only: nothing may be written: no ratings, no selections, no deny-list.
         command_line: what runs commands; without it a page can run none.
         log: called with a line about what was done.
@@ -30,6 +34,8 @@ class StudioData:
         data: Data,
         *,
         recipe: SelectConfig | None = None,
+        embed: EmbedConfig | None = None,
+        stored: ImagesConfig | None = None,
         read_only: bool = False,
         command_line: CommandLine | None = None,
         log: Callable[[str], None] = lambda line: None,
@@ -38,7 +44,8 @@ class StudioData:
         self.data, self.read_only, self.log, self.on_fault = data, read_only, log, on_fault
         self.explorer = Explorer(data, recipe, keep=not read_only, log=log, on_fault=on_fault)
         self.images = ImageService(data, self.explorer.recipe.rules, keep=not read_only, log=log)
-        self.search = SearchService(data, self.explorer, data.search_index if not read_only else None, on_fault)
+        encoder, codes = DataEncoder(data, embed, stored), None if read_only else data.search_index
+        self.search = SearchService(data, self.explorer, encoder, codes, on_fault)
         self.ratings = RatingService(self)
         self.commands = CommandService(command_line, after=self.look, log=log, on_fault=on_fault)
 

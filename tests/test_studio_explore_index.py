@@ -209,6 +209,34 @@ def test_an_empty_folder_and_one_without_images(tmp_path: Path) -> None:
     explorer.close()
 
 
+def test_what_took_long_is_kept_for_the_next_server(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    from studio.explore import live
+
+    monkeypatch.setattr(live, "SLOW", 0.0)
+    rules = {"told": "length(caption) > 9", "best": "best_of(dup, score)"}
+    recipe = SelectConfig(rules=rules)
+    explorer = explore(data, recipe=recipe)
+    first, folder = explorer.select(rules), data.studio_index / "answers"
+    explorer.close()
+    kept = sorted(folder.glob("*.states.npy"))
+    assert len(kept) == 2 and first.counts[1].groups
+
+    def refuse(*arguments: Any) -> Any:
+        raise AssertionError("it was asked already")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live.RuleBook, "_ask", refuse)
+        explorer = explore(data, recipe=recipe)
+        again = explorer.select(rules)
+        assert again.counts == first.counts and np.array_equal(again.kept, first.kept)
+        explorer.close()
+    for damaged in kept:
+        damaged.write_bytes(damaged.read_bytes()[:-5])
+    explorer = explore(data, recipe=recipe)
+    assert np.array_equal(explorer.select(rules).kept, first.kept)
+    explorer.close()
+
+
 def test_sweeping_takes_what_is_left_and_not_the_index(data: Data) -> None:
     explore(data).close()
     before = contents(data.studio_index)
@@ -271,7 +299,7 @@ def test_the_api_says_what_the_explorer_says(served: ServedData) -> None:
         assert [r["value"] for r in page["rows"]] == sorted((r["value"] for r in page["rows"]), reverse=True)
         assert all(r["verdict"] == "kept" and r["width"] == 64 for r in page["rows"])
         unsafe = explorer.values("unsafe")
-        assert [r["blurred"] for r in page["rows"]] == [bool(unsafe[row] >= 0.5) for row in listing.rows[3:10]]
+        assert [r["blurred"] for r in page["rows"]] == [not unsafe[row] < 0.5 for row in listing.rows[3:10]]
         place = client.get("/api/place", params={**query, "value": 6.0}).json()
         assert place["total"] == tried["kept"] and 0 < place["offset"] < place["total"]
         other = client.post("/api/selections", json={"rules": rules[:1]}).json()

@@ -17,16 +17,21 @@ from typing import Any
 import httpx
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
+from real_data import BUNDLED, embed_all, fetch_all
 from small_serve import ServedData, serving_data
 
 from aesthetic.errors import UserError
 from aesthetic.head_files import read_head
+from aesthetic.metrics import spearman
 from aesthetic.ratings import read_ratings
 from bench import scale
 from curate.layout import Data
 from curate.sources.image_vectors import DataFolderVectors
 from curate.sources.kept_vectors import KeptVectors
+from curate.sources.plan import SourceConfig
+from curate.sources.planner import make_plan
 from curate.sources.rated import fit_rated, join_ratings
 from curate.store.files import read_json, sweep
 from curate.store.mirror import Mirror
@@ -475,3 +480,33 @@ def test_on_an_object_store_each_rating_is_there_before_it_is_confirmed(
         with pytest.raises(NotHere, match="ratings/taste"):
             away.add(("000000099", "1", "anna"))
     assert log.rows() == before and log.add(("000000099", "1", "anna")) == 28
+
+
+@pytest.mark.long
+def test_people_who_rated_photographs_are_learnt_from(shared: Path, tmp_path: Path) -> None:
+    """300 of OASIS's photographs, rated by somebody drawn from the people who rated each: a mean and a spread of 1 to
+    7. The head of the page is that of `tastemaker fit`, and agrees with the mean of all people."""
+    known = pd.read_csv(shared / "oasis" / "ratings.csv")
+    data = Data(tmp_path / "data")
+    make_plan(str(shared / "oasis" / "images"), data, SourceConfig(), None)
+    fetch_all(data)
+    embed_all(data, BUNDLED, {})
+    tables = pd.concat([pq.read_table(data.table(s.shard)).to_pandas() for s in data.plan.shards])
+    of = dict(zip(known["image"].str.rpartition("/")[2], known.to_dict("records"), strict=True))
+    people = {key: of[url.rpartition("/")[2]] for key, url in zip(tables["key"], tables["url"], strict=True)}
+    rng = np.random.default_rng(2)
+    with serving_data(data) as served, served.client() as client:
+        served.folder.explorer.wait()
+        name = new_set(client, concept="beauty")
+        for how in ("random", "teach", "random", "teach", "random", "random"):
+            for key in following(client, name, how=how, count=50):
+                vote = round(rng.normal(people[key]["beauty_mean"], people[key]["beauty_sd"]))
+                rate(client, name, key=key, score=int(np.clip(vote, 1, 7)))
+        head = learnt(client, name)
+        made_by_fit, report = fitted(tmp_path, head["command"], tmp_path)
+        same_head(served, name, made_by_fit)
+    assert head["ratings"] == 300 and head["spearman"] == report["metrics"]["spearman"]
+    assert head["spearman"]["low"] > 0.1
+    keys, rows = sorted(people), KeptVectors(str(data))
+    scores = made_by_fit(rows.vectors(rows.images(keys))[0])
+    assert spearman(scores, [people[key]["beauty_mean"] for key in keys]) > 0.6

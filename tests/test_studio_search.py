@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import io
 import shutil
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from aesthetic.space import Space
 from curate.encoders.embed import EmbedConfig
 from curate.encoders.registry import load_encoder
 from curate.layout import Data
@@ -33,25 +35,16 @@ Served = tuple[ServedData, httpx.Client]
 
 
 @pytest.fixture(scope="module")
-def data(real_data: Data, tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """The data, with the recipe by which it was made; for reading only."""
-    root = tmp_path_factory.mktemp("searched") / "data"
-    shutil.copytree(real_data.root, root)
-    Data(root).recipe.write_text(f"embed:\n  encoder: bundled\nimages:\n  size: {IMAGES.size}\n")
-    return Data(root)
-
-
-@pytest.fixture(scope="module")
-def served(data: Data) -> Iterator[Served]:
-    with serving_data(data) as server, server.client() as client:
+def served(real_data: Data) -> Iterator[Served]:
+    with serving_data(real_data, stored=IMAGES) as server, server.client() as client:
         server.folder.explorer.wait()
         yield server, client
 
 
 @pytest.fixture
-def copied(data: Data, tmp_path: Path) -> Data:
+def copied(real_data: Data, tmp_path: Path) -> Data:
     """A copy of the data, to be changed."""
-    shutil.copytree(data.root, tmp_path / "data")
+    shutil.copytree(real_data.root, tmp_path / "data")
     return Data(tmp_path / "data")
 
 
@@ -104,20 +97,20 @@ def encode(image: Image.Image, kind: str = "JPEG") -> str:
 # ------------------------------------------------------------------------------------------------------ what is found
 
 
-def test_by_an_image_of_the_data(data: Data, served: Served) -> None:
-    keys, vectors = vectors_of(data)
+def test_by_an_image_of_the_data(real_data: Data, served: Served) -> None:
+    keys, vectors = vectors_of(real_data)
     for at in (0, 17, len(keys) - 1):
         found = search(served[1], key=keys[at])
         assert found["exact"] and found["recall"] is None and found["of"] == len(keys) == 36
         ranking = rows(served[1], found["id"])
         assert ranking[0] == (keys[at], pytest.approx(1, abs=1e-3))
-        assert_ranking(data, vectors[at], ranking)
+        assert_ranking(real_data, vectors[at], ranking)
 
 
-def test_by_words_without_others_and_like_an_image(data: Data, served: Served) -> None:
+def test_by_words_without_others_and_like_an_image(real_data: Data, served: Served) -> None:
     encoder = load_encoder("bundled")
     wanted, unwanted = encoder.encode_texts(["a flower", "a temple"]).astype(np.float64)
-    keys, vectors = vectors_of(data)
+    keys, vectors = vectors_of(real_data)
     for asked, query in (
         ({"words": "a flower"}, wanted),
         ({"words": "  a flower "}, wanted),
@@ -126,23 +119,23 @@ def test_by_words_without_others_and_like_an_image(data: Data, served: Served) -
         ({"words": "a flower", "key": keys[5]}, (wanted + vectors[5]) / 2),
         ({"key": keys[5], "without": "a flower", "words": "a temple"}, (vectors[5] + unwanted) / 2 - wanted),
     ):
-        assert_ranking(data, query, rows(served[1], search(served[1], **asked)["id"]))
+        assert_ranking(real_data, query, rows(served[1], search(served[1], **asked)["id"]))
     state = ability(*served)
     assert state["words"] and state["images"] and "bundled" in state["why"]
 
 
-def test_a_dropped_image_finds_itself(data: Data, served: Served) -> None:
+def test_a_dropped_image_finds_itself(real_data: Data, served: Served) -> None:
     """As it came, which is how the data got it; and as it is stored, which is how people save it from the page."""
     _, client = served
     sha256 = {}
-    for shard in data.shards(data.fetched_record):
-        table = pq.read_table(data.table(shard), columns=["key", "sha256"])
+    for shard in real_data.shards(real_data.fetched_record):
+        table = pq.read_table(real_data.table(shard), columns=["key", "sha256"])
         sha256 |= dict(zip(table["sha256"].to_pylist(), table["key"].to_pylist(), strict=True))
     for file in (image_files()[3], image_files()[12], image_files()[25]):
         key = sha256[hashlib.sha256(file).hexdigest()]
         found = rows(client, search(client, image=base64.b64encode(file).decode())["id"])
         assert found[0] == (key, pytest.approx(1, abs=1e-3))
-    tar = data.tar(0)
+    tar = real_data.tar(0)
     for key, members in sorted(index_tar(tar).items())[:4]:
         member = image_member(members)
         assert member is not None
@@ -152,10 +145,10 @@ def test_a_dropped_image_finds_itself(data: Data, served: Served) -> None:
         assert found[0] == (key, pytest.approx(1, abs=1e-3))
 
 
-def test_together_with_rules(data: Data, served: Served) -> None:
+def test_together_with_rules(real_data: Data, served: Served) -> None:
     """A search among what a selection keeps is a search among that alone."""
     _, client = served
-    keys, vectors = vectors_of(data)
+    keys, vectors = vectors_of(real_data)
     rules = [{"name": "good", "condition": "top(aesthetic, 0.3)", "on": True}]
     selection = client.post("/api/selections", json={"rules": rules, "columns": [], "log": []}).json()
     kept = client.get("/api/rows", params={"selection": selection["id"], "show": "kept", "limit": 200}).json()
@@ -175,17 +168,17 @@ def test_words_that_open_clip_reads(copied: Data, tmp_path: Path) -> None:
     shutil.rmtree(copied.root / "embedded")
     shutil.rmtree(copied.root / "annotated")
     embed_all(copied, EmbedConfig(encoder=name), {})
-    copied.recipe.write_text(f"embed:\n  encoder: {name}\nimages:\n  size: {IMAGES.size}\n")
-    with serving_data(Data(copied.root)) as server, server.client() as client:
+    with (
+        serving_data(Data(copied.root), embed=EmbedConfig(encoder=name), stored=IMAGES) as server,
+        server.client() as client,
+    ):
         server.folder.explorer.wait()
         found = search(client, words="a photo of a dog")
         assert_ranking(copied, load_encoder(name).encode_texts(["a photo of a dog"])[0], rows(client, found["id"]))
         file = base64.b64encode(image_files()[0]).decode()
         assert rows(client, search(client, image=file)["id"])[0][1] == pytest.approx(1, abs=1e-3)
         assert ability(server, client)["words"]
-
-        copied.recipe.write_text("embed:\n  encoder: bundled\n")  # another one than the vectors are of
-    with serving_data(Data(copied.root)) as server, server.client() as client:
+    with serving_data(Data(copied.root), embed=EmbedConfig(encoder="bundled")) as server, server.client() as client:
         server.folder.explorer.wait()
         answer = client.post("/api/search", json={"words": "a dog"})
         assert answer.status_code == 422 and "belongs to the space of open_clip:toy" in answer.json()["error"]
@@ -193,8 +186,10 @@ def test_words_that_open_clip_reads(copied: Data, tmp_path: Path) -> None:
 
 def test_weights_that_are_not_here(copied: Data, tmp_path: Path) -> None:
     add_architectures(tmp_path)
-    copied.recipe.write_text(f"embed:\n  encoder: open_clip:toy/{tmp_path / 'gone.pt'}\n")
-    with serving_data(copied) as server, server.client() as client:
+    space = Space.load(copied.space)
+    dataclasses.replace(space, encoder="open_clip:toy/sha256-0123456789ab").save(copied.space)
+    gone = EmbedConfig(encoder=f"open_clip:toy/{tmp_path / 'gone.pt'}")
+    with serving_data(copied, embed=gone) as server, server.client() as client:
         server.folder.explorer.wait()
         answer = client.post("/api/search", json={"words": "a dog"})
         assert answer.status_code == 422 and "gone.pt" in answer.json()["error"]
@@ -295,23 +290,23 @@ def test_data_that_grows(copied: Data) -> None:
 
 
 @pytest.mark.long
-def test_data_on_an_object_store(data: Data, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_on_an_object_store(real_data: Data, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TASTEMAKER_CACHE", str(tmp_path / "cache"))
     cache._own_folder.cache_clear()
     mirror.open_mirror.cache_clear()
     there = Data.at(s3_url)
-    files = [path.relative_to(data.root) for path in sorted(data.root.rglob("*")) if path.is_file()]
+    files = [path.relative_to(real_data.root) for path in sorted(real_data.root.rglob("*")) if path.is_file()]
     for file in files:
         (there.root / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(data.root / file, there.root / file)
+        shutil.copyfile(real_data.root / file, there.root / file)
     there.push(*(there.root / file for file in files))
     shutil.rmtree(there.root)
     mirror.open_mirror.cache_clear()
     there = Data.at(s3_url)
     with serving_data(there) as server, server.client() as client:
         server.folder.explorer.wait()
-        keys, vectors = vectors_of(data)
-        assert_ranking(data, vectors[7], rows(client, search(client, key=keys[7])["id"]))
+        keys, vectors = vectors_of(real_data)
+        assert_ranking(real_data, vectors[7], rows(client, search(client, key=keys[7])["id"]))
     mirror.open_mirror.cache_clear()
     cache._own_folder.cache_clear()
 
@@ -319,9 +314,9 @@ def test_data_on_an_object_store(data: Data, s3_url: str, tmp_path: Path, monkey
 # ------------------------------------------------------------------------------------------------------- many, hostile
 
 
-def test_many_at_once(data: Data, served: Served) -> None:
+def test_many_at_once(real_data: Data, served: Served) -> None:
     """Each gets his own answer."""
-    keys, _ = vectors_of(data)
+    keys, _ = vectors_of(real_data)
     server, _ = served
 
     def ask(i: int) -> tuple[str, str]:

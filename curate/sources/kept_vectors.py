@@ -43,6 +43,11 @@ class KeptVectors(DataFolderVectors):
         self._facts: pd.DataFrame | None = None
         self._lock = threading.RLock()
 
+    @property
+    def hiding(self) -> list[str]:
+        """The names of the annotators whose columns say which images must not be seen."""
+        return sorted({table.rpartition("/")[2] for table in self._hidden.values()})
+
     def images(self, keys: Sequence[str]) -> np.ndarray:
         """Of each key its image (n,), -1 where it has none that has a vector and may be seen."""
         with self._lock:

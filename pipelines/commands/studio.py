@@ -47,7 +47,7 @@ def run(options: StudioOptions) -> Result:
     from studio.data import StudioData
     from studio.draw.loading import LoadingModel
 
-    recipe = recipe_of(data, None, ()).select
+    recipe = recipe_of(data, None, ())
     with take_address(options) as address, _terminal(options, data) as terminal:
 
         def log(line: str) -> None:
@@ -56,7 +56,14 @@ def run(options: StudioOptions) -> Result:
         fault = traceback.print_exception
         line = DataCommands(data, options.data)
         folder = StudioData(
-            data, recipe=recipe, read_only=options.read_only, command_line=line, log=log, on_fault=fault
+            data,
+            recipe=recipe.select,
+            embed=recipe.embed,
+            stored=recipe.images,
+            read_only=options.read_only,
+            command_line=line,
+            log=log,
+            on_fault=fault,
         )
         draw = None if load is None else LoadingModel(lambda: load(log), log=log, on_fault=fault)
 

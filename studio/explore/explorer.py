@@ -32,7 +32,7 @@ from studio.queue import BoundedExecutor
 _LOOK, _LOOK_STORE = 2.0, 60.0
 """Seconds between two looks whether the data changed: on a disk, on an object store."""
 
-_SELECTIONS, _LISTINGS, _RANKINGS = 200 << 20, 200 << 20, 100 << 20
+_SELECTIONS, _LISTINGS, _RANKINGS = 120 << 20, 160 << 20, 80 << 20
 """Bytes of each that are remembered."""
 
 
@@ -160,7 +160,10 @@ class Explorer:
             of = steps(found)
             snapshot = self._open(found, on_step)
             if self._book is None or snapshot.digest != self._book.snapshot.digest:
-                self._book, self.version = RuleBook(snapshot), self.version + 1
+                book = RuleBook(snapshot, self.data.studio_index / "answers" if self._keep else None)
+                with contextlib.suppress(UserError):  # they are what the page asks first; what is wrong is said there
+                    book.select(self.recipe.rules, {})
+                self._book, self.version = book, self.version + 1
             seconds = time.monotonic() - began
             self._state = IndexState("ready", of, of, seconds)
             self._log(f"the index of {snapshot.count:,} images is ready ({seconds:.1f} s)")

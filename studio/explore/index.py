@@ -2,6 +2,7 @@
 
     studio/index/rows-DIGEST/          which rows there are: those with an image that must not be hidden
     studio/index/fetched-DIGEST/       columns of a table of the ledger, and so on for each other table
+    studio/index/answers/              what rules said that took long (studio.explore.answers)
 
 A part is made in a scratch folder and renamed when it is whole; its digest is that of all it was made from. So a part
 that is there is right, one that was made from what has changed is another, and two servers that make the same do no
@@ -128,7 +129,12 @@ def make_index(root: Path, found: Sequence[LedgerTable], on_step: OnStep) -> dic
         with _part(folders[table.name]) as folder:
             _make_columns(folder, table, found[0], rows, clusters, on_step)
     for other in root.iterdir():
-        if other not in folders.values() and other.is_dir() and not other.name.startswith("."):
+        if (
+            other.name != "answers"
+            and other not in folders.values()
+            and other.is_dir()
+            and not other.name.startswith(".")
+        ):
             shutil.rmtree(other, ignore_errors=True)  # of what was before; who has it mapped keeps it
     return folders
 

@@ -137,12 +137,18 @@ def nearest(snapshot: Snapshot, mask: Mask, column: str, cuts: list[float]) -> R
     listing = order_of(snapshot, mask, column, False)
     rows = listing.rows[: listing.valued]
     values = snapshot.columns[column].values[rows].astype(np.float64)
-    distance = np.min([np.abs(values - cut) for cut in cuts], axis=0)
-    # two runs that ascend, for one cut: a stable sort merges them
     split = int(np.searchsorted(values, cuts[0]))
-    turned = np.concatenate([np.arange(split - 1, -1, -1), np.arange(split, len(rows))])
-    order = turned[np.argsort(distance[turned], kind="stable")]
-    return RowOrder(np.concatenate([rows[order], listing.rows[listing.valued :]]), listing.valued, column, near=cuts[0])
+    distance = np.abs(values - cuts[0])
+    for cut in cuts[1:]:
+        np.minimum(distance, np.abs(values - cut), out=distance)
+    del values
+    # outwards from the cut: with one these are two runs that ascend, which a stable sort merges
+    turned = np.concatenate([rows[:split][::-1], rows[split:]])
+    distance[:split] = distance[:split][::-1].copy()
+    order = np.argsort(distance, kind="stable")
+    return RowOrder(
+        np.concatenate([turned[order], listing.rows[listing.valued :]]), listing.valued, column, near=cuts[0]
+    )
 
 
 def cut_of(snapshot: Snapshot, answer: RuleAnswer) -> tuple[str, list[float]] | None:

@@ -7,8 +7,10 @@ table that is loaded. Rules that name columns which the index does not hold are 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import duckdb
@@ -24,6 +26,7 @@ from curate.ledger.select import words_for_unjudged
 from curate.ledger.sql import Bounds, short
 from curate.ledger.view import open_ledger
 from curate.store.files import digest
+from studio.explore.answers import SLOW, KeptAnswers, RuleAnswer
 from studio.explore.remembered import Remembered
 from studio.explore.snapshot import Snapshot
 
@@ -31,23 +34,6 @@ SECONDS = 60
 """How long the SQL of one rule may work."""
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False)
-class RuleAnswer:
-    """What one rule says of all rows."""
-
-    rule: Rule
-    states: States
-    counts: StateCounts
-    early_states: States  # of the rows that early rules kept from having an image
-    early_counts: StateCounts
-    groups: dict[str, dict[str, float]]
-    odd: tuple[str, ...]  # what is odd about its columns
-
-    @property
-    def bytes(self) -> int:
-        return self.states.nbytes + self.early_states.nbytes + 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +74,9 @@ class LiveSelection:
 class RuleBook:
     """The answers to rules of one snapshot."""
 
-    def __init__(self, snapshot: Snapshot, most_bytes: int = 300 << 20) -> None:
-        self.snapshot = snapshot
+    def __init__(self, snapshot: Snapshot, kept: Path | None = None, most_bytes: int = 200 << 20) -> None:
+        """kept: a folder for answers that took long."""
+        self.snapshot, self._kept = snapshot, KeptAnswers(kept)
         self._answers = Remembered[Any, RuleAnswer](most_bytes, lambda answer: answer.bytes)
         self._checked = Remembered[tuple[str, str], Rule](2000, lambda rule: 1)
 
@@ -117,8 +104,19 @@ class RuleBook:
     def answer(self, rule: Rule, early: Sequence[Rule]) -> RuleAnswer:
         """What a rule says of all rows; `early` are the rules of the same selection that are early ones."""
         before = [r.condition for r in early] if rule.computed else []
-        made = self._answers.get_or_make((rule.condition, *before), lambda: self._ask(rule, early))
+        made = self._answers.get_or_make((rule.condition, *before), lambda: self._find_or_ask(rule, early, before))
         return RuleAnswer(**{**vars(made), "rule": rule})  # it may have another name
+
+    def _find_or_ask(self, rule: Rule, early: Sequence[Rule], before: Sequence[str]) -> RuleAnswer:
+        """The answer that was kept, else what the tables say; that is kept where it took long."""
+        key = digest([self.snapshot.digest, rule.condition, *before])
+        if (found := self._kept.find(key, rule, self.snapshot.count)) is not None:
+            return found
+        began = time.monotonic()
+        answer = self._ask(rule, early)
+        if time.monotonic() - began > SLOW:
+            self._kept.keep(key, answer)
+        return answer
 
     def _ask(self, rule: Rule, early: Sequence[Rule]) -> RuleAnswer:
         snapshot = self.snapshot

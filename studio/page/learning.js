@@ -50,8 +50,9 @@ function picture(name, { value, low, high }, ceiling) {
 function faces(title, found) {
   const list = element("ul", { className: "faces" });
   for (const { key, score } of found.slice(0, SHOWN)) {
-    const image = element("img", { alt: "", loading: "lazy", src: `/api/thumbnails/${encodeURIComponent(key)}?side=320` });
-    list.append(element("li", { title: `${key}: ${score.toPrecision(3)}` }, image));
+    const image = element("img", { alt: key, loading: "lazy", src: `/api/thumbnails/${encodeURIComponent(key)}?side=320` });
+    const link = element("a", { href: `/#${new URLSearchParams({ show: "all", image: key })}`, target: "_blank" }, image);
+    list.append(element("li", { title: `${score.toPrecision(3)}: all that is known of it` }, link));
   }
   return [element("h3", {}, title), list];
 }

@@ -201,7 +201,7 @@ def next_ones(
 ) -> NextView:
     """Images, or pairs, that a rater has not rated yet: at random; around a cut, a column and its value; or those that
     teach most. Of a live selection's rows, where one is given."""
-    service, query = folder.ratings, NextQuery(rater, how, count, selection, column, value)
+    service, query = folder.ratings, NextQuery(rater.strip(), how, count, selection, column, value)
     if service.log(name).about.kind == "pairs":
         found = service.next_pairs(name, query)
         return NextView(pairs=[(RatedImage.of(a), RatedImage.of(b)) for a, b in found])
@@ -220,7 +220,7 @@ def undo(folder: Folder, name: Name, body: UndoRequest) -> UndoneView:
     """Take back a rater's last rating, or that of an image, or of two."""
     about = folder.ratings.log(name).about
     images = [key for key in (body.key, body.a, body.b) if key is not None]
-    row, before, count = folder.ratings.undo(name, body.rater, images)
+    row, before, count = folder.ratings.undo(name, body.rater.strip(), images)
     return UndoneView(undone=_rating_view(about, row), restored=_rating_view(about, before), count=count)
 
 

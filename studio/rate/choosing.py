@@ -16,7 +16,7 @@ Rows = npt.NDArray[np.int64]
 
 _WHOLE = 200_000  # rows up to which they are put in a random order at once
 POOL = 2000
-"""Images that stand for all where those are chosen that teach most: CPU_TIME, of vectors of 768 numbers."""
+"""Images that stand for all where those are chosen that teach most: in half a second, of vectors of 768 numbers."""
 _FIRST_PENALTY = 0.01
 """Of a head that does not exist yet: what is chosen by vectors of unit norm, most often."""
 _TRIES = 200  # pairs that are looked at before it is said that there are no more
@@ -67,6 +67,8 @@ def most_telling(
 ) -> Rows:
     """Rows of the pool (m, d) that would teach the head most, as `tastemaker fit --suggest` has it; the first ones are
     a spread of the images, while there is no head. known (n, d): the vectors of what is rated, `learnt` or not."""
+    from threadpoolctl import threadpool_limits
+
     from aesthetic.suggest import suggest
 
     if len(pool) > POOL:
@@ -82,7 +84,8 @@ def most_telling(
         if learnt.head.link == "sigmoid":  # a label of an image at p says p (1 - p) of what a rating would
             each = (learnt.head(vectors).astype(np.float64) for vectors in (known, pool))
             weights, relevance = (np.maximum(p * (1 - p), 1e-6) for p in each)
-    return suggest(known, weights, pool, penalty, count, relevance=relevance)
+    with threadpool_limits(1, user_api="blas"):  # on a busy machine a second thread waits more than it works
+        return suggest(known, weights, pool, penalty, count, relevance=relevance)
 
 
 def pairs(

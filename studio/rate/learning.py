@@ -56,6 +56,12 @@ class LearntHead:
     scores: np.ndarray | None = None  # of the sample's images, NaN for those that are rated
     rated: np.ndarray | None = None
     penalty: float | None = None
+    made: float = field(default_factory=time.monotonic)
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was made."""
+        return time.monotonic() - self.made
 
 
 @dataclass(frozen=True)

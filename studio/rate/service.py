@@ -33,6 +33,8 @@ How = Literal["random", "around", "teach"]
 
 
 _LOOK = 5.0  # seconds after which it is seen whether vectors were made anew
+_TRY_AGAIN = 30.0  # seconds after which a fit is tried again that failed because of something else than ratings
+_MOST_SETS = 1000
 _SELECTIONS = 4  # of which images to choose from are kept
 
 
@@ -99,6 +101,8 @@ class RatingService:
         """Begin a set of ratings. UserError where its name is taken, or can't be that of a column."""
         if about.name in _taken_names(self.data):
             raise UserError(f"there is a column {about.name} already, and what is learnt goes into one of its name")
+        if len(self.data.rated()) >= _MOST_SETS:
+            raise UserError(f"there are {_MOST_SETS:,} sets of ratings: remove some from {self.data}/ratings")
         make_set(self.data, about, self.folder.log)
         return self.log(about.name)
 
@@ -128,8 +132,8 @@ class RatingService:
         with log.held():
             version = log.version
         learnt, busy = self.learner.get(name)
-        # what failed without a look at them is tried again at the next rating
-        if not busy and (learnt is None or learnt.version not in (version, -1)):
+        due = learnt is None or (learnt.version != version and (learnt.version >= 0 or learnt.age > _TRY_AGAIN))
+        if not busy and due:
             self.learner.want(log)
             busy = True
         return learnt, busy
@@ -248,9 +252,9 @@ class RatingService:
 
         with self._opening:
             if self._opened is None or time.monotonic() - self._looked > _LOOK:
-                signature = self._signature()
-                if self._opened is None or self._opened[0] != signature:
-                    self._opened = signature, KeptVectors(str(self.data))
+                if self._opened is None or self._opened[0] != self._signature(self._opened[1]):
+                    kept = KeptVectors(str(self.data))
+                    self._opened = self._signature(kept), kept
                     with self._lock:
                         self._of_selections.clear()
                 self._looked = time.monotonic()
@@ -264,10 +268,12 @@ class RatingService:
                 self._sampled = kept, VectorSample.of(kept)
             return self._sampled
 
-    def _signature(self) -> str:
-        """What is another when vectors were made anew, or there are other columns, which may hide images."""
-        data = self.data
-        records = [data.embedded_record(shard) for shard in data.shards(data.embedded_record)]
+    def _signature(self, kept: KeptVectors) -> str:
+        """What is another when vectors were made anew, or what hides images, or there are other columns, which may."""
+        data, shards = self.data, self.data.shards(self.data.embedded_record)
+        records = [data.embedded_record(shard) for shard in shards]
+        for table in kept.hiding:
+            records += [data.annotations_record(table, shard) for shard in shards]
         return digest([[data.store.stamp(record) for record in records], data.annotated()])
 
     # -------------------------------------------------------------------------------------------------- commands

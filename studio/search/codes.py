@@ -25,7 +25,7 @@ from aesthetic.errors import DiskFull
 from aesthetic.files import atomic, write_atomic
 from aesthetic.neighbours import one_thread
 from aesthetic.untrusted import open_vectors
-from curate.store.files import digest
+from curate.store.files import digest, sweep
 from curate.store.records import output_digests
 from studio.search.scan import MappedIndex, Mask, Rows, Scores
 from studio.search.vectors import VectorFile, VectorTable, largest
@@ -167,6 +167,7 @@ class CodeBuilder:
     def build(self) -> CodeIndex:
         """The index of the table. Raises BuildStopped after `stop`."""
         self._folder.mkdir(parents=True, exist_ok=True)
+        sweep(self._folder)
         center, size = self._basis()
         blocks, names = [], []
         for number, files in _blocks(self._table.files, size):

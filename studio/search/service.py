@@ -81,10 +81,15 @@ class SearchService:
     """
 
     def __init__(
-        self, data: Data, explorer: Explorer, folder: Path | None, on_fault: Callable[[Exception], None]
+        self,
+        data: Data,
+        explorer: Explorer,
+        encoder: DataEncoder,
+        folder: Path | None,
+        on_fault: Callable[[Exception], None],
     ) -> None:
         self._data, self._explorer, self._folder, self._on_fault = data, explorer, folder, on_fault
-        self.encoder, self.groups = DataEncoder(data), CopyGroups(explorer)
+        self.encoder, self.groups = encoder, CopyGroups(explorer)
         self.reading = BoundedExecutor("search-reading", 2)
         self.searching = BoundedExecutor("searching", 2)
         self._lock, self._making, self._closed = threading.Lock(), threading.Lock(), False

@@ -55,7 +55,7 @@ class VectorFile:
     def open(self) -> npt.NDArray[np.float16]:
         """The rows, (count, dim), mapped. UserError where they are not what the record says."""
         vectors = open_vectors(self.data.local(self.path))
-        if vectors.shape != (self.count, self.dim) or vectors.dtype != np.float16:
+        if vectors.shape != (self.count, self.dim) or vectors.dtype != np.float16 or not vectors.flags.c_contiguous:
             raise UserError(
                 f"{self.data.shown(self.path)} holds {vectors.dtype} of shape {vectors.shape}, not float16 of shape "
                 f"{(self.count, self.dim)}. `tastemaker verify {self.data} --repair` sees to it."

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
 from aesthetic.errors import UserError
 from aesthetic.space import Space, require_same
-from curate.encoders.registry import check_available, load_encoder
+from curate.encoders.embed import EmbedConfig
+from curate.encoders.registry import canonical_name, check_available, load_encoder
 from curate.images.config import ImagesConfig
 from curate.images.decode import decode
+from curate.images.faces import require_detector
 from curate.images.process import process
 from curate.layout import Data
 from studio.bodies import read_input
@@ -39,11 +41,13 @@ class EncoderAbility:
 class DataEncoder:
     """The encoder that made a data folder's vectors, loaded when it is first needed, and how its images were made.
 
-    Both are read from `recipe.yaml`; the encoder is used only where its space is that of the vectors.
+    The encoder is used only where its space is that of the vectors.
     """
 
-    def __init__(self, data: Data) -> None:
-        self._data, self._lock = data, threading.Lock()
+    def __init__(self, data: Data, embed: EmbedConfig | None, images: ImagesConfig | None) -> None:
+        """embed, images: as the recipe has them; None: the encoder that the vectors name, and images as by default."""
+        self._data, self._embed, self._images = data, embed, images or ImagesConfig()
+        self._lock = threading.Lock()
         self._encoder: Encoder | None = None
 
     def ability(self) -> EncoderAbility:
@@ -64,7 +68,7 @@ class DataEncoder:
 
     def text(self, words: str) -> Scores:
         """The vector of words, (dim,) of unit length. UserError where the encoder can't be had, or reads no such."""
-        with self._lock:
+        with self._lock, _understood():
             return self._loaded().encode_texts([words])[0]
 
     def image(self, file: bytes) -> Scores:
@@ -74,40 +78,40 @@ class DataEncoder:
         data would not resize is also taken as it is: it may be such an image as it is stored, and encoding it once more
         would be too much.
         """
-        known = {field.name for field in dataclasses.fields(ImagesConfig)}  # another version may have written more
-        config = ImagesConfig(**{name: value for name, value in self._recipe("images").items() if name in known})
+        if self._images.blur_faces:
+            require_detector()
 
         def images(data: bytes, most: int) -> list[npt.NDArray[np.uint8]]:
-            stored, own = decode(process(data, config).data), decode(data)
+            stored, own = decode(process(data, self._images).data), decode(data)
             return [stored] if own.shape != stored.shape or np.array_equal(own, stored) else [stored, own]
 
         pixels = read_input("image", images, file)
-        with self._lock:
+        with self._lock, _understood():
             return self._loaded().encode_images(pixels)
 
     def _loaded(self) -> Encoder:
         if self._encoder is None:
             name, weights = self._name()
-            embed = self._recipe("embed")
-            precision = embed.get("precision")
-            encoder = load_encoder(name, weights, precision=precision if isinstance(precision, str) else None)
+            encoder = load_encoder(name, weights, precision=self._embed.precision if self._embed else None)
             space = Space.load(self._data.local(self._data.space))
             require_same(space, encoder.space(), f"{self._data}/embedded")
             self._encoder = encoder
         return self._encoder
 
     def _name(self) -> tuple[str, str | None]:
-        """The encoder's name, as the recipe has it (it may be a file's), and its weights where these lie elsewhere."""
-        embed, space = self._recipe("embed"), Space.load(self._data.local(self._data.space))
-        name, weights = embed.get("encoder"), embed.get("weights")
-        weights = str(Path(weights).expanduser()) if isinstance(weights, str) else None
-        return (name if isinstance(name, str) else space.encoder), weights
+        """The encoder's name, and where its weights are, if not where they usually are. Both are the recipe's where it
+        means the encoder of the vectors, or may: of weights in a file the vectors know the digest alone."""
+        space = Space.load(self._data.local(self._data.space))
+        embed = self._embed
+        if embed and ("/sha256-" in space.encoder or canonical_name(embed.encoder) == space.encoder):
+            return embed.encoder, embed.weights and str(Path(embed.weights).expanduser())
+        return space.encoder, None
 
-    def _recipe(self, stage: str) -> dict[str, Any]:
-        """A stage's part of the data's recipe; nothing where there is none that can be read."""
-        try:
-            recipe = yaml.safe_load(self._data.local(self._data.recipe).read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
-            return {}
-        found = recipe.get(stage) if isinstance(recipe, dict) else None
-        return found if isinstance(found, dict) else {}
+
+@contextlib.contextmanager
+def _understood() -> Iterator[None]:
+    """UserError where a model gives no numbers: half precision may, and what is all zeros."""
+    try:
+        yield
+    except FloatingPointError as e:
+        raise UserError(f"the encoder makes no vector of that ({e}): search for something else") from e
