@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -510,3 +511,21 @@ def test_people_who_rated_photographs_are_learnt_from(shared: Path, tmp_path: Pa
     keys, rows = sorted(people), KeptVectors(str(data))
     scores = made_by_fit(rows.vectors(rows.images(keys))[0])
     assert spearman(scores, [people[key]["beauty_mean"] for key in keys]) > 0.6
+
+
+def test_without_vectors_people_can_rate_and_are_told_what_is_missing(made: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(made / "data", tmp_path / "data", ignore=shutil.ignore_patterns("embedded", "ratings"))
+    with serving_data(Data(data)) as served, served.client() as client:
+        served.folder.explorer.wait()
+        name, pairs = new_set(client), new_set(client, "pairs")
+        keys = following(client, name, count=200)
+        assert len(set(keys)) == 200
+        for key in keys[:12]:
+            rate(client, name, key=key, score=1 + int(key) % 7)
+        assert following(client, name, count=188) == keys[12:]
+        (a, b), *_ = following(client, pairs, count=5)
+        rate(client, pairs, a=a, b=b, choice="b")
+        head = learnt(client, name)
+        assert head["state"] == "failed" and "tastemaker embed" in head["error"] and head["best"] == []
+        answer = client.get(f"/api/ratings/{name}/next", params={"rater": "anna", "how": "teach"})
+        assert answer.status_code == 422 and "tastemaker embed" in answer.json()["error"]
