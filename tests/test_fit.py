@@ -287,3 +287,21 @@ def test_votes_count_by_their_precision():
     wide = (-50.0, 50.0)
     weighted = fit(x, y, votes=votes, sd=np.full(400, 4.0), scale=wide).head(x)
     assert spearman(weighted, truth) > spearman(fit(x, y, scale=wide).head(x), truth) + 0.02
+
+
+@pytest.mark.parametrize("n", [60, 240, 3500])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_quick_fit_has_the_same_head_and_figures(n: int, several: bool) -> None:
+    x, y, groups = make(n=n, groups=n // 2)
+    rng = np.random.default_rng(4)
+    more = {"metadata": {"width": rng.integers(1, 9, n).tolist()}, "votes": rng.integers(1, 9, n).astype(float)}
+    more |= {"sd": rng.uniform(0.2, 1, n)} | ({"sources": [f"s{i % 2}" for i in range(n)]} if several else {})
+    given = examples(x, y, groups, **more)
+    whole, quick = (fit_head(given, space(), name="h", scale=SCALE, quick=quick) for quick in (False, True))
+    assert whole.head.digest == quick.head.digest and whole.penalty == quick.penalty
+    assert np.array_equal(whole.held_out, quick.held_out, equal_nan=True)
+    for what in ("spearman", "pearson", "slope"):
+        assert whole.report["metrics"][what] == quick.report["metrics"][what]
+    for what in ("noise", "tested", "test_sha256", "verdict"):
+        assert whole.report[what] == quick.report[what]
+    assert not quick.report["baselines"] and not quick.report["learning_curve"]

@@ -36,6 +36,7 @@ class RuleAnswer:
     early_counts: StateCounts
     groups: dict[str, dict[str, float]]
     odd: tuple[str, ...]  # what is odd about its columns
+    cut: float | None  # of a `top`: the least value that it keeps; None where it keeps nothing
 
     @property
     def bytes(self) -> int:
@@ -60,7 +61,7 @@ class KeptAnswers:
         if states.shape != (rows,) or states.dtype != np.int8:
             return None
         counts = StateCounts.of(states), StateCounts.of(early)
-        return RuleAnswer(rule, states, counts[0], early, counts[1], said["groups"], tuple(said["odd"]))
+        return RuleAnswer(rule, states, counts[0], early, counts[1], said["groups"], tuple(said["odd"]), said["cut"])
 
     def keep(self, digest: str, answer: RuleAnswer) -> None:
         """Keep an answer, as far as there is room on the disk."""
@@ -71,7 +72,7 @@ class KeptAnswers:
                 out = io.BytesIO()
                 np.save(out, array)
                 write_atomic(self.folder / f"{digest}.{name}.npy", out.getvalue())
-            said = {"groups": answer.groups, "odd": answer.odd}
+            said = {"groups": answer.groups, "odd": answer.odd, "cut": answer.cut}
             write_atomic(self.folder / f"{digest}.json", json.dumps(said).encode())  # last: it is whole then
             kept = sorted(self.folder.glob("*.json"), key=lambda f: f.stat().st_mtime)
             for old in kept[:-MOST]:

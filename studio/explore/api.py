@@ -104,7 +104,7 @@ def _select(explorer: Explorer, asked: SelectionRequest) -> LiveView:
                 )
             )
             continue
-        live.append(describe_rule(selection.snapshot, answer, counts.get(rule.name), rule.name))
+        live.append(describe_rule(answer, counts.get(rule.name), rule.name))
     kept = kept_counts(selection.snapshot, selection.kept, {c: c in asked.log for c in asked.columns})
     rows = selection.snapshot.rows
     return LiveView(

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from curate.ledger.funnel import RuleCount
 from curate.ledger.select import changed_since
 from curate.ledger.view import table_digests
-from studio.explore.listing import top_value
 from studio.explore.live import RuleAnswer
 from studio.explore.snapshot import Snapshot
 from studio.explore.wire import (
@@ -125,7 +124,7 @@ def _selections(snapshot: Snapshot) -> list[StoredSelection]:
     return found
 
 
-def describe_rule(snapshot: Snapshot, answer: RuleAnswer, count: RuleCount | None, name: str) -> LiveRule:
+def describe_rule(answer: RuleAnswer, count: RuleCount | None, name: str) -> LiveRule:
     """What a rule does; without a count it is switched off."""
     rule, top = answer.rule, answer.rule.top
     both = answer.counts, answer.early_counts
@@ -139,5 +138,5 @@ def describe_rule(snapshot: Snapshot, answer: RuleAnswer, count: RuleCount | Non
         unknown=sum(c.unknown for c in both),
         columns=list(rule.columns),
         cuts=[CutView(column=c.column, sign=c.sign, value=c.value) for c in rule.cuts],  # type: ignore[arg-type]
-        top=TopView(column=top.column, fraction=top.fraction, value=top_value(snapshot, answer)) if top else None,
+        top=TopView(column=top.column, fraction=top.fraction, value=answer.cut) if top else None,
     )

@@ -26,11 +26,14 @@ from studio.explore.index import IndexStopped, make_index, part_digests, part_fo
 from studio.explore.listing import Ranking, RowOrder, Show
 from studio.explore.live import LiveSelection, RuleAnswer, RuleBook, selection_id
 from studio.explore.remembered import Remembered
-from studio.explore.snapshot import Snapshot, snapshot_digest
+from studio.explore.snapshot import Snapshot
 from studio.queue import BoundedExecutor
 
 _LOOK, _LOOK_STORE = 2.0, 60.0
 """Seconds between two looks whether the data changed: on a disk, on an object store."""
+
+_AGAIN = 30.0
+"""Seconds after which an index that could not be made is tried again, though the data is the same."""
 
 _SELECTIONS, _LISTINGS, _RANKINGS = 120 << 20, 160 << 20, 80 << 20
 """Bytes of each that are remembered."""
@@ -78,7 +81,7 @@ class Explorer:
         self._state = IndexState("building")
         self._stopped = threading.Event()
         self._lock = threading.Lock()
-        self._looked, self._seen = 0.0, ""
+        self._looked, self._ended, self._seen = 0.0, 0.0, ""
         self._selections = Remembered[str, LiveSelection](_SELECTIONS, lambda s: s.bytes)
         self._listings = Remembered[Any, RowOrder](_LISTINGS, lambda found: found.bytes)
         self._rankings = Remembered[str, Ranking](_RANKINGS, lambda r: r.rows.nbytes + r.scores.nbytes)
@@ -111,13 +114,12 @@ class Explorer:
         """Whether the data changed since the index was made; looks, and begins to make it anew, every few seconds."""
         with self._lock:
             now = time.monotonic()
-            if self._builder.is_alive() or now - self._looked < (_LOOK if self.data.url is None else _LOOK_STORE):
-                return self._builder.is_alive() and self._book is not None
-            self._looked = now
-            if self._signature() == self._seen:
-                return False
-            self._builder = self._start()
-            return self._book is not None
+            if not self._builder.is_alive() and now - self._looked > (_LOOK if self.data.url is None else _LOOK_STORE):
+                self._looked = now
+                failed = self._state.state == "none" and now - self._ended > _AGAIN
+                if failed or self._signature() != self._seen:
+                    self._builder = self._start()
+            return self._book is not None and (self._builder.is_alive() or self._state.state == "none")
 
     def look(self) -> None:
         """Look whether the data changed when the next one asks, however lately somebody did."""
@@ -175,14 +177,15 @@ class Explorer:
         except Exception as e:
             self._state = IndexState("none", done, of, time.monotonic() - began, f"{type(e).__name__}: see the log")
             self._on_fault(e)
+        finally:
+            self._ended = time.monotonic()
 
     def _open(self, found: Sequence[LedgerTable], on_step: Callable[[int], None]) -> Snapshot:
         """The index of these tables, made where it is missing. Another server may remove a part as it is opened."""
         for last in (False, False, True):
             try:
                 folders = make_index(self._folder(found), found, on_step)
-                whole = snapshot_digest(part_digests(found), self.recipe)
-                return Snapshot.open(self.data, self.recipe, found, folders, whole)
+                return Snapshot.open(self.data, self.recipe, found, folders, part_digests(found))
             except FileNotFoundError:
                 if last:
                     raise
@@ -273,7 +276,10 @@ class Explorer:
 
     def facts(self, rows: Sequence[int] | npt.NDArray[Any], columns: Sequence[str]) -> pa.Table:
         """Any columns of the ledger, as rules name them, of a few rows, read from the files of their shards."""
-        return self.snapshot.facts(np.asarray(rows, np.int64), columns)
+        try:
+            return self.snapshot.facts(np.asarray(rows, np.int64), columns)
+        except OSError as e:
+            raise NotHere(f"the data folder is being changed: {e}", "try again in a while") from None
 
     def blurred(self, row: int) -> bool:
         """Whether an image is unsafe to look at, by any column whose annotator says so."""
@@ -287,10 +293,8 @@ class Explorer:
         Raises UserError where one is wrong, in the words of `tastemaker select`.
         """
         book = self.book
-        id = selection_id(book.snapshot, dict(rules))
-        found = self._selections.get_or_make(id, lambda: book.select(dict(rules), {}))
-        found.off.update(off or {})
-        return found
+        id = selection_id(book.snapshot, dict(rules), dict(off or {}))
+        return self._selections.get_or_make(id, lambda: book.select(dict(rules), dict(off or {})))
 
     def selection(self, id: str) -> LiveSelection:
         """One that was made before; UnknownSelection where it was not, or the data changed since."""

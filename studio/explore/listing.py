@@ -157,25 +157,14 @@ def cut_of(snapshot: Snapshot, answer: RuleAnswer) -> tuple[str, list[float]] | 
     for cut in rule.cuts:
         if numeric(snapshot, cut.column):
             return cut.column, sorted({c.value for c in rule.cuts if c.column == cut.column})
-    if rule.top and (value := top_value(snapshot, answer)) is not None:
-        return rule.top.column, [value]
+    if rule.top and answer.cut is not None:
+        return rule.top.column, [answer.cut]
     return None
 
 
 def numeric(snapshot: Snapshot, column: str) -> bool:
     found = snapshot.columns.get(column)
     return found is not None and found.facts.stored == "number" and bool(found.facts.count)
-
-
-def top_value(snapshot: Snapshot, answer: RuleAnswer) -> float | None:
-    """The least value that a rule which is a `top` and nothing else keeps; None where it keeps nothing."""
-    top = answer.rule.top
-    if top is None or not numeric(snapshot, top.column) or not answer.counts.true:
-        return None
-    column = snapshot.columns[top.column]
-    order = column.order[: column.facts.count]
-    kept = answer.states[order] == 0
-    return float(column.values[order[int(np.argmax(kept))]])
 
 
 def place_of(snapshot: Snapshot, listing: RowOrder, value: float) -> int:

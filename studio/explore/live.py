@@ -26,6 +26,7 @@ from curate.ledger.select import words_for_unjudged
 from curate.ledger.sql import Bounds, short
 from curate.ledger.view import open_ledger
 from curate.store.files import digest
+from studio.errors import NotHere
 from studio.explore.answers import SLOW, KeptAnswers, RuleAnswer
 from studio.explore.remembered import Remembered
 from studio.explore.snapshot import Snapshot
@@ -149,9 +150,9 @@ class RuleBook:
         with contextlib.closing(Bounds(con, SECONDS)) as bounds:
             states, groups, odd = _run(bounds, rule, ask)
         early_states = self._ask_early(rule)
-        return RuleAnswer(
-            rule, states, StateCounts.of(states), early_states, StateCounts.of(early_states), groups, tuple(odd)
-        )
+        counts = StateCounts.of(states), StateCounts.of(early_states)
+        cut = snapshot.least_kept(rule.top, states) if rule.top and counts[0].true else None
+        return RuleAnswer(rule, states, counts[0], early_states, counts[1], groups, tuple(odd), cut)
 
     def _in_order(self, keys: npt.NDArray[np.uint64], states: States) -> States:
         """States in the order of rows."""
@@ -197,7 +198,7 @@ class RuleBook:
         if unjudged:
             warnings.append(words_for_unjudged(snapshot.data, unjudged, snapshot.applied_early, rules))
         return LiveSelection(
-            selection_id(snapshot, rules),
+            selection_id(snapshot, rules, off),
             snapshot,
             tuple(checked),
             answers,
@@ -209,15 +210,17 @@ class RuleBook:
         )
 
 
-def selection_id(snapshot: Snapshot, rules: dict[str, str]) -> str:
-    """What names a selection: what is kept depends on nothing else."""
-    return digest([snapshot.digest, list(rules.items())])
+def selection_id(snapshot: Snapshot, rules: dict[str, str], off: dict[str, str]) -> str:
+    """What names a selection: nothing that is said of it depends on anything else."""
+    return digest([snapshot.digest, list(rules.items()), list(off.items())])
 
 
 def _run(bounds: Bounds, rule: Rule, work: Callable[[], T]) -> T:
     """The result of work that asks one rule; what goes wrong is told with its name."""
     try:
         return bounds.run(work)
+    except (duckdb.IOException, OSError) as e:
+        raise NotHere(f"the data folder is being changed: {short(e)}", "try again in a while") from None
     except duckdb.Error as e:
         raise UserError(f"rule {rule.name} ({rule.condition}): {short(e)}") from None
     except UserError as e:

@@ -19,7 +19,7 @@ from aesthetic.errors import UserError
 from curate.layout import Data
 from curate.ledger.early import applied_early, left_out
 from curate.ledger.judge import odd_words, top_count
-from curate.ledger.neighbours import known_neighbours
+from curate.ledger.neighbours import FACT, known_neighbours
 from curate.ledger.rules import Computed, Rule
 from curate.ledger.select import SelectConfig
 from curate.ledger.sql import connect, quote
@@ -47,17 +47,28 @@ class Snapshot:
     found: Sequence[LedgerTable]
     rows: IndexedRows
     columns: Mapping[str, IndexedColumn]  # as rules name them; those of texts have facts alone
-    digest: str  # of all that a selection depends on, but for its rules
+    parts: Mapping[str, str]  # table -> the digest of its part
 
     @staticmethod
     def open(
-        data: Data, recipe: SelectConfig, found: Sequence[LedgerTable], folders: Mapping[str, Path], digest: str
+        data: Data,
+        recipe: SelectConfig,
+        found: Sequence[LedgerTable],
+        folders: Mapping[str, Path],
+        parts: Mapping[str, str],
     ) -> Snapshot:
         """Map the parts of an index, which are there."""
         rows, columns = open_rows(folders["rows"]), dict[str, IndexedColumn]()
         for table in found:
             columns |= open_columns(folders[table.name], table, rows)
-        return Snapshot(data, recipe, found, rows, columns, digest)
+        return Snapshot(data, recipe, found, rows, columns, parts)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that a selection depends on, but for its rules."""
+        pairs = {table.name: table.facts[0].get(FACT) for table in self.found}
+        early = {name: sorted(conditions) for name, conditions in self.applied_early.items()}
+        return digest([dict(self.parts), list(self.recipe.early), early, pairs, self.outdated])
 
     @property
     def count(self) -> int:
@@ -181,6 +192,14 @@ class Snapshot:
         first, after = column.below(cut), column.up_to(cut)  # those that equal it, in the order of keys
         return cut, int(self.rows.keys[column.order[first + count - (have - after) - 1]])
 
+    def least_kept(self, top: Computed, states: npt.NDArray[np.int8]) -> float | None:
+        """The least value that a `top` keeps, of its states; None where the index does not hold the column."""
+        if not self.holds([top.column]):
+            return None
+        column = self.columns[top.column]
+        order = column.order[: column.facts.count]
+        return float(column.values[order[int(np.argmax(states[order] == 0))]])
+
     def odd(self, column: str) -> str:
         """What is said of a column of numbers that holds infinities; "" of others."""
         count, value = self.columns[column].facts.infinite
@@ -259,8 +278,3 @@ class Snapshot:
             return pq.read_schema(table.data.local(table.files[0])).field(column).type
         schema, places = self._fetched_names
         return schema.field(places[column]).type if column in places else pa.null()
-
-
-def snapshot_digest(parts: Mapping[str, str], recipe: SelectConfig) -> str:
-    """What a selection depends on, but for its rules."""
-    return digest([dict(parts), list(recipe.early)])

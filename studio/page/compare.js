@@ -149,6 +149,8 @@ class Comparison {
 
   showCounts() {
     const { both, only_a: only, only_b: other } = this.counts;
+    const same = only + other === 0 ? ": they keep the same images" : "";
+    this.title.textContent = `The rules now, beside ${this.with.name || "those that were pinned"}${same}`;
     const { name } = this.with;
     const words = { other: name ? `only ${name}` : "only before", both: "both", only: "only now" };
     const titles = {

@@ -61,7 +61,7 @@ export class ImageGrid {
 
   close() {
     this.sizes.disconnect();
-    this.swapping?.abort();
+    this.next = null;
     this.dropPages(() => true);
     clearTimeout(this.resting);
     this.node.remove();

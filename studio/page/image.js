@@ -10,10 +10,11 @@
 import { ApiError, call, element } from "/api.js";
 import { count } from "/numbers.js";
 import { button } from "/panels.js";
-import { change, state, subscribe } from "/store.js";
+import { change, refresh, state, subscribe } from "/store.js";
 import { thumbnail } from "/tile.js";
 import { WhyPanel } from "/why.js";
 
+const REST = 60; // ms that an image is looked at before it is asked why: a key that is held goes on
 const LARGEST = 4; // times its own pixels: beyond that a small image is only blurrier
 let view = null; // the one dialog, made when it is first wanted
 
@@ -58,9 +59,10 @@ class ImageView {
     document.addEventListener("keydown", (event) => { // what had the focus may be gone
       if (this.dialog.open && event.target === document.body) this.pressed(event);
     });
-    this.main.image.addEventListener("click", (event) => this.zoom(event));
+    this.main.image.addEventListener("click", (event) => !this.moved && this.zoom(event));
     new ResizeObserver(() => this.fit()).observe(this.stage);
     this.swipes();
+    this.drags();
   }
 
   open(key, context) {
@@ -98,17 +100,21 @@ class ImageView {
     this.revealed = false;
     this.whole = false;
     this.beside(null);
+    this.main.box.classList.remove("broken");
+    this.main.note("");
     name(key);
     const seen = ++this.seen;
     this.back.disabled = this.forth.disabled = false;
     const loaded = this.load(this.main, key);
     this.panel.wait(key, this.trail.at(-1) ?? "", this.trail.length ? "" : (this.context.where?.(key) ?? ""));
     try {
+      await new Promise((done) => setTimeout(done, REST));
+      if (seen !== this.seen) return;
       const why = await this.ask(key);
       if (seen !== this.seen) return;
       this.why = why;
       this.main.image.alt = why.caption?.slice(0, 300) || `Image ${key}`;
-      this.main.note(why.blurred ? blurNote(() => this.reveal()) : "");
+      if (why.blurred) this.main.note(blurNote(() => this.reveal()));
       await this.panel.show(why, this.context);
     } catch (error) {
       if (seen === this.seen) this.panel.fail(error);
@@ -118,16 +124,19 @@ class ImageView {
   }
 
   async ask(key) {
-    const { selection } = this.context;
-    const id = typeof selection === "function" ? await selection() : selection;
     const path = `/api/why/${encodeURIComponent(key)}`;
-    if (!id) return call(path);
-    try {
-      return await call(`${path}?selection=${encodeURIComponent(id)}`);
-    } catch (error) {
-      if (!(error instanceof ApiError) || error.status !== 404) throw error;
-      return call(path); // a server that was started anew knows the image, not the selection
+    for (const again of [false, true]) {
+      if (again) await refresh(); // a server that was started anew knows the image, not the selection
+      const { selection } = this.context;
+      const id = typeof selection === "function" ? selection() : selection;
+      if (!id) break;
+      try {
+        return await call(`${path}?selection=${encodeURIComponent(id)}`);
+      } catch (error) {
+        if (!(error instanceof ApiError) || error.status !== 404) throw error;
+      }
     }
+    return call(path);
   }
 
   // What is shown stays until the next image is there: first its thumbnail, which the browser has, then all of it. Of
@@ -287,6 +296,23 @@ class ImageView {
     if (this.panel.dropQuestion()) return;
     if (!this.other.box.hidden) this.beside(null);
     else this.dialog.close();
+  }
+
+  // At 100 % a mouse moves the image; fingers scroll it by themselves.
+  drags() {
+    const { stage } = this;
+    stage.addEventListener("pointerdown", (down) => {
+      this.moved = false;
+      if (!this.whole || down.pointerType !== "mouse" || down.button) return;
+      const [left, top] = [stage.scrollLeft, stage.scrollTop];
+      const move = (event) => {
+        const [dx, dy] = [event.clientX - down.clientX, event.clientY - down.clientY];
+        this.moved ||= Math.hypot(dx, dy) > 4;
+        if (this.moved) stage.scrollTo(left - dx, top - dy);
+      };
+      document.addEventListener("pointermove", move);
+      document.addEventListener("pointerup", () => document.removeEventListener("pointermove", move), { once: true });
+    });
   }
 
   swipes() {

@@ -300,7 +300,8 @@ export class Rating {
       if (event.repeat || event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
       if (event.target.matches("input, select, textarea")) return;
       if (event.target.matches("button, a, summary") && event.key === " " && event.target.matches(":focus-visible")) return;
-      const act = acts[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+      const digit = event.code.replace("Digit", ""); // where digits need Shift, as in France
+      const act = acts[event.key.length === 1 ? event.key.toLowerCase() : event.key] ?? acts[digit];
       if (!act) return;
       event.preventDefault();
       act();

@@ -18,6 +18,7 @@ class SaveMenu {
   constructor(place) {
     this.readOnly = state.data.read_only;
     this.jobs = [];
+    this.followed = new Set(); // ids of those that are shown as they go
     this.button = element("button", { type: "button", className: "save-open" }, this.readOnly ? "Recipe" : "Save");
     this.panel = element("div", { className: "save", role: "dialog" });
     this.panel.setAttribute("aria-label", this.button.textContent);
@@ -69,6 +70,7 @@ class SaveMenu {
 
   opened() {
     this.changed(true);
+    if (!this.readOnly) this.resume(); // others may have begun some
     this.name.focus();
     this.name.select();
   }
@@ -160,7 +162,7 @@ class SaveMenu {
       const { jobs } = await call("/api/commands");
       this.jobs = jobs;
       this.showJobs();
-      for (const job of jobs) if (isActive(job)) this.follow(job);
+      for (const job of jobs) if (isActive(job) && !this.followed.has(job.id)) this.follow(job);
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
     }
@@ -168,6 +170,7 @@ class SaveMenu {
 
   // A promise of the job when it is over; it is shown meanwhile.
   async follow(job) {
+    this.followed.add(job.id);
     this.update(job);
     while (isActive(job)) { // again where the server was away
       job = await this.change(job);

@@ -12,6 +12,7 @@ import numpy as np
 
 from aesthetic.errors import UserError
 from aesthetic.heads import Head, HeadError
+from studio.errors import NotHere
 from studio.rate.files import RatingLog, RatingSet
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ class VectorSample:
 
 def learn(log: RatingLog, vectors: KeptVectors, sample: VectorSample) -> LearntHead:
     """The head of all ratings of a set as they are now: the same as `tastemaker fit` makes of the file, bit for bit."""
+    import pandas  # noqa: F401 - a second, in which nobody could rate if the file were held already
+
     from aesthetic.fit import to_halve
     from aesthetic.ratings import read_ratings
     from curate.sources.rated import fit_rated, join_ratings
@@ -205,7 +208,7 @@ class HeadLearner:
     def _fit(self, log: RatingLog) -> LearntHead:
         try:
             return learn(log, *self._open())
-        except UserError as e:
+        except (UserError, NotHere, OSError) as e:  # no vectors, say, or files that are being written
             return LearntHead(-1, 0, str(e))
         except Exception as e:
             self._on_fault(e)
