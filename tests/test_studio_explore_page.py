@@ -40,7 +40,9 @@ def opened(browser: Any, served: ServedData) -> Iterator[Open]:
     contexts: list[Any] = []
     wrong: list[str] = []
 
-    def open_page(rules: Any = RULES, width: int = 1600, height: int = 1000, scheme: str = "light", **view: str) -> Any:
+    def open_page(
+        rules: Any = RULES, width: int = 1600, height: int = 1000, scheme: str = "light", wait: bool = True, **view: str
+    ) -> Any:
         context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
         contexts.append(context)
         page = context.new_page()
@@ -49,6 +51,8 @@ def opened(browser: Any, served: ServedData) -> Iterator[Open]:
         page.on("pageerror", lambda e: wrong.append(str(e)))
         page.goto(f"{served.url}/#{urlencode({'rules': json.dumps(rules), 'show': 'kept', **view})}")
         page.wait_for_selector("body[data-ready]")
+        if not wait:
+            return page
         until(page, "document.querySelector('#funnel-text').textContent !== ''")
         page.wait_for_selector(".tile.is-there, .grid-note:not([hidden])")
         return page
@@ -240,29 +244,55 @@ def test_rules_are_edited_moved_made_and_removed(opened: Open, served: ServedDat
     assert kept(page) == kept_by_select(served, f"{where} and {made}")
 
 
+def look_at_the_cut(page: Any) -> None:
+    """What stands above the divider is below the cut, what stands under it is above; both are in sight."""
+    cut = float(condition(page, "pretty").split(">")[1])
+    until(page, "(cut) => Math.abs(document.querySelector('.divider b').textContent.split('>')[1] - cut) < 0.01", cut)
+    sides = page.locator(".divider span").all_inner_texts()
+    rejected, keeps = (int(re.sub(r"\D", "", side)) for side in sides)
+    assert "rejected" in sides[0] and "kept" in sides[1] and keeps == kept(page)
+    page.wait_for_selector(f".tile[aria-setsize='{rejected + keeps}']")
+    page.wait_for_timeout(200)  # they are drawn in the next frame
+    band = page.locator(".divider").bounding_box()["y"]
+    tiles = page.locator(".tile").evaluate_all(
+        "tiles => tiles.map((tile) => [tile.getBoundingClientRect().top, "
+        "parseFloat(tile.querySelector('.tile-value').textContent)])"
+    )
+    assert {top > band for top, _ in tiles} == {True, False}, tiles
+    assert all((value > cut - 0.01) if top > band else (value < cut + 0.01) for top, value in tiles)
+
+
 def test_around_a_cut_both_sides_are_seen_and_the_cut_stays_in_the_middle(opened: Open) -> None:
-    page = opened(width=1200, height=700)
+    page = opened(rules=[*RULES[:2], ["pretty", "aesthetic > 4.1", 1]], width=1200, height=700)
     see(page, "aesthetic")
+    page.locator(".rule[data-name=pretty] .count").first.click()
+    until(page, "document.querySelector('#show [aria-pressed=true]').dataset.show === 'rejected'")
     page.keyboard.press("4")
     page.wait_for_selector(".divider")
     assert page.locator("#of-rule").input_value() == "pretty" and page.locator("#sort").input_value() == "aesthetic"
-    for _ in range(2):
-        cut = float(condition(page, "pretty").split(">")[1])
-        until(
-            page, "(cut) => Math.abs(document.querySelector('.divider b').textContent.split('>')[1] - cut) < 0.01", cut
-        )
-        sides = page.locator(".divider span").all_inner_texts()
-        rejected, keeps = (int(re.sub(r"\D", "", side)) for side in sides)
-        assert "rejected" in sides[0] and "kept" in sides[1] and keeps == kept(page)
-        page.wait_for_selector(f".tile[aria-setsize='{rejected + keeps}']")
-        band = page.locator(".divider").bounding_box()["y"]
-        tiles = page.locator(".tile").evaluate_all(
-            "tiles => tiles.map((tile) => [tile.getBoundingClientRect().top, "
-            "parseFloat(tile.querySelector('.tile-value').textContent)])"
-        )
-        assert len(tiles) > 5
-        assert all((value > cut - 0.01) if top > band else (value < cut + 0.01) for top, value in tiles)
-        drag(page, page.locator(".cut[data-rule=pretty]"), 60)
+    look_at_the_cut(page)
+    drag(page, page.locator(".cut[data-rule=pretty]"), 30)
+    look_at_the_cut(page)
+    page.locator("#grid .grid").evaluate("node => { node.scrollTop = 0; }")
+    page.wait_for_timeout(500)
+    page.locator(
+        ".column"
+    ).last.scroll_into_view_if_needed()  # its histogram is fetched; the images stay where they are
+    page.wait_for_timeout(1000)
+    assert page.locator("#grid .grid").evaluate("node => node.scrollTop") == 0
+    page.locator(".rule[data-name=pretty] input[role=switch]").click()  # no rule, no cut
+    until(page, "document.querySelector('#show [aria-pressed=true]').dataset.show === 'kept'")
+
+
+def test_a_broken_link_is_said_and_images_are_shown(opened: Open) -> None:
+    page = opened(rules=[["wrong", "no_such_column > 1", 1], ["fine", "aesthetic > 3.6", 1]], wait=False)
+    page.locator(".rule[data-name=wrong] .error", has_text="no_such_column").wait_for()
+    page.locator(".rule[data-name=wrong] input[role=switch]").click()
+    page.wait_for_selector(".tile.is-there")
+    page.evaluate("location.hash = location.hash + '&sort=another'")
+    page.locator("#notice", has_text="another").wait_for()
+    until(page, "document.querySelector('#sort').value === 'key'")
+    page.wait_for_selector(".tile.is-there")
 
 
 def test_the_address_keeps_rules_and_view(opened: Open) -> None:
@@ -321,6 +351,59 @@ def test_a_server_that_is_away_is_said_and_found_again(opened: Open) -> None:
     page.context.set_offline(False)
     page.locator("#notice").wait_for(state="hidden")
     assert kept(page) >= before
+
+
+def test_data_that_changed_is_said_and_shown_when_asked_for(browser: Any, real_data: Data, tmp_path: Path) -> None:
+    data = Data(shutil.copytree(str(real_data), tmp_path / "data"))
+    with serving_data(data) as served:
+        page = browser.new_context(viewport={"width": 1600, "height": 1000}).new_page()
+        page.goto(served.url)
+        page.wait_for_selector(".tile.is-there")
+        see(page, "open_nsfw")
+        shutil.rmtree(tmp_path / "data" / "annotated" / "open_nsfw")
+        until(
+            page,
+            "() => { window.dispatchEvent(new Event('focus')); return !!document.querySelector('#notice button'); }",
+        )
+        assert page.locator("[data-column=open_nsfw]").count() == 1  # not under one's hands
+        page.click("#notice button")
+        page.wait_for_selector("[data-column=open_nsfw]", state="detached")
+        page.wait_for_selector(".tile.is-there")
+        assert not page.locator("#notice").is_visible()
+        page.context.close()
+
+
+@pytest.mark.parametrize(
+    ("condition", "cut", "found"),
+    [
+        ("aesthetic > 5", ("aesthetic", ">", 5), "aesthetic > X"),
+        ("a < 0.1 or a is null", ("a", "<", 0.1), "a < X or a is null"),
+        ("a between -1 and 3 and b > 3", ("a", "<=", 3), "a between -1 and X and b > 3"),
+        ("a between -1 and 3", ("a", ">=", -1), "a between X and 3"),
+        ("not (a < 4)", ("a", ">=", 4), "not (a < X)"),
+        ('3 <= source."W"', ("source.W", ">=", 3), 'X <= source."W"'),
+        ("a > 3 and a < 3", ("a", ">", 3), "a > X and a < 3"),
+        ("c <> 'a > 3' and a > 3 -- a > 3", ("a", ">", 3), "c <> 'a > 3' and a > X -- a > 3"),
+        ("a > 3 and a > 3", ("a", ">", 3), None),  # which of them?
+        ("a > 3 * 2", ("a", ">", 3), None),
+        ("a + b > 3", ("b", ">", 3), None),
+        ("a > 3 and 'unfinished", ("a", ">", 3), None),
+    ],
+)
+def test_the_constant_of_a_cut_is_found_or_left_alone(
+    opened: Open, condition: str, cut: tuple[str, str, float], found: str | None
+) -> None:
+    page = opened(rules=[], wait=False)
+    column, sign, value = cut
+    answer = page.evaluate(
+        """async ([condition, cut]) => {
+            const { findCut, replaceAt } = await import("/sql.js");
+            const where = findCut(condition, cut);
+            return where && replaceAt(condition, where, "X");
+        }""",
+        [condition, {"column": column, "sign": sign, "value": value}],
+    )
+    assert answer == found
 
 
 def test_of_ten_million_images_only_what_is_seen_is_asked_for(opened: Open, served: ServedData) -> None:

@@ -231,6 +231,34 @@ def test_a_hundred_per_cent_and_what_is_blurred(served: ServedData, opened: Open
     assert page.locator(".why-blurred").count() == 0
 
 
+def test_an_image_larger_than_the_window_is_moved(served: ServedData, opened: Open) -> None:
+    page = opened(served.url, width=1000, height=240)  # images have 96 pixels in height at least
+    open_image(page)
+    page.set_viewport_size({"width": 1000, "height": 80})
+    page.keyboard.press("z")
+    top = "() => document.querySelector('.why-stage').scrollTop"
+    page.evaluate("document.querySelector('.why-stage').scrollTop = 0")
+    page.mouse.move(200, 70)
+    page.mouse.down()
+    page.mouse.move(200, 60, steps=3)
+    page.mouse.up()
+    assert page.evaluate(top) == 10
+    assert page.locator(".why-scale").inner_text() == "100 %"  # what was dragged was not clicked
+
+
+def test_a_server_that_is_started_anew(data: Data, opened: Open) -> None:
+    with serving_data(data) as served:
+        page = opened(served.url)
+        open_image(page)
+    port = int(served.url.rsplit(":", 1)[1])
+    with serving_data(data, port=port):
+        page.keyboard.press("ArrowRight")
+        is_shown(page)
+        page.locator(".why-where", has_text="2 of 36").wait_for()
+        page.keyboard.press("f")
+        is_ordered(page)
+
+
 def test_near_duplicates_side_by_side(served: ServedData, opened: Open, keys: dict[int, str], made: Data) -> None:
     groups = pa.concat_tables([pq.read_table(made.annotations("dup", s.shard)) for s in made.plan.shards]).to_pylist()
     one = next(row for row in groups if row["dup"] is not None)

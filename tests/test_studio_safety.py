@@ -195,6 +195,23 @@ def test_hostile_names_are_names(served: ServedData, client: httpx.Client) -> No
     assert client.post("/api/selections", json=asked).json()["kept"] > 0
 
 
+@pytest.mark.long
+def test_sql_that_does_not_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After its time, whether DuckDB heeds that at once or not; and the studio lives on."""
+    monkeypatch.setenv("TASTEMAKER_SQL_SECONDS", "1")
+    dear = [
+        "levenshtein(repeat(caption, 800), repeat(url, 800)) > 5",
+        "len(list_distinct(range(9999999 + length(url)))) > 5",
+    ]
+    with serving_data(planned(tmp_path / "data")) as served, served.client() as client:
+        served.folder.explorer.wait(60)
+        for condition in dear:
+            began = time.monotonic()
+            answer = client.post("/api/selections", json={"rules": [{"name": "dear", "condition": condition}]})
+            assert answer.status_code == 422 and "not done after 1 s" in answer.json()["error"], answer.text
+            assert time.monotonic() - began < 60 and client.get("/api/data").status_code == 200
+
+
 # ------------------------------------------------------------------------------------------------------- its own words
 
 
@@ -245,7 +262,7 @@ def test_what_the_studio_says_of_itself_holds_for_whatever_is_asked(tmp_path: Pa
             quickly(given(case=strategies.one_of(*modes))(ask))()
     assert len(seen) > 35 and not served.faults
     never = {route for route, answers in seen.items() if not any(status < 400 for status in answers)}
-    assert never <= {"get /api/images/{name}.png", "get /api/sheets/{name}.png"}, never
+    assert never <= {"get /api/images/{name}.png", "get /api/sheets/{name}.png", "delete /api/jobs/{id}"}, never
 
 
 def what_is_there(client: httpx.Client) -> dict[str, list[Any]]:
@@ -271,6 +288,10 @@ def what_is_there(client: httpx.Client) -> dict[str, list[Any]]:
 
 def steer(case: Any, there: dict[str, list[Any]], dice: random.Random) -> None:
     """Put what is there in the place of some of what was made up."""
+    if case.operation.path == "/api/compare":
+        there = {**there, "a": there["selection"], "b": there["selection"]}
+    if case.operation.path == "/api/ratings/{name}" and dice.random() < 0.3:
+        case.body = {"rater": "me", "key": dice.choice(there["key"]), "score": dice.choice([1, 4, 7, 8])}
     for part in (case.path_parameters, case.query, case.body):
         if isinstance(part, dict) and dice.random() < 0.6:
             for name in [name for name in part if name in there]:

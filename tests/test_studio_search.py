@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import io
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -277,16 +278,26 @@ def test_data_that_grows(copied: Data) -> None:
     with serving_data(Data(copied.root)) as server, server.client() as client:
         explorer = server.folder.explorer
         explorer.wait()
+
+        def wait_for_version(number: int) -> None:
+            deadline = time.monotonic() + 60
+            while explorer.version < number:
+                assert time.monotonic() < deadline
+                client.get("/api/data")
+                time.sleep(0.05)
+
         before = search(client, key=keys[0])
         record.write_bytes(content)
-        for _ in range(400):
-            client.get("/api/data")
-            explorer.wait()
-            if explorer.version > 1:
-                break
+        wait_for_version(2)
         after = search(client, key=keys[0])
         assert before["of"] < after["of"] == len(keys)
         assert {key for key, _ in rows(client, after["id"])} == set(keys)
+
+        write_groups(copied, {keys[0]: keys[:2]})  # a column more: images and vectors stay as they are
+        wait_for_version(3)
+        assert len(rows(client, before["id"])) == before["of"] and len(rows(client, after["id"])) == len(keys)
+        assert search(client, key=keys[0])["of"] == len(keys)
+        assert client.get(f"/api/duplicates/{keys[1]}").json()["groups"][0]["keeper"] == keys[0]
 
 
 @pytest.mark.long
@@ -358,6 +369,36 @@ def test_what_can_not_be_searched_for(served: Served) -> None:
         assert answer.status_code in (400, 413, 422) and answer.json()["error"]
     assert client.get("/api/duplicates/nothing").status_code == 404
     assert search(client, words="a dog")["of"] == 36
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_more_vectors_than_are_compared_each_time(
+    copied: Data, monkeypatch: pytest.MonkeyPatch, read_only: bool
+) -> None:
+    """An index is made, in the folder unless nothing may be written, and what it finds is said to be a part."""
+    monkeypatch.setattr("studio.search.vectors.LARGEST", 1000)
+    monkeypatch.setattr("studio.search.codes.DEPTH", 12)
+    keys, vectors = vectors_of(copied)
+    before = {path for path in copied.root.rglob("*") if "images" not in path.parts}
+    with serving_data(copied, read_only=read_only) as server, server.client() as client:
+        server.folder.explorer.wait()
+        first = search(client, key=keys[0])
+        deadline = time.monotonic() + 60
+        while (state := client.get("/api/search").json()["index"])["state"] != "ready":
+            assert time.monotonic() < deadline and not state["error"]
+            time.sleep(0.02)
+        found = search(client, key=keys[0])
+        assert not found["exact"] and 0.1 < found["recall"] <= 1 and found["of"] == len(keys) == first["of"]
+        ranking = rows(client, found["id"])
+        assert len(ranking) == 12 and ranking[0][0] == keys[0]
+        cosine = dict(zip(keys, vectors @ vectors[0], strict=True))
+        assert np.allclose([value for _, value in ranking], [min(1, cosine[key]) for key, _ in ranking], atol=2e-3)
+        rules = [{"name": "good", "condition": "top(aesthetic, 0.2)", "on": True}]
+        selection = client.post("/api/selections", json={"rules": rules, "columns": [], "log": []}).json()
+        kept = rows(client, found["id"], selection=selection["id"], show="kept")
+        assert 0 < len(kept) == selection["kept"] < 12  # all of them, compared exactly
+    written = {path for path in copied.root.rglob("*") if "images" not in path.parts} - before
+    assert bool(written) is not read_only and (read_only or any(path.name == "center.npy" for path in written))
 
 
 # -------------------------------------------------------------------------------------------------- near-duplicates

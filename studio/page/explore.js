@@ -34,13 +34,19 @@ async function start() {
 
 // ------------------------------------------------------------------------------------------------- what is going on
 
+let watching = 0;
+
 function watchData() {
-  const building = !state.data || state.away || state.data.index.state !== "ready";
-  setTimeout(async () => {
+  const soon = !state.data || state.away || state.data.stale || state.data.index.state !== "ready";
+  clearTimeout(watching);
+  watching = setTimeout(async () => {
     if (!document.hidden) await loadData();
     watchData();
-  }, building ? OFTEN : SELDOM);
+  }, soon ? OFTEN : SELDOM);
 }
+
+// Whoever comes back from a terminal sees what was done there.
+window.addEventListener("focus", () => state.data && loadData().then(watchData));
 
 function renderNotice() {
   const { data, away } = state;
@@ -50,6 +56,7 @@ function renderNotice() {
   else if (data && state.live && data.version !== state.version) {
     notice.append("The data has changed. ", button("Show the new state", showNewState));
   } else if (data?.stale) notice.append("The data has changed; its columns are being read anew.");
+  notice.classList.toggle("is-wrong", Boolean(away));
   notice.hidden = !notice.hasChildNodes();
   if (data) document.title = `${data.name} · Tastemaker`;
   const index = data?.index ?? { state: "building", done: 0, of: 0, seconds: 0 };
@@ -96,6 +103,7 @@ function renderFunnel() {
     if (on && rejected) parts.push(part("go", rejected, judged, `${name} rejects ${count(rejected)}`));
   }
   $("funnel-bar").replaceChildren(...parts);
+  $("funnel-text").title = `${count(live.rows)} rows in the list, ${count(images)} of them with an image`;
   const active = rules.filter(({ on }) => on).length;
   $("open-panel").textContent = active === 1 ? "1 rule" : `${active} rules`;
   $("warnings").textContent = live.warnings.join(" ");
@@ -214,7 +222,7 @@ function directionText() {
 }
 
 function choose(name) {
-  if (name === "around") return showRule(cutRule());
+  if (name === "around") return showCut(cutRule());
   if (COMPARED.includes(name)) return;
   const sort = state.view.sort === "nearest" ? "key" : state.view.sort;
   show({ show: name, rule: "", other: "", sort });
@@ -229,8 +237,11 @@ function cutRule() {
 }
 
 function showRule(rule) {
-  const isAround = !["rejected", "marginal"].includes(state.view.show) || $("of-rule").hidden;
-  if (!isAround) return show({ rule, sort: rule ? "nearest" : "key" });
+  if (state.view.show === "around") showCut(rule);
+  else show({ show: rule ? state.view.show : "rejected", rule, sort: rule ? "nearest" : "key" });
+}
+
+function showCut(rule) {
   const cut = cutOf(state.live?.rules.find(({ name }) => name === rule));
   show({ show: "around", rule, other: "", sort: cut?.column ?? "nearest", descending: false });
 }
@@ -256,9 +267,9 @@ async function showNewest() {
     wanted = false;
     const query = rowsQuery();
     const fetchRows = (offset, limit, signal) => call(`/api/rows?${query}&offset=${offset}&limit=${limit}`, { signal });
+    if (String(query) === shownQuery) continue;
     try {
       const divider = await findDivider(query);
-      if (String(query) === shownQuery && !divider) continue;
       shownQuery = String(query);
       await grid.reload({ fetchRows, place: state.place, divider, plain: divider ? state.view.rule : plainVerdict(), line: hasLine() });
       $("total").textContent = totalText();
@@ -295,17 +306,23 @@ async function findDivider(query) {
 }
 
 function rowsFailed(error) {
+  shownQuery = "";
   if (error.status === 404) return lostSelection();
   change({ away: error.message });
   if (error.status) setTimeout(() => change({ away: "" }), 8000);
+  if (error.status === 422) showPlain(); // a link to other data: a column or rule that is not here
+  if (!error.status) setTimeout(showImages, 2000);
+}
+
+function showPlain() {
+  if (state.view.sort !== "key" || state.view.show !== "kept") show({ show: "kept", rule: "", other: "", sort: "key", descending: false });
 }
 
 let lost = 0;
 
 // The server does not know the selection, or the search, any more: it was restarted.
 async function lostSelection() {
-  shownQuery = "";
-  if (++lost > 2) return show({ show: "kept", rule: "", other: "", sort: "key", descending: false });
+  if (++lost > 2) return showPlain();
   await refresh();
   showImages();
   setTimeout(() => (lost = 0), 3000);

@@ -7,7 +7,7 @@ import { Handle } from "/handle.js";
 import { count, share, short } from "/numbers.js";
 import { addRule } from "/rules.js";
 import { columnWord, columnsIn, cutColumnsIn, readValues, writeNumber, writeValues } from "/sql.js";
-import { setRules, show, state, subscribe, viewFor, want } from "/store.js";
+import { setRules, show, state, subscribe, want } from "/store.js";
 
 const HEIGHT = 64;
 const SVG = "http://www.w3.org/2000/svg";
@@ -356,6 +356,6 @@ class ValuesView extends ColumnView {
     const values = had.includes(value) ? had.filter((other) => other !== value) : [...had, value];
     const changed = (other) => (other === rule ? { ...rule, on: true, condition: writeValues(name, values) } : other);
     const rules = values.length ? state.rules.map(changed) : state.rules.filter((other) => other !== rule);
-    setRules(rules, { view: viewFor(rules) });
+    setRules(rules);
   }
 }

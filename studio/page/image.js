@@ -10,7 +10,7 @@
 import { ApiError, call, element } from "/api.js";
 import { count } from "/numbers.js";
 import { button } from "/panels.js";
-import { change, state, subscribe } from "/store.js";
+import { change, refresh, state, subscribe } from "/store.js";
 import { thumbnail } from "/tile.js";
 import { WhyPanel } from "/why.js";
 
@@ -59,9 +59,10 @@ class ImageView {
     document.addEventListener("keydown", (event) => { // what had the focus may be gone
       if (this.dialog.open && event.target === document.body) this.pressed(event);
     });
-    this.main.image.addEventListener("click", (event) => this.zoom(event));
+    this.main.image.addEventListener("click", (event) => !this.moved && this.zoom(event));
     new ResizeObserver(() => this.fit()).observe(this.stage);
     this.swipes();
+    this.drags();
   }
 
   open(key, context) {
@@ -123,16 +124,19 @@ class ImageView {
   }
 
   async ask(key) {
-    const { selection } = this.context;
-    const id = typeof selection === "function" ? await selection() : selection;
     const path = `/api/why/${encodeURIComponent(key)}`;
-    if (!id) return call(path);
-    try {
-      return await call(`${path}?selection=${encodeURIComponent(id)}`);
-    } catch (error) {
-      if (!(error instanceof ApiError) || error.status !== 404) throw error;
-      return call(path); // a server that was started anew knows the image, not the selection
+    for (const again of [false, true]) {
+      if (again) await refresh(); // a server that was started anew knows the image, not the selection
+      const { selection } = this.context;
+      const id = typeof selection === "function" ? selection() : selection;
+      if (!id) break;
+      try {
+        return await call(`${path}?selection=${encodeURIComponent(id)}`);
+      } catch (error) {
+        if (!(error instanceof ApiError) || error.status !== 404) throw error;
+      }
     }
+    return call(path);
   }
 
   // What is shown stays until the next image is there: first its thumbnail, which the browser has, then all of it. Of
@@ -292,6 +296,23 @@ class ImageView {
     if (this.panel.dropQuestion()) return;
     if (!this.other.box.hidden) this.beside(null);
     else this.dialog.close();
+  }
+
+  // At 100 % a mouse moves the image; fingers scroll it by themselves.
+  drags() {
+    const { stage } = this;
+    stage.addEventListener("pointerdown", (down) => {
+      this.moved = false;
+      if (!this.whole || down.pointerType !== "mouse" || down.button) return;
+      const [left, top] = [stage.scrollLeft, stage.scrollTop];
+      const move = (event) => {
+        const [dx, dy] = [event.clientX - down.clientX, event.clientY - down.clientY];
+        this.moved ||= Math.hypot(dx, dy) > 4;
+        if (this.moved) stage.scrollTo(left - dx, top - dy);
+      };
+      document.addEventListener("pointermove", move);
+      document.addEventListener("pointerup", () => document.removeEventListener("pointermove", move), { once: true });
+    });
   }
 
   swipes() {

@@ -146,7 +146,7 @@ export function imagesJudged(live) {
 function removeRule(name) {
   const at = state.rules.findIndex((rule) => rule.name === name);
   const rules = without(name);
-  setRules(rules, { view: viewFor(rules) });
+  setRules(rules);
   (chips.get(rules[Math.min(at, rules.length - 1)]?.name)?.remove ?? $("add-rule")).focus();
 }
 
@@ -209,7 +209,9 @@ function ruleForm(rule, changed, done) {
     event.preventDefault();
     const part = { name: name.value.trim(), condition: condition.value.trim(), on: rule.on };
     try {
-      await tryRules(named(changed(part), rule, part));
+      const rules = named(changed(part), rule, part);
+      const { view } = state;
+      await tryRules(rules, viewFor(rules, view.rule === rule.name ? { ...view, rule: part.name } : view));
       done(part.name);
     } catch (problem) {
       error.textContent = problem.message;
@@ -279,6 +281,6 @@ function startFrom(menu) {
   const saved = state.data.selections[Number(value)];
   const starts = { recipe: recipeRules(), none: [] };
   const rules = starts[value] ?? saved.rules.map(({ name, condition }) => ({ name, condition, on: true }));
-  setRules(rules, { view: viewFor(rules) });
+  setRules(rules);
 }
 

@@ -15,7 +15,7 @@
 //   change(part, options)       sets parts: change({view: {...state.view, show: "kept"}}); {history: "replace" | "none"}
 //   show(view)                  changes parts of the view: show({show: "kept", sort: "aesthetic"}), from its first image
 //   setRules(rules, options)    one step that can be undone; {settled: false} while something is dragged
-//   tryRules(rules)             the same where the server takes them; else throws its ApiError, and all is as before
+//   tryRules(rules, view)       the same where the server takes them; else throws its ApiError, and all is as before
 //   undo(), redo(), steps()     steps() is {undo: number, redo: number}
 //   want(columns, log)          the columns whose histograms of kept rows are wanted, and those with a logarithmic axis
 //   refresh()                   asks for the live selection again; a promise of when it is there
@@ -27,6 +27,7 @@
 import { ApiError, call } from "/api.js";
 
 const VIEW = { show: "kept", rule: "", other: "", sort: "key", descending: false };
+const SHOWN = ["all", "kept", "rejected", "marginal", "around", "unjudged", "only", "other", "both"];
 const STEPS = 200; // changes that can be undone
 
 export const state = {
@@ -77,15 +78,15 @@ let settled = []; // the rules before what is being dragged
 
 export const steps = () => ({ undo: done.length, redo: undone.length });
 
-export function setRules(rules, { settled: isSettled = true, view = state.view } = {}) {
+export function setRules(rules, { settled: isSettled = true, view = viewFor(rules) } = {}) {
   if (isSettled) record(rules);
   change({ rules, view }, { history: isSettled ? "push" : "none" });
 }
 
-export async function tryRules(rules) {
+export async function tryRules(rules, view = viewFor(rules)) {
   const live = await call("/api/selections", { body: asked(rules) });
   record(rules);
-  change({ rules, live, failure: null });
+  change({ rules, view, live, failure: null });
 }
 
 function record(rules) {
@@ -111,10 +112,10 @@ export function redo() {
   change({ rules: settled, view: viewFor(settled) });
 }
 
-// The view, where it is of a rule that these rules have; else of all that is kept.
-export function viewFor(rules) {
-  const { rule } = state.view;
-  return !rule || rules.some(({ name }) => name === rule) ? state.view : { ...state.view, show: "kept", rule: "" };
+// The view, where it is of a rule that these rules have, and which is on; else of all that is kept.
+export function viewFor(rules, view = state.view) {
+  if (!view.rule || rules.some(({ name, on }) => on && name === view.rule)) return view;
+  return { ...view, show: "kept", rule: "", sort: view.sort === "nearest" ? "key" : view.sort };
 }
 
 const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
@@ -227,7 +228,9 @@ function readAddress(data = state.data) {
     if (name in rest) view[name] = name === "descending" ? rest[name] === "true" : rest[name];
     delete rest[name];
   }
-  return { rules: readRules(written, data), view, place: Math.max(0, parseInt(place, 10) || 0), more: rest };
+  if (!SHOWN.includes(view.show)) view.show = defaultView(data).show;
+  const rules = readRules(written, data);
+  return { rules, view: viewFor(rules, view), place: Math.max(0, parseInt(place, 10) || 0), more: rest };
 }
 
 // Rules as a link has them; a link that somebody broke has the recipe's.
