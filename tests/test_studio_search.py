@@ -278,16 +278,26 @@ def test_data_that_grows(copied: Data) -> None:
     with serving_data(Data(copied.root)) as server, server.client() as client:
         explorer = server.folder.explorer
         explorer.wait()
+
+        def wait_for_version(number: int) -> None:
+            deadline = time.monotonic() + 60
+            while explorer.version < number:
+                assert time.monotonic() < deadline
+                client.get("/api/data")
+                time.sleep(0.05)
+
         before = search(client, key=keys[0])
         record.write_bytes(content)
-        for _ in range(400):
-            client.get("/api/data")
-            explorer.wait()
-            if explorer.version > 1:
-                break
+        wait_for_version(2)
         after = search(client, key=keys[0])
         assert before["of"] < after["of"] == len(keys)
         assert {key for key, _ in rows(client, after["id"])} == set(keys)
+
+        write_groups(copied, {keys[0]: keys[:2]})  # a column more: images and vectors stay as they are
+        wait_for_version(3)
+        assert len(rows(client, before["id"])) == before["of"] and len(rows(client, after["id"])) == len(keys)
+        assert search(client, key=keys[0])["of"] == len(keys)
+        assert client.get(f"/api/duplicates/{keys[1]}").json()["groups"][0]["keeper"] == keys[0]
 
 
 @pytest.mark.long

@@ -30,7 +30,9 @@ export function openUse(set, head) {
     said.className = "";
     try {
       for (const action of actions) await run(action, { said, bar, output });
-      said.replaceChildren("Done.");
+      said.textContent = "Reading the new column …";
+      await isThere(set.name);
+      said.textContent = "Done.";
       close.before(linkTo(set.name));
       go.hidden = true;
     } catch (error) {
@@ -50,6 +52,15 @@ const asked = ({ says, ...action }) => action;
 export function linkTo(column) {
   const query = new URLSearchParams({ show: "all", sort: column, descending: "true" });
   return element("a", { className: "button", href: `/#${query}` }, "See all images in this order");
+}
+
+// Once the Explore page knows the column.
+async function isThere(column) {
+  for (let tries = 0; tries < 600; tries++) {
+    const { columns, index, stale } = await call("/api/data");
+    if (index.state !== "building" && !stale && columns.some(({ name }) => name === column)) return;
+    await new Promise((resolve) => setTimeout(resolve, 500));
+  }
 }
 
 // Run a command, and show how far it is until it is over. Throws an Error with its last line where it fails.

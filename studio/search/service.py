@@ -16,7 +16,7 @@ import numpy as np
 from fastapi import HTTPException
 
 from aesthetic.errors import UserError
-from curate.layout import Data
+from curate.layout import EMBEDDED, Data
 from studio.errors import NotHere
 from studio.queue import BoundedExecutor
 from studio.search.codes import CodeBuilder, CodeIndex
@@ -67,6 +67,7 @@ class _Version:
 
     number: int
     rows: Snapshot
+    made_of: tuple[str, str | None]  # the digests of its rows, and of `embedded/`
     table: VectorTable
     index: CodeIndex | None = None
     builder: CodeBuilder | None = None
@@ -238,7 +239,11 @@ class SearchService:
             if before is not None and before.number == number:
                 return before
             rows = self._explorer.snapshot
-            version = _Version(number, rows, VectorTable(self._data, rows.rows.keys))
+            made_of = rows.rows.digest, next((t.digest() for t in rows.found if t.name == EMBEDDED), None)
+            if before is not None and before.made_of == made_of and made_of[1] is not None:
+                before.number, before.rows = number, rows  # columns are others, and vectors the same
+                return before
+            version = _Version(number, rows, made_of, VectorTable(self._data, rows.rows.keys))
             if before is not None and before.builder is not None:
                 before.builder.stop()
                 before.builder.wait()
