@@ -183,11 +183,12 @@ def test_why_an_image_by_the_keyboard_alone(served: ServedData, opened: Open) ->
 
 
 def test_the_verdict_rule_by_rule(served: ServedData, opened: Open) -> None:
-    rules = "[['wide','width > 90',1],['fair','aesthetic > 6.9',1],['none','dup_nearest > 0',1]]".replace("'", '"')
+    rules = "[['<b>wide</b>','width > 90',1],['fair','aesthetic > 6.9',1],['none','dup_nearest > 0',1]]".replace("'", '"')
     page = opened(served.url, f"#show=all&rules={rules}")
     open_image(page)
     lines = page.locator(".why-verdict li")
     assert lines.count() == 3
+    assert lines.first.locator(".name").inner_text() == "<b>wide</b>"
     assert lines.nth(1).locator(".why-mark").get_attribute("aria-label") == "not true"
     assert re.search(r"aesthetic\s+[\d.]+", lines.nth(1).inner_text())
     assert page.locator(".why-verdict > p").inner_text().startswith("Rejected by")
