@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from aesthetic.files import atomic
+from curate.encoders.embed import EmbedConfig
 from curate.layout import Data
 from curate.ledger.schema import Status
 from curate.store.files import read_json
-from tests.real_data import make_real_data
+from tests.real_data import IMAGES, make_real_data
 from tests.small_near import search as find_near_duplicates
 from tests.small_serve import ServedData, serving_data
 from tests.test_serve_page import browser as browser  # a fixture
@@ -83,7 +84,7 @@ def data(made: Data, tmp_path: Path) -> Data:
 
 @pytest.fixture
 def served(data: Data) -> Iterator[ServedData]:
-    with serving_data(data) as served:
+    with serving_data(data, stored=IMAGES) as served:
         yield served
 
 
@@ -390,8 +391,7 @@ def test_words_and_without_others(served: ServedData, opened: Open) -> None:
 
 def test_words_that_cannot_be_read(data: Data, tmp_path: Path, opened: Open, keys: dict[int, str]) -> None:
     add_architectures(tmp_path)
-    data.recipe.write_text(f"embed:\n  encoder: open_clip:toy/{tmp_path / 'gone.pt'}\n")
-    with serving_data(data) as served:
+    with serving_data(data, embed=EmbedConfig(encoder=f"open_clip:toy/{tmp_path / 'gone.pt'}")) as served:
         with served.client() as client:
             deadline = time.monotonic() + 60
             while client.get("/api/data").json()["search"]["words"]:  # until the weights were looked for
