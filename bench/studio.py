@@ -112,7 +112,10 @@ def answers(root: Path) -> dict[str, str]:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [at]})
         thread.start()
         assert ready.wait(60)
-        with httpx.Client(base_url=f"http://127.0.0.1:{at.getsockname()[1]}", timeout=600) as client:
+        with (
+            _ending(server, thread),
+            httpx.Client(base_url=f"http://127.0.0.1:{at.getsockname()[1]}", timeout=600) as client,
+        ):
             client.get("/")
 
             def get(path: str, **params: Any) -> Any:
@@ -169,8 +172,6 @@ def answers(root: Path) -> dict[str, str]:
                 )
             )
             said["GET /api/data"] = _times(lambda: get("/api/data"))
-        server.should_exit = True
-        thread.join(30)
     return {**said, **peak}
 
 
@@ -229,6 +230,16 @@ def _times(work: Callable[[], Any], times: int = TIMES) -> str:
         walls.append(time.monotonic() - began)
     each = (time.process_time() - cpu) / times
     return f"median {statistics.median(walls):.3f} s, longest {max(walls):.3f} s, {each:.3f} CPU-s"
+
+
+@contextlib.contextmanager
+def _ending(server: Any, thread: threading.Thread) -> Iterator[None]:
+    """Ends a server, whatever happens."""
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(30)
 
 
 @contextlib.contextmanager

@@ -17,8 +17,9 @@ from curate.layout import Data
 from curate.ledger.select import SelectConfig, select
 from curate.ledger.sql import SECONDS
 from curate.ledger.view import open_ledger
-from studio.explore.explorer import Explorer
+from studio.explore.explorer import Explorer, UnknownSelection
 from studio.explore.live import LiveSelection, RuleBook
+from studio.explore.remembered import Remembered
 
 Rng = np.random.Generator
 
@@ -176,6 +177,18 @@ def test_sql_that_takes_too_long_is_ended_and_the_next_is_answered(
     with pytest.raises(UserError, match=r"rule slow .*not done after 0.3 s"):
         explorer.select({"slow": slow})
     assert explorer.select({"quick": "score > 5"}).kept_count > 0
+
+
+def test_a_selection_that_made_room_for_others_is_made_again(
+    explorer: Explorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explorer, "_selections", Remembered[str, LiveSelection](1, lambda s: s.bytes))
+    first = explorer.select(RULES, {"off": "count > 3"})
+    explorer.select({"good": "score > 6"})
+    again = explorer.selection(first.id)
+    assert again is not first and np.array_equal(again.kept, first.kept) and again.off == first.off
+    with pytest.raises(UnknownSelection):
+        explorer.selection("0123456789abcdef")
 
 
 # ----------------------------------------------------------------------------------------------------------- listings

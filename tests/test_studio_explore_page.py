@@ -353,6 +353,59 @@ def test_a_server_that_is_away_is_said_and_found_again(opened: Open) -> None:
     assert kept(page) >= before
 
 
+def test_data_that_changed_is_said_and_shown_when_asked_for(browser: Any, real_data: Data, tmp_path: Path) -> None:
+    data = Data(shutil.copytree(str(real_data), tmp_path / "data"))
+    with serving_data(data) as served:
+        page = browser.new_context(viewport={"width": 1600, "height": 1000}).new_page()
+        page.goto(served.url)
+        page.wait_for_selector(".tile.is-there")
+        see(page, "open_nsfw")
+        shutil.rmtree(tmp_path / "data" / "annotated" / "open_nsfw")
+        until(
+            page,
+            "() => { window.dispatchEvent(new Event('focus')); return !!document.querySelector('#notice button'); }",
+        )
+        assert page.locator("[data-column=open_nsfw]").count() == 1  # not under one's hands
+        page.click("#notice button")
+        page.wait_for_selector("[data-column=open_nsfw]", state="detached")
+        page.wait_for_selector(".tile.is-there")
+        assert not page.locator("#notice").is_visible()
+        page.context.close()
+
+
+@pytest.mark.parametrize(
+    ("condition", "cut", "found"),
+    [
+        ("aesthetic > 5", ("aesthetic", ">", 5), "aesthetic > X"),
+        ("a < 0.1 or a is null", ("a", "<", 0.1), "a < X or a is null"),
+        ("a between -1 and 3 and b > 3", ("a", "<=", 3), "a between -1 and X and b > 3"),
+        ("a between -1 and 3", ("a", ">=", -1), "a between X and 3"),
+        ("not (a < 4)", ("a", ">=", 4), "not (a < X)"),
+        ('3 <= source."W"', ("source.W", ">=", 3), 'X <= source."W"'),
+        ("a > 3 and a < 3", ("a", ">", 3), "a > X and a < 3"),
+        ("c <> 'a > 3' and a > 3 -- a > 3", ("a", ">", 3), "c <> 'a > 3' and a > X -- a > 3"),
+        ("a > 3 and a > 3", ("a", ">", 3), None),  # which of them?
+        ("a > 3 * 2", ("a", ">", 3), None),
+        ("a + b > 3", ("b", ">", 3), None),
+        ("a > 3 and 'unfinished", ("a", ">", 3), None),
+    ],
+)
+def test_the_constant_of_a_cut_is_found_or_left_alone(
+    opened: Open, condition: str, cut: tuple[str, str, float], found: str | None
+) -> None:
+    page = opened(rules=[], wait=False)
+    column, sign, value = cut
+    answer = page.evaluate(
+        """async ([condition, cut]) => {
+            const { findCut, replaceAt } = await import("/sql.js");
+            const where = findCut(condition, cut);
+            return where && replaceAt(condition, where, "X");
+        }""",
+        [condition, {"column": column, "sign": sign, "value": value}],
+    )
+    assert answer == found
+
+
 def test_of_ten_million_images_only_what_is_seen_is_asked_for(opened: Open, served: ServedData) -> None:
     with served.client() as client:
         keys = [row["key"] for row in client.get("/api/rows?limit=36").json()["rows"]]

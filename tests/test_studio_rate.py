@@ -18,9 +18,11 @@ from typing import Any
 import httpx
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from real_data import BUNDLED, embed_all, fetch_all
+from small_data import SHARD_SIZE, SHARDS, fetched_numbers, make_data, write_column
 from small_serve import ServedData, serving_data
 
 from aesthetic.errors import UserError
@@ -29,6 +31,7 @@ from aesthetic.metrics import spearman
 from aesthetic.ratings import read_ratings
 from bench import scale
 from curate.layout import Data
+from curate.ledger.schema import make_key
 from curate.sources.image_vectors import DataFolderVectors
 from curate.sources.kept_vectors import KeptVectors
 from curate.sources.plan import SourceConfig
@@ -529,3 +532,21 @@ def test_without_vectors_people_can_rate_and_are_told_what_is_missing(made: Path
         assert head["state"] == "failed" and "tastemaker embed" in head["error"] and head["best"] == []
         answer = client.get(f"/api/ratings/{name}/next", params={"rater": "anna", "how": "teach"})
         assert answer.status_code == 422 and "tastemaker embed" in answer.json()["error"]
+
+
+def test_unsafe_images_come_blurred_and_hidden_ones_never(tmp_path: Path) -> None:
+    root = make_data(tmp_path / "data")
+    write_column(root, "nsfw", pa.float32(), lambda n: 0.9 if n % 2 else 0.1, unsafe=True)
+    write_column(root, "protected", pa.bool_(), lambda n: n in (4, 5), hidden=True)
+    with serving_data(Data(root)) as served, served.client() as client:
+        served.folder.explorer.wait()
+        name = new_set(client)
+        images = client.get(f"/api/ratings/{name}/next", params={"rater": "anna", "count": 200}).json()["images"]
+        blurred = {int(image["key"]): image["blurred"] for image in images}
+        numbers = [n for shard in range(SHARDS) for n in fetched_numbers(shard)]
+        assert blurred == {
+            int(make_key(n // SHARD_SIZE, n % SHARD_SIZE, SHARD_SIZE)): n % 2 == 1 for n in numbers if n not in (4, 5)
+        }
+        assert any(image["caption"] for image in images)
+        answer = client.post(f"/api/ratings/{name}", json={"rater": "anna", "key": "0000004", "score": 3})
+        assert answer.status_code == 404

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import duckdb
 import pyarrow as pa
+import yaml
 
 from aesthetic.errors import UserError
 from curate.fetch.deny import PLAIN_SQL, Deny
@@ -85,8 +86,13 @@ def denied_images(data: Data, deny: Deny, *, fetched: bool = True) -> DeniedImag
     return found
 
 
-_REMOVE = {"s3": "aws s3 rm --recursive", "gs": "gcloud storage rm --recursive"}
-"""What removes a folder of an object store, by its scheme; of others there is no one tool."""
+_REMOVE = {
+    "": ("rm -r", "rm"),
+    "s3": ("aws s3 rm --recursive", "aws s3 rm"),
+    "gs": ("gcloud storage rm --recursive", "gcloud storage rm"),
+    "az": ("# remove", ""),
+}
+"""What removes a folder, and a file, by the scheme of where it is; on Azure there is no one tool."""
 
 _FEW_SHARDS = 100  # that are made anew one by one
 
@@ -98,18 +104,18 @@ def removal(data: Data, found: DeniedImages, files: Sequence[str], *, shards: bo
     fetched again, not all.
     """
     root = shlex.quote(str(data))
-    packs, remove = [*found.packs, *found.unknown_packs], _REMOVE.get((data.url or "").partition("://")[0], "# remove")
-    if data.url is None:
-        steps = [f"rm -r {root}/shards/{name} {root}/report/{name}" for name in packs]
-    else:
-        steps = [f"{remove} {root}/shards/{name}/" for name in packs]
+    folder, file = _REMOVE.get((data.url or "").partition("://")[0], _REMOVE["az"])
+    steps = []
+    for name in [*found.packs, *found.unknown_packs]:
+        report = f" {root}/report/{name}" if data.url is None else "/"  # a prefix would be another pack's, too
+        steps.append(f"{folder} {root}/shards/{name}{report}")
     if found.images or found.unknown:
-        setting = shlex.quote(f"fetch.deny=[{', '.join(files)}]")
-        again = f"{command_again(data)} --set {setting}"
+        listed = yaml.safe_dump([*files], default_flow_style=True, width=1 << 20, allow_unicode=True).strip()
+        again = f"{command_again(data)} --set {shlex.quote(f'fetch.deny={listed}')}"
         these = sorted({*found.shards, *found.unknown})
-        if shards and data.url is None and len(these) <= _FEW_SHARDS:
+        if shards and file and len(these) <= _FEW_SHARDS:
             records = (f"{root}/{data.fetched_record(int(s)).relative_to(data.root).as_posix()}" for s in these)
-            steps += [f"rm {' '.join(records)}", again]
+            steps += [*(f"{file} {record}" for record in records), again]
         else:
             steps.append(f"{again} --restart-from fetch")
     return steps

@@ -25,6 +25,7 @@ from studio.explore import listing as listings
 from studio.explore.index import IndexStopped, make_index, part_digests, part_folders, steps
 from studio.explore.listing import Ranking, RowOrder, Show
 from studio.explore.live import LiveSelection, RuleAnswer, RuleBook, selection_id
+from studio.explore.memory import return_large_blocks
 from studio.explore.remembered import Remembered
 from studio.explore.snapshot import Snapshot
 from studio.queue import BoundedExecutor
@@ -74,6 +75,7 @@ class Explorer:
         log: Callable[[str], None] = lambda line: None,
         on_fault: Callable[[Exception], None] = lambda error: None,
     ) -> None:
+        return_large_blocks()
         self.data, self.recipe, self._log, self._on_fault = data, recipe or SelectConfig(), log, on_fault
         self._keep = keep
         self.version = 0
@@ -83,6 +85,7 @@ class Explorer:
         self._lock = threading.Lock()
         self._looked, self._ended, self._seen = 0.0, 0.0, ""
         self._selections = Remembered[str, LiveSelection](_SELECTIONS, lambda s: s.bytes)
+        self._asked = Remembered[str, tuple[dict[str, str], dict[str, str]]](2000, lambda rules: 1)
         self._listings = Remembered[Any, RowOrder](_LISTINGS, lambda found: found.bytes)
         self._rankings = Remembered[str, Ranking](_RANKINGS, lambda r: r.rows.nbytes + r.scores.nbytes)
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
@@ -294,14 +297,18 @@ class Explorer:
         """
         book = self.book
         id = selection_id(book.snapshot, dict(rules), dict(off or {}))
+        self._asked.put(id, (dict(rules), dict(off or {})))
         return self._selections.get_or_make(id, lambda: book.select(dict(rules), dict(off or {})))
 
     def selection(self, id: str) -> LiveSelection:
-        """One that was made before; UnknownSelection where it was not, or the data changed since."""
-        found = self._selections.get(id)
-        if found is None or found.snapshot.rows.digest != self.snapshot.rows.digest:
+        """One that was asked for before; UnknownSelection where it was not, or the rows changed since."""
+        book, found = self.book, self._selections.get(id)
+        if found is not None and found.snapshot.rows.digest == book.snapshot.rows.digest:
+            return found
+        rules = self._asked.get(id)  # it had to make room for others
+        if rules is None or selection_id(book.snapshot, *rules) != id:
             raise UnknownSelection(id)
-        return found
+        return self.select(*rules)
 
     def answer_of(self, selection: LiveSelection, name: str) -> RuleAnswer:
         """What a rule of a selection says of all rows, also where it is switched off."""

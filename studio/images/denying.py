@@ -12,15 +12,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from aesthetic.errors import UserError
 from curate.fetch.deny import Deny
 from curate.fetch.deny_file import DenyEntry, What, add_entry, entry_for, naming, read_entries, remove_entry
+from curate.layout import Data, shard_name
 from curate.ledger.denied import DeniedImages, denied_images, removal
+from curate.ledger.schema import Status
+from curate.ledger.view import tables
 from curate.ledger.why import Explanation, explain
 
 if TYPE_CHECKING:
-    from curate.layout import Data
     from studio.data import StudioData
 
 LOOKED_AT = 500_000
-"""Rows of a data folder whose URLs are compared at once, in some 2 s; of a larger one the command is for all shards."""
+"""Rows of a data folder whose URLs are compared, in some 2 s; of a larger one the command is for the shards of the
+images that were denied one by one, and for all shards where domains were."""
+_FEW = 200  # images that are looked for one by one
 
 
 class DenyRequest(BaseModel):
@@ -107,14 +111,38 @@ def _removal_command(data: Data, rows: int, state: tuple[Any, ...]) -> str | Non
     """
     lists = _lists_of(data)
     files = [*lists, *([own] if (own := data.shown(data.deny_list)) not in lists else [])]
-    if rows > LOOKED_AT:
-        every = DeniedImages(images=1, packs=dict.fromkeys(data.packs(), 1))
-        return "\n".join(removal(data, every, files))
     try:
-        found = denied_images(data, Deny.load([data.local(data.deny_list)]))
+        deny = Deny.load([data.local(data.deny_list)])
     except UserError as e:  # a line that somebody wrote is no entry
         return f"# {e}"
+    if rows <= LOOKED_AT:
+        found = denied_images(data, deny)
+    elif (known := _known_images(data)) is not None:
+        found = known
+    else:
+        every = DeniedImages(images=1, packs=dict.fromkeys(data.packs(), 1))
+        return "\n".join(removal(data, every, files))
     return "\n".join(removal(data, found, files, shards=True)) or None
+
+
+def _known_images(data: Data) -> DeniedImages | None:
+    """What the list's own lines say is there, where they all are of single images, and few: their shards, and the packs
+    that hold them. Where there is more, such as the same URL once more, the run says so before it does anything."""
+    entries, found, shards = read_entries(data), DeniedImages(), set[str]()
+    if len(entries) > _FEW or any(e.what != "image" or e.key is None for e in entries):
+        return None
+    known = tables(data)
+    for entry in entries:
+        try:
+            row = explain(data, entry.key or "", known)
+        except KeyError:
+            continue
+        if row.status == Status.SUCCESS:
+            found.images += 1
+            shards.add(shard_name(row.shard))
+            found.packs |= {name: 1 for name, holds in row.packs.items() if holds is not False}
+    found.shards = sorted(shards)
+    return found
 
 
 def _lists_of(data: Data) -> list[str]:

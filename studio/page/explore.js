@@ -34,13 +34,19 @@ async function start() {
 
 // ------------------------------------------------------------------------------------------------- what is going on
 
+let watching = 0;
+
 function watchData() {
-  const building = !state.data || state.away || state.data.index.state !== "ready";
-  setTimeout(async () => {
+  const soon = !state.data || state.away || state.data.stale || state.data.index.state !== "ready";
+  clearTimeout(watching);
+  watching = setTimeout(async () => {
     if (!document.hidden) await loadData();
     watchData();
-  }, building ? OFTEN : SELDOM);
+  }, soon ? OFTEN : SELDOM);
 }
+
+// Whoever comes back from a terminal sees what was done there.
+window.addEventListener("focus", () => state.data && loadData().then(watchData));
 
 function renderNotice() {
   const { data, away } = state;
@@ -50,6 +56,7 @@ function renderNotice() {
   else if (data && state.live && data.version !== state.version) {
     notice.append("The data has changed. ", button("Show the new state", showNewState));
   } else if (data?.stale) notice.append("The data has changed; its columns are being read anew.");
+  notice.classList.toggle("is-wrong", Boolean(away));
   notice.hidden = !notice.hasChildNodes();
   if (data) document.title = `${data.name} · Tastemaker`;
   const index = data?.index ?? { state: "building", done: 0, of: 0, seconds: 0 };

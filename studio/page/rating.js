@@ -258,7 +258,7 @@ export class Rating {
     $("trouble").dataset.by = by;
   }
 
-  // For a moment: what was given, large, and on its button.
+  // For a moment: what was given, at the foot of the next image and on its button.
   #mark(answer) {
     const given = $("given");
     given.textContent = answer.label;

@@ -23,7 +23,7 @@ from studio.search.scan import MappedIndex, Mask, Rows, Scores, exact_index
 T = TypeVar("T")
 
 LARGEST = 1 << 30
-"""Bytes of all vectors up to which files stay mapped, and each search compares all of them: 40 ms of CPU."""
+"""Bytes of all vectors up to which files stay mapped, and each search compares all of them: 0.2 s of CPU."""
 AT_A_TIME = 2
 """Files that one search reads beside each other."""
 _AHEAD = 256  # files that are brought together
