@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
+import json
 import re
 import shutil
 import time
@@ -15,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from aesthetic.files import atomic
+from aesthetic.space import Space
 from curate.encoders.embed import EmbedConfig
 from curate.layout import Data
 from curate.ledger.schema import Status
@@ -184,8 +187,8 @@ def test_why_an_image_by_the_keyboard_alone(served: ServedData, opened: Open) ->
 
 
 def test_the_verdict_rule_by_rule(served: ServedData, opened: Open) -> None:
-    rules = "[['<b>wide</b>','width > 90',1],['fair','aesthetic > 6.9',1],['none','dup_nearest > 0',1]]".replace("'", '"')
-    page = opened(served.url, f"#show=all&rules={rules}")
+    rules = [("<b>wide</b>", "width > 90", 1), ("fair", "aesthetic > 6.9", 1), ("none", "dup_nearest > 0", 1)]
+    page = opened(served.url, f"#show=all&rules={json.dumps(rules)}")
     open_image(page)
     lines = page.locator(".why-verdict li")
     assert lines.count() == 3
@@ -391,6 +394,7 @@ def test_words_and_without_others(served: ServedData, opened: Open) -> None:
 
 def test_words_that_cannot_be_read(data: Data, tmp_path: Path, opened: Open, keys: dict[int, str]) -> None:
     add_architectures(tmp_path)
+    dataclasses.replace(Space.load(data.space), encoder="open_clip:toy/sha256-0123456789ab").save(data.space)
     with serving_data(data, embed=EmbedConfig(encoder=f"open_clip:toy/{tmp_path / 'gone.pt'}")) as served:
         with served.client() as client:
             deadline = time.monotonic() + 60
