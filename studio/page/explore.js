@@ -210,7 +210,7 @@ function ruleOptions() {
 function sortOptions() {
   const { sort, rule } = state.view;
   const options = [["key", "list order"], ["random", "random"]];
-  if (rule) options.push(["nearest", "nearest to the cut"]);
+  if (rule) options.push(["nearest", "near the cut"]);
   if (sort.startsWith("search:")) options.push([sort, "likeness"]);
   const columns = state.data.columns.filter(({ kind, sortable }) => sortable && kind !== "text");
   return [...options, ...columns.map(({ name }) => [name, name])];
