@@ -18,11 +18,12 @@ import asyncio.sslproto
 import contextlib
 import errno
 import functools
+import json
 import random
 import resource
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -64,7 +65,8 @@ class Body:
     data: bytes
     final_url: str  # after redirects
     http_status: int  # 200 or 203
-    opt_out: str | None = None  # opt-out headers that were seen on the way and are not in `respect`
+    opt_out: str | None = None  # opt-out signals that were seen on the way and are not in `respect`
+    redirects: str | None = None  # as the ledger's column has it
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class _HttpAnswer:
     data: bytes
     memory: Reservation  # of `data`; to be released
     seconds: float  # it took
+    hops: tuple[str, ...] = ()  # every URL that was asked for, this one last
 
 
 class Fetcher:
@@ -133,7 +136,7 @@ class Fetcher:
         parsed = addresses.parse_url(url, self._allow)
         answer = await self._get_with_retries(parsed, replace(self._image_limits, look=look), opt_outs)
         try:
-            yield Body(answer.data, str(answer.url), answer.status, _as_text(opt_outs))
+            yield Body(answer.data, str(answer.url), answer.status, opt_outs_text(opt_outs), _chain(answer.hops))
         finally:
             answer.memory.release()
 
@@ -175,13 +178,12 @@ class Fetcher:
         seconds = self._config.timeout
         opt_outs.clear()
         answer: _HttpAnswer | None = None
+        hops: list[str] = []
         try:
             for _ in range(self._config.max_redirects + 1):
                 self._deny.check_url(url)
-                if "robots-txt" in limits.respect:
-                    await self._robots.check(url)
-                if "tdmrep-json" in limits.respect:
-                    await self._tdmrep.check(url)
+                hops.append(str(url))
+                await self._check_files(url, limits.respect, opt_outs)
                 host = url.raw_host or ""
                 seconds -= await self._resolver.look_up(host)
                 async with self._permits.permit(budget.registered_domain(host)) as permit:
@@ -189,18 +191,39 @@ class Fetcher:
                     answer = await self._request(url, seconds, limits, opt_outs, permit)
                 seconds -= answer.seconds
                 if answer.status not in REDIRECTS:
-                    return answer
+                    return replace(answer, hops=tuple(hops))
                 answer.memory.release()
                 if not answer.location:
                     raise RowError(Reason.PROTOCOL, f"{answer.status} without a Location")
                 url = addresses.parse_url(answer.location, self._allow, base=url)
             raise RowError(Reason.TOO_MANY_REDIRECTS, f"more than {self._config.max_redirects}")
         except RowError as e:
-            e.opt_out = _as_text(opt_outs)
+            e.opt_out, e.redirects = opt_outs_text(opt_outs), _chain(hops)
             if answer is not None and e.http_status is None:  # what led there
                 e.final_url, e.http_status = str(answer.url), answer.status
                 e.detail = f"redirect: {e.detail}"
             raise
+
+    async def _check_files(self, url: URL, respect: Collection[str], opt_outs: dict[str, str]) -> None:
+        """Ask the files of the URL's origin; RowError where one that is respected refuses it.
+
+        A robots.txt that can't be read keeps out only who respects its Disallow.
+        """
+        if "robots-txt" in respect:
+            with _noted(opt_outs, "robots-txt", "disallow"):
+                await self._robots.check(url)
+        if "robots-txt" in respect or "content-usage" in respect:
+            refused = False
+            with contextlib.suppress(RowError):
+                refused = await self._robots.refuse_usage(url)
+            if refused:
+                opt_outs["content-usage"] = "train-ai=n in robots.txt"
+                if "content-usage" in respect:
+                    detail = f"content-usage: robots.txt of {url.origin()} says train-ai=n of it"
+                    raise FinalError(Reason.OPTED_OUT, detail)
+        if "tdmrep-json" in respect:
+            with _noted(opt_outs, "tdmrep-json", "1"):
+                await self._tdmrep.check(url)
 
     async def _request(
         self, url: URL, seconds: float, limits: BodyLimits, opt_outs: dict[str, str], permit: domains.Permit
@@ -305,8 +328,24 @@ class Fetcher:
         return answer.data
 
 
-def _as_text(opt_outs: dict[str, str]) -> str | None:
+def opt_outs_text(opt_outs: Mapping[str, str]) -> str | None:
+    """Signals and the words that said them, as the column `opt_out` has it; None where there are none."""
     return "; ".join(f"{signal}: {directive}" for signal, directive in opt_outs.items()) or None
+
+
+@contextlib.contextmanager
+def _noted(opt_outs: dict[str, str], signal: str, word: str) -> Iterator[None]:
+    """Around what may raise `opted_out`: then the signal was seen."""
+    try:
+        yield
+    except RowError as e:
+        if e.reason is Reason.OPTED_OUT:
+            opt_outs[signal] = word
+        raise
+
+
+def _chain(hops: Sequence[str]) -> str | None:
+    return json.dumps(hops, ensure_ascii=False) if len(hops) > 1 else None
 
 
 @functools.cache
