@@ -24,6 +24,7 @@ import pytest
 from curate.layout import Data
 from curate.ledger.select import SelectConfig, load_selection, select
 from curate.store.files import write_json
+from curate.store.objects import ObjectStore
 from curate.store.ownership import MARK
 from pipelines.actions import DataCommands, rules_of
 from pipelines.cli import main
@@ -420,3 +421,35 @@ def test_what_the_studio_refuses_before_anything_loads(data: Data, capsys: pytes
     ):
         assert main(["studio", *words, "--port", "0"]) == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_a_data_folder_on_an_object_store(
+    tmp_path: Path, real_data: Data, s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is named by its URL, in what runs too; images come from its tars, and what is made is put there."""
+    monkeypatch.setenv("TASTEMAKER_CACHE", str(tmp_path / "cache"))
+    store = ObjectStore(s3_url)
+    for path in real_data.root.rglob("*"):
+        if path.is_file() and path.name not in (".lock", ".workers"):
+            store.put_file(path, path.relative_to(real_data.root).as_posix())
+    command = [sys.executable, "-m", "pipelines.cli", "studio", s3_url, "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    lines = iter(process.stderr)
+    url = next(found[1] for line in lines if (found := re.search(r"the studio is at (http://\S+?)/ ", line)))
+    try:
+        with httpx.Client(base_url=url, timeout=60) as client:
+            wait_for(lambda: client.get("/api/data").json()["index"]["state"] == "ready", 60)
+            rows = client.get("/api/rows").json()
+            assert rows["total"] == 36
+            assert client.get(f"/api/thumbnails/{rows['rows'][0]['key']}").headers["content-type"].startswith("image/")
+            asked = {"action": "select", "name": "mine", "rules": [{"name": "a", "condition": "aesthetic > 3"}]}
+            view = over(client, client.post("/api/commands", json=asked).json())
+            assert view["state"] == "done" and view["command"].startswith(f"tastemaker select {s3_url} --name mine ")
+            assert "mine" in [s["name"] for s in client.get("/api/data").json()["selections"]]
+        assert store.head("selected/mine.parquet") is not None
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=40)
+    assert process.returncode == 0
