@@ -49,6 +49,7 @@ SECOND_PASS = 5.0
 
 _BACKOFF = 0.5  # seconds before an attempt that is not the last, on average; doubles with each one
 _OF_THE_DOMAIN = {Reason.CONNECT, Reason.TLS, Reason.TIMEOUT, Reason.HTTP_429}  # and 503; others are one URL's affair
+_NO_HEAD = {400, 403, 405, 406, 501}  # what servers answer that know no HEAD, or want none
 _UNREACHABLE = {Reason.BLOCKED_ADDRESS, Reason.DNS, Reason.CONNECT, Reason.TLS, Reason.TIMEOUT}
 _LONGEST_WAIT = 30.0  # seconds of Retry-After that are waited for; beyond, the row is left to `tastemaker retry`
 _PAUSE = 1.0  # seconds that a domain is left alone after a 429 that names no time
@@ -112,6 +113,7 @@ class Fetcher:
         self._tdmrep = optouts.TdmRep(self._read_tdmrep)
         self._deny = deny or Deny.load(())
         self._image_limits = BodyLimits(config.max_bytes, truncate=False, respect=frozenset(config.respect))
+        self._header_limits = replace(self._image_limits, method="HEAD", headers_only=True)
         self._rules_limits = BodyLimits(optouts.ROBOTS_MAX_BYTES, truncate=True, respect=frozenset())
         self._keepalive = _seconds_kept_open(config.concurrency)
         self._opened: aiohttp.ClientSession | None = None
@@ -139,6 +141,15 @@ class Fetcher:
             yield Body(answer.data, str(answer.url), answer.status, opt_outs_text(opt_outs), _chain(answer.hops))
         finally:
             answer.memory.release()
+
+    async def check(self, url: str) -> Body:
+        """As `get`, but for what is said of a URL alone: a body without bytes, from HEAD requests, or where a server
+        refuses those from a GET of one byte. What the file says of itself is not seen."""
+        opt_outs: dict[str, str] = {}
+        parsed = addresses.parse_url(url, self._allow)
+        answer = await self._get_with_retries(parsed, self._header_limits, opt_outs)
+        answer.memory.release()
+        return Body(b"", str(answer.url), answer.status, opt_outs_text(opt_outs), _chain(answer.hops))
 
     async def return_slots(self) -> None:
         """Give back what the budget leased and no row needs now."""
@@ -186,9 +197,12 @@ class Fetcher:
                 await self._check_files(url, limits.respect, opt_outs)
                 host = url.raw_host or ""
                 seconds -= await self._resolver.look_up(host)
-                async with self._permits.permit(budget.registered_domain(host)) as permit:
-                    await self._memory.half_free.wait()
-                    answer = await self._request(url, seconds, limits, opt_outs, permit)
+                try:
+                    answer = await self._permitted(url, seconds, limits, opt_outs)
+                except RowError as e:
+                    if limits.method != "HEAD" or e.http_status not in _NO_HEAD or e.reason is Reason.OPTED_OUT:
+                        raise
+                    answer = await self._permitted(url, seconds, replace(limits, method="GET"), opt_outs)
                 seconds -= answer.seconds
                 if answer.status not in REDIRECTS:
                     return replace(answer, hops=tuple(hops))
@@ -203,6 +217,12 @@ class Fetcher:
                 e.final_url, e.http_status = str(answer.url), answer.status
                 e.detail = f"redirect: {e.detail}"
             raise
+
+    async def _permitted(self, url: URL, seconds: float, limits: BodyLimits, opt_outs: dict[str, str]) -> _HttpAnswer:
+        """One request, once its domain has a place for it."""
+        async with self._permits.permit(budget.registered_domain(url.raw_host or "")) as permit:
+            await self._memory.half_free.wait()
+            return await self._request(url, seconds, limits, opt_outs, permit)
 
     async def _check_files(self, url: URL, respect: Collection[str], opt_outs: dict[str, str]) -> None:
         """Ask the files of the URL's origin; RowError where one that is respected refuses it.
@@ -234,7 +254,9 @@ class Fetcher:
         began = time.monotonic()
         try:
             try:
-                async with asyncio.timeout(seconds) as clock, self._session.get(url, allow_redirects=False) as response:
+                only = {"Range": "bytes=0-0"} if limits.headers_only and limits.method == "GET" else None
+                request = self._session.request(limits.method, url, allow_redirects=False, headers=only)
+                async with asyncio.timeout(seconds) as clock, request as response:
                     status = response.status
                     retry_after = _retry_after(response.headers.get("Retry-After"))
                     opt_outs |= optouts.read_headers(response.headers)

@@ -42,10 +42,10 @@ def read_rights(data: bytes) -> dict[str, str]:
     """The opt-outs in an image file: `c2pa` and `iptc` -> the words that say so; {} where there are none."""
     stores, packets = _embedded(data)
     found = {}
-    if said := ", ".join(sorted({word for store in stores for word in _mining(store)})):
-        found["c2pa"] = said
-    if said := next((value for packet in packets if (value := _data_mining(packet))), None):
-        found["iptc"] = said
+    if refused := ", ".join(sorted({word for store in stores for word in _mining(store)})):
+        found["c2pa"] = refused
+    if prohibited := next((value for packet in packets if (value := _data_mining(packet))), None):
+        found["iptc"] = prohibited
     return found
 
 
