@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -207,7 +208,8 @@ def _said(value: Any) -> str:
 
 
 def _download_lines(whole: WholeRow) -> Iterator[str]:
-    row, said = whole.row, dict(whole.row.download)
+    row = whole.row
+    said: dict[str, Any] = {"url": row.url, **row.download}
     status = f"{row.status}" + (f": {row.reason}" if row.reason and row.reason != row.status else "")
     if said.get("http_status") is not None:
         status += f", HTTP {said['http_status']}"
@@ -221,14 +223,24 @@ def _download_lines(whole: WholeRow) -> Iterator[str]:
         yield _line("", f"retry {whole.recovered} brought it")
     if said.get("error_message"):
         yield _line("", printable(said["error_message"], 500))
-    if said.get("final_url") and said["final_url"] != row.url:
-        yield _line("", f"redirected to {printable(said['final_url'], 1000)}")
+    for url in _redirects(said):
+        yield _line("", f"redirected to {printable(url, 1000)}")
     yield _line("opt-outs", printable(said.get("opt_out") or "none seen", 500))
-    told = {"http_status", "bytes", "error_message", "final_url", "opt_out", "width", "height", "original_width"}
-    told |= {"original_height", "sha256", "phash", "status"}
+    told = {"url", "http_status", "bytes", "error_message", "final_url", "opt_out", "width", "height", "original_width"}
+    told |= {"original_height", "sha256", "phash", "status", "redirects"}
     yield from _table(
         "also", {n: printable(_said(v), 1000) for n, v in said.items() if v is not None and n not in told}
     )
+
+
+def _redirects(said: Mapping[str, Any]) -> list[str]:
+    """Where a download was sent on to, hop by hop; of folders that were fetched before these were noted, the last."""
+    try:
+        chain = json.loads(said.get("redirects") or "[]")
+    except ValueError:
+        chain = []
+    last = said.get("final_url")
+    return chain[1:] if isinstance(chain, list) and chain else [last] if last and last != said.get("url") else []
 
 
 def _stored_lines(whole: WholeRow) -> Iterator[str]:

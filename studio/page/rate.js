@@ -14,7 +14,7 @@ let columns = []; // numeric ones
 let selections = []; // saved ones
 
 const KINDS = {
-  scores: (set) => `marks ${set.scale[0]} to ${set.scale[1]}`,
+  scores: (set) => `scores ${set.scale[0]} to ${set.scale[1]}`,
   labels: () => "yes or no",
   pairs: () => "pairs",
 };
@@ -47,7 +47,7 @@ function listSets(selected) {
     const about = set.concept ? `${KINDS[set.kind](set)}: ${set.concept}` : KINDS[set.kind](set);
     return card(set.name, set.name, [about, [count, by].filter(Boolean).join(" ")].join(" · "));
   });
-  $("sets").replaceChildren(...cards, card(NEW, sets.length ? "Something new" : "A first set", "marks, pairs, or yes and no"));
+  $("sets").replaceChildren(...cards, card(NEW, sets.length ? "Something new" : "A first set", "scores, pairs, or yes and no"));
   $("sets").hidden = !sets.length;
   const value = selected ?? sets[0]?.name ?? NEW;
   for (const input of form.querySelectorAll("[name=set]")) input.checked = input.value === value;
