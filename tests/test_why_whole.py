@@ -27,6 +27,7 @@ from curate.ledger.whole import whole_row
 from curate.shards.tar import read_images
 from curate.sources.find import open_folder
 from curate.store.files import sha256_file, write_json
+from curate.store.objects import ObjectStore
 from pipelines.cli import main
 from pipelines.commands.why import row_lines
 from tests.real_data import IMAGES, SELECTION, image_files
@@ -253,3 +254,16 @@ def test_rows_that_failed_say_what_can_be_done(real_data: Data) -> None:
         whole_row(real_data, "0000099")
     with pytest.raises(UserError):
         tables(Data(real_data.root / "nothing"))
+
+
+def test_a_folder_on_a_store(real_data: Data, s3_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Copied to a real S3 server: the same is said there as here."""
+    store = ObjectStore(s3_url)
+    for file in sorted(p for p in real_data.root.rglob("*") if p.is_file() and not p.name.startswith(".")):
+        store.put_file(file, file.relative_to(real_data.root).as_posix())
+    rows = query(real_data, "select key, url from ledger where status = 'success' order by key")
+    for what in (rows["key"][3], rows["url"][20]):
+        assert main(["why", str(real_data), what]) == 0
+        here = capsys.readouterr().out
+        assert main(["why", s3_url, what]) == 0
+        assert capsys.readouterr().out == here.replace(str(real_data), s3_url)
