@@ -126,7 +126,7 @@ def whole_row(
         fetched=_times(record),
         recovered=f"{back} of {len(retries)}" if back else None,
         retries=len(retries),
-        stored=stored_image(data, key, row.shard) if has_image else None,
+        stored=(stored := stored_image(data, key, row.shard) if has_image else None),
         columns=columns,
         selections=judgements(data, row, found),
         packed={name: at for name, at in packs.items() if at is not None},
@@ -134,7 +134,7 @@ def whole_row(
         models=model_uses(data, packs, models) if has_image else [],
         copies=copies_of(data, found, row.columns) if has_image else [],
         denied=denied_by(data, row, deny),
-        can_be_done="" if has_image else _can_be_done(row, data),
+        can_be_done="" if stored else _can_be_done(row, data),
     )
 
 
@@ -161,6 +161,8 @@ _FINAL = {
 
 def _can_be_done(row: Explanation, data: Data) -> str:
     """What may yet bring an image that is not there, in a sentence."""
+    if row.status == Status.SUCCESS:
+        return f"the shard is damaged: `tastemaker verify {data} --repair` finds out, and makes it anew"
     if row.status == Status.REJECTED_EARLY:
         return (
             f"the early rule {row.reason} rejected it before it was fetched whole: `tastemaker retry {data} --early` "

@@ -147,6 +147,8 @@ def row_lines(whole: WholeRow, match: Match, several: bool) -> list[str]:
     """What is known of a row, for people: words on the left, one thing a line."""
     row = whole.row
     word = "has an image" if whole.stored else f"has no image: {row.reason or row.status}"
+    if row.status == "success" and whole.stored is None:
+        word = "has an image that its tar does not hold"
     lines = [f"{row.key}  {word}"]
     if match.by != "key":
         apart = _apart(match)
