@@ -9,7 +9,7 @@ shards/NAME/  NNNNN.tar, NNNNN.parquet    the chosen images;  manifest.json: the
 report/NAME/  sheet.png, scores.png
 studio/       index/: columns as the studio maps them into memory, search/: codes of vectors, images/: where they lie in
               tars; made of the above, and never needed
-deny.txt      what people denied while they looked
+deny.txt      what people denied while they looked, and what was removed: every run heeds it
 """
 
 from __future__ import annotations
@@ -332,7 +332,7 @@ class Data:
 
     @property
     def deny_list(self) -> Path:
-        """What the studio was told to deny: a file for `fetch.deny`."""
+        """The folder's own deny-list: what the studio was told to deny, and what was removed (fetch.deny_file)."""
         return self.root / "deny.txt"
 
     @property

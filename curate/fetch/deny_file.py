@@ -1,7 +1,9 @@
-"""DATA/deny.txt: a deny-list that people write while they look at images. A run heeds it once `fetch.deny` names it.
+"""DATA/deny.txt: a data folder's own deny-list, which every run over it heeds. People write it while they look at
+images, and `tastemaker remove` what it took out, hashed.
 
     https://example.com/a.jpg  # image 000010005
     example.com  # domain of 000010005
+    3b0c...  # removed 000010005 2026-11-30
 
 Lines that people put there themselves stay. Nothing is taken away by writing to it.
 """
@@ -9,24 +11,26 @@ Lines that people put there themselves stay. Nothing is taken away by writing to
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from yarl import URL
 
 from aesthetic.errors import UserError
-from curate.fetch.deny import domain_entry, domains, url_entry
+from curate.fetch.deny import Deny, domain_entry, domains, url_entry
 
 if TYPE_CHECKING:
     from curate.layout import Data
 
 What = Literal["image", "domain"]
 
-_HEAD = "# What must not come in: denied while looking at images. A run heeds it where fetch.deny names this file.\n"
+_HEAD = "# What must not come in: denied while looking at images, or removed. Every run over this folder heeds it.\n"
 _SAID = {"image": "image", "domain": "domain of"}
 _COMMENT = re.compile(r"(?:^|\s)#\s*(.*)")
 _OF_KEY = re.compile(r"(image|domain of) (\d{5,20})")
+_REMOVED = re.compile(r"^([0-9a-fA-F]{64})\s+#\s*removed(?: (\d{5,20}))? (\d{4}-\d\d-\d\d)\s*$", re.MULTILINE)
 _LONGEST = 64 << 20  # bytes
 
 
@@ -51,6 +55,24 @@ def entry_for(key: str, what: What, url: str | None, sha256: str | None) -> Deny
         wanted = "a domain, which this one's URL does not have" if what == "domain" else "a URL or a sha256"
         raise UserError(f"image {key} can't be denied so: that takes {wanted}")
     return DenyEntry(entry, what, key)
+
+
+def deny_of(data: Data, files: Sequence[str | Path]) -> Deny:
+    """What is denied in a data folder: by these lists, and by its own.
+
+    UserError as `Deny.load` has it.
+    """
+    if not data.exists(data.deny_list):
+        return Deny.load(files)
+    content = data.store.read_small(data.deny_list, _LONGEST)
+    if content is None:
+        raise UserError(f"{data.shown(data.deny_list)} is a link, or larger than 64 MB: name it in fetch.deny instead")
+    lines = _REMOVED.findall(content.decode("utf-8-sig", "replace"))
+    return Deny.load(
+        [*files, data.local(data.deny_list)],
+        {bytes.fromhex(digest): date for digest, _, date in lines},
+        {key: date for _, key, date in lines if key},
+    )
 
 
 def read_entries(data: Data) -> list[DenyEntry]:
