@@ -24,7 +24,7 @@ from curate import verify
 from curate.annotators.registry import make_annotators
 from curate.fetch.deny import Deny
 from curate.layout import Data
-from curate.ledger.denied import _Search
+from curate.ledger.denied import DenySearch
 from curate.ledger.sql import connect
 from curate.shards.tar import index_tar, read_images
 from curate.store.files import read_json
@@ -201,7 +201,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from curate.layout import Data
-from curate.ledger.denied import _Search
+from curate.ledger.denied import DenySearch
 from curate.fetch.deny import Deny
 from pipelines.recipe import load_recipe
 from tests.stages import fetch_shards
@@ -510,4 +510,4 @@ def test_odd_urls_are_found_as_plain_ones_are(tmp_path: Path) -> None:
     (tmp_path / "deny.txt").write_text("\n".join([*listed, "http://d.example/x.jpg"]))
     deny = Deny.load([tmp_path / "deny.txt"])
     with connect() as con:
-        assert list(_Search(con, deny).denied([path])) == [["0", "1", "2", "3", "4", "5", "6", "9"]]
+        assert list(DenySearch(con, deny).denied([path])) == [["0", "1", "2", "3", "4", "5", "6", "9"]]

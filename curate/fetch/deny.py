@@ -198,6 +198,14 @@ def url_entry(text: str) -> str | None:
         return None
 
 
+def digests_of(text: str) -> list[bytes]:
+    """The sha256 of all entries that would name a URL as a list has it: it, and its domains. None where it is none."""
+    if (entry := url_entry(text)) is None:
+        return []
+    names = [entry, *domains(URL(entry, encoded=True).raw_host or "")]
+    return [digest(name.encode(), "sha256") for name in names]
+
+
 def domain_entry(text: str) -> str | None:
     """The domain of a URL as it is listed, whose it is by the list of public suffixes; None where it has none."""
     from curate.fetch.budget import registered_domain
@@ -259,7 +267,7 @@ def _entries(file: Path) -> Iterator[bytes]:
             if not line:
                 continue
             try:
-                entry = _entry(line)
+                entry = entry_digest(line)
             except (ValueError, IndexError, RowError) as e:  # IndexError: yarl, see parse_url
                 wrong.append(number)
                 cause = cause or e
@@ -318,7 +326,7 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
         yield number + 1, rest
 
 
-def _entry(line: bytes) -> bytes:
+def entry_digest(line: bytes) -> bytes:
     """The digest that stands for a line. ValueError, IndexError or RowError where it is no entry."""
     if line.isalnum() and len(line) in _DIGITS:
         return binascii.unhexlify(line)

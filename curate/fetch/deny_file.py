@@ -11,7 +11,7 @@ Lines that people put there themselves stay. Nothing is taken away by writing to
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Literal
 from yarl import URL
 
 from aesthetic.errors import UserError
-from curate.fetch.deny import Deny, domain_entry, domains, url_entry
+from curate.fetch.deny import Deny, domain_entry, domains, entry_digest, url_entry
+from curate.ledger.schema import RowError
 
 if TYPE_CHECKING:
     from curate.layout import Data
@@ -115,6 +116,42 @@ def remove_entry(data: Data, entry: str) -> list[DenyEntry]:
     if not data.exists(data.deny_list):
         return []
     return _entries(data.store.change(data.deny_list, edit))
+
+
+def add_removed(data: Data, entries: Mapping[str, str], names: Collection[str], date: str) -> None:
+    """Add what was removed, hashed: sha256 in hex -> the key ("" where no row is meant). Lines that name such an image
+    in clear, by any of the digests in `names`, are hashed too.
+
+    UserError where the folder can't be written to.
+    """
+
+    def line_of(digest: str) -> bytes:
+        key = entries.get(digest, "")
+        return f"{digest}  # removed {key}{' ' if key else ''}{date}\n".encode()
+
+    def edit(before: bytes) -> bytes:
+        lines, there = list[bytes](), set[str]()
+        for line in before.splitlines(keepends=True):
+            found = None if _REMOVED.match(line.decode("utf-8-sig", "replace").strip()) else _digest_of(line)
+            if found is not None and found in names:
+                line = line_of(found) if found not in there else b""
+            if found or (found := _digest_of(line)):
+                there.add(found)
+            lines.append(line)
+        if lines and lines[-1] and not lines[-1].endswith(b"\n"):
+            lines.append(b"\n")
+        return b"".join([*(lines or [_HEAD.encode()]), *(line_of(d) for d in entries if d not in there)])
+
+    data.store.change(data.deny_list, edit)
+
+
+def _digest_of(line: bytes) -> str | None:
+    """The digest that stands for a line, in hex; None where it is no entry."""
+    text = _COMMENT.sub("", line.decode("utf-8-sig", "replace").strip()).strip()
+    try:
+        return entry_digest(text.encode()).hex() if text else None
+    except (ValueError, IndexError, RowError):  # IndexError: yarl
+        return None
 
 
 def _entries(content: bytes) -> list[DenyEntry]:

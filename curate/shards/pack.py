@@ -106,7 +106,7 @@ def pack(
             f"The hardest rule is {hardest.name} ({hardest.condition}), which alone rejects {hardest.marginal:,}."
         )
     inputs = {"selected": sha256_file(data.local(data.verdicts(name))), **{t.name: now[t.name] for t in found}}
-    identity = digest([_FORMAT, asdict(config), selection.to_json()])
+    identity = pack_identity(config, selection)
     folder = data.packed(name)
     if data.is_done(data.manifest(name), config=identity, inputs=inputs):
         return data.record(data.manifest(name))
@@ -127,7 +127,7 @@ def pack(
         facts = _facts(data, selection, config, len(sizes), found, left_out)
         write_json(building / "sizes.json", sizes)
         columns = pq.read_schema(data.local(building / f"{shard_name(0)}.parquet")).names
-        write_atomic(building / "README.md", _card(facts, selection, columns).encode())
+        write_atomic(building / "README.md", card(facts, selection, columns).encode())
         outputs |= {file: _output(building / file) for file in ("sizes.json", "README.md")}
         named = {f"shards/{name}/{file}": output for file, output in sorted(outputs.items())}  # where they will be
         facts |= {"config": identity, "inputs": inputs, "outputs": named}
@@ -143,6 +143,11 @@ def pack(
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return data.record(data.manifest(name))
+
+
+def pack_identity(config: PackConfig, selection: Selection) -> str:
+    """The `config` of the manifest of what is packed of a selection."""
+    return digest([_FORMAT, asdict(config), selection.to_json()])
 
 
 def _check_folder(data: Data, folder: Path) -> None:
@@ -351,7 +356,7 @@ def _facts(
 # ---------------------------------------------------------------------------------------------------------------- card
 
 
-def _card(facts: Mapping[str, Any], selection: Selection, columns: Sequence[str]) -> str:
+def card(facts: Mapping[str, Any], selection: Selection, columns: Sequence[str]) -> str:
     """A dataset card as the Hugging Face hub shows them: a YAML header, then what these shards are and came from."""
     count = selection.kept
     total = sum(selection.funnel.values())
