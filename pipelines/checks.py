@@ -99,7 +99,9 @@ def refuse_denied(data: Data, recipe: Recipe, restart_from: str | None = None) -
             "what was fetched without them, because originals are not kept"
         )
     denied += [f"perhaps images of shards/{name}, for the same reason" for name in found.unknown_packs]
-    steps = removal(data, found, [*map(deny_place, recipe.fetch.deny)])
+    files, stored = [*map(deny_place, recipe.fetch.deny)], stored_recipe(data)
+    known = {*map(deny_place, stored.fetch.deny)} if stored is not None else {*()}
+    steps = removal(data, found, files, [file for file in files if file not in known])
     raise UserError(
         f"a deny-list names what {data} holds already: {'; '.join(denied)}.\n"
         "A list that is given later takes nothing away, so nothing is done. Give another --out, or be rid of them:\n"

@@ -242,6 +242,7 @@ class BoundedExecutor:
         self._waiting: Counter[str] = Counter()
         self._each = each
         self._own: dict[str, asyncio.Semaphore] = {}
+        self._closed = False
 
     async def run(self, client: str, work: Callable[[], T]) -> T:
         """What `work` returns, or raises. Raises QueueFull where too many wait already."""
@@ -252,7 +253,14 @@ class BoundedExecutor:
         self._waiting[client] += 1
         try:
             async with self._own.setdefault(client, asyncio.Semaphore(self._each)), self._places:
+                if self._closed:
+                    raise QueueFull("the server is ending")
                 return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._closed or task is None or task.cancelling():
+                raise
+            raise QueueFull("the server is ending") from None  # what waited was cancelled by `close`, not who asked
         finally:
             self._waiting[client] -= 1
             if not self._waiting[client]:
@@ -260,6 +268,7 @@ class BoundedExecutor:
 
     def close(self) -> None:
         """Begin nothing more."""
+        self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +22,9 @@ import httpx
 import pytest
 
 from curate.layout import Data
-from curate.ledger.select import SelectConfig, select
+from curate.ledger.select import SelectConfig, load_selection, select
 from curate.store.files import write_json
+from curate.store.objects import ObjectStore
 from curate.store.ownership import MARK
 from pipelines.actions import DataCommands, rules_of
 from pipelines.cli import main
@@ -31,7 +35,7 @@ from studio.commands.actions import RecipeAction, RuleOfPage, SelectAction
 from studio.commands.service import CommandJob, CommandService
 from studio.queue import QueueFull
 from tests.small_data import make_data
-from tests.small_serve import ServedData, serving_data
+from tests.small_serve import ServedData, serving_data, small_sampler
 
 CUTS = {
     "laion_v2": (4.5, 5, 6.8),
@@ -157,9 +161,9 @@ def selected(data: Data) -> tuple[bytes, dict[str, Any]]:
 
 
 def test_a_selection_of_the_page_is_that_of_the_library(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command's words, run in this process, write the files that `select` writes of the rules; 20 random sets."""
+    """The command's words, run in this process, write the files that `select` writes of the rules."""
     dice, line = random.Random(2), DataCommands(data, str(data))
-    for _ in range(20):
+    for _ in range(8):
         rules = [RuleOfPage.model_validate(r) for r in random_rules(dice)]
         assert main(line.words(SelectAction(action="select", name="mine", rules=rules))) == 0, capsys.readouterr()
         typed = selected(data)
@@ -169,19 +173,25 @@ def test_a_selection_of_the_page_is_that_of_the_library(data: Data, capsys: pyte
 
 @pytest.mark.long
 def test_a_selection_of_the_page_is_that_of_the_shell(tmp_path: Path, data: Data, served: ServedData) -> None:
-    """The page's button and the command pasted into a shell: the same files, for 20 random sets of rules."""
+    """The page's button and the command pasted into a shell: the same files, for 20 random sets of rules; and they say
+    what the page has shown before."""
     dice = random.Random(3)
     other = planned(tmp_path / "other")
     with served.client() as client:
         for _ in range(20):
             asked = {"action": "select", "name": "mine", "rules": random_rules(dice)}
             shown = client.post("/api/commands/preview", json=asked).json()["command"]
+            live = client.post("/api/selections", json={"rules": asked["rules"]}).json()
             assert over(client, client.post("/api/commands", json=asked).json())["state"] == "done"
             there = shown.replace(str(data), str(other)).replace(
                 "tastemaker ", f"{sys.executable} -m pipelines.cli ", 1
             )
             subprocess.run(["bash", "-c", there], check=True, capture_output=True)
             assert selected(data) == selected(other)
+            made, names = load_selection(data, "mine"), ("name", "condition", "rejected", "marginal", "nulls")
+            on = [[rule[n] for n in names] for rule in live["rules"] if rule["on"]]
+            assert on == [[getattr(rule, n) for n in names] for rule in made.rules]
+            assert (live["kept"], live["rows"], live["warnings"]) == (made.kept, made.rows, made.warnings)
 
 
 def test_a_command_runs_and_says_what_it_wrote(data: Data, client: httpx.Client) -> None:
@@ -364,3 +374,82 @@ def test_two_people_at_once_lose_nothing(served: ServedData) -> None:
         thread.join()
     assert [job["state"] for job in found if isinstance(job, dict)] == ["done", "done"]
     assert served.folder.data.selections() == ["one", "two"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_studio_as_a_command(tmp_path: Path, real_data: Data, number: signal.Signals) -> None:
+    """The pages are there while the model loads; a signal ends it all, and the command that runs for a page."""
+    data = Data.at(shutil.copytree(real_data.root, tmp_path / "data"))
+    small_sampler(tmp_path / "model")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", "studio", "data", "--model", "model", "--port", "0"],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+    )  # fmt: skip
+    assert process.stderr is not None
+    lines = iter(process.stderr)
+    url = next(found[1] for line in lines if (found := re.search(r"the studio is at (http://\S+?)/ ", line)))
+    with httpx.Client(base_url=url, timeout=60) as client:
+        assert {client.get(page).status_code for page in ("/", "/rate", "/draw")} == {200}
+        wait_for(lambda: client.get("/api/data").json()["index"]["state"] == "ready", 60)
+        assert client.get("/api/data").json()["images"] == 36
+        wait_for(lambda: client.get("/api/model").status_code == 200, 120)
+        with data.hold():  # somebody else's run: the studio only reads
+            assert client.get("/api/rows").json()["total"] == 36
+            job = client.post("/api/commands", json={"action": "pack", "name": "bundled"}).json()
+            assert job["command"] == "tastemaker pack data --name bundled"
+            view = over(client, job)
+            assert view["state"] == "failed" and "is in use by" in view["lines"][-1]
+        client.post("/api/commands", json={"action": "annotate", "column": "text", "spec": "text"})
+        wait_for(lambda: client.get("/api/commands").json()["jobs"][0]["state"] == "running")
+    process.send_signal(number)
+    began = time.monotonic()
+    _, said = process.communicate(timeout=40)
+    assert process.returncode == 0 and time.monotonic() - began < 20, said
+    assert "Traceback" not in said and said.rstrip().endswith("ended")
+    with data.hold():  # nobody has it any more
+        pass
+
+
+def test_what_the_studio_refuses_before_anything_loads(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, said in (
+        ([str(data.root / "nowhere")], "is not a data folder"),
+        ([str(data), "--model", str(data.root / "none")], "none"),
+        ([str(data), "--model", "x", "--read-only"], "give one of them"),
+        ([str(data), "--lora", "x"], "give a --model too"),
+        ([str(data), "--token", "short"], "16 characters"),
+    ):
+        assert main(["studio", *words, "--port", "0"]) == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_a_data_folder_on_an_object_store(
+    tmp_path: Path, real_data: Data, s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is named by its URL, in what runs too; images come from its tars, and what is made is put there."""
+    monkeypatch.setenv("TASTEMAKER_CACHE", str(tmp_path / "cache"))
+    store = ObjectStore(s3_url)
+    for path in real_data.root.rglob("*"):
+        if path.is_file() and path.name not in (".lock", ".workers"):
+            store.put_file(path, path.relative_to(real_data.root).as_posix())
+    command = [sys.executable, "-m", "pipelines.cli", "studio", s3_url, "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    lines = iter(process.stderr)
+    url = next(found[1] for line in lines if (found := re.search(r"the studio is at (http://\S+?)/ ", line)))
+    try:
+        with httpx.Client(base_url=url, timeout=60) as client:
+            wait_for(lambda: client.get("/api/data").json()["index"]["state"] == "ready", 60)
+            rows = client.get("/api/rows").json()
+            assert rows["total"] == 36
+            assert client.get(f"/api/thumbnails/{rows['rows'][0]['key']}").headers["content-type"].startswith("image/")
+            asked = {"action": "select", "name": "mine", "rules": [{"name": "a", "condition": "aesthetic > 3"}]}
+            view = over(client, client.post("/api/commands", json=asked).json())
+            assert view["state"] == "done" and view["command"].startswith(f"tastemaker select {s3_url} --name mine ")
+            assert "mine" in [s["name"] for s in client.get("/api/data").json()["selections"]]
+        assert store.head("selected/mine.parquet") is not None
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=40)
+    assert process.returncode == 0

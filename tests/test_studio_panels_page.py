@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
+import json
 import re
 import shutil
 import time
@@ -15,10 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from aesthetic.files import atomic
+from aesthetic.space import Space
+from curate.encoders.embed import EmbedConfig
 from curate.layout import Data
 from curate.ledger.schema import Status
 from curate.store.files import read_json
-from tests.real_data import make_real_data
+from tests.real_data import IMAGES, make_real_data
 from tests.small_near import search as find_near_duplicates
 from tests.small_serve import ServedData, serving_data
 from tests.test_serve_page import browser as browser  # a fixture
@@ -83,7 +87,7 @@ def data(made: Data, tmp_path: Path) -> Data:
 
 @pytest.fixture
 def served(data: Data) -> Iterator[ServedData]:
-    with serving_data(data) as served:
+    with serving_data(data, stored=IMAGES) as served:
         yield served
 
 
@@ -183,11 +187,12 @@ def test_why_an_image_by_the_keyboard_alone(served: ServedData, opened: Open) ->
 
 
 def test_the_verdict_rule_by_rule(served: ServedData, opened: Open) -> None:
-    rules = "[['wide','width > 90',1],['fair','aesthetic > 6.9',1],['none','dup_nearest > 0',1]]".replace("'", '"')
-    page = opened(served.url, f"#show=all&rules={rules}")
+    rules = [("<b>wide</b>", "width > 90", 1), ("fair", "aesthetic > 6.9", 1), ("none", "dup_nearest > 0", 1)]
+    page = opened(served.url, f"#show=all&rules={json.dumps(rules)}")
     open_image(page)
     lines = page.locator(".why-verdict li")
     assert lines.count() == 3
+    assert lines.first.locator(".name").inner_text() == "<b>wide</b>"
     assert lines.nth(1).locator(".why-mark").get_attribute("aria-label") == "not true"
     assert re.search(r"aesthetic\s+[\d.]+", lines.nth(1).inner_text())
     assert page.locator(".why-verdict > p").inner_text().startswith("Rejected by")
@@ -389,8 +394,8 @@ def test_words_and_without_others(served: ServedData, opened: Open) -> None:
 
 def test_words_that_cannot_be_read(data: Data, tmp_path: Path, opened: Open, keys: dict[int, str]) -> None:
     add_architectures(tmp_path)
-    data.recipe.write_text(f"embed:\n  encoder: open_clip:toy/{tmp_path / 'gone.pt'}\n")
-    with serving_data(data) as served:
+    dataclasses.replace(Space.load(data.space), encoder="open_clip:toy/sha256-0123456789ab").save(data.space)
+    with serving_data(data, embed=EmbedConfig(encoder=f"open_clip:toy/{tmp_path / 'gone.pt'}")) as served:
         with served.client() as client:
             deadline = time.monotonic() + 60
             while client.get("/api/data").json()["search"]["words"]:  # until the weights were looked for

@@ -199,9 +199,9 @@ def test_pairs_of_which_each_can_be_tested(
 ) -> None:
     name = new_set(client, "pairs")
     seen = set[frozenset[str]]()
-    for _ in range(4):
-        pairs = following(client, name, count=15)
-        assert len(pairs) == 15 and not seen & set(map(frozenset, pairs))
+    for _ in range(2):
+        pairs = following(client, name, count=30)
+        assert len(pairs) == 30 and not seen & set(map(frozenset, pairs))
         for a, b in pairs:
             choice = "tie" if taste[a] == taste[b] else "a" if taste[a] > taste[b] else "b"
             rate(client, name, a=a, b=b, choice=choice)

@@ -123,7 +123,10 @@ def test_no_confirmed_rating_is_lost_when_the_server_is_killed(tmp_path: Path) -
             threads = [threading.Thread(target=person.work, args=[studio.url]) for person in people]
             for thread in threads:
                 thread.start()
-            time.sleep(0.3 + 0.7 * rng.random())
+            wanted, deadline = before + rng.randint(1, 20), time.monotonic() + 60
+            while sum(person.confirmed for person in people) < wanted and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(0.02 * rng.random())
         finally:
             studio.kill()
         for thread in threads:
@@ -136,4 +139,4 @@ def test_no_confirmed_rating_is_lost_when_the_server_is_killed(tmp_path: Path) -
             person.check(rows[1:])
         ratings = read_ratings(path)
         assert ratings.kind == "scores" and len(ratings.table) == len({row[0] for row in rows[1:]})
-    assert sum(person.confirmed for person in people) > 10 * MOMENTS
+    assert sum(person.confirmed for person in people) > 5 * MOMENTS

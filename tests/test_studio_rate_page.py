@@ -20,7 +20,7 @@ from tests.test_serve_page import browser as browser  # a fixture
 pytestmark = pytest.mark.long
 
 Open = Callable[..., Any]
-AWAY = ("ERR_CONNECTION_REFUSED", "status of 404", "status of 422")
+AWAY = ("ERR_CONNECTION", "status of 404", "status of 422", "status of 503")
 
 
 @pytest.fixture

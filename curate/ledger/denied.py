@@ -86,14 +86,14 @@ def denied_images(data: Data, deny: Deny, *, fetched: bool = True) -> DeniedImag
     return found
 
 
-def removal(data: Data, found: DeniedImages, files: Sequence[str]) -> list[str]:
+def removal(data: Data, found: DeniedImages, files: Sequence[str], more: Sequence[str] = ()) -> list[str]:
     """The commands that take denied images out. What only original bytes could tell is fetched and packed anew.
 
-    files: all that `fetch.deny` is to name then.
+    files: all that `fetch.deny` is to name then.    more: those of them that the folder's recipe does not name yet.
     """
     steps = []
     if found.images or found.packs:
-        steps.append(f"tastemaker remove {shlex.quote(str(data))} --denied")
+        steps.append(shlex.join(["tastemaker", "remove", str(data), "--denied", *(["--deny", *more] if more else [])]))
     if found.unknown or found.unknown_packs:
         listed = yaml.safe_dump([*files], default_flow_style=True, width=1 << 20, allow_unicode=True).strip()
         steps.append(f"{command_again(data)} --set {shlex.quote(f'fetch.deny={listed}')} --restart-from fetch")

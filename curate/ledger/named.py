@@ -5,6 +5,7 @@ Whatever names an image by its URL or its bytes names all of the same URL or byt
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -25,7 +26,7 @@ from curate.store.files import read_table
 if TYPE_CHECKING:
     from curate.layout import Data
 
-_READ = ["key", "status", "reason", "url", "final_url", "sha256"]
+_READ = ["key", "status", "reason", "url", "final_url", "redirects", "sha256"]
 
 
 @dataclass(kw_only=True)
@@ -147,7 +148,8 @@ def _take_in(data: Data, shard: int, keys: set[str], found: NamedRows) -> set[st
                 keys.discard(row["key"])
                 continue
             _count(row, found)
-            more |= _note(row["key"], [row.get("url"), row.get("final_url")], row.get("sha256"), found)
+            chain = json.loads(row.get("redirects") or "[]")
+            more |= _note(row["key"], [row.get("url"), row.get("final_url"), *chain], row.get("sha256"), found)
     else:
         plan = data.plan
         for i, row in enumerate(plan.read(shard).table.select(["url"]).to_pylist()):

@@ -18,7 +18,8 @@ from aesthetic.files import write_atomic
 from curate.layout import Data, shard_name
 from curate.ledger.rules import KEPT
 from curate.ledger.select import Selection
-from curate.shards.pack import PackConfig, card, pack_identity
+from curate.shards.card import card_text
+from curate.shards.pack import PackConfig, pack_identity
 from curate.shards.subset import Moved, keep_aside, kept_aside, moved_inputs, subset_table, subset_tar, without_images
 from curate.store.files import read_table, sha256_file, write_json
 from curate.store.records import record_digest
@@ -149,7 +150,7 @@ def _write_manifest(
     }
     write_json(folder / "sizes.json", dict(sizes))
     names = pq.read_schema(data.local(folder / f"{shard_name(0)}.parquet")).names
-    write_atomic(folder / "README.md", card(facts, selection, names).encode())
+    write_atomic(folder / "README.md", card_text(facts, selection, names).encode())
     # an index of somebody else's loader would lead into the middle of other samples
     there = {path.rpartition("/")[2] for path in before["outputs"]}
     data.remove(*(folder / file for file in there if not _OURS.fullmatch(file)))

@@ -30,6 +30,7 @@ class RemoveOptions(Options):
         "what is nearly the same as an image: it is listed, and you are asked", metavar="IMAGE", type=input_file
     )
     denied: bool = option("all that DATA's deny-list and the recipe's fetch.deny name", default=False)
+    deny: tuple[str, ...] = option("all that these deny-lists name", default=(), metavar="FILE", nargs="+")
     models: tuple[Path, ...] = option(
         "look in these folders for models that were trained on it", default=(), metavar="FOLDER", nargs="+", type=Path
     )
@@ -47,7 +48,7 @@ def run(options: RemoveOptions) -> Result:
     from curate.store.ownership import open_data
 
     data = open_data(options.data)
-    given = (options.keys, options.urls, options.domains, options.sha256, options.like, options.denied)
+    given = (options.keys, options.urls, options.domains, options.sha256, options.like, options.denied, options.deny)
     if not any(given) and unfinished(data) is None:
         raise UserError("say what to remove: --keys, --urls, --domains, --sha256, --like or --denied")
     entries = _entries(options)
@@ -90,14 +91,16 @@ def _values(given: tuple[str, ...]) -> list[str]:
 
 
 def _named(data: Data, options: RemoveOptions, entries: list[bytes]) -> NamedRows:
+    from curate.fetch.deny import Deny
     from curate.fetch.deny_file import deny_of
     from curate.ledger.named import find_named
     from pipelines.recipe import stored_recipe
 
     denied = None
-    if options.denied:
-        recipe = stored_recipe(data)
-        denied = deny_of(data, recipe.fetch.deny if recipe is not None else ())
+    if options.denied or options.deny:
+        recipe = stored_recipe(data) if options.denied else None
+        lists = [*(recipe.fetch.deny if recipe is not None else ()), *options.deny]
+        denied = deny_of(data, lists) if options.denied else Deny.load(lists)
     keys = _values(options.keys)
     if options.like is not None:
         keys += _like(data, options)

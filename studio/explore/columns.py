@@ -130,6 +130,8 @@ class ColumnWriter:
                 infinite = len(odd), float(odd[0])
             valid &= finite
         facts = self._arrange(values, valid)
+        if not facts["count"]:
+            facts["kind"] = "text"  # there is nothing to count
         flush(values)
         return ColumnFacts(**{**facts, "nullable": nullable, "infinite": infinite})
 

@@ -25,6 +25,7 @@ from studio.explore import listing as listings
 from studio.explore.index import IndexStopped, make_index, part_digests, part_folders, steps
 from studio.explore.listing import Ranking, RowOrder, Show
 from studio.explore.live import LiveSelection, RuleAnswer, RuleBook, selection_id
+from studio.explore.memory import return_large_blocks
 from studio.explore.remembered import Remembered
 from studio.explore.snapshot import Snapshot
 from studio.queue import BoundedExecutor
@@ -74,6 +75,7 @@ class Explorer:
         log: Callable[[str], None] = lambda line: None,
         on_fault: Callable[[Exception], None] = lambda error: None,
     ) -> None:
+        return_large_blocks()
         self.data, self.recipe, self._log, self._on_fault = data, recipe or SelectConfig(), log, on_fault
         self._keep = keep
         self.version = 0

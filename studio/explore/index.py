@@ -41,7 +41,7 @@ from curate.ledger.view import (
 from curate.store.files import digest, left_over, read_table
 from studio.explore.columns import ColumnFacts, ColumnWriter, IndexedColumn, open_array, save
 
-FORMAT = 1
+FORMAT = 2
 """Of the index; part of every digest."""
 
 CAPTION = 300

@@ -453,8 +453,21 @@ function bind() {
 
 // --------------------------------------------------------------------------------------------------------- to begin
 
+// The model's facts, once it is loaded; until then, and where it can't be, that is said.
+async function loadedModel() {
+  for (;;) {
+    try {
+      return await call("/api/model");
+    } catch (error) {
+      if (error.status !== 503) throw error;
+      $("model").textContent = error.message;
+      await new Promise((resolve) => setTimeout(resolve, 1000));
+    }
+  }
+}
+
 async function open() {
-  model = await call("/api/model");
+  model = await loadedModel();
   $("model").textContent = `${model.name}, on ${model.device}`;
   for (const name of ["width", "height"]) Object.assign(form[name], { min: model.step, step: model.step });
   form.number.max = model.limits.number;

@@ -48,15 +48,26 @@ function watchData() {
 // Whoever comes back from a terminal sees what was done there.
 window.addEventListener("focus", () => state.data && loadData().then(watchData));
 
+let said = ""; // why the images could not be shown, for a while
+
+function say(words) {
+  said = words;
+  setTimeout(() => {
+    said = "";
+    renderNotice();
+  }, 8000);
+  renderNotice();
+}
+
 function renderNotice() {
   const { data, away } = state;
   const notice = $("notice");
   notice.replaceChildren();
-  if (away) notice.append(away);
+  if (away || said) notice.append(away || said);
   else if (data && state.live && data.version !== state.version) {
     notice.append("The data has changed. ", button("Show the new state", showNewState));
   } else if (data?.stale) notice.append("The data has changed; its columns are being read anew.");
-  notice.classList.toggle("is-wrong", Boolean(away));
+  notice.classList.toggle("is-wrong", Boolean(away || said));
   notice.hidden = !notice.hasChildNodes();
   if (data) document.title = `${data.name} · Tastemaker`;
   const index = data?.index ?? { state: "building", done: 0, of: 0, seconds: 0 };
@@ -210,7 +221,7 @@ function ruleOptions() {
 function sortOptions() {
   const { sort, rule } = state.view;
   const options = [["key", "list order"], ["random", "random"]];
-  if (rule) options.push(["nearest", "nearest to the cut"]);
+  if (rule) options.push(["nearest", "near the cut"]);
   if (sort.startsWith("search:")) options.push([sort, "likeness"]);
   const columns = state.data.columns.filter(({ kind, sortable }) => sortable && kind !== "text");
   return [...options, ...columns.map(({ name }) => [name, name])];
@@ -308,10 +319,11 @@ async function findDivider(query) {
 function rowsFailed(error) {
   shownQuery = "";
   if (error.status === 404) return lostSelection();
-  change({ away: error.message });
-  if (error.status) setTimeout(() => change({ away: "" }), 8000);
+  if (error.status) say(error.message);
   if (error.status === 422) showPlain(); // a link to other data: a column or rule that is not here
-  if (!error.status) setTimeout(showImages, 2000);
+  if (error.status) return;
+  change({ away: error.message });
+  setTimeout(showImages, 2000);
 }
 
 function showPlain() {

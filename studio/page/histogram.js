@@ -136,10 +136,12 @@ class ColumnView {
 
 function about({ meaning, unit, made_by: madeBy, count: values, low, high, type }) {
   const range = low !== null && low !== undefined ? `from ${short(low)} to ${short(high)}` : "";
-  const facts = [meaning, unit && `Unit: ${unit}.`, range && `Values ${range}.`, madeBy && `Made by ${madeBy}.`];
+  const facts = [meaning && sentence(meaning), unit && `Unit: ${unit}.`, range && `Values ${range}.`, madeBy && `Made by ${madeBy}.`];
   const counted = Number.isInteger(values) ? `${count(values)} images have a value (${type}).` : "";
   return [...facts, counted].filter(Boolean).join(" ");
 }
+
+const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1).replace(/\.$/, "")}.`;
 
 // --------------------------------------------------------------------------------------------------------- numbers
 

@@ -20,5 +20,6 @@ export function short(value) {
   const size = Math.abs(value);
   if (Number.isInteger(value) && size < 1e6) return value.toLocaleString("en-US");
   if (value !== 0 && (size >= 1e6 || size < 1e-3)) return value.toExponential(1).replace("e+", "e");
-  return String(Number(value.toPrecision(size >= 1000 ? 5 : size >= 100 ? 4 : 3)));
+  if (size >= 1000) return count(value);
+  return String(Number(value.toPrecision(size >= 100 ? 4 : 3)));
 }

@@ -14,7 +14,7 @@ let columns = []; // numeric ones
 let selections = []; // saved ones
 
 const KINDS = {
-  scores: (set) => `marks ${set.scale[0]} to ${set.scale[1]}`,
+  scores: (set) => `scores ${set.scale[0]} to ${set.scale[1]}`,
   labels: () => "yes or no",
   pairs: () => "pairs",
 };
@@ -47,7 +47,7 @@ function listSets(selected) {
     const about = set.concept ? `${KINDS[set.kind](set)}: ${set.concept}` : KINDS[set.kind](set);
     return card(set.name, set.name, [about, [count, by].filter(Boolean).join(" ")].join(" · "));
   });
-  $("sets").replaceChildren(...cards, card(NEW, sets.length ? "Something new" : "A first set", "marks, pairs, or yes and no"));
+  $("sets").replaceChildren(...cards, card(NEW, sets.length ? "Something new" : "A first set", "scores, pairs, or yes and no"));
   $("sets").hidden = !sets.length;
   const value = selected ?? sets[0]?.name ?? NEW;
   for (const input of form.querySelectorAll("[name=set]")) input.checked = input.value === value;
@@ -58,6 +58,7 @@ function show() {
   $("new").hidden = !fresh;
   $("scale-field").hidden = form.kind.value !== "scores";
   $("concept-field").hidden = form.kind.value !== "labels";
+  $("name").placeholder = nameOfSet(form.kind.value, "");
   $("concept").required = fresh && form.kind.value === "labels";
   $("around").hidden = form.how.value !== "around";
   $("value").required = form.how.value === "around";
@@ -104,8 +105,8 @@ function slug(text) {
   return text.toLowerCase().replace(/[^a-z0-9]+/g, "_").replace(/^[^a-z]+|_+$/g, "").slice(0, 36);
 }
 
-function nameOfSet(kind) {
-  const name = slug($("name").value) || (kind === "labels" && slug(form.concept.value)) || (kind === "pairs" ? "pairs" : "taste");
+function nameOfSet(kind, given) {
+  const name = slug(given) || (kind === "labels" && slug(form.concept.value)) || (kind === "pairs" ? "pairs" : "taste");
   for (let i = 1; ; i++) {
     const free = i === 1 ? name : `${name}_${i}`;
     if (!sets.some((set) => set.name === free)) return free;
@@ -114,7 +115,7 @@ function nameOfSet(kind) {
 
 async function newSet() {
   const kind = form.kind.value;
-  const made = { name: nameOfSet(kind), kind };
+  const made = { name: nameOfSet(kind, $("name").value), kind };
   if (kind === "scores") made.scale = form.scale.value.split(" ").map(Number);
   if (kind === "labels") made.concept = form.concept.value.trim();
   return call("/api/ratings", { body: made });
@@ -188,6 +189,7 @@ async function open() {
     show();
     keep();
   };
+  form.concept.oninput = show;
   form.column.onchange = middle;
   form.onsubmit = async (event) => {
     event.preventDefault();

@@ -34,7 +34,7 @@ export function answersOf(set) {
   }
   const [low, high] = set.scale;
   const count = Number.isInteger(low) && Number.isInteger(high) && high - low < 10 ? high - low + 1 : 10;
-  const direct = low >= 0 && low + count - 1 <= (low ? 10 : 9); // then the key is the mark itself, 0 for 10
+  const direct = low >= 0 && low + count - 1 <= (low ? 10 : 9); // then the key is the score itself, 0 for 10
   return Array.from({ length: count }, (_, i) => {
     const score = Number((low + (i * (high - low)) / (count - 1)).toPrecision(4));
     const key = String(direct ? score % 10 : (i + 1) % 10);
@@ -258,7 +258,7 @@ export class Rating {
     $("trouble").dataset.by = by;
   }
 
-  // For a moment: what was given, large, and on its button.
+  // For a moment: what was given, at the foot of the next image and on its button.
   #mark(answer) {
     const given = $("given");
     given.textContent = answer.label;

@@ -48,7 +48,7 @@ export class Tile {
     this.image.alt = row ? (row.caption || row.key).slice(0, 300) : "";
     this.value.textContent = row ? short(row.value) : "";
     const rejected = row?.verdict && row.verdict !== "kept" && row.verdict !== plain;
-    this.verdict.textContent = rejected ? `✕ ${row.verdict}` : "";
+    this.verdict.textContent = rejected ? row.verdict : "";
     this.node.title = row ? (row.caption ?? "").slice(0, 300) : "";
     this.fit();
   }

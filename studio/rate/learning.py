@@ -22,7 +22,7 @@ LOOKED_AT = 100_000
 """Images that the new head is asked about: all, or where there are more, that many of them, drawn once."""
 FILES_THERE = 16
 """Files of vectors that are fetched from an object store to draw images from; each has some 15 MB."""
-_LONGEST_REST = 2.0  # seconds
+_REST = 0.5, 2.0  # seconds, at least and at most
 SHOWN = 12
 """Of the best and of the worst."""
 
@@ -149,7 +149,7 @@ def scale_of(about: RatingSet, kind: str) -> tuple[float, float] | None:
 
 class HeadLearner:
     """A thread that fits a set's head whenever its ratings have changed; what comes meanwhile is taken together. It
-    rests for as long as it has worked, so that a machine of one core answers, too.
+    rests for as long as it has worked, half a second at least, so that a machine of one core answers, too.
 
     open_vectors: the folder's vectors and a sample of them; called before each fit, UserError where there are none.
     """
@@ -203,7 +203,7 @@ class HeadLearner:
             took = time.monotonic() - began
             with self._changed:
                 self._learnt[name], self._running = found, ""
-            self._stopped.wait(min(took, _LONGEST_REST))
+            self._stopped.wait(min(max(took, _REST[0]), _REST[1]))
 
     def _fit(self, log: RatingLog) -> LearntHead:
         try:
