@@ -15,7 +15,7 @@ import hashlib
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ from aesthetic.errors import UserError
 from aesthetic.files import as_disk_full, atomic, scratch_path
 from curate.estimate.spent import Spent, counting, total_spent
 from curate.fetch import engine_img2dataset
-from curate.fetch.client import Fetcher
+from curate.fetch.client import Fetcher, opt_outs_text
 from curate.fetch.config import FetchConfig
 from curate.fetch.deny import Deny, verify_hash
 from curate.fetch.early import EarlyRules, ShardRules
@@ -37,6 +37,7 @@ from curate.images.config import ImagesConfig
 from curate.images.faces import detector
 from curate.images.isolated import IsolatedDecoder
 from curate.images.process import ProcessedImage, process
+from curate.images.rights import read_rights
 from curate.layout import Data
 from curate.ledger.schema import (
     FETCHED_COLUMNS,
@@ -46,6 +47,7 @@ from curate.ledger.schema import (
     Status,
     failure_facts,
     fetched_schema,
+    forget_removed,
     make_key,
     stored_name,
 )
@@ -124,12 +126,12 @@ async def ingest_shard(
         missing = [(i, row) for i, row in enumerate(source.rows()) if i not in results.facts]
         if context.fetch.engine == "img2dataset" and not source.local:
             folder = scratch_path(data.tar(shard))
-            wanted = _not_rejected(missing, context, results, early)
+            wanted = _not_rejected(missing, keys, context, results, early)
             await asyncio.to_thread(_download_by_img2dataset, wanted, context, results, folder)
             _reject_by_size(wanted, results, early)
         else:
             with counting(spent):
-                await _fetch_and_decode(missing, source, context, results, early, isolate, spent)
+                await _fetch_and_decode(missing, source, keys, context, results, early, isolate, spent)
 
         facts: dict[str, Any] = {
             "starts": starts,
@@ -235,6 +237,7 @@ def _keep_final(data: Data, shard: int, results: ShardResults, early: ShardRules
 async def _fetch_and_decode(
     rows: list[tuple[int, Row]],
     source: SourceShard,
+    keys: Sequence[str],
     context: IngestContext,
     results: ShardResults,
     early: ShardRules,
@@ -247,19 +250,24 @@ async def _fetch_and_decode(
     loop = asyncio.get_running_loop()
     expected = source.table.column(stored_name(context.fetch.verify)).to_pylist() if context.fetch.verify else None
 
-    def check_and_process(body: bytes, digest: str | None) -> ProcessedImage | None:
-        """In a thread: what is denied or not what the list names is not even decoded."""
+    def check_and_process(body: bytes, digest: str | None, facts: dict[str, Any]) -> ProcessedImage | None:
+        """In a thread: what is denied, not what the list names, or opted out by itself is not even decoded."""
         with spent.thread("decode"):
             if context.deny or digest:
                 sha256 = hashlib.sha256(body).digest()
                 context.deny.check_body(body, sha256)
                 verify_hash(body, digest, sha256)
+            rights = read_rights(body)  # all metadata are gone once it is processed
+            facts["opt_out"] = "; ".join(filter(None, (facts["opt_out"], opt_outs_text(rights)))) or None
+            for signal, word in rights.items():
+                if signal in context.fetch.respect:
+                    raise RowError(Reason.OPTED_OUT, f"{signal}: the file says {word}")
             return None if isolated is not None else process(body, context.images)
 
-    async def decode(body: bytes, index: int) -> ProcessedImage:
+    async def decode(body: bytes, index: int, facts: dict[str, Any]) -> ProcessedImage:
         early.check_prefix(index, body)
         digest = expected[index] if expected else None
-        image = await loop.run_in_executor(context.threads, check_and_process, body, digest)
+        image = await loop.run_in_executor(context.threads, check_and_process, body, digest, facts)
         image = image or await isolated.decode(body)  # type: ignore[union-attr]
         early.check_size(index, image.original_width, image.original_height)  # now it is known for sure
         return image
@@ -268,6 +276,7 @@ async def _fetch_and_decode(
         facts: dict[str, Any] = {name: None for name, _ in FETCHED_COLUMNS}
         image = None
         try:
+            context.deny.check_row(keys[index], row.url if row.place is None else "")
             if row.failure is not None:
                 raise row.failure
             early.check_row(index)
@@ -278,18 +287,18 @@ async def _fetch_and_decode(
                         look(await asyncio.to_thread(row.place.begin, _BEGINNING))
                     body = await asyncio.to_thread(row.place.read)
                     facts["bytes"] = len(body)
-                    image = await decode(body, index)
+                    image = await decode(body, index, facts)
             else:
                 async with context.fetcher.body(row.url or "", look if context.early.header else None) as answer:
                     facts |= {"final_url": answer.final_url, "http_status": answer.http_status}
-                    facts |= {"bytes": len(answer.data), "opt_out": answer.opt_out}
-                    image = await decode(answer.data, index)
+                    facts |= {"bytes": len(answer.data), "opt_out": answer.opt_out, "redirects": answer.redirects}
+                    image = await decode(answer.data, index, facts)
             facts |= image.facts() | {"status": Status.SUCCESS.value}
             results.add(index, facts, image.data, image.extension)
         except RowError as e:
             facts |= {name: value for name, value in failure_facts(e).items() if value is not None}
             results.add(index, facts, None)
-        context.report("fetch", counted(facts), _host(row.url))
+        context.report("fetch", counted(facts), _host(row.url) if facts["status"] != Status.REMOVED else "")
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -303,12 +312,18 @@ async def _fetch_and_decode(
 
 
 def _not_rejected(
-    rows: list[tuple[int, Row]], context: IngestContext, results: ShardResults, early: ShardRules
+    rows: list[tuple[int, Row]], keys: Sequence[str], context: IngestContext, results: ShardResults, early: ShardRules
 ) -> dict[int, str | None]:
-    """The URLs of the rows that img2dataset is given, by index: neither broken lines nor what early rules reject."""
+    """The URLs of the rows that img2dataset is given, by index: neither broken lines nor what early rules reject, nor
+    what the folder's own deny-list names."""
     urls = dict[int, str | None]()
     for index, row in rows:
         try:
+            context.deny.check_row(keys[index], row.url)
+            if context.deny and context.deny.denies(
+                row.url or ""
+            ):  # by the folder's own list, as the recipe's are refused
+                raise RowError(Reason.DENIED, "its URL or its domain is on a deny-list")
             if row.failure is not None:
                 raise row.failure
             early.check_row(index)
@@ -323,6 +338,11 @@ def _download_by_img2dataset(
     urls: Mapping[int, str | None], context: IngestContext, results: ShardResults, folder: Path
 ) -> None:
     for index, facts, image, extension in engine_img2dataset.download(urls, context.fetch, context.images, folder):
+        try:
+            if image is not None and facts["sha256"]:
+                context.deny.check_sha256(bytes.fromhex(facts["sha256"]))
+        except RowError as e:
+            facts, image = failure_facts(e), None
         results.add(index, facts, image, extension)
         context.report("fetch", facts["reason"] or Status.SUCCESS, _host(urls[index]))
 
@@ -370,7 +390,7 @@ def _commit(
         facts["key"] = make_key(shard, i, data.plan.shard_size)
     for name, kind in FETCHED_COLUMNS:
         table = table.append_column(name, pa.array([facts[name] for facts in rows], kind))
-    table = table.cast(fetched_schema(data.plan.extra_columns))
+    table = forget_removed(table.cast(fetched_schema(data.plan.extra_columns)))
 
     with atomic(data.tar(shard)) as f, atomic(data.table(shard)) as g:
         tar = TarWriter(f)
@@ -391,6 +411,8 @@ def _commit(
     statuses = Counter(facts["status"] for facts in rows)
     if rejected := Counter(facts["reason"] for facts in rows if facts["status"] == Status.REJECTED_EARLY):
         extra = {**extra, "rejected_early": dict(rejected)}
+    if removed := statuses[Status.REMOVED]:
+        extra = {**extra, "removed": removed}
     faces = [facts["faces_blurred"] for facts in rows if facts["faces_blurred"] is not None]
     if faces:
         extra = {**extra, "faces_blurred": sum(faces), "face_detector": detector()}

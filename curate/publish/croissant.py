@@ -49,10 +49,6 @@ def croissant(
     tars = sorted(f for f in files if f.endswith(".tar"))
     distribution = [_file(f, files[f], "application/x-parquet") for f in tables]
     distribution += [_file(f, files[f], "application/x-tar") for f in tars]
-    rows = tables[0]
-    if len(tables) > 1:
-        rows = "tables"
-        distribution.append(_file_set(rows, tables, "*.parquet", "application/x-parquet"))
     whole: dict[str, Any] = {
         "@context": _CONTEXT,
         "@type": "sc:Dataset",
@@ -62,12 +58,14 @@ def croissant(
         **({"license": license} if license else {}),
         **({"datePublished": published} if published else {}),
         "distribution": distribution,
-        "recordSet": [_rows(rows, schema, meanings)],
+        "recordSet": [
+            _rows(t, "rows" if len(tables) == 1 else f"rows-{i:05d}", schema, meanings) for i, t in enumerate(tables)
+        ],
     }
     if tars:
         for kind in image_kinds:
             distribution.append(_file_set(f"images-{kind}", tars, f"*.{kind}", _MIME.get(kind, f"image/{kind}")))
-            whole["recordSet"].append(_samples(kind, "caption" in schema.names))
+            whole["recordSet"].append(_samples(kind, len(tables) == 1 and "caption" in schema.names))
     return whole
 
 
@@ -98,27 +96,26 @@ def _file_set(name: str, inside: Sequence[str], pattern: str, kind: str) -> dict
     }
 
 
-def _rows(source: str, schema: pa.Schema, meanings: Mapping[str, str]) -> dict[str, Any]:
-    """The record set `rows`: a record per row of the tables."""
-    of = "fileSet" if source == "tables" else "fileObject"
+def _rows(source: str, name: str, schema: pa.Schema, meanings: Mapping[str, str]) -> dict[str, Any]:
+    """The record set of a table: a record per row. Readers can't join tables that are parts of one."""
     fields = [
         {
             "@type": "cr:Field",
-            "@id": f"rows/{f.name}",
-            "name": f"rows/{f.name}",
+            "@id": f"{name}/{f.name}",
+            "name": f"{name}/{f.name}",
             "description": meanings.get(f.name, f.name),
             "dataType": _data_type(f.type),
-            "source": {of: {"@id": source}, "extract": {"column": f.name}},
+            "source": {"fileObject": {"@id": source}, "extract": {"column": f.name}},
         }
         for f in schema
         if not types.is_nested(f.type)
     ]
-    key = {"key": {"@id": "rows/key"}} if "key" in schema.names else {}
-    return {"@type": "cr:RecordSet", "@id": "rows", "name": "rows", **key, "field": fields}
+    key = {"key": {"@id": f"{name}/key"}} if "key" in schema.names else {}
+    return {"@type": "cr:RecordSet", "@id": name, "name": name, **key, "field": fields}
 
 
 def _samples(kind: str, captions: bool) -> dict[str, Any]:
-    """The record set `samples-KIND`: an image, its key, and what the table says of it."""
+    """The record set `samples-KIND`: an image, its key, and its caption where there is one table to have it from."""
     name, source = f"samples-{kind}", {"fileSet": {"@id": f"images-{kind}"}}
     key = {
         "@type": "cr:Field",
@@ -131,7 +128,7 @@ def _samples(kind: str, captions: bool) -> dict[str, Any]:
             "extract": {"fileProperty": "filename"},
             "transform": {"regex": r"^(?:.*/)?([0-9]+)(?:\.[a-z0-9]+)?$"},
         },
-        "references": {"field": {"@id": "rows/key"}},
+        **({"references": {"field": {"@id": "rows/key"}}} if captions else {}),
     }
     image = {
         "@type": "cr:Field",

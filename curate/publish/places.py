@@ -16,7 +16,7 @@ from curate.store.files import is_scratch, local_path, sha256_file
 from curate.store.objects import ObjectStore, is_url
 
 
-class Place(Protocol):
+class Destination(Protocol):
     """Files under names below one address. All may raise UserError where rights or the place itself are missing."""
 
     at_once: bool  # all that was sent appears together, when `finish` is called
@@ -40,7 +40,7 @@ class Place(Protocol):
         """All is sent."""
 
 
-def open_place(to: str) -> Place:
+def open_place(to: str) -> Destination:
     """The place of that address. UserError where it is none."""
     if to.startswith("hf://"):
         raise UserError(

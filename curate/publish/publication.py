@@ -38,7 +38,7 @@ from curate.publish.census import Census, domains_csv, take_census
 from curate.publish.croissant import croissant
 from curate.publish.documents import datasheet, licence_lines, training_content
 from curate.publish.listing import list_columns, list_files
-from curate.publish.places import Place, open_place
+from curate.publish.places import Destination, open_place
 from curate.shards.card import SHARDS, card_text
 from curate.store.files import digest, json_bytes, sha256_file
 from curate.store.records import read_record, record_digest
@@ -144,7 +144,7 @@ def _checked(data: Data, request: PublishRequest) -> tuple[Selection, list[Ledge
     return selection, found, dict(manifest)
 
 
-def _before(place: Place, request: PublishRequest) -> dict[str, Any]:
+def _before(place: Destination, request: PublishRequest) -> dict[str, Any]:
     """What `published.json` says at the place; UserError where something else lies there."""
     content = place.read(RECORD)
     if content is None:
@@ -349,7 +349,7 @@ class _Sending:
         self,
         data: Data,
         request: PublishRequest,
-        place: Place,
+        place: Destination,
         mine: Mapping[str, Any],
         before: Mapping[str, Any],
         dry_run: bool,

@@ -18,13 +18,15 @@ def main() -> None:
     dataset = mlcroissant.Dataset(jsonld=Path(sys.argv[1]) / "croissant.json")
     issues = dataset.metadata.issues
     sets = [s.name for s in dataset.metadata.record_sets]
-    rows = [[text(r["rows/key"]), text(r["rows/url"]), text(r["rows/sha256"])] for r in dataset.records("rows")]
+    tables = [name for name in sets if name.startswith("rows")]
+    columns = ("key", "url", "sha256")
+    rows = [[text(r[f"{t}/{column}"]) for column in columns] for t in tables for r in dataset.records(t)]
     samples = []
     for name in sets:
         if name.startswith("samples-"):
             for r in dataset.records(name):
                 image = r[f"{name}/image"]
-                samples.append([text(r[f"{name}/key"]), image.width, image.height, text(r[f"{name}/caption"])])
+                samples.append([text(r[f"{name}/key"]), image.width, image.height, text(r.get(f"{name}/caption"))])
     print(json.dumps({"errors": [*issues.errors], "rows": rows, "samples": samples}))
 
 
