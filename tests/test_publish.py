@@ -238,7 +238,11 @@ def test_mlcroissant_loads_the_records(data: Data, tmp_path: Path, list_only: bo
         pytest.skip(f"mlcroissant cannot be installed here: {done.stderr.strip()[-300:]}")
     publish(data, replace(request(tmp_path / "to", list_only=list_only), recipe={"images": {"format": "jpg"}}))
     command = [sys.executable, str(ROOT / "tests" / "side" / "read_croissant.py"), str(tmp_path / "to")]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "side")}
+    caches = {
+        "HOME": str(tmp_path),
+        "XDG_CACHE_HOME": str(tmp_path),
+    }  # what it extracts, it finds again by the tar's name
+    environment = {**os.environ, **caches, "PYTHONPATH": str(tmp_path / "side")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
