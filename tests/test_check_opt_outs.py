@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -190,5 +195,45 @@ def test_a_selection_alone_and_what_lacks_one(fetched: tuple[Data, int], tmp_pat
         assert {path for _, path in web.counts().requests} == {"/robots.txt", "/tag.jpg"}
         second = recheck.recheck(data, config)  # the others, and not that one again
         assert (second.images, second.asked) == (len(PATHS), len(PATHS) - 1)
-        other = recheck.recheck(data, FetchConfig(allow=config.allow, retries=0, respect=()))
-        assert (other.asked, other.opted_out) == (len(PATHS), {})  # other signals: asked anew
+        nothing = FetchConfig(allow=config.allow, retries=0, respect=())
+        assert recheck.recheck(data, nothing, {keys[0]}).asked == 1
+        other = recheck.recheck(data, nothing)
+        assert (other.asked, other.opted_out) == (len(PATHS) - 1, {})  # other signals: asked anew
+
+
+@pytest.mark.long
+def test_a_killed_check_goes_on(tmp_path: Path) -> None:
+    """Killed while a third shard waits for a slow server: the first two are not asked again, and all is denied."""
+    count, size = 12, 4
+    routes: dict[Any, Route] = {f"/{n}.jpg": Route(body=image(n)[1]) for n in range(count)}
+    with Web(routes, hosts=1) as web:
+        port = web.port
+        rows = {"url": [web.url(0, path) for path in routes], "caption": ["a"] * count}
+        fetch(tmp_path / "run", rows, f"127.0.0.0/8:{port}", shard_size=size)
+    data = Data(tmp_path / "run" / "data")
+    out = {f"/{n}.jpg": Route(body=b"", headers=(TAG,)) for n in (0, 5, 11)}
+    slow = {f"/{n}.jpg": Route(body=b"", delay=60) for n in range(2 * size, count)}
+    line = [sys.executable, "-m", "pipelines.cli", "check-opt-outs", str(data), *settings(port)]
+    with Web({**routes, **out, **slow}, hosts=1, port=port) as web:
+        records = [data.annotations_record("opt_outs", shard) for shard in (0, 1)]
+        with subprocess.Popen(line, stdout=subprocess.DEVNULL, start_new_session=True) as child:
+            end = time.monotonic() + 60
+            while not all(r.exists() for r in records) and time.monotonic() < end:
+                time.sleep(0.05)
+            os.killpg(child.pid, signal.SIGKILL)
+        assert all(r.exists() for r in records) and not data.deny_list.exists()
+    with Web({**routes, **out}, hosts=1, port=port) as web:
+        subprocess.run(line, check=True, timeout=120, stdout=subprocess.DEVNULL)
+        asked = {path for _, path in web.counts().requests}
+    assert asked == {f"/{n}.jpg" for n in range(2 * size, count)} | {"/robots.txt"}
+    deny = Deny.load([data.deny_list])
+    assert {path for path in routes if deny.denies(f"http://127.1.0.1:{port}{path}")} == {*out}
+
+
+def test_it_waits_its_turn(fetched: tuple[Data, int]) -> None:
+    """Another run at work on the folder is not disturbed; --dry-run writes nothing and asks all the same."""
+    data, port = fetched
+    with Web(after(), hosts=1, port=port), data.hold():
+        assert cli.main(["check-opt-outs", str(data), *settings(port)]) == 2
+        assert cli.main(["check-opt-outs", str(data), *settings(port), "--dry-run"]) == 0
+    assert not data.annotated()

@@ -147,10 +147,10 @@ async def _check_shard(
 ) -> None:
     file, record = data.annotations(OPT_OUTS, shard), data.annotations_record(OPT_OUTS, shard)
     images = images_of(data, shard, ["key", "url"]).to_pylist()
-    before = _rows_of(data, shard)
     made_by = digest(sorted(config.respect))
     facts = data.record(record)
     fresh = facts.get("config") == made_by and time.time() - facts.get("checked", 0.0) < older
+    before = _rows_of(data, shard) if fresh else {}  # a table holds one round of asking
     today = datetime.now(UTC).date().isoformat()
     empty = dict.fromkeys(_COLUMNS)
     rows = {row["key"]: {"key": row["key"], **empty, **before.get(row["key"], {})} for row in images}
