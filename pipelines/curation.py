@@ -21,7 +21,8 @@ from curate.annotators.base import Annotator
 from curate.annotators.order import ENCODER, first_pass, set_early
 from curate.annotators.registry import absolute, add_needs, fetch_annotators, make_annotators
 from curate.encoders.registry import fetch_weights
-from curate.fetch.deny import Deny, deny_place
+from curate.fetch.deny import deny_place
+from curate.fetch.deny_file import deny_of
 from curate.fetch.ingest import check_verify
 from curate.layout import Data
 from curate.sources.adding import Addition, adding
@@ -217,9 +218,7 @@ def _is_anew(request: Request) -> bool:
 
 def _adding(request: Request, plan: Plan, copies: str | Path) -> AbstractContextManager[Addition]:
     """What the list of a request adds to a plan, without what the recipe's and the data folder's deny-lists deny."""
-    data = request.data
-    own = [data.local(data.deny_list)] if data.exists(data.deny_list) else []
-    deny = Deny.load([*request.recipe.fetch.deny, *own])
+    deny = deny_of(request.data, request.recipe.fetch.deny)
     return adding(request.list, plan, request.recipe.source, request.limit, deny, Path(copies))
 
 

@@ -93,6 +93,10 @@ def test_only_rows_that_are_not_there_are_added(tmp_path: Path) -> None:
     third = table(tmp_path / "c.parquet", url=urls(140, 160), n=[0.5] * 20)
     with pytest.raises(UserError, match=r"c\.parquet: column 'n' is double here and int64 in .*data"):
         add(third, root)
+    large = table(tmp_path / "d.parquet", url=urls(200, 210), n=pa.array([2**63] * 10, pa.uint64()))
+    with pytest.raises(UserError, match=r"d\.parquet: a number is too large for .*data"):
+        add(large, root)
+    assert load_plan(Data(root)) == grown
     assert add(third, root, replace(CONFIG, columns=()))[0].counts["added"] == 10
     with pytest.raises(UserError, match=r"source\.shard_size was 40 and is 50 now: all lists"):
         add(third, root, replace(CONFIG, shard_size=50))

@@ -96,7 +96,12 @@ class Addition:
                 if kept:
                     file = f"plan/{start + i:05d}-{len(plan.shards):05d}.parquet"
                     written.append(data.root / file)
-                    write_rows(written[-1], i, scan, size)
+                    try:
+                        write_rows(written[-1], i, scan, size)
+                    except pa.ArrowInvalid as e:
+                        raise UserError(
+                            f"{self.found.shown(source)}: a number is too large for {plan.data}: {e}"
+                        ) from e
                     facts["cut"][file] = sha256_file(written[-1])
                     identity = [content, source.url, source.caption, self.config.where, start + i]
                     identity += [scan.planned_hash, scan.limit_hash]
@@ -274,7 +279,9 @@ def _with_columns(plan: Plan, found: Found, extra_columns: pa.Schema) -> pa.Sche
     columns = {f.name: f.type for f in plan.extra_columns}
     for f in extra_columns:
         there = columns.setdefault(f.name, f.type)
-        if common_type(there, f.type) != there:
+        kinds = (pa.types.is_integer, pa.types.is_floating)
+        same = any(kind(there) and kind(f.type) for kind in kinds)  # csv knows no narrow numbers; `write` finds others
+        if not same and common_type(there, f.type) != there:
             raise UserError(
                 f"{found.name}: column {printable(f.name, 80)!r} is {f.type} here and {there} in {plan.data}. Rename "
                 "it there, or name the columns that are kept of this list: `--set source.columns=[...]`"

@@ -55,8 +55,8 @@ def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, An
     lists = [_list_facts(plan, i) for i in range(len(plan.lists))]
     for one in lists if len(lists) > 1 else ():
         more = f", added {one['date'][:10]}" if one["date"] else ""
-        left = f" of {one['listed_rows']:,}" if one["listed_rows"] > one["rows"] else ""
-        say(f"list      {one['rows']:,}{left} rows of {one['list']} ({one['digest']}{more})")
+        whole = f" of {one['listed_rows']:,}" if one["listed_rows"] > one["rows"] else ""
+        say(f"list      {one['rows']:,}{whole} rows of {one['list']} ({one['digest']}{more})")
     good = f"   {outcomes[Status.SUCCESS] / total:.1%} ok" if total else ""
     say(f"fetched   {len(fetched):,}/{shards:,} shards{good}")
     left = [(reason, n) for reason, n in outcomes.most_common() if reason != Status.REJECTED_EARLY]
