@@ -314,6 +314,10 @@ class Data:
     def sheet(self, name: str) -> Path:
         return self.root / "report" / name / "sheet.png"
 
+    def diff_sheet(self, a: str, b: str) -> Path:
+        """What two selections keep differently, in images."""
+        return self.root / "report" / a / f"without-{b}.png"
+
     def column_sheet(self, name: str) -> Path:
         """What an annotator says, in images; a selection of the same name has a folder beside it."""
         return self.root / "report" / f"{name}.png"
