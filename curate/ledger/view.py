@@ -20,7 +20,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError, nearest
-from curate.layout import FETCHED
 from curate.ledger.schema import EMBEDDED_COLUMNS, FETCHED_COLUMNS, URL_COLUMNS, Status, fetched_schema, list_name
 from curate.ledger.sql import Bounds, batches, check_one_select, connect, literal, parse, quote, short, walk
 from curate.store.files import digest, read_table, sha256_file
@@ -71,7 +70,7 @@ class LedgerTable:
     @cached_property
     def schema(self) -> pa.Schema:
         """The columns of its files; files may lack those of lists that were added later (`conform`)."""
-        plan = self.data.plan if self.name == FETCHED and self.data.exists(self.data.plan_record) else None
+        plan = self.data.plan if self.name == "fetched" and self.data.exists(self.data.plan_record) else None
         if plan is not None and len(plan.lists) > 1:
             return fetched_schema(plan.extra_columns)
         return pq.read_schema(self.data.local(self.files[0]))
