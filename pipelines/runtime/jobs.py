@@ -186,6 +186,8 @@ def open_fetch(job: CurateJob, progress: str, threads: int) -> Callable[[int, in
 def open_embed(job: CurateJob, progress: str, threads: int) -> Callable[[int, int], None]:
     """An EmbedWorker in an actor. In a retry its models are loaded for the first shard that had something back: most
     often none has."""
+    from curate.workers import EmbedWorker
+
     actor, recipe = start_worker(job.data.store, "embed", progress), job.recipe
     meter = Meter(actor.add.remote)
 
