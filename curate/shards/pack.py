@@ -102,7 +102,7 @@ def pack(
             f"The hardest rule is {hardest.name} ({hardest.condition}), which alone rejects {hardest.marginal:,}."
         )
     inputs = {"selected": sha256_file(data.local(data.verdicts(name))), **{t.name: now[t.name] for t in found}}
-    identity = digest([_FORMAT, asdict(config), selection.to_json()])
+    identity = pack_identity(config, selection)
     folder = data.packed(name)
     if data.is_done(data.manifest(name), config=identity, inputs=inputs):
         return data.record(data.manifest(name))
@@ -139,6 +139,11 @@ def pack(
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return data.record(data.manifest(name))
+
+
+def pack_identity(config: PackConfig, selection: Selection) -> str:
+    """The `config` of the manifest of what is packed of a selection."""
+    return digest([_FORMAT, asdict(config), selection.to_json()])
 
 
 def _check_folder(data: Data, folder: Path) -> None:
