@@ -271,7 +271,9 @@ async def _fetch_and_decode(
     its own facts."""
     isolated = IsolatedDecoder(context.images) if isolate else None
     loop = asyncio.get_running_loop()
-    expected = source.table.column(stored_name(context.fetch.verify)).to_pylist() if context.fetch.verify else None
+    name = stored_name(context.fetch.verify) if context.fetch.verify else None
+    there = name is not None and name in source.table.column_names  # a shard lacks columns of lists added later
+    expected = source.table.column(name).to_pylist() if there else None
 
     def check_and_process(body: bytes, digest: str | None, facts: dict[str, Any]) -> ProcessedImage | None:
         """In a thread: what is denied, not what the list names, or opted out by itself is not even decoded."""
@@ -413,7 +415,8 @@ def _commit(
         facts["key"] = make_key(shard, i, data.plan.shard_size)
     for name, kind in FETCHED_COLUMNS:
         table = table.append_column(name, pa.array([facts[name] for facts in rows], kind))
-    table = forget_removed(table.cast(fetched_schema(data.plan.extra_columns)))
+    plan = data.plan
+    table = forget_removed(table.cast(fetched_schema(plan.list_columns(plan.list_index(shard)))))
 
     with atomic(data.tar(shard)) as f, atomic(data.table(shard)) as g:
         tar = TarWriter(f)

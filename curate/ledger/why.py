@@ -143,7 +143,9 @@ def explain(data: Data, key: str, found: Sequence[LedgerTable] | None = None) ->
     return Explanation(
         key=key,
         shard=shard,
-        list=str(data.plan.list) if data.exists(data.plan_record) else "",
+        list=str(data.plan.list_of(shard)["list"])
+        if data.exists(data.plan_record) and shard < len(data.plan.shards)
+        else "",
         file=file,
         line=line,
         status=str(row["status"]),
