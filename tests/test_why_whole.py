@@ -93,6 +93,7 @@ def test_an_image_is_found_by_its_bytes_its_stored_bytes_and_what_it_shows(real_
             image.convert("RGB").resize((image.width * 3 // 4, image.height * 3 // 4)).save(copy, "PNG")
         near = by_image(real_data, found, copy.getvalue(), IMAGES)
         assert near[0].near and near[0].key == key and near[0].phash_bits is not None and near[0].phash_bits <= 7
+        assert near[0].cosine is not None and near[0].cosine > 0.95
     assert told == 5
     with Image.open(io.BytesIO(files[0])) as image:
         turned = io.BytesIO()
@@ -254,6 +255,21 @@ def test_rows_that_failed_say_what_can_be_done(real_data: Data) -> None:
         whole_row(real_data, "0000099")
     with pytest.raises(UserError):
         tables(Data(real_data.root / "nothing"))
+
+
+def test_a_row_that_was_removed(real_data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = Data(shutil.copytree(real_data.root, tmp_path / "data"))
+    rows = query(data, "select key, url from ledger where status = 'success' order by key")
+    key, url = rows["key"][2], rows["url"][2]
+    assert main(["remove", str(data), "--keys", key, "--yes"]) == 0
+    capsys.readouterr()
+    assert main(["why", str(data), key]) == 0
+    out = capsys.readouterr().out
+    assert (
+        f"{key}  has no image: removed" in out and "removed on 20" in out and "keeps it out" in out and url not in out
+    )
+    assert main(["why", str(data), url]) == 2
+    assert "deny.txt names it: it may have been removed" in capsys.readouterr().err
 
 
 def test_a_folder_on_a_store(real_data: Data, s3_url: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,7 +58,7 @@ def images_like(data: Data, path: Path) -> list[Alike]:
         raise UserError(f"{path}: {e.detail or e.reason}") from None
     sha256, hashed = processed.sha256, pdq(image)[0]
     ours, there = hex_to_bits([processed.phash])
-    vector = _vector(data, image)
+    vector = vector_of(data, image)
     found = []
     fetched = tables(data)[0]
     for shard, file in zip(fetched.shards, fetched.files, strict=True):
@@ -69,7 +69,7 @@ def images_like(data: Data, path: Path) -> list[Alike]:
         )
         bits, valid = hex_to_bits(hashes)
         near = valid & there[0] & (hamming(bits, ours[0]) <= PHASH_BITS)
-        cosines = _cosines(data, shard, vector)
+        cosines = cosines_of(data, shard, vector)
         wanted = {
             key: (url, digest == sha256)
             for key, status, url, digest, close in zip(keys, statuses, urls, digests, near, strict=True)
@@ -93,20 +93,24 @@ def _distances(data: Data, shard: int, keys: Collection[str], hashed: np.ndarray
                 yield key, int(np.bitwise_count(pdq(decode(read_range(f, member[1])))[0] ^ hashed).sum())
 
 
-def _vector(data: Data, image: np.ndarray) -> np.ndarray | None:
+def vector_of(data: Data, image: np.ndarray) -> np.ndarray | None:
     """The image in the space of the data folder's vectors; None where there are none, or their encoder isn't here."""
     from aesthetic.space import Space
-    from curate.encoders.registry import load_encoder
+    from curate.encoders.registry import check_available, load_encoder
 
     if not data.exists(data.space):
         return None
     with contextlib.suppress(UserError, ImportError, OSError):
-        encoder = load_encoder(Space.load(data.local(data.space)).encoder)
+        name = Space.load(data.local(data.space)).encoder
+        if not check_available(name):
+            return None
+        encoder = load_encoder(name)
         return np.asarray(encoder.encode_images([image])[0], np.float32)
     return None
 
 
-def _cosines(data: Data, shard: int, vector: np.ndarray | None) -> dict[str, float]:
+def cosines_of(data: Data, shard: int, vector: np.ndarray | None) -> dict[str, float]:
+    """The cosine of a vector to that of each image of a shard, by key; nothing where there are none."""
     if vector is None or not data.exists(data.embedded_record(shard)):
         return {}
     keys = read_table(data.local(data.metadata(shard)), ["key"])["key"].to_pylist()

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from aesthetic.chunks import thread_map
 from aesthetic.hashes import MIN_ONES
+from curate.ledger.alike import cosines_of, vector_of
 from curate.ledger.counts import key_numbers
 from curate.ledger.view import LedgerTable
 from curate.ledger.whereabouts import stored_image
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from curate.layout import Data
 
 T = TypeVar("T")
+
+Pixels = npt.NDArray[np.uint8]
+"""(h, w, 3), RGB."""
 
 NEAR_PDQ, NEAR_PHASH = 31, 7
 """Bits up to which two images are near: of PDQ's 256 as its authors have it, and of 64 where one of them has no PDQ
@@ -78,7 +82,8 @@ def by_image(data: Data, found: Sequence[LedgerTable], file: bytes, images: Imag
     """
     if same := _equal(found[0], "sha256", hashlib.sha256(file).hexdigest()):
         return [Match(key=key, by="sha256 of the original bytes") for key in same]
-    near = _by_hashes(found, file, images)
+    near, pixels = _by_hashes(found, file, images)
+    near = _with_cosines(data, found, near, pixels)
     copies = []
     for match in near:
         at = KeyShape.of(found[0]).split(match.key) if match.near else None
@@ -116,14 +121,25 @@ def _equal(table: LedgerTable, column: str, value: str) -> list[str]:
 # --------------------------------------------------------------------------------------------------------------- images
 
 
-def _by_hashes(found: Sequence[LedgerTable], file: bytes, images: ImagesConfig) -> list[Match]:
-    """The nearest rows by the hashes that tables have of the pixels as they are stored."""
+def _with_cosines(data: Data, found: Sequence[LedgerTable], matches: list[Match], pixels: Pixels) -> list[Match]:
+    """These with their cosines to the image, where there are vectors and the encoder that made them is here."""
+    if not matches or (vector := vector_of(data, pixels)) is None:
+        return matches
+    shape, cosines = KeyShape.of(found[0]), dict[str, float]()
+    for shard in sorted({at[0] for match in matches if (at := shape.split(match.key))}):
+        cosines |= cosines_of(data, shard, vector)
+    return [replace(match, cosine=cosines.get(match.key)) for match in matches]
+
+
+def _by_hashes(found: Sequence[LedgerTable], file: bytes, images: ImagesConfig) -> tuple[list[Match], Pixels]:
+    """The nearest rows by the hashes that tables have of the pixels as they are stored, and the file's such pixels."""
     from curate.duplicates.pdq import MIN_QUALITY, pdq, to_hex
     from curate.images.decode import decode
     from curate.images.process import process
 
     made = process(file, images)
-    own, quality = pdq(decode(made.data))
+    pixels = decode(made.data)
+    own, quality = pdq(pixels)
     keys, phash = _distances(found[0], "phash", made.phash if _ones(made.phash) >= MIN_ONES else "", MIN_ONES)
     wide = np.full(len(keys), _ABSENT, np.int16)
     entry = next((t for t in found[1:] if t.facts[0].get("annotator") == "pdq"), None)
@@ -148,7 +164,7 @@ def _by_hashes(found: Sequence[LedgerTable], file: bytes, images: ImagesConfig) 
         for i in order.tolist()
         if apart[i] != _ABSENT
     ]
-    return [m for m in matches if m.near] or matches
+    return [m for m in matches if m.near] or matches, pixels
 
 
 _ABSENT = 30_000  # bits: there is no hash

@@ -151,6 +151,7 @@ _FINAL = {
     Reason.HTTP_4XX: "the server refuses; `tastemaker query` shows what it said (http_status, error_message)",
     Reason.OPTED_OUT: "its owner asks not to be used so, which is respected: leave it",
     Reason.DENIED: "a deny-list names it: it stays out unless the list changes",
+    Reason.REMOVED: "it was removed: nothing else is known of it, and the deny-list of the data folder keeps it out",
     Reason.BAD_URL: "what the list has is no URL that can be fetched: put it right in the list",
     Reason.BAD_LINE: "the line of the list can't be read: put it right in the list",
     Reason.HASH_MISMATCH: "the server has other bytes than those whose digest the list carries",
