@@ -41,6 +41,7 @@ from curate.ledger.view import (
     table_digests,
     tables,
 )
+from curate.shards.indexes import image_extensions, is_index, write_folder_indexes, write_shard_indexes
 from curate.shards.shuffle import Buckets, Hashes, KeptKeys, cuts, first_hashes
 from curate.shards.tar import CorruptShard, TarWriter, image_member, index_tar, read_range
 from curate.store.files import (
@@ -109,7 +110,8 @@ def pack(
     identity = digest([_FORMAT, asdict(config), selection.to_json()])
     folder = data.packed(name)
     if data.is_done(data.manifest(name), config=identity, inputs=inputs):
-        return data.record(data.manifest(name))
+        record = data.record(data.manifest(name))
+        return record if any(map(is_index, record["outputs"])) else _add_indexes(data, name, record)
 
     _check_folder(data, folder)
     data.remove(data.sheet(name), data.charts(name))  # of what was packed before
@@ -138,7 +140,8 @@ def pack(
             building.rename(folder)
             shutil.rmtree(old, ignore_errors=True)
         else:
-            data.remove(*(folder / found for found in data.store.names(folder) if found not in outputs))
+            packed = {folder / file for file in outputs}
+            data.remove(*(found for found in data.store.walk(folder) if found not in packed))
             data.push(*(folder / file for file in ("sizes.json", "README.md", "manifest.json")))
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -156,7 +159,8 @@ def _check_folder(data: Data, folder: Path) -> None:
     record = read_json(data.local(folder / "manifest.json"))
     # on a store what was packed by a run that was killed lies there without them
     packed = data.url is not None or (folder / "sizes.json").is_file() if record is None else "self" in record
-    ours = re.compile(r"manifest\.json|sizes\.json|README\.md|\d{5,}\.(tar|parquet)" if packed else "")
+    names = r"manifest\.json|sizes\.json|README\.md|\.nv-meta|\d{5,}\.(tar|parquet|json|tar\.idx)"
+    ours = re.compile(names if packed else "")
     others = sorted(n for n in data.store.names(folder) if not (ours.fullmatch(n) or is_scratch(n)))
     if others:
         raise UserError(
@@ -298,7 +302,7 @@ def _write_shards(
             f"the selection {selection.name} keeps {selection.kept - done:,} rows that fetched/ does not hold: "
             "make the selection anew"
         )
-    sizes, outputs = dict[str, int](), dict[str, dict[str, Any]]()
+    sizes, outputs, extensions = dict[str, int](), dict[str, dict[str, Any]](), set[str]()
     for shard, (rows, members) in enumerate(buckets.shards()):
         path = folder / f"{shard_name(shard)}.tar"
         with atomic(path) as f:
@@ -308,7 +312,8 @@ def _write_shards(
             tar.close()
         with atomic(path.with_suffix(".parquet")) as f:
             pq.write_table(rows, f, compression="zstd")
-        files = path, path.with_suffix(".parquet")
+        files = path, path.with_suffix(".parquet"), *write_shard_indexes(path, rows)
+        extensions |= image_extensions([path])
         outputs |= {file.name: _output(file) for file in files}
         if data.url is not None:
             data.push(*files)
@@ -316,7 +321,29 @@ def _write_shards(
         sizes[path.name] = len(rows)
         half(len(rows))
     shutil.rmtree(scratch)
-    return sizes, outputs
+    indexes = write_folder_indexes(folder, sizes, extensions)
+    data.push(*indexes)
+    return sizes, outputs | {str(file.relative_to(folder)): _output(file) for file in indexes}
+
+
+def _add_indexes(data: Data, name: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the indexes of shards that were packed before there were any; nothing else is touched."""
+    folder, extensions, made = data.packed(name), set[str](), dict[str, dict[str, Any]]()
+    sizes = read_json(data.local(folder / "sizes.json"))
+    for tar in (folder / file for file in sizes):
+        data.bring(tar, tar.with_suffix(".parquet"))
+        files = write_shard_indexes(tar)
+        extensions |= image_extensions([tar])
+        made |= {str(file.relative_to(data.root)): _output(file) for file in files}
+        data.push(*files)
+        data.release(tar, tar.with_suffix(".parquet"), *files)
+    files = write_folder_indexes(folder, sizes, extensions)
+    data.push(*files)
+    made |= {str(file.relative_to(data.root)): _output(file) for file in files}
+    facts = {**record, "outputs": dict(sorted({**record["outputs"], **made}.items()))}
+    write_json(data.manifest(name), {**facts, "self": record_digest(facts)})
+    data.push(data.manifest(name))
+    return data.record(data.manifest(name))
 
 
 def _output(path: Path) -> dict[str, Any]:
