@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "say what a list takes on which machines: hours, money, disk, requests",
     "status": "say where a run stands",
     "verify": "read every file again and compare it with the records",
+    "export": "copy packed shards into the form that another trainer reads",
     "query": "ask the whole ledger, as one table",
     "fit": "train a head from ratings, labels or comparisons",
     "heads": "list and show heads, import one, or make one from words",
