@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from curate.layout import ANNOTATED, EMBEDDED, FETCHED, PACKED, PLAN, SELECTED, STAGES, Data
+from curate.layout import ANNOTATED, EMBEDDED, FETCHED, OPT_OUTS, PACKED, PLAN, SELECTED, STAGES, Data
 from curate.sources.dataset import packed_files
 from curate.store.files import json_bytes, sha256_file
 from curate.store.index import COMPACTED
@@ -122,7 +122,9 @@ def remedies(data: Data, damages: Sequence[Damage]) -> list[str]:
     root = shlex.quote(str(data))
     main, others = False, []
     for stage, name in dict.fromkeys(data.stage_of(d.record) for d in damages):
-        if stage == ANNOTATED and name not in columns:
+        if stage == ANNOTATED and name == OPT_OUTS:
+            others.append(f"tastemaker check-opt-outs {root}")
+        elif stage == ANNOTATED and name not in columns:
             others.append(f"tastemaker annotate {root} {name}=SPEC")
         elif stage == SELECTED and name != own:
             rules = data.record(data.selection_record(name)).get("rules") or []  # where it can still be read

@@ -102,7 +102,7 @@ def test_shards_of_before_get_their_indexes_by_packing_again(template: Path, tmp
     assert open_folder(folder).fingerprint == before  # models that were trained on them know them again
     pack(data, "all", PackConfig(shard_size=15))  # another cut takes their place
     assert not (folder / "00003.tar.idx").exists() or (folder / "00003.tar").exists()
-    assert main(["verify", str(data.root)]) == 0
+    assert main(["verify", str(folder)]) == 0
 
 
 # -------------------------------------------------------------------------------------------------------------- copies
@@ -145,11 +145,12 @@ def test_export_holds_every_sample_and_goes_on_where_it_was_killed(copy: Path, t
     one, other = ({k: v for k, v in contents(tmp_path / n).items() if k not in hidden} for n in "ab")
     assert one == other
     if form != "mds":  # which only a reader of theirs reads: tests/test_formats.py
-        ours = {s.key: s for s in PackedShards(copy)}
-        found = list(open_folder(tmp_path / "a"))
-        images = {str(s.facts.get("key", Path(s.key).stem)): s for s in found}
-        assert images.keys() == ours.keys() and len(found) == len(ours)
-        assert all(images[k].image == s.image and images[k].caption == s.caption for k, s in ours.items())
+        ours, found = list(PackedShards(copy)), list(open_folder(tmp_path / "a"))
+        if form != "parquet":  # whose rows are in the order of the tars
+            assert sorted(Path(s.key).stem for s in found) == sorted(s.key for s in ours)
+            places = {Path(s.key).stem: s for s in found}
+            found = [places[s.key] for s in ours]
+        assert [(s.image, s.caption) for s in found] == [(s.image, s.caption) for s in ours]
 
 
 def test_export_as_parquet_keeps_types_and_images(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,9 +160,11 @@ def test_export_as_parquet_keeps_types_and_images(copy: Path, tmp_path: Path, mo
     export(copy, "parquet", tmp_path / "a")
     rows = pq.read_table(copy / "00000.parquet")
     table = pq.read_table(tmp_path / "a" / "00000.parquet")
-    assert table.schema.names == ["image", *rows.schema.names] and table.drop(["image"]).equals(rows)
+    assert table.schema.names == ["image", *rows.schema.names] and table.drop(["image"]).to_pandas().equals(
+        rows.to_pandas()
+    )
     found = load_dataset(str(tmp_path / "a"), split="train", cache_dir=str(tmp_path / "cache"))
-    assert found.num_rows == len(open_folder(copy)) and found[0]["image"].size == (rows["width"][0].as_py(),) * 2
+    assert found.num_rows == len(open_folder(copy)) and found[0]["image"].width == rows["width"][0].as_py()
 
 
 def test_export_refuses_what_is_wrong_by_name(copy: Path, tmp_path: Path) -> None:

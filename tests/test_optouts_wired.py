@@ -22,7 +22,8 @@ ALL_RESERVED = json.dumps([{"location": "/", "tdm-reservation": 1}]).encode()
 
 def test_what_is_respected_where_nobody_says_otherwise() -> None:
     """The file costs a request per origin, and hardly any has one: it is for those who ask for it."""
-    assert FetchConfig().respect == optouts.SIGNALS[:3] == ("x-robots-tag", "robots-txt", "tdm-reservation")
+    files = ("tdm-reservation", "content-usage", "c2pa", "iptc")
+    assert FetchConfig().respect == optouts.SIGNALS[:6] == ("x-robots-tag", "robots-txt", *files)
     assert FetchConfig(respect=optouts.SIGNALS).respect == optouts.SIGNALS
 
 

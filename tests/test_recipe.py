@@ -276,9 +276,12 @@ def test_hashes_are_those_of_before() -> None:
         "siglip-aesthetics": (source, fetch, images, "ea7c966dbbc6eadd"),
         "modern": (source, fetch, images, "ea7c966dbbc6eadd"),
     }
-    assert {name: tuple(load_recipe(name).stage_hashes().values()) for name in shipped()} == expected
+    respected = ["fetch.respect=[x-robots-tag, robots-txt, tdm-reservation]"]  # all that was respected then
+    assert {name: tuple(load_recipe(name, respected).stage_hashes().values()) for name in shipped()} == expected
+    now = {load_recipe(name).stage_hashes()["fetch"] for name in shipped()}
+    assert now == {"49b41bc69738b5a5"}
     settings = ["source.columns=[a]", "source.where=x > 1", "fetch.max_bytes=1.5kB", "fetch.allow=10.0.0.0/8:80"]
-    mine = load_recipe("bundled", [*settings, "fetch.verify=md5", "images.quality=7", "images.exif=true"])
+    mine = load_recipe("bundled", [*respected, *settings, "fetch.verify=md5", "images.quality=7", "images.exif=true"])
     hashes = ["e701794aa4bf41d9", "674f8a25e4366676", "7d674ca85b57eda0", "88e8a454209e60b2"]
     assert list(mine.stage_hashes().values()) == hashes
 

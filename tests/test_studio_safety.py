@@ -128,7 +128,8 @@ def test_sql_can_do_no_more_than_in_a_recipe(served: ServedData, client: httpx.C
     assert client.get("/api/data").status_code == 200 and not served.faults
 
 
-DEAR = "length(repeat(caption, 100000000)) > 5 and regexp_matches(repeat('a', 30000) || caption, '(a*)*(a*)*b$')"
+DEAR = "levenshtein(repeat(caption, 100), repeat(url, 100)) >= 0"
+"""Takes a third of a second of a core, of 48 images; DuckDB can't be told to stop within one."""
 
 
 def test_many_slow_requests_of_one_do_not_hold_up_others(served: ServedData, client: httpx.Client) -> None:
@@ -142,7 +143,7 @@ def test_many_slow_requests_of_one_do_not_hold_up_others(served: ServedData, cli
             mine.cookies = client.cookies
             done.append(mine.post("/api/selections", json=asked).status_code)
 
-    threads = [threading.Thread(target=slow, args=(10 + n,)) for n in range(24)]
+    threads = [threading.Thread(target=slow, args=(10 + n,)) for n in range(12)]
     for thread in threads:
         thread.start()
     time.sleep(0.3)
@@ -156,7 +157,7 @@ def test_many_slow_requests_of_one_do_not_hold_up_others(served: ServedData, cli
     for thread in threads:
         thread.join()
     assert max(waits) < 5, waits  # on a machine that does other things as well
-    assert set(done) <= {200, 422, 429} and not served.faults
+    assert {200} <= set(done) <= {200, 429} and not served.faults
 
 
 def test_streams_are_bounded_over_all_parts(served: ServedData, client: httpx.Client, monkeypatch: Any) -> None:

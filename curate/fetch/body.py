@@ -41,6 +41,8 @@ class BodyLimits:
     max_bytes: int
     truncate: bool  # a longer body is cut there, not refused
     respect: frozenset[str]  # opt-out headers that end the row
+    method: str = "GET"
+    headers_only: bool = False  # nobody wants the body: it is not read, and a part of it will do
     look: Callable[[bytes], bool] | None = None
     """Sees the first bytes, and more of them, until it says that it has seen enough; what it raises ends the row."""
 
@@ -62,12 +64,12 @@ async def read_body(
         clock: the timeout of the request; it stands still while the body waits for memory.
     """
     status = response.status
-    if status not in REDIRECTS and status not in (200, 203):
+    if status not in REDIRECTS and status not in (200, 203) and not (limits.headers_only and status == 206):
         raise RowError(_REASONS.get(status) or _REASONS.get(status // 100) or Reason.PROTOCOL, f"status {status}")
     for signal, directive in opt_outs.items():
         if signal in limits.respect:
             raise RowError(Reason.OPTED_OUT, f"{signal}: {directive}")
-    if status in REDIRECTS:
+    if status in REDIRECTS or limits.headers_only:
         return b""
     most, declared = limits.max_bytes, response.content_length
     if declared is not None and declared > most and not limits.truncate:

@@ -18,11 +18,12 @@ import asyncio.sslproto
 import contextlib
 import errno
 import functools
+import json
 import random
 import resource
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -48,6 +49,7 @@ SECOND_PASS = 5.0
 
 _BACKOFF = 0.5  # seconds before an attempt that is not the last, on average; doubles with each one
 _OF_THE_DOMAIN = {Reason.CONNECT, Reason.TLS, Reason.TIMEOUT, Reason.HTTP_429}  # and 503; others are one URL's affair
+_NO_HEAD = {400, 403, 405, 406, 501}  # what servers answer that know no HEAD, or want none
 _UNREACHABLE = {Reason.BLOCKED_ADDRESS, Reason.DNS, Reason.CONNECT, Reason.TLS, Reason.TIMEOUT}
 _LONGEST_WAIT = 30.0  # seconds of Retry-After that are waited for; beyond, the row is left to `tastemaker retry`
 _PAUSE = 1.0  # seconds that a domain is left alone after a 429 that names no time
@@ -64,7 +66,8 @@ class Body:
     data: bytes
     final_url: str  # after redirects
     http_status: int  # 200 or 203
-    opt_out: str | None = None  # opt-out headers that were seen on the way and are not in `respect`
+    opt_out: str | None = None  # opt-out signals that were seen on the way and are not in `respect`
+    redirects: str | None = None  # as the ledger's column has it
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class _HttpAnswer:
     data: bytes
     memory: Reservation  # of `data`; to be released
     seconds: float  # it took
+    hops: tuple[str, ...] = ()  # every URL that was asked for, this one last
 
 
 class Fetcher:
@@ -109,6 +113,7 @@ class Fetcher:
         self._tdmrep = optouts.TdmRep(self._read_tdmrep)
         self._deny = deny or Deny.load(())
         self._image_limits = BodyLimits(config.max_bytes, truncate=False, respect=frozenset(config.respect))
+        self._header_limits = replace(self._image_limits, method="HEAD", headers_only=True)
         self._rules_limits = BodyLimits(optouts.ROBOTS_MAX_BYTES, truncate=True, respect=frozenset())
         self._keepalive = _seconds_kept_open(config.concurrency)
         self._opened: aiohttp.ClientSession | None = None
@@ -133,9 +138,18 @@ class Fetcher:
         parsed = addresses.parse_url(url, self._allow)
         answer = await self._get_with_retries(parsed, replace(self._image_limits, look=look), opt_outs)
         try:
-            yield Body(answer.data, str(answer.url), answer.status, _as_text(opt_outs))
+            yield Body(answer.data, str(answer.url), answer.status, opt_outs_text(opt_outs), _chain(answer.hops))
         finally:
             answer.memory.release()
+
+    async def check(self, url: str) -> Body:
+        """As `get`, but for what is said of a URL alone: a body without bytes, from HEAD requests, or where a server
+        refuses those from a GET of one byte. What the file says of itself is not seen."""
+        opt_outs: dict[str, str] = {}
+        parsed = addresses.parse_url(url, self._allow)
+        answer = await self._get_with_retries(parsed, self._header_limits, opt_outs)
+        answer.memory.release()
+        return Body(b"", str(answer.url), answer.status, opt_outs_text(opt_outs), _chain(answer.hops))
 
     async def return_slots(self) -> None:
         """Give back what the budget leased and no row needs now."""
@@ -175,32 +189,61 @@ class Fetcher:
         seconds = self._config.timeout
         opt_outs.clear()
         answer: _HttpAnswer | None = None
+        hops: list[str] = []
         try:
             for _ in range(self._config.max_redirects + 1):
                 self._deny.check_url(url)
-                if "robots-txt" in limits.respect:
-                    await self._robots.check(url)
-                if "tdmrep-json" in limits.respect:
-                    await self._tdmrep.check(url)
+                hops.append(str(url))
+                await self._check_files(url, limits.respect, opt_outs)
                 host = url.raw_host or ""
                 seconds -= await self._resolver.look_up(host)
-                async with self._permits.permit(budget.registered_domain(host)) as permit:
-                    await self._memory.half_free.wait()
-                    answer = await self._request(url, seconds, limits, opt_outs, permit)
+                try:
+                    answer = await self._permitted(url, seconds, limits, opt_outs)
+                except RowError as e:
+                    if limits.method != "HEAD" or e.http_status not in _NO_HEAD or e.reason is Reason.OPTED_OUT:
+                        raise
+                    answer = await self._permitted(url, seconds, replace(limits, method="GET"), opt_outs)
                 seconds -= answer.seconds
                 if answer.status not in REDIRECTS:
-                    return answer
+                    return replace(answer, hops=tuple(hops))
                 answer.memory.release()
                 if not answer.location:
                     raise RowError(Reason.PROTOCOL, f"{answer.status} without a Location")
                 url = addresses.parse_url(answer.location, self._allow, base=url)
             raise RowError(Reason.TOO_MANY_REDIRECTS, f"more than {self._config.max_redirects}")
         except RowError as e:
-            e.opt_out = _as_text(opt_outs)
+            e.opt_out, e.redirects = opt_outs_text(opt_outs), _chain(hops)
             if answer is not None and e.http_status is None:  # what led there
                 e.final_url, e.http_status = str(answer.url), answer.status
                 e.detail = f"redirect: {e.detail}"
             raise
+
+    async def _permitted(self, url: URL, seconds: float, limits: BodyLimits, opt_outs: dict[str, str]) -> _HttpAnswer:
+        """One request, once its domain has a place for it."""
+        async with self._permits.permit(budget.registered_domain(url.raw_host or "")) as permit:
+            await self._memory.half_free.wait()
+            return await self._request(url, seconds, limits, opt_outs, permit)
+
+    async def _check_files(self, url: URL, respect: Collection[str], opt_outs: dict[str, str]) -> None:
+        """Ask the files of the URL's origin; RowError where one that is respected refuses it.
+
+        A robots.txt that can't be read keeps out only who respects its Disallow.
+        """
+        if "robots-txt" in respect:
+            with _noted(opt_outs, "robots-txt", "disallow"):
+                await self._robots.check(url)
+        if "robots-txt" in respect or "content-usage" in respect:
+            refused = False
+            with contextlib.suppress(RowError):
+                refused = await self._robots.refuse_usage(url)
+            if refused:
+                opt_outs["content-usage"] = "train-ai=n in robots.txt"
+                if "content-usage" in respect:
+                    detail = f"content-usage: robots.txt of {url.origin()} says train-ai=n of it"
+                    raise FinalError(Reason.OPTED_OUT, detail)
+        if "tdmrep-json" in respect:
+            with _noted(opt_outs, "tdmrep-json", "1"):
+                await self._tdmrep.check(url)
 
     async def _request(
         self, url: URL, seconds: float, limits: BodyLimits, opt_outs: dict[str, str], permit: domains.Permit
@@ -211,7 +254,9 @@ class Fetcher:
         began = time.monotonic()
         try:
             try:
-                async with asyncio.timeout(seconds) as clock, self._session.get(url, allow_redirects=False) as response:
+                only = {"Range": "bytes=0-0"} if limits.headers_only and limits.method == "GET" else None
+                request = self._session.request(limits.method, url, allow_redirects=False, headers=only)
+                async with asyncio.timeout(seconds) as clock, request as response:
                     status = response.status
                     retry_after = _retry_after(response.headers.get("Retry-After"))
                     opt_outs |= optouts.read_headers(response.headers)
@@ -305,8 +350,24 @@ class Fetcher:
         return answer.data
 
 
-def _as_text(opt_outs: dict[str, str]) -> str | None:
+def opt_outs_text(opt_outs: Mapping[str, str]) -> str | None:
+    """Signals and the words that said them, as the column `opt_out` has it; None where there are none."""
     return "; ".join(f"{signal}: {directive}" for signal, directive in opt_outs.items()) or None
+
+
+@contextlib.contextmanager
+def _noted(opt_outs: dict[str, str], signal: str, word: str) -> Iterator[None]:
+    """Around what may raise `opted_out`: then the signal was seen."""
+    try:
+        yield
+    except RowError as e:
+        if e.reason is Reason.OPTED_OUT:
+            opt_outs[signal] = word
+        raise
+
+
+def _chain(hops: Sequence[str]) -> str | None:
+    return json.dumps(hops, ensure_ascii=False) if len(hops) > 1 else None
 
 
 @functools.cache

@@ -28,7 +28,7 @@ class FetchConfig:
     max_redirects: int = 5
     retries: int = 2  # attempts after the first, for transient reasons
     user_agent: str = "tastemaker/0.1.0 (dataset curation; robots.txt token: tastemaker)"
-    respect: tuple[str, ...] = ("x-robots-tag", "robots-txt", "tdm-reservation")  # opt-out signals that are honoured
+    respect: tuple[str, ...] = SIGNALS[:-1]  # opt-out signals that are honoured; tdmrep-json costs a request per origin
     verify: str | None = None  # a column of the list: md5, sha256 or sha512 of the original bytes, in hex
     deny: tuple[str, ...] = ()  # files of URLs, domains and hashes that are never fetched, decoded or stored
     allow: tuple[str, ...] = ()  # private "network:port" pairs that may be contacted, such as 127.0.0.0/8:8123

@@ -29,7 +29,7 @@ from aesthetic.errors import UserError
 from aesthetic.files import as_disk_full, atomic, scratch_path
 from curate.estimate.spent import Spent, counting, total_spent
 from curate.fetch import engine_img2dataset
-from curate.fetch.client import Fetcher
+from curate.fetch.client import Fetcher, opt_outs_text
 from curate.fetch.config import FetchConfig
 from curate.fetch.deny import Deny, verify_hash
 from curate.fetch.early import EarlyRules, ShardRules
@@ -37,6 +37,7 @@ from curate.images.config import ImagesConfig
 from curate.images.faces import detector
 from curate.images.isolated import IsolatedDecoder
 from curate.images.process import ProcessedImage, process
+from curate.images.rights import read_rights
 from curate.layout import Data
 from curate.ledger.schema import (
     FETCHED_COLUMNS,
@@ -247,19 +248,24 @@ async def _fetch_and_decode(
     loop = asyncio.get_running_loop()
     expected = source.table.column(stored_name(context.fetch.verify)).to_pylist() if context.fetch.verify else None
 
-    def check_and_process(body: bytes, digest: str | None) -> ProcessedImage | None:
-        """In a thread: what is denied or not what the list names is not even decoded."""
+    def check_and_process(body: bytes, digest: str | None, facts: dict[str, Any]) -> ProcessedImage | None:
+        """In a thread: what is denied, not what the list names, or opted out by itself is not even decoded."""
         with spent.thread("decode"):
             if context.deny or digest:
                 sha256 = hashlib.sha256(body).digest()
                 context.deny.check_body(body, sha256)
                 verify_hash(body, digest, sha256)
+            rights = read_rights(body)  # all metadata are gone once it is processed
+            facts["opt_out"] = "; ".join(filter(None, (facts["opt_out"], opt_outs_text(rights)))) or None
+            for signal, word in rights.items():
+                if signal in context.fetch.respect:
+                    raise RowError(Reason.OPTED_OUT, f"{signal}: the file says {word}")
             return None if isolated is not None else process(body, context.images)
 
-    async def decode(body: bytes, index: int) -> ProcessedImage:
+    async def decode(body: bytes, index: int, facts: dict[str, Any]) -> ProcessedImage:
         early.check_prefix(index, body)
         digest = expected[index] if expected else None
-        image = await loop.run_in_executor(context.threads, check_and_process, body, digest)
+        image = await loop.run_in_executor(context.threads, check_and_process, body, digest, facts)
         image = image or await isolated.decode(body)  # type: ignore[union-attr]
         early.check_size(index, image.original_width, image.original_height)  # now it is known for sure
         return image
@@ -278,12 +284,12 @@ async def _fetch_and_decode(
                         look(await asyncio.to_thread(row.place.begin, _BEGINNING))
                     body = await asyncio.to_thread(row.place.read)
                     facts["bytes"] = len(body)
-                    image = await decode(body, index)
+                    image = await decode(body, index, facts)
             else:
                 async with context.fetcher.body(row.url or "", look if context.early.header else None) as answer:
                     facts |= {"final_url": answer.final_url, "http_status": answer.http_status}
-                    facts |= {"bytes": len(answer.data), "opt_out": answer.opt_out}
-                    image = await decode(answer.data, index)
+                    facts |= {"bytes": len(answer.data), "opt_out": answer.opt_out, "redirects": answer.redirects}
+                    image = await decode(answer.data, index, facts)
             facts |= image.facts() | {"status": Status.SUCCESS.value}
             results.add(index, facts, image.data, image.extension)
         except RowError as e:

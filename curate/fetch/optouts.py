@@ -1,8 +1,11 @@
-"""Who asked us to stay away: X-Robots-Tag, robots.txt (RFC 9309) and TDMRep (the TDM Reservation Protocol).
+"""Who asked us to stay away: X-Robots-Tag, robots.txt (RFC 9309), TDMRep (the TDM Reservation Protocol), Content-Usage.
 
 TDMRep is the W3C Community Group's Final Report of 10 May 2024, of which two of its ways to say it count here: the
 header `tdm-reservation` and the file `/.well-known/tdmrep.json`. Reserved is reserved, also where a `tdm-policy` offers
 a licence: nobody here could accept one.
+
+Content-Usage is that of two drafts of the IETF's AIPREF group, draft-ietf-aipref-attach-05 (where it stands: a header,
+lines of robots.txt) and draft-ietf-aipref-vocab-08 (what it says). What a file says of itself: curate.images.rights.
 """
 
 from __future__ import annotations
@@ -26,8 +29,8 @@ from curate.ledger.schema import FinalError, Reason, RowError
 PRODUCT_TOKEN = "tastemaker"
 """The name under which robots.txt and X-Robots-Tag can address us."""
 
-SIGNALS = ("x-robots-tag", "robots-txt", "tdm-reservation", "tdmrep-json")
-"""The opt-out signals that `fetch.respect` can name: two headers, two files per origin."""
+SIGNALS = ("x-robots-tag", "robots-txt", "tdm-reservation", "content-usage", "c2pa", "iptc", "tdmrep-json")
+"""The opt-out signals that `fetch.respect` can name: in headers, in files of an origin, in the image file itself."""
 
 Read = Callable[[URL], Awaitable[bytes | None]]
 """Fetches a file of an origin: its bytes, cut where they are too many; None where the origin has none."""
@@ -43,8 +46,8 @@ _LONGEST = 2048  # characters of all X-Robots-Tag headers of an answer; nobody w
 def read_headers(headers: CIMultiDictProxy[str]) -> dict[str, str]:
     """The opt-outs in the headers of one answer: the signal's name -> the word that says it; {} if there are none.
 
-    `{"x-robots-tag": "noai", "tdm-reservation": "1"}` is all that there can be, with other directives in place of
-    noai. Every hop of a redirect has headers of its own.
+    `{"x-robots-tag": "noai", "tdm-reservation": "1", "content-usage": "train-ai=n"}` is all that there can be, with
+    other directives in place of noai. Every hop of a redirect has headers of its own.
 
     `tdm-reservation` reserves where its value is 1, blanks around it aside. TDMRep calls every other value but 0 an
     error, and an error counts as unset; so do values that contradict each other, in one header or in several, for the
@@ -56,6 +59,8 @@ def read_headers(headers: CIMultiDictProxy[str]) -> dict[str, str]:
         found["x-robots-tag"] = directive
     if {value.strip() for line in headers.getall("tdm-reservation", ()) for value in line.split(",")} == {"1"}:
         found["tdm-reservation"] = "1"
+    if said := usage_refusal(", ".join(headers.getall("Content-Usage", ()))):
+        found["content-usage"] = said
     return found
 
 
@@ -80,6 +85,47 @@ def robots_tag_refusal(headers: Iterable[str]) -> str | None:
             if ours and name in _REFUSALS:
                 return name
     return None
+
+
+# A dictionary of RFC 9651 (Structured Field Values), section 3.2; what is no such dictionary says nothing.
+_SF_KEY = r"[a-z*][a-z0-9_.*-]*"
+_SF_ITEM = (
+    r"(?:-?[0-9]{1,15}(?:\.[0-9]{1,3})?"  # integers and decimals
+    r'|"(?:[ !#-\[\]-~]|\\["\\])*"'  # strings
+    r"|[A-Za-z*][A-Za-z0-9!#$%&'*+.^_`|~:/-]*"  # tokens
+    r"|:[A-Za-z0-9+/=]*:|\?[01]|@-?[0-9]{1,15}"  # bytes, booleans, dates
+    r'|%"(?:[ !#$&-~]|%[0-9a-f]{2})*")'  # display strings
+)
+_SF_PARAMETERS = rf"(?:; *{_SF_KEY}(?:={_SF_ITEM})?)*"
+_SF_VALUE = rf"(?:{_SF_ITEM}|\( *(?:{_SF_ITEM}{_SF_PARAMETERS}(?: +|(?=\))))*\)){_SF_PARAMETERS}"
+_SF_MEMBER = re.compile(rf"({_SF_KEY})(?:=({_SF_VALUE})|{_SF_PARAMETERS})[ \t]*(?:(,)[ \t]*|$)")
+
+_TRAINING = ("train-ai", "train-genai")
+"""The categories that are ours: AI Training, and Generative AI Training as -02 and -03 of the vocabulary had it."""
+
+MOST_USAGE = 2048
+"""Characters of a statement of preferences that are read; who says more is taken to refuse."""
+
+
+def usage_refusal(statement: str) -> str | None:
+    """What of a statement of preferences (draft-ietf-aipref-vocab-08) asks us to stay away: `train-ai=n`, or None.
+
+    The statement is a dictionary of structured fields; n and y are tokens, and every other value, as every other key
+    and all parameters, says nothing. Of a key that comes twice the last one counts. What is no dictionary as a whole
+    says nothing either.
+    """
+    statement = statement.strip(" ")
+    if len(statement) > MOST_USAGE:
+        return f"more than {MOST_USAGE} characters"
+    said: dict[str, str] = {}
+    at, comma = 0, None
+    while at < len(statement):
+        if (member := _SF_MEMBER.match(statement, at)) is None:
+            return None
+        said[member[1]] = (member[2] or "").partition(";")[0]
+        at, comma = member.end(), member[3]
+    refused = [key for key in _TRAINING if said.get(key) == "n"]
+    return f"{refused[0]}=n" if refused and not comma else None
 
 
 # ------------------------------------------------------------------------------------------------------ rules of paths
@@ -234,7 +280,12 @@ class _OriginRules:
 
     async def refuse(self, url: URL) -> bool:
         """Whether the rules refuse a URL; raises the RowError that reading them ended with."""
-        rules = await self._cache.get(f"{url.scheme}://{url.host_port_subcomponent}")
+        return await self._decide(await self._rules(url), url)
+
+    async def _rules(self, url: URL) -> Rules:
+        return await self._cache.get(f"{url.scheme}://{url.host_port_subcomponent}")
+
+    async def _decide(self, rules: Rules, url: URL) -> bool:
         if not rules:
             return False
         path = url.raw_path_qs
@@ -264,21 +315,34 @@ ROBOTS_MAX_BYTES = 500 * 1024
 
 # as generous as crawlers are: without a colon, and misspelt
 _RULE_LINE = re.compile(
-    r"(?:^|[\r\n])[ \t]*(?P<field>user[- ]?agent|allow|disallow|dissallow|dissalow|disalow|diasllow|disallaw)"
-    r"(?:[ \t]*:|[ \t])[ \t]*(?P<value>[^#\r\n]*)",
+    r"(?:^|[\r\n])[ \t]*(?P<field>user[- ]?agent|content-usage|"
+    r"allow|disallow|dissallow|dissalow|disalow|diasllow|disallaw)(?:[ \t]*:|[ \t])[ \t]*(?P<value>[^#\r\n]*)",
     re.IGNORECASE,
 )
 
 
-def robots_rules(body: bytes) -> Rules:
+class RobotsRules(Rules):
+    """The rules of a robots.txt, and what it prefers of the use of what may be fetched."""
+
+    def __init__(self, rules: Iterable[tuple[str, int, bool]], usage: Iterable[tuple[str, int, bool]]) -> None:
+        super().__init__(rules)
+        self.usage = Rules(usage)
+        self.size += self.usage.size
+
+
+def robots_rules(body: bytes) -> RobotsRules:
     """Read a robots.txt: the rules that RFC 9309 gives to our product token, else those for everybody.
 
     The group is chosen to the letter of section 2.2.1: a whole token counts, a version after it does not, and records
     of other kinds (Crawl-delay, Sitemap) end no group. Of the rules that match, the longest decides, and of two of one
     length the one that allows (section 2.2.2); robots.txt itself is always allowed.
+
+    A Content-Usage rule of the group is `[PATH] STATEMENT` (draft-ietf-aipref-attach-05, section 3); without a path it
+    is about all of them. The longest that matches decides here too, whatever it says of training: one that is silent
+    leaves the matter open. Of two of one length the one that refuses counts.
     """
-    ours: list[tuple[str, int, bool]] = []
-    everybodys: list[tuple[str, int, bool]] = []
+    ours: tuple[list[tuple[str, int, bool]], list[tuple[str, int, bool]]] = [], []  # access, usage
+    everybodys: tuple[list[tuple[str, int, bool]], list[tuple[str, int, bool]]] = [], []
     named = in_rules = False
     agents: list[str] = []
     for line in _RULE_LINE.finditer(body.decode("utf-8-sig", errors="replace")):
@@ -291,13 +355,19 @@ def robots_rules(body: bytes) -> Rules:
             named = named or agents[-1] == PRODUCT_TOKEN
             continue
         in_rules = True
-        rule = value, 2 * len(value) + (field == "allow"), field != "allow"
+        about_usage = field == "content-usage"
+        if about_usage:
+            pattern, *statement = value.split(None, 1) if value.startswith("/") else ("", value)
+            refused = bool(usage_refusal(statement[0])) if statement else False
+            rule = pattern, 2 * len(pattern) + refused, refused
+        else:
+            rule = value, 2 * len(value) + (field == "allow"), field != "allow"
         if PRODUCT_TOKEN in agents and value:
-            ours.append(rule)
+            ours[about_usage].append(rule)
         if "*" in agents and value:
-            everybodys.append(rule)
-    always = "/robots.txt", sys.maxsize // 4, False
-    return Rules([*(ours if named else everybodys), always])
+            everybodys[about_usage].append(rule)
+    access, usage = ours if named else everybodys
+    return RobotsRules([*access, ("/robots.txt", sys.maxsize // 4, False)], usage)
 
 
 class Robots(_OriginRules):
@@ -314,6 +384,11 @@ class Robots(_OriginRules):
         """Raises RowError: opted_out where the rules disallow this URL, or what `read` raised."""
         if await self.refuse(url):
             raise FinalError(Reason.OPTED_OUT, f"robots.txt of {url.origin()} disallows it")
+
+    async def refuse_usage(self, url: URL) -> bool:
+        """Whether Content-Usage rules ask that what is at a URL be not trained on; raises what `read` raised."""
+        rules = await self._rules(url)
+        return isinstance(rules, RobotsRules) and await self._decide(rules.usage, url)
 
 
 # ---------------------------------------------------------------------------------------------------- tdmrep.json

@@ -74,8 +74,8 @@ class RowError(Exception):
     """A row has no image, for this reason. It ends one row, never a run.
 
     `detail` is for people (it lands in `error_message`); it is never parsed. `final_url` and `http_status` are set
-    where a server answered, `original_size` (width, height) where a header could be read, `opt_out` where a server's
-    headers asked us to stay away.
+    where a server answered, `redirects` (as the column has it) where one sent us on, `original_size` (width, height)
+    where a header could be read, `opt_out` where somebody asked us to stay away.
     """
 
     reason: Reason
@@ -85,6 +85,7 @@ class RowError(Exception):
     http_status: int | None = None
     original_size: tuple[int, int] | None = None
     opt_out: str | None = None
+    redirects: str | None = None
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else str(self.reason)
@@ -120,8 +121,9 @@ FETCHED_COLUMNS = [
     ("http_status", pa.int32()),
     ("bytes", pa.int64()),  # length of the original body
     ("phash", pa.string()),  # 16 hex digits
-    ("opt_out", pa.string()),  # opt-out headers that were seen, respected or not: "x-robots-tag: noai"
+    ("opt_out", pa.string()),  # opt-out signals that were seen, respected or not: "x-robots-tag: noai"
     ("faces_blurred", pa.int32()),  # how many; null unless images.blur_faces
+    ("redirects", pa.string()),  # JSON list: every URL of a chain of redirects, the first and the last one too
 ]
 """What the fetch and images stages add: img2dataset's columns under their names, then ours."""
 
@@ -165,6 +167,7 @@ def failure_facts(error: RowError) -> dict[str, Any]:
         "final_url": error.final_url,
         "http_status": error.http_status,
         "opt_out": error.opt_out,
+        "redirects": error.redirects,
     }
 
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,7 @@ import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError
 from aesthetic.files import atomic, scratch_path, write_atomic
-from aesthetic.untrusted import markdown, markdown_code
 from curate.layout import Data, shard_name
-from curate.ledger.balance import balance_words
-from curate.ledger.rules import DENIED, KEPT, NOT_FETCHED, UNJUDGED, read_rules
 from curate.ledger.schema import RESERVED, list_name, stored_name
 from curate.ledger.select import NothingKept, Selection, load_selection
 from curate.ledger.view import (
@@ -36,11 +32,11 @@ from curate.ledger.view import (
     conform,
     current_tables,
     hidden_columns,
-    notes_of,
     recorded_columns,
     table_digests,
     tables,
 )
+from curate.shards.card import card_text
 from curate.shards.indexes import image_extensions, is_index, write_folder_indexes, write_shard_indexes
 from curate.shards.shuffle import Buckets, Hashes, KeptKeys, cuts, first_hashes
 from curate.shards.tar import CorruptShard, TarWriter, image_member, index_tar, read_range
@@ -129,7 +125,7 @@ def pack(
         facts = _facts(data, selection, config, len(sizes), found, left_out)
         write_json(building / "sizes.json", sizes)
         columns = pq.read_schema(data.local(building / f"{shard_name(0)}.parquet")).names
-        write_atomic(building / "README.md", _card(facts, selection, columns).encode())
+        write_atomic(building / "README.md", card_text(facts, selection, columns).encode())
         outputs |= {file: _output(building / file) for file in ("sizes.json", "README.md")}
         named = {f"shards/{name}/{file}": output for file, output in sorted(outputs.items())}  # where they will be
         facts |= {"config": identity, "inputs": inputs, "outputs": named}
@@ -373,106 +369,3 @@ def _facts(
         "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest() if recipe is not None else None,
         **({"denied_hashes": hashes.pop()} if len(hashes) == 1 and hashes != {None} else {}),
     }
-
-
-# ---------------------------------------------------------------------------------------------------------------- card
-
-
-def _card(facts: Mapping[str, Any], selection: Selection, columns: Sequence[str]) -> str:
-    """A dataset card as the Hugging Face hub shows them: a YAML header, then what these shards are and came from."""
-    count = selection.kept
-    total = sum(selection.funnel.values())
-    bounds = [(10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M")]
-    size = next((word for bound, word in bounds if count < bound), "10M<n<100M" if count < 10**8 else "100M<n<1B")
-    header = {
-        "pretty_name": facts["name"],
-        "license": "other",
-        "license_name": "unknown-per-image",
-        "task_categories": ["text-to-image", "image-to-text"],
-        "size_categories": [size],
-        "tags": ["webdataset", "image-text"],
-        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "*.tar"}]}],
-    }
-    lines = ["---", *(f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in header.items()), "---", ""]
-    lines += [
-        f"# {facts['name']}",
-        "",
-        f"{count:,} images in {facts['shards']:,} webdataset shards, chosen from a list of {total:,} rows.",
-        "A sample is `KEY.jpg` (or its kind), `KEY.json` (the row) and `KEY.txt` (the caption, or nothing).",
-        "`NNNNN.parquet` holds the rows of `NNNNN.tar` in the same order, `sizes.json` the samples per shard,",
-        "`manifest.json` the sha256 of every file, the recipe and what each number was made by.",
-        "",
-        "## How the images were chosen",
-        "",
-        "| verdict | rows | share | marginal | condition |",
-        "|---|--:|--:|--:|---|",
-    ]
-    reasons = ", ".join(f"{r} {n:,}" for r, n in selection.not_fetched.items())
-    denied = ", ".join(f"{markdown_code(column)} {n:,}" for column, n in selection.denied.items())
-    table = [(NOT_FETCHED, "", reasons), *([(DENIED, "", denied)] if denied else [])] + [
-        (r.name, f"{r.marginal:,}", markdown_code(r.condition)) for r in selection.rules
-    ]
-    if selection.unjudged:
-        table.append((UNJUDGED, "", "rejected by early rules that are not among these"))
-    for verdict, marginal, text in [*table, (KEPT, "", "")]:
-        rows = selection.funnel[verdict]
-        lines.append(f"| {markdown(verdict)} | {rows:,} | {rows / total:.1%} | {marginal} | {text} |")
-    lines += [
-        "",
-        "Rules were applied in this order; a row counts for the first that rejected it.",
-        "*Marginal* is what a rule would reject without the others.",
-        "",
-    ]
-    if selection.early:
-        early = ", ".join(f"{markdown(rule)} {n:,}" for rule, n in selection.early.items())
-        lines += [
-            f"Some rules were applied early, and what they rejected was not stored ({early} rows): other rules say",
-            "nothing of these, and what looks at all rows (`top`, `best_of` and the like) looked at the others.",
-            "",
-        ]
-    for column, became in selection.clusters.items():
-        lines += [f"{markdown_code(column)}: {balance_words(became)}.", ""]
-    if notes := _notes(facts["columns"], selection):
-        lines += [
-            "Of what these columns say:",
-            "",
-            *(f"- {markdown_code(column)}: {markdown(note)}" for note, column in notes.items()),
-            "",
-        ]
-    if facts["columns"] or facts["space"]:
-        lines += ["## What the columns were made by", ""]
-        if encoder := facts["space"].get("encoder"):
-            lines.append(f"- embeddings: {markdown_code(encoder)}, space `{facts['space'].get('fingerprint', '')}`")
-        for column, made in facts["columns"].items():
-            maker = made.get("head") or made.get("annotator") or "unknown"
-            words = [markdown(str(word)) for word in (made.get("meaning"), made.get("unit")) if word]
-            if scale := made.get("scale"):
-                words.append(f"from {scale[0]:g} to {scale[1]:g}")
-            lines.append(f"- {markdown_code(column)}: {', '.join([markdown(maker), *words])}")
-        lines += ["", "A score means something only beside others of the same head.", ""]
-    lines += [
-        "## Columns",
-        "",
-        ", ".join(map(markdown_code, columns)),
-        "",
-        "## Licences",
-        "",
-        "The images belong to whoever made them, under terms that this collection neither knows nor changes;",
-        "a URL and a score grant no right. Columns of the list that speak of licences are kept with each sample.",
-        "Look up and respect the terms of each image before use, and remove it when its owner asks.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _notes(columns: Mapping[str, Mapping[str, Any]], selection: Selection) -> dict[str, str]:
-    """What is to be known of the columns that decided, those that a rule names and those that hide images: note -> the
-    first of these columns that it is of."""
-    rules = read_rules({r.name: r.condition for r in selection.rules}, columns)
-    named = {c for rule in rules.values() if rule for c in rule.columns}
-    decided = {column: made for column, made in columns.items() if column in named or made.get("hidden")}
-    notes = dict[str, str]()
-    for column, made in decided.items():
-        for note in notes_of([made]):
-            notes.setdefault(note, column)
-    return notes

@@ -22,6 +22,7 @@ COMMANDS = {
     "status": "say where a run stands",
     "verify": "read every file again and compare it with the records",
     "export": "copy packed shards into the form that another trainer reads",
+    "check-opt-outs": "ask the origins of what was kept again who has opted out since",
     "query": "ask the whole ledger, as one table",
     "fit": "train a head from ratings, labels or comparisons",
     "heads": "list and show heads, import one, or make one from words",
@@ -41,5 +42,6 @@ _FILES = {"fetch": "curate", "embed": "curate", "retry": "curate", "pack": "sele
 
 def find(command: str) -> tuple[type[Any], Any]:
     """The options of a command and the function that does it."""
-    module = import_module(f"pipelines.commands.{_FILES.get(command, command)}")
-    return getattr(module, f"{command.capitalize()}Options"), getattr(module, f"run_{command}", module.run)
+    module = import_module(f"pipelines.commands.{_FILES.get(command, command).replace('-', '_')}")
+    name = "".join(word.capitalize() for word in command.split("-"))
+    return getattr(module, f"{name}Options"), getattr(module, f"run_{command}", module.run)
