@@ -9,7 +9,8 @@ shards/NAME/  NNNNN.tar, NNNNN.parquet    the chosen images;  manifest.json: the
 report/NAME/  sheet.png, scores.png
 studio/       index/: columns as the studio maps them into memory, search/: codes of vectors, images/: where they lie in
               tars; made of the above, and never needed
-deny.txt      what people denied while they looked
+deny.txt      what people denied while they looked, and what was removed: every run heeds it
+removing/     what.json: a removal that is under way;  the records that it took back
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -114,9 +116,13 @@ class Data:
         return RecordIndex(self.store)
 
     @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
-        """Be the only run at work on the folder while the block runs. UserError where another one is."""
+    def hold(self, *, removing: bool = False) -> Iterator[None]:
+        """Be the only run at work on the folder while the block runs. UserError where another one is, or where a
+        removal has not ended, unless it is that which goes on."""
         with self.store.lock():
+            if not removing and self.exists(self.removal):
+                again = f"tastemaker remove {shlex.quote(str(self))}"
+                raise UserError(f"a removal of images from {self} was broken off: `{again}` goes on with it")
             yield
             self.compact()
 
@@ -308,6 +314,10 @@ class Data:
     def sheet(self, name: str) -> Path:
         return self.root / "report" / name / "sheet.png"
 
+    def diff_sheet(self, a: str, b: str) -> Path:
+        """What two selections keep differently, in images."""
+        return self.root / "report" / a / f"without-{b}.png"
+
     def column_sheet(self, name: str) -> Path:
         """What an annotator says, in images; a selection of the same name has a folder beside it."""
         return self.root / "report" / f"{name}.png"
@@ -335,8 +345,17 @@ class Data:
 
     @property
     def deny_list(self) -> Path:
-        """What the studio was told to deny: a file for `fetch.deny`."""
+        """The folder's own deny-list: what the studio was told to deny, and what was removed (fetch.deny_file)."""
         return self.root / "deny.txt"
+
+    @property
+    def removal(self) -> Path:
+        """What `tastemaker remove` is about to take out; gone once it is."""
+        return self.root / "removing" / "what.json"
+
+    def taken_back(self, name: str) -> Path:
+        """Where a removal keeps records while it rewrites their files: those of a shard, a selection or a pack."""
+        return self.root / "removing" / f"{name}.json"
 
     @property
     def logs(self) -> Path:

@@ -7,7 +7,7 @@ calls unsafe is shown as a blur that no one can undo. The same data folder gives
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,8 @@ def _title(page: Page, report: Report) -> None:
 class Report:
     """What the data folder says about a selection; reads tables, never a tar."""
 
-    def __init__(self, data: Data, name: str) -> None:
+    def __init__(self, data: Data, name: str, among: Collection[int] | None = None) -> None:
+        """among: the shards that images are taken of, all where it is None; of many some are picked."""
         self.data = data
         self.selection = load_selection(data, name)
         found = tables(data)
@@ -165,7 +166,7 @@ class Report:
         self._hidden = hidden_condition(hidden)
         # what nobody has asked yet whether it must not be seen is not shown either
         asked = [set(t.shards) for t in found if t.name in hidden.values()]
-        shards = [s for s in self.fetched.shards if all(s in a for a in asked)]
+        shards = [s for s in self.fetched.shards if all(s in a for a in asked) and (among is None or s in among)]
         self.picked = [shards[i] for i in spread(len(shards), SHARDS)]
         self._verdicts = Verdicts(data.local(data.verdicts(name)))
         self.db = self._candidates(found)
@@ -189,13 +190,35 @@ class Report:
 
     def rejected(self, name: str) -> list[Example]:
         """Some of what a rule rejected, spread evenly over the value that it looks at, the narrowest miss first."""
-        order, rule = "key", self.rules[name]
-        if numbers := ", ".join(map(quote, self.numbers_of(name))):
-            order = f"least({numbers}) desc nulls last, key"
-            if rule and rule.cuts and all(cut.sign in ("<", "<=") for cut in rule.cuts):
-                order = f"greatest({numbers}) asc nulls last, key"
-        found = self.examples(f'"#verdict" = {literal(name)}', order, REJECTED, self.columns_of(name))
+        found = self.examples(
+            f'"#verdict" = {literal(name)}', self._nearest_first(name), REJECTED, self.columns_of(name)
+        )
         return [replace(e, blurred=True) for e in found] if self._is_unsafe(name) else found
+
+    def nearest(self, name: str, keys: npt.NDArray[np.uint64], limit: int) -> list[Example]:
+        """Those of the images with these keys that a rule rejected most narrowly, the narrowest miss first."""
+        where = f'"#verdict" = {literal(name)} and {self._among(keys)}'
+        found = self.examples(where, self._nearest_first(name), limit, self.columns_of(name), first=True)
+        return [replace(e, blurred=True) for e in found] if self._is_unsafe(name) else found
+
+    def of_keys(self, keys: npt.NDArray[np.uint64], limit: int) -> list[Example]:
+        """Some of the images with these keys, spread evenly."""
+        return self.examples(self._among(keys), "key", limit, [])
+
+    def _among(self, keys: npt.NDArray[np.uint64]) -> str:
+        """SQL that is true of the candidates with these keys."""
+        self.db.register("wanted", pa.table({"k": keys}))
+        self.db.execute("create or replace temp table of_keys as select k from wanted")
+        return "key::ubigint in (select k from of_keys)"
+
+    def _nearest_first(self, name: str) -> str:
+        """The order in which the images that a rule rejected most narrowly come first."""
+        rule, numbers = self.rules[name], ", ".join(map(quote, self.numbers_of(name)))
+        if not numbers:
+            return "key"
+        if rule and rule.cuts and all(cut.sign in ("<", "<=") for cut in rule.cuts):
+            return f"greatest({numbers}) asc nulls last, key"
+        return f"least({numbers}) desc nulls last, key"
 
     def numbers_of(self, rule: str) -> list[str]:
         """Those of the columns whose values a rule looks at that hold numbers."""
@@ -207,10 +230,13 @@ class Report:
         rule = self.rules[name]
         return [c for c in rule.columns if c in self.columns] if rule else []
 
-    def examples(self, where: str, order: str, limit: int, shown: Sequence[str]) -> list[Example]:
-        """At most `limit` of the candidates, evenly spaced in an order, with the values of the columns `shown`."""
+    def examples(
+        self, where: str, order: str, limit: int, shown: Sequence[str], *, first: bool = False
+    ) -> list[Example]:
+        """At most `limit` of the candidates, evenly spaced in an order, or the first of it, with the values of the
+        columns `shown`."""
         (total,) = self.db.sql(f"select count(*) from candidate where {where}").fetchall()[0]
-        places = spread(total, limit)
+        places = list(range(min(total, limit))) if first else spread(total, limit)
         values = "".join(f", {quote(c)}" for c in shown)
         rows = self.db.sql(
             f'select key, "#shard", caption, {self._blurred} {values} from candidate where {where} '

@@ -28,7 +28,7 @@ from curate.fetch import engine_img2dataset
 from curate.fetch.budget import LeaseSlots
 from curate.fetch.client import Fetcher
 from curate.fetch.config import FetchConfig
-from curate.fetch.deny import Deny
+from curate.fetch.deny_file import deny_of
 from curate.fetch.early import EarlyRules
 from curate.fetch.ingest import IngestContext, Report, ingest_shard
 from curate.images.config import ImagesConfig
@@ -71,7 +71,7 @@ class FetchWorker:
         self._untuned: tuple[tuple[int, int, int], int | None] | None = None  # GC thresholds, Linux's scheduler
         self.data, self.config = data, config
         count = threads or os.cpu_count() or 1
-        deny = Deny.load(fetch.deny)
+        deny = deny_of(data, fetch.deny)
         self._context = IngestContext(
             fetch=fetch,
             images=images,

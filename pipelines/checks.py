@@ -10,7 +10,8 @@ from aesthetic.errors import UserError
 from curate.annotators.base import Annotator, column_specs
 from curate.annotators.order import check_where, made_late, passes
 from curate.annotators.registry import make_annotator
-from curate.fetch.deny import Deny, deny_place
+from curate.fetch.deny import deny_place
+from curate.fetch.deny_file import deny_of
 from curate.layout import Data
 from pipelines.options import command
 from pipelines.recipe import Recipe, stored_recipe
@@ -74,11 +75,12 @@ def has_encoder(recipe: Recipe) -> bool:
 
 
 def refuse_denied(data: Data, recipe: Recipe, restart_from: str | None = None) -> None:
-    """UserError where a deny-list cannot be read, or names images that the data folder holds already.
+    """UserError where a deny-list, one of the recipe's or the folder's own, cannot be read, or names images that the
+    data folder holds already.
 
     Such a list would be obeyed for what is fetched from now on, and its owner would think for all.
     """
-    deny = Deny.load(recipe.fetch.deny)
+    deny = deny_of(data, recipe.fetch.deny)
     if not deny or not data.shards(data.fetched_record):
         return
     from curate.ledger.denied import denied_images, removal
@@ -97,9 +99,11 @@ def refuse_denied(data: Data, recipe: Recipe, restart_from: str | None = None) -
             "what was fetched without them, because originals are not kept"
         )
     denied += [f"perhaps images of shards/{name}, for the same reason" for name in found.unknown_packs]
-    steps = removal(data, found, [*map(deny_place, recipe.fetch.deny)])
+    files, stored = [*map(deny_place, recipe.fetch.deny)], stored_recipe(data)
+    known = {*map(deny_place, stored.fetch.deny)} if stored is not None else {*()}
+    steps = removal(data, found, files, [file for file in files if file not in known])
     raise UserError(
-        f"fetch.deny names what {data} holds already: {'; '.join(denied)}.\n"
+        f"a deny-list names what {data} holds already: {'; '.join(denied)}.\n"
         "A list that is given later takes nothing away, so nothing is done. Give another --out, or be rid of them:\n"
         + "\n".join(f"  {step}" for step in steps)
     )

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,12 +87,13 @@ PATHS = ["/stays.jpg", "/tag.jpg", "/private/1.jpg", "/usage/1.jpg", "/hop", "/g
 def before() -> dict[Any, Route]:
     bodies = {path: image(n)[1] for n, path in enumerate(PATHS)}
     routes: dict[Any, Route] = {path: Route(body=body) for path, body in bodies.items()}
-    routes["/hop"] = Route(status=302, headers=(("Location", "/stays.jpg"),))
+    routes["/target.jpg"] = routes["/hop"]
+    routes["/hop"] = Route(status=302, headers=(("Location", "/target.jpg"),))
     return routes
 
 
 def after() -> dict[Any, Route]:
-    hop = ("Location", "/stays.jpg")
+    hop = ("Location", "/target.jpg")
     return before() | {
         "/tag.jpg": Route(body=b"", headers=(TAG,)),
         "/robots.txt": Route(body=ROBOTS.encode()),
@@ -116,11 +123,11 @@ def settings(port: int) -> list[str]:
 
 def told(data: Data) -> dict[str, tuple[str, str]]:
     with open_ledger(data) as con:
-        rows = con.execute("SELECT url, opt_out_answer, opt_out_now FROM ledger ORDER BY key").fetchall()
+        rows = con.execute("SELECT url, opt_out_answer, opt_out_now FROM ledger WHERE url IS NOT NULL").fetchall()
     return {"/" + url.split("/", 3)[3]: (answer, now) for url, answer, now in rows}
 
 
-def test_what_has_opted_out_since_is_found_and_denied(
+def test_what_has_opted_out_since_is_found_and_removed(
     fetched: tuple[Data, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, port = fetched
@@ -128,34 +135,29 @@ def test_what_has_opted_out_since_is_found_and_denied(
         start = [str(data), *settings(port), "--json"]
         assert cli.main(["check-opt-outs", *start, "--dry-run"]) == 0
         facts = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert len(facts["opted_out"]) == len(OPTED_OUT) and facts["denied"] == 0
+        assert len(facts["opted_out"]) == len(OPTED_OUT) and facts["removed"] is None
         assert not data.deny_list.exists() and not data.annotated()  # nothing was written
 
         assert cli.main(["check-opt-outs", *start]) == 0
-        out = capsys.readouterr().out
-        facts = json.loads(out.splitlines()[-1])
-        assert f"remove {data} --denied" in out
-        assert facts["asked"] == facts["images"] == len(PATHS) and facts["denied"] == len(OPTED_OUT)
+        facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert facts["asked"] == facts["images"] == len(PATHS)
+        assert (facts["removed"]["images"], facts["removed"]["denied"]) == (4, 8)  # URLs and bytes
         assert facts["answers"] == {"opted_out": 4, "ok": 1, "http_404": 1, "blocked_address": 1}
         once = web.counts().requests.total()
 
-        # again within a day: nobody is asked, the same is said, and nothing is denied twice
+        # again within a day: nobody is asked, and there is nothing left to remove
         assert cli.main(["check-opt-outs", *start]) == 0
         facts = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert (facts["asked"], facts["denied"], len(facts["opted_out"])) == (0, 0, 4)
+        assert (facts["images"], facts["asked"], facts["opted_out"]) == (3, 0, [])
         assert web.counts().requests.total() == once
         assert cli.main(["check-opt-outs", *start, "--days", "0"]) == 0
-        assert json.loads(capsys.readouterr().out.splitlines()[-1])["asked"] == len(PATHS)
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["asked"] == 3
 
-    assert told(data) == {
-        "/stays.jpg": ("ok", None),
-        "/tag.jpg": ("opted_out", "x-robots-tag: noai"),
-        "/private/1.jpg": ("opted_out", "robots-txt: disallow"),
-        "/usage/1.jpg": ("opted_out", "content-usage: train-ai=n in robots.txt"),
-        "/hop": ("opted_out", "content-usage: train-ai=n"),
-        "/gone.jpg": ("http_404", None),
-        "/moved": ("blocked_address", None),
-    }
+    stay = {"/stays.jpg": ("ok", None), "/gone.jpg": ("http_404", None), "/moved": ("blocked_address", None)}
+    assert told(data) == stay
+    table = pq.read_table(data.table(0))
+    assert Counter(table["status"].to_pylist()) == {"removed": 4, "success": 3}
+    assert table["url"].null_count == 4
     deny = Deny.load([data.deny_list])
     root = f"http://127.1.0.1:{port}"
     assert {path for path in PATHS if deny.denies(root + path)} == OPTED_OUT
@@ -171,7 +173,7 @@ def test_signals_that_are_not_respected_are_seen_and_deny_nothing(
     out = capsys.readouterr().out
     assert "not heeded: x-robots-tag, tdm-reservation, content-usage" in out
     found = told(data)
-    assert {path for path, (answer, _) in found.items() if answer == "opted_out"} == {"/private/1.jpg"}
+    assert found.keys() == {*PATHS} - {"/private/1.jpg"}
     assert found["/tag.jpg"] == ("ok", "x-robots-tag: noai")
     assert found["/usage/1.jpg"] == ("ok", "content-usage: train-ai=n in robots.txt")
 
@@ -187,8 +189,58 @@ def test_a_selection_alone_and_what_lacks_one(fetched: tuple[Data, int], tmp_pat
     with Web(after(), hosts=1, port=port) as web:
         first = recheck.recheck(data, config, {keys[1]})
         assert (first.images, first.asked, [*first.opted_out]) == (1, 1, [keys[1]])
+        assert told(data)["/tag.jpg"] == ("opted_out", "x-robots-tag: noai")
         assert {path for _, path in web.counts().requests} == {"/robots.txt", "/tag.jpg"}
         second = recheck.recheck(data, config)  # the others, and not that one again
         assert (second.images, second.asked) == (len(PATHS), len(PATHS) - 1)
-        other = recheck.recheck(data, FetchConfig(allow=config.allow, retries=0, respect=()))
-        assert (other.asked, other.opted_out) == (len(PATHS), {})  # other signals: asked anew
+        assert told(data) == {
+            "/stays.jpg": ("ok", None),
+            "/tag.jpg": ("opted_out", "x-robots-tag: noai"),
+            "/private/1.jpg": ("opted_out", "robots-txt: disallow"),
+            "/usage/1.jpg": ("opted_out", "content-usage: train-ai=n in robots.txt"),
+            "/hop": ("opted_out", "content-usage: train-ai=n"),
+            "/gone.jpg": ("http_404", None),
+            "/moved": ("blocked_address", None),
+        }
+        nothing = FetchConfig(allow=config.allow, retries=0, respect=())
+        assert recheck.recheck(data, nothing, {keys[0]}).asked == 1
+        other = recheck.recheck(data, nothing)
+        assert (other.asked, other.opted_out) == (len(PATHS) - 1, {})  # other signals: asked anew
+
+
+@pytest.mark.long
+def test_a_killed_check_goes_on(tmp_path: Path) -> None:
+    """Killed while a third shard waits for a slow server: the first two are not asked again, and all is denied."""
+    count, size = 12, 4
+    routes: dict[Any, Route] = {f"/{n}.jpg": Route(body=image(n)[1]) for n in range(count)}
+    with Web(routes, hosts=1) as web:
+        port = web.port
+        rows = {"url": [web.url(0, path) for path in routes], "caption": ["a"] * count}
+        fetch(tmp_path / "run", rows, f"127.0.0.0/8:{port}", shard_size=size)
+    data = Data(tmp_path / "run" / "data")
+    out = {f"/{n}.jpg": Route(body=b"", headers=(TAG,)) for n in (0, 5, 11)}
+    slow = {f"/{n}.jpg": Route(body=b"", delay=60) for n in range(2 * size, count)}
+    line = [sys.executable, "-m", "pipelines.cli", "check-opt-outs", str(data), *settings(port)]
+    with Web({**routes, **out, **slow}, hosts=1, port=port) as web:
+        records = [data.annotations_record("opt_outs", shard) for shard in (0, 1)]
+        with subprocess.Popen(line, stdout=subprocess.DEVNULL, start_new_session=True) as child:
+            end = time.monotonic() + 60
+            while not all(r.exists() for r in records) and time.monotonic() < end:
+                time.sleep(0.05)
+            os.killpg(child.pid, signal.SIGKILL)
+        assert all(r.exists() for r in records) and not data.deny_list.exists()
+    with Web({**routes, **out}, hosts=1, port=port) as web:
+        subprocess.run(line, check=True, timeout=120, stdout=subprocess.DEVNULL)
+        asked = {path for _, path in web.counts().requests}
+    assert asked == {f"/{n}.jpg" for n in range(2 * size, count)} | {"/robots.txt"}
+    deny = Deny.load([data.deny_list])
+    assert {path for path in routes if deny.denies(f"http://127.1.0.1:{port}{path}")} == {*out}
+
+
+def test_it_waits_its_turn(fetched: tuple[Data, int]) -> None:
+    """Another run at work on the folder is not disturbed; --dry-run writes nothing and asks all the same."""
+    data, port = fetched
+    with Web(after(), hosts=1, port=port), data.hold():
+        assert cli.main(["check-opt-outs", str(data), *settings(port)]) == 2
+        assert cli.main(["check-opt-outs", str(data), *settings(port), "--dry-run"]) == 0
+    assert not data.annotated()

@@ -119,7 +119,7 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out
-    assert all(re.search(rf"^ +{command} ", out, re.M) for command in COMMANDS)
+    assert all(re.search(rf"^ +{command}(?: |$)", out, re.M) for command in COMMANDS)
 
 
 @pytest.mark.parametrize(

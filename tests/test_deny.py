@@ -18,7 +18,7 @@ from yarl import URL
 
 from aesthetic.errors import UserError
 from curate.fetch import addresses
-from curate.fetch.deny import Deny, _entry, domains, url_text
+from curate.fetch.deny import Deny, domains, entry_digest, url_text
 from curate.ledger.schema import Reason, RowError
 from tests.small_web import image
 
@@ -249,7 +249,7 @@ def test_what_most_lines_look_like_is_read_as_all_lines_are() -> None:
             parsed = addresses.parse_url(url, ())
         except RowError:
             continue
-        assert _entry(url.encode()).hex() == sha256(url_text(parsed)), url
+        assert entry_digest(url.encode()).hex() == sha256(url_text(parsed)), url
         checked += 1
     assert checked > 1000
 

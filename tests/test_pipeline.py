@@ -104,7 +104,14 @@ def test_every_row_ends_as_it_must(done: Done, web: SmallWeb) -> None:
     rows = rows_of(done.data)
     assert [(r["url"], r["reason"]) for r in rows] == [(w.url, w.reason) for w in web.rows]
     assert len({r["key"] for r in rows}) == len(rows)
-    elsewhere = {Reason.DENIED, Reason.HASH_MISMATCH, Reason.CRASHED, Reason.BAD_LINE, Reason.REJECTED_EARLY}
+    elsewhere = {
+        Reason.DENIED,
+        Reason.HASH_MISMATCH,
+        Reason.CRASHED,
+        Reason.BAD_LINE,
+        Reason.REJECTED_EARLY,
+        Reason.REMOVED,
+    }
     assert {r["reason"] for r in rows} - {None} == set(Reason) - elsewhere
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import time
@@ -254,6 +255,7 @@ def test_sweeping_takes_what_is_left_and_not_the_index(data: Data) -> None:
 def served(made: Data, tmp_path_factory: pytest.TempPathFactory) -> Any:
     data = Data(shutil.copytree(made.root, tmp_path_factory.mktemp("served") / "data"))
     select(data, SelectConfig(name="saved", rules={"good": "score >= 5"}))
+    select(data, SelectConfig(name="best", rules={"good": "score >= 5", "best": "top(similarity, 0.5)"}))
     recipe = SelectConfig(name="mine", rules={"good": "score >= 4", "sharp": "sharpness > 0.1"}, early=("sharp",))
     with serving_data(data, recipe=recipe) as server:
         server.folder.explorer.wait()
@@ -270,7 +272,7 @@ def test_the_api_says_what_the_explorer_says(served: ServedData) -> None:
         assert columns["score"]["kind"] == "number" and columns["score"]["scale"] == [0.0, 10.0]
         assert columns["cluster"]["kind"] == "category" and columns["safe"]["kind"] == "flag"
         assert columns["caption"]["kind"] == "text" and columns["source.LICENSE"]["kind"] == "category"
-        assert [s["name"] for s in said["selections"]] == ["saved"] and not said["selections"][0]["stale"]
+        assert [s["name"] for s in said["selections"]] == ["best", "saved"] and not said["selections"][0]["stale"]
         assert said["recipe_rules"][1] == {"name": "sharp", "condition": "sharpness > 0.1", "early": True}
 
         rules = [
@@ -306,6 +308,10 @@ def test_the_api_says_what_the_explorer_says(served: ServedData) -> None:
         other = client.post("/api/selections", json={"rules": rules[:1]}).json()
         both = client.post("/api/compare", json={"a": tried["id"], "b": other["id"]}).json()
         assert both["only_a"] == 0 and both["both"] == tried["kept"] and both["only_b"] == other["kept"] - tried["kept"]
+        root = str(served.folder.data)
+        assert shlex.split(both["command"]) == ["tastemaker", "diff", root, "best", "saved"]  # what is off is no rule
+        third = client.post("/api/selections", json={"rules": rules[1:2]}).json()
+        assert client.post("/api/compare", json={"a": tried["id"], "b": third["id"]}).json()["command"] is None
         found = explorer.add_ranking(np.array([5, 1, 3]), np.array([0.9, 0.5, 0.1]), "a search")
         page = client.get("/api/rows", params={"sort": f"search:{found}"}).json()
         assert [(r["key"], round(r["value"], 3)) for r in page["rows"]] == [

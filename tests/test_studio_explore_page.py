@@ -273,6 +273,8 @@ def test_around_a_cut_both_sides_are_seen_and_the_cut_stays_in_the_middle(opened
     look_at_the_cut(page)
     drag(page, page.locator(".cut[data-rule=pretty]"), 30)
     look_at_the_cut(page)
+    link = page.locator("#rate").get_attribute("href")  # what is here can be rated
+    assert link.startswith("/rate#how=around&column=aesthetic&value=")
     page.locator("#grid .grid").evaluate("node => { node.scrollTop = 0; }")
     page.wait_for_timeout(500)
     page.locator(
@@ -282,6 +284,7 @@ def test_around_a_cut_both_sides_are_seen_and_the_cut_stays_in_the_middle(opened
     assert page.locator("#grid .grid").evaluate("node => node.scrollTop") == 0
     page.locator(".rule[data-name=pretty] input[role=switch]").click()  # no rule, no cut
     until(page, "document.querySelector('#show [aria-pressed=true]').dataset.show === 'kept'")
+    until(page, "document.querySelector('#rate').hidden")
 
 
 def test_a_broken_link_is_said_and_images_are_shown(opened: Open) -> None:

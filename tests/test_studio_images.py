@@ -513,7 +513,8 @@ def test_why_says_what_the_explorer_and_select_say(data: Data) -> None:
         answer = client.get(f"/api/why/{key_of(2)}?selection=0123456789abcdef")
         assert answer.status_code == 404 and "post its rules again" in answer.json()["error"]
         assert client.get(f"/api/why/{key_of(2)}?selection=x").status_code == 422
-        command = client.get(f"/api/why/{key_of(2)}").json()["commands"][0]
+        said, command = client.get(f"/api/why/{key_of(2)}").json()["commands"]
+        assert shlex.split(said) == ["tastemaker", "why", str(data.root), key_of(2)]
         words = shlex.split(command)
         assert words[:3] == ["tastemaker", "query", str(data.root)]
         assert query(data, words[3])["url"].tolist() == ["http://example.com/2.jpg"]

@@ -337,7 +337,7 @@ class Fetcher:
         except RowError as e:
             status = e.http_status or 0
             unavailable = 300 <= status < 500 and status != 429  # which asks for less, not for more
-            if e.reason is Reason.DENIED or (e.reason not in _UNREACHABLE and unavailable):
+            if e.reason in (Reason.DENIED, Reason.REMOVED) or (e.reason not in _UNREACHABLE and unavailable):
                 return None  # RFC 9309 section 2.3.1.3, also after too many redirects
             detail = f"{url}: {e.detail}"
             if e.reason is Reason.HTTP_5XX:

@@ -27,7 +27,7 @@ import hashlib
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ipaddress import ip_address, ip_network
 from itertools import chain
 from pathlib import Path
@@ -38,7 +38,7 @@ from yarl import URL
 from aesthetic.errors import UserError
 from aesthetic.untrusted import marked_encoding, open_regular
 from curate.fetch.addresses import Allowed, parse_url
-from curate.ledger.schema import Reason, RowError
+from curate.ledger.schema import Reason, RowError, removal_note
 from curate.store.clients import is_url
 
 ALGORITHMS = {16: "md5", 20: "sha1", 32: "sha256", 64: "sha512"}
@@ -50,9 +50,18 @@ class Deny:
 
     Args:
         digests: of the lengths in `ALGORITHMS`; in memory each takes its own length and no more.
+        removed: those of them that stand for what was removed from the data folder -> the date. Such a row is not
+            denied, but removed once more.
+        removed_keys: the rows that were -> the date.
     """
 
-    def __init__(self, digests: Iterable[bytes] = ()) -> None:
+    def __init__(
+        self,
+        digests: Iterable[bytes] = (),
+        removed: Mapping[bytes, str] | None = None,
+        removed_keys: Mapping[str, str] | None = None,
+    ) -> None:
+        self._removed, self._removed_keys = removed or {}, removed_keys or {}
         found: dict[int, bytearray] = {}
         for entry in digests:
             found.setdefault(len(entry), bytearray()).extend(entry)
@@ -68,14 +77,19 @@ class Deny:
         """The same of its md5, sha1 and sha512 alone: they say nothing once the original bytes are gone."""
 
     @classmethod
-    def load(cls, files: Sequence[str | Path]) -> Deny:
-        """Read deny-lists, at paths or URLs; compressed ones too.
+    def load(
+        cls,
+        files: Sequence[str | Path],
+        removed: Mapping[bytes, str] | None = None,
+        removed_keys: Mapping[str, str] | None = None,
+    ) -> Deny:
+        """Read deny-lists, at paths or URLs; compressed ones too. `deny_file.deny_of` adds a data folder's own.
 
         Raises:
             UserError: a file that cannot be read, or lines that are no entries, by file and number: their count and
                 the first three. The lines themselves are not repeated: they would end in a log.
         """
-        return cls(chain.from_iterable(_entries(_here(file)) for file in files))
+        return cls(chain.from_iterable(_entries(_here(file)) for file in files), removed, removed_keys)
 
     def __bool__(self) -> bool:
         return bool(self._sorted)
@@ -84,33 +98,53 @@ class Deny:
         """Refuse a URL that is listed, or whose domain is. `url` is as `addresses.parse_url` gives it.
 
         Raises:
-            RowError: denied, saying whether it is the URL or which domain.
+            RowError: denied, saying whether it is the URL or which domain; or removed.
         """
         if not self._sorted:
             return
-        if self._has(digest(url_text(url).encode(), "sha256")):
-            raise RowError(Reason.DENIED, "its URL is on a deny-list")
+        self._check(digest(url_text(url).encode(), "sha256"), "its URL is on a deny-list")
         for domain in domains(url.raw_host or ""):
-            if self._has(digest(domain.encode(), "sha256")):
-                raise RowError(Reason.DENIED, f"its domain {domain} is on a deny-list")
+            self._check(digest(domain.encode(), "sha256"), f"its domain {domain} is on a deny-list")
 
     def check_body(self, data: bytes, sha256: bytes) -> None:
         """Refuse bytes that are listed by a digest; `sha256` is theirs, 32 bytes.
 
         Raises:
-            RowError: denied, saying which digest.
+            RowError: denied, saying which digest; or removed.
         """
         for size in self._sorted:
             algorithm = ALGORITHMS[size]
-            if self._has(sha256 if algorithm == "sha256" else digest(data, algorithm)):
-                raise RowError(Reason.DENIED, f"the {algorithm} of its bytes is on a deny-list")
+            value = sha256 if algorithm == "sha256" else digest(data, algorithm)
+            self._check(value, f"the {algorithm} of its bytes is on a deny-list")
+
+    def check_sha256(self, sha256: bytes) -> None:
+        """Refuse bytes of which nothing but the sha256 is known. Raises what `check_body` does."""
+        self._check(sha256, "the sha256 of its bytes is on a deny-list")
+
+    def check_row(self, key: str, text: str | None) -> None:
+        """Refuse a row that was removed, before anything else is asked of it: by its URL as it is listed, or by its key
+        where the plan has no URL any more.
+
+        Raises:
+            RowError: removed.
+        """
+        if text is None and (date := self._removed_keys.get(key)) is not None:
+            raise RowError(Reason.REMOVED, removal_note(date))
+        if text is not None and self._removed:
+            try:
+                self.check_url(_parse_anywhere(text))
+            except RowError as e:
+                if e.reason is Reason.REMOVED:
+                    raise
+            except (ValueError, IndexError):  # yarl, see parse_url
+                pass
 
     def denies(self, text: str) -> bool:
         """Whether a URL as a list has it is denied, it or its domain; no where it is no URL."""
         try:
             self.check_url(_parse_anywhere(text))
         except RowError as e:
-            return e.reason is Reason.DENIED
+            return e.reason in (Reason.DENIED, Reason.REMOVED)
         except (ValueError, IndexError):  # yarl, see parse_url
             pass
         return False
@@ -119,6 +153,12 @@ class Deny:
         """The digests of 32 bytes: of URLs, of domains and of bytes."""
         values = self._sorted.get(32)
         return [] if values is None else [bytes(v) for v in values.view(np.uint8).reshape(-1, 32)]
+
+    def _check(self, value: bytes, said: str) -> None:
+        if self._has(value):
+            if (date := self._removed.get(value)) is not None:
+                raise RowError(Reason.REMOVED, removal_note(date))
+            raise RowError(Reason.DENIED, said)
 
     def _has(self, value: bytes) -> bool:
         values = self._sorted.get(len(value))
@@ -156,6 +196,14 @@ def url_entry(text: str) -> str | None:
         return url_text(_parse_anywhere(text))
     except (ValueError, IndexError, RowError):  # yarl, see parse_url
         return None
+
+
+def digests_of(text: str) -> list[bytes]:
+    """The sha256 of all entries that would name a URL as a list has it: it, and its domains. None where it is none."""
+    if (entry := url_entry(text)) is None:
+        return []
+    names = [entry, *domains(URL(entry, encoded=True).raw_host or "")]
+    return [digest(name.encode(), "sha256") for name in names]
 
 
 def domain_entry(text: str) -> str | None:
@@ -219,7 +267,7 @@ def _entries(file: Path) -> Iterator[bytes]:
             if not line:
                 continue
             try:
-                entry = _entry(line)
+                entry = entry_digest(line)
             except (ValueError, IndexError, RowError) as e:  # IndexError: yarl, see parse_url
                 wrong.append(number)
                 cause = cause or e
@@ -278,7 +326,7 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
         yield number + 1, rest
 
 
-def _entry(line: bytes) -> bytes:
+def entry_digest(line: bytes) -> bytes:
     """The digest that stands for a line. ValueError, IndexError or RowError where it is no entry."""
     if line.isalnum() and len(line) in _DIGITS:
         return binascii.unhexlify(line)

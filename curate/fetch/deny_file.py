@@ -1,7 +1,9 @@
-"""DATA/deny.txt: a deny-list that people write while they look at images. A run heeds it once `fetch.deny` names it.
+"""DATA/deny.txt: a data folder's own deny-list, which every run over it heeds. People write it while they look at
+images, and `tastemaker remove` what it took out, hashed.
 
     https://example.com/a.jpg  # image 000010005
     example.com  # domain of 000010005
+    3b0c...  # removed 000010005 2026-11-30
 
 Lines that people put there themselves stay. Nothing is taken away by writing to it.
 """
@@ -9,24 +11,27 @@ Lines that people put there themselves stay. Nothing is taken away by writing to
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from yarl import URL
 
 from aesthetic.errors import UserError
-from curate.fetch.deny import domain_entry, domains, url_entry
+from curate.fetch.deny import Deny, domain_entry, domains, entry_digest, url_entry
+from curate.ledger.schema import RowError
 
 if TYPE_CHECKING:
     from curate.layout import Data
 
 What = Literal["image", "domain"]
 
-_HEAD = "# What must not come in: denied while looking at images. A run heeds it where fetch.deny names this file.\n"
+_HEAD = "# What must not come in: denied while looking at images, or removed. Every run over this folder heeds it.\n"
 _SAID = {"image": "image", "domain": "domain of"}
 _COMMENT = re.compile(r"(?:^|\s)#\s*(.*)")
 _OF_KEY = re.compile(r"(image|domain of) (\d{5,20})")
+_REMOVED = re.compile(r"^([0-9a-fA-F]{64})\s+#\s*removed(?: (\d{5,20}))? (\d{4}-\d\d-\d\d)\s*$", re.MULTILINE)
 _LONGEST = 64 << 20  # bytes
 
 
@@ -51,6 +56,24 @@ def entry_for(key: str, what: What, url: str | None, sha256: str | None) -> Deny
         wanted = "a domain, which this one's URL does not have" if what == "domain" else "a URL or a sha256"
         raise UserError(f"image {key} can't be denied so: that takes {wanted}")
     return DenyEntry(entry, what, key)
+
+
+def deny_of(data: Data, files: Sequence[str | Path]) -> Deny:
+    """What is denied in a data folder: by these lists, and by its own.
+
+    UserError as `Deny.load` has it.
+    """
+    if not data.exists(data.deny_list):
+        return Deny.load(files)
+    content = data.store.read_small(data.deny_list, _LONGEST)
+    if content is None:
+        raise UserError(f"{data.shown(data.deny_list)} is a link, or larger than 64 MB: name it in fetch.deny instead")
+    lines = _REMOVED.findall(content.decode("utf-8-sig", "replace"))
+    return Deny.load(
+        [*files, data.local(data.deny_list)],
+        {bytes.fromhex(digest): date for digest, _, date in lines},
+        {key: date for _, key, date in lines if key},
+    )
 
 
 def read_entries(data: Data) -> list[DenyEntry]:
@@ -93,6 +116,42 @@ def remove_entry(data: Data, entry: str) -> list[DenyEntry]:
     if not data.exists(data.deny_list):
         return []
     return _entries(data.store.change(data.deny_list, edit))
+
+
+def add_removed(data: Data, entries: Mapping[str, str], names: Collection[str], date: str) -> None:
+    """Add what was removed, hashed: sha256 in hex -> the key ("" where no row is meant). Lines that name such an image
+    in clear, by any of the digests in `names`, are hashed too.
+
+    UserError where the folder can't be written to.
+    """
+
+    def line_of(digest: str) -> bytes:
+        key = entries.get(digest, "")
+        return f"{digest}  # removed {key}{' ' if key else ''}{date}\n".encode()
+
+    def edit(before: bytes) -> bytes:
+        lines, there = list[bytes](), set[str]()
+        for line in before.splitlines(keepends=True):
+            found = None if _REMOVED.match(line.decode("utf-8-sig", "replace").strip()) else _digest_of(line)
+            if found is not None and found in names:
+                line = line_of(found) if found not in there else b""
+            if found or (found := _digest_of(line)):
+                there.add(found)
+            lines.append(line)
+        if lines and lines[-1] and not lines[-1].endswith(b"\n"):
+            lines.append(b"\n")
+        return b"".join([*(lines or [_HEAD.encode()]), *(line_of(d) for d in entries if d not in there)])
+
+    data.store.change(data.deny_list, edit)
+
+
+def _digest_of(line: bytes) -> str | None:
+    """The digest that stands for a line, in hex; None where it is no entry."""
+    text = _COMMENT.sub("", line.decode("utf-8-sig", "replace").strip()).strip()
+    try:
+        return entry_digest(text.encode()).hex() if text else None
+    except (ValueError, IndexError, RowError):  # IndexError: yarl
+        return None
 
 
 def _entries(content: bytes) -> list[DenyEntry]:

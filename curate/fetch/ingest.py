@@ -15,7 +15,7 @@ import hashlib
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,6 +47,7 @@ from curate.ledger.schema import (
     Status,
     failure_facts,
     fetched_schema,
+    forget_removed,
     make_key,
     stored_name,
 )
@@ -125,12 +126,12 @@ async def ingest_shard(
         missing = [(i, row) for i, row in enumerate(source.rows()) if i not in results.facts]
         if context.fetch.engine == "img2dataset" and not source.local:
             folder = scratch_path(data.tar(shard))
-            wanted = _not_rejected(missing, context, results, early)
+            wanted = _not_rejected(missing, keys, context, results, early)
             await asyncio.to_thread(_download_by_img2dataset, wanted, context, results, folder)
             _reject_by_size(wanted, results, early)
         else:
             with counting(spent):
-                await _fetch_and_decode(missing, source, context, results, early, isolate, spent)
+                await _fetch_and_decode(missing, source, keys, context, results, early, isolate, spent)
 
         facts: dict[str, Any] = {
             "starts": starts,
@@ -236,6 +237,7 @@ def _keep_final(data: Data, shard: int, results: ShardResults, early: ShardRules
 async def _fetch_and_decode(
     rows: list[tuple[int, Row]],
     source: SourceShard,
+    keys: Sequence[str],
     context: IngestContext,
     results: ShardResults,
     early: ShardRules,
@@ -274,6 +276,7 @@ async def _fetch_and_decode(
         facts: dict[str, Any] = {name: None for name, _ in FETCHED_COLUMNS}
         image = None
         try:
+            context.deny.check_row(keys[index], row.url if row.place is None else "")
             if row.failure is not None:
                 raise row.failure
             early.check_row(index)
@@ -295,7 +298,7 @@ async def _fetch_and_decode(
         except RowError as e:
             facts |= {name: value for name, value in failure_facts(e).items() if value is not None}
             results.add(index, facts, None)
-        context.report("fetch", counted(facts), _host(row.url))
+        context.report("fetch", counted(facts), _host(row.url) if facts["status"] != Status.REMOVED else "")
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -309,12 +312,18 @@ async def _fetch_and_decode(
 
 
 def _not_rejected(
-    rows: list[tuple[int, Row]], context: IngestContext, results: ShardResults, early: ShardRules
+    rows: list[tuple[int, Row]], keys: Sequence[str], context: IngestContext, results: ShardResults, early: ShardRules
 ) -> dict[int, str | None]:
-    """The URLs of the rows that img2dataset is given, by index: neither broken lines nor what early rules reject."""
+    """The URLs of the rows that img2dataset is given, by index: neither broken lines nor what early rules reject, nor
+    what the folder's own deny-list names."""
     urls = dict[int, str | None]()
     for index, row in rows:
         try:
+            context.deny.check_row(keys[index], row.url)
+            if context.deny and context.deny.denies(
+                row.url or ""
+            ):  # by the folder's own list, as the recipe's are refused
+                raise RowError(Reason.DENIED, "its URL or its domain is on a deny-list")
             if row.failure is not None:
                 raise row.failure
             early.check_row(index)
@@ -329,6 +338,11 @@ def _download_by_img2dataset(
     urls: Mapping[int, str | None], context: IngestContext, results: ShardResults, folder: Path
 ) -> None:
     for index, facts, image, extension in engine_img2dataset.download(urls, context.fetch, context.images, folder):
+        try:
+            if image is not None and facts["sha256"]:
+                context.deny.check_sha256(bytes.fromhex(facts["sha256"]))
+        except RowError as e:
+            facts, image = failure_facts(e), None
         results.add(index, facts, image, extension)
         context.report("fetch", facts["reason"] or Status.SUCCESS, _host(urls[index]))
 
@@ -376,7 +390,7 @@ def _commit(
         facts["key"] = make_key(shard, i, data.plan.shard_size)
     for name, kind in FETCHED_COLUMNS:
         table = table.append_column(name, pa.array([facts[name] for facts in rows], kind))
-    table = table.cast(fetched_schema(data.plan.extra_columns))
+    table = forget_removed(table.cast(fetched_schema(data.plan.extra_columns)))
 
     with atomic(data.tar(shard)) as f, atomic(data.table(shard)) as g:
         tar = TarWriter(f)
@@ -397,6 +411,8 @@ def _commit(
     statuses = Counter(facts["status"] for facts in rows)
     if rejected := Counter(facts["reason"] for facts in rows if facts["status"] == Status.REJECTED_EARLY):
         extra = {**extra, "rejected_early": dict(rejected)}
+    if removed := statuses[Status.REMOVED]:
+        extra = {**extra, "removed": removed}
     faces = [facts["faces_blurred"] for facts in rows if facts["faces_blurred"] is not None]
     if faces:
         extra = {**extra, "faces_blurred": sum(faces), "face_detector": detector()}

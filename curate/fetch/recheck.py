@@ -14,7 +14,6 @@ The image itself is not fetched again, so what files say of themselves is not am
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -30,7 +29,6 @@ from aesthetic.files import atomic
 from curate.encoders.embed import images_of
 from curate.fetch.client import Fetcher
 from curate.fetch.config import FetchConfig
-from curate.fetch.deny import url_entry
 from curate.layout import OPT_OUTS, Data
 from curate.ledger.rules import KEPT
 from curate.ledger.schema import Reason, RowError, shard_of_key
@@ -147,10 +145,10 @@ async def _check_shard(
 ) -> None:
     file, record = data.annotations(OPT_OUTS, shard), data.annotations_record(OPT_OUTS, shard)
     images = images_of(data, shard, ["key", "url"]).to_pylist()
-    before = _rows_of(data, shard)
     made_by = digest(sorted(config.respect))
     facts = data.record(record)
     fresh = facts.get("config") == made_by and time.time() - facts.get("checked", 0.0) < older
+    before = _rows_of(data, shard) if fresh else {}  # a table holds one round of asking
     today = datetime.now(UTC).date().isoformat()
     empty = dict.fromkeys(_COLUMNS)
     rows = {row["key"]: {"key": row["key"], **empty, **before.get(row["key"], {})} for row in images}
@@ -210,29 +208,3 @@ def _commit(data: Data, shard: int, rows: list[dict[str, Any]], made_by: str, ch
             "answers": dict(answers),
         },
     )
-
-
-def deny_urls(data: Data, urls: Mapping[str, str]) -> int:
-    """Add the sha256 of URLs (key -> URL) to the folder's own deny-list; how many were not on it yet.
-
-    The URL and not the bytes: an origin speaks for what it serves.
-    """
-    today = datetime.now(UTC).date().isoformat()
-    entries = {
-        hashlib.sha256(entry.encode()).hexdigest(): key
-        for key, url in urls.items()
-        if (entry := url_entry(url)) is not None
-    }
-    added = 0
-
-    def edit(before: bytes) -> bytes:
-        nonlocal added
-        listed = {line.split("#")[0].strip().lower() for line in before.decode("utf-8-sig", "replace").splitlines()}
-        lines = [f"{e}  # opted out {key} {today}\n" for e, key in entries.items() if e not in listed]
-        added = len(lines)
-        ends = b"" if before.endswith(b"\n") or not before else b"\n"
-        return before + ends + "".join(lines).encode() if lines else before
-
-    if entries:
-        data.store.change(data.deny_list, edit)
-    return added

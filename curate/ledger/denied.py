@@ -57,7 +57,7 @@ def denied_images(data: Data, deny: Deny, *, fetched: bool = True) -> DeniedImag
         table = None
     hashes = set()  # of what the images were compared with when they were fetched
     with connect(data.root, memory_limit="2GB") as con:
-        search = _Search(con, deny)
+        search = DenySearch(con, deny)
         for shard, path, facts in zip(table.shards, table.files, table.facts, strict=True) if table else ():
             if not facts.get("successes", 1):
                 continue
@@ -86,42 +86,21 @@ def denied_images(data: Data, deny: Deny, *, fetched: bool = True) -> DeniedImag
     return found
 
 
-_REMOVE = {
-    "": ("rm -r", "rm"),
-    "s3": ("aws s3 rm --recursive", "aws s3 rm"),
-    "gs": ("gcloud storage rm --recursive", "gcloud storage rm"),
-    "az": ("# remove", ""),
-}
-"""What removes a folder, and a file, by the scheme of where it is; on Azure there is no one tool."""
+def removal(data: Data, found: DeniedImages, files: Sequence[str], more: Sequence[str] = ()) -> list[str]:
+    """The commands that take denied images out. What only original bytes could tell is fetched and packed anew.
 
-_FEW_SHARDS = 100  # that are made anew one by one
-
-
-def removal(data: Data, found: DeniedImages, files: Sequence[str], *, shards: bool = False) -> list[str]:
-    """The commands that take denied images out: packs go, and what is fetched is made anew under the deny-lists.
-
-    files: all that `fetch.deny` is to name. shards: where that is possible, only the shards that hold such images are
-    fetched again, not all.
+    files: all that `fetch.deny` is to name then.    more: those of them that the folder's recipe does not name yet.
     """
-    root = shlex.quote(str(data))
-    folder, file = _REMOVE.get((data.url or "").partition("://")[0], _REMOVE["az"])
     steps = []
-    for name in [*found.packs, *found.unknown_packs]:
-        report = f" {root}/report/{name}" if data.url is None else "/"  # a prefix would be another pack's, too
-        steps.append(f"{folder} {root}/shards/{name}{report}")
-    if found.images or found.unknown:
+    if found.images or found.packs:
+        steps.append(shlex.join(["tastemaker", "remove", str(data), "--denied", *(["--deny", *more] if more else [])]))
+    if found.unknown or found.unknown_packs:
         listed = yaml.safe_dump([*files], default_flow_style=True, width=1 << 20, allow_unicode=True).strip()
-        again = f"{command_again(data)} --set {shlex.quote(f'fetch.deny={listed}')}"
-        these = sorted({*found.shards, *found.unknown})
-        if shards and file and len(these) <= _FEW_SHARDS:
-            records = (f"{root}/{data.fetched_record(int(s)).relative_to(data.root).as_posix()}" for s in these)
-            steps += [*(f"{file} {record}" for record in records), again]
-        else:
-            steps.append(f"{again} --restart-from fetch")
+        steps.append(f"{command_again(data)} --set {shlex.quote(f'fetch.deny={listed}')} --restart-from fetch")
     return steps
 
 
-class _Search:
+class DenySearch:
     """Finds rows that are denied, a batch at a time in DuckDB; only odd URLs and hosts not seen before in Python."""
 
     def __init__(self, con: duckdb.DuckDBPyConnection, deny: Deny) -> None:
@@ -130,8 +109,8 @@ class _Search:
         con.register("_digests", pa.table({"v": pa.array(deny.sha256s(), pa.binary())}))
         con.execute("CREATE TABLE digests AS SELECT DISTINCT v FROM _digests")
 
-    def denied(self, files: Sequence[Path]) -> Iterator[list[str]]:
-        """The keys of images that are denied, in order, batch by batch."""
+    def denied(self, files: Sequence[Path], *, every: bool = False) -> Iterator[list[str]]:
+        """The keys of images that are denied, in order, batch by batch; every: of rows without an image, too."""
         import pyarrow.dataset as ds  # slow: it brings pandas
 
         if not files:
@@ -139,8 +118,10 @@ class _Search:
         con = self._con
         data = ds.dataset([str(f) for f in files], format="parquet")
         names = [n for n in _COMPARED if n in data.schema.names]
-        success = ds.field("status") == Status.SUCCESS.value if "status" in data.schema.names else None
-        for batch in data.to_batches(columns=names, filter=success, batch_size=1 << 17):
+        status = ds.field("status")
+        wanted = status != Status.REMOVED.value if every else status == Status.SUCCESS.value
+        wanted = wanted if "status" in data.schema.names else None
+        for batch in data.to_batches(columns=names, filter=wanted, batch_size=1 << 17):
             table = pa.Table.from_batches([batch])
             for name in _COMPARED:
                 if name not in names:

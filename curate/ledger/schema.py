@@ -1,8 +1,8 @@
 """The row: what every line of the input list becomes, and the words for it.
 
 Every row of the list has exactly one line in the ledger, and on that line one `status` (img2dataset's three words, and
-one of ours for what an early rule rejected) and, where there is no image, one `reason`: from a closed list, or the
-name of that rule. The columns below are those of `fetched/NNNNN.parquet`: first
+two of ours: for what an early rule rejected, and for what was removed) and, where there is no image, one `reason`: from
+a closed list, or the name of that rule. The columns below are those of `fetched/NNNNN.parquet`: first
 the list's own (`url`, `caption`, then what it carries), then img2dataset's under their names, then ours.
 """
 
@@ -14,16 +14,19 @@ from dataclasses import KW_ONLY, dataclass
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 
 class Status(StrEnum):
-    """What became of a row; img2dataset's words, so that its readers count right, and what an early rule rejected."""
+    """What became of a row; img2dataset's words, so that its readers count right, and two of ours."""
 
     SUCCESS = "success"
     FAILED_TO_DOWNLOAD = "failed_to_download"
     FAILED_TO_RESIZE = "failed_to_resize"
     REJECTED_EARLY = "rejected_early"
+    REMOVED = "removed"  # by `tastemaker remove`: of such a row nothing is left but its key and the date
 
 
 class Reason(StrEnum):
@@ -50,6 +53,7 @@ class Reason(StrEnum):
     TOO_MANY_PIXELS = "too_many_pixels"
     HASH_MISMATCH = "hash_mismatch"
     CRASHED = "crashed"
+    REMOVED = "removed"
     REJECTED_EARLY = "rejected_early"  # as rows are counted; on a row's line stands the rule's name
 
     @property
@@ -57,6 +61,8 @@ class Reason(StrEnum):
         """The word that a row with this reason carries."""
         if self is Reason.REJECTED_EARLY:
             return Status.REJECTED_EARLY
+        if self is Reason.REMOVED:
+            return Status.REMOVED
         return Status.FAILED_TO_RESIZE if self in _OF_THE_IMAGE else Status.FAILED_TO_DOWNLOAD
 
     @property
@@ -169,6 +175,35 @@ def failure_facts(error: RowError) -> dict[str, Any]:
         "opt_out": error.opt_out,
         "redirects": error.redirects,
     }
+
+
+KEPT_OF_REMOVED = ("key", "status", "reason", "error_message")
+"""The columns of `fetched/` that a row that was removed still has a value in; `error_message` says when."""
+
+
+def removal_note(date: str) -> str:
+    """The `error_message` of a row that was removed on a day (ISO)."""
+    return f"removed on {date}"
+
+
+def forget_removed(table: pa.Table) -> pa.Table:
+    """Rows of `fetched/`, where all that could tell what a removed one was is null."""
+    removed = pc.equal(table["status"], Status.REMOVED.value).combine_chunks()
+    return forget(table, pc.fill_null(removed, False).to_numpy(zero_copy_only=False), KEPT_OF_REMOVED)
+
+
+def forget(table: pa.Table, rows: np.ndarray, kept: Collection[str] = ()) -> pa.Table:
+    """A table in which all columns but those `kept` are null in some rows (a mask); of any type, dictionaries too."""
+    if not rows.any():
+        return table
+    places = pa.array(np.arange(len(rows)), mask=rows)  # a place that is null gives a null
+    for i, f in enumerate(table.schema):
+        if f.name not in kept:
+            column = table.column(i).combine_chunks().take(places)
+            if pa.types.is_dictionary(f.type):  # the words that nothing names any more would be written, too
+                column = column.cast(f.type.value_type).cast(f.type)
+            table = table.set_column(i, f, column)
+    return table
 
 
 def fetched_schema(extra_columns: pa.Schema) -> pa.Schema:

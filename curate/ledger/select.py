@@ -345,6 +345,15 @@ def remembered(data: Data, name: str) -> tuple[dict[str, str], Path | None] | No
     return {}, file
 
 
+def saved_as(data: Data, rules: Mapping[str, str]) -> str | None:
+    """The name of a selection that was made by these rules in this order; None where there is none."""
+    for name in data.selections():
+        record = data.record(data.selection_record(name))
+        if [(r["name"], r["condition"]) for r in record.get("rules") or []] == [*rules.items()]:
+            return name
+    return None
+
+
 def changed_since(data: Data, name: str, now: Mapping[str, str], hidden: Collection[str] = ()) -> list[str]:
     """The tables that a selection was made from and that have changed, and those of `hidden_columns` that it was not
     made from; `now` is what `table_digests` says of all."""

@@ -37,7 +37,13 @@ from curate.ledger.view import (
     tables,
 )
 from curate.shards.card import card_text
-from curate.shards.indexes import image_extensions, is_index, write_folder_indexes, write_shard_indexes
+from curate.shards.indexes import (
+    image_extensions,
+    is_index,
+    shard_indexes,
+    write_folder_indexes,
+    write_shard_indexes,
+)
 from curate.shards.shuffle import Buckets, Hashes, KeptKeys, cuts, first_hashes
 from curate.shards.tar import CorruptShard, TarWriter, image_member, index_tar, read_range
 from curate.store.files import (
@@ -103,7 +109,7 @@ def pack(
             f"The hardest rule is {hardest.name} ({hardest.condition}), which alone rejects {hardest.marginal:,}."
         )
     inputs = {"selected": sha256_file(data.local(data.verdicts(name))), **{t.name: now[t.name] for t in found}}
-    identity = digest([_FORMAT, asdict(config), selection.to_json()])
+    identity = pack_identity(config, selection)
     folder = data.packed(name)
     if data.is_done(data.manifest(name), config=identity, inputs=inputs):
         record = data.record(data.manifest(name))
@@ -142,6 +148,11 @@ def pack(
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return data.record(data.manifest(name))
+
+
+def pack_identity(config: PackConfig, selection: Selection) -> str:
+    """The `config` of the manifest of what is packed of a selection."""
+    return digest([_FORMAT, asdict(config), selection.to_json()])
 
 
 def _check_folder(data: Data, folder: Path) -> None:
@@ -322,20 +333,38 @@ def _write_shards(
     return sizes, outputs | {str(file.relative_to(folder)): _output(file) for file in indexes}
 
 
+def write_indexes(
+    data: Data, name: str, sizes: Mapping[str, int], known: Mapping[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Write the indexes of packed shards anew; what the manifest says of them, {path: its sha256 and bytes}.
+
+    sizes: {tar: samples}, in order.
+    known: what it says of those that need no change, as their tars have not changed.
+    """
+    folder, extensions, outputs = data.packed(name), set[str](), dict[str, dict[str, Any]]()
+
+    def at(file: Path) -> str:
+        return file.relative_to(data.root).as_posix()
+
+    for tar in (folder / file for file in sizes):
+        files = shard_indexes(tar)
+        if all(at(file) in known for file in files):
+            data.bring(*files)
+            outputs |= {at(file): known[at(file)] for file in files}
+        else:
+            data.bring(tar, tar.with_suffix(".parquet"))
+            outputs |= {at(file): _output(file) for file in write_shard_indexes(tar)}
+            data.push(*files)
+        extensions |= image_extensions([tar])
+        data.release(tar, tar.with_suffix(".parquet"), *files)
+    written = write_folder_indexes(folder, sizes, extensions)
+    data.push(*written)
+    return outputs | {at(file): _output(file) for file in written}
+
+
 def _add_indexes(data: Data, name: str, record: Mapping[str, Any]) -> dict[str, Any]:
     """Write the indexes of shards that were packed before there were any; nothing else is touched."""
-    folder, extensions, made = data.packed(name), set[str](), dict[str, dict[str, Any]]()
-    sizes = read_json(data.local(folder / "sizes.json"))
-    for tar in (folder / file for file in sizes):
-        data.bring(tar, tar.with_suffix(".parquet"))
-        files = write_shard_indexes(tar)
-        extensions |= image_extensions([tar])
-        made |= {str(file.relative_to(data.root)): _output(file) for file in files}
-        data.push(*files)
-        data.release(tar, tar.with_suffix(".parquet"), *files)
-    files = write_folder_indexes(folder, sizes, extensions)
-    data.push(*files)
-    made |= {str(file.relative_to(data.root)): _output(file) for file in files}
+    made = write_indexes(data, name, read_json(data.local(data.packed(name) / "sizes.json")), {})
     facts = {**record, "outputs": dict(sorted({**record["outputs"], **made}.items()))}
     write_json(data.manifest(name), {**facts, "self": record_digest(facts)})
     data.push(data.manifest(name))

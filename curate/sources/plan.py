@@ -147,6 +147,8 @@ class SourceShard:
             place, failure = None, None
             if own.get("@reason"):
                 failure = RowError(Reason(own["@reason"]), own["@error"] or "")
+            elif self.base is not None and own["@path"] is None:  # the plan was made to forget it
+                failure = RowError(Reason.REMOVED)
             elif self.base is not None:
                 place = Place(self.file(own["@path"]), own["@offset"], own["@size"])
             rows.append(Row(urls[i], captions[i], place, failure))

@@ -1,4 +1,4 @@
-"""`tastemaker check-opt-outs`: who asks today that what was kept be not used, and being rid of that."""
+"""`tastemaker check-opt-outs`: who asks today that what was kept be not used; and it is removed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import sys
 from dataclasses import dataclass, replace
 
-from pipelines.options import Result, WithRecipe, argument, command, option
+from pipelines.options import Result, WithRecipe, argument, option
 
 
 def _days(text: str) -> float:
@@ -26,10 +26,11 @@ class CheckOptOutsOptions(WithRecipe):
 
 
 def run(options: CheckOptOutsOptions) -> Result:
-    """Ask the origin of each image again, and put what has opted out on the folder's deny-list."""
+    """Ask the origin of each image again, and remove what has opted out, as `tastemaker remove` does."""
     from curate.fetch.optouts import SIGNALS
-    from curate.fetch.recheck import DAY, deny_urls, kept_keys, recheck
+    from curate.fetch.recheck import DAY, kept_keys, recheck
     from curate.store.ownership import open_data
+    from pipelines.commands import remove
     from pipelines.recipe import recipe_of
     from pipelines.runtime.progress import ProgressBar
 
@@ -47,7 +48,6 @@ def run(options: CheckOptOutsOptions) -> Result:
     with contextlib.nullcontext() if options.dry_run else data.hold():
         found = recheck(data, fetch, keys, older=options.days * DAY, write=not options.dry_run, report=bar)
         bar.clear()
-        denied = 0 if options.dry_run else deny_urls(data, found.opted_out)
     answers = " · ".join(f"{answer} {n:,}" for answer, n in found.answers.most_common())
     print(f"{found.images:,} images, {found.asked:,} asked about now: {answers or 'none'}")
     if found.without_url:
@@ -56,8 +56,7 @@ def run(options: CheckOptOutsOptions) -> Result:
         print("seen: " + " · ".join(f"{signal} {n:,}" for signal, n in found.signals.most_common()))
     if found.opted_out:
         first = ", ".join([*found.opted_out][:3]) + (", ..." if len(found.opted_out) > 3 else "")
-        verb = "would be denied" if options.dry_run else f"denied in {data.shown(data.deny_list)} ({denied:,} new)"
-        print(f"opted out: {len(found.opted_out):,} images ({first}), {verb}")
+        print(f"opted out: {len(found.opted_out):,} images ({first})")
     facts = {
         "images": found.images,
         "asked": found.asked,
@@ -65,7 +64,9 @@ def run(options: CheckOptOutsOptions) -> Result:
         "answers": dict(found.answers),
         "signals": dict(found.signals),
         "opted_out": sorted(found.opted_out),
-        "denied": denied,
+        "removed": None,
     }
-    following = command("remove", data, "--denied") if found.opted_out and not options.dry_run else ""
-    return Result(facts=facts, next=following)
+    if not found.opted_out or options.dry_run:
+        return Result(facts=facts)
+    done = remove.run(remove.RemoveOptions(data=options.data, keys=tuple(sorted(found.opted_out))))
+    return Result(facts=facts | {"removed": done.facts}, next=done.next)

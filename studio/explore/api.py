@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from typing import Annotated
 
@@ -10,6 +11,7 @@ from fastapi import APIRouter, Depends, HTTPException, Query, Request
 
 from aesthetic.errors import UserError
 from curate.ledger.compare import compare_kept
+from curate.ledger.select import saved_as
 from studio.clients import Client
 from studio.data import StudioData
 from studio.explore.describe import describe_data, describe_rule
@@ -222,6 +224,11 @@ async def compare(folder: Folder, client: Client, asked: CompareRequest) -> Comp
             one, two = explorer.selection(asked.a), explorer.selection(asked.b)
         except UnknownSelection as e:
             raise HTTPException(404, f"there is no selection {e.args[0]}, or no longer: ask again") from None
-        return CompareView(**vars(compare_kept(one.kept, two.kept)))
+        data = explorer.snapshot.data
+        saved = [saved_as(data, {rule.name: rule.condition for rule in each.rules}) for each in (one, two)]
+        command = None
+        if all(saved) and saved[0] != saved[1]:
+            command = shlex.join(["tastemaker", "diff", str(data), *map(str, saved)])
+        return CompareView(**vars(compare_kept(one.kept, two.kept)), command=command)
 
     return await explorer.work.run(client, count)

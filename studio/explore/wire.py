@@ -217,3 +217,4 @@ class CompareView(BaseModel):
     both: int
     only_a: int
     only_b: int
+    command: str | None = Field(description="what says the same in a terminal; null where one of them is not saved")

@@ -122,7 +122,7 @@ def _removal_command(data: Data, rows: int, state: tuple[Any, ...]) -> str | Non
     else:
         every = DeniedImages(images=1, packs=dict.fromkeys(data.packs(), 1))
         return "\n".join(removal(data, every, files))
-    return "\n".join(removal(data, found, files, shards=True)) or None
+    return "\n".join(removal(data, found, files)) or None
 
 
 def _known_images(data: Data) -> DeniedImages | None:

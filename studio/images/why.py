@@ -168,7 +168,10 @@ def why_view(folder: StudioData, key: str, selection: str | None) -> WhyView:
         list=ListView(name=explained.list, file=explained.file, line=explained.line),
         duplicates=_duplicates(folder, explained, facts) if has_image else [],
         denied=_denied(folder, explained),
-        commands=[f"tastemaker query {root} \"SELECT * FROM ledger WHERE key = '{key}'\""],
+        commands=[
+            f"tastemaker why {root} {key}",
+            f"tastemaker query {root} \"SELECT * FROM ledger WHERE key = '{key}'\"",
+        ],
     )
 
 

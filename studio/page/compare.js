@@ -6,7 +6,7 @@ import { ApiError, call, element, $ } from "/api.js";
 import { ImageGrid } from "/grid.js";
 import { openFromGrid } from "/image.js";
 import { count } from "/numbers.js";
-import { button, hint, opensUnder } from "/panels.js";
+import { button, commandLine, hint, opensUnder } from "/panels.js";
 import { change, state, subscribe } from "/store.js";
 
 const SIDES = ["other", "both", "only"]; // as GET /api/rows calls them, from left to right
@@ -43,10 +43,12 @@ class Comparison {
     const leave = button("×", () => this.leave(), { className: "quiet", label: "Stop comparing" });
     this.error = element("p", { className: "error", hidden: true });
     this.error.setAttribute("role", "alert");
+    this.command = element("div", { className: "compare-command" });
     this.panes = Object.fromEntries(SIDES.map((side) => [side, pane(side)]));
     const panes = element("div", { className: "compare-panes" }, ...Object.values(this.panes));
     const head = element("div", { className: "compare-head" }, this.title, this.sides, leave);
-    this.box = element("section", { className: "compared", hidden: true }, head, this.bar, this.error, panes);
+    const before = [head, this.bar, this.command, this.error];
+    this.box = element("section", { className: "compared", hidden: true }, ...before, panes);
     this.box.setAttribute("aria-label", "Two selections");
     $("grid").before(this.box);
   }
@@ -148,7 +150,8 @@ class Comparison {
   }
 
   showCounts() {
-    const { both, only_a: only, only_b: other } = this.counts;
+    const { both, only_a: only, only_b: other, command } = this.counts;
+    this.command.replaceChildren(...(command ? [commandLine(command)] : []));
     const same = only + other === 0 ? ": they keep the same images" : "";
     this.title.textContent = `The rules now, beside ${this.with.name || "those that were pinned"}${same}`;
     const { name } = this.with;

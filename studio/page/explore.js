@@ -197,6 +197,14 @@ function renderView() {
   $("direction").hidden = ["random", "nearest"].includes(view.sort) || view.sort.startsWith("search:");
 }
 
+// What is at a cut can be rated: the page to rate begins there, on both sides of it.
+function linkToRating() {
+  const { view, live, data } = state;
+  const cut = view.show === "around" && cutOf(live?.rules.find(({ name }) => name === view.rule));
+  $("rate").hidden = !cut || data.read_only;
+  if (cut) $("rate").href = `/rate#${new URLSearchParams({ how: "around", column: cut.column, value: Number(cut.value.toPrecision(6)) })}`;
+}
+
 function replaceKeepingFocus(parent, nodes, name) {
   const focused = parent.contains(document.activeElement) ? document.activeElement.dataset[name] : null;
   parent.replaceChildren(...nodes);
@@ -284,6 +292,7 @@ async function showNewest() {
       shownQuery = String(query);
       await grid.reload({ fetchRows, place: state.place, divider, plain: divider ? state.view.rule : plainVerdict(), line: hasLine() });
       $("total").textContent = totalText();
+      linkToRating();
       renderPlace();
     } catch (error) {
       if (error.name !== "AbortError") rowsFailed(error);

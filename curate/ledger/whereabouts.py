@@ -1,0 +1,201 @@
+"""Where the image of a row lies, and what became of it: its tar, packed shards, models, near-duplicates of it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from aesthetic.errors import UserError
+from aesthetic.untrusted import read_json_file
+from curate.layout import STAGES
+from curate.ledger.counts import Verdicts
+from curate.ledger.view import LedgerTable
+from curate.shards.tar import image_member, index_tar, read_range
+from curate.store.files import read_table, sha256_file
+
+if TYPE_CHECKING:
+    from curate.layout import Data
+
+NEAR_DUPLICATES = "near-duplicates"
+"""The annotator whose columns are groups of copies."""
+
+MOST = 100
+"""Members of a group that are told."""
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image as it lies in the tar of its shard."""
+
+    file: str  # the tar, by its path or URL
+    member: str  # of the tar
+    offset: int  # bytes from the tar's beginning
+    bytes: int
+    format: str
+    sha256: str  # of these bytes, not of the original's
+
+
+def stored_image(data: Data, key: str, shard: int) -> StoredImage | None:
+    """The image of a row; None where the tar has none."""
+    if not data.exists(data.tar(shard)):
+        return None
+    tar = data.local(data.tar(shard))
+    if (found := image_member(index_tar(tar).get(key, {}))) is None:
+        return None
+    extension, place = found
+    with open(tar, "rb") as f:
+        image = read_range(f, place)
+    sha256 = hashlib.sha256(image).hexdigest()
+    return StoredImage(data.shown(data.tar(shard)), f"{key}.{extension}", place[0], place[1], extension, sha256)
+
+
+# ---------------------------------------------------------------------------------------------------------------- packs
+
+
+@dataclass(frozen=True)
+class PackedAt:
+    """Where an image lies in packed shards; `index` is its place among all samples, counted from 0."""
+
+    name: str
+    tar: str  # its path or URL
+    index: int
+    count: int  # samples of the whole
+
+
+def packed_at(data: Data, name: str, key: str) -> PackedAt | None:
+    """Where packed shards hold the image of a row, None where they don't. Reads the keys of each shard."""
+    files = [p for p in data.store.walk(data.packed(name)) if p.suffix == ".parquet" and p.stem.isdigit()]
+    files.sort(key=lambda p: (int(p.stem), p.stem))
+    data.bring(*files)
+    before, found = 0, None
+    for file in files:
+        with pq.ParquetFile(file) as rows:
+            count = rows.metadata.num_rows
+            if found is None:
+                at = pc.index(rows.read(["key"], use_threads=False)["key"].cast(pa.string()), key).as_py()
+                if at >= 0:
+                    found = file, before + at
+        before += count
+    return None if found is None else PackedAt(name, data.shown(found[0].with_suffix(".tar")), found[1], before)
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+
+Use = Literal["trained on it", "held it out", "could not read it", "unknown"]
+
+
+@dataclass(frozen=True)
+class ModelUse:
+    """What a model, by its train.json, has to do with an image."""
+
+    model: str
+    data: str  # the folder that it was trained on
+    use: Use
+    finished: str | None = None
+    note: str = ""
+
+
+def model_uses(data: Data, packs: Mapping[str, PackedAt | None], folders: Sequence[Path]) -> list[ModelUse]:
+    """The models below DATA (where it is on a disk) and below `folders` that were trained on packed shards of DATA
+    which hold the image. packs: each pack of DATA and where it holds it.
+
+    Where the shards are not those any more that the model saw, the use is unknown.
+    """
+    roots = [*([data.root] if data.url is None else []), *folders]
+    manifests = {name: data.local(data.manifest(name)) for name in packs}
+    digests = {sha256_file(path): name for name, path in manifests.items()}
+    places = {os.path.realpath(data.packed(name)): name for name in packs} if data.url is None else {}
+    places |= {data.shown(data.packed(name)): name for name in packs}
+    uses = []
+    for folder in _models(roots):
+        try:
+            said = read_json_file(folder / "train.json", 64 << 20)
+        except UserError:
+            continue
+        about = said.get("data") if isinstance(said, dict) else None
+        if not isinstance(about, dict):
+            continue
+        place = str(about.get("folder") or "")
+        same = digests.get(str(about.get("manifest_sha256")))
+        name = same or places.get(place) or places.get(os.path.realpath(place))
+        if name is None or (same and packs[same] is None):
+            continue
+        finished = said.get("finished")
+        done = finished if isinstance(finished, str) else None
+        if same is None:
+            note = f"it was trained on {name} before that was packed anew"
+            uses.append(ModelUse(str(folder), place, "unknown", done, note))
+        else:
+            uses.append(ModelUse(str(folder), place, _use(folder, about, packs[same]), done))
+    return uses
+
+
+def _use(folder: Path, about: Mapping[str, Any], at: PackedAt | None) -> Use:
+    """What a run did with the sample at this place of its data, by its data.json."""
+    assert at is not None
+    try:
+        sides = read_json_file(folder / "data.json", 256 << 20)
+        held, lost = set(sides["held_out"]), {str(i) for i in sides["unreadable"]}
+    except (UserError, KeyError, TypeError):
+        return "unknown"
+    if about.get("pictures") != at.count:
+        return "unknown"
+    return "held it out" if at.index in held else "could not read it" if str(at.index) in lost else "trained on it"
+
+
+def _models(roots: Sequence[Path]) -> Iterator[Path]:
+    """The folders at and below these that hold a train.json, each once; what stages made is passed over."""
+    seen = set[str]()
+    for root in roots:
+        for at, folders, files in os.walk(root):
+            here = Path(at)
+            skipped = {*STAGES, "checkpoints", "studio", "logs", "report"} if here == root else {"checkpoints"}
+            folders[:] = sorted(f for f in folders if f not in skipped and not f.startswith("."))
+            if "train.json" in files and (real := os.path.realpath(at)) not in seen:
+                seen.add(real)
+                yield here
+
+
+# ----------------------------------------------------------------------------------------------------------- duplicates
+
+
+@dataclass(frozen=True)
+class CopiesOf:
+    """The images that a column takes for nearly the same as one."""
+
+    column: str
+    group: str  # its first key
+    size: int
+    members: list[str]  # keys, in their order, the first 100
+    verdicts: dict[str, dict[str, str]] = field(default_factory=dict)  # selection -> what it says of each member
+
+
+def copies_of(data: Data, found: Sequence[LedgerTable], values: Mapping[str, Any]) -> list[CopiesOf]:
+    """The groups that an image is in; `values` are what columns say of it. Reads the columns of groups of all rows."""
+    groups = []
+    for table in found[1:]:
+        name = table.name.rpartition("/")[2]
+        if table.facts[0].get("annotator") != NEAR_DUPLICATES or values.get(name) is None:
+            continue
+        data.bring(*table.files)
+        members = list[str]()
+        for file in table.files:
+            rows = read_table(file, [table.key, name])
+            members += rows.filter(pc.fill_null(pc.equal(rows[name], values[name]), False))[table.key].to_pylist()
+        told = sorted(members)[:MOST]
+        said = dict[str, dict[str, str]]()
+        for selection in data.selections():
+            if data.exists(path := data.verdicts(selection)):
+                verdicts = Verdicts(data.local(path))
+                places = verdicts.of(pa.array(told, pa.string())).tolist()
+                said[selection] = {k: verdicts.words[at] for k, at in zip(told, places, strict=True) if at >= 0}
+        groups.append(CopiesOf(name, str(values[name]), len(members), told, said))
+    return groups

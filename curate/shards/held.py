@@ -1,0 +1,67 @@
+"""Where images that are removed have gone: published copies and trained models, as far as what is here tells."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from curate.layout import PACKED, Data
+from curate.store.files import read_json
+
+_DEEP = 6  # folders below one that is given
+
+
+def trained_models(data: Data, folders: Iterable[Path], packs: Mapping[str, str]) -> dict[str, list[Path]]:
+    """The models that were trained on packed shards: pack -> their folders.
+
+    packs: name -> sha256 of its manifest. A model's train.json says which folder it was trained on and which manifest
+    that had then; models below the data folder and `folders` are found.
+    """
+    found: dict[str, list[Path]] = {name: [] for name in packs}
+    for folder in _with_record([data.root, *folders], "train.json"):
+        said = (_json(folder / "train.json").get("data")) or {}
+        if not isinstance(said, dict):
+            continue
+        place = str(said.get("folder") or "").rstrip("/")
+        for name, sha256 in packs.items():
+            ours = {str(data.packed(name)), str(data.packed(name).resolve()), f"{data}/{PACKED}/{name}"}
+            if said.get("manifest_sha256") == sha256 or place in ours:
+                found[name].append(folder)
+    return {name: models for name, models in found.items() if models}
+
+
+def latents_of(models: Iterable[Path], data: Data) -> list[Path]:
+    """The latents of images that models in the data folder were trained on."""
+    root = data.root.resolve()
+    return [f / "latents" for f in models if f.resolve().is_relative_to(root) and (f / "latents").is_dir()]
+
+
+def published_copies(data: Data, packs: Iterable[str]) -> list[str]:
+    """What was published of these packs, as `published/*.json` says: where it is."""
+    names, found = {*packs}, []
+    for path in data.store.walk(data.root / "published"):
+        if path.suffix == ".json" and path.parent.name == "published":
+            said = _json(data.local(path))
+            if {said.get("selection"), said.get("name"), path.stem} & names:
+                found.append(str(said.get("to") or said.get("place") or path.stem))
+    return found
+
+
+def _with_record(folders: Iterable[Path], name: str) -> list[Path]:
+    found = dict[Path, None]()
+    for top in folders:
+        depth = len(top.parts)
+        for folder, below, files in os.walk(top):
+            at = Path(folder)
+            if name in files:
+                found[at] = None
+            deep = len(at.parts) - depth >= _DEEP
+            below[:] = [] if deep else sorted(n for n in below if not n.startswith(".") and n != "fetched")
+    return [*found]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    return value if isinstance(value, dict) else {}
