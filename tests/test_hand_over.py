@@ -21,8 +21,9 @@ from aesthetic.errors import UserError
 from curate.layout import Data
 from curate.ledger.select import SelectConfig, select
 from curate.shards.export import FORMS, export
-from curate.shards.indexes import is_index
+from curate.shards.indexes import is_index, write_shard_indexes
 from curate.shards.pack import PackConfig, pack
+from curate.shards.repack import repack
 from curate.sources.find import open_folder
 from curate.sources.tars import PackedShards
 from curate.store.files import read_json, write_json
@@ -103,6 +104,22 @@ def test_shards_of_before_get_their_indexes_by_packing_again(template: Path, tmp
     pack(data, "all", PackConfig(shard_size=15))  # another cut takes their place
     assert not (folder / "00003.tar.idx").exists() or (folder / "00003.tar").exists()
     assert main(["verify", str(folder)]) == 0
+
+
+def test_indexes_hold_nothing_of_what_was_taken_out(template: Path, tmp_path: Path) -> None:
+    data = Data(Path(shutil.copytree(template, tmp_path / "data")))
+    folder = data.packed("all")
+    untouched = (folder / "00002.json").stat().st_mtime_ns
+    gone = [*read_json(folder / "00001.json")["files"]][3].partition(".")[0]
+    repack(data, "all", {gone}, "2026-01-31", {})
+    assert main(["verify", str(folder)]) == 0
+    assert not any(f"{gone}.".encode() in content for content in contents(folder).values())
+    assert (folder / "00002.json").stat().st_mtime_ns == untouched
+    assert read_json(folder / ".nv-meta" / ".info.json")["shard_counts"] == read_json(folder / "sizes.json")
+    before = contents(folder)
+    for tar in folder.glob("*.tar"):
+        write_shard_indexes(tar)
+    assert contents(folder) == before
 
 
 # -------------------------------------------------------------------------------------------------------------- copies
