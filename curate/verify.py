@@ -6,6 +6,7 @@ nothing but counts and digests finds them.
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -144,8 +145,15 @@ def command_again(data: Data) -> str:
     if not _is_whole(data.plan_record, plan):
         plan = {}  # its words may be wrong
     command = "curate" if data.store.names(data.space.parent) else "fetch"
-    limit = (plan.get("source") or {}).get("--limit")
-    parts = [f"tastemaker {command} {shlex.quote(str(plan.get('list', 'LIST')))} --out {root}"]
+    first, last = plan, (plan.get("added") or [plan])[-1]  # the first list may have changed or be gone since
+    source = last.get("source") or {}
+    limit = source.get("--limit")
+    parts = [f"tastemaker {command} {shlex.quote(str(last.get('list', 'LIST')))} --out {root}"]
+    if last is not first:
+        parts.append("--add")
+        own = {name: value for name, value in source.items() if name in first["source"] and name != "--limit"}
+        changed = [name for name, value in own.items() if value != first["source"][name]]
+        parts += [f"--set {shlex.quote(f'{name}={json.dumps(own[name], ensure_ascii=False)}')}" for name in changed]
     if data.exists(data.recipe):
         parts.append(f"--recipe {shlex.quote(data.shown(data.recipe))}")
     if limit is not None:

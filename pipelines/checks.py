@@ -109,11 +109,13 @@ def refuse_denied(data: Data, recipe: Recipe, restart_from: str | None = None) -
     )
 
 
-def refuse_changes(data: Data, recipe: Recipe, restart_from: str | None = None, *, early: bool = False) -> None:
+def refuse_changes(
+    data: Data, recipe: Recipe, restart_from: str | None = None, *, early: bool = False, add: bool = False
+) -> None:
     """UserError where the recipe would alter shards that are finished, naming keys and both values.
 
     Stages from `restart_from` on may differ: they are about to be made again. With `early`, so may the early rules that
-    are judged while rows are fetched.
+    are judged while rows are fetched; with `add`, what is used of the list, which is another.
     """
     stored = stored_recipe(data)
     if stored is None:
@@ -122,6 +124,7 @@ def refuse_changes(data: Data, recipe: Recipe, restart_from: str | None = None, 
     of_embedded = bool(data.shards(data.embedded_record))
     made = {"source": data.exists(data.plan_record), "fetch": of_fetched, "images": of_fetched, "embed": of_embedded}
     kept = STAGES[: STAGES.index(restart_from)] if restart_from else STAGES
+    kept = kept[1:] if add else kept
     ours, theirs = recipe.identity(), stored.identity()
     changed = [
         f"  {stage}.{key}: {theirs[stage][key]!r} there, {ours[stage][key]!r} asked for"

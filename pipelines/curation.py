@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +22,12 @@ from curate.annotators.order import ENCODER, first_pass, set_early
 from curate.annotators.registry import absolute, add_needs, fetch_annotators, make_annotators
 from curate.encoders.registry import fetch_weights
 from curate.fetch.deny import deny_place
+from curate.fetch.deny_file import deny_of
 from curate.fetch.ingest import check_verify
 from curate.layout import Data
-from curate.sources.plan import load_plan
-from curate.sources.planner import inspect, make_plan
+from curate.sources.adding import Addition, adding
+from curate.sources.plan import Plan, load_plan
+from curate.sources.planner import PlanPreview, inspect, make_plan
 from curate.store.files import check_space, sweep
 from curate.store.ownership import check_free, taken
 from pipelines.checks import (
@@ -36,7 +40,7 @@ from pipelines.checks import (
 )
 from pipelines.estimates import RunTimes, keep_rates, project
 from pipelines.options import Result, command
-from pipelines.recipe import Recipe, store_recipe
+from pipelines.recipe import Recipe, store_recipe, stored_recipe
 from pipelines.runtime.cluster import check_reachable
 from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
 from pipelines.runtime.nodes import node_check
@@ -55,6 +59,7 @@ class Request:
     data: Data
     recipe: Recipe
     limit: int | None = None
+    add: bool = False  # append what the data folder does not know yet, of another list
     address: str | None = None
     stages: tuple[str, ...] = ("fetch", "embed", "select", "pack")
     restart_from: str | None = None
@@ -68,11 +73,16 @@ def dry_run(request: Request) -> dict[str, Any]:
     annotators = make_annotators(recipe.columns, recipe.embed.encoder)
     check_engine(recipe)
     refuse_denied(data, recipe, request.restart_from)
-    refuse_changes(data, recipe, request.restart_from)
+    refuse_changes(data, recipe, request.restart_from, add=request.add)
     if "embed" in request.stages and load_plan(data) is None:
         has_encoder(recipe)  # as in `run`
-    anew = request.restart_from == "source"
-    found = inspect(request.list, recipe.source, request.limit, None if anew else data)
+    anew = _is_anew(request)
+    plan, added = load_plan(data), None
+    if request.add and plan is not None:
+        with tempfile.TemporaryDirectory() as copies, _adding(request, plan, copies) as more:
+            found, added = _preview(more), addition_facts(more)
+    else:
+        found = inspect(request.list, recipe.source, request.limit, None if anew else data)
     check_selection(data, recipe, found.extra_columns, annotators)
     check_verify(recipe.fetch, found.extra_columns)
     rows, work = found.total_rows, True
@@ -94,6 +104,7 @@ def dry_run(request: Request) -> dict[str, Any]:
         "shards": found.shard_count,
         "columns": found.columns,
         "carried": found.extra_columns.names,
+        "added": added,
         "warnings": found.warnings,
         "stages": list(request.stages),
         "rows_to_fetch": rows,
@@ -126,8 +137,15 @@ def run(request: Request) -> Result:
         planned = data.exists(data.plan_record)  # again: another run may have been at work until now
         try:
             sweep(data.root)
-            refuse_changes(data, recipe, request.restart_from)
-            anew = request.restart_from == "source"  # the new list is read before the shards of the old one go
+            refuse_changes(data, recipe, request.restart_from, add=request.add)
+            anew = _is_anew(request)  # the new list is read before the shards of the old one go
+            plan, added = load_plan(data), None
+            if request.add and plan is not None:
+                recipe, added = _add(replace(request, recipe=recipe), plan, annotators)
+                store_recipe(data, recipe)
+                result = _run_job(data, recipe, annotators, request.stages, request.address, added=added)
+                data.compact()
+                return result
             if anew or load_plan(data) is not None:  # nor does a plan grow before all is checked
                 listed = inspect(request.list, recipe.source, request.limit, None if anew else data).extra_columns
             else:
@@ -181,6 +199,82 @@ def resume(
         return _run_job(data, recipe, annotators, stages, address, retry=retry, regain=early)
 
 
+def _is_anew(request: Request) -> bool:
+    """Whether the list is read anew, whatever the data folder was made of; UserError where that would lose lists."""
+    anew = request.restart_from == "source"
+    if not anew:
+        return False
+    if request.add:
+        raise UserError("--add keeps what is there, and --restart-from source makes all of it anew: leave one out")
+    plan = load_plan(request.data)
+    if plan is not None and len(plan.lists) > 1:
+        names = ", ".join(one["list"] for one in plan.lists)
+        raise UserError(
+            f"{request.data} was made of {len(plan.lists)} lists ({names}), and --restart-from source would leave one. "
+            "Give another --out, and --add the others to it."
+        )
+    return True
+
+
+def _adding(request: Request, plan: Plan, copies: str | Path) -> AbstractContextManager[Addition]:
+    """What the list of a request adds to a plan, without what the recipe's and the data folder's deny-lists deny."""
+    deny = deny_of(request.data, request.recipe.fetch.deny)
+    return adding(request.list, plan, request.recipe.source, request.limit, deny, Path(copies))
+
+
+def _preview(more: Addition) -> PlanPreview:
+    """What a plan would be with an addition."""
+    plan = more.plan
+    return PlanPreview(
+        more.plan_listed_rows,
+        more.total_rows,
+        more.shard_count,
+        plan.columns,
+        more.extra_columns,
+        list(dict.fromkeys([*plan.warnings, *more.scan.warnings])),
+    )
+
+
+def _add(request: Request, plan: Plan, annotators: dict[str, Annotator]) -> tuple[Recipe, dict[str, Any]]:
+    """Check what a list adds to a plan, and write it; the recipe as it is stored, which names the first list's columns,
+    and what came."""
+    data, recipe = request.data, request.recipe
+    with (
+        tempfile.TemporaryDirectory(dir=data.plan_folder, prefix=".", suffix=".tmp") as copies,
+        _adding(request, plan, copies) as more,
+    ):
+        check_selection(data, recipe, more.extra_columns, annotators)
+        check_verify(recipe.fetch, more.extra_columns)
+        if request.restart_from is not None:
+            restart(data, recipe, request.restart_from, request.stages)
+        more.write()
+        data.__dict__.pop("plan", None)  # it was read before
+        stored = stored_recipe(data)
+        return replace(recipe, source=stored.source if stored is not None else recipe.source), addition_facts(more)
+
+
+def addition_facts(more: Addition) -> dict[str, Any]:
+    """What a list adds, for --json: `rows` are added; `new` would be without --limit."""
+    counts = {name: more.counts[name] for name in ("new", "known", "changed_caption", "denied", "without_url")}
+    return {"list": more.found.name, "rows": more.counts["added"], **counts, "another": more.is_another}
+
+
+def addition_text(facts: Mapping[str, Any]) -> str:
+    """The same in a line."""
+    if not facts["rows"] and not facts["another"]:
+        return f"add       nothing new: the rows of {facts['list']} are there already ({facts['known']:,})"
+    parts = [f"{facts['rows']:,} rows added"]
+    if facts["new"] > facts["rows"]:
+        parts[0] += f" of {facts['new']:,} new ones"
+    changed = f", {facts['changed_caption']:,} of them with another caption" if facts["changed_caption"] else ""
+    parts.append(f"{facts['known']:,} known{changed}")
+    if facts["denied"]:
+        parts.append(f"{facts['denied']:,} on a deny-list")
+    if facts["without_url"]:
+        parts.append(f"{facts['without_url']:,} without a URL")
+    return f"add       {' · '.join(parts)} ({facts['list']})"
+
+
 def restart(data: Data, recipe: Recipe, stage: str, stages: Sequence[str]) -> None:
     """Invalidate the records of a stage and of those after it. UserError, and nothing is invalidated, where what the
     stages need is not there."""
@@ -200,6 +294,7 @@ def _run_job(
     address: str | None,
     retry: bool = False,
     regain: bool = False,
+    added: Mapping[str, Any] | None = None,
 ) -> Result:
     """Everything after the checks: the stages on Ray, then the selection and its shards. regain: what early rules left
     out is fetched, and counted."""
@@ -209,10 +304,14 @@ def _run_job(
     print(" · ".join([headline(recipe), *columns_taken(plan.columns)]))
     for warning in plan.warnings:
         print(f"warning: {warning}")
+    if added is not None:
+        print(addition_text(added))
     if recipe.fetch.allow:
         print(f"warning: private addresses are open to this list: {', '.join(recipe.fetch.allow)} (fetch.allow)")
     facts = {"columns": plan.columns, "warnings": plan.warnings}
     result = Result(facts={"rows": plan.total_rows, "shards": len(plan.shards), **facts})
+    if added is not None:
+        result.facts["added"] = dict(added)
     had = _images(data) if retry or regain else 0
     if retry:
         from curate.workers import forget_unanswered

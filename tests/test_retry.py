@@ -137,7 +137,7 @@ def test_retry_asks_for_what_may_pass_and_keeps_the_rest(served: Served, tmp_pat
     # what a first run would have given, had the web been well
     fresh = Data(tmp_path / "fresh")
     run_stages(listed, fresh, recipe)
-    same_but_for_rounding(fresh.root, data.root)
+    same(fresh.root, data.root)
 
     # and again: one server is still down, and its shard comes out the same
     before, then = served.requests(), contents(data.root)
@@ -153,24 +153,11 @@ def test_retry_asks_for_what_may_pass_and_keeps_the_rest(served: Served, tmp_pat
     assert all(embed_done(data, shard, recipe.hashes()[1], {}) for shard in range(3))
 
 
-def same_but_for_rounding(root: Path, other: Path) -> None:
-    """Images that a retry recovers go through the models in other batches than in an undisturbed run: the last bits
-    of their numbers, and of nothing else, may differ."""
+def same(root: Path, other: Path) -> None:
+    """Images that a retry recovers go through the models in other batches than in an undisturbed run, which changes no
+    byte: of the bundled models each image's numbers depend on no other's."""
     a, b = contents(root), contents(other)
-    assert a.keys() == b.keys()
-    for name in a:
-        if name.startswith(("fetched/", "plan/")) or name == "recipe.yaml":
-            assert a[name] == b[name], name
-        elif name.startswith("embedded/") and name.endswith(".npy"):
-            x, y = (np.load(r / name).astype(np.float32) for r in (root, other))
-            assert x.shape == y.shape and np.abs(x - y).max() < 1e-3
-        elif name.startswith(("embedded/metadata", "annotated/", "selected/")) and name.endswith(".parquet"):
-            x, y = (pq.read_table(r / name) for r in (root, other))
-            for column in x.column_names:
-                if pa.types.is_floating(x[column].type):
-                    np.testing.assert_allclose(x[column].to_numpy(), y[column].to_numpy(), atol=0.01)
-                else:
-                    assert x[column].equals(y[column]), (name, column)
+    assert {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)} == set()
 
 
 def test_retries_before_the_next_embedding_add_up(served: Served, tmp_path: Path) -> None:
@@ -254,7 +241,7 @@ def test_the_command_with_ray(served: Served, tmp_path: Path) -> None:
     fresh = Data(tmp_path / "fresh")
     run_stages(tmp_path / "list.tsv", fresh, recipe)
     shutil.rmtree(data.root / "report")
-    same_but_for_rounding(fresh.root, data.root)
+    same(fresh.root, data.root)
     assert "retry  3 more images" in done.stdout
     assert "kept" in done.stdout and "1 of 3 shards are done already" in done.stdout
 

@@ -29,7 +29,7 @@ from aesthetic.errors import UserError
 from curate.layout import Data
 from curate.ledger.schema import Reason
 from curate.shards.tar import TarWriter
-from curate.sources import planner
+from curate.sources import adding, plan_files
 from curate.sources.img2dataset import reason_of
 from curate.sources.parquet import BATCH
 from curate.sources.plan import Plan, Row, SourceConfig, load_plan
@@ -473,9 +473,12 @@ def test_a_plan_that_cannot_grow_stays_as_it_is(tmp_path: Path, monkeypatch: pyt
     def stop(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    for name in ("write_json", "_write_plan"):  # a kill between the plan's two files, and before them
+    for module, name in (
+        (plan_files, "write_json"),
+        (adding, "write_plan"),
+    ):  # a kill between the plan's two files, and before them
         with monkeypatch.context() as patch:
-            patch.setattr(planner, name, stop)
+            patch.setattr(module, name, stop)
             with pytest.raises(KeyboardInterrupt):
                 make_plan(str(path), Data(root), config)
         again = load_plan(Data(root))

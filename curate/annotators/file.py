@@ -17,7 +17,7 @@ from aesthetic.errors import UserError
 from aesthetic.files import atomic
 from aesthetic.untrusted import printable
 from curate.annotators.base import AnnotatorOptions, ColumnSpec, TableAnnotator, TableRun
-from curate.ledger.schema import Status
+from curate.ledger.schema import Status, stored_name
 from curate.store.files import digest, sha256_file
 
 if TYPE_CHECKING:
@@ -220,6 +220,8 @@ def _images(run: TableRun, on: str, counts: list[int]) -> Iterator[pa.RecordBatc
         table = pq.read_table(
             run.data.local(run.data.table(shard)), columns=list(dict.fromkeys([column, "url", "status"]))
         )
+        if column not in table.column_names:  # of a list that was added later
+            table = table.append_column(column, pa.nulls(len(table), pa.string()))
         fetched = pc.equal(table["status"], Status.SUCCESS.value).combine_chunks()
         place = pc.add(pc.cumulative_sum(fetched.cast(pa.int64())), at - 1)
         name, url = (table[c].cast(pa.string()).combine_chunks() for c in (column, "url"))
@@ -232,12 +234,9 @@ def _images(run: TableRun, on: str, counts: list[int]) -> Iterator[pa.RecordBatc
 
 def _uid_column(data: Data) -> str:
     """The list's own column uid, as it is stored."""
-    schema = pq.read_schema(
-        data.local(data.table(next(s.shard for s in data.plan.shards if data.exists(data.table(s.shard)))))
-    )
-    for field in schema:
+    for field in data.plan.extra_columns:
         if field.name.lower() == "uid" and pa.types.is_string(field.type):
-            return str(field.name)
+            return stored_name(field.name)
     raise UserError("on: uid: the list carries no text column uid")
 
 

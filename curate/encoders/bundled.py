@@ -101,8 +101,25 @@ class BundledEncoder(Encoder):
         return np.hstack([unit(words, "words of image"), unit(features, "features of image")])
 
     def _text_vectors(self, texts: list[str]) -> np.ndarray:
-        vectors = unit(self._sentences(texts) - self._middle_of_texts, "text")
+        vectors = unit(self._by_length(texts) - self._middle_of_texts, "text")
         return np.hstack([vectors, np.zeros((len(texts), _FEATURES), np.float32)])
+
+    def _by_length(self, texts: list[str]) -> np.ndarray:
+        """MiniLM's vectors, (n, 384) of unit length. Those of a text depend on no other: like lengths run together,
+        padded to a multiple of eight tokens, and no text alone, as onnxruntime multiplies a single row otherwise."""
+        tokenizer, session = self._text
+        tokens = tokenizer.encode_batch(texts)
+        found, groups = np.zeros((len(texts), _WORDS), np.float32), dict[int, list[int]]()
+        for i, t in enumerate(tokens):
+            groups.setdefault(-(-sum(t.attention_mask) // 8) * 8, []).append(i)
+        for length, rows in groups.items():
+            together = rows if len(rows) > 1 else 2 * rows
+            ids, mask = np.zeros((2, len(together), length), np.int64)
+            for at, row in enumerate(together):
+                n = sum(tokens[row].attention_mask)
+                ids[at, :n], mask[at, :n] = tokens[row].ids[:n], 1
+            found[rows] = session.run(None, {"ids": ids, "mask": mask})[0][: len(rows)]
+        return unit(found, "text")
 
     @functools.cached_property
     def _text(self) -> tuple[Any, onnxruntime.InferenceSession]:

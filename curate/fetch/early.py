@@ -19,9 +19,9 @@ from curate.images.prefix import prefix_size
 from curate.ledger.early import HEADER_COLUMNS, when_known
 from curate.ledger.judge import state_sql
 from curate.ledger.rules import Rule, check_rules
-from curate.ledger.schema import RejectedEarly
+from curate.ledger.schema import URL_COLUMNS, RejectedEarly, stored_schema
 from curate.ledger.sql import Bounds, connect, parse_condition, quote, references, short
-from curate.ledger.view import fetched_columns, ledger_types, source_types
+from curate.ledger.view import conform, fetched_columns, ledger_types, source_types
 
 _CHEAP = {
     *("+", "-", "*", "/", "//", "%", "abs", "least", "greatest", "round", "floor", "ceil", "sqrt", "ln", "log", "log2"),
@@ -41,6 +41,7 @@ class EarlyRules:
 
     def __init__(self, rules: Mapping[str, str], extra_columns: pa.Schema) -> None:
         self.conditions = dict(rules)
+        self.extra_columns = extra_columns
         source = source_types(extra_columns)
         self.types = {**ledger_types(), **{f"source.{name}": kind for name, kind in source.items()}}
         found = check_rules(rules, ledger_types(), source, {}) if rules else []
@@ -118,6 +119,8 @@ class ShardRules:
 
     def _load(self, table: pa.Table, keys: list[str]) -> None:
         """The table `rows`: what rules name of the list, typed as the ledger has it, and the row's index `#i`."""
+        # a shard lacks the columns of lists that were added later
+        table = conform(table, pa.schema([*URL_COLUMNS, *stored_schema(self._rules.extra_columns)]))
         columns, source = fetched_columns(table.schema)
         wanted = {c.lower() for c in self._rules.columns}
         numbered = pa.table(

@@ -62,6 +62,8 @@ TRUSTED_STARTS = 2
 
 _BEGINNING = 65_536  # bytes of a local file that are looked at before all of it is read
 
+_FAILED = (Status.FAILED_TO_DOWNLOAD.value, Status.FAILED_TO_RESIZE.value)
+
 _RETRIES_KEPT = 10  # in a record; embedding needs those since it last ran
 
 Report = Callable[[str, str, str], None]
@@ -107,8 +109,9 @@ async def ingest_shard(
     """Fetch, decode and commit one shard; returns its record, which carries the hash `config`.
 
     With `again`, rows that have an image keep it, and so does what failed keep its failure; with `retry`, what failed
-    for transient reasons is fetched once more. What early rules rejected is fetched where those of now do not reject
-    it. The record says what came of that (`retries`).
+    for transient reasons is fetched once more, and keeps its line where it fails for such a reason again. What early
+    rules rejected is fetched where those of now do not reject it. The record says what came of that (`retries`); where
+    no row's line is another, nothing else is written.
     Raises DiskFull where the disk has no room, and whatever is our own error; a row's error ends only the row.
     """
     check_space(data.root)
@@ -121,8 +124,7 @@ async def ingest_shard(
     with _scratch(data, shard) as scratch, ShardRules(context.early, source.table, keys) as early:
         results = ShardResults(scratch)
         before = data.record(data.fetched_record(shard)) if again else None
-        if again:
-            _keep_final(data, shard, results, early, retry)
+        then = _keep_final(data, shard, results, early, retry) if again else []
         missing = [(i, row) for i, row in enumerate(source.rows()) if i not in results.facts]
         if context.fetch.engine == "img2dataset" and not source.local:
             folder = scratch_path(data.tar(shard))
@@ -139,13 +141,9 @@ async def ingest_shard(
             "denied_by": context.deny.digest if context.deny else None,
         }
         if before is not None:
-            recovered = [i for i, _ in missing if results.facts[i]["status"] == Status.SUCCESS]
-            this = {
-                "files": output_digests(before),
-                "tried": len(missing),
-                "recovered": [keys[i] for i in recovered],
-            }
-            facts["retries"] = [*before.get("retries", []), this][-_RETRIES_KEPT:]
+            _keep_transient(results, then, [i for i, _ in missing])
+            recovered = [keys[i] for i, _ in missing if results.facts[i]["status"] == Status.SUCCESS]
+            facts["retries"] = _retries(before, len(missing), recovered)
         if context.early:
             facts["early"] = context.early.conditions
         if source.notes:
@@ -156,6 +154,11 @@ async def ingest_shard(
         def took() -> dict[str, Any]:
             return total_spent((before or {}).get("spent"), spent.take() | {"cpu": context.cpu.take()["cpu"]})
 
+        if before is not None and all(results.facts[i] == facts_then for i, facts_then in enumerate(then)):
+            data.remove(data.starts(shard))
+            kept = dict.fromkeys(("early", "notes", "denied_hashes")) | facts | {"starts": before.get("starts", 1)}
+            data.recommit(data.fetched_record(shard), before["inputs"], config=config, facts=kept)
+            return data.record(data.fetched_record(shard))
         return await asyncio.to_thread(_commit, data, shard, source.table, results, config, began, facts, took)
 
 
@@ -211,14 +214,16 @@ def _scratch(data: Data, shard: int) -> Iterator[BinaryIO]:
         path.unlink(missing_ok=True)
 
 
-def _keep_final(data: Data, shard: int, results: ShardResults, early: ShardRules, retry: bool) -> None:
+def _keep_final(data: Data, shard: int, results: ShardResults, early: ShardRules, retry: bool) -> list[dict[str, Any]]:
     """Take over the rows of a fetched shard that stay: all but what early rules of before rejected and those of now do
-    not, and with `retry` the transient failures."""
+    not, and with `retry` the transient failures. Returns the facts of all its rows as they were."""
     data.bring(data.tar(shard), data.table(shard))
     members = index_tar(data.tar(shard))
+    then = list[dict[str, Any]]()
     with open(data.tar(shard), "rb") as tar:
         for i, row in enumerate(pq.read_table(data.table(shard)).to_pylist()):
             facts = {name: row.get(name) for name, _ in FETCHED_COLUMNS}  # a shard of before may lack a column
+            then.append(facts)
             if facts["status"] == Status.SUCCESS:
                 found = image_member(members[facts["key"]])
                 assert found is not None, f"{facts['key']} has no image in {data.tar(shard)}"
@@ -232,6 +237,24 @@ def _keep_final(data: Data, shard: int, results: ShardResults, early: ShardRules
                     results.add(i, facts | {"reason": e.rule, "error_message": e.detail}, None)
             elif not (retry and Reason(facts["reason"]).transient):
                 results.add(i, facts, None)
+    return then
+
+
+def _keep_transient(results: ShardResults, then: list[dict[str, Any]], tried: list[int]) -> None:
+    """Give rows that were tried in vain their lines of before: of a server that is down each try says something else,
+    and another line would make all that was made of the shard stale. A failure that is final now is written down."""
+    for i in tried:
+        if all(row["status"] in _FAILED and Reason(row["reason"]).transient for row in (then[i], results.facts[i])):
+            results.facts[i] = then[i]
+
+
+def _retries(before: Mapping[str, Any], tried: int, recovered: list[str]) -> list[dict[str, Any]]:
+    """What the record of a shard says of retries, this one included. One in vain takes the place of one before."""
+    this = {"files": output_digests(before), "tried": tried, "recovered": recovered}
+    others = [*before.get("retries", [])]
+    if others and not others[-1]["recovered"] and others[-1]["files"] == this["files"]:
+        others.pop()
+    return [*others, this][-_RETRIES_KEPT:]
 
 
 async def _fetch_and_decode(
@@ -248,7 +271,9 @@ async def _fetch_and_decode(
     its own facts."""
     isolated = IsolatedDecoder(context.images) if isolate else None
     loop = asyncio.get_running_loop()
-    expected = source.table.column(stored_name(context.fetch.verify)).to_pylist() if context.fetch.verify else None
+    name = stored_name(context.fetch.verify) if context.fetch.verify else None
+    there = name is not None and name in source.table.column_names  # a shard lacks columns of lists added later
+    expected = source.table.column(name).to_pylist() if there else None
 
     def check_and_process(body: bytes, digest: str | None, facts: dict[str, Any]) -> ProcessedImage | None:
         """In a thread: what is denied, not what the list names, or opted out by itself is not even decoded."""
@@ -390,7 +415,8 @@ def _commit(
         facts["key"] = make_key(shard, i, data.plan.shard_size)
     for name, kind in FETCHED_COLUMNS:
         table = table.append_column(name, pa.array([facts[name] for facts in rows], kind))
-    table = forget_removed(table.cast(fetched_schema(data.plan.extra_columns)))
+    plan = data.plan
+    table = forget_removed(table.cast(fetched_schema(plan.list_columns(plan.list_index(shard)))))
 
     with atomic(data.tar(shard)) as f, atomic(data.table(shard)) as g:
         tar = TarWriter(f)

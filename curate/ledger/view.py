@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError, nearest
-from curate.ledger.schema import EMBEDDED_COLUMNS, FETCHED_COLUMNS, URL_COLUMNS, Status, list_name
+from curate.ledger.schema import EMBEDDED_COLUMNS, FETCHED_COLUMNS, URL_COLUMNS, Status, fetched_schema, list_name
 from curate.ledger.sql import Bounds, batches, check_one_select, connect, literal, parse, quote, short, walk
 from curate.store.files import digest, read_table, sha256_file
 from curate.store.records import output_digests
@@ -66,6 +66,14 @@ class LedgerTable:
     def notes(self) -> list[str]:
         """What the records ask to be repeated (`notes_of`), which takes a look at each."""
         return notes_of(self.facts)
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """The columns of its files; files may lack those of lists that were added later (`conform`)."""
+        plan = self.data.plan if self.name == "fetched" and self.data.exists(self.data.plan_record) else None
+        if plan is not None and len(plan.lists) > 1:
+            return fetched_schema(plan.extra_columns)
+        return pq.read_schema(self.data.local(self.files[0]))
 
     @property
     def partial(self) -> bool:
@@ -161,7 +169,7 @@ def open_ledger(
     con = connect(data.root.resolve(), memory_limit)
     wanted = None if needed is None else {n.lower() for n in needed}
     joined = [t for t in found[1:] if wanted is None or any(c.lower() in wanted for c in t.columns)]
-    columns, source = fetched_columns(schema := pq.read_schema(found[0].files[0]))
+    columns, source = fetched_columns(schema := found[0].schema)
     if wanted is not None:
         columns = {n: i for n, i in columns.items() if n in wanted or n in ("key", "status", "reason")}
     fields = [(name, c) for name, c in source.items() if wanted is None or f"source.{name}".lower() in wanted]
@@ -173,7 +181,8 @@ def open_ledger(
             _load(con, f"_table{i}", table, None if i else places)
             fetched = fetched if i else "_table0 AS f"
         else:
-            con.register(f"_table{i}", ds.dataset([str(p) for p in table.files], format="parquet"))
+            schema_of = None if i else schema
+            con.register(f"_table{i}", ds.dataset([str(p) for p in table.files], schema=schema_of, format="parquet"))
     con.execute(f"CREATE VIEW ledger AS {_join(fetched, columns, fields, joined, by_position=False)}")
     con.execute(f"CREATE VIEW _fetched AS {_join(fetched, columns, fields, [], by_position=False)}")
     con.execute(f"CREATE VIEW _aligned AS {_join(fetched, columns, fields, joined, by_position=True)}")
@@ -195,7 +204,7 @@ def _small(table: LedgerTable) -> bool:
 
 def _load(con: duckdb.DuckDBPyConnection, name: str, table: LedgerTable, places: Sequence[int] | None) -> None:
     """Copy a table into DuckDB's memory, which spills: all columns, or those at these places as c0, c1 and so on."""
-    schema = pq.read_schema(table.files[0])
+    schema = table.schema
     read = schema if places is None else pa.schema([schema.field(i) for i in places])
     names = read.names if places is None else [f"c{i}" for i in places]
     stored = pa.schema([f.with_name(name) for f, name in zip(read, names, strict=True)])
@@ -282,7 +291,7 @@ def column_types(found: Sequence[LedgerTable]) -> tuple[dict[str, str], dict[str
     for table in found[1:]:
         schema = pq.read_schema(table.data.local(table.files[0]))
         types |= zip(table.columns, sql_types([schema.field(c).type for c in table.columns]), strict=True)
-    fetched = pq.read_schema(found[0].data.local(found[0].files[0]))
+    fetched = found[0].schema
     source = fetched_columns(fetched)[1]
     return types, dict(zip(source, sql_types([fetched.types[i] for i in source.values()]), strict=True))
 

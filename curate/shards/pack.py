@@ -236,7 +236,7 @@ class _Columns:
 
     def __init__(self, data: Data, found: list[LedgerTable]) -> None:
         self.data = data
-        self._fetched = pq.read_schema(data.local(found[0].files[0]))
+        self._fetched = found[0].schema
         self._others = list[tuple[str, pa.Schema]]()  # the key of a table, and what it adds
         for table in found[1:]:
             schema = pq.read_schema(data.local(table.files[0]))

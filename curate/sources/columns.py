@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -249,13 +249,15 @@ def stored_batch(
     extra_columns: pa.Schema,
     own_columns: Sequence[tuple[str, pa.DataType]] = (),
     problems: Problems | None = None,
+    absent: Collection[str] = (),
 ) -> pa.RecordBatch:
     """A batch of a list as our columns, in their types and under the names that they are stored by.
 
-    Null where this file of the list has no such column. `own_columns` are those of ours that the input has beside.
+    Null where this file of the list has no such column, or where it is one of those that are `absent`, as others have
+    them alone. `own_columns` are those of ours that the input has beside.
     """
-    wanted = [(url, "url", pa.string()), (caption, "caption", pa.string())]
-    wanted += [(f.name, stored_name(f.name), f.type) for f in extra_columns]
+    wanted: list[tuple[str | None, str, pa.DataType]] = [(url, "url", pa.string()), (caption, "caption", pa.string())]
+    wanted += [(None if f.name in absent else f.name, stored_name(f.name), f.type) for f in extra_columns]
     wanted += [(name, stored_own(name), kind) for name, kind in own_columns]
     arrays = [column_as(batch, name, kind, problems) for name, _, kind in wanted]
     return pa.RecordBatch.from_arrays(arrays, schema=pa.schema([(stored, kind) for _, stored, kind in wanted]))

@@ -1,12 +1,14 @@
 """The plan of a data folder: which rows of which file each shard is, and how they are read.
 
 It lies in `plan/`: `shards.parquet` says for each shard which rows of which file it is, `plan.json` (written last) what
-it was made of. `planner` makes it, once; the same list and settings give the same plan.
+it was made of. `planner` makes it, once; the same list and settings give the same plan. Other lists may be added to it
+(`adding`): the first is what plan.json says at its top, the others follow in its `added`.
 """
 
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -169,13 +171,38 @@ class Plan:
     @staticmethod
     def of(data: Data, facts: Mapping[str, Any], shards: list[ShardPlan]) -> Plan:
         """From what its two files hold."""
-        extra_columns = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(facts["carried_schema"])))
-        return Plan(data, shards, extra_columns, facts["total_rows"], facts["listed_rows"], facts)
+        added = facts.get("added", [])
+        extra_columns = _schema_of((added[-1] if added else facts)["carried_schema"])
+        listed_rows = facts["listed_rows"] + sum(one["listed_rows"] for one in added)
+        return Plan(data, shards, extra_columns, facts["total_rows"], listed_rows, facts)
 
     @property
     def list(self) -> str:
-        """The list as it was given."""
+        """The (first) list as it was given."""
         return self.facts["list"]
+
+    @property
+    def lists(self) -> Sequence[Mapping[str, Any]]:
+        """What is known of each list that rows were taken from, in that order: its name (`list`), `kind`, `base`,
+        `remote`, its settings (`source`), `rows` that were taken and `listed_rows` that could be; of those that were
+        added also `date`, and `counts` of other rows.
+        """
+        added = self.facts.get("added", [])
+        first = {**self.facts, "rows": self.total_rows - sum(one["rows"] for one in added)}
+        return [first, *added]
+
+    def list_index(self, shard: int) -> int:
+        """Which of the lists a shard is of."""
+        return self.facts["inputs"][self.facts["made_of"][self.shards[shard].file]].get("list", 0)
+
+    def list_of(self, shard: int) -> Mapping[str, Any]:
+        """The list that a shard is of, as plan.json has it; the first list's has more in it."""
+        index = self.list_index(shard)
+        return self.facts["added"][index - 1] if index else self.facts
+
+    def list_columns(self, index: int) -> pa.Schema:
+        """The extra columns of a list's shards: its own, and those of the lists before it."""
+        return _schema_of((self.facts["added"][index - 1] if index else self.facts)["carried_schema"])
 
     @property
     def columns(self) -> dict[str, str | None]:
@@ -186,7 +213,7 @@ class Plan:
     @property
     def warnings(self) -> Sequence[str]:
         """What a run says of the list before it begins."""
-        return self.facts.get("warnings", [])
+        return [warning for one in self.lists for warning in one.get("warnings", [])]
 
     @property
     def shard_size(self) -> int:
@@ -203,19 +230,23 @@ class Plan:
         """A short name of the whole plan: what the list holds, and how it is cut."""
         files = sorted((index, name) for name, index in self.facts["made_of"].items())
         identities = [self.facts["identities"][name] for _, name in files]
-        return digest([identities, self.shard_size, self._column_types(), self.total_rows])
+        return digest([identities, self.shard_size, _column_types(self.extra_columns), self.total_rows])
 
     def shard_digest(self, shard: int) -> str:
         """A short name of what one shard holds; other shards and other files of the list do not change it."""
         s = self.shards[shard]
-        return digest([self.facts["identities"][s.file], s.offset, s.rows, self._column_types()])
-
-    def _column_types(self) -> Sequence[str]:
-        return [f"{f.name}:{f.type}" for f in self.extra_columns]
+        return digest(
+            [
+                self.facts["identities"][s.file],
+                s.offset,
+                s.rows,
+                _column_types(self.list_columns(self.list_index(shard))),
+            ]
+        )
 
     @property
     def schema(self) -> pa.Schema:
-        """The columns of a shard's rows: url, caption, and the extra ones under the names that they are stored by."""
+        """The columns of all rows: url, caption, and the extra ones of all lists under the names they are stored by."""
         return pa.schema([*URL_COLUMNS, *stored_schema(self.extra_columns)])
 
     def read(self, shard: int) -> SourceShard:
@@ -223,21 +254,22 @@ class Plan:
 
         Raises UserError where the list has changed since the plan was made.
         """
-        s = self.shards[shard]
+        s, of, extra_columns = self.shards[shard], self.list_of(shard), self.list_columns(self.list_index(shard))
         fact = self.facts["inputs"][self.facts["made_of"][s.file]]
         was_cut = s.file in self.facts["cut"]
         # else everything is in plan/, or Place.read finds out image by image
-        if not self.facts["remote"] and (not was_cut or self.facts["kind"] in ("tars", "parquet")):
-            now = stat(self.facts["kind"], Path(fact["path"]))
+        if not of["remote"] and (not was_cut or of["kind"] in ("tars", "parquet")):
+            now = stat(of["kind"], Path(fact["path"]))
             if any(now[k] != fact[k] for k in now):
                 raise UserError(
                     f"{fact['path']}: has changed since the plan was made. If its content is the same, the command "
                     f"that made the plan takes it up again; if not, it is another list. {ANEW}"
                 )
-        base = self.facts["base"]
+        base = of["base"]
         beside = PLACE_COLUMNS if base is not None else FAILURES if fact.get("broken") else ()
         own = [(stored_own(name), kind) for name, kind in beside]
-        schema = pa.schema([*self.schema, *own])
+        listed = pa.schema([*URL_COLUMNS, *stored_schema(extra_columns)])
+        schema = pa.schema([*listed, *own])
         problems = Problems()  # what was cut has been checked, so these are of a list that is used where it lies
         path = self.data.root / s.file
         if path.is_relative_to(self.data.root):
@@ -249,9 +281,9 @@ class Plan:
             ]
         else:  # the list itself, under its own names
             url, caption, constants = fact["url"], fact["caption"], fact.get("constants", {})
-            wanted = [n for n in (url, caption, *self.extra_columns.names) if n]
+            wanted = [n for n in (url, caption, *extra_columns.names) if n]
             batches = [
-                stored_batch(with_constants(batch, constants), url, caption, self.extra_columns, problems=problems)
+                stored_batch(with_constants(batch, constants), url, caption, extra_columns, problems=problems)
                 for batch in rows_between(path, s.offset, s.rows, wanted, MOST_HELD, problems)
             ]
         table = pa.Table.from_batches(batches, schema)
@@ -259,7 +291,7 @@ class Plan:
             raise UserError(f"{s.file}: has fewer rows than when the plan was made. {ANEW}")
         return SourceShard(
             shard,
-            table.select(self.schema.names),
+            table.select(listed.names),
             self.shard_digest(shard),
             table.select([name for name, _ in own]) if own else None,
             base if base is None or is_url(base) else Path(base),
@@ -273,6 +305,16 @@ class Plan:
             path = self.data.local(self.data.root / name)
             if not path.exists() or sha256_file(path) != sha256:
                 raise UserError(f"{path}: is damaged. Remove {self.data.plan_folder}; {_AGAIN}")
+
+
+@functools.lru_cache(maxsize=64)
+def _schema_of(text: str) -> pa.Schema:
+    """The extra columns of a list, as its facts hold them."""
+    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))
+
+
+def _column_types(extra_columns: pa.Schema) -> Sequence[str]:
+    return [f"{f.name}:{f.type}" for f in extra_columns]
 
 
 def shards_file(facts: Mapping[str, Any]) -> str:

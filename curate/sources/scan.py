@@ -17,6 +17,7 @@ from curate.ledger.sql import Bounds, connect, parse_condition, volatile_functio
 from curate.sources.columns import column_as, common_type, describe, is_texts, listed
 from curate.sources.find import Found
 from curate.sources.inputs import FAILURES, PLACE_COLUMNS, Input, with_constants
+from curate.sources.known import KnownRows
 from curate.sources.lists import ParquetInput
 from curate.sources.parquet import check_pages, parquet_batches
 from curate.sources.plan import SourceConfig
@@ -34,23 +35,32 @@ class ListScan:
     inputs: list[Input]
     schema: pa.Schema  # the columns of all inputs, under the list's names
     extra_columns: pa.Schema
+    absent: frozenset[str] = frozenset()  # of these, those that other lists of the plan have and this one has not
     predicate: Predicate | None = None  # of source.where
     warnings: list[str] = field(default_factory=list)  # what a run says before it begins
     listed_rows: int = 0
     kept: list[int] = field(default_factory=list)  # rows per input, after where and limit
     limit_hash: int | None = None  # rows whose hash is above it are beyond the limit
     planned_hash: int | None = None  # and those up to this one are in the plan that grows
+    known: KnownRows | None = None  # which other rows are left out, as the plan has them from other lists
+    taken: list[np.ndarray] = field(default_factory=list)  # per input, where rows are known: which are not left out
 
     def masks(self, index: int) -> Iterator[np.ndarray]:
-        """What `where` keeps of an input, in pieces; without `where` no row is read."""
+        """What `where` keeps of an input, and is not known, in pieces; without either no row is read."""
         source = self.inputs[index]
-        if self.predicate is None:
+        if self.predicate is None and self.known is None:
             for start in range(0, source.rows, 1 << 20):
                 yield np.ones(min(1 << 20, source.rows - start), dtype=bool)
-        else:
-            wanted = set(self.predicate.columns) | {source.url or "url"}  # at least one: a batch needs a length
-            for batch in source.batches(sorted(wanted)):
-                yield self._mask(with_constants(batch, source.constants))
+            return
+        wanted = {source.url or "url"}  # at least one: a batch needs a length
+        wanted |= set(self.predicate.columns) if self.predicate is not None else set()
+        wanted |= {n for n in (source.caption, self.known.uid) if n} if self.known is not None else set()
+        for batch in source.batches(sorted(wanted)):
+            batch = with_constants(batch, source.constants)
+            mask = np.ones(batch.num_rows, bool) if self.predicate is None else self._mask(batch)
+            if self.known is not None:
+                mask[mask] = self.known.are_new(batch.filter(pa.array(mask)), source)
+            yield mask
 
     def _mask(self, batch: pa.RecordBatch) -> np.ndarray:
         """The rows for which `where` is true, and broken lines, which nothing can be said of."""
@@ -63,23 +73,29 @@ class ListScan:
             kept = kept | batch.column(reason).is_valid().to_numpy(zero_copy_only=False)
         return kept
 
+    def _unplanned(self, index: int, start: int, count: int) -> np.ndarray:
+        """Whether rows of an input are not in the plan that grows, as a limit took them."""
+        if self.planned_hash is None:
+            return np.ones(count, bool)
+        return row_hashes(index, start, count) > np.uint64(self.planned_hash)
+
     def kept_rows(self, index: int) -> Iterator[pa.RecordBatch]:
         """The rows of one input that belong to the plan, in order."""
         source = self.inputs[index]
-        wanted = {n for n in (source.url, source.caption) if n} | set(self.extra_columns.names)
+        wanted = {n for n in (source.url, source.caption) if n} | set(self.extra_columns.names) - self.absent
         if self.predicate is not None:
             wanted |= set(self.predicate.columns)
         start = 0
         for batch in source.batches(sorted(wanted)):
             count = batch.num_rows
-            if self.limit_hash is not None or self.planned_hash is not None:
-                hashes = row_hashes(index, start, count)
-                within = np.ones(count, bool) if self.limit_hash is None else hashes <= np.uint64(self.limit_hash)
-                if self.planned_hash is not None:
-                    within &= hashes > np.uint64(self.planned_hash)
-                batch = batch.filter(pa.array(within))
+            within = self._unplanned(index, start, count)
+            if self.limit_hash is not None:
+                within &= row_hashes(index, start, count) <= np.uint64(self.limit_hash)
+            if self.taken:
+                within &= self.taken[index][start : start + count]
+            batch = batch if within.all() else batch.filter(pa.array(within))
             batch = with_constants(batch, source.constants)
-            if self.predicate is not None and batch.num_rows:
+            if self.predicate is not None and not self.taken and batch.num_rows:
                 batch = batch.filter(pa.array(self._mask(batch)))
             start += count
             if batch.num_rows:
@@ -88,6 +104,16 @@ class ListScan:
 
 def scan_list(found: Found, config: SourceConfig, limit: int | None) -> ListScan:
     """Open the files of a list and count the rows that are wanted. UserError where list or settings are wrong."""
+    scan = open_scan(found, config, limit)
+    count_rows(scan, limit)
+    if not scan.listed_rows:
+        rows = sum(source.rows for source in scan.inputs)
+        raise UserError(f"source.where: {config.where} keeps none of the {rows:,} rows.")
+    return scan
+
+
+def open_scan(found: Found, config: SourceConfig, limit: int | None) -> ListScan:
+    """Open the files of a list; nothing is counted yet. UserError where list or settings are wrong."""
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: it must be at least 1")
     inputs = [found.open(file, config.url, config.caption) for file in found.files]
@@ -106,11 +132,18 @@ def scan_list(found: Found, config: SourceConfig, limit: int | None) -> ListScan
         if isinstance(source, ParquetInput):
             check_pages(source.path, [n for n in (source.url, source.caption, *used) if n])
 
+    scan.warnings = _warnings(found, inputs, wants_captions=config.caption is not None)
+    return scan
+
+
+def count_rows(scan: ListScan, limit: int | None) -> None:
+    """Find which rows are wanted: those that `where` keeps, are not known and not planned, `limit` of them at most."""
     hashes, owners = np.empty(0, np.uint64), np.empty(0, np.int64)
-    scan.kept = [0] * len(inputs)
-    for index in range(len(inputs)):
-        start = 0
+    scan.kept = [0] * len(scan.inputs)
+    for index in range(len(scan.inputs)):
+        start, masks = 0, list[np.ndarray]()
         for mask in scan.masks(index):
+            mask = mask & scan._unplanned(index, start, len(mask))
             count = int(mask.sum())
             scan.kept[index] += count
             if limit is not None and count:
@@ -120,14 +153,14 @@ def scan_list(found: Found, config: SourceConfig, limit: int | None) -> ListScan
                     smallest = np.argpartition(hashes, limit - 1)[:limit]
                     hashes, owners = hashes[smallest], owners[smallest]
             start += len(mask)
+            if scan.known is not None:
+                masks.append(mask)
+        if scan.known is not None:
+            scan.taken.append(np.concatenate([np.empty(0, bool), *masks]))
     scan.listed_rows = sum(scan.kept)
-    if not scan.listed_rows:
-        raise UserError(f"source.where: {config.where} keeps none of the {sum(s.rows for s in inputs):,} rows.")
     if limit is not None and limit < scan.listed_rows:
         scan.limit_hash = int(hashes.max())
-        scan.kept = np.bincount(owners, minlength=len(inputs)).tolist()
-    scan.warnings = _warnings(found, inputs, wants_captions=config.caption is not None)
-    return scan
+        scan.kept = np.bincount(owners, minlength=len(scan.inputs)).tolist()
 
 
 def row_hashes(index: int, start: int, count: int) -> np.ndarray:

@@ -285,7 +285,7 @@ def import_shard(data: Data, shard: int, imported: ImportedVectors, encoder: Enc
 
 def _names(data: Data, shard: int, keys: list[str]) -> list[str]:
     """What the images of a shard were called by whoever embedded them: in tars and folders, their names there."""
-    if data.plan.facts["base"] is None:
+    if data.plan.list_of(shard)["base"] is None:
         return keys
     source = data.plan.read(shard)
     assert source.own_columns is not None and source.base is not None

@@ -16,6 +16,7 @@ class CurateOptions(StageOptions):
     list: str = argument("LIST", "file, folder, glob or URL of a list; a folder of images or shards")
     out: str = option("the data folder", default=REQUIRED, metavar="DATA")
     limit: int | None = option("only N rows, spread over the whole list", metavar="N", type=positive_int)
+    add: bool = option("append the rows of LIST that DATA does not know yet, as new shards", default=False)
     dry_run: bool = option("print what would run, or why it would not; fetch nothing", default=False)
 
 
@@ -31,6 +32,7 @@ def run(options: CurateOptions, *, fetch_only: bool = False) -> Result:
         data=data,
         recipe=recipe_of(data, options.recipe, options.set),
         limit=options.limit,
+        add=options.add,
         address=options.ray_address,
         stages=("fetch",) if fetch_only else ("fetch", "embed", "select", "pack"),
         restart_from=options.restart_from,
@@ -40,6 +42,8 @@ def run(options: CurateOptions, *, fetch_only: bool = False) -> Result:
 
     facts = curation.dry_run(request)
     print(to_yaml(request.recipe))
+    if facts["added"] is not None:
+        print(curation.addition_text(facts["added"]))
     rows = f"rows {facts['rows']:,} of {facts['listed_rows']:,} listed"
     parts = [rows, f"shards {facts['shards']:,}", f"stages {', '.join(request.stages)}"]
     print(" · ".join([*parts, *curation.columns_taken(facts["columns"])]))

@@ -14,6 +14,7 @@ from pipelines.options import Options, Result, argument, command
 
 if TYPE_CHECKING:
     from curate.layout import Data
+    from curate.sources.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,13 @@ def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, An
     for record in fetched.values():
         early.update(record.get("rejected_early", {}))
     total, shards = sum(outcomes.values()) - early.total(), len(plan.shards)
-    say(f"rows      {plan.total_rows:,} in {shards:,} shards of {plan.list}")
+    several = f"{len(plan.lists)} lists" if len(plan.lists) > 1 else plan.list
+    say(f"rows      {plan.total_rows:,} in {shards:,} shards of {several}")
+    lists = [_list_facts(plan, i) for i in range(len(plan.lists))]
+    for one in lists if len(lists) > 1 else ():
+        more = f", added {one['date'][:10]}" if one["date"] else ""
+        whole = f" of {one['listed_rows']:,}" if one["listed_rows"] > one["rows"] else ""
+        say(f"list      {one['rows']:,}{whole} rows of {one['list']} ({one['digest']}{more})")
     good = f"   {outcomes[Status.SUCCESS] / total:.1%} ok" if total else ""
     say(f"fetched   {len(fetched):,}/{shards:,} shards{good}")
     left = [(reason, n) for reason, n in outcomes.most_common() if reason != Status.REJECTED_EARLY]
@@ -82,6 +89,7 @@ def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, An
         say(f"selected  {name}: {', '.join(words)}")
     found = {
         "rows": plan.total_rows,
+        "lists": lists,
         "shards": shards,
         "fetched": len(fetched),
         "embedded": embedded,
@@ -120,6 +128,23 @@ def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, An
         if facts["kept"] and facts["packed"] != "now":
             return found, command("pack", data, "--name", name)
     return found, ""
+
+
+def _list_facts(plan: Plan, index: int) -> dict[str, Any]:
+    """What is said of one of a plan's lists; the first has no date."""
+    from curate.store.files import digest
+
+    one = plan.lists[index]
+    contents = [fact["sha256"] for fact in plan.facts["inputs"] if fact.get("list", 0) == index]
+    whole = contents[0][:16] if len(contents) == 1 else digest(contents)
+    kept = {name: one[name] for name in ("list", "rows", "listed_rows")}
+    return {
+        **kept,
+        "digest": whole,
+        "date": one.get("date"),
+        "limit": one["source"]["--limit"],
+        **one.get("counts", {}),
+    }
 
 
 def selections_there(data: Data) -> dict[str, dict[str, Any]]:

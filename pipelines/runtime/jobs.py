@@ -184,13 +184,16 @@ def open_fetch(job: CurateJob, progress: str, threads: int) -> Callable[[int, in
 
 
 def open_embed(job: CurateJob, progress: str, threads: int) -> Callable[[int, int], None]:
-    """An EmbedWorker in an actor."""
+    """An EmbedWorker in an actor. In a retry its models are loaded for the first shard that had something back: most
+    often none has."""
     from curate.workers import EmbedWorker
 
     actor, recipe = start_worker(job.data.store, "embed", progress), job.recipe
     meter = Meter(actor.add.remote)
-    with report_errors(actor):
-        worker = EmbedWorker(
+
+    @functools.cache
+    def worker() -> EmbedWorker:
+        return EmbedWorker(
             job.data,
             recipe.embed,
             recipe.columns,
@@ -201,9 +204,27 @@ def open_embed(job: CurateJob, progress: str, threads: int) -> Callable[[int, in
             early=job.early,
         )
 
+    if not job.retry:
+        with report_errors(actor):
+            worker()
+
     def run(shard: int, lost: int) -> None:
         with report_errors(actor):
-            worker.run(shard)
+            if not (job.retry and _embedded(job, shard)):
+                worker().run(shard)
         meter.flush()
 
     return run
+
+
+def _embedded(job: CurateJob, shard: int) -> bool:
+    """Whether a shard has all that the job's recipe makes of it. Loads no model."""
+    from curate.annotators.order import ENCODER
+    from curate.annotators.registry import make_annotators
+    from curate.workers import embed_done
+
+    annotators = make_annotators(job.recipe.columns)
+    early = job.early.get(ENCODER, {})
+    for name, annotator in annotators.items():
+        annotator.early = job.early.get(name, {})
+    return embed_done(job.data, shard, job.recipe.hashes()[1], annotators, early)

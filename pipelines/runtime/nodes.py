@@ -176,12 +176,16 @@ def node_check(data: Data, recipe: Recipe) -> NodeCheck:
 
 def _list_files(data: Data) -> list[str]:
     """The first files of a list that is read where it lies, and the folder of images that it is; [] of a copied one."""
-    facts = data.plan.facts
-    if facts["remote"]:
-        return []
-    cut = {facts["made_of"][name] for name in facts["cut"]} if facts["kind"] not in ("tars", "parquet") else set()
-    used = [fact["path"] for index, fact in enumerate(facts["inputs"]) if index not in cut]
-    return [*used[:100], *filter(None, [facts["base"]])]
+    facts, lists = data.plan.facts, data.plan.lists
+    cut = {facts["made_of"][name] for name in facts["cut"]}
+    read = {i for i, one in enumerate(lists) if not one["remote"]}
+    kept_places = {i for i, one in enumerate(lists) if one["kind"] in ("tars", "parquet")}
+    used = [
+        fact["path"]
+        for index, fact in enumerate(facts["inputs"])
+        if (of := fact.get("list", 0)) in read and (index not in cut or of in kept_places)
+    ]
+    return [*used[:100], *(lists[i]["base"] for i in sorted(read) if lists[i]["base"])]
 
 
 @functools.cache

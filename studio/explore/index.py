@@ -25,7 +25,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError
 from aesthetic.files import scratch_path, sync
@@ -164,7 +163,7 @@ def _part(final: Path) -> Iterator[Path]:
 
 def _make_rows(folder: Path, found: Sequence[LedgerTable], on_step: OnStep) -> None:
     fetched, hidden = found[0], hidden_columns(found)
-    schema = pq.read_schema(fetched.data.local(fetched.files[0]))
+    schema = fetched.schema
     names = {name: schema.names[i] for name, i in fetched_columns(schema)[0].items() if i is not None}
     read = [names[n] for n in ("key", "status", "reason", "caption") if n in names]
     keys, shards, places = list[npt.NDArray[np.uint64]](), list[npt.NDArray[np.int32]](), list[npt.NDArray[Any]]()
@@ -296,7 +295,7 @@ def _make_columns(
     clusters: set[str],
     on_step: OnStep,
 ) -> None:
-    schema = pq.read_schema(table.data.local(table.files[0]))
+    schema = table.schema
     if table is fetched:
         ours, source = fetched_columns(schema)
         ours = {n: i for n, i in ours.items() if i is not None and n not in (*_NOT_INDEXED, "caption", "url")}
@@ -345,7 +344,7 @@ def _places(
 
 def open_columns(folder: Path, table: LedgerTable, rows: IndexedRows) -> dict[str, IndexedColumn]:
     """The columns of a part that is there; those whose values are not in it have facts alone."""
-    schema = pq.read_schema(table.data.local(table.files[0]))
+    schema = table.schema
     kinds = {name: schema.field(name).type for name in schema.names if schema.names.count(name) == 1}
     source = {f"source.{n}": schema.field(i).type for n, i in fetched_columns(schema)[1].items()}
     found = {}

@@ -255,7 +255,7 @@ class Snapshot:
     @cached_property
     def _fetched_names(self) -> tuple[pa.Schema, dict[str, int]]:
         """The schema of `fetched/`, and where in it each column is, as rules name it."""
-        schema = pq.read_schema(self.data.local(self.found[0].files[0]))
+        schema = self.found[0].schema
         ours, source = fetched_columns(schema)
         places = {n: i for n, i in ours.items() if i is not None}
         return schema, {**places, **{f"source.{n}": i for n, i in source.items()}}
