@@ -26,6 +26,8 @@ from curate.ledger.view import open_ledger
 from curate.sources.adding import Addition, adding
 from curate.sources.plan import Plan, SourceConfig, load_plan
 from curate.sources.planner import inspect, make_plan
+from curate.store import mirror
+from curate.store.objects import ObjectStore
 from pipelines.commands.status import status
 from tests.stages import choose, embed_shards, fetch_shards, run_stages, serving
 
@@ -189,6 +191,38 @@ def test_folders_are_known_by_where_their_images_lie(tmp_path: Path) -> None:
     assert other.counts["added"] == 2 and plan.list_of(2)["base"] == str(tmp_path / "others")
     listed, plan = add(table(tmp_path / "l.parquet", url=urls(0, 3)), root)
     assert listed.counts["added"] == 3 and not plan.read(3).local and plan.read(2).local
+
+
+def test_lists_and_data_folders_on_an_object_store(
+    s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TASTEMAKER_CACHE", str(tmp_path / "cache"))
+    mirror.open_mirror.cache_clear()
+    store = ObjectStore(s3_url)
+    for name, rows in (("a", urls(0, 60)), ("b", urls(30, 120))):
+        listed = table(tmp_path / f"{name}.parquet", url=rows)
+        store.put(listed.read_bytes(), f"lists/{name}.parquet")
+    data = Data.at(f"{s3_url}/data")
+    with data.hold():
+        plan = make_plan(f"{s3_url}/lists/a.parquet", data, CONFIG)
+        store.put(b"of a run that was killed", "data/plan/00001-00003.parquet")
+        with adding(f"{s3_url}/lists/b.parquet", plan, CONFIG, 40, Deny(), tmp_path) as more:
+            assert (more.counts["added"], more.counts["new"], more.counts["known"]) == (40, 60, 30)
+            more.write()
+    mirror.open_mirror.cache_clear()
+    monkeypatch.setenv("TASTEMAKER_CACHE", str(tmp_path / "elsewhere"))
+    data = Data.at(f"{s3_url}/data")
+    with data.hold():
+        with adding(f"{s3_url}/lists/b.parquet", data.plan, CONFIG, None, Deny(), tmp_path) as more:
+            assert (more.counts["added"], more.counts["known"]) == (20, 70)
+            more.write()
+        again = load_plan(data)
+        assert again is not None
+        again.check()
+        assert sorted(r["url"] for r in rows_of(again)) == sorted(urls(0, 120))
+    there = {found.name for found in store.list("data/plan")}
+    assert there == {f"data/{name}" for name in (*again.facts["made_of"], again.facts["shards"], "plan/plan.json")}
+    mirror.open_mirror.cache_clear()
 
 
 def tree(root: Path) -> dict[str, str]:

@@ -42,6 +42,7 @@ class DenyEntry:
     entry: str  # a URL, a domain, or a digest
     what: What
     key: str | None  # of the image at which it was decided, where the line says it
+    removed: bool = False  # it is of what was taken out
 
 
 def entry_for(key: str, what: What, url: str | None, sha256: str | None) -> DenyEntry:
@@ -163,5 +164,6 @@ def _entries(content: bytes) -> list[DenyEntry]:
             continue
         said = _OF_KEY.fullmatch(comment[1].strip()) if comment else None
         is_domain = said[1] == "domain of" if said else "://" not in entry and "." in entry
-        found.append(DenyEntry(entry, "domain" if is_domain else "image", said[2] if said else None))
+        key, removed = said[2] if said else None, _REMOVED.match(line.strip()) is not None
+        found.append(DenyEntry(entry, "domain" if is_domain else "image", key, removed))
     return found

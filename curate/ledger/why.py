@@ -89,7 +89,7 @@ class Explanation:
 
     key: str
     shard: int
-    list: str  # as it was given
+    list: str  # as it was given, and when it was added to others
     file: str  # of the list, that the row is in
     line: int | None  # its row there, counted from 0; None where that is not known
     status: str  # of Status
@@ -143,9 +143,7 @@ def explain(data: Data, key: str, found: Sequence[LedgerTable] | None = None) ->
     return Explanation(
         key=key,
         shard=shard,
-        list=str(data.plan.list_of(shard)["list"])
-        if data.exists(data.plan_record) and shard < len(data.plan.shards)
-        else "",
+        list=_list(data, shard),
         file=file,
         line=line,
         status=str(row["status"]),
@@ -174,6 +172,14 @@ def _row(table: LedgerTable, key: str) -> dict[str, Any] | None:
     columns, source = fetched_columns(found.schema)
     ours = {name: None if place is None else values[place] for name, place in columns.items()}
     return {**ours, "source": {name: values[place] for name, place in source.items()}}
+
+
+def _list(data: Data, shard: int) -> str:
+    """The list that a shard is of, as it was given; of one that was added, with the date."""
+    if not data.exists(data.plan_record) or shard >= len(data.plan.shards):
+        return ""
+    found = data.plan.list_of(shard)
+    return f"{found['list']}, added on {str(found['date'])[:10]}" if found.get("date") else str(found["list"])
 
 
 def _line(data: Data, shard: int, row: int) -> tuple[str, int | None]:

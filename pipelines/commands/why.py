@@ -153,8 +153,9 @@ def row_lines(whole: WholeRow, match: Match, several: bool) -> list[str]:
     if match.by != "key":
         apart = _apart(match)
         lines.append(_line("found", f"by {match.by}{': ' + apart if apart else ''}"))
+    added = f"; added on {row.list[-10:]}" if ", added on " in row.list else ""
     line = f", row {row.line:,} (the first is 0)" if row.line is not None else ", whose rows were cut or copied"
-    lines += [_line("list", f"{row.file or row.list or 'unknown'}{line}"), *_texts("caption", row.caption)]
+    lines += [_line("list", f"{row.file or row.list or 'unknown'}{line}{added}"), *_texts("caption", row.caption)]
     lines += _texts("url", row.url)
     lines += [*_download_lines(whole), *_stored_lines(whole)]
     lines += _table("of the list", {name: _said(value) for name, value in row.source.items()})

@@ -128,7 +128,7 @@ def _removal_command(data: Data, rows: int, state: tuple[Any, ...]) -> str | Non
 def _known_images(data: Data) -> DeniedImages | None:
     """What the list's own lines say is there, where they all are of single images, and few: their shards, and the packs
     that hold them. Where there is more, such as the same URL once more, the run says so before it does anything."""
-    entries, found, shards = read_entries(data), DeniedImages(), set[str]()
+    entries, found, shards = [e for e in read_entries(data) if not e.removed], DeniedImages(), set[str]()
     if len(entries) > _FEW or any(e.what != "image" or e.key is None for e in entries):
         return None
     known = tables(data)
