@@ -7,6 +7,7 @@ annotated/N./ NNNNN.parquet, NNNNN.json   columns of an annotator and their reco
 selected/     NAME.parquet, NAME.json     verdicts and their record
 shards/NAME/  NNNNN.tar, NNNNN.parquet    the chosen images;  manifest.json: the record
 report/NAME/  sheet.png, scores.png
+published/    NAME.json                   what of a selection was published where, and when;  keys-*.parquet: its keys
 studio/       index/: columns as the studio maps them into memory, search/: codes of vectors, images/: where they lie in
               tars; made of the above, and never needed
 deny.txt      what people denied while they looked, and what was removed: every run heeds it
@@ -324,6 +325,19 @@ class Data:
 
     def charts(self, name: str) -> Path:
         return self.root / "report" / name / "scores.png"
+
+    def published(self, name: str) -> Path:
+        """What of a selection was published where: place -> when, kind, count, the digest of its keys."""
+        return self.root / "published" / f"{name}.json"
+
+    def published_keys(self, digest: str) -> Path:
+        """The keys of what was published, by their digest."""
+        return self.root / "published" / f"keys-{digest}.parquet"
+
+    def published_names(self) -> list[str]:
+        """The selections of which something was published."""
+        names = self.store.names(self.root / "published")
+        return [name.removesuffix(".json") for name in names if name.endswith(".json") and not name.startswith(".")]
 
     @property
     def studio_index(self) -> Path:

@@ -143,9 +143,7 @@ def explain(data: Data, key: str, found: Sequence[LedgerTable] | None = None) ->
     return Explanation(
         key=key,
         shard=shard,
-        list=str(data.plan.list_of(shard)["list"])
-        if data.exists(data.plan_record) and shard < len(data.plan.shards)
-        else "",
+        list=_list(data, shard),
         file=file,
         line=line,
         status=str(row["status"]),

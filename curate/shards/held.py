@@ -40,12 +40,12 @@ def latents_of(models: Iterable[Path], data: Data) -> list[Path]:
 
 def published_copies(data: Data, packs: Iterable[str]) -> list[str]:
     """What was published of these packs, as `published/*.json` says: where it is."""
-    names, found = {*packs}, []
+    names, found = {*packs}, list[str]()
     for path in data.store.walk(data.root / "published"):
         if path.suffix == ".json" and path.parent.name == "published":
             said = _json(data.local(path))
             if {said.get("selection"), said.get("name"), path.stem} & names:
-                found.append(str(said.get("to") or said.get("place") or path.stem))
+                found += said.get("places") or [path.stem]
     return found
 
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "annotate": "compute columns: of heads, detectors, prompts, tables; what is there stays",
     "select": "apply rules to the ledger: a verdict per row, no image opened",
     "pack": "copy the chosen images into even, shuffled shards",
+    "publish": "give shards or the list of them to others, with card, Croissant and datasheet",
     "plan": "say what a list takes on which machines: hours, money, disk, requests",
     "status": "say where a run stands",
     "verify": "read every file again and compare it with the records",

@@ -153,7 +153,7 @@ def row_lines(whole: WholeRow, match: Match, several: bool) -> list[str]:
     if match.by != "key":
         apart = _apart(match)
         lines.append(_line("found", f"by {match.by}{': ' + apart if apart else ''}"))
-    added = f"; of {row.list}" if ", added on " in row.list else ""
+    added = f"; added on {row.list[-10:]}" if ", added on " in row.list else ""
     line = f", row {row.line:,} (the first is 0)" if row.line is not None else ", whose rows were cut or copied"
     lines += [_line("list", f"{row.file or row.list or 'unknown'}{line}{added}"), *_texts("caption", row.caption)]
     lines += _texts("url", row.url)

@@ -1,0 +1,158 @@
+"""croissant.json: MLCommons' description of a dataset, version 1.0, from which mlcroissant loads its records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.types as types
+
+_CR = (
+    "citeAs column equivalentProperty extract field fileProperty fileObject fileSet format includes isLiveDataset "
+    "jsonPath key md5 parentField path recordSet references regex repeated replace samplingRate separator source "
+    "subField transform"
+)
+_CONTEXT: dict[str, Any] = {
+    "@language": "en",
+    "@vocab": "https://schema.org/",
+    "cr": "http://mlcommons.org/croissant/",
+    "dct": "http://purl.org/dc/terms/",
+    "rai": "http://mlcommons.org/croissant/RAI/",
+    "sc": "https://schema.org/",
+    "conformsTo": "dct:conformsTo",
+    "data": {"@id": "cr:data", "@type": "@json"},
+    "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
+    "examples": {"@id": "cr:examples", "@type": "@json"},
+    **{name: f"cr:{name}" for name in _CR.split()},
+}
+"""The context that the format's specification gives, so that readers need none of it from the web."""
+
+
+def croissant(
+    name: str,
+    files: Mapping[str, Mapping[str, Any]],
+    schema: pa.Schema,
+    *,
+    description: str,
+    meanings: Mapping[str, str],
+    license: str | None,
+    published: str | None,
+    image_kinds: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The description of a dataset of parquet files and, where there are, tars beside them.
+
+    files: name -> sha256 and bytes of each tar and parquet; schema: of the parquet files; meanings: column -> what it
+    says; license: an SPDX name or a URL; published: YYYY-MM-DD; image_kinds: extensions of images in the tars.
+    """
+    tables = sorted(f for f in files if f.endswith(".parquet"))
+    tars = sorted(f for f in files if f.endswith(".tar"))
+    distribution = [_file(f, files[f], "application/x-parquet") for f in tables]
+    distribution += [_file(f, files[f], "application/x-tar") for f in tars]
+    whole: dict[str, Any] = {
+        "@context": _CONTEXT,
+        "@type": "sc:Dataset",
+        "conformsTo": "http://mlcommons.org/croissant/1.0",
+        "name": name,
+        "description": description,
+        **({"license": license} if license else {}),
+        **({"datePublished": published} if published else {}),
+        "distribution": distribution,
+        "recordSet": [
+            _rows(t, "rows" if len(tables) == 1 else f"rows-{i:05d}", schema, meanings) for i, t in enumerate(tables)
+        ],
+    }
+    if tars:
+        for kind in image_kinds:
+            distribution.append(_file_set(f"images-{kind}", tars, f"*.{kind}", _MIME.get(kind, f"image/{kind}")))
+            whole["recordSet"].append(_samples(kind, len(tables) == 1 and "caption" in schema.names))
+    return whole
+
+
+_MIME = {"jpg": "image/jpeg"}
+
+
+def _file(name: str, facts: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    return {
+        "@type": "cr:FileObject",
+        "@id": name,
+        "name": name,
+        "contentUrl": name,
+        "contentSize": f"{facts['bytes']} B",
+        "encodingFormat": kind,
+        "sha256": facts["sha256"],
+    }
+
+
+def _file_set(name: str, inside: Sequence[str], pattern: str, kind: str) -> dict[str, Any]:
+    contained = [{"@id": file} for file in inside]
+    return {
+        "@type": "cr:FileSet",
+        "@id": name,
+        "name": name,
+        "containedIn": contained if len(contained) > 1 else contained[0],
+        "encodingFormat": kind,
+        "includes": pattern,
+    }
+
+
+def _rows(source: str, name: str, schema: pa.Schema, meanings: Mapping[str, str]) -> dict[str, Any]:
+    """The record set of a table: a record per row. Readers can't join tables that are parts of one."""
+    fields = [
+        {
+            "@type": "cr:Field",
+            "@id": f"{name}/{f.name}",
+            "name": f"{name}/{f.name}",
+            "description": meanings.get(f.name, f.name),
+            "dataType": _data_type(f.type),
+            "source": {"fileObject": {"@id": source}, "extract": {"column": f.name}},
+        }
+        for f in schema
+        if not types.is_nested(f.type)
+    ]
+    key = {"key": {"@id": f"{name}/key"}} if "key" in schema.names else {}
+    return {"@type": "cr:RecordSet", "@id": name, "name": name, **key, "field": fields}
+
+
+def _samples(kind: str, captions: bool) -> dict[str, Any]:
+    """The record set `samples-KIND`: an image, its key, and its caption where there is one table to have it from."""
+    name, source = f"samples-{kind}", {"fileSet": {"@id": f"images-{kind}"}}
+    key = {
+        "@type": "cr:Field",
+        "@id": f"{name}/key",
+        "name": f"{name}/key",
+        "description": "its key, which is that of its row",
+        "dataType": "sc:Text",
+        "source": {
+            **source,
+            "extract": {"fileProperty": "filename"},
+            "transform": {"regex": r"^(?:.*/)?([0-9]+)(?:\.[a-z0-9]+)?$"},
+        },
+        **({"references": {"field": {"@id": "rows/key"}}} if captions else {}),
+    }
+    image = {
+        "@type": "cr:Field",
+        "@id": f"{name}/image",
+        "name": f"{name}/image",
+        "description": "the image as it is stored",
+        "dataType": "sc:ImageObject",
+        "source": {**source, "extract": {"fileProperty": "content"}},
+    }
+    caption = {
+        "@type": "cr:Field",
+        "@id": f"{name}/caption",
+        "name": f"{name}/caption",
+        "description": "its caption, as the list has it",
+        "dataType": "sc:Text",
+        "source": {"field": {"@id": "rows/caption"}},
+    }
+    fields = [key, image, *([caption] if captions else [])]
+    return {"@type": "cr:RecordSet", "@id": name, "name": name, "field": fields}
+
+
+def _data_type(kind: pa.DataType) -> str:
+    if types.is_boolean(kind):
+        return "sc:Boolean"
+    if types.is_integer(kind):
+        return "sc:Integer"
+    return "sc:Float" if types.is_floating(kind) else "sc:Text"
