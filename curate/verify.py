@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from curate.layout import ANNOTATED, EMBEDDED, FETCHED, OPT_OUTS, PACKED, PLAN, SELECTED, STAGES, Data
+from curate.sources.dataset import packed_files
 from curate.store.files import json_bytes, sha256_file
 from curate.store.index import COMPACTED
 from curate.store.records import read_record, record_digest
@@ -57,6 +58,28 @@ def verify(data: Data) -> Iterator[Damage | None]:
                 what = _difference(data.local(data.root / file), expected)
                 data.release(data.root / file)
                 yield Damage(data.root / file, what, record, repair) if what else None
+
+
+def verify_packed(folder: Path) -> Iterator[Damage | None]:
+    """As `verify`, of packed shards alone, wherever they lie and whatever the folder is called. Shards that a copy
+    lacks wholly are no damage: `missing_shards` names them."""
+    manifest = folder / "manifest.json"
+    value, lacking = read_record(manifest), {Path(name).stem for name in missing_shards(folder)}
+    if not _is_whole(manifest, value):
+        yield Damage(manifest, "the record itself is damaged", manifest, "copy it again")
+        return
+    yield None
+    for name, expected in packed_files(folder).items():
+        if name.partition(".")[0] not in lacking:
+            what = _difference(folder / name, expected)
+            yield Damage(folder / name, what, manifest, "copy it again") if what else None
+
+
+def missing_shards(folder: Path) -> list[str]:
+    """The tars that were packed of which a copy of packed shards holds no file."""
+    files = packed_files(folder)
+    there = {name.partition(".")[0] for name in files if (folder / name).is_file()}
+    return [name for name in files if name.endswith(".tar") and name.partition(".")[0] not in there]
 
 
 def strays(data: Data) -> list[Path]:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ import pytest
 
 from curate.layout import Data
 from curate.ledger.schema import FETCHED_COLUMNS, Reason
+from curate.shards.export import export
+from curate.sources.find import open_folder
 from curate.store.files import read_json
 from tests.conftest import ROOT
 from tests.real_data import PACKED, SELECTION
@@ -38,14 +41,14 @@ Side = Callable[[str, str, str], dict[str, Any]]
 
 @pytest.fixture(scope="session")
 def side(tmp_path_factory: pytest.TempPathFactory) -> Side:
-    """side(script, argument, package): a script's JSON, run where this version of a package hides the installed one."""
+    """side(script, argument, packages): a script's JSON, run where these versions of packages hide those installed."""
     folders: dict[str, Path] = {}
 
     def install(package: str) -> Path:
         if package not in folders:
             folder = tmp_path_factory.mktemp("side")
             command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries=1"]
-            command += ["--no-deps", "--target", str(folder), package]
+            command += ["--no-deps", "--target", str(folder), *package.split()]
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)
             if done.returncode:
                 pytest.skip(f"{package} cannot be installed here: {done.stderr.strip()[-300:]}")
@@ -137,6 +140,45 @@ def test_sizes_are_even_and_right(packed: Path) -> None:
     assert sizes == {f"{i:05d}.tar": 12 for i in range(3)} and PACKED >= 12
     for name, size in sizes.items():
         assert pq.read_metadata((packed / name).with_suffix(".parquet")).num_rows == size
+
+
+# ------------------------------------------------------------------------------------------ readers of other trainers
+
+ENERGON = """megatron-energon==7.4.1 multi-storage-client==1.3.1 bitstring==5.0.0 tibs==2.0.2 mfusepy==3.1.1
+    filetype==1.2.0 rapidyaml==0.15.2 deprecation==2.1.0 lark==1.3.1 prettytable==3.18.0 wcmatch==10.2.1 bracex==3.2.3
+    xattr==1.3.0 pyroute2==0.9.7 python-dateutil==2.9.0.post0 s3fs==2026.9.0 aiobotocore==3.10.0 botocore==1.43.117
+    aioitertools==0.13.0 jmespath==1.1.0 wrapt==2.5.2 cffi==2.1.1 pycparser==3.0"""
+
+
+def images_of(folder: Path) -> dict[str, list[str]]:
+    """Key -> [sha256 of the image, caption], as our own reader has them."""
+    return {s.key: [sha256(s.image).hexdigest(), s.caption or ""] for s in open_folder(folder)}
+
+
+@pytest.mark.long
+def test_webshart(packed: Path, side: Side) -> None:
+    """With which SimpleTuner reads tars."""
+    seen = side("read_webshart.py", str(packed), "webshart==0.4.6")
+    assert seen["shards"] == 3 and seen["buckets"] == 36
+    assert {name.removesuffix(".jpg"): found for name, found in seen["samples"].items()} == images_of(packed)
+
+
+@pytest.mark.long
+def test_megatron_energon(packed: Path, side: Side) -> None:
+    seen = side("read_energon.py", str(packed), ENERGON)["samples"]
+    rows = pads.dataset(sorted(map(str, packed.glob("*.parquet")))).to_table().to_pylist()
+    assert seen == {r["key"]: [r["caption"] or "", [3, r["height"], r["width"]]] for r in rows}
+
+
+@pytest.mark.long
+def test_mosaicml_streaming(packed: Path, side: Side, tmp_path: Path) -> None:
+    export(packed, "mds", tmp_path / "mds")
+    seen = side(
+        "read_mds.py",
+        str(tmp_path / "mds"),
+        "mosaicml-streaming==0.13.0 brotli==1.2.1 catalogue==2.0.10 cramjam==2.14.0 python-snappy==0.7.3 zstd==1.5.7.2",
+    )
+    assert seen["samples"] == {key: [*found, key] for key, found in images_of(packed).items()}
 
 
 # --------------------------------------------------------------------------------------------------------- datasets

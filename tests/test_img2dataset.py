@@ -441,27 +441,33 @@ def test_a_shard_where_all_rows_fail_and_its_retry(tmp_path: Path) -> None:
     routes: dict[str | tuple[int, str], Route] = {
         "/flaky.jpg": Route(body=jpeg, content_type="image/jpeg", first=(Route(status=503),)),
         "/gone.jpg": Route(status=410),
+        "/down.jpg": Route(status=500, first=(Route(status=503),)),
     }
     with Web(routes) as web:
         urls = [web.url(0, "/gone.jpg"), web.url(0, "/flaky.jpg"), None, "no url", web.url(0, "/missing.jpg")]
+        urls.append(web.url(0, "/down.jpg"))
         pq.write_table(pa.table({"url": pa.array(urls, pa.string())}), tmp_path / "list.parquet")
         make_plan(str(tmp_path / "list.parquet"), Data(tmp_path / "data"), SourceConfig())
         data = Data(tmp_path / "data")
         config = FetchConfig(engine="img2dataset", retries=0)
         fetch(data, config)
         rows = pq.read_table(data.table(0)).to_pylist()
-        assert [r["reason"] for r in rows] == ["http_4xx", "http_5xx", "bad_url", "bad_url", "http_404"]
+        assert [r["reason"] for r in rows] == ["http_4xx", "http_5xx", "bad_url", "bad_url", "http_404", "http_5xx"]
         assert index_tar(data.tar(0)) == {}
         first = web.counts().requests
         fetch(data, config, retry=True)
         again = web.counts().requests - first
-        assert dict(again) == {(0, "/flaky.jpg"): 1}
+        assert dict(again) == {(0, "/flaky.jpg"): 1, (0, "/down.jpg"): 1}
         now = pq.read_table(data.table(0)).to_pylist()
-        assert [r["reason"] for r in now] == ["http_4xx", None, "bad_url", "bad_url", "http_404"]
-        assert now[0] == rows[0] and list(index_tar(data.tar(0))) == [now[1]["key"]]
-        record = data.fetched_record(0).read_bytes()
-        fetch(data, config, retry=True)  # nothing is left that may pass
-        assert data.fetched_record(0).read_bytes() == record
+        assert [r["reason"] for r in now] == ["http_4xx", None, "bad_url", "bad_url", "http_404", "http_5xx"]
+        assert (now[0], now[5]) == (rows[0], rows[5])  # whatever it said the second time
+        assert list(index_tar(data.tar(0))) == [now[1]["key"]]
+        files = [data.tar(0), data.table(0)]
+        times, again = [path.stat().st_mtime_ns for path in files], web.counts().requests
+        fetch(data, config, retry=True)
+        assert dict(web.counts().requests - again) == {(0, "/down.jpg"): 1}
+        assert [path.stat().st_mtime_ns for path in files] == times
+        assert [r["tried"] for r in data.record(data.fetched_record(0))["retries"]] == [2, 1]
 
 
 OWNER = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -17,12 +18,17 @@ from stages import Served, contents, run_stages, serving
 from aesthetic.errors import UserError
 from curate.layout import Data
 from curate.ledger.view import query
+from curate.shards.indexes import is_index
 from curate.shards.pack import pack
+from curate.sources.find import open_folder
 from curate.store import cache, mirror
+from curate.store.files import json_bytes
 from curate.store.lease import LeaseLost
 from curate.store.objects import ObjectStore
 from curate.store.ownership import open_data
+from curate.store.records import record_digest
 from curate.verify import strays, verify
+from pipelines.cli import main
 from tests.stores import Faults, Proxy, Server
 
 forkserver = multiprocessing.get_context("forkserver")
@@ -118,6 +124,34 @@ def test_what_others_put_beside_packed_shards_stays(served: Served, s3: str, tmp
     ObjectStore(s3).put(b"of more shards than there are now", f"shards/{name}/00099.tar")
     run_there(listed, s3, served)
     assert ObjectStore(s3).head(f"shards/{name}/00099.tar") is None
+
+
+@pytest.mark.long
+def test_packed_shards_there_are_verified_exported_and_indexed(served: Served, s3: str, tmp_path: Path) -> None:
+    listed = served.write_list(tmp_path / "list.tsv")
+    run_there(listed, s3, served)
+    forget()
+    whole, folder = downloaded(s3, tmp_path / "whole"), f"shards/{served.recipe.select.name}"
+    assert main(["verify", f"{s3}/{folder}"]) == 0
+    assert main(["export", f"{s3}/{folder}", "--as", "folder", "--out", str(tmp_path / "out")]) == 0
+    assert len(open_folder(tmp_path / "out")) == len(open_folder(whole / folder))
+
+    manifest = json.loads((whole / folder / "manifest.json").read_text())  # as it was before there were indexes
+    indexes = [name for name in manifest["outputs"] if is_index(name)]
+    manifest["outputs"] = {name: fact for name, fact in manifest["outputs"].items() if not is_index(name)}
+    ObjectStore(s3).delete(indexes)
+    value = {**manifest, "self": record_digest(manifest)}
+    ObjectStore(s3).put(json_bytes(value), f"{folder}/manifest.json")
+    forget()
+    run_there(listed, s3, served)
+    forget()
+    assert contents(downloaded(s3, tmp_path / "again")) == contents(whole)
+
+    tar = ObjectStore(s3).get(f"{folder}/00000.tar")
+    assert tar is not None
+    ObjectStore(s3).put(tar[0][:600] + bytes([tar[0][600] ^ 1]) + tar[0][601:], f"{folder}/00000.tar")
+    forget()
+    assert main(["verify", f"{s3}/{folder}"]) == 1
 
 
 @pytest.mark.long

@@ -198,7 +198,10 @@ class ImageScan:
 
 
 def scan_images(samples: MapDataset, tell: Callable[[int], None] = lambda count: None) -> ImageScan:
-    """Decode every image, small where its format allows that. `tell` hears how many more are done."""
+    """Decode every image, small where its format allows that. `tell` hears how many more are done.
+
+    Raises UserError where packed shards hold other bytes than were packed: this is read once, as images are.
+    """
 
     def scan(index: int) -> tuple[str, str | None, str | None, str | None]:
         """(key, sha256, perceptual hash, why it can't be read)."""
@@ -210,6 +213,7 @@ def scan_images(samples: MapDataset, tell: Callable[[int], None] = lambda count:
         except RowError as e:
             return key, sha256, None, str(e)
 
+    samples.check_bytes()
     rows = []
     with ThreadPoolExecutor() as pool:
         for row in pool.map(scan, range(len(samples))):

@@ -37,6 +37,13 @@ from curate.ledger.view import (
     tables,
 )
 from curate.shards.card import card_text
+from curate.shards.indexes import (
+    image_extensions,
+    is_index,
+    shard_indexes,
+    write_folder_indexes,
+    write_shard_indexes,
+)
 from curate.shards.shuffle import Buckets, Hashes, KeptKeys, cuts, first_hashes
 from curate.shards.tar import CorruptShard, TarWriter, image_member, index_tar, read_range
 from curate.store.files import (
@@ -105,7 +112,8 @@ def pack(
     identity = pack_identity(config, selection)
     folder = data.packed(name)
     if data.is_done(data.manifest(name), config=identity, inputs=inputs):
-        return data.record(data.manifest(name))
+        record = data.record(data.manifest(name))
+        return record if any(map(is_index, record["outputs"])) else _add_indexes(data, name, record)
 
     _check_folder(data, folder)
     data.remove(data.sheet(name), data.charts(name))  # of what was packed before
@@ -134,7 +142,8 @@ def pack(
             building.rename(folder)
             shutil.rmtree(old, ignore_errors=True)
         else:
-            data.remove(*(folder / found for found in data.store.names(folder) if found not in outputs))
+            packed = {folder / file for file in outputs}
+            data.remove(*(found for found in data.store.walk(folder) if found not in packed))
             data.push(*(folder / file for file in ("sizes.json", "README.md", "manifest.json")))
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -157,7 +166,8 @@ def _check_folder(data: Data, folder: Path) -> None:
     record = read_json(data.local(folder / "manifest.json"))
     # on a store what was packed by a run that was killed lies there without them
     packed = data.url is not None or (folder / "sizes.json").is_file() if record is None else "self" in record
-    ours = re.compile(r"manifest\.json|sizes\.json|README\.md|\d{5,}\.(tar|parquet)" if packed else "")
+    names = r"manifest\.json|sizes\.json|README\.md|\.nv-meta|\d{5,}\.(tar|parquet|json|tar\.idx)"
+    ours = re.compile(names if packed else "")
     others = sorted(n for n in data.store.names(folder) if not (ours.fullmatch(n) or is_scratch(n)))
     if others:
         raise UserError(
@@ -299,7 +309,7 @@ def _write_shards(
             f"the selection {selection.name} keeps {selection.kept - done:,} rows that fetched/ does not hold: "
             "make the selection anew"
         )
-    sizes, outputs = dict[str, int](), dict[str, dict[str, Any]]()
+    sizes, outputs, extensions = dict[str, int](), dict[str, dict[str, Any]](), set[str]()
     for shard, (rows, members) in enumerate(buckets.shards()):
         path = folder / f"{shard_name(shard)}.tar"
         with atomic(path) as f:
@@ -309,7 +319,8 @@ def _write_shards(
             tar.close()
         with atomic(path.with_suffix(".parquet")) as f:
             pq.write_table(rows, f, compression="zstd")
-        files = path, path.with_suffix(".parquet")
+        files = path, path.with_suffix(".parquet"), *write_shard_indexes(path, rows)
+        extensions |= image_extensions([path])
         outputs |= {file.name: _output(file) for file in files}
         if data.url is not None:
             data.push(*files)
@@ -317,7 +328,47 @@ def _write_shards(
         sizes[path.name] = len(rows)
         half(len(rows))
     shutil.rmtree(scratch)
-    return sizes, outputs
+    indexes = write_folder_indexes(folder, sizes, extensions)
+    data.push(*indexes)
+    return sizes, outputs | {str(file.relative_to(folder)): _output(file) for file in indexes}
+
+
+def write_indexes(
+    data: Data, name: str, sizes: Mapping[str, int], known: Mapping[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Write the indexes of packed shards anew; what the manifest says of them, {path: its sha256 and bytes}.
+
+    sizes: {tar: samples}, in order.
+    known: what it says of those that need no change, as their tars have not changed.
+    """
+    folder, extensions, outputs = data.packed(name), set[str](), dict[str, dict[str, Any]]()
+
+    def at(file: Path) -> str:
+        return file.relative_to(data.root).as_posix()
+
+    for tar in (folder / file for file in sizes):
+        files = shard_indexes(tar)
+        if all(at(file) in known for file in files):
+            data.bring(*files)
+            outputs |= {at(file): known[at(file)] for file in files}
+        else:
+            data.bring(tar, tar.with_suffix(".parquet"))
+            outputs |= {at(file): _output(file) for file in write_shard_indexes(tar)}
+            data.push(*files)
+        extensions |= image_extensions([tar])
+        data.release(tar, tar.with_suffix(".parquet"), *files)
+    written = write_folder_indexes(folder, sizes, extensions)
+    data.push(*written)
+    return outputs | {at(file): _output(file) for file in written}
+
+
+def _add_indexes(data: Data, name: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the indexes of shards that were packed before there were any; nothing else is touched."""
+    made = write_indexes(data, name, read_json(data.local(data.packed(name) / "sizes.json")), {})
+    facts = {**record, "outputs": dict(sorted({**record["outputs"], **made}.items()))}
+    write_json(data.manifest(name), {**facts, "self": record_digest(facts)})
+    data.push(data.manifest(name))
+    return data.record(data.manifest(name))
 
 
 def _output(path: Path) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from curate.layout import Data, shard_name
 from curate.ledger.rules import KEPT
 from curate.ledger.select import Selection
 from curate.shards.card import card_text
-from curate.shards.pack import PackConfig, pack_identity
+from curate.shards.indexes import is_index
+from curate.shards.pack import PackConfig, pack_identity, write_indexes
 from curate.shards.subset import Moved, keep_aside, kept_aside, moved_inputs, subset_table, subset_tar, without_images
 from curate.store.files import read_table, sha256_file, write_json
 from curate.store.records import record_digest
@@ -151,10 +152,11 @@ def _write_manifest(
     write_json(folder / "sizes.json", dict(sizes))
     names = pq.read_schema(data.local(folder / f"{shard_name(0)}.parquet")).names
     write_atomic(folder / "README.md", card_text(facts, selection, names).encode())
-    # an index of somebody else's loader would lead into the middle of other samples
-    there = {path.rpartition("/")[2] for path in before["outputs"]}
-    data.remove(*(folder / file for file in there if not _OURS.fullmatch(file)))
-    outputs = {}
+    # an index of somebody else's loader would lead into the middle of other samples, and has their captions
+    stays = {at: f for at, f in known.items() if is_index(at) and Path(at).name.partition(".")[0] not in changed}
+    there = {at: at.split("/", 2)[2] for at in before["outputs"]}
+    data.remove(*(folder / file for at, file in there.items() if not _OURS.fullmatch(file) and at not in stays))
+    outputs = write_indexes(data, name, sizes, stays)
     for stem in [*(Path(tar).stem for tar in sizes), "sizes", "README"]:
         for file in (f"{stem}.tar", f"{stem}.parquet", f"{stem}.json", f"{stem}.md"):
             path, at = folder / file, f"shards/{name}/{file}"

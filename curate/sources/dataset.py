@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from aesthetic.errors import UserError
 from aesthetic.untrusted import caption_of, decode_text, open_regular, parse_json, read_bytes
 from curate.ledger.schema import Reason, RowError
+from curate.shards.indexes import is_index
 from curate.sources.columns import CAPTION_NAMES, find_column
 from curate.sources.problems import Problems
 from curate.store.files import digest
@@ -23,6 +25,7 @@ from curate.store.files import digest
 LARGEST_IMAGE = 1 << 30
 """Bytes of an image file that are read: 16 for each of the pixels that it may have."""
 
+_PACKED_AT = re.compile(r"^shards/[^/]+/")  # of the paths in a manifest, which calls files by where they were packed
 _LARGEST_MANIFEST = 256 << 20  # bytes; of a packed folder of 100,000 tars it has 30 MB
 
 
@@ -74,6 +77,9 @@ class MapDataset(Sequence[Sample]):
         """What of the folder is not read, or not as one might think, in sentences."""
         return []
 
+    def check_bytes(self) -> None:
+        """Compare the files with what was written, where that is known. UserError where they are others."""
+
     def facts(self, index: int) -> dict[str, Any]:
         """What is known of one sample beside its pixels; `caption` among it."""
         facts = self.read_facts(index)
@@ -103,7 +109,14 @@ class MapDataset(Sequence[Sample]):
         facts = [self.facts(i) for i in range(len(self))]
         self.problems.refuse_many("json", len(self), str(self.folder))
         captions = [[str(f.get("key", i)), f["caption"]] for i, f in enumerate(facts)]
-        return digest([captions, [[p.name, p.stat().st_size] for p in self.files()], manifest_outputs(self.folder)])
+        return digest([captions, [[p.name, p.stat().st_size] for p in self.files()], self._manifest()])
+
+    def _manifest(self) -> Any:
+        """What a manifest says of the samples' files; indexes that were written later change nothing."""
+        outputs = manifest_outputs(self.folder)
+        if not isinstance(outputs, dict):
+            return outputs
+        return {name: fact for name, fact in outputs.items() if not is_index(name)}
 
     @overload
     def __getitem__(self, index: int) -> Sample: ...
@@ -199,6 +212,19 @@ def read_json_of_others(path: Path) -> Any:
         return parse_json(read_bytes(path, _LARGEST_MANIFEST), str(path), finite=False)
     except UserError:
         return None
+
+
+def packed_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """The files of a packed folder by their paths in it, each with its `sha256` and `bytes`, as its manifest has them;
+    nothing where it has none. The folder may be a copy, of any name: what stands before a path is where it was packed.
+    """
+    outputs, found = manifest_outputs(folder), {}
+    for packed_as, fact in outputs.items() if isinstance(outputs, dict) else ():
+        name = _PACKED_AT.sub("", packed_as)
+        known = isinstance(fact, dict) and isinstance(fact.get("bytes"), int) and isinstance(fact.get("sha256"), str)
+        if known and not {"", ".", ".."} & {*name.split("/")}:  # none leads out of the folder
+            found[name] = fact
+    return found
 
 
 def manifest_outputs(folder: Path) -> Any:

@@ -163,7 +163,7 @@ class Mirror(Disk):
 
     def _in(self, folder: Path) -> tuple[Iterable[str], Iterable[str]]:
         """The names of the files, and of the folders, in a folder."""
-        name = self._name(folder).removeprefix(".")
+        name = "" if folder == self.root else self._name(folder)
         if self._listing is not None:
             return self._listing.names(name)
         files, folders = self._objects.names(name)

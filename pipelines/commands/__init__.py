@@ -22,6 +22,7 @@ COMMANDS = {
     "plan": "say what a list takes on which machines: hours, money, disk, requests",
     "status": "say where a run stands",
     "verify": "read every file again and compare it with the records",
+    "export": "copy packed shards into the form that another trainer reads",
     "why": "say all that is known of a row, by its key, its URL or an image file",
     "diff": "say what two selections, or two data folders of one list, keep differently",
     "remove": "take images out, byte for byte, so that nothing brings them back",

@@ -1,15 +1,17 @@
-"""`tastemaker verify`: every file of a data folder read again, and compared with the records."""
+"""`tastemaker verify`: every file of a data folder, or of packed shards, read again and compared with the records."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from aesthetic.errors import UserError
 from pipelines.options import Options, Result, argument, command, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions(Options):
-    data: str = argument("DATA", "the data folder")
+    data: str = argument("DATA", "the data folder, or a folder of packed shards, copied anywhere")
     repair: bool = option(
         "remove the records of damaged shards, so that the same command makes them again", default=False
     )
@@ -20,6 +22,8 @@ def run(options: VerifyOptions) -> Result:
     from curate import verify
     from curate.store.ownership import open_data
 
+    if (packed := _packed_shards(options.data)) is not None:
+        return _verify_packed(packed, options.repair)
     data = open_data(options.data)
     checked = 0
     damages: list[verify.Damage] = []
@@ -48,3 +52,36 @@ def run(options: VerifyOptions) -> Result:
         removed = len({d.record for d in damages})
         print(f"{removed:,} record{'s' if removed != 1 else ''} removed")
     return Result(facts=facts, next="\n      ".join(following), code=1)
+
+
+def _packed_shards(place: str) -> Path | None:
+    """The folder of packed shards that is meant; None where it is no such folder."""
+    from curate.sources.dataset import packed_files
+    from curate.store.clients import is_url
+    from train.places import bring, local_folder
+
+    folder = local_folder(place)
+    if is_url(place):
+        bring(folder, "manifest.json")
+        if packed_files(folder):
+            bring(folder)
+    return folder if packed_files(folder) and not (folder / "plan").is_dir() else None
+
+
+def _verify_packed(folder: Path, repair: bool) -> Result:
+    from curate import verify
+
+    if repair:
+        raise UserError(f"{folder} is a folder of packed shards: copy what is damaged again, or pack it again")
+    checked = 0
+    damages: list[verify.Damage] = []
+    for found in verify.verify_packed(folder):
+        checked += 1
+        if found is not None:
+            damages.append(found)
+            print(f"damaged  {found.path}: {found.what}\n         to repair it, {found.repair}")
+    print(f"{len(damages):,} of {checked:,} files are damaged" if damages else f"{checked:,} files, none damaged")
+    if missing := verify.missing_shards(folder):
+        print(f"shards that are not in this copy, which is used without them: {len(missing):,} ({missing[0]} is one)")
+    facts = {"checked": checked, "damaged": [str(d.path) for d in damages], "missing": missing}
+    return Result(facts=facts, code=1 if damages else 0)
