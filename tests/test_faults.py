@@ -85,7 +85,7 @@ def test_fatal_images_and_every_other_failure(web: tuple[SmallWeb, Path], tmp_pa
     """Two starts die; at the third, each fatal image costs its own row only. Every reason is among the rows."""
     small, listed = web
     unreachable = {Reason.DENIED, Reason.HASH_MISMATCH, Reason.REJECTED_EARLY}
-    unreachable |= {Reason.BAD_LINE}  # parquet has no broken lines
+    unreachable |= {Reason.BAD_LINE, Reason.REMOVED}  # parquet has no broken lines; nobody removed a row
     assert {row.reason for row in small.rows} == {None, *Reason} - unreachable
     codes = []
     for _ in range(3):

@@ -18,7 +18,7 @@ from aesthetic.files import atomic
 from aesthetic.untrusted import printable
 from curate.annotators.base import AnnotatorOptions, ColumnSpec, TableAnnotator, TableRun
 from curate.ledger.schema import Status, stored_name
-from curate.store.files import digest, sha256_file
+from curate.store.files import digest, read_table, sha256_file
 
 if TYPE_CHECKING:
     import duckdb
@@ -217,9 +217,7 @@ def _images(run: TableRun, on: str, counts: list[int]) -> Iterator[pa.RecordBatc
     Appends the number of images of each shard."""
     column, at = _uid_column(run.data) if on == "uid" else on, 0
     for shard in run.shards:
-        table = pq.read_table(
-            run.data.local(run.data.table(shard)), columns=list(dict.fromkeys([column, "url", "status"]))
-        )
+        table = read_table(run.data.local(run.data.table(shard)), list(dict.fromkeys([column, "url", "status"])))
         if column not in table.column_names:  # of a list that was added later
             table = table.append_column(column, pa.nulls(len(table), pa.string()))
         fetched = pc.equal(table["status"], Status.SUCCESS.value).combine_chunks()

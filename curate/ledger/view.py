@@ -70,9 +70,8 @@ class LedgerTable:
     @cached_property
     def schema(self) -> pa.Schema:
         """The columns of its files; files may lack those of lists that were added later (`conform`)."""
-        plan = self.data.plan if self.name == "fetched" and self.data.exists(self.data.plan_record) else None
-        if plan is not None and len(plan.lists) > 1:
-            return fetched_schema(plan.extra_columns)
+        if self.name == "fetched" and self.data.record(self.data.plan_record).get("added"):
+            return fetched_schema(self.data.plan.extra_columns)
         return pq.read_schema(self.data.local(self.files[0]))
 
     @property
