@@ -249,7 +249,9 @@ def test_one_that_reads_the_whole_table_runs_when_all_is_there(
         select(data, SelectConfig(name="t", rules={"large": "place > 9"}))
 
 
-@pytest.mark.parametrize("on_ray", [False, True], ids=["threads", "Ray"])
+@pytest.mark.parametrize(
+    "on_ray", [pytest.param(False, id="threads"), pytest.param(True, id="Ray", marks=pytest.mark.long)]
+)
 def test_one_that_needs_columns_of_another_goes_shard_by_shard(
     real_data: Data, outside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_ray: bool
 ) -> None:

@@ -71,6 +71,7 @@ def run_there(listed: Path, url: str, served: Served) -> None:
         run_stages(listed, data, served.recipe)
 
 
+@pytest.mark.long
 def test_the_same_bytes_as_on_a_disk(served: Served, s3: str, tmp_path: Path) -> None:
     listed = served.write_list(tmp_path / "list.tsv")
     here = Data(tmp_path / "data")

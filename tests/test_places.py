@@ -99,6 +99,7 @@ def test_a_model_on_a_store_draws_images_onto_it(
     assert not list(cache.glob("mirrors/*/*/checkpoints/large"))
 
 
+@pytest.mark.long
 def test_a_head_on_a_store_is_that_of_a_disk(
     s3_url: str, cache: Path, real_data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

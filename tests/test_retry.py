@@ -160,6 +160,7 @@ def same(root: Path, other: Path) -> None:
     assert {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)} == set()
 
 
+@pytest.mark.long
 def test_retries_before_the_next_embedding_add_up(served: Served, tmp_path: Path) -> None:
     """Two retries and then one embedding; and a shard that was fetched again as a whole is embedded as a whole."""
     data, recipe = Data(tmp_path / "data"), served.recipe
@@ -318,6 +319,7 @@ def test_a_change_that_would_alter_finished_shards_is_refused(
         assert everything(copy.root) == before
 
 
+@pytest.mark.long
 def test_other_changes_ask_nothing_and_contact_nobody(
     made: tuple[Served, Path], copy: Data, capsys: pytest.CaptureFixture[str]
 ) -> None:

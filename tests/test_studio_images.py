@@ -423,6 +423,7 @@ def there(s3_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     forget()
 
 
+@pytest.mark.long
 def test_on_an_object_store_ranges_of_tars_are_asked_for(data: Data, there: tuple[str, Proxy]) -> None:
     url, proxy = there
     write_column(data.root, "nsfw", pa.float32(), lambda n: 0.9 if n == 2 else 0.1, unsafe=True)

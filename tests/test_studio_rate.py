@@ -170,6 +170,7 @@ def test_300_ratings_by_a_rule_teach_the_head_that_fit_makes_of_the_file(
     assert [i["score"] for i in head["best"]] == sorted((i["score"] for i in head["best"]), reverse=True)
 
 
+@pytest.mark.long
 def test_labels_and_several_raters_too(
     served: ServedData, client: httpx.Client, made: Path, taste: dict[str, float]
 ) -> None:
@@ -516,6 +517,7 @@ def test_people_who_rated_photographs_are_learnt_from(shared: Path, tmp_path: Pa
     assert spearman(scores, [people[key]["beauty_mean"] for key in keys]) > 0.6
 
 
+@pytest.mark.long
 def test_without_vectors_people_can_rate_and_are_told_what_is_missing(made: Path, tmp_path: Path) -> None:
     data = shutil.copytree(made / "data", tmp_path / "data", ignore=shutil.ignore_patterns("embedded", "ratings"))
     with serving_data(Data(data)) as served, served.client() as client:
