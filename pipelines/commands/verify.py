@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aesthetic.errors import UserError
 from pipelines.options import Options, Result, argument, command, option
+
+if TYPE_CHECKING:
+    from curate.verify import Damage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +30,7 @@ def run(options: VerifyOptions) -> Result:
     if (packed := _packed_shards(options.data)) is not None:
         return _verify_packed(packed, options.repair)
     data = open_data(options.data)
-    checked = 0
-    damages: list[verify.Damage] = []
-    for found in verify.verify(data):
-        checked += 1
-        if found is not None:
-            damages.append(found)
-            print(f"damaged  {found.path}: {found.what}\n         to repair it, {found.repair}")
-    print(f"{len(damages):,} of {checked:,} files are damaged" if damages else f"{checked:,} files, none damaged")
+    checked, damages = _report(verify.verify(data))
 
     strays = verify.strays(data)
     if strays and not any(d.path == d.record for d in damages):  # else they may be a damaged record's
@@ -54,6 +52,19 @@ def run(options: VerifyOptions) -> Result:
     return Result(facts=facts, next="\n      ".join(following), code=1)
 
 
+def _report(files: Iterable[Damage | None]) -> tuple[int, list[Damage]]:
+    """Print what is damaged as it is found; how many files were read, and which of them are damaged."""
+    checked = 0
+    damages: list[Damage] = []
+    for found in files:
+        checked += 1
+        if found is not None:
+            damages.append(found)
+            print(f"damaged  {found.path}: {found.what}\n         to repair it, {found.repair}")
+    print(f"{len(damages):,} of {checked:,} files are damaged" if damages else f"{checked:,} files, none damaged")
+    return checked, damages
+
+
 def _packed_shards(place: str) -> Path | None:
     """The folder of packed shards that is meant; None where it is no such folder."""
     from curate.sources.dataset import packed_files
@@ -73,14 +84,7 @@ def _verify_packed(folder: Path, repair: bool) -> Result:
 
     if repair:
         raise UserError(f"{folder} is a folder of packed shards: copy what is damaged again, or pack it again")
-    checked = 0
-    damages: list[verify.Damage] = []
-    for found in verify.verify_packed(folder):
-        checked += 1
-        if found is not None:
-            damages.append(found)
-            print(f"damaged  {found.path}: {found.what}\n         to repair it, {found.repair}")
-    print(f"{len(damages):,} of {checked:,} files are damaged" if damages else f"{checked:,} files, none damaged")
+    checked, damages = _report(verify.verify_packed(folder))
     if missing := verify.missing_shards(folder):
         print(f"shards that are not in this copy, which is used without them: {len(missing):,} ({missing[0]} is one)")
     facts = {"checked": checked, "damaged": [str(d.path) for d in damages], "missing": missing}
