@@ -289,6 +289,11 @@ class Data:
         """What people said of images, as `tastemaker fit` reads it."""
         return self.root / RATINGS / f"{name}.csv"
 
+    @property
+    def ratings_lock(self) -> Path:
+        """Held by whoever writes ratings on a disk."""
+        return self.root / RATINGS / ".lock"
+
     def ratings_record(self, name: str) -> Path:
         """What was asked in a set of ratings: its kind, its scale."""
         return self.root / RATINGS / f"{name}.json"
@@ -417,6 +422,10 @@ class Data:
                 f"{self} is not a data folder: it has no plan. `tastemaker curate LIST --out {self}` makes one."
             )
         return plan
+
+    def forget_plan(self) -> None:
+        """It was written again: read it anew when it is asked for."""
+        self.__dict__.pop("plan", None)
 
     @cached_property
     def ledger(self) -> duckdb.DuckDBPyRelation:

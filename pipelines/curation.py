@@ -46,6 +46,7 @@ from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
 from pipelines.runtime.nodes import node_check
 from pipelines.runtime.passes import annotate_passes
 from pipelines.runtime.progress import ProgressBar
+from pipelines.terminal import counted
 
 if TYPE_CHECKING:
     from curate.ledger.select import Selection
@@ -248,7 +249,7 @@ def _add(request: Request, plan: Plan, annotators: dict[str, Annotator]) -> tupl
         if request.restart_from is not None:
             restart(data, recipe, request.restart_from, request.stages)
         more.write()
-        data.__dict__.pop("plan", None)  # it was read before
+        data.forget_plan()  # it was read before
         stored = stored_recipe(data)
         return replace(recipe, source=stored.source if stored is not None else recipe.source), addition_facts(more)
 
@@ -263,7 +264,7 @@ def addition_text(facts: Mapping[str, Any]) -> str:
     """The same in a line."""
     if not facts["rows"] and not facts["another"]:
         return f"add       nothing new: the rows of {facts['list']} are there already ({facts['known']:,})"
-    parts = [f"{facts['rows']:,} rows added"]
+    parts = [f"{counted(facts['rows'], 'row')} added"]
     if facts["new"] > facts["rows"]:
         parts[0] += f" of {facts['new']:,} new ones"
     changed = f", {facts['changed_caption']:,} of them with another caption" if facts["changed_caption"] else ""

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import glob
 import json
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import numpy as np
@@ -26,43 +21,13 @@ from curate.ledger.schema import FETCHED_COLUMNS, Reason
 from curate.shards.export import export
 from curate.sources.find import open_folder
 from curate.store.files import read_json
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Side
 from tests.real_data import PACKED, SELECTION
 
-SIDE = Path(__file__).parent / "side"
 IMG2DATASET = {  # its columns and their types, as its own runs write them
     **{name: pa.string() for name in ("url", "caption", "key", "status", "error_message", "exif", "sha256")},
     **{name: pa.int32() for name in ("width", "height", "original_width", "original_height")},
 }
-
-
-Side = Callable[[str, str, str], dict[str, Any]]
-
-
-@pytest.fixture(scope="session")
-def side(tmp_path_factory: pytest.TempPathFactory) -> Side:
-    """side(script, argument, packages): a script's JSON, run where these versions of packages hide those installed."""
-    folders: dict[str, Path] = {}
-
-    def install(package: str) -> Path:
-        if package not in folders:
-            folder = tmp_path_factory.mktemp("side")
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries=1"]
-            command += ["--no-deps", "--target", str(folder), *package.split()]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-            if done.returncode:
-                pytest.skip(f"{package} cannot be installed here: {done.stderr.strip()[-300:]}")
-            folders[package] = folder
-        return folders[package]
-
-    def run(script: str, argument: str, package: str) -> dict[str, Any]:
-        environment = {**os.environ, "PYTHONPATH": str(install(package))}
-        command = [sys.executable, str(SIDE / script), argument]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    return run
 
 
 @pytest.fixture(scope="module")

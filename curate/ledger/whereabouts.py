@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,9 +104,71 @@ class ModelUse:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model that was trained here, by its train.json. base: the one that it went on from, where that is known."""
+
+    folder: Path
+    record: Mapping[str, Any]
+    base: TrainedModel | None = None
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """What it says of its data: {} where it says nothing."""
+        about = self.record.get("data")
+        return about if isinstance(about, Mapping) else {}
+
+    @property
+    def finished(self) -> str | None:
+        """When it was."""
+        said = self.record.get("finished")
+        return said if isinstance(said, str) else None
+
+    def line(self) -> Iterator[TrainedModel]:
+        """It, its base, the base of that, and so on."""
+        at: TrainedModel | None = self
+        while at is not None:
+            yield at
+            at = at.base
+
+
+def trained_models(roots: Sequence[Path]) -> list[TrainedModel]:
+    """The models at and below these folders, each once; what stages made is passed over. Bases are followed wherever
+    they are, as long as they are folders on this machine."""
+    found = dict[str, TrainedModel | None]()  # by their real path; None: it is none, or is being read
+
+    def read(folder: Path) -> TrainedModel | None:
+        real = os.path.realpath(folder)
+        if real not in found:
+            found[real] = None  # of a circle one is the last
+            with contextlib.suppress(UserError):
+                record = read_json_file(folder / "train.json", 64 << 20)
+                if isinstance(record, dict):
+                    base = _base_of(record)
+                    found[real] = TrainedModel(folder, record, read(base) if base is not None else None)
+        return found[real]
+
+    folders = list(_model_folders(roots))
+    return [model for folder in folders if (model := read(folder)) is not None]
+
+
+def _base_of(record: Mapping[str, Any]) -> Path | None:
+    """The folder of the model that a run went on from; None where it began anew, or with a model from elsewhere."""
+    settings = record.get("settings")
+    start = settings.get("from") if isinstance(settings, dict) else None
+    if not isinstance(start, str) or not os.path.isabs(start):
+        return None
+    folder = Path(start)
+    of_run = folder.parents[2] if folder.name == "pipeline" and len(folder.parents) > 2 else None  # its checkpoint
+    for at in (folder, of_run):
+        if at is not None and (at / "train.json").is_file():
+            return at
+    return None
+
+
 def model_uses(data: Data, packs: Mapping[str, PackedAt | None], folders: Sequence[Path]) -> list[ModelUse]:
     """The models below DATA (where it is on a disk) and below `folders` that were trained on packed shards of DATA
-    which hold the image. packs: each pack of DATA and where it holds it.
+    which hold the image, or went on from a model that was. packs: each pack of DATA and where it holds it.
 
     Where the shards are not those any more that the model saw, the use is unknown.
     """
@@ -114,28 +177,35 @@ def model_uses(data: Data, packs: Mapping[str, PackedAt | None], folders: Sequen
     digests = {sha256_file(path): name for name, path in manifests.items()}
     places = {os.path.realpath(data.packed(name)): name for name in packs} if data.url is None else {}
     places |= {data.shown(data.packed(name)): name for name in packs}
-    uses = []
-    for folder in _models(roots):
-        try:
-            said = read_json_file(folder / "train.json", 64 << 20)
-        except UserError:
-            continue
-        about = said.get("data") if isinstance(said, dict) else None
-        if not isinstance(about, dict):
-            continue
+
+    def own_use(model: TrainedModel) -> ModelUse | None:
+        about = model.data
         place = str(about.get("folder") or "")
         same = digests.get(str(about.get("manifest_sha256")))
-        name = same or places.get(place) or places.get(os.path.realpath(place))
+        name = same or places.get(place) or places.get(os.path.realpath(place)) if place or same else None
         if name is None or (same and packs[same] is None):
-            continue
-        finished = said.get("finished")
-        done = finished if isinstance(finished, str) else None
+            return None
         if same is None:
             note = f"it was trained on {name} before that was packed anew"
-            uses.append(ModelUse(str(folder), place, "unknown", done, note))
-        else:
-            uses.append(ModelUse(str(folder), place, _use(folder, about, packs[same]), done))
+            return ModelUse(str(model.folder), place, "unknown", model.finished, note)
+        return ModelUse(str(model.folder), place, _use(model.folder, about, packs[same]), model.finished)
+
+    uses = []
+    for model in trained_models(roots):
+        said = [(at, use) for at in model.line() if (use := own_use(at)) is not None]
+        said.sort(key=lambda one: ("trained on it", "unknown").index(one[1].use) if one[1].use in _TELLING else 2)
+        if not said:
+            continue
+        at, use = said[0]
+        if at is model:
+            uses.append(use)
+        elif use.use in _TELLING:  # what its base left out it has not seen by it
+            note = f"by what it went on from, {use.model}" + (f": {use.note}" if use.note else "")
+            uses.append(ModelUse(str(model.folder), use.data, use.use, model.finished, note))
     return uses
+
+
+_TELLING = ("trained on it", "unknown")
 
 
 def _use(folder: Path, about: Mapping[str, Any], at: PackedAt | None) -> Use:
@@ -151,7 +221,7 @@ def _use(folder: Path, about: Mapping[str, Any], at: PackedAt | None) -> Use:
     return "held it out" if at.index in held else "could not read it" if str(at.index) in lost else "trained on it"
 
 
-def _models(roots: Sequence[Path]) -> Iterator[Path]:
+def _model_folders(roots: Sequence[Path]) -> Iterator[Path]:
     """The folders at and below these that hold a train.json, each once; what stages made is passed over."""
     seen = set[str]()
     for root in roots:

@@ -8,6 +8,7 @@ it has done already, and until the end no other run takes hold of the folder.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import re
 import shutil
@@ -46,8 +47,10 @@ from curate.shards.subset import (
     without_images,
 )
 from curate.store.files import read_json, read_table, sha256_file, write_json
+from curate.store.lock import held
 from curate.store.records import output_digests, record_digest
 
+_TRIES = 100  # to take a folder away
 _OF_RECORD = ("config", "inputs", "outputs", "self")
 
 
@@ -161,7 +164,7 @@ def _forget_plan(data: Data, removal: Removal) -> None:
             facts["cut"][file] = sha256_file(path)
     write_json(data.plan_record, {**facts, "self": record_digest(facts)})
     data.push(data.plan_record)
-    data.__dict__.pop("plan", None)
+    data.forget_plan()
 
 
 # --------------------------------------------------------------------------------------------------------- one shard
@@ -327,9 +330,11 @@ def _forget_verdicts(data: Data, name: str, keys: Collection[str], removal: Remo
 def _forget_the_rest(data: Data, removal: Removal, keys: Collection[str]) -> dict[str, int]:
     """Ratings of the images, what the studio keeps, sheets and charts, lines of logs, latents."""
     names, lines, ratings = {*removal.names, *removal.entries}, 0, 0
-    for path in data.store.walk(data.root / RATINGS):
-        if path.suffix == ".csv" and not path.name.startswith("."):
-            ratings += _without_lines(data, path, partial(_rates, keys=keys))
+    # a studio that runs holds this while it writes, and reads what another has written before
+    with held(data.ratings_lock) if data.ratings_lock.parent.is_dir() else contextlib.nullcontext():
+        for path in data.store.walk(data.root / RATINGS):
+            if path.suffix == ".csv" and not path.name.startswith("."):
+                ratings += _without_lines(data, path, partial(_rates, keys=keys))
     for path in data.store.walk(data.logs):
         if path != data.rates:
             lines += _without_lines(data, path, partial(_tells, names=names))
@@ -372,4 +377,7 @@ def _remove_folder(data: Data, folder: Path, last: Path | None = None) -> None:
     data.remove(*(path for path in data.store.walk(folder) if path != last))
     if last is not None:
         data.remove(last)
-    shutil.rmtree(folder, ignore_errors=True)
+    for _ in range(_TRIES):  # a studio that makes its index puts files there until it finds that the folder is gone
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            break

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pipelines.options import REQUIRED, Options, Result, argument, command, option
+from pipelines.terminal import counted
 
 if TYPE_CHECKING:
     from curate.layout import Data
@@ -56,13 +57,13 @@ def run(options: PublishOptions) -> Result:
             facts = publish(data, request)
     done = "would be sent" if options.dry_run else "sent"
     text = (
-        f"{name}, {facts['kept']:,} images as {facts['kind']}: "
-        f"{len(facts['sent']):,} of {facts['files']:,} files {done}, "
+        f"{name}, {counted(facts['kept'], 'image')} as {facts['kind']}: "
+        f"{len(facts['sent']):,} of {counted(facts['files'], 'file')} {done}, "
         f"{facts['sent_bytes'] / 1e6:,.1f} of {facts['bytes'] / 1e6:,.1f} MB"
     )
     if facts["deleted"]:
-        became = "would go" if options.dry_run else "are gone"
-        text += f"; {len(facts['deleted']):,} files that are no longer published {became}"
+        became = "would go" if options.dry_run else "gone"
+        text += f"; no longer published, and {became}: {counted(len(facts['deleted']), 'file')}"
     if "images_gone" in facts:
         text += (
             f"\nsince the last time: {facts['images_added']:,} images more, {facts['images_gone']:,} fewer"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
 from pipelines.options import Options, Result, argument, command
+from pipelines.terminal import counted
 
 if TYPE_CHECKING:
     from curate.layout import Data
@@ -51,7 +52,7 @@ def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, An
         early.update(record.get("rejected_early", {}))
     total, shards = sum(outcomes.values()) - early.total(), len(plan.shards)
     several = f"{len(plan.lists)} lists" if len(plan.lists) > 1 else plan.list
-    say(f"rows      {plan.total_rows:,} in {shards:,} shards of {several}")
+    say(f"rows      {plan.total_rows:,} in {counted(shards, 'shard')} of {several}")
     lists = [_list_facts(plan, i) for i in range(len(plan.lists))]
     for one in lists if len(lists) > 1 else ():
         more = f", added {one['date'][:10]}" if one["date"] else ""
@@ -120,7 +121,7 @@ def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, An
     if waiting > hopeless:
         return found, command("retry", data)
     if waiting:
-        once_more, failed = command("retry", data), f"{waiting:,} rows that failed for transient reasons"
+        once_more, failed = command("retry", data), f"{counted(waiting, 'row')} that failed for transient reasons"
         say(f"retry     the last one had back none of {failed}; `{once_more}` tries anew")
     for name, facts in selections.items():
         if facts["stale"]:
