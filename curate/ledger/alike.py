@@ -39,6 +39,9 @@ Pixels = npt.NDArray[np.uint8]
 NEAR_PDQ, NEAR_PHASH = 31, 7
 """Bits up to which two images are near: of PDQ's 256 as its authors have it, and of 64 where one of them has no PDQ
 hash that says anything; there a bit counts for four, as when protected images are looked for."""
+SAME_PHASH = 4
+"""Of 64: near whatever PDQ says, as the columns of near-duplicates have it: PDQ looks at finer things, which a strong
+compression of a small image takes away."""
 LOOKED_AT = 12
 """Of 64: of what differs in no more, and has no PDQ hash in a column, that is made of the stored image. Copies at
 another size or quality differ in 4 or fewer."""
@@ -145,7 +148,7 @@ def _by_hashes(data: Data, found: Sequence[LedgerTable], phash: str, pixels: Pix
         for i in asked.tolist():
             wide[i] = bits_of.get(key_of(i), _ABSENT)
     apart = np.where(wide != _ABSENT, wide, np.where(narrow != _ABSENT, 4 * narrow, _ABSENT))
-    is_near = np.where(wide != _ABSENT, wide <= NEAR_PDQ, narrow <= NEAR_PHASH)
+    is_near = np.where(wide != _ABSENT, (wide <= NEAR_PDQ) | (narrow <= SAME_PHASH), narrow <= NEAR_PHASH)
     # what is near by PDQ comes before what only the other hash calls near
     order = np.lexsort((keys, apart, ~is_near))[: max(_BESIDE, min(most or len(keys), int(is_near.sum())))]
     matches = [

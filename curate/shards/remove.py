@@ -357,7 +357,8 @@ def _without_lines(data: Data, path: Path, gone: Callable[[str], bool]) -> int:
         count = len(lines) - len(left)
         return b"".join(left) if count else before
 
-    if data.exists(path) and path.is_file() and not path.is_symlink():
+    plain = data.url is not None or (path.is_file() and not path.is_symlink())  # of a store it need not be here
+    if plain and data.exists(path):
         data.store.change(path, edit)
     return count
 

@@ -194,8 +194,6 @@ class Mirror(Disk):
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, after)
-            if found is not None:
-                self._forget(found[1])
             self._note(put, path)
             return after
 
@@ -278,8 +276,6 @@ class Mirror(Disk):
         if found is None and (there := self._find(path)) is not None:  # a record is written again, of what lies there
             return there
         put = self._objects.put_file(path, name)
-        if known is not None:
-            self._forget(known[0])
         keep(path, self._cached(put))
         self._note(put, path)
         return put
@@ -312,7 +308,7 @@ class Mirror(Disk):
         for path, name in zip(paths, names, strict=True):
             path.unlink(missing_ok=True)
             if (known := self._here.pop(name, None)) is not None:
-                self._forget(known[0])
+                self._cached(known[0]).unlink(missing_ok=True)  # nobody will want it any more
 
     # ----------------------------------------------------------------------------------------------------- records
 
@@ -348,10 +344,6 @@ class Mirror(Disk):
 
     def mark(self, outputs: Iterable[Path]) -> str:
         return digest({self._name(path): stored.etag if (stored := self._find(path)) else "" for path in outputs})
-
-    def _forget(self, found: StoredObject) -> None:
-        """Let go of what lay there until now: nobody will want it any more, and it may have been removed on purpose."""
-        self._cached(found).unlink(missing_ok=True)
 
     def _cached(self, found: StoredObject) -> Path:
         return cache_folder() / "objects" / digest([self.url, found.name, found.etag, found.size])
