@@ -94,6 +94,12 @@ def write_folder_indexes(folder: Path, sizes: Mapping[str, int], extensions: Ite
     return [info, dataset, split]
 
 
+def indexed_extensions(dataset: Path) -> list[str]:
+    """The extensions of the images in a folder of shards, by its .nv-meta/dataset.yaml."""
+    found: str = yaml.safe_load(dataset.read_bytes())["field_map"]["image"]
+    return found.split(",")
+
+
 def image_extensions(tars: Iterable[Path]) -> set[str]:
     """The extensions of the images in shards, by the indexes of these."""
     found = set[str]()

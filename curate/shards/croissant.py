@@ -1,4 +1,7 @@
-"""croissant.json: MLCommons' description of a dataset, version 1.0, from which mlcroissant loads its records."""
+"""croissant.json: MLCommons' description of a dataset, version 1.0, from which mlcroissant loads its records.
+
+`pack` writes it beside the tars, whoever takes images out of them writes it anew, and `publish` adds licence and date.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.types as types
+
+from curate.store.files import json_bytes
+
+CROISSANT = "croissant.json"
 
 _CR = (
     "citeAs column equivalentProperty extract field fileProperty fileObject fileSet format includes isLiveDataset "
@@ -35,16 +42,18 @@ def croissant(
     schema: pa.Schema,
     *,
     description: str,
-    meanings: Mapping[str, str],
-    license: str | None,
-    published: str | None,
+    columns: Mapping[str, Mapping[str, Any]],
+    license: str | None = None,
+    published: str | None = None,
     image_kinds: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The description of a dataset of parquet files and, where there are, tars beside them.
 
-    files: name -> sha256 and bytes of each tar and parquet; schema: of the parquet files; meanings: column -> what it
-    says; license: an SPDX name or a URL; published: YYYY-MM-DD; image_kinds: extensions of images in the tars.
+    files: name -> sha256 and bytes of each file, of which tars and parquet files are described; schema: of the parquet
+    files; columns: what is recorded of those that annotators made; license: an SPDX name or a URL; published:
+    YYYY-MM-DD; image_kinds: extensions of images in the tars.
     """
+    meanings = {c: str(made.get("meaning") or c) for c, made in columns.items()}
     tables = sorted(f for f in files if f.endswith(".parquet"))
     tars = sorted(f for f in files if f.endswith(".tar"))
     distribution = [_file(f, files[f], "application/x-parquet") for f in tables]
@@ -67,6 +76,18 @@ def croissant(
             distribution.append(_file_set(f"images-{kind}", tars, f"*.{kind}", _MIME.get(kind, f"image/{kind}")))
             whole["recordSet"].append(_samples(kind, len(tables) == 1 and "caption" in schema.names))
     return whole
+
+
+def packed_croissant(
+    facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]], schema: pa.Schema, kinds: Sequence[str]
+) -> bytes:
+    """croissant.json of packed shards. facts: of their manifest; the rest as of `croissant`."""
+    rows = sum(facts["funnel"].values())
+    description = f"{facts['count']:,} images from the web, chosen by rules from a list of {rows:,} rows."
+    described = croissant(
+        facts["name"], files, schema, description=description, columns=facts["columns"], image_kinds=kinds
+    )
+    return json_bytes(described)
 
 
 _MIME = {"jpg": "image/jpeg"}
