@@ -110,7 +110,10 @@ class _Handler(BaseHTTPRequestHandler):
         if parts[:3] == ["api", "repos", "create"]:
             return self._create(json.loads(body))
         if parts[:2] == ["api", "validate-yaml"]:
-            return self._json({"errors": [], "warnings": []})
+            card = json.loads(body)["content"]
+            wrong = [line for line in card.splitlines() if line.startswith("license: ") and line != line.lower()]
+            errors = [{"message": f'"license" must be one of [apache-2.0, mit, ...]: {line}'} for line in wrong]
+            return self._json({"errors": errors, "warnings": []}, 400 if errors else 200)
         if parts[0] == "verify":
             return self._json({}) if (self.hub.folder / json.loads(body)["oid"]).is_file() else self._json({}, 404)
         where = parts[1:] if parts[0] == "api" else parts

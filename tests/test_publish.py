@@ -136,12 +136,27 @@ def test_numbers_are_the_ledgers(data: Data, tmp_path: Path) -> None:
     assert {"uid", "WIDTH", "similarity", "open_nsfw", "original_width"} <= {*rows.column_names}
     assert there["domains.csv"].decode().splitlines()[1].startswith(f'"127.1.0.1",36,{truth.bytes.sum()},1')
     head = yaml.safe_load(there["README.md"].decode().split("---\n")[1])
-    assert head["license"] == "CC-BY-4.0" and head["size_categories"] == ["n<1K"]
+    assert head["license"] == "cc-by-4.0" and head["size_categories"] == ["n<1K"]
     assert head["configs"][0]["data_files"][0]["path"] == "list/*.parquet"
     croissant = json.loads(there["croissant.json"])
     assert {f["source"]["extract"]["column"] for f in croissant["recordSet"][0]["field"]} == {*rows.column_names}
     assert "Image: less than 1 million (36 images," in there["TRAINING-CONTENT.md"].decode()
     assert not any(name.endswith(".tar") for name in there)
+
+
+@pytest.mark.parametrize(
+    ("license", "header"),
+    [
+        ("CC-BY-NC-SA-4.0", {"license": "cc-by-nc-sa-4.0"}),
+        ("ODbL-1.0", {"license": "odbl"}),
+        ("My Own", {"license": "other", "license_name": "my-own"}),
+        ("https://a.example/terms", {"license": "other", "license_link": "https://a.example/terms"}),
+    ],
+)
+def test_licences_as_the_hub_names_them(data: Data, tmp_path: Path, license: str, header: dict[str, str]) -> None:
+    publish(data, request(tmp_path / "to", list_only=True, license=license))
+    head = yaml.safe_load((tmp_path / "to" / "README.md").read_text().split("---\n")[1])
+    assert {key: head[key] for key in header} == header
 
 
 def _routes(changed: Mapping[int, int]) -> dict[str | tuple[int, str], Route]:
@@ -300,3 +315,6 @@ def test_mlcroissant_loads_the_records(data: Data, tmp_path: Path, form: str) ->
     assert sorted(seen["rows"]) == sorted(truth[["key", "url", "sha256"]].values.tolist())
     sizes = truth.sort_values("key")[["key", "width", "height"]].values.tolist()
     assert [s[:3] for s in sorted(seen["samples"])] == ([] if form == "list" else sizes)
+    captions = {key: caption for key, *_, caption in seen["samples"]}
+    told = truth[truth.caption.notna()]
+    assert form == "list" or {k: captions[k] for k in told.key} == dict(zip(told.key, told.caption, strict=True))

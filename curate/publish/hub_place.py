@@ -182,9 +182,7 @@ class HubPlace:
             utils.disable_progress_bars()
         try:
             yield
-        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as e:
-            raise UserError(f"{self._url}: {_said(e)}.{_hint(e)}") from e
-        except (errors.HTTPError, OSError, RuntimeError) as e:
+        except (errors.HTTPError, OSError, RuntimeError, ValueError) as e:  # ValueError: names, and what the card says
             if isinstance(e, OSError) and e.filename is not None:  # a file of ours
                 raise
             # a failed upload is wrapped into a RuntimeError without its reason
@@ -199,11 +197,15 @@ def _said(error: Exception) -> str:
     """What the hub, or the way there, said, in a line; signed addresses lose their signatures."""
     lines = [getattr(error, "server_message", None) or "", *str(error).splitlines(), type(error).__name__]
     line = next(line.strip() for line in lines if line.strip())
+    if isinstance(error, ValueError):  # what is wrong comes in further lines
+        line = " ".join(str(error).split())
     return printable(re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", line), 300).rstrip(".")
 
 
 def _hint(error: Exception) -> str:
     """What helps against a refusal."""
+    if isinstance(error, ValueError):
+        return ""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status == 401:
         return " The token is missing or not valid: `hf auth login`, or HF_TOKEN"

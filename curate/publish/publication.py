@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -282,13 +283,30 @@ _LIST = (
 
 def _header(request: PublishRequest, count: int) -> dict[str, Any]:
     """The YAML of the card that is not that of packed shards."""
-    header: dict[str, Any] = {"license": request.license, "license_name": None}
+    header: dict[str, Any] = {"license": None, "license_name": None}
     if request.license and "://" in request.license:
         header = {"license": "other", "license_name": "see-link", "license_link": request.license}
+    elif request.license:
+        header["license"] = licence_id(request.license)
+        if header["license"] is None:
+            header = {"license": "other", "license_name": request.license.lower().replace(" ", "-")}
     if request.list_only:
         files = [{"split": "train", "path": "list/*.parquet"}]
         header |= {"tags": ["image-text"], "configs": [{"config_name": "default", "data_files": files}]}
     return header
+
+
+_LICENCES = re.compile(
+    r"cc0-1\.0|cc-by(-nc)?(-nd|-sa)?-[234]\.[05]|mit|apache-2\.0|cdla-(permissive-[12]|sharing-1)\.0|odc-by|odbl|pddl|"
+    r"etalab-2\.0|c-uda|unlicense|gfdl|wtfpl|unknown|other"
+)
+_OF_SPDX = {"odc-by-1.0": "odc-by", "odbl-1.0": "odbl", "pddl-1.0": "pddl", "c-uda-1.0": "c-uda"}
+
+
+def licence_id(name: str) -> str | None:
+    """The hub's identifier of a licence that SPDX names, as cards of datasets have it; None where we know none."""
+    lower = _OF_SPDX.get(name.lower(), name.lower())
+    return lower if _LICENCES.fullmatch(lower) else None
 
 
 def _sections(census: Census) -> list[str]:

@@ -67,14 +67,12 @@ def croissant(
         **({"license": license} if license else {}),
         **({"datePublished": published} if published else {}),
         "distribution": distribution,
-        "recordSet": [
-            _rows(t, "rows" if len(tables) == 1 else f"rows-{i:05d}", schema, meanings) for i, t in enumerate(tables)
-        ],
+        "recordSet": [_rows("tables", schema, meanings)],
     }
-    if tars:
-        for kind in image_kinds:
-            distribution.append(_file_set(f"images-{kind}", tars, f"*.{kind}", _MIME.get(kind, f"image/{kind}")))
-            whole["recordSet"].append(_samples(kind, len(tables) == 1 and "caption" in schema.names))
+    distribution.append(_file_set("tables", [], _beside(tables), "application/x-parquet"))
+    for kind in image_kinds:
+        distribution.append(_file_set(f"images-{kind}", tars, f"*.{kind}", _MIME.get(kind, f"image/{kind}")))
+        whole["recordSet"].append(_samples(kind, "caption" in schema.names))
     return whole
 
 
@@ -105,20 +103,28 @@ def _file(name: str, facts: Mapping[str, Any], kind: str) -> dict[str, Any]:
     }
 
 
+def _beside(files: Sequence[str]) -> str:
+    """The pattern of files that lie in one folder, below that of croissant.json or in it."""
+    folder, _, name = files[0].rpartition("/")
+    return f"{folder}/*.{name.rpartition('.')[2]}" if folder else f"*.{name.rpartition('.')[2]}"
+
+
 def _file_set(name: str, inside: Sequence[str], pattern: str, kind: str) -> dict[str, Any]:
+    """Files within archives, or beside croissant.json where `inside` is empty."""
     contained = [{"@id": file} for file in inside]
     return {
         "@type": "cr:FileSet",
         "@id": name,
         "name": name,
-        "containedIn": contained if len(contained) > 1 else contained[0],
+        **({"containedIn": contained if len(contained) > 1 else contained[0]} if contained else {}),
         "encodingFormat": kind,
         "includes": pattern,
     }
 
 
-def _rows(source: str, name: str, schema: pa.Schema, meanings: Mapping[str, str]) -> dict[str, Any]:
-    """The record set of a table: a record per row. Readers can't join tables that are parts of one."""
+def _rows(source: str, schema: pa.Schema, meanings: Mapping[str, str]) -> dict[str, Any]:
+    """The record set `rows` of all tables as one: a record per row."""
+    name = "rows"
     fields = [
         {
             "@type": "cr:Field",
@@ -126,7 +132,7 @@ def _rows(source: str, name: str, schema: pa.Schema, meanings: Mapping[str, str]
             "name": f"{name}/{f.name}",
             "description": meanings.get(f.name, f.name),
             "dataType": _data_type(f.type),
-            "source": {"fileObject": {"@id": source}, "extract": {"column": f.name}},
+            "source": {"fileSet": {"@id": source}, "extract": {"column": f.name}},
         }
         for f in schema
         if not types.is_nested(f.type)
@@ -136,7 +142,7 @@ def _rows(source: str, name: str, schema: pa.Schema, meanings: Mapping[str, str]
 
 
 def _samples(kind: str, captions: bool) -> dict[str, Any]:
-    """The record set `samples-KIND`: an image, its key, and its caption where there is one table to have it from."""
+    """The record set `samples-KIND`: an image, its key, and its caption where there are some."""
     name, source = f"samples-{kind}", {"fileSet": {"@id": f"images-{kind}"}}
     key = {
         "@type": "cr:Field",
