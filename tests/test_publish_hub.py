@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,11 +47,19 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield server
 
 
-def _small(tmp_path: Path) -> Data:
-    small = Data(make_data(tmp_path / "small"))
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """The small data folder with its packed shards."""
+    small = Data(make_data(tmp_path_factory.mktemp("packed") / "data"))
     select(small, SelectConfig(name="s", rules={"wide": "width > 16"}))
     pack(small, "s", PackConfig(shard_size=20))
     return small
+
+
+@pytest.fixture
+def small(packed: Data, tmp_path: Path) -> Data:
+    """A copy to publish."""
+    return Data(Path(shutil.copytree(packed.root, tmp_path / "small")))
 
 
 def test_to_the_hub_only_what_changed(data: Data, tmp_path: Path, hub: Hub) -> None:  # noqa: F811
@@ -79,11 +88,10 @@ def test_to_the_hub_only_what_changed(data: Data, tmp_path: Path, hub: Hub) -> N
     assert (changed["images_gone"], changed["images_added"], changed["images_removed"]) == (1, 0, 1)
 
 
-def test_many_files_in_many_commits(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_files_in_many_commits(small: Data, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """The limits are a hundredth of what they are, so that small files are past them."""
     monkeypatch.setattr(hub_place, "_SMALL", 3000)
     monkeypatch.setattr(hub_place, "_A_COMMIT", 5)
-    small = _small(tmp_path)
     publish(small, request(TO + "@v2", "s"))
     publish(small, request(tmp_path / "folder", "s"))
     assert hub.files("me/mine", "v2") == read(tmp_path / "folder")
@@ -106,9 +114,8 @@ def test_many_files_in_many_commits(tmp_path: Path, hub: Hub, monkeypatch: pytes
     ],
 )
 def test_what_the_hub_refuses(
-    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, token: str | None, refuse: Any, message: str
+    small: Data, hub: Hub, monkeypatch: pytest.MonkeyPatch, token: str | None, refuse: Any, message: str
 ) -> None:
-    small = _small(tmp_path)
     hub.refuse = refuse
     if token is None:
         monkeypatch.delenv("HF_TOKEN")
@@ -161,10 +168,9 @@ def test_killed_in_the_middle_of_a_file_and_again(data: Data, tmp_path: Path, hu
         assert done.stdout.split() == sorted(truth.key)
 
 
-def test_nobody_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nobody_answers(small: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
-    small = _small(tmp_path)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"hf://datasets/me/mine can't be reached: http://127.0.0.1:9 does not answer"):
         publish(small, request(TO, "s"))
