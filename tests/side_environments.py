@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 SCRIPTS = Path(__file__).parent / "side"
@@ -41,8 +40,6 @@ class SideEnvironments:
             done = subprocess.run(command, capture_output=True, text=True, timeout=600)
             if done.returncode:
                 pytest.skip(f"{packages} cannot be installed here: {done.stderr.strip()[-300:]}")
-            if "torch==" in packages:  # NVIDIA's libraries, 3 GB, are the same for every Python
-                (folder / "nvidia").symlink_to(Path(np.__file__).parents[1] / "nvidia")
             self._folders[interpreter, packages] = folder
         return self._folders[interpreter, packages]
 
