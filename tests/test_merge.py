@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -26,7 +25,7 @@ from curate.shards.tar import read_images
 from curate.sources.adding import adding
 from curate.sources.planner import make_plan
 from curate.store import mirror
-from curate.store.files import sha256_file
+from pipelines.checks import refuse_denied
 from pipelines.commands.merge import MergeOptions, run
 from pipelines.commands.remove import RemoveOptions
 from pipelines.commands.remove import run as remove
@@ -190,13 +189,8 @@ def test_two_halves_make_the_whole(halves: Halves, tmp_path: Path) -> None:
 
 def test_what_is_linked_is_that_of_the_first_folder(halves: Halves, tmp_path: Path) -> None:
     """Numbers that need as many digits, and rows that all come in: the files are the same, and nothing changes them."""
-    a, b = (Data(tmp_path / name) for name in "ab")
-    shutil.copytree(halves.folders[1], b.root)
-    for data, count in ((a, 4),):
-        urls = halves.urls(0)[:count]
-        make_plan(str(write_list(tmp_path / "l.tsv", urls, halves.served.urls, "licence")), data, halves.recipes[1].source)
-        store_recipe(data, halves.recipes[1])
-        fetch_shards(data, halves.recipes[1])
+    b = Data(shutil.copytree(halves.folders[1], tmp_path / "b"))
+    a = fetched(halves, tmp_path / "a", halves.urls(0)[:4], halves.recipes[1])
     merge(tmp_path / "m", b.root, a.root)
     data = Data(tmp_path / "m")
     assert os.path.samefile(data.tar(0), b.tar(0)) and os.path.samefile(data.image_vectors(1), b.image_vectors(1))
@@ -206,3 +200,171 @@ def test_what_is_linked_is_that_of_the_first_folder(halves: Halves, tmp_path: Pa
     assert {path: path.read_bytes() for path in check} == check and not os.path.samefile(data.tar(0), b.tar(0))
     assert not any(verify.verify(data)) and not any(verify.verify(b))
     assert status(data, lambda line: None)[1] == f"tastemaker embed {data.root}"  # a has no vectors
+
+
+def fetched(halves: Halves, root: Path, urls: list[str], recipe: Recipe, extra: str = "licence") -> Data:
+    """A folder of a few rows, without vectors."""
+    listed = write_list(root.with_suffix(".tsv"), urls, halves.served.urls, extra)
+    data = Data(root)
+    make_plan(str(listed), data, recipe.source)
+    store_recipe(data, recipe)
+    fetch_shards(data, recipe)
+    return data
+
+
+def test_what_one_denies_or_has_removed_does_not_come_from_another(halves: Halves, tmp_path: Path) -> None:
+    a, b = (Data(shutil.copytree(halves.folders[i], tmp_path / "ab"[i])) for i in range(2))
+    of_b = [u for u in halves.urls(1) if u not in halves.urls(0)]
+    both = [u for u in halves.urls(1)[3:] if u in halves.urls(0)]
+    a.deny_list.write_text(f"# mine\n{of_b[0]}  # a comment\n")
+    remove(RemoveOptions(data=str(a.root), urls=(both[0],)))
+    key = dict(b.ledger.project("url, key").fetchall())[of_b[3]]
+    b.deny_list.write_text(f"# mine\n{of_b[3]}  # image {key}\n{of_b[0]}\nnobody.example\n")
+    facts = merge(tmp_path / "m", a.root, b.root)
+    assert [one["denied"] for one in facts["folders"]] == [0, 3]
+    data = Data(tmp_path / "m")
+    check_whole(data)
+    rows = data.ledger.df().to_dict("records")
+    urls = {row["url"] for row in rows}
+    assert not urls & {of_b[0], of_b[3], both[0]} and {of_b[1], both[1]} <= urls
+    gone = next(row for row in rows if row["status"] == "removed")
+    lines = data.deny_list.read_text().splitlines()
+    assert lines.count("# mine") == 1 and f"{of_b[0]}  # a comment" in lines and f"{of_b[3]}  # image" in lines
+    assert "nobody.example" in lines and sum(f"# removed {gone['key']} " in line for line in lines) == 2
+    asked, stored = halves.served.requests(), stored_recipe(data)
+    assert stored is not None
+    with adding(str(halves.lists[1]), data.plan, stored.source, None, Deny.load([data.deny_list]), tmp_path) as more:
+        assert more.counts["added"] == 0
+    refuse_denied(data, stored)
+    fetch_shards(data, stored, retry=True)
+    assert {p for p, n in halves.served.requests().items() if n > asked[p]} <= {"/busy.jpg"}
+
+
+def test_refusals_name_what_differs_and_leave_nothing(halves: Halves, tmp_path: Path) -> None:
+    a, recipe, urls = halves.folders[0], halves.recipes[0], halves.served.urls
+    small = fetched(halves, tmp_path / "small", urls[:2], replace(recipe, images=replace(recipe.images, size=64)))
+    early = replace(recipe, select=replace(recipe.select, early=("large",)))
+    few = fetched(halves, tmp_path / "few", urls[:2], early)
+    heeds = replace(recipe, fetch=replace(recipe.fetch, respect=("x-robots-tag",)))
+    less = fetched(halves, tmp_path / "less", urls[:2], heeds)
+    words = fetched(halves, tmp_path / "words", urls[:2], recipe, extra="m")
+    listed = tmp_path / "n.tsv"
+    listed.write_text(f"url\tn\n{urls[0]}\tmany\n")
+    other = Data(tmp_path / "other")
+    make_plan(str(listed), other, recipe.source)
+    store_recipe(other, recipe)
+    out = tmp_path / "m"
+    for folders, match in (
+        ((a,), "needs two data folders or more"),
+        ((a, a), "is named twice"),
+        ((a, small.root), r"made differently: images\.size: 128 and 64"),
+        ((a, few.root), r"other early rules \(select\.early\)"),
+        ((a, less.root), r"fetch\.respect: .*robots-txt.* is heeded in .*Name .*less first"),
+        ((a, other.root), r"other: column 'n' is string here and int64 in .*/a\. "),
+        ((a, tmp_path / "no"), "is not a data folder: it is not there"),
+    ):
+        with pytest.raises(UserError, match=match):
+            merge(out, *folders)
+        assert not out.exists()
+    with pytest.raises(UserError, match="is a data folder already"):
+        merge(words.root, less.root, a)
+    with pytest.raises(UserError, match="lies in"):
+        merge(a / "m", a, words.root)
+
+    # another column, and rows that are not fetched yet; a note says what holds from now on
+    merge(out, less.root, words.root, a)
+    data = Data(out)
+    assert data.plan.extra_columns.names == ["n", "licence", "m"]
+    assert not any(verify.verify(data)) and not verify.strays(data) and verify.unfinished(data) == {"embedded": [0]}
+
+    # a file that is damaged is not taken for what is left of it; put right, the same command goes on
+    b = Data(shutil.copytree(halves.folders[1], tmp_path / "b"))
+    whole = b.tar(1).read_bytes()
+    b.tar(1).write_bytes(whole[:700] + b"x" + whole[701:])
+    out = tmp_path / "again"
+    with pytest.raises(UserError, match=r"b/fetched/00001\.tar: is damaged"):
+        merge(out, a, b.root)
+    half, left = Data(out), f"a merge was broken off: `tastemaker merge {a} {b.root} --out {out}` goes on"
+    with pytest.raises(UserError, match=left), half.hold():
+        pass
+    with pytest.raises(UserError, match=r"a merge into .*again was broken off, and these folders are not .*/a, .*/b"):
+        merge(out, a, words.root)
+    assert not any(verify.verify(half)) and verify.unfinished(half)["fetched"]
+    b.tar(1).write_bytes(whole)
+    merge(out, a, b.root)
+    check_whole(Data(out))
+    assert told(Data(out)) == told(Data(merge_of(halves, tmp_path)))
+
+
+def merge_of(halves: Halves, tmp_path: Path) -> Path:
+    """The two halves, merged without a disturbance."""
+    merge(tmp_path / "calm", *halves.folders[:2])
+    return tmp_path / "calm"
+
+
+KILLED = (
+    "import os, signal, sys\n"
+    "left = int(sys.argv[1])\n"
+    "replace, link = os.replace, os.link\n"
+    "def dying(work):\n"
+    "    def do(*args, **kwargs):\n"
+    "        global left\n"
+    "        left -= 1\n"
+    "        if left == 0: os.kill(os.getpid(), signal.SIGKILL)\n"
+    "        return work(*args, **kwargs)\n"
+    "    return do\n"
+    "os.replace, os.link = dying(replace), dying(link)\n"
+    "from pipelines.cli import main\n"
+    "sys.exit(main(sys.argv[2:]))\n"
+)
+
+
+@pytest.mark.long
+def test_whoever_is_killed_goes_on(halves: Halves, tmp_path: Path) -> None:
+    """kill -9 at moments between files; the end is that of an undisturbed one, to the byte."""
+    calm, out = merge_of(halves, tmp_path), tmp_path / "m"
+    words = ["merge", *map(str, halves.folders[:2]), "--out", str(out)]
+    killed = 0
+    for left in (2, 5, 7, 4, 9, 3, 11, 8, 6, 10, 1000):
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, str(left), *words], cwd=ROOT, capture_output=True, text=True
+        )
+        killed += done.returncode < 0
+        data = Data(out)
+        if done.returncode < 0 and data.plan_record.exists():
+            assert not any(verify.verify(data))
+            with pytest.raises(UserError, match="a merge was broken off"), data.hold():
+                pass
+    assert killed >= 8 and done.returncode == 0, done.stderr
+    data = Data(out)
+    check_whole(data)
+    for path in sorted(calm.rglob("*")):
+        name = path.relative_to(calm)
+        if path.is_file() and path.suffix != ".json" and not path.name.startswith("."):
+            assert (out / name).read_bytes() == path.read_bytes(), name
+    assert told(data) == told(Data(calm))
+
+
+@pytest.mark.long
+def test_folders_on_an_object_store(
+    halves: Halves, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TASTEMAKER_CACHE", str(tmp_path / "cache"))
+    mirror.open_mirror.cache_clear()
+    there = Data.at(f"{s3_url}/b")
+    for path in sorted(halves.folders[1].rglob("*")):
+        to = there.root / path.relative_to(halves.folders[1])
+        if path.is_file():
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, to)
+            if path.name != ".lock":
+                there.push(to)
+    for record in [p for stage in ("fetched", "embedded", "annotated") for p in there.records(stage)]:
+        there.recommit(record, there.record(record)["inputs"])  # as a run there would have written it
+    calm = told(Data(merge_of(halves, tmp_path)))
+    for out in (tmp_path / "here", f"{s3_url}/m"):
+        merge(out, halves.folders[0], there.url or "")
+        mirror.open_mirror.cache_clear()
+        data = Data.at(out)
+        assert not any(verify.verify(data)) and not verify.unfinished(data)
+        assert told(data) == calm

@@ -105,12 +105,12 @@ def plan_merge(folders: Sequence[Data], deny: Deny) -> Merge:
     rows, shards = _Rows(), list[tuple[int, int]]()
     with connect(folders[0].root, memory_limit="2GB") as con:
         search = DenySearch(con, deny) if deny else None
-        for folder, data in enumerate(folders):
+        for number, data in enumerate(folders):
             for s in data.plan.shards:
-                shards.append((folder, s.shard))
-                _add_rows(rows, folder, data, s, con, search)
-    folder, name, sha = (np.concatenate(part) for part in (rows.folder, rows.name, rows.sha))
-    named, image, denied = (np.concatenate(part) for part in (rows.named, rows.image, rows.denied))
+                shards.append((number, s.shard))
+                _add_rows(rows, number, data, s, con, search)
+    folder, name, sha = np.concatenate(rows.folder), np.concatenate(rows.name), np.concatenate(rows.sha)
+    named, image, denied = np.concatenate(rows.named), np.concatenate(rows.image), np.concatenate(rows.denied)
     lengths = [len(part) for part in rows.folder]
     del rows
 
@@ -143,11 +143,11 @@ def plan_merge(folders: Sequence[Data], deny: Deny) -> Merge:
 def _add_rows(rows: _Rows, folder: int, data: Data, s: ShardPlan, con: Any, search: DenySearch | None) -> None:
     table = planned_rows(data, s.shard, ["url", "@path", "@offset"])
     names = name_rows(table.combine_chunks().to_batches()[0], "url", None, None, data.plan.list_of(s.shard)["base"])
-    con.register("named", names)
+    con.register("planned_names", names)
     rows.name.append(
-        con.sql(f"SELECT coalesce(hash({NAME}), 0) AS name FROM named").to_arrow_table()["name"].to_numpy()
+        con.sql(f"SELECT coalesce(hash({NAME}), 0) AS name FROM planned_names").to_arrow_table()["name"].to_numpy()
     )
-    con.unregister("named")
+    con.unregister("planned_names")
     rows.named.append(np.asarray(names["url"].is_valid().to_numpy(), np.bool_))
     image, denied, sha = np.zeros(s.rows, np.bool_), np.zeros(s.rows, np.bool_), np.zeros(s.rows, np.uint64)
     if data.exists(data.fetched_record(s.shard)):
@@ -156,11 +156,11 @@ def _add_rows(rows: _Rows, folder: int, data: Data, s: ShardPlan, con: Any, sear
         if len(fetched) != s.rows:
             raise UserError(f"{data.shown(path)}: {len(fetched):,} rows, and {s.rows:,} are planned")
         image = np.asarray(pc.equal(fetched["status"], Status.SUCCESS.value).to_numpy(), np.bool_)
-        con.register("fetched", fetched)
+        con.register("fetched_rows", fetched)
         # what says nothing of its bytes is like no other
-        sql = f"SELECT hash(coalesce(sha256, concat('{folder} ', key))) AS sha FROM fetched"
+        sql = f"SELECT hash(coalesce(sha256, concat('{folder} ', key))) AS sha FROM fetched_rows"
         sha = con.sql(sql).to_arrow_table()["sha"].to_numpy()
-        con.unregister("fetched")
+        con.unregister("fetched_rows")
         if search is not None and (keys := [key for batch in search.denied([path]) for key in batch]):
             denied = np.asarray(pc.is_in(fetched["key"], pa.array(keys, pa.string())).to_numpy(), np.bool_)
         data.release(path)

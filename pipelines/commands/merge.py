@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from curate.fetch.deny import Deny
     from curate.layout import Data
     from curate.sources.merging import Merge
+    from pipelines.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +91,9 @@ def _merged_recipe(folders: Sequence[Data]) -> tuple[Recipe, list[Recipe], list[
     from curate.fetch.deny import deny_place
     from curate.verify import command_again
     from curate.workers import fetch_done, space_known
-    from pipelines.recipe import Recipe, stored_recipe
+    from pipelines.recipe import stored_recipe
 
-    recipes = list[Recipe]()
+    recipes: list[Recipe] = []
     for folder in folders:
         recipe = stored_recipe(folder)
         if recipe is None:
