@@ -240,6 +240,7 @@ def test_what_one_denies_or_has_removed_does_not_come_from_another(halves: Halve
     assert {p for p, n in halves.served.requests().items() if n > asked[p]} <= {"/busy.jpg"}
 
 
+@pytest.mark.long
 def test_refusals_name_what_differs_and_leave_nothing(halves: Halves, tmp_path: Path) -> None:
     a, recipe, urls = halves.folders[0], halves.recipes[0], halves.served.urls
     small = fetched(halves, tmp_path / "small", urls[:2], replace(recipe, images=replace(recipe.images, size=64)))
