@@ -53,7 +53,8 @@ class Hub:
     asked: list[tuple[str, str]] = field(default_factory=list)  # method and path
     uploaded: list[str] = field(default_factory=list)  # sha256 of each large file that came whole
     refuse: dict[str, int] = field(default_factory=dict)  # part of a path -> the status that it is refused with
-    hang_at: int = -1  # the upload that is not read on, and the event that then is set
+    begun: list[str] = field(default_factory=list)  # sha256 of each large file whose upload began, some at a time
+    hang_at: int = -1  # the number of the upload that is not read on, and the event that then is set
     hangs: threading.Event = field(default_factory=threading.Event)
 
     def files(self, name: str, branch: str = "main") -> dict[str, bytes]:
@@ -180,7 +181,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"transfer": "basic", "objects": objects})
 
     def _upload(self, name: str, length: int) -> None:
-        if len(self.hub.uploaded) == self.hub.hang_at:
+        self.hub.begun.append(name)
+        if self.hub.begun.index(name) == self.hub.hang_at:
             self.rfile.read(length // 2)
             self.hub.hangs.set()
             while self.rfile.read(1):  # until the other end is gone

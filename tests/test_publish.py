@@ -33,6 +33,7 @@ from pipelines.commands.publish import recipe_to_publish
 from pipelines.recipe import Recipe, load_recipe, parse_recipe, store_recipe
 from tests.conftest import ROOT
 from tests.real_data import SELECTION
+from tests.side_environments import SideEnvironments
 from tests.small_data import make_data, write_fetched
 from tests.small_web import image
 from tests.stages import fetch_shards
@@ -265,31 +266,21 @@ def test_refused(data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "names what" in capsys.readouterr().err and not (tmp_path / "to3").exists()
 
 
-MLCROISSANT = ("mlcroissant==1.1.1", "etils", "jsonpath-rw", "ply", "decorator", "rdflib", "absl-py", "pyparsing")
+MLCROISSANT = "mlcroissant==1.1.1 etils jsonpath-rw ply decorator rdflib absl-py pyparsing"
 """What loads records, and what of its requirements is not here: its stubs of pandas would change what mypy says."""
 
 
-def read_croissant(tmp_path: Path, folder: Path) -> dict[str, Any]:
-    """What mlcroissant, in a folder of its own, makes of a folder."""
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--retries=1", "--target"]
-    done = subprocess.run([*install, str(tmp_path / "side"), *MLCROISSANT], capture_output=True, text=True, timeout=120)
-    if done.returncode:
-        pytest.skip(f"mlcroissant cannot be installed here: {done.stderr.strip()[-300:]}")
-    command = [sys.executable, str(ROOT / "tests" / "side" / "read_croissant.py"), str(folder)]
-    caches = {
-        "HOME": str(tmp_path),
-        "XDG_CACHE_HOME": str(tmp_path),
-    }  # what it extracts, it finds again by the tar's name
-    environment = {**os.environ, **caches, "PYTHONPATH": str(tmp_path / "side")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
-    seen: dict[str, Any] = json.loads(done.stdout)
-    return seen
+def read_croissant(side: SideEnvironments, folder: Path, home: Path) -> dict[str, Any]:
+    """What mlcroissant makes of a folder. home: a new one, as it finds again what it extracted, by the tar's name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home))
+        patch.setenv("XDG_CACHE_HOME", str(home))
+        return side("read_croissant.py", str(folder), MLCROISSANT)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("form", ["list", "shards", "packed", "packed, some removed"])
-def test_mlcroissant_loads_the_records(data: Data, tmp_path: Path, form: str) -> None:
+def test_mlcroissant_loads_the_records(data: Data, tmp_path: Path, side: SideEnvironments, form: str) -> None:
     """Of what is published, and of packed shards as they lie in the data folder."""
     folder = tmp_path / "to"
     if form in ("list", "shards"):
@@ -299,7 +290,7 @@ def test_mlcroissant_loads_the_records(data: Data, tmp_path: Path, form: str) ->
     if form.endswith("removed"):
         keys = query(data, "SELECT key FROM ledger WHERE status = 'success' ORDER BY key").key
         assert main(["remove", str(data), "--keys", *keys[[0, 7]]]) == 0
-    seen = read_croissant(tmp_path, folder)
+    seen = read_croissant(side, folder, tmp_path)
     truth = query(data, "SELECT key, url, sha256, width, height, caption FROM ledger WHERE status = 'success'")
     assert seen["errors"] == [] and len(truth) == (34 if form.endswith("removed") else 36)
     assert sorted(seen["rows"]) == sorted(truth[["key", "url", "sha256"]].values.tolist())
