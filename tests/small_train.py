@@ -10,8 +10,8 @@ import numpy as np
 
 from train.data import ImageDataset, Stream, open_samples, split
 from train.loop import LoopConfig, rank_and_size, train
+from train.models.family import family_of, load_model, new_model, tokenize
 from train.models.presets import PRESETS
-from train.models.unet import add_lora, load_model, new_model, tokenize
 from train.tasks import Denoise
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
@@ -47,7 +47,7 @@ def small_run(
         pipeline = new_model("debug", captions, objective)
     else:
         pipeline = load_model(start)
-        add_lora(pipeline)
+        family_of(pipeline).add_lora(pipeline)
     examples = ImageDataset(samples, lambda c: tokenize(pipeline, c), PRESETS["debug"].size)
     rank, ranks = rank_and_size()
     chosen, held_out = split(samples, 0.2)

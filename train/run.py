@@ -38,11 +38,12 @@ from train.data import (
 )
 from train.latents import LatentDataset, Tell, latents_size, precompute_latents, shards_of, write_shard
 from train.loop import LoopConfig, rank_and_size, train
+from train.models.base import count_parameters
+from train.models.family import family_of, new_model
 from train.models.files import model_folder
 from train.models.info import training_record
 from train.models.presets import Preset
 from train.models.release import is_released, release
-from train.models.unet import add_lora, count_parameters, default_size, new_model, size_step, tokenize
 from train.objective import GAMMA, objective_of
 from train.places import shown
 from train.tasks import Denoise, Reconstruct, Task, fit_scale, psnr
@@ -171,9 +172,10 @@ class TrainRun:
     ) -> None:
         self.pipeline, self.samples, self.out, self.loop, self.device = pipeline, samples, out, loop, device
         self.new, self.lora, self.weight_by, self.prompts, self.identity = new, lora, weight_by, prompts, identity
-        self.size = size or default_size(pipeline)
+        self.family = family_of(pipeline)
+        self.size = size or self.family.default_size(pipeline)
         self.objective = objective_of(pipeline.scheduler).name  # flow, v or eps
-        pipeline.unet.register_to_config(sample_size=self.size // pipeline.vae_scale_factor)  # what it will generate
+        self.family.set_default_size(pipeline, self.size)
         self.vae_folder = out / "vae-training"  # its `vae/`, whole or absent, is the trained autoencoder
         self.latents_folder = out / "latents"
         if (self.vae_folder / "vae").is_dir():
@@ -194,18 +196,18 @@ class TrainRun:
         self.uses_latents = loop.steps * loop.batch > len(self.chosen)  # each image more than once
         self.images = ImageDataset(
             samples,
-            lambda captions: tokenize(self.pipeline, captions),
+            lambda captions: self.family.tokenize(self.pipeline, captions),
             self.size,
             buckets=buckets,
-            step=size_step(pipeline),
+            step=self.family.size_step(pipeline),
             least=loop.batch,
         )
 
     def check_space(self) -> None:
         """DiskFull before the first step where latents and checkpoints would not fit."""
-        p = self.pipeline
-        trained = 0 if self.lora else count_parameters([p.unet, p.text_encoder] if self.new else [p.unet])
-        whole = 0 if self.lora else count_parameters([p.unet, p.text_encoder, p.vae])
+        p, network = self.pipeline, self.family.network(self.pipeline)
+        trained = 0 if self.lora else count_parameters([network, p.text_encoder] if self.new else [network])
+        whole = 0 if self.lora else count_parameters([network, p.text_encoder, p.vae])
         latents = latents_size(p, self.images, self._encoded, not self.new) if self.uses_latents else 0
         if not (self.out / "checkpoints").is_dir():
             each = 4 * (4 * trained + whole)  # raw, average, two moments; the pipeline
@@ -251,7 +253,7 @@ class TrainRun:
     def train_model(self, should_stop: ShouldStop) -> Iterator[Record]:
         """Train the model, or its LoRA; records as `loop.train` yields them."""
         if self.lora:
-            add_lora(self.pipeline, self.lora, self.loop.seed)
+            self.family.add_lora(self.pipeline, self.lora, self.loop.seed)
         dataset = LatentDataset(self.latents_folder) if self.uses_latents else self.images
         real: dict[str, Any] = {}  # the held-out image of each prompt that is the caption of one, for previews
         for index in self.held_out.tolist() if rank_and_size()[0] == 0 else ():

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from curate.hub import no_progress_bars
 from curate.sheets import Tile, enlarged
 from train.data import Batch
-from train.models.unet import encode_images, has_lora, save_lora
+from train.models.family import family_of
 from train.objective import TIMES, Objective, objective_of
 
 HELD_OUT_TIMES = tuple(TIMES * (2 * k + 1) // 16 for k in range(8))
@@ -59,7 +59,7 @@ class Task(Protocol):
 
 
 class Denoise:
-    """Training of a text-to-image pipeline: UNet and, where `text` says so, its text encoder; or its LoRA alone.
+    """Training of a text-to-image pipeline: its denoiser and, with `text`, its text encoder; or its LoRA alone.
 
     The autoencoder is never trained here and runs without gradients, in fp32; with precomputed latents it does not run.
     `real` holds an image, (h, w, 3) uint8, for prompts that are captions of one: previews show it beside the generated.
@@ -73,18 +73,19 @@ class Denoise:
         gamma: float | None = None,
         real: Mapping[str, npt.NDArray[np.uint8]] | None = None,
     ) -> None:
-        self.pipeline, self._real = pipeline, real or {}
+        self.pipeline, self.family, self._real = pipeline, family_of(pipeline), real or {}
         self.objective: Objective = objective_of(pipeline.scheduler, gamma)
         pipeline.vae.requires_grad_(False).eval()
-        pipeline.text_encoder.requires_grad_(text and not has_lora(pipeline))
-        self.modules = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+        self.family.train_text(pipeline, text and not self.family.has_lora(pipeline))
+        self._network = self.family.network(pipeline)
+        self.modules = {self.family.denoiser: self._network, "text_encoder": pipeline.text_encoder}
         self._sample_noise = _NoisePrefetcher(self.objective.sample_time)
 
     def losses(self, batch: Batch, seed: int, step: int) -> Tensor:
         """Mean squared error of each sample at a random time, weighted by the objective."""
         x0 = self._latents(batch)
         t, noise = self._sample_noise(seed, step, batch.slots, x0)
-        return self._error(x0, noise, t, self._text(batch))
+        return self._error(x0, noise, t, self._text(batch), batch.lengths)
 
     def held_out_losses(self, batch: Batch, seed: int) -> Tensor:
         """Mean squared error of each sample, averaged over the eight times of HELD_OUT_TIMES."""
@@ -95,26 +96,26 @@ class Denoise:
         x0, text = self._latents(batch), self._text(batch)
         _, noise = (x.to(x0.device) for x in _time_and_noise(seed, _HELD_OUT, batch.slots, x0.shape[1:]))
         times = (torch.full((len(x0),), float(t), device=x0.device) for t in HELD_OUT_TIMES)
-        return torch.stack([self._error(x0, noise, t, text) for t in times])
+        return torch.stack([self._error(x0, noise, t, text, batch.lengths) for t in times])
 
-    def _error(self, x0: Tensor, noise: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def _error(self, x0: Tensor, noise: Tensor, t: Tensor, text: Tensor, lengths: Tensor) -> Tensor:
         x_t, target, weight = self.objective.noised(x0, noise, t)
-        predicted = self.pipeline.unet(x_t, t, text, return_dict=False)[0]
+        predicted = self.family.predict(self._network, x_t, t, text, lengths)
         return weight * F.mse_loss(predicted.float(), target, reduction="none").mean((1, 2, 3))
 
     def _latents(self, batch: Batch) -> Tensor:
-        device = self.pipeline.unet.device
+        device = self._network.device
         images = batch.images.to(device, torch.float32, non_blocking=True)
         if batch.latent:
             return images
         with torch.autocast(device.type, enabled=False):
-            return encode_images(self.pipeline.vae, images)
+            return self.family.encode_images(self.pipeline.vae, images)
 
     def _text(self, batch: Batch) -> Tensor:
-        if batch.tokens.is_floating_point():  # precomputed: the text encoder is frozen
-            return batch.tokens.to(self.pipeline.unet.device)
-        states: Tensor = self.pipeline.text_encoder(batch.tokens.to(self.pipeline.unet.device))[0]
-        return states
+        words = batch.tokens.to(self._network.device)
+        if words.is_floating_point():  # precomputed: the text encoder is frozen
+            return words
+        return self.family.encode_text(self.pipeline.text_encoder, words, batch.lengths)
 
     def preview(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, list[Tile]]]:
         """A row for each prompt: the real image of that caption where it is known, then one for each seed."""
@@ -129,8 +130,8 @@ class Denoise:
     def save(self, folder: Path) -> None:
         """`pipeline/`; of a LoRA `lora/`, which goes on top of the pipeline that training began with."""
         with no_progress_bars("diffusers"):
-            if has_lora(self.pipeline):
-                save_lora(self.pipeline, folder / "lora")
+            if self.family.has_lora(self.pipeline):
+                self.family.save_lora(self.pipeline, folder / "lora")
             else:
                 self.pipeline.save_pretrained(folder / "pipeline")
 
@@ -228,8 +229,9 @@ def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
     """Some samples of a batch."""
     rows = slice(start, stop)
     return replace(
-        batch, keys=batch.keys[rows], slots=batch.slots[rows], images=batch.images[rows], tokens=batch.tokens[rows]
-    )
+        batch, keys=batch.keys[rows], slots=batch.slots[rows], images=batch.images[rows], tokens=batch.tokens[rows],
+        lengths=batch.lengths[rows],
+    )  # fmt: skip
 
 
 def generate_images(
@@ -237,13 +239,13 @@ def generate_images(
 ) -> list[Image.Image]:
     """One image for each prompt and seed, prompts first; noise comes from the CPU, the same on every device."""
     pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    images = []
+    images, how = [], family_of(pipeline).drawing(pipeline, guidance)
     with eval_mode(pipeline):
         for start in range(0, len(pairs), 32):
             part = pairs[start : start + 32]
             images += pipeline(
-                [prompt for prompt, _ in part], num_inference_steps=steps, guidance_scale=guidance,
-                generator=[torch.Generator().manual_seed(seed) for _, seed in part],
+                [prompt for prompt, _ in part], num_inference_steps=steps,
+                generator=[torch.Generator().manual_seed(seed) for _, seed in part], **how,
             ).images  # fmt: skip
     return images
 
@@ -251,7 +253,7 @@ def generate_images(
 @contextlib.contextmanager
 def eval_mode(pipeline: Any) -> Iterator[None]:
     """Without gradients, dropout and progress bars."""
-    modules = [pipeline.unet, pipeline.text_encoder, pipeline.vae]
+    modules = [family_of(pipeline).network(pipeline), pipeline.text_encoder, pipeline.vae]
     were = [m.training for m in modules]
     pipeline.set_progress_bar_config(disable=True)
     for m in modules:

@@ -196,7 +196,7 @@ def _check_preset(name: str, size: int | None) -> None:
 
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}: {', '.join(PRESETS)}")
-    step = PRESETS[name].factor * 2 ** (len(PRESETS[name].unet) - 1)
+    step = PRESETS[name].step
     if size and size % step:
         raise UserError(f"--size {size} does not fit {name}: sides are multiples of {step}")
 
@@ -286,8 +286,8 @@ def _prepare(
     from train.data import sampling_weights
     from train.devices import default_device, set_threads, versions
     from train.latents import weights_digest
+    from train.models.family import family_of, load_model
     from train.models.presets import PRESETS
-    from train.models.unet import load_model
     from train.run import default_prompts, hold_out, write_new_model
 
     def say(text: str) -> None:
@@ -317,7 +317,7 @@ def _prepare(
 
     identity = dict(settings)
     if pipeline is not None:
-        identity["weights"] = weights_digest(pipeline.unet)
+        identity["weights"] = weights_digest(family_of(pipeline).network(pipeline))
     prompts = prompts or default_prompts(samples, data["held_out"])
     job = TrainJob(
         options=resolved,
@@ -349,18 +349,18 @@ def _prepare(
 
 def _headline(run: TrainRun, resolved: TrainOptions, by: str, *, preset_given: bool) -> Iterator[str]:
     """What is trained, on what, and how."""
-    from train.models.unet import count_parameters
+    from train.models.base import count_parameters
 
-    p, loop = run.pipeline, run.loop
-    unet, text, vae = (count_parameters([m]) / 1e6 for m in (p.unet, p.text_encoder, p.vae))
+    p, loop, what = run.pipeline, run.loop, run.family.title
+    net, text, vae = (count_parameters([m]) / 1e6 for m in (run.family.network(p), p.text_encoder, p.vae))
     name = str(resolved.start or resolved.preset)
     if run.new and not preset_given:
         name += f" (the preset for a machine with{'' if name == 'small-64' else 'out'} a GPU; --preset names others)"
-    yield f"model  {name} · {run.size} px · {run.objective} · UNet {unet:.2f} M, text encoder {text:.2f} M parameters"
+    yield f"model  {name} · {run.size} px · {run.objective} · {what} {net:.2f} M, text encoder {text:.2f} M parameters"
     if run.lora:
         yield f"       a LoRA of rank {run.lora} is trained, the model stays as it is"
     elif not run.new:
-        yield "       the UNet is trained; text encoder and autoencoder stay as they are"
+        yield f"       the {what} is trained; text encoder and autoencoder stay as they are"
     if run.vae_loop:
         yield f"       its autoencoder of {vae:.2f} M parameters is trained first, {run.vae_loop.steps:,} steps"
     without = sum(1 for i in run.chosen.tolist() if not run.samples.facts(i)["caption"])

@@ -30,8 +30,8 @@ from train.data import open_samples
 from train.devices import default_device
 from train.latents import Tell
 from train.loop import LoopConfig, PeerLost, rank_and_size
+from train.models.family import load_model
 from train.models.presets import PRESETS
-from train.models.unet import load_model
 from train.places import bring, push
 from train.run import Record, ShouldStop, TrainRun
 
