@@ -19,6 +19,7 @@ from aesthetic.untrusted import error_line, read_json_file
 from curate.hub import no_progress_bars
 from train.models.autoencoder import new_autoencoder
 from train.models.base import Family
+from train.models.given import ENCODERS
 from train.models.parts import load_part
 from train.models.presets import PRESETS, TransformerPreset
 from train.objective import TIMES, flow_scheduler
@@ -209,27 +210,17 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
         raise UserError(f"{path}: no scheduler can be made of it: {error_line(e)}") from e
 
 
-ENCODERS = {"qwen3": "Qwen3Model", "qwen2": "Qwen2Model", "llama": "LlamaModel", "mistral": "MistralModel"}
-"""Language models whose states a transformer can be given: model_type of config.json, class of transformers."""
-
-
 def load_text_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """(text encoder, tokenizer) of a pipeline's folder, or of a language model's.
+    """(text encoder, tokenizer) of a pipeline's folder, or of a language model's (see `given.find_text_encoder`).
 
-    Raises UserError where it is of another kind, cut, or where the two do not fit.
+    Raises UserError where one is cut, or where the two do not fit.
     """
     import transformers
 
     parts = folder / "text_encoder", folder / "tokenizer"
     weights, words = parts if parts[0].is_dir() else (folder, folder)
-    config = read_json_file(weights / "config.json")
-    kind = ENCODERS.get(str(config.get("model_type")) if isinstance(config, dict) else "")
-    if kind is None:
-        raise UserError(
-            f"{weights / 'config.json'}: no text encoder that is known here ({', '.join(ENCODERS)}) but "
-            f"{config.get('model_type') if isinstance(config, dict) else 'no object'}"
-        )
-    encoder = load_part(weights, getattr(transformers, kind), dtype, None)  # None: a language model has a head
+    kind = ENCODERS[read_json_file(weights / "config.json")["model_type"]]
+    encoder = load_part(weights, getattr(transformers, kind), dtype, None)  # with the head of a language model left out
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(words, local_files_only=True)
         last = max(tokenizer.get_vocab().values())
