@@ -40,10 +40,12 @@ _HELD_OUT = 2**32  # no step has this number
 class Task(Protocol):
     """What the loop trains."""
 
-    module: (
-        nn.Module
-    )  # all that takes part in a loss as one, for DistributedDataParallel; what requires gradients learns
-    modules: dict[str, nn.Module]  # the models in it, by name
+    modules: dict[str, nn.Module]  # the models that take part, by name
+
+    @property
+    def module(self) -> nn.Module:
+        """All that takes part in a loss, as one; of it, the parameters that require gradients learn."""
+        ...
 
     def inputs(self, batch: Batch, seed: int, step: int) -> tuple[Tensor, ...]:
         """What `module` takes; made without gradients. module(*inputs) is the loss of each sample, (n,) float32."""
