@@ -114,11 +114,16 @@ def hold_out(samples: MapDataset, out: Path, tell: Tell) -> dict[str, Any]:
     return facts
 
 
-def write_new_model(folder: Path, preset: Preset, captions: Sequence[str], objective: str, seed: int) -> None:
-    """A new model, whole or absent: random weights, and a tokenizer of the captions that are trained on."""
+def write_new_model(
+    folder: Path, preset: Preset, captions: Sequence[str], objective: str, seed: int, **given: Path | None
+) -> None:
+    """A new model, whole or absent: random weights, and a tokenizer of the captions that are trained on.
+
+    `given`: parts in place of the preset's (see `family.new_model`).
+    """
     if folder.is_dir():
         return
-    pipeline = new_model(preset, captions, objective, seed)
+    pipeline = new_model(preset, captions, objective, seed, **given)
     scratch = scratch_path(folder)
     with no_progress_bars("diffusers"):
         pipeline.save_pretrained(scratch)
@@ -144,7 +149,8 @@ class TrainRun:
 
     Args:
         pipeline: what training begins with.
-        new: whether that is a new model: its text encoder is trained too.
+        new: whether that is a new model.
+        text: whether its text encoder is trained too.
         own_vae: whether its autoencoder is new, and trained first.
         size: pixels of a side; None: what the model generates.
         weight_by: a column; images are used in proportion to it.
@@ -162,6 +168,7 @@ class TrainRun:
         *,
         device: torch.device,
         new: bool,
+        text: bool,
         own_vae: bool = False,
         size: int | None = None,
         buckets: bool = False,
@@ -171,7 +178,8 @@ class TrainRun:
         identity: dict[str, Any] | None = None,
     ) -> None:
         self.pipeline, self.samples, self.out, self.loop, self.device = pipeline, samples, out, loop, device
-        self.new, self.lora, self.weight_by, self.prompts, self.identity = new, lora, weight_by, prompts, identity
+        self.new, self.text, self.lora, self.weight_by = new, text, lora, weight_by
+        self.prompts, self.identity = prompts, identity
         self.family = family_of(pipeline)
         self.size = size or self.family.default_size(pipeline)
         self.objective = objective_of(pipeline.scheduler).name  # flow, v or eps
@@ -206,9 +214,9 @@ class TrainRun:
     def check_space(self) -> None:
         """DiskFull before the first step where latents and checkpoints would not fit."""
         p, network = self.pipeline, self.family.network(self.pipeline)
-        trained = 0 if self.lora else count_parameters([network, p.text_encoder] if self.new else [network])
+        trained = 0 if self.lora else count_parameters([network, p.text_encoder] if self.text else [network])
         whole = 0 if self.lora else count_parameters([network, p.text_encoder, p.vae])
-        latents = latents_size(p, self.images, self._encoded, not self.new) if self.uses_latents else 0
+        latents = latents_size(p, self.images, self._encoded, not self.text) if self.uses_latents else 0
         if not (self.out / "checkpoints").is_dir():
             each = 4 * (4 * trained + whole)  # raw, average, two moments; the pipeline
             check_space(self.out, latents + (self.loop.keep + 2) * each)
@@ -239,7 +247,7 @@ class TrainRun:
         """Write the latents that are missing: here, or by `write_shards` (see `latents.precompute_latents`)."""
         precompute_latents(
             self.pipeline, self.images, self._encoded, self.latents_folder,
-            text=not self.new, threads=_threads(), tell=tell, write_shards=write_shards,
+            text=not self.text, threads=_threads(), tell=tell, write_shards=write_shards,
         )  # fmt: skip
 
     def write_latents(self, shard: int, made: dict[str, Any], tell: Tell) -> None:
@@ -247,7 +255,7 @@ class TrainRun:
         indices = shards_of(self.images, self._encoded)[shard]
         write_shard(
             self.pipeline, self.images, indices, self.latents_folder, shard, made,
-            text=not self.new, threads=_threads(), tell=tell,
+            text=not self.text, threads=_threads(), tell=tell,
         )  # fmt: skip
 
     def train_model(self, should_stop: ShouldStop) -> Iterator[Record]:
@@ -261,7 +269,7 @@ class TrainRun:
             if caption in self.prompts and caption not in real:
                 real[caption] = crop_resize(decode_sample(self.samples[index], self.size), self.size, self.size)
         gamma = GAMMA if self.objective == "eps" else None
-        task = Denoise(self.pipeline, text=self.new, gamma=gamma, real=real)
+        task = Denoise(self.pipeline, text=self.text, gamma=gamma, real=real)
         return self._train(task, dataset, self.loop, self.out, should_stop)
 
     def _train(

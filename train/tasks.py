@@ -51,6 +51,10 @@ class Task(Protocol):
         """What `module` takes; made without gradients. module(*inputs) is the loss of each sample, (n,) float32."""
         ...
 
+    def matrices(self) -> list[nn.Parameter]:
+        """The parameters that Muon is for, where it is asked for."""
+        ...
+
     def held_out_losses(self, batch: Batch, seed: int) -> Tensor:
         """The loss of each sample at fixed noise, (n,) float32: comparable between steps and runs."""
         ...
@@ -87,6 +91,10 @@ class Denoise:
         self.modules = {self.family.denoiser: self._network, "text_encoder": pipeline.text_encoder}
         self.module = DenoisingError(self.family, self._network, pipeline.text_encoder, self.objective)
         self._sample_noise = _NoisePrefetcher(self.objective.sample_time)
+
+    def matrices(self) -> list[nn.Parameter]:
+        """Those of the denoiser's blocks."""
+        return self.family.matrices(self._network)
 
     def inputs(self, batch: Batch, seed: int, step: int) -> tuple[Tensor, ...]:
         """Latents, noise, a random time for each, and captions as tokens or as what the text encoder makes of them."""
@@ -168,6 +176,10 @@ class Reconstruct:
         self.module = ReconstructionError(pipeline.vae)
         self._first: Tensor | None = None  # images of the first batch, for previews
         self._sample_noise = _NoisePrefetcher()
+
+    def matrices(self) -> list[nn.Parameter]:
+        """None: an autoencoder has hardly any."""
+        return []
 
     def inputs(self, batch: Batch, seed: int, step: int) -> tuple[Tensor, ...]:
         """Images, and noise for their latents."""

@@ -39,6 +39,11 @@ class Family(ABC):
             lengths: (n,) int64.
         """
 
+    def matrices(self, denoiser: nn.Module) -> list[nn.Parameter]:
+        """The matrices of the blocks that are trained: what Muon is for."""
+        parameters = [p for block in self.blocks(denoiser) for p in block.parameters()]
+        return [p for p in parameters if p.requires_grad and p.ndim == 2]
+
     def train_text(self, pipeline: Any, train: bool) -> None:
         """Let the text encoder be trained, as far as its output depends on it, or not at all."""
         pipeline.text_encoder.requires_grad_(train)

@@ -35,11 +35,22 @@ def tokenize(pipeline: Any, captions: Sequence[str]) -> list[torch.Tensor]:
     return family_of(pipeline).tokenize(pipeline, captions)
 
 
-def new_model(preset: Preset | str, captions: Iterable[str], objective: str = "flow", seed: int = 0) -> Any:
-    """A pipeline of random weights, its tokenizer trained on the captions; the same for the same seed."""
+def new_model(
+    preset: Preset | str,
+    captions: Iterable[str],
+    objective: str = "flow",
+    seed: int = 0,
+    *,
+    vae: Path | None = None,
+    text_encoder: Path | None = None,
+) -> Any:
+    """A pipeline of random weights, its tokenizer trained on the captions; the same for the same seed.
+
+    `vae` and `text_encoder`, of transformers, are folders of parts that take the place of the preset's (see `given`).
+    """
     p = PRESETS[preset] if isinstance(preset, str) else preset
     if isinstance(p, TransformerPreset):
-        return z_image.new_model(p, captions, objective, seed)
+        return z_image.new_model(p, captions, objective, seed, vae=vae, text_encoder=text_encoder)
     assert isinstance(p, UnetPreset)
     return unet.new_model(p, captions, objective, seed)
 

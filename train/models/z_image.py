@@ -107,18 +107,18 @@ def new_model(
     objective: str = "flow",
     seed: int = 0,
     *,
-    vae: Any = None,
-    text: tuple[Any, Any] | None = None,
+    vae: Path | None = None,
+    text_encoder: Path | None = None,
 ) -> Any:
     """A ZImagePipeline of random weights, its tokenizer trained on the captions; the same for the same seed.
 
     Where the preset has an autoencoder of its own, it is random too and must be trained first (`tasks.Reconstruct`).
 
     Args:
-        vae: an AutoencoderKL in place of the preset's.
-        text: (text encoder, tokenizer) in place of the preset's.
+        vae: the folder of an AutoencoderKL in place of the preset's.
+        text_encoder: the folder of a language model, with its tokenizer, in place of the preset's.
     """
-    from diffusers import ZImagePipeline, ZImageTransformer2DModel
+    from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
     from transformers import Qwen3Config, Qwen3Model
 
     p = PRESETS[preset] if isinstance(preset, str) else preset
@@ -127,7 +127,7 @@ def new_model(
         raise UserError(f"a transformer learns by flow, not by {objective}: the presets of UNets do")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if text is None:
+        if text_encoder is None:
             tokenizer = train_tokenizer(captions, p.vocabulary)
             heads = max(1, p.text // 64)
             encoder: Any = Qwen3Model(
@@ -140,19 +140,18 @@ def new_model(
                 )
             )  # fmt: skip
         else:
-            encoder, tokenizer = text
-        vae = vae or new_autoencoder(p)
-        if vae.config.shift_factor is None:
-            vae.register_to_config(shift_factor=0.0)  # the pipeline adds it
+            encoder, tokenizer = load_text_encoder(text_encoder)
+        kl = load_part(vae, AutoencoderKL, torch.float32) if vae else new_autoencoder(p)
+        kl.register_to_config(shift_factor=kl.config.shift_factor or 0.0, sample_size=p.size)  # the pipeline adds it
         across = 2 * (p.width // p.heads // 6)  # of the numbers of a head: for each of a place's three coordinates
         transformer = ZImageTransformer2DModel(
-            in_channels=vae.config.latent_channels, dim=p.width, n_layers=p.layers, n_refiner_layers=p.refiners,
+            in_channels=kl.config.latent_channels, dim=p.width, n_layers=p.layers, n_refiner_layers=p.refiners,
             n_heads=p.heads, n_kv_heads=p.heads, cap_feat_dim=encoder.config.hidden_size,
             axes_dims=[p.width // p.heads - 2 * across, across, across], axes_lens=[2 * TOKENS, TOKENS, TOKENS],
         )  # fmt: skip
         _zero(transformer)
     return ZImagePipeline(
-        vae=vae, text_encoder=encoder, tokenizer=tokenizer, transformer=transformer, scheduler=flow_scheduler(p.shift)
+        vae=kl, text_encoder=encoder, tokenizer=tokenizer, transformer=transformer, scheduler=flow_scheduler(p.shift)
     )
 
 
