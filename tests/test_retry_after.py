@@ -189,7 +189,7 @@ def test_a_retry_killed_at_many_moments(tmp_path: Path) -> None:
         assert retry_child(calm, settings) == 0
         expected, total = contents(calm), int(calm.with_suffix(".count").read_text())
         assert expected != contents(data.root) and total > 40
-        for kill_at in range(1, total, max(1, total // 12)):
+        for kill_at in range(1, total, max(1, total // 10)):
             root = tmp_path / f"killed{kill_at}"
             shutil.copytree(data.root, root)
             assert retry_child(root, settings, kill_at) == -signal.SIGKILL
@@ -198,7 +198,7 @@ def test_a_retry_killed_at_many_moments(tmp_path: Path) -> None:
             assert not any(verify.verify(Data(root)))
             shutil.rmtree(root)
         kills, root = 0, data.root
-        while retry_child(root, settings, 12) == -signal.SIGKILL:
+        while retry_child(root, settings, 30) == -signal.SIGKILL:  # the pack, which is made as a whole, has fewer files
             kills += 1
-            assert kills < total, "it comes no further"
-        assert kills > 2 and contents(root) == expected
+            assert kills < 10, "it comes no further"
+        assert kills > 0 and contents(root) == expected

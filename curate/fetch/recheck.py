@@ -30,9 +30,9 @@ from aesthetic.files import atomic
 from curate.encoders.embed import images_of
 from curate.fetch.client import Fetcher
 from curate.fetch.config import FetchConfig
-from curate.layout import OPT_OUTS, Data
+from curate.layout import Data
 from curate.ledger.rules import KEPT
-from curate.ledger.schema import Reason, RowError, shard_of_key
+from curate.ledger.schema import OPT_OUTS, Reason, RowError, shard_of_key
 from curate.store.files import digest, read_table
 
 DAY = 86_400.0

@@ -20,8 +20,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError, nearest
-from curate.layout import OPT_OUTS
-from curate.ledger.schema import EMBEDDED_COLUMNS, FETCHED_COLUMNS, URL_COLUMNS, Status, fetched_schema, list_name
+from curate.ledger.schema import (
+    EMBEDDED_COLUMNS,
+    FETCHED_COLUMNS,
+    OPT_OUTS,
+    URL_COLUMNS,
+    Status,
+    fetched_schema,
+    list_name,
+)
 from curate.ledger.sql import Bounds, batches, check_one_select, connect, literal, parse, quote, short, walk
 from curate.store.files import digest, read_table, sha256_file
 from curate.store.records import output_digests
