@@ -96,7 +96,7 @@ def test_the_loss_is_that_of_a_loop_written_by_hand_with_diffusers(images: Path,
     examples = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
     batch = next(Stream(examples, np.arange(len(samples)), batch=8).batches())
     task = Denoise(pipeline)
-    ours = task.losses(batch, seed=3, step=5)
+    ours = task.module(*task.inputs(batch, seed=3, step=5))
 
     rngs = [np.random.default_rng([3, 5, slot]) for slot in range(8)]
     t = torch.tensor([task.objective.sample_time(r) for r in rngs], dtype=torch.float32)
@@ -405,7 +405,7 @@ def test_flops_are_those_of_the_layers_and_a_frozen_autoencoder_counts_once(imag
         for layer in (x for m in modules for x in m.modules() if isinstance(x, torch.nn.Conv2d | torch.nn.Linear)):
             layer.register_forward_hook(count(kind))
     with torch.no_grad():
-        task.losses(slice_batch(batch, 0, 1), 0, 0)
+        task.module(*task.inputs(slice_batch(batch, 0, 1), 0, 0))
     assert from_pixels - from_latents == counted["frozen"] > 0
     assert 0.95 < from_latents / (3 * counted["trained"]) < 1.15
     pipeline.unet.enable_gradient_checkpointing()

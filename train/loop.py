@@ -153,7 +153,7 @@ def train(
     not fit, Diverged.
     """
     rank, ranks = rank_and_size()
-    params = [p for m in task.modules.values() for p in m.parameters() if p.requires_grad]
+    params = [p for p in task.module.parameters() if p.requires_grad]
     device = params[0].device
     fused = device.type in ("cpu", "cuda")  # one pass over each tensor
     optimizer = torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
@@ -265,7 +265,8 @@ def _backward(
             total = torch.zeros((), device=device)
             for start in range(0, len(batch.keys), micro_batch):
                 with autocast(device):
-                    losses = task.losses(slice_batch(batch, start, start + micro_batch), config.seed, step)
+                    part_of_batch = slice_batch(batch, start, start + micro_batch)
+                    losses = task.module(*task.inputs(part_of_batch, config.seed, step))
                 part = losses.sum() / config.batch
                 part.backward()
                 total += part.detach()

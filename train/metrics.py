@@ -109,10 +109,10 @@ def training_flops(task: Task, batch: Batch, *, checkpointing: bool = False) -> 
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    trained = [p for m in task.modules.values() for p in m.parameters() if p.requires_grad]
+    trained = [p for p in task.module.parameters() if p.requires_grad]
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         with autocast(trained[0].device):
-            loss = task.losses(slice_batch(batch, 0, 1), 0, 0).sum()
+            loss = task.module(*task.inputs(slice_batch(batch, 0, 1), 0, 0)).sum()
         forward = counter.get_total_flops()
         torch.autograd.grad(loss, trained, allow_unused=True)
         backward = counter.get_total_flops() - forward

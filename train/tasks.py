@@ -39,10 +39,15 @@ _HELD_OUT = 2**32  # no step has this number
 class Task(Protocol):
     """What the loop trains."""
 
-    modules: dict[str, nn.Module]  # what may be trained; of these, the parameters that require gradients are
+    modules: dict[str, nn.Module]  # the models that take part, by name
 
-    def losses(self, batch: Batch, seed: int, step: int) -> Tensor:
-        """The loss of each sample, (n,) float32, with gradients."""
+    @property
+    def module(self) -> nn.Module:
+        """All that takes part in a loss, as one; of it, the parameters that require gradients learn."""
+        ...
+
+    def inputs(self, batch: Batch, seed: int, step: int) -> tuple[Tensor, ...]:
+        """What `module` takes; made without gradients. module(*inputs) is the loss of each sample, (n,) float32."""
         ...
 
     def held_out_losses(self, batch: Batch, seed: int) -> Tensor:
@@ -78,13 +83,14 @@ class Denoise:
         pipeline.vae.requires_grad_(False).eval()
         pipeline.text_encoder.requires_grad_(text and not has_lora(pipeline))
         self.modules = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+        self.module = DenoisingError(pipeline.unet, pipeline.text_encoder, self.objective)
         self._sample_noise = _NoisePrefetcher(self.objective.sample_time)
 
-    def losses(self, batch: Batch, seed: int, step: int) -> Tensor:
-        """Mean squared error of each sample at a random time, weighted by the objective."""
+    def inputs(self, batch: Batch, seed: int, step: int) -> tuple[Tensor, ...]:
+        """Latents, noise, a random time for each, and captions as tokens or as what the text encoder makes of them."""
         x0 = self._latents(batch)
         t, noise = self._sample_noise(seed, step, batch.slots, x0)
-        return self._error(x0, noise, t, self._text(batch))
+        return x0, noise, t, batch.tokens.to(x0.device)
 
     def held_out_losses(self, batch: Batch, seed: int) -> Tensor:
         """Mean squared error of each sample, averaged over the eight times of HELD_OUT_TIMES."""
@@ -92,15 +98,11 @@ class Denoise:
 
     def held_out_losses_by_time(self, batch: Batch, seed: int) -> Tensor:
         """The same before it is averaged, (8, n)."""
-        x0, text = self._latents(batch), self._text(batch)
+        x0 = self._latents(batch)
+        text = self.module.encode_text(batch.tokens.to(x0.device))
         _, noise = (x.to(x0.device) for x in _time_and_noise(seed, _HELD_OUT, batch.slots, x0.shape[1:]))
         times = (torch.full((len(x0),), float(t), device=x0.device) for t in HELD_OUT_TIMES)
-        return torch.stack([self._error(x0, noise, t, text) for t in times])
-
-    def _error(self, x0: Tensor, noise: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        x_t, target, weight = self.objective.noised(x0, noise, t)
-        predicted = self.pipeline.unet(x_t, t, text, return_dict=False)[0]
-        return weight * F.mse_loss(predicted.float(), target, reduction="none").mean((1, 2, 3))
+        return torch.stack([self.module(x0, noise, t, text) for t in times])
 
     def _latents(self, batch: Batch) -> Tensor:
         device = self.pipeline.unet.device
@@ -109,12 +111,6 @@ class Denoise:
             return images
         with torch.autocast(device.type, enabled=False):
             return encode_images(self.pipeline.vae, images)
-
-    def _text(self, batch: Batch) -> Tensor:
-        if batch.tokens.is_floating_point():  # precomputed: the text encoder is frozen
-            return batch.tokens.to(self.pipeline.unet.device)
-        states: Tensor = self.pipeline.text_encoder(batch.tokens.to(self.pipeline.unet.device))[0]
-        return states
 
     def preview(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, list[Tile]]]:
         """A row for each prompt: the real image of that caption where it is known, then one for each seed."""
@@ -135,23 +131,48 @@ class Denoise:
                 self.pipeline.save_pretrained(folder / "pipeline")
 
 
+class DenoisingError(nn.Module):
+    """UNet and text encoder as one module: noised latents and captions to an error for each sample."""
+
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.unet, self.text_encoder, self._objective = unet, text_encoder, objective
+
+    def forward(self, x0: Tensor, noise: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """Mean squared error of each sample, (n,) float32, weighted by the objective.
+
+        Args:
+            x0, noise: (n, c, h, w) float32.
+            t: times in [0, TIMES), (n,) float32.
+            text: tokens (n, length) int64, or what the text encoder makes of them, floating point.
+        """
+        x_t, target, weight = self._objective.noised(x0, noise, t)
+        predicted = self.unet(x_t, t, self.encode_text(text), return_dict=False)[0]
+        return weight * F.mse_loss(predicted.float(), target, reduction="none").mean((1, 2, 3))
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        """What the UNet takes of captions; what is that already, as where it is precomputed, stays as it is."""
+        return text if text.is_floating_point() else self.text_encoder(text)[0]
+
+
 class Reconstruct:
     """Training of a pipeline's autoencoder: L1 between image and reconstruction, and a little KL."""
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
         self.modules = {"vae": pipeline.vae.requires_grad_(True)}
+        self.module = ReconstructionError(pipeline.vae)
         self._first: Tensor | None = None  # images of the first batch, for previews
         self._sample_noise = _NoisePrefetcher()
 
-    def losses(self, batch: Batch, seed: int, step: int) -> Tensor:
-        """Mean absolute error of each sample in [-1, 1] units, plus KL_WEIGHT times its KL per pixel value."""
+    def inputs(self, batch: Batch, seed: int, step: int) -> tuple[Tensor, ...]:
+        """Images, and noise for their latents."""
         x = batch.images.to(self.pipeline.vae.device)
         self._first = x[:5] if self._first is None else self._first
-        posterior = self.pipeline.vae.encode(x).latent_dist
-        _, noise = self._sample_noise(seed, step, batch.slots, posterior.mean)
-        decoded = self.pipeline.vae.decode(posterior.mean + posterior.std * noise, return_dict=False)[0].float()
-        return (decoded - x).abs().mean((1, 2, 3)) + KL_WEIGHT * posterior.kl().float() / x[0].numel()
+        config = self.pipeline.vae.config
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        shape = (config.latent_channels, x.shape[2] // factor, x.shape[3] // factor)
+        return x, self._sample_noise(seed, step, batch.slots, x.new_empty(1, *shape))[1]
 
     def held_out_losses(self, batch: Batch, seed: int) -> Tensor:
         """Mean squared error of each sample's reconstruction from the mean of its latents, in [-1, 1] units."""
@@ -175,6 +196,20 @@ class Reconstruct:
     def save(self, folder: Path) -> None:
         """`vae/`: an AutoencoderKL."""
         self.pipeline.vae.save_pretrained(folder / "vae")
+
+
+class ReconstructionError(nn.Module):
+    """An autoencoder, from images to an error for each."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        """Mean absolute error of each sample in [-1, 1] units, plus KL_WEIGHT times its KL per pixel value, (n,)."""
+        posterior = self.vae.encode(x).latent_dist
+        decoded = self.vae.decode(posterior.mean + posterior.std * noise, return_dict=False)[0].float()
+        return (decoded - x).abs().mean((1, 2, 3)) + KL_WEIGHT * posterior.kl().float() / x[0].numel()
 
 
 def psnr(mean_squared_error: float) -> float:

@@ -19,7 +19,7 @@ from curate.layout import STAGES
 from curate.ledger.counts import Verdicts
 from curate.ledger.view import LedgerTable
 from curate.shards.tar import image_member, index_tar, read_range
-from curate.store.files import read_table, sha256_file
+from curate.store.files import read_json, read_table, sha256_file
 
 if TYPE_CHECKING:
     from curate.layout import Data
@@ -89,7 +89,7 @@ def packed_at(data: Data, name: str, key: str) -> PackedAt | None:
 
 # --------------------------------------------------------------------------------------------------------------- models
 
-Use = Literal["trained on it", "held it out", "could not read it", "unknown"]
+Use = Literal["trained on it", "held it out", "could not read it", "its copy of the shards lacked it", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,9 @@ def model_uses(data: Data, packs: Mapping[str, PackedAt | None], folders: Sequen
         about, finished = said["data"], said.get("finished")
         place, done = str(about.get("folder") or ""), finished if isinstance(finished, str) else None
         if same:
-            uses.append(ModelUse(str(folder), place, name, _use(folder, about, packs[name]), done))
+            sizes = read_json(data.local(data.packed(name) / "sizes.json"))
+            use = _use(folder, about, packs[name], sizes if isinstance(sizes, dict) else {})
+            uses.append(ModelUse(str(folder), place, name, use, done))
         else:
             note = f"it was trained on {name} before that was packed anew"
             uses.append(ModelUse(str(folder), place, name, "unknown", done, note))
@@ -148,17 +150,25 @@ def trained_on(
             yield folder, said, name, same is not None
 
 
-def _use(folder: Path, about: Mapping[str, Any], at: PackedAt | None) -> Use:
-    """What a run did with the sample at this place of its data, by its data.json."""
+def _use(folder: Path, about: Mapping[str, Any], at: PackedAt | None, sizes: Mapping[str, int]) -> Use:
+    """What a run did with the sample at this place of its data, by its data.json. sizes: samples of each tar.
+
+    A run on a copy that lacked some tars counted its samples without those of these.
+    """
     assert at is not None
+    tar, said = at.tar.rpartition("/")[2], about.get("missing")
+    lacked = [name for name in said if isinstance(name, str)] if isinstance(said, list) else []
+    if tar in lacked:
+        return "its copy of the shards lacked it"
+    index = at.index - sum(sizes.get(name, 0) for name in lacked if name < tar)
     try:
         sides = read_json_file(folder / "data.json", 256 << 20)
         held, lost = set(sides["held_out"]), {str(i) for i in sides["unreadable"]}
     except (UserError, KeyError, TypeError):
         return "unknown"
-    if about.get("pictures") != at.count:
+    if about.get("pictures") != at.count - sum(sizes.get(name, 0) for name in lacked):
         return "unknown"
-    return "held it out" if at.index in held else "could not read it" if str(at.index) in lost else "trained on it"
+    return "held it out" if index in held else "could not read it" if str(index) in lost else "trained on it"
 
 
 def _models(roots: Sequence[Path]) -> Iterator[Path]:
