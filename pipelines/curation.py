@@ -135,6 +135,7 @@ def run(request: Request) -> Result:
         has_encoder(recipe)  # before a long list is read; where a plan is there, all may be embedded
     with taken(data.store, "data", replaces=["recipe.yaml"]) as folder:
         planned = data.exists(data.plan_record)  # again: another run may have been at work until now
+        data.require_finished()
         try:
             sweep(data.root)
             refuse_changes(data, recipe, request.restart_from, add=request.add)
