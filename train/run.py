@@ -22,6 +22,7 @@ from aesthetic.errors import UserError
 from aesthetic.files import scratch_path
 from curate.hub import no_progress_bars
 from curate.sources.dataset import MapDataset
+from curate.sources.tars import PackedShards
 from curate.store.files import check_space, read_json, sha256_file, write_json
 from train import checkpoint
 from train.data import (
@@ -300,6 +301,7 @@ class TrainRun:
     def data_facts(self) -> dict[str, Any]:
         """What train.json says of the data."""
         manifest, notes = self.samples.folder / "manifest.json", self.samples.passed_over()
+        missing = self.samples.missing() if isinstance(self.samples, PackedShards) else []
         return {
             "folder": shown(self.samples.folder.absolute()),
             "manifest_sha256": sha256_file(manifest) if manifest.is_file() else None,
@@ -307,6 +309,7 @@ class TrainRun:
             "trained_on": len(self.chosen),
             "held_out": len(self.held_out),
             "unreadable": self.unreadable,
+            **({"missing": missing} if missing else {}),
             **({"notes": notes} if notes else {}),
         }
 
