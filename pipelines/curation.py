@@ -136,6 +136,7 @@ def run(request: Request) -> Result:
         has_encoder(recipe)  # before a long list is read; where a plan is there, all may be embedded
     with taken(data.store, "data", replaces=["recipe.yaml"]) as folder:
         planned = data.exists(data.plan_record)  # again: another run may have been at work until now
+        data.require_finished()
         try:
             sweep(data.root)
             refuse_changes(data, recipe, request.restart_from, add=request.add)
@@ -390,9 +391,9 @@ def _select(data: Data, recipe: Recipe, result: Result, times: RunTimes) -> None
     result.facts |= {"kept": selection.kept, "funnel": selection.funnel}
 
     def keep() -> None:
-        rates = keep_rates(data, recipe, times, selection.kept)
+        rates = keep_rates(data, recipe, times)
         if rates is not None and plan.listed_rows > plan.total_rows:
-            print(project(rates, selection, result.facts))
+            print(project(rates, selection, result.facts, len(plan.lists)))
 
     try:
         with times.stage("pack"):

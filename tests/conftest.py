@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from curate.layout import Data
+from tests.side_environments import SideEnvironments
 from tests.stores import Server
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +53,12 @@ def real_data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 
 @pytest.fixture(scope="session")
+def side(tmp_path_factory: pytest.TempPathFactory) -> SideEnvironments:
+    """Scripts of tests/side, run with packages of their own."""
+    return SideEnvironments(tmp_path_factory.mktemp("side"))
+
+
+@pytest.fixture(scope="session")
 def s3_server() -> Iterator[Server]:
     """A real S3 server; one for all tests of a process that ask."""
     from tests.stores import seaweed
@@ -69,32 +71,3 @@ def s3_server() -> Iterator[Server]:
 def s3_url(s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
     """The URL of an empty folder on it, the environment set."""
     return s3_server.use(monkeypatch)
-
-
-Side = Callable[[str, str, str], dict[str, Any]]
-
-
-@pytest.fixture(scope="session")
-def side(tmp_path_factory: pytest.TempPathFactory) -> Side:
-    """side(script, argument, packages): a script's JSON, run where these versions of packages hide those installed."""
-    folders: dict[str, Path] = {}
-
-    def install(package: str) -> Path:
-        if package not in folders:
-            folder = tmp_path_factory.mktemp("side")
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries=1"]
-            command += ["--no-deps", "--target", str(folder), *package.split()]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-            if done.returncode:
-                pytest.skip(f"{package} cannot be installed here: {done.stderr.strip()[-300:]}")
-            folders[package] = folder
-        return folders[package]
-
-    def run(script: str, argument: str, package: str) -> dict[str, Any]:
-        environment = {**os.environ, "PYTHONPATH": str(install(package))}
-        command = [sys.executable, str(ROOT / "tests" / "side" / script), argument]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    return run

@@ -31,7 +31,7 @@ from curate.sources.plan import load_plan
 from demo.web import Route, Web, address
 from pipelines.cli import main
 from pipelines.recipe import Recipe, load_recipe
-from tests.conftest import Side
+from tests.side_environments import SideEnvironments
 from tests.small_captions import Behaviour, CaptionServer
 from tests.small_serve import serving_data
 from tests.small_web import image
@@ -243,7 +243,7 @@ def removed(data: Data) -> set[str]:
 
 
 @pytest.mark.parametrize("world", [(EACH * 8, "jpg")], indirect=True)
-def test_nothing_is_left_of_images_removed_in_every_way(world: World, tmp_path: Path, side: Side) -> None:
+def test_nothing_is_left_of_images_removed_in_every_way(world: World, tmp_path: Path, side: SideEnvironments) -> None:
     with CaptionServer(Behaviour()) as captions:
         data = make(world, tmp_path, captions)
     assert (data.root / "models" / "m" / "latents").is_dir() and [*data.answers("cap", 0).parent.glob("*.jsonl")]
@@ -307,7 +307,7 @@ def add(data: Data, world: World, listed: Path) -> None:
         more.write()
 
 
-def readers_agree(data: Data, name: str, side: Side, scratch: Path) -> None:
+def readers_agree(data: Data, name: str, side: SideEnvironments, scratch: Path) -> None:
     """webdataset, datasets, open_clip and train read packed shards, and all see the same."""
     import datasets
     import webdataset

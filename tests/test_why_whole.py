@@ -160,13 +160,15 @@ def test_where_it_lies_and_which_models_saw_it(real_data: Data, tmp_path: Path) 
     manifest = sha256_file(folder / "manifest.json")
     keys = sorted(places)
 
-    def model(name: str, held_out: list[int], digest: str = manifest, place: Path = folder) -> None:
-        about = {"folder": str(place), "manifest_sha256": digest, "pictures": len(samples)}
+    def model(name: str, held_out: list[int], digest: str = manifest, place: Path = folder, lacks: str = "") -> None:
+        there = sum(samples.locate(i)[0].name != lacks for i in range(len(samples)))
+        about = {"folder": str(place), "manifest_sha256": digest, "pictures": there, "missing": [lacks]}
         write_json(models / name / "train.json", {"data": about, "finished": "2026-01-01"})
         write_json(models / name / "data.json", {"held_out": held_out, "unreadable": {str(places[keys[5]]): "x"}})
 
     model("a", [places[keys[0]], places[keys[3]]])
     model("copied", [], place=tmp_path / "elsewhere")
+    model("in part", [0], lacks="00001.tar")  # of which the sample of index 0 is the first of 00000.tar
     model("deep/older", [], digest="0" * 64)
     model("deep/other", [], digest="0" * 64, place=tmp_path / "elsewhere")
     (models / "odd").mkdir()
@@ -179,6 +181,11 @@ def test_where_it_lies_and_which_models_saw_it(real_data: Data, tmp_path: Path) 
         uses = {Path(use.model).name: use.use for use in whole.models}
         first = {keys[0]: "held it out", keys[3]: "held it out", keys[5]: "could not read it"}.get(key, "trained on it")
         copied = "could not read it" if key == keys[5] else "trained on it"
+        part = uses.pop("in part")
+        if Path(at.tar).name == "00001.tar":
+            assert part == "its copy of the shards lacked it"
+        elif key != keys[5]:  # of which it names another place
+            assert part == ("held it out" if at.index == 0 else "trained on it")
         assert uses == {"a": first, "copied": copied, "older": "unknown"}
         tar = real_data.tar(whole.row.shard)
         with open(tar, "rb") as f:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +20,7 @@ from curate.layout import STAGES
 from curate.ledger.counts import Verdicts
 from curate.ledger.view import LedgerTable
 from curate.shards.tar import image_member, index_tar, read_range
-from curate.store.files import read_table, sha256_file
+from curate.store.files import read_json, read_table, sha256_file
 
 if TYPE_CHECKING:
     from curate.layout import Data
@@ -90,7 +90,7 @@ def packed_at(data: Data, name: str, key: str) -> PackedAt | None:
 
 # --------------------------------------------------------------------------------------------------------------- models
 
-Use = Literal["trained on it", "held it out", "could not read it", "unknown"]
+Use = Literal["trained on it", "held it out", "could not read it", "its copy of the shards lacked it", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class ModelUse:
 
     model: str
     data: str  # the folder that it was trained on
+    pack: str  # which of DATA's packed shards that is
     use: Use
     finished: str | None = None
     note: str = ""
@@ -173,52 +174,82 @@ def model_uses(data: Data, packs: Mapping[str, PackedAt | None], folders: Sequen
     Where the shards are not those any more that the model saw, the use is unknown.
     """
     roots = [*([data.root] if data.url is None else []), *folders]
-    manifests = {name: data.local(data.manifest(name)) for name in packs}
-    digests = {sha256_file(path): name for name, path in manifests.items()}
-    places = {os.path.realpath(data.packed(name)): name for name in packs} if data.url is None else {}
-    places |= {data.shown(data.packed(name)): name for name in packs}
+    which = _packs_by_model(data, packs)
 
     def own_use(model: TrainedModel) -> ModelUse | None:
-        about = model.data
-        place = str(about.get("folder") or "")
-        same = digests.get(str(about.get("manifest_sha256")))
-        name = same or places.get(place) or places.get(os.path.realpath(place)) if place or same else None
-        if name is None or (same and packs[same] is None):
+        name, same = which(model.data)
+        if name is None or (same and packs[name] is None):
             return None
-        if same is None:
+        place = str(model.data.get("folder") or "")
+        if not same:
             note = f"it was trained on {name} before that was packed anew"
-            return ModelUse(str(model.folder), place, "unknown", model.finished, note)
-        return ModelUse(str(model.folder), place, _use(model.folder, about, packs[same]), model.finished)
+            return ModelUse(str(model.folder), place, name, "unknown", model.finished, note)
+        sizes = read_json(data.local(data.packed(name) / "sizes.json"))
+        use = _use(model.folder, model.data, packs[name], sizes if isinstance(sizes, dict) else {})
+        return ModelUse(str(model.folder), place, name, use, model.finished)
 
     uses = []
     for model in trained_models(roots):
         said = [(at, use) for at in model.line() if (use := own_use(at)) is not None]
-        said.sort(key=lambda one: ("trained on it", "unknown").index(one[1].use) if one[1].use in _TELLING else 2)
-        if not said:
-            continue
-        at, use = said[0]
-        if at is model:
-            uses.append(use)
-        elif use.use in _TELLING:  # what its base left out it has not seen by it
+        said.sort(key=lambda one: _TELLING.index(one[1].use) if one[1].use in _TELLING else len(_TELLING))
+        if said and said[0][0] is model:
+            uses.append(said[0][1])
+        elif said and said[0][1].use in _TELLING:  # what its base left out it has not seen by it
+            use = said[0][1]
             note = f"by what it went on from, {use.model}" + (f": {use.note}" if use.note else "")
-            uses.append(ModelUse(str(model.folder), use.data, use.use, model.finished, note))
+            uses.append(replace(use, model=str(model.folder), finished=model.finished, note=note))
     return uses
 
 
 _TELLING = ("trained on it", "unknown")
 
 
-def _use(folder: Path, about: Mapping[str, Any], at: PackedAt | None) -> Use:
-    """What a run did with the sample at this place of its data, by its data.json."""
+def trained_on(
+    data: Data, packs: Collection[str], folders: Sequence[Path] = ()
+) -> Iterator[tuple[Path, Mapping[str, Any], str, bool]]:
+    """The models below DATA (where it is on a disk) and below `folders` that were trained on packs of DATA: its folder,
+    its train.json, which of the packs, and whether on the very shards that are there now."""
+    which = _packs_by_model(data, packs)
+    for model in trained_models([*([data.root] if data.url is None else []), *folders]):
+        name, same = which(model.data)
+        if name is not None:
+            yield model.folder, model.record, name, same
+
+
+def _packs_by_model(data: Data, packs: Collection[str]) -> Callable[[Mapping[str, Any]], tuple[str | None, bool]]:
+    """What finds which of these packs a model was trained on, by what it says of its data; and whether on the very
+    shards that are there now."""
+    digests = {sha256_file(data.local(data.manifest(name))): name for name in packs}
+    places = {os.path.realpath(data.packed(name)): name for name in packs} if data.url is None else {}
+    places |= {data.shown(data.packed(name)): name for name in packs}
+
+    def which(about: Mapping[str, Any]) -> tuple[str | None, bool]:
+        place = str(about.get("folder") or "")
+        same = digests.get(str(about.get("manifest_sha256")))
+        return same or places.get(place) or (places.get(os.path.realpath(place)) if place else None), same is not None
+
+    return which
+
+
+def _use(folder: Path, about: Mapping[str, Any], at: PackedAt | None, sizes: Mapping[str, int]) -> Use:
+    """What a run did with the sample at this place of its data, by its data.json. sizes: samples of each tar.
+
+    A run on a copy that lacked some tars counted its samples without those of these.
+    """
     assert at is not None
+    tar, said = at.tar.rpartition("/")[2], about.get("missing")
+    lacked = [name for name in said if isinstance(name, str)] if isinstance(said, list) else []
+    if tar in lacked:
+        return "its copy of the shards lacked it"
+    index = at.index - sum(sizes.get(name, 0) for name in lacked if name < tar)
     try:
         sides = read_json_file(folder / "data.json", 256 << 20)
         held, lost = set(sides["held_out"]), {str(i) for i in sides["unreadable"]}
     except (UserError, KeyError, TypeError):
         return "unknown"
-    if about.get("pictures") != at.count:
+    if about.get("pictures") != at.count - sum(sizes.get(name, 0) for name in lacked):
         return "unknown"
-    return "held it out" if at.index in held else "could not read it" if str(at.index) in lost else "trained on it"
+    return "held it out" if index in held else "could not read it" if str(index) in lost else "trained on it"
 
 
 def _model_folders(roots: Sequence[Path]) -> Iterator[Path]:

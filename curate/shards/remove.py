@@ -51,7 +51,8 @@ from curate.store.lock import held
 from curate.store.records import output_digests, record_digest
 
 _TRIES = 100  # to take a folder away
-_OF_RECORD = ("config", "inputs", "outputs", "self")
+OF_RECORD = ("config", "inputs", "outputs", "self")
+"""What a record holds beside its facts."""
 
 
 @dataclass(kw_only=True)
@@ -183,12 +184,12 @@ def _take_out(data: Data, shard: int, keys: set[str], date: str) -> None:
     data.bring(*(data.root / name for record in before.values() for name in record["outputs"]))
     forget_answers(data, shard, keys, logs)
     subset_tar(data.tar(shard), keys)
-    facts = {fetched: _fetched_facts(before[fetched], forget_rows(data.table(shard), keys, date), keys)}
+    facts = {fetched: fetched_facts(before[fetched], forget_rows(data.table(shard), keys, date), keys)}
     if embedded in before:
-        facts[embedded] = _counted(before[embedded], "sample_count", subset_vectors(data, shard, keys))
+        facts[embedded] = counted(before[embedded], "sample_count", subset_vectors(data, shard, keys))
     for record, path in made.items():
         if record in before:
-            facts[record] = _counted(before[record], "count", subset_table(path, keys))
+            facts[record] = counted(before[record], "count", subset_table(path, keys))
     moved: Moved = {}
     for value in before.values():
         for name, sha256 in output_digests(value).items():
@@ -214,20 +215,21 @@ def keep_records(data: Data, copy: Path, records: Collection[Path]) -> dict[Path
 
 def commit_again(data: Data, record: Path, before: Mapping[str, Any], moved: Moved, facts: Mapping[str, Any]) -> None:
     """Write the record of files that were rewritten, made from inputs that were too."""
-    kept = {k: v for k, v in before.items() if k not in _OF_RECORD}
+    kept = {k: v for k, v in before.items() if k not in OF_RECORD}
     outputs = [data.root / name for name in before["outputs"]]
     inputs = moved_inputs(before["inputs"], moved)
     data.commit(record, config=before["config"], inputs=inputs, outputs=outputs, facts={**kept, **facts})
 
 
-def _counted(before: Mapping[str, Any], name: str, now: int) -> dict[str, int]:
+def counted(before: Mapping[str, Any], name: str, now: int) -> dict[str, int]:
+    """What a record counts of images (as `name`), once there are fewer."""
     facts = {name: now} if name in before else {}
     if "asked" in before and name in before:
         facts["asked"] = max(0, before["asked"] - (before[name] - now))
     return facts
 
 
-def _fetched_facts(before: Mapping[str, Any], table: pa.Table, keys: Collection[str]) -> dict[str, Any]:
+def fetched_facts(before: Mapping[str, Any], table: pa.Table, keys: Collection[str]) -> dict[str, Any]:
     """The counts of a fetched shard's record, as its table has them now."""
     statuses = table["status"].to_pylist()
     reasons = table["reason"].to_pylist() if "reason" in table.column_names else [None] * len(statuses)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,8 @@ class PublishOptions(Options):
     data: str = argument("DATA", "the data folder")
     name: str | None = option("the selection's name (default: the recipe's)")
     to: str = option(
-        "a folder, or a place on an object store",
-        metavar="FOLDER|s3://",
+        "a folder, a place on an object store, or a dataset of the hub: hf://datasets/OWNER/NAME[@BRANCH]",
+        metavar="FOLDER|s3://|hf://",
         default=REQUIRED,
     )
     list_only: bool = option("publish URLs, captions, scores and digests; no image", default=False)
@@ -30,11 +31,13 @@ class PublishOptions(Options):
 
 def run(options: PublishOptions) -> Result:
     """Check that nothing is denied or outdated, then send what is not there yet."""
-    from curate.publish.publication import PublishRequest, publish
+    from curate.publish.publication import publish
+    from curate.publish.sending import PublishRequest
     from curate.store.files import sweep
     from curate.store.ownership import open_data
     from pipelines.checks import refuse_denied
     from pipelines.recipe import recipe_of, to_dict
+    from pipelines.runtime.progress import ProgressBar
 
     data = open_data(options.data)
     recipe = recipe_of(data, None, (), select=options.name)
@@ -52,9 +55,13 @@ def run(options: PublishOptions) -> Result:
     if options.dry_run:
         facts = publish(data, request, dry_run=True)
     else:
-        with data.hold():
-            sweep(data.root)
-            facts = publish(data, request)
+        bar = ProgressBar(sys.stderr, "sent", 0, "B")
+        try:
+            with data.hold():
+                sweep(data.root)
+                facts = publish(data, request, progress=lambda _, sent, whole: bar.at(sent, whole))
+        finally:
+            bar.clear()
     done = "would be sent" if options.dry_run else "sent"
     text = (
         f"{name}, {counted(facts['kept'], 'image')} as {facts['kind']}: "
@@ -64,6 +71,8 @@ def run(options: PublishOptions) -> Result:
     if facts["deleted"]:
         became = "would go" if options.dry_run else "gone"
         text += f"; no longer published, and {became}: {counted(len(facts['deleted']), 'file')}"
+    if facts["seen"]:
+        text += f"\n{facts['seen']}"
     if "images_gone" in facts:
         text += (
             f"\nsince the last time: {facts['images_added']:,} images more, {facts['images_gone']:,} fewer"

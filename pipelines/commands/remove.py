@@ -161,7 +161,7 @@ def _planned(data: Data, named: NamedRows, options: RemoveOptions) -> Removal:
     removal.said = {
         "models": {name: [str(model.folder) for model in of_pack] for name, of_pack in models.items()},
         "bases": {str(m.folder): str(m.base) for of_pack in models.values() for m in of_pack if m.base},
-        "published": published_copies(data, removal.packs),
+        "published": published_copies(data, removal.keys),
         "list": _users_list(data),
     }
     return removal
