@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -152,7 +153,7 @@ def test_two_halves_make_the_whole(halves: Halves, tmp_path: Path) -> None:
     of_a, of_b, here = told(a), told(b), told(data)
     assert facts["rows"] == len(here) == 25 and facts["folders"][0]["same_url"] == 1  # /late.jpg, which b has
     assert facts["folders"][1]["same_url"] == 8, "6 images, and two that neither has"
-    assert "dup" in facts["columns"]["left out"] and facts["columns"]["columns"].endswith(" aesthetic, pdq, quality")
+    assert facts["columns"] == {"columns": ["aesthetic", "pdq", "quality"], "in part": [], "left out": ["dup"]}
     late = next(u for u in here if u.endswith("/late.jpg"))
     assert of_a[late]["status"] != "success" and of_b[late]["status"] == here[late]["status"] == "success"
     for url, row in here.items():
@@ -369,3 +370,47 @@ def test_folders_on_an_object_store(
         data = Data.at(out)
         assert not any(verify.verify(data)) and not verify.unfinished(data)
         assert told(data) == calm
+
+
+def test_folders_of_images_and_answers_that_were_paid_for(tmp_path: Path) -> None:
+    """Shards are to the byte what fetching gives under their new keys; answers about what is left out are, too."""
+    recipe, folders = load_recipe("bundled", ["source.shard_size=8", "images.size=96", "columns.text="]), []
+    for name, numbers in (("a", (0, 1, 2)), ("b", (5, 1, 3, 2, 4))):
+        images, data = tmp_path / f"images-{name}", Data(tmp_path / name)
+        images.mkdir()
+        for number in numbers:
+            (images / f"{number}.{name}.jpg").write_bytes(image(number)[1])
+        (images / "broken.jpg").write_bytes(b"no image")
+        make_plan(str(images), data, recipe.source)
+        store_recipe(data, recipe)
+        fetch_shards(data, recipe)
+        folders.append(data)
+    a, b = folders
+    stored = {hashlib.sha256(body).hexdigest(): key for key, _, body in read_images(b.tar(0))}
+    log = b.answers("caption", 0)
+    log.parent.mkdir(parents=True)
+    log.write_text("".join(f'{{"image": "{sha}", "request": "r"}}\n' for sha in stored))
+    facts = merge(tmp_path / "m", a.root, b.root)
+    assert facts["folders"][1] == {
+        "data": str(b.root),
+        "rows": 4,
+        "images": 3,
+        "same_url": 0,
+        "same_bytes": 2,
+        "denied": 0,
+    }
+    data = Data(tmp_path / "m")
+    assert not any(verify.verify(data)) and [one["base"] for one in data.plan.lists] == [
+        str(tmp_path / "images-a"),
+        str(tmp_path / "images-b"),
+    ]
+    now = {hashlib.sha256(body).hexdigest() for _, _, body in read_images(data.tar(1))}
+    lines = data.answers("caption", 1).read_text().splitlines()
+    assert len(now) == len(lines) == 3 and {json.loads(line)["image"] for line in lines} == now < stored.keys()
+    with adding(str(tmp_path / "images-b"), data.plan, recipe.source, None, Deny(), tmp_path) as more:
+        assert more.counts["added"] == 0
+    files = [path for s in (0, 1) for path in (data.tar(s), data.table(s))]
+    before = [path.read_bytes() for path in files]
+    data.invalidate(data.fetched_record(0), data.fetched_record(1))
+    fetch_shards(data, recipe)
+    assert [path.read_bytes() for path in files] == before
