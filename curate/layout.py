@@ -45,9 +45,6 @@ PLAN, FETCHED, EMBEDDED, ANNOTATED, SELECTED, PACKED = "plan", "fetched", "embed
 RATINGS, HEADS = "ratings", "heads"
 """What people made by hand: it stays when everything else is made anew."""
 
-OPT_OUTS = "opt_outs"
-"""Under `annotated/`: what `tastemaker check-opt-outs` was told. No recipe names it."""
-
 STAGES = (PLAN, FETCHED, EMBEDDED, ANNOTATED, SELECTED, PACKED)
 
 _RECORDS = {

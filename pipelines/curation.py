@@ -390,9 +390,9 @@ def _select(data: Data, recipe: Recipe, result: Result, times: RunTimes) -> None
     result.facts |= {"kept": selection.kept, "funnel": selection.funnel}
 
     def keep() -> None:
-        rates = keep_rates(data, recipe, times, selection.kept)
+        rates = keep_rates(data, recipe, times)
         if rates is not None and plan.listed_rows > plan.total_rows:
-            print(project(rates, selection, result.facts))
+            print(project(rates, selection, result.facts, len(plan.lists)))
 
     try:
         with times.stage("pack"):

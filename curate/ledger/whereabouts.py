@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -98,6 +98,7 @@ class ModelUse:
 
     model: str
     data: str  # the folder that it was trained on
+    pack: str  # which of DATA's packed shards that is
     use: Use
     finished: str | None = None
     note: str = ""
@@ -109,12 +110,31 @@ def model_uses(data: Data, packs: Mapping[str, PackedAt | None], folders: Sequen
 
     Where the shards are not those any more that the model saw, the use is unknown.
     """
+    uses = []
+    for folder, said, name, same in trained_on(data, packs, folders):
+        if same and packs[name] is None:
+            continue
+        about, finished = said["data"], said.get("finished")
+        place, done = str(about.get("folder") or ""), finished if isinstance(finished, str) else None
+        if same:
+            sizes = read_json(data.local(data.packed(name) / "sizes.json"))
+            use = _use(folder, about, packs[name], sizes if isinstance(sizes, dict) else {})
+            uses.append(ModelUse(str(folder), place, name, use, done))
+        else:
+            note = f"it was trained on {name} before that was packed anew"
+            uses.append(ModelUse(str(folder), place, name, "unknown", done, note))
+    return uses
+
+
+def trained_on(
+    data: Data, packs: Collection[str], folders: Sequence[Path] = ()
+) -> Iterator[tuple[Path, dict[str, Any], str, bool]]:
+    """The models below DATA (where it is on a disk) and below `folders` that were trained on packs of DATA: its folder,
+    its train.json, which of the packs, and whether on the very shards that are there now."""
     roots = [*([data.root] if data.url is None else []), *folders]
-    manifests = {name: data.local(data.manifest(name)) for name in packs}
-    digests = {sha256_file(path): name for name, path in manifests.items()}
+    digests = {sha256_file(data.local(data.manifest(name))): name for name in packs}
     places = {os.path.realpath(data.packed(name)): name for name in packs} if data.url is None else {}
     places |= {data.shown(data.packed(name)): name for name in packs}
-    uses = []
     for folder in _models(roots):
         try:
             said = read_json_file(folder / "train.json", 64 << 20)
@@ -126,18 +146,8 @@ def model_uses(data: Data, packs: Mapping[str, PackedAt | None], folders: Sequen
         place = str(about.get("folder") or "")
         same = digests.get(str(about.get("manifest_sha256")))
         name = same or places.get(place) or places.get(os.path.realpath(place))
-        if name is None or (same and packs[same] is None):
-            continue
-        finished = said.get("finished")
-        done = finished if isinstance(finished, str) else None
-        if same is None:
-            note = f"it was trained on {name} before that was packed anew"
-            uses.append(ModelUse(str(folder), place, "unknown", done, note))
-        else:
-            sizes = read_json(data.local(data.packed(same) / "sizes.json"))
-            use = _use(folder, about, packs[same], sizes if isinstance(sizes, dict) else {})
-            uses.append(ModelUse(str(folder), place, use, done))
-    return uses
+        if name is not None:
+            yield folder, said, name, same is not None
 
 
 def _use(folder: Path, about: Mapping[str, Any], at: PackedAt | None, sizes: Mapping[str, int]) -> Use:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from curate.layout import PACKED, Data
 from curate.store.files import read_json
@@ -38,15 +43,25 @@ def latents_of(models: Iterable[Path], data: Data) -> list[Path]:
     return [f / "latents" for f in models if f.resolve().is_relative_to(root) and (f / "latents").is_dir()]
 
 
-def published_copies(data: Data, packs: Iterable[str]) -> list[str]:
-    """What was published of these packs, as `published/*.json` says: where it is."""
-    names, found = {*packs}, list[str]()
-    for path in data.store.walk(data.root / "published"):
-        if path.suffix == ".json" and path.parent.name == "published":
-            said = _json(data.local(path))
-            if {said.get("selection"), said.get("name"), path.stem} & names:
-                found += said.get("places") or [path.stem]
-    return found
+def published_copies(data: Data, keys: Collection[str]) -> list[str]:
+    """Where these images were published, as shards or as a list: `published/` has the keys of what lies where."""
+    wanted, found = pa.array([*keys], pa.string()), dict[str, None]()
+
+    @functools.cache
+    def holds(digest: str) -> bool:
+        path = data.published_keys(digest)
+        if not data.exists(path):
+            return True  # nobody knows: rather one too many
+        with pq.ParquetFile(data.local(path)) as file:
+            parts = (batch.column(0) for batch in file.iter_batches(1_000_000, columns=["key"]))
+            return any(pc.any(pc.is_in(part, value_set=wanted)).as_py() for part in parts)
+
+    for name in data.published_names():
+        places = _json(data.local(data.published(name))).get("places", {})
+        for place, noted in places.items():
+            if any(holds(noted[of]) for of in ("keys", "before") if of in noted):
+                found[place] = None
+    return [*found]
 
 
 def _with_record(folders: Iterable[Path], name: str) -> list[Path]:

@@ -236,7 +236,8 @@ def _take_over(
     data: Data, merge: Merge, recipe: Recipe, recipes: Sequence[Recipe], deny: Deny, state: str
 ) -> Counter[str]:
     """Write the merged folder; how many shards have vectors, and each column."""
-    from curate.layout import EMBEDDED, OPT_OUTS
+    from curate.layout import EMBEDDED
+    from curate.ledger.schema import OPT_OUTS
     from curate.shards.merge import MergedConfig, column_configs, copied_bytes, take_over
     from curate.store.files import check_space, read_json, sweep, write_json
     from curate.store.ownership import taken
@@ -342,7 +343,7 @@ _LEFT_OUT = {
 
 def _columns(data: Data, merge: Merge, recipe: Recipe, made: Mapping[str, int]) -> tuple[dict[str, Any], str]:
     """Say what is there of vectors and columns; that, and the command that comes next."""
-    from curate.layout import OPT_OUTS
+    from curate.ledger.schema import OPT_OUTS
 
     parts = [p for p in merge.parts if merge.folders[p.folder].record(merge.folders[p.folder].fetched_record(p.shard))]
     fetched = len(parts)

@@ -140,7 +140,7 @@ def _planned(data: Data, named: NamedRows, options: RemoveOptions) -> Removal:
     removal.latents = [str(folder) for of_pack in models.values() for folder in latents_of(of_pack, data)]
     removal.said = {
         "models": {name: [str(folder) for folder in of_pack] for name, of_pack in models.items()},
-        "published": published_copies(data, removal.packs),
+        "published": published_copies(data, removal.keys),
         "list": _users_list(data),
     }
     return removal

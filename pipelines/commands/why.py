@@ -161,14 +161,18 @@ def row_lines(whole: WholeRow, match: Match, several: bool) -> list[str]:
     lines += _table("of the list", {name: _said(value) for name, value in row.source.items()})
     lines += _column_lines(whole)
     lines += _selection_lines(whole)
+    stale = {name: judged.stale for name, judged in whole.selections.items() if judged.stale}
     for name, at in whole.packed.items():
-        older = ", of an older selection than there is now" if name in whole.old_packs else ""
+        older = f", older than {', '.join(stale[name])}" if name in stale else ""
+        older = ", of an older selection than there is now" if name in whole.old_packs else older
         lines.append(_line("packed", f"{name}: {at.tar}, sample {at.index:,} of {at.count:,}{older}"))
     if whole.stored and not whole.packed:
         lines.append(_line("packed", "nowhere"))
     for use in whole.models:
         when = f", finished {use.finished}" if use.finished else ""
-        lines.append(_line("model", f"{use.model}: {use.use}{when}{'; ' + use.note if use.note else ''}"))
+        older = f"{use.pack} is older than the data" if use.pack in {*stale, *whole.old_packs} else ""
+        note = "".join(f"; {said}" for said in (use.note or older,) if said)
+        lines.append(_line("model", f"{use.model}: {use.use}{when}{note}"))
     if whole.stored and not whole.models:
         lines.append(_line("models", "none that was found was trained on it"))
     lines += _copy_lines(whole)
