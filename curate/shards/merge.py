@@ -228,7 +228,8 @@ def _take_columns(shard: _Shard, name: str) -> bool:
         else:
             _check(shard, files, before)
             rows = _write_columns(shard, files)
-            facts |= counted(before, count, rows) | ({"digest": shard.config.embedded} if early else {})
+            facts |= counted(before, count, rows)
+        facts |= {"digest": shard.config.embedded} if early else {}
         inputs = _inputs(shard, before)
         assert inputs is not None
         _commit(shard, record, before, files, config=config, inputs=inputs, facts=facts)

@@ -60,10 +60,8 @@ def run(options: MergeOptions) -> Result:
     if options.dry_run:
         return Result(facts=facts | {"dry_run": True})
     made = _take_over(data, merge, recipe, recipes, deny, state)
-    said, following = _columns(data, merge, recipe, made)
-    for line in said.values():
-        print(line)
-    return Result(facts=facts | {"columns": said}, paths={"data": str(data)}, next=following)
+    columns, following = _columns(data, merge, recipe, made)
+    return Result(facts=facts | {"columns": columns}, paths={"data": str(data)}, next=following)
 
 
 # ---------------------------------------------------------------------------------------------- what is refused first
@@ -343,27 +341,24 @@ _LEFT_OUT = {
 }
 
 
-def _columns(data: Data, merge: Merge, recipe: Recipe, made: Mapping[str, int]) -> tuple[dict[str, str], str]:
-    """What is said of vectors and columns, by name, and the command that comes next."""
+def _columns(data: Data, merge: Merge, recipe: Recipe, made: Mapping[str, int]) -> tuple[dict[str, Any], str]:
+    """Say what is there of vectors and columns; that, and the command that comes next."""
     from curate.ledger.schema import OPT_OUTS
 
     parts = [p for p in merge.parts if merge.folders[p.folder].record(merge.folders[p.folder].fetched_record(p.shard))]
-    fetched, said = len(parts), dict[str, str]()
+    fetched = len(parts)
     there = {*recipe.columns, *(name for folder in merge.folders for name in folder.annotated())}
     whole = {name for name in there if made[name] == fetched}
     partly = {name for name in there if 0 < made[name] < fetched}
-    listed = {
-        "columns": ("", whole),
-        "in part": ("of some shards: ", partly),
-        "left out": ("to be made anew: ", there - whole - partly),
-    }
-    for what, (words, names) in listed.items():
+    said = {"columns": sorted(whole), "in part": sorted(partly), "left out": sorted(there - whole - partly)}
+    words = {"columns": "", "in part": "of some shards: ", "left out": "to be made anew: "}
+    for what, names in said.items():
         if names:
-            said[what] = f"{what:9} {words}{', '.join(sorted(names))}"
+            print(f"{what:9} {words[what]}{', '.join(names)}")
     if made["vectors"] < fetched:
-        said["vectors"] = f"vectors   of {made['vectors']:,} of {fetched:,} shards"
+        print(f"vectors   of {made['vectors']:,} of {fetched:,} shards")
     if OPT_OUTS in there - whole:
-        said["opt_outs"] = f"opt_outs  `{command('check-opt-outs', data)}` asks again"
+        print(f"opt_outs  `{command('check-opt-outs', data)}` asks again")
     if len(parts) < len(merge.parts):
         from curate.verify import command_again
 
