@@ -146,7 +146,7 @@ def test_webshart(packed: Path, side: SideEnvironments) -> None:
 
 @pytest.mark.long
 def test_simpletuner(packed: Path, side: SideEnvironments) -> None:
-    """Its own backend, buckets and sampler, one pass: each image that has a caption, once. It asks for Python 3.12."""
+    """Its own backend, buckets and sampler: each image that has a caption. It asks for Python 3.12."""
     torch = version("torch").partition("+")[0]
     seen = side("read_simpletuner.py", str(packed), f"torch=={torch} {SIMPLETUNER}", "3.12")
     rows = pads.dataset(sorted(map(str, packed.glob("*.parquet")))).to_table().to_pylist()

@@ -2,7 +2,7 @@
 
 python read_simpletuner.py SHARDS    ->    {"version", "samples": {member: [sha256, width, height, caption]}}
 
-It is one pass of its `MultiAspectSampler`, as its trainer makes it, in batches of one.
+Its `MultiAspectSampler`, as its trainer makes it, draws batches of one until each image has come.
 """
 
 import hashlib
@@ -78,13 +78,14 @@ def main() -> None:
         )
         dataset, samples = MultiAspectDataset(id="packed", datasets=[buckets]), {}
         count = sum(len(bucket) for bucket in buckets.aspect_ratio_bucket_indices.values())
-        for _, batch in zip(range(count), sampler, strict=False):  # which begins anew after that
+        for _, batch in zip(range(20 * count), sampler, strict=False):  # a bucket that is used up begins anew
             (one,) = dataset[batch]["training_samples"]
             data = backend["data_backend"].read(one["image_path"])
             image = backend["data_backend"].read_image(one["image_path"])
             name = Path(one["image_path"]).name
-            assert name not in samples
             samples[name] = [hashlib.sha256(data).hexdigest(), *image.size, one["instance_prompt_text"]]
+            if len(samples) == count:
+                break
     print(json.dumps({"version": importlib.metadata.version("simpletuner"), "samples": samples}))
 
 
