@@ -255,6 +255,9 @@ class Evaluation:
 
     def _held_out_loss(self) -> dict[str, Any] | None:
         """The held-out loss, by time, and beside it that of as many training images."""
+        if not self.model.info.is_stable_diffusion:
+            self.left_out["held_out_loss"] = f"of a {self.model.info.abilities.text} it is not measured"
+            return None
         pipeline = load_model(self.model.info.folder)  # as it was trained: in fp32
         add_loras(pipeline, self.model.loras, self.model.info.name)
         pipeline.to(self.device)

@@ -19,9 +19,9 @@ from torch import nn
 from aesthetic.errors import UserError
 from aesthetic.untrusted import error_line, read_json_file
 from curate.hub import no_progress_bars
-from curate.weight_files import weight_files, weight_variant
 from train.devices import out_of_memory
 from train.models.info import ModelInfo, read_model_info
+from train.models.parts import load_part
 from train.models.presets import PRESETS, Preset
 from train.objective import training_scheduler
 
@@ -136,6 +136,10 @@ def pixel_vae(size: int) -> Any:
     return vae.requires_grad_(False)
 
 
+REST_OF_CLIP = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+"""What files of weights of a text encoder hold beside it where it was taken out of the whole of CLIP."""
+
+
 def load_model(model: ModelInfo | str | Path, dtype: torch.dtype = torch.float32) -> Any:
     """The StableDiffusionPipeline in a folder, or under a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5.
 
@@ -148,9 +152,9 @@ def load_model(model: ModelInfo | str | Path, dtype: torch.dtype = torch.float32
 
     info = model if isinstance(model, ModelInfo) else read_model_info(model)
     with no_progress_bars("diffusers"):
-        unet = _part(info, "unet", diffusers.UNet2DConditionModel, dtype)
-        vae = _part(info, "vae", diffusers.AutoencoderKL, dtype)
-        text = _part(info, "text_encoder", CLIPTextModel, dtype)
+        unet = load_part(info.folder / "unet", diffusers.UNet2DConditionModel, dtype)
+        vae = load_part(info.folder / "vae", diffusers.AutoencoderKL, dtype)
+        text = load_part(info.folder / "text_encoder", CLIPTextModel, dtype, REST_OF_CLIP)
 
         folder = info.folder / "tokenizer"
         try:
@@ -175,43 +179,6 @@ def load_model(model: ModelInfo | str | Path, dtype: torch.dtype = torch.float32
             )  # fmt: skip
         except Exception as e:
             raise UserError(f"{path}: no scheduler can be made of it: {error_line(e)}") from e
-
-
-def _part(info: ModelInfo, name: str, kind: Any, dtype: torch.dtype) -> Any:
-    """One part with its weights, all of them there and used."""
-    folder = info.folder / name
-    try:
-        part, report = kind.from_pretrained(
-            folder, dtype=dtype, variant=weight_variant(folder), output_loading_info=True, local_files_only=True
-        )
-    except Exception as e:  # whatever a configuration that is none makes of a constructor
-        if out_of_memory(e):
-            raise
-        raise UserError(
-            f"{folder / 'config.json'}: no {kind.__name__} can be made of it and its weights: {error_line(e)}"
-        ) from e
-    files = " and ".join(str(path) for path in weight_files(folder)[:2])
-    clip = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")  # beside its text encoder
-    unknown = [k for k in report["unexpected_keys"] if not k.startswith(clip) and not k.endswith("position_ids")]
-    for keys, verb in ((report["missing_keys"], "lack"), (unknown, "hold, beside what is used,")):
-        if keys := sorted(keys):
-            raise UserError(
-                f"{folder / 'config.json'} does not fit the weights in {files}: these {verb} {keys[0]}"
-                + (f" and {len(keys) - 1:,} more" if len(keys) > 1 else "")
-            )
-    for key, tensor in [*part.named_parameters(), *part.named_buffers()]:
-        # a sum is infinite or NaN where one of them is, and takes a hundredth of the time of a test of each number,
-        # which is three times that of reading them
-        suspect = tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32))
-        if suspect and not torch.isfinite(tensor).all():
-            precision = "" if dtype == torch.float32 else f" in {str(dtype).removeprefix('torch.')}"
-            raise UserError(
-                f"{files}: the weights {key} hold values that are no numbers{precision}: the model is broken, and "
-                "would draw nothing"
-            )
-    if name != "text_encoder":  # what is saved of it would say where it was read
-        part.register_to_config(_name_or_path="")
-    return part
 
 
 def check_computes(pipeline: Any, info: ModelInfo, error: Exception) -> None:
