@@ -80,9 +80,8 @@ def tokenizer(tokens: int = 64) -> Any:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<pad>", "<eos>", "<bos>"]
-    made.train_from_iterator(
-        WORDS, trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
-    )  # type: ignore[call-arg]
+    trainer: Any = trainers.BpeTrainer
+    made.train_from_iterator(WORDS, trainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet))
     made.post_processor = processors.TemplateProcessing("$A <eos>", special_tokens=[("<eos>", 1)])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", model_max_length=tokens
@@ -159,11 +158,11 @@ def lcm() -> Any:
 def sd3(third: bool = True) -> Any:
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
-            sample_size=16, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-            joint_attention_dim=2 * WIDE, caption_projection_dim=16, pooled_projection_dim=2 * WIDE, out_channels=4,
+            sample_size=16, patch_size=2, in_channels=16, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+            joint_attention_dim=2 * WIDE, caption_projection_dim=16, pooled_projection_dim=2 * WIDE, out_channels=16,
             pos_embed_max_size=32,
         ),
-        scheduler=flow(shift=3.0), vae=vae(shift_factor=0.1),
+        scheduler=flow(shift=3.0), vae=vae(channels=16, shift_factor=0.1),
         text_encoder=clip(CLIPTextModelWithProjection), tokenizer=clip_tokenizer(),
         text_encoder_2=clip(CLIPTextModelWithProjection), tokenizer_2=clip_tokenizer(),
         text_encoder_3=t5_wide() if third else None, tokenizer_3=tokenizer() if third else None,
@@ -202,7 +201,7 @@ def chroma() -> Any:
 def z_image() -> Any:
     made = ZImageTransformer2DModel(
         all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2,
-        n_kv_heads=2, cap_feat_dim=WIDE, axes_dims=[8, 4, 4], axes_lens=[640, 32, 32],
+        n_kv_heads=2, cap_feat_dim=WIDE, axes_dims=[8, 4, 4], axes_lens=[640, 64, 64],
     )  # fmt: skip
     with torch.no_grad():
         made.x_pad_token.zero_()

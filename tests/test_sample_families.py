@@ -15,10 +15,10 @@ import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_pipelines import FAMILIES, save_pipeline
 
 from aesthetic.errors import UserError
 from pipelines.cli import main
+from tests.small_pipelines import FAMILIES, save_pipeline
 from train import devices
 from train.generate.files import read_facts
 from train.generate.request import GenerationRequest, resolve
@@ -175,7 +175,7 @@ def test_the_command_draws_refuses_and_draws_again(
         (["--width", "33", "--height", "32"], "sides are multiples of 8"),
         (["--lora", "x.safetensors"], "LoRAs are laid over models of the Stable Diffusion"),
     ):
-        assert main(["sample", model, "a red disc", *given, "--out", str(tmp_path / "none")]) == 1
+        assert main(["sample", model, "a red disc", *given, "--out", str(tmp_path / "none")]) == 2
         assert why in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
@@ -183,7 +183,7 @@ def test_the_command_draws_refuses_and_draws_again(
 @pytest.mark.parametrize("name", EACH)
 def test_what_is_not_read_of_a_prompt_is_said(sampler_of: Callable[[str], Sampler], name: str) -> None:
     sampler, said = sampler_of(name), []
-    short, long = "a red disc", "a red disc on blue, " * 120 + "and a fox"
+    short, long = "a red disc", "a red disc on blue, " * 300 + "and a fox"
 
     def notes(*requests: GenerationRequest) -> list[str]:
         found: list[str] = []
@@ -199,16 +199,12 @@ def test_what_is_not_read_of_a_prompt_is_said(sampler_of: Callable[[str], Sample
         read, unread = line.split("than: '")[1].removesuffix("'").split("'; not '")
         assert (read + unread).replace(" ", "") == long.replace(" ", "")
     if name in ("sd3", "flux"):
-        assert {line.split(" reads")[0].split("encoders ")[1] for line in said} == (
-            {"text_encoder", "text_encoder_2"}
-            if name == "flux"
-            else {"text_encoder and text_encoder_2", "text_encoder_3"}
-        )
+        clips = {"text_encoder"} if name == "flux" else {"text_encoder and text_encoder_2"}
+        last = "text_encoder_2" if name == "flux" else "text_encoder_3"
+        assert {line.split(" reads")[0].split("encoders ")[1] for line in said} == clips | {last}
 
 
-def test_memory_is_saved_where_the_parts_can(
-    folder_of: Callable[[str], Path], sampler_of: Callable[[str], Sampler]
-) -> None:
+def test_memory_is_saved_where_the_parts_can(sampler_of: Callable[[str], Sampler]) -> None:
     sampler, r = sampler_of("z-image"), GenerationRequest("a red disc", seed=7, steps=2, **SIZE)
     (before,) = draw(sampler, r)
     info = sampler.info
@@ -266,7 +262,7 @@ def no_numbers(folder: Path) -> None:
         (lambda f: edit_index(f, _class_name="ZImageControlNetPipeline"), r"needs an image .*\(ControlNet\)"),
         (lambda f: edit_index(f, _class_name="KandinskyV22CombinedPipeline"), "is two models, one after the other"),
         (lambda f: edit_index(f, _class_name="WanPipeline"), "WanPipeline, which draws no image from words"),
-        (lambda f: edit_index(f, vae=3), r"vae is 3, not \[library, class\]|vae"),
+        (lambda f: edit_index(f, vae=3), r"vae is 3, not \[library, class\]"),
         (lambda f: (f / "vae" / "config.json").write_text('{"block_out_channels": "many"}'), "block_out_channels"),
         (lambda f: (f / "transformer" / "config.json").write_text('{"all_patch_size": [-1]}'), "all_patch_size"),
         (lambda f: (f / "transformer" / "config.json").write_text('{"dim": 48}'), "can be made of it|does not fit"),

@@ -42,12 +42,8 @@ def call_arguments(
         "output_type": "np",
         **{name: value for name, value in more.items() if name in call or name not in ("width", "height")},
     }
-    # true_cfg_scale weighs nothing but against a negative prompt; PRX, whose default is "", takes one for each
-    if (
-        any(negative)
-        or guidance == "true_cfg_scale"
-        or ("negative_prompt" in call and call["negative_prompt"].default == "")
-    ):
+    # true_cfg_scale weighs nothing but against a negative prompt
+    if any(negative) or guidance == "true_cfg_scale":
         given["negative_prompt"] = negative
     if "use_resolution_binning" in call:  # to sizes that the model was trained at
         given["use_resolution_binning"] = False

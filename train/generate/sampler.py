@@ -184,6 +184,11 @@ class Sampler:
                     self._save_memory(batch, e)
                     steps.done = began
                     continue
+                except UserError as e:
+                    if len(batch) == 1 or isinstance(e, NoImage):
+                        raise
+                    self.batch, steps.done = 1, began  # PRX's pipeline fails with more than one
+                    continue
                 group = group[len(batch) :]
                 for request, image in zip(batch, images, strict=True):
                     yield self._finish(request, image)
