@@ -38,8 +38,8 @@ from train.evaluate.model import EvaluatedModel
 from train.generate.files import png, read_facts, read_image
 from train.generate.request import GenerationRequest, facts_of, resolve
 from train.generate.sampler import UNSAFE, Sampler
+from train.models.family import family_of, load_model
 from train.models.lora import add_loras
-from train.models.unet import load_model, size_step, tokenize
 from train.objective import objective_of
 from train.tasks import HELD_OUT_TIMES
 
@@ -255,15 +255,16 @@ class Evaluation:
 
     def _held_out_loss(self) -> dict[str, Any] | None:
         """The held-out loss, by time, and beside it that of as many training images."""
-        if not self.model.info.is_stable_diffusion:
+        if not self.model.info.is_trainable:
             self.left_out["held_out_loss"] = f"of a {self.model.info.abilities.text} it is not measured"
             return None
         pipeline = load_model(self.model.info.folder)  # as it was trained: in fp32
         add_loras(pipeline, self.model.loras, self.model.info.name)
         pipeline.to(self.device)
+        family = family_of(pipeline)
         try:
             objective = objective_of(pipeline.scheduler).name
-            if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
+            if self.model.info.inpaints_only:
                 raise UserError("its UNet takes more than latents")
         except UserError as e:
             self.left_out["held_out_loss"] = str(e)
@@ -281,10 +282,10 @@ class Evaluation:
         for name, (samples, indices) in parts.items():
             dataset = ImageDataset(
                 samples,
-                lambda captions: tokenize(pipeline, captions),
+                lambda captions: family.tokenize(pipeline, captions),
                 min(self.model.info.size),
                 buckets=settings.get("buckets", False),
-                step=size_step(pipeline),
+                step=family.size_step(pipeline),
                 least=settings.get("batch", 1),
             )
             each = heldout.losses(pipeline, dataset, indices, seed=seed, on_done=bar)

@@ -12,7 +12,10 @@ from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
 
 STABLE_DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
-"""The family that is trained here, and checked down to each number of its configurations."""
+"""The family that is checked down to each number of its configurations."""
+
+TRAINABLE = (STABLE_DIFFUSION[0], "ZImagePipeline")
+"""What can be trained here (`train.models.family`)."""
 
 
 @dataclass(frozen=True)

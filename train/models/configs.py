@@ -174,6 +174,7 @@ class AnyVaeConfig(_Config):
     encoder_block_out_channels: Levels | None = None  # AutoencoderDC
     temperal_downsample: Annotated[list[bool], Field(max_length=10)] | None = None  # of Wan's and Qwen's: one a level
     latent_channels: Channels | None = None
+    sample_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None  # in pixels
 
 
 class TokenizerConfig(_Config):

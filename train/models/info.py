@@ -14,7 +14,7 @@ from aesthetic.errors import UserError
 from aesthetic.untrusted import read_json_file
 from curate.store.files import sha256_file
 from curate.weight_files import weight_files
-from train.models.abilities import OF_STABLE_DIFFUSION, STABLE_DIFFUSION, Abilities, abilities_of
+from train.models.abilities import OF_STABLE_DIFFUSION, STABLE_DIFFUSION, TRAINABLE, Abilities, abilities_of
 from train.models.configs import ModelIndexConfig, TrainRecordConfig, read_config
 from train.models.files import find_model_folder, model_folder
 from train.models.others import denoiser_of, finest_channels, read_others, side_of_latents, vae_factor
@@ -39,6 +39,11 @@ class ModelInfo:
     def is_stable_diffusion(self) -> bool:
         """Whether it is of the Stable Diffusion 1 and 2 type."""
         return self.abilities.text in STABLE_DIFFUSION
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether it is of a family that is trained here."""
+        return self.abilities.text in TRAINABLE
 
     @property
     def unet(self) -> dict[str, Any]:
@@ -68,13 +73,17 @@ class ModelInfo:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) in pixels that it draws without being told; of 64 latents where it does not say (transformers
-        of 128), or says less and is so old that diffusers does not believe it (models of 512 pixels were converted with
-        a size of 32)."""
+        """(width, height) in pixels that it draws without being told; of 64 latents where it does not say (transformers:
+        as many pixels as the autoencoder says, or 128 latents), or says less and is so old that diffusers does not
+        believe it (models of 512 pixels were converted with a size of 32)."""
         if self.side:
             return self.side, self.side
-        denoiser = denoiser_of(self.configs)
-        sample = denoiser.get("sample_size") or (64 if "unet" in self.configs else 128)
+        denoiser, vae = denoiser_of(self.configs), self.configs.get("vae", {})
+        sample = denoiser.get("sample_size")
+        if not sample and not self.is_stable_diffusion and (pixels := vae.get("sample_size")):
+            height, width = (pixels, pixels) if isinstance(pixels, int) else pixels
+            return width, height
+        sample = sample or (64 if "unet" in self.configs else 128)
         version = re.match(r"(\d+)\.(\d+)", denoiser.get("version") or "") if self.is_stable_diffusion else None
         if isinstance(sample, int) and version and (int(version[1]), int(version[2])) < (0, 9):
             sample = max(sample, 64)
@@ -106,8 +115,10 @@ class ModelInfo:
     @property
     def guidance(self) -> float:
         """The guidance that suits it: 3 for models trained here (as when they are looked at in training), else its
-        pipeline's default: 7.5 for Stable Diffusion."""
-        return self.abilities.guidance if self.trained is None or self.trained["settings"].get("from") else 3.0
+        pipeline's default: 7.5 for Stable Diffusion. What is 3 elsewhere is 2 to ZImagePipeline, which adds it."""
+        if self.trained is None or self.trained["settings"].get("from"):
+            return self.abilities.guidance
+        return 2.0 if self.abilities.text == "ZImagePipeline" else 3.0
 
     @property
     def manifest(self) -> str | None:
@@ -148,10 +159,10 @@ def read_model_info(name: str | Path) -> ModelInfo:
 
 def check_trainable(info: ModelInfo, size: int | None) -> None:
     """Raise UserError where a model can't be trained further, or not on images of this side."""
-    if not info.is_stable_diffusion:
+    if not info.is_trainable:
         raise UserError(
             f"{info.name} is a {info.abilities.text}: what can be trained further are models of the type of "
-            f"{STABLE_DIFFUSION[0]}"
+            f"{' and '.join(TRAINABLE)}"
         )
     config = info.scheduler
     kind, times = config.get("prediction_type", "epsilon"), config.get("num_train_timesteps", 1000)
@@ -163,9 +174,11 @@ def check_trainable(info: ModelInfo, size: int | None) -> None:
     if info.inpaints_only:
         raise UserError(f"{info.name} is no plain text-to-image model: its UNet takes more than latents (inpainting?)")
     side = size or min(info.size)
-    step = int(
-        info.factor * 2 ** (len(info.unet["block_out_channels"]) - 1)
-    )  # the autoencoder's factor times the UNet's
+    # the autoencoder's factor times the UNet's, or the side of a transformer's patches
+    levels = (
+        2 ** (len(info.unet["block_out_channels"]) - 1) if info.is_stable_diffusion else side_of_latents(info.configs)
+    )
+    step = info.factor * int(levels)
     if side % step:
         near = max(step, round(side / step) * step)
         raise UserError(f"size {side} does not fit this model: sides are multiples of {step}. {near} would do.")

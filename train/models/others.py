@@ -56,7 +56,10 @@ def _config(path: Path, part: str, kind: Any) -> dict[str, Any]:
         return raw
     config = read_config(schema, path)[0].model_dump(exclude_unset=True)
     own = inspect.signature(kind.__init__).parameters
-    return {name: p.default for name, p in own.items() if p.default is not inspect.Parameter.empty} | config
+    defaults = {name: p.default for name, p in own.items() if p.default is not inspect.Parameter.empty}
+    if part in VAES:
+        defaults.pop("sample_size", None)  # is what tiles are cut by, and says nothing of the model where it is default
+    return defaults | config
 
 
 def vae_factor(configs: Mapping[str, dict[str, Any]]) -> int:
