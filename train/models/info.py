@@ -73,8 +73,8 @@ class ModelInfo:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) in pixels that it draws without being told; of 64 latents where it does not say (transformers:
-        as many pixels as the autoencoder says, or 128 latents), or says less and is so old that diffusers does not
+        """(width, height) in pixels that it draws without being told; of 64 latents where it does not say (transformers
+        of as many pixels as the autoencoder says, or of 128), or says less and is so old that diffusers does not
         believe it (models of 512 pixels were converted with a size of 32)."""
         if self.side:
             return self.side, self.side
