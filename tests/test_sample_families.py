@@ -174,7 +174,6 @@ def test_the_command_draws_refuses_and_draws_again(
     for given, why in (
         (["--scheduler", "Euler"], "drawn with its own FlowMatchEulerDiscreteScheduler alone"),
         (["--width", "33", "--height", "32"], "sides are multiples of 8"),
-        (["--lora", "x.safetensors"], "LoRAs are laid over models of the Stable Diffusion"),
     ):
         assert main(["sample", model, "a red disc", *given, "--out", str(tmp_path / "none")]) == 2
         assert why in capsys.readouterr().err
