@@ -226,6 +226,10 @@ def check_lora(info: ModelInfo, lora: Lora) -> None:
     Of a model whose weights are not in safetensors this is told when it is loaded, by `add_loras`.
     """
     check_weight(lora)
+    if not info.is_stable_diffusion:
+        raise UserError(
+            f"LoRAs are laid over models of the Stable Diffusion 1 and 2 type: {info.name} is a {info.abilities.text}"
+        )
     if lora.file.suffix != ".safetensors":
         raise UserError(f"{lora.file}: LoRAs are read from .safetensors alone, which can hold no program")
     check_regular(lora.file)
