@@ -91,6 +91,7 @@ def renamed(lora: Path, to: Path, names: dict[str, str], **more: torch.Tensor) -
     return to
 
 
+@pytest.mark.long
 def test_names_of_other_programs_mean_the_same(tmp_path: Path) -> None:
     model, lora = with_lora("z-image", tmp_path)
     comfy = renamed(lora, tmp_path / "comfy.safetensors", {"transformer.": "diffusion_model."})

@@ -386,7 +386,7 @@ def add_loras(pipeline: Any, loras: Sequence[Lora], model: str = "the model") ->
         return notes
     kind = type(pipeline).__name__
     there = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    parts = {name: there[name] for name in _changeable(there)}
+    parts: dict[str, Any] = {name: there[name] for name in _changeable(there)}
     layers: dict[str, dict[str, Sequence[int]]] = {
         name: {
             m: list(layer.weight.shape) for m, layer in part.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
