@@ -184,7 +184,7 @@ def train(
             module.compile()
 
     batches = stream.batches(cursor)
-    meter = TrainMeter(config.steps, config.batch, device, checkpointing=config.checkpointing)
+    meter = TrainMeter(config.steps, config.batch, device, ranks=ranks, checkpointing=config.checkpointing)
     try:
         while step < config.steps:
             batch = meter.wait_for(lambda: next(batches))
