@@ -20,9 +20,10 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from pipelines.cli import main
-from tests.small_train import make_images
+from tests.small_train import make_images, saved_state
 from train import checkpoint
 from train.models.presets import PRESETS
 from train.models.unet import load_model
@@ -85,9 +86,7 @@ def wait_for_step(model: Path, step: int, process: subprocess.Popen[str]) -> Non
 
 
 def weights(model: Path) -> list[torch.Tensor]:
-    there = checkpoint.checkpoints(model)
-    state = torch.load(there[max(there)] / "trainer.pt", weights_only=True)
-    return [*state["raw"], *state["mean"]]
+    return [t for k, t in sorted(saved_state(model).items()) if k.startswith(("raw.", "mean."))]
 
 
 def test_a_folder_of_images_becomes_a_model(images: Path, trained: Path) -> None:
@@ -391,11 +390,11 @@ def test_an_error_of_a_worker_is_no_lost_worker(images: Path, tmp_path: Path) ->
     process.communicate()
     there = checkpoint.checkpoints(out)
     folder = there[max(there)]
-    state = torch.load(folder / "trainer.pt", weights_only=True)
-    state["raw"][0] = torch.zeros(7, 7, 7, 7, 7)
-    torch.save(state, folder / "trainer.pt")
+    state = saved_state(out)
+    (file,) = (folder / "trainer").iterdir()
+    save_file({**state, "raw.unet.conv_in.weight": torch.zeros(7, 7, 7, 7)}, file)
     record = json.loads((folder / "record.json").read_text())
-    record["files"]["trainer.pt"] = (folder / "trainer.pt").stat().st_size
+    record["files"][f"trainer/{file.name}"] = file.stat().st_size
     (folder / "record.json").write_text(json.dumps(record))
     again = train(images, "--out", out, *LONG, "--workers", 2)
     _, said = again.communicate(timeout=300)
