@@ -120,6 +120,7 @@ class Replicated(Alone):
     def give_up(self) -> None:
         reducer: Any = self.module.reducer
         with peers():
+            reducer._rebuild_buckets()  # once in a run, together, as the second step begins
             for bucket in reducer._get_zeros_like_grad_buckets()[len(self._begun) :]:  # as torch's own `join` does
                 dist.all_reduce(bucket.buffer())
             for done in self._begun:
