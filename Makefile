@@ -1,11 +1,12 @@
 # make demo    install, then run the main job on real captioned images (IMAGES=folder: on your own)
-# make demo-train  train a small diffusion model on what the demo kept (minutes; STEPS=400)
+# make demo-train  train a small diffusion model on emoji, and draw with it (minutes; IMAGES=folder: on your own)
 # make test    install, then lint, types and tests (at most 8 minutes on 2 cores)
 # make test-all  the long tests too: many kills, side environments
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo-data
-STEPS ?= 400
+STEPS ?= 4000
+TRAIN ?= demo-data-train$(if $(IMAGES),-own)
 BIN = $(VENV)/bin
 EXTRAS = test$(shell $(PYTHON) -c 'import sys; print(",img2dataset" if sys.version_info < (3, 13) else "")')
 
@@ -20,11 +21,15 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed
 	$(BIN)/python -m demo.run --out $(OUT) $(if $(IMAGES),--images "$(IMAGES)")
 
-demo-train: $(OUT)/shards/bundled/manifest.json
-	$(BIN)/tastemaker train $(OUT)/shards/bundled --out $(OUT)/model --steps $(STEPS)
-
-$(OUT)/shards/bundled/manifest.json:
-	$(MAKE) demo
+demo-train: $(VENV)/installed
+ifndef IMAGES
+	$(BIN)/python -m demo.emoji $(TRAIN)/emoji
+endif
+	$(BIN)/tastemaker train $(or $(IMAGES),$(TRAIN)/emoji) --out $(TRAIN)/model --preset tiny --steps $(STEPS) \
+	  $(if $(IMAGES),,--prompts demo/emoji.txt)
+ifndef IMAGES
+	$(BIN)/tastemaker sample $(TRAIN)/model --prompts demo/emoji.txt --seed 0 --batch 10 --grid --out $(TRAIN)/drawn
+endif
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -39,4 +44,4 @@ test-all: lint
 	$(BIN)/python -m pytest
 
 clean:
-	rm -rf $(VENV) demo-data build *.egg-info
+	rm -rf $(VENV) demo-data demo-data-train build *.egg-info

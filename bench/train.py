@@ -40,8 +40,9 @@ from curate.shards.tar import TarWriter
 from train.data import Batch, ImageDataset, Stream, TrainDataset, open_samples
 from train.latents import precompute_latents
 from train.loop import LoopConfig, train
+from train.models.base import count_parameters
+from train.models.family import new_model, tokenize
 from train.models.presets import PRESETS
-from train.models.unet import count_parameters, new_model, tokenize
 from train.tasks import Denoise
 
 MODEL = replace(PRESETS["small-64"], unet=(64, 128, 128), heads=2, text=128, text_layers=2, vocabulary=1000)

@@ -12,6 +12,7 @@ studio/       index/: columns as the studio maps them into memory, search/: code
               tars; made of the above, and never needed
 deny.txt      what people denied while they looked, and what was removed: every run heeds it
 removing/     what.json: a removal that is under way;  the records that it took back
+merging.json  a merge that is under way
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
 from curate.store.disk import Disk
-from curate.store.files import clear
+from curate.store.files import clear, read_json
 from curate.store.index import RecordIndex
 from curate.store.records import output_digests
 
@@ -43,9 +44,6 @@ PLAN, FETCHED, EMBEDDED, ANNOTATED, SELECTED, PACKED = "plan", "fetched", "embed
 
 RATINGS, HEADS = "ratings", "heads"
 """What people made by hand: it stays when everything else is made anew."""
-
-OPT_OUTS = "opt_outs"
-"""Under `annotated/`: what `tastemaker check-opt-outs` was told. No recipe names it."""
 
 STAGES = (PLAN, FETCHED, EMBEDDED, ANNOTATED, SELECTED, PACKED)
 
@@ -119,13 +117,21 @@ class Data:
     @contextlib.contextmanager
     def hold(self, *, removing: bool = False) -> Iterator[None]:
         """Be the only run at work on the folder while the block runs. UserError where another one is, or where a
-        removal has not ended, unless it is that which goes on."""
+        removal or a merge has not ended, unless it is that removal which goes on."""
         with self.store.lock():
-            if not removing and self.exists(self.removal):
-                again = f"tastemaker remove {shlex.quote(str(self))}"
-                raise UserError(f"a removal of images from {self} was broken off: `{again}` goes on with it")
+            self.require_finished(removing=removing)
             yield
             self.compact()
+
+    def require_finished(self, *, removing: bool = False) -> None:
+        """UserError where a merge, or a removal unless it is that which goes on, was broken off."""
+        if not removing and self.exists(self.removal):
+            again = f"tastemaker remove {shlex.quote(str(self))}"
+            raise UserError(f"a removal of images from {self} was broken off: `{again}` goes on with it")
+        if self.exists(self.merging):
+            folders = [*(read_json(self.local(self.merging)) or {}).get("folders", ["FOLDER", "FOLDER"])]
+            again = shlex.join(["tastemaker", "merge", *folders, "--out", str(self)])
+            raise UserError(f"{self} is not whole yet, as a merge was broken off: `{again}` goes on with it")
 
     def compact(self) -> None:
         """Have the next run read all records from one file per stage; of whoever holds the folder."""
@@ -289,6 +295,11 @@ class Data:
         """What people said of images, as `tastemaker fit` reads it."""
         return self.root / RATINGS / f"{name}.csv"
 
+    @property
+    def ratings_lock(self) -> Path:
+        """Held by whoever writes ratings on a disk."""
+        return self.root / RATINGS / ".lock"
+
     def ratings_record(self, name: str) -> Path:
         """What was asked in a set of ratings: its kind, its scale."""
         return self.root / RATINGS / f"{name}.json"
@@ -367,6 +378,11 @@ class Data:
         """What `tastemaker remove` is about to take out; gone once it is."""
         return self.root / "removing" / "what.json"
 
+    @property
+    def merging(self) -> Path:
+        """What `tastemaker merge` is about to make of which folders; gone once it is made."""
+        return self.root / "merging.json"
+
     def taken_back(self, name: str) -> Path:
         """Where a removal keeps records while it rewrites their files: those of a shard, a selection or a pack."""
         return self.root / "removing" / f"{name}.json"
@@ -417,6 +433,10 @@ class Data:
                 f"{self} is not a data folder: it has no plan. `tastemaker curate LIST --out {self}` makes one."
             )
         return plan
+
+    def forget_plan(self) -> None:
+        """It was written again: read it anew when it is asked for."""
+        self.__dict__.pop("plan", None)
 
     @cached_property
     def ledger(self) -> duckdb.DuckDBPyRelation:

@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from curate.layout import ANNOTATED, EMBEDDED, FETCHED, OPT_OUTS, PACKED, PLAN, SELECTED, STAGES, Data
+from curate.layout import ANNOTATED, EMBEDDED, FETCHED, PACKED, PLAN, SELECTED, STAGES, Data
+from curate.ledger.schema import OPT_OUTS
 from curate.sources.dataset import packed_files
 from curate.store.files import json_bytes, sha256_file
 from curate.store.index import COMPACTED

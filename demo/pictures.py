@@ -30,7 +30,7 @@ The demo needs images, and there are two ways to them:
                              into a cache, not installed; no root needed
   make demo IMAGES=folder    your own images, with captions from NAME.txt beside NAME.jpg, else from the names"""
 
-_KEPT = {".png", ".jpg", ".jpeg", ".webp", ".txt"}
+_KEPT = {".png", ".jpg", ".jpeg", ".webp", ".txt", ".ttf"}
 _SIZE = re.compile(r"[_-]?\d{3,5}x\d{3,5}$")
 
 
@@ -87,7 +87,7 @@ def unpacked(package: str) -> Path:
 
 
 def unpack(deb: Path, target: Path) -> None:
-    """Unpack a package and keep only its images and texts: regular files, no links, no sounds."""
+    """Unpack a package and keep only its images, texts and fonts: regular files, no links, no sounds."""
     done = subprocess.run(["dpkg-deb", "-x", str(deb), str(target)], capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{deb.name} cannot be unpacked: {done.stderr.strip()}")
@@ -117,7 +117,7 @@ def _apt(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def _of_package(package: str, home: Path) -> list[DemoImage]:
-    files = sorted(p for p in home.rglob("*") if p.is_file() and p.suffix.lower() in _KEPT - {".txt"})
+    files = sorted(p for p in home.rglob("*") if p.is_file() and p.suffix.lower() in _KEPT - {".txt", ".ttf"})
     if package == STAMPS:
         return [DemoImage(p, c, package) for p in files if (c := caption_beside(p))]  # a mirror image has no text
     return [DemoImage(p, wallpaper_name(p), package) for p in one_size_each(files)]

@@ -47,8 +47,9 @@ from train.data import ImageDataset, Stream, open_samples, ordered_batches, spli
 from train.latents import precompute_latents
 from train.loop import LoopConfig, train
 from train.metrics import format_record
+from train.models.base import count_parameters
+from train.models.family import new_model, tokenize
 from train.models.presets import PRESETS
-from train.models.unet import count_parameters, new_model, tokenize
 from train.tasks import Denoise, Reconstruct, Task, fit_scale, generate_images, image_grid, psnr
 
 SIDE = 64

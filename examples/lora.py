@@ -27,7 +27,7 @@ from PIL import Image
 
 from examples.shapes import BACKGROUNDS, COLOURS, SIZE, accuracy, caption, mask
 from train.data import ImageDataset, open_samples, ordered_batches
-from train.models.unet import default_size, load_model, tokenize
+from train.models.family import family_of, load_model
 from train.tasks import Denoise, generate_images, image_grid
 
 SEEDS = range(8)
@@ -96,7 +96,9 @@ def compare(base: str, lora: Path, images: Path, prompts: Sequence[str]) -> tupl
 @torch.no_grad()
 def loss(pipeline: Any, images: Path) -> float:
     """Mean loss on a folder of captioned images, at fixed noise and times."""
-    examples = ImageDataset(open_samples(images), lambda words: tokenize(pipeline, words), default_size(pipeline))
+    family = family_of(pipeline)
+    size = family.default_size(pipeline)
+    examples = ImageDataset(open_samples(images), lambda words: family.tokenize(pipeline, words), size)
     task = Denoise(pipeline, text=False)
     batches = ordered_batches(examples, np.arange(len(examples)), 8)
     return float(torch.cat([task.held_out_losses(batch, seed=0) for batch in batches]).mean())

@@ -27,8 +27,8 @@ from curate.shards.tar import TarWriter
 from train.data import ImageDataset, Stream, open_samples
 from train.loop import LoopConfig, train
 from train.metrics import format_record
+from train.models.family import new_model, tokenize
 from train.models.presets import PRESETS
-from train.models.unet import new_model, tokenize
 from train.tasks import Denoise, generate_images, image_grid
 
 COLOURS = {

@@ -15,6 +15,7 @@ from curate.fetch.deny_file import deny_of
 from curate.layout import Data
 from pipelines.options import command
 from pipelines.recipe import Recipe, stored_recipe
+from pipelines.terminal import counted
 
 STAGES = ("source", "fetch", "images", "embed")
 """The stages whose files a changed recipe would alter; what comes after them asks nothing."""
@@ -91,8 +92,8 @@ def refuse_denied(data: Data, recipe: Recipe, restart_from: str | None = None) -
     denied = []
     if found.images:
         keys = ", ".join(found.keys) + (", ..." if found.images > len(found.keys) else "")
-        denied.append(f"{found.images:,} images of fetched/ (key {keys}; {_in_shards(found.shards)})")
-    denied += [f"{count:,} images of shards/{name}" for name, count in found.packs.items()]
+        denied.append(f"{counted(found.images, 'image')} of fetched/ (key {keys}; {_in_shards(found.shards)})")
+    denied += [f"{counted(count, 'image')} of shards/{name}" for name, count in found.packs.items()]
     if found.unknown:
         denied.append(
             f"perhaps images of fetched/ ({_in_shards(found.unknown)}): its md5, sha1 or sha512 can't be compared with "

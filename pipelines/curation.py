@@ -46,6 +46,7 @@ from pipelines.runtime.jobs import CurateJob, RemainingWork, run_job
 from pipelines.runtime.nodes import node_check
 from pipelines.runtime.passes import annotate_passes
 from pipelines.runtime.progress import ProgressBar
+from pipelines.terminal import counted
 
 if TYPE_CHECKING:
     from curate.ledger.select import Selection
@@ -135,6 +136,7 @@ def run(request: Request) -> Result:
         has_encoder(recipe)  # before a long list is read; where a plan is there, all may be embedded
     with taken(data.store, "data", replaces=["recipe.yaml"]) as folder:
         planned = data.exists(data.plan_record)  # again: another run may have been at work until now
+        data.require_finished()
         try:
             sweep(data.root)
             refuse_changes(data, recipe, request.restart_from, add=request.add)
@@ -248,7 +250,7 @@ def _add(request: Request, plan: Plan, annotators: dict[str, Annotator]) -> tupl
         if request.restart_from is not None:
             restart(data, recipe, request.restart_from, request.stages)
         more.write()
-        data.__dict__.pop("plan", None)  # it was read before
+        data.forget_plan()  # it was read before
         stored = stored_recipe(data)
         return replace(recipe, source=stored.source if stored is not None else recipe.source), addition_facts(more)
 
@@ -263,7 +265,7 @@ def addition_text(facts: Mapping[str, Any]) -> str:
     """The same in a line."""
     if not facts["rows"] and not facts["another"]:
         return f"add       nothing new: the rows of {facts['list']} are there already ({facts['known']:,})"
-    parts = [f"{facts['rows']:,} rows added"]
+    parts = [f"{counted(facts['rows'], 'row')} added"]
     if facts["new"] > facts["rows"]:
         parts[0] += f" of {facts['new']:,} new ones"
     changed = f", {facts['changed_caption']:,} of them with another caption" if facts["changed_caption"] else ""
@@ -389,9 +391,9 @@ def _select(data: Data, recipe: Recipe, result: Result, times: RunTimes) -> None
     result.facts |= {"kept": selection.kept, "funnel": selection.funnel}
 
     def keep() -> None:
-        rates = keep_rates(data, recipe, times, selection.kept)
+        rates = keep_rates(data, recipe, times)
         if rates is not None and plan.listed_rows > plan.total_rows:
-            print(project(rates, selection, result.facts))
+            print(project(rates, selection, result.facts, len(plan.lists)))
 
     try:
         with times.stage("pack"):

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from curate.estimate.rates import Figure, Rates, lay_over, measure, published_la
 from curate.estimate.spent import Spent
 from curate.estimate.whole import Projection, projection_facts, whole_list
 from curate.layout import Data
-from curate.store.files import read_json, write_json
+from curate.store.files import read_json, read_table, write_json
 from pipelines.runtime.progress import ProgressDisplay, format_duration
 
 if TYPE_CHECKING:
@@ -46,7 +46,27 @@ class RunTimes:
             self.wall |= display.timing()
 
 
-def keep_rates(data: Data, recipe: Recipe, times: RunTimes, kept: int) -> Rates | None:
+def kept_of_lists(data: Data, name: str) -> Sequence[int]:
+    """How many rows of each of the plan's lists a selection keeps."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from curate.ledger.counts import key_numbers
+    from curate.ledger.rules import KEPT
+    from curate.ledger.schema import make_key
+
+    table, plan = read_table(data.local(data.verdicts(name)), ["key", "verdict"]), data.plan
+    keys = key_numbers(table.filter(pc.equal(table["verdict"].cast(pa.string()), KEPT))["key"])
+    firsts = np.array([int(make_key(s.shard, 0, plan.shard_size)) for s in plan.shards], np.uint64)
+    of_shards = np.array([plan.list_index(s.shard) for s in plan.shards])
+    found: list[int] = np.bincount(
+        of_shards[np.searchsorted(firsts, keys, "right") - 1], minlength=len(plan.lists)
+    ).tolist()
+    return found
+
+
+def keep_rates(data: Data, recipe: Recipe, times: RunTimes) -> Rates | None:
     """Write `logs/rates.json`, from which `tastemaker plan` makes plans; None where no record says what it took.
 
     What an earlier run measured stays where this one found it done, or had fewer rows of it.
@@ -70,7 +90,7 @@ def keep_rates(data: Data, recipe: Recipe, times: RunTimes, kept: int) -> Rates 
     fetch = recipe.fetch
     rates = measure(
         data,
-        kept=kept,
+        kept=kept_of_lists(data, name),
         spent=times.spent,
         settings={
             "concurrency": fetch.concurrency,
@@ -107,11 +127,11 @@ def read_kept_rates(data: Data) -> dict[str, Any] | None:
     return tree if isinstance(tree, dict) else None
 
 
-def projection_text(found: Projection, selection: Selection) -> str:
-    """What the whole list would take, in lines for people."""
-    lines = [
-        f"whole list: {found.rows:,} rows, by these {found.taken:,}, which are spread at random over it (95% intervals)"
-    ]
+def projection_text(found: Projection, selection: Selection, lists: int) -> str:
+    """What the whole list would take, or so many lists, in lines for people."""
+    of, over = (f"all {lists} lists", "each") if lists > 1 else ("whole list", "it")
+    rows = f"{found.rows:,} rows, by these {found.taken:,}"
+    lines = [f"{of}: {rows}, which are spread at random over {over} (95% intervals)"]
     if found.kept is not None:
         lines.append(f"    kept      {interval(found.kept)}    of {interval(found.images)} images")
     if found.seconds is not None:
@@ -130,11 +150,11 @@ def projection_text(found: Projection, selection: Selection) -> str:
     return "\n".join(lines)
 
 
-def project(rates: Rates, selection: Selection, facts: dict[str, Any]) -> str:
-    """The projection of a part of a list to the whole: its text, and into `facts` its figures."""
+def project(rates: Rates, selection: Selection, facts: dict[str, Any], lists: int) -> str:
+    """The projection of a part of a list, or of several, to the whole: its text, and into `facts` its figures."""
     found = whole_list(rates, os.cpu_count() or 1)
     facts["whole"] = projection_facts(found)
-    return projection_text(found, selection)
+    return projection_text(found, selection, lists)
 
 
 # ------------------------------------------------------------------------------------------------------------- words

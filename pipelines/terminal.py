@@ -36,6 +36,15 @@ RETURN = Verbatim("\r")
 _SPACES = re.compile(r"([\n\t])")
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """So many of something, in words.
+
+    >>> counted(1, "image"), counted(2_000, "entry", "entries")
+    ('1 image', '2,000 entries')
+    """
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def escape_controls(text: str) -> str:
     """Text of strangers for a terminal or a log: lines and tabs stay, other controls become escapes.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from curate.layout import Data
+from tests.side_environments import SideEnvironments
 from tests.stores import Server
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +50,12 @@ def real_data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     from tests.real_data import make_real_data
 
     return make_real_data(tmp_path_factory.mktemp("real"))
+
+
+@pytest.fixture(scope="session")
+def side(tmp_path_factory: pytest.TempPathFactory) -> SideEnvironments:
+    """Scripts of tests/side, run with packages of their own."""
+    return SideEnvironments(tmp_path_factory.mktemp("side"))
 
 
 @pytest.fixture(scope="session")

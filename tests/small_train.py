@@ -14,8 +14,8 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from train import checkpoint
 from train.data import ImageDataset, Stream, open_samples, split
 from train.loop import LoopConfig, train
+from train.models.family import family_of, load_model, new_model, tokenize
 from train.models.presets import PRESETS
-from train.models.unet import add_lora, load_model, new_model, tokenize
 from train.parallel import rank_and_size
 from train.tasks import Denoise
 
@@ -42,18 +42,19 @@ def small_run(
     objective: str = "flow",
     start: Path | None = None,
     stop: Any = None,
+    preset: str = "debug",
     **settings: Any,
 ) -> Any:
-    """Training of the debug model on such a folder, or of a LoRA on the model `start`: the generator of records."""
+    """Training of a small model on such a folder, or of a LoRA on the model `start`: the generator of records."""
     config = LoopConfig(**{"steps": 10, "batch": 8, "lr": 2e-3, "log_every": 1, "ema": 0.99, **settings})
     samples = open_samples(folder)
     captions = [samples.facts(i)["caption"] or "" for i in range(len(samples))]
     if start is None:
-        pipeline = new_model("debug", captions, objective)
+        pipeline = new_model(preset, captions, objective)
     else:
         pipeline = load_model(start)
-        add_lora(pipeline)
-    examples = ImageDataset(samples, lambda c: tokenize(pipeline, c), PRESETS["debug"].size)
+        family_of(pipeline).add_lora(pipeline)
+    examples = ImageDataset(samples, lambda c: tokenize(pipeline, c), PRESETS[preset].size)
     rank, ranks = rank_and_size()
     chosen, held_out = split(samples, 0.2)
     stream = Stream(examples, chosen, batch=config.batch, rank=rank, ranks=ranks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -20,15 +21,21 @@ import pyarrow.parquet as pq
 import pytest
 
 from aesthetic.errors import UserError
+from curate import verify
 from curate.fetch.deny import Deny
 from curate.layout import Data
-from curate.ledger.view import open_ledger
+from curate.ledger.select import select
+from curate.ledger.view import open_ledger, tables
+from curate.ledger.whole import whole_row
 from curate.sources.adding import Addition, adding
 from curate.sources.plan import Plan, SourceConfig, load_plan
 from curate.sources.planner import inspect, make_plan
 from curate.store import mirror
+from curate.store.files import sha256_file, sweep
 from curate.store.objects import ObjectStore
 from pipelines.commands.status import status
+from pipelines.commands.why import find, row_lines
+from pipelines.recipe import Recipe, load_recipe
 from tests.stages import choose, embed_shards, fetch_shards, run_stages, serving
 
 CONFIG = SourceConfig(shard_size=40)
@@ -249,31 +256,90 @@ def three_lists(folder: Path, all_urls: Sequence[str]) -> list[Path]:
     ]
 
 
-def compare_with_union(tmp_path: Path, count: int, shard_size: int) -> None:
-    """Lists that are added one after another against one list of all: the same images and verdicts."""
+def add_here(listed: Path, root: Path, recipe: Recipe) -> int:
+    """What `tastemaker curate --add` does up to the selection, without Ray; how many images went through the models."""
+    data = Data(root)
+    with data.hold():
+        sweep(root)
+        with adding(str(listed), data.plan, recipe.source, None, Deny(), root.parent) as more:
+            more.write()
+    data = Data(root)
+    fetch_shards(data, recipe)
+    return embed_shards(data, recipe)
+
+
+def add_killed(listed: Path, root: Path, recipe: Recipe, made: str, count: int) -> None:
+    """Begin to add a list in a child, which is killed when there are so many more files of that name."""
+
+    def there() -> int:
+        return len([*root.glob(made)])
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "curate.workers", "curate.report", "pipelines.curation", "onnxruntime"])
+    child, before = context.Process(target=add_here, args=(listed, root, recipe)), there()
+    child.start()
+    while child.is_alive() and there() < before + count:
+        time.sleep(0.002)
+    child.kill()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL, (made, count)
+
+
+QUICK = "columns={aesthetic: bundled-aesthetic, dup: {use: near-duplicates, phash: 4}}"
+
+Kill = tuple[str, int]
+"""A pattern of files, and of how many more of them a run is killed."""
+
+
+def last_key(data: Data) -> str:
+    """The key of the last row."""
+    key = pq.read_table(data.table(len(data.plan.shards) - 1))["key"][-1].as_py()
+    assert isinstance(key, str)
+    return key
+
+
+def compare_with_union(tmp_path: Path, count: int, shard_size: int, kills: Sequence[Sequence[Kill]] = ((), ())) -> None:
+    """Lists that are added one after another against one list of all: the same images and verdicts. kills: when a
+    run over the second list is killed, and over the third."""
     with serving(count, {}, shard_size) as served:
         rules = {"wide": "original_width > 60", "odd": "source.n % 7 != 3"}
-        recipe = replace(served.recipe, select=replace(served.recipe.select, rules=rules))
+        recipe = load_recipe("bundled", [*served.settings, *([] if any(kills) else [QUICK])])
+        recipe = replace(recipe, select=replace(recipe.select, rules=rules))
         lists = three_lists(tmp_path, served.urls)
         data = Data(tmp_path / "data")
         run_stages(lists[0], data, recipe)
-        asked = sum(served.requests().values())
-        for listed in lists[1:]:
+        model = tmp_path / "data" / "models" / "m"
+        about = {"folder": str(data.packed("bundled")), "manifest_sha256": sha256_file(data.manifest("bundled"))}
+        model.mkdir(parents=True)
+        (model / "train.json").write_text(json.dumps({"data": about}))
+        packed = pq.read_table(sorted(data.packed("bundled").glob("*.parquet")))["key"][0].as_py()
+        assert status(data, lambda _: None)[0]["models"] == {str(model): {"pack": "bundled", "older": ""}}
+        asked, again = sum(served.requests().values()), 0
+        for listed, moments in zip(lists[1:], kills, strict=True):
             before = tree(data.root)
-            plan = load_plan(data)
-            assert plan is not None
-            with adding(str(listed), plan, recipe.source, None, Deny(), tmp_path) as more:
-                more.write()
+            for made, number in moments:
+                add_killed(listed, data.root, recipe, made, number)
+            left = [s.rows for s in Data(data.root).plan.shards if not data.exists(data.embedded_record(s.shard))]
+            embedded = add_here(listed, data.root, recipe)
             data = Data(data.root)
-            fetch_shards(data, recipe)
-            assert embed_shards(data, recipe) == more.counts["added"] == count // 4
+            assert data.plan.lists[-1]["rows"] == count // 4 and 0 < embedded <= count // 4
+            assert embedded <= sum(left) + shard_size if moments else embedded == count // 4
+            again += len(moments) * count // 4
             after = tree(data.root)
             assert {name: after[name] for name in before} == before
             facts, following = status(data, lambda _: None)
             (selected,) = facts["selected"].values()
             assert selected["stale"] and "select" in following and len(facts["lists"]) == len(data.plan.lists)
-        assert sum(served.requests().values()) - asked == 2 * (count // 4)  # nothing was fetched twice
+            assert facts["models"][str(model)]["older"] == "which is older than the data"
+            (match,) = find(data, (found := tables(data)), packed)
+            told = "\n".join(row_lines(whole_row(data, packed, found), match, False))
+            for word in ("selection   bundled: kept (older than", "packed ", "model "):
+                (line,) = [line for line in told.splitlines() if line.startswith(f"  {word}")]
+                assert "older than" in line, told
+            assert whole_row(data, last_key(data)).selections["bundled"].verdict is None
+        assert 0 <= sum(served.requests().values()) - asked - 2 * (count // 4) <= again  # nothing was fetched twice
         choose(data, recipe)
+        assert status(data, lambda _: None)[0]["models"][str(model)]["older"] == "before it was packed anew"
         con = open_ledger(data)
         assert con.sql("SELECT count(*) FROM ledger WHERE source.licence = 'cc0'").fetchall() == [(count // 4,)]
         union = table(tmp_path / "union.parquet", url=served.urls, n=list(range(count)))
@@ -282,6 +348,31 @@ def compare_with_union(tmp_path: Path, count: int, shard_size: int) -> None:
         found = verdicts(data)
         assert found == verdicts(whole) and len(found) == count
         assert len({verdict for _, verdict in found.values()}) > 1
+        assert not any(verify.verify(data))
+
+
+def test_the_whole_list_goes_on_from_a_trial(tmp_path: Path) -> None:
+    """And from a larger one: each row is fetched and embedded once, what is there stays, the end is that of one run."""
+    with serving(18, {}, 4) as served:
+        settings = [*served.settings, "columns=", "select.rules={wide: original_width > 250}"]
+        recipe, listed = load_recipe("bundled", settings), served.write_list(tmp_path / "list.tsv")
+        data, embedded = Data(tmp_path / "data"), list[int]()
+        for limit in (5, 9, None):
+            before = tree(data.root)
+            plan = make_plan(str(listed), data, recipe.source, limit)
+            data = Data(data.root)
+            fetch_shards(data, recipe)
+            embedded.append(embed_shards(data, recipe))
+            assert plan.total_rows == sum(embedded) == sum(served.requests().values())
+            after = tree(data.root)
+            assert {name: after[name] for name in before} == before
+        assert embedded == [5, 4, 9]
+        select(data, recipe.select)
+        whole = Data(tmp_path / "whole")
+        make_plan(str(listed), whole, recipe.source)
+        fetch_shards(whole, recipe)
+        assert select(whole, recipe.select).kept == select(data, recipe.select).kept > 0
+        assert verdicts(data) == verdicts(whole) and len(verdicts(data)) == 18
 
 
 def test_lists_that_are_added_against_their_union(tmp_path: Path) -> None:
@@ -290,7 +381,10 @@ def test_lists_that_are_added_against_their_union(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_long_lists_that_are_added_against_their_union(tmp_path: Path) -> None:
-    compare_with_union(tmp_path, 2000, 100)
+    """Three lists of 1,000 rows; the runs over the second and the third are killed five times."""
+    fetched, embedded = "fetched/*_stats.json", "embedded/stats/*.json"
+    second = [("plan/*.parquet", 1), (fetched, 2), (embedded, 1)]
+    compare_with_union(tmp_path, 2000, 100, [second, [(fetched, 1), (embedded, 3)]])
 
 
 @pytest.mark.long

@@ -375,6 +375,9 @@ def test_a_packed_folder_is_whole_in_itself(tmp_path: Path) -> None:
     rest = [s.key for i, s in enumerate(original) if original.locate(i)[0].name != "00001.tar"]
     assert [s.key for s in partly] == rest and len(rest) < len(original)
     assert any("1 of the 5 shards that were packed are not in this copy" in note for note in partly.passed_over())
+    assert any(
+        "1 of the 5 shards that were packed are not" in said for said in inspect(str(copy), SourceConfig()).warnings
+    )
     damaged = bytearray((copy / "00002.tar").read_bytes())
     damaged[600] ^= 1  # in an image; the length is the same
     (copy / "00002.tar").write_bytes(damaged)

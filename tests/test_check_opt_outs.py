@@ -22,6 +22,7 @@ from curate.fetch import recheck
 from curate.fetch.deny import Deny
 from curate.layout import Data
 from curate.ledger.view import open_ledger
+from curate.store.objects import ObjectStore
 from demo.web import Route, Web
 from pipelines import cli
 from tests.small_web import image
@@ -235,6 +236,42 @@ def test_a_killed_check_goes_on(tmp_path: Path) -> None:
     assert asked == {f"/{n}.jpg" for n in range(2 * size, count)} | {"/robots.txt"}
     deny = Deny.load([data.deny_list])
     assert {path for path in routes if deny.denies(f"http://127.1.0.1:{port}{path}")} == {*out}
+
+
+@pytest.mark.long
+def test_a_folder_on_a_store(
+    fetched: tuple[Data, int], s3_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a real S3 server the same is asked, told and removed as on a disk."""
+    data, port = fetched
+    store = ObjectStore(s3_url)
+    for file in sorted(p for p in data.root.rglob("*") if p.is_file() and p.name != ".lock"):
+        store.put_file(file, file.relative_to(data.root).as_posix())
+    paths = dict(zip(pq.read_table(data.table(0))["key"].to_pylist(), PATHS, strict=True))
+    with Web(after(), hosts=1, port=port) as web:
+        assert cli.main(["check-opt-outs", s3_url, *settings(port), "--json", "--dry-run"]) == 0
+        facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert {paths[key] for key in facts["opted_out"]} == OPTED_OUT
+        assert "deny.txt" not in {o.name for o in store.list()}
+        assert cli.main(["check-opt-outs", s3_url, *settings(port), "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert (facts["asked"], facts["removed"]["images"], facts["removed"]["denied"]) == (len(PATHS), 4, 8)
+        once = web.counts().requests.total()
+        assert cli.main(["check-opt-outs", s3_url, *settings(port), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["asked"] == 0
+        assert web.counts().requests.total() == once
+    there = tmp_path / "there"
+    for name in [stored.name for stored in store.list()]:
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        store.get_file(name, there / name)
+    stay = {"/stays.jpg": ("ok", None), "/gone.jpg": ("http_404", None), "/moved": ("blocked_address", None)}
+    assert told(Data(there)) == stay
+    assert cli.main(["verify", s3_url]) == cli.main(["verify", str(there)]) == 0
+    images = {image(n)[1] for n, path in enumerate(PATHS) if path in OPTED_OUT}
+    for file in (p for p in there.rglob("*") if p.is_file()):
+        content = file.read_bytes()
+        assert not any(one in content for one in images)
+        assert not any(f"127.1.0.1:{port}{path}".encode() in content for path in OPTED_OUT), file
 
 
 def test_it_waits_its_turn(fetched: tuple[Data, int]) -> None:

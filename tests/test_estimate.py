@@ -279,7 +279,7 @@ def test_a_trial_says_what_the_whole_takes(tmp_path: Path, capsys: pytest.Captur
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=900,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -318,7 +318,7 @@ def test_rates_of_a_run_without_ray(tmp_path: Path) -> None:
         asked = trial.web.counts().requests
     images = data.ledger.filter("status = 'success'").count("*").fetchall()[0][0]
     seen = data.ledger.filter("quality_sharpness > 60").count("*").fetchall()[0][0]
-    rates = measure(data, kept=seen)
+    rates = measure(data, kept=[seen])
     assert rates is not None and rates.domains is not None and 0 < seen < images
     fetch, pixels = rates.stages["fetch"], rates.stages["images"]
     assert fetch.requests is not None and fetch.requests == Figure(value=1, low=1, high=1, origin="measured")
@@ -338,6 +338,47 @@ def test_rates_of_a_run_without_ray(tmp_path: Path) -> None:
     counts = {s.name: s.count for s in plan_fleet(again, 1e6, parse_fleet("16cpu", again.nodes)).stages}
     assert counts["encode"] == pytest.approx(1e6 * seen / 120)
     assert counts["quality"] == pytest.approx(1e6 * images / 120)
+
+
+def test_lists_count_by_their_length(tmp_path: Path) -> None:
+    """All 60 rows of one list, which are images, and a trial of 40 of 240 rows of another, of which a quarter is: the
+    whole is 120 of 300, and 84% of the requests go to the site of the second."""
+    from curate.estimate.rates import measure
+    from curate.fetch.deny import Deny
+    from curate.layout import Data
+    from curate.ledger.select import select
+    from curate.sources.adding import adding
+    from curate.sources.planner import make_plan
+    from demo.web import Route, Web
+    from pipelines.estimates import kept_of_lists
+    from pipelines.recipe import load_recipe
+    from tests.small_web import image
+    from tests.stages import fetch_shards
+
+    data, body = Data(tmp_path / "data"), image(0)[1]
+    with Web({f"/{i}": Route(body=body) for i in range(60)}, hosts=2) as web:
+        settings = [f'fetch.allow=["127.0.0.0/8:{web.port}"]', "fetch.retries=0", "fetch.rate=0", "select.rules="]
+        recipe = load_recipe("everything", [*settings, "source.shard_size=20", "columns="])
+        for host, (name, count) in enumerate((("a", 60), ("b", 240))):
+            urls = [web.url(host, f"/{i}") for i in range(count)]
+            pq.write_table(pa.table({"url": urls}), tmp_path / f"{name}.parquet")
+        make_plan(str(tmp_path / "a.parquet"), data, recipe.source)
+        with adding(str(tmp_path / "b.parquet"), data.plan, recipe.source, 40, Deny(), tmp_path) as more:
+            more.write()
+        data = Data(data.root)
+        fetch_shards(data, recipe)
+    selection, kept = select(data, recipe.select), kept_of_lists(data, recipe.select.name)
+    assert sum(kept) == selection.kept
+    rates = measure(data, kept=kept)
+    assert rates is not None and rates.domains is not None
+    assert (rates.of, rates.taken, rates.listed, kept[0]) == ("2 lists", 100, 300, 60)
+    assert rates.shares["kept"] == rates.shares["images"]
+    found = whole_list(rates, cores=2)
+    low, high = found.images.low, found.images.high
+    assert low is not None and high is not None and found.kept == found.images
+    assert 60 + kept[1] <= low <= 120 <= high <= 180 and found.images.value == pytest.approx(60 + 6 * kept[1])
+    assert found.requests.value == pytest.approx(300 + 2) and found.requests.low == found.requests.high
+    assert rates.domains.largest.value == pytest.approx(240 / 300, abs=0.02) and rates.domains.rules.value == 1
 
 
 def test_domains_are_registered_ones_and_hosts_are_hosts() -> None:

@@ -145,6 +145,7 @@ def test_four_workers_keep_a_domains_limits_together(tmp_path: Path) -> None:
         settings += ["fetch.rate=20", "ray.fetch_workers=4", "ray.fetch_cpus=0.5", "images.size=64"]
         command = [sys.executable, "-m", "pipelines.cli", "fetch", str(tmp_path / "list.parquet")]
         command += ["--out", str(tmp_path / "data"), *(w for s in settings for w in ("--set", s))]
+        command += ["--recipe", "everything"]  # with early rules, these small images would be left at their headers
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert run.returncode == 0, run.stdout + run.stderr
         counts = web.counts()

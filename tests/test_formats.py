@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import glob
 import json
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import numpy as np
@@ -28,41 +23,12 @@ from curate.sources.find import open_folder
 from curate.store.files import read_json
 from tests.conftest import ROOT
 from tests.real_data import PACKED, SELECTION
+from tests.side_environments import SideEnvironments
 
-SIDE = Path(__file__).parent / "side"
 IMG2DATASET = {  # its columns and their types, as its own runs write them
     **{name: pa.string() for name in ("url", "caption", "key", "status", "error_message", "exif", "sha256")},
     **{name: pa.int32() for name in ("width", "height", "original_width", "original_height")},
 }
-
-
-Side = Callable[[str, str, str], dict[str, Any]]
-
-
-@pytest.fixture(scope="session")
-def side(tmp_path_factory: pytest.TempPathFactory) -> Side:
-    """side(script, argument, packages): a script's JSON, run where these versions of packages hide those installed."""
-    folders: dict[str, Path] = {}
-
-    def install(package: str) -> Path:
-        if package not in folders:
-            folder = tmp_path_factory.mktemp("side")
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries=1"]
-            command += ["--no-deps", "--target", str(folder), *package.split()]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-            if done.returncode:
-                pytest.skip(f"{package} cannot be installed here: {done.stderr.strip()[-300:]}")
-            folders[package] = folder
-        return folders[package]
-
-    def run(script: str, argument: str, package: str) -> dict[str, Any]:
-        environment = {**os.environ, "PYTHONPATH": str(install(package))}
-        command = [sys.executable, str(SIDE / script), argument]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +80,9 @@ def test_webdataset_by_braces(packed: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("version", ["0.2.86", "1.0.2"])
-def test_other_versions_of_webdataset(real_data: Data, fetched: pd.DataFrame, side: Side, version: str) -> None:
+def test_other_versions_of_webdataset(
+    real_data: Data, fetched: pd.DataFrame, side: SideEnvironments, version: str
+) -> None:
     seen = side("read_webdataset.py", str(real_data.root), f"webdataset=={version}")
     assert seen.pop("version") == version
     expected = {r.key: [r.width, r.height, r.caption or "", r.key] for r in fetched.itertuples()}
@@ -125,7 +93,7 @@ def test_other_versions_of_webdataset(real_data: Data, fetched: pd.DataFrame, si
 
 
 @pytest.mark.long
-def test_open_clip(packed: Path, side: Side) -> None:
+def test_open_clip(packed: Path, side: SideEnvironments) -> None:
     shards = f"{packed}/{{00000..{len(tars(packed)) - 1:05d}}}.tar"
     seen = side("read_open_clip.py", shards, "webdataset==0.2.86")
     assert seen["size"] == [36, 3] and seen["num_samples"] == 36  # by sizes.json
@@ -156,22 +124,22 @@ def images_of(folder: Path) -> dict[str, list[str]]:
 
 
 @pytest.mark.long
-def test_webshart(packed: Path, side: Side) -> None:
-    """With which SimpleTuner reads tars."""
-    seen = side("read_webshart.py", str(packed), "webshart==0.4.6")
+def test_webshart(packed: Path, side: SideEnvironments) -> None:
+    """With which SimpleTuner reads tars, in a version that it takes (0.5.4 and later), which asks for Python 3.12."""
+    seen = side("read_webshart.py", str(packed), "webshart==0.6.0 tqdm==4.70.1", "3.12")
     assert seen["shards"] == 3 and seen["buckets"] == 36
     assert {name.removesuffix(".jpg"): found for name, found in seen["samples"].items()} == images_of(packed)
 
 
 @pytest.mark.long
-def test_megatron_energon(packed: Path, side: Side) -> None:
+def test_megatron_energon(packed: Path, side: SideEnvironments) -> None:
     seen = side("read_energon.py", str(packed), ENERGON)["samples"]
     rows = pads.dataset(sorted(map(str, packed.glob("*.parquet")))).to_table().to_pylist()
     assert seen == {r["key"]: [r["caption"] or "", [3, r["height"], r["width"]]] for r in rows}
 
 
 @pytest.mark.long
-def test_mosaicml_streaming(packed: Path, side: Side, tmp_path: Path) -> None:
+def test_mosaicml_streaming(packed: Path, side: SideEnvironments, tmp_path: Path) -> None:
     export(packed, "mds", tmp_path / "mds")
     seen = side(
         "read_mds.py",
@@ -299,7 +267,9 @@ def test_embeddings_in_the_layout_of_clip_retrieval(real_data: Data, fetched: pd
         assert stats["sample_count"] == len(np.load(part, mmap_mode="r"))
 
 
-def test_embeddings_through_clip_retrievals_own_reader(real_data: Data, fetched: pd.DataFrame, side: Side) -> None:
+def test_embeddings_through_clip_retrievals_own_reader(
+    real_data: Data, fetched: pd.DataFrame, side: SideEnvironments
+) -> None:
     seen = side("read_embeddings.py", str(real_data.root), "embedding-reader==1.8.1")
     vectors = np.concatenate([np.load(real_data.image_vectors(s.shard)) for s in real_data.plan.shards])
     assert (seen["count"], seen["dimension"]) == vectors.shape

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import tarfile
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +183,24 @@ def test_export_as_parquet_keeps_types_and_images(copy: Path, tmp_path: Path, mo
     )
     found = load_dataset(str(tmp_path / "a"), split="train", cache_dir=str(tmp_path / "cache"))
     assert found.num_rows == len(open_folder(copy)) and found[0]["image"].width == rows["width"][0].as_py()
+
+
+def test_export_as_kohya_keeps_the_rules_of_its_dataset_config(copy: Path, tmp_path: Path) -> None:
+    """Its own loader is in no registry. It asks for folders of images, each with a caption file, an empty one at least;
+    keys that it does not know it refuses."""
+    out = tmp_path / "kohya"
+    export(copy, "kohya", out)
+    config = tomllib.loads((out / "dataset.toml").read_text())
+    assert config.keys() == {"general", "datasets"}
+    assert config["general"] == {"caption_extension": ".txt", "enable_bucket": True}
+    (dataset,) = config["datasets"]
+    assert dataset.keys() == {"resolution", "subsets"} and dataset["resolution"] % 64 == 0
+    folders = [out / subset.pop("image_dir") for subset in dataset["subsets"]]
+    assert all(subset == {"num_repeats": 1} for subset in dataset["subsets"])
+    assert folders == [out / tar.stem for tar in sorted(copy.glob("*.tar"))]
+    images = [path for folder in folders for path in folder.glob("*.jpg")]
+    assert len(images) == len(open_folder(copy)) and all(path.with_suffix(".txt").is_file() for path in images)
+    assert sum(len([*folder.iterdir()]) for folder in folders) == 2 * len(images)
 
 
 def test_export_refuses_what_is_wrong_by_name(copy: Path, tmp_path: Path) -> None:

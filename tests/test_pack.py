@@ -139,7 +139,7 @@ def test_the_manifest_is_a_record_like_others_and_says_what_made_the_numbers(dat
     assert manifest["self"] == record_digest(manifest)
     assert Data(data).outputs_present(Data(data).manifest("s"))
     assert all(sha256_file(data / name) == sha for name, sha in output_digests(manifest).items())
-    assert len(manifest["outputs"]) == 4 * 4 + 2 + 3
+    assert len(manifest["outputs"]) == 4 * 4 + 3 + 3
     assert manifest["space"] == {"encoder": "bundled", "fingerprint": "ab12"}
     assert manifest["columns"]["laion_v2"]["head"] == "laion-v2"
     assert sum(manifest["funnel"].values()) == 60

@@ -21,7 +21,8 @@ from aesthetic.errors import UserError
 from curate.layout import Data
 from curate.ledger.select import SelectConfig, select
 from curate.ledger.view import query
-from curate.publish.publication import RECORD, PublishRequest, publish
+from curate.publish.publication import licence_id, publish
+from curate.publish.sending import RECORD, PublishRequest
 from curate.shards.pack import PackConfig, pack
 from curate.sources.planner import make_plan
 from curate.store.files import sha256_file
@@ -32,6 +33,7 @@ from pipelines.commands.publish import recipe_to_publish
 from pipelines.recipe import Recipe, load_recipe, parse_recipe, store_recipe
 from tests.conftest import ROOT
 from tests.real_data import SELECTION
+from tests.side_environments import SideEnvironments
 from tests.small_data import make_data, write_fetched
 from tests.small_web import image
 from tests.stages import fetch_shards
@@ -66,8 +68,9 @@ def test_shards_are_published_whole_and_only_once(data: Data, tmp_path: Path) ->
     assert record["complete"] and record["files"].keys() == there.keys() - {RECORD} == {*first["sent"]}
     assert all(sha256_file(to / name) == facts["sha256"] for name, facts in record["files"].items())
     manifest = json.loads(there["manifest.json"])  # names the card that lies there, not the one of the pack
-    named = next(facts for file, facts in manifest["outputs"].items() if file.endswith("README.md"))
-    assert named["sha256"] == sha256_file(to / "README.md")
+    assert {file: facts["sha256"] for file, facts in manifest["outputs"].items()} == {
+        file: sha256_file(to / file.removeprefix(f"shards/{SELECTION}/")) for file in manifest["outputs"]
+    }
     assert data.root.as_posix().encode() not in b"".join(b for n, b in there.items() if not n.endswith(".tar"))
 
     again = publish(data, request(to))
@@ -91,6 +94,39 @@ def test_what_changed_is_sent_and_what_went_is_removed(data: Data, tmp_path: Pat
     assert read(to).keys() == {*json.loads((to / RECORD).read_text())["files"], RECORD}
 
 
+def test_what_is_removed_is_named_where_it_was_published(
+    data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A selection without packed shards, too; keys that no place has any more are removed."""
+
+    def make(name: str, rule: str) -> dict[str, Any]:
+        select(data, SelectConfig(name=name, rules={"one": rule}))
+        return publish(data, request(tmp_path / name, name, list_only=True))
+
+    for name, rule in {"s": "width > 0", "t": "key < '0000100'", "u": "width > 0"}.items():
+        make(name, rule)
+    keys = data.root / "published"
+    assert len([*keys.glob("keys-*")]) == 2  # s and u keep the same
+    assert make("u", "key < '0000100'")["images_gone"] > 0 and len([*keys.glob("keys-*")]) == 2
+    make("s", "key >= '0000100'")
+    assert len([*keys.glob("keys-*")]) == 2
+    key = query(data, "SELECT key FROM ledger WHERE status = 'success' ORDER BY key").key[0]
+    assert main(["remove", str(data), "--keys", key, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert {n for n in "stu" if f"published {tmp_path / n} holds them still" in said} == {"t", "u"}
+
+
+def test_progress_is_of_what_is_to_be_sent(data: Data, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    first = publish(data, request(tmp_path / "to"), progress=lambda _, sent, whole: seen.append((sent, whole)))
+    packed = sum(f.stat().st_size for f in data.packed(SELECTION).rglob("*") if f.is_file())
+    assert all(abs(whole - packed) < 0.5 * packed for _, whole in seen[:3]) and sorted(seen) == seen
+    assert seen[-1] == (first["bytes"], first["bytes"]) and len(seen) == first["files"]
+    seen.clear()
+    publish(data, request(tmp_path / "to"), progress=lambda _, sent, whole: seen.append((sent, whole)))
+    assert seen[-1] == (0, 0)
+
+
 def test_numbers_are_the_ledgers(data: Data, tmp_path: Path) -> None:
     publish(data, request(tmp_path / "to", list_only=True, license="CC-BY-4.0"))
     there = read(tmp_path / "to")
@@ -101,12 +137,17 @@ def test_numbers_are_the_ledgers(data: Data, tmp_path: Path) -> None:
     assert {"uid", "WIDTH", "similarity", "open_nsfw", "original_width"} <= {*rows.column_names}
     assert there["domains.csv"].decode().splitlines()[1].startswith(f'"127.1.0.1",36,{truth.bytes.sum()},1')
     head = yaml.safe_load(there["README.md"].decode().split("---\n")[1])
-    assert head["license"] == "CC-BY-4.0" and head["size_categories"] == ["n<1K"]
+    assert head["license"] == "cc-by-4.0" and head["size_categories"] == ["n<1K"]
     assert head["configs"][0]["data_files"][0]["path"] == "list/*.parquet"
     croissant = json.loads(there["croissant.json"])
     assert {f["source"]["extract"]["column"] for f in croissant["recordSet"][0]["field"]} == {*rows.column_names}
-    assert "Size: 36 images (less than 1 million)" in there["TRAINING-CONTENT.md"].decode()
+    assert "Image: less than 1 million (36 images," in there["TRAINING-CONTENT.md"].decode()
     assert not any(name.endswith(".tar") for name in there)
+
+
+def test_licences_as_the_hub_names_them() -> None:
+    named = {"CC-BY-NC-SA-4.0": "cc-by-nc-sa-4.0", "ODbL-1.0": "odbl", "mit": "mit", "CC-BY-9": None, "My own": None}
+    assert {name: licence_id(name) for name in named} == named
 
 
 def _routes(changed: Mapping[int, int]) -> dict[str | tuple[int, str], Route]:
@@ -164,10 +205,10 @@ _KILLED = """
 import os, signal, sys
 from pathlib import Path
 from curate.layout import Data
-from curate.publish.publication import publish
+from curate.publish.publication import licence_id, publish
 from tests.test_publish import request
 left = int(sys.argv[3])
-def progress(name, size):
+def progress(name, sent, whole):
     global left
     left -= 1
     if not left:
@@ -176,7 +217,7 @@ publish(Data(Path(sys.argv[1])), request(sys.argv[2]), progress=progress)
 """
 
 
-@pytest.mark.parametrize("files", [2, 9])
+@pytest.mark.parametrize("files", [pytest.param(2, marks=pytest.mark.long), 9])
 def test_killed_and_again(data: Data, tmp_path: Path, files: int) -> None:
     publish(data, request(tmp_path / "whole"))
     to = tmp_path / "to"
@@ -225,29 +266,36 @@ def test_refused(data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "names what" in capsys.readouterr().err and not (tmp_path / "to3").exists()
 
 
-MLCROISSANT = ("mlcroissant==1.1.1", "etils", "jsonpath-rw", "ply", "decorator", "rdflib", "absl-py", "pyparsing")
+MLCROISSANT = "mlcroissant==1.1.1 etils jsonpath-rw ply decorator rdflib absl-py pyparsing"
 """What loads records, and what of its requirements is not here: its stubs of pandas would change what mypy says."""
 
 
+def read_croissant(side: SideEnvironments, folder: Path, home: Path) -> dict[str, Any]:
+    """What mlcroissant makes of a folder. home: a new one, as it finds again what it extracted, by the tar's name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home))
+        patch.setenv("XDG_CACHE_HOME", str(home))
+        return side("read_croissant.py", str(folder), MLCROISSANT)
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("list_only", [True, False])
-def test_mlcroissant_loads_the_records(data: Data, tmp_path: Path, list_only: bool) -> None:
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--retries=1", "--target"]
-    done = subprocess.run([*install, str(tmp_path / "side"), *MLCROISSANT], capture_output=True, text=True, timeout=120)
-    if done.returncode:
-        pytest.skip(f"mlcroissant cannot be installed here: {done.stderr.strip()[-300:]}")
-    publish(data, replace(request(tmp_path / "to", list_only=list_only), recipe={"images": {"format": "jpg"}}))
-    command = [sys.executable, str(ROOT / "tests" / "side" / "read_croissant.py"), str(tmp_path / "to")]
-    caches = {
-        "HOME": str(tmp_path),
-        "XDG_CACHE_HOME": str(tmp_path),
-    }  # what it extracts, it finds again by the tar's name
-    environment = {**os.environ, **caches, "PYTHONPATH": str(tmp_path / "side")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout)
+@pytest.mark.parametrize("form", ["list", "shards", "packed", "packed, some removed"])
+def test_mlcroissant_loads_the_records(data: Data, tmp_path: Path, side: SideEnvironments, form: str) -> None:
+    """Of what is published, and of packed shards as they lie in the data folder."""
+    folder = tmp_path / "to"
+    if form in ("list", "shards"):
+        publish(data, request(folder, list_only=form == "list"))
+    else:
+        folder = data.packed(SELECTION)
+    if form.endswith("removed"):
+        keys = query(data, "SELECT key FROM ledger WHERE status = 'success' ORDER BY key").key
+        assert main(["remove", str(data), "--keys", *keys[[0, 7]]]) == 0
+    seen = read_croissant(side, folder, tmp_path)
     truth = query(data, "SELECT key, url, sha256, width, height, caption FROM ledger WHERE status = 'success'")
-    assert seen["errors"] == []
+    assert seen["errors"] == [] and len(truth) == (34 if form.endswith("removed") else 36)
     assert sorted(seen["rows"]) == sorted(truth[["key", "url", "sha256"]].values.tolist())
     sizes = truth.sort_values("key")[["key", "width", "height"]].values.tolist()
-    assert [s[:3] for s in sorted(seen["samples"])] == ([] if list_only else sizes)
+    assert [s[:3] for s in sorted(seen["samples"])] == ([] if form == "list" else sizes)
+    captions = {key: caption for key, *_, caption in seen["samples"]}
+    told = truth[truth.caption.notna()]
+    assert form == "list" or {k: captions[k] for k in told.key} == dict(zip(told.key, told.caption, strict=True))

@@ -23,6 +23,7 @@ from curate.layout import Data
 from curate.ledger.select import load_selection
 from curate.shards.pack import pack
 from curate.shards.tar import image_member, index_tar, read_range
+from curate.store.objects import ObjectStore
 from demo.web import Route
 from pipelines import cli
 from pipelines.checks import refuse_denied
@@ -187,6 +188,34 @@ def test_bad_words(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert run(str(data.root), *words) == 2 and said in capsys.readouterr().err
     assert not data.deny_list.exists()
+
+
+@pytest.mark.long
+def test_on_an_object_store_it_is_the_same(
+    made: tuple[Served, Path], data: Data, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy on a real S3 server and one on a disk: all that lies there is the same afterwards, and as little."""
+    monkeypatch.setenv("TASTEMAKER_CACHE", str(tmp_path / "cache"))
+    store = ObjectStore(s3_url)
+    for file in sorted(p for p in data.root.rglob("*") if p.is_file() and not p.name.startswith(".")):
+        store.put_file(file, file.relative_to(data.root).as_posix())
+    packed = pq.read_table(sorted(data.packed(NAME).glob("*.parquet")))["key"].to_pylist()
+    keys, wanted = packed[::4], traces(data, {*packed[::4]})
+    image = tmp_path / "their.jpg"
+    image.write_bytes(images((data.root / "fetched").glob("*.tar"))[packed[1]])
+    for words in (["--keys", *keys[:-1]], ["--keys", keys[-1], "--like", str(image), "--yes"]):
+        assert run(str(data.root), *words) == 0 and run(s3_url, *words) == 0
+    wanted += traces(Data(made[1] / "data"), {packed[1]})
+    there = tmp_path / "there"
+    for stored in store.list():
+        (there / stored.name).parent.mkdir(parents=True, exist_ok=True)
+        store.get_file(stored.name, there / stored.name)
+    copy = Data(there)
+    assert found_in(copy, wanted) == found_in(data, wanted) == []
+    assert rows(copy) == rows(data) and sum(row["status"] == "removed" for row in rows(copy)) > len(keys)
+    assert images((there / "fetched").glob("*.tar")) == images((data.root / "fetched").glob("*.tar"))
+    assert images(copy.packed(NAME).glob("*.tar")) == images(data.packed(NAME).glob("*.tar"))
+    assert {*verify.verify(copy)} == {None} and cli.main(["verify", s3_url]) == 0
 
 
 @pytest.mark.long

@@ -35,6 +35,7 @@ from pipelines.commands.status import status
 from pipelines.curation import remaining_work, restart
 from pipelines.recipe import Recipe, load_recipe
 from pipelines.runtime.jobs import RemainingWork
+from pipelines.terminal import counted
 from tests.small_web import image
 from tests.stages import Served, choose, contents, embed_shards, fetch_shards, run_stages, serving
 
@@ -455,9 +456,9 @@ def test_a_deny_list_given_later_names_what_is_there(
     }.items():
         denied.write_text(f"# not these\n{entry}\nother.example\n")
         told = run(*retry)
-        assert f"{len(keys):,} images of fetched/ (key {', '.join(keys[:3])}" in told, told
+        assert f"{counted(len(keys), 'image')} of fetched/ (key {', '.join(keys[:3])}" in told, told
         count = len(set(keys) & set(packed))
-        assert f"; {count} images of shards/bundled.\n" in told
+        assert f"; {counted(count, 'image')} of shards/bundled.\n" in told
         assert told.endswith(f"\n  tastemaker remove {copy.root} --denied --deny {denied}\n")
     denied.write_text(row["url"])
     listed = str(finished.parent / "list.tsv")
@@ -466,9 +467,9 @@ def test_a_deny_list_given_later_names_what_is_there(
         *(curate, [*curate, "--dry-run"], ["fetch", *curate[1:]], ["embed", str(copy.root)]),
         *(["select", str(copy.root)], ["pack", str(copy.root)]),
     ):
-        assert "1 images of fetched/" in run(*words), words
+        assert "1 image of fetched/" in run(*words), words
     told = run(*curate, "--restart-from", "fetch")  # the pack would stay until the very end, or for ever
-    assert "images of fetched/" not in told and "holds already: 1 images of shards/bundled.\n" in told
+    assert " of fetched/" not in told and "holds already: 1 image of shards/bundled.\n" in told
     denied.write_text("0" * 32)
     told = run(*retry)
     assert "perhaps images of fetched/ (shards 00000, 00001, 00002): its md5" in told

@@ -15,6 +15,9 @@ import pytest
 from PIL import Image
 
 from curate.images.rights import MOST_PARTS, MOST_XMP, read_rights
+from demo.web import Route, Web
+from tests.side_environments import SideEnvironments
+from tests.test_fetch_job import fetch
 
 FILES = Path(__file__).parent / "rights"  # make.py says how they were made
 MADE = {
@@ -38,6 +41,32 @@ def test_files_of_the_c2pa_library(path: Path) -> None:
 def test_there_is_a_file_of_each_format() -> None:
     assert {p.suffix for p in files()} == {".jpg", ".png", ".webp", ".avif"}
     assert {p.stem for p in files()} == MADE.keys()
+
+
+WRITERS = "c2pa-python==0.38.1 cryptography==50.0.2 cffi==2.1.1 pycparser==3.0 pyexiv2==2.16.0"
+
+
+@pytest.mark.long
+def test_truth_tables_of_others_libraries_over_http(side: SideEnvironments, tmp_path: Path) -> None:
+    """Every purpose and use of C2PA's two assertions, and IPTC's data mining, in files that C2PA's library and exiv2
+    write: fetched from a real server, with the signals respected and not."""
+    (tmp_path / "made").mkdir()
+    made = side("write_rights.py", str(tmp_path / "made"), WRITERS)
+    assert len(made) == 63
+    said = {}
+    for name, (signal, words) in made.items():
+        refused = "PROHIBITED" in words if signal == "iptc" else not words.startswith("allowed")
+        said[name] = f"{signal}: {words}" if refused and not words.endswith("ai_inference") else None
+        found = read_rights((tmp_path / "made" / name).read_bytes())
+        assert found == ({signal: words} if said[name] else {}), name
+    assert sum(value is None for value in said.values()) == 24
+    with Web({f"/{name}": Route(file=str(tmp_path / "made" / name)) for name in made}, hosts=1) as web:
+        rows = {"url": [web.url(0, f"/{name}") for name in made], "caption": ["a"] * len(made)}
+        for respect in (("c2pa", "iptc"), ("iptc",), ()):
+            table = fetch(tmp_path / "-".join(["run", *respect]), rows, f"127.0.0.0/8:{web.port}", respect=respect)
+            assert table["opt_out"].to_pylist() == [*said.values()]
+            reasons = ["opted_out" if said[name] and made[name][0] in respect else None for name in made]
+            assert table["reason"].to_pylist() == reasons
 
 
 # ---------------------------------------------------------------------------------------------- C2PA, byte by byte

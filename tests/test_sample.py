@@ -22,11 +22,12 @@ from train.generate import sampler as sampler_module
 from train.generate.files import png, read_facts
 from train.generate.request import GenerationRequest, request_of, resolve
 from train.generate.sampler import Generated, Sampler
+from train.models.family import family_of
 from train.models.info import read_model_info
 from train.models.lora import Lora, check_lora, parse_lora
 from train.models.presets import PRESETS
 from train.models.schedulers import FLOW, SCHEDULERS, scheduler_name, share_of_steps
-from train.models.unet import add_lora, load_model, new_model, save_lora
+from train.models.unet import load_model, new_model
 
 WORDS = ["a red disc", "a blue disc on white"]
 
@@ -153,12 +154,12 @@ def test_a_lora_is_what_diffusers_makes_of_it(
     from diffusers import StableDiffusionPipeline
 
     made = load_model(models["pixels"])
-    add_lora(made, rank=2)
+    family_of(made).add_lora(made, rank=2)
     with torch.no_grad():
         for p in made.unet.parameters():
             if p.requires_grad:
                 p.copy_(torch.randn(p.shape, generator=noise(p.numel())))
-    save_lora(made, tmp_path / "lora")
+    family_of(made).save_lora(made, tmp_path / "lora")
     r = GenerationRequest("a red disc", seed=7, steps=3, guidance=4)
     (drawn,) = draw(Sampler(models["pixels"], loras=[Lora(tmp_path / "lora", 0.5)]), r)
     (without,) = draw(artists["pixels"], r)

@@ -392,7 +392,7 @@ def test_an_error_of_a_worker_is_no_lost_worker(images: Path, tmp_path: Path) ->
     folder = there[max(there)]
     state = saved_state(out)
     (file,) = (folder / "trainer").iterdir()
-    save_file({**state, "raw.unet.conv_in.weight": torch.zeros(7, 7, 7, 7)}, file)
+    save_file({**state, "raw.denoiser.conv_in.weight": torch.zeros(7, 7, 7, 7)}, file)
     record = json.loads((folder / "record.json").read_text())
     record["files"][f"trainer/{file.name}"] = file.stat().st_size
     (folder / "record.json").write_text(json.dumps(record))

@@ -32,8 +32,8 @@ from train.evaluate.figures import (
     share,
 )
 from train.evaluate.heldout import distinct_captions, find_held_out, in_hash_order, losses
+from train.models.family import load_model, tokenize
 from train.models.presets import PRESETS
-from train.models.unet import load_model, tokenize
 
 RNG = np.random.default_rng(0)
 

@@ -14,8 +14,8 @@ from aesthetic.errors import UserError
 from tests.small_train import make_images
 from train.data import ImageDataset, MapDataset, Stream, open_samples
 from train.latents import LatentDataset, precompute_latents
+from train.models.family import new_model, tokenize
 from train.models.presets import PRESETS
-from train.models.unet import new_model, tokenize
 from train.tasks import Denoise
 
 

@@ -28,8 +28,8 @@ from train.data import ImageDataset, Stream, open_samples, ordered_batches, spli
 from train.devices import FreeCores
 from train.loop import Diverged, Ema, LoopConfig, learning_rate, train
 from train.metrics import format_record, training_flops
+from train.models.family import family_of, load_model, new_model, tokenize
 from train.models.presets import PRESETS
-from train.models.unet import encode_images, load_model, new_model, tokenize
 from train.tasks import Denoise, Reconstruct, fit_scale, generate_images, psnr, slice_batch
 
 
@@ -126,8 +126,8 @@ def test_a_run_learns_and_leaves_what_it_promises(images: Path, tmp_path: Path) 
     # the pipeline holds the average, not the raw weights
     state = saved_state(tmp_path)
     first = load_model(tmp_path / "checkpoints" / "000045" / "pipeline").unet.conv_in.weight
-    assert torch.equal(first, state["mean.unet.conv_in.weight"])
-    assert not torch.equal(first, state["raw.unet.conv_in.weight"])
+    assert torch.equal(first, state["mean.denoiser.conv_in.weight"])
+    assert not torch.equal(first, state["raw.denoiser.conv_in.weight"])
 
 
 def test_a_run_that_is_stopped_saves_where_it_is_and_goes_on_to_the_same_bits(images: Path, tmp_path: Path) -> None:
@@ -193,7 +193,8 @@ def test_an_autoencoder_learns_to_reproduce_by_the_same_loop(images: Path, tmp_p
     assert records[-1]["loss"] < 0.6 * records[0]["loss"]
     batch = next(ordered_batches(examples, chosen, 32))
     scale = fit_scale(pipeline, batch)
-    assert encode_images(pipeline.vae, batch.images).std().item() == pytest.approx(1, abs=1e-4) and scale > 0
+    latents = family_of(pipeline).encode_images(pipeline.vae, batch.images)
+    assert latents.std().item() == pytest.approx(1, abs=1e-4) and scale > 0
     saved = type(pipeline.vae).from_pretrained(tmp_path / "checkpoints" / "000060" / "vae")
     assert torch.equal(next(saved.parameters()), next(pipeline.vae.parameters()))  # the average, in both
 
@@ -354,7 +355,7 @@ def test_flops_are_those_of_the_layers_and_a_frozen_autoencoder_counts_once(imag
     pipeline = new_model("debug", ["a red disc"] * 4)
     examples = ImageDataset(samples, lambda c: tokenize(pipeline, c), 16)
     batch = next(Stream(examples, np.arange(len(samples)), batch=8).batches())
-    latents = replace(batch, images=encode_images(pipeline.vae, batch.images), latent=True)
+    latents = replace(batch, images=family_of(pipeline).encode_images(pipeline.vae, batch.images), latent=True)
     task = Denoise(pipeline)
     from_pixels, from_latents = (training_flops(task, b) for b in (batch, latents))
     assert all(p.grad is None for m in task.modules.values() for p in m.parameters())

@@ -176,7 +176,7 @@ def test_several_workers_make_the_model_that_one_makes_of_the_same_batch(
     assert rms < 1e-6 and largest < 1e-4
     unet = load_model(checkpoint.checkpoints(tmp_path / "several")[6] / "pipeline").unet
     state = saved_state(tmp_path / "several")
-    assert all(torch.equal(p, state[f"mean.unet.{k}"]) for k, p in unet.named_parameters())
+    assert all(torch.equal(p, state[f"mean.denoiser.{k}"]) for k, p in unet.named_parameters())
     finish(ranks(count, run, images, tmp_path / "again", settings))
     assert apart(tmp_path / "several", tmp_path / "again") == (0, 0)
 

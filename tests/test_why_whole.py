@@ -19,11 +19,13 @@ from aesthetic.errors import UserError
 from aesthetic.files import atomic
 from curate.images.config import ImagesConfig
 from curate.layout import Data
-from curate.ledger.lookup import Match, by_image, by_url
+from curate.ledger.alike import Match
+from curate.ledger.lookup import by_image, by_url
 from curate.ledger.schema import RowError, make_key
 from curate.ledger.select import SelectConfig, select
 from curate.ledger.view import query, tables
 from curate.ledger.whole import whole_row
+from curate.shards.held import models_of
 from curate.shards.tar import read_images
 from curate.sources.find import open_folder
 from curate.store.files import sha256_file, write_json
@@ -158,13 +160,15 @@ def test_where_it_lies_and_which_models_saw_it(real_data: Data, tmp_path: Path) 
     manifest = sha256_file(folder / "manifest.json")
     keys = sorted(places)
 
-    def model(name: str, held_out: list[int], digest: str = manifest, place: Path = folder) -> None:
-        about = {"folder": str(place), "manifest_sha256": digest, "pictures": len(samples)}
+    def model(name: str, held_out: list[int], digest: str = manifest, place: Path = folder, lacks: str = "") -> None:
+        there = sum(samples.locate(i)[0].name != lacks for i in range(len(samples)))
+        about = {"folder": str(place), "manifest_sha256": digest, "pictures": there, "missing": [lacks]}
         write_json(models / name / "train.json", {"data": about, "finished": "2026-01-01"})
         write_json(models / name / "data.json", {"held_out": held_out, "unreadable": {str(places[keys[5]]): "x"}})
 
     model("a", [places[keys[0]], places[keys[3]]])
     model("copied", [], place=tmp_path / "elsewhere")
+    model("in part", [0], lacks="00001.tar")  # of which the sample of index 0 is the first of 00000.tar
     model("deep/older", [], digest="0" * 64)
     model("deep/other", [], digest="0" * 64, place=tmp_path / "elsewhere")
     (models / "odd").mkdir()
@@ -177,12 +181,50 @@ def test_where_it_lies_and_which_models_saw_it(real_data: Data, tmp_path: Path) 
         uses = {Path(use.model).name: use.use for use in whole.models}
         first = {keys[0]: "held it out", keys[3]: "held it out", keys[5]: "could not read it"}.get(key, "trained on it")
         copied = "could not read it" if key == keys[5] else "trained on it"
+        part = uses.pop("in part")
+        if Path(at.tar).name == "00001.tar":
+            assert part == "its copy of the shards lacked it"
+        elif key != keys[5]:  # of which it names another place
+            assert part == ("held it out" if at.index == 0 else "trained on it")
         assert uses == {"a": first, "copied": copied, "older": "unknown"}
         tar = real_data.tar(whole.row.shard)
         with open(tar, "rb") as f:
             f.seek(whole.stored.offset)  # type: ignore[union-attr]
             image = f.read(whole.stored.bytes)  # type: ignore[union-attr]
         assert image == next(file for k, _, file in read_images(tar) if k == key)
+
+
+def test_a_model_that_went_on_from_one_has_seen_what_that_saw(real_data: Data, tmp_path: Path) -> None:
+    """By the base that train.json names: through several, from a checkpoint of it, outside the folder that is given."""
+    folder = real_data.packed(SELECTION)
+    samples, manifest = open_folder(folder), sha256_file(folder / "manifest.json")
+    keys = [str(samples.facts(i)["key"]) for i in range(2)]
+    models, outside = tmp_path / "models", tmp_path / "outside"
+
+    def model(at: Path, start: Path | str | None, held_out: list[int] | None = None) -> None:
+        about = {"folder": str(folder), "manifest_sha256": manifest, "pictures": len(samples)}
+        data = about if held_out is not None else {"folder": "/other", "manifest_sha256": "0" * 64}
+        write_json(at / "train.json", {"settings": {"from": str(start) if start else None}, "data": data})
+        write_json(at / "data.json", {"held_out": held_out or [], "unreadable": {}})
+
+    model(outside / "base", None, [1])
+    model(models / "lora", outside / "base")
+    model(models / "further", outside / "base" / "checkpoints" / "000010" / "pipeline")
+    model(models / "third", models / "lora")
+    model(models / "both", outside / "base", [0])
+    model(models / "other", "org/name")
+    model(models / "round", models / "round")
+    uses = {Path(use.model).name: use for use in whole_row(real_data, keys[0], models=[models]).models}
+    assert {name: use.use for name, use in uses.items()} == dict.fromkeys(
+        ("lora", "further", "third", "both"), "trained on it"
+    )
+    assert all(f"went on from, {outside / 'base'}" in use.note for use in uses.values())
+    uses = {Path(use.model).name: use for use in whole_row(real_data, keys[1], models=[models]).models}
+    assert {name: use.use for name, use in uses.items()} == {"both": "trained on it"} and not uses["both"].note
+
+    found = {h.folder.name: h.base for h in models_of(real_data, [models], {SELECTION: manifest})[SELECTION]}
+    base = outside / "base"
+    assert found == {"lora": base, "further": base, "third": base, "both": None}
 
 
 def test_copies_and_deny_lists(data: Data, tmp_path: Path) -> None:

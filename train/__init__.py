@@ -20,7 +20,7 @@ __all__ = ["load_model"]
 def __getattr__(name: str) -> Any:
     # on demand: a command line that answers at once must not load torch
     if name == "load_model":
-        from train.models.unet import load_model
+        from train.models.family import load_model
 
         return load_model
     raise AttributeError(f"module 'train' has no attribute {name!r}")

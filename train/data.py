@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from aesthetic.errors import UserError
 from aesthetic.splits import groups_of
@@ -70,7 +71,8 @@ class Batch:
     slots: list[int]  # the place of each sample in the whole batch, over all ranks
     images: Tensor  # (n, 3, h, w) float32 in [-1, 1]; or latents, (n, c, h / f, w / f)
     latent: bool  # which of the two
-    tokens: Tensor  # (n, length) int64; or what a frozen text encoder makes of them, (n, length, width) float32
+    tokens: Tensor  # (n, longest) int64; or what a frozen text encoder makes of them, (n, longest, width) float32
+    lengths: Tensor  # (n,) int64, on the CPU: how many tokens each caption has; what is beyond is 0
     cursor: tuple[int, int]  # (epoch, position) of the batch that comes after this one
 
 
@@ -95,7 +97,7 @@ class ImageDataset:
 
     Args:
         samples: what `open_samples` gave.
-        tokenize: captions -> (n, length) int64.
+        tokenize: captions -> the token ids of each, (length,) int64.
         size: pixels of a side; a multiple of `step`.
     """
 
@@ -104,7 +106,7 @@ class ImageDataset:
     def __init__(
         self,
         samples: MapDataset,
-        tokenize: Callable[[list[str]], Tensor],
+        tokenize: Callable[[list[str]], Sequence[Tensor]],
         size: int,
         *,
         buckets: bool = False,
@@ -384,7 +386,9 @@ def _collate(
     loaded: list[tuple[str, Tensor, Tensor]], slots: list[int], latent: bool, cursor: tuple[int, int]
 ) -> Batch:
     keys, images, tokens = zip(*loaded, strict=True)
-    return Batch(list(keys), slots, torch.stack(images), latent, torch.stack(tokens), cursor)
+    lengths = torch.tensor([len(t) for t in tokens])
+    words = pad_sequence(list(tokens), batch_first=True)
+    return Batch(list(keys), slots, torch.stack(images), latent, words, lengths, cursor)
 
 
 def ordered_batches(dataset: TrainDataset, indices: Ints, size: int) -> Iterator[Batch]:

@@ -1,7 +1,9 @@
 """Latents and token ids computed once: for a model whose autoencoder is frozen, most of the work of reading an image.
 
-    LATENTS/00000.safetensors    latents (n, c, h, w) float16; tokens (n, length) int32, or where the text encoder is
-                                 frozen too what it makes of them, text (n, length, width) float16; one shape per file
+    LATENTS/00000.safetensors    latents (n, c, h, w) float16, one shape per file; tokens (all, ) int32, those of one
+                                 caption after those of another, or where the text encoder is frozen too what it makes
+                                 of them, text (all, width) float16 or bfloat16; lengths (n,) int32,
+                                 how many are of each caption
             00000.json           the images' indices and keys, what the file was made with; written after it
             empty.safetensors    tokens or text of '', which takes the place of dropped captions
             made.json            what they were made from and with, the length of every file; written last
@@ -12,7 +14,7 @@ A shard is a function of the images' indices alone, so that several processes ca
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,15 +24,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
 from curate.layout import shard_name
 from curate.store.files import check_space, digest, read_json, write_json
 from train.data import ImageDataset, Ints
-from train.models.unet import encode_images, tokenize
+from train.models.family import family_of
 
-_FORMAT = 2
+_FORMAT = 3
 
 Tell = Callable[[int], None]
 """Hears how many more images are done."""
@@ -49,7 +52,9 @@ def made_from(pipeline: Any, dataset: ImageDataset, indices: Ints, text: bool = 
     """What latents depend on: autoencoder and its scale, tokenizer, text encoder where used, images, their shapes."""
     return {
         "format": _FORMAT,
-        "vae": digest([weights_digest(pipeline.vae), pipeline.vae.config.scaling_factor]),
+        "vae": digest(
+            [weights_digest(pipeline.vae), pipeline.vae.config.scaling_factor, family_of(pipeline).shift(pipeline.vae)]
+        ),
         "tokenizer": digest([pipeline.tokenizer.get_vocab(), pipeline.tokenizer.model_max_length]),
         "text_encoder": weights_digest(pipeline.text_encoder) if text else None,
         "pictures": dataset.samples.fingerprint,
@@ -65,10 +70,12 @@ def shards_of(dataset: ImageDataset, indices: Ints, shard_size: int = 1024) -> l
 
 
 def latents_size(pipeline: Any, dataset: ImageDataset, indices: Ints, text: bool = False) -> int:
-    """Bytes that the latents of these images take, without the few that files need for their headers."""
+    """About the bytes that the latents of these images take."""
     factor, channels = pipeline.vae_scale_factor**2, pipeline.vae.config.latent_channels
     areas = np.array([h * w for h, w in dataset.shapes])[dataset.bucket[indices]]
-    words = pipeline.tokenizer.model_max_length * (pipeline.text_encoder.config.hidden_size if text else 2)
+    some = indices[:: max(1, len(indices) // 256)].tolist()  # captions, of which the length of all is told
+    tokens = family_of(pipeline).tokenize(pipeline, [str(dataset.samples.facts(i)["caption"] or "") for i in some])
+    words = np.mean([len(t) for t in tokens]) * (pipeline.text_encoder.config.hidden_size if text else 2)
     return int(2 * (areas.sum() * channels // factor + words * len(indices)))
 
 
@@ -118,8 +125,8 @@ def precompute_latents(
             write_shard(pipeline, dataset, shards[i], folder, i, made, text=text, threads=threads, tell=tell)
 
     with torch.no_grad():
-        tokens = tokenize(pipeline, [""])
-        empty = {"text": _text_states(pipeline, tokens)[0]} if text else {"tokens": tokens[0].int()}
+        tokens = family_of(pipeline).tokenize(pipeline, [""])
+        empty = {"text": _text_states(pipeline, tokens)} if text else {"tokens": tokens[0].int()}
     with atomic(folder / "empty.safetensors") as f:
         f.write(save(empty))
     names = [f"{shard_name(i)}.safetensors" for i in range(len(shards))]
@@ -142,19 +149,22 @@ def write_shard(
     tell: Tell = lambda count: None,
 ) -> None:
     """Encode the images of one shard and write its two files, each whole or absent, the record last."""
+    family = family_of(pipeline)
     parts = [indices[i : i + 32].tolist() for i in range(0, len(indices), 32)]
     keys: list[str] = []
-    latents, words = [], []
+    latents, words, lengths = [], [], []
     with ThreadPoolExecutor(threads) as pool:
         ahead = pool.map(dataset.load, parts[0])
         for following in [*parts[1:], []]:  # is read while the part before it is encoded
             loaded, ahead = list(ahead), pool.map(dataset.load, following)
-            images, tokens = torch.stack([x[1] for x in loaded]), torch.stack([x[2] for x in loaded])
+            images, tokens = torch.stack([x[1] for x in loaded]), [x[2] for x in loaded]
             keys += [str(x[0]) for x in loaded]
-            latents.append(encode_images(pipeline.vae, images.to(pipeline.vae.device)).half().cpu())
-            words.append(_text_states(pipeline, tokens) if text else tokens.int())
+            latents.append(family.encode_images(pipeline.vae, images.to(pipeline.vae.device)).half().cpu())
+            words.append(_text_states(pipeline, tokens) if text else torch.cat(tokens).int())
+            lengths += [len(t) for t in tokens]
             tell(len(loaded))
-    data = save({"latents": torch.cat(latents).contiguous(), "text" if text else "tokens": torch.cat(words)})
+    tensors = {"latents": torch.cat(latents).contiguous(), "text" if text else "tokens": torch.cat(words)}
+    data = save({**tensors, "lengths": torch.tensor(lengths, dtype=torch.int32)})
     check_space(folder, len(data))
     path = folder / f"{shard_name(shard)}.safetensors"
     path.with_suffix(".json").unlink(missing_ok=True)
@@ -164,9 +174,14 @@ def write_shard(
     write_json(path.with_suffix(".json"), record)
 
 
-def _text_states(pipeline: Any, tokens: Tensor) -> Tensor:
-    states: Tensor = pipeline.text_encoder(tokens.to(pipeline.text_encoder.device))[0]
-    return states.half().cpu()
+def _text_states(pipeline: Any, tokens: Sequence[Tensor]) -> Tensor:
+    """What the text encoder makes of captions, one after the other: (all, width)."""
+    lengths = torch.tensor([len(t) for t in tokens])
+    padded = pad_sequence(list(tokens), batch_first=True).to(pipeline.text_encoder.device)
+    family = family_of(pipeline)
+    states = family.encode_text(pipeline.text_encoder, padded, lengths)
+    rows = [row[:length] for row, length in zip(states, lengths.tolist(), strict=True)]
+    return torch.cat(rows).to(family.text_dtype).cpu()
 
 
 class LatentDataset:
@@ -195,13 +210,14 @@ class LatentDataset:
         self._keys = [record["keys"] for record in records]
         # mapped memory, whose rows are read when they are touched: four times as fast as a slice of the file for each
         # row, and a GPU takes 10,000 small latents a second
-        self._mapped: list[tuple[Tensor, Tensor]] = []
+        self._mapped: list[tuple[Tensor, Tensor, list[int]]] = []  # latents, words, where those of each caption end
         for name in names:
             with safe_open(self.folder / name, "pt") as file:
-                self._mapped.append((file.get_tensor("latents"), file.get_tensor(self._words)))
+                ends = [0, *file.get_tensor("lengths").cumsum(0).tolist()]
+                self._mapped.append((file.get_tensor("latents"), file.get_tensor(self._words), ends))
         self._empty = self._typed(load((self.folder / "empty.safetensors").read_bytes())[self._words])
 
-        shapes = [tuple(latents.shape[1:]) for latents, _ in self._mapped]
+        shapes = [tuple(latents.shape[1:]) for latents, _, _ in self._mapped]
         kinds = sorted(set(shapes))
         indices = np.concatenate([np.array(record["numbers"], np.int64) for record in records])
         self._count = len(indices)
@@ -221,5 +237,6 @@ class LatentDataset:
         shard, row = self._place[index].tolist()
         if shard < 0:
             raise IndexError(f"image {index} has no latents in {self.folder}")
-        latents, words = self._mapped[shard]
-        return self._keys[shard][row], latents[row].float(), self._empty if dropped else self._typed(words[row])
+        latents, words, ends = self._mapped[shard]
+        text = self._empty if dropped else self._typed(words[ends[row] : ends[row + 1]])
+        return self._keys[shard][row], latents[row].float(), text

@@ -28,6 +28,7 @@ from train import checkpoint
 from train.data import Batch, Ints, Stream, TrainDataset, ordered_batches
 from train.devices import autocast, out_of_memory
 from train.metrics import RecordLog, TrainMeter
+from train.optimizer import new_optimizer, set_rate
 from train.parallel import Alone, join, peers, rank_and_size
 from train.places import shown
 from train.tasks import Task, slice_batch
@@ -43,6 +44,7 @@ class LoopConfig:
     batch: int  # samples per step, over all ranks
     micro_batch: int = 0  # samples at a time on one rank; 0: all of its share. Halved where memory runs out
     lr: float = 1e-4  # AdamW's, at its highest
+    muon: float = 0.0  # Muon's then, for the matrices of a transformer's blocks; 0: AdamW for all
     warmup: int = 50  # steps of rising learning rate
     schedule: str = "cosine"  # cosine: down to 0 at the last step; constant
     weight_decay: float = 0.01
@@ -70,7 +72,7 @@ class LoopConfig:
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on: all that changes the numbers."""
         free = {"log_every", "held_out_every", "preview_every", "save_every", "keep"}
-        free |= {"micro_batch", "checkpointing", "compile", "shard"}
+        free |= {"micro_batch", "checkpointing", "compile", "shard"} | (set() if self.muon else {"muon"})
         return {k: v for k, v in asdict(self).items() if k not in free}
 
 
@@ -162,8 +164,8 @@ def train(
     trained = {name: p for name, p in task.module.named_parameters() if p.requires_grad}
     params = list(trained.values())
     device = params[0].device
-    fused = device.type in ("cpu", "cuda")  # one pass over each tensor
-    optimizer = torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+    rates = {"lr": config.lr, "muon": config.muon, "weight_decay": config.weight_decay}
+    optimizer = new_optimizer(params, task.matrices(), **rates)
     ema = Ema(params, config.ema)
     facts = {"config": {**config.identity(), **(identity or {})}}
 
@@ -181,8 +183,7 @@ def train(
     try:
         while step < config.steps:
             batch = meter.wait_for(lambda: next(batches))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step)
+            set_rate(optimizer, learning_rate(config, step))
             loss, micro_batch, stopped = _backward(workers, batch, config, step, micro_batch, should_stop)
             grad_norm = float(_whole(torch.nn.utils.clip_grad_norm_(params, config.clip)))
             if not math.isfinite(loss) or not math.isfinite(grad_norm):

@@ -135,8 +135,17 @@ def training_scheduler(name: str, shift: float = 1.0) -> Any:
     return DDIMScheduler(**table, prediction_type="epsilon")
 
 
+def flow_scheduler(shift: float = 1.0) -> Any:
+    """The diffusers scheduler that samples from a transformer trained by flow, its times shifted as in training."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIMES, shift=shift)
+
+
 def objective_of(scheduler: Any, gamma: float | None = GAMMA) -> Objective:
     """The objective that a pipeline was trained with, told by its scheduler. Raises UserError for another kind."""
+    if type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
+        return Objective("flow", flow, float(scheduler.config.shift))
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind == "flow_prediction":
         return Objective("flow", flow, float(scheduler.config.get("flow_shift", 1.0)))

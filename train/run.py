@@ -22,6 +22,7 @@ from aesthetic.errors import UserError
 from aesthetic.files import scratch_path
 from curate.hub import no_progress_bars
 from curate.sources.dataset import MapDataset
+from curate.sources.tars import PackedShards
 from curate.store.files import check_space, read_json, sha256_file, write_json
 from train import checkpoint
 from train.data import (
@@ -38,11 +39,12 @@ from train.data import (
 )
 from train.latents import LatentDataset, Tell, latents_size, precompute_latents, shards_of, write_shard
 from train.loop import LoopConfig, train
+from train.models.base import count_parameters
+from train.models.family import family_of, new_model
 from train.models.files import model_folder
 from train.models.info import training_record
 from train.models.presets import Preset
 from train.models.release import is_released, release
-from train.models.unet import add_lora, count_parameters, default_size, new_model, size_step, tokenize
 from train.objective import GAMMA, objective_of
 from train.parallel import rank_and_size
 from train.places import shown
@@ -114,11 +116,16 @@ def hold_out(samples: MapDataset, out: Path, tell: Tell) -> dict[str, Any]:
     return facts
 
 
-def write_new_model(folder: Path, preset: Preset, captions: Sequence[str], objective: str, seed: int) -> None:
-    """A new model, whole or absent: random weights, and a tokenizer of the captions that are trained on."""
+def write_new_model(
+    folder: Path, preset: Preset, captions: Sequence[str], objective: str, seed: int, **given: Path | None
+) -> None:
+    """A new model, whole or absent: random weights, and a tokenizer of the captions that are trained on.
+
+    `given`: parts in place of the preset's (see `family.new_model`).
+    """
     if folder.is_dir():
         return
-    pipeline = new_model(preset, captions, objective, seed)
+    pipeline = new_model(preset, captions, objective, seed, **given)
     scratch = scratch_path(folder)
     with no_progress_bars("diffusers"):
         pipeline.save_pretrained(scratch)
@@ -144,7 +151,8 @@ class TrainRun:
 
     Args:
         pipeline: what training begins with.
-        new: whether that is a new model: its text encoder is trained too.
+        new: whether that is a new model.
+        text: whether its text encoder is trained too.
         own_vae: whether its autoencoder is new, and trained first.
         size: pixels of a side; None: what the model generates.
         weight_by: a column; images are used in proportion to it.
@@ -162,6 +170,7 @@ class TrainRun:
         *,
         device: torch.device,
         new: bool,
+        text: bool,
         own_vae: bool = False,
         size: int | None = None,
         buckets: bool = False,
@@ -171,10 +180,12 @@ class TrainRun:
         identity: dict[str, Any] | None = None,
     ) -> None:
         self.pipeline, self.samples, self.out, self.loop, self.device = pipeline, samples, out, loop, device
-        self.new, self.lora, self.weight_by, self.prompts, self.identity = new, lora, weight_by, prompts, identity
-        self.size = size or default_size(pipeline)
+        self.new, self.text, self.lora, self.weight_by = new, text, lora, weight_by
+        self.prompts, self.identity = prompts, identity
+        self.family = family_of(pipeline)
+        self.size = size or self.family.default_size(pipeline)
         self.objective = objective_of(pipeline.scheduler).name  # flow, v or eps
-        pipeline.unet.register_to_config(sample_size=self.size // pipeline.vae_scale_factor)  # what it will generate
+        self.family.set_default_size(pipeline, self.size)
         self.vae_folder = out / "vae-training"  # its `vae/`, whole or absent, is the trained autoencoder
         self.latents_folder = out / "latents"
         if (self.vae_folder / "vae").is_dir():
@@ -197,19 +208,19 @@ class TrainRun:
         self.uses_latents = loop.steps * loop.batch > len(self.chosen)  # each image more than once
         self.images = ImageDataset(
             samples,
-            lambda captions: tokenize(self.pipeline, captions),
+            lambda captions: self.family.tokenize(self.pipeline, captions),
             self.size,
             buckets=buckets,
-            step=size_step(pipeline),
+            step=self.family.size_step(pipeline),
             least=loop.batch,
         )
 
     def check_space(self) -> None:
         """DiskFull before the first step where latents and checkpoints would not fit."""
-        p = self.pipeline
-        trained = 0 if self.lora else count_parameters([p.unet, p.text_encoder] if self.new else [p.unet])
-        whole = 0 if self.lora else count_parameters([p.unet, p.text_encoder, p.vae])
-        latents = latents_size(p, self.images, self._encoded, not self.new) if self.uses_latents else 0
+        p, network = self.pipeline, self.family.network(self.pipeline)
+        trained = 0 if self.lora else count_parameters([network, p.text_encoder] if self.text else [network])
+        whole = 0 if self.lora else count_parameters([network, p.text_encoder, p.vae])
+        latents = latents_size(p, self.images, self._encoded, not self.text) if self.uses_latents else 0
         if not (self.out / "checkpoints").is_dir():
             each = 4 * (4 * trained + whole)  # raw, average, two moments; the pipeline
             check_space(self.out, latents + (self.loop.keep + 2) * each)
@@ -240,7 +251,7 @@ class TrainRun:
         """Write the latents that are missing: here, or by `write_shards` (see `latents.precompute_latents`)."""
         precompute_latents(
             self.pipeline, self.images, self._encoded, self.latents_folder,
-            text=not self.new, threads=_threads(), tell=tell, write_shards=write_shards,
+            text=not self.text, threads=_threads(), tell=tell, write_shards=write_shards,
         )  # fmt: skip
 
     def write_latents(self, shard: int, made: dict[str, Any], tell: Tell) -> None:
@@ -248,13 +259,13 @@ class TrainRun:
         indices = shards_of(self.images, self._encoded)[shard]
         write_shard(
             self.pipeline, self.images, indices, self.latents_folder, shard, made,
-            text=not self.new, threads=_threads(), tell=tell,
+            text=not self.text, threads=_threads(), tell=tell,
         )  # fmt: skip
 
     def train_model(self, should_stop: ShouldStop) -> Iterator[Record]:
         """Train the model, or its LoRA; records as `loop.train` yields them."""
         if self.lora:
-            add_lora(self.pipeline, self.lora, self.loop.seed)
+            self.family.add_lora(self.pipeline, self.lora, self.loop.seed)
         dataset = LatentDataset(self.latents_folder) if self.uses_latents else self.images
         real: dict[str, Any] = {}  # the held-out image of each prompt that is the caption of one, for previews
         for index in self.held_out.tolist() if rank_and_size()[0] == 0 else ():
@@ -262,7 +273,7 @@ class TrainRun:
             if caption in self.prompts and caption not in real:
                 real[caption] = crop_resize(decode_sample(self.samples[index], self.size), self.size, self.size)
         gamma = GAMMA if self.objective == "eps" else None
-        task = Denoise(self.pipeline, text=self.new, gamma=gamma, real=real)
+        task = Denoise(self.pipeline, text=self.text, gamma=gamma, real=real)
         return self._train(task, dataset, self.loop, self.out, should_stop)
 
     def _train(
@@ -293,6 +304,7 @@ class TrainRun:
     def data_facts(self) -> dict[str, Any]:
         """What train.json says of the data."""
         manifest, notes = self.samples.folder / "manifest.json", self.samples.passed_over()
+        missing = self.samples.missing() if isinstance(self.samples, PackedShards) else []
         return {
             "folder": shown(self.samples.folder.absolute()),
             "manifest_sha256": sha256_file(manifest) if manifest.is_file() else None,
@@ -300,6 +312,7 @@ class TrainRun:
             "trained_on": len(self.chosen),
             "held_out": len(self.held_out),
             "unreadable": self.unreadable,
+            **({"missing": missing} if missing else {}),
             **({"notes": notes} if notes else {}),
         }
 

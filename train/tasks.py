@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from curate.hub import no_progress_bars
 from curate.sheets import Tile, enlarged
 from train.data import Batch
-from train.models.unet import encode_images, has_lora, save_lora
+from train.models.base import Family
+from train.models.family import family_of
 from train.objective import TIMES, Objective, objective_of
 
 HELD_OUT_TIMES = tuple(TIMES * (2 * k + 1) // 16 for k in range(8))
@@ -51,6 +52,10 @@ class Task(Protocol):
         """What `module` takes; made without gradients. module(*inputs) is the loss of each sample, (n,) float32."""
         ...
 
+    def matrices(self) -> list[nn.Parameter]:
+        """The parameters that Muon is for, where it is asked for."""
+        ...
+
     def held_out_losses(self, batch: Batch, seed: int) -> Tensor:
         """The loss of each sample at fixed noise, (n,) float32: comparable between steps and runs."""
         ...
@@ -65,7 +70,7 @@ class Task(Protocol):
 
 
 class Denoise:
-    """Training of a text-to-image pipeline: UNet and, where `text` says so, its text encoder; or its LoRA alone.
+    """Training of a text-to-image pipeline: its denoiser and, with `text`, its text encoder; or its LoRA alone.
 
     The autoencoder is never trained here and runs without gradients, in fp32; with precomputed latents it does not run.
     `real` holds an image, (h, w, 3) uint8, for prompts that are captions of one: previews show it beside the generated.
@@ -79,19 +84,24 @@ class Denoise:
         gamma: float | None = None,
         real: Mapping[str, npt.NDArray[np.uint8]] | None = None,
     ) -> None:
-        self.pipeline, self._real = pipeline, real or {}
+        self.pipeline, self.family, self._real = pipeline, family_of(pipeline), real or {}
         self.objective: Objective = objective_of(pipeline.scheduler, gamma)
         pipeline.vae.requires_grad_(False).eval()
-        pipeline.text_encoder.requires_grad_(text and not has_lora(pipeline))
-        self.modules = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
-        self.module = DenoisingError(pipeline.unet, pipeline.text_encoder, self.objective)
+        self.family.train_text(pipeline, text and not self.family.has_lora(pipeline))
+        self._network = self.family.network(pipeline)
+        self.modules = {self.family.denoiser: self._network, "text_encoder": pipeline.text_encoder}
+        self.module = DenoisingError(self.family, self._network, pipeline.text_encoder, self.objective)
         self._sample_noise = _NoisePrefetcher(self.objective.sample_time)
+
+    def matrices(self) -> list[nn.Parameter]:
+        """Those of the denoiser's blocks."""
+        return self.family.matrices(self._network)
 
     def inputs(self, batch: Batch, seed: int, step: int) -> tuple[Tensor, ...]:
         """Latents, noise, a random time for each, and captions as tokens or as what the text encoder makes of them."""
         x0 = self._latents(batch)
         t, noise = self._sample_noise(seed, step, batch.slots, x0)
-        return x0, noise, t, batch.tokens.to(x0.device)
+        return x0, noise, t, batch.tokens.to(x0.device), batch.lengths
 
     def held_out_losses(self, batch: Batch, seed: int) -> Tensor:
         """Mean squared error of each sample, averaged over the eight times of HELD_OUT_TIMES."""
@@ -100,18 +110,18 @@ class Denoise:
     def held_out_losses_by_time(self, batch: Batch, seed: int) -> Tensor:
         """The same before it is averaged, (8, n)."""
         x0 = self._latents(batch)
-        text = self.module.encode_text(batch.tokens.to(x0.device))
+        text = self.module.encode_text(batch.tokens.to(x0.device), batch.lengths)
         _, noise = (x.to(x0.device) for x in _time_and_noise(seed, _HELD_OUT, batch.slots, x0.shape[1:]))
         times = (torch.full((len(x0),), float(t), device=x0.device) for t in HELD_OUT_TIMES)
-        return torch.stack([self.module(x0, noise, t, text) for t in times])
+        return torch.stack([self.module(x0, noise, t, text, batch.lengths) for t in times])
 
     def _latents(self, batch: Batch) -> Tensor:
-        device = self.pipeline.unet.device
+        device = self._network.device
         images = batch.images.to(device, torch.float32, non_blocking=True)
         if batch.latent:
             return images
         with torch.autocast(device.type, enabled=False):
-            return encode_images(self.pipeline.vae, images)
+            return self.family.encode_images(self.pipeline.vae, images)
 
     def preview(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, list[Tile]]]:
         """A row for each prompt: the real image of that caption where it is known, then one for each seed."""
@@ -126,34 +136,36 @@ class Denoise:
     def save(self, folder: Path) -> None:
         """`pipeline/`; of a LoRA `lora/`, which goes on top of the pipeline that training began with."""
         with no_progress_bars("diffusers"):
-            if has_lora(self.pipeline):
-                save_lora(self.pipeline, folder / "lora")
+            if self.family.has_lora(self.pipeline):
+                self.family.save_lora(self.pipeline, folder / "lora")
             else:
                 self.pipeline.save_pretrained(folder / "pipeline")
 
 
 class DenoisingError(nn.Module):
-    """UNet and text encoder as one module: noised latents and captions to an error for each sample."""
+    """Denoiser and text encoder as one module: noised latents and captions to an error for each sample."""
 
-    def __init__(self, unet: nn.Module, text_encoder: nn.Module, objective: Objective) -> None:
+    def __init__(self, family: Family, denoiser: nn.Module, text_encoder: nn.Module, objective: Objective) -> None:
         super().__init__()
-        self.unet, self.text_encoder, self._objective = unet, text_encoder, objective
+        self.denoiser, self.text_encoder = denoiser, text_encoder
+        self._family, self._objective = family, objective
 
-    def forward(self, x0: Tensor, noise: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x0: Tensor, noise: Tensor, t: Tensor, text: Tensor, lengths: Tensor) -> Tensor:
         """Mean squared error of each sample, (n,) float32, weighted by the objective.
 
         Args:
             x0, noise: (n, c, h, w) float32.
             t: times in [0, TIMES), (n,) float32.
-            text: tokens (n, length) int64, or what the text encoder makes of them, floating point.
+            text: tokens (n, longest) int64, or what the text encoder makes of them, floating point.
+            lengths: of each caption, (n,) int64, on the CPU.
         """
         x_t, target, weight = self._objective.noised(x0, noise, t)
-        predicted = self.unet(x_t, t, self.encode_text(text), return_dict=False)[0]
+        predicted = self._family.predict(self.denoiser, x_t, t, self.encode_text(text, lengths), lengths)
         return weight * F.mse_loss(predicted.float(), target, reduction="none").mean((1, 2, 3))
 
-    def encode_text(self, text: Tensor) -> Tensor:
-        """What the UNet takes of captions; what is that already, as where it is precomputed, stays as it is."""
-        return text if text.is_floating_point() else self.text_encoder(text)[0]
+    def encode_text(self, text: Tensor, lengths: Tensor) -> Tensor:
+        """What the denoiser takes of captions; what is that already, as where it is precomputed, stays as it is."""
+        return text if text.is_floating_point() else self._family.encode_text(self.text_encoder, text, lengths)
 
 
 class Reconstruct:
@@ -165,6 +177,10 @@ class Reconstruct:
         self.module = ReconstructionError(pipeline.vae)
         self._first: Tensor | None = None  # images of the first batch, for previews
         self._sample_noise = _NoisePrefetcher()
+
+    def matrices(self) -> list[nn.Parameter]:
+        """None: an autoencoder has hardly any."""
+        return []
 
     def inputs(self, batch: Batch, seed: int, step: int) -> tuple[Tensor, ...]:
         """Images, and noise for their latents."""
@@ -264,8 +280,9 @@ def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
     """Some samples of a batch."""
     rows = slice(start, stop)
     return replace(
-        batch, keys=batch.keys[rows], slots=batch.slots[rows], images=batch.images[rows], tokens=batch.tokens[rows]
-    )
+        batch, keys=batch.keys[rows], slots=batch.slots[rows], images=batch.images[rows], tokens=batch.tokens[rows],
+        lengths=batch.lengths[rows],
+    )  # fmt: skip
 
 
 def generate_images(
@@ -273,13 +290,13 @@ def generate_images(
 ) -> list[Image.Image]:
     """One image for each prompt and seed, prompts first; noise comes from the CPU, the same on every device."""
     pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    images = []
+    images, how = [], family_of(pipeline).drawing(pipeline, guidance)
     with eval_mode(pipeline):
         for start in range(0, len(pairs), 32):
             part = pairs[start : start + 32]
             images += pipeline(
-                [prompt for prompt, _ in part], num_inference_steps=steps, guidance_scale=guidance,
-                generator=[torch.Generator().manual_seed(seed) for _, seed in part],
+                [prompt for prompt, _ in part], num_inference_steps=steps,
+                generator=[torch.Generator().manual_seed(seed) for _, seed in part], **how,
             ).images  # fmt: skip
     return images
 
@@ -287,7 +304,7 @@ def generate_images(
 @contextlib.contextmanager
 def eval_mode(pipeline: Any) -> Iterator[None]:
     """Without gradients, dropout and progress bars."""
-    modules = [pipeline.unet, pipeline.text_encoder, pipeline.vae]
+    modules = [family_of(pipeline).network(pipeline), pipeline.text_encoder, pipeline.vae]
     were = [m.training for m in modules]
     pipeline.set_progress_bar_config(disable=True)
     for m in modules:

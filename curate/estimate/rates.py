@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -213,15 +213,17 @@ class _Sums:
 def measure(
     data: Data,
     *,
-    kept: int | None = None,
+    kept: Sequence[int] | None = None,
     spent: Mapping[str, Mapping[str, float]] | None = None,
     settings: Mapping[str, float] | None = None,
     **more: Any,
 ) -> Rates | None:
     """The rates that a data folder's records hold; None where none says what it took.
 
-    kept: images of the recipe's selection.  spent: what select and pack took (`Spent.take`), which have no records of
-    shards.  more: other fields of Rates.
+    Of several lists, of which more or less was taken, each counts by its length.
+
+    kept: images of the recipe's selection, of each of the plan's lists.  spent: what select and pack took
+    (`Spent.take`), which have no records of shards.  more: other fields of Rates.
     """
     plan = data.plan
     shards = [s.shard for s in plan.shards]
@@ -233,13 +235,29 @@ def measure(
     rows = [float(records[s]["count"]) for s in shards]
     images = [float(records[s]["successes"]) for s in shards]
     asked = [_asked(data, s, records[s]) for s in shards]
-    taken = plan.total_rows / plan.listed_rows
+    of, lists = [plan.list_index(s) for s in shards], plan.lists
+    whole = {i: int(lists[i]["listed_rows"]) for i in sorted({*of})}
+    listed = sum(whole.values())
+    # how many rows one that was taken stands for, beside what one does on the average
+    average = listed / sum(lists[i]["rows"] for i in whole)
+    weights = [whole[i] / lists[i]["rows"] / average for i in of]
+    taken = min(lists[i]["rows"] / whole[i] for i in whole)
 
     def figure(amounts: Sequence[float], units: Sequence[float]) -> Figure | None:
         if not sum(units) or not sum(amounts):
             return None
+        amounts = [amount * weight for amount, weight in zip(amounts, weights, strict=True)]
+        units = [unit * weight for unit, weight in zip(units, weights, strict=True)]
         found = intervals.ratio(amounts, units, taken) or (None, None)
         return Figure(value=sum(amounts) / sum(units), low=found[0], high=found[1], origin="measured")
+
+    def share(counts: Sequence[float]) -> Figure:
+        parts = [
+            tuple(int(sum(n for n, j in zip(values, of, strict=True) if j == i)) for values in (counts, rows))
+            for i in whole
+        ]
+        value, low, high = intervals.share_of_all([(n, m, whole[i]) for (n, m), i in zip(parts, whole, strict=True)])
+        return Figure(value=value, low=low, high=high, origin="measured")
 
     def stage(sums: _Sums, per: Unit, units: Sequence[float]) -> StageRates:
         extra = {name: figure(values, units) for name, values in sums.more.items()}
@@ -261,14 +279,11 @@ def measure(
     stages |= {name: stage(sums, "images", images) for name, sums in of_models.items()}
 
     rules = sum(records[s]["spent"].get("rules", 0.0) for s in shards)
-    sampled, n = plan.total_rows, int(sum(rows))
-    shares = {
-        "fetched": _share(int(sum(asked)), n, plan.listed_rows),
-        "images": _share(int(sum(images)), n, plan.listed_rows),
-    }
+    shares = {"fetched": share(asked), "images": share(images)}
     if kept is not None:
-        shares["kept"] = _share(kept, sampled, plan.listed_rows)
-    for name, per, units in (("select", "listed", plan.total_rows), ("pack", "kept", kept or 0)):
+        value, low, high = intervals.share_of_all([(kept[i], lists[i]["rows"], whole[i]) for i in whole])
+        shares["kept"] = Figure(value=value, low=low, high=high, origin="measured")
+    for name, per, units in (("select", "listed", plan.total_rows), ("pack", "kept", sum(kept or ()))):
         took = (spent or {}).get(name)
         if took and units:
             # of a short list it is start-up, and the sheet
@@ -278,10 +293,12 @@ def measure(
     return Rates(
         listed=plan.listed_rows,
         taken=plan.total_rows,
-        of=plan.list,
+        of=plan.list if len(lists) == 1 else f"{len(lists)} lists",
         shares=shares,
         stages=stages,
-        domains=None if plan.facts.get("base") else domains_of(_urls(data, shards), plan.listed_rows, rules),
+        domains=_domains(
+            data, {s: w for s, w, i in zip(shards, weights, of, strict=True) if not lists[i]["base"]}, rules
+        ),
         settings={**(settings or {})},
         **more,
     )
@@ -332,11 +349,6 @@ def _files(record: Mapping[str, Any]) -> int:
     return len(record.get("outputs", {})) + 1
 
 
-def _share(count: int, sampled: int, whole: int) -> Figure:
-    low, high = intervals.share(count, sampled, whole)
-    return Figure(value=count / sampled, low=low, high=high, origin="measured")
-
-
 def _asked(data: Data, shard: int, record: Mapping[str, Any]) -> float:
     """Rows of a shard that were not rejected before anything was asked for."""
     if not record.get("rejected_early"):
@@ -349,15 +361,21 @@ def _asked(data: Data, shard: int, record: Mapping[str, Any]) -> float:
     return float(len(table) - (pc.sum(never).as_py() or 0))
 
 
-def _urls(data: Data, shards: Sequence[int]) -> list[str]:
+def _domains(data: Data, shards: Mapping[int, float], rules: float) -> DomainShares | None:
+    """The domains of lists of URLs: of shards, each with how many rows one of its rows stands for."""
+    import numpy as np
     import pyarrow.parquet as pq
 
-    urls: list[str] = []
-    each = max(1, HOSTS // len(shards))
-    for shard in shards:
-        column = pq.read_table(data.local(data.table(shard)), columns=["url"])["url"]
-        urls += [u for u in column.slice(0, each).to_pylist() if u]
-    return urls
+    seen, urls = list[str](), list[str]()
+    for shard, weight in shards.items():
+        column = pq.read_table(data.local(data.table(shard)), columns=["url"])["url"].drop_null()
+        column = column.slice(0, max(1, HOSTS // len(shards)))
+        chosen = np.linspace(0, len(column), round(len(column) * weight / max(shards.values())), endpoint=False)
+        seen += column.to_pylist()
+        urls += column.take(chosen.astype(np.int64)).to_pylist()
+    asked = domains_of(seen, None, rules)
+    found = domains_of(urls, data.plan.listed_rows)
+    return replace(found, rules=asked.rules) if found and asked else None
 
 
 def domains_of(urls: Sequence[str], whole: int | None = None, rules: float | None = None) -> DomainShares | None:
@@ -382,7 +400,8 @@ def domains_of(urls: Sequence[str], whole: int | None = None, rules: float | Non
     each = Figure(value=1.0 if rules is None else rules / len(hosts), origin="assumed" if rules is None else "measured")
     often = Counter(hosts.values())
     (name, count), *_ = counts.most_common(1)
-    largest = _share(count, rows, max(whole or rows, rows))
+    low, high = intervals.share(count, rows, max(whole or rows, rows))
+    largest = Figure(value=count / rows, low=low, high=high, origin="measured")
     return DomainShares(
         rows=rows, hosts=len(hosts), once=often[1], twice=often[2], largest=largest, name=name, rules=each
     )

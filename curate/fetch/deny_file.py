@@ -10,8 +10,9 @@ Lines that people put there themselves stay. Nothing is taken away by writing to
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -32,6 +33,7 @@ _SAID = {"image": "image", "domain": "domain of"}
 _COMMENT = re.compile(r"(?:^|\s)#\s*(.*)")
 _OF_KEY = re.compile(r"(image|domain of) (\d{5,20})")
 _REMOVED = re.compile(r"^([0-9a-fA-F]{64})\s+#\s*removed(?: (\d{5,20}))? (\d{4}-\d\d-\d\d)\s*$", re.MULTILINE)
+_ANY_KEY = re.compile(r"(image|domain of|removed) (\d{5,20})\b")
 _LONGEST = 64 << 20  # bytes
 
 
@@ -64,17 +66,46 @@ def deny_of(data: Data, files: Sequence[str | Path]) -> Deny:
 
     UserError as `Deny.load` has it.
     """
-    if not data.exists(data.deny_list):
-        return Deny.load(files)
-    content = data.store.read_small(data.deny_list, _LONGEST)
+    content = own_list(data)
     if content is None:
-        raise UserError(f"{data.shown(data.deny_list)} is a link, or larger than 64 MB: name it in fetch.deny instead")
+        return Deny.load(files)
     lines = _REMOVED.findall(content.decode("utf-8-sig", "replace"))
     return Deny.load(
         [*files, data.local(data.deny_list)],
         {bytes.fromhex(digest): date for digest, _, date in lines},
         {key: date for _, key, date in lines if key},
     )
+
+
+def own_list(data: Data) -> bytes | None:
+    """What a data folder's own list says; None where it has none. UserError where that can't be read."""
+    if not data.exists(data.deny_list):
+        return None
+    content = data.store.read_small(data.deny_list, _LONGEST)
+    if content is None:
+        raise UserError(f"{data.shown(data.deny_list)} is a link, or larger than 64 MB: name it in fetch.deny instead")
+    return content
+
+
+def united(contents: Sequence[tuple[bytes, Callable[[str], str | None]]]) -> bytes:
+    """What the deny-lists of several folders say, each entry once; with each comes what a key of it is called in the
+    folder that it is for (None: nothing)."""
+    lines, seen = [_HEAD], {_HEAD}
+
+    def rekeyed(key_of: Callable[[str], str | None], found: re.Match[str]) -> str:
+        key = key_of(found[2])
+        return f"{found[1]} {key}" if key is not None else found[1]
+
+    for content, key_of in contents:
+        for line in content.decode("utf-8-sig", "replace").splitlines():
+            entry = _digest_of(line.encode())
+            name = f"{entry} {_REMOVED.match(line.strip()) is not None}" if entry else f"{line}\n"
+            if name not in seen:
+                seen.add(name)
+                comment = _COMMENT.search(line)
+                at = comment.start() if comment else len(line)
+                lines.append(line[:at] + _ANY_KEY.sub(functools.partial(rekeyed, key_of), line[at:], count=1) + "\n")
+    return "".join(lines).encode() if len(lines) > 1 else b""
 
 
 def read_entries(data: Data) -> list[DenyEntry]:

@@ -8,7 +8,8 @@ opt_out_checked   the day on which its URL was asked, null where it was not
 opt_out_answer    `ok`, `opted_out`, or the reason why there was no answer: http_404, timeout, ...
 opt_out_now       the signals that were seen, respected or not, as in `opt_out`
 
-The image itself is not fetched again, so what files say of themselves is not among these.
+The image itself is not fetched again, so what files say of themselves is not among these. Of images that came since,
+by a retry or another list, nobody was asked: a rule that names one of these columns is refused until it is done again.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from aesthetic.files import atomic
 from curate.encoders.embed import images_of
 from curate.fetch.client import Fetcher
 from curate.fetch.config import FetchConfig
-from curate.layout import OPT_OUTS, Data
+from curate.layout import Data
 from curate.ledger.rules import KEPT
-from curate.ledger.schema import Reason, RowError, shard_of_key
+from curate.ledger.schema import OPT_OUTS, Reason, RowError, shard_of_key
 from curate.store.files import digest, read_table
 
 DAY = 86_400.0
@@ -171,10 +172,11 @@ async def _check_shard(
     report(len(mine) - len(asking))
     for row in mine:
         found.add(rows[row["key"]], row["url"])
-    if asking and write:
+    inputs = data.fetched_digests(shard) or {}
+    if write and (asking or facts.get("inputs") != inputs):  # of images that have no URL, that there is nothing to say
         # an answer of before holds no longer than it would have without this one
         checked = facts["checked"] if fresh else time.time()
-        await asyncio.to_thread(_commit, data, shard, list(rows.values()), made_by, checked, today)
+        await asyncio.to_thread(_commit, data, shard, list(rows.values()), made_by, checked, today, inputs)
     data.release(file)
 
 
@@ -186,7 +188,15 @@ def _rows_of(data: Data, shard: int) -> dict[str, dict[str, Any]]:
     return {row["key"]: row for row in table.to_pylist()} if table.schema.names == _SCHEMA.names else {}
 
 
-def _commit(data: Data, shard: int, rows: list[dict[str, Any]], made_by: str, checked: float, today: str) -> None:
+def _commit(
+    data: Data,
+    shard: int,
+    rows: list[dict[str, Any]],
+    made_by: str,
+    checked: float,
+    today: str,
+    inputs: Mapping[str, str],
+) -> None:
     file, record = data.annotations(OPT_OUTS, shard), data.annotations_record(OPT_OUTS, shard)
     file.parent.mkdir(parents=True, exist_ok=True)
     data.invalidate(record)
@@ -197,7 +207,7 @@ def _commit(data: Data, shard: int, rows: list[dict[str, Any]], made_by: str, ch
     data.commit(
         record,
         config=made_by,
-        inputs=data.fetched_digests(shard) or {},
+        inputs=inputs,
         outputs=[file],
         facts={
             "count": len(rows),

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from curate.ledger.alike import over_files
 from curate.ledger.balance import cluster_columns
-from curate.ledger.lookup import over_files
 from curate.ledger.rules import NUMBER
 from curate.ledger.view import LedgerTable, column_types
 from curate.ledger.why import Explanation

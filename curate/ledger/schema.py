@@ -18,6 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+OPT_OUTS = "opt_outs"
+"""Under `annotated/`: what `tastemaker check-opt-outs` was told. No recipe names it."""
+
 
 class Status(StrEnum):
     """What became of a row; img2dataset's words, so that its readers count right, and two of ours."""

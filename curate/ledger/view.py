@@ -20,7 +20,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError, nearest
-from curate.ledger.schema import EMBEDDED_COLUMNS, FETCHED_COLUMNS, URL_COLUMNS, Status, fetched_schema, list_name
+from curate.ledger.schema import (
+    EMBEDDED_COLUMNS,
+    FETCHED_COLUMNS,
+    OPT_OUTS,
+    URL_COLUMNS,
+    Status,
+    fetched_schema,
+    list_name,
+)
 from curate.ledger.sql import Bounds, batches, check_one_select, connect, literal, parse, quote, short, walk
 from curate.store.files import digest, read_table, sha256_file
 from curate.store.records import output_digests
@@ -403,7 +411,9 @@ def outdated_tables(data: Data, found: Sequence[LedgerTable]) -> dict[str, str]:
 
     wrong = {}
     for table in others:
-        again = f"tastemaker {'embed' if 'similarity' in table.columns else 'annotate'} {data}"
+        by = "embed" if "similarity" in table.columns else "annotate"
+        by = "check-opt-outs" if table.facts[0].get("annotator") == OPT_OUTS else by
+        again = f"tastemaker {by} {data}"
         if missing := with_images.difference(table.shards):
             wrong[table.name] = (
                 f"{table.name} lacks {len(missing):,} of {len(with_images):,} fetched shards "

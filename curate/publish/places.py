@@ -1,4 +1,4 @@
-"""Where something is published: a folder on a disk, or an object store.
+"""Where something is published: a folder on a disk, an object store, or (hub_place) a repository of the hub.
 
 A place says of a file whether it lies there as it is here, takes files one by one, and lets go of others.
 """
@@ -19,8 +19,6 @@ from curate.store.objects import ObjectStore, is_url
 class Destination(Protocol):
     """Files under names below one address. All may raise UserError where rights or the place itself are missing."""
 
-    at_once: bool  # all that was sent appears together, when `finish` is called
-
     def names(self) -> set[str]:
         """The names of the files that lie there."""
 
@@ -30,30 +28,27 @@ class Destination(Protocol):
     def holds(self, name: str, path: Path, sha256: str, stamp: str) -> bool:
         """Whether a file there is the one here. stamp: what `send` said when it went there, or nothing."""
 
-    def send(self, path: Path, name: str) -> str:
+    def send(self, path: Path, name: str, sha256: str) -> str:
         """Put a file there, whole or not at all; returns a stamp by which `holds` knows it again."""
 
     def delete(self, names: Iterable[str]) -> None:
         """Remove files."""
 
-    def finish(self, message: str) -> None:
-        """All is sent."""
+    def finish(self, message: str) -> str:
+        """All is sent; returns where it can be seen, if that is not the address itself."""
 
 
 def open_place(to: str) -> Destination:
     """The place of that address. UserError where it is none."""
     if to.startswith("hf://"):
-        raise UserError(
-            f"{to}: publishing to the hub by itself is not built yet. Publish to a folder, then "
-            "`hf upload ORG/NAME FOLDER --repo-type dataset` sends that."
-        )
+        from curate.publish.hub_place import HubPlace
+
+        return HubPlace(to)
     return StorePlace(to) if is_url(to) else FolderPlace(local_path(to))
 
 
 class FolderPlace:
     """A folder on a disk, made where it is missing."""
-
-    at_once = False
 
     def __init__(self, root: Path) -> None:
         if root.is_symlink() or (root.exists() and not root.is_dir()):
@@ -77,7 +72,7 @@ class FolderPlace:
             return False
         return stamp == self._stamp(there) or sha256_file(there) == sha256
 
-    def send(self, path: Path, name: str) -> str:
+    def send(self, path: Path, name: str, sha256: str) -> str:
         """Copy it."""
         there = self._root / name
         with open(path, "rb") as source, atomic(there) as out:
@@ -92,8 +87,9 @@ class FolderPlace:
             if path.parent != self._root and path.parent.is_dir() and not any(path.parent.iterdir()):
                 path.parent.rmdir()
 
-    def finish(self, message: str) -> None:
+    def finish(self, message: str) -> str:
         """Nothing is left to do."""
+        return ""
 
     def _stamp(self, path: Path) -> str:
         found = path.stat()
@@ -102,8 +98,6 @@ class FolderPlace:
 
 class StorePlace:
     """Objects below a URL of an object store."""
-
-    at_once = False
 
     def __init__(self, url: str) -> None:
         self._store = ObjectStore(url)
@@ -127,7 +121,7 @@ class StorePlace:
         """By its etag, which was noted when it was sent."""
         return bool(stamp) and self._all().get(name) == stamp
 
-    def send(self, path: Path, name: str) -> str:
+    def send(self, path: Path, name: str, sha256: str) -> str:
         """Put it, large ones in parts."""
         put = self._store.put_file(path, name)
         self._all()[name] = stamp = f"{put.size}-{put.etag}"
@@ -137,5 +131,6 @@ class StorePlace:
         """Delete objects."""
         self._store.delete(names)
 
-    def finish(self, message: str) -> None:
+    def finish(self, message: str) -> str:
         """Nothing is left to do."""
+        return ""

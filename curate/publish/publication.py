@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aesthetic.errors import UserError
-from aesthetic.files import atomic, scratch_path, write_atomic
+from aesthetic.files import scratch_path, write_atomic
 from curate.ledger.rules import KEPT
 from curate.ledger.select import Selection, changed_since, load_selection
 from curate.ledger.view import (
@@ -35,72 +34,52 @@ from curate.ledger.view import (
     tables,
 )
 from curate.publish.census import Census, domains_csv, take_census
-from curate.publish.croissant import croissant
 from curate.publish.documents import datasheet, licence_lines, training_content
 from curate.publish.listing import list_columns, list_files
 from curate.publish.places import Destination, open_place
+from curate.publish.sending import RECORD, FileToSend, PublishRequest, Sending, keys_before, keys_digest, noted_of
 from curate.shards.card import SHARDS, card_text
-from curate.store.files import digest, json_bytes, sha256_file
+from curate.shards.croissant import CROISSANT, croissant
+from curate.shards.indexes import ENERGON, indexed_extensions
+from curate.store.files import json_bytes, sha256_file
 from curate.store.records import read_record, record_digest
 
 if TYPE_CHECKING:
     from curate.layout import Data
 
-RECORD = "published.json"
-_FORMAT = 1
-_NOTED_EACH = 2.0  # seconds after which what was sent is noted, and what a kill has sent again at most
-
-
-@dataclass(frozen=True, kw_only=True)
-class PublishRequest:
-    """What is to be published, and where."""
-
-    name: str
-    to: str
-    list_only: bool = False
-    license: str | None = None  # of the collection: an SPDX name or a URL
-    recipe: Mapping[str, Any]  # of the data folder
-    recipe_text: str = ""  # that fetches what is published, as recipe.yaml
-
-
-@dataclass(frozen=True)
-class _File:
-    """A file to publish: where it is here, and what it holds."""
-
-    name: str
-    path: Path
-    sha256: str
-    bytes: int
-
 
 def publish(
-    data: Data, request: PublishRequest, *, dry_run: bool = False, progress: Callable[[str, int], None] | None = None
+    data: Data,
+    request: PublishRequest,
+    *,
+    dry_run: bool = False,
+    progress: Callable[[str, int, int], None] = lambda name, sent, all_bytes: None,
 ) -> dict[str, Any]:
     """Publish, and say what was sent, kept and removed; with dry_run nothing is sent or noted.
 
-    `progress` is called with each file's name and bytes as it is sent or found there.
+    `progress` is called with each file's name as it is sent or found there, the bytes that were sent so far, and the
+    bytes that are to be sent in all.
     Raises UserError where the selection or its shards are older than the data, or something else lies at the place.
     """
     selection, found, manifest = _checked(data, request)
     place = open_place(request.to)
     before = _before(place, request)
-    noted = read_record(data.local(data.published(request.name)))
-    mine = noted.get("places", {}).get(request.to, {})
     keys = _kept_keys(data, request.name)
-    changes = _changes(data, mine, keys, found)
+    changes = _changes(data, noted_of(data, request), keys, found)
     scratch = scratch_path(data.published(request.name))
     scratch.mkdir(parents=True)
     try:
-        sending = _Sending(data, request, place, mine, before, dry_run, progress or (lambda name, size: None))
+        sending = Sending(data, request, place, before, dry_run, progress)
         if not dry_run:
             sending.begin(keys)
         census = take_census(data, request.name, found)
-        schema = _send_rows(data, request, found, manifest, scratch, sending)
+        schema = _send_rows(data, request, found, manifest, selection.kept, scratch, sending)
         payload = dict(sending.files)
         facts = {
             "name": request.name,
             "shards": sum(name.endswith(".tar") for name in payload),
             "columns": recorded_columns(found),
+            "extensions": [] if request.list_only else _extensions(data, request),
             "space": {k: v for k, v in read_record(data.local(data.space)).items() if k != "probes"},
             "recipe": request.recipe,
             "license": request.license,
@@ -108,11 +87,11 @@ def publish(
         documents = _documents(request, selection, census, facts, schema, payload, manifest)
         for name, content in documents.items():
             write_atomic(scratch / "document", content)
-            sending.take(_file(name, scratch / "document"))
-        whole = sending.finish(selection.kept, _keys_digest(keys))
+            sending.take(FileToSend.of(name, scratch / "document"))
+        whole = sending.finish(selection.kept, keys_digest(keys))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return {**whole, **changes, "kept": selection.kept, "kind": _kind(request)}
+    return {**whole, **changes, "kept": selection.kept, "kind": request.kind}
 
 
 # ------------------------------------------------------------------------------------------------------------- checked
@@ -171,14 +150,10 @@ def _kept_keys(data: Data, name: str) -> pa.Array:
     return rows.filter(pc.equal(rows["verdict"].cast(pa.string()), KEPT))["key"].combine_chunks()
 
 
-def _keys_digest(keys: pa.Array) -> str:
-    return digest(hashlib.sha256("\n".join(keys.to_pylist()).encode()).hexdigest())
-
-
 def _changes(data: Data, mine: Mapping[str, Any], keys: pa.Array, found: Sequence[LedgerTable]) -> dict[str, int]:
     """How many images came and went since the last publication there; of those that went, how many were removed."""
-    path = data.published_keys(mine["keys"]) if "keys" in mine else None
-    if path is None or not data.exists(path):
+    before = keys_before(mine)
+    if before is None or not data.exists(path := data.published_keys(before)):
         return {}
     old = pq.read_table(data.local(path))["key"].combine_chunks()
     gone = old.filter(pc.invert(pc.is_in(old, value_set=keys)))
@@ -194,15 +169,7 @@ def _changes(data: Data, mine: Mapping[str, Any], keys: pa.Array, found: Sequenc
     }
 
 
-def _kind(request: PublishRequest) -> str:
-    return "list" if request.list_only else "shards"
-
-
 # ----------------------------------------------------------------------------------------------------------- its files
-
-
-def _file(name: str, path: Path) -> _File:
-    return _File(name, path, sha256_file(path), path.stat().st_size)
 
 
 def _send_rows(
@@ -210,19 +177,23 @@ def _send_rows(
     request: PublishRequest,
     found: Sequence[LedgerTable],
     manifest: Mapping[str, Any],
+    kept: int,
     scratch: Path,
-    sending: _Sending,
+    sending: Sending,
 ) -> pa.Schema:
     """Send the list, or the files of the packed shards but for their card; returns the schema of the tables."""
     if request.list_only:
-        columns = list_columns(found)
-        for path, _ in list_files(data, request.name, found, columns, scratch):
-            sending.take(_file(f"list/{path.name}", path))
+        columns, rows, size = list_columns(found), 0, 0
+        for path, count in list_files(data, request.name, found, columns, scratch):
+            rows, size = rows + count, size + path.stat().st_size
+            sending.expected = size * kept // rows  # the others will be as large a row
+            sending.take(FileToSend.of(f"list/{path.name}", path))
             path.unlink()
         return pa.schema([(c.name, c.type) for c in columns])
     folder, schema = data.packed(request.name), None
+    sending.expected = sum(facts["bytes"] for facts in manifest["outputs"].values())
     for name, facts in sorted(_packed(request.name, manifest).items()):
-        if name == "README.md":
+        if name in ("README.md", CROISSANT):
             continue
         path = folder / name
         data.bring(path)
@@ -232,10 +203,18 @@ def _send_rows(
             )
         if name.endswith(".parquet") and schema is None:
             schema = pq.read_schema(path)
-        sending.take(_File(name, path, facts["sha256"], facts["bytes"]))
+        sending.take(FileToSend(name, path, facts["sha256"], facts["bytes"]))
         data.release(path)
     assert schema is not None
     return schema
+
+
+def _extensions(data: Data, request: PublishRequest) -> list[str]:
+    """Of the images in the shards; of shards that were packed before there were indexes, what the recipe makes."""
+    indexed = data.packed(request.name) / ENERGON / "dataset.yaml"
+    if data.exists(indexed):
+        return indexed_extensions(data.local(indexed))
+    return [str(request.recipe.get("images", {}).get("format", "jpg"))]
 
 
 def _packed(name: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,22 +228,21 @@ def _documents(
     census: Census,
     facts: Mapping[str, Any],
     schema: pa.Schema,
-    payload: Mapping[str, _File],
+    payload: Mapping[str, FileToSend],
     manifest: Mapping[str, Any],
 ) -> dict[str, bytes]:
     """The files that say what the others are, the card and what names it last of all."""
     listed, images = request.list_only, f"{census.images:,} images"
     what = f"URLs, captions and scores of {images}" if listed else images
-    meanings = {c: str(made.get("meaning") or c) for c, made in facts["columns"].items()}
     described = croissant(
         request.name,
         {name: {"sha256": f.sha256, "bytes": f.bytes} for name, f in payload.items()},
         schema,
         description=f"{what} from the web, chosen by rules from a list of {sum(selection.funnel.values()):,} rows.",
-        meanings=meanings,
+        columns=facts["columns"],
         license=request.license,
         published=census.last_day,
-        image_kinds=[] if listed else [str(request.recipe.get("images", {}).get("format", "jpg"))],
+        image_kinds=facts["extensions"],
     )
     card = card_text(
         facts,
@@ -283,15 +261,15 @@ def _documents(
         "DATASHEET.md": datasheet(request.name, selection, census, facts, images=not listed).encode(),
         "TRAINING-CONTENT.md": training_content(request.name, selection, census, facts).encode(),
         "recipe.yaml": request.recipe_text.encode(),
-        "croissant.json": json_bytes(described),
+        CROISSANT: json_bytes(described),
         "README.md": card.encode(),
     }
-    if manifest:  # which names the card of what was packed
-        readme = {"sha256": hashlib.sha256(documents["README.md"]).hexdigest(), "bytes": len(documents["README.md"])}
-        named = next(file for file in manifest["outputs"] if file.endswith("README.md"))
+    if manifest:  # which names the card and the description of what was packed
+        ours = {f"shards/{request.name}/{file}": documents[file] for file in ("README.md", CROISSANT)}
+        said = {at: {"sha256": hashlib.sha256(c).hexdigest(), "bytes": len(c)} for at, c in ours.items()}
         text = request.recipe_text  # not that of the data folder, with its paths
         value = {**manifest, "recipe": text, "recipe_sha256": hashlib.sha256(text.encode()).hexdigest()}
-        value["outputs"] = {**manifest["outputs"], named: readme}
+        value["outputs"] = {**manifest["outputs"], **said}
         documents["manifest.json"] = json_bytes({**value, "self": record_digest(value)})
     return documents
 
@@ -305,13 +283,30 @@ _LIST = (
 
 def _header(request: PublishRequest, count: int) -> dict[str, Any]:
     """The YAML of the card that is not that of packed shards."""
-    header: dict[str, Any] = {"license": request.license, "license_name": None}
+    header: dict[str, Any] = {"license": None, "license_name": None}
     if request.license and "://" in request.license:
         header = {"license": "other", "license_name": "see-link", "license_link": request.license}
+    elif request.license:
+        header["license"] = licence_id(request.license)
+        if header["license"] is None:
+            header = {"license": "other", "license_name": request.license.lower().replace(" ", "-")}
     if request.list_only:
         files = [{"split": "train", "path": "list/*.parquet"}]
         header |= {"tags": ["image-text"], "configs": [{"config_name": "default", "data_files": files}]}
     return header
+
+
+_LICENCES = re.compile(
+    r"cc0-1\.0|cc-by(-nc)?(-nd|-sa)?-[234]\.[05]|mit|apache-2\.0|cdla-(permissive-[12]|sharing-1)\.0|odc-by|odbl|pddl|"
+    r"etalab-2\.0|c-uda|unlicense|gfdl|wtfpl|unknown|other"
+)
+_OF_SPDX = {"odc-by-1.0": "odc-by", "odbl-1.0": "odbl", "pddl-1.0": "pddl", "c-uda-1.0": "c-uda"}
+
+
+def licence_id(name: str) -> str | None:
+    """The hub's identifier of a licence that SPDX names, as cards of datasets have it; None where we know none."""
+    lower = _OF_SPDX.get(name.lower(), name.lower())
+    return lower if _LICENCES.fullmatch(lower) else None
 
 
 def _sections(census: Census) -> list[str]:
@@ -337,111 +332,3 @@ def _licences(request: PublishRequest, census: Census) -> list[str]:
         "",
         *licence_lines(census),
     ]
-
-
-# ------------------------------------------------------------------------------------------------------------- sending
-
-
-class _Sending:
-    """Sends files that are not there yet, notes what was sent, and finishes with the record."""
-
-    def __init__(
-        self,
-        data: Data,
-        request: PublishRequest,
-        place: Destination,
-        mine: Mapping[str, Any],
-        before: Mapping[str, Any],
-        dry_run: bool,
-        progress: Callable[[str, int], None],
-    ) -> None:
-        self.files: dict[str, _File] = {}
-        self._data, self._request, self._place, self._before = data, request, place, before
-        self._dry_run, self._progress = dry_run, progress
-        self._stamps: dict[str, str] = dict(mine.get("stamps", {}))
-        self._state: dict[str, Any] = {}
-        self._sent: list[str] = []
-        self._sent_bytes, self._noted = 0, time.monotonic()
-
-    def begin(self, keys: pa.Array) -> None:
-        """Note that something is on its way: here, and at the place."""
-        data, name = self._data, self._request.name
-        path = data.published_keys(_keys_digest(keys))
-        if not data.exists(path):
-            with atomic(path) as f:
-                pq.write_table(pa.table({"key": keys}), f, compression="zstd")
-            data.push(path)
-        self._state = {"kind": _kind(self._request), "keys": _keys_digest(keys), "count": len(keys), "complete": False}
-        self._note()
-        if not self._place.at_once:
-            files = self._before.get("files", {})  # that may lie there still
-            self._write_record({"name": name, "kind": _kind(self._request), "complete": False, "files": files})
-
-    def take(self, file: _File) -> None:
-        """Send a file, unless it lies there."""
-        self.files[file.name] = file
-        if not self._place.holds(file.name, file.path, file.sha256, self._known(file)):
-            self._sent.append(file.name)
-            self._sent_bytes += file.bytes
-            if not self._dry_run:
-                self._stamps[file.name] = f"{file.sha256} {self._place.send(file.path, file.name)}"
-                if time.monotonic() - self._noted > _NOTED_EACH:
-                    self._note()
-        self._progress(file.name, file.bytes)
-
-    def _known(self, file: _File) -> str:
-        """The stamp of what was sent under the name, where that is what it is now."""
-        sha256, _, stamp = self._stamps.get(file.name, "").partition(" ")
-        return stamp if sha256 == file.sha256 else ""
-
-    def finish(self, count: int, keys: str) -> dict[str, Any]:
-        """Remove what is no longer published, and write the record."""
-        named = {name: {"sha256": f.sha256, "bytes": f.bytes} for name, f in sorted(self.files.items())}
-        gone = sorted({*self._before.get("files", {}), *self._stamps} - named.keys() - {RECORD})
-        gone = sorted({*gone} & self._place.names())
-        facts = {
-            "name": self._request.name,
-            "kind": _kind(self._request),
-            "count": count,
-            "keys": keys,
-            "complete": True,
-            "files": named,
-        }
-        changed = bool(self._sent or gone) or self._before.get("files") != named or not self._before.get("complete")
-        if not self._dry_run:
-            self._place.delete(gone)
-            if changed or not self._place.at_once:
-                self._write_record(facts)
-            self._place.finish(f"{self._request.name}: {count:,} images")
-            self._stamps = {n: s for n, s in self._stamps.items() if n in named}
-            self._state |= {
-                "complete": True,
-                "digest": digest(named),
-                "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            }
-            self._note()
-        return {
-            "files": len(named),
-            "bytes": sum(f.bytes for f in self.files.values()),
-            "sent": self._sent,
-            "sent_bytes": self._sent_bytes,
-            "deleted": gone,
-        }
-
-    def _write_record(self, facts: Mapping[str, Any]) -> None:
-        value = {**facts, "format": _FORMAT}
-        path = scratch_path(self._data.published(self._request.name))
-        write_atomic(path, json_bytes({**value, "self": record_digest(value)}))
-        try:
-            self._place.send(path, RECORD)
-        finally:
-            path.unlink()
-
-    def _note(self) -> None:
-        """Write what is known of the place into the data folder's record."""
-        data, path = self._data, self._data.published(self._request.name)
-        noted = read_record(data.local(path))
-        places = {**noted.get("places", {}), self._request.to: {**self._state, "stamps": self._stamps}}
-        write_atomic(path, json_bytes({"name": self._request.name, "places": places}))
-        data.push(path)
-        self._noted = time.monotonic()

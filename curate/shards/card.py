@@ -18,7 +18,8 @@ from curate.ledger.view import notes_of
 SHARDS = (
     "A sample is `KEY.jpg` (or its kind), `KEY.json` (the row) and `KEY.txt` (the caption, or nothing).",
     "`NNNNN.parquet` holds the rows of `NNNNN.tar` in the same order, `sizes.json` the samples per shard,",
-    "`manifest.json` the sha256 of every file, the recipe and what each number was made by.",
+    "`manifest.json` the sha256 of every file, the recipe and what each number was made by,",
+    "`croissant.json` the files and columns for machines (MLCommons).",
 )
 """What is said of the files of packed shards."""
 

@@ -28,11 +28,11 @@ ENERGON = ".nv-meta"
 _BLOCK = 512  # a member's header comes before its bytes
 _ENERGON_VERSION = "7.4.1"  # whose layout this is
 _COLUMNS = ["key", "width", "height", "caption"]
-_NAMES = re.compile(r"(?:.*/)?(?:\d{5,}\.json|\d{5,}\.tar\.idx|\.nv-meta/.*)")
+_NAMES = re.compile(r"(?:.*/)?(?:\d{5,}\.json|\d{5,}\.tar\.idx|\.nv-meta/.*|croissant\.json)")
 
 
 def is_index(name: str) -> bool:
-    """Whether a file of a packed folder, by its path, is one of the indexes that are written here."""
+    """Whether a file of a packed folder, by its path, is made of its shards for readers of others, and can be anew."""
     return _NAMES.fullmatch(name) is not None
 
 
@@ -92,6 +92,12 @@ def write_folder_indexes(folder: Path, sizes: Mapping[str, int], extensions: Ite
     write_atomic(dataset, _yaml({"sample_type": sample, "field_map": {"image": kinds, "caption": "txt"}}))
     write_atomic(split, _yaml(parts))
     return [info, dataset, split]
+
+
+def indexed_extensions(dataset: Path) -> list[str]:
+    """The extensions of the images in a folder of shards, by its .nv-meta/dataset.yaml."""
+    found: str = yaml.safe_load(dataset.read_bytes())["field_map"]["image"]
+    return found.split(",")
 
 
 def image_extensions(tars: Iterable[Path]) -> set[str]:

@@ -37,9 +37,11 @@ from curate.ledger.view import (
     tables,
 )
 from curate.shards.card import card_text
+from curate.shards.croissant import CROISSANT, packed_croissant
 from curate.shards.indexes import (
+    ENERGON,
     image_extensions,
-    is_index,
+    indexed_extensions,
     shard_indexes,
     write_folder_indexes,
     write_shard_indexes,
@@ -113,7 +115,7 @@ def pack(
     folder = data.packed(name)
     if data.is_done(data.manifest(name), config=identity, inputs=inputs):
         record = data.record(data.manifest(name))
-        return record if any(map(is_index, record["outputs"])) else _add_indexes(data, name, record)
+        return record if f"shards/{name}/{CROISSANT}" in record["outputs"] else _add_indexes(data, name, record)
 
     _check_folder(data, folder)
     data.remove(data.sheet(name), data.charts(name))  # of what was packed before
@@ -130,9 +132,10 @@ def pack(
         left_out = [t.name for t in all_tables if t not in found]
         facts = _facts(data, selection, config, len(sizes), found, left_out)
         write_json(building / "sizes.json", sizes)
-        columns = pq.read_schema(data.local(building / f"{shard_name(0)}.parquet")).names
-        write_atomic(building / "README.md", card_text(facts, selection, columns).encode())
-        outputs |= {file: _output(building / file) for file in ("sizes.json", "README.md")}
+        schema = pq.read_schema(data.local(building / f"{shard_name(0)}.parquet"))
+        write_atomic(building / "README.md", card_text(facts, selection, schema.names).encode())
+        write_atomic(building / CROISSANT, packed_croissant(facts, outputs, schema, _extensions(data, building)))
+        outputs |= {file: _output(building / file) for file in ("sizes.json", "README.md", CROISSANT)}
         named = {f"shards/{name}/{file}": output for file, output in sorted(outputs.items())}  # where they will be
         facts |= {"config": identity, "inputs": inputs, "outputs": named}
         write_json(building / "manifest.json", {**facts, "self": record_digest(facts)})
@@ -144,7 +147,7 @@ def pack(
         else:
             packed = {folder / file for file in outputs}
             data.remove(*(found for found in data.store.walk(folder) if found not in packed))
-            data.push(*(folder / file for file in ("sizes.json", "README.md", "manifest.json")))
+            data.push(*(folder / file for file in ("sizes.json", "README.md", CROISSANT, "manifest.json")))
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return data.record(data.manifest(name))
@@ -166,7 +169,7 @@ def _check_folder(data: Data, folder: Path) -> None:
     record = read_json(data.local(folder / "manifest.json"))
     # on a store what was packed by a run that was killed lies there without them
     packed = data.url is not None or (folder / "sizes.json").is_file() if record is None else "self" in record
-    names = r"manifest\.json|sizes\.json|README\.md|\.nv-meta|\d{5,}\.(tar|parquet|json|tar\.idx)"
+    names = r"manifest\.json|sizes\.json|croissant\.json|README\.md|\.nv-meta|\d{5,}\.(tar|parquet|json|tar\.idx)"
     ours = re.compile(names if packed else "")
     others = sorted(n for n in data.store.names(folder) if not (ours.fullmatch(n) or is_scratch(n)))
     if others:
@@ -362,10 +365,29 @@ def write_indexes(
     return outputs | {at(file): _output(file) for file in written}
 
 
+def write_croissant(data: Data, name: str, facts: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Write croissant.json of packed shards anew; what the manifest says of it, {path: its sha256 and bytes}.
+
+    facts: of the manifest; known: what it says of all other files.
+    """
+    folder = data.packed(name)
+    schema = pq.read_schema(data.local(folder / f"{shard_name(0)}.parquet"))
+    files = {Path(at).name: output for at, output in known.items()}
+    write_atomic(folder / CROISSANT, packed_croissant(facts, files, schema, _extensions(data, folder)))
+    data.push(folder / CROISSANT)
+    return {f"shards/{name}/{CROISSANT}": _output(folder / CROISSANT)}
+
+
+def _extensions(data: Data, folder: Path) -> list[str]:
+    return indexed_extensions(data.local(folder / ENERGON / "dataset.yaml"))
+
+
 def _add_indexes(data: Data, name: str, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the indexes of shards that were packed before there were any; nothing else is touched."""
-    made = write_indexes(data, name, read_json(data.local(data.packed(name) / "sizes.json")), {})
-    facts = {**record, "outputs": dict(sorted({**record["outputs"], **made}.items()))}
+    """Write what lies beside shards that were packed before there was all of it; nothing else is touched."""
+    sizes, outputs = read_json(data.local(data.packed(name) / "sizes.json")), dict(record["outputs"])
+    outputs |= write_indexes(data, name, sizes, outputs)
+    outputs |= write_croissant(data, name, record, outputs)
+    facts = {**record, "outputs": dict(sorted(outputs.items()))}
     write_json(data.manifest(name), {**facts, "self": record_digest(facts)})
     data.push(data.manifest(name))
     return data.record(data.manifest(name))

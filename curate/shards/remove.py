@@ -8,6 +8,7 @@ it has done already, and until the end no other run takes hold of the folder.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import re
 import shutil
@@ -46,9 +47,12 @@ from curate.shards.subset import (
     without_images,
 )
 from curate.store.files import read_json, read_table, sha256_file, write_json
+from curate.store.lock import held
 from curate.store.records import output_digests, record_digest
 
-_OF_RECORD = ("config", "inputs", "outputs", "self")
+_TRIES = 100  # to take a folder away
+OF_RECORD = ("config", "inputs", "outputs", "self")
+"""What a record holds beside its facts."""
 
 
 @dataclass(kw_only=True)
@@ -161,7 +165,7 @@ def _forget_plan(data: Data, removal: Removal) -> None:
             facts["cut"][file] = sha256_file(path)
     write_json(data.plan_record, {**facts, "self": record_digest(facts)})
     data.push(data.plan_record)
-    data.__dict__.pop("plan", None)
+    data.forget_plan()
 
 
 # --------------------------------------------------------------------------------------------------------- one shard
@@ -180,12 +184,12 @@ def _take_out(data: Data, shard: int, keys: set[str], date: str) -> None:
     data.bring(*(data.root / name for record in before.values() for name in record["outputs"]))
     forget_answers(data, shard, keys, logs)
     subset_tar(data.tar(shard), keys)
-    facts = {fetched: _fetched_facts(before[fetched], forget_rows(data.table(shard), keys, date), keys)}
+    facts = {fetched: fetched_facts(before[fetched], forget_rows(data.table(shard), keys, date), keys)}
     if embedded in before:
-        facts[embedded] = _counted(before[embedded], "sample_count", subset_vectors(data, shard, keys))
+        facts[embedded] = counted(before[embedded], "sample_count", subset_vectors(data, shard, keys))
     for record, path in made.items():
         if record in before:
-            facts[record] = _counted(before[record], "count", subset_table(path, keys))
+            facts[record] = counted(before[record], "count", subset_table(path, keys))
     moved: Moved = {}
     for value in before.values():
         for name, sha256 in output_digests(value).items():
@@ -211,20 +215,21 @@ def keep_records(data: Data, copy: Path, records: Collection[Path]) -> dict[Path
 
 def commit_again(data: Data, record: Path, before: Mapping[str, Any], moved: Moved, facts: Mapping[str, Any]) -> None:
     """Write the record of files that were rewritten, made from inputs that were too."""
-    kept = {k: v for k, v in before.items() if k not in _OF_RECORD}
+    kept = {k: v for k, v in before.items() if k not in OF_RECORD}
     outputs = [data.root / name for name in before["outputs"]]
     inputs = moved_inputs(before["inputs"], moved)
     data.commit(record, config=before["config"], inputs=inputs, outputs=outputs, facts={**kept, **facts})
 
 
-def _counted(before: Mapping[str, Any], name: str, now: int) -> dict[str, int]:
+def counted(before: Mapping[str, Any], name: str, now: int) -> dict[str, int]:
+    """What a record counts of images (as `name`), once there are fewer."""
     facts = {name: now} if name in before else {}
     if "asked" in before and name in before:
         facts["asked"] = max(0, before["asked"] - (before[name] - now))
     return facts
 
 
-def _fetched_facts(before: Mapping[str, Any], table: pa.Table, keys: Collection[str]) -> dict[str, Any]:
+def fetched_facts(before: Mapping[str, Any], table: pa.Table, keys: Collection[str]) -> dict[str, Any]:
     """The counts of a fetched shard's record, as its table has them now."""
     statuses = table["status"].to_pylist()
     reasons = table["reason"].to_pylist() if "reason" in table.column_names else [None] * len(statuses)
@@ -327,9 +332,11 @@ def _forget_verdicts(data: Data, name: str, keys: Collection[str], removal: Remo
 def _forget_the_rest(data: Data, removal: Removal, keys: Collection[str]) -> dict[str, int]:
     """Ratings of the images, what the studio keeps, sheets and charts, lines of logs, latents."""
     names, lines, ratings = {*removal.names, *removal.entries}, 0, 0
-    for path in data.store.walk(data.root / RATINGS):
-        if path.suffix == ".csv" and not path.name.startswith("."):
-            ratings += _without_lines(data, path, partial(_rates, keys=keys))
+    # a studio that runs holds this while it writes, and reads what another has written before
+    with held(data.ratings_lock) if data.ratings_lock.parent.is_dir() else contextlib.nullcontext():
+        for path in data.store.walk(data.root / RATINGS):
+            if path.suffix == ".csv" and not path.name.startswith("."):
+                ratings += _without_lines(data, path, partial(_rates, keys=keys))
     for path in data.store.walk(data.logs):
         if path != data.rates:
             lines += _without_lines(data, path, partial(_tells, names=names))
@@ -352,7 +359,8 @@ def _without_lines(data: Data, path: Path, gone: Callable[[str], bool]) -> int:
         count = len(lines) - len(left)
         return b"".join(left) if count else before
 
-    if data.exists(path) and path.is_file() and not path.is_symlink():
+    plain = data.url is not None or (path.is_file() and not path.is_symlink())  # of a store it need not be here
+    if plain and data.exists(path):
         data.store.change(path, edit)
     return count
 
@@ -372,4 +380,7 @@ def _remove_folder(data: Data, folder: Path, last: Path | None = None) -> None:
     data.remove(*(path for path in data.store.walk(folder) if path != last))
     if last is not None:
         data.remove(last)
-    shutil.rmtree(folder, ignore_errors=True)
+    for _ in range(_TRIES):  # a studio that makes its index puts files there until it finds that the folder is gone
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            break

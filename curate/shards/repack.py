@@ -20,7 +20,7 @@ from curate.ledger.rules import KEPT
 from curate.ledger.select import Selection
 from curate.shards.card import card_text
 from curate.shards.indexes import is_index
-from curate.shards.pack import PackConfig, pack_identity, write_indexes
+from curate.shards.pack import PackConfig, pack_identity, write_croissant, write_indexes
 from curate.shards.subset import Moved, keep_aside, kept_aside, moved_inputs, subset_table, subset_tar, without_images
 from curate.store.files import read_table, sha256_file, write_json
 from curate.store.records import record_digest
@@ -165,6 +165,7 @@ def _write_manifest(
             elif _OURS.fullmatch(file) and data.exists(path):
                 data.bring(path)
                 outputs[at] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+    outputs |= write_croissant(data, name, facts, outputs)
     config = PackConfig(**before["pack"])
     same = before["config"] == pack_identity(config, then)
     value = {

@@ -132,7 +132,7 @@ def forget_answers(data: Data, shard: int, keys: Container[str], files: Collecti
     gone = {hashlib.sha256(image).hexdigest() for image in _images(data.local(data.tar(shard)), keys)}
     for file in there:
         lines = data.local(file).read_bytes().splitlines(keepends=True)
-        left = [line for line in lines if _image_of(line) not in gone]
+        left = [line for line in lines if image_of_answer(line) not in gone]
         if len(left) < len(lines):
             with atomic(file) as f:
                 f.write(b"".join(left))
@@ -146,7 +146,8 @@ def _images(tar: Path, keys: Container[str]) -> Iterator[bytes]:
                 yield read_range(f, found[1])
 
 
-def _image_of(line: bytes) -> str | None:
+def image_of_answer(line: bytes) -> str | None:
+    """The sha256 of the stored image that a line of a log of answers is about."""
     try:
         return str(json.loads(line)["image"])
     except (ValueError, KeyError, TypeError):  # of a disk that failed

@@ -175,7 +175,10 @@ def adding(
     scan = open_scan(found, config, limit)
     index = _same_list(plan, found, scan.inputs, config)
     grows = index < len(plan.lists)
-    extra_columns = plan.extra_columns if grows else _with_columns(plan, found, scan.extra_columns)
+    extra_columns = plan.extra_columns
+    if not grows:
+        remedy = "Rename columns there, or name those that are kept of this list: `--set source.columns=[...]`"
+        extra_columns = with_columns(extra_columns, str(plan.data), scan.extra_columns, found.name, remedy)
     own = {*scan.extra_columns.names}
     scan.extra_columns = plan.list_columns(index) if grows else extra_columns
     scan.absent = frozenset(scan.extra_columns.names) - own
@@ -239,7 +242,7 @@ def _planned_hash(plan: Plan, index: int, found: Found, config: SourceConfig) ->
     if "limit_hash" in facts:
         return facts["limit_hash"]
     before = scan_list(found, config, facts["source"]["--limit"])  # a plan of before it was noted
-    if sum(before.kept) != facts["rows"]:
+    if sum(before.kept) != facts["rows"] + facts.get("left_out", 0):
         raise UserError(f"{found.name}: has changed since the plan was made. {ANEW}")
     return before.limit_hash
 
@@ -274,22 +277,21 @@ def _same_list(plan: Plan, found: Found, inputs: Sequence[Input], config: Source
     return len(plan.lists)
 
 
-def _with_columns(plan: Plan, found: Found, extra_columns: pa.Schema) -> pa.Schema:
-    """The extra columns of a plan, and those that a list has beside; UserError where one is of another type."""
-    columns = {f.name: f.type for f in plan.extra_columns}
-    for f in extra_columns:
-        there = columns.setdefault(f.name, f.type)
+def with_columns(there: pa.Schema, place: str, more: pa.Schema, name: str, remedy: str) -> pa.Schema:
+    """The extra columns that are there (in `place`), and those that `name` has beside; UserError, which says what to
+    do, where one is of another type, or they are too many."""
+    columns = {f.name: f.type for f in there}
+    for f in more:
+        known = columns.setdefault(f.name, f.type)
         kinds = (pa.types.is_integer, pa.types.is_floating)
-        same = any(kind(there) and kind(f.type) for kind in kinds)  # csv knows no narrow numbers; `write` finds others
-        if not same and common_type(there, f.type) != there:
-            raise UserError(
-                f"{found.name}: column {printable(f.name, 80)!r} is {f.type} here and {there} in {plan.data}. Rename "
-                "it there, or name the columns that are kept of this list: `--set source.columns=[...]`"
-            )
+        same = any(kind(known) and kind(f.type) for kind in kinds)  # csv knows no narrow numbers; who writes finds out
+        if not same and common_type(known, f.type) != known:
+            column = printable(f.name, 80)
+            raise UserError(f"{name}: column {column!r} is {f.type} here and {known} in {place}. {remedy}")
     if len(columns) > MOST_EXTRA:
         raise UserError(
-            f"{found.name}: {len(columns):,} extra columns would be kept with each row; at most {MOST_EXTRA:,} can be. "
-            "Name those that matter of this list: `--set source.columns=[...]`"
+            f"{name}: {len(columns):,} extra columns would be kept with each row; at most {MOST_EXTRA:,} can be. "
+            f"{remedy}"
         )
     return pa.schema(list(columns.items()))
 

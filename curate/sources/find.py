@@ -34,7 +34,16 @@ from curate.sources.listing import (
 )
 from curate.sources.lists import open_list
 from curate.sources.remote import copy_lists, copy_objects, find_objects, is_remote
-from curate.sources.tars import PackedShards, TarInput, Tars, index_samples, packed_tars, tars_of, tars_passed_over
+from curate.sources.tars import (
+    PackedShards,
+    TarInput,
+    Tars,
+    index_samples,
+    not_in_copy,
+    packed_tars,
+    tars_of,
+    tars_passed_over,
+)
 from curate.store.clients import is_url
 
 if TYPE_CHECKING:
@@ -164,7 +173,9 @@ def _find_in_folder(folder: Path) -> Found:
                 )
             return Found(str(folder), kind, [folder / name for name in listing.tables], folder, notes=notes)
         case "tars":
-            return Found(str(folder), kind, tars_of(listing), folder, notes=tars_passed_over(listing))
+            return Found(
+                str(folder), kind, tars_of(listing), folder, notes=[*not_in_copy(folder), *tars_passed_over(listing)]
+            )
         case "parquet":
             return Found(str(folder), kind, tables_with_images(listing), folder, notes=notes)
 

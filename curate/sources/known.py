@@ -28,10 +28,13 @@ from curate.sources.plan import ANEW, Plan
 
 _ROW = pa.schema([("url", pa.string()), ("caption", pa.string()), ("uid", pa.string()), ("path", pa.string())])
 
-_HASHES = """
+NAME = "if(path IS NULL OR contains(url, '://'), url, path)"
+"""SQL of what names a row of `name_rows`."""
+
+_HASHES = f"""
     SELECT name IS NULL AS nameless, hash(name) AS name, hash(name, caption) AS captioned,
            uid IS NULL AS no_uid, hash(uid) AS uid, hash(uid, caption) AS uid_captioned
-    FROM (SELECT if(path IS NULL OR contains(url, '://'), url, path) AS name, caption, uid FROM known_rows)
+    FROM (SELECT {NAME} AS name, caption, uid FROM known_rows)
 """
 
 
@@ -64,7 +67,7 @@ class KnownRows:
 
     def are_new(self, batch: pa.RecordBatch, source: Input) -> np.ndarray:
         """Which rows of another list are new, and count the others. Boolean, (rows,)."""
-        h = self._hashes(_rows(batch, source.url, source.caption, self.uid, self._base))
+        h = self._hashes(name_rows(batch, source.url, source.caption, self.uid, self._base))
         has_uid = ~h["no_uid"]
         known = _within(h["name"], self._without_uid) | (~has_uid & _within(h["name"], self._with_uid))
         known = (known & ~h["nameless"]) | (has_uid & _within(h["uid"], self._uids))
@@ -111,10 +114,10 @@ class KnownRows:
                 names = [n for n in ("url", "caption", uid and stored_name(uid), "@path", "@offset") if n]
                 wanted = [n for n in names if n in reader.schema_arrow.names]
                 for batch in reader.iter_batches(columns=wanted):
-                    yield _rows(batch, "url", "caption", uid and stored_name(uid), base)
+                    yield name_rows(batch, "url", "caption", uid and stored_name(uid), base)
             elif self._is_there(path, fact):
                 for batch in parquet_batches(path, [n for n in (fact["url"], fact["caption"], uid) if n]):
-                    yield _rows(batch, fact["url"], fact["caption"], uid, base)
+                    yield name_rows(batch, fact["url"], fact["caption"], uid, base)
             else:
                 yield from self._fetched(of, fact["path"], uid)
 
@@ -140,7 +143,7 @@ class KnownRows:
             names = ["url", "caption", *([stored_name(uid)] if uid else [])]
             there = pq.ParquetFile(data.local(data.table(shard)))
             for batch in there.iter_batches(columns=[n for n in names if n in there.schema_arrow.names]):
-                yield _rows(batch, "url", "caption", uid and stored_name(uid), None)
+                yield name_rows(batch, "url", "caption", uid and stored_name(uid), None)
 
 
 def _uid(schema: pa.Schema) -> str | None:
@@ -148,10 +151,10 @@ def _uid(schema: pa.Schema) -> str | None:
     return next((f.name for f in schema if list_name(f.name).lower() == "uid" and pa.types.is_string(f.type)), None)
 
 
-def _rows(
+def name_rows(
     batch: pa.RecordBatch, url: str | None, caption: str | None, uid: str | None, base: Path | str | None
 ) -> pa.Table:
-    """A batch as _ROW; `path` is null in lists of URLs."""
+    """What names the rows of a batch: url, caption, uid, and as `path` the place of the image, null for URLs."""
     names = {"url": url, "caption": caption, "uid": uid, "path": None}
     columns = {name: column_as(batch, own, pa.string()) for name, own in names.items()}
     if base is not None:

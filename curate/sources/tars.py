@@ -268,14 +268,7 @@ class PackedShards(Tars):
         return [tar.name for tar in self._packed if tar not in {*self.parts}]
 
     def passed_over(self) -> list[str]:
-        found = super().passed_over()
-        if missing := self.missing():
-            found.insert(
-                0,
-                f"{len(missing):,} of the {len(self._packed):,} shards that were packed are not in this copy, "
-                f"which is used without them: {first_three(missing)}",
-            )
-        return found
+        return [*not_in_copy(self.folder), *super().passed_over()]
 
     def check_bytes(self) -> None:
         with ThreadPoolExecutor() as pool:
@@ -291,6 +284,16 @@ class PackedShards(Tars):
 def packed_tars(folder: Path) -> dict[str, dict[str, Any]] | None:
     """The tars of a packed folder, each with its `sha256` and `bytes`, by its manifest; None where it has none."""
     return {name: fact for name, fact in packed_files(folder).items() if name.endswith(".tar")} or None
+
+
+def not_in_copy(folder: Path) -> list[str]:
+    """Which of the tars that were packed a copy of them lacks, in a sentence; nothing where none, or nothing packed."""
+    packed = packed_tars(folder) or {}
+    missing = [name for name in sorted(packed) if not (folder / name).is_file()]
+    return missing and [
+        f"{len(missing):,} of the {len(packed):,} shards that were packed are not in this copy, "
+        f"which is used without them: {first_three(missing)}"
+    ]
 
 
 def tars_of(listing: Listing) -> list[Path]:

@@ -9,6 +9,7 @@ import itertools
 import os
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from aesthetic.errors import UserError
@@ -71,6 +72,17 @@ class Lock:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold a file's lock among processes while the block runs; waits for who has it."""
+    fd = open_own(path, os.O_RDWR)
+    try:
+        _flock(fd, fcntl.LOCK_EX, path.parent, wait=True)
+        yield
+    finally:
+        os.close(fd)
 
 
 _LEAVING = 30.0  # seconds that workers of a dead run are waited for; 2 s is what they took on a busy machine

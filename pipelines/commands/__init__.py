@@ -25,6 +25,7 @@ COMMANDS = {
     "export": "copy packed shards into the form that another trainer reads",
     "why": "say all that is known of a row, by its key, its URL or an image file",
     "diff": "say what two selections, or two data folders of one list, keep differently",
+    "merge": "make one data folder of several, without downloading or embedding again",
     "remove": "take images out, byte for byte, so that nothing brings them back",
     "check-opt-outs": "ask the origins of what was kept again who has opted out since",
     "query": "ask the whole ledger, as one table",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from aesthetic.errors import UserError
 from pipelines.options import Options, Result, argument, command, option
+from pipelines.terminal import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ def run(options: AnnotateOptions) -> Result:
         sheets = {name: column_sheet(data, name) for name, count in fresh.items() if count}
         data.push(*(path for path in sheets.values() if path is not None))
     for name, count in fresh.items():
-        print(f"{name}: {count:,} of {len(shards):,} shards annotated{'' if count else ' (all were)'}")
+        print(f"{name}: {count:,} of {counted(len(shards), 'shard')} annotated{'' if count else ' (all were)'}")
 
     # the next command selects by the last of them
     columns, following = {name: spec.facts() for name, spec in column_specs(annotators).items()}, ""

@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass, replace
 
 from pipelines.options import Result, WithRecipe, argument, option
+from pipelines.terminal import counted
 
 
 def _days(text: str) -> float:
@@ -49,14 +50,14 @@ def run(options: CheckOptOutsOptions) -> Result:
         found = recheck(data, fetch, keys, older=options.days * DAY, write=not options.dry_run, report=bar)
         bar.clear()
     answers = " · ".join(f"{answer} {n:,}" for answer, n in found.answers.most_common())
-    print(f"{found.images:,} images, {found.asked:,} asked about now: {answers or 'none'}")
+    print(f"{counted(found.images, 'image')}, {found.asked:,} asked about now: {answers or 'none'}")
     if found.without_url:
-        print(f"{found.without_url:,} have no URL: they came from files")
+        print(f"without a URL, from files: {found.without_url:,}")
     if found.signals:
         print("seen: " + " · ".join(f"{signal} {n:,}" for signal, n in found.signals.most_common()))
     if found.opted_out:
         first = ", ".join([*found.opted_out][:3]) + (", ..." if len(found.opted_out) > 3 else "")
-        print(f"opted out: {len(found.opted_out):,} images ({first})")
+        print(f"opted out: {counted(len(found.opted_out), 'image')} ({first})")
     facts = {
         "images": found.images,
         "asked": found.asked,

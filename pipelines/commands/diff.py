@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
 from pipelines.options import Options, Result, argument, command, option
+from pipelines.terminal import counted
 
 if TYPE_CHECKING:
     from curate.layout import Data
@@ -87,7 +88,7 @@ def _lines(names: tuple[str, str], found: Difference, data: Data, a: str, other:
 
     kept = found.kept
     by = "" if found.matched_by == "key" else f", matched by {found.matched_by}"
-    lines = [f"{found.compared:,} rows compared{by}", _row("both keep", kept.both)]
+    lines = [f"{counted(found.compared, 'row')} compared{by}", _row("both keep", kept.both)]
     sides = ((names[0], found.only_a, other, b), (names[1], found.only_b, data, a))
     for keeps, only, folder, selection in sides:
         lines.append(_row(f"only {printable(keeps, 200)}", sum(only.verdicts.values())))

@@ -14,6 +14,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from pipelines.options import Options, Result
+from pipelines.terminal import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ def examine(say: Callable[[str], None]) -> bool:
     from pipelines.runtime.cluster import local_gpus  # brings the store
 
     gpus = local_gpus()
-    found = f"ok       {gpus} NVIDIA GPU{'s' if gpus > 1 else ''}"
+    found = f"ok       {counted(gpus, 'NVIDIA GPU')}"
     say(found if gpus else "note     no NVIDIA GPU: encoders run on the CPU")
     free = shutil.disk_usage(Path.cwd()).free
     say(f"{'ok' if free > 5e9 else 'note'}       {free / 1e9:,.0f} GB free here")

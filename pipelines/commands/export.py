@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.options import REQUIRED, Options, Result, argument, local_file, option
+from pipelines.terminal import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +40,9 @@ def run(options: ExportOptions) -> Result:
         done = export(folder, options.form, options.out, bar)
     finally:
         bar.clear()
-    text = f"{done.images:,} images of {done.shards:,} shards as {options.form}"
+    text = f"{counted(done.images, 'image')} of {counted(done.shards, 'shard')} as {options.form}"
     if done.found:
-        text += f" ({done.found:,} shards were there already)"
+        text += f" ({done.found:,} of these were there already)"
     if done.missing:
-        text += f" · not in this copy, and left out: {len(done.missing):,} shards ({done.missing[0]} is one)"
+        text += f" · not in this copy, and left out: {counted(len(done.missing), 'shard')} ({done.missing[0]} is one)"
     return Result(text=text, facts=vars(done), paths={"written": options.out})

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pipelines.options import REQUIRED, Options, Result, argument, command, option
+from pipelines.terminal import counted
 
 if TYPE_CHECKING:
     from curate.layout import Data
@@ -18,8 +20,8 @@ class PublishOptions(Options):
     data: str = argument("DATA", "the data folder")
     name: str | None = option("the selection's name (default: the recipe's)")
     to: str = option(
-        "a folder, or a place on an object store",
-        metavar="FOLDER|s3://",
+        "a folder, a place on an object store, or a dataset of the hub: hf://datasets/OWNER/NAME[@BRANCH]",
+        metavar="FOLDER|s3://|hf://",
         default=REQUIRED,
     )
     list_only: bool = option("publish URLs, captions, scores and digests; no image", default=False)
@@ -29,11 +31,13 @@ class PublishOptions(Options):
 
 def run(options: PublishOptions) -> Result:
     """Check that nothing is denied or outdated, then send what is not there yet."""
-    from curate.publish.publication import PublishRequest, publish
+    from curate.publish.publication import publish
+    from curate.publish.sending import PublishRequest
     from curate.store.files import sweep
     from curate.store.ownership import open_data
     from pipelines.checks import refuse_denied
     from pipelines.recipe import recipe_of, to_dict
+    from pipelines.runtime.progress import ProgressBar
 
     data = open_data(options.data)
     recipe = recipe_of(data, None, (), select=options.name)
@@ -51,18 +55,24 @@ def run(options: PublishOptions) -> Result:
     if options.dry_run:
         facts = publish(data, request, dry_run=True)
     else:
-        with data.hold():
-            sweep(data.root)
-            facts = publish(data, request)
+        bar = ProgressBar(sys.stderr, "sent", 0, "B")
+        try:
+            with data.hold():
+                sweep(data.root)
+                facts = publish(data, request, progress=lambda _, sent, whole: bar.at(sent, whole))
+        finally:
+            bar.clear()
     done = "would be sent" if options.dry_run else "sent"
     text = (
-        f"{name}, {facts['kept']:,} images as {facts['kind']}: "
-        f"{len(facts['sent']):,} of {facts['files']:,} files {done}, "
+        f"{name}, {counted(facts['kept'], 'image')} as {facts['kind']}: "
+        f"{len(facts['sent']):,} of {counted(facts['files'], 'file')} {done}, "
         f"{facts['sent_bytes'] / 1e6:,.1f} of {facts['bytes'] / 1e6:,.1f} MB"
     )
     if facts["deleted"]:
-        became = "would go" if options.dry_run else "are gone"
-        text += f"; {len(facts['deleted']):,} files that are no longer published {became}"
+        became = "would go" if options.dry_run else "gone"
+        text += f"; no longer published, and {became}: {counted(len(facts['deleted']), 'file')}"
+    if facts["seen"]:
+        text += f"\n{facts['seen']}"
     if "images_gone" in facts:
         text += (
             f"\nsince the last time: {facts['images_added']:,} images more, {facts['images_gone']:,} fewer"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.options import Options, Result, argument, local_file, option
+from pipelines.terminal import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,4 +26,4 @@ def run(options: QueryOptions) -> Result:
     if options.out is None:
         return Result(text=show(data, options.sql, sys.stdout, as_json=options.json), own_json=True)
     rows = write(data, options.sql, options.out)
-    return Result(text=f"{rows:,} rows", facts={"rows": rows}, paths={"written": options.out})
+    return Result(text=f"{counted(rows, 'row')}", facts={"rows": rows}, paths={"written": options.out})

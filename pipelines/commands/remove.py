@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import sys
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
 from pipelines.options import Options, Result, argument, command, input_file, option
+from pipelines.terminal import counted
 
 if TYPE_CHECKING:
     from curate.layout import Data
@@ -26,9 +28,10 @@ class RemoveOptions(Options):
         "all of these domains and those below them", default=(), metavar="DOMAIN", nargs="+"
     )
     sha256: tuple[str, ...] = option("by the sha256 of the original bytes", default=(), metavar="HASH", nargs="+")
-    like: Path | None = option(
-        "what is nearly the same as an image: it is listed, and you are asked", metavar="IMAGE", type=input_file
-    )
+    like: tuple[Path, ...] = option(
+        "what is nearly the same as an image: it is listed, and you are asked",
+        default=(), metavar="IMAGE", nargs="+", type=input_file,
+    )  # fmt: skip
     denied: bool = option("all that DATA's deny-list and the recipe's fetch.deny name", default=False)
     deny: tuple[str, ...] = option("all that these deny-lists name", default=(), metavar="FILE", nargs="+")
     models: tuple[Path, ...] = option(
@@ -102,45 +105,63 @@ def _named(data: Data, options: RemoveOptions, entries: list[bytes]) -> NamedRow
         lists = [*(recipe.fetch.deny if recipe is not None else ()), *options.deny]
         denied = deny_of(data, lists) if options.denied else Deny.load(lists)
     keys = _values(options.keys)
-    if options.like is not None:
+    if options.like:
         keys += _like(data, options)
     return find_named(data, keys, entries, denied)
 
 
 def _like(data: Data, options: RemoveOptions) -> list[str]:
-    """The keys of what is nearly the same as an image, once somebody has agreed."""
-    from curate.ledger.alike import images_like
+    """The keys of what is nearly the same as one of these images, once somebody has agreed."""
+    from aesthetic.untrusted import printable, read_bytes
+    from curate.images.config import ImagesConfig
+    from curate.ledger.alike import Match, images_near, same_bytes
+    from curate.ledger.schema import RowError
+    from curate.ledger.view import tables
+    from curate.ledger.why import explain
+    from pipelines.recipe import stored_recipe
 
-    assert options.like is not None
-    found = images_like(data, options.like)
-    for one in found:
-        cosine = f"   cosine {one.cosine:.3f}" if one.cosine is not None else ""
-        same = "   the same bytes" if one.same else ""
-        print(f"{one.key}   {one.bits} of 256 bits differ{cosine}{same}   {one.url or ''}")
-    if not found:
-        print(f"{data} holds nothing that is nearly the same as {options.like}")
-    elif not (options.yes or options.dry_run):
+    recipe, ledger = stored_recipe(data), tables(data)
+    images = recipe.images if recipe else ImagesConfig()
+    alike = dict[str, Match]()
+    for path in options.like:
+        file = read_bytes(path)
+        try:
+            found = [m for m in images_near(data, ledger, file, images) if m.near]
+        except RowError as e:
+            raise UserError(f"{path}: {e.detail or e.reason}") from None
+        found = [*same_bytes(ledger, file), *found]
+        if not found:
+            print(f"{data} holds nothing that is nearly the same as {path}")
+        for match in found:
+            alike.setdefault(match.key, match)
+    for key, match in alike.items():
+        url = ""
+        with contextlib.suppress(KeyError):  # its image must not be seen, and may go
+            url = printable(explain(data, key, ledger).url or "", 1000)
+        print(f"{key}   {match.apart or 'the same bytes'}   {url}".rstrip())
+    if alike and not (options.yes or options.dry_run):
         if not sys.stdin.isatty():
             raise UserError(
                 "--like asks whether what it found is meant, on a terminal: look with --dry-run, then give --yes"
             )
-        print(f"Remove these {len(found):,}? [y/N] ", end="", flush=True)
+        print(f"Remove {'this one' if len(alike) == 1 else f'these {len(alike):,}'}? [y/N] ", end="", flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             raise UserError("nothing was removed")
-    return [one.key for one in found]
+    return [*alike]
 
 
 def _planned(data: Data, named: NamedRows, options: RemoveOptions) -> Removal:
     """What is removed, and where it has gone."""
-    from curate.shards.held import latents_of, published_copies, trained_models
+    from curate.shards.held import latents_of, models_of, published_copies
     from curate.shards.remove import plan_removal
 
     removal = plan_removal(data, named, datetime.date.today().isoformat())
-    models = trained_models(data, options.models, removal.manifests)
+    models = models_of(data, options.models, removal.manifests)
     removal.latents = [str(folder) for of_pack in models.values() for folder in latents_of(of_pack, data)]
     removal.said = {
-        "models": {name: [str(folder) for folder in of_pack] for name, of_pack in models.items()},
-        "published": published_copies(data, removal.packs),
+        "models": {name: [str(model.folder) for model in of_pack] for name, of_pack in models.items()},
+        "bases": {str(m.folder): str(m.base) for of_pack in models.values() for m in of_pack if m.base},
+        "published": published_copies(data, removal.keys),
         "list": _users_list(data),
     }
     return removal
@@ -178,7 +199,7 @@ def _facts(data: Data, removal: Removal) -> dict[str, Any]:
 def _say(data: Data, removal: Removal, gone: dict[str, int]) -> dict[str, Any]:
     print(_words(data, removal))
     if gone.get("ratings"):
-        print(f"ratings   {gone['ratings']:,} that named them are gone; heads that were fitted to them are not")
+        print(f"ratings   {gone['ratings']:,} of them went, too; heads that were fitted to such stay")
     if gone.get("sheets"):
         print("sheets    are gone; the next `select` or `pack` draws them anew")
     return _facts(data, removal) | gone
@@ -186,22 +207,22 @@ def _say(data: Data, removal: Removal, gone: dict[str, int]) -> dict[str, Any]:
 
 def _words(data: Data, removal: Removal, would: bool = False) -> str:
     """What was done, or would be, for people."""
-    shards = len(removal.shards)
-    lines = [
-        f"{'would go ' if would else 'removed  '} {removal.images:,} images, {removal.removed:,} rows "
-        f"in {shards:,} shard{'s' if shards != 1 else ''}"
-    ]
+    done, rows = "would go " if would else "removed  ", counted(removal.removed, "row")
+    lines = [f"{done} {counted(removal.images, 'image')}, {rows} in {counted(len(removal.shards), 'shard')}"]
     if would and (keys := sorted(removal.keys)):
         lines.append(f"keys      {', '.join(keys[:10])}{', ...' if len(keys) > 10 else ''}")
     lines += [f"packed    {count:,} in shards/{name}" for name, count in removal.packs.items()]
     for place in removal.said.get("published") or ():
         lines.append(f"published {place} holds them still: publish it again")
     for name, models in (removal.said.get("models") or {}).items():
-        lines += [f"trained   {model} was trained on shards/{name} while it held them" for model in models]
+        for model in models:
+            base = (removal.said.get("bases") or {}).get(model)
+            which = f"{model} went on from {base}, which was" if base else f"{model} was"
+            lines.append(f"trained   {which} trained on shards/{name} while it held them")
     if removal.said.get("list") and removal.removed:
         lines.append(f"list      {removal.said['list']} is yours, and names them still")
     lines.append(
-        f"denied    {len(removal.entries):,} entr{'ies' if len(removal.entries) != 1 else 'y'} "
-        f"{'would be' if would else 'are'} in {data.shown(data.deny_list)}: nothing brings them back"
+        f"denied    {counted(len(removal.entries), 'entry', 'entries')} {'that would be ' if would else ''}"
+        f"in {data.shown(data.deny_list)}: nothing brings {'it' if removal.removed == 1 else 'them'} back"
     )
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
 from pipelines.options import Options, Result, argument, command
+from pipelines.terminal import counted
 
 if TYPE_CHECKING:
     from curate.layout import Data
@@ -51,7 +52,7 @@ def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, An
         early.update(record.get("rejected_early", {}))
     total, shards = sum(outcomes.values()) - early.total(), len(plan.shards)
     several = f"{len(plan.lists)} lists" if len(plan.lists) > 1 else plan.list
-    say(f"rows      {plan.total_rows:,} in {shards:,} shards of {several}")
+    say(f"rows      {plan.total_rows:,} in {counted(shards, 'shard')} of {several}")
     lists = [_list_facts(plan, i) for i in range(len(plan.lists))]
     for one in lists if len(lists) > 1 else ():
         more = f", added {one['date'][:10]}" if one["date"] else ""
@@ -85,8 +86,12 @@ def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, An
     for name, facts in selections.items():
         words = [f"{facts['kept']:,} kept", *facts["stale"]]
         if facts["packed"]:
-            words.append("packed" if facts["packed"] == "now" else "packed before it was made anew")
+            of_this = "packed before that" if facts["stale"] else "packed"
+            words.append(of_this if facts["packed"] == "now" else "packed before it was made anew")
         say(f"selected  {name}: {', '.join(words)}")
+    models = models_there(data, selections)
+    for folder, one in models.items():
+        say(f"model     {folder}: trained on shards/{one['pack']}{one['older'] and ', ' + one['older']}")
     found = {
         "rows": plan.total_rows,
         "lists": lists,
@@ -99,6 +104,7 @@ def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, An
         "outcomes": outcomes,
         "rejected_early": early,
         "selected": selections,
+        "models": models,
     }
     try:
         recipe = stored_recipe(data)
@@ -120,7 +126,7 @@ def status(data: Data, say: Callable[[str], None] = print) -> tuple[dict[str, An
     if waiting > hopeless:
         return found, command("retry", data)
     if waiting:
-        once_more, failed = command("retry", data), f"{waiting:,} rows that failed for transient reasons"
+        once_more, failed = command("retry", data), f"{counted(waiting, 'row')} that failed for transient reasons"
         say(f"retry     the last one had back none of {failed}; `{once_more}` tries anew")
     for name, facts in selections.items():
         if facts["stale"]:
@@ -179,4 +185,17 @@ def selections_there(data: Data) -> dict[str, dict[str, Any]]:
         if manifest:
             packed = "now" if manifest.get("inputs", {}).get("selected") == made else "older"
         found[name] = {"kept": record["kept"], "stale": stale, "packed": packed}
+    return found
+
+
+def models_there(data: Data, selections: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """The models below the data folder that were trained on its packed shards: on which (`pack`), and why these are
+    `older` than the data (nothing: they are not)."""
+    from curate.ledger.whereabouts import trained_on
+
+    found = dict[str, dict[str, str]]()
+    for folder, _, name, same in trained_on(data, data.packs()):
+        facts = selections.get(name, {})
+        older = "which is older than the data" if facts.get("stale") or facts.get("packed") == "older" else ""
+        found[str(folder)] = {"pack": name, "older": older if same else "before it was packed anew"}
     return found

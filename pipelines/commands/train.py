@@ -52,7 +52,7 @@ FROM_STEPS, FROM_BATCH = 1000, 8
 """Of training that goes on from a model, where nothing else is asked."""
 
 SETTINGS = (
-    *("preset", "start", "lora", "objective", "size", "buckets", "weight_by", "caption"),
+    *("preset", "text_encoder", "vae", "start", "lora", "objective", "size", "buckets", "weight_by", "caption"),
     *("steps", "batch", "lr", "seed"),
 )
 """The options that train.json keeps: what must be the same for a run to go on."""
@@ -69,7 +69,16 @@ class TrainOptions(Options):
         "the model's folder, which diffusers loads when done", default=REQUIRED, metavar="MODEL", type=local_folder
     )
     preset: str | None = option(
-        "a new model: debug, tiny (default without a GPU), small-64 (default with one), base-128, sd15", metavar="P"
+        "a new model: debug, tiny (default without a GPU), small-64 (default with one), base-128, sd15; a transformer: "
+        "debug-dit, dit-tiny, dit-256, dit-256-l, dit-256-xl",
+        metavar="P",
+    )
+    text_encoder: str | None = option(
+        "of a new transformer: a language model that stays as it is, a folder or a hub id (default: its own, trained)",
+        metavar="MODEL",
+    )
+    vae: str | None = option(
+        "of a new transformer: an AutoencoderKL, a folder or a hub id (default: its own, or none)", metavar="MODEL"
     )
     start: str | None = option("go on with a diffusers folder, or a hub id", flag="--from", metavar="MODEL")
     lora: int | None = option(
@@ -191,7 +200,10 @@ def check_options(options: TrainOptions) -> None:
     if objective and objective not in OBJECTIVES:
         raise UserError(f"there is no objective {objective!r}: {', '.join(OBJECTIVES)}")
     if options.preset:
-        _check_preset(options.preset, options.size)
+        _check_preset(options)
+    for flag, part in (("--text-encoder", options.text_encoder), ("--vae", options.vae)):
+        if part is not None and not options.preset:
+            raise UserError(f"{flag} is for new transformers: --preset dit-256, for one")
     if store_at(options.data).url is None:
         check_data(options.data)
     check_free(store_at(options.out), "model")
@@ -217,14 +229,29 @@ def check_options(options: TrainOptions) -> None:
         check_trainable(read_model_info(start), options.size)
 
 
-def _check_preset(name: str, size: int | None) -> None:
-    from train.models.presets import PRESETS
+def _check_preset(options: TrainOptions) -> None:
+    """That there is one, that what it is given is what it can use, and that images of the size fit it."""
+    from train.models.presets import PRESETS, TransformerPreset
 
+    name = str(options.preset)
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}: {', '.join(PRESETS)}")
-    step = PRESETS[name].factor * 2 ** (len(PRESETS[name].unet) - 1)
-    if size and size % step:
-        raise UserError(f"--size {size} does not fit {name}: sides are multiples of {step}")
+    preset = PRESETS[name]
+    given = {"--text-encoder": options.text_encoder, "--vae": options.vae}
+    if isinstance(preset, TransformerPreset):
+        if options.objective not in (None, "flow"):
+            raise UserError(f"--objective {options.objective}: {name} is a transformer, which learns by flow alone")
+        from train.models.given import find_text_encoder, find_vae, with_vae
+
+        if options.text_encoder:
+            find_text_encoder(options.text_encoder)
+        if options.vae:
+            preset = with_vae(preset, find_vae(options.vae))
+    elif flag := next((flag for flag, part in given.items() if part), None):
+        raise UserError(f"{flag} is for transformers, and {name} is a UNet: --preset dit-256 is one")
+    size = options.size or preset.size
+    if size % preset.step:
+        raise UserError(f"--size {size} does not fit {name}: sides are multiples of {preset.step}")
 
 
 def check_data(folder: Path) -> None:
@@ -246,7 +273,7 @@ def _resolve(options: TrainOptions, samples: MapDataset) -> TrainOptions:
             import torch
 
             name = "small-64" if torch.cuda.is_available() else "tiny"
-            _check_preset(name, options.size)
+            _check_preset(replace(options, preset=name))
         preset = PRESETS[name]
     workers, batch = options.workers or 1, options.batch
     if not batch:  # a usual one, halved until four fit into the data; a multiple of the workers
@@ -264,7 +291,9 @@ def _resolve(options: TrainOptions, samples: MapDataset) -> TrainOptions:
         data=options.data.absolute(),
         out=options.out.absolute(),
         preset=name,
-        start=str(Path(start).absolute()) if start and Path(start).exists() else start,  # else a hub id
+        text_encoder=_whole_path(options.text_encoder),
+        vae=_whole_path(options.vae),
+        start=_whole_path(start),
         objective=options.objective or ("flow" if preset else None),
         size=options.size or (preset.size if preset else None),
         steps=steps,
@@ -280,16 +309,25 @@ def _is_alone(options: TrainOptions) -> bool:
     return options.address is None and (options.workers or torch.cuda.device_count()) <= 1
 
 
+def _whole_path(name: str | None) -> str | None:
+    """Of a folder; what is none is a hub id."""
+    return str(Path(name).absolute()) if name and Path(name).exists() else name
+
+
 def _loop_config(resolved: TrainOptions) -> LoopConfig:
     from train.loop import LoopConfig
+    from train.models.presets import PRESETS, TransformerPreset
 
     steps, batch, lr = resolved.steps, resolved.batch, resolved.lr
     assert steps and batch and lr and resolved.save_every  # see _resolve
+    preset = PRESETS.get(str(resolved.preset))
+    muon = preset.muon * lr / preset.lr if isinstance(preset, TransformerPreset) else 0.0
     return LoopConfig(
         steps=steps,
         batch=batch,
         micro_batch=resolved.micro_batch or 0,
         lr=lr,
+        muon=muon,
         warmup=min(50, steps // 10),
         seed=resolved.seed,
         checkpointing=resolved.checkpointing,
@@ -323,8 +361,9 @@ def _prepare(
     from train.data import sampling_weights
     from train.devices import default_device, set_threads, versions
     from train.latents import weights_digest
+    from train.models.family import family_of, load_model
+    from train.models.given import find_text_encoder, find_vae
     from train.models.presets import PRESETS
-    from train.models.unet import load_model
     from train.run import default_prompts, hold_out, write_new_model
 
     def say(text: str) -> None:
@@ -350,11 +389,15 @@ def _prepare(
     if resolved.preset:
         captions = [samples.facts(i)["caption"] or "" for i in range(len(samples)) if i not in set(data["held_out"])]
         preset = replace(PRESETS[resolved.preset], size=resolved.size or PRESETS[resolved.preset].size)
-        write_new_model(out / "start", preset, captions, str(resolved.objective), resolved.seed)
+        write_new_model(
+            out / "start", preset, captions, str(resolved.objective), resolved.seed,
+            vae=find_vae(resolved.vae) if resolved.vae else None,
+            text_encoder=find_text_encoder(resolved.text_encoder) if resolved.text_encoder else None,
+        )  # fmt: skip
 
     identity = dict(settings)
     if pipeline is not None:
-        identity["weights"] = weights_digest(pipeline.unet)
+        identity["weights"] = weights_digest(family_of(pipeline).network(pipeline))
     prompts = prompts or default_prompts(samples, data["held_out"])
     job = TrainJob(
         options=resolved,
@@ -382,24 +425,27 @@ def _prepare(
         trainer = stack.enter_context(ray_trainer(job, train_run, say))
     facts |= {"data": train_run.data_facts(), "made_with": versions(), "by": trainer.about}
     facts |= {"size": train_run.size, "prompts": list(prompts)}
+    facts |= {"pipeline": train_run.family.pipeline, "muon": job.loop.muon}
     write_json(out / "train.json", facts)
     return train_run, trainer
 
 
 def _headline(run: TrainRun, resolved: TrainOptions, by: str, *, preset_given: bool) -> Iterator[str]:
     """What is trained, on what, and how."""
-    from train.models.unet import count_parameters
+    from train.models.base import count_parameters
 
-    p, loop = run.pipeline, run.loop
-    unet, text, vae = (count_parameters([m]) / 1e6 for m in (p.unet, p.text_encoder, p.vae))
+    p, loop, what = run.pipeline, run.loop, run.family.title
+    net, text, vae = (count_parameters([m]) / 1e6 for m in (run.family.network(p), p.text_encoder, p.vae))
     name = str(resolved.start or resolved.preset)
     if run.new and not preset_given:
         name += f" (the preset for a machine with{'' if name == 'small-64' else 'out'} a GPU; --preset names others)"
-    yield f"model  {name} · {run.size} px · {run.objective} · UNet {unet:.2f} M, text encoder {text:.2f} M parameters"
+    yield f"model  {name} · {run.size} px · {run.objective} · {what} {net:.2f} M, text encoder {text:.2f} M parameters"
     if run.lora:
         yield f"       a LoRA of rank {run.lora} is trained, the model stays as it is"
+    elif run.new and not run.text:
+        yield "       the transformer is trained; the text encoder stays as it is"
     elif not run.new:
-        yield "       the UNet is trained; text encoder and autoencoder stay as they are"
+        yield f"       the {what} is trained; text encoder and autoencoder stay as they are"
     if run.vae_loop:
         yield f"       its autoencoder of {vae:.2f} M parameters is trained first, {run.vae_loop.steps:,} steps"
     without = sum(1 for i in run.chosen.tolist() if not run.samples.facts(i)["caption"])

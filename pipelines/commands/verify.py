@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from aesthetic.errors import UserError
 from pipelines.options import Options, Result, argument, command, option
+from pipelines.terminal import counted
 
 if TYPE_CHECKING:
     from curate.verify import Damage
@@ -48,7 +49,7 @@ def run(options: VerifyOptions) -> Result:
         with data.hold():
             verify.repair(data, damages)
         removed = len({d.record for d in damages})
-        print(f"{removed:,} record{'s' if removed != 1 else ''} removed")
+        print(f"{counted(removed, 'record')} removed")
     return Result(facts=facts, next="\n      ".join(following), code=1)
 
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from aesthetic.errors import UserError
 from aesthetic.untrusted import printable, read_bytes
 from pipelines.options import Options, Result, argument, command, input_file, option
+from pipelines.terminal import counted
 
 if TYPE_CHECKING:
     from curate.layout import Data
-    from curate.ledger.lookup import Match
+    from curate.ledger.alike import Match
     from curate.ledger.view import LedgerTable
     from curate.ledger.whole import WholeRow
 
@@ -79,7 +80,8 @@ def _folder(name: str) -> Path:
 def find(data: Data, found: Sequence[LedgerTable], what: str) -> list[Match]:
     """The rows that are meant. UserError where there is none, or where the file is no image."""
     from curate.images.config import ImagesConfig
-    from curate.ledger.lookup import Match, by_image, by_url
+    from curate.ledger.alike import Match
+    from curate.ledger.lookup import by_image, by_url
     from curate.ledger.schema import RowError
     from curate.ledger.why import KeyShape
     from curate.store.objects import is_url
@@ -127,20 +129,9 @@ def _found_lines(matches: Sequence[Match], near: Sequence[Match], told: int) -> 
     if not near:
         yield "no row has this image, or one that is nearly the same" + ("; the nearest are" if matches else "")
         for match in matches:
-            yield f"  {match.key}  {_apart(match)}"
+            yield f"  {match.key}  {match.apart}"
     elif len(near) > 1:
         yield f"{len(near):,} rows" + (f", of which {told:,} are told" if told < len(near) else "")
-
-
-def _apart(match: Match) -> str:
-    parts = []
-    if match.pdq_bits is not None:
-        parts.append(f"PDQ differs in {match.pdq_bits} of 256 bits")
-    if match.phash_bits is not None:
-        parts.append(f"perceptual hash in {match.phash_bits} of 64")
-    if match.cosine is not None:
-        parts.append(f"cosine {match.cosine:.3f}")
-    return ", ".join(parts)
 
 
 def row_lines(whole: WholeRow, match: Match, several: bool) -> list[str]:
@@ -151,8 +142,7 @@ def row_lines(whole: WholeRow, match: Match, several: bool) -> list[str]:
         word = "has an image that its tar does not hold"
     lines = [f"{row.key}  {word}"]
     if match.by != "key":
-        apart = _apart(match)
-        lines.append(_line("found", f"by {match.by}{': ' + apart if apart else ''}"))
+        lines.append(_line("found", f"by {match.by}{': ' + match.apart if match.apart else ''}"))
     added = f"; added on {row.list[-10:]}" if ", added on " in row.list else ""
     line = f", row {row.line:,} (the first is 0)" if row.line is not None else ", whose rows were cut or copied"
     lines += [_line("list", f"{row.file or row.list or 'unknown'}{line}{added}"), *_texts("caption", row.caption)]
@@ -161,14 +151,18 @@ def row_lines(whole: WholeRow, match: Match, several: bool) -> list[str]:
     lines += _table("of the list", {name: _said(value) for name, value in row.source.items()})
     lines += _column_lines(whole)
     lines += _selection_lines(whole)
+    stale = {name: judged.stale for name, judged in whole.selections.items() if judged.stale}
     for name, at in whole.packed.items():
-        older = ", of an older selection than there is now" if name in whole.old_packs else ""
+        older = f", older than {', '.join(stale[name])}" if name in stale else ""
+        older = ", of an older selection than there is now" if name in whole.old_packs else older
         lines.append(_line("packed", f"{name}: {at.tar}, sample {at.index:,} of {at.count:,}{older}"))
     if whole.stored and not whole.packed:
         lines.append(_line("packed", "nowhere"))
     for use in whole.models:
         when = f", finished {use.finished}" if use.finished else ""
-        lines.append(_line("model", f"{use.model}: {use.use}{when}{'; ' + use.note if use.note else ''}"))
+        older = f"{use.pack} is older than the data" if use.pack in {*stale, *whole.old_packs} else ""
+        note = "".join(f"; {said}" for said in (use.note or older,) if said)
+        lines.append(_line("model", f"{use.model}: {use.use}{when}{note}"))
     if whole.stored and not whole.models:
         lines.append(_line("models", "none that was found was trained on it"))
     lines += _copy_lines(whole)
@@ -288,7 +282,7 @@ def _selection_lines(whole: WholeRow) -> Iterator[str]:
 
 def _copy_lines(whole: WholeRow) -> Iterator[str]:
     for group in whole.copies:
-        yield _line("copies", f"{group.column}: {group.size:,} images that are nearly the same, group {group.group}")
+        yield _line("copies", f"{group.column}: {counted(group.size, 'image')}, nearly the same, group {group.group}")
         for key in group.members[:MOST_SHOWN]:
             said = [f"{name}: {verdicts[key]}" for name, verdicts in group.verdicts.items() if key in verdicts]
             member = f"{key}{' (this one)' if key == whole.row.key else ''}"

@@ -169,13 +169,21 @@ class ProgressDisplay:
 
 
 class ProgressBar:
-    """One line about work of known length: how much is done, how fast, how long it still takes."""
+    """One line about work of known length: how much is done, how fast, how long it still takes.
+
+    unit: of what is counted; "B" are bytes, shown as MB.
+    """
 
     def __init__(self, out: IO[str], what: str, total: int, unit: str = "img") -> None:
         self._out, self._what, self._total, self._unit = out, what, total, unit
         self._began = self._last = time.monotonic()
         self._done, self._live = 0, out.isatty()
         self._every = 0.2 if self._live else line_seconds()
+
+    def at(self, done: int, total: int) -> None:
+        """So many are done, of so many as is known by now."""
+        self._total = total
+        self(done - self._done)
 
     def __call__(self, more: int) -> None:
         """So many more are done."""
@@ -186,7 +194,10 @@ class ProgressBar:
         self._last = now
         rate = self._done / (now - self._began)
         left = format_duration((self._total - self._done) / rate) if rate else "unknown"
-        text = f"{self._what}  {self._done:,}/{self._total:,}  {format_rate(rate, self._unit)}  eta {left}"
+        count = f"{self._done:,}/{self._total:,}"
+        if self._unit == "B":
+            count = f"{self._done / 1e6:,.1f}/{self._total / 1e6:,.1f} MB"
+        text = f"{self._what}  {count}  {format_rate(rate, self._unit)}  eta {left}"
         self._out.write(CLEAR if self._live else "")
         self._out.write(text if self._live else f"{text}\n")
         self._out.flush()
@@ -224,7 +235,11 @@ def format_rate(rate: float, unit: str) -> str:
 
     >>> [format_rate(r, "img") for r in (1234.5, 5.0, 0.015, 0.0)]
     ['1,234 img/s', '5 img/s', '66.7 s/img', '0 img/s']
+    >>> format_rate(2_345_000, "B")
+    '2.3 MB/s'
     """
+    if unit == "B":
+        return f"{rate / 1e6:,.1f} MB/s"
     if 0 < rate < 1:
         return f"{1 / rate:.1f} s/{unit.removesuffix('s')}"
     return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"

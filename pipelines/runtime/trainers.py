@@ -30,8 +30,8 @@ from train.data import open_samples
 from train.devices import default_device
 from train.latents import Tell
 from train.loop import LoopConfig
+from train.models.family import load_model
 from train.models.presets import PRESETS
-from train.models.unet import load_model
 from train.parallel import PeerLost, rank_and_size
 from train.places import bring, push
 from train.run import Record, ShouldStop, TrainRun
@@ -74,7 +74,8 @@ class TrainJob:
             self.loop,
             device=device,
             new=o.start is None,
-            own_vae=bool(o.preset and PRESETS[o.preset].vae),
+            text=o.start is None and o.text_encoder is None,
+            own_vae=bool(o.preset and PRESETS[o.preset].vae and not o.vae),
             size=o.size,
             buckets=o.buckets,
             weight_by=o.weight_by,

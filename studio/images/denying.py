@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from studio.data import StudioData
 
 LOOKED_AT = 500_000
-"""Rows of a data folder whose URLs are compared, in some 2 s; of a larger one the command is for the shards of the
-images that were denied one by one, and for all shards where domains were."""
+"""Rows of a data folder whose URLs are compared, in some 2 s, to find out whether there is anything to remove. Of a
+larger one the images that were denied one by one are looked for, and where domains were it is taken for granted."""
 _FEW = 200  # images that are looked for one by one
 
 

@@ -147,6 +147,7 @@ class ImageService:
         if known is not None and folders is not None and folders == self._folders:
             return time.monotonic(), *known[1:]
         lasting = folders is not None and all(stamp is None or data.store.lasting(stamp) for stamp in folders)
+        data.forget_plan()  # lists may have been added, rows removed
         columns = ShownColumns.of(data, self._rules)
         self._folders = folders if lasting else None
         return time.monotonic(), columns, KeyShape.of(columns.found[0])

@@ -156,7 +156,7 @@ class RatingLog:
             if self._is_held:
                 yield
                 return
-            with _locked(self.path.parent / ".lock"):
+            with _locked(self.data.ratings_lock):
                 try:
                     self.data.store.bring_newest(self.path)
                     if self._stamp is None or self._stamp != _stamp(self.path):
@@ -271,7 +271,7 @@ def _locked(path: Path) -> Iterator[None]:
 def make_set(data: Data, about: RatingSet, log: Callable[[str], None]) -> None:
     """Write an empty set of ratings. UserError where there is one of that name, NotHere where it can't be written."""
     record, path = data.ratings_record(about.name), data.ratings(about.name)
-    with _locked(record.parent / ".lock"):
+    with _locked(data.ratings_lock):
         data.store.bring_newest(record)
         data.store.bring_newest(path)
         if record.exists() or path.exists():

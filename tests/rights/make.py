@@ -65,38 +65,33 @@ def signer():
     return c2pa.Signer.from_info(c2pa.C2paSignerInfo(b"es256", chain, private, None))
 
 
+def signed(signs, kind, label, entries, more=()):
+    """An image of 16 x 16 pixels in one of Pillow's formats, with an assertion of training and mining, signed."""
+    context = c2pa.Context(c2pa.Settings.from_dict({"builder": {"thumbnail": {"enabled": False}}}))
+    created = {"action": "c2pa.created", "digitalSourceType": "http://c2pa.org/digitalsourcetype/empty"}
+    manifest = {
+        "claim_generator_info": [{"name": "a test", "version": "1"}],
+        "assertions": [
+            {"label": "c2pa.actions", "data": {"actions": [created]}},
+            *more,
+            {"label": label, "data": {"entries": entries}},
+        ],
+    }
+    image, out = io.BytesIO(), io.BytesIO()
+    Image.linear_gradient("L").resize((16, 16)).convert("RGB").save(image, kind)
+    image.seek(0)
+    c2pa.Builder(json.dumps(manifest), context).sign(signs, f"image/{kind.lower()}", image, out)
+    return out.getvalue()
+
+
 def main():
     signs = signer()
-    context = c2pa.Context(c2pa.Settings.from_dict({"builder": {"thumbnail": {"enabled": False}}}))
     for case, (label, entries) in CASES.items():
         for extension, kind in KINDS.items():
             if case != "not_allowed" and extension != "jpg":
                 continue
-            image = io.BytesIO()
-            Image.linear_gradient("L").resize((16, 16)).convert("RGB").save(image, kind)
-            manifest = {
-                "claim_generator_info": [{"name": "a test", "version": "1"}],
-                "assertions": [
-                    {
-                        "label": "c2pa.actions",
-                        "data": {
-                            "actions": [
-                                {
-                                    "action": "c2pa.created",
-                                    "digitalSourceType": "http://c2pa.org/digitalsourcetype/empty",
-                                }
-                            ]
-                        },
-                    },
-                    *([{"label": "org.test.long", "data": {"text": "x" * 70_000}}] if case == "two_pieces" else []),
-                    {"label": label, "data": {"entries": entries}},
-                ],
-            }
-            image.seek(0)
-            out = io.BytesIO()
-            mime = f"image/{kind.lower()}"
-            c2pa.Builder(json.dumps(manifest), context).sign(signs, mime, image, out)
-            (HERE / f"{case}.{extension}").write_bytes(out.getvalue())
+            more = [{"label": "org.test.long", "data": {"text": "x" * 70_000}}] if case == "two_pieces" else []
+            (HERE / f"{case}.{extension}").write_bytes(signed(signs, kind, label, entries, more))
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ from train.evaluate.model import EvaluatedModel
 from train.generate.files import png, read_facts, read_image
 from train.generate.request import GenerationRequest, facts_of, resolve
 from train.generate.sampler import UNSAFE, Sampler
+from train.models.family import family_of, load_model
 from train.models.lora import add_loras
-from train.models.unet import load_model, size_step, tokenize
 from train.objective import objective_of
 from train.tasks import HELD_OUT_TIMES
 
@@ -258,6 +258,7 @@ class Evaluation:
         pipeline = load_model(self.model.info.folder)  # as it was trained: in fp32
         add_loras(pipeline, self.model.loras, self.model.info.name)
         pipeline.to(self.device)
+        family = family_of(pipeline)
         try:
             objective = objective_of(pipeline.scheduler).name
             if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
@@ -278,10 +279,10 @@ class Evaluation:
         for name, (samples, indices) in parts.items():
             dataset = ImageDataset(
                 samples,
-                lambda captions: tokenize(pipeline, captions),
+                lambda captions: family.tokenize(pipeline, captions),
                 min(self.model.info.size),
                 buckets=settings.get("buckets", False),
-                step=size_step(pipeline),
+                step=family.size_step(pipeline),
                 least=settings.get("batch", 1),
             )
             each = heldout.losses(pipeline, dataset, indices, seed=seed, on_done=bar)

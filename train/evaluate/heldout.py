@@ -18,6 +18,7 @@ from curate.sources.dataset import MapDataset
 from curate.store.files import digest, read_json
 from train.data import Ints, TrainDataset, open_samples, ordered_batches, scan_images, split
 from train.devices import autocast, out_of_memory
+from train.models.family import family_of
 from train.models.info import training_record
 from train.objective import GAMMA, objective_of
 from train.places import bring_images, local_folder
@@ -143,7 +144,7 @@ def losses(
     """
     gamma = GAMMA if objective_of(pipeline.scheduler).name == "eps" else None  # weighted as train weights it
     task = Denoise(pipeline, gamma=gamma)
-    device = pipeline.unet.device
+    device = family_of(pipeline).network(pipeline).device
     place = {int(n): i for i, n in enumerate(indices)}
     size, found = 16, np.full((len(indices), len(HELD_OUT_TIMES)), np.nan, np.float32)
     with eval_mode(pipeline):

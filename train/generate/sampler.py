@@ -93,7 +93,8 @@ class Sampler:
         """
         from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 
-        from train.models.unet import count_parameters, load_model
+        from train.models.base import count_parameters
+        from train.models.unet import load_model
 
         self.info = model if isinstance(model, ModelInfo) else read_model_info(model)
         self.loras, self.batch, self.blur = tuple(loras), batch, blur

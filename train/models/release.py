@@ -66,6 +66,7 @@ def card(facts: Mapping[str, Any]) -> str:
     else:
         what = f"A text-to-image model ({settings['preset']}, {settings['objective']}), trained from scratch"
     held = result["held_out"]
+    muon = f", Muon at {facts['muon']:g} for the matrices of its blocks" if facts.get("muon") else ""
     lines = [
         f"{what}, with `tastemaker train`.",
         "",
@@ -73,19 +74,21 @@ def card(facts: Mapping[str, Any]) -> str:
         + (f", manifest sha256 `{data['manifest_sha256']}`" if data["manifest_sha256"] else "")
         + f"; {data['held_out']:,} more held out, no near-duplicates of these among them",
         f"- training: {settings['steps']:,} steps of {settings['batch']} images, {facts['size']} px, AdamW at "
-        f"{settings['lr']:g}, seed {settings['seed']}"
+        f"{settings['lr']:g}{muon}, seed {settings['seed']}"
         + (f"; images drawn in proportion to {markdown_code(settings['weight_by'])}" if settings["weight_by"] else "")
         + (f"; images without a caption had {markdown_code(settings['caption'])}" if settings.get("caption") else ""),
         "- weights: the running average of those of the steps (EMA)",
         *([f"- held-out loss: {held['ema']:.4f} (of the raw weights {held['raw']:.4f})"] if held else []),
         "- made with: " + ", ".join(f"{k} {v}" for k, v in facts["made_with"].items()),
     ]
+    kind, size = facts.get("pipeline", "StableDiffusionPipeline"), facts["size"]
+    more = f", height={size}, width={size}" if kind == "ZImagePipeline" else ""  # which draws 1024 px else
     code = [
         "```python",
-        "from diffusers import StableDiffusionPipeline",
-        f"p = StableDiffusionPipeline.from_pretrained({quoted(base if lora else 'MODEL')})",
+        f"from diffusers import {kind}",
+        f"p = {kind}.from_pretrained({quoted(base if lora else 'MODEL')})",
         *(['p.load_lora_weights("MODEL")'] if lora else []),
-        f'p({quoted(facts["prompts"][0])}).images[0].save("image.png")',
+        f'p({quoted(facts["prompts"][0])}{more}).images[0].save("image.png")',
         "```",
     ]
     return "\n".join(["---", *header, "---", "", *lines, "", *code, ""])

@@ -1,4 +1,4 @@
-"""A text-to-image model as a diffusers StableDiffusionPipeline: built small from a preset, or loaded to go on with.
+"""Models of a UNet, as a diffusers StableDiffusionPipeline: built small from a preset, or loaded to go on with.
 
 UNet2DConditionModel + CLIPTextModel + AutoencoderKL + CLIPTokenizer. What `save_pretrained` writes, any diffusers
 client loads.
@@ -9,34 +9,81 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from aesthetic.errors import UserError
 from aesthetic.untrusted import error_line, read_json_file
 from curate.hub import no_progress_bars
-from curate.weight_files import weight_files, weight_variant
 from train.devices import out_of_memory
+from train.models.autoencoder import new_autoencoder
+from train.models.base import Family
 from train.models.info import ModelInfo, read_model_info
-from train.models.presets import PRESETS, Preset
+from train.models.parts import load_part
+from train.models.presets import PRESETS, UnetPreset
 from train.objective import training_scheduler
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def new_model(preset: Preset | str, captions: Iterable[str], objective: str = "flow", seed: int = 0) -> Any:
+class UnetFamily(Family):
+    """Stable Diffusion 1 and 2, and what is built like them."""
+
+    title = "UNet"
+    pipeline = "StableDiffusionPipeline"
+    denoiser = "unet"
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention layer, as diffusers' own LoRA training
+
+    def tokenize(self, pipeline: Any, captions: Sequence[str]) -> list[Tensor]:
+        """All of one length, padded and cut as the pipeline does."""
+        tokens: Tensor = pipeline.tokenizer(
+            list(captions), padding="max_length", max_length=pipeline.tokenizer.model_max_length, truncation=True,
+            return_tensors="pt",
+        ).input_ids  # fmt: skip
+        return list(tokens)
+
+    def encode_text(self, text_encoder: nn.Module, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """(n, tokens, width)."""
+        states: Tensor = text_encoder(tokens)[0]
+        return states
+
+    def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, text: Tensor, lengths: Tensor) -> Tensor:
+        """In the scheduler's own units: what it is given is t."""
+        said: Tensor = denoiser(x_t, t, text, return_dict=False)[0]
+        return said
+
+    def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
+        """Those of the way down, the middle and the way up."""
+        return [*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks]  # type: ignore[list-item, misc]
+
+    def size_step(self, pipeline: Any) -> int:
+        """The autoencoder's factor times the UNet's."""
+        return int(pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1))
+
+    def default_size(self, pipeline: Any) -> int:
+        """By the UNet's sample_size."""
+        sample = pipeline.unet.config.sample_size or 64
+        return int((sample if isinstance(sample, int) else min(sample)) * pipeline.vae_scale_factor)
+
+    def set_default_size(self, pipeline: Any, size: int) -> None:
+        """As the UNet's sample_size."""
+        pipeline.unet.register_to_config(sample_size=size // pipeline.vae_scale_factor)
+
+
+def new_model(preset: UnetPreset | str, captions: Iterable[str], objective: str = "flow", seed: int = 0) -> Any:
     """A StableDiffusionPipeline of random weights, its tokenizer trained on the captions; the same for the same seed.
 
     Where the preset has an autoencoder of its own, it is random too and must be trained first (`tasks.Reconstruct`).
     """
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     p = PRESETS[preset] if isinstance(preset, str) else preset
+    assert isinstance(p, UnetPreset)
     tokenizer = train_tokenizer(captions, p.vocabulary, p.tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -48,16 +95,7 @@ def new_model(preset: Preset | str, captions: Iterable[str], objective: str = "f
                 eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
             )
         )  # fmt: skip
-        if p.vae:
-            vae = AutoencoderKL(
-                block_out_channels=p.vae, layers_per_block=1 if p.size < 512 else 2, latent_channels=p.latents,
-                down_block_types=("DownEncoderBlock2D",) * len(p.vae),
-                up_block_types=("UpDecoderBlock2D",) * len(p.vae),
-                norm_num_groups=math.gcd(32, p.vae[0] // 2), sample_size=p.size,
-                mid_block_add_attention=p.size >= 512, scaling_factor=0.18215 if p.size >= 512 else 1.0,
-            )  # fmt: skip
-        else:
-            vae = pixel_vae(p.size)
+        vae = new_autoencoder(p)
         pooled = {"addition_embed_type": "text", "addition_embed_type_num_heads": p.heads} if p.pooled else {}
         unet = UNet2DConditionModel(
             sample_size=p.size // p.factor, in_channels=p.latents, out_channels=p.latents, block_out_channels=p.unet,
@@ -102,38 +140,8 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int, tokens: int) -> An
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=tokens)
 
 
-def pixel_vae(size: int) -> Any:
-    """An AutoencoderKL that changes nothing: latents are the pixels, and decode(encode(x)) is x within fp32's rounding.
-
-    So a model of pixels is a StableDiffusionPipeline like any other. Each value is carried as the pair (x, -x): their
-    mean is 0, they are so small beside the epsilon of GroupNorm that it only multiplies by a constant, and
-    silu(x) - silu(-x) = x. (The same with a patch transform, several pixels a latent, can't be had in this class: the
-    decoder repeats pixels and convolves, and no convolution after that can make a row of +1, -1, +1, -1.) fp32 and
-    bf16 only: the small values vanish in fp16.
-    """
-    from diffusers import AutoencoderKL
-
-    vae: Any = AutoencoderKL(
-        block_out_channels=(6,), layers_per_block=1, latent_channels=3, norm_num_groups=1, sample_size=size,
-        down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
-        mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.0,
-    )  # fmt: skip
-    tiny = 1e-7
-    pair = torch.cat([torch.eye(3), -torch.eye(3)])
-    with torch.no_grad():
-        for module in vae.modules():
-            if type(module).__name__ == "ResnetBlock2D":  # x + 0
-                module.conv2.weight.zero_()
-                module.conv2.bias.zero_()
-        for part, out in ((vae.encoder, 6), (vae.decoder, 3)):
-            for conv in (part.conv_in, part.conv_out):
-                conv.weight.zero_()
-                conv.bias.zero_()
-            part.conv_in.weight[:, :, 1, 1] = tiny * pair
-            part.conv_norm_out.weight.fill_(part.conv_norm_out.eps**0.5 / tiny)
-            part.conv_out.weight[:3, :, 1, 1] = pair.T
-            part.conv_out.bias[3:out] = -30.0  # log variance of the latents: as good as none
-    return vae.requires_grad_(False)
+REST_OF_CLIP = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+"""What files of weights of a text encoder hold beside it where it was taken out of the whole of CLIP."""
 
 
 def load_model(model: ModelInfo | str | Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -148,9 +156,9 @@ def load_model(model: ModelInfo | str | Path, dtype: torch.dtype = torch.float32
 
     info = model if isinstance(model, ModelInfo) else read_model_info(model)
     with no_progress_bars("diffusers"):
-        unet = _part(info, "unet", diffusers.UNet2DConditionModel, dtype)
-        vae = _part(info, "vae", diffusers.AutoencoderKL, dtype)
-        text = _part(info, "text_encoder", CLIPTextModel, dtype)
+        unet = load_part(info.folder / "unet", diffusers.UNet2DConditionModel, dtype)
+        vae = load_part(info.folder / "vae", diffusers.AutoencoderKL, dtype)
+        text = load_part(info.folder / "text_encoder", CLIPTextModel, dtype, REST_OF_CLIP)
 
         folder = info.folder / "tokenizer"
         try:
@@ -177,43 +185,6 @@ def load_model(model: ModelInfo | str | Path, dtype: torch.dtype = torch.float32
             raise UserError(f"{path}: no scheduler can be made of it: {error_line(e)}") from e
 
 
-def _part(info: ModelInfo, name: str, kind: Any, dtype: torch.dtype) -> Any:
-    """One part with its weights, all of them there and used."""
-    folder = info.folder / name
-    try:
-        part, report = kind.from_pretrained(
-            folder, dtype=dtype, variant=weight_variant(folder), output_loading_info=True, local_files_only=True
-        )
-    except Exception as e:  # whatever a configuration that is none makes of a constructor
-        if out_of_memory(e):
-            raise
-        raise UserError(
-            f"{folder / 'config.json'}: no {kind.__name__} can be made of it and its weights: {error_line(e)}"
-        ) from e
-    files = " and ".join(str(path) for path in weight_files(folder)[:2])
-    clip = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")  # beside its text encoder
-    unknown = [k for k in report["unexpected_keys"] if not k.startswith(clip) and not k.endswith("position_ids")]
-    for keys, verb in ((report["missing_keys"], "lack"), (unknown, "hold, beside what is used,")):
-        if keys := sorted(keys):
-            raise UserError(
-                f"{folder / 'config.json'} does not fit the weights in {files}: these {verb} {keys[0]}"
-                + (f" and {len(keys) - 1:,} more" if len(keys) > 1 else "")
-            )
-    for key, tensor in [*part.named_parameters(), *part.named_buffers()]:
-        # a sum is infinite or NaN where one of them is, and takes a hundredth of the time of a test of each number,
-        # which is three times that of reading them
-        suspect = tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32))
-        if suspect and not torch.isfinite(tensor).all():
-            precision = "" if dtype == torch.float32 else f" in {str(dtype).removeprefix('torch.')}"
-            raise UserError(
-                f"{files}: the weights {key} hold values that are no numbers{precision}: the model is broken, and "
-                "would draw nothing"
-            )
-    if name != "text_encoder":  # what is saved of it would say where it was read
-        part.register_to_config(_name_or_path="")
-    return part
-
-
 def check_computes(pipeline: Any, info: ModelInfo, error: Exception) -> None:
     """After an error: raise UserError, naming the part, where one computes nothing even of plain input.
 
@@ -238,69 +209,3 @@ def check_computes(pipeline: Any, info: ModelInfo, error: Exception) -> None:
         except Exception as e:
             path = info.folder / name / "config.json"
             raise UserError(f"{path}: what it describes can't be computed: {error_line(e)}") from error
-
-
-LORA = ("to_q", "to_k", "to_v", "to_out.0")
-"""What a LoRA changes: the projections of every attention layer, as diffusers' own LoRA training does."""
-
-
-def add_lora(pipeline: Any, rank: int = 8, seed: int = 0) -> None:
-    """Freeze the UNet and add low-rank matrices beside its attention projections, which alone are trained then.
-
-    Hu et al. 2021 (arXiv 2106.09685): W + B A with A random and B zero, so that nothing changes at first; scale 1.
-    """
-    from peft import LoraConfig
-
-    pipeline.unet.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        pipeline.unet.add_adapter(
-            LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(LORA))
-        )
-
-
-def has_lora(pipeline: Any) -> bool:
-    """Whether the UNet carries low-rank matrices."""
-    return bool(getattr(pipeline.unet, "peft_config", None))
-
-
-def save_lora(pipeline: Any, folder: Path) -> None:
-    """Write the LoRA in diffusers' format; `pipeline.load_lora_weights(folder)` puts it on any pipeline of its kind."""
-    from diffusers import StableDiffusionPipeline
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from peft.utils import get_peft_model_state_dict
-
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
-
-
-def size_step(pipeline: Any) -> int:
-    """Image sides must be multiples of this: the autoencoder's factor times the UNet's."""
-    return pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
-
-
-def default_size(pipeline: Any) -> int:
-    """The side in pixels that the pipeline draws without being told."""
-    sample = pipeline.unet.config.sample_size or 64
-    return int((sample if isinstance(sample, int) else min(sample)) * pipeline.vae_scale_factor)
-
-
-def tokenize(pipeline: Any, captions: list[str]) -> torch.Tensor:
-    """(n, tokens) int64, padded and cut as the pipeline itself does with prompts."""
-    tokens = pipeline.tokenizer(
-        captions, padding="max_length", max_length=pipeline.tokenizer.model_max_length, truncation=True,
-        return_tensors="pt",
-    )  # fmt: skip
-    return tokens.input_ids
-
-
-@torch.no_grad()
-def encode_images(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Latents (n, c, h, w) of pixels (n, 3, H, W) in [-1, 1]: the mean of the posterior times the scaling factor."""
-    latents: torch.Tensor = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
-    return latents
-
-
-def count_parameters(modules: Iterable[nn.Module]) -> int:
-    """How many numbers the modules hold."""
-    return sum(p.numel() for m in modules for p in m.parameters())

@@ -1,4 +1,7 @@
-"""croissant.json: MLCommons' description of a dataset, version 1.0, from which mlcroissant loads its records."""
+"""croissant.json: MLCommons' description of a dataset, version 1.0, from which mlcroissant loads its records.
+
+`pack` writes it beside the tars, whoever takes images out of them writes it anew, and `publish` adds licence and date.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.types as types
+
+from curate.store.files import json_bytes
+
+CROISSANT = "croissant.json"
 
 _CR = (
     "citeAs column equivalentProperty extract field fileProperty fileObject fileSet format includes isLiveDataset "
@@ -35,16 +42,18 @@ def croissant(
     schema: pa.Schema,
     *,
     description: str,
-    meanings: Mapping[str, str],
-    license: str | None,
-    published: str | None,
+    columns: Mapping[str, Mapping[str, Any]],
+    license: str | None = None,
+    published: str | None = None,
     image_kinds: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The description of a dataset of parquet files and, where there are, tars beside them.
 
-    files: name -> sha256 and bytes of each tar and parquet; schema: of the parquet files; meanings: column -> what it
-    says; license: an SPDX name or a URL; published: YYYY-MM-DD; image_kinds: extensions of images in the tars.
+    files: name -> sha256 and bytes of each file, of which tars and parquet files are described; schema: of the parquet
+    files; columns: what is recorded of those that annotators made; license: an SPDX name or a URL; published:
+    YYYY-MM-DD; image_kinds: extensions of images in the tars.
     """
+    meanings = {c: str(made.get("meaning") or c) for c, made in columns.items()}
     tables = sorted(f for f in files if f.endswith(".parquet"))
     tars = sorted(f for f in files if f.endswith(".tar"))
     distribution = [_file(f, files[f], "application/x-parquet") for f in tables]
@@ -58,15 +67,25 @@ def croissant(
         **({"license": license} if license else {}),
         **({"datePublished": published} if published else {}),
         "distribution": distribution,
-        "recordSet": [
-            _rows(t, "rows" if len(tables) == 1 else f"rows-{i:05d}", schema, meanings) for i, t in enumerate(tables)
-        ],
+        "recordSet": [_rows("tables", schema, meanings)],
     }
-    if tars:
-        for kind in image_kinds:
-            distribution.append(_file_set(f"images-{kind}", tars, f"*.{kind}", _MIME.get(kind, f"image/{kind}")))
-            whole["recordSet"].append(_samples(kind, len(tables) == 1 and "caption" in schema.names))
+    distribution.append(_file_set("tables", [], _beside(tables), "application/x-parquet"))
+    for kind in image_kinds:
+        distribution.append(_file_set(f"images-{kind}", tars, f"*.{kind}", _MIME.get(kind, f"image/{kind}")))
+        whole["recordSet"].append(_samples(kind, "caption" in schema.names))
     return whole
+
+
+def packed_croissant(
+    facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]], schema: pa.Schema, kinds: Sequence[str]
+) -> bytes:
+    """croissant.json of packed shards. facts: of their manifest; the rest as of `croissant`."""
+    rows = sum(facts["funnel"].values())
+    description = f"{facts['count']:,} images from the web, chosen by rules from a list of {rows:,} rows."
+    described = croissant(
+        facts["name"], files, schema, description=description, columns=facts["columns"], image_kinds=kinds
+    )
+    return json_bytes(described)
 
 
 _MIME = {"jpg": "image/jpeg"}
@@ -84,20 +103,28 @@ def _file(name: str, facts: Mapping[str, Any], kind: str) -> dict[str, Any]:
     }
 
 
+def _beside(files: Sequence[str]) -> str:
+    """The pattern of files that lie in one folder, below that of croissant.json or in it."""
+    folder, _, name = files[0].rpartition("/")
+    return f"{folder}/*.{name.rpartition('.')[2]}" if folder else f"*.{name.rpartition('.')[2]}"
+
+
 def _file_set(name: str, inside: Sequence[str], pattern: str, kind: str) -> dict[str, Any]:
+    """Files within archives, or beside croissant.json where `inside` is empty."""
     contained = [{"@id": file} for file in inside]
     return {
         "@type": "cr:FileSet",
         "@id": name,
         "name": name,
-        "containedIn": contained if len(contained) > 1 else contained[0],
+        **({"containedIn": contained if len(contained) > 1 else contained[0]} if contained else {}),
         "encodingFormat": kind,
         "includes": pattern,
     }
 
 
-def _rows(source: str, name: str, schema: pa.Schema, meanings: Mapping[str, str]) -> dict[str, Any]:
-    """The record set of a table: a record per row. Readers can't join tables that are parts of one."""
+def _rows(source: str, schema: pa.Schema, meanings: Mapping[str, str]) -> dict[str, Any]:
+    """The record set `rows` of all tables as one: a record per row."""
+    name = "rows"
     fields = [
         {
             "@type": "cr:Field",
@@ -105,7 +132,7 @@ def _rows(source: str, name: str, schema: pa.Schema, meanings: Mapping[str, str]
             "name": f"{name}/{f.name}",
             "description": meanings.get(f.name, f.name),
             "dataType": _data_type(f.type),
-            "source": {"fileObject": {"@id": source}, "extract": {"column": f.name}},
+            "source": {"fileSet": {"@id": source}, "extract": {"column": f.name}},
         }
         for f in schema
         if not types.is_nested(f.type)
@@ -115,7 +142,7 @@ def _rows(source: str, name: str, schema: pa.Schema, meanings: Mapping[str, str]
 
 
 def _samples(kind: str, captions: bool) -> dict[str, Any]:
-    """The record set `samples-KIND`: an image, its key, and its caption where there is one table to have it from."""
+    """The record set `samples-KIND`: an image, its key, and its caption where there are some."""
     name, source = f"samples-{kind}", {"fileSet": {"@id": f"images-{kind}"}}
     key = {
         "@type": "cr:Field",
