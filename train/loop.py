@@ -158,9 +158,8 @@ def train(
         module.train()
         if config.checkpointing:  # by the name that diffusers or transformers gives it
             next((getattr(module, name) for name in names if hasattr(module, name)), lambda: None)()
-    share = math.ceil(config.batch / ranks)
-    micro_batch = config.micro_batch or share
-    workers = join(task, shard=config.shard, accumulate=micro_batch < share, compile=config.compile)
+    micro_batch = config.micro_batch or math.ceil(config.batch / ranks)
+    workers = join(task, shard=config.shard, compile=config.compile)
     trained = {name: p for name, p in task.module.named_parameters() if p.requires_grad}
     params = list(trained.values())
     device = params[0].device
@@ -185,7 +184,8 @@ def train(
             batch = meter.wait_for(lambda: next(batches))
             set_rate(optimizer, learning_rate(config, step))
             loss, micro_batch, stopped = _backward(workers, batch, config, step, micro_batch, should_stop)
-            grad_norm = float(_whole(torch.nn.utils.clip_grad_norm_(params, config.clip)))
+            with peers():
+                grad_norm = float(_whole(torch.nn.utils.clip_grad_norm_(params, config.clip)))
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
                 raise _diverged(folder, step, batch, loss, grad_norm, rank)
             optimizer.step()
@@ -198,7 +198,8 @@ def train(
             takes_part = rank == 0 or workers.sharded  # in what one process does for all
             save = last or stopped or _is_due(config.save_every, step)
             record: dict[str, Any] = {"stopped": True} if stopped else {}
-            with meter.excluded(), torch.compiler.set_stance("force_eager"):  # not compiled again for other shapes
+            # not compiled again for other shapes
+            with meter.excluded(), peers(), torch.compiler.set_stance("force_eager"):
                 if not stopped:  # whoever stops a run does not want to wait
                     if held_out is not None and len(held_out) and (save or _is_due(config.held_out_every, step)):
                         record["held_out"] = _held_out_loss(
@@ -212,11 +213,12 @@ def train(
                             record["samples"] = shown(sheet(path, f"after {step:,} steps", rows))
             save = save and takes_part
             if record or save or last or step % config.log_every == 0:
-                record = {**meter.record(task, batch, step, grad_norm), **record}
+                with peers():
+                    record = {**meter.record(task, batch, step, grad_norm), **record}
                 record |= {"epoch": cursor[0], "micro_batch": micro_batch, "lr": learning_rate(config, step - 1)}
                 if save:
                     record["checkpoint"] = shown(checkpoint.path_of(folder, step))
-                with meter.excluded():
+                with meter.excluded(), peers():
                     if log:  # before the checkpoint: a run that goes on drops lines, and can't make up for one
                         log.write(record, sync=save)
                     if save:

@@ -31,14 +31,11 @@ def rank_and_size() -> tuple[int, int]:
     return 0, 1
 
 
-def join(task: Task, *, shard: bool = False, accumulate: bool = False, compile: bool = False) -> Alone:
+def join(task: Task, *, shard: bool = False, compile: bool = False) -> Alone:
     """Make ready the task's module, in place, for all processes that there are; every one of them calls this.
 
     Parameters must be the same everywhere; where they are sharded, they are other objects afterwards. UserError where
     one process alone is to shard.
-
-    Args:
-        accumulate: a step has several micro-batches.
     """
     if shard:
         if not (dist.is_available() and dist.is_initialized()):
@@ -46,7 +43,7 @@ def join(task: Task, *, shard: bool = False, accumulate: bool = False, compile: 
         return Sharded(task, compile)
     for model in task.modules.values() if compile else ():
         model.compile()
-    return Replicated(task, accumulate) if rank_and_size()[1] > 1 else Alone(task)
+    return Replicated(task) if rank_and_size()[1] > 1 else Alone(task)
 
 
 class Alone:
@@ -70,7 +67,7 @@ class Alone:
         """In a process where a pass failed: take part in what is left of its exchange, so that no other waits."""
 
     def start_again(self) -> None:
-        """In all processes, after a pass that failed in one: forget it; micro-batches are smaller from now on."""
+        """In all processes, after a pass that failed in one: forget it"""
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[bool]:
@@ -81,18 +78,16 @@ class Alone:
 class Replicated(Alone):
     """DistributedDataParallel: the exchange begins while the rest of the backward pass is computed."""
 
-    def __init__(self, task: Task, accumulate: bool) -> None:
+    def __init__(self, task: Task) -> None:
         super().__init__(task)
         self._device = next(task.module.parameters()).device
         self._begun: list[torch.futures.Future[Any]] = []  # exchanges of this pass
-        self._wrap(accumulate)
+        self._wrap()
 
-    def _wrap(self, accumulate: bool) -> None:
+    def _wrap(self) -> None:
+        # not with a static graph: torch 2.15 can't have its first pass without an exchange, and exchanges more in it
         wrapped = nn.parallel.DistributedDataParallel(
-            self.task.module,
-            static_graph=not accumulate,  # torch 2.15 can't have its first pass without an exchange
-            gradient_as_bucket_view=True,
-            forward_sync_buffers=False,
+            self.task.module, gradient_as_bucket_view=True, forward_sync_buffers=False
         )
         wrapped.register_comm_hook(None, lambda _, bucket: self._exchange(bucket))  # torch's own gives the mean
         self.module = wrapped
@@ -105,9 +100,9 @@ class Replicated(Alone):
         return done.then(lambda f: f.value()[0])
 
     def exchanging(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        self._begun = []
         if not last:
             return self.module.no_sync()  # type: ignore[operator, no-any-return]
-        self._begun = []
         return contextlib.nullcontext()
 
     def sum(self, *values: float) -> Sequence[float]:
@@ -131,7 +126,7 @@ class Replicated(Alone):
         self.module = self.task.module
         gc.collect()
         with peers():
-            self._wrap(accumulate=True)
+            self._wrap()
 
 
 class Sharded(Alone):
