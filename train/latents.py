@@ -106,11 +106,9 @@ def precompute_latents(
         write_shards: called with `made_from` and the numbers of missing shards, where others than this process write
             them, by `write_shard`.
     """
+    if (kept := kept_latents(pipeline, dataset, indices, folder, text)) is not None:
+        return kept
     made = made_from(pipeline, dataset, indices, text)
-    before = read_json(folder / "made.json")
-    if before is not None and {k: before.get(k) for k in made} == made:
-        return LatentDataset(folder)
-
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "made.json").unlink(missing_ok=True)
     shards = shards_of(dataset, indices, shard_size)
@@ -138,6 +136,17 @@ def precompute_latents(
     sizes = {name: [len(part), (folder / name).stat().st_size] for name, part in zip(names, shards, strict=True)}
     write_json(folder / "made.json", {**made, "shards": sizes})
     return LatentDataset(folder)
+
+
+def kept_latents(
+    pipeline: Any, dataset: ImageDataset, indices: Ints, folder: Path, text: bool = False
+) -> LatentDataset | None:
+    """The latents in a folder, if they are of all these images and made with the same."""
+    before = read_json(folder / "made.json")
+    if before is None:
+        return None
+    made = made_from(pipeline, dataset, indices, text)
+    return LatentDataset(folder) if {k: before.get(k) for k in made} == made else None
 
 
 @torch.no_grad()

@@ -94,6 +94,7 @@ class TrainOptions(Options):
     caption: str | None = option("of images without a caption of their own: 'a photo of sks dog'", metavar="TEXT")
     captions: str | None = option("columns to draw captions from, by weight: caption=0.5,recaption=0.5", metavar="MIX")
     weight_by: str | None = option("draw images in proportion to this score", metavar="COLUMN")
+    record_loss: bool = option("at the end, write each image's loss to MODEL/losses.parquet", default=False)
     workers: int | None = option("default: one per GPU, or one", metavar="N", type=positive_int)
     prompts: Path | None = option(
         "drawn as training goes on, a line each (default: 4 captions)", metavar="FILE", type=input_file
@@ -134,7 +135,7 @@ def run(options: TrainOptions) -> Result:
 
 
 def _run(options: TrainOptions, group: ProcessGroup | None) -> Result:
-    from train.devices import FreeCores
+    from train.devices import FreeCores, set_threads
 
     free = FreeCores()
     check_options(options)
@@ -154,7 +155,7 @@ def _run(options: TrainOptions, group: ProcessGroup | None) -> Result:
     settings = {"from" if name == "start" else name: getattr(resolved, name) for name in SETTINGS}
     settings["data"] = samples.fingerprint
     record = earlier_run(options.out, settings)
-    if record and record.get("finished") and is_released(options.out):
+    if record and _is_done(options, record):
         return _result(options.out, record)
     with (
         taken(store_at(options.out), "model", replaces=["train.json", "data.json"]) as folder,
@@ -165,6 +166,9 @@ def _run(options: TrainOptions, group: ProcessGroup | None) -> Result:
         bring(options.out)
         record = earlier_run(options.out, settings)  # again: another run may have been at work until now
         if record and record.get("finished") and is_released(options.out):
+            if not _is_done(options, record):
+                set_threads(record.get("threads"), free)
+                _record_losses(options.out, samples, record, terminal)
             return _result(options.out, record)
         if record is None:
             discard(options.out, "start")
@@ -179,9 +183,36 @@ def _run(options: TrainOptions, group: ProcessGroup | None) -> Result:
         lines = _headline(train_run, resolved, trainer.about, facts["captions"], preset_given=bool(options.preset))
         terminal.writelines(line + "\n" for line in lines)
         try:
-            return _train(train_run, trainer, facts, terminal, tensorboard=options.tensorboard)
+            _train(train_run, trainer, facts, terminal, tensorboard=options.tensorboard)
+            if options.record_loss:
+                train_run.pipeline.to("cpu")  # it is read again, as it was saved
+                _record_losses(options.out, samples, facts, terminal)
+            return _result(options.out, facts)
         finally:
             push(options.out)
+
+
+def _is_done(options: TrainOptions, record: dict[str, Any]) -> bool:
+    """Whether nothing is left to do for a run of this record."""
+    from train.evaluate.losses import FILE
+    from train.models.release import is_released
+
+    lacks_losses = options.record_loss and not ("losses" in record and (options.out / FILE).is_file())
+    return bool(record.get("finished")) and is_released(options.out) and not lacks_losses
+
+
+def _record_losses(out: Path, samples: MapDataset, facts: dict[str, Any], terminal: IO[str]) -> None:
+    """Write losses.parquet of a finished model, and say so in train.json."""
+    from train.evaluate.losses import record_losses
+
+    count = facts["data"]["trained_on"] + facts["data"]["held_out"]
+    steps = 8 * count / (3 * facts["settings"]["batch"])  # a step computes forwards once, and backwards twice that
+    terminal.write(f"losses  of {count:,} images at eight times each, about as much work as {steps:,.0f} steps\n")
+    bar = ProgressBar(terminal, "losses", count)
+    facts["losses"] = record_losses(out, samples, facts, bar)
+    bar.end(f", in {shown(out)}/{facts['losses']['file']}")
+    write_json(out / "train.json", facts)
+    push(out)
 
 
 # ---------------------------------------------------------------------------------------- before anything is written
@@ -469,7 +500,7 @@ def _headline(
     )
 
 
-def _train(run: TrainRun, trainer: Trainer, facts: dict[str, Any], terminal: IO[str], *, tensorboard: bool) -> Result:
+def _train(run: TrainRun, trainer: Trainer, facts: dict[str, Any], terminal: IO[str], *, tensorboard: bool) -> None:
     """All stages, as far as they are not done yet."""
     from train.metrics import format_record, log_to_tensorboard, plot_loss
     from train.tasks import psnr
@@ -503,7 +534,6 @@ def _train(run: TrainRun, trainer: Trainer, facts: dict[str, Any], terminal: IO[
     facts["result"] = run.result()
     facts |= {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(time.monotonic() - began)}
     run.release(facts)
-    return _result(run.out, facts)
 
 
 @contextlib.contextmanager
@@ -548,9 +578,13 @@ def _result(out: Path, facts: dict[str, Any]) -> Result:
             text += f" (best {best['held_out']['ema']:.4f} at step {best['step']:,}: {best['checkpoint']})"
     if (decibel := result.get("autoencoder_psnr_db")) is not None:
         text += f" · autoencoder {decibel:.1f} dB"
+    if losses := facts.get("losses"):
+        text += f" · losses of {losses['images']:,} images, median {losses['median']:.4f}"
     previews = sorted((out / "samples").glob("*.png"))
     place = shown(out)
     paths = {"model": place, **({"pictures": shown(previews[-1])} if previews else {}), "card": f"{place}/README.md"}
+    if losses:
+        paths["losses"] = f"{place}/{losses['file']}"
     if (out / "loss.png").is_file():
         paths["loss"] = f"{place}/loss.png"
     model, lora = (facts["settings"]["from"], ["--lora", place]) if facts["settings"]["lora"] else (place, [])
