@@ -153,7 +153,7 @@ def write_shard(
     parts = [indices[i : i + 32].tolist() for i in range(0, len(indices), 32)]
     keys: list[str] = []
     latents, words, lengths = [], [], []
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool, dataset.brought(indices):
         ahead = pool.map(dataset.load, parts[0])
         for following in [*parts[1:], []]:  # is read while the part before it is encoded
             loaded, ahead = list(ahead), pool.map(dataset.load, following)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +22,11 @@ from curate.ledger.schema import Reason, RowError
 from curate.shards.indexes import is_index
 from curate.sources.columns import CAPTION_NAMES, find_column
 from curate.sources.problems import Problems
-from curate.store.files import digest
 
 LARGEST_IMAGE = 1 << 30
 """Bytes of an image file that are read: 16 for each of the pixels that it may have."""
 
+_AT_ONCE = 4096  # samples whose facts are in memory at a time
 _PACKED_AT = re.compile(r"^shards/[^/]+/")  # of the paths in a manifest, which calls files by where they were packed
 _LARGEST_MANIFEST = 256 << 20  # bytes; of a packed folder of 100,000 tars it has 30 MB
 
@@ -48,6 +50,8 @@ class MapDataset(Sequence[Sample]):
     folder: Path
     problems: Problems
     default_caption: str | None = None
+    decoded = False
+    """Whether each image could be read when these files were written, so that nobody need look at them all again."""
 
     def key(self, index: int) -> str:
         """The name of one sample: its key in a tar, its path in a folder."""
@@ -85,6 +89,18 @@ class MapDataset(Sequence[Sample]):
         facts = self.read_facts(index)
         return {**facts, "caption": facts["caption"] or self.default_caption}
 
+    def columns(self, *names: str) -> Iterator[tuple[list[Any], ...]]:
+        """What is known of all samples, in their order, some thousands at a time: a list of values for each name.
+
+        As `facts` has them, but None where those of a sample have no such name.
+        """
+        for start in range(0, len(self), _AT_ONCE):
+            rows = []
+            for index in range(start, min(start + _AT_ONCE, len(self))):
+                facts = self.facts(index)
+                rows.append([facts.get(name, index if name == "key" else None) for name in names])
+            yield tuple(list(column) for column in zip(*rows, strict=True))
+
     def sample(self, index: int) -> Sample:
         """One sample, read whole."""
         facts = self.facts(index)
@@ -106,10 +122,28 @@ class MapDataset(Sequence[Sample]):
 
         Raises UserError where the JSON of more than a hundredth of the samples can't be read.
         """
-        facts = [self.facts(i) for i in range(len(self))]
+        return self.read_fingerprint()
+
+    def read_fingerprint(self, tell: Callable[[int], None] = lambda count: None) -> str:
+        """`fingerprint`, read now; `tell` hears of how many more samples the caption was read.
+
+        It is the digest of [captions, files, manifest], of which captions never are in memory all at once.
+        """
+        sha256, separator = hashlib.sha256(b"[["), b""
+        for keys, captions in self.columns("key", "caption"):
+            pairs = [[str(key), caption] for key, caption in zip(keys, captions, strict=True)]
+            sha256.update(separator + json.dumps(pairs)[1:-1].encode())
+            separator = b", "
+            tell(len(keys))
         self.problems.refuse_many("json", len(self), str(self.folder))
-        captions = [[str(f.get("key", i)), f["caption"]] for i, f in enumerate(facts)]
-        return digest([captions, [[p.name, p.stat().st_size] for p in self.files()], self._manifest()])
+        rest = json.dumps([self.file_sizes(), self._manifest()], sort_keys=True, default=str)
+        sha256.update(b"], " + rest[1:].encode())
+        self.__dict__["fingerprint"] = found = sha256.hexdigest()[:16]
+        return found
+
+    def file_sizes(self) -> list[tuple[str, int]]:
+        """The names of `files` and their lengths in bytes."""
+        return [(path.name, path.stat().st_size) for path in self.files()]
 
     def _manifest(self) -> Any:
         """What a manifest says of the samples' files; indexes that were written later change nothing."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -121,7 +122,7 @@ def run(options: TrainOptions) -> Result:
     from train.models.release import is_released
     from train.run import earlier_run
 
-    bring_images(options.data)
+    bring_images(options.data, by_shard=True)
     check_data(options.data)
     bring(options.out)
     samples = open_samples(options.data, options.caption)
@@ -129,7 +130,9 @@ def run(options: TrainOptions) -> Result:
         sampling_weights(samples, options.weight_by)
     resolved = _resolve(options, samples)
     settings = {"from" if name == "start" else name: getattr(resolved, name) for name in SETTINGS}
-    settings["data"] = samples.fingerprint
+    count = ProgressBar(sys.stderr, "captions", len(samples))
+    settings["data"] = samples.read_fingerprint(count)
+    count.clear()
     record = earlier_run(options.out, settings)
     if record and record.get("finished") and is_released(options.out):
         return _result(options.out, record)
@@ -327,7 +330,8 @@ def _prepare(
     from train.models.family import family_of, load_model
     from train.models.given import find_text_encoder, find_vae
     from train.models.presets import PRESETS
-    from train.run import default_prompts, hold_out, write_new_model
+    from train.run import default_prompts, hold_out, trained_captions, write_new_model
+    from train.split import without
 
     def say(text: str) -> None:
         terminal.write(text + "\n")
@@ -342,15 +346,14 @@ def _prepare(
     data = hold_out(samples, out, count)
     if not scanned:
         count.end(f", {len(data['unreadable']):,} of them can't be read" if data["unreadable"] else "")
-    left_out = {*data["held_out"], *map(int, data["unreadable"])}
-    chosen = [i for i in range(len(samples)) if i not in left_out]
+    chosen = without(len(samples), data["held_out"], map(int, data["unreadable"]))
     if resolved.batch and resolved.batch > len(chosen):
         raise UserError(f"--batch {resolved.batch} is more than the {len(chosen)} images to train on")
     if resolved.weight_by and not sampling_weights(samples, resolved.weight_by)[chosen].sum() > 0:
         raise UserError(f"no image to train on has a {resolved.weight_by} above 0")
 
     if resolved.preset:
-        captions = [samples.facts(i)["caption"] or "" for i in range(len(samples)) if i not in set(data["held_out"])]
+        captions = trained_captions(samples, data["held_out"])
         preset = replace(PRESETS[resolved.preset], size=resolved.size or PRESETS[resolved.preset].size)
         write_new_model(
             out / "start", preset, captions, str(resolved.objective), resolved.seed,
@@ -409,11 +412,11 @@ def _headline(run: TrainRun, resolved: TrainOptions, by: str, *, preset_given: b
         yield f"       the {what} is trained; text encoder and autoencoder stay as they are"
     if run.vae_loop:
         yield f"       its autoencoder of {vae:.2f} M parameters is trained first, {run.vae_loop.steps:,} steps"
-    without = sum(1 for i in run.chosen.tolist() if not run.samples.facts(i)["caption"])
+    uncaptioned = len(run.samples) - (len(run.samples) if run.captions is None else run.captions)
     yield (
         f"data   {len(run.chosen):,} images to train on, {len(run.held_out):,} held out"
         + (f", {run.unreadable:,} can't be read (data.json names them)" if run.unreadable else "")
-        + (f", {without:,} without a caption" if without else "")
+        + (f", {uncaptioned:,} without a caption" if uncaptioned else "")
         + (f", in {len(run.images.shapes)} shapes" if resolved.buckets else "")
     )
     yield (
