@@ -104,6 +104,7 @@ def _write_tar(path: Path, rows: pa.Table) -> None:
     with open(path, "wb") as f:
         tar = TarWriter(f)
         for i, row in enumerate(rows.to_pylist()):
+            row = {name: value if value == value else None for name, value in row.items()}  # JSON has no NaN
             tar.add_sample(row["key"], images[i % 16], "jpg", row["caption"], row)
         tar.close()
 
