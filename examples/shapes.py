@@ -1,11 +1,12 @@
 """A closed world of captioned shapes, a model trained on it, and an independent judge: do prompts steer the images?
 
-    python examples/shapes.py FOLDER [--steps 650] [--shuffle]
+    python examples/shapes.py FOLDER [--preset tiny] [--steps 650] [--shuffle]
 
 Writes 512 images like "a red star on a teal background" (8 colours, 6 shapes, 3 backgrounds; 6 of the 48 pairs of
-colour and shape are never among them) as img2dataset would have fetched them, trains the preset `tiny` on them, draws
-prompts of seen and of unseen pairs, and prints how often colour, shape and background are what was asked. With
-`--shuffle` captions are dealt out at random before training: what is left then is chance.
+colour and shape are never among them) as img2dataset would have fetched them, trains the preset on them (`tiny`, a
+UNet, or `dit-tiny`, a transformer), draws prompts of seen and of unseen pairs, and prints how often colour, shape and
+background are what was asked. With `--shuffle` captions are dealt out at random before training: what is left then is
+chance.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from train.data import ImageDataset, Stream, open_samples
 from train.loop import LoopConfig, train
 from train.metrics import format_record
 from train.models.family import new_model, tokenize
-from train.models.presets import PRESETS
+from train.models.presets import PRESETS, TransformerPreset
 from train.tasks import Denoise, generate_images, image_grid
 
 COLOURS = {
@@ -173,24 +174,31 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=650)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=PRESETS["tiny"].lr)
+    parser.add_argument("--preset", choices=("tiny", "dit-tiny"), default="tiny")
+    parser.add_argument("--lr", type=float, help="AdamW's (default: the preset's)")
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--shuffle", action="store_true")
     asked = parser.parse_args()
 
-    began = time.perf_counter()
+    preset = PRESETS[asked.preset]
+    lr = asked.lr or preset.lr
+    muon = preset.muon * lr / preset.lr if isinstance(preset, TransformerPreset) else 0.0
+    began, used = time.perf_counter(), time.process_time()
     samples = open_samples(make(asked.folder / "shapes", shuffle=asked.shuffle))
     captions = [str(samples.facts(i)["caption"]) for i in range(len(samples))]
-    pipeline = new_model("tiny", captions)
+    pipeline = new_model(preset, captions)
     examples = ImageDataset(samples, lambda words: tokenize(pipeline, words), SIZE)
     everything = np.arange(len(samples))
     stream = Stream(examples, everything, batch=asked.batch)
 
     prompts = [caption("red", "circle", "white"), caption("blue", "ring", "black"), caption("red", "star", "teal")]
-    config = LoopConfig(steps=asked.steps, batch=asked.batch, lr=asked.lr, ema=0.995, log_every=50)
+    config = LoopConfig(steps=asked.steps, batch=asked.batch, lr=lr, muon=muon, ema=0.995, log_every=50)
     for record in train(Denoise(pipeline), stream, config, asked.folder / "model", prompts=prompts):
         print(format_record(record), flush=True)
-    print(f"trained in {time.perf_counter() - began:.0f} s on {torch.get_num_threads()} threads")
+    print(
+        f"trained in {time.perf_counter() - began:.0f} s on {torch.get_num_threads()} threads, "
+        f"{time.process_time() - used:.0f} s of CPU"
+    )
 
     for name, kind in (("seen", kinds(seen=True)), ("unseen", kinds(seen=False))):
         images = generate_images(

@@ -195,7 +195,7 @@ def test_parts_that_do_not_fit_each_other(mine: Path) -> None:
         (
             "model_index.json",
             {"_class_name": "StableDiffusionXLPipeline"},
-            "is a StableDiffusionXLPipeline: what can be",
+            "text_encoder_2 is missing, of which a StableDiffusionXLPipeline is made",
         ),
     ):
         whole = (mine / file).read_text()
@@ -242,7 +242,7 @@ def test_what_is_no_folder_of_a_model_says_what_to_do(mine: Path, tmp_path: Path
 
 def about(size: int) -> ModelInfo:
     vae = {"block_out_channels": [1] * 4}
-    return ModelInfo("m", Path("m"), {"sample_size": size // 8}, vae, {}, {}, None)
+    return ModelInfo("m", Path("m"), {"unet": {"sample_size": size // 8}, "vae": vae}, {}, None)
 
 
 def test_an_image_to_begin_with_is_brought_to_a_size_that_the_model_draws(
@@ -366,7 +366,7 @@ def test_sizes_that_diffusers_does_not_believe() -> None:
     vae = {"block_out_channels": [1] * 4}
 
     def size(**unet: Any) -> tuple[int, int]:
-        return ModelInfo("m", Path("m"), unet, vae, {}, {}, None).size
+        return ModelInfo("m", Path("m"), {"unet": unet, "vae": vae}, {}, None).size
 
     assert size(sample_size=32, version="0.6.0") == size(sample_size=None, version=None) == (512, 512)
     assert size(sample_size=32, version="0.10.0.dev0") == size(sample_size=32, version=None) == (256, 256)

@@ -180,7 +180,7 @@ def test_what_an_enlargement_takes_is_said(client: httpx.Client) -> None:
 
 def test_what_the_model_does_not_read_is_said(client: httpx.Client) -> None:
     job = finished(client, client.post("/api/jobs", json={**SEEN, "prompt": "a red disc " * 9}).json())
-    assert "does not read" in job["note"] and "disc" in job["note"]
+    assert "reads no further" in job["note"] and "disc" in job["note"]
 
 
 def test_progress_comes_as_events_and_ends(client: httpx.Client) -> None:

@@ -12,8 +12,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from aesthetic.errors import UserError
+from pipelines.cli import main
 from tests.small_train import make_images, small_run
 from train.data import ImageDataset, Stream, open_samples, ordered_batches
 from train.latents import precompute_latents
@@ -145,6 +147,7 @@ def test_the_same_seed_builds_the_same_transformer(pipeline: Any) -> None:
         assert pipeline.tokenizer.decode(pipeline.tokenizer(text).input_ids) == text
 
 
+@pytest.mark.long
 def test_transformers_have_the_parameters_that_their_presets_promise() -> None:
     with torch.device("meta"):
         found = {n: new_model(n, CAPTIONS).transformer for n in PRESETS if n.startswith("dit-256")}
@@ -202,7 +205,7 @@ def test_captions_of_other_lengths_and_images_of_other_shapes_change_nothing_for
         for p in made.transformer.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     task, shapes = Denoise(made), set()
-    for batch in ordered_batches(examples, np.arange(0, 48, 5), 3):
+    for batch in ordered_batches(examples, np.arange(0, 48, 9), 3):
         shapes.add(tuple(batch.images.shape[2:]))
         together = task.held_out_losses(batch, 0).detach()
         for i, slot in enumerate(batch.slots):
@@ -314,3 +317,40 @@ def test_parts_that_can_not_be_used_are_refused_by_name(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="a DiffusionPipeline can't be trained here"):
         family_of(DiffusionPipeline())
+
+
+# ------------------------------------------------------------------------------------------------------ the command
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--preset", "debug", "--vae", "x"], "--vae is for transformers, and debug is a UNet"),
+        (["--text-encoder", "x"], "--text-encoder is for new transformers"),
+        (["--preset", "dit-tiny", "--objective", "v"], "which learns by flow alone"),
+        (["--preset", "dit-tiny", "--size", "33"], "sides are multiples of 2"),
+        (["--preset", "dit-tiny", "--vae", "nowhere"], "nowhere is no folder"),
+    ],
+)
+def test_what_a_transformer_can_not_be_is_refused_at_once(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], told: str
+) -> None:
+    assert main(["train", str(images), "--out", str(tmp_path / "m"), *words]) == 2
+    assert told in capsys.readouterr().err and not (tmp_path / "m").exists()
+
+
+@pytest.mark.long
+def test_the_command_trains_a_transformer_on_parts_of_others(images: Path, tmp_path: Path) -> None:
+    text, vae = language_model(tmp_path / "llm"), autoencoder(tmp_path / "vae")
+    given = ["--text-encoder", str(text), "--vae", str(vae), "--size", "32", "--buckets"]
+    out = tmp_path / "model"
+    words = ["train", str(images), "--out", str(out), "--preset", "debug-dit", "--batch", "8", "--steps", "12", *given]
+    assert main(words) == 0
+    card = (out / "README.md").read_text()
+    assert "from diffusers import ZImagePipeline" in card and "height=32, width=32" in card and "Muon at 0.02" in card
+    made = load_model(out)
+    before = load_file(vae / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(before[k], v) for k, v in made.vae.state_dict().items())
+    head = load_file(text / "model.safetensors")
+    assert all(torch.equal(head[f"model.{k}"], v) for k, v in made.text_encoder.state_dict().items())
+    assert made.vae.config.shift_factor == 0.12 and family_of(made).default_size(made) == 32

@@ -188,17 +188,10 @@ Stable Diffusion (`AutoencoderKL.tile_sample_min_size` is the size that it was t
 
 def memory_cost(info: ModelInfo, sizes: Sequence[int], item: int) -> MemoryCost:
     """The cost of a model; `sizes`: bytes of its parts in memory."""
-    heads = info.unet.get("num_attention_heads") or info.unet["attention_head_dim"]
-    attends = "Attn" in info.unet["down_block_types"][0]
+    vae, unet, heads = info.finest
     return MemoryCost(
-        weights=sum(sizes),
-        largest_part=max(sizes),
-        vae=info.vae["block_out_channels"][0],
-        unet=info.unet["block_out_channels"][0],
-        heads=(heads if isinstance(heads, int) else heads[0]) if attends else 0,
-        factor=info.factor,
-        item=item,
-    )
+        weights=sum(sizes), largest_part=max(sizes), vae=vae, unet=unet, heads=heads, factor=info.factor, item=item
+    )  # fmt: skip
 
 
 def choose_savings(
@@ -236,9 +229,11 @@ def _ladder(kind: str) -> list[MemorySavings]:
 
 def apply_savings(measures: MemorySavings, pipeline: Any, device: torch.device) -> None:
     """Do so on a pipeline, which is on `device` afterwards, or comes there part by part."""
-    vae = pipeline.vae
-    (vae.enable_slicing if measures.vae_slicing else vae.disable_slicing)()
-    (vae.enable_tiling if measures.vae_tiling else vae.disable_tiling)()
+    vae = next((getattr(pipeline, name) for name in ("vae", "movq", "vqgan") if hasattr(pipeline, name)), None)
+    for what, on in (("slicing", measures.vae_slicing), ("tiling", measures.vae_tiling)):
+        if switch := getattr(vae, f"{'enable' if on else 'disable'}_{what}", None):
+            with contextlib.suppress(NotImplementedError):  # not of this kind of autoencoder
+                switch()
     if measures.attention_slicing:
         pipeline.enable_attention_slicing("max")
     if measures.offload:

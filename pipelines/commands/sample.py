@@ -44,7 +44,7 @@ class SampleOptions(Options):
     """None: what suits the model."""
 
     model: str | None = argument(
-        "MODEL", "a diffusers folder (Stable Diffusion type) or hub id", nargs="?", default=None
+        "MODEL", "a folder of any text-to-image model of diffusers, or a hub id", nargs="?", default=None
     )
     prompt: tuple[str, ...] = argument("PROMPT", nargs="*", default=())
     prompts: Path | None = option("a prompt on each line", metavar="FILE", type=input_file)
@@ -55,8 +55,8 @@ class SampleOptions(Options):
         "draw this image again: it says how it was generated", metavar="FILE.png", type=input_file
     )
     negative: str | None = option("what should not be in it", metavar="TEXT")
-    steps: int | None = option("default: 30", metavar="N")
-    guidance: float | None = option("how closely to keep to the prompt (7.5, or 3)", metavar="X")
+    steps: int | None = option("default: 30, or what its pipeline has", metavar="N")
+    guidance: float | None = option("how closely to keep to the prompt (its own default)", metavar="X")
     seed: int | None = option("of the first image; the next has one more (default: any)", metavar="N")
     n: int | None = option("images of each prompt (default: 1)", metavar="N")
     batch: int | None = option("images drawn at once (default: 1)", metavar="N")
@@ -126,9 +126,6 @@ def run(options: SampleOptions) -> Result:
         err.write(f"model  {info.name} · {sampler} · seed {requests[0].seed}\n")
         for note in sampler.notes:
             err.write(note + "\n")
-        for text in words:
-            if unread := sampler.unread(text):
-                err.write(f"the model reads no further than: {text.removesuffix(unread)!r}; not {unread!r}\n")
         if record and info.digest != record["model"]["sha256"]:
             err.write(f"the model is not the one that {options.again} was generated with: its digest is another\n")
         if cost := sampler.cost(requests):
@@ -284,7 +281,11 @@ def _generate(
         done = now
 
     finished = []
-    for generated in sampler.generate(requests, on_step):
+
+    def on_note(note: str) -> None:
+        err.write(f"{CLEAR if err.isatty() else ''}{note}\n")
+
+    for generated in sampler.generate(requests, on_step, on_note):
         facts = generated.facts
         for name in ("image", "mask"):
             if facts[name] and (given := getattr(options, name)):

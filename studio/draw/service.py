@@ -105,19 +105,21 @@ class GenerationService:
     def model(self) -> ModelView:
         """What images are generated with, and what may be asked."""
         info = self.sampler.info
-        own = scheduler_name(None, info.scheduler)
+        own, steps = scheduler_name(None, info.scheduler), min(info.abilities.steps, MAX_STEPS)
         schedulers = {own}
         for name in SCHEDULERS:
             with contextlib.suppress(UserError):  # it can't do what this model needs
                 schedulers.add(scheduler_name(name, info.scheduler))
         width, height = info.size
-        steps = GenerationRequest("").steps
         return ModelView(
             name=Path(info.name).name,
             device=self.sampler.device.type,
             step=info.step,
             schedulers=sorted(schedulers),
             inpaints_only=info.inpaints_only,
+            takes_image=info.abilities.image is not None,
+            takes_mask=info.abilities.mask is not None,
+            takes_negative=info.abilities.negative,
             unsafe_from=UNSAFE,
             blurs=self.sampler.blur,
             defaults=Defaults(width=width, height=height, steps=steps, guidance=info.guidance, scheduler=own),
@@ -192,11 +194,12 @@ class GenerationService:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"the folder of images, {self.out}, can't be had: {e.strerror}") from e
-        first: GenerationRequest = job.requests[0]  # (tokenizers are for one thread at a time: not when it was asked)
-        ends = [end for text in (first.prompt, first.negative) if (end := self.sampler.unread(text))]
-        job.note = "; ".join(f"the model does not read so far: {end!r}" for end in ends)
         job.cost = self.sampler.cost(job.requests)
-        for generated in self.sampler.generate(job.requests, on_step):
+
+        def on_note(note: str) -> None:
+            job.note = "; ".join(filter(None, (job.note, note)))
+
+        for generated in self.sampler.generate(job.requests, on_step, on_note):
             path = save_numbered(png(generated.image, generated.facts), self.out)
             words = " ".join(generated.request.prompt.split())
             prompt = words if len(words) <= 60 else words[:59] + "…"

@@ -160,6 +160,9 @@ class ModelView(BaseModel):
     step: int = Field(description="sides are multiples of this, in pixels")
     schedulers: list[str]
     inpaints_only: bool = Field(description="whether every drawing needs an image and a mask")
+    takes_image: bool = Field(description="whether it can begin with an image, and so redraw one that is enlarged")
+    takes_mask: bool = Field(description="whether it can redraw parts of an image")
+    takes_negative: bool = Field(description="whether it reads negative prompts")
     unsafe_from: float = Field(description="the NSFW score from which on an image is flagged")
     blurs: bool = Field(description="whether flagged images are blurred")
     defaults: Defaults

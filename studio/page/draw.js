@@ -246,6 +246,7 @@ function showBegin() {
 }
 
 async function beginWith(blob, { fit = true } = {}) {
+  if (!model.takes_image) return showError("This model draws from words alone: it begins with no image.");
   try {
     source = await createImageBitmap(blob);
   } catch {
@@ -318,7 +319,7 @@ async function restore() {
   if (!form.scheduler.value) form.scheduler.value = model.defaults.scheduler;
   $("lock").setAttribute("aria-pressed", String(Boolean(kept.locked)));
   const input = JSON.parse(localStorage.getItem("tastemaker.input") ?? "null");
-  if (input) {
+  if (input && model.takes_image) {
     const [head, data] = input.picture.split(",");
     const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
     source = await createImageBitmap(new Blob([bytes], { type: head.slice(5, -7) })).catch(() => null);
@@ -331,6 +332,7 @@ async function formRequest() {
   const numbers = ["width", "height", "number", "steps", "guidance", "seed"];
   const asked = Object.fromEntries(numbers.map((name) => [name, Number(form[name].value)]));
   for (const name of ["prompt", "negative", "scheduler"]) asked[name] = form[name].value.trim();
+  if (!model.takes_negative) asked.negative = "";
   if (source) {
     const { width, height } = size();
     asked.image = await base64(await png(cut(width, height)));
@@ -470,6 +472,9 @@ async function open() {
   model = await loadedModel();
   $("model").textContent = `${model.name}, on ${model.device}`;
   for (const name of ["width", "height"]) Object.assign(form[name], { min: model.step, step: model.step });
+  for (const id of ["well", "again", "enlarge"]) $(id).hidden = !model.takes_image;
+  $("paint").hidden = !model.takes_mask;
+  $("leave-out").hidden = !model.takes_negative;
   form.number.max = model.limits.number;
   form.steps.max = model.limits.steps;
   form.prompt.maxLength = form.negative.maxLength = model.limits.prompt;

@@ -255,13 +255,16 @@ class Evaluation:
 
     def _held_out_loss(self) -> dict[str, Any] | None:
         """The held-out loss, by time, and beside it that of as many training images."""
+        if not self.model.info.is_trainable:
+            self.left_out["held_out_loss"] = f"of a {self.model.info.abilities.text} it is not measured"
+            return None
         pipeline = load_model(self.model.info.folder)  # as it was trained: in fp32
         add_loras(pipeline, self.model.loras, self.model.info.name)
         pipeline.to(self.device)
         family = family_of(pipeline)
         try:
             objective = objective_of(pipeline.scheduler).name
-            if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
+            if self.model.info.inpaints_only:
                 raise UserError("its UNet takes more than latents")
         except UserError as e:
             self.left_out["held_out_loss"] = str(e)

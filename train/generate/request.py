@@ -37,7 +37,7 @@ class GenerationRequest:
     prompt: str
     negative: str = ""  # what should not be in it; works by guidance, so none below 1
     seed: int = 0
-    steps: int = 30
+    steps: int | None = None
     guidance: float | None = None  # classifier-free guidance scale; 1 and less: off
     width: int | None = None  # pixels
     height: int | None = None
@@ -54,7 +54,7 @@ class GenerationRequest:
             raise UserError("the prompt is no text: it holds bytes that are not UTF-8")
         if not 0 <= self.seed < SEEDS:
             raise UserError(f"seed {self.seed}: a whole number from 0 to {SEEDS - 1} is expected")
-        if not 1 <= self.steps <= 1000:
+        if self.steps is not None and not 1 <= self.steps <= 1000:
             raise UserError(f"steps {self.steps}: 1 to 1000 are expected")
         if self.guidance is not None and not 0 <= self.guidance <= 100:
             raise UserError(f"guidance {self.guidance:g}: 0 to 100 are expected (7.5 is usual)")
@@ -86,7 +86,7 @@ class GenerationRequest:
     @property
     def steps_of_image(self) -> int:
         """Steps that are done from an image, of a resolved request: the share of them that `strength` is."""
-        return int(self.steps * (self.strength or 0))
+        return int((self.steps or 0) * (self.strength or 0))
 
 
 def resolve(info: ModelInfo, request: GenerationRequest, *, upscaler: bool = False) -> GenerationRequest:
@@ -97,18 +97,24 @@ def resolve(info: ModelInfo, request: GenerationRequest, *, upscaler: bool = Fal
     r = request
     if info.inpaints_only and r.mask is None:
         raise UserError(f"{info.name} is an inpainting model: it draws into an image, where a mask says so")
-    scheduler = scheduler_name(r.scheduler, info.scheduler)
-    check_steps(scheduler, info.scheduler, r.steps)
+    _check_abilities(info, r)
+    scheduler, steps = scheduler_name(r.scheduler, info.scheduler), r.steps or info.abilities.steps
+    check_steps(scheduler, info.scheduler, steps)
     strength = r.strength
     if strength is None and r.mask is not None:
         strength = STRENGTH_MASK
     elif strength is None and r.upscale > 1:
-        strength = 0.0 if upscaler else max(1 / r.steps, share_of_steps(STRENGTH_UPSCALE, info.scheduler))
+        strength = 0.0 if upscaler else max(1 / steps, share_of_steps(STRENGTH_UPSCALE, info.scheduler))
     elif strength is None and r.image is not None:
         strength = STRENGTH
-    if strength is not None and int(r.steps * strength) < 1 and not (r.upscale > 1 and strength == 0):
+    if strength is not None and int(steps * strength) < 1 and not (r.upscale > 1 and strength == 0):
         least = f"at least {math.ceil(1 / strength)} steps" if strength else "a strength above 0"
-        raise UserError(f"of {r.steps} steps strength {strength:g} leaves none: {least} would do")
+        raise UserError(f"of {steps} steps strength {strength:g} leaves none: {least} would do")
+    if strength and r.upscale > 1 and info.abilities.image is None:
+        raise UserError(
+            f"enlarging redraws an image in tiles, and {_no_pipeline(info, 'image-to-image')}: --strength 0 enlarges "
+            "without redrawing, and so does --upscaler"
+        )
     width, height = (r.width, r.height) if r.width and r.height else r.image.size if r.image else info.size
     for name, side in (("width", width), ("height", height)):
         if not r.enlarges and (side < info.step or side % info.step):
@@ -117,7 +123,26 @@ def resolve(info: ModelInfo, request: GenerationRequest, *, upscaler: bool = Fal
                 f"{name} {side} does not fit this model: sides are multiples of {info.step}. {near} would do."
             )
     guidance = info.guidance if r.guidance is None else float(r.guidance)
-    return replace(r, scheduler=scheduler, strength=strength, width=width, height=height, guidance=guidance)
+    return replace(
+        r, scheduler=scheduler, steps=steps, strength=strength, width=width, height=height, guidance=guidance
+    )
+
+
+def _check_abilities(info: ModelInfo, r: GenerationRequest) -> None:
+    """Raise UserError where diffusers has no pipeline for what is asked of a model of its kind."""
+    if r.mask is not None and info.abilities.mask is None:
+        raise UserError(f"{_no_pipeline(info, 'inpainting')}: it takes no mask")
+    if r.image is not None and r.mask is None and not r.enlarges and info.abilities.image is None:
+        raise UserError(f"{_no_pipeline(info, 'image-to-image')}: it draws from words alone, without an image")
+    if r.negative.strip() and not info.abilities.negative:
+        raise UserError(
+            f"{info.name} reads no negative prompt: {info.abilities.text} weighs a prompt against none. Say in the "
+            "prompt what should be in the image"
+        )
+
+
+def _no_pipeline(info: ModelInfo, what: str) -> str:
+    return f"{info.name} is drawn with diffusers' {info.abilities.text}, which has no {what}"
 
 
 def fitting_size(info: ModelInfo, size: tuple[int, int]) -> tuple[int, int]:
@@ -140,7 +165,8 @@ def check_scheduler(info: ModelInfo, r: GenerationRequest) -> None:
     name, path = str(r.scheduler), info.folder / "scheduler" / "scheduler_config.json"
     try:
         scheduler = new_scheduler(name, info.scheduler)
-        scheduler.set_timesteps(r.steps)
+        shifted = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}  # by size, known when it is drawn
+        scheduler.set_timesteps(r.steps, **shifted)
         finite = all(np.isfinite(np.asarray(getattr(scheduler, n, 0.0))).all() for n in ("timesteps", "sigmas"))
     except Exception as e:  # whatever settings that are none make of a constructor
         raise UserError(f"{name} can't draw in {r.steps} steps with the settings of {path}: {error_line(e)}") from e

@@ -30,9 +30,12 @@ from curate.store.files import sha256_file
 from curate.store.mirror import in_urls
 from train import devices
 from train.devices import out_of_memory, versions
+from train.generate.calls import call_arguments
+from train.generate.reading import PromptReading
 from train.generate.request import GenerationRequest, check_scheduler, facts_of, resolve
 from train.generate.upscale import Network, by_tiles, restore_faces, tile_starts, tiles_cost
 from train.models.info import ModelInfo, read_model_info
+from train.models.load import check_fits, load_pipeline, pipelines_with_images
 from train.models.lora import Lora, add_loras, check_lora
 from train.models.schedulers import new_scheduler
 
@@ -44,6 +47,9 @@ __all__ = ["Generated", "GenerationRequest", "NoImage", "Sampler"]
 
 OnStep = Callable[[int, int], None]
 """Is called with (steps done, steps in all) after each step. An exception in it ends the run: this is how to cancel."""
+
+OnNote = Callable[[str], None]
+"""Is called with a line that whoever asked should know, once."""
 
 UNSAFE = 0.2
 """The NSFW score from which on an image is blurred: Yahoo calls what is below 0.2 safe (README of open_nsfw). Our
@@ -91,11 +97,6 @@ class Sampler:
             blur: images that the NSFW detector flags.
             detector: an annotator of one column that tells from 0 to 1 what is unsafe to show.
         """
-        from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
-
-        from train.models.base import count_parameters
-        from train.models.unet import load_model
-
         self.info = model if isinstance(model, ModelInfo) else read_model_info(model)
         self.loras, self.batch, self.blur = tuple(loras), batch, blur
         width, height = (max(self.info.step, side - side % self.info.step) for side in self.info.size)
@@ -111,7 +112,7 @@ class Sampler:
         self.faces = Network(faces, "FaceSR", self.device) if faces else None
         self._extra_weights = {"upscaler": upscaler, "faces": faces}
 
-        self._text = load_model(self.info, self.dtype)
+        self._text = load_pipeline(self.info, self.dtype)
         # not the settings of the file: of old models pipelines put two right, which `from_config` would take for
         # defaults of that scheduler, and leave out
         self._scheduler_config: dict[str, Any] = dict(self._text.scheduler.config)
@@ -119,22 +120,21 @@ class Sampler:
         self._scheduler_config["_use_default_values"] = [
             k for k in defaults if k not in ("steps_offset", "clip_sample")
         ]
-        if not isinstance(self._text.unet.config.sample_size, int):  # which image-to-image compares, and does not use
-            self._text.unet.register_to_config(sample_size=64)
+        self._on_note: OnNote | None = None
+        self._said: set[str] = set()
         self.notes = add_loras(self._text, self.loras, self.info.name)  # what is to be said, a line each
-        parts = (self._text.unet, self._text.vae, self._text.text_encoder)
+        parts = [getattr(self._text, name) for name in self.info.configs]
         for part in parts:
             part.requires_grad_(False).eval()
 
-        sizes = [count_parameters([part]) * self.dtype.itemsize for part in parts]
+        sizes = [sum(p.numel() for p in part.parameters()) * self.dtype.itemsize for part in parts]
         cost = devices.memory_cost(self.info, sizes, self.dtype.itemsize)
         free = devices.free_memory(self.device)
         self.savings = devices.choose_savings(free, cost, *(size or self.info.size), batch, kind=self.device.type)
         devices.apply_savings(self.savings, self._text, self.device)
 
-        same = {**self._text.components, "requires_safety_checker": False}
-        self._image, self._mask = StableDiffusionImg2ImgPipeline(**same), StableDiffusionInpaintPipeline(**same)
-        for pipeline in (self._text, self._image, self._mask):
+        self._image, self._mask = pipelines_with_images(self._text, self.info)
+        for pipeline in filter(None, (self._text, self._image, self._mask)):
             pipeline.set_progress_bar_config(disable=True)
         self._detector = load_annotator(detector)
         self._digest = ThreadPoolExecutor(1).submit(lambda: self.info.digest)  # reads all weights once more
@@ -150,30 +150,28 @@ class Sampler:
         check_scheduler(self.info, r)
         return r
 
-    def unread(self, text: str) -> str:
-        """The end of a prompt that is beyond what the text encoder reads; "" where it reads all."""
-        tokenizer = self._text.tokenizer
-        ids = tokenizer(text, truncation=False, verbose=False).input_ids
-        return str(tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1])).strip()
-
-    def generate(self, requests: Iterable[GenerationRequest], on_step: OnStep | None = None) -> Iterator[Generated]:
+    def generate(
+        self, requests: Iterable[GenerationRequest], on_step: OnStep | None = None, on_note: OnNote | None = None
+    ) -> Iterator[Generated]:
         """Generate images, in this order; each comes when its batch is finished.
 
+        `on_note` is called with a line about each prompt that the model does not read to its end, before its steps.
         Raises UserError before the first is begun where one does not fit, and later where memory does not suffice.
         """
         checked = [self.check(r) for r in requests]
         total = 0
         for r in checked:
             if not r.enlarges:
-                total += r.steps if r.image is None else r.steps_of_image
+                total += (r.steps or 0) if r.image is None else r.steps_of_image
             total += r.steps_of_image * self.tiles(r)
 
         def kind(r: GenerationRequest) -> tuple[Any, ...]:
             """What images of one batch have in common."""
-            given = (r.image is not None, r.mask is not None)
+            given = (r.image is not None, r.mask is not None, bool(r.negative))
             return r.steps, r.guidance, r.width, r.height, r.scheduler, r.strength, r.upscale, given
 
         steps = _StepCounter(on_step, total)
+        self._on_note, self._said = on_note, set()
         for _, alike in groupby(checked, kind):
             group = list(alike)
             while group:
@@ -185,6 +183,11 @@ class Sampler:
                         raise
                     self._save_memory(batch, e)
                     steps.done = began
+                    continue
+                except UserError as e:
+                    if len(batch) == 1 or isinstance(e, NoImage):
+                        raise
+                    self.batch, steps.done = 1, began  # PRX's pipeline fails with more than one
                     continue
                 group = group[len(batch) :]
                 for request, image in zip(batch, images, strict=True):
@@ -220,12 +223,12 @@ class Sampler:
             images = given
         elif one.mask is not None:
             masks = [_fit(r.mask.convert("L"), r) for r in batch if r.mask is not None]
-            with _four_channels(self._text.unet, self.info):
+            with _four_channels(self._text, self.info):
                 images = self._call(
                     self._mask, batch, noise, steps, image=given, mask_image=masks, strength=one.strength, **size
                 )
         elif given:
-            images = self._call(self._image, batch, noise, steps, image=given, strength=one.strength)
+            images = self._call(self._image, batch, noise, steps, image=given, strength=one.strength, **size)
         else:
             images = self._call(self._text, batch, noise, steps, **size)
         if one.upscale > 1:
@@ -243,29 +246,22 @@ class Sampler:
         """One call of a diffusers pipeline. Raises NoImage where what it computes is not finite."""
         import numpy as np
 
-        from train.models.unet import check_computes
-
         one, began = batch[0], steps.done
         planned = len(batch) * int(one.steps * more.get("strength", 1))
         pipeline.scheduler = new_scheduler(str(one.scheduler), self._scheduler_config)
+        reading = PromptReading(pipeline, [text for r in batch for text in (r.prompt, r.negative)])
 
-        def on_step_end(pipeline: Any, i: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
-            steps.to(began + planned * (i + 1) // pipeline.num_timesteps)
-            return {}
+        def on_step(done: int, of: int) -> None:
+            for note in reading.notes() if done == 1 else ():
+                self._say(note)
+            steps.to(began + planned * done // of)
 
+        given = call_arguments(pipeline, self.info, batch, noise, on_step, more)
         try:
-            pixels = pipeline(
-                [r.prompt for r in batch],
-                negative_prompt=[r.negative for r in batch],
-                num_inference_steps=one.steps,
-                guidance_scale=one.guidance,
-                generator=list(noise),
-                callback_on_step_end=on_step_end,
-                output_type="np",
-                **more,
-            ).images
+            with reading.listen():
+                pixels = np.asarray(pipeline(**given).images)
         except (TypeError, ValueError, RuntimeError, IndexError, OverflowError, AttributeError) as e:
-            check_computes(self._text, self.info, e)
+            check_fits(self._text, self.info, e)
             raise
         finally:
             self._text.maybe_free_model_hooks()
@@ -274,8 +270,20 @@ class Sampler:
                 f"{self.info.name} computed values that are no numbers, and so no image, though its weights in "
                 f"{self.info.folder} are numbers: they are too large for {self._precision}, or the LoRA or guidance is"
             )
-        images: list[Image.Image] = pipeline.image_processor.numpy_to_pil(pixels)
+        drawn = (pixels.shape[2], pixels.shape[1])
+        if drawn != (more["width"], more["height"]):
+            raise UserError(
+                "asked for {} x {} pixels, {} drew {} x {}: ask for a size that it keeps to".format(
+                    more["width"], more["height"], self.info.abilities.text, *drawn
+                )
+            )
+        images: list[Image.Image] = pipeline.numpy_to_pil(pixels)
         return images
+
+    def _say(self, note: str) -> None:
+        if self._on_note and note not in self._said:
+            self._said.add(note)
+            self._on_note(note)
 
     # ------------------------------------------------------------------------------------------------- enlarging
 
@@ -304,7 +312,7 @@ class Sampler:
             for _ in range(2):  # much of the first is for being the first
                 began = time.perf_counter()
                 blank, noise = [Image.new("RGB", self.tile)], [noise_generator(0)]
-                self._call(self._image, [one], noise, _StepCounter(None, 0), image=blank, strength=one.strength)
+                self._call(self._image, [one], noise, _StepCounter(None, 0), **self._of_tile(blank, one.strength))
                 seconds = time.perf_counter() - began
                 if seconds >= 1:
                     break
@@ -313,6 +321,10 @@ class Sampler:
                 raise
             return tiles_cost(tiles, self.tile)  # less is used when it is generated
         return tiles_cost(tiles, self.tile, seconds)
+
+    def _of_tile(self, images: list[Image.Image], strength: float | None) -> dict[str, Any]:
+        """What a pipeline is called with to redraw tiles."""
+        return {"image": images, "strength": strength, "width": self.tile[0], "height": self.tile[1]}
 
     def _enlarge(self, r: GenerationRequest, image: Image.Image, steps: _StepCounter) -> Image.Image:
         """Enlarged by Lanczos or the upscaler; then image-to-image in tiles as large as the model draws, so that things
@@ -328,7 +340,7 @@ class Sampler:
         noise = noise_generator(r.seed)
 
         def redraw(tile: Image.Image) -> Image.Image:
-            return self._call(self._image, [r], [noise], steps, image=[tile], strength=r.strength)[0]
+            return self._call(self._image, [r], [noise], steps, **self._of_tile([tile], r.strength))[0]
 
         return by_tiles(image, self.tile, self._overlap, redraw)
 
@@ -400,13 +412,15 @@ def _fit(image: Image.Image, r: GenerationRequest) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _four_channels(unet: Any, info: ModelInfo) -> Iterator[None]:
+def _four_channels(pipeline: Any, info: ModelInfo) -> Iterator[None]:
     """StableDiffusionInpaintPipeline tells a plain UNet by its four input channels, and uses the number for nothing
     else. Those of models with latents of other sizes, pixels among them, say four while it runs."""
-    channels = unet.config.in_channels
-    if not info.inpaints_only:
-        unet.register_to_config(in_channels=4)
+    if not info.is_stable_diffusion or info.inpaints_only:
+        yield
+        return
+    channels = pipeline.unet.config.in_channels
+    pipeline.unet.register_to_config(in_channels=4)
     try:
         yield
     finally:
-        unet.register_to_config(in_channels=channels)
+        pipeline.unet.register_to_config(in_channels=channels)

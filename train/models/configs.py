@@ -23,6 +23,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Small = Annotated[Number, Field(gt=0, le=1)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Positive = Annotated[Number, Field(gt=0, le=1e6)]
+Patch = Annotated[int, Field(ge=1, le=64)]
 Kernel = Annotated[int, Field(ge=1, le=15)]
 
 
@@ -38,6 +39,7 @@ class ModelIndexConfig(_Config):
     """model_index.json. Parts are [library, class]."""
 
     kind: str = Field(alias="_class_name")
+    default_sample_size: Side | None = None  # of PRX, in pixels
 
 
 class UnetConfig(_Config):
@@ -156,6 +158,25 @@ class TextEncoderConfig(_Config):
         return inner if isinstance(inner, dict) else raw
 
 
+class AnyDenoiserConfig(_Config):
+    """config.json of a UNet or transformer of any kind: what sizes of images follow from."""
+
+    sample_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None  # in latents
+    patch_size: Patch | Annotated[list[Patch], Field(min_length=1, max_length=3)] | None = None
+    all_patch_size: Annotated[list[Patch], Field(min_length=1, max_length=10)] | None = None
+    in_channels: Channels | None = None
+
+
+class AnyVaeConfig(_Config):
+    """config.json of an autoencoder of any kind: what its factor follows from."""
+
+    block_out_channels: Levels | None = None
+    encoder_block_out_channels: Levels | None = None  # AutoencoderDC
+    temperal_downsample: Annotated[list[bool], Field(max_length=10)] | None = None  # of Wan's and Qwen's: one a level
+    latent_channels: Channels | None = None
+    sample_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None  # in pixels
+
+
 class TokenizerConfig(_Config):
     """tokenizer/tokenizer_config.json."""
 
@@ -173,6 +194,8 @@ class SchedulerConfig(_Config):
     timestep_spacing: Literal["linspace", "leading", "trailing"] = "linspace"
     steps_offset: Annotated[int, Field(ge=0, le=1000)] = 0
     flow_shift: Annotated[Number, Field(gt=0, le=1000)] | None = 1.0
+    shift: Annotated[Number, Field(gt=0, le=1000)] | None = 1.0  # of FlowMatch...
+    max_shift: Annotated[Number, Field(ge=-10, le=10)] | None = 1.15
     solver_order: Annotated[int, Field(ge=1, le=3)] = 2
     original_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 50
     trained_betas: Annotated[list[Share], Field(max_length=100_000)] | None = None

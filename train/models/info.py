@@ -11,83 +11,114 @@ from pathlib import Path
 from typing import Any
 
 from aesthetic.errors import UserError
-from aesthetic.untrusted import check_regular, printable, read_json_file
+from aesthetic.untrusted import read_json_file
 from curate.store.files import sha256_file
-from curate.weight_files import is_pointer, read_header, weight_files
-from train.models.configs import (
-    ModelIndexConfig,
-    SchedulerConfig,
-    TextEncoderConfig,
-    TokenizerConfig,
-    TrainRecordConfig,
-    UnetConfig,
-    VaeConfig,
-    read_config,
-)
+from curate.weight_files import weight_files
+from train.models.abilities import OF_STABLE_DIFFUSION, STABLE_DIFFUSION, TRAINABLE, Abilities, abilities_of
+from train.models.configs import ModelIndexConfig, TrainRecordConfig, read_config
 from train.models.files import find_model_folder, model_folder
-from train.models.schedulers import SCHEDULERS
-
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-
-_CLASSES = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "scheduler": SCHEDULERS,
-}
-"""What a part may be, by the second word of its entry in model_index.json."""
+from train.models.others import denoiser_of, finest_channels, read_others, side_of_latents, vae_factor
+from train.models.stable_diffusion import PARTS, read_stable_diffusion
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A diffusers folder of the Stable Diffusion 1 and 2 type."""
+    """A model of diffusers that draws from words, before its weights are read."""
 
     name: str  # as it was asked for
     folder: Path
-    unet: dict[str, Any]  # the parts' config.json, with diffusers' defaults for what they leave out
-    vae: dict[str, Any]
-    text: dict[str, Any]
+    # config.json of the parts that have weights, by name, with diffusers' defaults for what they leave out
+    configs: dict[str, dict[str, Any]]
     scheduler: dict[str, Any]  # as it is, of the class that model_index.json names, as diffusers makes it
     trained: dict[str, Any] | None  # train.json, where tastemaker trained it
+    abilities: Abilities = OF_STABLE_DIFFUSION
+    parts: tuple[str, ...] = PARTS  # of which it is made: folders
+    side: int | None = None  # that it draws without being told, where model_index.json has one, in pixels
+
+    @property
+    def is_stable_diffusion(self) -> bool:
+        """Whether it is of the Stable Diffusion 1 and 2 type."""
+        return self.abilities.text in STABLE_DIFFUSION
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether it is of a family that is trained here."""
+        return self.abilities.text in TRAINABLE
+
+    @property
+    def unet(self) -> dict[str, Any]:
+        """Of the Stable Diffusion type: the UNet's configuration."""
+        return self.configs["unet"]
+
+    @property
+    def vae(self) -> dict[str, Any]:
+        """Of the Stable Diffusion type: the autoencoder's configuration."""
+        return self.configs["vae"]
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """Of the Stable Diffusion type: the text encoder's configuration."""
+        return self.configs["text_encoder"]
 
     @property
     def factor(self) -> int:
         """Pixels of a side per latent."""
-        return int(2 ** (len(self.vae["block_out_channels"]) - 1))
+        return vae_factor(self.configs)
 
     @property
     def step(self) -> int:
-        """Sides of images are multiples of this: of 8 in diffusers' pipelines, and of the autoencoder's factor."""
-        return math.lcm(8, self.factor)
+        """Sides of images are multiples of this: of 8 in diffusers' pipelines, and of the autoencoder's factor times
+        the side of what a transformer reads at once."""
+        return math.lcm(8, self.factor * side_of_latents(self.configs))
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) in pixels that it draws without being told; of 64 latents where it does not say, or says less
-        and is so old that diffusers does not believe it (models of 512 pixels were converted with a size of 32)."""
-        sample = self.unet.get("sample_size") or 64
-        version = re.match(r"(\d+)\.(\d+)", self.unet.get("version") or "")
+        """(width, height) in pixels that it draws without being told; of 64 latents where it does not say (transformers
+        of as many pixels as the autoencoder says, or of 128), or says less and is so old that diffusers does not
+        believe it (models of 512 pixels were converted with a size of 32)."""
+        if self.side:
+            return self.side, self.side
+        denoiser, vae = denoiser_of(self.configs), self.configs.get("vae", {})
+        sample = denoiser.get("sample_size")
+        if not sample and not self.is_stable_diffusion and (pixels := vae.get("sample_size")):
+            height, width = (pixels, pixels) if isinstance(pixels, int) else pixels
+            return width, height
+        sample = sample or (64 if "unet" in self.configs else 128)
+        version = re.match(r"(\d+)\.(\d+)", denoiser.get("version") or "") if self.is_stable_diffusion else None
         if isinstance(sample, int) and version and (int(version[1]), int(version[2])) < (0, 9):
             sample = max(sample, 64)
         height, width = (sample, sample) if isinstance(sample, int) else sample
         return width * self.factor, height * self.factor
 
     @property
+    def finest(self) -> tuple[int, int, int]:
+        """At the finest levels: channels of the autoencoder, numbers that the denoiser holds for a latent, and heads of
+        its attention (0: none, or none that memory is counted for)."""
+        if not self.is_stable_diffusion:
+            return *finest_channels(self.configs), 0
+        heads = self.unet.get("num_attention_heads") or self.unet["attention_head_dim"]
+        attends = "Attn" in self.unet["down_block_types"][0]
+        heads = (heads if isinstance(heads, int) else heads[0]) if attends else 0
+        return self.vae["block_out_channels"][0], self.unet["block_out_channels"][0], heads
+
+    @property
     def of_pixels(self) -> bool:
         """Whether its autoencoder is `unet.pixel_vae`, which fp16 would break."""
-        return len(self.vae["block_out_channels"]) == 1
+        return len(self.configs.get("vae", {}).get("block_out_channels") or (1, 1)) == 1
 
     @property
     def inpaints_only(self) -> bool:
         """Whether its UNet takes a mask and a masked image beside the latents: it can't draw without them."""
-        return bool(self.unet["in_channels"] == 2 * self.vae["latent_channels"] + 1)
+        unet, vae = self.configs.get("unet"), self.configs.get("vae")
+        return bool(unet and vae and unet["in_channels"] == 2 * vae["latent_channels"] + 1)
 
     @property
     def guidance(self) -> float:
-        """The guidance that suits it: 3 for models trained here (as when they are looked at in training), else 7.5,
-        Stable Diffusion's."""
-        return 7.5 if self.trained is None or self.trained["settings"].get("from") else 3.0
+        """The guidance that suits it: 3 for models trained here (as when they are looked at in training), else its
+        pipeline's default: 7.5 for Stable Diffusion. What is 3 elsewhere is 2 to ZImagePipeline, which adds it."""
+        if self.trained is None or self.trained["settings"].get("from"):
+            return self.abilities.guidance
+        return 2.0 if self.abilities.text == "ZImagePipeline" else 3.0
 
     @property
     def manifest(self) -> str | None:
@@ -98,8 +129,10 @@ class ModelInfo:
     @cached_property
     def digest(self) -> str:
         """One sha256 over configurations, tokenizer and weights: the same model, wherever it lies. Reads all of it."""
-        files = [p for part in PARTS for p in (self.folder / part).iterdir() if p.suffix in (".json", ".txt")]
-        files += [p for part in PARTS[:3] for p in weight_files(self.folder / part)]
+        # of others also tokenizers of SentencePiece, and templates of chats
+        kinds = (".json", ".txt") if self.is_stable_diffusion else (".json", ".txt", ".model", ".jinja")
+        files = [p for part in self.parts for p in (self.folder / part).iterdir() if p.suffix in kinds]
+        files += [p for part in self.parts if part in self.configs for p in weight_files(self.folder / part)]
         lines = [f"{p.relative_to(self.folder)} {sha256_file(p)}" for p in sorted(files)]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -108,71 +141,29 @@ def read_model_info(name: str | Path) -> ModelInfo:
     """What there is to know of a model, a folder or a hub id (which is downloaded first).
 
     Raises UserError, naming the file, where a part is missing, of another type, or where a configuration says what
-    can't be. No weights are read, and neither torch nor diffusers is loaded, but to download.
+    can't be. No weights are read. Of the Stable Diffusion type neither torch nor diffusers is loaded, but to download;
+    of others diffusers' classes are asked what they need.
     """
     folder = find_model_folder(name)
-    index, parts = read_config(ModelIndexConfig, folder / "model_index.json")
-    if index.kind not in PIPELINES:
-        raise UserError(
-            f"{name} is a {printable(index.kind, 60)}: what can be drawn with, and trained further, are models of the "
-            f"type of {PIPELINES[0]}"
-        )
-    missing = [part for part in PARTS if not _is_whole(folder, part, parts.get(part))]
-    if missing:
-        raise UserError(f"{name} is no whole text-to-image model: {', '.join(missing)} missing or without weights")
-    for part, classes in _CLASSES.items():
-        if (found := parts[part][1]) not in classes:
-            named = " or ".join(classes[:2]) if len(classes) < 3 else f"one of {', '.join(classes)}"
-            raise UserError(f"{folder / 'model_index.json'}: its {part} is a {printable(found, 60)}, not {named}")
-    unet, vae, text = (
-        read_config(kind, folder / part / "config.json")[0].model_dump()
-        for kind, part in ((UnetConfig, "unet"), (VaeConfig, "vae"), (TextEncoderConfig, "text_encoder"))
-    )
-    _, scheduler = read_config(SchedulerConfig, folder / "scheduler" / "scheduler_config.json")
-    scheduler["_class_name"] = parts["scheduler"][1]
-    _check_tokenizer(folder / "tokenizer", text["max_position_embeddings"])
+    index, raw = read_config(ModelIndexConfig, folder / "model_index.json")
+    abilities = abilities_of(index.kind, str(name))
+    parts: tuple[str, ...] = PARTS
+    if index.kind in STABLE_DIFFUSION:
+        configs, scheduler = read_stable_diffusion(str(name), folder, raw)
+    else:
+        configs, scheduler, parts = read_others(str(name), folder, raw, abilities)
     record = training_record(folder)
-    info = ModelInfo(str(name), folder, unet, vae, text, scheduler, record[1] if record else None)
-
-    path, latents, wide = folder / "unet" / "config.json", vae["latent_channels"], text["hidden_size"]
-    if unet["in_channels"] not in (latents, 2 * latents + 1) or unet["out_channels"] != latents:
-        raise UserError(
-            f"{path}: a UNet with {unet['in_channels']} channels in and {unet['out_channels']} out does not fit the "
-            f"autoencoder, whose latents have {latents}"
-        )
-    reads = unet["cross_attention_dim"]
-    if any(n != wide for n in (reads if isinstance(reads, list) else [reads])):
-        raise UserError(f"{path}: cross_attention_dim is {reads}, and the text encoder's hidden_size {wide}")
-
-    for file in (file for part in PARTS[:3] for file in weight_files(folder / part)):
-        if file.suffix == ".safetensors":
-            read_header(file)
-        elif check_regular(file) < 64 or is_pointer(file):
-            raise UserError(f"{file} holds no weights: it may be a pointer of Git LFS (`git lfs pull` fetches them)")
-    return info
-
-
-def _check_tokenizer(folder: Path, most: int) -> None:
-    for path in sorted(folder.glob("*.json")):
-        if path.name == "tokenizer_config.json":
-            length = read_config(TokenizerConfig, path)[0].model_max_length
-            if length is None:
-                raise UserError(f"{path}: model_max_length, how long a prompt may be, is missing: {most} would do")
-            if length > most:
-                raise UserError(
-                    f"{path}: model_max_length {length} is more than the {most} that the text encoder reads"
-                )
-        elif not isinstance(read_json_file(path), dict):
-            raise UserError(f"{path}: a JSON object is expected")
-    if not (folder / "tokenizer_config.json").is_file():
-        raise UserError(
-            f"{folder / 'tokenizer_config.json'} is missing: it says how long a prompt may be. What would do: "
-            f'{{"tokenizer_class": "CLIPTokenizer", "model_max_length": {most}}}'
-        )
+    trained = record[1] if record else None
+    return ModelInfo(str(name), folder, configs, scheduler, trained, abilities, parts, index.default_sample_size)
 
 
 def check_trainable(info: ModelInfo, size: int | None) -> None:
     """Raise UserError where a model can't be trained further, or not on images of this side."""
+    if not info.is_trainable:
+        raise UserError(
+            f"{info.name} is a {info.abilities.text}: what can be trained further are models of the type of "
+            f"{' and '.join(TRAINABLE)}"
+        )
     config = info.scheduler
     kind, times = config.get("prediction_type", "epsilon"), config.get("num_train_timesteps", 1000)
     if kind not in ("flow_prediction", "v_prediction", "epsilon") or times != 1000:
@@ -183,9 +174,11 @@ def check_trainable(info: ModelInfo, size: int | None) -> None:
     if info.inpaints_only:
         raise UserError(f"{info.name} is no plain text-to-image model: its UNet takes more than latents (inpainting?)")
     side = size or min(info.size)
-    step = int(
-        info.factor * 2 ** (len(info.unet["block_out_channels"]) - 1)
-    )  # the autoencoder's factor times the UNet's
+    # the autoencoder's factor times the UNet's, or the side of a transformer's patches
+    levels = (
+        2 ** (len(info.unet["block_out_channels"]) - 1) if info.is_stable_diffusion else side_of_latents(info.configs)
+    )
+    step = info.factor * int(levels)
     if side % step:
         near = max(step, round(side / step) * step)
         raise UserError(f"size {side} does not fit this model: sides are multiples of {step}. {near} would do.")
@@ -212,15 +205,3 @@ def training_record(model: str | Path) -> tuple[Path, dict[str, Any]] | None:
             read_config(TrainRecordConfig, path)
             return place, facts
     return None
-
-
-def _is_whole(folder: Path, part: str, entry: Any) -> bool:
-    if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)):
-        return False
-    if not (folder / part).is_dir():
-        return False
-    if part == "tokenizer":
-        return any((folder / part / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-    if part == "scheduler":
-        return (folder / part / "scheduler_config.json").is_file()
-    return (folder / part / "config.json").is_file() and bool(weight_files(folder / part))

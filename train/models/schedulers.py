@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from typing import Any
 
 from aesthetic.errors import UserError
@@ -31,9 +32,11 @@ def scheduler_name(wanted: str | None, config: dict[str, Any]) -> str:
 
     Raises UserError for one that there is not, naming those that are near, or that can't do what the model needs.
     """
-    own = str(config.get("_class_name"))
+    own = str(config.get("_class_name", ""))
     if wanted is None:
-        return own  # which `read_model_info` has found among SCHEDULERS
+        return own
+    if own not in ("", *SCHEDULERS) and _plain(wanted) != _plain(own):
+        raise UserError(f"the model is drawn with its own {own} alone: others can't take its place in its pipeline")
     known = {_plain(name): name for name in SCHEDULERS}
     name = own if _plain(wanted) == _plain(own) else known.get(_plain(wanted))
     if name is None:
@@ -78,7 +81,8 @@ def check_steps(name: str, config: dict[str, Any], steps: int) -> None:
 
 def is_flow(config: dict[str, Any]) -> bool:
     """Whether a model whose scheduler_config.json this is predicts velocities of rectified flow."""
-    return config.get("prediction_type") == "flow_prediction"
+    own = str(config.get("_class_name", ""))
+    return config.get("prediction_type") == "flow_prediction" or own.startswith("FlowMatch")
 
 
 def share_of_steps(strength: float, config: dict[str, Any]) -> float:
@@ -88,7 +92,12 @@ def share_of_steps(strength: float, config: dict[str, Any]) -> float:
     With a shift k the share u of the steps begins at noise k u / (1 + (k - 1) u), as in Esser et al. 2024 (arXiv
     2403.03206, equation 23); this is its inverse.
     """
-    shift = float(config.get("flow_shift", 1.0)) if is_flow(config) else 1.0
+    if not is_flow(config):
+        return strength
+    if config.get("use_dynamic_shifting"):  # by size; this at the largest, most often its own
+        shift = math.exp(float(config.get("max_shift", 1.15)))
+    else:
+        shift = float(config.get("flow_shift") or config.get("shift") or 1.0)
     return round(strength / (shift - strength * (shift - 1)), 4)
 
 
