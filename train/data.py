@@ -36,6 +36,8 @@ from train.split import unreadable_image
 
 Ints = npt.NDArray[np.int64]
 
+_AT_ONCE = 65_536  # images whose shapes are compared at a time
+
 MIN_IMAGES = 8
 """Images below which training is refused: fewer can't be split, nor fill a batch."""
 
@@ -195,11 +197,12 @@ def _buckets(ratios: npt.NDArray[np.float64], size: int, step: int, least: int) 
     from diffusers.training_utils import generate_aspect_ratio_buckets
 
     ladder = generate_aspect_ratio_buckets(size, divisibility=step)
-    ratios, inverse = np.unique(ratios, return_inverse=True)  # few, and each with each step of the ladder is many
-    aspect = np.log(ratios)
+    nearest = np.empty(len(ratios), np.int64)
     while True:
-        distance = np.abs(aspect[:, None] - np.log([h / w for h, w in ladder])[None])
-        nearest = distance.argmin(1)[inverse]
+        steps = np.log([h / w for h, w in ladder])
+        for start in range(0, len(ratios), _AT_ONCE):  # all at once are the ladder's length times as many numbers
+            part = slice(start, start + _AT_ONCE)
+            nearest[part] = np.abs(np.log(ratios[part])[:, None] - steps[None]).argmin(1)
         counts = np.bincount(nearest, minlength=len(ladder))
         rare = [i for i in np.argsort(counts, kind="stable") if counts[i] < least]
         if not rare or len(ladder) == 1:
@@ -216,18 +219,21 @@ def sampling_weights(samples: MapDataset, column: str) -> npt.NDArray[np.float64
 
     Raises UserError where no image has the column, or a score is negative or no finite number.
     """
-    values: list[Any] = [value for (column_values,) in samples.columns(column) for value in column_values]
-    scores = np.array([_number(value) for value in values])
-    odd = np.flatnonzero(~np.isfinite(scores)).tolist()
-    wrong = [i for i in odd if values[i] not in (None, "")]
-    wrong = [i for i in wrong if not (isinstance(values[i], float) and math.isnan(values[i]))]  # one way to say none
-    if len(wrong) == len(values) or (np.isnan(scores).all() and not wrong):
+    scores, start, wrong, count = np.empty(len(samples)), 0, list[str](), 0
+    for (values,) in samples.columns(column):
+        scores[start : start + len(values)] = part = np.array([_number(value) for value in values])
+        for i in np.flatnonzero(~np.isfinite(part)).tolist():
+            if values[i] not in (None, "") and not (isinstance(values[i], float) and math.isnan(values[i])):
+                count += 1
+                if len(wrong) < 3:
+                    wrong.append(f"{printable(samples.key(start + i), 80)}: {printable(repr(values[i]), 40)}")
+        start += len(values)
+    if count == len(scores) or (np.isnan(scores).all() and not count):
         known = sorted(k for k, v in samples.facts(0).items() if isinstance(v, int | float))
         raise UserError(f"no image in {samples.folder} has a number {column!r}; there are {', '.join(known) or 'none'}")
-    if wrong:
-        first = ", ".join(f"{printable(samples.key(i), 80)}: {printable(repr(values[i]), 40)}" for i in wrong[:3])
+    if count:
         raise UserError(
-            f"{column} is no finite number in {len(wrong):,} of {len(values):,} images ({first}): to weight by it, "
+            f"{column} is no finite number in {count:,} of {len(scores):,} images ({', '.join(wrong)}): to weight by it, "
             f"correct these, or leave them empty (such images are not drawn)"
         )
     weights = np.nan_to_num(scores)
@@ -286,21 +292,28 @@ class Stream:
             raise UserError(f"a batch of {batch} can't be shared evenly by {ranks} workers")
         if not len(indices):
             raise UserError("there is no image to train on")
-        self.dataset, self._indices, self._batch, self._seed, self._drop = dataset, indices, batch, seed, drop
-        self._weights = None if weights is None else weights[indices] / weights[indices].sum()
+        self.dataset, self._batch, self._seed, self._drop = dataset, batch, seed, drop
+        self._indices = indices.astype(np.int32)  # half of the memory of an epoch's order, of which two may be held
+        self._weights = None
+        if weights is not None:
+            self._weights = weights[indices]
+            self._weights /= self._weights.sum()
         self._rank, self._ranks, self._workers = rank, ranks, max(1, workers)
         self._remote: PackedShards | None = getattr(dataset, "remote", None)
         self._order = lru_cache(maxsize=2)(self.epoch_order)
         self._uses = lru_cache(maxsize=2)(self._shard_uses)
 
-    def epoch_order(self, epoch: int) -> Ints:
-        """The batches of an epoch: (batches, batch) indices."""
+    def epoch_order(self, epoch: int) -> npt.NDArray[np.int32]:
+        """The batches of an epoch: (batches, batch) indices. For a moment it takes some 50 bytes for each of them."""
         rng = np.random.default_rng([self._seed, epoch])
         indices = self._indices
         if self._weights is not None:
-            ends = np.cumsum(self._weights) * len(indices)
-            until = np.floor(np.concatenate([[0.0], ends + rng.random()])).astype(np.int64)
-            indices = np.repeat(indices, until[1:] - until[:-1])
+            until = np.cumsum(self._weights)
+            until *= len(indices)
+            until += rng.random()
+            np.floor(until, out=until)
+            indices = np.repeat(indices, np.diff(until, prepend=0.0).astype(np.int32))
+            del until
         indices = rng.permutation(indices)
         if self._remote is not None:
             return order_by_shards(rng, indices, self.dataset.bucket, np.array(self._remote.ends), self._batch)
@@ -374,7 +387,9 @@ LANES = 8
 """Shards at most that a batch on an object store is made of."""
 
 
-def order_by_shards(rng: np.random.Generator, indices: Ints, bucket: Ints, ends: Ints, batch: int) -> Ints:
+def order_by_shards(
+    rng: np.random.Generator, indices: npt.NDArray[Any], bucket: Ints, ends: Ints, batch: int
+) -> npt.NDArray[Any]:
     """Batches of indices, (batches, batch), that need few shards at a time: LANES, or as many as divide a batch.
 
     Shards are put in a random order, and the samples of each, which `indices` has in a random order; all that is cut

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -51,8 +49,8 @@ def scan_images(samples: MapDataset, tell: Callable[[int], None] = lambda count:
     start, captions, unknown = 0, 0, list[int]()
     for names, sha256, phash, words in samples.columns("key", "sha256", "phash", "caption"):
         keys.append(pa.array([str(name) for name in names], pa.large_string()))
-        files.append(hex_to_bits(_hexadecimal(sha256, 64), 256)[0][:, 0])
-        found, known = hex_to_bits(_hexadecimal(phash, 16), least=0)
+        files.append(hex_to_bits(sha256, 256)[0][:, 0])
+        found, known = hex_to_bits(phash, least=0)
         looks.append(found)
         unknown += (start + np.flatnonzero(~known if samples.decoded else np.ones(len(found), bool))).tolist()
         captions += sum(1 for caption in words if caption)
@@ -75,12 +73,6 @@ def scan_images(samples: MapDataset, tell: Callable[[int], None] = lambda count:
                 unreadable[index] = reason
             tell(0 if samples.decoded else 1)
     return ImageScan(pa.chunked_array(keys), np.concatenate(files), phashes, unreadable, captions)
-
-
-def _hexadecimal(values: list[Any], digits: int) -> list[str | None]:
-    """Hashes as lists and shards have them; None for what is none."""
-    whole = re.compile(f"[0-9a-fA-F]{{{digits}}}").fullmatch
-    return [value if isinstance(value, str) and whole(value) else None for value in values]
 
 
 def split(
@@ -110,12 +102,12 @@ def split(
         codes = keys.combine_chunks().dictionary_encode().indices.to_numpy().astype(np.uint64)
         pairs = np.concatenate([pairs, near_copies(codes + np.uint64(1), np.zeros(len(codes), np.uint64))])
     group, order = groups_by_name(keys, pairs)
-    first, sizes = np.unique(group, return_counts=True)
+    sizes = np.bincount(group, minlength=len(group))
     held_out = []
-    for i in np.argsort(order[first], kind="stable").tolist():
-        if sizes[i] <= room:
-            held_out.append(first[i])
-            room -= int(sizes[i])
+    for row in map(int, np.argsort(order, kind="stable")):
+        if 0 < sizes[row] <= room:  # a row that no group is called by has none
+            held_out.append(row)
+            room -= int(sizes[row])
         if not room:
             break
     apart = np.isin(group, held_out)
