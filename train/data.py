@@ -233,8 +233,8 @@ def sampling_weights(samples: MapDataset, column: str) -> npt.NDArray[np.float64
         raise UserError(f"no image in {samples.folder} has a number {column!r}; there are {', '.join(known) or 'none'}")
     if count:
         raise UserError(
-            f"{column} is no finite number in {count:,} of {len(scores):,} images ({', '.join(wrong)}): to weight by it, "
-            f"correct these, or leave them empty (such images are not drawn)"
+            f"{column} is no finite number in {count:,} of {len(scores):,} images ({', '.join(wrong)}): to weight by "
+            f"it, correct these, or leave them empty (such images are not drawn)"
         )
     weights = np.nan_to_num(scores)
     with np.errstate(over="ignore"):
