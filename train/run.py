@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from curate.sources.dataset import MapDataset
 from curate.sources.packed import PackedShards
 from curate.store.files import check_space, read_json, sha256_file, write_json
 from train import checkpoint
+from train.captions import CAPTION_ALONE, CaptionMix, count_captions
 from train.data import (
     MIN_IMAGES,
     ImageDataset,
@@ -41,7 +43,7 @@ from train.data import (
     sampling_weights,
 )
 from train.latents import LatentDataset, Tell, latents_size, precompute_latents, shards_of, write_shard
-from train.loop import LoopConfig, rank_and_size, train
+from train.loop import LoopConfig, train
 from train.models.base import count_parameters
 from train.models.family import family_of, new_model
 from train.models.files import model_folder
@@ -49,6 +51,7 @@ from train.models.info import training_record
 from train.models.presets import Preset
 from train.models.release import is_released, release
 from train.objective import GAMMA, objective_of
+from train.parallel import rank_and_size
 from train.places import shown
 from train.split import scan_images, split, without
 from train.tasks import Denoise, Reconstruct, Task, fit_scale, psnr
@@ -117,7 +120,7 @@ def hold_out(samples: MapDataset, out: Path, tell: Tell) -> dict[str, Any]:
         "data": samples.fingerprint,
         "held_out": held_out.tolist(),
         "unreadable": {str(i): f"{known.keys[i].as_py()}: {reason}" for i, reason in known.unreadable.items()},
-        "captions": known.captions,
+        "captioned": samples.captioned,
     }
     write_json(out / "data.json", facts)
     return facts
@@ -142,7 +145,7 @@ def write_new_model(
 def default_prompts(samples: MapDataset, held_out: Sequence[int]) -> tuple[str, ...]:
     """Captions for previews: the first four of held-out images that differ, and of others where these are too few."""
     captions: dict[str, None] = {}
-    everyone = (caption for (part,) in samples.columns("caption") for caption in part)
+    everyone = (next(filter(None, texts), None) for _, rows in samples.captions() for texts in rows)
     for caption in itertools.chain((samples.facts(index)["caption"] for index in held_out), everyone):
         if caption:
             captions[caption] = None
@@ -155,12 +158,7 @@ def trained_captions(samples: MapDataset, left_out: Iterable[int], most: int = M
     """The captions of all samples but some, in their order; of more than `most` every second, third ..."""
     chosen = without(len(samples), left_out)
     chosen = chosen[:: max(1, math.ceil(len(chosen) / most))]
-    found, start = list[str](), 0
-    for (captions,) in samples.columns("caption"):
-        low, high = np.searchsorted(chosen, [start, start + len(captions)])
-        found += [captions[i - start] or "" for i in chosen[low:high].tolist()]
-        start += len(captions)
-    return found
+    return [text or "" for texts in samples.captions_at(chosen.tolist()) for text in texts]
 
 
 # ------------------------------------------------------------------------------------------------------------ the run
@@ -175,6 +173,7 @@ class TrainRun:
         text: whether its text encoder is trained too.
         own_vae: whether its autoencoder is new, and trained first.
         size: pixels of a side; None: what the model generates.
+        captions: how often the caption of which of the samples' caption columns is drawn.
         weight_by: a column; images are used in proportion to it.
         lora: rank; None: the whole model is trained.
         prompts: of previews.
@@ -194,6 +193,7 @@ class TrainRun:
         own_vae: bool = False,
         size: int | None = None,
         buckets: bool = False,
+        captions: CaptionMix = CAPTION_ALONE,
         weight_by: str | None = None,
         lora: int | None = None,
         prompts: Sequence[str] = (),
@@ -201,7 +201,7 @@ class TrainRun:
     ) -> None:
         self.pipeline, self.samples, self.out, self.loop, self.device = pipeline, samples, out, loop, device
         self.new, self.text, self.lora = new, text, lora
-        self.prompts, self.identity = prompts, identity
+        self.prompts, self.identity, self.captions = prompts, identity, captions
         self.family = family_of(pipeline)
         self.size = size or self.family.default_size(pipeline)
         self.objective = objective_of(pipeline.scheduler).name  # flow, v or eps
@@ -215,13 +215,15 @@ class TrainRun:
         self.vae_loop: LoopConfig | None = None
         if own_vae:  # a fifth of the steps, at twice the rate: no attention in it that could take offence
             steps = max(1, loop.steps // 5)
-            self.vae_loop = replace(loop, steps=steps, lr=2 * loop.lr, preview_every=0, save_every=max(1, steps // 4))
+            self.vae_loop = replace(
+                loop, steps=steps, lr=2 * loop.lr, preview_every=0, save_every=max(1, steps // 4), shard=False
+            )  # it is small
 
         facts = read_json(out / "data.json")
         samples.fingerprint = facts["data"]  # of this very folder: nobody need read it again
         self.held_out = np.array(facts["held_out"], np.int64)
         self.chosen = without(len(samples), facts["held_out"], map(int, facts["unreadable"]))
-        self.captions: int | None = facts.get("captions")  # images that have one; runs of before did not count them
+        self.captioned: int | None = facts.get("captioned")  # images with a caption; runs of before did not count them
         self._encoded = np.sort(np.concatenate([self.chosen, self.held_out]))  # whose latents are wanted
         self.unreadable = len(facts["unreadable"])
         self.uses_latents = loop.steps * loop.batch > len(self.chosen)  # each image more than once
@@ -321,6 +323,7 @@ class TrainRun:
             self.chosen,
             batch=config.batch,
             seed=config.seed,
+            captions=self.captions,
             weights=self.weights,
             rank=rank,
             ranks=ranks,
@@ -336,6 +339,12 @@ class TrainRun:
             identity={**(self.identity or {}), **order},
             should_stop=should_stop,
         )
+
+    def caption_facts(self) -> dict[str, Any]:
+        """What train.json says of the captions that are trained on (see `captions.count_captions`)."""
+        family, p = self.family, self.pipeline
+        count = partial(family.count_tokens, p)
+        return count_captions(self.samples, self.chosen.tolist(), count, family.most_tokens(p))
 
     def data_facts(self) -> dict[str, Any]:
         """What train.json says of the data."""

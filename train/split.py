@@ -35,7 +35,6 @@ class ImageScan:
     sha256: Hashes  # (n,) uint64: the first 64 bits of the file's; 0 where they are not known
     phash: Hashes  # (n,) uint64: the perceptual hash; 0 where there is none, or where it has no ones
     unreadable: dict[int, str]  # index -> reason
-    captions: int  # images that have one
 
 
 def scan_images(samples: MapDataset, tell: Callable[[int], None] = lambda count: None) -> ImageScan:
@@ -46,14 +45,13 @@ def scan_images(samples: MapDataset, tell: Callable[[int], None] = lambda count:
     """
     samples.check_bytes()
     keys, files, looks = [], list[Hashes](), list[Hashes]()
-    start, captions, unknown = 0, 0, list[int]()
-    for names, sha256, phash, words in samples.columns("key", "sha256", "phash", "caption"):
+    start, unknown = 0, list[int]()
+    for names, sha256, phash in samples.columns("key", "sha256", "phash"):
         keys.append(pa.array([str(name) for name in names], pa.large_string()))
         files.append(hex_to_bits(sha256, 256)[0][:, 0])
         found, known = hex_to_bits(phash, least=0)
         looks.append(found)
         unknown += (start + np.flatnonzero(~known if samples.decoded else np.ones(len(found), bool))).tolist()
-        captions += sum(1 for caption in words if caption)
         start += len(names)
         tell(len(names) if samples.decoded else 0)
     phashes, unreadable = np.concatenate(looks), dict[int, str]()
@@ -72,7 +70,7 @@ def scan_images(samples: MapDataset, tell: Callable[[int], None] = lambda count:
             if reason is not None:
                 unreadable[index] = reason
             tell(0 if samples.decoded else 1)
-    return ImageScan(pa.chunked_array(keys), np.concatenate(files), phashes, unreadable, captions)
+    return ImageScan(pa.chunked_array(keys), np.concatenate(files), phashes, unreadable)
 
 
 def split(

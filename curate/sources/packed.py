@@ -119,7 +119,7 @@ class PackedShards(Tars):
                 for name in names:
                     values = _plain(table[name]) if name in table.column_names else [None] * len(table)
                     if name == "caption":
-                        values = [(v and v.strip()) or self.default_caption for v in values]
+                        values = [(v and v.strip()) or None for v in values]
                     found.append(values)
                 yield tuple(found)
 
@@ -185,6 +185,12 @@ class PackedShards(Tars):
             raise CorruptShard(f"{tar}: {length} bytes expected at {start}, {len(data)} there")
         return tar, data
 
+    def as_sample(self, index: int, image: bytes, facts: dict[str, Any]) -> Sample:
+        made = self.captions_in(facts)
+        caption = next(filter(None, made), None)
+        key = str(facts.get("key") or self.key(index))
+        return Sample(key, image, caption, {**facts, "caption": caption}, made)
+
     def key(self, index: int) -> str:
         piece = self._piece(index, 512)
         return super().key(index) if piece is None else _first_name(*piece).partition(".")[0]
@@ -195,11 +201,6 @@ class PackedShards(Tars):
 
     def image(self, index: int) -> bytes:
         return self._read(index)[0]
-
-    def sample(self, index: int) -> Sample:
-        data, facts = self._read(index)
-        caption = facts["caption"] or self.default_caption
-        return Sample(str(facts["key"]), data, caption, {**facts, "caption": caption})
 
     def _read(self, index: int, image: bool = True, facts: bool = True) -> tuple[bytes, dict[str, Any]]:
         piece = self._piece(index)

@@ -26,17 +26,20 @@ from pipelines.runtime.channel import report_errors, start_progress, start_worke
 from pipelines.runtime.cluster import ray_cluster
 from pipelines.runtime.nodes import Location, NodeCheck, versions
 from pipelines.runtime.pool import Pool, Staff, Stage
+from train.captions import CaptionMix
 from train.data import open_samples
 from train.devices import default_device
 from train.latents import Tell
-from train.loop import LoopConfig, PeerLost, rank_and_size
+from train.loop import LoopConfig
 from train.models.family import load_model
 from train.models.presets import PRESETS
+from train.parallel import PeerLost, rank_and_size
 from train.places import bring, bring_images, push
 from train.run import Record, ShouldStop, TrainRun
 
 if TYPE_CHECKING:
     from pipelines.commands.train import TrainOptions
+    from pipelines.runtime.torchrun import TorchrunTrainer
 
 RESTARTS = 8
 """Times that Ray starts all workers again after it lost one; then the driver ends, and the same command goes on."""
@@ -67,7 +70,7 @@ class TrainJob:
             pipeline = load_model(o.start or o.out / "start")
         return TrainRun(
             pipeline,
-            open_samples(o.data, o.caption),
+            open_samples(o.data, o.caption, o.captions),
             o.out,
             self.loop,
             device=device,
@@ -76,6 +79,7 @@ class TrainJob:
             own_vae=bool(o.preset and PRESETS[o.preset].vae and not o.vae),
             size=o.size,
             buckets=o.buckets,
+            captions=CaptionMix.parse(o.captions),
             weight_by=o.weight_by,
             lora=o.lora,
             prompts=self.prompts,
@@ -112,7 +116,7 @@ STARTED = "started"
 """The message that workers begin with."""
 
 
-Trainer: TypeAlias = "LocalTrainer | RayTrainer"
+Trainer: TypeAlias = "LocalTrainer | RayTrainer | TorchrunTrainer"
 
 
 @contextlib.contextmanager
