@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -50,7 +51,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(folder, rows)
 
 
-def write(folder: Path, rows: list[dict]) -> Path:
+def write(folder: Path, rows: list[dict[str, Any]]) -> Path:
     """Such a folder again, with these rows."""
     import pyarrow as pa
 

@@ -28,7 +28,7 @@ from aesthetic.files import atomic, scratch_path
 from curate.hub import no_progress_bars
 from curate.sources.dataset import MapDataset
 from curate.sources.packed import PackedShards
-from curate.store.files import check_space, read_json, sha256_file, write_json
+from curate.store.files import check_space, digest, read_json, sha256_file, write_json
 from train import checkpoint
 from train.captions import CAPTION_ALONE, CaptionMix, count_captions
 from train.data import (
@@ -122,6 +122,7 @@ def hold_out(samples: MapDataset, out: Path, tell: Tell) -> dict[str, Any]:
         "unreadable": {str(i): f"{known.keys[i].as_py()}: {reason}" for i, reason in known.unreadable.items()},
         "captioned": samples.captioned,
     }
+    shutil.rmtree(out / "data", ignore_errors=True)  # of other images
     write_json(out / "data.json", facts)
     return facts
 
@@ -228,7 +229,8 @@ class TrainRun:
         self.unreadable = len(facts["unreadable"])
         self.uses_latents = loop.steps * loop.batch > len(self.chosen)  # each image more than once
         ratios = self._once("ratios", lambda: aspect_ratios(samples)) if buckets else None
-        self.weights = self._once("weights", lambda: sampling_weights(samples, str(weight_by))) if weight_by else None
+        weights = f"weights-{digest(weight_by)}"
+        self.weights = self._once(weights, lambda: sampling_weights(samples, str(weight_by))) if weight_by else None
         self.images = ImageDataset(
             samples,
             lambda captions: self.family.tokenize(self.pipeline, captions),

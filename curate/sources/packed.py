@@ -224,11 +224,12 @@ class PackedShards(Tars):
 
     def check_bytes(self) -> None:
         """Of tars of at most AT_ONCE together. Of more `watch_bytes` does it, and of a store `ShardsAhead`."""
-        if self.remote or self._is_large():
+        here = [tar for tar in self.parts if self.store.url is None or tar.is_file()]
+        if self._is_large():
             return
         with ThreadPoolExecutor() as pool:
-            same = pool.map(lambda tar: sha256_once(tar) == self._packed[tar]["sha256"], self.parts)
-            self._refuse([tar for tar, is_same in zip(self.parts, same, strict=True) if not is_same])
+            same = pool.map(lambda tar: sha256_once(tar) == self._packed[tar]["sha256"], here)
+            self._refuse([tar for tar, is_same in zip(here, same, strict=True) if not is_same])
 
     def _is_large(self) -> bool:
         return sum(self._packed[tar]["bytes"] for tar in self.parts) > AT_ONCE

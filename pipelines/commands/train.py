@@ -177,7 +177,7 @@ def _run(options: TrainOptions, group: ProcessGroup | None) -> Result:
             train_run, trainer = _prepare(resolved, samples, prompts, facts, free, terminal, stack, group)
         except (UserError, DiskFull):
             if record is None:
-                folder.undo(["train.json", "data.json", "start", "logs"])
+                folder.undo(["train.json", "data.json", "data", "start", "logs"])
             raise
         lines = _headline(train_run, resolved, trainer.about, facts["captions"], preset_given=bool(options.preset))
         terminal.writelines(line + "\n" for line in lines)
