@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 
 from curate.layout import Data
-from curate.store.files import read_json
 from pipelines.cli import main
 from pipelines.recipe import load_recipe, store_recipe
 from tests.real_data import SELECTION
@@ -44,9 +43,6 @@ def test_a_recipe_selects_by_the_loss_of_a_model_trained_on_the_same_data(real_d
     assert main(["annotate", str(root), column]) == 0
     middle = float(table["loss"].median())
     assert main(["select", str(root), "--name", "easy", "--set", f"select.rules.easy=train_loss < {middle}"]) == 0
-    chosen = Data(root).ledger_of("easy") if hasattr(Data, "ledger_of") else None
-    record = read_json(root / "selected" / "easy" / "selection.json")
-    print(record, chosen)
     kept = set(table["key"][table["loss"] < np.float32(middle)])
     assert main(["pack", str(root), "--name", "easy"]) == 0
     packed = pd.concat(map(pd.read_parquet, sorted((root / "shards" / "easy").glob("*.parquet"))))

@@ -148,14 +148,16 @@ class MapDataset(Sequence[Sample]):
 
     def check_caption_columns(self) -> None:
         """UserError, naming the columns with texts, where no image has one in one of the caption columns."""
-        lacking, there = set(self.caption_columns), set[str]()
-        for index in range(len(self)):
-            facts = self.read_facts(index)
-            there |= {name for name, value in facts.items() if isinstance(value, str) and value.strip()}
-            lacking -= {c for c in lacking if (facts["caption"] if c == "caption" else caption_of(facts.get(c)))}
+        lacking = dict.fromkeys(self.caption_columns)
+        for found in self.columns(*self.caption_columns):
+            for name, values in zip(self.caption_columns, found, strict=True):
+                if name in lacking and any(map(caption_of, values)):
+                    del lacking[name]
             if not lacking:
                 return
-        name = next(c for c in self.caption_columns if c in lacking)
+        some = (self.read_facts(i).items() for i in range(min(len(self), 1000)))
+        there = {name for facts in some for name, value in facts if isinstance(value, str) and value.strip()}
+        name = next(iter(lacking))
         raise UserError(
             f"no image in {self.folder} has a text in the column {printable(name, 80)!r}; there are "
             f"{', '.join(printable(n, 80) for n in sorted(there)) or 'none'}"

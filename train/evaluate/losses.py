@@ -19,6 +19,7 @@ from train.evaluate import heldout
 from train.latents import kept_latents
 from train.models.family import family_of, load_model
 from train.models.lora import Lora, add_loras
+from train.split import without
 
 FILE = "losses.parquet"
 
@@ -46,17 +47,18 @@ def record_losses(model: Path, samples: MapDataset, record: dict[str, Any], on_d
         samples, partial(family.tokenize, pipeline), record["size"], buckets=settings["buckets"],
         step=family.size_step(pipeline), least=settings["batch"],
     )  # fmt: skip
-    lost = {*map(int, data["unreadable"])}
-    indices = np.array([i for i in range(len(samples)) if i not in lost], np.int64)
+    indices = without(len(samples), map(int, data["unreadable"]))
     frozen = bool(settings["from"] or settings.get("text_encoder"))
     examples: TrainDataset = kept_latents(pipeline, images, indices, model / "latents", frozen) or images
     each = heldout.losses(pipeline, examples, indices, seed=settings["seed"], on_done=on_done).mean(1)
 
-    facts = [samples.facts(i) for i in indices.tolist()]
-    names = [name for name in ("sha256", "url") if any(isinstance(f.get(name), str) for f in facts)]
+    known: dict[str, list[str | None]] = {"sha256": [], "url": []}
+    for columns in samples.columns(*known):
+        for found, values in zip(known.values(), columns, strict=True):
+            found += [value if isinstance(value, str) else None for value in values]
     table = {
         "key": pa.array([samples.key(i) for i in indices.tolist()], pa.string()),
-        **{name: pa.array([_text(f.get(name)) for f in facts], pa.string()) for name in names},
+        **{name: pa.array(values, pa.string()).take(indices) for name, values in known.items() if any(values)},
         "loss": pa.array(each, pa.float32()),
         "held_out": pa.array(np.isin(indices, data["held_out"])),
     }
@@ -64,7 +66,3 @@ def record_losses(model: Path, samples: MapDataset, record: dict[str, Any], on_d
         pq.write_table(pa.table(table), f)
     low, middle, high = (float(x) for x in np.percentile(each, (5, 50, 95)))
     return {"file": FILE, "images": len(each), "p5": low, "median": middle, "p95": high}
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
