@@ -139,6 +139,7 @@ class Sharded(Alone):
 
     def __init__(self, task: Task, compile: bool) -> None:
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+        from transformers.utils import output_capturing
 
         super().__init__(task)
         self._device = next(task.module.parameters()).device
@@ -152,6 +153,9 @@ class Sharded(Alone):
                     block.compile()
                 fully_shard(block, mp_policy=policy)
             fully_shard(model, mp_policy=policy)
+            if outputs := getattr(model, "_can_record_outputs", None):
+                # transformers keeps by a model's class what it can be asked for, such as hidden_states; this is another
+                output_capturing._CAN_RECORD_REGISTRY[model] = outputs
         fully_shard(task.module, mp_policy=policy)
         for module in task.module.modules():
             if isinstance(module, FSDPModule):
