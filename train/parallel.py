@@ -139,7 +139,6 @@ class Sharded(Alone):
 
     def __init__(self, task: Task, compile: bool) -> None:
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-        from transformers.utils import output_capturing
 
         super().__init__(task)
         self._device = next(task.module.parameters()).device
@@ -153,9 +152,10 @@ class Sharded(Alone):
                     block.compile()
                 fully_shard(block, mp_policy=policy)
             fully_shard(model, mp_policy=policy)
-            if outputs := getattr(model, "_can_record_outputs", None):
-                # transformers keeps by a model's class what it can be asked for, such as hidden_states; this is another
-                output_capturing._CAN_RECORD_REGISTRY[model] = outputs
+            if recorded := getattr(model, "_can_record_outputs", None):  # of transformers, which asks by the class:
+                from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+                _CAN_RECORD_REGISTRY[model] = recorded  # it is another now, and would give no hidden states
         fully_shard(task.module, mp_policy=policy)
         for module in task.module.modules():
             if isinstance(module, FSDPModule):
