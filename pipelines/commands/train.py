@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ from pipelines.options import (
 )
 from pipelines.runtime.progress import ProgressBar, format_duration, redirect_output
 from pipelines.runtime.torchrun import launched
+from train.captions import CaptionMix, describe_captions
 from train.places import bring, bring_images, discard, local_folder, push, shown
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ FROM_STEPS, FROM_BATCH = 1000, 8
 
 SETTINGS = (
     *("preset", "text_encoder", "vae", "start", "lora", "objective", "size", "buckets", "weight_by", "caption"),
-    *("steps", "batch", "lr", "seed"),
+    *("captions", "steps", "batch", "lr", "seed"),
 )
 """The options that train.json keeps: what must be the same for a run to go on."""
 
@@ -91,6 +93,7 @@ class TrainOptions(Options):
     size: int | None = option("side of the images (default: the model's own)", metavar="PX", type=positive_int)
     buckets: bool = option("keep images' aspect ratios: several shapes of one area", default=False)
     caption: str | None = option("of images without a caption of their own: 'a photo of sks dog'", metavar="TEXT")
+    captions: str | None = option("columns to draw captions from, by weight: caption=0.5,recaption=0.5", metavar="MIX")
     weight_by: str | None = option("draw images in proportion to this score", metavar="COLUMN")
     workers: int | None = option("default: one per GPU, or one", metavar="N", type=positive_int)
     prompts: Path | None = option(
@@ -142,15 +145,17 @@ def _run(options: TrainOptions, group: ProcessGroup | None) -> Result:
     from train.models.release import is_released
     from train.run import earlier_run
 
-    bring_images(options.data)
+    bring_images(options.data, by_shard=True)
     check_data(options.data)
     bring(options.out)
-    samples = open_samples(options.data, options.caption)
+    samples = open_samples(options.data, options.caption, options.captions)
     if options.weight_by:
         sampling_weights(samples, options.weight_by)
     resolved = _resolve(options, samples)
     settings = {"from" if name == "start" else name: getattr(resolved, name) for name in SETTINGS}
-    settings["data"] = samples.fingerprint
+    count = ProgressBar(sys.stderr, "captions", len(samples))
+    settings["data"] = samples.read_fingerprint(count)
+    count.clear()
     record = earlier_run(options.out, settings)
     if record and record.get("finished") and is_released(options.out):
         return _result(options.out, record)
@@ -172,10 +177,10 @@ def _run(options: TrainOptions, group: ProcessGroup | None) -> Result:
             train_run, trainer = _prepare(resolved, samples, prompts, facts, free, terminal, stack, group)
         except (UserError, DiskFull):
             if record is None:
-                folder.undo(["train.json", "data.json", "start", "logs"])
+                folder.undo(["train.json", "data.json", "data", "start", "logs"])
             raise
-        for line in _headline(train_run, resolved, trainer.about, preset_given=options.preset is not None):
-            terminal.write(line + "\n")
+        lines = _headline(train_run, resolved, trainer.about, facts["captions"], preset_given=bool(options.preset))
+        terminal.writelines(line + "\n" for line in lines)
         try:
             return _train(train_run, trainer, facts, terminal, tensorboard=options.tensorboard)
         finally:
@@ -191,6 +196,7 @@ def check_options(options: TrainOptions) -> None:
     from train.models.presets import OBJECTIVES
 
     start, objective = options.start, options.objective
+    CaptionMix.parse(options.captions)
     if options.preset and start:
         raise UserError("--preset and --from exclude each other: a new model, or one to go on with")
     if options.lora and not start:
@@ -295,6 +301,7 @@ def _resolve(options: TrainOptions, samples: MapDataset) -> TrainOptions:
         vae=_whole_path(options.vae),
         start=_whole_path(start),
         objective=options.objective or ("flow" if preset else None),
+        captions=str(CaptionMix.parse(options.captions)) if options.captions else None,
         size=options.size or (preset.size if preset else None),
         steps=steps,
         batch=batch,
@@ -364,7 +371,8 @@ def _prepare(
     from train.models.family import family_of, load_model
     from train.models.given import find_text_encoder, find_vae
     from train.models.presets import PRESETS
-    from train.run import default_prompts, hold_out, write_new_model
+    from train.run import default_prompts, hold_out, trained_captions, write_new_model
+    from train.split import without
 
     def say(text: str) -> None:
         terminal.write(text + "\n")
@@ -379,15 +387,14 @@ def _prepare(
     data = hold_out(samples, out, count)
     if not scanned:
         count.end(f", {len(data['unreadable']):,} of them can't be read" if data["unreadable"] else "")
-    left_out = {*data["held_out"], *map(int, data["unreadable"])}
-    chosen = [i for i in range(len(samples)) if i not in left_out]
+    chosen = without(len(samples), data["held_out"], map(int, data["unreadable"]))
     if resolved.batch and resolved.batch > len(chosen):
         raise UserError(f"--batch {resolved.batch} is more than the {len(chosen)} images to train on")
     if resolved.weight_by and not sampling_weights(samples, resolved.weight_by)[chosen].sum() > 0:
         raise UserError(f"no image to train on has a {resolved.weight_by} above 0")
 
     if resolved.preset:
-        captions = [samples.facts(i)["caption"] or "" for i in range(len(samples)) if i not in set(data["held_out"])]
+        captions = trained_captions(samples, data["held_out"])
         preset = replace(PRESETS[resolved.preset], size=resolved.size or PRESETS[resolved.preset].size)
         write_new_model(
             out / "start", preset, captions, str(resolved.objective), resolved.seed,
@@ -425,12 +432,14 @@ def _prepare(
         trainer = stack.enter_context(ray_trainer(job, train_run, say))
     facts |= {"data": train_run.data_facts(), "made_with": versions(), "by": trainer.about}
     facts |= {"size": train_run.size, "prompts": list(prompts)}
-    facts |= {"pipeline": train_run.family.pipeline, "muon": job.loop.muon}
+    facts |= {"pipeline": train_run.family.pipeline, "muon": job.loop.muon, "captions": train_run.caption_facts()}
     write_json(out / "train.json", facts)
     return train_run, trainer
 
 
-def _headline(run: TrainRun, resolved: TrainOptions, by: str, *, preset_given: bool) -> Iterator[str]:
+def _headline(
+    run: TrainRun, resolved: TrainOptions, by: str, captions: dict[str, Any], *, preset_given: bool
+) -> Iterator[str]:
     """What is trained, on what, and how."""
     from train.models.base import count_parameters
 
@@ -448,13 +457,14 @@ def _headline(run: TrainRun, resolved: TrainOptions, by: str, *, preset_given: b
         yield f"       the {what} is trained; text encoder and autoencoder stay as they are"
     if run.vae_loop:
         yield f"       its autoencoder of {vae:.2f} M parameters is trained first, {run.vae_loop.steps:,} steps"
-    without = sum(1 for i in run.chosen.tolist() if not run.samples.facts(i)["caption"])
+    uncaptioned = 0 if run.captioned is None else len(run.samples) - run.captioned
     yield (
         f"data   {len(run.chosen):,} images to train on, {len(run.held_out):,} held out"
         + (f", {run.unreadable:,} can't be read (data.json names them)" if run.unreadable else "")
-        + (f", {without:,} without a caption" if without else "")
+        + (f", {uncaptioned:,} without a caption" if uncaptioned else "")
         + (f", in {len(run.images.shapes)} shapes" if resolved.buckets else "")
     )
+    yield from (f"       {line}" for line in describe_captions(captions, run.captions))
     yield (
         f"steps  {loop.steps:,} of {loop.batch} images ({loop.steps * loop.batch / len(run.chosen):,.1f} "
         f"epochs) · lr {loop.lr:g} · {by} · a checkpoint every {loop.save_every:,}"

@@ -26,6 +26,7 @@ from pipelines.runtime.channel import report_errors, start_progress, start_worke
 from pipelines.runtime.cluster import ray_cluster
 from pipelines.runtime.nodes import Location, NodeCheck, versions
 from pipelines.runtime.pool import Pool, Staff, Stage
+from train.captions import CaptionMix
 from train.data import open_samples
 from train.devices import default_device
 from train.latents import Tell
@@ -33,7 +34,7 @@ from train.loop import LoopConfig
 from train.models.family import load_model
 from train.models.presets import PRESETS
 from train.parallel import PeerLost, rank_and_size
-from train.places import bring, push
+from train.places import bring, bring_images, push
 from train.run import Record, ShouldStop, TrainRun
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class TrainJob:
     def there(self) -> TrainJob:
         """In a worker: the same job, with the folders that this process has of data and model, and what lies there."""
         data, model = self.data.open(), self.model.open()
-        bring(data.root)
+        bring_images(data.root, by_shard=True)
         bring(model.root)
         return replace(self, options=replace(self.options, data=data.root, out=model.root))
 
@@ -69,7 +70,7 @@ class TrainJob:
             pipeline = load_model(o.start or o.out / "start")
         return TrainRun(
             pipeline,
-            open_samples(o.data, o.caption),
+            open_samples(o.data, o.caption, o.captions),
             o.out,
             self.loop,
             device=device,
@@ -78,6 +79,7 @@ class TrainJob:
             own_vae=bool(o.preset and PRESETS[o.preset].vae and not o.vae),
             size=o.size,
             buckets=o.buckets,
+            captions=CaptionMix.parse(o.captions),
             weight_by=o.weight_by,
             lora=o.lora,
             prompts=self.prompts,
