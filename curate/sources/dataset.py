@@ -148,16 +148,16 @@ class MapDataset(Sequence[Sample]):
 
     def check_caption_columns(self) -> None:
         """UserError, naming the columns with texts, where no image has one in one of the caption columns."""
-        lacking = dict.fromkeys(self.caption_columns)
+        lacking, there = set(self.caption_columns), set[str]()
         for found in self.columns(*self.caption_columns):
-            for name, values in zip(self.caption_columns, found, strict=True):
-                if name in lacking and any(map(caption_of, values)):
-                    del lacking[name]
+            columns = zip(self.caption_columns, found, strict=True)
+            lacking -= {c for c, values in columns if any(values if c == "caption" else map(caption_of, values))}
             if not lacking:
                 return
-        some = (self.read_facts(i).items() for i in range(min(len(self), 1000)))
-        there = {name for facts in some for name, value in facts if isinstance(value, str) and value.strip()}
-        name = next(iter(lacking))
+        for index in range(min(len(self), _AT_ONCE)):
+            facts = self.read_facts(index)
+            there |= {name for name, value in facts.items() if isinstance(value, str) and value.strip()}
+        name = next(c for c in self.caption_columns if c in lacking)
         raise UserError(
             f"no image in {self.folder} has a text in the column {printable(name, 80)!r}; there are "
             f"{', '.join(printable(n, 80) for n in sorted(there)) or 'none'}"
