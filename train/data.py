@@ -71,8 +71,11 @@ class Batch:
     slots: list[int]  # the place of each sample in the whole batch, over all ranks
     images: Tensor  # (n, 3, h, w) float32 in [-1, 1]; or latents, (n, c, h / f, w / f)
     latent: bool  # which of the two
-    tokens: Tensor  # (n, longest) int64; or what a frozen text encoder makes of them, (n, longest, width) float32
+    tokens: (
+        Tensor  # (n, longest) or (n, longest, 2) int64; or what frozen text encoders make of it, (.., width) float32
+    )
     lengths: Tensor  # (n,) int64, on the CPU: how many tokens each caption has; what is beyond is 0
+    views: Tensor  # (n, 6) int64: what of the images is shown (`view_of`)
     cursor: tuple[int, int]  # (epoch, position) of the batch that comes after this one
 
 
@@ -85,6 +88,10 @@ class TrainDataset(Protocol):
     def __len__(self) -> int: ...
     def load(self, index: int, dropped: bool = False) -> tuple[str, Tensor, Tensor]:
         """(key, image or latents, tokens or the text encoder's states: of '' where the caption is dropped)."""
+        ...
+
+    def view(self, index: int) -> list[int]:
+        """What of the image is shown (`view_of`)."""
         ...
 
 
@@ -133,6 +140,10 @@ class ImageDataset:
         tokens = self._tokenize(["" if dropped else sample.caption or ""])[0]
         return sample.key, pixels.permute(2, 0, 1).float().div_(127.5).sub_(1), tokens
 
+    def view(self, index: int) -> list[int]:
+        """What of the image is shown (`view_of`)."""
+        return view_of(*_size(self.samples, index), *self.shapes[self.bucket[index]])
+
 
 def decode_sample(sample: Sample, min_side: int) -> npt.NDArray[np.uint8]:
     """(h, w, 3), its short side at least `min_side` where the file has that. Raises UserError naming the sample."""
@@ -158,20 +169,34 @@ def crop_resize(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.N
     return np.ascontiguousarray(pixels)
 
 
+def view_of(height: int, width: int, shown_height: int, shown_width: int) -> list[int]:
+    """What of an image is shown, as Stable Diffusion XL is told it: its own height and width, how much is cut off above
+    and on the left once it is scaled, and the height and width that are shown. All in pixels."""
+    scale = max(shown_height / height, shown_width / width)
+    top, left = (round(max(0.0, scale * a - b) / 2) for a, b in ((height, shown_height), (width, shown_width)))
+    return [height, width, top, left, shown_height, shown_width]
+
+
+def _size(samples: MapDataset, index: int) -> tuple[int, int]:
+    """(height, width) of an image, by its facts where they are possible, else by the file's header."""
+    facts = samples.facts(index)
+    height, width = (_number(facts.get(name)) for name in ("height", "width"))
+    if not all(1 <= side <= 65_535 for side in (height, width)):
+        try:
+            _, width, height = probe(samples.image(index))
+        except RowError:  # whoever reads it gets the error; it is in no one's way here
+            height = width = 1
+    return int(height), int(width)
+
+
 def _buckets(samples: MapDataset, size: int, step: int, least: int) -> tuple[list[tuple[int, int]], Ints]:
     """The shapes in use and the shape of each image: the nearest in log aspect ratio that enough others share."""
     from diffusers.training_utils import generate_aspect_ratio_buckets
 
     ratios = []
-    for index in range(len(samples)):  # by its facts where they are possible, else by the file's header
-        facts = samples.facts(index)
-        height, width = (_number(facts.get(name)) for name in ("height", "width"))
-        if not all(1 <= side <= 65_535 for side in (height, width)):
-            try:
-                _, width, height = probe(samples.image(index))
-            except RowError:  # whoever reads it gets the error; it is in no one's way here
-                height = width = 1
-        ratios.append(int(height) / int(width))
+    for index in range(len(samples)):
+        height, width = _size(samples, index)
+        ratios.append(height / width)
 
     ladder = generate_aspect_ratio_buckets(size, divisibility=step)
     aspect = np.log(ratios)
@@ -379,16 +404,21 @@ class Stream:
         dropped = np.random.default_rng([self._seed, epoch, position, 1]).random(self._batch) < self._drop
         after = (epoch, position + 1) if position + 1 < len(order) else (epoch + 1, 0)
         loaded = [self.dataset.load(int(order[position, slot]), bool(dropped[slot])) for slot in slots]
-        return _collate(loaded, slots, self.dataset.latent, after)
+        views = [self.dataset.view(int(order[position, slot])) for slot in slots]
+        return _collate(loaded, views, slots, self.dataset.latent, after)
 
 
 def _collate(
-    loaded: list[tuple[str, Tensor, Tensor]], slots: list[int], latent: bool, cursor: tuple[int, int]
+    loaded: list[tuple[str, Tensor, Tensor]],
+    views: list[list[int]],
+    slots: list[int],
+    latent: bool,
+    cursor: tuple[int, int],
 ) -> Batch:
     keys, images, tokens = zip(*loaded, strict=True)
     lengths = torch.tensor([len(t) for t in tokens])
     words = pad_sequence(list(tokens), batch_first=True)
-    return Batch(list(keys), slots, torch.stack(images), latent, words, lengths, cursor)
+    return Batch(list(keys), slots, torch.stack(images), latent, words, lengths, torch.tensor(views), cursor)
 
 
 def ordered_batches(dataset: TrainDataset, indices: Ints, size: int) -> Iterator[Batch]:
@@ -397,4 +427,5 @@ def ordered_batches(dataset: TrainDataset, indices: Ints, size: int) -> Iterator
         members = indices[dataset.bucket[indices] == bucket]
         for start in range(0, len(members), size):
             part = [int(i) for i in members[start : start + size]]
-            yield _collate([dataset.load(i) for i in part], part, dataset.latent, (0, 0))
+            views = [dataset.view(i) for i in part]
+            yield _collate([dataset.load(i) for i in part], views, part, dataset.latent, (0, 0))

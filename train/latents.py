@@ -3,7 +3,7 @@
     LATENTS/00000.safetensors    latents (n, c, h, w) float16, one shape per file; tokens (all, ) int32, those of one
                                  caption after those of another, or where the text encoder is frozen too what it makes
                                  of them, text (all, width) float16 or bfloat16; lengths (n,) int32,
-                                 how many are of each caption
+                                 how many are of each caption; views (n, 6) int32 (`data.view_of`)
             00000.json           the images' indices and keys, what the file was made with; written after it
             empty.safetensors    tokens or text of '', which takes the place of dropped captions
             made.json            what they were made from and with, the length of every file; written last
@@ -33,7 +33,7 @@ from curate.store.files import check_space, digest, read_json, write_json
 from train.data import ImageDataset, Ints
 from train.models.family import family_of
 
-_FORMAT = 3
+_FORMAT = 5
 
 Tell = Callable[[int], None]
 """Hears how many more images are done."""
@@ -49,14 +49,14 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def made_from(pipeline: Any, dataset: ImageDataset, indices: Ints, text: bool = False) -> dict[str, Any]:
-    """What latents depend on: autoencoder and its scale, tokenizer, text encoder where used, images, their shapes."""
+    """What latents depend on: autoencoder and its scale, tokenizers, text encoders where used, images, their shapes."""
+    family, parts = family_of(pipeline), sorted(pipeline.components.items())
+    tokenizers = [part for name, part in parts if name.startswith("tokenizer") and part is not None]
     return {
         "format": _FORMAT,
-        "vae": digest(
-            [weights_digest(pipeline.vae), pipeline.vae.config.scaling_factor, family_of(pipeline).shift(pipeline.vae)]
-        ),
-        "tokenizer": digest([pipeline.tokenizer.get_vocab(), pipeline.tokenizer.model_max_length]),
-        "text_encoder": weights_digest(pipeline.text_encoder) if text else None,
+        "vae": digest([weights_digest(pipeline.vae), pipeline.vae.config.scaling_factor, family.shift(pipeline.vae)]),
+        "tokenizer": digest([[t.get_vocab(), t.model_max_length] for t in tokenizers]),
+        "text_encoder": weights_digest(family.text_encoder(pipeline)) if text else None,
         "pictures": dataset.samples.fingerprint,
         "shapes": digest([dataset.shapes, dataset.bucket[indices].tolist()]),
         "numbers": digest(indices.tolist()),
@@ -71,11 +71,13 @@ def shards_of(dataset: ImageDataset, indices: Ints, shard_size: int = 1024) -> l
 
 def latents_size(pipeline: Any, dataset: ImageDataset, indices: Ints, text: bool = False) -> int:
     """About the bytes that the latents of these images take."""
+    encoders = family_of(pipeline).text_encoders(pipeline).values()
+    width = sum(encoder.config.hidden_size for encoder in encoders) if text else 2
     factor, channels = pipeline.vae_scale_factor**2, pipeline.vae.config.latent_channels
     areas = np.array([h * w for h, w in dataset.shapes])[dataset.bucket[indices]]
     some = indices[:: max(1, len(indices) // 256)].tolist()  # captions, of which the length of all is told
     tokens = family_of(pipeline).tokenize(pipeline, [str(dataset.samples.facts(i)["caption"] or "") for i in some])
-    words = np.mean([len(t) for t in tokens]) * (pipeline.text_encoder.config.hidden_size if text else 2)
+    words = np.mean([len(t) for t in tokens]) * width
     return int(2 * (areas.sum() * channels // factor + words * len(indices)))
 
 
@@ -152,6 +154,7 @@ def write_shard(
     family = family_of(pipeline)
     parts = [indices[i : i + 32].tolist() for i in range(0, len(indices), 32)]
     keys: list[str] = []
+    views = torch.tensor([dataset.view(i) for i in indices.tolist()], dtype=torch.int32)
     latents, words, lengths = [], [], []
     with ThreadPoolExecutor(threads) as pool:
         ahead = pool.map(dataset.load, parts[0])
@@ -164,7 +167,7 @@ def write_shard(
             lengths += [len(t) for t in tokens]
             tell(len(loaded))
     tensors = {"latents": torch.cat(latents).contiguous(), "text" if text else "tokens": torch.cat(words)}
-    data = save({**tensors, "lengths": torch.tensor(lengths, dtype=torch.int32)})
+    data = save({**tensors, "lengths": torch.tensor(lengths, dtype=torch.int32), "views": views})
     check_space(folder, len(data))
     path = folder / f"{shard_name(shard)}.safetensors"
     path.with_suffix(".json").unlink(missing_ok=True)
@@ -177,9 +180,9 @@ def write_shard(
 def _text_states(pipeline: Any, tokens: Sequence[Tensor]) -> Tensor:
     """What the text encoder makes of captions, one after the other: (all, width)."""
     lengths = torch.tensor([len(t) for t in tokens])
-    padded = pad_sequence(list(tokens), batch_first=True).to(pipeline.text_encoder.device)
     family = family_of(pipeline)
-    states = family.encode_text(pipeline.text_encoder, padded, lengths)
+    padded = pad_sequence(list(tokens), batch_first=True).to(family.network(pipeline).device)
+    states = family.encode_text(family.text_encoder(pipeline).eval(), padded, lengths)
     rows = [row[:length] for row, length in zip(states, lengths.tolist(), strict=True)]
     return torch.cat(rows).to(family.text_dtype).cpu()
 
@@ -210,11 +213,13 @@ class LatentDataset:
         self._keys = [record["keys"] for record in records]
         # mapped memory, whose rows are read when they are touched: four times as fast as a slice of the file for each
         # row, and a GPU takes 10,000 small latents a second
+        self._views: list[Tensor] = []
         self._mapped: list[tuple[Tensor, Tensor, list[int]]] = []  # latents, words, where those of each caption end
         for name in names:
             with safe_open(self.folder / name, "pt") as file:
                 ends = [0, *file.get_tensor("lengths").cumsum(0).tolist()]
                 self._mapped.append((file.get_tensor("latents"), file.get_tensor(self._words), ends))
+                self._views.append(file.get_tensor("views"))
         self._empty = self._typed(load((self.folder / "empty.safetensors").read_bytes())[self._words])
 
         shapes = [tuple(latents.shape[1:]) for latents, _, _ in self._mapped]
@@ -240,3 +245,9 @@ class LatentDataset:
         latents, words, ends = self._mapped[shard]
         text = self._empty if dropped else self._typed(words[ends[row] : ends[row + 1]])
         return self._keys[shard][row], latents[row].float(), text
+
+    def view(self, index: int) -> list[int]:
+        """What of the image is shown (`data.view_of`)."""
+        shard, row = self._place[index].tolist()
+        view: list[int] = self._views[shard][row].tolist()
+        return view

@@ -145,7 +145,8 @@ def flow_scheduler(shift: float = 1.0) -> Any:
 def objective_of(scheduler: Any, gamma: float | None = GAMMA) -> Objective:
     """The objective that a pipeline was trained with, told by its scheduler. Raises UserError for another kind."""
     if type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
-        return Objective("flow", flow, float(scheduler.config.shift))
+        config = scheduler.config  # shifted by the size of an image, as Flux, is drawing alone, not its training
+        return Objective("flow", flow, 1.0 if config.use_dynamic_shifting else float(config.shift))
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind == "flow_prediction":
         return Objective("flow", flow, float(scheduler.config.get("flow_shift", 1.0)))

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from aesthetic.errors import UserError
 from aesthetic.untrusted import error_line, read_json_file
-from curate.hub import no_progress_bars
 from train.models.autoencoder import new_autoencoder
 from train.models.base import Family
 from train.models.given import ENCODERS
@@ -64,11 +63,13 @@ class ZImageFamily(Family):
 
     def train_text(self, pipeline: Any, train: bool) -> None:
         """But for its last layer and the norm after it, which the denoiser does not see."""
-        text = pipeline.text_encoder.requires_grad_(train)
+        text = pipeline.text_encoder.requires_grad_(train).base_model
         text.layers[-1].requires_grad_(False)
         text.norm.requires_grad_(False)
 
-    def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, text: Tensor, lengths: Tensor) -> Tensor:
+    def predict(
+        self, denoiser: nn.Module, x_t: Tensor, t: Tensor, text: Tensor, lengths: Tensor, views: Tensor
+    ) -> Tensor:
         """Its answer, x0 - noise, negated."""
         captions = [states[:length] for states, length in zip(text, lengths.tolist(), strict=True)]
         said = denoiser(list(x_t.unsqueeze(2)), (TIMES - t) / TIMES, captions, return_dict=False)[0]
@@ -188,25 +189,6 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int) -> Any:
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     vocab = {t: i for i, t in enumerate(dict.fromkeys([*letters, *(a + b for a, b in merges), END]))}
     return Qwen2Tokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS, chat_template=_TEMPLATE)
-
-
-def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The ZImagePipeline in a folder. Raises UserError, naming the file, for what is missing or does not fit."""
-    import diffusers
-
-    with no_progress_bars("diffusers"):
-        transformer = load_part(folder / "transformer", diffusers.ZImageTransformer2DModel, dtype)
-        vae = load_part(folder / "vae", diffusers.AutoencoderKL, dtype)
-        encoder, tokenizer = load_text_encoder(folder, dtype)
-    path = folder / "scheduler" / "scheduler_config.json"
-    try:
-        kind = getattr(diffusers, read_json_file(folder / "model_index.json")["scheduler"][1])
-        return diffusers.ZImagePipeline(
-            vae=vae, text_encoder=encoder, tokenizer=tokenizer, transformer=transformer,
-            scheduler=kind.from_pretrained(folder / "scheduler"),
-        )  # fmt: skip
-    except Exception as e:
-        raise UserError(f"{path}: no scheduler can be made of it: {error_line(e)}") from e
 
 
 def load_text_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
