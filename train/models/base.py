@@ -153,7 +153,9 @@ class Family(ABC):
         from diffusers.utils import convert_state_dict_to_diffusers
         from peft.utils import get_peft_model_state_dict
 
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.network(pipeline)))
+        layers = get_peft_model_state_dict(self.network(pipeline))
+        if self.denoiser == "unet":  # in transformers it renames some layers alone, and loaders take one kind of names
+            layers = convert_state_dict_to_diffusers(layers)
         getattr(diffusers, self.pipeline).save_lora_weights(folder, **{f"{self.denoiser}_lora_layers": layers})
 
 
