@@ -50,6 +50,20 @@ class Family(ABC):
         encoders = list(self.text_encoders(pipeline).values())
         return encoders[0] if len(encoders) == 1 else nn.ModuleList(encoders)
 
+    def count_tokens(self, pipeline: Any, captions: Sequence[str]) -> list[int]:
+        """How many tokens each caption has before it is cut or padded."""
+        if not captions:
+            return []
+        return [len(row) for row in self.tokenizer(pipeline)(list(captions), verbose=False).input_ids]
+
+    def tokenizer(self, pipeline: Any) -> Any:
+        """The one that reads captions, or of several the one that reads most of them."""
+        return pipeline.tokenizer
+
+    def most_tokens(self, pipeline: Any) -> int:
+        """Tokens of a caption at most: what is beyond is cut."""
+        return int(pipeline.tokenizer.model_max_length)
+
     @abstractmethod
     def encode_text(self, text_encoder: nn.Module, tokens: Tensor, lengths: Tensor) -> Tensor:
         """What the denoiser is given of captions: (n, longest, width), as many rows as tokens.

@@ -36,6 +36,14 @@ class FluxFamily(Family):
         both = torch.stack([t5, F.pad(clip, (0, TOKENS - clip.shape[1]), value=-1)], -1)
         return list(F.pad(both, (0, 0, 0, 1), value=-1))
 
+    def tokenizer(self, pipeline: Any) -> Any:
+        """T5's."""
+        return pipeline.tokenizer_2
+
+    def most_tokens(self, pipeline: Any) -> int:
+        """T5's."""
+        return TOKENS
+
     def encode_text(self, text_encoder: Any, tokens: Tensor, lengths: Tensor) -> Tensor:
         """(n, T5's tokens + 1, T5's width), the last row CLIP's pooled vector."""
         clip, t5 = text_encoder

@@ -35,6 +35,14 @@ class Sd3Family(Family):
         rows = torch.stack([ids, torch.full_like(ids, -1)], -1)
         return list(torch.cat([clips[:, :-1], rows, clips[:, -1:]], 1))
 
+    def tokenizer(self, pipeline: Any) -> Any:
+        """T5's, where it is there."""
+        return pipeline.tokenizer_3 or pipeline.tokenizer
+
+    def most_tokens(self, pipeline: Any) -> int:
+        """T5's, where it is there."""
+        return TOKENS if pipeline.tokenizer_3 else super().most_tokens(pipeline)
+
     def encode_text(self, text_encoder: Any, tokens: Tensor, lengths: Tensor) -> Tensor:
         """(n, CLIP's tokens + T5's + 1, T5's width), the last row the pooled vector of both CLIPs."""
         clips, ids = tokens[:, : -TOKENS - 1], tokens[:, -TOKENS - 1 : -1, 0]

@@ -43,16 +43,16 @@ class ZImageFamily(Family):
 
     def tokenize(self, pipeline: Any, captions: Sequence[str]) -> list[Tensor]:
         """In the tokenizer's chat template, cut where the pipeline cuts, not padded."""
-        tokenizer = pipeline.tokenizer
-        prompts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": caption}],
-                tokenize=False, add_generation_prompt=True, enable_thinking=True,
-            )
-            for caption in captions
-        ]  # fmt: skip
-        ids = tokenizer(prompts, truncation=True, max_length=TOKENS).input_ids
+        ids = pipeline.tokenizer(_prompts(pipeline, captions), truncation=True, max_length=TOKENS).input_ids
         return [torch.tensor(row, dtype=torch.int64) for row in ids]
+
+    def count_tokens(self, pipeline: Any, captions: Sequence[str]) -> list[int]:
+        """With those of the chat template."""
+        return super().count_tokens(pipeline, _prompts(pipeline, captions))
+
+    def most_tokens(self, pipeline: Any) -> int:
+        """Where the pipeline cuts."""
+        return TOKENS
 
     def encode_text(self, text_encoder: nn.Module, tokens: Tensor, lengths: Tensor) -> Tensor:
         """(n, longest, width): the states before the last layer."""
@@ -100,6 +100,15 @@ class ZImageFamily(Family):
     def set_default_size(self, pipeline: Any, size: int) -> None:
         """As the autoencoder's sample_size."""
         pipeline.vae.register_to_config(sample_size=size)
+
+
+def _prompts(pipeline: Any, captions: Sequence[str]) -> list[str]:
+    return [
+        pipeline.tokenizer.apply_chat_template(
+            [{"role": "user", "content": caption}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        for caption in captions
+    ]
 
 
 def new_model(
