@@ -78,9 +78,9 @@ def latents_size(pipeline: Any, dataset: ImageDataset, indices: Ints, text: bool
     width = sum(encoder.config.hidden_size for encoder in encoders) if text else 2
     factor, channels = pipeline.vae_scale_factor**2, pipeline.vae.config.latent_channels
     areas = np.array([h * w for h, w in dataset.shapes])[dataset.bucket[indices]]
-    some = indices[:: max(1, len(indices) // 256)].tolist()  # captions, of which the length of all is told
+    some = np.sort(indices[:: max(1, len(indices) // 256)]).tolist()  # captions, of which the length of all is told
     samples = dataset.samples
-    captions = [text for i in some for text in samples.captions_in(samples.read_facts(i)) if text]
+    captions = [text for texts in samples.captions_at(some) for text in texts if text]
     tokens = family_of(pipeline).tokenize(pipeline, captions or [""])
     words = sum(map(len, tokens)) / len(some) * width
     return int(2 * (areas.sum() * channels // factor + words * len(indices)))
@@ -160,9 +160,8 @@ def write_shard(
     family = family_of(pipeline)
     parts = [indices[i : i + 32].tolist() for i in range(0, len(indices), 32)]
     keys: list[str] = []
-    views = torch.tensor([dataset.view(i) for i in indices.tolist()], dtype=torch.int32)
     latents, words, lengths = [], [], []
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool, dataset.brought(indices):
         ahead = pool.map(dataset.load_all, parts[0])
         for following in [*parts[1:], []]:  # is read while the part before it is encoded
             loaded, ahead = list(ahead), pool.map(dataset.load_all, following)
@@ -173,6 +172,7 @@ def write_shard(
                 words.append(_text_states(pipeline, tokens) if text else torch.cat(tokens).int())
             lengths += [[0 if t is None else len(t) for t in row] for row in rows]
             tell(len(loaded))
+        views = torch.tensor([dataset.view(i) for i in indices.tolist()], dtype=torch.int32)
     if not words:  # no image of this shard has a caption
         words = [torch.zeros(0, 1, dtype=family.text_dtype) if text else torch.zeros(0, dtype=torch.int32)]
     tensors = {"latents": torch.cat(latents).contiguous(), "text" if text else "tokens": torch.cat(words)}
